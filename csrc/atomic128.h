@@ -1,0 +1,79 @@
+/* atomic128.h - the one 16-byte atomic that the table of cells stands on: load and compare-and-swap.
+ *
+ * x86-64: lock cmpxchg16b, a full barrier. A plain 16-byte SSE load of an aligned address is atomic
+ *   on every processor that has AVX (Intel SDM vol. 3A 9.1.1, AMD64 APM vol. 2 7.3.2); without AVX
+ *   the load is a compare-and-swap of zero with zero.
+ * aarch64: ldaxp/stlxp. A pair load alone is not single-copy atomic before ARMv8.4, so the load
+ *   writes back what it read and thereby proves it.
+ * elsewhere: the compiler's 16-byte builtins (libatomic may take a lock there: not supported).
+ */
+#ifndef FSHM_ATOMIC128_H
+#define FSHM_ATOMIC128_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+typedef struct {
+  uint64_t who;  /* keyed fingerprint, 0 = empty */
+  uint64_t when; /* state: meter.h */
+} pair_t;
+
+#if defined(__x86_64__)
+#include <emmintrin.h>
+
+extern bool fshm_wide_loads; /* set once by the library constructor: the processor has AVX */
+
+static inline bool pair_cas(void *cell, pair_t *seen, pair_t next) {
+  bool ok;
+  __asm__ __volatile__("lock cmpxchg16b %1"
+                       : "=@ccz"(ok), "+m"(*(pair_t *)cell), "+a"(seen->who), "+d"(seen->when)
+                       : "b"(next.who), "c"(next.when)
+                       : "memory");
+  return ok;
+}
+
+static inline pair_t pair_load(const void *cell) {
+  pair_t out = {0, 0};
+  if (__builtin_expect(fshm_wide_loads, 1)) {
+    __m128i wide;
+    __asm__ __volatile__("movdqa %1, %0" : "=x"(wide) : "m"(*(const __m128i *)cell) : "memory");
+    out.who = (uint64_t)_mm_cvtsi128_si64(wide);
+    out.when = (uint64_t)_mm_cvtsi128_si64(_mm_unpackhi_epi64(wide, wide));
+    return out;
+  }
+  (void)pair_cas((void *)(uintptr_t)cell, &out, out);
+  return out;
+}
+
+#elif defined(__aarch64__)
+
+static inline bool pair_cas(void *cell, pair_t *seen, pair_t next) {
+  uint64_t who, when;
+  uint32_t failed;
+  do {
+    __asm__ __volatile__("ldaxp %0, %1, [%2]" : "=&r"(who), "=&r"(when) : "r"(cell) : "memory");
+    bool same = who == seen->who && when == seen->when;
+    uint64_t put_who = same ? next.who : who, put_when = same ? next.when : when;
+    __asm__ __volatile__("stlxp %w0, %1, %2, [%3]"
+                         : "=&r"(failed)
+                         : "r"(put_who), "r"(put_when), "r"(cell)
+                         : "memory");
+    if (!failed) {
+      seen->who = who;
+      seen->when = when;
+      return same;
+    }
+  } while (1); /* the store fails only where another processor's succeeded, or an interrupt came */
+}
+
+static inline pair_t pair_load(const void *cell) {
+  pair_t out = {0, 0};
+  (void)pair_cas((void *)(uintptr_t)cell, &out, out);
+  return out;
+}
+
+#else
+#error "fast_litellm_shm needs a 16-byte compare-and-swap: x86-64 or aarch64"
+#endif
+
+#endif

@@ -1,0 +1,129 @@
+/* layout.h - every struct in the segment. No pointers; every index read from here is masked or
+ * checked before use. All words are native-endian; the header says which end.
+ *
+ * For each field: unit; who writes it; memory order; what it holds after a crash.
+ */
+#ifndef FSHM_LAYOUT_H
+#define FSHM_LAYOUT_H
+
+#include <assert.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "fast_shm.h"
+#include "meter.h"
+
+#define FSHM_MAGIC UINT64_C(0x314d48534c4c4146) /* "FALLSHM1" read as little-endian bytes */
+#define FSHM_BYTE_ORDER UINT32_C(0x01020304)
+#define LINE 64
+#define CELLS_PER_LINE 4
+#define REGION_LINES 8        /* a key may live in two regions of this many lines */
+#define PROCESSES 256         /* process table, fixed: 256 x (64 + 2048) bytes */
+#define COLUMN_ENTRIES 128    /* of one process: a power of two */
+#define LIMITS_SLOTS 6        /* limit sets an entry can hold: current, three before it, two being written */
+#define HISTORY 4             /* the current set and the three before it */
+#define MIN_CAPACITY 1
+#define MAX_CAPACITY (UINT64_C(1) << 31)
+#define DEFAULT_CAPACITY UINT64_C(200000)
+
+/* One key's meter. Swapped whole by a 16-byte compare-and-swap, by anybody: a crash leaves the old
+ * value or the new one. (0, 0) is empty; `when` is described in meter.h. */
+typedef struct {
+  _Alignas(16) _Atomic uint64_t who;
+  _Atomic uint64_t when;
+} cell_t;
+
+/* What people see of the key in the cell of the same index. Relaxed, lossy, never decides. */
+typedef struct {
+  _Atomic uint32_t meta; /* limiter index (12 bits) and fingerprint (20): whom the counts belong to */
+  _Atomic uint32_t admitted; /* calls, saturating; written by a process that flushes its column */
+  _Atomic uint32_t denied;
+  _Atomic uint32_t name; /* low 32 bits of the position in the names ring, in words */
+} ledger_t;
+
+/* A process's own counts, written by its threads alone (relaxed): counting contends with nobody. */
+typedef struct {
+  _Atomic uint64_t key; /* (cell + 1) << 32 | meta; 0 = unused */
+  _Atomic uint32_t admitted;
+  _Atomic uint32_t denied;
+} column_entry_t;
+
+typedef struct {
+  column_entry_t entries[COLUMN_ENTRIES];
+} column_t;
+
+/* Slot i belongs to the process that holds the byte lock i of the lock file; the kernel drops the
+ * lock at its death, and the fields below then describe a dead process until the slot is reused. */
+typedef struct {
+  _Alignas(LINE) _Atomic uint32_t pid; /* 0 = never used; owner writes, relaxed */
+  uint32_t unused;
+  _Atomic uint64_t attached; /* segment time, ns */
+  _Atomic uint64_t admitted; /* calls, without those still in the column; relaxed */
+  _Atomic uint64_t denied;
+  _Atomic uint64_t refused; /* calls that met a full table */
+} process_t;
+
+/* A set of limits. Written only by the process that owns the slot, before it is referenced by
+ * limiter_t.current; immutable while referenced. The rules are rule_t, as relaxed words. */
+#define RULE_WORDS 8
+typedef struct {
+  /* 0 = free, else nonce << 16 | process slot + 1; compare-and-swap */
+  _Atomic uint64_t owner;
+  _Atomic uint64_t count; /* of rules, 1 .. FSHM_MAX_LIMITS */
+  _Atomic uint64_t rules[FSHM_MAX_LIMITS][RULE_WORDS];
+} limits_slot_t;
+
+/* A limiter's name and limits. Entries are claimed in order and never given back. */
+typedef struct {
+  _Alignas(LINE) _Atomic uint64_t id; /* keyed hash of the name; 0 = free; one compare-and-swap */
+  /* version (28 bits) | resets (20) | slots of the current and the three former sets (4 bits each,
+   * 15 = none). 0 = no limits published yet. One compare-and-swap publishes (release); readers load
+   * it (acquire) before and after they read a slot. */
+  _Atomic uint64_t current;
+  _Atomic uint32_t name_length; /* bytes; whoever knows the name writes it: always the same value */
+  uint32_t unused;
+  _Atomic unsigned char name[104];
+  limits_slot_t slots[LIMITS_SLOTS];
+} limiter_entry_t;
+
+/* Written once before the segment is published; constant afterwards, except the last three lines. */
+typedef struct {
+  uint64_t magic;
+  uint32_t version;
+  uint32_t byte_order;
+  uint64_t size;     /* bytes, of the whole segment */
+  uint64_t capacity; /* keys, as asked for */
+  uint64_t lines;    /* of cells */
+  uint64_t limiters_offset, processes_offset, columns_offset, ledger_offset, names_offset,
+      cells_offset; /* bytes from the start */
+  uint64_t names_words; /* of the ring of key names */
+  uint32_t limiters, processes, column_entries, names_mode;
+  uint64_t boot[2];             /* the kernel's boot id */
+  uint64_t time_namespace;      /* inode; 0 = unknown */
+  uint64_t epoch;               /* CLOCK_BOOTTIME at segment time 0, ns */
+  uint64_t created_realtime_ns; /* for people */
+  uint64_t secret[2];           /* SipHash key */
+  uint64_t instance;            /* random; part of the lock file's name */
+  unsigned char unused[LINE];
+  _Alignas(LINE) _Atomic uint64_t ticket;     /* next pending ticket; fetch-add, relaxed */
+  _Alignas(LINE) _Atomic uint64_t names_head; /* words ever reserved in the ring; fetch-add */
+  _Alignas(LINE) _Atomic uint64_t retired_admitted; /* calls, of processes whose slot was reused */
+  _Atomic uint64_t retired_denied;
+} header_t;
+
+static_assert(sizeof(cell_t) == 16, "a cell is swapped as 16 bytes");
+static_assert(offsetof(cell_t, when) == 8, "who, then when");
+static_assert(sizeof(ledger_t) == 16, "ledger entry");
+static_assert(sizeof(column_entry_t) == 16, "column entry");
+static_assert(sizeof(column_t) == 2048, "column");
+static_assert(sizeof(process_t) == 64, "process slot");
+static_assert(sizeof(rule_t) == 8 * RULE_WORDS, "rule");
+static_assert(sizeof(limits_slot_t) == 16 + 64 * FSHM_MAX_LIMITS, "limits slot");
+static_assert(sizeof(limiter_entry_t) == 1792, "limiter entry");
+static_assert(offsetof(limiter_entry_t, slots) == 128, "limiter slots");
+static_assert(offsetof(header_t, ticket) == 256, "the changing lines start at 256");
+static_assert(sizeof(header_t) == 448, "header");
+static_assert(sizeof(_Atomic uint64_t) == 8, "atomics are plain words");
+
+#endif

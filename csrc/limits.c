@@ -1,0 +1,253 @@
+/* limits.c - the table of limiters: names, their limits, and changing them at run time.
+ *
+ * The limits of a name belong to the name: whoever sets them last sets them for all processes. Sets
+ * are published whole: a slot is owned by the process that fills it, then one swap of `current` makes
+ * it the present one; a referenced slot never changes. Token buckets convert their state from the
+ * set it was written under (`version`, 5 bits in each state) to the present one when next charged.
+ */
+#include <stdlib.h>
+
+#include "internal.h"
+
+#define NO_SET 15u
+
+static uint64_t mix(uint64_t x) { /* splitmix64's finaliser */
+  x += UINT64_C(0x9e3779b97f4a7c15);
+  x = (x ^ x >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
+  x = (x ^ x >> 27) * UINT64_C(0x94d049bb133111eb);
+  return x ^ x >> 31;
+}
+
+int fshm_limit_check(const fshm_limit *l, uint64_t *largest_n) {
+  *largest_n = l->kind <= FSHM_SLIDING && l->per_ns >= 1000 ? limit_largest_n(l->kind, l->per_ns)
+                                                            : 0;
+  return limit_valid(l) ? FSHM_OK : FSHM_E_ARGUMENT;
+}
+
+/* Which cell of the key belongs to limit i: its fingerprint is hash ^ twist. A limit is known by its
+ * kind and its place among its kind, not by its numbers, so those can change. */
+static const uint64_t twists[3][FSHM_MAX_LIMITS] = {
+    /* splitmix64 of kind << 8 | place: any fixed unrelated numbers would do */
+    {UINT64_C(0xe220a8397b1dcdaf), UINT64_C(0x910a2dec89025cc1), UINT64_C(0x975835de1c9756ce), UINT64_C(0x1d0b14e4db018fed)},
+    {UINT64_C(0x6602d201e324653f), UINT64_C(0x7329322350602724), UINT64_C(0x1e09f8a031519da4), UINT64_C(0xffdd8d3d3394cb38)},
+    {UINT64_C(0xfa9d65e76f024466), UINT64_C(0x78eeb3fa847e7419), UINT64_C(0xa6c164434ff86cda), UINT64_C(0x1f796dfefa18e2fa)},
+};
+
+/* Copy one set out. The caller makes sure afterwards that it was still named: pairs with the release
+ * in publish(). Returns how many rules, 0 = no such set. */
+static uint32_t read_set(const limiter_entry_t *e, unsigned slot, rule_t *out) {
+  if (slot >= LIMITS_SLOTS) return 0;
+  const limits_slot_t *set = &e->slots[slot];
+  uint64_t count = load_relaxed(&set->count);
+  if (count < 1 || count > FSHM_MAX_LIMITS) return 0;
+  for (uint64_t i = 0; i < count; i++)
+    for (unsigned k = 0; k < RULE_WORDS; k++) out[i].words[k] = load_relaxed(&set->rules[i][k]);
+  return (uint32_t)count;
+}
+
+/* The limits as they stand now. False: none, or damaged. */
+bool limits_load(const fshm_segment *s, uint32_t index, plan_t *p) {
+  const limiter_entry_t *e = &s->limiters[index];
+  for (int tries = 0; tries < MAX_TRIES; tries++) {
+    p->current = atomic_load_explicit(&e->current, memory_order_acquire);
+    p->count = p->current ? read_set(e, CURRENT_SLOT(p->current, 0), p->rules) : 0;
+    atomic_thread_fence(memory_order_acquire); /* the copy, before the second look */
+    if (unlikely(load_relaxed(&e->current) != p->current)) continue;
+    p->version = CURRENT_VERSION(p->current) & VERSION_MASK;
+    uint64_t resets = CURRENT_RESETS(p->current), salt = 0;
+    /* Every reset gives another salt: what was there is nobody's from then on. */
+    if (unlikely(resets)) salt = mix(s->header->secret[0] ^ mix(resets));
+    uint32_t places[3] = {0, 0, 0};
+    for (uint32_t i = 0; i < p->count; i++) {
+      if (unlikely(!rule_sane(&p->rules[i]))) return false;
+      p->twist[i] = twists[p->rules[i].kind][places[p->rules[i].kind]++] ^ salt;
+    }
+    return p->count > 0;
+  }
+  return false;
+}
+
+/* The nth bucket of the set that had this version (5 bits), among the three before the present. */
+bool limits_old_rule(const limiter_entry_t *e, uint64_t current, unsigned version, uint32_t nth,
+                     rule_t *out) {
+  rule_t rules[FSHM_MAX_LIMITS];
+  for (unsigned back = 1; back < HISTORY; back++) {
+    if (((CURRENT_VERSION(current) - back) & VERSION_MASK) != version) continue;
+    uint32_t count = read_set(e, CURRENT_SLOT(current, back), rules), seen = 0;
+    atomic_thread_fence(memory_order_acquire);
+    if (load_relaxed(&e->current) != current) return false;
+    for (uint32_t i = 0; i < count; i++) {
+      if (rules[i].kind != FSHM_BUCKET || seen++ != nth) continue;
+      *out = rules[i];
+      return rule_sane(out);
+    }
+  }
+  return false;
+}
+
+/* Find the entry of a name, or claim one. Entries are claimed in order and stay: two processes that
+ * claim for one name contend for the same entry, and the loser finds the winner's. */
+static int entry_of(fshm_segment *s, const char *name, uint64_t length, uint32_t *index) {
+  uint64_t id = fshm_siphash(s->header->secret[0], s->header->secret[1], name, length);
+  id += !id;
+  for (uint32_t i = 0; i < s->limiter_count; i++) {
+    uint64_t seen = atomic_load_explicit(&s->limiters[i].id, memory_order_relaxed);
+    if (!seen && atomic_compare_exchange_strong_explicit(&s->limiters[i].id, &seen, id,
+                                                         memory_order_relaxed,
+                                                         memory_order_relaxed))
+      seen = id;
+    if (seen != id) continue;
+    for (uint64_t k = 0; k < length; k++)
+      store_relaxed(&s->limiters[i].name[k], (unsigned char)name[k]);
+    store_relaxed(&s->limiters[i].name_length, (uint32_t)length);
+    *index = i;
+    return FSHM_OK;
+  }
+  return FSHM_E_LIMITERS;
+}
+
+/* A slot that `current` does not name and nobody alive is filling becomes ours. */
+static int take_slot(fshm_segment *s, limiter_entry_t *e, uint64_t current, uint64_t owner) {
+  for (unsigned i = 0; i < LIMITS_SLOTS; i++) {
+    bool named = false;
+    for (unsigned back = 0; current && back < HISTORY; back++)
+      named |= CURRENT_SLOT(current, back) == i;
+    uint64_t holder = load_relaxed(&e->slots[i].owner), slot = (holder & 0xffff) - 1;
+    /* A holder without a place in the process table cannot be asked after: counts as alive. */
+    if (named || (holder && (slot >= PROCESSES || process_alive(s, (uint32_t)slot)))) continue;
+    if (atomic_compare_exchange_strong_explicit(&e->slots[i].owner, &holder, owner,
+                                                memory_order_acquire, memory_order_relaxed))
+      return (int)i;
+  }
+  return -1;
+}
+
+/* Make these rules the present set of the entry. */
+static int publish(fshm_segment *s, limiter_entry_t *e, const rule_t *rules, uint32_t count) {
+  uint64_t me = process_slot(s), owner;
+  owner = (add_relaxed(&s->header->ticket, 1) + 1) << 16 | (me < PROCESSES ? me + 1 : PROCESSES + 1);
+  int slot = -1;
+  for (int tries = 0; tries < MAX_TRIES; tries++) {
+    rule_t present[FSHM_MAX_LIMITS];
+    uint64_t current = atomic_load_explicit(&e->current, memory_order_acquire);
+    uint32_t has = current ? read_set(e, CURRENT_SLOT(current, 0), present) : 0;
+    unsigned dropped = current ? CURRENT_SLOT(current, HISTORY - 1) : NO_SET;
+    uint64_t dropped_owner = dropped < LIMITS_SLOTS ? load_relaxed(&e->slots[dropped].owner) : 0;
+    atomic_thread_fence(memory_order_acquire);
+    if (load_relaxed(&e->current) != current) continue;
+    if (has == count && !memcmp(present, rules, count * sizeof *rules)) {
+      if (slot >= 0) store_relaxed(&e->slots[slot].owner, 0);
+      return FSHM_OK;
+    }
+    if (slot < 0) slot = take_slot(s, e, current, owner);
+    if (slot < 0) return FSHM_CONTENDED; /* others alive are changing this name right now */
+    store_relaxed(&e->slots[slot].count, count);
+    for (uint32_t i = 0; i < count; i++)
+      for (unsigned k = 0; k < RULE_WORDS; k++)
+        store_relaxed(&e->slots[slot].rules[i][k], rules[i].words[k]);
+    uint64_t next = ((CURRENT_VERSION(current) + 1) & ((UINT64_C(1) << 28) - 1)) |
+                    CURRENT_RESETS(current) << 28 | (uint64_t)slot << 48;
+    for (unsigned back = 1; back < HISTORY; back++)
+      next |= (uint64_t)(current ? CURRENT_SLOT(current, back - 1) : NO_SET) << (48 + 4 * back);
+    if (!CURRENT_VERSION(next)) next++; /* 0 is "none yet" */
+    /* release: the set is complete before it is named. Pairs with the acquire in limits_load(). */
+    if (atomic_compare_exchange_strong_explicit(&e->current, &current, next, memory_order_release,
+                                                memory_order_relaxed)) {
+      /* The set that dropped out of the history is free. A swap, since we may have been stopped here
+       * while its owner died and somebody else took it; the nonce makes that another value. */
+      if (dropped < LIMITS_SLOTS)
+        (void)atomic_compare_exchange_strong(&e->slots[dropped].owner, &dropped_owner, 0);
+      return FSHM_OK;
+    }
+  }
+  return FSHM_CONTENDED;
+}
+
+int fshm_limiter_open(fshm_segment *s, const char *name, uint64_t name_length,
+                      const fshm_limit *limits, uint32_t count, fshm_limiter **out) {
+  rule_t rules[FSHM_MAX_LIMITS];
+  *out = NULL;
+  if (s->read_only) return FSHM_E_READ_ONLY;
+  if (count < 1 || count > FSHM_MAX_LIMITS || name_length < 1 ||
+      name_length > FSHM_MAX_LIMITER_NAME)
+    return FSHM_E_ARGUMENT;
+  for (uint32_t i = 0; i < count; i++) {
+    if (!limit_valid(&limits[i])) return FSHM_E_ARGUMENT;
+    rules[i] = rule_make(&limits[i]);
+  }
+  fshm_limiter *l = calloc(1, sizeof *l);
+  if (!l) return FSHM_E_MEMORY;
+  l->segment = s;
+  l->key[0] = fshm_siphash(s->header->secret[0], s->header->secret[1] ^ 1, name, name_length);
+  l->key[1] = fshm_siphash(s->header->secret[0], s->header->secret[1] ^ 2, name, name_length);
+  int status = entry_of(s, name, name_length, &l->index);
+  if (status == FSHM_OK) status = publish(s, &s->limiters[l->index], rules, count);
+  if (status != FSHM_OK) {
+    free(l);
+    return status;
+  }
+  *out = l;
+  return FSHM_OK;
+}
+
+void fshm_limiter_close(fshm_limiter *l) { free(l); }
+
+static void describe_limits(const plan_t *p, fshm_limit *out) {
+  for (uint32_t i = 0; i < p->count; i++) {
+    const rule_t *r = &p->rules[i];
+    out[i] = (fshm_limit){r->n, r->per, r->burst, r->kind, r->strict};
+  }
+}
+
+/* The limits in force: how many, 0 = damaged. */
+int fshm_limiter_limits(fshm_limiter *l, fshm_limit *out, uint64_t *version) {
+  plan_t p;
+  if (!limits_load(l->segment, l->index, &p)) return 0;
+  *version = CURRENT_VERSION(p.current);
+  describe_limits(&p, out);
+  return (int)p.count;
+}
+
+/* Forget all keys of the limiter. One swap: from then on nobody finds the old cells. They expire by
+ * themselves; those that the ledger knows to be ours are freed at once. */
+int fshm_reset_all(fshm_limiter *l) {
+  fshm_segment *s = l->segment;
+  limiter_entry_t *e = &s->limiters[l->index];
+  const uint64_t mask = ((UINT64_C(1) << 20) - 1) << 28;
+  plan_t before;
+  if (!limits_load(s, l->index, &before)) return FSHM_E_DAMAGED;
+  uint64_t current = atomic_load_explicit(&e->current, memory_order_acquire), next;
+  int tries = 0;
+  do {
+    if (tries++ == MAX_TRIES) return FSHM_CONTENDED;
+    next = (current & ~mask) | (((CURRENT_RESETS(current) + 1) << 28) & mask);
+  } while (!atomic_compare_exchange_strong_explicit(&e->current, &current, next, memory_order_acq_rel,
+                                                    memory_order_acquire));
+  for (uint64_t cell = 0; cell < s->cell_count; cell++) {
+    uint64_t who = load_relaxed(&s->cells[cell].who);
+    if (!who || load_relaxed(&s->ledger[cell].meta) != ledger_meta(l->index, who)) continue;
+    uint64_t hash = who ^ before.twist[0];
+    for (uint32_t i = 0; i < before.count; i++) {
+      found_t f;
+      cells_find(s, hash, hash ^ before.twist[i], &f);
+      if (f.pair.who) cells_clear(s, f.cell, f.pair.who);
+    }
+  }
+  return FSHM_OK;
+}
+
+int fshm_limiter_at(fshm_segment *s, uint32_t index, fshm_limiter_info *out) {
+  plan_t p;
+  memset(out, 0, sizeof *out);
+  if (index >= s->limiter_count) return FSHM_E_ARGUMENT;
+  const limiter_entry_t *e = &s->limiters[index];
+  if (!load_relaxed(&e->id) || !limits_load(s, index, &p)) return 0;
+  describe_limits(&p, out->limits);
+  out->limits_count = p.count;
+  out->version = CURRENT_VERSION(p.current);
+  out->resets = CURRENT_RESETS(p.current);
+  out->id = load_relaxed(&e->id);
+  out->name_length = (uint32_t)min_u64(load_relaxed(&e->name_length), FSHM_MAX_LIMITER_NAME);
+  for (uint32_t i = 0; i < out->name_length; i++) out->name[i] = (char)load_relaxed(&e->name[i]);
+  return FSHM_OK;
+}

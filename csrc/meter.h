@@ -1,0 +1,425 @@
+/* meter.h - the arithmetic of each algorithm: (rule, state, now, cost) -> (new state, verdict).
+ *
+ * Pure: no clock, no memory, no side effect. Everything in the segment that decides anything goes
+ * through these functions. Any bit pattern is a legal state (a hostile segment may hold it).
+ *
+ * Time is nanoseconds since the segment's epoch, 1 .. TIME_MAX (4.5 years); what would lie beyond
+ * saturates there: such a key stays denied, and the segment must be made anew (fshm_now never gives
+ * 0, which means "never"). A state is 64 bits; the two highest say how to read the rest:
+ *
+ *   0  token bucket   version (5) | theoretical arrival time (57)
+ *   1  window         shift s (5) | end >> s (57 - s) | count (s)
+ *   2  sliding        class p (5) | end of the next window >> P (57 - P) | previous (12) | count (P - 12)
+ *   3  pending        ticket (62): a cell being claimed (cells.c)
+ *
+ * The state 0 is "never seen". Without knowing the limit, anybody can read off when a state comes to
+ * equal "never seen": state_expires().
+ *
+ * Sources: GCRA: ITU-T I.371 (virtual scheduling); sliding window counter: the estimate of a window
+ * from two fixed ones, "Counting things, a lot of different things" (Cloudflare, 2017).
+ */
+#ifndef FSHM_METER_H
+#define FSHM_METER_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "fast_shm.h"
+
+#define TIME_BITS 57
+#define TIME_MAX ((UINT64_C(1) << TIME_BITS) - 1)
+#define VERSION_BITS 5
+#define VERSION_MASK 31u
+#define TAG(state) ((unsigned)((state) >> 62))
+#define TAG_PENDING 3u
+#define PENDING(ticket) ((UINT64_C(3) << 62) | ((ticket) & ((UINT64_C(1) << 62) - 1)))
+#define WINDOW_MAX_N ((UINT64_C(1) << 31) - 1)
+#define BUCKET_MAX_PER (UINT64_C(1) << 55) /* 416 days */
+#define COARSE UINT64_C(1048576)           /* ns; see rule_make */
+
+__extension__ typedef unsigned __int128 wide_t;
+
+/* A limit, made ready. 64 bytes; lies in the segment as it is (limits_slot_t), and is copied out and
+ * checked (rule_sane) before it is used. */
+typedef union {
+  struct {
+    uint32_t kind;
+    uint32_t strict;
+    uint64_t n, per;
+    uint64_t burst;
+    uint64_t num, den; /* bucket: emission interval num/den ns */
+    uint64_t unit;     /* bucket: increment of cost 1, ns */
+    uint64_t tau;      /* bucket: how far the arrival time may run ahead of now, ns */
+  };
+  uint64_t words[8];
+} rule_t;
+
+typedef struct {
+  uint64_t next;  /* the state to swap in, if allowed */
+  uint64_t retry; /* ns until allowed; 0 = is allowed; UINT64_MAX = never */
+  uint64_t used_before, used_after; /* bucket: ns; others: tokens (rounded up). For verdict_remaining */
+  uint64_t reset; /* ns until nothing is consumed, as things are after the call */
+} verdict_t;
+
+static inline uint64_t min_u64(uint64_t a, uint64_t b) { return a < b ? a : b; }
+static inline uint64_t max_u64(uint64_t a, uint64_t b) { return a > b ? a : b; }
+static inline uint64_t minus(uint64_t a, uint64_t b) { return a > b ? a - b : 0; }
+static inline uint64_t plus_time(uint64_t a, uint64_t b) {
+  return a >= TIME_MAX || b >= TIME_MAX - a ? TIME_MAX : a + b;
+}
+static inline unsigned bit_length(uint64_t v) { return v ? 64u - (unsigned)__builtin_clzll(v) : 0; }
+
+static inline uint64_t saturate(wide_t v) { return v > UINT64_MAX ? UINT64_MAX : (uint64_t)v; }
+
+/* The largest n that this kind can count in `per`. */
+static inline uint64_t limit_largest_n(uint32_t kind, uint64_t per) {
+  if (kind == FSHM_BUCKET) return per; /* one a nanosecond */
+  if (kind == FSHM_WINDOW) return WINDOW_MAX_N;
+  unsigned p = bit_length(per) - 1;
+  p = p > 41 ? 41 : p;
+  return (UINT64_C(1) << (p - 12)) - 1;
+}
+
+static inline bool limit_valid(const fshm_limit *l) {
+  if (l->kind > FSHM_SLIDING || l->per_ns < 1000 || l->per_ns > BUCKET_MAX_PER) return false;
+  if (l->kind == FSHM_SLIDING && l->per_ns < (UINT64_C(1) << 14)) return false;
+  if (l->n < 1 || l->n > limit_largest_n(l->kind, l->per_ns)) return false;
+  return l->kind != FSHM_BUCKET || (l->burst >= 1 && l->burst <= l->n);
+}
+
+/* Make a rule of a valid limit.
+ *
+ * Bucket. The emission interval is per/n; strict stretches it to a hair over per/(n-burst+1), so that
+ * even a closed interval of length `per` holds at most burst + (n-burst) admissions. From 1 ms up
+ * (COARSE) it is rounded up to whole nanoseconds once, here: a rate at most a millionth too slow,
+ * then all sums are exact, and exactly `burst` fit at one instant whatever their costs. Below 1 ms it stays a
+ * fraction and every request is rounded up once (wide_t), whatever its cost; the under 1 ns a request that
+ * this loses is less than the time the request itself takes. Either way
+ *   sum(cost) * num/den <= sum(increment) <= tau + interval, tau <= burst * num/den,
+ * hence sum(cost) <= burst + interval / (num/den): never more than the bound. */
+static inline rule_t rule_make(const fshm_limit *l) {
+  rule_t r = {.words = {0}};
+  r.kind = l->kind;
+  r.n = l->n;
+  r.per = l->per_ns;
+  r.den = 1;
+  r.num = 1;
+  if (l->kind != FSHM_BUCKET) return r;
+  r.burst = l->burst;
+  r.strict = l->strict != 0;
+  uint64_t slots = l->strict ? l->n - l->burst + 1 : l->n;
+  if (l->per_ns / slots >= COARSE || (!l->strict && l->per_ns % slots == 0)) {
+    r.num = l->strict ? l->per_ns / slots + 1 : (l->per_ns + slots - 1) / slots;
+  } else {
+    r.num = l->strict ? l->per_ns + 1 : l->per_ns;
+    r.den = slots;
+  }
+  r.unit = (r.num + r.den - 1) / r.den;
+  r.tau = (uint64_t)((wide_t)l->burst * r.num / r.den);
+  return r;
+}
+
+/* Whatever these numbers are, the arithmetic below is defined (no division by zero, no overflow). */
+static inline bool rule_sane(const rule_t *r) {
+  return r->kind <= FSHM_SLIDING && r->n && r->num && r->den && r->per >= 1000 &&
+         r->per <= BUCKET_MAX_PER && (r->num | r->den | r->tau) <= TIME_MAX;
+}
+
+/* When this state comes to equal "never seen"; a pending cell never does. */
+static inline uint64_t state_expires(uint64_t s) {
+  unsigned shift;
+  switch (TAG(s)) {
+    case FSHM_BUCKET:
+      return s & TIME_MAX;
+    case FSHM_WINDOW:
+      shift = (unsigned)(s >> 57) & 31;
+      return ((s & TIME_MAX) >> shift) << shift;
+    case FSHM_SLIDING:
+      shift = ((unsigned)(s >> 57) & 31) + 10;
+      return ((s & TIME_MAX) >> shift) << shift;
+    default:
+      return UINT64_MAX;
+  }
+}
+
+/* token bucket (GCRA) ------------------------------------------------------------------------ */
+
+/* Rounded up once for the request, not once for each token. */
+static inline uint64_t bucket_increment(const rule_t *r, uint64_t cost) {
+  if (cost == 1) return r->unit;
+  wide_t product = (wide_t)cost * r->num;
+  if (r->den == 1) return saturate(product);
+  return saturate((product + r->den - 1) / r->den);
+}
+
+/* `version`: of the set of limits that the rule stands in, 5 bits, in place. */
+#define VERSION_OF(state) ((state) & ((uint64_t)VERSION_MASK << TIME_BITS))
+
+/* `at`: the instant it is charged for: now, or a later one that a waiter reserves. */
+static inline verdict_t bucket_take(const rule_t *r, uint64_t version, uint64_t state,
+                                    uint64_t now, uint64_t at, uint64_t cost) {
+  verdict_t v = {0};
+  uint64_t tat = max_u64(state & TIME_MAX, at), increment = bucket_increment(r, cost);
+  uint64_t next = plus_time(tat, increment), ahead = next - at;
+  v.used_before = minus(state & TIME_MAX, now);
+  v.used_after = next - now;
+  v.next = increment ? version | next : state;
+  if (increment > r->tau)
+    v.retry = UINT64_MAX;
+  else if (ahead > r->tau)
+    v.retry = at - now + (ahead - r->tau);
+  else if (next == TIME_MAX && increment) /* the end of time: deny, rather than forget charges */
+    v.retry = UINT64_MAX;
+  v.reset = v.used_after;
+  return v;
+}
+
+static inline uint64_t bucket_charge(const rule_t *r, uint64_t version, uint64_t state,
+                                     uint64_t now, uint64_t cost) {
+  uint64_t increment = bucket_increment(r, cost);
+  if (!increment) return state;
+  return version | plus_time(max_u64(state & TIME_MAX, now), increment);
+}
+
+static inline uint64_t bucket_refund(const rule_t *r, uint64_t version, uint64_t state,
+                                     uint64_t now, uint64_t cost) {
+  uint64_t tat = state & TIME_MAX;
+  if (tat <= now) return state;
+  return version | max_u64(minus(tat, bucket_increment(r, cost)), now);
+}
+
+/* The limits changed at run time: the same tokens, in the new rule's time. `old` is the rule the
+ * state was written under; NULL where it is no longer known: then the bucket counts as empty. */
+static inline uint64_t bucket_convert(const rule_t *r, uint64_t version, const rule_t *old,
+                                      uint64_t state, uint64_t now) {
+  uint64_t tat = state & TIME_MAX;
+  if (tat <= now) return state;
+  if (!old || !old->num || !old->den) return version | plus_time(now, r->tau);
+  /* tokens = (tat - now) * den/num of old; new ns = tokens * num/den of new; whole tokens and the
+   * part of one apart, so that nothing overflows; each rounded up. */
+  wide_t scaled = (wide_t)(tat - now) * old->den;
+  uint64_t whole = saturate(scaled / old->num), part = (uint64_t)(scaled % old->num);
+  wide_t ns = ((wide_t)whole * r->num + r->den - 1) / r->den;
+  if (part) {
+    wide_t fine = ((wide_t)part * r->num + old->num - 1) / old->num;
+    ns += (fine + r->den - 1) / r->den;
+  }
+  return version | plus_time(now, saturate(ns));
+}
+
+/* window: begins at the first hit ------------------------------------------------------------- */
+
+typedef struct {
+  uint64_t end, count; /* end 0 = no window open */
+} window_t;
+
+static inline window_t window_read(uint64_t state, uint64_t now) {
+  unsigned s = (unsigned)(state >> 57) & 31;
+  window_t w = {state_expires(state), state & ((UINT64_C(1) << s) - 1)};
+  if (TAG(state) != FSHM_WINDOW || w.end <= now) w.end = w.count = 0;
+  return w;
+}
+
+/* The end is kept in units of 2^s ns, s the bits that n needs, rounded up: a window may last up to
+ * 2n ns longer than `per`, never shorter. */
+static inline uint64_t window_state(const rule_t *r, window_t w) {
+  if (!w.count) return 0;
+  unsigned s = bit_length(r->n);
+  s = s > 31 ? 31 : s;
+  uint64_t unit = UINT64_C(1) << s;
+  uint64_t end = min_u64((w.end + unit - 1) & ~(unit - 1), TIME_MAX & ~(unit - 1));
+  return ((uint64_t)FSHM_WINDOW << 62) | ((uint64_t)s << 57) | end | min_u64(w.count, unit - 1);
+}
+
+static inline verdict_t window_take(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost) {
+  window_t w = window_read(state, now);
+  verdict_t v = {state, 0, w.count, w.count, minus(w.end, now)};
+  if (cost > r->n) {
+    v.retry = UINT64_MAX;
+  } else if (cost > minus(r->n, w.count)) {
+    v.retry = w.end - now;
+  } else if (cost) {
+    w.count += cost;
+    if (!w.end) w.end = plus_time(now, r->per);
+    v.used_after = w.count;
+    v.next = window_state(r, w);
+    v.reset = minus(state_expires(v.next), now);
+  }
+  return v;
+}
+
+/* Debt is waited out in whole windows: the window is prolonged, full. */
+static inline uint64_t window_charge(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost) {
+  if (!cost) return state;
+  window_t w = window_read(state, now);
+  if (!w.end) w.end = plus_time(now, r->per);
+  uint64_t total = w.count > UINT64_MAX - cost ? UINT64_MAX : w.count + cost;
+  uint64_t more = (total - 1) / r->n;
+  w.end = saturate((wide_t)w.end + (wide_t)more * r->per);
+  w.end = min_u64(w.end, TIME_MAX);
+  w.count = more ? r->n : total;
+  return window_state(r, w);
+}
+
+static inline uint64_t window_refund(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost) {
+  window_t w = window_read(state, now);
+  w.count = minus(w.count, cost);
+  return window_state(r, w);
+}
+
+/* sliding counter ----------------------------------------------------------------------------- */
+
+typedef struct {
+  uint64_t index;          /* now / per */
+  uint64_t previous, count;
+  uint64_t left;           /* per - (time since the window began): the weight of previous, 1..per */
+} sliding_t;
+
+/* previous is kept with 8 significant bits, rounded up: exact to 255, at most 0.8 % over beyond. */
+static inline uint64_t float12_up(uint64_t v) {
+  if (v < 128) return v;
+  unsigned shift = bit_length(v) - 8;
+  uint64_t m = (v + (UINT64_C(1) << shift) - 1) >> shift;
+  if (m > 255) m >>= 1, shift++;
+  return shift + 1 > 31 ? 4095 : ((uint64_t)(shift + 1) << 7) | (m & 127);
+}
+static inline uint64_t float12_read(uint64_t f) {
+  uint64_t e = (f >> 7) & 31, m = f & 127;
+  return e ? (128 + m) << (e - 1) : m;
+}
+
+static inline unsigned sliding_class(uint64_t per) { /* 2^P <= per */
+  unsigned p = bit_length(per) - 1;
+  return p > 41 ? 41 : p < 14 ? 14 : p;
+}
+
+static inline sliding_t sliding_read(const rule_t *r, uint64_t state, uint64_t now) {
+  sliding_t s = {now / r->per, 0, 0, 0};
+  s.left = r->per - now % r->per;
+  uint64_t gone = state_expires(state);
+  if (TAG(state) != FSHM_SLIDING || gone <= now) return s;
+  unsigned p = ((unsigned)(state >> 57) & 31) + 10, count_bits = p > 12 ? p - 12 : 0;
+  uint64_t count = state & ((UINT64_C(1) << count_bits) - 1);
+  uint64_t previous = float12_read((state >> count_bits) & 4095);
+  if (p != sliding_class(r->per)) { /* `per` was changed at run time: all of it counts as recent */
+    s.count = count + previous;
+    return s;
+  }
+  uint64_t index = gone / r->per; /* exact: 2^P <= per, see DESIGN.md */
+  index = index > 2 ? index - 2 : 0;
+  if (index > s.index) { /* written by a later clock than ours: as if at its beginning */
+    s.index = index;
+    s.left = r->per;
+  }
+  if (index == s.index) {
+    s.count = count;
+    s.previous = previous;
+  } else if (index + 1 == s.index) {
+    s.previous = count;
+  }
+  return s;
+}
+
+static inline uint64_t sliding_state(const rule_t *r, sliding_t s) {
+  unsigned p = sliding_class(r->per), count_bits = p - 12;
+  if (!s.count && !s.previous) return 0;
+  uint64_t gone = min_u64(saturate((wide_t)(s.index + 2) * r->per), TIME_MAX);
+  uint64_t unit = UINT64_C(1) << p;
+  gone = min_u64((gone + unit - 1) & ~(unit - 1), TIME_MAX & ~(unit - 1));
+  return ((uint64_t)FSHM_SLIDING << 62) | ((uint64_t)(p - 10) << 57) | gone |
+         (float12_up(s.previous) << count_bits) |
+         min_u64(s.count, (UINT64_C(1) << count_bits) - 1);
+}
+
+/* previous * left / per, rounded up */
+static inline uint64_t sliding_weight(const rule_t *r, uint64_t previous, uint64_t left) {
+  return previous ? (uint64_t)(((wide_t)previous * left + r->per - 1) / r->per) : 0;
+}
+
+/* Least time into a window at which `full` tokens of the window before leave room for `cost`. */
+static inline uint64_t sliding_room_at(const rule_t *r, uint64_t full, uint64_t room) {
+  if (full <= room) return 0;
+  return r->per - (uint64_t)((wide_t)room * r->per / full);
+}
+
+static inline verdict_t sliding_take(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost) {
+  sliding_t s = sliding_read(r, state, now);
+  uint64_t used = s.count + sliding_weight(r, s.previous, s.left);
+  verdict_t v = {state, 0, used, used, 0};
+  uint64_t window_end = plus_time(now, s.left);
+  if (cost > r->n) {
+    v.retry = UINT64_MAX;
+  } else if (cost > minus(r->n, used)) {
+    uint64_t begun = minus(window_end, r->per);
+    if (s.count + cost <= r->n) /* room comes in this window, as the one before it fades */
+      v.retry = minus(begun + sliding_room_at(r, s.previous, r->n - s.count - cost), now);
+    else /* in the next one, as this one fades; or, in debt, at the latest at its end */
+      v.retry = minus(window_end, now) + sliding_room_at(r, s.count, r->n - cost);
+    if (!v.retry) v.retry = 1;
+  } else if (cost) {
+    s.count += cost;
+    v.used_after = used + cost;
+    v.next = sliding_state(r, s);
+  }
+  if (s.count)
+    v.reset = minus(plus_time(window_end, r->per), now);
+  else if (s.previous)
+    v.reset = minus(window_end, now);
+  return v;
+}
+
+static inline uint64_t sliding_charge(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost) {
+  if (!cost) return state;
+  sliding_t s = sliding_read(r, state, now);
+  s.count = cost > (UINT64_C(1) << 40) ? cost >> 1 : s.count + cost; /* saturates when stored */
+  return sliding_state(r, s);
+}
+
+static inline uint64_t sliding_refund(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost) {
+  sliding_t s = sliding_read(r, state, now);
+  uint64_t rest = minus(cost, s.count);
+  s.count = minus(s.count, cost);
+  s.previous = minus(s.previous, rest);
+  return sliding_state(r, s);
+}
+
+/* any kind ------------------------------------------------------------------------------------ */
+
+/* A state of another kind than the rule's (or a pending one) reads as "never seen". */
+static inline uint64_t state_for(const rule_t *r, uint64_t state) {
+  return TAG(state) == r->kind ? state : 0;
+}
+
+static inline verdict_t meter_take(const rule_t *r, uint64_t version, uint64_t state,
+                                   uint64_t now, uint64_t at, uint64_t cost) {
+  state = state_for(r, state);
+  if (r->kind == FSHM_BUCKET) return bucket_take(r, version, state, now, at, cost);
+  if (r->kind == FSHM_WINDOW) return window_take(r, state, now, cost);
+  return sliding_take(r, state, now, cost);
+}
+
+static inline uint64_t meter_charge(const rule_t *r, uint64_t version, uint64_t state,
+                                    uint64_t now, uint64_t cost) {
+  state = state_for(r, state);
+  if (r->kind == FSHM_BUCKET) return bucket_charge(r, version, state, now, cost);
+  if (r->kind == FSHM_WINDOW) return window_charge(r, state, now, cost);
+  return sliding_charge(r, state, now, cost);
+}
+
+static inline uint64_t meter_refund(const rule_t *r, uint64_t version, uint64_t state,
+                                    uint64_t now, uint64_t cost) {
+  state = state_for(r, state);
+  if (r->kind == FSHM_BUCKET) return bucket_refund(r, version, state, now, cost);
+  if (r->kind == FSHM_WINDOW) return window_refund(r, state, now, cost);
+  return sliding_refund(r, state, now, cost);
+}
+
+/* Tokens that fit now, given what is used (verdict_t.used_*). */
+static inline uint64_t verdict_remaining(const rule_t *r, uint64_t used) {
+  if (r->kind != FSHM_BUCKET) return minus(r->n, used);
+  if (used >= r->tau) return 0;
+  if (r->den == 1) return (r->tau - used) / r->num;
+  return (uint64_t)((wide_t)(r->tau - used) * r->den / r->num);
+}
+
+#endif

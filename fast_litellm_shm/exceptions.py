@@ -1,0 +1,51 @@
+"""Every exception of the package. Each message says what happened, to what, and what to do."""
+
+from __future__ import annotations
+
+
+class FastShmError(Exception):
+    """Base of all errors of this package, except ValueError and TypeError for bad arguments."""
+
+
+class SegmentError(FastShmError):
+    """A shared-memory segment cannot be used."""
+
+
+class SegmentNotFoundError(SegmentError):
+    """There is no segment of that name."""
+
+
+class SegmentSpaceError(SegmentError):
+    """The shared-memory file system is full."""
+
+
+class SegmentPermissionError(SegmentError):
+    """The operating system forbids it."""
+
+
+class SegmentLinkError(SegmentError):
+    """The name is a symbolic link, or not a regular file: somebody planted it."""
+
+
+class SegmentOwnerError(SegmentError):
+    """The segment belongs to another user."""
+
+
+class SegmentDamagedError(SegmentError):
+    """Not a segment of ours, or its contents do not add up."""
+
+
+class SegmentLayoutError(SegmentError):
+    """The segment has another layout version or byte order."""
+
+
+class SegmentCapacityError(SegmentError):
+    """The segment exists with another capacity."""
+
+
+class SegmentClockError(SegmentError):
+    """The segment was made before the last boot, or in another time namespace."""
+
+
+class SegmentFullError(SegmentError):
+    """No room for another key (only raised with ``on_full="raise"``) or another limiter."""

@@ -1,0 +1,179 @@
+"""What a limiter can be asked to enforce: Limit, Window, SlidingWindow."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeAlias
+
+from fast_litellm_shm.native import ffi, lib
+
+_NS = 1_000_000_000
+_PERIOD_NAMES = {1: "second", 60: "minute", 3600: "hour", 86400: "day"}
+
+
+def _whole(owner: str, name: str, value: object) -> int:
+    if isinstance(value, bool):
+        raise TypeError(f"{owner}: {name} must be an int, not {value!r}")
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{owner}: {name} must be an int, not {value!r}") from None
+
+
+def _seconds(owner: str, value: object) -> float:
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{owner}: per must be a number of seconds or a timedelta, not {value!r}")
+    if not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{owner}: per must be a positive, finite number of seconds, not {value!r}")
+    return value
+
+
+def _check(owner: str, kind: int, n: int, per: float, burst: int, strict: bool) -> int:
+    """Raise ValueError naming what is out of range; return the period in ns."""
+    if n < 1:
+        raise ValueError(f"{owner}: n must be at least 1, not {n}")
+    per_ns = round(per * _NS)
+    least, most = (16_384 if kind == lib.FSHM_SLIDING else 1_000), 2**55
+    if not least <= per_ns <= most:
+        raise ValueError(
+            f"{owner}: per must be between {least / 1e9:g} s and {most // _NS} s (416 days), "
+            f"not {per!r}"
+        )
+    if kind == lib.FSHM_BUCKET and not 1 <= burst <= n:
+        raise ValueError(f"{owner}: burst must be between 1 and n = {n}, not {burst}")
+    largest = ffi.new("uint64_t *")
+    raw = ffi.new("fshm_limit *", (min(n, 2**63), per_ns, min(burst, 2**63), kind, strict))
+    if lib.fshm_limit_check(raw, largest) != lib.FSHM_OK:
+        hint = "" if kind == lib.FSHM_BUCKET else "; a Limit (token bucket) can count more"
+        raise ValueError(f"{owner}: n must be at most {largest[0]} for per = {per!r}, not {n}{hint}")
+    return per_ns
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A token bucket: ``n`` tokens every ``per`` seconds, at most ``burst`` at once.
+
+    In any interval of t seconds at most ``burst + n/per * t`` tokens are admitted. With
+    ``strict=True`` the bucket refills more slowly, at ``(n - burst + 1) / per``, so that **any**
+    interval of ``per`` seconds admits at most ``n``.
+
+    n: 1 .. one a nanosecond. per: seconds (or a timedelta), 1 µs .. 416 days. burst: 1 .. n,
+    default n. Algorithm: GCRA, ITU-T I.371.
+
+    Raises ValueError or TypeError naming the argument, its value and what is allowed.
+    """
+
+    n: int
+    per: float = 60.0
+    burst: int = field(default=None, kw_only=True)  # type: ignore[assignment]
+    strict: bool = field(default=False, kw_only=True)
+    _per_ns: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        n = _whole("Limit", "n", self.n)
+        per = _seconds("Limit", self.per)
+        burst = n if self.burst is None else _whole("Limit", "burst", self.burst)
+        object.__setattr__(self, "n", n)
+        object.__setattr__(self, "per", per)
+        object.__setattr__(self, "burst", burst)
+        object.__setattr__(self, "strict", bool(self.strict))
+        checked = _check("Limit", lib.FSHM_BUCKET, n, per, burst, self.strict)
+        object.__setattr__(self, "_per_ns", checked)
+
+    def _raw(self) -> tuple[int, int, int, int, int]:
+        return (self.n, self._per_ns, self.burst, lib.FSHM_BUCKET, int(self.strict))
+
+
+@dataclass(frozen=True)
+class _Counted:
+    n: int
+    per: float = 60.0
+    _per_ns: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        owner = type(self).__name__
+        n, per = _whole(owner, "n", self.n), _seconds(owner, self.per)
+        object.__setattr__(self, "n", n)
+        object.__setattr__(self, "per", per)
+        object.__setattr__(self, "_per_ns", _check(owner, self._kind(), n, per, 0, False))
+
+    @staticmethod
+    def _kind() -> int:
+        raise NotImplementedError
+
+    def _raw(self) -> tuple[int, int, int, int, int]:
+        return (self.n, self._per_ns, 0, self._kind(), 0)
+
+
+@dataclass(frozen=True)
+class Window(_Counted):
+    """A fixed window: at most ``n`` tokens in each window of ``per`` seconds.
+
+    A key's window begins at its first hit and is followed by the next at the first hit after it.
+    n: 1 .. 2,147,483,647. per: seconds, 1 µs .. 416 days. The end of a window is kept to at most
+    2n nanoseconds, rounded up.
+    """
+
+    @staticmethod
+    def _kind() -> int:
+        return int(lib.FSHM_WINDOW)
+
+
+@dataclass(frozen=True)
+class SlidingWindow(_Counted):
+    """A sliding window counter: the window before counts by the part of it that is still inside.
+
+    ``current + previous * (share of the previous window within the last per seconds) <= n``.
+    n: up to about 120,000 a second (a Limit counts more). per: seconds, 16.4 µs .. 416 days.
+    The previous count is exact to 255 and rounded up by at most 0.8 % beyond.
+    """
+
+    @staticmethod
+    def _kind() -> int:
+        return int(lib.FSHM_SLIDING)
+
+
+AnyLimit: TypeAlias = Limit | Window | SlidingWindow
+
+
+def from_raw(raw: Any) -> AnyLimit:
+    """The limit that a ``fshm_limit`` describes."""
+    seconds = raw.per_ns / _NS
+    per: float = int(seconds) if seconds.is_integer() else seconds
+    if raw.kind == lib.FSHM_BUCKET:
+        return Limit(raw.n, per, burst=raw.burst, strict=bool(raw.strict))
+    return (Window if raw.kind == lib.FSHM_WINDOW else SlidingWindow)(raw.n, per)
+
+
+def reason(limit: AnyLimit) -> str:
+    """What ``check()`` says when this limit denies."""
+    per = limit._per_ns / _NS
+    period = _PERIOD_NAMES.get(int(per)) if per.is_integer() else None
+    return f"Rate limit exceeded (requests per {period or f'{per:g} seconds'})"
+
+
+def describe(limit: AnyLimit) -> str:
+    """A short form for tables and for the default name of a limiter: ``100/60s burst 10``."""
+    text = f"{limit.n}/{limit._per_ns / _NS:g}s"
+    if isinstance(limit, Limit):
+        text += f" burst {limit.burst}" if limit.burst != limit.n else ""
+        return text + (" strict" if limit.strict else "")
+    return text + (" window" if isinstance(limit, Window) else " sliding")
+
+
+def checked(limits: Iterable[object]) -> tuple[AnyLimit, ...]:
+    """The limits of a limiter: 1 to 4 of them."""
+    found = tuple(limits)
+    most = lib.FSHM_MAX_LIMITS
+    if not 1 <= len(found) <= most:
+        raise ValueError(f"a limiter takes 1 to {most} limits, not {len(found)}")
+    for limit in found:
+        if not isinstance(limit, (Limit, Window, SlidingWindow)):
+            raise TypeError(f"limits must be Limit, Window or SlidingWindow, not {limit!r}")
+    return found  # type: ignore[return-value]
