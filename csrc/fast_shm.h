@@ -143,6 +143,8 @@ int fshm_limiter_limits(fshm_limiter *limiter, fshm_limit *out, uint64_t *versio
 /* costs: one for each limit, or NULL for 1 each. now_ns: segment time, 0 = ask the clock. */
 void fshm_apply(fshm_limiter *limiter, uint32_t op, const void *key, uint64_t key_length,
                 const uint64_t *costs, uint64_t max_wait_ns, uint64_t now_ns, fshm_decision *out);
+/* FSHM_ACQUIRE of cost 1, for callers that want no more than the status. */
+int fshm_is_allowed(fshm_limiter *limiter, const void *key, uint64_t key_length);
 /* What each limit still admits of this key now: remaining[i], one for each limit. Returns how many. */
 int fshm_remaining(fshm_limiter *limiter, const void *key, uint64_t key_length, uint64_t now_ns,
                    uint64_t *remaining);

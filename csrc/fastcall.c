@@ -40,7 +40,7 @@ typedef struct {
 /* A str is its UTF-8 (cached in the str), bytes are themselves. Lone surrogates are keys too. */
 static int get_key(PyObject *key, key_arg *k) {
   k->held = NULL;
-  if (PyUnicode_Check(key)) {
+  if (Py_TYPE(key) == &PyUnicode_Type || PyUnicode_Check(key)) { /* the first needs no call */
     k->bytes = PyUnicode_AsUTF8AndSize(key, &k->length);
     if (k->bytes) return 0;
     PyErr_Clear();
@@ -236,6 +236,21 @@ static int decide_default(PyObject *self, uint32_t op, const char *name, PyObjec
 
 static PyObject *core_is_allowed(PyObject *self, PyObject *const *args, Py_ssize_t n,
                                  PyObject *kw) {
+  Core *core = (Core *)self;
+  key_arg k;
+  if (n == 1 && !kw && core->limiter && args[0] != Py_None) {
+    if (get_key(args[0], &k)) return NULL;
+    int status = fshm_is_allowed(core->limiter, k.bytes, (uint64_t)k.length);
+    Py_XDECREF(k.held);
+    if (status >= 0) {
+      PyObject *out = status == FSHM_ALLOWED ? Py_True : Py_False;
+      Py_INCREF(out);
+      return out;
+    }
+    fshm_decision failed = {status, 0, core->version, 0, 0, 0};
+    if (settle(core, &failed)) return NULL;
+    return PyBool_FromLong(failed.status == FSHM_ALLOWED);
+  }
   fshm_decision d;
   if (decide_default(self, FSHM_ACQUIRE, "is_allowed", args, n, kw, &d)) return NULL;
   return PyBool_FromLong(d.status == FSHM_ALLOWED);

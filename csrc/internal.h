@@ -68,7 +68,7 @@ struct fshm_limiter {
 /* hash.c */
 uint64_t fshm_siphash(uint64_t k0, uint64_t k1, const void *data, uint64_t length);
 
-/* segment.c */
+/* clock.c */
 uint64_t fshm_clock(void);
 
 /* Segment time of now. Never 0; saturates (header comment of meter.h). */

@@ -211,15 +211,17 @@ static inline void count_call(const call_t *c, uint32_t slot, const look_t *l, i
   }
 }
 
-void fshm_apply(fshm_limiter *l, uint32_t op, const void *key, uint64_t key_length,
-                const uint64_t *costs, uint64_t max_wait, uint64_t now, fshm_decision *out) {
+/* The whole call. `out` NULL: the caller only wants to know whether it was admitted. */
+static inline int apply(fshm_limiter *l, uint32_t op, const void *key, uint64_t key_length,
+                        const uint64_t *costs, uint64_t max_wait, uint64_t now,
+                        fshm_decision *out) {
   call_t c;
   look_t looks[FSHM_MAX_LIMITS];
   c.s = l->segment;
   c.index = l->index;
   if (unlikely(!limits_load(c.s, c.index, &c.plan))) {
-    *out = (fshm_decision){FSHM_E_DAMAGED, 0, 0, 0, 0, 0};
-    return;
+    if (out) memset(out, 0, sizeof *out);
+    return FSHM_E_DAMAGED;
   }
   c.hash = fshm_siphash(l->key[0], l->key[1], key, key_length);
   c.now = c.at = now ? min_u64(now, TIME_MAX - 1) : segment_now(c.s);
@@ -233,13 +235,24 @@ void fshm_apply(fshm_limiter *l, uint32_t op, const void *key, uint64_t key_leng
     status = take_one(&c, op, looks);
   else
     status = take_all(&c, op, looks);
-  report(&c, looks, status == FSHM_ALLOWED, status == FSHM_ALLOWED && op != FSHM_PEEK, out);
-  out->status = status;
+  if (out)
+    report(&c, looks, status == FSHM_ALLOWED, status == FSHM_ALLOWED && op != FSHM_PEEK, out);
   if (likely(op == FSHM_ACQUIRE || op == FSHM_RESERVE))
     count_call(&c, slot, looks, status, key, key_length);
   else if (op == FSHM_CHARGE && looks[0].cell.pair.who && !(c.s->names_mode & FSHM_NAMES_OFF))
     ledger_remember(c.s, looks[0].cell.cell, ledger_meta(c.index, fingerprint(&c, 0)), key,
                     key_length);
+  return status;
+}
+
+void fshm_apply(fshm_limiter *l, uint32_t op, const void *key, uint64_t key_length,
+                const uint64_t *costs, uint64_t max_wait, uint64_t now, fshm_decision *out) {
+  int status = apply(l, op, key, key_length, costs, max_wait, now, out);
+  out->status = status;
+}
+
+int fshm_is_allowed(fshm_limiter *l, const void *key, uint64_t key_length) {
+  return apply(l, FSHM_ACQUIRE, key, key_length, NULL, 0, 0, NULL);
 }
 
 int fshm_remaining(fshm_limiter *l, const void *key, uint64_t key_length, uint64_t now,

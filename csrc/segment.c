@@ -36,19 +36,6 @@ __attribute__((constructor)) static void detect(void) {
 #define PAGE 4096
 #define OPEN_TRIES 100
 
-/* Time goes on while the machine sleeps, so a minute's limit is a minute for people. */
-#if defined(CLOCK_BOOTTIME)
-#define THE_CLOCK CLOCK_BOOTTIME
-#else
-#define THE_CLOCK CLOCK_MONOTONIC /* macOS: also counts sleep */
-#endif
-
-uint64_t fshm_clock(void) {
-  struct timespec t;
-  (void)clock_gettime(THE_CLOCK, &t);
-  return (uint64_t)t.tv_sec * UINT64_C(1000000000) + (uint64_t)t.tv_nsec;
-}
-
 uint64_t fshm_now(fshm_segment *s) { return segment_now(s); }
 
 /* Segments open in this process, so that each is mapped once and its lock file opened once. The lock

@@ -6,6 +6,7 @@
 #endif
 #endif
 #include "hash.c"
+#include "clock.c"
 #include "segment.c"
 #include "process.c"
 #include "ledger.c"

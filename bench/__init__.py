@@ -1,0 +1,1 @@
+"""Benchmarks: one file for each question; ``python -m bench`` runs them all."""
