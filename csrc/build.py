@@ -1,6 +1,7 @@
 """Builds fast_litellm_shm._native with cffi: one abi3 module from unity.c and fastcall.c.
 
-The cdef is the marked section of fast_shm.h, so that the declarations exist once.
+The cdef is the marked section of fast_shm.h, so that the declarations exist once; the compiler
+flags are those of ``make lib``, in csrc/cflags. FAST_SHM_CFLAGS and FAST_SHM_LDFLAGS add more.
 """
 
 import os
@@ -9,26 +10,32 @@ import re
 
 import cffi
 
-CSRC = pathlib.Path(__file__ if "__file__" in globals() else "csrc/build.py").resolve().parent
+CSRC = pathlib.Path(__file__).resolve().parent
 
 
 def cdef() -> str:
     header = (CSRC / "fast_shm.h").read_text(encoding="utf-8")
-    marked = re.search(r"/\* \[cdef begin\] \*/(.*)/\* \[cdef end\] \*/", header, re.S)
-    assert marked, "fast_shm.h has lost its cdef marks"
-    return re.sub(r"/\*.*?\*/", "", marked.group(1), flags=re.S)
+    marked = re.search(r"/\* \[cdef begin\] \*/(.*)/\* \[cdef end\] \*/", header, re.DOTALL)
+    if marked is None:
+        raise SystemExit("csrc/fast_shm.h: the marks [cdef begin] and [cdef end] are gone")
+    return re.sub(r"/\*.*?\*/", "", marked.group(1), flags=re.DOTALL)  # cffi knows no comments
 
 
-flags = ["-std=c11", "-O3", "-fvisibility=hidden", "-fno-semantic-interposition"]
+def flags(variable: str) -> list[str]:
+    return os.environ.get(variable, "").split()
+
+
 ffibuilder = cffi.FFI()
 ffibuilder.cdef(cdef())
 ffibuilder.set_source(
     "fast_litellm_shm._native",
     '#include "unity.c"\n#include "fastcall.c"\n',
     include_dirs=["csrc"],
-    depends=sorted(str(p.relative_to(CSRC.parent)) for p in CSRC.glob("*.[ch]")),
-    define_macros=[("Py_LIMITED_API", "0x030A0000"), ("_GNU_SOURCE", None)],
-    extra_compile_args=flags + os.environ.get("FAST_SHM_CFLAGS", "").split(),
-    extra_link_args=os.environ.get("FAST_SHM_LDFLAGS", "").split(),
+    # Relative: setuptools wants it so, and runs in the folder of setup.py.
+    depends=["csrc/cflags", *sorted(f"csrc/{path.name}" for path in CSRC.glob("*.[ch]"))],
+    define_macros=[("Py_LIMITED_API", "0x030A0000")],
+    extra_compile_args=(CSRC / "cflags").read_text(encoding="utf-8").split()
+    + flags("FAST_SHM_CFLAGS"),
+    extra_link_args=flags("FAST_SHM_LDFLAGS"),
     py_limited_api=True,
 )

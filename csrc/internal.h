@@ -68,6 +68,13 @@ struct fshm_limiter {
 /* hash.c */
 uint64_t fshm_siphash(uint64_t k0, uint64_t k1, const void *data, uint64_t length);
 
+/* image.c */
+int image_fail(fshm_error *e, int code);
+int image_fail_errno(fshm_error *e);
+int image_create(const char *path, uint64_t capacity, uint32_t mode, uint32_t flags,
+                 fshm_error *e);
+int image_verify(int fd, header_t *header, uint32_t flags, fshm_error *e);
+
 /* clock.c */
 uint64_t fshm_clock(void);
 

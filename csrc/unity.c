@@ -7,6 +7,7 @@
 #endif
 #include "hash.c"
 #include "clock.c"
+#include "image.c"
 #include "segment.c"
 #include "process.c"
 #include "ledger.c"

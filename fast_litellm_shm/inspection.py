@@ -6,9 +6,10 @@ counts go when its cell is given to another key).
 
 from __future__ import annotations
 
+import codecs
 import fnmatch
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fast_litellm_shm import limits
@@ -24,7 +25,8 @@ SORTS = ("busiest", "admitted", "denied", "key")
 
 @dataclass(frozen=True)
 class KeyRow:
-    """One key of one limiter. retry_after: seconds until a cost of 1 fits, None: never."""
+    """One key of one limiter. retry_after: seconds until a cost of 1 fits, None: never. raw: the
+    bytes of the key (of a long one, the first 200); empty where only its hash is known."""
 
     key: str
     limiter: str
@@ -32,9 +34,17 @@ class KeyRow:
     denied: int
     remaining: int
     retry_after: float | None
+    raw: bytes = b""
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {
+            "key": self.key,
+            "limiter": self.limiter,
+            "admitted": self.admitted,
+            "denied": self.denied,
+            "remaining": self.remaining,
+            "retry_after": self.retry_after,
+        }
 
 
 class Inspection:
@@ -44,6 +54,7 @@ class Inspection:
         self.segment = segment
         self._handle = segment._handle
         self._geometry = segment.geometry()
+        self._who = self._view("cells")["who"]
         self._limiters = self._read_limiters()
         self._cells, self._admitted, self._denied, self._owner = self._read_counts()
 
@@ -54,13 +65,16 @@ class Inspection:
 
     def limiters(self) -> list[dict[str, Any]]:
         """Each limiter: name, limits (text), version, resets, keys."""
+        import numpy
+
+        keys = numpy.bincount(self._owner, minlength=self._geometry.limiters)
         return [
             {
                 "name": info["name"],
                 "limits": [limits.describe(limit) for limit in info["limits"]],
                 "version": info["version"],
                 "resets": info["resets"],
-                "keys": int((self._owner == index).sum()),
+                "keys": int(keys[index]),
             }
             for index, info in self._limiters.items()
         ]
@@ -84,7 +98,7 @@ class Inspection:
             wanted = [i for i, info in self._limiters.items() if info["name"] == limiter]
             chosen = chosen[numpy.isin(self._owner, wanted)]
         if sort == "key":
-            order = iter(sorted(chosen.tolist(), key=lambda i: self._name(int(self._cells[i]))))
+            order = iter(sorted(chosen.tolist(), key=lambda i: self._name(int(self._cells[i]))[0]))
         else:
             weight = {
                 "busiest": self._admitted.astype(numpy.uint64) + self._denied,
@@ -106,7 +120,7 @@ class Inspection:
 
     def _row(self, i: int, match: str | None) -> KeyRow | None:
         cell = int(self._cells[i])
-        name = self._name(cell)
+        name, raw = self._name(cell)
         if match is not None and not fnmatch.fnmatchcase(name, match):
             return None
         decision = ffi.new("fshm_decision *")
@@ -120,16 +134,22 @@ class Inspection:
             denied=int(self._denied[i]),
             remaining=decision.remaining,
             retry_after=None if retry == lib.FSHM_NEVER else retry / 1e9,
+            raw=raw,
         )
 
-    def _name(self, cell: int) -> str:
-        """The key's name; ``#`` and its keyed hash where the name is not kept, or forgotten."""
+    def _name(self, cell: int) -> tuple[str, bytes]:
+        """The key's name and its bytes; ``#`` and its keyed hash where the name is not kept, or
+        forgotten."""
         out, length = ffi.new("char[256]"), ffi.new("uint64_t *")
         if lib.fshm_key_name(self._handle, cell, out, 256, length):
             stored = min(length[0], 200)
-            text: str = ffi.buffer(out, stored)[:].decode("utf-8", "replace")
-            return text + ("…" if length[0] > stored else "")
-        return f"#{int(self._view('cells')['who'][cell]):016x}"
+            raw: bytes = ffi.buffer(out, stored)[:]
+            if length[0] == stored:
+                return raw.decode("utf-8", "replace"), raw
+            # cut between the bytes of one character: leave that one out, and keep other bad bytes
+            text, _ = codecs.utf_8_decode(raw, "replace", False)
+            return text + "…", raw
+        return f"#{int(self._who[cell]):016x}", b""
 
     def _read_limiters(self) -> dict[int, dict[str, Any]]:
         found, info = {}, ffi.new("fshm_limiter_info *")
@@ -169,7 +189,7 @@ class Inspection:
         """Cells that the ledger knows, with their counts and limiters."""
         import numpy
 
-        who, ledger = self._view("cells")["who"].copy(), self._view("ledger").copy()
+        who, ledger = self._who.copy(), self._view("ledger").copy()
         columns = self._view("columns").copy()
         owner = (ledger["meta"] >> 20).astype(numpy.int64)
         known = (who != 0) & ((ledger["meta"] & 0xFFFFF) == (who >> numpy.uint64(44)))

@@ -1,0 +1,268 @@
+/* image.c - the segment as a file: name, layout, creation, verification, removal.
+ *
+ * A segment is created whole or not at all: built as an unnamed file, filled, then linked to its name
+ * (the loser of a race attaches to the winner's). Verification works on a private copy of the header,
+ * and recomputes the layout rather than believing it.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#if defined(__linux__)
+#include <sys/random.h>
+#include <sys/syscall.h>
+#endif
+
+#include "internal.h"
+
+#define PAGE 4096
+
+int image_fail(fshm_error *e, int code) {
+  e->code = code;
+  e->sys_errno = errno;
+  return code;
+}
+
+int image_fail_errno(fshm_error *e) {
+  switch (errno) {
+    case ENOENT:
+      return image_fail(e, FSHM_E_NOT_FOUND);
+    case ENOSPC:
+    case EDQUOT:
+    case EFBIG:
+      return image_fail(e, FSHM_E_SPACE);
+    case EACCES:
+    case EPERM:
+    case EROFS:
+      return image_fail(e, FSHM_E_PERMISSION);
+    case ELOOP:
+      return image_fail(e, FSHM_E_LINK);
+    case ENOMEM:
+      return image_fail(e, FSHM_E_MEMORY);
+    default:
+      return image_fail(e, FSHM_E_SYSTEM);
+  }
+}
+
+const char *fshm_directory(void) {
+#if defined(__linux__)
+  return "/dev/shm";
+#else
+  const char *tmp = getenv("TMPDIR");
+  return tmp && *tmp ? tmp : "/tmp";
+#endif
+}
+
+int fshm_path(const char *name, char *out, uint64_t size) {
+  size_t length = strlen(name);
+  if (length < 1 || length > FSHM_MAX_NAME || name[0] == '.') return FSHM_E_ARGUMENT;
+  if (strspn(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") != length)
+    return FSHM_E_ARGUMENT;
+  int n = snprintf(out, size, "%s/fast_litellm_shm.%d.%s", fshm_directory(), FSHM_LAYOUT_VERSION,
+                   name);
+  return n > 0 && (uint64_t)n < size ? FSHM_OK : FSHM_E_ARGUMENT;
+}
+
+/* Where everything lies, from the capacity alone. */
+static uint64_t aligned(uint64_t at, uint64_t to) { return (at + to - 1) / to * to; }
+
+static void lay_out(header_t *h, uint64_t capacity) {
+  uint64_t limiters = capacity / 800;
+  h->magic = FSHM_MAGIC;
+  h->version = FSHM_LAYOUT_VERSION;
+  h->byte_order = FSHM_BYTE_ORDER;
+  h->capacity = capacity;
+  /* 1.3 cells for each key, so that a table filled to its capacity still finds room (cells.c) */
+  h->lines = (capacity * 13 + 39) / 40;
+  h->limiters = (uint32_t)(limiters < 32 ? 32 : limiters > 4096 ? 4096 : limiters);
+  h->processes = PROCESSES;
+  h->column_entries = COLUMN_ENTRIES;
+  h->names_words = max_u64(h->lines * CELLS_PER_LINE, 512); /* 8 bytes a cell */
+  h->limiters_offset = aligned(sizeof *h, PAGE);
+  h->processes_offset = aligned(h->limiters_offset + h->limiters * sizeof(limiter_entry_t), PAGE);
+  h->columns_offset = h->processes_offset + PROCESSES * sizeof(process_t);
+  h->cells_offset = aligned(h->columns_offset + PROCESSES * sizeof(column_t), PAGE);
+  h->ledger_offset = h->cells_offset + h->lines * LINE;
+  h->names_offset = h->ledger_offset + h->lines * CELLS_PER_LINE * sizeof(ledger_t);
+  h->size = aligned(h->names_offset + h->names_words * 8, PAGE);
+}
+
+uint64_t fshm_size_for(uint64_t capacity) {
+  header_t h;
+  if (capacity < MIN_CAPACITY || capacity > MAX_CAPACITY) return 0;
+  memset(&h, 0, sizeof h);
+  lay_out(&h, capacity);
+  return h.size;
+}
+
+/* Clocks of another boot, or of another time namespace, are not ours. */
+static void identify_clock(header_t *h) {
+  h->boot[0] = h->boot[1] = h->time_namespace = 0;
+#if defined(__linux__)
+  char id[64] = {0};
+  int fd = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
+  if (fd >= 0) {
+    ssize_t n = read(fd, id, sizeof id - 1);
+    (void)close(fd);
+    if (n > 0) {
+      h->boot[0] = fshm_siphash(1, 2, id, (uint64_t)n);
+      h->boot[1] = fshm_siphash(3, 4, id, (uint64_t)n);
+    }
+  }
+  struct stat st;
+  if (!stat("/proc/self/ns/time", &st)) h->time_namespace = st.st_ino;
+#endif
+}
+
+static void randomise(void *out, size_t size) {
+#if defined(__linux__)
+  if (getrandom(out, size, 0) == (ssize_t)size) return;
+  uint64_t seed[2] = {fshm_clock(), (uint64_t)getpid()}; /* no entropy to be had: better than none */
+  for (size_t i = 0; i < size / 8; i++)
+    ((uint64_t *)out)[i] = fshm_siphash(seed[0], seed[1], &i, sizeof i);
+#else
+  arc4random_buf(out, size);
+#endif
+}
+
+static int fill(int fd, uint64_t capacity, uint32_t mode, uint32_t flags, fshm_error *e) {
+  header_t h;
+  memset(&h, 0, sizeof h);
+  lay_out(&h, capacity);
+  identify_clock(&h);
+  randomise(h.secret, sizeof h.secret);
+  randomise(&h.instance, sizeof h.instance);
+  struct timespec wall;
+  (void)clock_gettime(CLOCK_REALTIME, &wall);
+  h.created_realtime_ns = (uint64_t)wall.tv_sec * UINT64_C(1000000000) + (uint64_t)wall.tv_nsec;
+  h.epoch = fshm_clock();
+  h.names_mode = flags & (FSHM_NAMES_HASHED | FSHM_NAMES_OFF);
+  /* All pages now: a file that grew by ftruncate alone dies of SIGBUS on a full file system. */
+  if (ftruncate(fd, (off_t)h.size)) return image_fail_errno(e);
+#if defined(__APPLE__)
+  int failed = 0;
+#else
+  int failed = posix_fallocate(fd, 0, (off_t)h.size);
+#endif
+  if (failed) {
+    errno = failed;
+    return image_fail_errno(e);
+  }
+  if (fchmod(fd, mode)) return image_fail_errno(e); /* not at open: umask would interfere */
+  if (pwrite(fd, &h, sizeof h, 0) != (ssize_t)sizeof h) return image_fail_errno(e);
+  return FSHM_OK;
+}
+
+/* Give the finished file its name, unless the name exists. */
+static int publish_file(int fd, const char *temporary, const char *path) {
+  if (!temporary) {
+    char self[64];
+    (void)snprintf(self, sizeof self, "/proc/self/fd/%d", fd);
+    return linkat(AT_FDCWD, self, AT_FDCWD, path, AT_SYMLINK_FOLLOW);
+  }
+#if defined(__linux__) && defined(SYS_renameat2)
+  if (!syscall(SYS_renameat2, AT_FDCWD, temporary, AT_FDCWD, path, 1 /* RENAME_NOREPLACE */))
+    return 0;
+  if (errno == EEXIST) return -1;
+#endif
+  return link(temporary, path);
+}
+
+static int create_by(bool unnamed, const char *path, uint64_t capacity, uint32_t mode,
+                     uint32_t flags, fshm_error *e) {
+  char temporary[300];
+  int fd = -1;
+#if defined(O_TMPFILE)
+  if (unnamed) fd = open(fshm_directory(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+#endif
+  if (!unnamed) {
+    uint64_t nonce;
+    randomise(&nonce, sizeof nonce);
+    (void)snprintf(temporary, sizeof temporary, "%s.%016llx.tmp", path, (unsigned long long)nonce);
+    fd = open(temporary, O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC | O_NOFOLLOW, 0600);
+  }
+  if (fd < 0) return image_fail_errno(e);
+  int status = fill(fd, capacity, mode, flags, e);
+  if (status == FSHM_OK && publish_file(fd, unnamed ? NULL : temporary, path) && errno != EEXIST)
+    status = image_fail_errno(e); /* EEXIST: somebody was faster; attach to theirs */
+  int saved = errno;
+  if (!unnamed) (void)unlink(temporary); /* gone already, where it was renamed */
+  (void)close(fd);
+  errno = saved;
+  return status;
+}
+
+int image_create(const char *path, uint64_t capacity, uint32_t mode, uint32_t flags,
+                  fshm_error *e) {
+  int status = create_by(true, path, capacity, mode, flags, e);
+  /* No unnamed files, no /proc, or linkat refused: a private name and a rename that replaces nothing. */
+  if (status != FSHM_OK && status != FSHM_E_SPACE)
+    status = create_by(false, path, capacity, mode, flags, e);
+  return status;
+}
+
+/* Everything that can be wrong with a file of that name. */
+int image_verify(int fd, header_t *h, uint32_t flags, fshm_error *e) {
+  struct stat st;
+  errno = 0;
+  if (fstat(fd, &st)) return image_fail_errno(e);
+  if (!S_ISREG(st.st_mode)) return image_fail(e, FSHM_E_KIND);
+  if (st.st_uid != geteuid() && !(flags & FSHM_OPEN_OTHER_OWNER)) {
+    e->found = st.st_uid;
+    e->wanted = geteuid();
+    return image_fail(e, FSHM_E_OWNER);
+  }
+  e->found = (uint64_t)st.st_size;
+  e->wanted = sizeof *h;
+  if ((uint64_t)st.st_size < sizeof *h || pread(fd, h, sizeof *h, 0) != (ssize_t)sizeof *h)
+    return image_fail(e, FSHM_E_DAMAGED);
+  if (h->magic != FSHM_MAGIC) return image_fail(e, FSHM_E_DAMAGED);
+  if (h->version != FSHM_LAYOUT_VERSION || h->byte_order != FSHM_BYTE_ORDER) {
+    e->found = h->version;
+    e->wanted = FSHM_LAYOUT_VERSION;
+    return image_fail(e, FSHM_E_LAYOUT);
+  }
+  header_t should;
+  memset(&should, 0, sizeof should);
+  if (h->capacity < MIN_CAPACITY || h->capacity > MAX_CAPACITY) return image_fail(e, FSHM_E_DAMAGED);
+  lay_out(&should, h->capacity);
+  e->wanted = should.size;
+  if (should.size != (uint64_t)st.st_size || should.size != h->size || should.lines != h->lines ||
+      should.limiters != h->limiters || should.processes != h->processes ||
+      should.column_entries != h->column_entries || should.names_words != h->names_words ||
+      should.limiters_offset != h->limiters_offset ||
+      should.processes_offset != h->processes_offset ||
+      should.columns_offset != h->columns_offset || should.ledger_offset != h->ledger_offset ||
+      should.names_offset != h->names_offset || should.cells_offset != h->cells_offset)
+    return image_fail(e, FSHM_E_DAMAGED);
+  identify_clock(&should);
+  if (should.boot[0] != h->boot[0] || should.boot[1] != h->boot[1] ||
+      should.time_namespace != h->time_namespace || h->epoch > fshm_clock())
+    return image_fail(e, FSHM_E_BOOT);
+  return FSHM_OK;
+}
+
+/* Remove the name. Processes that are attached keep what they have; see fshm_unlinked(). */
+int fshm_remove(const char *name, fshm_error *e) {
+  struct stat st;
+  header_t h;
+  memset(e, 0, sizeof *e);
+  memset(&h, 0, sizeof h);
+  if (fshm_path(name, e->path, sizeof e->path) != FSHM_OK) return image_fail(e, FSHM_E_ARGUMENT);
+  if (lstat(e->path, &st)) return image_fail_errno(e);
+  int fd = S_ISREG(st.st_mode) ? open(e->path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK) : -1;
+  bool ours = fd >= 0 && pread(fd, &h, sizeof h, 0) == (ssize_t)sizeof h && h.magic == FSHM_MAGIC;
+  if (fd >= 0) (void)close(fd);
+  if (unlink(e->path)) return image_fail_errno(e);
+  if (ours) {
+    char lock[sizeof e->path + 32];
+    (void)snprintf(lock, sizeof lock, "%s.%016llx.lock", e->path, (unsigned long long)h.instance);
+    (void)unlink(lock);
+  }
+  return FSHM_OK;
+}
+

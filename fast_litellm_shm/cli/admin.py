@@ -1,0 +1,203 @@
+"""``fast-shm reset`` and ``fast-shm rm``: the verbs that change something."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from fast_litellm_shm import exceptions
+from fast_litellm_shm.cli import inspect, listing, render
+from fast_litellm_shm.inspection import Inspection
+from fast_litellm_shm.native import ffi, lib, raise_segment_error
+from fast_litellm_shm.segment import Segment, path_of
+
+_ABANDONED = 60.0  # seconds: a temporary file of that age is nobody's; making a segment takes less
+
+
+@dataclass(frozen=True)
+class _Limiter:
+    name: str
+    handle: Any
+
+
+def _name(info: Any) -> str:
+    raw: bytes = ffi.buffer(info.name, info.name_length)[:]
+    return raw.decode("utf-8", "replace")
+
+
+def _open_limiter(segment: Segment, info: Any) -> _Limiter:
+    """Open a limiter that is there, by the limits it has: that changes nothing."""
+    name, out = _name(info), ffi.new("fshm_limiter **")
+    status = lib.fshm_limiter_open(
+        segment._handle, info.name, info.name_length, info.limits, info.limits_count, out
+    )
+    if status != lib.FSHM_OK:
+        raise exceptions.SegmentError(
+            f"cannot open limiter {name!r} in segment {segment.name!r} (error {status}); "
+            "its limits are being changed right now, or are damaged: try again"
+        )
+    return _Limiter(name, ffi.gc(out[0], lib.fshm_limiter_close))
+
+
+def _limiters(segment: Segment, wanted: str | None) -> list[_Limiter]:
+    infos = []
+    for index in range(segment.geometry().limiters):
+        info = ffi.new("fshm_limiter_info *")
+        if lib.fshm_limiter_at(segment._handle, index, info) == lib.FSHM_OK and info.name_length:
+            infos.append(info)
+    names = [_name(info) for info in infos]
+    if wanted is not None and wanted not in names:
+        raise listing.no_such_limiter(wanted, segment, names)
+    return [
+        _open_limiter(segment, info)
+        for info, name in zip(infos, names, strict=True)
+        if wanted in (None, name)
+    ]
+
+
+def _open_for_writing(args: argparse.Namespace) -> Segment:
+    """Attach to what is there, whatever capacity the environment asks for."""
+    reading = inspect.open_for_reading(args.name, args.allow_other_owner)
+    return Segment(
+        args.name,
+        capacity=reading.geometry().capacity,
+        mode=0o600,
+        names="plain",
+        create=False,
+        allow_other_owner=args.allow_other_owner,
+    )
+
+
+def _failed(status: int, limiter: _Limiter) -> exceptions.SegmentError:
+    return exceptions.SegmentError(
+        f"cannot reset limiter {limiter.name!r} (error {status}): its limits are damaged; stop the "
+        "workers and remove the segment with `fast-shm rm`"
+    )
+
+
+def _has_consumed(limiter: _Limiter, key: bytes) -> bool:
+    limits, version = ffi.new("fshm_limit[]", lib.FSHM_MAX_LIMITS), ffi.new("uint64_t *")
+    remaining = ffi.new("uint64_t[]", lib.FSHM_MAX_LIMITS)
+    count = lib.fshm_limiter_limits(limiter.handle, limits, version)
+    lib.fshm_remaining(limiter.handle, key, len(key), 0, remaining)
+    return any(
+        remaining[i] < (limits[i].burst if limits[i].kind == lib.FSHM_BUCKET else limits[i].n)
+        for i in range(count)
+    )
+
+
+def _reset_key(limiter: _Limiter, key: bytes) -> bool:
+    """Returns whether the key had consumed anything."""
+    consumed = _has_consumed(limiter, key)
+    status = lib.fshm_reset_key(limiter.handle, key, len(key))
+    if status != lib.FSHM_OK:
+        raise _failed(status, limiter)
+    return consumed
+
+
+def reset(args: argparse.Namespace) -> int:
+    """Forget what was consumed; say of what."""
+    segment = _open_for_writing(args)
+    limiters = _limiters(segment, args.limiter)
+    if not limiters:
+        print(f"Nothing to reset: segment {segment.name!r} has no limiter.")
+    if args.key is None:
+        keys = {limiter["name"]: limiter["keys"] for limiter in Inspection(segment).limiters()}
+        for limiter in limiters:
+            status = lib.fshm_reset_all(limiter.handle)
+            if status != lib.FSHM_OK:
+                raise _failed(status, limiter)
+            count = keys.get(limiter.name, 0)
+            print(f"Reset limiter '{render.escaped(limiter.name)}': all keys ({count:,} known).")
+        return 0
+    key = os.fsencode(args.key)
+    reset_in = [limiter.name for limiter in limiters if _reset_key(limiter, key)]
+    for name in reset_in:
+        print(f"Reset key '{render.escaped(key)}' of limiter '{render.escaped(name)}'.")
+    if limiters and not reset_in:
+        where = f"limiter '{render.escaped(args.limiter)}'" if args.limiter else "any limiter"
+        print(f"Nothing to reset: key '{render.escaped(key)}' has consumed nothing in {where}.")
+    return 0
+
+
+def _left_over(path: str) -> list[str]:
+    """Files beside a segment that are its alone. A fresh temporary one is left: it may be that of
+    somebody who is making the segment this moment."""
+    out = []
+    for helper in listing.helpers_of(path):
+        try:
+            age = time.time() - os.lstat(helper).st_mtime
+        except FileNotFoundError:
+            continue
+        if helper.endswith(".lock") or age > _ABANDONED:
+            out.append(helper)
+    return out
+
+
+def _unlink(paths: list[str]) -> int:
+    removed = 0
+    for path in paths:
+        try:
+            os.unlink(path)
+            removed += 1
+        except FileNotFoundError:
+            continue  # went with the segment
+    return removed
+
+
+def _users(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str | None]:
+    """Who is attached; and why that cannot be told, where it cannot."""
+    try:
+        return inspect.processes_of(inspect.open_for_reading(args.name, True)), None
+    except exceptions.SegmentNotFoundError:
+        raise
+    except exceptions.SegmentError as error:
+        return [], str(error)
+
+
+def _ask() -> bool:
+    print("Remove it all the same? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def remove(args: argparse.Namespace) -> int:
+    """Delete a segment, and what was left over beside it."""
+    path = path_of(args.name)
+    # Looked for before the removal: what a new segment of this name brings along is not touched.
+    left_over = _left_over(path)
+    try:
+        processes, unknown = _users(args)
+    except exceptions.SegmentNotFoundError:
+        if not left_over:
+            raise
+        print(f"There is no segment {path}; removed {_unlink(left_over)} left-over file(s) of it.")
+        return 0
+    if (processes or unknown) and not args.yes:
+        if unknown:
+            print(f"Cannot tell which processes use it: {unknown}.", file=sys.stderr)
+        else:
+            print(f"{len(processes)} process(es) use segment {args.name!r}:", file=sys.stderr)
+        for process in processes:
+            command = process["command"]
+            shown = "?" if command is None else render.escaped(command)
+            print(f"  {process['pid']:>7}  {shown}", file=sys.stderr)
+        print("They would go on counting in it, apart from new processes.", file=sys.stderr)
+        if not sys.stdin.isatty():
+            print("fast-shm: nothing removed: stop them, or give --yes", file=sys.stderr)
+            return 1
+        if not _ask():
+            print("Nothing removed.", file=sys.stderr)
+            return 1
+    error = ffi.new("fshm_error *")
+    if lib.fshm_remove(args.name.encode(), error) != lib.FSHM_OK:
+        raise_segment_error(error, "remove")
+    _unlink(left_over)
+    print(f"Removed segment {args.name!r} ({path}).")
+    if processes:
+        pids = ", ".join(str(process["pid"]) for process in processes)
+        print(f"Restart the processes that still use it: {pids}.")
+    return 0

@@ -1,0 +1,235 @@
+/* test_cells.c - the table of cells: find, claim, reuse; alone, after a death, and in a race. */
+#include "../../csrc/unity.c"
+
+#include "check.h"
+
+#define LIVES(until) ((uint64_t)(until)) /* a bucket's state: lives until that instant */
+
+typedef struct {
+  uint64_t hash, who;
+} key_id;
+
+static key_id some_key(void) { return (key_id){random_u64(), random_u64() | 1}; }
+
+static uint64_t state_found(fshm_segment *s, key_id k) {
+  found_t f;
+  cells_find(s, k.hash, k.who, &f);
+  return f.pair.who ? f.pair.when : 0;
+}
+
+/* Cells that carry this fingerprint: confirmed, or pending. */
+static unsigned count_cells(const fshm_segment *s, uint64_t who, bool pending) {
+  unsigned n = 0;
+  for (uint64_t i = 0; i < s->cell_count; i++) {
+    pair_t pair = pair_load(&s->cells[i]);
+    n += pair.who == who && (TAG(pair.when) == TAG_PENDING) == pending;
+  }
+  return n;
+}
+
+static void set_cell(fshm_segment *s, uint64_t cell, uint64_t who, uint64_t when) {
+  pair_t seen = pair_load(&s->cells[cell]);
+  CHECK(pair_cas(&s->cells[cell], &seen, (pair_t){who, when}));
+}
+
+static void test_claim_find_clear(void) {
+  fshm_segment *s = fresh_segment(1000);
+  for (int i = 0; i < 500; i++) {
+    key_id k = some_key();
+    uint64_t cell, again;
+    CHECK_EQ(state_found(s, k), 0);
+    CHECK_EQ(cells_claim(s, k.hash, k.who, LIVES(1000 + i), 10, &cell), CLAIMED);
+    CHECK_EQ(state_found(s, k), 1000 + i);
+    CHECK_EQ(cells_claim(s, k.hash, k.who, LIVES(5), 10, &again), CLAIM_LOST); /* it has one */
+    CHECK_EQ(state_found(s, k), 1000 + i);
+    if (i % 2) continue;
+    cells_clear(s, cell, k.who ^ 2); /* not its: stays */
+    CHECK_EQ(state_found(s, k), 1000 + i);
+    cells_clear(s, cell, k.who);
+    CHECK_EQ(state_found(s, k), 0);
+  }
+  fshm_close(s);
+}
+
+/* A live key is never forgotten, an expired one makes room, and a table full of live keys says so. */
+static void test_reuse(uint64_t capacity) {
+  fshm_segment *s = fresh_segment(capacity);
+  uint64_t cells = s->cell_count, cell, got = 0;
+  key_id keys[64];
+  for (uint64_t i = 0; i < cells; i++) {
+    keys[i] = some_key();
+    CHECK_EQ(cells_claim(s, keys[i].hash, keys[i].who, LIVES(100 + i), 10, &cell), CLAIMED);
+  }
+  key_id late = some_key();
+  CHECK_EQ(cells_claim(s, late.hash, late.who, LIVES(900), 99, &cell), CLAIM_FULL);
+  for (uint64_t i = 0; i < cells; i++) CHECK_EQ(state_found(s, keys[i]), 100 + i);
+  for (uint64_t i = 0; i < cells; i++) { /* at 100 + i, the ith expires: that one goes, no other */
+    key_id k = some_key();
+    CHECK_EQ(cells_claim(s, k.hash, k.who, LIVES(900), 100 + i, &cell), CLAIMED);
+    CHECK_EQ(cells_claim(s, late.hash, late.who, LIVES(900), 100 + i, &cell), CLAIM_FULL);
+    CHECK_EQ(state_found(s, keys[i]), 0);
+    for (uint64_t j = i + 1; j < cells; j++) CHECK_EQ(state_found(s, keys[j]), 100 + j);
+    got += state_found(s, k) == 900;
+  }
+  CHECK_EQ(got, cells);
+  fshm_close(s);
+}
+
+/* Filled to its capacity, a table refuses almost none, and finds all others. */
+static void test_fill(uint64_t capacity, uint64_t most_refused) {
+  fshm_segment *s = fresh_segment(capacity);
+  key_id *keys = malloc(capacity * sizeof *keys);
+  uint64_t cell, refused = 0, lost = 0;
+  for (uint64_t i = 0; i < capacity; i++) {
+    keys[i] = some_key();
+    if (cells_claim(s, keys[i].hash, keys[i].who, LIVES(1000 + i), 10, &cell) == CLAIMED) continue;
+    keys[i].who = 0;
+    refused++;
+  }
+  for (uint64_t i = 0; i < capacity; i++)
+    lost += keys[i].who && state_found(s, keys[i]) != LIVES(1000 + i);
+  CHECK_OP(refused, <=, most_refused);
+  CHECK_EQ(lost, 0);
+  CHECK_EQ(fshm_live_cells(s, NULL, 10), capacity - refused);
+  free(keys);
+  fshm_close(s);
+}
+
+/* A process died between publishing its pending cell and confirming it. */
+static void test_dead_inserter(void) {
+  fshm_segment *s = fresh_segment(1);
+  CHECK_EQ(s->cell_count, 4);
+  key_id k = some_key();
+  uint64_t cell;
+
+  set_cell(s, 2, k.who, PENDING(7)); /* of the same key: carried on */
+  CHECK_EQ(state_found(s, k), 0);
+  CHECK_EQ(cells_claim(s, k.hash, k.who, LIVES(500), 10, &cell), CLAIMED);
+  CHECK_EQ(cell, 2);
+  CHECK_EQ(count_cells(s, k.who, false), 1);
+  cells_clear(s, cell, k.who);
+
+  set_cell(s, 1, k.who, PENDING(8)); /* two of them: the lower is carried on, the higher goes */
+  set_cell(s, 3, k.who, PENDING(9));
+  CHECK_EQ(cells_claim(s, k.hash, k.who, LIVES(501), 10, &cell), CLAIMED);
+  CHECK_EQ(cell, 1);
+  CHECK_EQ(count_cells(s, k.who, true), 0);
+  CHECK_EQ(count_cells(s, k.who, false), 1);
+
+  set_cell(s, 0, k.who, PENDING(10)); /* beside a confirmed one it is worth nothing */
+  CHECK_EQ(state_found(s, k), 501);
+  CHECK_EQ(cells_claim(s, k.hash, k.who, LIVES(502), 10, &cell), CLAIM_LOST);
+  CHECK_EQ(state_found(s, k), 501);
+  fshm_close(s);
+
+  s = fresh_segment(1); /* of other keys, everywhere: they make room, never a live one */
+  set_cell(s, 0, 11, LIVES(900));
+  for (uint64_t i = 1; i < 4; i++) set_cell(s, i, 100 + i, PENDING(i));
+  for (uint64_t i = 0; i < 3; i++) {
+    k = some_key();
+    CHECK_EQ(cells_claim(s, k.hash, k.who, LIVES(500), 10, &cell), CLAIMED);
+  }
+  CHECK_EQ(count_cells(s, 11, false), 1);
+  k = some_key();
+  CHECK_EQ(cells_claim(s, k.hash, k.who, LIVES(500), 10, &cell), CLAIM_FULL);
+  fshm_close(s);
+}
+
+/* Carrying on steps 2 and 3 for a pending cell that meanwhile is gone, or confirmed elsewhere. */
+static void test_confirm(void) {
+  fshm_segment *s = fresh_segment(1);
+  key_id k = some_key();
+  uint64_t cell;
+  found_t mine = {1, {k.who, PENDING(1)}};
+  CHECK_EQ(confirm(s, k.hash, mine, LIVES(500), &cell), CLAIM_LOST);
+  CHECK_EQ(count_cells(s, k.who, false), 0);
+  set_cell(s, 1, k.who, PENDING(2)); /* the same key, but another's ticket */
+  CHECK_EQ(confirm(s, k.hash, mine, LIVES(500), &cell), CLAIM_LOST);
+  CHECK_EQ(count_cells(s, k.who, true), 1);
+  set_cell(s, 1, k.who, PENDING(1));
+  set_cell(s, 0, k.who, LIVES(600));
+  CHECK_EQ(confirm(s, k.hash, mine, LIVES(500), &cell), CLAIM_LOST);
+  CHECK_EQ(count_cells(s, k.who, true), 0); /* taken back */
+  CHECK_EQ(state_found(s, k), 600);
+  fshm_close(s);
+}
+
+/* races ---------------------------------------------------------------------------------------- */
+
+#define RACERS 4
+#define ROUNDS_RACED 1500
+#define KEYS 3
+#define LIMIT 3
+#define BETWEEN 1000000
+
+typedef struct {
+  _Atomic uint64_t arrivals;
+  _Atomic uint64_t admitted[KEYS], full;
+  fshm_limiter *limiter;
+} race_t;
+
+/* In each round the tenants of the round before are expiring: for some racers they have, for others
+ * they have not yet. The keys of this round are inserted by all racers at once. */
+static void racer(int me, void *with) {
+  race_t *race = with;
+  fshm_segment *s = race->limiter->segment;
+  uint64_t met = 0;
+  for (uint64_t round = 1; round <= ROUNDS_RACED; round++) {
+    meet(&race->arrivals, RACERS, ++met);
+    for (int i = 0; i < LIMIT + 1; i++) {
+      for (uint64_t k = 0; k < KEYS; k++) {
+        uint64_t pick = (k + (uint64_t)me) % KEYS;
+        char key[32];
+        (void)snprintf(key, sizeof key, "%llu-%llu", (unsigned long long)(round % 2),
+                       (unsigned long long)pick);
+        uint64_t jitter = random_below(200);
+        fshm_decision d = apply_at(race->limiter, FSHM_ACQUIRE, key, 1, round * BETWEEN + jitter);
+        if (d.status == FSHM_ALLOWED) atomic_fetch_add(&race->admitted[pick], 1);
+        if (d.status == FSHM_FULL) atomic_fetch_add(&race->full, 1);
+        CHECK(d.status >= 0 || d.status == FSHM_FULL);
+      }
+    }
+    meet(&race->arrivals, RACERS, ++met);
+    if (me == 0) {
+      for (int k = 0; k < KEYS; k++) {
+        uint64_t got = atomic_exchange(&race->admitted[k], 0);
+        CHECK_OP(got, <=, LIMIT);
+        CHECK(got == LIMIT || atomic_load(&race->full)); /* only a full table denies too much */
+      }
+      atomic_store(&race->full, 0);
+      for (uint64_t i = 0; i < s->cell_count; i++) {
+        pair_t pair = pair_load(&s->cells[i]);
+        if (pair.who && TAG(pair.when) != TAG_PENDING) CHECK_EQ(count_cells(s, pair.who, false), 1);
+      }
+    }
+    meet(&race->arrivals, RACERS, ++met);
+  }
+}
+
+static void test_race(uint64_t capacity, uint64_t lines) {
+  fshm_segment *s = fresh_segment(capacity);
+  CHECK_EQ(s->lines, lines);
+  race_t *race = shared_memory(sizeof *race);
+  /* ends 100 ns after the round after the next one begins, give or take */
+  fshm_limit l = {LIMIT, BETWEEN - 100, 0, FSHM_WINDOW, 0};
+  race->limiter = fresh_limiter(s, "race", &l, 1);
+  run_children(RACERS, racer, race);
+  fshm_limiter_close(race->limiter);
+  (void)munmap(race, sizeof *race);
+  fshm_close(s);
+}
+
+int main(void) {
+  test_claim_find_clear();
+  test_reuse(1);
+  test_reuse(4);
+  test_reuse(40);
+  test_fill(1, 0);
+  test_fill(1000, 1);
+  test_fill(200000, 2);
+  test_dead_inserter();
+  test_confirm();
+  test_race(1, 1);
+  test_race(4, 2);
+  return done();
+}

@@ -1,0 +1,248 @@
+/* test_limits.c - the table of limiters: names, versions, changes by many, deaths in between. */
+#include "../../csrc/unity.c"
+
+#include "check.h"
+
+static fshm_limit bucket(uint64_t n) {
+  return (fshm_limit){n, n * UINT64_C(10000000), n, FSHM_BUCKET, 0};
+}
+
+static int change(fshm_segment *s, const char *name, const fshm_limit *l, uint32_t count) {
+  fshm_limiter *out;
+  int status = fshm_limiter_open(s, name, strlen(name), l, count, &out);
+  fshm_limiter_close(out);
+  return status;
+}
+
+static void test_versions(void) {
+  fshm_segment *s = fresh_segment(100);
+  fshm_limit l = bucket(1), got[FSHM_MAX_LIMITS];
+  fshm_limiter *a = fresh_limiter(s, "a", &l, 1);
+  uint64_t version;
+  CHECK_EQ(fshm_limiter_limits(a, got, &version), 1);
+  CHECK_EQ(version, 1);
+  CHECK_EQ(change(s, "a", &l, 1), FSHM_OK); /* the same: no change */
+  CHECK_EQ(fshm_limiter_limits(a, got, &version), 1);
+  CHECK_EQ(version, 1);
+  for (uint64_t n = 2; n < 200; n++) {
+    l = bucket(n);
+    CHECK_EQ(change(s, "a", &l, 1), FSHM_OK);
+    CHECK_EQ(fshm_limiter_limits(a, got, &version), 1);
+    CHECK_EQ(version, n);
+    CHECK_EQ(got[0].n, n);
+    CHECK_EQ(got[0].per_ns, l.per_ns);
+    rule_t old;
+    uint64_t current = s->limiters[a->index].current;
+    for (unsigned back = 1; back < 6; back++) { /* the three before are known, no others */
+      bool known = limits_old_rule(&s->limiters[a->index], current, (n - back) & VERSION_MASK, 0, &old);
+      CHECK_EQ(known, back < HISTORY && back < n);
+      if (known) CHECK_EQ(old.n, n - back);
+    }
+  }
+  fshm_limit two[2] = {bucket(5), {7, 1000000, 0, FSHM_SLIDING, 0}};
+  CHECK_EQ(change(s, "a", two, 2), FSHM_OK);
+  CHECK_EQ(fshm_limiter_limits(a, got, &version), 2);
+  CHECK_EQ(got[1].kind, FSHM_SLIDING);
+  CHECK_EQ(got[1].n, 7);
+  fshm_limiter_close(a);
+  fshm_close(s);
+}
+
+static void test_arguments(void) {
+  fshm_segment *s = fresh_segment(100);
+  const fshm_limit good = bucket(5);
+  fshm_limit bad[] = {good, good, good, good, good, good, good};
+  char long_name[FSHM_MAX_LIMITER_NAME + 2] = {0};
+  memset(long_name, 'n', FSHM_MAX_LIMITER_NAME + 1);
+  bad[0].n = 0, bad[1].per_ns = 0, bad[2].burst = 0, bad[3].burst = 6, bad[4].kind = 3;
+  bad[5].per_ns = BUCKET_MAX_PER + 1, bad[6].kind = FSHM_SLIDING, bad[6].per_ns = 2000;
+  for (unsigned i = 0; i < sizeof bad / sizeof *bad; i++)
+    CHECK_EQ(change(s, "bad", &bad[i], 1), FSHM_E_ARGUMENT);
+  CHECK_EQ(change(s, "bad", &good, 0), FSHM_E_ARGUMENT);
+  CHECK_EQ(change(s, "bad", &good, FSHM_MAX_LIMITS + 1), FSHM_E_ARGUMENT);
+  CHECK_EQ(change(s, "", &good, 1), FSHM_E_ARGUMENT);
+  CHECK_EQ(change(s, long_name, &good, 1), FSHM_E_ARGUMENT);
+  long_name[FSHM_MAX_LIMITER_NAME] = 0;
+  CHECK_EQ(change(s, long_name, &good, 1), FSHM_OK);
+  fshm_limiter_info info;
+  CHECK_EQ(fshm_limiter_at(s, 0, &info), FSHM_OK);
+  CHECK_EQ(info.name_length, FSHM_MAX_LIMITER_NAME);
+  CHECK(!memcmp(info.name, long_name, FSHM_MAX_LIMITER_NAME));
+  CHECK_EQ(fshm_limiter_at(s, 1, &info), 0);
+  CHECK_EQ(fshm_limiter_at(s, UINT32_MAX, &info), FSHM_E_ARGUMENT);
+  fshm_close(s);
+}
+
+static void test_table_full(void) {
+  fshm_segment *s = fresh_segment(100);
+  char name[32];
+  for (uint32_t i = 0; i < s->limiter_count; i++) {
+    fshm_limit l = bucket(i + 1);
+    (void)snprintf(name, sizeof name, "limiter %u", i);
+    CHECK_EQ(change(s, name, &l, 1), FSHM_OK);
+  }
+  fshm_limit l = bucket(1);
+  CHECK_EQ(change(s, "one more", &l, 1), FSHM_E_LIMITERS);
+  CHECK_EQ(change(s, "limiter 7", &l, 1), FSHM_OK); /* a name that is there needs no room */
+  for (uint32_t i = 0; i < s->limiter_count; i++) {
+    fshm_limiter_info info;
+    (void)snprintf(name, sizeof name, "limiter %u", i);
+    CHECK_EQ(fshm_limiter_at(s, i, &info), FSHM_OK);
+    CHECK(info.name_length == strlen(name) && !memcmp(info.name, name, info.name_length));
+    CHECK_EQ(info.limits[0].n, i == 7 ? 1 : i + 1);
+  }
+  fshm_close(s);
+}
+
+#define CHANGES 2500
+#define CHANGERS 4
+
+static void changer(int me, void *with) {
+  fshm_segment *s = with;
+  for (int i = 0; i < CHANGES; i++) {
+    uint64_t n = 1 + random_below(100000);
+    fshm_limit l[FSHM_MAX_LIMITS];
+    uint32_t count = 1 + (uint32_t)(n % FSHM_MAX_LIMITS);
+    for (uint32_t k = 0; k < count; k++) l[k] = bucket(n);
+    /* With more changers at once than there are slots to write in, one is told to come again. */
+    int status = me < CHANGERS ? change(s, "busy", l, count) : FSHM_OK;
+    CHECK(status == FSHM_OK || status == FSHM_CONTENDED);
+    plan_t p;
+    CHECK(limits_load(s, 0, &p));
+    CHECK_EQ(p.count, 1 + p.rules[0].n % FSHM_MAX_LIMITS);
+    for (uint32_t k = 0; k < p.count; k++) /* a set is one set: never parts of two */
+      CHECK(p.rules[k].n == p.rules[0].n && p.rules[k].burst == p.rules[0].n &&
+            p.rules[k].per == p.rules[0].n * UINT64_C(10000000));
+    rule_t old;
+    if (limits_old_rule(&s->limiters[0], p.current, (p.version - 1) & VERSION_MASK, 0, &old))
+      CHECK(old.burst == old.n && old.per == old.n * UINT64_C(10000000));
+  }
+}
+
+static void test_many_change_and_read(void) {
+  fshm_segment *s = fresh_segment(100);
+  fshm_limit l[2] = {bucket(1), bucket(1)};
+  CHECK_EQ(change(s, "busy", l, 2), FSHM_OK);
+  run_children(CHANGERS + 2, changer, s);
+  l[0] = bucket(100001);
+  CHECK_EQ(change(s, "busy", l, 1), FSHM_OK); /* nothing of it is stuck */
+  unsigned owned = 0;
+  for (unsigned i = 0; i < LIMITS_SLOTS; i++) owned += load_relaxed(&s->limiters[0].slots[i].owner) != 0;
+  CHECK_EQ(owned, HISTORY); /* those that are named; all others were given back */
+  fshm_close(s);
+}
+
+/* A child that takes both free slots of the entry and dies without publishing. */
+static void take_and_die(int me, void *with) {
+  fshm_segment *s = with;
+  limiter_entry_t *e = &s->limiters[0];
+  uint64_t slot = process_join(s);
+  for (int i = 0; i < LIMITS_SLOTS; i++)
+    (void)take_slot(s, e, load_relaxed(&e->current), (uint64_t)(77 + me + i) << 16 | (slot + 1));
+  CHECK_EQ(take_slot(s, e, load_relaxed(&e->current), 1), -1);
+  (void)raise(SIGKILL);
+}
+
+static void test_dead_publisher(void) {
+  fshm_segment *s = fresh_segment(100);
+  fshm_limit l = bucket(1);
+  fshm_limiter *a = fresh_limiter(s, "a", &l, 1);
+  for (uint64_t n = 2; n < 60; n++) {
+    int status;
+    pid_t pid = start_child(take_and_die, (int)n, s);
+    CHECK_EQ(waitpid(pid, &status, 0), pid);
+    CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
+    l = bucket(n);
+    CHECK_EQ(change(s, "a", &l, 1), FSHM_OK);
+    CHECK_EQ(apply_at(a, FSHM_PEEK, "k", n, 1).status, FSHM_ALLOWED);
+  }
+  fshm_limiter_close(a);
+  fshm_close(s);
+}
+
+/* Killed after its set was published, before it freed the one that dropped out of the history: that
+ * one's owner is alive and will never free it. Done twice, nobody could change the limits again. */
+static void test_dead_before_it_freed(void) {
+  fshm_segment *s = fresh_segment(100);
+  fshm_limit l = bucket(1);
+  for (uint64_t n = 1; n < 6; n++) {
+    l = bucket(n);
+    CHECK_EQ(change(s, "a", &l, 1), FSHM_OK);
+  }
+  limiter_entry_t *e = &s->limiters[0];
+  uint64_t current = load_relaxed(&e->current), me = process_slot(s);
+  for (unsigned i = 0; i < LIMITS_SLOTS; i++) {
+    bool named = false;
+    for (unsigned back = 0; back < HISTORY; back++) named |= CURRENT_SLOT(current, back) == i;
+    if (!named) store_relaxed(&e->slots[i].owner, (900 + i) << 16 | (me + 1));
+  }
+  l = bucket(50);
+  CHECK_EQ(change(s, "a", &l, 1), FSHM_OK);
+  fshm_close(s);
+}
+
+static void test_resets(void) {
+  fshm_segment *s = fresh_segment(100);
+  fshm_limit l = {3, 1000000000, 0, FSHM_WINDOW, 0};
+  fshm_limiter *a = fresh_limiter(s, "a", &l, 1), *b = fresh_limiter(s, "b", &l, 1);
+  uint64_t twist = 0;
+  for (int i = 0; i < 50; i++) {
+    plan_t p;
+    CHECK(limits_load(s, a->index, &p));
+    CHECK(p.twist[0] != twist);
+    twist = p.twist[0];
+    for (const char *k = "xyz"; *k; k++) {
+      const char key[2] = {*k, 0};
+      CHECK_EQ(apply_at(a, FSHM_ACQUIRE, key, 3, 1000).status, FSHM_ALLOWED);
+      CHECK_EQ(apply_at(a, FSHM_ACQUIRE, key, 1, 1000).status, FSHM_DENIED);
+    }
+    if (!i) CHECK_EQ(apply_at(b, FSHM_ACQUIRE, "x", 3, 1000).status, FSHM_ALLOWED);
+    CHECK_EQ(fshm_live_cells(s, NULL, 1000), 4);
+    CHECK_EQ(fshm_reset_all(a), FSHM_OK);
+    CHECK_EQ(fshm_live_cells(s, NULL, 1000), 1); /* freed at once; the other limiter's stays */
+    CHECK_EQ(apply_at(b, FSHM_ACQUIRE, "x", 1, 1000).status, FSHM_DENIED);
+    fshm_limiter_info info;
+    CHECK_EQ(fshm_limiter_at(s, a->index, &info), FSHM_OK);
+    CHECK_EQ(info.resets, i + 1);
+    CHECK_EQ(info.version, 1);
+  }
+  CHECK_EQ(apply_at(b, FSHM_ACQUIRE, "y", 1, 1000).status, FSHM_ALLOWED);
+  CHECK_EQ(fshm_reset_key(b, "x", 1), FSHM_OK);
+  CHECK_EQ(apply_at(b, FSHM_PEEK, "x", 3, 1000).status, FSHM_ALLOWED);
+  CHECK_EQ(apply_at(b, FSHM_PEEK, "y", 3, 1000).status, FSHM_DENIED);
+  fshm_limiter_close(a);
+  fshm_limiter_close(b);
+  fshm_close(s);
+}
+
+/* Rules that do not add up are refused whole, not half used. */
+static void test_damaged(void) {
+  fshm_segment *s = fresh_segment(100);
+  fshm_limit l = bucket(5);
+  fshm_limiter *a = fresh_limiter(s, "a", &l, 1);
+  limiter_entry_t *e = &s->limiters[0];
+  uint64_t current = load_relaxed(&e->current);
+  limits_slot_t *set = &e->slots[CURRENT_SLOT(current, 0)];
+  for (unsigned i = 0; i < 200000; i++) {
+    for (unsigned k = 0; k < RULE_WORDS; k++)
+      store_relaxed(&set->rules[0][k], random_u64() >> random_below(64));
+    store_relaxed(&set->count, random_below(7));
+    store_relaxed(&e->current, i % 2 ? current : random_u64());
+    int status = apply_at(a, i % 5, "k", random_u64() >> random_below(64), 1 + random_below(TIME_MAX)).status;
+    CHECK(status == FSHM_DENIED || status == FSHM_ALLOWED || status == FSHM_E_DAMAGED);
+  }
+  fshm_limiter_close(a);
+  fshm_close(s);
+}
+
+int main(void) {
+  test_versions();
+  test_arguments();
+  test_table_full();
+  test_many_change_and_read();
+  test_dead_publisher();
+  test_dead_before_it_freed();
+  test_resets();
+  test_damaged();
+  return done();
+}

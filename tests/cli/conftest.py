@@ -1,0 +1,76 @@
+"""The real command in a real child, and workers that are alive while it looks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from support.children import PATIENCE
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+COMMAND = [sys.executable, "-m", "fast_litellm_shm.cli"]
+
+_WORKER = """
+import sys
+from fast_litellm_shm import Limit, RateLimiter, Segment, Window
+
+chat = RateLimiter(Limit(10, per=3600), Window(500, per=3600), name="chat",
+                   segment=Segment(sys.argv[1], capacity=1000))
+for _ in range(6):
+    chat.acquire("busy")
+chat.acquire("user-" + sys.argv[2])
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The test's own, without what would change how the command prints."""
+    hidden = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
+    return {k: v for k, v in os.environ.items() if k not in hidden} | more
+
+
+@pytest.fixture
+def fast_shm() -> Command:
+    """Runs ``fast-shm ARGUMENTS``, not on a terminal."""
+
+    def run(*arguments: str | bytes, **options: Any) -> subprocess.CompletedProcess[str]:
+        options.setdefault("env", environment())
+        options.setdefault("stdin", subprocess.DEVNULL)
+        return subprocess.run(
+            [*COMMAND, *arguments],
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=PATIENCE,
+            check=False,
+            **options,
+        )
+
+    return run
+
+
+@pytest.fixture
+def workers(segment_name: str) -> Iterator[list[int]]:
+    """Three processes that share the limiter "chat" (10 at once): the key "busy" was asked for 18
+    times, "user-0", "user-1" and "user-2" once each. Their pids; they live until the test ends."""
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", _WORKER, segment_name, str(i)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment(),
+        )
+        for i in range(3)
+    ]
+    try:
+        for child in children:
+            assert child.stdout is not None and child.stdout.readline() == b"ready\n"
+        yield [child.pid for child in children]
+    finally:
+        for child in children:
+            child.communicate(timeout=PATIENCE)  # closes its stdin, which ends it

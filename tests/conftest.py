@@ -1,0 +1,67 @@
+"""Every test has a segment of its own, and leaves nothing in the shared-memory directory."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator
+
+import pytest
+from support.names import left_over, remove, unique_name
+
+from fast_litellm_shm import Segment, segment, simple
+
+SETTINGS = (
+    "FAST_LITELLM_SHM_NAME",
+    "FAST_LITELLM_SHM_CAPACITY",
+    "FAST_LITELLM_SHM_MODE",
+    "FAST_LITELLM_SHM_NAMES",
+)
+
+
+def _remove_and_check(name: str) -> None:
+    remove(name)
+    left = left_over(name)
+    for path in left:  # so that one test's fault is reported once
+        os.unlink(path)
+    assert not left, f"left behind: {left}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_left() -> Iterator[None]:
+    """Segments of tests carry the pid of the test process: a worker of xdist sees its own only."""
+    yield
+    left = glob.glob(f"{os.path.dirname(segment.path_of('x'))}/*.t-{os.getpid()}-*")
+    assert not left, f"left behind by some test: {left}"
+
+
+@pytest.fixture(autouse=True)
+def _own_default_segment() -> Iterator[None]:
+    """``Segment.default()`` and everything that uses it: never the user's. Not monkeypatch, which
+    Hypothesis would take for a fixture that its examples share."""
+    before = {name: os.environ.pop(name, None) for name in SETTINGS}
+    name = os.environ["FAST_LITELLM_SHM_NAME"] = unique_name("default")
+    segment._default.clear()
+    simple._default_limiter = None
+    yield
+    segment._default.clear()
+    simple._default_limiter = None
+    for setting, value in before.items():
+        os.environ.pop(setting, None)
+        if value is not None:
+            os.environ[setting] = value
+    _remove_and_check(name)
+
+
+@pytest.fixture
+def segment_name(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A name that no segment has; what the test makes of it is removed."""
+    name = unique_name(request.node.name)
+    yield name
+    _remove_and_check(name)
+
+
+@pytest.fixture(name="segment")
+def _segment(segment_name: str) -> Segment:
+    """A fresh segment that holds 1,000 keys."""
+    return Segment(segment_name, capacity=1000)

@@ -1,0 +1,51 @@
+"""Every Python block of the README and of docs/ runs, as it stands, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+from _pytest.mark import ParameterSet
+
+ROOT = pathlib.Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def blocks() -> list[ParameterSet]:
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for match in BLOCK.finditer(text):
+            line = text[: match.start()].count("\n") + 2
+            # The blank lines make the numbers in a traceback those of the page.
+            code = "\n" * (line - 1) + match[1]
+            found.append(pytest.param(page, code, id=f"{page.name}-{line}"))
+    return found
+
+
+@pytest.mark.parametrize(("page", "code"), blocks())
+def test_block_runs(page: pathlib.Path, code: str, segment_name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env={
+            **os.environ,
+            "FAST_LITELLM_SHM_NAME": segment_name,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, f"{page}: {done.stderr}"
+
+
+def test_readme_has_blocks() -> None:
+    """The pattern above finds what a reader sees."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(BLOCK.findall(readme)) == readme.count("```python") >= 4

@@ -1,0 +1,1 @@
+"""What the tests share: names of segments, and code that runs in real child processes."""

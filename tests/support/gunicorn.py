@@ -1,0 +1,89 @@
+"""A real gunicorn with four workers, and a client that asks over fresh connections."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+START = 60.0  # seconds; a machine that needs more is broken
+
+
+class Server:
+    """gunicorn on a Unix socket, so that no port can be taken by somebody else."""
+
+    def __init__(self, segment_name: str, *, limit: int, preload: bool) -> None:
+        self._socket = f"/tmp/{segment_name}.sock"
+        command = [
+            sys.executable,
+            "-m",
+            "gunicorn",
+            "support.app:app",
+            "--workers",
+            "4",
+            "--bind",
+            f"unix:{self._socket}",
+            "--log-level",
+            "warning",
+        ]
+        tests = str(Path(__file__).parents[1])
+        path = os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])
+        self._process = subprocess.Popen(
+            command + ["--preload"] * preload,
+            env=os.environ
+            | {"FAST_LITELLM_SHM_NAME": segment_name, "PYTHONPATH": path, "APP_LIMIT": str(limit)},
+        )
+
+    def __enter__(self) -> Server:
+        end = time.monotonic() + START
+        while True:
+            try:
+                with socket.socket(socket.AF_UNIX) as probe:
+                    probe.connect(self._socket)
+                return self
+            except OSError:
+                if self._process.poll() is not None or time.monotonic() > end:
+                    self._stop()
+                    raise AssertionError("gunicorn did not start") from None
+                time.sleep(0.05)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(START)
+        finally:
+            if self._process.poll() is None:
+                self._process.kill()
+            Path(self._socket).unlink(missing_ok=True)
+
+    def ask(self, count: int) -> list[tuple[int, int]]:
+        """So many requests, each on its own connection: status, pid of the worker."""
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(lambda _: self._ask_once(), range(count)))
+
+    def _ask_once(self) -> tuple[int, int]:
+        connection = http.client.HTTPConnection("localhost", timeout=START)
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.settimeout(START)
+        try:
+            connection.sock.connect(self._socket)
+            connection.request("GET", "/")
+            answer = connection.getresponse()
+            return answer.status, int(answer.read())
+        finally:
+            connection.close()

@@ -1,0 +1,43 @@
+"""Many more keys than room, over time: expired ones make way, none is refused, none is doubled."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from support import churn
+from support.children import run
+from support.workers import now
+
+from fast_litellm_shm import RateLimiter, Segment, Window
+
+
+def test_ten_times_more_keys_than_capacity(segment_name: str) -> None:
+    capacity = churn.LIVE + 90  # and the meeting place
+    Segment(segment_name, capacity=capacity)
+    parts = run(churn.churn, [(segment_name, now(), 4.0, 4)] * 4, "fork")
+    admitted = Counter(number for numbers, _ in parts for number in numbers)
+    assert len(admitted) > 10 * capacity
+    assert max(admitted.values()) == 1
+    assert [refused for _, refused in parts] == [0] * 4
+
+
+@pytest.mark.parametrize("capacity", [100, 1000])
+def test_a_table_holds_its_capacity(segment_name: str, capacity: int) -> None:
+    limiter = RateLimiter(
+        Window(1, 3600), name="t", segment=Segment(segment_name, capacity=capacity), on_full="raise"
+    )
+    assert all(limiter.is_allowed(f"k{i}") for i in range(capacity))
+    assert not any(limiter.is_allowed(f"k{i}") for i in range(capacity))
+    assert limiter.segment.stats()["used"] == capacity
+
+
+def test_an_expired_key_is_as_never_seen(segment: Segment) -> None:
+    limiter = RateLimiter(Window(1, 0.001), name="t", segment=segment)
+    limiter.acquire("k")
+    before = now()
+    while now() - before < 2_000_000:
+        pass
+    assert segment.stats()["used"] == 0
+    assert limiter.peek("k").remaining == 1
+    assert limiter.acquire("k")

@@ -1,0 +1,159 @@
+"""Limit, Window, SlidingWindow: what they accept, and what they say of what they do not."""
+
+from __future__ import annotations
+
+import pickle
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from fast_litellm_shm import Limit, RateLimiter, SlidingWindow, Window
+from fast_litellm_shm.limits import checked, describe, reason
+
+KINDS: list[Any] = [Limit, Window, SlidingWindow]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [0, -1, -(2**70)])
+def test_n_below_one(kind: Any, n: int) -> None:
+    with pytest.raises(ValueError, match=rf"{kind.__name__}: n must be at least 1, not {n}"):
+        kind(n)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [1.0, "5", None, True, float("nan"), float("inf"), [3]])
+def test_n_not_an_int(kind: Any, n: Any) -> None:
+    with pytest.raises(TypeError) as caught:
+        kind(n)
+    assert str(caught.value) == f"{kind.__name__}: n must be an int, not {n!r}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("per", [0, -1, 0.0, float("nan"), float("inf"), -float("inf")])
+def test_per_not_positive_and_finite(kind: Any, per: float) -> None:
+    with pytest.raises(ValueError, match=r"per must be a positive, finite number of seconds, not"):
+        kind(5, per=per)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("per", ["60", None, True, [], 1j])
+def test_per_not_a_number(kind: Any, per: Any) -> None:
+    with pytest.raises(TypeError) as caught:
+        kind(5, per=per)
+    assert "per must be a number of seconds" in str(caught.value)
+    assert repr(per) in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("per", [1e-9, 1e12, 10**400], ids=["short", "long", "endless"])
+def test_per_out_of_range_names_the_range(kind: Any, per: float) -> None:
+    with pytest.raises(ValueError, match="per must be"):
+        kind(1, per=per)
+
+
+@pytest.mark.parametrize("burst", [0, -3, 11])
+def test_burst_out_of_range(burst: int) -> None:
+    with pytest.raises(ValueError) as caught:
+        Limit(10, burst=burst)
+    assert str(caught.value) == f"Limit: burst must be between 1 and n = 10, not {burst}"
+
+
+@pytest.mark.parametrize("burst", [1.5, "2", True])
+def test_burst_not_an_int(burst: Any) -> None:
+    with pytest.raises(TypeError) as caught:
+        Limit(10, burst=burst)
+    assert str(caught.value) == f"Limit: burst must be an int, not {burst!r}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_n_above_what_can_be_counted_names_the_most(kind: Any) -> None:
+    with pytest.raises(ValueError, match=r"n must be at most [1-9]\d* for per = 1, not"):
+        kind(2**62, per=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_most_that_is_named_is_accepted(kind: Any) -> None:
+    with pytest.raises(ValueError) as caught:
+        kind(2**62, per=1)
+    most = int(str(caught.value).split("at most ")[1].split()[0])
+    assert kind(most, per=1).n == most
+    with pytest.raises(ValueError):
+        kind(most + 1, per=1)
+
+
+def test_defaults() -> None:
+    assert (Limit(7).per, Limit(7).burst, Limit(7).strict) == (60.0, 7, False)
+    assert (Window(7).per, SlidingWindow(7).per) == (60.0, 60.0)
+
+
+def test_a_timedelta_is_a_number_of_seconds() -> None:
+    two_minutes: Any = timedelta(minutes=2)
+    assert Limit(7, two_minutes) == Limit(7, 120)
+    assert hash(Limit(7, two_minutes)) == hash(Limit(7, 120))
+
+
+def test_kinds_differ() -> None:
+    limits = [Window(5), SlidingWindow(5), Limit(5), Limit(5, strict=True)]
+    assert len(set(limits)) == len(limits)
+
+
+@pytest.mark.parametrize(
+    "limit", [Limit(9, 7, burst=3, strict=True), Window(9, 0.5), SlidingWindow(9)]
+)
+def test_pickle(limit: Any) -> None:
+    assert pickle.loads(pickle.dumps(limit)) == limit
+
+
+def test_a_limiter_needs_limits() -> None:
+    with pytest.raises(ValueError, match="a limiter takes 1 to 4 limits, not 0"):
+        RateLimiter()
+    with pytest.raises(ValueError, match="a limiter takes 1 to 4 limits, not 5"):
+        RateLimiter(*[Limit(1)] * 5)
+
+
+@pytest.mark.parametrize("other", [5, "5/min", None, (Limit(1),)])
+def test_only_limits_are_limits(other: Any) -> None:
+    with pytest.raises(TypeError) as caught:
+        RateLimiter(other)
+    assert str(caught.value) == f"limits must be Limit, Window or SlidingWindow, not {other!r}"
+
+
+def test_checked_keeps_the_order() -> None:
+    limits = (Window(5), Limit(5), SlidingWindow(5), Window(6))
+    assert checked(iter(limits)) == limits
+
+
+@pytest.mark.parametrize(
+    ("limit", "text"),
+    [
+        (Limit(100, 60, burst=10), "100/60s burst 10"),
+        (Limit(100, 1), "100/1s"),
+        (Limit(9, 60, burst=2, strict=True), "9/60s burst 2 strict"),
+        (Window(5000, 3600), "5000/3600s window"),
+        (SlidingWindow(3, 0.5), "3/0.5s sliding"),
+    ],
+)
+def test_describe(limit: Any, text: str) -> None:
+    assert describe(limit) == text
+
+
+@pytest.mark.parametrize(
+    ("limit", "period"),
+    [
+        (Limit(1, 1), "second"),
+        (Window(1, 60), "minute"),
+        (SlidingWindow(1, 3600), "hour"),
+        (Limit(1, 86400), "day"),
+        (Limit(1, 2.5), "2.5 seconds"),
+    ],
+)
+def test_reason_names_the_period(limit: Any, period: str) -> None:
+    assert reason(limit) == f"Rate limit exceeded (requests per {period})"
+
+
+def test_a_strict_limit_that_would_refill_for_years_is_refused() -> None:
+    """burst = n leaves one token every ``per``: 1,000 of 100 hours are 11 years, and segment time
+    ends before. It must be refused as an argument, not when the limiter is used."""
+    with pytest.raises(ValueError, match="burst"):
+        Limit(1000, 360_000, burst=1000, strict=True)

@@ -1,0 +1,105 @@
+"""The public API as a type checker sees it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fast_litellm_shm
+
+GOOD = """
+from typing import Any
+import fast_litellm_shm as fls
+from fast_litellm_shm import (
+    Batch, Decision, Limit, RateLimiter, Segment, SegmentError, SimpleRateLimiter, SlidingWindow,
+    Window,
+)
+
+def use(segment: Segment) -> None:
+    limiter = RateLimiter(
+        Limit(100, per=60, burst=10), Window(5000, per=3600), SlidingWindow(5), Limit(5),
+        name="chat", segment=segment, on_full="deny",
+    )
+    decision: Decision = limiter.acquire("user", cost=(1, 2, 3, 4))
+    allowed: bool = decision.allowed and bool(decision)
+    retry: float | None = decision.retry_after
+    left: int = decision.remaining
+    reset: float = decision.reset_after
+    limit: Limit | Window | SlidingWindow = decision.limit
+    limiter.peek(b"k")
+    limiter.charge("k", 5)
+    limiter.refund("k", [1, 1, 1, 1])
+    limiter.reset()
+    waited: Decision = limiter.wait("k", timeout=1.5)
+    batch: Batch = limiter.acquire_many(["a", b"b"], cost=[1, 2])
+    total: int = int(batch.allowed.sum())
+    answer: dict[str, Any] = SimpleRateLimiter(60, name="n", burst=5).check()
+    also: dict[str, Any] = fls.check_rate_limit("k")
+    stats: dict[str, Any] = fls.get_rate_limit_stats()
+    size: dict[str, Any] = Segment.default().stats()
+    print(allowed, retry, left, reset, limit, waited, total, answer, also, stats, size)
+
+async def later(limiter: RateLimiter) -> bool:
+    try:
+        return (await limiter.wait_async("k", timeout=None)).allowed
+    except SegmentError:
+        return False
+"""
+
+BAD = {
+    "RateLimiter(Limit(5)).acquire(5)": "arg-type",
+    'RateLimiter(Limit("5"))': "arg-type",
+    "RateLimiter(5)": "arg-type",
+    'RateLimiter(Limit(5)).acquire("k").allowed()': "operator",
+    'RateLimiter(Limit(5)).acquire("k").retry_after + 1': "operator",
+    "Limit(5, 60, 10)": "call-arg",
+    'RateLimiter(Limit(5)).acquire_many("k", cost="1")': "arg-type",
+}
+
+
+def check(tmp_path: Path, source: str) -> str:
+    pytest.importorskip("mypy", reason="needs mypy")
+    file = tmp_path / "use.py"
+    file.write_text(source)
+    # where it is not installed for good (an editable install, a checkout) mypy must be told
+    package = str(Path(fast_litellm_shm.__file__).parents[1])
+    path = {} if "site-packages" in package else {"MYPYPATH": package}
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "mypy",
+            "--strict",
+            "--no-error-summary",
+            "--cache-dir",
+            str(tmp_path / "cache"),
+            str(file),
+        ],
+        check=False,
+        cwd=tmp_path,
+        env=os.environ | path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return done.stdout + done.stderr
+
+
+def test_uses_of_the_public_api(tmp_path: Path) -> None:
+    assert check(tmp_path, GOOD) == ""
+
+
+def test_misuses_are_found(tmp_path: Path) -> None:
+    lines = ["from fast_litellm_shm import Limit, RateLimiter", *BAD]
+    said = check(tmp_path, "\n".join(lines) + "\n").splitlines()
+    for number, (line, code) in enumerate(BAD.items(), start=2):
+        found = [s for s in said if f"use.py:{number}: error" in s]
+        assert any(s.endswith(f"[{code}]") for s in found), (line, said)
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    assert (Path(fast_litellm_shm.__file__).parent / "py.typed").exists()
