@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from support import churn
+from support import churn, race
 from support.children import run
 from support.workers import now
 
@@ -41,3 +41,12 @@ def test_an_expired_key_is_as_never_seen(segment: Segment) -> None:
     assert segment.stats()["used"] == 0
     assert limiter.peek("k").remaining == 1
     assert limiter.acquire("k")
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_same_new_keys_at_the_same_instant(segment_name: str, processes: int) -> None:
+    Segment(segment_name, capacity=race.CAPACITY)
+    given = [(segment_name, now(), 4.0, processes)] * processes
+    raced, doubled = race.judge([turn for turns in run(race.race, given, "fork") for turn in turns])
+    assert doubled == 0
+    assert raced > 100

@@ -89,7 +89,10 @@ def _head(stats: dict[str, Any], warnings: list[str]) -> list[RenderableType]:
         ("segment", f"{stats['name']}{gone}"),
         ("path", stats["path"]),
         ("size", render.size(stats["size_bytes"])),
-        ("used", f"{stats['used']:,} of {stats['capacity']:,} cells ({stats['occupancy']:.1%})"),
+        (
+            "used",
+            f"{stats['used']:,} of a capacity of {stats['capacity']:,} ({stats['occupancy']:.1%})",
+        ),
         ("age", f"{render.duration(stats['age_seconds'])}, made {_clock(stats['age_seconds'])}"),
         ("calls", f"{stats['admitted']:,} admitted, {stats['denied']:,} denied"),
         ("layout", f"{stats['layout_version']}, key names {stats['names']}"),

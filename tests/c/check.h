@@ -22,16 +22,16 @@ static uint64_t passed, failed;
     }                                                                         \
   } while (0)
 
-#define CHECK_OP(a, op, b)                                                                    \
-  do {                                                                                        \
-    const long long a_ = (long long)(a), b_ = (long long)(b);                                 \
-    if (a_ op b_) {                                                                           \
-      passed++;                                                                               \
-    } else {                                                                                  \
-      failed++;                                                                               \
-      fprintf(stderr, "%s:%d: not so: %s %s %s: %lld and %lld\n", __FILE__, __LINE__, #a, #op, \
-              #b, a_, b_);                                                                    \
-    }                                                                                         \
+#define CHECK_OP(a, op, b)                                                                         \
+  do {                                                                                             \
+    const long long a_ = (long long)(a), b_ = (long long)(b);                                      \
+    if (a_ op b_) {                                                                                \
+      passed++;                                                                                    \
+    } else {                                                                                       \
+      failed++;                                                                                    \
+      fprintf(stderr, "%s:%d: not so: %s %s %s: %lld and %lld\n", __FILE__, __LINE__, #a, #op, #b, \
+              a_, b_);                                                                             \
+    }                                                                                              \
   } while (0)
 #define CHECK_EQ(a, b) CHECK_OP(a, ==, b)
 
@@ -149,7 +149,8 @@ static inline void run_children(int n, void (*task)(int, void *), void *with) {
 /* Wait until `parties` processes have come here `round` times (1, 2, ...). */
 static inline void meet(_Atomic uint64_t *arrivals, uint64_t parties, uint64_t round) {
   atomic_fetch_add(arrivals, 1);
-  while (atomic_load(arrivals) < parties * round) sched_yield();
+  for (int spins = 0; atomic_load(arrivals) < parties * round; spins++)
+    if (spins > 1000) sched_yield(); /* at first not: so that all leave within some ns */
 }
 
 static inline int done(void) {

@@ -156,8 +156,6 @@ static void test_confirm(void) {
 
 /* races ---------------------------------------------------------------------------------------- */
 
-#define RACERS 4
-#define ROUNDS_RACED 1500
 #define KEYS 3
 #define LIMIT 3
 #define BETWEEN 1000000
@@ -165,6 +163,7 @@ static void test_confirm(void) {
 typedef struct {
   _Atomic uint64_t arrivals;
   _Atomic uint64_t admitted[KEYS], full;
+  uint64_t racers, rounds;
   fshm_limiter *limiter;
 } race_t;
 
@@ -174,8 +173,8 @@ static void racer(int me, void *with) {
   race_t *race = with;
   fshm_segment *s = race->limiter->segment;
   uint64_t met = 0;
-  for (uint64_t round = 1; round <= ROUNDS_RACED; round++) {
-    meet(&race->arrivals, RACERS, ++met);
+  for (uint64_t round = 1; round <= race->rounds; round++) {
+    meet(&race->arrivals, race->racers, ++met);
     for (int i = 0; i < LIMIT + 1; i++) {
       for (uint64_t k = 0; k < KEYS; k++) {
         uint64_t pick = (k + (uint64_t)me) % KEYS;
@@ -189,7 +188,7 @@ static void racer(int me, void *with) {
         CHECK(d.status >= 0 || d.status == FSHM_FULL);
       }
     }
-    meet(&race->arrivals, RACERS, ++met);
+    meet(&race->arrivals, race->racers, ++met);
     if (me == 0) {
       for (int k = 0; k < KEYS; k++) {
         uint64_t got = atomic_exchange(&race->admitted[k], 0);
@@ -202,18 +201,20 @@ static void racer(int me, void *with) {
         if (pair.who && TAG(pair.when) != TAG_PENDING) CHECK_EQ(count_cells(s, pair.who, false), 1);
       }
     }
-    meet(&race->arrivals, RACERS, ++met);
+    meet(&race->arrivals, race->racers, ++met);
   }
 }
 
-static void test_race(uint64_t capacity, uint64_t lines) {
+static void test_race(uint64_t capacity, uint64_t lines, int racers, uint64_t rounds) {
   fshm_segment *s = fresh_segment(capacity);
   CHECK_EQ(s->lines, lines);
   race_t *race = shared_memory(sizeof *race);
   /* ends 100 ns after the round after the next one begins, give or take */
   fshm_limit l = {LIMIT, BETWEEN - 100, 0, FSHM_WINDOW, 0};
   race->limiter = fresh_limiter(s, "race", &l, 1);
-  run_children(RACERS, racer, race);
+  race->racers = (uint64_t)racers;
+  race->rounds = rounds;
+  run_children(racers, racer, race);
   fshm_limiter_close(race->limiter);
   (void)munmap(race, sizeof *race);
   fshm_close(s);
@@ -229,7 +230,8 @@ int main(void) {
   test_fill(200000, 2);
   test_dead_inserter();
   test_confirm();
-  test_race(1, 1);
-  test_race(4, 2);
+  test_race(1, 1, 4, 1500);
+  test_race(4, 2, 4, 1500);
+  test_race(1, 1, 2, 30000); /* on two processors these two arrive within some ns */
   return done();
 }

@@ -174,10 +174,12 @@ static void test_modes(void) {
     fshm_segment *s;
     fshm_error e;
     CHECK_EQ(fshm_open(fresh_name(), 100, 0600,
-                       FSHM_OPEN_CREATE | (off ? FSHM_NAMES_OFF : FSHM_NAMES_HASHED), &s, &e), FSHM_OK);
+                       FSHM_OPEN_CREATE | (off ? FSHM_NAMES_OFF : FSHM_NAMES_HASHED), &s, &e),
+             FSHM_OK);
     fshm_limiter *l = fresh_limiter(s, "a", &generous, 1);
     const char *key = "secret-api-key-0123456789";
-    for (int i = 0; i < 5000; i++) CHECK_EQ(apply_at(l, FSHM_ACQUIRE, key, 1, NOW).status, FSHM_ALLOWED);
+    for (int i = 0; i < 5000; i++)
+      CHECK_EQ(apply_at(l, FSHM_ACQUIRE, key, 1, NOW).status, FSHM_ALLOWED);
     char name[256];
     uint64_t got, admitted, denied;
     CHECK_EQ(fshm_key_name(s, cell_of(l, key, strlen(key)), name, sizeof name, &got), 0);

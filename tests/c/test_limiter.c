@@ -242,7 +242,8 @@ static void test_full_table(void) {
   const fshm_limit both[2] = {window, sliding};
   fshm_limiter *two = fresh_limiter(s, "two", both, 2);
   const char *keys[] = {"a", "b", "c"};
-  for (int i = 0; i < 3; i++) CHECK_EQ(apply_at(l, FSHM_ACQUIRE, keys[i], 1, NOW).status, FSHM_ALLOWED);
+  for (int i = 0; i < 3; i++)
+    CHECK_EQ(apply_at(l, FSHM_ACQUIRE, keys[i], 1, NOW).status, FSHM_ALLOWED);
   /* One cell is left, and two are needed: refused, and the one goes back. */
   CHECK_EQ(apply_at(two, FSHM_ACQUIRE, "d", 1, NOW).status, FSHM_FULL);
   CHECK_EQ(fshm_live_cells(s, NULL, NOW), 3);
@@ -252,7 +253,8 @@ static void test_full_table(void) {
   CHECK_EQ(apply_at(l, FSHM_PEEK, "e", 1, NOW).status, FSHM_ALLOWED);
   CHECK_EQ(apply_at(l, FSHM_CHARGE, "e", 1, NOW).status, FSHM_FULL);
   CHECK_EQ(apply_at(l, FSHM_REFUND, "e", 1, NOW).status, FSHM_ALLOWED);
-  for (int i = 0; i < 3; i++) CHECK_EQ(apply_at(l, FSHM_ACQUIRE, keys[i], 4, NOW).status, FSHM_ALLOWED);
+  for (int i = 0; i < 3; i++)
+    CHECK_EQ(apply_at(l, FSHM_ACQUIRE, keys[i], 4, NOW).status, FSHM_ALLOWED);
   fshm_limiter_close(l);
   fshm_limiter_close(two);
   fshm_close(s);

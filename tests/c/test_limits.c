@@ -34,7 +34,8 @@ static void test_versions(void) {
     rule_t old;
     uint64_t current = s->limiters[a->index].current;
     for (unsigned back = 1; back < 6; back++) { /* the three before are known, no others */
-      bool known = limits_old_rule(&s->limiters[a->index], current, (n - back) & VERSION_MASK, 0, &old);
+      bool known =
+          limits_old_rule(&s->limiters[a->index], current, (n - back) & VERSION_MASK, 0, &old);
       CHECK_EQ(known, back < HISTORY && back < n);
       if (known) CHECK_EQ(old.n, n - back);
     }
@@ -127,7 +128,8 @@ static void test_many_change_and_read(void) {
   l[0] = bucket(100001);
   CHECK_EQ(change(s, "busy", l, 1), FSHM_OK); /* nothing of it is stuck */
   unsigned owned = 0;
-  for (unsigned i = 0; i < LIMITS_SLOTS; i++) owned += load_relaxed(&s->limiters[0].slots[i].owner) != 0;
+  for (unsigned i = 0; i < LIMITS_SLOTS; i++)
+    owned += load_relaxed(&s->limiters[0].slots[i].owner) != 0;
   CHECK_EQ(owned, HISTORY); /* those that are named; all others were given back */
   fshm_close(s);
 }
@@ -228,7 +230,9 @@ static void test_damaged(void) {
       store_relaxed(&set->rules[0][k], random_u64() >> random_below(64));
     store_relaxed(&set->count, random_below(7));
     store_relaxed(&e->current, i % 2 ? current : random_u64());
-    int status = apply_at(a, i % 5, "k", random_u64() >> random_below(64), 1 + random_below(TIME_MAX)).status;
+    int status =
+        apply_at(a, i % 5, "k", random_u64() >> random_below(64), 1 + random_below(TIME_MAX))
+            .status;
     CHECK(status == FSHM_DENIED || status == FSHM_ALLOWED || status == FSHM_E_DAMAGED);
   }
   fshm_limiter_close(a);

@@ -107,7 +107,7 @@ static void test_millions_of_tokens(void) {
     fshm_limit l = bucket(rates[i], 60 * SECOND, rates[i] / 60, false);
     rule_t r = rule_make(&l);
     uint64_t state = 0, now = SECOND, got = 0, last = now + 600 * SECOND;
-    for (uint64_t cost; now <= last; ) {
+    for (uint64_t cost; now <= last;) {
       cost = 1 + random_below(l.burst / 4);
       verdict_t v = meter_take(&r, 0, state, now, now, cost);
       if (v.retry) {
@@ -175,8 +175,8 @@ static void test_sliding(void) {
       uint64_t cost = random_scaled(1, l.n), left = l.per_ns - now % l.per_ns;
       wide_t used = ((wide_t)count * l.per_ns + (wide_t)before * left);
       bool may = used + (wide_t)cost * l.per_ns <= (wide_t)l.n * l.per_ns;
-      bool surely = before <= 255 || used + used / 128 + (wide_t)(cost + 1) * l.per_ns <=
-                                         (wide_t)l.n * l.per_ns;
+      bool surely = before <= 255 ||
+                    used + used / 128 + (wide_t)(cost + 1) * l.per_ns <= (wide_t)l.n * l.per_ns;
       bool got = take(&r, &state, now, cost);
       CHECK(may || !got);
       CHECK(got || !may || !surely);

@@ -45,7 +45,7 @@ def test_table(fast_shm: Command, workers: list[int], segment_name: str) -> None
     done = fast_shm("inspect", "--name", segment_name)
     assert (done.returncode, done.stderr) == (0, "")
     assert path_of(segment_name) in done.stdout
-    assert "8 of 1,000 cells" in done.stdout  # four keys under two limits
+    assert "8 of a capacity of 1,000" in done.stdout  # four keys under two limits
     assert sorted(_column(done.stdout, "Processes (3)")) == sorted(str(pid) for pid in workers)
     assert "10/3600s + 500/3600s window" in done.stdout
     row = next(line.split() for line in done.stdout.splitlines() if line.startswith("busy"))
@@ -263,7 +263,7 @@ def test_watch_sees_the_removal(segment: Segment, segment_name: str) -> None:
     segment.remove()
     assert any("this segment was removed" in line for line in child.stdout)
     made_again = Segment(segment_name, capacity=500)
-    assert any("0 of 500 cells" in line for line in child.stdout)
+    assert any("0 of a capacity of 500" in line for line in child.stdout)
     made_again.remove()
     child.send_signal(signal.SIGINT)
     child.communicate(timeout=PATIENCE)
