@@ -76,4 +76,13 @@ static inline pair_t pair_load(const void *cell) {
 #error "fast_litellm_shm needs a 16-byte compare-and-swap: x86-64 or aarch64"
 #endif
 
+/* For looking only: two plain loads, on mappings that cannot be written. May be torn under constant
+ * change; nothing is decided by it. */
+static inline pair_t pair_peek(const void *cell) {
+  const volatile pair_t *p = cell;
+  pair_t out = {p->who, p->when};
+  for (int i = 0; i < 8 && p->who != out.who; i++) out = (pair_t){p->who, p->when};
+  return out;
+}
+
 #endif

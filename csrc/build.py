@@ -1,4 +1,4 @@
-"""Builds fast_litellm_shm._native with cffi: one abi3 module from unity.c and fastcall.c.
+"""Builds fast_litellm_shm._native with cffi: one abi3 module from unity.c and py_module.c.
 
 The cdef is the marked section of fast_shm.h, so that the declarations exist once; the compiler
 flags are those of ``make lib``, in csrc/cflags. FAST_SHM_CFLAGS and FAST_SHM_LDFLAGS add more.
@@ -29,7 +29,7 @@ ffibuilder = cffi.FFI()
 ffibuilder.cdef(cdef())
 ffibuilder.set_source(
     "fast_litellm_shm._native",
-    '#include "unity.c"\n#include "fastcall.c"\n',
+    '#include "unity.c"\n#include "py_module.c"\n',
     include_dirs=["csrc"],
     # Relative: setuptools wants it so, and runs in the folder of setup.py.
     depends=["csrc/cflags", *sorted(f"csrc/{path.name}" for path in CSRC.glob("*.[ch]"))],

@@ -6,6 +6,7 @@
  */
 #include "internal.h"
 
+#define CLOCKS_DIFFER 1000 /* ns, by which two processes' clocks may differ at most (clock.c) */
 #define ROUNDS 64 /* of one claim: each lost round means that another process made progress */
 
 static inline uint64_t scale(uint32_t part, uint64_t lines) {
@@ -28,16 +29,16 @@ void cells_prefetch(const fshm_segment *s, uint64_t hash) {
 }
 
 /* Pairs: acquire, with the swap that wrote the cell. `who` alone is a hint: the pair decides. */
-static inline bool confirmed_at(const cell_t *cell, uint64_t who, pair_t *pair) {
-  if (load_relaxed(&cell->who) != who) return false;
-  *pair = pair_load(cell);
-  return pair->who == who && TAG(pair->when) != TAG_PENDING;
+static inline bool confirmed_at(const fshm_segment *s, uint64_t cell, uint64_t who, pair_t *pair) {
+  if (load_relaxed(&s->cells[cell].who) != who) return false;
+  *pair = likely(!s->read_only) ? pair_load(&s->cells[cell]) : pair_peek(&s->cells[cell]);
+  return pair->who == who && !IS_PENDING(pair->when);
 }
 
 void cells_find(const fshm_segment *s, uint64_t hash, uint64_t who, found_t *f) {
   uint64_t first = scale((uint32_t)(hash >> 32), s->lines) * CELLS_PER_LINE;
   for (unsigned k = 0; k < CELLS_PER_LINE; k++) {
-    if (likely(confirmed_at(&s->cells[first + k], who, &f->pair))) {
+    if (likely(confirmed_at(s, first + k, who, &f->pair))) {
       f->cell = first + k;
       return;
     }
@@ -47,7 +48,7 @@ void cells_find(const fshm_segment *s, uint64_t hash, uint64_t who, found_t *f) 
   for (uint64_t i = 1; i < candidate_lines(s); i++) {
     uint64_t cell = candidate_line(s, hash, i) * CELLS_PER_LINE;
     for (unsigned k = 0; k < CELLS_PER_LINE; k++) {
-      if (confirmed_at(&s->cells[cell + k], who, &f->pair)) {
+      if (confirmed_at(s, cell + k, who, &f->pair)) {
         f->cell = cell + k;
         return;
       }
@@ -77,7 +78,7 @@ static survey_t survey(const fshm_segment *s, uint64_t hash, uint64_t who, uint6
     uint64_t cell = candidate_line(s, hash, i) * CELLS_PER_LINE;
     for (unsigned k = 0; k < CELLS_PER_LINE; k++) {
       pair_t pair = pair_load(&s->cells[cell + k]);
-      bool pending = TAG(pair.when) == TAG_PENDING;
+      bool pending = IS_PENDING(pair.when);
       if (pair.who == who && !pending) {
         v.confirmed = true;
         return v;
@@ -89,7 +90,7 @@ static survey_t survey(const fshm_segment *s, uint64_t hash, uint64_t who, uint6
         if (!v.has_stale) v.stale = (found_t){cell + k, pair};
         v.has_stale = true;
         used[region]++;
-      } else if (!pair.who || state_expires(pair.when) <= now) {
+      } else if (!pair.who || state_expires(pair.when) <= minus(now, CLOCKS_DIFFER)) {
         if (!seen[region]) free_in[region] = (found_t){cell + k, pair};
         seen[region]++;
       } else {
@@ -106,7 +107,8 @@ static survey_t survey(const fshm_segment *s, uint64_t hash, uint64_t who, uint6
 
 /* Steps 2 and 3 of the protocol, for the pending pair `mine`, which is ours or one that we help:
  * look again at all candidates, then confirm. Returns CLAIMED, or CLAIM_LOST. */
-static int confirm(fshm_segment *s, uint64_t hash, found_t mine, uint64_t when, uint64_t *where) {
+static int confirm(fshm_segment *s, uint64_t hash, found_t mine, first_state_t *first,
+                   void *context, uint64_t *where) {
   pair_t empty = {0, 0}, pair, expect;
   int budget = ROUNDS;
 again:
@@ -122,7 +124,7 @@ again:
         if (pair.who != mine.pair.who) break;
         if (budget-- <= 0) return CLAIM_LOST;
         expect = mine.pair;
-        if (TAG(pair.when) != TAG_PENDING) { /* confirmed elsewhere: that one counts */
+        if (!IS_PENDING(pair.when)) { /* confirmed elsewhere: that one counts */
           (void)pair_cas(&s->cells[mine.cell], &expect, empty);
           return CLAIM_LOST;
         }
@@ -136,16 +138,19 @@ again:
       }
     }
   }
+  /* The first state is as of an instant after the look: had we been stopped before it, the key might
+   * have been charged, have expired and lost its cell meanwhile, and a state of before would forget
+   * that. From the look on, nobody else can confirm a cell of this key without changing ours. */
   expect = mine.pair;
-  pair_t confirmed = {mine.pair.who, when};
+  pair_t confirmed = {mine.pair.who, first(context)};
   if (!pair_cas(&s->cells[mine.cell], &expect, confirmed)) return CLAIM_LOST;
   *where = mine.cell;
   return CLAIMED;
 }
 
-/* Give the key a cell whose first state is `when`. */
-int cells_claim(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t when, uint64_t now,
-                uint64_t *cell) {
+/* Give the key a cell whose first state is first(context). */
+int cells_claim(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now, first_state_t *first,
+                void *context, uint64_t *cell) {
   for (int round = 0; round < ROUNDS; round++) {
     survey_t v = survey(s, hash, who, now);
     if (v.confirmed) return CLAIM_LOST;
@@ -157,7 +162,7 @@ int cells_claim(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t when, uin
       if (!pair_cas(&s->cells[v.match.cell], &v.match.pair, mine)) continue;
       v.match.pair = mine;
     }
-    if (confirm(s, hash, v.match, when, cell) == CLAIMED) return CLAIMED;
+    if (confirm(s, hash, v.match, first, context, cell) == CLAIMED) return CLAIMED;
   }
   return CLAIM_LOST;
 }

@@ -50,17 +50,24 @@ enum fshm_status {
   FSHM_E_LIMITERS = -21,  /* the table of limiters is full */
   FSHM_E_SYSTEM = -22,    /* another system error: see sys_errno */
   FSHM_E_READ_ONLY = -23, /* the segment was opened for reading */
-  FSHM_E_MEMORY = -24
+  FSHM_E_MEMORY = -24,
+  FSHM_E_PROCESSES = -25 /* the process table is full: no permit can be owned */
 };
 
-enum fshm_kind { FSHM_BUCKET = 0, FSHM_WINDOW = 1, FSHM_SLIDING = 2 };
+enum fshm_kind {
+  FSHM_BUCKET = 0,
+  FSHM_WINDOW = 1,
+  FSHM_SLIDING = 2,
+  FSHM_PERMITS = 3 /* at most n in flight; per_ns 0; the last limit of its limiter */
+};
 
 enum fshm_op {
   FSHM_ACQUIRE = 0, /* charge if every limit has room */
   FSHM_PEEK = 1,    /* would it be admitted? charges nothing */
-  FSHM_RESERVE = 2, /* charge ahead, at most max_wait_ns (token buckets) */
-  FSHM_CHARGE = 3,  /* charge, room or not: may go into debt */
-  FSHM_REFUND = 4   /* give back */
+  FSHM_PROBE = 2,   /* the same, but a denial is counted as one */
+  FSHM_RESERVE = 3, /* charge ahead, at most max_wait_ns (token buckets) */
+  FSHM_CHARGE = 4,  /* charge, room or not: may go into debt */
+  FSHM_REFUND = 5   /* give back */
 };
 
 enum fshm_open_flag {
@@ -138,6 +145,9 @@ uint64_t fshm_now(fshm_segment *segment);
 int fshm_limit_check(const fshm_limit *limit, uint64_t *largest_n);
 int fshm_limiter_open(fshm_segment *segment, const char *name, uint64_t name_length,
                       const fshm_limit *limits, uint32_t count, fshm_limiter **out);
+/* A limiter that exists, with the limits it has. FSHM_E_NOT_FOUND where it does not. */
+int fshm_limiter_find(fshm_segment *segment, const char *name, uint64_t name_length,
+                      fshm_limiter **out);
 void fshm_limiter_close(fshm_limiter *limiter);
 int fshm_limiter_limits(fshm_limiter *limiter, fshm_limit *out, uint64_t *version);
 /* costs: one for each limit, or NULL for 1 each. now_ns: segment time, 0 = ask the clock. */
@@ -145,11 +155,58 @@ void fshm_apply(fshm_limiter *limiter, uint32_t op, const void *key, uint64_t ke
                 const uint64_t *costs, uint64_t max_wait_ns, uint64_t now_ns, fshm_decision *out);
 /* FSHM_ACQUIRE of cost 1, for callers that want no more than the status. */
 int fshm_is_allowed(fshm_limiter *limiter, const void *key, uint64_t key_length);
+/* FSHM_RESERVE that can be cancelled: reserved[i] tells the reservation of limit i apart. */
+void fshm_reserve(fshm_limiter *limiter, const void *key, uint64_t key_length,
+                  const uint64_t *costs, uint64_t max_wait_ns, uint64_t now_ns, fshm_decision *out,
+                  uint64_t *reserved);
+/* Give a reservation back, in those limits where nobody has reserved after it; elsewhere its instant
+ * passes unused. Returns in how many. */
+int fshm_cancel(fshm_limiter *limiter, const void *key, uint64_t key_length, const uint64_t *costs,
+                const uint64_t *reserved, uint64_t now_ns);
 /* What each limit still admits of this key now: remaining[i], one for each limit. Returns how many. */
 int fshm_remaining(fshm_limiter *limiter, const void *key, uint64_t key_length, uint64_t now_ns,
                    uint64_t *remaining);
 int fshm_reset_key(fshm_limiter *limiter, const void *key, uint64_t key_length);
 int fshm_reset_all(fshm_limiter *limiter);
+
+/* Permits: at most n in flight -------------------------------------------------------------- */
+/* A permit held by this process. Copy it freely; release it once. */
+typedef struct {
+  uint64_t cell, who, when;
+  uint32_t bell, held;
+  uint64_t put[4]; /* for each other limit, the state that the charge put there */
+} fshm_permit;
+
+typedef struct {
+  uint32_t limiter, pid, alive, idle, slot;
+  uint64_t age_seconds;
+} fshm_permit_info;
+
+/* Take a permit and charge every other limit of the limiter, or do nothing. *in_flight: permits of
+ * the key that were seen held, when there was none to take. */
+void fshm_admit(fshm_limiter *limiter, const void *key, uint64_t key_length, const uint64_t *costs,
+                uint64_t now_ns, fshm_permit *permit, fshm_decision *out, uint32_t *in_flight);
+/* Book actual instead of charged costs (one for each limit but the permits): more may go into debt, less
+ * is given back, as far as the charge still counts. */
+int fshm_settle(fshm_limiter *limiter, const void *key, uint64_t key_length,
+                const uint64_t *charged, const uint64_t *actual, const fshm_permit *permit,
+                uint64_t now_ns);
+/* 1: released. 0: was released already, or belongs to another process (the parent, after a fork). */
+int fshm_permit_release(fshm_limiter *limiter, fshm_permit *permit);
+/* Mark a held permit as idle (a pooled connection nobody uses) or in use again. Likewise 1 or 0. */
+int fshm_permit_idle(fshm_limiter *limiter, fshm_permit *permit, int idle);
+/* Permits of the key that living processes hold; gives back those of dead ones. */
+uint32_t fshm_in_flight(fshm_limiter *limiter, const void *key, uint64_t key_length);
+/* Waiting: arm, try to take, and sleep if that failed. A ring since arm() ends the sleep at once. */
+uint32_t fshm_bell_arm(fshm_limiter *limiter, const void *key, uint64_t key_length);
+int fshm_bell_wait(fshm_limiter *limiter, const void *key, uint64_t key_length, uint32_t armed,
+                   uint64_t timeout_ns);
+void fshm_bell_ring(fshm_limiter *limiter, const void *key, uint64_t key_length);
+/* The permit in a cell: 1, or 0 where there is none. */
+int fshm_permit_at(fshm_segment *segment, uint64_t cell, fshm_permit_info *out);
+/* Give back the permits of dead processes (pid 0), or all of one process. Returns how many. */
+uint64_t fshm_reap(fshm_segment *segment, uint32_t pid);
+uint64_t fshm_unique(fshm_segment *segment); /* a number that no other call gets */
 
 /* Looking in -------------------------------------------------------------------------------- */
 int fshm_limiter_at(fshm_segment *segment, uint32_t index, fshm_limiter_info *out);

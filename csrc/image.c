@@ -41,6 +41,9 @@ int image_fail_errno(fshm_error *e) {
       return image_fail(e, FSHM_E_PERMISSION);
     case ELOOP:
       return image_fail(e, FSHM_E_LINK);
+    case EISDIR:
+    case ENXIO: /* a socket, or a pipe without a reader */
+      return image_fail(e, FSHM_E_KIND);
     case ENOMEM:
       return image_fail(e, FSHM_E_MEMORY);
     default:
@@ -78,10 +81,10 @@ static void lay_out(header_t *h, uint64_t capacity) {
   h->capacity = capacity;
   /* 1.3 cells for each key, so that a table filled to its capacity still finds room (cells.c) */
   h->lines = (capacity * 13 + 39) / 40;
-  h->limiters = (uint32_t)(limiters < 32 ? 32 : limiters > 4096 ? 4096 : limiters);
+  h->limiters = (uint32_t)(limiters < 32 ? 32 : limiters > MAX_LIMITERS ? MAX_LIMITERS : limiters);
   h->processes = PROCESSES;
   h->column_entries = COLUMN_ENTRIES;
-  h->names_words = max_u64(h->lines * CELLS_PER_LINE, 512); /* 8 bytes a cell */
+  h->names_words = max_u64(h->lines * CELLS_PER_LINE * 3 / 2, 512); /* 12 bytes a cell */
   h->limiters_offset = aligned(sizeof *h, PAGE);
   h->processes_offset = aligned(h->limiters_offset + h->limiters * sizeof(limiter_entry_t), PAGE);
   h->columns_offset = h->processes_offset + PROCESSES * sizeof(process_t);

@@ -27,6 +27,7 @@ typedef struct {
   _Atomic uint32_t joined; /* 0 = not yet; slot + 1; or NO_SLOT: counts straight into the ledger */
   _Atomic uint32_t joining;
   uint32_t pid; /* where the kernel cannot wipe: compare with getpid() */
+  uint64_t generation; /* of the slot, while it is ours */
 } fork_page_t;
 
 struct fshm_segment {
@@ -42,6 +43,7 @@ struct fshm_segment {
   uint32_t limiter_count, names_mode;
   fork_page_t *fork_page;
   bool read_only;
+  bool wiped; /* the kernel wipes fork_page in a child; else the pid is compared */
   int fd, lock_fd;
   uint64_t lock_ino;
   uint64_t dev, ino;
@@ -53,7 +55,8 @@ struct fshm_segment {
 /* A limiter's limits as they stood at one instant: copied out of the segment for one call. */
 typedef struct {
   uint64_t current; /* the word that named them */
-  uint32_t count;
+  uint32_t count;   /* of meters; rules[count] is the limit of permits, where there is one */
+  uint32_t permits; /* in flight at most; 0 = no such limit */
   unsigned version; /* its lowest 5 bits */
   uint64_t twist[FSHM_MAX_LIMITS]; /* fingerprint of limit i = hash of the key ^ twist[i] */
   rule_t rules[FSHM_MAX_LIMITS];
@@ -63,6 +66,8 @@ struct fshm_limiter {
   fshm_segment *segment;
   uint32_t index;  /* in the table of limiters */
   uint64_t key[2]; /* SipHash key of this limiter */
+  _Atomic uint32_t released; /* slot + 1 that this process released last: likely free; 0 = none */
+  _Atomic uint32_t frontier; /* where this process goes on looking for a free slot */
 };
 
 /* hash.c */
@@ -91,9 +96,7 @@ bool process_forked(const fshm_segment *s);
 
 static inline uint32_t process_slot(fshm_segment *s) {
   uint32_t joined = load_relaxed(&s->fork_page->joined);
-#if !defined(__linux__)
-  if (process_forked(s)) joined = 0;
-#endif
+  if (unlikely(!s->wiped && process_forked(s))) joined = 0;
   return likely(joined) ? joined - (joined != NO_SLOT) : process_join(s);
 }
 
@@ -106,8 +109,11 @@ typedef struct {
 enum { CLAIMED = 1, CLAIM_LOST = 0 /* somebody else has it now: look again */, CLAIM_FULL = -1 };
 
 void cells_find(const fshm_segment *s, uint64_t hash, uint64_t who, found_t *out);
-int cells_claim(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t when, uint64_t now,
-                uint64_t *cell);
+/* Computes the state a new cell begins with, as of now. */
+typedef uint64_t first_state_t(void *context);
+
+int cells_claim(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now, first_state_t *first,
+                void *context, uint64_t *cell);
 void cells_clear(fshm_segment *s, uint64_t cell, uint64_t who);
 void cells_prefetch(const fshm_segment *s, uint64_t hash);
 
@@ -117,8 +123,13 @@ void cells_prefetch(const fshm_segment *s, uint64_t hash);
 #define CURRENT_SLOT(c, back) ((unsigned)((c) >> (48 + 4 * (back))) & 15)
 
 bool limits_load(const fshm_segment *s, uint32_t index, plan_t *out);
+uint32_t limits_most_permits(const fshm_segment *s, uint32_t index, const plan_t *p);
 bool limits_old_rule(const limiter_entry_t *e, uint64_t current, unsigned version, uint32_t nth,
                      rule_t *out);
+
+/* limiter.c */
+int limiter_take(fshm_limiter *l, uint32_t op, const void *key, uint64_t key_length,
+                 const uint64_t *costs, uint64_t now, fshm_decision *out, uint64_t *put);
 
 /* ledger.c */
 uint32_t ledger_meta(uint32_t limiter, uint64_t who);

@@ -23,6 +23,8 @@
 #define COLUMN_ENTRIES 128    /* of one process: a power of two */
 #define LIMITS_SLOTS 6        /* limit sets an entry can hold: current, three before it, two being written */
 #define HISTORY 4             /* the current set and the three before it */
+#define MAX_LIMITERS 2048     /* 11 bits of ledger_t.meta */
+#define BELLS 256             /* futex words that waiters for permits sleep on */
 #define MIN_CAPACITY 1
 #define MAX_CAPACITY (UINT64_C(1) << 31)
 #define DEFAULT_CAPACITY UINT64_C(200000)
@@ -36,7 +38,8 @@ typedef struct {
 
 /* What people see of the key in the cell of the same index. Relaxed, lossy, never decides. */
 typedef struct {
-  _Atomic uint32_t meta; /* limiter index (12 bits) and fingerprint (20): whom the counts belong to */
+  /* whom it belongs to: permit or meter (1 bit), limiter index (11), fingerprint (20) */
+  _Atomic uint32_t meta;
   _Atomic uint32_t admitted; /* calls, saturating; written by a process that flushes its column */
   _Atomic uint32_t denied;
   _Atomic uint32_t name; /* low 32 bits of the position in the names ring, in words */
@@ -62,6 +65,9 @@ typedef struct {
   _Atomic uint64_t admitted; /* calls, without those still in the column; relaxed */
   _Atomic uint64_t denied;
   _Atomic uint64_t refused; /* calls that met a full table */
+  /* counts the owners of the slot: a permit of an earlier one is a dead process's. The owner adds 1
+   * when it has the lock (release); readers acquire. Outlives crashes. */
+  _Atomic uint64_t generation;
 } process_t;
 
 /* A set of limits. Written only by the process that owns the slot, before it is referenced by
@@ -110,6 +116,9 @@ typedef struct {
   _Alignas(LINE) _Atomic uint64_t names_head; /* words ever reserved in the ring; fetch-add */
   _Alignas(LINE) _Atomic uint64_t retired_admitted; /* calls, of processes whose slot was reused */
   _Atomic uint64_t retired_denied;
+  /* Futex words, for waiters of keys that hash to them: bit 0 = somebody may sleep; the rest counts
+   * rings. After a crash: at worst one needless wake, or a waiter that looks after a second. */
+  _Alignas(LINE) _Atomic uint32_t bells[BELLS];
 } header_t;
 
 static_assert(sizeof(cell_t) == 16, "a cell is swapped as 16 bytes");
@@ -123,7 +132,7 @@ static_assert(sizeof(limits_slot_t) == 16 + 64 * FSHM_MAX_LIMITS, "limits slot")
 static_assert(sizeof(limiter_entry_t) == 1792, "limiter entry");
 static_assert(offsetof(limiter_entry_t, slots) == 128, "limiter slots");
 static_assert(offsetof(header_t, ticket) == 256, "the changing lines start at 256");
-static_assert(sizeof(header_t) == 448, "header");
+static_assert(sizeof(header_t) == 1472, "header");
 static_assert(sizeof(_Atomic uint64_t) == 8, "atomics are plain words");
 
 #endif

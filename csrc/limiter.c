@@ -6,10 +6,14 @@ typedef struct {
   fshm_segment *s;
   uint32_t index; /* of the limiter */
   plan_t plan;
+  bool stale;     /* met a state of newer limits than the plan's: load it again, and look again */
+  bool fixed;     /* the caller gave the time */
+  int tries;      /* lost swaps so far, of at most MAX_TRIES */
   uint64_t hash;
   uint64_t now, at; /* at: the instant it is charged for; later than now where a waiter reserves */
   uint64_t max_wait;
   const uint64_t *costs;
+  const uint64_t *put; /* of a refund: the states that the charges put there; NULL = not known */
 } call_t;
 
 /* What a look at one limit found. */
@@ -20,6 +24,8 @@ typedef struct {
 
 static const uint64_t ones[FSHM_MAX_LIMITS] = {1, 1, 1, 1};
 
+static inline bool again(call_t *c) { return c->tries++ < MAX_TRIES; }
+
 static inline uint64_t fingerprint(const call_t *c, uint32_t i) {
   uint64_t who = c->hash ^ c->plan.twist[i];
   return who + !who; /* 0 is the empty cell */
@@ -29,18 +35,24 @@ static inline uint64_t version_of(const call_t *c) {
   return (uint64_t)c->plan.version << TIME_BITS;
 }
 
+/* The time now, for what must not be computed from the time that the call began with. */
+static uint64_t fresh_now(const call_t *c) {
+  return c->fixed ? c->now : max_u64(segment_now(c->s), c->now);
+}
+
 /* A bucket's state, from the time of the limits it was written under to the present ones'. */
-static __attribute__((noinline)) uint64_t converted_state(const call_t *c, uint32_t i,
-                                                          uint64_t state) {
+static __attribute__((noinline)) uint64_t converted_state(call_t *c, uint32_t i, uint64_t state) {
   rule_t old;
   uint32_t nth = 0;
+  const limiter_entry_t *e = &c->s->limiters[c->index];
   for (uint32_t k = 0; k < i; k++) nth += c->plan.rules[k].kind == FSHM_BUCKET;
   unsigned version = (unsigned)(state >> TIME_BITS) & VERSION_MASK;
-  bool known = limits_old_rule(&c->s->limiters[c->index], c->plan.current, version, nth, &old);
+  bool known = limits_old_rule(e, c->plan.current, version, nth, &old);
+  if (!known && load_relaxed(&e->current) != c->plan.current) c->stale = true;
   return bucket_convert(&c->plan.rules[i], version_of(c), known ? &old : NULL, state, c->now);
 }
 
-static inline uint64_t state_of(const call_t *c, uint32_t i, const found_t *f) {
+static inline uint64_t state_of(call_t *c, uint32_t i, const found_t *f) {
   const rule_t *r = &c->plan.rules[i];
   uint64_t state = f->pair.when;
   if (!f->pair.who || TAG(state) != r->kind) return 0;
@@ -49,14 +61,43 @@ static inline uint64_t state_of(const call_t *c, uint32_t i, const found_t *f) {
   return converted_state(c, i, state);
 }
 
-static inline void look(const call_t *c, uint32_t i, uint64_t cost, look_t *l) {
+static inline void look(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
   cells_find(c->s, c->hash, fingerprint(c, i), &l->cell);
   l->verdict = meter_take(&c->plan.rules[i], version_of(c), state_of(c, i, &l->cell), c->now, c->at,
                           cost);
 }
 
+/* Called between two looks. False: the limits are damaged. */
+static inline bool renewed(call_t *c) {
+  if (likely(!c->stale)) return true;
+  c->stale = false;
+  return limits_load(c->s, c->index, &c->plan) && c->plan.count;
+}
+
+/* The first state of a new cell: what the call would do to a key never seen, as of now. */
+typedef struct {
+  call_t *c;
+  uint32_t i;
+  bool charge; /* room or not */
+  verdict_t *verdict;
+} first_t;
+
+static uint64_t first_state(void *context) {
+  const first_t *f = context;
+  call_t *c = f->c;
+  const rule_t *r = &c->plan.rules[f->i];
+  uint64_t now = fresh_now(c), cost = c->costs[f->i];
+  if (f->charge) return meter_charge(r, version_of(c), 0, now, cost);
+  verdict_t v = meter_take(r, version_of(c), 0, now, max_u64(c->at, now), cost);
+  v.retry = f->verdict->retry;
+  *f->verdict = v;
+  return v.next;
+}
+
 /* Swap in the next state: CLAIMED, CLAIM_LOST (look again) or CLAIM_FULL. */
-static inline int put(const call_t *c, uint32_t i, found_t *f, uint64_t next) {
+static inline int put(call_t *c, uint32_t i, look_t *l, uint64_t next, bool charge) {
+  found_t *f = &l->cell;
+  if (unlikely(c->stale)) return CLAIM_LOST;
   if (likely(f->pair.who)) {
     pair_t seen = f->pair, to = {seen.who, next};
     if (next == seen.when) return CLAIMED;
@@ -65,32 +106,38 @@ static inline int put(const call_t *c, uint32_t i, found_t *f, uint64_t next) {
     return pair_cas(&c->s->cells[f->cell], &seen, to) ? CLAIMED : CLAIM_LOST;
   }
   if (state_expires(next) <= c->now) return CLAIMED; /* equals "never seen": needs no cell */
+  first_t first = {c, i, charge, &l->verdict};
   uint64_t who = fingerprint(c, i);
-  int status = cells_claim(c->s, c->hash, who, next, c->now, &f->cell);
+  int status = cells_claim(c->s, c->hash, who, c->now, first_state, &first, &f->cell);
   if (status == CLAIMED) f->pair.who = who;
   return status;
 }
 
+static inline bool looks_only(uint32_t op) { return op == FSHM_PEEK || op == FSHM_PROBE; }
+
 /* Charge or refund one limit, whatever its state. */
-static int force(const call_t *c, uint32_t op, uint32_t i, look_t *l) {
-  const rule_t *r = &c->plan.rules[i];
-  for (int tries = 0; tries < MAX_TRIES; tries++) {
+static int force(call_t *c, uint32_t op, uint32_t i, look_t *l) {
+  while (again(c)) {
+    if (!renewed(c) || i >= c->plan.count) return FSHM_E_DAMAGED;
+    const rule_t *r = &c->plan.rules[i];
     cells_find(c->s, c->hash, fingerprint(c, i), &l->cell);
-    uint64_t state = state_of(c, i, &l->cell);
-    uint64_t next = op == FSHM_CHARGE ? meter_charge(r, version_of(c), state, c->now, c->costs[i])
-                                      : meter_refund(r, version_of(c), state, c->now, c->costs[i]);
-    int status = put(c, i, &l->cell, next);
+    uint64_t state = state_of(c, i, &l->cell), cost = c->costs[i];
+    uint64_t next = op == FSHM_CHARGE ? meter_charge(r, version_of(c), state, c->now, cost)
+                                      : meter_refund(r, version_of(c), state, c->now, cost,
+                                                     c->put ? c->put[i] : 0);
+    int status = put(c, i, l, next, op == FSHM_CHARGE);
     if (status != CLAIM_LOST) return status == CLAIMED ? FSHM_ALLOWED : FSHM_FULL;
   }
   return FSHM_CONTENDED;
 }
 
-static int force_all(const call_t *c, uint32_t op, look_t *looks) {
+static int force_all(call_t *c, uint32_t op, look_t *looks) {
   int worst = FSHM_ALLOWED;
   for (uint32_t i = 0; i < c->plan.count; i++) {
     int status = force(c, op, i, &looks[i]);
     if (status != FSHM_ALLOWED) worst = status;
   }
+  c->now = c->at = fresh_now(c);
   for (uint32_t i = 0; i < c->plan.count; i++) { /* to report how things are after it */
     found_t cell = looks[i].cell;
     look(c, i, 1, &looks[i]);
@@ -105,41 +152,47 @@ static inline bool may_wait(const call_t *c, uint32_t op, uint32_t i, uint64_t r
          retry != UINT64_MAX;
 }
 
-static inline int take_one(const call_t *c, uint32_t op, look_t *l) {
-  for (int tries = 0; tries < MAX_TRIES; tries++) {
+static inline int take_one(call_t *c, uint32_t op, look_t *l) {
+  while (likely(again(c))) {
+    if (!renewed(c)) return FSHM_E_DAMAGED;
     look(c, 0, c->costs[0], l);
+    if (unlikely(c->stale)) continue;
     if (l->verdict.retry && !may_wait(c, op, 0, l->verdict.retry)) return FSHM_DENIED;
-    if (op == FSHM_PEEK) return FSHM_ALLOWED;
-    int status = put(c, 0, &l->cell, l->verdict.next);
-    if (likely(status == CLAIMED)) return FSHM_ALLOWED;
+    if (looks_only(op)) return FSHM_ALLOWED;
+    int status = put(c, 0, l, l->verdict.next, false);
+    if (likely(status == CLAIMED)) {
+      c->at = c->now + l->verdict.retry;
+      return FSHM_ALLOWED;
+    }
     if (status == CLAIM_FULL) return FSHM_FULL;
   }
   return FSHM_CONTENDED;
 }
 
-/* Take back a charge. Where nobody touched the cell since, exactly; else by arithmetic. */
-static void undo(const call_t *c, uint32_t i, const look_t *l, uint64_t before) {
+/* Take back a charge. Where nobody touched the cell since, exactly; else what has not drained yet. */
+static void undo(call_t *c, uint32_t i, const look_t *l, uint64_t before) {
   const rule_t *r = &c->plan.rules[i];
-  for (int tries = 0; tries < MAX_TRIES; tries++) {
-    found_t f;
-    cells_find(c->s, c->hash, fingerprint(c, i), &f);
-    if (!f.pair.who) return;
-    if (r->kind == FSHM_WINDOW && state_expires(f.pair.when) != state_expires(l->verdict.next))
-      return; /* another window by now: ours is over, and our charge with it */
-    uint64_t next = f.pair.when == l->verdict.next
+  call_t later = *c;
+  look_t found;
+  while (again(c)) {
+    later.now = fresh_now(c);
+    cells_find(c->s, c->hash, fingerprint(c, i), &found.cell);
+    if (!found.cell.pair.who) return;
+    uint64_t next = found.cell.pair.when == l->verdict.next
                         ? before
-                        : meter_refund(r, version_of(c), state_of(c, i, &f), c->now, c->costs[i]);
-    if (put(c, i, &f, next) != CLAIM_LOST) return;
+                        : meter_refund(r, version_of(c), state_of(&later, i, &found.cell), later.now,
+                                       c->costs[i], l->verdict.next);
+    if (later.stale || put(&later, i, &found, next, false) != CLAIM_LOST) return;
   }
 }
 
 /* Charge limit i of several. FSHM_DENIED: its room went since the look. */
-static int charge_looked(const call_t *c, uint32_t i, look_t *l, uint64_t *before) {
-  for (int tries = 0; tries < MAX_TRIES; tries++) {
-    if (tries) look(c, i, c->costs[i], l);
-    if (l->verdict.retry > c->at - c->now) return FSHM_DENIED;
+static int charge_looked(call_t *c, uint32_t i, look_t *l, uint64_t *before) {
+  for (bool lost = false; again(c); lost = true) {
+    if (lost) look(c, i, c->costs[i], l);
+    if (c->stale || l->verdict.retry > c->at - c->now) return FSHM_DENIED;
     *before = l->cell.pair.who ? l->cell.pair.when : 0;
-    int status = put(c, i, &l->cell, l->verdict.next);
+    int status = put(c, i, l, l->verdict.next, false);
     if (status != CLAIM_LOST) return status == CLAIMED ? FSHM_ALLOWED : FSHM_FULL;
   }
   return FSHM_CONTENDED;
@@ -149,20 +202,21 @@ static int charge_looked(const call_t *c, uint32_t i, look_t *l, uint64_t *befor
  * charged, never the reverse. A reservation is charged everywhere as of the latest instant that any
  * limit asks for, since that is when it will be used. */
 static int take_all(call_t *c, uint32_t op, look_t *looks) {
-  uint32_t count = c->plan.count;
-  for (int tries = 0; tries < MAX_TRIES; tries++) {
+  while (again(c)) {
+    if (!renewed(c)) return FSHM_E_DAMAGED;
+    uint32_t count = c->plan.count;
     uint64_t wait = 0, before[FSHM_MAX_LIMITS];
-    bool may = true;
+    bool may = true, buckets = true;
     for (uint32_t i = 0; i < count; i++) {
       look(c, i, c->costs[i], &looks[i]);
       wait = max_u64(wait, looks[i].verdict.retry);
       may &= !looks[i].verdict.retry || may_wait(c, op, i, looks[i].verdict.retry);
+      buckets &= c->plan.rules[i].kind == FSHM_BUCKET;
     }
-    if (!may) return FSHM_DENIED;
-    if (op == FSHM_PEEK) return FSHM_ALLOWED;
+    if (c->stale) continue;
+    if (!may || (wait > c->at - c->now && !buckets)) return FSHM_DENIED; /* no instant to charge for */
+    if (looks_only(op)) return FSHM_ALLOWED;
     if (wait > c->at - c->now) {
-      for (uint32_t i = 0; i < count; i++)
-        if (c->plan.rules[i].kind != FSHM_BUCKET) return FSHM_DENIED; /* no instant to charge for */
       c->at = c->now + wait;
       continue;
     }
@@ -181,7 +235,7 @@ static int take_all(call_t *c, uint32_t op, look_t *looks) {
 /* Fill a decision from what the looks found. `charged`: tell what is left after the charge. */
 static inline void report(const call_t *c, const look_t *looks, bool allowed, bool charged,
                           fshm_decision *out) {
-  uint64_t longest = 0, reset = 0, tightest = UINT64_MAX;
+  uint64_t longest = allowed && charged ? c->at - c->now : 0, reset = 0, tightest = UINT64_MAX;
   out->version = CURRENT_VERSION(c->plan.current);
   out->limit_index = 0;
   for (uint32_t i = 0; i < c->plan.count; i++) {
@@ -190,7 +244,7 @@ static inline void report(const call_t *c, const look_t *looks, bool allowed, bo
     uint64_t left = verdict_remaining(r, charged ? v->used_after : v->used_before);
     if (allowed ? left < tightest : v->retry > longest) out->limit_index = i;
     tightest = min_u64(tightest, left);
-    longest = max_u64(longest, v->retry);
+    if (!allowed) longest = max_u64(longest, v->retry);
     reset = max_u64(reset, charged || r->kind != FSHM_BUCKET ? v->reset : v->used_before);
   }
   out->remaining = tightest;
@@ -211,22 +265,35 @@ static inline void count_call(const call_t *c, uint32_t slot, const look_t *l, i
   }
 }
 
-/* The whole call. `out` NULL: the caller only wants to know whether it was admitted. */
+static inline void begin(call_t *c, fshm_limiter *l, const void *key, uint64_t length,
+                         uint64_t now) {
+  c->s = l->segment;
+  c->index = l->index;
+  c->stale = false;
+  c->tries = 0;
+  c->hash = fshm_siphash(l->key[0], l->key[1], key, length);
+  c->fixed = now != 0;
+  c->now = c->at = now ? min_u64(now, TIME_MAX - 1) : segment_now(c->s);
+  c->max_wait = 0;
+  c->costs = ones;
+  c->put = NULL;
+}
+
+/* The whole call. `out` NULL: the caller only wants to know whether it was admitted. `put_states`, or
+ * NULL: for each limit, the state that the charge put there. */
 static inline int apply(fshm_limiter *l, uint32_t op, const void *key, uint64_t key_length,
                         const uint64_t *costs, uint64_t max_wait, uint64_t now,
-                        fshm_decision *out) {
+                        fshm_decision *out, uint64_t *put_states) {
   call_t c;
   look_t looks[FSHM_MAX_LIMITS];
-  c.s = l->segment;
-  c.index = l->index;
-  if (unlikely(!limits_load(c.s, c.index, &c.plan))) {
+  bool readable = limits_load(l->segment, l->index, &c.plan);
+  if (unlikely(!readable || !c.plan.count)) { /* none: a limiter of permits, for fshm_admit() */
     if (out) memset(out, 0, sizeof *out);
-    return FSHM_E_DAMAGED;
+    return readable ? FSHM_E_ARGUMENT : FSHM_E_DAMAGED;
   }
-  c.hash = fshm_siphash(l->key[0], l->key[1], key, key_length);
-  c.now = c.at = now ? min_u64(now, TIME_MAX - 1) : segment_now(c.s);
+  begin(&c, l, key, key_length, now);
   c.max_wait = max_wait;
-  c.costs = costs ? costs : ones;
+  if (costs) c.costs = costs;
   uint32_t slot = process_slot(c.s);
   int status;
   if (unlikely(op >= FSHM_CHARGE))
@@ -235,9 +302,12 @@ static inline int apply(fshm_limiter *l, uint32_t op, const void *key, uint64_t 
     status = take_one(&c, op, looks);
   else
     status = take_all(&c, op, looks);
-  if (out)
-    report(&c, looks, status == FSHM_ALLOWED, status == FSHM_ALLOWED && op != FSHM_PEEK, out);
-  if (likely(op == FSHM_ACQUIRE || op == FSHM_RESERVE))
+  bool charged = status == FSHM_ALLOWED && (op == FSHM_ACQUIRE || op == FSHM_RESERVE);
+  if (out) report(&c, looks, status == FSHM_ALLOWED, charged, out);
+  for (uint32_t i = 0; put_states && charged && i < c.plan.count; i++)
+    put_states[i] = looks[i].verdict.next;
+  if (likely(op == FSHM_ACQUIRE || op == FSHM_RESERVE) ||
+      (op == FSHM_PROBE && status == FSHM_DENIED))
     count_call(&c, slot, looks, status, key, key_length);
   else if (op == FSHM_CHARGE && looks[0].cell.pair.who && !(c.s->names_mode & FSHM_NAMES_OFF))
     ledger_remember(c.s, looks[0].cell.cell, ledger_meta(c.index, fingerprint(&c, 0)), key,
@@ -247,23 +317,69 @@ static inline int apply(fshm_limiter *l, uint32_t op, const void *key, uint64_t 
 
 void fshm_apply(fshm_limiter *l, uint32_t op, const void *key, uint64_t key_length,
                 const uint64_t *costs, uint64_t max_wait, uint64_t now, fshm_decision *out) {
-  int status = apply(l, op, key, key_length, costs, max_wait, now, out);
+  int status = apply(l, op, key, key_length, costs, max_wait, now, out, NULL);
   out->status = status;
 }
 
+int limiter_take(fshm_limiter *l, uint32_t op, const void *key, uint64_t key_length,
+                 const uint64_t *costs, uint64_t now, fshm_decision *out, uint64_t *put_states) {
+  return out->status = apply(l, op, key, key_length, costs, 0, now, out, put_states);
+}
+
 int fshm_is_allowed(fshm_limiter *l, const void *key, uint64_t key_length) {
-  return apply(l, FSHM_ACQUIRE, key, key_length, NULL, 0, 0, NULL);
+  return apply(l, FSHM_ACQUIRE, key, key_length, NULL, 0, 0, NULL, NULL);
+}
+
+void fshm_reserve(fshm_limiter *l, const void *key, uint64_t key_length, const uint64_t *costs,
+                  uint64_t max_wait, uint64_t now, fshm_decision *out, uint64_t *reserved) {
+  out->status = apply(l, FSHM_RESERVE, key, key_length, costs, max_wait, now, out, reserved);
+}
+
+/* Only where the reservation is still the last: those who reserved after it count on their instants, and
+ * what lies between would be given away twice. */
+int fshm_cancel(fshm_limiter *l, const void *key, uint64_t key_length, const uint64_t *costs,
+                const uint64_t *reserved, uint64_t now) {
+  call_t c;
+  look_t found;
+  int given_back = 0;
+  if (!limits_load(l->segment, l->index, &c.plan)) return FSHM_E_DAMAGED;
+  begin(&c, l, key, key_length, now);
+  if (costs) c.costs = costs;
+  for (uint32_t i = 0; i < c.plan.count; i++) {
+    cells_find(c.s, c.hash, fingerprint(&c, i), &found.cell);
+    if (!found.cell.pair.who || found.cell.pair.when != reserved[i]) continue;
+    uint64_t next = meter_refund(&c.plan.rules[i], version_of(&c), reserved[i], c.now, c.costs[i],
+                                 reserved[i]);
+    given_back += put(&c, i, &found, next, false) == CLAIMED; /* lost: it is not the last any more */
+  }
+  return given_back;
+}
+
+int fshm_settle(fshm_limiter *l, const void *key, uint64_t key_length, const uint64_t *charged,
+                const uint64_t *actual, const fshm_permit *permit, uint64_t now) {
+  call_t c;
+  look_t found;
+  uint64_t costs[FSHM_MAX_LIMITS];
+  int worst = FSHM_ALLOWED;
+  if (!limits_load(l->segment, l->index, &c.plan)) return FSHM_E_DAMAGED;
+  begin(&c, l, key, key_length, now);
+  c.costs = costs;
+  c.put = permit->put;
+  for (uint32_t i = 0; i < c.plan.count; i++) {
+    bool more = actual[i] > charged[i];
+    costs[i] = more ? actual[i] - charged[i] : charged[i] - actual[i];
+    int status = costs[i] ? force(&c, more ? FSHM_CHARGE : FSHM_REFUND, i, &found) : FSHM_ALLOWED;
+    if (status != FSHM_ALLOWED) worst = status;
+  }
+  return worst;
 }
 
 int fshm_remaining(fshm_limiter *l, const void *key, uint64_t key_length, uint64_t now,
                    uint64_t *remaining) {
   call_t c;
   look_t found;
-  c.s = l->segment;
-  c.index = l->index;
-  c.hash = fshm_siphash(l->key[0], l->key[1], key, key_length);
-  c.now = c.at = now ? now : segment_now(c.s);
-  if (!limits_load(c.s, c.index, &c.plan)) return 0;
+  if (!limits_load(l->segment, l->index, &c.plan)) return 0;
+  begin(&c, l, key, key_length, now);
   for (uint32_t i = 0; i < c.plan.count; i++) {
     look(&c, i, 1, &found);
     remaining[i] = verdict_remaining(&c.plan.rules[i], found.verdict.used_before);
@@ -273,11 +389,10 @@ int fshm_remaining(fshm_limiter *l, const void *key, uint64_t key_length, uint64
 
 int fshm_reset_key(fshm_limiter *l, const void *key, uint64_t key_length) {
   call_t c;
-  c.s = l->segment;
-  c.hash = fshm_siphash(l->key[0], l->key[1], key, key_length);
-  if (!limits_load(c.s, l->index, &c.plan)) return FSHM_E_DAMAGED;
+  found_t f;
+  if (!limits_load(l->segment, l->index, &c.plan)) return FSHM_E_DAMAGED;
+  begin(&c, l, key, key_length, 0);
   for (uint32_t i = 0; i < c.plan.count; i++) {
-    found_t f;
     cells_find(c.s, c.hash, fingerprint(&c, i), &f);
     if (f.pair.who) cells_clear(c.s, f.cell, f.pair.who);
   }
@@ -291,14 +406,12 @@ int fshm_peek_cell(fshm_segment *s, uint64_t cell, uint64_t now, fshm_decision *
   memset(out, 0, sizeof *out);
   if (cell >= s->cell_count) return FSHM_E_ARGUMENT;
   uint64_t who = load_relaxed(&s->cells[cell].who);
-  uint32_t meta = load_relaxed(&s->ledger[cell].meta);
-  c.s = s;
-  c.index = meta >> 20;
-  if (!who || c.index >= s->limiter_count || ledger_meta(c.index, who) != meta) return 0;
-  if (!limits_load(s, c.index, &c.plan)) return 0;
+  uint32_t meta = load_relaxed(&s->ledger[cell].meta), index = meta >> 20;
+  if (!who || index >= s->limiter_count || ledger_meta(index, who) != meta) return 0;
+  fshm_limiter any = {.segment = s, .index = index};
+  if (!limits_load(s, index, &c.plan) || !c.plan.count) return 0;
+  begin(&c, &any, "", 0, now);
   c.hash = who ^ c.plan.twist[0];
-  c.now = c.at = now ? now : segment_now(s);
-  c.costs = ones;
   bool allowed = true;
   for (uint32_t i = 0; i < c.plan.count; i++) {
     look(&c, i, 1, &looks[i]);

@@ -6,6 +6,7 @@
  * set it was written under (`version`, 5 bits in each state) to the present one when next charged.
  */
 #include <stdlib.h>
+#include <unistd.h>
 
 #include "internal.h"
 
@@ -19,8 +20,8 @@ static uint64_t mix(uint64_t x) { /* splitmix64's finaliser */
 }
 
 int fshm_limit_check(const fshm_limit *l, uint64_t *largest_n) {
-  *largest_n = l->kind <= FSHM_SLIDING && l->per_ns >= 1000 ? limit_largest_n(l->kind, l->per_ns)
-                                                            : 0;
+  bool known = l->kind == FSHM_PERMITS || (l->kind <= FSHM_SLIDING && l->per_ns >= 1000);
+  *largest_n = known ? limit_largest_n(l->kind, l->per_ns) : 0;
   return limit_valid(l) ? FSHM_OK : FSHM_E_ARGUMENT;
 }
 
@@ -57,14 +58,34 @@ bool limits_load(const fshm_segment *s, uint32_t index, plan_t *p) {
     uint64_t resets = CURRENT_RESETS(p->current), salt = 0;
     /* Every reset gives another salt: what was there is nobody's from then on. */
     if (unlikely(resets)) salt = mix(s->header->secret[0] ^ mix(resets));
-    uint32_t places[3] = {0, 0, 0};
-    for (uint32_t i = 0; i < p->count; i++) {
+    uint32_t places[3] = {0, 0, 0}, has = p->count;
+    p->permits = 0;
+    for (uint32_t i = 0; i < has; i++) {
       if (unlikely(!rule_sane(&p->rules[i]))) return false;
+      if (p->rules[i].kind == FSHM_PERMITS) { /* the last: fshm_limiter_open() */
+        if (i + 1 != has || p->rules[i].n > MAX_PERMITS) return false;
+        p->permits = (uint32_t)p->rules[i].n;
+        p->count--;
+        break;
+      }
       p->twist[i] = twists[p->rules[i].kind][places[p->rules[i].kind]++] ^ salt;
     }
-    return p->count > 0;
+    return has > 0;
   }
   return false;
+}
+
+/* The largest number of permits among the present set and those before it: slots up to there may
+ * still be held. */
+uint32_t limits_most_permits(const fshm_segment *s, uint32_t index, const plan_t *p) {
+  uint32_t most = p->permits;
+  rule_t rules[FSHM_MAX_LIMITS];
+  for (unsigned back = 1; back < HISTORY; back++) {
+    uint32_t count = read_set(&s->limiters[index], CURRENT_SLOT(p->current, back), rules);
+    if (count && rules[count - 1].kind == FSHM_PERMITS && rules[count - 1].n <= MAX_PERMITS)
+      most = rules[count - 1].n > most ? (uint32_t)rules[count - 1].n : most;
+  }
+  return most;
 }
 
 /* The nth bucket of the set that had this version (5 bits), among the three before the present. */
@@ -87,23 +108,33 @@ bool limits_old_rule(const limiter_entry_t *e, uint64_t current, unsigned versio
 
 /* Find the entry of a name, or claim one. Entries are claimed in order and stay: two processes that
  * claim for one name contend for the same entry, and the loser finds the winner's. */
-static int entry_of(fshm_segment *s, const char *name, uint64_t length, uint32_t *index) {
+static int entry_of(fshm_segment *s, const char *name, uint64_t length, bool claim,
+                    uint32_t *index) {
   uint64_t id = fshm_siphash(s->header->secret[0], s->header->secret[1], name, length);
   id += !id;
   for (uint32_t i = 0; i < s->limiter_count; i++) {
-    uint64_t seen = atomic_load_explicit(&s->limiters[i].id, memory_order_relaxed);
+    uint64_t seen = load_relaxed(&s->limiters[i].id);
+    if (!seen && !claim) return FSHM_E_NOT_FOUND;
     if (!seen && atomic_compare_exchange_strong_explicit(&s->limiters[i].id, &seen, id,
                                                          memory_order_relaxed,
                                                          memory_order_relaxed))
       seen = id;
     if (seen != id) continue;
-    for (uint64_t k = 0; k < length; k++)
+    for (uint64_t k = 0; claim && k < length; k++)
       store_relaxed(&s->limiters[i].name[k], (unsigned char)name[k]);
-    store_relaxed(&s->limiters[i].name_length, (uint32_t)length);
+    if (claim) store_relaxed(&s->limiters[i].name_length, (uint32_t)length);
     *index = i;
     return FSHM_OK;
   }
-  return FSHM_E_LIMITERS;
+  return claim ? FSHM_E_LIMITERS : FSHM_E_NOT_FOUND;
+}
+
+/* An owner: nonce (32 bits), generation of the process slot (16), process slot + 1 (16). */
+static bool owner_lives(fshm_segment *s, uint64_t owner) {
+  uint64_t slot = (owner & 0xffff) - 1;
+  if (slot >= PROCESSES) return true; /* has no place in the process table: cannot be asked after */
+  uint64_t generation = load_relaxed(&s->processes[slot].generation);
+  return (generation & 0xffff) == (owner >> 16 & 0xffff) && process_alive(s, (uint32_t)slot);
 }
 
 /* A slot that `current` does not name and nobody alive is filling becomes ours. */
@@ -112,9 +143,8 @@ static int take_slot(fshm_segment *s, limiter_entry_t *e, uint64_t current, uint
     bool named = false;
     for (unsigned back = 0; current && back < HISTORY; back++)
       named |= CURRENT_SLOT(current, back) == i;
-    uint64_t holder = load_relaxed(&e->slots[i].owner), slot = (holder & 0xffff) - 1;
-    /* A holder without a place in the process table cannot be asked after: counts as alive. */
-    if (named || (holder && (slot >= PROCESSES || process_alive(s, (uint32_t)slot)))) continue;
+    uint64_t holder = load_relaxed(&e->slots[i].owner);
+    if (named || (holder && owner_lives(s, holder))) continue;
     if (atomic_compare_exchange_strong_explicit(&e->slots[i].owner, &holder, owner,
                                                 memory_order_acquire, memory_order_relaxed))
       return (int)i;
@@ -124,23 +154,33 @@ static int take_slot(fshm_segment *s, limiter_entry_t *e, uint64_t current, uint
 
 /* Make these rules the present set of the entry. */
 static int publish(fshm_segment *s, limiter_entry_t *e, const rule_t *rules, uint32_t count) {
-  uint64_t me = process_slot(s), owner;
-  owner = (add_relaxed(&s->header->ticket, 1) + 1) << 16 | (me < PROCESSES ? me + 1 : PROCESSES + 1);
+  uint64_t me = process_slot(s), owner = me < PROCESSES ? me + 1 : PROCESSES + 1;
+  owner |= (s->fork_page->generation & 0xffff) << 16;
+  owner |= (add_relaxed(&s->header->ticket, 1) + 1) << 32;
   int slot = -1;
   for (int tries = 0; tries < MAX_TRIES; tries++) {
     rule_t present[FSHM_MAX_LIMITS];
     uint64_t current = atomic_load_explicit(&e->current, memory_order_acquire);
     uint32_t has = current ? read_set(e, CURRENT_SLOT(current, 0), present) : 0;
-    unsigned dropped = current ? CURRENT_SLOT(current, HISTORY - 1) : NO_SET;
-    uint64_t dropped_owner = dropped < LIMITS_SLOTS ? load_relaxed(&e->slots[dropped].owner) : 0;
     atomic_thread_fence(memory_order_acquire);
     if (load_relaxed(&e->current) != current) continue;
     if (has == count && !memcmp(present, rules, count * sizeof *rules)) {
       if (slot >= 0) store_relaxed(&e->slots[slot].owner, 0);
       return FSHM_OK;
     }
-    if (slot < 0) slot = take_slot(s, e, current, owner);
-    if (slot < 0) return FSHM_CONTENDED; /* others alive are changing this name right now */
+    if (slot < 0) {
+      slot = take_slot(s, e, current, owner);
+      if (slot < 0) return FSHM_CONTENDED; /* others alive are changing this name right now */
+      /* It was unnamed when we looked; its owner may have named it since, and died. From here on, being
+       * ours, it cannot be. */
+      atomic_thread_fence(memory_order_seq_cst);
+      if (load_relaxed(&e->current) != current) {
+        uint64_t mine = owner;
+        (void)atomic_compare_exchange_strong(&e->slots[slot].owner, &mine, 0);
+        slot = -1;
+        continue;
+      }
+    }
     store_relaxed(&e->slots[slot].count, count);
     for (uint32_t i = 0; i < count; i++)
       for (unsigned k = 0; k < RULE_WORDS; k++)
@@ -153,14 +193,22 @@ static int publish(fshm_segment *s, limiter_entry_t *e, const rule_t *rules, uin
     /* release: the set is complete before it is named. Pairs with the acquire in limits_load(). */
     if (atomic_compare_exchange_strong_explicit(&e->current, &current, next, memory_order_release,
                                                 memory_order_relaxed)) {
-      /* The set that dropped out of the history is free. A swap, since we may have been stopped here
-       * while its owner died and somebody else took it; the nonce makes that another value. */
-      if (dropped < LIMITS_SLOTS)
-        (void)atomic_compare_exchange_strong(&e->slots[dropped].owner, &dropped_owner, 0);
+      /* Named slots need no owner; when it drops out of the history, it is free. */
+      store_relaxed(&e->slots[slot].owner, 0);
       return FSHM_OK;
     }
   }
   return FSHM_CONTENDED;
+}
+
+static fshm_limiter *make_handle(fshm_segment *s, const char *name, uint64_t length) {
+  fshm_limiter *l = calloc(1, sizeof *l);
+  if (!l) return NULL;
+  l->segment = s;
+  store_relaxed(&l->frontier, (uint32_t)getpid() * 2654435761u); /* processes begin apart */
+  l->key[0] = fshm_siphash(s->header->secret[0], s->header->secret[1] ^ 1, name, length);
+  l->key[1] = fshm_siphash(s->header->secret[0], s->header->secret[1] ^ 2, name, length);
+  return l;
 }
 
 int fshm_limiter_open(fshm_segment *s, const char *name, uint64_t name_length,
@@ -172,16 +220,31 @@ int fshm_limiter_open(fshm_segment *s, const char *name, uint64_t name_length,
       name_length > FSHM_MAX_LIMITER_NAME)
     return FSHM_E_ARGUMENT;
   for (uint32_t i = 0; i < count; i++) {
-    if (!limit_valid(&limits[i])) return FSHM_E_ARGUMENT;
+    bool permits = limits[i].kind == FSHM_PERMITS;
+    if (!limit_valid(&limits[i]) || (permits && i + 1 != count)) return FSHM_E_ARGUMENT;
     rules[i] = rule_make(&limits[i]);
   }
-  fshm_limiter *l = calloc(1, sizeof *l);
+  fshm_limiter *l = make_handle(s, name, name_length);
   if (!l) return FSHM_E_MEMORY;
-  l->segment = s;
-  l->key[0] = fshm_siphash(s->header->secret[0], s->header->secret[1] ^ 1, name, name_length);
-  l->key[1] = fshm_siphash(s->header->secret[0], s->header->secret[1] ^ 2, name, name_length);
-  int status = entry_of(s, name, name_length, &l->index);
+  int status = entry_of(s, name, name_length, true, &l->index);
   if (status == FSHM_OK) status = publish(s, &s->limiters[l->index], rules, count);
+  if (status != FSHM_OK) {
+    free(l);
+    return status;
+  }
+  *out = l;
+  return FSHM_OK;
+}
+
+int fshm_limiter_find(fshm_segment *s, const char *name, uint64_t name_length,
+                      fshm_limiter **out) {
+  *out = NULL;
+  if (s->read_only) return FSHM_E_READ_ONLY;
+  fshm_limiter *l = make_handle(s, name, name_length);
+  if (!l) return FSHM_E_MEMORY;
+  int status = entry_of(s, name, name_length, false, &l->index);
+  plan_t plan;
+  if (status == FSHM_OK && !limits_load(s, l->index, &plan)) status = FSHM_E_NOT_FOUND;
   if (status != FSHM_OK) {
     free(l);
     return status;
@@ -197,6 +260,7 @@ static void describe_limits(const plan_t *p, fshm_limit *out) {
     const rule_t *r = &p->rules[i];
     out[i] = (fshm_limit){r->n, r->per, r->burst, r->kind, r->strict};
   }
+  if (p->permits) out[p->count] = (fshm_limit){p->permits, 0, 0, FSHM_PERMITS, 0};
 }
 
 /* The limits in force: how many, 0 = damaged. */
@@ -205,7 +269,7 @@ int fshm_limiter_limits(fshm_limiter *l, fshm_limit *out, uint64_t *version) {
   if (!limits_load(l->segment, l->index, &p)) return 0;
   *version = CURRENT_VERSION(p.current);
   describe_limits(&p, out);
-  return (int)p.count;
+  return (int)(p.count + (p.permits > 0));
 }
 
 /* Forget all keys of the limiter. One swap: from then on nobody finds the old cells. They expire by
@@ -243,7 +307,7 @@ int fshm_limiter_at(fshm_segment *s, uint32_t index, fshm_limiter_info *out) {
   const limiter_entry_t *e = &s->limiters[index];
   if (!load_relaxed(&e->id) || !limits_load(s, index, &p)) return 0;
   describe_limits(&p, out->limits);
-  out->limits_count = p.count;
+  out->limits_count = p.count + (p.permits > 0);
   out->version = CURRENT_VERSION(p.current);
   out->resets = CURRENT_RESETS(p.current);
   out->id = load_relaxed(&e->id);

@@ -10,7 +10,8 @@
  *   0  token bucket   version (5) | theoretical arrival time (57)
  *   1  window         shift s (5) | end >> s (57 - s) | count (s)
  *   2  sliding        class p (5) | end of the next window >> P (57 - P) | previous (12) | count (P - 12)
- *   3  pending        ticket (62): a cell being claimed (cells.c)
+ *   3  0 pending      ticket (61): a cell being claimed (cells.c)
+ *   3  1 permit       held by a process (lease.c)
  *
  * The state 0 is "never seen". Without knowing the limit, anybody can read off when a state comes to
  * equal "never seen": state_expires().
@@ -26,18 +27,22 @@
 
 #include "fast_shm.h"
 
+__extension__ typedef unsigned __int128 wide_t;
+
 #define TIME_BITS 57
 #define TIME_MAX ((UINT64_C(1) << TIME_BITS) - 1)
 #define VERSION_BITS 5
 #define VERSION_MASK 31u
 #define TAG(state) ((unsigned)((state) >> 62))
-#define TAG_PENDING 3u
-#define PENDING(ticket) ((UINT64_C(3) << 62) | ((ticket) & ((UINT64_C(1) << 62) - 1)))
+#define PENDING(ticket) ((UINT64_C(6) << 61) | ((ticket) & ((UINT64_C(1) << 61) - 1)))
+#define IS_PENDING(state) ((state) >> 61 == 6)
+#define IS_PERMIT(state) ((state) >> 61 == 7)
+#define MAX_PERMITS 100000 /* of one key: below 2^17 */
 #define WINDOW_MAX_N ((UINT64_C(1) << 31) - 1)
 #define BUCKET_MAX_PER (UINT64_C(1) << 55) /* 416 days */
+#define SLIDING_MIN_PER (UINT64_C(1) << 14)
 #define COARSE UINT64_C(1048576)           /* ns; see rule_make */
 
-__extension__ typedef unsigned __int128 wide_t;
 
 /* A limit, made ready. 64 bytes; lies in the segment as it is (limits_slot_t), and is copied out and
  * checked (rule_sane) before it is used. */
@@ -49,7 +54,7 @@ typedef union {
     uint64_t burst;
     uint64_t num, den; /* bucket: emission interval num/den ns */
     uint64_t unit;     /* bucket: increment of cost 1, ns */
-    uint64_t tau;      /* bucket: how far the arrival time may run ahead of now, ns */
+    uint64_t room;     /* bucket: how far the arrival time may be ahead of now for cost 1, ns */
   };
   uint64_t words[8];
 } rule_t;
@@ -73,18 +78,25 @@ static inline uint64_t saturate(wide_t v) { return v > UINT64_MAX ? UINT64_MAX :
 
 /* The largest n that this kind can count in `per`. */
 static inline uint64_t limit_largest_n(uint32_t kind, uint64_t per) {
+  if (kind == FSHM_PERMITS) return MAX_PERMITS;
   if (kind == FSHM_BUCKET) return per; /* one a nanosecond */
   if (kind == FSHM_WINDOW) return WINDOW_MAX_N;
+  if (per < SLIDING_MIN_PER) return 0;
   unsigned p = bit_length(per) - 1;
   p = p > 41 ? 41 : p;
   return (UINT64_C(1) << (p - 12)) - 1;
 }
 
 static inline bool limit_valid(const fshm_limit *l) {
+  if (l->kind == FSHM_PERMITS) return l->n >= 1 && l->n <= MAX_PERMITS && l->per_ns == 0;
   if (l->kind > FSHM_SLIDING || l->per_ns < 1000 || l->per_ns > BUCKET_MAX_PER) return false;
-  if (l->kind == FSHM_SLIDING && l->per_ns < (UINT64_C(1) << 14)) return false;
+  if (l->kind == FSHM_SLIDING && l->per_ns < SLIDING_MIN_PER) return false;
   if (l->n < 1 || l->n > limit_largest_n(l->kind, l->per_ns)) return false;
-  return l->kind != FSHM_BUCKET || (l->burst >= 1 && l->burst <= l->n);
+  if (l->kind != FSHM_BUCKET) return true;
+  if (l->burst < 1 || l->burst > l->n) return false;
+  /* an emptied bucket must be full again before the end of time */
+  uint64_t slots = l->strict ? l->n - l->burst + 1 : l->n;
+  return (wide_t)l->burst * (l->per_ns + slots) / slots <= TIME_MAX / 2;
 }
 
 /* Make a rule of a valid limit.
@@ -94,14 +106,15 @@ static inline bool limit_valid(const fshm_limit *l) {
  * (COARSE) it is rounded up to whole nanoseconds once, here: a rate at most a millionth too slow,
  * then all sums are exact, and exactly `burst` fit at one instant whatever their costs. Below 1 ms it stays a
  * fraction and every request is rounded up once (wide_t), whatever its cost; the under 1 ns a request that
- * this loses is less than the time the request itself takes. Either way
- *   sum(cost) * num/den <= sum(increment) <= tau + interval, tau <= burst * num/den,
+ * this loses is less than the time the request itself takes. Either way a request of cost c is admitted
+ * iff what was charged before, converted to time and rounded up, leaves (burst - c) * num/den:
+ *   sum(cost before) * num/den <= sum(increment before) <= (burst - c) * num/den + interval,
  * hence sum(cost) <= burst + interval / (num/den): never more than the bound. */
 static inline rule_t rule_make(const fshm_limit *l) {
   rule_t r = {.words = {0}};
   r.kind = l->kind;
   r.n = l->n;
-  r.per = l->per_ns;
+  r.per = l->kind == FSHM_PERMITS ? 1000 : l->per_ns; /* permits know no period */
   r.den = 1;
   r.num = 1;
   if (l->kind != FSHM_BUCKET) return r;
@@ -115,14 +128,15 @@ static inline rule_t rule_make(const fshm_limit *l) {
     r.den = slots;
   }
   r.unit = (r.num + r.den - 1) / r.den;
-  r.tau = (uint64_t)((wide_t)l->burst * r.num / r.den);
+  r.room = (uint64_t)((wide_t)(l->burst - 1) * r.num / r.den);
   return r;
 }
 
 /* Whatever these numbers are, the arithmetic below is defined (no division by zero, no overflow). */
 static inline bool rule_sane(const rule_t *r) {
-  return r->kind <= FSHM_SLIDING && r->n && r->num && r->den && r->per >= 1000 &&
-         r->per <= BUCKET_MAX_PER && (r->num | r->den | r->tau) <= TIME_MAX;
+  return r->kind <= FSHM_PERMITS && r->n && r->num && r->den && r->per >= 1000 &&
+         r->per <= BUCKET_MAX_PER && r->burst <= r->n &&
+         (r->num | r->den | r->unit | r->room | r->n) <= TIME_MAX;
 }
 
 /* When this state comes to equal "never seen"; a pending cell never does. */
@@ -155,22 +169,29 @@ static inline uint64_t bucket_increment(const rule_t *r, uint64_t cost) {
 /* `version`: of the set of limits that the rule stands in, 5 bits, in place. */
 #define VERSION_OF(state) ((state) & ((uint64_t)VERSION_MASK << TIME_BITS))
 
+/* How far the arrival time may be ahead for this cost; the cost must be at most burst. */
+static inline uint64_t bucket_room(const rule_t *r, uint64_t cost) {
+  if (cost == 1) return r->room;
+  wide_t product = (wide_t)(r->burst - cost) * r->num;
+  return saturate(r->den == 1 ? product : product / r->den);
+}
+
 /* `at`: the instant it is charged for: now, or a later one that a waiter reserves. */
 static inline verdict_t bucket_take(const rule_t *r, uint64_t version, uint64_t state,
                                     uint64_t now, uint64_t at, uint64_t cost) {
   verdict_t v = {0};
   uint64_t tat = max_u64(state & TIME_MAX, at), increment = bucket_increment(r, cost);
-  uint64_t next = plus_time(tat, increment), ahead = next - at;
+  uint64_t next = plus_time(tat, increment);
   v.used_before = minus(state & TIME_MAX, now);
   v.used_after = next - now;
   v.next = increment ? version | next : state;
-  if (increment > r->tau)
-    v.retry = UINT64_MAX;
-  else if (ahead > r->tau)
-    v.retry = at - now + (ahead - r->tau);
-  else if (next == TIME_MAX && increment) /* the end of time: deny, rather than forget charges */
-    v.retry = UINT64_MAX;
   v.reset = v.used_after;
+  if (cost > r->burst || (next == TIME_MAX && increment)) { /* or the end of time: charge nothing */
+    v.retry = UINT64_MAX;
+    return v;
+  }
+  uint64_t room = bucket_room(r, cost);
+  if (tat - at > room) v.retry = at - now + (tat - at - room);
   return v;
 }
 
@@ -181,11 +202,14 @@ static inline uint64_t bucket_charge(const rule_t *r, uint64_t version, uint64_t
   return version | plus_time(max_u64(state & TIME_MAX, now), increment);
 }
 
+/* put: the state that the charge to undo put there, 0 = not known. What has drained since then cannot
+ * be given back: it belongs to later requests. */
 static inline uint64_t bucket_refund(const rule_t *r, uint64_t version, uint64_t state,
-                                     uint64_t now, uint64_t cost) {
-  uint64_t tat = state & TIME_MAX;
-  if (tat <= now) return state;
-  return version | max_u64(minus(tat, bucket_increment(r, cost)), now);
+                                     uint64_t now, uint64_t cost, uint64_t put) {
+  uint64_t tat = state & TIME_MAX, back = bucket_increment(r, cost);
+  if (put) back = min_u64(back, minus(put & TIME_MAX, now));
+  if (tat <= now || !back) return state;
+  return version | max_u64(minus(tat, back), now);
 }
 
 /* The limits changed at run time: the same tokens, in the new rule's time. `old` is the rule the
@@ -194,7 +218,7 @@ static inline uint64_t bucket_convert(const rule_t *r, uint64_t version, const r
                                       uint64_t state, uint64_t now) {
   uint64_t tat = state & TIME_MAX;
   if (tat <= now) return state;
-  if (!old || !old->num || !old->den) return version | plus_time(now, r->tau);
+  if (!old || !old->num || !old->den) return version | plus_time(now, bucket_increment(r, r->burst));
   /* tokens = (tat - now) * den/num of old; new ns = tokens * num/den of new; whole tokens and the
    * part of one apart, so that nothing overflows; each rounded up. */
   wide_t scaled = (wide_t)(tat - now) * old->den;
@@ -244,25 +268,28 @@ static inline verdict_t window_take(const rule_t *r, uint64_t state, uint64_t no
     v.used_after = w.count;
     v.next = window_state(r, w);
     v.reset = minus(state_expires(v.next), now);
+    if (!v.reset) v.retry = UINT64_MAX; /* the end of time: a window that cannot be kept */
   }
   return v;
 }
 
-/* Debt is waited out in whole windows: the window is prolonged, full. */
+/* Debt is waited out at the window's own pace: the full window is prolonged by per/n for each token. */
 static inline uint64_t window_charge(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost) {
   if (!cost) return state;
   window_t w = window_read(state, now);
   if (!w.end) w.end = plus_time(now, r->per);
   uint64_t total = w.count > UINT64_MAX - cost ? UINT64_MAX : w.count + cost;
-  uint64_t more = (total - 1) / r->n;
-  w.end = saturate((wide_t)w.end + (wide_t)more * r->per);
-  w.end = min_u64(w.end, TIME_MAX);
-  w.count = more ? r->n : total;
+  uint64_t over = minus(total, r->n);
+  w.end = plus_time(w.end, saturate(((wide_t)over * r->per + r->n - 1) / r->n));
+  w.count = min_u64(total, max_u64(r->n, w.count));
   return window_state(r, w);
 }
 
-static inline uint64_t window_refund(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost) {
+/* put: the state that the charge put there; nothing comes back once its window is over. */
+static inline uint64_t window_refund(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost,
+                                     uint64_t put) {
   window_t w = window_read(state, now);
+  if (!w.end || (put && state_expires(put) <= now)) return state;
   w.count = minus(w.count, cost);
   return window_state(r, w);
 }
@@ -301,12 +328,13 @@ static inline sliding_t sliding_read(const rule_t *r, uint64_t state, uint64_t n
   unsigned p = ((unsigned)(state >> 57) & 31) + 10, count_bits = p > 12 ? p - 12 : 0;
   uint64_t count = state & ((UINT64_C(1) << count_bits) - 1);
   uint64_t previous = float12_read((state >> count_bits) & 4095);
-  if (p != sliding_class(r->per)) { /* `per` was changed at run time: all of it counts as recent */
-    s.count = count + previous;
+  uint64_t unit = UINT64_C(1) << p, index = gone / r->per; /* exact: 2^P <= per, see DESIGN.md */
+  index = index > 2 ? index - 2 : 0;
+  wide_t end = ((wide_t)(index + 2) * r->per + unit - 1) & ~(wide_t)(unit - 1);
+  if (p != sliding_class(r->per) || gone != end || gone > now + 2 * r->per + unit) {
+    s.count = count + previous; /* `per` was changed at run time: all of it counts as recent */
     return s;
   }
-  uint64_t index = gone / r->per; /* exact: 2^P <= per, see DESIGN.md */
-  index = index > 2 ? index - 2 : 0;
   if (index > s.index) { /* written by a later clock than ours: as if at its beginning */
     s.index = index;
     s.left = r->per;
@@ -360,6 +388,7 @@ static inline verdict_t sliding_take(const rule_t *r, uint64_t state, uint64_t n
     s.count += cost;
     v.used_after = used + cost;
     v.next = sliding_state(r, s);
+    if (state_expires(v.next) <= now) v.retry = UINT64_MAX; /* the end of time */
   }
   if (s.count)
     v.reset = minus(plus_time(window_end, r->per), now);
@@ -375,10 +404,18 @@ static inline uint64_t sliding_charge(const rule_t *r, uint64_t state, uint64_t 
   return sliding_state(r, s);
 }
 
-static inline uint64_t sliding_refund(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost) {
+/* put: the state that the charge put there: it is taken from the window that it was charged to. */
+static inline uint64_t sliding_refund(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost,
+                                      uint64_t put) {
   sliding_t s = sliding_read(r, state, now);
-  uint64_t rest = minus(cost, s.count);
-  s.count = minus(s.count, cost);
+  uint64_t charged = put ? state_expires(put) / r->per : s.index + 2, rest = cost;
+  if (charged == s.index + 2) {
+    rest = minus(cost, s.count);
+    s.count = minus(s.count, cost);
+    if (put) rest = 0;
+  } else if (charged != s.index + 1) {
+    rest = 0;
+  }
   s.previous = minus(s.previous, rest);
   return sliding_state(r, s);
 }
@@ -407,19 +444,19 @@ static inline uint64_t meter_charge(const rule_t *r, uint64_t version, uint64_t 
 }
 
 static inline uint64_t meter_refund(const rule_t *r, uint64_t version, uint64_t state,
-                                    uint64_t now, uint64_t cost) {
+                                    uint64_t now, uint64_t cost, uint64_t put) {
   state = state_for(r, state);
-  if (r->kind == FSHM_BUCKET) return bucket_refund(r, version, state, now, cost);
-  if (r->kind == FSHM_WINDOW) return window_refund(r, state, now, cost);
-  return sliding_refund(r, state, now, cost);
+  if (r->kind == FSHM_BUCKET) return bucket_refund(r, version, state, now, cost, put);
+  if (r->kind == FSHM_WINDOW) return window_refund(r, state, now, cost, put);
+  return sliding_refund(r, state, now, cost, put);
 }
 
 /* Tokens that fit now, given what is used (verdict_t.used_*). */
 static inline uint64_t verdict_remaining(const rule_t *r, uint64_t used) {
   if (r->kind != FSHM_BUCKET) return minus(r->n, used);
-  if (used >= r->tau) return 0;
-  if (r->den == 1) return (r->tau - used) / r->num;
-  return (uint64_t)((wide_t)(r->tau - used) * r->den / r->num);
+  if (!used) return r->burst;
+  if (r->den == 1) return minus(r->burst, (used - 1) / r->num + 1);
+  return minus(r->burst, saturate(((wide_t)used * r->den + r->num - 1) / r->num));
 }
 
 #endif

@@ -40,7 +40,8 @@ static bool lock_file_ready(fshm_segment *s) {
   struct stat st;
   /* After a fork the descriptor is inherited; a daemoniser may have closed or reused it. */
   if (s->lock_fd >= 0 && !fstat(s->lock_fd, &st) && st.st_ino == s->lock_ino) return true;
-  s->lock_fd = open_lock_file(s);
+  /* Not for a removed segment: its members hold another lock file, and nobody would remove this one. */
+  s->lock_fd = fshm_unlinked(s) ? -1 : open_lock_file(s);
   if (s->lock_fd < 0 || fstat(s->lock_fd, &st)) return false;
   s->lock_ino = st.st_ino;
   return true;
@@ -52,13 +53,11 @@ static bool lock_file_ready(fshm_segment *s) {
 uint32_t process_join(fshm_segment *s) {
   fork_page_t *page = s->fork_page;
   if (s->read_only) return NO_SLOT;
-#if !defined(__linux__)
-  if (process_forked(s)) {
+  if (!s->wiped && process_forked(s)) {
     page->pid = (uint32_t)getpid();
     store_relaxed(&page->joined, 0);
     store_relaxed(&page->joining, 0);
   }
-#endif
   if (atomic_exchange_explicit(&page->joining, 1, memory_order_relaxed)) return NO_SLOT;
   uint32_t pid = (uint32_t)getpid();
   page->pid = pid;
@@ -80,6 +79,8 @@ uint32_t process_join(fshm_segment *s) {
     store_relaxed(&p->refused, 0);
     store_relaxed(&p->attached, segment_now(s));
     store_relaxed(&p->pid, pid);
+    /* From here on, what an earlier owner of the slot held is recognised as a dead process's. */
+    page->generation = atomic_fetch_add(&p->generation, 1) + 1;
     store_relaxed(&page->joined, slot + 1);
     return slot;
   }
@@ -90,8 +91,10 @@ uint32_t process_join(fshm_segment *s) {
 bool process_alive(fshm_segment *s, uint32_t slot) {
   struct flock lock;
   if (!s->read_only && load_relaxed(&s->fork_page->joined) == slot + 1) return true;
-  if (!lock_file_ready(s)) return false;
-  return !byte_lock(s->lock_fd, F_GETLK, slot, &lock) && lock.l_type != F_UNLCK;
+  if (!lock_file_ready(s)) return true; /* cannot tell: nobody is declared dead on a guess */
+  /* The kernel does not tell a process of its own locks: a handle for reading goes by the pid. */
+  if (s->read_only && load_relaxed(&s->processes[slot].pid) == (uint32_t)getpid()) return true;
+  return byte_lock(s->lock_fd, F_GETLK, slot, &lock) || lock.l_type != F_UNLCK;
 }
 
 int fshm_process_at(fshm_segment *s, uint32_t index, fshm_process_info *out) {

@@ -44,11 +44,12 @@ static void list_lock(void) {
 }
 static void list_unlock(void) { atomic_store(&list_holder, 0); }
 
-static fork_page_t *make_fork_page(void) {
+static fork_page_t *make_fork_page(bool *wiped) {
   void *page = mmap(NULL, sizeof(fork_page_t), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (page == MAP_FAILED) return NULL;
+  *wiped = false;
 #if defined(MADV_WIPEONFORK)
-  (void)madvise(page, sizeof(fork_page_t), MADV_WIPEONFORK);
+  *wiped = !madvise(page, sizeof(fork_page_t), MADV_WIPEONFORK);
 #endif
   return page;
 }
@@ -71,7 +72,7 @@ static int attach(int fd, const header_t *h, const char *path, uint32_t flags, f
   s->read_only = flags & FSHM_OPEN_READ_ONLY;
   int protection = s->read_only ? PROT_READ : PROT_READ | PROT_WRITE;
   void *map = mmap(NULL, h->size, protection, MAP_SHARED, fd, 0);
-  s->fork_page = map == MAP_FAILED ? NULL : make_fork_page();
+  s->fork_page = map == MAP_FAILED ? NULL : make_fork_page(&s->wiped);
   if (!s->fork_page) {
     if (map != MAP_FAILED) (void)munmap(map, h->size);
     free(s);
@@ -138,6 +139,10 @@ int fshm_open(const char *name, uint64_t capacity, uint32_t mode, uint32_t flags
     break;
   }
   list_unlock();
+  if (status == FSHM_OK && !*out) { /* it vanished each time it was made */
+    errno = ENOENT;
+    status = image_fail(e, FSHM_E_NOT_FOUND);
+  }
   return status;
 }
 
@@ -153,7 +158,12 @@ void fshm_close(fshm_segment *s) {
     (void)munmap(s->map, s->size);
     (void)munmap(s->fork_page, sizeof *s->fork_page);
     (void)close(s->fd);
-    if (s->lock_fd >= 0) (void)close(s->lock_fd);
+    /* Closing any descriptor of the lock file drops the process's locks on it: not while another handle
+     * (one for reading, one for writing) of the same segment is open. */
+    bool shared = false;
+    for (fshm_segment *other = open_segments; other; other = other->next)
+      shared |= other->dev == s->dev && other->ino == s->ino;
+    if (s->lock_fd >= 0 && !shared) (void)close(s->lock_fd);
     free(s);
   }
   list_unlock();
@@ -197,7 +207,7 @@ uint64_t fshm_live_cells(fshm_segment *s, uint8_t *live, uint64_t now) {
   if (!now) now = segment_now(s);
   for (uint64_t i = 0; i < s->cell_count; i++) {
     uint64_t when = load_relaxed(&s->cells[i].when);
-    bool in_use = load_relaxed(&s->cells[i].who) && TAG(when) != TAG_PENDING && state_expires(when) > now;
+    bool in_use = load_relaxed(&s->cells[i].who) && !IS_PENDING(when) && state_expires(when) > now;
     if (live) live[i] = in_use;
     count += in_use;
   }

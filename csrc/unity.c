@@ -14,3 +14,4 @@
 #include "cells.c"
 #include "limits.c"
 #include "limiter.c"
+#include "lease.c"

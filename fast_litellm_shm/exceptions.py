@@ -49,3 +49,7 @@ class SegmentClockError(SegmentError):
 
 class SegmentFullError(SegmentError):
     """No room for another key (only raised with ``on_full="raise"``) or another limiter."""
+
+
+class PermitTimeoutError(FastShmError, TimeoutError):
+    """No permit, or no pooled connection, came free in time."""

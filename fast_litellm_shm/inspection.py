@@ -47,6 +47,22 @@ class KeyRow:
         }
 
 
+@dataclass(frozen=True)
+class PermitRow:
+    """One permit that is held. pid: None where its process is dead (it counts no more, and is given back
+    when somebody needs it). idle: a pooled connection that nobody uses now."""
+
+    limiter: str
+    key: str
+    pid: int | None
+    idle: bool
+    age_seconds: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
 class Inspection:
     """What is in a segment at one moment; rows are read when they are iterated."""
 
@@ -117,6 +133,61 @@ class Inspection:
             if row is not None:
                 shown += 1
                 yield row
+
+    def permits(self, *, limiter: str | None = None) -> Iterator[PermitRow]:
+        """All permits that are held, in no order. limiter: only this one's."""
+        import numpy
+
+        when = self._view("cells")["when"]
+        info = ffi.new("fshm_permit_info *")
+        for cell in numpy.flatnonzero((when >> numpy.uint64(61)) == 7).tolist():
+            if lib.fshm_permit_at(self._handle, cell, info) != 1:
+                continue  # released since we looked
+            known = self._limiters.get(info.limiter)
+            name = known["name"] if known else "?"
+            if limiter is None or name == limiter:
+                yield PermitRow(
+                    limiter=name,
+                    key=self._name(cell)[0],
+                    pid=info.pid if info.alive else None,
+                    idle=bool(info.idle),
+                    age_seconds=info.age_seconds,
+                )
+
+    def in_flight(self) -> list[dict[str, Any]]:
+        """Permits by limiter and key: in_flight (of living processes), max_in_flight, idle, dead (not yet
+        given back), pids, oldest_seconds."""
+        found: dict[tuple[str, str], dict[str, Any]] = {}
+        most = {
+            info["name"]: limit.n
+            for info in self._limiters.values()
+            for limit in info["limits"]
+            if isinstance(limit, limits.InFlight)
+        }
+        for row in self.permits():
+            entry = found.setdefault(
+                (row.limiter, row.key),
+                {
+                    "limiter": row.limiter,
+                    "key": row.key,
+                    "in_flight": 0,
+                    "max_in_flight": most.get(row.limiter),
+                    "idle": 0,
+                    "dead": 0,
+                    "pids": set(),
+                    "oldest_seconds": 0,
+                },
+            )
+            if row.pid is None:
+                entry["dead"] += 1
+                continue
+            entry["in_flight"] += 1
+            entry["idle"] += row.idle
+            entry["pids"].add(row.pid)
+            entry["oldest_seconds"] = max(entry["oldest_seconds"], row.age_seconds)
+        for entry in found.values():
+            entry["pids"] = sorted(entry["pids"])
+        return sorted(found.values(), key=lambda entry: -entry["in_flight"])
 
     def _row(self, i: int, match: str | None) -> KeyRow | None:
         cell = int(self._cells[i])

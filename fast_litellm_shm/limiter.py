@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from fast_litellm_shm import exceptions, limits
-from fast_litellm_shm.limits import AnyLimit, Limit
-from fast_litellm_shm.native import Core, Decision, ffi, lib
+from fast_litellm_shm import limits
+from fast_litellm_shm.handle import SharedLimits, key_bytes
+from fast_litellm_shm.limits import AnyLimit
+from fast_litellm_shm.native import Decision, lib
 from fast_litellm_shm.segment import Segment
 
 if TYPE_CHECKING:
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
 
 Cost: TypeAlias = int | tuple[int, ...] | list[int]
 
-_ON_FULL = {"deny": 0, "allow": 1, "raise": 2}
 _FOREVER = 2**62  # ns
 _LATE = 1_000_000_000  # ns: a waiter that wakes this late has lost its turn
 
@@ -31,15 +32,16 @@ class Batch(NamedTuple):
     retry_after: NDArray[numpy.float64]  # seconds; inf: never
 
 
-def _deadline(timeout: float | None) -> int:
+def deadline_ns(timeout: float | None) -> int:
+    """A time-out in seconds as an instant of time.monotonic_ns(); None: never."""
     if timeout is None:
         return _FOREVER * 2
-    if not isinstance(timeout, (int, float)) or timeout != timeout:
+    if not isinstance(timeout, (int, float)) or math.isnan(timeout):
         raise TypeError(f"timeout must be a number of seconds or None, not {timeout!r}")
     return time.monotonic_ns() + round(max(min(timeout, 4e9), 0) * 1e9)
 
 
-class RateLimiter(Core):
+class RateLimiter(SharedLimits):
     """Admit requests by key, under one or several limits, shared by all processes.
 
     limits: 1 to 4 of Limit, Window, SlidingWindow; a request is admitted when all of them have room,
@@ -61,50 +63,14 @@ class RateLimiter(Core):
         segment: Segment | None = None,
         on_full: str = "deny",
     ) -> None:
-        found = limits.checked(limits_)
-        if name is None:
-            name = " + ".join(limits.describe(limit) for limit in found)
-        if not isinstance(name, str):
-            raise TypeError(f"name must be a str, not {name!r}")
-        encoded = name.encode("utf-8", "surrogatepass")
-        if not 1 <= len(encoded) <= lib.FSHM_MAX_LIMITER_NAME:
-            raise ValueError(
-                f"name must be 1 to {lib.FSHM_MAX_LIMITER_NAME} bytes of UTF-8, not {name!r}"
-            )
-        if on_full not in _ON_FULL:
-            raise ValueError(f"on_full must be 'deny', 'allow' or 'raise', not {on_full!r}")
-        if segment is not None and not isinstance(segment, Segment):
-            raise TypeError(f"segment must be a Segment or None, not {segment!r}")
-        self._name, self._on_full = name, on_full
-        self._segment = Segment.default() if segment is None else segment
-        out = ffi.new("fshm_limiter **")
-        raw = ffi.new("fshm_limit[]", [limit._raw() for limit in found])
-        status = lib.fshm_limiter_open(
-            self._segment._handle, encoded, len(encoded), raw, len(found), out
-        )
-        if status != lib.FSHM_OK:
-            self._failed(status)
-        self._handle: Any = ffi.gc(out[0], lib.fshm_limiter_close)
-        self._limits_changed()
-
-    @property
-    def name(self) -> str:
-        """The name that processes share by."""
-        return self._name
-
-    @property
-    def segment(self) -> Segment:
-        """The segment it lives in."""
-        return self._segment
+        super().__init__(limits.checked(limits_), name=name, segment=segment, on_full=on_full)
 
     def reset(self, key: str | bytes | None = None) -> None:
         """Forget what a key has consumed; None: what all keys of this limiter have."""
         if key is None:
             status = lib.fshm_reset_all(self._handle)
         else:
-            raw = key.encode("utf-8", "surrogatepass") if isinstance(key, str) else key
-            if not isinstance(raw, bytes):
-                raise TypeError(f"key must be a str or bytes, not {key!r}")
+            raw = key_bytes(key)
             status = lib.fshm_reset_key(self._handle, raw, len(raw))
         if status != lib.FSHM_OK:
             self._failed(status)
@@ -117,7 +83,7 @@ class RateLimiter(Core):
         import numpy
 
         keys = tuple(keys)
-        costs: int | list[int] = cost if isinstance(cost, int) else [int(c) for c in cost]
+        costs: int | list[int] = list(cost) if isinstance(cost, Iterable) else cost
         if isinstance(costs, list) and len(costs) != len(keys):
             raise ValueError(f"cost has {len(costs)} values for {len(keys)} keys: give one for each")
         count = len(keys)
@@ -134,18 +100,19 @@ class RateLimiter(Core):
 
         On token buckets the waiter reserves its instant at once, so waiters are served in order, and
         sleeps until then. Denied at once where its turn would come after the deadline, or never.
-        An interrupt gives the reservation back. With a window, it sleeps until there is room and
+        An interrupt gives the reservation back, if nobody has reserved after it. With a window, it sleeps until there is room and
         tries again.
         """
-        deadline = _deadline(timeout)
+        deadline = deadline_ns(timeout)
         while True:
-            decision, pause = self._next(key, cost, deadline)
+            decision, pause, token = self._next(key, cost, deadline)
             due = time.monotonic_ns() + pause
             if pause:
                 try:
                     time.sleep(pause / 1e9)
                 except BaseException:
-                    self._give_back(decision, key, cost)
+                    if decision:
+                        self._cancel(key, cost, token)
                     raise
             if not pause or (decision and time.monotonic_ns() - due < _LATE):
                 return decision
@@ -153,77 +120,32 @@ class RateLimiter(Core):
     async def wait_async(
         self, key: str | bytes, cost: Cost = 1, timeout: float | None = None
     ) -> Decision:
-        """wait() for asyncio. Cancelling it gives the reservation back."""
-        deadline = _deadline(timeout)
+        """wait() for asyncio. Cancelling it gives the reservation back, if it is the last in the queue;
+        else its instant passes unused, since those behind it keep theirs."""
+        deadline = deadline_ns(timeout)
         while True:
-            decision, pause = self._next(key, cost, deadline)
+            decision, pause, token = self._next(key, cost, deadline)
             due = time.monotonic_ns() + pause
             if pause:
                 try:
                     await asyncio.sleep(pause / 1e9)
                 except BaseException:
-                    self._give_back(decision, key, cost)
+                    if decision:
+                        self._cancel(key, cost, token)
                     raise
             if not pause or (decision and time.monotonic_ns() - due < _LATE):
                 return decision
 
-    def _next(self, key: str | bytes, cost: Cost, deadline: int) -> tuple[Decision, int]:
-        """One step of a wait: the decision, and how long to sleep. After the sleep an admitted
-        decision is the caller's (it was charged ahead), a denied one is to be asked again. 0: done."""
+    def _next(self, key: str | bytes, cost: Cost, deadline: int) -> tuple[Decision, int, bytes]:
+        """One step of a wait: the decision, how long to sleep, and what to cancel it by. After the sleep
+        an admitted decision is the caller's (it was charged ahead), a denied one is to be asked again.
+        0: done."""
         left = max(deadline - time.monotonic_ns(), 0)
-        decision, pause = self._reserve(key, cost, min(left, _FOREVER))
-        if decision:
-            return decision, pause
-        retry = decision.retry_after_ns
-        only_buckets = all(isinstance(limit, Limit) for limit in self.limits)
-        if retry is None or retry > left or (only_buckets and retry == 0):
-            return decision, 0
-        return decision, retry
-
-    def _give_back(self, decision: Decision, key: str | bytes, cost: Cost) -> None:
-        if decision:
-            self.refund(key, cost)
-
-    def _limits_changed(self, _status: int = 0) -> None:
-        """Called by the native part when it meets another version of the limits."""
-        raw, version = ffi.new("fshm_limit[4]"), ffi.new("uint64_t *")
-        count = lib.fshm_limiter_limits(self._handle, raw, version)
-        if count < 1:
-            self._failed(lib.FSHM_E_DAMAGED)
-        found = tuple(limits.from_raw(raw[i]) for i in range(count))
-        self._bind(
-            int(ffi.cast("uintptr_t", self._handle)),
-            found,
-            self._reasons(found),
-            version[0],
-            _ON_FULL[self._on_full],
-        )
-
-    @staticmethod
-    def _reasons(found: tuple[AnyLimit, ...]) -> tuple[str, ...]:
-        """What check() says when each limit denies."""
-        return tuple(limits.reason(limit) for limit in found)
-
-    def _failed(self, status: int) -> NoReturn:
-        """Called by the native part when a call ends neither admitted nor denied."""
-        where = f"limiter {self._name!r} in segment {self._segment.name!r}"
-        if status == lib.FSHM_E_LIMITERS:
-            raise exceptions.SegmentFullError(
-                f"{where}: the segment's table of limiters is full "
-                f"({self._segment.geometry().limiters}); use fewer names, or a larger capacity"
-            )
-        if status in (lib.FSHM_FULL, lib.FSHM_CONTENDED):
-            capacity = self._segment.geometry().capacity
-            raise exceptions.SegmentFullError(
-                f"{where}: no room for another key (capacity {capacity}); remove the segment and make "
-                "it with a larger FAST_LITELLM_SHM_CAPACITY, or use shorter periods"
-            )
-        if status == lib.FSHM_E_DAMAGED:
-            raise exceptions.SegmentDamagedError(
-                f"{where}: its limits do not add up, somebody wrote over the segment; stop the workers "
-                "and remove it with `fast-shm rm`"
-            )
-        raise exceptions.SegmentError(f"{where}: unexpected error {status}")
+        decision, pause, token = self._reserve(key, cost, min(left, _FOREVER))
+        if not decision:
+            retry = decision.retry_after_ns
+            pause = retry if retry is not None and retry <= left else 0
+        return decision, pause, token
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_rebuild, (type(self), self.limits, self._name, self._segment, self._on_full))
@@ -237,5 +159,5 @@ def _rebuild(
     cls: type[RateLimiter], found: tuple[AnyLimit, ...], name: str, segment: Segment, on_full: str
 ) -> RateLimiter:
     limiter = cls.__new__(cls)
-    RateLimiter.__init__(limiter, *found, name=name, segment=segment, on_full=on_full)
+    SharedLimits.__init__(limiter, found, name=name, segment=segment, on_full=on_full, keep=True)
     return limiter

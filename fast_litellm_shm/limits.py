@@ -29,7 +29,11 @@ def _seconds(owner: str, value: object) -> float:
         value = value.total_seconds()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{owner}: per must be a number of seconds or a timedelta, not {value!r}")
-    if not math.isfinite(value) or value <= 0:
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # an int that no float holds
+        finite = False
+    if not finite or value <= 0:
         raise ValueError(f"{owner}: per must be a positive, finite number of seconds, not {value!r}")
     return value
 
@@ -47,6 +51,11 @@ def _check(owner: str, kind: int, n: int, per: float, burst: int, strict: bool) 
         )
     if kind == lib.FSHM_BUCKET and not 1 <= burst <= n:
         raise ValueError(f"{owner}: burst must be between 1 and n = {n}, not {burst}")
+    if kind == lib.FSHM_BUCKET and strict and burst * per_ns // (n - burst + 1) >= 2**56 - 2**30:
+        raise ValueError(
+            f"{owner}: burst must be smaller for a strict limit of {n} in {per!r} s: {burst} would "
+            "take more than 2 years to refill"
+        )
     largest = ffi.new("uint64_t *")
     raw = ffi.new("fshm_limit *", (min(n, 2**63), per_ns, min(burst, 2**63), kind, strict))
     if lib.fshm_limit_check(raw, largest) != lib.FSHM_OK:
@@ -139,11 +148,32 @@ class SlidingWindow(_Counted):
         return int(lib.FSHM_SLIDING)
 
 
+@dataclass(frozen=True)
+class InFlight:
+    """At most ``n`` permits held at once; what ConcurrencyLimiter and Quota(max_parallel=) put into the
+    segment. n: 1 .. 100,000."""
+
+    n: int
+
+    def _raw(self) -> tuple[int, int, int, int, int]:
+        return (self.n, 0, 0, lib.FSHM_PERMITS, 0)
+
+
+def in_flight(owner: str, name: str, n: object) -> InFlight:
+    """An InFlight, or an error that names the argument."""
+    found = _whole(owner, name, n)
+    if not 1 <= found <= 100_000:
+        raise ValueError(f"{owner}: {name} must be between 1 and 100,000, not {found}")
+    return InFlight(found)
+
+
 AnyLimit: TypeAlias = Limit | Window | SlidingWindow
 
 
-def from_raw(raw: Any) -> AnyLimit:
+def from_raw(raw: Any) -> AnyLimit | InFlight:
     """The limit that a ``fshm_limit`` describes."""
+    if raw.kind == lib.FSHM_PERMITS:
+        return InFlight(raw.n)
     seconds = raw.per_ns / _NS
     per: float = int(seconds) if seconds.is_integer() else seconds
     if raw.kind == lib.FSHM_BUCKET:
@@ -151,16 +181,21 @@ def from_raw(raw: Any) -> AnyLimit:
     return (Window if raw.kind == lib.FSHM_WINDOW else SlidingWindow)(raw.n, per)
 
 
-def reason(limit: AnyLimit) -> str:
+def reason(limit: AnyLimit | InFlight) -> str:
     """What ``check()`` says when this limit denies."""
+    if isinstance(limit, InFlight):
+        return "Too many requests in flight"
     per = limit._per_ns / _NS
     period = _PERIOD_NAMES.get(int(per)) if per.is_integer() else None
     return f"Rate limit exceeded (requests per {period or f'{per:g} seconds'})"
 
 
-def describe(limit: AnyLimit) -> str:
+def describe(limit: AnyLimit | InFlight) -> str:
     """A short form for tables and for the default name of a limiter: ``100/60s burst 10``."""
-    text = f"{limit.n}/{limit._per_ns / _NS:g}s"
+    if isinstance(limit, InFlight):
+        return f"{limit.n} in flight"
+    per = limit._per_ns / _NS
+    text = f"{limit.n}/{int(per) if per.is_integer() else per}s"
     if isinstance(limit, Limit):
         text += f" burst {limit.burst}" if limit.burst != limit.n else ""
         return text + (" strict" if limit.strict else "")

@@ -15,6 +15,9 @@ if not hasattr(_native, "Core"):
 
 Core = _native.Core
 Decision = _native.Decision
+Permit = _native.Permit
+PoolCore = _native.PoolCore
+Connection = _native.Connection
 
 _SHM_FULL = (
     "free some space in {dir}, mount it larger (in a container: --shm-size), or ask for a smaller "

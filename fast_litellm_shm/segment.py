@@ -14,7 +14,8 @@ _default: dict[str, Segment] = {}
 def _check_name(name: object) -> str:
     if not isinstance(name, str):
         raise TypeError(f"segment name must be a str, not {name!r}")
-    if lib.fshm_path(name.encode("utf-8", "replace"), ffi.new("char[256]"), 256) != lib.FSHM_OK:
+    out = ffi.new("char[256]")  # C would read a name to its first NUL only
+    if "\0" in name or lib.fshm_path(name.encode("utf-8", "replace"), out, 256) != lib.FSHM_OK:
         raise ValueError(
             f"segment name must be 1 to {lib.FSHM_MAX_NAME} characters of A-Z a-z 0-9 . _ - and not "
             f"begin with a dot, not {name!r}"
@@ -33,11 +34,12 @@ class Segment:
     """One shared-memory segment: made where there is none, else attached to.
 
     name: 1 to 64 characters of ``A-Z a-z 0-9 . _ -``; default: FAST_LITELLM_SHM_NAME, else a name
-    for each user id. capacity: how many keys it must hold, 1 .. 2**31; default:
-    FAST_LITELLM_SHM_CAPACITY, else 200,000 (11 MB); None attaches to any capacity. mode: permission
+    for each user id. capacity: how many keys it must hold, 1 .. 2**31 (a
+    key takes one place for each limit of its limiter); default: FAST_LITELLM_SHM_CAPACITY, else 200,000
+    (12 MB) where it is made, and whatever it has where it exists. mode: permission
     bits; default FAST_LITELLM_SHM_MODE, else 0o600. names: ``"plain"`` keeps key names for
     ``fast-shm inspect``, ``"hashed"`` shows keyed hashes, ``"off"`` keeps nothing of single keys;
-    decided by whoever makes the segment. create=False attaches only.
+    decided by whoever makes the segment. create=False attaches only, to any capacity.
 
     It outlives its processes, so limits survive a restart; :meth:`remove` deletes it. A forked child
     may go on using it.
@@ -57,7 +59,7 @@ class Segment:
         _read_only: bool = False,
     ) -> None:
         self._name = _check_name(settings.segment_name() if name is None else name)
-        if capacity is None and not _read_only:
+        if capacity is None and create and not _read_only:
             capacity = settings.segment_capacity()
         if capacity is not None and (
             isinstance(capacity, bool) or not isinstance(capacity, int) or not 1 <= capacity <= 2**31

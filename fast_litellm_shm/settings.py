@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import dataclass
+from typing import Any
 
 from fast_litellm_shm.native import lib
 
@@ -51,3 +54,61 @@ def names_flag(names: str) -> int:
     if names not in flags:
         raise ValueError(f"names must be 'plain', 'hashed' or 'off', not {names!r}")
     return int(flags[names])
+
+
+@dataclass(frozen=True)
+class PoolDefaults:
+    """What a connection pool is limited to where its constructor says nothing."""
+
+    max_per_endpoint: int = 10
+    max_total: int = 100
+    idle_timeout: float = 300.0
+
+
+def _number(source: str, value: Any, whole: bool) -> Any:
+    try:
+        number = int(value) if whole else float(value)
+    except (TypeError, ValueError):
+        number = 0
+    if number <= 0 or isinstance(value, bool):
+        raise ValueError(f"{source} must be a positive number, not {value!r}")
+    return number
+
+
+def feature_config() -> tuple[str, dict[str, Any]]:
+    """The file that FAST_LITELLM_FEATURE_CONFIG names, and what is in it; ("", {}) without one."""
+    path = os.environ.get("FAST_LITELLM_FEATURE_CONFIG")
+    if not path:
+        return "", {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"FAST_LITELLM_FEATURE_CONFIG: cannot read {path!r} as JSON: {error}"
+        ) from None
+    if not isinstance(found, dict):
+        raise ValueError(f"FAST_LITELLM_FEATURE_CONFIG: {path!r} must hold a JSON object")
+    return path, found
+
+
+def pool_defaults() -> PoolDefaults:
+    """From the environment, else from the config file (``features.rust_connection_pool.config``), else
+    10 to an endpoint, 100 in all, 300 s idle."""
+    path, config = feature_config()
+    where = "features.rust_connection_pool.config"
+    inner: Any = config
+    for part in where.split("."):
+        inner = inner.get(part, {}) if isinstance(inner, dict) else {}
+    found: dict[str, Any] = {}
+    for field, variable, key, whole in (
+        ("max_per_endpoint", "MAX_PER_ENDPOINT", "max_connections_per_endpoint", True),
+        ("max_total", "MAX_TOTAL", "max_total_connections", True),
+        ("idle_timeout", "IDLE_TIMEOUT", "idle_timeout_seconds", False),
+    ):
+        variable = f"FAST_LITELLM_POOL_{variable}"
+        if os.environ.get(variable):
+            found[field] = _number(variable, os.environ[variable], whole)
+        elif isinstance(inner, dict) and key in inner:
+            found[field] = _number(f"{path}: {where}.{key}", inner[key], whole)
+    return PoolDefaults(**found)

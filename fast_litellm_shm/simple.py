@@ -48,7 +48,7 @@ def _stats(limiter: RateLimiter, config: dict[str, int], strict_n: int | None) -
     per_minute, per_hour = config["requests_per_minute"], config["requests_per_hour"]
     remaining = ffi.new("uint64_t[4]")
     for row in Inspection(limiter.segment).keys(limiter=limiter.name):
-        raw = row.key.encode("utf-8", "surrogatepass")
+        raw = row.raw or row.key.encode("utf-8", "surrogatepass")
         if strict_n is None and lib.fshm_remaining(limiter._handle, raw, len(raw), 0, remaining) == 3:
             bucket, minute, hour = remaining[0], remaining[1], remaining[2]
         else:

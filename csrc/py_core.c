@@ -1,12 +1,10 @@
-/* fastcall.c - the hot calls, as CPython methods written by hand: cffi's wrappers cost 100 ns more and
+/* py_core.c - the hot calls, as CPython methods written by hand: cffi's wrappers cost 100 ns more and
  * drop the GIL at every call. Limited API 3.10. Everything else goes through cffi.
  *
- * Core is the base class of RateLimiter and SimpleRateLimiter; Decision is what acquire() returns.
+ * Core is the base class of RateLimiter and SimpleRateLimiter.
  * No rule lives here: arguments in, fshm_apply(), objects out.
  */
-#include <Python.h>
-
-#include "fast_shm.h"
+#include "py_args.h"
 
 enum { ON_FULL_DENY = 0, ON_FULL_ALLOW = 1, ON_FULL_RAISE = 2 };
 
@@ -19,108 +17,8 @@ typedef struct {
   int on_full;
 } Core;
 
-typedef struct {
-  PyObject_HEAD
-  PyObject *limits;
-  fshm_decision d;
-} Decision;
-
-static PyTypeObject *decision_type;
 static PyObject *s_allowed, *s_reason, *s_remaining, *s_retry, *s_default, *s_ok, *s_full;
 static PyObject *check_allowed, *check_denied; /* dicts to copy */
-
-/* arguments ------------------------------------------------------------------------------------ */
-
-typedef struct {
-  const char *bytes;
-  Py_ssize_t length;
-  PyObject *held; /* to release, or NULL */
-} key_arg;
-
-/* A str is its UTF-8 (cached in the str), bytes are themselves. Lone surrogates are keys too. */
-static int get_key(PyObject *key, key_arg *k) {
-  k->held = NULL;
-  if (Py_TYPE(key) == &PyUnicode_Type || PyUnicode_Check(key)) { /* the first needs no call */
-    k->bytes = PyUnicode_AsUTF8AndSize(key, &k->length);
-    if (k->bytes) return 0;
-    PyErr_Clear();
-    k->held = PyUnicode_AsEncodedString(key, "utf-8", "surrogatepass");
-    if (!k->held) return -1;
-    return PyBytes_AsStringAndSize(k->held, (char **)&k->bytes, &k->length);
-  }
-  if (PyBytes_Check(key)) return PyBytes_AsStringAndSize(key, (char **)&k->bytes, &k->length);
-  PyErr_Format(PyExc_TypeError, "key must be a str or bytes, not %R", key);
-  return -1;
-}
-
-static int get_cost(PyObject *value, uint64_t *out) {
-  PyObject *index = PyNumber_Index(value);
-  if (!index) {
-    PyErr_Clear();
-    PyErr_Format(PyExc_TypeError, "cost must be an int, or one int for each limit, not %R", value);
-    return -1;
-  }
-  int overflow = 0;
-  long long v = PyLong_AsLongLongAndOverflow(index, &overflow);
-  Py_DECREF(index);
-  if (v < 0 && !(v == -1 && overflow > 0)) {
-    PyErr_Format(PyExc_ValueError, "cost must be 0 or more, not %R", value);
-    return -1;
-  }
-  *out = overflow > 0 ? UINT64_MAX : (uint64_t)v; /* more than can ever fit, either way */
-  return 0;
-}
-
-/* One cost for all limits, or a tuple or list with one for each. */
-static int get_costs(const Core *self, PyObject *value, uint64_t *costs) {
-  Py_ssize_t count = PyTuple_Size(self->limits);
-  if (!PyTuple_Check(value) && !PyList_Check(value)) {
-    if (get_cost(value, &costs[0])) return -1;
-    for (int i = 1; i < FSHM_MAX_LIMITS; i++) costs[i] = costs[0];
-    return 0;
-  }
-  if (PySequence_Size(value) != count) {
-    PyErr_Format(PyExc_ValueError, "cost has %zd values, but the limiter has %zd limits: give one "
-                 "int, or one for each limit", PySequence_Size(value), count);
-    return -1;
-  }
-  for (Py_ssize_t i = 0; i < FSHM_MAX_LIMITS; i++) {
-    PyObject *item = PySequence_GetItem(value, i < count ? i : count - 1);
-    int failed = !item || get_cost(item, &costs[i]);
-    Py_XDECREF(item);
-    if (failed) return -1;
-  }
-  return 0;
-}
-
-/* name(key, cost=1): positions or keywords, without the cost of a format string. */
-static int parse(const char *name, PyObject *const *args, Py_ssize_t n, PyObject *kwnames,
-                 const char *const *names, PyObject **out, Py_ssize_t most, Py_ssize_t least) {
-  Py_ssize_t extra = kwnames ? PyTuple_Size(kwnames) : 0;
-  if (n > most) {
-    PyErr_Format(PyExc_TypeError, "%s() takes at most %zd arguments (%zd given)", name, most, n);
-    return -1;
-  }
-  for (Py_ssize_t i = 0; i < n; i++) out[i] = args[i];
-  for (Py_ssize_t i = 0; i < extra; i++) {
-    PyObject *word = PyTuple_GetItem(kwnames, i);
-    Py_ssize_t at = 0;
-    while (at < most && PyUnicode_CompareWithASCIIString(word, names[at])) at++;
-    if (at == most || out[at]) {
-      PyErr_Format(PyExc_TypeError, "%s() got an unexpected or repeated argument %R", name, word);
-      return -1;
-    }
-    out[at] = args[n + i];
-  }
-  for (Py_ssize_t i = 0; i < least; i++) {
-    if (out[i]) continue;
-    PyErr_Format(PyExc_TypeError, "%s() missing the argument '%s'", name, names[i]);
-    return -1;
-  }
-  return 0;
-}
-
-static const char *const key_cost[] = {"key", "cost", "max_wait_ns"};
 
 /* the call ------------------------------------------------------------------------------------- */
 
@@ -148,16 +46,18 @@ static int settle(Core *self, fshm_decision *d) {
   return 0;
 }
 
+static int bound(const Core *self) {
+  if (self->limiter) return 0;
+  PyErr_SetString(PyExc_RuntimeError, "the limiter's __init__ was not called");
+  return -1;
+}
+
 static int decide(Core *self, uint32_t op, PyObject *key, PyObject *cost, uint64_t max_wait,
                   fshm_decision *d) {
   key_arg k;
   uint64_t costs[FSHM_MAX_LIMITS];
-  if (!self->limiter) {
-    PyErr_SetString(PyExc_RuntimeError, "the limiter's __init__ was not called");
-    return -1;
-  }
-  if (get_key(key, &k)) return -1;
-  if (cost && get_costs(self, cost, costs)) {
+  if (bound(self) || get_key(key, &k)) return -1;
+  if (cost && get_costs(self->limits, cost, costs)) {
     Py_XDECREF(k.held);
     return -1;
   }
@@ -165,15 +65,6 @@ static int decide(Core *self, uint32_t op, PyObject *key, PyObject *cost, uint64
   Py_XDECREF(k.held);
   if (d->status < 0 || d->version != self->version) return settle(self, d);
   return 0;
-}
-
-static PyObject *make_decision(Core *self, const fshm_decision *d) {
-  Decision *o = PyObject_New(Decision, decision_type);
-  if (!o) return NULL;
-  Py_INCREF(self->limits);
-  o->limits = self->limits;
-  o->d = *d;
-  return (PyObject *)o;
 }
 
 static PyObject *decision_call(PyObject *self, uint32_t op, const char *name,
@@ -187,7 +78,7 @@ static PyObject *decision_call(PyObject *self, uint32_t op, const char *name,
     return NULL;
   if (least == 2 && !in[1]) return NULL;
   if (decide((Core *)self, op, in[0], in[1], 0, &d)) return NULL;
-  return make_decision((Core *)self, &d);
+  return make_decision(((Core *)self)->limits, &d);
 }
 
 static PyObject *core_acquire(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
@@ -203,7 +94,7 @@ static PyObject *core_force(PyObject *self, uint32_t op, const char *name, PyObj
   fshm_decision d;
   if (parse(name, args, n, kw, key_cost, in, 2, 2)) return NULL;
   if (decide((Core *)self, op, in[0], in[1], 0, &d)) return NULL;
-  return make_decision((Core *)self, &d);
+  return make_decision(((Core *)self)->limits, &d);
 }
 static PyObject *core_charge(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
   return core_force(self, FSHM_CHARGE, "charge", args, n, kw);
@@ -212,16 +103,38 @@ static PyObject *core_refund(PyObject *self, PyObject *const *args, Py_ssize_t n
   return core_force(self, FSHM_REFUND, "refund", args, n, kw);
 }
 
-/* _reserve(key, cost, max_wait_ns) -> (decision, ns to wait until it is ours): charge ahead. */
-static PyObject *core_reserve(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
+/* _reserve(key, cost, max_wait_ns) -> (decision, ns to wait until it is ours, what to cancel it by). */
+static PyObject *core_reserve(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
+  Core *self = (Core *)o;
   PyObject *in[3] = {NULL, NULL, NULL};
   fshm_decision d;
-  uint64_t most;
+  key_arg k;
+  uint64_t most, costs[FSHM_MAX_LIMITS], reserved[FSHM_MAX_LIMITS] = {0};
   if (parse("_reserve", args, n, kw, key_cost, in, 3, 3) || get_cost(in[2], &most)) return NULL;
-  if (decide((Core *)self, FSHM_RESERVE, in[0], in[1], most, &d)) return NULL;
+  if (bound(self) || get_costs(self->limits, in[1], costs) || get_key(in[0], &k)) return NULL;
+  fshm_reserve(self->limiter, k.bytes, (uint64_t)k.length, costs, most, 0, &d, reserved);
+  Py_XDECREF(k.held);
+  if ((d.status < 0 || d.version != self->version) && settle(self, &d)) return NULL;
   long long wait = d.status == FSHM_ALLOWED ? d.retry_after_ns : 0;
   if (d.status == FSHM_ALLOWED) d.retry_after_ns = 0;
-  return Py_BuildValue("NL", make_decision((Core *)self, &d), wait);
+  PyObject *token = PyBytes_FromStringAndSize((const char *)reserved, sizeof reserved);
+  return Py_BuildValue("NLN", make_decision(self->limits, &d), wait, token);
+}
+
+/* _cancel(key, cost, token): give a reservation back, if it is still the last. */
+static PyObject *core_cancel(PyObject *o, PyObject *args) {
+  Core *self = (Core *)o;
+  PyObject *key, *cost, *token;
+  key_arg k;
+  uint64_t costs[FSHM_MAX_LIMITS], reserved[FSHM_MAX_LIMITS];
+  if (!PyArg_ParseTuple(args, "OOO", &key, &cost, &token)) return NULL;
+  const char *bytes = PyBytes_AsString(token);
+  if (!bytes || PyBytes_Size(token) != (Py_ssize_t)sizeof reserved || bound(self)) return NULL;
+  memcpy(reserved, bytes, sizeof reserved);
+  if (get_costs(self->limits, cost, costs) || get_key(key, &k)) return NULL;
+  int given_back = fshm_cancel(self->limiter, k.bytes, (uint64_t)k.length, costs, reserved, 0);
+  Py_XDECREF(k.held);
+  return PyLong_FromLong(given_back);
 }
 
 static int decide_default(PyObject *self, uint32_t op, const char *name, PyObject *const *args,
@@ -288,6 +201,29 @@ static PyObject *core_check(PyObject *self, PyObject *const *args, Py_ssize_t n,
   if (!failed) return out;
   Py_DECREF(out);
   return NULL;
+}
+
+/* _admit(key, cost=1) -> Permit: a permit and all other limits, or a false one. */
+static PyObject *core_admit(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
+  Core *self = (Core *)o;
+  PyObject *in[2] = {NULL, NULL};
+  key_arg k;
+  uint64_t costs[FSHM_MAX_LIMITS];
+  fshm_decision d;
+  fshm_permit permit;
+  uint32_t in_flight;
+  if (parse("acquire", args, n, kw, key_cost, in, 2, 1)) return NULL;
+  if (bound(self)) return NULL;
+  if (in[1] && get_costs(self->limits, in[1], costs)) return NULL;
+  if (get_key(in[0], &k)) return NULL;
+  fshm_admit(self->limiter, k.bytes, (uint64_t)k.length, in[1] ? costs : NULL, 0, &permit, &d,
+             &in_flight);
+  Py_XDECREF(k.held);
+  if ((d.status < 0 || d.version != self->version) && settle(self, &d)) {
+    (void)fshm_permit_release(self->limiter, &permit);
+    return NULL;
+  }
+  return make_permit(o, self->limiter, &permit, in_flight, self->limits, &d);
 }
 
 /* _acquire_many(keys, costs, allowed, remaining, retry): charge key by key in order; three bytearrays
@@ -373,69 +309,7 @@ static void core_dealloc(PyObject *o) {
   Py_DECREF(type);
 }
 
-/* Decision ------------------------------------------------------------------------------------- */
-
-static PyObject *seconds(int64_t ns) { return PyFloat_FromDouble((double)ns * 1e-9); }
-
-static PyObject *decision_allowed(PyObject *o, void *unused) {
-  (void)unused;
-  return PyBool_FromLong(((Decision *)o)->d.status == FSHM_ALLOWED);
-}
-static PyObject *decision_remaining(PyObject *o, void *unused) {
-  (void)unused;
-  return PyLong_FromUnsignedLongLong(((Decision *)o)->d.remaining);
-}
-static PyObject *decision_retry_after(PyObject *o, void *unused) {
-  (void)unused;
-  int64_t ns = ((Decision *)o)->d.retry_after_ns;
-  if (ns == FSHM_NEVER) Py_RETURN_NONE;
-  return seconds(ns);
-}
-static PyObject *decision_retry_after_ns(PyObject *o, void *unused) {
-  (void)unused;
-  int64_t ns = ((Decision *)o)->d.retry_after_ns;
-  if (ns == FSHM_NEVER) Py_RETURN_NONE;
-  return PyLong_FromLongLong(ns);
-}
-static PyObject *decision_reset_after(PyObject *o, void *unused) {
-  (void)unused;
-  return seconds(((Decision *)o)->d.reset_after_ns);
-}
-static PyObject *decision_limit(PyObject *o, void *unused) {
-  (void)unused;
-  Decision *d = (Decision *)o;
-  Py_ssize_t i = (Py_ssize_t)d->d.limit_index;
-  PyObject *limit = i < PyTuple_Size(d->limits) ? PyTuple_GetItem(d->limits, i) : Py_None;
-  Py_XINCREF(limit);
-  return limit;
-}
-static int decision_bool(PyObject *o) { return ((Decision *)o)->d.status == FSHM_ALLOWED; }
-
-static PyObject *decision_repr(PyObject *o) {
-  PyObject *retry = decision_retry_after(o, NULL), *reset = decision_reset_after(o, NULL);
-  PyObject *limit = decision_limit(o, NULL), *out = NULL;
-  if (retry && reset && limit)
-    out = PyUnicode_FromFormat(
-        "Decision(allowed=%s, remaining=%llu, retry_after=%R, reset_after=%R, limit=%R)",
-        decision_bool(o) ? "True" : "False", (unsigned long long)((Decision *)o)->d.remaining,
-        retry, reset, limit);
-  Py_XDECREF(retry);
-  Py_XDECREF(reset);
-  Py_XDECREF(limit);
-  return out;
-}
-
-static void decision_dealloc(PyObject *o) {
-  PyTypeObject *type = Py_TYPE(o);
-  Py_XDECREF(((Decision *)o)->limits);
-  PyObject_Free(o);
-  Py_DECREF(type);
-}
-
 /* types ---------------------------------------------------------------------------------------- */
-
-#define FAST(f) ((PyCFunction)(void (*)(void))(f))
-#define FLAGS (METH_FASTCALL | METH_KEYWORDS)
 
 static PyMethodDef core_methods[] = {
     {"acquire", FAST(core_acquire), FLAGS,
@@ -456,6 +330,8 @@ static PyMethodDef core_methods[] = {
     {"get_remaining", FAST(core_get_remaining), FLAGS,
      "get_remaining(key=None)\n--\n\nHow many requests would be admitted right now."},
     {"_reserve", FAST(core_reserve), FLAGS, NULL},
+    {"_cancel", core_cancel, METH_VARARGS, NULL},
+    {"_admit", FAST(core_admit), FLAGS, NULL},
     {"_acquire_many", FAST(core_acquire_many), FLAGS, NULL},
     {"_bind", core_bind, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL}};
@@ -474,31 +350,7 @@ static PyType_Slot core_slots[] = {
 static PyType_Spec core_spec = {"fast_litellm_shm._native.Core", sizeof(Core), 0,
                                 Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, core_slots};
 
-static PyGetSetDef decision_getset[] = {
-    {"allowed", decision_allowed, NULL, "True when admitted.", NULL},
-    {"remaining", decision_remaining, NULL,
-     "Tokens that would still be admitted now; of the tightest limit.", NULL},
-    {"retry_after", decision_retry_after, NULL,
-     "Seconds until this cost fits; 0.0 when admitted; None: it never will.", NULL},
-    {"retry_after_ns", decision_retry_after_ns, NULL, "The same in nanoseconds, exact.", NULL},
-    {"reset_after", decision_reset_after, NULL, "Seconds until nothing is consumed any more.",
-     NULL},
-    {"limit", decision_limit, NULL, "The limit that denied, else the one with least left.", NULL},
-    {NULL, NULL, NULL, NULL, NULL}};
-
-static PyType_Slot decision_slots[] = {
-    {Py_tp_dealloc, (void *)decision_dealloc},
-    {Py_tp_getset, decision_getset},
-    {Py_tp_repr, (void *)decision_repr},
-    {Py_nb_bool, (void *)decision_bool},
-    {Py_tp_doc, (void *)"The answer of a limiter. True when admitted."},
-    {0, NULL}};
-
-static PyType_Spec decision_spec = {"fast_litellm_shm._native.Decision", sizeof(Decision), 0,
-                                    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
-                                    decision_slots};
-
-static int install(PyObject *module) {
+static int install_core(PyObject *module) {
   s_allowed = PyUnicode_InternFromString("allowed");
   s_reason = PyUnicode_InternFromString("reason");
   s_remaining = PyUnicode_InternFromString("remaining_requests");
@@ -517,19 +369,8 @@ static int install(PyObject *module) {
       PyDict_SetItem(check_denied, s_remaining, Py_None))
     return -1;
   PyObject *core = PyType_FromSpec(&core_spec);
-  decision_type = (PyTypeObject *)PyType_FromSpec(&decision_spec);
-  if (!core || !decision_type) return -1;
-  int failed = PyObject_SetAttrString(module, "Core", core) ||
-               PyObject_SetAttrString(module, "Decision", (PyObject *)decision_type);
+  if (!core) return -1;
+  int failed = PyObject_SetAttrString(module, "Core", core);
   Py_DECREF(core);
   return failed ? -1 : 0;
-}
-
-/* Called once through cffi, which drops the GIL around it. `module`: the extension module's address. */
-int fshm_py_install(void *module) {
-  PyGILState_STATE state = PyGILState_Ensure();
-  int failed = install((PyObject *)module);
-  if (failed) PyErr_Print();
-  PyGILState_Release(state);
-  return failed ? FSHM_E_MEMORY : FSHM_OK;
 }

@@ -1,0 +1,348 @@
+/* lease.c - what is held: requests in flight, pooled connections. Argued in DESIGN.md.
+ *
+ * A key that may have n permits has n slots. A slot is a cell of the table like any other, with the
+ * fingerprint of (limiter, key, slot): taking it is one swap from free to held-by-me, or a claim where
+ * the slot has no cell yet. A free slot equals "never seen", so its cell can be reused by any key. The
+ * count is what the cells say; there is no second number.
+ *
+ * when = 7 (3 bits) | slot (17) | owner: process slot (8) and its generation (18) | idle (1) |
+ *        taken, in seconds of segment time (17)
+ */
+#include <errno.h>
+#include <sched.h>
+#include <time.h>
+
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include "internal.h"
+
+#define PERMIT_BIT 2048u /* of the limiter index in ledger_t.meta */
+#define SLOT_OF(w) ((uint32_t)((w) >> 44) & 0x1ffff)
+#define OWNER_OF(w) ((uint32_t)((w) >> 36) & 0xff)
+#define GENERATION_OF(w) ((w) >> 18 & 0x3ffff)
+#define IDLE (UINT64_C(1) << 17)
+#define TAKEN_OF(w) ((w) & 0x1ffff)
+
+static_assert(PROCESSES <= 256, "an owner is 8 bits");
+static_assert(MAX_PERMITS < 1 << 17, "a slot is 17 bits");
+
+/* Which slots' owners are alive, asked once in each call: a question is a system call. */
+typedef struct {
+  uint8_t known[PROCESSES]; /* 0 = not asked, 1 = alive, 2 = dead */
+} census_t;
+
+static bool owner_alive(fshm_segment *s, uint64_t when, census_t *census) {
+  uint32_t owner = OWNER_OF(when);
+  uint64_t generation =
+      atomic_load_explicit(&s->processes[owner].generation, memory_order_acquire);
+  if ((generation & 0x3ffff) != GENERATION_OF(when)) return false; /* an earlier owner's */
+  if (!census->known[owner]) census->known[owner] = process_alive(s, owner) ? 1 : 2;
+  return census->known[owner] == 1;
+}
+
+/* This process as an owner; false where the process table is full. */
+static bool own_identity(fshm_segment *s, uint64_t *identity) {
+  uint32_t slot = process_slot(s);
+  /* Another thread of this process may just be joining: it takes microseconds, once. */
+  for (int tries = 0; slot >= PROCESSES && tries < 1000; tries++) {
+    uint32_t joined = load_relaxed(&s->fork_page->joined);
+    if (joined == NO_SLOT) return false;
+    if (joined) slot = joined - 1;
+    else (void)sched_yield();
+  }
+  if (slot >= PROCESSES) return false;
+  *identity = (uint64_t)slot << 36 | (s->fork_page->generation & 0x3ffff) << 18;
+  return true;
+}
+
+#define IDENTITY_MASK (UINT64_C(0x3ffffff) << 18)
+
+static uint64_t spread(uint64_t x) { /* murmur3's finaliser */
+  x = (x ^ x >> 33) * UINT64_C(0xff51afd7ed558ccd);
+  x = (x ^ x >> 33) * UINT64_C(0xc4ceb9fe1a85ec53);
+  return x ^ x >> 33;
+}
+
+/* Slots 4k .. 4k+3 share a home line. Resets do not reach permits: no salt. */
+static inline uint64_t slot_place(uint64_t hash, uint32_t slot) {
+  return spread(hash + (slot / CELLS_PER_LINE + 1) * UINT64_C(0x9e3779b97f4a7c15));
+}
+static inline uint64_t slot_who(uint64_t hash, uint32_t slot) {
+  uint64_t who = spread(hash ^ UINT64_C(0xa24baed4963ee407) * (slot + 1));
+  return who + !who;
+}
+
+typedef struct {
+  fshm_segment *s;
+  fshm_limiter *limiter;
+  const void *key;
+  uint64_t key_length, hash, now, identity;
+} holder_t;
+
+static inline uint32_t bell_of(uint64_t hash) { return (uint32_t)(hash >> 32) % BELLS; }
+
+static bool holder_make(holder_t *h, fshm_limiter *l, const void *key, uint64_t length,
+                        uint64_t now) {
+  h->s = l->segment;
+  h->limiter = l;
+  h->key = key;
+  h->key_length = length;
+  h->hash = fshm_siphash(l->key[0], l->key[1], key, length);
+  h->now = now ? min_u64(now, TIME_MAX - 1) : segment_now(h->s);
+  return own_identity(h->s, &h->identity);
+}
+
+enum { SLOT_HELD, SLOT_TAKEN, SLOT_FULL };
+
+static uint64_t held_by_me(void *context) { return *(uint64_t *)context; }
+
+/* Try one slot. With a census, a dead process's permit is taken over. */
+static int take_slot_of_key(const holder_t *h, uint32_t slot, census_t *census, fshm_permit *out) {
+  uint64_t place = slot_place(h->hash, slot), who = slot_who(h->hash, slot);
+  pair_t mine = {who, UINT64_C(7) << 61 | (uint64_t)slot << 44 | h->identity |
+                          (h->now / 1000000000 & 0x1ffff)};
+  for (int tries = 0; tries < MAX_TRIES; tries++) {
+    found_t f;
+    cells_find(h->s, place, who, &f);
+    if (!f.pair.who) {
+      int status = cells_claim(h->s, place, who, h->now, held_by_me, &mine.when, &f.cell);
+      if (status == CLAIM_FULL) return SLOT_FULL;
+      if (status == CLAIM_LOST) continue;
+    } else {
+      if (IS_PERMIT(f.pair.when) && (!census || owner_alive(h->s, f.pair.when, census)))
+        return SLOT_HELD;
+      /* From free, or from a dead owner, to mine: one swap. Pairs with every other taker's, and with
+       * the release: whoever fails sees a slot that somebody else has just taken. */
+      pair_t seen = f.pair;
+      if (!pair_cas(&h->s->cells[f.cell], &seen, mine)) continue;
+    }
+    *out = (fshm_permit){f.cell, who, mine.when, bell_of(h->hash), 1, {0, 0, 0, 0}};
+    return SLOT_TAKEN;
+  }
+  return SLOT_HELD;
+}
+
+/* Count the key's held slots below `slots`; free those of dead processes on the way. */
+static uint32_t count_held(const holder_t *h, uint32_t slots, census_t *census) {
+  uint32_t held = 0;
+  for (uint32_t slot = 0; slot < slots; slot++) {
+    found_t f;
+    cells_find(h->s, slot_place(h->hash, slot), slot_who(h->hash, slot), &f);
+    if (!f.pair.who || !IS_PERMIT(f.pair.when)) continue;
+    pair_t seen = f.pair, idle = {f.pair.who, 0};
+    if (owner_alive(h->s, f.pair.when, census))
+      held++;
+    else
+      (void)pair_cas(&h->s->cells[f.cell], &seen, idle); /* lost: somebody took it over or freed it */
+  }
+  return held;
+}
+
+static void ring(fshm_segment *s, uint32_t bell);
+
+static int give_back(holder_t *h, const fshm_permit *p) {
+  pair_t seen = {p->who, p->when}, idle = {p->who, 0};
+  bool ours = p->cell < h->s->cell_count && pair_cas(&h->s->cells[p->cell], &seen, idle);
+  if (ours) ring(h->s, p->bell);
+  return ours;
+}
+
+/* Take one permit of the key: FSHM_ALLOWED, FSHM_DENIED (*held says how many are), FSHM_FULL. */
+static int take_permit(holder_t *h, const plan_t *plan, fshm_permit *out, uint32_t *held) {
+  uint32_t n = plan->permits, start = load_relaxed(&h->limiter->frontier) % n;
+  uint32_t likely_free = atomic_exchange_explicit(&h->limiter->released, 0, memory_order_relaxed);
+  uint32_t most = CURRENT_SLOT(plan->current, 1) < LIMITS_SLOTS
+                      ? limits_most_permits(h->s, h->limiter->index, plan)
+                      : n;
+  census_t census;
+  bool full = false;
+  memset(&census, 0, sizeof census);
+  for (int pass = 0; pass < 2; pass++) { /* the second asks who is dead */
+    for (uint32_t i = likely_free && !pass ? 0 : 1; i <= n; i++) {
+      uint32_t slot = i == 0 ? (likely_free - 1) % n : (start + i - 1) % n;
+      int status = take_slot_of_key(h, slot, pass ? &census : NULL, out);
+      full |= status == SLOT_FULL;
+      if (status != SLOT_TAKEN) continue;
+      if (i) store_relaxed(&h->limiter->frontier, slot + 1);
+      ledger_remember(h->s, out->cell, ledger_meta(h->limiter->index | PERMIT_BIT, out->who), h->key,
+                      h->key_length);
+      if (pass) ring(h->s, out->bell); /* a dead process may have held more: the next may look */
+      if (likely(most == n)) return FSHM_ALLOWED;
+      /* The limit was lowered, and slots beyond it may be held. Ours is published: count all. Of any
+       * set of holders the last to publish counts all others, so they never exceed n. */
+      atomic_thread_fence(memory_order_seq_cst);
+      *held = count_held(h, most, &census);
+      if (*held <= n) return FSHM_ALLOWED;
+      (void)give_back(h, out);
+      out->held = 0;
+      *held -= 1;
+      return FSHM_DENIED;
+    }
+  }
+  *held = n;
+  return full ? FSHM_FULL : FSHM_DENIED;
+}
+
+int fshm_permit_release(fshm_limiter *l, fshm_permit *p) {
+  holder_t h = {.s = l->segment, .limiter = l};
+  if (!p->held) return 0;
+  p->held = 0;
+  /* A forked child has an identity of its own and cannot free what is its parent's. */
+  if (!own_identity(h.s, &h.identity) || (p->when & IDENTITY_MASK) != h.identity) return 0;
+  if (!give_back(&h, p)) return 0;
+  store_relaxed(&l->released, SLOT_OF(p->when) + 1);
+  return 1;
+}
+
+int fshm_permit_idle(fshm_limiter *l, fshm_permit *p, int idle) {
+  fshm_segment *s = l->segment;
+  uint64_t identity, to = idle ? p->when | IDLE : p->when & ~IDLE;
+  if (!p->held || p->cell >= s->cell_count) return 0;
+  if (!own_identity(s, &identity) || (p->when & IDENTITY_MASK) != identity) return 0;
+  pair_t seen = {p->who, p->when}, next = {p->who, to};
+  if (!pair_cas(&s->cells[p->cell], &seen, next)) return 0;
+  p->when = to;
+  return 1;
+}
+
+uint32_t fshm_in_flight(fshm_limiter *l, const void *key, uint64_t length) {
+  holder_t h;
+  plan_t plan;
+  census_t census;
+  memset(&census, 0, sizeof census);
+  (void)holder_make(&h, l, key, length, 0);
+  if (!limits_load(h.s, l->index, &plan) || !plan.permits) return 0;
+  return count_held(&h, limits_most_permits(h.s, l->index, &plan), &census);
+}
+
+/* Permit and meters together: look at the meters, take the permit, charge the meters; give the permit
+ * back if they have lost their room meanwhile. Killed after the permit, it is a dead process's and comes
+ * back by itself; killed after the charge, rates stay charged. */
+void fshm_admit(fshm_limiter *l, const void *key, uint64_t key_length, const uint64_t *costs,
+                uint64_t now, fshm_permit *permit, fshm_decision *out, uint32_t *in_flight) {
+  holder_t h;
+  plan_t plan;
+  memset(permit, 0, sizeof *permit);
+  memset(out, 0, sizeof *out);
+  *in_flight = 0;
+  bool member = holder_make(&h, l, key, key_length, now);
+  if (!limits_load(h.s, l->index, &plan)) {
+    out->status = FSHM_E_DAMAGED;
+    return;
+  }
+  out->version = CURRENT_VERSION(plan.current);
+  out->status = FSHM_ALLOWED;
+  out->remaining = INT64_MAX;
+  if (plan.count) {
+    if (limiter_take(l, FSHM_PROBE, key, key_length, costs, now, out, NULL) != FSHM_ALLOWED) return;
+  }
+  if (plan.permits) {
+    int status = member ? take_permit(&h, &plan, permit, in_flight) : FSHM_E_PROCESSES;
+    if (status != FSHM_ALLOWED) {
+      out->status = status;
+      out->limit_index = plan.count;
+      out->remaining = 0;
+      out->retry_after_ns = 0; /* nobody knows when a holder lets go */
+      return;
+    }
+  }
+  if (plan.count) {
+    (void)limiter_take(l, FSHM_ACQUIRE, key, key_length, costs, now, out, permit->put);
+    if (out->status != FSHM_ALLOWED && permit->held) (void)fshm_permit_release(l, permit);
+  }
+}
+
+/* waiting --------------------------------------------------------------------------------------- */
+
+/* Wake one sleeper, if somebody may sleep. The caller's swap came before the load (a full barrier),
+ * the sleeper's arming before its own look at the slots: one of the two sees the other. */
+static void ring(fshm_segment *s, uint32_t bell) {
+  _Atomic uint32_t *b = &s->header->bells[bell % BELLS];
+  atomic_thread_fence(memory_order_seq_cst);
+  uint32_t seen = load_relaxed(b);
+  for (int tries = 0; (seen & 1) && tries < MAX_TRIES; tries++) {
+    if (!atomic_compare_exchange_strong(b, &seen, (seen & ~1u) + 2)) continue;
+#if defined(__linux__)
+    (void)syscall(SYS_futex, b, FUTEX_WAKE, 1, NULL, NULL, 0);
+#endif
+    return;
+  }
+}
+
+static uint32_t key_bell(const fshm_limiter *l, const void *key, uint64_t length) {
+  return bell_of(fshm_siphash(l->key[0], l->key[1], key, length));
+}
+
+uint32_t fshm_bell_arm(fshm_limiter *l, const void *key, uint64_t length) {
+  return atomic_fetch_or(&l->segment->header->bells[key_bell(l, key, length)], 1) | 1;
+}
+
+void fshm_bell_ring(fshm_limiter *l, const void *key, uint64_t length) {
+  ring(l->segment, key_bell(l, key, length));
+}
+
+/* 1: rung (or changed since arming); 0: time is up, or a signal came. */
+int fshm_bell_wait(fshm_limiter *l, const void *key, uint64_t length, uint32_t armed,
+                   uint64_t timeout) {
+  _Atomic uint32_t *b = &l->segment->header->bells[key_bell(l, key, length)];
+  struct timespec t = {(time_t)(timeout / 1000000000), (long)(timeout % 1000000000)};
+#if defined(__linux__)
+  /* Not FUTEX_PRIVATE: the word is shared. The kernel wakes in the order of arrival. */
+  return !syscall(SYS_futex, b, FUTEX_WAIT, armed, &t, NULL, 0) || errno == EAGAIN;
+#else
+  struct timespec slice = {0, 1000000};
+  for (uint64_t slept = 0; slept < timeout; slept += 1000000) {
+    if (load_relaxed(b) != armed) return 1;
+    (void)nanosleep(&slice, NULL);
+  }
+  (void)t;
+  return 0;
+#endif
+}
+
+/* looking in ------------------------------------------------------------------------------------ */
+
+int fshm_permit_at(fshm_segment *s, uint64_t cell, fshm_permit_info *out) {
+  memset(out, 0, sizeof *out);
+  if (cell >= s->cell_count) return 0;
+  pair_t pair = {load_relaxed(&s->cells[cell].who), load_relaxed(&s->cells[cell].when)};
+  uint32_t meta = load_relaxed(&s->ledger[cell].meta);
+  uint32_t limiter = (meta >> 20) & (PERMIT_BIT - 1);
+  if (!IS_PERMIT(pair.when) || !pair.who) return 0;
+  bool known = meta == ledger_meta(limiter | PERMIT_BIT, pair.who) && limiter < s->limiter_count;
+  census_t census;
+  memset(&census, 0, sizeof census);
+  out->limiter = known ? limiter : UINT32_MAX;
+  out->pid = load_relaxed(&s->processes[OWNER_OF(pair.when)].pid);
+  out->alive = owner_alive(s, pair.when, &census);
+  if (!out->alive) out->pid = 0; /* the slot may be another's by now */
+  out->idle = (pair.when & IDLE) != 0;
+  out->slot = SLOT_OF(pair.when);
+  out->age_seconds = (segment_now(s) / 1000000000 - TAKEN_OF(pair.when)) & 0x1ffff;
+  return 1;
+}
+
+uint64_t fshm_reap(fshm_segment *s, uint32_t pid) {
+  census_t census;
+  uint64_t freed = 0;
+  memset(&census, 0, sizeof census);
+  if (s->read_only) return 0;
+  for (uint64_t cell = 0; cell < s->cell_count; cell++) {
+    if (!IS_PERMIT(load_relaxed(&s->cells[cell].when))) continue;
+    pair_t seen = pair_load(&s->cells[cell]);
+    if (!IS_PERMIT(seen.when)) continue;
+    bool alive = owner_alive(s, seen.when, &census);
+    bool theirs = alive && load_relaxed(&s->processes[OWNER_OF(seen.when)].pid) == pid;
+    if (pid ? !theirs : alive) continue;
+    pair_t idle = {seen.who, 0};
+    if (pair_cas(&s->cells[cell], &seen, idle)) freed++;
+  }
+  for (uint32_t bell = 0; freed && bell < BELLS; bell++) ring(s, bell);
+  return freed;
+}
+
+uint64_t fshm_unique(fshm_segment *s) { return add_relaxed(&s->header->ticket, 1); }

@@ -1,0 +1,111 @@
+/* py_decision.c - Decision: what a limiter answers. Made at every acquire(), so its fields are turned into
+ * Python objects only when they are read. */
+#include "py_args.h"
+
+typedef struct {
+  PyObject_HEAD
+  PyObject *limits;
+  fshm_decision d;
+} Decision;
+
+static PyTypeObject *decision_type;
+
+static PyObject *make_decision(PyObject *limits, const fshm_decision *d) {
+  Decision *o = PyObject_New(Decision, decision_type);
+  if (!o) return NULL;
+  Py_INCREF(limits);
+  o->limits = limits;
+  o->d = *d;
+  return (PyObject *)o;
+}
+
+static PyObject *seconds(int64_t ns) { return PyFloat_FromDouble((double)ns * 1e-9); }
+
+static PyObject *decision_allowed(PyObject *o, void *unused) {
+  (void)unused;
+  return PyBool_FromLong(((Decision *)o)->d.status == FSHM_ALLOWED);
+}
+static PyObject *decision_remaining(PyObject *o, void *unused) {
+  (void)unused;
+  return PyLong_FromUnsignedLongLong(((Decision *)o)->d.remaining);
+}
+static PyObject *decision_retry_after(PyObject *o, void *unused) {
+  (void)unused;
+  int64_t ns = ((Decision *)o)->d.retry_after_ns;
+  if (ns == FSHM_NEVER) Py_RETURN_NONE;
+  return seconds(ns);
+}
+static PyObject *decision_retry_after_ns(PyObject *o, void *unused) {
+  (void)unused;
+  int64_t ns = ((Decision *)o)->d.retry_after_ns;
+  if (ns == FSHM_NEVER) Py_RETURN_NONE;
+  return PyLong_FromLongLong(ns);
+}
+static PyObject *decision_reset_after(PyObject *o, void *unused) {
+  (void)unused;
+  return seconds(((Decision *)o)->d.reset_after_ns);
+}
+static PyObject *decision_limit(PyObject *o, void *unused) {
+  (void)unused;
+  Decision *d = (Decision *)o;
+  Py_ssize_t i = (Py_ssize_t)d->d.limit_index;
+  PyObject *limit = i < PyTuple_Size(d->limits) ? PyTuple_GetItem(d->limits, i) : Py_None;
+  Py_XINCREF(limit);
+  return limit;
+}
+static PyObject *decision_limit_index(PyObject *o, void *unused) {
+  (void)unused;
+  return PyLong_FromUnsignedLong(((Decision *)o)->d.limit_index);
+}
+static int decision_bool(PyObject *o) { return ((Decision *)o)->d.status == FSHM_ALLOWED; }
+
+static PyObject *decision_repr(PyObject *o) {
+  PyObject *retry = decision_retry_after(o, NULL), *reset = decision_reset_after(o, NULL);
+  PyObject *limit = decision_limit(o, NULL), *out = NULL;
+  if (retry && reset && limit)
+    out = PyUnicode_FromFormat(
+        "Decision(allowed=%s, remaining=%llu, retry_after=%R, reset_after=%R, limit=%R)",
+        decision_bool(o) ? "True" : "False", (unsigned long long)((Decision *)o)->d.remaining,
+        retry, reset, limit);
+  Py_XDECREF(retry);
+  Py_XDECREF(reset);
+  Py_XDECREF(limit);
+  return out;
+}
+
+static void decision_dealloc(PyObject *o) {
+  PyTypeObject *type = Py_TYPE(o);
+  Py_XDECREF(((Decision *)o)->limits);
+  PyObject_Free(o);
+  Py_DECREF(type);
+}
+
+static PyGetSetDef decision_getset[] = {
+    {"allowed", decision_allowed, NULL, "True when admitted.", NULL},
+    {"remaining", decision_remaining, NULL,
+     "Tokens that would still be admitted now; of the tightest limit.", NULL},
+    {"retry_after", decision_retry_after, NULL,
+     "Seconds until this cost fits; 0.0 when admitted; None: it never will.", NULL},
+    {"retry_after_ns", decision_retry_after_ns, NULL, "The same in nanoseconds, exact.", NULL},
+    {"reset_after", decision_reset_after, NULL, "Seconds until nothing is consumed any more.",
+     NULL},
+    {"limit_index", decision_limit_index, NULL, "Its place among the limiter's limits.", NULL},
+    {"limit", decision_limit, NULL, "The limit that denied, else the one with least left.", NULL},
+    {NULL, NULL, NULL, NULL, NULL}};
+
+static PyType_Slot decision_slots[] = {
+    {Py_tp_dealloc, (void *)decision_dealloc},
+    {Py_tp_getset, decision_getset},
+    {Py_tp_repr, (void *)decision_repr},
+    {Py_nb_bool, (void *)decision_bool},
+    {Py_tp_doc, (void *)"The answer of a limiter. True when admitted."},
+    {0, NULL}};
+
+static PyType_Spec decision_spec = {"fast_litellm_shm._native.Decision", sizeof(Decision), 0,
+                                    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                                    decision_slots};
+
+static int install_decision(PyObject *module) {
+  decision_type = (PyTypeObject *)PyType_FromSpec(&decision_spec);
+  return decision_type ? PyObject_SetAttrString(module, "Decision", (PyObject *)decision_type) : -1;
+}

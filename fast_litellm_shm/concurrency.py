@@ -1,0 +1,162 @@
+"""ConcurrencyLimiter: at most so many requests in flight, over all processes, crash or no crash."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+from fast_litellm_shm import exceptions, limits
+from fast_litellm_shm.handle import SharedLimits, key_bytes
+from fast_litellm_shm.limiter import deadline_ns
+from fast_litellm_shm.native import Permit, ffi, lib
+from fast_litellm_shm.segment import Segment
+
+_LOOK_NS = 1_000_000_000  # a waiter looks for the dead itself, once a second
+_SLEEPERS = 64  # threads that asyncio's waiters sleep in; more take turns
+
+_sleepers: ThreadPoolExecutor | None = None
+
+
+def _executor() -> ThreadPoolExecutor:
+    global _sleepers
+    if _sleepers is None:
+        _sleepers = ThreadPoolExecutor(_SLEEPERS, "fast-shm-wait")
+    return _sleepers
+
+
+def _forget_executor() -> None:
+    """Its threads stay behind in the parent."""
+    global _sleepers
+    _sleepers = None
+
+
+os.register_at_fork(after_in_child=_forget_executor)
+
+
+class ConcurrencyLimiter:
+    """At most ``max_in_flight`` permits for each key, over all processes of the host together.
+
+    max_in_flight: 1 .. 100,000. name: processes that use the same name share; whoever sets
+    max_in_flight last sets it for all. segment: default ``Segment.default()``.
+
+    A permit belongs to its process. One that is killed or crashes gives its permits back by itself:
+    at once to whoever then finds no other, within a second to whoever waits. One that is merely
+    stopped keeps them. Each permit takes one key's room in the segment.
+
+    Raises ValueError or TypeError for bad arguments, SegmentFullError where the process table (256) is
+    full.
+    """
+
+    acquire: Any
+    """acquire(key) -> Permit: true when admitted; else false, and ``in_flight`` says how many are held.
+    Release it with ``permit.release()`` or ``with permit:``."""
+
+    def __init__(self, max_in_flight: int, *, name: str, segment: Segment | None = None) -> None:
+        limit = limits.in_flight("ConcurrencyLimiter", "max_in_flight", max_in_flight)
+        self._shared = SharedLimits((limit,), name=name, segment=segment, on_full="deny")
+        self._handle = self._shared._handle
+        self.acquire = self._shared._admit
+
+    @property
+    def name(self) -> str:
+        """The name that processes share by."""
+        return self._shared.name
+
+    @property
+    def segment(self) -> Segment:
+        """The segment it lives in."""
+        return self._shared.segment
+
+    @property
+    def max_in_flight(self) -> int:
+        """The limit in force."""
+        return self._shared.limits[0].n
+
+    def in_flight(self, key: str | bytes) -> int:
+        """How many permits of the key living processes hold. Frees those of dead ones."""
+        raw = key_bytes(key)
+        return int(lib.fshm_in_flight(self._handle, raw, len(raw)))
+
+    def wait(self, key: str | bytes, timeout: float | None = None) -> Permit:
+        """acquire(), waiting for a permit at most ``timeout`` seconds; false when there was none.
+
+        Sleeps in the kernel (futex) and is woken by a release, in order of arrival unless somebody
+        comes by just then. Looks for dead holders once a second.
+        """
+        permit: Permit = self.acquire(key)
+        if permit:
+            return permit
+        raw, deadline = key_bytes(key), deadline_ns(timeout)
+        try:
+            while True:
+                armed = lib.fshm_bell_arm(self._handle, raw, len(raw))
+                permit = self.acquire(key)
+                left = deadline - time.monotonic_ns()
+                if permit or left <= 0:
+                    return permit
+                lib.fshm_bell_wait(self._handle, raw, len(raw), armed, min(left, _LOOK_NS))
+        finally:  # whoever leaves wakes the next, who may have missed a ring meant for two
+            lib.fshm_bell_ring(self._handle, raw, len(raw))
+
+    async def wait_async(self, key: str | bytes, timeout: float | None = None) -> Permit:
+        """wait() for asyncio: sleeps in a thread of its own pool, not in the event loop."""
+        permit: Permit = self.acquire(key)
+        if permit:
+            return permit
+        raw, deadline = key_bytes(key), deadline_ns(timeout)
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                armed = lib.fshm_bell_arm(self._handle, raw, len(raw))
+                permit = self.acquire(key)
+                left = deadline - time.monotonic_ns()
+                if permit or left <= 0:
+                    return permit
+                sleep = (self._handle, raw, len(raw), armed, min(left, _LOOK_NS))
+                await loop.run_in_executor(_executor(), lib.fshm_bell_wait, *sleep)
+        finally:
+            lib.fshm_bell_ring(self._handle, raw, len(raw))
+
+    @contextmanager
+    def slot(self, key: str | bytes, timeout: float | None = None) -> Iterator[Permit]:
+        """``with limiter.slot(key, timeout=5):`` hold a permit. Raises PermitTimeoutError."""
+        with self._or_raise(self.wait(key, timeout), key, timeout) as permit:
+            yield permit
+
+    @asynccontextmanager
+    async def slot_async(
+        self, key: str | bytes, timeout: float | None = None
+    ) -> AsyncIterator[Permit]:
+        """``async with limiter.slot_async(key, timeout=5):`` likewise."""
+        with self._or_raise(await self.wait_async(key, timeout), key, timeout) as permit:
+            yield permit
+
+    def _or_raise(self, permit: Permit, key: str | bytes, timeout: float | None) -> Permit:
+        if not permit:
+            raise exceptions.PermitTimeoutError(
+                f"limiter {self.name!r}: no permit for key {key!r} within {timeout} s, "
+                f"{permit.in_flight} of {self.max_in_flight} are held; wait longer, or raise the limit"
+            )
+        return permit
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (type(self), self.max_in_flight, self.name, self.segment))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.max_in_flight}, name={self.name!r})"
+
+
+def _rebuild(
+    cls: type[ConcurrencyLimiter], max_in_flight: int, name: str, segment: Segment
+) -> ConcurrencyLimiter:
+    return cls(max_in_flight, name=name, segment=segment)
+
+
+def release_process(segment: Segment, pid: int) -> int:
+    """Give back all permits of a process (0: of all dead ones). For operators; returns how many."""
+    return int(lib.fshm_reap(segment._handle, ffi.cast("uint32_t", pid)))

@@ -1,0 +1,141 @@
+"""The part that all limiters share: a name in a segment, and its limits, which may change."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, NoReturn
+
+from fast_litellm_shm import exceptions, limits
+from fast_litellm_shm.limits import AnyLimit, InFlight
+from fast_litellm_shm.native import Core, ffi, lib
+from fast_litellm_shm.segment import Segment
+
+_ON_FULL = {"deny": 0, "allow": 1, "raise": 2}
+
+
+def _default_name(found: tuple[AnyLimit | InFlight, ...]) -> str:
+    """A name made of the limits: equal limits, equal names."""
+    name = " + ".join(limits.describe(limit) for limit in found)
+    if len(name) > lib.FSHM_MAX_LIMITER_NAME:
+        name = f"limits {hashlib.blake2s(name.encode(), digest_size=16).hexdigest()}"
+    return name
+
+
+class SharedLimits(Core):
+    """Opens a limiter by name, and keeps its Python objects in step with the segment.
+
+    The methods that begin with an underscore and take a status are called by the native part.
+    """
+
+    def __init__(
+        self,
+        found: tuple[AnyLimit | InFlight, ...],
+        *,
+        name: str | None,
+        segment: Segment | None,
+        on_full: str,
+        keep: bool = False,  # where the name exists, leave its limits as they are
+    ) -> None:
+        if name is None:
+            name = _default_name(found)
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a str, not {name!r}")
+        encoded = name.encode("utf-8", "surrogatepass")
+        if not 1 <= len(encoded) <= lib.FSHM_MAX_LIMITER_NAME:
+            raise ValueError(
+                f"name must be 1 to {lib.FSHM_MAX_LIMITER_NAME} bytes of UTF-8, not {name!r}"
+            )
+        if on_full not in _ON_FULL:
+            raise ValueError(f"on_full must be 'deny', 'allow' or 'raise', not {on_full!r}")
+        if segment is not None and not isinstance(segment, Segment):
+            raise TypeError(f"segment must be a Segment or None, not {segment!r}")
+        if hasattr(self, "_handle"):
+            raise RuntimeError(f"limiter {self._name!r} is open already: make another object")
+        self._name, self._on_full = name, on_full
+        self._segment = Segment.default() if segment is None else segment
+        out = ffi.new("fshm_limiter **")
+        status = lib.FSHM_E_NOT_FOUND
+        if keep:
+            status = lib.fshm_limiter_find(self._segment._handle, encoded, len(encoded), out)
+        if status == lib.FSHM_E_NOT_FOUND:
+            raw = ffi.new("fshm_limit[]", [limit._raw() for limit in found])
+            status = lib.fshm_limiter_open(
+                self._segment._handle, encoded, len(encoded), raw, len(found), out
+            )
+        if status == lib.FSHM_CONTENDED:
+            raise exceptions.SegmentError(
+                f"limiter {name!r} in segment {self._segment.name!r}: several processes are changing "
+                "its limits at this moment; set them in one place, or try again"
+            )
+        if status != lib.FSHM_OK:
+            self._failed(status)
+        self._handle: Any = ffi.gc(out[0], lib.fshm_limiter_close)
+        self._limits_changed()
+
+    @property
+    def name(self) -> str:
+        """The name that processes share by."""
+        return self._name
+
+    @property
+    def segment(self) -> Segment:
+        """The segment it lives in."""
+        return self._segment
+
+    def _limits_changed(self, _status: int = 0) -> None:
+        """Called by the native part when it meets another version of the limits."""
+        raw, version = ffi.new("fshm_limit[4]"), ffi.new("uint64_t *")
+        count = lib.fshm_limiter_limits(self._handle, raw, version)
+        if count < 1:
+            self._failed(lib.FSHM_E_DAMAGED)
+        try:
+            found = tuple(limits.from_raw(raw[i]) for i in range(count))
+        except ValueError:  # numbers that nobody can have set
+            self._failed(lib.FSHM_E_DAMAGED)
+        self._bind(
+            int(ffi.cast("uintptr_t", self._handle)),
+            found,
+            self._reasons(found),
+            version[0],
+            _ON_FULL[self._on_full],
+        )
+
+    @staticmethod
+    def _reasons(found: tuple[AnyLimit | InFlight, ...]) -> tuple[str, ...]:
+        """What check() says when each limit denies."""
+        return tuple(limits.reason(limit) for limit in found)
+
+    def _failed(self, status: int) -> NoReturn:
+        """Called by the native part when a call ends neither admitted nor denied."""
+        where = f"limiter {self._name!r} in segment {self._segment.name!r}"
+        if status == lib.FSHM_E_LIMITERS:
+            raise exceptions.SegmentFullError(
+                f"{where}: the segment's table of limiters is full "
+                f"({self._segment.geometry().limiters}); use fewer names, or a larger capacity"
+            )
+        if status == lib.FSHM_E_PROCESSES:
+            raise exceptions.SegmentFullError(
+                f"{where}: the segment's process table is full "
+                f"({self._segment.geometry().processes} living processes), and a permit needs an owner "
+                "in it; use fewer processes for one segment"
+            )
+        if status in (lib.FSHM_FULL, lib.FSHM_CONTENDED):
+            capacity = self._segment.geometry().capacity
+            raise exceptions.SegmentFullError(
+                f"{where}: no room for another key (capacity {capacity}); remove the segment and make "
+                "it with a larger FAST_LITELLM_SHM_CAPACITY, or use shorter periods"
+            )
+        if status == lib.FSHM_E_DAMAGED:
+            raise exceptions.SegmentDamagedError(
+                f"{where}: its limits do not add up, somebody wrote over the segment; stop the workers "
+                "and remove it with `fast-shm rm`"
+            )
+        raise exceptions.SegmentError(f"{where}: unexpected error {status}")
+
+
+def key_bytes(key: object) -> bytes:
+    """A key as the native part sees it: bytes, or the UTF-8 of a str (lone surrogates too)."""
+    raw = key.encode("utf-8", "surrogatepass") if isinstance(key, str) else key
+    if not isinstance(raw, bytes):
+        raise TypeError(f"key must be a str or bytes, not {key!r}")
+    return raw

@@ -1,0 +1,328 @@
+"""The connection pool of the PyPI package fast-litellm, with limits that hold over all workers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+from weakref import WeakSet
+
+from fast_litellm_shm import exceptions, limits, settings
+from fast_litellm_shm.handle import SharedLimits
+from fast_litellm_shm.inspection import Inspection
+from fast_litellm_shm.limiter import deadline_ns
+from fast_litellm_shm.native import Connection, PoolCore, ffi, lib
+from fast_litellm_shm.segment import Segment
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.")
+_TRY_AGAIN_NS = 1_000_000_000
+
+_pools: WeakSet[SimpleConnectionPool] = WeakSet()
+
+
+def _after_fork() -> None:
+    for pool in _pools:
+        pool._forget()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _check_endpoint(endpoint: object) -> str:
+    if not isinstance(endpoint, str):
+        raise TypeError(f"endpoint must be a str such as 'https://host', not {endpoint!r}")
+    if not _SCHEME.match(endpoint):
+        raise ValueError(f"endpoint must be a URL with a scheme, like 'https://host', not {endpoint!r}")
+    return endpoint
+
+
+class SimpleConnectionPool(PoolCore):
+    """At most so many connections to an endpoint, and in all, over all workers together.
+
+    pool_name: pools of one name share their limits in all processes; others do not. max_per_endpoint,
+    max_total: 1 .. 100,000, idle ones count. idle_timeout: seconds after which an idle connection is
+    closed rather than used again. Defaults: 10, 100 and 300 s; or FAST_LITELLM_POOL_MAX_PER_ENDPOINT,
+    FAST_LITELLM_POOL_MAX_TOTAL, FAST_LITELLM_POOL_IDLE_TIMEOUT; or ``max_connections_per_endpoint`` and
+    ``idle_timeout_seconds`` in the file that FAST_LITELLM_FEATURE_CONFIG names.
+
+    A connection belongs to the process that opened it, which alone uses it again. A dead process's are
+    gone from the counts. A forked child begins with none. Ids are unique for ever.
+
+    :meth:`bind` gives ids a real connection object to carry.
+    """
+
+    def __init__(
+        self,
+        pool_name: str = "default",
+        *,
+        max_per_endpoint: int | None = None,
+        max_total: int | None = None,
+        idle_timeout: float | None = None,
+        segment: Segment | None = None,
+    ) -> None:
+        if not isinstance(pool_name, str):
+            raise TypeError(f"pool_name must be a str, not {pool_name!r}")
+        defaults = settings.pool_defaults()
+        self._per_endpoint = limits.in_flight(
+            "SimpleConnectionPool",
+            "max_per_endpoint",
+            defaults.max_per_endpoint if max_per_endpoint is None else max_per_endpoint,
+        )
+        self._total = limits.in_flight(
+            "SimpleConnectionPool",
+            "max_total",
+            defaults.max_total if max_total is None else max_total,
+        )
+        idle = defaults.idle_timeout if idle_timeout is None else idle_timeout
+        if isinstance(idle, bool) or not isinstance(idle, (int, float)):
+            raise TypeError(f"idle_timeout must be a number of seconds, not {idle!r}")
+        if not 0 < idle < 10**9:
+            raise ValueError(f"idle_timeout must be more than 0 and less than 1e9 s, not {idle!r}")
+        self._name, self._idle = pool_name, float(idle)
+        self._slots = SharedLimits(
+            (self._per_endpoint,), name=f"pool {pool_name}", segment=segment, on_full="deny"
+        )
+        self._segment = self._slots.segment
+        self._totals = SharedLimits(
+            (self._total,), name=f"pool {pool_name} total", segment=self._segment, on_full="deny"
+        )
+        self._prefix = f"{self._segment.geometry().instance:016x}"
+        self._connect: Callable[[str], Any] | None = None
+        self._close: Callable[[Any], object] | None = None
+        self._is_healthy: Callable[[Any], bool] | None = None
+        self._forget()
+        _pools.add(self)
+
+    @property
+    def name(self) -> str:
+        """The name that processes share by."""
+        return self._name
+
+    def bind(
+        self,
+        connect: Callable[[str], Any],
+        close: Callable[[Any], object] | None = None,
+        is_healthy: Callable[[Any], bool] | None = None,
+    ) -> None:
+        """Let ids carry real connections: ``connect(endpoint)`` opens one, ``close(object)`` closes it,
+        ``is_healthy(object)`` says whether it can be used again. Called in this process only."""
+        for name, value in (("connect", connect), ("close", close), ("is_healthy", is_healthy)):
+            if not callable(value) and not (value is None and name != "connect"):
+                raise TypeError(f"bind: {name} must be callable, not {value!r}")
+        self._connect, self._close, self._is_healthy = connect, close, is_healthy
+
+    def object_of(self, connection_id: str) -> Any:
+        """What connect() returned for this id; None without bind(). KeyError for an unknown id."""
+        return self._connections()[connection_id].object
+
+    def health_check(self, connection_id: str) -> bool:
+        """Whether the connection can be used: known here, not idle for too long, and healthy by the
+        bound is_healthy()."""
+        found = self._connections().get(connection_id)
+        if found is None or found.idle_seconds > self._idle:
+            return False
+        return self._is_healthy is None or bool(self._is_healthy(found.object))
+
+    def remove_connection(self, connection_id: str) -> None:
+        """Close it and give its place back. Unknown ids, and twice, are harmless."""
+        if not isinstance(connection_id, str):
+            raise TypeError(f"connection id must be a str, not {connection_id!r}")
+        self._shut(self._drop(connection_id))
+
+    def cleanup(self) -> int:
+        """Close this process's connections that have been idle for too long or are not healthy, and give
+        back what dead processes held. Returns how many were closed."""
+        stale = [
+            found.id
+            for found in self._connections().values()
+            if found.idle and not self.health_check(found.id)
+        ]
+        for connection_id in stale:
+            self.remove_connection(connection_id)
+        lib.fshm_reap(self._segment._handle, 0)
+        return len(stale)
+
+    def close(self) -> None:
+        """Close all connections of this process."""
+        for connection_id in list(self._connections()):
+            self.remove_connection(connection_id)
+
+    def get_stats(self) -> dict[str, Any]:
+        """Sums over all processes: active_connections, idle_connections, total_connections,
+        max_total_connections, and endpoints: {endpoint: available_connections, max_connections}."""
+        counts: dict[str, list[int]] = {}
+        for row in Inspection(self._segment).permits(limiter=self._slots.name):
+            if row.pid is not None:
+                counts.setdefault(row.key, [0, 0])[row.idle] += 1
+        active = sum(count[0] for count in counts.values())
+        idle = sum(count[1] for count in counts.values())
+        return {
+            "active_connections": active,
+            "idle_connections": idle,
+            "total_connections": active + idle,
+            "max_total_connections": self._totals.limits[0].n,
+            "endpoints": {
+                endpoint: {
+                    "available_connections": idle_here,
+                    "max_connections": self._slots.limits[0].n,
+                }
+                for endpoint, (_, idle_here) in sorted(counts.items())
+            },
+        }
+
+    @contextmanager
+    def connection(self, endpoint: str, timeout: float | None = 0) -> Iterator[Any]:
+        """``with pool.connection(endpoint) as conn:`` the bound object (the id, without bind()). Waits up
+        to ``timeout`` seconds for a place (None: for ever), then raises PermitTimeoutError. One whose
+        use raised is closed, since nobody knows its state."""
+        deadline = deadline_ns(timeout)
+        while (found := self.get_connection(endpoint)) is None:
+            self._sleep(endpoint, deadline, timeout)
+        with self._use(found) as value:
+            yield value
+
+    @asynccontextmanager
+    async def connection_async(
+        self, endpoint: str, timeout: float | None = 0
+    ) -> AsyncIterator[Any]:
+        """connection() for asyncio: waits, and connects, in a thread."""
+        deadline = deadline_ns(timeout)
+        while (found := self._take(_check_endpoint(endpoint))) is None:
+            found = await asyncio.to_thread(self.get_connection, endpoint)
+            if found is not None:
+                break
+            await asyncio.to_thread(self._sleep, endpoint, deadline, timeout)
+        with self._use(found) as value:
+            yield value
+
+    @contextmanager
+    def _use(self, connection_id: str) -> Iterator[Any]:
+        try:
+            yield connection_id if self._connect is None else self.object_of(connection_id)
+        except BaseException:
+            self.remove_connection(connection_id)
+            raise
+        self.return_connection(connection_id)
+
+    def _sleep(self, endpoint: str, deadline: int, timeout: float | None) -> None:
+        """Until somebody closes a connection to the endpoint, or returns one here; a second at most."""
+        left = deadline - time.monotonic_ns()
+        if left <= 0:
+            raise exceptions.PermitTimeoutError(
+                f"pool {self._name!r}: no connection to {endpoint} within {timeout} s: "
+                f"{self._slots.limits[0].n} to an endpoint, {self._totals.limits[0].n} in all; "
+                "wait longer, or raise the limits"
+            )
+        raw = endpoint.encode("utf-8", "surrogatepass")
+        armed = lib.fshm_bell_arm(self._slots._handle, raw, len(raw))
+        lib.fshm_bell_wait(
+            self._slots._handle, raw, len(raw), armed, min(left, _TRY_AGAIN_NS // 20)
+        )
+
+    def _forget(self) -> None:
+        """Begin without connections; in a forked child they are the parent's."""
+        addresses = [
+            int(ffi.cast("uintptr_t", shared._handle)) for shared in (self._slots, self._totals)
+        ]
+        self._bind_core(*addresses, int(self._idle * 1e9))
+
+    def _open(self, endpoint: object) -> str | None:
+        """Called by get_connection() when no idle connection may be used."""
+        endpoint = _check_endpoint(endpoint)
+        while (found := self._take(endpoint)) is None and self._close_stale(endpoint):
+            pass
+        if found is not None:
+            return found
+        connection_id = f"conn-{self._prefix}-{lib.fshm_unique(self._segment._handle)}"
+        if self._add(connection_id, endpoint, None) is not None and not self._make_room(
+            connection_id, endpoint
+        ):
+            return None
+        if self._connect is None:
+            return connection_id
+        try:
+            self._set_object(connection_id, self._connect(endpoint))
+        except BaseException:
+            self._drop(connection_id)
+            raise
+        return connection_id
+
+    def _make_room(self, connection_id: str, endpoint: str) -> bool:
+        """The pool is full: close this process's idle connections to other endpoints, oldest first."""
+        idle = sorted(
+            (found for found in self._connections().values() if found.idle),
+            key=lambda found: -found.idle_seconds,
+        )
+        for found in idle:
+            self.remove_connection(found.id)
+            if self._add(connection_id, endpoint, None) is None:
+                return True
+        return False
+
+    def _close_stale(self, endpoint: str) -> bool:
+        """Close idle connections to the endpoint that may not be used again. True if there were any."""
+        stale = [
+            found.id
+            for found in self._connections().values()
+            if found.endpoint == endpoint and found.idle and not self.health_check(found.id)
+        ]
+        for connection_id in stale:
+            self.remove_connection(connection_id)
+        return bool(stale)
+
+    def _odd(self, connection_id: object) -> None:
+        """Called by return_connection() for an id that is not in use here: unknown, another process's,
+        or returned already. Harmless; counts stay as they are."""
+        if not isinstance(connection_id, str):
+            raise TypeError(f"connection id must be a str, not {connection_id!r}")
+
+    def _shut(self, found: Connection | None) -> None:
+        if found is not None and found.object is not None and self._close is not None:
+            self._close(found.object)
+
+    def __repr__(self) -> str:
+        return f"SimpleConnectionPool({self._name!r})"
+
+
+_default: SimpleConnectionPool | None = None
+
+
+def _pool() -> SimpleConnectionPool:
+    global _default
+    if _default is None:
+        _default = SimpleConnectionPool()
+    return _default
+
+
+def get_connection(endpoint: str) -> str | None:
+    """The id of a connection to the endpoint from the pool "default"; None at its limits."""
+    return _pool().get_connection(endpoint)
+
+
+def return_connection(connection_id: str) -> None:
+    """Give a connection of the pool "default" back, for reuse."""
+    _pool().return_connection(connection_id)
+
+
+def remove_connection(connection_id: str) -> None:
+    """Close a connection of the pool "default"."""
+    _pool().remove_connection(connection_id)
+
+
+def health_check_connection(connection_id: str) -> bool:
+    """Whether a connection of the pool "default" can be used."""
+    return _pool().health_check(connection_id)
+
+
+def cleanup_expired_connections() -> int:
+    """Close idle connections of the pool "default" that are too old. Returns how many."""
+    return _pool().cleanup()
+
+
+def get_connection_pool_stats() -> dict[str, Any]:
+    """Statistics of the pool "default", summed over all processes."""
+    return _pool().get_stats()
