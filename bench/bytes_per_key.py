@@ -1,7 +1,8 @@
 """How much memory does a key of SimpleRateLimiter cost, at 200,000 keys?
 
-Counted from outside the allocators: growth of anonymous memory (RSS without shared pages) of a child
-process, plus, for ours, the whole shared-memory segment. (tracemalloc does not see native heaps.)
+Counted from outside the allocators: growth of anonymous memory (RSS without shared pages) of a
+child process, plus, for ours, the whole shared-memory segment. (tracemalloc does not see native
+heaps.)
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@
 #include <stdint.h>
 
 typedef struct {
-  uint64_t who;  /* keyed fingerprint, 0 = empty */
+  uint64_t who; /* keyed fingerprint, 0 = empty */
   uint64_t when; /* state: meter.h */
 } pair_t;
 

@@ -212,8 +212,7 @@ uint64_t fshm_unique(fshm_segment *segment); /* a number that no other call gets
 int fshm_limiter_at(fshm_segment *segment, uint32_t index, fshm_limiter_info *out);
 int fshm_process_at(fshm_segment *segment, uint32_t index, fshm_process_info *out);
 uint64_t fshm_live_cells(fshm_segment *segment, uint8_t *live, uint64_t now_ns);
-int fshm_key_name(fshm_segment *segment, uint64_t cell, char *out, uint64_t size,
-                  uint64_t *length);
+int fshm_key_name(fshm_segment *segment, uint64_t cell, char *out, uint64_t size, uint64_t *length);
 int fshm_peek_cell(fshm_segment *segment, uint64_t cell, uint64_t now_ns, fshm_decision *out);
 int fshm_py_install(void *module);
 

@@ -65,8 +65,8 @@ int fshm_path(const char *name, char *out, uint64_t size) {
   if (length < 1 || length > FSHM_MAX_NAME || name[0] == '.') return FSHM_E_ARGUMENT;
   if (strspn(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") != length)
     return FSHM_E_ARGUMENT;
-  int n = snprintf(out, size, "%s/fast_litellm_shm.%d.%s", fshm_directory(), FSHM_LAYOUT_VERSION,
-                   name);
+  int n =
+      snprintf(out, size, "%s/fast_litellm_shm.%d.%s", fshm_directory(), FSHM_LAYOUT_VERSION, name);
   return n > 0 && (uint64_t)n < size ? FSHM_OK : FSHM_E_ARGUMENT;
 }
 
@@ -124,7 +124,8 @@ static void identify_clock(header_t *h) {
 static void randomise(void *out, size_t size) {
 #if defined(__linux__)
   if (getrandom(out, size, 0) == (ssize_t)size) return;
-  uint64_t seed[2] = {fshm_clock(), (uint64_t)getpid()}; /* no entropy to be had: better than none */
+  uint64_t seed[2] = {fshm_clock(),
+                      (uint64_t)getpid()}; /* no entropy to be had: better than none */
   for (size_t i = 0; i < size / 8; i++)
     ((uint64_t *)out)[i] = fshm_siphash(seed[0], seed[1], &i, sizeof i);
 #else
@@ -200,7 +201,7 @@ static int create_by(bool unnamed, const char *path, uint64_t capacity, uint32_t
 }
 
 int image_create(const char *path, uint64_t capacity, uint32_t mode, uint32_t flags,
-                  fshm_error *e) {
+                 fshm_error *e) {
   int status = create_by(true, path, capacity, mode, flags, e);
   /* No unnamed files, no /proc, or linkat refused: a private name and a rename that replaces nothing. */
   if (status != FSHM_OK && status != FSHM_E_SPACE)
@@ -231,7 +232,8 @@ int image_verify(int fd, header_t *h, uint32_t flags, fshm_error *e) {
   }
   header_t should;
   memset(&should, 0, sizeof should);
-  if (h->capacity < MIN_CAPACITY || h->capacity > MAX_CAPACITY) return image_fail(e, FSHM_E_DAMAGED);
+  if (h->capacity < MIN_CAPACITY || h->capacity > MAX_CAPACITY)
+    return image_fail(e, FSHM_E_DAMAGED);
   lay_out(&should, h->capacity);
   e->wanted = should.size;
   if (should.size != (uint64_t)st.st_size || should.size != h->size || should.lines != h->lines ||
@@ -268,4 +270,3 @@ int fshm_remove(const char *name, fshm_error *e) {
   }
   return FSHM_OK;
 }
-

@@ -55,7 +55,7 @@ struct fshm_segment {
 /* A limiter's limits as they stood at one instant: copied out of the segment for one call. */
 typedef struct {
   uint64_t current; /* the word that named them */
-  uint32_t count;   /* of meters; rules[count] is the limit of permits, where there is one */
+  uint32_t count; /* of meters; rules[count] is the limit of permits, where there is one */
   uint32_t permits; /* in flight at most; 0 = no such limit */
   unsigned version; /* its lowest 5 bits */
   uint64_t twist[FSHM_MAX_LIMITS]; /* fingerprint of limit i = hash of the key ^ twist[i] */
@@ -64,7 +64,7 @@ typedef struct {
 
 struct fshm_limiter {
   fshm_segment *segment;
-  uint32_t index;  /* in the table of limiters */
+  uint32_t index; /* in the table of limiters */
   uint64_t key[2]; /* SipHash key of this limiter */
   _Atomic uint32_t released; /* slot + 1 that this process released last: likely free; 0 = none */
   _Atomic uint32_t frontier; /* where this process goes on looking for a free slot */
@@ -76,8 +76,7 @@ uint64_t fshm_siphash(uint64_t k0, uint64_t k1, const void *data, uint64_t lengt
 /* image.c */
 int image_fail(fshm_error *e, int code);
 int image_fail_errno(fshm_error *e);
-int image_create(const char *path, uint64_t capacity, uint32_t mode, uint32_t flags,
-                 fshm_error *e);
+int image_create(const char *path, uint64_t capacity, uint32_t mode, uint32_t flags, fshm_error *e);
 int image_verify(int fd, header_t *header, uint32_t flags, fshm_error *e);
 
 /* clock.c */

@@ -21,7 +21,8 @@
 #define REGION_LINES 8        /* a key may live in two regions of this many lines */
 #define PROCESSES 256         /* process table, fixed: 256 x (64 + 2048) bytes */
 #define COLUMN_ENTRIES 128    /* of one process: a power of two */
-#define LIMITS_SLOTS 6        /* limit sets an entry can hold: current, three before it, two being written */
+#define LIMITS_SLOTS \
+  6        /* limit sets an entry can hold: current, three before it, two being written */
 #define HISTORY 4             /* the current set and the three before it */
 #define MAX_LIMITERS 2048     /* 11 bits of ledger_t.meta */
 #define BELLS 256             /* futex words that waiters for permits sleep on */
@@ -98,21 +99,21 @@ typedef struct {
   uint64_t magic;
   uint32_t version;
   uint32_t byte_order;
-  uint64_t size;     /* bytes, of the whole segment */
+  uint64_t size; /* bytes, of the whole segment */
   uint64_t capacity; /* keys, as asked for */
-  uint64_t lines;    /* of cells */
+  uint64_t lines; /* of cells */
   uint64_t limiters_offset, processes_offset, columns_offset, ledger_offset, names_offset,
       cells_offset; /* bytes from the start */
   uint64_t names_words; /* of the ring of key names */
   uint32_t limiters, processes, column_entries, names_mode;
-  uint64_t boot[2];             /* the kernel's boot id */
-  uint64_t time_namespace;      /* inode; 0 = unknown */
-  uint64_t epoch;               /* CLOCK_BOOTTIME at segment time 0, ns */
+  uint64_t boot[2]; /* the kernel's boot id */
+  uint64_t time_namespace; /* inode; 0 = unknown */
+  uint64_t epoch; /* CLOCK_BOOTTIME at segment time 0, ns */
   uint64_t created_realtime_ns; /* for people */
-  uint64_t secret[2];           /* SipHash key */
-  uint64_t instance;            /* random; part of the lock file's name */
+  uint64_t secret[2]; /* SipHash key */
+  uint64_t instance; /* random; part of the lock file's name */
   unsigned char unused[LINE];
-  _Alignas(LINE) _Atomic uint64_t ticket;     /* next pending ticket; fetch-add, relaxed */
+  _Alignas(LINE) _Atomic uint64_t ticket; /* next pending ticket; fetch-add, relaxed */
   _Alignas(LINE) _Atomic uint64_t names_head; /* words ever reserved in the ring; fetch-add */
   _Alignas(LINE) _Atomic uint64_t retired_admitted; /* calls, of processes whose slot was reused */
   _Atomic uint64_t retired_denied;

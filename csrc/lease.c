@@ -37,8 +37,7 @@ typedef struct {
 
 static bool owner_alive(fshm_segment *s, uint64_t when, census_t *census) {
   uint32_t owner = OWNER_OF(when);
-  uint64_t generation =
-      atomic_load_explicit(&s->processes[owner].generation, memory_order_acquire);
+  uint64_t generation = atomic_load_explicit(&s->processes[owner].generation, memory_order_acquire);
   if ((generation & 0x3ffff) != GENERATION_OF(when)) return false; /* an earlier owner's */
   if (!census->known[owner]) census->known[owner] = process_alive(s, owner) ? 1 : 2;
   return census->known[owner] == 1;
@@ -51,8 +50,10 @@ static bool own_identity(fshm_segment *s, uint64_t *identity) {
   for (int tries = 0; slot >= PROCESSES && tries < 1000; tries++) {
     uint32_t joined = load_relaxed(&s->fork_page->joined);
     if (joined == NO_SLOT) return false;
-    if (joined) slot = joined - 1;
-    else (void)sched_yield();
+    if (joined)
+      slot = joined - 1;
+    else
+      (void)sched_yield();
   }
   if (slot >= PROCESSES) return false;
   *identity = (uint64_t)slot << 36 | (s->fork_page->generation & 0x3ffff) << 18;
@@ -137,7 +138,8 @@ static uint32_t count_held(const holder_t *h, uint32_t slots, census_t *census) 
     if (owner_alive(h->s, f.pair.when, census))
       held++;
     else
-      (void)pair_cas(&h->s->cells[f.cell], &seen, idle); /* lost: somebody took it over or freed it */
+      (void)pair_cas(&h->s->cells[f.cell], &seen,
+                     idle); /* lost: somebody took it over or freed it */
   }
   return held;
 }
@@ -168,8 +170,8 @@ static int take_permit(holder_t *h, const plan_t *plan, fshm_permit *out, uint32
       full |= status == SLOT_FULL;
       if (status != SLOT_TAKEN) continue;
       if (i) store_relaxed(&h->limiter->frontier, slot + 1);
-      ledger_remember(h->s, out->cell, ledger_meta(h->limiter->index | PERMIT_BIT, out->who), h->key,
-                      h->key_length);
+      ledger_remember(h->s, out->cell, ledger_meta(h->limiter->index | PERMIT_BIT, out->who),
+                      h->key, h->key_length);
       if (pass) ring(h->s, out->bell); /* a dead process may have held more: the next may look */
       if (likely(most == n)) return FSHM_ALLOWED;
       /* The limit was lowered, and slots beyond it may be held. Ours is published: count all. Of any

@@ -57,8 +57,8 @@ static void name_write(fshm_segment *s, ledger_t *l, uint32_t meta, const void *
   uint64_t stored = min_u64(length, NAME_STORED), words = 1 + (stored + 7) / 8;
   if (words >= s->names_words) return;
   uint64_t at = add_relaxed(&s->header->names_head, words);
-  uint64_t head = (uint64_t)name_check(meta, key, stored) << 32 |
-                  (uint64_t)(length > stored) << 16 | stored;
+  uint64_t head =
+      (uint64_t)name_check(meta, key, stored) << 32 | (uint64_t)(length > stored) << 16 | stored;
   store_relaxed(&s->names[at % s->names_words], head);
   for (uint64_t i = 1; i < words; i++) {
     uint64_t word = 0;
@@ -70,7 +70,8 @@ static void name_write(fshm_segment *s, ledger_t *l, uint32_t meta, const void *
 
 /* How many words ago the name was written; UINT64_MAX where it has been overwritten. */
 static uint64_t name_age(const fshm_segment *s, const ledger_t *l) {
-  uint64_t age = (uint32_t)((uint32_t)load_relaxed(&s->header->names_head) - load_relaxed(&l->name));
+  uint64_t age =
+      (uint32_t)((uint32_t)load_relaxed(&s->header->names_head) - load_relaxed(&l->name));
   return age > s->names_words ? UINT64_MAX : age;
 }
 

@@ -6,9 +6,9 @@ typedef struct {
   fshm_segment *s;
   uint32_t index; /* of the limiter */
   plan_t plan;
-  bool stale;     /* met a state of newer limits than the plan's: load it again, and look again */
-  bool fixed;     /* the caller gave the time */
-  int tries;      /* lost swaps so far, of at most MAX_TRIES */
+  bool stale; /* met a state of newer limits than the plan's: load it again, and look again */
+  bool fixed; /* the caller gave the time */
+  int tries; /* lost swaps so far, of at most MAX_TRIES */
   uint64_t hash;
   uint64_t now, at; /* at: the instant it is charged for; later than now where a waiter reserves */
   uint64_t max_wait;
@@ -63,8 +63,8 @@ static inline uint64_t state_of(call_t *c, uint32_t i, const found_t *f) {
 
 static inline void look(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
   cells_find(c->s, c->hash, fingerprint(c, i), &l->cell);
-  l->verdict = meter_take(&c->plan.rules[i], version_of(c), state_of(c, i, &l->cell), c->now, c->at,
-                          cost);
+  l->verdict =
+      meter_take(&c->plan.rules[i], version_of(c), state_of(c, i, &l->cell), c->now, c->at, cost);
 }
 
 /* Called between two looks. False: the limits are damaged. */
@@ -180,8 +180,8 @@ static void undo(call_t *c, uint32_t i, const look_t *l, uint64_t before) {
     if (!found.cell.pair.who) return;
     uint64_t next = found.cell.pair.when == l->verdict.next
                         ? before
-                        : meter_refund(r, version_of(c), state_of(&later, i, &found.cell), later.now,
-                                       c->costs[i], l->verdict.next);
+                        : meter_refund(r, version_of(c), state_of(&later, i, &found.cell),
+                                       later.now, c->costs[i], l->verdict.next);
     if (later.stale || put(&later, i, &found, next, false) != CLAIM_LOST) return;
   }
 }
@@ -214,7 +214,8 @@ static int take_all(call_t *c, uint32_t op, look_t *looks) {
       buckets &= c->plan.rules[i].kind == FSHM_BUCKET;
     }
     if (c->stale) continue;
-    if (!may || (wait > c->at - c->now && !buckets)) return FSHM_DENIED; /* no instant to charge for */
+    if (!may || (wait > c->at - c->now && !buckets))
+      return FSHM_DENIED; /* no instant to charge for */
     if (looks_only(op)) return FSHM_ALLOWED;
     if (wait > c->at - c->now) {
       c->at = c->now + wait;
@@ -282,8 +283,8 @@ static inline void begin(call_t *c, fshm_limiter *l, const void *key, uint64_t l
 /* The whole call. `out` NULL: the caller only wants to know whether it was admitted. `put_states`, or
  * NULL: for each limit, the state that the charge put there. */
 static inline int apply(fshm_limiter *l, uint32_t op, const void *key, uint64_t key_length,
-                        const uint64_t *costs, uint64_t max_wait, uint64_t now,
-                        fshm_decision *out, uint64_t *put_states) {
+                        const uint64_t *costs, uint64_t max_wait, uint64_t now, fshm_decision *out,
+                        uint64_t *put_states) {
   call_t c;
   look_t looks[FSHM_MAX_LIMITS];
   bool readable = limits_load(l->segment, l->index, &c.plan);
@@ -348,9 +349,10 @@ int fshm_cancel(fshm_limiter *l, const void *key, uint64_t key_length, const uin
   for (uint32_t i = 0; i < c.plan.count; i++) {
     cells_find(c.s, c.hash, fingerprint(&c, i), &found.cell);
     if (!found.cell.pair.who || found.cell.pair.when != reserved[i]) continue;
-    uint64_t next = meter_refund(&c.plan.rules[i], version_of(&c), reserved[i], c.now, c.costs[i],
-                                 reserved[i]);
-    given_back += put(&c, i, &found, next, false) == CLAIMED; /* lost: it is not the last any more */
+    uint64_t next =
+        meter_refund(&c.plan.rules[i], version_of(&c), reserved[i], c.now, c.costs[i], reserved[i]);
+    given_back +=
+        put(&c, i, &found, next, false) == CLAIMED; /* lost: it is not the last any more */
   }
   return given_back;
 }

@@ -29,9 +29,12 @@ int fshm_limit_check(const fshm_limit *l, uint64_t *largest_n) {
  * kind and its place among its kind, not by its numbers, so those can change. */
 static const uint64_t twists[3][FSHM_MAX_LIMITS] = {
     /* splitmix64 of kind << 8 | place: any fixed unrelated numbers would do */
-    {UINT64_C(0xe220a8397b1dcdaf), UINT64_C(0x910a2dec89025cc1), UINT64_C(0x975835de1c9756ce), UINT64_C(0x1d0b14e4db018fed)},
-    {UINT64_C(0x6602d201e324653f), UINT64_C(0x7329322350602724), UINT64_C(0x1e09f8a031519da4), UINT64_C(0xffdd8d3d3394cb38)},
-    {UINT64_C(0xfa9d65e76f024466), UINT64_C(0x78eeb3fa847e7419), UINT64_C(0xa6c164434ff86cda), UINT64_C(0x1f796dfefa18e2fa)},
+    {UINT64_C(0xe220a8397b1dcdaf), UINT64_C(0x910a2dec89025cc1), UINT64_C(0x975835de1c9756ce),
+     UINT64_C(0x1d0b14e4db018fed)},
+    {UINT64_C(0x6602d201e324653f), UINT64_C(0x7329322350602724), UINT64_C(0x1e09f8a031519da4),
+     UINT64_C(0xffdd8d3d3394cb38)},
+    {UINT64_C(0xfa9d65e76f024466), UINT64_C(0x78eeb3fa847e7419), UINT64_C(0xa6c164434ff86cda),
+     UINT64_C(0x1f796dfefa18e2fa)},
 };
 
 /* Copy one set out. The caller makes sure afterwards that it was still named: pairs with the release
@@ -115,9 +118,8 @@ static int entry_of(fshm_segment *s, const char *name, uint64_t length, bool cla
   for (uint32_t i = 0; i < s->limiter_count; i++) {
     uint64_t seen = load_relaxed(&s->limiters[i].id);
     if (!seen && !claim) return FSHM_E_NOT_FOUND;
-    if (!seen && atomic_compare_exchange_strong_explicit(&s->limiters[i].id, &seen, id,
-                                                         memory_order_relaxed,
-                                                         memory_order_relaxed))
+    if (!seen && atomic_compare_exchange_strong_explicit(
+                     &s->limiters[i].id, &seen, id, memory_order_relaxed, memory_order_relaxed))
       seen = id;
     if (seen != id) continue;
     for (uint64_t k = 0; claim && k < length; k++)
@@ -236,8 +238,7 @@ int fshm_limiter_open(fshm_segment *s, const char *name, uint64_t name_length,
   return FSHM_OK;
 }
 
-int fshm_limiter_find(fshm_segment *s, const char *name, uint64_t name_length,
-                      fshm_limiter **out) {
+int fshm_limiter_find(fshm_segment *s, const char *name, uint64_t name_length, fshm_limiter **out) {
   *out = NULL;
   if (s->read_only) return FSHM_E_READ_ONLY;
   fshm_limiter *l = make_handle(s, name, name_length);
@@ -285,8 +286,8 @@ int fshm_reset_all(fshm_limiter *l) {
   do {
     if (tries++ == MAX_TRIES) return FSHM_CONTENDED;
     next = (current & ~mask) | (((CURRENT_RESETS(current) + 1) << 28) & mask);
-  } while (!atomic_compare_exchange_strong_explicit(&e->current, &current, next, memory_order_acq_rel,
-                                                    memory_order_acquire));
+  } while (!atomic_compare_exchange_strong_explicit(&e->current, &current, next,
+                                                    memory_order_acq_rel, memory_order_acquire));
   for (uint64_t cell = 0; cell < s->cell_count; cell++) {
     uint64_t who = load_relaxed(&s->cells[cell].who);
     if (!who || load_relaxed(&s->ledger[cell].meta) != ledger_meta(l->index, who)) continue;

@@ -43,7 +43,6 @@ __extension__ typedef unsigned __int128 wide_t;
 #define SLIDING_MIN_PER (UINT64_C(1) << 14)
 #define COARSE UINT64_C(1048576)           /* ns; see rule_make */
 
-
 /* A limit, made ready. 64 bytes; lies in the segment as it is (limits_slot_t), and is copied out and
  * checked (rule_sane) before it is used. */
 typedef union {
@@ -53,16 +52,17 @@ typedef union {
     uint64_t n, per;
     uint64_t burst;
     uint64_t num, den; /* bucket: emission interval num/den ns */
-    uint64_t unit;     /* bucket: increment of cost 1, ns */
-    uint64_t room;     /* bucket: how far the arrival time may be ahead of now for cost 1, ns */
+    uint64_t unit; /* bucket: increment of cost 1, ns */
+    uint64_t room; /* bucket: how far the arrival time may be ahead of now for cost 1, ns */
   };
   uint64_t words[8];
 } rule_t;
 
 typedef struct {
-  uint64_t next;  /* the state to swap in, if allowed */
+  uint64_t next; /* the state to swap in, if allowed */
   uint64_t retry; /* ns until allowed; 0 = is allowed; UINT64_MAX = never */
-  uint64_t used_before, used_after; /* bucket: ns; others: tokens (rounded up). For verdict_remaining */
+  uint64_t used_before,
+      used_after; /* bucket: ns; others: tokens (rounded up). For verdict_remaining */
   uint64_t reset; /* ns until nothing is consumed, as things are after the call */
 } verdict_t;
 
@@ -177,8 +177,8 @@ static inline uint64_t bucket_room(const rule_t *r, uint64_t cost) {
 }
 
 /* `at`: the instant it is charged for: now, or a later one that a waiter reserves. */
-static inline verdict_t bucket_take(const rule_t *r, uint64_t version, uint64_t state,
-                                    uint64_t now, uint64_t at, uint64_t cost) {
+static inline verdict_t bucket_take(const rule_t *r, uint64_t version, uint64_t state, uint64_t now,
+                                    uint64_t at, uint64_t cost) {
   verdict_t v = {0};
   uint64_t tat = max_u64(state & TIME_MAX, at), increment = bucket_increment(r, cost);
   uint64_t next = plus_time(tat, increment);
@@ -218,7 +218,8 @@ static inline uint64_t bucket_convert(const rule_t *r, uint64_t version, const r
                                       uint64_t state, uint64_t now) {
   uint64_t tat = state & TIME_MAX;
   if (tat <= now) return state;
-  if (!old || !old->num || !old->den) return version | plus_time(now, bucket_increment(r, r->burst));
+  if (!old || !old->num || !old->den)
+    return version | plus_time(now, bucket_increment(r, r->burst));
   /* tokens = (tat - now) * den/num of old; new ns = tokens * num/den of new; whole tokens and the
    * part of one apart, so that nothing overflows; each rounded up. */
   wide_t scaled = (wide_t)(tat - now) * old->den;
@@ -297,9 +298,9 @@ static inline uint64_t window_refund(const rule_t *r, uint64_t state, uint64_t n
 /* sliding counter ----------------------------------------------------------------------------- */
 
 typedef struct {
-  uint64_t index;          /* now / per */
+  uint64_t index; /* now / per */
   uint64_t previous, count;
-  uint64_t left;           /* per - (time since the window began): the weight of previous, 1..per */
+  uint64_t left; /* per - (time since the window began): the weight of previous, 1..per */
 } sliding_t;
 
 /* previous is kept with 8 significant bits, rounded up: exact to 255, at most 0.8 % over beyond. */
@@ -355,8 +356,7 @@ static inline uint64_t sliding_state(const rule_t *r, sliding_t s) {
   uint64_t unit = UINT64_C(1) << p;
   gone = min_u64((gone + unit - 1) & ~(unit - 1), TIME_MAX & ~(unit - 1));
   return ((uint64_t)FSHM_SLIDING << 62) | ((uint64_t)(p - 10) << 57) | gone |
-         (float12_up(s.previous) << count_bits) |
-         min_u64(s.count, (UINT64_C(1) << count_bits) - 1);
+         (float12_up(s.previous) << count_bits) | min_u64(s.count, (UINT64_C(1) << count_bits) - 1);
 }
 
 /* previous * left / per, rounded up */
@@ -397,7 +397,8 @@ static inline verdict_t sliding_take(const rule_t *r, uint64_t state, uint64_t n
   return v;
 }
 
-static inline uint64_t sliding_charge(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost) {
+static inline uint64_t sliding_charge(const rule_t *r, uint64_t state, uint64_t now,
+                                      uint64_t cost) {
   if (!cost) return state;
   sliding_t s = sliding_read(r, state, now);
   s.count = cost > (UINT64_C(1) << 40) ? cost >> 1 : s.count + cost; /* saturates when stored */
@@ -427,24 +428,24 @@ static inline uint64_t state_for(const rule_t *r, uint64_t state) {
   return TAG(state) == r->kind ? state : 0;
 }
 
-static inline verdict_t meter_take(const rule_t *r, uint64_t version, uint64_t state,
-                                   uint64_t now, uint64_t at, uint64_t cost) {
+static inline verdict_t meter_take(const rule_t *r, uint64_t version, uint64_t state, uint64_t now,
+                                   uint64_t at, uint64_t cost) {
   state = state_for(r, state);
   if (r->kind == FSHM_BUCKET) return bucket_take(r, version, state, now, at, cost);
   if (r->kind == FSHM_WINDOW) return window_take(r, state, now, cost);
   return sliding_take(r, state, now, cost);
 }
 
-static inline uint64_t meter_charge(const rule_t *r, uint64_t version, uint64_t state,
-                                    uint64_t now, uint64_t cost) {
+static inline uint64_t meter_charge(const rule_t *r, uint64_t version, uint64_t state, uint64_t now,
+                                    uint64_t cost) {
   state = state_for(r, state);
   if (r->kind == FSHM_BUCKET) return bucket_charge(r, version, state, now, cost);
   if (r->kind == FSHM_WINDOW) return window_charge(r, state, now, cost);
   return sliding_charge(r, state, now, cost);
 }
 
-static inline uint64_t meter_refund(const rule_t *r, uint64_t version, uint64_t state,
-                                    uint64_t now, uint64_t cost, uint64_t put) {
+static inline uint64_t meter_refund(const rule_t *r, uint64_t version, uint64_t state, uint64_t now,
+                                    uint64_t cost, uint64_t put) {
   state = state_for(r, state);
   if (r->kind == FSHM_BUCKET) return bucket_refund(r, version, state, now, cost, put);
   if (r->kind == FSHM_WINDOW) return window_refund(r, state, now, cost, put);

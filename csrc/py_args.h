@@ -58,8 +58,10 @@ static int get_costs(PyObject *limits, PyObject *value, uint64_t *costs) {
     return 0;
   }
   if (PySequence_Size(value) != count) {
-    PyErr_Format(PyExc_ValueError, "cost has %zd values, but the limiter has %zd limits: give one "
-                 "int, or one for each limit", PySequence_Size(value), count);
+    PyErr_Format(PyExc_ValueError,
+                 "cost has %zd values, but the limiter has %zd limits: give one "
+                 "int, or one for each limit",
+                 PySequence_Size(value), count);
     return -1;
   }
   for (Py_ssize_t i = 0; i < FSHM_MAX_LIMITS; i++) {

@@ -11,9 +11,9 @@ enum { ON_FULL_DENY = 0, ON_FULL_ALLOW = 1, ON_FULL_RAISE = 2 };
 typedef struct {
   PyObject_HEAD
   fshm_limiter *limiter; /* owned by the Python object's segment keeper */
-  PyObject *limits;      /* tuple of Limit, Window, SlidingWindow */
-  PyObject *reasons;     /* tuple of str: what check() says when this limit denies */
-  uint64_t version;      /* of limits and reasons */
+  PyObject *limits; /* tuple of Limit, Window, SlidingWindow */
+  PyObject *reasons; /* tuple of str: what check() says when this limit denies */
+  uint64_t version; /* of limits and reasons */
   int on_full;
 } Core;
 
@@ -67,9 +67,8 @@ static int decide(Core *self, uint32_t op, PyObject *key, PyObject *cost, uint64
   return 0;
 }
 
-static PyObject *decision_call(PyObject *self, uint32_t op, const char *name,
-                               PyObject *const *args, Py_ssize_t n, PyObject *kwnames,
-                               Py_ssize_t least) {
+static PyObject *decision_call(PyObject *self, uint32_t op, const char *name, PyObject *const *args,
+                               Py_ssize_t n, PyObject *kwnames, Py_ssize_t least) {
   PyObject *in[2] = {NULL, NULL};
   fshm_decision d;
   if (n == 1 && !kwnames)
@@ -192,7 +191,8 @@ static PyObject *core_check(PyObject *self, PyObject *const *args, Py_ssize_t n,
   if (!failed && !allowed) {
     PyObject *reasons = ((Core *)self)->reasons;
     int known = (Py_ssize_t)d.limit_index < PyTuple_Size(reasons);
-    failed = PyDict_SetItem(out, s_reason, known ? PyTuple_GetItem(reasons, d.limit_index) : s_full);
+    failed =
+        PyDict_SetItem(out, s_reason, known ? PyTuple_GetItem(reasons, d.limit_index) : s_full);
     if (!failed && d.retry_after_ns == FSHM_NEVER)
       failed = PyDict_SetItem(out, s_retry, Py_None);
     else if (!failed) /* rounded up: after that many milliseconds it fits */
@@ -340,12 +340,11 @@ static PyGetSetDef core_getset[] = {
     {"limits", core_get_limits, NULL, "The limits in force, as a tuple.", NULL},
     {NULL, NULL, NULL, NULL, NULL}};
 
-static PyType_Slot core_slots[] = {
-    {Py_tp_dealloc, (void *)core_dealloc},
-    {Py_tp_methods, core_methods},
-    {Py_tp_getset, core_getset},
-    {Py_tp_doc, (void *)"Native base of the limiters."},
-    {0, NULL}};
+static PyType_Slot core_slots[] = {{Py_tp_dealloc, (void *)core_dealloc},
+                                   {Py_tp_methods, core_methods},
+                                   {Py_tp_getset, core_getset},
+                                   {Py_tp_doc, (void *)"Native base of the limiters."},
+                                   {0, NULL}};
 
 static PyType_Spec core_spec = {"fast_litellm_shm._native.Core", sizeof(Core), 0,
                                 Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, core_slots};

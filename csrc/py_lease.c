@@ -105,20 +105,19 @@ static PyMethodDef permit_methods[] = {
     {NULL, NULL, 0, NULL}};
 
 static PyGetSetDef permit_getset[] = {
-    {"in_flight", permit_get_in_flight, NULL,
-     "When denied: how many permits of the key were held.", NULL},
+    {"in_flight", permit_get_in_flight, NULL, "When denied: how many permits of the key were held.",
+     NULL},
     {"_address", permit_address, NULL, NULL, NULL},
     {"decision", permit_get_decision, NULL, "The Decision behind it.", NULL},
     {NULL, NULL, NULL, NULL, NULL}};
 
-static PyType_Slot permit_slots[] = {
-    {Py_tp_dealloc, (void *)permit_dealloc},
-    {Py_tp_methods, permit_methods},
-    {Py_tp_getset, permit_getset},
-    {Py_tp_repr, (void *)permit_repr},
-    {Py_nb_bool, (void *)permit_bool},
-    {Py_tp_doc, (void *)"One request in flight. True while held."},
-    {0, NULL}};
+static PyType_Slot permit_slots[] = {{Py_tp_dealloc, (void *)permit_dealloc},
+                                     {Py_tp_methods, permit_methods},
+                                     {Py_tp_getset, permit_getset},
+                                     {Py_tp_repr, (void *)permit_repr},
+                                     {Py_nb_bool, (void *)permit_bool},
+                                     {Py_tp_doc, (void *)"One request in flight. True while held."},
+                                     {0, NULL}};
 
 static PyType_Spec permit_spec = {"fast_litellm_shm._native.Permit", sizeof(Permit), 0,
                                   Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,

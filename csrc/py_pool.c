@@ -6,22 +6,22 @@
 
 typedef struct Connection {
   PyObject_HEAD
-  PyObject *id;       /* str */
+  PyObject *id; /* str */
   PyObject *endpoint; /* str */
-  PyObject *object;   /* what the user bound to it, or None */
-  fshm_permit slot;   /* of the endpoint */
-  fshm_permit total;  /* of the whole pool */
-  uint64_t used_ns;   /* fshm_clock() when last returned */
+  PyObject *object; /* what the user bound to it, or None */
+  fshm_permit slot; /* of the endpoint */
+  fshm_permit total; /* of the whole pool */
+  uint64_t used_ns; /* fshm_clock() when last returned */
   int idle;
   struct Connection *below; /* in the idle stack; owned by it */
 } Connection;
 
 typedef struct {
   PyObject_HEAD
-  PyObject *by_id;   /* dict: id -> Connection, idle and in use */
-  PyObject *stacks;  /* dict: endpoint -> Stack */
+  PyObject *by_id; /* dict: id -> Connection, idle and in use */
+  PyObject *stacks; /* dict: endpoint -> Stack */
   fshm_limiter *slots, *totals; /* kept alive by the Python subclass */
-  uint64_t idle_ns;  /* how long an idle connection may be used again */
+  uint64_t idle_ns; /* how long an idle connection may be used again */
 } PoolCore;
 
 typedef struct {
@@ -293,7 +293,8 @@ static PyType_Spec connection_spec = {"fast_litellm_shm._native.Connection", siz
 
 static PyType_Slot stack_slots[] = {{Py_tp_dealloc, (void *)stack_dealloc}, {0, NULL}};
 static PyType_Spec stack_spec = {"fast_litellm_shm._native.Stack", sizeof(Stack), 0,
-                                 Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, stack_slots};
+                                 Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                                 stack_slots};
 
 static int install_pool(PyObject *module) {
   PyObject *pool = PyType_FromSpec(&pool_spec);

@@ -45,7 +45,8 @@ static void list_lock(void) {
 static void list_unlock(void) { atomic_store(&list_holder, 0); }
 
 static fork_page_t *make_fork_page(bool *wiped) {
-  void *page = mmap(NULL, sizeof(fork_page_t), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void *page =
+      mmap(NULL, sizeof(fork_page_t), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (page == MAP_FAILED) return NULL;
   *wiped = false;
 #if defined(MADV_WIPEONFORK)

@@ -48,13 +48,13 @@ class ConcurrencyLimiter:
     at once to whoever then finds no other, within a second to whoever waits. One that is merely
     stopped keeps them. Each permit takes one key's room in the segment.
 
-    Raises ValueError or TypeError for bad arguments, SegmentFullError where the process table (256) is
-    full.
+    Raises ValueError or TypeError for bad arguments, SegmentFullError where the process table (256)
+    is full.
     """
 
     acquire: Any
-    """acquire(key) -> Permit: true when admitted; else false, and ``in_flight`` says how many are held.
-    Release it with ``permit.release()`` or ``with permit:``."""
+    """acquire(key) -> Permit: true when admitted; else false, and ``in_flight`` says how many are
+    held. Release it with ``permit.release()`` or ``with permit:``."""
 
     def __init__(self, max_in_flight: int, *, name: str, segment: Segment | None = None) -> None:
         limit = limits.in_flight("ConcurrencyLimiter", "max_in_flight", max_in_flight)
@@ -140,7 +140,8 @@ class ConcurrencyLimiter:
         if not permit:
             raise exceptions.PermitTimeoutError(
                 f"limiter {self.name!r}: no permit for key {key!r} within {timeout} s, "
-                f"{permit.in_flight} of {self.max_in_flight} are held; wait longer, or raise the limit"
+                f"{permit.in_flight} of {self.max_in_flight} are held; wait longer, or raise "
+                "the limit"
             )
         return permit
 

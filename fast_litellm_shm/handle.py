@@ -27,6 +27,8 @@ class SharedLimits(Core):
     The methods that begin with an underscore and take a status are called by the native part.
     """
 
+    _name: str
+
     def __init__(
         self,
         found: tuple[AnyLimit | InFlight, ...],
@@ -64,8 +66,8 @@ class SharedLimits(Core):
             )
         if status == lib.FSHM_CONTENDED:
             raise exceptions.SegmentError(
-                f"limiter {name!r} in segment {self._segment.name!r}: several processes are changing "
-                "its limits at this moment; set them in one place, or try again"
+                f"limiter {name!r} in segment {self._segment.name!r}: several processes "
+                "are changing its limits at this moment; set them in one place, or try again"
             )
         if status != lib.FSHM_OK:
             self._failed(status)
@@ -116,19 +118,19 @@ class SharedLimits(Core):
         if status == lib.FSHM_E_PROCESSES:
             raise exceptions.SegmentFullError(
                 f"{where}: the segment's process table is full "
-                f"({self._segment.geometry().processes} living processes), and a permit needs an owner "
-                "in it; use fewer processes for one segment"
+                f"({self._segment.geometry().processes} living processes), and a permit needs "
+                "an owner in it; use fewer processes for one segment"
             )
         if status in (lib.FSHM_FULL, lib.FSHM_CONTENDED):
             capacity = self._segment.geometry().capacity
             raise exceptions.SegmentFullError(
-                f"{where}: no room for another key (capacity {capacity}); remove the segment and make "
-                "it with a larger FAST_LITELLM_SHM_CAPACITY, or use shorter periods"
+                f"{where}: no room for another key (capacity {capacity}); remove the segment and "
+                "make it with a larger FAST_LITELLM_SHM_CAPACITY, or use shorter periods"
             )
         if status == lib.FSHM_E_DAMAGED:
             raise exceptions.SegmentDamagedError(
-                f"{where}: its limits do not add up, somebody wrote over the segment; stop the workers "
-                "and remove it with `fast-shm rm`"
+                f"{where}: its limits do not add up, somebody wrote over the segment; stop the "
+                "workers and remove it with `fast-shm rm`"
             )
         raise exceptions.SegmentError(f"{where}: unexpected error {status}")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import fnmatch
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from fast_litellm_shm import limits
@@ -49,8 +49,8 @@ class KeyRow:
 
 @dataclass(frozen=True)
 class PermitRow:
-    """One permit that is held. pid: None where its process is dead (it counts no more, and is given back
-    when somebody needs it). idle: a pooled connection that nobody uses now."""
+    """One permit that is held. pid: None where its process is dead (it counts no more, and is given
+    back when somebody needs it). idle: a pooled connection that nobody uses now."""
 
     limiter: str
     key: str
@@ -155,8 +155,8 @@ class Inspection:
                 )
 
     def in_flight(self) -> list[dict[str, Any]]:
-        """Permits by limiter and key: in_flight (of living processes), max_in_flight, idle, dead (not yet
-        given back), pids, oldest_seconds."""
+        """Permits by limiter and key: in_flight (of living processes), max_in_flight, idle, dead
+        (not yet given back), pids, oldest_seconds."""
         found: dict[tuple[str, str], dict[str, Any]] = {}
         most = {
             info["name"]: limit.n

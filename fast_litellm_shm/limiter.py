@@ -44,16 +44,16 @@ def deadline_ns(timeout: float | None) -> int:
 class RateLimiter(SharedLimits):
     """Admit requests by key, under one or several limits, shared by all processes.
 
-    limits: 1 to 4 of Limit, Window, SlidingWindow; a request is admitted when all of them have room,
-    and a denied one consumes nothing. name: processes that use the same name share; default: a name
-    made of the limits. The limits belong to the name: setting others (here, or in any process)
-    changes them for all at their next call, and what was consumed stays consumed. segment: default
-    ``Segment.default()``. on_full: what to do when the segment has no room for another key:
+    limits: 1 to 4 of Limit, Window, SlidingWindow; a request is admitted when all of them have
+    room, and a denied one consumes nothing. name: processes that use the same name share; default:
+    a name made of the limits. The limits belong to the name: setting others (here, or in any
+    process) changes them for all at their next call, and what was consumed stays consumed. segment:
+    default ``Segment.default()``. on_full: what to do when the segment has no room for another key:
     ``"deny"`` (with retry_after 1 s), ``"allow"``, or ``"raise"`` SegmentFullError.
 
-    Keys are ``str`` or ``bytes`` of any length; a str is the same key as its UTF-8 bytes. A cost is an
-    int of 0 or more, or one int for each limit. Safe from any thread and any process; a fork needs no
-    care.
+    Keys are ``str`` or ``bytes`` of any length; a str is the same key as its UTF-8 bytes. A cost is
+    an int of 0 or more, or one int for each limit. Safe from any thread and any process; a fork
+    needs no care.
     """
 
     def __init__(
@@ -85,7 +85,9 @@ class RateLimiter(SharedLimits):
         keys = tuple(keys)
         costs: int | list[int] = list(cost) if isinstance(cost, Iterable) else cost
         if isinstance(costs, list) and len(costs) != len(keys):
-            raise ValueError(f"cost has {len(costs)} values for {len(keys)} keys: give one for each")
+            raise ValueError(
+                f"cost has {len(costs)} values for {len(keys)} keys: give one for each"
+            )
         count = len(keys)
         allowed, remaining, retry = bytearray(count), bytearray(8 * count), bytearray(8 * count)
         self._acquire_many(keys, costs, allowed, remaining, retry)
@@ -98,10 +100,10 @@ class RateLimiter(SharedLimits):
     def wait(self, key: str | bytes, cost: Cost = 1, timeout: float | None = None) -> Decision:
         """Block until admitted; at most ``timeout`` seconds.
 
-        On token buckets the waiter reserves its instant at once, so waiters are served in order, and
-        sleeps until then. Denied at once where its turn would come after the deadline, or never.
-        An interrupt gives the reservation back, if nobody has reserved after it. With a window, it sleeps until there is room and
-        tries again.
+        On token buckets the waiter reserves its instant at once, so waiters are served in order,
+        and sleeps until then. Denied at once where its turn would come after the deadline, or
+        never. An interrupt gives the reservation back, if nobody has reserved after it. With a
+        window, it sleeps until there is room and tries again.
         """
         deadline = deadline_ns(timeout)
         while True:
@@ -120,8 +122,8 @@ class RateLimiter(SharedLimits):
     async def wait_async(
         self, key: str | bytes, cost: Cost = 1, timeout: float | None = None
     ) -> Decision:
-        """wait() for asyncio. Cancelling it gives the reservation back, if it is the last in the queue;
-        else its instant passes unused, since those behind it keep theirs."""
+        """wait() for asyncio. Cancelling it gives the reservation back, if it is the last in the
+        queue; else its instant passes unused, since those behind it keep theirs."""
         deadline = deadline_ns(timeout)
         while True:
             decision, pause, token = self._next(key, cost, deadline)
@@ -137,9 +139,9 @@ class RateLimiter(SharedLimits):
                 return decision
 
     def _next(self, key: str | bytes, cost: Cost, deadline: int) -> tuple[Decision, int, bytes]:
-        """One step of a wait: the decision, how long to sleep, and what to cancel it by. After the sleep
-        an admitted decision is the caller's (it was charged ahead), a denied one is to be asked again.
-        0: done."""
+        """One step of a wait: the decision, how long to sleep, and what to cancel it by. After the
+        sleep an admitted decision is the caller's (it was charged ahead), a denied one is to be
+        asked again. 0: done."""
         left = max(deadline - time.monotonic_ns(), 0)
         decision, pause, token = self._reserve(key, cost, min(left, _FOREVER))
         if not decision:

@@ -34,7 +34,9 @@ def _seconds(owner: str, value: object) -> float:
     except OverflowError:  # an int that no float holds
         finite = False
     if not finite or value <= 0:
-        raise ValueError(f"{owner}: per must be a positive, finite number of seconds, not {value!r}")
+        raise ValueError(
+            f"{owner}: per must be a positive, finite number of seconds, not {value!r}"
+        )
     return value
 
 
@@ -60,7 +62,9 @@ def _check(owner: str, kind: int, n: int, per: float, burst: int, strict: bool) 
     raw = ffi.new("fshm_limit *", (min(n, 2**63), per_ns, min(burst, 2**63), kind, strict))
     if lib.fshm_limit_check(raw, largest) != lib.FSHM_OK:
         hint = "" if kind == lib.FSHM_BUCKET else "; a Limit (token bucket) can count more"
-        raise ValueError(f"{owner}: n must be at most {largest[0]} for per = {per!r}, not {n}{hint}")
+        raise ValueError(
+            f"{owner}: n must be at most {largest[0]} for per = {per!r}, not {n}{hint}"
+        )
     return per_ns
 
 
@@ -150,8 +154,8 @@ class SlidingWindow(_Counted):
 
 @dataclass(frozen=True)
 class InFlight:
-    """At most ``n`` permits held at once; what ConcurrencyLimiter and Quota(max_parallel=) put into the
-    segment. n: 1 .. 100,000."""
+    """At most ``n`` permits held at once; what ConcurrencyLimiter and Quota(max_parallel=) put into
+    the segment. n: 1 .. 100,000."""
 
     n: int
 

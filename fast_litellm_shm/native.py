@@ -1,4 +1,5 @@
-"""The one place that touches the extension module: loads it, and turns its statuses into exceptions."""
+"""The one place that touches the extension module: loads it, and turns its statuses into
+exceptions."""
 
 from __future__ import annotations
 
@@ -61,8 +62,8 @@ def raise_segment_error(error: Any, doing: str) -> NoReturn:
         ),
         lib.FSHM_E_DAMAGED: (
             exceptions.SegmentDamagedError,
-            f"it is not a segment of this library, or is damaged (size {found}, expected {wanted}); "
-            f"{remove}",
+            f"it is not a segment of this library, or is damaged (size {found}, expected "
+            f"{wanted}); {remove}",
         ),
         lib.FSHM_E_LAYOUT: (
             exceptions.SegmentLayoutError,
@@ -71,8 +72,8 @@ def raise_segment_error(error: Any, doing: str) -> NoReturn:
         ),
         lib.FSHM_E_CAPACITY: (
             exceptions.SegmentCapacityError,
-            f"it exists with a capacity of {found} keys, but {wanted} was asked for; ask for {found}, "
-            f"leave the capacity out, or {remove}",
+            f"it exists with a capacity of {found} keys, but {wanted} was asked for; ask for "
+            f"{found}, leave the capacity out, or {remove}",
         ),
         lib.FSHM_E_BOOT: (
             exceptions.SegmentClockError,

@@ -36,21 +36,24 @@ def _check_endpoint(endpoint: object) -> str:
     if not isinstance(endpoint, str):
         raise TypeError(f"endpoint must be a str such as 'https://host', not {endpoint!r}")
     if not _SCHEME.match(endpoint):
-        raise ValueError(f"endpoint must be a URL with a scheme, like 'https://host', not {endpoint!r}")
+        raise ValueError(
+            f"endpoint must be a URL with a scheme, like 'https://host', not {endpoint!r}"
+        )
     return endpoint
 
 
 class SimpleConnectionPool(PoolCore):
     """At most so many connections to an endpoint, and in all, over all workers together.
 
-    pool_name: pools of one name share their limits in all processes; others do not. max_per_endpoint,
-    max_total: 1 .. 100,000, idle ones count. idle_timeout: seconds after which an idle connection is
-    closed rather than used again. Defaults: 10, 100 and 300 s; or FAST_LITELLM_POOL_MAX_PER_ENDPOINT,
-    FAST_LITELLM_POOL_MAX_TOTAL, FAST_LITELLM_POOL_IDLE_TIMEOUT; or ``max_connections_per_endpoint`` and
-    ``idle_timeout_seconds`` in the file that FAST_LITELLM_FEATURE_CONFIG names.
+    pool_name: pools of one name share their limits in all processes; others do not.
+    max_per_endpoint, max_total: 1 .. 100,000, idle ones count. idle_timeout: seconds after which an
+    idle connection is closed rather than used again. Defaults: 10, 100 and 300 s; or
+    FAST_LITELLM_POOL_MAX_PER_ENDPOINT, FAST_LITELLM_POOL_MAX_TOTAL, FAST_LITELLM_POOL_IDLE_TIMEOUT;
+    or ``max_connections_per_endpoint`` and ``idle_timeout_seconds`` in the file that
+    FAST_LITELLM_FEATURE_CONFIG names.
 
-    A connection belongs to the process that opened it, which alone uses it again. A dead process's are
-    gone from the counts. A forked child begins with none. Ids are unique for ever.
+    A connection belongs to the process that opened it, which alone uses it again. A dead process's
+    are gone from the counts. A forked child begins with none. Ids are unique for ever.
 
     :meth:`bind` gives ids a real connection object to carry.
     """
@@ -108,8 +111,9 @@ class SimpleConnectionPool(PoolCore):
         close: Callable[[Any], object] | None = None,
         is_healthy: Callable[[Any], bool] | None = None,
     ) -> None:
-        """Let ids carry real connections: ``connect(endpoint)`` opens one, ``close(object)`` closes it,
-        ``is_healthy(object)`` says whether it can be used again. Called in this process only."""
+        """Let ids carry real connections: ``connect(endpoint)`` opens one, ``close(object)`` closes
+        it, ``is_healthy(object)`` says whether it can be used again. Called in this process
+        only."""
         for name, value in (("connect", connect), ("close", close), ("is_healthy", is_healthy)):
             if not callable(value) and not (value is None and name != "connect"):
                 raise TypeError(f"bind: {name} must be callable, not {value!r}")
@@ -134,8 +138,8 @@ class SimpleConnectionPool(PoolCore):
         self._shut(self._drop(connection_id))
 
     def cleanup(self) -> int:
-        """Close this process's connections that have been idle for too long or are not healthy, and give
-        back what dead processes held. Returns how many were closed."""
+        """Close this process's connections that have been idle for too long or are not healthy, and
+        give back what dead processes held. Returns how many were closed."""
         stale = [
             found.id
             for found in self._connections().values()
@@ -176,9 +180,9 @@ class SimpleConnectionPool(PoolCore):
 
     @contextmanager
     def connection(self, endpoint: str, timeout: float | None = 0) -> Iterator[Any]:
-        """``with pool.connection(endpoint) as conn:`` the bound object (the id, without bind()). Waits up
-        to ``timeout`` seconds for a place (None: for ever), then raises PermitTimeoutError. One whose
-        use raised is closed, since nobody knows its state."""
+        """``with pool.connection(endpoint) as conn:`` the bound object (the id, without bind()).
+        Waits up to ``timeout`` seconds for a place (None: for ever), then raises
+        PermitTimeoutError. One whose use raised is closed, since nobody knows its state."""
         deadline = deadline_ns(timeout)
         while (found := self.get_connection(endpoint)) is None:
             self._sleep(endpoint, deadline, timeout)
@@ -209,7 +213,8 @@ class SimpleConnectionPool(PoolCore):
         self.return_connection(connection_id)
 
     def _sleep(self, endpoint: str, deadline: int, timeout: float | None) -> None:
-        """Until somebody closes a connection to the endpoint, or returns one here; a second at most."""
+        """Until somebody closes a connection to the endpoint, or returns one here; a second at
+        most."""
         left = deadline - time.monotonic_ns()
         if left <= 0:
             raise exceptions.PermitTimeoutError(
@@ -225,10 +230,10 @@ class SimpleConnectionPool(PoolCore):
 
     def _forget(self) -> None:
         """Begin without connections; in a forked child they are the parent's."""
-        addresses = [
+        slots, totals = (
             int(ffi.cast("uintptr_t", shared._handle)) for shared in (self._slots, self._totals)
-        ]
-        self._bind_core(*addresses, int(self._idle * 1e9))
+        )
+        self._bind_core(slots, totals, int(self._idle * 1e9))
 
     def _open(self, endpoint: object) -> str | None:
         """Called by get_connection() when no idle connection may be used."""
@@ -252,7 +257,8 @@ class SimpleConnectionPool(PoolCore):
         return connection_id
 
     def _make_room(self, connection_id: str, endpoint: str) -> bool:
-        """The pool is full: close this process's idle connections to other endpoints, oldest first."""
+        """The pool is full: close this process's idle connections to other endpoints, oldest
+        first."""
         idle = sorted(
             (found for found in self._connections().values() if found.idle),
             key=lambda found: -found.idle_seconds,
@@ -264,7 +270,8 @@ class SimpleConnectionPool(PoolCore):
         return False
 
     def _close_stale(self, endpoint: str) -> bool:
-        """Close idle connections to the endpoint that may not be used again. True if there were any."""
+        """Close idle connections to the endpoint that may not be used again. True if there were
+        any."""
         stale = [
             found.id
             for found in self._connections().values()
@@ -275,8 +282,8 @@ class SimpleConnectionPool(PoolCore):
         return bool(stale)
 
     def _odd(self, connection_id: object) -> None:
-        """Called by return_connection() for an id that is not in use here: unknown, another process's,
-        or returned already. Harmless; counts stay as they are."""
+        """Called by return_connection() for an id that is not in use here: unknown, another
+        process's, or returned already. Harmless; counts stay as they are."""
         if not isinstance(connection_id, str):
             raise TypeError(f"connection id must be a str, not {connection_id!r}")
 

@@ -1,4 +1,5 @@
-"""Quota: one admission for a whole LLM call: requests and tokens a minute, and calls in parallel."""
+"""Quota: one admission for a whole LLM call: requests and tokens a minute, and calls in
+parallel."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from fast_litellm_shm.segment import Segment
 class Admission:
     """The answer of :meth:`Quota.admit`: true when admitted, until it is released.
 
-    When false: ``reason`` says which limit, ``retry_after`` when to come back (seconds; None: never;
-    0.0: when a call in flight ends), ``in_flight`` how many there are.
+    When false: ``reason`` says which limit, ``retry_after`` when to come back (seconds; None:
+    never; 0.0: when a call in flight ends), ``in_flight`` how many there are.
     """
 
     __slots__ = ("_charged", "_key", "_permit", "_quota", "_released", "allowed")
@@ -47,9 +48,9 @@ class Admission:
         return "Request allowed" if self.allowed else self._quota._limit_name(self.decision)
 
     def settle(self, tokens: int) -> None:
-        """Book the true number of tokens: more than estimated is charged, and may go into debt, which
-        the next requests wait out; less is given back, as long as its minute lasts. Can be called
-        again, with a later number."""
+        """Book the true number of tokens: more than estimated is charged, and may go into debt,
+        which the next requests wait out; less is given back, as long as its minute lasts. Can be
+        called again, with a later number."""
         if isinstance(tokens, bool) or not isinstance(tokens, int):
             raise TypeError(f"settle: tokens must be an int, not {tokens!r}")
         if tokens < 0:

@@ -17,8 +17,8 @@ def _check_name(name: object) -> str:
     out = ffi.new("char[256]")  # C would read a name to its first NUL only
     if "\0" in name or lib.fshm_path(name.encode("utf-8", "replace"), out, 256) != lib.FSHM_OK:
         raise ValueError(
-            f"segment name must be 1 to {lib.FSHM_MAX_NAME} characters of A-Z a-z 0-9 . _ - and not "
-            f"begin with a dot, not {name!r}"
+            f"segment name must be 1 to {lib.FSHM_MAX_NAME} characters of A-Z a-z 0-9 . _ - and "
+            f"not begin with a dot, not {name!r}"
         )
     return name
 
@@ -34,15 +34,15 @@ class Segment:
     """One shared-memory segment: made where there is none, else attached to.
 
     name: 1 to 64 characters of ``A-Z a-z 0-9 . _ -``; default: FAST_LITELLM_SHM_NAME, else a name
-    for each user id. capacity: how many keys it must hold, 1 .. 2**31 (a
-    key takes one place for each limit of its limiter); default: FAST_LITELLM_SHM_CAPACITY, else 200,000
-    (12 MB) where it is made, and whatever it has where it exists. mode: permission
-    bits; default FAST_LITELLM_SHM_MODE, else 0o600. names: ``"plain"`` keeps key names for
-    ``fast-shm inspect``, ``"hashed"`` shows keyed hashes, ``"off"`` keeps nothing of single keys;
-    decided by whoever makes the segment. create=False attaches only, to any capacity.
+    for each user id. capacity: how many keys it must hold, 1 .. 2**31 (a key takes one place for
+    each limit of its limiter); default: FAST_LITELLM_SHM_CAPACITY, else 200,000 (12 MB) where it is
+    made, and whatever it has where it exists. mode: permission bits; default FAST_LITELLM_SHM_MODE,
+    else 0o600. names: ``"plain"`` keeps key names for ``fast-shm inspect``, ``"hashed"`` shows
+    keyed hashes, ``"off"`` keeps nothing of single keys; decided by whoever makes the segment.
+    create=False attaches only, to any capacity.
 
-    It outlives its processes, so limits survive a restart; :meth:`remove` deletes it. A forked child
-    may go on using it.
+    It outlives its processes, so limits survive a restart; :meth:`remove` deletes it. A forked
+    child may go on using it.
 
     Raises a SegmentError (see :mod:`fast_litellm_shm.exceptions`) or ValueError.
     """
@@ -62,7 +62,9 @@ class Segment:
         if capacity is None and create and not _read_only:
             capacity = settings.segment_capacity()
         if capacity is not None and (
-            isinstance(capacity, bool) or not isinstance(capacity, int) or not 1 <= capacity <= 2**31
+            isinstance(capacity, bool)
+            or not isinstance(capacity, int)
+            or not 1 <= capacity <= 2**31
         ):
             raise ValueError(f"capacity must be an int between 1 and 2**31 keys, not {capacity!r}")
         mode = settings.segment_mode() if mode is None else mode
@@ -73,7 +75,10 @@ class Segment:
         flags |= lib.FSHM_OPEN_OTHER_OWNER if allow_other_owner else 0
         flags |= lib.FSHM_OPEN_READ_ONLY if _read_only else 0
         out, error = ffi.new("fshm_segment **"), ffi.new("fshm_error *")
-        if lib.fshm_open(self._name.encode(), capacity or 0, mode, flags, out, error) != lib.FSHM_OK:
+        if (
+            lib.fshm_open(self._name.encode(), capacity or 0, mode, flags, out, error)
+            != lib.FSHM_OK
+        ):
             raise_segment_error(error, "open")
         self._handle: Any = ffi.gc(out[0], lib.fshm_close)
         self._arguments = {"capacity": capacity, "allow_other_owner": allow_other_owner}
@@ -130,8 +135,9 @@ class Segment:
         return found
 
     def stats(self) -> dict[str, Any]:
-        """Size and occupancy: name, path, size_bytes, capacity, used, occupancy (0..1, of capacity),
-        limiters, processes, admitted, denied (calls), age_seconds, layout_version, names, unlinked."""
+        """Size and occupancy: name, path, size_bytes, capacity, used, occupancy (0..1, of
+        capacity), limiters, processes, admitted, denied (calls), age_seconds, layout_version,
+        names, unlinked."""
         geometry = self.geometry()
         used = lib.fshm_live_cells(self._handle, ffi.NULL, 0)
         admitted, denied = geometry.retired_admitted, geometry.retired_denied
@@ -161,8 +167,8 @@ class Segment:
         }
 
     def remove(self) -> None:
-        """Delete the segment. Processes that are attached keep counting in what they have, apart from
-        new ones, until they are restarted. Removing it twice is harmless."""
+        """Delete the segment. Processes that are attached keep counting in what they have, apart
+        from new ones, until they are restarted. Removing it twice is harmless."""
         if self.unlinked:
             return
         error = ffi.new("fshm_error *")

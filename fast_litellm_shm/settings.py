@@ -37,8 +37,8 @@ def segment_mode() -> int:
         mode = -1
     if not 0o600 <= mode <= 0o777 or mode & 0o600 != 0o600:
         raise ValueError(
-            f"FAST_LITELLM_SHM_MODE must be octal permission bits that let the owner read and write, "
-            f"such as 0600 or 0660, not {text!r}"
+            f"FAST_LITELLM_SHM_MODE must be octal permission bits that let the owner read and "
+            f"write, such as 0600 or 0660, not {text!r}"
         )
     return mode
 
@@ -93,20 +93,20 @@ def feature_config() -> tuple[str, dict[str, Any]]:
 
 
 def pool_defaults() -> PoolDefaults:
-    """From the environment, else from the config file (``features.rust_connection_pool.config``), else
-    10 to an endpoint, 100 in all, 300 s idle."""
+    """From the environment, else from the config file (``features.rust_connection_pool.config``),
+    else 10 to an endpoint, 100 in all, 300 s idle."""
     path, config = feature_config()
     where = "features.rust_connection_pool.config"
     inner: Any = config
     for part in where.split("."):
         inner = inner.get(part, {}) if isinstance(inner, dict) else {}
     found: dict[str, Any] = {}
-    for field, variable, key, whole in (
+    for field, suffix, key, whole in (
         ("max_per_endpoint", "MAX_PER_ENDPOINT", "max_connections_per_endpoint", True),
         ("max_total", "MAX_TOTAL", "max_total_connections", True),
         ("idle_timeout", "IDLE_TIMEOUT", "idle_timeout_seconds", False),
     ):
-        variable = f"FAST_LITELLM_POOL_{variable}"
+        variable = f"FAST_LITELLM_POOL_{suffix}"
         if os.environ.get(variable):
             found[field] = _number(variable, os.environ[variable], whole)
         elif isinstance(inner, dict) and key in inner:

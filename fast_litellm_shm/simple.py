@@ -1,4 +1,5 @@
-"""The drop-in part: the rate limiting API of the PyPI package fast-litellm, shared by all workers."""
+"""The drop-in part: the rate limiting API of the PyPI package fast-litellm, shared by all
+workers."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import Any
 
 from fast_litellm_shm.inspection import Inspection
 from fast_litellm_shm.limiter import RateLimiter
-from fast_litellm_shm.limits import AnyLimit, Limit, SlidingWindow
+from fast_litellm_shm.limits import AnyLimit, InFlight, Limit, SlidingWindow
 from fast_litellm_shm.native import ffi, lib
 from fast_litellm_shm.segment import Segment
 
@@ -21,8 +22,9 @@ _TOTALS = ("total_checks", "allowed_count", "denied_count")
 
 
 class RateLimitStats(dict[str, Any]):
-    """Statistics by key. The totals over all keys (total_checks, allowed_count, denied_count) are read
-    like keys, but do not count as such: iteration gives keys only, and a key of that name wins."""
+    """Statistics by key. The totals over all keys (total_checks, allowed_count, denied_count) are
+    read like keys, but do not count as such: iteration gives keys only, and a key of that name
+    wins."""
 
     totals: dict[str, int]
 
@@ -33,7 +35,7 @@ class RateLimitStats(dict[str, Any]):
 
     def get(self, name: str, default: Any = None) -> Any:
         """As dict.get(); knows the totals."""
-        return self[name] if name in self else default
+        return self[name] if name in self else default  # noqa: SIM401 - dict.get would call itself
 
     def __contains__(self, name: object) -> bool:
         return super().__contains__(name) or name in _TOTALS
@@ -49,7 +51,10 @@ def _stats(limiter: RateLimiter, config: dict[str, int], strict_n: int | None) -
     remaining = ffi.new("uint64_t[4]")
     for row in Inspection(limiter.segment).keys(limiter=limiter.name):
         raw = row.raw or row.key.encode("utf-8", "surrogatepass")
-        if strict_n is None and lib.fshm_remaining(limiter._handle, raw, len(raw), 0, remaining) == 3:
+        if (
+            strict_n is None
+            and lib.fshm_remaining(limiter._handle, raw, len(raw), 0, remaining) == 3
+        ):
             bucket, minute, hour = remaining[0], remaining[1], remaining[2]
         else:
             bucket = row.remaining
@@ -71,14 +76,16 @@ def _stats(limiter: RateLimiter, config: dict[str, int], strict_n: int | None) -
 
 
 class SimpleRateLimiter(RateLimiter):
-    """At most ``requests_per_minute`` in **any** 60 seconds for each key, over all workers together.
+    """At most ``requests_per_minute`` in **any** 60 seconds for each key, over all workers
+    together.
 
-    requests_per_minute: 1 or more. burst: how many at one instant; default requests_per_minute / 10,
-    rounded up. Limiters of equal settings share, in all processes; others do not; ``name`` sets equal
-    ones apart. A key nobody has seen has ``burst`` requests at once, then one every
-    60 / (requests_per_minute - burst + 1) seconds.
+    requests_per_minute: 1 or more. burst: how many at one instant; default requests_per_minute /
+    10, rounded up. Limiters of equal settings share, in all processes; others do not; ``name`` sets
+    equal ones apart. A key nobody has seen has ``burst`` requests at once, then one every 60 /
+    (requests_per_minute - burst + 1) seconds.
 
-    Raises ValueError or TypeError for bad arguments, SegmentError where there is no segment to be had.
+    Raises ValueError or TypeError for bad arguments, SegmentError where there is no segment to be
+    had.
     """
 
     def __init__(
@@ -114,10 +121,11 @@ class SimpleRateLimiter(RateLimiter):
 
 
 class _DefaultLimiter(RateLimiter):
-    """10 a second with a burst of 20 is a bucket of 20 every 2 seconds; people know it as the former."""
+    """10 a second with a burst of 20 is a bucket of 20 every 2 seconds; people know it as the
+    former."""
 
     @staticmethod
-    def _reasons(found: tuple[AnyLimit, ...]) -> tuple[str, ...]:
+    def _reasons(found: tuple[AnyLimit | InFlight, ...]) -> tuple[str, ...]:
         periods = ("second", "minute", "hour")
         return tuple(f"Rate limit exceeded (requests per {period})" for period in periods)
 
@@ -133,7 +141,8 @@ def _limiter() -> RateLimiter:
 
 
 def check_rate_limit(key: str | bytes) -> dict[str, Any]:
-    """Check a key against 10 a second (burst 20), 600 a minute and 10,000 an hour, over all workers.
+    """Check a key against 10 a second (burst 20), 600 a minute and 10,000 an hour, over all
+    workers.
 
     Returns a dict: allowed, reason, remaining_requests, and retry_after_ms when denied.
     """
