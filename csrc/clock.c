@@ -4,16 +4,17 @@
  * asks the kernel at most once in WINDOW_NS and adds what the counter says since, where the kernel
  * itself trusts the counter as its clock source (x86-64, current_clocksource = tsc).
  *
- * Promise: never later than the kernel's clock, and at most 0.3 us earlier. That is as if the call
- * had been preempted so long between reading the clock and charging, which every bound allows for
+ * The time is never later than the kernel's clock, and at most 0.3 us earlier, while the counter keeps
+ * its rate and the kernel slews its clock by less than 0.1 % (NTP: at most 0.05 %). Earlier is as if the
+ * call had been preempted so long between reading the clock and charging, which every bound allows for
  * (DESIGN.md, "The instant of a decision").
- * - Never later: `time` was read before `ticks`, and ticks are converted at a rate 0.1 % slower than
- *   measured, which covers the error of the measurement (below 0.002 %) and the slewing of the
- *   kernel's clock (at most 0.05 %).
+ * - Not later: `time` was read before `ticks`, and ticks are converted at a rate 0.1 % slower than
+ *   measured; the error of the measurement is below 0.002 %.
  * - Not much earlier: what the 0.1 % leaves out in WINDOW_NS is 0.1 us, and a reading is only kept if
  *   the counter advanced by less than 0.2 us around it.
- * - The counter jumps, stops or runs at another rate (suspend, migration to another host): a difference
- *   outside the window asks the kernel; the rate is measured anew every second.
+ * - The counter jumps, stops or changes its rate (suspend, migration to another host), or somebody slews
+ *   the clock by percents: a difference outside the window asks the kernel; within it, the time can be off
+ *   by that rate's share of 100 us, until the rate is measured anew, every second.
  */
 #include <stdio.h>
 #include <time.h>
