@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from bench import bytes_per_key, check_cost
+from bench import bytes_per_key, check_cost, pool_cost
 
 
 def main() -> None:
@@ -15,6 +15,8 @@ def main() -> None:
     rounds = max(parser.parse_args().iterations, 5)
     print(f"# {(check_cost.__doc__ or '').splitlines()[0]}")
     check_cost.show(check_cost.run(rounds=rounds))
+    print(f"\n# {(pool_cost.__doc__ or '').splitlines()[0]}")
+    pool_cost.show(pool_cost.run(rounds=rounds))
     print(f"\n# {(bytes_per_key.__doc__ or '').splitlines()[0]}")
     bytes_per_key.show(bytes_per_key.run())
 

@@ -1,4 +1,4 @@
-"""What does one admitted check cost, on a hot key and over 10,000 keys, beside its peers?
+"""What does one admitted check of a hot key cost, beside its peers?
 
 All in one process, interleaved. The peers' state is private to the process; ours is shared.
 """
