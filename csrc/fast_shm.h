@@ -180,6 +180,7 @@ typedef struct {
 typedef struct {
   uint32_t limiter, pid, alive, idle, slot;
   uint64_t age_seconds;
+  uint64_t key_hash; /* the same for all permits of a key */
 } fshm_permit_info;
 
 /* Take a permit and charge every other limit of the limiter, or do nothing. *in_flight: permits of
@@ -195,6 +196,8 @@ int fshm_settle(fshm_limiter *limiter, const void *key, uint64_t key_length,
 int fshm_permit_release(fshm_limiter *limiter, fshm_permit *permit);
 /* Mark a held permit as idle (a pooled connection nobody uses) or in use again. Likewise 1 or 0. */
 int fshm_permit_idle(fshm_limiter *limiter, fshm_permit *permit, int idle);
+/* 0: released, or taken back by force (fshm_reap of a living process). */
+int fshm_permit_held(const fshm_limiter *limiter, const fshm_permit *permit);
 /* Permits of the key that living processes hold; gives back those of dead ones. */
 uint32_t fshm_in_flight(fshm_limiter *limiter, const void *key, uint64_t key_length);
 /* Waiting: arm, try to take, and sleep if that failed. A ring since arm() ends the sleep at once. */

@@ -20,6 +20,7 @@
 
 #include "internal.h"
 
+#define SLOT_STEP UINT64_C(0xa24baed4963ee407)
 #define PERMIT_BIT 2048u /* of the limiter index in ledger_t.meta */
 #define SLOT_OF(w) ((uint32_t)((w) >> 44) & 0x1ffff)
 #define OWNER_OF(w) ((uint32_t)((w) >> 36) & 0xff)
@@ -68,12 +69,18 @@ static uint64_t spread(uint64_t x) { /* murmur3's finaliser */
   return x ^ x >> 33;
 }
 
+static uint64_t unspread(uint64_t x) { /* its inverse */
+  x = (x ^ x >> 33) * UINT64_C(0x9cb4b2f8129337db);
+  x = (x ^ x >> 33) * UINT64_C(0x4f74430c22a54005);
+  return x ^ x >> 33;
+}
+
 /* Slots 4k .. 4k+3 share a home line. Resets do not reach permits: no salt. */
 static inline uint64_t slot_place(uint64_t hash, uint32_t slot) {
   return spread(hash + (slot / CELLS_PER_LINE + 1) * UINT64_C(0x9e3779b97f4a7c15));
 }
 static inline uint64_t slot_who(uint64_t hash, uint32_t slot) {
-  uint64_t who = spread(hash ^ UINT64_C(0xa24baed4963ee407) * (slot + 1));
+  uint64_t who = spread(hash ^ SLOT_STEP * (slot + 1));
   return who + !who;
 }
 
@@ -211,6 +218,13 @@ int fshm_permit_idle(fshm_limiter *l, fshm_permit *p, int idle) {
   return 1;
 }
 
+int fshm_permit_held(const fshm_limiter *l, const fshm_permit *p) {
+  const fshm_segment *s = l->segment;
+  if (!p->held || p->cell >= s->cell_count) return 0;
+  pair_t now = pair_load(&s->cells[p->cell]);
+  return now.who == p->who && now.when == p->when;
+}
+
 uint32_t fshm_in_flight(fshm_limiter *l, const void *key, uint64_t length) {
   holder_t h;
   plan_t plan;
@@ -324,6 +338,7 @@ int fshm_permit_at(fshm_segment *s, uint64_t cell, fshm_permit_info *out) {
   if (!out->alive) out->pid = 0; /* the slot may be another's by now */
   out->idle = (pair.when & IDLE) != 0;
   out->slot = SLOT_OF(pair.when);
+  out->key_hash = unspread(pair.who) ^ SLOT_STEP * (SLOT_OF(pair.when) + 1);
   out->age_seconds = (segment_now(s) / 1000000000 - TAKEN_OF(pair.when)) & 0x1ffff;
   return 1;
 }

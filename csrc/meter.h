@@ -53,7 +53,9 @@ typedef union {
     uint64_t burst;
     uint64_t num, den; /* bucket: emission interval num/den ns */
     uint64_t unit; /* bucket: increment of cost 1, ns */
-    uint64_t room; /* bucket: how far the arrival time may be ahead of now for cost 1, ns */
+    /* bucket: how far the arrival time may be ahead of now for cost 1, ns; sliding: when `per` was
+     * changed, segment time: a window that began before may have been counted in another `per` */
+    uint64_t room;
   };
   uint64_t words[8];
 } rule_t;
@@ -286,12 +288,17 @@ static inline uint64_t window_charge(const rule_t *r, uint64_t state, uint64_t n
   return window_state(r, w);
 }
 
-/* put: the state that the charge put there; nothing comes back once its window is over. */
+/* Debt first: it is what prolongs the window beyond the end it had. put: the state that the charge put
+ * there, with that end; nothing comes back once its window is over. Without it, the latest end that a
+ * window without debt can have. */
 static inline uint64_t window_refund(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost,
                                      uint64_t put) {
   window_t w = window_read(state, now);
   if (!w.end || (put && state_expires(put) <= now)) return state;
-  w.count = minus(w.count, cost);
+  uint64_t prolonged = minus(w.end, put ? state_expires(put) : now + r->per);
+  uint64_t debt = min_u64(cost, saturate((wide_t)prolonged * r->n / r->per));
+  w.end -= min_u64(saturate((wide_t)debt * r->per / r->n), prolonged);
+  w.count = minus(w.count, cost - debt);
   return window_state(r, w);
 }
 
@@ -332,7 +339,8 @@ static inline sliding_t sliding_read(const rule_t *r, uint64_t state, uint64_t n
   uint64_t unit = UINT64_C(1) << p, index = gone / r->per; /* exact: 2^P <= per, see DESIGN.md */
   index = index > 2 ? index - 2 : 0;
   wide_t end = ((wide_t)(index + 2) * r->per + unit - 1) & ~(wide_t)(unit - 1);
-  if (p != sliding_class(r->per) || gone != end || gone > now + 2 * r->per + unit) {
+  if (p != sliding_class(r->per) || gone != end || gone > now + 2 * r->per + unit ||
+      (wide_t)index * r->per < r->room) {
     s.count = count + previous; /* `per` was changed at run time: all of it counts as recent */
     return s;
   }
@@ -388,7 +396,8 @@ static inline verdict_t sliding_take(const rule_t *r, uint64_t state, uint64_t n
     s.count += cost;
     v.used_after = used + cost;
     v.next = sliding_state(r, s);
-    if (state_expires(v.next) <= now) v.retry = UINT64_MAX; /* the end of time */
+    if (state_expires(v.next) < (wide_t)(s.index + 2) * r->per)
+      v.retry = UINT64_MAX; /* the end of time: a state that would read as another window's */
   }
   if (s.count)
     v.reset = minus(plus_time(window_end, r->per), now);

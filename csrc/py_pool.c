@@ -9,6 +9,7 @@ typedef struct Connection {
   PyObject *id; /* str */
   PyObject *endpoint; /* str */
   PyObject *object; /* what the user bound to it, or None */
+  fshm_limiter *slots; /* of the pool */
   fshm_permit slot; /* of the endpoint */
   fshm_permit total; /* of the whole pool */
   uint64_t used_ns; /* fshm_clock() when last returned */
@@ -61,6 +62,10 @@ static PyObject *connection_idle(PyObject *o, void *unused) {
   (void)unused;
   return PyBool_FromLong(((Connection *)o)->idle);
 }
+static PyObject *connection_held(PyObject *o, void *unused) {
+  (void)unused;
+  return PyBool_FromLong(fshm_permit_held(((Connection *)o)->slots, &((Connection *)o)->slot));
+}
 static PyObject *connection_idle_seconds(PyObject *o, void *unused) {
   (void)unused;
   Connection *c = (Connection *)o;
@@ -72,6 +77,7 @@ static PyGetSetDef connection_getset[] = {
     {"endpoint", connection_get, NULL, NULL, (void *)1},
     {"object", connection_get, NULL, "What connect() returned.", (void *)2},
     {"idle", connection_idle, NULL, NULL, NULL},
+    {"held", connection_held, NULL, "False where an operator took its place back by force.", NULL},
     {"idle_seconds", connection_idle_seconds, NULL, "Since it was returned.", NULL},
     {NULL, NULL, NULL, NULL, NULL}};
 
@@ -158,6 +164,7 @@ static PyObject *pool_add(PyObject *o, PyObject *args) {
     c->id = id;
     c->endpoint = endpoint;
     c->object = object;
+    c->slots = self->slots;
     c->slot = slot;
     c->total = total;
     c->used_ns = 0;

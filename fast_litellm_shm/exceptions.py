@@ -48,7 +48,8 @@ class SegmentClockError(SegmentError):
 
 
 class SegmentFullError(SegmentError):
-    """No room for another key (only raised with ``on_full="raise"``) or another limiter."""
+    """No room for another key (only raised with ``on_full="raise"``), another limiter, or
+    another process that wants a permit."""
 
 
 class PermitTimeoutError(FastShmError, TimeoutError):

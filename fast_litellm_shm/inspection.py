@@ -49,11 +49,13 @@ class KeyRow:
 
 @dataclass(frozen=True)
 class PermitRow:
-    """One permit that is held. pid: None where its process is dead (it counts no more, and is given
+    """One permit that is held. key_hash: the same for all permits of
+    a key. pid: None where its process is dead (it counts no more, and is given
     back when somebody needs it). idle: a pooled connection that nobody uses now."""
 
     limiter: str
     key: str
+    key_hash: int
     pid: int | None
     idle: bool
     age_seconds: int
@@ -146,9 +148,11 @@ class Inspection:
             known = self._limiters.get(info.limiter)
             name = known["name"] if known else "?"
             if limiter is None or name == limiter:
+                stored = self._stored_name(cell)
                 yield PermitRow(
                     limiter=name,
-                    key=self._name(cell)[0],
+                    key=f"#{info.key_hash:016x}" if stored is None else stored[0],
+                    key_hash=info.key_hash,
                     pid=info.pid if info.alive else None,
                     idle=bool(info.idle),
                     age_seconds=info.age_seconds,
@@ -157,7 +161,7 @@ class Inspection:
     def in_flight(self) -> list[dict[str, Any]]:
         """Permits by limiter and key: in_flight (of living processes), max_in_flight, idle, dead
         (not yet given back), pids, oldest_seconds."""
-        found: dict[tuple[str, str], dict[str, Any]] = {}
+        found: dict[tuple[str, int], dict[str, Any]] = {}
         most = {
             info["name"]: limit.n
             for info in self._limiters.values()
@@ -166,7 +170,7 @@ class Inspection:
         }
         for row in self.permits():
             entry = found.setdefault(
-                (row.limiter, row.key),
+                (row.limiter, row.key_hash),
                 {
                     "limiter": row.limiter,
                     "key": row.key,
@@ -178,6 +182,8 @@ class Inspection:
                     "oldest_seconds": 0,
                 },
             )
+            if not row.key.startswith("#"):
+                entry["key"] = row.key  # others of the key may have lost their name
             if row.pid is None:
                 entry["dead"] += 1
                 continue
@@ -211,6 +217,9 @@ class Inspection:
     def _name(self, cell: int) -> tuple[str, bytes]:
         """The key's name and its bytes; ``#`` and its keyed hash where the name is not kept, or
         forgotten."""
+        return self._stored_name(cell) or (f"#{int(self._who[cell]):016x}", b"")
+
+    def _stored_name(self, cell: int) -> tuple[str, bytes] | None:
         out, length = ffi.new("char[256]"), ffi.new("uint64_t *")
         if lib.fshm_key_name(self._handle, cell, out, 256, length):
             stored = min(length[0], 200)
@@ -220,7 +229,7 @@ class Inspection:
             # cut between the bytes of one character: leave that one out, and keep other bad bytes
             text, _ = codecs.utf_8_decode(raw, "replace", False)
             return text + "…", raw
-        return f"#{int(self._who[cell]):016x}", b""
+        return None
 
     def _read_limiters(self) -> dict[int, dict[str, Any]]:
         found, info = {}, ffi.new("fshm_limiter_info *")

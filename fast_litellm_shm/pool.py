@@ -91,7 +91,7 @@ class SimpleConnectionPool(PoolCore):
         )
         self._segment = self._slots.segment
         self._totals = SharedLimits(
-            (self._total,), name=f"pool {pool_name} total", segment=self._segment, on_full="deny"
+            (self._total,), name=f"pool-total {pool_name}", segment=self._segment, on_full="deny"
         )
         self._prefix = f"{self._segment.geometry().instance:016x}"
         self._connect: Callable[[str], Any] | None = None
@@ -124,10 +124,10 @@ class SimpleConnectionPool(PoolCore):
         return self._connections()[connection_id].object
 
     def health_check(self, connection_id: str) -> bool:
-        """Whether the connection can be used: known here, not idle for too long, and healthy by the
-        bound is_healthy()."""
+        """Whether the connection can be used: known here, its place not taken back by an
+        operator, not idle for too long, and healthy by the bound is_healthy()."""
         found = self._connections().get(connection_id)
-        if found is None or found.idle_seconds > self._idle:
+        if found is None or not found.held or found.idle_seconds > self._idle:
             return False
         return self._is_healthy is None or bool(self._is_healthy(found.object))
 
@@ -158,10 +158,13 @@ class SimpleConnectionPool(PoolCore):
     def get_stats(self) -> dict[str, Any]:
         """Sums over all processes: active_connections, idle_connections, total_connections,
         max_total_connections, and endpoints: {endpoint: available_connections, max_connections}."""
-        counts: dict[str, list[int]] = {}
+        counts: dict[int, list[int]] = {}
+        names: dict[int, str] = {}
         for row in Inspection(self._segment).permits(limiter=self._slots.name):
             if row.pid is not None:
-                counts.setdefault(row.key, [0, 0])[row.idle] += 1
+                counts.setdefault(row.key_hash, [0, 0])[row.idle] += 1
+                if names.get(row.key_hash, "#").startswith("#"):
+                    names[row.key_hash] = row.key
         active = sum(count[0] for count in counts.values())
         idle = sum(count[1] for count in counts.values())
         return {
@@ -170,11 +173,13 @@ class SimpleConnectionPool(PoolCore):
             "total_connections": active + idle,
             "max_total_connections": self._totals.limits[0].n,
             "endpoints": {
-                endpoint: {
+                names[endpoint]: {
                     "available_connections": idle_here,
                     "max_connections": self._slots.limits[0].n,
                 }
-                for endpoint, (_, idle_here) in sorted(counts.items())
+                for endpoint, (_, idle_here) in sorted(
+                    counts.items(), key=lambda item: names[item[0]]
+                )
             },
         }
 

@@ -12,6 +12,13 @@ from fast_litellm_shm.native import Decision, Permit, ffi, lib
 from fast_litellm_shm.segment import Segment
 
 
+def _check_tokens(where: str, tokens: object) -> None:
+    if isinstance(tokens, bool) or not isinstance(tokens, int):
+        raise TypeError(f"{where}: tokens must be an int, not {tokens!r}")
+    if tokens < 0:
+        raise ValueError(f"{where}: tokens must be 0 or more, not {tokens}")
+
+
 class Admission:
     """The answer of :meth:`Quota.admit`: true when admitted, until it is released.
 
@@ -51,21 +58,18 @@ class Admission:
         """Book the true number of tokens: more than estimated is charged, and may go into debt,
         which the next requests wait out; less is given back, as long as its minute lasts. Can be
         called again, with a later number."""
-        if isinstance(tokens, bool) or not isinstance(tokens, int):
-            raise TypeError(f"settle: tokens must be an int, not {tokens!r}")
-        if tokens < 0:
-            raise ValueError(f"settle: tokens must be 0 or more, not {tokens}")
+        _check_tokens("settle", tokens)
         if self.allowed and tokens != self._charged:
             self._quota._settle(self._key, self._charged, tokens, self._permit)
             self._charged = tokens
 
     def release(self) -> bool:
-        """The call is over: give the parallel slot back. Twice is harmless."""
+        """The call is over: give the parallel slot back. Twice is harmless. False where there was
+        nothing to give back any more."""
         if self._released:
             return False
         self._released = True
-        self._permit.release()
-        return True
+        return self._permit.release() or "max_parallel" not in self._quota._names
 
     def __bool__(self) -> bool:
         return not self._released
@@ -144,6 +148,7 @@ class Quota:
 
     def admit(self, key: str | bytes, tokens: int = 0) -> Admission:
         """Admit a call that is estimated at ``tokens`` tokens, or say why not."""
+        _check_tokens("admit", tokens)
         permit = self._shared._admit(key, self._costs(tokens))
         return Admission(self, key, permit, tokens)
 

@@ -9,13 +9,17 @@ from collections.abc import Iterator
 import pytest
 from support.names import left_over, remove, unique_name
 
-from fast_litellm_shm import Segment, segment, simple
+from fast_litellm_shm import Segment, pool, segment, simple
 
 SETTINGS = (
     "FAST_LITELLM_SHM_NAME",
     "FAST_LITELLM_SHM_CAPACITY",
     "FAST_LITELLM_SHM_MODE",
     "FAST_LITELLM_SHM_NAMES",
+    "FAST_LITELLM_POOL_MAX_PER_ENDPOINT",
+    "FAST_LITELLM_POOL_MAX_TOTAL",
+    "FAST_LITELLM_POOL_IDLE_TIMEOUT",
+    "FAST_LITELLM_FEATURE_CONFIG",
 )
 
 
@@ -42,10 +46,10 @@ def _own_default_segment() -> Iterator[None]:
     before = {name: os.environ.pop(name, None) for name in SETTINGS}
     name = os.environ["FAST_LITELLM_SHM_NAME"] = unique_name("default")
     segment._default.clear()
-    simple._default_limiter = None
+    simple._default_limiter = pool._default = None
     yield
     segment._default.clear()
-    simple._default_limiter = None
+    simple._default_limiter = pool._default = None
     for setting, value in before.items():
         os.environ.pop(setting, None)
         if value is not None:

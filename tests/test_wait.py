@@ -140,6 +140,28 @@ def test_a_waiter_reserves_and_cancelling_gives_back(segment: Segment) -> None:
     assert 0 < after <= 3600
 
 
+def test_cancelling_one_in_the_middle_changes_no_others_turn(segment: Segment) -> None:
+    """Its instant passes unused: to give it back would move those behind it, who sleep already."""
+    limiter = make(segment, SLOW)
+    limiter.acquire("k", cost=10)
+
+    async def cancelled() -> list[float]:
+        first, second = (asyncio.ensure_future(limiter.wait_async("k")) for _ in range(2))
+        await asyncio.sleep(0)  # both have their reservations, in this order
+        seen = [limiter.peek("k").retry_after or 0]
+        for waiting in (first, second):
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            seen.append(limiter.peek("k").retry_after or 0)
+        return seen
+
+    behind, without_first, without_both = asyncio.run(cancelled())
+    assert 2 * 3600 < behind <= 3 * 3600
+    assert 2 * 3600 < without_first <= behind
+    assert 3600 < without_both <= 2 * 3600  # the second was the last; the first's is gone
+
+
 class _InterruptedError(Exception):
     pass
 

@@ -25,6 +25,7 @@ examples:
   fast-shm inspect                            the segment of this user's workers
   fast-shm inspect --name shop --watch        the same, again every 2 seconds
   fast-shm reset --limiter chat user-1        let user-1 start afresh
+  fast-shm release --dead                     give back what dead processes held
   fast-shm rm --name shop                     delete a segment
 
 Without --name, a verb means the segment that workers use by default: FAST_LITELLM_SHM_NAME, else
@@ -40,6 +41,7 @@ examples:
   fast-shm inspect --json | jq '.keys[0]'     all keys, as JSON
   fast-shm inspect --watch 0.5                until Ctrl-C
 
+Permits and pools are shown where something is held: what processes hold at this moment.
 Control characters in keys are shown as \\n, \\x1b, \\u202e; --json has the keys as they are.
 With --json and --watch, one document follows the other.
 
@@ -61,7 +63,18 @@ examples:
   fast-shm reset --limiter chat -- -odd       a key that begins with a dash
   fast-shm reset $'two\\nlines'                a key as inspect shows it (bash)
 
-Limits stay as they are; only what was consumed is forgotten.
+Limits stay as they are; only what was consumed is forgotten. Permits stay: see `fast-shm release`.
+
+{_EXIT_CODES}"""
+
+_RELEASE = f"""\
+examples:
+  fast-shm release --dead                     what dead processes held
+  fast-shm release --pid 4711                 what 4711 held, if it is dead
+  fast-shm release --pid 4711 --force         ... alive or not
+
+Permits of dead processes come back by themselves, when somebody needs them; this does it now. A
+living process is refused unless forced: it works on, so more may run at once than the limits say.
 
 {_EXIT_CODES}"""
 
@@ -97,6 +110,16 @@ def _top(text: str) -> int:
     if top < 0:
         raise argparse.ArgumentTypeError(f"must be a whole number, 0 for all keys, not {text!r}")
     return top
+
+
+def _pid(text: str) -> int:
+    try:
+        pid = int(text)
+    except ValueError:
+        pid = 0
+    if not 1 <= pid < 2**31:
+        raise argparse.ArgumentTypeError(f"must be the number of a process, not {text!r}")
+    return pid
 
 
 def _pause(text: str) -> float:
@@ -154,8 +177,8 @@ def _parser() -> argparse.ArgumentParser:
         default="busiest",
         help="which keys come first (default busiest: most calls)",
     )
-    to.add_argument("--match", metavar="GLOB", help="only keys whose name fits, such as 'user-*'")
-    to.add_argument("--limiter", metavar="L", help="only keys of this limiter")
+    to.add_argument("--match", metavar="GLOB", help="only keys that fit, such as 'user-*'")
+    to.add_argument("--limiter", metavar="L", help="only keys and permits of this limiter")
     to.add_argument(
         "--watch",
         type=_pause,
@@ -175,6 +198,13 @@ def _parser() -> argparse.ArgumentParser:
     to.add_argument("--all", action="store_true", help="all keys of all limiters")
     to.add_argument("key", nargs="?", metavar="KEY", help="only this key")
 
+    to = verb("release", "give back permits of a process", _RELEASE)
+    with_name(to)
+    whose = to.add_mutually_exclusive_group(required=True)
+    whose.add_argument("--pid", type=_pid, metavar="PID", help="of this process")
+    whose.add_argument("--dead", action="store_true", help="of all dead processes")
+    to.add_argument("--force", action="store_true", help="also of a living process")
+
     to = verb("rm", "delete a segment", _RM)
     with_name(to)
     to.add_argument("--yes", "-y", action="store_true", help="do not ask")
@@ -190,6 +220,8 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             parser.error("--all means every limiter and key: leave out KEY and --limiter")
         if not args.all and args.key is None and args.limiter is None:
             parser.error("say what to reset: a KEY, --limiter L, or --all")
+    if args.verb == "release" and args.force and args.dead:
+        parser.error("--force is for a living process: it goes with --pid")
     if args.verb != "ls":
         if args.name is None:
             args.name = settings.segment_name()
@@ -205,6 +237,7 @@ def _verb(name: str) -> Callable[[argparse.Namespace], int]:
     return {
         "inspect": inspect.run,
         "ls": listing.run,
+        "release": admin.release,
         "reset": admin.reset,
         "rm": admin.remove,
     }[name]

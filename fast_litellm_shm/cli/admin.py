@@ -1,4 +1,4 @@
-"""``fast-shm reset`` and ``fast-shm rm``: the verbs that change something."""
+"""``fast-shm reset``, ``release`` and ``rm``: the verbs that change something."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from fast_litellm_shm import exceptions
 from fast_litellm_shm.cli import inspect, listing, render
+from fast_litellm_shm.concurrency import release_process
 from fast_litellm_shm.inspection import Inspection
 from fast_litellm_shm.native import ffi, lib, raise_segment_error
 from fast_litellm_shm.segment import Segment, path_of
@@ -30,15 +31,12 @@ def _name(info: Any) -> str:
 
 
 def _open_limiter(segment: Segment, info: Any) -> _Limiter:
-    """Open a limiter that is there, by the limits it has: that changes nothing."""
     name, out = _name(info), ffi.new("fshm_limiter **")
-    status = lib.fshm_limiter_open(
-        segment._handle, info.name, info.name_length, info.limits, info.limits_count, out
-    )
+    status = lib.fshm_limiter_find(segment._handle, info.name, info.name_length, out)
     if status != lib.FSHM_OK:
         raise exceptions.SegmentError(
             f"cannot open limiter {name!r} in segment {segment.name!r} (error {status}); "
-            "its limits are being changed right now, or are damaged: try again"
+            "its limits are damaged; stop the workers and remove the segment with `fast-shm rm`"
         )
     return _Limiter(name, ffi.gc(out[0], lib.fshm_limiter_close))
 
@@ -60,11 +58,9 @@ def _limiters(segment: Segment, wanted: str | None) -> list[_Limiter]:
 
 
 def _open_for_writing(args: argparse.Namespace) -> Segment:
-    """Attach to what is there, whatever capacity the environment asks for."""
-    reading = inspect.open_for_reading(args.name, args.allow_other_owner)
+    """Attach to what is there, whatever the environment asks for."""
     return Segment(
         args.name,
-        capacity=reading.geometry().capacity,
         mode=0o600,
         names="plain",
         create=False,
@@ -82,12 +78,19 @@ def _failed(status: int, limiter: _Limiter) -> exceptions.SegmentError:
 def _has_consumed(limiter: _Limiter, key: bytes) -> bool:
     limits, version = ffi.new("fshm_limit[]", lib.FSHM_MAX_LIMITS), ffi.new("uint64_t *")
     remaining = ffi.new("uint64_t[]", lib.FSHM_MAX_LIMITS)
-    count = lib.fshm_limiter_limits(limiter.handle, limits, version)
-    lib.fshm_remaining(limiter.handle, key, len(key), 0, remaining)
+    lib.fshm_limiter_limits(limiter.handle, limits, version)
+    count = lib.fshm_remaining(limiter.handle, key, len(key), 0, remaining)  # without permits
     return any(
         remaining[i] < (limits[i].burst if limits[i].kind == lib.FSHM_BUCKET else limits[i].n)
         for i in range(count)
     )
+
+
+def _holds_only(limiter: _Limiter) -> bool:
+    """Permits and nothing else: there is nothing consumed that could be forgotten."""
+    limits, version = ffi.new("fshm_limit[]", lib.FSHM_MAX_LIMITS), ffi.new("uint64_t *")
+    count = lib.fshm_limiter_limits(limiter.handle, limits, version)
+    return bool(count == 1 and limits[0].kind == lib.FSHM_PERMITS)
 
 
 def _reset_key(limiter: _Limiter, key: bytes) -> bool:
@@ -108,6 +111,10 @@ def reset(args: argparse.Namespace) -> int:
     if args.key is None:
         keys = {limiter["name"]: limiter["keys"] for limiter in Inspection(segment).limiters()}
         for limiter in limiters:
+            if _holds_only(limiter):
+                name = render.escaped(limiter.name)
+                print(f"Left limiter '{name}' alone: it counts what is held (fast-shm release).")
+                continue
             status = lib.fshm_reset_all(limiter.handle)
             if status != lib.FSHM_OK:
                 raise _failed(status, limiter)
@@ -121,6 +128,45 @@ def reset(args: argparse.Namespace) -> int:
     if limiters and not reset_in:
         where = f"limiter '{render.escaped(args.limiter)}'" if args.limiter else "any limiter"
         print(f"Nothing to reset: key '{render.escaped(key)}' has consumed nothing in {where}.")
+    return 0
+
+
+def _release_dead(segment: Segment) -> int:
+    freed = release_process(segment, 0)
+    if freed:
+        print(f"Gave back {freed:,} permit(s) of dead processes.")
+    else:
+        print("Nothing to give back: no dead process holds a permit.")
+    return 0
+
+
+def release(args: argparse.Namespace) -> int:
+    """Give permits back for a process that cannot, or should not, keep them."""
+    segment = _open_for_writing(args)
+    where = f"segment {segment.name!r}"
+    if args.dead:
+        return _release_dead(segment)
+    pid, found = args.pid, None
+    for process in inspect.processes_of(segment):
+        if process["pid"] == pid:
+            found = process
+    if found is None:
+        # Whatever it held is a dead process's. Whose exactly is not known: the number may be in use
+        # again, and its place in the process table too.
+        print(f"Process {pid} is not attached to {where}: it died, or never used it.")
+        return _release_dead(segment)
+    command = found["command"]
+    shown = "command unknown" if command is None else render.escaped(command)
+    if not args.force:
+        print(
+            f"fast-shm: process {pid} ({shown}) is alive and uses {where}: nothing was given back. "
+            "Stop it, and its permits come back by themselves; or give --force, and more may run "
+            "at once than the limits say",
+            file=sys.stderr,
+        )
+        return 1
+    freed = release_process(segment, pid)
+    print(f"Gave back {freed:,} permit(s) of process {pid} ({shown}), which is alive.")
     return 0
 
 

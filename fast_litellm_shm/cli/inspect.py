@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from fast_litellm_shm import exceptions
-from fast_litellm_shm.cli import listing, render
+from fast_litellm_shm.cli import held, listing, render
 from fast_litellm_shm.inspection import Inspection, KeyRow
 from fast_litellm_shm.segment import Segment
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _TOP = 20
 _CHUNK = 1000  # rows written at once: a million keys are never held as text
 _WARN_AT = 0.8  # of capacity
-_ROWS, _ROWS_WATCHED = 50, 8  # of processes and of limiters, on a terminal
+_ROWS, _ROWS_WATCHED = 50, 8  # of each table above the keys, on a terminal
 _KEYS_WATCHED = 8  # so many at least, before other tables take the room
 _SORTED = {"busiest": "calls", "admitted": "admitted", "denied": "denied", "key": "name"}
 _KEY_COLUMNS = ("key", "limiter", ">admitted", ">denied", ">remaining", ">wait")
@@ -109,14 +109,6 @@ def _clock(age: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() - age))
 
 
-def _limited(rows: list[Any], most: int | None) -> tuple[list[Any], list[RenderableType]]:
-    from rich.text import Text
-
-    if most is None or len(rows) <= most:
-        return rows, []
-    return rows[:most], [Text(f"... and {len(rows) - most} more: --json has all", style="dim")]
-
-
 def _process_cells(process: dict[str, Any]) -> tuple[str, ...]:
     memory, command = process["memory_bytes"], process["command"]
     return (
@@ -137,7 +129,7 @@ def _process_table(
     if not processes:
         return [Text("No process is attached."), Text()]
     columns = (">pid", ">memory", ">admitted", ">denied", ">attached", "command")
-    rows, more = _limited(sorted(processes, key=lambda p: p["pid"]), most)
+    rows, more = render.limited(sorted(processes, key=lambda p: p["pid"]), most)
     cells = [_process_cells(process) for process in rows]
     return [render.table(f"Processes ({len(processes)})", columns, cells, out), *more, Text()]
 
@@ -149,7 +141,7 @@ def _limiter_table(
 
     if not limiters:
         return [Text("No limiter has been made in it."), Text()]
-    rows, more = _limited(sorted(limiters, key=lambda limiter: -limiter["keys"]), most)
+    rows, more = render.limited(sorted(limiters, key=lambda limiter: -limiter["keys"]), most)
     cells = [
         (render.escaped(limiter["name"]), " + ".join(limiter["limits"]), f"{limiter['keys']:,}")
         for limiter in rows
@@ -204,6 +196,7 @@ class _Look:
         names = [limiter["name"] for limiter in self.limiters]
         if args.limiter is not None and args.limiter not in names:
             raise listing.no_such_limiter(args.limiter, segment, names)
+        self.permits, self.pools = held.held(self.inspection, args.limiter, args.match)
 
     def keys(self, top: int | None) -> Iterator[KeyRow]:
         args = self._args
@@ -212,15 +205,21 @@ class _Look:
         )
 
     def head(self, out: Console, most: int | None = None) -> list[RenderableType]:
-        """Everything above the keys. most: of processes and of limiters; 0: their numbers alone."""
+        """Everything above the keys. most: rows of each table; 0: their numbers alone."""
         from rich.text import Text
 
         head = _head(self.stats, _warnings(self.stats, self.processes))
         if most == 0:
             counts = f"{len(self.processes)} processes, {len(self.limiters)} limiters"
+            if self.permits or self.pools:
+                counts += f", {len(self.permits) + len(self.pools)} keys with permits"
             return [*head, Text(f"{counts}: a taller terminal shows them", style="dim"), Text()]
-        tables = _process_table(self.processes, out, most)
-        return [*head, *tables, *_limiter_table(self.limiters, out, most)]
+        return [
+            *head,
+            *_process_table(self.processes, out, most),
+            *_limiter_table(self.limiters, out, most),
+            *held.tables(self.permits, self.pools, out, most),
+        ]
 
     def key_tables(self, top: int, out: Console) -> Iterator[RenderableType]:
         total, sort = self.inspection.keys_total, self._args.sort
@@ -228,12 +227,14 @@ class _Look:
         return _key_tables(self.keys(top), title, out)
 
     def write_json(self) -> None:
-        """Top level: segment, limiters, processes, keys. Written as it is read."""
+        """Top level: segment, limiters, processes, permits, pools, keys. Written as it is read."""
         write = sys.stdout.write
         for name, value in (
             ("segment", self.stats),
             ("limiters", self.limiters),
             ("processes", self.processes),
+            ("permits", self.permits),
+            ("pools", self.pools),
         ):
             write(f'{"{" if name == "segment" else " "}"{name}": {json.dumps(value)},\n')
         write(' "keys": [')

@@ -7,10 +7,10 @@ import os
 import sys
 import unicodedata
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.table import Table
 
 _PIPE_WIDTH = 1_000_000  # a pipe has no right margin: rows are never cut
@@ -94,6 +94,15 @@ def console() -> Console:
         markup=False,
         emoji=False,
     )
+
+
+def limited(rows: list[Any], most: int | None) -> tuple[list[Any], list[RenderableType]]:
+    """The first rows, and a line that says how many are left out."""
+    from rich.text import Text
+
+    if most is None or len(rows) <= most:
+        return rows, []
+    return rows[:most], [Text(f"... and {len(rows) - most} more: --json has all", style="dim")]
 
 
 def table(

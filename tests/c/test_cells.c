@@ -22,7 +22,7 @@ static unsigned count_cells(const fshm_segment *s, uint64_t who, bool pending) {
   unsigned n = 0;
   for (uint64_t i = 0; i < s->cell_count; i++) {
     pair_t pair = pair_load(&s->cells[i]);
-    n += pair.who == who && (TAG(pair.when) == TAG_PENDING) == pending;
+    n += pair.who == who && IS_PENDING(pair.when) == pending;
   }
   return n;
 }
@@ -32,15 +32,22 @@ static void set_cell(fshm_segment *s, uint64_t cell, uint64_t who, uint64_t when
   CHECK(pair_cas(&s->cells[cell], &seen, (pair_t){who, when}));
 }
 
+static uint64_t just(void *state) { return *(uint64_t *)state; }
+
+/* A claim whose first state is known beforehand. */
+static int claim(fshm_segment *s, key_id k, uint64_t state, uint64_t now, uint64_t *cell) {
+  return cells_claim(s, k.hash, k.who, now, just, &state, cell);
+}
+
 static void test_claim_find_clear(void) {
   fshm_segment *s = fresh_segment(1000);
   for (int i = 0; i < 500; i++) {
     key_id k = some_key();
     uint64_t cell, again;
     CHECK_EQ(state_found(s, k), 0);
-    CHECK_EQ(cells_claim(s, k.hash, k.who, LIVES(1000 + i), 10, &cell), CLAIMED);
+    CHECK_EQ(claim(s, k, LIVES(1000 + i), 10, &cell), CLAIMED);
     CHECK_EQ(state_found(s, k), 1000 + i);
-    CHECK_EQ(cells_claim(s, k.hash, k.who, LIVES(5), 10, &again), CLAIM_LOST); /* it has one */
+    CHECK_EQ(claim(s, k, LIVES(5), 10, &again), CLAIM_LOST); /* it has one */
     CHECK_EQ(state_found(s, k), 1000 + i);
     if (i % 2) continue;
     cells_clear(s, cell, k.who ^ 2); /* not its: stays */
@@ -58,18 +65,19 @@ static void test_reuse(uint64_t capacity) {
   key_id keys[64];
   for (uint64_t i = 0; i < cells; i++) {
     keys[i] = some_key();
-    CHECK_EQ(cells_claim(s, keys[i].hash, keys[i].who, LIVES(100 + i), 10, &cell), CLAIMED);
+    CHECK_EQ(claim(s, keys[i], LIVES(100 + i), 10, &cell), CLAIMED);
   }
   key_id late = some_key();
-  CHECK_EQ(cells_claim(s, late.hash, late.who, LIVES(900), 99, &cell), CLAIM_FULL);
+  CHECK_EQ(claim(s, late, LIVES(9000), 99 + CLOCKS_DIFFER, &cell), CLAIM_FULL);
   for (uint64_t i = 0; i < cells; i++) CHECK_EQ(state_found(s, keys[i]), 100 + i);
-  for (uint64_t i = 0; i < cells; i++) { /* at 100 + i, the ith expires: that one goes, no other */
+  for (uint64_t i = 0; i < cells; i++) { /* one expires at a time: that one goes, no other */
     key_id k = some_key();
-    CHECK_EQ(cells_claim(s, k.hash, k.who, LIVES(900), 100 + i, &cell), CLAIMED);
-    CHECK_EQ(cells_claim(s, late.hash, late.who, LIVES(900), 100 + i, &cell), CLAIM_FULL);
+    uint64_t now = 100 + i + CLOCKS_DIFFER; /* expired by everybody's clock */
+    CHECK_EQ(claim(s, k, LIVES(9000), now, &cell), CLAIMED);
+    CHECK_EQ(claim(s, late, LIVES(9000), now, &cell), CLAIM_FULL);
     CHECK_EQ(state_found(s, keys[i]), 0);
     for (uint64_t j = i + 1; j < cells; j++) CHECK_EQ(state_found(s, keys[j]), 100 + j);
-    got += state_found(s, k) == 900;
+    got += state_found(s, k) == 9000;
   }
   CHECK_EQ(got, cells);
   fshm_close(s);
@@ -82,7 +90,7 @@ static void test_fill(uint64_t capacity, uint64_t most_refused) {
   uint64_t cell, refused = 0, lost = 0;
   for (uint64_t i = 0; i < capacity; i++) {
     keys[i] = some_key();
-    if (cells_claim(s, keys[i].hash, keys[i].who, LIVES(1000 + i), 10, &cell) == CLAIMED) continue;
+    if (claim(s, keys[i], LIVES(1000 + i), 10, &cell) == CLAIMED) continue;
     keys[i].who = 0;
     refused++;
   }
@@ -104,21 +112,21 @@ static void test_dead_inserter(void) {
 
   set_cell(s, 2, k.who, PENDING(7)); /* of the same key: carried on */
   CHECK_EQ(state_found(s, k), 0);
-  CHECK_EQ(cells_claim(s, k.hash, k.who, LIVES(500), 10, &cell), CLAIMED);
+  CHECK_EQ(claim(s, k, LIVES(500), 10, &cell), CLAIMED);
   CHECK_EQ(cell, 2);
   CHECK_EQ(count_cells(s, k.who, false), 1);
   cells_clear(s, cell, k.who);
 
   set_cell(s, 1, k.who, PENDING(8)); /* two of them: the lower is carried on, the higher goes */
   set_cell(s, 3, k.who, PENDING(9));
-  CHECK_EQ(cells_claim(s, k.hash, k.who, LIVES(501), 10, &cell), CLAIMED);
+  CHECK_EQ(claim(s, k, LIVES(501), 10, &cell), CLAIMED);
   CHECK_EQ(cell, 1);
   CHECK_EQ(count_cells(s, k.who, true), 0);
   CHECK_EQ(count_cells(s, k.who, false), 1);
 
   set_cell(s, 0, k.who, PENDING(10)); /* beside a confirmed one it is worth nothing */
   CHECK_EQ(state_found(s, k), 501);
-  CHECK_EQ(cells_claim(s, k.hash, k.who, LIVES(502), 10, &cell), CLAIM_LOST);
+  CHECK_EQ(claim(s, k, LIVES(502), 10, &cell), CLAIM_LOST);
   CHECK_EQ(state_found(s, k), 501);
   fshm_close(s);
 
@@ -127,30 +135,79 @@ static void test_dead_inserter(void) {
   for (uint64_t i = 1; i < 4; i++) set_cell(s, i, 100 + i, PENDING(i));
   for (uint64_t i = 0; i < 3; i++) {
     k = some_key();
-    CHECK_EQ(cells_claim(s, k.hash, k.who, LIVES(500), 10, &cell), CLAIMED);
+    CHECK_EQ(claim(s, k, LIVES(500), 10, &cell), CLAIMED);
   }
   CHECK_EQ(count_cells(s, 11, false), 1);
   k = some_key();
-  CHECK_EQ(cells_claim(s, k.hash, k.who, LIVES(500), 10, &cell), CLAIM_FULL);
+  CHECK_EQ(claim(s, k, LIVES(500), 10, &cell), CLAIM_FULL);
   fshm_close(s);
 }
 
 /* Carrying on steps 2 and 3 for a pending cell that meanwhile is gone, or confirmed elsewhere. */
+static int carry_on(fshm_segment *s, key_id k, found_t mine, uint64_t state, uint64_t *cell) {
+  return confirm(s, k.hash, mine, just, &state, cell);
+}
+
 static void test_confirm(void) {
   fshm_segment *s = fresh_segment(1);
   key_id k = some_key();
   uint64_t cell;
   found_t mine = {1, {k.who, PENDING(1)}};
-  CHECK_EQ(confirm(s, k.hash, mine, LIVES(500), &cell), CLAIM_LOST);
+  CHECK_EQ(carry_on(s, k, mine, LIVES(500), &cell), CLAIM_LOST);
   CHECK_EQ(count_cells(s, k.who, false), 0);
   set_cell(s, 1, k.who, PENDING(2)); /* the same key, but another's ticket */
-  CHECK_EQ(confirm(s, k.hash, mine, LIVES(500), &cell), CLAIM_LOST);
+  CHECK_EQ(carry_on(s, k, mine, LIVES(500), &cell), CLAIM_LOST);
   CHECK_EQ(count_cells(s, k.who, true), 1);
   set_cell(s, 1, k.who, PENDING(1));
   set_cell(s, 0, k.who, LIVES(600));
-  CHECK_EQ(confirm(s, k.hash, mine, LIVES(500), &cell), CLAIM_LOST);
+  CHECK_EQ(carry_on(s, k, mine, LIVES(500), &cell), CLAIM_LOST);
   CHECK_EQ(count_cells(s, k.who, true), 0); /* taken back */
   CHECK_EQ(state_found(s, k), 600);
+  fshm_close(s);
+}
+
+/* A claimer that is stopped between its look and the swap that confirms; meanwhile others go on. */
+typedef struct {
+  fshm_segment *s;
+  key_id key;
+  uint64_t now, asked;
+  bool steal; /* somebody else claims the key, it expires, and its cell goes to another key */
+} stopped_t;
+
+static uint64_t while_stopped(void *context) {
+  stopped_t *t = context;
+  uint64_t cell;
+  t->asked++;
+  if (t->steal && t->asked == 1) {
+    CHECK_EQ(claim(t->s, t->key, LIVES(t->now + 50), t->now, &cell), CLAIMED);
+    CHECK_EQ(state_found(t->s, t->key), t->now + 50);
+    cells_clear(t->s, cell, t->key.who); /* expired, and reused for another key that left again */
+  }
+  return LIVES(t->now + 10 + t->asked);
+}
+
+/* The first state is asked for after the look, once for each try to confirm; and a state that was
+ * computed before the key got a cell from somebody else is never put, though that cell is gone. */
+static void test_first_state_is_of_after_the_look(void) {
+  fshm_segment *s = fresh_segment(1);
+  uint64_t cell;
+  stopped_t t = {.s = s, .key = some_key(), .now = 1000};
+  set_cell(s, 1, t.key.who, LIVES(t.now + 500)); /* it has a cell: nobody asks */
+  CHECK_EQ(cells_claim(s, t.key.hash, t.key.who, t.now, while_stopped, &t, &cell), CLAIM_LOST);
+  CHECK_EQ(t.asked, 0);
+  cells_clear(s, 1, t.key.who);
+  CHECK_EQ(cells_claim(s, t.key.hash, t.key.who, t.now, while_stopped, &t, &cell), CLAIMED);
+  CHECK_EQ(t.asked, 1);
+  CHECK_EQ(state_found(s, t.key), t.now + 11);
+  cells_clear(s, cell, t.key.who);
+  t.steal = true;
+  t.asked = 0;
+  CHECK_EQ(cells_claim(s, t.key.hash, t.key.who, t.now, while_stopped, &t, &cell), CLAIMED);
+  CHECK_EQ(t.asked,
+           2); /* the first was refused: the other's claim had taken the pending cell over */
+  CHECK_EQ(state_found(s, t.key), t.now + 12);
+  CHECK_EQ(count_cells(s, t.key.who, false), 1);
+  CHECK_EQ(count_cells(s, t.key.who, true), 0);
   fshm_close(s);
 }
 
@@ -198,7 +255,7 @@ static void racer(int me, void *with) {
       atomic_store(&race->full, 0);
       for (uint64_t i = 0; i < s->cell_count; i++) {
         pair_t pair = pair_load(&s->cells[i]);
-        if (pair.who && TAG(pair.when) != TAG_PENDING) CHECK_EQ(count_cells(s, pair.who, false), 1);
+        if (pair.who && !IS_PENDING(pair.when)) CHECK_EQ(count_cells(s, pair.who, false), 1);
       }
     }
     meet(&race->arrivals, race->racers, ++met);
@@ -209,8 +266,8 @@ static void test_race(uint64_t capacity, uint64_t lines, int racers, uint64_t ro
   fshm_segment *s = fresh_segment(capacity);
   CHECK_EQ(s->lines, lines);
   race_t *race = shared_memory(sizeof *race);
-  /* ends 100 ns after the round after the next one begins, give or take */
-  fshm_limit l = {LIMIT, BETWEEN - 100, 0, FSHM_WINDOW, 0};
+  /* its cell can be reused within the 200 ns in which the racers come to the next round */
+  fshm_limit l = {LIMIT, BETWEEN - CLOCKS_DIFFER - 100, 0, FSHM_WINDOW, 0};
   race->limiter = fresh_limiter(s, "race", &l, 1);
   race->racers = (uint64_t)racers;
   race->rounds = rounds;
@@ -230,6 +287,7 @@ int main(void) {
   test_fill(200000, 2);
   test_dead_inserter();
   test_confirm();
+  test_first_state_is_of_after_the_look();
   test_race(1, 1, 4, 1500);
   test_race(4, 2, 4, 1500);
   test_race(1, 1, 2, 30000); /* on two processors these two arrive within some ns */

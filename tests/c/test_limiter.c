@@ -171,6 +171,52 @@ static void test_reserve(void) {
   fshm_close(s);
 }
 
+/* Only the last in the queue can go; the instant of one before passes unused. */
+static void test_cancel(void) {
+  fshm_segment *s = fresh_segment(100);
+  fshm_limiter *l = fresh_limiter(s, "a", &bucket, 1);
+  uint64_t tokens[3][FSHM_MAX_LIMITS];
+  fshm_decision d;
+  CHECK_EQ(apply_at(l, FSHM_ACQUIRE, "k", 10, NOW).status, FSHM_ALLOWED);
+  for (int i = 0; i < 3; i++) {
+    fshm_reserve(l, "k", 1, NULL, 60000 * MS, NOW, &d, tokens[i]);
+    CHECK_EQ(d.retry_after_ns, (i + 1) * 1000 * MS);
+  }
+  pair_t *before = all_cells(s);
+  CHECK_EQ(fshm_cancel(l, "k", 1, NULL, tokens[0], NOW), 0);
+  CHECK_EQ(fshm_cancel(l, "k", 1, NULL, tokens[1], NOW), 0);
+  CHECK(cells_are(s, before));
+  CHECK_EQ(fshm_cancel(l, "k", 1, NULL, tokens[2], NOW), 1);
+  CHECK_EQ(fshm_cancel(l, "k", 1, NULL, tokens[2], NOW), 0); /* once */
+  CHECK_EQ(fshm_cancel(l, "k", 1, NULL, tokens[1], NOW), 1); /* now the last */
+  fshm_reserve(l, "k", 1, NULL, 60000 * MS, NOW, &d, tokens[1]);
+  CHECK_EQ(d.retry_after_ns, 2000 * MS); /* behind the first, who still comes */
+  fshm_limiter_close(l);
+  fshm_close(s);
+}
+
+/* A new cell's state is of the time at which it is put, not of that at which the call began. */
+static void test_first_state_is_of_now(void) {
+  fshm_segment *s = fresh_segment(100);
+  const fshm_limit kinds[3] = {bucket, window, sliding};
+  for (int i = 0; i < 3; i++) {
+    const char name[] = {(char)('a' + i), 0};
+    fshm_limiter *l = fresh_limiter(s, name, &kinds[i], 1);
+    (void)usleep(1000);
+    uint64_t now = segment_now(s);
+    call_t c = {.s = s, .index = l->index, .now = 1, .at = 1, .costs = ones};
+    CHECK(limits_load(s, l->index, &c.plan));
+    verdict_t v = {0};
+    for (int charge = 0; charge < 2; charge++) {
+      first_t first = {&c, 0, charge, &v};
+      uint64_t due = kinds[i].per_ns / (i ? 1 : kinds[i].n);
+      CHECK_OP(state_expires(first_state(&first)), >=, now + due);
+    }
+    fshm_limiter_close(l);
+  }
+  fshm_close(s);
+}
+
 /* Limits that change at run time, whoever changes them: what was consumed stays consumed. */
 static void test_change(void) {
   fshm_segment *s = fresh_segment(100);
@@ -265,6 +311,8 @@ int main(void) {
   test_undo();
   test_costs();
   test_reserve();
+  test_cancel();
+  test_first_state_is_of_now();
   test_change();
   test_crowd();
   test_full_table();

@@ -139,8 +139,8 @@ static void test_table_full(void) {
 /* Threads of one process share its slot; none waits for the one that is joining. */
 static void *one_thread(void *with) {
   fshm_segment *s = with;
-  uint32_t slot = NO_SLOT;
-  for (int i = 0; i < 1000 && slot == NO_SLOT; i++, sched_yield()) slot = process_slot(s);
+  uint32_t slot;
+  while ((slot = process_slot(s)) == NO_SLOT) sched_yield();
   return (void *)(uintptr_t)slot;
 }
 
@@ -159,6 +159,11 @@ static void test_threads_share(void) {
   }
 }
 
+static void join_and_leave(int me, void *with) {
+  (void)me;
+  CHECK_OP(process_slot(with), <, PROCESSES);
+}
+
 static void reader_sees(int slot, void *with) {
   fshm_segment *s;
   fshm_error e;
@@ -175,7 +180,7 @@ static void test_looking_does_not_kill(void) {
   fshm_process_info p;
   const char *name = fresh_name();
   CHECK_EQ(fshm_open(name, 100, 0600, FSHM_OPEN_CREATE, &s, &e), FSHM_OK);
-  (void)process_slot(s); /* makes the lock file */
+  end_child(start_child(join_and_leave, 0, s)); /* makes the lock file */
   fshm_close(s);
   CHECK_EQ(fshm_open(name, 0, 0, FSHM_OPEN_READ_ONLY, &looking, &e), FSHM_OK);
   CHECK_EQ(alive_count(looking), 0);
@@ -189,6 +194,43 @@ static void test_looking_does_not_kill(void) {
   fshm_close(s);
 }
 
+static void lock_path(const fshm_segment *s, char *out, size_t size) {
+  (void)snprintf(out, size, "%s.%016llx.lock", s->path, (unsigned long long)s->header->instance);
+}
+
+/* Where nobody can be asked, nobody is dead: their permits and slots stay theirs. */
+static void test_unknown_counts_as_alive(void) {
+  fshm_segment *s, *looking;
+  fshm_error e;
+  char path[400];
+  const char *name = fresh_name();
+  CHECK_EQ(fshm_open(name, 100, 0600, FSHM_OPEN_CREATE, &s, &e), FSHM_OK);
+  stage_t *stage = new_stage(s);
+  pid_t pid = start_child(join_and_stay, 0, stage);
+  while (!atomic_load(&stage->joined)) (void)usleep(1000);
+  lock_path(s, path, sizeof path);
+  CHECK_EQ(unlink(path), 0);
+  fshm_close(s); /* else the handle for reading would be the same */
+  CHECK_EQ(fshm_open(name, 0, 0, FSHM_OPEN_READ_ONLY, &looking, &e), FSHM_OK);
+  end_child(start_child(reader_sees, (int)stage->slot[0], (void *)(uintptr_t)name));
+  stage->leave = 1;
+  end_child(pid);
+  fshm_close(looking);
+  (void)munmap(stage, sizeof *stage);
+}
+
+/* Nobody would remove the lock file that a latecomer to a removed segment made. */
+static void test_removed_segment_gets_no_lock_file(void) {
+  fshm_segment *s = fresh_segment(100);
+  fshm_error e;
+  char path[400];
+  lock_path(s, path, sizeof path);
+  CHECK_EQ(fshm_remove(segment_names[segments_made - 1], &e), FSHM_OK);
+  CHECK_EQ(process_slot(s), NO_SLOT);
+  CHECK_EQ(access(path, F_OK), -1);
+  fshm_close(s);
+}
+
 int main(void) {
   test_fork_joins_anew();
   test_zombie_is_dead();
@@ -196,5 +238,7 @@ int main(void) {
   test_table_full();
   test_threads_share();
   test_looking_does_not_kill();
+  test_unknown_counts_as_alive();
+  test_removed_segment_gets_no_lock_file();
   return done();
 }

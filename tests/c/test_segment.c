@@ -315,6 +315,39 @@ static void test_both_ways(void) {
   }
 }
 
+/* A handle for reading looks at cells without writing to them, on processors without AVX too. */
+static void test_reading_does_not_write(void) {
+  fshm_segment *s, *reading;
+  fshm_error e;
+  fshm_decision d;
+  fshm_permit_info permit;
+  const char *name = fresh_name();
+  const fshm_limit l = {5, 60000000000, 0, FSHM_WINDOW, 0};
+  CHECK_EQ(fshm_open(name, 100, 0600, FSHM_OPEN_CREATE, &s, &e), FSHM_OK);
+  fshm_limiter *a = fresh_limiter(s, "a", &l, 1);
+  CHECK_EQ(apply_at(a, FSHM_ACQUIRE, "k", 2, fshm_now(s)).status, FSHM_ALLOWED);
+  fshm_limiter_close(a);
+  fshm_close(s);
+  CHECK_EQ(fshm_open(name, 0, 0, FSHM_OPEN_READ_ONLY, &reading, &e), FSHM_OK);
+#if defined(__x86_64__)
+  fshm_wide_loads = false;
+#endif
+  unsigned seen = 0;
+  for (uint64_t cell = 0; cell < reading->cell_count; cell++) {
+    CHECK_EQ(fshm_permit_at(reading, cell, &permit), 0);
+    if (fshm_peek_cell(reading, cell, 0, &d) != FSHM_OK) continue;
+    seen++;
+    CHECK_EQ(d.remaining, 3);
+  }
+  CHECK_EQ(seen, 1);
+  CHECK_EQ(fshm_live_cells(reading, NULL, 0), 1);
+  CHECK_EQ(fshm_reap(reading, 0), 0);
+#if defined(__x86_64__)
+  detect();
+#endif
+  fshm_close(reading);
+}
+
 int main(void) {
   test_names();
   test_layout();
@@ -325,5 +358,6 @@ int main(void) {
   test_scribbled();
   test_creation_race();
   test_both_ways();
+  test_reading_does_not_write();
   return done();
 }

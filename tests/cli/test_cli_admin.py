@@ -97,7 +97,9 @@ def test_reset_usage(fast_shm: Command, segment_name: str, arguments: list[str])
     assert done.returncode == 2 and "--all" in done.stderr
 
 
-@pytest.mark.parametrize("verb", [["reset", "--all"], ["reset", "a"], ["rm"], ["rm", "--yes"]])
+@pytest.mark.parametrize(
+    "verb", [["reset", "--all"], ["reset", "a"], ["release", "--dead"], ["rm"], ["rm", "--yes"]]
+)
 def test_no_segment(fast_shm: Command, segment_name: str, verb: list[str]) -> None:
     done = fast_shm(*verb, "--name", segment_name)
     assert done.returncode == 3 and path_of(segment_name) in done.stderr
@@ -170,7 +172,7 @@ def test_rm_asks_on_a_terminal(
     assert os.path.exists(path_of(segment_name)) == (status != 0)
 
 
-@pytest.mark.parametrize("verb", [[], ["inspect"], ["ls"], ["reset"], ["rm"]])
+@pytest.mark.parametrize("verb", [[], ["inspect"], ["ls"], ["release"], ["reset"], ["rm"]])
 def test_help(fast_shm: Command, verb: list[str]) -> None:
     done = fast_shm(*verb, "--help")
     assert (done.returncode, done.stderr) == (0, "")
@@ -195,6 +197,12 @@ def test_version(fast_shm: Command) -> None:
         ["inspect", "--watch", "nan"],
         ["inspect", "--name", ""],
         ["rm", "--name", "../etc"],
+        ["release"],
+        ["release", "--pid", "0"],
+        ["release", "--pid", "x"],
+        ["release", "--pid", str(2**32)],
+        ["release", "--pid", "1", "--dead"],
+        ["release", "--dead", "--force"],
     ],
 )
 def test_usage(fast_shm: Command, arguments: list[str]) -> None:

@@ -15,7 +15,7 @@ import termios
 import pytest
 from support.children import PATIENCE
 
-from fast_litellm_shm import Limit, RateLimiter, Segment
+from fast_litellm_shm import ConcurrencyLimiter, Limit, RateLimiter, Segment
 from fast_litellm_shm.segment import path_of
 
 from .conftest import COMMAND, Command, environment
@@ -51,6 +51,7 @@ def test_table(fast_shm: Command, workers: list[int], segment_name: str) -> None
     row = next(line.split() for line in done.stdout.splitlines() if line.startswith("busy"))
     assert row[1:5] == ["chat", "10", "8", "0"]
     assert "WARNING" not in done.stdout
+    assert "Permits" not in done.stdout and "Pools" not in done.stdout  # nothing is held
 
 
 def test_pipe_has_no_colours_and_full_rows(
@@ -68,7 +69,8 @@ def test_pipe_has_no_colours_and_full_rows(
 def test_json(fast_shm: Command, workers: list[int], segment_name: str) -> None:
     done = fast_shm("inspect", "--name", segment_name, "--json")
     found = json.loads(done.stdout)
-    assert set(found) == {"segment", "limiters", "keys", "processes"}
+    assert set(found) == {"segment", "limiters", "keys", "processes", "permits", "pools"}
+    assert found["permits"] == found["pools"] == []
     assert found["segment"]["name"] == segment_name
     assert found["limiters"][0]["name"] == "chat"
     assert {process["pid"] for process in found["processes"]} == set(workers)
@@ -317,9 +319,13 @@ def test_narrow_terminal_cuts_text_and_no_number(
     workers: list[int], segment: Segment, segment_name: str
 ) -> None:
     RateLimiter(Limit(10, per=3600), name="x" * 90, segment=segment).acquire("k" * 150)
+    limiter = ConcurrencyLimiter(3, name="y" * 90, segment=segment)
+    permits = [limiter.acquire("p" * 150) for _ in range(2)]
     seen, _ = _on_a_terminal(["inspect", "--name", segment_name], NEVER, 64, NO_COLOR="1")
     lines = [line.rstrip() for line in seen.decode().splitlines()]
-    assert max(len(line) for line in lines if line[:1] != "p") <= 64  # the path is never cut
+    assert max(len(line) for line in lines if line[:4] != "path") <= 64  # the path is never cut
     for pid in workers:
         assert any(line.split()[:1] == [str(pid)] for line in lines)
     assert any(re.match(r"k+…? +x+… +1 +0 +9 +-$", line) for line in lines)
+    assert any(re.match(r"p+…? +y+… +2 +3 +.* +- +\+1$", line) for line in lines)
+    assert all(permit.release() for permit in permits)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from fractions import Fraction
+from math import ceil, floor
 
 from meters.driver import BUCKET, SLIDING, WINDOW, Rule
 
@@ -17,8 +18,9 @@ COARSE = 1 << 20  # ns: from there up the interval of a bucket is whole nanoseco
 
 @dataclass
 class Bucket:
-    """Tokens flow back at n/per. Rounding: from COARSE up the interval is rounded up to whole
-    nanoseconds, below each request may cost up to 1 ns more."""
+    """Tokens flow back at n/per. A request fits where the charges leave (burst - cost) of flow.
+    Rounding: from COARSE up the interval is rounded up to whole nanoseconds; below, each charge is
+    rounded up to a nanosecond, and the room for a request down to one."""
 
     rule: Rule
     debt: Fraction = Fraction(0)  # ns of flow that are gone; the least it can be
@@ -51,7 +53,8 @@ class Bucket:
         return self.debt + cost * self.interval < self.rule.burst * self.interval + 1
 
     def must(self, cost: int) -> bool:
-        return self.most + cost * self.slowest + self.lost <= self.rule.burst * self.slowest
+        room = (self.rule.burst - cost) * self.slowest
+        return self.fits(cost) and ceil(self.most) <= floor(room)
 
     def fits(self, cost: int) -> bool:
         return cost <= self.rule.burst
@@ -100,11 +103,11 @@ class Window:
         if not self.count:
             self.end = self.at + self.rule.per
             self.latest_end = self.end + 2 * self.rule.n
-        total = self.count + cost
-        more = (total - 1) // self.rule.n
-        self.end += more * self.rule.per
-        self.latest_end += more * self.rule.per + (2 * self.rule.n if more else 0)
-        self.count = self.rule.n if more else total
+        over = max(self.count + cost - self.rule.n, 0)
+        self.end += over * self.rule.per // self.rule.n
+        if over:  # waited out at the window's own pace, per/n a token
+            self.latest_end += -(-over * self.rule.per // self.rule.n) + 2 * self.rule.n
+        self.count = min(self.count + cost, self.rule.n)
 
     def refund(self, cost: int) -> None:
         self.count = max(self.count - cost, 0)

@@ -1,0 +1,229 @@
+/* test_admit.c - permits together with meters, settling, waiting at a bell, marks and resets. */
+#include "../../csrc/unity.c"
+
+#include "check.h"
+
+#define SECOND UINT64_C(1000000000)
+#define NOW (UINT64_C(1000000) * SECOND)
+
+static const fshm_limit window = {5, 60 * SECOND, 0, FSHM_WINDOW, 0};
+static const fshm_limit bucket = {10, 10 * SECOND, 10, FSHM_BUCKET, 0}; /* one a second */
+static const fshm_limit sliding = {20, 60 * SECOND, 0, FSHM_SLIDING, 0};
+static const fshm_limit two_permits = {2, 0, 0, FSHM_PERMITS, 0};
+
+static fshm_decision admit(fshm_limiter *l, const uint64_t *costs, uint64_t now, fshm_permit *p) {
+  fshm_decision d;
+  uint32_t in_flight;
+  fshm_admit(l, "k", 1, costs, now, p, &d, &in_flight);
+  CHECK_EQ(p->held, d.status == FSHM_ALLOWED);
+  return d;
+}
+
+static pair_t *all_cells(const fshm_segment *s) {
+  pair_t *copy = calloc(s->cell_count, sizeof *copy);
+  for (uint64_t i = 0; i < s->cell_count; i++) copy[i] = pair_load(&s->cells[i]);
+  return copy;
+}
+
+static bool cells_are(const fshm_segment *s, pair_t *copy) {
+  pair_t *now = all_cells(s);
+  bool same = !memcmp(now, copy, s->cell_count * sizeof *now);
+  free(now);
+  free(copy);
+  return same;
+}
+
+/* Whichever denies, a meter or the permits: no bit of any cell changes. */
+static void test_all_or_nothing(void) {
+  fshm_segment *s = fresh_segment(100);
+  const fshm_limit limits[4] = {bucket, window, sliding, two_permits};
+  fshm_limiter *l = fresh_limiter(s, "a", limits, 4);
+  fshm_permit p[2], none;
+  for (int i = 0; i < 2; i++) CHECK_EQ(admit(l, NULL, NOW, &p[i]).status, FSHM_ALLOWED);
+  pair_t *before = all_cells(s);
+  fshm_decision d = admit(l, NULL, NOW, &none);
+  CHECK_EQ(d.status, FSHM_DENIED);
+  CHECK_EQ(d.limit_index, 3);
+  CHECK_EQ(d.retry_after_ns, 0); /* nobody knows */
+  CHECK(cells_are(s, before));
+  CHECK_EQ(fshm_permit_release(l, &p[0]), 1);
+  for (uint32_t which = 0; which < 3; which++) {
+    uint64_t costs[FSHM_MAX_LIMITS] = {1, 1, 1, 1};
+    costs[which] = limits[which].n - 1; /* two are used */
+    before = all_cells(s);
+    d = admit(l, costs, NOW, &none);
+    CHECK_EQ(d.status, FSHM_DENIED);
+    CHECK_EQ(d.limit_index, which);
+    CHECK_OP(d.retry_after_ns, >, 0);
+    CHECK(cells_are(s, before));
+    CHECK_EQ(fshm_in_flight(l, "k", 1), 1);
+  }
+  CHECK_EQ(apply_at(l, FSHM_ACQUIRE, "k", 1, NOW).status, FSHM_ALLOWED); /* the meters, no permit */
+  CHECK_EQ(fshm_in_flight(l, "k", 1), 1);
+  fshm_limiter_close(l);
+  fshm_close(s);
+}
+
+static uint64_t left_of(fshm_limiter *l, uint32_t i, uint64_t now) {
+  uint64_t left[FSHM_MAX_LIMITS];
+  CHECK_OP(fshm_remaining(l, "k", 1, now, left), >, i);
+  return left[i];
+}
+
+/* The actual costs instead of those that were charged; once the charge no longer counts, nothing. */
+static void test_settle(void) {
+  const fshm_limit kinds[3] = {bucket, window, sliding};
+  for (int kind = 0; kind < 3; kind++) {
+    fshm_segment *s = fresh_segment(100);
+    const fshm_limit limits[2] = {kinds[kind], two_permits};
+    fshm_limiter *l = fresh_limiter(s, "a", limits, 2);
+    const uint64_t n = limits[0].n, now = NOW / limits[0].per_ns * limits[0].per_ns;
+    const uint64_t charged[4] = {3, 0, 0, 0}, less[4] = {1, 0, 0, 0}, more[4] = {4, 0, 0, 0};
+    const uint64_t debt[4] = {3 + n, 0, 0, 0};
+    fshm_permit p;
+    CHECK_EQ(admit(l, charged, now, &p).status, FSHM_ALLOWED);
+    CHECK_EQ(left_of(l, 0, now), n - 3);
+    CHECK_EQ(fshm_settle(l, "k", 1, charged, charged, &p, now), FSHM_ALLOWED);
+    CHECK_EQ(left_of(l, 0, now), n - 3);
+    CHECK_EQ(fshm_settle(l, "k", 1, charged, more, &p, now), FSHM_ALLOWED);
+    CHECK_EQ(left_of(l, 0, now), n - 4);
+    CHECK_EQ(fshm_settle(l, "k", 1, charged, less, &p, now), FSHM_ALLOWED);
+    CHECK_EQ(left_of(l, 0, now), n - 2);
+    CHECK_EQ(fshm_permit_release(l, &p), 1);
+    CHECK_EQ(fshm_reset_key(l, "k", 1), FSHM_OK);
+
+    CHECK_EQ(admit(l, charged, now, &p).status, FSHM_ALLOWED);
+    uint64_t later = now + 3 * limits[0].per_ns; /* drained, faded, over: another window */
+    CHECK_EQ(apply_at(l, FSHM_ACQUIRE, "k", 4, later).status, FSHM_ALLOWED);
+    CHECK_EQ(fshm_settle(l, "k", 1, charged, less, &p, later), FSHM_ALLOWED);
+    CHECK_EQ(left_of(l, 0, later), n - 4);
+    CHECK_EQ(fshm_settle(l, "k", 1, charged, debt, &p, later), FSHM_ALLOWED);
+    CHECK_EQ(left_of(l, 0, later), 0);
+    CHECK_OP(apply_at(l, FSHM_PEEK, "k", 1, later).retry_after_ns, >, 0);
+    fshm_limiter_close(l);
+    fshm_close(s);
+  }
+}
+
+static fshm_permit_info info_of(fshm_segment *s, const fshm_permit *p) {
+  fshm_permit_info info;
+  (void)fshm_permit_at(s, p->cell, &info);
+  return info;
+}
+
+static void test_idle_mark(void) {
+  fshm_segment *s = fresh_segment(100);
+  fshm_limiter *l = fresh_limiter(s, "a", &two_permits, 1);
+  fshm_permit p, q;
+  CHECK_EQ(admit(l, NULL, 0, &p).status, FSHM_ALLOWED);
+  CHECK_EQ(admit(l, NULL, 0, &q).status, FSHM_ALLOWED);
+  CHECK_EQ(info_of(s, &p).pid, getpid());
+  CHECK_EQ(info_of(s, &p).alive, 1);
+  CHECK_EQ(info_of(s, &p).limiter, l->index);
+  CHECK(info_of(s, &p).slot != info_of(s, &q).slot);
+  for (int idle = 1; idle >= 0; idle--) {
+    CHECK_EQ(fshm_permit_idle(l, &p, idle), 1);
+    CHECK_EQ(info_of(s, &p).idle, idle);
+    CHECK_EQ(info_of(s, &q).idle, 0);
+    CHECK_EQ(fshm_in_flight(l, "k", 1), 2); /* idle or not, it is held */
+  }
+  CHECK_EQ(fshm_permit_idle(l, &p, 1), 1);
+  CHECK_EQ(fshm_permit_release(l, &p), 1);
+  CHECK_EQ(fshm_permit_idle(l, &p, 1), 0);
+  fshm_permit_info info;
+  CHECK_EQ(fshm_permit_at(s, p.cell, &info), 0);
+  CHECK_EQ(fshm_permit_at(s, s->cell_count, &info), 0);
+  CHECK_OP(fshm_unique(s), <, fshm_unique(s));
+  fshm_limiter_close(l);
+  fshm_close(s);
+}
+
+/* A reset forgets what was counted; it never gives away what somebody holds. */
+static void test_reset_leaves_permits(void) {
+  fshm_segment *s = fresh_segment(100);
+  const fshm_limit limits[2] = {window, two_permits};
+  fshm_limiter *a = fresh_limiter(s, "a", limits, 2), *b = fresh_limiter(s, "b", limits, 2);
+  fshm_permit of_a, of_b, p;
+  CHECK_EQ(admit(a, NULL, 0, &of_a).status, FSHM_ALLOWED);
+  CHECK_EQ(admit(b, NULL, 0, &of_b).status, FSHM_ALLOWED);
+  for (int all = 0; all < 2; all++) {
+    CHECK_EQ(all ? fshm_reset_all(a) : fshm_reset_key(a, "k", 1), FSHM_OK);
+    CHECK_EQ(left_of(a, 0, 0), window.n);
+    CHECK_EQ(left_of(b, 0, 0), window.n - 1);
+    CHECK_EQ(fshm_in_flight(a, "k", 1), 1);
+    CHECK_EQ(fshm_in_flight(b, "k", 1), 1);
+  }
+  CHECK_EQ(admit(a, NULL, 0, &p).status, FSHM_ALLOWED);
+  CHECK_EQ(admit(a, NULL, 0, &p).status, FSHM_DENIED);
+  CHECK_EQ(fshm_permit_release(a, &of_a), 1);
+  CHECK_EQ(fshm_permit_release(b, &of_b), 1);
+  fshm_limiter_close(a);
+  fshm_limiter_close(b);
+  fshm_close(s);
+}
+
+/* bells ------------------------------------------------------------------------------------------ */
+
+typedef struct {
+  fshm_limiter *limiter;
+  _Atomic int armed;
+} waiting_t;
+
+static void wait_for_one(int me, void *with) {
+  waiting_t *w = with;
+  (void)me;
+  fshm_permit p;
+  uint32_t armed = fshm_bell_arm(w->limiter, "k", 1);
+  CHECK_EQ(admit(w->limiter, NULL, 0, &p).status, FSHM_DENIED);
+  atomic_fetch_add(&w->armed, 1);
+  CHECK_EQ(fshm_bell_wait(w->limiter, "k", 1, armed, 200 * SECOND), 1);
+  CHECK_EQ(admit(w->limiter, NULL, 0, &p).status, FSHM_ALLOWED);
+  CHECK_EQ(fshm_permit_release(w->limiter, &p), 1);
+}
+
+static pid_t start_waiter(waiting_t *w) {
+  int armed = atomic_load(&w->armed);
+  pid_t pid = start_child(wait_for_one, 0, w);
+  while (atomic_load(&w->armed) == armed) (void)usleep(500);
+  return pid;
+}
+
+static void test_bell(void) {
+  fshm_segment *s = fresh_segment(100);
+  waiting_t *w = shared_memory(sizeof *w);
+  const fshm_limit one = {1, 0, 0, FSHM_PERMITS, 0};
+  fshm_limiter *l = w->limiter = fresh_limiter(s, "a", &one, 1);
+  uint32_t armed = fshm_bell_arm(l, "k", 1);
+  CHECK_EQ(fshm_bell_wait(l, "k", 1, armed, 1000), 0); /* nobody rings */
+  fshm_bell_ring(l, "k", 1);
+  CHECK_EQ(fshm_bell_wait(l, "k", 1, armed, 200 * SECOND), 1); /* rung since it was armed */
+  armed = fshm_bell_arm(l, "k", 1);
+  CHECK_EQ(fshm_bell_wait(l, "k", 1, armed, 1000), 0);
+
+  fshm_permit p;
+  for (int killed = 0; killed < 2;
+       killed++) { /* a release wakes; a waiter that died is passed over */
+    CHECK_EQ(admit(l, NULL, 0, &p).status, FSHM_ALLOWED);
+    pid_t dead = killed ? start_waiter(w) : 0;
+    if (killed) {
+      (void)usleep(2000);
+      CHECK_EQ(kill(dead, SIGKILL), 0);
+      CHECK_EQ(waitpid(dead, NULL, 0), dead);
+    }
+    pid_t pid = start_waiter(w);
+    CHECK_EQ(fshm_permit_release(l, &p), 1);
+    end_child(pid);
+  }
+  fshm_limiter_close(l);
+  (void)munmap(w, sizeof *w);
+  fshm_close(s);
+}
+
+int main(void) {
+  test_all_or_nothing();
+  test_settle();
+  test_idle_mark();
+  test_reset_leaves_permits();
+  test_bell();
+  return done();
+}
