@@ -28,6 +28,12 @@ void cells_prefetch(const fshm_segment *s, uint64_t hash) {
   __builtin_prefetch(&s->cells[candidate_line(s, hash, 0) * CELLS_PER_LINE], 1);
 }
 
+/* The i-th candidate cell of a hash, i < cells_candidates(s): for those who walk them from outside. */
+uint64_t cells_candidates(const fshm_segment *s) { return candidate_lines(s) * CELLS_PER_LINE; }
+uint64_t cells_candidate(const fshm_segment *s, uint64_t hash, uint64_t i) {
+  return candidate_line(s, hash, i / CELLS_PER_LINE) * CELLS_PER_LINE + i % CELLS_PER_LINE;
+}
+
 /* Pairs: acquire, with the swap that wrote the cell. `who` alone is a hint: the pair decides. */
 static inline bool confirmed_at(const fshm_segment *s, uint64_t cell, uint64_t who, pair_t *pair) {
   if (load_relaxed(&s->cells[cell].who) != who) return false;

@@ -17,6 +17,13 @@
 #define store_relaxed(p, v) atomic_store_explicit((p), (v), memory_order_relaxed)
 #define add_relaxed(p, v) atomic_fetch_add_explicit((p), (v), memory_order_relaxed)
 
+/* Between a swap and a load that must come after it. x86's locked swap is a full barrier by itself. */
+#if defined(__x86_64__)
+#define after_swap() atomic_signal_fence(memory_order_seq_cst)
+#else
+#define after_swap() atomic_thread_fence(memory_order_seq_cst)
+#endif
+
 /* Nothing may loop for ever on a word that somebody else can write (I6). */
 #define MAX_TRIES 20000
 
@@ -91,6 +98,7 @@ static inline uint64_t segment_now(const fshm_segment *s) {
 /* process.c */
 uint32_t process_join(fshm_segment *s);
 bool process_alive(fshm_segment *s, uint32_t slot);
+bool process_identity(fshm_segment *s, uint32_t *slot, uint64_t *generation);
 bool process_forked(const fshm_segment *s);
 
 static inline uint32_t process_slot(fshm_segment *s) {
@@ -115,6 +123,8 @@ int cells_claim(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now, firs
                 void *context, uint64_t *cell);
 void cells_clear(fshm_segment *s, uint64_t cell, uint64_t who);
 void cells_prefetch(const fshm_segment *s, uint64_t hash);
+uint64_t cells_candidates(const fshm_segment *s);
+uint64_t cells_candidate(const fshm_segment *s, uint64_t hash, uint64_t i);
 
 /* limits.c: the table of limiters and their limits */
 #define CURRENT_VERSION(c) ((c) & ((UINT64_C(1) << 28) - 1))
@@ -123,8 +133,12 @@ void cells_prefetch(const fshm_segment *s, uint64_t hash);
 
 bool limits_load(const fshm_segment *s, uint32_t index, plan_t *out);
 uint32_t limits_most_permits(const fshm_segment *s, uint32_t index, const plan_t *p);
+void limits_lower_most(fshm_segment *s, uint32_t index, const plan_t *p, uint32_t most);
 bool limits_old_rule(const limiter_entry_t *e, uint64_t current, unsigned version, uint32_t nth,
                      rule_t *out);
+
+/* lease.c: free the permits of dead processes among a key's candidate cells. True if there were any. */
+bool lease_free_dead(fshm_segment *s, uint64_t hash);
 
 /* limiter.c */
 int limiter_take(fshm_limiter *l, uint32_t op, const void *key, uint64_t key_length,

@@ -89,7 +89,7 @@ typedef struct {
    * it (acquire) before and after they read a slot. */
   _Atomic uint64_t current;
   _Atomic uint32_t name_length; /* bytes; whoever knows the name writes it: always the same value */
-  uint32_t unused;
+  _Atomic uint32_t most; /* permits: slots up to there may be held; raised before publishing */
   _Atomic unsigned char name[104];
   limits_slot_t slots[LIMITS_SLOTS];
 } limiter_entry_t;

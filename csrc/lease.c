@@ -9,7 +9,6 @@
  *        taken, in seconds of segment time (17)
  */
 #include <errno.h>
-#include <sched.h>
 #include <time.h>
 
 #if defined(__linux__)
@@ -33,31 +32,29 @@ static_assert(MAX_PERMITS < 1 << 17, "a slot is 17 bits");
 
 /* Which slots' owners are alive, asked once in each call: a question is a system call. */
 typedef struct {
-  uint8_t known[PROCESSES]; /* 0 = not asked, 1 = alive, 2 = dead */
+  uint8_t known[PROCESSES];       /* 0 = not asked, 1 = alive, 2 = dead */
+  uint64_t generation[PROCESSES]; /* that was asked for: the slot may get a new owner meanwhile */
 } census_t;
+
+static void census_begin(census_t *census) { memset(census, 0, sizeof *census); }
 
 static bool owner_alive(fshm_segment *s, uint64_t when, census_t *census) {
   uint32_t owner = OWNER_OF(when);
   uint64_t generation = atomic_load_explicit(&s->processes[owner].generation, memory_order_acquire);
   if ((generation & 0x3ffff) != GENERATION_OF(when)) return false; /* an earlier owner's */
-  if (!census->known[owner]) census->known[owner] = process_alive(s, owner) ? 1 : 2;
+  if (!census->known[owner] || census->generation[owner] != generation) {
+    census->generation[owner] = generation;
+    census->known[owner] = process_alive(s, owner) ? 1 : 2;
+  }
   return census->known[owner] == 1;
 }
 
 /* This process as an owner; false where the process table is full. */
 static bool own_identity(fshm_segment *s, uint64_t *identity) {
-  uint32_t slot = process_slot(s);
-  /* Another thread of this process may just be joining: it takes microseconds, once. */
-  for (int tries = 0; slot >= PROCESSES && tries < 1000; tries++) {
-    uint32_t joined = load_relaxed(&s->fork_page->joined);
-    if (joined == NO_SLOT) return false;
-    if (joined)
-      slot = joined - 1;
-    else
-      (void)sched_yield();
-  }
-  if (slot >= PROCESSES) return false;
-  *identity = (uint64_t)slot << 36 | (s->fork_page->generation & 0x3ffff) << 18;
+  uint32_t slot;
+  uint64_t generation;
+  if (!process_identity(s, &slot, &generation)) return false;
+  *identity = (uint64_t)slot << 36 | (generation & 0x3ffff) << 18;
   return true;
 }
 
@@ -91,7 +88,7 @@ typedef struct {
   uint64_t key_length, hash, now, identity;
 } holder_t;
 
-static inline uint32_t bell_of(uint64_t hash) { return (uint32_t)(hash >> 32) % BELLS; }
+static inline uint32_t bell_of(uint64_t hash) { return (uint32_t)(hash >> 32); }
 
 static bool holder_make(holder_t *h, fshm_limiter *l, const void *key, uint64_t length,
                         uint64_t now) {
@@ -118,6 +115,7 @@ static int take_slot_of_key(const holder_t *h, uint32_t slot, census_t *census, 
     cells_find(h->s, place, who, &f);
     if (!f.pair.who) {
       int status = cells_claim(h->s, place, who, h->now, held_by_me, &mine.when, &f.cell);
+      if (status == CLAIM_FULL && lease_free_dead(h->s, place)) continue;
       if (status == CLAIM_FULL) return SLOT_FULL;
       if (status == CLAIM_LOST) continue;
     } else {
@@ -134,10 +132,10 @@ static int take_slot_of_key(const holder_t *h, uint32_t slot, census_t *census, 
   return SLOT_HELD;
 }
 
-/* Count the key's held slots below `slots`; free those of dead processes on the way. */
-static uint32_t count_held(const holder_t *h, uint32_t slots, census_t *census) {
+/* Count the key's held slots from .. to-1; free those of dead processes on the way. */
+static uint32_t count_held_from(const holder_t *h, uint32_t from, uint32_t to, census_t *census) {
   uint32_t held = 0;
-  for (uint32_t slot = 0; slot < slots; slot++) {
+  for (uint32_t slot = from; slot < to; slot++) {
     found_t f;
     cells_find(h->s, slot_place(h->hash, slot), slot_who(h->hash, slot), &f);
     if (!f.pair.who || !IS_PERMIT(f.pair.when)) continue;
@@ -151,26 +149,50 @@ static uint32_t count_held(const holder_t *h, uint32_t slots, census_t *census) 
   return held;
 }
 
+static uint32_t count_held(const holder_t *h, uint32_t slots, census_t *census) {
+  return count_held_from(h, 0, slots, census);
+}
+
 static void ring(fshm_segment *s, uint32_t bell);
 
 static int give_back(holder_t *h, const fshm_permit *p) {
   pair_t seen = {p->who, p->when}, idle = {p->who, 0};
-  bool ours = p->cell < h->s->cell_count && pair_cas(&h->s->cells[p->cell], &seen, idle);
-  if (ours) ring(h->s, p->bell);
-  return ours;
+  return p->cell < h->s->cell_count && pair_cas(&h->s->cells[p->cell], &seen, idle);
+}
+
+/* A slot of the key is ours. Does it stand? Not where more than n are held: the limit was lowered, by now
+ * or earlier, and slots beyond it are still held. Ours is published: of any set of holders the last to
+ * publish counts all others, so they never exceed n. */
+static bool stands(holder_t *h, plan_t *plan, uint32_t *held) {
+  const limiter_entry_t *e = &h->s->limiters[h->limiter->index];
+  after_swap(); /* pairs with publish(): it sees our slot, or we see its limits */
+  for (int tries = 0; tries < MAX_TRIES; tries++) {
+    uint32_t most = limits_most_permits(h->s, h->limiter->index, plan);
+    bool same = load_relaxed(&e->current) == plan->current;
+    if (likely(same && most <= plan->permits)) return true;
+    if (!same) {
+      if (!limits_load(h->s, h->limiter->index, plan) || !plan->permits) return true;
+      continue; /* count by the limits as they are now */
+    }
+    census_t census;
+    census_begin(&census);
+    *held = count_held(h, most, &census);
+    if (*held > plan->permits) return false;
+    if (count_held_from(h, plan->permits, most, &census) == 0)
+      limits_lower_most(h->s, h->limiter->index, plan, most);
+    return true;
+  }
+  return true;
 }
 
 /* Take one permit of the key: FSHM_ALLOWED, FSHM_DENIED (*held says how many are), FSHM_FULL. */
-static int take_permit(holder_t *h, const plan_t *plan, fshm_permit *out, uint32_t *held) {
+static int take_permit(holder_t *h, plan_t *plan, fshm_permit *out, uint32_t *held) {
   uint32_t n = plan->permits, start = load_relaxed(&h->limiter->frontier) % n;
   uint32_t likely_free = atomic_exchange_explicit(&h->limiter->released, 0, memory_order_relaxed);
-  uint32_t most = CURRENT_SLOT(plan->current, 1) < LIMITS_SLOTS
-                      ? limits_most_permits(h->s, h->limiter->index, plan)
-                      : n;
   census_t census;
   bool full = false;
-  memset(&census, 0, sizeof census);
   for (int pass = 0; pass < 2; pass++) { /* the second asks who is dead */
+    if (pass) census_begin(&census);
     for (uint32_t i = likely_free && !pass ? 0 : 1; i <= n; i++) {
       uint32_t slot = i == 0 ? (likely_free - 1) % n : (start + i - 1) % n;
       int status = take_slot_of_key(h, slot, pass ? &census : NULL, out);
@@ -180,20 +202,32 @@ static int take_permit(holder_t *h, const plan_t *plan, fshm_permit *out, uint32
       ledger_remember(h->s, out->cell, ledger_meta(h->limiter->index | PERMIT_BIT, out->who),
                       h->key, h->key_length);
       if (pass) ring(h->s, out->bell); /* a dead process may have held more: the next may look */
-      if (likely(most == n)) return FSHM_ALLOWED;
-      /* The limit was lowered, and slots beyond it may be held. Ours is published: count all. Of any
-       * set of holders the last to publish counts all others, so they never exceed n. */
-      atomic_thread_fence(memory_order_seq_cst);
-      *held = count_held(h, most, &census);
-      if (*held <= n) return FSHM_ALLOWED;
-      (void)give_back(h, out);
+      if (likely(stands(h, plan, held))) return FSHM_ALLOWED;
+      (void)give_back(h, out); /* without a ring: nobody else may have it either */
       out->held = 0;
       *held -= 1;
       return FSHM_DENIED;
     }
   }
-  *held = n;
+  uint32_t most = limits_most_permits(h->s, h->limiter->index, plan);
+  *held = full || most > n ? count_held(h, most, &census) : n;
   return full ? FSHM_FULL : FSHM_DENIED;
+}
+
+/* The cells that a key could use are all taken: free those whose permits are dead processes'. Nobody
+ * asked for those keys since, so nobody else has noticed. */
+bool lease_free_dead(fshm_segment *s, uint64_t hash) {
+  census_t census;
+  bool any = false;
+  census_begin(&census);
+  for (uint64_t i = 0; i < cells_candidates(s); i++) {
+    cell_t *cell = &s->cells[cells_candidate(s, hash, i)];
+    if (!IS_PERMIT(load_relaxed(&cell->when))) continue;
+    pair_t seen = pair_load(cell), idle = {seen.who, 0};
+    if (!IS_PERMIT(seen.when) || owner_alive(s, seen.when, &census)) continue;
+    any |= pair_cas(cell, &seen, idle);
+  }
+  return any;
 }
 
 int fshm_permit_release(fshm_limiter *l, fshm_permit *p) {
@@ -203,6 +237,7 @@ int fshm_permit_release(fshm_limiter *l, fshm_permit *p) {
   /* A forked child has an identity of its own and cannot free what is its parent's. */
   if (!own_identity(h.s, &h.identity) || (p->when & IDENTITY_MASK) != h.identity) return 0;
   if (!give_back(&h, p)) return 0;
+  ring(h.s, p->bell);
   store_relaxed(&l->released, SLOT_OF(p->when) + 1);
   return 1;
 }
@@ -229,7 +264,7 @@ uint32_t fshm_in_flight(fshm_limiter *l, const void *key, uint64_t length) {
   holder_t h;
   plan_t plan;
   census_t census;
-  memset(&census, 0, sizeof census);
+  census_begin(&census);
   (void)holder_make(&h, l, key, length, 0);
   if (!limits_load(h.s, l->index, &plan) || !plan.permits) return 0;
   return count_held(&h, limits_most_permits(h.s, l->index, &plan), &census);
@@ -274,18 +309,44 @@ void fshm_admit(fshm_limiter *l, const void *key, uint64_t key_length, const uin
 
 /* waiting --------------------------------------------------------------------------------------- */
 
-/* Wake one sleeper, if somebody may sleep. The caller's swap came before the load (a full barrier),
- * the sleeper's arming before its own look at the slots: one of the two sees the other. */
+/* A bell is shared by the keys that hash to it; 32 classes of keys on a bell are told apart by the futex's
+ * bit set, so that a ring does not wake somebody who waits for something else. `bell`: its number, and
+ * the class above it. */
+static uint32_t class_of(uint32_t bell) { return UINT32_C(1) << (bell / BELLS % 32); }
+
+#if defined(__linux__)
+static long futex(_Atomic uint32_t *word, int op, uint32_t value, const struct timespec *until,
+                  uint32_t classes) {
+  /* Not FUTEX_PRIVATE: the word is shared. The kernel wakes in the order of arrival. */
+  return syscall(SYS_futex, word, op, value, until, NULL, classes);
+}
+#endif
+
+/* Wake one sleeper of the class, if somebody may sleep. The caller's swap came before the load (a full
+ * barrier), the sleeper's arming before its own look at the slots: one of the two sees the other. Where
+ * nobody of the class sleeps, the bit is cleared, and whoever else sleeps on this bell sets it again. */
 static void ring(fshm_segment *s, uint32_t bell) {
   _Atomic uint32_t *b = &s->header->bells[bell % BELLS];
-  atomic_thread_fence(memory_order_seq_cst);
-  uint32_t seen = load_relaxed(b);
-  for (int tries = 0; (seen & 1) && tries < MAX_TRIES; tries++) {
-    if (!atomic_compare_exchange_strong(b, &seen, (seen & ~1u) + 2)) continue;
+  after_swap();
+  if (!(load_relaxed(b) & 1)) return;
+  uint32_t rung = atomic_fetch_add(b, 2) + 2;
 #if defined(__linux__)
-    (void)syscall(SYS_futex, b, FUTEX_WAKE, 1, NULL, NULL, 0);
+  if (futex(b, FUTEX_WAKE_BITSET, 1, NULL, class_of(bell)) > 0) return;
+  if (atomic_compare_exchange_strong(b, &rung, rung & ~1u))
+    (void)futex(b, FUTEX_WAKE_BITSET, INT32_MAX, NULL, UINT32_MAX);
+#else
+  (void)rung;
 #endif
-    return;
+}
+
+static void ring_everybody(fshm_segment *s) {
+  for (uint32_t bell = 0; bell < BELLS; bell++) {
+    _Atomic uint32_t *b = &s->header->bells[bell];
+    if (!(load_relaxed(b) & 1)) continue;
+    (void)atomic_fetch_add(b, 2);
+#if defined(__linux__)
+    (void)futex(b, FUTEX_WAKE_BITSET, INT32_MAX, NULL, UINT32_MAX);
+#endif
   }
 }
 
@@ -294,7 +355,7 @@ static uint32_t key_bell(const fshm_limiter *l, const void *key, uint64_t length
 }
 
 uint32_t fshm_bell_arm(fshm_limiter *l, const void *key, uint64_t length) {
-  return atomic_fetch_or(&l->segment->header->bells[key_bell(l, key, length)], 1) | 1;
+  return atomic_fetch_or(&l->segment->header->bells[key_bell(l, key, length) % BELLS], 1) | 1;
 }
 
 void fshm_bell_ring(fshm_limiter *l, const void *key, uint64_t length) {
@@ -304,18 +365,21 @@ void fshm_bell_ring(fshm_limiter *l, const void *key, uint64_t length) {
 /* 1: rung (or changed since arming); 0: time is up, or a signal came. */
 int fshm_bell_wait(fshm_limiter *l, const void *key, uint64_t length, uint32_t armed,
                    uint64_t timeout) {
-  _Atomic uint32_t *b = &l->segment->header->bells[key_bell(l, key, length)];
-  struct timespec t = {(time_t)(timeout / 1000000000), (long)(timeout % 1000000000)};
+  uint32_t bell = key_bell(l, key, length);
+  _Atomic uint32_t *b = &l->segment->header->bells[bell % BELLS];
 #if defined(__linux__)
-  /* Not FUTEX_PRIVATE: the word is shared. The kernel wakes in the order of arrival. */
-  return !syscall(SYS_futex, b, FUTEX_WAIT, armed, &t, NULL, 0) || errno == EAGAIN;
+  struct timespec until; /* FUTEX_WAIT_BITSET takes an instant of CLOCK_MONOTONIC */
+  (void)clock_gettime(CLOCK_MONOTONIC, &until);
+  timeout = min_u64(timeout, UINT64_C(1000000000) * 3600) + (uint64_t)until.tv_nsec;
+  until.tv_sec += (time_t)(timeout / 1000000000);
+  until.tv_nsec = (long)(timeout % 1000000000);
+  return !futex(b, FUTEX_WAIT_BITSET, armed, &until, class_of(bell)) || errno == EAGAIN;
 #else
   struct timespec slice = {0, 1000000};
   for (uint64_t slept = 0; slept < timeout; slept += 1000000) {
     if (load_relaxed(b) != armed) return 1;
     (void)nanosleep(&slice, NULL);
   }
-  (void)t;
   return 0;
 #endif
 }
@@ -331,7 +395,7 @@ int fshm_permit_at(fshm_segment *s, uint64_t cell, fshm_permit_info *out) {
   if (!IS_PERMIT(pair.when) || !pair.who) return 0;
   bool known = meta == ledger_meta(limiter | PERMIT_BIT, pair.who) && limiter < s->limiter_count;
   census_t census;
-  memset(&census, 0, sizeof census);
+  census_begin(&census);
   out->limiter = known ? limiter : UINT32_MAX;
   out->pid = load_relaxed(&s->processes[OWNER_OF(pair.when)].pid);
   out->alive = owner_alive(s, pair.when, &census);
@@ -346,7 +410,7 @@ int fshm_permit_at(fshm_segment *s, uint64_t cell, fshm_permit_info *out) {
 uint64_t fshm_reap(fshm_segment *s, uint32_t pid) {
   census_t census;
   uint64_t freed = 0;
-  memset(&census, 0, sizeof census);
+  census_begin(&census);
   if (s->read_only) return 0;
   for (uint64_t cell = 0; cell < s->cell_count; cell++) {
     if (!IS_PERMIT(load_relaxed(&s->cells[cell].when))) continue;
@@ -358,7 +422,7 @@ uint64_t fshm_reap(fshm_segment *s, uint32_t pid) {
     pair_t idle = {seen.who, 0};
     if (pair_cas(&s->cells[cell], &seen, idle)) freed++;
   }
-  for (uint32_t bell = 0; freed && bell < BELLS; bell++) ring(s, bell);
+  if (freed) ring_everybody(s);
   return freed;
 }
 

@@ -110,6 +110,7 @@ static inline int put(call_t *c, uint32_t i, look_t *l, uint64_t next, bool char
   uint64_t who = fingerprint(c, i);
   int status = cells_claim(c->s, c->hash, who, c->now, first_state, &first, &f->cell);
   if (status == CLAIMED) f->pair.who = who;
+  if (unlikely(status == CLAIM_FULL) && lease_free_dead(c->s, c->hash)) return CLAIM_LOST;
   return status;
 }
 
@@ -152,9 +153,12 @@ static inline bool may_wait(const call_t *c, uint32_t op, uint32_t i, uint64_t r
          retry != UINT64_MAX;
 }
 
+enum { RESHAPED = -100 }; /* of take_one: there are several limits now */
+
 static inline int take_one(call_t *c, uint32_t op, look_t *l) {
   while (likely(again(c))) {
     if (!renewed(c)) return FSHM_E_DAMAGED;
+    if (unlikely(c->plan.count != 1)) return RESHAPED;
     look(c, 0, c->costs[0], l);
     if (unlikely(c->stale)) continue;
     if (l->verdict.retry && !may_wait(c, op, 0, l->verdict.retry)) return FSHM_DENIED;
@@ -296,13 +300,12 @@ static inline int apply(fshm_limiter *l, uint32_t op, const void *key, uint64_t 
   c.max_wait = max_wait;
   if (costs) c.costs = costs;
   uint32_t slot = process_slot(c.s);
-  int status;
+  int status = RESHAPED;
   if (unlikely(op >= FSHM_CHARGE))
     status = force_all(&c, op, looks);
   else if (likely(c.plan.count == 1))
     status = take_one(&c, op, looks);
-  else
-    status = take_all(&c, op, looks);
+  if (status == RESHAPED) status = take_all(&c, op, looks);
   bool charged = status == FSHM_ALLOWED && (op == FSHM_ACQUIRE || op == FSHM_RESERVE);
   if (out) report(&c, looks, status == FSHM_ALLOWED, charged, out);
   for (uint32_t i = 0; put_states && charged && i < c.plan.count; i++)
@@ -349,6 +352,7 @@ int fshm_cancel(fshm_limiter *l, const void *key, uint64_t key_length, const uin
   for (uint32_t i = 0; i < c.plan.count; i++) {
     cells_find(c.s, c.hash, fingerprint(&c, i), &found.cell);
     if (!found.cell.pair.who || found.cell.pair.when != reserved[i]) continue;
+    if (c.plan.rules[i].kind == FSHM_BUCKET && VERSION_OF(reserved[i]) != version_of(&c)) continue;
     uint64_t next =
         meter_refund(&c.plan.rules[i], version_of(&c), reserved[i], c.now, c.costs[i], reserved[i]);
     given_back +=

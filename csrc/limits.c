@@ -78,17 +78,26 @@ bool limits_load(const fshm_segment *s, uint32_t index, plan_t *p) {
   return false;
 }
 
-/* The largest number of permits among the present set and those before it: slots up to there may
- * still be held. */
+/* Slots up to this one may be held: the largest limit of permits that this name ever had, until a count
+ * has found nothing held beyond the present one. */
 uint32_t limits_most_permits(const fshm_segment *s, uint32_t index, const plan_t *p) {
-  uint32_t most = p->permits;
-  rule_t rules[FSHM_MAX_LIMITS];
-  for (unsigned back = 1; back < HISTORY; back++) {
-    uint32_t count = read_set(&s->limiters[index], CURRENT_SLOT(p->current, back), rules);
-    if (count && rules[count - 1].kind == FSHM_PERMITS && rules[count - 1].n <= MAX_PERMITS)
-      most = rules[count - 1].n > most ? (uint32_t)rules[count - 1].n : most;
-  }
-  return most;
+  uint32_t most = atomic_load_explicit(&s->limiters[index].most, memory_order_acquire);
+  most = most > MAX_PERMITS ? MAX_PERMITS : most;
+  return most > p->permits ? most : p->permits;
+}
+
+/* Nothing is held beyond the present limit. Whoever still takes a slot there by an older plan notices
+ * that `current` has changed, and gives it back (take_permit). */
+void limits_lower_most(fshm_segment *s, uint32_t index, const plan_t *p, uint32_t most) {
+  if (most > p->permits)
+    (void)atomic_compare_exchange_strong(&s->limiters[index].most, &most, p->permits);
+}
+
+static void raise_most(limiter_entry_t *e, const rule_t *rules, uint32_t count) {
+  if (!count || rules[count - 1].kind != FSHM_PERMITS) return;
+  uint32_t seen = load_relaxed(&e->most), n = (uint32_t)min_u64(rules[count - 1].n, MAX_PERMITS);
+  for (int i = 0; seen < n && i < MAX_TRIES; i++)
+    if (atomic_compare_exchange_strong(&e->most, &seen, n)) return;
 }
 
 /* The nth bucket of the set that had this version (5 bits), among the three before the present. */
@@ -154,8 +163,21 @@ static int take_slot(fshm_segment *s, limiter_entry_t *e, uint64_t current, uint
   return -1;
 }
 
+/* Note in each sliding rule when its `per` was changed: what was counted before may have been counted in
+ * another one (sliding_read). */
+static void note_changes(const rule_t *present, uint32_t has, rule_t *rules, uint32_t count,
+                         uint64_t now) {
+  for (uint32_t i = 0, nth = 0; i < count; i++) {
+    if (rules[i].kind != FSHM_SLIDING) continue;
+    uint32_t seen = 0, k = 0;
+    while (k < has && (present[k].kind != FSHM_SLIDING || seen++ != nth)) k++;
+    rules[i].room = k == has ? 0 : present[k].per == rules[i].per ? present[k].room : now;
+    nth++;
+  }
+}
+
 /* Make these rules the present set of the entry. */
-static int publish(fshm_segment *s, limiter_entry_t *e, const rule_t *rules, uint32_t count) {
+static int publish(fshm_segment *s, limiter_entry_t *e, rule_t *rules, uint32_t count) {
   uint64_t me = process_slot(s), owner = me < PROCESSES ? me + 1 : PROCESSES + 1;
   owner |= (s->fork_page->generation & 0xffff) << 16;
   owner |= (add_relaxed(&s->header->ticket, 1) + 1) << 32;
@@ -166,10 +188,13 @@ static int publish(fshm_segment *s, limiter_entry_t *e, const rule_t *rules, uin
     uint32_t has = current ? read_set(e, CURRENT_SLOT(current, 0), present) : 0;
     atomic_thread_fence(memory_order_acquire);
     if (load_relaxed(&e->current) != current) continue;
+    note_changes(present, has, rules, count, segment_now(s));
     if (has == count && !memcmp(present, rules, count * sizeof *rules)) {
       if (slot >= 0) store_relaxed(&e->slots[slot].owner, 0);
       return FSHM_OK;
     }
+    raise_most(e, present, has); /* before anybody can see the set */
+    raise_most(e, rules, count);
     if (slot < 0) {
       slot = take_slot(s, e, current, owner);
       if (slot < 0) return FSHM_CONTENDED; /* others alive are changing this name right now */

@@ -10,6 +10,7 @@
 #include <fcntl.h>
 #include <stdio.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "internal.h"
@@ -71,6 +72,8 @@ uint32_t process_join(fshm_segment *s) {
     uint32_t slot = (start + i) % PROCESSES;
     if (byte_lock(s->lock_fd, F_SETLK, slot, &lock)) continue;
     process_t *p = &s->processes[slot];
+    /* First of all: from here on, what an earlier owner of the slot held is a dead process's. */
+    page->generation = atomic_fetch_add(&p->generation, 1) + 1;
     /* The slot is ours alone: fold in what a dead owner left. Killed in between, the next owner goes
      * on; counts may be lost or doubled then, and nothing decides by them. */
     ledger_flush_column(s, slot);
@@ -79,13 +82,35 @@ uint32_t process_join(fshm_segment *s) {
     store_relaxed(&p->refused, 0);
     store_relaxed(&p->attached, segment_now(s));
     store_relaxed(&p->pid, pid);
-    /* From here on, what an earlier owner of the slot held is recognised as a dead process's. */
-    page->generation = atomic_fetch_add(&p->generation, 1) + 1;
-    store_relaxed(&page->joined, slot + 1);
+    /* release: other threads that see the slot see its generation (process_identity) */
+    atomic_store_explicit(&page->joined, slot + 1, memory_order_release);
     return slot;
   }
   store_relaxed(&page->joined, NO_SLOT);
   return NO_SLOT;
+}
+
+/* This process as the owner of something: its slot and generation. Another thread may just be joining
+ * (microseconds, once); a process that found no slot earlier tries again. */
+bool process_identity(fshm_segment *s, uint32_t *slot, uint64_t *generation) {
+  struct timespec pause = {0, 50000};
+  for (int tries = 0; tries < 20000; tries++) { /* a second */
+    *slot = process_slot(s);
+    uint32_t joined = atomic_load_explicit(&s->fork_page->joined, memory_order_acquire);
+    if (joined && joined != NO_SLOT) {
+      *slot = joined - 1;
+      *generation = s->fork_page->generation;
+      return true;
+    }
+    if (joined == NO_SLOT) {
+      if (s->read_only || tries) return false;
+      store_relaxed(&s->fork_page->joined, 0);
+      store_relaxed(&s->fork_page->joining, 0);
+      continue;
+    }
+    (void)nanosleep(&pause, NULL);
+  }
+  return false;
 }
 
 bool process_alive(fshm_segment *s, uint32_t slot) {

@@ -46,7 +46,11 @@ static void connection_dealloc(PyObject *o) {
 
 static void stack_dealloc(PyObject *o) {
   PyTypeObject *type = Py_TYPE(o);
-  Py_XDECREF((PyObject *)((Stack *)o)->top);
+  for (Connection *c = ((Stack *)o)->top, *below; c; c = below) { /* not by recursion */
+    below = c->below;
+    c->below = NULL;
+    Py_DECREF((PyObject *)c);
+  }
   PyObject_Free(o);
   Py_DECREF(type);
 }
@@ -81,6 +85,12 @@ static PyGetSetDef connection_getset[] = {
     {"idle_seconds", connection_idle_seconds, NULL, "Since it was returned.", NULL},
     {NULL, NULL, NULL, NULL, NULL}};
 
+static int unbound(const PoolCore *self) {
+  if (self->by_id && self->stacks && self->slots) return 0;
+  PyErr_SetString(PyExc_RuntimeError, "the pool's __init__ was not called");
+  return 1;
+}
+
 /* Take the connection on top of an endpoint's stack, if it may still be used. Borrowed. */
 static Connection *pop(PoolCore *self, PyObject *endpoint) {
   Stack *stack = (Stack *)PyDict_GetItemWithError(self->stacks, endpoint);
@@ -98,6 +108,7 @@ static Connection *pop(PoolCore *self, PyObject *endpoint) {
 
 /* _take(endpoint) -> id, or None: open another. */
 static PyObject *pool_take(PyObject *o, PyObject *endpoint) {
+  if (unbound((PoolCore *)o)) return NULL;
   Connection *c = pop((PoolCore *)o, endpoint);
   if (!c) {
     if (PyErr_Occurred()) return NULL;
@@ -109,6 +120,7 @@ static PyObject *pool_take(PyObject *o, PyObject *endpoint) {
 
 /* get_connection(endpoint): an idle connection's id, else self._open(endpoint). */
 static PyObject *pool_get(PyObject *o, PyObject *endpoint) {
+  if (unbound((PoolCore *)o)) return NULL;
   Connection *c = pop((PoolCore *)o, endpoint);
   if (c) {
     Py_INCREF(c->id);
@@ -121,6 +133,7 @@ static PyObject *pool_get(PyObject *o, PyObject *endpoint) {
 /* return_connection(id): idle again. Unknown, foreign or returned ids: self._odd(id). */
 static PyObject *pool_return(PyObject *o, PyObject *id) {
   PoolCore *self = (PoolCore *)o;
+  if (unbound(self)) return NULL;
   Connection *c = (Connection *)PyDict_GetItemWithError(self->by_id, id);
   if (!c || c->idle || !fshm_permit_idle(self->slots, &c->slot, 1)) {
     if (PyErr_Occurred()) PyErr_Clear();
@@ -145,7 +158,8 @@ static PyObject *pool_add(PyObject *o, PyObject *args) {
   fshm_permit slot, total;
   fshm_decision d;
   uint32_t held;
-  if (!PyArg_ParseTuple(args, "UUO", &id, &endpoint, &object) || get_key(endpoint, &key))
+  if (unbound(self) || !PyArg_ParseTuple(args, "UUO", &id, &endpoint, &object) ||
+      get_key(endpoint, &key))
     return NULL;
   fshm_admit(self->slots, key.bytes, (uint64_t)key.length, NULL, 0, &slot, &d, &held);
   Py_XDECREF(key.held);
@@ -192,6 +206,7 @@ static PyObject *pool_add(PyObject *o, PyObject *args) {
 /* _set_object(id, object): what connect() returned. */
 static PyObject *pool_set_object(PyObject *o, PyObject *args) {
   PyObject *id, *object;
+  if (unbound((PoolCore *)o)) return NULL;
   if (!PyArg_ParseTuple(args, "OO", &id, &object)) return NULL;
   Connection *c = (Connection *)PyDict_GetItemWithError(((PoolCore *)o)->by_id, id);
   if (!c) {
@@ -205,35 +220,68 @@ static PyObject *pool_set_object(PyObject *o, PyObject *args) {
   Py_RETURN_NONE;
 }
 
-static void unstack(PoolCore *self, Connection *c) {
+static int unstack(PoolCore *self, Connection *c) {
   Stack *stack = (Stack *)PyDict_GetItemWithError(self->stacks, c->endpoint);
   for (Connection **at = stack ? &stack->top : NULL; at && *at; at = &(*at)->below) {
     if (*at != c) continue;
     *at = c->below;
     c->below = NULL;
     Py_DECREF((PyObject *)c);
-    return;
+    return 1;
   }
+  return 0;
 }
 
-/* _drop(id) -> the Connection that was removed, or None. Gives its permits back. */
-static PyObject *pool_drop(PyObject *o, PyObject *id) {
-  PoolCore *self = (PoolCore *)o;
+/* Take a connection out of the pool; its places stay taken until _release(), so that it can be closed
+ * first. NULL without an exception: there is no such id. */
+static PyObject *forget(PoolCore *self, PyObject *id, int only_idle) {
+  if (!self->by_id) return NULL;
   Connection *c = (Connection *)PyDict_GetItemWithError(self->by_id, id);
-  if (!c) {
-    if (PyErr_Occurred()) return NULL;
-    Py_RETURN_NONE;
-  }
+  if (!c || (only_idle && !c->idle)) return NULL;
   Py_INCREF((PyObject *)c);
-  unstack(self, c);
+  (void)unstack(self, c);
   c->idle = 0;
-  (void)fshm_permit_release(self->slots, &c->slot);
-  (void)fshm_permit_release(self->totals, &c->total);
-  if (PyDict_DelItem(self->by_id, id)) {
-    Py_DECREF((PyObject *)c);
+  if (!PyDict_DelItem(self->by_id, id)) return (PyObject *)c;
+  Py_DECREF((PyObject *)c);
+  return NULL;
+}
+
+static PyObject *or_none(PyObject *found) {
+  if (found || PyErr_Occurred()) return found;
+  Py_RETURN_NONE;
+}
+
+/* _drop(id) -> the Connection, out of the pool; or None. */
+static PyObject *pool_drop(PyObject *o, PyObject *id) {
+  return or_none(forget((PoolCore *)o, id, 0));
+}
+
+/* _drop_idle(id): the same, unless it is in use (by now). */
+static PyObject *pool_drop_idle(PyObject *o, PyObject *id) {
+  return or_none(forget((PoolCore *)o, id, 1));
+}
+
+/* _release(connection): give its places back. */
+static PyObject *pool_release(PyObject *o, PyObject *connection) {
+  PoolCore *self = (PoolCore *)o;
+  if (Py_TYPE(connection) != connection_type) {
+    PyErr_SetString(PyExc_TypeError, "_release() takes a Connection");
     return NULL;
   }
-  return (PyObject *)c;
+  Connection *c = (Connection *)connection;
+  if (self->slots && self->totals) {
+    (void)fshm_permit_release(self->slots, &c->slot);
+    (void)fshm_permit_release(self->totals, &c->total);
+  }
+  Py_RETURN_NONE;
+}
+
+/* _lookup(id) -> the Connection, or None. */
+static PyObject *pool_lookup(PyObject *o, PyObject *id) {
+  PoolCore *self = (PoolCore *)o;
+  PyObject *c = self->by_id ? PyDict_GetItemWithError(self->by_id, id) : NULL;
+  Py_XINCREF(c);
+  return or_none(c);
 }
 
 /* _bind(slots address, totals address, idle_ns): also forgets all connections (a forked child's are its
@@ -242,14 +290,16 @@ static PyObject *pool_bind(PyObject *o, PyObject *args) {
   PoolCore *self = (PoolCore *)o;
   unsigned long long slots, totals, idle_ns;
   if (!PyArg_ParseTuple(args, "KKK", &slots, &totals, &idle_ns)) return NULL;
-  Py_XDECREF(self->by_id);
-  Py_XDECREF(self->stacks);
+  PyObject *old_by_id = self->by_id, *old_stacks = self->stacks;
   self->by_id = PyDict_New();
   self->stacks = PyDict_New();
   self->slots = (fshm_limiter *)(uintptr_t)slots;
   self->totals = (fshm_limiter *)(uintptr_t)totals;
   self->idle_ns = idle_ns;
-  if (!self->by_id || !self->stacks) return NULL;
+  int failed = !self->by_id || !self->stacks;
+  Py_XDECREF(old_by_id); /* last: what they held may call the pool as it goes */
+  Py_XDECREF(old_stacks);
+  if (failed) return NULL;
   Py_RETURN_NONE;
 }
 
@@ -278,6 +328,9 @@ static PyMethodDef pool_methods[] = {
     {"_take", pool_take, METH_O, NULL},
     {"_add", pool_add, METH_VARARGS, NULL},
     {"_drop", pool_drop, METH_O, NULL},
+    {"_drop_idle", pool_drop_idle, METH_O, NULL},
+    {"_release", pool_release, METH_O, NULL},
+    {"_lookup", pool_lookup, METH_O, NULL},
     {"_set_object", pool_set_object, METH_VARARGS, NULL},
     {"_bind_core", pool_bind, METH_VARARGS, NULL},
     {"_connections", pool_connections, METH_NOARGS, NULL},

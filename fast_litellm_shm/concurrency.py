@@ -17,7 +17,7 @@ from fast_litellm_shm.native import Permit, ffi, lib
 from fast_litellm_shm.segment import Segment
 
 _LOOK_NS = 1_000_000_000  # a waiter looks for the dead itself, once a second
-_SLEEPERS = 64  # threads that asyncio's waiters sleep in; more take turns
+_SLEEPERS = 64  # threads that asyncio's waiters sleep in; more look once a second
 
 _sleepers: ThreadPoolExecutor | None = None
 
@@ -58,7 +58,10 @@ class ConcurrencyLimiter:
 
     def __init__(self, max_in_flight: int, *, name: str, segment: Segment | None = None) -> None:
         limit = limits.in_flight("ConcurrencyLimiter", "max_in_flight", max_in_flight)
-        self._shared = SharedLimits((limit,), name=name, segment=segment, on_full="deny")
+        self._open(SharedLimits((limit,), name=name, segment=segment, on_full="deny"))
+
+    def _open(self, shared: SharedLimits) -> None:
+        self._shared = shared
         self._handle = self._shared._handle
         self.acquire = self._shared._admit
 
@@ -100,8 +103,9 @@ class ConcurrencyLimiter:
                 if permit or left <= 0:
                     return permit
                 lib.fshm_bell_wait(self._handle, raw, len(raw), armed, min(left, _LOOK_NS))
-        finally:  # whoever leaves wakes the next, who may have missed a ring meant for two
+        except BaseException:  # interrupted: a ring that was meant for us goes to the next
             lib.fshm_bell_ring(self._handle, raw, len(raw))
+            raise
 
     async def wait_async(self, key: str | bytes, timeout: float | None = None) -> Permit:
         """wait() for asyncio: sleeps in a thread of its own pool, not in the event loop."""
@@ -109,17 +113,24 @@ class ConcurrencyLimiter:
         if permit:
             return permit
         raw, deadline = key_bytes(key), deadline_ns(timeout)
-        loop = asyncio.get_running_loop()
-        try:
-            while True:
-                armed = lib.fshm_bell_arm(self._handle, raw, len(raw))
-                permit = self.acquire(key)
-                left = deadline - time.monotonic_ns()
-                if permit or left <= 0:
-                    return permit
-                sleep = (self._handle, raw, len(raw), armed, min(left, _LOOK_NS))
-                await loop.run_in_executor(_executor(), lib.fshm_bell_wait, *sleep)
-        finally:
+        while True:
+            armed = lib.fshm_bell_arm(self._handle, raw, len(raw))
+            permit = self.acquire(key)
+            left = deadline - time.monotonic_ns()
+            if permit or left <= 0:
+                return permit
+            left = min(left, _LOOK_NS)
+            rung = _executor().submit(lib.fshm_bell_wait, self._handle, raw, len(raw), armed, left)
+            try:
+                await asyncio.wait({asyncio.wrap_future(rung)}, timeout=left / 1e9 + 0.01)
+            finally:
+                # Left alone (cancelled, or late), the thread may yet be rung: then that goes to the
+                # next.
+                if not rung.done() and not rung.cancel():
+                    rung.add_done_callback(lambda late: self._pass_on(late.result(), raw))
+
+    def _pass_on(self, rung: int, raw: bytes) -> None:
+        if rung:
             lib.fshm_bell_ring(self._handle, raw, len(raw))
 
     @contextmanager
@@ -155,7 +166,10 @@ class ConcurrencyLimiter:
 def _rebuild(
     cls: type[ConcurrencyLimiter], max_in_flight: int, name: str, segment: Segment
 ) -> ConcurrencyLimiter:
-    return cls(max_in_flight, name=name, segment=segment)
+    limiter = cls.__new__(cls)
+    limit = limits.InFlight(max_in_flight)
+    limiter._open(SharedLimits((limit,), name=name, segment=segment, on_full="deny", keep=True))
+    return limiter
 
 
 def release_process(segment: Segment, pid: int) -> int:

@@ -272,7 +272,7 @@ class Inspection:
         who, ledger = self._who.copy(), self._view("ledger").copy()
         columns = self._view("columns").copy()
         owner = (ledger["meta"] >> 20).astype(numpy.int64)
-        known = (who != 0) & ((ledger["meta"] & 0xFFFFF) == (who >> numpy.uint64(44)))
+        known = (who != 0) & ((ledger["meta"] & 0xFFFFF) == (who & numpy.uint64(0xFFFFF)))
         known &= numpy.isin(owner, list(self._limiters))
         cells = numpy.flatnonzero(known)
         admitted = ledger["admitted"].astype(numpy.uint64)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 from weakref import WeakSet
 
@@ -19,7 +20,9 @@ from fast_litellm_shm.native import Connection, PoolCore, ffi, lib
 from fast_litellm_shm.segment import Segment
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.")
-_TRY_AGAIN_NS = 1_000_000_000
+# A place that is closed rings; an idle connection that is returned here, or room in the pool, does
+# not.
+_TRY_AGAIN_NS = 50_000_000
 
 _pools: WeakSet[SimpleConnectionPool] = WeakSet()
 
@@ -40,6 +43,12 @@ def _check_endpoint(endpoint: object) -> str:
             f"endpoint must be a URL with a scheme, like 'https://host', not {endpoint!r}"
         )
     return endpoint
+
+
+def _check_id(connection_id: object) -> str:
+    if not isinstance(connection_id, str):
+        raise TypeError(f"connection id must be a str, not {connection_id!r}")
+    return connection_id
 
 
 class SimpleConnectionPool(PoolCore):
@@ -121,39 +130,35 @@ class SimpleConnectionPool(PoolCore):
 
     def object_of(self, connection_id: str) -> Any:
         """What connect() returned for this id; None without bind(). KeyError for an unknown id."""
-        return self._connections()[connection_id].object
+        found = self._lookup(connection_id)
+        if found is None:
+            raise KeyError(connection_id)
+        return found.object
 
     def health_check(self, connection_id: str) -> bool:
-        """Whether the connection can be used: known here, its place not taken back by an
-        operator, not idle for too long, and healthy by the bound is_healthy()."""
-        found = self._connections().get(connection_id)
+        """Whether the connection can be used: known here, its place not taken back by an operator,
+        not idle for too long, and healthy by the bound is_healthy(). (That is asked here and by
+        cleanup(), not at every get_connection().)"""
+        found = self._lookup(_check_id(connection_id))
         if found is None or not found.held or found.idle_seconds > self._idle:
             return False
         return self._is_healthy is None or bool(self._is_healthy(found.object))
 
     def remove_connection(self, connection_id: str) -> None:
         """Close it and give its place back. Unknown ids, and twice, are harmless."""
-        if not isinstance(connection_id, str):
-            raise TypeError(f"connection id must be a str, not {connection_id!r}")
-        self._shut(self._drop(connection_id))
+        self._shut(self._drop(_check_id(connection_id)))
 
     def cleanup(self) -> int:
         """Close this process's connections that have been idle for too long or are not healthy, and
         give back what dead processes held. Returns how many were closed."""
-        stale = [
-            found.id
-            for found in self._connections().values()
-            if found.idle and not self.health_check(found.id)
-        ]
-        for connection_id in stale:
-            self.remove_connection(connection_id)
+        closed = self._close_stale(None)
         lib.fshm_reap(self._segment._handle, 0)
-        return len(stale)
+        return closed
 
     def close(self) -> None:
-        """Close all connections of this process."""
-        for connection_id in list(self._connections()):
-            self.remove_connection(connection_id)
+        """Close all connections of this process. Where closing some raises, the rest are closed
+        too, and the first exception is raised."""
+        self._shut_all([self._drop(connection_id) for connection_id in self._connections()])
 
     def get_stats(self) -> dict[str, Any]:
         """Sums over all processes: active_connections, idle_connections, total_connections,
@@ -200,20 +205,32 @@ class SimpleConnectionPool(PoolCore):
     ) -> AsyncIterator[Any]:
         """connection() for asyncio: waits, and connects, in a thread."""
         deadline = deadline_ns(timeout)
-        while (found := self._take(_check_endpoint(endpoint))) is None:
-            found = await asyncio.to_thread(self.get_connection, endpoint)
-            if found is not None:
-                break
-            await asyncio.to_thread(self._sleep, endpoint, deadline, timeout)
+        found = self._take(_check_endpoint(endpoint))
+        while found is None:
+            opening = asyncio.ensure_future(asyncio.to_thread(self.get_connection, endpoint))
+            try:
+                found = await asyncio.shield(opening)
+            except asyncio.CancelledError:
+                opening.add_done_callback(self._give_back)  # the thread goes on: not lost
+                raise
+            if found is None:
+                await asyncio.to_thread(self._sleep, endpoint, deadline, timeout)
         with self._use(found) as value:
             yield value
+
+    def _give_back(self, opening: asyncio.Future[str | None]) -> None:
+        if not opening.cancelled() and opening.exception() is None:
+            found = opening.result()
+            if found is not None:
+                self.return_connection(found)
 
     @contextmanager
     def _use(self, connection_id: str) -> Iterator[Any]:
         try:
             yield connection_id if self._connect is None else self.object_of(connection_id)
         except BaseException:
-            self.remove_connection(connection_id)
+            with suppress(Exception):  # the user's exception is the one that matters
+                self.remove_connection(connection_id)
             raise
         self.return_connection(connection_id)
 
@@ -229,9 +246,8 @@ class SimpleConnectionPool(PoolCore):
             )
         raw = endpoint.encode("utf-8", "surrogatepass")
         armed = lib.fshm_bell_arm(self._slots._handle, raw, len(raw))
-        lib.fshm_bell_wait(
-            self._slots._handle, raw, len(raw), armed, min(left, _TRY_AGAIN_NS // 20)
-        )
+        slice_ns = min(left, _TRY_AGAIN_NS)
+        lib.fshm_bell_wait(self._slots._handle, raw, len(raw), armed, slice_ns)
 
     def _forget(self) -> None:
         """Begin without connections; in a forked child they are the parent's."""
@@ -248,65 +264,95 @@ class SimpleConnectionPool(PoolCore):
         if found is not None:
             return found
         connection_id = f"conn-{self._prefix}-{lib.fshm_unique(self._segment._handle)}"
-        if self._add(connection_id, endpoint, None) is not None and not self._make_room(
-            connection_id, endpoint
-        ):
+        refused = self._add(connection_id, endpoint, None)
+        if refused == "pool" and self._make_room(connection_id, endpoint):
+            refused = None
+        if refused is not None:
             return None
         if self._connect is None:
             return connection_id
+        made = None
         try:
-            self._set_object(connection_id, self._connect(endpoint))
+            made = self._connect(endpoint)
+            self._set_object(connection_id, made)
         except BaseException:
-            self._drop(connection_id)
+            self._shut(self._drop(connection_id), made)
             raise
         return connection_id
 
     def _make_room(self, connection_id: str, endpoint: str) -> bool:
-        """The pool is full: close this process's idle connections to other endpoints, oldest
-        first."""
+        """The pool is full: close this process's idle connections, the longest idle first."""
         idle = sorted(
             (found for found in self._connections().values() if found.idle),
             key=lambda found: -found.idle_seconds,
         )
         for found in idle:
-            self.remove_connection(found.id)
+            self._shut(self._drop_idle(found.id))
             if self._add(connection_id, endpoint, None) is None:
                 return True
         return False
 
-    def _close_stale(self, endpoint: str) -> bool:
-        """Close idle connections to the endpoint that may not be used again. True if there were
-        any."""
+    def _close_stale(self, endpoint: str | None) -> int:
+        """Close idle connections (to the endpoint) that may not be used again. Returns how many.
+        One that another thread takes meanwhile is left to it."""
         stale = [
-            found.id
+            self._drop_idle(found.id)
             for found in self._connections().values()
-            if found.endpoint == endpoint and found.idle and not self.health_check(found.id)
+            if endpoint in (None, found.endpoint) and found.idle and not self.health_check(found.id)
         ]
-        for connection_id in stale:
-            self.remove_connection(connection_id)
-        return bool(stale)
+        return self._shut_all(stale)
 
     def _odd(self, connection_id: object) -> None:
         """Called by return_connection() for an id that is not in use here: unknown, another
-        process's, or returned already. Harmless; counts stay as they are."""
-        if not isinstance(connection_id, str):
-            raise TypeError(f"connection id must be a str, not {connection_id!r}")
+        process's, or returned already. Harmless; counts stay as they are. One whose place an
+        operator took back is closed."""
+        found = self._lookup(_check_id(connection_id))
+        if found is not None and not found.idle and not found.held:
+            self.remove_connection(found.id)
 
-    def _shut(self, found: Connection | None) -> None:
-        if found is not None and found.object is not None and self._close is not None:
-            self._close(found.object)
+    def _shut(self, found: Connection | None, made: object = None) -> None:
+        """Close the object of a connection that is out of the pool, then give its places back: not
+        before, or the endpoint would see more than the limit."""
+        if found is None:
+            return
+        inner = found.object if found.object is not None else made
+        try:
+            if inner is not None and self._close is not None:
+                self._close(inner)
+        finally:
+            self._release(found)
+
+    def _shut_all(self, found: Iterable[Connection | None]) -> int:
+        count, first = 0, None
+        for each in found:
+            try:
+                self._shut(each)
+            except Exception as error:
+                first = first or error
+            count += each is not None
+        if first is not None:
+            raise first
+        return count
+
+    def __del__(self) -> None:
+        """A pool that is dropped closes what it has."""
+        if hasattr(self, "_prefix"):
+            with suppress(Exception):
+                self.close()
 
     def __repr__(self) -> str:
         return f"SimpleConnectionPool({self._name!r})"
 
 
 _default: SimpleConnectionPool | None = None
+_making = threading.Lock()
 
 
 def _pool() -> SimpleConnectionPool:
     global _default
-    if _default is None:
-        _default = SimpleConnectionPool()
+    with _making:
+        if _default is None:
+            _default = SimpleConnectionPool()
     return _default
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fast_litellm_shm import limits
+from fast_litellm_shm import exceptions, limits
 from fast_litellm_shm.handle import SharedLimits, key_bytes
 from fast_litellm_shm.limits import AnyLimit, InFlight, Window
 from fast_litellm_shm.native import Decision, Permit, ffi, lib
@@ -17,6 +17,8 @@ def _check_tokens(where: str, tokens: object) -> None:
         raise TypeError(f"{where}: tokens must be an int, not {tokens!r}")
     if tokens < 0:
         raise ValueError(f"{where}: tokens must be 0 or more, not {tokens}")
+    if tokens >= 2**63:
+        raise ValueError(f"{where}: tokens must be below 2**63, not {tokens}")
 
 
 class Admission:
@@ -168,6 +170,11 @@ class Quota:
         return out
 
     def _costs(self, tokens: int) -> tuple[int, ...]:
+        if len(self._shared.limits) != len(self._names):
+            raise exceptions.SegmentError(
+                f"Quota {self.name!r}: another process gave this name other kinds of limits than "
+                f"{', '.join(self._names)}; give all workers the same, or another name"
+            )
         return tuple(tokens if name == "tpm" else 1 for name in self._names)
 
     def _settle(self, key: str | bytes, charged: int, actual: int, permit: Permit) -> None:
