@@ -25,7 +25,11 @@ def held(inspection: Inspection, limiter: str | None, match: str | None) -> tupl
     """Permits by limiter and key, and connections by pool and endpoint. limiter: only of this one.
     match: a glob over keys and endpoints."""
     names = {each["name"] for each in inspection.limiters()}
-    pools = {name for name in names if name.startswith(_POOL) and name + _TOTAL in names}
+    pools = {
+        name
+        for name in names
+        if name.startswith(_POOL) and _TOTAL + name.removeprefix(_POOL) in names
+    }
     permits, connections = [], []
     # by name where equal, so that rows keep their places from one look to the next
     rows = inspection.in_flight()
@@ -38,7 +42,9 @@ def held(inspection: Inspection, limiter: str | None, match: str | None) -> tupl
             continue
         if name in pools:
             connections.append(_connections(row))
-        elif name.removesuffix(_TOTAL) not in pools:  # the total is the sum of what is shown
+        elif name.replace(_TOTAL, _POOL, 1) not in pools or not name.startswith(
+            _TOTAL
+        ):  # the total is the sum of what is shown
             permits.append({field: row[field] for field in _PERMITS})
     return permits, connections
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from math import ceil, floor
 
+from hypothesis import assume
+
 from meters.driver import BUCKET, SLIDING, WINDOW, Rule
 
 EXACT = 255
@@ -110,7 +112,19 @@ class Window:
         self.count = min(self.count + cost, self.rule.n)
 
     def refund(self, cost: int) -> None:
-        self.count = max(self.count - cost, 0)
+        """Debt first: what prolongs the window beyond the latest end of one without debt. Examples in
+        which the rounding of the end decides how much that is are dropped."""
+        if self.over:
+            return
+        limit = self.at + self.rule.per
+        low, high = (
+            min(cost, max(end - limit, 0) * self.rule.n // self.rule.per)
+            for end in (self.end, self.latest_end)
+        )
+        assume(low == high)
+        back = low * self.rule.per // self.rule.n
+        self.end, self.latest_end = self.end - back, self.latest_end - back + 2 * self.rule.n
+        self.count = max(self.count - (cost - low), 0)
         if not self.count:
             self.end = self.latest_end = 0
 
