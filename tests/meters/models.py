@@ -112,8 +112,8 @@ class Window:
         self.count = min(self.count + cost, self.rule.n)
 
     def refund(self, cost: int) -> None:
-        """Debt first: what prolongs the window beyond the latest end of one without debt. Examples in
-        which the rounding of the end decides how much that is are dropped."""
+        """Debt first: what prolongs the window beyond the latest end of one without debt.
+        Examples in which the rounding of the end decides how much that is are dropped."""
         if self.over:
             return
         limit = self.at + self.rule.per
