@@ -61,8 +61,14 @@ bool limits_load(const fshm_segment *s, uint32_t index, plan_t *p) {
     uint64_t resets = CURRENT_RESETS(p->current), salt = 0;
     /* Every reset gives another salt: what was there is nobody's from then on. */
     if (unlikely(resets)) salt = mix(s->header->secret[0] ^ mix(resets));
-    uint32_t places[3] = {0, 0, 0}, has = p->count;
+    uint32_t has = p->count;
     p->permits = 0;
+    if (likely(has == 1 &&
+               p->rules[0].kind != FSHM_PERMITS)) { /* most limiters; without the loop */
+      p->twist[0] = twists[p->rules[0].kind % 3][0] ^ salt;
+      return rule_sane(&p->rules[0]);
+    }
+    uint32_t places[3] = {0, 0, 0};
     for (uint32_t i = 0; i < has; i++) {
       if (unlikely(!rule_sane(&p->rules[i]))) return false;
       if (p->rules[i].kind == FSHM_PERMITS) { /* the last: fshm_limiter_open() */
