@@ -117,8 +117,8 @@ typedef struct {
   _Alignas(LINE) _Atomic uint64_t names_head; /* words ever reserved in the ring; fetch-add */
   _Alignas(LINE) _Atomic uint64_t retired_admitted; /* calls, of processes whose slot was reused */
   _Atomic uint64_t retired_denied;
-  /* Futex words, for waiters of keys that hash to them: bit 0 = somebody may sleep; the rest counts
-   * rings. After a crash: at worst one needless wake, or a waiter that looks after a second. */
+  /* Futex words, for waiters of keys that hash to them: lease.c. After a crash: at worst a needless
+   * wake, or a waiter that looks after a second. */
   _Alignas(LINE) _Atomic uint32_t bells[BELLS];
 } header_t;
 

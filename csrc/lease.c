@@ -309,10 +309,13 @@ void fshm_admit(fshm_limiter *l, const void *key, uint64_t key_length, const uin
 
 /* waiting --------------------------------------------------------------------------------------- */
 
-/* A bell is shared by the keys that hash to it; 32 classes of keys on a bell are told apart by the futex's
- * bit set, so that a ring does not wake somebody who waits for something else. `bell`: its number, and
- * the class above it. */
+/* A bell is shared by the keys that hash to it. 32 classes of keys on a bell are told apart by the futex's
+ * bit set; keys of one class by a tag, which the word carries:
+ *   tag of the key that rang last (16 bits) | rings (15) | somebody may sleep (1)
+ * `bell`: 32 bits of the key's hash: the word's number, the class, and the tag. */
+#define RINGS UINT32_C(0xfffe)
 static uint32_t class_of(uint32_t bell) { return UINT32_C(1) << (bell / BELLS % 32); }
+static uint32_t tag_of(uint32_t bell) { return bell & UINT32_C(0xffff0000); }
 
 #if defined(__linux__)
 static long futex(_Atomic uint32_t *word, int op, uint32_t value, const struct timespec *until,
@@ -328,14 +331,16 @@ static long futex(_Atomic uint32_t *word, int op, uint32_t value, const struct t
 static void ring(fshm_segment *s, uint32_t bell) {
   _Atomic uint32_t *b = &s->header->bells[bell % BELLS];
   after_swap();
-  if (!(load_relaxed(b) & 1)) return;
-  uint32_t rung = atomic_fetch_add(b, 2) + 2;
+  uint32_t seen = load_relaxed(b), rung = seen;
+  for (int tries = 0; tries < MAX_TRIES; tries++) {
+    if (!(seen & 1)) return;
+    rung = tag_of(bell) | ((seen + 2) & RINGS) | 1;
+    if (atomic_compare_exchange_strong(b, &seen, rung)) break;
+  }
 #if defined(__linux__)
   if (futex(b, FUTEX_WAKE_BITSET, 1, NULL, class_of(bell)) > 0) return;
   if (atomic_compare_exchange_strong(b, &rung, rung & ~1u))
     (void)futex(b, FUTEX_WAKE_BITSET, INT32_MAX, NULL, UINT32_MAX);
-#else
-  (void)rung;
 #endif
 }
 
@@ -343,7 +348,7 @@ static void ring_everybody(fshm_segment *s) {
   for (uint32_t bell = 0; bell < BELLS; bell++) {
     _Atomic uint32_t *b = &s->header->bells[bell];
     if (!(load_relaxed(b) & 1)) continue;
-    (void)atomic_fetch_add(b, 2);
+    (void)atomic_fetch_xor(b, 2); /* so that nobody falls asleep on the old value */
 #if defined(__linux__)
     (void)futex(b, FUTEX_WAKE_BITSET, INT32_MAX, NULL, UINT32_MAX);
 #endif
@@ -373,7 +378,13 @@ int fshm_bell_wait(fshm_limiter *l, const void *key, uint64_t length, uint32_t a
   timeout = min_u64(timeout, UINT64_C(1000000000) * 3600) + (uint64_t)until.tv_nsec;
   until.tv_sec += (time_t)(timeout / 1000000000);
   until.tv_nsec = (long)(timeout % 1000000000);
-  return !futex(b, FUTEX_WAIT_BITSET, armed, &until, class_of(bell)) || errno == EAGAIN;
+  if (futex(b, FUTEX_WAIT_BITSET, armed, &until, class_of(bell))) return errno == EAGAIN;
+  /* Woken by another key's ring: on to the next sleeper of the class. Those who slept before that ring are
+   * ahead of those who armed after it, who find the word as they armed it and end the chain. */
+  uint32_t now = load_relaxed(b);
+  if (now != armed && tag_of(now) != tag_of(bell))
+    (void)futex(b, FUTEX_WAKE_BITSET, 1, NULL, class_of(bell));
+  return 1;
 #else
   struct timespec slice = {0, 1000000};
   for (uint64_t slept = 0; slept < timeout; slept += 1000000) {

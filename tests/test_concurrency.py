@@ -53,7 +53,7 @@ def test_exactly_max(segment: Segment, most: int) -> None:
 
 
 def test_a_hundred_thousand(segment_name: str) -> None:
-    limiter = make(Segment(segment_name, capacity=150_000), 100_000)
+    limiter = make(Segment(segment_name, capacity=300_000), 100_000)
     permits = _take(limiter, "k", 100_000)
     assert limiter.acquire("k").in_flight == limiter.in_flight("k") == 100_000
     _release(permits)
