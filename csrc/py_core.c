@@ -252,7 +252,7 @@ static PyObject *core_acquire_many(PyObject *self, PyObject *const *args, Py_ssi
     if (decide((Core *)self, FSHM_ACQUIRE, PyTuple_GetItem(keys, i), cost, 0, &d)) goto failed;
     allowed[i] = d.status == FSHM_ALLOWED;
     remaining[i] = (uint64_t)d.remaining;
-    retry[i] = d.retry_after_ns == FSHM_NEVER ? Py_HUGE_VAL : (double)d.retry_after_ns * 1e-9;
+    retry[i] = d.retry_after_ns == FSHM_NEVER ? Py_HUGE_VAL : (double)d.retry_after_ns / 1e9;
   }
   Py_DECREF(keys);
   Py_RETURN_NONE;

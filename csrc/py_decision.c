@@ -19,7 +19,7 @@ static PyObject *make_decision(PyObject *limits, const fshm_decision *d) {
   return (PyObject *)o;
 }
 
-static PyObject *seconds(int64_t ns) { return PyFloat_FromDouble((double)ns * 1e-9); }
+static PyObject *seconds(int64_t ns) { return PyFloat_FromDouble((double)ns / 1e9); }
 
 static PyObject *decision_allowed(PyObject *o, void *unused) {
   (void)unused;
