@@ -24,10 +24,6 @@ static inline uint64_t candidate_line(const fshm_segment *s, uint64_t hash, uint
   return line >= s->lines ? line - s->lines : line;
 }
 
-void cells_prefetch(const fshm_segment *s, uint64_t hash) {
-  __builtin_prefetch(&s->cells[candidate_line(s, hash, 0) * CELLS_PER_LINE], 1);
-}
-
 /* The i-th candidate cell of a hash, i < cells_candidates(s): for those who walk them from outside. */
 uint64_t cells_candidates(const fshm_segment *s) { return candidate_lines(s) * CELLS_PER_LINE; }
 uint64_t cells_candidate(const fshm_segment *s, uint64_t hash, uint64_t i) {

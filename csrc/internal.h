@@ -122,7 +122,6 @@ typedef uint64_t first_state_t(void *context);
 int cells_claim(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now, first_state_t *first,
                 void *context, uint64_t *cell);
 void cells_clear(fshm_segment *s, uint64_t cell, uint64_t who);
-void cells_prefetch(const fshm_segment *s, uint64_t hash);
 uint64_t cells_candidates(const fshm_segment *s);
 uint64_t cells_candidate(const fshm_segment *s, uint64_t hash, uint64_t i);
 

@@ -75,7 +75,7 @@ typedef struct {
  * limiter_t.current; immutable while referenced. The rules are rule_t, as relaxed words. */
 #define RULE_WORDS 8
 typedef struct {
-  /* 0 = free, else nonce << 16 | process slot + 1; compare-and-swap */
+  /* 0 = free or published, else nonce << 32 | generation << 16 | process slot + 1 */
   _Atomic uint64_t owner;
   _Atomic uint64_t count; /* of rules, 1 .. FSHM_MAX_LIMITS */
   _Atomic uint64_t rules[FSHM_MAX_LIMITS][RULE_WORDS];
