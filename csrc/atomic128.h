@@ -5,7 +5,10 @@
  *   the load is a compare-and-swap of zero with zero.
  * aarch64: ldaxp/stlxp. A pair load alone is not single-copy atomic before ARMv8.4, so the load
  *   writes back what it read and thereby proves it.
- * elsewhere: the compiler's 16-byte builtins (libatomic may take a lock there: not supported).
+ * elsewhere: not supported (the compiler's 16-byte builtins may take a lock in libatomic).
+ * under the thread sanitizer: those builtins, whatever the processor. It instruments what the compiler
+ *   knows to be atomic; inline assembly it does not see: neither a race with it, nor what it orders. Its
+ *   runtime may emulate 16 bytes under a lock of its own: for the threads of one process only.
  */
 #ifndef FSHM_ATOMIC128_H
 #define FSHM_ATOMIC128_H
@@ -18,10 +21,39 @@ typedef struct {
   uint64_t when; /* state: meter.h */
 } pair_t;
 
-#if defined(__x86_64__)
-#include <emmintrin.h>
+#if defined(__SANITIZE_THREAD__) /* gcc */
+#define FSHM_BUILTIN_PAIRS
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer) /* clang */
+#define FSHM_BUILTIN_PAIRS
+#endif
+#endif
 
+#if defined(__x86_64__)
 extern bool fshm_wide_loads; /* set once by the library constructor: the processor has AVX */
+#endif
+
+#if defined(FSHM_BUILTIN_PAIRS)
+
+__extension__ typedef unsigned __int128 __attribute__((may_alias)) pair_bits;
+
+/* The orders are what the assembly below gives: no stronger, or the sanitizer would miss races. */
+static inline bool pair_cas(void *cell, pair_t *seen, pair_t next) {
+  pair_bits expected = (pair_bits)seen->when << 64 | seen->who;
+  bool ok = __atomic_compare_exchange_n((pair_bits *)cell, &expected,
+                                        (pair_bits)next.when << 64 | next.who, false,
+                                        __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+  *seen = (pair_t){(uint64_t)expected, (uint64_t)(expected >> 64)};
+  return ok;
+}
+
+static inline pair_t pair_load(const void *cell) {
+  pair_bits bits = __atomic_load_n((const pair_bits *)cell, __ATOMIC_ACQUIRE);
+  return (pair_t){(uint64_t)bits, (uint64_t)(bits >> 64)};
+}
+
+#elif defined(__x86_64__)
+#include <emmintrin.h>
 
 static inline bool pair_cas(void *cell, pair_t *seen, pair_t next) {
   bool ok;

@@ -8,55 +8,97 @@
 
 #define CLOCKS_DIFFER 1000 /* ns, by which two processes' clocks may differ at most (clock.c) */
 #define ROUNDS 64 /* of one claim: each lost round means that another process made progress */
+static_assert(2 * REGION_LINES * CELLS_PER_LINE - 1 <= ROUNDS, "a swap for each other candidate");
 
 static inline uint64_t scale(uint32_t part, uint64_t lines) {
   return ((uint64_t)part * lines) >> 32;
 }
 
-/* The i-th candidate line of a hash, i < candidate_lines(s). */
-static inline uint64_t candidate_lines(const fshm_segment *s) {
-  return s->lines <= 2 * REGION_LINES ? s->lines : 2 * REGION_LINES;
+/* A key's regions: how many, of how many lines, and where each begins. */
+static inline unsigned regions(const fshm_segment *s) {
+  return s->lines <= 2 * REGION_LINES ? 1 : 2;
 }
-static inline uint64_t candidate_line(const fshm_segment *s, uint64_t hash, uint64_t i) {
-  bool second = i >= REGION_LINES && s->lines > 2 * REGION_LINES;
-  uint64_t base = scale((uint32_t)(second ? hash : hash >> 32), s->lines);
-  uint64_t line = base + (second ? i - REGION_LINES : i);
-  return line >= s->lines ? line - s->lines : line;
+static inline uint64_t region_lines(const fshm_segment *s) {
+  return s->lines <= 2 * REGION_LINES ? s->lines : REGION_LINES;
+}
+static inline uint64_t region_start(const fshm_segment *s, uint64_t hash, unsigned region) {
+  return scale((uint32_t)(region ? hash : hash >> 32), s->lines);
+}
+static inline uint64_t line_after(const fshm_segment *s, uint64_t line) {
+  return line + 1 == s->lines ? 0 : line + 1;
 }
 
 /* The i-th candidate cell of a hash, i < cells_candidates(s): for those who walk them from outside. */
-uint64_t cells_candidates(const fshm_segment *s) { return candidate_lines(s) * CELLS_PER_LINE; }
+uint64_t cells_candidates(const fshm_segment *s) {
+  return regions(s) * region_lines(s) * CELLS_PER_LINE;
+}
 uint64_t cells_candidate(const fshm_segment *s, uint64_t hash, uint64_t i) {
-  return candidate_line(s, hash, i / CELLS_PER_LINE) * CELLS_PER_LINE + i % CELLS_PER_LINE;
+  uint64_t n = i / CELLS_PER_LINE, many = region_lines(s);
+  uint64_t line = region_start(s, hash, n >= many) + n % many;
+  return (line >= s->lines ? line - s->lines : line) * CELLS_PER_LINE + i % CELLS_PER_LINE;
+}
+
+/* May a cell of this line be the key's? Each is looked at once, in any order; and all in one branch, since
+ * a look through all candidates is mostly a look at other keys'. */
+static inline unsigned is_at(const fshm_segment *s, uint64_t cell, uint64_t who) {
+  return load_relaxed(&s->cells[cell].who) == who;
+}
+static inline bool line_has(const fshm_segment *s, uint64_t first, uint64_t who) {
+  static_assert(CELLS_PER_LINE == 4, "four are looked at");
+  return is_at(s, first, who) | is_at(s, first + 1, who) | is_at(s, first + 2, who) |
+         is_at(s, first + 3, who);
 }
 
 /* Pairs: acquire, with the swap that wrote the cell. `who` alone is a hint: the pair decides. */
-static inline bool confirmed_at(const fshm_segment *s, uint64_t cell, uint64_t who, pair_t *pair) {
+static inline HOT bool confirmed_at(const fshm_segment *s, uint64_t cell, uint64_t who,
+                                    pair_t *pair) {
   if (load_relaxed(&s->cells[cell].who) != who) return false;
   *pair = likely(!s->read_only) ? pair_load(&s->cells[cell]) : pair_peek(&s->cells[cell]);
   return pair->who == who && !IS_PENDING(pair->when);
 }
 
-void cells_find(const fshm_segment *s, uint64_t hash, uint64_t who, found_t *f) {
-  uint64_t first = scale((uint32_t)(hash >> 32), s->lines) * CELLS_PER_LINE;
+/* Beyond the home line: another line of the home region, or the second one; or nowhere. */
+static __attribute__((noinline)) void find_further(const fshm_segment *s, uint64_t hash,
+                                                   uint64_t who, found_t *f) {
+  if (regions(s) == 2) __builtin_prefetch(&s->cells[region_start(s, hash, 1) * CELLS_PER_LINE], 1);
+  for (unsigned region = 0; region < regions(s); region++) {
+    uint64_t line = region_start(s, hash, region);
+    for (uint64_t n = region_lines(s); n--; line = line_after(s, line)) {
+      uint64_t cell = line * CELLS_PER_LINE;
+      if (likely(!line_has(s, cell, who))) continue;
+      for (unsigned k = 0; k < CELLS_PER_LINE; k++) {
+        if (confirmed_at(s, cell + k, who, &f->pair)) {
+          f->cell = cell + k;
+          return;
+        }
+      }
+    }
+  }
+  f->pair.who = 0;
+}
+
+static inline HOT void cells_find_inline(const fshm_segment *s, uint64_t hash, uint64_t who,
+                                         found_t *f) {
+  uint64_t first = region_start(s, hash, 0) * CELLS_PER_LINE;
   for (unsigned k = 0; k < CELLS_PER_LINE; k++) {
     if (likely(confirmed_at(s, first + k, who, &f->pair))) {
       f->cell = first + k;
       return;
     }
   }
-  if (s->lines > 2 * REGION_LINES)
-    __builtin_prefetch(&s->cells[candidate_line(s, hash, REGION_LINES) * CELLS_PER_LINE], 1);
-  for (uint64_t i = 1; i < candidate_lines(s); i++) {
-    uint64_t cell = candidate_line(s, hash, i) * CELLS_PER_LINE;
-    for (unsigned k = 0; k < CELLS_PER_LINE; k++) {
-      if (confirmed_at(s, cell + k, who, &f->pair)) {
-        f->cell = cell + k;
-        return;
-      }
-    }
-  }
-  f->pair.who = 0;
+  find_further(s, hash, who, f);
+}
+void cells_find(const fshm_segment *s, uint64_t hash, uint64_t who, found_t *f) {
+  cells_find_inline(s, hash, who, f);
+}
+
+/* The line where the key most likely is. */
+static inline void cells_fetch(const fshm_segment *s, uint64_t hash) {
+  __builtin_prefetch(&s->cells[region_start(s, hash, 0) * CELLS_PER_LINE], 1);
+}
+/* The call will count its key there: that line on its way while the cells are looked at. */
+static inline void cells_fetch_ledger(const fshm_segment *s, uint64_t hash) {
+  __builtin_prefetch(&s->ledger[region_start(s, hash, 0) * CELLS_PER_LINE], 1);
 }
 
 typedef struct {
@@ -73,32 +115,41 @@ typedef struct {
 static survey_t survey(const fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now) {
   survey_t v;
   memset(&v, 0, sizeof v);
-  found_t free_in[2] = {{0, {0, 0}}, {0, {0, 0}}};
   unsigned used[2] = {0, 0}, seen[2] = {0, 0};
-  for (uint64_t i = 0; i < candidate_lines(s); i++) {
-    unsigned region = i >= REGION_LINES;
-    uint64_t cell = candidate_line(s, hash, i) * CELLS_PER_LINE;
-    for (unsigned k = 0; k < CELLS_PER_LINE; k++) {
-      pair_t pair = pair_load(&s->cells[cell + k]);
-      bool pending = IS_PENDING(pair.when);
-      if (pair.who == who && !pending) {
-        v.confirmed = true;
-        return v;
-      }
-      if (pair.who == who) {
-        if (!v.pending || cell + k < v.match.cell) v.match = (found_t){cell + k, pair};
-        v.pending = true;
-      } else if (pending && pair.who) {
-        if (!v.has_stale) v.stale = (found_t){cell + k, pair};
-        v.has_stale = true;
-        used[region]++;
-      } else if (!pair.who || state_expires(pair.when) <= minus(now, CLOCKS_DIFFER)) {
-        if (!seen[region]) free_in[region] = (found_t){cell + k, pair};
-        seen[region]++;
-      } else {
-        used[region]++;
+  found_t free_in[2] = {{0, {0, 0}}, {0, {0, 0}}};
+  const uint64_t over = minus(now, CLOCKS_DIFFER);
+  for (unsigned region = 0; region < regions(s); region++) {
+    uint64_t line = region_start(s, hash, region);
+    unsigned others = 0, room = 0;
+    for (uint64_t n = region_lines(s); n--; line = line_after(s, line)) {
+      uint64_t cell = line * CELLS_PER_LINE;
+      for (unsigned k = 0; k < CELLS_PER_LINE; k++) {
+        if (room && !load_relaxed(&s->cells[cell + k].who)) { /* one more that is empty */
+          room++;
+          continue;
+        }
+        pair_t pair = pair_load(&s->cells[cell + k]);
+        bool pending = IS_PENDING(pair.when);
+        if (pair.who == who && !pending) {
+          v.confirmed = true;
+          return v;
+        }
+        if (pair.who == who) {
+          if (!v.pending || cell + k < v.match.cell) v.match = (found_t){cell + k, pair};
+          v.pending = true;
+        } else if (pending && pair.who) {
+          if (!v.has_stale) v.stale = (found_t){cell + k, pair};
+          v.has_stale = true;
+          others++;
+        } else if (!pair.who || state_expires(pair.when) <= over) {
+          if (!room++) free_in[region] = (found_t){cell + k, pair};
+        } else {
+          others++;
+        }
       }
     }
+    used[region] = others;
+    seen[region] = room;
   }
   unsigned region = 0;
   if (!seen[0] || (seen[1] && used[0] >= REGION_LINES * 3 && used[1] < used[0])) region = 1;
@@ -117,26 +168,30 @@ again:
   /* Pairs with the same fence in every other claimer: of two published pendings of one key, the
    * later publisher's look comes after both publications. (x86's swap is a full barrier already.) */
   atomic_thread_fence(memory_order_seq_cst);
-  for (uint64_t i = 0; i < candidate_lines(s); i++) {
-    uint64_t cell = candidate_line(s, hash, i) * CELLS_PER_LINE;
-    for (unsigned k = 0; k < CELLS_PER_LINE; k++) {
-      if (cell + k == mine.cell) continue;
-      while (load_relaxed(&s->cells[cell + k].who) == mine.pair.who) {
-        pair = pair_load(&s->cells[cell + k]);
-        if (pair.who != mine.pair.who) break;
-        if (budget-- <= 0) return CLAIM_LOST;
-        expect = mine.pair;
-        if (!IS_PENDING(pair.when)) { /* confirmed elsewhere: that one counts */
-          (void)pair_cas(&s->cells[mine.cell], &expect, empty);
-          return CLAIM_LOST;
+  for (unsigned region = 0; region < regions(s); region++) {
+    uint64_t line = region_start(s, hash, region);
+    for (uint64_t n = region_lines(s); n--; line = line_after(s, line)) {
+      uint64_t cell = line * CELLS_PER_LINE;
+      if (likely(!line_has(s, cell, mine.pair.who))) continue;
+      for (unsigned k = 0; k < CELLS_PER_LINE; k++) {
+        if (cell + k == mine.cell) continue;
+        while (load_relaxed(&s->cells[cell + k].who) == mine.pair.who) {
+          pair = pair_load(&s->cells[cell + k]);
+          if (pair.who != mine.pair.who) break;
+          if (budget-- <= 0) return CLAIM_LOST;
+          expect = mine.pair;
+          if (!IS_PENDING(pair.when)) { /* confirmed elsewhere: that one counts */
+            (void)pair_cas(&s->cells[mine.cell], &expect, empty);
+            return CLAIM_LOST;
+          }
+          if (cell + k < mine.cell) { /* the lower place wins: help it */
+            (void)pair_cas(&s->cells[mine.cell], &expect, empty);
+            mine = (found_t){cell + k, pair};
+            goto again;
+          }
+          expect = pair; /* a higher place: out; if it changed meanwhile, look at it again */
+          if (pair_cas(&s->cells[cell + k], &expect, empty)) break;
         }
-        if (cell + k < mine.cell) { /* the lower place wins: help it */
-          (void)pair_cas(&s->cells[mine.cell], &expect, empty);
-          mine = (found_t){cell + k, pair};
-          goto again;
-        }
-        expect = pair; /* a higher place: out; if it changed meanwhile, look at it again */
-        if (pair_cas(&s->cells[cell + k], &expect, empty)) break;
       }
     }
   }
@@ -167,6 +222,12 @@ int cells_claim(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now, firs
     if (confirm(s, hash, v.match, first, context, cell) == CLAIMED) return CLAIMED;
   }
   return CLAIM_LOST;
+}
+
+/* Is there, after all, a cell that the key could have, or has? For a caller whose claim found none. */
+bool cells_room(const fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now) {
+  survey_t v = survey(s, hash, who, now);
+  return v.confirmed || v.pending || v.has_free || v.has_stale;
 }
 
 /* Forget the key in this cell, if it is still its. One swap. */

@@ -22,9 +22,12 @@
     v2 = ROTL(v2, 32); \
   } while (0)
 
-uint64_t fshm_siphash(uint64_t k0, uint64_t k1, const void *data, uint64_t length) {
+/* All but the finalisation's output. `wide`: 0, or 0xee for the variant of 128 bits. */
+static inline void absorb(uint64_t v[4], uint64_t k0, uint64_t k1, uint64_t wide, const void *data,
+                          uint64_t length) {
   const unsigned char *p = data;
   uint64_t v0 = k0 ^ UINT64_C(0x736f6d6570736575), v1 = k1 ^ UINT64_C(0x646f72616e646f6d);
+  v1 ^= wide;
   uint64_t v2 = k0 ^ UINT64_C(0x6c7967656e657261), v3 = k1 ^ UINT64_C(0x7465646279746573);
   uint64_t word, rest = length;
   for (; rest >= 8; rest -= 8, p += 8) {
@@ -46,9 +49,30 @@ uint64_t fshm_siphash(uint64_t k0, uint64_t k1, const void *data, uint64_t lengt
   v3 ^= word;
   ROUND;
   v0 ^= word;
-  v2 ^= 0xff;
+  v2 ^= wide ? wide : 0xff;
   ROUND;
   ROUND;
   ROUND;
-  return v0 ^ v1 ^ v2 ^ v3;
+  v[0] = v0;
+  v[1] = v1;
+  v[2] = v2;
+  v[3] = v3;
+}
+
+uint64_t fshm_siphash(uint64_t k0, uint64_t k1, const void *data, uint64_t length) {
+  uint64_t v[4];
+  absorb(v, k0, k1, 0, data, length);
+  return v[0] ^ v[1] ^ v[2] ^ v[3];
+}
+
+/* The variant of 128 bits, as its authors' reference has it. */
+void fshm_siphash128(uint64_t k0, uint64_t k1, const void *data, uint64_t length, uint64_t out[2]) {
+  uint64_t v[4];
+  absorb(v, k0, k1, 0xee, data, length);
+  out[0] = v[0] ^ v[1] ^ v[2] ^ v[3];
+  uint64_t v0 = v[0], v1 = v[1] ^ 0xdd, v2 = v[2], v3 = v[3];
+  ROUND;
+  ROUND;
+  ROUND;
+  out[1] = v0 ^ v1 ^ v2 ^ v3;
 }

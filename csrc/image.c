@@ -8,7 +8,10 @@
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <signal.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -20,6 +23,7 @@
 #include "internal.h"
 
 #define PAGE 4096
+#define CHUNK (UINT64_C(16) << 20) /* allocated at once: a few ms */
 
 int image_fail(fshm_error *e, int code) {
   e->code = code;
@@ -70,6 +74,10 @@ int fshm_path(const char *name, char *out, uint64_t size) {
   return n > 0 && (uint64_t)n < size ? FSHM_OK : FSHM_E_ARGUMENT;
 }
 
+void image_lock_path(const char *path, uint64_t instance, char *out, size_t size) {
+  (void)snprintf(out, size, "%s.%016llx.lock", path, (unsigned long long)instance);
+}
+
 /* Where everything lies, from the capacity alone. */
 static uint64_t aligned(uint64_t at, uint64_t to) { return (at + to - 1) / to * to; }
 
@@ -91,7 +99,15 @@ static void lay_out(header_t *h, uint64_t capacity) {
   h->cells_offset = aligned(h->columns_offset + PROCESSES * sizeof(column_t), PAGE);
   h->ledger_offset = h->cells_offset + h->lines * LINE;
   h->names_offset = h->ledger_offset + h->lines * CELLS_PER_LINE * sizeof(ledger_t);
-  h->size = aligned(h->names_offset + h->names_words * 8, PAGE);
+  /* The memo: room for about a text in every ten keys, 320 KB by default. */
+  h->memo_lines = min_u64(max_u64(capacity / 40, 256), UINT64_C(1) << 24);
+  h->memo_offset = aligned(h->names_offset + h->names_words * 8, LINE);
+  h->metrics_offset = h->memo_offset + h->memo_lines * LINE;
+  h->histograms_offset = aligned(h->metrics_offset + METRICS * sizeof(metric_t), LINE);
+  h->deployments_offset = h->histograms_offset + sizeof(histogram_t) * METRICS * METRIC_SHARDS;
+  h->flights_offset = h->deployments_offset + DEPLOYMENTS * sizeof(deployment_t);
+  h->tallies_offset = h->flights_offset + PROCESSES * sizeof(flights_t);
+  h->size = aligned(h->tallies_offset + (PROCESSES + 1) * sizeof(tallies_t), PAGE);
 }
 
 uint64_t fshm_size_for(uint64_t capacity) {
@@ -133,6 +149,45 @@ static void randomise(void *out, size_t size) {
 #endif
 }
 
+/* Says how much is needed and how much there is, not counting what `fd` (-1: none) has taken of it. */
+static int no_space(int fd, uint64_t size, fshm_error *e) {
+  int saved = errno;
+  struct statvfs all;
+  struct stat own;
+  e->wanted = size;
+  e->found = statvfs(fshm_directory(), &all) ? 0 : (uint64_t)all.f_bavail * all.f_frsize;
+  if (fd >= 0 && !fstat(fd, &own)) e->found += (uint64_t)own.st_blocks * 512;
+  errno = saved;
+  return image_fail_errno(e);
+}
+
+/* All pages now: a file that grew by ftruncate alone dies of SIGBUS on a full file system. Returns an
+ * errno value. */
+static int allocate(int fd, uint64_t size) {
+  struct statvfs all;
+  if (ftruncate(fd, (off_t)size)) return errno;
+#if defined(__APPLE__)
+  (void)all;
+  return 0;
+#else
+  /* Not even begun where it cannot succeed: it would take the host's memory until it fails. (No blocks
+   * at all: a tmpfs without a limit.) */
+  if (!fstatvfs(fd, &all) && all.f_blocks && (uint64_t)all.f_bfree * all.f_frsize < size)
+    return ENOSPC;
+  for (uint64_t at = 0; at < size; at += CHUNK) {
+    /* A signal makes the kernel give up and undo it (EINTR), each time anew in a program with a fast
+     * timer: none between, and those that come are served after each chunk. */
+    sigset_t every, before;
+    (void)sigfillset(&every);
+    (void)pthread_sigmask(SIG_SETMASK, &every, &before);
+    int failed = posix_fallocate(fd, (off_t)at, (off_t)min_u64(size - at, CHUNK));
+    (void)pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (failed) return failed;
+  }
+  return 0;
+#endif
+}
+
 static int fill(int fd, uint64_t capacity, uint32_t mode, uint32_t flags, fshm_error *e) {
   header_t h;
   memset(&h, 0, sizeof h);
@@ -145,29 +200,35 @@ static int fill(int fd, uint64_t capacity, uint32_t mode, uint32_t flags, fshm_e
   h.created_realtime_ns = (uint64_t)wall.tv_sec * UINT64_C(1000000000) + (uint64_t)wall.tv_nsec;
   h.epoch = fshm_clock();
   h.names_mode = flags & (FSHM_NAMES_HASHED | FSHM_NAMES_OFF);
-  /* All pages now: a file that grew by ftruncate alone dies of SIGBUS on a full file system. */
-  if (ftruncate(fd, (off_t)h.size)) return image_fail_errno(e);
-#if defined(__APPLE__)
-  int failed = 0;
-#else
-  int failed = posix_fallocate(fd, 0, (off_t)h.size);
-#endif
+  h.check = header_check(&h);
+  /* Asked before, since growing beyond it is answered by SIGXFSZ, which ends the program. */
+  struct rlimit most;
+  if (!getrlimit(RLIMIT_FSIZE, &most) && most.rlim_cur < h.size) {
+    errno = EFBIG;
+    e->wanted = h.size;
+    e->found = most.rlim_cur;
+    return image_fail_errno(e);
+  }
+  int failed = allocate(fd, h.size);
   if (failed) {
     errno = failed;
-    return image_fail_errno(e);
+    return no_space(fd, h.size, e);
   }
   if (fchmod(fd, mode)) return image_fail_errno(e); /* not at open: umask would interfere */
   if (pwrite(fd, &h, sizeof h, 0) != (ssize_t)sizeof h) return image_fail_errno(e);
   return FSHM_OK;
 }
 
+/* Give an unnamed file a name, unless the name exists. */
+int image_link(int fd, const char *path) {
+  char self[64];
+  (void)snprintf(self, sizeof self, "/proc/self/fd/%d", fd);
+  return linkat(AT_FDCWD, self, AT_FDCWD, path, AT_SYMLINK_FOLLOW);
+}
+
 /* Give the finished file its name, unless the name exists. */
 static int publish_file(int fd, const char *temporary, const char *path) {
-  if (!temporary) {
-    char self[64];
-    (void)snprintf(self, sizeof self, "/proc/self/fd/%d", fd);
-    return linkat(AT_FDCWD, self, AT_FDCWD, path, AT_SYMLINK_FOLLOW);
-  }
+  if (!temporary) return image_link(fd, path);
 #if defined(__linux__) && defined(SYS_renameat2)
   if (!syscall(SYS_renameat2, AT_FDCWD, temporary, AT_FDCWD, path, 1 /* RENAME_NOREPLACE */))
     return 0;
@@ -189,7 +250,7 @@ static int create_by(bool unnamed, const char *path, uint64_t capacity, uint32_t
     (void)snprintf(temporary, sizeof temporary, "%s.%016llx.tmp", path, (unsigned long long)nonce);
     fd = open(temporary, O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC | O_NOFOLLOW, 0600);
   }
-  if (fd < 0) return image_fail_errno(e);
+  if (fd < 0) return no_space(-1, fshm_size_for(capacity), e);
   int status = fill(fd, capacity, mode, flags, e);
   if (status == FSHM_OK && publish_file(fd, unnamed ? NULL : temporary, path) && errno != EEXIST)
     status = image_fail_errno(e); /* EEXIST: somebody was faster; attach to theirs */
@@ -242,12 +303,21 @@ int image_verify(int fd, header_t *h, uint32_t flags, fshm_error *e) {
       should.limiters_offset != h->limiters_offset ||
       should.processes_offset != h->processes_offset ||
       should.columns_offset != h->columns_offset || should.ledger_offset != h->ledger_offset ||
-      should.names_offset != h->names_offset || should.cells_offset != h->cells_offset)
+      should.names_offset != h->names_offset || should.cells_offset != h->cells_offset ||
+      should.memo_lines != h->memo_lines || should.memo_offset != h->memo_offset ||
+      should.metrics_offset != h->metrics_offset ||
+      should.histograms_offset != h->histograms_offset ||
+      should.deployments_offset != h->deployments_offset ||
+      should.flights_offset != h->flights_offset || should.tallies_offset != h->tallies_offset)
     return image_fail(e, FSHM_E_DAMAGED);
   identify_clock(&should);
+  e->found = h->time_namespace;
+  e->wanted = should.time_namespace;
   if (should.boot[0] != h->boot[0] || should.boot[1] != h->boot[1] ||
       should.time_namespace != h->time_namespace || h->epoch > fshm_clock())
     return image_fail(e, FSHM_E_BOOT);
+  /* The rest of the header decides who counts with whom: processes with another secret count apart. */
+  if (h->check != header_check(h)) return image_fail(e, FSHM_E_DAMAGED);
   return FSHM_OK;
 }
 
@@ -265,7 +335,7 @@ int fshm_remove(const char *name, fshm_error *e) {
   if (unlink(e->path)) return image_fail_errno(e);
   if (ours) {
     char lock[sizeof e->path + 32];
-    (void)snprintf(lock, sizeof lock, "%s.%016llx.lock", e->path, (unsigned long long)h.instance);
+    image_lock_path(e->path, h.instance, lock, sizeof lock);
     (void)unlink(lock);
   }
   return FSHM_OK;

@@ -5,6 +5,7 @@
 #include <stdbool.h>
 #include <string.h>
 
+#include "allowance.h"
 #include "atomic128.h"
 #include "fast_shm.h"
 #include "layout.h"
@@ -12,6 +13,12 @@
 
 #define likely(x) __builtin_expect(!!(x), 1)
 #define unlikely(x) __builtin_expect(!!(x), 0)
+
+/* Called seldom: kept out of the hot path, and out of what the compiler thinks may be inlined there. */
+#define COLD __attribute__((noinline, cold))
+
+/* Part of the hot path: inlined whatever the compiler thinks of its size. (With `inline`.) */
+#define HOT __attribute__((always_inline))
 
 #define load_relaxed(p) atomic_load_explicit((p), memory_order_relaxed)
 #define store_relaxed(p, v) atomic_store_explicit((p), (v), memory_order_relaxed)
@@ -33,8 +40,8 @@
 typedef struct {
   _Atomic uint32_t joined; /* 0 = not yet; slot + 1; or NO_SLOT: counts straight into the ledger */
   _Atomic uint32_t joining;
-  uint32_t pid; /* where the kernel cannot wipe: compare with getpid() */
-  uint64_t generation; /* of the slot, while it is ours */
+  _Atomic uint32_t pid; /* where the kernel cannot wipe: compare with getpid() */
+  _Atomic uint64_t generation; /* of the slot, while it is ours */
 } fork_page_t;
 
 struct fshm_segment {
@@ -46,13 +53,27 @@ struct fshm_segment {
   process_t *processes;
   column_t *columns;
   _Atomic uint64_t *names;
+  memo_t *memo;
+  metric_t *metrics;
+  histogram_t *histograms;
+  deployment_t *deployments;
+  flights_t *flights;
+  tallies_t *tallies;
+  uint64_t memo_lines;
   uint64_t lines, cell_count, names_words, size, epoch;
+  uint64_t capacity, created_realtime_ns, instance, secret[2];
+  unsigned char verified[offsetof(header_t, damage)]; /* the header as it was when we attached */
+  _Atomic uint64_t damage; /* as header_t.damage, for mappings that cannot be written */
   uint32_t limiter_count, names_mode;
   fork_page_t *fork_page;
   bool read_only;
   bool wiped; /* the kernel wipes fork_page in a child; else the pid is compared */
-  int fd, lock_fd;
-  uint64_t lock_ino;
+  _Atomic int lock_fd; /* of the lock file, -1 = not open */
+  _Atomic uint64_t lock_dev, lock_ino;
+  _Atomic uint32_t lock_opener; /* threads_lock() around the opening */
+  int parked_fd; /* of the lock file, from a handle for reading that was closed before this one; or -1 */
+  _Atomic uint32_t leads; /* the pid that leads the host, if it is this process: a child does not */
+  _Atomic int lock_errno; /* why it could not be had when it was last wanted; 0 = it was */
   uint64_t dev, ino;
   uint32_t users; /* handles on this mapping in this process */
   char path[256];
@@ -80,11 +101,20 @@ struct fshm_limiter {
 /* hash.c */
 uint64_t fshm_siphash(uint64_t k0, uint64_t k1, const void *data, uint64_t length);
 
+void fshm_siphash128(uint64_t k0, uint64_t k1, const void *data, uint64_t length, uint64_t out[2]);
+
 /* image.c */
 int image_fail(fshm_error *e, int code);
 int image_fail_errno(fshm_error *e);
+void image_lock_path(const char *path, uint64_t instance, char *out, size_t size);
 int image_create(const char *path, uint64_t capacity, uint32_t mode, uint32_t flags, fshm_error *e);
+int image_link(int fd, const char *path);
 int image_verify(int fd, header_t *header, uint32_t flags, fshm_error *e);
+
+/* damage.c */
+uint64_t header_check(const header_t *h);
+void damage_note(fshm_segment *s, unsigned kind, uint64_t index);
+int damage_limits(fshm_segment *s, uint32_t index);
 
 /* clock.c */
 uint64_t fshm_clock(void);
@@ -95,10 +125,16 @@ static inline uint64_t segment_now(const fshm_segment *s) {
   return unlikely(clock <= s->epoch) ? 1 : min_u64(clock - s->epoch, TIME_MAX - 1);
 }
 
+/* segment.c: a lock among the threads of this process; no hot call takes one */
+void threads_lock(_Atomic uint32_t *lock);
+void threads_unlock(_Atomic uint32_t *lock);
+
 /* process.c */
 uint32_t process_join(fshm_segment *s);
 bool process_alive(fshm_segment *s, uint32_t slot);
 bool process_identity(fshm_segment *s, uint32_t *slot, uint64_t *generation);
+bool process_lock_open(const fshm_segment *s);
+int process_refusal(const fshm_segment *s);
 bool process_forked(const fshm_segment *s);
 
 static inline uint32_t process_slot(fshm_segment *s) {
@@ -115,15 +151,49 @@ typedef struct {
 
 enum { CLAIMED = 1, CLAIM_LOST = 0 /* somebody else has it now: look again */, CLAIM_FULL = -1 };
 
-void cells_find(const fshm_segment *s, uint64_t hash, uint64_t who, found_t *out);
+void cells_find(const fshm_segment *s, uint64_t hash, uint64_t who, found_t *f);
 /* Computes the state a new cell begins with, as of now. */
 typedef uint64_t first_state_t(void *context);
 
 int cells_claim(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now, first_state_t *first,
                 void *context, uint64_t *cell);
+bool cells_room(const fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now);
 void cells_clear(fshm_segment *s, uint64_t cell, uint64_t who);
 uint64_t cells_candidates(const fshm_segment *s);
 uint64_t cells_candidate(const fshm_segment *s, uint64_t hash, uint64_t i);
+
+/* Slots: cells of one key of which there can be many (permits in flight, hits in a moving window), each with
+ * a fingerprint of its own. Slots 4k .. 4k+3 share a home line. hash, who: of the key. */
+#define SLOT_STEP UINT64_C(0xa24baed4963ee407)
+static inline uint64_t spread(uint64_t x) { /* murmur3's finaliser */
+  x = (x ^ x >> 33) * UINT64_C(0xff51afd7ed558ccd);
+  x = (x ^ x >> 33) * UINT64_C(0xc4ceb9fe1a85ec53);
+  return x ^ x >> 33;
+}
+static inline uint64_t slot_place(uint64_t hash, uint32_t slot) {
+  return spread(hash + (slot / CELLS_PER_LINE + 1) * UINT64_C(0x9e3779b97f4a7c15));
+}
+static inline uint64_t slot_who(uint64_t key_who, uint32_t slot) {
+  uint64_t who = spread(key_who ^ SLOT_STEP * (slot + 1));
+  return who + !who;
+}
+
+/* counted.c: a key of a limiter, for calls that bring the limit along. */
+typedef struct {
+  fshm_segment *s;
+  uint32_t index; /* of the limiter */
+  bool fixed; /* the caller gave the time */
+  uint64_t hash, who, now;
+} keyed_t;
+
+int keyed_begin(keyed_t *k, const fshm_limiter *l, uint32_t kind, const void *key, uint64_t length,
+                uint64_t now);
+int keyed_at(keyed_t *k, fshm_segment *s, uint64_t cell, uint32_t kind, uint64_t now);
+uint64_t keyed_now(const keyed_t *k);
+int keyed_put(const keyed_t *k, uint64_t place, found_t *f, uint64_t who, uint64_t next,
+              first_state_t *first, void *context);
+void keyed_tell(const keyed_t *k, const found_t *f, const void *key, uint64_t length, int status);
+void counted_peek(const keyed_t *k, const fshm_limit *limit, fshm_decision *out);
 
 /* limits.c: the table of limiters and their limits */
 #define CURRENT_VERSION(c) ((c) & ((UINT64_C(1) << 28) - 1))
@@ -131,17 +201,52 @@ uint64_t cells_candidate(const fshm_segment *s, uint64_t hash, uint64_t i);
 #define CURRENT_SLOT(c, back) ((unsigned)((c) >> (48 + 4 * (back))) & 15)
 
 bool limits_load(const fshm_segment *s, uint32_t index, plan_t *out);
+bool limits_wrong(const fshm_segment *s, uint32_t index, bool published);
+bool limits_name_wrong(const fshm_segment *s, uint32_t index);
 uint32_t limits_most_permits(const fshm_segment *s, uint32_t index, const plan_t *p);
 void limits_lower_most(fshm_segment *s, uint32_t index, const plan_t *p, uint32_t most);
 bool limits_old_rule(const limiter_entry_t *e, uint64_t current, unsigned version, uint32_t nth,
                      rule_t *out);
 
-/* lease.c: free the permits of dead processes among a key's candidate cells. True if there were any. */
-bool lease_free_dead(fshm_segment *s, uint64_t hash);
+/* lease.c: free the permits of dead processes among a key's candidate cells. True: look again. */
+bool lease_free_dead(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now);
+
+/* Where permits are granted to this host: the key's allowance. */
+typedef struct {
+  uint64_t hash, who; /* of its word's cell */
+  uint64_t dropped; /* alone: the word, as it was dropped before */
+  uint32_t alone; /* at most so many of this host, without the grantor; 0: within the allowance */
+} granted_t;
+
+static inline uint64_t granted_word(const fshm_segment *s, const granted_t *g) {
+  found_t f;
+  cells_find(s, g->hash, g->who, &f);
+  return f.pair.who ? f.pair.when : 0;
+}
+
+/* FSHM_ASK: not within what is granted. */
+int lease_take_granted(fshm_limiter *l, const void *key, uint64_t length, const granted_t *g,
+                       uint64_t now, fshm_permit *out, uint64_t *version, uint32_t *held);
+/* The key's held slots, from this one on. Frees those of dead processes. */
+uint32_t lease_count(fshm_limiter *l, const void *key, uint64_t length, uint64_t from);
+
+/* wallet.c: for how long these costs are refused; 0: they are not */
+uint64_t wallet_refused_ns(const fshm_limiter *l, uint64_t hash, const uint64_t *costs,
+                           uint64_t now);
 
 /* limiter.c */
-int limiter_take(fshm_limiter *l, uint32_t op, const void *key, uint64_t key_length,
-                 const uint64_t *costs, uint64_t now, fshm_decision *out, uint64_t *put);
+uint64_t limiter_fetch(const fshm_limiter *l, const void *key, uint64_t length);
+void limiter_acquire_fetched(fshm_limiter *l, uint64_t hash, const void *key, uint64_t length,
+                             const uint64_t *costs, fshm_decision *out);
+int limiter_take(fshm_limiter *l, const plan_t *plan, uint64_t hash, uint32_t op, const void *key,
+                 uint64_t key_length, const uint64_t *costs, uint64_t now, fshm_decision *out,
+                 uint64_t *put_states);
+
+/* route.c: empty the column of a slot that is ours from now on. */
+void route_join(fshm_segment *s, uint32_t slot, uint64_t generation);
+
+/* tally.c: all calls that were counted through a process slot. */
+void tally_slot(const fshm_segment *s, uint32_t slot, fshm_tally *out);
 
 /* ledger.c */
 uint32_t ledger_meta(uint32_t limiter, uint64_t who);
@@ -150,6 +255,14 @@ void ledger_miss(fshm_segment *s, uint32_t slot, uint64_t cell, uint32_t meta, c
 void ledger_flush_column(fshm_segment *s, uint32_t slot);
 void ledger_remember(fshm_segment *s, uint64_t cell, uint32_t meta, const void *key,
                      uint64_t length);
+
+/* Count one call of a limiter: the sums that are shown (tally.c). */
+static inline void tally_call(fshm_segment *s, uint32_t slot, uint32_t limiter, int status) {
+  limiter_tally_t *t = &s->tallies[slot < PROCESSES ? slot : PROCESSES]
+                            .of[limiter < TALLIES ? limiter : TALLIES - 1];
+  (void)add_relaxed(status == FSHM_ALLOWED ? &t->admitted : &t->denied, 1);
+  if (unlikely(status < 0)) (void)add_relaxed(&t->refused, 1);
+}
 
 /* Count one call for the key in `cell`: in this process's own column; out of it only when another
  * key needs the entry, or every 4,096th time, to keep the name in the ring. */

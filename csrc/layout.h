@@ -18,14 +18,22 @@
 #define FSHM_BYTE_ORDER UINT32_C(0x01020304)
 #define LINE 64
 #define CELLS_PER_LINE 4
-#define REGION_LINES 8        /* a key may live in two regions of this many lines */
-#define PROCESSES 256         /* process table, fixed: 256 x (64 + 2048) bytes */
+#define REGION_LINES UINT64_C(8) /* a key may live in two regions of this many lines */
+#define PROCESSES 256         /* process table, fixed: 256 x (64 + 2048 + 1536) bytes */
 #define COLUMN_ENTRIES 128    /* of one process: a power of two */
+#define TALLIES FSHM_TALLIES  /* limiters whose calls a process slot counts apart */
 #define LIMITS_SLOTS \
   6        /* limit sets an entry can hold: current, three before it, two being written */
 #define HISTORY 4             /* the current set and the three before it */
 #define MAX_LIMITERS 2048     /* 11 bits of ledger_t.meta */
 #define BELLS 256             /* futex words that waiters for permits sleep on */
+#define MEMO_WAYS 4           /* places of a text in the memo: one line */
+#define METRICS 32            /* (component, operation) pairs that are measured */
+#define METRIC_SHARDS 4       /* of a metric's sums: processes spread over them */
+#define METRIC_NAME 104       /* bytes of "component\0operation" that are kept */
+#define DURATIONS 238         /* buckets of a histogram: metric.h */
+#define FEATURES 8            /* words of errors, for features.py to name */
+#define DEPLOYMENTS 256       /* whose statistics routers share */
 #define MIN_CAPACITY 1
 #define MAX_CAPACITY (UINT64_C(1) << 31)
 #define DEFAULT_CAPACITY UINT64_C(200000)
@@ -57,18 +65,75 @@ typedef struct {
   column_entry_t entries[COLUMN_ENTRIES];
 } column_t;
 
+/* Calls of one limiter that came through one process slot, by all its owners, one after the other. Only
+ * added to, relaxed, one add a call: nothing is taken away, moved or summed up elsewhere, so no reader ever
+ * sees a sum of them fall. A crash leaves the call counted or not. */
+typedef struct {
+  _Atomic uint64_t admitted;
+  _Atomic uint64_t denied; /* refused ones among them */
+  _Atomic uint64_t refused; /* met a full table */
+} limiter_tally_t;
+
+/* Limiters from TALLIES - 1 on share the last. Slot PROCESSES: of all processes that have no slot. */
+typedef struct {
+  _Alignas(LINE) limiter_tally_t of[TALLIES];
+} tallies_t;
+
+/* A text that was counted: `who` = half of its 128-bit keyed hash, `when` = 40 bits of the other half |
+ * count (24). Swapped whole: memo.c. A crash leaves the old entry or the new one. */
+typedef cell_t memo_t;
+
+/* What is measured. Entries are claimed in order and never given back: metric.c. */
+typedef struct {
+  _Atomic uint64_t id; /* keyed hash of the names; 0 = free; one compare-and-swap */
+  _Atomic uint32_t name_length; /* bytes of both and the zero between; 0 = not written yet */
+  _Atomic uint32_t component_length;
+  _Atomic unsigned char name[METRIC_NAME]; /* whoever knows it writes it: always the same */
+} metric_t;
+
+/* The sums of one metric in one shard: only added to, relaxed, by any process. A crash leaves a record
+ * out, or half in (counted, but not in the sum). */
+typedef struct {
+  _Alignas(LINE) _Atomic uint64_t errors; /* calls */
+  _Atomic uint64_t sum; /* ns */
+  _Atomic uint64_t least; /* ~ns, so that 0 = none yet; only rises */
+  _Atomic uint64_t most; /* ns; only rises */
+  _Atomic uint64_t sizes[2]; /* bytes or tokens in and out, as the caller counts them */
+  _Atomic uint64_t buckets[DURATIONS]; /* calls, by duration: metric.h */
+} histogram_t;
+
+/* What routers know of a deployment: route.c. Each word is one compare-and-swap of its own. */
+typedef struct {
+  _Alignas(LINE) _Atomic uint64_t id; /* keyed hash of its name; 0 = free */
+  _Atomic uint64_t latency; /* decaying mean, in units of 64 ns (44 bits) | records (20) */
+  _Atomic uint64_t success; /* decaying rate in units of 2^-32 (32) | records (32) */
+  _Atomic uint64_t cost; /* decaying mean in units of 1e-9 (44) | records (20) */
+  _Atomic uint64_t failures; /* minute of segment time (40) | failures in it (24) */
+  _Atomic uint64_t cooldown; /* ends then, segment ns; 0 = none */
+  _Atomic uint64_t used; /* segment ns of the last record or beginning */
+} deployment_t;
+
+/* One process's requests in flight, by deployment: written by its threads alone. Counts only while
+ * `generation` is the process slot's and its owner lives, so what a dead process had vanishes whole. */
+typedef struct {
+  _Alignas(LINE) _Atomic uint64_t generation;
+  _Atomic uint16_t in_flight[DEPLOYMENTS];
+} flights_t;
+
 /* Slot i belongs to the process that holds the byte lock i of the lock file; the kernel drops the
  * lock at its death, and the fields below then describe a dead process until the slot is reused. */
 typedef struct {
   _Alignas(LINE) _Atomic uint32_t pid; /* 0 = never used; owner writes, relaxed */
   uint32_t unused;
   _Atomic uint64_t attached; /* segment time, ns */
-  _Atomic uint64_t admitted; /* calls, without those still in the column; relaxed */
-  _Atomic uint64_t denied;
-  _Atomic uint64_t refused; /* calls that met a full table */
+  /* What the slot's tallies said when its owner joined: the rest are the owner's. Owner writes, relaxed; killed
+   * in between, a dead process shows too many. */
+  _Atomic uint64_t before[3]; /* admitted, denied, refused */
   /* counts the owners of the slot: a permit of an earlier one is a dead process's. The owner adds 1
    * when it has the lock (release); readers acquire. Outlives crashes. */
   _Atomic uint64_t generation;
+  /* a generation whose owner is known to be dead; written by anybody who asked the kernel (route.c) */
+  _Atomic uint64_t dead;
 } process_t;
 
 /* A set of limits. Written only by the process that owns the slot, before it is referenced by
@@ -94,7 +159,8 @@ typedef struct {
   limits_slot_t slots[LIMITS_SLOTS];
 } limiter_entry_t;
 
-/* Written once before the segment is published; constant afterwards, except the last three lines. */
+/* Written once before the segment is published; constant afterwards, except `damage` and the lines from
+ * 320 on. */
 typedef struct {
   uint64_t magic;
   uint32_t version;
@@ -103,8 +169,11 @@ typedef struct {
   uint64_t capacity; /* keys, as asked for */
   uint64_t lines; /* of cells */
   uint64_t limiters_offset, processes_offset, columns_offset, ledger_offset, names_offset,
-      cells_offset; /* bytes from the start */
+      cells_offset, memo_offset, metrics_offset, histograms_offset, deployments_offset,
+      flights_offset; /* bytes from the start */
+  uint64_t memo_lines;
   uint64_t names_words; /* of the ring of key names */
+  uint64_t tallies_offset;
   uint32_t limiters, processes, column_entries, names_mode;
   uint64_t boot[2]; /* the kernel's boot id */
   uint64_t time_namespace; /* inode; 0 = unknown */
@@ -112,14 +181,25 @@ typedef struct {
   uint64_t created_realtime_ns; /* for people */
   uint64_t secret[2]; /* SipHash key */
   uint64_t instance; /* random; part of the lock file's name */
-  unsigned char unused[LINE];
+  uint64_t check; /* hash of all words above: header_check() */
+  /* What was first found damaged: kind (8 bits) | index (56); 0 = nothing. Set by whoever meets it, by one
+   * compare-and-swap (relaxed), and never cleared. No decision reads it. */
+  _Atomic uint64_t damage;
+  unsigned char unused[LINE - 16];
   _Alignas(LINE) _Atomic uint64_t ticket; /* next pending ticket; fetch-add, relaxed */
   _Alignas(LINE) _Atomic uint64_t names_head; /* words ever reserved in the ring; fetch-add */
-  _Alignas(LINE) _Atomic uint64_t retired_admitted; /* calls, of processes whose slot was reused */
-  _Atomic uint64_t retired_denied;
+  /* The lock file's inode: 0 = not made yet. One compare-and-swap by the first to have it open, then
+   * constant; relaxed, since it is compared and leads nowhere. After a crash: 0, or the inode. */
+  _Alignas(LINE) _Atomic uint64_t lock_file;
   /* Futex words, for waiters of keys that hash to them: lease.c. After a crash: at worst a needless
    * wake, or a waiter that looks after a second. */
   _Alignas(LINE) _Atomic uint32_t bells[BELLS];
+  /* Errors of each feature on this host since the last reset; features.py names them. One add. */
+  _Alignas(LINE) _Atomic uint64_t feature_errors[FEATURES];
+  _Alignas(LINE) _Atomic uint64_t memo_hits, memo_misses; /* by the hundred, relaxed: memo.c */
+  /* Which process slots were ever joined: bits, only set. And when somebody last asked for the dead. */
+  _Alignas(LINE) _Atomic uint64_t joined[PROCESSES / 64];
+  _Atomic uint64_t census; /* segment ns; one compare-and-swap */
 } header_t;
 
 static_assert(sizeof(cell_t) == 16, "a cell is swapped as 16 bytes");
@@ -127,13 +207,19 @@ static_assert(offsetof(cell_t, when) == 8, "who, then when");
 static_assert(sizeof(ledger_t) == 16, "ledger entry");
 static_assert(sizeof(column_entry_t) == 16, "column entry");
 static_assert(sizeof(column_t) == 2048, "column");
+static_assert(sizeof(tallies_t) == 384, "tallies");
 static_assert(sizeof(process_t) == 64, "process slot");
-static_assert(sizeof(rule_t) == 8 * RULE_WORDS, "rule");
+static_assert(sizeof(metric_t) == 120, "metric");
+static_assert(sizeof(histogram_t) == 1984, "histogram");
+static_assert(sizeof(deployment_t) == 64, "deployment");
+static_assert(sizeof(flights_t) == 576, "flights");
+static_assert(sizeof(rule_t) == UINT64_C(8) * RULE_WORDS, "rule");
 static_assert(sizeof(limits_slot_t) == 16 + 64 * FSHM_MAX_LIMITS, "limits slot");
 static_assert(sizeof(limiter_entry_t) == 1792, "limiter entry");
 static_assert(offsetof(limiter_entry_t, slots) == 128, "limiter slots");
-static_assert(offsetof(header_t, ticket) == 256, "the changing lines start at 256");
-static_assert(sizeof(header_t) == 1472, "header");
+static_assert(offsetof(header_t, damage) == 240, "the constant words end at 240");
+static_assert(offsetof(header_t, ticket) == 320, "the changing lines start at 320");
+static_assert(sizeof(header_t) == 1792, "header");
 static_assert(sizeof(_Atomic uint64_t) == 8, "atomics are plain words");
 
 #endif

@@ -19,8 +19,7 @@
 
 #include "internal.h"
 
-#define SLOT_STEP UINT64_C(0xa24baed4963ee407)
-#define PERMIT_BIT 2048u /* of the limiter index in ledger_t.meta */
+#define PERMIT_BIT 2048U /* of the limiter index in ledger_t.meta */
 #define SLOT_OF(w) ((uint32_t)((w) >> 44) & 0x1ffff)
 #define OWNER_OF(w) ((uint32_t)((w) >> 36) & 0xff)
 #define GENERATION_OF(w) ((w) >> 18 & 0x3ffff)
@@ -60,25 +59,10 @@ static bool own_identity(fshm_segment *s, uint64_t *identity) {
 
 #define IDENTITY_MASK (UINT64_C(0x3ffffff) << 18)
 
-static uint64_t spread(uint64_t x) { /* murmur3's finaliser */
-  x = (x ^ x >> 33) * UINT64_C(0xff51afd7ed558ccd);
-  x = (x ^ x >> 33) * UINT64_C(0xc4ceb9fe1a85ec53);
-  return x ^ x >> 33;
-}
-
-static uint64_t unspread(uint64_t x) { /* its inverse */
+static uint64_t unspread(uint64_t x) { /* the inverse of spread() */
   x = (x ^ x >> 33) * UINT64_C(0x9cb4b2f8129337db);
   x = (x ^ x >> 33) * UINT64_C(0x4f74430c22a54005);
   return x ^ x >> 33;
-}
-
-/* Slots 4k .. 4k+3 share a home line. Resets do not reach permits: no salt. */
-static inline uint64_t slot_place(uint64_t hash, uint32_t slot) {
-  return spread(hash + (slot / CELLS_PER_LINE + 1) * UINT64_C(0x9e3779b97f4a7c15));
-}
-static inline uint64_t slot_who(uint64_t hash, uint32_t slot) {
-  uint64_t who = spread(hash ^ SLOT_STEP * (slot + 1));
-  return who + !who;
 }
 
 typedef struct {
@@ -86,6 +70,7 @@ typedef struct {
   fshm_limiter *limiter;
   const void *key;
   uint64_t key_length, hash, now, identity;
+  bool fixed; /* the caller gave the time */
 } holder_t;
 
 static inline uint32_t bell_of(uint64_t hash) { return (uint32_t)(hash >> 32); }
@@ -97,6 +82,7 @@ static bool holder_make(holder_t *h, fshm_limiter *l, const void *key, uint64_t 
   h->key = key;
   h->key_length = length;
   h->hash = fshm_siphash(l->key[0], l->key[1], key, length);
+  h->fixed = now != 0;
   h->now = now ? min_u64(now, TIME_MAX - 1) : segment_now(h->s);
   return own_identity(h->s, &h->identity);
 }
@@ -104,6 +90,8 @@ static bool holder_make(holder_t *h, fshm_limiter *l, const void *key, uint64_t 
 enum { SLOT_HELD, SLOT_TAKEN, SLOT_FULL };
 
 static uint64_t held_by_me(void *context) { return *(uint64_t *)context; }
+
+static bool free_dead(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now, census_t *census);
 
 /* Try one slot. With a census, a dead process's permit is taken over. */
 static int take_slot_of_key(const holder_t *h, uint32_t slot, census_t *census, fshm_permit *out) {
@@ -115,7 +103,8 @@ static int take_slot_of_key(const holder_t *h, uint32_t slot, census_t *census, 
     cells_find(h->s, place, who, &f);
     if (!f.pair.who) {
       int status = cells_claim(h->s, place, who, h->now, held_by_me, &mine.when, &f.cell);
-      if (status == CLAIM_FULL && lease_free_dead(h->s, place)) continue;
+      /* Only with a census: one for each slot would ask the kernel n times for each process. */
+      if (status == CLAIM_FULL && census && free_dead(h->s, place, who, h->now, census)) continue;
       if (status == CLAIM_FULL) return SLOT_FULL;
       if (status == CLAIM_LOST) continue;
     } else {
@@ -185,9 +174,33 @@ static bool stands(holder_t *h, plan_t *plan, uint32_t *held) {
   return true;
 }
 
-/* Take one permit of the key: FSHM_ALLOWED, FSHM_DENIED (*held says how many are), FSHM_FULL. */
-static int take_permit(holder_t *h, plan_t *plan, fshm_permit *out, uint32_t *held) {
-  uint32_t n = plan->permits, start = load_relaxed(&h->limiter->frontier) % n;
+/* And within what was granted to this host? Of those who stand, each slot is below the allowance, or all were
+ * counted: DESIGN.md, "Permits over many hosts". */
+static __attribute__((noinline)) bool stands_granted(const holder_t *h, const plan_t *plan,
+                                                     const granted_t *g, uint32_t slot,
+                                                     uint32_t *held) {
+  after_swap(); /* pairs with the swap and the scan of allowance.c: it sees our slot, or we its word */
+  uint64_t word = granted_word(h->s, g);
+  uint64_t most = g->alone;
+  if (g->alone) {
+    if (word != g->dropped) return false; /* it is granted again */
+  } else {
+    most =
+        allowance_at(word, h->fixed ? h->now : segment_now(h->s)); /* the word before the clock */
+    if (slot >= most) return false;
+    if (likely(allowance_clean(word))) return true;
+  }
+  census_t census;
+  census_begin(&census);
+  *held = count_held(h, limits_most_permits(h->s, h->limiter->index, plan), &census);
+  return *held <= most;
+}
+
+/* Take one of the key's first n slots: FSHM_ALLOWED, FSHM_DENIED (*held says how many are), FSHM_FULL; FSHM_ASK:
+ * it does not stand, by what is granted (NULL: this host's limit alone counts). */
+static int take_permit(holder_t *h, plan_t *plan, uint32_t n, const granted_t *granted,
+                       fshm_permit *out, uint32_t *held) {
+  uint32_t start = load_relaxed(&h->limiter->frontier) % n;
   uint32_t likely_free = atomic_exchange_explicit(&h->limiter->released, 0, memory_order_relaxed);
   census_t census;
   bool full = false;
@@ -202,9 +215,12 @@ static int take_permit(holder_t *h, plan_t *plan, fshm_permit *out, uint32_t *he
       ledger_remember(h->s, out->cell, ledger_meta(h->limiter->index | PERMIT_BIT, out->who),
                       h->key, h->key_length);
       if (pass) ring(h->s, out->bell); /* a dead process may have held more: the next may look */
-      if (likely(stands(h, plan, held))) return FSHM_ALLOWED;
+      bool fits = stands(h, plan, held);
+      if (likely(fits && (!granted || stands_granted(h, plan, granted, slot, held))))
+        return FSHM_ALLOWED;
       (void)give_back(h, out); /* without a ring: nobody else may have it either */
       out->held = 0;
+      if (fits) return FSHM_ASK;
       *held -= 1;
       return FSHM_DENIED;
     }
@@ -214,20 +230,64 @@ static int take_permit(holder_t *h, plan_t *plan, fshm_permit *out, uint32_t *he
   return full ? FSHM_FULL : FSHM_DENIED;
 }
 
-/* The cells that a key could use are all taken: free those whose permits are dead processes'. Nobody
- * asked for those keys since, so nobody else has noticed. */
-bool lease_free_dead(fshm_segment *s, uint64_t hash) {
+#define GRANTED_TRIES 3 /* of a taker whose slot does not stand since the word has changed */
+
+int lease_take_granted(fshm_limiter *l, const void *key, uint64_t length, const granted_t *g,
+                       uint64_t now, fshm_permit *out, uint64_t *version, uint32_t *held) {
+  holder_t h;
+  plan_t plan;
+  bool member = holder_make(&h, l, key, length, now);
+  if (!limits_load(h.s, l->index, &plan)) return damage_limits(h.s, l->index);
+  *version = CURRENT_VERSION(plan.current);
+  if (!plan.permits) return FSHM_E_ARGUMENT;
+  if (!member) return process_refusal(h.s);
+  for (int tries = 0; tries < GRANTED_TRIES; tries++) {
+    uint64_t may = g->alone ? g->alone : allowance_at(granted_word(h.s, g), h.now);
+    uint32_t n = (uint32_t)min_u64(may, plan.permits);
+    if (!n) return FSHM_ASK;
+    int status = take_permit(&h, &plan, n, g, out, held);
+    if (status == FSHM_DENIED && n < plan.permits && !g->alone) return FSHM_ASK;
+    if (status != FSHM_ASK) return status;
+    if (!h.fixed) h.now = segment_now(h.s);
+  }
+  return FSHM_ASK;
+}
+
+uint32_t lease_count(fshm_limiter *l, const void *key, uint64_t length, uint64_t from) {
+  holder_t h;
+  plan_t plan;
   census_t census;
-  bool any = false;
   census_begin(&census);
+  (void)holder_make(&h, l, key, length, 0);
+  if (!limits_load(h.s, l->index, &plan)) {
+    (void)damage_limits(h.s, l->index);
+    return 0;
+  }
+  if (!plan.permits) return 0;
+  uint32_t most = limits_most_permits(h.s, l->index, &plan);
+  return count_held_from(&h, (uint32_t)min_u64(from, most), most, &census);
+}
+
+/* The cells that a key could use are all taken: free those whose permits are dead processes'. Nobody
+ * asked for those keys since, so nobody else has noticed. Where somebody else has noticed at the same time, there
+ * may be nothing left to free, but room all the same. */
+static bool free_dead(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now,
+                      census_t *census) {
+  bool any = false;
   for (uint64_t i = 0; i < cells_candidates(s); i++) {
     cell_t *cell = &s->cells[cells_candidate(s, hash, i)];
     if (!IS_PERMIT(load_relaxed(&cell->when))) continue;
     pair_t seen = pair_load(cell), idle = {seen.who, 0};
-    if (!IS_PERMIT(seen.when) || owner_alive(s, seen.when, &census)) continue;
+    if (!IS_PERMIT(seen.when) || owner_alive(s, seen.when, census)) continue;
     any |= pair_cas(cell, &seen, idle);
   }
-  return any;
+  return any || cells_room(s, hash, who, now);
+}
+
+bool lease_free_dead(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now) {
+  census_t census;
+  census_begin(&census);
+  return free_dead(s, hash, who, now, &census);
 }
 
 int fshm_permit_release(fshm_limiter *l, fshm_permit *p) {
@@ -261,13 +321,7 @@ int fshm_permit_held(const fshm_limiter *l, const fshm_permit *p) {
 }
 
 uint32_t fshm_in_flight(fshm_limiter *l, const void *key, uint64_t length) {
-  holder_t h;
-  plan_t plan;
-  census_t census;
-  census_begin(&census);
-  (void)holder_make(&h, l, key, length, 0);
-  if (!limits_load(h.s, l->index, &plan) || !plan.permits) return 0;
-  return count_held(&h, limits_most_permits(h.s, l->index, &plan), &census);
+  return lease_count(l, key, length, 0);
 }
 
 /* Permit and meters together: look at the meters, take the permit, charge the meters; give the permit
@@ -282,17 +336,20 @@ void fshm_admit(fshm_limiter *l, const void *key, uint64_t key_length, const uin
   *in_flight = 0;
   bool member = holder_make(&h, l, key, key_length, now);
   if (!limits_load(h.s, l->index, &plan)) {
-    out->status = FSHM_E_DAMAGED;
+    out->status = damage_limits(h.s, l->index);
     return;
   }
   out->version = CURRENT_VERSION(plan.current);
   out->status = FSHM_ALLOWED;
   out->remaining = INT64_MAX;
   if (plan.count) {
-    if (limiter_take(l, FSHM_PROBE, key, key_length, costs, now, out, NULL) != FSHM_ALLOWED) return;
+    if (limiter_take(l, &plan, h.hash, FSHM_PROBE, key, key_length, costs, now, out, NULL) !=
+        FSHM_ALLOWED)
+      return;
   }
   if (plan.permits) {
-    int status = member ? take_permit(&h, &plan, permit, in_flight) : FSHM_E_PROCESSES;
+    int status = member ? take_permit(&h, &plan, plan.permits, NULL, permit, in_flight)
+                        : process_refusal(h.s);
     if (status != FSHM_ALLOWED) {
       out->status = status;
       out->limit_index = plan.count;
@@ -302,7 +359,8 @@ void fshm_admit(fshm_limiter *l, const void *key, uint64_t key_length, const uin
     }
   }
   if (plan.count) {
-    (void)limiter_take(l, FSHM_ACQUIRE, key, key_length, costs, now, out, permit->put);
+    (void)limiter_take(l, &plan, h.hash, FSHM_ACQUIRE, key, key_length, costs, now, out,
+                       permit->put);
     if (out->status != FSHM_ALLOWED && permit->held) (void)fshm_permit_release(l, permit);
   }
 }
@@ -339,7 +397,7 @@ static void ring(fshm_segment *s, uint32_t bell) {
   }
 #if defined(__linux__)
   if (futex(b, FUTEX_WAKE_BITSET, 1, NULL, class_of(bell)) > 0) return;
-  if (atomic_compare_exchange_strong(b, &rung, rung & ~1u))
+  if (atomic_compare_exchange_strong(b, &rung, rung & ~1U))
     (void)futex(b, FUTEX_WAKE_BITSET, INT32_MAX, NULL, UINT32_MAX);
 #endif
 }
@@ -397,25 +455,44 @@ int fshm_bell_wait(fshm_limiter *l, const void *key, uint64_t length, uint32_t a
 
 /* looking in ------------------------------------------------------------------------------------ */
 
-int fshm_permit_at(fshm_segment *s, uint64_t cell, fshm_permit_info *out) {
+static int permit_at(fshm_segment *s, uint64_t cell, census_t *census, fshm_permit_info *out) {
   memset(out, 0, sizeof *out);
-  if (cell >= s->cell_count) return 0;
   pair_t pair = {load_relaxed(&s->cells[cell].who), load_relaxed(&s->cells[cell].when)};
   uint32_t meta = load_relaxed(&s->ledger[cell].meta);
   uint32_t limiter = (meta >> 20) & (PERMIT_BIT - 1);
   if (!IS_PERMIT(pair.when) || !pair.who) return 0;
   bool known = meta == ledger_meta(limiter | PERMIT_BIT, pair.who) && limiter < s->limiter_count;
-  census_t census;
-  census_begin(&census);
   out->limiter = known ? limiter : UINT32_MAX;
   out->pid = load_relaxed(&s->processes[OWNER_OF(pair.when)].pid);
-  out->alive = owner_alive(s, pair.when, &census);
+  out->alive = owner_alive(s, pair.when, census);
   if (!out->alive) out->pid = 0; /* the slot may be another's by now */
   out->idle = (pair.when & IDLE) != 0;
   out->slot = SLOT_OF(pair.when);
   out->key_hash = unspread(pair.who) ^ SLOT_STEP * (SLOT_OF(pair.when) + 1);
   out->age_seconds = (segment_now(s) / 1000000000 - TAKEN_OF(pair.when)) & 0x1ffff;
+  out->cell = cell;
   return 1;
+}
+
+int fshm_permit_at(fshm_segment *s, uint64_t cell, fshm_permit_info *out) {
+  census_t census;
+  census_begin(&census);
+  memset(out, 0, sizeof *out);
+  return cell < s->cell_count && permit_at(s, cell, &census, out);
+}
+
+uint64_t fshm_permits(fshm_segment *s, fshm_permit_info *out, uint64_t room) {
+  census_t census; /* one for all: the kernel is asked once about each process */
+  uint64_t found = 0;
+  census_begin(&census);
+  for (uint64_t cell = 0; cell < s->cell_count; cell++) {
+    fshm_permit_info one;
+    if (!IS_PERMIT(load_relaxed(&s->cells[cell].when)) || !permit_at(s, cell, &census, &one))
+      continue;
+    if (found < room) out[found] = one;
+    found++;
+  }
+  return found;
 }
 
 uint64_t fshm_reap(fshm_segment *s, uint32_t pid) {

@@ -1,7 +1,8 @@
 /* ledger.c - what people look at: key names and counts. Lossy by design; no decision reads it.
  *
  * Counts of a hot key live in each process's column, a small direct-mapped cache of (cell, counts),
- * and go to the ledger when another key needs the entry. Readers sum the ledger and all columns.
+ * and go to the ledger when another key needs the entry. Readers sum the ledger and all columns. (Sums over
+ * keys are counted apart from all this, exactly: tally.c.)
  * Names live in a ring that the newest overwrite; a key in use writes its name again before that
  * (every 4,096 calls it looks how far the ring has come).
  */
@@ -23,14 +24,12 @@ static void add_saturating(_Atomic uint32_t *count, uint32_t more) {
   }
 }
 
-/* The owner's entry: into its totals, and into the ledger of the key if it still has the cell. */
-static void flush_entry(fshm_segment *s, uint32_t slot, column_entry_t *e) {
+/* The owner's entry: into the ledger of the key, if it still has the cell. */
+static void flush_entry(fshm_segment *s, column_entry_t *e) {
   uint64_t key = load_relaxed(&e->key);
   uint64_t cell = (key >> 32) - 1;
   uint32_t admitted = atomic_exchange_explicit(&e->admitted, 0, memory_order_relaxed);
   uint32_t denied = atomic_exchange_explicit(&e->denied, 0, memory_order_relaxed);
-  (void)add_relaxed(&s->processes[slot].admitted, admitted);
-  (void)add_relaxed(&s->processes[slot].denied, denied);
   if (!key || cell >= s->cell_count) return;
   ledger_t *l = &s->ledger[cell];
   if (load_relaxed(&l->meta) != (uint32_t)key) return; /* the cell went to another key */
@@ -40,7 +39,7 @@ static void flush_entry(fshm_segment *s, uint32_t slot, column_entry_t *e) {
 
 void ledger_flush_column(fshm_segment *s, uint32_t slot) {
   for (uint32_t i = 0; i < COLUMN_ENTRIES; i++) {
-    flush_entry(s, slot, &s->columns[slot].entries[i]);
+    flush_entry(s, &s->columns[slot].entries[i]);
     store_relaxed(&s->columns[slot].entries[i].key, 0);
   }
 }
@@ -99,10 +98,10 @@ void ledger_miss(fshm_segment *s, uint32_t slot, uint64_t cell, uint32_t meta, c
   column_entry_t *e = &s->columns[slot].entries[cell & (COLUMN_ENTRIES - 1)];
   uint64_t mine = (cell + 1) << 32 | meta;
   if (load_relaxed(&e->key) == mine) { /* counted by the caller already; keep far from overflow */
-    if (load_relaxed(&e->admitted) >> 31 || load_relaxed(&e->denied) >> 31) flush_entry(s, slot, e);
+    if (load_relaxed(&e->admitted) >> 31 || load_relaxed(&e->denied) >> 31) flush_entry(s, e);
     return;
   }
-  flush_entry(s, slot, e);
+  flush_entry(s, e);
   store_relaxed(&e->key, mine);
   (void)add_relaxed(admitted ? &e->admitted : &e->denied, 1);
 }

@@ -55,47 +55,77 @@ static __attribute__((noinline)) uint64_t converted_state(call_t *c, uint32_t i,
 static inline uint64_t state_of(call_t *c, uint32_t i, const found_t *f) {
   const rule_t *r = &c->plan.rules[i];
   uint64_t state = f->pair.when;
-  if (!f->pair.who || TAG(state) != r->kind) return 0;
+  if (!f->pair.who || !state_is_of(r, state)) return 0;
   if (r->kind != FSHM_BUCKET || (state & TIME_MAX) <= c->now) return state;
   if (likely(VERSION_OF(state) == version_of(c))) return state;
   return converted_state(c, i, state);
 }
 
+static inline HOT void look_inline(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
+  cells_find_inline(c->s, c->hash, fingerprint(c, i), &l->cell);
+  uint64_t state = state_of(c, i, &l->cell);
+  const rule_t *r = &c->plan.rules[i];
+  if (likely(r->kind == FSHM_BUCKET))
+    l->verdict = bucket_take(r, version_of(c), state, c->now, c->at, cost);
+  else
+    l->verdict = meter_take(r, version_of(c), state, c->now, c->at, cost);
+}
 static inline void look(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
-  cells_find(c->s, c->hash, fingerprint(c, i), &l->cell);
-  l->verdict =
-      meter_take(&c->plan.rules[i], version_of(c), state_of(c, i, &l->cell), c->now, c->at, cost);
+  look_inline(c, i, cost, l);
 }
 
-/* Called between two looks. False: the limits are damaged. */
-static inline bool renewed(call_t *c) {
-  if (likely(!c->stale)) return true;
+/* Called between two looks. FSHM_OK; FSHM_E_ARGUMENT: the name has permits alone by now; or
+ * FSHM_E_DAMAGED. Where it fails, the plan has no limits. */
+static COLD int renew(call_t *c) {
   c->stale = false;
-  return limits_load(c->s, c->index, &c->plan) && c->plan.count;
+  if (!limits_load(c->s, c->index, &c->plan)) return damage_limits(c->s, c->index);
+  return c->plan.count ? FSHM_OK : FSHM_E_ARGUMENT;
 }
+static inline int renewed(call_t *c) { return likely(!c->stale) ? FSHM_OK : renew(c); }
 
 /* The first state of a new cell: what the call would do to a key never seen, as of now. */
 typedef struct {
   call_t *c;
-  uint32_t i;
-  bool charge; /* room or not */
+  uint32_t i, op; /* op: FSHM_CHARGE and FSHM_BLOCK, room or not; any other takes */
   verdict_t *verdict;
 } first_t;
+
+/* The state after a charge, a block or a refund, whatever it was. */
+static COLD uint64_t forced(const call_t *c, uint32_t op, uint32_t i, uint64_t state,
+                            uint64_t now) {
+  const rule_t *r = &c->plan.rules[i];
+  uint64_t version = version_of(c), cost = c->costs[i];
+  if (op == FSHM_CHARGE) return meter_charge(r, version, state, now, cost);
+  if (op == FSHM_REFUND) return meter_refund(r, version, state, now, cost, c->put ? c->put[i] : 0);
+  if (r->kind != FSHM_BUCKET || !cost) return state;
+  return bucket_block(r, version, state, plus_time(now, cost));
+}
 
 static uint64_t first_state(void *context) {
   const first_t *f = context;
   call_t *c = f->c;
   const rule_t *r = &c->plan.rules[f->i];
   uint64_t now = fresh_now(c), cost = c->costs[f->i];
-  if (f->charge) return meter_charge(r, version_of(c), 0, now, cost);
+  if (f->op >= FSHM_CHARGE) return forced(c, f->op, f->i, 0, now);
   verdict_t v = meter_take(r, version_of(c), 0, now, max_u64(c->at, now), cost);
   v.retry = f->verdict->retry;
   *f->verdict = v;
   return v.next;
 }
 
-/* Swap in the next state: CLAIMED, CLAIM_LOST (look again) or CLAIM_FULL. */
-static inline int put(call_t *c, uint32_t i, look_t *l, uint64_t next, bool charge) {
+static __attribute__((noinline)) int put_first(call_t *c, uint32_t i, look_t *l, uint32_t op) {
+  first_t first = {c, i, op, &l->verdict};
+  uint64_t who = fingerprint(c, i);
+  found_t *f = &l->cell;
+  int status = cells_claim(c->s, c->hash, who, c->now, first_state, &first, &f->cell);
+  if (status == CLAIMED) f->pair.who = who;
+  if (unlikely(status == CLAIM_FULL) && lease_free_dead(c->s, c->hash, who, c->now))
+    return CLAIM_LOST;
+  return status;
+}
+
+/* Swap in the next state: CLAIMED, CLAIM_LOST (look again) or CLAIM_FULL. op: as in first_t. */
+static inline HOT int put(call_t *c, uint32_t i, look_t *l, uint64_t next, uint32_t op) {
   found_t *f = &l->cell;
   if (unlikely(c->stale)) return CLAIM_LOST;
   if (likely(f->pair.who)) {
@@ -106,44 +136,50 @@ static inline int put(call_t *c, uint32_t i, look_t *l, uint64_t next, bool char
     return pair_cas(&c->s->cells[f->cell], &seen, to) ? CLAIMED : CLAIM_LOST;
   }
   if (state_expires(next) <= c->now) return CLAIMED; /* equals "never seen": needs no cell */
-  first_t first = {c, i, charge, &l->verdict};
-  uint64_t who = fingerprint(c, i);
-  int status = cells_claim(c->s, c->hash, who, c->now, first_state, &first, &f->cell);
-  if (status == CLAIMED) f->pair.who = who;
-  if (unlikely(status == CLAIM_FULL) && lease_free_dead(c->s, c->hash)) return CLAIM_LOST;
-  return status;
+  return put_first(c, i, l, op);
 }
 
 static inline bool looks_only(uint32_t op) { return op == FSHM_PEEK || op == FSHM_PROBE; }
 
-/* Charge or refund one limit, whatever its state. */
+/* Charge, block or refund one limit, whatever its state. */
 static int force(call_t *c, uint32_t op, uint32_t i, look_t *l) {
   while (again(c)) {
-    if (!renewed(c) || i >= c->plan.count) return FSHM_E_DAMAGED;
-    const rule_t *r = &c->plan.rules[i];
+    int fresh = renewed(c);
+    if (fresh != FSHM_OK) return fresh;
+    if (i >= c->plan.count) return FSHM_ALLOWED; /* fewer limits by now: nothing to charge */
     cells_find(c->s, c->hash, fingerprint(c, i), &l->cell);
-    uint64_t state = state_of(c, i, &l->cell), cost = c->costs[i];
-    uint64_t next = op == FSHM_CHARGE ? meter_charge(r, version_of(c), state, c->now, cost)
-                                      : meter_refund(r, version_of(c), state, c->now, cost,
-                                                     c->put ? c->put[i] : 0);
-    int status = put(c, i, l, next, op == FSHM_CHARGE);
+    uint64_t next = forced(c, op, i, state_of(c, i, &l->cell), c->now);
+    int status = put(c, i, l, next, op);
     if (status != CLAIM_LOST) return status == CLAIMED ? FSHM_ALLOWED : FSHM_FULL;
   }
   return FSHM_CONTENDED;
 }
 
+/* How things are, for a cost of 1; by limits that are not older than any state that is met. */
+static int look_all(call_t *c, look_t *looks) {
+  do {
+    int fresh = renewed(c);
+    if (unlikely(fresh != FSHM_OK)) return fresh;
+    for (uint32_t i = 0; i < c->plan.count; i++) look(c, i, 1, &looks[i]);
+  } while (unlikely(c->stale) && again(c));
+  return FSHM_OK;
+}
+
 static int force_all(call_t *c, uint32_t op, look_t *looks) {
   int worst = FSHM_ALLOWED;
+  bool buckets = false;
+  for (uint32_t i = 0; i < c->plan.count; i++) buckets |= c->plan.rules[i].kind == FSHM_BUCKET;
+  if (op == FSHM_BLOCK && !buckets) worst = FSHM_E_ARGUMENT; /* there is nothing to be done */
+  looks[0].cell = (found_t){0, {0, 0}};
   for (uint32_t i = 0; i < c->plan.count; i++) {
     int status = force(c, op, i, &looks[i]);
     if (status != FSHM_ALLOWED) worst = status;
   }
   c->now = c->at = fresh_now(c);
-  for (uint32_t i = 0; i < c->plan.count; i++) { /* to report how things are after it */
-    found_t cell = looks[i].cell;
-    look(c, i, 1, &looks[i]);
-    if (!looks[i].cell.pair.who) looks[i].cell = cell;
-  }
+  found_t first = looks[0].cell; /* for its name in the ledger, also where nothing is left in it */
+  int fresh = look_all(c, looks);
+  if (unlikely(fresh != FSHM_OK)) return fresh;
+  if (!looks[0].cell.pair.who) looks[0].cell = first;
   return worst;
 }
 
@@ -157,13 +193,14 @@ enum { RESHAPED = -100 }; /* of take_one: there are several limits now */
 
 static inline int take_one(call_t *c, uint32_t op, look_t *l) {
   while (likely(again(c))) {
-    if (!renewed(c)) return FSHM_E_DAMAGED;
+    int fresh = renewed(c);
+    if (unlikely(fresh != FSHM_OK)) return fresh;
     if (unlikely(c->plan.count != 1)) return RESHAPED;
-    look(c, 0, c->costs[0], l);
+    look_inline(c, 0, c->costs[0], l);
     if (unlikely(c->stale)) continue;
     if (l->verdict.retry && !may_wait(c, op, 0, l->verdict.retry)) return FSHM_DENIED;
     if (looks_only(op)) return FSHM_ALLOWED;
-    int status = put(c, 0, l, l->verdict.next, false);
+    int status = put(c, 0, l, l->verdict.next, FSHM_ACQUIRE);
     if (likely(status == CLAIMED)) {
       c->at = c->now + l->verdict.retry;
       return FSHM_ALLOWED;
@@ -173,20 +210,28 @@ static inline int take_one(call_t *c, uint32_t op, look_t *l) {
   return FSHM_CONTENDED;
 }
 
-/* Take back a charge. Where nobody touched the cell since, exactly; else what has not drained yet. */
+/* Take back a charge. Where nobody touched the cell since, exactly; else what has not drained yet. The
+ * limits may have changed meanwhile: it is the same limit that has the same fingerprint. */
 static void undo(call_t *c, uint32_t i, const look_t *l, uint64_t before) {
-  const rule_t *r = &c->plan.rules[i];
   call_t later = *c;
   look_t found;
-  while (again(c)) {
+  while (again(&later)) {
+    if (renewed(&later) != FSHM_OK) return;
+    uint32_t k = 0;
+    while (k < later.plan.count && later.plan.twist[k] != c->plan.twist[i]) k++;
+    if (k == later.plan.count) return; /* it is no limit of this name any more, or was reset */
     later.now = fresh_now(c);
-    cells_find(c->s, c->hash, fingerprint(c, i), &found.cell);
+    cells_find(c->s, c->hash, fingerprint(&later, k), &found.cell);
     if (!found.cell.pair.who) return;
-    uint64_t next = found.cell.pair.when == l->verdict.next
-                        ? before
-                        : meter_refund(r, version_of(c), state_of(&later, i, &found.cell),
-                                       later.now, c->costs[i], l->verdict.next);
-    if (later.stale || put(&later, i, &found, next, false) != CLAIM_LOST) return;
+    const rule_t *r = &later.plan.rules[k];
+    uint64_t charged = l->verdict.next, next = before;
+    if (found.cell.pair.when != charged) {
+      if (r->kind == FSHM_BUCKET && VERSION_OF(charged) != version_of(&later))
+        charged = converted_state(&later, k, charged);
+      next = meter_refund(r, version_of(&later), state_of(&later, k, &found.cell), later.now,
+                          c->costs[i], charged);
+    }
+    if (!later.stale && put(&later, k, &found, next, FSHM_ACQUIRE) != CLAIM_LOST) return;
   }
 }
 
@@ -196,7 +241,7 @@ static int charge_looked(call_t *c, uint32_t i, look_t *l, uint64_t *before) {
     if (lost) look(c, i, c->costs[i], l);
     if (c->stale || l->verdict.retry > c->at - c->now) return FSHM_DENIED;
     *before = l->cell.pair.who ? l->cell.pair.when : 0;
-    int status = put(c, i, l, l->verdict.next, false);
+    int status = put(c, i, l, l->verdict.next, FSHM_ACQUIRE);
     if (status != CLAIM_LOST) return status == CLAIMED ? FSHM_ALLOWED : FSHM_FULL;
   }
   return FSHM_CONTENDED;
@@ -207,7 +252,8 @@ static int charge_looked(call_t *c, uint32_t i, look_t *l, uint64_t *before) {
  * limit asks for, since that is when it will be used. */
 static int take_all(call_t *c, uint32_t op, look_t *looks) {
   while (again(c)) {
-    if (!renewed(c)) return FSHM_E_DAMAGED;
+    int fresh = renewed(c);
+    if (fresh != FSHM_OK) return fresh;
     uint32_t count = c->plan.count;
     uint64_t wait = 0, before[FSHM_MAX_LIMITS];
     bool may = true, buckets = true;
@@ -259,84 +305,120 @@ static inline void report(const call_t *c, const look_t *looks, bool allowed, bo
 
 static inline void count_call(const call_t *c, uint32_t slot, const look_t *l, int status,
                               const void *key, uint64_t length) {
-  bool admitted = status == FSHM_ALLOWED;
-  if (likely(l->cell.pair.who && !(c->s->names_mode & FSHM_NAMES_OFF))) {
-    ledger_count(c->s, slot, l->cell.cell, ledger_meta(c->index, fingerprint(c, 0)), key, length,
-                 admitted);
-  } else if (slot < PROCESSES) { /* no cell to count it for */
-    process_t *me = &c->s->processes[slot];
-    (void)add_relaxed(admitted ? &me->admitted : &me->denied, 1);
-    if (status < 0) (void)add_relaxed(&me->refused, 1);
-  }
+  if (likely(c->plan.rules[0].kind !=
+             FSHM_WALLET)) /* fshm_spend() counts it for whose wallet it is */
+    tally_call(c->s, slot, c->index, status);
+  if (likely(l->cell.pair.who && !(c->s->names_mode & FSHM_NAMES_OFF)))
+    ledger_count(c->s, slot, l->cell.cell, ledger_meta(c->index, l->cell.pair.who), key, length,
+                 status == FSHM_ALLOWED);
 }
 
-static inline void begin(call_t *c, fshm_limiter *l, const void *key, uint64_t length,
-                         uint64_t now) {
+static inline uint64_t key_hash(const fshm_limiter *l, const void *key, uint64_t length) {
+  return fshm_siphash(l->key[0], l->key[1], key, length);
+}
+static inline void begin_hashed(call_t *c, fshm_limiter *l, uint64_t hash, uint64_t now) {
   c->s = l->segment;
   c->index = l->index;
   c->stale = false;
   c->tries = 0;
-  c->hash = fshm_siphash(l->key[0], l->key[1], key, length);
+  c->hash = hash;
   c->fixed = now != 0;
   c->now = c->at = now ? min_u64(now, TIME_MAX - 1) : segment_now(c->s);
   c->max_wait = 0;
   c->costs = ones;
   c->put = NULL;
 }
+static inline void begin(call_t *c, fshm_limiter *l, const void *key, uint64_t length,
+                         uint64_t now) {
+  begin_hashed(c, l, key_hash(l, key, length), now);
+}
 
-/* The whole call. `out` NULL: the caller only wants to know whether it was admitted. `put_states`, or
- * NULL: for each limit, the state that the charge put there. */
-static inline int apply(fshm_limiter *l, uint32_t op, const void *key, uint64_t key_length,
-                        const uint64_t *costs, uint64_t max_wait, uint64_t now, fshm_decision *out,
-                        uint64_t *put_states) {
-  call_t c;
+/* What a call does that has begun, with limits. `out` NULL: the caller only wants to know whether it was
+ * admitted. `put_states`, or NULL: for each limit, the state that the charge put there. */
+static inline HOT int apply_begun(call_t *c, uint32_t op, const void *key, uint64_t key_length,
+                                  fshm_decision *out, uint64_t *put_states) {
   look_t looks[FSHM_MAX_LIMITS];
-  bool readable = limits_load(l->segment, l->index, &c.plan);
-  if (unlikely(!readable || !c.plan.count)) { /* none: a limiter of permits, for fshm_admit() */
-    if (out) memset(out, 0, sizeof *out);
-    return readable ? FSHM_E_ARGUMENT : FSHM_E_DAMAGED;
-  }
-  begin(&c, l, key, key_length, now);
-  c.max_wait = max_wait;
-  if (costs) c.costs = costs;
-  uint32_t slot = process_slot(c.s);
+  uint32_t slot = process_slot(c->s);
   int status = RESHAPED;
   if (unlikely(op >= FSHM_CHARGE))
-    status = force_all(&c, op, looks);
-  else if (likely(c.plan.count == 1))
-    status = take_one(&c, op, looks);
-  if (status == RESHAPED) status = take_all(&c, op, looks);
+    status = force_all(c, op, looks);
+  else if (likely(c->plan.count == 1))
+    status = take_one(c, op, looks);
+  if (status == RESHAPED) status = take_all(c, op, looks);
   bool charged = status == FSHM_ALLOWED && (op == FSHM_ACQUIRE || op == FSHM_RESERVE);
-  if (out) report(&c, looks, status == FSHM_ALLOWED, charged, out);
-  for (uint32_t i = 0; put_states && charged && i < c.plan.count; i++)
+  if (out) report(c, looks, status == FSHM_ALLOWED, charged, out);
+  for (uint32_t i = 0; put_states && charged && i < c->plan.count; i++)
     put_states[i] = looks[i].verdict.next;
-  if (likely(op == FSHM_ACQUIRE || op == FSHM_RESERVE) ||
-      (op == FSHM_PROBE && status == FSHM_DENIED))
-    count_call(&c, slot, looks, status, key, key_length);
-  else if (op == FSHM_CHARGE && looks[0].cell.pair.who && !(c.s->names_mode & FSHM_NAMES_OFF))
-    ledger_remember(c.s, looks[0].cell.cell, ledger_meta(c.index, fingerprint(&c, 0)), key,
+  bool counts = likely(op == FSHM_ACQUIRE || op == FSHM_RESERVE);
+  if (status == FSHM_DENIED) /* an empty wallet is no denial yet */
+    counts = (counts || op == FSHM_PROBE) && c->plan.rules[0].kind != FSHM_WALLET;
+  if (counts)
+    count_call(c, slot, looks, status, key, key_length);
+  else if (op >= FSHM_CHARGE && op != FSHM_REFUND && looks[0].cell.pair.who &&
+           !(c->s->names_mode & FSHM_NAMES_OFF))
+    ledger_remember(c->s, looks[0].cell.cell, ledger_meta(c->index, looks[0].cell.pair.who), key,
                     key_length);
   return status;
 }
 
+/* The whole call. hash: NULL, or what the caller has hashed already. */
+static inline int apply(fshm_limiter *l, const uint64_t *hash, uint32_t op, const void *key,
+                        uint64_t key_length, const uint64_t *costs, uint64_t max_wait, uint64_t now,
+                        fshm_decision *out, uint64_t *put_states) {
+  call_t c;
+  bool readable = limits_load_inline(l->segment, l->index, &c.plan);
+  if (unlikely(!readable || !c.plan.count)) { /* none: a limiter of permits, for fshm_admit() */
+    if (out) memset(out, 0, sizeof *out);
+    return readable ? FSHM_E_ARGUMENT : damage_limits(l->segment, l->index);
+  }
+  uint64_t hashed = hash ? *hash : key_hash(l, key, key_length);
+  if (!hash) { /* before the clock is read, which takes about as long as a line does to come */
+    cells_fetch(l->segment, hashed);
+    cells_fetch_ledger(l->segment, hashed);
+  }
+  begin_hashed(&c, l, hashed, now);
+  c.max_wait = max_wait;
+  if (costs) c.costs = costs;
+  return apply_begun(&c, op, key, key_length, out, put_states);
+}
+
 void fshm_apply(fshm_limiter *l, uint32_t op, const void *key, uint64_t key_length,
                 const uint64_t *costs, uint64_t max_wait, uint64_t now, fshm_decision *out) {
-  int status = apply(l, op, key, key_length, costs, max_wait, now, out, NULL);
+  int status = apply(l, NULL, op, key, key_length, costs, max_wait, now, out, NULL);
   out->status = status;
 }
 
-int limiter_take(fshm_limiter *l, uint32_t op, const void *key, uint64_t key_length,
-                 const uint64_t *costs, uint64_t now, fshm_decision *out, uint64_t *put_states) {
-  return out->status = apply(l, op, key, key_length, costs, 0, now, out, put_states);
+/* Of many keys, in two steps: hash one and have its lines fetched, some keys before it is asked for. */
+uint64_t limiter_fetch(const fshm_limiter *l, const void *key, uint64_t length) {
+  uint64_t hash = key_hash(l, key, length);
+  cells_fetch(l->segment, hash);
+  cells_fetch_ledger(l->segment, hash);
+  return hash;
+}
+void limiter_acquire_fetched(fshm_limiter *l, uint64_t hash, const void *key, uint64_t length,
+                             const uint64_t *costs, fshm_decision *out) {
+  out->status = apply(l, &hash, FSHM_ACQUIRE, key, length, costs, 0, 0, out, NULL);
+}
+
+/* For fshm_admit(), which has loaded the limits (at least one) and hashed the key: it asks twice, and a call
+ * may go by the limits that it found when it began. */
+int limiter_take(fshm_limiter *l, const plan_t *plan, uint64_t hash, uint32_t op, const void *key,
+                 uint64_t key_length, const uint64_t *costs, uint64_t now, fshm_decision *out,
+                 uint64_t *put_states) {
+  call_t c;
+  memcpy(&c.plan, plan, offsetof(plan_t, rules) + plan->count * sizeof *plan->rules);
+  begin_hashed(&c, l, hash, now);
+  if (costs) c.costs = costs;
+  return out->status = apply_begun(&c, op, key, key_length, out, put_states);
 }
 
 int fshm_is_allowed(fshm_limiter *l, const void *key, uint64_t key_length) {
-  return apply(l, FSHM_ACQUIRE, key, key_length, NULL, 0, 0, NULL, NULL);
+  return apply(l, NULL, FSHM_ACQUIRE, key, key_length, NULL, 0, 0, NULL, NULL);
 }
 
 void fshm_reserve(fshm_limiter *l, const void *key, uint64_t key_length, const uint64_t *costs,
                   uint64_t max_wait, uint64_t now, fshm_decision *out, uint64_t *reserved) {
-  out->status = apply(l, FSHM_RESERVE, key, key_length, costs, max_wait, now, out, reserved);
+  out->status = apply(l, NULL, FSHM_RESERVE, key, key_length, costs, max_wait, now, out, reserved);
 }
 
 /* Only where the reservation is still the last: those who reserved after it count on their instants, and
@@ -346,7 +428,7 @@ int fshm_cancel(fshm_limiter *l, const void *key, uint64_t key_length, const uin
   call_t c;
   look_t found;
   int given_back = 0;
-  if (!limits_load(l->segment, l->index, &c.plan)) return FSHM_E_DAMAGED;
+  if (!limits_load(l->segment, l->index, &c.plan)) return damage_limits(l->segment, l->index);
   begin(&c, l, key, key_length, now);
   if (costs) c.costs = costs;
   for (uint32_t i = 0; i < c.plan.count; i++) {
@@ -356,7 +438,7 @@ int fshm_cancel(fshm_limiter *l, const void *key, uint64_t key_length, const uin
     uint64_t next =
         meter_refund(&c.plan.rules[i], version_of(&c), reserved[i], c.now, c.costs[i], reserved[i]);
     given_back +=
-        put(&c, i, &found, next, false) == CLAIMED; /* lost: it is not the last any more */
+        put(&c, i, &found, next, FSHM_ACQUIRE) == CLAIMED; /* lost: it is not the last any more */
   }
   return given_back;
 }
@@ -367,7 +449,7 @@ int fshm_settle(fshm_limiter *l, const void *key, uint64_t key_length, const uin
   look_t found;
   uint64_t costs[FSHM_MAX_LIMITS];
   int worst = FSHM_ALLOWED;
-  if (!limits_load(l->segment, l->index, &c.plan)) return FSHM_E_DAMAGED;
+  if (!limits_load(l->segment, l->index, &c.plan)) return damage_limits(l->segment, l->index);
   begin(&c, l, key, key_length, now);
   c.costs = costs;
   c.put = permit->put;
@@ -383,20 +465,19 @@ int fshm_settle(fshm_limiter *l, const void *key, uint64_t key_length, const uin
 int fshm_remaining(fshm_limiter *l, const void *key, uint64_t key_length, uint64_t now,
                    uint64_t *remaining) {
   call_t c;
-  look_t found;
-  if (!limits_load(l->segment, l->index, &c.plan)) return 0;
+  look_t looks[FSHM_MAX_LIMITS];
+  if (!limits_load(l->segment, l->index, &c.plan)) return damage_limits(l->segment, l->index);
   begin(&c, l, key, key_length, now);
-  for (uint32_t i = 0; i < c.plan.count; i++) {
-    look(&c, i, 1, &found);
-    remaining[i] = verdict_remaining(&c.plan.rules[i], found.verdict.used_before);
-  }
+  if (c.plan.count && look_all(&c, looks) == FSHM_E_DAMAGED) return FSHM_E_DAMAGED;
+  for (uint32_t i = 0; i < c.plan.count; i++)
+    remaining[i] = verdict_remaining(&c.plan.rules[i], looks[i].verdict.used_before);
   return (int)c.plan.count;
 }
 
 int fshm_reset_key(fshm_limiter *l, const void *key, uint64_t key_length) {
   call_t c;
   found_t f;
-  if (!limits_load(l->segment, l->index, &c.plan)) return FSHM_E_DAMAGED;
+  if (!limits_load(l->segment, l->index, &c.plan)) return damage_limits(l->segment, l->index);
   begin(&c, l, key, key_length, 0);
   for (uint32_t i = 0; i < c.plan.count; i++) {
     cells_find(c.s, c.hash, fingerprint(&c, i), &f);
@@ -419,10 +500,8 @@ int fshm_peek_cell(fshm_segment *s, uint64_t cell, uint64_t now, fshm_decision *
   begin(&c, &any, "", 0, now);
   c.hash = who ^ c.plan.twist[0];
   bool allowed = true;
-  for (uint32_t i = 0; i < c.plan.count; i++) {
-    look(&c, i, 1, &looks[i]);
-    allowed &= looks[i].verdict.retry == 0;
-  }
+  if (look_all(&c, looks) != FSHM_OK) return 0;
+  for (uint32_t i = 0; i < c.plan.count; i++) allowed &= looks[i].verdict.retry == 0;
   report(&c, looks, allowed, false, out);
   out->status = allowed;
   return FSHM_OK;

@@ -10,7 +10,7 @@
 
 #include "internal.h"
 
-#define NO_SET 15u
+#define NO_SET 15U
 
 static uint64_t mix(uint64_t x) { /* splitmix64's finaliser */
   x += UINT64_C(0x9e3779b97f4a7c15);
@@ -20,14 +20,15 @@ static uint64_t mix(uint64_t x) { /* splitmix64's finaliser */
 }
 
 int fshm_limit_check(const fshm_limit *l, uint64_t *largest_n) {
-  bool known = l->kind == FSHM_PERMITS || (l->kind <= FSHM_SLIDING && l->per_ns >= 1000);
+  bool known = !kind_has_period(l->kind) || l->per_ns >= 1000;
+  known &= l->kind <= FSHM_PERMITS || l->kind == FSHM_WALLET;
   *largest_n = known ? limit_largest_n(l->kind, l->per_ns) : 0;
   return limit_valid(l) ? FSHM_OK : FSHM_E_ARGUMENT;
 }
 
 /* Which cell of the key belongs to limit i: its fingerprint is hash ^ twist. A limit is known by its
  * kind and its place among its kind, not by its numbers, so those can change. */
-static const uint64_t twists[3][FSHM_MAX_LIMITS] = {
+static const uint64_t twists[4][FSHM_MAX_LIMITS] = {
     /* splitmix64 of kind << 8 | place: any fixed unrelated numbers would do */
     {UINT64_C(0xe220a8397b1dcdaf), UINT64_C(0x910a2dec89025cc1), UINT64_C(0x975835de1c9756ce),
      UINT64_C(0x1d0b14e4db018fed)},
@@ -39,7 +40,7 @@ static const uint64_t twists[3][FSHM_MAX_LIMITS] = {
 
 /* Copy one set out. The caller makes sure afterwards that it was still named: pairs with the release
  * in publish(). Returns how many rules, 0 = no such set. */
-static uint32_t read_set(const limiter_entry_t *e, unsigned slot, rule_t *out) {
+static inline HOT uint32_t read_set(const limiter_entry_t *e, unsigned slot, rule_t *out) {
   if (slot >= LIMITS_SLOTS) return 0;
   const limits_slot_t *set = &e->slots[slot];
   uint64_t count = load_relaxed(&set->count);
@@ -49,39 +50,96 @@ static uint32_t read_set(const limiter_entry_t *e, unsigned slot, rule_t *out) {
   return (uint32_t)count;
 }
 
-/* The limits as they stand now. False: none, or damaged. */
-bool limits_load(const fshm_segment *s, uint32_t index, plan_t *p) {
+/* The limits as they stand now. False: none, or damaged; then the plan has no limit at all, so that whoever
+ * goes on with it divides by nothing (rule_sane). */
+static inline HOT bool limits_load_inline(const fshm_segment *s, uint32_t index, plan_t *p) {
   const limiter_entry_t *e = &s->limiters[index];
   for (int tries = 0; tries < MAX_TRIES; tries++) {
-    p->current = atomic_load_explicit(&e->current, memory_order_acquire);
-    p->count = p->current ? read_set(e, CURRENT_SLOT(p->current, 0), p->rules) : 0;
+    uint64_t current = atomic_load_explicit(&e->current, memory_order_acquire);
+    uint32_t has = current ? read_set(e, CURRENT_SLOT(current, 0), p->rules) : 0;
     atomic_thread_fence(memory_order_acquire); /* the copy, before the second look */
-    if (unlikely(load_relaxed(&e->current) != p->current)) continue;
-    p->version = CURRENT_VERSION(p->current) & VERSION_MASK;
-    uint64_t resets = CURRENT_RESETS(p->current), salt = 0;
-    /* Every reset gives another salt: what was there is nobody's from then on. */
-    if (unlikely(resets)) salt = mix(s->header->secret[0] ^ mix(resets));
-    uint32_t has = p->count;
+    if (unlikely(load_relaxed(&e->current) != current)) continue;
+    p->current = current;
+    p->version = CURRENT_VERSION(current) & VERSION_MASK;
+    p->count = has;
     p->permits = 0;
+    uint64_t resets = CURRENT_RESETS(current), salt = 0;
+    /* Every reset gives another salt: what was there is nobody's from then on. */
+    if (unlikely(resets)) salt = mix(s->secret[0] ^ mix(resets));
     if (likely(has == 1 &&
                p->rules[0].kind != FSHM_PERMITS)) { /* most limiters; without the loop */
-      p->twist[0] = twists[p->rules[0].kind % 3][0] ^ salt;
-      return rule_sane(&p->rules[0]);
+      p->twist[0] = twists[p->rules[0].kind & 3][0] ^ salt;
+      if (likely(rule_sane(&p->rules[0]))) return true;
+      break;
     }
-    uint32_t places[3] = {0, 0, 0};
-    for (uint32_t i = 0; i < has; i++) {
-      if (unlikely(!rule_sane(&p->rules[i]))) return false;
+    uint32_t places[4] = {0, 0, 0, 0}, i = 0;
+    for (; i < has; i++) {
+      if (unlikely(!rule_sane(&p->rules[i]))) break;
       if (p->rules[i].kind == FSHM_PERMITS) { /* the last: fshm_limiter_open() */
-        if (i + 1 != has || p->rules[i].n > MAX_PERMITS) return false;
+        if (i + 1 != has || p->rules[i].n > MAX_PERMITS) break;
         p->permits = (uint32_t)p->rules[i].n;
         p->count--;
-        break;
+        return true;
       }
-      p->twist[i] = twists[p->rules[i].kind][places[p->rules[i].kind]++] ^ salt;
+      uint32_t tag = p->rules[i].kind & 3; /* a wallet's limiter has no windows */
+      p->twist[i] = twists[tag][places[tag]++] ^ salt;
     }
-    return has > 0;
+    if (likely(has && i == has)) return true;
+    break;
   }
+  p->count = p->permits = 0;
   return false;
+}
+bool limits_load(const fshm_segment *s, uint32_t index, plan_t *p) {
+  return limits_load_inline(s, index, p);
+}
+
+static COLD bool set_wrong(const limiter_entry_t *e, unsigned slot) {
+  rule_t rules[FSHM_MAX_LIMITS];
+  uint32_t count = read_set(e, slot, rules);
+  for (uint32_t i = 0; i < count; i++)
+    if (!rule_genuine(&rules[i]) || (rules[i].kind == FSHM_PERMITS && i + 1 != count)) return true;
+  return !count;
+}
+
+/* Are these limits such as nobody has set? Certain: named sets are complete before they are named, and
+ * do not change while they are. published: we have seen limits of this name; else it may have none yet. */
+COLD bool limits_wrong(const fshm_segment *s, uint32_t index, bool published) {
+  const limiter_entry_t *e = &s->limiters[index];
+  for (int tries = 0; tries < MAX_TRIES; tries++) {
+    uint64_t current = atomic_load_explicit(&e->current, memory_order_acquire);
+    bool wrong = current ? !CURRENT_VERSION(current) : published;
+    for (unsigned back = 0; current && back < HISTORY && !wrong; back++) {
+      unsigned slot = CURRENT_SLOT(current, back);
+      wrong = !(back && slot == NO_SET) && set_wrong(e, slot);
+    }
+    atomic_thread_fence(memory_order_acquire); /* the copies, before the second look */
+    if (load_relaxed(&e->current) == current) return wrong;
+  }
+  return false; /* always being changed: nothing is certain */
+}
+
+static COLD uint64_t name_id(const fshm_segment *s, const char *name, uint64_t length) {
+  uint64_t id = fshm_siphash(s->secret[0], s->secret[1], name, length);
+  return id + !id;
+}
+
+static uint64_t read_name(const limiter_entry_t *e, char *out) {
+  uint64_t length = min_u64(load_relaxed(&e->name_length), FSHM_MAX_LIMITER_NAME);
+  for (uint64_t i = 0; i < length; i++) out[i] = (char)load_relaxed(&e->name[i]);
+  return length;
+}
+
+/* Do a name and its id differ? Certain once limits are published: whoever publishes them has written both
+ * before. (Killed before, it leaves an id without a name, for the next to complete.) */
+COLD bool limits_name_wrong(const fshm_segment *s, uint32_t index) {
+  const limiter_entry_t *e = &s->limiters[index];
+  char name[FSHM_MAX_LIMITER_NAME];
+  if (load_relaxed(&e->name_length) > FSHM_MAX_LIMITER_NAME) return true;
+  /* Pairs with the release in publish(): what follows is read after it. */
+  if (!atomic_load_explicit(&e->current, memory_order_acquire)) return false;
+  uint64_t length = read_name(e, name);
+  return load_relaxed(&e->id) != name_id(s, name, length);
 }
 
 /* Slots up to this one may be held: the largest limit of permits that this name ever had, until a count
@@ -124,14 +182,27 @@ bool limits_old_rule(const limiter_entry_t *e, uint64_t current, unsigned versio
   return false;
 }
 
+/* Is this entry's id not what it was: does it have our name under another, or limits without any? */
+static COLD bool entry_wrong(fshm_segment *s, uint32_t index, const char *name, uint64_t length) {
+  char found[FSHM_MAX_LIMITER_NAME];
+  if (!limits_name_wrong(s, index)) return false;
+  const limiter_entry_t *e = &s->limiters[index];
+  bool ours = read_name(e, found) == length && !memcmp(found, name, length);
+  if (!ours && load_relaxed(&e->id)) return false; /* another's, which it may find for itself */
+  damage_note(s, FSHM_DAMAGE_NAME, index);
+  return true;
+}
+
 /* Find the entry of a name, or claim one. Entries are claimed in order and stay: two processes that
  * claim for one name contend for the same entry, and the loser finds the winner's. */
 static int entry_of(fshm_segment *s, const char *name, uint64_t length, bool claim,
                     uint32_t *index) {
-  uint64_t id = fshm_siphash(s->header->secret[0], s->header->secret[1], name, length);
-  id += !id;
+  uint64_t id = name_id(s, name, length);
   for (uint32_t i = 0; i < s->limiter_count; i++) {
     uint64_t seen = load_relaxed(&s->limiters[i].id);
+    /* Passing by an entry with another id and our name, or taking one that is free but has limits, would
+     * count apart from those who opened it before it was written over. */
+    if (seen != id && entry_wrong(s, i, name, length)) return FSHM_E_DAMAGED;
     if (!seen && !claim) return FSHM_E_NOT_FOUND;
     if (!seen && atomic_compare_exchange_strong_explicit(
                      &s->limiters[i].id, &seen, id, memory_order_relaxed, memory_order_relaxed))
@@ -184,8 +255,9 @@ static void note_changes(const rule_t *present, uint32_t has, rule_t *rules, uin
 
 /* Make these rules the present set of the entry. */
 static int publish(fshm_segment *s, limiter_entry_t *e, rule_t *rules, uint32_t count) {
-  uint64_t me = process_slot(s), owner = me < PROCESSES ? me + 1 : PROCESSES + 1;
-  owner |= (s->fork_page->generation & 0xffff) << 16;
+  uint32_t me;
+  uint64_t generation, owner = PROCESSES + 1;
+  if (process_identity(s, &me, &generation)) owner = (generation & 0xffff) << 16 | (me + 1);
   owner |= (add_relaxed(&s->header->ticket, 1) + 1) << 32;
   int slot = -1;
   for (int tries = 0; tries < MAX_TRIES; tries++) {
@@ -238,9 +310,9 @@ static fshm_limiter *make_handle(fshm_segment *s, const char *name, uint64_t len
   fshm_limiter *l = calloc(1, sizeof *l);
   if (!l) return NULL;
   l->segment = s;
-  store_relaxed(&l->frontier, (uint32_t)getpid() * 2654435761u); /* processes begin apart */
-  l->key[0] = fshm_siphash(s->header->secret[0], s->header->secret[1] ^ 1, name, length);
-  l->key[1] = fshm_siphash(s->header->secret[0], s->header->secret[1] ^ 2, name, length);
+  store_relaxed(&l->frontier, (uint32_t)getpid() * 2654435761U); /* processes begin apart */
+  l->key[0] = fshm_siphash(s->secret[0], s->secret[1] ^ 1, name, length);
+  l->key[1] = fshm_siphash(s->secret[0], s->secret[1] ^ 2, name, length);
   return l;
 }
 
@@ -260,6 +332,7 @@ int fshm_limiter_open(fshm_segment *s, const char *name, uint64_t name_length,
   fshm_limiter *l = make_handle(s, name, name_length);
   if (!l) return FSHM_E_MEMORY;
   int status = entry_of(s, name, name_length, true, &l->index);
+  if (status == FSHM_OK && limits_wrong(s, l->index, false)) status = damage_limits(s, l->index);
   if (status == FSHM_OK) status = publish(s, &s->limiters[l->index], rules, count);
   if (status != FSHM_OK) {
     free(l);
@@ -275,8 +348,8 @@ int fshm_limiter_find(fshm_segment *s, const char *name, uint64_t name_length, f
   fshm_limiter *l = make_handle(s, name, name_length);
   if (!l) return FSHM_E_MEMORY;
   int status = entry_of(s, name, name_length, false, &l->index);
-  plan_t plan;
-  if (status == FSHM_OK && !limits_load(s, l->index, &plan)) status = FSHM_E_NOT_FOUND;
+  if (status == FSHM_OK && !load_relaxed(&s->limiters[l->index].current)) status = FSHM_E_NOT_FOUND;
+  if (status == FSHM_OK && limits_wrong(s, l->index, false)) status = damage_limits(s, l->index);
   if (status != FSHM_OK) {
     free(l);
     return status;
@@ -287,10 +360,19 @@ int fshm_limiter_find(fshm_segment *s, const char *name, uint64_t name_length, f
 
 void fshm_limiter_close(fshm_limiter *l) { free(l); }
 
+/* limits_load(), for those who show limits: only such as somebody has set. */
+static bool load_genuine(const fshm_segment *s, uint32_t index, plan_t *p) {
+  if (limits_wrong(s, index, true) || !limits_load(s, index, p)) return false;
+  for (uint32_t i = 0; i < p->count; i++) /* the copy: it may have been written over since */
+    if (!rule_genuine(&p->rules[i])) return false;
+  return true;
+}
+
 static void describe_limits(const plan_t *p, fshm_limit *out) {
   for (uint32_t i = 0; i < p->count; i++) {
     const rule_t *r = &p->rules[i];
-    out[i] = (fshm_limit){r->n, r->per, r->burst, r->kind, r->strict};
+    out[i] =
+        (fshm_limit){r->n, kind_has_period(r->kind) ? r->per : 0, r->burst, r->kind, r->strict};
   }
   if (p->permits) out[p->count] = (fshm_limit){p->permits, 0, 0, FSHM_PERMITS, 0};
 }
@@ -298,7 +380,10 @@ static void describe_limits(const plan_t *p, fshm_limit *out) {
 /* The limits in force: how many, 0 = damaged. */
 int fshm_limiter_limits(fshm_limiter *l, fshm_limit *out, uint64_t *version) {
   plan_t p;
-  if (!limits_load(l->segment, l->index, &p)) return 0;
+  if (!load_genuine(l->segment, l->index, &p)) {
+    (void)damage_limits(l->segment, l->index);
+    return 0;
+  }
   *version = CURRENT_VERSION(p.current);
   describe_limits(&p, out);
   return (int)(p.count + (p.permits > 0));
@@ -311,7 +396,7 @@ int fshm_reset_all(fshm_limiter *l) {
   limiter_entry_t *e = &s->limiters[l->index];
   const uint64_t mask = ((UINT64_C(1) << 20) - 1) << 28;
   plan_t before;
-  if (!limits_load(s, l->index, &before)) return FSHM_E_DAMAGED;
+  if (!limits_load(s, l->index, &before)) return damage_limits(s, l->index);
   uint64_t current = atomic_load_explicit(&e->current, memory_order_acquire), next;
   int tries = 0;
   do {
@@ -337,13 +422,17 @@ int fshm_limiter_at(fshm_segment *s, uint32_t index, fshm_limiter_info *out) {
   memset(out, 0, sizeof *out);
   if (index >= s->limiter_count) return FSHM_E_ARGUMENT;
   const limiter_entry_t *e = &s->limiters[index];
-  if (!load_relaxed(&e->id) || !limits_load(s, index, &p)) return 0;
+  if (limits_name_wrong(s, index)) {
+    damage_note(s, FSHM_DAMAGE_NAME, index);
+    return FSHM_E_DAMAGED;
+  }
+  if (!load_relaxed(&e->id) || !load_relaxed(&e->current)) return 0;
+  if (!load_genuine(s, index, &p)) return damage_limits(s, index);
   describe_limits(&p, out->limits);
   out->limits_count = p.count + (p.permits > 0);
   out->version = CURRENT_VERSION(p.current);
   out->resets = CURRENT_RESETS(p.current);
   out->id = load_relaxed(&e->id);
-  out->name_length = (uint32_t)min_u64(load_relaxed(&e->name_length), FSHM_MAX_LIMITER_NAME);
-  for (uint32_t i = 0; i < out->name_length; i++) out->name[i] = (char)load_relaxed(&e->name[i]);
+  out->name_length = (uint32_t)read_name(e, out->name);
   return FSHM_OK;
 }

@@ -9,6 +9,7 @@
  *
  *   0  token bucket   version (5) | theoretical arrival time (57)
  *   1  window         shift s (5) | end >> s (57 - s) | count (s)
+ *   1  wallet         the same; count: tokens left + 1
  *   2  sliding        class p (5) | end of the next window >> P (57 - P) | previous (12) | count (P - 12)
  *   3  0 pending      ticket (61): a cell being claimed (cells.c)
  *   3  1 permit       held by a process (lease.c)
@@ -24,6 +25,7 @@
 
 #include <stdbool.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "fast_shm.h"
 
@@ -32,13 +34,15 @@ __extension__ typedef unsigned __int128 wide_t;
 #define TIME_BITS 57
 #define TIME_MAX ((UINT64_C(1) << TIME_BITS) - 1)
 #define VERSION_BITS 5
-#define VERSION_MASK 31u
+#define VERSION_MASK 31U
 #define TAG(state) ((unsigned)((state) >> 62))
 #define PENDING(ticket) ((UINT64_C(6) << 61) | ((ticket) & ((UINT64_C(1) << 61) - 1)))
 #define IS_PENDING(state) ((state) >> 61 == 6)
 #define IS_PERMIT(state) ((state) >> 61 == 7)
 #define MAX_PERMITS 100000 /* of one key: below 2^17 */
 #define WINDOW_MAX_N ((UINT64_C(1) << 31) - 1)
+#define WALLET_MOST \
+  ((UINT64_C(1) << 24) - 2) /* tokens in it: its end is in units of up to 2^24 ns */
 #define BUCKET_MAX_PER (UINT64_C(1) << 55) /* 416 days */
 #define SLIDING_MIN_PER (UINT64_C(1) << 14)
 #define COARSE UINT64_C(1048576)           /* ns; see rule_make */
@@ -74,13 +78,14 @@ static inline uint64_t minus(uint64_t a, uint64_t b) { return a > b ? a - b : 0;
 static inline uint64_t plus_time(uint64_t a, uint64_t b) {
   return a >= TIME_MAX || b >= TIME_MAX - a ? TIME_MAX : a + b;
 }
-static inline unsigned bit_length(uint64_t v) { return v ? 64u - (unsigned)__builtin_clzll(v) : 0; }
+static inline unsigned bit_length(uint64_t v) { return v ? 64U - (unsigned)__builtin_clzll(v) : 0; }
 
 static inline uint64_t saturate(wide_t v) { return v > UINT64_MAX ? UINT64_MAX : (uint64_t)v; }
 
 /* The largest n that this kind can count in `per`. */
 static inline uint64_t limit_largest_n(uint32_t kind, uint64_t per) {
   if (kind == FSHM_PERMITS) return MAX_PERMITS;
+  if (kind == FSHM_WALLET) return WALLET_MOST;
   if (kind == FSHM_BUCKET) return per; /* one a nanosecond */
   if (kind == FSHM_WINDOW) return WINDOW_MAX_N;
   if (per < SLIDING_MIN_PER) return 0;
@@ -89,8 +94,11 @@ static inline uint64_t limit_largest_n(uint32_t kind, uint64_t per) {
   return (UINT64_C(1) << (p - 12)) - 1;
 }
 
+static inline bool kind_has_period(uint32_t kind) { return kind <= FSHM_SLIDING; }
+
 static inline bool limit_valid(const fshm_limit *l) {
-  if (l->kind == FSHM_PERMITS) return l->n >= 1 && l->n <= MAX_PERMITS && l->per_ns == 0;
+  if (l->kind == FSHM_PERMITS || l->kind == FSHM_WALLET)
+    return l->n >= 1 && l->n <= limit_largest_n(l->kind, 0) && l->per_ns == 0;
   if (l->kind > FSHM_SLIDING || l->per_ns < 1000 || l->per_ns > BUCKET_MAX_PER) return false;
   if (l->kind == FSHM_SLIDING && l->per_ns < SLIDING_MIN_PER) return false;
   if (l->n < 1 || l->n > limit_largest_n(l->kind, l->per_ns)) return false;
@@ -111,12 +119,14 @@ static inline bool limit_valid(const fshm_limit *l) {
  * this loses is less than the time the request itself takes. Either way a request of cost c is admitted
  * iff what was charged before, converted to time and rounded up, leaves (burst - c) * num/den:
  *   sum(cost before) * num/den <= sum(increment before) <= (burst - c) * num/den + interval,
- * hence sum(cost) <= burst + interval / (num/den): never more than the bound. */
+ * hence sum(cost) <= burst + interval / (num/den): never more than the bound.
+ *
+ * Part of the layout: all libraries of one layout version make the same rule of a limit (rule_genuine). */
 static inline rule_t rule_make(const fshm_limit *l) {
   rule_t r = {.words = {0}};
   r.kind = l->kind;
   r.n = l->n;
-  r.per = l->kind == FSHM_PERMITS ? 1000 : l->per_ns; /* permits know no period */
+  r.per = kind_has_period(l->kind) ? l->per_ns : 1000;
   r.den = 1;
   r.num = 1;
   if (l->kind != FSHM_BUCKET) return r;
@@ -134,11 +144,22 @@ static inline rule_t rule_make(const fshm_limit *l) {
   return r;
 }
 
-/* Whatever these numbers are, the arithmetic below is defined (no division by zero, no overflow). */
+/* Whatever these numbers are, the arithmetic below is defined (no division by zero, no overflow). A kind
+ * that is none, between the others, counts as a sliding window's. */
 static inline bool rule_sane(const rule_t *r) {
-  return r->kind <= FSHM_PERMITS && r->n && r->num && r->den && r->per >= 1000 &&
+  return r->kind <= FSHM_WALLET && r->n && r->num && r->den && r->per >= 1000 &&
          r->per <= BUCKET_MAX_PER && r->burst <= r->n &&
          (r->num | r->den | r->unit | r->room | r->n) <= TIME_MAX;
+}
+
+/* Is it what rule_make() makes of a valid limit? Every rule that was ever published is. (The room of a
+ * sliding window is an instant: limits.c writes it.) */
+static inline bool rule_genuine(const rule_t *r) {
+  const fshm_limit l = {r->n, kind_has_period(r->kind) ? r->per : 0, r->burst, r->kind, r->strict};
+  if (!rule_sane(r) || !limit_valid(&l)) return false;
+  rule_t made = rule_make(&l);
+  if (r->kind == FSHM_SLIDING) made.room = r->room;
+  return !memcmp(made.words, r->words, sizeof made.words);
 }
 
 /* When this state comes to equal "never seen"; a pending cell never does. */
@@ -155,6 +176,23 @@ static inline uint64_t state_expires(uint64_t s) {
       return ((s & TIME_MAX) >> shift) << shift;
     default:
       return UINT64_MAX;
+  }
+}
+
+/* Can this have been written: by a meter (whose limit is not known here), a claim or a permit? */
+static inline bool state_possible(uint64_t s) {
+  unsigned shift = (unsigned)(s >> 57) & 31;
+  switch (s ? TAG(s) : 4) {
+    case FSHM_BUCKET:
+      return (s & TIME_MAX) != 0;
+    case FSHM_WINDOW: /* a count of at least 1, below n */
+      return shift >= 1 && state_expires(s) && (s & ((UINT64_C(1) << shift) - 1));
+    case FSHM_SLIDING: /* 2^14 <= class; something counted in either window */
+      return shift >= 4 && state_expires(s) && (s & ((UINT64_C(1) << (shift + 10)) - 1));
+    case FSHM_PERMITS:
+      return IS_PENDING(s) || (s >> 44 & 0x1ffff) < MAX_PERMITS; /* lease.c: the slot */
+    default:
+      return true; /* never seen */
   }
 }
 
@@ -212,6 +250,13 @@ static inline uint64_t bucket_refund(const rule_t *r, uint64_t version, uint64_t
   if (put) back = min_u64(back, minus(put & TIME_MAX, now));
   if (tat <= now || !back) return state;
   return version | max_u64(minus(tat, back), now);
+}
+
+/* Nothing that costs before `until`, and one token then. A maximum and no sum: however many say so, and in
+ * whatever order, it is the latest of their instants. */
+static inline uint64_t bucket_block(const rule_t *r, uint64_t version, uint64_t state,
+                                    uint64_t until) {
+  return version | max_u64(state & TIME_MAX, plus_time(until, r->room));
 }
 
 /* The limits changed at run time: the same tokens, in the new rule's time. `old` is the rule the
@@ -276,6 +321,18 @@ static inline verdict_t window_take(const rule_t *r, uint64_t state, uint64_t no
   return v;
 }
 
+/* For limits that come with the call: the end is kept as finely as the count allows, not as n would have
+ * it, since a count without a limit (n = 2^31 - 1) would have an end in units of 2 s. Each time the count
+ * needs a bit more, the end is rounded up anew: in all by less than 2^(s + 1) <= max(512, 4 * count) ns. */
+static inline verdict_t window_count(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost) {
+  rule_t fine = *r;
+  uint64_t total = window_read(state, now).count;
+  if (cost > minus(r->n, total)) return window_take(r, state, now, cost);
+  total = max_u64(total + cost, 255);
+  fine.n = (UINT64_C(1) << bit_length(total)) - 1;
+  return window_take(&fine, state, now, cost);
+}
+
 /* Debt is waited out at the window's own pace: the full window is prolonged by per/n for each token. */
 static inline uint64_t window_charge(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost) {
   if (!cost) return state;
@@ -290,12 +347,14 @@ static inline uint64_t window_charge(const rule_t *r, uint64_t state, uint64_t n
 
 /* Debt first: it is what prolongs the window beyond the end it had. put: the state that the charge put
  * there, with that end; nothing comes back once its window is over. Without it, the latest end that a
- * window without debt can have. */
+ * window without debt can have; and a window that is not full has none, whatever its end was rounded to
+ * (by up to 2n ns: of a large n, more than a refund is worth). */
 static inline uint64_t window_refund(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost,
                                      uint64_t put) {
   window_t w = window_read(state, now);
   if (!w.end || (put && state_expires(put) <= now)) return state;
   uint64_t prolonged = minus(w.end, put ? state_expires(put) : now + r->per);
+  if (!put && w.count < r->n) prolonged = 0;
   uint64_t debt = min_u64(cost, saturate((wide_t)prolonged * r->n / r->per));
   w.end -= min_u64(saturate((wide_t)debt * r->per / r->n), prolonged);
   w.count = minus(w.count, cost - debt);
@@ -315,7 +374,10 @@ static inline uint64_t float12_up(uint64_t v) {
   if (v < 128) return v;
   unsigned shift = bit_length(v) - 8;
   uint64_t m = (v + (UINT64_C(1) << shift) - 1) >> shift;
-  if (m > 255) m >>= 1, shift++;
+  if (m > 255) {
+    m >>= 1;
+    shift++;
+  }
   return shift + 1 > 31 ? 4095 : ((uint64_t)(shift + 1) << 7) | (m & 127);
 }
 static inline uint64_t float12_read(uint64_t f) {
@@ -406,6 +468,24 @@ static inline verdict_t sliding_take(const rule_t *r, uint64_t state, uint64_t n
   return v;
 }
 
+/* For limits that come with the call: the estimate rounded down, as PyPI's `limits` has it. */
+static inline verdict_t sliding_count(const rule_t *r, uint64_t state, uint64_t now,
+                                      uint64_t cost) {
+  sliding_t s = sliding_read(r, state, now);
+  uint64_t used = s.count + (uint64_t)((wide_t)s.previous * s.left / r->per);
+  verdict_t v = {state, 0, used, used, 0};
+  if (cost > minus(r->n, used)) {
+    v.retry = UINT64_MAX; /* who wants to know when has the counts */
+  } else if (cost) {
+    s.count += cost;
+    v.used_after = used + cost;
+    v.next = sliding_state(r, s);
+    if (state_expires(v.next) < (wide_t)(s.index + 2) * r->per)
+      v.retry = UINT64_MAX; /* the end of time, as in sliding_take() */
+  }
+  return v;
+}
+
 static inline uint64_t sliding_charge(const rule_t *r, uint64_t state, uint64_t now,
                                       uint64_t cost) {
   if (!cost) return state;
@@ -430,18 +510,71 @@ static inline uint64_t sliding_refund(const rule_t *r, uint64_t state, uint64_t 
   return sliding_state(r, s);
 }
 
+/* wallet -------------------------------------------------------------------------------------- */
+
+/* Tokens that were granted to this host, to be spent until the end. A state is a window's, with left + 1 as
+ * its count, so that an empty wallet still tells how large its batch was; the end is rounded down. The shift
+ * stays while it is spent from: with the count it tells when a new batch is due. */
+static __attribute__((noinline)) uint64_t wallet_left(uint64_t state, uint64_t now) {
+  return minus(window_read(state, now).count, 1);
+}
+
+static inline uint64_t wallet_state(uint64_t end, uint64_t left) {
+  uint64_t count = min_u64(left, WALLET_MOST) + 1;
+  unsigned s = bit_length(count);
+  end = min_u64(end, TIME_MAX) >> s << s;
+  return end ? ((uint64_t)FSHM_WINDOW << 62) | ((uint64_t)s << 57) | end | count : 0;
+}
+
+static inline verdict_t wallet_take(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost) {
+  uint64_t left = wallet_left(state, now), used = minus(r->n, left);
+  uint64_t spent = cost > left ? 0 : cost;
+  /* The count is in the lowest bits, and larger than the cost. retry: whoever grants knows when. */
+  return (verdict_t){state - spent, cost > left, used, used + spent,
+                     minus(state_expires(state), now)};
+}
+
+/* The batch is due where this call has brought what is left below a quarter of 2^s, s the shift. */
+static inline bool wallet_low(uint64_t state, uint64_t cost) {
+  unsigned s = (unsigned)(state >> 57) & 31;
+  uint64_t left = minus(state & ((UINT64_C(1) << s) - 1), 1), line = (UINT64_C(1) << s) / 4;
+  return s > 3 && left < line && left + cost >= line;
+}
+
+/* kept: as fshm_lease. */
+static inline uint64_t wallet_put(uint64_t state, uint64_t now, uint64_t tokens, uint64_t kept,
+                                  uint64_t end) {
+  window_t w = window_read(state, now);
+  uint64_t left = minus(w.count, 1);
+  if (left > kept) end = min_u64(end, w.end);
+  if (end <= now) return state;
+  return wallet_state(
+      end, left > WALLET_MOST - min_u64(tokens, WALLET_MOST) ? WALLET_MOST : left + tokens);
+}
+
+/* Of a charge that is undone. put: the state that it put there: its lease is the one that counts. */
+static inline uint64_t wallet_refund(uint64_t state, uint64_t now, uint64_t cost, uint64_t put) {
+  return cost && put ? wallet_put(state, now, cost, 0, state_expires(put)) : state;
+}
+
 /* any kind ------------------------------------------------------------------------------------ */
 
 /* A state of another kind than the rule's (or a pending one) reads as "never seen". */
+static inline bool state_is_of(const rule_t *r, uint64_t state) {
+  return TAG(state) == (r->kind & 3); /* a wallet's are windows */
+}
 static inline uint64_t state_for(const rule_t *r, uint64_t state) {
-  return TAG(state) == r->kind ? state : 0;
+  return state_is_of(r, state) ? state : 0;
 }
 
-static inline verdict_t meter_take(const rule_t *r, uint64_t version, uint64_t state, uint64_t now,
-                                   uint64_t at, uint64_t cost) {
+/* Inline: a call for each of several limits costs more than they do (35 instructions each). */
+static inline __attribute__((always_inline)) verdict_t meter_take(const rule_t *r, uint64_t version,
+                                                                  uint64_t state, uint64_t now,
+                                                                  uint64_t at, uint64_t cost) {
   state = state_for(r, state);
   if (r->kind == FSHM_BUCKET) return bucket_take(r, version, state, now, at, cost);
   if (r->kind == FSHM_WINDOW) return window_take(r, state, now, cost);
+  if (r->kind == FSHM_WALLET) return wallet_take(r, state, now, cost);
   return sliding_take(r, state, now, cost);
 }
 
@@ -450,6 +583,7 @@ static inline uint64_t meter_charge(const rule_t *r, uint64_t version, uint64_t 
   state = state_for(r, state);
   if (r->kind == FSHM_BUCKET) return bucket_charge(r, version, state, now, cost);
   if (r->kind == FSHM_WINDOW) return window_charge(r, state, now, cost);
+  if (r->kind == FSHM_WALLET) return state - min_u64(wallet_left(state, now), cost);
   return sliding_charge(r, state, now, cost);
 }
 
@@ -458,6 +592,7 @@ static inline uint64_t meter_refund(const rule_t *r, uint64_t version, uint64_t 
   state = state_for(r, state);
   if (r->kind == FSHM_BUCKET) return bucket_refund(r, version, state, now, cost, put);
   if (r->kind == FSHM_WINDOW) return window_refund(r, state, now, cost, put);
+  if (r->kind == FSHM_WALLET) return wallet_refund(state, now, cost, put);
   return sliding_refund(r, state, now, cost, put);
 }
 

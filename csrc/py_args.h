@@ -15,6 +15,13 @@ typedef struct {
   PyObject *held; /* to release, or NULL */
 } key_arg;
 
+static int get_bytes(PyObject *bytes, key_arg *k) {
+  char *start = NULL;
+  int failed = PyBytes_AsStringAndSize(bytes, &start, &k->length);
+  k->bytes = start;
+  return failed;
+}
+
 /* A str is its UTF-8 (cached in the str), bytes are themselves. Lone surrogates are keys too. */
 static int get_key(PyObject *key, key_arg *k) {
   k->held = NULL;
@@ -24,9 +31,9 @@ static int get_key(PyObject *key, key_arg *k) {
     PyErr_Clear();
     k->held = PyUnicode_AsEncodedString(key, "utf-8", "surrogatepass");
     if (!k->held) return -1;
-    return PyBytes_AsStringAndSize(k->held, (char **)&k->bytes, &k->length);
+    return get_bytes(k->held, k);
   }
-  if (PyBytes_Check(key)) return PyBytes_AsStringAndSize(key, (char **)&k->bytes, &k->length);
+  if (PyBytes_Check(key)) return get_bytes(key, k);
   PyErr_Format(PyExc_TypeError, "key must be a str or bytes, not %R", key);
   return -1;
 }

@@ -5,6 +5,8 @@
  * No rule lives here: arguments in, fshm_apply(), objects out.
  */
 #include "py_args.h"
+#include "py_cluster.h"
+#include "py_measure.h"
 
 enum { ON_FULL_DENY = 0, ON_FULL_ALLOW = 1, ON_FULL_RAISE = 2 };
 
@@ -15,6 +17,8 @@ typedef struct {
   PyObject *reasons; /* tuple of str: what check() says when this limit denies */
   uint64_t version; /* of limits and reasons */
   int on_full;
+  cluster_t cluster;
+  measure_t measure; /* is_allowed(), check(), acquire() */
 } Core;
 
 static PyObject *s_allowed, *s_reason, *s_remaining, *s_retry, *s_default, *s_ok, *s_full;
@@ -61,8 +65,13 @@ static int decide(Core *self, uint32_t op, PyObject *key, PyObject *cost, uint64
     Py_XDECREF(k.held);
     return -1;
   }
-  fshm_apply(self->limiter, op, k.bytes, (uint64_t)k.length, cost ? costs : NULL, max_wait, 0, d);
+  if (self->cluster.wallet)
+    d->status = cluster_decide((PyObject *)self, &self->cluster, self->limiter, op, key, &k, cost,
+                               cost ? costs : NULL, d, self->version);
+  else
+    fshm_apply(self->limiter, op, k.bytes, (uint64_t)k.length, cost ? costs : NULL, max_wait, 0, d);
   Py_XDECREF(k.held);
+  if (d->status == FSHM_ASK) return -1;
   if (d->status < 0 || d->version != self->version) return settle(self, d);
   return 0;
 }
@@ -80,8 +89,10 @@ static PyObject *decision_call(PyObject *self, uint32_t op, const char *name, Py
   return make_decision(((Core *)self)->limits, &d);
 }
 
+#define MEASURED(self, call) RETURN_MEASURED(&((Core *)(self))->measure, call)
+
 static PyObject *core_acquire(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
-  return decision_call(self, FSHM_ACQUIRE, "acquire", args, n, kw, 1);
+  MEASURED(self, decision_call(self, FSHM_ACQUIRE, "acquire", args, n, kw, 1));
 }
 static PyObject *core_peek(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
   return decision_call(self, FSHM_PEEK, "peek", args, n, kw, 1);
@@ -146,14 +157,18 @@ static int decide_default(PyObject *self, uint32_t op, const char *name, PyObjec
   return decide((Core *)self, op, in[0] && in[0] != Py_None ? in[0] : s_default, NULL, 0, d);
 }
 
-static PyObject *core_is_allowed(PyObject *self, PyObject *const *args, Py_ssize_t n,
-                                 PyObject *kw) {
+static inline PyObject *is_allowed(PyObject *self, PyObject *const *args, Py_ssize_t n,
+                                   PyObject *kw) {
   Core *core = (Core *)self;
   key_arg k;
   if (n == 1 && !kw && core->limiter && args[0] != Py_None) {
     if (get_key(args[0], &k)) return NULL;
-    int status = fshm_is_allowed(core->limiter, k.bytes, (uint64_t)k.length);
+    int status = likely(!core->cluster.wallet)
+                     ? fshm_is_allowed(core->limiter, k.bytes, (uint64_t)k.length)
+                     : cluster_decide(self, &core->cluster, core->limiter, FSHM_ACQUIRE, args[0],
+                                      &k, NULL, NULL, NULL, core->version);
     Py_XDECREF(k.held);
+    if (status == FSHM_ASK) return NULL;
     if (status >= 0) {
       PyObject *out = status == FSHM_ALLOWED ? Py_True : Py_False;
       Py_INCREF(out);
@@ -166,6 +181,11 @@ static PyObject *core_is_allowed(PyObject *self, PyObject *const *args, Py_ssize
   fshm_decision d;
   if (decide_default(self, FSHM_ACQUIRE, "is_allowed", args, n, kw, &d)) return NULL;
   return PyBool_FromLong(d.status == FSHM_ALLOWED);
+}
+
+static PyObject *core_is_allowed(PyObject *self, PyObject *const *args, Py_ssize_t n,
+                                 PyObject *kw) {
+  MEASURED(self, is_allowed(self, args, n, kw));
 }
 
 static PyObject *core_get_remaining(PyObject *self, PyObject *const *args, Py_ssize_t n,
@@ -181,7 +201,7 @@ static int set_item(PyObject *dict, PyObject *name, PyObject *value) {
   return failed;
 }
 
-static PyObject *core_check(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
+static PyObject *check(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
   fshm_decision d;
   if (decide_default(self, FSHM_ACQUIRE, "check", args, n, kw, &d)) return NULL;
   int allowed = d.status == FSHM_ALLOWED;
@@ -203,6 +223,10 @@ static PyObject *core_check(PyObject *self, PyObject *const *args, Py_ssize_t n,
   return NULL;
 }
 
+static PyObject *core_check(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
+  MEASURED(self, check(self, args, n, kw));
+}
+
 /* _admit(key, cost=1) -> Permit: a permit and all other limits, or a false one. */
 static PyObject *core_admit(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
   Core *self = (Core *)o;
@@ -216,9 +240,14 @@ static PyObject *core_admit(PyObject *o, PyObject *const *args, Py_ssize_t n, Py
   if (bound(self)) return NULL;
   if (in[1] && get_costs(self->limits, in[1], costs)) return NULL;
   if (get_key(in[0], &k)) return NULL;
-  fshm_admit(self->limiter, k.bytes, (uint64_t)k.length, in[1] ? costs : NULL, 0, &permit, &d,
-             &in_flight);
+  int failed = 0;
+  if (self->cluster.keys)
+    failed = cluster_admit(o, &self->cluster, self->limiter, in[0], &k, &permit, &d, &in_flight);
+  else
+    fshm_admit(self->limiter, k.bytes, (uint64_t)k.length, in[1] ? costs : NULL, 0, &permit, &d,
+               &in_flight);
   Py_XDECREF(k.held);
+  if (failed) return NULL;
   if ((d.status < 0 || d.version != self->version) && settle(self, &d)) {
     (void)fshm_permit_release(self->limiter, &permit);
     return NULL;
@@ -226,21 +255,60 @@ static PyObject *core_admit(PyObject *o, PyObject *const *args, Py_ssize_t n, Py
   return make_permit(o, self->limiter, &permit, in_flight, self->limits, &d);
 }
 
+#define AHEAD 8 /* keys: enough to cover a miss, and few enough to be still there */
+
+typedef struct {
+  key_arg key; /* bytes NULL: is looked at in its turn */
+  fshm_limiter *limiter; /* whose hash it is */
+  uint64_t hash;
+} fetched_key;
+
+/* Hash a key and have its lines fetched, where that takes no more than a look at it. */
+static void fetch(const Core *self, PyObject *key, fetched_key *k) {
+  k->key = (key_arg){NULL, 0, NULL};
+  k->limiter = self->limiter;
+  if (PyUnicode_Check(key))
+    k->key.bytes = PyUnicode_AsUTF8AndSize(key, &k->key.length);
+  else if (PyBytes_Check(key))
+    (void)get_bytes(key, &k->key);
+  if (k->key.bytes)
+    k->hash = limiter_fetch(k->limiter, k->key.bytes, (uint64_t)k->key.length);
+  else
+    PyErr_Clear();
+}
+
+/* One of many. What a change of limits, or __index__() of a cost, has made of the limiter counts. */
+static int decide_fetched(Core *self, PyObject *key, fetched_key *k, const uint64_t *costs,
+                          fshm_decision *d) {
+  bool other = k->limiter != self->limiter || !k->key.bytes;
+  if (!k->key.bytes && get_key(key, &k->key)) return -1;
+  const char *bytes = k->key.bytes;
+  uint64_t length = (uint64_t)k->key.length;
+  if (other) k->hash = limiter_fetch(self->limiter, bytes, length);
+  limiter_acquire_fetched(self->limiter, k->hash, bytes, length, costs, d);
+  Py_XDECREF(k->key.held);
+  return d->status < 0 || d->version != self->version ? settle(self, d) : 0;
+}
+
 /* _acquire_many(keys, costs, allowed, remaining, retry): charge key by key in order; three bytearrays
- * to fill, of n, 8n and 8n bytes. costs: an int, or a list of n. */
-static PyObject *core_acquire_many(PyObject *self, PyObject *const *args, Py_ssize_t n,
-                                   PyObject *kw) {
+ * to fill, of n, 8n and 8n bytes. costs: an int, or a list of n. Where keys are many, most of a call is
+ * waiting for their memory: it is fetched some keys ahead. */
+static PyObject *core_acquire_many(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
+  Core *self = (Core *)o;
   if (n != 5 || kw) {
     PyErr_SetString(PyExc_TypeError, "_acquire_many() takes 5 arguments");
     return NULL;
   }
+  if (bound(self)) return NULL;
   PyObject *keys = PySequence_Tuple(args[0]);
   if (!keys) return NULL;
-  Py_ssize_t count = PyTuple_Size(keys);
+  Py_ssize_t count = PyTuple_Size(keys), ahead = 0;
   char *allowed = PyByteArray_AsString(args[2]);
   uint64_t *remaining = (uint64_t *)(void *)PyByteArray_AsString(args[3]);
   double *retry = (double *)(void *)PyByteArray_AsString(args[4]);
   int each = PyList_Check(args[1]);
+  uint64_t costs[FSHM_MAX_LIMITS];
+  fetched_key ring[AHEAD];
   if ((each && PyList_Size(args[1]) != count) || PyByteArray_Size(args[2]) != count ||
       PyByteArray_Size(args[3]) != 8 * count || PyByteArray_Size(args[4]) != 8 * count) {
     PyErr_SetString(PyExc_ValueError, "keys and costs differ in length");
@@ -248,10 +316,13 @@ static PyObject *core_acquire_many(PyObject *self, PyObject *const *args, Py_ssi
   }
   for (Py_ssize_t i = 0; i < count; i++) {
     fshm_decision d;
+    for (; ahead < count && ahead < i + AHEAD; ahead++)
+      fetch(self, PyTuple_GetItem(keys, ahead), &ring[ahead % AHEAD]);
     PyObject *cost = each ? PyList_GetItem(args[1], i) : args[1];
-    if (decide((Core *)self, FSHM_ACQUIRE, PyTuple_GetItem(keys, i), cost, 0, &d)) goto failed;
-    allowed[i] = d.status == FSHM_ALLOWED;
-    remaining[i] = (uint64_t)d.remaining;
+    if ((each || !i) && (!cost || get_costs(self->limits, cost, costs))) goto failed;
+    if (decide_fetched(self, PyTuple_GetItem(keys, i), &ring[i % AHEAD], costs, &d)) goto failed;
+    allowed[i] = (char)(d.status == FSHM_ALLOWED);
+    remaining[i] = d.remaining;
     retry[i] = d.retry_after_ns == FSHM_NEVER ? Py_HUGE_VAL : (double)d.retry_after_ns / 1e9;
   }
   Py_DECREF(keys);
@@ -283,6 +354,27 @@ static PyObject *core_bind(PyObject *o, PyObject *args) {
   Py_RETURN_NONE;
 }
 
+/* _bind_cluster(wallet, refused, keys=None): addresses, and of permits a dict. */
+static PyObject *core_bind_cluster(PyObject *o, PyObject *args) {
+  unsigned long long wallet, refused;
+  PyObject *keys = NULL;
+  cluster_t *c = &((Core *)o)->cluster;
+  if (!PyArg_ParseTuple(args, "KK|O!", &wallet, &refused, &PyDict_Type, &keys)) return NULL;
+  c->wallet = (fshm_limiter *)(uintptr_t)wallet;
+  c->refused = (fshm_limiter *)(uintptr_t)refused;
+  PyObject *old = c->keys;
+  Py_XINCREF(keys);
+  c->keys = keys;
+  Py_XDECREF(old);
+  Py_RETURN_NONE;
+}
+
+/* _measure(segment, metric, every): how often to record a call, and as what. */
+static PyObject *core_measure(PyObject *o, PyObject *args) {
+  if (measure_args(&((Core *)o)->measure, args)) return NULL;
+  Py_RETURN_NONE;
+}
+
 static PyObject *core_get_limits(PyObject *o, void *unused) {
   (void)unused;
   Core *self = (Core *)o;
@@ -304,6 +396,7 @@ static void core_dealloc(PyObject *o) {
   PyTypeObject *type = Py_TYPE(o);
   Py_XDECREF(self->limits);
   Py_XDECREF(self->reasons);
+  Py_XDECREF(self->cluster.keys);
   freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
   release(o);
   Py_DECREF(type);
@@ -334,16 +427,19 @@ static PyMethodDef core_methods[] = {
     {"_admit", FAST(core_admit), FLAGS, NULL},
     {"_acquire_many", FAST(core_acquire_many), FLAGS, NULL},
     {"_bind", core_bind, METH_VARARGS, NULL},
+    {"_bind_cluster", core_bind_cluster, METH_VARARGS, NULL},
+    {"_measure", core_measure, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL}};
 
 static PyGetSetDef core_getset[] = {
     {"limits", core_get_limits, NULL, "The limits in force, as a tuple.", NULL},
     {NULL, NULL, NULL, NULL, NULL}};
 
+static char core_doc[] = "Native base of the limiters.";
 static PyType_Slot core_slots[] = {{Py_tp_dealloc, (void *)core_dealloc},
                                    {Py_tp_methods, core_methods},
                                    {Py_tp_getset, core_getset},
-                                   {Py_tp_doc, (void *)"Native base of the limiters."},
+                                   {Py_tp_doc, core_doc},
                                    {0, NULL}};
 
 static PyType_Spec core_spec = {"fast_litellm_shm._native.Core", sizeof(Core), 0,

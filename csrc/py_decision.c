@@ -93,13 +93,13 @@ static PyGetSetDef decision_getset[] = {
     {"limit", decision_limit, NULL, "The limit that denied, else the one with least left.", NULL},
     {NULL, NULL, NULL, NULL, NULL}};
 
-static PyType_Slot decision_slots[] = {
-    {Py_tp_dealloc, (void *)decision_dealloc},
-    {Py_tp_getset, decision_getset},
-    {Py_tp_repr, (void *)decision_repr},
-    {Py_nb_bool, (void *)decision_bool},
-    {Py_tp_doc, (void *)"The answer of a limiter. True when admitted."},
-    {0, NULL}};
+static char decision_doc[] = "The answer of a limiter. True when admitted.";
+static PyType_Slot decision_slots[] = {{Py_tp_dealloc, (void *)decision_dealloc},
+                                       {Py_tp_getset, decision_getset},
+                                       {Py_tp_repr, (void *)decision_repr},
+                                       {Py_nb_bool, (void *)decision_bool},
+                                       {Py_tp_doc, decision_doc},
+                                       {0, NULL}};
 
 static PyType_Spec decision_spec = {"fast_litellm_shm._native.Decision", sizeof(Decision), 0,
                                     Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,

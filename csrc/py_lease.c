@@ -111,12 +111,13 @@ static PyGetSetDef permit_getset[] = {
     {"decision", permit_get_decision, NULL, "The Decision behind it.", NULL},
     {NULL, NULL, NULL, NULL, NULL}};
 
+static char permit_doc[] = "One request in flight. True while held.";
 static PyType_Slot permit_slots[] = {{Py_tp_dealloc, (void *)permit_dealloc},
                                      {Py_tp_methods, permit_methods},
                                      {Py_tp_getset, permit_getset},
                                      {Py_tp_repr, (void *)permit_repr},
                                      {Py_nb_bool, (void *)permit_bool},
-                                     {Py_tp_doc, (void *)"One request in flight. True while held."},
+                                     {Py_tp_doc, permit_doc},
                                      {0, NULL}};
 
 static PyType_Spec permit_spec = {"fast_litellm_shm._native.Permit", sizeof(Permit), 0,

@@ -2,7 +2,9 @@
  * back. Opening, closing and limits are pool.py's business (and lease.c's); ids map to connections here.
  *
  * Idle connections of an endpoint are a stack: the one used last is taken first. All under the GIL. */
+#include "internal.h"
 #include "py_args.h"
+#include "py_measure.h"
 
 typedef struct Connection {
   PyObject_HEAD
@@ -23,6 +25,7 @@ typedef struct {
   PyObject *stacks; /* dict: endpoint -> Stack */
   fshm_limiter *slots, *totals; /* kept alive by the Python subclass */
   uint64_t idle_ns; /* how long an idle connection may be used again */
+  measure_t measure; /* get_connection() */
 } PoolCore;
 
 typedef struct {
@@ -31,7 +34,6 @@ typedef struct {
 } Stack;
 
 static PyTypeObject *connection_type, *stack_type;
-uint64_t fshm_clock(void);
 
 static void connection_dealloc(PyObject *o) {
   Connection *c = (Connection *)o;
@@ -119,7 +121,10 @@ static PyObject *pool_take(PyObject *o, PyObject *endpoint) {
 }
 
 /* get_connection(endpoint): an idle connection's id, else self._open(endpoint). */
-static PyObject *pool_get(PyObject *o, PyObject *endpoint) {
+static inline PyObject *get(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kwnames) {
+  PyObject *endpoint = n == 1 && !kwnames ? args[0] : NULL;
+  static const char *const names[] = {"endpoint"};
+  if (!endpoint && parse("get_connection", args, n, kwnames, names, &endpoint, 1, 1)) return NULL;
   if (unbound((PoolCore *)o)) return NULL;
   Connection *c = pop((PoolCore *)o, endpoint);
   if (c) {
@@ -130,9 +135,22 @@ static PyObject *pool_get(PyObject *o, PyObject *endpoint) {
   return PyObject_CallMethod(o, "_open", "O", endpoint);
 }
 
+static PyObject *pool_get(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kwnames) {
+  RETURN_MEASURED(&((PoolCore *)o)->measure, get(o, args, n, kwnames));
+}
+
+/* _measure(segment, metric, every): how often to record a call, and as what. */
+static PyObject *pool_measure(PyObject *o, PyObject *args) {
+  if (measure_args(&((PoolCore *)o)->measure, args)) return NULL;
+  Py_RETURN_NONE;
+}
+
 /* return_connection(id): idle again. Unknown, foreign or returned ids: self._odd(id). */
-static PyObject *pool_return(PyObject *o, PyObject *id) {
+static PyObject *pool_return(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kwnames) {
   PoolCore *self = (PoolCore *)o;
+  PyObject *id = n == 1 && !kwnames ? args[0] : NULL;
+  static const char *const names[] = {"connection_id"};
+  if (!id && parse("return_connection", args, n, kwnames, names, &id, 1, 1)) return NULL;
   if (unbound(self)) return NULL;
   Connection *c = (Connection *)PyDict_GetItemWithError(self->by_id, id);
   if (!c || c->idle || !fshm_permit_idle(self->slots, &c->slot, 1)) {
@@ -149,8 +167,14 @@ static PyObject *pool_return(PyObject *o, PyObject *id) {
   Py_RETURN_NONE;
 }
 
+static PyObject *refusal(int status, const char *limit) {
+  if (status == FSHM_E_DAMAGED) return PyUnicode_FromString("damaged");
+  return PyUnicode_FromString(status == FSHM_DENIED ? limit : "full");
+}
+
 /* _add(id, endpoint, object): a connection in use, if both permits are to be had. Returns None, or the
- * name of the limit that was reached: "endpoint" or "pool"; "full" where the segment has no room. */
+ * name of the limit that was reached: "endpoint" or "pool"; "full" where the segment has no room;
+ * "damaged". */
 static PyObject *pool_add(PyObject *o, PyObject *args) {
   PoolCore *self = (PoolCore *)o;
   PyObject *id, *endpoint, *object;
@@ -163,11 +187,11 @@ static PyObject *pool_add(PyObject *o, PyObject *args) {
     return NULL;
   fshm_admit(self->slots, key.bytes, (uint64_t)key.length, NULL, 0, &slot, &d, &held);
   Py_XDECREF(key.held);
-  if (d.status != FSHM_ALLOWED) return PyUnicode_FromString(d.status ? "full" : "endpoint");
+  if (d.status != FSHM_ALLOWED) return refusal(d.status, "endpoint");
   fshm_admit(self->totals, "", 0, NULL, 0, &total, &d, &held);
   if (d.status != FSHM_ALLOWED) {
     (void)fshm_permit_release(self->slots, &slot);
-    return PyUnicode_FromString(d.status ? "full" : "pool");
+    return refusal(d.status, "pool");
   }
   Connection *c = PyObject_New(Connection, connection_type);
   PyObject *stack = c ? PyDict_GetItemWithError(self->stacks, endpoint) : NULL;
@@ -320,11 +344,11 @@ static void pool_dealloc(PyObject *o) {
 }
 
 static PyMethodDef pool_methods[] = {
-    {"get_connection", pool_get, METH_O,
+    {"get_connection", FAST(pool_get), FLAGS,
      "get_connection(endpoint)\n--\n\nThe id of a connection to the endpoint: an idle one of this "
      "process, else a new one; None when the endpoint or the pool is at its limit."},
-    {"return_connection", pool_return, METH_O,
-     "return_connection(id)\n--\n\nThe connection is idle again, for this process to reuse."},
+    {"return_connection", FAST(pool_return), FLAGS,
+     "return_connection(connection_id)\n--\n\nThe connection is idle again, for this process to reuse."},
     {"_take", pool_take, METH_O, NULL},
     {"_add", pool_add, METH_VARARGS, NULL},
     {"_drop", pool_drop, METH_O, NULL},
@@ -333,19 +357,22 @@ static PyMethodDef pool_methods[] = {
     {"_lookup", pool_lookup, METH_O, NULL},
     {"_set_object", pool_set_object, METH_VARARGS, NULL},
     {"_bind_core", pool_bind, METH_VARARGS, NULL},
+    {"_measure", pool_measure, METH_VARARGS, NULL},
     {"_connections", pool_connections, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL}};
 
+static char pool_doc[] = "Native base of SimpleConnectionPool.";
 static PyType_Slot pool_slots[] = {{Py_tp_dealloc, (void *)pool_dealloc},
                                    {Py_tp_methods, pool_methods},
-                                   {Py_tp_doc, (void *)"Native base of SimpleConnectionPool."},
+                                   {Py_tp_doc, pool_doc},
                                    {0, NULL}};
 static PyType_Spec pool_spec = {"fast_litellm_shm._native.PoolCore", sizeof(PoolCore), 0,
                                 Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, pool_slots};
 
+static char connection_doc[] = "A pooled connection.";
 static PyType_Slot connection_slots[] = {{Py_tp_dealloc, (void *)connection_dealloc},
                                          {Py_tp_getset, connection_getset},
-                                         {Py_tp_doc, (void *)"A pooled connection."},
+                                         {Py_tp_doc, connection_doc},
                                          {0, NULL}};
 static PyType_Spec connection_spec = {"fast_litellm_shm._native.Connection", sizeof(Connection), 0,
                                       Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,

@@ -26,23 +26,23 @@ __attribute__((constructor)) static void detect(void) {
 
 uint64_t fshm_now(fshm_segment *s) { return segment_now(s); }
 
-/* Segments open in this process, so that each is mapped once and its lock file opened once. The lock
- * around the list holds its holder's pid: a thread that stayed in the parent at a fork cannot keep it
- * from the child. No hot call takes it. */
-static fshm_segment *open_segments;
-static _Atomic uint32_t list_holder;
-
-static void list_lock(void) {
+/* A lock among the threads of this process. It holds its holder's pid: a thread that stayed in the
+ * parent at a fork cannot keep it from the child. No hot call takes one. */
+void threads_lock(_Atomic uint32_t *lock) {
   const uint32_t me = (uint32_t)getpid();
   for (;;) {
     uint32_t holder = 0;
-    if (atomic_compare_exchange_strong(&list_holder, &holder, me)) return;
-    if (holder != me && atomic_compare_exchange_strong(&list_holder, &holder, me)) return;
+    if (atomic_compare_exchange_strong(lock, &holder, me)) return;
+    if (holder != me && atomic_compare_exchange_strong(lock, &holder, me)) return;
     struct timespec pause = {0, 100000};
     (void)nanosleep(&pause, NULL);
   }
 }
-static void list_unlock(void) { atomic_store(&list_holder, 0); }
+void threads_unlock(_Atomic uint32_t *lock) { atomic_store(lock, 0); }
+
+/* Segments open in this process, so that each is mapped once and its lock file opened once. */
+static fshm_segment *open_segments;
+static _Atomic uint32_t list_holder;
 
 static fork_page_t *make_fork_page(bool *wiped) {
   void *page =
@@ -63,7 +63,6 @@ static int attach(int fd, const header_t *h, const char *path, uint32_t flags, f
     bool read_only = flags & FSHM_OPEN_READ_ONLY;
     if (s->dev == (uint64_t)st.st_dev && s->ino == st.st_ino && (read_only || !s->read_only)) {
       s->users++;
-      (void)close(fd);
       *out = s;
       return FSHM_OK;
     }
@@ -75,9 +74,11 @@ static int attach(int fd, const header_t *h, const char *path, uint32_t flags, f
   void *map = mmap(NULL, h->size, protection, MAP_SHARED, fd, 0);
   s->fork_page = map == MAP_FAILED ? NULL : make_fork_page(&s->wiped);
   if (!s->fork_page) {
+    e->wanted = h->size;
+    (void)image_fail_errno(e);
     if (map != MAP_FAILED) (void)munmap(map, h->size);
     free(s);
-    return image_fail_errno(e);
+    return e->code;
   }
   s->map = map;
   s->header = map;
@@ -88,16 +89,28 @@ static int attach(int fd, const header_t *h, const char *path, uint32_t flags, f
   s->limiter_count = h->limiters;
   s->names_mode = h->names_mode & (FSHM_NAMES_HASHED | FSHM_NAMES_OFF);
   s->epoch = h->epoch;
+  s->capacity = h->capacity;
+  s->created_realtime_ns = h->created_realtime_ns;
+  s->instance = h->instance;
+  memcpy(s->secret, h->secret, sizeof s->secret);
+  memcpy(s->verified, h, sizeof s->verified);
   s->limiters = (limiter_entry_t *)(void *)(s->map + h->limiters_offset);
   s->processes = (process_t *)(void *)(s->map + h->processes_offset);
   s->columns = (column_t *)(void *)(s->map + h->columns_offset);
   s->cells = (cell_t *)(void *)(s->map + h->cells_offset);
   s->ledger = (ledger_t *)(void *)(s->map + h->ledger_offset);
   s->names = (_Atomic uint64_t *)(void *)(s->map + h->names_offset);
+  s->memo = (memo_t *)(void *)(s->map + h->memo_offset);
+  s->memo_lines = h->memo_lines;
+  s->metrics = (metric_t *)(void *)(s->map + h->metrics_offset);
+  s->histograms = (histogram_t *)(void *)(s->map + h->histograms_offset);
+  s->deployments = (deployment_t *)(void *)(s->map + h->deployments_offset);
+  s->flights = (flights_t *)(void *)(s->map + h->flights_offset);
+  s->tallies = (tallies_t *)(void *)(s->map + h->tallies_offset);
   s->dev = (uint64_t)st.st_dev;
   s->ino = st.st_ino;
-  s->fd = fd;
-  s->lock_fd = -1;
+  store_relaxed(&s->lock_fd, -1);
+  s->parked_fd = -1;
   s->users = 1;
   (void)snprintf(s->path, sizeof s->path, "%s", path);
   s->next = open_segments;
@@ -110,13 +123,14 @@ int fshm_open(const char *name, uint64_t capacity, uint32_t mode, uint32_t flags
               fshm_segment **out, fshm_error *e) {
   header_t h;
   memset(e, 0, sizeof *e);
+  memset(&h, 0, sizeof h);
   *out = NULL;
   errno = 0;
-  if (fshm_path(name, e->path, sizeof e->path) != FSHM_OK || (mode & ~0777u) ||
+  if (fshm_path(name, e->path, sizeof e->path) != FSHM_OK || (mode & ~0777U) ||
       (capacity && (capacity < MIN_CAPACITY || capacity > MAX_CAPACITY)))
     return image_fail(e, FSHM_E_ARGUMENT);
   int access = flags & FSHM_OPEN_READ_ONLY ? O_RDONLY : O_RDWR;
-  list_lock();
+  threads_lock(&list_holder);
   int status = FSHM_E_SYSTEM;
   for (int tries = 0; tries < OPEN_TRIES; tries++) {
     int fd = open(e->path, access | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
@@ -136,10 +150,12 @@ int fshm_open(const char *name, uint64_t capacity, uint32_t mode, uint32_t flags
       status = image_fail(e, FSHM_E_CAPACITY);
     }
     if (status == FSHM_OK) status = attach(fd, &h, e->path, flags, out, e);
-    if (status != FSHM_OK) (void)close(fd);
+    /* The mapping needs it no more. Kept, it would be closed by whoever daemonises, and its number
+     * would then be another file's. */
+    (void)close(fd);
     break;
   }
-  list_unlock();
+  threads_unlock(&list_holder);
   if (status == FSHM_OK && !*out) { /* it vanished each time it was made */
     errno = ENOENT;
     status = image_fail(e, FSHM_E_NOT_FOUND);
@@ -149,7 +165,7 @@ int fshm_open(const char *name, uint64_t capacity, uint32_t mode, uint32_t flags
 
 void fshm_close(fshm_segment *s) {
   if (!s) return;
-  list_lock();
+  threads_lock(&list_holder);
   if (--s->users == 0) {
     for (fshm_segment **at = &open_segments; *at; at = &(*at)->next) {
       if (*at != s) continue;
@@ -158,48 +174,47 @@ void fshm_close(fshm_segment *s) {
     }
     (void)munmap(s->map, s->size);
     (void)munmap(s->fork_page, sizeof *s->fork_page);
-    (void)close(s->fd);
-    /* Closing any descriptor of the lock file drops the process's locks on it: not while another handle
-     * (one for reading, one for writing) of the same segment is open. */
-    bool shared = false;
-    for (fshm_segment *other = open_segments; other; other = other->next)
-      shared |= other->dev == s->dev && other->ino == s->ino;
-    if (s->lock_fd >= 0 && !shared) (void)close(s->lock_fd);
+    /* Closing any descriptor of the lock file drops all locks that this process has on it. They are those of
+     * the handle for writing: a handle for reading leaves its descriptor to that one. */
+    int mine = process_lock_open(s) ? load_relaxed(&s->lock_fd) : -1;
+    for (fshm_segment *other = open_segments; other && s->read_only; other = other->next) {
+      if (other->read_only || other->dev != s->dev || other->ino != s->ino) continue;
+      if (other->parked_fd < 0) other->parked_fd = mine;
+      mine = -1;
+    }
+    if (mine >= 0) (void)close(mine);
+    if (s->parked_fd >= 0) (void)close(s->parked_fd);
     free(s);
   }
-  list_unlock();
+  threads_unlock(&list_holder);
 }
 
 int fshm_unlinked(fshm_segment *s) {
-  struct stat st, named;
-  if (fstat(s->fd, &st)) return 0;
-  if (st.st_nlink == 0) return 1;
-  return stat(s->path, &named) || named.st_ino != st.st_ino || named.st_dev != st.st_dev;
+  struct stat named; /* our inode's number is not given to another file while it is mapped */
+  if (lstat(s->path, &named)) return errno == ENOENT || errno == ENOTDIR;
+  return named.st_ino != s->ino || (uint64_t)named.st_dev != s->dev;
 }
 
-void fshm_describe(fshm_segment *s, fshm_geometry *g) {
-  const header_t *h = s->header;
-  memset(g, 0, sizeof *g);
-  g->base = s->map;
-  g->size = s->size;
-  g->capacity = h->capacity;
-  g->cells = s->cell_count;
-  g->created_realtime_ns = h->created_realtime_ns;
-  g->time_ns = segment_now(s);
-  g->instance = h->instance;
-  g->cells_offset = (uint64_t)((unsigned char *)s->cells - s->map);
-  g->ledger_offset = (uint64_t)((unsigned char *)s->ledger - s->map);
-  g->limiters_offset = (uint64_t)((unsigned char *)s->limiters - s->map);
-  g->processes_offset = (uint64_t)((unsigned char *)s->processes - s->map);
-  g->columns_offset = (uint64_t)((unsigned char *)s->columns - s->map);
-  g->limiters = s->limiter_count;
-  g->processes = PROCESSES;
-  g->column_entries = COLUMN_ENTRIES;
-  g->layout_version = FSHM_LAYOUT_VERSION;
-  g->names = s->names_mode;
-  g->read_only = s->read_only;
-  g->retired_admitted = load_relaxed(&h->retired_admitted);
-  g->retired_denied = load_relaxed(&h->retired_denied);
+void fshm_describe(fshm_segment *s, fshm_geometry *out) {
+  memset(out, 0, sizeof *out);
+  out->base = s->map;
+  out->size = s->size;
+  out->capacity = s->capacity;
+  out->cells = s->cell_count;
+  out->created_realtime_ns = s->created_realtime_ns;
+  out->time_ns = segment_now(s);
+  out->instance = s->instance;
+  out->cells_offset = (uint64_t)((unsigned char *)s->cells - s->map);
+  out->ledger_offset = (uint64_t)((unsigned char *)s->ledger - s->map);
+  out->limiters_offset = (uint64_t)((unsigned char *)s->limiters - s->map);
+  out->processes_offset = (uint64_t)((unsigned char *)s->processes - s->map);
+  out->columns_offset = (uint64_t)((unsigned char *)s->columns - s->map);
+  out->limiters = s->limiter_count;
+  out->processes = PROCESSES;
+  out->column_entries = COLUMN_ENTRIES;
+  out->layout_version = FSHM_LAYOUT_VERSION;
+  out->names = s->names_mode;
+  out->read_only = s->read_only;
 }
 
 /* Mark the cells that are in use: live[i] = 1. Returns how many; live may be NULL. */

@@ -1,9 +1,24 @@
 """Rate limits that all worker processes of a host share, in shared memory, with no server."""
 
+from fast_litellm_shm.acceleration import (
+    apply_acceleration,
+    get_patch_status,
+    on_import,
+    remove_acceleration,
+)
 from fast_litellm_shm.concurrency import ConcurrencyLimiter
+from fast_litellm_shm.decorators import limited
+from fast_litellm_shm.diagnostics import (
+    NATIVE_AVAILABLE,
+    RUST_ACCELERATION_AVAILABLE,
+    health_check,
+)
 from fast_litellm_shm.exceptions import (
+    EncodingUnavailableError,
     FastShmError,
     PermitTimeoutError,
+    PriceFileError,
+    RateLimitExceeded,
     SegmentCapacityError,
     SegmentClockError,
     SegmentDamagedError,
@@ -15,9 +30,17 @@ from fast_litellm_shm.exceptions import (
     SegmentOwnerError,
     SegmentPermissionError,
     SegmentSpaceError,
+    UnknownModelError,
 )
+from fast_litellm_shm.features import get_feature_status, is_enabled, reset_errors
 from fast_litellm_shm.limiter import Batch, RateLimiter
 from fast_litellm_shm.limits import Limit, SlidingWindow, Window
+from fast_litellm_shm.monitoring import (
+    compare_implementations,
+    export_performance_data,
+    get_performance_stats,
+    record_performance,
+)
 from fast_litellm_shm.native import Decision, Permit
 from fast_litellm_shm.pool import (
     SimpleConnectionPool,
@@ -28,26 +51,32 @@ from fast_litellm_shm.pool import (
     remove_connection,
     return_connection,
 )
+from fast_litellm_shm.prices import get_pricing_status
 from fast_litellm_shm.quota import Admission, Quota
+from fast_litellm_shm.recommendations import get_recommendations
+from fast_litellm_shm.routing import AdvancedRouter, get_available_deployment
 from fast_litellm_shm.segment import Segment
 from fast_litellm_shm.simple import SimpleRateLimiter, check_rate_limit, get_rate_limit_stats
+from fast_litellm_shm.tokens import SimpleTokenCounter
 
 __version__ = "0.1.0"
-NATIVE_AVAILABLE = True
-RUST_ACCELERATION_AVAILABLE = NATIVE_AVAILABLE  # the name in fast-litellm
 
 __all__ = [
-    "NATIVE_AVAILABLE",
-    "RUST_ACCELERATION_AVAILABLE",
     "Admission",
+    "AdvancedRouter",
     "Batch",
     "ConcurrencyLimiter",
     "Decision",
+    "EncodingUnavailableError",
     "FastShmError",
     "Limit",
+    "NATIVE_AVAILABLE",
     "Permit",
     "PermitTimeoutError",
+    "PriceFileError",
     "Quota",
+    "RUST_ACCELERATION_AVAILABLE",
+    "RateLimitExceeded",
     "RateLimiter",
     "Segment",
     "SegmentCapacityError",
@@ -63,14 +92,33 @@ __all__ = [
     "SegmentSpaceError",
     "SimpleConnectionPool",
     "SimpleRateLimiter",
+    "SimpleTokenCounter",
     "SlidingWindow",
+    "UnknownModelError",
     "Window",
+    "apply_acceleration",
     "check_rate_limit",
     "cleanup_expired_connections",
+    "compare_implementations",
+    "export_performance_data",
+    "get_available_deployment",
     "get_connection",
     "get_connection_pool_stats",
+    "get_feature_status",
+    "get_patch_status",
+    "get_performance_stats",
+    "get_pricing_status",
     "get_rate_limit_stats",
+    "get_recommendations",
+    "health_check",
     "health_check_connection",
+    "is_enabled",
+    "limited",
+    "record_performance",
+    "remove_acceleration",
     "remove_connection",
+    "reset_errors",
     "return_connection",
 ]
+
+on_import()

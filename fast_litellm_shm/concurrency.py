@@ -6,17 +6,22 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fast_litellm_shm import exceptions, limits
+from fast_litellm_shm import exceptions, limits, settings
 from fast_litellm_shm.handle import SharedLimits, key_bytes
 from fast_litellm_shm.limiter import deadline_ns
 from fast_litellm_shm.native import Permit, ffi, lib
 from fast_litellm_shm.segment import Segment
 
+if TYPE_CHECKING:
+    from fast_litellm_shm.cluster import Cluster
+    from fast_litellm_shm.cluster.lease import Leases
+
 _LOOK_NS = 1_000_000_000  # a waiter looks for the dead itself, once a second
+_ASK_NS = 60_000_000  # and one that must ask a server, after as long as a refusal is remembered
 _SLEEPERS = 64  # threads that asyncio's waiters sleep in; more look once a second
 
 _sleepers: ThreadPoolExecutor | None = None
@@ -44,6 +49,10 @@ class ConcurrencyLimiter:
     max_in_flight: 1 .. 100,000. name: processes that use the same name share; whoever sets
     max_in_flight last sets it for all. segment: default ``Segment.default()``.
 
+    cluster: a URL (``redis://host:6379/0``) or a :class:`~fast_litellm_shm.cluster.Cluster`: the
+    limit holds over all hosts that name the same server, which grants permits to each host;
+    default: what FAST_LITELLM_SHM_CLUSTER says, else this host alone. See ``docs/cluster.md``.
+
     A permit belongs to its process. One that is killed or crashes gives its permits back by itself:
     at once to whoever then finds no other, within a second to whoever waits. One that is merely
     stopped keeps them. Each permit takes one key's room in the segment.
@@ -56,14 +65,56 @@ class ConcurrencyLimiter:
     """acquire(key) -> Permit: true when admitted; else false, and ``in_flight`` says how many are
     held. Release it with ``permit.release()`` or ``with permit:``."""
 
-    def __init__(self, max_in_flight: int, *, name: str, segment: Segment | None = None) -> None:
-        limit = limits.in_flight("ConcurrencyLimiter", "max_in_flight", max_in_flight)
-        self._open(SharedLimits((limit,), name=name, segment=segment, on_full="deny"))
+    _leases: Leases | None = None
 
-    def _open(self, shared: SharedLimits) -> None:
-        self._shared = shared
+    def __init__(
+        self,
+        max_in_flight: int,
+        *,
+        name: str,
+        segment: Segment | None = None,
+        cluster: Cluster | str | None = None,
+    ) -> None:
+        limit = limits.in_flight("ConcurrencyLimiter", "max_in_flight", max_in_flight)
+        self._open(limit, name, segment, cluster, keep=False)
+
+    def _open(
+        self,
+        limit: limits.InFlight,
+        name: str,
+        segment: Segment | None,
+        cluster: Cluster | str | None,
+        keep: bool,
+    ) -> None:
+        given: dict[str, Any] = {"name": name, "segment": segment, "on_full": "deny", "keep": keep}
+        found = None
+        if cluster is not None or settings.cluster_url() is not None:
+            from fast_litellm_shm.cluster import settings as cluster_settings
+
+            found = cluster_settings.found(cluster)
+        if found is None:
+            self._shared = SharedLimits((limit,), **given)
+        else:
+            from fast_litellm_shm.cluster.lease import LeasedLimits
+
+            shared = LeasedLimits((limit,), **given)
+            self._shared, self._leases = shared, shared.join(found)
         self._handle = self._shared._handle
         self.acquire = self._shared._admit
+
+    async def acquire_async(self, key: str | bytes) -> Permit:
+        """acquire() for asyncio: where the limit is that of many hosts and the server must be
+        asked, that is done in a thread; else it is acquire()."""
+        if self._leases is None or self._leases.answers(key_bytes(key)):
+            permit: Permit = self.acquire(key)
+            return permit
+        asked: Future[Permit] = _executor().submit(self.acquire, key)
+        try:
+            return await asyncio.wrap_future(asked)
+        except asyncio.CancelledError:  # the thread goes on: what it takes is nobody's
+            if not asked.cancel():
+                asked.add_done_callback(_release)
+            raise
 
     @property
     def name(self) -> str:
@@ -85,6 +136,11 @@ class ConcurrencyLimiter:
         raw = key_bytes(key)
         return int(lib.fshm_in_flight(self._handle, raw, len(raw)))
 
+    @property
+    def _look_ns(self) -> int:
+        """How long a waiter sleeps at most: nobody wakes it for what another host releases."""
+        return _LOOK_NS if self._leases is None else _ASK_NS
+
     def wait(self, key: str | bytes, timeout: float | None = None) -> Permit:
         """acquire(), waiting for a permit at most ``timeout`` seconds; false when there was none.
 
@@ -102,24 +158,24 @@ class ConcurrencyLimiter:
                 left = deadline - time.monotonic_ns()
                 if permit or left <= 0:
                     return permit
-                lib.fshm_bell_wait(self._handle, raw, len(raw), armed, min(left, _LOOK_NS))
+                lib.fshm_bell_wait(self._handle, raw, len(raw), armed, min(left, self._look_ns))
         except BaseException:  # interrupted: a ring that was meant for us goes to the next
             lib.fshm_bell_ring(self._handle, raw, len(raw))
             raise
 
     async def wait_async(self, key: str | bytes, timeout: float | None = None) -> Permit:
         """wait() for asyncio: sleeps in a thread of its own pool, not in the event loop."""
-        permit: Permit = self.acquire(key)
+        permit = await self.acquire_async(key)
         if permit:
             return permit
         raw, deadline = key_bytes(key), deadline_ns(timeout)
         while True:
             armed = lib.fshm_bell_arm(self._handle, raw, len(raw))
-            permit = self.acquire(key)
+            permit = await self.acquire_async(key)
             left = deadline - time.monotonic_ns()
             if permit or left <= 0:
                 return permit
-            left = min(left, _LOOK_NS)
+            left = min(left, self._look_ns)
             rung = _executor().submit(lib.fshm_bell_wait, self._handle, raw, len(raw), armed, left)
             try:
                 await asyncio.wait({asyncio.wrap_future(rung)}, timeout=left / 1e9 + 0.01)
@@ -151,25 +207,43 @@ class ConcurrencyLimiter:
         if not permit:
             raise exceptions.PermitTimeoutError(
                 f"limiter {self.name!r}: no permit for key {key!r} within {timeout} s, "
-                f"{permit.in_flight} of {self.max_in_flight} are held; wait longer, or raise "
-                "the limit"
+                f"{self._held(permit)}; wait longer, or raise the limit"
             )
         return permit
 
+    def _held(self, permit: Permit) -> str:
+        most, leases = self.max_in_flight, self._leases
+        if leases is None:
+            return f"{permit.in_flight} of {most} are held"
+        here = f"of {most} over all hosts this one holds {permit.in_flight}"
+        cluster, away = leases.cluster, leases.link.away
+        if away is None:
+            return here
+        return f"{here}, and {cluster.shown} does not answer ({away}): {cluster.on_outage!r}"
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_rebuild, (type(self), self.max_in_flight, self.name, self.segment))
+        cluster = self._leases.cluster if self._leases is not None else None
+        return (_rebuild, (type(self), self.max_in_flight, self.name, self.segment, cluster))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.max_in_flight}, name={self.name!r})"
 
 
 def _rebuild(
-    cls: type[ConcurrencyLimiter], max_in_flight: int, name: str, segment: Segment
+    cls: type[ConcurrencyLimiter],
+    max_in_flight: int,
+    name: str,
+    segment: Segment,
+    cluster: Cluster | None,
 ) -> ConcurrencyLimiter:
     limiter = cls.__new__(cls)
-    limit = limits.InFlight(max_in_flight)
-    limiter._open(SharedLimits((limit,), name=name, segment=segment, on_full="deny", keep=True))
+    limiter._open(limits.InFlight(max_in_flight), name, segment, cluster, keep=True)
     return limiter
+
+
+def _release(asked: Future[Permit]) -> None:
+    if not asked.cancelled() and asked.exception() is None:
+        asked.result().release()
 
 
 def release_process(segment: Segment, pid: int) -> int:

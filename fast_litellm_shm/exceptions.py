@@ -52,5 +52,32 @@ class SegmentFullError(SegmentError):
     another process that wants a permit."""
 
 
+class RateLimitExceeded(FastShmError):
+    """A call was not admitted. ``retry_after``: seconds until it would be; None: never."""
+
+    def __init__(self, message: str, retry_after: float | None) -> None:
+        super().__init__(message, retry_after)
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class PermitTimeoutError(FastShmError, TimeoutError):
     """No permit, or no pooled connection, came free in time."""
+
+
+class ClusterError(FastShmError):
+    """The server that keeps the limits of all hosts did not answer, or answered with an error."""
+
+
+class EncodingUnavailableError(FastShmError, OSError):
+    """The file of a tiktoken encoding is neither on this machine nor to be had by download."""
+
+
+class UnknownModelError(FastShmError, LookupError):
+    """The price map does not know the model, or knows no price per token of it."""
+
+
+class PriceFileError(FastShmError, ValueError):
+    """The file that FAST_LITELLM_PRICES names cannot be read as a price map."""

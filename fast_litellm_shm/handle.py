@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from typing import Any, NoReturn
 
-from fast_litellm_shm import exceptions, limits
-from fast_litellm_shm.limits import AnyLimit, InFlight
+from fast_litellm_shm import exceptions, limits, monitoring
+from fast_litellm_shm.limits import AnyLimit, Granted, InFlight
 from fast_litellm_shm.native import Core, ffi, lib
 from fast_litellm_shm.segment import Segment
 
@@ -28,6 +28,7 @@ class SharedLimits(Core):
     """
 
     _name: str
+    _component = "rate_limiter"  # as which its calls are measured
 
     def __init__(
         self,
@@ -73,6 +74,7 @@ class SharedLimits(Core):
             self._failed(status)
         self._handle: Any = ffi.gc(out[0], lib.fshm_limiter_close)
         self._limits_changed()
+        self._measure(*monitoring.measured_by(self._component, "acquire", self._segment))
 
     @property
     def name(self) -> str:
@@ -103,7 +105,7 @@ class SharedLimits(Core):
         )
 
     @staticmethod
-    def _reasons(found: tuple[AnyLimit | InFlight, ...]) -> tuple[str, ...]:
+    def _reasons(found: tuple[AnyLimit | InFlight | Granted, ...]) -> tuple[str, ...]:
         """What check() says when each limit denies."""
         return tuple(limits.reason(limit) for limit in found)
 
@@ -121,6 +123,9 @@ class SharedLimits(Core):
                 f"({self._segment.geometry().processes} living processes), and a permit needs "
                 "an owner in it; use fewer processes for one segment"
             )
+        if status == lib.FSHM_E_LOCK_FILE:
+            kind, why = self._segment._liveness() or (exceptions.SegmentError, "try again")
+            raise kind(f"{where}: no permit can be owned by this process: {why}")
         if status in (lib.FSHM_FULL, lib.FSHM_CONTENDED):
             capacity = self._segment.geometry().capacity
             raise exceptions.SegmentFullError(
@@ -128,9 +133,15 @@ class SharedLimits(Core):
                 "make it with a larger FAST_LITELLM_SHM_CAPACITY, or use shorter periods"
             )
         if status == lib.FSHM_E_DAMAGED:
-            raise exceptions.SegmentDamagedError(
-                f"{where}: its limits do not add up, somebody wrote over the segment; stop the "
-                "workers and remove it with `fast-shm rm`"
+            known = self._segment.damaged or (
+                "its limits could not be read; if it happens again, stop the workers and remove "
+                "the segment with `fast-shm rm`"
+            )
+            raise exceptions.SegmentDamagedError(f"{where} cannot be used: {known}")
+        if status == lib.FSHM_E_ARGUMENT:
+            raise exceptions.SegmentError(
+                f"{where}: another process gave this name a limit of calls in flight alone; give "
+                "all workers the same limits, or another name"
             )
         raise exceptions.SegmentError(f"{where}: unexpected error {status}")
 

@@ -8,19 +8,24 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from fast_litellm_shm import limits
+from fast_litellm_shm import limits, settings
 from fast_litellm_shm.handle import SharedLimits, key_bytes
-from fast_litellm_shm.limits import AnyLimit
-from fast_litellm_shm.native import Decision, lib
+from fast_litellm_shm.limits import AnyLimit, Limit
+from fast_litellm_shm.native import Decision, ffi, lib
 from fast_litellm_shm.segment import Segment
 
 if TYPE_CHECKING:
     import numpy
     from numpy.typing import NDArray
 
+    from fast_litellm_shm.cluster import Cluster
+    from fast_litellm_shm.cluster.wallet import Wallet
+
 Cost: TypeAlias = int | tuple[int, ...] | list[int]
 
 _FOREVER = 2**62  # ns
+_SOONEST = 1_000_000  # ns: between two tries of a waiter at a server's limit
+_MOST_BLOCKED = 2**55 // 10**9  # s, 416 days
 _LATE = 1_000_000_000  # ns: a waiter that wakes this late has lost its turn
 
 
@@ -51,6 +56,10 @@ class RateLimiter(SharedLimits):
     default ``Segment.default()``. on_full: what to do when the segment has no room for another key:
     ``"deny"`` (with retry_after 1 s), ``"allow"``, or ``"raise"`` SegmentFullError.
 
+    cluster: a URL (``redis://host:6379/0``) or a :class:`~fast_litellm_shm.cluster.Cluster`: the
+    limits hold over all hosts that name the same server, which grants them to each host in batches;
+    default: what FAST_LITELLM_SHM_CLUSTER says, else this host alone. See ``docs/cluster.md``.
+
     Keys are ``str`` or ``bytes`` of any length; a str is the same key as its UTF-8 bytes. A cost is
     an int of 0 or more, or one int for each limit. Safe from any thread and any process; a fork
     needs no care.
@@ -62,11 +71,45 @@ class RateLimiter(SharedLimits):
         name: str | None = None,
         segment: Segment | None = None,
         on_full: str = "deny",
+        cluster: Cluster | str | None = None,
     ) -> None:
         super().__init__(limits.checked(limits_), name=name, segment=segment, on_full=on_full)
+        self._join(cluster)
+
+    _wallet: Wallet | None = None
+
+    def _join(self, cluster: Cluster | str | None) -> None:
+        """Where the limits are those of many hosts: what is needed for that."""
+        if cluster is None and settings.cluster_url() is None:
+            return
+        from fast_litellm_shm.cluster import settings as cluster_settings
+        from fast_litellm_shm.cluster.wallet import Wallet
+
+        found = cluster_settings.found(cluster)
+        self._wallet = Wallet(self, found) if found else None
+
+    def _ask(self, op: int, key: str | bytes, cost: object) -> tuple[int, int, int, int, int]:
+        """Called by the native part for what this host was not granted."""
+        assert self._wallet is not None
+        return self._wallet.ask(op, key, cost)
+
+    def _low(self, key: str | bytes, cost: object) -> None:
+        """Called by the native part when a call has brought a key's wallet to a low."""
+        assert self._wallet is not None
+        self._wallet.refill(key, cost)
+
+    async def acquire_async(self, key: str | bytes, cost: Cost = 1) -> Decision:
+        """acquire() for asyncio: where the limits are those of many hosts and the server must be
+        asked, that is done in a thread; else it is acquire()."""
+        if self._wallet is None or self._wallet.has(key, cost):
+            return self.acquire(key, cost)
+        return await asyncio.get_running_loop().run_in_executor(None, self.acquire, key, cost)
 
     def reset(self, key: str | bytes | None = None) -> None:
         """Forget what a key has consumed; None: what all keys of this limiter have."""
+        if self._wallet is not None:
+            self._wallet.reset(None if key is None else key_bytes(key))
+            return
         if key is None:
             status = lib.fshm_reset_all(self._handle)
         else:
@@ -74,6 +117,36 @@ class RateLimiter(SharedLimits):
             status = lib.fshm_reset_key(self._handle, raw, len(raw))
         if status != lib.FSHM_OK:
             self._failed(status)
+
+    def block(self, key: str | bytes, seconds: float) -> None:
+        """Deny the key, from now on for so many seconds, for all processes: what an upstream that
+        answers ``Retry-After`` asks for. Of several blocks the one that ends last stands. Then one
+        token fits, and the rest flows back at the limit's rate. ``reset(key)`` ends it. It is kept
+        as consumed tokens: whoever changes the limits meanwhile changes how long it lasts, so a
+        limiter that is for blocking had better have limits of its own.
+
+        seconds: 0 .. 416 days. At least one of the limits must be a Limit; windows beside it stay
+        as they are. Raises ValueError otherwise, and SegmentFullError where there is no room for
+        the key, whatever ``on_full`` says.
+        """
+        raw = key_bytes(key)
+        if not isinstance(seconds, (int, float)) or isinstance(seconds, bool):
+            raise TypeError(f"seconds must be a number, not {seconds!r}")
+        if not 0 <= seconds <= _MOST_BLOCKED:
+            raise ValueError(f"seconds must be between 0 and {_MOST_BLOCKED}, not {seconds!r}")
+        if self._wallet is not None and any(isinstance(each, Limit) for each in self.limits):
+            self._wallet.block(raw, round(seconds * 1e9))
+            return
+        costs = ffi.new("uint64_t[4]", [round(seconds * 1e9)] * 4)
+        decision = ffi.new("fshm_decision *")
+        lib.fshm_apply(self._handle, lib.FSHM_BLOCK, raw, len(raw), costs, 0, 0, decision)
+        if decision.status == lib.FSHM_E_ARGUMENT:
+            raise ValueError(
+                f"limiter {self.name!r} cannot block a key: none of its limits is a Limit (token "
+                "bucket); add one, or use a limiter of its own for it"
+            )
+        if decision.status != lib.FSHM_ALLOWED:
+            self._failed(decision.status)
 
     def acquire_many(self, keys: Sequence[str | bytes], cost: int | Sequence[int] = 1) -> Batch:
         """acquire() for each key, in order. cost: one int for all, or one for each key.
@@ -90,12 +163,30 @@ class RateLimiter(SharedLimits):
             )
         count = len(keys)
         allowed, remaining, retry = bytearray(count), bytearray(8 * count), bytearray(8 * count)
-        self._acquire_many(keys, costs, allowed, remaining, retry)
+        if self._wallet is None:
+            self._acquire_many(keys, costs, allowed, remaining, retry)
+        else:
+            self._acquire_each(keys, costs, allowed, remaining, retry)
         return Batch(
             numpy.frombuffer(allowed, numpy.bool_),
             numpy.frombuffer(remaining, numpy.uint64),
             numpy.frombuffer(retry, numpy.float64),
         )
+
+    def _acquire_each(
+        self,
+        keys: Sequence[str | bytes],
+        costs: int | list[int],
+        allowed: bytearray,
+        remaining: bytearray,
+        retry: bytearray,
+    ) -> None:
+        """_acquire_many(), where what was granted to this host may not suffice."""
+        left, wait = memoryview(remaining).cast("Q"), memoryview(retry).cast("d")
+        for i, key in enumerate(keys):
+            found = self.acquire(key, costs[i] if isinstance(costs, list) else costs)
+            allowed[i], left[i] = found.allowed, found.remaining
+            wait[i] = math.inf if found.retry_after is None else found.retry_after
 
     def wait(self, key: str | bytes, cost: Cost = 1, timeout: float | None = None) -> Decision:
         """Block until admitted; at most ``timeout`` seconds.
@@ -126,7 +217,12 @@ class RateLimiter(SharedLimits):
         queue; else its instant passes unused, since those behind it keep theirs."""
         deadline = deadline_ns(timeout)
         while True:
-            decision, pause, token = self._next(key, cost, deadline)
+            if self._wallet is None:
+                decision, pause, token = self._next(key, cost, deadline)
+            else:
+                decision = await self.acquire_async(key, cost)
+                left = max(deadline - time.monotonic_ns(), 0)
+                decision, pause, token = self._next_granted(decision, left)
             due = time.monotonic_ns() + pause
             if pause:
                 try:
@@ -143,14 +239,28 @@ class RateLimiter(SharedLimits):
         sleep an admitted decision is the caller's (it was charged ahead), a denied one is to be
         asked again. 0: done."""
         left = max(deadline - time.monotonic_ns(), 0)
+        if self._wallet is not None:
+            return self._next_granted(self.acquire(key, cost), left)
         decision, pause, token = self._reserve(key, cost, min(left, _FOREVER))
         if not decision:
             retry = decision.retry_after_ns
             pause = retry if retry is not None and retry <= left else 0
         return decision, pause, token
 
+    @staticmethod
+    def _next_granted(decision: Decision, left: int) -> tuple[Decision, int, bytes]:
+        """The same with limits of many hosts: nothing is reserved, who comes first is served."""
+        retry = decision.retry_after_ns
+        if decision or retry is None or retry > left:
+            return decision, 0, b""
+        return decision, max(retry, _SOONEST), b""
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_rebuild, (type(self), self.limits, self._name, self._segment, self._on_full))
+        cluster = self._wallet.cluster if self._wallet is not None else None
+        return (
+            _rebuild,
+            (type(self), self.limits, self._name, self._segment, self._on_full, cluster),
+        )
 
     def __repr__(self) -> str:
         shown = ", ".join(repr(limit) for limit in self.limits)
@@ -158,8 +268,14 @@ class RateLimiter(SharedLimits):
 
 
 def _rebuild(
-    cls: type[RateLimiter], found: tuple[AnyLimit, ...], name: str, segment: Segment, on_full: str
+    cls: type[RateLimiter],
+    found: tuple[AnyLimit, ...],
+    name: str,
+    segment: Segment,
+    on_full: str,
+    cluster: Cluster | None,
 ) -> RateLimiter:
     limiter = cls.__new__(cls)
     SharedLimits.__init__(limiter, found, name=name, segment=segment, on_full=on_full, keep=True)
+    limiter._join(cluster)
     return limiter

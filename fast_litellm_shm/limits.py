@@ -163,6 +163,17 @@ class InFlight:
         return (self.n, 0, 0, lib.FSHM_PERMITS, 0)
 
 
+@dataclass(frozen=True)
+class Granted:
+    """What a server has granted to this host of a limit over many hosts (cluster/); ``n`` is the
+    most that a key's wallet can hold."""
+
+    n: int = 2**24 - 2
+
+    def _raw(self) -> tuple[int, int, int, int, int]:
+        return (self.n, 0, 0, lib.FSHM_WALLET, 0)
+
+
 def in_flight(owner: str, name: str, n: object) -> InFlight:
     """An InFlight, or an error that names the argument."""
     found = _whole(owner, name, n)
@@ -174,10 +185,12 @@ def in_flight(owner: str, name: str, n: object) -> InFlight:
 AnyLimit: TypeAlias = Limit | Window | SlidingWindow
 
 
-def from_raw(raw: Any) -> AnyLimit | InFlight:
+def from_raw(raw: Any) -> AnyLimit | InFlight | Granted:
     """The limit that a ``fshm_limit`` describes."""
     if raw.kind == lib.FSHM_PERMITS:
         return InFlight(raw.n)
+    if raw.kind == lib.FSHM_WALLET:
+        return Granted(raw.n)
     seconds = raw.per_ns / _NS
     per: float = int(seconds) if seconds.is_integer() else seconds
     if raw.kind == lib.FSHM_BUCKET:
@@ -185,19 +198,23 @@ def from_raw(raw: Any) -> AnyLimit | InFlight:
     return (Window if raw.kind == lib.FSHM_WINDOW else SlidingWindow)(raw.n, per)
 
 
-def reason(limit: AnyLimit | InFlight) -> str:
+def reason(limit: AnyLimit | InFlight | Granted) -> str:
     """What ``check()`` says when this limit denies."""
     if isinstance(limit, InFlight):
         return "Too many requests in flight"
+    if isinstance(limit, Granted):
+        return "Nothing granted"
     per = limit._per_ns / _NS
     period = _PERIOD_NAMES.get(int(per)) if per.is_integer() else None
     return f"Rate limit exceeded (requests per {period or f'{per:g} seconds'})"
 
 
-def describe(limit: AnyLimit | InFlight) -> str:
+def describe(limit: AnyLimit | InFlight | Granted) -> str:
     """A short form for tables and for the default name of a limiter: ``100/60s burst 10``."""
     if isinstance(limit, InFlight):
         return f"{limit.n} in flight"
+    if isinstance(limit, Granted):
+        return "granted"
     per = limit._per_ns / _NS
     text = f"{limit.n}/{int(per) if per.is_integer() else per}s"
     if isinstance(limit, Limit):

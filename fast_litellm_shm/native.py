@@ -3,7 +3,9 @@ exceptions."""
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 from typing import Any, NoReturn
 
 from fast_litellm_shm import _native, exceptions
@@ -19,11 +21,92 @@ Decision = _native.Decision
 Permit = _native.Permit
 PoolCore = _native.PoolCore
 Connection = _native.Connection
+Memo = _native.Memo
+Recorder = _native.Recorder
+RouterCore = _native.RouterCore
+Counts = _native.Counts
 
-_SHM_FULL = (
-    "free some space in {dir}, mount it larger (in a container: --shm-size), or ask for a smaller "
-    "capacity (FAST_LITELLM_SHM_CAPACITY)"
-)
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def _why_no_space(error: Any, directory: str) -> str:
+    needs, smaller = _mib(error.wanted), "ask for a smaller capacity (FAST_LITELLM_SHM_CAPACITY)"
+    if error.sys_errno == errno.EFBIG:
+        return (
+            f"it needs {needs}, and this process may make files of at most {error.found:,} bytes "
+            f"(RLIMIT_FSIZE); raise that (ulimit -f), or {smaller}"
+        )
+    if error.sys_errno == errno.EDQUOT:
+        return (
+            f"it needs {needs}, and the quota of uid {os.geteuid()} in {directory} is used up; "
+            f"free some of it, have it raised, or {smaller}"
+        )
+    if error.found > error.wanted:
+        return (
+            f"no space left for it: {directory} has room ({_mib(error.found)}), but no inode for "
+            "another file; remove files there, or mount it with a larger nr_inodes"
+        )
+    return (
+        f"no space left for it: it needs {needs}, and {directory} has {_mib(error.found)} free; "
+        f"free some there, mount it larger (in a container: --shm-size), or {smaller}"
+    )
+
+
+def _why_not_permitted(error: Any, path: str, directory: str, system: str) -> str:
+    if error.sys_errno == errno.EROFS:
+        return (
+            f"{directory} is mounted read-only; mount it read-write (mount -o remount,rw). "
+            "`fast-shm inspect` can look into what is there"
+        )
+    uid = os.geteuid()
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return (
+            f"permission denied{system}: uid {uid} may not make files in {directory}; it should "
+            "have mode 1777"
+        )
+    return (
+        f"permission denied{system}: it belongs to uid {found.st_uid}, gid {found.st_gid}, with "
+        f"mode {found.st_mode & 0o7777:04o}, and you are uid {uid}; run as the user that made it, "
+        "or make it with a mode that admits you (FAST_LITELLM_SHM_MODE=0660)"
+    )
+
+
+def _why_another_clock(error: Any) -> str:
+    said = "it was made before the last boot or in another time namespace"
+    if not error.wanted:
+        return f"{said}: this process cannot tell which, since it cannot read /proc; mount it"
+    if not error.found:
+        return f"{said}: its maker could not read /proc, so that cannot be told; mount it there"
+    if error.found != error.wanted:
+        return f"{said} (time:[{error.found}], and this process is in time:[{error.wanted}])"
+    return said
+
+
+def why_no_descriptor(number: int) -> str | None:
+    """What to do where no file can be opened; None for another error number."""
+    if number == errno.EMFILE:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return (
+            f"this process has no file descriptor left (RLIMIT_NOFILE {limit}); raise that "
+            "(ulimit -n), or close files"
+        )
+    if number == errno.ENFILE:
+        return "the host has no file descriptor left; raise the sysctl fs.file-max, or close files"
+    return None
+
+
+def _why_no_memory(error: Any, system: str) -> str:
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    some = limit != resource.RLIM_INFINITY
+    return (
+        f"out of memory{system}: it needs {_mib(error.wanted)} of address space; "
+        + (f"RLIMIT_AS is {_mib(limit)}: raise that (ulimit -v), or " if some else "")
+        + "make it with a smaller capacity (FAST_LITELLM_SHM_CAPACITY)"
+    )
 
 
 def raise_segment_error(error: Any, doing: str) -> NoReturn:
@@ -36,16 +119,18 @@ def raise_segment_error(error: Any, doing: str) -> NoReturn:
     cases: dict[int, tuple[type[exceptions.SegmentError], str]] = {
         lib.FSHM_E_NOT_FOUND: (
             exceptions.SegmentNotFoundError,
-            f"there is no such segment{system}; `fast-shm ls` lists those there are",
+            f"there is no such segment{system}; `fast-shm ls` lists those there are"
+            if os.path.isdir(directory)
+            else f"there is no directory {directory}; mount a tmpfs there (mount -t tmpfs -o "
+            f"mode=1777 none {directory}; in a container: not --ipc=none)",
         ),
         lib.FSHM_E_SPACE: (
             exceptions.SegmentSpaceError,
-            f"no space left for it; {_SHM_FULL.format(dir=directory)}",
+            _why_no_space(error, directory),
         ),
         lib.FSHM_E_PERMISSION: (
             exceptions.SegmentPermissionError,
-            f"permission denied{system}; run as the user that made it, or make it with a mode that "
-            "admits you (FAST_LITELLM_SHM_MODE=0660)",
+            _why_not_permitted(error, path, directory, system),
         ),
         lib.FSHM_E_LINK: (
             exceptions.SegmentLinkError,
@@ -77,12 +162,10 @@ def raise_segment_error(error: Any, doing: str) -> NoReturn:
         ),
         lib.FSHM_E_BOOT: (
             exceptions.SegmentClockError,
-            f"it was made before the last boot or in another time namespace, so its times mean "
-            f"nothing here; {remove}",
+            f"{_why_another_clock(error)}; its times mean nothing here; {remove}",
         ),
-        lib.FSHM_E_MEMORY: (exceptions.SegmentError, f"out of memory{system}"),
+        lib.FSHM_E_MEMORY: (exceptions.SegmentError, _why_no_memory(error, system)),
     }
-    kind, text = cases.get(
-        error.code, (exceptions.SegmentError, f"unexpected error {error.code}{system}")
-    )
+    other = why_no_descriptor(error.sys_errno) or f"unexpected error {error.code}{system}"
+    kind, text = cases.get(error.code, (exceptions.SegmentError, other))
     raise kind(f"cannot {doing} segment {path}: {text}")

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 from weakref import WeakSet
 
-from fast_litellm_shm import exceptions, limits, settings
+from fast_litellm_shm import exceptions, limits, monitoring, settings
 from fast_litellm_shm.handle import SharedLimits
 from fast_litellm_shm.inspection import Inspection
 from fast_litellm_shm.limiter import deadline_ns
@@ -255,6 +255,7 @@ class SimpleConnectionPool(PoolCore):
             int(ffi.cast("uintptr_t", shared._handle)) for shared in (self._slots, self._totals)
         )
         self._bind_core(slots, totals, int(self._idle * 1e9))
+        self._measure(*monitoring.measured_by("connection_pool", "get_connection", self._segment))
 
     def _open(self, endpoint: object) -> str | None:
         """Called by get_connection() when no idle connection may be used."""
@@ -267,6 +268,8 @@ class SimpleConnectionPool(PoolCore):
         refused = self._add(connection_id, endpoint, None)
         if refused == "pool" and self._make_room(connection_id, endpoint):
             refused = None
+        if refused == "damaged":
+            self._slots._failed(lib.FSHM_E_DAMAGED)
         if refused is not None:
             return None
         if self._connect is None:
@@ -346,6 +349,14 @@ class SimpleConnectionPool(PoolCore):
 
 _default: SimpleConnectionPool | None = None
 _making = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _making
+    _making = threading.Lock()  # whoever held it does not live in the child
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 def _pool() -> SimpleConnectionPool:

@@ -3,13 +3,20 @@ parallel."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from fast_litellm_shm import exceptions, limits
+from fast_litellm_shm import exceptions, limits, settings
 from fast_litellm_shm.handle import SharedLimits, key_bytes
 from fast_litellm_shm.limits import AnyLimit, InFlight, Window
 from fast_litellm_shm.native import Decision, Permit, ffi, lib
 from fast_litellm_shm.segment import Segment
+
+if TYPE_CHECKING:
+    from fast_litellm_shm.cluster import Cluster
+    from fast_litellm_shm.cluster.quota import Granted, Parts
+
+# Where the limits are those of many hosts, what holds a permit and knows what was charged.
+Held: TypeAlias = "Permit | Granted"
 
 
 def _check_tokens(where: str, tokens: object) -> None:
@@ -30,7 +37,7 @@ class Admission:
 
     __slots__ = ("_charged", "_key", "_permit", "_quota", "_released", "allowed")
 
-    def __init__(self, quota: Quota, key: str | bytes, permit: Permit, tokens: int) -> None:
+    def __init__(self, quota: Quota, key: str | bytes, permit: Held, tokens: int) -> None:
         self._quota, self._key, self._permit = quota, key, permit
         self._charged = tokens
         self.allowed = self._permit.decision.allowed
@@ -54,7 +61,7 @@ class Admission:
     @property
     def reason(self) -> str:
         """ "Request allowed", or which limit denied: "rpm", "tpm" or "max_parallel"."""
-        return "Request allowed" if self.allowed else self._quota._limit_name(self.decision)
+        return "Request allowed" if self.allowed else self._quota._limit_name(self._permit)
 
     def settle(self, tokens: int) -> None:
         """Book the true number of tokens: more than estimated is charged, and may go into debt,
@@ -64,6 +71,14 @@ class Admission:
         if self.allowed and tokens != self._charged:
             self._quota._settle(self._key, self._charged, tokens, self._permit)
             self._charged = tokens
+
+    def cancel(self) -> None:
+        """The call will not be made after all: give back the request, the tokens and the parallel
+        slot, as long as their minute lasts. Harmless after a release, and twice."""
+        if not self._released:
+            self._quota._undo(self._key, self._charged, self._permit)
+            self._charged = 0
+            self.release()
 
     def release(self) -> bool:
         """The call is over: give the parallel slot back. Twice is harmless. False where there was
@@ -99,6 +114,10 @@ class Quota:
     rpm, tpm: windows of 60 seconds that begin at a key's first request; 1 .. 2,147,483,647.
     max_parallel: 1 .. 100,000. At least one of them. name: processes that use the same name share.
 
+    cluster: a URL (``redis://host:6379/0``) or a :class:`~fast_litellm_shm.cluster.Cluster`: all
+    three hold over all hosts that name the same server; default: what FAST_LITELLM_SHM_CLUSTER
+    says, else this host alone. See ``docs/cluster.md``.
+
     A denial consumes nothing of any of the three. A worker that dies gives its parallel slots back,
     and leaves what it charged charged. The gateway's way of use::
 
@@ -118,6 +137,8 @@ class Quota:
         name: str,
         segment: Segment | None = None,
         on_full: str = "deny",
+        cluster: Cluster | str | None = None,
+        _here: bool = False,  # whatever the environment says
     ) -> None:
         found: list[AnyLimit | InFlight] = []
         names = []
@@ -135,66 +156,118 @@ class Quota:
         if not found:
             raise ValueError("Quota needs at least one of rpm, tpm and max_parallel")
         self._names = tuple(names)
-        self._shared = SharedLimits(tuple(found), name=name, segment=segment, on_full=on_full)
-        self._arguments = (rpm, tpm, max_parallel, name, on_full)
+        self._tpm = names.index("tpm") if tpm is not None else -1
+        self._ones = (1,) * len(names)
+        self._rest = self._ones[self._tpm + 1 :]
+        self._parts: Parts | None = None
+        if _here:
+            settings.warn_not_shared("this quota")
+        elif cluster is not None or settings.cluster_url() is not None:
+            self._join(tuple(found), name, segment, on_full, cluster)
+        if self._parts is None:
+            self._shared = SharedLimits(tuple(found), name=name, segment=segment, on_full=on_full)
+        self._arguments = (rpm, tpm, max_parallel, name, on_full, _here)
+
+    def _join(
+        self,
+        found: tuple[AnyLimit | InFlight, ...],
+        name: str,
+        segment: Segment | None,
+        on_full: str,
+        cluster: Cluster | str | None,
+    ) -> None:
+        from fast_litellm_shm.cluster import settings as cluster_settings
+        from fast_litellm_shm.cluster.quota import Parts
+
+        server = cluster_settings.found(cluster)
+        if server is not None:
+            self._parts = Parts(found, name, segment, on_full, server)
 
     @property
     def name(self) -> str:
         """The name that processes share by."""
-        return self._shared.name
+        return self._arguments[3]
 
     @property
     def segment(self) -> Segment:
         """The segment it lives in."""
-        return self._shared.segment
+        return self._shared.segment if self._parts is None else self._parts.segment
 
     def admit(self, key: str | bytes, tokens: int = 0) -> Admission:
         """Admit a call that is estimated at ``tokens`` tokens, or say why not."""
         _check_tokens("admit", tokens)
-        permit = self._shared._admit(key, self._costs(tokens))
-        return Admission(self, key, permit, tokens)
+        costs = self._costs(tokens)
+        if self._parts is not None:
+            return Admission(self, key, self._parts.admit(key, costs), tokens)
+        return Admission(self, key, self._shared._admit(key, costs), tokens)
 
     def in_flight(self, key: str | bytes) -> int:
-        """Calls of the key in flight, of living processes."""
+        """Calls of the key in flight, of living processes of this host."""
         raw = key_bytes(key)
+        if self._parts is not None:
+            return self._parts.in_flight(raw)
         return int(lib.fshm_in_flight(self._shared._handle, raw, len(raw)))
 
     def remaining(self, key: str | bytes) -> dict[str, int]:
         """What is left of each limit now, by name: rpm, tpm, max_parallel."""
-        raw, left = key_bytes(key), ffi.new("uint64_t[4]")
-        count = lib.fshm_remaining(self._shared._handle, raw, len(raw), 0, left)
-        out = {self._names[i]: int(left[i]) for i in range(count)}
+        out = self._left(key)
         if "max_parallel" in self._names:
-            most = self._shared.limits[-1].n
+            most = self._limits[-1].n
             out["max_parallel"] = max(most - self.in_flight(key), 0)
         return out
 
+    def _left(self, key: str | bytes) -> dict[str, int]:
+        """remaining() without max_parallel, which has to look at each of its slots."""
+        raw, left = key_bytes(key), ffi.new("uint64_t[4]")
+        self._costs(0)  # or the numbers would be those of other limits
+        if self._parts is not None:
+            return dict(zip(self._names, self._parts.left(key), strict=False))
+        count = lib.fshm_remaining(self._shared._handle, raw, len(raw), 0, left)
+        if count < 0:
+            self._shared._failed(count)
+        return dict(zip(self._names[:count], left, strict=False))
+
+    @property
+    def _limits(self) -> tuple[Any, ...]:
+        return self._shared.limits if self._parts is None else self._parts.limits
+
     def _costs(self, tokens: int) -> tuple[int, ...]:
-        if len(self._shared.limits) != len(self._names):
+        if len(self._limits) != len(self._names):
             raise exceptions.SegmentError(
                 f"Quota {self.name!r}: another process gave this name other kinds of limits than "
                 f"{', '.join(self._names)}; give all workers the same, or another name"
             )
-        return tuple(tokens if name == "tpm" else 1 for name in self._names)
+        return self._ones if self._tpm < 0 else (*self._ones[: self._tpm], tokens, *self._rest)
 
-    def _settle(self, key: str | bytes, charged: int, actual: int, permit: Permit) -> None:
+    def _settle(self, key: str | bytes, charged: int, actual: int, permit: Held) -> None:
+        self._book(key, self._costs(charged), self._costs(actual), permit)
+
+    def _undo(self, key: str | bytes, charged: int, permit: Held) -> None:
+        self._book(key, self._costs(charged), (0,) * len(self._names), permit)
+
+    def _book(
+        self, key: str | bytes, charged: tuple[int, ...], actual: tuple[int, ...], permit: Held
+    ) -> None:
+        if self._parts is not None:
+            self._parts.book(key, charged, actual, permit)  # type: ignore[arg-type]
+            return
         raw = key_bytes(key)
-        before = ffi.new("uint64_t[4]", self._costs(charged))
-        after = ffi.new("uint64_t[4]", self._costs(actual))
-        held = ffi.cast("fshm_permit *", permit._address)
+        before, after = ffi.new("uint64_t[4]", charged), ffi.new("uint64_t[4]", actual)
+        held = ffi.cast("fshm_permit *", permit._address)  # type: ignore[union-attr]
         status = lib.fshm_settle(self._shared._handle, raw, len(raw), before, after, held, 0)
         if status != lib.FSHM_ALLOWED:
             self._shared._failed(status)
 
-    def _limit_name(self, decision: Decision) -> str:
-        index = decision.limit_index
+    def _limit_name(self, permit: Held) -> str:
+        index = getattr(permit, "index", permit.decision.limit_index)
         return self._names[index] if index < len(self._names) else "limit"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_rebuild, (*self._arguments, self.segment))
+        cluster = self._parts.cluster if self._parts is not None else None
+        return (_rebuild, (*self._arguments, self.segment, cluster))
 
     def __repr__(self) -> str:
-        shown = ", ".join(limits.describe(limit) for limit in self._shared.limits)
+        shown = ", ".join(limits.describe(limit) for limit in self._limits)
         return f"Quota({shown}, name={self.name!r})"
 
 
@@ -204,6 +277,10 @@ def _rebuild(
     max_parallel: int | None,
     name: str,
     on_full: str,
+    here: bool,
     segment: Segment,
+    cluster: Cluster | None,
 ) -> Quota:
-    return Quota(rpm, tpm, max_parallel, name=name, segment=segment, on_full=on_full)
+    limits_ = (rpm, tpm, max_parallel)
+    given: dict[str, Any] = {"name": name, "segment": segment, "on_full": on_full}
+    return Quota(*limits_, **given, cluster=cluster, _here=here)

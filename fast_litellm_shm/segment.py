@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
+import weakref
 from typing import Any
 
-from fast_litellm_shm import settings
-from fast_litellm_shm.native import ffi, lib, raise_segment_error
+from fast_litellm_shm import exceptions, settings
+from fast_litellm_shm.native import ffi, lib, raise_segment_error, why_no_descriptor
 
 _default: dict[str, Segment] = {}
+_open: weakref.WeakSet[Segment] = weakref.WeakSet()  # of this process, for diagnostics
 
 
 def _check_name(name: object) -> str:
@@ -30,12 +34,27 @@ def path_of(name: str) -> str:
     return str(ffi.string(out).decode())
 
 
+def opened(name: str) -> list[Segment]:
+    """The segments of that name that this process has open, the removed ones among them."""
+    return [found for found in list(_open) if found.name == name]
+
+
+def _damage(kind: int, index: int) -> str:
+    return {
+        lib.FSHM_DAMAGE_SIZE: f"its file has {index} bytes, which is not what it was made with",
+        lib.FSHM_DAMAGE_HEADER: f"its header was written over, at byte {index}",
+        lib.FSHM_DAMAGE_LIMITS: f"the limits of limiter number {index} do not add up",
+        lib.FSHM_DAMAGE_NAME: f"the name of limiter number {index} was written over",
+        lib.FSHM_DAMAGE_CELL: f"cell {index} holds what nobody writes",
+    }[kind]
+
+
 class Segment:
     """One shared-memory segment: made where there is none, else attached to.
 
     name: 1 to 64 characters of ``A-Z a-z 0-9 . _ -``; default: FAST_LITELLM_SHM_NAME, else a name
     for each user id. capacity: how many keys it must hold, 1 .. 2**31 (a key takes one place for
-    each limit of its limiter); default: FAST_LITELLM_SHM_CAPACITY, else 200,000 (12 MB) where it is
+    each limit of its limiter); default: FAST_LITELLM_SHM_CAPACITY, else 200,000 (13 MB) where it is
     made, and whatever it has where it exists. mode: permission bits; default FAST_LITELLM_SHM_MODE,
     else 0o600. names: ``"plain"`` keeps key names for ``fast-shm inspect``, ``"hashed"`` shows
     keyed hashes, ``"off"`` keeps nothing of single keys; decided by whoever makes the segment.
@@ -82,6 +101,7 @@ class Segment:
             raise_segment_error(error, "open")
         self._handle: Any = ffi.gc(out[0], lib.fshm_close)
         self._arguments = {"capacity": capacity, "allow_other_owner": allow_other_owner}
+        _open.add(self)
 
     @classmethod
     def default(cls) -> Segment:
@@ -111,6 +131,91 @@ class Segment:
         not meet this one, and count apart. Restart the processes that are attached."""
         return bool(lib.fshm_unlinked(self._handle))
 
+    @property
+    def liveness_unknown(self) -> str | None:
+        """None where all is well; else why it cannot be told which processes are alive (the lock
+        file was deleted, say), and what to do. Until then nothing is taken from anybody, processes
+        that come new get no permits, and rates go on being limited."""
+        found = self._liveness()
+        return None if found is None else found[1]
+
+    def _liveness(self) -> tuple[type[exceptions.SegmentError], str] | None:
+        error = ffi.new("fshm_error *")
+        if lib.fshm_liveness(self._handle, error) == lib.FSHM_OK:
+            return None
+        path = ffi.string(error.path).decode("utf-8", "replace")
+        if error.code == lib.FSHM_E_NOT_FOUND:
+            return (
+                exceptions.SegmentNotFoundError,
+                f"segment {path} was removed; restart the processes that are attached to it",
+            )
+        renew = (
+            f"stop the workers, `fast-shm rm --name {self._name}`, and start them; rates go on "
+            "being limited until then, permits of dead processes do not come back"
+        )
+        system = os.strerror(error.sys_errno)
+        cases: dict[int, tuple[type[exceptions.SegmentError], str]] = {
+            errno.ENOENT: (
+                exceptions.SegmentDamagedError,
+                f"its lock file {path} was deleted, so nobody can be asked who is alive; {renew}",
+            ),
+            errno.ESTALE: (
+                exceptions.SegmentDamagedError,
+                f"its lock file {path} is not the one that its processes hold (inode "
+                f"{error.found}, not {error.wanted}), so nobody can be asked who is alive; {renew}",
+            ),
+            errno.EBADF: (
+                exceptions.SegmentError,
+                f"this process (pid {os.getpid()}) has closed its descriptor of lock file {path}, "
+                "and others take it for dead; restart it, and have it open the segment after it "
+                "has closed its descriptors",
+            ),
+            errno.ELOOP: (
+                exceptions.SegmentLinkError,
+                f"its lock file {path} is a symbolic link, which is never followed; find out who "
+                f"made it; {renew}",
+            ),
+            errno.EACCES: (
+                exceptions.SegmentPermissionError,
+                f"its lock file {path} cannot be opened by uid {os.geteuid()} ({system}); give it "
+                "the owner, group and mode of the segment",
+            ),
+        }
+        other = why_no_descriptor(error.sys_errno) or system
+        return cases.get(
+            error.sys_errno,
+            (exceptions.SegmentError, f"its lock file {path} cannot be opened: {other}"),
+        )
+
+    @property
+    def damaged(self) -> str | None:
+        """What is damaged and what to do, in a sentence; None where nothing is known to be.
+
+        Something wrote over it, and some process came upon it since; it stays so until the segment
+        is removed. Only what is certain is told, so None is no proof that all is well.
+        :meth:`stats` looks at everything.
+        """
+        return self._damaged(lib.fshm_damage)
+
+    def _damaged(self, look: Any) -> str | None:
+        index = ffi.new("uint64_t *")
+        kind = look(self._handle, index)
+        if kind == lib.FSHM_DAMAGE_NONE:
+            return None
+        return (
+            f"segment {self._name!r} was damaged: {_damage(kind, index[0])}; stop the workers, "
+            f"remove it with `fast-shm rm --name {self._name}`, and start them again"
+        )
+
+    def _check(self) -> str | None:
+        """damaged, after a look at everything. Raises where not even that may be touched."""
+        said = self._damaged(lib.fshm_check)
+        if said is not None and lib.fshm_damage(self._handle, ffi.new("uint64_t *")) == (
+            lib.FSHM_DAMAGE_SIZE
+        ):
+            raise exceptions.SegmentDamagedError(said)
+        return said
+
     def geometry(self) -> Any:
         """The ``fshm_geometry`` of the mapping; see ``csrc/fast_shm.h``."""
         out = ffi.new("fshm_geometry *")
@@ -137,15 +242,13 @@ class Segment:
     def stats(self) -> dict[str, Any]:
         """Size and occupancy: name, path, size_bytes, capacity, used, occupancy (0..1, of
         capacity), limiters, processes, admitted, denied (calls), age_seconds, layout_version,
-        names, unlinked."""
+        names, unlinked, liveness_unknown, damaged (each a sentence, or None)."""
+        damaged = self._check()
         geometry = self.geometry()
         used = lib.fshm_live_cells(self._handle, ffi.NULL, 0)
-        admitted, denied = geometry.retired_admitted, geometry.retired_denied
-        info, limiters = ffi.new("fshm_process_info *"), 0
-        for slot in range(geometry.processes):
-            lib.fshm_process_at(self._handle, slot, info)
-            admitted, denied = admitted + info.admitted, denied + info.denied
-        limiter = ffi.new("fshm_limiter_info *")
+        tallies = ffi.new("fshm_tally[]", lib.FSHM_TALLIES)
+        lib.fshm_tally_all(self._handle, tallies)
+        limiter, limiters = ffi.new("fshm_limiter_info *"), 0
         for index in range(geometry.limiters):
             limiters += lib.fshm_limiter_at(self._handle, index, limiter) == lib.FSHM_OK
         names = {0: "plain", lib.FSHM_NAMES_HASHED: "hashed"}.get(geometry.names, "off")
@@ -158,12 +261,14 @@ class Segment:
             "occupancy": used / geometry.capacity,
             "limiters": limiters,
             "processes": len(self.processes()),
-            "admitted": admitted,
-            "denied": denied,
+            "admitted": sum(tally.admitted for tally in tallies),
+            "denied": sum(tally.denied for tally in tallies),
             "age_seconds": max(time.time() - geometry.created_realtime_ns / 1e9, 0.0),
             "layout_version": geometry.layout_version,
             "names": names,
             "unlinked": self.unlinked,
+            "liveness_unknown": self.liveness_unknown,
+            "damaged": damaged,
         }
 
     def remove(self) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 from fast_litellm_shm.native import lib
+
+_warned: set[str] = set()
 
 
 def segment_name() -> str:
@@ -56,6 +60,31 @@ def names_flag(names: str) -> int:
     return int(flags[names])
 
 
+def cluster_url() -> str | None:
+    """FAST_LITELLM_SHM_CLUSTER: the server of limits over many hosts; None where it is not set."""
+    return os.environ.get("FAST_LITELLM_SHM_CLUSTER") or None
+
+
+def warn_not_shared(what: str) -> None:
+    """Where limits are to hold over many hosts, say once that these do not."""
+    if cluster_url() is not None:
+        warn_once(
+            f"FAST_LITELLM_SHM_CLUSTER is set, and {what} counts on this host alone: see "
+            "docs/cluster.md"
+        )
+
+
+def cluster_outage() -> str | None:
+    """FAST_LITELLM_SHM_CLUSTER_OUTAGE: local, deny or allow; None where it is not set."""
+    return os.environ.get("FAST_LITELLM_SHM_CLUSTER_OUTAGE") or None
+
+
+def cluster_timeout() -> float | None:
+    """FAST_LITELLM_SHM_CLUSTER_TIMEOUT: seconds; None where it is not set."""
+    text = os.environ.get("FAST_LITELLM_SHM_CLUSTER_TIMEOUT")
+    return None if not text else float(_number("FAST_LITELLM_SHM_CLUSTER_TIMEOUT", text, False))
+
+
 @dataclass(frozen=True)
 class PoolDefaults:
     """What a connection pool is limited to where its constructor says nothing."""
@@ -92,6 +121,25 @@ def feature_config() -> tuple[str, dict[str, Any]]:
     return path, found
 
 
+def warn_once(message: str) -> None:
+    """Say it by warnings and in the log, once in a process: what goes wrong in a setting must be
+    seen, and must not stop a worker."""
+    if message in _warned:
+        return
+    _warned.add(message)
+    logging.getLogger("fast_litellm_shm").warning("%s", message)
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def config_or_warning() -> tuple[str, dict[str, Any]]:
+    """:func:`feature_config`; where that file is broken, a warning, and as if there were none."""
+    try:
+        return feature_config()
+    except ValueError as error:
+        warn_once(f"{error}; the defaults apply")
+        return "", {}
+
+
 def pool_defaults() -> PoolDefaults:
     """From the environment, else from the config file (``features.rust_connection_pool.config``),
     else 10 to an endpoint, 100 in all, 300 s idle."""
@@ -112,3 +160,60 @@ def pool_defaults() -> PoolDefaults:
         elif isinstance(inner, dict) and key in inner:
             found[field] = _number(f"{path}: {where}.{key}", inner[key], whole)
     return PoolDefaults(**found)
+
+
+@dataclass(frozen=True)
+class RateDefaults:
+    """What :func:`fast_litellm_shm.check_rate_limit` limits a key to, beside 10 a second and 10,000
+    an hour."""
+
+    requests_per_minute: int = 600
+    burst_size: int = 20
+
+
+_MOST_REQUESTS = 1_000_000
+
+
+def rate_defaults() -> RateDefaults:
+    """From the config file (``features.rust_rate_limiting.config``), else 600 a minute and a burst
+    of 20. What is wrong is told by a warning, once, and counts as not given: a broken file must
+    not stop requests."""
+    path, config = config_or_warning()
+    where = "features.rust_rate_limiting.config"
+    inner: Any = config
+    for part in where.split("."):
+        inner = inner.get(part, {}) if isinstance(inner, dict) else {}
+    found: dict[str, int] = {}
+    for key in ("requests_per_minute", "burst_size"):
+        if not isinstance(inner, dict) or key not in inner:
+            continue
+        value = inner[key]
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if whole and 1 <= value <= _MOST_REQUESTS:
+            found[key] = value
+        else:
+            warn_once(
+                f"{path}: {where}.{key} must be a whole number from 1 to {_MOST_REQUESTS}, not "
+                f"{value!r}; {getattr(RateDefaults, key)} is used"
+            )
+    return RateDefaults(**found)
+
+
+def all_enabled() -> bool:
+    """FAST_LITELLM_ENABLED: false switches off whatever only makes things faster."""
+    word = os.environ.get("FAST_LITELLM_ENABLED", "").strip().lower()
+    return word not in ("false", "disabled", "off", "no", "0")
+
+
+def prices_file() -> str | None:
+    """FAST_LITELLM_PRICES: a JSON file of the user's own prices; None where it is not set."""
+    return os.environ.get("FAST_LITELLM_PRICES") or None
+
+
+def tokenizer_download() -> bool:
+    """FAST_LITELLM_TOKENIZER_DOWNLOAD: whether tiktoken may download an encoding's file that is not
+    on this machine; true by default."""
+    text = os.environ.get("FAST_LITELLM_TOKENIZER_DOWNLOAD") or "true"
+    if text.lower() not in ("true", "false"):
+        raise ValueError(f"FAST_LITELLM_TOKENIZER_DOWNLOAD must be true or false, not {text!r}")
+    return text.lower() == "true"

@@ -6,18 +6,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from fast_litellm_shm import settings
 from fast_litellm_shm.inspection import Inspection
 from fast_litellm_shm.limiter import RateLimiter
-from fast_litellm_shm.limits import AnyLimit, InFlight, Limit, SlidingWindow
+from fast_litellm_shm.limits import AnyLimit, Granted, InFlight, Limit, SlidingWindow
 from fast_litellm_shm.native import ffi, lib
 from fast_litellm_shm.segment import Segment
 
-# For a key that nobody configured: 10 a second with a burst of 20, 600 a minute, 10,000 an hour.
-_DEFAULTS: tuple[AnyLimit, ...] = (
-    Limit(20, per=2),
-    SlidingWindow(600, per=60),
-    SlidingWindow(10_000, per=3600),
-)
+# For a key that nobody configured. The minute and the burst: settings.rate_defaults().
+_PER_SECOND, _PER_HOUR = 10, 10_000
 _TOTALS = ("total_checks", "allowed_count", "denied_count")
 
 
@@ -50,6 +47,7 @@ def _stats(limiter: RateLimiter, config: dict[str, int], strict_n: int | None) -
     per_minute, per_hour = config["requests_per_minute"], config["requests_per_hour"]
     remaining = ffi.new("uint64_t[4]")
     for row in Inspection(limiter.segment).keys(limiter=limiter.name):
+        left = row.remaining or 0  # never None: the limits are the limiter's own
         raw = row.raw or row.key.encode("utf-8", "surrogatepass")
         if (
             strict_n is None
@@ -57,12 +55,12 @@ def _stats(limiter: RateLimiter, config: dict[str, int], strict_n: int | None) -
         ):
             bucket, minute, hour = remaining[0], remaining[1], remaining[2]
         else:
-            bucket = row.remaining
+            bucket = left
             used = config["burst_size"] - bucket
             minute, hour = max(per_minute - used, 0), max(per_hour - used, 0)
         out[row.key] = {
             "config": dict(config),
-            "remaining_requests": row.remaining,
+            "remaining_requests": left,
             "bucket_tokens": bucket,
             "minute_remaining": minute,
             "hour_remaining": hour,
@@ -125,7 +123,7 @@ class _DefaultLimiter(RateLimiter):
     former."""
 
     @staticmethod
-    def _reasons(found: tuple[AnyLimit | InFlight, ...]) -> tuple[str, ...]:
+    def _reasons(found: tuple[AnyLimit | InFlight | Granted, ...]) -> tuple[str, ...]:
         periods = ("second", "minute", "hour")
         return tuple(f"Rate limit exceeded (requests per {period})" for period in periods)
 
@@ -136,13 +134,20 @@ _default_limiter: RateLimiter | None = None
 def _limiter() -> RateLimiter:
     global _default_limiter
     if _default_limiter is None:
-        _default_limiter = _DefaultLimiter(*_DEFAULTS, name="check_rate_limit")
+        chosen = settings.rate_defaults()
+        _default_limiter = _DefaultLimiter(
+            Limit(chosen.burst_size, per=chosen.burst_size / _PER_SECOND),
+            SlidingWindow(chosen.requests_per_minute, per=60),
+            SlidingWindow(_PER_HOUR, per=3600),
+            name="check_rate_limit",
+        )
     return _default_limiter
 
 
 def check_rate_limit(key: str | bytes) -> dict[str, Any]:
     """Check a key against 10 a second (burst 20), 600 a minute and 10,000 an hour, over all
-    workers.
+    workers. The file that FAST_LITELLM_FEATURE_CONFIG names may hold another ``burst_size`` and
+    ``requests_per_minute``, under ``features.rust_rate_limiting.config``.
 
     Returns a dict: allowed, reason, remaining_requests, and retry_after_ms when denied.
     """
@@ -153,10 +158,12 @@ def get_rate_limit_stats() -> RateLimitStats:
     """Statistics of :func:`check_rate_limit` by key: config, remaining_requests, bucket_tokens,
     minute_remaining, hour_remaining, total_checks, allowed_count, denied_count. The last three are
     also totals over all keys: ``get_rate_limit_stats()["total_checks"]``."""
+    limiter = _limiter()
+    burst, minute, hour = (limit.n for limit in limiter.limits)
     config = {
-        "requests_per_second": 10,
-        "requests_per_minute": 600,
-        "requests_per_hour": 10_000,
-        "burst_size": 20,
+        "requests_per_second": _PER_SECOND,
+        "requests_per_minute": minute,
+        "requests_per_hour": hour,
+        "burst_size": burst,
     }
-    return _stats(_limiter(), config, None)
+    return _stats(limiter, config, None)

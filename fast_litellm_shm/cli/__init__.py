@@ -17,13 +17,16 @@ exit codes:
   1    something went wrong, or nothing was done; the message on stderr says what
   2    wrong usage
   3    there is no segment of that name
-  130  interrupted by Ctrl-C (--watch: 0)"""
+  130  interrupted by Ctrl-C (--watch, top, dashboard: 0)"""
 
 _MAIN = f"""\
 examples:
   fast-shm ls                                 which segments there are
   fast-shm inspect                            the segment of this user's workers
   fast-shm inspect --name shop --watch        the same, again every 2 seconds
+  fast-shm top                                the same as it lives, on the whole screen
+  fast-shm dashboard                          ... in a browser
+  fast-shm export                             its numbers, for Prometheus
   fast-shm reset --limiter chat user-1        let user-1 start afresh
   fast-shm release --dead                     give back what dead processes held
   fast-shm rm --name shop                     delete a segment
@@ -44,6 +47,39 @@ examples:
 Permits and pools are shown where something is held: what processes hold at this moment.
 Control characters in keys are shown as \\n, \\x1b, \\u202e; --json has the keys as they are.
 With --json and --watch, one document follows the other.
+
+{_EXIT_CODES}"""
+
+_EXPORT = f"""\
+examples:
+  fast-shm export | promtool check metrics
+  fast-shm export --output /var/lib/node_exporter/textfile/fast_shm.prom     (from cron)
+  fast-shm export --format json | jq .segment.denied
+  fast-shm export --format csv --keys 100 > keys.csv
+
+A file is replaced at once or not at all, and left as it was where there is no segment.
+What the numbers mean: docs/metrics.md.
+
+{_EXIT_CODES}"""
+
+_TOP = f"""\
+examples:
+  fast-shm top                                the segment of this user's workers
+  fast-shm top --name shop --every 0.5
+
+Keys: q quits, ? tells the others. Needs textual: pip install "fast-litellm-shm[top]".
+Waits for a segment where there is none yet, and for the next one where it was removed.
+
+{_EXIT_CODES}"""
+
+_DASHBOARD = f"""\
+examples:
+  fast-shm dashboard                          http://127.0.0.1:8099/, until Ctrl-C
+  fast-shm dashboard --name shop --port 0     on any free port: it says which
+
+Read-only. Who can reach it sees the names of keys: everybody with an account on this host, and with
+--host 0.0.0.0 everybody on the network. Needs starlette and uvicorn:
+pip install "fast-litellm-shm[dashboard]".
 
 {_EXIT_CODES}"""
 
@@ -112,6 +148,16 @@ def _top(text: str) -> int:
     return top
 
 
+def _keys(text: str) -> int:
+    try:
+        keys = int(text)
+    except ValueError:
+        keys = -1
+    if not 0 <= keys <= 1000:
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 to 1000, not {text!r}")
+    return keys
+
+
 def _pid(text: str) -> int:
     try:
         pid = int(text)
@@ -132,6 +178,16 @@ def _pause(text: str) -> float:
     return seconds
 
 
+def _port(text: str) -> int:
+    try:
+        port = int(text)
+    except ValueError:
+        port = -1
+    if not 0 <= port <= 65535:
+        raise argparse.ArgumentTypeError(f"must be a port, 0 to 65535, not {text!r}")
+    return port
+
+
 def _version() -> str:
     from fast_litellm_shm import __version__
     from fast_litellm_shm.native import lib
@@ -143,6 +199,44 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         print(_version())
         parser.exit()
+
+
+def _serving(to: argparse.ArgumentParser) -> None:
+    to.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="H",
+        help="the address to listen on (default 127.0.0.1: this host alone)",
+    )
+    to.add_argument(
+        "--port", type=_port, default=8099, metavar="P", help="0: any free one (default 8099)"
+    )
+    to.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name that browsers may use for this host, besides localhost and addresses",
+    )
+
+
+def _exporting(to: argparse.ArgumentParser) -> None:
+    to.add_argument(
+        "--format",
+        choices=("prometheus", "json", "csv"),
+        default="prometheus",
+        help="(default prometheus: its text format)",
+    )
+    to.add_argument(
+        "--output", metavar="FILE", help="write a file instead of standard output, atomically"
+    )
+    to.add_argument(
+        "--keys",
+        type=_keys,
+        default=0,
+        metavar="N",
+        help="also each of the N busiest keys, at most 1000 (default 0)",
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -167,6 +261,15 @@ def _parser() -> argparse.ArgumentParser:
         to.add_argument("--name", metavar="N", help="the segment; default: the workers' default")
         with_owner(to)
 
+    def every(to: argparse.ArgumentParser) -> None:
+        to.add_argument(
+            "--every",
+            type=_pause,
+            default=1.0,
+            metavar="SECONDS",
+            help="look every SECONDS (default 1)",
+        )
+
     to = verb("inspect", "show a segment, its processes, limiters and busiest keys", _INSPECT)
     with_name(to)
     to.add_argument("--json", action="store_true", help="JSON; all keys unless --top is given")
@@ -188,9 +291,22 @@ def _parser() -> argparse.ArgumentParser:
         help="again every SECONDS (default 2), until Ctrl-C",
     )
 
+    to = verb("top", "show a segment as it lives, on the whole screen", _TOP)
+    with_name(to)
+    every(to)
+
+    to = verb("dashboard", "the same as a small web page on this host", _DASHBOARD)
+    with_name(to)
+    every(to)
+    _serving(to)
+
     to = verb("ls", "list the segments of this host", _LS)
     to.add_argument("--json", action="store_true", help="JSON")
     with_owner(to)
+
+    to = verb("export", "write a segment's numbers for monitoring, once", _EXPORT)
+    with_name(to)
+    _exporting(to)
 
     to = verb("reset", "forget what keys have consumed", _RESET)
     with_name(to)
@@ -232,14 +348,17 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
 
 def _verb(name: str) -> Callable[[argparse.Namespace], int]:
-    from fast_litellm_shm.cli import admin, inspect, listing
+    from fast_litellm_shm.cli import admin, dashboard, export, inspect, listing, top
 
     return {
+        "dashboard": dashboard.run,
+        "export": export.run,
         "inspect": inspect.run,
         "ls": listing.run,
         "release": admin.release,
         "reset": admin.reset,
         "rm": admin.remove,
+        "top": top.run,
     }[name]
 
 

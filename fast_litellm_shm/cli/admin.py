@@ -9,10 +9,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from fast_litellm_shm import exceptions
+from fast_litellm_shm import exceptions, keyed
 from fast_litellm_shm.cli import inspect, listing, render
 from fast_litellm_shm.concurrency import release_process
-from fast_litellm_shm.inspection import Inspection
+from fast_litellm_shm.inspection import LEASED, Inspection, open_for_reading
 from fast_litellm_shm.native import ffi, lib, raise_segment_error
 from fast_litellm_shm.segment import Segment, path_of
 
@@ -35,8 +35,8 @@ def _open_limiter(segment: Segment, info: Any) -> _Limiter:
     status = lib.fshm_limiter_find(segment._handle, info.name, info.name_length, out)
     if status != lib.FSHM_OK:
         raise exceptions.SegmentError(
-            f"cannot open limiter {name!r} in segment {segment.name!r} (error {status}); "
-            "its limits are damaged; stop the workers and remove the segment with `fast-shm rm`"
+            f"cannot open limiter {name!r} in segment {segment.name!r} (error {status}): "
+            f"{segment.damaged or 'its limits are gone'}"
         )
     return _Limiter(name, ffi.gc(out[0], lib.fshm_limiter_close))
 
@@ -47,24 +47,19 @@ def _limiters(segment: Segment, wanted: str | None) -> list[_Limiter]:
         info = ffi.new("fshm_limiter_info *")
         if lib.fshm_limiter_at(segment._handle, index, info) == lib.FSHM_OK and info.name_length:
             infos.append(info)
-    names = [_name(info) for info in infos]
-    if wanted is not None and wanted not in names:
-        raise listing.no_such_limiter(wanted, segment, names)
-    return [
-        _open_limiter(segment, info)
-        for info, name in zip(infos, names, strict=True)
-        if wanted in (None, name)
-    ]
+    # What the server granted is nothing consumed. Forgotten, the server would take the host's next
+    # questions for older ones, and the host could take no permit for seconds.
+    leases = {_name(info) + LEASED for info in infos}
+    found = {name: info for info in infos if (name := _name(info)) not in leases}
+    if wanted is not None and wanted not in found:
+        raise listing.no_such_limiter(wanted, segment, list(found))
+    return [_open_limiter(segment, info) for name, info in found.items() if wanted in (None, name)]
 
 
-def _open_for_writing(args: argparse.Namespace) -> Segment:
+def _open_for_writing(name: str, allow_other_owner: bool) -> Segment:
     """Attach to what is there, whatever the environment asks for."""
     return Segment(
-        args.name,
-        mode=0o600,
-        names="plain",
-        create=False,
-        allow_other_owner=args.allow_other_owner,
+        name, mode=0o600, names="plain", create=False, allow_other_owner=allow_other_owner
     )
 
 
@@ -76,6 +71,8 @@ def _failed(status: int, limiter: _Limiter) -> exceptions.SegmentError:
 
 
 def _has_consumed(limiter: _Limiter, key: bytes) -> bool:
+    if limiter.name in keyed.NAMES:
+        return _has_counted(limiter, key)
     limits, version = ffi.new("fshm_limit[]", lib.FSHM_MAX_LIMITS), ffi.new("uint64_t *")
     remaining = ffi.new("uint64_t[]", lib.FSHM_MAX_LIMITS)
     lib.fshm_limiter_limits(limiter.handle, limits, version)
@@ -84,6 +81,18 @@ def _has_consumed(limiter: _Limiter, key: bytes) -> bool:
         remaining[i] < (limits[i].burst if limits[i].kind == lib.FSHM_BUCKET else limits[i].n)
         for i in range(count)
     )
+
+
+def _has_counted(limiter: _Limiter, key: bytes) -> bool:
+    """Of a limiter whose limits come with the calls."""
+    limit = keyed.limit_of(limiter.name, key)
+    if limit is None:
+        return False
+    found, look = ffi.new("fshm_counted *"), lib.fshm_count
+    if limiter.name == keyed.MOVING:
+        look = lib.fshm_moving
+    look(limiter.handle, key, len(key), ffi.new("fshm_limit *", limit._raw()), 0, 0, found)
+    return bool(found.count or found.previous)
 
 
 def _holds_only(limiter: _Limiter) -> bool:
@@ -96,15 +105,26 @@ def _holds_only(limiter: _Limiter) -> bool:
 def _reset_key(limiter: _Limiter, key: bytes) -> bool:
     """Returns whether the key had consumed anything."""
     consumed = _has_consumed(limiter, key)
-    status = lib.fshm_reset_key(limiter.handle, key, len(key))
+    forget = lib.fshm_reset_key
+    if limiter.name == keyed.MOVING:
+        forget = lib.fshm_moving_clear  # its hits have cells of their own
+    status = forget(limiter.handle, key, len(key))
     if status != lib.FSHM_OK:
         raise _failed(status, limiter)
     return consumed
 
 
+def reset_key(name: str, allow_other_owner: bool, limiter: str, key: bytes) -> bool:
+    """Forget what a key has consumed in one limiter of segment ``name``; whether it was anything.
+
+    Raises FastShmError."""
+    segment = _open_for_writing(name, allow_other_owner)
+    return any([_reset_key(found, key) for found in _limiters(segment, limiter)])
+
+
 def reset(args: argparse.Namespace) -> int:
     """Forget what was consumed; say of what."""
-    segment = _open_for_writing(args)
+    segment = _open_for_writing(args.name, args.allow_other_owner)
     limiters = _limiters(segment, args.limiter)
     if not limiters:
         print(f"Nothing to reset: segment {segment.name!r} has no limiter.")
@@ -132,6 +152,11 @@ def reset(args: argparse.Namespace) -> int:
 
 
 def _release_dead(segment: Segment) -> int:
+    unknown = segment.liveness_unknown
+    if unknown:
+        raise exceptions.SegmentError(
+            f"segment {segment.name!r}: nothing was given back: {unknown}"
+        )
     freed = release_process(segment, 0)
     if freed:
         print(f"Gave back {freed:,} permit(s) of dead processes.")
@@ -142,7 +167,7 @@ def _release_dead(segment: Segment) -> int:
 
 def release(args: argparse.Namespace) -> int:
     """Give permits back for a process that cannot, or should not, keep them."""
-    segment = _open_for_writing(args)
+    segment = _open_for_writing(args.name, args.allow_other_owner)
     where = f"segment {segment.name!r}"
     if args.dead:
         return _release_dead(segment)
@@ -198,7 +223,7 @@ def _unlink(paths: list[str]) -> int:
 def _users(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str | None]:
     """Who is attached; and why that cannot be told, where it cannot."""
     try:
-        return inspect.processes_of(inspect.open_for_reading(args.name, True)), None
+        return inspect.processes_of(open_for_reading(args.name, True)), None
     except exceptions.SegmentNotFoundError:
         raise
     except exceptions.SegmentError as error:

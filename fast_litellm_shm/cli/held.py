@@ -6,14 +6,13 @@ import fnmatch
 from typing import TYPE_CHECKING, Any
 
 from fast_litellm_shm.cli import render
-from fast_litellm_shm.inspection import Inspection
+from fast_litellm_shm.inspection import POOL, POOL_TOTAL, Inspection, pools_among
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
 _PIDS, _WIDE = 2, 80  # pids shown on a terminal, if it has so many columns
-_POOL, _TOTAL = "pool ", "pool-total "  # a pool is these two limiters: see SimpleConnectionPool
 _PERMITS = ("limiter", "key", "in_flight", "max_in_flight", "pids", "oldest_seconds", "dead")
 _PERMIT_COLUMNS = ("key", "limiter", ">in flight", ">maximum", ">oldest", ">dead", ">pids")
 _POOL_COLUMNS = ("pool", "endpoint", ">active", ">idle", ">maximum", ">dead", ">pids")
@@ -24,12 +23,7 @@ Rows = list[dict[str, Any]]
 def held(inspection: Inspection, limiter: str | None, match: str | None) -> tuple[Rows, Rows]:
     """Permits by limiter and key, and connections by pool and endpoint. limiter: only of this one.
     match: a glob over keys and endpoints."""
-    names = {each["name"] for each in inspection.limiters()}
-    pools = {
-        name
-        for name in names
-        if name.startswith(_POOL) and _TOTAL + name.removeprefix(_POOL) in names
-    }
+    pools = pools_among(each["name"] for each in inspection.limiters())
     permits, connections = [], []
     # by name where equal, so that rows keep their places from one look to the next
     rows = inspection.in_flight()
@@ -42,8 +36,8 @@ def held(inspection: Inspection, limiter: str | None, match: str | None) -> tupl
             continue
         if name in pools:
             connections.append(_connections(row))
-        elif name.replace(_TOTAL, _POOL, 1) not in pools or not name.startswith(
-            _TOTAL
+        elif name.replace(POOL_TOTAL, POOL, 1) not in pools or not name.startswith(
+            POOL_TOTAL
         ):  # the total is the sum of what is shown
             permits.append({field: row[field] for field in _PERMITS})
     return permits, connections
@@ -51,7 +45,7 @@ def held(inspection: Inspection, limiter: str | None, match: str | None) -> tupl
 
 def _connections(row: dict[str, Any]) -> dict[str, Any]:
     return {
-        "pool": row["limiter"].removeprefix(_POOL),
+        "pool": row["limiter"].removeprefix(POOL),
         "endpoint": row["key"],
         "active": row["in_flight"] - row["idle"],
         "idle": row["idle"],
@@ -86,7 +80,7 @@ def _pool_cells(row: dict[str, Any], out: Console) -> tuple[str, ...]:
         render.escaped(row["endpoint"]),
         f"{row['active']:,}",
         f"{row['idle']:,}",
-        f"{row['max_connections']:,}",
+        "?" if row["max_connections"] is None else f"{row['max_connections']:,}",
         f"{row['dead']:,}" if row["dead"] else "-",
         _pids(row["pids"], out),
     )
@@ -115,6 +109,6 @@ def tables(permits: Rows, pools: Rows, out: Console, most: int | None) -> list[R
         cells = [_pool_cells(row, out) for row in rows]
         total = sum(row["active"] + row["idle"] for row in pools)
         made = render.table(f"Pools ({total:,} connections)", _POOL_COLUMNS, cells, out)
-        full = [row["active"] >= row["max_connections"] for row in rows]
+        full = [row["active"] >= (row["max_connections"] or 1) for row in rows]
         parts += [_coloured(made, full), *more, Text()]
     return parts

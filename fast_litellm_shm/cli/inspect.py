@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from fast_litellm_shm import exceptions
-from fast_litellm_shm.cli import held, listing, render
-from fast_litellm_shm.inspection import Inspection, KeyRow
+from fast_litellm_shm.cli import held, keytable, listing, render
+from fast_litellm_shm.cluster.state import cluster_state
+from fast_litellm_shm.inspection import Inspection, KeyRow, open_for_reading
 from fast_litellm_shm.segment import Segment
 
 if TYPE_CHECKING:
@@ -28,18 +29,6 @@ _ROWS, _ROWS_WATCHED = 50, 8  # of each table above the keys, on a terminal
 _KEYS_WATCHED = 8  # so many at least, before other tables take the room
 _SORTED = {"busiest": "calls", "admitted": "admitted", "denied": "denied", "key": "name"}
 _KEY_COLUMNS = ("key", "limiter", ">admitted", ">denied", ">remaining", ">wait")
-
-
-def open_for_reading(name: str, allow_other_owner: bool) -> Segment:
-    """Attach without write permission, and without a place in the process table."""
-    return Segment(
-        name,
-        mode=0o600,  # neither is used when attaching: the settings in the environment do not matter
-        names="plain",
-        create=False,
-        allow_other_owner=allow_other_owner,
-        _read_only=True,
-    )
 
 
 def processes_of(segment: Segment) -> list[dict[str, Any]]:
@@ -58,14 +47,19 @@ def processes_of(segment: Segment) -> list[dict[str, Any]]:
     return out
 
 
-def _warnings(stats: dict[str, Any], processes: list[dict[str, Any]]) -> list[str]:
+def warnings_of(stats: dict[str, Any], processes: list[dict[str, Any]]) -> list[str]:
+    """What somebody should do something about: damage, removal, a table that is (nearly) full."""
     out = []
+    if stats["damaged"]:
+        out.append(f"{stats['damaged']}. What is shown may be wrong")
     if stats["unlinked"]:
         pids = ", ".join(str(process["pid"]) for process in processes) or "none"
         out.append(
             "this segment was removed: new processes will not meet it and count apart; restart the "
             f"processes that are still attached (pids: {pids})"
         )
+    elif stats["liveness_unknown"]:
+        out.append(f"{stats['liveness_unknown']}. Dead processes are listed as alive here")
     larger = (
         f"stop the workers, `fast-shm rm --name {stats['name']}`, and start them with "
         f"FAST_LITELLM_SHM_CAPACITY={2 * stats['capacity']}; or use shorter periods"
@@ -85,6 +79,7 @@ def _head(stats: dict[str, Any], warnings: list[str]) -> list[RenderableType]:
     from rich.text import Text
 
     gone = "  REMOVED" if stats["unlinked"] else ""
+    gone += "  DAMAGED" if stats["damaged"] else ""
     lines = (
         ("segment", f"{stats['name']}{gone}"),
         ("path", stats["path"]),
@@ -103,6 +98,32 @@ def _head(stats: dict[str, Any], warnings: list[str]) -> list[RenderableType]:
     ]
     out += [Text(f"WARNING  {text}", style="bold yellow") for text in warnings]
     return [*out, Text()]
+
+
+def _cluster_lines(cluster: dict[str, Any]) -> list[RenderableType]:
+    from rich.text import Text
+
+    hosts, leader = cluster["hosts"] or "?", cluster["leader"] or "nobody"
+    lines = [
+        (
+            "cluster",
+            f"{hosts} hosts, pid {leader} leads this one; a round trip takes "
+            f"{cluster['lag_p50_ms']:.2f} ms (99 %: {cluster['lag_p99_ms']:.2f})",
+        ),
+        (
+            "",
+            f"{cluster['round_trips']:,} round trips ({cluster['failed']:,} failed), "
+            f"{cluster['calls_saved']:,} saved; {cluster['granted']:,} tokens granted, "
+            f"{cluster['given_back']:,} given back",
+        ),
+    ]
+    permits = cluster["permits"]
+    if permits["round_trips"]:
+        told = (
+            f"{permits['allowed']:,} permits of {permits['keys']:,} keys may be held by this host"
+        )
+        lines.append(("", told))
+    return [Text.assemble((f"{label:9}", "dim"), (value, "")) for label, value in lines]
 
 
 def _clock(age: float) -> str:
@@ -150,21 +171,14 @@ def _limiter_table(
     return [render.table(f"Limiters ({len(limiters)})", columns, cells, out), *more, Text()]
 
 
-def _shown_key(row: KeyRow) -> str:
-    if not row.raw:
-        return row.key or "''"  # a hash, or the empty key
-    cut = row.key.endswith("…") and not row.raw.endswith("…".encode())
-    return render.escaped(row.raw) + ("…" if cut else "")
-
-
 def _key_cells(row: KeyRow) -> tuple[str, ...]:
     return (
-        _shown_key(row),
+        keytable.shown_name(row.key, row.raw),
         render.escaped(row.limiter),
         f"{row.admitted:,}",
         f"{row.denied:,}",
-        f"{row.remaining:,}",
-        render.waiting(row.retry_after),
+        "?" if row.remaining is None else f"{row.remaining:,}",
+        "?" if row.remaining is None else render.waiting(row.retry_after),
     )
 
 
@@ -178,7 +192,7 @@ def _key_tables(rows: Iterator[KeyRow], title: str, out: Console) -> Iterator[Re
         names = [column.lstrip(">") for column in _KEY_COLUMNS]
         widths = widths or render.column_widths(names, chunk)
         for cells, row in zip(chunk, made.rows, strict=True):
-            row.style = "" if cells[-1] == "-" else "red"
+            row.style = "" if cells[-1] in ("-", "?") else "red"
         yield made
     if widths is None:
         yield Text("No key to show.")
@@ -191,6 +205,7 @@ class _Look:
         self.inspection = Inspection(segment)
         self.stats = segment.stats()
         self.processes = processes_of(segment)
+        self.cluster = cluster_state(segment, self.inspection)
         self.limiters = self.inspection.limiters()
         self._args = args
         names = [limiter["name"] for limiter in self.limiters]
@@ -208,7 +223,9 @@ class _Look:
         """Everything above the keys. most: rows of each table; 0: their numbers alone."""
         from rich.text import Text
 
-        head = _head(self.stats, _warnings(self.stats, self.processes))
+        head = _head(self.stats, warnings_of(self.stats, self.processes))
+        if self.cluster is not None:
+            head[-1:] = [*_cluster_lines(self.cluster), Text()]
         if most == 0:
             counts = f"{len(self.processes)} processes, {len(self.limiters)} limiters"
             if self.permits or self.pools:
@@ -227,10 +244,12 @@ class _Look:
         return _key_tables(self.keys(top), title, out)
 
     def write_json(self) -> None:
-        """Top level: segment, limiters, processes, permits, pools, keys. Written as it is read."""
+        """Top level: segment, cluster (where limits are kept for many hosts), limiters,
+        processes, permits, pools, keys. Written as it is read."""
         write = sys.stdout.write
         for name, value in (
             ("segment", self.stats),
+            *([("cluster", self.cluster)] if self.cluster is not None else []),
             ("limiters", self.limiters),
             ("processes", self.processes),
             ("permits", self.permits),

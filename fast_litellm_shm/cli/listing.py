@@ -11,6 +11,7 @@ from typing import Any
 
 from fast_litellm_shm import exceptions
 from fast_litellm_shm.cli import render
+from fast_litellm_shm.inspection import open_for_reading
 from fast_litellm_shm.native import ffi, lib
 from fast_litellm_shm.segment import Segment
 
@@ -43,10 +44,17 @@ def directory() -> str:
     return os.fsdecode(text)
 
 
+def _entries(folder: str) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
+
+
 def found() -> list[Found]:
     """Every segment, of every layout version, by name."""
     out = []
-    for entry in os.listdir(directory()):
+    for entry in _entries(directory()):
         parts = _SEGMENT.fullmatch(entry)
         if parts and not _HELPER.search(entry):
             out.append(Found(parts[2], os.path.join(directory(), entry), int(parts[1])))
@@ -58,7 +66,7 @@ def helpers_of(path: str) -> list[str]:
     folder, name = os.path.split(path)
     return [
         os.path.join(folder, entry)
-        for entry in sorted(os.listdir(folder))
+        for entry in _entries(folder)
         if entry.startswith(name) and _HELPER.fullmatch(entry[len(name) :])
     ]
 
@@ -66,6 +74,8 @@ def helpers_of(path: str) -> list[str]:
 def names_there_are() -> str:
     """A sentence for somebody who named a segment that is not there."""
     names = [segment.name for segment in found() if segment.layout == lib.FSHM_LAYOUT_VERSION]
+    if not os.path.isdir(directory()):
+        return "No segment can be made before there is."
     if not names:
         return "There is none at all: the first worker that uses a limiter makes one."
     shown = ", ".join(render.escaped(name) for name in names[:10])
@@ -86,25 +96,21 @@ def _row(segment: Found, allow_other_owner: bool) -> dict[str, Any]:
     if segment.layout != lib.FSHM_LAYOUT_VERSION:
         return row | {"error": f"layout-{segment.layout}"}
     try:
-        stats = Segment(
-            segment.name,
-            mode=0o600,
-            names="plain",
-            create=False,
-            allow_other_owner=allow_other_owner,
-            _read_only=True,
-        ).stats()
+        stats = open_for_reading(segment.name, allow_other_owner).stats()
     except exceptions.SegmentError as error:
         return row | {"error": _WORDS.get(type(error), "unreadable"), "detail": str(error)}
     except ValueError:
         return row | {"error": "name"}  # a file that somebody else named like this
     wanted = ("size_bytes", "used", "capacity", "limiters", "processes", "age_seconds")
-    return row | {name: stats[name] for name in wanted} | {"error": None}
+    row |= {name: stats[name] for name in wanted}
+    if stats["damaged"]:
+        return row | {"error": "damaged", "detail": stats["damaged"]}
+    return row | {"error": None}
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     name = render.escaped(row["name"])
-    if row["error"] is not None:
+    if "capacity" not in row:
         return (name, "", "", "", "", "", row["error"])
     return (
         name,
@@ -113,7 +119,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['capacity']:,}",
         str(row["processes"]),
         render.duration(row["age_seconds"]),
-        "",
+        row["error"] or "",
     )
 
 
@@ -125,6 +131,10 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(rows, indent=1))
         return 0
     out = render.console()
+    if not rows and not os.path.isdir(directory()):
+        raise exceptions.SegmentError(
+            f"there is no directory {directory()}, where segments live; mount a tmpfs there"
+        )
     if not rows:
         out.print(
             f"No segment in {directory()}: the first worker that uses a limiter makes one.",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _PIPE_WIDTH = 1_000_000  # a pipe has no right margin: rows are never cut
 _GAP, _NARROW = 3, 8  # between columns; no column of text is cut below this
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t", "\\": "\\\\"}
+_BARS = "▁▂▃▄▅▆▇"  # not a full block: rows would run into each other
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -64,6 +65,53 @@ def duration(seconds: float) -> str:
         big, small, of, part = ("h", "min", 3600, 60)
     whole, rest = divmod(int(seconds), of)
     return f"{whole} {big}" + (f" {rest // part} {small}" if rest >= part else "")
+
+
+def brief(seconds: float | None) -> str:
+    """The same in at most six columns: ``350ms``, ``4.2s``, ``3m20s``, ``2h05m``, ``3d04h``."""
+    if seconds is None:
+        return "never"
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f}ms"
+    if seconds < 59.95:
+        return f"{seconds:.1f}s"
+    seconds = round(seconds)
+    for limit, big, small, of, part in (
+        (3600, "m", "s", 60, 1),
+        (86_400, "h", "m", 3600, 60),
+        (100 * 86_400, "d", "h", 86_400, 3600),
+    ):
+        if seconds < limit:
+            whole, rest = divmod(seconds, of)
+            return f"{whole}{big}{rest // part:02}{small}"
+    return f"{seconds / 86_400:,.0f}d"
+
+
+def compact(count: float) -> str:
+    """A number in at most six columns: ``0.4``, ``12``, ``1,234``, ``12.3k``, ``4.6M``."""
+    if count < 9.95 and count != int(count):
+        return f"{count:.1f}"
+    if count < 9999.5:
+        return f"{count:,.0f}"
+    for unit in "kMGTP":
+        count /= 1000
+        if count < 99.95:
+            return f"{count:.1f}{unit}"
+        if count < 999.5:
+            return f"{count:.0f}{unit}"
+    return f"{count:.0f}P"
+
+
+def sparkline(values: Sequence[float], width: int, most: float | None = None) -> str:
+    """The last values as bars, the newest at the right, of at most ``most`` (default: the greatest
+    of them). What is above 0 can be told from 0."""
+    shown = list(values)[-width:] if width > 0 else []
+    top = max(shown, default=0) if most is None else most
+    bars = "".join(
+        _BARS[0] if value <= 0 else _BARS[min(int(value / top * 6) + 1, 6)] if top else _BARS[0]
+        for value in shown
+    )
+    return bars.rjust(width)
 
 
 def waiting(retry_after: float | None) -> str:

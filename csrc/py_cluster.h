@@ -1,0 +1,104 @@
+/* py_cluster.h - calls of a limiter whose quota is granted by a server: fshm_spend() answers nearly all of
+ * them, and Python the rest. Included by py_core.c. */
+#ifndef FSHM_PY_CLUSTER_H
+#define FSHM_PY_CLUSTER_H
+
+#include "py_args.h"
+
+/* Of another limiter's handle; all three are owned by the Python object's keepers. */
+typedef struct {
+  fshm_limiter *wallet, *refused; /* NULL: it is a limiter of this host alone */
+  PyObject *keys; /* of a limiter of permits, whose `wallet` has allowances: dict of those in use */
+} cluster_t;
+
+/* _ask(op, key, cost) -> (status, limit_index, remaining, retry_after_ns, reset_after_ns). cost None: 1. */
+static int cluster_ask(PyObject *self, uint32_t op, PyObject *key, PyObject *cost,
+                       fshm_decision *d) {
+  long long retry, reset;
+  unsigned long long remaining;
+  uint64_t version = d->version;
+  PyObject *r = PyObject_CallMethod(self, "_ask", "IOO", op, key, cost ? cost : Py_None);
+  if (!r) return -1;
+  memset(d, 0, sizeof *d);
+  int parsed =
+      PyArg_ParseTuple(r, "iIKLL", &d->status, &d->limit_index, &remaining, &retry, &reset);
+  Py_DECREF(r);
+  if (!parsed) return -1;
+  d->version = version;
+  d->remaining = remaining;
+  d->retry_after_ns = retry;
+  d->reset_after_ns = reset;
+  return 0;
+}
+
+/* out NULL: only the status is wanted. Returns it, or FSHM_ASK after an exception. */
+static int cluster_decide(PyObject *self, const cluster_t *c, fshm_limiter *limits, uint32_t op,
+                          PyObject *key, const key_arg *k, PyObject *cost, const uint64_t *costs,
+                          fshm_decision *out, uint64_t version) {
+  uint32_t low = 0;
+  fshm_decision asked = {0};
+  int status = FSHM_ASK;
+  if (op == FSHM_ACQUIRE)
+    status = fshm_spend(c->wallet, c->refused, limits, k->bytes, (uint64_t)k->length, costs, 0, out,
+                        &low);
+  if (status == FSHM_ASK) {
+    asked.version = version;
+    if (cluster_ask(self, op, key, cost, &asked)) return FSHM_ASK;
+    if (out) *out = asked;
+    return asked.status;
+  }
+  if (low) {
+    PyObject *r = PyObject_CallMethod(self, "_low", "OO", key, cost ? cost : Py_None);
+    Py_XDECREF(r);
+    if (!r) return FSHM_ASK;
+  }
+  return status;
+}
+
+/* Whoever holds a permit must be known to those who tell the server that it does: _note(key). */
+static int cluster_note(PyObject *self, const cluster_t *c, PyObject *key) {
+  int known = PyDict_Contains(c->keys, key);
+  if (likely(known > 0)) return 0;
+  PyObject *r = known ? NULL : PyObject_CallMethod(self, "_note", "O", key);
+  Py_XDECREF(r);
+  return r ? 0 : -1;
+}
+
+/* _grant(key, tries) -> permits that may be held without the server's word; 0: look again; less: denied, and
+ * worth a question again after so many ns. */
+static int cluster_grant(PyObject *self, PyObject *key, int tries, long *alone) {
+  PyObject *r = PyObject_CallMethod(self, "_grant", "Oi", key, tries);
+  if (!r) return -1;
+  *alone = PyLong_AsLong(r);
+  Py_DECREF(r);
+  return *alone == -1 && PyErr_Occurred() ? -1 : 0;
+}
+
+#define GRANT_TRIES 6 /* whoever is granted one may find that another has taken it */
+
+/* 0, or -1: an exception. The key is noted before the permit is taken: a look at the keys in use may come
+ * between, and a key whose permits nobody holds is forgotten by whoever looks. So it is noted again after. */
+static int cluster_admit(PyObject *self, const cluster_t *c, fshm_limiter *limits, PyObject *key,
+                         const key_arg *k, fshm_permit *permit, fshm_decision *d,
+                         uint32_t *in_flight) {
+  long alone = 0;
+  for (int tries = 0;; tries++) {
+    int status = fshm_allowance_admit(limits, c->wallet, c->refused, k->bytes, (uint64_t)k->length,
+                                      (uint32_t)alone, 0, permit, d, in_flight);
+    if (status != FSHM_ASK || alone < 0) break;
+    if (tries == GRANT_TRIES)
+      alone = -1;
+    else if (cluster_grant(self, key, tries, &alone))
+      return -1;
+    if (alone >= 0) continue;
+    d->status = FSHM_DENIED;
+    d->retry_after_ns = alone < -1 ? -(int64_t)alone : 0; /* 0: when a holder lets go */
+    *in_flight = fshm_in_flight(limits, k->bytes, (uint64_t)k->length);
+    break;
+  }
+  if (d->status != FSHM_ALLOWED || !cluster_note(self, c, key)) return 0;
+  (void)fshm_permit_release(limits, permit);
+  return -1;
+}
+
+#endif

@@ -1,0 +1,206 @@
+/* py_memo.c - Memo: a counting function with the segment's memo in front. Limited API 3.10.
+ *
+ * memo(text) is compute(text) for one encoding, but a text that any process has counted costs a hash.
+ * What is no str (a subclass may say other things of itself than its UTF-8 does), or has no UTF-8 (lone
+ * surrogates), goes to compute as it is.
+ */
+#include "py_args.h"
+#include "py_measure.h"
+
+#define REPORT_EVERY 64 /* hits and misses go to the shared sums by so many */
+#define ASK_EVERY 32 /* calls: how often `enabled` is asked */
+#define LONG_TEXT 65536 /* bytes; hashing takes 30 us, so other threads may run meanwhile */
+
+typedef struct {
+  PyObject_HEAD
+  fshm_segment *segment;
+  PyObject *owner; /* keeps the segment open */
+  uint64_t encoding;
+  PyObject *compute; /* NULL: __init__ was not called */
+  PyObject *encode; /* NULL, or gives a list for a text that has UTF-8, whose length is the count */
+  PyObject *enabled; /* NULL, or says whether to use the memo */
+  int off; /* what it said last */
+  uint32_t asked; /* calls until it is asked again */
+  uint32_t hits, misses; /* not reported yet */
+  measure_t measure;
+} Memo;
+
+static void report_counts(Memo *self) {
+  fshm_memo_count(self->segment, self->hits, self->misses);
+  self->hits = self->misses = 0;
+}
+
+static int memo_ready(const Memo *self) {
+  if (!self->compute) PyErr_SetString(PyExc_RuntimeError, "the memo's __init__ was not called");
+  return self->compute != NULL;
+}
+
+/* The UTF-8 (cached in the str), or NULL, and no exception: a text that is not for the memo. */
+static const char *memo_bytes(PyObject *text, Py_ssize_t *length) {
+  const char *bytes = PyUnicode_CheckExact(text) ? PyUnicode_AsUTF8AndSize(text, length) : NULL;
+  if (!bytes) PyErr_Clear();
+  return bytes;
+}
+
+static int64_t memo_known(const Memo *self, const char *bytes, Py_ssize_t length,
+                          uint64_t hash[2]) {
+  if (length < LONG_TEXT) {
+    fshm_memo_hash(self->segment, self->encoding, bytes, (uint64_t)length, hash);
+  } else {
+    Py_BEGIN_ALLOW_THREADS fshm_memo_hash(self->segment, self->encoding, bytes, (uint64_t)length,
+                                          hash);
+    Py_END_ALLOW_THREADS
+  }
+  return fshm_memo_known(self->segment, hash);
+}
+
+/* 1 or 0; -1: it raised. */
+static int memo_enabled(Memo *self) {
+  if (!self->enabled) return 1;
+  if (!self->asked--) {
+    PyObject *answer = PyObject_CallFunctionObjArgs(self->enabled, NULL);
+    int on = answer ? PyObject_IsTrue(answer) : -1;
+    Py_XDECREF(answer);
+    self->asked = on < 0 ? 0 : ASK_EVERY - 1;
+    if (on < 0) return -1;
+    self->off = !on;
+  }
+  return !self->off;
+}
+
+/* A new reference, and the count where it is one to remember; else -1. */
+static PyObject *memo_compute(const Memo *self, PyObject *text, long long *count) {
+  PyObject *found =
+      PyObject_CallFunctionObjArgs(self->encode ? self->encode : self->compute, text, NULL);
+  *count = -1;
+  if (!found) return NULL;
+  if (self->encode) {
+    *count = PyList_Size(found); /* raises where it is no list */
+    Py_DECREF(found);
+    return *count < 0 ? NULL : PyLong_FromLongLong(*count);
+  }
+  if (PyLong_CheckExact(found)) *count = PyLong_AsLongLong(found);
+  PyErr_Clear(); /* a number beyond 63 bits is no count to remember */
+  return found;
+}
+
+static PyObject *memo_count(PyObject *o, PyObject *text) {
+  Memo *self = (Memo *)o;
+  Py_ssize_t length = 0;
+  uint64_t hash[2];
+  long long count;
+  if (!memo_ready(self)) return NULL;
+  int on = memo_enabled(self);
+  const char *bytes = on > 0 ? memo_bytes(text, &length) : NULL;
+  if (!bytes) return on < 0 ? NULL : PyObject_CallFunctionObjArgs(self->compute, text, NULL);
+  uint64_t begun = measure_begin(&self->measure);
+  int64_t known = memo_known(self, bytes, length, hash);
+  if (known >= 0) {
+    if (++self->hits >= REPORT_EVERY) report_counts(self);
+    if (begun) measure_end(&self->measure, begun, 1, (uint64_t)length);
+    return PyLong_FromLongLong(known);
+  }
+  PyObject *counted = memo_compute(self, text, &count);
+  if (++self->misses >= REPORT_EVERY) report_counts(self);
+  if (begun) measure_end(&self->measure, begun, counted != NULL, (uint64_t)length);
+  if (counted && count >= 0) fshm_memo_keep(self->segment, hash, (uint64_t)count);
+  return counted;
+}
+
+/* Is it known? For those who count many at once: the count, or None. */
+static PyObject *memo_get(PyObject *o, PyObject *text) {
+  Memo *self = (Memo *)o;
+  Py_ssize_t length;
+  uint64_t hash[2];
+  if (!memo_ready(self)) return NULL;
+  const char *bytes = memo_bytes(text, &length);
+  int64_t known = bytes ? memo_known(self, bytes, length, hash) : -1;
+  if (known < 0) Py_RETURN_NONE;
+  if (++self->hits >= REPORT_EVERY) report_counts(self);
+  return PyLong_FromLongLong(known);
+}
+
+/* For what memo_get() did not know. */
+static PyObject *memo_put(PyObject *o, PyObject *args) {
+  Memo *self = (Memo *)o;
+  PyObject *text;
+  Py_ssize_t length;
+  long long count;
+  if (!PyArg_ParseTuple(args, "UL", &text, &count) || !memo_ready(self)) return NULL;
+  if (count < 0) return PyErr_Format(PyExc_ValueError, "count must be 0 or more, not %lld", count);
+  const char *bytes = memo_bytes(text, &length);
+  if (bytes) {
+    fshm_memo_put(self->segment, self->encoding, bytes, (uint64_t)length, (uint64_t)count);
+    if (++self->misses >= REPORT_EVERY) report_counts(self);
+  }
+  Py_RETURN_NONE;
+}
+
+static PyObject *memo_call(PyObject *o, PyObject *args, PyObject *kwargs) {
+  static char text_name[] = "text";
+  static char *names[] = {text_name, NULL};
+  PyObject *text;
+  return PyArg_ParseTupleAndKeywords(args, kwargs, "O", names, &text) ? memo_count(o, text) : NULL;
+}
+
+static int memo_init(PyObject *o, PyObject *args, PyObject *kwargs) {
+  Memo *self = (Memo *)o;
+  unsigned long long segment, encoding, every = 0;
+  int metric = -1;
+  PyObject *owner, *compute, *encode = Py_None, *enabled = Py_None;
+  if (kwargs && PyDict_Size(kwargs)) {
+    PyErr_SetString(PyExc_TypeError, "Memo() takes no keyword arguments");
+    return -1;
+  }
+  if (!PyArg_ParseTuple(args, "OKKO|iKOO", &owner, &segment, &encoding, &compute, &metric, &every,
+                        &encode, &enabled))
+    return -1;
+  if (self->compute) {
+    PyErr_SetString(PyExc_RuntimeError, "a memo is made once"); /* a call may be inside it */
+    return -1;
+  }
+  Py_INCREF(owner);
+  Py_INCREF(compute);
+  Py_INCREF(encode);
+  Py_INCREF(enabled);
+  self->owner = owner;
+  self->compute = compute;
+  self->encode = encode == Py_None ? NULL : encode; /* None is never freed */
+  self->enabled = enabled == Py_None ? NULL : enabled;
+  self->segment = (fshm_segment *)(uintptr_t)segment;
+  self->encoding = encoding;
+  measure_init(&self->measure, self->segment, metric, every);
+  return 0;
+}
+
+static void memo_dealloc(PyObject *o) {
+  Memo *self = (Memo *)o;
+  PyTypeObject *type = Py_TYPE(o);
+  if (self->compute && (self->hits || self->misses)) report_counts(self);
+  Py_XDECREF(self->compute);
+  Py_XDECREF(self->encode);
+  Py_XDECREF(self->enabled);
+  Py_XDECREF(self->owner); /* last: it keeps the segment */
+  freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+  release(o);
+  Py_DECREF(type);
+}
+
+static PyMethodDef memo_methods[] = {
+    {"count", memo_count, METH_O, "count(text)\n--\n\nThe count: remembered, else computed."},
+    {"get", memo_get, METH_O, "get(text)\n--\n\nThe count, or None where it is not known."},
+    {"put", memo_put, METH_VARARGS, "put(text, count)\n--\n\nRemember a count."},
+    {NULL, NULL, 0, NULL}};
+
+static PyType_Slot memo_slots[] = {
+    {Py_tp_init, (void *)memo_init},        {Py_tp_dealloc, (void *)memo_dealloc},
+    {Py_tp_call, (void *)memo_call},        {Py_tp_methods, memo_methods},
+    {Py_tp_new, (void *)PyType_GenericNew}, {0, NULL}};
+
+static PyType_Spec memo_spec = {"fast_litellm_shm._native.Memo", sizeof(Memo), 0,
+                                Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, memo_slots};
+
+static int install_memo(PyObject *module) {
+  PyObject *type = PyType_FromSpec(&memo_spec);
+  return type ? PyObject_SetAttrString(module, "Memo", type) : -1;
+}

@@ -1,0 +1,100 @@
+"""``fast-shm export``: the numbers of a segment for monitoring, once, as others read them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import io
+import json
+import os
+import stat
+import sys
+import tempfile
+from dataclasses import asdict
+
+from fast_litellm_shm import exceptions
+from fast_litellm_shm.exposition import BOUNDS, prometheus_text
+from fast_litellm_shm.metric_families import FAMILIES, Histogram, collected
+from fast_litellm_shm.metric_source import Source
+from fast_litellm_shm.metrics import DURATION_BOUNDS, Snapshot
+
+FORMATS = ("prometheus", "json", "csv")
+_LABELS = ("segment", *dict.fromkeys(label for each in FAMILIES for label in each.labels), "le")
+
+
+def _json(found: Snapshot) -> str:
+    """An object; a line for each of its members."""
+    parts = {"duration_bounds_seconds": DURATION_BOUNDS, **asdict(found)}
+    lines = (f'"{name}": {json.dumps(part)}' for name, part in parts.items())
+    return "{" + ",\n ".join(lines) + "}\n"
+
+
+def _csv(found: Snapshot) -> str:
+    """A row for each number: metric, kind, unit, its labels (empty where it has none), value."""
+    out = io.StringIO()
+    writer = csv.DictWriter(
+        out, ("metric", "kind", "unit", *_LABELS, "value"), restval="", lineterminator="\n"
+    )
+    writer.writeheader()
+    for family, rows in collected([(found.segment.name, found)]):
+        row = {"metric": family.prometheus, "kind": family.kind, "unit": family.unit}
+        for values, value in rows:
+            row |= dict(zip(("segment", *family.labels), values, strict=True))
+            if not isinstance(value, Histogram):
+                writer.writerow({**row, "value": value})
+                continue
+            for bound, count in zip(BOUNDS, value.counts, strict=True):
+                bucket = {"metric": f"{family.prometheus}_bucket", "le": bound, "value": count}
+                writer.writerow({**row, **bucket})
+            writer.writerow({**row, "metric": f"{family.prometheus}_sum", "value": value.total})
+            count = value.counts[-1]
+            writer.writerow({**row, "metric": f"{family.prometheus}_count", "value": count})
+    return out.getvalue()
+
+
+def _write(path: str, text: str) -> None:
+    """All of it or nothing: whoever reads the file meanwhile sees the old one whole."""
+    folder, name = os.path.split(path)
+    if os.path.isdir(path) or not name:
+        raise exceptions.FastShmError(f"cannot write {path}: it is a directory; name a file in it")
+    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        # The rename would put a file in the place of /dev/null, of a pipe, of a link.
+        raise exceptions.FastShmError(
+            f"cannot write {path}: it is no file, but a link, a device or a pipe; name the file "
+            "itself, or leave --output out to write to the standard output"
+        )
+    try:
+        # Its name does not end in .prom: the textfile collector would read it.
+        file, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=folder or ".")
+        try:
+            with open(file, "w", encoding="utf-8") as out:
+                out.write(text)
+                mask = os.umask(0)
+                os.umask(mask)
+                os.fchmod(out.fileno(), 0o666 & ~mask)  # mkstemp's is for the owner alone
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise exceptions.FastShmError(
+            f"cannot write {path}: {error.strerror}; what was there is as it was"
+        ) from error
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, and write."""
+    found = Source(args.name, keys=args.keys, allow_other_owner=args.allow_other_owner).read()
+    if args.format == "prometheus":
+        text = prometheus_text([(found.segment.name, found)])
+    else:
+        text = _json(found) if args.format == "json" else _csv(found)
+    if args.output is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")  # the formats', whatever the locale is
+        sys.stdout.write(text)
+    else:
+        _write(args.output, text)
+    return 0

@@ -1,0 +1,226 @@
+"""The keys of a segment as the live views show them: in an order, filtered, and what they do."""
+
+from __future__ import annotations
+
+import fnmatch
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fast_litellm_shm.cli import render
+from fast_litellm_shm.cli.rates import KeyRates
+from fast_litellm_shm.inspection import Inspection, KeyRow, is_cut
+
+if TYPE_CHECKING:
+    import numpy
+    from numpy.typing import NDArray
+
+#: How keys can be sorted; the greatest first, names and what is left the other way round.
+SORTS = ("rate", "denied_rate", "admitted", "denied", "left", "key", "limiter")
+_ASCENDING = ("left", "key", "limiter")
+MOST_SHOWN = 1000  # rows of an order: further down, a filter finds more than scrolling
+_MOST_PEEKED = 2000  # keys that are asked what is left of their limit, to be sorted by it
+
+
+@dataclass(frozen=True)
+class LiveKey:
+    """A key, with its calls a second now (None: not measured yet) and in each past sample, oldest
+    first. ident: the same for as long as the key has its cell. name: safe to be shown."""
+
+    ident: str
+    name: str
+    row: KeyRow
+    rate: float | None
+    denied_rate: float | None
+    admitted_history: list[float]
+    denied_history: list[float]
+
+
+def shown_name(name: str, raw: bytes) -> str:
+    """A key's name, as Inspection.name() has it, with nothing in it that a terminal or a reader
+    could take for something else."""
+    if not raw:
+        return name or "''"  # a hash, or the empty key
+    return render.escaped(raw) + ("…" if is_cut(name, raw) else "")
+
+
+def matcher(pattern: str) -> Callable[[str], bool]:
+    """A part of the name, or a glob where it has one of ``*?[``; case does not matter."""
+    wanted = pattern.casefold()
+    if any(c in wanted for c in "*?["):
+        return lambda name: fnmatch.fnmatchcase(name.casefold(), wanted)
+    return lambda name: wanted in name.casefold()
+
+
+class NameCache:
+    """Names by cell, read once for each key; and which of them a pattern fits.
+
+    A name that is not known (any more) is asked for again once its key was used: then it was
+    written again, perhaps.
+    """
+
+    def __init__(self) -> None:
+        self._who: NDArray[numpy.uint64] | None = None
+        self._names: NDArray[Any]
+        self._known: NDArray[numpy.bool_]
+        self._calls: NDArray[numpy.uint64]  # of the key, when its name was asked for
+        self._pattern = ""
+        self._fits: NDArray[numpy.int8]  # 0: not tried, 1: fits, -1: does not
+        self._sorted: tuple[int, list[int]] = (0, [])
+
+    def read(self, inspection: Inspection) -> NDArray[Any]:
+        """The names of all cells, of which those that the ledger knows mean something."""
+        import numpy
+
+        counts = inspection.counts
+        if self._who is None or self._who.size != counts.who.size:
+            self._who = numpy.zeros_like(counts.who)
+            self._names = numpy.full(counts.who.size, "", object)
+            self._known = numpy.zeros(counts.who.size, bool)
+            self._calls = numpy.zeros_like(counts.who)
+            self._fits = numpy.zeros(counts.who.size, numpy.int8)
+        cells = counts.cells
+        calls = counts.admitted[cells] + counts.denied[cells]
+        fresh = ~self._known[cells] & (calls != self._calls[cells])
+        fresh |= counts.who[cells] != self._who[cells]
+        cells = cells[fresh]
+        self._calls[cells] = calls[fresh]
+        for cell in cells.tolist():
+            text, raw = inspection.name(cell)
+            self._names[cell] = shown_name(text, raw)
+            self._known[cell] = bool(raw) or not text
+        self._fits[cells] = 0
+        self._who[cells] = counts.who[cells]
+        return self._names
+
+    def fitting(self, inspection: Inspection, pattern: str) -> NDArray[numpy.int64]:
+        """The known cells whose key, or whose limiter, fits."""
+        names, cells = self.read(inspection), inspection.counts.cells
+        if pattern != self._pattern:
+            self._pattern = pattern
+            self._fits[:] = 0
+        fits = matcher(pattern)
+        for cell in cells[self._fits[cells] == 0].tolist():
+            self._fits[cell] = 1 if fits(names[cell]) else -1
+        chosen = self._fits[cells] == 1
+        for index, name in inspection.limiter_names().items():
+            if fits(name):
+                chosen |= inspection.counts.owner == index
+        found: NDArray[numpy.int64] = cells[chosen]
+        return found
+
+
+class KeyTable:
+    """The keys at one moment. Counts and rates are of that moment; what is left of a limit is as of
+    when a row is first read."""
+
+    def __init__(self, inspection: Inspection, rates: KeyRates, names: NameCache) -> None:
+        self._inspection, self._rates, self._names = inspection, rates, names
+        self._rows: dict[int, KeyRow | None] = {}
+
+    @property
+    def total(self) -> int:
+        """How many keys the ledger knows."""
+        return self._inspection.keys_total
+
+    def order(
+        self, sort: str = "rate", *, reverse: bool = False, match: str = ""
+    ) -> tuple[list[int], int]:
+        """The cells of the first MOST_SHOWN keys, and how many there are.
+
+        sort: one of SORTS. reverse: the other way round. match: a part of the name of a key or
+        limiter, or a glob over it; case does not matter."""
+        if sort not in SORTS:
+            raise ValueError(f"sort must be one of {', '.join(SORTS)}, not {sort!r}")
+        cells = self._inspection.counts.cells
+        if match:
+            cells = self._names.fitting(self._inspection, match)
+        descending = (sort not in _ASCENDING) != reverse
+        if sort == "key":
+            return self._by_name(cells, descending), int(cells.size)
+        if sort == "left":
+            return self._by_left(cells, descending), int(cells.size)
+        return self._first(cells, self._weight(sort, cells), descending), int(cells.size)
+
+    def _weight(self, sort: str, cells: NDArray[Any]) -> NDArray[Any]:
+        """What to sort by. Where that is equal, keys that were used more come first: so much less
+        than any difference of rates is 1e-13 of a count."""
+        counts, rates = self._inspection.counts, self._rates
+        calls = counts.admitted[cells] + counts.denied[cells]
+        if sort == "limiter":
+            names = self._inspection.limiter_names()
+            place = {index: at for at, index in enumerate(sorted(names, key=names.__getitem__))}
+            owner = (counts.meta[cells] >> 20).tolist()
+            weight: NDArray[Any] = calls * -1e-13
+            return weight + [place[index] for index in owner]
+        base = {
+            "rate": lambda: (rates.admitted[cells] + rates.denied[cells]).astype(float),
+            "denied_rate": lambda: rates.denied[cells].astype(float),
+            "admitted": lambda: counts.admitted[cells].astype(float),
+            "denied": lambda: counts.denied[cells].astype(float),
+        }[sort]()
+        weight = base + calls * 1e-13
+        return weight
+
+    @staticmethod
+    def _first(cells: NDArray[Any], weight: NDArray[Any], descending: bool) -> list[int]:
+        import numpy
+
+        weight = -weight if descending else weight
+        if cells.size > MOST_SHOWN:
+            some = numpy.sort(numpy.argpartition(weight, MOST_SHOWN)[:MOST_SHOWN])
+            cells, weight = cells[some], weight[some]
+        found: list[int] = cells[numpy.argsort(weight, kind="stable")].tolist()
+        return found
+
+    def _by_name(self, cells: NDArray[Any], descending: bool) -> list[int]:
+        names = self._names.read(self._inspection)
+        choose = heapq.nlargest if descending else heapq.nsmallest
+        return choose(MOST_SHOWN, cells.tolist(), key=lambda cell: (names[cell], cell))
+
+    def _by_left(self, cells: NDArray[Any], descending: bool) -> list[int]:
+        """Of the busiest alone: each has to be asked. Share of the limit that is left."""
+        import numpy
+
+        weight = -self._weight("rate", cells)
+        if cells.size > _MOST_PEEKED:
+            cells = cells[numpy.argpartition(weight, _MOST_PEEKED)[:_MOST_PEEKED]]
+        shares = []
+        for cell in sorted(cells.tolist()):
+            row = self._row(cell)
+            if row is not None and row.remaining is not None and row.limit:
+                shares.append((row.remaining / row.limit, -(row.admitted + row.denied), cell))
+        shares.sort(reverse=descending)
+        return [cell for _, _, cell in shares[:MOST_SHOWN]]
+
+    def _row(self, cell: int) -> KeyRow | None:
+        if cell not in self._rows:
+            self._rows[cell] = self._inspection.row(cell)
+        return self._rows[cell]
+
+    def rows(self, cells: list[int]) -> list[LiveKey | None]:
+        """The keys in these cells, in this order; None for one that has left its cell since."""
+        import numpy
+
+        rates = self._rates
+        admitted, denied = rates.history(cells)
+        out: list[LiveKey | None] = []
+        for at, cell in enumerate(cells):
+            row = self._row(cell)
+            if row is None:
+                out.append(None)
+                continue
+            refused = float(rates.denied[cell])
+            out.append(
+                LiveKey(
+                    ident=f"{int(self._inspection.counts.who[cell]):016x}",
+                    name=shown_name(row.key, row.raw),
+                    row=row,
+                    rate=float(rates.admitted[cell]) + refused if rates.measured else None,
+                    denied_rate=refused if rates.measured else None,
+                    admitted_history=numpy.round(admitted[at], 1).tolist(),
+                    denied_history=numpy.round(denied[at], 1).tolist(),
+                )
+            )
+        return out

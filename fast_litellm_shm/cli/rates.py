@@ -1,0 +1,198 @@
+"""From counts that were read one after the other to rates, and to short histories of them.
+
+Counts only rise, but a look may meet one that is just being carried from a process's column to the
+ledger, and miss it (inspection.py reads the one after the other). So a count that fell is nobody's
+news: what it is above its last value counts, once it is above its former height only what it is
+above that. A count starts afresh where its cell went to another key.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fast_litellm_shm.inspection import Counts
+
+if TYPE_CHECKING:
+    import numpy
+    from numpy.typing import NDArray
+
+WINDOW = (
+    5.0  # seconds: "now" is the mean over the last so many, else rows change places all the time
+)
+HISTORY = 60  # samples
+
+
+def _covering(lengths: list[float]) -> int:
+    """How many of the last samples make up WINDOW, or all there are."""
+    covered = 0.0
+    for count, seconds in enumerate(reversed(lengths), start=1):
+        covered += seconds
+        if covered >= WINDOW - 1e-6:
+            return count
+    return len(lengths)
+
+
+class Series:
+    """One count: its rate, and the rate's history."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._high: int | None = None  # what it was before it fell
+        self._last: int | None = None
+        self._deltas: deque[tuple[float, int]] = deque(maxlen=HISTORY)
+
+    def add(self, total: int, seconds: float) -> None:
+        """The count now, ``seconds`` after the last one (the first: whatever)."""
+        if self._last is not None and seconds > 0:
+            base = self._last
+            if self._high is not None and total >= self._high:
+                base = self._high
+            self._deltas.append((seconds, max(total - base, 0)))
+            self._high = self._last if total < self._last else None
+        self._last = self.total = total
+
+    @property
+    def rate(self) -> float | None:
+        """A second, over the last WINDOW; None before there are two counts."""
+        if not self._deltas:
+            return None
+        recent = list(self._deltas)[-_covering([seconds for seconds, _ in self._deltas]) :]
+        return sum(delta for _, delta in recent) / sum(seconds for seconds, _ in recent)
+
+    @property
+    def history(self) -> list[float]:
+        """The rate of each sample, oldest first; at most HISTORY."""
+        return [delta / seconds for seconds, delta in self._deltas]
+
+
+class _Sample(NamedTuple):
+    """What was counted between two looks, of the cells where it was anything, in order."""
+
+    number: int
+    seconds: float
+    cells: NDArray[numpy.int64]
+    admitted: NDArray[numpy.uint32]
+    denied: NDArray[numpy.uint32]
+
+
+@dataclass(frozen=True)
+class KeyRates:
+    """The rates of all keys at one moment: calls a second, by cell. measured: after two looks."""
+
+    measured: bool
+    admitted: NDArray[numpy.float32]
+    denied: NDArray[numpy.float32]
+    _samples: tuple[_Sample, ...]
+    _since: NDArray[numpy.uint32]
+
+    def history(self, cells: list[int]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Admitted and denied calls a second of each of these cells, one row each, oldest first."""
+        import numpy
+
+        wanted = numpy.asarray(cells, dtype=numpy.int64)
+        shape = (len(cells), len(self._samples))
+        admitted, denied = numpy.zeros(shape), numpy.zeros(shape)
+        for column, sample in enumerate(self._samples):
+            if not sample.cells.size or not wanted.size:
+                continue
+            at = numpy.searchsorted(sample.cells, wanted)
+            at[at == sample.cells.size] = 0
+            known = (sample.cells[at] == wanted) & (self._since[wanted] <= sample.number)
+            for out, counted in ((admitted, sample.admitted), (denied, sample.denied)):
+                out[known, column] = counted[at[known]] / sample.seconds
+        return admitted, denied
+
+
+class KeyCounter:
+    """Turns successive Counts of one segment into KeyRates.
+
+    Of each look it keeps what changed: 16 bytes for each key that was used, and of looks before the
+    last WINDOW the MOST_KEPT busiest alone. So a minute of a table with a million busy keys fits.
+    """
+
+    MOST_KEPT = 20_000
+
+    def __init__(self) -> None:
+        self._samples: list[_Sample] = []
+        self._number = 0
+        self._before: Counts | None = None
+        # By cell. who: the key that it has, or had last; since: the sample from which on it has it;
+        # high: what its counts were before they fell, else 0.
+        self._who: NDArray[numpy.uint64]
+        self._since: NDArray[numpy.uint32]
+        self._high: tuple[NDArray[numpy.uint64], NDArray[numpy.uint64]]
+
+    def add(self, counts: Counts, seconds: float) -> KeyRates:
+        """The counts now, ``seconds`` after the last ones (the first: whatever)."""
+        import numpy
+
+        before, self._before = self._before, counts
+        if before is None:
+            self._who = counts.who
+            self._since = numpy.zeros(counts.who.size, numpy.uint32)
+            self._high = (numpy.zeros_like(counts.admitted), numpy.zeros_like(counts.denied))
+            nothing = numpy.zeros(counts.who.size, numpy.float32)
+            return KeyRates(False, nothing, nothing, (), self._since)
+        self._number += 1
+        another = (counts.who != self._who) & (self._who != 0) & (counts.who != 0)
+        self._who = numpy.where(counts.who != 0, counts.who, self._who)
+        self._since = numpy.where(another, numpy.uint32(self._number), self._since)
+        kept = counts.meta == before.meta
+        admitted, high_admitted = self._grown(counts.admitted, before.admitted, self._high[0], kept)
+        denied, high_denied = self._grown(counts.denied, before.denied, self._high[1], kept)
+        self._high = (high_admitted, high_denied)
+        cells = numpy.flatnonzero((admitted + denied) > 0)
+        self._samples.append(
+            _Sample(
+                self._number,
+                max(seconds, 1e-3),
+                cells,
+                admitted[cells].astype(numpy.uint32),
+                denied[cells].astype(numpy.uint32),
+            )
+        )
+        del self._samples[:-HISTORY]
+        return self._rates(counts.who.size)
+
+    @staticmethod
+    def _grown(
+        now: NDArray[Any], before: NDArray[Any], high: NDArray[Any], kept: NDArray[Any]
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """How much was counted since, and the heights that were fallen from."""
+        import numpy
+
+        base = numpy.where(now >= high, numpy.maximum(high, before), before)
+        base *= kept  # another key's count began at 0
+        fell = now < base
+        return numpy.where(fell, 0, now - base), numpy.where(fell, base, 0)
+
+    def _rates(self, size: int) -> KeyRates:
+        import numpy
+
+        recent = _covering([sample.seconds for sample in self._samples])
+        old = len(self._samples) - recent - 1
+        if old >= 0 and self._samples[old].cells.size > self.MOST_KEPT:
+            self._samples[old] = self._thinned(self._samples[old])
+        admitted = numpy.zeros(size, numpy.float32)
+        denied = numpy.zeros(size, numpy.float32)
+        seconds = 0.0
+        for sample in self._samples[-recent:]:
+            seconds += sample.seconds
+            mine = self._since[sample.cells] <= sample.number
+            cells = sample.cells[mine]  # each once, so that += adds all
+            admitted[cells] += sample.admitted[mine]
+            denied[cells] += sample.denied[mine]
+        admitted /= seconds
+        denied /= seconds
+        return KeyRates(True, admitted, denied, tuple(self._samples), self._since)
+
+    def _thinned(self, sample: _Sample) -> _Sample:
+        import numpy
+
+        calls = sample.admitted.astype(numpy.int64) + sample.denied
+        most = numpy.sort(numpy.argpartition(-calls, self.MOST_KEPT)[: self.MOST_KEPT])
+        return sample._replace(
+            cells=sample.cells[most], admitted=sample.admitted[most], denied=sample.denied[most]
+        )

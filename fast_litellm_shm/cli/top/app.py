@@ -1,0 +1,397 @@
+"""The application: keys and what they do, and the loop that looks at the segment."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from rich.text import Text
+from textual import events
+from textual.app import App, ComposeResult
+from textual.binding import Binding, BindingType
+from textual.widgets import Input, Static
+
+from fast_litellm_shm import exceptions
+from fast_litellm_shm.cli import admin, render
+from fast_litellm_shm.cli.keytable import LiveKey
+from fast_litellm_shm.cli.live import Sampler, Snapshot
+from fast_litellm_shm.cli.top import cells, header, panes
+from fast_litellm_shm.cli.top.screens import HELP, Notice, Question, key_in_full
+from fast_litellm_shm.cli.top.table import Table
+
+_SOON = 0.3  # seconds to the second look, from which on there are rates
+_TALL = 34  # lines of a terminal from which on the head may have more
+_MOST_WORKERS = 8  # in the head of a tall one
+
+
+class Filter(Input):
+    """One line below the list."""
+
+
+class Top(App[None]):
+    """``fast-shm top``. every: seconds between two looks."""
+
+    ENABLE_COMMAND_PALETTE = False
+    CSS = """
+    Screen { background: transparent; layers: base; overflow: hidden; }
+    Static { height: auto; background: transparent; }
+    Table { background: transparent; }
+    Filter { height: 1; border: none; padding: 0; background: transparent; display: none; }
+    Filter:focus { border: none; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("q,ctrl+c", "quit", priority=False),
+        Binding("ctrl+z", "suspend_process"),
+        Binding("question_mark,h,f1", "help"),
+        # At once, before the keys that follow are handed to what has the focus now.
+        Binding("slash,f3,f4", "filter", priority=True),
+        Binding("enter", "filter_keep", priority=True),
+        Binding("escape", "filter_end", priority=True),
+        Binding("escape", "filter_clear"),
+        Binding("space", "freeze"),
+        Binding("tab", "pane_by(1)", priority=True),
+        Binding("shift+tab", "pane_by(-1)", priority=True),
+        *(Binding(str(at + 1), f"pane({at})") for at in range(len(panes.PANES))),
+        Binding("less_than_sign,left", "sort_by(-1)"),
+        Binding("greater_than_sign,right", "sort_by(1)"),
+        Binding("i,I", "invert"),
+        *(Binding(letter, f"sort_letter('{letter}')") for letter in "rdklfums"),
+        Binding("up", "move(-1)"),
+        Binding("down,j", "move(1)"),
+        Binding("pageup", "page(-1)"),
+        Binding("pagedown", "page(1)"),
+        Binding("home,g", "home"),
+        Binding("end,G", "end"),
+        Binding("enter", "details"),
+        Binding("x", "reset"),
+        Binding("w", "warnings"),
+    ]
+
+    def __init__(self, sampler: Sampler, every: float = 1.0) -> None:
+        super().__init__(ansi_color=True)
+        self._sampler, self._every = sampler, every
+        self._snapshot = Snapshot(sampler.name, 0.0)
+        self._looks, self._frozen, self._filter = 0, False, ""
+        self._pane = 0
+        self._sorts = {
+            pane.title: (pane.sort, pane.column(pane.sort).descending) for pane in panes.PANES
+        }
+        self._order: tuple[Sequence[Any], int] = ((), 0)
+        self._changed = asyncio.Event()
+        self._said = ""  # below the list, until the next key
+
+    # What is on the screen
+
+    def compose(self) -> ComposeResult:
+        """Head, warning, panes, list, filter, foot."""
+        yield Static(id="head", markup=False)
+        yield Static(id="warning", markup=False)
+        yield Static(id="tabs", markup=False)
+        yield Table()
+        yield Filter(placeholder="part of a name, or a glob such as user-*", id="filter")
+        yield Static(id="foot", markup=False)
+
+    async def on_mount(self) -> None:
+        """Begin to look."""
+        self.query_one(Table).focus()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            # A killed one must not leave the terminal on its second screen.
+            code = 0 if number == signal.SIGINT else 128 + number
+            try:
+                loop.add_signal_handler(number, self.exit, None, code)
+            except (ValueError, RuntimeError):
+                break  # not in the main thread: a test's
+        self.run_worker(self._look_on(), exclusive=True)
+
+    async def _look_on(self) -> None:
+        """One thread at a time looks and sorts, so that keys are answered meanwhile."""
+        loop, due = asyncio.get_running_loop(), 0.0
+        while True:
+            self._changed.clear()
+            if not self._frozen and loop.time() >= due:
+                self._snapshot = await asyncio.to_thread(self._sampler.sample)
+                self._looks += 1
+                due = loop.time() + (min(_SOON, self._every) if self._looks == 1 else self._every)
+            self._order = await asyncio.to_thread(self._arranged)
+            if not self.query(Table):
+                return  # it is being closed
+            self._paint()
+            try:
+                wait = None if self._frozen else max(due - loop.time(), 0.01)
+                await asyncio.wait_for(self._changed.wait(), wait)
+            except asyncio.TimeoutError:
+                pass
+
+    def _arranged(self) -> tuple[Sequence[Any], int]:
+        """The rows of the pane, or of the keys their cells; and how many there would be."""
+        pane, snapshot = panes.PANES[self._pane], self._snapshot
+        sort, descending = self._sorts[pane.title]
+        if pane.rows is not None:
+            rows = panes.arranged(pane, snapshot, sort, descending, self._filter)
+            return (pane, rows), len(rows)
+        if snapshot.keys is None:
+            return (pane, []), 0
+        reverse = descending != pane.column(sort).descending
+        order, total = snapshot.keys.order(sort, reverse=reverse, match=self._filter)
+        return (pane, order), total
+
+    def _paint(self) -> None:
+        snapshot, size = self._snapshot, self.size
+        lines = header.LINES
+        if size.height >= _TALL:
+            lines = max(lines, min(len(snapshot.workers), _MOST_WORKERS) + 2)
+        head = header.lines_of(snapshot, self._frozen, size.width, lines)
+        self.query_one("#head", Static).update(Text("\n").join(head))
+        warning = header.warning_lines(snapshot, size.width)
+        below = self.query_one("#warning", Static)
+        below.display = bool(warning)
+        below.update(Text("\n").join(warning))
+        titles = [(pane.title, panes.count_of(pane, snapshot)) for pane in panes.PANES]
+        self.query_one("#tabs", Static).update(header.tabs(titles, self._pane, size.width))
+        self._paint_table()
+        self.query_one("#foot", Static).update(self._foot(size.width))
+
+    def _paint_table(self) -> None:
+        table, snapshot = self.query_one(Table), self._snapshot
+        (pane, rows), _ = self._order if self._order[0] else ((panes.PANES[self._pane], []), 0)
+        sort, descending = self._sorts[pane.title]
+        table.empty = snapshot.problem or (
+            f"No match for {self._filter!r}." if self._filter else pane.empty
+        )
+        if not snapshot.taken:
+            table.empty = "Looking ..."
+        if pane.rows is not None:
+            alike, by_ident = Counter[Any](), {}
+            for row in rows:  # long keys that begin alike look alike
+                ident = pane.ident(row)
+                by_ident[ident, alike[ident]] = row
+                alike[ident] += 1
+            table.show(
+                pane, list(by_ident), lambda some: [by_ident[i] for i in some], sort, descending
+            )
+            return
+        keys = snapshot.keys
+
+        def fetch(some: Sequence[Any]) -> list[Any]:
+            return keys.rows(list(some)) if keys else []
+
+        table.show(pane, rows, fetch, sort, descending)
+
+    def _foot(self, width: int) -> Text:
+        if self._said:
+            return Text(self._said, style="bold", no_wrap=True, overflow="ellipsis")
+        at, shown = self.query_one(Table).position
+        total = self._order[1]
+        where = f"{at:,}/{shown:,}" + (f" of {total:,}" if total > shown else "")
+        out = Text(no_wrap=True, overflow="ellipsis")
+        if self._filter:
+            out.append(f" /{render.escaped(self._filter)} ", style="black on yellow")
+            out.append(" ")
+        for key, what in (
+            ("?", "help"),
+            ("/", "filter"),
+            ("<>", "sort"),
+            ("space", "go on" if self._frozen else "freeze"),
+            ("x", "reset"),
+            ("q", "quit"),
+        ):
+            out.append(key, style="bold cyan")
+            out.append(f" {what}  ", style=cells.FAINT)
+        room = width - len(where) - 1
+        out.truncate(room, pad=True)
+        out.append(where, style=cells.FAINT)
+        return out
+
+    def _again(self) -> None:
+        """Something else is to be shown."""
+        self._changed.set()
+
+    def on_resize(self, _: events.Resize) -> None:
+        """Everything is laid out for the size there is."""
+        self._again()
+
+    async def on_event(self, event: events.Event) -> None:
+        """With the next key, what was said below the list has been read."""
+        if isinstance(event, events.Key) and self._said:
+            self._said = ""
+            self._again()
+        await super().on_event(event)
+
+    # What keys do
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """While a box is open or a filter is typed, letters are theirs."""
+        if action in ("quit", "suspend_process"):
+            return True
+        typing = isinstance(self.focused, Filter)
+        if action in ("filter_keep", "filter_end"):
+            return typing
+        return not typing and len(self.screen_stack) == 1
+
+    def action_help(self) -> None:
+        """What keys do."""
+        self.push_screen(Notice("fast-shm top", Text(HELP)))
+
+    def action_warnings(self) -> None:
+        """All of them, in full."""
+        problem = [self._snapshot.problem] if self._snapshot.problem else []
+        said = "\n\n".join([*problem, *self._snapshot.warnings])
+        said = said or "There is nothing to warn of."
+        self.push_screen(Notice("Warnings", Text(said)))
+
+    def action_freeze(self) -> None:
+        """Stop looking, or go on."""
+        self._frozen = not self._frozen
+        self._again()
+
+    def action_pane(self, which: int) -> None:
+        """Show that one."""
+        self._pane, self._said = which, ""
+        self._again()
+
+    def action_pane_by(self, by: int) -> None:
+        """Show the one beside."""
+        self.action_pane((self._pane + by) % len(panes.PANES))
+
+    def _sort(self, name: str) -> None:
+        pane = panes.PANES[self._pane]
+        was, descending = self._sorts[pane.title]
+        turned = not descending if name == was else pane.column(name).descending
+        self._sorts[pane.title] = (name, turned)
+        self._again()
+
+    def action_sort_by(self, by: int) -> None:
+        """Sort by the column beside."""
+        pane = panes.PANES[self._pane]
+        names = [column.name for column in pane.sortable()]
+        self._sort(names[(names.index(self._sorts[pane.title][0]) + by) % len(names)])
+
+    def action_sort_letter(self, letter: str) -> None:
+        """Sort by the column of this letter; where it is that already, the other way round."""
+        for column in panes.PANES[self._pane].sortable():
+            if column.letter == letter:
+                self._sort(column.name)
+
+    def action_invert(self) -> None:
+        """The other way round."""
+        self._sort(self._sorts[panes.PANES[self._pane].title][0])
+
+    def on_table_sort_by(self, message: Table.SortBy) -> None:
+        """The head of a column was clicked."""
+        if message.column in [column.name for column in panes.PANES[self._pane].sortable()]:
+            self._sort(message.column)
+
+    def action_move(self, by: int) -> None:
+        """The cursor."""
+        self.query_one(Table).move(by)
+        self._moved()
+
+    def action_page(self, by: int) -> None:
+        """A screen up or down."""
+        table = self.query_one(Table)
+        table.move(by * table.page())
+        self._moved()
+
+    def action_home(self) -> None:
+        """The first row, and stay there."""
+        self.query_one(Table).to_the_top()
+        self._moved()
+
+    def action_end(self) -> None:
+        """The last row."""
+        table = self.query_one(Table)
+        table.move(table.position[1])
+        self._moved()
+
+    def _moved(self) -> None:
+        self._said = ""
+        self.query_one("#foot", Static).update(self._foot(self.size.width))
+
+    # Filter
+
+    def action_filter(self) -> None:
+        """Type one; the list follows while it is typed."""
+        line = self.query_one(Filter)
+        line.display = True
+        line.value = self._filter
+        self.screen.set_focus(line)  # at once: the next letter is here already
+
+    def on_input_changed(self, message: Input.Changed) -> None:
+        """A letter more or less."""
+        self._filter = message.value
+        self._again()
+
+    def action_filter_keep(self) -> None:
+        """Enter while typing."""
+        self._filter_typed()
+
+    def action_filter_end(self) -> None:
+        """Esc while typing: none."""
+        self._filter = ""
+        self._filter_typed()
+
+    def action_filter_clear(self) -> None:
+        """Esc: none, and back to the top."""
+        self._filter = self._said = ""
+        self.query_one(Table).to_the_top()
+        self._again()
+
+    def _filter_typed(self) -> None:
+        self.query_one(Filter).display = False
+        self.screen.set_focus(self.query_one(Table))
+        self._again()
+
+    # One key
+
+    def _selected(self) -> LiveKey | None:
+        table, keys = self.query_one(Table), self._snapshot.keys
+        if panes.PANES[self._pane].rows is not None or keys is None or table.selected is None:
+            return None
+        return next(iter(keys.rows([table.selected])), None)
+
+    def _say(self, text: str) -> None:
+        self._said = text
+        self._again()
+
+    def action_details(self) -> None:
+        """A key in full: names may be longer than the screen is wide."""
+        key = self._selected()
+        if key is None:
+            self._say("Choose a key in pane 1: Enter shows it in full.")
+            return
+        self.push_screen(Notice("Key", key_in_full(key)))
+
+    def action_reset(self) -> None:
+        """Forget what the key under the cursor has consumed, after a question."""
+        key = self._selected()
+        if key is None:
+            self._say("Choose a key in pane 1: x resets it.")
+            return
+        if not key.row.raw and key.row.key or key.row.is_cut:
+            self._say("This key cannot be reset from here: its name is not kept in full.")
+            return
+        text = Text.assemble(
+            "Forget what ",
+            (key.name, "bold cyan"),
+            f" has consumed in limiter {render.escaped(key.row.limiter)!r}?\n",
+            ("It may use its whole limit again at once.", cells.FAINT),
+        )
+
+        def answered(yes: bool | None) -> None:
+            if yes:
+                self._reset(key)
+
+        self.push_screen(Question("Reset", text), answered)
+
+    def _reset(self, key: LiveKey) -> None:
+        sampler, row = self._sampler, key.row
+        try:
+            had = admin.reset_key(sampler.name, sampler.allow_other_owner, row.limiter, row.raw)
+        except exceptions.FastShmError as error:
+            self._say(f"Not reset: {error}")
+            return
+        self._say(f"Reset {key.name}." if had else f"{key.name} had consumed nothing.")

@@ -1,0 +1,117 @@
+"""What comes up over the list: help, a key in full, warnings, and a question."""
+
+from __future__ import annotations
+
+from rich.text import Text
+from textual import events
+from textual.app import ComposeResult
+from textual.binding import Binding
+from textual.containers import VerticalScroll
+from textual.screen import ModalScreen
+from textual.widgets import Static
+
+from fast_litellm_shm.cli import render
+from fast_litellm_shm.cli.keytable import LiveKey
+from fast_litellm_shm.cli.top.cells import FAINT, bars
+
+HELP = """\
+ Tab  1 .. 6   panes                    <  >  or ← →   sort by the column beside
+ ↑ ↓  PgUp ..  move                     i              the other way round
+ Home          back to the top          r d k l f      by calls/s, denied/s, key,
+ Enter         a key in full                           limiter, share that is left
+ /             filter (Esc: no more)    space          freeze, and go on
+ x             reset the key            w              warnings in full
+ q  Ctrl-C     quit                     ?              this
+
+ Rates are means of the last 5 seconds, bars the last 60 looks: green, yellow
+ where some calls were denied, red where most were.
+
+ A filter is part of a name of a key or limiter, or a glob (user-*); case does not
+ matter. Of an order, the first 1,000 rows are shown. By what is left are sorted the
+ 2,000 busiest keys.
+
+ left: what is admitted now, of the limit.   reset: until nothing is consumed.
+ The cursor stays in the first row until you move it; then it follows its row."""
+
+
+def key_in_full(key: LiveKey) -> Text:
+    """What is known of a key: its name may be longer than the screen is wide."""
+    row = key.row
+    limit = "not known" if row.limit is None else f"{row.limit:,}"
+    left = "not known" if row.remaining is None else f"{row.remaining:,}"
+    wait = "-" if row.retry_after == 0 else render.brief(row.retry_after)
+    return Text.assemble(
+        (key.name, "bold cyan"),
+        ("\nof limiter ", FAINT),
+        render.escaped(row.limiter),
+        (f"\n\nadmitted  {row.admitted:,}\ndenied    {row.denied:,}", ""),
+        (f"\nleft      {left} of {limit}", ""),
+        (f"\nwait      {wait if row.remaining is not None else 'not known'}", ""),
+        ("\nreset     ", ""),
+        "not known" if row.reset_after is None else render.brief(row.reset_after),
+        "\n\n",
+        *bars(key.admitted_history, key.denied_history, 60),
+        ("\ncalls a second, the last 60 looks", FAINT),
+    )
+
+
+class Notice(ModalScreen[None]):
+    """Text, until a key is pressed."""
+
+    CSS = """
+    Notice { align: center middle; background: transparent; }
+    Notice > VerticalScroll {
+        width: auto; max-width: 100%; height: auto; max-height: 100%;
+        border: round $accent; padding: 0 1; background: $background;
+    }
+    Notice Static { width: auto; max-width: 84; }
+    """
+    BINDINGS = [
+        Binding("escape,enter,q,question_mark,w", "dismiss", "close", show=False),
+        Binding("up,k", "scroll(-1)", show=False),
+        Binding("down,j", "scroll(1)", show=False),
+    ]
+
+    def __init__(self, title: str, text: Text) -> None:
+        super().__init__()
+        self._title, self._text = title, text
+
+    def compose(self) -> ComposeResult:
+        """A box in the middle."""
+        with VerticalScroll() as box:
+            box.border_title = Text(self._title)
+            box.border_subtitle = "Esc closes"
+            yield Static(self._text, markup=False)
+
+    def action_scroll(self, by: int) -> None:
+        """Where the text is longer than the screen."""
+        self.query_one(VerticalScroll).scroll_relative(y=by, animate=False)
+
+
+class Question(ModalScreen[bool]):
+    """Yes or no; anything but ``y`` is no."""
+
+    CSS = """
+    Question { align: center middle; background: transparent; }
+    Question > Static {
+        width: auto; max-width: 90%; height: auto;
+        border: round $warning; padding: 0 1; background: $background;
+    }
+    """
+
+    def __init__(self, title: str, text: Text) -> None:
+        super().__init__()
+        self._title, self._text = title, text
+
+    def compose(self) -> ComposeResult:
+        """A box in the middle."""
+        box = Static(self._text, markup=False)
+        box.border_title = Text(self._title)
+        box.border_subtitle = "y: yes   any other key: no"
+        yield box
+
+    def on_key(self, event: events.Key) -> None:
+        """The answer: the first key, which means nothing else; those typed behind it are none."""
+        event.stop()
+        if self.is_current:
+            self.dismiss(event.key in ("y", "Y"))

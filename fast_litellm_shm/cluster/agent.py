@@ -1,0 +1,256 @@
+"""The threads of a process that talk to the server unasked: batches before they run out, and, in
+the one process that leads the host, what other hosts want back."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import queue
+import random
+import threading
+import time
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fast_litellm_shm.cluster import link as links
+from fast_litellm_shm.handle import SharedLimits
+from fast_litellm_shm.inspection import LEASED, NOTE
+from fast_litellm_shm.limits import Granted
+from fast_litellm_shm.native import ffi, lib
+from fast_litellm_shm.segment import Segment
+
+if TYPE_CHECKING:
+    from fast_litellm_shm.cluster.lease import Leases
+    from fast_litellm_shm.cluster.wallet import Wallet
+
+AnyShared = TypeVar("AnyShared", bound=SharedLimits)
+
+_BEAT = 2.0  # seconds between two heartbeats of a host
+_MOST = 200  # keys in one pipeline
+_AGAIN = 0.5  # seconds after an error
+_HOST_FORGOTTEN_US = 10_000_000
+
+# Heartbeat: the hosts, by the server's clock. Answers how many there are.
+_HOSTS = f"""
+local time = redis.call('TIME')
+local now = time[1] * 1000000 + time[2]
+redis.call('ZADD', KEYS[1], now, ARGV[1])
+redis.call('ZREMRANGEBYSCORE', KEYS[1], 0, now - {_HOST_FORGOTTEN_US})
+redis.call('PEXPIRE', KEYS[1], {_HOST_FORGOTTEN_US // 1000})
+return redis.call('ZCARD', KEYS[1])
+"""
+
+_NAME, _KEY = NOTE.encode(), b"hosts"
+
+
+def _note(segment: Segment) -> Any:
+    """A limiter as a place for one number: how many hosts there are."""
+    out, limit = ffi.new("fshm_limiter **"), ffi.new("fshm_limit[]", [Granted()._raw()])
+    status = lib.fshm_limiter_open(segment._handle, _NAME, len(_NAME), limit, 1, out)
+    return ffi.gc(out[0], lib.fshm_limiter_close) if status == lib.FSHM_OK else None
+
+
+def hosts(segment: Segment) -> int:
+    """How many hosts share the limits, as the leader of this one last heard; 0: never."""
+    note = _note(segment)
+    left, ns = ffi.new("uint64_t[4]"), ffi.new("uint64_t[4]")
+    if note is not None:
+        lib.fshm_wallet_look(note, _KEY, len(_KEY), 0, 0, left, ns)
+    return int(left[0])
+
+
+def _keep_hosts(segment: Segment, count: int) -> None:
+    note = _note(segment)
+    if note is not None:
+        number = ffi.new("uint64_t[4]", [count])
+        lib.fshm_wallet_refuse(note, _KEY, len(_KEY), number, 30 * 86_400 * 10**9, 0)
+
+
+class Agent:
+    """Of one link."""
+
+    def __init__(self, link: links.Link) -> None:
+        self.link = link
+        self._wallets: dict[bytes, Wallet] = {}  # of whatever limiter of the host
+        self._leases: dict[bytes, Leases] = {}
+        self._due: queue.SimpleQueue[tuple[Wallet, bytes, tuple[int, ...]] | None]
+        self._due = queue.SimpleQueue()
+        link.on_lost = lambda: self._due.put(None)  # to be tried, until it is back
+        self._busy = threading.Lock()
+        for work in (self._refill, self._lead):
+            threading.Thread(
+                target=work, name=f"fast-shm-cluster{work.__name__}", daemon=True
+            ).start()
+
+    # batches before they run out
+
+    def refill(self, wallet: Wallet, raw: bytes, costs: tuple[int, ...]) -> None:
+        self._due.put((wallet, raw, costs))
+
+    def _refill(self) -> None:
+        while True:
+            while self.link.away is not None:
+                time.sleep(links.PROBE)
+                self.link.probe()
+            got = [self._due.get()]
+            while len(got) < _MOST and not self._due.empty():
+                got.append(self._due.get())
+            due = [each for each in got if each is not None]
+            try:
+                with self._busy:
+                    self._ask_ahead({(id(each[0]), each[1]): each for each in due}.values())
+            except links.AwayError:
+                pass  # who finds the wallet empty goes by the policy
+            except Exception:
+                links._log.exception("refilling in advance failed")
+
+    def finish(self) -> None:
+        """Let no batch be lost that is on its way: a process that ends takes its threads along."""
+        self._busy.acquire(timeout=2 * self.link.cluster.timeout)
+
+    def _ask_ahead(self, due: Any) -> None:
+        asked = []
+        try:
+            for wallet, raw, costs in due:
+                permit = wallet.asking.begin(raw)
+                if permit is not None:  # else somebody is asking for it
+                    asked.append((wallet, raw, permit, *wallet.request("ahead", raw, costs)))
+            if asked:
+                found = self.link.call([each[3] for each in asked])
+                for (wallet, _, _, request, sent), answer in zip(asked, found, strict=True):
+                    wallet.learn(request, answer, sent)
+        finally:
+            for wallet, _, permit, *_ in asked:
+                wallet.asking.end(permit)
+
+    # the leader of a host
+
+    def _lead(self) -> None:
+        handle = self.link.segment._handle
+        while True:
+            try:
+                if lib.fshm_lead(handle, 1) != 1:
+                    time.sleep(_AGAIN)
+                    continue
+                self._serve()
+            except Exception as error:
+                if not isinstance(error, links.AwayError) and not links._is_outage(error):
+                    links._log.exception("leading this host failed")
+            time.sleep(_AGAIN)
+
+    def _serve(self) -> None:
+        """Until the connection is lost."""
+        client = self.link.cluster.client(timeout=max(self.link.cluster.timeout, 1.0))
+        hosts_key = f"{self.link.cluster.prefix}:hosts"
+        beat = client.register_script(_HOSTS)
+        inbox = client.pubsub(ignore_subscribe_messages=True)
+        try:
+            inbox.subscribe(self.link.channel)
+            due = 0.0
+            while True:
+                now = time.monotonic()
+                if now >= due:
+                    _keep_hosts(self.link.segment, int(beat([hosts_key], [self.link.host])))
+                    due = now + _BEAT * random.uniform(0.9, 1.1)
+                message = inbox.get_message(timeout=min(max(due - now, 0.0), 0.5))
+                if message is not None:
+                    self._give_back(message["data"])
+        finally:
+            inbox.close()
+            client.close()
+
+    def _give_back(self, data: bytes) -> None:
+        limiter, raw, *rest = _unpack(data)
+        if rest:  # of permits.lua
+            leases = self._leases_of(limiter)
+            if leases is not None:
+                leases.recalled(raw, *map(int, rest))
+            return
+        wallet = self._wallet_of(limiter)
+        if wallet is None:
+            return
+        taken, _ = wallet.look(raw, take=True)
+        if any(taken):
+            request, _ = wallet.request("give", raw, (0,) * len(taken), taken)
+            self.link.call([request])
+
+    def _wallet_of(self, limiter: bytes) -> Wallet | None:
+        from fast_litellm_shm.cluster.wallet import Wallet
+
+        if limiter not in self._wallets:
+            if not self._has(limiter):
+                return None
+            shared = self._shared(SharedLimits, limiter)
+            self._wallets[limiter] = Wallet(shared, self.link.cluster)
+        return self._wallets[limiter]
+
+    def _leases_of(self, limiter: bytes) -> Leases | None:
+        from fast_litellm_shm.cluster.lease import LeasedLimits
+
+        if limiter not in self._leases:
+            if not self._has(limiter + LEASED.encode()):
+                return None
+            shared = self._shared(LeasedLimits, limiter)
+            self._leases[limiter] = shared.join(self.link.cluster)
+        return self._leases[limiter]
+
+    def _has(self, limiter: bytes) -> bool:
+        """Whether this host has a limiter of that name."""
+        segment, out = self.link.segment, ffi.new("fshm_limiter **")
+        if lib.fshm_limiter_find(segment._handle, limiter, len(limiter), out) != lib.FSHM_OK:
+            return False
+        lib.fshm_limiter_close(out[0])
+        return True
+
+    def _shared(self, kind: type[AnyShared], limiter: bytes) -> AnyShared:
+        name = limiter.decode("utf-8", "surrogatepass")
+        return kind((), name=name, segment=self.link.segment, on_full="deny", keep=True)
+
+
+def _unpack(data: bytes) -> list[bytes]:
+    """An array of few strings, as cmsgpack packs it."""
+    out, at = [], 1
+    for _ in range(data[0] & 15):
+        head = data[at]
+        if head < 0xC0:
+            size, skip = head & 31, 1
+        else:
+            skip = {0xD9: 2, 0xDA: 3, 0xDB: 5}[head]
+            size = int.from_bytes(data[at + 1 : at + skip], "big")
+        out.append(data[at + skip : at + skip + size])
+        at += skip + size
+    return out
+
+
+_agents: dict[int, Agent] = {}
+_lock = threading.Lock()
+
+
+def ensure(link: links.Link) -> Agent:
+    """The agent of a link in this process: threads do not survive a fork, and are started anew."""
+    known = _agents.get(id(link))
+    if known is None:
+        with _lock:
+            known = _agents.get(id(link))
+            if known is None:
+                known = _agents[id(link)] = Agent(link)
+    return known
+
+
+def refill(wallet: Wallet, raw: bytes, costs: tuple[int, ...]) -> None:
+    found = ensure(wallet.link)
+    found.refill(wallet, raw, costs)
+
+
+def _finish() -> None:
+    for each in list(_agents.values()):
+        each.finish()
+
+
+def _forked() -> None:
+    global _lock
+    _lock = threading.Lock()
+    _agents.clear()
+
+
+atexit.register(_finish)
+os.register_at_fork(after_in_child=_forked)

@@ -1,0 +1,71 @@
+"""Limiters beside another one, for what is known of the same keys; and who of a host asks the
+server about a key just now."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from fast_litellm_shm.handle import SharedLimits
+from fast_litellm_shm.inspection import ASKING
+from fast_litellm_shm.limits import InFlight
+from fast_litellm_shm.native import ffi, lib
+
+
+def open_limiter(shared: SharedLimits, suffix: str, limits: Sequence[Any]) -> Any:
+    """A limiter beside another one."""
+    name = (shared.name + suffix).encode("utf-8", "surrogatepass")
+    if len(name) > lib.FSHM_MAX_LIMITER_NAME:
+        raise ValueError(
+            f"name must be at most {lib.FSHM_MAX_LIMITER_NAME - 10} bytes for limits over many "
+            f"hosts, not {shared.name!r}"
+        )
+    raw, out = ffi.new("fshm_limit[]", [each._raw() for each in limits]), ffi.new("fshm_limiter **")
+    handle = shared.segment._handle
+    status = lib.fshm_limiter_open(handle, name, len(name), raw, len(limits), out)
+    if status != lib.FSHM_OK:
+        shared._failed(status)
+    return ffi.gc(out[0], lib.fshm_limiter_close)
+
+
+class Asking:
+    """A permit for each key, that the one holds who asks. Of a dead process it is nobody's."""
+
+    def __init__(self, shared: SharedLimits, timeout: float) -> None:
+        self._limiter, self._timeout = open_limiter(shared, ASKING, [InFlight(1)]), timeout
+
+    def begin(self, raw: bytes) -> Any:
+        """A permit, or None: somebody else asks."""
+        return self._try(raw)[1]
+
+    def _try(self, raw: bytes) -> tuple[int, Any]:
+        permit, told = ffi.new("fshm_permit *"), ffi.new("fshm_decision *")
+        held = ffi.new("uint32_t *")
+        lib.fshm_admit(self._limiter, raw, len(raw), ffi.NULL, 0, permit, told, held)
+        return told.status, permit if told.status == lib.FSHM_ALLOWED else None
+
+    def end(self, permit: Any) -> None:
+        lib.fshm_permit_release(self._limiter, permit)
+
+    @contextmanager
+    def turn(self, raw: bytes) -> Iterator[tuple[bool, bool]]:
+        """Whether this caller asks for the host, and whether it has waited for another one. Who
+        waits in vain asks for itself alone: a process that is stopped holds up nobody longer. So
+        does at once who finds no room in the segment to say that it asks."""
+        deadline, waited = time.monotonic_ns() + round(self._timeout * 1e9), False
+        while True:
+            armed = lib.fshm_bell_arm(self._limiter, raw, len(raw)) if waited else 0
+            status, permit = self._try(raw)
+            left = deadline - time.monotonic_ns()
+            if status != lib.FSHM_DENIED or left <= 0:
+                break
+            if waited:
+                lib.fshm_bell_wait(self._limiter, raw, len(raw), armed, left)
+            waited = True
+        try:
+            yield permit is not None, waited
+        finally:
+            if permit is not None:
+                self.end(permit)

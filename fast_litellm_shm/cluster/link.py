@@ -1,0 +1,224 @@
+"""The connection of one process to the server: calls, time-outs, and what is known of an outage."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from fast_litellm_shm import exceptions
+from fast_litellm_shm.cluster.settings import Cluster, library
+from fast_litellm_shm.native import lib
+from fast_litellm_shm.segment import Segment
+
+_log = logging.getLogger("fast_litellm_shm")
+
+PROBE = 0.2  # seconds between two tries while it is away
+# Seconds that it must have answered before it is asked again: by then all processes of all hosts
+# have noticed, and have told it what they admitted meanwhile.
+PROBATION = 1.0
+_MOST = 500  # requests in one pipeline
+
+
+class AwayError(exceptions.ClusterError):
+    """The server does not answer, or not as it should."""
+
+
+class Question(Protocol):
+    """One call of a script: of meter.lua (script.py) or permits.lua (permits.py)."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def operation(self) -> str: ...
+    @property
+    def asked(self) -> int: ...
+    def granted(self, found: Any) -> int: ...
+    def state_key(self, prefix: str) -> bytes: ...
+    def arguments(self, host: bytes, channel: str) -> list[bytes | str | int]: ...
+    def answer(self, raw: Sequence[int]) -> Any: ...
+
+
+class Owing(Protocol):
+    """What a limiter admitted while the server was away."""
+
+    def owed(self) -> list[Any]:
+        """To be told now; they are no longer owed, unless they are put back."""
+
+    def put_back(self, requests: Sequence[Any]) -> None:
+        """They could not be told."""
+
+
+class Link:
+    """All limiters of a process that share a server and a segment talk over one."""
+
+    def __init__(self, cluster: Cluster, segment: Segment) -> None:
+        self.cluster, self.segment = cluster, segment
+        self.host = b"%016x" % segment.geometry().instance
+        self.channel = f"{cluster.prefix}:recall"
+        self._client: Any = None
+        self._scripts: dict[str, Any] = {}  # by source
+        self._lock = threading.Lock()
+        self._since = self._answers_since = 0.0
+        self.away: str | None = None  # why
+        self.on_lost: Callable[[], None] = lambda: None
+        self.owing: weakref.WeakSet[Owing] = weakref.WeakSet()
+        self._metrics: dict[str, int] = {}
+
+    def client(self) -> Any:
+        """Made when it is first needed: in a worker, not in whoever forks it."""
+        with self._lock:
+            if self._client is None:
+                self._client = self.cluster.client()
+                self._scripts = {}
+            return self._client
+
+    def call(self, requests: Sequence[Question]) -> list[Any]:
+        """One round trip for all of them. Raises AwayError, at once while it is away."""
+        self.check()
+        return self._call(requests)
+
+    def _call(self, requests: Sequence[Question]) -> list[Any]:
+        began = time.monotonic_ns()
+        try:
+            raw = self._send(requests)
+            answers = [request.answer(each) for each, request in zip(raw, requests, strict=True)]
+        except Exception as error:
+            self._record(requests, [], began)
+            if not _is_outage(error):
+                raise
+            self._lost(error)
+            raise AwayError(self.away) from error
+        self._record(requests, answers, began)
+        return answers
+
+    def _send(self, requests: Sequence[Question]) -> list[Any]:
+        client = self.client()
+        if len(requests) == 1 or self.cluster.url.startswith("redis+cluster"):
+            return [self._run(client, each) for each in requests]
+        pipeline = client.pipeline(transaction=False)
+        for each in requests:
+            self._run(pipeline, each)
+        found: list[Any] = pipeline.execute()
+        return found
+
+    def _run(self, client: Any, each: Question) -> Any:
+        known = self._scripts.get(each.source)
+        if known is None:
+            known = self._scripts[each.source] = self._client.register_script(each.source)
+        keys = [each.state_key(self.cluster.prefix)]
+        return known(keys, each.arguments(self.host, self.channel), client=client)
+
+    # outages
+
+    def check(self) -> None:
+        """Raises AwayError while it is away."""
+        if self.away is not None:
+            raise AwayError(self.away)
+
+    def _lost(self, error: Exception) -> None:
+        with self._lock:
+            first, self.away = self.away is None, f"{type(error).__name__}: {error}"
+            self._answers_since = 0.0
+            if first:
+                self._since = time.monotonic()
+        if first:
+            _log.warning(
+                "%s does not answer (%s); limits over many hosts go by on_outage=%r until it does",
+                self.cluster.shown, self.away, self.cluster.on_outage,
+            )  # fmt: skip
+            self.on_lost()
+
+    def probe(self) -> None:
+        """Try it, while it is away: by the agent. Before anything is asked of it again, it is told
+        what was admitted meanwhile."""
+        try:
+            for limiter in list(self.owing):
+                self._repay(limiter)
+            self.client().ping()
+        except AwayError:
+            return
+        except Exception as error:
+            self._lost(error)
+            return
+        now = time.monotonic()
+        self._answers_since = self._answers_since or now
+        if now - self._answers_since < PROBATION:
+            return
+        self.away = None
+        _log.warning("%s answers again, after %.1f s", self.cluster.shown, now - self._since)
+
+    def _repay(self, limiter: Owing) -> None:
+        requests = limiter.owed()
+        while requests:
+            try:
+                self._call(requests[:_MOST])
+            except AwayError:
+                limiter.put_back(requests)
+                raise
+            requests = requests[_MOST:]
+
+    @property
+    def retry_after_ns(self) -> int:
+        """How long it will be away at least."""
+        return round((PROBATION + PROBE) * 1e9)
+
+    # what people look at
+
+    def _metric(self, operation: str) -> int:
+        known = self._metrics.get(operation)
+        if known is None:
+            raw = operation.encode()
+            known = lib.fshm_metric_open(
+                self.segment._handle, b"cluster", len(b"cluster"), raw, len(raw)
+            )
+            self._metrics[operation] = known
+        return known
+
+    def _record(self, requests: Sequence[Question], answers: Sequence[Any], began: int) -> None:
+        """A round trip, as a metric: sizes are tokens asked for or given back, and granted."""
+        asked = sum(each.asked for each in requests)
+        granted = sum(
+            request.granted(found) for request, found in zip(requests, answers, strict=False)
+        )
+        kinds = {each.operation for each in requests}
+        operation = kinds.pop() if len(kinds) == 1 else "many"
+        lib.fshm_metric_record(
+            self.segment._handle, self._metric(operation), time.monotonic_ns() - began, 1,
+            bool(answers), asked, granted,
+        )  # fmt: skip
+
+
+def _is_outage(error: Exception) -> bool:
+    redis = library("redis")
+    return isinstance(error, (redis.RedisError, redis.exceptions.RedisClusterException, OSError))
+
+
+_links: dict[tuple[Cluster, int], Link] = {}
+_links_lock = threading.Lock()
+
+
+def of(cluster: Cluster, segment: Segment) -> Link:
+    """The link of this process to a server, for a segment."""
+    place = (cluster, segment.geometry().instance)
+    with _links_lock:
+        if place not in _links:
+            _links[place] = Link(cluster, segment)
+        return _links[place]
+
+
+def _forked() -> None:
+    """Locks that other threads held in the parent stay locked; the redis library makes connections
+    of its own in a child."""
+    global _links_lock
+    _links_lock = threading.Lock()
+    for link in _links.values():
+        link._lock = threading.Lock()
+        link._client = None
+
+
+os.register_at_fork(after_in_child=_forked)

@@ -1,0 +1,109 @@
+-- permits.lua - how many permits of one key each host may hold: its allowance. At most n, all hosts together.
+-- Argued in csrc/DESIGN.md, "Permits over many hosts".
+--
+-- KEYS[1]: the state of the key, packed by cmsgpack. It lives as long as a host's allowance does.
+-- ARGV: host, channel, limiter, key, n; then the word that the host has for the key, as two numbers that say
+--   which of two is newer (its end; and under the same end what only falls), told (its allowance, or what it
+--   holds where that is more), want (permits more than that; 0: to renew or to give back)
+-- Answer: whether the word was the newest (0: nothing was done, look and ask again), the host's allowance, what
+--   all hosts have, how many hosts have or want some, us for which a refused host need not ask again (0: it
+--   was not refused).
+--
+-- State: t (us, when it was written), r (when hosts were last asked to give back), h (hosts).
+--   host   a: what it counts with, never less than any answer that can still be put in; e, l: the word that the
+--          last answer is for; t: us, until when it counts; w: when it was last refused (0: it wants none);
+--          s: since when it is refused
+-- Instants move along where the server's clock jumps back, so that what is left of them stays the same.
+
+local TTL = 10000000 -- us that a host counts after it was last heard. Hosts use what they have for 8 s: permits.py
+local CALM = 60000 -- us after a refusal before the host asks again
+local WAITS = 200000 -- us after a refusal for which a host counts as one that wants more
+local RECALL = 200000 -- us between two calls to give back
+
+local floor, min, max = math.floor, math.min, math.max
+local host, channel, limiter, name = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local n, e, l = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
+local told, want = tonumber(ARGV[8]), tonumber(ARGV[9])
+local time = redis.call('TIME')
+local now = time[1] * 1000000 + time[2]
+
+local packed = redis.call('GET', KEYS[1])
+local state = packed and cmsgpack.unpack(packed) or {t = now, r = 0, h = {}}
+local back = max(0, state.t - now)
+state.t, state.r = now, state.r - back
+local others, hosts, waiting = 0, 1, false
+local least -- of those who wait
+local since = {} -- of those who wait and have none
+for id, h in pairs(state.h) do
+  h.t, h.w, h.s = h.t - back, max(0, h.w - back), max(0, h.s - back)
+  local waits = h.w > now - WAITS
+  if not waits then h.s = 0 end
+  if h.t <= now then
+    state.h[id] = nil
+  elseif id ~= host then
+    others = others + h.a
+    -- Who has none and wants none is heard of, but gets no share.
+    if h.a > 0 or waits then hosts = hosts + 1 end
+    if waits then
+      waiting, least = true, min(least or h.a, h.a)
+      if h.a == 0 then table.insert(since, h.s) end
+    end
+  end
+end
+
+local me = state.h[host]
+if me and (e < me.e or (e == me.e and l > me.l)) then
+  return {0, 0, others + me.a, hosts, 0} -- since then the host has told of a newer one
+end
+if not me then
+  me = {a = told, w = 0, s = 0}
+elseif e == me.e and l == me.l then
+  me.a = max(me.a, told) -- an answer for this word may be put in yet: never less than that
+else
+  me.a = told -- answers for an older word are nobody's: no put can find it
+end
+state.h[host] = me
+me.e, me.l, me.t = e, l, now + TTL
+
+local room = max(0, n - others)
+local share = max(1, floor(n / hosts))
+local lack = told + want - me.a
+if lack > 0 then
+  local free = max(0, room - me.a)
+  local extra = 0
+  if not waiting then
+    extra = max(0, min(floor((free - lack) / (hosts + 1)), max(3, floor(me.a / 2))))
+  elseif least < share then
+    free = min(free, max(0, share - me.a)) -- others come first, up to their share
+    if n < hosts then -- there is not one for each: those without any are served in order
+      for _, s in ipairs(since) do
+        if me.s == 0 or s < me.s then free = free - 1 end
+      end
+      free = max(0, free)
+    end
+  end
+  me.a = me.a + min(free, lack + extra)
+end
+-- What was told may be more than there is room for: told late, or held without having been granted. It
+-- counts, and the host is allowed no more than the room.
+local allowance, calm = min(me.a, room), 0
+if want > 0 then
+  me.w = 0
+  if allowance >= told + want then me.s = 0 end
+  if allowance < told + want then
+    me.w, calm = now, CALM
+    if me.s == 0 then me.s = now end
+    if others > 0 and now - state.r >= RECALL then
+      state.r = now
+      -- Fewer than hosts: nobody may keep taking back the one that it releases.
+      local fair = n < hosts and 0 or share
+      local need = max(want, min(floor(me.a / 2), share - me.a)) -- so that it has its share in few rounds
+      redis.call('PUBLISH', channel, cmsgpack.pack({limiter, name, tostring(fair), tostring(need)}))
+    end
+  end
+end
+
+local life = 0
+for _, h in pairs(state.h) do life = max(life, h.t - now) end
+redis.call('SET', KEYS[1], cmsgpack.pack(state), 'PX', floor(life / 1000) + 1000)
+return {1, allowance, others + me.a, hosts, calm}

@@ -1,0 +1,134 @@
+"""What is said to the server and what it answers: the arguments of meter.lua."""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fast_litellm_shm.limits import AnyLimit, Limit, SlidingWindow
+
+SOURCE = importlib.resources.files(__package__).joinpath("meter.lua").read_text("utf-8")
+_KIND = {True: 2, False: 1}
+_MOST_LEASE_US = 1_000_000
+COARSE = 2**20  # ns: as in csrc/meter.h
+
+
+class Rule(NamedTuple):
+    """A limit, as meter.lua takes it: numbers below 2**53."""
+
+    kind: int
+    n: int
+    per_us: int
+    burst: int
+    num: int
+    den: int
+    lease_us: int
+
+
+@functools.lru_cache(maxsize=1024)
+def rule(limit: AnyLimit) -> Rule:
+    """How the server meters a limit.
+
+    A bucket's tokens are leased for a second or a twentieth of ``per``, whichever is less, so that
+    at most ``burst + rate * (t + lease)`` are admitted in t seconds. A strict bucket refills more
+    slowly by as much: ``n`` in any ``per``, spent late or not. Windows need no lease: what was
+    granted in one is over with it.
+    """
+    per = limit._per_ns
+    if not isinstance(limit, Limit):
+        return Rule(_KIND[isinstance(limit, SlidingWindow)], limit.n, -(-per // 1000), 0, 1, 1, 0)
+    lease_us = min(_MOST_LEASE_US, per // 20_000)
+    if limit.strict:
+        per, slots = per + lease_us * 1000, limit.n - limit.burst + 1
+    else:
+        slots = limit.n
+    num, den = per + limit.strict, slots
+    if per // slots >= COARSE or (not limit.strict and per % slots == 0):
+        num, den = (per // slots + 1 if limit.strict else -(-per // slots)), 1
+    if den > 2**26 or num >= 2**53 or limit.burst * (num // den + 1) >= 2**52:
+        raise ValueError(
+            f"{limit!r}: over many hosts, n must be at most {2**26:,} where that is more than one "
+            "a millisecond, and a bucket must be full again within 52 days; a Window can count more"
+        )
+    return Rule(0, limit.n, -(-per // 1000), limit.burst, num, den, lease_us)
+
+
+class Request(NamedTuple):
+    """One call of the script. Each sequence has a number for each limit."""
+
+    operation: str
+    limiter: bytes
+    key: bytes
+    rules: Sequence[Rule]
+    costs: Sequence[int]
+    kept: Sequence[int]
+    given: Sequence[int]
+    used: Sequence[int]
+    left: Sequence[int]  # us; of a bucket ns
+
+    @property
+    def source(self) -> str:
+        return SOURCE
+
+    @property
+    def asked(self) -> int:
+        """Tokens, asked for or given back: for people."""
+        return max(self.costs) + max(self.given)
+
+    def granted(self, found: Answer) -> int:
+        if self.operation not in ("take", "single", "ahead"):
+            return 0
+        return max(self.costs) * (found.admitted * (self.operation != "ahead") + found.batch)
+
+    def answer(self, raw: Sequence[int]) -> Answer:
+        return answer(raw, self.rules)
+
+    def arguments(self, host: bytes, channel: str) -> list[bytes | str | int]:
+        out: list[bytes | str | int] = [
+            self.operation, host, channel, self.limiter, self.key, len(self.rules),
+        ]  # fmt: skip
+        for i, each in enumerate(self.rules):
+            out += each
+            out += (min(self.costs[i], 2**52), self.kept[i], self.given[i])
+            out += (self.used[i], self.left[i])
+        return out
+
+    def state_key(self, prefix: str) -> bytes:
+        """The braces keep what is said of one key in one slot of a Redis Cluster."""
+        limiter = self.limiter.replace(b"%", b"%25").replace(b"/", b"%2F")
+        return b"%b:{%b/%b}" % (prefix.encode(), limiter, self.key)
+
+
+class Known(NamedTuple):
+    """Of one limit, what the server says of its meter."""
+
+    used: int  # tokens
+    left_ns: int
+    lease_ns: int
+    redated: bool
+
+
+class Answer(NamedTuple):
+    """``batch``: how many times the cost was granted beyond it."""
+
+    admitted: bool
+    batch: int
+    retry_after_ns: int  # -1: never
+    calm_ns: int
+    refused: int
+    limits: tuple[Known, ...]
+
+
+def answer(raw: Sequence[int], rules: Sequence[Rule]) -> Answer:
+    admitted, batch, wait, calm, refused, *rest = (int(each) for each in raw)
+    known = []
+    for i, each in enumerate(rules):
+        used, left, lease, redated = rest[4 * i : 4 * i + 4]
+        left_ns = left if each.kind == 0 else left * 1000
+        known.append(Known(used, left_ns, lease * 1000, bool(redated)))
+    never = wait < 0
+    return Answer(
+        bool(admitted), batch, -1 if never else wait * 1000, calm * 1000, refused, tuple(known)
+    )

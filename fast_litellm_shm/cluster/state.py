@@ -1,0 +1,57 @@
+"""What people look at: how this host fares with limits that are kept for many hosts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fast_litellm_shm import monitoring
+from fast_litellm_shm.inspection import HELD, LEASED, NOTE, Inspection
+from fast_litellm_shm.native import lib
+from fast_litellm_shm.segment import Segment
+
+COMPONENT = "cluster"  # as which round trips are measured
+
+
+def cluster_state(segment: Segment, inspection: Inspection | None = None) -> dict[str, Any] | None:
+    """None: no limiter here is kept for many hosts. Else: hosts (how many there are, as last heard;
+    None: never), leader (the pid that speaks for this one; None: nobody), round_trips and failed
+    (since the segment was made), granted and given_back (tokens; since
+    others wanted them), admitted (calls that were
+    answered from what was granted), calls_saved (round trips that one for each call would have
+    taken, less those that were made), permits (of limits of calls in flight: keys that this host
+    has an allowance for, how many permits it may hold by them, and round trips about them),
+    lag_p50_ms and lag_p99_ms (of a round trip)."""
+    stats = monitoring.segment_stats(segment, COMPONENT).get(COMPONENT)
+    if stats is None:
+        return None
+    inspection = inspection or Inspection(segment)
+    hosts = [row.remaining for row in inspection.keys(limiter=NOTE)]
+    names = {limiter["name"] for limiter in inspection.limiters()}
+    wallets = {name for name in names if name.endswith(HELD) and name.removesuffix(HELD) in names}
+    limits = {name.removesuffix(HELD) for name in wallets}
+    admitted = denied = 0
+    for row in inspection.keys():  # noqa: SIM118 - no dict
+        admitted += row.admitted if row.limiter in wallets else 0
+        denied += row.denied if row.limiter in limits else 0
+    operations = stats["operations"]
+    leases = operations.get("permits", {})
+    calls, granted = leases.get("total_calls", 0), leases.get("total_output_size", 0)
+    allowed = [
+        (row.remaining + 1) // 2 - 1  # as csrc/allowance.h has it, in a wallet's form
+        for name in inspection.leased
+        for row in inspection.keys(limiter=name + LEASED)
+        if row.remaining
+    ]
+    return {
+        "hosts": hosts[0] if hosts else None,
+        "leader": lib.fshm_leader(segment._handle) or None,
+        "round_trips": stats["total_calls"],
+        "failed": stats["error_count"],
+        "granted": stats["total_output_size"] - granted,
+        "given_back": operations.get("give", {}).get("total_input_size", 0),
+        "admitted": admitted,
+        "calls_saved": max(admitted + denied - (stats["total_calls"] - calls), 0),
+        "permits": {"keys": len(allowed), "allowed": sum(allowed), "round_trips": calls},
+        "lag_p50_ms": stats["p50_duration_ms"],
+        "lag_p99_ms": stats["p99_duration_ms"],
+    }

@@ -1,0 +1,265 @@
+"""A limiter whose limits are kept by a server for many hosts. Nearly all its calls are answered by
+csrc/wallet.c from what the host was granted; here is the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fast_litellm_shm import exceptions
+from fast_litellm_shm.cluster import agent, link, outage, script
+from fast_litellm_shm.cluster.asking import Asking, open_limiter
+from fast_litellm_shm.cluster.settings import Cluster, check_library
+from fast_litellm_shm.handle import SharedLimits, key_bytes
+from fast_litellm_shm.inspection import HELD, REFUSED
+from fast_litellm_shm.limits import AnyLimit, Granted, Limit
+from fast_litellm_shm.native import ffi, lib
+
+Told = tuple[int, int, int, int, int]  # status, limit_index, remaining, retry_after_ns, reset_ns
+
+_NONE = (0, 0, 0, 0)
+
+
+class Wallet:
+    """What a limiter needs beside its own limits: what was granted, what was refused of late, and
+    who of this host is asking for a key just now."""
+
+    def __init__(self, shared: SharedLimits, cluster: Cluster) -> None:
+        check_library()
+        self.cluster = cluster
+        self._shared = shared
+        self._limits: tuple[AnyLimit, ...] = ()
+        self._rules: tuple[script.Rule, ...] = ()
+        self.rules()  # or an error that names what a server cannot count
+        self.limiter = shared.name.encode("utf-8", "surrogatepass")
+        self.link = link.of(cluster, shared.segment)
+        count = len(shared.limits)
+        self.purse = open_limiter(shared, HELD, [Granted()] * count)
+        self._refused = open_limiter(shared, REFUSED, [Granted()] * count)
+        self.asking = Asking(shared, cluster.timeout)
+        self._outage = outage.Outage(shared, self)
+        shared._bind_cluster(
+            int(ffi.cast("uintptr_t", self.purse)), int(ffi.cast("uintptr_t", self._refused))
+        )
+
+    def rules(self) -> tuple[script.Rule, ...]:
+        """Of the limits in force: they may change at run time."""
+        found = self._shared.limits
+        if found != self._limits:
+            self._rules = tuple(script.rule(each) for each in found)
+            self._limits = found
+        return self._rules
+
+    def costs(self, cost: object) -> tuple[int, ...]:
+        """One for each limit."""
+        count = len(self._shared.limits)
+        if cost is None:
+            return (1,) * count
+        if isinstance(cost, (tuple, list)):
+            return tuple(int(each) for each in cost)
+        return (int(cost),) * count  # type: ignore[call-overload]
+
+    def has(self, key: str | bytes, cost: object) -> bool:
+        """Can acquire() be answered without the server, as things are now?"""
+        raw, costs = key_bytes(key), self.costs(cost)
+        if all(c <= left for c, left in zip(costs, self.look(raw)[0], strict=True)):
+            return True
+        return self._is_refused(raw)
+
+    def _is_refused(self, raw: bytes) -> bool:
+        left, ns = ffi.new("uint64_t[4]"), ffi.new("uint64_t[4]")
+        lib.fshm_wallet_look(self._refused, raw, len(raw), 0, 0, left, ns)
+        return bool(ns[0])
+
+    def refill(self, key: str | bytes, cost: object) -> None:
+        """Have the next batch fetched, in a thread."""
+        agent.refill(self, key_bytes(key), self.costs(cost))
+
+    # calls that the host cannot answer by itself
+
+    def ask(self, op: int, key: str | bytes, cost: object) -> Told:
+        raw, costs = key_bytes(key), self.costs(cost)
+        agent.ensure(self.link)
+        try:
+            if op == lib.FSHM_ACQUIRE:
+                return self._acquire(raw, costs)
+            if op == lib.FSHM_PEEK:
+                return self._peek(raw, costs)
+            if op == lib.FSHM_CHARGE:
+                return self._book("charge", raw, costs)
+            if op == lib.FSHM_REFUND:
+                return self._book("refund", raw, costs)
+        except link.AwayError:
+            return self._outage.decide(op, raw, costs)
+        raise exceptions.ClusterError(f"limiter {self._shared.name!r}: no operation {op}")
+
+    def _acquire(self, raw: bytes, costs: tuple[int, ...]) -> Told:
+        if any(each >= 2**52 for each in costs):
+            return (0, 0, 0, lib.FSHM_NEVER, 0)
+        self.link.check()
+        with self.asking.turn(raw) as (claimed, waited):
+            if waited:  # somebody else has asked meanwhile
+                told = self._spend(raw, costs)
+                if told is not None:
+                    return told
+            # What is left and does not suffice goes back, and counts as the server's. Who asks for
+            # itself alone leaves it to others.
+            have = self.look(raw, take=True)[0] if claimed else _NONE
+            request, sent = self.request("take" if claimed else "single", raw, costs, have)
+            (found,) = self.link.call([request])
+            self.learn(request, found, sent)
+        if found.admitted:
+            # for the counts that people look at: what was granted for this call passes no wallet
+            self._spend(raw, _NONE)
+            if found.calm_ns:
+                self._refuse(raw, costs, found.calm_ns)
+            return (1, *self._left(found, self.look(raw)[0]), 0, self._reset_ns(found))
+        self._apply(self._shared._handle, lib.FSHM_PROBE, raw, costs)
+        self._refuse(raw, costs, found.calm_ns)
+        wait = found.retry_after_ns
+        left = self._left(found, self.look(raw)[0])[1]
+        return (0, found.refused, left, wait, self._reset_ns(found))
+
+    def _peek(self, raw: bytes, costs: tuple[int, ...]) -> Told:
+        have, _ = self.look(raw)
+        if any(costs) and all(cost <= left for cost, left in zip(costs, have, strict=True)):
+            told = self._apply(self._shared._handle, lib.FSHM_PEEK, raw, costs)
+            return (1, told.limit_index, told.remaining + min(have), 0, told.reset_after_ns)
+        request, sent = self.request("look", raw, costs)
+        (found,) = self.link.call([request])
+        self.learn(request, found, sent)
+        index, left = self._left(found, have)
+        index = index if found.admitted else found.refused
+        return (int(found.admitted), index, left, found.retry_after_ns, self._reset_ns(found))
+
+    def _book(self, operation: str, raw: bytes, costs: tuple[int, ...]) -> Told:
+        request, sent = self.request(operation, raw, costs)
+        (found,) = self.link.call([request])
+        self.learn(request, found, sent)
+        if operation == "refund":
+            self.unrefuse(raw)
+        told = self._apply(self._shared._handle, lib.FSHM_PEEK, raw, _ONES)
+        index, left = self._left(found, self.look(raw)[0])
+        return (int(left > 0), index, left, told.retry_after_ns, self._reset_ns(found))
+
+    def block(self, raw: bytes, ns: int) -> None:
+        """Deny a key for so long. What other hosts were granted before, they may spend."""
+        have = self.look(raw, take=True)[0]
+        request, sent = self.request("block", raw, (ns,) * len(self._rules), have)
+        (found,) = self.link.call([request])
+        self.learn(request, found, sent)
+
+    def reset(self, raw: bytes | None) -> None:
+        """Forget what a key has consumed, at the server and in this host; None: for each key that
+        the server knows of this limiter. What other hosts were granted before, they may spend."""
+        if raw is None:
+            self._reset_all()
+            return
+        self.look(raw, take=True)
+        lib.fshm_reset_key(self._shared._handle, raw, len(raw))
+        self.unrefuse(raw)
+        request, _ = self.request("reset", raw, _NONE)
+        self.link.call([request])
+
+    def _reset_all(self) -> None:
+        start = script.Request("reset", self.limiter, b"", (), (), (), (), (), ()).state_key(
+            self.cluster.prefix
+        )[:-1]
+        pattern = b"".join(b"\\" + bytes([c]) if c in b"*?[]^\\" else bytes([c]) for c in start)
+        client = self.link.client()
+        for name in client.scan_iter(match=pattern + b"*", count=1000):
+            self.reset(bytes(name)[len(start) : -1])
+
+    # what the agent needs too
+
+    def request(
+        self,
+        operation: str,
+        raw: bytes,
+        costs: Sequence[int],
+        given: Sequence[int] = _NONE,
+    ) -> tuple[script.Request, int]:
+        """And the segment's time before it is sent: whatever the server says was so after it."""
+        used, left = ffi.new("uint64_t[4]"), ffi.new("uint64_t[4]")
+        rules = self.rules()
+        lib.fshm_known(self._shared._handle, raw, len(raw), 0, used, left)
+        kept = self.look(raw)[0] if operation == "ahead" else _NONE
+        known = tuple(
+            int(left[i]) if each.kind == 0 else int(left[i]) // 1000 for i, each in enumerate(rules)
+        )
+        sent = int(lib.fshm_now(self._shared.segment._handle))
+        request = script.Request(
+            operation, self.limiter, raw, rules, costs, kept, given, tuple(used), known
+        )
+        return request, sent
+
+    def learn(self, request: script.Request, found: script.Answer, sent: int) -> None:
+        """Put what was granted into the wallet, and what was told into the limits' own cells."""
+        raw, handle = request.key, self._shared._handle
+        used = ffi.new("uint64_t[4]", [each.used for each in found.limits])
+        left = ffi.new("uint64_t[4]", [each.left_ns for each in found.limits])
+        lib.fshm_learn(handle, raw, len(raw), used, left, sent)
+        if request.operation not in ("take", "ahead"):
+            return
+        leases = ffi.new("fshm_lease[4]")
+        for i, each in enumerate(found.limits):
+            kept = request.kept[i] if each.redated else 0
+            tokens = found.batch * request.costs[i]
+            leases[i] = {"tokens": tokens, "kept": kept, "until_ns": sent + each.lease_ns}
+        lib.fshm_wallet_put(self.purse, raw, len(raw), leases, 0)
+
+    def look(self, raw: bytes, take: bool = False) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What is left in the wallet, and for how many ns, by limit. take: and take it out."""
+        left, ns = ffi.new("uint64_t[4]"), ffi.new("uint64_t[4]")
+        lib.fshm_wallet_look(self.purse, raw, len(raw), take, 0, left, ns)
+        count = len(self._rules)
+        return tuple(left)[:count], tuple(ns)[:count]
+
+    def unrefuse(self, raw: bytes) -> None:
+        self._refuse(raw, _NONE, 0)
+
+    def _refuse(self, raw: bytes, costs: Sequence[int], ns: int) -> None:
+        numbers = ffi.new("uint64_t[4]", costs)
+        lib.fshm_wallet_refuse(self._refused, raw, len(raw), numbers, ns, 0)
+
+    # helpers
+
+    def _spend(self, raw: bytes, costs: tuple[int, ...]) -> Told | None:
+        """As the native part does: None where the server must be asked."""
+        numbers, out, low = (
+            ffi.new("uint64_t[4]", costs),
+            ffi.new("fshm_decision *"),
+            ffi.new("uint32_t *"),
+        )
+        status = lib.fshm_spend(
+            self.purse, self._refused, self._shared._handle, raw, len(raw), numbers, 0, out, low
+        )
+        if status == lib.FSHM_ASK:
+            return None
+        if status < 0:
+            self._shared._failed(status)
+        if low[0]:
+            agent.refill(self, raw, costs)
+        return (status, out.limit_index, out.remaining, out.retry_after_ns, out.reset_after_ns)
+
+    def _apply(self, handle: Any, op: int, raw: bytes, costs: Sequence[int]) -> Any:
+        out = ffi.new("fshm_decision *")
+        lib.fshm_apply(handle, op, raw, len(raw), ffi.new("uint64_t[4]", costs), 0, 0, out)
+        return out
+
+    def _left(self, found: script.Answer, have: Sequence[int]) -> tuple[int, int]:
+        """The limit with least left, and how much that is: at the server, and in the wallet."""
+        most = [each.burst if isinstance(each, Limit) else each.n for each in self._limits]
+        left = [
+            max(n - each.used, 0) + mine
+            for n, each, mine in zip(most, found.limits, have, strict=False)
+        ]
+        least = min(left)
+        return left.index(least), least
+
+    @staticmethod
+    def _reset_ns(found: script.Answer) -> int:
+        return max(each.left_ns for each in found.limits)
+
+
+_ONES = (1, 1, 1, 1)

@@ -1,0 +1,306 @@
+"""A storage for PyPI's ``limits``: Flask-Limiter, SlowAPI and whatever else is built on it.
+
+Importing this module registers the schemes ``shm`` and ``async+shm``. Then ``shm://my-app`` is a
+storage like ``redis://...``, which all workers of the host share, with no server::
+
+    import fast_litellm_shm.integrations.limits
+    limiter = Limiter(get_remote_address, app=app, storage_uri="shm://my-app")
+
+The host part of the URI is the segment's name (1 to 64 of ``A-Z a-z 0-9 . _ -``; none: the default
+segment). Options, in the query or as keyword arguments of the storage: ``capacity`` (keys; a moving
+window of n takes up to n + 1), ``mode`` (octal: ``0660``), ``names`` (``plain``, ``hashed``,
+``off``), ``allow_other_owner`` (``true``, ``false``); see :class:`fast_litellm_shm.Segment`.
+
+All three strategies. Each counts apart from the others, as in ``memory://``. What differs from
+other storages, all for the better:
+
+- A hit that is denied consumes nothing, in the fixed window too: where the key names its limit, as
+  those of ``limits`` do, ``incr`` beyond that tells what the count would be, and leaves it.
+- The sliding window counter and the moving window are exact under any number of workers.
+
+Ranges: a fixed window counts up to 2,147,483,647; a moving window holds up to 1,048,576 hits and
+needs a place for each; a sliding window counter counts up to 131,071 for a period of a second and
+twice that whenever the period doubles; periods go up to 416 days. Beyond: ConfigurationError.
+"""
+
+from __future__ import annotations
+
+import time
+import urllib.parse
+from typing import Any, NoReturn
+
+from limits.aio.storage import MovingWindowSupport as AsyncMovingWindowSupport
+from limits.aio.storage import SlidingWindowCounterSupport as AsyncSlidingWindowCounterSupport
+from limits.aio.storage import Storage as AsyncStorage
+from limits.errors import ConfigurationError
+from limits.storage import MovingWindowSupport, SlidingWindowCounterSupport, Storage
+from limits.storage.base import TimestampedSlidingWindow
+
+from fast_litellm_shm import keyed
+from fast_litellm_shm.exceptions import FastShmError
+from fast_litellm_shm.handle import key_bytes
+from fast_litellm_shm.limiter import RateLimiter
+from fast_litellm_shm.limits import SlidingWindow, Window
+from fast_litellm_shm.native import Counts, ffi, lib
+from fast_litellm_shm.segment import Segment
+
+_DAYS = 400 * 86_400  # the limiters are no more than names: the limits come with the calls
+_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+def _whole(base: int) -> Any:
+    return lambda value: int(str(value), base) if isinstance(value, str) else value
+
+
+def _boolean(value: object) -> bool:
+    return value if isinstance(value, bool) else _BOOLEANS[str(value).lower()]
+
+
+_OPTIONS: dict[str, Any] = {
+    "capacity": _whole(10),
+    "mode": _whole(8),
+    "names": str,
+    "allow_other_owner": _boolean,
+}
+
+
+def open_segment(uri: str, options: dict[str, Any]) -> Segment:
+    """The segment that a URI names. options: those of the query override them.
+
+    Raises limits' ConfigurationError where the URI cannot be understood, SegmentError where the
+    segment cannot be opened.
+    """
+    parsed = urllib.parse.urlsplit(uri)  # not .hostname, which is lower case
+    if parsed.path.strip("/") or parsed.fragment or "@" in parsed.netloc:
+        raise ConfigurationError(
+            f"{uri!r} has more than a segment's name: write {parsed.scheme}://my-app, and options "
+            "as ?capacity=100000"
+        )
+    found = dict(options)
+    for name, value in urllib.parse.parse_qsl(parsed.query, keep_blank_values=True):
+        found[name] = value
+    for name, value in found.items():
+        if name not in _OPTIONS:
+            raise ConfigurationError(
+                f"{uri!r}: there is no option {name!r}; there are {', '.join(_OPTIONS)}"
+            )
+        try:
+            found[name] = _OPTIONS[name](value)
+        except (ValueError, KeyError):
+            raise ConfigurationError(f"{uri!r}: {name} cannot be {value!r}") from None
+    try:
+        return Segment(parsed.netloc or None, **found)
+    except (ValueError, TypeError) as error:
+        raise ConfigurationError(f"{uri!r}: {error}") from None
+
+
+class _Windows(Counts):
+    """What all storages of a segment share. The native part has the calls for one key."""
+
+    def __init__(self, segment: Segment) -> None:
+        self.segment = segment
+        options: Any = {"segment": segment, "on_full": "raise"}
+        most_sliding = 2**29 - 1
+        self._names = (
+            RateLimiter(Window(2**31 - 1, _DAYS), name=keyed.FIXED, **options),
+            RateLimiter(SlidingWindow(most_sliding, _DAYS), name=keyed.SLIDING, **options),
+            RateLimiter(Window(2**31 - 1, _DAYS), name=keyed.MOVING, **options),
+        )
+        self._bind(*(int(ffi.cast("uintptr_t", each._handle)) for each in self._names))
+
+    def _refused(self, which: int, status: int, n: int, per_ns: int) -> NoReturn:
+        """Called by the native part when a call ends neither admitted nor denied."""
+        if status == lib.FSHM_E_ARGUMENT:
+            kind = ("fixed window", "sliding window counter", "moving window")[which]
+            raise ConfigurationError(
+                f"a {kind} of {n} in {per_ns / 1e9:g} seconds cannot be kept in shm://: "
+                f"{self._range(which, per_ns)}"
+            )
+        self._names[which]._failed(status)
+
+    @staticmethod
+    def _range(which: int, per_ns: int) -> str:
+        largest = ffi.new("uint64_t *")
+        raw = ffi.new("fshm_limit *", (1, per_ns, 0, lib.FSHM_SLIDING, 0))
+        if lib.fshm_limit_check(raw, largest) != lib.FSHM_OK:
+            return "the period must be a number of seconds above 0, up to 416 days"
+        if which == 1:
+            return f"the limit must be 1 to {largest[0]:,}; a fixed window can count more"
+        return f"the limit must be 1 to {lib.FSHM_MAX_MOVING:,}; the other strategies count more"
+
+    def clear(self, key: str) -> None:
+        """Forget the key's fixed window and its moving window, as redis:// does."""
+        raw = key_bytes(key)
+        fixed, _, moving = self._names
+        fixed.reset(raw)
+        status = lib.fshm_moving_clear(moving._handle, raw, len(raw))
+        if status != lib.FSHM_OK:
+            moving._failed(status)
+
+    def clear_sliding(self, key: str) -> None:
+        self._names[1].reset(key)
+
+    def reset(self) -> int | None:
+        """How many keys were forgotten; None where the segment keeps no names."""
+        keys = [lib.fshm_live_keys(each._handle, 0) for each in self._names]
+        for each in self._names:
+            each.reset()
+        return None if self.segment.stats()["names"] == "off" else sum(keys)
+
+    def check(self) -> bool:
+        return not self.segment.unlinked and self.segment.damaged is None
+
+    def expiry_of(self, key: str) -> float:
+        return time.time() + self.left(key)
+
+    def sliding_window(self, key: str, expiry: int) -> tuple[int, float, int, float]:
+        previous, current, left = self.sliding(key, expiry)
+        return previous, left if previous else 0.0, current, left + expiry
+
+    def moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
+        count, left = self.moving(key, limit, expiry)
+        now = time.time()
+        return (now + left - expiry if count else now), count
+
+
+class ShmStorage(
+    Storage, MovingWindowSupport, SlidingWindowCounterSupport, TimestampedSlidingWindow
+):
+    """``shm://name``. Safe from any thread; a fork needs no care.
+
+    wrap_exceptions: raise limits' StorageError instead of what is in
+    :mod:`fast_litellm_shm.exceptions`, SegmentFullError for instance.
+    """
+
+    STORAGE_SCHEME = ["shm"]
+
+    def __init__(
+        self, uri: str | None = None, wrap_exceptions: bool = False, **options: Any
+    ) -> None:
+        super().__init__(uri, wrap_exceptions=wrap_exceptions)
+        self._made_by = (uri or "shm://", wrap_exceptions, options)
+        self._windows = _Windows(open_segment(self._made_by[0], options))
+
+    @property
+    def segment(self) -> Segment:
+        """Where it counts."""
+        return self._windows.segment
+
+    @property
+    def base_exceptions(self) -> type[Exception] | tuple[type[Exception], ...]:
+        return FastShmError
+
+    def incr(self, key: str, expiry: int, amount: int = 1) -> int:
+        """The count with ``amount``. More than the limit that the key names: nothing is counted."""
+        return self._windows.incr(key, expiry, amount)
+
+    def get(self, key: str) -> int:
+        return self._windows.get(key)
+
+    def get_expiry(self, key: str) -> float:
+        return self._windows.expiry_of(key)
+
+    def check(self) -> bool:
+        """False where the segment was removed under this process, or is damaged."""
+        return self._windows.check()
+
+    def reset(self) -> int | None:
+        """Forgets all keys; returns how many there were (None with ``names=off``)."""
+        return self._windows.reset()
+
+    def clear(self, key: str) -> None:
+        self._windows.clear(key)
+
+    def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
+        return self._windows.acquire_moving(key, limit, expiry, amount)
+
+    def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
+        return self._windows.moving_window(key, limit, expiry)
+
+    def acquire_sliding_window_entry(
+        self, key: str, limit: int, expiry: int, amount: int = 1
+    ) -> bool:
+        return self._windows.acquire_sliding(key, limit, expiry, amount)
+
+    def get_sliding_window(self, key: str, expiry: int) -> tuple[int, float, int, float]:
+        return self._windows.sliding_window(key, expiry)
+
+    def clear_sliding_window(self, key: str, expiry: int) -> None:
+        self._windows.clear_sliding(key)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), *self._made_by)
+
+
+class AsyncShmStorage(
+    AsyncStorage,
+    AsyncMovingWindowSupport,
+    AsyncSlidingWindowCounterSupport,
+    TimestampedSlidingWindow,
+):
+    """``async+shm://name``: the same counts as ``shm://name``. Nothing in it ever waits."""
+
+    STORAGE_SCHEME = ["async+shm"]
+
+    def __init__(
+        self, uri: str | None = None, wrap_exceptions: bool = False, **options: Any
+    ) -> None:
+        super().__init__(uri, wrap_exceptions=wrap_exceptions)
+        self._made_by = (uri or "async+shm://", wrap_exceptions, options)
+        self._windows = _Windows(open_segment(self._made_by[0], options))
+
+    @property
+    def segment(self) -> Segment:
+        """Where it counts."""
+        return self._windows.segment
+
+    @property
+    def base_exceptions(self) -> type[Exception] | tuple[type[Exception], ...]:
+        return FastShmError
+
+    async def incr(self, key: str, expiry: int, amount: int = 1) -> int:
+        """The count with ``amount``. More than the limit that the key names: nothing is counted."""
+        return self._windows.incr(key, expiry, amount)
+
+    async def get(self, key: str) -> int:
+        return self._windows.get(key)
+
+    async def get_expiry(self, key: str) -> float:
+        return self._windows.expiry_of(key)
+
+    async def check(self) -> bool:
+        """False where the segment was removed under this process, or is damaged."""
+        return self._windows.check()
+
+    async def reset(self) -> int | None:
+        """Forgets all keys; returns how many there were (None with ``names=off``)."""
+        return self._windows.reset()
+
+    async def clear(self, key: str) -> None:
+        self._windows.clear(key)
+
+    async def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
+        return self._windows.acquire_moving(key, limit, expiry, amount)
+
+    async def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
+        return self._windows.moving_window(key, limit, expiry)
+
+    async def acquire_sliding_window_entry(
+        self, key: str, limit: int, expiry: int, amount: int = 1
+    ) -> bool:
+        return self._windows.acquire_sliding(key, limit, expiry, amount)
+
+    async def get_sliding_window(self, key: str, expiry: int) -> tuple[int, float, int, float]:
+        return self._windows.sliding_window(key, expiry)
+
+    async def clear_sliding_window(self, key: str, expiry: int) -> None:
+        self._windows.clear_sliding(key)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), *self._made_by)
+
+
+def _rebuild(
+    cls: type[ShmStorage] | type[AsyncShmStorage], uri: str, wrap: bool, options: dict[str, Any]
+) -> ShmStorage | AsyncShmStorage:
+    return cls(uri, wrap, **options)

@@ -1,0 +1,114 @@
+"""What clients are told, in LiteLLM's own form: the 429 and its headers, what is left, and the 503
+where nothing could be judged."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import httpx
+import litellm
+
+from fast_litellm_shm.integrations.litellm.calls import Denial
+from fast_litellm_shm.integrations.litellm.subjects import Subject
+
+_NAMES = {"rpm": "requests", "tpm": "tokens", "max_parallel": "max_parallel_requests"}
+
+
+def headers_of(remaining: Iterable[tuple[Subject, dict[str, int]]]) -> dict[str, str]:
+    """``x-ratelimit-remaining-requests`` and ``-tokens``, of whoever has least left, their limits,
+    and the same of each (``x-ratelimit-api_key-remaining-requests``, as LiteLLM names them)."""
+    out: dict[str, str] = {}
+    least: dict[str, tuple[int, int]] = {}
+    for subject, left in remaining:
+        for name, n in left.items():
+            limit, what = getattr(subject.limits, name), _NAMES[name]
+            out[f"x-ratelimit-{subject.kind}-remaining-{what}"] = str(n)
+            out[f"x-ratelimit-{subject.kind}-limit-{what}"] = str(limit)
+            if what not in least or n < least[what][0]:
+                least[what] = n, limit
+    for what, (n, limit) in least.items():
+        out[f"x-ratelimit-remaining-{what}"] = str(n)
+        out[f"x-ratelimit-limit-{what}"] = str(limit)
+    return out
+
+
+def _headers(denial: Denial, resets: str) -> dict[str, str]:
+    left = {name: 0 for name, what in _NAMES.items() if what == denial.type}
+    return {
+        "retry-after": str(denial.retry_after),
+        "rate_limit_type": denial.type,
+        "reset_at": resets,
+        **headers_of([(denial.subject, left)]),
+    }
+
+
+def _told(denial: Denial) -> tuple[str, dict[str, str]]:
+    then = time.gmtime(time.time() + denial.retry_after)
+    resets = time.strftime("%Y-%m-%d %H:%M:%S UTC", then)
+    return (
+        f"Rate limit exceeded for {denial.subject.kind}: {denial.subject.value}. "
+        f"Limit type: {denial.type}. Current limit: {denial.limit}, "
+        f"Remaining: {max(denial.remaining, 0)}. Limit resets at: {resets}"
+    ), _headers(denial, resets)
+
+
+def _rate_limit_error(detail: str, headers: dict[str, str], model: str, **more: Any) -> Exception:
+    request = httpx.Request("POST", "https://github.com/BerriAI/litellm")
+    error: Exception = litellm.RateLimitError(
+        message=detail,
+        llm_provider="",
+        model=model,
+        response=httpx.Response(429, headers=headers, content=detail, request=request),
+        **more,
+    )
+    return error
+
+
+def too_many(denial: Denial, model: str | None) -> Exception:
+    """The 429 of a request to the proxy."""
+    detail, headers = _told(denial)
+    try:
+        from litellm.proxy.common_utils import proxy_rate_limit_error as theirs
+    except ImportError:  # a release that has none, or no proxy
+        return _rate_limit_error(detail, headers, model or "")
+    error: Exception = theirs.ProxyRateLimitError(
+        detail=detail,
+        headers=headers,
+        rate_limit_type=theirs.map_v3_rate_limit_type(denial.type),
+        model=model,
+        descriptor_key=denial.subject.kind,
+    )
+    return error
+
+
+def too_many_for(model: str, denial: Denial) -> Exception:
+    """The 429 of one attempt at a deployment. Not tried again where it is over its minute, as with
+    LiteLLM's own check; another deployment may have a free slot."""
+    detail, headers = _told(denial)
+    more: dict[str, Any] = {} if denial.type == "max_parallel_requests" else {"num_retries": 0}
+    return _rate_limit_error(f"Model rate limit exceeded. {detail}", headers, model, **more)
+
+
+def not_judged(error: BaseException) -> Exception:
+    """The 503 where ``fail_open`` is false."""
+    from fastapi import HTTPException
+
+    found: Exception = HTTPException(
+        503,
+        f"the rate limits of this request could not be checked ({type(error).__name__}); "
+        "try again later",
+        {"retry-after": "1"},
+    )
+    return found
+
+
+def refused(error: BaseException, model: str) -> Exception:
+    """The same for an attempt at a deployment."""
+    found: Exception = litellm.ServiceUnavailableError(
+        message=f"the limits of this deployment could not be checked ({type(error).__name__})",
+        llm_provider="",
+        model=model,
+    )
+    return found

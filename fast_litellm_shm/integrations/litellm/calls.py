@@ -1,0 +1,200 @@
+"""Calls in flight in this process: what each of them holds in the segment, and when it gives it
+back, exactly once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+from weakref import WeakSet
+
+from fast_litellm_shm.integrations.litellm import usage
+from fast_litellm_shm.integrations.litellm.subjects import Limits, Subject
+from fast_litellm_shm.quota import Admission, Quota
+
+_TYPES = {"rpm": "requests", "tpm": "tokens", "max_parallel": "max_parallel_requests"}
+
+_quotas: dict[Limits, Quota] = {}
+
+
+def quota_of(limits: Limits) -> Quota:
+    """The quota of these limits. All keys that have the same limits are keys of one quota: the
+    segment has room for an 800th of its capacity in sets of limits, at most 2,048 (250 by
+    default), never gives one back, and has room for as many keys as its capacity says. A key whose
+    limits change begins anew."""
+    found = _quotas.get(limits)
+    if found is None:
+        parts = (f"{n} {name}" for name, n in zip(limits._fields, limits, strict=True) if n)
+        name = f"litellm {' '.join(parts)}"
+        found = _quotas[limits] = Quota(*limits, name=name, on_full="raise", _here=True)
+    return found
+
+
+class Denial(NamedTuple):
+    """Which limit of whom denied. type: ``requests``, ``tokens`` or ``max_parallel_requests``, as
+    LiteLLM calls them. retry_after: seconds, at least 1."""
+
+    subject: Subject
+    type: str
+    limit: int
+    remaining: int
+    retry_after: int
+
+
+def _denial(subject: Subject, name: str, remaining: int, retry_after: float | None) -> Denial:
+    seconds = 60 if retry_after is None else max(1, -int(-retry_after // 1))
+    return Denial(subject, _TYPES[name], getattr(subject.limits, name), remaining, seconds)
+
+
+def admit(subjects: Sequence[Subject], tokens: int) -> list[Admission] | Denial:
+    """Admit a call for all of them, or for none. Where one denies, what the others before it have
+    booked is given back: it can have denied another call in between, and can never have let too
+    many pass."""
+    admitted: list[Admission] = []
+    try:
+        for subject in subjects:
+            name = subject.limits.nothing
+            if name is not None:
+                _cancel(admitted)
+                return _denial(subject, name, 0, None)
+            admission = quota_of(subject.limits).admit(f"{subject.kind}:{subject.value}", tokens)
+            if not admission.allowed:
+                _cancel(admitted)
+                left = admission.decision.remaining
+                return _denial(subject, admission.reason, left, admission.retry_after)
+            admitted.append(admission)
+    except BaseException:
+        _cancel(admitted)
+        raise
+    return admitted
+
+
+def _cancel(admitted: list[Admission]) -> None:
+    for admission in admitted:
+        admission.cancel()
+
+
+class Held:
+    """What a call, or one attempt of it at a deployment, holds. ``over()`` gives the parallel slots
+    back, ``settle()`` books the true tokens; each can come first, more than once, or never."""
+
+    __slots__ = ("_admitted", "_settled", "subjects")
+
+    def __init__(self, subjects: Sequence[Subject], admitted: list[Admission]) -> None:
+        self.subjects, self._admitted = subjects, admitted
+        self._settled = False
+
+    def __del__(self) -> None:  # nobody is left who could end it
+        self.over()
+
+    def cancel(self) -> None:
+        """It will not be made after all."""
+        _cancel(self._admitted)
+
+    @property
+    def settled(self) -> bool:
+        """Whether somebody has told the true tokens."""
+        return self._settled
+
+    def over(self) -> None:
+        """It is over: others may have its slots."""
+        for admission in self._admitted:
+            admission.release()
+
+    def settle(self, tokens: int) -> None:
+        """It used so many tokens. Of several such reports the last one holds."""
+        self._settled = True
+        for admission in self._admitted:
+            admission.settle(tokens)
+
+    def remaining(self) -> list[tuple[Subject, dict[str, int]]]:
+        """What each of those it counts for has left now, by ``rpm`` and ``tpm``."""
+        return [
+            (subject, quota_of(subject.limits)._left(f"{subject.kind}:{subject.value}"))
+            for subject in self.subjects
+        ]
+
+
+class Attempt:
+    """One try of a call at one deployment."""
+
+    __slots__ = ("deployment", "ended", "held")
+
+    def __init__(self, deployment: str, held: Held) -> None:
+        self.deployment, self.held = deployment, held
+        self.ended = False
+
+    def end(self, tokens: int | None) -> None:
+        """It is over, having used so many tokens (None: not known, or not yet)."""
+        if tokens is not None:
+            self.held.settle(tokens)
+        if not self.ended:
+            self.ended = True
+            self.held.over()
+
+
+class Call:
+    """One request to the proxy. guess: of the tokens it will use. by: LiteLLM's object of whoever
+    makes it. outer: the call that it was made for (the embedding of a prompt, say). told: whether
+    its whole answer has told its tokens. left: whether its task has ended, and perhaps not all its
+    attempts."""
+
+    __slots__ = (
+        *("attempts", "by", "finished", "guess", "held", "id", "left", "outer", "told"),
+        "__weakref__",
+    )
+
+    def __init__(
+        self, id: str, held: Held, guess: usage.Guess, by: object = None, outer: Call | None = None
+    ) -> None:
+        self.id, self.held, self.guess, self.by, self.outer = id, held, guess, by, outer
+        self.attempts: list[Attempt] = []
+        self.finished = self.left = self.told = False
+
+    def attempt_at(self, deployment: str) -> Attempt | None:
+        """Its newest attempt there that has not ended."""
+        found = (a for a in reversed(self.attempts) if a.deployment == deployment and not a.ended)
+        return next(found, None)
+
+
+class Calls:
+    """The calls of this process that are not over. Nobody finds one here: clients can choose the
+    ``litellm_call_id``, also of requests that were not admitted."""
+
+    def __init__(self) -> None:
+        # weakly: what a call still holds that nobody can end any more is given back with it
+        self._calls: WeakSet[Call] = WeakSet()
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def add(self, call: Call) -> None:
+        self._calls.add(call)
+
+    def finish(self, call: Call) -> None:
+        """It is over. Its attempts are too. Its true tokens may yet be told."""
+        call.finished = True
+        self._calls.discard(call)
+        for attempt in call.attempts:
+            attempt.end(None)
+        call.held.over()
+
+    def settle(self, call: Call, tokens: int) -> None:
+        """Its true tokens."""
+        if not call.held.settled:
+            call.guess.learn(tokens)
+        call.held.settle(tokens)
+
+    def cancel(self, call: Call) -> None:
+        """It will not be made after all: its request is given back too."""
+        call.held.cancel()
+        self.finish(call)
+
+    def fail(self, call: Call) -> None:
+        """It is over and failed: where nobody has told tokens, it used none."""
+        if not call.held.settled:
+            call.held.settle(0)
+        self.finish(call)
+
+    def forget(self) -> None:
+        """In a forked child: they are the parent's."""
+        self._calls.clear()

@@ -1,0 +1,177 @@
+"""A router's store of cooldowns, shared by all workers of the host.
+
+LiteLLM's router core asks its store for everything it knows of cooldowns and allowed failures
+(``litellm/router_rust/routing_stores.py``); this one stands before the router's own. A deployment
+that any worker cools down is left out by all, as with Redis, and failures are counted over all
+workers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
+from typing import Any
+
+from fast_litellm_shm.integrations.litellm import guard
+from fast_litellm_shm.integrations.litellm.statistics import Statistics
+from fast_litellm_shm.limiter import RateLimiter
+from fast_litellm_shm.limits import Window
+
+#: What a store must have to be stood before: litellm.redis.stores.router_cooldowns.RouterCooldowns.
+PROTOCOL = (
+    "attach_redis",
+    "has_redis",
+    "flush_local_counters",
+    "put",
+    "increment_allowed_fails",
+    "async_put",
+    "async_increment_allowed_fails",
+    "active",
+    "active_sync",
+    "minimum",
+    "evict_local",
+    "snapshot",
+)
+
+_MOST_FAILS = 2**20 - 1  # the end of such a window is kept to 2 ms
+_MOST_PERIODS = 16  # lengths of windows of failures; each takes a limiter
+_NONE = float("inf")
+_OWN = "this worker's own are used"
+_REASON = "another worker of this host cooled it down"
+
+Active = Sequence[tuple[str, Any]]
+
+
+class SharedCooldowns:
+    """Stands before ``own``, a router's own store. Where that has Redis, it does nothing besides:
+    Redis reaches more than one host. on_redis is called when the router gets Redis."""
+
+    def __init__(
+        self, own: Any, statistics: Statistics, on_redis: Callable[[], None] = lambda: None
+    ) -> None:
+        self.own = own
+        self._statistics, self._on_redis = statistics, on_redis
+        self._fails: dict[float, RateLimiter] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.own, name)
+
+    def attach_redis(self, redis: Any) -> None:
+        self.own.attach_redis(redis)
+        if self.own.has_redis:
+            self._on_redis()
+
+    # writing --------------------------------------------------------------------------------------
+
+    def put(self, model_id: str, value: Any, ttl: float) -> None:
+        self.own.put(model_id, value, ttl)
+        self._share(model_id, ttl)
+
+    async def async_put(self, model_id: str, value: Any, ttl: float) -> None:
+        await self.own.async_put(model_id, value, ttl)
+        self._share(model_id, ttl)
+
+    def _share(self, model_id: str, ttl: float) -> None:
+        try:
+            if not self.own.has_redis:
+                self._statistics.cool(model_id, ttl)
+        except Exception as error:
+            guard.failed("sharing a cooldown", error, "the other workers do not know of it")
+
+    def increment_allowed_fails(self, model_id: str, suffix: str | None, ttl: float) -> int:
+        shared = self._count_failure(model_id, suffix, ttl)
+        if shared is not None:
+            return shared
+        return int(self.own.increment_allowed_fails(model_id, suffix, ttl))
+
+    async def async_increment_allowed_fails(
+        self, model_id: str, suffix: str | None, ttl: float
+    ) -> int:
+        shared = self._count_failure(model_id, suffix, ttl)
+        if shared is not None:
+            return shared
+        return int(await self.own.async_increment_allowed_fails(model_id, suffix, ttl))
+
+    def _count_failure(self, model_id: str, suffix: str | None, ttl: float) -> int | None:
+        """As Redis' INCR with an expiry: how many there are since the first of them, at most ttl
+        seconds ago. None: the router's own store is to count."""
+        try:
+            limiter = None if self.own.has_redis else self._limiter(ttl)
+            if limiter is None:
+                return None
+            key = model_id if suffix is None else f"{model_id}:{suffix}"
+            return _MOST_FAILS - limiter.charge(key, 1).remaining
+        except Exception as error:
+            guard.failed("counting a deployment's failure", error, _OWN)
+            return None
+
+    def _limiter(self, ttl: float) -> RateLimiter | None:
+        known = self._fails.get(ttl)
+        if known is None and ttl > 0 and len(self._fails) < _MOST_PERIODS:
+            known = RateLimiter(
+                Window(_MOST_FAILS, per=ttl), name=f"litellm fails {ttl:g} s", on_full="raise"
+            )
+            self._fails[ttl] = known
+        return known
+
+    # reading --------------------------------------------------------------------------------------
+
+    def active(self, model_ids: Sequence[str], *, batch: Any) -> Awaitable[Active]:
+        return _Merged(self, model_ids, self.own.active(model_ids, batch=batch))
+
+    def active_sync(self, model_ids: Sequence[str]) -> Active:
+        return self._merged(model_ids, self.own.active_sync(model_ids))
+
+    def minimum(self, model_ids: Sequence[str], default: float) -> float:
+        """Seconds; default where none of them cools down."""
+        known = {model_id for model_id, _ in self.own.active_sync(model_ids)}
+        others = (value["cooldown_time"] for _, value in self._of_others(model_ids, known))
+        own = self.own.minimum(model_ids, _NONE)
+        least = min((float(own), *others))
+        return default if least == _NONE else least
+
+    def snapshot(self) -> dict[str, Any]:
+        own = dict(self.own.snapshot())
+        return {**dict(self._of_others(list(self._statistics._hashes), own)), **own}
+
+    def _merged(self, model_ids: Sequence[str], own: Active) -> Active:
+        others = self._of_others(model_ids, {model_id for model_id, _ in own})
+        return (*own, *others) if others else own
+
+    def _of_others(self, model_ids: Iterable[str], known: Any) -> list[tuple[str, Any]]:
+        """Those among model_ids that other workers cooled down, but for the known ones."""
+        try:
+            cooling = {} if self.own.has_redis else self._statistics.cooling()
+            if not cooling:
+                return []
+            now, wall = time.monotonic_ns(), time.time()
+            found = []
+            for model_id in model_ids:
+                until = cooling.get(self._statistics.hash_of(model_id), 0)
+                if until > now and model_id not in known:
+                    found.append((model_id, _value((until - now) / 1e9, wall)))
+            return found
+        except Exception as error:
+            guard.failed("reading the cooldowns of other workers", error, _OWN)
+            return []
+
+
+class _Merged:
+    """An awaitable that can be left without a warning, as LiteLLM's own."""
+
+    def __init__(self, store: SharedCooldowns, ids: Sequence[str], own: Awaitable[Active]) -> None:
+        self._store, self._ids, self._own = store, ids, own
+
+    def __await__(self) -> Generator[Any, Any, Active]:
+        own = yield from self._own.__await__()
+        return self._store._merged(self._ids, own)
+
+
+def _value(left: float, now: float) -> dict[str, Any]:
+    """In LiteLLM's form (CooldownCacheValue); what else it holds is the other worker's own."""
+    return {
+        "exception_received": _REASON,
+        "status_code": "",
+        "timestamp": now,
+        "cooldown_time": left,
+    }

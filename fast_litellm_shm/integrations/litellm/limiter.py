@@ -1,0 +1,325 @@
+"""The callback itself: which of LiteLLM's hooks does what.
+
+===========================================  =====================================================
+``async_pre_call_hook``                      admits the request for its key, user, team, ..., or 429
+``async_post_call_success_hook``             it is answered: slots back, true tokens booked
+``async_post_call_streaming_iterator_hook``  the stream has ended or its client has left: slots back
+``async_log_success_event``                  an attempt was answered; true tokens, of streams too
+``async_log_failure_event``                  an attempt failed, and may be tried again
+``async_post_call_failure_hook``             the request failed: slots and unused tokens back
+``async_post_call_response_headers_hook``    ``x-ratelimit-*``
+``async_pre_call_check``                     admits one attempt at one deployment, or 429
+===========================================  =====================================================
+
+LiteLLM calls ``async_pre_call_hook`` only where the class itself has it. What a hook of ours cannot
+do is told by :mod:`.guard`, and ``fail_open`` decides about the request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from contextvars import ContextVar
+from typing import Any, Literal
+
+from litellm.integrations.custom_logger import CustomLogger
+
+from fast_litellm_shm.integrations.litellm import (
+    answers,
+    attempts,
+    calls,
+    guard,
+    settings,
+    takeover,
+    usage,
+)
+from fast_litellm_shm.integrations.litellm.calls import Attempt, Call, Calls, Held
+from fast_litellm_shm.integrations.litellm.router_state import routers
+from fast_litellm_shm.integrations.litellm.subjects import Subject, subjects
+
+_TOOL_CALL = "call_mcp_tool"
+_OURS_NOT = frozenset({"acreate_batch", "create_batch"})  # LiteLLM counts the requests in its file
+
+# The call of a request; False where it was denied: its hooks must not find another call of its id.
+_call: ContextVar[Call | Literal[False] | None] = ContextVar("fast_litellm_shm_call", default=None)
+# The attempt of a context, until it is in the kwargs of its log events. It is taken out of the list
+# then: contexts live as long as whatever was begun in them, and one of an attempt that is cancelled
+# without any event, or of a stream that nobody reads to its end, must not hold its slot.
+_attempt: ContextVar[list[Attempt]] = ContextVar("fast_litellm_shm_attempt")
+_ATTEMPT = "fast_litellm_shm_attempt"  # in the kwargs of log events: streams end in another context
+
+
+def router_of_proxy() -> Any:
+    """The proxy's router; None where there is none."""
+    return getattr(sys.modules.get("litellm.proxy.proxy_server"), "llm_router", None)
+
+
+def _group(model: str) -> str | None:
+    """What a model's name is an alias of, in the proxy's router."""
+    router = router_of_proxy()
+    if router is None:
+        return None
+    found = router.registry().aliases().get(model)
+    if isinstance(found, Mapping):
+        found = found.get("model")
+    return found if isinstance(found, str) else None
+
+
+def subjects_of(auth: Any, data: Mapping[str, Any]) -> list[Subject]:
+    """Whom a request to the proxy counts for."""
+    model = data.get("model")
+    if not isinstance(model, str) or not model:
+        return subjects(auth, None)
+    return subjects(auth, model, _group(model))
+
+
+def _deployment_of(kwargs: Mapping[str, Any]) -> str:
+    """Of a log event: the id of the deployment it is about."""
+    params = kwargs.get("litellm_params") or {}
+    info = params.get("model_info") or (params.get("metadata") or {}).get("model_info") or {}
+    return str(info.get("id"))
+
+
+def _has_ended(response: Any) -> bool:
+    """False of an answer that is still being made, in the background: its tokens are to come."""
+    return getattr(response, "status", None) not in ("queued", "in_progress")
+
+
+def _id_of(of: Mapping[str, Any]) -> Any:
+    """The call id that log events will have. Of a pass-through, the data is the client's body, and
+    what it says of an id is the client's."""
+    logging = of.get("litellm_logging_obj")
+    return getattr(logging, "litellm_call_id", None) or of.get("litellm_call_id")
+
+
+class SharedLimiter(CustomLogger):  # type: ignore[misc]
+    """Keeps LiteLLM's limits over all workers of the host. One of it, ``limiter``, is enough."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = Calls()
+        os.register_at_fork(after_in_child=self.calls.forget)
+
+    # requests -------------------------------------------------------------------------------------
+
+    async def async_pre_call_hook(
+        self, user_api_key_dict: Any, cache: Any, data: dict[str, Any], call_type: str
+    ) -> None:
+        chosen = settings.current()
+        if chosen.router_state:
+            router = router_of_proxy()
+            if router is not None:
+                routers.attach(router)
+        if takeover.native_serves() or call_type in _OURS_NOT or user_api_key_dict is None:
+            return
+        try:
+            denial = self._admit(user_api_key_dict, data, call_type)
+        except Exception as error:
+            if chosen.fail_open:
+                takeover.judged.set(False)
+                guard.failed("judging a request", error, "it passes (fail_open)")
+                return
+            guard.failed("judging a request", error, "it is refused (fail_open is false)")
+            raise answers.not_judged(error) from error
+        if denial is not None:
+            raise answers.too_many(denial, data.get("model"))
+
+    def _admit(self, auth: Any, data: dict[str, Any], call_type: str) -> calls.Denial | None:
+        within = _call.get() or None
+        if within is not None and within.finished:
+            within = None
+        if within is not None:
+            if call_type == _TOOL_CALL:
+                return None  # it is part of a request that is admitted
+            again = auth is within.by and call_type == within.guess.call_type
+            if again and not within.attempts and not within.held.settled:
+                # another callback has denied it: LiteLLM asks again, for a fallback of its model
+                self.calls.cancel(within)
+                within = None
+        _call.set(False)
+        takeover.judged.set(True)
+        found = subjects_of(auth, data)
+        id = _id_of(data)
+        if id is None:
+            id = data["litellm_call_id"] = str(uuid.uuid4())
+        guess = usage.Guess(data, call_type, usage.kind())
+        least = min((s.limits.tpm for s in found if s.limits.tpm), default=None)
+        admitted = calls.admit(found, 0 if least is None else guess.within(least))
+        if isinstance(admitted, calls.Denial):
+            return admitted
+        call = Call(str(id), Held(found, admitted), guess, auth, within)
+        self.calls.add(call)
+        _call.set(call)
+        task = asyncio.current_task()
+        if task is not None:  # for whatever ends without any of the hooks below
+            task.add_done_callback(lambda _: self._abandoned(call))
+        return None
+
+    def _abandoned(self, call: Call) -> None:
+        call.left = True
+        self._end_if_left(call)
+
+    def _end_if_left(self, call: Call) -> None:
+        """End it where no hook of the request will: its task has gone, and so have its attempts.
+        An attempt's success alone ends nothing: the request may be making others."""
+        if call.left and not call.finished and all(attempt.ended for attempt in call.attempts):
+            self._guarded("ending a request", self.calls.finish, call)
+
+    def _guarded(self, doing: str, do: Any, *args: Any) -> Any:
+        """What gives back must not fail the request that it is for."""
+        try:
+            return do(*args)
+        except Exception as error:
+            guard.failed(doing, error, "what it held may count until this worker ends")
+            return None
+
+    def _find(self, of: Mapping[str, Any]) -> Call | None:
+        """The call of a hook's data: its context's, and never any other that has the same id, which
+        the client may have chosen. A guardrail's own call has another id."""
+        id, found = _id_of(of), _call.get() or None
+        while found is not None and id is not None and found.id != str(id):
+            found = found.outer
+        return found
+
+    def _settle(self, call: Call, found: usage.Used | None) -> None:
+        if found is not None:
+            self.calls.settle(call, found.of_kind(call.guess.kind))
+
+    def _answered(self, call: Call, response: Any) -> None:
+        found = usage.used(response)
+        self._settle(call, found)
+        call.told = found is not None
+
+    async def async_post_call_success_hook(
+        self, data: dict[str, Any], user_api_key_dict: Any, response: Any
+    ) -> Any:
+        call = self._find(data)
+        if call is not None:
+            self._guarded("booking tokens", self._answered, call, response)
+            self._guarded("ending a request", self.calls.finish, call)
+        return response
+
+    async def async_post_call_streaming_iterator_hook(
+        self, user_api_key_dict: Any, response: Any, request_data: dict[str, Any]
+    ) -> AsyncIterator[Any]:
+        try:
+            async for chunk in response:
+                yield chunk
+        finally:
+            call = self._find(request_data)
+            if call is not None:
+                self._guarded("ending a stream", self.calls.finish, call)
+
+    async def async_post_call_failure_hook(
+        self,
+        request_data: dict[str, Any],
+        original_exception: Exception,
+        user_api_key_dict: Any,
+        traceback_str: str | None = None,
+    ) -> None:
+        call = self._find(request_data)
+        if call is not None:
+            self._guarded("ending a request", self.calls.fail, call)
+
+    async def async_post_call_response_headers_hook(
+        self,
+        data: dict[str, Any],
+        user_api_key_dict: Any,
+        response: Any,
+        request_headers: dict[str, str] | None = None,
+        litellm_call_info: dict[str, Any] | None = None,
+    ) -> dict[str, str] | None:
+        call = self._find(data)
+        if call is None or not call.held.subjects:
+            return None
+        found = self._guarded("telling what is left", call.held.remaining)
+        return answers.headers_of(found) if found else None
+
+    # attempts at deployments ----------------------------------------------------------------------
+
+    async def async_pre_call_check(
+        self, deployment: dict[str, Any], parent_otel_span: Any = None
+    ) -> dict[str, Any] | None:
+        return self.pre_call_check(deployment)
+
+    def pre_call_check(self, deployment: dict[str, Any]) -> dict[str, Any] | None:
+        begun: list[Attempt] = []
+        _attempt.set(begun)
+        try:
+            per_minute = attempts.keeps_per_minute(settings.current().deployment_limits)
+            found = attempts.begin(deployment, per_minute, _call.get() or None)
+        except Exception as error:
+            self._not_judged(deployment, error)
+            return deployment
+        if isinstance(found, calls.Denial):
+            model = str((deployment.get("litellm_params") or {}).get("model"))
+            raise answers.too_many_for(model, found)
+        if found is not None:
+            begun.append(found)
+        return deployment
+
+    def _not_judged(self, deployment: Mapping[str, Any], error: Exception) -> None:
+        if settings.current().fail_open:
+            guard.failed("judging an attempt", error, "it is made (fail_open)")
+            return
+        guard.failed("judging an attempt", error, "it is refused (fail_open is false)")
+        model = str((deployment.get("litellm_params") or {}).get("model"))
+        raise answers.refused(error, model) from error
+
+    def log_pre_api_call(self, model: Any, messages: Any, kwargs: dict[str, Any]) -> None:
+        begun = _attempt.get(None)
+        if begun:
+            kwargs[_ATTEMPT] = begun.pop()
+
+    # what became of them --------------------------------------------------------------------------
+
+    def _logged(self, kwargs: Mapping[str, Any], response: Any, success: bool) -> None:
+        call, attempt = self._find(kwargs), kwargs.get(_ATTEMPT)
+        if attempt is None:
+            deployment, begun = _deployment_of(kwargs), _attempt.get(None)
+            if begun and begun[0].deployment == deployment:
+                attempt = begun[0]
+            elif call is not None:
+                attempt = call.attempt_at(deployment)
+        if call is None and attempt is None:
+            return
+        # the answer itself says what of it was cached, LiteLLM's payload does not
+        found = usage.used(response) or usage.used(kwargs.get("standard_logging_object"))
+        # a picture has used none, say: LiteLLM counts none either
+        unknown = None if success and not _has_ended(response) else 0
+        if attempt is not None:
+            kind = usage.kind() if call is None else call.guess.kind
+            attempt.end(unknown if found is None else found.of_kind(kind))
+        if call is None:
+            return
+        if not call.told:  # else this may be one of several answers
+            self._settle(call, found)
+            if success and not call.held.settled and unknown is not None:
+                call.held.settle(unknown)
+        self._end_if_left(call)
+
+    async def async_log_success_event(
+        self, kwargs: dict[str, Any], response_obj: Any, start_time: Any, end_time: Any
+    ) -> None:
+        self._guarded("ending an attempt", self._logged, kwargs, response_obj, True)
+
+    async def async_log_failure_event(
+        self, kwargs: dict[str, Any], response_obj: Any, start_time: Any, end_time: Any
+    ) -> None:
+        self._guarded("ending an attempt", self._logged, kwargs, response_obj, False)
+
+    def log_success_event(
+        self, kwargs: dict[str, Any], response_obj: Any, start_time: Any, end_time: Any
+    ) -> None:
+        self._guarded("ending an attempt", self._logged, kwargs, response_obj, True)
+
+    def log_failure_event(
+        self, kwargs: dict[str, Any], response_obj: Any, start_time: Any, end_time: Any
+    ) -> None:
+        self._guarded("ending an attempt", self._logged, kwargs, response_obj, False)
+
+
+limiter = SharedLimiter()

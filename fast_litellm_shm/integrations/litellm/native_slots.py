@@ -1,0 +1,144 @@
+"""The requests in flight of LiteLLM's own limiter, in the segment.
+
+LiteLLM names each request's slot by an id, and gives it back by that id, in the worker that took
+it. A slot is a permit of that worker's process: a worker that dies gives its slots back at once.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fast_litellm_shm.quota import Admission, Quota
+from fast_litellm_shm.segment import Segment
+
+MOST = 100_000  # a larger limit is this one
+_COUNTED = 1000  # a limit whose slots are counted to be shown: 50 us on the event loop
+_REMEMBERED = 100_000  # scopes whose limits are kept in mind
+
+
+class Refused(NamedTuple):
+    """which: of the scopes had no slot left. in_flight: how many it has in use."""
+
+    which: int
+    in_flight: int
+
+
+class Slots:
+    """All slots of one segment, as this process takes and gives them.
+
+    Permits of one limit have a limiter of their own, so a limit that changes gets another one.
+    Those in flight under a scope's earlier limits count too, in every worker that has seen them.
+    """
+
+    def __init__(self, segment: Segment) -> None:
+        self._segment = segment
+        self._quotas: dict[int, Quota] = {}
+        self._held: dict[str, tuple[float, dict[str, Admission]]] = {}  # by id, oldest first
+        self._limits: dict[str, tuple[int, ...]] = {}  # of a scope: the present one, earlier ones
+        self._own: Counter[str] = Counter()  # slots of a scope that this process holds
+
+    def _quota(self, limit: int) -> Quota:
+        found = self._quotas.get(limit)
+        if found is None:
+            name = f"litellm parallel {limit}"
+            found = self._quotas[limit] = Quota(
+                max_parallel=limit, name=name, segment=self._segment, on_full="raise", _here=True
+            )
+        return found
+
+    def acquire(
+        self, gauges: Sequence[tuple[str, int]], slot_id: str, ttl: float
+    ) -> list[int] | Refused:
+        """Take one slot of every (scope, limit), or none. How many each has in use then.
+
+        A slot that this process has held for ``ttl`` seconds was forgotten: it is given back.
+        """
+        self._expire(ttl)
+        taken: dict[str, Admission] = {}
+        counts = []
+        held = self._held.get(slot_id, (0.0, {}))[1]
+        try:
+            for index, (scope, limit) in enumerate(gauges):
+                if scope not in held:
+                    in_use = self._take(scope, limit, taken)
+                    if in_use is not None:
+                        self._release(taken)
+                        return Refused(index, in_use)
+                counts.append(self.count(scope))
+        except BaseException:
+            self._release(taken)
+            raise
+        self._held[slot_id] = (time.monotonic(), {**held, **taken})
+        return counts
+
+    def _take(self, scope: str, limit: int, taken: dict[str, Admission]) -> int | None:
+        """Into ``taken``; or how many are in use, where there is none."""
+        if limit < 1:
+            return self.count(scope)
+        limit = min(limit, MOST)
+        earlier = self._earlier(scope, limit)
+        admission = self._quota(limit).admit(scope)
+        if not admission:
+            return admission.in_flight + earlier
+        # Ours is taken before the others are counted: of all who do so the last one sees them all.
+        if earlier and (others := self._exact(scope) - 1) >= limit:
+            admission.release()
+            return others
+        taken[scope] = admission
+        self._own[scope] += 1
+        return None
+
+    def _earlier(self, scope: str, limit: int) -> int:
+        """How many are in flight under earlier limits of the scope; remembers the present one."""
+        known = self._limits.get(scope, ())
+        if known[:1] == (limit,) and len(known) == 1:
+            return 0
+        counts = {old: self._quota(old).in_flight(scope) for old in known if old != limit}
+        self._limits[scope] = (limit, *(old for old, count in counts.items() if count))
+        if len(self._limits) > _REMEMBERED:
+            del self._limits[next(iter(self._limits))]
+        return sum(counts.values())
+
+    def release(self, scopes: Sequence[str], slot_id: str) -> None:
+        """Give the slots of that id back, once. One that this process does not hold: nothing."""
+        held = self._held.get(slot_id)
+        if held is None:
+            return
+        self._release({scope: held[1].pop(scope) for scope in scopes if scope in held[1]})
+        if not held[1]:
+            del self._held[slot_id]
+
+    def count(self, scope: str) -> int:
+        """How many of the scope are in flight, to be shown, by the limits that this process knows
+        it by: one that has taken none yet says 0. With a limit above 1,000: how many of them are
+        this process's own. Admission does not go by this number."""
+        if max(self._limits.get(scope, (0,))) > _COUNTED:
+            return self._own[scope]
+        return self._exact(scope)
+
+    def _exact(self, scope: str) -> int:
+        return sum(self._quota(limit).in_flight(scope) for limit in self._limits.get(scope, ()))
+
+    def __del__(self) -> None:
+        """Nobody can give them back any more."""
+        self._expire(-math.inf)
+
+    def _expire(self, ttl: float) -> None:
+        oldest = time.monotonic() - ttl
+        while self._held:
+            slot_id, (taken_at, held) = next(iter(self._held.items()))
+            if taken_at > oldest:
+                return
+            del self._held[slot_id]
+            self._release(held)
+
+    def _release(self, admissions: dict[str, Admission]) -> None:
+        for scope, admission in admissions.items():
+            admission.release()
+            self._own[scope] -= 1
+            if self._own[scope] <= 0:
+                del self._own[scope]

@@ -1,0 +1,107 @@
+"""Metrics for ``prometheus_client``: one scrape of any worker shows the sums of all workers.
+
+    from fast_litellm_shm.integrations import prometheus
+    prometheus.register()
+
+and ``/metrics`` has them, however the application serves it. PROMETHEUS_MULTIPROC_DIR is not needed
+for them: the numbers are read from the segment at each scrape. Scrape one worker, whichever answers
+(or ``max by`` over several): each tells all of it. docs/metrics.md has the list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+try:
+    from prometheus_client.core import (
+        CounterMetricFamily,
+        GaugeMetricFamily,
+        HistogramMetricFamily,
+        Metric,
+    )
+    from prometheus_client.registry import REGISTRY, Collector, CollectorRegistry
+except ImportError as error:
+    raise ImportError(
+        "fast_litellm_shm.integrations.prometheus needs prometheus_client: "
+        'pip install "fast-litellm-shm[prometheus]"'
+    ) from error
+
+from fast_litellm_shm.exposition import BOUNDS
+from fast_litellm_shm.metric_families import Family, Histogram, Row, collected
+from fast_litellm_shm.metric_source import Sources
+from fast_litellm_shm.segment import Segment
+
+
+class FastShmCollector(Collector):
+    """The numbers of one segment, or of several, at each scrape.
+
+    segment: a Segment, a name, several of either, or None for the default segment. It need not
+    exist yet: ``fast_shm_up`` is 0 until it does. A segment that was removed and made anew is
+    followed. registry: where it registers itself, or None: nowhere yet.
+
+    keys: 0 .. 1000, so many of the busiest keys get series of their own, named by key. Every key
+    that ever was among them is a series that Prometheus keeps, and a scrape then takes the
+    interpreter's lock for longer: docs/metrics.md. deployments: names of deployments by name of
+    their router, to be shown in place of hashes.
+
+    A scrape never raises. Raises ValueError or TypeError for bad arguments.
+    """
+
+    def __init__(
+        self,
+        segment: Segment | str | Iterable[Segment | str] | None = None,
+        registry: CollectorRegistry | None = None,
+        *,
+        keys: int = 0,
+        deployments: Mapping[str, Iterable[str]] | None = None,
+    ) -> None:
+        self._sources = Sources(segment, keys=keys, deployments=deployments)
+        if registry is not None:
+            registry.register(self)
+
+    @property
+    def segments(self) -> tuple[str, ...]:
+        """The names of the segments that it reads."""
+        return self._sources.names
+
+    def describe(self) -> Iterator[Metric]:
+        """The names alone, so that registering reads nothing."""
+        for family, _ in collected(()):
+            yield _metric(family, [])
+
+    def collect(self) -> Iterator[Metric]:
+        """Called by the registry at each scrape."""
+        for family, rows in collected(self._sources.read()):
+            yield _metric(family, rows)
+
+
+def register(
+    segment: Segment | str | Iterable[Segment | str] | None = None,
+    registry: CollectorRegistry = REGISTRY,
+    *,
+    keys: int = 0,
+    deployments: Mapping[str, Iterable[str]] | None = None,
+) -> FastShmCollector:
+    """A :class:`FastShmCollector` in prometheus_client's default registry, or another. Once for
+    each registry: to read several segments, name them all. Raises ValueError where the registry has
+    one already."""
+    return FastShmCollector(segment, registry, keys=keys, deployments=deployments)
+
+
+def _metric(family: Family, rows: list[Row]) -> Metric:
+    labels = ("segment", *family.labels)
+    name = family.prometheus
+    if family.kind == "histogram":
+        histogram = HistogramMetricFamily(name, family.help, labels=labels)
+        for values, value in rows:
+            if isinstance(value, Histogram):
+                buckets = list(zip(BOUNDS, map(float, value.counts), strict=True))
+                histogram.add_metric(values, buckets, value.total)
+        return histogram
+    made = (CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily)(
+        name, family.help, labels=labels
+    )
+    for values, value in rows:
+        if not isinstance(value, Histogram):
+            made.add_metric(values, value)
+    return made

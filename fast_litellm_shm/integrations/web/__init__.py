@@ -1,0 +1,11 @@
+"""What all web integrations have in common: rules, keys and answers.
+
+Knows no framework and needs no extra: ``integrations.asgi``, ``.wsgi`` and ``.fastapi`` use it.
+"""
+
+from fast_litellm_shm.integrations.web.gate import Outcome
+from fast_litellm_shm.integrations.web.keys import client_address, forwarded_for, header
+from fast_litellm_shm.integrations.web.request import Request
+from fast_litellm_shm.integrations.web.rules import Rule
+
+__all__ = ["Outcome", "Request", "Rule", "client_address", "forwarded_for", "header"]

@@ -1,0 +1,106 @@
+"""What a client is told: header fields and the body of a refusal.
+
+- ``RateLimit-Policy`` and ``RateLimit``: draft-ietf-httpapi-ratelimit-headers-11, which writes them
+  as lists of structured fields (RFC 9651).
+- ``X-RateLimit-Limit``, ``-Remaining``, ``-Reset`` (Unix time): what most clients know today.
+- ``Retry-After``: whole seconds, rounded up (RFC 9110).
+- The body: a problem, RFC 9457, of the type that the draft registers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable
+
+from fast_litellm_shm import limits
+from fast_litellm_shm.limits import AnyLimit, InFlight
+from fast_litellm_shm.native import Decision
+
+PROBLEM_TYPE = "application/problem+json"
+_REGISTRY = "https://iana.org/assignments/http-problem-types#"
+_LARGEST = 999_999_999_999_999  # of an Integer in a structured field
+#: Fields that are lists: they may come twice, from a limit further in.
+LISTS = frozenset({"ratelimit", "ratelimit-policy"})
+BUSY_RETRY = 1  # s: nobody knows when a request in flight ends
+
+Headers = list[tuple[str, str]]
+
+
+def policy_names(rule: str, found: Iterable[AnyLimit | InFlight]) -> tuple[str, ...]:
+    """A name for each limit of a rule; what the draft's two fields know it by."""
+    chosen = tuple(found)
+    if len(chosen) == 1:
+        return (rule,)
+    return tuple(f"{rule} {limits.describe(limit)}" for limit in chosen)
+
+
+def _string(text: str) -> str:
+    """A String of structured fields; the text is printable ASCII."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def policy(names: Iterable[str], found: Iterable[AnyLimit | InFlight]) -> str:
+    """The value of RateLimit-Policy."""
+    items = []
+    for name, limit in zip(names, found, strict=True):
+        item = f"{_string(name)};q={min(limit.n, _LARGEST)}"
+        if isinstance(limit, InFlight):
+            item += ';qu="concurrent-requests"'
+        else:
+            item += f";w={seconds(limit.per)}"
+        items.append(item)
+    return ", ".join(items)
+
+
+def seconds(value: float) -> int:
+    """In whole seconds, rounded up, at least 1: so that nobody comes too early."""
+    return max(math.ceil(value), 1)
+
+
+def rate_limit(name: str, decision: Decision) -> Headers:
+    """RateLimit and X-RateLimit-*, of the limit that denied or that has least left."""
+    limit: AnyLimit | InFlight = decision.limit
+    left = min(decision.remaining, _LARGEST)
+    if isinstance(limit, InFlight):
+        return [("RateLimit", f"{_string(name)};r={left}")]
+    if decision.allowed:  # reset_after is that of the limit that takes longest
+        until = seconds(min(decision.reset_after, limit.per))
+    else:
+        retry = decision.retry_after
+        until = seconds(limit.per if retry is None else retry)
+    return [
+        ("RateLimit", f"{_string(name)};r={left};t={until}"),
+        ("X-RateLimit-Limit", str(limit.n)),
+        ("X-RateLimit-Remaining", str(left)),
+        ("X-RateLimit-Reset", str(math.ceil(time.time()) + until)),
+    ]
+
+
+def retry_after(decision: Decision) -> int | None:
+    """Whole seconds; None: coming back does not help."""
+    if isinstance(decision.limit, InFlight):
+        return BUSY_RETRY
+    retry = decision.retry_after
+    return None if retry is None else seconds(retry)
+
+
+def problem(status: int, violated: str | None, detail: str, retry: int | None) -> bytes:
+    """A problem as JSON. violated: the name of the policy that denied; None: it was none."""
+    kind = "about:blank"
+    title = "Too Many Requests" if status == 429 else "Service Unavailable"
+    if violated is not None:
+        kind = _REGISTRY + ("quota-exceeded" if status == 429 else "temporary-reduced-capacity")
+        title = (
+            "Request cannot be satisfied as assigned quota has been exceeded"
+            if status == 429
+            else "Request cannot be satisfied due to temporary server capacity constraints"
+        )
+    found: dict[str, object] = {"type": kind, "title": title, "status": status, "detail": detail}
+    if violated is not None:
+        found["violated-policies"] = [violated]
+    if retry is not None:
+        found["retry-after"] = retry
+    return json.dumps(found).encode()
