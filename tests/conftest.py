@@ -9,17 +9,24 @@ from collections.abc import Iterator
 import pytest
 from support.names import left_over, remove, unique_name
 
-from fast_litellm_shm import Segment, pool, segment, simple
+from fast_litellm_shm import Segment, features, monitoring, pool, routing, segment, settings, simple
 
 SETTINGS = (
     "FAST_LITELLM_SHM_NAME",
     "FAST_LITELLM_SHM_CAPACITY",
     "FAST_LITELLM_SHM_MODE",
     "FAST_LITELLM_SHM_NAMES",
+    "FAST_LITELLM_SHM_CLUSTER",
+    "FAST_LITELLM_SHM_CLUSTER_OUTAGE",
+    "FAST_LITELLM_SHM_CLUSTER_TIMEOUT",
     "FAST_LITELLM_POOL_MAX_PER_ENDPOINT",
     "FAST_LITELLM_POOL_MAX_TOTAL",
     "FAST_LITELLM_POOL_IDLE_TIMEOUT",
     "FAST_LITELLM_FEATURE_CONFIG",
+    "FAST_LITELLM_ENABLED",
+    "FAST_LITELLM_PRICES",
+    "FAST_LITELLM_TOKENIZER_DOWNLOAD",
+    *(f"FAST_LITELLM_{name.upper()}" for name in features.FEATURES),
 )
 
 
@@ -39,17 +46,27 @@ def _nothing_left() -> Iterator[None]:
     assert not left, f"left behind by some test: {left}"
 
 
+def _forget() -> None:
+    """What the package keeps of the default segment and the environment."""
+    segment._default.clear()
+    simple._default_limiter = pool._default = None
+    monitoring._recorder.bind(None)
+    routing._routers.clear()
+    features.reload()
+    for messages in features._messages.values():
+        messages.clear()
+    settings._warned.clear()
+
+
 @pytest.fixture(autouse=True)
 def _own_default_segment() -> Iterator[None]:
     """``Segment.default()`` and everything that uses it: never the user's. Not monkeypatch, which
     Hypothesis would take for a fixture that its examples share."""
     before = {name: os.environ.pop(name, None) for name in SETTINGS}
     name = os.environ["FAST_LITELLM_SHM_NAME"] = unique_name("default")
-    segment._default.clear()
-    simple._default_limiter = pool._default = None
+    _forget()
     yield
-    segment._default.clear()
-    simple._default_limiter = pool._default = None
+    _forget()
     for setting, value in before.items():
         os.environ.pop(setting, None)
         if value is not None:

@@ -46,7 +46,13 @@ def test_an_expired_key_is_as_never_seen(segment: Segment) -> None:
 @pytest.mark.parametrize("processes", [2, 4])
 def test_the_same_new_keys_at_the_same_instant(segment_name: str, processes: int) -> None:
     Segment(segment_name, capacity=race.CAPACITY)
-    given = [(segment_name, now(), 4.0, processes)] * processes
-    raced, doubled = race.judge([turn for turns in run(race.race, given, "fork") for turn in turns])
-    assert doubled == 0
+    raced = 0
+    for _ in range(10):  # again where a busy machine lets one run after the other
+        given = [(segment_name, now(), 4.0, processes)] * processes
+        turns = [turn for turns in run(race.race, given, "fork") for turn in turns]
+        more, doubled = race.judge(turns)
+        assert doubled == 0
+        raced += more
+        if raced > 100:
+            break
     assert raced > 100

@@ -22,7 +22,7 @@ ROOT = os.geteuid() == 0
 NOBODY = 65534
 # Offsets in the header, csrc/layout.h.
 MAGIC, VERSION, BYTE_ORDER, SIZE, CAPACITY = 0, 8, 12, 16, 24
-BOOT, TIME_NAMESPACE, EPOCH = 112, 128, 136
+BOOT, TIME_NAMESPACE, EPOCH = 168, 184, 192
 
 
 def scribble(path: str, at: int, form: str, value: int) -> None:
@@ -273,7 +273,9 @@ def test_limits_that_were_written_over(segment: Segment) -> None:
     geometry = segment.geometry()
     address = int(fls.native.ffi.cast("uintptr_t", geometry.base)) + geometry.limiters_offset
     ctypes.memset(address + 128, 0xFF, 1664)  # all its sets of limits
-    with pytest.raises(fls.SegmentDamagedError, match="its limits do not add up.*fast-shm rm"):
+    with pytest.raises(
+        fls.SegmentDamagedError, match="limiter number 0 do not add up.*fast-shm rm"
+    ):
         limiter.acquire("k")
     assert RateLimiter(Limit(5), name="u", segment=segment).acquire("k")
 

@@ -24,9 +24,14 @@ def filled(segment: Segment) -> Segment:
     return segment
 
 
+def _known(left: int | None) -> int:
+    assert left is not None
+    return left
+
+
 def rows(segment: Segment, **how: Any) -> list[tuple[str, str, int, int, int]]:
     return [
-        (row.key, row.limiter, row.admitted, row.denied, row.remaining)
+        (row.key, row.limiter, row.admitted, row.denied, _known(row.remaining))
         for row in Inspection(segment).keys(**how)
     ]
 
@@ -40,6 +45,8 @@ def test_keys(filled: Segment) -> None:
     ]
     by_key = {row.key: row for row in Inspection(filled).keys(limiter="chat")}
     assert by_key["a"].retry_after == 0.0
+    assert [by_key[key].limit for key in "abc"] == [3, 3, 3]
+    assert all(0 < (row.reset_after or 0) <= 3601 for row in by_key.values())
     retry = by_key["b"].retry_after
     assert retry is not None
     assert 0 < retry <= 3601
@@ -49,7 +56,9 @@ def test_keys(filled: Segment) -> None:
         "admitted",
         "denied",
         "remaining",
+        "limit",
         "retry_after",
+        "reset_after",
     }
 
 

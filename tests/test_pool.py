@@ -55,6 +55,18 @@ def test_module_functions_and_their_dicts() -> None:
     assert fast_litellm.get_connection_pool_stats()["total_connections"] == 0
 
 
+def test_arguments_by_name(segment: Segment) -> None:
+    of = make(segment)
+    found = of.get_connection(endpoint=A)
+    assert found is not None
+    of.return_connection(connection_id=found)
+    assert counts(of) == (0, 1)
+    with pytest.raises(TypeError, match="missing the argument 'endpoint'"):
+        of.get_connection()  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="takes at most 1 arguments"):
+        of.return_connection(found, found)  # type: ignore[call-arg]
+
+
 def test_ten_to_an_endpoint_active_ones_counted(segment: Segment) -> None:
     of = make(segment)
     ids = [take(of) for _ in range(10)]

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 from support.children import run, run_one
+from support.locks import is_free_in_a_fork
 from support.pooled import CountingServer, ask
 from support.workers import meet
 
 from fast_litellm_shm import Segment, SimpleConnectionPool
+from fast_litellm_shm import pool as module
 
 A = "https://a.example"
 WORKERS = 4
@@ -250,3 +252,7 @@ def test_threads_share_a_pool(segment: Segment) -> None:
     assert wrong == []
     of.close()
     assert counts(of) == (0, 0)
+
+
+def test_fork_while_another_thread_makes_the_default_pool() -> None:
+    assert is_free_in_a_fork(module, "_making")

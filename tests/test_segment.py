@@ -39,6 +39,8 @@ def test_stats_of_a_new_one(segment: Segment) -> None:
         "layout_version": 1,
         "names": "plain",
         "unlinked": False,
+        "liveness_unknown": None,
+        "damaged": None,
     }
 
 

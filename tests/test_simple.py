@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
 from typing import Any
 
 import pytest
@@ -141,6 +143,39 @@ def test_check_rate_limit() -> None:
     answers = [fast_litellm.check_rate_limit("k") for _ in range(21)]
     assert answers[0] == {"allowed": True, "reason": "Request allowed", "remaining_requests": 19}
     assert all(answer["allowed"] for answer in answers[:20])
+
+
+def _configure(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, config: object) -> None:
+    found = {"features": {"rust_rate_limiting": {"enabled": True, "config": config}}}
+    (tmp_path / "c.json").write_text(json.dumps(found))
+    monkeypatch.setenv("FAST_LITELLM_FEATURE_CONFIG", str(tmp_path / "c.json"))
+
+
+def test_check_rate_limit_by_the_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    _configure(monkeypatch, tmp_path, {"requests_per_minute": 5, "burst_size": 30})
+    answers = [fast_litellm.check_rate_limit("k") for _ in range(6)]
+    assert [answer["allowed"] for answer in answers] == [True] * 5 + [False]
+    assert answers[-1]["reason"] == "Rate limit exceeded (requests per minute)"
+    assert fast_litellm.get_rate_limit_stats()["k"]["config"] == {
+        "requests_per_second": 10,
+        "requests_per_minute": 5,
+        "requests_per_hour": 10_000,
+        "burst_size": 30,
+    }
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.5, "5", True, None, 10**30])
+def test_check_rate_limit_by_a_bad_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, bad: object
+) -> None:
+    _configure(monkeypatch, tmp_path, {"requests_per_minute": bad, "burst_size": 3})
+    with pytest.warns(RuntimeWarning, match="requests_per_minute must be a whole number") as caught:
+        assert fast_litellm.check_rate_limit("k")["allowed"]
+    assert repr(bad) in str(caught[0].message)
+    config = fast_litellm.get_rate_limit_stats()["k"]["config"]
+    assert (config["requests_per_minute"], config["burst_size"]) == (600, 3)
 
 
 def test_check_rate_limit_names_its_periods() -> None:

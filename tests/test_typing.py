@@ -34,6 +34,7 @@ def use(segment: Segment) -> None:
     limiter.charge("k", 5)
     limiter.refund("k", [1, 1, 1, 1])
     limiter.reset()
+    limiter.block("k", 1.5)
     waited: Decision = limiter.wait("k", timeout=1.5)
     batch: Batch = limiter.acquire_many(["a", b"b"], cost=[1, 2])
     total: int = int(batch.allowed.sum())
@@ -42,6 +43,12 @@ def use(segment: Segment) -> None:
     stats: dict[str, Any] = fls.get_rate_limit_stats()
     size: dict[str, Any] = Segment.default().stats()
     print(allowed, retry, left, reset, limit, waited, total, answer, also, stats, size)
+
+@fls.limited(RateLimiter(Limit(5)), key=lambda n: str(n), cost=2, wait=1.5)
+def doubled(n: int) -> int:
+    return 2 * n
+
+four: int = doubled(2)
 
 async def later(limiter: RateLimiter) -> bool:
     try:
@@ -56,6 +63,8 @@ BAD = {
     "RateLimiter(5)": "arg-type",
     'RateLimiter(Limit(5)).acquire("k").allowed()': "operator",
     'RateLimiter(Limit(5)).acquire("k").retry_after + 1': "operator",
+    "limited(Limit(5))": "arg-type",
+    'limited(RateLimiter(Limit(5)))(len)("a", "b")': "call-arg",
     "Limit(5, 60, 10)": "call-arg",
     'RateLimiter(Limit(5)).acquire_many("k", cost="1")': "arg-type",
 }
@@ -94,7 +103,7 @@ def test_uses_of_the_public_api(tmp_path: Path) -> None:
 
 
 def test_misuses_are_found(tmp_path: Path) -> None:
-    lines = ["from fast_litellm_shm import Limit, RateLimiter", *BAD]
+    lines = ["from fast_litellm_shm import Limit, RateLimiter, limited", *BAD]
     said = check(tmp_path, "\n".join(lines) + "\n").splitlines()
     for number, (line, code) in enumerate(BAD.items(), start=2):
         found = [s for s in said if f"use.py:{number}: error" in s]

@@ -10,7 +10,7 @@
 #include <signal.h>
 #include <sys/wait.h>
 
-static uint64_t passed, failed;
+static _Atomic uint64_t passed, failed; /* test_threads.c checks in many threads */
 
 #define CHECK(condition)                                                      \
   do {                                                                        \
@@ -35,8 +35,12 @@ static uint64_t passed, failed;
   } while (0)
 #define CHECK_EQ(a, b) CHECK_OP(a, ==, b)
 
+/* How often to try something at random: n times, a tenth of that under a tool that makes each of them tens of
+ * times slower and finds what it looks for in the first ones (make memcheck). */
+static inline int fewer(int n) { return getenv("CHECK_FEWER") ? (n + 9) / 10 : n; }
+
 /* Numbers that are the same in every run, so that a failure comes again (splitmix64). */
-static uint64_t random_state = 20240229;
+static _Thread_local uint64_t random_state = 20240229;
 static inline uint64_t random_u64(void) {
   uint64_t x = random_state += UINT64_C(0x9e3779b97f4a7c15);
   x = (x ^ x >> 30) * UINT64_C(0xbf58476d1ce4e5b9);

@@ -47,6 +47,49 @@ static void test_reference(void) {
   CHECK(reference(2, 4, k0, k1, in, 15) == UINT64_C(0xa129ca6149be45e5));
 }
 
+/* The variant of 128 bits, with one round and three: as the authors' reference does it. */
+static void reference128(int c, int d, uint64_t k0, uint64_t k1, const unsigned char *p,
+                         uint64_t length, uint64_t out[2]) {
+  uint64_t v[4] = {k0 ^ UINT64_C(0x736f6d6570736575), k1 ^ UINT64_C(0x646f72616e646f6d) ^ 0xee,
+                   k0 ^ UINT64_C(0x6c7967656e657261), k1 ^ UINT64_C(0x7465646279746573)};
+  uint64_t word = 0;
+  for (uint64_t i = 0; i <= length; i++) {
+    bool last = i == length;
+    if (!last) word |= (uint64_t)p[i] << (i % 8 * 8);
+    if (last) word |= (length & 255) << 56;
+    if (!last && i % 8 != 7) continue;
+    v[3] ^= word;
+    sip_rounds(v, c);
+    v[0] ^= word;
+    word = 0;
+  }
+  v[2] ^= 0xee;
+  sip_rounds(v, d);
+  out[0] = v[0] ^ v[1] ^ v[2] ^ v[3];
+  v[1] ^= 0xdd;
+  sip_rounds(v, d);
+  out[1] = v[0] ^ v[1] ^ v[2] ^ v[3];
+}
+
+static void test_128_bits(void) {
+  unsigned char bytes[128];
+  uint64_t out[2], should[2];
+  for (unsigned i = 0; i < sizeof bytes; i++) bytes[i] = (unsigned char)i;
+  uint64_t k0 = UINT64_C(0x0706050403020100), k1 = UINT64_C(0x0f0e0d0c0b0a0908);
+  /* The reference is right: the authors' first vector of SipHash-2-4-128. */
+  reference128(2, 4, k0, k1, bytes, 0, should);
+  CHECK(should[0] == UINT64_C(0xe6a825ba047f81a3) && should[1] == UINT64_C(0x930255c71472f66d));
+  for (int round = 0; round < 50; round++) {
+    for (unsigned i = 0; i < sizeof bytes; i++) bytes[i] = (unsigned char)random_u64();
+    k0 = random_u64(), k1 = random_u64();
+    for (uint64_t length = 0; length <= 100; length++) {
+      fshm_siphash128(k0, k1, bytes + round % 8, length, out);
+      reference128(1, 3, k0, k1, bytes + round % 8, length, should);
+      CHECK(out[0] == should[0] && out[1] == should[1]);
+    }
+  }
+}
+
 static void test_lengths_and_alignments(void) {
   unsigned char bytes[128];
   for (int round = 0; round < 200; round++) {
@@ -102,6 +145,7 @@ static void test_every_bit_counts(void) {
 
 int main(void) {
   test_reference();
+  test_128_bits();
   test_lengths_and_alignments();
   test_long();
   test_reads_only_its_input();

@@ -317,6 +317,24 @@ static void test_table_full(void) {
   fshm_close(s);
 }
 
+/* Whoever finds the table full of dead permits, and is overtaken by one who frees them, must look again. */
+static void test_freed_meanwhile(void) {
+  fshm_segment *s = fresh_segment(1);
+  fshm_limiter *l = permit_limiter(s, "a", 10);
+  fshm_permit p[4];
+  const uint64_t who = 12345, hash = 1;
+  for (int i = 0; i < 4; i++) CHECK_EQ(admit(l, "k", &p[i]), FSHM_ALLOWED);
+  CHECK_EQ(lease_free_dead(s, hash, who, NOW), false); /* all alive: full */
+  CHECK_EQ(fshm_permit_release(l, &p[2]), 1);
+  CHECK_EQ(lease_free_dead(s, hash, who, NOW), true); /* nothing dead, but a free cell */
+  pair_t idle = {p[2].who, 0}, own = {who, NOW + SECOND};
+  CHECK_EQ(pair_cas(&s->cells[p[2].cell], &idle, own), true);
+  CHECK_EQ(lease_free_dead(s, hash, who, NOW), true); /* the key's own, made by the other */
+  CHECK_EQ(lease_free_dead(s, hash, who + 1, NOW), false);
+  fshm_limiter_close(l);
+  fshm_close(s);
+}
+
 /* A process that joins after the segment was removed can own nothing, and is told so. */
 static void test_removed(void) {
   fshm_segment *s = fresh_segment(100);
@@ -324,7 +342,7 @@ static void test_removed(void) {
   fshm_permit p;
   CHECK_EQ(fshm_remove(segment_names[segments_made - 1], &e), FSHM_OK);
   fshm_limiter *l = permit_limiter(s, "a", 2);
-  CHECK_EQ(admit(l, "k", &p), FSHM_E_PROCESSES);
+  CHECK_EQ(admit(l, "k", &p), FSHM_E_LOCK_FILE);
   CHECK_EQ(s->lock_fd, -1);
   fshm_limiter_close(l);
   fshm_close(s);
@@ -342,6 +360,7 @@ int main(void) {
   test_crowd(5, 2);
   test_crowd_with_a_meter();
   test_table_full();
+  test_freed_meanwhile();
   test_removed();
   return done();
 }

@@ -70,7 +70,7 @@ static void test_undo(void) {
   for (int other = 0; other < 2; other++) {
     for (uint32_t i = 0; i < 3; i++) {
       look_t looked;
-      uint64_t before;
+      uint64_t before = 0;
       fshm_decision d;
       CHECK_EQ(fshm_reset_key(l, "k", 1), FSHM_OK);
       CHECK_EQ(apply_costs(l, FSHM_ACQUIRE, NULL, 0, NOW, &d), FSHM_ALLOWED);
@@ -123,6 +123,42 @@ static void test_costs(void) {
     CHECK_EQ(apply_at(l, FSHM_ACQUIRE, "k", 1, NOW).status, FSHM_DENIED);
     fshm_limiter_close(l);
   }
+  fshm_close(s);
+}
+
+/* Blocked until the latest of the instants that were asked for, in whatever order; then one token fits. */
+static void test_block(void) {
+  fshm_segment *s = fresh_segment(100);
+  const fshm_limit wide = {10, 60000 * MS, 0, FSHM_WINDOW, 0};
+  const fshm_limit both[2] = {wide, bucket};
+  fshm_limiter *l = fresh_limiter(s, "a", &bucket, 1), *two = fresh_limiter(s, "b", both, 2);
+  fshm_limiter *none = fresh_limiter(s, "c", &wide, 1);
+  const uint64_t orders[][3] = {{3, 5, 5}, {5, 3, 5}, {5, 5, 3}, {0, 5, 0}};
+  for (unsigned i = 0; i < 4; i++) {
+    CHECK_EQ(fshm_reset_key(l, "k", 1), FSHM_OK);
+    if (i % 2) CHECK_EQ(apply_at(l, FSHM_ACQUIRE, "k", 4, NOW).status, FSHM_ALLOWED);
+    for (unsigned k = 0; k < 3; k++)
+      CHECK_EQ(apply_at(l, FSHM_BLOCK, "k", orders[i][k] * 1000 * MS, NOW).status, FSHM_ALLOWED);
+    CHECK_EQ(apply_at(l, FSHM_ACQUIRE, "k", 1, NOW).retry_after_ns, 5000 * MS);
+    CHECK_EQ(apply_at(l, FSHM_ACQUIRE, "k", 1, NOW + 5000 * MS - 1).status, FSHM_DENIED);
+    CHECK_EQ(apply_at(l, FSHM_ACQUIRE, "k", 1, NOW + 5000 * MS).status, FSHM_ALLOWED);
+    CHECK_EQ(apply_at(l, FSHM_ACQUIRE, "k", 1, NOW + 5000 * MS).status, FSHM_DENIED);
+  }
+  /* with a window beside it, which stays as it is; and with windows alone, where nothing can be done */
+  CHECK_EQ(apply_at(two, FSHM_BLOCK, "k", 5000 * MS, NOW).status, FSHM_ALLOWED);
+  CHECK_EQ(apply_at(two, FSHM_PEEK, "k", 1, NOW).retry_after_ns, 5000 * MS);
+  CHECK_EQ(apply_at(two, FSHM_ACQUIRE, "k", 1, NOW + 5000 * MS).remaining, 0);
+  CHECK_EQ(apply_at(two, FSHM_ACQUIRE, "k", 1, NOW + 66000 * MS).remaining, 9);
+  CHECK_EQ(apply_at(none, FSHM_BLOCK, "k", 5000 * MS, NOW).status, FSHM_E_ARGUMENT);
+  CHECK_EQ(apply_at(none, FSHM_PEEK, "k", 1, NOW).remaining, 10);
+  /* for ever */
+  CHECK_EQ(apply_at(l, FSHM_BLOCK, "k", UINT64_MAX, NOW).status, FSHM_ALLOWED);
+  CHECK_EQ(apply_at(l, FSHM_PEEK, "k", 1, NOW).retry_after_ns, FSHM_NEVER);
+  CHECK_EQ(fshm_reset_key(l, "k", 1), FSHM_OK);
+  CHECK_EQ(apply_at(l, FSHM_PEEK, "k", 1, NOW).status, FSHM_ALLOWED);
+  fshm_limiter_close(none);
+  fshm_limiter_close(two);
+  fshm_limiter_close(l);
   fshm_close(s);
 }
 
@@ -180,7 +216,7 @@ static void test_cancel(void) {
   CHECK_EQ(apply_at(l, FSHM_ACQUIRE, "k", 10, NOW).status, FSHM_ALLOWED);
   for (int i = 0; i < 3; i++) {
     fshm_reserve(l, "k", 1, NULL, 60000 * MS, NOW, &d, tokens[i]);
-    CHECK_EQ(d.retry_after_ns, (i + 1) * 1000 * MS);
+    CHECK_EQ(d.retry_after_ns, (uint64_t)(i + 1) * 1000 * MS);
   }
   pair_t *before = all_cells(s);
   CHECK_EQ(fshm_cancel(l, "k", 1, NULL, tokens[0], NOW), 0);
@@ -207,8 +243,9 @@ static void test_first_state_is_of_now(void) {
     call_t c = {.s = s, .index = l->index, .now = 1, .at = 1, .costs = ones};
     CHECK(limits_load(s, l->index, &c.plan));
     verdict_t v = {0};
-    for (int charge = 0; charge < 2; charge++) {
-      first_t first = {&c, 0, charge, &v};
+    const uint32_t ops[] = {FSHM_ACQUIRE, FSHM_CHARGE};
+    for (unsigned o = 0; o < 2; o++) {
+      first_t first = {&c, 0, ops[o], &v};
       uint64_t due = kinds[i].per_ns / (i ? 1 : kinds[i].n);
       CHECK_OP(state_expires(first_state(&first)), >=, now + due);
     }
@@ -310,6 +347,7 @@ int main(void) {
   test_denial_consumes_nothing();
   test_undo();
   test_costs();
+  test_block();
   test_reserve();
   test_cancel();
   test_first_state_is_of_now();

@@ -249,6 +249,63 @@ static void test_damaged(void) {
   fshm_close(s);
 }
 
+/* A call that has loaded the limits, and meets a state that was written under newer ones, has to load them
+ * again before it tells what is left: by the old ones it could not read the state at all. */
+static void test_changed_meanwhile(void) {
+  fshm_segment *s = fresh_segment(100);
+  fshm_limit before = bucket(10), after = bucket(20);
+  fshm_limiter *l = fresh_limiter(s, "a", &before, 1);
+  uint64_t now = fshm_now(s);
+  call_t c;
+  look_t looks[FSHM_MAX_LIMITS];
+  CHECK(limits_load(s, l->index, &c.plan));
+  begin(&c, l, "k", 1, now);
+  CHECK_EQ(change(s, "a", &after, 1), FSHM_OK);
+  CHECK_EQ(apply_at(l, FSHM_ACQUIRE, "k", 3, now).status, FSHM_ALLOWED);
+  CHECK_EQ(look_all(&c, looks), FSHM_OK);
+  CHECK_EQ(c.plan.rules[0].n, 20);
+  CHECK_EQ(verdict_remaining(&c.plan.rules[0], looks[0].verdict.used_before), 17);
+  fshm_limiter_close(l);
+  fshm_close(s);
+}
+
+/* The limits change between the charge of a request's first limit and its second: the first is undone, by
+ * the limits as they are then, whatever kind it is and wherever it stands among them. */
+static void test_undo_by_changed_limits(void) {
+  const uint64_t hour = UINT64_C(3600000000000);
+  const fshm_limit window = {10, hour, 0, FSHM_WINDOW, 0}, slow = {10, hour, 10, FSHM_BUCKET, 0};
+  const fshm_limit fast = {20, hour, 20, FSHM_BUCKET, 0}, sliding = {10, hour, 0, FSHM_SLIDING, 0};
+  const fshm_limit before[3][2] = {{window, slow}, {slow, window}, {sliding, slow}};
+  const fshm_limit after[3][2] = {{window, fast}, {window, fast}, {fast, sliding}};
+  for (int order = 0; order < 3; order++) {
+    for (int meanwhile = 0; meanwhile < 2; meanwhile++) { /* does somebody charge it too? */
+      fshm_segment *s = fresh_segment(100);
+      fshm_limiter *l = fresh_limiter(s, "a", before[order], 2);
+      const uint64_t now = 1000000;
+      for (int i = 0; i < 2; i++)
+        CHECK_EQ(apply_at(l, FSHM_ACQUIRE, "k", 1, now).status, FSHM_ALLOWED);
+      call_t c;
+      look_t looks[FSHM_MAX_LIMITS];
+      uint64_t was, remaining[FSHM_MAX_LIMITS];
+      CHECK(limits_load(s, l->index, &c.plan));
+      begin(&c, l, "k", 1, now);
+      for (uint32_t i = 0; i < 2; i++) look(&c, i, 1, &looks[i]);
+      CHECK_EQ(charge_looked(&c, 0, &looks[0], &was), FSHM_ALLOWED);
+      CHECK_EQ(change(s, "a", after[order], 2), FSHM_OK);
+      if (meanwhile) CHECK_EQ(apply_at(l, FSHM_ACQUIRE, "k", 1, now).status, FSHM_ALLOWED);
+      c.stale = true; /* as the look at a state of the new limits says */
+      CHECK_EQ(charge_looked(&c, 1, &looks[1], &was), FSHM_DENIED);
+      undo(&c, 0, &looks[0], looks[0].cell.pair.when);
+      CHECK_EQ(fshm_remaining(l, "k", 1, now, remaining), 2);
+      bool bucket_first = after[order][0].kind == FSHM_BUCKET;
+      CHECK_EQ(remaining[bucket_first], 8 - meanwhile);
+      CHECK_EQ(remaining[!bucket_first], 18 - meanwhile);
+      fshm_limiter_close(l);
+      fshm_close(s);
+    }
+  }
+}
+
 int main(void) {
   test_versions();
   test_arguments();
@@ -258,5 +315,7 @@ int main(void) {
   test_dead_before_it_freed();
   test_resets();
   test_damaged();
+  test_changed_meanwhile();
+  test_undo_by_changed_limits();
   return done();
 }

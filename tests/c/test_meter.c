@@ -197,6 +197,19 @@ static void test_window(void) {
   }
 }
 
+/* What was charged to a window that is not full comes back whole, however its end was rounded. */
+static void test_window_refund(void) {
+  for (int i = 0; i < 3000; i++) {
+    fshm_limit l = some_limit(FSHM_WINDOW, (UINT64_C(1) << 31) - 1);
+    rule_t r = rule_make(&l);
+    uint64_t begin = 1 + random_below(TIME_MAX / 8), now = begin + random_below(l.per_ns);
+    uint64_t charged = random_below(l.n), back = charged ? random_below(charged + 1) : 0;
+    uint64_t state = meter_charge(&r, 0, 0, begin, charged);
+    state = meter_refund(&r, 0, state, now, back, 0);
+    CHECK_EQ(meter_take(&r, 0, state, now, now, 0).used_before, charged - back);
+  }
+}
+
 /* The definition, in rational numbers; previous windows up to 255 are kept exactly. */
 static void test_sliding(void) {
   for (int i = 0; i < 3000; i++) {
@@ -336,6 +349,7 @@ int main(void) {
   test_millions_of_tokens();
   test_strict_bound();
   test_window();
+  test_window_refund();
   test_sliding();
   test_float12();
   test_expired_equals_never_seen();

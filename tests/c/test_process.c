@@ -1,6 +1,8 @@
 /* test_process.c - who is alive: slots, death, forks, a full table. */
 #include "../../csrc/unity.c"
 
+#include <dirent.h>
+
 #include "check.h"
 
 static unsigned alive_count(fshm_segment *s) {
@@ -86,14 +88,15 @@ static void test_slots_are_reused(void) {
   fshm_limiter *a = fresh_limiter(s, "a", &l, 1);
   const int many = 2 * PROCESSES + 10;
   for (int i = 0; i < many; i++) (void)waitpid(start_child(count_and_die, i, a), NULL, 0);
-  uint64_t sum = s->header->retired_admitted;
-  for (unsigned i = 0; i < PROCESSES; i++) {
+  fshm_tally all[FSHM_TALLIES];
+  fshm_tally_all(s, all);
+  CHECK_EQ(all[0].admitted, many * 10);
+  for (unsigned i = 0; i < PROCESSES;
+       i++) { /* the last owner's alone, whatever others did before it */
     fshm_process_info p;
     CHECK_EQ(fshm_process_at(s, i, &p), FSHM_OK);
-    sum += p.admitted;
+    CHECK(p.admitted == 10 || p.pid == (uint32_t)getpid() || !p.pid);
   }
-  CHECK_EQ(sum, many * 10);
-  CHECK_OP(s->header->retired_admitted, >, 0);
   CHECK_EQ(alive_count(s), 1);
   fshm_limiter_close(a);
   fshm_close(s);
@@ -231,6 +234,233 @@ static void test_removed_segment_gets_no_lock_file(void) {
   fshm_close(s);
 }
 
+static void deny_a_newcomer(int slot, void *with) {
+  fshm_segment *s;
+  fshm_error e;
+  CHECK_EQ(fshm_open(with, 0, 0, 0, &s, &e), FSHM_OK);
+  CHECK_EQ(process_slot(s), NO_SLOT);
+  CHECK(process_alive(s, (uint32_t)slot));
+  CHECK_EQ(process_refusal(s), FSHM_E_LOCK_FILE);
+  CHECK_EQ(fshm_liveness(s, &e), FSHM_E_LOCK_FILE);
+  CHECK(e.sys_errno == ENOENT || e.sys_errno == ESTALE);
+  fshm_close(s);
+}
+
+static void join_as_a_fork(int slot, void *with) {
+  fshm_segment *s = with;
+  CHECK_OP(process_slot(s), <, PROCESSES);
+  CHECK(process_slot(s) != (uint32_t)slot && process_alive(s, (uint32_t)slot));
+}
+
+/* An outsider deletes the lock file, or puts another in its place: it tells nothing about those who
+ * hold the first, so it is not asked, and none is made anew. Those who have the first open go on. */
+static void test_deleted_lock_file(void) {
+  fshm_error e;
+  char path[400], kept[400];
+  const char *name = fresh_name();
+  fshm_segment *s;
+  CHECK_EQ(fshm_open(name, 100, 0600, FSHM_OPEN_CREATE, &s, &e), FSHM_OK);
+  CHECK_EQ(fshm_liveness(s, &e), FSHM_OK); /* nobody has joined: there is none yet */
+  lock_path(s, path, sizeof path);
+  lock_path(s, kept, sizeof kept - 8);
+  (void)strcat(kept, ".kept");
+  CHECK_EQ(access(path, F_OK), -1);
+  stage_t *stage = new_stage(s);
+  pid_t pid = start_child(join_and_stay, 0, stage); /* the first to join */
+  while (!atomic_load(&stage->joined)) (void)usleep(1000);
+  const uint64_t generation = s->processes[stage->slot[0]].generation;
+  CHECK_EQ(fshm_liveness(s, &e), FSHM_OK);
+  int mine = (int)process_slot(s);
+  CHECK_EQ(rename(path, kept), 0);
+  for (int other = 0; other < 2; other++) {
+    CHECK_EQ(fshm_liveness(s, &e), FSHM_E_LOCK_FILE);
+    CHECK_EQ(e.sys_errno, other ? ESTALE : ENOENT);
+    CHECK(process_alive(s, stage->slot[0]));
+    end_child(start_child(join_as_a_fork, mine, s));
+    void *theirs = (void *)(uintptr_t)name;
+    /* not a fork of ours, that is, without our descriptors */
+    fshm_segment *list = open_segments;
+    open_segments = NULL;
+    end_child(start_child(deny_a_newcomer, (int)stage->slot[0], theirs));
+    open_segments = list;
+    CHECK_EQ(access(path, F_OK), other ? 0 : -1);
+    CHECK_EQ(close(open(path, O_CREAT | O_RDWR, 0600)), 0);
+  }
+  CHECK_EQ(s->processes[stage->slot[0]].generation, generation);
+  stage->leave = 1;
+  end_child(pid);
+  CHECK(
+      !process_alive(s, stage->slot[0])); /* by the descriptor of the first file, all can be told */
+  CHECK_EQ(rename(kept, path), 0);
+  CHECK_EQ(fshm_liveness(s, &e), FSHM_OK);
+  (void)munmap(stage, sizeof *stage);
+  fshm_close(s);
+}
+
+/* Somebody closed all descriptors, and their numbers are other files' now: told, and those files are
+ * neither locked nor closed. */
+static void test_closed_descriptors(void) {
+  fshm_segment *s = fresh_segment(100);
+  fshm_error e;
+  CHECK_OP(process_slot(s), <, PROCESSES);
+  int number = s->lock_fd, zero = open("/dev/zero", O_RDONLY);
+  CHECK_EQ(dup2(zero, number), number);
+  CHECK_EQ(fshm_unlinked(s), 0);
+  CHECK_EQ(fshm_liveness(s, &e), FSHM_E_LOCK_FILE);
+  CHECK_EQ(e.sys_errno, EBADF);
+  fshm_close(s);
+  CHECK_OP(fcntl(number, F_GETFD), !=, -1);
+  (void)close(number);
+  (void)close(zero);
+}
+
+static void count_on_a_slot(int slot, void *with) {
+  fshm_segment *s = with;
+  process_t *p = &s->processes[slot];
+  struct flock lock;
+  if (!lock_file_ready(s) || byte_lock(s->lock_fd, F_SETLK, F_WRLCK, OWNED((uint32_t)slot), &lock))
+    _exit(1);
+  atomic_fetch_add(&p->generation, 1);
+  if (byte_lock(s->lock_fd, F_SETLK, F_WRLCK, ALIVE((uint32_t)slot), &lock)) _exit(2);
+  raise(SIGSTOP);
+}
+
+/* Closing a descriptor of the lock file drops our locks, and another process may take our slot: it lives
+ * while it lives, and is not taken for us when it is dead. */
+static void test_slot_lost_to_another(void) {
+  fshm_segment *s = fresh_segment(100);
+  uint32_t mine = process_slot(s);
+  CHECK_OP(mine, <, PROCESSES);
+  (void)close(dup(s->lock_fd));
+  CHECK(process_alive(s, mine));
+  pid_t pid = start_child(count_on_a_slot, (int)mine, s);
+  int status;
+  CHECK_EQ(waitpid(pid, &status, WUNTRACED), pid);
+  CHECK(WIFSTOPPED(status));
+  CHECK(process_alive(s, mine));
+  CHECK_EQ(kill(pid, SIGKILL), 0);
+  CHECK_EQ(waitpid(pid, &status, 0), pid);
+  CHECK(WIFSIGNALED(status));
+  CHECK(!process_alive(s, mine));
+  fshm_close(s);
+}
+
+/* threads that begin at once --------------------------------------------------------------------- */
+
+#define THREADS 8
+typedef struct {
+  fshm_segment *s;
+  _Atomic uint64_t *arrivals;
+  uint64_t generation;
+} starter_t;
+
+static void run_threads(fshm_segment *s, void *(*task)(void *), starter_t *out) {
+  _Atomic uint64_t arrivals = 0;
+  pthread_t threads[THREADS];
+  for (int i = 0; i < THREADS; i++) {
+    out[i] = (starter_t){s, &arrivals, 0};
+    CHECK_EQ(pthread_create(&threads[i], NULL, task, &out[i]), 0);
+  }
+  for (int i = 0; i < THREADS; i++) CHECK_EQ(pthread_join(threads[i], NULL), 0);
+}
+
+static void *look_at_somebody(void *with) {
+  starter_t *me = with;
+  meet(me->arrivals, THREADS, 1);
+  CHECK(!process_alive(me->s, 0));
+  return NULL;
+}
+
+static int open_files(void) {
+  int n = 0;
+  DIR *all = opendir("/proc/self/fd");
+  while (all && readdir(all)) n++;
+  if (all) (void)closedir(all);
+  return n;
+}
+
+/* Threads that ask after others before their process has joined open the lock file once. */
+static void test_one_lock_file(void) {
+  starter_t out[THREADS];
+  int before = open_files();
+  for (int round = 0; round < 50; round++) {
+    fshm_segment *s = fresh_segment(10);
+    run_threads(s, look_at_somebody, out);
+    CHECK_EQ(open_files(), before + 1); /* the segment, and its lock file */
+    fshm_error e;
+    CHECK_EQ(fshm_remove(segment_names[--segments_made], &e), FSHM_OK);
+    fshm_close(s);
+  }
+  CHECK_EQ(open_files(), before);
+}
+
+static void *join(void *with) {
+  starter_t *me = with;
+  meet(me->arrivals, 2, 1);
+  (void)process_slot(me->s);
+  return NULL;
+}
+
+/* Removed while a process joins: the lock file goes too, whoever comes first. */
+static void test_removed_while_joining(void) {
+  for (int round = 0; round < fewer(500); round++) {
+    fshm_segment *s = fresh_segment(10);
+    _Atomic uint64_t arrivals = 0;
+    starter_t starter = {s, &arrivals, 0};
+    pthread_t thread;
+    fshm_error e;
+    char path[400];
+    lock_path(s, path, sizeof path);
+    CHECK_EQ(pthread_create(&thread, NULL, join, &starter), 0);
+    meet(&arrivals, 2, 1);
+    for (int i = 0; i < round % 100; i++) (void)fshm_now(s);
+    CHECK_EQ(fshm_remove(segment_names[--segments_made], &e), FSHM_OK);
+    CHECK_EQ(pthread_join(thread, NULL), 0);
+    CHECK_EQ(access(path, F_OK), -1);
+    (void)unlink(path);
+    fshm_close(s);
+  }
+}
+
+static void hold_all_slots(int me, void *with) {
+  stage_t *stage = with;
+  (void)me;
+  struct flock all = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = 0, .l_len = PROCESSES};
+  CHECK(lock_file_ready(stage->s));
+  CHECK_EQ(fcntl(stage->s->lock_fd, F_SETLK, &all), 0);
+  atomic_fetch_add(&stage->joined, 1);
+  while (!atomic_load(&stage->leave)) (void)usleep(100);
+}
+
+static void *ask_for_identity(void *with) {
+  starter_t *me = with;
+  uint32_t slot;
+  meet(me->arrivals, THREADS, 1);
+  CHECK(process_identity(me->s, &slot, &me->generation));
+  return NULL;
+}
+
+/* A process that found the table full tries again; its threads join once for all, or what one of them
+ * holds would be an earlier owner's, and anybody's to take. */
+static void test_threads_join_once(void) {
+  starter_t out[THREADS];
+  for (int round = 0; round < fewer(100); round++) {
+    fshm_segment *s = fresh_segment(10);
+    stage_t *stage = new_stage(s);
+    pid_t pid = start_child(hold_all_slots, 0, stage);
+    while (!atomic_load(&stage->joined)) (void)usleep(100);
+    CHECK_EQ(process_slot(s), NO_SLOT);
+    stage->leave = 1;
+    end_child(pid);
+    run_threads(s, ask_for_identity, out);
+    for (int i = 0; i < THREADS; i++) CHECK_EQ(out[i].generation, 1);
+    fshm_error e;
+    CHECK_EQ(fshm_remove(segment_names[--segments_made], &e), FSHM_OK);
+    (void)munmap(stage, sizeof *stage);
+    fshm_close(s);
+  }
+}
+
 int main(void) {
   test_fork_joins_anew();
   test_zombie_is_dead();
@@ -240,5 +470,11 @@ int main(void) {
   test_looking_does_not_kill();
   test_unknown_counts_as_alive();
   test_removed_segment_gets_no_lock_file();
+  test_deleted_lock_file();
+  test_closed_descriptors();
+  test_slot_lost_to_another();
+  test_one_lock_file();
+  test_removed_while_joining();
+  test_threads_join_once();
   return done();
 }

@@ -207,11 +207,18 @@ static void test_damaged_headers(void) {
   CHECK_EQ(WITH(limiters_offset, 0), FSHM_E_DAMAGED);
   CHECK_EQ(WITH(processes_offset, 1), FSHM_E_DAMAGED);
   CHECK_EQ(WITH(columns_offset, 1), FSHM_E_DAMAGED);
+  CHECK_EQ(WITH(tallies_offset, 0), FSHM_E_DAMAGED);
   CHECK_EQ(WITH(boot[0], 1), FSHM_E_BOOT);
   CHECK_EQ(WITH(boot[1], 1), FSHM_E_BOOT);
   CHECK_EQ(WITH(time_namespace, 1), FSHM_E_BOOT);
   CHECK_EQ(WITH(epoch, UINT64_MAX), FSHM_E_BOOT);
-  CHECK_EQ(WITH(instance, 1), FSHM_OK); /* only a name: anything goes */
+  /* What cannot be computed from the capacity: processes with another secret would count apart. */
+  CHECK_EQ(WITH(instance, 1), FSHM_E_DAMAGED);
+  CHECK_EQ(WITH(secret[1], 1), FSHM_E_DAMAGED);
+  CHECK_EQ(WITH(names_mode, FSHM_NAMES_OFF), FSHM_E_DAMAGED);
+  CHECK_EQ(WITH(epoch, 1), FSHM_E_DAMAGED);
+  CHECK_EQ(WITH(created_realtime_ns, 1), FSHM_E_DAMAGED);
+  CHECK_EQ(WITH(check, 1), FSHM_E_DAMAGED);
   CHECK_EQ(open_as(name, 500, 0, &e), FSHM_OK);
 
   CHECK_EQ(fshm_path(name, path, sizeof path), FSHM_OK);
@@ -242,7 +249,7 @@ static void test_scribbled(void) {
     fshm_process_info process;
     char name[256];
     uint64_t length;
-    (void)fshm_limiter_at(s, random_below(s->limiter_count), &info);
+    (void)fshm_limiter_at(s, (uint32_t)random_below(s->limiter_count), &info);
     (void)fshm_process_at(s, (uint32_t)random_below(PROCESSES), &process);
     (void)fshm_key_name(s, random_below(s->cell_count), name, sizeof name, &length);
     (void)fshm_peek_cell(s, random_below(s->cell_count), 0, &d);

@@ -71,11 +71,13 @@ def test_back_within_a_second_100_of_100(segment: Segment) -> None:
         with holder(segment, 5) as other:
             assert other.held == 5
             other.kill()
-            killed = time.monotonic()
-            while limiter.in_flight("k"):
-                if time.monotonic() - killed > PROMISE:
-                    late.append(i)
+            other.join()  # how long a busy system takes to end a process is not ours
+            dead = looked = time.monotonic()
+            while limiter.in_flight("k"):  # what counts is when a look began, not when it ended
+                if looked - dead > PROMISE:
+                    late.append((i, other.pid, segment.processes(), segment.liveness_unknown))
                     break
+                looked = time.monotonic()
     assert late == []
 
 
@@ -296,7 +298,9 @@ def test_a_second_pid_namespace(segment: Segment) -> None:
             assert process.stdout
             assert select.select([process.stdout], [], [], PATIENCE)[0]
             said.append(process.stdout.readline())
-        assert sorted(said) == ["1 2\n", "1 4\n"] or said == ["1 4\n"] * 2
+        # Who looks last sees all four; the other, what there was of them when it looked.
+        assert sorted(said)[0] in ("1 2\n", "1 3\n", "1 4\n")
+        assert sorted(said)[1] == "1 4\n"
         with limiter.acquire("k") as fifth:
             assert fifth
             assert not limiter.acquire("k")

@@ -68,6 +68,9 @@ class Meter:
     def refund(self, now: int, costs: int | tuple[int, ...]) -> Any:
         return self.apply(lib.FSHM_REFUND, now, costs)
 
+    def block(self, now: int, ns: int) -> Any:
+        return self.apply(lib.FSHM_BLOCK, now, ns)
+
     def reserve(self, now: int, costs: int | tuple[int, ...], max_wait: int) -> Any:
         return self.apply(lib.FSHM_RESERVE, now, costs, max_wait)
 

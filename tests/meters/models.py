@@ -112,13 +112,13 @@ class Window:
         self.count = min(self.count + cost, self.rule.n)
 
     def refund(self, cost: int) -> None:
-        """Debt first: what prolongs the window beyond the latest end of one without debt.
+        """Debt first: what prolongs a full window beyond the latest end of one without debt.
         Examples in which the rounding of the end decides how much that is are dropped."""
         if self.over:
             return
-        limit = self.at + self.rule.per
+        limit, full = self.at + self.rule.per, self.count >= self.rule.n
         low, high = (
-            min(cost, max(end - limit, 0) * self.rule.n // self.rule.per)
+            min(cost, max(end - limit, 0) * self.rule.n // self.rule.per) if full else 0
             for end in (self.end, self.latest_end)
         )
         assume(low == high)

@@ -221,6 +221,27 @@ def test_reserve(segment: Segment, data: st.DataObject) -> None:
                 assert (tokens - rule.burst) * interval <= max(log[j][0] - log[i][0], 0)
 
 
+@pytest.mark.parametrize("kind", ["bucket", "strict"])
+@exact
+@given(data=st.data())
+def test_block(segment: Segment, kind: str, data: st.DataObject) -> None:
+    """Nothing is admitted before the latest instant that was asked for, and something is at the
+    later of that and what the limit itself says. A block of nothing changes nothing."""
+    rule = data.draw(rules(kind))
+    now = data.draw(BEGIN)
+    meter, until = Meter(segment, rule), 0
+    for what, pause, cost in data.draw(steps(rule.per, rule.n)):
+        now += pause
+        if what in ("charge", "refund"):
+            before = meter.peek(now).retry_after_ns
+            for_ns = data.draw(st.sampled_from([0, 1, pause, rule.per * cost]))
+            meter.block(now, for_ns)
+            until = max(until, now + for_ns)
+            assert meter.peek(now).retry_after_ns == max(before, for_ns)
+        elif meter.acquire(now, max(cost, 1)):
+            assert now >= until
+
+
 @exact
 @given(data=st.data())
 def test_change_at_run_time(segment: Segment, data: st.DataObject) -> None:

@@ -7,7 +7,7 @@ import threading
 import time
 from typing import Any
 
-from fast_litellm_shm import RateLimiter, Segment, Window
+from fast_litellm_shm import Limit, RateLimiter, Segment, Window
 
 
 def meet(name: str, parties: int) -> None:
@@ -75,6 +75,13 @@ def admitted_times(
 def set_limits(name: str, limiter: str, limits: tuple[Any, ...]) -> None:
     """Change a limiter's limits."""
     RateLimiter(*limits, name=limiter, segment=Segment(name))
+
+
+def block_for(name: str, limiter: str, key: str, seconds: float, parties: int) -> None:
+    """Block a key, all at once."""
+    blocking = RateLimiter(Limit(10, 60), name=limiter, segment=Segment(name))
+    meet(name, parties)
+    blocking.block(key, seconds)
 
 
 def acquire_with(limiter: RateLimiter, key: str, cost: int) -> tuple[bool, int, str, Any]:

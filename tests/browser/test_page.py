@@ -1,0 +1,261 @@
+"""The page of fast-shm dashboard in a real browser: headless Chromium.
+
+`make test-dashboard`, in a venv of its own; Chromium and its driver come from the system.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+from support.children import PATIENCE
+from support.dashboard import Dashboard
+from support.puppets import Puppet
+
+from fast_litellm_shm import ConcurrencyLimiter, Limit, RateLimiter, Segment
+
+BROWSERS, DRIVER = ("chromium", "chromium-browser", "google-chrome"), "chromedriver"
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-dev-shm-usage",
+    "--window-size=1280,900",
+)
+# No name is looked up: whatever the page needs, it has from the address that it is opened by.
+OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"
+HOSTILE = [
+    "<script>window.hacked=1</script>",
+    "<img src=x onerror=window.hacked=1>",
+    "'\"><svg onload=window.hacked=1>",
+    "javascript:window.hacked=1",
+    "&lt;b&gt;",
+    "\u202eevil",
+]
+READ = """
+return [...document.querySelectorAll(`#${arguments[0]} tbody tr[data-id]`)]
+  .map((row) => [...row.children].map((cell) => cell.textContent));
+"""
+
+
+class Page:
+    """The page, as a person sees it."""
+
+    def __init__(self, browser: webdriver.Chrome) -> None:
+        self.browser = browser
+
+    def rows(self, table: str = "keys") -> list[list[str]]:
+        """The text of each cell."""
+        found: list[list[str]] = self.browser.execute_script(READ, table)
+        return found
+
+    def names(self) -> list[str]:
+        """Of the keys, in order."""
+        return [row[0] for row in self.rows()]
+
+    def text(self, where: str) -> str:
+        """Of an element, by its id."""
+        return str(
+            self.browser.execute_script(f"return document.getElementById('{where}').textContent")
+        )
+
+    def until(self, true: Any) -> Any:
+        """Once it is so."""
+        return WebDriverWait(self.browser, PATIENCE, 0.05).until(lambda _: true())
+
+    def type(self, *keys: str) -> None:
+        """To whatever has the focus."""
+        webdriver.ActionChains(self.browser).send_keys(*keys).perform()
+
+    def click(self, selector: str) -> None:
+        """The first that fits."""
+        self.browser.find_element("css selector", selector).click()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    binary = next(filter(None, map(shutil.which, BROWSERS)), None)
+    driver = shutil.which(DRIVER)
+    assert binary and driver, (
+        "needs chromium and its driver: apt-get install chromium chromium-driver"
+    )
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in (*FLAGS, OFFLINE, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    made = webdriver.Chrome(options=options, service=Service(driver))
+    yield made
+    made.quit()
+
+
+@pytest.fixture
+def puppets(segment: Segment) -> Iterator[list[Puppet]]:
+    """Two workers: busy was denied 4 times, a and b have 5 and 3 calls; each holds a permit."""
+    made = [Puppet(segment.name) for _ in range(2)]
+    for puppet in made:
+        puppet("acquire", "chat", ["busy"], 7)
+        puppet("hold", "model")
+    made[0]("acquire", "wide", ["a"], 5)
+    made[1]("acquire", "wide", ["b"], 3)
+    yield made
+    for puppet in made:
+        puppet.end()
+
+
+@pytest.fixture
+def page(browser: webdriver.Chrome, segment: Segment) -> Iterator[Page]:
+    with Dashboard(segment.name) as dashboard:
+        for kind in ("browser", "performance"):
+            browser.get_log(kind)  # of the test before
+        browser.get(dashboard.url)
+        made = Page(browser)
+        made.until(lambda: made.text("state") == "live")
+        yield made
+        errors = browser.get_log("browser")
+        asked = {
+            message["params"]["request"]["url"]
+            for entry in browser.get_log("performance")
+            if (message := json.loads(entry["message"])["message"])["method"]
+            == "Network.requestWillBeSent"
+            and message["params"]["documentURL"].startswith(dashboard.url)  # not the empty tab's
+        }
+        browser.get("about:blank")
+    assert errors == [], "the console has errors"
+    assert asked and {url for url in asked if not url.startswith(dashboard.url)} == set()
+
+
+def test_real_counts(puppets: list[Puppet], page: Page) -> None:
+    page.until(lambda: len(page.rows()) == 3)
+    rows = {row[0]: row for row in page.rows()}
+    assert rows["busy"][1] == "chat" and rows["busy"][4:7] == ["10", "4", "0 / 10"]
+    assert rows["a"][4:7] == ["5", "0", "1.0M / 1.0M"]
+    assert rows["busy"][7].startswith(("1 h", "59 min")), "it has to wait"
+    workers = {row[0]: row for row in page.rows("workers")}
+    assert set(workers) == {str(puppet.pid) for puppet in puppets}
+    assert sum(int(row[3]) for row in workers.values()) == 18
+    (permit,) = page.rows("permits")
+    assert permit[:3] == ["model", "gpu", "2 / 3"]
+    assert page.text("in-flight") == "2" and "18" in page.text("admitted-total")
+    puppets[0]("acquire", "wide", ["b"], 400)
+    page.until(lambda: page.names()[0] == "b" and float(page.rows()[0][2].replace(",", "")) > 0)
+    page.until(
+        lambda: page.browser.execute_script(
+            "return document.querySelector('#keys tbody .spark .a').getAttribute('d').length > 0"
+        )
+    )
+
+
+def test_keys_that_look_alike_have_a_row_each(segment: Segment, page: Page) -> None:
+    limiter = ConcurrencyLimiter(2, name="gpu", segment=segment)
+    held = [limiter.acquire("k" * 300 + last) for last in "abc"]
+    page.until(lambda: len(page.rows("permits")) == 3)
+    clock = page.text("clock")
+    page.until(lambda: page.text("clock") > clock)  # it was filled again, and has no more rows
+    assert len(page.rows("permits")) == 3
+    for permit in held:
+        permit.release()
+    page.until(lambda: not page.rows("permits"))
+
+
+def test_sort(puppets: list[Puppet], page: Page) -> None:
+    for column, names in (("key", ["a", "b", "busy"]), ("admitted", ["busy", "a", "b"])):
+        page.click(f"th[data-sort={column}] button")
+        page.until(lambda names=names: page.names() == names)
+    page.click("th[data-sort=admitted] button")
+    page.until(lambda: page.names() == ["b", "a", "busy"])
+    head = page.browser.find_element("css selector", "th[data-sort=admitted]")
+    page.until(lambda: head.get_attribute("aria-sort") == "ascending")
+
+
+def test_filter(puppets: list[Puppet], page: Page) -> None:
+    page.type("/", *"BUS")
+    page.until(lambda: page.names() == ["busy"])
+    assert "1 of 3 fit" in page.text("keys-count")
+    page.type("q")
+    page.until(lambda: page.names() == [] and "No key fits" in page.text("keys"))
+    page.type(Keys.ESCAPE)
+    page.until(lambda: len(page.names()) == 3)
+    page.type("/", *"[ab]")
+    page.until(lambda: sorted(page.names()) == ["a", "b"])
+
+
+def test_freeze(puppets: list[Puppet], page: Page) -> None:
+    page.until(lambda: len(page.names()) == 3)
+    page.type(" ")
+    page.until(lambda: page.text("state") == "frozen")
+    clock = page.text("clock")
+    puppets[0]("acquire", "wide", ["new"], 1)
+    looks = "return performance.getEntriesByType('resource').length"
+    before = page.browser.execute_script(looks)
+    # Two rounds of the browser's own loop that are longer than a look: it asks for none.
+    page.browser.execute_async_script("setTimeout(arguments[0], 400)")
+    assert page.browser.execute_script(looks) == before
+    assert "new" not in page.names() and page.text("clock") == clock
+    page.click("#freeze")
+    page.until(lambda: "new" in page.names() and page.text("state") == "live")
+
+
+def test_hostile_names_are_inert(page: Page, segment: Segment) -> None:
+    limiter = RateLimiter(
+        Limit(5, 3600), name="<img src=x onerror=window.hacked=1>", segment=segment
+    )
+    for key in HOSTILE:
+        limiter.acquire(key)
+    page.until(lambda: len(page.names()) == len(HOSTILE))
+    assert {*HOSTILE[:-1], "\\u202eevil"} == set(page.names())
+    page.until(lambda: len(page.rows("limiters")) == 1)
+    script = (
+        "return [window.hacked, document.querySelectorAll('main :is(img, script, b b)').length]"
+    )
+    assert page.browser.execute_script(script) == [None, 0]
+    page.browser.execute_script(
+        "const made = document.createElement('script'); made.textContent = 'window.hacked = 1';"
+        "document.body.append(made);"
+    )
+    assert page.browser.execute_script("return window.hacked") is None
+    (refusal,) = page.browser.get_log("browser")
+    assert "Content Security Policy" in refusal["message"]
+
+
+def test_the_segment_goes_and_comes(page: Page, segment: Segment) -> None:
+    segment.remove()
+    page.until(lambda: page.text("state") == "waiting")
+    assert "was removed. Waiting for a new one" in page.text("messages")
+    again = Segment(segment.name, capacity=100)
+    RateLimiter(Limit(5, 3600), name="t", segment=again).acquire("second")
+    page.until(lambda: page.names() == ["second"] and page.text("state") == "live")
+
+
+def test_the_server_ends(browser: webdriver.Chrome, segment: Segment) -> None:
+    with Dashboard(segment.name) as dashboard:
+        browser.get(dashboard.url)
+        page = Page(browser)
+        page.until(lambda: page.text("state") == "live")
+    page.until(lambda: "does not answer" in page.text("state"))
+    browser.get("about:blank")
+
+
+@pytest.mark.parametrize("width", [360, 768, 1280])
+def test_nothing_is_wider_than_the_window(
+    browser: webdriver.Chrome, puppets: list[Puppet], page: Page, width: int
+) -> None:
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        page.until(lambda: len(page.names()) == 3)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

@@ -1,0 +1,28 @@
+"""A server for each test; what is asked of the package's links dies with the test's processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from support import servers
+
+
+@pytest.fixture(params=servers.KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """redis and valkey, where they are installed."""
+    found = str(request.param)
+    if not servers.installed(found):
+        pytest.skip(f"there is no {found}-server here: apt-get install {found}-server")
+    return found
+
+
+@pytest.fixture
+def server() -> Iterator[servers.Server]:
+    """A Redis, or a Valkey where there is none."""
+    for found in servers.KINDS:
+        if servers.installed(found):
+            with servers.Server(found) as started:
+                yield started
+            return
+    pytest.skip("there is neither redis-server nor valkey-server here")

@@ -1,0 +1,159 @@
+"""While the server is away, and when it is back."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import pytest
+from support import servers
+from support.fleet import PATIENCE, Fleet
+
+from fast_litellm_shm import Limit, RateLimiter, Segment, Window
+from fast_litellm_shm.cluster import Cluster, agent
+
+HOUR = 3600
+
+
+def until(reached: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not reached():
+        assert time.monotonic() < deadline, f"never came to pass: {what}"
+        time.sleep(0.005)  # another process or thread does it, and tells nobody
+
+
+def limiter_of(server: servers.Server, segment: Segment, policy: str, n: int = 100) -> RateLimiter:
+    cluster = Cluster(server.url, on_outage=policy, timeout=0.2)
+    return RateLimiter(Window(n, HOUR), name="api", segment=segment, cluster=cluster)
+
+
+def exhausted(limiter: RateLimiter, key: str) -> int:
+    """How many fit, until 50 in a row do not."""
+    admitted = denied = 0
+    while denied < 50:
+        found = limiter.is_allowed(key)
+        admitted, denied = admitted + found, 0 if found else denied + 1
+    return admitted
+
+
+@pytest.mark.parametrize("gone", ["killed", "frozen"])
+def test_deny(server: servers.Server, segment: Segment, gone: str) -> None:
+    limiter = limiter_of(server, segment, "deny")
+    assert limiter.acquire("key")
+    server.kill() if gone == "killed" else server.freeze()
+    held = exhausted(limiter, "key")  # what was granted before is the host's
+    assert held < 20
+    denied = limiter.acquire("key")
+    assert not denied and 0 < (denied.retry_after or 0) <= 3
+    if gone == "killed":
+        server.start()
+    else:
+        server.thaw()
+    until(lambda: limiter.acquire("key"), "it is admitted again")
+    assert 1 + held + 1 + exhausted(limiter, "key") <= 100 + 1  # the killed one's state is restored
+
+
+def test_allow(server: servers.Server, segment: Segment) -> None:
+    limiter = limiter_of(server, segment, "allow")
+    assert exhausted(limiter, "key") == 100
+    assert limiter.acquire("other")
+    server.kill()
+    assert all(limiter.acquire("other") for _ in range(500))
+
+
+def test_local_is_a_share(server: servers.Server, segment: Segment, segment_name: str) -> None:
+    """Of as many hosts as were last seen; what it admits is charged when the server is back."""
+    limiter = limiter_of(server, segment, "local")
+    assert limiter.acquire("key")
+    with server.client() as client:
+        until(lambda: agent.hosts(segment) == 1, "the leader has told how many hosts there are")
+        client.zadd("fast-shm:hosts", {"another": time.time() * 1e6, "third": time.time() * 1e6})
+        client.zadd("fast-shm:hosts", {"fourth": time.time() * 1e6})
+        until(lambda: agent.hosts(segment) == 4, "and again")
+    server.freeze()
+    assert exhausted(limiter, "fresh") == 25
+    denied = limiter.acquire("fresh")
+    assert not denied and (denied.retry_after or 0) > HOUR / 2
+    server.thaw()
+    until(lambda: limiter.get_remaining("fresh") != 25 and limiter.acquire("probe"), "it is back")
+    until(lambda: limiter.is_allowed("fresh"), "there is room again")
+    # The call that found the server frozen was answered when it thawed, too late: what it was
+    # granted is lost.
+    assert 70 <= 1 + exhausted(limiter, "fresh") <= 75
+
+
+def test_local_denies_what_is_known_to_be_used(server: servers.Server, segment: Segment) -> None:
+    limiter = limiter_of(server, segment, "local")
+    assert exhausted(limiter, "key") == 100
+    until(lambda: agent.hosts(segment) == 1, "the leader has told how many hosts there are")
+    server.kill()
+    until(lambda: limiter._wallet is not None and not limiter._wallet._is_refused(b"key"), "calm")
+    assert exhausted(limiter, "key") == 0
+
+
+def test_a_host_that_never_saw_the_server_denies(segment: Segment) -> None:
+    cluster = Cluster("redis://127.0.0.1:1", timeout=0.1)
+    limiter = RateLimiter(Limit(10), name="api", segment=segment, cluster=cluster)
+    with pytest.warns(RuntimeWarning, match="not known how many hosts"):
+        assert not limiter.acquire("key")
+
+
+def test_it_is_told_once_each_way(
+    server: servers.Server, segment: Segment, caplog: pytest.LogCaptureFixture
+) -> None:
+    limiter = limiter_of(server, segment, "deny")
+    limiter.acquire("key")
+    with caplog.at_level(logging.WARNING, "fast_litellm_shm"):
+        server.kill()
+        exhausted(limiter, "key")
+        until(lambda: not limiter.acquire("other"), "denied")
+        server.start()
+        until(lambda: limiter.acquire("other"), "admitted")
+        exhausted(limiter, "key")
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2, told
+    assert "does not answer" in told[0] and "on_outage='deny'" in told[0]
+    assert "answers again" in told[1]
+
+
+def test_a_server_that_lost_everything_learns_it_from_the_hosts(server: servers.Server) -> None:
+    """Restarted empty under load: what the hosts know of the key is what it was."""
+    with Fleet(Cluster(server.url, on_outage="deny", timeout=0.2), [Window(1000, HOUR)]) as fleet:
+        fleet.until(lambda: fleet.total >= 1000, "all of the limit is used")
+        fleet.until(lambda: known(fleet, server) == [1000] * 4, "all hosts know that")
+        server.kill()
+        server.start()
+        fleet.until(lambda: server.calls() >= 8, "hosts ask again")
+        fleet.go_on(50_000)
+        assert fleet.total == 1000
+
+
+def known(fleet: Fleet, server: servers.Server) -> list[int]:
+    """How much of the limit each host has been told to be used."""
+    found = []
+    for name in fleet.names:
+        segment = Segment(name, create=False)
+        limiter = RateLimiter(Window(1000, HOUR), name="fleet", segment=segment, cluster=server.url)
+        assert limiter._wallet is not None
+        request, _ = limiter._wallet.request("look", b"key", (0,))
+        found.append(request.used[0])
+    return found
+
+
+def test_flushed_scripts_are_loaded_again(server: servers.Server, segment: Segment) -> None:
+    limiter = limiter_of(server, segment, "deny")
+    assert limiter.acquire("a")
+    with server.client() as client:
+        client.script_flush()
+    assert limiter.acquire("b")
+
+
+def test_a_read_only_server_is_away(server: servers.Server, segment: Segment) -> None:
+    limiter = limiter_of(server, segment, "deny")
+    with server.client() as client:
+        client.replicaof("127.0.0.1", servers.free_port())
+    assert not limiter.acquire("key")
+    with server.client() as client:
+        client.replicaof("NO", "ONE")
+    until(lambda: limiter.acquire("key"), "it is admitted again")

@@ -1,0 +1,139 @@
+"""Quota over many hosts: requests and tokens a minute, and calls in parallel."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from support import servers
+from support.names import remove, unique_name
+
+from fast_litellm_shm import Quota, Segment
+from fast_litellm_shm.quota import Admission
+
+
+@pytest.fixture
+def other(request: pytest.FixtureRequest) -> Segment:
+    name = unique_name("other")
+    request.addfinalizer(lambda: remove(name))
+    return Segment(name, capacity=1000)
+
+
+@pytest.fixture
+def hosts(server: servers.Server, segment: Segment, other: Segment) -> tuple[Quota, Quota]:
+    first, second = (
+        Quota(rpm=10, tpm=1000, max_parallel=3, name="api", segment=each, cluster=server.url)
+        for each in (segment, other)
+    )
+    return first, second
+
+
+def until(reached: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + 60
+    while not reached():
+        assert time.monotonic() < deadline, f"never came to pass: {what}"
+        time.sleep(0.01)  # another process or thread does it, and tells nobody
+
+
+def reasons(quota: Quota, denials: list[Admission]) -> list[str]:
+    """Why 800 tokens were denied, so far and now."""
+    denials.append(quota.admit("key", 800))
+    return [each.reason for each in denials]
+
+
+def admitted(quota: Quota, tokens: int) -> Admission:
+    """As soon as what another host does not use has come back, or a refusal is forgotten."""
+    found: list[Admission] = []
+
+    def admits() -> bool:
+        found.append(quota.admit("key", tokens))
+        return bool(found[-1])
+
+    until(admits, "it is admitted")
+    return found[-1]
+
+
+def test_each_limit_holds_over_all_hosts(hosts: tuple[Quota, Quota]) -> None:
+    first, second = hosts
+    held = [first.admit("key", 100), first.admit("key", 100), second.admit("key", 100)]
+    assert all(held)
+    for each in hosts:
+        denied = each.admit("key", 100)
+        assert not denied and denied.reason == "max_parallel" and denied.retry_after == 0.0
+        assert denied.in_flight == each.in_flight("key")
+    held[0].release()
+    denials: list[Admission] = []
+    until(lambda: reasons(first, denials)[-1] == "tpm", "a permit is to be had")
+    assert 50 < (denials[-1].retry_after or 0) <= 60
+    assert first.in_flight("key") == 1  # it has given its permit back
+    left = {"rpm": 7, "tpm": 700, "max_parallel": 2}
+    until(lambda: first.remaining("key") == left, "what the other was granted has come back")
+    for admission in held:
+        admission.release()
+    while first.admit("key").release():
+        pass
+    until(lambda: second.admit("key").reason == "rpm", "a permit is to be had")
+
+
+def test_a_denial_consumes_nothing(hosts: tuple[Quota, Quota]) -> None:
+    first, second = hosts
+    for _ in range(30):
+        assert not first.admit("key", 1001)
+    held = [admitted(second, 300) for _ in range(3)]
+    for admission in held:
+        admission.release()
+
+
+def test_settle_and_cancel(hosts: tuple[Quota, Quota]) -> None:
+    first, second = hosts
+    admission = first.admit("key", 500)
+    admission.settle(900)
+    until(lambda: second.admit("key", 200).reason == "tpm", "a permit is to be had")
+    admission.settle(100)
+    admitted(second, 800).release()
+    admission.cancel()
+    assert not admission.release() and not admission
+    until(lambda: first.remaining("key")["tpm"] == 200, "it is given back")
+    until(lambda: first.remaining("key")["rpm"] == 9, "the request too")
+
+
+@pytest.mark.parametrize("given", [{"rpm": 2}, {"tpm": 20}, {"max_parallel": 2}])
+def test_one_limit_alone(
+    server: servers.Server, segment: Segment, other: Segment, given: dict[str, Any]
+) -> None:
+    hosts = [
+        Quota(name="one", segment=each, cluster=server.url, **given) for each in (segment, other)
+    ]
+    held = [each.admit("key", 10) for each in hosts]
+    assert all(held)
+    denied = hosts[0].admit("key", 10)
+    assert not denied and denied.reason == next(iter(given))
+    assert hosts[1].remaining("key") == {next(iter(given)): 1 if "max_parallel" in given else 0}
+    for admission in held:
+        assert admission.release()
+
+
+def test_pickle_and_the_variable(
+    server: servers.Server, segment: Segment, other: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAST_LITELLM_SHM_CLUSTER", server.url)
+    first = Quota(rpm=5, max_parallel=2, name="api", segment=segment)
+    copy = pickle.loads(pickle.dumps(first))
+    held = [first.admit("key"), copy.admit("key")]
+    assert all(held)
+    assert not Quota(rpm=5, max_parallel=2, name="api", segment=other).admit("key")
+    assert repr(first) == "Quota(5/60s window, 2 in flight, name='api')"
+    for admission in held:
+        admission.release()
+
+
+def test_a_fork_goes_on(hosts: tuple[Quota, Quota]) -> None:
+    with hosts[0].admit("key"):
+        child = os.fork()
+        if not child:
+            os._exit(sum(map(bool, [hosts[0].admit("key") for _ in range(5)])))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2

@@ -1,0 +1,172 @@
+"""Redis Cluster, Sentinel, passwords, and what URLs mean."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+from support import servers
+from support.fleet import PATIENCE, Fleet
+
+from fast_litellm_shm import RateLimiter, Segment, Window
+from fast_litellm_shm.cluster import Cluster
+
+HOUR = 3600
+SLOTS = 16384
+
+
+def need(kind: str) -> None:
+    if not servers.installed(kind):
+        pytest.skip(f"there is no {kind}-server here: apt-get install {kind}-server")
+
+
+@pytest.fixture
+def nodes(kind: str) -> Iterator[list[servers.Server]]:
+    """A cluster of three nodes, complete."""
+    need(kind)
+    with ExitStack() as stack:
+        found = []
+        for _ in range(3):
+            port = servers.free_port() % 40_000 + 10_000  # its bus is at 10,000 more
+            options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000")
+            found.append(stack.enter_context(servers.Server(kind, *options, port=port)))
+        for i, node in enumerate(found):
+            with node.client() as client:
+                first, last = i * SLOTS // 3, (i + 1) * SLOTS // 3 - 1
+                client.execute_command("CLUSTER", "ADDSLOTSRANGE", first, last)
+                client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", i + 1)
+                for other in found[:i]:
+                    client.execute_command("CLUSTER", "MEET", "127.0.0.1", other.port)
+        deadline = time.monotonic() + PATIENCE
+        for node in found:
+            with node.client() as client:
+                while b"cluster_state:ok" not in client.execute_command("CLUSTER", "INFO"):
+                    assert time.monotonic() < deadline, "the nodes do not find each other"
+                    time.sleep(0.01)  # they tell nobody
+        yield found
+
+
+def test_a_cluster_of_three_nodes(nodes: list[servers.Server], segment: Segment) -> None:
+    """Keys spread over the nodes, and what one host holds comes back over any of them."""
+    url = f"redis+cluster://127.0.0.1:{nodes[0].port},127.0.0.1:{nodes[1].port}"
+    with Fleet(url, [Window(1000, HOUR)], hosts=3, attempts=[None, 20, 20]) as fleet:
+        fleet.until(lambda: fleet.total >= 1000, "all of the limit is used")
+        fleet.go_on()
+        assert fleet.total == 1000
+    limiter = RateLimiter(Window(100, HOUR), name="api", segment=segment, cluster=url)
+    for i in range(30):
+        assert limiter.acquire(f"key {i}", 60) and not limiter.acquire(f"key {i}", 60)
+    sizes = []
+    for node in nodes:
+        with node.client() as client:
+            sizes.append(client.dbsize())
+    assert min(sizes) > 0
+    limiter.reset()
+    assert limiter.acquire("key 1", 60) and limiter.acquire("key 29", 60)
+
+
+@pytest.fixture
+def watched() -> Iterator[tuple[servers.Server, servers.Server, servers.Server]]:
+    """A master, its replica, and a Sentinel that watches them."""
+    need("redis")
+    ports = [servers.free_port() for _ in range(3)]
+    with ExitStack() as stack:
+        master = stack.enter_context(servers.Server("redis", port=ports[0]))
+        replica = stack.enter_context(
+            servers.Server("redis", "--replicaof", f"127.0.0.1 {ports[0]}", port=ports[1])
+        )
+        sentinel = servers.Server("redis", port=ports[2])
+        with open(f"{sentinel.path}.conf", "w", encoding="ascii") as file:
+            file.write(
+                f"sentinel monitor limits 127.0.0.1 {ports[0]} 1\n"
+                "sentinel down-after-milliseconds limits 300\n"
+                "sentinel failover-timeout limits 3000\n"
+            )
+        stack.enter_context(sentinel.sentinel(f"{sentinel.path}.conf"))
+        deadline = time.monotonic() + PATIENCE
+        with sentinel.client() as client:
+            while not client.execute_command("SENTINEL", "REPLICAS", "limits"):
+                assert time.monotonic() < deadline, "Sentinel does not find the replica"
+                time.sleep(0.01)  # it tells nobody
+        with replica.client() as client:
+            while client.info("replication")["master_link_status"] != "up":
+                assert time.monotonic() < deadline, "the replica does not find its master"
+                time.sleep(0.01)
+        yield master, replica, sentinel
+
+
+def test_a_failover_by_sentinel(
+    watched: tuple[servers.Server, servers.Server, servers.Server], segment: Segment
+) -> None:
+    """The replica is asked once it is the master, and knows what was consumed."""
+    master, _, sentinel = watched
+    cluster = Cluster(
+        f"redis+sentinel://127.0.0.1:{sentinel.port}/limits/0", on_outage="deny", timeout=0.5
+    )
+    limiter = RateLimiter(Window(100, HOUR), name="api", segment=segment, cluster=cluster)
+    assert limiter.acquire("key", 90)
+    with master.client() as client:
+        assert client.wait(1, 5000) == 1
+    master.kill()
+    deadline = time.monotonic() + PATIENCE
+    while not limiter.acquire("key", 10):  # all that is left
+        assert time.monotonic() < deadline, "nobody takes over"
+        time.sleep(0.05)  # refused at once while nobody answers
+    assert not limiter.acquire("key")
+
+
+def test_a_password(kind: str, segment: Segment) -> None:
+    need(kind)
+    port = servers.free_port()
+    with servers.Server(kind, "--requirepass", "secret", port=port) as server:
+        for url, answers in (
+            (f"redis://:secret@127.0.0.1:{port}/0", True),
+            (f"redis://:wrong@127.0.0.1:{port}/0", False),
+            (f"unix://:secret@{server.path}?db=3", True),
+        ):
+            cluster = Cluster(url, on_outage="deny")
+            limiter = RateLimiter(Window(9), name=f"n{port}", segment=segment, cluster=cluster)
+            assert bool(limiter.acquire(url)) == answers, url
+            assert "secret" not in cluster.shown and "wrong" not in cluster.shown
+
+
+@pytest.mark.parametrize(
+    ("url", "complaint"),
+    [
+        ("http://host", "must begin with one of redis://"),
+        ("redis://", "must name a host"),
+        ("unix://", "must name a socket's path"),
+        ("redis+sentinel://host:26379", "must name the service"),
+    ],
+)
+def test_urls_that_say_too_little(url: str, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        Cluster(url)
+
+
+def test_other_settings_that_are_wrong(monkeypatch: pytest.MonkeyPatch, segment: Segment) -> None:
+    with pytest.raises(ValueError, match="on_outage must be one of local, deny, allow"):
+        Cluster("redis://host", on_outage="panic")
+    with pytest.raises(ValueError, match=r"0\.001 to 60 seconds"):
+        Cluster("redis://host", timeout=0)
+    with pytest.raises(TypeError, match="number of seconds"):
+        Cluster("redis://host", timeout="1")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="url must be a str"):
+        Cluster(5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="braces"):
+        Cluster("redis://host", prefix="{x}")
+    monkeypatch.setenv("FAST_LITELLM_SHM_CLUSTER", "redis://user:secret@host")
+    monkeypatch.setenv("FAST_LITELLM_SHM_CLUSTER_OUTAGE", "panic")
+    with pytest.raises(ValueError, match="on_outage"):
+        RateLimiter(Window(1), segment=segment)
+    monkeypatch.setenv("FAST_LITELLM_SHM_CLUSTER_OUTAGE", "deny")
+    monkeypatch.setenv("FAST_LITELLM_SHM_CLUSTER_TIMEOUT", "soon")
+    with pytest.raises(ValueError, match="FAST_LITELLM_SHM_CLUSTER_TIMEOUT"):
+        RateLimiter(Window(1), segment=segment)
+    monkeypatch.setenv("FAST_LITELLM_SHM_CLUSTER_TIMEOUT", "0.5")
+    limiter = RateLimiter(Window(1), segment=segment)
+    assert limiter._wallet is not None
+    assert limiter._wallet.cluster == Cluster("redis://user:secret@host", "deny", 0.5)
+    assert limiter._wallet.cluster.shown == "redis://user:***@host"

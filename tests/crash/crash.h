@@ -1,0 +1,146 @@
+/* crash.h - what the files of the harness share. One translation unit, as the library is: main.c. */
+#ifndef CRASH_H
+#define CRASH_H
+
+#include "tracee.h"
+
+#define PER (UINT64_C(3600) * 1000000000)
+#define NOW \
+  (100 * PER + PER / 4) /* segment time that operations are given; a quarter into a window */
+#define LATER (NOW + 4 * PER) /* when nothing is consumed any more */
+#define LONG_AGO (NOW - 10 * PER)
+#define KEY "k"
+#define LONG 2000 /* instructions: only longer operations are thinned out by --every */
+
+/* What an operation answered. T's lies in shared memory. */
+typedef struct {
+  int done; /* it has answered; what follows is whole */
+  int status;
+  uint64_t number;
+  const void *mapping; /* where T has the segment, if S has not opened it; and its size */
+  uint64_t mapped;
+  fshm_decision decision;
+  fshm_permit permit, total;
+} outcome_t;
+
+/* What must hold: for each family of operations a set of checks, which call broken(). T is the process that
+ * is stopped and killed, S the harness itself, which has joined the segment as well. */
+typedef struct {
+  void (*begin)(void); /* T stands at its beginning, the first time: learn how things are */
+  void (*end)(void); /* T has done the operation undisturbed: learn what it leads to */
+  void (*contend)(void); /* T is stopped and lives: S does the same */
+  void (*survive)(void); /* T is dead: S works on */
+  void (*raced)(const outcome_t *mine); /* T was stopped, S did the same, T went on to its end */
+} holds_t;
+
+/* What stands in the table at the beginning, and what the operation is like. */
+enum {
+  TENANTS = 1, /* cells that expired, of other keys, everywhere else */
+  STALE = 2, /* pending cells of other keys everywhere else: their claimers are dead */
+  CROWDED = 4, /* live keys everywhere else; with one of the next: but in one cell, or two */
+  ONE_LEFT = 8,
+  TWO_LEFT = 16,
+  TENANT_FIRST = 32, /* in the lowest cell a key that expires at NOW */
+  PENDING_LOW = 64, /* a dead claimer's pending cell of the key, in the lowest cell */
+  PENDING_HIGH = 128, /* the same, in the highest */
+  EXPIRED = 256, /* what the key had is long ago */
+  EXPIRING = 512, /* it expires at NOW */
+  STAGGERED = 1024, /* the first process reads a time just after NOW, the second just before */
+  REAL_TIME = 2048, /* the operation asks the clock */
+  ROUGH = 4096, /* S acquires, instead of the same: the operation is about what T has charged */
+  UNJOINED = 8192, /* T is not a member yet */
+  FILES = 16384, /* about the segment as a file: S has not opened it; made anew for each boundary */
+  PREDECESSOR = 32768, /* what dead processes hold, the last owner of T's process slot held */
+  FREED = 65536, /* the permits that S does not hold have cells, which are free */
+  ARMED = 1 << 17, /* somebody may sleep on the key's bell */
+  DEAD_OWNERS = 1 << 18, /* the spare slots of limits are owned by dead processes */
+  LOW_FREED = 1 << 19, /* as FREED, but S holds the highest of all */
+  UNCHANGED = 1 << 20, /* the limits are not changed to `next` yet: the operation does that */
+  MOST_BEHIND = 1
+      << 21 /* `most` is below what is held, as limits_lower_most() may leave it when the limits
+                         * are raised between its look and its swap */
+};
+
+/* Operations that are not an enum fshm_op. */
+enum {
+  OTHER_OP = 100,
+  TAKE,
+  RELEASE,
+  IDLE_MARK,
+  COUNT_HELD,
+  REAP,
+  BELL,
+  JOIN,
+  LOWER,
+  FIRST_JOIN,
+  CREATE,
+  ATTACH,
+  REMOVE,
+  MEMO,
+  METRIC_OPEN,
+  METRIC,
+  FEATURE_ERROR,
+  DEPLOYMENT_OPEN,
+  DEPLOYMENT_RECORD,
+  FLIGHT,
+  HIT,
+  CLEAR,
+  WALLET_SPEND,
+  WALLET_PUT,
+  WALLET_TAKE,
+  LEASE_TAKE,
+  LEASE_SET,
+  LEASE_ALONE
+};
+
+typedef struct operation {
+  const char *name;
+  void (*make)(void); /* the starting state, by S */
+  void (*prepare)(void); /* in whoever will do the operation */
+  void (*run)(outcome_t *out); /* the operation: the same code in T and S */
+  const holds_t *holds;
+  void (*meddle)(void); /* S does this at T's first change of a cell; boundaries begin there */
+  fshm_limit limits[FSHM_MAX_LIMITS], next[FSHM_MAX_LIMITS]; /* next: what they are changed to */
+  uint32_t count, next_count;
+  uint32_t flags, capacity; /* capacity 0: the least, one line of cells */
+  uint32_t op, cost, prior; /* prior: tokens charged, or permits that S holds, at the beginning */
+  uint32_t dead; /* permits that a dead process held */
+  int status; /* what it answers */
+  uint32_t before, after, full; /* how much fits before it, after it, and at most */
+} operation_t;
+
+/* The segment under test, and what this process has in it. Restored for each boundary. */
+typedef struct {
+  fshm_segment *s;
+  fshm_limiter *l, *others, *totals, *permits, *allowances;
+  fshm_permit permit, total;
+  uint64_t reserved[FSHM_MAX_LIMITS];
+  uint64_t now;
+} world_t;
+
+/* Where we are, for reports. */
+typedef struct {
+  const char *stage;
+  size_t k, j; /* instruction; of a schedule: the accesses of the first and of the second */
+  bool schedule;
+  uint64_t pc;
+  bool failed; /* at this boundary */
+  bool later; /* it is long after: other keys have expired */
+} position_t;
+
+typedef struct {
+  uint64_t boundaries, races, schedules, failures;
+  uint64_t
+      strayed; /* boundaries that were not on the recorded path: by a loop more or less, mostly */
+  double seconds;
+  bool done;
+} tally_t;
+
+typedef struct {
+  const char *only;
+  int64_t at; /* -1 = all */
+  uint64_t every; /* of operations of more than LONG instructions */
+  int jobs;
+} options_t;
+
+#endif

@@ -1,0 +1,180 @@
+/* holds_permits.c - what must hold of permits: never more than n are held, what a dead process held comes
+ * back, what a living one holds stays, and all that is left can be taken. */
+#include "crash.h"
+
+#define MOST_TAKEN 16
+
+static uint32_t held_at_start; /* by S and T */
+
+static uint32_t permits_limit(fshm_limiter *l) {
+  plan_t plan;
+  return limits_load(world.s, l->index, &plan) ? plan.permits : 0;
+}
+
+/* Take permits (of a pool: both kinds) until refused. Returns how many. */
+static uint32_t take_many(fshm_permit *permits, fshm_permit *totals) {
+  fshm_decision d;
+  uint32_t taken = 0, held;
+  for (; taken < MOST_TAKEN; taken++) {
+    fshm_admit(world.l, KEY, strlen(KEY), NULL, world.now, &permits[taken], &d, &held);
+    if (d.status != FSHM_ALLOWED) break;
+    if (!world.totals) continue;
+    fshm_admit(world.totals, "", 0, NULL, world.now, &totals[taken], &d, &held);
+    if (d.status == FSHM_ALLOWED) continue;
+    (void)fshm_permit_release(world.l, &permits[taken]);
+    break;
+  }
+  return taken;
+}
+
+static uint32_t fit_beside(uint32_t held) {
+  uint32_t n = permits_limit(world.l), fit = n > held ? n - held : 0;
+  if (world.totals) fit = (uint32_t)min_u64(fit, minus(permits_limit(world.totals), held));
+  return fit;
+}
+
+/* A process that comes anew finds as much room as S, and dies with it. */
+static int fresh_takes_all(void) {
+  fshm_permit permits[MOST_TAKEN + 1], totals[MOST_TAKEN + 1];
+  return take_many(permits, totals) == fit_beside(op->prior);
+}
+
+static void permits_begin(void) {
+  levels_before = levels_of(world.l, KEY);
+  held_at_start = held_alive(world.l, KEY);
+}
+
+static void permits_end(void) {
+  if (told->status != op->status) broken("it answers %d, not %d", told->status, op->status);
+  levels_after = levels_of(world.l, KEY);
+}
+
+static void contend_take(void) {
+  outcome_t mine = {0};
+  uint32_t held = held_alive(world.l, KEY), n = permits_limit(world.l);
+  bool fits = held < n;
+  if (world.totals) fits &= held_alive(world.totals, "") < permits_limit(world.totals);
+  int status = op->status < 0 ? op->status : fits ? FSHM_ALLOWED : FSHM_DENIED;
+  op->run(&mine);
+  if (mine.status != status)
+    broken("%u of %u are held, and S is answered %d", held, n, mine.status);
+  uint32_t after = held_alive(world.l, KEY);
+  if (after != held + (mine.status == FSHM_ALLOWED))
+    broken("%u are held after S, before %u", after, held);
+}
+
+/* S takes all that is left, and gives it back: what the dead held, and nothing beyond the limit. */
+static void contend_for_the_rest(uint32_t held) {
+  fshm_permit permits[MOST_TAKEN + 1], totals[MOST_TAKEN + 1];
+  uint32_t taken = take_many(permits, totals);
+  if (taken != fit_beside(held))
+    broken("T is stopped, and %u can be taken, not %u", taken, fit_beside(held));
+  for (uint32_t i = 0; i < taken; i++)
+    if (!fshm_permit_release(world.l, &permits[i])) broken("a permit cannot be released");
+}
+
+/* What T has told of its permit does not make it S's. */
+static void check_not_mine(const fshm_permit *theirs, fshm_limiter *l) {
+  fshm_permit copy = *theirs;
+  if (!told->done || !copy.held) return;
+  if (fshm_permit_idle(l, &copy, 1)) broken("S has marked T's permit");
+  if (fshm_permit_release(l, &copy)) broken("S has released T's permit");
+}
+
+/* A forked child has what its parent holds in its memory, and does not hold it. */
+static int release_as_child(void) {
+  fshm_permit copy = world.permit;
+  return fshm_permit_idle(world.l, &copy, 1) + fshm_permit_release(world.l, &copy);
+}
+
+static int join_anew(void) {
+  uint32_t slot;
+  uint64_t generation;
+  return process_identity(world.s, &slot, &generation);
+}
+
+static void permits_contend(void) {
+  outcome_t mine = {0};
+  uint32_t held = held_alive(world.l, KEY);
+  if (op->op == TAKE) {
+    check_not_mine(&told->permit, world.l);
+    check_not_mine(&told->total, world.totals);
+    contend_take();
+    return;
+  }
+  if (op->op == JOIN) {
+    if (fresh_process(join_anew) != 1) broken("a new process cannot join");
+    contend_for_the_rest(op->prior);
+    if (fshm_in_flight(world.l, KEY, strlen(KEY)) != op->prior)
+      broken("T joins, and a dead process's permits count as T's");
+    return;
+  }
+  if (op->op == LOWER) contend_for_the_rest(held);
+  op->run(&mine);
+  if (mine.status != op->status) broken("S is answered %d, not %d", mine.status, op->status);
+  if (op->op == COUNT_HELD && mine.number != held)
+    broken("S counts %llu, not %u", (unsigned long long)mine.number, held);
+  uint32_t after = held_alive(world.l, KEY);
+  if (after != held - (op->op == RELEASE)) broken("%u are held after S, before %u", after, held);
+  if (op->op == LOWER) contend_for_the_rest(held);
+}
+
+static void permits_survive(void) {
+  fshm_permit permits[MOST_TAKEN + 1], totals[MOST_TAKEN + 1];
+  if (told->done && told->status != op->status)
+    broken("T says %d, not %d", told->status, op->status);
+  levels_t seen = levels_of(world.l, KEY);
+  if (!known_levels(&seen)) broken("consumption is neither as before nor as after");
+  check_not_mine(&told->permit, world.l);
+  check_not_mine(&told->total, world.totals);
+  if ((op->op == RELEASE || op->op == IDLE_MARK) && fresh_process(release_as_child))
+    broken("a forked child has released its parent's permit");
+  if (op->op == LOWER && told->done && permits_limit(world.l) != op->next[0].n)
+    broken("T says that it has set the limit, and it is %u", permits_limit(world.l));
+  if (position.k % 16 == 0 && !(op->flags & CROWDED))
+    if (fresh_process(fresh_takes_all) != 1)
+      broken("a new process does not find the room that is left");
+  for (int round = 0; round < 2; round++) {
+    uint32_t held = fshm_in_flight(world.l, KEY, strlen(KEY));
+    if (held != op->prior) broken("%u count as held, and the living hold %u", held, op->prior);
+    if (held_alive(world.l, KEY) != op->prior) broken("the living have lost a permit");
+    uint32_t taken = take_many(permits, totals);
+    uint32_t fit = op->flags & CROWDED && op->status < 0 ? 0 : fit_beside(op->prior);
+    if (taken != fit) broken("%u can be taken, not %u", taken, fit);
+    check_invariants(true);
+    for (uint32_t i = 0; i < taken; i++) {
+      if (!fshm_permit_release(world.l, &permits[i])) broken("a permit cannot be released");
+      if (world.totals && !fshm_permit_release(world.totals, &totals[i]))
+        broken("a permit of the pool cannot be released");
+    }
+  }
+  (void)fshm_reap(world.s, 0);
+  if (fshm_in_flight(world.l, KEY, strlen(KEY)) != op->prior)
+    broken("a reap takes from the living");
+}
+
+static void permits_raced(const outcome_t *mine) {
+  uint32_t held = held_alive(world.l, KEY), n = permits_limit(world.l);
+  uint32_t most = (uint32_t)max_u64(n, held_at_start);
+  if (held > most) broken("%u are held, of %u", held, most);
+  if (op->op == TAKE) {
+    uint32_t admitted = (told->status == FSHM_ALLOWED) + (mine->status == FSHM_ALLOWED);
+    uint32_t fit = op->status < 0 ? 0 : (uint32_t)min_u64(2, minus(n, held_at_start));
+    if (world.totals)
+      fit = (uint32_t)min_u64(fit, minus(permits_limit(world.totals), held_at_start));
+    /* under a lowered limit, two that count at once may both give back: DESIGN.md, "Permits" */
+    if (admitted > fit || (admitted < fit && !op->next_count))
+      broken("of T and S, %u were admitted, not %u", admitted, fit);
+    if (held != held_at_start + admitted) broken("%u are held after both", held);
+    if (world.totals && held_alive(world.totals, "") != held) broken("the pool counts otherwise");
+  } else {
+    if (told->status != op->status || mine->status != op->status)
+      broken("T and S are answered %d and %d", told->status, mine->status);
+    if (held != held_at_start - 2 * (op->op == RELEASE)) broken("%u are held after both", held);
+  }
+  check_invariants(false);
+}
+
+static const holds_t permits = {permits_begin, permits_end, permits_contend, permits_survive,
+                                permits_raced};
+static const holds_t joining = {permits_begin, permits_end, permits_contend, permits_survive, NULL};

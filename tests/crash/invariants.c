@@ -1,0 +1,120 @@
+/* invariants.c - what must hold of a segment at any instant that nobody works on it. */
+#include "crash.h"
+
+#define MOST_SLOTS 8 /* of a key, in all operations */
+
+/* Cells that no operation under test may touch (I7). */
+static pair_t protected_cells[4096];
+static size_t protected_count;
+
+/* Note all live cells but those of the key's meters, and permits of the dead. */
+static void protect_others(void) {
+  uint64_t own[FSHM_MAX_LIMITS] = {0}, word = 0; /* word: of what the key is granted */
+  call_t c;
+  census_t census;
+  census_begin(&census);
+  protected_count = 0;
+  if (!world.s) return;
+  if (world.l && limits_load(world.s, world.l->index, &c.plan)) {
+    begin(&c, world.l, KEY, strlen(KEY), NOW);
+    for (uint32_t i = 0; i < c.plan.count; i++) own[i] = fingerprint(&c, i);
+  }
+  if (world.allowances && limits_load(world.s, world.allowances->index, &c.plan)) {
+    begin(&c, world.allowances, KEY, strlen(KEY), NOW);
+    word = fingerprint(&c, 0);
+  }
+  for (uint64_t i = 0; i < world.s->cell_count; i++) {
+    pair_t pair = pair_load(&world.s->cells[i]);
+    bool ours = word && pair.who == word;
+    for (uint32_t k = 0; k < FSHM_MAX_LIMITS; k++) ours |= pair.who == own[k];
+    for (uint32_t k = 0; k < MOST_SLOTS && op->op == CLEAR; k++)
+      ours |= pair.who == slot_who(own[0], k);
+    if (!pair.who || ours || IS_PENDING(pair.when) || state_expires(pair.when) <= now_or_clock())
+      continue;
+    if (IS_PERMIT(pair.when) && !owner_alive(world.s, pair.when, &census)) continue;
+    protected_cells[protected_count++] = pair;
+  }
+}
+
+static void check_cells(void) {
+  for (uint64_t i = 0; i < world.s->cell_count; i++) {
+    pair_t a = pair_load(&world.s->cells[i]);
+    for (uint64_t k = i + 1; k < world.s->cell_count && a.who && !IS_PENDING(a.when); k++) {
+      pair_t b = pair_load(&world.s->cells[k]);
+      if (a.who == b.who && !IS_PENDING(b.when))
+        broken("one key has two confirmed cells, %d and %d", (int)i, (int)k);
+    }
+  }
+  for (size_t p = 0; p < protected_count && !position.later; p++) {
+    uint64_t who = protected_cells[p].who;
+    bool found =
+        op->op == RELEASE && (who == world.permit.who || who == world.total.who); /* S's own */
+    for (uint64_t i = 0; i < world.s->cell_count && !found; i++) {
+      pair_t pair = pair_load(&world.s->cells[i]);
+      found = pair.who == protected_cells[p].who && pair.when == protected_cells[p].when;
+    }
+    if (!found) broken("another key's live cell has changed, or is gone");
+  }
+}
+
+/* How many permits of the key the living hold, wherever the library would look for them. */
+static uint32_t held_alive(fshm_limiter *l, const char *key) {
+  census_t census;
+  uint32_t held = 0;
+  census_begin(&census);
+  uint64_t hash = fshm_siphash(l->key[0], l->key[1], key, strlen(key));
+  for (uint32_t slot = 0; slot < MOST_SLOTS; slot++)
+    for (uint64_t i = 0; i < world.s->cell_count; i++) {
+      pair_t pair = pair_load(&world.s->cells[i]);
+      held += pair.who == slot_who(hash, slot) && IS_PERMIT(pair.when) &&
+              owner_alive(world.s, pair.when, &census);
+    }
+  return held;
+}
+
+static void check_names(bool alone) {
+  fshm_limiter_info info;
+  for (uint32_t i = 0; i < world.s->limiter_count; i++) {
+    limiter_entry_t *e = &world.s->limiters[i];
+    int status = fshm_limiter_at(world.s, i, &info);
+    if (status != FSHM_OK && load_relaxed(&e->current)) broken("limits are named, but damaged");
+    if (!load_relaxed(&e->id)) {
+      if (load_relaxed(&e->current)) broken("a free entry has limits");
+      continue;
+    }
+    for (unsigned k = 0; alone && k < LIMITS_SLOTS; k++) {
+      uint64_t owner = load_relaxed(&e->slots[k].owner);
+      if (owner && owner_lives(world.s, owner)) broken("a slot of limits has a living owner");
+    }
+  }
+}
+
+/* What people look at: it must not misbehave, whatever was left half done. */
+static void check_looking_in(void) {
+  char name[256];
+  uint64_t length;
+  fshm_decision d;
+  fshm_permit_info permit;
+  fshm_process_info process;
+  int damage = fshm_check(world.s, &length);
+  if (damage) broken("it counts as damaged: %d, at %llu", damage, (unsigned long long)length);
+  for (uint64_t i = 0; i < world.s->cell_count; i++) {
+    if (fshm_key_name(world.s, i, name, sizeof name, &length) && length > 201)
+      broken("a key's name is too long");
+    if (fshm_peek_cell(world.s, i, now_or_clock(), &d) < 0) broken("a cell cannot be looked at");
+    if (fshm_permit_at(world.s, i, &permit) && permit.alive > 1) broken("a permit is odd");
+  }
+  for (uint32_t i = 0; i < PROCESSES; i++) {
+    const process_t *p = &world.s->processes[i];
+    if (!load_relaxed(&p->pid) && !load_relaxed(&p->generation)) continue;
+    if (fshm_process_at(world.s, i, &process) != FSHM_OK) broken("a process slot is unreadable");
+  }
+}
+
+/* alone: nobody but S lives. */
+static void check_invariants(bool alone) {
+  if (!world.s) return;
+  check_cells();
+  check_names(alone);
+  check_looking_in();
+}

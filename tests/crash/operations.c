@@ -1,0 +1,606 @@
+/* operations.c - the operations that are tried. A new operation of the library gets a line in the table at
+ * the end: its starting state (starts.c), what it does, and what must hold (holds_*.c). */
+#include "crash.h"
+
+static const uint64_t some_costs[][FSHM_MAX_LIMITS] = {{0, 0, 0, 0}, {1, 1, 1, 1}, {2, 2, 2, 2},
+                                                       {3, 3, 3, 3}, {4, 4, 4, 4}, {5, 5, 5, 5},
+                                                       {6, 6, 6, 6}, {7, 7, 7, 7}};
+
+/* rate limits */
+
+static void run_apply(outcome_t *out) {
+  fshm_apply(world.l, op->op, KEY, strlen(KEY), some_costs[op->cost], 2 * PER, world.now,
+             &out->decision);
+  out->status = out->decision.status;
+}
+static void run_is_allowed(outcome_t *out) {
+  out->status = fshm_is_allowed(world.l, KEY, strlen(KEY));
+}
+static void block_before(void) { (void)apply_at(world.l, FSHM_BLOCK, KEY, 3, world.now); }
+static void reserve_one(void) {
+  fshm_decision d;
+  fshm_reserve(world.l, KEY, strlen(KEY), some_costs[1], 2 * PER, world.now, &d, world.reserved);
+}
+static void run_cancel(outcome_t *out) {
+  out->status = fshm_cancel(world.l, KEY, strlen(KEY), some_costs[1], world.reserved, world.now);
+}
+static void charge_three(void) {
+  fshm_decision d;
+  uint32_t held;
+  fshm_admit(world.l, KEY, strlen(KEY), some_costs[3], world.now, &world.permit, &d, &held);
+}
+static void run_settle(outcome_t *out) {
+  out->status = fshm_settle(world.l, KEY, strlen(KEY), some_costs[3], some_costs[op->cost],
+                            &world.permit, world.now);
+}
+static void run_reset_key(outcome_t *out) {
+  out->status = fshm_reset_key(world.l, KEY, strlen(KEY));
+}
+static void run_reset_all(outcome_t *out) { out->status = fshm_reset_all(world.l); }
+
+/* S takes the room of the second limit, and of the first what `more` says. */
+static void take_second(uint64_t more) {
+  fshm_decision d;
+  const uint64_t costs[FSHM_MAX_LIMITS] = {more, levels_of(world.l, KEY).remaining[1], 0, 0};
+  fshm_apply(world.l, FSHM_ACQUIRE, KEY, strlen(KEY), costs, 0, world.now, &d);
+  if (d.status != FSHM_ALLOWED) broken("S cannot take the room: %d", d.status);
+  meters_meddled();
+}
+static void meddle_second(void) { take_second(0); }
+static void meddle_both(void) { take_second(1); }
+
+/* limits that come with the call */
+
+static void run_count(outcome_t *out) {
+  fshm_counted counted;
+  fshm_count(world.l, KEY, strlen(KEY), &op->limits[0], op->cost, world.now, &counted);
+  out->status = counted.status;
+}
+static void run_hit(outcome_t *out) {
+  fshm_counted counted;
+  fshm_moving(world.l, KEY, strlen(KEY), &op->limits[0], op->cost, world.now, &counted);
+  out->status = counted.status;
+}
+static void run_clear(outcome_t *out) {
+  out->status = fshm_moving_clear(world.l, KEY, strlen(KEY));
+}
+
+/* wallets */
+
+static void run_spend(outcome_t *out) {
+  uint32_t low;
+  out->status = fshm_spend(world.l, NULL, world.l, KEY, strlen(KEY), some_costs[op->cost],
+                           world.now, NULL, &low);
+}
+static void run_put(outcome_t *out) {
+  fshm_lease leases[FSHM_MAX_LIMITS];
+  for (uint32_t i = 0; i < FSHM_MAX_LIMITS; i++)
+    leases[i] = (fshm_lease){op->cost, UINT64_MAX, world.now + PER};
+  out->status = fshm_wallet_put(world.l, KEY, strlen(KEY), leases, world.now);
+}
+static void run_take_out(outcome_t *out) {
+  uint64_t left[FSHM_MAX_LIMITS], ns[FSHM_MAX_LIMITS];
+  out->status = fshm_wallet_look(world.l, KEY, strlen(KEY), 1, world.now, left, ns);
+  out->number = left[0];
+}
+
+/* permits */
+
+static void run_admit(outcome_t *out) {
+  uint32_t held;
+  fshm_admit(world.l, KEY, strlen(KEY), NULL, world.now, &out->permit, &out->decision, &held);
+  out->status = out->decision.status;
+}
+static void take_one_permit(void) { admit_to(world.l, KEY, &world.permit); }
+static void run_release(outcome_t *out) {
+  fshm_permit permit = world.permit;
+  out->status = fshm_permit_release(world.l, &permit);
+}
+static void run_idle(outcome_t *out) {
+  fshm_permit permit = world.permit;
+  out->status = fshm_permit_idle(world.l, &permit, 1) + fshm_permit_idle(world.l, &permit, 0);
+}
+static void run_in_flight(outcome_t *out) {
+  out->number = fshm_in_flight(world.l, KEY, strlen(KEY));
+  out->status = FSHM_OK;
+}
+static void run_reap(outcome_t *out) {
+  out->number = fshm_reap(world.s, 0);
+  out->status = FSHM_OK;
+}
+static void run_arm(outcome_t *out) {
+  out->number = fshm_bell_arm(world.l, KEY, strlen(KEY));
+  out->status = FSHM_OK;
+}
+static void run_ring(outcome_t *out) {
+  fshm_bell_ring(world.l, KEY, strlen(KEY));
+  out->status = FSHM_OK;
+}
+static void run_join(outcome_t *out) {
+  uint32_t slot;
+  uint64_t generation;
+  out->status = process_identity(world.s, &slot, &generation);
+}
+
+/* The calls that csrc/py_pool.c makes to open a connection, and to hand it back and close it. */
+static void run_pool_get(outcome_t *out) {
+  uint32_t held;
+  fshm_admit(world.l, KEY, strlen(KEY), NULL, world.now, &out->permit, &out->decision, &held);
+  if (out->decision.status == FSHM_ALLOWED) {
+    fshm_admit(world.totals, "", 0, NULL, world.now, &out->total, &out->decision, &held);
+    if (out->decision.status != FSHM_ALLOWED) (void)fshm_permit_release(world.l, &out->permit);
+  }
+  out->status = out->decision.status;
+}
+static void open_connection(void) {
+  admit_to(world.l, KEY, &world.permit);
+  admit_to(world.totals, "", &world.total);
+}
+static void run_pool_return(outcome_t *out) {
+  fshm_permit permit = world.permit, total = world.total;
+  out->status = fshm_permit_idle(world.l, &permit, 1) + fshm_permit_idle(world.l, &permit, 0) +
+                fshm_permit_release(world.l, &permit) + fshm_permit_release(world.totals, &total);
+}
+
+/* names and files */
+
+static void run_set_limits(outcome_t *out) { out->status = set_limits(op->next, op->next_count); }
+
+static void run_create(outcome_t *out) {
+  fshm_error e;
+  out->status = fshm_open(segment_name, 1, 0600, FSHM_OPEN_CREATE, &opened, &e);
+  if (opened) out->number = opened->header->instance;
+}
+static void run_attach(outcome_t *out) {
+  fshm_error e;
+  out->status = fshm_open(segment_name, 0, 0600, 0, &opened, &e);
+  if (!opened) return;
+  (void)process_slot(opened);
+  out->number = opened->header->instance;
+}
+static void run_remove(outcome_t *out) {
+  fshm_error e;
+  out->status = fshm_remove(segment_name, &e);
+}
+
+#define BUCKET(n) {n, PER, n, FSHM_BUCKET, 0}
+#define WINDOW(n) {n, PER, n, FSHM_WINDOW, 0}
+#define SLIDING(n) {n, PER, n, FSHM_SLIDING, 0}
+#define PERMITS(n) {n, 0, 0, FSHM_PERMITS, 0}
+/* statistics */
+
+static uint32_t stats_place; /* of the deployment */
+static void start_stats(void) {
+  start_permits();
+  if (op->op == METRIC) (void)the_metric();
+  if (op->op == DEPLOYMENT_RECORD || op->op == FLIGHT)
+    stats_place = (uint32_t)fshm_deployment_open(world.s, the_id(), NOW);
+  for (uint64_t i = 1; op->flags & CROWDED && i <= 100000; i++) /* each place is another's */
+    (void)fshm_deployment_open(world.s, i * UINT64_C(0x9e3779b97f4a7c15), NOW - 2 * PER + i);
+}
+static void run_memo(outcome_t *out) {
+  fshm_memo_put(world.s, encoding_of_text(), TEXT, strlen(TEXT), TOKENS);
+  out->status = FSHM_OK;
+}
+static void run_metric_open(outcome_t *out) { out->status = the_metric(); }
+static void run_metric(outcome_t *out) {
+  fshm_metric_record(world.s, 0, 5000, 1, 0, 7, 9);
+  out->status = FSHM_OK;
+}
+static void run_feature(outcome_t *out) { out->status = fshm_feature_error(world.s, FEATURE) > 0; }
+static void run_deployment_open(outcome_t *out) {
+  out->status = fshm_deployment_open(world.s, the_id(), world.now) >= 0;
+}
+static void run_deployment_record(outcome_t *out) {
+  fshm_deployment_record(world.s, stats_place, UINT64_C(1000000), 0, 5, 0, COOLDOWN, world.now);
+  out->status = FSHM_OK;
+}
+static void run_flight(outcome_t *out) {
+  fshm_flight flight;
+  out->status = fshm_flight_begin(world.s, stats_place, world.now, &flight);
+}
+static void run_flight_and_back(outcome_t *out) {
+  fshm_flight flight;
+  out->status = fshm_flight_begin(world.s, stats_place, world.now, &flight) &&
+                fshm_flight_end(world.s, &flight);
+}
+
+#define ONE(limit) .limits = {limit}, .count = 1
+#define THREE .limits = {BUCKET(5), WINDOW(6), SLIDING(7)}, .count = 3
+#define THEN_ONE(limit) .next = {limit}, .next_count = 1
+#define ROOM(a, b, c) .before = (a), .after = (b), .full = (c)
+
+#define METERS(function) .make = start_meters, .holds = &meters, .run = (function)
+#define APPLY(which, tokens) METERS(run_apply), .op = FSHM_##which, .cost = (tokens), .status = 1
+#define REFUSED(answer) METERS(run_apply), .op = FSHM_ACQUIRE, .cost = 1, .status = (answer)
+#define CALLS(function) METERS(function), .op = OTHER_OP, .status = 1
+#define ASKS METERS(run_is_allowed), .op = FSHM_ACQUIRE, .cost = 1, .status = 1
+#define COUNTS METERS(run_count), .op = FSHM_ACQUIRE, .cost = 1, .prepare = align_windows
+#define MOVING(function, which) \
+  .make = start_moving, .holds = &moving, .run = (function), .op = (which)
+#define HITS(tokens, answer) MOVING(run_hit, HIT), .cost = (tokens), .status = (answer)
+#define WALLET {20, 0, 0, FSHM_WALLET, 0}
+#define WALLETS(function, which, answer) \
+  .make = start_wallet, .holds = &wallet, .run = (function), .op = (which), .status = (answer)
+#define SPENDS(tokens, answer) WALLETS(run_spend, WALLET_SPEND, answer), .cost = (tokens)
+#define PUTS(tokens) WALLETS(run_put, WALLET_PUT, FSHM_OK), .cost = (tokens)
+#define LEASES(function, which, answer)                                                         \
+  .make = start_leases, .holds = &leases, .run = (function), .op = (which), .status = (answer), \
+  .capacity = 8
+#define LEASE_TAKES(answer) LEASES(run_lease_take, LEASE_TAKE, answer)
+#define LEASE_SETS(function, to) LEASES(function, LEASE_SET, FSHM_OK), .cost = (to)
+#define HOLDING(function, which) \
+  .make = start_permits, .holds = &permits, .run = (function), .op = (which)
+#define TAKES(answer) HOLDING(run_admit, TAKE), .status = (answer)
+#define POOL(function, which) \
+  .make = start_pool, .holds = &permits, .run = (function), .op = (which)
+#define JOINS .make = start_permits, .holds = &joining, .run = run_join, .op = JOIN, .status = 1
+#define SETS .make = start_names, .holds = &names, .run = run_set_limits, .status = 1
+#define STATS(function, which)                                                                    \
+  .make = start_stats, .holds = &stats, .run = (function), .op = (which), .limits = {PERMITS(3)}, \
+  .count = 1
+#define FILE_OP(function, which) \
+  .make = start_files, .holds = &files, .run = (function), .op = (which), .status = 1
+#define FIRST(prepared)                                                                \
+  .make = make_segment, .holds = &first, .prepare = (prepared), .run = run_first_join, \
+  .op = FIRST_JOIN, .status = 1, .flags = FILES | UNJOINED
+
+/* clang-format off: a line for each */
+static const operation_t operations[] = {
+    /* a check of a key that has a cell */
+    {.name = "check-bucket", APPLY(ACQUIRE, 1), ONE(BUCKET(5)), .prior = 2, ROOM(3, 2, 5)},
+    {.name = "check-window", APPLY(ACQUIRE, 1), ONE(WINDOW(5)), .prior = 2, ROOM(3, 2, 5)},
+    {.name = "check-sliding", APPLY(ACQUIRE, 1), ONE(SLIDING(5)), .prior = 2, ROOM(3, 2, 5)},
+    {.name = "check-last", APPLY(ACQUIRE, 2), ONE(BUCKET(5)), .prior = 3, ROOM(2, 0, 5)},
+    {.name = "check-expired",
+     APPLY(ACQUIRE, 1),
+     ONE(BUCKET(5)),
+     .prior = 5,
+     .flags = EXPIRED,
+     ROOM(5, 4, 5)},
+    {.name = "check-converted",
+     APPLY(ACQUIRE, 1),
+     ONE(BUCKET(5)),
+     .prior = 2,
+     THEN_ONE(BUCKET(10)),
+     ROOM(8, 7, 10)},
+    {.name = "is-allowed", ASKS, ONE(BUCKET(5)), .prior = 2, .flags = REAL_TIME, ROOM(3, 2, 5)},
+    {.name = "denied", REFUSED(FSHM_DENIED), ONE(BUCKET(5)), .prior = 5, ROOM(0, 0, 5)},
+    /* a key that has none */
+    {.name = "first-check", APPLY(ACQUIRE, 1), ONE(BUCKET(5)), ROOM(5, 4, 5)},
+    {.name = "first-two-regions", APPLY(ACQUIRE, 1), ONE(WINDOW(5)), .capacity = 60, ROOM(5, 4, 5)},
+    {.name = "first-is-allowed", ASKS, ONE(BUCKET(5)), .flags = REAL_TIME, ROOM(5, 4, 5)},
+    {.name = "insert-over-tenants",
+     APPLY(ACQUIRE, 1),
+     ONE(SLIDING(5)),
+     .flags = TENANTS,
+     ROOM(5, 4, 5)},
+    {.name = "insert-over-stale", APPLY(ACQUIRE, 1), ONE(BUCKET(5)), .flags = STALE, ROOM(5, 4, 5)},
+    {.name = "insert-over-dead-permits",
+     APPLY(ACQUIRE, 1),
+     ONE(BUCKET(5)),
+     .dead = 3,
+     ROOM(5, 4, 5)},
+    {.name = "insert-full", REFUSED(FSHM_FULL), ONE(BUCKET(5)), .flags = CROWDED, ROOM(0, 0, 5)},
+    {.name = "insert-claimed-low",
+     APPLY(ACQUIRE, 1),
+     ONE(BUCKET(5)),
+     .flags = PENDING_LOW,
+     ROOM(5, 4, 5)},
+    {.name = "insert-claimed-high",
+     APPLY(ACQUIRE, 1),
+     ONE(BUCKET(5)),
+     .flags = PENDING_HIGH,
+     ROOM(5, 4, 5)},
+    {.name = "insert-claimed-twice",
+     APPLY(ACQUIRE, 1),
+     ONE(BUCKET(5)),
+     .flags = PENDING_LOW | PENDING_HIGH,
+     ROOM(5, 4, 5)},
+    /* several limits */
+    {.name = "multi-check", APPLY(ACQUIRE, 1), THREE, .prior = 2, ROOM(3, 2, 5)},
+    {.name = "multi-first", APPLY(ACQUIRE, 1), THREE, ROOM(5, 4, 5)},
+    {.name = "multi-undo",
+     REFUSED(FSHM_DENIED),
+     THREE,
+     .prior = 2,
+     .meddle = meddle_second,
+     ROOM(3, 0, 5)},
+    {.name = "multi-undo-shared",
+     REFUSED(FSHM_DENIED),
+     THREE,
+     .prior = 2,
+     .meddle = meddle_both,
+     ROOM(3, 0, 5)},
+    /* other changes of what was consumed */
+    {.name = "refund", APPLY(REFUND, 1), ONE(BUCKET(5)), .prior = 3, ROOM(2, 3, 5)},
+    {.name = "multi-refund", APPLY(REFUND, 1), THREE, .prior = 3, ROOM(2, 3, 5)},
+    {.name = "charge-debt-bucket", APPLY(CHARGE, 3), ONE(BUCKET(5)), .prior = 4, ROOM(1, 0, 5)},
+    {.name = "charge-debt-window", APPLY(CHARGE, 3), ONE(WINDOW(5)), .prior = 4, ROOM(1, 0, 5)},
+    {.name = "charge-first", APPLY(CHARGE, 7), ONE(SLIDING(5)), ROOM(5, 0, 5)},
+    {.name = "block", APPLY(BLOCK, 7), ONE(BUCKET(5)), .prior = 2, ROOM(3, 0, 5)},
+    {.name = "block-first", APPLY(BLOCK, 7), ONE(BUCKET(5)), ROOM(5, 0, 5)},
+    {.name = "block-again",
+     APPLY(BLOCK, 7),
+     ONE(BUCKET(5)),
+     .prepare = block_before,
+     ROOM(0, 0, 5)},
+    {.name = "multi-block",
+     APPLY(BLOCK, 7),
+     .limits = {BUCKET(5), WINDOW(6), BUCKET(8)},
+     .count = 3,
+     .prior = 2,
+     ROOM(3, 0, 5)},
+    {.name = "reserve", APPLY(RESERVE, 1), ONE(BUCKET(5)), .prior = 5, ROOM(0, 0, 5)},
+    {.name = "multi-reserve",
+     APPLY(RESERVE, 1),
+     .limits = {BUCKET(5), BUCKET(8)},
+     .count = 2,
+     .prior = 5,
+     ROOM(0, 0, 5)},
+    {.name = "cancel",
+     CALLS(run_cancel),
+     ONE(BUCKET(5)),
+     .prior = 3,
+     .prepare = reserve_one,
+     .flags = ROUGH,
+     ROOM(1, 2, 5)},
+    {.name = "settle-less",
+     CALLS(run_settle),
+     .cost = 1,
+     ONE(WINDOW(5)),
+     .prepare = charge_three,
+     .flags = ROUGH,
+     ROOM(2, 4, 5)},
+    {.name = "settle-more",
+     CALLS(run_settle),
+     .cost = 4,
+     THREE,
+     .prepare = charge_three,
+     .flags = ROUGH,
+     ROOM(2, 1, 5)},
+    {.name = "reset-key", CALLS(run_reset_key), THREE, .prior = 3, ROOM(2, 5, 5)},
+    /* with cells to spare: killed before it frees the old cells, these stay until they expire */
+    {.name = "reset-limiter",
+     CALLS(run_reset_all),
+     .capacity = 8,
+     THREE,
+     .prior = 3,
+     ROOM(2, 5, 5)},
+    /* limits that come with the call */
+    {.name = "count-window", COUNTS, .status = 1, ONE(WINDOW(5)), .prior = 2, ROOM(3, 2, 5)},
+    {.name = "count-window-first", COUNTS, .status = 1, ONE(WINDOW(5)), ROOM(5, 4, 5)},
+    {.name = "count-sliding", COUNTS, .status = 1, ONE(SLIDING(5)), .prior = 2, ROOM(3, 2, 5)},
+    {.name = "count-denied", COUNTS, .status = 0, ONE(WINDOW(5)), .prior = 5, ROOM(0, 0, 5)},
+    {.name = "moving-first", HITS(1, 1), .capacity = 4, ONE(WINDOW(3)), ROOM(3, 2, 3)},
+    {.name = "moving-next", HITS(1, 1), ONE(WINDOW(2)), .prior = 1, ROOM(1, 0, 2)},
+    {.name = "moving-again",
+     HITS(1, 1),
+     .capacity = 4,
+     ONE(WINDOW(3)),
+     .prior = 3,
+     .flags = EXPIRED,
+     ROOM(3, 2, 3)},
+    {.name = "moving-denied", HITS(1, 0), .capacity = 4, ONE(WINDOW(3)), .prior = 3, ROOM(0, 0, 3)},
+    {.name = "moving-several",
+     HITS(2, 1),
+     .capacity = 4,
+     ONE(WINDOW(4)),
+     .prior = 1,
+     ROOM(3, 1, 4)},
+    {.name = "moving-several-again",
+     HITS(2, 1),
+     .capacity = 4,
+     ONE(WINDOW(3)),
+     .prior = 3,
+     .flags = EXPIRED,
+     ROOM(3, 1, 3)},
+    {.name = "moving-claimed",
+     HITS(1, 1),
+     .capacity = 4,
+     ONE(WINDOW(3)),
+     .flags = PENDING_LOW,
+     ROOM(3, 2, 3)},
+    {.name = "moving-full",
+     HITS(2, FSHM_FULL),
+     ONE(WINDOW(3)),
+     .flags = CROWDED | ONE_LEFT,
+     ROOM(0, 0, 3)},
+    {.name = "moving-clear",
+     MOVING(run_clear, CLEAR),
+     .status = 1,
+     .capacity = 4,
+     ONE(WINDOW(3)),
+     .prior = 3,
+     ROOM(0, 3, 3)},
+    /* wallets */
+    {.name = "wallet-spend", SPENDS(1, 1), ONE(WALLET), .prior = 5, ROOM(5, 4, 0)},
+    {.name = "wallet-spend-last", SPENDS(2, 1), ONE(WALLET), .prior = 2, ROOM(2, 0, 0)},
+    {.name = "wallet-ask", SPENDS(3, FSHM_ASK), ONE(WALLET), .prior = 2, ROOM(2, 2, 0)},
+    {.name = "wallet-ask-none", SPENDS(1, FSHM_ASK), ONE(WALLET), ROOM(0, 0, 0)},
+    {.name = "wallet-over",
+     SPENDS(1, FSHM_ASK),
+     ONE(WALLET),
+     .prior = 5,
+     .flags = EXPIRED,
+     ROOM(0, 0, 0)},
+    {.name = "wallet-spend-several",
+     SPENDS(1, 1),
+     .limits = {WALLET, WALLET},
+     .count = 2,
+     .prior = 5,
+     ROOM(5, 4, 0)},
+    {.name = "wallet-put", PUTS(3), ONE(WALLET), .prior = 2, ROOM(2, 5, 0)},
+    {.name = "wallet-put-first", PUTS(3), ONE(WALLET), ROOM(0, 3, 0)},
+    {.name = "wallet-put-claimed", PUTS(3), ONE(WALLET), .flags = PENDING_LOW, ROOM(0, 3, 0)},
+    {.name = "wallet-put-over", PUTS(3), ONE(WALLET), .prior = 5, .flags = EXPIRED, ROOM(0, 3, 0)},
+    {.name = "wallet-take",
+     WALLETS(run_take_out, WALLET_TAKE, FSHM_OK),
+     ONE(WALLET),
+     .prior = 5,
+     ROOM(5, 0, 0)},
+    /* permits that were granted to this host: ROOM(allowed, -, lowered to) */
+    {.name = "lease-take", LEASE_TAKES(1), ONE(PERMITS(6)), .prior = 1, ROOM(3, 0, 0)},
+    {.name = "lease-take-last", LEASE_TAKES(1), ONE(PERMITS(6)), .prior = 2, ROOM(3, 0, 0)},
+    {.name = "lease-take-none", LEASE_TAKES(FSHM_ASK), ONE(PERMITS(6)), .prior = 3, ROOM(3, 0, 0)},
+    {.name = "lease-take-lowered",
+     LEASE_TAKES(1),
+     ONE(PERMITS(6)),
+     .prior = 1,
+     .flags = LOW_FREED,
+     ROOM(4, 0, 2)},
+    {.name = "lease-take-ask",
+     LEASE_TAKES(FSHM_ASK),
+     ONE(PERMITS(6)),
+     .prior = 2,
+     .flags = LOW_FREED,
+     ROOM(4, 0, 2)},
+    {.name = "lease-lower",
+     LEASE_SETS(run_lease_lower, 1),
+     ONE(PERMITS(6)),
+     .prior = 2,
+     ROOM(4, 0, 0)},
+    {.name = "lease-put", LEASE_SETS(run_lease_put, 4), ONE(PERMITS(6)), .prior = 1, ROOM(2, 0, 0)},
+    {.name = "lease-put-first", LEASE_SETS(run_lease_put, 2), ONE(PERMITS(6))},
+    {.name = "lease-put-lowered",
+     LEASE_SETS(run_lease_put, 3),
+     ONE(PERMITS(6)),
+     .prior = 1,
+     .flags = LOW_FREED,
+     ROOM(4, 0, 2)},
+    /* permits */
+    {.name = "permit-fresh", TAKES(1), ONE(PERMITS(3)), .prior = 1},
+    {.name = "permit-free", TAKES(1), ONE(PERMITS(3)), .prior = 1, .flags = FREED},
+    {.name = "permit-last", TAKES(1), ONE(PERMITS(3)), .prior = 2, .flags = FREED},
+    {.name = "permit-takeover", TAKES(1), ONE(PERMITS(3)), .prior = 1, .dead = 2},
+    {.name = "permit-denied", TAKES(0), ONE(PERMITS(3)), .prior = 3},
+    {.name = "permit-full", TAKES(FSHM_FULL), ONE(PERMITS(3)), .flags = CROWDED},
+    {.name = "permit-lowered",
+     TAKES(1),
+     ONE(PERMITS(3)),
+     .prior = 1,
+     .flags = FREED,
+     THEN_ONE(PERMITS(2))},
+    {.name = "permit-lowered-denied",
+     TAKES(0),
+     ONE(PERMITS(3)),
+     .prior = 2,
+     .flags = FREED,
+     THEN_ONE(PERMITS(1))},
+    {.name = "permit-lowered-beyond",
+     TAKES(0),
+     ONE(PERMITS(3)),
+     .prior = 2,
+     .flags = LOW_FREED,
+     THEN_ONE(PERMITS(1))},
+    {.name = "permit-release",
+     HOLDING(run_release, RELEASE),
+     .status = 1,
+     ONE(PERMITS(3)),
+     .prior = 1,
+     .prepare = take_one_permit},
+    {.name = "permit-release-armed",
+     HOLDING(run_release, RELEASE),
+     .status = 1,
+     ONE(PERMITS(3)),
+     .prior = 1,
+     .prepare = take_one_permit,
+     .flags = ARMED},
+    {.name = "permit-idle",
+     HOLDING(run_idle, IDLE_MARK),
+     .status = 2,
+     ONE(PERMITS(3)),
+     .prior = 1,
+     .prepare = take_one_permit},
+    {.name = "permits-lower",
+     HOLDING(run_publish, LOWER),
+     .status = 1,
+     ONE(PERMITS(3)),
+     .prior = 1,
+     .flags = LOW_FREED | UNCHANGED | MOST_BEHIND,
+     THEN_ONE(PERMITS(1))},
+    {.name = "admit",
+     TAKES(1),
+     .limits = {BUCKET(50), WINDOW(60), PERMITS(2)},
+     .count = 3,
+     .capacity = 4,
+     .prior = 1},
+    {.name = "in-flight",
+     HOLDING(run_in_flight, COUNT_HELD),
+     .status = 1,
+     ONE(PERMITS(3)),
+     .prior = 1,
+     .dead = 2},
+    {.name = "reap", HOLDING(run_reap, REAP), .status = 1, ONE(PERMITS(3)), .prior = 1, .dead = 2},
+    {.name = "bell-arm", HOLDING(run_arm, BELL), .status = 1, ONE(PERMITS(3)), .prior = 1},
+    {.name = "bell-ring",
+     HOLDING(run_ring, BELL),
+     .status = 1,
+     ONE(PERMITS(3)),
+     .prior = 1,
+     .flags = ARMED},
+    {.name = "pool-get",
+     POOL(run_pool_get, TAKE),
+     .status = 1,
+     ONE(PERMITS(2)),
+     .capacity = 4,
+     .prior = 1},
+    {.name = "pool-return",
+     POOL(run_pool_return, RELEASE),
+     .status = 4,
+     ONE(PERMITS(2)),
+     .capacity = 4,
+     .prior = 1,
+     .prepare = open_connection},
+    {.name = "join", JOINS, ONE(PERMITS(3)), .prior = 1, .dead = 2, .flags = UNJOINED},
+    {.name = "join-after-holder",
+     JOINS,
+     ONE(PERMITS(3)),
+     .prior = 1,
+     .dead = 2,
+     .flags = UNJOINED | PREDECESSOR},
+    /* names and their limits */
+    {.name = "limits-new", SETS, THEN_ONE(WINDOW(9))},
+    {.name = "limits-change", SETS, ONE(WINDOW(5)), .prior = 2, THEN_ONE(WINDOW(9))},
+    {.name = "limits-change-several",
+     SETS,
+     THREE,
+     .prior = 2,
+     .next = {BUCKET(10), WINDOW(8), SLIDING(9), PERMITS(4)},
+     .next_count = 4},
+    {.name = "limits-change-dead-owners",
+     SETS,
+     ONE(WINDOW(5)),
+     .prior = 2,
+     .flags = DEAD_OWNERS,
+     THEN_ONE(WINDOW(9))},
+    {.name = "limits-lower-permits", SETS, ONE(PERMITS(5)), THEN_ONE(PERMITS(2))},
+    /* statistics: after = how often it is done then */
+    {.name = "memo-put", STATS(run_memo, MEMO), .status = 1, .after = 1},
+    {.name = "metric-open", STATS(run_metric_open, METRIC_OPEN), .after = 1},
+    {.name = "metric-record", STATS(run_metric, METRIC), .status = 1, .after = 1},
+    {.name = "feature-error", STATS(run_feature, FEATURE_ERROR), .status = 1, .after = 1},
+    {.name = "deployment-open",
+     STATS(run_deployment_open, DEPLOYMENT_OPEN),
+     .status = 1,
+     .after = 1},
+    {.name = "deployment-open-full",
+     STATS(run_deployment_open, DEPLOYMENT_OPEN),
+     .status = 1,
+     .after = 1,
+     .flags = CROWDED},
+    {.name = "deployment-record",
+     STATS(run_deployment_record, DEPLOYMENT_RECORD),
+     .status = 1,
+     .after = 1},
+    {.name = "flight-begin", STATS(run_flight, FLIGHT), .status = 1, .after = 1},
+    {.name = "flight-and-back", STATS(run_flight_and_back, FLIGHT), .status = 1},
+    /* the segment */
+    {.name = "create", FILE_OP(run_create, CREATE), .flags = FILES},
+    {.name = "create-by-rename", FILE_OP(run_create_by_rename, CREATE), .flags = FILES},
+    {.name = "attach", FILE_OP(run_attach, ATTACH), .flags = FILES},
+    {.name = "first-join", FIRST(attach_first)},
+    {.name = "first-join-by-name", FIRST(attach_first_by_name)},
+    {.name = "remove", FILE_OP(run_remove, REMOVE), .flags = FILES},
+};
+/* clang-format on */

@@ -1,0 +1,322 @@
+/* pairs.c - the pairs of operations of which every schedule is run (schedules.c), and what must come of it.
+ * On a table of one line of four cells, unless said otherwise. */
+#include "crash.h"
+
+#define OTHER_KEY "k2"
+
+static void run_apply_other_key(outcome_t *out) {
+  out->decision = apply_at(world.l, FSHM_ACQUIRE, OTHER_KEY, 1, world.now);
+  out->status = out->decision.status;
+}
+static void run_refund(outcome_t *out) {
+  out->decision = apply_at(world.l, FSHM_REFUND, KEY, 1, world.now);
+  out->status = out->decision.status;
+}
+
+static const fshm_limit rival_limits[] = {{7, PER, 7, FSHM_WINDOW, 0},
+                                          {8, PER, 8, FSHM_SLIDING, 0}};
+static void run_publish_rival(outcome_t *out) { publish_limits(out, rival_limits, 2); }
+
+/* Then the last of the second limit is taken, so that a check that has charged the first undoes it. */
+static void run_publish_and_take(outcome_t *out) {
+  const uint64_t costs[FSHM_MAX_LIMITS] = {0, 1, 0, 0};
+  run_publish(out);
+  if (out->status != FSHM_OK) return;
+  fshm_apply(world.l, FSHM_ACQUIRE, KEY, strlen(KEY), costs, 0, world.now, &out->decision);
+  out->status = out->decision.status;
+}
+/* Who has seen the new limits is bound by them. */
+static void run_look_and_admit(outcome_t *out) {
+  out->number = permits_limit(world.l);
+  run_admit(out);
+}
+
+static uint32_t admitted(const outcome_t out[2]) {
+  return (out[0].status == FSHM_ALLOWED) + (out[1].status == FSHM_ALLOWED);
+}
+
+static void expect(bool holds, const outcome_t out[2], const char *what) {
+  if (!holds) broken("%s: they are answered %d and %d", what, out[0].status, out[1].status);
+}
+
+static uint64_t remaining_of(const char *key) {
+  levels_t l = levels_of(world.l, key);
+  return least_remaining(&l);
+}
+
+/* One token is left: one has it, the other is told that there is none. */
+static void verify_last_token(const outcome_t out[2]) {
+  expect(admitted(out) == 1, out, "one token");
+  expect(out[0].status + out[1].status == FSHM_ALLOWED + FSHM_DENIED, out, "one token");
+  expect(remaining_of(KEY) == 0, out, "something is left");
+}
+
+/* The same, of the last of several limits: what was charged before it is undone. */
+static void verify_last_of_several(const outcome_t out[2]) {
+  levels_t l = levels_of(world.l, KEY);
+  verify_last_token(out);
+  expect(l.remaining[0] == op->limits[0].n - op->prior - 1, out, "the first limit");
+}
+
+static void verify_both(const outcome_t out[2]) {
+  expect(admitted(out) == 2, out, "room for both");
+}
+static void verify_both_charged(const outcome_t out[2]) {
+  verify_both(out);
+  expect(remaining_of(KEY) == op->limits[0].n - op->prior - 2, out, "both are charged");
+}
+
+/* Two keys, one cell: the other is told that the table is full. */
+static void verify_one_cell(const outcome_t out[2]) {
+  expect(admitted(out) == 1, out, "one cell");
+  expect(out[0].status + out[1].status == FSHM_ALLOWED + FSHM_FULL, out, "one cell");
+}
+
+/* A key that expires, and one that wants its cell. */
+static void verify_own_cell(const outcome_t out[2]) { expect(admitted(out) == 1, out, "one cell"); }
+
+static void verify_refund(const outcome_t out[2]) {
+  expect(out[1].status == FSHM_ALLOWED, out, "a refund");
+  expect(remaining_of(KEY) == (out[0].status != FSHM_ALLOWED), out, "one token given back");
+}
+
+static void verify_reset(const outcome_t out[2]) {
+  uint64_t left = remaining_of(KEY), n = op->limits[0].n;
+  verify_both(out);
+  expect(left == n || left == n - 1, out, "after a reset");
+}
+
+static void verify_last_permit(const outcome_t out[2]) {
+  expect(admitted(out) == 1, out, "one permit");
+  expect(out[0].status + out[1].status == FSHM_ALLOWED + FSHM_DENIED, out, "one permit");
+  expect(held_alive(world.l, KEY) == permits_limit(world.l), out, "not all are held");
+}
+
+/* Two beside S at once under a lowered limit that has room for one: never both. */
+static void verify_lowered(const outcome_t out[2]) {
+  expect(admitted(out) <= 1, out, "one permit");
+  expect(held_alive(world.l, KEY) == op->prior + admitted(out), out, "what is held");
+}
+
+/* Whoever stands, and whoever may by what is allowed now, are no more than was told or is allowed. */
+static void verify_granted(const outcome_t out[2]) {
+  uint64_t most = max_u64(lease_now(false).allowance, out[1].number);
+  expect(held_alive(world.l, KEY) == op->prior + (out[0].status == FSHM_ALLOWED), out, "held");
+  expect(held_alive(world.l, KEY) <= most, out, "more than was told");
+  expect(lease_exhaust() <= most, out, "more than is allowed");
+}
+static void verify_granted_both(const outcome_t out[2]) {
+  uint64_t allowance = lease_now(false).allowance;
+  expect(held_alive(world.l, KEY) == op->prior + admitted(out), out, "held");
+  expect(op->prior + admitted(out) <= allowance, out, "more than is allowed");
+  expect(lease_exhaust() == allowance, out, "not all that is allowed");
+}
+/* Without the grantor. What is granted after that, it is counted with; what was, is dropped. */
+static void verify_alone(const outcome_t out[2]) {
+  uint32_t held = held_alive(world.l, KEY);
+  expect(held == (out[0].status == FSHM_ALLOWED), out, "held");
+  expect(lease_exhaust() == max_u64(lease_now(false).allowance, held), out, "what is allowed");
+}
+
+static void verify_release(const outcome_t out[2]) {
+  expect(out[0].status == 1, out, "a release");
+  expect(held_alive(world.l, KEY) == (out[1].status == FSHM_ALLOWED), out, "what is held");
+}
+
+static void verify_freed(const outcome_t out[2]) {
+  expect(out[0].status == FSHM_ALLOWED, out, "a dead process's permit");
+  expect(held_alive(world.l, KEY) == 1, out, "what is held");
+}
+
+static void verify_publish(const outcome_t out[2]) {
+  fshm_limit limits[FSHM_MAX_LIMITS];
+  uint64_t version;
+  verify_both(out);
+  uint32_t count = (uint32_t)fshm_limiter_limits(world.l, limits, &version);
+  expect((count == op->next_count && same_limits(limits, op->next, count)) ||
+             (count == 2 && same_limits(limits, rival_limits, 2)),
+         out, "the limits are neither's");
+  expect(version == 3, out, "two versions later");
+}
+
+static void verify_publish_and_check(const outcome_t out[2]) {
+  verify_both(out);
+  expect(remaining_of(KEY) == op->next[0].n - op->prior - 1, out, "what was consumed stays");
+}
+
+static uint64_t left_of(uint32_t i, uint64_t consumed) { return minus(op->next[i].n, consumed); }
+
+static void verify_publish_and_several(const outcome_t out[2]) {
+  levels_t l = levels_of(world.l, KEY);
+  uint64_t consumed = op->prior + (out[1].status == FSHM_ALLOWED);
+  expect(out[0].status == FSHM_OK, out, "the limits");
+  expect(admitted(out) == 2 || op->next[1].n <= op->prior, out, "room for both");
+  for (uint32_t i = 0; i < 2; i++)
+    expect(l.remaining[i] == left_of(i, consumed), out, "what was consumed stays");
+}
+
+static void verify_publish_and_last(const outcome_t out[2]) {
+  levels_t l = levels_of(world.l, KEY);
+  verify_last_token(out);
+  expect(l.remaining[0] == left_of(0, op->prior + (out[1].status == FSHM_ALLOWED)), out,
+         "the first limit");
+}
+
+/* S holds what the new limit allows. */
+static void verify_publish_and_admit(const outcome_t out[2]) {
+  outcome_t mine = {0};
+  bool allowed = out[1].status == FSHM_ALLOWED;
+  expect(out[0].status == FSHM_OK, out, "the limits");
+  expect(!allowed || out[1].number > op->next[0].n, out, "more than the limit that it has seen");
+  expect(held_alive(world.l, KEY) == op->prior + allowed, out, "what is held");
+  run_admit(&mine);
+  expect(mine.status == FSHM_DENIED, out, "then one more");
+}
+
+/* Of moving windows: as many are admitted as fit, and no token is lost or left over. */
+static void verify_moving(const outcome_t out[2]) {
+  uint64_t fit = (op->limits[0].n - (op->flags & EXPIRED ? 0 : op->prior)) / op->cost;
+  expect(admitted(out) == min_u64(2, fit), out, "what fits");
+  uint64_t consumed = admitted(out) * op->cost + (op->flags & EXPIRED ? 0 : op->prior);
+  expect(tokens_at(NOW) == consumed, out, "tokens");
+  expect(moving_of(0, NOW).count == consumed, out, "what is shown");
+  expect(moving_exhaust(NOW) == op->limits[0].n - consumed, out, "what is left");
+}
+
+/* Of two that want several, each may take some, and both give them back. */
+static void verify_moving_several(const outcome_t out[2]) {
+  uint64_t consumed = op->prior + admitted(out) * op->cost;
+  expect(admitted(out) <= 1, out, "what fits");
+  expect(tokens_at(NOW) == consumed, out, "tokens");
+  expect(moving_of(0, NOW).count == consumed, out, "what is shown");
+  expect(moving_exhaust(NOW) == op->limits[0].n - consumed, out, "what is left");
+}
+
+#define PAIR(a, b, check) .run = {(a), (b)}, .verify = (check)
+#define START(title, ...) \
+  .start = {.name = (title), .make = start_meters, .op = FSHM_ACQUIRE, .cost = 1, __VA_ARGS__}
+#define PERMIT_START(title, ...) .start = {.name = (title), .make = start_permits, __VA_ARGS__}
+#define LEASE_START(title, ...) \
+  .start = {.name = (title), .make = start_leases, .capacity = 8, ONE(PERMITS(4)), __VA_ARGS__}
+#define MOVING_START(title, tokens, ...) \
+  .start = {.name = (title),             \
+            .make = start_moving,        \
+            .op = HIT,                   \
+            .cost = (tokens),            \
+            .capacity = 4,               \
+            __VA_ARGS__}
+#define SAME_KEY PAIR(run_apply, run_apply, verify_last_token)
+#define TWO_KEYS(check) PAIR(run_apply, run_apply_other_key, check)
+#define TWO_TAKERS PAIR(run_admit, run_admit, verify_last_permit)
+
+/* clang-format off: a line for each */
+static const pair_of_operations_t pairs[] = {
+    /* one token of one key */
+    {START("pair-same-key", ONE(WINDOW(1))), SAME_KEY},
+    {START("pair-same-key-bucket", ONE(BUCKET(1))), SAME_KEY},
+    {START("pair-same-key-tenant", ONE(WINDOW(1)), .flags = TENANT_FIRST | STAGGERED), SAME_KEY},
+    {START("pair-same-key-expired", ONE(WINDOW(1)), .prior = 1, .flags = EXPIRED), SAME_KEY},
+    {START("pair-same-key-expiring", ONE(WINDOW(1)), .prior = 1, .flags = EXPIRING | STAGGERED),
+     SAME_KEY},
+    {START("pair-same-key-claimed-low", ONE(WINDOW(1)), .flags = PENDING_LOW), SAME_KEY},
+    {START("pair-same-key-claimed-high", ONE(WINDOW(1)), .flags = PENDING_HIGH), SAME_KEY},
+    {START("pair-same-key-claimed-twice", ONE(WINDOW(1)), .flags = PENDING_LOW | PENDING_HIGH),
+     SAME_KEY},
+    {START("pair-same-key-one-cell", ONE(WINDOW(1)), .flags = CROWDED | ONE_LEFT), SAME_KEY},
+    {START("pair-same-key-stale", ONE(WINDOW(1)), .flags = STALE), SAME_KEY},
+    {START("pair-same-key-exists", ONE(BUCKET(5)), .prior = 4), SAME_KEY},
+    {START("pair-same-key-room", ONE(BUCKET(5)), .prior = 1),
+     PAIR(run_apply, run_apply, verify_both_charged)},
+    /* two keys */
+    {START("pair-two-keys-one-cell", ONE(WINDOW(1)), .flags = CROWDED | ONE_LEFT),
+     TWO_KEYS(verify_one_cell)},
+    {START("pair-two-keys-two-cells", ONE(WINDOW(1)), .flags = CROWDED | TWO_LEFT),
+     TWO_KEYS(verify_both)},
+    {START("pair-two-keys-tenant", ONE(WINDOW(1)), .flags = TENANT_FIRST | STAGGERED | CROWDED),
+     TWO_KEYS(verify_own_cell)},
+    {START("pair-two-keys-own-expired", ONE(WINDOW(1)), .prior = 1, .flags = EXPIRED | CROWDED),
+     TWO_KEYS(verify_own_cell)},
+    {START("pair-two-keys-own-expiring", ONE(WINDOW(1)), .prior = 1,
+           .flags = EXPIRING | STAGGERED | CROWDED),
+     TWO_KEYS(verify_own_cell)},
+    /* several limits */
+    {START("pair-multi", .limits = {BUCKET(5), WINDOW(3)}, .count = 2, .prior = 2),
+     PAIR(run_apply, run_apply, verify_last_of_several)},
+    {START("pair-multi-first", .limits = {BUCKET(5), WINDOW(1)}, .count = 2),
+     PAIR(run_apply, run_apply, verify_last_of_several)},
+    /* other changes of what was consumed */
+    {START("pair-check-refund", ONE(BUCKET(5)), .prior = 5),
+     PAIR(run_apply, run_refund, verify_refund)},
+    {START("pair-check-reset-key", ONE(WINDOW(5)), .prior = 2),
+     PAIR(run_apply, run_reset_key, verify_reset)},
+    {START("pair-check-reset-limiter", ONE(WINDOW(5)), .prior = 2),
+     PAIR(run_apply, run_reset_all, verify_reset)},
+    /* moving windows */
+    {MOVING_START("pair-moving-first", 1, ONE(WINDOW(1))), PAIR(run_hit, run_hit, verify_moving)},
+    {MOVING_START("pair-moving-room", 1, ONE(WINDOW(3)), .prior = 1),
+     PAIR(run_hit, run_hit, verify_moving)},
+    {MOVING_START("pair-moving-last", 1, ONE(WINDOW(2)), .prior = 1),
+     PAIR(run_hit, run_hit, verify_moving)},
+    {MOVING_START("pair-moving-again", 1, ONE(WINDOW(2)), .prior = 2, .flags = EXPIRED),
+     PAIR(run_hit, run_hit, verify_moving)},
+    {MOVING_START("pair-moving-only", 1, ONE(WINDOW(1)), .prior = 1, .flags = EXPIRED),
+     PAIR(run_hit, run_hit, verify_moving)},
+    {MOVING_START("pair-moving-several", 2, ONE(WINDOW(4)), .prior = 1),
+     PAIR(run_hit, run_hit, verify_moving_several)},
+    /* permits */
+    {PERMIT_START("pair-permit-fresh", ONE(PERMITS(2)), .prior = 1), TWO_TAKERS},
+    {PERMIT_START("pair-permit-free", ONE(PERMITS(2)), .prior = 1, .flags = FREED), TWO_TAKERS},
+    {PERMIT_START("pair-permit-takeover", ONE(PERMITS(1)), .dead = 1), TWO_TAKERS},
+    {PERMIT_START("pair-permit-lowered", ONE(PERMITS(3)), .prior = 1, .flags = FREED,
+                  THEN_ONE(PERMITS(2))),
+     PAIR(run_admit, run_admit, verify_lowered)},
+    {PERMIT_START("pair-permit-lowered-beyond", ONE(PERMITS(3)), .prior = 1, .flags = LOW_FREED,
+                  THEN_ONE(PERMITS(2))),
+     PAIR(run_admit, run_admit, verify_lowered)},
+    {PERMIT_START("pair-release-take", ONE(PERMITS(1)), .prepare = take_one_permit),
+     PAIR(run_release, run_admit, verify_release)},
+    {PERMIT_START("pair-take-reap", ONE(PERMITS(1)), .dead = 1),
+     PAIR(run_admit, run_reap, verify_freed)},
+    {PERMIT_START("pair-take-in-flight", ONE(PERMITS(1)), .dead = 1),
+     PAIR(run_admit, run_in_flight, verify_freed)},
+    /* permits that were granted to this host */
+    {LEASE_START("pair-lease-take", .op = LEASE_TAKE, .prior = 1, ROOM(2, 0, 0)),
+     PAIR(run_lease_take, run_lease_take, verify_granted_both)},
+    {LEASE_START("pair-lease-lower", .op = LEASE_TAKE, .cost = 1, .prior = 1, ROOM(3, 0, 0)),
+     PAIR(run_lease_take, run_lease_lower, verify_granted)},
+    {LEASE_START("pair-lease-lower-more", .op = LEASE_TAKE, .cost = 1, .prior = 1,
+                 .flags = LOW_FREED, ROOM(4, 0, 2)),
+     PAIR(run_lease_take, run_lease_lower, verify_granted)},
+    {LEASE_START("pair-lease-put", .op = LEASE_TAKE, .cost = 2, .prior = 1, .flags = LOW_FREED,
+                 ROOM(4, 0, 2)),
+     PAIR(run_lease_take, run_lease_put, verify_granted)},
+    {LEASE_START("pair-lease-shrink", .op = LEASE_TAKE, .cost = 1, .prepare = begin_beyond,
+                 ROOM(4, 0, 0)),
+     PAIR(run_lease_take, run_lease_shrink, verify_granted)},
+    {LEASE_START("pair-lease-alone", .op = LEASE_ALONE, .cost = 2, .prepare = begin_beyond,
+                 ROOM(3, 0, 0)),
+     PAIR(run_lease_alone, run_lease_put, verify_alone)},
+    /* limits at run time */
+    {START("pair-publish", ONE(WINDOW(5)), .next = {WINDOW(9)}, .next_count = 1,
+           .flags = UNCHANGED),
+     PAIR(run_publish, run_publish_rival, verify_publish)},
+    {START("pair-publish-check", ONE(WINDOW(5)), .prior = 2, .next = {WINDOW(9)}, .next_count = 1,
+           .flags = UNCHANGED),
+     PAIR(run_publish, run_apply, verify_publish_and_check)},
+    {START("pair-publish-check-bucket", ONE(BUCKET(5)), .prior = 2, .next = {BUCKET(10)},
+           .next_count = 1, .flags = UNCHANGED),
+     PAIR(run_publish, run_apply, verify_publish_and_check)},
+    {START("pair-publish-multi", .limits = {BUCKET(5), WINDOW(6)}, .count = 2, .prior = 2,
+           .next = {BUCKET(10), WINDOW(8)}, .next_count = 2, .flags = UNCHANGED),
+     PAIR(run_publish, run_apply, verify_publish_and_several)},
+    {START("pair-publish-multi-lower", .limits = {BUCKET(5), WINDOW(6)}, .count = 2, .prior = 2,
+           .next = {BUCKET(10), WINDOW(2)}, .next_count = 2, .flags = UNCHANGED),
+     PAIR(run_publish, run_apply, verify_publish_and_several)},
+    {START("pair-publish-multi-undo", .limits = {BUCKET(5), WINDOW(3)}, .count = 2, .prior = 2,
+           .next = {BUCKET(10), WINDOW(3)}, .next_count = 2, .flags = UNCHANGED),
+     PAIR(run_publish_and_take, run_apply, verify_publish_and_last)},
+    {PERMIT_START("pair-publish-admit", ONE(PERMITS(3)), .prior = 1,
+                  .flags = LOW_FREED | UNCHANGED | MOST_BEHIND, THEN_ONE(PERMITS(1))),
+     PAIR(run_publish, run_look_and_admit, verify_publish_and_admit)},
+};
+/* clang-format on */

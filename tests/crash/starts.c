@@ -1,0 +1,200 @@
+/* starts.c - the states that operations start from. */
+#include "crash.h"
+
+static fshm_limiter *named(const char *name, const fshm_limit *limits, uint32_t count) {
+  fshm_limiter *l = fresh_limiter(world.s, name, limits, count);
+  l->frontier = 0; /* the same slot first in all processes: they meet */
+  return l;
+}
+
+/* A process that joins, does this, and dies. */
+static void die_after(void (*task)(void)) {
+  pid_t pid = fork();
+  if (!pid) {
+    (void)process_slot(world.s);
+    task();
+    _exit(0);
+  }
+  (void)waitpid(pid, NULL, 0);
+}
+
+static void plant(uint64_t cell, uint64_t who) {
+  pair_t empty = {0, 0}, pending = {who, PENDING(fshm_unique(world.s))};
+  (void)pair_cas(&world.s->cells[cell], &empty, pending);
+}
+
+static uint64_t who_of_key(uint32_t i) {
+  call_t c;
+  if (!limits_load(world.s, world.l->index, &c.plan)) abort();
+  begin(&c, world.l, KEY, strlen(KEY), NOW);
+  return fingerprint(&c, i);
+}
+
+/* Fill what is empty, but for the last `leave` cells. */
+static void fill_rest(uint64_t leave) {
+  char key[16];
+  for (uint64_t i = 0; i + leave < world.s->cell_count; i++) {
+    if (load_relaxed(&world.s->cells[i].who)) continue;
+    (void)snprintf(key, sizeof key, "rest-%d", (int)i);
+    if (op->flags & STALE)
+      plant(i, fshm_siphash(1, 2, key, strlen(key)));
+    else
+      (void)apply_at(world.others, FSHM_ACQUIRE, key, 1, op->flags & TENANTS ? LONG_AGO : NOW);
+  }
+}
+
+static void open_segment(void) {
+  fshm_error e;
+  if (fshm_open(segment_name, op->capacity ? op->capacity : 1, 0600, FSHM_OPEN_CREATE, &world.s,
+                &e) != FSHM_OK) {
+    broken("no segment: %d", e.code);
+    exit(1);
+  }
+  (void)process_slot(world.s);
+  tracee_mapping(world.s->map, world.s->size);
+  const fshm_limit plenty = {1000, PER, 1000, FSHM_WINDOW, 0};
+  world.others = fresh_limiter(world.s, "others", &plenty, 1);
+}
+
+static void admit_to(fshm_limiter *l, const char *key, fshm_permit *permit) {
+  fshm_decision d;
+  uint32_t held;
+  fshm_admit(l, key, strlen(key), NULL, world.now, permit, &d, &held);
+  if (d.status != FSHM_ALLOWED) broken("no permit to begin with: %d", d.status);
+}
+
+static void take_dead_permits(void) {
+  fshm_permit permit;
+  fshm_limiter *l = world.permits ? world.permits : world.l;
+  for (uint32_t i = 0; i < op->dead; i++) admit_to(l, KEY, &permit);
+}
+
+/* A limiter with op->limits; the key has consumed op->prior; another key lives beside it. */
+static void start_meters(void) {
+  open_segment();
+  world.now = op->flags & REAL_TIME ? 0 : NOW;
+  world.l = named("limits", op->limits, op->count);
+  if (op->flags & PENDING_LOW) plant(0, who_of_key(0));
+  if (op->flags & PENDING_HIGH) plant(world.s->cell_count - 1, who_of_key(0));
+  if (op->flags & TENANT_FIRST) (void)apply_at(world.others, FSHM_ACQUIRE, "old", 1, NOW - PER);
+  bool old = op->flags & (EXPIRED | EXPIRING); /* last: else another key would have the cell */
+  if (op->prior && !old) (void)apply_at(world.l, FSHM_ACQUIRE, KEY, op->prior, world.now);
+  (void)apply_at(world.others, FSHM_ACQUIRE, "beside", 1, world.now);
+  if (op->flags & (TENANTS | STALE | CROWDED))
+    fill_rest(op->flags & TWO_LEFT ? 2 : old || op->flags & ONE_LEFT ? 1 : 0);
+  if (op->prior && old)
+    (void)apply_at(world.l, FSHM_ACQUIRE, KEY, op->prior,
+                   op->flags & EXPIRED ? LONG_AGO : NOW - PER);
+  if (op->dead) { /* they fill the table */
+    const fshm_limit dead = {op->dead, 0, 0, FSHM_PERMITS, 0};
+    world.permits = named("permits", &dead, 1);
+    die_after(take_dead_permits);
+  }
+  if (op->next_count && !(op->flags & UNCHANGED))
+    fshm_limiter_close(named("limits", op->next, op->next_count));
+}
+
+/* A name whose limit comes with the calls; the key has op->prior tokens in its moving window. */
+static void start_moving(void) {
+  fshm_counted hit;
+  open_segment();
+  world.now = NOW;
+  world.l = named("moving", op->limits, op->count);
+  if (op->flags & PENDING_LOW) plant(0, slot_who(who_of_key(0), 0));
+  for (uint32_t i = 0; i < op->prior; i++)
+    fshm_moving(world.l, KEY, strlen(KEY), &op->limits[0], 1,
+                op->flags & EXPIRED ? LONG_AGO : NOW - PER / 2, &hit);
+  (void)apply_at(world.others, FSHM_ACQUIRE, "beside", 1, NOW);
+  if (op->flags & (TENANTS | STALE | CROWDED)) fill_rest(op->flags & ONE_LEFT ? 1 : 0);
+}
+
+/* What a host was granted: op->prior tokens of each limit. */
+static void grant(uint64_t tokens, uint64_t now) {
+  fshm_lease leases[FSHM_MAX_LIMITS];
+  for (uint32_t i = 0; i < FSHM_MAX_LIMITS; i++)
+    leases[i] = (fshm_lease){tokens, UINT64_MAX, now + PER};
+  if (fshm_wallet_put(world.l, KEY, strlen(KEY), leases, now) != FSHM_OK)
+    broken("nothing can be granted");
+}
+static void start_wallet(void) {
+  open_segment();
+  world.now = NOW;
+  world.l = named("wallet", op->limits, op->count);
+  if (op->flags & PENDING_LOW) plant(0, who_of_key(0));
+  if (op->prior) grant(op->prior, op->flags & EXPIRED ? LONG_AGO : NOW);
+  (void)apply_at(world.others, FSHM_ACQUIRE, "beside", 1, NOW);
+  if (op->flags & (TENANTS | STALE | CROWDED)) fill_rest(op->flags & ONE_LEFT ? 1 : 0);
+}
+
+/* Windows that are aligned to the wall clock begin when those of segment time do. */
+static void align_windows(void) { world.s->created_realtime_ns = 100 * PER; }
+
+/* The process will join slot: what dead processes hold, the last owner of that slot held. */
+static void make_predecessor(pid_t pid) {
+  uint64_t slot = (uint32_t)pid * 2654435761u % PROCESSES, mine = process_slot(world.s);
+  const uint64_t generation = 7;
+  slot = slot == mine ? (slot + 1) % PROCESSES : slot;
+  for (uint64_t i = 0; i < world.s->cell_count; i++) {
+    pair_t seen = pair_load(&world.s->cells[i]), next = seen;
+    if (!IS_PERMIT(seen.when) || OWNER_OF(seen.when) == mine) continue;
+    next.when = (seen.when & ~IDENTITY_MASK) | slot << 36 | generation << 18;
+    (void)pair_cas(&world.s->cells[i], &seen, next);
+  }
+  store_relaxed(&world.s->processes[slot].generation, generation);
+}
+
+/* A limiter of permits, op->limits; S holds op->prior, op->dead are dead processes'. Then the limits become
+ * op->next, if there are any. */
+static void start_permits(void) {
+  fshm_permit permits[16];
+  open_segment();
+  world.now = NOW;
+  world.l = named("permits", op->limits, op->count);
+  (void)apply_at(world.others, FSHM_ACQUIRE, "beside", 1, NOW);
+  if (op->dead) die_after(take_dead_permits);
+  for (uint32_t i = 0; i < op->prior; i++) admit_to(world.l, KEY, &permits[i]);
+  if (op->prior) world.permit = permits[op->prior - 1];
+  if (op->flags & (FREED | LOW_FREED)) {
+    const uint32_t n = (uint32_t)op->limits[op->count - 1].n;
+    const uint32_t from = op->flags & FREED ? op->prior : 0;
+    for (uint32_t i = op->prior; i < n; i++) admit_to(world.l, KEY, &permits[i]);
+    for (uint32_t i = from; i < from + n - op->prior; i++)
+      (void)fshm_permit_release(world.l, &permits[i]);
+    if (op->prior) world.permit = permits[from ? op->prior - 1 : n - 1];
+  }
+  if (op->flags & ARMED) (void)fshm_bell_arm(world.l, KEY, strlen(KEY));
+  if (op->flags & (TENANTS | STALE | CROWDED)) fill_rest(0);
+  if (op->flags & MOST_BEHIND)
+    store_relaxed(&world.s->limiters[world.l->index].most,
+                  (uint32_t)op->next[op->next_count - 1].n);
+  if (op->next_count && !(op->flags & UNCHANGED))
+    fshm_limiter_close(named("permits", op->next, op->next_count));
+}
+
+/* What a pool of connections has: permits of the endpoint, and of the whole pool. */
+static void start_pool(void) {
+  start_permits();
+  const fshm_limit total = {3, 0, 0, FSHM_PERMITS, 0};
+  world.totals = named("totals", &total, 1);
+  for (uint32_t i = 0; i < op->prior; i++) admit_to(world.totals, "", &world.total);
+}
+
+/* A process took the spare slots of the entry, to publish limits there, and died. */
+static void own_spare_slots(void) {
+  limiter_entry_t *e = &world.s->limiters[world.l->index];
+  uint64_t owner = process_slot(world.s) + 1;
+  owner |= (world.s->fork_page->generation & 0xffff) << 16 | UINT64_C(1) << 40;
+  for (int i = 0; i < LIMITS_SLOTS; i++)
+    (void)take_slot(world.s, e, load_relaxed(&e->current), owner);
+}
+
+/* A name with op->limits, or none where there are none. */
+static void start_names(void) {
+  open_segment();
+  world.now = NOW;
+  (void)apply_at(world.others, FSHM_ACQUIRE, "beside", 1, NOW);
+  if (!op->count) return;
+  world.l = named("names", op->limits, op->count);
+  if (op->prior) (void)apply_at(world.l, FSHM_ACQUIRE, KEY, op->prior, NOW);
+  if (op->flags & DEAD_OWNERS) die_after(own_spare_slots);
+}

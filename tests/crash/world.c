@@ -1,0 +1,205 @@
+/* world.c - the segment that an operation is tried on: made, saved, put back; and reports about it. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <sys/time.h>
+
+#include "crash.h"
+
+#define DEADLINE 2 /* seconds in which S must have finished */
+#define MOST_REPORTS 5 /* of one operation; it is given up after that */
+
+static char segment_name[FSHM_MAX_NAME + 1];
+static world_t world, world_at_start;
+static const operation_t *op;
+static outcome_t *told; /* T's answer, in shared memory */
+static options_t options;
+static tally_t *tally;
+static position_t position;
+
+/* By a system call: one instruction, where the kernel's code in user space takes a path now and another
+ * then. Stands for the C library's, which is the same otherwise. */
+int clock_gettime(clockid_t clock, struct timespec *out) {
+  return (int)syscall(SYS_clock_gettime, clock, out);
+}
+
+/* As on a file system that knows no unnamed files. Stands for the C library's too. */
+static bool no_unnamed_files;
+int open(const char *path, int flags, ...) {
+  va_list arguments;
+  va_start(arguments, flags);
+  mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(arguments, mode_t) : 0;
+  va_end(arguments);
+  if (no_unnamed_files && (flags & O_TMPFILE) == O_TMPFILE) {
+    errno = EOPNOTSUPP;
+    return -1;
+  }
+  return (int)syscall(SYS_openat, AT_FDCWD, path, flags, mode);
+}
+
+/* reports -------------------------------------------------------------------------------------- */
+
+/* Function and line of an instruction, if addr2line is there. */
+static void describe_place(uint64_t pc, char *out, size_t size) {
+  char command[160], function[96] = "", line[160] = "";
+  (void)snprintf(command, sizeof command, "addr2line -sfie /proc/%d/exe 0x%llx 2>/dev/null",
+                 (int)getpid(), (unsigned long long)pc);
+  FILE *f = pc ? popen(command, "r") : NULL;
+  if (f) {
+    if (fgets(function, sizeof function, f) && fgets(line, sizeof line, f)) {
+      function[strcspn(function, "\n")] = 0;
+      line[strcspn(line, "\n")] = 0;
+    }
+    (void)pclose(f);
+  }
+  (void)snprintf(out, size, "%s %s (0x%llx)", function[0] ? function : "?", line,
+                 (unsigned long long)pc);
+}
+
+/* Something does not hold: told once for each boundary, with how to repeat it. */
+__attribute__((format(printf, 1, 2))) static void broken(const char *format, ...) {
+  char what[256], place[320];
+  va_list arguments;
+  if (position.failed) return;
+  position.failed = true;
+  if (tally->failures++ >= MOST_REPORTS) return;
+  va_start(arguments, format);
+  (void)vsnprintf(what, sizeof what, format, arguments);
+  va_end(arguments);
+  describe_place(position.pc, place, sizeof place);
+  if (position.schedule)
+    (void)fprintf(stderr,
+                  "FAILED %s: schedule %zu, %zu, %s: %s\n"
+                  "  the second was preempted before: %s\n  repeat: make crash CRASH='--only %s'\n",
+                  op->name, position.k, position.j, position.stage, what, place, op->name);
+  else
+    (void)fprintf(stderr,
+                  "FAILED %s: boundary %zu, %s: %s\n"
+                  "  stopped before: %s\n  repeat: make crash CRASH='--only %s --at %zu'\n",
+                  op->name, position.k, position.stage, what, place, op->name, position.k);
+}
+
+static bool hung; /* one that hangs is enough */
+static bool given_up(void) { return hung || tally->failures >= MOST_REPORTS; }
+
+/* deadlines ------------------------------------------------------------------------------------ */
+
+static sigjmp_buf too_late;
+static void alarmed(int number) {
+  (void)number;
+  siglongjmp(too_late, 1);
+}
+
+/* S works; if it has not finished in time, that is the failure that is reported. */
+static void in_time(void (*work)(void)) {
+  const struct itimerval until = {{0, 0}, {DEADLINE, 0}}, never = {{0, 0}, {0, 0}};
+  (void)signal(SIGALRM, alarmed);
+  if (sigsetjmp(too_late, 1)) {
+    atomic_store(&list_holder, 0); /* in case it hung there */
+    broken("not finished within %d s", DEADLINE);
+    hung = true;
+    return;
+  }
+  (void)setitimer(ITIMER_REAL, &until, NULL);
+  work();
+  (void)setitimer(ITIMER_REAL, &never, NULL);
+}
+
+/* A process that comes anew does the task, and dies. Returns its answer, 0..255; -1 = it failed. */
+static int fresh_process(int (*task)(void)) {
+  int status = 0;
+  pid_t pid = fork();
+  if (!pid) {
+    (void)signal(SIGALRM, SIG_DFL);
+    (void)alarm(DEADLINE);
+    _exit(task());
+  }
+  if (pid < 0 || waitpid(pid, &status, 0) != pid || !WIFEXITED(status)) return -1;
+  return WEXITSTATUS(status);
+}
+
+/* snapshots ------------------------------------------------------------------------------------ */
+
+static unsigned char *pristine, *stopped;
+
+static void copy_differences(unsigned char *to, const unsigned char *from, uint64_t size) {
+  for (uint64_t at = 0; at < size; at += 4096)
+    if (memcmp(to + at, from + at, 4096)) memcpy(to + at, from + at, 4096);
+}
+
+static void segment_save(unsigned char **to) {
+  if (!world.s) return;
+  if (!*to && !(*to = malloc(world.s->size))) abort();
+  copy_differences(*to, world.s->map, world.s->size);
+}
+
+/* Put the segment's bytes back, and what this process had. Nobody else may be at work. */
+static void segment_restore(const unsigned char *from) {
+  if (!world.s) return;
+  copy_differences(world.s->map, from, world.s->size);
+  world = world_at_start;
+  fshm_limiter *handles[] = {world.l, world.others, world.totals};
+  for (size_t i = 0; i < sizeof handles / sizeof *handles; i++) {
+    if (!handles[i]) continue;
+    handles[i]->released = 0;
+    handles[i]->frontier = 0;
+  }
+}
+
+/* levels: what a key has consumed -------------------------------------------------------------- */
+
+typedef struct {
+  uint32_t count;
+  uint64_t remaining[FSHM_MAX_LIMITS], state[FSHM_MAX_LIMITS]; /* state 0: as if never seen */
+} levels_t;
+
+static uint64_t now_or_clock(void) { return world.now ? world.now : fshm_now(world.s); }
+
+static levels_t levels_of(fshm_limiter *l, const char *key) {
+  levels_t out = {0};
+  call_t c;
+  found_t f;
+  if (!limits_load(l->segment, l->index, &c.plan)) {
+    broken("the limits of the name cannot be read");
+    return out;
+  }
+  begin(&c, l, key, strlen(key), now_or_clock());
+  out.count = (uint32_t)fshm_remaining(l, key, strlen(key), c.now, out.remaining);
+  for (uint32_t i = 0; i < c.plan.count; i++) {
+    cells_find(c.s, c.hash, fingerprint(&c, i), &f);
+    if (f.pair.who && state_expires(f.pair.when) > c.now) out.state[i] = f.pair.when;
+  }
+  return out;
+}
+
+static bool same_level(const levels_t *a, const levels_t *b, uint32_t i) {
+  return a->remaining[i] == b->remaining[i] &&
+         (op->flags & REAL_TIME || a->state[i] == b->state[i]);
+}
+
+static bool same_levels(const levels_t *a, const levels_t *b) {
+  for (uint32_t i = 0; i < a->count; i++)
+    if (!same_level(a, b, i)) return false;
+  return a->count == b->count;
+}
+
+static uint64_t least_remaining(const levels_t *l) {
+  uint64_t least = UINT64_MAX;
+  for (uint32_t i = 0; i < l->count; i++) least = min_u64(least, l->remaining[i]);
+  return least;
+}
+
+static void tell_levels(const levels_t *l, char *out, size_t size) {
+  size_t at = 0;
+  out[0] = 0;
+  for (uint32_t i = 0; i < l->count && at < size; i++)
+    at += (size_t)snprintf(out + at, size - at, "%s%llu (%llx)", i ? ", " : "",
+                           (unsigned long long)l->remaining[i], (unsigned long long)l->state[i]);
+}
+
+/* Acquire one by one until refused: how many were admitted. */
+static uint64_t exhaust(uint64_t now) {
+  uint64_t admitted = 0;
+  while (admitted < 100 && apply_at(world.l, FSHM_ACQUIRE, KEY, 1, now).status == FSHM_ALLOWED)
+    admitted++;
+  return admitted;
+}

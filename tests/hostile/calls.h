@@ -1,0 +1,265 @@
+/* calls.h - every call of fast_shm.h, on a segment that may hold anything, with checks of what comes back.
+ *
+ * Used by fuzz.c and scribble.c, after unity.c. Wrong answers are allowed; answers outside their range,
+ * and writes beyond what a call was given, are not: both end the program with what and where. */
+#ifndef CALLS_H
+#define CALLS_H
+
+#define MUST(condition)                                                       \
+  do {                                                                        \
+    if (!(condition)) {                                                       \
+      fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
+      abort();                                                                \
+    }                                                                         \
+  } while (0)
+
+#define LIMITERS 6
+#define PERMITS 4
+
+static const char *const limiter_names[LIMITERS] = {"bucket", "window", "sliding",
+                                                    "three",  "quota",  "permits"};
+
+/* What the limiter of this name has; variants differ in numbers, and in how many there are. */
+static uint32_t limits_of(unsigned which, unsigned variant, fshm_limit *out) {
+  const uint64_t n = 5 + variant % 4, per = UINT64_C(1000000000) << variant % 3;
+  const fshm_limit bucket = {n, per, 1 + variant % 5, FSHM_BUCKET, variant % 2};
+  const fshm_limit window = {n, per, 0, FSHM_WINDOW, 0}, sliding = {n, per, 0, FSHM_SLIDING, 0};
+  const fshm_limit permits = {variant % 8 == 7 ? 300 : 1 + variant % 4, 0, 0, FSHM_PERMITS, 0};
+  const fshm_limit all[LIMITERS][FSHM_MAX_LIMITS] = {
+      {bucket}, {window}, {sliding}, {bucket, window, sliding}, {window, bucket, permits},
+      {permits}};
+  const uint32_t counts[LIMITERS] = {1, 1, 1, 3, 3, 1};
+  if (variant == 15) which = (which + 1) % LIMITERS; /* another's: other kinds, another count */
+  memcpy(out, all[which], sizeof all[which]);
+  return counts[which];
+}
+
+/* One user of the segment, as a worker process is. */
+typedef struct {
+  fshm_segment *s;
+  fshm_limiter *limiters[LIMITERS];
+  struct {
+    fshm_permit permit;
+    unsigned limiter; /* that it was taken from */
+  } held[PERMITS];
+  uint64_t damaged; /* calls that said so */
+} user_t;
+
+static void check_status(user_t *u, int status) {
+  MUST(status <= FSHM_ALLOWED && status >= FSHM_E_LOCK_FILE);
+  MUST(status != FSHM_E_SYSTEM && status != FSHM_E_READ_ONLY && status != FSHM_E_MEMORY);
+  u->damaged += status == FSHM_E_DAMAGED;
+}
+
+static void check_decision(user_t *u, const fshm_decision *d) {
+  check_status(u, d->status);
+  MUST(d->limit_index < FSHM_MAX_LIMITS);
+  MUST(d->retry_after_ns >= FSHM_NEVER && d->reset_after_ns >= 0);
+}
+
+static void open_limiter(user_t *u, unsigned which, unsigned variant, bool find) {
+  const char *name = limiter_names[which];
+  fshm_limit limits[FSHM_MAX_LIMITS];
+  fshm_limiter *l;
+  uint32_t count = limits_of(which, variant, limits);
+  int status = find ? fshm_limiter_find(u->s, name, strlen(name), &l)
+                    : fshm_limiter_open(u->s, name, strlen(name), limits, count, &l);
+  if (u->s->read_only) {
+    MUST(status == FSHM_E_READ_ONLY && !l);
+    return;
+  }
+  check_status(u, status);
+  MUST((l != NULL) == (status == FSHM_OK));
+  if (!l) return;
+  fshm_limiter_close(u->limiters[which]);
+  u->limiters[which] = l;
+}
+
+/* Arrays that a call fills, between words that it must leave alone. */
+typedef struct {
+  uint64_t before, values[FSHM_MAX_LIMITS], after;
+} fenced_t;
+#define FENCE UINT64_C(0x0123456789abcdef)
+static void check_fenced(const fenced_t *f) { MUST(f->before == FENCE && f->after == FENCE); }
+
+static void use_permits(user_t *u, unsigned which, const char *key, const uint64_t *costs,
+                        uint64_t now, unsigned what) {
+  fshm_limiter *l = u->limiters[which];
+  fshm_permit *p = &u->held[what % PERMITS].permit;
+  unsigned *owner = &u->held[what % PERMITS].limiter;
+  fshm_decision d;
+  uint32_t in_flight;
+  if (p->held) {
+    l = u->limiters[*owner];
+    if (what & 8) (void)fshm_permit_idle(l, p, what & 16);
+    (void)fshm_permit_held(l, p);
+    check_status(u, fshm_settle(l, key, 1, costs, (uint64_t[]){1, 2, 3, 4}, p, now));
+    if (!(what & 32)) (void)fshm_permit_release(l, p);
+    p->held = 0; /* or forgotten: held by us for ever */
+    return;
+  }
+  fshm_admit(l, key, 1, costs, now, p, &d, &in_flight);
+  check_decision(u, &d);
+  MUST(in_flight <= MAX_PERMITS && p->held == (p->held != 0) && p->cell < u->s->cell_count);
+  *owner = which;
+}
+
+/* Limits that come with the call: whatever they are, and whatever the limiter is. */
+static void use_counted(user_t *u, fshm_limiter *l, const char *key, uint64_t cost, uint64_t now,
+                        unsigned what) {
+  const fshm_limit limit = {what & 128 ? cost : 1 + what % 50, UINT64_C(1) << (10 + what % 30), 0,
+                            what & 1 ? FSHM_WINDOW : FSHM_SLIDING, 0};
+  fshm_counted out;
+  if (what & 2)
+    fshm_moving(l, key, 1, &limit, what & 4 ? 0 : cost, now, &out);
+  else
+    fshm_count(l, key, 1, &limit, what & 4 ? 0 : cost, now, &out);
+  if (out.status == FSHM_E_MEMORY) return;
+  check_status(u, out.status);
+  MUST(out.left_ns >= 0 && !out.unused);
+  if (what & 2) MUST(out.count <= FSHM_MAX_MOVING);
+  if (what & 8) check_status(u, fshm_moving_clear(l, key, 1));
+  if (what & 16) MUST(fshm_live_keys(l, now) <= u->s->cell_count);
+}
+
+static void look_in(user_t *u, uint64_t at) {
+  fshm_segment *s = u->s;
+  fshm_limiter_info limiter;
+  fshm_process_info process;
+  fshm_permit_info permit;
+  fshm_geometry g;
+  fshm_decision d;
+  struct {
+    char bytes[256];
+    uint64_t after;
+  } name = {"", FENCE};
+  uint64_t cell = at < s->cell_count || at == UINT64_MAX ? at : at % s->cell_count, length;
+  int status = fshm_limiter_at(s, (uint32_t)at, &limiter);
+  MUST(status == FSHM_OK || !status || status == FSHM_E_ARGUMENT || status == FSHM_E_DAMAGED);
+  MUST(limiter.name_length <= sizeof limiter.name && limiter.limits_count <= FSHM_MAX_LIMITS);
+  uint64_t largest;
+  for (uint32_t i = 0; i < limiter.limits_count; i++) /* or Python could not show it */
+    MUST(fshm_limit_check(&limiter.limits[i], &largest) == FSHM_OK);
+  status = fshm_process_at(s, (uint32_t)at, &process);
+  MUST(status == FSHM_OK || status == FSHM_E_ARGUMENT);
+  status = fshm_permit_at(s, cell, &permit);
+  MUST(status == 0 || status == 1);
+  MUST(permit.limiter == UINT32_MAX || permit.limiter < s->limiter_count);
+  if (fshm_key_name(s, cell, name.bytes, sizeof name.bytes, &length)) MUST(length <= 201);
+  if (fshm_key_name(s, cell, name.bytes, 8, &length)) MUST(length <= 8 || length == 201);
+  MUST(name.after == FENCE);
+  if (fshm_peek_cell(s, cell, at, &d) == FSHM_OK) check_decision(u, &d);
+  const fshm_limit counted = {1 + at % 50, UINT64_C(1) << (10 + at % 30), 0,
+                              at & 1 ? FSHM_WINDOW : FSHM_SLIDING, 0};
+  if (fshm_peek_counted(s, cell, &counted, at & 1 && at & 2, at, &d) == FSHM_OK)
+    check_decision(u, &d);
+  fshm_describe(s, &g);
+  MUST(g.size == s->size && g.capacity && g.cells == s->cell_count);
+}
+
+static void look_at_all(user_t *u) {
+  fshm_segment *s = u->s;
+  uint64_t index;
+  uint8_t *live = malloc(s->cell_count);
+  MUST(live);
+  MUST(fshm_live_cells(s, live, 0) <= s->cell_count);
+  free(live);
+  struct {
+    fshm_tally all[FSHM_TALLIES];
+    fshm_permit_info permits[2];
+    uint64_t octaves[FSHM_OCTAVES], after;
+  } sums = {.after = FENCE};
+  uint64_t *keys = malloc((s->limiter_count + 1) * sizeof *keys);
+  MUST(keys);
+  keys[s->limiter_count] = FENCE;
+  MUST(fshm_used(s, 0, keys) <= s->cell_count && keys[s->limiter_count] == FENCE);
+  free(keys);
+  fshm_tally_all(s, sums.all);
+  MUST(fshm_permits(s, sums.permits, 2) <= s->cell_count);
+  fshm_metric_octaves(s, (uint32_t[]){0, UINT32_MAX}, 2, sums.octaves);
+  MUST(sums.after == FENCE);
+  int kind = fshm_damage(s, &index), thorough = fshm_check(s, &index);
+  MUST(!kind || thorough);
+  kind = thorough;
+  MUST(kind >= FSHM_DAMAGE_NONE && kind <= FSHM_DAMAGE_CELL);
+  (void)fshm_unlinked(s);
+  for (uint64_t at = 0; at < s->cell_count || at < PROCESSES; at++) look_in(u, at);
+}
+
+enum { CALLS = 17 };
+
+/* One call. `who`: limiter (by its remainder) and key; `what`: what it does with them; `n`: a cost, a
+ * time or a place, as the call takes it. */
+static void one_call(user_t *u, unsigned call, unsigned who, unsigned what, uint64_t n) {
+  const unsigned which = who % LIMITERS;
+  const char key[2] = {(char)('a' + who / LIMITERS % 8), 0};
+  const uint64_t costs[FSHM_MAX_LIMITS] = {n, 1, what % 7, 0};
+  const uint64_t now = what & 64 ? n : 0;
+  fenced_t out = {FENCE, {0, 0, 0, 0}, FENCE};
+  fshm_limit limits[FSHM_MAX_LIMITS];
+  fshm_decision d;
+  if (call % CALLS == 0) open_limiter(u, which, what % 16, what & 16);
+  if (call % CALLS == 1) look_in(u, n);
+  fshm_limiter *l = u->limiters[which];
+  if (!l) return;
+  switch (call % CALLS) {
+    case 2:
+    case 3:
+      fshm_apply(l, what % 7, key, 1, call % CALLS == 2 ? costs : NULL, n, now, &d);
+      check_decision(u, &d);
+      break;
+    case 4:
+      check_status(u, fshm_is_allowed(l, key, 1));
+      break;
+    case 5:
+      fshm_reserve(l, key, 1, costs, UINT64_C(1) << what % 64, now, &d, out.values);
+      check_decision(u, &d);
+      if (what & 1) MUST(fshm_cancel(l, key, 1, costs, out.values, now) <= FSHM_MAX_LIMITS);
+      break;
+    case 6:
+    case 7:
+      use_permits(u, which, key, costs, now, what);
+      break;
+    case 8:
+      MUST(fshm_remaining(l, key, 1, now, out.values) <= FSHM_MAX_LIMITS);
+      break;
+    case 9:
+      check_status(u, fshm_reset_key(l, key, 1));
+      break;
+    case 10:
+      check_status(u, fshm_reset_all(l));
+      break;
+    case 11: {
+      uint64_t version;
+      int count = fshm_limiter_limits(l, limits, &version);
+      MUST(count >= 0 && count <= FSHM_MAX_LIMITS);
+      break;
+    }
+    case 12:
+      MUST(fshm_in_flight(l, key, 1) <= MAX_PERMITS);
+      break;
+    case 13:
+      MUST(fshm_reap(u->s, what & 1 ? (uint32_t)n : 0) <= u->s->cell_count);
+      break;
+    case 14:
+      (void)fshm_bell_wait(l, key, 1, fshm_bell_arm(l, key, 1) ^ (what & 1), 1000);
+      fshm_bell_ring(l, key, 1);
+      break;
+    case 15:
+      fshm_limiter_close(l);
+      u->limiters[which] = NULL;
+      for (unsigned i = 0; i < PERMITS; i++)
+        if (u->held[i].limiter == which) u->held[i].permit.held = 0;
+      (void)fshm_unique(u->s);
+      (void)fshm_now(u->s);
+      break;
+    case 16:
+      use_counted(u, l, key, n, now, what);
+      break;
+    default:
+      break;
+  }
+  check_fenced(&out);
+}
+
+#endif

@@ -1,0 +1,30 @@
+/* guard.h - mappings of files lie between GUARD bytes without access. Included before unity.c. */
+#ifndef GUARD_H
+#define GUARD_H
+
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define GUARD (UINT64_C(1) << 32)
+
+static void *guarded_mmap(void *at, size_t size, int protection, int flags, int fd, off_t offset) {
+  if (fd < 0) return mmap(at, size, protection, flags, fd, offset);
+  const int none = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  unsigned char *all = mmap(NULL, size + 2 * GUARD, PROT_NONE, none, -1, 0);
+  if (all == MAP_FAILED) abort();
+  void *map = mmap(all + GUARD, size, protection, flags | MAP_FIXED, fd, offset);
+  if (map == MAP_FAILED) (void)munmap(all, size + 2 * GUARD);
+  return map;
+}
+
+/* Segments are larger than a page; what else the library maps is smaller. */
+static int guarded_munmap(void *map, size_t size) {
+  if (size <= 4096) return munmap(map, size);
+  return munmap((unsigned char *)map - GUARD, size + 2 * GUARD);
+}
+
+#define mmap guarded_mmap
+#define munmap guarded_munmap
+
+#endif

@@ -1,0 +1,132 @@
+"""The kept inputs of fuzz.c, in words. ``python tests/hostile/seeds.py`` writes them into corpus/.
+
+What the fuzzer finds is kept there too, under a name that says what it is. A change of the records
+in fuzz.c changes what these files mean: write them again then.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import struct
+
+CORPUS = pathlib.Path(__file__).parent / "corpus"
+
+# Flags, targets and kinds of edits, calls and limiters: fuzz.c and calls.h.
+RAW, LARGE, READ_ONLY, TRUNCATE, FIX_CHECK, REMOVE = 1, 2, 4, 8, 16, 32
+HASHED, OFF = 64, 128
+(HEADER, ENTRY, PRESENT_SET, WHOLE_ENTRY, PROCESS, COLUMN) = range(6)
+(USED_CELL, CELL, LEDGER, NAMES, CHANGING_HEADER, ANYWHERE) = range(6, 12)
+SET, XOR, ADD, BYTE, COPY, LINE = range(6)
+OPEN, LOOK, APPLY_COSTS, APPLY, IS_ALLOWED, RESERVE, ADMIT, _, REMAINING, RESET_KEY = range(10)
+RESET_ALL, LIMITS, IN_FLIGHT, REAP, BELL, CLOSE = range(10, 16)
+BUCKET, WINDOW, SLIDING, THREE, QUOTA, PERMITS = range(6)
+# Words: of an entry; of a set of limits (the first rule's); of a process slot; of the header.
+ID, CURRENT, NAME_LENGTH, NAME = 0, 1, 2, 3
+COUNT, KIND, N, PER, BURST, NUM, DEN, UNIT, ROOM = range(1, 10)
+CAPACITY, NAMES_WORDS, CONSTANT = 3, 17, 30
+NAMES_HEAD = 8  # of the part that changes
+PENDING, HELD = 6 << 61, 7 << 61
+CELLS = 12  # of the small image
+
+
+def edit(target: int, position: int, how: int, value: int) -> bytes:
+    """One edit of 12 bytes."""
+    return struct.pack("<BHBQ", 128 | target, position, how, value % 2**64)
+
+
+def in_entry(limiter: int, word: int) -> int:
+    """The position of a word in a limiter's entry, or in its present set."""
+    return limiter * 256 + word
+
+
+def call(which: int, limiter: int, what: int = 0, number: int = 1) -> bytes:
+    """One call of 4 bytes. number: 0..15 as it is; 250..255: odd ones."""
+    return bytes((which, limiter, what, number))
+
+
+def image(*records: bytes, flags: int = 0) -> bytes:
+    """A good image, with records done to it."""
+    return bytes((flags,)) + b"".join(records)
+
+
+def while_open(limiter: int, *records: bytes, flags: int = 0) -> bytes:
+    """The limiter is opened, then edited, then every call comes."""
+    return image(call(OPEN, limiter, 16), *records, flags=flags)
+
+
+def cells(*values: int, how: int = SET) -> bytes:
+    """The state of every cell in use."""
+    return b"".join(edit(USED_CELL, 4 * i + 1, how, values[i % len(values)]) for i in range(CELLS))
+
+
+SEEDS = {
+    "good": image(),
+    "good-large": image(flags=LARGE),
+    "good-read-only": image(flags=READ_ONLY),
+    "good-hashed-names": image(flags=HASHED),
+    "good-no-names": image(flags=OFF | REMOVE),
+    "other-limits": image(*(call(OPEN, i, 15) for i in range(6))),
+    "raw-nothing": bytes((RAW,)),
+    "raw-magic": bytes((RAW,)) + struct.pack("<QII", 0x314D48534C4C4146, 1, 0x01020304),
+    "cut-to-a-page": image(struct.pack("<I", 4096), flags=TRUNCATE),
+    "cut-while-open": image(struct.pack("<I", 2**32 - 1), flags=TRUNCATE),
+    "cut-to-nothing": image(struct.pack("<I", 0), flags=TRUNCATE),
+    "header-capacity": image(edit(HEADER, CAPACITY, SET, 0), flags=FIX_CHECK),
+    "header-names-words": image(
+        edit(HEADER, NAMES_WORDS, SET, 1 << 40),
+        edit(CHANGING_HEADER, NAMES_HEAD, SET, 1 << 28),
+        flags=FIX_CHECK,
+    ),
+    "header-while-open": while_open(BUCKET, *(edit(HEADER, w, SET, 0) for w in range(CONSTANT))),
+    "limits-slot-9": image(edit(ENTRY, in_entry(BUCKET, CURRENT), XOR, 9 << 48)),
+    "limits-none": while_open(THREE, edit(ENTRY, in_entry(THREE, CURRENT), SET, 0)),
+    "limits-count": image(edit(PRESENT_SET, in_entry(THREE, COUNT), SET, 1000)),
+    "limits-zero-divisor": while_open(
+        BUCKET,
+        edit(PRESENT_SET, in_entry(BUCKET, DEN), SET, 0),
+        call(APPLY_COSTS, BUCKET, 0, 3),
+    ),
+    "limits-sane-but-nobodys": image(edit(PRESENT_SET, in_entry(WINDOW, N), SET, 2**40)),
+    "limits-largest": while_open(
+        THREE, *(edit(PRESENT_SET, in_entry(THREE, w), SET, 2**57 - 1) for w in range(N, 10))
+    ),
+    "limits-permits-many": while_open(PERMITS, edit(PRESENT_SET, in_entry(PERMITS, N), SET, 2**31)),
+    "limits-permits-most": while_open(
+        QUOTA, edit(ENTRY, in_entry(QUOTA, NAME_LENGTH), SET, 2**64 - 1)
+    ),
+    "name-length": image(edit(ENTRY, in_entry(WINDOW, NAME_LENGTH), SET, 30000)),
+    "name-other": image(edit(ENTRY, in_entry(WINDOW, NAME), XOR, 32)),
+    "id-lost": image(edit(ENTRY, in_entry(BUCKET, ID), SET, 0)),
+    "process-generation": image(*(edit(PROCESS, 64 * i + 5, ADD, 1) for i in range(3))),
+    # from 64 KB to 32 GB beyond: some of that is mapped to nothing, wherever the segment lies
+    "column-cell": image(
+        *(edit(COLUMN, 8 * i, LINE, (1 << (12 + i * 20 // 32)) << 32) for i in range(32))
+    ),
+    "cells-pending": image(cells(PENDING | 5)),
+    "cells-permits": image(cells(*(HELD | i << 44 | i << 36 for i in range(CELLS)))),
+    "cells-permits-full": while_open(
+        PERMITS,
+        *(edit(CELL, 2 * i, SET, i + 1) for i in range(CELLS)),
+        *(edit(CELL, 2 * i + 1, SET, HELD | i << 44 | i << 36) for i in range(CELLS)),
+    ),
+    "cells-late": image(cells(2**57 - 1, 1 << 62 | 2**62 - 1, 2 << 62 | 2**62 - 1)),
+    "cells-of-other-kinds": image(cells(1 << 62, how=ADD)),
+    "cells-twice": image(*(edit(CELL, i, COPY, 0) for i in range(2 * CELLS))),
+    "ledger-limiter": image(*(edit(LEDGER, 2 * i, XOR, 0x7FF << 20) for i in range(CELLS))),
+    "ledger-names": image(*(edit(LEDGER, 2 * i + 1, SET, 2**64 - 1) for i in range(CELLS))),
+    "names-long": image(*(edit(NAMES, 8 * i, LINE, 0xFFFF) for i in range(64))),
+    "bells": while_open(
+        QUOTA, *(edit(CHANGING_HEADER, 24 + 8 * i, LINE, 2**64 - 1) for i in range(16))
+    ),
+}
+
+
+def main() -> None:
+    """Write them."""
+    CORPUS.mkdir(exist_ok=True)
+    for name, data in SEEDS.items():
+        (CORPUS / name).write_bytes(data)
+
+
+if __name__ == "__main__":
+    main()

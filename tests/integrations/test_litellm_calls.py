@@ -1,0 +1,650 @@
+"""What a call holds, and that it gives it back exactly once; the hooks in the orders that LiteLLM
+calls them in (measured with its proxy), without the proxy."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import gc
+import logging
+import weakref
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("litellm")
+
+import litellm
+from support.children import run
+from support.litellm_auth import auth
+from support.workers import meet
+
+from fast_litellm_shm import Segment, exceptions, health_check
+from fast_litellm_shm.integrations.litellm import attempts, calls, guard, settings, takeover
+from fast_litellm_shm.integrations.litellm.limiter import SharedLimiter, subjects_of
+from fast_litellm_shm.integrations.litellm.subjects import Limits
+
+PROCESSES = 4
+USAGE = {"usage": {"prompt_tokens": 10, "completion_tokens": 20, "total_tokens": 30}}
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    calls._quotas.clear()
+    guard.forget()
+    yield
+    calls._quotas.clear()
+
+
+@pytest.fixture
+def limiter() -> SharedLimiter:
+    return SharedLimiter()
+
+
+def set_up(monkeypatch: pytest.MonkeyPatch, **chosen: Any) -> None:
+    monkeypatch.setattr(litellm, settings.ATTRIBUTE, chosen, raising=False)
+
+
+def left(**limits: int) -> dict[str, int]:
+    """What the key has left of limits."""
+    return calls.quota_of(Limits(**limits)).remaining("api_key:k")
+
+
+def data(id: str = "c", **more: Any) -> dict[str, Any]:
+    message = {"role": "user", "content": "x" * 12}
+    return {"litellm_call_id": id, "model": "m", "messages": [message], "max_tokens": 40, **more}
+
+
+async def ask(limiter: SharedLimiter, id: str = "c", /, **limits: int) -> bool:
+    """Whether a request of the key is admitted."""
+    given = {"rpm": "rpm_limit", "tpm": "tpm_limit", "max_parallel": "max_parallel_requests"}
+    user = auth(**{given[name]: n for name, n in limits.items()})
+    try:
+        await limiter.async_pre_call_hook(user, None, data(id), "acompletion")
+    except Exception as error:
+        assert getattr(error, "status_code", None) == 429, error
+        return False
+    return True
+
+
+LIMITS = {"rpm": 10, "tpm": 1000, "max_parallel": 2}
+
+
+def logged(id: str = "c", /, **more: Any) -> dict[str, Any]:
+    """kwargs of a log event."""
+    return {
+        "litellm_call_id": id,
+        "model": "m",
+        "litellm_params": {"model_info": {"id": "d"}},
+        **more,
+    }
+
+
+# requests ------------------------------------------------------------------------------------
+
+
+def test_answered(limiter: SharedLimiter) -> None:
+    async def scenario() -> None:
+        assert await ask(limiter, **LIMITS)
+        assert left(**LIMITS) == {"rpm": 9, "tpm": 950, "max_parallel": 1}
+        assert await limiter.async_post_call_success_hook(data(), auth(), USAGE) is USAGE
+        assert left(**LIMITS) == {"rpm": 9, "tpm": 970, "max_parallel": 2}
+        await limiter.async_log_success_event(logged(**USAGE), USAGE, None, None)
+        assert left(**LIMITS) == {"rpm": 9, "tpm": 970, "max_parallel": 2}
+        assert len(limiter.calls) == 0
+
+    asyncio.run(scenario())
+
+
+def test_streamed(limiter: SharedLimiter) -> None:
+    async def chunks() -> Any:
+        yield 1
+        yield 2
+
+    async def scenario() -> None:
+        assert await ask(limiter, **LIMITS)
+        stream = limiter.async_post_call_streaming_iterator_hook(auth(), chunks(), data())
+        assert left(**LIMITS)["max_parallel"] == 1
+        assert [chunk async for chunk in stream] == [1, 2]
+        assert left(**LIMITS)["max_parallel"] == 2
+        payload: dict[str, Any] = {"standard_logging_object": USAGE["usage"], "stream": True}
+        await limiter.async_log_success_event(logged(**payload), None, None, None)
+        assert left(**LIMITS) == {"rpm": 9, "tpm": 970, "max_parallel": 2}
+        assert len(limiter.calls) == 0
+
+    asyncio.run(scenario())
+
+
+def test_the_client_leaves_a_stream(limiter: SharedLimiter) -> None:
+    async def chunks() -> Any:
+        yield 1
+        yield 2
+
+    async def scenario() -> None:
+        assert await ask(limiter, **LIMITS)
+        stream = limiter.async_post_call_streaming_iterator_hook(auth(), chunks(), data())
+        assert await anext(stream) == 1
+        await stream.aclose()  # type: ignore[attr-defined]
+        assert left(**LIMITS)["max_parallel"] == 2
+
+    asyncio.run(scenario())
+
+
+def test_tried_again(limiter: SharedLimiter) -> None:
+    async def scenario() -> None:
+        assert await ask(limiter, **LIMITS)
+        await limiter.async_log_failure_event(logged(), None, None, None)
+        assert left(**LIMITS)["max_parallel"] == 1  # the second attempt is about to be made
+        await limiter.async_post_call_success_hook(data(), auth(), USAGE)
+        assert left(**LIMITS) == {"rpm": 9, "tpm": 970, "max_parallel": 2}
+
+    asyncio.run(scenario())
+
+
+def test_failed(limiter: SharedLimiter) -> None:
+    async def scenario() -> None:
+        assert await ask(limiter, **LIMITS)
+        await limiter.async_log_failure_event(logged(), None, None, None)
+        await limiter.async_post_call_failure_hook(data(), ValueError(), auth())
+        # the request counts; it has used no tokens
+        assert left(**LIMITS) == {"rpm": 9, "tpm": 1000, "max_parallel": 2}
+        assert len(limiter.calls) == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_stream_that_is_cut(limiter: SharedLimiter) -> None:
+    """Its partial usage, which LiteLLM tells in log_failure, counts."""
+
+    async def chunks() -> Any:
+        yield 1
+        raise ConnectionError
+
+    async def scenario() -> None:
+        assert await ask(limiter, **LIMITS)
+        stream = limiter.async_post_call_streaming_iterator_hook(auth(), chunks(), data())
+        with pytest.raises(ConnectionError):
+            assert [chunk async for chunk in stream]
+        part: dict[str, Any] = {"standard_logging_object": {"total_tokens": 12}}
+        await limiter.async_log_failure_event(logged(**part), None, None, None)
+        await limiter.async_post_call_failure_hook(data(), ValueError(), auth())
+        assert left(**LIMITS) == {"rpm": 9, "tpm": 988, "max_parallel": 2}
+        assert len(limiter.calls) == 0
+
+    asyncio.run(scenario())
+
+
+def test_whatever_ends_without_a_hook(limiter: SharedLimiter) -> None:
+    async def scenario() -> None:
+        task = asyncio.create_task(ask(limiter, **LIMITS))
+        assert await task
+        await asyncio.sleep(0)  # its callbacks run
+        assert left(**LIMITS)["max_parallel"] == 2
+
+    asyncio.run(scenario())
+
+
+def test_a_tool_call_within_a_request_counts_with_it(limiter: SharedLimiter) -> None:
+    async def scenario() -> None:
+        assert await ask(limiter, max_parallel=1)
+        user = auth(max_parallel_requests=1)
+        await limiter.async_pre_call_hook(user, None, data(), "call_mcp_tool")
+        assert left(max_parallel=1) == {"max_parallel": 0}
+        await limiter.async_post_call_success_hook(data(), user, USAGE)
+        assert left(max_parallel=1) == {"max_parallel": 1}
+
+    asyncio.run(scenario())
+
+
+def test_clients_that_choose_the_same_call_id(limiter: SharedLimiter) -> None:
+    async def request(go_on: asyncio.Event) -> bool:
+        if not await ask(limiter, "mine", max_parallel=2, tpm=1000):
+            return False
+        await go_on.wait()
+        await limiter.async_post_call_success_hook(data("mine"), auth(), USAGE)
+        return True
+
+    async def scenario() -> None:
+        for round in (1, 2):
+            go_on = asyncio.Event()
+            tasks = [asyncio.create_task(request(go_on)) for _ in range(5)]
+            await asyncio.sleep(0)
+            go_on.set()
+            assert sorted(await asyncio.gather(*tasks)) == [False] * 3 + [True] * 2
+            assert left(max_parallel=2, tpm=1000) == {"tpm": 1000 - 60 * round, "max_parallel": 2}
+        assert len(limiter.calls) == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_hook_of_a_request_that_was_not_admitted(limiter: SharedLimiter) -> None:
+    """One that fails its authentication, say, with the id of a call that runs in its body."""
+
+    async def stranger() -> None:
+        body = {"litellm_call_id": "mine", "model": "m"}
+        await limiter.async_post_call_failure_hook(body, ValueError(), auth())
+        await limiter.async_log_failure_event(logged("mine"), None, None, None)
+        await limiter.async_log_success_event(logged("mine"), USAGE, None, None)
+        await limiter.async_post_call_success_hook(body, auth(), USAGE)
+
+    async def scenario() -> None:
+        outside = contextvars.copy_context()
+        assert await ask(limiter, "mine", **LIMITS)
+        await outside.run(asyncio.create_task, stranger())
+        assert left(**LIMITS) == {"rpm": 9, "tpm": 950, "max_parallel": 1}
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_is_judged_again(limiter: SharedLimiter) -> None:
+    """A later callback has denied it, and LiteLLM asks for a fallback of its model."""
+
+    async def scenario() -> None:
+        user = auth(rpm_limit=10, tpm_limit=1000, max_parallel_requests=1)
+        for id in ("c", "another"):
+            await limiter.async_pre_call_hook(user, None, data(id), "acompletion")
+        assert left(rpm=10, tpm=1000, max_parallel=1) == {"rpm": 9, "tpm": 950, "max_parallel": 0}
+        await limiter.async_post_call_success_hook(data("another"), auth(), USAGE)
+        assert left(rpm=10, tpm=1000, max_parallel=1) == {"rpm": 9, "tpm": 970, "max_parallel": 1}
+        assert len(limiter.calls) == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_call_within_a_call(limiter: SharedLimiter) -> None:
+    """An embedding that LiteLLM makes to serve a chat is a request of its own."""
+
+    async def scenario() -> None:
+        assert await ask(limiter, **LIMITS)
+        user = auth(rpm_limit=10, tpm_limit=1000, max_parallel_requests=2)
+        body = {"model": "e", "input": "x" * 40}
+        await limiter.async_pre_call_hook(user, None, body, "aembedding")
+        assert left(**LIMITS) == {"rpm": 8, "tpm": 940, "max_parallel": 0}
+        await limiter.async_post_call_success_hook(data(), user, USAGE)
+        assert left(**LIMITS) == {"rpm": 8, "tpm": 960, "max_parallel": 1}
+
+    asyncio.run(scenario())
+    assert left(**LIMITS)["max_parallel"] == 2
+
+
+def test_a_request_that_gets_several_answers(limiter: SharedLimiter) -> None:
+    """A list of models: the first answer is logged while the others are on their way."""
+
+    async def scenario() -> None:
+        assert await ask(limiter, **LIMITS)
+        await limiter.async_log_success_event(logged(**USAGE), USAGE, None, None)
+        assert left(**LIMITS)["max_parallel"] == 1
+        await limiter.async_post_call_success_hook(data(), auth(), [USAGE, USAGE, None, USAGE])
+        assert left(**LIMITS) == {"rpm": 9, "tpm": 910, "max_parallel": 2}
+        await limiter.async_log_success_event(logged(**USAGE), USAGE, None, None)
+        assert left(**LIMITS)["tpm"] == 910
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_cached_tokens_do_not_count(limiter: SharedLimiter, stream: bool) -> None:
+    """LiteLLM's payload for logs has them in its sums."""
+    details = {"prompt_tokens_details": {"cached_tokens": 8}}
+    answer = {"usage": {**USAGE["usage"], **details}}
+
+    async def scenario() -> None:
+        assert await ask(limiter, **LIMITS)
+        if not stream:
+            await limiter.async_post_call_success_hook(data(), auth(), answer)
+        more = {"standard_logging_object": USAGE["usage"], "stream": stream}
+        await limiter.async_log_success_event(logged(**more), answer, None, None)
+        assert left(**LIMITS)["tpm"] == 978
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("status", "used"), [(None, 0), ("completed", 0), ("queued", 50)])
+def test_an_answer_that_tells_no_tokens(limiter: SharedLimiter, status: Any, used: int) -> None:
+    """A picture has used none; one that is made in the background is not there yet."""
+
+    async def scenario() -> None:
+        assert await ask(limiter, **LIMITS)
+        answer = SimpleNamespace(status=status, usage=None)
+        await limiter.async_post_call_success_hook(data(), auth(), answer)
+        payload: dict[str, Any] = {"standard_logging_object": {"total_tokens": 0}}
+        await limiter.async_log_success_event(logged(**payload), answer, None, None)
+        assert left(**LIMITS) == {"rpm": 9, "tpm": 1000 - used, "max_parallel": 2}
+        assert len(limiter.calls) == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_pass_through(limiter: SharedLimiter) -> None:
+    """Its data is the client's body: the id of its logs is that of its logging object."""
+
+    async def scenario() -> None:
+        body = {**data("the client's"), "litellm_logging_obj": SimpleNamespace(litellm_call_id="c")}
+        user = auth(rpm_limit=10, tpm_limit=1000, max_parallel_requests=2)
+        await limiter.async_pre_call_hook(user, None, body, "pass_through_endpoint")
+        assert left(**LIMITS)["tpm"] == 950
+        await limiter.async_log_success_event(logged(**USAGE), USAGE, None, None)
+        assert left(**LIMITS)["tpm"] == 970
+        await limiter.async_post_call_success_hook(body, auth(), USAGE)
+        assert left(**LIMITS) == {"rpm": 9, "tpm": 970, "max_parallel": 2}
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("model", [["m"], {"m": 1}, 7, None])
+def test_a_model_that_is_no_text_passes_no_limit(limiter: SharedLimiter, model: Any) -> None:
+    async def scenario() -> None:
+        body = {"litellm_call_id": "c", "model": model, "messages": []}
+        await limiter.async_pre_call_hook(auth(rpm_limit=5, tpm_limit=100), None, body, "x")
+        assert left(rpm=5, tpm=100)["rpm"] == 4
+
+    asyncio.run(scenario())
+
+
+def test_a_body_is_not_kept(limiter: SharedLimiter) -> None:
+    class Body(dict[str, Any]):
+        pass
+
+    async def scenario() -> weakref.ref[Body]:
+        body = Body(data())
+        await limiter.async_pre_call_hook(auth(tpm_limit=1000), None, body, "acompletion")
+        return weakref.ref(body)
+
+    async def kept() -> Any:
+        found = await scenario()
+        gc.collect()
+        return found()
+
+    assert asyncio.run(kept()) is None
+
+
+def test_what_could_not_be_judged_is_left_to_litellms_limiter(
+    limiter: SharedLimiter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Theirs:
+        async def async_pre_call_hook(self) -> None: ...
+
+        async def _build_request_rate_limit_descriptors(self, *_: Any) -> list[Any]:
+            limited = {"requests_per_unit": 1, "tokens_per_unit": None}
+            return [{"key": "api_key", "value": "k", "rate_limit": limited}]
+
+    theirs = takeover._quieter(Theirs, subjects_of)()
+
+    async def keeps(call_type: str = "acompletion") -> bool:
+        user = auth(rpm_limit=1)
+        return bool(await theirs._build_request_rate_limit_descriptors(user, data(), call_type))
+
+    async def scenario() -> None:
+        assert await ask(limiter, rpm=1)
+        assert not await keeps()
+        assert await keeps("_aresponses_websocket")  # a turn of it, which passes no hook of ours
+        with monkeypatch.context() as broken:
+            broken.setattr(calls, "quota_of", _broken)
+            assert await ask(limiter, rpm=1)
+            assert await keeps()
+        assert not await ask(limiter, rpm=1)
+        assert not await keeps()
+
+    asyncio.run(scenario())
+
+
+def test_a_prompt_that_cannot_be_read_passes_no_limit(limiter: SharedLimiter) -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+
+    async def scenario() -> None:
+        user = auth(tpm_limit=1000)
+        bad = {**data(), "messages": [{"role": "user", "content": deep}]}
+        await limiter.async_pre_call_hook(user, None, bad, "acompletion")
+        assert left(tpm=1000) == {"tpm": 0}
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        while deep:  # or its destruction would recurse
+            deep = deep.pop()
+
+
+def test_a_denial_books_nothing(limiter: SharedLimiter) -> None:
+    async def scenario() -> None:
+        first, second = (auth(rpm_limit=5, user_id="u", user_rpm_limit=1) for _ in range(2))
+        await limiter.async_pre_call_hook(first, None, data("1"), "acompletion")
+        with pytest.raises(Exception, match="Rate limit exceeded for user: u"):
+            await limiter.async_pre_call_hook(second, None, data("2"), "acompletion")
+        assert left(rpm=5) == {"rpm": 4}
+        assert len(limiter.calls) == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_limit_of_zero(limiter: SharedLimiter) -> None:
+    async def scenario() -> None:
+        assert not await ask(limiter, rpm=0)
+        assert not await ask(limiter, "2", max_parallel=0)
+
+    asyncio.run(scenario())
+
+
+def test_headers(limiter: SharedLimiter) -> None:
+    async def scenario() -> None:
+        user = auth(rpm_limit=10, user_id="u", user_rpm_limit=5, max_parallel_requests=3)
+        await limiter.async_pre_call_hook(user, None, data(), "acompletion")
+        await limiter.async_post_call_success_hook(data(), user, USAGE)
+        found = await limiter.async_post_call_response_headers_hook(data(), user, USAGE)
+        assert found == {
+            "x-ratelimit-api_key-remaining-requests": "9",
+            "x-ratelimit-api_key-limit-requests": "10",
+            "x-ratelimit-user-remaining-requests": "4",
+            "x-ratelimit-user-limit-requests": "5",
+            "x-ratelimit-remaining-requests": "4",
+            "x-ratelimit-limit-requests": "5",
+        }
+        other = data("another")
+        assert await limiter.async_post_call_response_headers_hook(other, user, None) is None
+
+    asyncio.run(scenario())
+
+
+def test_what_a_denial_says(limiter: SharedLimiter) -> None:
+    async def scenario() -> None:
+        first, second = auth(rpm_limit=1), auth(rpm_limit=1)
+        await limiter.async_pre_call_hook(first, None, data("1"), "acompletion")
+        with pytest.raises(Exception, match="Limit type: requests. Current limit: 1") as raised:
+            await limiter.async_pre_call_hook(second, None, data("2"), "acompletion")
+        headers = raised.value.headers  # type: ignore[attr-defined]
+        assert 59 <= int(headers["retry-after"]) <= 60
+        assert headers["x-ratelimit-api_key-remaining-requests"] == "0"
+        assert headers["rate_limit_type"] == "requests"
+
+    pytest.importorskip("fastapi", reason="the proxy is not installed")
+    asyncio.run(scenario())
+
+
+def _many(name: str, each: int) -> int:
+    meet(name, PROCESSES)
+    limiter = SharedLimiter()
+
+    async def all_of_them() -> int:
+        return sum([await ask(limiter, str(i), rpm=10) for i in range(each)])
+
+    return asyncio.run(all_of_them())
+
+
+def test_four_processes(_own_default_segment: None) -> None:
+    name = Segment.default().name
+    assert sum(run(_many, [(name, 25)] * PROCESSES, "fork")) == 10
+
+
+# attempts at deployments ---------------------------------------------------------------------
+
+
+def deployment(**params: Any) -> dict[str, Any]:
+    return {
+        "model_name": "m",
+        "litellm_params": {"model": "openai/m", **params},
+        "model_info": {"id": "d"},
+    }
+
+
+def test_attempts(limiter: SharedLimiter, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_up(monkeypatch, deployment_limits=True)
+
+    async def attempt() -> None:
+        await limiter.async_pre_call_check(deployment(rpm=2, max_parallel_requests=1))
+        await limiter.async_log_success_event(logged(), USAGE, None, None)
+
+    async def scenario() -> None:
+        for _ in range(2):
+            await asyncio.create_task(attempt())
+        with pytest.raises(litellm.RateLimitError, match="deployment: d") as raised:
+            await asyncio.create_task(attempt())
+        assert raised.value.num_retries == 0
+        quota = calls.quota_of(Limits(2, None, 1))
+        assert quota.remaining("deployment:d") == {"rpm": 0, "max_parallel": 1}
+
+    asyncio.run(scenario())
+
+
+def test_attempts_at_once(limiter: SharedLimiter) -> None:
+    narrow = deployment(max_parallel_requests=2)
+
+    async def attempt(hold: asyncio.Event) -> bool:
+        try:
+            await limiter.async_pre_call_check(narrow)
+        except litellm.RateLimitError as error:
+            assert error.num_retries is None  # another deployment may have a free slot
+            return False
+        await hold.wait()
+        await limiter.async_log_success_event(logged(), USAGE, None, None)
+        return True
+
+    async def scenario() -> None:
+        for _ in range(2):
+            hold = asyncio.Event()
+            tasks = [asyncio.create_task(attempt(hold)) for _ in range(5)]
+            await asyncio.sleep(0)  # each has come to its end, or holds
+            hold.set()
+            assert sorted(await asyncio.gather(*tasks)) == [False] * 3 + [True] * 2
+
+    asyncio.run(scenario())
+
+
+def test_an_attempt_that_nobody_ends(limiter: SharedLimiter) -> None:
+    """It is cancelled, or its stream is not read to its end: the slot comes back with what LiteLLM
+    kept of it, though contexts that were copied in it live on."""
+    narrow = deployment(max_parallel_requests=2)
+    quota = calls.quota_of(Limits(None, None, 2))
+
+    async def scenario() -> None:
+        contexts = []
+        for _ in range(4):
+            await limiter.async_pre_call_check(narrow)
+            contexts.append(contextvars.copy_context())
+            kwargs = logged()
+            limiter.log_pre_api_call("m", [], kwargs)
+            assert quota.in_flight("deployment:d") == 1
+            del kwargs
+            gc.collect()
+            assert quota.in_flight("deployment:d") == 0
+
+    asyncio.run(scenario())
+
+
+def test_rpm_of_a_deployment_is_a_weight_unless_it_is_to_be_kept(
+    limiter: SharedLimiter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        for _ in range(3):
+            await limiter.async_pre_call_check(deployment(rpm=1))
+        set_up(monkeypatch, deployment_limits=True)
+        await limiter.async_pre_call_check(deployment(rpm=1))
+        with pytest.raises(litellm.RateLimitError):
+            await limiter.async_pre_call_check(deployment(rpm=1))
+
+    asyncio.run(scenario())
+
+
+# failing safe --------------------------------------------------------------------------------
+
+
+def _broken(*_: Any, **__: Any) -> Any:
+    raise exceptions.SegmentFullError("the segment is full")
+
+
+def test_it_fails_open(
+    limiter: SharedLimiter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(calls, "quota_of", _broken)
+
+    async def scenario() -> None:
+        for i in range(5):
+            assert await ask(limiter, str(i), rpm=1)
+        monkeypatch.setattr(attempts, "of_deployment", _broken)
+        assert await limiter.async_pre_call_check(deployment()) == deployment()
+
+    with caplog.at_level(logging.ERROR):
+        asyncio.run(scenario())
+    (said,) = caplog.messages  # once a minute
+    assert "the segment is full; it passes (fail_open)" in said
+    assert health_check()["litellm"] == {"could_not_judge": 6}
+
+
+def test_it_fails_closed(limiter: SharedLimiter, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_up(monkeypatch, fail_open=False)
+    monkeypatch.setattr(calls, "quota_of", _broken)
+    pytest.importorskip("fastapi", reason="the proxy is not installed")
+
+    async def scenario() -> None:
+        with pytest.raises(Exception, match="could not be checked") as raised:
+            await limiter.async_pre_call_hook(auth(rpm_limit=1), None, data(), "acompletion")
+        assert raised.value.status_code == 503  # type: ignore[attr-defined]
+        monkeypatch.setattr(attempts, "of_deployment", _broken)
+        with pytest.raises(litellm.ServiceUnavailableError):
+            await limiter.async_pre_call_check(deployment())
+
+    asyncio.run(scenario())
+
+
+def test_what_gives_back_never_fails_the_request(
+    limiter: SharedLimiter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        assert await ask(limiter, **LIMITS)
+        monkeypatch.setattr(calls.Held, "settle", _broken)
+        assert await limiter.async_post_call_success_hook(data(), auth(), USAGE) is USAGE
+        assert left(**LIMITS)["max_parallel"] == 2
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"mode": "other"}, "mode must be one of hooks, native, not 'other'; hooks applies"),
+        ({"fail_open": "yes"}, "fail_open must be true or false, not 'yes'; True applies"),
+        ({"fial_open": True}, "there is no 'fial_open', it is ignored; known are mode, fail_open"),
+        ("native", "must be a mapping, not 'native'; the defaults apply"),
+    ],
+)
+def test_settings_that_are_wrong(monkeypatch: pytest.MonkeyPatch, given: Any, said: str) -> None:
+    monkeypatch.setattr(litellm, settings.ATTRIBUTE, given, raising=False)
+    with pytest.warns(RuntimeWarning, match=said):
+        assert settings.current() == settings.Settings()
+    assert settings.current() == settings.Settings()  # told once
+
+
+def test_a_fork_forgets_the_calls_of_its_parent(limiter: SharedLimiter) -> None:
+    async def scenario() -> None:
+        assert await ask(limiter, max_parallel=1)
+        assert run(_calls_of, [(limiter,)], "fork") == [0]
+        assert len(limiter.calls) == 1
+        assert not await ask(limiter, "2", max_parallel=1)
+
+    asyncio.run(scenario())
+
+
+def _calls_of(limiter: SharedLimiter) -> int:
+    return len(limiter.calls)

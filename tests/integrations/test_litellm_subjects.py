@@ -1,0 +1,217 @@
+"""Whom a request counts for, by LiteLLM's own objects; and what it is guessed and told to use."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("litellm")
+
+from support.litellm_auth import auth
+
+from fast_litellm_shm.integrations.litellm import subjects as module
+from fast_litellm_shm.integrations.litellm import usage
+from fast_litellm_shm.integrations.litellm.subjects import Limits, Subject, of_deployment, subjects
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, []),
+        ({"rpm_limit": 10}, [("api_key", "k", (10, None, None))]),
+        (
+            {"rpm_limit": 10, "tpm_limit": 5, "max_parallel_requests": 2},
+            [("api_key", "k", (10, 5, 2))],
+        ),
+        ({"rpm_limit": 10, "budget_throttle_pct": 0.25}, [("api_key", "k", (2, None, None))]),
+        ({"rpm_limit": 1, "budget_throttle_pct": 0.25}, [("api_key", "k", (1, None, None))]),
+        ({"rpm_limit": 10, "metadata": {"rpm_limit_type": "dynamic"}}, []),
+        ({"rpm_limit": 10, "api_key": None}, []),
+        ({"user_id": "u", "user_tpm_limit": 7}, [("user", "u", (None, 7, None))]),
+        ({"user_tpm_limit": 7}, []),
+        ({"team_id": "t", "team_rpm_limit": 7}, [("team", "t", (7, None, None))]),
+        (
+            {"team_id": "t", "user_id": "u", "team_member_rpm_limit": 7},
+            [("team_member", "t:u", (7, None, None))],
+        ),
+        ({"end_user_id": "e", "end_user_rpm_limit": 7}, [("end_user", "e", (7, None, None))]),
+        (
+            {"org_id": "o", "organization_tpm_limit": 7},
+            [("organization", "o", (None, 7, None))],
+        ),
+        (
+            {"metadata": {"model_rpm_limit": {"m": 3, "n": 4}}},
+            [("model_per_key", "k:m", (3, None, None))],
+        ),
+        (
+            {"model_max_budget": {"m": {"tpm_limit": 30, "max_budget": 1}}},
+            [("model_per_key", "k:m", (None, 30, None))],
+        ),
+        (
+            {"team_id": "t", "team_metadata": {"model_rpm_limit": {"m": 3}}},
+            [("model_per_team", "t:m", (3, None, None))],
+        ),
+        (  # the key's own goes before its team's
+            {
+                "metadata": {"model_rpm_limit": {"m": 2}},
+                "team_id": "t",
+                "team_metadata": {"model_rpm_limit": {"m": 3}, "model_tpm_limit": {"m": 9}},
+            },
+            [
+                ("model_per_key", "k:m", (2, None, None)),
+                ("model_per_team", "t:m", (None, 9, None)),
+            ],
+        ),
+        (
+            {"org_id": "o", "organization_metadata": {"model_tpm_limit": {"m": 3}}},
+            [("model_per_organization", "o:m", (None, 3, None))],
+        ),
+    ],
+)
+def test_subjects(given: dict[str, Any], found: list[tuple[Any, ...]]) -> None:
+    expected = [Subject(kind, value, Limits(*limits)) for kind, value, limits in found]
+    assert subjects(auth(**given), "m") == expected
+
+
+def test_an_alias_counts_as_what_it_stands_for() -> None:
+    limited = auth(metadata={"model_rpm_limit": {"m": 3}})
+    assert subjects(limited, "alias", "m") == [Subject("model_per_key", "k:m", Limits(3))]
+    assert subjects(limited, "alias") == []
+    assert subjects(limited, None) == []
+
+
+@pytest.mark.parametrize(
+    ("written", "limits"),
+    [
+        ((None, None, None), None),
+        (("10", None, None), Limits(10)),
+        ((0, None, None), Limits(0)),
+        ((-3, None, None), Limits(0)),
+        ((2**31 - 1, None, None), Limits(2**31 - 1)),
+        ((2**31, 2**63, 100_001), None),  # as people write "unlimited"
+        ((1, 2**63, 100_000), Limits(1, None, 100_000)),
+    ],
+)
+def test_how_limits_are_written(written: tuple[Any, ...], limits: Limits | None) -> None:
+    assert module.limits(*written) == limits
+
+
+def test_a_limit_that_is_no_number() -> None:
+    with pytest.raises(ValueError, match="'ten'"):
+        module.limits("ten")
+
+
+def test_of_a_deployment() -> None:
+    params = {"model": "openai/x", "rpm": 5, "max_parallel_requests": 3}
+    deployment = {"litellm_params": params, "model_info": {"id": "d", "tpm": 70}}
+    assert of_deployment(deployment, per_minute=True) == ("d", Limits(5, 70, 3))
+    assert of_deployment(deployment, per_minute=False) == ("d", Limits(None, None, 3))
+    assert of_deployment({"litellm_params": {"rpm": 5}}, per_minute=True) is None  # no id
+    assert of_deployment({"model_info": {"id": "d"}}, per_minute=True) is None  # no limits
+    assert of_deployment({**deployment, "rpm": 9}, True) == ("d", Limits(9, 70, 3))
+
+
+MESSAGES = [{"role": "user", "content": "x" * 400}]  # 100, 4 for the message, 3 for the reply
+
+
+@pytest.mark.parametrize(
+    ("data", "call_type", "kind", "tokens"),
+    [
+        ({"messages": MESSAGES, "max_tokens": 50}, "acompletion", "total", 157),
+        ({"messages": MESSAGES, "max_tokens": 50, "n": 3}, "acompletion", "total", 257),
+        ({"messages": MESSAGES, "max_tokens": 50}, "acompletion", "input", 107),
+        ({"messages": MESSAGES, "max_tokens": 50}, "acompletion", "output", 50),
+        ({"messages": MESSAGES, "model": "not known"}, "acompletion", "total", 1107),
+        ({"prompt": "x" * 40, "max_tokens": 1}, "atext_completion", "total", 11),
+        ({"input": ["x" * 40, "y" * 40]}, "aembedding", "total", 20),
+        ({"input": [1, 2, 3]}, "aembedding", "total", 3),
+        ({"prompt": [[1, 2], [3]], "max_tokens": 1}, "atext_completion", "total", 4),
+        ({"input": "x" * 40, "max_output_tokens": 5}, "aresponses", "total", 15),
+        ({"input": "x", "instructions": "x" * 39}, "aresponses", "input", 10),
+        ({"query": "x" * 20, "documents": ["y" * 20, {"text": "z" * 40}]}, "rerank", "input", 20),
+        ({"messages": MESSAGES, "system": [{"text": "x" * 40}]}, "acompletion", "input", 117),
+        ({"messages": MESSAGES, "tools": [{"x": "y" * 390}]}, "acompletion", "input", 208),
+        ({"messages": MESSAGES, "max_completion_tokens": 1, "max_tokens": 50}, "", "output", 50),
+        ({"messages": MESSAGES, "max_tokens": -1, "model": "not known"}, "", "output", 1000),
+        ({}, "acompletion", "input", 1),
+        (
+            {"messages": [{"content": [{"type": "image_url"}, {"type": "text", "text": "abcd"}]}]},
+            "acompletion",
+            "input",
+            308,
+        ),
+        ({"messages": MESSAGES, "max_tokens": 10**9}, "acompletion", "total", 4000),
+        ({"messages": None, "max_tokens": "many", "n": None}, "acompletion", "input", 1),
+    ],
+)
+def test_guess(data: dict[str, Any], call_type: str, kind: str, tokens: int) -> None:
+    assert usage.Guess(data, call_type, kind).within(4000) == tokens
+
+
+def test_a_guess_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(usage, "_beyond", {})
+    guess = usage.Guess({"model": "m", "messages": MESSAGES}, "acompletion", "total")
+    assert guess.within(4000) == 1107
+    guess.learn(130)
+    assert guess.within(4000) == 130
+    for _ in range(100):
+        guess.learn(170)
+    assert guess.within(4000) == 170
+    longer = usage.Guess({"model": "m", "messages": MESSAGES * 2}, "acompletion", "total")
+    assert longer.within(4000) == 274  # its own input, and what answers had beyond theirs
+
+
+@pytest.mark.parametrize(
+    ("told", "total", "input_", "output"),
+    [
+        ({"prompt_tokens": 10, "completion_tokens": 20, "total_tokens": 30}, 30, 10, 20),
+        ({"input_tokens": 10, "output_tokens": 20}, 30, 10, 20),
+        ({"total_tokens": 30}, 30, 30, 30),
+        (  # Anthropic's own: its input is without what it has read from its cache, or put into it
+            {
+                "input_tokens": 10,
+                "cache_creation_input_tokens": 5,
+                "cache_read_input_tokens": 90,
+                "output_tokens": 20,
+            },
+            35,
+            15,
+            20,
+        ),
+        (
+            {
+                "input_tokens": 10,
+                "input_tokens_details": {"cached_tokens": 4},
+                "output_tokens": 20,
+                "total_tokens": 30,
+            },
+            26,
+            6,
+            20,
+        ),
+        (
+            {
+                "prompt_tokens": 10,
+                "completion_tokens": 20,
+                "total_tokens": 30,
+                "prompt_tokens_details": {"cached_tokens": 4},
+            },
+            26,
+            6,
+            20,
+        ),
+    ],
+)
+def test_used(told: dict[str, Any], total: int, input_: int, output: int) -> None:
+    for found in (usage.used({"usage": told}), usage.used(SimpleNamespace(usage=told))):
+        assert found is not None
+        assert found.of_kind("total") == total
+        assert found.of_kind("input") == input_
+        assert found.of_kind("output") == output
+
+
+@pytest.mark.parametrize("told", [None, {}, {"usage": None}, {"total_tokens": 0}, "text", 3])
+def test_nothing_is_told(told: Any) -> None:
+    assert usage.used(told) is None

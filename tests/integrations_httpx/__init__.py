@@ -1,0 +1,1 @@
+"""The httpx transports, against a real upstream."""

@@ -1,0 +1,159 @@
+"""The FastAPI dependency, in a FastAPI app."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import APIRouter, Depends, FastAPI, Response
+
+from fast_litellm_shm import Limit, Segment, Window
+from fast_litellm_shm.integrations.fastapi import MARK, Outcome, RateLimit, header
+from fast_litellm_shm.integrations.web.request import Request
+
+
+def asked(app: FastAPI, *paths: str, **more: Any) -> list[httpx.Response]:
+    async def ask() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return [await client.request(*path.split(), **more) for path in paths]
+
+    return asyncio.run(ask())
+
+
+def statuses(app: FastAPI, *paths: str, **more: Any) -> list[int]:
+    return [answer.status_code for answer in asked(app, *paths, **more)]
+
+
+def test_headers_and_refusal(segment: Segment) -> None:
+    app = FastAPI()
+    limit = RateLimit(Window(2, 60), name="search", segment=segment)
+
+    @app.get("/search", dependencies=[Depends(limit)])
+    async def search() -> str:
+        return "found"
+
+    first, second, third = asked(app, *["GET /search"] * 3)
+    assert (first.status_code, second.status_code, third.status_code) == (200, 200, 429)
+    assert first.headers["RateLimit-Policy"] == '"search";q=2;w=60'
+    assert first.headers["X-RateLimit-Remaining"] == "1"
+    assert "Retry-After" not in first.headers
+    assert third.headers["Retry-After"] == "60"
+    assert third.headers["RateLimit"] == '"search";r=0;t=60'
+    assert third.headers["Content-Type"] == "application/json"
+    assert third.json() == {"detail": "The limit is 2/60s window. Try again in 60 s."}
+
+
+def test_each_route_counts_apart_or_not(segment: Segment) -> None:
+    app, router = FastAPI(), APIRouter(prefix="/api")
+    shared = Depends(RateLimit(Limit(1, 60), name="shared", segment=segment))
+
+    for path, limit in {"/a": None, "/b": None, "/c": shared, "/d": shared}.items():
+        own = limit or Depends(RateLimit(Limit(1, 60), segment=segment))
+
+        @router.get(path, dependencies=[own])
+        async def get(item: int = 0) -> int:
+            return item
+
+    @router.post("/a", dependencies=[Depends(RateLimit(Limit(1, 60), segment=segment))])
+    async def post() -> None: ...
+
+    app.include_router(router)
+    each = ["GET /api/a", "GET /api/b", "POST /api/a", "GET /api/a?item=1"]
+    assert statuses(app, *each) == [200, 200, 200, 429]
+    assert statuses(app, "GET /api/c", "GET /api/d") == [200, 429]
+
+
+def test_a_name_made_of_long_limits(segment: Segment) -> None:
+    limits: list[Any] = [
+        Window(10**6, 31_536_000),
+        Window(10**5, 2_678_400),
+        Limit(10**6, 86_400, burst=999),
+    ]
+    app = FastAPI()
+
+    @app.get("/", dependencies=[Depends(RateLimit(*limits, Limit(1, 60), segment=segment))])
+    async def get() -> None: ...
+
+    assert statuses(app, *["GET /"] * 2) == [200, 429]
+
+
+def test_two_dependencies_of_a_route(segment: Segment) -> None:
+    """The fields that are lists tell both; of the others the route's own stand, and once."""
+    app = FastAPI(dependencies=[Depends(RateLimit(Limit(9, 60), name="all", segment=segment))])
+
+    @app.get("/", dependencies=[Depends(RateLimit(Limit(5, 60), name="own", segment=segment))])
+    async def get() -> None: ...
+
+    (answer,) = asked(app, "GET /")
+    assert answer.headers.get_list("X-RateLimit-Limit") == ["5"]
+    assert answer.headers.get_list("X-RateLimit-Remaining") == ["4"]
+    assert len(answer.headers.get_list("RateLimit")) == 2
+    assert len(answer.headers.get_list("RateLimit-Policy")) == 2
+
+
+def test_dependencies_of_other_limits_do_not_meet(segment: Segment) -> None:
+    app = FastAPI()
+    few, many = RateLimit(Limit(1), segment=segment), RateLimit(Limit(3), segment=segment)
+
+    @app.get("/few", dependencies=[Depends(few)])
+    async def get_few() -> None: ...
+
+    @app.get("/many", dependencies=[Depends(many)])
+    async def get_many() -> None: ...
+
+    assert statuses(app, *["GET /many"] * 4) == [200, 200, 200, 429]
+    assert statuses(app, *["GET /few"] * 2) == [200, 429]
+
+
+def test_keys_costs_and_exempt_ones(segment: Segment) -> None:
+    app = FastAPI()
+
+    async def key(request: Request) -> Any:
+        user = request.raw.query_params["user"]  # FastAPI's own request
+        return int(user) if user.isdigit() else user
+
+    limit = RateLimit(Limit(4), key=key, cost=lambda r: 2, exempt=["root"], segment=segment)
+
+    @app.get("/", dependencies=[Depends(limit)])
+    async def get() -> None: ...
+
+    assert statuses(app, *["GET /?user=a"] * 3) == [200, 200, 429]
+    assert statuses(app, "GET /?user=b", *["GET /?user=root"] * 4) == [200] * 5
+    # no key: counted for the address, as 1
+    assert statuses(app, *["GET /?user=5"] * 5) == [200, 200, 200, 200, 429]
+
+
+def test_by_header(segment: Segment) -> None:
+    app = FastAPI()
+    limit = RateLimit(Limit(1), key=header("X-Api-Key"), segment=segment)
+
+    @app.get("/", dependencies=[Depends(limit)])
+    async def get() -> None: ...
+
+    for key in ("a", "b"):
+        assert statuses(app, *["GET /"] * 2, headers={"X-Api-Key": key}) == [200, 429]
+
+
+def test_the_outcome_is_the_dependency(segment: Segment) -> None:
+    app = FastAPI()
+    limit = RateLimit(Limit(1), dry_run=True, segment=segment)
+    found: list[Outcome] = []
+
+    @app.get("/")
+    async def get(response: Response, outcome: Outcome = Depends(limit)) -> None:  # noqa: B008
+        found.append(outcome)
+
+    first, second = asked(app, *["GET /"] * 2)
+    assert (first.status_code, second.status_code) == (200, 200)
+    assert "X-RateLimit-Dry-Run" not in first.headers
+    assert second.headers["X-RateLimit-Dry-Run"] == "denied"
+    assert [each.denied for each in found] == [False, True]
+    assert MARK == "fast_litellm_shm.rate_limit"
+
+
+def test_without_limits() -> None:
+    with pytest.raises(ValueError, match="at least one limit, such as Limit"):
+        RateLimit()

@@ -1,0 +1,327 @@
+"""Which rule is asked, what becomes of a request, and what the client is told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from typing import Any
+
+import http_sf
+import pytest
+from support.damage import damage_limits
+
+from fast_litellm_shm import Limit, RateLimiter, Segment, SlidingWindow, Window
+from fast_litellm_shm.integrations.web import Outcome, Rule
+from fast_litellm_shm.integrations.web.gate import Gate
+from fast_litellm_shm.integrations.web.request import Request
+from fast_litellm_shm.limits import describe
+
+
+def request(path: str = "/", method: str = "GET", client: str = "192.0.2.7") -> Request:
+    return Request(method, path, client, None)
+
+
+def gate(segment: Segment, *rules: Rule, **more: Any) -> Gate:
+    return Gate(rules, segment=segment, **{"name": "web", **more})
+
+
+def asked(gate: Gate, **arguments: str) -> Outcome:
+    outcome = gate.check(request(**arguments))
+    assert outcome is not None
+    return outcome
+
+
+def fields(outcome: Outcome) -> dict[str, Any]:
+    """The structured ones as a parser of RFC 9651 reads them."""
+    found: dict[str, Any] = {}
+    for name, value in outcome.headers():
+        assert name not in found
+        found[name] = (
+            http_sf.parse(value.encode(), tltype="list") if name.startswith("RateLimit") else value
+        )
+    return found
+
+
+# rules ------------------------------------------------------------------------------------------
+
+
+def test_the_first_that_matches_is_asked(segment: Segment) -> None:
+    rules = gate(
+        segment,
+        Rule(path="/health"),
+        Rule(Limit(5), path="/v1/*", methods={"POST"}),
+        Rule(Limit(9)),
+    )
+    assert rules.check(request("/health")) is None
+    assert asked(rules, path="/v1/x", method="POST").rule.name == "POST /v1/*"
+    assert asked(rules, path="/v1/x", method="GET").rule.name == "default"
+    assert gate(segment, Rule(Limit(5), path="/v1/*")).check(request("/other")) is None
+
+
+def test_each_rule_counts_apart(segment: Segment) -> None:
+    rules = gate(segment, Rule(Limit(1), path="/a"), Rule(Limit(1), path="/b"))
+    outcomes = [asked(rules, path=path) for path in ("/a", "/b", "/a", "/b")]
+    assert [each.refused for each in outcomes] == [False, False, True, True]
+
+
+def test_each_key_counts_apart(segment: Segment) -> None:
+    rules = gate(segment, Rule(Limit(1)))
+    outcomes = [asked(rules, client=client) for client in ("10.0.0.1", "10.0.0.2", "10.0.0.1")]
+    assert [each.refused for each in outcomes] == [False, False, True]
+    assert outcomes[2].key == "10.0.0.1"
+
+
+def test_keys_that_are_not_limited(segment: Segment) -> None:
+    rule = Rule(Limit(1), key=lambda r: r.client if r.client != "none" else None, exempt=["root"])
+    rules = gate(segment, rule)
+    assert rules.check(request(client="none")) is None
+    assert rules.check(request(client="root")) is None
+    assert rules.check(request(client="other")) is not None
+    in_bytes = gate(segment, Rule(Limit(1), key=lambda r: b"root", exempt=["root"], name="b"))
+    assert in_bytes.check(request()) is None
+
+
+def test_costs(segment: Segment) -> None:
+    rule = Rule(
+        Limit(2, 60), Limit(1000, 60, burst=1000), cost=lambda r: (1, int(r.path[1:])), in_flight=9
+    )
+    rules = gate(segment, rule)
+    outcomes = [asked(rules, path=path) for path in ("/900", "/200", "/100")]
+    assert [each.violated for each in outcomes] == [None, "default 1000/60s", None]
+    for each in outcomes:
+        each.release()
+
+
+def test_names_that_are_taken_twice(segment: Segment) -> None:
+    with pytest.raises(ValueError, match="two rules have the name 'default'"):
+        gate(segment, Rule(Limit(1)), Rule(Limit(2)))
+    gate(segment, Rule(path="/a", name="free"), Rule(path="/b", name="free"))
+
+
+def test_bad_arguments(segment: Segment) -> None:
+    with pytest.raises(TypeError, match="rules must be Rule objects, not Limit"):
+        Gate([Limit(5)], name="web")  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="rules must be a list of Rule objects, not Rule"):
+        Gate(Rule(Limit(5)), name="web")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="on_error must be 'deny' or 'allow', not 'raise'"):
+        gate(segment, on_error="raise")
+    with pytest.raises(TypeError, match="name must be a str, not 5"):
+        gate(segment, name=5)
+
+
+# in flight --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_in_flight(segment: Segment, status: int) -> None:
+    rules = gate(segment, Rule(Limit(100), in_flight=2, busy_status=status))
+    first, second, third = (asked(rules) for _ in range(3))
+    assert [first.holds, second.holds, third.holds] == [True, True, False]
+    assert third.refused and third.status == status
+    assert third.violated == "default 2 in flight"
+    assert dict(third.headers())["Retry-After"] == "1"
+    first.release()
+    first.release()
+    fourth = asked(rules)
+    assert fourth.holds
+    assert fourth.decision is not None
+    assert fourth.decision.remaining == 97, "the refused one was charged"
+    second.release()
+    fourth.release()
+
+
+# what fails -------------------------------------------------------------------------------------
+
+
+def fails(_: Request) -> Any:
+    raise RuntimeError("no database")
+
+
+async def late(_: Request) -> str:
+    return "k"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"key": fails},
+        {"key": late},
+        {"key": lambda r: 5},
+        {"key": lambda r: ["unhashable"]},
+        {"cost": fails},
+        {"cost": lambda r: -1},
+        {"cost": lambda r: "many"},
+        {"cost": lambda r: None},
+        {"cost": lambda r: (1, 2, 3)},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_functions_that_fail_count_for_the_address(
+    segment: Segment, arguments: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    rules = gate(segment, Rule(Limit(2), **arguments))
+    outcomes = [asked(rules) for _ in range(3)]
+    assert [each.refused for each in outcomes] == [False, False, True]
+    assert outcomes[0].key == "192.0.2.7" or "cost" in arguments
+    told = [each for each in caplog.records if each.levelno == logging.ERROR]
+    assert len(told) == 1, "once, for clients can cause it at will"
+    assert "its key or cost function failed" in told[0].getMessage()
+    assert told[0].exc_info is not None
+
+
+def test_async_functions(segment: Segment) -> None:
+    async def cost(_: Request) -> int:
+        return 2
+
+    rules = gate(segment, Rule(Limit(2), key=late, cost=cost))
+
+    async def twice() -> list[Outcome | None]:
+        return [await rules.check_async(request()) for _ in range(2)]
+
+    first, second = asyncio.run(twice())
+    assert first is not None and second is not None
+    assert (first.key, first.refused, second.refused) == ("k", False, True)
+
+
+@pytest.mark.parametrize(("on_error", "refused"), [("deny", True), ("allow", False)])
+def test_a_limiter_that_cannot_be_asked(
+    segment: Segment, on_error: str, refused: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    rules = gate(segment, Rule(Limit(2)), on_error=on_error)
+    damage_limits(segment, 0)
+    outcome = asked(rules)
+    assert outcome.decision is None
+    assert outcome.refused is refused
+    assert outcome.status == 503
+    if refused:
+        status, headers, body = outcome.refusal()
+        assert dict(headers)["Retry-After"] == "1"
+        assert json.loads(body)["title"] == "Service Unavailable"
+    assert "cannot be checked" in caplog.records[0].getMessage()
+
+
+@pytest.mark.parametrize(("on_error", "refused"), [("deny", True), ("allow", False)])
+def test_a_segment_that_is_full(
+    segment_name: str, on_error: str, refused: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No quota is used up, and the client is not told so; the log says what to do, not often."""
+    full = Segment(segment_name, capacity=1)
+    rules = gate(full, Rule(Window(1, 3600), in_flight=1, key=lambda r: r.path), on_error=on_error)
+    outcomes = [asked(rules, path=f"/{i}") for i in range(1000)]
+    last = outcomes[-1]
+    assert (last.refused, last.decision, last.holds) == (refused, None, False)
+    if refused:
+        status, headers, body = last.refusal()
+        assert (status, dict(headers)["Retry-After"]) == (429, "1")
+        assert json.loads(body)["detail"] == "The rate limit cannot be checked at the moment."
+        assert "RateLimit" not in dict(headers)
+    (told,) = caplog.records
+    assert told.exc_info is not None and "no room for another key" in str(told.exc_info[1])
+    for each in outcomes:
+        each.release()
+
+
+def test_a_name_that_is_too_long(segment: Segment) -> None:
+    with pytest.raises(ValueError, match=r"more than 96 bytes; give the rule a shorter: Rule\("):
+        gate(segment, Rule(Limit(5), path="/" + "x" * 100))
+
+
+# what is told -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [Limit(10, 60), Window(10, 60), SlidingWindow(10, 60), Limit(10, 60, burst=5)],
+    ids=repr,
+)
+def test_fields_of_one_limit(segment: Segment, limit: Any) -> None:
+    rules = gate(segment, Rule(limit, name='odd "name" \\'))
+    found = fields(asked(rules))
+    assert found["RateLimit-Policy"] == [('odd "name" \\', {"q": 10, "w": 60})]
+    ((name, values),) = found["RateLimit"]
+    left = getattr(limit, "burst", limit.n) - 1
+    assert (name, values["r"]) == ('odd "name" \\', left)
+    assert 1 <= values["t"] <= 60
+    assert found["X-RateLimit-Limit"] == "10"
+    assert found["X-RateLimit-Remaining"] == str(left)
+    assert abs(int(found["X-RateLimit-Reset"]) - time.time() - values["t"]) < 5
+    assert "Retry-After" not in found
+
+
+def test_fields_of_a_refusal(segment: Segment) -> None:
+    rules = gate(segment, Rule(Window(1, 60), Limit(100, 3600), in_flight=5, name="r"))
+    asked(rules).release()
+    refused = asked(rules)
+    found = fields(refused)
+    assert found["RateLimit-Policy"] == [
+        ("r 1/60s window", {"q": 1, "w": 60}),
+        ("r 100/3600s", {"q": 100, "w": 3600}),
+        ("r 5 in flight", {"q": 5, "qu": "concurrent-requests"}),
+    ]
+    assert found["RateLimit"] == [("r 1/60s window", {"r": 0, "t": 60})]
+    assert found["Retry-After"] == "60"  # not before the end of the window
+    status, headers, body = refused.refusal()
+    assert status == 429
+    assert dict(headers)["Content-Type"] == "application/problem+json"
+    assert dict(headers)["Content-Length"] == str(len(body))
+    assert json.loads(body) == {
+        "type": "https://iana.org/assignments/http-problem-types#quota-exceeded",
+        "title": "Request cannot be satisfied as assigned quota has been exceeded",
+        "status": 429,
+        "detail": "The limit is 1/60s window. Try again in 60 s.",
+        "violated-policies": ["r 1/60s window"],
+        "retry-after": 60,
+    }
+
+
+def test_a_cost_that_never_fits(segment: Segment) -> None:
+    refused = asked(gate(segment, Rule(Limit(5), cost=6)))
+    assert refused.refused and refused.retry_after is None
+    assert "Retry-After" not in dict(refused.headers())
+    assert "it never fits" in refused.detail
+
+
+def test_periods_below_a_second_and_huge_limits(segment: Segment) -> None:
+    """w is whole seconds, and an Integer has 15 digits."""
+    rules = gate(segment, Rule(Limit(10, 0.25), name="fast"), name="a")
+    assert fields(asked(rules))["RateLimit-Policy"] == [("fast", {"q": 10, "w": 1})]
+    rules = gate(segment, Rule(Limit(10**16, 3e7), name="huge"), name="b")
+    most = 999_999_999_999_999
+    found = fields(asked(rules))
+    assert found["RateLimit-Policy"] == [("huge", {"q": most, "w": 30_000_000})]
+    assert found["RateLimit"][0][1]["r"] == most
+
+
+def test_limits_in_flight_alone(segment: Segment) -> None:
+    rules = gate(segment, Rule(in_flight=1))
+    held = asked(rules)
+    assert fields(held) == {
+        "RateLimit-Policy": [("default", {"q": 1, "qu": "concurrent-requests"})]
+    }
+    assert fields(asked(rules))["RateLimit"] == [("default", {"r": 0})]
+    held.release()
+
+
+def test_limits_that_are_changed_meanwhile(segment: Segment) -> None:
+    """From any process: the headers tell those in force."""
+    rules = gate(segment, Rule(Limit(10)), name="app")
+    asked(rules)
+    RateLimiter(Limit(20), name="app: default", segment=segment)
+    asked(rules)
+    found = fields(asked(rules))
+    assert found["RateLimit-Policy"][0][1]["q"] == 20
+    assert found["X-RateLimit-Limit"] == "20"
+
+
+def test_dry_run(segment: Segment, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "fast_litellm_shm")
+    rules = gate(segment, Rule(Limit(1), in_flight=5, dry_run=True))
+    first, second = asked(rules), asked(rules)
+    assert (first.denied, second.denied, second.refused) == (False, True, False)
+    assert first.headers() == []
+    assert second.headers() == [("X-RateLimit-Dry-Run", "denied")]
+    assert "would have refused" in caplog.messages[0] and describe(Limit(1)) in caplog.messages[0]
+    assert segment.stats()["denied"] == 1
+    first.release()

@@ -1,0 +1,214 @@
+/* history.h - what some processes asked of one segment, when, and what they were answered.
+ *
+ * A history has a lane for each process and one for the test itself, which prepares the keys before the
+ * processes start and looks at them when they have ended. The operations of a lane follow each other.
+ *
+ * Stamps come from one shared counter (a sequentially consistent fetch-add), not from a clock. Their order
+ * is that of the counter's modifications: total, without ties, and if one operation's response is stamped
+ * before another's invocation, then all that the first did happens before all that the second does. A
+ * clock promises neither: two processors' clocks may differ, reads may be equal, and the processor may
+ * read it early or late against the memory operations beside it. An interval between two stamps contains
+ * its operation, so it can only be too long, which makes the check weaker, never wrong. */
+#ifndef HISTORY_H
+#define HISTORY_H
+
+#include <assert.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "meter.h"
+
+#define WORKERS 4
+#define TESTER WORKERS /* the lane of the test itself */
+#define LANES (WORKERS + 1)
+#define LANE_OPS 20
+#define READS 12    /* readings of the clock in one operation that are kept */
+#define LIMITS 3    /* of the limiter, at most */
+#define METERS 6    /* keys times limits, at most */
+#define VARIANTS 3  /* sets of limits that a history changes between */
+#define MOST_SLOTS 4
+
+enum op_kind {
+  OP_ACQUIRE,
+  OP_IS_ALLOWED,
+  OP_SPEND, /* from a wallet */
+  OP_RESERVE,
+  OP_CANCEL, /* the reservation that this lane made last */
+  OP_PEEK,
+  OP_CHARGE,
+  OP_REFUND,
+  OP_RESET,
+  OP_REMAINING,
+  OP_PUT,  /* a batch into a wallet */
+  OP_LOOK, /* at what is left in a wallet */
+  OP_TAKE, /* what is left out of it */
+  OP_SET, /* change the limits */
+  OP_ADMIT, /* a permit, and a charge of the meters where there are any */
+  OP_RELEASE, /* the permit of this lane that was taken first */
+  OP_IN_FLIGHT,
+  OP_DEATH, /* a process was killed: between the stamps */
+  OP_KINDS
+};
+
+typedef struct {
+  /* what is asked */
+  uint8_t kind, key;
+  uint8_t who;          /* OP_DEATH: the lane; OP_SET: the variant */
+  uint8_t fixed;        /* the time is given; else the library reads the clock */
+  uint16_t delay;       /* before it */
+  uint64_t cost[LIMITS];
+  uint64_t max_wait;
+  uint64_t kept, lease; /* OP_PUT; lease: from when it is asked */
+  /* what happened */
+  uint64_t invoked, responded; /* stamps; 0 = never */
+  uint64_t read[READS];        /* the times that the operation read, in order, or was given */
+  uint32_t reads;
+  int32_t status;
+  uint64_t latest; /* the time when it responded */
+  uint64_t remaining[LIMITS], left_ns[LIMITS], version, put;
+  uint64_t until; /* OP_PUT */
+  int64_t retry, reset;
+  uint32_t limit_index,
+      count; /* count: permits in flight; slots of OP_ADMIT and OP_RELEASE in slot */
+  uint8_t slot, low;
+} op_t;
+
+typedef struct {
+  /* the limiter */
+  rule_t rules[VARIANTS][LIMITS];
+  uint32_t limits, permits, keys, cells; /* cells: of the table; 0 = more than can be used */
+  uint64_t version; /* of the limits when it began; variant 0 */
+  uint8_t changes;  /* the limits are changed meanwhile */
+  uint8_t at_once;  /* admissions by several limits have to be explained as one step */
+  uint32_t count[LANES];
+  op_t ops[LANES][LANE_OPS];
+} history_t;
+
+static inline bool op_open(const op_t *op) { return op->responded == 0; } /* killed in it */
+
+/* printing -------------------------------------------------------------------------------------- */
+
+static const char *const op_names[OP_KINDS] = {
+    "acquire", "is_allowed", "spend", "reserve",   "cancel",    "peek",
+    "charge",  "refund",     "reset", "remaining", "put",       "look",
+    "take",    "set",        "admit", "release",   "in_flight", "killed"};
+
+static inline const char *status_name(int status) {
+  switch (status) {
+    case FSHM_DENIED:
+      return "denied";
+    case FSHM_ALLOWED:
+      return "allowed";
+    case FSHM_FULL:
+      return "full";
+    case FSHM_CONTENDED:
+      return "contended";
+    default:
+      return "error";
+  }
+}
+
+static inline void print_op(const history_t *h, const op_t *op, uint64_t origin, FILE *out) {
+  (void)fprintf(out, "%s", op_names[op->kind]);
+  if (op->kind == OP_DEATH) {
+    (void)fprintf(out, " process %u\n", op->who);
+    return;
+  }
+  if (op->kind == OP_SET) (void)fprintf(out, " limits %u", op->who);
+  if (h->keys > 1) (void)fprintf(out, " key %u", op->key);
+  bool costs = op->kind == OP_ACQUIRE || op->kind == OP_RESERVE || op->kind == OP_PEEK ||
+               op->kind == OP_CHARGE || op->kind == OP_REFUND || op->kind == OP_ADMIT ||
+               op->kind == OP_SPEND || op->kind == OP_PUT;
+  for (uint32_t i = 0; costs && i < h->limits; i++)
+    (void)fprintf(out, "%s%" PRIu64, i ? "," : " ", op->cost[i]);
+  if (op->kind == OP_RESERVE) (void)fprintf(out, " wait %" PRIu64, op->max_wait);
+  if (op->kind == OP_PUT)
+    (void)fprintf(out, " until %+" PRId64 " keeping %" PRIu64, (int64_t)(op->until - origin),
+                  op->kept);
+  if (op->reads) (void)fprintf(out, " at %+" PRId64, (int64_t)(op->read[0] - origin));
+  if (op->reads > 1) (void)fprintf(out, "..%+" PRId64, (int64_t)(op->read[op->reads - 1] - origin));
+  if (op_open(op)) {
+    (void)fprintf(out, ": killed in it\n");
+    return;
+  }
+  if (op->kind == OP_IN_FLIGHT) {
+    (void)fprintf(out, ": %u\n", op->count);
+    return;
+  }
+  if (op->kind == OP_REMAINING || op->kind == OP_LOOK || op->kind == OP_TAKE) {
+    (void)fprintf(out, ":");
+    for (uint32_t i = 0; i < h->limits; i++) {
+      (void)fprintf(out, " %" PRIu64, op->remaining[i]);
+      if (op->kind != OP_REMAINING) (void)fprintf(out, " for %" PRIu64 " ns", op->left_ns[i]);
+    }
+    (void)fprintf(out, " left\n");
+    return;
+  }
+  if (op->kind == OP_CANCEL || op->kind == OP_RELEASE || op->kind == OP_RESET) {
+    (void)fprintf(out, ": %d\n", op->status);
+    return;
+  }
+  (void)fprintf(out, ": %s", status_name(op->status));
+  if (op->kind == OP_ADMIT && op->status == FSHM_ALLOWED)
+    (void)fprintf(out, ", slot %u", op->slot);
+  else if (op->kind == OP_ADMIT)
+    (void)fprintf(out, " by limit %u, %u in flight", op->limit_index, op->count);
+  if (op->kind == OP_SPEND) (void)fprintf(out, op->low ? ", runs low" : "");
+  if (op->kind != OP_IS_ALLOWED && op->kind != OP_SPEND && op->kind != OP_PUT &&
+      op->kind != OP_SET && h->limits == 1)
+    (void)fprintf(out, ", %" PRIu64 " left, retry %" PRId64 ", reset %" PRId64, op->remaining[0],
+                  op->retry, op->reset);
+  (void)fprintf(out, "\n");
+}
+
+#define BAR 48 /* columns of the picture of when an operation ran */
+
+static inline void print_rule(const rule_t *r, FILE *out) {
+  if (r->kind == FSHM_WALLET) {
+    (void)fprintf(out, " wallet");
+    return;
+  }
+  static const char *const kinds[] = {"bucket", "window", "sliding", "permits"};
+  (void)fprintf(out, " %s %" PRIu64 " per %" PRIu64 " ns", kinds[r->kind & 3], r->n, r->per);
+  if (r->kind == FSHM_BUCKET) (void)fprintf(out, " burst %" PRIu64, r->burst);
+}
+
+/* Everything, lane by lane; stamps and times count from the first. */
+static inline void print_history(const history_t *h, FILE *out) {
+  uint64_t first = UINT64_MAX, last = 0, origin = UINT64_MAX;
+  for (int lane = 0; lane < LANES; lane++)
+    for (uint32_t i = 0; i < h->count[lane]; i++) {
+      const op_t *op = &h->ops[lane][i];
+      if (op->invoked) first = min_u64(first, op->invoked);
+      last = max_u64(last, max_u64(op->invoked, op->responded));
+      if (op->reads) origin = min_u64(origin, op->read[0]);
+    }
+  for (unsigned v = 0; v < (h->changes ? VARIANTS : 1); v++) {
+    (void)fprintf(out, h->changes ? "limits %u:" : "limits:", v);
+    for (uint32_t i = 0; i < h->limits; i++) print_rule(&h->rules[v][i], out);
+    if (h->permits) (void)fprintf(out, " permits %u", h->permits);
+    (void)fprintf(out, "\n");
+  }
+  for (int lane = 0; lane < LANES; lane++) {
+    if (!h->count[lane]) continue;
+    if (lane == TESTER)
+      (void)fprintf(out, "the test, before and after\n");
+    else
+      (void)fprintf(out, "process %d\n", lane);
+    for (uint32_t i = 0; i < h->count[lane]; i++) {
+      const op_t *op = &h->ops[lane][i];
+      if (!op->invoked) continue; /* killed before it */
+      uint64_t from = op->invoked - first, to = op_open(op) ? last - first : op->responded - first;
+      uint64_t scale = last - first + 1;
+      char bar[BAR + 1];
+      memset(bar, ' ', BAR);
+      bar[BAR] = 0;
+      for (uint64_t at = from * BAR / scale; at <= to * BAR / scale; at++) bar[at] = '=';
+      (void)fprintf(out, "  %3" PRIu64 "-%-3" PRIu64 " |%s| ", from, to, bar);
+      print_op(h, op, origin, out);
+    }
+  }
+}
+
+#endif

@@ -1,0 +1,49 @@
+/* hooked.h - the library itself (unity.c), with places at which a test may hold it up.
+ *
+ * Nothing in it is changed: its three ways to the outside world are wrapped where they are declared. Before
+ * and after each 16-byte load and swap, and after each reading of the clock, hook() may spin, yield, sleep
+ * or kill the process; so the windows between look and swap, which are nanoseconds wide, are open for as
+ * long as it takes others to run through them. The clock can be a counter in shared memory, that each
+ * reading advances, and every reading is recorded. */
+#ifndef HOOKED_H
+#define HOOKED_H
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+
+#define pair_load library_pair_load
+#define pair_cas library_pair_cas
+#define segment_now library_segment_now
+#include "internal.h"
+#undef pair_load
+#undef pair_cas
+#undef segment_now
+
+static void hook(void);
+static uint64_t clock_read(const fshm_segment *s);
+static uint64_t lost_swaps; /* of this process */
+
+static inline bool pair_cas(void *cell, pair_t *seen, pair_t next) {
+  hook();
+  bool swapped = library_pair_cas(cell, seen, next);
+  lost_swaps += !swapped;
+  hook();
+  return swapped;
+}
+
+static inline pair_t pair_load(const void *cell) {
+  pair_t pair = library_pair_load(cell);
+  hook();
+  return pair;
+}
+
+static inline uint64_t segment_now(const fshm_segment *s) {
+  uint64_t now = clock_read(s);
+  hook();
+  return now;
+}
+
+#include "unity.c"
+
+#endif

@@ -1,0 +1,251 @@
+/* kinds.h - the kinds of histories, and what is asked in each: drawn from a seed, so that it comes again. */
+#ifndef KINDS_H
+#define KINDS_H
+
+#include "workers.h"
+
+#define MS UINT64_C(1000000)
+#define US UINT64_C(1000)
+
+typedef struct {
+  const char *name;
+  uint32_t sets; /* of limits; a history has one of them, or changes between them */
+  uint32_t count; /* of limits in each */
+  fshm_limit limits[6][FSHM_MAX_LIMITS];
+  const char *ops; /* to draw from, one letter each: letters[] below */
+  const char *before; /* what the test draws from, before the processes start; NULL: nothing */
+  uint32_t keys, cells;
+  bool changes, at_once, real_clock, frozen;
+  uint64_t lease; /* of a batch, at most */
+} kind_t;
+
+#define BUCKET_OF(n, per, burst) {(n), (per), (burst), FSHM_BUCKET, 0}
+#define STRICT_OF(n, per, burst) {(n), (per), (burst), FSHM_BUCKET, 1}
+#define WINDOW_OF(n, per) {(n), (per), 0, FSHM_WINDOW, 0}
+#define SLIDING_OF(n, per) {(n), (per), 0, FSHM_SLIDING, 0}
+#define WALLET {WALLET_MOST, 0, 0, FSHM_WALLET, 0}
+#define PERMITS_OF(n) {(n), 0, 0, FSHM_PERMITS, 0}
+
+static const char letters[OP_KINDS] = {
+    [OP_ACQUIRE] = 'a',   [OP_IS_ALLOWED] = 'i', [OP_RESERVE] = 'w', [OP_CANCEL] = 'x',
+    [OP_PEEK] = 'p',      [OP_CHARGE] = 'c',     [OP_REFUND] = 'r',  [OP_RESET] = 'z',
+    [OP_REMAINING] = 'm', [OP_SET] = 's',        [OP_ADMIT] = 't',   [OP_RELEASE] = 'g',
+    [OP_IN_FLIGHT] = 'f', [OP_SPEND] = 'e',      [OP_PUT] = 'b',     [OP_TAKE] = 'k',
+    [OP_LOOK] = 'l'};
+
+static const kind_t kinds[] = {
+    {.name = "bucket",
+     .sets = 4,
+     .count = 1,
+     .limits = {{BUCKET_OF(6, 600 * MS, 6)},
+                {BUCKET_OF(10, 7 * MS + 1, 3)}, /* an interval that is a fraction */
+                {BUCKET_OF(1, 10 * MS, 1)},
+                {STRICT_OF(5, 90 * MS, 2)}},
+     .ops = "aaaaaaiiiwwxpcrrzm",
+     .before = "aac",
+     .keys = 1},
+    {.name = "window",
+     .sets = 3,
+     .count = 1,
+     .limits = {{WINDOW_OF(5, 100 * MS)}, {WINDOW_OF(1, 3 * MS)}, {WINDOW_OF(9, 50 * US)}},
+     .ops = "aaaaaaiiipcrrzm",
+     .before = "aac",
+     .keys = 1},
+    {.name = "sliding",
+     .sets = 3,
+     .count = 1,
+     .limits = {{SLIDING_OF(5, 100 * MS)}, {SLIDING_OF(1, 3 * MS)}, {SLIDING_OF(9, 500 * US)}},
+     .ops = "aaaaaaiiipcrrzm",
+     .before = "aac",
+     .keys = 1},
+    {.name = "clock", /* the library's own clock, and limits that fill within a history */
+     .sets = 6,
+     .count = 1,
+     .limits = {{BUCKET_OF(5, 50 * US, 3)},
+                {BUCKET_OF(2, 30 * US + 1, 2)},
+                {STRICT_OF(4, 40 * US, 2)},
+                {WINDOW_OF(3, 20 * US)},
+                {SLIDING_OF(3, 40 * US)},
+                {SLIDING_OF(2, 17 * US)}},
+     .ops = "aaaaaaiiipcrrzm",
+     .before = "aac",
+     .keys = 1,
+     .real_clock = true},
+    {.name = "keys", /* more keys than cells: claims, and reuse of what has expired */
+     .sets = 4,
+     .count = 1,
+     .limits = {{BUCKET_OF(2, 20 * US, 2)},
+                {WINDOW_OF(1, 12 * US)},
+                {WINDOW_OF(2, 40 * US)},
+                {SLIDING_OF(2, 17 * US)}},
+     .ops = "aaaaaaaaiicpzm",
+     .before = "aac",
+     .keys = 6,
+     .cells = CELLS_PER_LINE},
+    {.name = "changes", /* of the limits, at run time */
+     .sets = 3,
+     .count = 1,
+     .limits = {{BUCKET_OF(6, 600 * MS, 6)},
+                {BUCKET_OF(2, 600 * MS, 2)},
+                {BUCKET_OF(9, 100 * MS, 4)}},
+     .ops = "aaaaaiipcrzmsss",
+     .before = "aac",
+     .keys = 1,
+     .changes = true},
+    {.name = "changes-window",
+     .sets = 3,
+     .count = 1,
+     .limits = {{WINDOW_OF(6, 600 * MS)}, {WINDOW_OF(2, 600 * MS)}, {WINDOW_OF(9, 50 * MS)}},
+     .ops = "aaaaaiipcrzmsss",
+     .before = "aac",
+     .keys = 1,
+     .changes = true},
+    {.name = "acquires", /* of several limits, nothing else: has to be all at once */
+     .sets = 3,
+     .count = 2,
+     .limits = {{BUCKET_OF(9, 900 * MS, 9), BUCKET_OF(4, 900 * MS, 4)},
+                {WINDOW_OF(8, 100 * MS), WINDOW_OF(4, 1000 * MS)},
+                {SLIDING_OF(9, 100 * MS), BUCKET_OF(5, 500 * MS, 5)}},
+     .ops = "a",
+     .before = "aac",
+     .keys = 2,
+     .at_once = true,
+     .frozen = true},
+    {.name = "several", /* limits, and every operation */
+     .sets = 3,
+     .count = 2,
+     .limits = {{BUCKET_OF(9, 900 * MS, 9), BUCKET_OF(4, 90 * MS, 4)},
+                {WINDOW_OF(8, 100 * MS), SLIDING_OF(4, 10 * MS)},
+                {BUCKET_OF(6, 60 * MS + 1, 6), WINDOW_OF(3, 9 * MS)}},
+     .ops = "aaaaaaaaipcrzm",
+     .before = "aac",
+     .keys = 1},
+    {.name = "three",
+     .sets = 2,
+     .count = 3,
+     .limits = {{BUCKET_OF(9, 900 * MS, 9), WINDOW_OF(6, 90 * MS), SLIDING_OF(4, 900 * MS)},
+                {WINDOW_OF(8, 100 * MS), WINDOW_OF(5, 10 * MS), WINDOW_OF(3, 1000 * MS)}},
+     .ops = "aaaaaaaaaiprm",
+     .before = "aac",
+     .keys = 1},
+    {.name = "permits",
+     .sets = 3,
+     .count = 1,
+     .limits = {{PERMITS_OF(1)}, {PERMITS_OF(2)}, {PERMITS_OF(3)}},
+     .ops = "ttttggggf",
+     .keys = 1},
+    {.name = "admit", /* a permit and a meter */
+     .sets = 3,
+     .count = 2,
+     .limits = {{WINDOW_OF(4, 100 * MS), PERMITS_OF(2)},
+                {BUCKET_OF(5, 50 * MS, 3), PERMITS_OF(3)},
+                {SLIDING_OF(6, 100 * MS), PERMITS_OF(1)}},
+     .ops = "ttttgggf",
+     .keys = 1},
+    {.name = "wallet", /* batches are put in, spent, and what is left of them is taken out */
+     .sets = 1,
+     .count = 1,
+     .limits = {{WALLET}},
+     .ops = "eeeeeeebbbkl",
+     .before = "bb",
+     .keys = 1,
+     .lease = 2 * US},
+    {.name = "wallet-keys", /* more wallets than cells */
+     .sets = 1,
+     .count = 1,
+     .limits = {{WALLET}},
+     .ops = "eeeeebbbbkl",
+     .before = "b",
+     .keys = 6,
+     .cells = CELLS_PER_LINE,
+     .lease = US},
+    {.name = "wallets", /* of two limits */
+     .sets = 1,
+     .count = 2,
+     .limits = {{WALLET, WALLET}},
+     .ops = "eeeeeebbkl",
+     .before = "bb",
+     .keys = 1,
+     .lease = 2 * US},
+};
+#define KINDS (sizeof kinds / sizeof *kinds)
+
+static uint8_t op_of_letter(char letter) {
+  uint8_t kind = 0;
+  while (kind < OP_KINDS && letters[kind] != letter) kind++;
+  return kind;
+}
+
+static bool takes_time(uint8_t kind) {
+  return kind != OP_IS_ALLOWED && kind != OP_RESET && kind != OP_SET && kind != OP_RELEASE &&
+         kind != OP_IN_FLIGHT;
+}
+
+static void draw_op(const kind_t *k, const fshm_limit *limits, op_t *op, const char *ops,
+                    bool with_time) {
+  memset(op, 0, sizeof *op);
+  op->kind = op_of_letter(ops[random_below(strlen(ops))]);
+  op->key = (uint8_t)random_below(k->keys);
+  op->who = (uint8_t)random_below(VARIANTS);
+  op->delay = (uint16_t)(random_below(2) ? 0 : random_below(300));
+  op->fixed = with_time && takes_time(op->kind) && random_below(2);
+  for (uint32_t i = 0; i < LIMITS; i++) {
+    uint64_t n = limits[i].n ? limits[i].n : 1;
+    uint64_t most = op->kind == OP_CHARGE || n < 4 ? n + 1 : n / 2;
+    op->cost[i] = random_below(3) ? 1 : random_below(most + 1);
+    if (op->kind == OP_IS_ALLOWED) op->cost[i] = 1;
+    if (op->kind == OP_SPEND) op->cost[i] = random_below(3) ? 1 : random_below(5);
+    if (op->kind == OP_PUT) op->cost[i] = random_below(16);
+  }
+  if (op->kind == OP_PUT) {
+    op->lease = random_scaled(1, k->lease);
+    op->kept = random_below(3) ? random_below(8) : random_below(2) ? 0 : UINT64_MAX;
+  }
+  if (op->kind == OP_RESERVE && limits[0].n)
+    op->max_wait = random_below(3) * (limits[0].per_ns / limits[0].n);
+}
+
+/* Draw history number `number` of the kind, and put it into the arena, with the clock set. */
+static void draw_history(const kind_t *k, fshm_limiter *const *limiters, uint64_t seed,
+                         uint64_t number) {
+  history_t *h = &arena->history;
+  memset(h, 0, sizeof *h);
+  random_state = (seed * UINT64_C(0x9e3779b97f4a7c15)) ^ (number << 20) ^ (uint64_t)(k - kinds);
+  uint32_t set = k->changes ? 0 : (uint32_t)random_below(k->sets);
+  const fshm_limit *limits = k->limits[set];
+  h->keys = k->keys;
+  h->cells = k->cells;
+  h->changes = k->changes;
+  h->at_once = k->at_once;
+  bool permits = limits[k->count - 1].kind == FSHM_PERMITS;
+  h->limits = k->count - permits;
+  h->permits = permits ? (uint32_t)limits[k->count - 1].n : 0;
+  for (uint32_t v = 0; v < VARIANTS; v++) {
+    for (uint32_t i = 0; i < h->limits; i++) {
+      arena->variants[v][i] = k->changes ? k->limits[v][i] : limits[i];
+      h->rules[v][i] = rule_make(&arena->variants[v][i]);
+    }
+  }
+  (void)snprintf(arena->limiter_name, sizeof arena->limiter_name, "limiter-%u", set);
+  arena->limiter = limiters[set];
+  arena->workers = k->count == LIMITS ? 3 : 3 + (uint32_t)random_below(2);
+  arena->seed = random_u64();
+  arena->pause = (uint32_t)random_below(PAUSES);
+  arena->one_core = number / 64 % 4 == 3;
+  uint64_t interval = k->lease ? k->lease / 16 : limits[0].per_ns / limits[0].n;
+  arena->step = k->frozen || !random_below(3) ? 0 : random_scaled(1, interval / 2 + 2);
+  bool with_time = !k->real_clock && !k->cells;
+  for (uint32_t i = random_below(4); i-- && k->before;)
+    draw_op(k, limits, &h->ops[TESTER][h->count[TESTER]++], k->before, false);
+  /* Many lanes, or long ones: the search grows with both. */
+  uint32_t most = arena->workers == 4 || k->keys > 2 || k->count > 2 ? 6 : 8;
+  for (uint32_t lane = 0; lane < arena->workers; lane++) {
+    h->count[lane] = 4 + (uint32_t)random_below(most - 3);
+    for (uint32_t i = 0; i < h->count[lane]; i++)
+      draw_op(k, limits, &h->ops[lane][i], k->ops, with_time);
+  }
+  arena->dies = random_below(12) ? 0 : 1 + (uint32_t)random_below(arena->workers);
+  arena->dies_at = 1 + (uint32_t)random_below(60);
+}
+
+#endif

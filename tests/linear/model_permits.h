@@ -1,0 +1,107 @@
+/* model_permits.h - the part of model.h about permits and about changing limits. */
+#ifndef MODEL_PERMITS_H
+#define MODEL_PERMITS_H
+
+static inline bool slot_held(const config_t *c, unsigned slot) {
+  return c->holder[slot] && !(c->dead >> (c->holder[slot] - 1) & 1);
+}
+
+static inline unsigned slots_held(const history_t *h, const config_t *c) {
+  unsigned held = 0;
+  for (unsigned slot = 0; slot < h->permits; slot++) held |= (unsigned)slot_held(c, slot) << slot;
+  return held;
+}
+
+/* A permit, then the meters. tally: the slot that was taken, plus 1. */
+static inline bool admit(const history_t *h, int level, config_t *c, int lane, const op_t *op,
+                         unsigned branch, unsigned view) {
+  uint8_t *phase = &c->phase[lane], *tally = &c->tally[lane];
+  unsigned all = (1u << h->permits) - 1;
+  bool denied = !op_open(op) && op->status != FSHM_ALLOWED;
+  bool by_permits = denied && op->limit_index == h->limits;
+  enum { SEARCHING, TAKEN, LOST };
+  switch (branch) {
+    case 0: /* take a slot: the one that is known, else any */
+      if (*phase != SEARCHING || view >= h->permits || by_permits || (denied && !level))
+        return false;
+      if (!op_open(op) && !denied && op->slot != view) return false;
+      if (slot_held(c, view)) return false;
+      c->holder[view] = (uint8_t)(lane + 1);
+      if (!h->limits && !op_open(op)) return finish(c, lane);
+      *tally = (uint8_t)(view + 1);
+      *phase = TAKEN;
+      return true;
+    case 1: /* charge */
+      if (*phase != TAKEN || denied || !h->limits) return false;
+      return charge_limit(h, c, 0, lane, op, 0, view) && finish(c, lane);
+    case 2: /* no permit; or its permit was lost with the room */
+      if (!by_permits || view) return false;
+      if (op->count != h->permits) return false;
+      if (!level) return slots_held(h, c) == all && finish(c, lane);
+      if ((*tally | slots_held(h, c)) == *tally) return false;
+      *tally |= (uint8_t)slots_held(h, c);
+      return *tally == all ? finish(c, lane) : true;
+    case 3: /* no room in the meter: before it took a permit, or since */
+      if (!h->limits || by_permits || *phase == LOST || (!denied && !op_open(op))) return false;
+      if (!no_room(h, c, 0, lane, op, 0, view)) return false;
+      if (*phase == SEARCHING) return finish(c, lane);
+      *phase = LOST;
+      return true;
+    case 4: /* give the permit back */
+      if (*phase != LOST || view) return false;
+      if (c->holder[*tally - 1] == lane + 1) c->holder[*tally - 1] = 0;
+      return finish(c, lane);
+    default:
+      return false;
+  }
+}
+
+static inline bool release(config_t *c, int lane, const op_t *op, unsigned view) {
+  bool mine = c->holder[op->slot] == lane + 1;
+  if (view || (!op_open(op) && op->status != mine)) return false;
+  if (mine) c->holder[op->slot] = 0;
+  return finish(c, lane);
+}
+
+static inline bool in_flight(const history_t *h, int level, config_t *c, int lane, const op_t *op,
+                             unsigned view) {
+  if (view) return false;
+  if (!level) {
+    unsigned held = (unsigned)__builtin_popcount(slots_held(h, c));
+    return (op_open(op) || held == op->count) && finish(c, lane);
+  }
+  c->tally[lane] += slot_held(c, c->phase[lane]);
+  if (c->phase[lane] + 1u == h->permits && !op_open(op) && c->tally[lane] != op->count)
+    return false;
+  return stepped(c, lane, h->permits);
+}
+
+static inline bool permits(const history_t *h, int level, config_t *c, int lane, const op_t *op,
+                           unsigned branch, unsigned view) {
+  if (op->kind == OP_ADMIT) return admit(h, level, c, lane, op, branch, view);
+  if (branch) return false;
+  if (op->kind == OP_RELEASE) return release(c, lane, op, view);
+  return in_flight(h, level, c, lane, op, view);
+}
+
+/* A set that is the present one already is no change. One that cannot be written while others write: each
+ * of these has a slot, and there are two to spare. */
+static inline bool change_limits(const history_t *h, config_t *c, int lane, const op_t *op) {
+  if (!op_open(op) && op->status == FSHM_CONTENDED) {
+    uint32_t others = 0;
+    for (int k = 0; k < LANES; k++)
+      for (uint32_t i = 0; i < h->count[k] && k != lane; i++) {
+        const op_t *o = &h->ops[k][i];
+        others += o->kind == OP_SET && o->invoked && o->invoked < op->responded &&
+                  (op_open(o) || o->responded > op->invoked);
+      }
+    return others >= 2 && finish(c, lane);
+  }
+  if (c->variant[c->changes] != op->who) {
+    if (c->changes + 1 == SETS) return false;
+    c->variant[++c->changes] = op->who;
+  }
+  return finish(c, lane);
+}
+
+#endif

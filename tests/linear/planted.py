@@ -1,0 +1,237 @@
+"""Faults planted in a copy of csrc/: the check of histories has to find each of them.
+
+    python tests/linear/planted.py [NAME...]
+
+A fault is one replacement of text that occurs exactly once. The program is built with each copy,
+and run on the kind of histories that the fault belongs to, until the first failure.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parents[1]
+HISTORIES = int(os.environ.get("PLANTED_HISTORIES", "20000"))  # at most, for each
+DEADLINE = 120.0  # seconds for one; ordinarily one is found in a second
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    kind: str  # of histories
+    file: str
+    old: str
+    new: str
+
+
+SWAP = "    return pair_cas(&c->s->cells[f->cell], &seen, to) ? CLAIMED : CLAIM_LOST;\n"
+TAKE = "      if (!pair_cas(&h->s->cells[f.cell], &seen, mine)) continue;\n"
+NO_ROOM = "    if (l->verdict.retry && !may_wait(c, op, 0, l->verdict.retry)) return FSHM_DENIED;\n"
+UNDO = "    for (uint32_t k = i - 1; k-- > 0;) undo(c, k, &looks[k], before[k]);\n"
+PUT = "  return wallet_put(state, now, lease->tokens, lease->kept, lease->until_ns);\n"
+PUT_LATE = (
+    "  return wallet_put(state, min_u64(now, minus(state_expires(state), 1)), lease->tokens,"
+    " lease->kept, lease->until_ns);\n"
+)
+LOST = "        status = keyed_put(&c->k, c->k.hash, &f, c->k.who, next, first_change, c);\n"
+LOST_TWICE = (
+    LOST + "      if (status == CLAIM_LOST) keyed_put(&c->k, c->k.hash,\n"
+    "        (cells_find(c->k.s, c->k.hash, c->k.who, &f), &f), c->k.who, next, first_change, c);\n"
+)
+FREE = "state_expires(pair.when) <= over"
+
+FAULTS = (
+    Fault(
+        "a lost swap counts as done",
+        "window",
+        "limiter.c",
+        SWAP,
+        "    (void)pair_cas(&c->s->cells[f->cell], &seen, to);\n    return CLAIMED;\n",
+    ),
+    Fault(
+        "load and store in place of the swap",
+        "bucket",
+        "limiter.c",
+        SWAP,
+        "    (void)pair_load(&c->s->cells[f->cell]);\n"
+        "    store_relaxed(&c->s->cells[f->cell].when, to.when);\n    return CLAIMED;\n",
+    ),
+    Fault(
+        "a denial charges",
+        "sliding",
+        "limiter.c",
+        NO_ROOM,
+        "    if (l->verdict.retry && !may_wait(c, op, 0, l->verdict.retry)) {\n"
+        "      if (op == FSHM_ACQUIRE) (void)force(c, FSHM_CHARGE, 0, l);\n"
+        "      return FSHM_DENIED;\n    }\n",
+    ),
+    Fault(
+        "a lost swap is a denial",
+        "window",
+        "limiter.c",
+        "    if (status == CLAIM_FULL) return FSHM_FULL;\n  }\n  return FSHM_CONTENDED;\n",
+        "    return status == CLAIM_FULL ? FSHM_FULL : FSHM_DENIED;\n  }\n"
+        "  return FSHM_CONTENDED;\n",
+    ),
+    Fault("what was charged is not undone", "several", "limiter.c", UNDO, ""),
+    Fault(
+        "undone by putting back what was there",
+        "several",
+        "limiter.c",
+        "    if (found.cell.pair.when != charged) {\n",
+        "    if (false) {\n",
+    ),
+    Fault(
+        "a claim is confirmed without looking again",
+        "keys",
+        "cells.c",
+        "      if (cell + k == mine.cell) continue;\n",
+        "      if (cell + k <= s->cell_count) continue;\n",
+    ),
+    Fault(
+        "a live key's cell is given away",
+        "keys",
+        "cells.c",
+        FREE,
+        "state_expires(pair.when) <= now + 5000",
+    ),
+    Fault(
+        "a first state as of the time before the claim",
+        "keys",
+        "limiter.c",
+        "  uint64_t now = fresh_now(c), cost = c->costs[f->i];\n",
+        "  uint64_t now = c->now, cost = c->costs[f->i];\n",
+    ),
+    Fault(
+        "a state of newer limits is taken for a full bucket",
+        "changes",
+        "limiter.c",
+        "  } while (unlikely(c->stale) && again(c));\n",
+        "  } while (0);\n",
+    ),
+    Fault(
+        "a lost swap of a permit counts as taken",
+        "permits",
+        "lease.c",
+        TAKE,
+        "      (void)pair_cas(&h->s->cells[f.cell], &seen, mine);\n",
+    ),
+    Fault(
+        "a dead process's permits stay",
+        "permits",
+        "lease.c",
+        "(!census || owner_alive(h->s, f.pair.when, census))",
+        "true",
+    ),
+    Fault(
+        "a permit is kept when the meters have no room",
+        "admit",
+        "lease.c",
+        "if (out->status != FSHM_ALLOWED && permit->held) (void)fshm_permit_release(l, permit);",
+        "",
+    ),
+    Fault(
+        "a lost swap of a batch counts as put",
+        "wallet",
+        "counted.c",
+        "    return pair_cas(&k->s->cells[f->cell], &seen, to) ? CLAIMED : CLAIM_LOST;\n",
+        "    (void)pair_cas(&k->s->cells[f->cell], &seen, to);\n    return CLAIMED;\n",
+    ),
+    Fault(
+        "what is told to be taken out is what a lost swap saw",
+        "wallet",
+        "wallet.c",
+        "      if (before) before[c->i] = state;\n",
+        "      if (before && !tries) before[c->i] = state;\n",
+    ),
+    Fault(
+        "a wallet is spent after its lease",
+        "wallet",
+        "wallet.c",
+        "key, key_length, costs, now, &spent, put);\n",
+        "key, key_length, costs,\n"
+        "                   minus(now ? now : segment_now(wallet->segment), 200), &spent, put);\n",
+    ),
+    Fault("a batch is added to a rest that is over", "wallet", "wallet.c", PUT, PUT_LATE),
+    Fault(
+        "a batch prolongs what is left",
+        "wallet",
+        "wallet.c",
+        PUT,
+        PUT.replace("lease->kept", "UINT64_MAX"),
+    ),
+    Fault(
+        "a batch is put in twice where its swap was lost", "wallet", "wallet.c", LOST, LOST_TWICE
+    ),
+    Fault("a spend of several wallets is not undone", "wallets", "limiter.c", UNDO, ""),
+    Fault(
+        "a cell that went to another wallet is written to",
+        "wallet-keys",
+        "counted.c",
+        "    pair_t seen = f->pair, to = {seen.who, next};\n",
+        "    pair_t seen = pair_load(&k->s->cells[f->cell]), to = {seen.who, next};\n",
+    ),
+)
+
+
+def plant(fault: Fault, folder: pathlib.Path) -> None:
+    shutil.copytree(ROOT / "csrc", folder)
+    path = folder / fault.file
+    text = path.read_text()
+    if text.count(fault.old) != 1:
+        raise SystemExit(f"{fault.name}: its text occurs {text.count(fault.old)} times, not once")
+    path.write_text(text.replace(fault.old, fault.new))
+
+
+def caught(fault: Fault) -> str:
+    """Empty, or what went wrong."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary)
+        plant(fault, folder / "csrc")
+        program = folder / "linearize"
+        compiler = shlex.split(os.environ.get("CC", "cc"))
+        flags = ["-std=c11", "-O1", "-D_GNU_SOURCE", f"-I{folder / 'csrc'}", "-pthread", "-w"]
+        command = [*compiler, *flags, str(HERE / "linearize.c"), "-o", str(program)]
+        built = subprocess.run(command, capture_output=True, text=True, check=False)
+        if built.returncode:
+            return f"does not compile\n{built.stderr}"
+        try:
+            run = subprocess.run(
+                [program, "-f", "-k", fault.kind, "-n", str(HISTORIES)],
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=DEADLINE,
+            )
+        except subprocess.TimeoutExpired:
+            return f"no answer in {DEADLINE} s"
+        if run.returncode != 1 or ": not linearisable" not in run.stderr:
+            return f"was not found in {HISTORIES} histories\n{run.stdout}{run.stderr}"
+        found = run.stderr.split(": history ")[1].split(" of ")[0]
+        print(f"{fault.name}: found in history {found} of {fault.kind}", flush=True)
+        return ""
+
+
+def main() -> int:
+    wanted = [f for f in FAULTS if f.name in sys.argv[1:] or len(sys.argv) == 1]
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(caught, wanted))
+    for fault, answer in zip(wanted, answers, strict=True):
+        if answer:
+            print(f"{fault.name}: {answer}", file=sys.stderr)
+    failures = sum(map(bool, answers))
+    print(f"{len(answers) - failures} passed, {failures} failed")
+    return failures > 0 or not answers
+
+
+if __name__ == "__main__":
+    sys.exit(main())

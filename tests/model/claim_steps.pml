@@ -1,0 +1,409 @@
+/* claim_steps.pml - the steps of one process, in the order of a call, each below what it stands for. */
+
+/* cells.c cells_claim: for (int round = 0; round < ROUNDS; round++) { -- after any number of rounds
+ * cells.c cells_claim: } return CLAIM_LOST; -- and look again
+ * limiter.c take_one: while (likely(again(c))) { -- 20,000 times: here, without end
+ * limiter.c take_one: } return FSHM_CONTENDED; -- as one that is killed
+ * limiter.c put_first: return status; */
+inline lost(me) {
+  forget_claim(me);
+  hindered_by_the_dead = IS_ALONE(me);
+  assert(!hindered_by_the_dead);
+  if
+  :: p[me].pc = SURVEY
+  :: p[me].pc = FIND
+  fi
+}
+
+/* limiter.c take_one: if (likely(status == CLAIMED)) { c->at = c->now + l->verdict.retry; return FSHM_ALLOWED; }
+ * limiter.c put_first: if (status == CLAIMED) f->pair.who = who; */
+inline finish(me) {
+  forget_claim(me);
+  p[me].now = 0;
+#if CALLS
+  p[me].calls++;
+  if
+  :: p[me].calls < CALLS && !IS_ALONE(me) -> p[me].pc = BEGIN
+  :: else -> p[me].pc = DONE
+  fi
+#else
+  p[me].pc = (IS_ALONE(me) -> DONE : BEGIN)
+#endif
+}
+
+/* fshm_clock() of clock.c: never later than the kernel's clock, and earlier by less than CLOCKS_DIFFER */
+inline read_clock(into) {
+  if
+  :: into = clock
+  :: clock > 1 -> into = clock - 1
+  fi
+}
+
+/* limiter.c begin_hashed: c->now = c->at = now ? min_u64(now, TIME_MAX - 1) : segment_now(c->s); */
+inline begin_call(me) {
+  read_clock(p[me].now);
+  p[me].pc = FIND
+}
+
+/* limiter.c take_one: int fresh = renewed(c); if (unlikely(fresh != FSHM_OK)) return fresh;
+ *   if (unlikely(c->plan.count != 1)) return RESHAPED; -- the limits do not change here
+ * limiter.c take_one: look_inline(c, 0, c->costs[0], l);
+ * limiter.c take_one: if (unlikely(c->stale)) continue; -- as above
+ * limiter.c look_inline: cells_find_inline(c->s, c->hash, fingerprint(c, i), &l->cell);
+ * -- one candidate a step, from the home of the key, all of them
+ * cells.c find_further: if (likely(!line_has(s, cell, who))) continue;
+ * -- a line is passed by where a look at each of its cells found another key: the same look, of four
+ * candidates in any order. Else each is looked at again, and that is the look that counts here
+ * cells.c confirmed_at: if (load_relaxed(&s->cells[cell].who) != who) return false;
+ * -- with the next in one step, unless HINTS is defined
+ * cells.c confirmed_at: *pair = likely(!s->read_only) ? pair_load(&s->cells[cell]) : pair_peek(&s->cells[cell]);
+ * return pair->who == who && !IS_PENDING(pair->when); */
+#if defined(HINTS)
+#define IS_THE_PAIR(step) (p[me].pc == step)
+#else
+#define IS_THE_PAIR(step) true
+#endif
+inline find(me) {
+  load(me, CELL(me, p[me].i), v);
+  if
+#if defined(HINTS)
+  :: p[me].pc == FIND && WHO(v) == p[me].who -> p[me].pc = FIND_PAIR
+#endif
+  :: IS_THE_PAIR(FIND_PAIR) && WHO(v) == p[me].who && !IS_PENDING(v) ->
+     p[me].cell = CELL(me, p[me].i);
+     p[me].pair = v;
+     p[me].i = 0;
+     verdict(me)
+  :: else ->
+     p[me].i++;
+     p[me].pc = FIND;
+     if
+     :: p[me].i == CELLS || (STOPS_AT_EMPTY && v == EMPTY) -> p[me].i = 0; p[me].pc = SURVEY
+     :: else
+     fi
+  fi
+}
+
+/* meter.h bucket_take: uint64_t tat = max_u64(state & TIME_MAX, at), increment = bucket_increment(r, cost);
+ * meter.h bucket_take: if (tat - at > room) v.retry = at - now + (tat - at - room);
+ * limiter.c take_one: if (l->verdict.retry && !may_wait(c, op, 0, l->verdict.retry)) return FSHM_DENIED;
+ * limiter.c take_one: if (looks_only(op)) return FSHM_ALLOWED; -- no reservations, and no looking only */
+inline verdict(me) {
+  if
+  :: EXPIRES(p[me].pair) > p[me].now + (BURST - 1) * INTERVAL -> finish(me)
+  :: else -> p[me].pc = CHARGE
+  fi
+}
+
+/* limiter.c take_one: int status = put(c, 0, l, l->verdict.next, FSHM_ACQUIRE);
+ * limiter.c put: found_t *f = &l->cell; if (unlikely(c->stale)) return CLAIM_LOST; -- as above
+ * limiter.c put: if (likely(f->pair.who)) { pair_t seen = f->pair, to = {seen.who, next};
+ * limiter.c put: if (next == seen.when) return CLAIMED; -- of a cost of 0
+ * limiter.c put: return pair_cas(&c->s->cells[f->cell], &seen, to) ? CLAIMED : CLAIM_LOST; }
+ * meter.h bucket_take: uint64_t next = plus_time(tat, increment); */
+inline charge(me) {
+  v = (EXPIRES(p[me].pair) > p[me].now -> EXPIRES(p[me].pair) : p[me].now) + INTERVAL;
+  swap(p[me].cell, p[me].pair, CONFIRMED(p[me].who, v));
+  if
+  :: ok -> admit(p[me].who, p[me].now); finish(me)
+  :: else -> lost(me); p[me].pc = FIND
+  fi
+}
+
+/* limiter.c put: if (state_expires(next) <= c->now) return CLAIMED; -- of a cost of 0, and of refunds
+ * limiter.c put: return put_first(c, i, l, op);
+ * limiter.c put_first: first_t first = {c, i, op, &l->verdict}; uint64_t who = fingerprint(c, i);
+ *   found_t *f = &l->cell;
+ * limiter.c put_first: int status = cells_claim(c->s, c->hash, who, c->now, first_state, &first, &f->cell);
+ * cells.c cells_claim: survey_t v = survey(s, hash, who, now);
+ * cells.c survey: survey_t v; memset(&v, 0, sizeof v);
+ *   unsigned used[2] = {0, 0}, seen[2] = {0, 0}; found_t free_in[2] = {{0, {0, 0}}, {0, {0, 0}}};
+ *   const uint64_t over = minus(now, CLOCKS_DIFFER);
+ *   for (unsigned region = 0; region < regions(s); region++) {
+ *   uint64_t line = region_start(s, hash, region); unsigned others = 0, room = 0;
+ *   for (uint64_t n = region_lines(s); n--; line = line_after(s, line)) {
+ *   uint64_t cell = line * CELLS_PER_LINE;
+ *   for (unsigned k = 0; k < CELLS_PER_LINE; k++) { -- one candidate a step
+ * cells.c survey: if (room && !load_relaxed(&s->cells[cell + k].who)) { room++; continue; }
+ * -- empty, and not the first that is free: the step below, of which the pair is not kept
+ * cells.c survey: pair_t pair = pair_load(&s->cells[cell + k]); bool pending = IS_PENDING(pair.when); */
+inline forget_free(me) { p[me].free_cell = NO_CELL; p[me].free = 0 }
+inline forget_stale(me) { p[me].stale_cell = NO_CELL; p[me].stale = 0 }
+inline survey(me) {
+  load(me, CELL(me, p[me].i), v);
+  if
+  /* cells.c survey: if (pair.who == who && !pending) { v.confirmed = true; return v; }
+   * cells.c cells_claim: if (v.confirmed) return CLAIM_LOST; */
+  :: WHO(v) == p[me].who && !IS_PENDING(v) -> forget_claim(me); p[me].pc = FIND
+  :: else ->
+     if
+     /* cells.c survey: if (pair.who == who) {
+      *   if (!v.pending || cell + k < v.match.cell) v.match = (found_t){cell + k, pair};
+      *   v.pending = true; */
+     :: WHO(v) == p[me].who ->
+        if
+        :: CELL(me, p[me].i) < p[me].mine_cell -> p[me].mine_cell = CELL(me, p[me].i); p[me].mine = v
+        :: else
+        fi;
+        forget_free(me); /* and the stale one: not chosen beside a pending of the key */
+        forget_stale(me)
+     /* cells.c survey: } else if (pending && pair.who) {
+      *   if (!v.has_stale) v.stale = (found_t){cell + k, pair};
+      *   v.has_stale = true; others++; -- how full a region is does not count here; see `free` */
+     :: WHO(v) != p[me].who && IS_LAST_RESORT(v) ->
+        if
+        :: p[me].stale_cell == NO_CELL && p[me].free_cell == NO_CELL && p[me].mine_cell == NO_CELL ->
+           p[me].stale_cell = CELL(me, p[me].i); p[me].stale = v
+        :: else
+        fi
+     /* cells.c survey: } else if (!pair.who || state_expires(pair.when) <= over) {
+      *   if (!room++) free_in[region] = (found_t){cell + k, pair}; -- the first, or any later one: whatever the regions, and their order */
+     :: WHO(v) != p[me].who && !IS_PENDING(v) && (v == EMPTY || EXPIRES(v) + MARGIN <= p[me].now) ->
+        if
+        :: p[me].mine_cell == NO_CELL ->
+           p[me].free_cell = CELL(me, p[me].i); p[me].free = v;
+           forget_stale(me)
+        :: p[me].free_cell != NO_CELL || p[me].mine_cell != NO_CELL
+        fi
+     /* cells.c survey: } else { others++; } } } used[region] = others; seen[region] = room; } */
+     :: else
+     fi;
+     p[me].i++;
+     if
+     :: p[me].i == CELLS || (STOPS_AT_EMPTY && v == EMPTY) -> choose(me)
+     :: else
+     fi
+  fi
+}
+
+/* cells.c survey: unsigned region = 0;
+ *   if (!seen[0] || (seen[1] && used[0] >= REGION_LINES * 3 && used[1] < used[0])) region = 1;
+ *   v.has_free = seen[region] > 0; v.free = free_in[region]; return v;
+ * cells.c cells_claim: if (!v.pending) { if (!v.has_free && !v.has_stale) return CLAIM_FULL;
+ *   v.match = v.has_free ? v.free : v.stale; -- v.match is (cell, pair) here, until it is published */
+inline choose(me) {
+  p[me].i = 0;
+  if
+  :: p[me].mine_cell != NO_CELL -> p[me].pc = LOOK; p[me].cell = 0
+  :: p[me].mine_cell == NO_CELL && p[me].free_cell == NO_CELL && p[me].stale_cell == NO_CELL -> refuse(me)
+  :: else ->
+     p[me].cell = (p[me].free_cell != NO_CELL -> p[me].free_cell : p[me].stale_cell);
+     p[me].pair = (p[me].free_cell != NO_CELL -> p[me].free : p[me].stale);
+#if defined(NO_FENCE)
+     p[me].pc = EARLY
+#else
+     p[me].pc = PUBLISH
+#endif
+  fi;
+  forget_free(me);
+  forget_stale(me)
+}
+
+/* limiter.c put_first: if (unlikely(status == CLAIM_FULL) && lease_free_dead(c->s, c->hash, who, c->now))
+ *   return CLAIM_LOST;
+ * -- there are no permits here
+ * limiter.c take_one: if (status == CLAIM_FULL) return FSHM_FULL; */
+inline refuse(me) {
+  if
+  :: IS_ALONE(me) -> /* only where every candidate is another key's, and may not be reused yet */
+     k = 0;
+     do
+     :: k < CELLS ->
+        hindered_by_the_dead = cells[k] == EMPTY || IS_PENDING(cells[k]) || WHO(cells[k]) == p[me].who ||
+                               EXPIRES(cells[k]) + MARGIN <= p[me].now;
+        assert(!hindered_by_the_dead);
+        k++
+     :: else -> break
+     od;
+     k = 0
+  :: else
+  fi;
+  finish(me)
+}
+
+#if defined(NO_FENCE)
+/* Not in the code: the loads of the look may be performed before the publication is visible, as on a
+ * processor where a store conditional does not order later loads. Each is, or is not. */
+inline read_early(me) {
+  if
+  :: early[me].pair[p[me].i] = cells[CELL(me, p[me].i)]
+  :: true
+  fi;
+  p[me].i++;
+  if
+  :: p[me].i == CELLS -> p[me].i = 0; p[me].pc = PUBLISH
+  :: else
+  fi
+}
+#endif
+
+/* cells.c cells_claim: pair_t mine = {who, PENDING(add_relaxed(&s->header->ticket, 1))};
+ * cells.c cells_claim: if (!pair_cas(&s->cells[v.match.cell], &v.match.pair, mine)) continue;
+ * v.match.pair = mine; }
+ * -- the ticket in the same step: nobody else can know it before */
+inline publish(me) {
+  take_ticket();
+  v = PENDING(p[me].who, ticket);
+#if defined(PLAIN_PUBLICATION) || defined(BUFFERED_PUBLICATION)
+  ok = cells[p[me].cell] == p[me].pair;
+  if
+  :: ok ->
+     buffer_cell[me] = p[me].cell; buffer[me] = v;
+#if defined(BUFFERED_PUBLICATION)
+     buffer_seen[me] = p[me].pair
+#endif
+  :: else
+  fi;
+#else
+  swap(p[me].cell, p[me].pair, v);
+#endif
+  p[me].pair = 0;
+  if
+  :: ok ->
+     p[me].mine_cell = p[me].cell;
+     p[me].mine = v;
+     p[me].cell = 0;
+     begin_look(me);
+#if defined(NO_LOOK)
+     p[me].pc = CLOCK;
+#endif
+#if defined(STATE_AT_PUBLICATION)
+     read_clock(p[me].fresh);
+     p[me].fresh = (p[me].fresh > p[me].now -> p[me].fresh : p[me].now)
+#endif
+  :: else -> lost(me)
+  fi
+}
+
+/* cells.c confirm: pair_t empty = {0, 0}, pair, expect; int budget = ROUNDS;
+ *   again: atomic_thread_fence(memory_order_seq_cst);
+ * -- no step of its own: whatever locked instruction came before has drained the store buffer. NO_FENCE
+ * shows what happens where a swap is not a barrier. */
+inline begin_look(me) {
+  p[me].i = 0;
+  p[me].pc = LOOK
+}
+
+/* cells.c confirm: for (unsigned region = 0; region < regions(s); region++) {
+ *   uint64_t line = region_start(s, hash, region);
+ *   for (uint64_t n = region_lines(s); n--; line = line_after(s, line)) {
+ *   uint64_t cell = line * CELLS_PER_LINE; -- the lines in any order
+ * cells.c confirm: if (likely(!line_has(s, cell, mine.pair.who))) continue;
+ * -- a line is passed by where a look at each of its cells, all of them after the publication, found another
+ * key: four steps of below in any order. Else each is looked at again, and that is the look that counts here
+ * cells.c confirm: for (unsigned k = 0; k < CELLS_PER_LINE; k++) { -- one candidate a step
+ * cells.c confirm: if (cell + k == mine.cell) continue;
+ * cells.c confirm: while (load_relaxed(&s->cells[cell + k].who) == mine.pair.who) {
+ * -- with the next in one step, unless HINTS is defined
+ * cells.c confirm: pair = pair_load(&s->cells[cell + k]); if (pair.who != mine.pair.who) break; */
+inline look(me) {
+  if
+  :: CELL(me, p[me].i) == p[me].mine_cell -> next_candidate(me)
+  :: else ->
+     load(me, CELL(me, p[me].i), v);
+#if defined(NO_FENCE)
+     if
+     :: early[me].pair[p[me].i] != NOT_READ -> v = early[me].pair[p[me].i]
+     :: else
+     fi;
+     early[me].pair[p[me].i] = NOT_READ;
+#endif
+     if
+#if defined(HINTS)
+     :: p[me].pc == LOOK && WHO(v) == p[me].who -> p[me].pc = LOOK_PAIR
+#endif
+     :: IS_THE_PAIR(LOOK_PAIR) && WHO(v) == p[me].who -> seen_elsewhere(me)
+     :: else ->
+        p[me].pc = LOOK;
+        if
+        :: STOPS_AT_EMPTY && v == EMPTY -> p[me].i = CELLS - 1
+        :: else
+        fi;
+        next_candidate(me)
+     fi
+  fi
+}
+
+inline next_candidate(me) {
+  p[me].i++;
+  if
+  :: p[me].i == CELLS -> p[me].i = 0; p[me].pc = CLOCK
+  :: else
+  fi
+}
+
+inline seen_elsewhere(me) {
+  p[me].cell = CELL(me, p[me].i);
+  p[me].pair = v;
+  if
+#if defined(WAIT_FOR_PENDING)
+  :: IS_PENDING(v) -> p[me].pc = LOOK; p[me].cell = 0; p[me].pair = 0
+#endif
+  /* cells.c confirm: if (budget-- <= 0) return CLAIM_LOST; -- at any time; not to one who is alone */
+  :: !IS_ALONE(me) -> lost(me)
+  /* cells.c confirm: expect = mine.pair; if (!IS_PENDING(pair.when)) { */
+  :: !IS_PENDING(v) && !EVICTS_CONFIRMED -> p[me].pc = RETREAT
+  /* cells.c confirm: if (cell + k < mine.cell) { */
+  :: IS_PENDING(v) && p[me].cell < p[me].mine_cell -> p[me].pc = HELP
+  :: (IS_PENDING(v) && p[me].cell > p[me].mine_cell) || (!IS_PENDING(v) && EVICTS_CONFIRMED) ->
+     p[me].pc = EVICT
+  fi
+}
+
+/* cells.c confirm: (void)pair_cas(&s->cells[mine.cell], &expect, empty); return CLAIM_LOST; }
+ * -- the next round of cells_claim() */
+inline retreat(me) {
+  swap(p[me].mine_cell, p[me].mine, EMPTY);
+  lost(me)
+}
+
+/* cells.c confirm: (void)pair_cas(&s->cells[mine.cell], &expect, empty);
+ *   mine = (found_t){cell + k, pair}; goto again; } */
+inline help(me) {
+  hindered_by_the_dead = IS_ALONE(me); /* the survey names the lowest */
+  assert(!hindered_by_the_dead);
+  swap(p[me].mine_cell, p[me].mine, EMPTY);
+  p[me].mine_cell = p[me].cell;
+  p[me].mine = p[me].pair;
+  p[me].cell = 0; p[me].pair = 0;
+  begin_look(me)
+}
+
+/* cells.c confirm: expect = pair; if (pair_cas(&s->cells[cell + k], &expect, empty)) break; } } } } */
+inline evict(me) {
+  swap(p[me].cell, p[me].pair, EMPTY);
+  p[me].cell = 0; p[me].pair = 0;
+  p[me].pc = LOOK;
+  if
+  :: ok || EVICTS_ONCE -> next_candidate(me)
+  :: else
+  fi
+}
+
+/* cells.c confirm: expect = mine.pair; pair_t confirmed = {mine.pair.who, first(context)};
+ * limiter.c first_state: const first_t *f = context; call_t *c = f->c; const rule_t *r = &c->plan.rules[f->i];
+ * limiter.c first_state: uint64_t now = fresh_now(c), cost = c->costs[f->i];
+ * limiter.c fresh_now: return c->fixed ? c->now : max_u64(segment_now(c->s), c->now); */
+inline first_state(me) {
+#if defined(STATE_OF_THE_CALL)
+  p[me].fresh = p[me].now;
+#elif !defined(STATE_AT_PUBLICATION)
+  read_clock(p[me].fresh);
+  p[me].fresh = (p[me].fresh > p[me].now -> p[me].fresh : p[me].now);
+#endif
+  p[me].pc = CONFIRM
+}
+
+/* limiter.c first_state: if (f->op >= FSHM_CHARGE) return forced(c, f->op, f->i, 0, now); -- no debts here
+ * limiter.c first_state: v.retry = f->verdict->retry; *f->verdict = v; return v.next;
+ * limiter.c first_state: verdict_t v = meter_take(r, version_of(c), 0, now, max_u64(c->at, now), cost);
+ * cells.c confirm: if (!pair_cas(&s->cells[mine.cell], &expect, confirmed)) return CLAIM_LOST;
+ *   *where = mine.cell; return CLAIMED;
+ * cells.c cells_claim: if (confirm(s, hash, v.match, first, context, cell) == CLAIMED) return CLAIMED; */
+inline confirm(me) {
+  swap(p[me].mine_cell, p[me].mine, CONFIRMED(p[me].who, p[me].fresh + INTERVAL));
+  if
+  :: ok -> admit(p[me].who, p[me].fresh); finish(me)
+  :: else -> lost(me)
+  fi
+}

@@ -1,0 +1,130 @@
+# Sanitizers and analysers. None is needed to build or to test. Each C variant is `make test-c` again, with
+# a build folder, a compiler and flags of its own; each tool must first report faults that are committed
+# on purpose. Part of the Makefile.
+
+.PHONY: sanitize sanitize-c sanitize-py tsan memcheck analyse compilers
+
+sanitize: sanitize-c sanitize-py ## address and undefined-behaviour sanitizer: C tests, and the extension in Python
+
+tsan: ## thread sanitizer: all calls by threads on one mapping. ROUNDS=100000 for longer, SEED=n
+
+memcheck: ## valgrind over the C tests
+
+analyse: ## clang-tidy, every warning of gcc and clang as an error, gcc -fanalyzer
+
+compilers: ## the C tests as gcc and clang make them: -O0, -O2, -O2 -flto. VARIANTS=... for others
+
+# Commits faults that a tool must report: `$(EXPECT) PROGRAM FAULT...` (tests/c/faults/expect.sh).
+$(BUILD)/faults: tests/c/faults/faults.c tests/c/check.h $(C_SOURCES)
+	@mkdir -p $(@D)
+	$(CC) @csrc/cflags -w $(CFLAGS) -Icsrc $< -o $@ -pthread $(LDFLAGS) # -w: it is wrong on purpose
+
+EXPECT = RUN="$(RUN)" tests/c/faults/expect.sh $(BUILD)/faults
+
+DEBUG = -O1 -g -fno-omit-frame-pointer
+DEBUG_PLAIN = $(subst -O1,-O0,$(DEBUG)) # where twenty programs would be optimised longer than they run
+ASAN  = -fno-sanitize-recover=all -fsanitize=address,undefined,float-divide-by-zero
+# Beyond "undefined": conversions that lose a value or its sign, which are no undefined behaviour.
+ASAN_CLANG = $(ASAN),implicit-conversion,nullability
+ASAN_GCC   = $(ASAN),float-cast-overflow
+SANITIZER_OPTIONS = UBSAN_OPTIONS=exitcode=99:print_stacktrace=1 TSAN_OPTIONS=exitcode=99 \
+  ASAN_OPTIONS=exitcode=99:detect_stack_use_after_return=1:strict_string_checks=1
+
+sanitize-c:
+	$(call need,$(CLANG),clang libclang-rt-dev)
+	@$(SANITIZER_OPTIONS) $(MAKE) --no-print-directory check-asan test-c BUILD=$(BUILD)/asan \
+	  CC=$(CLANG) CFLAGS="$(DEBUG_PLAIN) $(ASAN_CLANG)"
+
+check-asan: $(BUILD)/faults
+	$(EXPECT) overflow use-after-free leak shift division none-but-ordered-by-a-swap
+
+ROUNDS ?= 20000
+tsan:
+	$(call need,$(CLANG),clang libclang-rt-dev)
+	@$(SANITIZER_OPTIONS) $(MAKE) --no-print-directory check-tsan run-c-test_threads BUILD=$(BUILD)/tsan \
+	  CC=$(CLANG) CFLAGS="$(DEBUG) -fsanitize=thread -mcx16" ARGS="$(ROUNDS) 6 $(or $(SEED),1)"
+
+check-tsan: $(BUILD)/faults
+	$(EXPECT) race race-with-a-swap none-but-ordered-by-a-swap
+
+VALGRIND = valgrind --quiet --error-exitcode=99 --trace-children=yes --leak-check=full \
+  --show-leak-kinds=definite,indirect,possible --errors-for-leak-kinds=definite,indirect,possible
+memcheck:
+	$(call need,valgrind,valgrind)
+	@CHECK_FEWER=1 $(MAKE) --no-print-directory check-memcheck test-c BUILD=$(BUILD)/memcheck \
+	  CFLAGS="$(DEBUG)" RUN="$(VALGRIND)"
+
+check-memcheck: $(BUILD)/faults
+	$(EXPECT) overflow use-after-free leak uninitialised none-but-ordered-by-a-swap
+
+# COMPILER@FLAGS, + for a blank
+VARIANTS ?= gcc@-O0 gcc@-O2 gcc@-O2+-flto $(CLANG)@-O0 $(CLANG)@-O2 $(CLANG)@-O2+-flto
+compilers: $(VARIANTS:%=variant-%)
+
+variant-%:
+	$(call need,$(firstword $(subst @, ,$*)),gcc clang llvm)
+	@$(MAKE) --no-print-directory test-c BUILD=$(BUILD)/variants/$(subst +,,$(subst @,,$*)) \
+	  CC=$(firstword $(subst @, ,$*)) CFLAGS="$(subst +, ,$(word 2,$(subst @, ,$*)))"
+
+# The extension as gcc's sanitizers make it, in a copy of the tree, so that the usual build stays as it is.
+# Two runs: tests, without a look at leaks; then every call again and again with one, for which the
+# allocator's stacks must be whole (slow), so that lsan.supp can tell whose a leak is.
+PY_TREE  = $(BUILD)/asan-py
+PY_FILES = csrc fast_litellm_shm tests bench examples setup.py pyproject.toml README.md LICENSE MANIFEST.in
+PY_TESTS ?= tests/test_limiter.py tests/test_limits.py tests/test_batch.py tests/test_simple.py \
+  tests/test_segment.py tests/test_errors.py tests/test_quota.py tests/test_concurrency.py tests/test_pool.py
+PY_RUN = LD_PRELOAD=$$(gcc -print-file-name=libasan.so):$$(gcc -print-file-name=libstdc++.so) \
+  PYTHONMALLOC=malloc PYTHONPATH=.:tests
+
+sanitize-py: $(VENV)/.test
+	$(call need,gcc,gcc libc6-dev)
+	@$(VENV)/bin/python -c 'import setuptools' || { echo "needs setuptools in $(VENV): pip install setuptools"; exit 1; }
+	@rm -rf $(PY_TREE) && mkdir -p $(PY_TREE) && cp -R $(PY_FILES) $(PY_TREE) && rm -f $(PY_TREE)/fast_litellm_shm/*.so
+	cd $(PY_TREE) && CC=gcc FAST_SHM_CFLAGS="$(DEBUG) $(ASAN_GCC)" FAST_SHM_LDFLAGS="$(ASAN_GCC)" \
+	  $(abspath $(VENV))/bin/python setup.py -q build_ext --inplace
+	cd $(PY_TREE) && $(SANITIZER_OPTIONS):detect_leaks=0 $(PY_RUN) \
+	  $(abspath $(VENV))/bin/python -m pytest -q -p no:cacheprovider $(PY_TESTS)
+	cd $(PY_TREE) && UBSAN_OPTIONS=exitcode=99 LSAN_OPTIONS=suppressions=tests/support/lsan.supp:print_suppressions=0 \
+	  ASAN_OPTIONS=exitcode=99:fast_unwind_on_malloc=0:malloc_context_size=20 \
+	  RUN="env $(PY_RUN) $(abspath $(VENV))/bin/python" \
+	  sh tests/c/faults/expect.sh tests/support/leaks.py none-but-calls c object
+
+# The extension's C as one file, as cffi compiles it but for its own code. Python's headers are not ours.
+analyse: analyse-gcc analyse-clang analyse-tidy
+
+PYTHON_H = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_paths()["include"])')
+without_comments = $(shell sed 's/\#.*//' $(1))
+ANALYSED = $(BUILD)/analyse/extension.c
+TESTS_C  = $(wildcard tests/c/*.c tests/c/faults/*.c)
+# In tests: exact values are compared, CHECK_EQ takes any type, random_state >> a, b is an idiom, and nothing is hot.
+GCC_IN_TESTS   = -Wno-bad-function-cast -Wno-float-equal
+CLANG_IN_TESTS = -Wno-bad-function-cast -Wno-float-equal -Wno-comma -Wno-atomic-implicit-seq-cst
+
+$(ANALYSED): tests/sanitize.mk
+	@mkdir -p $(@D)
+	@printf '%s\n' '#define Py_LIMITED_API 0x030A0000' '#include <Python.h>' '#include "unity.c"' \
+	  '#include "py_module.c"' >$@
+
+# -Wno-analyzer-malloc-leak: it loses track of what is freed by its last user (plan_drop); make sanitize-py
+# looks for leaks.
+# -Wno-pedantic: a PyType_Slot holds functions as void *, as POSIX allows and ISO C does not.
+analyse-gcc: $(ANALYSED)
+	$(call need,gcc,gcc libc6-dev)
+	gcc @csrc/cflags $(C_WARNINGS) -Werror $(call without_comments,csrc/warnings.gcc) -Icsrc -c -o /dev/null csrc/unity.c
+	gcc @csrc/cflags $(C_WARNINGS) -Werror $(call without_comments,csrc/warnings.gcc) -Wno-pedantic -Icsrc \
+	  -isystem $(PYTHON_H) -c -o /dev/null $<
+	gcc @csrc/cflags -O1 -fanalyzer -Wno-analyzer-malloc-leak -Werror -Icsrc -isystem $(PYTHON_H) -c -o /dev/null $<
+	for f in $(TESTS_C); do gcc @csrc/cflags $(C_WARNINGS) -Werror $(call without_comments,csrc/warnings.gcc) \
+	  $(GCC_IN_TESTS) -Icsrc -Itests/c -fsyntax-only $$f || exit 1; done
+
+analyse-clang: $(ANALYSED)
+	$(call need,$(CLANG),clang)
+	$(CLANG) @csrc/cflags -Werror $(call without_comments,csrc/warnings.clang) -Icsrc -isystem $(PYTHON_H) \
+	  -c -o /dev/null $<
+	for f in $(TESTS_C); do $(CLANG) @csrc/cflags -Werror $(call without_comments,csrc/warnings.clang) \
+	  $(CLANG_IN_TESTS) -Icsrc -Itests/c -fsyntax-only $$f || exit 1; done
+
+analyse-tidy: $(ANALYSED)
+	$(call need,clang-tidy,clang-tidy)
+	clang-tidy --quiet --config-file=.clang-tidy $< -- $$(cat csrc/cflags) -Icsrc -isystem $(PYTHON_H) \
+	  2>$(<D)/tidy.log || { cat $(<D)/tidy.log; exit 1; } # there: how many warnings Python's headers would give

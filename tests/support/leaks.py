@@ -1,0 +1,136 @@
+"""Every call of the extension, right and wrong, again and again; for the leak sanitizer, which
+tells at the end of the process what nobody refers to any more (make sanitize-py, expect.sh).
+
+``leaks.py FAULT``: ``c`` and ``object`` leak on purpose; ``none-but-calls`` does not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from fast_litellm_shm import (
+    ConcurrencyLimiter,
+    Limit,
+    Quota,
+    RateLimiter,
+    Segment,
+    SimpleConnectionPool,
+    SimpleRateLimiter,
+    SlidingWindow,
+    Window,
+)
+from fast_litellm_shm.native import ffi, lib
+from support.names import unique_name
+
+ROUNDS = 30
+
+
+def failing(call: Callable[..., Any], *args: Any) -> None:
+    with contextlib.suppress(Exception):
+        call(*args)
+        raise SystemExit(f"{call!r} takes {args!r}")
+
+
+def use_limiter(segment: Segment) -> None:
+    limiter = RateLimiter(
+        Limit(1000, per=1), Window(500, per=1), SlidingWindow(100, per=1), name="l", segment=segment
+    )
+    for key in ("k", b"k", "\udc80"):
+        for decision in (limiter.acquire(key), limiter.acquire(key, (1, 2, 0)), limiter.peek(key)):
+            repr(decision)
+            _ = decision.limit, decision.remaining, decision.retry_after, decision.reset_after
+        limiter.charge(key, 3)
+        limiter.refund(key, cost=[1, 1, 1])
+        limiter.check(key)
+        limiter.is_allowed(key)
+        limiter.get_remaining(key)
+        with contextlib.suppress(TimeoutError):
+            limiter.wait(key, timeout=0)
+    _ = limiter.limits, limiter.acquire_many(["a", "b"]), limiter.acquire_many(["a", "b"], [1, 2])
+    failing(limiter.acquire)
+    failing(limiter.acquire, 1)
+    failing(limiter.acquire, "k", -1)
+    failing(limiter.acquire, "k", (1, 2))
+    failing(limiter.acquire, "k", (1, 2, "x"))
+    failing(limiter.acquire, "\udc80", "x")
+    failing(limiter.acquire_many, ["a", 1])
+    failing(limiter.acquire_many, ["a", "b"], [1])
+    failing(lambda: limiter.acquire("k", nonsense=1))  # type: ignore[call-arg]
+    limiter.reset("k")
+    limiter.reset()
+
+
+def use_permits(segment: Segment) -> None:
+    permits = ConcurrencyLimiter(1, name="c", segment=segment)
+    with permits.slot("k"):
+        denied = permits.acquire("k")
+        _ = bool(denied), denied.in_flight, denied.decision, repr(denied)
+        permits.in_flight("k")
+    held = permits.acquire("k")
+    held.release()
+    held.release()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        permits.acquire("k")  # dropped without release()
+    quota = Quota(tpm=100_000, max_parallel=2, name="q", segment=segment)
+    with quota.admit("k", tokens=10) as admission:
+        admission.settle(20)
+    failing(permits.acquire, None)
+    failing(permits.acquire, "k", "x")
+
+
+def use_pool(segment: Segment) -> None:
+    pool = SimpleConnectionPool("p", segment=segment, max_per_endpoint=2, max_total=3)
+    pool.bind(lambda endpoint: [endpoint])
+    a, b = (pool.get_connection("https://a.example") for _ in range(2))
+    assert a is not None
+    assert b is not None
+    pool.get_connection("https://a.example")
+    pool.return_connection(a)
+    pool.get_connection("https://a.example")
+    pool.return_connection(a)
+    pool.object_of(b)
+    with pool.connection("https://b.example"):
+        pool.get_stats()
+    pool.remove_connection(b)
+    pool.return_connection(b)
+    pool.cleanup()
+    pool.close()
+    failing(pool.get_connection, [])
+    failing(pool.get_connection, "no URL")
+    failing(pool.object_of, "none")
+
+
+def leak_in_c(segment: Segment) -> None:
+    limit = ffi.new("fshm_limit *", {"n": 1, "per_ns": 1_000_000, "burst": 1})
+    out = ffi.new("fshm_limiter **")
+    for _ in range(10):  # the last one's address may still lie about
+        lib.fshm_limiter_open(segment._handle, b"x", 1, limit, 1, out)
+
+
+def leak_an_object(segment: Segment) -> None:
+    limiter = RateLimiter(Limit(1000, per=1), name="l", segment=segment)
+    for _ in range(10):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(limiter.acquire("k")))
+
+
+def main(fault: str) -> None:
+    segment = Segment(unique_name("leaks"), capacity=100)
+    try:
+        for _ in range(ROUNDS):
+            use_limiter(segment)
+            use_permits(segment)
+            use_pool(segment)
+            SimpleRateLimiter(requests_per_minute=10, segment=segment).check("k")
+        {"c": leak_in_c, "object": leak_an_object, "none-but-calls": use_pool}[fault](segment)
+    finally:
+        segment.remove()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

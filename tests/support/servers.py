@@ -1,0 +1,126 @@
+"""Real Redis and Valkey servers, each on a unix socket of its own, while a test needs them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+KINDS = ("redis", "valkey")
+PATIENCE = 20.0  # seconds; a server that needs more does not start
+
+
+def installed(kind: str) -> bool:
+    return shutil.which(f"{kind}-server") is not None
+
+
+def free_port() -> int:
+    """A TCP port of loopback that nobody had just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """``with Server("redis") as server:`` an empty one, that keeps nothing on disk. options: as on
+    its command line. within: a command that runs another one elsewhere."""
+
+    def __init__(self, kind: str, *options: str, port: int = 0, within: Sequence[str] = ()) -> None:
+        self._kind, self._options, self.port, self._within = kind, options, port, within
+        self._folder = tempfile.TemporaryDirectory(prefix="fast-shm-", dir="/tmp")
+        self.path = os.path.join(self._folder.name, "s")
+        self.url = f"unix://{self.path}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Server:
+        """Empty, whatever it held before."""
+        command = [
+            *self._within, f"{self._kind}-server", "--port", str(self.port), "--bind", "127.0.0.1",
+            "--unixsocket", self.path, "--save", "", "--appendonly", "no",
+            "--dir", self._folder.name,
+            "--logfile", os.path.join(self._folder.name, "log"), *self._options,
+        ]  # fmt: skip
+        self._run(command)
+        return self
+
+    @contextmanager
+    def sentinel(self, config: str) -> Iterator[Server]:
+        """It watches others, instead of serving."""
+        command = [
+            f"{self._kind}-server", config, "--port", str(self.port), "--bind", "127.0.0.1",
+            "--unixsocket", self.path, "--sentinel",
+        ]  # fmt: skip
+        self._run(command)
+        try:
+            yield self
+        finally:
+            self.__exit__(None, None, None)
+
+    def _run(self, command: list[str]) -> None:
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + PATIENCE
+        while not self._answers():
+            assert self._process.poll() is None and time.monotonic() < deadline, "it did not start"
+            time.sleep(0.005)  # it tells nobody when it listens
+
+    def _answers(self) -> bool:
+        import redis
+
+        try:
+            with self.client() as client:
+                return bool(client.ping())
+        except redis.AuthenticationError:
+            return True
+        except redis.RedisError:
+            return False
+
+    def client(self) -> Any:
+        import redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+
+        once = Retry(NoBackoff(), 0)  # we ask again ourselves
+        return redis.Redis(unix_socket_path=self.path, socket_timeout=PATIENCE, retry=once)
+
+    def calls(self) -> int:
+        """How many scripts were asked for so far."""
+        with self.client() as client:
+            stats = client.info("commandstats")
+        return int(stats.get("cmdstat_evalsha", {}).get("calls", 0))
+
+    def freeze(self) -> None:
+        """It still accepts connections, by its kernel, and answers nothing."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        self._signal(signal.SIGKILL)
+        assert self._process is not None
+        self._process.wait(PATIENCE)
+
+    def _signal(self, number: int) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def __enter__(self) -> Server:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self.kill()
+        self._folder.cleanup()
