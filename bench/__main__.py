@@ -1,25 +1,70 @@
-"""``python -m bench``: every question, one after another. Peers that are missing are named."""
+"""``python -m bench``: every question beside its peers, in one run. ``make bench`` installs the
+peers first. Writes DATE.json, DATE.md (the targets first) and plots; peers that are missing are
+named."""
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import json
+import pathlib
+import sys
 
-from bench import bytes_per_key, check_cost, pool_cost
+from bench import report
+from bench.questions import QUESTIONS, ask
+from bench.result import Result, Settings
+
+ROUNDS, QUICK_ROUNDS = 41, 11
+HERE = pathlib.Path(__file__).resolve().parent
 
 
-def main() -> None:
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in QUESTIONS:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(QUESTIONS)}")
+    return names
+
+
+def main() -> int:
+    """Exit status 1 where a question failed to run; a target that is not reached is no failure."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
-        "--iterations", type=int, default=41, help="rounds of each timing (default 41)"
+        "--iterations",
+        type=int,
+        metavar="N",
+        help=f"rounds behind each median (default {ROUNDS}; {QUICK_ROUNDS} with --quick)",
     )
-    rounds = max(parser.parse_args().iterations, 5)
-    print(f"# {(check_cost.__doc__ or '').splitlines()[0]}")
-    check_cost.show(check_cost.run(rounds=rounds))
-    print(f"\n# {(pool_cost.__doc__ or '').splitlines()[0]}")
-    pool_cost.show(pool_cost.run(rounds=rounds))
-    print(f"\n# {(bytes_per_key.__doc__ or '').splitlines()[0]}")
-    bytes_per_key.show(bytes_per_key.run())
+    parser.add_argument("--quick", action="store_true", help="under 2 minutes: fewer, shorter")
+    parser.add_argument(
+        "--only", type=_names, metavar="NAME[,NAME]", help=f"of {', '.join(QUESTIONS)}"
+    )
+    parser.add_argument("--json", action="store_true", help="the JSON to stdout; writes no files")
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=HERE / "results", help="folder (default bench/results)"
+    )
+    parser.add_argument(
+        "--anonymous",
+        action="store_true",
+        help="leave out which processor and kernel this is: for a report that is published",
+    )
+    options = parser.parse_args()
+    rounds = options.iterations or (QUICK_ROUNDS if options.quick else ROUNDS)
+    settings = Settings(max(rounds, 5), options.quick)
+    results: dict[str, Result] = {}
+    for name in options.only or QUESTIONS:
+        print(f"{name} ...", end=" ", file=sys.stderr, flush=True)
+        results[name] = ask(name, settings)
+        told = results[name].failed or f"{results[name].seconds:.0f} s"
+        print(told, file=sys.stderr, flush=True)
+    now = datetime.datetime.now().astimezone()
+    found = report.as_json(results, settings, now, report.where(options.anonymous))
+    if options.json:
+        print(json.dumps(found, indent=1, allow_nan=False))
+    else:
+        report.write(results, found, options.out, f"{now:%Y-%m-%d}")
+    return 1 if any(result.failed for result in results.values()) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

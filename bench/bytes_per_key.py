@@ -1,8 +1,9 @@
-"""How much memory does a key of SimpleRateLimiter cost, at 200,000 keys?
+"""How much memory does a key cost?
 
-Counted from outside the allocators: growth of anonymous memory (RSS without shared pages) of a
-child process, plus, for ours, the whole shared-memory segment. (tracemalloc does not see native
-heaps.)
+Counted from outside the allocators: growth of anonymous memory (RSS without shared pages, so
+native heaps are in it) of a child process that asks for so many keys, plus all shared memory: the
+whole segment for ours, what Redis says it uses, the pages of LMDB's file. (tracemalloc does not
+see native heaps.)
 """
 
 from __future__ import annotations
@@ -10,10 +11,20 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
-from typing import Any
+from multiprocessing.connection import Connection
 
-KEYS = 200_000
-TARGET = 42.0
+from bench import peers
+from bench.result import Plot, Result, Row, Settings, Values, asked, ratio
+from fast_litellm_shm import SimpleRateLimiter
+
+KEYS = 200_000  # what the default segment has room for
+FEWER = {  # those that need kilobytes or 100 microseconds a key
+    "pyrate-limiter, memory, token bucket": 20_000,
+    "limits, Redis, fixed window": 20_000,
+    "throttled-py, Redis, GCRA": 20_000,
+}
+TARGET = ("ours", "fast-litellm")  # one is divided by the other
+PATIENCE = 300.0
 
 
 def _anonymous() -> int:
@@ -23,62 +34,76 @@ def _anonymous() -> int:
     return int(info.rss - info.shared)
 
 
-def _fill(limiter: Any, keys: int) -> int:
-    limiter.is_allowed("warm-up")
-    before = _anonymous()
-    for i in range(keys):
-        limiter.is_allowed(f"user_{i}")
-    return _anonymous() - before
+def _redis_bytes(place: peers.Place) -> int:
+    client = importlib.import_module("redis").Redis(unix_socket_path=place.redis())
+    used = int(client.info("memory")["used_memory"])
+    client.close()
+    return used
 
 
-def _ours(keys: int, out: Any) -> None:
-    from fast_litellm_shm import Segment, SimpleRateLimiter
+def _measure(name: str, keys: int) -> float:
+    """Bytes a key."""
+    with peers.Place() as place:
+        each = peers.contender(name)
+        if name == "ours":
+            call: peers.Call = SimpleRateLimiter(60, segment=place.segment()).is_allowed
+        else:
+            call = each.start(place, 60, 60.0)()
+        call("warm-up")
+        redis = "Redis" in name
+        shared, before = _redis_bytes(place) if redis else 0, _anonymous()
+        for i in range(keys):
+            call(f"user_{i}")
+        grown = _anonymous() - before
+        if redis:
+            shared = _redis_bytes(place) - shared
+        elif name == "ours":
+            stats = place.segment().stats()
+            assert stats["used"] >= keys, f"only {stats['used']} keys are in the segment"
+            shared = int(stats["size_bytes"])
+        else:  # files in shared memory, by the pages that are there
+            files = [os.path.join(place.folder, file) for file in os.listdir(place.folder)]
+            shared = sum(os.stat(file).st_blocks * 512 for file in files)
+        return (grown + shared) / keys
 
-    segment = Segment(f"bench-{os.getpid()}")
+
+def _child(out: Connection, name: str, keys: int) -> None:
     try:
-        limiter = SimpleRateLimiter(60, segment=segment)
-        private = _fill(limiter, keys)
-        stats = segment.stats()
-        assert stats["used"] >= keys, f"only {stats['used']} keys are in the segment"
-        out.put(private + stats["size_bytes"])
-    finally:
-        segment.remove()
+        out.send(_measure(name, keys))
+    except peers.MissingError as error:
+        out.send(str(error))
 
 
-def _fast_litellm(keys: int, out: Any) -> None:
-    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
-    try:
-        module = importlib.import_module("fast_litellm")
-    except ImportError:
-        out.put(None)
-        return
-    out.put(_fill(module.SimpleRateLimiter(60), keys))
-
-
-def run(*, keys: int = KEYS) -> dict[str, float | None]:
-    """Bytes a key by contender, each in a fresh process; None where it is not installed."""
+def run(settings: Settings) -> Result:
+    """Measure, each contender in a fresh process."""
+    result = asked(__doc__)
     context = multiprocessing.get_context("spawn")
-    found: dict[str, float | None] = {}
-    for name, target in (("ours", _ours), ("fast-litellm", _fast_litellm)):
-        queue = context.Queue()
-        child = context.Process(target=target, args=(keys, queue))
-        child.start()
-        total = queue.get(timeout=300)
-        child.join()
-        found[name] = None if total is None else total / keys
-    return found
-
-
-def show(result: dict[str, float | None]) -> None:
-    """Print what run() found."""
-    for name, value in result.items():
-        shown = "not installed, not measured" if value is None else f"{value:8.1f} bytes a key"
-        print(f"{name:28} {shown}")
-    ours, peer = result["ours"], result["fast-litellm"]
-    if ours and peer:
-        verdict = "reached" if peer / ours >= TARGET else "NOT REACHED"
-        print(f"fast-litellm / ours {peer / ours:6.2f}x  target {TARGET:g}x  {verdict}")
-
-
-if __name__ == "__main__":
-    show(run())
+    tries = settings.pick(3, 1)
+    for each in peers.contenders(keyed=True):
+        keys = FEWER.get(each.name, KEYS)
+        if settings.quick and each.name not in TARGET:
+            keys //= 4
+        found: list[float] = []
+        for _ in range(tries):
+            mine, theirs = context.Pipe(duplex=False)
+            child = context.Process(target=_child, args=(theirs, each.name, keys), daemon=True)
+            child.start()
+            theirs.close()
+            answer = mine.recv() if mine.poll(PATIENCE) else "did not end in time"
+            child.join(10)
+            if isinstance(answer, str):
+                result.missing[each.name] = answer
+                break
+            found.append(answer)
+        if found:
+            notes: dict[str, str | float] = {"keys": f"{keys:,}"}
+            result.rows.append(
+                Row(each.name, "bytes", Values(found), each.who, "memory", notes=notes)
+            )
+    result.ratios.append(
+        ratio(result.rows, "fast-litellm", "ours", 42.0, promise="bytes a key, `SimpleRateLimiter`")
+    )
+    result.plots.append(
+        Plot("bytes_per_key", "bars", "Memory of one key", ("memory",), "bytes a key")
+    )
+    return result

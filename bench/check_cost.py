@@ -1,80 +1,118 @@
-"""What does one admitted check of a hot key cost, beside its peers?
+"""What does one admitted check of a hot key cost, beside every peer and beside the floor in C?
 
-All in one process, interleaved. The peers' state is private to the process; ours is shared.
+Each in a process of its own, one after the other in each round. Only the contenders marked
+“shared” hold over processes; the state of the others is private to the process. The floor is a C
+program: the system's clock and one compare-and-swap, beside the same check without Python.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
-from typing import Any
+import pathlib
+import shutil
+import subprocess
 
-from bench.timing import Timed, interleaved, loop_of
-from fast_litellm_shm import Limit, RateLimiter, Segment
+from bench import peers
+from bench.apart import interleaved_apart
+from bench.result import OURS, REFERENCE, Plot, Result, Row, Settings, Values, asked, ratio
+from fast_litellm_shm import Limit, RateLimiter
 
-HUGE = 10**9
-
-
-def contenders(segment: Segment) -> tuple[dict[str, Any], list[str]]:
-    """Callables by name, and the peers that are not installed."""
-    ours = RateLimiter(Limit(HUGE, per=1), name="bench", segment=segment)
-    calls: dict[str, Any] = {
-        "ours is_allowed": ours.is_allowed,
-        "ours check": ours.check,
-        "ours acquire": ours.acquire,
-    }
-    missing = []
-    try:
-        os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
-        fast = importlib.import_module("fast_litellm").SimpleRateLimiter(HUGE)
-        calls["fast-litellm is_allowed"] = fast.is_allowed
-        calls["fast-litellm check"] = fast.check
-    except ImportError:
-        missing.append("fast-litellm")
-    try:
-        rust = importlib.import_module("rust_py_rate_limit")
-        calls["rust-py-rate-limit allow"] = rust.RateLimiter(limit=HUGE, window_seconds=1).allow
-    except ImportError:
-        missing.append("rust-py-rate-limit")
-    return calls, missing
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+GROUP, C_GROUP = "hot key", "hot key, in C"
 
 
-def run(*, calls: int = 20_000, rounds: int = 41) -> dict[str, Any]:
-    """Measure; returns rows and ratios. fast-litellm honours its own rate for one key only,
-    "default", so the hot key is that one, for everybody."""
-    segment = Segment(f"bench-{os.getpid()}")
-    try:
-        found, missing = contenders(segment)
-        hot = interleaved(
-            {name: loop_of(call, ["default"] * 100) for name, call in found.items()},
-            calls=calls,
-            rounds=rounds,
-        )
-    finally:
-        segment.remove()
-    ns = {row.name: row.median for row in hot}
-    ratios = {}
-    for ours, peer, target in (
-        ("ours is_allowed", "fast-litellm is_allowed", 8.0),
-        ("ours check", "fast-litellm check", 5.0),
-        ("ours is_allowed", "rust-py-rate-limit allow", 2.0),
+def in_c(settings: Settings, folder: str) -> list[Row]:
+    """The rows of floor.c. MissingError where it cannot be compiled."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        raise peers.MissingError("there is no C compiler here")
+    program = os.path.join(folder, "floor")
+    flags = (ROOT / "csrc" / "cflags").read_text(encoding="utf-8").split()
+    source = ["-I", str(ROOT / "csrc"), str(ROOT / "bench" / "floor.c"), "-o", program, "-pthread"]
+    made = subprocess.run([compiler, *flags, *source], capture_output=True, text=True, check=False)
+    if made.returncode:
+        raise peers.MissingError(f"floor.c does not compile: {made.stderr.strip()[:200]}")
+    arguments = [str(settings.rounds), str(settings.pick(100_000, 20_000))]
+    out = subprocess.run(
+        [program, *arguments, f"bench-floor-{os.getpid()}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    names = (
+        ("C: the clock alone", REFERENCE),
+        ("C: clock + one swap", REFERENCE),
+        ("C: fshm_is_allowed", OURS),
+    )
+    columns = zip(*(map(float, line.split()) for line in out.splitlines()), strict=True)
+    return [
+        Row(name, "ns", Values(values), who, C_GROUP)
+        for (name, who), values in zip(names, columns, strict=True)
+    ]
+
+
+def _ours(place: peers.Place) -> RateLimiter:
+    return RateLimiter(Limit(peers.HUGE, per=1), name="bench", segment=place.segment())
+
+
+def _nothing(key: str) -> bool:
+    return True
+
+
+def run(settings: Settings) -> Result:
+    """Measure."""
+    result = asked(__doc__)
+    with peers.Place() as place:
+        openers, result.missing = peers.started(place, peers.contenders(), peers.HUGE, 1)
+        del openers["ours"]
+        named: dict[str, peers.Open] = {
+            "ours is_allowed": lambda: _ours(place).is_allowed,
+            "ours check": lambda: _ours(place).check,
+            "ours acquire": lambda: _ours(place).acquire,
+            "a Python function that does nothing": lambda: _nothing,
+        }
+        if "fast-litellm" in openers:
+            fast = peers.need("fast_litellm")
+            named["fast-litellm check"] = lambda: fast.SimpleRateLimiter(peers.HUGE).check
+        who = {name: peers.contender(name).who for name in openers}
+        for name, found in interleaved_apart(named | openers, [peers.HOT] * 100, settings).items():
+            owner = who.get(name) or (
+                OURS
+                if name.startswith("ours")
+                else "fast-litellm"
+                if name.startswith("fast-litellm")
+                else REFERENCE
+            )
+            shared = owner == OURS or (name in who and peers.contender(name).shared)
+            notes: dict[str, str | float] = {"over processes": "shared" if shared else "private"}
+            result.rows.append(Row(name, "ns", found, owner, GROUP, notes=notes))
+        try:
+            result.rows += in_c(settings, place.folder)
+        except peers.MissingError as error:
+            result.missing["the floor in C"] = str(error)
+    for below, above, target, promise in (
+        ("ours is_allowed", "fast-litellm", 8.0, "`is_allowed(key)`, admitted"),
+        ("ours is_allowed", "rust-py-rate-limit", 2.0, "`is_allowed(key)`, admitted"),
+        ("ours check", "fast-litellm check", 5.0, "`check(key)` with its dict, admitted"),
     ):
-        if peer in ns:
-            ratios[f"{peer} / {ours}"] = (ns[peer] / ns[ours], target)
-    return {"rows": hot, "ratios": ratios, "missing": missing}
-
-
-def show(result: dict[str, Any]) -> None:
-    """Print what run() found."""
-    row: Timed
-    for row in result["rows"]:
-        print(f"{row.name:28} {row.median:8.1f} ns  ({row.low:.1f} to {row.high:.1f})")
-    for name, (ratio, target) in result["ratios"].items():
-        verdict = "reached" if ratio >= target else "NOT REACHED"
-        print(f"{name:52} {ratio:6.2f}x  target {target:g}x  {verdict}")
-    for peer in result["missing"]:
-        print(f"{peer}: not installed, not measured")
-
-
-if __name__ == "__main__":
-    show(run())
+        result.ratios.append(ratio(result.rows, above, below, target, promise=promise))
+    result.ratios.append(
+        ratio(
+            result.rows,
+            "C: fshm_is_allowed",
+            "C: clock + one swap",
+            2.0,
+            at_least=False,
+            promise="the C call against bare clock + one swap",
+        )
+    )
+    result.plots.append(
+        Plot(
+            "check_cost",
+            "bars",
+            "One admitted check of a hot key",
+            (GROUP, C_GROUP),
+            "nanoseconds a check",
+        )
+    )
+    return result

@@ -1,0 +1,74 @@
+"""What does a hit through PyPI's limits cost on shm://, beside memory:// and a Redis socket?
+
+Each strategy's hit(), admitted, over 100 keys with a limit that none of them meets. Redis keeps
+nothing on disk; memory:// counts for one process alone. Most of a hit on shm:// is limits' own.
+All in one process, interleaved.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from bench import peers
+from bench.result import OURS, Plot, Result, Row, Settings, asked, ratio
+from bench.timing import interleaved, loop_of
+
+KEYS = [f"10.0.0.{i}" for i in range(100)]
+LIMIT = 2000  # a minute, of each key: above what a run hits one within a minute
+TARGETS = {"memory://": 1.0, "Redis": 20.0}
+
+
+def _storages(limits: Any, place: peers.Place, result: Result) -> dict[str, Any]:
+    from fast_litellm_shm.integrations.limits import ShmStorage
+
+    make = limits.storage.storage_from_string
+    place.segment()
+    found = {"shm://": ShmStorage(f"shm://{place.segment_name}"), "memory://": make("memory://")}
+    try:
+        peers.need("redis")
+        found["Redis"] = make(f"redis+unix://{place.redis()}")
+    except peers.MissingError as error:
+        result.missing["Redis"] = str(error)
+    return found
+
+
+def run(settings: Settings) -> Result:
+    """Measure."""
+    result = asked(__doc__)
+    try:
+        limits = peers.need("limits")
+        peers.need("limits.aio.storage")  # what ours derives from
+    except peers.MissingError as error:
+        result.missing["limits"] = str(error)
+        return result
+    item = limits.RateLimitItemPerMinute(LIMIT)
+    with peers.Place(capacity=400_000) as place:
+        storages = _storages(limits, place, result)
+        for strategy, kind in limits.strategies.STRATEGIES.items():
+            for storage in storages.values():
+                storage.reset()
+            limiters = {f"{strategy} on {name}": kind(each) for name, each in storages.items()}
+            loops = {
+                name: loop_of(partial(limiter.hit, item), KEYS)
+                for name, limiter in limiters.items()
+            }
+            for name, found in interleaved(loops, settings).items():
+                where = name.rpartition(" on ")[2]
+                who = OURS if where == "shm://" else "limits"
+                result.rows.append(Row(name, "ns", found, who, strategy))
+                if not limiters[name].test(item, KEYS[0]):
+                    raise AssertionError(f"{name}: the limit was met, and denials were measured")
+            for where, target in TARGETS.items():
+                above, below = f"{strategy} on {where}", f"{strategy} on shm://"
+                result.ratios.append(ratio(result.rows, above, below, target))
+    result.plots.append(
+        Plot(
+            "limits_cost",
+            "bars",
+            "A hit through limits",
+            tuple(limits.strategies.STRATEGIES),
+            "nanoseconds a hit",
+        )
+    )
+    return result
