@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BUILD  ?= build
 
+CLANG  ?= clang
 AARCH64_CC ?= aarch64-linux-gnu-gcc
 QEMU       ?= qemu-aarch64
 
@@ -12,23 +13,54 @@ PIP         = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 C_SOURCES   = $(wildcard csrc/*.[ch]) csrc/cflags
 C_WARNINGS  = -Wall -Wextra
 C_TESTS     = $(patsubst tests/c/%.c,%,$(wildcard tests/c/*.c))
-C_FORMATTED = $(wildcard csrc/*.[ch] tests/c/*.[ch] tests/crash/*.[ch] examples/*.c)
+C_FORMATTED = $(wildcard csrc/*.[ch] $(patsubst %,tests/%/*.[ch],c c/faults crash hostile linear) bench/*.c examples/*.c)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-py test-c test-aarch64 lint format lib build bench clean
+.PHONY: help demo demo-litellm test c-programs environments test-cluster test-limits limits-upstream test-dashboard dashboard-page test-litellm test-py test-c test-aarch64 lint format lib build bench instructions scaling clean
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of"
-	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{printf "%-15s%s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-20s%s\n", $$1, $$2}'
 
 demo: $(VENV)/.demo ## see it: gunicorn with 4 workers and one limit; ends by itself, leaves nothing
 	@$(VENV)/bin/python examples/demo/run.py
 
+demo-litellm: $(VENV)/.litellm-proxy ## see it: LiteLLM's proxy with 4 workers, with the plugin and without; 1 to 2 minutes
+	@$(VENV)/bin/python examples/litellm_proxy/run.py
+
 test: test-c test-py ## run all tests: C, then Python
 
 test-py: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -n auto -q
+	$(VENV)/bin/python -m pytest -n auto -q $(patsubst %,--ignore=tests/%,browser cluster faults hostile litellm_proxy) # own targets
+
+test-cluster: $(VENV)/.test ## limits over many hosts, on real Redis and Valkey servers (apt-get install redis-server valkey-server iproute2)
+	$(VENV)/bin/python -m pytest -n 4 -q tests/cluster # most of it waits
+
+test-limits: ## run the tests of limits' own repository that are about storages against shm:// (fetched from PyPI)
+	@$(MAKE) --no-print-directory VENV=$(VENV)-limits limits-upstream
+
+limits-upstream: $(VENV)/.limits-tests
+	$(VENV)/bin/python tests/integrations_limits/upstream.py -q
+
+test-dashboard: ## run the page of fast-shm dashboard in headless Chromium
+	@command -v chromedriver >/dev/null || { echo "needs chromium: apt-get install chromium chromium-driver"; exit 1; }
+	@$(MAKE) --no-print-directory VENV=$(VENV)-dashboard dashboard-page
+
+dashboard-page: $(VENV)/.dashboard-tests
+	$(VENV)/bin/python -m pytest -q tests/browser
+
+test-litellm: $(VENV)/.test $(VENV)/.litellm-proxy ## run the plugin against LiteLLM's real proxy, 4 workers of either kind
+	$(VENV)/bin/python -m pytest -n 2 -q --dist loadscope tests/litellm_proxy
+	$(VENV)/bin/python -m pytest -q tests/integrations/test_litellm_calls.py # whose 429 and 503 are the proxy's own
+
+c-programs: $(C_TESTS:%=$(BUILD)/c/%)
+
+# What .ci/run needs, one after the other: each builds the extension in place. PYTHON_TOO: another one.
+environments: $(VENV)/.test $(VENV)/.lint $(VENV)/.litellm-proxy
+	@$(MAKE) --no-print-directory VENV=$(VENV)-limits $(VENV)-limits/.limits-tests
+	@$(MAKE) --no-print-directory VENV=$(VENV)-dashboard $(VENV)-dashboard/.dashboard-tests
+	$(if $(PYTHON_TOO),@$(MAKE) --no-print-directory PYTHON=$(PYTHON_TOO) VENV=.venv-3.13 .venv-3.13/.test)
 
 test-c: $(C_TESTS:%=run-c-%) ## run the C tests: each tests/c/*.c is a program
 
@@ -51,8 +83,20 @@ lib: $(BUILD)/libfast_shm.so ## build/libfast_shm.so, for any language; its head
 build: $(VENV)/.build ## dist/: the sdist, and the wheel for CPython 3.10 and later
 	$(VENV)/bin/python -m build
 
-bench: $(VENV)/.bench ## measure, beside the peers, in one run
-	$(VENV)/bin/python -m bench
+instructions: $(BUILD)/hot ## do the hot paths take more instructions than they did? INSTRUCTIONS=--renew
+	@command -v valgrind >/dev/null || { echo "needs valgrind: apt-get install valgrind"; exit 1; }
+	@$(PYTHON) -m bench.instructions $< $(firstword $(CC)) $(INSTRUCTIONS)
+
+# hot: the paths that are counted; run alone, it times them. line: what a cache line costs that two cores write.
+$(BUILD)/hot $(BUILD)/line: $(BUILD)/%: bench/%.c tests/c/check.h $(C_SOURCES)
+	@mkdir -p $(@D)
+	$(CC) @csrc/cflags $(C_WARNINGS) $(CFLAGS) -Icsrc $< -o $@ -pthread $(LDFLAGS)
+
+scaling: $(BUILD)/line $(VENV)-bench/.peers ## simulate one hot key on 2 to 128 cores; the tables and the plot of docs/scaling.md
+	$(VENV)-bench/bin/python -m bench.scaling $<
+
+bench: $(VENV)-bench/.peers ## measure beside the peers, in one run of 15 minutes; ARGS=--quick: in 2
+	env -u PYTHONDONTWRITEBYTECODE $(VENV)-bench/bin/python -m bench $(ARGS) # or each process compiles litellm anew
 
 clean: ## remove everything that was made here, .venv included
 	rm -rf $(BUILD) dist .venv .venv-* *.egg-info fast_litellm_shm/*.so
@@ -62,7 +106,7 @@ clean: ## remove everything that was made here, .venv included
 # Virtual environments. $(VENV)/.NAME: the package is installed there, editable, with the extra NAME.
 # Python sources are read where they are; the rest asks for a new installation when it changes.
 
-$(VENV)/.made:
+$(VENV)/.made $(VENV)-bench/.made:
 	@command -v $(PYTHON) >/dev/null || \
 	  { echo "there is no $(PYTHON): install Python 3.10 or later, or say make PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -72,13 +116,22 @@ $(VENV)/.made:
 	  { echo "$(PYTHON) lacks venv or its C headers: apt-get install python3-venv python3-dev"; exit 1; }
 	@command -v $(firstword $(CC)) >/dev/null || \
 	  { echo "there is no C compiler ($(CC)): install gcc or clang, or say make CC=..."; exit 1; }
-	@echo "making $(VENV)"
-	@$(PYTHON) -m venv $(VENV)
+	@echo "making $(@D)"
+	@$(PYTHON) -m venv $(@D)
 	@touch $@
 
 $(VENV)/.%: $(VENV)/.made $(C_SOURCES) csrc/build.py setup.py pyproject.toml
 	@echo "installing fast_litellm_shm and what '$*' needs into $(VENV)"
 	@$(PIP) install --editable '.[$*]'
+	@touch $@
+
+# The peers have one of their own: fast-litellm changes litellm wherever both are. Those that do not
+# install are named, here and in the report, and hold up nothing.
+$(VENV)-bench/.peers: $(VENV)-bench/.made $(C_SOURCES) csrc/build.py setup.py pyproject.toml
+	@echo "installing fast_litellm_shm and its peers into $(@D)"
+	@$(@D)/bin/python -m bench.installing
+	@command -v redis-server >/dev/null || \
+	  echo "MISSING: redis-server (apt-get install redis-server); the others are measured without it"
 	@touch $@
 
 # C
@@ -91,10 +144,10 @@ $(BUILD)/libfast_shm.so: $(C_SOURCES)
 
 $(BUILD)/c/%: tests/c/%.c $(wildcard tests/c/*.h) $(C_SOURCES)
 	@mkdir -p $(@D)
-	$(CC) @csrc/cflags $(C_WARNINGS) -Icsrc -Itests/c $< -o $@ -pthread $(LDFLAGS)
+	$(CC) @csrc/cflags $(C_WARNINGS) $(CFLAGS) -Icsrc -Itests/c $< -o $@ -pthread $(LDFLAGS)
 
 run-c-%: $(BUILD)/c/%
-	$<
+	$(RUN) $< $(ARGS)
 
 # Static, so that qemu needs no aarch64 system around it.
 $(BUILD)/aarch64/%: tests/c/%.c $(wildcard tests/c/*.h) $(C_SOURCES)
@@ -105,3 +158,6 @@ $(BUILD)/aarch64/%: tests/c/%.c $(wildcard tests/c/*.h) $(C_SOURCES)
 
 run-aarch64-%: $(BUILD)/aarch64/%
 	$(QEMU) $<
+
+# Proofs and tools, which nothing above needs.
+include tests/proof.mk tests/sanitize.mk

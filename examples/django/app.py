@@ -1,0 +1,32 @@
+"""A Django project, in one file, whose limits hold over all its workers.
+
+    gunicorn --workers 4 app:application
+    curl -i localhost:8000/
+
+In a project of your own it is the last line of wsgi.py that changes.
+"""
+
+import os
+
+from django.conf import settings
+from django.core.wsgi import get_wsgi_application
+from django.http import HttpRequest, HttpResponse
+from django.urls import path
+
+from fast_litellm_shm import Window
+from fast_litellm_shm.integrations.wsgi import RateLimitMiddleware, Rule, header
+
+settings.configure(ALLOWED_HOSTS=["*"], ROOT_URLCONF=__name__, SECRET_KEY="of an example")
+
+
+def index(request: HttpRequest) -> HttpResponse:
+    """Which worker answered."""
+    return HttpResponse(str(os.getpid()))
+
+
+urlpatterns = [path("", index), path("ready", index)]
+application = RateLimitMiddleware(
+    get_wsgi_application(),
+    name="django-example",
+    rules=[Rule(path="/ready"), Rule(Window(100, per=3600), key=header("X-Api-Key"))],
+)
