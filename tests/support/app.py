@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +13,10 @@ limiter = RateLimiter(Window(int(os.environ["APP_LIMIT"]), 3600), name="app")
 
 
 def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+    if environ["PATH_INFO"] == "/ready":
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return [str(os.getpid()).encode()]
+    time.sleep(0.001)  # meanwhile others take what comes in: one worker cannot serve it all
     allowed = limiter.acquire("everybody").allowed
     start_response(
         "200 OK" if allowed else "429 Too Many Requests", [("Content-Type", "text/plain")]

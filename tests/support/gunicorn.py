@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 START = 60.0  # seconds; a machine that needs more is broken
+WORKERS = 4
 
 
 class Server:
@@ -27,7 +28,7 @@ class Server:
             "gunicorn",
             "support.app:app",
             "--workers",
-            "4",
+            str(WORKERS),
             "--bind",
             f"unix:{self._socket}",
             "--log-level",
@@ -42,17 +43,17 @@ class Server:
         )
 
     def __enter__(self) -> Server:
-        end = time.monotonic() + START
-        while True:
+        """Ready: each of its workers has answered."""
+        end, seen = time.monotonic() + START, set[int]()
+        while len(seen) < WORKERS:
+            if self._process.poll() is not None or time.monotonic() > end:
+                self._stop()
+                raise AssertionError("gunicorn did not start")
             try:
-                with socket.socket(socket.AF_UNIX) as probe:
-                    probe.connect(self._socket)
-                return self
+                seen |= {pid for _, pid in self.ask(32, "/ready")}
             except OSError:
-                if self._process.poll() is not None or time.monotonic() > end:
-                    self._stop()
-                    raise AssertionError("gunicorn did not start") from None
-                time.sleep(0.05)
+                time.sleep(0.05)  # it does not listen yet: there is no event to wait for
+        return self
 
     def __exit__(
         self,
@@ -71,18 +72,18 @@ class Server:
                 self._process.kill()
             Path(self._socket).unlink(missing_ok=True)
 
-    def ask(self, count: int) -> list[tuple[int, int]]:
+    def ask(self, count: int, path: str = "/") -> list[tuple[int, int]]:
         """So many requests, each on its own connection: status, pid of the worker."""
         with ThreadPoolExecutor(8) as pool:
-            return list(pool.map(lambda _: self._ask_once(), range(count)))
+            return list(pool.map(lambda _: self._ask_once(path), range(count)))
 
-    def _ask_once(self) -> tuple[int, int]:
+    def _ask_once(self, path: str) -> tuple[int, int]:
         connection = http.client.HTTPConnection("localhost", timeout=START)
         connection.sock = socket.socket(socket.AF_UNIX)
         connection.sock.settimeout(START)
         try:
             connection.sock.connect(self._socket)
-            connection.request("GET", "/")
+            connection.request("GET", path)
             answer = connection.getresponse()
             return answer.status, int(answer.read())
         finally:
