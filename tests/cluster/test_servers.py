@@ -9,6 +9,7 @@ from contextlib import ExitStack
 import pytest
 from support import servers
 from support.fleet import PATIENCE, Fleet
+from support.flights import Flights
 
 from fast_litellm_shm import RateLimiter, Segment, Window
 from fast_litellm_shm.cluster import Cluster
@@ -67,13 +68,26 @@ def test_a_cluster_of_three_nodes(nodes: list[servers.Server], segment: Segment)
     assert limiter.acquire("key 1", 60) and limiter.acquire("key 29", 60)
 
 
+def test_permits_over_a_cluster_of_three_nodes(nodes: list[servers.Server]) -> None:
+    """A host is asked over the nodes' own bus to give back what another one lacks."""
+    url = f"redis+cluster://127.0.0.1:{nodes[0].port},127.0.0.1:{nodes[1].port}"
+    with Flights(url, 20, hosts=2, turns=None) as flights:
+        flights.want(10, 10, 0, 0)
+        flights.until(lambda: flights.total == 20, "one host has all")
+        flights.want(3, 0, 9, 8)
+        flights.until(lambda: flights.total == 20, "the other has nearly all")
+        flights.go_on()
+        assert flights.most() <= 20
+
+
 @pytest.fixture
 def watched() -> Iterator[tuple[servers.Server, servers.Server, servers.Server]]:
     """A master, its replica, and a Sentinel that watches them."""
     need("redis")
     ports = [servers.free_port() for _ in range(3)]
     with ExitStack() as stack:
-        master = stack.enter_context(servers.Server("redis", port=ports[0]))
+        at_once = ("--repl-diskless-sync-delay", "0")  # or a replica waits 5 s for others
+        master = stack.enter_context(servers.Server("redis", *at_once, port=ports[0]))
         replica = stack.enter_context(
             servers.Server("redis", "--replicaof", f"127.0.0.1 {ports[0]}", port=ports[1])
         )
@@ -115,6 +129,27 @@ def test_a_failover_by_sentinel(
         assert time.monotonic() < deadline, "nobody takes over"
         time.sleep(0.05)  # refused at once while nobody answers
     assert not limiter.acquire("key")
+
+
+def test_permits_after_a_failover(
+    watched: tuple[servers.Server, servers.Server, servers.Server],
+) -> None:
+    """Who holds permits goes on holding them, and the new master knows it."""
+    master, _, sentinel = watched
+    cluster = Cluster(
+        f"redis+sentinel://127.0.0.1:{sentinel.port}/limits/0", on_outage="deny", timeout=0.5
+    )
+    with Flights(cluster, 10, hosts=2, turns=None) as flights:
+        flights.want(5, 5, 0, 0)
+        flights.until(lambda: flights.total == 10, "one host has all")
+        with master.client() as client:
+            client.set("last", 1)
+            assert client.wait(1, 5000) == 1
+        master.kill()
+        flights.want(3, 3, 5, 5)
+        flights.until(lambda: flights.total == 10, "the other has what the first gave back")
+        flights.go_on()
+        assert flights.most() == 10
 
 
 def test_a_password(kind: str, segment: Segment) -> None:
