@@ -18,6 +18,7 @@ from fast_litellm_shm.native import ffi, lib
 Told = tuple[int, int, int, int, int]  # status, limit_index, remaining, retry_after_ns, reset_ns
 
 _NONE = (0, 0, 0, 0)
+_LARGEST = 2**52  # a cost that no limit of a server admits
 
 
 class Wallet:
@@ -75,6 +76,20 @@ class Wallet:
         """Have the next batch fetched, in a thread."""
         agent.refill(self, key_bytes(key), self.costs(cost))
 
+    def prepare(self, keys: Sequence[str | bytes], costs: int | Sequence[int]) -> None:
+        """Have batches fetched for all of these keys that the host cannot answer for, many in one
+        round trip. What was not granted (near a limit), and what is no cost, is left to ask()."""
+        each = costs if isinstance(costs, Sequence) else [costs] * len(keys)
+        due: dict[bytes, tuple[int, ...]] = {}
+        for key, cost in zip(keys, each, strict=True):
+            raw = key_bytes(key)
+            if raw in due or type(cost) is not int or not 0 < cost < _LARGEST:
+                continue
+            if not self.has(raw, cost):
+                due[raw] = self.costs(cost)
+        if len(due) > 1:
+            agent.fetch(self, due)
+
     # calls that the host cannot answer by itself
 
     def ask(self, op: int, key: str | bytes, cost: object) -> Told:
@@ -94,7 +109,7 @@ class Wallet:
         raise exceptions.ClusterError(f"limiter {self._shared.name!r}: no operation {op}")
 
     def _acquire(self, raw: bytes, costs: tuple[int, ...]) -> Told:
-        if any(each >= 2**52 for each in costs):
+        if any(each >= _LARGEST for each in costs):
             return (0, 0, 0, lib.FSHM_NEVER, 0)
         self.link.check()
         with self.asking.turn(raw) as (claimed, waited):

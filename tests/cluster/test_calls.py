@@ -7,6 +7,8 @@ import math
 import pickle
 import subprocess
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from support import servers
@@ -21,6 +23,7 @@ from fast_litellm_shm import (
     Window,
 )
 from fast_litellm_shm.cluster import Cluster
+from fast_litellm_shm.cluster.link import Link, Question
 
 HOUR = 3600
 
@@ -159,6 +162,29 @@ def test_acquire_many(hosts: list[RateLimiter]) -> None:
     assert batch.remaining.tolist() == [0, 99, 0]
     assert batch.retry_after[2] > HOUR - 1
     assert hosts[1].acquire_many(["c"], 101).retry_after.tolist() == [math.inf]
+
+
+def test_acquire_many_asks_for_many_keys_at_once(
+    hosts: list[RateLimiter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    call = Link.call
+
+    def counted(link: Link, requests: Sequence[Question]) -> list[Any]:
+        sizes.append(len(requests))
+        return call(link, requests)
+
+    monkeypatch.setattr(Link, "call", counted)
+    keys = [f"user {i}" for i in range(300)]
+    assert hosts[0].acquire_many(keys).allowed.all()
+    assert sizes == [200, 100]
+    # Of what is left of 100 the other host gets no batch that holds 60, and asks for each.
+    other = [hosts[1].acquire_many(keys[:3] + ["user 0"], 60).allowed.tolist() for _ in range(2)]
+    assert other == [[True, True, True, False], [False] * 4]
+    for bad in (-1, "1", None):
+        with pytest.raises((TypeError, ValueError), match="cost"):
+            hosts[0].acquire_many(["new", "newer"], [1, bad])  # type: ignore[list-item]
+    assert hosts[0].acquire_many(["a", "b"], [2**60, 1]).allowed.tolist() == [False, True]
 
 
 def test_wait(server: servers.Server, segment: Segment) -> None:
