@@ -112,7 +112,7 @@ def test_block(server: servers.Server, segment: Segment, other: Segment) -> None
     first.block("key", 60)
     for limiter in (first, second):
         denied = limiter.acquire("key")
-        assert not denied and 59 < (denied.retry_after or 0) <= 60
+        assert not denied and 50 < (denied.retry_after or 0) <= 60
     windows = RateLimiter(Window(9), name="windows", segment=segment, cluster=server.url)
     with pytest.raises(ValueError, match="none of its limits is a Limit"):
         windows.block("key", 1)
@@ -162,7 +162,7 @@ def test_acquire_many(hosts: list[RateLimiter]) -> None:
 
 
 def test_wait(server: servers.Server, segment: Segment) -> None:
-    limiter = RateLimiter(Window(2, 0.3), name="api", segment=segment, cluster=server.url)
+    limiter = RateLimiter(Window(2, 5), name="api", segment=segment, cluster=server.url)
     assert limiter.acquire("key", 2)
     assert not limiter.wait("key", timeout=0.0)
     assert not limiter.wait("key", 3, timeout=10)  # never
@@ -170,7 +170,7 @@ def test_wait(server: servers.Server, segment: Segment) -> None:
 
 
 def test_async_calls(server: servers.Server, segment: Segment) -> None:
-    limiter = RateLimiter(Window(20, 0.5), name="api", segment=segment, cluster=server.url)
+    limiter = RateLimiter(Window(20, 5), name="api", segment=segment, cluster=server.url)
 
     async def calls() -> int:
         found = await asyncio.gather(*(limiter.acquire_async("key") for _ in range(50)))
