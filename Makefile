@@ -35,8 +35,13 @@ demo-litellm: $(VENV)/.litellm-proxy ## see it: LiteLLM's proxy with 4 workers, 
 
 test: test-c test-py ## run all tests: C, then Python
 
+# What loads LiteLLM or encodings runs apart: a fork of a process that has them takes five times as long, and
+# the others fork a lot.
+LOADED = $(addprefix tests/,acceleration integrations test_encoding.py test_prices.py test_token_batch.py test_tokens.py)
+APART  = $(addprefix tests/,browser cluster faults hostile litellm_proxy) # have targets of their own
 test-py: $(VENV)/.test
-	$(PYTEST) -n auto $(patsubst %,--ignore=tests/%,browser cluster faults hostile litellm_proxy) # own targets
+	$(PYTEST) -n auto $(patsubst %,--ignore=%,$(APART) $(LOADED))
+	$(PYTEST) -n auto $(LOADED)
 
 test-cluster: $(VENV)/.test ## limits over many hosts, on real Redis and Valkey servers (apt-get install redis-server valkey-server iproute2)
 	$(PYTEST) -n 4 tests/cluster # most of it waits
