@@ -146,7 +146,9 @@ class Proxy:
             assert ended is None, f"the proxy ended: {ended}; its log:\n{self.log()[-4000:]}"
             return until()
 
-        said = lambda: f"{what}; the proxy's log:\n{self.log()[-4000:]}"  # noqa: E731
+        def said() -> str:
+            return f"{what}; the proxy's log:\n{self.log()[-4000:]}"
+
         return wait_until(said, looked, seconds=within, every=0.02)
 
     def wait_for_workers(self) -> None:

@@ -67,7 +67,8 @@ def ask_of_several(
             answers += send(count - first)
         finally:
             for pid in alone:
-                os.kill(pid, signal.SIGCONT)
+                with suppress(ProcessLookupError):  # uvicorn replaces who is silent for 5 s
+                    os.kill(pid, signal.SIGCONT)
     return answers
 
 
