@@ -450,6 +450,7 @@ def test_a_host_that_is_cut_off_and_joined_again(server: servers.Server) -> None
             assert sum(flights.held[:2]) == 6
             relay.join()
             have_told(server, 16)
+            time.sleep(3)  # it is back for all of them
             flights.want(3, 3, 0, 0)
             flights.until(lambda: flights.total == 6, "the others have released theirs")
             flights.want(3, 3, 20, 20)

@@ -36,7 +36,7 @@ def nodes(kind: str) -> Iterator[list[servers.Server]]:
         found = []
         for _ in range(3):
             port = servers.free_port() % 40_000 + 10_000  # its bus is at 10,000 more
-            options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000")
+            options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "60000")
             found.append(stack.enter_context(servers.Server(kind, *options, port=port)))
         for i, node in enumerate(found):
             with node.client() as client:
