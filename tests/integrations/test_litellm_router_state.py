@@ -29,7 +29,7 @@ from support.litellm_workers import (
     router,
 )
 
-from fast_litellm_shm.integrations.litellm import numbers
+from fast_litellm_shm.integrations.litellm import guard, numbers
 from fast_litellm_shm.integrations.litellm.router_state import RouterState
 
 # LiteLLM warns, of its own code and of event loops that it leaves open.
@@ -39,7 +39,9 @@ state = RouterState()
 
 
 @pytest.fixture(autouse=True)
-def _callbacks() -> Iterator[None]:
+def _as_if_new() -> Iterator[None]:
+    """No callbacks of another test's router are left, and no fault was told in this minute."""
+    guard.forget()
     yield
     for name in ("callbacks", "input_callback", "success_callback", "failure_callback"):
         setattr(litellm, name, [])
