@@ -344,6 +344,7 @@ def test_a_pass_through(served: Proxy, model: Any) -> None:
             json={"model": model, "messages": [{"role": "user", "content": "hello"}]},
             timeout=60,
             trust_env=False,
+            verify=False,
         ).status_code
 
     assert Counter(ask() for _ in range(8)) == {200: 3, 429: 5}
@@ -359,6 +360,7 @@ def _stream(
         json={"model": model, "stream": True, "messages": [{"role": "user", "content": text}]},
         timeout=60,
         trust_env=False,
+        verify=False,
     )
 
 
