@@ -49,10 +49,10 @@ def other(request: pytest.FixtureRequest) -> Segment:
 def test_acquire_tells_what_is_left_of_all_hosts(hosts: list[RateLimiter]) -> None:
     first = hosts[0].acquire("key", 60)
     assert first and first.remaining == 40 and first.retry_after == 0.0
-    assert HOUR - 1 < first.reset_after <= HOUR
+    assert HOUR - 60 < first.reset_after <= HOUR
     denied = hosts[1].acquire("key", 60)
     assert not denied and denied.remaining <= 40
-    assert HOUR - 1 < (denied.retry_after or 0) <= HOUR and denied.limit == Window(100, HOUR)
+    assert HOUR - 60 < (denied.retry_after or 0) <= HOUR and denied.limit == Window(100, HOUR)
     assert denied.limit_index == 0
 
 
@@ -85,7 +85,7 @@ def test_check_and_is_allowed_and_remaining(hosts: list[RateLimiter]) -> None:
     assert hosts[0].acquire("key", 98)
     denied = hosts[0].check("key")
     assert not denied["allowed"] and denied["reason"].startswith("Rate limit exceeded")
-    assert HOUR * 1000 - 1000 < denied["retry_after_ms"] <= HOUR * 1000
+    assert HOUR * 1000 - 60_000 < denied["retry_after_ms"] <= HOUR * 1000
     assert hosts[0].is_allowed() and hosts[0].is_allowed(None)  # the key "default"
 
 
@@ -115,7 +115,7 @@ def test_block(server: servers.Server, segment: Segment, other: Segment) -> None
     first.block("key", 60)
     for limiter in (first, second):
         denied = limiter.acquire("key")
-        assert not denied and 59 < (denied.retry_after or 0) <= 60
+        assert not denied and 50 < (denied.retry_after or 0) <= 60
     windows = RateLimiter(Window(9), name="windows", segment=segment, cluster=server.url)
     with pytest.raises(ValueError, match="none of its limits is a Limit"):
         windows.block("key", 1)
@@ -160,7 +160,7 @@ def test_acquire_many(hosts: list[RateLimiter]) -> None:
     batch = hosts[0].acquire_many(["a", "b", "a"], [100, 1, 1])
     assert batch.allowed.tolist() == [True, True, False]
     assert batch.remaining.tolist() == [0, 99, 0]
-    assert batch.retry_after[2] > HOUR - 1
+    assert batch.retry_after[2] > HOUR - 60
     assert hosts[1].acquire_many(["c"], 101).retry_after.tolist() == [math.inf]
 
 
@@ -188,7 +188,7 @@ def test_acquire_many_asks_for_many_keys_at_once(
 
 
 def test_wait(server: servers.Server, segment: Segment) -> None:
-    limiter = RateLimiter(Window(2, 0.3), name="api", segment=segment, cluster=server.url)
+    limiter = RateLimiter(Window(2, 5), name="api", segment=segment, cluster=server.url)
     assert limiter.acquire("key", 2)
     assert not limiter.wait("key", timeout=0.0)
     assert not limiter.wait("key", 3, timeout=10)  # never
@@ -196,7 +196,7 @@ def test_wait(server: servers.Server, segment: Segment) -> None:
 
 
 def test_async_calls(server: servers.Server, segment: Segment) -> None:
-    limiter = RateLimiter(Window(20, 0.5), name="api", segment=segment, cluster=server.url)
+    limiter = RateLimiter(Window(20, 5), name="api", segment=segment, cluster=server.url)
 
     async def calls() -> int:
         found = await asyncio.gather(*(limiter.acquire_async("key") for _ in range(50)))
