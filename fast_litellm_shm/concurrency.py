@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -105,16 +105,13 @@ class ConcurrencyLimiter:
     async def acquire_async(self, key: str | bytes) -> Permit:
         """acquire() for asyncio: where the limit is that of many hosts and the server must be
         asked, that is done in a thread; else it is acquire()."""
-        if self._leases is None or self._leases.answers(key_bytes(key)):
+        if self._leases is None:
             permit: Permit = self.acquire(key)
             return permit
-        asked: Future[Permit] = _executor().submit(self.acquire, key)
-        try:
-            return await asyncio.wrap_future(asked)
-        except asyncio.CancelledError:  # the thread goes on: what it takes is nobody's
-            if not asked.cancel():
-                asked.add_done_callback(_release)
-            raise
+        from fast_litellm_shm.cluster.loops import off_loop
+
+        taken: Permit = await off_loop(lambda: self.acquire(key), lambda late: late.release())
+        return taken
 
     @property
     def name(self) -> str:
@@ -239,11 +236,6 @@ def _rebuild(
     limiter = cls.__new__(cls)
     limiter._open(limits.InFlight(max_in_flight), name, segment, cluster, keep=True)
     return limiter
-
-
-def _release(asked: Future[Permit]) -> None:
-    if not asked.cancelled() and asked.exception() is None:
-        asked.result().release()
 
 
 def release_process(segment: Segment, pid: int) -> int:

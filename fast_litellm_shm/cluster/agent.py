@@ -1,9 +1,10 @@
-"""The threads of a process that talk to the server unasked: batches before they run out, and, in
-the one process that leads the host, what other hosts want back."""
+"""The threads of a process that talk to the server unasked: batches before they run out, what calls
+have used beside that, and, in the one process that leads the host, what other hosts want back."""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import queue
 import random
@@ -12,6 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fast_litellm_shm.cluster import link as links
+from fast_litellm_shm.cluster.booking import Booking
 from fast_litellm_shm.handle import SharedLimits
 from fast_litellm_shm.inspection import LEASED, NOTE
 from fast_litellm_shm.limits import Granted
@@ -74,14 +76,18 @@ class Agent:
         self._leases: dict[bytes, Leases] = {}
         self._due: queue.SimpleQueue[tuple[Wallet, bytes, tuple[int, ...]] | None]
         self._due = queue.SimpleQueue()
-        link.on_lost = lambda: self._due.put(None)  # to be tried, until it is back
+        link.on_lost = self._wake  # to be tried, until it is back
+        self.booking = Booking(link, self._wake)
         self._busy = threading.Lock()
         for work in (self._refill, self._lead):
             threading.Thread(
                 target=work, name=f"fast-shm-cluster{work.__name__}", daemon=True
             ).start()
 
-    # batches before they run out
+    # batches before they run out, and what is to be booked
+
+    def _wake(self) -> None:
+        self._due.put(None)
 
     def refill(self, wallet: Wallet, raw: bytes, costs: tuple[int, ...]) -> None:
         self._due.put((wallet, raw, costs))
@@ -97,15 +103,18 @@ class Agent:
             due = [each for each in got if each is not None]
             try:
                 with self._busy:
+                    self.booking.tell()
                     self._ask_ahead({(id(each[0]), each[1]): each for each in due}.values())
             except links.AwayError:
                 pass  # who finds the wallet empty goes by the policy
             except Exception:
-                links._log.exception("refilling in advance failed")
+                links._log.exception("booking, or refilling in advance, failed")
 
     def finish(self) -> None:
-        """Let no batch be lost that is on its way: a process that ends takes its threads along."""
+        """Let nothing be lost that is on its way: a process that ends takes its threads along."""
         self._busy.acquire(timeout=2 * self.link.cluster.timeout)
+        with contextlib.suppress(links.AwayError):
+            self.booking.tell()
 
     def _ask_ahead(self, due: Any) -> None:
         asked = []

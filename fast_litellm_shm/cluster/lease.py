@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fast_litellm_shm import limits
-from fast_litellm_shm.cluster import agent, beat, link, permits
+from fast_litellm_shm.cluster import agent, beat, link, loops, permits
 from fast_litellm_shm.cluster.asking import Asking, open_limiter
 from fast_litellm_shm.cluster.settings import Cluster, check_library
 from fast_litellm_shm.handle import SharedLimits, key_bytes
@@ -98,6 +98,7 @@ class Leases:
             return _NO_ROOM  # in the segment: what the server granted could not be put in
         try:
             self.link.check()
+            loops.may_wait()
             with self._asking.turn(raw) as (_, waited):
                 # Somebody else has asked meanwhile. (After some tries: others take what it got.)
                 if waited and tries < _TRIES and self.answers(raw):
