@@ -163,9 +163,7 @@ class Quota:
         self._ones = (1,) * len(names)
         self._rest = self._ones[self._tpm + 1 :]
         self._parts: Parts | None = None
-        if _here:
-            settings.warn_not_shared("this quota")
-        elif cluster is not None or settings.cluster_url() is not None:
+        if not _here and (cluster is not None or settings.cluster_url() is not None):
             self._join(tuple(found), name, segment, on_full, cluster)
         if self._parts is None:
             self._shared = SharedLimits(tuple(found), name=name, segment=segment, on_full=on_full)

@@ -166,7 +166,7 @@ class Parts:
 
     def _ends(self, key: str | bytes) -> list[int]:
         """Of each rate, when its window is over, as the server has said. 0 while it is away: what
-        a host admits by itself then was not granted to it, so that there is nothing to give back."""
+        a host admits by itself then was not granted to it, so there is nothing to give back."""
         assert self.rates is not None and self.rates._wallet is not None
         if self.rates._wallet.link.away is not None:
             return [0] * self._count

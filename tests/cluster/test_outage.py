@@ -12,6 +12,7 @@ from support.fleet import PATIENCE, Fleet
 
 from fast_litellm_shm import Limit, RateLimiter, Segment, Window
 from fast_litellm_shm.cluster import Cluster, agent
+from fast_litellm_shm.native import ffi, lib
 
 HOUR = 3600
 
@@ -88,8 +89,16 @@ def test_local_denies_what_is_known_to_be_used(server: servers.Server, segment: 
     assert exhausted(limiter, "key") == 100
     until(lambda: agent.hosts(segment) == 1, "the leader has told how many hosts there are")
     server.kill()
-    until(lambda: limiter._wallet is not None and not limiter._wallet._is_refused(b"key"), "calm")
+    until(lambda: not refused_ns(limiter, b"key"), "calm")
     assert exhausted(limiter, "key") == 0
+
+
+def refused_ns(limiter: RateLimiter, key: bytes) -> int:
+    """For how long it is remembered that the key was refused."""
+    assert limiter._wallet is not None
+    left, ns = ffi.new("uint64_t[4]"), ffi.new("uint64_t[4]")
+    lib.fshm_wallet_look(limiter._wallet._refused, key, len(key), 0, 0, left, ns)
+    return int(ns[0])
 
 
 def test_a_host_that_never_saw_the_server_denies(segment: Segment) -> None:

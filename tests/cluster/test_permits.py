@@ -26,13 +26,6 @@ MOST = 100
 
 
 @pytest.fixture
-def other(request: pytest.FixtureRequest) -> Segment:
-    name = unique_name("other")
-    request.addfinalizer(lambda: remove(name))
-    return Segment(name, capacity=1000)
-
-
-@pytest.fixture
 def hosts(
     server: servers.Server, segment: Segment, other: Segment
 ) -> tuple[ConcurrencyLimiter, ConcurrencyLimiter]:
