@@ -63,7 +63,8 @@ def test_each_limit_holds_over_all_hosts(hosts: tuple[Quota, Quota]) -> None:
     assert 50 < (denials[-1].retry_after or 0) <= 60
     assert first.in_flight("key") == 1  # it has given its permit back
     left = {"rpm": 7, "tpm": 700, "max_parallel": 2}
-    # Whoever is denied has the others asked, again and again: one that has just begun may not listen.
+    # Whoever is denied has the others asked, again and again: one that has just begun may not
+    # listen.
     until(
         lambda: not first.admit("key", 800) and first.remaining("key") == left,
         "what the other was granted has come back",
