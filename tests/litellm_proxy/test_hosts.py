@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 import httpx
@@ -66,9 +67,13 @@ def permits(host: Proxy) -> int:
     return sum(each.pid is not None for each in Inspection(host.opened()).permits())
 
 
+def none_held(host: Proxy) -> bool:
+    return permits(host) == 0
+
+
 def no_permits(hosts: list[Proxy]) -> None:
     for host in hosts:
-        host.wait(lambda host=host: permits(host) == 0, "all slots are back")
+        host.wait(partial(none_held, host), "all slots are back")
 
 
 def admits_exactly(hosts: list[Proxy], n: int, key: str, **options: Any) -> None:
