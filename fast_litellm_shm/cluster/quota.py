@@ -104,8 +104,14 @@ class Parts:
     def _charge(self, key: str | bytes, costs: tuple[int, ...]) -> tuple[Decision, list[int]]:
         """And of each rate, when the window is over that was charged: segment time, ns."""
         assert self.rates is not None
+        before = int(lib.fshm_now(self.segment._handle))
         decision = self.rates.acquire(key, costs[: self._count])
-        return decision, self._ends(key) if decision else []
+        if not decision:
+            return decision, []
+        # What is known may be of the next window by now: of the one that was charged, the decision
+        # tells. (In seconds: the last digit is not to be trusted.)
+        last = before + int(decision.reset_after * 1e9) - 1000
+        return decision, [min(end, last) for end in self._ends(key)]
 
     def _of_permit(self, permit: Permit | None) -> Granted:
         """It denies, or there are no rates."""
