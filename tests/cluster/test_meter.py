@@ -347,7 +347,26 @@ def test_the_worst_hosts(meter: Meter, kind: str, late: int) -> None:
         world.spend(a)
         world.exhaust(b)
 
-    for scenario in (last_instant, give_back, give_back_late, keep):
+    def undone(world: World, a: Host, b: Host) -> None:
+        world.exhaust(a)
+        world.at += pause
+        world.undo(a)
+        world.wait(a)
+        world.spend(a)  # at the last instant
+        world.exhaust(b)
+
+    def undone_and_given_back(world: World, a: Host, b: Host) -> None:
+        world.exhaust(a)
+        world.undo(a)
+        world.give(a, pause)
+        world.exhaust(b)
+        world.undo(a)
+        world.exhaust(b)
+
+    scenarios = [last_instant, give_back, give_back_late, keep]
+    if kind == "window":
+        scenarios += [undone, undone_and_given_back]
+    for scenario in scenarios:
         world = World(meter, limit, 10)
         scenario(world, world.hosts[0], world.hosts[1])
         check_bound(world, kind, burst)
