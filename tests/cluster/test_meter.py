@@ -355,6 +355,14 @@ def test_the_worst_hosts(meter: Meter, kind: str, late: int) -> None:
         world.spend(a)  # at the last instant
         world.exhaust(b)
 
+    def undone_too_late(world: World, a: Host, b: Host) -> None:
+        world.exhaust(a)
+        end = world.calls[a.name][0][1]
+        world.undo(a)
+        world.at = max(world.at, end)
+        world.exhaust(b)
+        world.spend(a)
+
     def undone_and_given_back(world: World, a: Host, b: Host) -> None:
         world.exhaust(a)
         world.undo(a)
@@ -365,7 +373,7 @@ def test_the_worst_hosts(meter: Meter, kind: str, late: int) -> None:
 
     scenarios = [last_instant, give_back, give_back_late, keep]
     if kind == "window":
-        scenarios += [undone, undone_and_given_back]
+        scenarios += [undone, undone_too_late, undone_and_given_back]
     for scenario in scenarios:
         world = World(meter, limit, 10)
         scenario(world, world.hosts[0], world.hosts[1])
