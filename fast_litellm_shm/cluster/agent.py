@@ -13,6 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fast_litellm_shm.cluster import link as links
+from fast_litellm_shm.cluster.beat import renew
 from fast_litellm_shm.cluster.booking import Booking
 from fast_litellm_shm.handle import SharedLimits
 from fast_litellm_shm.inspection import LEASED, NOTE
@@ -160,6 +161,8 @@ class Agent:
                 if now >= due:
                     _keep_hosts(self.link.segment, int(beat([hosts_key], [self.link.host])))
                     due = now + _BEAT * random.uniform(0.9, 1.1)
+                    if self.link.away is None:
+                        renew(self.link, self._leases_of)
                 message = inbox.get_message(timeout=min(max(due - now, 0.0), 0.5))
                 if message is not None:
                     self._give_back(message["data"])
