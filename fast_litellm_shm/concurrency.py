@@ -74,9 +74,10 @@ class ConcurrencyLimiter:
         name: str,
         segment: Segment | None = None,
         cluster: Cluster | str | None = None,
+        _shown: str | None = None,
     ) -> None:
         limit = limits.in_flight("ConcurrencyLimiter", "max_in_flight", max_in_flight)
-        self._open(limit, name, segment, cluster, keep=False)
+        self._open(limit, name, segment, cluster, keep=False, shown=_shown)
 
     def _open(
         self,
@@ -85,8 +86,10 @@ class ConcurrencyLimiter:
         segment: Segment | None,
         cluster: Cluster | str | None,
         keep: bool,
+        shown: str | None = None,
     ) -> None:
         given: dict[str, Any] = {"name": name, "segment": segment, "on_full": "deny", "keep": keep}
+        given["shown"] = shown
         found = None
         if cluster is not None or settings.cluster_url() is not None:
             from fast_litellm_shm.cluster import settings as cluster_settings

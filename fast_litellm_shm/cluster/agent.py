@@ -185,6 +185,9 @@ class Agent:
             request, _ = wallet.request("give", raw, (0,) * len(taken), taken)
             self.link.call([request])
 
+    # Wallets and leases have an agent, and the agent of a leader has those that others use: so it
+    # imports them when it needs them.
+
     def _wallet_of(self, limiter: bytes) -> Wallet | None:
         from fast_litellm_shm.cluster.wallet import Wallet
 

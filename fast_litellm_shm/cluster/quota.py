@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fast_litellm_shm.cluster.asking import MOST_NAME
 from fast_litellm_shm.cluster.loops import off_loop
 from fast_litellm_shm.cluster.settings import Cluster
 from fast_litellm_shm.concurrency import ConcurrencyLimiter
@@ -53,6 +54,13 @@ class Parts:
     ) -> None:
         rates = [each for each in found if not isinstance(each, InFlight)]
         most = found[-1].n if isinstance(found[-1], InFlight) else None
+        if rates and most is not None and isinstance(name, str):
+            room = MOST_NAME - len(_PARALLEL)
+            if len(name.encode("utf-8", "surrogatepass")) > room:
+                raise ValueError(
+                    f"name must be at most {room} bytes for rates and max_parallel over many "
+                    f"hosts, not {name!r}"
+                )
         self.rates = self.permits = None
         if rates:
             self.rates = RateLimiter(
@@ -60,7 +68,9 @@ class Parts:
             )
         if most is not None:
             own = name + _PARALLEL if rates else name
-            self.permits = ConcurrencyLimiter(most, name=own, segment=segment, cluster=cluster)
+            self.permits = ConcurrencyLimiter(
+                most, name=own, segment=segment, cluster=cluster, _shown=name
+            )
         self._count = len(rates)
 
     @property

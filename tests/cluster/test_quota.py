@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support import servers
 
-from fast_litellm_shm import Quota, Segment
+from fast_litellm_shm import ConcurrencyLimiter, Quota, Segment
 from fast_litellm_shm.quota import Admission
 
 
@@ -112,6 +112,16 @@ def test_one_limit_alone(
     assert hosts[1].remaining("key") == {next(iter(given)): 1 if "max_parallel" in given else 0}
     for admission in held:
         assert admission.release()
+
+
+def test_errors_have_the_name_that_was_given(server: servers.Server, segment: Segment) -> None:
+    for size in (76, 86, 96):
+        with pytest.raises(ValueError, match=f"at most 75 bytes .*not '{'n' * size}'$"):
+            Quota(rpm=1, max_parallel=1, name="n" * size, segment=segment, cluster=server.url)
+    Quota(rpm=1, max_parallel=1, name="n" * 75, segment=segment, cluster=server.url)
+    with Quota(rpm=1, max_parallel=1, name="q", segment=segment, cluster=server.url).admit("k"):
+        other = ConcurrencyLimiter(1, name="q (parallel)", segment=segment, cluster=server.url)
+        assert other.name == "q (parallel)" and not other.acquire("k")
 
 
 def test_pickle_and_the_variable(
