@@ -17,7 +17,7 @@ _asking: ThreadPoolExecutor | None = None
 _this = threading.local()
 
 
-class MustAskError(Exception):
+class MustAskError(BlockingIOError):  # as such the native part knows it: it is no failure
     """The call has to ask the server, and is one that may not wait here."""
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import multiprocessing
+import pathlib
 import random
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from support import servers
 from support.names import remove, unique_name
 from support.permits import most_at_once
 
-from fast_litellm_shm import Quota, Segment
+from fast_litellm_shm import Quota, Segment, monitoring
 from fast_litellm_shm.cluster import Cluster, agent
 from fast_litellm_shm.quota import Admission
 
@@ -200,6 +201,26 @@ def test_the_loop_goes_on_while_the_server_is_asked(
                 assert admission and quota.in_flight("key") + quota.in_flight("another") == 1
 
     asyncio.run(scenario())
+
+
+def test_a_call_that_asks_counts_once(
+    server: servers.Server,
+    segment: Segment,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In what people look at: it is made again in a thread, and has not failed before."""
+    (tmp_path / "c.json").write_text('{"monitoring": {"sample_rate": 1}}')
+    monkeypatch.setenv("FAST_LITELLM_FEATURE_CONFIG", str(tmp_path / "c.json"))
+    quota = Quota(rpm=1, name="api", segment=segment, cluster=server.url)
+
+    async def scenario() -> None:
+        for i in range(5):
+            assert await quota.admit_async(f"key {i}")
+
+    asyncio.run(scenario())
+    found = monitoring.segment_stats(segment, "rate_limiter")["rate_limiter"]
+    assert (found["total_calls"], found["error_count"]) == (5, 0)
 
 
 def test_what_is_done_after_it_asks_nobody(
