@@ -9,11 +9,15 @@ CLANG  ?= clang
 AARCH64_CC ?= aarch64-linux-gnu-gcc
 QEMU       ?= qemu-aarch64
 
+# PYTEST_ARGS: more for every run of the tests, as .ci/run has.
+PYTEST      = $(VENV)/bin/python -m pytest -q $(PYTEST_ARGS)
 PIP         = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 C_SOURCES   = $(wildcard csrc/*.[ch]) csrc/cflags
 C_WARNINGS  = -Wall -Wextra
 C_TESTS     = $(patsubst tests/c/%.c,%,$(wildcard tests/c/*.c))
 C_FORMATTED = $(wildcard csrc/*.[ch] $(patsubst %,tests/%/*.[ch],c c/faults crash hostile linear) bench/*.c examples/*.c)
+
+comma := ,
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -31,11 +35,16 @@ demo-litellm: $(VENV)/.litellm-proxy ## see it: LiteLLM's proxy with 4 workers, 
 
 test: test-c test-py ## run all tests: C, then Python
 
+# What loads LiteLLM or encodings runs apart: a fork of a process that has them takes five times as long, and
+# the others fork a lot.
+LOADED = $(addprefix tests/,acceleration integrations test_encoding.py test_prices.py test_token_batch.py test_tokens.py)
+APART  = $(addprefix tests/,browser cluster faults hostile litellm_proxy) # have targets of their own
 test-py: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -n auto -q $(patsubst %,--ignore=tests/%,browser cluster faults hostile litellm_proxy) # own targets
+	$(PYTEST) -n auto $(patsubst %,--ignore=%,$(APART) $(LOADED))
+	$(PYTEST) -n auto $(LOADED)
 
 test-cluster: $(VENV)/.test ## limits over many hosts, on real Redis and Valkey servers (apt-get install redis-server valkey-server iproute2)
-	$(VENV)/bin/python -m pytest -n 4 -q tests/cluster # most of it waits
+	$(PYTEST) -n 4 tests/cluster # most of it waits
 
 test-limits: ## run the tests of limits' own repository that are about storages against shm:// (fetched from PyPI)
 	@$(MAKE) --no-print-directory VENV=$(VENV)-limits limits-upstream
@@ -45,21 +54,23 @@ limits-upstream: $(VENV)/.limits-tests
 
 test-dashboard: ## run the page of fast-shm dashboard in headless Chromium
 	@command -v chromedriver >/dev/null || { echo "needs chromium: apt-get install chromium chromium-driver"; exit 1; }
-	@$(MAKE) --no-print-directory VENV=$(VENV)-dashboard dashboard-page
+	@$(MAKE) --no-print-directory VENV=$(DASHBOARD) dashboard-page
 
 dashboard-page: $(VENV)/.dashboard-tests
-	$(VENV)/bin/python -m pytest -q tests/browser
+	$(PYTEST) tests/browser
 
 test-litellm: $(VENV)/.test $(VENV)/.litellm-proxy ## run the plugin against LiteLLM's real proxy, 4 workers of either kind
-	$(VENV)/bin/python -m pytest -n 2 -q --dist loadscope tests/litellm_proxy
-	$(VENV)/bin/python -m pytest -q tests/integrations/test_litellm_calls.py # whose 429 and 503 are the proxy's own
+	$(PYTEST) -n 2 --dist loadscope tests/litellm_proxy
+	$(PYTEST) tests/integrations/test_litellm_calls.py # whose 429 and 503 are the proxy's own
 
 c-programs: $(C_TESTS:%=$(BUILD)/c/%)
 
 # What .ci/run needs, one after the other: each builds the extension in place. PYTHON_TOO: another one.
-environments: $(VENV)/.test $(VENV)/.lint $(VENV)/.litellm-proxy
+DASHBOARD ?= $(VENV)-dashboard
+TOGETHER   = test,lint,litellm-proxy$(if $(filter $(VENV),$(DASHBOARD)),$(comma)dashboard-tests)
+environments: $(VENV)/.$(TOGETHER)
 	@$(MAKE) --no-print-directory VENV=$(VENV)-limits $(VENV)-limits/.limits-tests
-	@$(MAKE) --no-print-directory VENV=$(VENV)-dashboard $(VENV)-dashboard/.dashboard-tests
+	@$(MAKE) --no-print-directory VENV=$(DASHBOARD) $(DASHBOARD)/.dashboard-tests
 	$(if $(PYTHON_TOO),@$(MAKE) --no-print-directory PYTHON=$(PYTHON_TOO) VENV=.venv-3.13 .venv-3.13/.test)
 
 test-c: $(C_TESTS:%=run-c-%) ## run the C tests: each tests/c/*.c is a program
@@ -103,7 +114,8 @@ clean: ## remove everything that was made here, .venv included
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Virtual environments. $(VENV)/.NAME: the package is installed there, editable, with the extra NAME.
+# Virtual environments. $(VENV)/.NAME: the package is installed there, editable, with the extra NAME (or
+# several, with commas between them).
 # Python sources are read where they are; the rest asks for a new installation when it changes.
 
 $(VENV)/.made $(VENV)-bench/.made:
@@ -123,7 +135,7 @@ $(VENV)/.made $(VENV)-bench/.made:
 $(VENV)/.%: $(VENV)/.made $(C_SOURCES) csrc/build.py setup.py pyproject.toml
 	@echo "installing fast_litellm_shm and what '$*' needs into $(VENV)"
 	@$(PIP) install --editable '.[$*]'
-	@touch $@
+	@touch $@ $(patsubst %,$(@D)/.%,$(subst $(comma), ,$*))
 
 # The peers have one of their own: fast-litellm changes litellm wherever both are. Those that do not
 # install are named, here and in the report, and hold up nothing.

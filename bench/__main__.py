@@ -11,10 +11,11 @@ import pathlib
 import sys
 
 from bench import report
-from bench.questions import QUESTIONS, ask
-from bench.result import Result, Settings
+from bench.questions import QUESTIONS, ask_all
+from bench.result import Settings
 
 ROUNDS, QUICK_ROUNDS = 41, 11
+PASSES = 5  # of a whole run; a quick one has one
 HERE = pathlib.Path(__file__).resolve().parent
 
 
@@ -50,13 +51,13 @@ def main() -> int:
     )
     options = parser.parse_args()
     rounds = options.iterations or (QUICK_ROUNDS if options.quick else ROUNDS)
-    settings = Settings(max(rounds, 5), options.quick)
-    results: dict[str, Result] = {}
-    for name in options.only or QUESTIONS:
-        print(f"{name} ...", end=" ", file=sys.stderr, flush=True)
-        results[name] = ask(name, settings)
-        told = results[name].failed or f"{results[name].seconds:.0f} s"
-        print(told, file=sys.stderr, flush=True)
+    passes = 1 if options.quick else PASSES
+    settings = Settings(-(-max(rounds, 5) // passes), options.quick, passes)
+
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    results = ask_all(options.only or QUESTIONS, settings, tell)
     now = datetime.datetime.now().astimezone()
     found = report.as_json(results, settings, now, report.where(options.anonymous))
     if options.json:

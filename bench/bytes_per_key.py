@@ -78,7 +78,7 @@ def run(settings: Settings) -> Result:
     """Measure, each contender in a fresh process."""
     result = asked(__doc__)
     context = multiprocessing.get_context("spawn")
-    tries = settings.pick(3, 1)
+    tries = settings.pick(settings.share(3), 1)
     for each in peers.contenders(keyed=True):
         keys = FEWER.get(each.name, KEYS)
         if settings.quick and each.name not in TARGET:

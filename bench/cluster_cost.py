@@ -108,7 +108,7 @@ def run(settings: Settings) -> Result:
             loops[GRANTED](10_000)
         for name, found in interleaved(loops, settings).items():
             result.rows.append(Row(name, "ns", found, WHO[name], "check"))
-        times, seconds = settings.pick((5, 1.0), (3, 0.3))
+        times, seconds = settings.pick((settings.share(5), 1.0), (3, 0.3))
         with redis.Redis(unix_socket_path=socket) as client:
             for name in (each for each in over if each != HERE):
                 hot, calls = over[name](["hot"]), 1000 if name == GRANTED else 10

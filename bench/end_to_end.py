@@ -121,7 +121,7 @@ def run(settings: Settings) -> Result:
     except peers.MissingError as error:
         result.missing["uvicorn"] = str(error)
         return result
-    rounds, seconds = settings.pick((max(5, settings.rounds // 5), 1.0), (3, 0.3))
+    rounds, seconds = settings.pick((max(2, settings.rounds // 5), 1.0), (3, 0.3))
     with peers.Place() as place:
         redis = ""
         try:

@@ -35,7 +35,7 @@ def run(settings: Settings) -> Result:
     took: dict[str, list[float]] = {each.name: [] for each in listed}
     denied = dict.fromkeys(took, 0)
     rng = random.Random(11)
-    for _ in range(settings.pick(max(settings.rounds // 5, 5), 1)):
+    for _ in range(settings.pick(max(settings.rounds // 5, 2), 1)):
         with peers.Place() as place:
             for each in rng.sample(listed, len(listed)):
                 try:

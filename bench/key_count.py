@@ -91,7 +91,7 @@ def in_child(name: str, size: int, rounds: int, asks: int) -> tuple[list[float],
 def run(settings: Settings) -> Result:
     """Measure."""
     result = asked(__doc__)
-    rounds, asks = settings.pick(7, 3), settings.pick(1_000_000, 50_000)
+    rounds, asks = settings.pick(settings.share(7), 3), settings.pick(500_000, 50_000)
     sizes = settings.pick(SIZES, QUICK_SIZES)
     for size in sizes:
         for name in NAMES:

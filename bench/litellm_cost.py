@@ -46,7 +46,7 @@ def run(settings: Settings) -> Result:
         for name, chat in chats.items():
             for model in settings.pick(MODELS, MODELS[:2]):
                 took: dict[str, list[float]] = {"ours": [], "litellm": []}
-                for _ in range(max(settings.rounds // 2, 5)):
+                for _ in range(max(settings.rounds // 2, 2)):
                     for who, change in (
                         ("ours", apply_acceleration),
                         ("litellm", remove_acceleration),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from typing import Any
 
+from bench.passes import merged
 from bench.result import Result, Settings, asked
 
 QUESTIONS = (
@@ -31,6 +34,8 @@ QUESTIONS = (
     "end_to_end",
 )
 PATIENCE = 600  # seconds for one question: only a hang comes near it
+# Of those not asked in each pass: each value of theirs is from a process of its own anyway.
+MOST_PASSES = {"bytes_per_key": 1, "key_count": 3}
 
 
 def _ask(name: str, settings: Settings) -> Result:
@@ -64,3 +69,26 @@ def ask(name: str, settings: Settings) -> Result:
                 _stop(answer, workers)
     result.seconds = time.monotonic() - start
     return result
+
+
+def _among(passes: int, most: int) -> set[int]:
+    """Which passes a question is asked in: from the first to the last, far apart."""
+    count = min(passes, most)
+    return {round(i * (passes - 1) / max(count - 1, 1)) for i in range(count)}
+
+
+def ask_all(
+    names: Sequence[str], settings: Settings, tell: Callable[[str], object]
+) -> dict[str, Result]:
+    """Each question's result: all of them in turn, as often as there are passes."""
+    found: dict[str, list[Result]] = {name: [] for name in names}
+    asked_in = {n: _among(settings.passes, MOST_PASSES.get(n, settings.passes)) for n in names}
+    for number in range(settings.passes):
+        for name in (each for each in names if number in asked_in[each]):
+            result = ask(name, dataclasses.replace(settings, passes=len(asked_in[name])))
+            found[name].append(result)
+            tell(
+                f"pass {number + 1} of {settings.passes}, {name}: "
+                f"{result.failed or f'{result.seconds:.0f} s'}"
+            )
+    return {name: merged(results) for name, results in found.items()}

@@ -72,6 +72,7 @@ def as_json(
         "when": now.isoformat(timespec="seconds"),
         "quick": settings.quick,
         "rounds": settings.rounds,
+        "passes": settings.passes,
         "where": where,
         "packages": {name: _version(name) for name in ("fast-litellm-shm", *installing.names())},
         "seconds": sum(result.seconds for result in results.values()),
@@ -128,15 +129,17 @@ def targets(results: dict[str, Result]) -> list[str]:
     return [*_table(_TARGETS, rows), said, ""]
 
 
+def _note(note: str | float) -> str:
+    return note if isinstance(note, str) else number(note)
+
+
 def _rows_of(rows: Sequence[Row]) -> list[str]:
     """A table of one group."""
-    keys = list(
-        dict.fromkeys(k for row in rows for k, v in row.notes.items() if isinstance(v, str | int))
-    )
+    keys = list(dict.fromkeys(key for row in rows for key in row.notes))
     out = []
     for row in rows:
         bold = "**" if row.who == OURS else ""
-        notes = [str(row.notes.get(key, "")) for key in keys]
+        notes = [_note(row.notes.get(key, "")) for key in keys]
         found = row.found
         out.append(
             [
@@ -179,13 +182,17 @@ def markdown(
     out = [
         f"# Measured on {found['when'][:10]}",
         "",
-        "Medians of interleaved rounds, with their spread from the 10th to the 90th percentile. "
+        "Medians of interleaved rounds, with their spread from the 10th to the 90th percentile. In "
+        "each pass all questions are asked again, in new processes, so that what differs from one "
+        "process to the next, and from one minute to the next, is in the spread"
+        f"{'; here there was one pass' if found['passes'] == 1 else ''}. "
         "Compare within a table: machines differ, and ratios hold better than times. A ratio is "
         "the median over rounds of the ratio within a round.",
         "",
         f"{where['processor']}, {where['cores']} cores, load {where['load']:.1f} at the end; "
-        f"{where['system']}; CPython {where['python']}; {found['rounds']} rounds"
-        f"{', quick' if found['quick'] else ''}; {found['seconds']:.0f} s.",
+        f"{where['system']}; CPython {where['python']}; "
+        f"{found['passes']} × {found['rounds']} rounds{', quick' if found['quick'] else ''}; "
+        f"{found['seconds']:.0f} s.",
         "",
         "## Targets",
         "",

@@ -15,14 +15,20 @@ OURS, REFERENCE = "ours", "reference"  # who a row belongs to; else the name of 
 
 @dataclass(frozen=True)
 class Settings:
-    """How much to measure. rounds: values behind each median."""
+    """How much to measure in one pass. rounds: values behind each median, of this pass. passes: how
+    often the question is asked in the run."""
 
     rounds: int = 41
     quick: bool = False
+    passes: int = 1
 
     def pick(self, full: Any, quick: Any) -> Any:
         """The one that holds now."""
         return quick if self.quick else full
+
+    def share(self, whole: int) -> int:
+        """This pass's part of so many: rounded up."""
+        return -(-whole // self.passes)
 
 
 class Values:
@@ -85,7 +91,8 @@ class Row:
 class Ratio:
     """One thing over another; target: None where none was set. promise: the row of the table of
     targets that it belongs to, or None. missing: why there is nothing to compare with; then found
-    is None. why: what is known of the reason, where the target is not reached."""
+    is None. why: what is known of the reason, where the target is not reached. worst: not the
+    median counts, but the worst of all that was found."""
 
     name: str
     found: Values | None
@@ -95,6 +102,7 @@ class Ratio:
     promise: str | None = None
     missing: str | None = None
     why: str = ""
+    worst: bool = False
 
     @property
     def reached(self) -> bool | None:
@@ -116,7 +124,10 @@ class Ratio:
         if self.target == 0:
             return "NOT REACHED"
         off = abs(self.found.median / self.target - 1)
-        return f"NOT REACHED, by {off:.1%}" + (f": {self.why}" if self.why else "")
+        edge = self.found.high if self.at_least else self.found.low
+        touches = edge >= self.target if self.at_least else edge <= self.target
+        told = f"NOT REACHED, by {off:.1%}" + (", which is within the spread" if touches else "")
+        return told + (f": {self.why}" if self.why else "")
 
     @property
     def aim(self) -> str:

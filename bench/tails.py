@@ -60,7 +60,7 @@ def _slice(call: peers.Call, seconds: float, beside: bool) -> tuple[list[float],
 def run(settings: Settings) -> Result:
     """Measure."""
     result = asked(__doc__)
-    slices, seconds = settings.pick((8, 0.35), (2, 0.05))
+    slices, seconds = settings.pick((settings.share(8), 0.3), (2, 0.05))
     with peers.Place() as place:
         openers, result.missing = peers.started(place, peers.contenders(), peers.HUGE, 1)
         openers[NOTHING] = lambda: _nothing
@@ -96,10 +96,10 @@ def run(settings: Settings) -> Result:
 def _rows(name: str, group: str, found: list[tuple[list[float], int]]) -> list[Row]:
     """A row for each part."""
     who = REFERENCE if name == NOTHING else peers.contender(name).who
-    checks, rows = f"{sum(count for _, count in found):,}", []
+    checks, rows = sum(count for _, count in found), []
     for i, (part, _) in enumerate(PARTS):
         values = Values(parts[i] / 1000 for parts, _ in found)
-        notes: dict[str, str | float] = {"of the checks": part, "checks": checks}
-        notes["greatest slice"] = f"{max(values.values):,.1f} µs"
+        notes: dict[str, str | float] = {"of the checks": part, "checks a pass": checks}
+        notes["greatest slice, µs"] = max(values.values)
         rows.append(Row(name, "µs", values, who, group, i, notes))
     return rows

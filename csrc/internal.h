@@ -208,6 +208,11 @@ void limits_lower_most(fshm_segment *s, uint32_t index, const plan_t *p, uint32_
 bool limits_old_rule(const limiter_entry_t *e, uint64_t current, unsigned version, uint32_t nth,
                      rule_t *out);
 
+/* bell.c: wakes one who sleeps for this key (the upper half of its hash), or all who sleep */
+static inline uint32_t bell_of(uint64_t hash) { return (uint32_t)(hash >> 32); }
+void bell_ring(fshm_segment *s, uint32_t bell);
+void bell_ring_all(fshm_segment *s);
+
 /* lease.c: free the permits of dead processes among a key's candidate cells. True: look again. */
 bool lease_free_dead(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now);
 

@@ -16,6 +16,7 @@
 #include "limits.c"
 #include "damage.c"
 #include "limiter.c"
+#include "bell.c"
 #include "lease.c"
 #include "counted.c"
 #include "moving.c"

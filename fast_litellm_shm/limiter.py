@@ -185,6 +185,8 @@ class RateLimiter(SharedLimits):
         retry: bytearray,
     ) -> None:
         """_acquire_many(), where what was granted to this host may not suffice."""
+        assert self._wallet is not None
+        self._wallet.prepare(keys, costs)
         left, wait = memoryview(remaining).cast("Q"), memoryview(retry).cast("d")
         for i, key in enumerate(keys):
             found = self.acquire(key, costs[i] if isinstance(costs, list) else costs)

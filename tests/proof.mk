@@ -11,7 +11,7 @@ crash: $(BUILD)/crash/harness ## kill, stop and overtake at every instruction (L
 	$< $(CRASH)
 
 crash-planted: $(VENV)/.test ## does that find faults that are planted into copies of csrc/?
-	$(VENV)/bin/python -m pytest -n auto -q tests/crash/planted.py
+	$(PYTEST) -n auto tests/crash/planted.py
 
 # Static: the C library's instructions are part of the path too, and every address is where addr2line has it.
 # CRASH_CSRC: another copy of csrc, for the tests that plant faults in it.
@@ -83,10 +83,10 @@ scribble: $(BUILD)/hostile/scribble $(BUILD)/hostile/scribble-sanitized ## write
 	$(BUILD)/hostile/scribble-sanitized $(SCRIBBLE_SECONDS) $(SCRIBBLE_SEED)
 
 scribble-py: $(VENV)/.test ## the same with the Python classes and fast-shm
-	$(VENV)/bin/python -m pytest -n auto -q tests/hostile
+	$(PYTEST) -n auto tests/hostile
 
 # The world's faults -------------------------------------------------------------------------------
 
 FAULTS ?= tests/faults
 faults: $(VENV)/.test ## full and missing /dev/shm, other users, limits, sandboxes, clocks, forks (as root: all of them)
-	$(VENV)/bin/python -m pytest -n auto -q $(FAULTS)
+	$(PYTEST) -n auto $(FAULTS)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from support.children import run, run_one
 from support.permits import Span, most_at_once
+from support.waiting import wait_until
 from support.workers import meet
 
 from fast_litellm_shm import ConcurrencyLimiter, PermitTimeoutError, Segment, SegmentFullError
@@ -300,6 +301,8 @@ def _count_in_shared_memory(name: str, most: int, turns: int, held: Any, highest
             with held.get_lock():
                 held.value += 1
                 highest.value = max(highest.value, held.value)
+            while highest.value < 2:  # who is first waits for a second one to come in
+                time.sleep(0.001)
             os.sched_yield()
             with held.get_lock():
                 held.value -= 1
@@ -331,10 +334,7 @@ def test_the_process_table_is_full(segment: Segment) -> None:
                     os.read(ends[0], 1)
                     os._exit(0)
                 pids.append(pid)
-            end = time.monotonic() + 60
-            while len(segment.processes()) < places:
-                assert time.monotonic() < end
-                time.sleep(0.01)
+            wait_until("all have a place", lambda: len(segment.processes()) == places, every=0.01)
             with pytest.raises(AssertionError, match="SegmentFullError.*process table is full"):
                 run_one(_acquire_once, segment.name, method="fork")
         finally:

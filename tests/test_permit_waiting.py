@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 from support.children import run
-from support.permits import PATIENCE, wait_until_asleep
+from support.permits import wait_until_asleep
+from support.waiting import PATIENCE, comes_true
 from support.workers import meet
 
 from fast_litellm_shm import ConcurrencyLimiter, PermitTimeoutError, Segment, concurrency
@@ -123,7 +124,7 @@ def test_one_keys_release_is_not_lost_on_another_keys_waiter(segment: Segment) -
     found: list[Any] = [None] * len(keys)
 
     def body(i: int) -> None:
-        found[i] = limiter.wait(keys[i], timeout=20)
+        found[i] = limiter.wait(keys[i], timeout=10 * PATIENCE)
 
     threads = [threading.Thread(target=body, args=(i,)) for i in range(len(keys))]
     for thread in threads:
@@ -132,7 +133,7 @@ def test_one_keys_release_is_not_lost_on_another_keys_waiter(segment: Segment) -
     hung = []
     for i in reversed(range(len(keys))):
         held[i].release()
-        threads[i].join(5)
+        threads[i].join(PATIENCE)
         if threads[i].is_alive():
             hung.append(keys[i])
             break
@@ -164,15 +165,21 @@ def test_a_signal_handler_runs_while_it_waits(segment: Segment) -> None:
         raise _InterruptedError
 
     old = signal.signal(signal.SIGUSR1, interrupt)
-    timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGUSR1))
+
+    def when_it_sleeps() -> None:
+        wait_until_asleep(os.getpid())  # its main thread, which this one is not
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    other = threading.Thread(target=when_it_sleeps)
     try:
         with limiter.slot("k"):
-            timer.start()
-            with pytest.raises(_InterruptedError), limiter.slot("k", timeout=PATIENCE):
-                raise AssertionError("entered")
+            with pytest.raises(_InterruptedError):
+                other.start()
+                with limiter.slot("k", timeout=PATIENCE):
+                    raise AssertionError("entered")
             assert limiter.in_flight("k") == 1
     finally:
-        timer.join()
+        other.join()
         signal.signal(signal.SIGUSR1, old)
     assert limiter.in_flight("k") == 0
 
@@ -236,9 +243,7 @@ def test_a_cancelled_asyncio_waiter_holds_up_nobody(segment: Segment) -> None:
     try:
         with limiter.slot("k"):
             pid = asyncio.run(cancelled())
-        end = time.monotonic() + 5
-        while not (ended := os.waitpid(pid, os.WNOHANG)[0]) and time.monotonic() < end:
-            time.sleep(0.01)
+        ended = comes_true(lambda: os.waitpid(pid, os.WNOHANG)[0], PATIENCE / 2)
         if not ended:
             _ring(limiter, 3)
             os.waitpid(pid, 0)
@@ -251,7 +256,7 @@ def test_asyncio_times_out_while_it_waits(segment: Segment) -> None:
     limiter = make(segment)
 
     async def entered() -> None:
-        async with limiter.slot_async("k", timeout=0.05):
+        async with limiter.slot_async("k", timeout=0.5):
             raise AssertionError("entered")
 
     async def ticking() -> int:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from support.children import run, run_one
-from support.permits import PATIENCE, Span, most_at_once
+from support.permits import Span, most_at_once
+from support.waiting import PATIENCE
 from support.workers import meet
 
 from fast_litellm_shm import Quota, RateLimiter, Segment, SegmentError, Window

@@ -10,6 +10,7 @@ import queue
 import random
 import threading
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fast_litellm_shm.cluster import link as links
@@ -254,6 +255,16 @@ def ensure(link: links.Link) -> Agent:
 def refill(wallet: Wallet, raw: bytes, costs: tuple[int, ...]) -> None:
     found = ensure(wallet.link)
     found.refill(wallet, raw, costs)
+
+
+def fetch(wallet: Wallet, due: Mapping[bytes, tuple[int, ...]]) -> None:
+    """As refill(), in this thread, and done when it returns; nothing while the server is away."""
+    found, asked = ensure(wallet.link), list(due.items())
+    try:
+        for at in range(0, len(asked), _MOST):
+            found._ask_ahead([(wallet, raw, costs) for raw, costs in asked[at : at + _MOST]])
+    except links.AwayError:
+        pass  # each key goes by the policy
 
 
 def _finish() -> None:

@@ -18,6 +18,7 @@ from fast_litellm_shm.native import ffi, lib
 Told = tuple[int, int, int, int, int]  # status, limit_index, remaining, retry_after_ns, reset_ns
 
 _NONE = (0, 0, 0, 0)
+_LARGEST = 2**52  # a cost that no limit of a server admits
 
 
 class Wallet:
@@ -59,9 +60,35 @@ class Wallet:
             return tuple(int(each) for each in cost)
         return (int(cost),) * count  # type: ignore[call-overload]
 
+    def has(self, key: str | bytes, cost: object) -> bool:
+        """Can acquire() be answered without the server, as things are now?"""
+        raw, costs = key_bytes(key), self.costs(cost)
+        if all(c <= left for c, left in zip(costs, self.look(raw)[0], strict=True)):
+            return True
+        return self._is_refused(raw)
+
+    def _is_refused(self, raw: bytes) -> bool:
+        left, ns = ffi.new("uint64_t[4]"), ffi.new("uint64_t[4]")
+        lib.fshm_wallet_look(self._refused, raw, len(raw), 0, 0, left, ns)
+        return bool(ns[0])
+
     def refill(self, key: str | bytes, cost: object) -> None:
         """Have the next batch fetched, in a thread."""
         agent.refill(self, key_bytes(key), self.costs(cost))
+
+    def prepare(self, keys: Sequence[str | bytes], costs: int | Sequence[int]) -> None:
+        """Have batches fetched for all of these keys that the host cannot answer for, many in one
+        round trip. What was not granted (near a limit), and what is no cost, is left to ask()."""
+        each = costs if isinstance(costs, Sequence) else [costs] * len(keys)
+        due: dict[bytes, tuple[int, ...]] = {}
+        for key, cost in zip(keys, each, strict=True):
+            raw = key_bytes(key)
+            if raw in due or type(cost) is not int or not 0 < cost < _LARGEST:
+                continue
+            if not self.has(raw, cost):
+                due[raw] = self.costs(cost)
+        if len(due) > 1:
+            agent.fetch(self, due)
 
     # calls that the host cannot answer by itself
 
@@ -82,7 +109,7 @@ class Wallet:
         raise exceptions.ClusterError(f"limiter {self._shared.name!r}: no operation {op}")
 
     def _acquire(self, raw: bytes, costs: tuple[int, ...]) -> Told:
-        if any(each >= 2**52 for each in costs):
+        if any(each >= _LARGEST for each in costs):
             return (0, 0, 0, lib.FSHM_NEVER, 0)
         self.link.check()
         loops.may_wait()

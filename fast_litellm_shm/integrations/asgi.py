@@ -23,7 +23,7 @@ from fast_litellm_shm.integrations.web import (
     forwarded_for,
     header,
 )
-from fast_litellm_shm.integrations.web.answers import LISTS
+from fast_litellm_shm.integrations.web.answers import LISTS, TRY_LATER, answers_handshake
 from fast_litellm_shm.integrations.web.gate import MARK, Gate
 from fast_litellm_shm.integrations.web.request import AsgiRequest
 from fast_litellm_shm.segment import Segment
@@ -46,7 +46,6 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 RawHeaders: TypeAlias = list[tuple[bytes, bytes]]
 
-_TRY_LATER = 1013  # of RFC 6455's registry: Try Again Later
 #: The messages that may end a body: two of them are extensions, for files.
 _ENDS_BODY = ("http.response.body", "http.response.pathsend", "http.response.zerocopysend")
 
@@ -143,8 +142,8 @@ async def _refuse(outcome: Outcome, scope: Scope, receive: Receive, send: Send) 
     prefix = "http"
     if scope["type"] == "websocket":
         await receive()  # websocket.connect
-        if "websocket.http.response" not in (scope.get("extensions") or {}):
-            await send({"type": "websocket.close", "code": _TRY_LATER, "reason": "rate limit"})
+        if not answers_handshake(scope):
+            await send({"type": "websocket.close", "code": TRY_LATER, "reason": "rate limit"})
             return
         prefix = "websocket.http"
     await send({"type": f"{prefix}.response.start", "status": status, "headers": raw})

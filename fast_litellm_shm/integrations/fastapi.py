@@ -21,7 +21,8 @@ import inspect
 from collections.abc import Collection
 
 try:
-    from fastapi import HTTPException, Request, Response
+    from fastapi import HTTPException, Response, WebSocketException
+    from fastapi.requests import HTTPConnection
 except ImportError as error:
     raise ImportError(
         "fast_litellm_shm.integrations.fastapi needs FastAPI: pip install "
@@ -30,7 +31,7 @@ except ImportError as error:
 
 from fast_litellm_shm.handle import key_bytes
 from fast_litellm_shm.integrations.web import Outcome, Rule, client_address, forwarded_for, header
-from fast_litellm_shm.integrations.web.answers import LISTS
+from fast_litellm_shm.integrations.web.answers import LISTS, TRY_LATER, answers_handshake
 from fast_litellm_shm.integrations.web.gate import MARK, Gate
 from fast_litellm_shm.integrations.web.keys import Key, KeyFunction
 from fast_litellm_shm.integrations.web.request import AsgiRequest
@@ -55,7 +56,9 @@ class RateLimit:
     as in the middleware.
 
     FastAPI adds headers of a dependency only to answers that it makes itself: a route that returns
-    a Response of its own has none of them, and is limited all the same.
+    a Response of its own has none of them, and is limited all the same. Of a websocket the
+    handshake is limited: refused with the same 429 where the server can answer one, else closed
+    with code 1013.
 
     Raises ValueError or TypeError for bad arguments, SegmentError where there is no segment.
     """
@@ -94,12 +97,14 @@ class RateLimit:
         methods = ",".join(sorted(getattr(route, "methods", None) or ()))
         return b"%b %b %b" % (methods.encode(), key_bytes(where), key_bytes(key))
 
-    async def __call__(self, request: Request, response: Response) -> Outcome | None:
+    async def __call__(self, request: HTTPConnection, response: Response) -> Outcome | None:
         outcome = await self._gate.check_async(AsgiRequest(request.scope, request))
         if outcome is None:
             return None
         request.scope[MARK] = outcome
         if outcome.refused:
+            if request.scope["type"] == "websocket" and not answers_handshake(request.scope):
+                raise WebSocketException(TRY_LATER, "rate limit")
             status, headers, _ = outcome.refusal()
             kept = {name: value for name, value in headers if not name.startswith("Content-")}
             raise HTTPException(status, outcome.detail, headers=kept)

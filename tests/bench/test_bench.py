@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from bench import report
+from bench import questions, report
+from bench.passes import merged
 from bench.peers import Place
 from bench.questions import QUESTIONS
 from bench.result import Plot, Ratio, Result, Row, Settings, Values, asked, ratio
@@ -106,6 +107,92 @@ def test_the_spread_of_equal_values_has_the_median_in_it() -> None:
 def test_a_ratio_is_taken_round_by_round() -> None:
     rows = [Row("a", "ns", Values([10, 40, 90])), Row("b", "ns", Values([10, 20, 30]))]
     assert ratio(rows, "a", "b", 2.0).found == Values([1, 2, 3])
+
+
+def test_a_target_within_the_spread_is_not_reached_and_said_to_be() -> None:
+    found = Ratio("a / b", Values([7.0, 7.5, 9.0]), 8)
+    assert found.reached is False
+    assert found.verdict == "NOT REACHED, by 6.2%, which is within the spread"
+
+
+def one_pass(values: list[float], worst: float, **given: Any) -> Result:
+    rows = [Row("ours", "ns", Values(values), group="g", notes={"kept": "yes", "denied": worst})]
+    return Result(
+        "A question?",
+        rows=rows,
+        ratios=[
+            Ratio("a / b", Values(values), 2.0),
+            Ratio("off", Values([worst]), 0, False, worst=True),
+        ],
+        seconds=1.0,
+        **given,
+    )
+
+
+def test_passes_are_one_result_with_the_spread_of_all() -> None:
+    passes = [one_pass([1, 1, 1], 0), one_pass([9, 9, 9], 7), one_pass([5, 5, 5], 0)]
+    found = merged(passes)
+    assert found.rows[0].found == Values([1, 1, 1, 9, 9, 9, 5, 5, 5])
+    assert (found.rows[0].found.low, found.rows[0].found.high) == (1, 9)
+    assert found.ratios[0].found == found.rows[0].found
+    assert found.seconds == 3.0
+
+
+def test_a_breach_in_one_pass_of_many_is_no_median() -> None:
+    found = merged([one_pass([1], 0), one_pass([1], 3), one_pass([1], 0)])
+    assert found.ratios[1].reached is False
+    assert found.rows[0].notes["denied"] == 3
+
+
+def test_who_was_missing_in_some_passes_is_told_and_keeps_the_values_of_the_others() -> None:
+    lacking = Result("A question?", ratios=[Ratio("a / b", None, 2.0, missing="gone")])
+    lacking.missing = {"a peer": "timed out"}
+    lacking.failed = "RuntimeError: no"
+    found = merged([lacking, one_pass([4], 0)])
+    assert found.missing == {"a peer": "timed out (in 1 of 2 passes)"}
+    assert found.ratios[0].verdict == "reached"
+    assert found.failed == "RuntimeError: no"
+    assert merged([lacking, lacking]).missing == {"a peer": "timed out"}
+
+
+def test_questions_are_asked_in_turn_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    names, order = ("check_cost", "bytes_per_key", "key_count"), []
+
+    def answer(name: str, settings: Settings) -> Result:
+        order.append((name, settings.passes))
+        return one_pass([len(order)], 0)
+
+    monkeypatch.setattr(questions, "ask", answer)
+    found = questions.ask_all(names, Settings(3, passes=5), lambda line: None)
+    once, thrice, always = ("bytes_per_key", 1), ("key_count", 3), ("check_cost", 5)
+    assert order == [always, once, thrice, always, always, thrice, always, always, thrice]
+    assert found["check_cost"].rows[0].found == Values([1, 4, 5, 7, 8])
+
+
+def compared(tmp_path: pathlib.Path, *runs: list[float]) -> subprocess.CompletedProcess[str]:
+    paths = []
+    for i, values in enumerate(runs):
+        result = {"q": one_pass(values, 0)}
+        now, where = datetime.datetime.now().astimezone(), report.where(True)
+        paths.append(tmp_path / f"{i}.json")
+        paths[-1].write_text(json.dumps(report.as_json(result, Settings(3), now, where)))
+    return subprocess.run(
+        [sys.executable, "-m", "bench.compare", *map(str, paths)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_two_runs_agree_where_their_spreads_overlap(tmp_path: pathlib.Path) -> None:
+    done = compared(tmp_path, [1.0, 2.0, 3.0], [2.9, 4.0, 5.0])
+    assert done.returncode == 1  # 2.8 and 3.1, the tenths, are apart
+    assert "a / b" in done.stdout and "1 of 2 ratios agree" in done.stdout
+    done = compared(tmp_path, [1.0, 2.0, 3.0], [2.0, 4.0, 5.0])
+    assert done.returncode == 0
+    assert "2 of 2 ratios agree" in done.stdout
 
 
 def test_the_report_begins_with_the_targets_and_names_what_was_not_measured() -> None:

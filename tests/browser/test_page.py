@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import NoSuchElementException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import WebDriverWait
-from support.children import PATIENCE
 from support.dashboard import Dashboard
 from support.puppets import Puppet
+from support.waiting import wait_until
 
 from fast_litellm_shm import ConcurrencyLimiter, Limit, RateLimiter, Segment
 
@@ -73,7 +73,14 @@ class Page:
 
     def until(self, true: Any) -> Any:
         """Once it is so."""
-        return WebDriverWait(self.browser, PATIENCE, 0.05).until(lambda _: true())
+
+        def look() -> Any:
+            try:
+                return true()
+            except NoSuchElementException:
+                return None
+
+        return wait_until(lambda: f"what is waited for; the page: {self.text('state')}", look)
 
     def type(self, *keys: str) -> None:
         """To whatever has the focus."""

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from support.waiting import wait_until  # noqa: E402
 
 for _needed in ("starlette", "uvicorn"):
     pytest.importorskip(_needed, reason=f"not installed: {_needed}")
 
-from support.children import PATIENCE  # noqa: E402
 from support.dashboard import Dashboard  # noqa: E402
 from support.puppets import Puppet  # noqa: E402
 
@@ -39,10 +38,14 @@ def dashboard(segment: Segment) -> Iterator[Dashboard]:
 
 def until(dashboard: Dashboard, true: Any, **query: str) -> dict[str, Any]:
     """The first look of which this is true."""
-    end = time.monotonic() + PATIENCE
-    while not true(found := dashboard.snapshot(**query)):
-        assert time.monotonic() < end, found
-        time.sleep(0.02)  # it looks by itself, and tells nobody that it has
+    found: dict[str, Any] = {}
+
+    def look() -> Any:
+        found.clear()
+        found.update(dashboard.snapshot(**query))
+        return true(found)
+
+    wait_until(lambda: f"the look that is waited for; the last: {found}", look, every=0.02)
     return found
 
 

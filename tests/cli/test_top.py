@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+from support.waiting import wait_until_async  # noqa: E402
 
 pytest.importorskip("textual", reason="not installed: textual")
 
-from support.children import PATIENCE  # noqa: E402
 from textual import events  # noqa: E402
 from textual.pilot import Pilot  # noqa: E402
 from textual.widgets import Static  # noqa: E402
@@ -40,10 +39,7 @@ def driven(name: str, body: Body, size: tuple[int, int] = (80, 24), every: float
 
 async def until(true: Callable[[], bool], what: str = "it did not come about") -> None:
     """It is painted some time after a key."""
-    end = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < end, what
-        await asyncio.sleep(0.01)
+    await wait_until_async(what, true)
 
 
 def lines(app: Top) -> list[str]:

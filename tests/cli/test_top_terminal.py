@@ -8,12 +8,12 @@ import shlex
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 
 import pytest
 from support.children import PATIENCE
 from support.puppets import Puppet
+from support.waiting import wait_until
 
 from fast_litellm_shm import Segment
 
@@ -68,10 +68,14 @@ class Terminal:
 
     def sees(self, pattern: str) -> str:
         """The screen, once it has this."""
-        end = time.monotonic() + PATIENCE
-        while not re.search(pattern, screen := self.screen(), re.MULTILINE):
-            assert time.monotonic() < end, f"no {pattern!r} in:\n{screen}"
-            time.sleep(0.05)  # tmux tells nobody that the screen has changed
+        screen = ""
+
+        def look() -> object:
+            nonlocal screen
+            screen = self.screen()
+            return re.search(pattern, screen, re.MULTILINE)
+
+        wait_until(lambda: f"{pattern!r} in:\n{screen}", look, every=0.05)
         return screen
 
     def pid(self) -> int:

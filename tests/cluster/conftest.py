@@ -12,6 +12,11 @@ from support.names import remove, unique_name
 from fast_litellm_shm import Segment
 
 
+@pytest.fixture(autouse=True)
+def _no_server_is_away_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAST_LITELLM_SHM_CLUSTER_TIMEOUT", str(servers.SLOWEST))
+
+
 @pytest.fixture(params=servers.KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
     """redis and valkey, where they are installed."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import random
 import signal
-import time
 from functools import partial
 from typing import Any
 
 import pytest
 from support import servers
-from support.fleet import PATIENCE, Fleet
+from support.fleet import Fleet
+from support.waiting import wait_until
 
 from fast_litellm_shm import RateLimiter, Segment, Window
 from fast_litellm_shm.native import lib
@@ -116,10 +116,7 @@ def test_a_fork_goes_on(server: servers.Server, segment: Segment, preload: bool)
         os.write(writer, b"%d" % admitted)
         os._exit(0)
     admitted = sum(limiter.is_allowed("key") for _ in range(300))
-    deadline = time.monotonic() + PATIENCE
-    while os.waitpid(child, os.WNOHANG)[0] == 0:
-        assert time.monotonic() < deadline, "the child hangs"
-        time.sleep(0.001)  # it has no pipe to tell by but its own
+    wait_until("the child ends", lambda: os.waitpid(child, os.WNOHANG)[0])
     theirs = int(os.read(reader, 20))
     os.close(reader)
     os.close(writer)

@@ -18,7 +18,7 @@ from fast_litellm_shm.cluster import Cluster, agent
 HOSTS, PORT = 3, 6379
 LIMIT = 15_000
 HOUR = 3600
-DOWN = 3.0  # seconds: longer than hosts go without a sign of life of each other
+DOWN = 8.0  # seconds: longer than hosts go without a sign of life of each other, and a time-out
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,7 +39,7 @@ def connected(policy: str, pause: float = 0.0) -> Iterator[tuple[Network, Fleet]
         Network(HOSTS) as network,
         servers.Server(kind, *options, port=PORT, within=network.in_server()),
         Fleet(
-            Cluster(url, on_outage=policy, timeout=0.2),
+            Cluster(url, on_outage=policy, timeout=servers.SLOWEST),
             [Window(LIMIT, HOUR)],
             hosts=HOSTS,
             pause=pause,

@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 
 import pytest
 from support import servers
-from support.fleet import PATIENCE, Fleet
+from support.fleet import Fleet
+from support.waiting import wait_until
 
 from fast_litellm_shm import Limit, RateLimiter, Segment, Window
 from fast_litellm_shm.cluster import Cluster, agent
-from fast_litellm_shm.native import ffi, lib
 
 HOUR = 3600
 
 
-def until(reached: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not reached():
-        assert time.monotonic() < deadline, f"never came to pass: {what}"
-        time.sleep(0.005)  # another process or thread does it, and tells nobody
-
-
 def limiter_of(server: servers.Server, segment: Segment, policy: str, n: int = 100) -> RateLimiter:
-    cluster = Cluster(server.url, on_outage=policy, timeout=0.2)
+    cluster = Cluster(server.url, on_outage=policy, timeout=servers.SLOWEST)
     return RateLimiter(Window(n, HOUR), name="api", segment=segment, cluster=cluster)
 
 
@@ -51,7 +43,7 @@ def test_deny(server: servers.Server, segment: Segment, gone: str) -> None:
         server.start()
     else:
         server.thaw()
-    until(lambda: limiter.acquire("key"), "it is admitted again")
+    wait_until("it is admitted again", lambda: limiter.acquire("key"))
     assert 1 + held + 1 + exhausted(limiter, "key") <= 100 + 1  # the killed one's state is restored
 
 
@@ -68,17 +60,21 @@ def test_local_is_a_share(server: servers.Server, segment: Segment, segment_name
     limiter = limiter_of(server, segment, "local")
     assert limiter.acquire("key")
     with server.client() as client:
-        until(lambda: agent.hosts(segment) == 1, "the leader has told how many hosts there are")
+        wait_until(
+            "the leader has told how many hosts there are", lambda: agent.hosts(segment) == 1
+        )
         client.zadd("fast-shm:hosts", {"another": time.time() * 1e6, "third": time.time() * 1e6})
         client.zadd("fast-shm:hosts", {"fourth": time.time() * 1e6})
-        until(lambda: agent.hosts(segment) == 4, "and again")
+        wait_until("and again", lambda: agent.hosts(segment) == 4)
     server.freeze()
     assert exhausted(limiter, "fresh") == 25
     denied = limiter.acquire("fresh")
     assert not denied and (denied.retry_after or 0) > HOUR / 2
     server.thaw()
-    until(lambda: limiter.get_remaining("fresh") != 25 and limiter.acquire("probe"), "it is back")
-    until(lambda: limiter.is_allowed("fresh"), "there is room again")
+    wait_until(
+        "it is back", lambda: limiter.get_remaining("fresh") != 25 and limiter.acquire("probe")
+    )
+    wait_until("there is room again", lambda: limiter.is_allowed("fresh"))
     # The call that found the server frozen was answered when it thawed, too late: what it was
     # granted is lost.
     assert 70 <= 1 + exhausted(limiter, "fresh") <= 75
@@ -87,18 +83,12 @@ def test_local_is_a_share(server: servers.Server, segment: Segment, segment_name
 def test_local_denies_what_is_known_to_be_used(server: servers.Server, segment: Segment) -> None:
     limiter = limiter_of(server, segment, "local")
     assert exhausted(limiter, "key") == 100
-    until(lambda: agent.hosts(segment) == 1, "the leader has told how many hosts there are")
+    wait_until("the leader has told how many hosts there are", lambda: agent.hosts(segment) == 1)
     server.kill()
-    until(lambda: not refused_ns(limiter, b"key"), "calm")
+    wait_until(
+        "calm", lambda: limiter._wallet is not None and not limiter._wallet._is_refused(b"key")
+    )
     assert exhausted(limiter, "key") == 0
-
-
-def refused_ns(limiter: RateLimiter, key: bytes) -> int:
-    """For how long it is remembered that the key was refused."""
-    assert limiter._wallet is not None
-    left, ns = ffi.new("uint64_t[4]"), ffi.new("uint64_t[4]")
-    lib.fshm_wallet_look(limiter._wallet._refused, key, len(key), 0, 0, left, ns)
-    return int(ns[0])
 
 
 def test_a_host_that_never_saw_the_server_denies(segment: Segment) -> None:
@@ -116,9 +106,9 @@ def test_it_is_told_once_each_way(
     with caplog.at_level(logging.WARNING, "fast_litellm_shm"):
         server.kill()
         exhausted(limiter, "key")
-        until(lambda: not limiter.acquire("other"), "denied")
+        wait_until("denied", lambda: not limiter.acquire("other"))
         server.start()
-        until(lambda: limiter.acquire("other"), "admitted")
+        wait_until("admitted", lambda: limiter.acquire("other"))
         exhausted(limiter, "key")
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 2, told
@@ -128,7 +118,9 @@ def test_it_is_told_once_each_way(
 
 def test_a_server_that_lost_everything_learns_it_from_the_hosts(server: servers.Server) -> None:
     """Restarted empty under load: what the hosts know of the key is what it was."""
-    with Fleet(Cluster(server.url, on_outage="deny", timeout=0.2), [Window(1000, HOUR)]) as fleet:
+    with Fleet(
+        Cluster(server.url, on_outage="deny", timeout=servers.SLOWEST), [Window(1000, HOUR)]
+    ) as fleet:
         fleet.until(lambda: fleet.total >= 1000, "all of the limit is used")
         fleet.until(lambda: known(fleet, server) == [1000] * 4, "all hosts know that")
         server.kill()
@@ -165,4 +157,4 @@ def test_a_read_only_server_is_away(server: servers.Server, segment: Segment) ->
     assert not limiter.acquire("key")
     with server.client() as client:
         client.replicaof("NO", "ONE")
-    until(lambda: limiter.acquire("key"), "it is admitted again")
+    wait_until("it is admitted again", lambda: limiter.acquire("key"))

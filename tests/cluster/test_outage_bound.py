@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from support import servers
-from support.fleet import PATIENCE
 from support.names import remove, unique_name
+from support.waiting import wait_until
 
 from fast_litellm_shm import RateLimiter, Segment, Window
 from fast_litellm_shm.cluster import Cluster, agent
@@ -31,22 +31,15 @@ def names() -> Iterator[list[str]]:
 
 def hosts(server: servers.Server, names: list[str], per: float) -> list[RateLimiter]:
     """A limiter on each, when all know how many they are."""
-    cluster = Cluster(server.url, timeout=0.1)
+    cluster = Cluster(server.url, timeout=servers.SLOWEST)
     segments = [Segment(name, capacity=1000) for name in names]
     found = [
         RateLimiter(Window(N, per), name="api", segment=each, cluster=cluster) for each in segments
     ]
     for each in found:
         assert each.acquire("other")
-    until(lambda: all(agent.hosts(each) == HOSTS for each in segments), "all hosts are known")
+    wait_until("all hosts are known", lambda: all(agent.hosts(each) == HOSTS for each in segments))
     return found
-
-
-def until(reached: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not reached():
-        assert time.monotonic() < deadline, f"never came to pass: {what}"
-        time.sleep(0.005)  # another thread does it, and tells nobody
 
 
 def is_away(limiter: RateLimiter) -> bool:
@@ -70,12 +63,12 @@ def freeze(server: servers.Server, limiters: list[RateLimiter]) -> None:
     """And let all notice, by a key of which nothing is known."""
     server.freeze()
     for i, each in enumerate(limiters):
-        until(lambda e=each, i=i: e.acquire(f"notice{i}") and is_away(e), "noticed")  # type: ignore[misc]
+        wait_until("noticed", lambda e=each, i=i: e.acquire(f"notice{i}") and is_away(e))  # type: ignore[misc]
 
 
 def thaw(server: servers.Server, limiters: list[RateLimiter]) -> None:
     server.thaw()
-    until(lambda: not any(map(is_away, limiters)), "it is back")
+    wait_until("it is back", lambda: not any(map(is_away, limiters)))
 
 
 def test_the_most_that_an_outage_adds(server: servers.Server, names: list[str]) -> None:
@@ -124,17 +117,19 @@ def test_whatever_happens_it_is_not_more(
 
 def test_windows_after_it_are_exact(server: servers.Server, names: list[str]) -> None:
     """Of an outage in which the window ended, and the next one began without the server."""
-    per = 4.0
+    per = 10.0
     limiters = hosts(server, names, per)
     assert exhausted(limiters[:1]) == N
     began = time.monotonic()
     freeze(server, limiters)
     exhausted(limiters)
-    until(lambda: time.monotonic() - began > per and limiters[0].is_allowed("key"), "the next one")
+    wait_until(
+        "the next one", lambda: time.monotonic() - began > per and limiters[0].is_allowed("key")
+    )
     exhausted(limiters)
     thaw(server, limiters)
     for _ in range(3):
-        until(lambda: limiters[0].is_allowed("key"), "a window that the server grants")
+        wait_until("a window that the server grants", lambda: limiters[0].is_allowed("key"))
         began = time.monotonic()
         admitted = 1 + exhausted(limiters)
         if time.monotonic() - began < per - 1:  # else it may have seen two, on a slow machine

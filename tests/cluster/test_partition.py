@@ -20,7 +20,7 @@ def test_a_host_that_is_cut_off_and_joined_again(server: servers.Server, policy:
     but the share that the policy gives it, which is charged when it is back."""
     with Relay(server.path) as relay:
         clusters = [
-            Cluster(f"unix://{path}", on_outage=policy, timeout=0.2)
+            Cluster(f"unix://{path}", on_outage=policy, timeout=servers.SLOWEST)
             for path in (relay.path, server.path, server.path)
         ]
         with Fleet(clusters, [Window(LIMIT, HOUR)], hosts=3, pause=0.05) as fleet:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import pickle
-import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 from support import servers
+from support.waiting import wait_until
 
 from fast_litellm_shm import ConcurrencyLimiter, Quota, Segment
 from fast_litellm_shm.quota import Admission
@@ -22,13 +21,6 @@ def hosts(server: servers.Server, segment: Segment, other: Segment) -> tuple[Quo
         for each in (segment, other)
     )
     return first, second
-
-
-def until(reached: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + 60
-    while not reached():
-        assert time.monotonic() < deadline, f"never came to pass: {what}"
-        time.sleep(0.01)  # another process or thread does it, and tells nobody
 
 
 def reasons(quota: Quota, denials: list[Admission]) -> list[str]:
@@ -45,7 +37,7 @@ def admitted(quota: Quota, tokens: int) -> Admission:
         found.append(quota.admit("key", tokens))
         return bool(found[-1])
 
-    until(admits, "it is admitted")
+    wait_until("it is admitted", admits)
     return found[-1]
 
 
@@ -59,21 +51,21 @@ def test_each_limit_holds_over_all_hosts(hosts: tuple[Quota, Quota]) -> None:
         assert denied.in_flight == each.in_flight("key")
     held[0].release()
     denials: list[Admission] = []
-    until(lambda: reasons(first, denials)[-1] == "tpm", "a permit is to be had")
+    wait_until("a permit is to be had", lambda: reasons(first, denials)[-1] == "tpm")
     assert 50 < (denials[-1].retry_after or 0) <= 60
     assert first.in_flight("key") == 1  # it has given its permit back
     left = {"rpm": 7, "tpm": 700, "max_parallel": 2}
     # Whoever is denied has the others asked, again and again: one that has just begun may not
     # listen.
-    until(
-        lambda: not first.admit("key", 800) and first.remaining("key") == left,
+    wait_until(
         "what the other was granted has come back",
+        lambda: not first.admit("key", 800) and first.remaining("key") == left,
     )
     for admission in held:
         admission.release()
     while first.admit("key").release():
         pass
-    until(lambda: second.admit("key").reason == "rpm", "a permit is to be had")
+    wait_until("a permit is to be had", lambda: second.admit("key").reason == "rpm")
 
 
 def test_a_denial_consumes_nothing(hosts: tuple[Quota, Quota]) -> None:
@@ -89,13 +81,13 @@ def test_settle_and_cancel(hosts: tuple[Quota, Quota]) -> None:
     first, second = hosts
     admission = first.admit("key", 500)
     admission.settle(900)
-    until(lambda: second.admit("key", 200).reason == "tpm", "a permit is to be had")
+    wait_until("a permit is to be had", lambda: second.admit("key", 200).reason == "tpm")
     admission.settle(100)
     admitted(second, 800).release()
     admission.cancel()
     assert not admission.release() and not admission
-    until(lambda: first.remaining("key")["tpm"] == 200, "it is given back")
-    until(lambda: first.remaining("key")["rpm"] == 9, "the request too")
+    wait_until("it is given back", lambda: first.remaining("key")["tpm"] == 200)
+    wait_until("the request too", lambda: first.remaining("key")["rpm"] == 9)
 
 
 @pytest.mark.parametrize("given", [{"rpm": 2}, {"tpm": 20}, {"max_parallel": 2}])

@@ -19,6 +19,7 @@ import pytest
 from support import servers
 from support.names import remove, unique_name
 from support.permits import most_at_once
+from support.waiting import PATIENCE, wait_until_async
 
 from fast_litellm_shm import Quota, Segment, monitoring
 from fast_litellm_shm.cluster import Cluster, agent
@@ -26,16 +27,8 @@ from fast_litellm_shm.quota import Admission
 
 HOSTS, WORKERS, CALLERS = 2, 2, 8
 MINUTE = 60
-PATIENCE = 60.0  # seconds; far above what anything here takes
 LONG = 30.0  # a time-out that nothing here reaches
 _context = multiprocessing.get_context("fork")
-
-
-async def until(reached: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not reached():
-        assert time.monotonic() < deadline, f"never came to pass: {what}"
-        await asyncio.sleep(0.005)  # another process or thread does it, and tells nobody
 
 
 def quota_of(segment: Segment, url: str, **cluster: Any) -> Quota:
@@ -80,7 +73,7 @@ def run_workers(
     for process in processes:
         process.start()
     try:
-        asyncio.run(until(done, f"enough is admitted: {list(counts.admitted)}"))
+        asyncio.run(wait_until_async(f"enough is admitted: {list(counts.admitted)}", done))
     finally:
         counts.stop.value = 1
         for process in processes:
@@ -112,7 +105,7 @@ def test_rates_over_two_hosts_of_two_workers(
 
         while not counts.admitted[i]:
             await call()
-        await until(lambda: all(counts.admitted), "all workers take part")
+        await wait_until_async("all workers take part", lambda: all(counts.admitted))
         await asyncio.gather(*(caller() for _ in range(CALLERS)))
 
     began = time.monotonic()
@@ -194,7 +187,7 @@ def test_the_loop_goes_on_while_the_server_is_asked(
         pending = quota.admit_async("key" if asks == "rates" else "another", 900)
         task = asyncio.create_task(pending)
         async with ticking() as ticks:
-            await until(lambda: ticks() > 1000, "the loop comes round")
+            await wait_until_async("the loop comes round", lambda: ticks() > 1000)
             assert not task.done()
             server.thaw()
             async with await task as admission:
@@ -241,9 +234,13 @@ def test_what_is_done_after_it_asks_nobody(
     server.thaw()
 
     async def scenario() -> None:
-        await until(lambda: first.remaining("key")["tpm"] == 400, "it is booked")
-        await until(lambda: first.remaining("key")["rpm"] == 9, "the other one is given back")
-        await until(lambda: second.remaining("key")["tpm"] <= 400, "the other host is told")
+        await wait_until_async("it is booked", lambda: first.remaining("key")["tpm"] == 400)
+        await wait_until_async(
+            "the other one is given back", lambda: first.remaining("key")["rpm"] == 9
+        )
+        await wait_until_async(
+            "the other host is told", lambda: second.remaining("key")["tpm"] <= 400
+        )
         found = [await second.admit_async("key", 401)]
         assert not found[0] and found[0].reason == "tpm"
 
@@ -326,7 +323,9 @@ def test_cancelled_at_any_time(hosts: tuple[Quota, Quota]) -> None:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        await until(lambda: first.in_flight("key") == 0, "threads have given theirs back")
+        await wait_until_async(
+            "threads have given theirs back", lambda: first.in_flight("key") == 0
+        )
         await nothing_is_used(first, second)
 
     asyncio.run(scenario())
@@ -345,7 +344,7 @@ def test_cancelled_while_it_asks(
         server.freeze()
         task = asyncio.create_task(first.admit_async("key", 900))
         async with ticking() as ticks:
-            await until(lambda: ticks() > 200, "the loop comes round")
+            await wait_until_async("the loop comes round", lambda: ticks() > 200)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -366,7 +365,9 @@ def test_outages(server: servers.Server, segment: Segment, policy: str, admitted
     async def scenario() -> None:
         async with await quota.admit_async("other") as admission:
             assert admission
-        await until(lambda: agent.hosts(segment) == 1, "the leader has told how many hosts are")
+        await wait_until_async(
+            "the leader has told how many hosts are", lambda: agent.hosts(segment) == 1
+        )
         server.kill()
         found = 0
         for _ in range(30):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
+from typing import Any
 
 import pytest
 from support import servers
-from support.fleet import PATIENCE, Fleet
+from support.fleet import Fleet
+from support.flights import Flights
+from support.waiting import wait_until
 
 from fast_litellm_shm import RateLimiter, Segment, Window
 from fast_litellm_shm.cluster import Cluster
@@ -22,6 +25,10 @@ def need(kind: str) -> None:
         pytest.skip(f"there is no {kind}-server here: apt-get install {kind}-server")
 
 
+def _is_complete(client: Any) -> bool:
+    return b"cluster_state:ok" in client.execute_command("CLUSTER", "INFO")
+
+
 @pytest.fixture
 def nodes(kind: str) -> Iterator[list[servers.Server]]:
     """A cluster of three nodes, complete."""
@@ -30,7 +37,7 @@ def nodes(kind: str) -> Iterator[list[servers.Server]]:
         found = []
         for _ in range(3):
             port = servers.free_port() % 40_000 + 10_000  # its bus is at 10,000 more
-            options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000")
+            options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "60000")
             found.append(stack.enter_context(servers.Server(kind, *options, port=port)))
         for i, node in enumerate(found):
             with node.client() as client:
@@ -39,12 +46,9 @@ def nodes(kind: str) -> Iterator[list[servers.Server]]:
                 client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", i + 1)
                 for other in found[:i]:
                     client.execute_command("CLUSTER", "MEET", "127.0.0.1", other.port)
-        deadline = time.monotonic() + PATIENCE
         for node in found:
             with node.client() as client:
-                while b"cluster_state:ok" not in client.execute_command("CLUSTER", "INFO"):
-                    assert time.monotonic() < deadline, "the nodes do not find each other"
-                    time.sleep(0.01)  # they tell nobody
+                wait_until("the nodes find each other", partial(_is_complete, client))
         yield found
 
 
@@ -67,13 +71,26 @@ def test_a_cluster_of_three_nodes(nodes: list[servers.Server], segment: Segment)
     assert limiter.acquire("key 1", 60) and limiter.acquire("key 29", 60)
 
 
+def test_permits_over_a_cluster_of_three_nodes(nodes: list[servers.Server]) -> None:
+    """A host is asked over the nodes' own bus to give back what another one lacks."""
+    url = f"redis+cluster://127.0.0.1:{nodes[0].port},127.0.0.1:{nodes[1].port}"
+    with Flights(url, 20, hosts=2, turns=None) as flights:
+        flights.want(10, 10, 0, 0)
+        flights.until(lambda: flights.total == 20, "one host has all")
+        flights.want(3, 0, 9, 8)
+        flights.until(lambda: flights.total == 20, "the other has nearly all")
+        flights.go_on()
+        assert flights.most() <= 20
+
+
 @pytest.fixture
 def watched() -> Iterator[tuple[servers.Server, servers.Server, servers.Server]]:
     """A master, its replica, and a Sentinel that watches them."""
     need("redis")
     ports = [servers.free_port() for _ in range(3)]
     with ExitStack() as stack:
-        master = stack.enter_context(servers.Server("redis", port=ports[0]))
+        at_once = ("--repl-diskless-sync-delay", "0")  # or a replica waits 5 s for others
+        master = stack.enter_context(servers.Server("redis", *at_once, port=ports[0]))
         replica = stack.enter_context(
             servers.Server("redis", "--replicaof", f"127.0.0.1 {ports[0]}", port=ports[1])
         )
@@ -85,15 +102,16 @@ def watched() -> Iterator[tuple[servers.Server, servers.Server, servers.Server]]
                 "sentinel failover-timeout limits 3000\n"
             )
         stack.enter_context(sentinel.sentinel(f"{sentinel.path}.conf"))
-        deadline = time.monotonic() + PATIENCE
         with sentinel.client() as client:
-            while not client.execute_command("SENTINEL", "REPLICAS", "limits"):
-                assert time.monotonic() < deadline, "Sentinel does not find the replica"
-                time.sleep(0.01)  # it tells nobody
+            wait_until(
+                "Sentinel finds the replica",
+                lambda: client.execute_command("SENTINEL", "REPLICAS", "limits"),
+            )
         with replica.client() as client:
-            while client.info("replication")["master_link_status"] != "up":
-                assert time.monotonic() < deadline, "the replica does not find its master"
-                time.sleep(0.01)
+            wait_until(
+                "the replica finds its master",
+                lambda: client.info("replication")["master_link_status"] == "up",
+            )
         yield master, replica, sentinel
 
 
@@ -103,18 +121,39 @@ def test_a_failover_by_sentinel(
     """The replica is asked once it is the master, and knows what was consumed."""
     master, _, sentinel = watched
     cluster = Cluster(
-        f"redis+sentinel://127.0.0.1:{sentinel.port}/limits/0", on_outage="deny", timeout=0.5
+        f"redis+sentinel://127.0.0.1:{sentinel.port}/limits/0",
+        on_outage="deny",
+        timeout=servers.SLOWEST,
     )
     limiter = RateLimiter(Window(100, HOUR), name="api", segment=segment, cluster=cluster)
     assert limiter.acquire("key", 90)
     with master.client() as client:
         assert client.wait(1, 5000) == 1
     master.kill()
-    deadline = time.monotonic() + PATIENCE
-    while not limiter.acquire("key", 10):  # all that is left
-        assert time.monotonic() < deadline, "nobody takes over"
-        time.sleep(0.05)  # refused at once while nobody answers
+    # All that is left; refused at once while nobody answers.
+    wait_until("another takes over", lambda: limiter.acquire("key", 10), every=0.05)
     assert not limiter.acquire("key")
+
+
+def test_permits_after_a_failover(
+    watched: tuple[servers.Server, servers.Server, servers.Server],
+) -> None:
+    """Who holds permits goes on holding them, and the new master knows it."""
+    master, _, sentinel = watched
+    cluster = Cluster(
+        f"redis+sentinel://127.0.0.1:{sentinel.port}/limits/0", on_outage="deny", timeout=0.5
+    )
+    with Flights(cluster, 10, hosts=2, turns=None) as flights:
+        flights.want(5, 5, 0, 0)
+        flights.until(lambda: flights.total == 10, "one host has all")
+        with master.client() as client:
+            client.set("last", 1)
+            assert client.wait(1, 5000) == 1
+        master.kill()
+        flights.want(3, 3, 5, 5)
+        flights.until(lambda: flights.total == 10, "the other has what the first gave back")
+        flights.go_on()
+        assert flights.most() == 10
 
 
 def test_a_password(kind: str, segment: Segment) -> None:

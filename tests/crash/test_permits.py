@@ -18,7 +18,8 @@ import warnings
 import psutil
 import pytest
 from support.children import run_one
-from support.permits import PATIENCE, Holder, kill_at_random
+from support.permits import Holder, kill_at_random, wait_until_dead
+from support.waiting import PATIENCE, comes_true
 
 from fast_litellm_shm import ConcurrencyLimiter, Segment
 
@@ -72,12 +73,8 @@ def test_back_within_a_second_100_of_100(segment: Segment) -> None:
             assert other.held == 5
             other.kill()
             other.join()  # how long a busy system takes to end a process is not ours
-            dead = looked = time.monotonic()
-            while limiter.in_flight("k"):  # what counts is when a look began, not when it ended
-                if looked - dead > PROMISE:
-                    late.append((i, other.pid, segment.processes(), segment.liveness_unknown))
-                    break
-                looked = time.monotonic()
+            if not comes_true(lambda: not limiter.in_flight("k"), PROMISE):
+                late.append((i, other.pid, segment.processes(), segment.liveness_unknown))
     assert late == []
 
 
@@ -93,10 +90,7 @@ def test_an_unreaped_zombie_holds_nothing(segment: Segment) -> None:
     limiter = make(segment)
     with holder(segment, 5) as other:
         other.kill()
-        end = time.monotonic() + PATIENCE
-        while psutil.Process(other.pid).status() != psutil.STATUS_ZOMBIE:
-            assert time.monotonic() < end
-            time.sleep(0.001)
+        wait_until_dead(other.pid)
         assert limiter.in_flight("k") == 0
         assert other.pid not in [found["pid"] for found in segment.processes()]
         assert psutil.Process(other.pid).status() == psutil.STATUS_ZOMBIE  # nobody reaped it
@@ -232,9 +226,8 @@ def test_the_parent_dies_and_its_forked_child_lives(segment: Segment) -> None:
     os.waitpid(pid, 0)
     assert limiter.in_flight("k") == 1
     os.kill(child, signal.SIGKILL)
-    end = time.monotonic() + PROMISE  # not ours to wait for
-    while limiter.in_flight("k"):
-        assert time.monotonic() < end
+    wait_until_dead(child)  # not ours to reap
+    assert comes_true(lambda: not limiter.in_flight("k"), PROMISE)
 
 
 def test_exec_ends_the_owner(segment: Segment) -> None:
@@ -305,11 +298,11 @@ def test_a_second_pid_namespace(segment: Segment) -> None:
             assert fifth
             assert not limiter.acquire("k")
             first, second = begun
+            (within,) = psutil.Process(first.pid).children()
             first.kill()
             first.wait()
-            end = time.monotonic() + PROMISE  # --kill-child reaches the grandchild a moment later
-            while limiter.in_flight("k") != 3:
-                assert time.monotonic() < end
+            wait_until_dead(within.pid)  # --kill-child reaches it a moment later
+            assert comes_true(lambda: limiter.in_flight("k") == 3, PROMISE)
             assert second.stdin
             assert second.stdout
             second.stdin.write("\n")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from support.children import PATIENCE
 from support.names import left_over, remove
+from support.waiting import TooSlow, wait_until
 
 from fast_litellm_shm import ConcurrencyLimiter, RateLimiter, Segment, Window
 
@@ -25,16 +26,20 @@ def _limiter(segment: Segment) -> RateLimiter:
 
 def _ends(pid: int) -> int:
     """Its exit code; fails where it hangs."""
-    deadline = time.monotonic() + PATIENCE
-    while True:
+    status = 0
+
+    def ended() -> bool:
+        nonlocal status
         found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            raise AssertionError(f"child {pid} hung")
-        time.sleep(0.002)
+        return bool(found)
+
+    try:
+        wait_until(f"child {pid} ends", ended, every=0.002)
+    except TooSlow as error:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise AssertionError(f"child {pid} hung") from error
+    return os.waitstatus_to_exitcode(status)
 
 
 def _fork(task: Callable[[], bool]) -> int:

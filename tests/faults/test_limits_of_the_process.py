@@ -238,7 +238,7 @@ def _stormed(name: str) -> dict[str, Any]:
             if i < 19:
                 segment.remove()
         permits = ConcurrencyLimiter(1, name="p", segment=segment)
-        limiter = RateLimiter(Window(5, 2), name="t", segment=segment)
+        limiter = RateLimiter(Window(5, 6), name="t", segment=segment)
         admitted = sum(bool(limiter.wait("k", timeout=0)) for _ in range(9))
         with permits.acquire("k"):
             begun = time.monotonic()

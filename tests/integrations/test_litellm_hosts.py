@@ -4,8 +4,7 @@ same names on another one."""
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,13 +15,13 @@ import litellm
 from support import servers
 from support.litellm_auth import auth
 from support.names import remove, unique_name
+from support.waiting import PATIENCE, wait_until_async
 
 from fast_litellm_shm import Quota, Segment
 from fast_litellm_shm.integrations.litellm import calls, guard, settings
 from fast_litellm_shm.integrations.litellm.limiter import SharedLimiter
 from fast_litellm_shm.integrations.litellm.subjects import Limits
 
-PATIENCE = 60.0  # seconds; far above what anything here takes
 USAGE = {"usage": {"prompt_tokens": 10, "completion_tokens": 20, "total_tokens": 30}}
 
 
@@ -86,13 +85,6 @@ async def ask(limiter: SharedLimiter, id: str, user: Any) -> bool:
     return True
 
 
-async def until(reached: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not reached():
-        assert time.monotonic() < deadline, f"never came to pass: {what}"
-        await asyncio.sleep(0.005)  # another thread or process does it, and tells nobody
-
-
 @pytest.mark.usefixtures("chosen")
 def test_a_limit_holds_over_both(
     limiter: SharedLimiter, server: servers.Server, other: Segment
@@ -119,7 +111,7 @@ def test_a_limit_holds_over_both(
                 reasons.append(admission.reason)
             return "rpm" in reasons and reasons.count("Request allowed") == 7
 
-        await until(used_up, "both have had ten together")
+        await wait_until_async("both have had ten together", used_up)
 
     asyncio.run(scenario())
 
@@ -142,7 +134,7 @@ def test_a_denial_books_nothing_anywhere(
             admitted.append(key.admit("api_key:k").allowed)
             return sum(admitted) == 10
 
-        await until(all_of_it, "the key has all of its requests")
+        await wait_until_async("the key has all of its requests", all_of_it)
 
     asyncio.run(scenario())
 
@@ -169,7 +161,7 @@ def test_the_loop_goes_on_and_a_client_that_leaves_takes_nothing(
         server.freeze()
         beating = asyncio.create_task(tick())
         task = asyncio.create_task(ask(limiter, "1", user))
-        await until(lambda: ticks > 500, "the loop comes round")
+        await wait_until_async("the loop comes round", lambda: ticks > 500)
         assert not task.done() and quota.in_flight("api_key:k") == 1
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -182,8 +174,8 @@ def test_the_loop_goes_on_and_a_client_that_leaves_takes_nothing(
             admitted.append(team.admit("team:t").allowed)
             return sum(admitted) == 5
 
-        await until(all_of_it, "the team has all of its requests")
-        await until(lambda: key.admit("api_key:k").release(), "the slot is to be had")
+        await wait_until_async("the team has all of its requests", all_of_it)
+        await wait_until_async("the slot is to be had", lambda: key.admit("api_key:k").release())
         beating.cancel()
 
     asyncio.run(scenario())
@@ -212,8 +204,8 @@ def test_what_comes_after_the_answer_asks_nobody(
     async def scenario() -> None:
         tasks = [asyncio.create_task(request(id)) for id in ("1", "2")]
         quota = calls.quota_of(Limits(10, 1000, 3))
-        await until(lambda: quota.in_flight("api_key:k") == 2, "both are admitted")
-        await until(lambda: len(limiter.calls) == 2, "and said so")
+        await wait_until_async("both are admitted", lambda: quota.in_flight("api_key:k") == 2)
+        await wait_until_async("and said so", lambda: len(limiter.calls) == 2)
         server.freeze()
         go_on.set()
         await asyncio.gather(*tasks)
@@ -221,7 +213,7 @@ def test_what_comes_after_the_answer_asks_nobody(
         wallet = quota._parts.rates._wallet
         assert wallet is not None and wallet.link.away is None  # nobody has waited in vain
         server.thaw()
-        await until(lambda: quota.remaining("api_key:k")["tpm"] == 970, "it is booked")
+        await wait_until_async("it is booked", lambda: quota.remaining("api_key:k")["tpm"] == 970)
 
     asyncio.run(scenario())
 

@@ -9,7 +9,8 @@ import time
 from multiprocessing.connection import Connection
 
 from support.children import run, run_one
-from support.permits import PATIENCE, Span, most_at_once
+from support.permits import Span, most_at_once
+from support.waiting import PATIENCE
 from support.workers import meet
 
 from fast_litellm_shm import Segment

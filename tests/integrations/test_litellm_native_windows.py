@@ -6,7 +6,8 @@ import random
 import time
 
 import pytest
-from support.children import PATIENCE, run
+from support.children import run
+from support.waiting import wait_until
 from support.workers import meet
 
 from fast_litellm_shm import Segment, exceptions
@@ -17,10 +18,7 @@ SCOPE = "{api_key:k}"
 
 
 def _until_over(windows: Windows, window: OpenWindow) -> None:
-    end = time.monotonic() + PATIENCE
-    while windows.opened(SCOPE, window.size) == window:
-        assert time.monotonic() < end, "the window does not end"
-        time.sleep(0.005)
+    wait_until("the window ends", lambda: windows.opened(SCOPE, window.size) != window)
 
 
 def _add(name: str, attempts: int) -> list[tuple[OpenWindow, int]]:

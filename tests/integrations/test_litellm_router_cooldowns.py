@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from support.waiting import wait_until
 
 pytest.importorskip("litellm")
 
 from litellm.caching.redis_batch import Batch
 from litellm.types.router import RouterRateLimitError
-from support.children import PATIENCE
 from support.litellm_workers import GROUP, Caller, Worker, Workers, router
 
 from fast_litellm_shm import Segment, exceptions
@@ -53,9 +53,9 @@ def reach(caller: Caller, deployment_id: str) -> Any:
 
 
 def until(worker: Worker, name: str, expected: Any) -> None:
-    end = time.monotonic() + PATIENCE
-    while (found := worker.do(name)) != expected:
-        assert time.monotonic() < end, f"{name}: {found}, not {expected}"
+    wait_until(
+        lambda: f"{name}: {worker.do(name)}, not {expected}", lambda: worker.do(name) == expected
+    )
 
 
 # with real routers -------------------------------------------------------------------------------
@@ -87,10 +87,12 @@ def test_a_cooldown_ends_in_all_workers() -> None:
 
     with Workers(2, briefly, [active, reach]) as (one, two):
         one.do("fail", "a")
-        end = time.monotonic() + PATIENCE
-        while two.do("active") != ["a"]:  # again, where that took longer than the cooldown lasts
-            assert time.monotonic() < end
+
+        def cools_down() -> bool:  # again, where that took longer than the cooldown lasts
             one.do("reach", "a")
+            return bool(two.do("active") == ["a"])
+
+        wait_until("the other leaves it out", cools_down)
         for worker in (one, two):
             until(worker, "active", [])
         assert two.do("reach", "a") == "a"

@@ -7,24 +7,21 @@ import os
 import pathlib
 import subprocess
 import sys
-import time
 from collections import Counter
 from contextlib import ExitStack
+
+from support.waiting import PATIENCE, wait_until
 
 from fast_litellm_shm import Segment
 from integrations_httpx.server import upstream_server
 
 EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "httpx_client" / "client.py"
 WORKERS, EACH, PAUSE = 4, 10, 1  # PAUSE: s
-PATIENCE = 60.0
 
 
 def attached(segment: Segment, count: int) -> None:
     """Wait until so many processes have the segment."""
-    end = time.monotonic() + PATIENCE
-    while segment.stats()["processes"] < count:
-        assert time.monotonic() < end, "the workers did not come"
-        time.sleep(0.01)
+    wait_until("the workers come", lambda: segment.stats()["processes"] >= count, every=0.01)
 
 
 def test_a_pause_is_kept_by_all_workers(segment_name: str) -> None:

@@ -112,8 +112,10 @@ def test_a_window_ends_when_it_should_also_where_the_count_is_without_a_limit(
     storage: ShmStorage,
 ) -> None:
     """A count of up to 2**31 kept in one cell could only have an end in whole seconds."""
+    before = time.monotonic()
     assert storage.incr("k", 1, amount=1000) == 1000
-    assert 0.9 < storage._windows.left("k") <= 1.00001
+    left = storage._windows.left("k")
+    assert 1 - (time.monotonic() - before) - 0.01 <= left <= 1.00001
 
 
 def test_get_expiry_of_a_missing_key_is_now(storage: ShmStorage) -> None:
@@ -140,7 +142,7 @@ def test_sliding_windows_are_aligned_to_the_wall_clock(storage: ShmStorage) -> N
     previous, previous_ttl, current, current_ttl = storage.get_sliding_window(key, per)
     assert (previous, previous_ttl, current) == (0, 0.0, 4)
     expected = per - time.time() % per + per
-    assert current_ttl == pytest.approx(expected, abs=0.5) or expected > 2 * per - 1
+    assert current_ttl == pytest.approx(expected, abs=30) or expected > 2 * per - 30
     storage.clear_sliding_window(key, per)
     assert storage.get_sliding_window(key, per)[2] == 0
 
@@ -151,7 +153,7 @@ def test_what_a_moving_window_shows(storage: ShmStorage) -> None:
     assert (before <= start <= time.time(), count) == (True, 0)
     assert storage.acquire_entry("k", 5, 60, amount=2)
     start, count = storage.get_moving_window("k", 5, 60)
-    assert start == pytest.approx(before, abs=1) and count == 2
+    assert (before - 0.01 <= start <= time.time() + 0.01, count) == (True, 2)
     assert not storage.acquire_entry("k", 5, 60, amount=4)
     assert storage.get_moving_window("k", 5, 60)[1] == 2
 

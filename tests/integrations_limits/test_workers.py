@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
-from support.served import ask, gunicorn, served, uvicorn
+from support.served import ask, ask_of_several, gunicorn, served, uvicorn
 
 from fast_litellm_shm import Segment
 
@@ -32,8 +31,8 @@ def running(name: str, segment: str, strategy: str) -> Iterator[str]:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", SERVERS)
 def test_four_workers_admit_exactly_the_limit(name: str, strategy: str, segment_name: str) -> None:
-    with running(name, segment_name, strategy) as path, ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(lambda _: ask(path, "/"), range(REQUESTS)))
+    with running(name, segment_name, strategy) as path:
+        answers = ask_of_several(path, "/", REQUESTS, LIMIT // 2)
         assert Counter(status for status, _, _ in answers) == {200: LIMIT, 429: REQUESTS - LIMIT}
         admitted_by = {body for status, body, _ in answers if status == 200}
         assert len(admitted_by) > 1, "one worker alone has answered: nothing was shared"

@@ -7,7 +7,9 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import APIRouter, Depends, FastAPI, Response
+from fastapi import APIRouter, Depends, FastAPI, Response, WebSocket, WebSocketDisconnect
+from fastapi.testclient import TestClient
+from starlette.testclient import WebSocketDenialResponse
 
 from fast_litellm_shm import Limit, Segment, Window
 from fast_litellm_shm.integrations.fastapi import MARK, Outcome, RateLimit, header
@@ -157,3 +159,29 @@ def test_the_outcome_is_the_dependency(segment: Segment) -> None:
 def test_without_limits() -> None:
     with pytest.raises(ValueError, match="at least one limit, such as Limit"):
         RateLimit()
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_the_handshake_of_a_websocket(segment: Segment, answers: bool) -> None:
+    app = FastAPI()
+
+    @app.websocket("/ws", dependencies=[Depends(RateLimit(Window(1, 3600), segment=segment))])
+    async def serve(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await websocket.send_text("hello")
+        await websocket.close()
+
+    async def plain(scope: Any, receive: Any, send: Any) -> None:  # a server without the extension
+        await app({**scope, "extensions": {}}, receive, send)
+
+    client = TestClient(app if answers else plain)
+    with client.websocket_connect("/ws") as websocket:
+        assert websocket.receive_text() == "hello"
+    with pytest.raises(WebSocketDisconnect) as refused, client.websocket_connect("/ws"):
+        raise AssertionError("it was let in")
+    if answers:
+        assert isinstance(refused.value, WebSocketDenialResponse)
+        assert refused.value.status_code == 429
+        assert int(refused.value.headers["retry-after"]) > 3000
+    else:
+        assert (refused.value.code, refused.value.reason) == (1013, "rate limit")

@@ -7,14 +7,13 @@ import http.client
 import json
 import os
 import signal
-import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from support.served import START, Connection, ask, gunicorn, served, uvicorn
+from support.served import Connection, ask, ask_of_several, gunicorn, served, uvicorn
+from support.waiting import wait_until
 
 LIMIT, REQUESTS, STREAMS = 100, 400, 3
 SERVERS: dict[str, tuple[Any, ...]] = {
@@ -42,14 +41,17 @@ class Stream:
 
 def opened(path: str) -> Stream:
     """A stream, as soon as there is room for one: when a permit has come back."""
-    end = time.monotonic() + START
-    while True:
+
+    def tried() -> Stream | None:
         stream = Stream(path)
         if stream.status == 200:
             return stream
         stream.close()
-        assert time.monotonic() < end, "the permit did not come back"
-        time.sleep(0.01)
+        return None
+
+    found = wait_until("a permit comes back", tried, every=0.01)
+    assert found is not None
+    return found
 
 
 def streams_come_back(path: str) -> None:
@@ -79,11 +81,8 @@ def streams_come_back(path: str) -> None:
 def test_four_workers(name: str, segment_name: str) -> None:
     command, needs = SERVERS[name]
     env = {"FAST_LITELLM_SHM_NAME": segment_name}
-    with (
-        served(name, command, needs, segment_name, env) as path,
-        ThreadPoolExecutor(16) as pool,
-    ):
-        answers = list(pool.map(lambda _: ask(path, "/", X_Api_Key="k"), range(REQUESTS)))
+    with served(name, command, needs, segment_name, env) as path:
+        answers = ask_of_several(path, "/", REQUESTS, LIMIT // 2, X_Api_Key="k")
         assert Counter(status for status, _, _ in answers) == {200: LIMIT, 429: REQUESTS - LIMIT}
         admitted_by = {body for status, body, _ in answers if status == 200}
         assert len(admitted_by) > 1, "one worker alone has answered: nothing was shared"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 
@@ -52,10 +53,14 @@ def test_tokens(served: Proxy) -> None:
 
 
 def test_parallel_requests(served: Proxy) -> None:
+    """An answer takes five seconds: so often at most can each of the four be had again."""
     key = "sk-3-parallel=4"
     for _ in range(2):
+        begun = time.monotonic()
         found = statuses(served, 40, key, at_once=40, apart=0.02, model="slower")
-        assert found == {200: 4, 429: 36}
+        turns = (time.monotonic() - begun) // 5  # one, unless the machine is very slow
+        assert 4 <= found[200] <= 4 * turns
+        assert found[200] + found[429] == 40
 
 
 def test_requests_of_a_deployment(served: Proxy) -> None:

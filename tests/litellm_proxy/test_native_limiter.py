@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from support.children import PATIENCE, run
+from support.waiting import wait_until
 from support.workers import meet
 
 from fast_litellm_shm import Segment, exceptions, health_check
@@ -261,10 +262,8 @@ def test_what_comes_back_late_is_not_taken_from_the_next_window(
     def roll_over() -> None:
         shared = limiter.shared_memory._shared()
         assert shared is not None
-        scope, end = f"{{api_key:{KEY}}}", time.monotonic() + PATIENCE
-        while shared.windows.opened(scope, 1) is not None:
-            assert time.monotonic() < end
-            time.sleep(0.005)
+        scope = f"{{api_key:{KEY}}}"
+        wait_until("the window is over", lambda: shared.windows.opened(scope, 1) is None)
         assert shared.windows.take(scope, "tokens", 1, 500, 1000).allowed  # somebody else's
 
     async def one() -> Any:

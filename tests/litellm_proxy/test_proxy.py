@@ -6,21 +6,25 @@ the application and forks.
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import httpx
 import pytest
 from support.litellm_auth import FIELDS
 from support.names import left_over, remove, unique_name
+from support.permits import wait_until_dead
 from support.proxy import WORKERS, Proxy, proxy
 from support.upstream import Upstream, serving
+from support.waiting import PATIENCE, comes_true
 
 from fast_litellm_shm.inspection import Inspection
 
@@ -60,6 +64,18 @@ def key_of(limits: str) -> str:
 
 def statuses(answers: list[httpx.Response]) -> Counter[int]:
     return Counter(answer.status_code for answer in answers)
+
+
+@contextmanager
+def held(text: str) -> Iterator[threading.Event]:
+    """The upstream holds what it is asked with this text until the event is set; or the block
+    ends."""
+    gate = Upstream.gates[text] = threading.Event()
+    try:
+        yield gate
+    finally:
+        gate.set()
+        del Upstream.gates[text]
 
 
 def permits(served: Proxy) -> int:
@@ -157,11 +173,13 @@ def test_streams(served: Proxy) -> None:
 
 def test_a_stream_holds_its_slot_to_its_end(served: Proxy) -> None:
     key = key_of("parallel=1-tpm=100000")
-    with _stream(served, key, "upstream", f"hello: {key}") as answer:
+    text = f"hello: {key}"
+    with held(text) as gate, _stream(served, key, "upstream", text) as answer:
         chunks = answer.iter_bytes()
         next(chunks)
         assert permits(served) == 1
         assert served.ask(key).status_code == 429
+        gate.set()
         rest = b"".join(chunks)
     assert rest.rstrip().endswith(b"[DONE]")
     no_permits(served)
@@ -195,13 +213,15 @@ def test_clients_that_choose_the_same_call_id(served: Proxy) -> None:
 def test_a_stranger_that_knows_a_call_id(served: Proxy) -> None:
     """A request that is refused before it is judged gives nobody's slots back."""
     key = key_of("parallel=1")
-    with _stream(served, key, "upstream", f"held: {key}", {"x-litellm-call-id": key}) as answer:
+    text, headers = f"hello: {key}", {"x-litellm-call-id": key}
+    with held(text) as gate, _stream(served, key, "upstream", text, headers) as answer:
         chunks = answer.iter_bytes()
         next(chunks)
         for _ in range(3 * WORKERS):  # one of them comes to its worker
             refused = served.ask("sk-0-unreadable", litellm_call_id=key)
             assert refused.status_code not in (200, 429)
         assert permits(served) == 1
+        gate.set()
         assert b"[DONE]" in b"".join(chunks)
     no_permits(served)
 
@@ -209,18 +229,17 @@ def test_a_stranger_that_knows_a_call_id(served: Proxy) -> None:
 def test_a_list_of_models(served: Proxy) -> None:
     """LiteLLM makes a request to each: all their tokens count, and the slowest ends the call."""
     key = key_of("parallel=1-tpm=100000")
-    text, held = f"slow: {key}", []
+    text = f"slow: {key}"
     options: dict[str, Any] = {"model": "m1,m1,upstream", "messages": _slow(key)}
-    holder = threading.Thread(target=lambda: served.ask(key, **options))
-    holder.start()
-    while holder.is_alive():
-        before, found = Upstream.at_once[text], permits(served)
-        if before and Upstream.at_once[text]:  # all the time in between
-            held.append(found)
-        time.sleep(0.02)
-    assert held
-    assert set(held) == {1}
-    holder.join()
+    with held(text) as gate:
+        holder = threading.Thread(target=lambda: served.ask(key, **options))
+        holder.start()
+        served.wait(lambda: Upstream.at_once[text], "the last of them is held")
+        for _ in range(25):  # the others end meanwhile
+            assert permits(served) == 1
+            time.sleep(0.02)
+        gate.set()
+        holder.join()
     no_permits(served)
     assert _tokens_of(served, key, 100000) == 4 * TOKENS  # with this one
 
@@ -237,6 +256,7 @@ def test_a_pass_through(served: Proxy, model: Any) -> None:
             json={"model": model, "messages": [{"role": "user", "content": "hello"}]},
             timeout=60,
             trust_env=False,
+            verify=False,
         ).status_code
 
     assert Counter(ask() for _ in range(8)) == {200: 3, 429: 5}
@@ -252,6 +272,7 @@ def _stream(
         json={"model": model, "stream": True, "messages": [{"role": "user", "content": text}]},
         timeout=60,
         trust_env=False,
+        verify=False,
     )
 
 
@@ -272,14 +293,14 @@ def test_a_client_that_leaves_a_stream(served: Proxy) -> None:
 
 def test_a_client_that_does_not_wait(served: Proxy) -> None:
     key = key_of("parallel=1")
-    with pytest.raises(httpx.TimeoutException):
-        httpx.post(
-            f"{served.url}/v1/chat/completions",
-            headers={"Authorization": f"Bearer {key}"},
-            json={"model": "slow", "messages": [{"role": "user", "content": "hi"}]},
-            timeout=0.4,
-            trust_env=False,
-        )
+    text = f"hello: {key}"
+    body = json.dumps({"model": "upstream", "messages": [{"role": "user", "content": text}]})
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    with held(text):
+        leaves = http.client.HTTPConnection("127.0.0.1", served.port, timeout=PATIENCE)
+        leaves.request("POST", "/v1/chat/completions", body, headers)
+        served.wait(lambda: permits(served) == 1, "its request is in flight")
+        leaves.close()
     no_permits(served)
     assert served.ask(key).status_code == 200
 
@@ -318,7 +339,7 @@ def test_limits_that_change(served: Proxy) -> None:
 @pytest.mark.parametrize("served", ["gunicorn"], indirect=True)  # uvicorn takes minutes for it
 def test_workers_that_are_replaced(served: Proxy) -> None:
     """A reload (SIGHUP) begins no new minute, and what old workers held is back."""
-    key, before = key_of("rpm=10-parallel=1"), served.workers()
+    key, before, begun = key_of("rpm=10-parallel=1"), served.workers(), time.monotonic()
     assert served.ask(key).status_code == 200
     os.kill(served.process.pid, signal.SIGHUP)
     served.wait(lambda: not before & served.workers(), "the old workers have gone", 120)
@@ -326,7 +347,9 @@ def test_workers_that_are_replaced(served: Proxy) -> None:
     found = Counter[int]()
     for _ in range(40):
         found[served.ask(key).status_code] += 1
-    assert found == {200: 9, 429: 31}
+    minutes = (time.monotonic() - begun) // 60 + 1  # that may have begun; one, unless it is slow
+    assert 10 <= 1 + found[200] <= 10 * minutes
+    assert found[200] + found[429] == 40
     no_permits(served)
 
 
@@ -351,7 +374,9 @@ def test_a_worker_that_is_killed(served: Proxy) -> None:
     assert served.ask(key).status_code == 429
     for pid in owners:
         os.kill(pid, signal.SIGKILL)
-    served.wait(lambda: permits(served) == 0, "nobody holds them", 1.0)
+    for pid in owners:
+        wait_until_dead(pid)
+    assert comes_true(lambda: permits(served) == 0, 1.0), "somebody holds them"
     for holder in holders:
         holder.join()
     assert len(failed) == 3

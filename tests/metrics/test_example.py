@@ -8,14 +8,13 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import promql_parser
 import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse
 from support.children import PATIENCE
-from support.served import EXAMPLES, WORKERS, ask, served, uvicorn
+from support.served import EXAMPLES, WORKERS, ask, ask_of_several, served, uvicorn
 
 from fast_litellm_shm.metric_source import Source
 
@@ -44,8 +43,8 @@ def test_one_worker_tells_the_sums_of_four(segment_name: str) -> None:
         segment_name,
         {"SEGMENT": segment_name},
     )
-    with server as path, ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(lambda _: ask(path, "/"), range(REQUESTS)))
+    with server as path:
+        answers = ask_of_several(path, "/", REQUESTS, LIMIT // 2)
         assert Counter(status for status, *_ in answers) == {200: LIMIT, 429: REQUESTS - LIMIT}
         assert len({body for _, body, _ in answers}) > 1, "one worker alone has answered"
         scrapes = [_scrape(path) for _ in range(8)]  # whoever answers

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as openmetrics
@@ -98,6 +98,7 @@ def test_histograms_are_cumulative(scene: Scene) -> None:
 def test_any_name_comes_back_as_it_was(segment: Segment) -> None:
     empty = Source(segment).read()
 
+    @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(st.text(min_size=1, max_size=40))
     def comes_back(name: str) -> None:
         text = _ours(replace(empty, limiters=(LimiterMetrics(name, (), 1, 2, 3, 4),)))

@@ -15,8 +15,8 @@ from fast_litellm_shm import RateLimiter, Segment
 from fast_litellm_shm.cluster import Cluster
 from fast_litellm_shm.limits import AnyLimit
 from support.names import remove, unique_name
+from support.waiting import PATIENCE, wait_until
 
-PATIENCE = 60.0  # seconds; far above what anything here takes
 _context = multiprocessing.get_context("fork")
 _WAIT, _GO, _STOP = 0, 1, 2
 _LOOK = 0.001  # seconds
@@ -137,10 +137,7 @@ class Fleet:
         return found
 
     def until(self, reached: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while not reached():
-            assert time.monotonic() < deadline, f"never came to pass: {what}; {list(self.admitted)}"
-            time.sleep(_LOOK)  # other processes count: they tell nobody
+        wait_until(lambda: f"{what}; {list(self.admitted)}", reached, every=_LOOK)
 
     def go_on(self, attempts: int = 20_000) -> None:
         """Until each worker that still asks has asked as often again."""

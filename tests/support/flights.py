@@ -16,8 +16,8 @@ from fast_litellm_shm import ConcurrencyLimiter, Segment
 from fast_litellm_shm.cluster import Cluster
 from support.names import remove, unique_name
 from support.permits import Span, most_at_once
+from support.waiting import PATIENCE, wait_until
 
-PATIENCE = 60.0  # seconds; far above what anything here takes
 _context = multiprocessing.get_context("fork")
 _LOOK = 0.001  # seconds
 _NOTES = 30_000  # permits of a worker that are noted
@@ -137,10 +137,7 @@ class Flights:
         return most_at_once(spans)
 
     def until(self, reached: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while not reached():
-            assert time.monotonic() < deadline, f"never came to pass: {what}; {list(self.held)}"
-            time.sleep(_LOOK)  # other processes count: they tell nobody
+        wait_until(lambda: f"{what}; {list(self.held)}", reached, every=_LOOK)
 
     def go_on(self, asked: int = 200) -> None:
         """Until each worker that lives and wants more has asked as often again."""

@@ -8,12 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-START = 60.0  # seconds; a machine that needs more is broken
+from support.waiting import PATIENCE, wait_until
+
 WORKERS = 4
 
 
@@ -44,15 +45,19 @@ class Server:
 
     def __enter__(self) -> Server:
         """Ready: each of its workers has answered."""
-        end, seen = time.monotonic() + START, set[int]()
-        while len(seen) < WORKERS:
-            if self._process.poll() is not None or time.monotonic() > end:
-                self._stop()
-                raise AssertionError("gunicorn did not start")
-            try:
-                seen |= {pid for _, pid in self.ask(32, "/ready")}
-            except OSError:
-                time.sleep(0.05)  # it does not listen yet: there is no event to wait for
+        seen = set[int]()
+
+        def all_have_answered() -> bool:
+            assert self._process.poll() is None, f"gunicorn ended: {self._process.poll()}"
+            with suppress(OSError):  # it does not listen yet
+                seen.update(pid for _, pid in self.ask(32, "/ready"))
+            return len(seen) == WORKERS
+
+        try:
+            wait_until(lambda: f"all {WORKERS} workers answer; {seen} do", all_have_answered)
+        except BaseException:
+            self._stop()
+            raise
         return self
 
     def __exit__(
@@ -66,7 +71,7 @@ class Server:
     def _stop(self) -> None:
         self._process.send_signal(signal.SIGTERM)
         try:
-            self._process.wait(START)
+            self._process.wait(PATIENCE)
         finally:
             if self._process.poll() is None:
                 self._process.kill()
@@ -78,9 +83,9 @@ class Server:
             return list(pool.map(lambda _: self._ask_once(path), range(count)))
 
     def _ask_once(self, path: str) -> tuple[int, int]:
-        connection = http.client.HTTPConnection("localhost", timeout=START)
+        connection = http.client.HTTPConnection("localhost", timeout=PATIENCE)
         connection.sock = socket.socket(socket.AF_UNIX)
-        connection.sock.settimeout(START)
+        connection.sock.settimeout(PATIENCE)
         try:
             connection.sock.connect(self._socket)
             connection.request("GET", path)

@@ -18,8 +18,8 @@ from typing import Any
 import psutil
 
 from fast_litellm_shm import ConcurrencyLimiter, Segment
+from support.waiting import PATIENCE, wait_until
 
-PATIENCE = 60.0  # seconds; only a hang reaches it
 Span = tuple[int, int]  # CLOCK_MONOTONIC: after it was admitted, before it was released
 
 
@@ -36,13 +36,28 @@ def most_at_once(spans: Iterable[Span]) -> int:
 
 def wait_until_asleep(pid: int) -> None:
     """Until the process sleeps in the kernel, as one does that waits for a permit."""
-    end = time.monotonic() + PATIENCE
     seen = 0
-    while seen < 5:  # it may sleep for a moment elsewhere
+
+    def sleeps() -> bool:
+        nonlocal seen
         asleep = psutil.Process(pid).status() == psutil.STATUS_SLEEPING
         seen = seen + 1 if asleep else 0
-        assert time.monotonic() < end, f"process {pid} does not sleep"
-        time.sleep(0.01)
+        return seen == 5  # it may sleep for a moment elsewhere
+
+    wait_until(f"process {pid} sleeps", sleeps, every=0.01)
+
+
+def wait_until_dead(pid: int) -> None:
+    """Until the kernel has ended it, which may take a busy machine a while after the signal. What
+    it holds it holds until then. Whether somebody has reaped it does not matter."""
+
+    def is_dead() -> bool:
+        try:
+            return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+        except psutil.NoSuchProcess:
+            return True
+
+    wait_until(f"process {pid} is dead", is_dead, every=0.001)
 
 
 class Holder:

@@ -6,15 +6,17 @@ import http.client
 import importlib.util
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
+
+from support.waiting import wait_until
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 WORKERS = 4
@@ -46,6 +48,30 @@ def ask(path: str, what: str, **headers: str) -> tuple[int, str, http.client.HTT
         connection.close()
 
 
+def ask_of_several(
+    path: str, what: str, count: int, first: int, **headers: str
+) -> list[tuple[int, str, http.client.HTTPMessage]]:
+    """So many requests, 16 at once, of which at least two workers take some. Each answers with its
+    pid. Where one takes all of the ``first`` ones, as one may, it is stopped during the others."""
+    with ThreadPoolExecutor(16) as pool:
+
+        def send(number: int) -> list[tuple[int, str, http.client.HTTPMessage]]:
+            return list(pool.map(lambda _: ask(path, what, **headers), range(number)))
+
+        answers = send(first)
+        pids = {int(body) for _, body, _ in answers}
+        alone = pids if len(pids) == 1 else set()
+        for pid in alone:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            answers += send(count - first)
+        finally:
+            for pid in alone:
+                with suppress(ProcessLookupError):  # uvicorn replaces who is silent for 5 s
+                    os.kill(pid, signal.SIGCONT)
+    return answers
+
+
 def gunicorn(app: str, *more: str) -> list[str]:
     workers = ["--workers", str(WORKERS), "--log-level", "error", "--bind", "unix:{}"]
     return ["gunicorn", app, *workers, *more]
@@ -71,16 +97,16 @@ def served(
         env=os.environ | env,
     )
     try:
-        end, seen = time.monotonic() + START, set[str]()
-        while len(seen) < WORKERS:
-            assert server.poll() is None and time.monotonic() < end, "it did not start"
-            try:
-                with ThreadPoolExecutor(16) as pool:
-                    found = list(pool.map(lambda _: ask(path, "/ready"), range(32)))
-            except OSError:
-                time.sleep(0.05)  # it does not listen yet: there is no event to wait for
-                continue
-            seen |= {body for status, body, _ in found if status == 200}
+        seen = set[str]()
+
+        def all_have_answered() -> bool:
+            assert server.poll() is None, f"{command[0]} ended: {server.poll()}"
+            with suppress(OSError), ThreadPoolExecutor(16) as pool:  # it may not listen yet
+                found = list(pool.map(lambda _: ask(path, "/ready"), range(32)))
+                seen.update(body for status, body, _ in found if status == 200)
+            return len(seen) == WORKERS
+
+        wait_until(lambda: f"all {WORKERS} workers answer; {seen} do", all_have_answered)
         yield path
     finally:
         server.terminate()

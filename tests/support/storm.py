@@ -23,7 +23,7 @@ WORKERS = 4
 ROUND = 200_000_000  # ns; every round has a key of its own, which its workers exhaust
 ROUND_LIMIT = 1000
 HOT_N, HOT_PER = 500, 0.25  # one key for the whole storm
-STALL = 10.0  # seconds: a worker that neither moves nor is stopped for so long is held up
+STALL = 30.0  # seconds: a worker that neither moves nor is stopped for so long is held up
 STOPPED = 0.3  # seconds that a worker is frozen
 
 

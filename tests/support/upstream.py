@@ -10,17 +10,21 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, ClassVar
+
+from support.waiting import PATIENCE
 
 
 class Upstream(BaseHTTPRequestHandler):
     """Answers as OpenAI does; with 500 where a text says so: once for each text, or always; after
-    half a second, counting how many are there at once for each text."""
+    half a second, counting how many are there at once for each text; or, in the midst of a stream
+    too, when its gate is opened."""
 
     protocol_version = "HTTP/1.1"
     seen: Counter[str] = Counter()
     at_once: Counter[str] = Counter()
     most: Counter[str] = Counter()
+    gates: ClassVar[dict[str, threading.Event]] = {}
     lock = threading.Lock()
 
     def do_POST(self) -> None:
@@ -32,15 +36,18 @@ class Upstream(BaseHTTPRequestHandler):
             Upstream.at_once[text] += 1
             Upstream.most[text] = max(Upstream.most[text], Upstream.at_once[text])
             fails = Upstream.seen[text] <= {"fail once": 1, "fail always": 10**6}.get(kind, 0)
+        gate = Upstream.gates.get(text)
         if kind == "slow":
             time.sleep(0.5)
+        if gate is not None and not body.get("stream"):
+            gate.wait(PATIENCE)
         with Upstream.lock:  # before the answer: who reads it may ask again at once
             Upstream.at_once[text] -= 1
         if fails:
             self._answer(500, {"error": {"message": "not now", "type": "server_error"}})
             return
         if body.get("stream"):
-            self._stream(cut=kind == "cut", apart=2.0 if kind == "held" else 0.3)
+            self._stream(cut=kind == "cut", gate=gate)
             return
         usage = {"prompt_tokens": 10, "completion_tokens": 20, "total_tokens": 30}
         message = {"role": "assistant", "content": "hello"}
@@ -48,8 +55,8 @@ class Upstream(BaseHTTPRequestHandler):
         rest = {"id": "x", "object": "chat.completion", "created": 1, "model": "up"}
         self._answer(200, {**rest, "choices": [choice], "usage": usage})
 
-    def _stream(self, cut: bool, apart: float) -> None:
-        """Three chunks, so many seconds apart, the usage and the end; or two, and the connection
+    def _stream(self, cut: bool, gate: threading.Event | None) -> None:
+        """Three chunks with a pause between them, the usage and the end; or two, and the connection
         is closed."""
         self.send_response(200)
         self.send_header("content-type", "text/event-stream")
@@ -65,7 +72,10 @@ class Upstream(BaseHTTPRequestHandler):
                 return
             choice = {"index": 0, "delta": {"content": "hello "}, "finish_reason": None}
             self._send({**chunk, "choices": [choice]})
-            time.sleep(apart)
+            if gate is None:
+                time.sleep(0.3)
+            else:
+                gate.wait(PATIENCE)
         self._send({**chunk, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
         usage = {"prompt_tokens": 10, "completion_tokens": 20, "total_tokens": 30}
         self._send({**chunk, "choices": [], "usage": usage})

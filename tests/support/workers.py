@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from fast_litellm_shm import Limit, RateLimiter, Segment, Window
+from support.waiting import wait_until
 
 
 def meet(name: str, parties: int) -> None:
@@ -15,11 +16,11 @@ def meet(name: str, parties: int) -> None:
     in the segment under test, by a key that nobody else uses."""
     place = RateLimiter(Window(1_000_000, 3600), name="meeting", segment=Segment(name))
     place.acquire("here")
-    deadline = time.monotonic() + 60
-    while 1_000_000 - place.peek("here", cost=0).remaining < parties:
-        if time.monotonic() > deadline:
-            raise AssertionError("the other processes did not come")
-        time.sleep(0.001)
+    wait_until(
+        "the other processes come",
+        lambda: 1_000_000 - place.peek("here", cost=0).remaining >= parties,
+        every=0.001,
+    )
 
 
 def attempt(name: str, limits: tuple[Any, ...], key: str, attempts: int, parties: int) -> int:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from fast_litellm_shm import limits
 from fast_litellm_shm.limits import AnyLimit, InFlight
@@ -23,9 +24,15 @@ _REGISTRY = "https://iana.org/assignments/http-problem-types#"
 _LARGEST = 999_999_999_999_999  # of an Integer in a structured field
 #: Fields that are lists: they may come twice, from a limit further in.
 LISTS = frozenset({"ratelimit", "ratelimit-policy"})
+TRY_LATER = 1013  # closes a websocket: Try Again Later, of RFC 6455's registry
 BUSY_RETRY = 1  # s: nobody knows when a request in flight ends
 
 Headers = list[tuple[str, str]]
+
+
+def answers_handshake(scope: Mapping[str, Any]) -> bool:
+    """Can this server answer a websocket's handshake as it answers a request?"""
+    return "websocket.http.response" in (scope.get("extensions") or {})
 
 
 def policy_names(rule: str, found: Iterable[AnyLimit | InFlight]) -> tuple[str, ...]:
