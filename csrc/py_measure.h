@@ -42,11 +42,17 @@ static __attribute__((cold, noinline)) void measure_end(const measure_t *m, uint
                      size, 0);
 }
 
+/* One that would have made an event loop wait (MustAskError of cluster/loops.py) is no call: it is made again
+ * in a thread, and counts there. */
+static inline int measure_counts(const PyObject *result) {
+  return result || !PyErr_ExceptionMatches(PyExc_BlockingIOError);
+}
+
 /* Return what the call gives, and record its time if it is one to measure. A denial is no failure. */
-#define RETURN_MEASURED(measure, call)                           \
-  uint64_t begun = measure_begin(measure);                       \
-  PyObject *result = call;                                       \
-  if (unlikely(begun)) measure_end(measure, begun, !!result, 0); \
+#define RETURN_MEASURED(measure, call)                                                     \
+  uint64_t begun = measure_begin(measure);                                                 \
+  PyObject *result = call;                                                                 \
+  if (unlikely(begun) && measure_counts(result)) measure_end(measure, begun, !!result, 0); \
   return result
 
 #endif

@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -74,9 +74,10 @@ class ConcurrencyLimiter:
         name: str,
         segment: Segment | None = None,
         cluster: Cluster | str | None = None,
+        _shown: str | None = None,
     ) -> None:
         limit = limits.in_flight("ConcurrencyLimiter", "max_in_flight", max_in_flight)
-        self._open(limit, name, segment, cluster, keep=False)
+        self._open(limit, name, segment, cluster, keep=False, shown=_shown)
 
     def _open(
         self,
@@ -85,8 +86,10 @@ class ConcurrencyLimiter:
         segment: Segment | None,
         cluster: Cluster | str | None,
         keep: bool,
+        shown: str | None = None,
     ) -> None:
         given: dict[str, Any] = {"name": name, "segment": segment, "on_full": "deny", "keep": keep}
+        given["shown"] = shown
         found = None
         if cluster is not None or settings.cluster_url() is not None:
             from fast_litellm_shm.cluster import settings as cluster_settings
@@ -105,16 +108,13 @@ class ConcurrencyLimiter:
     async def acquire_async(self, key: str | bytes) -> Permit:
         """acquire() for asyncio: where the limit is that of many hosts and the server must be
         asked, that is done in a thread; else it is acquire()."""
-        if self._leases is None or self._leases.answers(key_bytes(key)):
+        if self._leases is None:
             permit: Permit = self.acquire(key)
             return permit
-        asked: Future[Permit] = _executor().submit(self.acquire, key)
-        try:
-            return await asyncio.wrap_future(asked)
-        except asyncio.CancelledError:  # the thread goes on: what it takes is nobody's
-            if not asked.cancel():
-                asked.add_done_callback(_release)
-            raise
+        from fast_litellm_shm.cluster.loops import off_loop
+
+        taken: Permit = await off_loop(lambda: self.acquire(key), lambda late: late.release())
+        return taken
 
     @property
     def name(self) -> str:
@@ -239,11 +239,6 @@ def _rebuild(
     limiter = cls.__new__(cls)
     limiter._open(limits.InFlight(max_in_flight), name, segment, cluster, keep=True)
     return limiter
-
-
-def _release(asked: Future[Permit]) -> None:
-    if not asked.cancelled() and asked.exception() is None:
-        asked.result().release()
 
 
 def release_process(segment: Segment, pid: int) -> int:

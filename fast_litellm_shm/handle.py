@@ -38,12 +38,14 @@ class SharedLimits(Core):
         segment: Segment | None,
         on_full: str,
         keep: bool = False,  # where the name exists, leave its limits as they are
+        shown: str | None = None,  # what errors call it, where the user gave another name
     ) -> None:
         if name is None:
             name = _default_name(found)
         if not isinstance(name, str):
             raise TypeError(f"name must be a str, not {name!r}")
         encoded = name.encode("utf-8", "surrogatepass")
+        self._shown = name if shown is None else shown
         if not 1 <= len(encoded) <= lib.FSHM_MAX_LIMITER_NAME:
             raise ValueError(
                 f"name must be 1 to {lib.FSHM_MAX_LIMITER_NAME} bytes of UTF-8, not {name!r}"
@@ -53,7 +55,7 @@ class SharedLimits(Core):
         if segment is not None and not isinstance(segment, Segment):
             raise TypeError(f"segment must be a Segment or None, not {segment!r}")
         if hasattr(self, "_handle"):
-            raise RuntimeError(f"limiter {self._name!r} is open already: make another object")
+            raise RuntimeError(f"limiter {self._shown!r} is open already: make another object")
         self._name, self._on_full = name, on_full
         self._segment = Segment.default() if segment is None else segment
         out = ffi.new("fshm_limiter **")
@@ -67,7 +69,7 @@ class SharedLimits(Core):
             )
         if status == lib.FSHM_CONTENDED:
             raise exceptions.SegmentError(
-                f"limiter {name!r} in segment {self._segment.name!r}: several processes "
+                f"limiter {self._shown!r} in segment {self._segment.name!r}: several processes "
                 "are changing its limits at this moment; set them in one place, or try again"
             )
         if status != lib.FSHM_OK:
@@ -111,7 +113,7 @@ class SharedLimits(Core):
 
     def _failed(self, status: int) -> NoReturn:
         """Called by the native part when a call ends neither admitted nor denied."""
-        where = f"limiter {self._name!r} in segment {self._segment.name!r}"
+        where = f"limiter {self._shown!r} in segment {self._segment.name!r}"
         if status == lib.FSHM_E_LIMITERS:
             raise exceptions.SegmentFullError(
                 f"{where}: the segment's table of limiters is full "

@@ -83,6 +83,18 @@ def stored_name(segment: Segment, cell: int) -> tuple[str, bytes] | None:
     return text + "…", raw
 
 
+def held_permits(segment: Segment) -> Iterator[tuple[int, Any]]:
+    """The cell of each permit that is held, and its ``fshm_permit_info``, good until the next."""
+    import numpy
+
+    g, info = segment.geometry(), ffi.new("fshm_permit_info *")
+    memory = ffi.buffer(ffi.cast("char *", g.base), g.size)
+    words = numpy.frombuffer(memory, numpy.dtype("=u8"), 2 * g.cells, g.cells_offset)
+    for cell in numpy.flatnonzero((words[1::2] >> numpy.uint64(61)) == 7).tolist():
+        if lib.fshm_permit_at(segment._handle, cell, info) == 1:  # not released since
+            yield cell, info
+
+
 # A moving window of more hits than these is not counted for show: each hit is a look (30 ns).
 _MOST_LOOKS = 50_000
 _TRIES = 4  # looks at counts that are being moved
@@ -239,13 +251,7 @@ class Inspection:
 
     def permits(self, *, limiter: str | None = None) -> Iterator[PermitRow]:
         """All permits that are held, in no order. limiter: only this one's."""
-        import numpy
-
-        when = self._view("cells")["when"]
-        info = ffi.new("fshm_permit_info *")
-        for cell in numpy.flatnonzero((when >> numpy.uint64(61)) == 7).tolist():
-            if lib.fshm_permit_at(self._handle, cell, info) != 1:
-                continue  # released since we looked
+        for cell, info in held_permits(self.segment):
             known = self._limiters.get(info.limiter)
             name = known["name"] if known else "?"
             if limiter is None or name == limiter:

@@ -100,10 +100,13 @@ class RateLimiter(SharedLimits):
 
     async def acquire_async(self, key: str | bytes, cost: Cost = 1) -> Decision:
         """acquire() for asyncio: where the limits are those of many hosts and the server must be
-        asked, that is done in a thread; else it is acquire()."""
-        if self._wallet is None or self._wallet.has(key, cost):
+        asked, that is done in a thread; else it is acquire(). Cancelled while it asks, what it is
+        granted is consumed."""
+        if self._wallet is None:
             return self.acquire(key, cost)
-        return await asyncio.get_running_loop().run_in_executor(None, self.acquire, key, cost)
+        from fast_litellm_shm.cluster.loops import off_loop
+
+        return await off_loop(lambda: self.acquire(key, cost), lambda _: None)
 
     def reset(self, key: str | bytes | None = None) -> None:
         """Forget what a key has consumed; None: what all keys of this limiter have."""

@@ -75,9 +75,12 @@ class Admission:
     def cancel(self) -> None:
         """The call will not be made after all: give back the request, the tokens and the parallel
         slot, as long as their minute lasts. Harmless after a release, and twice."""
-        if not self._released:
+        if self._released:
+            return
+        try:
             self._quota._undo(self._key, self._charged, self._permit)
             self._charged = 0
+        finally:  # a slot that is kept for what failed would be kept for good
             self.release()
 
     def release(self) -> bool:
@@ -160,9 +163,7 @@ class Quota:
         self._ones = (1,) * len(names)
         self._rest = self._ones[self._tpm + 1 :]
         self._parts: Parts | None = None
-        if _here:
-            settings.warn_not_shared("this quota")
-        elif cluster is not None or settings.cluster_url() is not None:
+        if not _here and (cluster is not None or settings.cluster_url() is not None):
             self._join(tuple(found), name, segment, on_full, cluster)
         if self._parts is None:
             self._shared = SharedLimits(tuple(found), name=name, segment=segment, on_full=on_full)
@@ -201,6 +202,20 @@ class Quota:
             return Admission(self, key, self._parts.admit(key, costs), tokens)
         return Admission(self, key, self._shared._admit(key, costs), tokens)
 
+    async def admit_async(self, key: str | bytes, tokens: int = 0) -> Admission:
+        """:meth:`admit` for asyncio: where the limits are those of many hosts and the server must
+        be asked, that is done in a thread; else nothing is awaited. Cancelled, it consumes nothing
+        and holds nothing. What is done with the Admission waits for nobody, so that an event loop
+        can do it::
+
+            async with await quota.admit_async(key, tokens=estimate) as admission:
+        """
+        _check_tokens("admit_async", tokens)
+        if self._parts is None:
+            return self.admit(key, tokens)
+        costs = self._costs(tokens)
+        return Admission(self, key, await self._parts.admit_async(key, costs), tokens)
+
     def in_flight(self, key: str | bytes) -> int:
         """Calls of the key in flight, of living processes of this host."""
         raw = key_bytes(key)
@@ -209,19 +224,21 @@ class Quota:
         return int(lib.fshm_in_flight(self._shared._handle, raw, len(raw)))
 
     def remaining(self, key: str | bytes) -> dict[str, int]:
-        """What is left of each limit now, by name: rpm, tpm, max_parallel."""
-        out = self._left(key)
+        """What is left of each limit now, by name: rpm, tpm, max_parallel. Over many hosts the
+        server is asked where that is needed."""
+        out = self._left(key, ask=True)
         if "max_parallel" in self._names:
             most = self._limits[-1].n
             out["max_parallel"] = max(most - self.in_flight(key), 0)
         return out
 
-    def _left(self, key: str | bytes) -> dict[str, int]:
-        """remaining() without max_parallel, which has to look at each of its slots."""
+    def _left(self, key: str | bytes, ask: bool = False) -> dict[str, int]:
+        """remaining() without max_parallel, which has to look at each of its slots. ask: where
+        this host does not know, else it is what it has last heard."""
         raw, left = key_bytes(key), ffi.new("uint64_t[4]")
         self._costs(0)  # or the numbers would be those of other limits
         if self._parts is not None:
-            return dict(zip(self._names, self._parts.left(key), strict=False))
+            return dict(zip(self._names, self._parts.left(key, ask), strict=False))
         count = lib.fshm_remaining(self._shared._handle, raw, len(raw), 0, left)
         if count < 0:
             self._shared._failed(count)

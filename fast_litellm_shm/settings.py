@@ -65,13 +65,12 @@ def cluster_url() -> str | None:
     return os.environ.get("FAST_LITELLM_SHM_CLUSTER") or None
 
 
-def warn_not_shared(what: str) -> None:
-    """Where limits are to hold over many hosts, say once that these do not."""
-    if cluster_url() is not None:
-        warn_once(
-            f"FAST_LITELLM_SHM_CLUSTER is set, and {what} counts on this host alone: see "
-            "docs/cluster.md"
-        )
+def warn_not_shared(what: str, chosen: str | None) -> None:
+    """Where limits are to hold over many hosts, say once that these do not. chosen: the server that
+    a setting names beside the variable."""
+    if chosen is not None or cluster_url() is not None:
+        name = "FAST_LITELLM_SHM_CLUSTER" if chosen is None else "cluster"
+        warn_once(f"{name} is set, and {what} counts on this host alone: see docs/cluster.md")
 
 
 def cluster_outage() -> str | None:

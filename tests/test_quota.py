@@ -14,7 +14,7 @@ from support.permits import Span, most_at_once
 from support.waiting import PATIENCE
 from support.workers import meet
 
-from fast_litellm_shm import Quota, RateLimiter, Segment, Window
+from fast_litellm_shm import Quota, RateLimiter, Segment, SegmentError, Window
 
 PROCESSES = 8
 
@@ -207,6 +207,23 @@ def test_async_and_errors_release(segment: Segment) -> None:
             asyncio.run(call())
         assert quota.remaining("k")["tpm"] == expected
         assert quota.in_flight("k") == 0
+
+
+def test_cancelling_gives_the_slot_back_also_where_the_rest_cannot_be(
+    segment: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quota = Quota(rpm=5, max_parallel=1, name="api", segment=segment)
+    admission = quota.admit("key")
+
+    def fails(*_: object) -> None:
+        raise SegmentError("damaged")
+
+    with monkeypatch.context() as broken, pytest.raises(SegmentError):
+        broken.setattr(quota, "_undo", fails)
+        admission.cancel()
+    assert quota.in_flight("key") == 0 and not admission
+    admission.cancel()  # harmless
+    assert quota.remaining("key") == {"rpm": 4, "max_parallel": 1}
 
 
 def test_a_dropped_admission_gives_its_slot_back_and_is_warned_of(segment: Segment) -> None:

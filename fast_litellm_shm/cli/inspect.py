@@ -103,11 +103,12 @@ def _head(stats: dict[str, Any], warnings: list[str]) -> list[RenderableType]:
 def _cluster_lines(cluster: dict[str, Any]) -> list[RenderableType]:
     from rich.text import Text
 
-    hosts, leader = cluster["hosts"] or "?", cluster["leader"] or "nobody"
+    hosts = "1 host" if cluster["hosts"] == 1 else f"{cluster['hosts'] or '?'} hosts"
+    leader = f"pid {cluster['leader']}" if cluster["leader"] else "nobody"
     lines = [
         (
             "cluster",
-            f"{hosts} hosts, pid {leader} leads this one; a round trip takes "
+            f"{hosts}, {leader} leads this one; a round trip takes "
             f"{cluster['lag_p50_ms']:.2f} ms (99 %: {cluster['lag_p99_ms']:.2f})",
         ),
         (
@@ -119,10 +120,9 @@ def _cluster_lines(cluster: dict[str, Any]) -> list[RenderableType]:
     ]
     permits = cluster["permits"]
     if permits["round_trips"]:
-        told = (
-            f"{permits['allowed']:,} permits of {permits['keys']:,} keys may be held by this host"
-        )
-        lines.append(("", told))
+        allowed, keys = permits["allowed"], permits["keys"]
+        told = f"this host may hold {allowed:,} permit{'s' * (allowed != 1)}, "
+        lines.append(("", told + f"of {keys:,} key{'s' * (keys != 1)}"))
     return [Text.assemble((f"{label:9}", "dim"), (value, "")) for label, value in lines]
 
 

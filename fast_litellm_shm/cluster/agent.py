@@ -1,9 +1,10 @@
-"""The threads of a process that talk to the server unasked: batches before they run out, and, in
-the one process that leads the host, what other hosts want back."""
+"""The threads of a process that talk to the server unasked: batches before they run out, what calls
+have used beside that, and, in the one process that leads the host, what other hosts want back."""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import queue
 import random
@@ -13,6 +14,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fast_litellm_shm.cluster import link as links
+from fast_litellm_shm.cluster.beat import renew
+from fast_litellm_shm.cluster.booking import Booking
 from fast_litellm_shm.handle import SharedLimits
 from fast_litellm_shm.inspection import LEASED, NOTE
 from fast_litellm_shm.limits import Granted
@@ -75,14 +78,18 @@ class Agent:
         self._leases: dict[bytes, Leases] = {}
         self._due: queue.SimpleQueue[tuple[Wallet, bytes, tuple[int, ...]] | None]
         self._due = queue.SimpleQueue()
-        link.on_lost = lambda: self._due.put(None)  # to be tried, until it is back
+        link.on_lost = self._wake  # to be tried, until it is back
+        self.booking = Booking(link, self._wake)
         self._busy = threading.Lock()
         for work in (self._refill, self._lead):
             threading.Thread(
                 target=work, name=f"fast-shm-cluster{work.__name__}", daemon=True
             ).start()
 
-    # batches before they run out
+    # batches before they run out, and what is to be booked
+
+    def _wake(self) -> None:
+        self._due.put(None)
 
     def refill(self, wallet: Wallet, raw: bytes, costs: tuple[int, ...]) -> None:
         self._due.put((wallet, raw, costs))
@@ -98,15 +105,18 @@ class Agent:
             due = [each for each in got if each is not None]
             try:
                 with self._busy:
+                    self.booking.tell()
                     self._ask_ahead({(id(each[0]), each[1]): each for each in due}.values())
             except links.AwayError:
                 pass  # who finds the wallet empty goes by the policy
             except Exception:
-                links._log.exception("refilling in advance failed")
+                links._log.exception("booking, or refilling in advance, failed")
 
     def finish(self) -> None:
-        """Let no batch be lost that is on its way: a process that ends takes its threads along."""
+        """Let nothing be lost that is on its way: a process that ends takes its threads along."""
         self._busy.acquire(timeout=2 * self.link.cluster.timeout)
+        with contextlib.suppress(links.AwayError):
+            self.booking.tell()
 
     def _ask_ahead(self, due: Any) -> None:
         asked = []
@@ -152,6 +162,8 @@ class Agent:
                 if now >= due:
                     _keep_hosts(self.link.segment, int(beat([hosts_key], [self.link.host])))
                     due = now + _BEAT * random.uniform(0.9, 1.1)
+                    if self.link.away is None:
+                        renew(self.link, self._leases_of)
                 message = inbox.get_message(timeout=min(max(due - now, 0.0), 0.5))
                 if message is not None:
                     self._give_back(message["data"])
@@ -173,6 +185,9 @@ class Agent:
         if any(taken):
             request, _ = wallet.request("give", raw, (0,) * len(taken), taken)
             self.link.call([request])
+
+    # Wallets and leases have an agent, and the agent of a leader has those that others use: so it
+    # imports them when it needs them.
 
     def _wallet_of(self, limiter: bytes) -> Wallet | None:
         from fast_litellm_shm.cluster.wallet import Wallet

@@ -9,9 +9,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from fast_litellm_shm.handle import SharedLimits
-from fast_litellm_shm.inspection import ASKING
+from fast_litellm_shm.inspection import ASKING, HELD, LEASED, LOCAL, REFUSED
 from fast_litellm_shm.limits import InFlight
 from fast_litellm_shm.native import ffi, lib
+
+MOST_NAME = lib.FSHM_MAX_LIMITER_NAME - max(
+    len(suffix) for suffix in (HELD, LEASED, REFUSED, ASKING, LOCAL)
+)  # bytes
 
 
 def open_limiter(shared: SharedLimits, suffix: str, limits: Sequence[Any]) -> Any:
@@ -19,8 +23,8 @@ def open_limiter(shared: SharedLimits, suffix: str, limits: Sequence[Any]) -> An
     name = (shared.name + suffix).encode("utf-8", "surrogatepass")
     if len(name) > lib.FSHM_MAX_LIMITER_NAME:
         raise ValueError(
-            f"name must be at most {lib.FSHM_MAX_LIMITER_NAME - 10} bytes for limits over many "
-            f"hosts, not {shared.name!r}"
+            f"name must be at most {MOST_NAME} bytes for limits over many hosts, not "
+            f"{shared.name!r}"
         )
     raw, out = ffi.new("fshm_limit[]", [each._raw() for each in limits]), ffi.new("fshm_limiter **")
     handle = shared.segment._handle

@@ -1,5 +1,6 @@
 """The heartbeat of permits: whatever process holds some tells the server, and gives back what is
-unused. A host that is not heard any more loses what it was granted."""
+unused. A host that is not heard any more loses what it was granted, so its leader tells of those
+whose own processes do not: they are stopped, say."""
 
 from __future__ import annotations
 
@@ -7,9 +8,13 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from fast_litellm_shm.cluster import link as links
+from fast_litellm_shm.inspection import LEASED, held_permits, is_cut, stored_name
+from fast_litellm_shm.native import ffi, lib
+from fast_litellm_shm.segment import Segment
 
 if TYPE_CHECKING:
     from fast_litellm_shm.cluster.lease import Leases
@@ -50,6 +55,44 @@ class Beat:
                     answers = self._link.call([request for request, _ in due])
                     for (request, lease), answer in zip(due, answers, strict=True):
                         leases.put(request, lease, answer)
+
+
+def renew(link: links.Link, leases_of: Callable[[bytes], Leases | None]) -> None:
+    """By the leader of a host: tell of what is held here and was not told for long. What the host
+    may hold is looked at as always; where a name is not kept, or is wrong, nothing is found."""
+    late = []
+    for limiter, raw in _in_flight(link.segment):
+        leases = leases_of(limiter)
+        found = leases.overdue(raw) if leases is not None else None
+        if leases is not None and found is not None:
+            late.append((leases, *found))
+    for start in range(0, len(late), _MOST):
+        part = late[start : start + _MOST]
+        answers = link.call([request for _, request, _ in part])
+        for (leases, request, lease), answer in zip(part, answers, strict=True):
+            leases.put(request, lease, answer)
+
+
+def _in_flight(segment: Segment) -> Iterator[tuple[bytes, bytes]]:
+    """Limiters of permits that the server grants, and their keys with some in flight."""
+    names, info = {}, ffi.new("fshm_limiter_info *")
+    for index in range(segment.geometry().limiters):
+        if lib.fshm_limiter_at(segment._handle, index, info) == lib.FSHM_OK:
+            names[index] = ffi.buffer(info.name, info.name_length)[:]
+    leased = {
+        index: name for index, name in names.items() if name + LEASED.encode() in names.values()
+    }
+    if not leased:
+        return
+    seen = set()
+    for cell, permit in held_permits(segment):
+        place = permit.limiter, permit.key_hash
+        if permit.limiter not in leased or not permit.alive or place in seen:
+            continue
+        name = stored_name(segment, cell)
+        if name is not None and not is_cut(*name):
+            seen.add(place)
+            yield leased[permit.limiter], name[1]
 
 
 _beats: dict[int, Beat] = {}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fast_litellm_shm import limits
-from fast_litellm_shm.cluster import agent, beat, link, permits
+from fast_litellm_shm.cluster import agent, beat, link, loops, permits
 from fast_litellm_shm.cluster.asking import Asking, open_limiter
 from fast_litellm_shm.cluster.settings import Cluster, check_library
 from fast_litellm_shm.handle import SharedLimits, key_bytes
@@ -19,6 +19,7 @@ _LOOK_AGAIN = 0
 _NO_ROOM = -1_000_000_000  # denied, and worth another call in a second: as one host alone has it
 _TRIES = 4  # of a question that was overtaken by another one's answer
 _RENEW_NS = 5_000_000_000  # with less than that left
+_OVERDUE_NS = 3_500_000_000  # those who should have told had more than a second for it
 _RESTS_NS = 700_000_000  # since the last question, before what is unused goes back
 
 
@@ -98,6 +99,7 @@ class Leases:
             return _NO_ROOM  # in the segment: what the server granted could not be put in
         try:
             self.link.check()
+            loops.may_wait()
             with self._asking.turn(raw) as (_, waited):
                 # Somebody else has asked meanwhile. (After some tries: others take what it got.)
                 if waited and tries < _TRIES and self.answers(raw):
@@ -150,6 +152,11 @@ class Leases:
             keep = found.held if all_of_it else found.allowance - (found.unused + 1) // 2
             return self._told(raw, self.lower(raw, keep), 0)
         return None
+
+    def overdue(self, raw: bytes) -> tuple[permits.Request, Lease] | None:
+        """What is to be said of a key that some are held of, where nobody has said it in time."""
+        found = self.look(raw)
+        return self._question(raw, 0) if found.held and found.left_ns < _OVERDUE_NS else None
 
     def recalled(self, raw: bytes, share: int, need: int) -> None:
         """Others want permits: give back what is unused; where that is too little, and more is held

@@ -10,6 +10,7 @@
 --   ahead   the batch alone, since the host's wallet runs low
 --   look    nothing is charged
 --   give    give back `given` tokens of the host's wallet; nothing is charged
+--   hold    the host's wallet has some again, of what it was granted: others can ask for them
 --   charge  charge the cost, room or not; fill: the same, but never beyond the limit
 --   refund  give the cost back
 --   block   give back `given`, and deny for so many ns as the cost says, or longer: buckets
@@ -32,6 +33,7 @@ local PACE = 250000 -- us that a batch should last: several times what a thread 
 local CALM = 60000 -- us after a refusal before the host asks again, at least
 local VERIFY = 1000000 -- and at most
 local RECALL = 500000 -- us within which a host gives back what it is asked for, or never will
+local REPEAT = 5000000 -- but it is asked again: it may not have heard
 local ACTIVE = 1000000 -- us since its last call for which a host counts as one of those who want a share
 local FORGET = 600000000 -- us after which a host that holds nothing is forgotten, where hosts are many
 local MOST = 16777214 -- tokens in a wallet: WALLET_MOST of meter.h
@@ -213,7 +215,7 @@ local function recall()
   local hope, ask = false, false
   for id, h in pairs(state.h) do
     if id ~= host and h.o then
-      if not h.r then
+      if not h.r or now - h.r > REPEAT then
         h.r, ask = now, true
       end
       hope = hope or now - h.r < RECALL
@@ -247,6 +249,8 @@ end
 if op == 'give' then
   for i, r in ipairs(rules) do give_back(r, state.l[i], me, i, r.given) end
   me.o = nil
+elseif op == 'hold' then
+  me.o, me.r = 1, nil
 elseif op == 'take' or op == 'single' or op == 'ahead' then
   local once = op == 'ahead' and 0 or 1
   if op == 'take' then

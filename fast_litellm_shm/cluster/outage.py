@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fast_litellm_shm.cluster import agent
+from fast_litellm_shm.cluster.asking import open_limiter
 from fast_litellm_shm.cluster.script import Request
 from fast_litellm_shm.handle import SharedLimits
 from fast_litellm_shm.inspection import LOCAL
@@ -72,9 +74,6 @@ class Outage:
         return self._told(told)
 
     def _limiter(self) -> Any:
-        from fast_litellm_shm.cluster import agent
-        from fast_litellm_shm.cluster.asking import open_limiter
-
         hosts = agent.hosts(self._shared.segment)
         if not hosts:
             warn_once(

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fast_litellm_shm.cluster.asking import MOST_NAME
+from fast_litellm_shm.cluster.loops import off_loop
 from fast_litellm_shm.cluster.settings import Cluster
 from fast_litellm_shm.concurrency import ConcurrencyLimiter
 from fast_litellm_shm.handle import key_bytes
@@ -14,6 +16,11 @@ from fast_litellm_shm.native import Decision, Permit, ffi, lib
 from fast_litellm_shm.segment import Segment
 
 _PARALLEL = " (parallel)"
+
+
+def _release(permit: Permit | None) -> None:
+    if permit is not None:
+        permit.release()
 
 
 class Granted:
@@ -47,6 +54,13 @@ class Parts:
     ) -> None:
         rates = [each for each in found if not isinstance(each, InFlight)]
         most = found[-1].n if isinstance(found[-1], InFlight) else None
+        if rates and most is not None and isinstance(name, str):
+            room = MOST_NAME - len(_PARALLEL)
+            if len(name.encode("utf-8", "surrogatepass")) > room:
+                raise ValueError(
+                    f"name must be at most {room} bytes for rates and max_parallel over many "
+                    f"hosts, not {name!r}"
+                )
         self.rates = self.permits = None
         if rates:
             self.rates = RateLimiter(
@@ -54,7 +68,9 @@ class Parts:
             )
         if most is not None:
             own = name + _PARALLEL if rates else name
-            self.permits = ConcurrencyLimiter(most, name=own, segment=segment, cluster=cluster)
+            self.permits = ConcurrencyLimiter(
+                most, name=own, segment=segment, cluster=cluster, _shown=name
+            )
         self._count = len(rates)
 
     @property
@@ -71,48 +87,91 @@ class Parts:
 
     def admit(self, key: str | bytes, costs: tuple[int, ...]) -> Granted:
         permit = self.permits.acquire(key) if self.permits is not None else None
-        if permit is not None and not permit:
-            return Granted(permit.decision, self._count, permit, [])
-        if self.rates is None:
-            assert permit is not None
-            return Granted(permit.decision, 0, permit, [])
+        if self.rates is None or (permit is not None and not permit):
+            return self._of_permit(permit)
         try:
-            decision = self.rates.acquire(key, costs[: self._count])
+            charged = self._charge(key, costs)
         except BaseException:
-            if permit is not None:
-                permit.release()
+            _release(permit)
             raise
-        if not decision and permit is not None:
-            permit.release()
-        return Granted(decision, decision.limit_index, permit, self._ends(key) if decision else [])
+        return self._of_both(permit, charged)
+
+    async def admit_async(self, key: str | bytes, costs: tuple[int, ...]) -> Granted:
+        """The same for asyncio: whatever has to ask the server does it in a thread. Cancelled, it
+        gives back what it has, and what such a thread yet gets."""
+        permit = await self.permits.acquire_async(key) if self.permits is not None else None
+        if self.rates is None or (permit is not None and not permit):
+            return self._of_permit(permit)
+        try:
+            charged = await off_loop(
+                lambda: self._charge(key, costs), lambda late: self._give_back(key, costs, *late)
+            )
+        except BaseException:
+            _release(permit)
+            raise
+        return self._of_both(permit, charged)
+
+    def _charge(self, key: str | bytes, costs: tuple[int, ...]) -> tuple[Decision, list[int]]:
+        """And of each rate, when the window is over that was charged: segment time, ns."""
+        assert self.rates is not None
+        before = int(lib.fshm_now(self.segment._handle))
+        decision = self.rates.acquire(key, costs[: self._count])
+        if not decision:
+            return decision, []
+        # What is known may be of the next window by now: of the one that was charged, the decision
+        # tells. (In seconds: the last digit is not to be trusted.)
+        last = before + int(decision.reset_after * 1e9) - 1000
+        return decision, [min(end, last) for end in self._ends(key)]
+
+    def _of_permit(self, permit: Permit | None) -> Granted:
+        """It denies, or there are no rates."""
+        assert permit is not None
+        return Granted(permit.decision, 0 if permit else self._count, permit, [])
+
+    @staticmethod
+    def _of_both(permit: Permit | None, charged: tuple[Decision, list[int]]) -> Granted:
+        decision, ends = charged
+        if not decision:
+            _release(permit)
+        return Granted(decision, decision.limit_index, permit, ends)
+
+    def _give_back(
+        self, key: str | bytes, costs: tuple[int, ...], decision: Decision, ends: list[int]
+    ) -> None:
+        if decision:
+            self._book(key, costs, (0,) * len(costs), ends)
 
     def book(
         self, key: str | bytes, charged: tuple[int, ...], actual: tuple[int, ...], held: Granted
     ) -> None:
         """Charge what was used beyond the estimate, into debt if need be; give back what was not,
-        as long as its minute lasts."""
-        if self.rates is None:
-            return
+        as long as its minute lasts. Waits for nobody: the server is told by a thread."""
+        if self.rates is not None:
+            self._book(key, charged, actual, held._ends)
+
+    def _book(
+        self, key: str | bytes, charged: tuple[int, ...], actual: tuple[int, ...], ends: list[int]
+    ) -> None:
+        assert self.rates is not None and self.rates._wallet is not None
         pairs = list(zip(charged, actual, strict=True))[: self._count]
         more = tuple(max(after - before, 0) for before, after in pairs)
         now = int(lib.fshm_now(self.segment._handle))
         less = tuple(
             max(before - after, 0) if now < end else 0
-            for (before, after), end in zip(pairs, held._ends, strict=True)
+            for (before, after), end in zip(pairs, ends, strict=True)
         )
-        if any(more):
-            self.rates.charge(key, more)
-        if any(less):
-            self.rates.refund(key, less)
+        if any(more) or any(less):
+            self.rates._wallet.book(key_bytes(key), more, less, ends)
 
     def in_flight(self, key: str | bytes) -> int:
         return self.permits.in_flight(key) if self.permits is not None else 0
 
-    def left(self, key: str | bytes) -> list[int]:
-        """Of each rate, by what is known here and by the server."""
+    def left(self, key: str | bytes, ask: bool) -> list[int]:
+        """Of each rate, by what the server has last said and what was granted; ask: it is asked."""
         if self.rates is None:
             return []
-        self.rates.peek(key, (1,) * self._count)  # asks
+        if ask:
+            self.rates.peek(key, (1,) * self._count)
         raw, left = key_bytes(key), ffi.new("uint64_t[4]")
         count = lib.fshm_remaining(self.rates._handle, raw, len(raw), 0, left)
         if count < 0:
@@ -122,8 +181,11 @@ class Parts:
         return [int(left[i]) + mine[i] for i in range(min(count, len(mine)))]
 
     def _ends(self, key: str | bytes) -> list[int]:
-        """Of each rate, when the window is over that was charged: segment time, ns."""
-        assert self.rates is not None
+        """Of each rate, when its window is over, as the server has said. 0 while it is away: what
+        a host admits by itself then was not granted to it, so there is nothing to give back."""
+        assert self.rates is not None and self.rates._wallet is not None
+        if self.rates._wallet.link.away is not None:
+            return [0] * self._count
         raw, used, left = key_bytes(key), ffi.new("uint64_t[4]"), ffi.new("uint64_t[4]")
         lib.fshm_known(self.rates._handle, raw, len(raw), 0, used, left)
         now = int(lib.fshm_now(self.segment._handle))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fast_litellm_shm import exceptions
-from fast_litellm_shm.cluster import agent, link, outage, script
+from fast_litellm_shm.cluster import agent, link, loops, outage, script
 from fast_litellm_shm.cluster.asking import Asking, open_limiter
 from fast_litellm_shm.cluster.settings import Cluster, check_library
 from fast_litellm_shm.handle import SharedLimits, key_bytes
@@ -112,6 +112,7 @@ class Wallet:
         if any(each >= _LARGEST for each in costs):
             return (0, 0, 0, lib.FSHM_NEVER, 0)
         self.link.check()
+        loops.may_wait()
         with self.asking.turn(raw) as (claimed, waited):
             if waited:  # somebody else has asked meanwhile
                 told = self._spend(raw, costs)
@@ -156,6 +157,24 @@ class Wallet:
         told = self._apply(self._shared._handle, lib.FSHM_PEEK, raw, _ONES)
         index, left = self._left(found, self.look(raw)[0])
         return (int(left > 0), index, left, told.retry_after_ns, self._reset_ns(found))
+
+    def book(
+        self, raw: bytes, more: Sequence[int], less: Sequence[int], ends: Sequence[int]
+    ) -> None:
+        """What a call has used beside what it was charged: see Booking. Waits for nobody."""
+        agent.ensure(self.link).booking.book(self, raw, more, less, ends)
+
+    def put_back(self, raw: bytes, tokens: Sequence[int], ends: Sequence[int]) -> None:
+        """What was granted to this host and is not used after all, until its window is over."""
+        leases = ffi.new("fshm_lease[4]")
+        for i, (each, end) in enumerate(zip(tokens, ends, strict=True)):
+            leases[i] = {"tokens": each, "kept": 0, "until_ns": end}
+        lib.fshm_wallet_put(self.purse, raw, len(raw), leases, 0)
+        self.unrefuse(raw)
+
+    def owe(self, raw: bytes, costs: Sequence[int]) -> None:
+        """To be charged when the server is back."""
+        self._outage.decide(lib.FSHM_CHARGE, raw, tuple(costs))
 
     def block(self, raw: bytes, ns: int) -> None:
         """Deny a key for so long. What other hosts were granted before, they may spend."""

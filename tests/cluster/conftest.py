@@ -1,4 +1,5 @@
-"""A server for each test; what is asked of the package's links dies with the test's processes."""
+"""A server for each test, and a second host; what is asked of the package's links dies with the
+test's processes."""
 
 from __future__ import annotations
 
@@ -6,6 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 from support import servers
+from support.names import remove, unique_name
+
+from fast_litellm_shm import Segment
 
 
 @pytest.fixture(autouse=True)
@@ -31,3 +35,11 @@ def server() -> Iterator[servers.Server]:
                 yield started
             return
     pytest.skip("there is neither redis-server nor valkey-server here")
+
+
+@pytest.fixture
+def other(request: pytest.FixtureRequest) -> Segment:
+    """The segment of another host than ``segment``."""
+    name = unique_name("other")
+    request.addfinalizer(lambda: remove(name))
+    return Segment(name, capacity=1000)

@@ -15,7 +15,6 @@ from support import servers
 
 from fast_litellm_shm import (
     Limit,
-    Quota,
     RateLimiter,
     Segment,
     SimpleRateLimiter,
@@ -35,15 +34,6 @@ def hosts(server: servers.Server, segment: Segment, other: Segment) -> list[Rate
         RateLimiter(Window(100, HOUR), name="api", segment=each, cluster=server.url)
         for each in (segment, other)
     ]
-
-
-@pytest.fixture
-def other(request: pytest.FixtureRequest) -> Segment:
-    from support.names import remove, unique_name
-
-    name = unique_name("other")
-    request.addfinalizer(lambda: remove(name))
-    return Segment(name, capacity=1000)
 
 
 def test_acquire_tells_what_is_left_of_all_hosts(hosts: list[RateLimiter]) -> None:
@@ -242,14 +232,6 @@ def test_the_variable_alone(
     other_reset.reset()
     monkeypatch.setenv("FAST_LITELLM_SHM_CLUSTER", server.url)
     assert admitted() == [5, 0]
-
-
-def test_what_does_not_hold_over_hosts_says_so(
-    segment: Segment, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FAST_LITELLM_SHM_CLUSTER", "redis://127.0.0.1:1")
-    with pytest.warns(RuntimeWarning, match="this quota counts on this host alone"):
-        Quota(rpm=3, name="quota", segment=segment, _here=True)
 
 
 def test_limits_change_at_run_time(server: servers.Server, segment: Segment) -> None:

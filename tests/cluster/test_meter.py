@@ -184,10 +184,27 @@ class World:
     hosts: list[Host] = field(default_factory=lambda: [Host(str(i)) for i in range(3)])
     admitted: list[int] = field(default_factory=list)
     begun: list[int] = field(default_factory=list)  # windows, by the server
+    # of each host: when, and until when its window lasts
+    calls: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
 
     def spend(self, host: Host) -> None:
-        self.admitted += [self.at] * host.has(self.at)
+        self._admit(host, host.has(self.at), host.until)
         host.left = 0
+
+    def _admit(self, host: Host, count: int, end: int) -> None:
+        self.admitted += [self.at] * count
+        self.calls.setdefault(host.name, []).extend([(self.at, end)] * count)
+
+    def undo(self, host: Host) -> None:
+        """Half of its calls of this window are not made after all: what they took is its again."""
+        calls = [call for call in self.calls.get(host.name, []) if self.at < call[1]]
+        for call in calls[: (len(calls) + 1) // 2]:
+            self.calls[host.name].remove(call)
+            self.admitted.remove(call[0])
+            until = min(call[1], host.until) if host.has(self.at) else call[1]
+            host.left, host.until = host.has(self.at) + 1, until
+        if calls:
+            self._call(host, "hold")
 
     def wait(self, host: Host) -> None:
         """Until the last instant at which it can spend."""
@@ -196,9 +213,10 @@ class World:
     def ask(self, host: Host) -> bool:
         """Take one, and a batch."""
         given, host.left = host.has(self.at), 0
+        sent = self.at
         found = self._call(host, "take", costs=1, given=given)
         if found.admitted:
-            self.admitted.append(self.at)
+            self._admit(host, 1, sent + found.limits[0].left_ns // US)
         return found.admitted
 
     def exhaust(self, host: Host) -> None:
@@ -232,13 +250,13 @@ class World:
         until, left = sent + known.lease_ns // US, host.has(self.at)
         if left > (kept if known.redated else 0):
             until = min(until, host.until)
-        if self.at < until and operation != "give":
+        if self.at < until and operation not in ("give", "hold"):
             host.left, host.until = left + found.batch, until
         return found
 
 
 @st.composite
-def histories(draw: st.DrawFn, per: int) -> list[tuple[str, int, int, int]]:
+def histories(draw: st.DrawFn, per: int, undo: bool) -> list[tuple[str, int, int, int]]:
     """(what, a pause, which host, and another)"""
     pause = st.one_of(st.just(0), st.just(0), st.integers(0, per // 20), st.integers(0, per))
     what = st.sampled_from(
@@ -254,6 +272,7 @@ def histories(draw: st.DrawFn, per: int) -> list[tuple[str, int, int, int]]:
             "give",
             "late",
             "lose",
+            *("undo",) * undo,
         )
     )
     one = st.tuples(what, pause, st.integers(0, 2), st.integers(1, 2))
@@ -273,7 +292,7 @@ def test_hosts_keep_the_bound(meter: Meter, kind: str, data: st.DataObject) -> N
         limit = (Window if kind == "window" else SlidingWindow)(n, per / 1e6)
     lease = script.rule(limit).lease_us
     world = World(meter, limit, data.draw(st.integers(0, lease // 10)))
-    for what, pause, which, _ in data.draw(histories(per)):
+    for what, pause, which, _ in data.draw(histories(per, kind == "window")):
         world.at += pause
         host = world.hosts[which]
         if what == "late":
@@ -328,7 +347,34 @@ def test_the_worst_hosts(meter: Meter, kind: str, late: int) -> None:
         world.spend(a)
         world.exhaust(b)
 
-    for scenario in (last_instant, give_back, give_back_late, keep):
+    def undone(world: World, a: Host, b: Host) -> None:
+        world.exhaust(a)
+        world.at += pause
+        world.undo(a)
+        world.wait(a)
+        world.spend(a)  # at the last instant
+        world.exhaust(b)
+
+    def undone_too_late(world: World, a: Host, b: Host) -> None:
+        world.exhaust(a)
+        end = world.calls[a.name][0][1]
+        world.undo(a)
+        world.at = max(world.at, end)
+        world.exhaust(b)
+        world.spend(a)
+
+    def undone_and_given_back(world: World, a: Host, b: Host) -> None:
+        world.exhaust(a)
+        world.undo(a)
+        world.give(a, pause)
+        world.exhaust(b)
+        world.undo(a)
+        world.exhaust(b)
+
+    scenarios = [last_instant, give_back, give_back_late, keep]
+    if kind == "window":
+        scenarios += [undone, undone_too_late, undone_and_given_back]
+    for scenario in scenarios:
         world = World(meter, limit, 10)
         scenario(world, world.hosts[0], world.hosts[1])
         check_bound(world, kind, burst)

@@ -110,7 +110,8 @@ def test_it_is_told_once_each_way(
         server.start()
         wait_until("admitted", lambda: limiter.acquire("other"))
         exhausted(limiter, "key")
-    told = [record.getMessage() for record in caplog.records]
+    said = [record.getMessage() for record in caplog.records]
+    told = [each for each in said if server.url in each]  # links of other tests may yet notice
     assert len(told) == 2, told
     assert "does not answer" in told[0] and "on_outage='deny'" in told[0]
     assert "answers again" in told[1]

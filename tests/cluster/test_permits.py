@@ -15,6 +15,7 @@ import pytest
 from support import servers
 from support.flights import Flights
 from support.names import remove, unique_name
+from support.permits import Holder
 from support.relay import Relay
 from support.waiting import wait_until
 
@@ -24,13 +25,6 @@ from fast_litellm_shm.exceptions import PermitTimeoutError
 from fast_litellm_shm.native import lib
 
 MOST = 100
-
-
-@pytest.fixture
-def other(request: pytest.FixtureRequest) -> Segment:
-    name = unique_name("other")
-    request.addfinalizer(lambda: remove(name))
-    return Segment(name, capacity=1000)
 
 
 @pytest.fixture
@@ -385,6 +379,31 @@ def test_stopped_holder_and_leader(server: servers.Server) -> None:
         flights.kill(victim, signal.SIGCONT)
         flights.go_on()
         assert flights.most() <= 20
+
+
+def test_the_leader_tells_for_workers_that_are_stopped(
+    server: servers.Server, segment: Segment, other: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This process leads the host, and has never used the key itself."""
+    monkeypatch.setenv("FAST_LITELLM_SHM_CLUSTER", server.url)
+    here, there = (ConcurrencyLimiter(20, name="held", segment=each) for each in (segment, other))
+    take(here, "another").release()
+    deadline = time.monotonic() + 60
+    while lib.fshm_leader(segment._handle) != os.getpid():
+        assert time.monotonic() < deadline, "this process does not lead"
+        time.sleep(0.01)  # a thread does it
+    with Holder(segment.name, 20, "key", 5) as holder:
+        assert holder.held == 5
+        holder.kill(signal.SIGSTOP)
+        assert all(wait(there) for _ in range(15))
+        end = time.monotonic() + 11  # longer than a host counts that says nothing
+        while time.monotonic() < end:
+            assert not take(there)
+            time.sleep(0.05)
+        holder.kill(signal.SIGCONT)
+        assert holder.ask("release") == 5
+        assert all(wait(there) for _ in range(5))
+        assert not take(there)
 
 
 @pytest.mark.parametrize("policy", ["deny", "allow", "local"])

@@ -8,18 +8,10 @@ from typing import Any
 
 import pytest
 from support import servers
-from support.names import remove, unique_name
 from support.waiting import wait_until
 
-from fast_litellm_shm import Quota, Segment
+from fast_litellm_shm import ConcurrencyLimiter, Quota, Segment
 from fast_litellm_shm.quota import Admission
-
-
-@pytest.fixture
-def other(request: pytest.FixtureRequest) -> Segment:
-    name = unique_name("other")
-    request.addfinalizer(lambda: remove(name))
-    return Segment(name, capacity=1000)
 
 
 @pytest.fixture
@@ -63,7 +55,12 @@ def test_each_limit_holds_over_all_hosts(hosts: tuple[Quota, Quota]) -> None:
     assert 50 < (denials[-1].retry_after or 0) <= 60
     assert first.in_flight("key") == 1  # it has given its permit back
     left = {"rpm": 7, "tpm": 700, "max_parallel": 2}
-    wait_until("what the other was granted has come back", lambda: first.remaining("key") == left)
+    # Whoever is denied has the others asked, again and again: one that has just begun may not
+    # listen.
+    wait_until(
+        "what the other was granted has come back",
+        lambda: not first.admit("key", 800) and first.remaining("key") == left,
+    )
     for admission in held:
         admission.release()
     while first.admit("key").release():
@@ -107,6 +104,16 @@ def test_one_limit_alone(
     assert hosts[1].remaining("key") == {next(iter(given)): 1 if "max_parallel" in given else 0}
     for admission in held:
         assert admission.release()
+
+
+def test_errors_have_the_name_that_was_given(server: servers.Server, segment: Segment) -> None:
+    for size in (76, 86, 96):
+        with pytest.raises(ValueError, match=f"at most 75 bytes .*not '{'n' * size}'$"):
+            Quota(rpm=1, max_parallel=1, name="n" * size, segment=segment, cluster=server.url)
+    Quota(rpm=1, max_parallel=1, name="n" * 75, segment=segment, cluster=server.url)
+    with Quota(rpm=1, max_parallel=1, name="q", segment=segment, cluster=server.url).admit("k"):
+        other = ConcurrencyLimiter(1, name="q (parallel)", segment=segment, cluster=server.url)
+        assert other.name == "q (parallel)" and not other.acquire("k")
 
 
 def test_pickle_and_the_variable(

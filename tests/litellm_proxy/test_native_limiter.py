@@ -516,6 +516,13 @@ def test_it_can_be_installed_twice() -> None:
     assert native.install(hooks) is None and hooks[native.HOOK] is once
 
 
+def test_it_says_that_it_counts_on_one_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAST_LITELLM_SHM_CLUSTER", "redis://127.0.0.1:1")
+    said = r"own limiter \(mode native\) counts on this host alone"
+    with pytest.warns(RuntimeWarning, match=said):
+        assert native.install(dict(TABLE)) is None
+
+
 def test_another_limiter_of_the_proxy_is_left_alone() -> None:
     class Older:
         pass

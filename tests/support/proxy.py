@@ -90,9 +90,16 @@ def free_port() -> int:
 class Proxy:
     """One that runs. segment: the name that its workers share by."""
 
-    def __init__(self, directory: Path, port: int, process: subprocess.Popen[bytes], segment: str):
+    def __init__(
+        self,
+        directory: Path,
+        port: int,
+        process: subprocess.Popen[bytes],
+        segment: str,
+        count: int,
+    ) -> None:
         self.directory, self.port, self.process = directory, port, process
-        self.segment = segment
+        self.segment, self._count = segment, count
         self.url = f"http://127.0.0.1:{port}"
 
     def log(self) -> str:
@@ -163,8 +170,9 @@ class Proxy:
 
         def all_answer() -> bool:
             if answers():
-                self.ask_many(WORKERS * 2, "sk-warm-rpm=1000000", at_once=WORKERS * 2)
-            return len(self.workers()) >= WORKERS
+                several = 2 * self._count
+                self.ask_many(several, "sk-warm-rpm=1000000", at_once=several)
+            return len(self.workers()) >= self._count
 
         self.wait(answers, "the proxy answers", STARTS_WITHIN)
         self.wait(all_answer, "all workers answer", STARTS_WITHIN)
@@ -187,13 +195,14 @@ def proxy(
     directory: Path,
     segment: str,
     *,
+    workers: int = WORKERS,
     gunicorn: bool = False,
     settings: str = "",
     retries: int = 0,
     upstream: str = "http://127.0.0.1:9",
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[Proxy]:
-    """Start it with :data:`WORKERS` workers, and wait until each of them serves."""
+    """Start it, and wait until each of its workers serves."""
     chosen = [f"  callbacks: {PLUGIN}"]
     if settings:
         chosen.append(f"  fast_litellm_shm: {settings}")
@@ -204,7 +213,7 @@ def proxy(
     command = [
         str(Path(sys.executable).with_name("litellm")),
         *("--config", str(directory / "config.yaml")),
-        *("--host", "127.0.0.1", "--port", str(port), "--num_workers", str(WORKERS)),
+        *("--host", "127.0.0.1", "--port", str(port), "--num_workers", str(workers)),
         *(["--run_gunicorn"] if gunicorn else []),
     ]
     passed = {
@@ -222,7 +231,7 @@ def proxy(
         process = subprocess.Popen(
             command, stdout=log, stderr=log, env=passed, start_new_session=True, cwd=directory
         )
-    started = Proxy(directory, port, process, segment)
+    started = Proxy(directory, port, process, segment, workers)
     try:
         started.wait_for_workers()
         yield started

@@ -6,8 +6,8 @@ says, over all workers of the host::
 
 Limits of keys, users, teams, team members, end users, organizations and of their models (requests
 and tokens a minute, and parallel requests of a key), as LiteLLM's own settings give them, and of
-deployments. What else can be set: :mod:`fast_litellm_shm.integrations.litellm.settings`. For
-operators: docs/litellm.md.
+deployments. With FAST_LITELLM_SHM_CLUSTER, over all hosts. What else can be set:
+:mod:`fast_litellm_shm.integrations.litellm.settings`. For operators: docs/litellm.md.
 
 Without the proxy, :func:`share` does it for a ``litellm.Router`` in workers of any app.
 """

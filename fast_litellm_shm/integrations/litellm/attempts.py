@@ -50,16 +50,36 @@ def begin(
 ) -> Attempt | Denial | None:
     """Admit an attempt. call: of which it is one, if that is known; else its tokens are booked when
     they are. None where the deployment has no limits."""
-    found = of_deployment(deployment, per_minute)
-    if found is None:
+    subject = _subject(deployment, per_minute)
+    if subject is None:
         return None
-    identity, limits = found
-    tokens = call.guess.within(limits.tpm) if limits.tpm and call is not None else 0
-    subject = Subject("deployment", identity, limits)
-    admitted = calls.admit([subject], tokens)
+    return _begun(subject, calls.admit([subject], _tokens(subject, call)), call)
+
+
+async def begin_async(
+    deployment: Mapping[str, Any], per_minute: bool, call: Call | None
+) -> Attempt | Denial | None:
+    """begin(), which never makes an event loop wait."""
+    subject = _subject(deployment, per_minute)
+    if subject is None:
+        return None
+    return _begun(subject, await calls.admit_async([subject], _tokens(subject, call)), call)
+
+
+def _subject(deployment: Mapping[str, Any], per_minute: bool) -> Subject | None:
+    found = of_deployment(deployment, per_minute)
+    return None if found is None else Subject("deployment", *found)
+
+
+def _tokens(subject: Subject, call: Call | None) -> int:
+    limit = subject.limits.tpm
+    return call.guess.within(limit) if limit and call is not None else 0
+
+
+def _begun(subject: Subject, admitted: calls.Admitted, call: Call | None) -> Attempt | Denial:
     if isinstance(admitted, Denial):
         return admitted
-    attempt = Attempt(identity, Held([subject], admitted))
+    attempt = Attempt(subject.value, Held([subject], admitted))
     if call is not None:
         call.attempts.append(attempt)
     return attempt

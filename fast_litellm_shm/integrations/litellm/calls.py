@@ -3,29 +3,31 @@ back, exactly once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Generator, Sequence
+from typing import NamedTuple, TypeAlias
 from weakref import WeakSet
 
-from fast_litellm_shm.integrations.litellm import usage
+from fast_litellm_shm.integrations.litellm import settings, usage
 from fast_litellm_shm.integrations.litellm.subjects import Limits, Subject
 from fast_litellm_shm.quota import Admission, Quota
 
 _TYPES = {"rpm": "requests", "tpm": "tokens", "max_parallel": "max_parallel_requests"}
 
-_quotas: dict[Limits, Quota] = {}
+_quotas: dict[tuple[Limits, str | None], Quota] = {}
 
 
 def quota_of(limits: Limits) -> Quota:
     """The quota of these limits. All keys that have the same limits are keys of one quota: the
     segment has room for an 800th of its capacity in sets of limits, at most 2,048 (250 by
-    default), never gives one back, and has room for as many keys as its capacity says. A key whose
-    limits change begins anew."""
-    found = _quotas.get(limits)
+    default; over many hosts one takes up to nine places), never gives one back, and has room for as
+    many keys as its capacity says. A key whose limits change begins anew."""
+    cluster = settings.current().cluster
+    found = _quotas.get((limits, cluster))
     if found is None:
         parts = (f"{n} {name}" for name, n in zip(limits._fields, limits, strict=True) if n)
         name = f"litellm {' '.join(parts)}"
-        found = _quotas[limits] = Quota(*limits, name=name, on_full="raise", _here=True)
+        found = Quota(*limits, name=name, on_full="raise", cluster=cluster)
+        _quotas[limits, cluster] = found
     return found
 
 
@@ -45,10 +47,45 @@ def _denial(subject: Subject, name: str, remaining: int, retry_after: float | No
     return Denial(subject, _TYPES[name], getattr(subject.limits, name), remaining, seconds)
 
 
-def admit(subjects: Sequence[Subject], tokens: int) -> list[Admission] | Denial:
+Admitted: TypeAlias = "list[Admission] | Denial"
+# Asks for each admission, by quota and key, and is sent it.
+_Steps: TypeAlias = Generator[tuple[Quota, str], Admission, Admitted]
+
+
+def _end(stop: StopIteration) -> Admitted:
+    found: Admitted = stop.value
+    return found
+
+
+def admit(subjects: Sequence[Subject], tokens: int) -> Admitted:
     """Admit a call for all of them, or for none. Where one denies, what the others before it have
     booked is given back: it can have denied another call in between, and can never have let too
-    many pass."""
+    many pass. Over many hosts this waits for the server where it has to be asked."""
+    steps = _steps(subjects, tokens)
+    try:
+        quota, key = next(steps)
+        while True:
+            quota, key = steps.send(quota.admit(key, tokens))
+    except StopIteration as stop:
+        return _end(stop)
+    finally:
+        steps.close()
+
+
+async def admit_async(subjects: Sequence[Subject], tokens: int) -> Admitted:
+    """admit(), which never makes an event loop wait. Cancelled, it has admitted none of them."""
+    steps = _steps(subjects, tokens)
+    try:
+        quota, key = next(steps)
+        while True:
+            quota, key = steps.send(await quota.admit_async(key, tokens))
+    except StopIteration as stop:
+        return _end(stop)
+    finally:
+        steps.close()
+
+
+def _steps(subjects: Sequence[Subject], tokens: int) -> _Steps:
     admitted: list[Admission] = []
     try:
         for subject in subjects:
@@ -56,13 +93,13 @@ def admit(subjects: Sequence[Subject], tokens: int) -> list[Admission] | Denial:
             if name is not None:
                 _cancel(admitted)
                 return _denial(subject, name, 0, None)
-            admission = quota_of(subject.limits).admit(f"{subject.kind}:{subject.value}", tokens)
+            admission = yield quota_of(subject.limits), f"{subject.kind}:{subject.value}"
             if not admission.allowed:
                 _cancel(admitted)
                 left = admission.decision.remaining
                 return _denial(subject, admission.reason, left, admission.retry_after)
             admitted.append(admission)
-    except BaseException:
+    except BaseException:  # GeneratorExit too: whoever asked for them has failed
         _cancel(admitted)
         raise
     return admitted

@@ -96,7 +96,8 @@ def _id_of(of: Mapping[str, Any]) -> Any:
 
 
 class SharedLimiter(CustomLogger):  # type: ignore[misc]
-    """Keeps LiteLLM's limits over all workers of the host. One of it, ``limiter``, is enough."""
+    """Keeps LiteLLM's limits over all workers of the host, or of many hosts. One of it,
+    ``limiter``, is enough."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,7 +117,7 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
         if takeover.native_serves() or call_type in _OURS_NOT or user_api_key_dict is None:
             return
         try:
-            denial = self._admit(user_api_key_dict, data, call_type)
+            denial = await self._admit(user_api_key_dict, data, call_type)
         except Exception as error:
             if chosen.fail_open:
                 takeover.judged.set(False)
@@ -127,7 +128,7 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
         if denial is not None:
             raise answers.too_many(denial, data.get("model"))
 
-    def _admit(self, auth: Any, data: dict[str, Any], call_type: str) -> calls.Denial | None:
+    async def _admit(self, auth: Any, data: dict[str, Any], call_type: str) -> calls.Denial | None:
         within = _call.get() or None
         if within is not None and within.finished:
             within = None
@@ -147,7 +148,8 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
             id = data["litellm_call_id"] = str(uuid.uuid4())
         guess = usage.Guess(data, call_type, usage.kind())
         least = min((s.limits.tpm for s in found if s.limits.tpm), default=None)
-        admitted = calls.admit(found, 0 if least is None else guess.within(least))
+        tokens = 0 if least is None else guess.within(least)
+        admitted = await calls.admit_async(found, tokens)
         if isinstance(admitted, calls.Denial):
             return admitted
         call = Call(str(id), Held(found, admitted), guess, auth, within)
@@ -243,17 +245,33 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
     async def async_pre_call_check(
         self, deployment: dict[str, Any], parent_otel_span: Any = None
     ) -> dict[str, Any] | None:
-        return self.pre_call_check(deployment)
+        begun: list[Attempt] = []
+        _attempt.set(begun)
+        try:
+            found = await attempts.begin_async(deployment, self._per_minute(), _call.get() or None)
+        except Exception as error:
+            self._not_judged(deployment, error)
+            return deployment
+        return self._begun(deployment, found, begun)
 
     def pre_call_check(self, deployment: dict[str, Any]) -> dict[str, Any] | None:
         begun: list[Attempt] = []
         _attempt.set(begun)
         try:
-            per_minute = attempts.keeps_per_minute(settings.current().deployment_limits)
-            found = attempts.begin(deployment, per_minute, _call.get() or None)
+            found = attempts.begin(deployment, self._per_minute(), _call.get() or None)
         except Exception as error:
             self._not_judged(deployment, error)
             return deployment
+        return self._begun(deployment, found, begun)
+
+    @staticmethod
+    def _per_minute() -> bool:
+        return attempts.keeps_per_minute(settings.current().deployment_limits)
+
+    @staticmethod
+    def _begun(
+        deployment: dict[str, Any], found: Attempt | calls.Denial | None, begun: list[Attempt]
+    ) -> dict[str, Any]:
         if isinstance(found, calls.Denial):
             model = str((deployment.get("litellm_params") or {}).get("model"))
             raise answers.too_many_for(model, found)

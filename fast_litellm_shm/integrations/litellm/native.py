@@ -5,6 +5,8 @@ projects, organisations, tags, agents, end users, MCP servers, batches. What it 
 headers, messages) is LiteLLM's own. Its store is not a public interface of LiteLLM, so what this
 module needs of it is looked for first, and where something is missing :func:`install` says what.
 
+It counts for one host, whatever else is set: it knows no server but LiteLLM's Redis.
+
 Not shared: ``dynamic_rate_limiter_v3``, which makes a limiter of its own. Where LiteLLM has a Redis
 configured, its limiter does not use it any more: the limits hold for each host.
 """
@@ -18,6 +20,7 @@ from typing import Any
 
 from fast_litellm_shm.integrations.litellm import guard, settings
 from fast_litellm_shm.integrations.litellm.native_store import Handle
+from fast_litellm_shm.settings import warn_not_shared
 
 HOOK = "parallel_request_limiter"
 _LIMITER = "litellm.proxy.hooks.parallel_request_limiter_v3"
@@ -141,4 +144,5 @@ def install(hooks: dict[str, Any]) -> str | None:
             "(LEGACY_MULTI_INSTANCE_RATE_LIMITING chooses an older one)"
         )
     hooks[HOOK] = make_handler()
+    warn_not_shared("LiteLLM's own limiter (mode native)", settings.current().cluster)
     return None

@@ -7,6 +7,7 @@
         fail_open: true
         router_state: false
         deployment_limits: null
+        cluster: null
 
 LiteLLM sets what it finds under ``litellm_settings`` as attributes of its module, so this reads
 ``litellm.fast_litellm_shm``, which users of the SDK may set themselves.
@@ -31,12 +32,15 @@ class Settings:
     (LiteLLM's own limiter, over our store). fail_open: a request that cannot be judged passes;
     false: it is refused with 503. router_state: in-flight requests, latencies, usage and cooldowns
     of deployments are shared. deployment_limits: whether ``rpm`` and ``tpm`` of deployments are
-    enforced; None: where ``enforce_model_rate_limits`` asks LiteLLM to."""
+    enforced; None: where ``enforce_model_rate_limits`` asks LiteLLM to. cluster: the URL of a Redis
+    or Valkey, over which limits hold for many hosts (mode ``hooks``); None: what
+    FAST_LITELLM_SHM_CLUSTER says, else this host alone."""
 
     mode: str = "hooks"
     fail_open: bool = True
     router_state: bool = False
     deployment_limits: bool | None = None
+    cluster: str | None = None
 
 
 _DEFAULTS = Settings()
@@ -72,6 +76,8 @@ def _checked(given: Any) -> Settings:
                 f"{where}.mode must be one of {', '.join(MODES)}, not {value!r}; "
                 f"{known['mode']} applies"
             )
+        elif name == "cluster":
+            found[name] = _url(f"{where}.{name}", value)
         elif name != "mode" and not isinstance(value, bool) and value is not known[name]:
             settings.warn_once(
                 f"{where}.{name} must be true or false, not {value!r}; {known[name]} applies"
@@ -79,3 +85,20 @@ def _checked(given: Any) -> Settings:
         else:
             found[name] = value
     return Settings(**found)
+
+
+def _url(where: str, value: Any) -> str | None:
+    if value is None:
+        return None
+    consequence = "what FAST_LITELLM_SHM_CLUSTER says applies, else each host counts alone"
+    if not isinstance(value, str):
+        settings.warn_once(f"{where} must be a URL, not {value!r}; {consequence}")
+        return None
+    from fast_litellm_shm.cluster import settings as cluster_settings
+
+    try:
+        cluster_settings.found(value)
+    except ValueError as error:
+        settings.warn_once(f"{where}: {error}; {consequence}")
+        return None
+    return value
