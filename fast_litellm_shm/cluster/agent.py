@@ -3,7 +3,6 @@ have used beside that, and, in the one process that leads the host, what other h
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import queue
@@ -11,11 +10,12 @@ import random
 import threading
 import time
 from collections.abc import Mapping
+from multiprocessing import util
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from fast_litellm_shm.cluster import booking
 from fast_litellm_shm.cluster import link as links
 from fast_litellm_shm.cluster.beat import renew
-from fast_litellm_shm.cluster.booking import Booking
 from fast_litellm_shm.handle import SharedLimits
 from fast_litellm_shm.inspection import LEASED, NOTE
 from fast_litellm_shm.limits import Granted
@@ -78,8 +78,7 @@ class Agent:
         self._leases: dict[bytes, Leases] = {}
         self._due: queue.SimpleQueue[tuple[Wallet, bytes, tuple[int, ...]] | None]
         self._due = queue.SimpleQueue()
-        link.on_lost = self._wake  # to be tried, until it is back
-        self.booking = Booking(link, self._wake)
+        link.on_lost = self.wake  # to be tried, until it is back
         self._busy = threading.Lock()
         for work in (self._refill, self._lead):
             threading.Thread(
@@ -88,7 +87,7 @@ class Agent:
 
     # batches before they run out, and what is to be booked
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
         self._due.put(None)
 
     def refill(self, wallet: Wallet, raw: bytes, costs: tuple[int, ...]) -> None:
@@ -97,6 +96,9 @@ class Agent:
     def _refill(self) -> None:
         while True:
             while self.link.away is not None:
+                while not self._due.empty():
+                    self._due.get()  # nothing is asked for in advance
+                booking.owe(self.link)
                 time.sleep(links.PROBE)
                 self.link.probe()
             got = [self._due.get()]
@@ -105,7 +107,7 @@ class Agent:
             due = [each for each in got if each is not None]
             try:
                 with self._busy:
-                    self.booking.tell()
+                    self._tell()
                     self._ask_ahead({(id(each[0]), each[1]): each for each in due}.values())
             except links.AwayError:
                 pass  # who finds the wallet empty goes by the policy
@@ -114,9 +116,13 @@ class Agent:
 
     def finish(self) -> None:
         """Let nothing be lost that is on its way: a process that ends takes its threads along."""
-        self._busy.acquire(timeout=2 * self.link.cluster.timeout)
-        with contextlib.suppress(links.AwayError):
-            self.booking.tell()
+        if self._busy.acquire(timeout=2 * self.link.cluster.timeout):
+            with contextlib.suppress(links.AwayError):
+                self._tell()
+
+    def _tell(self) -> None:
+        while booked := booking.taken(self.link):
+            booking.tell(self.link, booked)
 
     def _ask_ahead(self, due: Any) -> None:
         asked = []
@@ -238,7 +244,7 @@ def _unpack(data: bytes) -> list[bytes]:
 
 
 _agents: dict[int, Agent] = {}
-_lock = threading.Lock()
+_lock = threading.RLock()  # the collector may come upon a call in here that has to be booked
 
 
 def ensure(link: links.Link) -> Agent:
@@ -249,6 +255,8 @@ def ensure(link: links.Link) -> Agent:
             known = _agents.get(id(link))
             if known is None:
                 known = _agents[id(link)] = Agent(link)
+                # also where a child of multiprocessing ends, which runs no atexit
+                util.Finalize(None, known.finish, exitpriority=0)
     return known
 
 
@@ -267,16 +275,10 @@ def fetch(wallet: Wallet, due: Mapping[bytes, tuple[int, ...]]) -> None:
         pass  # each key goes by the policy
 
 
-def _finish() -> None:
-    for each in list(_agents.values()):
-        each.finish()
-
-
 def _forked() -> None:
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     _agents.clear()
 
 
-atexit.register(_finish)
 os.register_at_fork(after_in_child=_forked)

@@ -1,86 +1,94 @@
-"""What calls have used beside what they were charged, as one learns when they are over. Nobody
-waits for the server to hear of it: a thread tells it."""
+"""What calls have used beside what they were charged, as one learns when they are over: more is
+charged at the server, into debt if need be; less is given back there, as long as its window lasts.
+
+Whoever may not wait for the server (an event loop, the garbage collector) leaves it to a thread:
+``link.booked`` is a deque, since the collector may come upon a call at any line, also at one that
+holds a lock.
+"""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
-from fast_litellm_shm.cluster import link as links
-from fast_litellm_shm.cluster.script import Answer
+from fast_litellm_shm.native import lib
 
 if TYPE_CHECKING:
+    from fast_litellm_shm.cluster.link import Link
+    from fast_litellm_shm.cluster.script import Request
     from fast_litellm_shm.cluster.wallet import Wallet
 
-_MOST = 200  # keys in one pipeline
+_MOST = 200  # in one pipeline
 _NOTHING = (0, 0, 0, 0)
-_Place = tuple["Wallet", bytes]
 
 
-class Booking:
-    """Of one link, in one process. wake: has a thread call tell(), soon."""
+class Booked(NamedTuple):
+    """Of one call, by limit; all are windows. ``ends``: of the windows that ``less`` was charged
+    in, segment time, ns."""
 
-    def __init__(self, link: links.Link, wake: Callable[[], object]) -> None:
-        self._link, self._wake = link, wake
-        self._lock = threading.Lock()
-        self._charges: dict[_Place, tuple[int, ...]] = {}
-        self._holds: set[_Place] = set()  # the server is to be told that the host holds some
+    wallet: Wallet
+    raw: bytes
+    more: tuple[int, ...]
+    less: tuple[int, ...]
+    ends: tuple[int, ...]
 
-    def book(
-        self,
-        wallet: Wallet,
-        raw: bytes,
-        more: Sequence[int],
-        less: Sequence[int],
-        ends: Sequence[int],
-    ) -> None:
-        """Charge ``more``, into debt if need be; give ``less`` back. By limit; all are windows.
-        ends: of those that ``less`` was charged in, which are not over: segment time, ns.
 
-        What is given back is the host's again at once, until then: it was granted to it, so that
-        all hosts together have no more by it. But first it makes up for what the server is yet to
-        be told of, or that would be spent twice."""
-        place = wallet, raw
-        with self._lock:
-            before = self._charges.pop(place, (0,) * len(more))
-            due = [b + m - s for b, m, s in zip(before, more, less, strict=True)]
-            charges = tuple(max(each, 0) for each in due)
-            back = tuple(max(-each, 0) for each in due)
-            if any(charges) and self._link.away is None:
-                self._charges[place] = charges
-            if any(back):
-                wallet.put_back(raw, back, ends)
-                self._holds.add(place)
-        if any(charges) and self._link.away is not None:
-            wallet.owe(raw, charges)
-        self._wake()
+def _sum(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...]:
+    return tuple(a + b for a, b in zip(one, other, strict=False))
 
-    def tell(self) -> None:
-        """By a thread. What cannot be told is owed."""
-        with self._lock:
-            charges, self._charges = self._charges, {}
-            holds, self._holds = self._holds, set()
-        due = [("charge", place, costs) for place, costs in charges.items()]
-        due += [("hold", place, _NOTHING) for place in holds]
+
+def tell(link: Link, booked: Sequence[Booked]) -> None:
+    """One call of the server for each key and kind, many in a round trip. Raises AwayError; what
+    could not be charged then is owed, and what could not be given back stays used."""
+    charges: dict[tuple[Wallet, bytes], tuple[int, ...]] = {}
+    refunds: dict[tuple[Wallet, bytes, tuple[int, ...]], tuple[int, ...]] = {}
+    for each in booked:
+        if any(each.more):
+            place = each.wallet, each.raw
+            charges[place] = _sum(charges.get(place, _NOTHING), each.more)
+        if any(each.less):
+            window = each.wallet, each.raw, each.ends
+            refunds[window] = _sum(refunds.get(window, _NOTHING), each.less)
+    due = list(charges.items())
+    try:
         while due:
-            part = due[:_MOST]
-            asked = [wallet.request(op, raw, costs) for op, (wallet, raw), costs in part]
-            try:
-                answers: list[Answer] = self._link.call([request for request, _ in asked])
-            except links.AwayError:
-                self._owe(due)
-                raise
-            for (_, (wallet, _), _), (request, sent), answer in zip(
-                part, asked, answers, strict=True
-            ):
-                wallet.learn(request, answer, sent)
-            due = due[_MOST:]
+            _call(
+                link,
+                [(place[0], *place[0].request("charge", place[1], c)) for place, c in due[:_MOST]],
+            )
+            del due[:_MOST]
+    except BaseException:
+        for (wallet, raw), costs in due:
+            wallet.owe(raw, costs)
+        raise
+    back = [
+        (wallet, *wallet.request("refund", raw, costs, ends=ends))
+        for (wallet, raw, ends), costs in refunds.items()
+        if any(end > lib.fshm_now(link.segment._handle) for end in ends)
+    ]
+    for start in range(0, len(back), _MOST):
+        _call(link, back[start : start + _MOST])
 
-    def _owe(self, due: Sequence[tuple[str, _Place, tuple[int, ...]]]) -> None:
-        for operation, place, costs in due:
-            if operation == "charge":
-                place[0].owe(place[1], costs)
-            else:
-                with self._lock:
-                    self._holds.add(place)
+
+def _call(link: Link, asked: Sequence[tuple[Wallet, Request, int]]) -> None:
+    answers = link.call([request for _, request, _ in asked])
+    for (wallet, request, sent), answer in zip(asked, answers, strict=True):
+        wallet.learn(request, answer, sent)
+        if request.operation == "refund":
+            wallet.unrefuse(request.key)
+
+
+def taken(link: Link) -> list[Booked]:
+    """What was left to a thread since this was last asked."""
+    found: list[Booked] = []
+    while link.booked and len(found) < _MOST:
+        found.append(link.booked.popleft())
+    return found
+
+
+def owe(link: Link) -> None:
+    """While the server is away: what is to be charged is owed."""
+    while booked := taken(link):
+        for each in booked:
+            if any(each.more):
+                each.wallet.owe(each.raw, each.more)

@@ -185,6 +185,9 @@ class Leases:
     def put_back(self, requests: Sequence[Any]) -> None:
         """It is looked at anew."""
 
+    def forked(self) -> None:
+        """What is held is told by who holds it."""
+
     # the server
 
     def _ask(self, raw: bytes, want: int) -> bool:

@@ -7,13 +7,17 @@ import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fast_litellm_shm import exceptions
 from fast_litellm_shm.cluster.settings import Cluster, library
 from fast_litellm_shm.native import lib
 from fast_litellm_shm.segment import Segment
+
+if TYPE_CHECKING:
+    from fast_litellm_shm.cluster.booking import Booked
 
 _log = logging.getLogger("fast_litellm_shm")
 
@@ -52,6 +56,9 @@ class Owing(Protocol):
     def put_back(self, requests: Sequence[Any]) -> None:
         """They could not be told."""
 
+    def forked(self) -> None:
+        """In a child: what the parent owes it tells itself."""
+
 
 class Link:
     """All limiters of a process that share a server and a segment talk over one."""
@@ -67,6 +74,7 @@ class Link:
         self.away: str | None = None  # why
         self.on_lost: Callable[[], None] = lambda: None
         self.owing: weakref.WeakSet[Owing] = weakref.WeakSet()
+        self.booked: deque[Booked] = deque()  # to be told by a thread
         self._metrics: dict[str, int] = {}
 
     def client(self) -> Any:
@@ -219,6 +227,9 @@ def _forked() -> None:
     for link in _links.values():
         link._lock = threading.Lock()
         link._client = None
+        link.booked.clear()
+        for limiter in link.owing:
+            limiter.forked()
 
 
 os.register_at_fork(after_in_child=_forked)

@@ -10,9 +10,8 @@
 --   ahead   the batch alone, since the host's wallet runs low
 --   look    nothing is charged
 --   give    give back `given` tokens of the host's wallet; nothing is charged
---   hold    the host's wallet has some again, of what it was granted: others can ask for them
 --   charge  charge the cost, room or not; fill: the same, but never beyond the limit
---   refund  give the cost back
+--   refund  give the cost back; of a window that has `left` us left for the host: of no later one
 --   block   give back `given`, and deny for so many ns as the cost says, or longer: buckets
 --   reset   forget what was consumed
 -- Answer: admitted (1, 0), how many times the cost the batch holds, us until the cost fits (0; -1 never),
@@ -22,7 +21,8 @@
 -- State: t (us, when it was written), l (limits), h (hosts), x (it was reset). All times in it are spans from
 -- t on, so that a clock of the server that jumps back costs nobody anything.
 --   limit  k: kind. Bucket: a: ns that the arrival time is ahead; i: its interval (float, for a change of
---          limits). Window: w: us left; c: count; s: serial number of the window. Sliding: and p: previous.
+--          limits). Window: w: us left; c: count; s: serial number of the window; d: us of w by which debt has
+--          prolonged it. Sliding: and p: previous.
 --   host   t: us, when it last called; g: when it was last granted something; b: batches it was granted then;
 --          p: for each limit, bucket: a after that grant; else s at that grant; r: when it was asked to give
 --          back; o: whether it may hold tokens.
@@ -81,7 +81,7 @@ local function advance(r, m, span)
     if r.kind == 2 and over < r.per and m.c > 0 then
       m.p, m.c, m.w, m.s = m.c, 0, r.per - over, m.s + 1
     else
-      m.p, m.c, m.w = 0, 0, 0
+      m.p, m.c, m.w, m.d = 0, 0, 0, nil
     end
   end
 end
@@ -249,8 +249,6 @@ end
 if op == 'give' then
   for i, r in ipairs(rules) do give_back(r, state.l[i], me, i, r.given) end
   me.o = nil
-elseif op == 'hold' then
-  me.o, me.r = 1, nil
 elseif op == 'take' or op == 'single' or op == 'ahead' then
   local once = op == 'ahead' and 0 or 1
   if op == 'take' then
@@ -333,7 +331,8 @@ elseif op == 'charge' or op == 'fill' then
     if op == 'fill' then cost = min(cost, available(r, m)) end
     charge(r, m, cost)
     if r.kind == 1 and m.c > r.n then -- debt: the window is prolonged by per / n a token
-      m.w, m.c = m.w + ceil((m.c - r.n) * (r.per / r.n)), r.n
+      local more = ceil((m.c - r.n) * (r.per / r.n))
+      m.w, m.d, m.c = m.w + more, (m.d or 0) + more, r.n
     end
   end
 elseif op == 'block' then
@@ -348,10 +347,12 @@ elseif op == 'refund' then
     local m = state.l[i]
     if r.kind == 0 then
       m.a = max(0, m.a - increment(r, r.cost))
-    elseif r.kind == 1 then -- debt first: what a full window is prolonged by
-      local longer = m.c >= r.n and max(0, m.w - r.per) or 0
-      local debt = min(r.cost, floor(longer * (r.n / r.per)))
-      m.w = m.w - min(floor(debt * (r.per / r.n)), longer)
+    elseif r.kind == 1 and r.left > 0 and m.w - (m.d or 0) - r.left > r.per / 2 then
+      r.cost = 0 -- charged in a window that is over by now: the next one ends at least `per` later
+    elseif r.kind == 1 then -- debt first: what the window is prolonged by
+      local debt = min(r.cost, floor((m.d or 0) * (r.n / r.per)))
+      local less = min(floor(debt * (r.per / r.n)), m.d or 0, m.w)
+      m.w, m.d = m.w - less, (m.d or 0) - less
       m.c = m.c - min(m.c, r.cost - debt)
     else
       local rest = r.cost - min(m.c, r.cost)

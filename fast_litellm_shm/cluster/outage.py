@@ -115,6 +115,9 @@ class Outage:
             if began >= oldest
         ]
 
+    def forked(self) -> None:
+        self._owed, self._lock = {}, threading.Lock()
+
     def put_back(self, requests: Sequence[Request]) -> None:
         for each in requests:
             self._owe(each.key, tuple(each.costs))

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from fast_litellm_shm.cluster.asking import MOST_NAME
+from fast_litellm_shm.cluster.booking import Booked
 from fast_litellm_shm.cluster.loops import off_loop
 from fast_litellm_shm.cluster.settings import Cluster
 from fast_litellm_shm.concurrency import ConcurrencyLimiter
@@ -25,12 +26,21 @@ def _release(permit: Permit | None) -> None:
 
 class Granted:
     """What a call of the quota holds, as a Permit is for one host. decision: of the rates, or of
-    the permits where these deny."""
+    the permits where these deny. ends: of the windows that were charged. on_loop: nobody may wait
+    for the server when it is settled."""
 
-    __slots__ = ("_ends", "_permit", "decision", "index")
+    __slots__ = ("_ends", "_on_loop", "_permit", "decision", "index")
 
-    def __init__(self, decision: Decision, index: int, permit: Permit | None, ends: list[int]):
-        self.decision, self.index, self._permit, self._ends = decision, index, permit, ends
+    def __init__(
+        self,
+        decision: Decision,
+        index: int,
+        permit: Permit | None,
+        ends: list[int],
+        on_loop: bool = False,
+    ) -> None:
+        self.decision, self.index, self._permit = decision, index, permit
+        self._ends, self._on_loop = ends, on_loop
 
     @property
     def in_flight(self) -> int:
@@ -94,7 +104,7 @@ class Parts:
         except BaseException:
             _release(permit)
             raise
-        return self._of_both(permit, charged)
+        return self._of_both(permit, charged, False)
 
     async def admit_async(self, key: str | bytes, costs: tuple[int, ...]) -> Granted:
         """The same for asyncio: whatever has to ask the server does it in a thread. Cancelled, it
@@ -109,7 +119,7 @@ class Parts:
         except BaseException:
             _release(permit)
             raise
-        return self._of_both(permit, charged)
+        return self._of_both(permit, charged, True)
 
     def _charge(self, key: str | bytes, costs: tuple[int, ...]) -> tuple[Decision, list[int]]:
         """And of each rate, when the window is over that was charged: segment time, ns."""
@@ -129,28 +139,36 @@ class Parts:
         return Granted(permit.decision, 0 if permit else self._count, permit, [])
 
     @staticmethod
-    def _of_both(permit: Permit | None, charged: tuple[Decision, list[int]]) -> Granted:
+    def _of_both(
+        permit: Permit | None, charged: tuple[Decision, list[int]], on_loop: bool
+    ) -> Granted:
         decision, ends = charged
         if not decision:
             _release(permit)
-        return Granted(decision, decision.limit_index, permit, ends)
+        return Granted(decision, decision.limit_index, permit, ends, on_loop)
 
     def _give_back(
         self, key: str | bytes, costs: tuple[int, ...], decision: Decision, ends: list[int]
     ) -> None:
         if decision:
-            self._book(key, costs, (0,) * len(costs), ends)
+            self._book(key, costs, (0,) * len(costs), ends, True)
 
     def book(
         self, key: str | bytes, charged: tuple[int, ...], actual: tuple[int, ...], held: Granted
     ) -> None:
         """Charge what was used beyond the estimate, into debt if need be; give back what was not,
-        as long as its minute lasts. Waits for nobody: the server is told by a thread."""
+        as long as its minute lasts. What was admitted on an event loop waits for nobody: a thread
+        tells the server."""
         if self.rates is not None:
-            self._book(key, charged, actual, held._ends)
+            self._book(key, charged, actual, held._ends, held._on_loop)
 
     def _book(
-        self, key: str | bytes, charged: tuple[int, ...], actual: tuple[int, ...], ends: list[int]
+        self,
+        key: str | bytes,
+        charged: tuple[int, ...],
+        actual: tuple[int, ...],
+        ends: list[int],
+        later: bool,
     ) -> None:
         assert self.rates is not None and self.rates._wallet is not None
         pairs = list(zip(charged, actual, strict=True))[: self._count]
@@ -161,7 +179,8 @@ class Parts:
             for (before, after), end in zip(pairs, ends, strict=True)
         )
         if any(more) or any(less):
-            self.rates._wallet.book(key_bytes(key), more, less, ends)
+            wallet = self.rates._wallet
+            wallet.book(Booked(wallet, key_bytes(key), more, less, tuple(ends)), later)
 
     def in_flight(self, key: str | bytes) -> int:
         return self.permits.in_flight(key) if self.permits is not None else 0

@@ -3,11 +3,12 @@ csrc/wallet.c from what the host was granted; here is the rest."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 from fast_litellm_shm import exceptions
-from fast_litellm_shm.cluster import agent, link, loops, outage, script
+from fast_litellm_shm.cluster import agent, booking, link, loops, outage, script
 from fast_litellm_shm.cluster.asking import Asking, open_limiter
 from fast_litellm_shm.cluster.settings import Cluster, check_library
 from fast_litellm_shm.handle import SharedLimits, key_bytes
@@ -158,19 +159,15 @@ class Wallet:
         index, left = self._left(found, self.look(raw)[0])
         return (int(left > 0), index, left, told.retry_after_ns, self._reset_ns(found))
 
-    def book(
-        self, raw: bytes, more: Sequence[int], less: Sequence[int], ends: Sequence[int]
-    ) -> None:
-        """What a call has used beside what it was charged: see Booking. Waits for nobody."""
-        agent.ensure(self.link).booking.book(self, raw, more, less, ends)
-
-    def put_back(self, raw: bytes, tokens: Sequence[int], ends: Sequence[int]) -> None:
-        """What was granted to this host and is not used after all, until its window is over."""
-        leases = ffi.new("fshm_lease[4]")
-        for i, (each, end) in enumerate(zip(tokens, ends, strict=True)):
-            leases[i] = {"tokens": each, "kept": 0, "until_ns": end}
-        lib.fshm_wallet_put(self.purse, raw, len(raw), leases, 0)
-        self.unrefuse(raw)
+    def book(self, booked: booking.Booked, later: bool) -> None:
+        """What a call has used beside what it was charged. later: told by a thread, for callers
+        that may not wait."""
+        if later:
+            self.link.booked.append(booked)
+            agent.ensure(self.link).wake()
+            return
+        with contextlib.suppress(link.AwayError):  # it is owed
+            booking.tell(self.link, [booked])
 
     def owe(self, raw: bytes, costs: Sequence[int]) -> None:
         """To be charged when the server is back."""
@@ -212,8 +209,10 @@ class Wallet:
         raw: bytes,
         costs: Sequence[int],
         given: Sequence[int] = _NONE,
+        ends: Sequence[int] | None = None,
     ) -> tuple[script.Request, int]:
-        """And the segment's time before it is sent: whatever the server says was so after it."""
+        """And the segment's time before it is sent: whatever the server says was so after it.
+        ends: of the windows that it is about (ns), where they may not be those that are known."""
         used, left = ffi.new("uint64_t[4]"), ffi.new("uint64_t[4]")
         rules = self.rules()
         lib.fshm_known(self._shared._handle, raw, len(raw), 0, used, left)
@@ -222,6 +221,9 @@ class Wallet:
             int(left[i]) if each.kind == 0 else int(left[i]) // 1000 for i, each in enumerate(rules)
         )
         sent = int(lib.fshm_now(self._shared.segment._handle))
+        if ends is not None:
+            known = tuple(max((end - sent) // 1000, 0) for end in ends)
+            costs = tuple(cost if left else 0 for cost, left in zip(costs, known, strict=True))
         request = script.Request(
             operation, self.limiter, raw, rules, costs, kept, given, tuple(used), known
         )

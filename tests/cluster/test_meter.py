@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -195,16 +196,18 @@ class World:
         self.admitted += [self.at] * count
         self.calls.setdefault(host.name, []).extend([(self.at, end)] * count)
 
-    def undo(self, host: Host) -> None:
-        """Half of its calls of this window are not made after all: what they took is its again."""
+    def undo(self, host: Host, late: int = 0) -> None:
+        """Half of its calls of this window are not made after all; the server hears of it late,
+        but not by half a window."""
         calls = [call for call in self.calls.get(host.name, []) if self.at < call[1]]
-        for call in calls[: (len(calls) + 1) // 2]:
+        undone = calls[: (len(calls) + 1) // 2]
+        lefts = Counter(call[1] - self.at for call in undone)
+        for call in undone:
             self.calls[host.name].remove(call)
             self.admitted.remove(call[0])
-            until = min(call[1], host.until) if host.has(self.at) else call[1]
-            host.left, host.until = host.has(self.at) + 1, until
-        if calls:
-            self._call(host, "hold")
+        self.at += late
+        for left, count in lefts.items():
+            self._call(host, "refund", costs=count, left=left)
 
     def wait(self, host: Host) -> None:
         """Until the last instant at which it can spend."""
@@ -250,7 +253,7 @@ class World:
         until, left = sent + known.lease_ns // US, host.has(self.at)
         if left > (kept if known.redated else 0):
             until = min(until, host.until)
-        if self.at < until and operation not in ("give", "hold"):
+        if self.at < until and operation not in ("give", "refund"):
             host.left, host.until = left + found.batch, until
         return found
 
@@ -297,6 +300,8 @@ def test_hosts_keep_the_bound(meter: Meter, kind: str, data: st.DataObject) -> N
         host = world.hosts[which]
         if what == "late":
             world.give(host, pause)
+        elif what == "undo":
+            world.undo(host, min(pause, per // 3))
         else:
             getattr(world, what)(host)
     check_bound(world, kind, burst)
@@ -357,11 +362,13 @@ def test_the_worst_hosts(meter: Meter, kind: str, late: int) -> None:
 
     def undone_too_late(world: World, a: Host, b: Host) -> None:
         world.exhaust(a)
-        end = world.calls[a.name][0][1]
-        world.undo(a)
-        world.at = max(world.at, end)
+        calls, end = len(world.calls[a.name]), world.calls[a.name][0][1]
+        world.at = max(world.at, end - min(pause, per // 3))
+        left = max(end - world.at, 1)
+        world.at = end  # on its way until the next window, which another has used up
         world.exhaust(b)
-        world.spend(a)
+        world._call(a, "refund", costs=calls, left=left)
+        world.exhaust(b)
 
     def undone_and_given_back(world: World, a: Host, b: Host) -> None:
         world.exhaust(a)

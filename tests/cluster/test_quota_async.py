@@ -19,10 +19,13 @@ import pytest
 from support import servers
 from support.names import remove, unique_name
 from support.permits import most_at_once
-from support.waiting import PATIENCE, wait_until_async
+from support.waiting import PATIENCE, wait_until, wait_until_async
 
-from fast_litellm_shm import Quota, Segment, monitoring
+from fast_litellm_shm import Quota, RateLimiter, Segment, Window, monitoring
 from fast_litellm_shm.cluster import Cluster, agent
+from fast_litellm_shm.cluster.booking import Booked
+from fast_litellm_shm.cluster.link import Link
+from fast_litellm_shm.native import lib
 from fast_litellm_shm.quota import Admission
 
 HOSTS, WORKERS, CALLERS = 2, 2, 8
@@ -34,6 +37,13 @@ _context = multiprocessing.get_context("fork")
 def quota_of(segment: Segment, url: str, **cluster: Any) -> Quota:
     server = Cluster(url, **({"timeout": LONG} | cluster))
     return Quota(rpm=10, tpm=1000, max_parallel=3, name="api", segment=segment, cluster=server)
+
+
+def told(quota: Quota) -> Link:
+    """The connection that its server hears of it by."""
+    assert quota._parts is not None and quota._parts.rates is not None
+    assert quota._parts.rates._wallet is not None
+    return quota._parts.rates._wallet.link
 
 
 @pytest.fixture
@@ -221,16 +231,18 @@ def test_what_is_done_after_it_asks_nobody(
 ) -> None:
     """settle, up and down, cancel and release, with a server that does not answer."""
     first, second = hosts
-    held = [first.admit("key", 200) for _ in range(2)]
+
+    async def admitted() -> Admission:
+        return await first.admit_async("key", 200)
+
+    held = [asyncio.run(admitted()) for _ in range(2)]
     assert all(held)
     server.freeze()
     held[0].settle(600)
     held[1].settle(50)
     held[1].cancel()
     assert held[0].release()
-    assert first._parts is not None and first._parts.rates is not None
-    assert first._parts.rates._wallet is not None
-    assert first._parts.rates._wallet.link.away is None  # nobody has waited in vain
+    assert told(first).away is None  # nobody has waited in vain
     server.thaw()
 
     async def scenario() -> None:
@@ -255,25 +267,81 @@ def test_what_is_done_after_it_asks_nobody(
     asyncio.run(scenario())
 
 
-def test_what_is_given_back_makes_up_first_for_what_is_to_be_told(
-    hosts: tuple[Quota, Quota],
+def test_what_is_given_back_pays_debts_first(hosts: tuple[Quota, Quota]) -> None:
+    """As on one host: 900 and 100 are used, and nothing is left for another 400."""
+    first, second = hosts
+
+    async def scenario() -> None:
+        more, less = await first.admit_async("key", 500), await first.admit_async("key", 500)
+        assert more and less
+        more.settle(900)
+        await wait_until_async("it is told", lambda: not first.remaining("key")["tpm"])
+        less.settle(100)
+        for each in (more, less):
+            each.release()
+        await wait_until_async("both are told", lambda: not told(first).booked)
+        for quota in hosts:
+            denied = await quota.admit_async("key", 1)
+            assert not denied and (denied.retry_after or 99) <= MINUTE
+
+    asyncio.run(scenario())
+
+
+def test_nothing_is_given_back_to_the_window_after(
+    server: servers.Server, segment: Segment
 ) -> None:
-    """Else both would be spent: the tokens at this host, and at the server what it is not told."""
-    quota = hosts[0]
-    admission = quota.admit("key", 500)
-    assert quota._parts is not None and quota._parts.rates is not None
-    wallet = quota._parts.rates._wallet
+    """Of what was charged in a window that is over, and is told when the next one is used up."""
+    cluster = Cluster(server.url, timeout=LONG)
+    limiter = RateLimiter(Window(100, 1), name="short", segment=segment, cluster=cluster)
+    wallet = limiter._wallet
     assert wallet is not None
-    before = wallet.look(b"key")[0]
-    teller = agent.ensure(wallet.link)
-    with teller._busy:  # its thread cannot tell anything
-        admission.settle(900)
-        admission.settle(600)
-        assert wallet.look(b"key")[0] == before
-        assert teller.booking._charges == {(wallet, b"key"): (0, 100)}
-        admission.settle(200)
-        assert wallet.look(b"key")[0][1] == before[1] + 300
-        assert not teller.booking._charges
+
+    def used_up() -> int:
+        """All of a window that has just begun; when it ends."""
+        wait_until("another window begins", lambda: limiter.acquire("key", 100))
+        return int(lib.fshm_now(segment._handle)) + 10**9
+
+    end = used_up()
+    used_up()
+    wallet.book(Booked(wallet, b"key", (0,), (50,), (end,)), False)  # over, as this host knows
+    request, _ = wallet.request("refund", b"key", (50,))
+    late = request._replace(left=(1,))  # sent when there was 1 us left
+    wallet.link.call([late])
+    assert not limiter.acquire("key", 1)
+
+
+def test_a_child_that_runs_no_atexit_has_told_what_it_used(
+    server: servers.Server, segment: Segment, other: Segment
+) -> None:
+    def child() -> None:
+        async def scenario() -> None:
+            quota = quota_of(Segment(segment.name), server.url)
+            async with await quota.admit_async("key", 100) as admission:
+                admission.settle(900)
+
+        asyncio.run(scenario())
+
+    process = _context.Process(target=child)
+    process.start()
+    process.join(PATIENCE)
+    assert process.exitcode == 0
+    assert quota_of(other, server.url).remaining("key")["tpm"] <= 100
+
+
+def test_the_collector_comes_upon_a_call_at_any_line(hosts: tuple[Quota, Quota]) -> None:
+    """What it finds is booked without a lock: it may have come within the lines that hold one."""
+    quota = hosts[0]
+
+    async def scenario() -> Admission:
+        return await quota.admit_async("key", 100)
+
+    admission = asyncio.run(scenario())
+    link = told(quota)
+    with agent._lock, agent.ensure(link)._busy, link._lock:
+        admission.settle(900)  # as from a finalizer
+        admission.settle(50)
+        assert len(link.booked) == 2
+    wait_until("it is told", lambda: quota.remaining("key")["tpm"] == 950)
     admission.release()
 
 
