@@ -142,7 +142,7 @@ class Agent:
     # the leader of a host
 
     def _lead(self) -> None:
-        handle = self.link.segment._handle
+        handle, told = self.link.segment._handle, ""
         while True:
             try:
                 if lib.fshm_lead(handle, 1) != 1:
@@ -150,8 +150,11 @@ class Agent:
                     continue
                 self._serve()
             except Exception as error:
-                if not isinstance(error, links.AwayError) and not links._is_outage(error):
+                said = f"{type(error).__name__}: {error}"
+                outage = isinstance(error, links.AwayError) or links._is_outage(error)
+                if said != told and not outage:  # it tries again and again
                     links._log.exception("leading this host failed")
+                told = said
             time.sleep(_AGAIN)
 
     def _serve(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from fast_litellm_shm import limits
 from fast_litellm_shm.cluster import agent, beat, link, loops, permits
 from fast_litellm_shm.cluster.asking import Asking, open_limiter
-from fast_litellm_shm.cluster.settings import Cluster, check_library
+from fast_litellm_shm.cluster.settings import Cluster
 from fast_litellm_shm.handle import SharedLimits, key_bytes
 from fast_litellm_shm.inspection import LEASED, REFUSED
 from fast_litellm_shm.native import ffi, lib
@@ -62,7 +62,7 @@ class Leases:
     """Of one limiter, in one process."""
 
     def __init__(self, shared: LeasedLimits, cluster: Cluster) -> None:
-        check_library()
+        cluster.check()
         self.cluster, self.limiter = cluster, shared.name.encode("utf-8", "surrogatepass")
         self.link = link.of(cluster, shared.segment)
         self._permits, self._segment, self._shared_name = (

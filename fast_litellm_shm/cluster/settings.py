@@ -41,6 +41,20 @@ class Cluster:
         for name, value in (("url", self.url), ("prefix", self.prefix)):
             if not isinstance(value, str):
                 raise TypeError(f"Cluster: {name} must be a str, not {value!r}")
+        self._check_url()
+        if self.on_outage not in OUTAGE:
+            raise ValueError(
+                f"Cluster: on_outage must be one of {', '.join(OUTAGE)}, not {self.on_outage!r}"
+            )
+        number = isinstance(self.timeout, (int, float)) and not isinstance(self.timeout, bool)
+        if not number:
+            raise TypeError(f"Cluster: timeout must be a number of seconds, not {self.timeout!r}")
+        if not 0.001 <= self.timeout <= 60:
+            raise ValueError(f"Cluster: timeout must be 0.001 to 60 seconds, not {self.timeout!r}")
+        if not self.prefix or "{" in self.prefix or "}" in self.prefix:
+            raise ValueError(f"Cluster: prefix must be text without braces, not {self.prefix!r}")
+
+    def _check_url(self) -> None:
         parts = urlsplit(self.url)
         if parts.scheme not in SCHEMES:
             raise ValueError(
@@ -55,17 +69,19 @@ class Cluster:
                 "Cluster: url must name the service that Sentinel watches, as in "
                 f"redis+sentinel://host:26379/mymaster, not {self.shown!r}"
             )
-        if self.on_outage not in OUTAGE:
-            raise ValueError(
-                f"Cluster: on_outage must be one of {', '.join(OUTAGE)}, not {self.on_outage!r}"
-            )
-        number = isinstance(self.timeout, (int, float)) and not isinstance(self.timeout, bool)
-        if not number:
-            raise TypeError(f"Cluster: timeout must be a number of seconds, not {self.timeout!r}")
-        if not 0.001 <= self.timeout <= 60:
-            raise ValueError(f"Cluster: timeout must be 0.001 to 60 seconds, not {self.timeout!r}")
-        if not self.prefix or "{" in self.prefix or "}" in self.prefix:
-            raise ValueError(f"Cluster: prefix must be text without braces, not {self.prefix!r}")
+        if parts.scheme == "unix":
+            return
+        many = parts.scheme in ("redis+cluster", "redis+sentinel")
+        try:
+            ports = [port for _, port in _addresses(parts.netloc, 6379)] if many else [parts.port]
+        except ValueError:
+            ports = [0]
+        if not all(port is None or 0 < port < 65_536 for port in ports):
+            raise ValueError(f"Cluster: url has a port that is none: {self.shown!r}")
+        path = parts.path.strip("/")
+        db = path.partition("/")[2] if parts.scheme == "redis+sentinel" else path
+        if db and not (db.isascii() and db.isdecimal()):
+            raise ValueError(f"Cluster: url must end with the number of a database: {self.shown!r}")
 
     @property
     def shown(self) -> str:
@@ -73,6 +89,17 @@ class Cluster:
         head, at, tail = self.url.rpartition("@")
         scheme, _, user = head.partition("://")
         return f"{scheme}://{user.partition(':')[0]}:***@{tail}" if at and user else self.url
+
+    def check(self) -> None:
+        """Raises ImportError where the redis library is missing or too old, ValueError where it
+        cannot use the URL. Connects to nobody."""
+        check_library()
+        if urlsplit(self.url).scheme in ("redis+cluster", "redis+sentinel"):
+            return  # these connect as they are made
+        try:
+            self.client().connection_pool.make_connection()
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Cluster: url cannot be used: {self.shown!r}: {error}") from error
 
     def client(self, timeout: float | None = None) -> Any:
         """A client of the redis library for it, whose calls wait at most ``timeout`` seconds."""

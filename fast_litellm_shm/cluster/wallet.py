@@ -10,7 +10,7 @@ from typing import Any
 from fast_litellm_shm import exceptions
 from fast_litellm_shm.cluster import agent, booking, link, loops, outage, script
 from fast_litellm_shm.cluster.asking import Asking, open_limiter
-from fast_litellm_shm.cluster.settings import Cluster, check_library
+from fast_litellm_shm.cluster.settings import Cluster
 from fast_litellm_shm.handle import SharedLimits, key_bytes
 from fast_litellm_shm.inspection import HELD, REFUSED
 from fast_litellm_shm.limits import AnyLimit, Granted, Limit
@@ -27,7 +27,7 @@ class Wallet:
     who of this host is asking for a key just now."""
 
     def __init__(self, shared: SharedLimits, cluster: Cluster) -> None:
-        check_library()
+        cluster.check()
         self.cluster = cluster
         self._shared = shared
         self._limits: tuple[AnyLimit, ...] = ()

@@ -13,7 +13,7 @@ from support.fleet import Fleet
 from support.flights import Flights
 from support.waiting import wait_until
 
-from fast_litellm_shm import RateLimiter, Segment, Window
+from fast_litellm_shm import ConcurrencyLimiter, RateLimiter, Segment, Window
 from fast_litellm_shm.cluster import Cluster
 
 HOUR = 3600
@@ -178,11 +178,32 @@ def test_a_password(kind: str, segment: Segment) -> None:
         ("redis://", "must name a host"),
         ("unix://", "must name a socket's path"),
         ("redis+sentinel://host:26379", "must name the service"),
+        ("redis://localhost:abc/0", "a port that is none"),
+        ("redis+cluster://host:99999", "a port that is none"),
+        ("redis+sentinel://host/service/db", "the number of a database"),
+        ("rediss://host/x", "the number of a database"),
     ],
 )
 def test_urls_that_say_too_little(url: str, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         Cluster(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["redis://[::1]/0", "redis://[::1]:6379", "rediss://u:p%2Fw@h:1/", "redis+cluster://a,b:7000"],
+)
+def test_urls_that_are_right(url: str) -> None:
+    Cluster(url).check()
+
+
+def test_a_url_that_the_library_cannot_use(segment: Segment) -> None:
+    for make in (
+        lambda cluster: RateLimiter(Window(1), segment=segment, cluster=cluster),
+        lambda cluster: ConcurrencyLimiter(1, name="c", segment=segment, cluster=cluster),
+    ):
+        with pytest.raises(ValueError, match=r"cannot be used: 'redis://u:\*\*\*@host\?foo=bar'"):
+            make("redis://u:secret@host?foo=bar")
 
 
 def test_other_settings_that_are_wrong(monkeypatch: pytest.MonkeyPatch, segment: Segment) -> None:

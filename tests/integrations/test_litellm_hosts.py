@@ -4,6 +4,7 @@ same names on another one."""
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -282,3 +283,30 @@ def test_a_setting_that_is_wrong(monkeypatch: pytest.MonkeyPatch, given: Any, sa
     monkeypatch.setattr(litellm, settings.ATTRIBUTE, {"cluster": given}, raising=False)
     with pytest.warns(RuntimeWarning, match=said):
         assert settings.current() == settings.Settings()
+
+
+@pytest.mark.parametrize(
+    ("url", "missing"), [("nonsense", False), ("redis://h?x=1", False), ("redis://h", True)]
+)
+def test_a_server_that_cannot_be_used_lets_nobody_pass(
+    segment: Segment,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    url: str,
+    missing: bool,
+) -> None:
+    """This host keeps the limits, and says so once."""
+    monkeypatch.setenv("FAST_LITELLM_SHM_CLUSTER", url)
+    monkeypatch.setattr("fast_litellm_shm.settings._warned", set())
+    if missing:
+        monkeypatch.setitem(sys.modules, "redis", None)
+    limiter, user = SharedLimiter(), auth(rpm_limit=3)
+
+    async def scenario() -> list[bool]:
+        return [await asyncio.create_task(ask(limiter, str(i), user)) for i in range(5)]
+
+    with pytest.warns(RuntimeWarning, match="on this host alone"):
+        found = asyncio.run(scenario())
+    assert found == [True] * 3 + [False] * 2
+    told = [each.message for each in caplog.records if "on this host alone" in each.message]
+    assert len(told) == 1

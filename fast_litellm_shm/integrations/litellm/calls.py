@@ -21,13 +21,14 @@ def quota_of(limits: Limits) -> Quota:
     segment has room for an 800th of its capacity in sets of limits, at most 2,048 (250 by
     default; over many hosts one takes up to nine places), never gives one back, and has room for as
     many keys as its capacity says. A key whose limits change begins anew."""
-    cluster = settings.current().cluster
-    found = _quotas.get((limits, cluster))
+    chosen = settings.current().cluster
+    found = _quotas.get((limits, chosen))
     if found is None:
         parts = (f"{n} {name}" for name, n in zip(limits._fields, limits, strict=True) if n)
         name = f"litellm {' '.join(parts)}"
-        found = Quota(*limits, name=name, on_full="raise", cluster=cluster)
-        _quotas[limits, cluster] = found
+        server = settings.cluster()
+        found = Quota(*limits, name=name, on_full="raise", cluster=server, _here=server is None)
+        _quotas[limits, chosen] = found
     return found
 
 

@@ -21,6 +21,8 @@ from typing import Any
 import litellm
 
 from fast_litellm_shm import settings
+from fast_litellm_shm.cluster import settings as cluster_settings
+from fast_litellm_shm.cluster.settings import Cluster
 
 ATTRIBUTE = "fast_litellm_shm"
 MODES = ("hooks", "native")
@@ -55,6 +57,20 @@ def current() -> Settings:
     if given is not _read[0]:
         _read = given, _checked(given)
     return _read[1]
+
+
+def cluster() -> Cluster | None:
+    """The server that keeps the limits for many hosts; None: they are this host's. Where it cannot
+    be used, that is told once, and this host counts alone: else every request would pass, or none.
+    """
+    try:
+        found = cluster_settings.found(current().cluster)
+        if found is not None:
+            found.check()
+        return found
+    except (ImportError, TypeError, ValueError) as error:
+        settings.warn_once(f"limits count on this host alone, not over many: {error}")
+        return None
 
 
 def _checked(given: Any) -> Settings:
@@ -94,8 +110,6 @@ def _url(where: str, value: Any) -> str | None:
     if not isinstance(value, str):
         settings.warn_once(f"{where} must be a URL, not {value!r}; {consequence}")
         return None
-    from fast_litellm_shm.cluster import settings as cluster_settings
-
     try:
         cluster_settings.found(value)
     except ValueError as error:
