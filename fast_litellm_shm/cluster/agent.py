@@ -163,13 +163,18 @@ class Agent:
         hosts_key = f"{self.link.cluster.prefix}:hosts"
         beat = client.register_script(_HOSTS)
         inbox = client.pubsub(ignore_subscribe_messages=True)
+        # A host that has gone is counted for a time anyway; those that have not been heard since
+        # the server was emptied must not be forgotten: each host would take their share too.
+        seen = {time.monotonic(): hosts(self.link.segment)}
         try:
             inbox.subscribe(self.link.channel)
             due = 0.0
             while True:
                 now = time.monotonic()
                 if now >= due:
-                    _keep_hosts(self.link.segment, int(beat([hosts_key], [self.link.host])))
+                    seen[now] = int(beat([hosts_key], [self.link.host]))
+                    seen = {at: count for at, count in seen.items() if now - at < 3 * _BEAT}
+                    _keep_hosts(self.link.segment, max(seen.values()))
                     due = now + _BEAT * random.uniform(0.9, 1.1)
                     if self.link.away is None:
                         renew(self.link, self._leases_of)

@@ -80,6 +80,25 @@ def test_local_is_a_share(server: servers.Server, segment: Segment, segment_name
     assert 70 <= 1 + exhausted(limiter, "fresh") <= 75
 
 
+def test_other_hosts_are_not_forgotten_with_the_server(
+    server: servers.Server, segment: Segment
+) -> None:
+    """Emptied, it hears of this host first: its share is what it was until the others had time."""
+    assert limiter_of(server, segment, "local").acquire("key")
+    with server.client() as client:
+        client.zadd("fast-shm:hosts", {"another": time.time() * 1e6, "third": time.time() * 1e6})
+        wait_until("they are known", lambda: agent.hosts(segment) == 3)
+        client.delete("fast-shm:hosts")
+        wait_until("this one has told", lambda: client.zcard("fast-shm:hosts") == 1)
+        told = client.zrange("fast-shm:hosts", 0, -1, withscores=True)
+        wait_until(
+            "and once more, so that what it heard is kept by now",
+            lambda: client.zrange("fast-shm:hosts", 0, -1, withscores=True) != told,
+        )
+        assert agent.hosts(segment) == 3
+        wait_until("they are gone", lambda: agent.hosts(segment) == 1)
+
+
 def test_local_denies_what_is_known_to_be_used(server: servers.Server, segment: Segment) -> None:
     limiter = limiter_of(server, segment, "local")
     assert exhausted(limiter, "key") == 100
