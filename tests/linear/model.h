@@ -85,7 +85,9 @@ static inline unsigned plan_of(const config_t *c, int lane, int level, const his
   return level && h->changes ? c->plan[lane] - 1u : c->changes;
 }
 
-/* limiter.c: state_of(). False: the state is of newer limits than the plan, which has to be loaded again. */
+/* limiter.c: state_of(). False: the state is of newer limits than the plan, which has to be loaded again. Of limits
+ * too old to be known, the bucket counts as full: also for who saw that under limits that were changed before its
+ * swap, which finds the cell as it was. */
 static inline bool converted(const history_t *h, const config_t *c, unsigned plan, uint32_t limit,
                              view_t *v) {
   uint64_t bits = VERSION_OF(v->state);
@@ -95,7 +97,8 @@ static inline bool converted(const history_t *h, const config_t *c, unsigned pla
   for (unsigned back = 1; back <= 3 && back <= plan; back++)
     if (((h->version + plan - back) & VERSION_MASK) << TIME_BITS == bits)
       old = &h->rules[c->variant[plan - back]][limit];
-  if (!old && plan != c->changes) return false;
+  for (unsigned newer = plan + 1; newer <= c->changes; newer++)
+    if (((h->version + newer) & VERSION_MASK) << TIME_BITS == bits) return false;
   v->state = bucket_convert(v->rule, v->version, old, v->state, v->now);
   return true;
 }
