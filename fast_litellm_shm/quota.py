@@ -194,6 +194,11 @@ class Quota:
         """The segment it lives in."""
         return self._shared.segment if self._parts is None else self._parts.segment
 
+    @property
+    def over_hosts(self) -> bool:
+        """Whether its limits are those of many hosts."""
+        return self._parts is not None
+
     def admit(self, key: str | bytes, tokens: int = 0) -> Admission:
         """Admit a call that is estimated at ``tokens`` tokens, or say why not."""
         _check_tokens("admit", tokens)

@@ -3,7 +3,7 @@ back, exactly once."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 from weakref import WeakSet
 
@@ -49,61 +49,57 @@ def _denial(subject: Subject, name: str, remaining: int, retry_after: float | No
 
 
 Admitted: TypeAlias = "list[Admission] | Denial"
-# Asks for each admission, by quota and key, and is sent it.
-_Steps: TypeAlias = Generator[tuple[Quota, str], Admission, Admitted]
 
 
-def _end(stop: StopIteration) -> Admitted:
-    found: Admitted = stop.value
-    return found
+def _key(subject: Subject) -> str:
+    return f"{subject.kind}:{subject.value}"
 
 
 def admit(subjects: Sequence[Subject], tokens: int) -> Admitted:
     """Admit a call for all of them, or for none. Where one denies, what the others before it have
     booked is given back: it can have denied another call in between, and can never have let too
     many pass. Over many hosts this waits for the server where it has to be asked."""
-    steps = _steps(subjects, tokens)
+    admitted: list[Admission] = []
     try:
-        quota, key = next(steps)
-        while True:
-            quota, key = steps.send(quota.admit(key, tokens))
-    except StopIteration as stop:
-        return _end(stop)
-    finally:
-        steps.close()
+        for subject in subjects:
+            if subject.limits.nothing is not None:
+                return _refused(subject, None, admitted)
+            admission = quota_of(subject.limits).admit(_key(subject), tokens)
+            if not admission.allowed:
+                return _refused(subject, admission, admitted)
+            admitted.append(admission)
+    except BaseException:
+        _cancel(admitted)
+        raise
+    return admitted
 
 
 async def admit_async(subjects: Sequence[Subject], tokens: int) -> Admitted:
     """admit(), which never makes an event loop wait. Cancelled, it has admitted none of them."""
-    steps = _steps(subjects, tokens)
-    try:
-        quota, key = next(steps)
-        while True:
-            quota, key = steps.send(await quota.admit_async(key, tokens))
-    except StopIteration as stop:
-        return _end(stop)
-    finally:
-        steps.close()
-
-
-def _steps(subjects: Sequence[Subject], tokens: int) -> _Steps:
+    known = _quotas.get((subjects[0].limits, settings.current().cluster)) if subjects else None
+    if known is not None and not known.over_hosts:
+        return admit(subjects, tokens)  # which waits for nobody, and costs less
     admitted: list[Admission] = []
     try:
         for subject in subjects:
-            name = subject.limits.nothing
-            if name is not None:
-                _cancel(admitted)
-                return _denial(subject, name, 0, None)
-            admission = yield quota_of(subject.limits), f"{subject.kind}:{subject.value}"
+            if subject.limits.nothing is not None:
+                return _refused(subject, None, admitted)
+            admission = await quota_of(subject.limits).admit_async(_key(subject), tokens)
             if not admission.allowed:
-                _cancel(admitted)
-                left = admission.decision.remaining
-                return _denial(subject, admission.reason, left, admission.retry_after)
+                return _refused(subject, admission, admitted)
             admitted.append(admission)
-    except BaseException:  # GeneratorExit too: whoever asked for them has failed
+    except BaseException:
         _cancel(admitted)
         raise
     return admitted
+
+
+def _refused(subject: Subject, by: Admission | None, admitted: list[Admission]) -> Denial:
+    """by: None: its limit is 0."""
+    _cancel(admitted)
+    if by is None:
+        return _denial(subject, str(subject.limits.nothing), 0, None)
+    return _denial(subject, by.reason, by.decision.remaining, by.retry_after)
 
 
 def _cancel(admitted: list[Admission]) -> None:
@@ -147,8 +143,7 @@ class Held:
     def remaining(self) -> list[tuple[Subject, dict[str, int]]]:
         """What each of those it counts for has left now, by ``rpm`` and ``tpm``."""
         return [
-            (subject, quota_of(subject.limits)._left(f"{subject.kind}:{subject.value}"))
-            for subject in self.subjects
+            (subject, quota_of(subject.limits)._left(_key(subject))) for subject in self.subjects
         ]
 
 
