@@ -148,9 +148,7 @@ static int force(call_t *c, uint32_t op, uint32_t i, look_t *l) {
     if (fresh != FSHM_OK) return fresh;
     if (i >= c->plan.count) return FSHM_ALLOWED; /* fewer limits by now: nothing to charge */
     cells_find(c->s, c->hash, fingerprint(c, i), &l->cell);
-    uint64_t state = state_of(c, i, &l->cell);
-    if (c->stale) continue; /* as of newer limits than ours, it would count as full */
-    uint64_t next = forced(c, op, i, state, c->now);
+    uint64_t next = forced(c, op, i, state_of(c, i, &l->cell), c->now);
     int status = put(c, i, l, next, op);
     if (status != CLAIM_LOST) return status == CLAIMED ? FSHM_ALLOWED : FSHM_FULL;
   }

@@ -269,6 +269,32 @@ static void test_changed_meanwhile(void) {
   fshm_close(s);
 }
 
+/* So has a charge, a refund or a block, which acts whatever the state is: the bucket would count as full. */
+static void test_forced_meanwhile(void) {
+  static const struct {
+    uint32_t op;
+    uint64_t cost, left;
+  } cases[] = {{FSHM_CHARGE, 2, 15}, {FSHM_REFUND, 2, 19}, {FSHM_REFUND, 0, 17}};
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    fshm_segment *s = fresh_segment(100);
+    fshm_limit before = bucket(10), after = bucket(20);
+    fshm_limiter *l = fresh_limiter(s, "a", &before, 1);
+    uint64_t now = fshm_now(s), remaining[FSHM_MAX_LIMITS];
+    call_t c;
+    look_t found;
+    CHECK(limits_load(s, l->index, &c.plan));
+    begin(&c, l, "k", 1, now);
+    c.costs = &cases[i].cost;
+    CHECK_EQ(change(s, "a", &after, 1), FSHM_OK);
+    CHECK_EQ(apply_at(l, FSHM_ACQUIRE, "k", 3, now).status, FSHM_ALLOWED);
+    CHECK_EQ(force(&c, cases[i].op, 0, &found), FSHM_ALLOWED);
+    CHECK_EQ(fshm_remaining(l, "k", 1, now, remaining), 1);
+    CHECK_EQ(remaining[0], cases[i].left);
+    fshm_limiter_close(l);
+    fshm_close(s);
+  }
+}
+
 /* The limits change between the charge of a request's first limit and its second: the first is undone, by
  * the limits as they are then, whatever kind it is and wherever it stands among them. */
 static void test_undo_by_changed_limits(void) {
@@ -316,6 +342,7 @@ int main(void) {
   test_resets();
   test_damaged();
   test_changed_meanwhile();
+  test_forced_meanwhile();
   test_undo_by_changed_limits();
   return done();
 }
