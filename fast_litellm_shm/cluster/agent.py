@@ -95,17 +95,14 @@ class Agent:
 
     def _refill(self) -> None:
         while True:
-            while self.link.away is not None:
-                while not self._due.empty():
-                    self._due.get()  # nothing is asked for in advance
-                booking.owe(self.link)
-                time.sleep(links.PROBE)
-                self.link.probe()
-            got = [self._due.get()]
-            while len(got) < _MOST and not self._due.empty():
-                got.append(self._due.get())
-            due = [each for each in got if each is not None]
             try:
+                while self.link.away is not None:
+                    time.sleep(links.PROBE)
+                    self._try_again()
+                got = [self._due.get()]
+                while len(got) < _MOST and not self._due.empty():
+                    got.append(self._due.get())
+                due = [each for each in got if each is not None]
                 with self._busy:
                     self._tell()
                     self._ask_ahead({(id(each[0]), each[1]): each for each in due}.values())
@@ -113,6 +110,12 @@ class Agent:
                 pass  # who finds the wallet empty goes by the policy
             except Exception:
                 links._log.exception("booking, or refilling in advance, failed")
+
+    def _try_again(self) -> None:
+        while not self._due.empty():
+            self._due.get()  # nothing is asked for in advance
+        booking.owe(self.link)
+        self.link.probe()
 
     def finish(self) -> None:
         """Let nothing be lost that is on its way: a process that ends takes its threads along."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
 import weakref
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fast_litellm_shm import exceptions
-from fast_litellm_shm.cluster.settings import Cluster, library
+from fast_litellm_shm.cluster.settings import Cluster
 from fast_litellm_shm.native import lib
 from fast_litellm_shm.segment import Segment
 
@@ -202,7 +203,11 @@ class Link:
 
 
 def _is_outage(error: Exception) -> bool:
-    redis = library("redis")
+    # Who has raised an error of the library has imported it; and to import it here could raise
+    # where a thread is told what went wrong.
+    redis = sys.modules.get("redis")
+    if redis is None:
+        return isinstance(error, OSError)
     return isinstance(error, (redis.RedisError, redis.exceptions.RedisClusterException, OSError))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
+from typing import Any
 
 import pytest
 from support import servers
@@ -11,7 +13,7 @@ from support.fleet import Fleet
 from support.waiting import wait_until
 
 from fast_litellm_shm import Limit, RateLimiter, Segment, Window
-from fast_litellm_shm.cluster import Cluster, agent
+from fast_litellm_shm.cluster import Cluster, agent, booking, link
 
 HOUR = 3600
 
@@ -177,4 +179,53 @@ def test_a_read_only_server_is_away(server: servers.Server, segment: Segment) ->
     assert not limiter.acquire("key")
     with server.client() as client:
         client.replicaof("NO", "ONE")
+    wait_until("it is admitted again", lambda: limiter.acquire("key"))
+
+
+def test_a_leader_goes_on_whatever_went_wrong(
+    server: servers.Server,
+    segment: Segment,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The connection is lost while the redis library is being replaced, say: the host is heard
+    again when both are back."""
+    assert limiter_of(server, segment, "deny").acquire("key")
+
+    def heard() -> bool:
+        with server.client() as client:
+            return bool(client.zcard("fast-shm:hosts"))
+
+    wait_until("it leads", heard)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "redis", None)
+        server.kill()
+        wait_until("it could not", lambda: "leading this host failed" in caplog.text)
+    server.start()
+    wait_until("it leads again", heard)
+
+
+def test_trying_again_goes_on_whatever_went_wrong(
+    server: servers.Server,
+    segment: Segment,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    limiter = limiter_of(server, segment, "deny")
+    assert limiter.acquire("key")
+    owe, tries = booking.owe, 0
+
+    def fails_at_first(given: link.Link) -> Any:
+        nonlocal tries
+        tries += 1
+        if tries < 3:
+            raise MemoryError
+        return owe(given)
+
+    monkeypatch.setattr(booking, "owe", fails_at_first)
+    server.kill()
+    assert exhausted(limiter, "key") < 20
+    wait_until("it was tried", lambda: tries > 3)
+    assert "booking, or refilling in advance, failed" in caplog.text
+    server.start()
     wait_until("it is admitted again", lambda: limiter.acquire("key"))
