@@ -68,7 +68,7 @@ class Admission:
         which the next requests wait out; less is given back, as long as its minute lasts. Can be
         called again, with a later number."""
         _check_tokens("settle", tokens)
-        if self.allowed and tokens != self._charged:
+        if self.allowed and tokens != self._charged and self._quota._tpm >= 0:
             self._quota._settle(self._key, self._charged, tokens, self._permit)
             self._charged = tokens
 

@@ -8,7 +8,7 @@ import contextvars
 import gc
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -85,7 +85,7 @@ def logged(id: str = "c", /, **more: Any) -> dict[str, Any]:
 # requests ------------------------------------------------------------------------------------
 
 
-def test_answered(limiter: SharedLimiter) -> None:
+def test_answered(limiter: SharedLimiter, unfinished: Callable[[], int]) -> None:
     async def scenario() -> None:
         assert await ask(limiter, **LIMITS)
         assert left(**LIMITS) == {"rpm": 9, "tpm": 950, "max_parallel": 1}
@@ -93,12 +93,12 @@ def test_answered(limiter: SharedLimiter) -> None:
         assert left(**LIMITS) == {"rpm": 9, "tpm": 970, "max_parallel": 2}
         await limiter.async_log_success_event(logged(**USAGE), USAGE, None, None)
         assert left(**LIMITS) == {"rpm": 9, "tpm": 970, "max_parallel": 2}
-        assert len(limiter.calls) == 0
+        assert unfinished() == 0
 
     asyncio.run(scenario())
 
 
-def test_streamed(limiter: SharedLimiter) -> None:
+def test_streamed(limiter: SharedLimiter, unfinished: Callable[[], int]) -> None:
     async def chunks() -> Any:
         yield 1
         yield 2
@@ -112,7 +112,7 @@ def test_streamed(limiter: SharedLimiter) -> None:
         payload: dict[str, Any] = {"standard_logging_object": USAGE["usage"], "stream": True}
         await limiter.async_log_success_event(logged(**payload), None, None, None)
         assert left(**LIMITS) == {"rpm": 9, "tpm": 970, "max_parallel": 2}
-        assert len(limiter.calls) == 0
+        assert unfinished() == 0
 
     asyncio.run(scenario())
 
@@ -143,19 +143,19 @@ def test_tried_again(limiter: SharedLimiter) -> None:
     asyncio.run(scenario())
 
 
-def test_failed(limiter: SharedLimiter) -> None:
+def test_failed(limiter: SharedLimiter, unfinished: Callable[[], int]) -> None:
     async def scenario() -> None:
         assert await ask(limiter, **LIMITS)
         await limiter.async_log_failure_event(logged(), None, None, None)
         await limiter.async_post_call_failure_hook(data(), ValueError(), auth())
         # the request counts; it has used no tokens
         assert left(**LIMITS) == {"rpm": 9, "tpm": 1000, "max_parallel": 2}
-        assert len(limiter.calls) == 0
+        assert unfinished() == 0
 
     asyncio.run(scenario())
 
 
-def test_a_stream_that_is_cut(limiter: SharedLimiter) -> None:
+def test_a_stream_that_is_cut(limiter: SharedLimiter, unfinished: Callable[[], int]) -> None:
     """Its partial usage, which LiteLLM tells in log_failure, counts."""
 
     async def chunks() -> Any:
@@ -171,7 +171,7 @@ def test_a_stream_that_is_cut(limiter: SharedLimiter) -> None:
         await limiter.async_log_failure_event(logged(**part), None, None, None)
         await limiter.async_post_call_failure_hook(data(), ValueError(), auth())
         assert left(**LIMITS) == {"rpm": 9, "tpm": 988, "max_parallel": 2}
-        assert len(limiter.calls) == 0
+        assert unfinished() == 0
 
     asyncio.run(scenario())
 
@@ -198,7 +198,9 @@ def test_a_tool_call_within_a_request_counts_with_it(limiter: SharedLimiter) -> 
     asyncio.run(scenario())
 
 
-def test_clients_that_choose_the_same_call_id(limiter: SharedLimiter) -> None:
+def test_clients_that_choose_the_same_call_id(
+    limiter: SharedLimiter, unfinished: Callable[[], int]
+) -> None:
     async def request(go_on: asyncio.Event) -> bool:
         if not await ask(limiter, "mine", max_parallel=2, tpm=1000):
             return False
@@ -214,7 +216,7 @@ def test_clients_that_choose_the_same_call_id(limiter: SharedLimiter) -> None:
             go_on.set()
             assert sorted(await asyncio.gather(*tasks)) == [False] * 3 + [True] * 2
             assert left(max_parallel=2, tpm=1000) == {"tpm": 1000 - 60 * round, "max_parallel": 2}
-        assert len(limiter.calls) == 0
+        assert unfinished() == 0
 
     asyncio.run(scenario())
 
@@ -238,7 +240,9 @@ def test_a_hook_of_a_request_that_was_not_admitted(limiter: SharedLimiter) -> No
     asyncio.run(scenario())
 
 
-def test_a_request_that_is_judged_again(limiter: SharedLimiter) -> None:
+def test_a_request_that_is_judged_again(
+    limiter: SharedLimiter, unfinished: Callable[[], int]
+) -> None:
     """A later callback has denied it, and LiteLLM asks for a fallback of its model."""
 
     async def scenario() -> None:
@@ -248,7 +252,7 @@ def test_a_request_that_is_judged_again(limiter: SharedLimiter) -> None:
         assert left(rpm=10, tpm=1000, max_parallel=1) == {"rpm": 9, "tpm": 950, "max_parallel": 0}
         await limiter.async_post_call_success_hook(data("another"), auth(), USAGE)
         assert left(rpm=10, tpm=1000, max_parallel=1) == {"rpm": 9, "tpm": 970, "max_parallel": 1}
-        assert len(limiter.calls) == 0
+        assert unfinished() == 0
 
     asyncio.run(scenario())
 
@@ -302,7 +306,9 @@ def test_cached_tokens_do_not_count(limiter: SharedLimiter, stream: bool) -> Non
 
 
 @pytest.mark.parametrize(("status", "used"), [(None, 0), ("completed", 0), ("queued", 50)])
-def test_an_answer_that_tells_no_tokens(limiter: SharedLimiter, status: Any, used: int) -> None:
+def test_an_answer_that_tells_no_tokens(
+    limiter: SharedLimiter, unfinished: Callable[[], int], status: Any, used: int
+) -> None:
     """A picture has used none; one that is made in the background is not there yet."""
 
     async def scenario() -> None:
@@ -312,7 +318,7 @@ def test_an_answer_that_tells_no_tokens(limiter: SharedLimiter, status: Any, use
         payload: dict[str, Any] = {"standard_logging_object": {"total_tokens": 0}}
         await limiter.async_log_success_event(logged(**payload), answer, None, None)
         assert left(**LIMITS) == {"rpm": 9, "tpm": 1000 - used, "max_parallel": 2}
-        assert len(limiter.calls) == 0
+        assert unfinished() == 0
 
     asyncio.run(scenario())
 
@@ -408,14 +414,14 @@ def test_a_prompt_that_cannot_be_read_passes_no_limit(limiter: SharedLimiter) ->
             deep = deep.pop()
 
 
-def test_a_denial_books_nothing(limiter: SharedLimiter) -> None:
+def test_a_denial_books_nothing(limiter: SharedLimiter, unfinished: Callable[[], int]) -> None:
     async def scenario() -> None:
         first, second = (auth(rpm_limit=5, user_id="u", user_rpm_limit=1) for _ in range(2))
         await limiter.async_pre_call_hook(first, None, data("1"), "acompletion")
         with pytest.raises(Exception, match="Rate limit exceeded for user: u"):
             await limiter.async_pre_call_hook(second, None, data("2"), "acompletion")
         assert left(rpm=5) == {"rpm": 4}
-        assert len(limiter.calls) == 1
+        assert unfinished() == 1
 
     asyncio.run(scenario())
 
@@ -636,15 +642,17 @@ def test_settings_that_are_wrong(monkeypatch: pytest.MonkeyPatch, given: Any, sa
     assert settings.current() == settings.Settings()  # told once
 
 
-def test_a_fork_forgets_the_calls_of_its_parent(limiter: SharedLimiter) -> None:
+def test_a_fork_leaves_the_calls_to_its_parent(limiter: SharedLimiter) -> None:
     async def scenario() -> None:
         assert await ask(limiter, max_parallel=1)
-        assert run(_calls_of, [(limiter,)], "fork") == [0]
-        assert len(limiter.calls) == 1
-        assert not await ask(limiter, "2", max_parallel=1)
+        assert run(_end_it, [(limiter,)], "fork") == [True]
+        assert not await asyncio.create_task(ask(limiter, "2", max_parallel=1))
 
     asyncio.run(scenario())
 
 
-def _calls_of(limiter: SharedLimiter) -> int:
-    return len(limiter.calls)
+def _end_it(limiter: SharedLimiter) -> bool:
+    """The call of this context, as the child of the fork has it; whether it has it."""
+    has_it = limiter._find(data()) is not None
+    asyncio.run(limiter.async_post_call_success_hook(data(), auth(), USAGE))
+    return has_it

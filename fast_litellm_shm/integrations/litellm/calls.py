@@ -1,11 +1,11 @@
 """Calls in flight in this process: what each of them holds in the segment, and when it gives it
-back, exactly once."""
+back, exactly once. Nobody finds one by its id: clients can choose the ``litellm_call_id``, also of
+requests that were not admitted."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
-from weakref import WeakSet
 
 from fast_litellm_shm.integrations.litellm import settings, usage
 from fast_litellm_shm.integrations.litellm.subjects import Limits, Subject
@@ -171,10 +171,7 @@ class Call:
     its whole answer has told its tokens. left: whether its task has ended, and perhaps not all its
     attempts."""
 
-    __slots__ = (
-        *("attempts", "by", "finished", "guess", "held", "id", "left", "outer", "told"),
-        "__weakref__",
-    )
+    __slots__ = ("attempts", "by", "finished", "guess", "held", "id", "left", "outer", "told")
 
     def __init__(
         self, id: str, held: Held, guess: usage.Guess, by: object = None, outer: Call | None = None
@@ -188,46 +185,26 @@ class Call:
         found = (a for a in reversed(self.attempts) if a.deployment == deployment and not a.ended)
         return next(found, None)
 
-
-class Calls:
-    """The calls of this process that are not over. Nobody finds one here: clients can choose the
-    ``litellm_call_id``, also of requests that were not admitted."""
-
-    def __init__(self) -> None:
-        # weakly: what a call still holds that nobody can end any more is given back with it
-        self._calls: WeakSet[Call] = WeakSet()
-
-    def __len__(self) -> int:
-        return len(self._calls)
-
-    def add(self, call: Call) -> None:
-        self._calls.add(call)
-
-    def finish(self, call: Call) -> None:
+    def finish(self) -> None:
         """It is over. Its attempts are too. Its true tokens may yet be told."""
-        call.finished = True
-        self._calls.discard(call)
-        for attempt in call.attempts:
+        self.finished = True
+        for attempt in self.attempts:
             attempt.end(None)
-        call.held.over()
+        self.held.over()
 
-    def settle(self, call: Call, tokens: int) -> None:
+    def settle(self, tokens: int) -> None:
         """Its true tokens."""
-        if not call.held.settled:
-            call.guess.learn(tokens)
-        call.held.settle(tokens)
+        if not self.held.settled:
+            self.guess.learn(tokens)
+        self.held.settle(tokens)
 
-    def cancel(self, call: Call) -> None:
+    def cancel(self) -> None:
         """It will not be made after all: its request is given back too."""
-        call.held.cancel()
-        self.finish(call)
+        self.held.cancel()
+        self.finish()
 
-    def fail(self, call: Call) -> None:
+    def fail(self) -> None:
         """It is over and failed: where nobody has told tokens, it used none."""
-        if not call.held.settled:
-            call.held.settle(0)
-        self.finish(call)
-
-    def forget(self) -> None:
-        """In a forked child: they are the parent's."""
-        self._calls.clear()
+        if not self.held.settled:
+            self.held.settle(0)
+        self.finish()

@@ -18,7 +18,6 @@ do is told by :mod:`.guard`, and ``fail_open`` decides about the request.
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 import uuid
 from collections.abc import AsyncIterator, Mapping
@@ -36,7 +35,7 @@ from fast_litellm_shm.integrations.litellm import (
     takeover,
     usage,
 )
-from fast_litellm_shm.integrations.litellm.calls import Attempt, Call, Calls, Held
+from fast_litellm_shm.integrations.litellm.calls import Attempt, Call, Held
 from fast_litellm_shm.integrations.litellm.router_state import routers
 from fast_litellm_shm.integrations.litellm.subjects import Subject, subjects
 
@@ -99,11 +98,6 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
     """Keeps LiteLLM's limits over all workers of the host, or of many hosts. One of it,
     ``limiter``, is enough."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = Calls()
-        os.register_at_fork(after_in_child=self.calls.forget)
-
     # requests -------------------------------------------------------------------------------------
 
     async def async_pre_call_hook(
@@ -138,7 +132,7 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
             again = auth is within.by and call_type == within.guess.call_type
             if again and not within.attempts and not within.held.settled:
                 # another callback has denied it: LiteLLM asks again, for a fallback of its model
-                self.calls.cancel(within)
+                within.cancel()
                 within = None
         _call.set(False)
         takeover.judged.set(True)
@@ -153,7 +147,6 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
         if isinstance(admitted, calls.Denial):
             return admitted
         call = Call(str(id), Held(found, admitted), guess, auth, within)
-        self.calls.add(call)
         _call.set(call)
         task = asyncio.current_task()
         if task is not None:  # for whatever ends without any of the hooks below
@@ -168,7 +161,7 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
         """End it where no hook of the request will: its task has gone, and so have its attempts.
         An attempt's success alone ends nothing: the request may be making others."""
         if call.left and not call.finished and all(attempt.ended for attempt in call.attempts):
-            self._guarded("ending a request", self.calls.finish, call)
+            self._guarded("ending a request", call.finish)
 
     def _guarded(self, doing: str, do: Any, *args: Any) -> Any:
         """What gives back must not fail the request that it is for."""
@@ -188,7 +181,7 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
 
     def _settle(self, call: Call, found: usage.Used | None) -> None:
         if found is not None:
-            self.calls.settle(call, found.of_kind(call.guess.kind))
+            call.settle(found.of_kind(call.guess.kind))
 
     def _answered(self, call: Call, response: Any) -> None:
         found = usage.used(response)
@@ -201,7 +194,7 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
         call = self._find(data)
         if call is not None:
             self._guarded("booking tokens", self._answered, call, response)
-            self._guarded("ending a request", self.calls.finish, call)
+            self._guarded("ending a request", call.finish)
         return response
 
     async def async_post_call_streaming_iterator_hook(
@@ -213,7 +206,7 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
         finally:
             call = self._find(request_data)
             if call is not None:
-                self._guarded("ending a stream", self.calls.finish, call)
+                self._guarded("ending a stream", call.finish)
 
     async def async_post_call_failure_hook(
         self,
@@ -224,7 +217,7 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
     ) -> None:
         call = self._find(request_data)
         if call is not None:
-            self._guarded("ending a request", self.calls.fail, call)
+            self._guarded("ending a request", call.fail)
 
     async def async_post_call_response_headers_hook(
         self,

@@ -3,6 +3,7 @@ objects (``UserAPIKeyAuth``, deployments)."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ class Limits(NamedTuple):
     @property
     def nothing(self) -> str | None:
         """The name of a limit of 0."""
+        if 0 not in self:
+            return None
         return next((name for name in self._fields if getattr(self, name) == 0), None)
 
 
@@ -48,6 +51,11 @@ def limits(rpm: Any = None, tpm: Any = None, max_parallel: Any = None) -> Limits
     """None where nothing is limited. Raises ValueError or TypeError for what is no number."""
     if rpm is None and tpm is None and max_parallel is None:
         return None
+    return _read(rpm, tpm, max_parallel)
+
+
+@functools.lru_cache(maxsize=1024)  # each request brings those of its key and team again
+def _read(rpm: Any, tpm: Any, max_parallel: Any) -> Limits | None:
     found = Limits(
         _whole(rpm, _MOST_A_MINUTE),
         _whole(tpm, _MOST_A_MINUTE),
