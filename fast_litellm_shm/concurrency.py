@@ -75,9 +75,10 @@ class ConcurrencyLimiter:
         segment: Segment | None = None,
         cluster: Cluster | str | None = None,
         _shown: str | None = None,
+        _on_full: str = "deny",
     ) -> None:
         limit = limits.in_flight("ConcurrencyLimiter", "max_in_flight", max_in_flight)
-        self._open(limit, name, segment, cluster, keep=False, shown=_shown)
+        self._open(limit, name, segment, cluster, keep=False, shown=_shown, on_full=_on_full)
 
     def _open(
         self,
@@ -87,8 +88,9 @@ class ConcurrencyLimiter:
         cluster: Cluster | str | None,
         keep: bool,
         shown: str | None = None,
+        on_full: str = "deny",
     ) -> None:
-        given: dict[str, Any] = {"name": name, "segment": segment, "on_full": "deny", "keep": keep}
+        given: dict[str, Any] = {"name": name, "segment": segment, "on_full": on_full, "keep": keep}
         given["shown"] = shown
         found = None
         if cluster is not None or settings.cluster_url() is not None:

@@ -55,7 +55,10 @@ class LeasedLimits(SharedLimits):
         """Called by the native part where the host's allowance is used up: 0: look again; less: it
         is denied, for so many ns (-1: until a holder lets go); else how many may be held without
         the server."""
-        return self._leases.grant(key, tries)
+        found = self._leases.grant(key, tries)
+        if found == _NO_ROOM and self._on_full == "raise":
+            self._failed(lib.FSHM_FULL)
+        return found
 
 
 class Leases:

@@ -1,5 +1,5 @@
-"""A Quota whose limits are those of many hosts: a limiter of permits and one of rates, which the
-server keeps each by itself."""
+"""The limits of a Quota, or of a rule for web requests, that are those of many hosts: a limiter of
+permits and one of rates, which the server keeps each by itself."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ from fast_litellm_shm.cluster.loops import off_loop
 from fast_litellm_shm.cluster.settings import Cluster
 from fast_litellm_shm.concurrency import ConcurrencyLimiter
 from fast_litellm_shm.handle import key_bytes
-from fast_litellm_shm.limiter import RateLimiter
+from fast_litellm_shm.limiter import Cost, RateLimiter
 from fast_litellm_shm.limits import AnyLimit, InFlight
 from fast_litellm_shm.native import Decision, Permit, ffi, lib
 from fast_litellm_shm.segment import Segment
 
 _PARALLEL = " (parallel)"
+
+
+def most_name(found: tuple[AnyLimit | InFlight, ...]) -> int:
+    """How many bytes a name may have for these limits: one for both kinds is lengthened."""
+    both = len({isinstance(each, InFlight) for each in found}) == 2
+    return int(MOST_NAME - len(_PARALLEL) if both else MOST_NAME)
 
 
 def _release(permit: Permit | None) -> None:
@@ -50,9 +56,17 @@ class Granted:
     def release(self) -> bool:
         return self._permit is not None and bool(self._permit.release())
 
+    def __bool__(self) -> bool:
+        """Is a permit held?"""
+        return bool(self._permit)
+
 
 class Parts:
-    """The permits first, then the rates: a denial gives the permit back and consumes nothing."""
+    """The permits first, then the rates: a denial gives the permit back and consumes nothing.
+
+    settles: what a call was charged is booked when it is over, so its windows must be remembered;
+    all of them are Windows of one length. Else what was charged is consumed.
+    """
 
     def __init__(
         self,
@@ -61,11 +75,13 @@ class Parts:
         segment: Segment | None,
         on_full: str,
         cluster: Cluster,
+        *,
+        settles: bool = True,
     ) -> None:
         rates = [each for each in found if not isinstance(each, InFlight)]
         most = found[-1].n if isinstance(found[-1], InFlight) else None
         if rates and most is not None and isinstance(name, str):
-            room = MOST_NAME - len(_PARALLEL)
+            room = most_name(found)
             if len(name.encode("utf-8", "surrogatepass")) > room:
                 raise ValueError(
                     f"name must be at most {room} bytes for rates and max_parallel over many "
@@ -79,9 +95,14 @@ class Parts:
         if most is not None:
             own = name + _PARALLEL if rates else name
             self.permits = ConcurrencyLimiter(
-                most, name=own, segment=segment, cluster=cluster, _shown=name
+                most,
+                name=own,
+                segment=segment,
+                cluster=cluster,
+                _shown=name,
+                _on_full="raise" if on_full == "raise" else "deny",
             )
-        self._count = len(rates)
+        self._count, self._settles = len(rates), settles
 
     @property
     def segment(self) -> Segment:
@@ -95,7 +116,8 @@ class Parts:
             return rates
         return (*rates, InFlight(self.permits.max_in_flight))
 
-    def admit(self, key: str | bytes, costs: tuple[int, ...]) -> Granted:
+    def admit(self, key: str | bytes, costs: Cost) -> Granted:
+        """costs: one for each limit; where nothing is settled, as RateLimiter takes them."""
         permit = self.permits.acquire(key) if self.permits is not None else None
         if self.rates is None or (permit is not None and not permit):
             return self._of_permit(permit)
@@ -106,9 +128,10 @@ class Parts:
             raise
         return self._of_both(permit, charged, False)
 
-    async def admit_async(self, key: str | bytes, costs: tuple[int, ...]) -> Granted:
+    async def admit_async(self, key: str | bytes, costs: Cost) -> Granted:
         """The same for asyncio: whatever has to ask the server does it in a thread. Cancelled, it
-        gives back what it has, and what such a thread yet gets."""
+        gives back what it has, and what such a thread yet gets: a permit, and what can be settled.
+        """
         permit = await self.permits.acquire_async(key) if self.permits is not None else None
         if self.rates is None or (permit is not None and not permit):
             return self._of_permit(permit)
@@ -121,9 +144,12 @@ class Parts:
             raise
         return self._of_both(permit, charged, True)
 
-    def _charge(self, key: str | bytes, costs: tuple[int, ...]) -> tuple[Decision, list[int]]:
+    def _charge(self, key: str | bytes, costs: Cost) -> tuple[Decision, list[int]]:
         """And of each rate, when the window is over that was charged: segment time, ns."""
         assert self.rates is not None
+        if not self._settles:
+            return self.rates.acquire(key, costs), []
+        assert isinstance(costs, tuple)
         before = int(lib.fshm_now(self.segment._handle))
         decision = self.rates.acquire(key, costs[: self._count])
         if not decision:
@@ -148,9 +174,10 @@ class Parts:
         return Granted(decision, decision.limit_index, permit, ends, on_loop)
 
     def _give_back(
-        self, key: str | bytes, costs: tuple[int, ...], decision: Decision, ends: list[int]
+        self, key: str | bytes, costs: Cost, decision: Decision, ends: list[int]
     ) -> None:
-        if decision:
+        if decision and self._settles:
+            assert isinstance(costs, tuple)
             self._book(key, costs, (0,) * len(costs), ends, True)
 
     def book(

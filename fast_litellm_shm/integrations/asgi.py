@@ -13,7 +13,7 @@ See docs/web.md, and :class:`Rule` for what a rule can say.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fast_litellm_shm.integrations.web import (
     Outcome,
@@ -27,6 +27,9 @@ from fast_litellm_shm.integrations.web.answers import LISTS, TRY_LATER, answers_
 from fast_litellm_shm.integrations.web.gate import MARK, Gate
 from fast_litellm_shm.integrations.web.request import AsgiRequest
 from fast_litellm_shm.segment import Segment
+
+if TYPE_CHECKING:
+    from fast_litellm_shm.cluster import Cluster
 
 __all__ = [
     "MARK",
@@ -57,10 +60,16 @@ class RateLimitMiddleware:
     what cannot be checked, because the segment is full or cannot be used. websockets: whether their
     handshakes are asked about as well; an accepted one holds a permit until it is closed.
 
+    cluster: a URL (``redis://host:6379/0``) or a :class:`~fast_litellm_shm.cluster.Cluster`: the
+    limits hold over all hosts that name the same server; default: what FAST_LITELLM_SHM_CLUSTER
+    says, else this host alone. See ``docs/cluster.md``. The event loop, which must be asyncio's
+    then, never waits for the server.
+
     A refused request is answered with 429 (or 503) and a JSON body. What became of a request is in
     ``scope["fast_litellm_shm.rate_limit"]``, an :class:`Outcome`. Safe before and after a fork.
 
-    Raises ValueError or TypeError for bad arguments, SegmentError where there is no segment.
+    Raises ValueError or TypeError for bad arguments, SegmentError where there is no segment,
+    ImportError where a cluster is named and the library for it is missing.
     """
 
     def __init__(
@@ -71,10 +80,11 @@ class RateLimitMiddleware:
         name: str,
         segment: Segment | None = None,
         on_error: str = "deny",
+        cluster: Cluster | str | None = None,
         websockets: bool = False,
     ) -> None:
         self.app = app
-        self._gate = Gate(rules, name=name, segment=segment, on_error=on_error)
+        self._gate = Gate(rules, name=name, segment=segment, on_error=on_error, cluster=cluster)
         self._types = ("http", "websocket") if websockets else ("http",)
         for rule in () if websockets else self._gate.rules:
             if rule.websockets_only:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 try:
     from fastapi import HTTPException, Response, WebSocketException
@@ -40,9 +41,12 @@ from fast_litellm_shm.integrations.web.rules import Cost, CostFunction
 from fast_litellm_shm.limits import AnyLimit, describe
 from fast_litellm_shm.segment import Segment
 
+if TYPE_CHECKING:
+    from fast_litellm_shm.cluster import Cluster
+
 __all__ = ["MARK", "Outcome", "RateLimit", "client_address", "forwarded_for", "header"]
 
-_LONGEST = 80  # characters of a name, such that it fits the segment
+_LONGEST = 75  # characters of a name, such that it fits the segment, and a server's limits
 
 
 class RateLimit:
@@ -52,15 +56,16 @@ class RateLimit:
 
     limits: 1 to 4. key, cost: functions of a :class:`fast_litellm_shm.integrations.web.Request`,
     whose ``raw`` is FastAPI's; they may be async. name: routes that are given the same name share
-    their counts; default: each route counts apart, by its path. exempt, dry_run, segment, on_error:
-    as in the middleware.
+    their counts; default: each route counts apart, by its path. exempt, dry_run, segment, on_error,
+    cluster: as in the middleware.
 
     FastAPI adds headers of a dependency only to answers that it makes itself: a route that returns
     a Response of its own has none of them, and is limited all the same. Of a websocket the
     handshake is limited: refused with the same 429 where the server can answer one, else closed
     with code 1013.
 
-    Raises ValueError or TypeError for bad arguments, SegmentError where there is no segment.
+    Raises ValueError or TypeError for bad arguments, SegmentError where there is no segment,
+    ImportError where a cluster is named and the library for it is missing.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class RateLimit:
         dry_run: bool = False,
         segment: Segment | None = None,
         on_error: str = "deny",
+        cluster: Cluster | str | None = None,
     ) -> None:
         if not limits:
             raise ValueError("RateLimit needs at least one limit, such as Limit(20, per=60)")
@@ -83,7 +89,9 @@ class RateLimit:
             if len(name) > _LONGEST:
                 name = f"each route {hashlib.blake2s(name.encode(), digest_size=16).hexdigest()}"
         rule = Rule(*limits, key=self._key_of, cost=cost, dry_run=dry_run, name=name)
-        self._gate = Gate([rule], name="fastapi", segment=segment, on_error=on_error)
+        self._gate = Gate(
+            [rule], name="fastapi", segment=segment, on_error=on_error, cluster=cluster
+        )
 
     async def _key_of(self, request: WebRequest) -> Key:
         found = self._key(request)

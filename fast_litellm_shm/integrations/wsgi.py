@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from http.client import responses
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fast_litellm_shm.integrations.web import (
     Outcome,
@@ -31,6 +31,9 @@ from fast_litellm_shm.integrations.web.answers import LISTS
 from fast_litellm_shm.integrations.web.gate import MARK, Gate
 from fast_litellm_shm.integrations.web.request import WsgiRequest
 from fast_litellm_shm.segment import Segment
+
+if TYPE_CHECKING:
+    from fast_litellm_shm.cluster import Cluster
 
 __all__ = [
     "MARK",
@@ -57,12 +60,18 @@ class RateLimitMiddleware:
     shares its counts. segment: default ``Segment.default()``. on_error: ``"deny"`` or ``"allow"``
     what cannot be checked, because the segment is full or cannot be used.
 
+    cluster: a URL (``redis://host:6379/0``) or a :class:`~fast_litellm_shm.cluster.Cluster`: the
+    limits hold over all hosts that name the same server; default: what FAST_LITELLM_SHM_CLUSTER
+    says, else this host alone. See ``docs/cluster.md``. A request may wait for the server, as
+    long as its timeout says.
+
     A refused request is answered with 429 (or 503) and a JSON body. What became of a request is in
     ``environ["fast_litellm_shm.rate_limit"]``, an :class:`Outcome`. A permit is held until the
     server closes the answer, which it does also when the client has gone. Safe before and after a
     fork.
 
-    Raises ValueError or TypeError for bad arguments, SegmentError where there is no segment.
+    Raises ValueError or TypeError for bad arguments, SegmentError where there is no segment,
+    ImportError where a cluster is named and the library for it is missing.
     """
 
     def __init__(
@@ -73,9 +82,10 @@ class RateLimitMiddleware:
         name: str,
         segment: Segment | None = None,
         on_error: str = "deny",
+        cluster: Cluster | str | None = None,
     ) -> None:
         self.app = app
-        self._gate = Gate(rules, name=name, segment=segment, on_error=on_error)
+        self._gate = Gate(rules, name=name, segment=segment, on_error=on_error, cluster=cluster)
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         outcome = self._gate.check(WsgiRequest(environ))

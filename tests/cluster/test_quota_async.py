@@ -11,15 +11,14 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from support import servers
 from support.names import remove, unique_name
 from support.permits import most_at_once
-from support.waiting import PATIENCE, wait_until, wait_until_async
+from support.waiting import PATIENCE, ticking, wait_until, wait_until_async
 
 from fast_litellm_shm import Quota, RateLimiter, Segment, Window, monitoring
 from fast_litellm_shm.cluster import Cluster, agent
@@ -165,24 +164,6 @@ def test_calls_in_parallel_over_two_hosts_of_two_workers(
 
 
 # the loop ------------------------------------------------------------------------------------
-
-
-@asynccontextmanager
-async def ticking() -> AsyncIterator[Callable[[], int]]:
-    """How often the loop has come round."""
-    count = 0
-
-    async def tick() -> None:
-        nonlocal count
-        while True:
-            await asyncio.sleep(0)
-            count += 1
-
-    task = asyncio.create_task(tick())
-    try:
-        yield lambda: count
-    finally:
-        task.cancel()
 
 
 @pytest.mark.parametrize("asks", ["permits", "rates"])

@@ -276,6 +276,36 @@ def test_fields_of_a_refusal(segment: Segment) -> None:
     }
 
 
+def of_limit(outcome: Outcome) -> tuple[str, int, int]:
+    """The limit that RateLimit names, what is left of it, and for how long."""
+    ((name, values),) = fields(outcome)["RateLimit"]
+    return name, values["r"], values["t"]
+
+
+def test_fields_are_of_the_limit_that_they_name(segment: Segment) -> None:
+    """Not the least that is left of any, nor the longest that any takes."""
+    burst = "r 60/3600s burst 2"
+    rules = gate(segment, Rule(Window(1000, 86400), Limit(60, 3600, burst=2), name="r"), name="a")
+    assert [of_limit(asked(rules)) for _ in range(3)] == [
+        (burst, 1, 60),
+        (burst, 0, 120),
+        (burst, 0, 60),
+    ]
+    rules = gate(segment, Rule(Window(3, 5), Limit(10, 3600), name="r"), name="b")
+    assert of_limit(asked(rules)) == ("r 3/5s window", 2, 5)
+    rule = Rule(Window(10, 60), Window(3, 3600), cost=(4, 1), in_flight=9, name="r")
+    rules = gate(segment, rule, name="c")
+    outcomes = [asked(rules) for _ in range(3)]
+    assert [of_limit(each) for each in outcomes] == [
+        ("r 3/3600s window", 2, 3600),
+        ("r 3/3600s window", 1, 3600),
+        ("r 10/60s window", 2, 60),  # which denies 4, and has more left than the other
+    ]
+    assert outcomes[2].violated == "r 10/60s window"
+    for each in outcomes:
+        each.release()
+
+
 def test_a_cost_that_never_fits(segment: Segment) -> None:
     refused = asked(gate(segment, Rule(Limit(5), cost=6)))
     assert refused.refused and refused.retry_after is None

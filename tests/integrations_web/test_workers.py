@@ -3,7 +3,6 @@ of streaming answers that come back from clients that go away and workers that a
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import signal
@@ -12,8 +11,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from support.served import Connection, ask, ask_of_several, gunicorn, served, uvicorn
-from support.waiting import wait_until
+from support.served import Stream, ask, ask_of_several, gunicorn, opened, served, uvicorn
 
 LIMIT, REQUESTS, STREAMS = 100, 400, 3
 SERVERS: dict[str, tuple[Any, ...]] = {
@@ -21,37 +19,6 @@ SERVERS: dict[str, tuple[Any, ...]] = {
     "wsgi": (gunicorn("app:app", "--threads", "4", "--preload"), ("flask", "gunicorn")),
     "django": (gunicorn("app:application"), ("django", "gunicorn")),
 }
-
-
-class Stream:
-    """A streaming answer that is being read; ``pid``: of the worker that sends it."""
-
-    def __init__(self, path: str) -> None:
-        self._connection = Connection(path)
-        self._connection.request("GET", "/stream")
-        self._answer: http.client.HTTPResponse = self._connection.getresponse()
-        self.status = self._answer.status
-        self.pid = int(self._answer.readline()) if self.status == 200 else 0
-
-    def close(self) -> None:
-        """Go away, in mid-body."""
-        self._answer.close()
-        self._connection.close()
-
-
-def opened(path: str) -> Stream:
-    """A stream, as soon as there is room for one: when a permit has come back."""
-
-    def tried() -> Stream | None:
-        stream = Stream(path)
-        if stream.status == 200:
-            return stream
-        stream.close()
-        return None
-
-    found = wait_until("a permit comes back", tried, every=0.01)
-    assert found is not None
-    return found
 
 
 def streams_come_back(path: str) -> None:

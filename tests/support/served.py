@@ -48,6 +48,37 @@ def ask(path: str, what: str, **headers: str) -> tuple[int, str, http.client.HTT
         connection.close()
 
 
+class Stream:
+    """The ``/stream`` of an example, being read; ``pid``: of the worker that sends it."""
+
+    def __init__(self, path: str) -> None:
+        self._connection = Connection(path)
+        self._connection.request("GET", "/stream")
+        self._answer: http.client.HTTPResponse = self._connection.getresponse()
+        self.status = self._answer.status
+        self.pid = int(self._answer.readline()) if self.status == 200 else 0
+
+    def close(self) -> None:
+        """Go away, in mid-body."""
+        self._answer.close()
+        self._connection.close()
+
+
+def opened(path: str) -> Stream:
+    """A stream, as soon as there is room for one: when a permit has come back."""
+
+    def tried() -> Stream | None:
+        stream = Stream(path)
+        if stream.status == 200:
+            return stream
+        stream.close()
+        return None
+
+    found = wait_until("a permit comes back", tried, every=0.01)
+    assert found is not None
+    return found
+
+
 def ask_of_several(
     path: str, what: str, count: int, first: int, **headers: str
 ) -> list[tuple[int, str, http.client.HTTPMessage]]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from typing import TypeVar
 
 PATIENCE = 60.0  # seconds: far above what anything waited for takes
@@ -50,6 +51,24 @@ async def wait_until_async(
             return found
         await asyncio.sleep(pause)
     raise AssertionError("unreachable")
+
+
+@asynccontextmanager
+async def ticking() -> AsyncIterator[Callable[[], int]]:
+    """How often the event loop has come round."""
+    count = 0
+
+    async def tick() -> None:
+        nonlocal count
+        while True:
+            await asyncio.sleep(0)
+            count += 1
+
+    task = asyncio.create_task(tick())
+    try:
+        yield lambda: count
+    finally:
+        task.cancel()
 
 
 def comes_true(condition: Callable[[], object], seconds: float) -> bool:

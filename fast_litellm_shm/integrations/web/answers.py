@@ -67,14 +67,15 @@ def seconds(value: float) -> int:
     return max(math.ceil(value), 1)
 
 
-def rate_limit(name: str, decision: Decision) -> Headers:
-    """RateLimit and X-RateLimit-*, of the limit that denied or that has least left."""
+def rate_limit(name: str, decision: Decision, left: int, until_all: float) -> Headers:
+    """RateLimit and X-RateLimit-*, of the limit that denied or that has least left. left: what that
+    one has; until_all: seconds until it has all."""
     limit: AnyLimit | InFlight = decision.limit
-    left = min(decision.remaining, _LARGEST)
+    left = min(left, _LARGEST)
     if isinstance(limit, InFlight):
         return [("RateLimit", f"{_string(name)};r={left}")]
-    if decision.allowed:  # reset_after is that of the limit that takes longest
-        until = seconds(min(decision.reset_after, limit.per))
+    if decision.allowed:
+        until = seconds(min(until_all, limit.per))
     else:
         retry = decision.retry_after
         until = seconds(limit.per if retry is None else retry)

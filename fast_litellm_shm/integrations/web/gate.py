@@ -6,23 +6,29 @@ import inspect
 import logging
 import time
 from collections.abc import Awaitable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fast_litellm_shm import limits
+from fast_litellm_shm import limits, settings
 from fast_litellm_shm.exceptions import FastShmError, SegmentFullError
 from fast_litellm_shm.handle import SharedLimits, key_bytes
 from fast_litellm_shm.integrations.web import answers
 from fast_litellm_shm.integrations.web.keys import client_address
 from fast_litellm_shm.integrations.web.request import Request
 from fast_litellm_shm.integrations.web.rules import Cost, Rule
-from fast_litellm_shm.limits import InFlight
-from fast_litellm_shm.native import Decision, Permit, lib
+from fast_litellm_shm.limits import AnyLimit, InFlight
+from fast_litellm_shm.native import Decision, Permit, ffi, lib
 from fast_litellm_shm.segment import Segment
+
+if TYPE_CHECKING:
+    from fast_litellm_shm.cluster import Cluster
+    from fast_litellm_shm.cluster.quota import Granted, Parts
+    from fast_litellm_shm.cluster.wallet import Wallet
 
 MARK = "fast_litellm_shm.rate_limit"  # in the ASGI scope or the WSGI environ: the Outcome
 _log = logging.getLogger("fast_litellm_shm")
 _SILENCE = 10.0  # s between two reports of one kind of failure: clients can cause them at will
 _ON_ERROR = ("deny", "allow")
+_NO_COST = (TypeError, ValueError, OverflowError)  # what a cost that cannot be charged raises
 
 
 class Outcome:
@@ -34,6 +40,8 @@ class Outcome:
     """
 
     __slots__ = (
+        "_index",
+        "_left",
         "_permit",
         "_policies",
         "_policy",
@@ -49,17 +57,22 @@ class Outcome:
         self,
         rule: Rule,
         key: str | bytes,
-        permit: Permit | None,
+        permit: Permit | Granted | None,
         policies: tuple[str, ...],
         policy: str,
         denied: bool,
+        left: tuple[int, float] = (0, 0.0),
         unasked: int = 503,
     ) -> None:
         self.rule, self.key, self.denied, self._unasked = rule, key, denied, unasked
         self.refused = denied and not rule.dry_run
         self.decision: Decision | None = None if permit is None else permit.decision
-        self._policies, self._policy = policies, policy
+        self._policies, self._policy, self._left = policies, policy, left
         self._permit = permit if permit else None  # false: it holds none
+        self._index = len(policies)  # of the limit that it is about; beyond them: none
+        if self.decision is not None:
+            last = isinstance(self.decision.limit, InFlight)  # of many hosts, it is the first
+            self._index = len(policies) - 1 if last else self.decision.limit_index
 
     @property
     def holds(self) -> bool:
@@ -77,8 +90,8 @@ class Outcome:
         """The name of the limit that said no."""
         if self.decision is None or not self.denied:
             return None
-        index = self.decision.limit_index
-        return self._policies[index] if index < len(self._policies) else self.rule.name
+        known = self._index < len(self._policies)
+        return self._policies[self._index] if known else self.rule.name
 
     @property
     def status(self) -> int:
@@ -95,12 +108,11 @@ class Outcome:
         if self.decision is None:
             return [("Retry-After", str(answers.BUSY_RETRY))] if self.denied else []
         found = [("RateLimit-Policy", self._policy)]
-        index = self.decision.limit_index
         permits_alone = self.decision.limit is None or (
             isinstance(self.decision.limit, InFlight) and not self.denied
         )
-        if not permits_alone and index < len(self._policies):
-            found += answers.rate_limit(self._policies[index], self.decision)
+        if not permits_alone and self._index < len(self._policies):
+            found += answers.rate_limit(self._policies[self._index], self.decision, *self._left)
         if self.denied:
             retry = answers.retry_after(self.decision)
             if retry is not None:
@@ -131,44 +143,103 @@ class Outcome:
 
 
 class _Opened:
-    """A rule and its limits in the segment."""
+    """A rule and its limits in the segment; with a cluster, those that its server keeps."""
 
-    def __init__(self, rule: Rule, app: str, segment: Segment | None) -> None:
+    _parts: Parts | None = None
+    _rates: SharedLimits | None  # None: it has permits alone, over many hosts
+    _wallet: Wallet | None = None
+
+    def __init__(
+        self, rule: Rule, app: str, segment: Segment | None, cluster: Cluster | None
+    ) -> None:
         self.rule = rule
-        name = f"{app}: {rule.name}"
-        if len(name.encode("utf-8", "replace")) > lib.FSHM_MAX_LIMITER_NAME:
+        name, most = f"{app}: {rule.name}", lib.FSHM_MAX_LIMITER_NAME
+        if cluster is not None:
+            from fast_litellm_shm.cluster.quota import Parts, most_name
+
+            most = most_name(rule.limits)
+        if len(name.encode("utf-8", "replace")) > most:
             raise ValueError(
-                f"{name!r}, the name of the application and of a rule, has more than "
-                f"{lib.FSHM_MAX_LIMITER_NAME} bytes; give the rule a shorter: Rule(..., name=...)"
+                f"{name!r}, the name of the application and of a rule, has more than {most} bytes; "
+                "give the rule a shorter: Rule(..., name=...)"
             )
         # A full segment is told as an error, which is logged: nobody's quota is used up.
-        self.shared = SharedLimits(rule.limits, name=name, segment=segment, on_full="raise")
+        if cluster is not None:
+            self._parts = Parts(rule.limits, name, segment, "raise", cluster, settles=False)
+            rates = self._rates = self._parts.rates
+            self._wallet = rates._wallet if rates is not None else None
+        else:
+            self._rates = SharedLimits(rule.limits, name=name, segment=segment, on_full="raise")
         self._described: tuple[Any, tuple[str, ...], str] | None = None
 
+    @property
+    def _limits(self) -> tuple[AnyLimit | InFlight, ...]:
+        """Those in force, which may be changed."""
+        if self._parts is not None:
+            return self._parts.limits
+        assert self._rates is not None
+        found: tuple[AnyLimit | InFlight, ...] = self._rates.limits
+        return found
+
     def described(self) -> tuple[tuple[str, ...], str]:
-        """Names of the limits, and RateLimit-Policy: of those in force, which may be changed."""
-        found = self.shared.limits
-        if self._described is None or self._described[0] is not found:
+        """Names of the limits, and RateLimit-Policy: of those in force."""
+        found = self._limits
+        if self._described is None or self._described[0] != found:
             names = answers.policy_names(self.rule.name, found)
             self._described = (found, names, answers.policy(names, found))
         return self._described[1:]
 
     def admit(self, key: str | bytes, cost: Cost) -> Outcome:
+        if self._parts is not None:
+            return self._outcome(key, self._parts.admit(key, cost))
+        assert self._rates is not None
         if isinstance(cost, tuple) and self.rule.in_flight is not None:
             cost = (*cost, 1)
-        permit = self.shared._admit(key, cost)
-        return Outcome(self.rule, key, permit, *self.described(), not permit.decision.allowed)
+        return self._outcome(key, self._rates._admit(key, cost))
+
+    async def admit_async(self, key: str | bytes, cost: Cost) -> Outcome:
+        """admit() for asyncio: where the server must be asked, that is done in a thread; else
+        nothing is awaited. Cancelled, it holds nothing; what it was granted is consumed."""
+        if self._parts is None:
+            return self.admit(key, cost)
+        return self._outcome(key, await self._parts.admit_async(key, cost))
+
+    def _outcome(self, key: str | bytes, permit: Permit | Granted) -> Outcome:
+        decision, described = permit.decision, self.described()
+        left = self._left(key, decision, len(described[0]))
+        return Outcome(self.rule, key, permit, *described, not decision.allowed, left)
+
+    def _left(self, key: str | bytes, decision: Decision, count: int) -> tuple[int, float]:
+        """Of the limit that the decision names: what is left, and seconds until that is all.
+        A decision itself tells the least and the longest of all its limits, so where there are
+        several it is looked up, by what this host knows. While a server is away, a decision tells
+        of this host's share."""
+        left, until, index = decision.remaining, decision.reset_after, decision.limit_index
+        count -= self.rule.in_flight is not None
+        if self._rates is None or count < 2 or index >= count or self.rule.dry_run:
+            return left, until
+        raw, found, unused = key_bytes(key), ffi.new("uint64_t[4]"), ffi.new("uint64_t[4]")
+        place = self._rates._handle, raw, len(raw), 0
+        wallet = self._wallet
+        if not decision.allowed if wallet is None else wallet.link.away is None:
+            lib.fshm_remaining(*place, found)
+            mine = () if wallet is None else wallet.look(raw)[0]
+            left = int(found[index]) + sum(mine[index : index + 1])
+        if decision.allowed:
+            lib.fshm_known(*place, unused, found)
+            until = found[index] / 1e9
+        return left, until
 
     def unasked(self, key: str | bytes, denied: bool, error: FastShmError) -> Outcome:
         status = 429 if isinstance(error, SegmentFullError) else 503
-        return Outcome(self.rule, key, None, *self.described(), denied, status)
+        return Outcome(self.rule, key, None, *self.described(), denied, unasked=status)
 
 
 class Gate:
     """rules: the first that matches a request is asked; a request that none matches is not limited.
     name: of the application; gates of the same name in the same segment share their counts.
     segment: default ``Segment.default()``. on_error: ``"deny"`` (503, or 429 where the segment is
-    full) or ``"allow"`` what cannot be checked.
+    full) or ``"allow"`` what cannot be checked. cluster: as of the middleware.
 
     Raises ValueError or TypeError for bad arguments, SegmentError where there is no segment.
     """
@@ -180,6 +251,7 @@ class Gate:
         name: str,
         segment: Segment | None = None,
         on_error: str = "deny",
+        cluster: Cluster | str | None = None,
     ) -> None:
         if on_error not in _ON_ERROR:
             raise ValueError(f"on_error must be 'deny' or 'allow', not {on_error!r}")
@@ -194,12 +266,18 @@ class Gate:
         _different_names(found)
         self.rules, self._on_error = found, on_error
         self._reported: dict[str, float] = {}
+        server: Cluster | None = None
+        if cluster is not None or settings.cluster_url() is not None:
+            from fast_litellm_shm.cluster import settings as cluster_settings
+
+            server = cluster_settings.found(cluster)
         self._rules: list[tuple[Rule, _Opened | None]] = [
-            (rule, _Opened(rule, name, segment) if rule.limits else None) for rule in found
+            (rule, _Opened(rule, name, segment, server) if rule.limits else None) for rule in found
         ]
 
     def check(self, request: Request) -> Outcome | None:
-        """Ask. None: not limited. Never raises what a key or cost function raises."""
+        """Ask. None: not limited. Never raises what a key or cost function raises. Over many hosts
+        it may wait for the server."""
         opened = self._find(request)
         if opened is None:
             return None
@@ -213,7 +291,7 @@ class Gate:
         return self._admit(opened, request, key, cost)
 
     async def check_async(self, request: Request) -> Outcome | None:
-        """check() where the key and cost functions may be async."""
+        """check() where the key and cost functions may be async. Waits for nobody but by await."""
         opened = self._find(request)
         if opened is None:
             return None
@@ -226,7 +304,7 @@ class Gate:
                 cost = await charged if inspect.isawaitable(charged) else charged
         except Exception as error:
             key, cost = self._failing(opened, request, error), 1
-        return self._admit(opened, request, key, cost)
+        return await self._admit_async(opened, request, key, cost)
 
     def _find(self, request: Request) -> _Opened | None:
         for rule, opened in self._rules:
@@ -235,31 +313,51 @@ class Gate:
         return None
 
     def _admit(self, opened: _Opened, request: Request, key: Any, cost: Any) -> Outcome | None:
-        if key is not None and not isinstance(key, (str, bytes)):
-            error = TypeError(f"the key function gave {key!r}, which is no str, bytes or None")
-            key, cost = self._failing(opened, request, error), 1
-        if key is None or (opened.rule.exempt and key_bytes(key) in opened.rule.exempt):
+        key, cost = self._checked(opened, request, key, cost)
+        if key is None:
             return None
         try:
             try:
                 outcome = opened.admit(key, cost)
-            except (TypeError, ValueError, OverflowError) as wrong:  # such a cost cannot be charged
+            except _NO_COST as wrong:
                 key = self._failing(opened, request, wrong)
                 outcome = opened.admit(key, 1)
         except FastShmError as error:
-            denied = self._on_error == "deny"
-            told = "refused" if denied else "let through, uncounted"
-            self._report(f"rule {opened.rule.name!r} cannot be checked; requests are {told}", error)
-            return opened.unasked(key, denied, error)
-        if outcome.denied and outcome.rule.dry_run:
-            _log.info(
-                "dry run: rule %r would have refused %s for key %r (%s)",
-                outcome.rule.name,
-                request,
-                key,
-                outcome.violated,
-            )
-        return outcome
+            return self._unasked(opened, key, error)
+        return _told(outcome, request)
+
+    async def _admit_async(
+        self, opened: _Opened, request: Request, key: Any, cost: Any
+    ) -> Outcome | None:
+        key, cost = self._checked(opened, request, key, cost)
+        if key is None:
+            return None
+        try:
+            try:
+                outcome = await opened.admit_async(key, cost)
+            except _NO_COST as wrong:
+                key = self._failing(opened, request, wrong)
+                outcome = await opened.admit_async(key, 1)
+        except FastShmError as error:
+            return self._unasked(opened, key, error)
+        return _told(outcome, request)
+
+    def _checked(
+        self, opened: _Opened, request: Request, key: Any, cost: Any
+    ) -> tuple[str | bytes | None, Any]:
+        """What to ask for, by what the functions gave; None: the key is not limited."""
+        if key is not None and not isinstance(key, (str, bytes)):
+            error = TypeError(f"the key function gave {key!r}, which is no str, bytes or None")
+            key, cost = self._failing(opened, request, error), 1
+        if key is not None and opened.rule.exempt and key_bytes(key) in opened.rule.exempt:
+            key = None
+        return key, cost
+
+    def _unasked(self, opened: _Opened, key: str | bytes, error: FastShmError) -> Outcome:
+        denied = self._on_error == "deny"
+        told = "refused" if denied else "let through, uncounted"
+        self._report(f"rule {opened.rule.name!r} cannot be checked; requests are {told}", error)
+        return opened.unasked(key, denied, error)
 
     def _failing(self, opened: _Opened, request: Request, error: Exception) -> str:
         """A key or cost function failed: the request counts, as 1, for the client's address."""
@@ -275,6 +373,19 @@ class Gate:
         if now - self._reported.get(what, -_SILENCE) >= _SILENCE:
             self._reported[what] = now
             _log.error("%s", what, exc_info=error)
+
+
+def _told(outcome: Outcome, request: Request) -> Outcome:
+    """The log says whom a dry run would have refused."""
+    if outcome.denied and outcome.rule.dry_run:
+        _log.info(
+            "dry run: rule %r would have refused %s for key %r (%s)",
+            outcome.rule.name,
+            request,
+            outcome.key,
+            outcome.violated,
+        )
+    return outcome
 
 
 def _different_names(rules: Sequence[Rule]) -> None:
