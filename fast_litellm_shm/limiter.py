@@ -112,9 +112,13 @@ class RateLimiter(SharedLimits):
         return await off_loop(lambda: self.acquire(key, cost), lambda _: None)
 
     def reset(self, key: str | bytes | None = None) -> None:
-        """Forget what a key has consumed; None: what all keys of this limiter have."""
+        """Forget what a key has consumed; None: what all keys of this limiter have. Over many hosts
+        it raises ClusterError while the server is away, as block() does."""
         if self._wallet is not None:
-            self._wallet.reset(None if key is None else key_bytes(key))
+            if key is None:
+                self._wallet.reset_all()
+            else:
+                self._wallet.reset(key_bytes(key))
             return
         if key is None:
             status = lib.fshm_reset_all(self._handle)
