@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fast_litellm_shm import exceptions, limits, settings
 from fast_litellm_shm.handle import SharedLimits, key_bytes
@@ -51,7 +51,8 @@ class ConcurrencyLimiter:
 
     cluster: a URL (``redis://host:6379/0``) or a :class:`~fast_litellm_shm.cluster.Cluster`: the
     limit holds over all hosts that name the same server, which grants permits to each host;
-    default: what FAST_LITELLM_SHM_CLUSTER says, else this host alone. See ``docs/cluster.md``.
+    False: this host alone; default: what FAST_LITELLM_SHM_CLUSTER says, else this host alone. See
+    ``docs/cluster.md``.
 
     A permit belongs to its process. One that is killed or crashes gives its permits back by itself:
     at once to whoever then finds no other, within a second to whoever waits. One that is merely
@@ -66,6 +67,7 @@ class ConcurrencyLimiter:
     held. Release it with ``permit.release()`` or ``with permit:``."""
 
     _leases: Leases | None = None
+    _here: Literal[False] | None  # what a copy is to be given, where there are no leases
 
     def __init__(
         self,
@@ -73,7 +75,7 @@ class ConcurrencyLimiter:
         *,
         name: str,
         segment: Segment | None = None,
-        cluster: Cluster | str | None = None,
+        cluster: Cluster | str | Literal[False] | None = None,
         _shown: str | None = None,
         _on_full: str = "deny",
     ) -> None:
@@ -85,7 +87,7 @@ class ConcurrencyLimiter:
         limit: limits.InFlight,
         name: str,
         segment: Segment | None,
-        cluster: Cluster | str | None,
+        cluster: Cluster | str | Literal[False] | None,
         keep: bool,
         shown: str | None = None,
         on_full: str = "deny",
@@ -93,7 +95,8 @@ class ConcurrencyLimiter:
         given: dict[str, Any] = {"name": name, "segment": segment, "on_full": on_full, "keep": keep}
         given["shown"] = shown
         found = None
-        if cluster is not None or settings.cluster_url() is not None:
+        self._here = False if cluster is False else None
+        if settings.names_server(cluster):
             from fast_litellm_shm.cluster import settings as cluster_settings
 
             found = cluster_settings.found(cluster)
@@ -224,7 +227,7 @@ class ConcurrencyLimiter:
         return f"{here}, and {cluster.shown} does not answer ({away}): {cluster.on_outage!r}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        cluster = self._leases.cluster if self._leases is not None else None
+        cluster = self._leases.cluster if self._leases is not None else self._here
         return (_rebuild, (type(self), self.max_in_flight, self.name, self.segment, cluster))
 
     def __repr__(self) -> str:
@@ -236,7 +239,7 @@ def _rebuild(
     max_in_flight: int,
     name: str,
     segment: Segment,
-    cluster: Cluster | None,
+    cluster: Cluster | Literal[False] | None,
 ) -> ConcurrencyLimiter:
     limiter = cls.__new__(cls)
     limiter._open(limits.InFlight(max_in_flight), name, segment, cluster, keep=True)

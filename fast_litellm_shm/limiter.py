@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from fast_litellm_shm import limits, settings
 from fast_litellm_shm.handle import SharedLimits, key_bytes
@@ -58,7 +58,8 @@ class RateLimiter(SharedLimits):
 
     cluster: a URL (``redis://host:6379/0``) or a :class:`~fast_litellm_shm.cluster.Cluster`: the
     limits hold over all hosts that name the same server, which grants them to each host in batches;
-    default: what FAST_LITELLM_SHM_CLUSTER says, else this host alone. See ``docs/cluster.md``.
+    False: this host alone; default: what FAST_LITELLM_SHM_CLUSTER says, else this host alone. See
+    ``docs/cluster.md``.
 
     Keys are ``str`` or ``bytes`` of any length; a str is the same key as its UTF-8 bytes. A cost is
     an int of 0 or more, or one int for each limit. Safe from any thread and any process; a fork
@@ -71,16 +72,18 @@ class RateLimiter(SharedLimits):
         name: str | None = None,
         segment: Segment | None = None,
         on_full: str = "deny",
-        cluster: Cluster | str | None = None,
+        cluster: Cluster | str | Literal[False] | None = None,
     ) -> None:
         super().__init__(limits.checked(limits_), name=name, segment=segment, on_full=on_full)
         self._join(cluster)
 
     _wallet: Wallet | None = None
+    _here: Literal[False] | None = None  # what a copy is to be given, where there is no wallet
 
-    def _join(self, cluster: Cluster | str | None) -> None:
+    def _join(self, cluster: Cluster | str | Literal[False] | None) -> None:
         """Where the limits are those of many hosts: what is needed for that."""
-        if cluster is None and settings.cluster_url() is None:
+        if not settings.names_server(cluster):
+            self._here = False if cluster is False else None
             return
         from fast_litellm_shm.cluster import settings as cluster_settings
         from fast_litellm_shm.cluster.wallet import Wallet
@@ -109,9 +112,13 @@ class RateLimiter(SharedLimits):
         return await off_loop(lambda: self.acquire(key, cost), lambda _: None)
 
     def reset(self, key: str | bytes | None = None) -> None:
-        """Forget what a key has consumed; None: what all keys of this limiter have."""
+        """Forget what a key has consumed; None: what all keys of this limiter have. Over many hosts
+        it raises ClusterError while the server is away, as block() does."""
         if self._wallet is not None:
-            self._wallet.reset(None if key is None else key_bytes(key))
+            if key is None:
+                self._wallet.reset_all()
+            else:
+                self._wallet.reset(key_bytes(key))
             return
         if key is None:
             status = lib.fshm_reset_all(self._handle)
@@ -261,7 +268,7 @@ class RateLimiter(SharedLimits):
         return decision, max(retry, _SOONEST), b""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        cluster = self._wallet.cluster if self._wallet is not None else None
+        cluster = self._wallet.cluster if self._wallet is not None else self._here
         return (
             _rebuild,
             (type(self), self.limits, self._name, self._segment, self._on_full, cluster),
@@ -278,7 +285,7 @@ def _rebuild(
     name: str,
     segment: Segment,
     on_full: str,
-    cluster: Cluster | None,
+    cluster: Cluster | Literal[False] | None,
 ) -> RateLimiter:
     limiter = cls.__new__(cls)
     SharedLimits.__init__(limiter, found, name=name, segment=segment, on_full=on_full, keep=True)

@@ -3,7 +3,7 @@ parallel."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from fast_litellm_shm import exceptions, limits, settings
 from fast_litellm_shm.handle import SharedLimits, key_bytes
@@ -118,8 +118,8 @@ class Quota:
     max_parallel: 1 .. 100,000. At least one of them. name: processes that use the same name share.
 
     cluster: a URL (``redis://host:6379/0``) or a :class:`~fast_litellm_shm.cluster.Cluster`: all
-    three hold over all hosts that name the same server; default: what FAST_LITELLM_SHM_CLUSTER
-    says, else this host alone. See ``docs/cluster.md``.
+    three hold over all hosts that name the same server; False: this host alone; default: what
+    FAST_LITELLM_SHM_CLUSTER says, else this host alone. See ``docs/cluster.md``.
 
     A denial consumes nothing of any of the three. A worker that dies gives its parallel slots back,
     and leaves what it charged charged. The gateway's way of use::
@@ -140,8 +140,7 @@ class Quota:
         name: str,
         segment: Segment | None = None,
         on_full: str = "deny",
-        cluster: Cluster | str | None = None,
-        _here: bool = False,  # whatever the environment says
+        cluster: Cluster | str | Literal[False] | None = None,
     ) -> None:
         found: list[AnyLimit | InFlight] = []
         names = []
@@ -163,11 +162,12 @@ class Quota:
         self._ones = (1,) * len(names)
         self._rest = self._ones[self._tpm + 1 :]
         self._parts: Parts | None = None
-        if not _here and (cluster is not None or settings.cluster_url() is not None):
+        if settings.names_server(cluster):
             self._join(tuple(found), name, segment, on_full, cluster)
         if self._parts is None:
             self._shared = SharedLimits(tuple(found), name=name, segment=segment, on_full=on_full)
-        self._arguments = (rpm, tpm, max_parallel, name, on_full, _here)
+        self._here: Literal[False] | None = False if cluster is False else None
+        self._arguments = (rpm, tpm, max_parallel, name, on_full)
 
     def _join(
         self,
@@ -175,7 +175,7 @@ class Quota:
         name: str,
         segment: Segment | None,
         on_full: str,
-        cluster: Cluster | str | None,
+        cluster: Cluster | str | Literal[False] | None,
     ) -> None:
         from fast_litellm_shm.cluster import settings as cluster_settings
         from fast_litellm_shm.cluster.quota import Parts
@@ -285,7 +285,7 @@ class Quota:
         return self._names[index] if index < len(self._names) else "limit"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        cluster = self._parts.cluster if self._parts is not None else None
+        cluster = self._parts.cluster if self._parts is not None else self._here
         return (_rebuild, (*self._arguments, self.segment, cluster))
 
     def __repr__(self) -> str:
@@ -299,10 +299,9 @@ def _rebuild(
     max_parallel: int | None,
     name: str,
     on_full: str,
-    here: bool,
     segment: Segment,
-    cluster: Cluster | None,
+    cluster: Cluster | Literal[False] | None,
 ) -> Quota:
     limits_ = (rpm, tpm, max_parallel)
     given: dict[str, Any] = {"name": name, "segment": segment, "on_full": on_full}
-    return Quota(*limits_, **given, cluster=cluster, _here=here)
+    return Quota(*limits_, **given, cluster=cluster)

@@ -65,6 +65,11 @@ def cluster_url() -> str | None:
     return os.environ.get("FAST_LITELLM_SHM_CLUSTER") or None
 
 
+def names_server(given: object) -> bool:
+    """Whether limits are to hold over many hosts, by an argument ``cluster`` or by the variable."""
+    return given is not False and (given is not None or cluster_url() is not None)
+
+
 def warn_not_shared(what: str, chosen: str | None) -> None:
     """Where limits are to hold over many hosts, say once that these do not. chosen: the server that
     a setting names beside the variable."""

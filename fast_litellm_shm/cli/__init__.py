@@ -100,6 +100,7 @@ examples:
   fast-shm reset $'two\\nlines'                a key as inspect shows it (bash)
 
 Limits stay as they are; only what was consumed is forgotten. Permits stay: see `fast-shm release`.
+Of limits over many hosts the server is told: FAST_LITELLM_SHM_CLUSTER must say which it is.
 
 {_EXIT_CODES}"""
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fast_litellm_shm import exceptions, keyed
-from fast_litellm_shm.cli import inspect, listing, render
+from fast_litellm_shm.cli import inspect, listing, over_hosts, render
 from fast_litellm_shm.concurrency import release_process
-from fast_litellm_shm.inspection import LEASED, Inspection, open_for_reading
+from fast_litellm_shm.inspection import HELD, Inspection, is_beside, open_for_reading
 from fast_litellm_shm.native import ffi, lib, raise_segment_error
 from fast_litellm_shm.segment import Segment, path_of
 
@@ -23,6 +23,7 @@ _ABANDONED = 60.0  # seconds: a temporary file of that age is nobody's; making a
 class _Limiter:
     name: str
     handle: Any
+    over_hosts: bool  # a server keeps what was consumed
 
 
 def _name(info: Any) -> str:
@@ -30,7 +31,7 @@ def _name(info: Any) -> str:
     return raw.decode("utf-8", "replace")
 
 
-def _open_limiter(segment: Segment, info: Any) -> _Limiter:
+def _open_limiter(segment: Segment, info: Any, over_hosts: bool) -> _Limiter:
     name, out = _name(info), ffi.new("fshm_limiter **")
     status = lib.fshm_limiter_find(segment._handle, info.name, info.name_length, out)
     if status != lib.FSHM_OK:
@@ -38,7 +39,7 @@ def _open_limiter(segment: Segment, info: Any) -> _Limiter:
             f"cannot open limiter {name!r} in segment {segment.name!r} (error {status}): "
             f"{segment.damaged or 'its limits are gone'}"
         )
-    return _Limiter(name, ffi.gc(out[0], lib.fshm_limiter_close))
+    return _Limiter(name, ffi.gc(out[0], lib.fshm_limiter_close), over_hosts)
 
 
 def _limiters(segment: Segment, wanted: str | None) -> list[_Limiter]:
@@ -47,13 +48,23 @@ def _limiters(segment: Segment, wanted: str | None) -> list[_Limiter]:
         info = ffi.new("fshm_limiter_info *")
         if lib.fshm_limiter_at(segment._handle, index, info) == lib.FSHM_OK and info.name_length:
             infos.append(info)
-    # What the server granted is nothing consumed. Forgotten, the server would take the host's next
+    # What a server granted is nothing consumed. Forgotten, the server would take the host's next
     # questions for older ones, and the host could take no permit for seconds.
-    leases = {_name(info) + LEASED for info in infos}
-    found = {name: info for info in infos if (name := _name(info)) not in leases}
+    names = {_name(info) for info in infos}
+    wallets = {name + HELD for name in names}
+    found = {
+        name: info
+        for info in infos
+        if (name := _name(info)) not in wallets and not is_beside(name, names)
+    }
     if wanted is not None and wanted not in found:
         raise listing.no_such_limiter(wanted, segment, list(found))
-    return [_open_limiter(segment, info) for name, info in found.items() if wanted in (None, name)]
+    opened = [
+        _open_limiter(segment, info, name + HELD in names)
+        for name, info in found.items()
+        if wanted in (None, name)
+    ]
+    return sorted(opened, key=lambda limiter: limiter.over_hosts)  # which may fail: last
 
 
 def _open_for_writing(name: str, allow_other_owner: bool) -> Segment:
@@ -102,8 +113,10 @@ def _holds_only(limiter: _Limiter) -> bool:
     return bool(count == 1 and limits[0].kind == lib.FSHM_PERMITS)
 
 
-def _reset_key(limiter: _Limiter, key: bytes) -> bool:
+def _reset_key(segment: Segment, limiter: _Limiter, key: bytes) -> bool:
     """Returns whether the key had consumed anything."""
+    if limiter.over_hosts:
+        return over_hosts.reset(segment, limiter.name, key)
     consumed = _has_consumed(limiter, key)
     forget = lib.fshm_reset_key
     if limiter.name == keyed.MOVING:
@@ -119,7 +132,7 @@ def reset_key(name: str, allow_other_owner: bool, limiter: str, key: bytes) -> b
 
     Raises FastShmError."""
     segment = _open_for_writing(name, allow_other_owner)
-    return any([_reset_key(found, key) for found in _limiters(segment, limiter)])
+    return any([_reset_key(segment, found, key) for found in _limiters(segment, limiter)])
 
 
 def reset(args: argparse.Namespace) -> int:
@@ -135,17 +148,23 @@ def reset(args: argparse.Namespace) -> int:
                 name = render.escaped(limiter.name)
                 print(f"Left limiter '{name}' alone: it counts what is held (fast-shm release).")
                 continue
-            status = lib.fshm_reset_all(limiter.handle)
-            if status != lib.FSHM_OK:
-                raise _failed(status, limiter)
-            count = keys.get(limiter.name, 0)
+            if limiter.over_hosts:
+                count = over_hosts.reset_all(segment, limiter.name)
+            else:
+                status = lib.fshm_reset_all(limiter.handle)
+                if status != lib.FSHM_OK:
+                    raise _failed(status, limiter)
+                count = keys.get(limiter.name, 0)
             print(f"Reset limiter '{render.escaped(limiter.name)}': all keys ({count:,} known).")
         return 0
     key = os.fsencode(args.key)
-    reset_in = [limiter.name for limiter in limiters if _reset_key(limiter, key)]
-    for name in reset_in:
-        print(f"Reset key '{render.escaped(key)}' of limiter '{render.escaped(name)}'.")
-    if limiters and not reset_in:
+    was_reset = False
+    for limiter in limiters:
+        if _reset_key(segment, limiter, key):
+            was_reset = True
+            shown = render.escaped(limiter.name)
+            print(f"Reset key '{render.escaped(key)}' of limiter '{shown}'.", flush=True)
+    if limiters and not was_reset:
         where = f"limiter '{render.escaped(args.limiter)}'" if args.limiter else "any limiter"
         print(f"Nothing to reset: key '{render.escaped(key)}' has consumed nothing in {where}.")
     return 0

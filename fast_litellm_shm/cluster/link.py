@@ -122,6 +122,19 @@ class Link:
         keys = [each.state_key(self.cluster.prefix)]
         return known(keys, each.arguments(self.host, self.channel), client=client)
 
+    def names(self, start: bytes) -> list[bytes]:
+        """Keys at the server that begin so. Raises AwayError."""
+        self.check()
+        pattern = b"".join(b"\\" + bytes([c]) if c in b"*?[]^\\" else bytes([c]) for c in start)
+        try:
+            found = self.client().scan_iter(match=pattern + b"*", count=1000)
+            return list({bytes(name) for name in found})  # SCAN may tell one twice
+        except Exception as error:
+            if not _is_outage(error):
+                raise
+            self._lost(error)
+            raise AwayError(self.away) from error
+
     # outages
 
     def check(self) -> None:

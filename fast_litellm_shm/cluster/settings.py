@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from fast_litellm_shm import settings
@@ -165,11 +165,14 @@ def _made(url: str, on_outage: str | None, timeout: float | None) -> Cluster:
     return Cluster(url, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
 
-def found(given: Cluster | str | None) -> Cluster | None:
-    """The cluster that a limiter was given, or that the environment names; None: neither."""
+def found(given: Cluster | str | Literal[False] | None) -> Cluster | None:
+    """The cluster that a limiter was given, or that the environment names; None: neither, or
+    False was given."""
+    if given is False:
+        return None
     if isinstance(given, Cluster):
         return given
     if given is not None and not isinstance(given, str):
-        raise TypeError(f"cluster must be a URL, a Cluster or None, not {given!r}")
+        raise TypeError(f"cluster must be a URL, a Cluster, False or None, not {given!r}")
     url = given or settings.cluster_url()
     return _made(url, settings.cluster_outage(), settings.cluster_timeout()) if url else None

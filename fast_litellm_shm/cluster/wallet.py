@@ -4,7 +4,7 @@ csrc/wallet.c from what the host was granted; here is the rest."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fast_litellm_shm import exceptions
@@ -173,33 +173,49 @@ class Wallet:
         """To be charged when the server is back."""
         self._outage.decide(lib.FSHM_CHARGE, raw, tuple(costs))
 
+    # what changes a key at the server, and raises ClusterError while that is away
+
     def block(self, raw: bytes, ns: int) -> None:
         """Deny a key for so long. What other hosts were granted before, they may spend."""
-        have = self.look(raw, take=True)[0]
-        request, sent = self.request("block", raw, (ns,) * len(self._rules), have)
-        (found,) = self.link.call([request])
-        self.learn(request, found, sent)
+        with self._needed("blocked"):
+            have = self.look(raw, take=True)[0]
+            request, sent = self.request("block", raw, (ns,) * len(self._rules), have)
+            (found,) = self.link.call([request])
+            self.learn(request, found, sent)
 
-    def reset(self, raw: bytes | None) -> None:
-        """Forget what a key has consumed, at the server and in this host; None: for each key that
-        the server knows of this limiter. What other hosts were granted before, they may spend."""
-        if raw is None:
-            self._reset_all()
-            return
-        self.look(raw, take=True)
-        lib.fshm_reset_key(self._shared._handle, raw, len(raw))
-        self.unrefuse(raw)
-        request, _ = self.request("reset", raw, _NONE)
-        self.link.call([request])
+    def reset(self, raw: bytes) -> bool:
+        """Forget what a key has consumed, at the server and in this host; whether the server knew
+        of anything. What other hosts were granted before, they may spend."""
+        with self._needed("reset"):
+            self.look(raw, take=True)
+            lib.fshm_reset_key(self._shared._handle, raw, len(raw))
+            self.unrefuse(raw)
+            asked = [self.request(operation, raw, _NONE)[0] for operation in ("look", "reset")]
+            before, _ = self.link.call(asked)
+        return any(each.used for each in before.limits)
 
-    def _reset_all(self) -> None:
+    def reset_all(self) -> int:
+        """reset() of each key that the server knows of this limiter; how many there were."""
         start = script.Request("reset", self.limiter, b"", (), (), (), (), (), ()).state_key(
             self.cluster.prefix
         )[:-1]
-        pattern = b"".join(b"\\" + bytes([c]) if c in b"*?[]^\\" else bytes([c]) for c in start)
-        client = self.link.client()
-        for name in client.scan_iter(match=pattern + b"*", count=1000):
-            self.reset(bytes(name)[len(start) : -1])
+        with self._needed("reset"):
+            names = self.link.names(start)
+        for name in names:
+            self.reset(name[len(start) : -1])
+        return len(names)
+
+    @contextlib.contextmanager
+    def _needed(self, what: str) -> Iterator[None]:
+        try:
+            self.link.check()  # before anything is done here
+            yield
+        except link.AwayError as error:
+            agent.ensure(self.link)  # who tries it again
+            raise exceptions.ClusterError(
+                f"limiter {self._shared.name!r}: nothing was {what}, since {self.cluster.shown} "
+                f"does not answer ({error}): try again when it does"
+            ) from error
 
     # what the agent needs too
 

@@ -43,6 +43,7 @@ from fast_litellm_shm.limiter import RateLimiter
 from fast_litellm_shm.limits import SlidingWindow, Window
 from fast_litellm_shm.native import Counts, ffi, lib
 from fast_litellm_shm.segment import Segment
+from fast_litellm_shm.settings import warn_not_shared
 
 _DAYS = 400 * 86_400  # the limiters are no more than names: the limits come with the calls
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -99,7 +100,8 @@ class _Windows(Counts):
 
     def __init__(self, segment: Segment) -> None:
         self.segment = segment
-        options: Any = {"segment": segment, "on_full": "raise"}
+        warn_not_shared("the storage shm://", None)
+        options: Any = {"segment": segment, "on_full": "raise", "cluster": False}
         most_sliding = 2**29 - 1
         self._names = (
             RateLimiter(Window(2**31 - 1, _DAYS), name=keyed.FIXED, **options),

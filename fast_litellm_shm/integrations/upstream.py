@@ -57,7 +57,10 @@ class Upstream:
             else None
         )
         # One token: what is blocked denies, whatever is not has room. Nobody ever charges it.
-        self._blocks = RateLimiter(Limit(1, per=1), name=f"{name}: retry after", segment=segment)
+        # And this host's alone: a look at it, which each request takes, must not ask a server.
+        self._blocks = RateLimiter(
+            Limit(1, per=1), name=f"{name}: retry after", segment=segment, cluster=False
+        )
 
     def blocked(self, origin: str) -> float:
         """Seconds until the origin may be asked again; 0.0: now."""

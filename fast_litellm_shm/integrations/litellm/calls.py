@@ -26,8 +26,7 @@ def quota_of(limits: Limits) -> Quota:
     if found is None:
         parts = (f"{n} {name}" for name, n in zip(limits._fields, limits, strict=True) if n)
         name = f"litellm {' '.join(parts)}"
-        server = settings.cluster()
-        found = Quota(*limits, name=name, on_full="raise", cluster=server, _here=server is None)
+        found = Quota(*limits, name=name, on_full="raise", cluster=settings.cluster())
         _quotas[limits, chosen] = found
     return found
 

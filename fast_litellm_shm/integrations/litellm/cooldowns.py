@@ -109,7 +109,10 @@ class SharedCooldowns:
         known = self._fails.get(ttl)
         if known is None and ttl > 0 and len(self._fails) < _MOST_PERIODS:
             known = RateLimiter(
-                Window(_MOST_FAILS, per=ttl), name=f"litellm fails {ttl:g} s", on_full="raise"
+                Window(_MOST_FAILS, per=ttl),
+                name=f"litellm fails {ttl:g} s",
+                on_full="raise",
+                cluster=False,
             )
             self._fails[ttl] = known
         return known

@@ -46,7 +46,7 @@ class Slots:
         if found is None:
             name = f"litellm parallel {limit}"
             found = self._quotas[limit] = Quota(
-                max_parallel=limit, name=name, segment=self._segment, on_full="raise", _here=True
+                max_parallel=limit, name=name, segment=self._segment, on_full="raise", cluster=False
             )
         return found
 

@@ -69,7 +69,7 @@ class Windows:
         """The limiter of the windows of that size, and that of what is counted in them."""
         found = self._limiters.get(size)
         if found is None:
-            options: Any = {"segment": self._segment, "on_full": "raise"}
+            options: Any = {"segment": self._segment, "on_full": "raise", "cluster": False}
             found = self._limiters[size] = (
                 RateLimiter(Window(1, size), name=f"litellm windows of {size} s", **options),
                 RateLimiter(Window(MOST, size), name=f"litellm counts of {size} s", **options),

@@ -62,7 +62,9 @@ class Numbers:
     ) -> None:
         self.statistics = statistics
         self._usage = {
-            kind: RateLimiter(Window(most), name=f"litellm deployment {kind}", on_full="raise")
+            kind: RateLimiter(
+                Window(most), name=f"litellm deployment {kind}", on_full="raise", cluster=False
+            )
             for kind, most in _MOST.items()
         }
         self._ids_of = ids_of

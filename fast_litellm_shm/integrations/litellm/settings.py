@@ -16,7 +16,7 @@ LiteLLM sets what it finds under ``litellm_settings`` as attributes of its modul
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import litellm
 
@@ -59,18 +59,18 @@ def current() -> Settings:
     return _read[1]
 
 
-def cluster() -> Cluster | None:
-    """The server that keeps the limits for many hosts; None: they are this host's. Where it cannot
+def cluster() -> Cluster | Literal[False]:
+    """The server that keeps the limits for many hosts; False: they are this host's. Where it cannot
     be used, that is told once, and this host counts alone: else every request would pass, or none.
     """
     try:
         found = cluster_settings.found(current().cluster)
         if found is not None:
             found.check()
-        return found
+            return found
     except (ImportError, TypeError, ValueError) as error:
         settings.warn_once(f"limits count on this host alone, not over many: {error}")
-        return None
+    return False
 
 
 def _checked(given: Any) -> Settings:

@@ -35,7 +35,9 @@ class Statistics:
         self._router = AdvancedRouter("least_busy", name=NAME)
         self._handle: Any = self._router._handle
         # Counts cooldowns, so that who reads them need not look at all places every time.
-        self._changes = RateLimiter(Window(2**31 - 1, per=_AGES), name="litellm cooldowns")
+        self._changes = RateLimiter(
+            Window(2**31 - 1, per=_AGES), name="litellm cooldowns", cluster=False
+        )
         self._seen: int | None = None
         self._cooling: dict[int, int] = {}  # hash of id -> until, monotonic ns
         self._hashes: dict[str, int] = {}

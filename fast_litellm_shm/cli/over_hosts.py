@@ -1,0 +1,42 @@
+"""Limiters whose counts a server keeps for many hosts: it is told, by what the environment says of
+it, as the workers are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fast_litellm_shm import exceptions
+from fast_litellm_shm.handle import SharedLimits
+from fast_litellm_shm.segment import Segment
+
+if TYPE_CHECKING:
+    from fast_litellm_shm.cluster.wallet import Wallet
+
+
+def reset(segment: Segment, limiter: str, key: bytes) -> bool:
+    """Forget what a key has consumed, at the server and in this host; whether it was anything.
+    Raises FastShmError."""
+    return _wallet(segment, limiter).reset(key)
+
+
+def reset_all(segment: Segment, limiter: str) -> int:
+    """reset() of each key that the server knows; how many. Raises FastShmError."""
+    return _wallet(segment, limiter).reset_all()
+
+
+def _wallet(segment: Segment, limiter: str) -> Wallet:
+    from fast_litellm_shm.cluster import settings
+    from fast_litellm_shm.cluster.wallet import Wallet
+
+    where = f"limiter {limiter!r} in segment {segment.name!r}"
+    try:
+        server = settings.found(None)
+        if server is not None:
+            shared = SharedLimits((), name=limiter, segment=segment, on_full="deny", keep=True)
+            return Wallet(shared, server)
+    except (ImportError, ValueError) as error:
+        raise exceptions.ClusterError(f"{where} was not reset: {error}") from error
+    raise exceptions.ClusterError(
+        f"{where} was not reset: a server keeps it for many hosts, and would go on denying; set "
+        "FAST_LITELLM_SHM_CLUSTER to that server's URL, as it is set for the workers"
+    )
