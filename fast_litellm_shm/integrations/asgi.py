@@ -13,7 +13,7 @@ See docs/web.md, and :class:`Rule` for what a rule can say.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from fast_litellm_shm.integrations.web import (
     Outcome,
@@ -61,9 +61,9 @@ class RateLimitMiddleware:
     handshakes are asked about as well; an accepted one holds a permit until it is closed.
 
     cluster: a URL (``redis://host:6379/0``) or a :class:`~fast_litellm_shm.cluster.Cluster`: the
-    limits hold over all hosts that name the same server; default: what FAST_LITELLM_SHM_CLUSTER
-    says, else this host alone. See ``docs/cluster.md``. The event loop, which must be asyncio's
-    then, never waits for the server.
+    limits hold over all hosts that name the same server; False: this host alone; default: what
+    FAST_LITELLM_SHM_CLUSTER says, else this host alone. See ``docs/cluster.md``. The event loop,
+    which must be asyncio's then, never waits for the server.
 
     A refused request is answered with 429 (or 503) and a JSON body. What became of a request is in
     ``scope["fast_litellm_shm.rate_limit"]``, an :class:`Outcome`. Safe before and after a fork.
@@ -80,7 +80,7 @@ class RateLimitMiddleware:
         name: str,
         segment: Segment | None = None,
         on_error: str = "deny",
-        cluster: Cluster | str | None = None,
+        cluster: Cluster | str | Literal[False] | None = None,
         websockets: bool = False,
     ) -> None:
         self.app = app

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 try:
     from fastapi import HTTPException, Response, WebSocketException
@@ -78,7 +78,7 @@ class RateLimit:
         dry_run: bool = False,
         segment: Segment | None = None,
         on_error: str = "deny",
-        cluster: Cluster | str | None = None,
+        cluster: Cluster | str | Literal[False] | None = None,
     ) -> None:
         if not limits:
             raise ValueError("RateLimit needs at least one limit, such as Limit(20, per=60)")

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from http.client import responses
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from fast_litellm_shm.integrations.web import (
     Outcome,
@@ -61,9 +61,9 @@ class RateLimitMiddleware:
     what cannot be checked, because the segment is full or cannot be used.
 
     cluster: a URL (``redis://host:6379/0``) or a :class:`~fast_litellm_shm.cluster.Cluster`: the
-    limits hold over all hosts that name the same server; default: what FAST_LITELLM_SHM_CLUSTER
-    says, else this host alone. See ``docs/cluster.md``. A request may wait for the server, as
-    long as its timeout says.
+    limits hold over all hosts that name the same server; False: this host alone; default: what
+    FAST_LITELLM_SHM_CLUSTER says, else this host alone. See ``docs/cluster.md``. A request may wait
+    for the server, as long as its timeout says.
 
     A refused request is answered with 429 (or 503) and a JSON body. What became of a request is in
     ``environ["fast_litellm_shm.rate_limit"]``, an :class:`Outcome`. A permit is held until the
@@ -82,7 +82,7 @@ class RateLimitMiddleware:
         name: str,
         segment: Segment | None = None,
         on_error: str = "deny",
-        cluster: Cluster | str | None = None,
+        cluster: Cluster | str | Literal[False] | None = None,
     ) -> None:
         self.app = app
         self._gate = Gate(rules, name=name, segment=segment, on_error=on_error, cluster=cluster)

@@ -132,6 +132,15 @@ def test_one_limit_over_two_hosts(
     assert Counter(found)[200] == 10
 
 
+@pytest.mark.parametrize("way", [by_wsgi, by_asgi, by_fastapi])
+def test_this_host_alone(
+    segment: Segment, other: Segment, monkeypatch: pytest.MonkeyPatch, way: Callable[..., Ask]
+) -> None:
+    monkeypatch.setenv("FAST_LITELLM_SHM_CLUSTER", "redis://localhost:1")
+    for host in [way(each, cluster=False) for each in (segment, other)]:
+        assert Counter(host() for _ in range(15)) == {200: 10, 429: 5}
+
+
 EXAMPLES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "asgi": (uvicorn("app:app"), ("fastapi", "uvicorn")),
     "wsgi": (gunicorn("app:app", "--threads", "4", "--preload"), ("flask", "gunicorn")),
@@ -495,7 +504,7 @@ def test_servers_that_cannot_be_used(segment: Segment, monkeypatch: pytest.Monke
     local = "redis://localhost"
     with pytest.raises(ValueError, match="Cluster: url must begin with one of"):
         gate(segment, local, Rule(Limit(5)), cluster="http://localhost")
-    with pytest.raises(TypeError, match="cluster must be a URL, a Cluster or None, not 5"):
+    with pytest.raises(TypeError, match="cluster must be a URL, a Cluster, False or None"):
         gate(segment, local, Rule(Limit(5)), cluster=5)
     monkeypatch.setenv("FAST_LITELLM_SHM_CLUSTER", local)
     monkeypatch.setitem(sys.modules, "redis", None)

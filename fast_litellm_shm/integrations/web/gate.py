@@ -6,7 +6,7 @@ import inspect
 import logging
 import time
 from collections.abc import Awaitable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fast_litellm_shm import limits, settings
 from fast_litellm_shm.exceptions import FastShmError, SegmentFullError
@@ -251,7 +251,7 @@ class Gate:
         name: str,
         segment: Segment | None = None,
         on_error: str = "deny",
-        cluster: Cluster | str | None = None,
+        cluster: Cluster | str | Literal[False] | None = None,
     ) -> None:
         if on_error not in _ON_ERROR:
             raise ValueError(f"on_error must be 'deny' or 'allow', not {on_error!r}")
@@ -267,7 +267,7 @@ class Gate:
         self.rules, self._on_error = found, on_error
         self._reported: dict[str, float] = {}
         server: Cluster | None = None
-        if cluster is not None or settings.cluster_url() is not None:
+        if settings.names_server(cluster):
             from fast_litellm_shm.cluster import settings as cluster_settings
 
             server = cluster_settings.found(cluster)
