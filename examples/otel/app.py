@@ -22,7 +22,7 @@ limiter = RateLimiter(Limit(100, per=3600), name="api", segment=segment)
 
 out = sys.stdout
 if folder := os.environ.get("METRICS_FOLDER"):
-    out = Path(folder, f"{os.getpid()}.jsonl").open("a", encoding="utf-8")  # noqa: SIM115 it stays open
+    out = Path(folder, f"{os.getpid()}.jsonl").open("a", encoding="utf-8")  # noqa: SIM115 - it stays open
 exporter = ConsoleMetricExporter(out, formatter=lambda data: data.to_json(indent=None) + "\n")
 # every minute, or as many milliseconds as OTEL_METRIC_EXPORT_INTERVAL says
 provider = MeterProvider([PeriodicExportingMetricReader(exporter)])
