@@ -10,7 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 NO_C_CALL = {"fshm_py_install"}  # of the extension, once, by Python
 HOSTILE = sorted((ROOT / "tests" / "hostile").glob("*.[ch]"))
-THREADS = [ROOT / "tests" / "c" / "test_threads.c", ROOT / "tests" / "c" / "check.h"]
+THREADS = sorted((ROOT / "tests" / "c").glob("*threads*.[ch]"))
 
 
 def _calls(text: str) -> set[str]:
