@@ -1,4 +1,4 @@
-"""The public classes and fast-shm, on a segment that is written over all the time.
+"""The public classes of one host and fast-shm, on a segment that is written over all the time.
 
 Wrong answers are allowed, and so is every FastShmError. A crash, a hang, and any other exception
 are not. The form for the C calls is scribble.c, which `make scribble` runs.
