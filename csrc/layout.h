@@ -29,7 +29,9 @@
 #define BELLS 256             /* futex words that waiters for permits sleep on */
 #define MEMO_WAYS 4           /* places of a text in the memo: one line */
 #define METRICS 32            /* (component, operation) pairs that are measured */
-#define METRIC_SHARDS 4       /* of a metric's sums: processes spread over them */
+#ifndef METRIC_SHARDS         /* the crash harness has one: in it, any two processes meet */
+#define METRIC_SHARDS 4       /* of a metric's sums: processes spread over them. A power of two */
+#endif
 #define METRIC_NAME 104       /* bytes of "component\0operation" that are kept */
 #define DURATIONS 238         /* buckets of a histogram: metric.h */
 #define FEATURES 8            /* words of errors, for features.py to name */

@@ -226,8 +226,9 @@ bool process_identity(fshm_segment *s, uint32_t *slot, uint64_t *generation) {
       *generation = load_relaxed(&s->fork_page->generation);
       return true;
     }
+    if (s->read_only) return false; /* it never joins */
     if (joined == NO_SLOT) {
-      if (s->read_only || tries) return false;
+      if (tries) return false;
       /* One thread makes way for another try: a second would undo what has been joined since. */
       if (atomic_compare_exchange_strong(&s->fork_page->joined, &joined, 0))
         store_relaxed(&s->fork_page->joining, 0);

@@ -104,11 +104,12 @@ static uint64_t change_refuse(const void *context, uint32_t i, const rule_t *r, 
                               uint64_t state, uint64_t now) {
   const refusal_t *refusal = context;
   (void)r, (void)version, (void)state;
+  if (!refusal->ns) return 0;
   /* a cost of 0 counts as one: it was not what was refused, and is none that will be denied */
-  return refusal->ns
-             ? wallet_state(plus_time(now, refusal->ns) + (1U << bit_length(refusal->costs[i])),
-                            refusal->costs[i])
-             : 0;
+  uint64_t least = min_u64(refusal->costs[i], WALLET_MOST);
+  uint64_t unit =
+      UINT64_C(1) << bit_length(least + 1); /* that the state's end is rounded down to */
+  return wallet_state(plus_time(now, refusal->ns) + unit, least);
 }
 
 int fshm_wallet_refuse(fshm_limiter *refused, const void *key, uint64_t key_length,

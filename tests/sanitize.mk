@@ -6,7 +6,7 @@
 
 sanitize: sanitize-c sanitize-py ## address and undefined-behaviour sanitizer: C tests, and the extension in Python
 
-tsan: ## thread sanitizer: all calls by threads on one mapping. ROUNDS=100000 for longer, SEED=n
+tsan: ## thread sanitizer: all calls of fast_shm.h by threads on one mapping. ROUNDS=100000 for longer, SEED=n
 
 memcheck: ## valgrind over the C tests
 
@@ -67,12 +67,13 @@ variant-%:
 	  CC=$(firstword $(subst @, ,$*)) CFLAGS="$(subst +, ,$(word 2,$(subst @, ,$*)))"
 
 # The extension as gcc's sanitizers make it, in a copy of the tree, so that the usual build stays as it is.
-# Two runs: tests, without a look at leaks; then every call again and again with one, for which the
+# Two runs: tests, without a look at leaks; then each class again and again with one, for which the
 # allocator's stacks must be whole (slow), so that lsan.supp can tell whose a leak is.
 PY_TREE  = $(BUILD)/asan-py
 PY_FILES = csrc fast_litellm_shm tests bench examples setup.py pyproject.toml README.md LICENSE MANIFEST.in
 PY_TESTS ?= tests/test_limiter.py tests/test_limits.py tests/test_batch.py tests/test_simple.py \
-  tests/test_segment.py tests/test_errors.py tests/test_quota.py tests/test_concurrency.py tests/test_pool.py
+  tests/test_segment.py tests/test_errors.py tests/test_quota.py tests/test_concurrency.py tests/test_pool.py \
+  tests/test_routing.py tests/test_deployments.py tests/test_monitoring.py tests/integrations_limits/test_storage.py
 PY_RUN = LD_PRELOAD=$$(gcc -print-file-name=libasan.so):$$(gcc -print-file-name=libstdc++.so) \
   PYTHONMALLOC=malloc PYTHONPATH=.:tests
 

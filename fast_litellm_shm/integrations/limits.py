@@ -112,6 +112,8 @@ class _Windows(Counts):
 
     def _refused(self, which: int, status: int, n: int, per_ns: int) -> NoReturn:
         """Called by the native part when a call ends neither admitted nor denied."""
+        if status == lib.FSHM_E_ARGUMENT and self._possible(which, n, per_ns):
+            status = lib.FSHM_E_DAMAGED  # the name has limits of another kind by now
         if status == lib.FSHM_E_ARGUMENT:
             kind = ("fixed window", "sliding window counter", "moving window")[which]
             raise ConfigurationError(
@@ -119,6 +121,13 @@ class _Windows(Counts):
                 f"{self._range(which, per_ns)}"
             )
         self._names[which]._failed(status)
+
+    @staticmethod
+    def _possible(which: int, n: int, per_ns: int) -> bool:
+        kind = lib.FSHM_SLIDING if which == 1 else lib.FSHM_WINDOW
+        raw = ffi.new("fshm_limit *", (n, per_ns, 0, kind, 0))
+        fits = lib.fshm_limit_check(raw, ffi.new("uint64_t *")) == lib.FSHM_OK
+        return fits and (which != 2 or n <= lib.FSHM_MAX_MOVING)
 
     @staticmethod
     def _range(which: int, per_ns: int) -> str:

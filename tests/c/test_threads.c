@@ -1,4 +1,4 @@
-/* test_threads.c - all public calls by several threads of one process on one mapping, for the thread
+/* test_threads.c - all calls of fast_shm.h by several threads of one process on one mapping, for the thread
  * sanitizer (make tsan); what must hold of the answers is checked with or without it.
  *
  *   test_threads [rounds [threads [seed]]]
@@ -16,8 +16,19 @@
 #define MOVING 20 /* the same, of a moving window */
 #define KEYS 4 /* of the limiters that all threads share */
 
+static void check_known(int status) {
+  if (status == FSHM_FULL) return;
+  CHECK_OP(status, >=, FSHM_DENIED);
+  CHECK_OP(status, <=, FSHM_ALLOWED);
+}
+
+#include "threads_grants.h"
+#include "threads_statistics.h"
+
 typedef struct {
   fshm_segment *s, *tiny;
+  grants_t grants;
+  statistics_t statistics;
   fshm_limiter *fixed, *several, *places, *changing, *brief, *forced, *counted;
   const char *name, *churned;
   uint64_t rounds, seed;
@@ -50,12 +61,6 @@ static const fshm_limit changing_limits[][2] = {
     {{1000, 1000000000, 1000, FSHM_BUCKET, 0}, {50, 1000000, 0, FSHM_WINDOW, 0}}};
 
 static const char *any_key(void) { return keys[random_below(KEYS)]; }
-
-static void check_known(int status) {
-  if (status == FSHM_FULL) return;
-  CHECK_OP(status, >=, FSHM_DENIED);
-  CHECK_OP(status, <=, FSHM_ALLOWED);
-}
 
 /* One limit, charged and never given back: the sum is checked at the end. */
 static void admit_fixed(scene_t *scene) {
@@ -252,10 +257,35 @@ static void count_and_move(scene_t *scene) {
   CHECK_OP(fshm_live_keys(scene->counted, 0), <=, scene->s->cell_count);
 }
 
+static void look_at_all(scene_t *scene) {
+  fshm_segment *s = random_below(2) ? scene->s : scene->tiny;
+  const fshm_limit brief = {5, 20000, 0, FSHM_WINDOW, 0};
+  const uint64_t cell = random_below(s->cell_count);
+  uint64_t used[MAX_LIMITERS], index;
+  fshm_tally tallies[FSHM_TALLIES];
+  fshm_permit_info permits[2];
+  fshm_decision d;
+  CHECK_OP(fshm_used(s, 0, used), <=, s->cell_count);
+  CHECK_OP(fshm_permits(s, permits, 2), <=, s->cell_count);
+  CHECK_OP(fshm_peek_counted(s, cell, &brief, (int)random_below(2), 0, &d), >=, 0);
+  fshm_tally_all(s, tallies);
+  CHECK_EQ(fshm_damage(s, &index), FSHM_DAMAGE_NONE);
+  if (!random_below(4)) CHECK_EQ(fshm_check(s, &index), FSHM_DAMAGE_NONE);
+  CHECK(fshm_directory()[0] == '/');
+}
+
+static void granted(scene_t *scene) { use_wallets(&scene->grants, any_key()); }
+static void allowed(scene_t *scene) { use_allowances(&scene->grants, any_key()); }
+static void leads(scene_t *scene) { lead(scene->s); }
+static void routes(scene_t *scene) { route(&scene->statistics, scene->s); }
+static void memoizes(scene_t *scene) { memoize(scene->s, any_key()); }
+static void measures(scene_t *scene) { measure(&scene->statistics, scene->s, any_key()); }
+
 static void *work(void *with) {
   static void (*const calls[])(scene_t *) = {
-      admit_fixed,   apply_several, hold_place, reset,          change_limits, reuse_cells,
-      take_by_force, ring_and_wait, inspect,    open_and_close, count_and_move};
+      admit_fixed,   apply_several, hold_place, reset,          change_limits,  reuse_cells,
+      take_by_force, ring_and_wait, inspect,    open_and_close, count_and_move, look_at_all,
+      granted,       allowed,       leads,      routes,         memoizes,       measures};
   const worker_t *me = with;
   random_state = me->scene->seed + me->number * 7919;
   for (uint64_t i = 0; i < me->scene->rounds; i++)
@@ -294,6 +324,8 @@ int main(int argc, char **argv) {
   scene.forced = fresh_limiter(scene.tiny, "forced", forced_limits, 1);
   const fshm_limit counted = {WINDOW_MAX_N, HOUR, 0, FSHM_WINDOW, 0};
   scene.counted = fresh_limiter(scene.s, "counted", &counted, 1);
+  grants_begin(&scene.grants, scene.s);
+  statistics_begin(&scene.statistics, scene.s);
   scene.began = fshm_now(scene.s);
   run(&scene, threads);
   CHECK_OP(scene.admitted, <=,
@@ -303,6 +335,8 @@ int main(int argc, char **argv) {
     CHECK_EQ(scene.holders[k], 0);
     CHECK_EQ(fshm_in_flight(scene.places, keys[k], strlen(keys[k])), 0);
   }
+  grants_end(&scene.grants);
+  statistics_end(&scene.statistics, scene.s);
   fshm_limiter *all[] = {scene.fixed, scene.several, scene.places, scene.changing,
                          scene.brief, scene.forced,  scene.counted};
   for (size_t i = 0; i < sizeof all / sizeof *all; i++) fshm_limiter_close(all[i]);

@@ -124,6 +124,20 @@ static void test_refusals(void) {
   leave(&w);
 }
 
+/* However large it is, and wherever between the units of its end it is refused: as long as was asked for. */
+static void test_refusals_of_any_cost(void) {
+  world_t w = make_world();
+  const uint64_t costs[] = {1, (1U << 23) - 1, WALLET_MOST, UINT64_C(1) << 40, UINT64_MAX};
+  uint32_t low;
+  for (size_t i = 0; i < sizeof costs / sizeof *costs; i++) {
+    const uint64_t refused[FSHM_MAX_LIMITS] = {costs[i]}, now = (UINT64_C(1) << 40) + 1;
+    CHECK_EQ(fshm_wallet_refuse(w.refused, KEY, refused, 1000, now), FSHM_OK);
+    CHECK_EQ(spend(&w, costs[i], now + 999, &low), FSHM_DENIED);
+    CHECK_EQ(spend(&w, costs[i], now + (UINT64_C(1) << 25), &low), FSHM_ASK);
+  }
+  leave(&w);
+}
+
 /* Each denial is counted once, for whose wallet it is: also where by the meter room has come since. */
 static void test_denials_are_counted(void) {
   world_t w = make_world();
@@ -283,6 +297,7 @@ int main(void) {
   test_account();
   test_low_once();
   test_refusals();
+  test_refusals_of_any_cost();
   test_denials_are_counted();
   test_learnt();
   test_arguments();

@@ -56,6 +56,7 @@ enum {
   DEAD_OWNERS = 1 << 18, /* the spare slots of limits are owned by dead processes */
   LOW_FREED = 1 << 19, /* as FREED, but S holds the highest of all */
   UNCHANGED = 1 << 20, /* the limits are not changed to `next` yet: the operation does that */
+  REFUSES = 1 << 22, /* of a wallet: what the grantor told is known, and that it refused the cost */
   MOST_BEHIND = 1
       << 21 /* `most` is below what is held, as limits_lower_most() may leave it when the limits
                          * are raised between its look and its swap */
@@ -69,6 +70,7 @@ enum {
   IDLE_MARK,
   COUNT_HELD,
   REAP,
+  REAP_BY_FORCE,
   BELL,
   JOIN,
   LOWER,
@@ -77,9 +79,11 @@ enum {
   ATTACH,
   REMOVE,
   MEMO,
+  MEMO_COUNT,
   METRIC_OPEN,
   METRIC,
   FEATURE_ERROR,
+  FEATURE_RESET,
   DEPLOYMENT_OPEN,
   DEPLOYMENT_RECORD,
   FLIGHT,
@@ -88,9 +92,12 @@ enum {
   WALLET_SPEND,
   WALLET_PUT,
   WALLET_TAKE,
+  LEARN,
+  REFUSE,
   LEASE_TAKE,
   LEASE_SET,
-  LEASE_ALONE
+  LEASE_ALONE, /* from a state that this has left */
+  LEASE_DROP /* the same, from any other */
 };
 
 typedef struct operation {
@@ -113,6 +120,7 @@ typedef struct operation {
 typedef struct {
   fshm_segment *s;
   fshm_limiter *l, *others, *totals, *permits, *allowances;
+  fshm_limiter *refused, *known; /* of a wallet, or NULL: fshm_spend() */
   fshm_permit permit, total;
   uint64_t reserved[FSHM_MAX_LIMITS];
   uint64_t now;

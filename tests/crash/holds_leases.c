@@ -2,6 +2,8 @@
  * were allowed or told, and all that are allowed can be taken, whoever dies or stops where. */
 #include "crash.h"
 
+#define ALONE 3 /* permits that this host may hold without the grantor */
+
 static int take_granted(fshm_permit *permit, uint32_t alone) {
   fshm_decision d;
   uint32_t held;
@@ -41,7 +43,7 @@ static void start_leases(void) {
 }
 
 static void run_lease_take(outcome_t *out) { out->status = take_granted(&out->permit, 0); }
-static void run_lease_alone(outcome_t *out) { out->status = take_granted(&out->permit, 3); }
+static void run_lease_alone(outcome_t *out) { out->status = take_granted(&out->permit, ALONE); }
 static void run_lease_lower(outcome_t *out) {
   fshm_allowance a;
   out->status =
@@ -68,15 +70,17 @@ static void begin_beyond(void) { /* its first look is at the third slot */
 }
 
 /* S takes what it may, beside what is held, and gives it back. Returns how many are held then. */
-static uint32_t lease_exhaust(void) {
+static uint32_t lease_exhaust_by(uint32_t alone) {
   fshm_permit permits[MOST_TAKEN];
   uint32_t taken = 0;
-  while (taken < MOST_TAKEN && take_granted(&permits[taken], 0) == FSHM_ALLOWED) taken++;
+  while (taken < MOST_TAKEN && take_granted(&permits[taken], alone) == FSHM_ALLOWED) taken++;
   uint32_t held = held_alive(world.l, KEY);
   for (uint32_t i = 0; i < taken; i++)
     if (!fshm_permit_release(world.l, &permits[i])) broken("a permit cannot be released");
   return held;
 }
+
+static uint32_t lease_exhaust(void) { return lease_exhaust_by(0); }
 
 static void leases_begin(void) { held_at_start = held_alive(world.l, KEY); }
 static void leases_end(void) {
@@ -92,6 +96,13 @@ static void leases_contend(void) {
     bool fits = held < allowance;
     if (fits != (mine.status == FSHM_ALLOWED))
       broken("%u of %u are held, and S is answered %d", held, (unsigned)allowance, mine.status);
+    return;
+  }
+  if (op->op == LEASE_DROP) {
+    bool fits = held < ALONE;
+    if (fits != (mine.status == FSHM_ALLOWED))
+      broken("%u are held, and S is answered %d", held, mine.status);
+    if (lease_now(false).allowance) broken("S is alone, and something is allowed");
     return;
   }
   if (mine.status != FSHM_OK) broken("S is answered %d", mine.status);
@@ -112,6 +123,8 @@ static void leases_survive(void) {
   uint32_t most = lease_exhaust();
   if (most != max_u64(a.allowance, op->prior))
     broken("%u can be held, and %u are allowed", most, (unsigned)a.allowance);
+  if (op->op == LEASE_DROP && (most = lease_exhaust_by(ALONE)) != ALONE)
+    broken("alone, %u can be held", most);
   check_invariants(true);
 }
 
@@ -123,6 +136,11 @@ static void leases_raced(const outcome_t *mine) {
     if (held > lease_now(false).allowance) broken("%u are held, more than are allowed", held);
     if (both != min_u64(2, lease_now(false).allowance - held_at_start))
       broken("%u of T and S were admitted", both);
+  } else if (op->op == LEASE_DROP) {
+    uint32_t both = (told->status == FSHM_ALLOWED) + (mine->status == FSHM_ALLOWED);
+    if (held != held_at_start + both) broken("%u are held after both", held);
+    if (both != min_u64(2, ALONE - held_at_start)) broken("%u of T and S were admitted", both);
+    if (lease_now(false).allowance) broken("they are alone, and something is allowed");
   } else {
     if (told->status != FSHM_OK && mine->status != FSHM_OK) broken("neither has set it");
     if (lease_now(false).allowance != op->cost) broken("it is not what was set");

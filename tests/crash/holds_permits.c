@@ -178,3 +178,59 @@ static void permits_raced(const outcome_t *mine) {
 static const holds_t permits = {permits_begin, permits_end, permits_contend, permits_survive,
                                 permits_raced};
 static const holds_t joining = {permits_begin, permits_end, permits_contend, permits_survive, NULL};
+
+/* S's permits are taken back by force, one after the other; T's own stays while T lives. */
+static uint32_t harness_pid;
+
+static void start_by_force(void) {
+  start_permits();
+  harness_pid = (uint32_t)getpid();
+}
+
+/* lives: T does, and holds one. */
+static uint64_t taken_back(bool lives) { return op->prior + lives - held_alive(world.l, KEY); }
+
+static void by_force_begin(void) {
+  if (taken_back(true)) broken("T and S do not hold what they should");
+}
+
+static void by_force_end(void) {
+  if (told->status != op->status || told->number != op->prior || taken_back(true) != op->prior)
+    broken("%llu were taken back, and it says %llu", (unsigned long long)taken_back(true),
+           (unsigned long long)told->number);
+}
+
+static void by_force_contend(void) {
+  outcome_t mine = {0};
+  uint64_t before = taken_back(true);
+  op->run(&mine);
+  if (mine.number != op->prior - before || taken_back(true) != op->prior)
+    broken("S took %llu back after %llu, and %llu are", (unsigned long long)mine.number,
+           (unsigned long long)before, (unsigned long long)taken_back(true));
+}
+
+static void by_force_survive(void) {
+  fshm_permit permits[MOST_TAKEN + 1];
+  uint64_t before = taken_back(false);
+  if (told->done && (before != op->prior || told->number != op->prior))
+    broken("T says that all were taken back, and %llu were", (unsigned long long)before);
+  fshm_permit own = world.permit; /* S's last one */
+  if (told->done && (fshm_permit_held(world.l, &own) || fshm_permit_release(world.l, &own)))
+    broken("what was taken back can be released");
+  uint32_t taken = take_many(permits, NULL);
+  if (taken != fit_beside(op->prior - (uint32_t)before)) broken("%u can be taken", taken);
+  for (uint32_t i = 0; i < taken; i++)
+    if (!fshm_permit_release(world.l, &permits[i])) broken("a permit cannot be released");
+  if (fshm_reap(world.s, harness_pid) != op->prior - before || held_alive(world.l, KEY))
+    broken("not all can be taken back");
+}
+
+static void by_force_raced(const outcome_t *mine) {
+  if (told->number + mine->number != op->prior || taken_back(true) != op->prior)
+    broken("T and S took %llu and %llu back", (unsigned long long)told->number,
+           (unsigned long long)mine->number);
+  check_invariants(false);
+}
+
+static const holds_t by_force = {by_force_begin, by_force_end, by_force_contend, by_force_survive,
+                                 by_force_raced};

@@ -7,6 +7,13 @@
 #define FEATURE 3
 #define A_COMPONENT "a component"
 #define AN_OPERATION "an operation"
+#define MEMO_HITS 100 /* of the memo, in one count; and misses */
+#define MEMO_MISSES 200
+#define DURATION 5000 /* ns, of a call that is measured */
+#define SIZE_IN 7
+#define SIZE_OUT 9
+#define LATENCY (UINT64_C(1000) * LATENCY_UNIT)
+#define COST 5
 #define COOLDOWN (UINT64_C(5) * 1000000000)
 
 static uint64_t encoding_of_text(void) { return fshm_memo_encoding(world.s, "o200k_base", 10); }
@@ -47,17 +54,20 @@ static fshm_deployment_info deployment_info(void) {
 /* How often it was done, as everybody can see. */
 static uint64_t done_so_far(void) {
   fshm_metric_info metric;
+  fshm_memo_info memo;
   switch (op->op) {
     case MEMO: {
       const int64_t count = fshm_memo_get(world.s, encoding_of_text(), TEXT, strlen(TEXT));
       if (count != -1 && count != TOKENS) broken("the memo says %lld", (long long)count);
       return count == TOKENS;
     }
+    case MEMO_COUNT:
+      fshm_memo_at(world.s, &memo);
+      return memo.hits / MEMO_HITS;
     case METRIC_OPEN:
       return fshm_metric_at(world.s, 0, &metric) == FSHM_OK;
     case METRIC:
       if (fshm_metric_at(world.s, 0, &metric) != FSHM_OK) broken("the metric is gone");
-      if (metric.errors > metric.calls) broken("more errors than calls");
       return metric.calls;
     case FEATURE_ERROR:
       return fshm_feature_errors(world.s, FEATURE);
@@ -74,10 +84,51 @@ static bool once_for_all(void) {
   return op->op == MEMO || op->op == METRIC_OPEN || op->op == DEPLOYMENT_OPEN;
 }
 
+/* A sum that each record adds `one` to, after done_so_far() can see the record. */
+static void expect_sum(const char *what, uint64_t is, uint64_t one, uint64_t times) {
+  const uint64_t least =
+      told->done ? times : minus(times, 1); /* T may stand before it, or be dead */
+  if (is % one || is / one < least || is / one > times)
+    broken("%s: %llu, of %llu records", what, (unsigned long long)is, (unsigned long long)times);
+}
+
+/* All that a record changes, where it was done so often. */
+static void expect_sums(uint64_t times) {
+  if (op->op == MEMO_COUNT) {
+    fshm_memo_info memo;
+    fshm_memo_at(world.s, &memo);
+    expect_sum("misses", memo.misses, MEMO_MISSES, times);
+  } else if (op->op == METRIC) {
+    fshm_metric_info m;
+    (void)fshm_metric_at(world.s, 0, &m);
+    expect_sum("time", m.sum_ns, DURATION, times);
+    expect_sum("errors", m.errors, 1, times);
+    expect_sum("size in", m.size_in, SIZE_IN, times);
+    expect_sum("size out", m.size_out, SIZE_OUT, times);
+    if (times && told->done && (m.least_ns != DURATION || m.most_ns != DURATION))
+      broken("it took %llu to %llu ns", (unsigned long long)m.least_ns,
+             (unsigned long long)m.most_ns);
+  } else if (op->op == DEPLOYMENT_RECORD) {
+    const deployment_t *d = &world.s->deployments[place_of_deployment()];
+    const fshm_deployment_info info = deployment_info();
+    const bool fails = op->cost;
+    expect_sum("costs", load_relaxed(&d->cost) & RECORDS_MASK, 1, times);
+    expect_sum("failures", failures_of(load_relaxed(&d->failures)), 1, fails ? times : 0);
+    expect_sum("latencies", load_relaxed(&d->latency) & RECORDS_MASK, 1, fails ? 0 : times);
+    if (!times || !told->done) return;
+    if (info.cost != COST || info.latency_ns != (fails ? UINT64_MAX : LATENCY))
+      broken("it costs %llu and takes %llu ns", (unsigned long long)info.cost,
+             (unsigned long long)info.latency_ns);
+    if (info.cooldown_ns != (fails ? COOLDOWN : 0) || (info.success_rate < 1) != fails)
+      broken("it cools down for %llu ns", (unsigned long long)info.cooldown_ns);
+  }
+}
+
 static void expect_done(uint64_t times) {
   const uint64_t is = done_so_far();
   if (is != (once_for_all() && times ? 1 : times))
     broken("done %llu times, not %llu", (unsigned long long)is, (unsigned long long)times);
+  expect_sums(times);
 }
 
 static void stats_end(void) {

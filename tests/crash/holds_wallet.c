@@ -38,6 +38,15 @@ static uint64_t known_left(void) {
   return least;
 }
 
+/* What a spender is told of the meters that it knows: all is used, but what the wallet has. */
+static void check_told_of(const outcome_t *out) {
+  const fshm_decision *d = &out->decision;
+  if (!world.known) return;
+  if (d->status != out->status) broken("it is told %d, and answered %d", d->status, out->status);
+  if (d->status == FSHM_DENIED && (d->retry_after_ns != PER / 2 || d->remaining))
+    broken("it is told to wait for %lld ns", (long long)d->retry_after_ns);
+}
+
 static void wallet_begin(void) {
   uint64_t left = least_left(world.now);
   if (left != op->before) broken("before it, %llu are left", (unsigned long long)left);
@@ -45,6 +54,7 @@ static void wallet_begin(void) {
 
 static void wallet_end(void) {
   if (told->status != op->status) broken("it answers %d, not %d", told->status, op->status);
+  check_told_of(told);
   uint64_t left = least_left(world.now);
   if (left != op->after) broken("after it, %llu are left", (unsigned long long)left);
 }
@@ -62,7 +72,9 @@ static void wallet_contend(void) {
     if (now != seen + op->cost) broken("S put some in, %llu are left", (unsigned long long)now);
   } else {
     bool fits = seen >= op->cost;
-    if (mine.status != (fits ? FSHM_ALLOWED : FSHM_ASK)) broken("S is answered %d", mine.status);
+    if (mine.status != (fits ? FSHM_ALLOWED : op->status == FSHM_ALLOWED ? FSHM_ASK : op->status))
+      broken("S is answered %d", mine.status);
+    check_told_of(&mine);
     if (now != seen - (fits ? op->cost : 0))
       broken("%llu are left after S, %llu before it", (unsigned long long)now,
              (unsigned long long)seen);

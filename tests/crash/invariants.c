@@ -48,7 +48,8 @@ static void check_cells(void) {
   for (size_t p = 0; p < protected_count && !position.later; p++) {
     uint64_t who = protected_cells[p].who;
     bool found =
-        op->op == RELEASE && (who == world.permit.who || who == world.total.who); /* S's own */
+        (op->op == RELEASE && (who == world.permit.who || who == world.total.who)) /* S's own */
+        || (op->op == REAP_BY_FORCE && IS_PERMIT(protected_cells[p].when));
     for (uint64_t i = 0; i < world.s->cell_count && !found; i++) {
       pair_t pair = pair_load(&world.s->cells[i]);
       found = pair.who == protected_cells[p].who && pair.when == protected_cells[p].when;

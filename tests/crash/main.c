@@ -6,6 +6,7 @@
  * --only: operations and schedules whose name begins so. --at: only the boundary before instruction K.
  * --every: of operations of more than 2,000 instructions, T is stopped and killed at every Nth boundary only,
  * and at those before an access of the segment or a system call. */
+#define METRIC_SHARDS 1 /* or T and S would add up apart, and never meet */
 #include "unity.c"
 #include "check.h"
 
@@ -25,6 +26,7 @@
 #include "holds_moving.c"
 #include "holds_wallet.c"
 #include "holds_leases.c"
+#include "holds_told.c"
 #include "operations.c"
 #include "kill.c"
 #include "schedules.c"

@@ -69,8 +69,9 @@ static void run_clear(outcome_t *out) {
 
 static void run_spend(outcome_t *out) {
   uint32_t low;
-  out->status = fshm_spend(world.l, NULL, world.l, KEY, strlen(KEY), some_costs[op->cost],
-                           world.now, NULL, &low);
+  out->status =
+      fshm_spend(world.l, world.refused, world.known ? world.known : world.l, KEY, strlen(KEY),
+                 some_costs[op->cost], world.now, world.known ? &out->decision : NULL, &low);
 }
 static void run_put(outcome_t *out) {
   fshm_lease leases[FSHM_MAX_LIMITS];
@@ -82,6 +83,25 @@ static void run_take_out(outcome_t *out) {
   uint64_t left[FSHM_MAX_LIMITS], ns[FSHM_MAX_LIMITS];
   out->status = fshm_wallet_look(world.l, KEY, strlen(KEY), 1, world.now, left, ns);
   out->number = left[0];
+}
+
+/* what is put over whatever was there */
+
+static void run_learn(outcome_t *out) {
+  const uint64_t left[FSHM_MAX_LIMITS] = {PER / 2, PER / 2, PER / 2, PER / 2};
+  out->status = fshm_learn(world.l, KEY, strlen(KEY), some_costs[op->cost], left, world.now);
+}
+static void refuse_it(void) {
+  (void)fshm_wallet_refuse(world.l, KEY, strlen(KEY), some_costs[op->before], PER, world.now);
+}
+/* Of cost 0: forget it. */
+static void run_refuse(outcome_t *out) {
+  out->status = fshm_wallet_refuse(world.l, KEY, strlen(KEY), some_costs[op->cost],
+                                   op->cost ? PER : 0, world.now);
+}
+static void run_feature_reset(outcome_t *out) {
+  fshm_feature_reset(world.s, FEATURE);
+  out->status = FSHM_OK;
 }
 
 /* permits */
@@ -106,6 +126,10 @@ static void run_in_flight(outcome_t *out) {
 }
 static void run_reap(outcome_t *out) {
   out->number = fshm_reap(world.s, 0);
+  out->status = FSHM_OK;
+}
+static void run_reap_by_force(outcome_t *out) {
+  out->number = fshm_reap(world.s, harness_pid);
   out->status = FSHM_OK;
 }
 static void run_arm(outcome_t *out) {
@@ -167,7 +191,7 @@ static void run_remove(outcome_t *out) {
 #define WINDOW(n) {n, PER, n, FSHM_WINDOW, 0}
 #define SLIDING(n) {n, PER, n, FSHM_SLIDING, 0}
 #define PERMITS(n) {n, 0, 0, FSHM_PERMITS, 0}
-/* statistics */
+/* statistics. cost 1: of a request that failed */
 
 static uint32_t stats_place; /* of the deployment */
 static void start_stats(void) {
@@ -182,9 +206,13 @@ static void run_memo(outcome_t *out) {
   fshm_memo_put(world.s, encoding_of_text(), TEXT, strlen(TEXT), TOKENS);
   out->status = FSHM_OK;
 }
+static void run_memo_count(outcome_t *out) {
+  fshm_memo_count(world.s, MEMO_HITS, MEMO_MISSES);
+  out->status = FSHM_OK;
+}
 static void run_metric_open(outcome_t *out) { out->status = the_metric(); }
 static void run_metric(outcome_t *out) {
-  fshm_metric_record(world.s, 0, 5000, 1, 0, 7, 9);
+  fshm_metric_record(world.s, 0, DURATION, 1, 0, SIZE_IN, SIZE_OUT);
   out->status = FSHM_OK;
 }
 static void run_feature(outcome_t *out) { out->status = fshm_feature_error(world.s, FEATURE) > 0; }
@@ -192,7 +220,7 @@ static void run_deployment_open(outcome_t *out) {
   out->status = fshm_deployment_open(world.s, the_id(), world.now) >= 0;
 }
 static void run_deployment_record(outcome_t *out) {
-  fshm_deployment_record(world.s, stats_place, UINT64_C(1000000), 0, 5, 0, COOLDOWN, world.now);
+  fshm_deployment_record(world.s, stats_place, LATENCY, !op->cost, COST, 0, COOLDOWN, world.now);
   out->status = FSHM_OK;
 }
 static void run_flight(outcome_t *out) {
@@ -224,10 +252,15 @@ static void run_flight_and_back(outcome_t *out) {
   .make = start_wallet, .holds = &wallet, .run = (function), .op = (which), .status = (answer)
 #define SPENDS(tokens, answer) WALLETS(run_spend, WALLET_SPEND, answer), .cost = (tokens)
 #define PUTS(tokens) WALLETS(run_put, WALLET_PUT, FSHM_OK), .cost = (tokens)
+#define TELLS(function, which) \
+  .make = start_told, .holds = &telling, .run = (function), .op = (which), .status = FSHM_OK
+#define LEARNS(tokens) TELLS(run_learn, LEARN), .cost = (tokens)
+#define REFUSALS(tokens) TELLS(run_refuse, REFUSE), .cost = (tokens), ONE(WALLET)
 #define LEASES(function, which, answer)                                                         \
   .make = start_leases, .holds = &leases, .run = (function), .op = (which), .status = (answer), \
   .capacity = 8
 #define LEASE_TAKES(answer) LEASES(run_lease_take, LEASE_TAKE, answer)
+#define LEASE_DROPS(answer) LEASES(run_lease_alone, LEASE_DROP, answer)
 #define LEASE_SETS(function, to) LEASES(function, LEASE_SET, FSHM_OK), .cost = (to)
 #define HOLDING(function, which) \
   .make = start_permits, .holds = &permits, .run = (function), .op = (which)
@@ -418,6 +451,18 @@ static const operation_t operations[] = {
     {.name = "wallet-spend-last", SPENDS(2, 1), ONE(WALLET), .prior = 2, ROOM(2, 0, 0)},
     {.name = "wallet-ask", SPENDS(3, FSHM_ASK), ONE(WALLET), .prior = 2, ROOM(2, 2, 0)},
     {.name = "wallet-ask-none", SPENDS(1, FSHM_ASK), ONE(WALLET), ROOM(0, 0, 0)},
+    {.name = "wallet-denied",
+     SPENDS(3, FSHM_DENIED),
+     ONE(WALLET),
+     .prior = 2,
+     .flags = REFUSES,
+     ROOM(2, 2, 0)},
+    {.name = "wallet-spend-told",
+     SPENDS(1, 1),
+     ONE(WALLET),
+     .prior = 5,
+     .flags = REFUSES,
+     ROOM(5, 4, 0)},
     {.name = "wallet-over",
      SPENDS(1, FSHM_ASK),
      ONE(WALLET),
@@ -439,6 +484,26 @@ static const operation_t operations[] = {
      ONE(WALLET),
      .prior = 5,
      ROOM(5, 0, 0)},
+    /* put over whatever was there: ROOM(tokens before, after, -) of the first limit */
+    {.name = "learn", LEARNS(3), ONE(WINDOW(5)), .prior = 2, ROOM(2, 3, 0)},
+    {.name = "learn-first", LEARNS(3), ONE(WINDOW(5)), ROOM(0, 3, 0)},
+    {.name = "learn-claimed", LEARNS(3), ONE(WINDOW(5)), .flags = PENDING_LOW, ROOM(0, 3, 0)},
+    {.name = "learn-over-tenants", LEARNS(3), ONE(WINDOW(5)), .flags = TENANTS, ROOM(0, 3, 0)},
+    {.name = "learn-none", LEARNS(0), ONE(WINDOW(5)), .prior = 2, ROOM(2, 0, 0)},
+    {.name = "learn-several",
+     LEARNS(3),
+     .limits = {WINDOW(5), BUCKET(5), SLIDING(7)},
+     .count = 3,
+     .prior = 2,
+     ROOM(2, 3, 0)},
+    {.name = "refuse", REFUSALS(2), .prepare = refuse_it, ROOM(3, 2, 0)},
+    {.name = "refuse-first", REFUSALS(2), ROOM(0, 2, 0)},
+    {.name = "refuse-claimed", REFUSALS(2), .flags = PENDING_LOW, ROOM(0, 2, 0)},
+    {.name = "refuse-forget", REFUSALS(0), .prepare = refuse_it, ROOM(3, 0, 0)},
+    {.name = "feature-reset",
+     TELLS(run_feature_reset, FEATURE_RESET),
+     ONE(WINDOW(5)),
+     ROOM(3, 0, 0)},
     /* permits that were granted to this host: ROOM(allowed, -, lowered to) */
     {.name = "lease-take", LEASE_TAKES(1), ONE(PERMITS(6)), .prior = 1, ROOM(3, 0, 0)},
     {.name = "lease-take-last", LEASE_TAKES(1), ONE(PERMITS(6)), .prior = 2, ROOM(3, 0, 0)},
@@ -455,6 +520,9 @@ static const operation_t operations[] = {
      .prior = 2,
      .flags = LOW_FREED,
      ROOM(4, 0, 2)},
+    {.name = "lease-alone", LEASE_DROPS(1), ONE(PERMITS(6)), .prior = 1, ROOM(4, 0, 0)},
+    {.name = "lease-alone-first", LEASE_DROPS(1), ONE(PERMITS(6))},
+    {.name = "lease-alone-none", LEASE_DROPS(0), ONE(PERMITS(6)), .prior = 3, ROOM(4, 0, 0)},
     {.name = "lease-lower",
      LEASE_SETS(run_lease_lower, 1),
      ONE(PERMITS(6)),
@@ -532,6 +600,16 @@ static const operation_t operations[] = {
      .prior = 1,
      .dead = 2},
     {.name = "reap", HOLDING(run_reap, REAP), .status = 1, ONE(PERMITS(3)), .prior = 1, .dead = 2},
+    {.name = "reap-by-force",
+     .make = start_by_force,
+     .holds = &by_force,
+     .run = run_reap_by_force,
+     .op = REAP_BY_FORCE,
+     .status = 1,
+     .capacity = 8,
+     ONE(PERMITS(4)),
+     .prior = 2,
+     .prepare = take_one_permit},
     {.name = "bell-arm", HOLDING(run_arm, BELL), .status = 1, ONE(PERMITS(3)), .prior = 1},
     {.name = "bell-ring",
      HOLDING(run_ring, BELL),
@@ -577,6 +655,7 @@ static const operation_t operations[] = {
     {.name = "limits-lower-permits", SETS, ONE(PERMITS(5)), THEN_ONE(PERMITS(2))},
     /* statistics: after = how often it is done then */
     {.name = "memo-put", STATS(run_memo, MEMO), .status = 1, .after = 1},
+    {.name = "memo-count", STATS(run_memo_count, MEMO_COUNT), .status = 1, .after = 1},
     {.name = "metric-open", STATS(run_metric_open, METRIC_OPEN), .after = 1},
     {.name = "metric-record", STATS(run_metric, METRIC), .status = 1, .after = 1},
     {.name = "feature-error", STATS(run_feature, FEATURE_ERROR), .status = 1, .after = 1},
@@ -591,6 +670,11 @@ static const operation_t operations[] = {
      .flags = CROWDED},
     {.name = "deployment-record",
      STATS(run_deployment_record, DEPLOYMENT_RECORD),
+     .status = 1,
+     .after = 1},
+    {.name = "deployment-record-failure",
+     STATS(run_deployment_record, DEPLOYMENT_RECORD),
+     .cost = 1,
      .status = 1,
      .after = 1},
     {.name = "flight-begin", STATS(run_flight, FLIGHT), .status = 1, .after = 1},

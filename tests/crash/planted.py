@@ -339,6 +339,57 @@ FAULTS = [
         "pair-lease-alone",
         "what is allowed",
     ),
+    Fault(
+        "a spin lock around what the grantor told",
+        "wallet.c",
+        (
+            (
+                "  change_t c = {.change = change_learn, .context = &known};\n"
+                "  return change_all(l, key, key_length, now, &c, NULL);\n",
+                "  change_t c = {.change = change_learn, .context = &known};\n"
+                "  while (atomic_exchange(&l->segment->header->bells[255], 1)) continue;\n"
+                "  int status = change_all(l, key, key_length, now, &c, NULL);\n"
+                "  atomic_store(&l->segment->header->bells[255], 0);\n"
+                "  return status;\n",
+            ),
+        ),
+        "learn-first",
+        "not finished within",
+    ),
+    Fault(
+        "a refusal that is forgotten before it is written",
+        "wallet.c",
+        (
+            (
+                "  change_t c = {.change = change_refuse, .context = &refusal};\n",
+                "  const refusal_t none = {costs, 0};\n"
+                "  change_t c = {.change = change_refuse, .context = &none};\n"
+                "  (void)change_all(refused, key, key_length, now, &c, NULL);\n"
+                "  c.context = &refusal;\n",
+            ),
+        ),
+        "refuse",
+        "limit 0: 0 for",
+    ),
+    Fault(
+        "a sum of a metric that is not added at once",
+        "metric.c",
+        (
+            (
+                "  (void)add_relaxed(&h->sum, ns * weight);\n",
+                "  store_relaxed(&h->sum, load_relaxed(&h->sum) + ns * weight);\n",
+            ),
+        ),
+        "metric-record",
+        "time: 5000, of 2 records",
+    ),
+    Fault(
+        "no cooldown is ever set",
+        "route.c",
+        (("  if (cooldown_ns && failures_of(next) > allowed_fails) {", "  if (false) {"),),
+        "deployment-record-failure",
+        "cools down for 0 ns",
+    ),
 ]
 
 

@@ -122,6 +122,16 @@ static void start_wallet(void) {
   world.l = named("wallet", op->limits, op->count);
   if (op->flags & PENDING_LOW) plant(0, who_of_key(0));
   if (op->prior) grant(op->prior, op->flags & EXPIRED ? LONG_AGO : NOW);
+  if (op->flags & REFUSES) {
+    const fshm_limit limit = {9, PER, 0, FSHM_WINDOW, 0};
+    const uint64_t costs[FSHM_MAX_LIMITS] = {op->cost}, used[FSHM_MAX_LIMITS] = {9},
+                   left[FSHM_MAX_LIMITS] = {PER / 2};
+    world.refused = named("refused", op->limits, 1);
+    world.known = named("known", &limit, 1);
+    if (fshm_wallet_refuse(world.refused, KEY, strlen(KEY), costs, PER, NOW) != FSHM_OK ||
+        fshm_learn(world.known, KEY, strlen(KEY), used, left, NOW) != FSHM_OK)
+      broken("nothing can be refused");
+  }
   (void)apply_at(world.others, FSHM_ACQUIRE, "beside", 1, NOW);
   if (op->flags & (TENANTS | STALE | CROWDED)) fill_rest(op->flags & ONE_LEFT ? 1 : 0);
 }

@@ -1,4 +1,5 @@
-/* calls.h - every call of fast_shm.h, on a segment that may hold anything, with checks of what comes back.
+/* calls.h - every call of fast_shm.h, on a segment that may hold anything, with checks of what comes back: here,
+ * in grants.h and in statistics.h. test_calls.py finds the one that is left out.
  *
  * Used by fuzz.c and scribble.c, after unity.c. Wrong answers are allowed; answers outside their range,
  * and writes beyond what a call was given, are not: both end the program with what and where. */
@@ -14,6 +15,7 @@
   } while (0)
 
 #define LIMITERS 6
+enum { WALLETS, REFUSED, ALLOWANCES, METERS, GRANTED }; /* limiters for limits over many hosts */
 #define PERMITS 4
 
 static const char *const limiter_names[LIMITERS] = {"bucket", "window", "sliding",
@@ -37,7 +39,7 @@ static uint32_t limits_of(unsigned which, unsigned variant, fshm_limit *out) {
 /* One user of the segment, as a worker process is. */
 typedef struct {
   fshm_segment *s;
-  fshm_limiter *limiters[LIMITERS];
+  fshm_limiter *limiters[LIMITERS], *granted[GRANTED];
   struct {
     fshm_permit permit;
     unsigned limiter; /* that it was taken from */
@@ -81,6 +83,9 @@ typedef struct {
 } fenced_t;
 #define FENCE UINT64_C(0x0123456789abcdef)
 static void check_fenced(const fenced_t *f) { MUST(f->before == FENCE && f->after == FENCE); }
+
+#include "grants.h"
+#include "statistics.h"
 
 static void use_permits(user_t *u, unsigned which, const char *key, const uint64_t *costs,
                         uint64_t now, unsigned what) {
@@ -186,7 +191,31 @@ static void look_at_all(user_t *u) {
   for (uint64_t at = 0; at < s->cell_count || at < PROCESSES; at++) look_in(u, at);
 }
 
-enum { CALLS = 17 };
+enum { FIRST_GRANTED = 17, FIRST_WITHOUT_LIMITER = 21, CALLS = 27 };
+
+static void call_without_limiter(user_t *u, unsigned call, uint64_t n, uint64_t now,
+                                 unsigned what) {
+  switch (call) {
+    case 0:
+      speak_for_host(u, what);
+      break;
+    case 1:
+      record_deployment(u, n, now, what);
+      break;
+    case 2:
+      use_flight(u, n, now, what);
+      break;
+    case 3:
+      pick(u, n, now, what);
+      break;
+    case 4:
+      use_memo(u, n, what);
+      break;
+    default:
+      use_metric(u, n, what);
+      use_feature(u, n, what);
+  }
+}
 
 /* One call. `who`: limiter (by its remainder) and key; `what`: what it does with them; `n`: a cost, a
  * time or a place, as the call takes it. */
@@ -201,7 +230,15 @@ static void one_call(user_t *u, unsigned call, unsigned who, unsigned what, uint
   if (call % CALLS == 0) open_limiter(u, which, what % 16, what & 16);
   if (call % CALLS == 1) look_in(u, n);
   fshm_limiter *l = u->limiters[which];
+  if (call % CALLS >= FIRST_WITHOUT_LIMITER) {
+    call_without_limiter(u, call % CALLS - FIRST_WITHOUT_LIMITER, n, now, what);
+    return;
+  }
   if (!l) return;
+  for (unsigned i = 0; call % CALLS >= FIRST_GRANTED && i < GRANTED; i++) {
+    open_granted(u, i);
+    if (!u->granted[i]) return;
+  }
   switch (call % CALLS) {
     case 2:
     case 3:
@@ -255,6 +292,18 @@ static void one_call(user_t *u, unsigned call, unsigned who, unsigned what, uint
       break;
     case 16:
       use_counted(u, l, key, n, now, what);
+      break;
+    case FIRST_GRANTED:
+      use_wallet(u, l, key, n, now, what);
+      break;
+    case FIRST_GRANTED + 1:
+      spend(u, l, key, costs, now, what);
+      break;
+    case FIRST_GRANTED + 2:
+      be_told(u, l, key, n, now, what);
+      break;
+    case FIRST_GRANTED + 3:
+      use_allowance(u, what & 16 || !u->limiters[5] ? l : u->limiters[5], key, n, now, what);
       break;
     default:
       break;

@@ -31,15 +31,19 @@ static_assert(offsetof(header_t, capacity) == 8 * 3 && offsetof(header_t, names_
 
 #include "calls.h"
 
-/* Each call at least once on each limiter, whatever came before. */
+/* Each call at least once on each limiter that it takes, whatever came before. */
+static const unsigned some_whats[] = {0, 42, 85, 127}; /* each bit with most others, and without */
 static void every_call(user_t *u) {
   for (unsigned which = 0; which < LIMITERS; which++) {
     for (unsigned call = 0; call < CALLS; call++) {
       if (!u->limiters[which]) open_limiter(u, which, 0, true);
       if (!u->limiters[which]) open_limiter(u, which, 0, false);
-      const unsigned kinds =
-          call == 2 || call == 6 ? 6 : 1; /* all of enum fshm_op; take, give back */
-      for (unsigned k = 0; k < kinds; k++) one_call(u, call, which, k, 1 + k % 2);
+      if (call >= FIRST_WITHOUT_LIMITER && which) break;
+      const unsigned kinds = call == 2 || call == 6  ? 6 /* all of enum fshm_op; take, give back */
+                             : call >= FIRST_GRANTED ? 4
+                                                     : 1;
+      for (unsigned k = 0; k < kinds; k++)
+        one_call(u, call, which, call < FIRST_GRANTED ? k : some_whats[k], 1 + k % 2);
     }
   }
   look_at_all(u);
@@ -47,6 +51,7 @@ static void every_call(user_t *u) {
 
 static void close_user(user_t *u) {
   for (unsigned i = 0; i < LIMITERS; i++) fshm_limiter_close(u->limiters[i]);
+  close_granted(u);
   fshm_close(u->s);
   memset(u, 0, sizeof *u);
 }
@@ -100,13 +105,14 @@ static user_t open_user(uint32_t flags) {
   return u;
 }
 
-/* A good segment in use: limiters of each kind, keys, permits, names, counts, changed limits. */
+/* A good segment in use: limiters of each kind, keys, permits, names, counts, changed limits, statistics. */
 static void image_make(image_t *image, uint64_t capacity, uint32_t names) {
   fshm_error e;
   fshm_segment *s;
   drop_file();
   MUST(fshm_open(name, capacity, 0600, FSHM_OPEN_CREATE | names, &s, &e) == FSHM_OK);
   image->size = s->size;
+  MUST(image->size == fshm_size_for(capacity));
   image->bytes = aligned_alloc(LINE, s->size);
   MUST(image->bytes);
   fshm_close(s);
@@ -125,6 +131,8 @@ static void image_make(image_t *image, uint64_t capacity, uint32_t names) {
     for (unsigned k = 0; k < 4; k++) one_call(&u, k % 2 ? 2 : 6, i + k * LIMITERS, k, 1);
     if (i % 2) open_limiter(&u, i, 1, false);
   }
+  for (unsigned call = FIRST_GRANTED; call < CALLS; call++)
+    for (unsigned k = 0; k < 8; k++) one_call(&u, call, 5, 0, 1 + 1000 * k);
   MUST(!u.damaged);
   close_user(&u);
   MUST(pread(file, image->bytes, image->size, 0) == (ssize_t)image->size);
@@ -138,11 +146,12 @@ static uint64_t position_in(const unsigned char *bytes, uint64_t size, unsigned 
   lay_out(&h, ((const header_t *)(const void *)bytes)->capacity);
   if (h.size != size || !h.lines)
     return position % (size / 8) * 8; /* a capacity of 0 may have the size */
-  const uint64_t entry = h.limiters_offset + position / 256 % LIMITERS * sizeof(limiter_entry_t);
+  const uint64_t entry =
+      h.limiters_offset + position / 256 % (LIMITERS + GRANTED) * sizeof(limiter_entry_t);
   const uint64_t current = ((const limiter_entry_t *)(const void *)(bytes + entry))->current;
   const uint64_t slot = (uint32_t)one_pid() * 2654435761u % PROCESSES;
   uint64_t low = position % 256 * 8;
-  switch (target % 12) {
+  switch (target % 16) {
     case 0:
       return low % sizeof(header_t) / 8 * 8;
     case 1:
@@ -171,8 +180,16 @@ static uint64_t position_in(const unsigned char *bytes, uint64_t size, unsigned 
       return h.names_offset + position * 8 % (h.names_words * 8);
     case 10:
       return offsetof(header_t, ticket) + low % (sizeof(header_t) - offsetof(header_t, ticket));
-    default:
+    case 11:
       return position * 8 % size;
+    case 12:
+      return h.deployments_offset + position * 8 % (DEPLOYMENTS * sizeof(deployment_t));
+    case 13:
+      return h.memo_offset + position * 8 % (h.memo_lines * LINE);
+    case 14:
+      return h.metrics_offset + position * 8 % (METRICS * sizeof(metric_t));
+    default: /* the own requests in flight */
+      return h.flights_offset + slot * sizeof(flights_t) + position * 8 % sizeof(flights_t);
   }
 }
 
@@ -270,6 +287,7 @@ int LLVMFuzzerInitialize(int *count, char ***arguments) {
   (void)arguments;
   (void)snprintf(name, sizeof name, "t-fuzz-%d", (int)getpid());
   MUST(fshm_path(name, path, sizeof path) == FSHM_OK);
+  MUST(!strncmp(path, fshm_directory(), strlen(fshm_directory())));
   (void)snprintf(lock_path, sizeof lock_path, "%s.%016llx.lock", path,
                  (unsigned long long)INSTANCE);
   (void)atexit(drop_all);

@@ -72,6 +72,12 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
             "if (!limits_load(s, index, &p)) return damage",
         ),
     ],
+    "a metric's name may be longer than its room": [
+        ("metric.c", "length > METRIC_NAME || component >= length", "component >= length")
+    ],
+    "a deployment's place is not checked": [
+        ("route.c", "if (deployments[i] < DEPLOYMENTS) {", "if (count) {")
+    ],
     "a cut file is looked into": [("damage.c", "if (kind == FSHM_DAMAGE_SIZE) return kind;", "")],
 }
 

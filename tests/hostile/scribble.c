@@ -124,12 +124,14 @@ static void scribble_somewhere(unsigned char *map, const fshm_segment *s) {
   const uint64_t columns = (uint64_t)((unsigned char *)s->columns - s->map);
   const uint64_t cells = (uint64_t)((unsigned char *)s->cells - s->map);
   const uint64_t ledger = (uint64_t)((unsigned char *)s->ledger - s->map);
-  switch (random_below(8)) {
+  const uint64_t metrics = (uint64_t)((unsigned char *)s->metrics - s->map);
+  const uint64_t deployments = (uint64_t)((unsigned char *)s->deployments - s->map);
+  switch (random_below(9)) {
     case 0:
       stroke(map, s, 0, sizeof(header_t));
       break;
     case 1:
-      stroke(map, s, limiters, limiters + LIMITERS * sizeof(limiter_entry_t));
+      stroke(map, s, limiters, limiters + (LIMITERS + GRANTED) * sizeof(limiter_entry_t));
       break;
     case 2:
       stroke(map, s, processes, columns);
@@ -141,6 +143,9 @@ static void scribble_somewhere(unsigned char *map, const fshm_segment *s) {
     case 5:
       stroke(map, s, ledger, s->size);
       break;
+    case 6:
+      stroke(map, s, random_below(2) ? metrics : deployments, s->size);
+      break;
     default:
       stroke(map, s, random_below(2) ? columns : limiters, s->size);
   }
@@ -149,7 +154,7 @@ static void scribble_somewhere(unsigned char *map, const fshm_segment *s) {
 /* One word that calls read and then use, to and fro for some ms: what is read twice will differ. */
 static void flicker(const fshm_segment *s) {
   const uint64_t cell = random_below(s->cell_count);
-  limiter_entry_t *e = &s->limiters[random_below(LIMITERS)];
+  limiter_entry_t *e = &s->limiters[random_below(LIMITERS + GRANTED)];
   limits_slot_t *set = &e->slots[CURRENT_SLOT(load_relaxed(&e->current), 0) % LIMITS_SLOTS];
   _Atomic uint64_t *const words[] = {
       &e->current,
@@ -161,6 +166,9 @@ static void flicker(const fshm_segment *s) {
       &s->cells[cell].when,
       &s->processes[random_below(PROCESSES)].generation,
       &s->columns[random_below(PROCESSES)].entries[cell % COLUMN_ENTRIES].key,
+      (_Atomic uint64_t *)(void *)&s->metrics[random_below(4)].name_length,
+      &s->deployments[cell % DEPLOYMENTS].latency,
+      &s->flights[random_below(PROCESSES)].generation,
   };
   _Atomic uint64_t *word = words[random_below(sizeof words / sizeof *words)];
   const uint64_t was = load_relaxed(word), other = any_number();
@@ -201,10 +209,12 @@ static uint64_t round_of(uint64_t seed, uint64_t ends) {
   fshm_segment *s = fresh_segment(1 + random_below(random_below(2) ? 40 : 400));
   user_t u = {.s = s};
   for (unsigned i = 0; i < LIMITERS; i++) open_limiter(&u, i, (unsigned)random_below(15), false);
+  for (unsigned i = 0; i < GRANTED; i++) open_granted(&u, i);
   unsigned char *good = malloc(s->size), *map;
   MUST(good);
   memcpy(good, s->map, s->size);
   for (unsigned i = 0; i < LIMITERS; i++) fshm_limiter_close(u.limiters[i]);
+  close_granted(&u);
   for (int i = 0; i < WORKERS; i++) pids[i] = start_child(work, i, s);
   map = s->map;
   /* Seldom enough that calls get far, or as fast as it goes. */

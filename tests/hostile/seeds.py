@@ -16,9 +16,11 @@ RAW, LARGE, READ_ONLY, TRUNCATE, FIX_CHECK, REMOVE = 1, 2, 4, 8, 16, 32
 HASHED, OFF = 64, 128
 (HEADER, ENTRY, PRESENT_SET, WHOLE_ENTRY, PROCESS, COLUMN) = range(6)
 (USED_CELL, CELL, LEDGER, NAMES, CHANGING_HEADER, ANYWHERE) = range(6, 12)
+DEPLOYMENT, MEMO, METRIC, FLIGHTS = range(12, 16)
 SET, XOR, ADD, BYTE, COPY, LINE = range(6)
 OPEN, LOOK, APPLY_COSTS, APPLY, IS_ALLOWED, RESERVE, ADMIT, _, REMAINING, RESET_KEY = range(10)
 RESET_ALL, LIMITS, IN_FLIGHT, REAP, BELL, CLOSE = range(10, 16)
+TOLD, PICK = 19, 24
 BUCKET, WINDOW, SLIDING, THREE, QUOTA, PERMITS = range(6)
 # Words: of an entry; of a set of limits (the first rule's); of a process slot; of the header.
 ID, CURRENT, NAME_LENGTH, NAME = 0, 1, 2, 3
@@ -27,6 +29,7 @@ CAPACITY, NAMES_WORDS, CONSTANT = 3, 17, 30
 NAMES_HEAD = 8  # of the part that changes
 PENDING, HELD = 6 << 61, 7 << 61
 CELLS = 12  # of the small image
+METRIC_WORDS = 15  # of each; the second: the lengths of its name, and of the component in it
 
 
 def edit(target: int, position: int, how: int, value: int) -> bytes:
@@ -115,6 +118,25 @@ SEEDS = {
     "ledger-limiter": image(*(edit(LEDGER, 2 * i, XOR, 0x7FF << 20) for i in range(CELLS))),
     "ledger-names": image(*(edit(LEDGER, 2 * i + 1, SET, 2**64 - 1) for i in range(CELLS))),
     "names-long": image(*(edit(NAMES, 8 * i, LINE, 0xFFFF) for i in range(64))),
+    "metric-names-long": image(
+        *(edit(METRIC, METRIC_WORDS * i + 1, SET, 3 << 32 | 3000) for i in range(9))
+    ),
+    "metric-components-long": image(
+        *(edit(METRIC, METRIC_WORDS * i + 1, SET, 9 << 32 | 9) for i in range(9))
+    ),
+    "metric-names-of-nobody": image(
+        *(edit(METRIC, METRIC_WORDS * i + 1, SET, 2**32 - 1) for i in range(32))
+    ),
+    "deployments": image(*(edit(DEPLOYMENT, 8 * i, LINE, 2**64 - 1) for i in range(256))),
+    "deployments-nowhere": image(*(call(PICK, 0, 8 * i + 4, 251) for i in range(32))),
+    "deployments-one-id": image(*(edit(DEPLOYMENT, 8 * i, SET, 5) for i in range(256))),
+    "flights": image(*(edit(FLIGHTS, 8 * i, LINE, 2**64 - 1) for i in range(9))),
+    "memo": image(*(edit(MEMO, 8 * i, LINE, 2**64 - 1) for i in range(64)), flags=LARGE),
+    "refused-most": while_open(BUCKET, *(call(TOLD, BUCKET, what, 251) for what in (2, 66))),
+    "wallets-and-allowances": image(
+        *(edit(CELL, 2 * i + 1, SET, 1 << 62 | 31 << 57 | 2**57 - 1) for i in range(200)),
+        flags=LARGE,
+    ),
     "bells": while_open(
         QUOTA, *(edit(CHANGING_HEADER, 24 + 8 * i, LINE, 2**64 - 1) for i in range(16))
     ),

@@ -1,4 +1,4 @@
-"""The public classes and fast-shm, on a segment that is written over all the time.
+"""The public classes of one host and fast-shm, on a segment that is written over all the time.
 
 Wrong answers are allowed, and so is every FastShmError. A crash, a hang, and any other exception
 are not. The form for the C calls is scribble.c, which `make scribble` runs.
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 from support.children import run
 from support.damage import ENTRY, HEADER, scribble
 
@@ -30,8 +31,11 @@ from fast_litellm_shm import (
 )
 from fast_litellm_shm.inspection import Inspection
 
+from .uses import USES
+
 SECONDS = float(os.environ.get("SCRIBBLE_SECONDS", "8"))
 SEED = int(os.environ.get("SCRIBBLE_SEED") or random.SystemRandom().randrange(2**32))
+CAPACITY = 30
 DEADLINE = 60.0  # of one use; they take milliseconds
 COMMANDS = (
     ["inspect"],
@@ -46,8 +50,10 @@ COMMANDS = (
 def _use(segment: Segment, name: str, chance: random.Random) -> None:
     """Some uses of one class."""
     key = chance.choice("abcdefgh")
-    what = chance.randrange(9)
-    if what == 0:
+    what = chance.randrange(9 + len(USES))
+    if what >= 9:
+        USES[what - 9](segment, chance)
+    elif what == 0:
         limiter = RateLimiter(Limit(5, 2), name="bucket", segment=segment, on_full="raise")
         limiter.wait(key, timeout=0.01)
         limiter.refund(key, 1)
@@ -97,6 +103,8 @@ def _attach(name: str) -> Segment:
 
 def _work(name: str, seed: int, seconds: float) -> tuple[int, int]:
     """How many uses, and how many of them raised a FastShmError."""
+    os.environ["FAST_LITELLM_SHM_NAME"] = name  # what belongs to no class is there too
+    os.environ["FAST_LITELLM_SHM_CAPACITY"] = str(CAPACITY)
     chance, segment = random.Random(seed), _attach(name)
     uses = refused = 0
     end = time.monotonic() + seconds
@@ -156,10 +164,12 @@ def _regions(segment: Segment) -> list[tuple[int, int]]:
     ]
 
 
-def test_scribbled(segment_name: str) -> None:
+def test_scribbled(segment_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     print(f"to repeat: SCRIBBLE_SEED={SEED} SCRIBBLE_SECONDS={SECONDS:g}")
-    segment = Segment(segment_name, capacity=30)
-    for seed in range(30):  # all limiters exist, before anything is written over
+    monkeypatch.setenv("FAST_LITELLM_SHM_NAME", segment_name)
+    monkeypatch.setenv("FAST_LITELLM_SHM_CAPACITY", str(CAPACITY))
+    segment = Segment(segment_name, capacity=CAPACITY)
+    for seed in range(60):  # all limiters exist, before anything is written over
         try:
             _use(segment, segment_name, random.Random(seed))
         except exceptions.PermitTimeoutError:

@@ -26,7 +26,14 @@ from limits.strategies import (
     SlidingWindowCounterRateLimiter,
 )
 
-from fast_litellm_shm import Segment, SegmentFullError
+from fast_litellm_shm import (
+    Limit,
+    RateLimiter,
+    Segment,
+    SegmentDamagedError,
+    SegmentFullError,
+    keyed,
+)
 from fast_litellm_shm.inspection import Inspection
 from fast_litellm_shm.integrations.limits import AsyncShmStorage, ShmStorage
 
@@ -356,6 +363,16 @@ def test_a_full_segment_is_an_error_that_limits_can_wrap(segment_name: str) -> N
     with pytest.raises(SegmentFullError):
         of(segment_name, "").acquire_entry("moving", 1000, 3600, amount=500)
     assert of(segment_name, "").get_moving_window("moving", 1000, 3600)[1] == 0
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES.values())
+def test_a_name_with_limits_of_another_kind_is_no_fault_of_the_limit(
+    storage: ShmStorage, strategy: Any
+) -> None:
+    for name in keyed.NAMES:
+        RateLimiter(Limit(5), name=name, segment=storage.segment)
+    with pytest.raises(SegmentDamagedError, match="limits could not be read"):
+        strategy(storage).hit(MINUTE, "k")
 
 
 def test_check_tells_that_the_segment_was_removed(storage: ShmStorage, segment_name: str) -> None:

@@ -1,5 +1,6 @@
-"""Every call of the extension, right and wrong, again and again; for the leak sanitizer, which
-tells at the end of the process what nobody refers to any more (make sanitize-py, expect.sh).
+"""Every class of the extension, used right and wrong again and again; for the leak sanitizer, which
+tells at the end of the process what nobody refers to any more (make sanitize-py, expect.sh). What
+spends from a server's grants (limits over many hosts) is not here.
 
 ``leaks.py FAULT``: ``c`` and ``object`` leak on purpose; ``none-but-calls`` does not.
 """
@@ -13,7 +14,10 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from limits import parse, strategies
+
 from fast_litellm_shm import (
+    AdvancedRouter,
     ConcurrencyLimiter,
     Limit,
     Quota,
@@ -24,7 +28,8 @@ from fast_litellm_shm import (
     SlidingWindow,
     Window,
 )
-from fast_litellm_shm.native import ffi, lib
+from fast_litellm_shm.integrations.limits import ShmStorage
+from fast_litellm_shm.native import Memo, Recorder, ffi, lib
 from support.names import unique_name
 
 ROUNDS = 30
@@ -106,6 +111,80 @@ def use_pool(segment: Segment) -> None:
     failing(pool.object_of, "none")
 
 
+class Text(str):
+    __slots__ = ()
+
+
+def use_router(segment: Segment) -> None:
+    deployments = [
+        {
+            "model_name": "m",
+            "litellm_params": {"model": f"x/{i}", "weight": i + 1},
+            "model_info": {"id": f"d{i}"},
+        }
+        for i in range(6)
+    ]
+    for strategy in ("simple_shuffle", "least_busy", "latency_based", "cost_based"):
+        router = AdvancedRouter(strategy, segment=segment)
+        pick: Any = router.get_available_deployment
+        for blocked in (None, [], ["d1"], ["d1", "d2", Text("d3"), "d4", "d5"], ("d1",)):
+            pick(deployments, Text("m"), blocked)
+        pick(tuple(deployments), "m")
+        pick([], "m")
+        for wrong in ((1, "m"), (deployments, 1), ([1], "m"), (deployments, "m", [1]), ()):
+            failing(pick, *wrong)
+        with router.track(deployments[0]) as request:
+            request.cost = 0.1
+        router.record(deployments[1], 3.0, False)
+    router.get_stats()
+
+
+def use_memo(segment: Segment) -> None:
+    handle = int(ffi.cast("uintptr_t", segment._handle))
+    memo = Memo(segment, handle, 7, len)
+    for text in ("a", "b", "a", "\udc80", Text("a"), "x" * 70_000):
+        with contextlib.suppress(UnicodeEncodeError):
+            memo.count(text)
+            memo(text)
+    memo.put("q", 4)
+    assert memo.get("q") == 4
+    assert memo.get("not known") is None
+    failing(memo.put, "q", -1)
+    failing(memo.count, 3)
+    failing(Memo, 1)
+    failing(Memo(segment, handle, 9, lambda text: 1 // 0).count, "a text")
+
+
+def use_recorder(segment: Segment) -> None:
+    recorder: Any = Recorder()
+    for _ in range(2):  # what it knew of the first is dropped
+        recorder._set(int(ffi.cast("uintptr_t", segment._handle)))
+        recorder.record("a", "b", 1.0)
+        recorder.record("a", Text("c"), 1, success=False, input_size=3, output_size=4, metadata={})
+    failing(recorder.record, 1, "b", 1.0)
+    failing(recorder.record, "a", "b", "x")
+    failing(recorder.record, "a", "b", -1.0)
+    failing(recorder.record, "a", "b", 1.0, True, "x")
+    failing(recorder._set, "x")
+
+
+def use_storage(segment: Segment) -> None:
+    storage = ShmStorage(f"shm://{segment.name}")
+    for kind in (
+        strategies.FixedWindowRateLimiter,
+        strategies.MovingWindowRateLimiter,
+        strategies.SlidingWindowCounterRateLimiter,
+    ):
+        limiter, item = kind(storage), parse("5/minute")
+        limiter.hit(item, "a")
+        limiter.test(item, "a")
+        limiter.get_window_stats(item, "a")
+        limiter.clear(item, "a")
+    failing(storage.incr, "k", -1)
+    failing(storage.incr, 1, 1)
+    failing(storage.acquire_entry, "k", -1, 1)
+
+
 def leak_in_c(segment: Segment) -> None:
     limit = ffi.new("fshm_limit *", {"n": 1, "per_ns": 1_000_000, "burst": 1})
     out = ffi.new("fshm_limiter **")
@@ -126,6 +205,10 @@ def main(fault: str) -> None:
             use_limiter(segment)
             use_permits(segment)
             use_pool(segment)
+            use_router(segment)
+            use_memo(segment)
+            use_recorder(segment)
+            use_storage(segment)
             SimpleRateLimiter(requests_per_minute=10, segment=segment).check("k")
         {"c": leak_in_c, "object": leak_an_object, "none-but-calls": use_pool}[fault](segment)
     finally:
