@@ -150,8 +150,7 @@ class Link:
 
     def probe(self) -> None:
         """Try it, while it is away: by the agent. Before anything is asked of it again, it is told
-        what was admitted meanwhile; but not before it answers: a frozen one would hear it as often
-        as it was told, when it goes on."""
+        what was admitted meanwhile, when it answers: that takes a look at each key."""
         began = time.monotonic_ns()
         try:
             self.client().ping()

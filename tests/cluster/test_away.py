@@ -218,7 +218,7 @@ def test_of_two_servers_the_one_that_is_back_says_nothing_of_the_other(
 
 def test_a_child_says_it_too(segment: Segment) -> None:
     """What is known of the server it has from its parent, its place among the processes not."""
-    cluster = Cluster(NOBODY, on_outage="allow")
+    cluster = Cluster(NOBODY, on_outage="allow", timeout=servers.SLOWEST)  # the child's is equal
     limiter = RateLimiter(Window(20, HOUR), name="api", segment=segment, cluster=cluster)
     assert limiter.acquire("key")
     with worker(segment.name, NOBODY, "allow", method="fork"):

@@ -125,7 +125,7 @@ def test_what_counts_is_charged_once_however_often_it_could_not_be_told(
     policy: str,
     how: str,
 ) -> None:
-    """A frozen server does what it was sent meanwhile as soon as it goes on."""
+    """A key that the server hears of when it is back, from what the host has admitted alone."""
     limiter = limiter_of(server, segment, limit, policy, 0.5)
     assert limiter.peek("key").remaining == 100
     lost(server, limiter, how)
