@@ -12,6 +12,7 @@ int keyed_begin(keyed_t *k, const fshm_limiter *l, uint32_t kind, const void *ke
   plan_t plan;
   k->s = l->segment;
   k->index = l->index;
+  k->tally = l->tally;
   if (unlikely(!limits_load(k->s, k->index, &plan))) return damage_limits(k->s, k->index);
   if (unlikely(!plan.count || plan.rules[0].kind != kind)) return FSHM_E_ARGUMENT;
   k->hash = fshm_siphash(l->key[0], l->key[1], key, length);
@@ -32,6 +33,7 @@ COLD int keyed_at(keyed_t *k, fshm_segment *s, uint64_t cell, uint32_t kind, uin
   if (!limits_load(s, index, &plan) || !plan.count || plan.rules[0].kind != kind) return 0;
   k->s = s;
   k->index = index;
+  k->tally = TALLIES; /* a look is no call */
   k->hash = who ^ plan.twist[0];
   k->who = who;
   k->fixed = now != 0;
@@ -62,7 +64,7 @@ int keyed_put(const keyed_t *k, uint64_t place, found_t *f, uint64_t who, uint64
 /* Count the call for people to look at. */
 void keyed_tell(const keyed_t *k, const found_t *f, const void *key, uint64_t length, int status) {
   uint32_t slot = process_slot(k->s);
-  tally_call(k->s, slot, k->index, status);
+  tally_call(k->s, slot, k->tally, status);
   if (likely(f->pair.who && !(k->s->names_mode & FSHM_NAMES_OFF)))
     ledger_count(k->s, slot, f->cell, ledger_meta(k->index, k->who), key, length,
                  status == FSHM_ALLOWED);

@@ -139,11 +139,13 @@ typedef struct {
   uint32_t name_length, limits_count;
   uint64_t version, resets, id;
   fshm_limit limits[4];
+  uint32_t tally; /* which of fshm_tally_all() its calls count in; FSHM_TALLIES: none */
 } fshm_limiter_info;
 
 typedef struct {
   uint32_t pid, alive;
   uint64_t attached_ns, admitted, denied, refused_full;
+  uint32_t away; /* as fshm_process_note() was told */
 } fshm_process_info;
 
 /* Segment ----------------------------------------------------------------------------------- */
@@ -171,6 +173,10 @@ int fshm_check(fshm_segment *segment, uint64_t *index);
 int fshm_limit_check(const fshm_limit *limit, uint64_t *largest_n);
 int fshm_limiter_open(fshm_segment *segment, const char *name, uint64_t name_length,
                       const fshm_limit *limits, uint32_t count, fshm_limiter **out);
+/* The same, for a limiter that is there for another one's sake: its calls count in no tallies. Whoever opens a name
+ * first decides that. */
+int fshm_limiter_open_beside(fshm_segment *segment, const char *name, uint64_t name_length,
+                             const fshm_limit *limits, uint32_t count, fshm_limiter **out);
 /* A limiter that exists, with the limits it has. FSHM_E_NOT_FOUND where it does not. */
 int fshm_limiter_find(fshm_segment *segment, const char *name, uint64_t name_length,
                       fshm_limiter **out);
@@ -287,6 +293,8 @@ typedef struct {
  * the key that were seen held, when there was none to take. */
 void fshm_admit(fshm_limiter *limiter, const void *key, uint64_t key_length, const uint64_t *costs,
                 uint64_t now_ns, fshm_permit *permit, fshm_decision *out, uint32_t *in_flight);
+/* Count a call that somebody else has decided: as admitted (FSHM_ALLOWED), denied, or refused (less than 0). */
+void fshm_count_call(fshm_limiter *limiter, const void *key, uint64_t key_length, int32_t status);
 /* Book actual instead of charged costs (one for each limit but the permits): more may go into debt, less
  * is given back, as far as the charge still counts. */
 int fshm_settle(fshm_limiter *limiter, const void *key, uint64_t key_length,
@@ -349,6 +357,9 @@ int fshm_allowance_admit(fshm_limiter *permits, fshm_limiter *allowances, fshm_l
 /* FSHM_OK; 0: no limiter there; or FSHM_E_DAMAGED. */
 int fshm_limiter_at(fshm_segment *segment, uint32_t index, fshm_limiter_info *out);
 int fshm_process_at(fshm_segment *segment, uint32_t index, fshm_process_info *out);
+/* What others are shown of this process as long as it lives: whatever the caller makes of it; 0 at first, and
+ * again in a child. Nothing, where the process table is full. */
+void fshm_process_note(fshm_segment *segment, uint32_t away);
 uint64_t fshm_live_cells(fshm_segment *segment, uint8_t *live, uint64_t now_ns);
 /* Cells in use; and of each limiter (an array for all: fshm_geometry.limiters), how many keys have consumed
  * something: 0 with FSHM_NAMES_OFF. */
@@ -362,7 +373,7 @@ int fshm_peek_counted(fshm_segment *segment, uint64_t cell, const fshm_limit *li
                       uint64_t now_ns, fshm_decision *out);
 
 /* Tallies: calls of each limiter, by all processes that ever were. They never fall ----------- */
-#define FSHM_TALLIES 16 /* limiters (by fshm_limiter_at) from 15 on share the last one */
+#define FSHM_TALLIES 16 /* the first 15 limiters have one each, all others share the last */
 typedef struct {
   uint64_t admitted;
   uint64_t denied; /* refused ones among them */

@@ -93,6 +93,7 @@ typedef struct {
 struct fshm_limiter {
   fshm_segment *segment;
   uint32_t index; /* in the table of limiters */
+  uint32_t tally; /* which tallies its calls count in; TALLIES: none */
   uint64_t key[2]; /* SipHash key of this limiter */
   _Atomic uint32_t released; /* slot + 1 that this process released last: likely free; 0 = none */
   _Atomic uint32_t frontier; /* where this process goes on looking for a free slot */
@@ -181,7 +182,7 @@ static inline uint64_t slot_who(uint64_t key_who, uint32_t slot) {
 /* counted.c: a key of a limiter, for calls that bring the limit along. */
 typedef struct {
   fshm_segment *s;
-  uint32_t index; /* of the limiter */
+  uint32_t index, tally; /* of the limiter */
   bool fixed; /* the caller gave the time */
   uint64_t hash, who, now;
 } keyed_t;
@@ -261,10 +262,10 @@ void ledger_flush_column(fshm_segment *s, uint32_t slot);
 void ledger_remember(fshm_segment *s, uint64_t cell, uint32_t meta, const void *key,
                      uint64_t length);
 
-/* Count one call of a limiter: the sums that are shown (tally.c). */
-static inline void tally_call(fshm_segment *s, uint32_t slot, uint32_t limiter, int status) {
-  limiter_tally_t *t = &s->tallies[slot < PROCESSES ? slot : PROCESSES]
-                            .of[limiter < TALLIES ? limiter : TALLIES - 1];
+/* Count one call of a limiter: the sums that are shown (tally.c). tally: of fshm_limiter. */
+static inline void tally_call(fshm_segment *s, uint32_t slot, uint32_t tally, int status) {
+  if (unlikely(tally >= TALLIES)) return; /* a limiter beside another one */
+  limiter_tally_t *t = &s->tallies[slot < PROCESSES ? slot : PROCESSES].of[tally];
   (void)add_relaxed(status == FSHM_ALLOWED ? &t->admitted : &t->denied, 1);
   if (unlikely(status < 0)) (void)add_relaxed(&t->refused, 1);
 }

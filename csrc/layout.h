@@ -76,7 +76,8 @@ typedef struct {
   _Atomic uint64_t refused; /* met a full table */
 } limiter_tally_t;
 
-/* Limiters from TALLIES - 1 on share the last. Slot PROCESSES: of all processes that have no slot. */
+/* The first TALLIES - 1 limiters that have tallies have one each, all others the last (limits.c: tally_of).
+ * Slot PROCESSES: of all processes that have no slot. */
 typedef struct {
   _Alignas(LINE) limiter_tally_t of[TALLIES];
 } tallies_t;
@@ -126,7 +127,7 @@ typedef struct {
  * lock at its death, and the fields below then describe a dead process until the slot is reused. */
 typedef struct {
   _Alignas(LINE) _Atomic uint32_t pid; /* 0 = never used; owner writes, relaxed */
-  uint32_t unused;
+  _Atomic uint32_t away; /* fshm_process_note(). Owner writes, relaxed; shown while it lives */
   _Atomic uint64_t attached; /* segment time, ns */
   /* What the slot's tallies said when its owner joined: the rest are the owner's. Owner writes, relaxed; killed
    * in between, a dead process shows too many. */
@@ -150,7 +151,8 @@ typedef struct {
 
 /* A limiter's name and limits. Entries are claimed in order and never given back. */
 typedef struct {
-  _Alignas(LINE) _Atomic uint64_t id; /* keyed hash of the name; 0 = free; one compare-and-swap */
+  /* keyed hash of the name, and in the lowest bit whether it has no tallies; 0 = free; one compare-and-swap */
+  _Alignas(LINE) _Atomic uint64_t id;
   /* version (28 bits) | resets (20) | slots of the current and the three former sets (4 bits each,
    * 15 = none). 0 = no limits published yet. One compare-and-swap publishes (release); readers load
    * it (acquire) before and after they read a slot. */

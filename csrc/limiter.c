@@ -4,7 +4,7 @@
 /* One call, as its helpers see it. */
 typedef struct {
   fshm_segment *s;
-  uint32_t index; /* of the limiter */
+  uint32_t index, tally; /* of the limiter */
   plan_t plan;
   bool stale; /* met a state of newer limits than the plan's: load it again, and look again */
   bool fixed; /* the caller gave the time */
@@ -307,7 +307,7 @@ static inline void count_call(const call_t *c, uint32_t slot, const look_t *l, i
                               const void *key, uint64_t length) {
   if (likely(c->plan.rules[0].kind !=
              FSHM_WALLET)) /* fshm_spend() counts it for whose wallet it is */
-    tally_call(c->s, slot, c->index, status);
+    tally_call(c->s, slot, c->tally, status);
   if (likely(l->cell.pair.who && !(c->s->names_mode & FSHM_NAMES_OFF)))
     ledger_count(c->s, slot, l->cell.cell, ledger_meta(c->index, l->cell.pair.who), key, length,
                  status == FSHM_ALLOWED);
@@ -319,6 +319,7 @@ static inline uint64_t key_hash(const fshm_limiter *l, const void *key, uint64_t
 static inline void begin_hashed(call_t *c, fshm_limiter *l, uint64_t hash, uint64_t now) {
   c->s = l->segment;
   c->index = l->index;
+  c->tally = l->tally;
   c->stale = false;
   c->tries = 0;
   c->hash = hash;
@@ -441,6 +442,15 @@ int fshm_cancel(fshm_limiter *l, const void *key, uint64_t key_length, const uin
         put(&c, i, &found, next, FSHM_ACQUIRE) == CLAIMED; /* lost: it is not the last any more */
   }
   return given_back;
+}
+
+void fshm_count_call(fshm_limiter *l, const void *key, uint64_t key_length, int32_t status) {
+  call_t c;
+  look_t first;
+  if (!limits_load(l->segment, l->index, &c.plan) || !c.plan.count) return;
+  begin(&c, l, key, key_length, 0);
+  cells_find(c.s, c.hash, fingerprint(&c, 0), &first.cell);
+  count_call(&c, process_slot(c.s), &first, status, key, key_length);
 }
 
 int fshm_settle(fshm_limiter *l, const void *key, uint64_t key_length, const uint64_t *charged,

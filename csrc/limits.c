@@ -119,9 +119,23 @@ COLD bool limits_wrong(const fshm_segment *s, uint32_t index, bool published) {
   return false; /* always being changed: nothing is certain */
 }
 
+/* An id is a hash of the name, without BESIDE, and that bit where the limiter is there for another one's sake:
+ * its calls have no tallies. So whoever sees an entry claimed knows which it is. */
+#define BESIDE UINT64_C(1)
+
 static COLD uint64_t name_id(const fshm_segment *s, const char *name, uint64_t length) {
-  uint64_t id = fshm_siphash(s->secret[0], s->secret[1], name, length);
-  return id + !id;
+  uint64_t id = fshm_siphash(s->secret[0], s->secret[1], name, length) & ~BESIDE;
+  return id ? id : 2 * BESIDE;
+}
+
+/* Which tallies an entry's calls count in; TALLIES: none. Entries are claimed in order and never given back, so
+ * this is the same for all processes, at any time. */
+static COLD uint32_t tally_of(const fshm_segment *s, uint32_t index) {
+  uint32_t before = 0;
+  if (load_relaxed(&s->limiters[index].id) & BESIDE) return TALLIES;
+  for (uint32_t i = 0; i < index && before < TALLIES - 1; i++)
+    before += !(load_relaxed(&s->limiters[i].id) & BESIDE);
+  return before;
 }
 
 static uint64_t read_name(const limiter_entry_t *e, char *out) {
@@ -139,7 +153,7 @@ COLD bool limits_name_wrong(const fshm_segment *s, uint32_t index) {
   /* Pairs with the release in publish(): what follows is read after it. */
   if (!atomic_load_explicit(&e->current, memory_order_acquire)) return false;
   uint64_t length = read_name(e, name);
-  return load_relaxed(&e->id) != name_id(s, name, length);
+  return (load_relaxed(&e->id) & ~BESIDE) != name_id(s, name, length);
 }
 
 /* Slots up to this one may be held: the largest limit of permits that this name ever had, until a count
@@ -193,21 +207,22 @@ static COLD bool entry_wrong(fshm_segment *s, uint32_t index, const char *name, 
   return true;
 }
 
-/* Find the entry of a name, or claim one. Entries are claimed in order and stay: two processes that
- * claim for one name contend for the same entry, and the loser finds the winner's. */
-static int entry_of(fshm_segment *s, const char *name, uint64_t length, bool claim,
+/* Find the entry of a name, or claim one, with these bits in its id. Entries are claimed in order and stay: two
+ * processes that claim for one name contend for the same entry, and the loser finds the winner's. */
+static int entry_of(fshm_segment *s, const char *name, uint64_t length, bool claim, uint64_t bits,
                     uint32_t *index) {
   uint64_t id = name_id(s, name, length);
   for (uint32_t i = 0; i < s->limiter_count; i++) {
     uint64_t seen = load_relaxed(&s->limiters[i].id);
     /* Passing by an entry with another id and our name, or taking one that is free but has limits, would
      * count apart from those who opened it before it was written over. */
-    if (seen != id && entry_wrong(s, i, name, length)) return FSHM_E_DAMAGED;
+    if ((seen & ~BESIDE) != id && entry_wrong(s, i, name, length)) return FSHM_E_DAMAGED;
     if (!seen && !claim) return FSHM_E_NOT_FOUND;
-    if (!seen && atomic_compare_exchange_strong_explicit(
-                     &s->limiters[i].id, &seen, id, memory_order_relaxed, memory_order_relaxed))
+    if (!seen &&
+        atomic_compare_exchange_strong_explicit(&s->limiters[i].id, &seen, id | bits,
+                                                memory_order_relaxed, memory_order_relaxed))
       seen = id;
-    if (seen != id) continue;
+    if ((seen & ~BESIDE) != id) continue;
     for (uint64_t k = 0; claim && k < length; k++)
       store_relaxed(&s->limiters[i].name[k], (unsigned char)name[k]);
     if (claim) store_relaxed(&s->limiters[i].name_length, (uint32_t)length);
@@ -316,8 +331,9 @@ static fshm_limiter *make_handle(fshm_segment *s, const char *name, uint64_t len
   return l;
 }
 
-int fshm_limiter_open(fshm_segment *s, const char *name, uint64_t name_length,
-                      const fshm_limit *limits, uint32_t count, fshm_limiter **out) {
+static int limiter_open(fshm_segment *s, const char *name, uint64_t name_length,
+                        const fshm_limit *limits, uint32_t count, uint64_t bits,
+                        fshm_limiter **out) {
   rule_t rules[FSHM_MAX_LIMITS];
   *out = NULL;
   if (s->read_only) return FSHM_E_READ_ONLY;
@@ -331,15 +347,26 @@ int fshm_limiter_open(fshm_segment *s, const char *name, uint64_t name_length,
   }
   fshm_limiter *l = make_handle(s, name, name_length);
   if (!l) return FSHM_E_MEMORY;
-  int status = entry_of(s, name, name_length, true, &l->index);
+  int status = entry_of(s, name, name_length, true, bits, &l->index);
   if (status == FSHM_OK && limits_wrong(s, l->index, false)) status = damage_limits(s, l->index);
   if (status == FSHM_OK) status = publish(s, &s->limiters[l->index], rules, count);
   if (status != FSHM_OK) {
     free(l);
     return status;
   }
+  l->tally = tally_of(s, l->index);
   *out = l;
   return FSHM_OK;
+}
+
+int fshm_limiter_open(fshm_segment *s, const char *name, uint64_t name_length,
+                      const fshm_limit *limits, uint32_t count, fshm_limiter **out) {
+  return limiter_open(s, name, name_length, limits, count, 0, out);
+}
+
+int fshm_limiter_open_beside(fshm_segment *s, const char *name, uint64_t name_length,
+                             const fshm_limit *limits, uint32_t count, fshm_limiter **out) {
+  return limiter_open(s, name, name_length, limits, count, BESIDE, out);
 }
 
 int fshm_limiter_find(fshm_segment *s, const char *name, uint64_t name_length, fshm_limiter **out) {
@@ -347,13 +374,14 @@ int fshm_limiter_find(fshm_segment *s, const char *name, uint64_t name_length, f
   if (s->read_only) return FSHM_E_READ_ONLY;
   fshm_limiter *l = make_handle(s, name, name_length);
   if (!l) return FSHM_E_MEMORY;
-  int status = entry_of(s, name, name_length, false, &l->index);
+  int status = entry_of(s, name, name_length, false, 0, &l->index);
   if (status == FSHM_OK && !load_relaxed(&s->limiters[l->index].current)) status = FSHM_E_NOT_FOUND;
   if (status == FSHM_OK && limits_wrong(s, l->index, false)) status = damage_limits(s, l->index);
   if (status != FSHM_OK) {
     free(l);
     return status;
   }
+  l->tally = tally_of(s, l->index);
   *out = l;
   return FSHM_OK;
 }
@@ -433,6 +461,7 @@ int fshm_limiter_at(fshm_segment *s, uint32_t index, fshm_limiter_info *out) {
   out->version = CURRENT_VERSION(p.current);
   out->resets = CURRENT_RESETS(p.current);
   out->id = load_relaxed(&e->id);
+  out->tally = tally_of(s, index);
   out->name_length = (uint32_t)read_name(e, out->name);
   return FSHM_OK;
 }

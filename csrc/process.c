@@ -203,6 +203,7 @@ uint32_t process_join(fshm_segment *s) {
     store_relaxed(&p->before[0], so_far.admitted);
     store_relaxed(&p->before[1], so_far.denied);
     store_relaxed(&p->before[2], so_far.refused);
+    store_relaxed(&p->away, 0);
     store_relaxed(&p->attached, segment_now(s));
     store_relaxed(&p->pid, pid);
     route_join(s, slot, load_relaxed(&page->generation));
@@ -260,6 +261,7 @@ int fshm_process_at(fshm_segment *s, uint32_t index, fshm_process_info *out) {
   const process_t *p = &s->processes[index];
   out->pid = load_relaxed(&p->pid);
   out->attached_ns = load_relaxed(&p->attached);
+  out->away = load_relaxed(&p->away);
   fshm_tally so_far;
   tally_slot(s, index, &so_far);
   out->admitted = so_far.admitted - load_relaxed(&p->before[0]);
@@ -267,6 +269,11 @@ int fshm_process_at(fshm_segment *s, uint32_t index, fshm_process_info *out) {
   out->refused_full = so_far.refused - load_relaxed(&p->before[2]);
   out->alive = out->pid && process_alive(s, index);
   return FSHM_OK;
+}
+
+void fshm_process_note(fshm_segment *s, uint32_t away) {
+  uint32_t slot = process_slot(s);
+  if (slot < PROCESSES) store_relaxed(&s->processes[slot].away, away);
 }
 
 /* Who speaks for the host: the holder of one more byte. The kernel hands it on at its death, at once, to one

@@ -205,7 +205,7 @@ int fshm_spend(fshm_limiter *wallet, fshm_limiter *refused, fshm_limiter *limits
     return status;
   }
   if (status == FSHM_ALLOWED) {
-    if (limits) tally_call(wallet->segment, process_slot(wallet->segment), limits->index, status);
+    if (limits) tally_call(wallet->segment, process_slot(wallet->segment), limits->tally, status);
     for (uint32_t i = 0; i < plan.count; i++) *low |= wallet_low(put[i], costs ? costs[i] : 1);
     if (out) {
       fshm_apply(limits, FSHM_PEEK, key, key_length, costs, 0, now, out);
@@ -227,7 +227,7 @@ int fshm_spend(fshm_limiter *wallet, fshm_limiter *refused, fshm_limiter *limits
   if (told.status == FSHM_ALLOWED) { /* room has come since by the meter, but must be asked for */
     told.status = FSHM_DENIED;
     told.retry_after_ns = (int64_t)wait;
-    tally_call(wallet->segment, process_slot(wallet->segment), limits->index, told.status);
+    tally_call(wallet->segment, process_slot(wallet->segment), limits->tally, told.status);
   }
   if (out) *out = told;
   return FSHM_DENIED;

@@ -102,12 +102,14 @@ def health_check() -> dict[str, Any]:
     refused_full (calls that met a full table)), memo, features_off, and litellm: None, or
     could_not_judge, the requests of LiteLLM's plugin that ``fail_open`` decided about since the
     segment was made, and cluster: None, or how this host fares with limits that are kept for many
-    (hosts, leader, round_trips, failed, granted, given_back, admitted, calls_saved, lag_p50_ms,
-    lag_p99_ms).
+    (hosts, leader, round_trips, failed, granted, given_back, admitted, calls_saved, permits,
+    lag_p50_ms, lag_p99_ms, away, lost: cluster/state.py). While the server is away for a process of
+    this host, the status says so.
 
     Never raises.
     """
-    from fast_litellm_shm.cluster.state import cluster_state  # whoever needs it, not every worker
+    # whoever needs it, not each worker
+    from fast_litellm_shm.cluster.state import cluster_state, problem
 
     problems: list[str] = []
     state = memo = plugin = cluster = None
@@ -124,6 +126,8 @@ def health_check() -> dict[str, Any]:
         failed = monitoring.segment_stats(default, PLUGIN).get(PLUGIN)
         plugin = {"could_not_judge": failed["error_count"]} if failed else None
         problems += _problems(state)
+        if cluster is not None and cluster["away"] is not None:
+            problems.append(problem(cluster["away"]))
     except (exceptions.FastShmError, OSError) as error:
         problems.append(str(error))
     except Exception as error:  # its contents are foreign: whatever they break must be told

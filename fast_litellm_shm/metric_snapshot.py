@@ -38,9 +38,10 @@ _UNKNOWN = 2**64 - 1
 
 @dataclass(frozen=True)
 class _Limiter:
-    """One limiter, or several whose names look alike: its places in the table."""
+    """One limiter, or several whose names look alike: its places in the table, and its tallies."""
 
     places: list[int] = field(default_factory=list)
+    tallies: list[int] = field(default_factory=list)
     limits: list[limits.AnyLimit | limits.InFlight | limits.Granted] = field(default_factory=list)
 
     @property
@@ -121,6 +122,7 @@ def _limiters(of: Segment, count: int) -> dict[str, _Limiter]:
         raw: bytes = ffi.buffer(info.name, info.name_length)[:]
         limiter = found.setdefault(raw.decode("utf-8", "replace"), _Limiter())
         limiter.places.append(place)
+        limiter.tallies.append(info.tally)
         limiter.limits.extend(limits.from_raw(info.limits[i]) for i in range(info.limits_count))
     return found
 
@@ -129,30 +131,30 @@ def _limiter_rows(
     known: Mapping[str, _Limiter], tallies: Any, keys: Any | None
 ) -> Iterator[LimiterMetrics]:
     last = lib.FSHM_TALLIES - 1
-    beyond = any(place >= last for limiter in known.values() for place in limiter.places)
+    beyond = any(last in limiter.tallies for limiter in known.values())
     like = known.get(OTHERS)
     for name, limiter in known.items():
         if (beyond and limiter is like) or is_beside(name, known):
             continue
-        own = [place for place in limiter.places if place < last]
-        apart = len(own) == len(limiter.places)
+        own = [tally for tally in limiter.tallies if tally < last]
+        apart = len(own) == len(limiter.tallies)
         yield LimiterMetrics(
             limiter=name,
             limits=tuple(limits.describe(limit) for limit in limiter.limits),
-            admitted=sum(tallies[place].admitted for place in own) if apart else None,
-            denied=sum(tallies[place].denied for place in own) if apart else None,
-            refused=sum(tallies[place].refused for place in own) if apart else None,
+            admitted=sum(tallies[tally].admitted for tally in own) if apart else None,
+            denied=sum(tallies[tally].denied for tally in own) if apart else None,
+            refused=sum(tallies[tally].refused for tally in own) if apart else None,
             keys=None if keys is None else sum(keys[place] for place in limiter.places),
         )
     if beyond:
         # A limiter may have that name: one series for both, else the whole scrape is refused.
-        own = [place for place in like.places if place < last] if like else []
+        own = [tally for tally in like.tallies if tally < last] if like else []
         yield LimiterMetrics(
             OTHERS,
             tuple(limits.describe(limit) for limit in like.limits) if like else (),
-            sum(tallies[place].admitted for place in [*own, last]),
-            sum(tallies[place].denied for place in [*own, last]),
-            sum(tallies[place].refused for place in [*own, last]),
+            sum(tallies[tally].admitted for tally in [*own, last]),
+            sum(tallies[tally].denied for tally in [*own, last]),
+            sum(tallies[tally].refused for tally in [*own, last]),
             sum(keys[place] for place in like.places) if like and keys is not None else None,
         )
 

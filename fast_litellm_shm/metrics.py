@@ -46,7 +46,8 @@ class SegmentMetrics:
 @dataclass(frozen=True)
 class LimiterMetrics:
     """keys: that have consumed something; None where the segment keeps nothing of keys. Calls are
-    counted apart for the first 15 limiters of a segment; the others' are those of ``(other)``."""
+    counted apart for the first 15 limiters of a segment; the others' are those of ``(other)``, and
+    those of a ``NAME (wallet)`` are NAME's."""
 
     limiter: str
     limits: tuple[str, ...]

@@ -15,7 +15,7 @@ import psutil
 
 from fast_litellm_shm import exceptions
 from fast_litellm_shm.cli import held, keytable, listing, render
-from fast_litellm_shm.cluster.state import cluster_state
+from fast_litellm_shm.cluster.state import away_state, cluster_state, problem
 from fast_litellm_shm.inspection import Inspection, KeyRow, open_for_reading
 from fast_litellm_shm.segment import Segment
 
@@ -47,9 +47,15 @@ def processes_of(segment: Segment) -> list[dict[str, Any]]:
     return out
 
 
-def warnings_of(stats: dict[str, Any], processes: list[dict[str, Any]]) -> list[str]:
-    """What somebody should do something about: damage, removal, a table that is (nearly) full."""
+def warnings_of(
+    stats: dict[str, Any], processes: list[dict[str, Any]], segment: Segment
+) -> list[str]:
+    """What somebody should do something about: damage, removal, a table that is (nearly) full, a
+    server that is away."""
     out = []
+    away = away_state(segment)
+    if away is not None:
+        out.append(problem(away))
     if stats["damaged"]:
         out.append(f"{stats['damaged']}. What is shown may be wrong")
     if stats["unlinked"]:
@@ -105,6 +111,10 @@ def _cluster_lines(cluster: dict[str, Any]) -> list[RenderableType]:
 
     hosts = "1 host" if cluster["hosts"] == 1 else f"{cluster['hosts'] or '?'} hosts"
     leader = f"pid {cluster['leader']}" if cluster["leader"] else "nobody"
+    rate = cluster.get("round_trips_per_second")
+    second = f"{rate:,.1f} a second, " if rate is not None else ""
+    times = f"{cluster['lost']:,} time{'s' * (cluster['lost'] != 1)}"
+    lost = f"; the server was lost {times}" if cluster["lost"] else ""
     lines = [
         (
             "cluster",
@@ -113,9 +123,9 @@ def _cluster_lines(cluster: dict[str, Any]) -> list[RenderableType]:
         ),
         (
             "",
-            f"{cluster['round_trips']:,} round trips ({cluster['failed']:,} failed), "
+            f"{cluster['round_trips']:,} round trips ({second}{cluster['failed']:,} failed), "
             f"{cluster['calls_saved']:,} saved; {cluster['granted']:,} tokens granted, "
-            f"{cluster['given_back']:,} given back",
+            f"{cluster['given_back']:,} given back{lost}",
         ),
     ]
     permits = cluster["permits"]
@@ -199,13 +209,21 @@ def _key_tables(rows: Iterator[KeyRow], title: str, out: Console) -> Iterator[Re
 
 
 class _Look:
-    """One look at a segment: what was asked for, and what was found."""
+    """One look at a segment: what was asked for, and what was found. before: the last one, where
+    this is not the first: rates are what has come since."""
 
-    def __init__(self, segment: Segment, args: argparse.Namespace) -> None:
+    def __init__(
+        self, segment: Segment, args: argparse.Namespace, before: _Look | None = None
+    ) -> None:
+        self._at = time.monotonic()
         self.inspection = Inspection(segment)
         self.stats = segment.stats()
         self.processes = processes_of(segment)
         self.cluster = cluster_state(segment, self.inspection)
+        then = before.cluster if before is not None else None
+        if self.cluster is not None and before is not None and then is not None:
+            more = self.cluster["round_trips"] - then["round_trips"]
+            self.cluster["round_trips_per_second"] = max(more, 0) / (self._at - before._at)
         self.limiters = self.inspection.limiters()
         self._args = args
         names = [limiter["name"] for limiter in self.limiters]
@@ -223,7 +241,8 @@ class _Look:
         """Everything above the keys. most: rows of each table; 0: their numbers alone."""
         from rich.text import Text
 
-        head = _head(self.stats, warnings_of(self.stats, self.processes))
+        warnings = warnings_of(self.stats, self.processes, self.inspection.segment)
+        head = _head(self.stats, warnings)
         if self.cluster is not None:
             head[-1:] = [*_cluster_lines(self.cluster), Text()]
         if most == 0:
@@ -315,24 +334,28 @@ def _watch(segment: Segment, args: argparse.Namespace, top: int) -> int:
     out = render.console()
     try:
         if args.json or not out.is_terminal or out.is_dumb_terminal:
+            look = None
             while True:
+                look = _Look(segment, args, look)
                 if args.json:
-                    _Look(segment, args).write_json()
+                    look.write_json()
                 else:
-                    _print(out, _Look(segment, args), top)
+                    _print(out, look, top)
                     out.print()
                 sys.stdout.flush()
                 time.sleep(args.watch)
                 segment = _newest(segment, args)
         # A killed watcher must not leave the terminal on its second screen.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        first = _frame(out, _Look(segment, args), top)
+        look = _Look(segment, args)
+        first = _frame(out, look, top)
         with Live(first, console=out, screen=True, auto_refresh=False) as live:
             live.refresh()
             while True:
                 time.sleep(args.watch)
                 segment = _newest(segment, args)
-                live.update(_frame(out, _Look(segment, args), top), refresh=True)
+                look = _Look(segment, args, look)
+                live.update(_frame(out, look, top), refresh=True)
     except KeyboardInterrupt:
         return 0
 

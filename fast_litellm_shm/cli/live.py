@@ -216,7 +216,7 @@ class Sampler:
             name=self.name,
             taken=time.time(),
             notice=notice if notice and now - announced < _ANNOUNCED else None,
-            warnings=inspect.warnings_of(stats, attached),
+            warnings=inspect.warnings_of(stats, attached, segment),
             stats=stats,
             admitted=self._rates.add(stats["admitted"], "admitted"),
             denied=self._rates.add(stats["denied"], "denied"),

@@ -49,7 +49,7 @@ _NAME, _KEY = NOTE.encode(), b"hosts"
 def _note(segment: Segment) -> Any:
     """A limiter as a place for one number: how many hosts there are."""
     out, limit = ffi.new("fshm_limiter **"), ffi.new("fshm_limit[]", [Granted()._raw()])
-    status = lib.fshm_limiter_open(segment._handle, _NAME, len(_NAME), limit, 1, out)
+    status = lib.fshm_limiter_open_beside(segment._handle, _NAME, len(_NAME), limit, 1, out)
     return ffi.gc(out[0], lib.fshm_limiter_close) if status == lib.FSHM_OK else None
 
 

@@ -19,7 +19,7 @@ MOST_NAME = lib.FSHM_MAX_LIMITER_NAME - max(
 
 
 def open_limiter(shared: SharedLimits, suffix: str, limits: Sequence[Any]) -> Any:
-    """A limiter beside another one."""
+    """A limiter beside another one: what it does is no call of its own, and counted nowhere."""
     name = (shared.name + suffix).encode("utf-8", "surrogatepass")
     if len(name) > lib.FSHM_MAX_LIMITER_NAME:
         raise ValueError(
@@ -28,7 +28,7 @@ def open_limiter(shared: SharedLimits, suffix: str, limits: Sequence[Any]) -> An
         )
     raw, out = ffi.new("fshm_limit[]", [each._raw() for each in limits]), ffi.new("fshm_limiter **")
     handle = shared.segment._handle
-    status = lib.fshm_limiter_open(handle, name, len(name), raw, len(limits), out)
+    status = lib.fshm_limiter_open_beside(handle, name, len(name), raw, len(limits), out)
     if status != lib.FSHM_OK:
         shared._failed(status)
     return ffi.gc(out[0], lib.fshm_limiter_close)

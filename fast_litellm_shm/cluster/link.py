@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fast_litellm_shm import exceptions
-from fast_litellm_shm.cluster.settings import Cluster
+from fast_litellm_shm.cluster.settings import OUTAGE, Cluster
 from fast_litellm_shm.native import lib
 from fast_litellm_shm.segment import Segment
 
@@ -27,6 +27,7 @@ PROBE = 0.2  # seconds between two tries while it is away
 # have noticed, and have told it what they admitted meanwhile.
 PROBATION = 1.0
 _MOST = 500  # requests in one pipeline
+COMPONENT, OUTAGES = "cluster", "cluster_outage"  # as which round trips and outages are measured
 
 
 class AwayError(exceptions.ClusterError):
@@ -72,11 +73,12 @@ class Link:
         self._scripts: dict[str, Any] = {}  # by source
         self._lock = threading.Lock()
         self._since = self._answers_since = 0.0
+        self._since_ns = 0  # segment time
         self.away: str | None = None  # why
         self.on_lost: Callable[[], None] = lambda: None
         self.owing: weakref.WeakSet[Owing] = weakref.WeakSet()
         self.booked: deque[Booked] = deque()  # to be told by a thread
-        self._metrics: dict[str, int] = {}
+        self._metrics: dict[tuple[str, str], int] = {}
 
     def client(self) -> Any:
         """Made when it is first needed: in a worker, not in whoever forks it."""
@@ -100,7 +102,7 @@ class Link:
             self._record(requests, [], began)
             if not _is_outage(error):
                 raise
-            self._lost(error)
+            self._lost(error, time.monotonic_ns() - began)
             raise AwayError(self.away) from error
         self._record(requests, answers, began)
         return answers
@@ -142,13 +144,17 @@ class Link:
         if self.away is not None:
             raise AwayError(self.away)
 
-    def _lost(self, error: Exception) -> None:
+    def _lost(self, error: Exception, took: int) -> None:
+        """took: ns until it was noticed."""
         with self._lock:
             first, self.away = self.away is None, f"{type(error).__name__}: {error}"
             self._answers_since = 0.0
             if first:
                 self._since = time.monotonic()
+                self._since_ns = int(lib.fshm_now(self.segment._handle))
+        _note(self.segment)  # each time: a child that was forked meanwhile has told nobody yet
         if first:
+            self._measured(OUTAGES, "lost", took)
             _log.warning(
                 "%s does not answer (%s); limits over many hosts go by on_outage=%r until it does",
                 self.cluster.shown, self.away, self.cluster.on_outage,
@@ -157,21 +163,24 @@ class Link:
 
     def probe(self) -> None:
         """Try it, while it is away: by the agent. Before anything is asked of it again, it is told
-        what was admitted meanwhile."""
+        what was admitted meanwhile, when it answers: that takes a look at each key."""
+        began = time.monotonic_ns()
         try:
+            self.client().ping()
             for limiter in list(self.owing):
                 self._repay(limiter)
-            self.client().ping()
         except AwayError:
             return
         except Exception as error:
-            self._lost(error)
+            self._lost(error, time.monotonic_ns() - began)
             return
         now = time.monotonic()
         self._answers_since = self._answers_since or now
         if now - self._answers_since < PROBATION:
             return
         self.away = None
+        _note(self.segment)
+        self._measured(OUTAGES, "away", round((now - self._since) * 1e9))
         _log.warning("%s answers again, after %.1f s", self.cluster.shown, now - self._since)
 
     def _repay(self, limiter: Owing) -> None:
@@ -191,15 +200,16 @@ class Link:
 
     # what people look at
 
-    def _metric(self, operation: str) -> int:
-        known = self._metrics.get(operation)
+    def _measured(
+        self, component: str, operation: str, ns: int, ok: bool = True, asked: int = 0, got: int = 0
+    ) -> None:
+        handle, place = self.segment._handle, (component, operation)
+        known = self._metrics.get(place)
         if known is None:
-            raw = operation.encode()
-            known = lib.fshm_metric_open(
-                self.segment._handle, b"cluster", len(b"cluster"), raw, len(raw)
-            )
-            self._metrics[operation] = known
-        return known
+            first, second = component.encode(), operation.encode()
+            known = lib.fshm_metric_open(handle, first, len(first), second, len(second))
+            self._metrics[place] = known
+        lib.fshm_metric_record(handle, known, ns, 1, ok, asked, got)
 
     def _record(self, requests: Sequence[Question], answers: Sequence[Any], began: int) -> None:
         """A round trip, as a metric: sizes are tokens asked for or given back, and granted."""
@@ -209,10 +219,8 @@ class Link:
         )
         kinds = {each.operation for each in requests}
         operation = kinds.pop() if len(kinds) == 1 else "many"
-        lib.fshm_metric_record(
-            self.segment._handle, self._metric(operation), time.monotonic_ns() - began, 1,
-            bool(answers), asked, granted,
-        )  # fmt: skip
+        took = time.monotonic_ns() - began
+        self._measured(COMPONENT, operation, took, bool(answers), asked, granted)
 
 
 def _is_outage(error: Exception) -> bool:
@@ -235,6 +243,28 @@ def of(cluster: Cluster, segment: Segment) -> Link:
         if place not in _links:
             _links[place] = Link(cluster, segment)
         return _links[place]
+
+
+def _note(segment: Segment) -> None:
+    """Have others see whether the server is away for this process: since when (of several servers,
+    the first that is), and by which policies it goes."""
+    instance = segment.geometry().instance
+    with _links_lock:
+        away = [
+            link for (_, of), link in _links.items() if of == instance and link.away is not None
+        ]
+        note = 0
+        if away:
+            note = min(link._since_ns for link in away) // 10**9 << len(OUTAGE)
+            for link in away:
+                note |= 1 << OUTAGE.index(link.cluster.on_outage)
+        lib.fshm_process_note(segment._handle, note)
+
+
+def noted(note: int) -> tuple[int, tuple[str, ...]]:
+    """What a process has told so: since when, in seconds of segment time, and its policies; none:
+    no server is away for it."""
+    return note >> len(OUTAGE), tuple(policy for i, policy in enumerate(OUTAGE) if note >> i & 1)
 
 
 def _forked() -> None:

@@ -174,12 +174,14 @@ end
 hosts = hosts + 1
 
 -- A host that this state has never seen, and that knows more than is in it: the state was lost (a restart
--- without persistence, a failover). What the hosts know last is what it was, so it grows together again.
+-- without persistence, a failover). What the hosts know last is what it was, so it grows together again. That
+-- has what a host admitted while the server was away, of all its processes: while these tell of it, each its own
+-- part, it would count twice. So a host is not seen by that.
 local me = state.h[host]
 if not me then
   me = {t = now, g = now, b = 0}
-  state.h[host] = me
-  if not state.x then
+  if op ~= 'fill' then state.h[host] = me end
+  if not state.x and op ~= 'fill' then
     for i, r in ipairs(rules) do
       local m = state.l[i]
       if r.kind == 0 then

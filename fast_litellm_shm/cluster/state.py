@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from fast_litellm_shm import monitoring
+from fast_litellm_shm.cluster.link import COMPONENT, OUTAGES, noted
 from fast_litellm_shm.inspection import HELD, LEASED, NOTE, Inspection
-from fast_litellm_shm.native import lib
+from fast_litellm_shm.native import ffi, lib
 from fast_litellm_shm.segment import Segment
-
-COMPONENT = "cluster"  # as which round trips are measured
 
 
 def cluster_state(segment: Segment, inspection: Inspection | None = None) -> dict[str, Any] | None:
@@ -20,7 +19,9 @@ def cluster_state(segment: Segment, inspection: Inspection | None = None) -> dic
     answered from what was granted), calls_saved (round trips that one for each call would have
     taken, less those that were made), permits (of limits of calls in flight: keys that this host
     has an allowance for, how many permits it may hold by them, and round trips about them),
-    lag_p50_ms and lag_p99_ms (of a round trip)."""
+    lag_p50_ms and lag_p99_ms (of a round trip), away (None: no process takes the server for away;
+    else processes, which do, of how many, seconds, since the first did, and on_outage, a list: by
+    what they go), lost (how often a process has lost the server)."""
     stats = monitoring.segment_stats(segment, COMPONENT).get(COMPONENT)
     if stats is None:
         return None
@@ -54,4 +55,41 @@ def cluster_state(segment: Segment, inspection: Inspection | None = None) -> dic
         "permits": {"keys": len(allowed), "allowed": sum(allowed), "round_trips": calls},
         "lag_p50_ms": stats["p50_duration_ms"],
         "lag_p99_ms": stats["p99_duration_ms"],
+        "away": away_state(segment),
+        "lost": _times_lost(segment),
     }
+
+
+def away_state(segment: Segment) -> dict[str, Any] | None:
+    """By what each living process says: where one cannot reach the server, others may."""
+    info, geometry = ffi.new("fshm_process_info *"), segment.geometry()
+    living, since, policies = 0, [], set[str]()
+    for slot in range(geometry.processes):
+        lib.fshm_process_at(segment._handle, slot, info)
+        living += info.alive
+        began, its = noted(info.away) if info.alive else (0, ())
+        policies.update(its)
+        since += [began] if its else []
+    if not since:
+        return None
+    return {
+        "processes": len(since),
+        "of": living,
+        "seconds": max(geometry.time_ns // 10**9 - min(since), 0),
+        "on_outage": sorted(policies),
+    }
+
+
+def _times_lost(segment: Segment) -> int:
+    found = monitoring.segment_stats(segment, OUTAGES).get(OUTAGES, {})
+    return int(found.get("operations", {}).get("lost", {}).get("total_calls", 0))
+
+
+def problem(away: dict[str, Any]) -> str:
+    """What away_state() tells, in a sentence."""
+    policies = " or ".join(f"on_outage={each!r}" for each in away["on_outage"])
+    who = f"{away['processes']} of {away['of']} processes"
+    return (
+        f"the server of the limits over many hosts has not answered {who} for {away['seconds']} s: "
+        f"they go by {policies}; see that it runs and can be reached, the log says what is wrong"
+    )

@@ -111,6 +111,7 @@ class Wallet:
 
     def _acquire(self, raw: bytes, costs: tuple[int, ...]) -> Told:
         if any(each >= _LARGEST for each in costs):
+            self.count(raw, lib.FSHM_DENIED)
             return (0, 0, 0, lib.FSHM_NEVER, 0)
         self.link.check()
         loops.may_wait()
@@ -131,7 +132,7 @@ class Wallet:
             if found.calm_ns:
                 self._refuse(raw, costs, found.calm_ns)
             return (1, *self._left(found, self.look(raw)[0]), 0, self._reset_ns(found))
-        self._apply(self._shared._handle, lib.FSHM_PROBE, raw, costs)
+        self.count(raw, lib.FSHM_DENIED)
         self._refuse(raw, costs, found.calm_ns)
         wait = found.retry_after_ns
         left = self._left(found, self.look(raw)[0])[1]
@@ -216,6 +217,10 @@ class Wallet:
                 f"limiter {self._shared.name!r}: nothing was {what}, since {self.cluster.shown} "
                 f"does not answer ({error}): try again when it does"
             ) from error
+
+    def count(self, raw: bytes, status: int) -> None:
+        """A call that was decided elsewhere than by the limiter's own meter: for people."""
+        lib.fshm_count_call(self._shared._handle, raw, len(raw), status)
 
     # what the agent needs too
 

@@ -131,12 +131,12 @@ static void test_half_made_limiters(void) {
   fshm_limiter_info info;
   fshm_limiter *l;
   uint32_t at;
-  CHECK_EQ(entry_of(s, "whole name", 10, true, &at), FSHM_OK);
-  CHECK_EQ(entry_of(s, "no name", 7, true, &at), FSHM_OK);
+  CHECK_EQ(entry_of(s, "whole name", 10, true, 0, &at), FSHM_OK);
+  CHECK_EQ(entry_of(s, "no name", 7, true, 0, &at), FSHM_OK);
   CHECK_EQ(at, 1);
   store_relaxed(&s->limiters[1].name_length, 0);
   store_relaxed(&s->limiters[1].name[0], 0);
-  CHECK_EQ(entry_of(s, "half a name", 11, true, &at), FSHM_OK);
+  CHECK_EQ(entry_of(s, "half a name", 11, true, 0, &at), FSHM_OK);
   store_relaxed(&s->limiters[2].name_length, 0);
   for (uint32_t i = 0; i < 3; i++) CHECK_EQ(fshm_limiter_at(s, i, &info), 0);
   CHECK_EQ(fshm_limiter_find(s, "no name", 7, &l), FSHM_E_NOT_FOUND);

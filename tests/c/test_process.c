@@ -197,6 +197,35 @@ static void test_looking_does_not_kill(void) {
   fshm_close(s);
 }
 
+static uint32_t noted(fshm_segment *s, uint32_t slot) {
+  fshm_process_info p;
+  CHECK_EQ(fshm_process_at(s, slot, &p), FSHM_OK);
+  return p.away;
+}
+
+static void notes_and_leaves(int me, void *with) {
+  fshm_segment *s = with;
+  uint32_t slot = process_slot(s);
+  CHECK_EQ(noted(s, slot), 0); /* whatever its parent, or an earlier owner of the slot, had noted */
+  fshm_process_note(s, (uint32_t)me);
+  CHECK_EQ(noted(s, slot), me);
+}
+
+/* What a process has others shown is its own, and dies with it. */
+static void test_notes(void) {
+  fshm_segment *s = fresh_segment(100);
+  uint32_t mine = process_slot(s);
+  fshm_process_note(s, 7);
+  CHECK_EQ(noted(s, mine), 7);
+  for (uint32_t i = 0; i < PROCESSES; i++)
+    if (i != mine) store_relaxed(&s->processes[i].away, 77); /* as dead owners left it */
+  for (int i = 1; i < 5; i++) end_child(start_child(notes_and_leaves, i, s));
+  CHECK_EQ(noted(s, mine), 7);
+  fshm_process_note(s, 0);
+  CHECK_EQ(noted(s, mine), 0);
+  fshm_close(s);
+}
+
 static void lock_path(const fshm_segment *s, char *out, size_t size) {
   (void)snprintf(out, size, "%s.%016llx.lock", s->path, (unsigned long long)s->header->instance);
 }
@@ -468,6 +497,7 @@ int main(void) {
   test_table_full();
   test_threads_share();
   test_looking_does_not_kill();
+  test_notes();
   test_unknown_counts_as_alive();
   test_removed_segment_gets_no_lock_file();
   test_deleted_lock_file();

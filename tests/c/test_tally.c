@@ -98,6 +98,64 @@ static void test_by_limiter(void) {
   fshm_close(s);
 }
 
+/* Limiters that are there for another one's sake take no tallies: those made after them have theirs. Who comes later
+ * finds the same, whatever it takes the name for; and the last have none of their own. */
+static void test_beside(void) {
+  fshm_segment *s = fresh_segment(80000);
+  fshm_tally all[FSHM_TALLIES];
+  fshm_limiter_info info;
+  const unsigned last = FSHM_TALLIES - 1;
+  for (unsigned i = 0; i <= FSHM_TALLIES; i++) {
+    char name[24];
+    fshm_limiter *beside, *again;
+    (void)snprintf(name, sizeof name, "beside %u", i);
+    CHECK_EQ(fshm_limiter_open_beside(s, name, strlen(name), &generous, 1, &beside), FSHM_OK);
+    CHECK_EQ(fshm_limiter_open(s, name, strlen(name), &generous, 1, &again), FSHM_OK);
+    CHECK_EQ(again->index, beside->index);
+    CHECK_EQ(apply_at(beside, FSHM_ACQUIRE, "k", 1, NOW).status, FSHM_ALLOWED);
+    CHECK_EQ(apply_at(again, FSHM_ACQUIRE, "k", 2000000, NOW).status, FSHM_DENIED);
+    fshm_count_call(beside, "k", 1, FSHM_ALLOWED);
+    CHECK_EQ(fshm_limiter_at(s, 2 * i, &info), FSHM_OK);
+    CHECK_EQ(info.tally, FSHM_TALLIES);
+    fshm_limiter_close(again);
+    fshm_limiter_close(beside);
+    (void)snprintf(name, sizeof name, "limiter %u", i);
+    fshm_limiter *l = fresh_limiter(s, name, &generous, 1);
+    CHECK_EQ(fshm_limiter_find(s, name, strlen(name), &again), FSHM_OK);
+    CHECK_EQ(again->index, 2 * i + 1);
+    for (unsigned k = 0; k <= i; k++) (void)apply_at(k % 2 ? l : again, FSHM_ACQUIRE, "k", 1, NOW);
+    CHECK_EQ(fshm_limiter_at(s, 2 * i + 1, &info), FSHM_OK);
+    CHECK_EQ(info.tally, i < last ? i : last);
+    fshm_limiter_close(again);
+    fshm_limiter_close(l);
+  }
+  fshm_tally_all(s, all);
+  for (unsigned i = 0; i < last; i++) {
+    CHECK_EQ(all[i].admitted, i + 1);
+    CHECK_EQ(all[i].denied, 0);
+  }
+  CHECK_EQ(all[last].admitted, 2 * last + 3);
+  fshm_close(s);
+}
+
+/* What somebody else has decided counts as any other call, once; nothing is consumed. */
+static void test_counted_for_others(void) {
+  fshm_segment *s = fresh_segment(100);
+  fshm_tally all[FSHM_TALLIES];
+  const fshm_limit two = {2, UINT64_C(1) << 40, 0, FSHM_WINDOW, 0};
+  fshm_limiter *l = fresh_limiter(s, "l", &two, 1);
+  for (int i = 0; i < 5; i++) fshm_count_call(l, "k", 1, FSHM_ALLOWED);
+  for (int i = 0; i < 3; i++) fshm_count_call(l, "k", 1, FSHM_DENIED);
+  fshm_count_call(l, "k", 1, FSHM_FULL);
+  fshm_tally_all(s, all);
+  CHECK_EQ(all[0].admitted, 5);
+  CHECK_EQ(all[0].denied, 4);
+  CHECK_EQ(all[0].refused, 1);
+  CHECK_EQ(apply_at(l, FSHM_ACQUIRE, "k", 2, 0).status, FSHM_ALLOWED);
+  fshm_limiter_close(l);
+  fshm_close(s);
+}
+
 /* A full table: refused, which is denied too. And the keys of each limiter, as long as they are live. */
 static void test_refused_and_used(void) {
   fshm_segment *s = fresh_segment(1);
@@ -171,6 +229,8 @@ static void test_octaves(void) {
 int main(void) {
   test_never_falls();
   test_by_limiter();
+  test_beside();
+  test_counted_for_others();
   test_refused_and_used();
   test_permits();
   test_octaves();

@@ -16,6 +16,7 @@ from fast_litellm_shm import ConcurrencyLimiter, RateLimiter, Segment, Window, h
 from fast_litellm_shm.cluster.state import cluster_state
 from fast_litellm_shm.inspection import Inspection
 from fast_litellm_shm.metric_source import Source
+from fast_litellm_shm.native import lib
 
 
 def test_a_host_alone_says_nothing_of_it(segment: Segment) -> None:
@@ -70,6 +71,24 @@ def test_permits_are_told(server: servers.Server, segment: Segment) -> None:
     assert {(row.limiter, row.in_flight) for row in metrics.permits} == {("permits", 3)}
     for permit in permits:
         permit.release()
+
+
+def test_what_a_limiter_has_beside_it_takes_no_place_among_the_counts(
+    server: servers.Server, segment_name: str
+) -> None:
+    """The first fifteen limiters are counted apart, however many hosts they are for."""
+    segment = Segment(segment_name, capacity=100_000)
+    limiters = [
+        RateLimiter(Window(5, 3600), name=f"api {i}", segment=segment, cluster=server.url)
+        for i in range(lib.FSHM_TALLIES - 1)
+    ]
+    for limiter in limiters:
+        assert sum(limiter.is_allowed("key") for _ in range(8)) == 5
+    found = Source(segment).read()
+    told = {row.limiter: (row.admitted, row.denied) for row in found.limiters}
+    assert [told.pop(limiter.name) for limiter in limiters] == [(5, 3)] * len(limiters)
+    assert told == {f"{limiter.name} (wallet)": (None, None) for limiter in limiters}
+    assert (found.segment.admitted, found.segment.denied) == (5 * 15, 3 * 15)
 
 
 def inspect(name: str) -> dict[str, Any]:

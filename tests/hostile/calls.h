@@ -142,6 +142,7 @@ static void look_in(user_t *u, uint64_t at) {
   int status = fshm_limiter_at(s, (uint32_t)at, &limiter);
   MUST(status == FSHM_OK || !status || status == FSHM_E_ARGUMENT || status == FSHM_E_DAMAGED);
   MUST(limiter.name_length <= sizeof limiter.name && limiter.limits_count <= FSHM_MAX_LIMITS);
+  MUST(limiter.tally <= FSHM_TALLIES);
   uint64_t largest;
   for (uint32_t i = 0; i < limiter.limits_count; i++) /* or Python could not show it */
     MUST(fshm_limit_check(&limiter.limits[i], &largest) == FSHM_OK);
