@@ -127,6 +127,7 @@ class Link:
     def names(self, start: bytes) -> list[bytes]:
         """Keys at the server that begin so. Raises AwayError."""
         self.check()
+        began = time.monotonic_ns()
         pattern = b"".join(b"\\" + bytes([c]) if c in b"*?[]^\\" else bytes([c]) for c in start)
         try:
             found = self.client().scan_iter(match=pattern + b"*", count=1000)
@@ -134,7 +135,7 @@ class Link:
         except Exception as error:
             if not _is_outage(error):
                 raise
-            self._lost(error)
+            self._lost(error, time.monotonic_ns() - began)
             raise AwayError(self.away) from error
 
     # outages
