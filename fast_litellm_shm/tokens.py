@@ -33,15 +33,17 @@ def make_memo(
     compute: Callable[[Any], int],
     operation: str,
     encode: Callable[[str], list[int]] | None = None,
+    enabled: Callable[[], bool] | None = None,
 ) -> Memo:
     """``compute`` behind the segment's memo. ``name`` says everything the count depends on.
-    ``encode`` may give the tokens themselves, sooner, of any str that has a UTF-8. Whether the
-    feature is on is asked at every 32nd call: that takes longer than to remember."""
+    ``encode`` may give the tokens themselves, sooner, of any str that has a UTF-8. ``enabled`` says
+    whether to use the memo, and is asked at every 32nd call: that takes longer than to remember.
+    None: whoever calls has asked already."""
     text = name.encode()
     number = lib.fshm_memo_encoding(segment._handle, text, len(text))
     metric, every = monitoring.measured("token_counting", operation, segment)
     address = int(ffi.cast("uintptr_t", segment._handle))
-    return Memo(segment, address, number, compute, metric, every, encode, _enabled)
+    return Memo(segment, address, number, compute, metric, every, encode, enabled)
 
 
 def _shown(value: object) -> str:
@@ -81,6 +83,7 @@ class _Counting:
                 self.plain,
                 "count",
                 core or found.encode_ordinary,
+                _enabled,
             )
         self.count: Callable[[Any], int] = self.memo.count if self.memo else self.plain
 
