@@ -127,12 +127,16 @@ def run(settings: Settings) -> Result:
                 ]
                 result.ratios += _ratios(result.rows, group, size)
         _have_helpers(counter)
-        for size, count in BATCHES:
-            group = f"a batch of {count} texts of {size:,} characters"
-            for name, values in _batch(counter, size, count, rounds).items():
-                result.rows.append(Row(name, "ms", values, OURS, group))
-            name = f"loop / batch, {count} × {size:,} characters"
-            result.ratios.append(ratio(result.rows, _LOOP, _AT_ONCE, BATCH, name=name, group=group))
+        for size, many in BATCHES:
+            group = f"a batch of {many} texts of {size:,} characters"
+            result.rows += [
+                Row(name, "ms", found_ms, OURS, group)
+                for name, found_ms in _batch(counter, size, many, rounds).items()
+            ]
+            title = f"loop / batch, {many} × {size:,} characters"
+            result.ratios.append(
+                ratio(result.rows, _LOOP, _AT_ONCE, BATCH, name=title, group=group)
+            )
     result.plots = [
         Plot(
             f"tokens_{group}",

@@ -147,6 +147,18 @@ def test_an_unknown_feature_is_off_with_one_warning() -> None:
         reset_errors("rust_ruoting")
 
 
+@pytest.mark.parametrize("bad", [["x"], None, 5])
+def test_a_feature_is_named_by_a_str(bad: Any) -> None:
+    for call in (is_enabled, features.share_of, lambda name: features.record_error(name, "x")):
+        with pytest.raises(TypeError) as caught:
+            call(bad)
+        assert str(caught.value) == f"feature_name must be a str, not {bad!r}"
+    if bad is not None:
+        with pytest.raises(TypeError) as caught:
+            reset_errors(bad)
+        assert str(caught.value) == f"feature_name must be a str or None, not {bad!r}"
+
+
 # the file
 
 
