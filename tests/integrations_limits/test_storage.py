@@ -26,7 +26,7 @@ from limits.strategies import (
     SlidingWindowCounterRateLimiter,
 )
 
-from fast_litellm_shm import Segment, SegmentFullError
+from fast_litellm_shm import Limit, RateLimiter, Segment, SegmentError, SegmentFullError, keyed
 from fast_litellm_shm.inspection import Inspection
 from fast_litellm_shm.integrations.limits import AsyncShmStorage, ShmStorage
 
@@ -323,6 +323,32 @@ def test_a_uri_that_cannot_be_understood(uri: str, said: str) -> None:
 def test_out_of_range(storage: ShmStorage, call: Callable[[ShmStorage], object], said: str) -> None:
     with pytest.raises(ConfigurationError, match=said):
         call(storage)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        (keyed.FIXED, lambda storage: storage.incr("k/5/1/minute", 60)),
+        (keyed.FIXED, lambda storage: storage.get("k")),
+        (keyed.FIXED, lambda storage: storage.get_expiry("k")),
+        (keyed.SLIDING, lambda storage: storage.acquire_sliding_window_entry("k", 5, 60)),
+        (keyed.SLIDING, lambda storage: storage.get_sliding_window("k", 60)),
+        (keyed.MOVING, lambda storage: storage.acquire_entry("k", 5, 60)),
+        (keyed.MOVING, lambda storage: storage.get_moving_window("k", 5, 60)),
+        (keyed.MOVING, lambda storage: storage.clear("k")),
+    ],
+)
+def test_a_name_that_was_given_other_limits(
+    storage: ShmStorage, segment_name: str, name: str, call: Callable[[ShmStorage], object]
+) -> None:
+    """None of the call's own numbers is wrong."""
+    RateLimiter(Limit(5, 60), name=name, segment=storage.segment)
+    with pytest.raises(SegmentError) as caught:
+        call(storage)
+    where = f"limiter '{name}' in segment '{segment_name}'"
+    assert str(caught.value).startswith(f"{where}: somebody gave this name")
+    call(of(segment_name))  # which takes the name back, as the error says
+    call(storage)
 
 
 @pytest.mark.parametrize(
