@@ -26,7 +26,8 @@ from typing import Any
 
 from fast_litellm_shm import encoding
 
-LEAST = 100_000  # characters, about 2 ms: fewer are not worth waking a thread
+_LEAST = 100_000  # characters, about 2 ms: fewer are not worth waking a thread
+_LEAST_MEAN = 50  # characters a text: of shorter ones a fifth or more of the work cannot be shared
 _PART = 2_000_000  # characters counted at once: helpers that come meanwhile help with the next
 _SHORT = 4_000  # characters of a text that is joined with others
 _UNIT = 20_000  # characters that a thread takes at once, about 0.5 ms
@@ -64,6 +65,11 @@ def _forget_threads() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_threads)
+
+
+def is_large(texts: int, chars: int) -> bool:
+    """Whether helpers, where there are any, would make a batch of so many texts quicker."""
+    return chars >= max(_LEAST, texts * _LEAST_MEAN)
 
 
 def parts(texts: list[str]) -> Iterator[tuple[list[str], int]]:
@@ -124,9 +130,10 @@ class BatchCounter:
         self._alone_until = 0.0  # of time.monotonic()
         _counters.add(self)
 
-    def may_help(self, chars: int) -> bool:
+    def may_help(self, texts: int, chars: int) -> bool:
         """Whether count() will be quicker than one text after another, as far as is known."""
-        return bool(self._idle) and chars >= LEAST and time.monotonic() >= self._alone_until
+        rested = time.monotonic() >= self._alone_until
+        return is_large(texts, chars) and bool(self._idle) and rested
 
     def count(self, texts: list[str]) -> dict[str, int]:
         """The tokens of different texts. Raises what tiktoken raises, in whichever thread."""

@@ -167,12 +167,12 @@ class SimpleTokenCounter:
         """The tokens of each text, in order: as quick as a loop over them, and quicker where there
         are many new ones and cores to spare.
 
-        All of a loop's work is done in one call. A process that has spent 0.1 s in batches of
-        100,000 characters or more gets a helping thread for those that come later, and another for
-        each further 0.1 s, up to one for each other core. Each has an encoding of its own (20 to
+        A large batch has 100,000 characters or more, 50 or more a text. A process that has spent
+        0.1 s in large ones gets a helping thread for those that come later, and another for each
+        further 0.1 s, up to one for each other core, and 7. Each has an encoding of its own (20 to
         45 MB). To make one takes 40 to 80 ms, in which the whole process stands still. Where the
         cores have other things to do, nobody helps. ``FAST_LITELLM_BATCH_TOKEN_COUNTING=false``:
-        there are no such threads.
+        there are no such threads. Raises as :meth:`count_tokens` does.
         """
         if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
             raise TypeError(f"texts must be a list of str, not {_shown(texts)}")
@@ -184,7 +184,7 @@ class SimpleTokenCounter:
         known = self._by_model.get(model) if isinstance(model, (str, type(None))) else None
         count = known or self._prepare(model).count
         try:
-            large = sum(map(len, texts)) >= token_batch.LEAST
+            large = token_batch.is_large(len(texts), sum(map(len, texts)))
             if large and features.is_enabled(_BATCH_FEATURE):
                 counting = self._prepare(model)
                 parts = (self._count_part(counting, *part) for part in token_batch.parts(texts))
@@ -198,7 +198,7 @@ class SimpleTokenCounter:
 
     @staticmethod
     def _count_part(counting: _Counting, texts: list[str], chars: int) -> list[int]:
-        if not counting.batch.may_help(chars):
+        if not counting.batch.may_help(len(texts), chars):
             begun = time.perf_counter()
             counts = list(map(counting.count, texts))
             counting.batch.spend(time.perf_counter() - begun)

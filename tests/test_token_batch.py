@@ -72,12 +72,13 @@ def test_helpers_come_when_they_are_worth_it(monkeypatch: pytest.MonkeyPatch) ->
     counter.spend(token_batch._SECONDS_PER_HELPER / 2)
     assert (counter._made, counter._making) == (0, False)
     for helpers in (1, 2):  # one less than cores
-        assert not counter.may_help(chars) or helpers > 1
+        assert not counter.may_help(9, chars) or helpers > 1
         counter.spend(token_batch._SECONDS_PER_HELPER)
         wait_until("it is made", lambda: not counter._making)
         assert (counter._made, len(counter._idle)) == (helpers, helpers)
-        assert counter.may_help(chars)
-        assert not counter.may_help(token_batch.LEAST - 1)
+        assert counter.may_help(9, chars)
+        assert not counter.may_help(9, token_batch._LEAST - 1)
+        assert not counter.may_help(chars // 49, chars)  # many short ones
         assert counter.count(batch) == expected
         wait_until("another one is made", lambda: not counter._making)
         counter._alone_until = 0.0  # whatever the cores had to do
@@ -92,7 +93,7 @@ def test_nobody_waits_while_a_helper_is_made(monkeypatch: pytest.MonkeyPatch) ->
     plain = token_batch._Encoder.__init__
 
     def slowly(self: token_batch._Encoder, found: object) -> None:
-        go_on.wait(10)
+        go_on.wait(60)
         plain(self, found)
         made.set()
 
@@ -113,7 +114,7 @@ def test_helpers_that_gain_nothing_have_a_rest(
     monkeypatch: pytest.MonkeyPatch, gain: float
 ) -> None:
     """As where all cores are taken: then threads take turns."""
-    counter, chars = _helping(monkeypatch, 1), token_batch.LEAST
+    counter, chars = _helping(monkeypatch, 1), token_batch._LEAST
     batch = [f"{i} gain " * 2_000 for i in range(9)]
     clock, processor = iter([0.0, 1.0]), threading.local()
 
@@ -125,9 +126,9 @@ def test_helpers_that_gain_nothing_have_a_rest(
         patch.setattr(time, "perf_counter", lambda: next(clock))
         patch.setattr(time, "thread_time", of_this_thread)
         assert counter.count(batch) == truths(batch)
-    assert counter.may_help(chars) == (gain > 1)
+    assert counter.may_help(9, chars) == (gain > 1)
     counter._alone_until = time.monotonic()
-    assert counter.may_help(chars)
+    assert counter.may_help(9, chars)
 
 
 def test_numpy_is_imported_for_helpers_only() -> None:

@@ -317,7 +317,7 @@ def test_large_batches_with_a_helper(segment: Segment, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(BatchCounter, "count", count)
     counter.count_tokens(made[3])
-    monkeypatch.setattr(token_batch, "LEAST", 50_000)
+    monkeypatch.setattr(token_batch, "_LEAST", 50_000)
     monkeypatch.setattr(token_batch, "_PART", 120_000)
     monkeypatch.setattr(token_batch, "_GAIN", 0)  # whatever the cores have to do
     assert counter.count_tokens_batch(made + made[:10]) == expected + expected[:10]
