@@ -69,11 +69,15 @@ if hasattr(os, "register_at_fork"):
 
 def is_large(texts: int, chars: int) -> bool:
     """Whether helpers, where there are any, would make a batch of so many texts quicker."""
-    return chars >= max(_LEAST, texts * _LEAST_MEAN)
+    return chars >= _LEAST and chars >= texts * _LEAST_MEAN
 
 
-def parts(texts: list[str]) -> Iterator[tuple[list[str], int]]:
-    """The texts in order, so many at a time as are counted at once, and their characters."""
+def parts(texts: list[str], chars: int) -> Iterator[tuple[list[str], int]]:
+    """The texts in order, so many at a time as are counted at once, and their characters. chars: of
+    all of them."""
+    if chars <= _PART:
+        yield texts, chars
+        return
     before = list(accumulate(map(len, texts), initial=0))
     start = 0
     while start < len(texts):

@@ -177,21 +177,20 @@ class SimpleTokenCounter:
         if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
             raise TypeError(f"texts must be a list of str, not {_shown(texts)}")
         texts = list(texts)
-        if not set(map(type, texts)) <= {str}:
-            for i, text in enumerate(texts):
-                if not isinstance(text, str):
-                    raise TypeError(f"texts[{i}] must be a str, not {_shown(text)}")
         known = self._by_model.get(model) if isinstance(model, (str, type(None))) else None
         count = known or self._prepare(model).count
         try:
-            large = token_batch.is_large(len(texts), sum(map(len, texts)))
-            if large and features.is_enabled(_BATCH_FEATURE):
+            chars = sum(map(len, texts))
+            if token_batch.is_large(len(texts), chars) and features.is_enabled(_BATCH_FEATURE):
                 counting = self._prepare(model)
-                parts = (self._count_part(counting, *part) for part in token_batch.parts(texts))
-                return list(chain.from_iterable(parts))
+                parts = token_batch.parts(texts, chars)
+                return list(chain.from_iterable(self._count_part(counting, *p) for p in parts))
             return list(map(count, texts))
         except Exception as error:
             failure = error
+        for i, text in enumerate(texts):  # only now: with what is no str, all of the above fails
+            if not isinstance(text, str):
+                raise TypeError(f"texts[{i}] must be a str, not {_shown(text)}")
         counts = list(map(self._prepare(model).plain, texts))  # raises what is tiktoken's
         features.record_error(_FEATURE, failure)
         return counts
@@ -204,9 +203,11 @@ class SimpleTokenCounter:
             counting.batch.spend(time.perf_counter() - begun)
             return counts
         memo = counting.memo if features.is_enabled(_FEATURE) else None
-        known = [None] * len(texts) if memo is None else list(map(memo.get, texts))
+        known: list[Any] = [None] * len(texts) if memo is None else list(map(memo.get, texts))
+        if None not in known:
+            return known
         new = dict.fromkeys(text for text, count in zip(texts, known, strict=True) if count is None)
-        found = counting.batch.count(list(new)) if new else {}
+        found = counting.batch.count(list(new))
         if memo is not None:
             for text, count in found.items():
                 memo.put(text, count)

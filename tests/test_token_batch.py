@@ -116,6 +116,8 @@ def test_helpers_that_gain_nothing_have_a_rest(
     """As where all cores are taken: then threads take turns."""
     counter, chars = _helping(monkeypatch, 1), token_batch._LEAST
     batch = [f"{i} gain " * 2_000 for i in range(9)]
+    expected = truths(batch)
+    monkeypatch.setattr(token_batch, "_ALONE_SECONDS", 3600)
     clock, processor = iter([0.0, 1.0]), threading.local()
 
     def of_this_thread() -> float:  # each of the two works half of the gain
@@ -125,7 +127,7 @@ def test_helpers_that_gain_nothing_have_a_rest(
     with monkeypatch.context() as patch:
         patch.setattr(time, "perf_counter", lambda: next(clock))
         patch.setattr(time, "thread_time", of_this_thread)
-        assert counter.count(batch) == truths(batch)
+        assert counter.count(batch) == expected
     assert counter.may_help(9, chars) == (gain > 1)
     counter._alone_until = time.monotonic()
     assert counter.may_help(9, chars)
@@ -150,11 +152,11 @@ print("numpy" in sys.modules)
 def test_parts() -> None:
     most = token_batch._PART
     made = ["", "a" * most, "b", "c" * (most - 1), "d", "e" * 3 * most, "", "f"]
-    found = list(token_batch.parts(made))
+    found = list(token_batch.parts(made, sum(map(len, made))))
     assert [text for part, _ in found for text in part] == made
     assert [chars for _, chars in found] == [most, most, 1, 3 * most, 1]
     assert [sum(map(len, part)) for part, _ in found] == [chars for _, chars in found]
-    assert list(token_batch.parts([])) == []
+    assert list(token_batch.parts(made[:1] * 3, 0)) == [(made[:1] * 3, 0)]
 
 
 def _helping(monkeypatch: pytest.MonkeyPatch, helpers: int) -> BatchCounter:
