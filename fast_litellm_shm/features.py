@@ -12,7 +12,7 @@ is off in all workers, until :func:`reset_errors`.
 What a flag switches:
 
 - ``rust_token_counting``: off, tokens are counted by plain tiktoken, without the shared memo;
-- ``batch_token_counting``: off, ``count_tokens_batch`` counts one text after another;
+- ``batch_token_counting``: off, ``count_tokens_batch`` has no helping threads;
 - ``rust_routing``: off, a router picks any deployment that fits, at random, by no statistics;
 - ``rust_rate_limiting``, ``rust_connection_pool``: for the program to ask. Limits and pools
   themselves stay in force: there is no other implementation of them, and a limit that each worker
