@@ -1,6 +1,6 @@
 """``python -m bench``: every question beside its peers, in one run. ``make bench`` installs the
-peers first. Writes DATE.json, DATE.md (the targets first) and plots; peers that are missing are
-named."""
+peers first. Writes DATE.json, DATE.md (the targets first) and plots, of a second run on one day
+DATE-HHMM; peers that are missing are named."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bench import report
 from bench.questions import QUESTIONS, ask_all
 from bench.result import Settings
 
-ROUNDS, QUICK_ROUNDS = 41, 11
+ROUNDS, QUICK_ROUNDS, LEAST_ROUNDS = 41, 11, 5
 PASSES = 5  # of a whole run; a quick one has one
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -27,14 +27,25 @@ def _names(text: str) -> list[str]:
     return names
 
 
+def _rounds(text: str) -> int:
+    try:
+        rounds = int(text)
+    except ValueError:
+        rounds = 0
+    if rounds < LEAST_ROUNDS:
+        raise argparse.ArgumentTypeError(f"must be an int of {LEAST_ROUNDS} or more, not {text!r}")
+    return rounds
+
+
 def main() -> int:
     """Exit status 1 where a question failed to run; a target that is not reached is no failure."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
         "--iterations",
-        type=int,
+        type=_rounds,
         metavar="N",
-        help=f"rounds behind each median (default {ROUNDS}; {QUICK_ROUNDS} with --quick)",
+        help=f"rounds behind each median, {LEAST_ROUNDS} or more (default {ROUNDS}; {QUICK_ROUNDS} "
+        "with --quick)",
     )
     parser.add_argument("--quick", action="store_true", help="under 2 minutes: fewer, shorter")
     parser.add_argument(
@@ -52,7 +63,7 @@ def main() -> int:
     options = parser.parse_args()
     rounds = options.iterations or (QUICK_ROUNDS if options.quick else ROUNDS)
     passes = 1 if options.quick else PASSES
-    settings = Settings(-(-max(rounds, 5) // passes), options.quick, passes)
+    settings = Settings(-(-rounds // passes), options.quick, passes)
 
     def tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -63,7 +74,7 @@ def main() -> int:
     if options.json:
         print(json.dumps(found, indent=1, allow_nan=False))
     else:
-        report.write(results, found, options.out, f"{now:%Y-%m-%d}")
+        report.write(results, found, options.out, report.free_stem(options.out, now))
     return 1 if any(result.failed for result in results.values()) else 0
 
 

@@ -208,6 +208,13 @@ def markdown(
     return "\n".join(out)
 
 
+def free_stem(out: pathlib.Path, now: datetime.datetime) -> str:
+    """The date; with the time, where the folder has a report of that date, which stays."""
+    stems = [f"{now:{form}}" for form in ("%Y-%m-%d", "%Y-%m-%d-%H%M", "%Y-%m-%d-%H%M%S")]
+    taken = {path.stem for path in out.glob("*") if path.suffix in (".json", ".md")}
+    return next((stem for stem in stems if stem not in taken), stems[-1])
+
+
 def write(
     results: dict[str, Result], found: dict[str, Any], out: pathlib.Path, stem: str
 ) -> pathlib.Path:

@@ -1,7 +1,8 @@
 """What does counting the tokens of a text cost, beside tiktoken and fast-litellm?
 
 All in one process, interleaved. A seen text was counted before; a new one was not, by anybody.
-Batch: 200 new texts of 2,000 characters, in a loop and in one call.
+Batch: new texts, in a loop and in one call, in pairs, each first in every other one; when the
+process has its helping threads, as far as there are cores.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from fast_litellm_shm import EncodingUnavailableError, SimpleTokenCounter, encod
 MODEL = "gpt-4o"
 SIZES = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)  # characters
 QUICK_SIZES = SIZES[:-1]
+BATCHES = ((20, 100), (2_000, 200))  # characters, texts
 SEEN, NEW, PEER = 50.0, 0.95, 1.5  # targets: times tiktoken, times tiktoken, times fast-litellm
+BATCH = 1.0  # times a loop
+_LOOP, _AT_ONCE = "ours, a loop", "ours, count_tokens_batch"
 _WORDS = (
     "the of and a budget requests shared memory segment workers counts, tokens; really 12345 Fälle "
     "über limit's JSON {} return async while (model) temperature=0.7 price München data"
@@ -56,17 +60,27 @@ def _rounds(
     return {name: Values(values) for name, values in took.items()}
 
 
-def _batch(counter: SimpleTokenCounter, rounds: int) -> dict[str, Values]:
-    """ms. Measured when the process has counted so much in batches that the helping threads have
-    their encodings."""
-    took: dict[str, list[float]] = {"ours, a loop": [], "ours, count_tokens_batch": []}
-    for i in range(4):
-        counter.count_tokens_batch(_texts(2 * 10**6 + i, 10_000, 250), MODEL)
+def _have_helpers(counter: SimpleTokenCounter) -> None:
+    """Count as much in batches as all helping threads want to see before they are made, and wait
+    until they are: that is done once, and is no part of what a batch takes."""
+    for core in range(min(os.cpu_count() or 1, 8)):
+        spent, i = 0.0, 0
+        while spent < 0.15:
+            texts = _texts(2 * 10**6 + 1000 * core + i, 10_000, 100)
+            start = time.perf_counter()
+            counter.count_tokens_batch(texts, MODEL)
+            spent, i = spent + time.perf_counter() - start, i + 1
+        time.sleep(0.3)
+
+
+def _batch(counter: SimpleTokenCounter, size: int, count: int, rounds: int) -> dict[str, Values]:
+    """ms. Both of a pair count texts of their own."""
+    took: dict[str, list[float]] = {_LOOP: [], _AT_ONCE: []}
     for i in range(rounds):
-        for seed, name in enumerate(took, 2 * i):
-            texts = _texts(10**6 + seed, 2000, 200)
+        for seed, name in enumerate(sorted(took, reverse=i % 2 == 0), 2 * i):
+            texts = _texts(10**6 + 1000 * size + seed, size, count)
             start = time.perf_counter_ns()
-            if name == "ours, a loop":
+            if name == _LOOP:
                 for text in texts:
                     counter.count_tokens(text, MODEL)
             else:
@@ -112,13 +126,17 @@ def run(settings: Settings) -> Result:
                     for name, value in values.items()
                 ]
                 result.ratios += _ratios(result.rows, group, size)
-        result.rows += [
-            Row(name, "ms", values, OURS, "batch")
-            for name, values in _batch(counter, max(rounds // 4, 2)).items()
-        ]
-    result.ratios.append(
-        ratio(result.rows, "ours, a loop", "ours, count_tokens_batch", None, name="loop / batch")
-    )
+        _have_helpers(counter)
+        for size, many in BATCHES:
+            group = f"a batch of {many} texts of {size:,} characters"
+            result.rows += [
+                Row(name, "ms", found_ms, OURS, group)
+                for name, found_ms in _batch(counter, size, many, rounds).items()
+            ]
+            title = f"loop / batch, {many} × {size:,} characters"
+            result.ratios.append(
+                ratio(result.rows, _LOOP, _AT_ONCE, BATCH, name=title, group=group)
+            )
     result.plots = [
         Plot(
             f"tokens_{group}",

@@ -12,7 +12,7 @@ is off in all workers, until :func:`reset_errors`.
 What a flag switches:
 
 - ``rust_token_counting``: off, tokens are counted by plain tiktoken, without the shared memo;
-- ``batch_token_counting``: off, ``count_tokens_batch`` counts one text after another;
+- ``batch_token_counting``: off, ``count_tokens_batch`` has no helping threads;
 - ``rust_routing``: off, a router picks any deployment that fits, at random, by no statistics;
 - ``rust_rate_limiting``, ``rust_connection_pool``: for the program to ask. Limits and pools
   themselves stay in force: there is no other implementation of them, and a limit that each worker
@@ -239,6 +239,8 @@ def reload() -> None:
 
 
 def _flag(name: str) -> _Flag | None:
+    if not isinstance(name, str):
+        raise TypeError(f"feature_name must be a str, not {name!r}")
     if name in FEATURES:
         return _load(name)
     settings.warn_once(f"there is no feature {name!r}; there are {', '.join(FEATURES)}")
@@ -249,8 +251,12 @@ def _flag(name: str) -> _Flag | None:
 
 
 def is_enabled(feature_name: str, request_id: object = None) -> bool:
-    """Whether a feature is on, for this request. An unknown name: False, and one warning."""
-    flag = _flags.get(feature_name)
+    """Whether a feature is on, for this request. An unknown name: False, and one warning. Raises
+    TypeError for a name that is no str."""
+    try:
+        flag = _flags.get(feature_name)
+    except TypeError:  # a list, say: _flag() tells
+        flag = None
     if (
         flag is None
         or _look(flag.variable) is not flag.own
@@ -329,7 +335,9 @@ def get_feature_status() -> dict[str, dict[str, Any]]:
 
 def reset_errors(feature_name: str | None = None) -> None:
     """Forget the errors of a feature, or of all: it is on again in all workers, as far as it is set
-    to. Raises ValueError for a name that is none."""
+    to. Raises ValueError for a name that is none, TypeError for what is no str."""
+    if feature_name is not None and not isinstance(feature_name, str):
+        raise TypeError(f"feature_name must be a str or None, not {feature_name!r}")
     if feature_name is not None and feature_name not in FEATURES:
         raise ValueError(
             f"feature_name must be one of {', '.join(FEATURES)}, or None for all, not "

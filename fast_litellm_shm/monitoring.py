@@ -178,8 +178,10 @@ def get_performance_stats(component: str | None = None) -> dict[str, dict[str, A
 
     Components of the library itself are sampled: their calls are estimates, and their least and
     greatest durations are those that were measured. Raises SegmentError where no segment is to be
-    had.
+    had, TypeError for a component that is no str.
     """
+    if component is not None and not isinstance(component, str):
+        raise TypeError(f"component must be a str or None, not {component!r}")
     segment = Segment.default()
     _recorder.bind(segment)  # a removed segment's successor is found here at the latest
     return segment_stats(segment, component)
@@ -189,6 +191,9 @@ def compare_implementations(rust_component: str, python_component: str) -> dict[
     """Two components beside each other: rust, python (their statistics), rust_avg_ms,
     python_avg_ms, speedup (python / rust), improvement_percentage, recommendation. {} where either
     has no data."""
+    for name, given in (("rust_component", rust_component), ("python_component", python_component)):
+        if not isinstance(given, str):
+            raise TypeError(f"{name} must be a str, not {given!r}")
     stats = get_performance_stats()
     rust, python = stats.get(_as_kept(rust_component)), stats.get(_as_kept(python_component))
     if rust is None or python is None:

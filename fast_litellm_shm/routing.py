@@ -108,6 +108,24 @@ class Tracked:
 # routers -----------------------------------------------------------------------------------------
 
 
+def _checked_cooldown(
+    strategy: str = "simple_shuffle", allowed_fails: int = 3, cooldown_seconds: float = 5.0
+) -> float:
+    """The settings of a router, checked; cooldown_seconds as a number."""
+    if not isinstance(strategy, str):
+        raise TypeError(f"strategy must be a str, not {strategy!r}")
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, not {strategy!r}")
+    if isinstance(allowed_fails, bool) or not isinstance(allowed_fails, int):
+        raise TypeError(f"allowed_fails must be an int, not {allowed_fails!r}")
+    if not 0 <= allowed_fails < 2**24:
+        raise ValueError(f"allowed_fails must be between 0 and 2**24 - 1, not {allowed_fails}")
+    cooldown = number("AdvancedRouter", "cooldown_seconds", cooldown_seconds)
+    if cooldown is None:
+        raise TypeError("cooldown_seconds must be a number, not None")
+    return cooldown
+
+
 class AdvancedRouter(RouterCore):
     """Picks one of a model's deployments; all routers of a name share what they know, in all
     workers.
@@ -148,17 +166,9 @@ class AdvancedRouter(RouterCore):
         cooldown_seconds: float = 5.0,
         segment: Segment | None = None,
     ) -> None:
-        if strategy not in STRATEGIES:
-            raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, not {strategy!r}")
+        cooldown = _checked_cooldown(strategy, allowed_fails, cooldown_seconds)
         if not isinstance(name, str):
             raise TypeError(f"name must be a str, not {name!r}")
-        if isinstance(allowed_fails, bool) or not isinstance(allowed_fails, int):
-            raise TypeError(f"allowed_fails must be an int, not {allowed_fails!r}")
-        if not 0 <= allowed_fails < 2**24:
-            raise ValueError(f"allowed_fails must be between 0 and 2**24 - 1, not {allowed_fails}")
-        cooldown = number("AdvancedRouter", "cooldown_seconds", cooldown_seconds)
-        if cooldown is None:
-            raise TypeError("cooldown_seconds must be a number, not None")
         if segment is not None and not isinstance(segment, Segment):
             raise TypeError(f"segment must be a Segment or None, not {segment!r}")
         if hasattr(self, "_handle"):
@@ -345,11 +355,12 @@ def get_available_deployment(
     if context is not None and not isinstance(context, Mapping):
         raise TypeError(f"context must be a dict, not {context!r}")
     request_id = context.get("request_id") if context else None
+    chosen = {} if settings is None else _checked(settings)
     if features.is_enabled("rust_routing", request_id):
         try:
-            router = _routers.get(()) if not settings else None
+            router = _routers.get(()) if not chosen else None
             if router is None:
-                router = _router(_checked(settings or {}))
+                router = _router(chosen)
         except exceptions.SegmentError as error:
             features.record_error("rust_routing", error)
         else:
@@ -366,4 +377,6 @@ def _checked(given: Mapping[str, Any]) -> dict[str, Any]:
                 f"get_available_deployment: there is no setting {name!r}, it is ignored; known are "
                 f"{', '.join(_SETTINGS)}"
             )
-    return {name: given[name] for name in _SETTINGS if name in given}
+    chosen = {name: given[name] for name in _SETTINGS if name in given}
+    _checked_cooldown(**chosen)
+    return chosen

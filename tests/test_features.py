@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pathlib
+import re
 import warnings
 from typing import Any
 
@@ -12,9 +13,18 @@ import pytest
 from support.children import run, run_one
 from support.routed import is_on, record_errors
 
-from fast_litellm_shm import Segment, features, get_feature_status, is_enabled, reset_errors
+from fast_litellm_shm import (
+    Segment,
+    features,
+    get_feature_status,
+    is_enabled,
+    monitoring,
+    reset_errors,
+    settings,
+)
 
 VARIABLES = {name: f"FAST_LITELLM_{name.upper()}" for name in features.FEATURES}
+GUIDE = pathlib.Path(__file__).parents[1] / "docs" / "performance.md"
 IDS = [f"request-{i}" for i in range(4000)]
 
 
@@ -147,6 +157,18 @@ def test_an_unknown_feature_is_off_with_one_warning() -> None:
         reset_errors("rust_ruoting")
 
 
+@pytest.mark.parametrize("bad", [["x"], None, 5])
+def test_a_feature_is_named_by_a_str(bad: Any) -> None:
+    for call in (is_enabled, features.share_of, lambda name: features.record_error(name, "x")):
+        with pytest.raises(TypeError) as caught:
+            call(bad)
+        assert str(caught.value) == f"feature_name must be a str, not {bad!r}"
+    if bad is not None:
+        with pytest.raises(TypeError) as caught:
+            reset_errors(bad)
+        assert str(caught.value) == f"feature_name must be a str or None, not {bad!r}"
+
+
 # the file
 
 
@@ -184,6 +206,32 @@ def test_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> No
     pathlib.Path(path).write_text("{}")
     features.reload()
     assert get_feature_status()["rust_token_counting"]["state"] == "enabled"
+
+
+def test_the_guides_file_holds_all_there_is_with_the_defaults(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    block = re.search(r"```json\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+    assert block is not None
+    without = get_feature_status(), settings.rate_defaults(), settings.pool_defaults()
+    write(tmp_path, monkeypatch, block[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of what nobody knows
+        assert without == (
+            get_feature_status(),
+            settings.rate_defaults(),
+            settings.pool_defaults(),
+        )
+        assert monitoring.measured("c", "o")[1] == 100
+    found = json.loads(block[1])["features"]
+    assert set(found) == set(features.FEATURES)
+    for name, entry in found.items():
+        assert set(entry.get("config", ())) == set(features._CONFIG_OF.get(name, ()))
+
+
+def test_the_guide_tells_what_each_flag_does() -> None:
+    guide = GUIDE.read_text(encoding="utf-8")
+    assert [name for name in VARIABLES.values() if f"`{name}`" not in guide] == []
 
 
 BAD_FILES: list[tuple[Any, str]] = [

@@ -113,6 +113,20 @@ def test_bad_arguments_are_named(
     assert get_performance_stats() == {}
 
 
+@pytest.mark.parametrize("bad", [5, ["x"], b"x"])
+def test_a_component_is_a_str(bad: Any) -> None:
+    for call in (get_performance_stats, export_performance_data):
+        with pytest.raises(TypeError) as caught:
+            call(bad)
+        assert str(caught.value) == f"component must be a str or None, not {bad!r}"
+    for arguments, name in (((bad, "x"), "rust_component"), (("x", bad), "python_component")):
+        with pytest.raises(TypeError) as caught:
+            compare_implementations(*arguments)
+        assert str(caught.value) == f"{name} must be a str, not {bad!r}"
+    with pytest.raises(TypeError, match="rust_component must be a str, not None"):
+        compare_implementations(None, "x")  # type: ignore[arg-type]
+
+
 def test_names_of_any_kind() -> None:
     class Name(str):
         __slots__ = ()

@@ -358,12 +358,26 @@ def test_bad_arguments_are_named_also_where_it_is_switched_off(
         ({"blocked_models": 5}, "blocked_models must be a list of names, not 5"),
         ({"blocked_models": ["d0", 5]}, r"blocked_models\[1\] must be a str, not 5"),
         ({"context": 5}, "context must be a dict, not 5"),
+        ({"settings": ["strategy"]}, r"settings must be a dict, not \['strategy'\]"),
+        ({"settings": []}, r"settings must be a dict, not \[\]"),
+        ({"settings": {"strategy": ["x"]}}, r"strategy must be a str, not \['x'\]"),
+        ({"settings": {"allowed_fails": []}}, r"allowed_fails must be an int, not \[\]"),
+        ({"settings": {"cooldown_seconds": None}}, "cooldown_seconds must be a number, not None"),
     ]
-    if switch == "true":
-        bad.append(({"settings": ["strategy"]}, r"settings must be a dict, not \['strategy'\]"))
     for arguments, message in bad:
         with pytest.raises(TypeError, match=message):
             get_available_deployment(**{"model_list": listed, "model": "m", **arguments})
+    with pytest.raises(
+        ValueError, match="strategy must be one of simple_shuffle.*, not 'nonsense'"
+    ):
+        get_available_deployment(listed, "m", settings={"strategy": "nonsense"})
+
+
+@pytest.mark.parametrize("bad", [["x"], None, 5])
+def test_a_strategy_is_a_str(bad: Any) -> None:
+    with pytest.raises(TypeError) as caught:
+        AdvancedRouter(bad)
+    assert str(caught.value) == f"strategy must be a str, not {bad!r}"
 
 
 def test_rolled_out_to_a_share(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from support import texts
 from support.children import run_one
+from support.waiting import wait_until
 
 from fast_litellm_shm import encoding, token_batch
 from fast_litellm_shm.token_batch import BatchCounter
@@ -63,26 +67,105 @@ def test_short_texts_are_joined_and_others_are_not() -> None:
 
 def test_helpers_come_when_they_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_batch, "_cores", lambda: 3)
-    monkeypatch.setattr(token_batch, "_CHARS_PER_HELPER", 400_000)
-    counter, made = BatchCounter("cl100k_base"), 0
-    for i in range(6):
-        batch = [f"{i} {k} words " * 2_000 for k in range(9)]
-        assert counter.count(batch) == truths(batch)
-        assert counter._made == len(counter._helpers)  # all are given back
-        assert made <= counter._made <= made + 1
-        made = counter._made
-    assert made == 2  # one less than cores
+    counter, batch = BatchCounter("cl100k_base"), [f"{k} words " * 2_000 for k in range(9)]
+    expected, chars = truths(batch), sum(map(len, batch))
+    counter.spend(token_batch._SECONDS_PER_HELPER / 2)
+    assert (counter._made, counter._making) == (0, False)
+    for helpers in (1, 2):  # one less than cores
+        assert not counter.may_help(9, chars) or helpers > 1
+        counter.spend(token_batch._SECONDS_PER_HELPER)
+        wait_until("it is made", lambda: not counter._making)
+        assert (counter._made, len(counter._idle)) == (helpers, helpers)
+        assert counter.may_help(9, chars)
+        assert not counter.may_help(9, token_batch._LEAST - 1)
+        assert not counter.may_help(chars // 49, chars)  # many short ones
+        assert counter.count(batch) == expected
+        wait_until("another one is made", lambda: not counter._making)
+        counter._alone_until = 0.0  # whatever the cores had to do
+    counter.spend(3600)
+    assert (counter._made, counter._making) == (2, False)
     assert counter.count(["one small text"]) == truths(["one small text"])
+
+
+def test_nobody_waits_while_a_helper_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_batch, "_cores", lambda: 2)
+    counter, go_on, made = BatchCounter("cl100k_base"), threading.Event(), threading.Event()
+    plain = token_batch._Encoder.__init__
+
+    def slowly(self: token_batch._Encoder, found: object) -> None:
+        go_on.wait(60)
+        plain(self, found)
+        made.set()
+
+    monkeypatch.setattr(token_batch._Encoder, "__init__", slowly)
+    batch = [f"{i} meanwhile " * 2_000 for i in range(9)]
+    try:
+        counter.spend(3600)
+        assert counter.count(batch) == truths(batch)
+        assert not made.is_set()
+        assert counter._making
+    finally:
+        go_on.set()
+    wait_until("it is made", lambda: len(counter._idle) == 1)
+
+
+@pytest.mark.parametrize("gain", [0.5, 5.0])
+def test_helpers_that_gain_nothing_have_a_rest(
+    monkeypatch: pytest.MonkeyPatch, gain: float
+) -> None:
+    """As where all cores are taken: then threads take turns."""
+    counter, chars = _helping(monkeypatch, 1), token_batch._LEAST
+    batch = [f"{i} gain " * 2_000 for i in range(9)]
+    expected = truths(batch)
+    monkeypatch.setattr(token_batch, "_ALONE_SECONDS", 3600)
+    clock, processor = iter([0.0, 1.0]), threading.local()
+
+    def of_this_thread() -> float:  # each of the two works half of the gain
+        processor.now = getattr(processor, "now", -gain / 2) + gain / 2
+        return float(processor.now)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "perf_counter", lambda: next(clock))
+        patch.setattr(time, "thread_time", of_this_thread)
+        assert counter.count(batch) == expected
+    assert counter.may_help(9, chars) == (gain > 1)
+    counter._alone_until = time.monotonic()
+    assert counter.may_help(9, chars)
+
+
+def test_numpy_is_imported_for_helpers_only() -> None:
+    """It takes longer than a thousand small batches."""
+    code = """
+import sys
+from fast_litellm_shm import token_batch
+from fast_litellm_shm.tokens import SimpleTokenCounter
+token_batch._SECONDS_PER_HELPER = 3600
+counter = SimpleTokenCounter()
+counter.count_tokens_batch(["a", "b"])
+counter.count_tokens_batch([f"{i} words " * 200 for i in range(200)])
+print("numpy" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
+
+
+def test_parts() -> None:
+    most = token_batch._PART
+    made = ["", "a" * most, "b", "c" * (most - 1), "d", "e" * 3 * most, "", "f"]
+    found = list(token_batch.parts(made, sum(map(len, made))))
+    assert [text for part, _ in found for text in part] == made
+    assert [chars for _, chars in found] == [most, most, 1, 3 * most, 1]
+    assert [sum(map(len, part)) for part, _ in found] == [chars for _, chars in found]
+    assert list(token_batch.parts(made[:1] * 3, 0)) == [(made[:1] * 3, 0)]
 
 
 def _helping(monkeypatch: pytest.MonkeyPatch, helpers: int) -> BatchCounter:
     monkeypatch.setattr(token_batch, "_cores", lambda: helpers + 1)
     counter = BatchCounter("cl100k_base")
     for _ in range(helpers):
-        helper = counter._make()
-        assert helper is not None
-        counter._helpers.append(helper)
         counter._made += 1
+        counter._make()
+    assert len(counter._idle) == helpers
     return counter
 
 
@@ -115,7 +198,7 @@ def test_an_error_in_any_thread_is_the_callers(monkeypatch: pytest.MonkeyPatch) 
             with pytest.raises(ArithmeticError, match="broken"):
                 for _ in range(50):  # until a helper gets a text, too
                     counter.count(made)
-        assert len(counter._helpers) == 2
+        assert len(counter._idle) == 2
     assert counter.count(made) == truths(made)
 
 
@@ -126,7 +209,7 @@ def test_where_no_thread_is_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_batch, "_executor", ended)
     made = [f"text {i} " * 10_000 for i in range(6)]
     assert counter.count(made) == truths(made)
-    assert len(counter._helpers) == 2
+    assert len(counter._idle) == 2
 
 
 def test_in_a_forked_child(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,6 +218,20 @@ def test_in_a_forked_child(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counter.count(made) == truths(made)  # the threads run now, here
     found = run_one(counter.count, made, method="fork")
     assert found == truths(made)
+
+
+def test_what_was_in_hand_at_a_fork_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = _helping(monkeypatch, 1)
+
+    def child() -> tuple[int, int]:
+        counter.spend(3600)
+        wait_until("it is made", lambda: not counter._making)
+        return counter._made, len(counter._idle)
+
+    lent = counter._borrow(1)
+    counter._making = True
+    assert run_one(child, method="fork") == (1, 1)
+    assert (len(lent), counter._made, counter._making) == (1, 1, True)
 
 
 def test_several_batches_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,4 +248,4 @@ def test_several_batches_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for thread in threads:
         thread.join()
     assert found == {i: truths(batch) for i, batch in enumerate(made)}
-    assert len(counter._helpers) == 2
+    assert len(counter._idle) == 2

@@ -11,8 +11,16 @@ import pytest
 from support import texts
 from support.children import run, run_one
 
-from fast_litellm_shm import Segment, SegmentSpaceError, SimpleTokenCounter, encoding, features
+from fast_litellm_shm import (
+    Segment,
+    SegmentSpaceError,
+    SimpleTokenCounter,
+    encoding,
+    features,
+    token_batch,
+)
 from fast_litellm_shm.native import Memo, ffi, lib
+from fast_litellm_shm.token_batch import BatchCounter
 
 AT_HAND = texts.encodings_at_hand()
 needs_encoding = pytest.mark.skipif("cl100k_base" not in AT_HAND, reason=texts.WHY_NOT)
@@ -293,6 +301,38 @@ def test_batches(segment: Segment) -> None:
 
 
 @needs_encoding
+def test_large_batches_with_a_helper(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = SimpleTokenCounter(segment=segment)
+    some = [texts.random_text(seed, 2_000 + seed) for seed in range(80)]
+    made = [text.encode("utf-8", "replace").decode() for text in some]  # the rest is not remembered
+    expected = [truth(text) for text in made]
+    batch = counter._prepare(None).batch
+    batch._make()
+    helped: list[int] = []
+    plain = BatchCounter.count
+
+    def count(self: BatchCounter, new: list[str]) -> dict[str, int]:
+        helped.append(len(new))
+        return plain(self, new)
+
+    monkeypatch.setattr(BatchCounter, "count", count)
+    counter.count_tokens(made[3])
+    monkeypatch.setattr(token_batch, "_LEAST", 50_000)
+    monkeypatch.setattr(token_batch, "_PART", 120_000)
+    monkeypatch.setattr(token_batch, "_GAIN", 0)  # whatever the cores have to do
+    assert counter.count_tokens_batch(made + made[:10]) == expected + expected[:10]
+    assert helped == [58, 21]  # two parts; what was known is not counted
+    assert counter.count_tokens_batch(made * 2) == expected * 2
+    assert helped == [58, 21]
+    small = [f"{i} small" for i in range(200)]
+    assert counter.count_tokens_batch(small) == [truth(text) for text in small]
+    monkeypatch.setenv("FAST_LITELLM_BATCH_TOKEN_COUNTING", "false")
+    large = [f"{i} large " * 2_000 for i in range(20)]
+    assert counter.count_tokens_batch(large) == [truth(text) for text in large]
+    assert helped == [58, 21]
+
+
+@needs_encoding
 def test_batch_without_its_feature(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "is_enabled", lambda name, request_id=None: False)
     counter = SimpleTokenCounter(segment=segment)
@@ -322,7 +362,8 @@ def test_a_memo_that_fails_is_told_and_not_felt(
     )
     counter = SimpleTokenCounter(segment=segment)
     counting = counter._prepare(None)
-    counting.memo = counter._by_model[None] = _Broken()  # type: ignore[assignment]
+    broken: Any = _Broken()
+    counting.memo = counting.count = counter._by_model[None] = broken
     assert counter.count_tokens("a b") == 2
     assert counter.count_tokens_batch(["a b", "c"]) == [2, 1]
     assert told == [("rust_token_counting", "scribbled")] * 2

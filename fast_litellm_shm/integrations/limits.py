@@ -37,7 +37,7 @@ from limits.storage import MovingWindowSupport, SlidingWindowCounterSupport, Sto
 from limits.storage.base import TimestampedSlidingWindow
 
 from fast_litellm_shm import keyed
-from fast_litellm_shm.exceptions import FastShmError
+from fast_litellm_shm.exceptions import FastShmError, SegmentError
 from fast_litellm_shm.handle import key_bytes
 from fast_litellm_shm.limiter import RateLimiter
 from fast_litellm_shm.limits import SlidingWindow, Window
@@ -112,32 +112,34 @@ class _Windows(Counts):
 
     def _refused(self, which: int, status: int, n: int, per_ns: int) -> NoReturn:
         """Called by the native part when a call ends neither admitted nor denied."""
-        if status == lib.FSHM_E_ARGUMENT and self._possible(which, n, per_ns):
-            status = lib.FSHM_E_DAMAGED  # the name has limits of another kind by now
-        if status == lib.FSHM_E_ARGUMENT:
+        if status != lib.FSHM_E_ARGUMENT:
+            self._names[which]._failed(status)
+        found = self._out_of_range(which, n, per_ns)
+        if found is not None:
             kind = ("fixed window", "sliding window counter", "moving window")[which]
             raise ConfigurationError(
-                f"a {kind} of {n} in {per_ns / 1e9:g} seconds cannot be kept in shm://: "
-                f"{self._range(which, per_ns)}"
+                f"a {kind} of {n} in {per_ns / 1e9:g} seconds cannot be kept in shm://: {found}"
             )
-        self._names[which]._failed(status)
+        raise SegmentError(
+            f"limiter {self._names[which].name!r} in segment {self.segment.name!r}: somebody gave "
+            "this name, which shm:// counts under, limits of another kind; give that limiter "
+            "another name, then restart this program, which takes the name back"
+        )
 
     @staticmethod
-    def _possible(which: int, n: int, per_ns: int) -> bool:
-        kind = lib.FSHM_SLIDING if which == 1 else lib.FSHM_WINDOW
-        raw = ffi.new("fshm_limit *", (n, per_ns, 0, kind, 0))
-        fits = lib.fshm_limit_check(raw, ffi.new("uint64_t *")) == lib.FSHM_OK
-        return fits and (which != 2 or n <= lib.FSHM_MAX_MOVING)
-
-    @staticmethod
-    def _range(which: int, per_ns: int) -> str:
+    def _out_of_range(which: int, n: int, per_ns: int) -> str | None:
+        """What must be otherwise; None: it can be kept."""
         largest = ffi.new("uint64_t *")
         raw = ffi.new("fshm_limit *", (1, per_ns, 0, lib.FSHM_SLIDING, 0))
         if lib.fshm_limit_check(raw, largest) != lib.FSHM_OK:
             return "the period must be a number of seconds above 0, up to 416 days"
-        if which == 1:
+        if which == 1 and not 1 <= n <= largest[0]:
             return f"the limit must be 1 to {largest[0]:,}; a fixed window can count more"
-        return f"the limit must be 1 to {lib.FSHM_MAX_MOVING:,}; the other strategies count more"
+        if which == 2 and not 1 <= n <= lib.FSHM_MAX_MOVING:
+            return (
+                f"the limit must be 1 to {lib.FSHM_MAX_MOVING:,}; the other strategies count more"
+            )
+        return None
 
     def clear(self, key: str) -> None:
         """Forget the key's fixed window and its moving window, as redis:// does."""
@@ -146,7 +148,7 @@ class _Windows(Counts):
         fixed.reset(raw)
         status = lib.fshm_moving_clear(moving._handle, raw, len(raw))
         if status != lib.FSHM_OK:
-            moving._failed(status)
+            self._refused(2, status, 1, 10**9)
 
     def clear_sliding(self, key: str) -> None:
         self._names[1].reset(key)

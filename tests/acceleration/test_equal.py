@@ -156,6 +156,17 @@ def test_it_is_the_memo_that_answers(litellm: Any) -> None:
     assert _sums() == (101, 499, 101)  # the role, and 100 texts
 
 
+def test_a_share_of_the_calls_is_drawn_once(litellm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the patch: the memo, which would draw for 32 calls each, is not asked once more."""
+    acceleration.apply_acceleration()
+    monkeypatch.setenv("FAST_LITELLM_RUST_TOKEN_COUNTING", "rollout:50")
+    for _ in range(4000):
+        litellm.token_counter("gpt-4o", text="a text")
+    acceleration.remove_acceleration()
+    _, hits, misses = _sums()
+    assert 1800 < hits + misses < 2200  # 6 standard deviations
+
+
 def test_a_changed_tokenizer_is_another(litellm: Any) -> None:
     tokenizer = litellm.utils.select_tokenizer("deepseek-chat")["tokenizer"]
     if type(tokenizer).__module__ != "tokenizers":

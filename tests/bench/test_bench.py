@@ -80,6 +80,13 @@ def test_an_unknown_question_is_refused_with_those_that_are() -> None:
     assert "'speed' is none of check_cost, " in done.stderr
 
 
+@pytest.mark.parametrize("rounds", ["0", "-3", "4", "x"])
+def test_too_few_rounds_are_refused_with_the_range(rounds: str) -> None:
+    done = bench("--iterations", rounds)
+    assert done.returncode == 2
+    assert f"--iterations: must be an int of 5 or more, not {rounds!r}" in done.stderr
+
+
 def made(measured: float, target: float, at_least: bool = True) -> Ratio:
     return Ratio("a / b", Values([measured]), target, at_least, promise="pool get + return")
 
@@ -210,6 +217,18 @@ def test_the_report_begins_with_the_targets_and_names_what_was_not_measured() ->
     assert text.count("**not measured in this run**") == len(report.PROMISES) - 1
     assert "missing: **a peer**: not installed" in text
     assert "(folder/p.svg)" in text
+
+
+def test_a_second_run_of_a_day_leaves_the_first_as_it_is(tmp_path: pathlib.Path) -> None:
+    begun = datetime.datetime(2030, 1, 2, 3, 4)
+    runs = [begun + datetime.timedelta(seconds=seconds) for seconds in (0, 1, 2, 62)]
+    for now in runs:
+        found = report.as_json({}, Settings(5), now, report.where(True))
+        report.write({}, found, tmp_path, report.free_stem(tmp_path, now))
+    names = ["2030-01-02", "2030-01-02-0304", "2030-01-02-030402", "2030-01-02-0305"]
+    for name, now in zip(names, runs, strict=True):
+        assert json.loads((tmp_path / f"{name}.json").read_text())["when"] == now.isoformat()
+        assert (tmp_path / f"{name}.md").exists()
 
 
 def test_what_fails_is_told_and_stops_nothing() -> None:

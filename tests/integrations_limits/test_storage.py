@@ -26,14 +26,7 @@ from limits.strategies import (
     SlidingWindowCounterRateLimiter,
 )
 
-from fast_litellm_shm import (
-    Limit,
-    RateLimiter,
-    Segment,
-    SegmentDamagedError,
-    SegmentFullError,
-    keyed,
-)
+from fast_litellm_shm import Limit, RateLimiter, Segment, SegmentError, SegmentFullError, keyed
 from fast_litellm_shm.inspection import Inspection
 from fast_litellm_shm.integrations.limits import AsyncShmStorage, ShmStorage
 
@@ -333,6 +326,32 @@ def test_out_of_range(storage: ShmStorage, call: Callable[[ShmStorage], object],
 
 
 @pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        (keyed.FIXED, lambda storage: storage.incr("k/5/1/minute", 60)),
+        (keyed.FIXED, lambda storage: storage.get("k")),
+        (keyed.FIXED, lambda storage: storage.get_expiry("k")),
+        (keyed.SLIDING, lambda storage: storage.acquire_sliding_window_entry("k", 5, 60)),
+        (keyed.SLIDING, lambda storage: storage.get_sliding_window("k", 60)),
+        (keyed.MOVING, lambda storage: storage.acquire_entry("k", 5, 60)),
+        (keyed.MOVING, lambda storage: storage.get_moving_window("k", 5, 60)),
+        (keyed.MOVING, lambda storage: storage.clear("k")),
+    ],
+)
+def test_a_name_that_was_given_other_limits(
+    storage: ShmStorage, segment_name: str, name: str, call: Callable[[ShmStorage], object]
+) -> None:
+    """None of the call's own numbers is wrong."""
+    RateLimiter(Limit(5, 60), name=name, segment=storage.segment)
+    with pytest.raises(SegmentError) as caught:
+        call(storage)
+    where = f"limiter '{name}' in segment '{segment_name}'"
+    assert str(caught.value).startswith(f"{where}: somebody gave this name")
+    call(of(segment_name))  # which takes the name back, as the error says
+    call(storage)
+
+
+@pytest.mark.parametrize(
     ("call", "error"),
     [
         (lambda storage: storage.incr("k", 60, -1), ValueError),
@@ -363,16 +382,6 @@ def test_a_full_segment_is_an_error_that_limits_can_wrap(segment_name: str) -> N
     with pytest.raises(SegmentFullError):
         of(segment_name, "").acquire_entry("moving", 1000, 3600, amount=500)
     assert of(segment_name, "").get_moving_window("moving", 1000, 3600)[1] == 0
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES.values())
-def test_a_name_with_limits_of_another_kind_is_no_fault_of_the_limit(
-    storage: ShmStorage, strategy: Any
-) -> None:
-    for name in keyed.NAMES:
-        RateLimiter(Limit(5), name=name, segment=storage.segment)
-    with pytest.raises(SegmentDamagedError, match="limits could not be read"):
-        strategy(storage).hit(MINUTE, "k")
 
 
 def test_check_tells_that_the_segment_was_removed(storage: ShmStorage, segment_name: str) -> None:

@@ -45,6 +45,16 @@ def test_block_runs(page: pathlib.Path, code: str, segment_name: str) -> None:
     assert done.returncode == 0, f"{page}: {done.stderr}"
 
 
+def test_each_variable_is_told_of() -> None:
+    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    sources = (
+        path.read_text(encoding="utf-8") for path in (ROOT / "fast_litellm_shm").rglob("*.py")
+    )
+    used = {name for source in sources for name in re.findall(r"FAST_LITELLM_[A-Z_]*[A-Z]", source)}
+    assert len(used) > 10
+    assert sorted(name for name in used if name not in pages) == []
+
+
 def test_readme_has_blocks() -> None:
     """The pattern above finds what a reader sees."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
