@@ -15,7 +15,7 @@ from support.flights import Flights
 from support.waiting import wait_until
 
 from fast_litellm_shm import RateLimiter, Segment, Window
-from fast_litellm_shm.cluster import Cluster, link
+from fast_litellm_shm.cluster import Cluster, agent, link
 
 HOUR = 3600
 SLOTS = 16384
@@ -62,8 +62,10 @@ def url_of(nodes: list[servers.Server]) -> str:
     return f"redis+cluster://127.0.0.1:{nodes[0].port},127.0.0.1:{nodes[1].port}"
 
 
-def limiter_of(nodes: list[servers.Server], segment: Segment, timeout: float) -> RateLimiter:
-    cluster = Cluster(url_of(nodes), on_outage="deny", timeout=timeout)
+def limiter_of(
+    nodes: list[servers.Server], segment: Segment, timeout: float, policy: str = "deny"
+) -> RateLimiter:
+    cluster = Cluster(url_of(nodes), on_outage=policy, timeout=timeout)
     return RateLimiter(Window(100, HOUR), name="api", segment=segment, cluster=cluster)
 
 
@@ -195,28 +197,55 @@ def test_a_key_that_moves(nodes: list[servers.Server], segment: Segment) -> None
         assert client.execute_command("CLUSTER", "COUNTKEYSINSLOT", slot) == 1
 
 
-@pytest.mark.parametrize("gone", ["killed", "frozen"])
-def test_a_replica_takes_the_place_of_a_node(kind: str, segment: Segment, gone: str) -> None:
-    """It is found, and knows what was consumed."""
+@pytest.fixture
+def replicated(kind: str) -> Iterator[list[servers.Server]]:
+    """Three nodes, which count as failed after a second, and a replica of the third."""
     with ExitStack() as stack:
-        nodes = _started(stack, kind, 4, 1000)
-        *primaries, replica = nodes
-        _joined(nodes, 3)
-        with primaries[2].client() as client:
+        found = _started(stack, kind, 4, 1000)
+        _joined(found, 3)
+        with found[2].client() as client:
             place = client.execute_command("CLUSTER", "MYID")
-        with replica.client() as client:
+        with found[3].client() as client:
             client.execute_command("CLUSTER", "REPLICATE", place)
             wait_until(
                 "the replica finds its primary",
                 lambda: client.info("replication")["master_link_status"] == "up",
             )
-        limiter = limiter_of(nodes, segment, 0.5)
-        key = key_on(limiter, 2)
-        assert limiter.acquire(key, 60)
-        with primaries[2].client() as client:
-            assert client.wait(1, 5000) == 1
-        primaries[2].kill() if gone == "killed" else primaries[2].freeze()
-        wait_until("it takes over", lambda: limiter.acquire(key, 40), every=0.05)
-        assert not limiter.acquire(key)
-        with replica.client() as client:
-            assert client.info("replication")["role"] == "master"
+        yield found
+
+
+@pytest.mark.parametrize("gone", ["killed", "frozen"])
+def test_a_replica_takes_the_place_of_a_node(
+    replicated: list[servers.Server], segment: Segment, gone: str
+) -> None:
+    """It is found, and knows what was consumed."""
+    _, _, primary, replica = replicated
+    limiter = limiter_of(replicated, segment, 0.5)
+    key = key_on(limiter, 2)
+    assert limiter.acquire(key, 60)
+    with primary.client() as client:
+        assert client.wait(1, 5000) == 1
+    primary.kill() if gone == "killed" else primary.freeze()
+    wait_until("it takes over", lambda: limiter.acquire(key, 40), every=0.05)
+    assert not limiter.acquire(key)
+    with replica.client() as client:
+        assert client.info("replication")["role"] == "master"
+
+
+def test_a_replica_is_told_what_was_admitted_meanwhile(
+    replicated: list[servers.Server], segment: Segment
+) -> None:
+    limiter = limiter_of(replicated, segment, 0.5, "local")
+    key = key_on(limiter, 2)
+    assert limiter.acquire(key_on(limiter, 2, "other"))
+    wait_until("it is known how many hosts there are", lambda: agent.hosts(segment) == 1)
+    replicated[2].freeze()
+    assert limiter.acquire(key, 30)
+    assert limiter._wallet is not None
+    found = limiter._wallet.link
+    assert found.away is not None
+    wait_until("it takes over", lambda: found.away is None)
+    with replicated[3].client() as client:
+        assert client.info("replication")["role"] == "master"
+    # (Less, where what the host knew of the key was not what the server did: both are told.)
+    assert limiter.get_remaining(key) <= 70
