@@ -62,10 +62,8 @@ def url_of(nodes: list[servers.Server]) -> str:
     return f"redis+cluster://127.0.0.1:{nodes[0].port},127.0.0.1:{nodes[1].port}"
 
 
-def limiter_of(
-    nodes: list[servers.Server], segment: Segment, timeout: float, policy: str = "deny"
-) -> RateLimiter:
-    cluster = Cluster(url_of(nodes), on_outage=policy, timeout=timeout)
+def limiter_of(nodes: list[servers.Server], segment: Segment, policy: str = "deny") -> RateLimiter:
+    cluster = Cluster(url_of(nodes), on_outage=policy, timeout=servers.SLOWEST)
     return RateLimiter(Window(100, HOUR), name="api", segment=segment, cluster=cluster)
 
 
@@ -121,7 +119,7 @@ def test_a_node_that_does_not_answer_is_asked_once(
 ) -> None:
     """And no other one is asked who has its keys: a call waits for one answer, and what one did
     that came too late, it did once."""
-    limiter = limiter_of(nodes, segment, 0.5)
+    limiter = limiter_of(nodes, segment)
     key = key_on(limiter, 2)
     assert limiter._wallet is not None
     alone = link.Link(limiter._wallet.cluster, segment)  # no thread of which tries it again
@@ -152,7 +150,7 @@ def test_a_node_that_is_away(
         tries += 1
 
     monkeypatch.setattr(link.Link, "probe", counted)
-    limiter = limiter_of(nodes, segment, 0.5)
+    limiter = limiter_of(nodes, segment)
     keys = [key_on(limiter, node) for node in range(3)]
     assert all(limiter.acquire(key, 60) for key in keys)
     with caplog.at_level(logging.WARNING, "fast_litellm_shm"):
@@ -175,7 +173,7 @@ def test_a_node_that_is_away(
 
 def test_a_key_that_moves(nodes: list[servers.Server], segment: Segment) -> None:
     """It is asked for where its slot moves to, and where it has moved."""
-    limiter = limiter_of(nodes, segment, servers.SLOWEST)
+    limiter = limiter_of(nodes, segment)
     key = key_on(limiter, 0)
     slot = slot_of(limiter, key)
     ids = []
@@ -199,9 +197,9 @@ def test_a_key_that_moves(nodes: list[servers.Server], segment: Segment) -> None
 
 @pytest.fixture
 def replicated(kind: str) -> Iterator[list[servers.Server]]:
-    """Three nodes, which count as failed after a second, and a replica of the third."""
+    """Three nodes, which count as failed after two seconds, and a replica of the third."""
     with ExitStack() as stack:
-        found = _started(stack, kind, 4, 1000)
+        found = _started(stack, kind, 4, 2000)
         _joined(found, 3)
         with found[2].client() as client:
             place = client.execute_command("CLUSTER", "MYID")
@@ -220,7 +218,7 @@ def test_a_replica_takes_the_place_of_a_node(
 ) -> None:
     """It is found, and knows what was consumed."""
     _, _, primary, replica = replicated
-    limiter = limiter_of(replicated, segment, 0.5)
+    limiter = limiter_of(replicated, segment)
     key = key_on(limiter, 2)
     assert limiter.acquire(key, 60)
     with primary.client() as client:
@@ -235,7 +233,7 @@ def test_a_replica_takes_the_place_of_a_node(
 def test_a_replica_is_told_what_was_admitted_meanwhile(
     replicated: list[servers.Server], segment: Segment
 ) -> None:
-    limiter = limiter_of(replicated, segment, 0.5, "local")
+    limiter = limiter_of(replicated, segment, "local")
     key = key_on(limiter, 2)
     assert limiter.acquire(key_on(limiter, 2, "other"))
     wait_until("it is known how many hosts there are", lambda: agent.hosts(segment) == 1)
