@@ -157,6 +157,8 @@ class Agent:
                 outage = isinstance(error, links.AwayError) or links._is_outage(error)
                 if said != told and not outage:  # it tries again and again
                     links._log.exception("leading this host failed")
+                elif said != told and links.is_refusal(error) and self.link.away is None:
+                    self.link.tell_refusal(error)
                 told = said
             time.sleep(_AGAIN)
 
@@ -182,7 +184,7 @@ class Agent:
                     if self.link.away is None:
                         renew(self.link, self._leases_of)
                 message = inbox.get_message(timeout=min(max(due - now, 0.0), 0.5))
-                if message is not None:
+                if message is not None and message["data"]:
                     self._give_back(message["data"])
         finally:
             inbox.close()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fast_litellm_shm import exceptions
-from fast_litellm_shm.cluster.settings import OUTAGE, Cluster
+from fast_litellm_shm.cluster.settings import OUTAGE, Cluster, library
 from fast_litellm_shm.native import lib
 from fast_litellm_shm.segment import Segment
 
@@ -28,6 +28,17 @@ PROBE = 0.2  # seconds between two tries while it is away
 PROBATION = 1.0
 _MOST = 500  # requests in one pipeline
 COMPONENT, OUTAGES = "cluster", "cluster_outage"  # as which round trips and outages are measured
+
+# It answers again when it does what calls need: one that is full, or read-only, or refuses the
+# channel, answers a PING. (The channel hears an empty message, which leaders pass over.)
+_PROBE = """
+redis.call('SET', KEYS[1], '', 'PX', 1000)
+redis.call('PUBLISH', ARGV[1], '')
+return redis.call('GET', KEYS[1])
+"""
+_PROBED = 1000  # keys that are looked at, to find one of each node
+# As servers have it; the latter those before 7, of what a script does.
+_REFUSED = ("no permissions", "the user executing the script can't")
 
 
 class AwayError(exceptions.ClusterError):
@@ -71,6 +82,7 @@ class Link:
         self.channel = f"{cluster.prefix}:recall"
         self._client: Any = None
         self._scripts: dict[str, Any] = {}  # by source
+        self._elsewhere: tuple[type[Exception], ...] = ()  # of a node: another one may have the key
         self._lock = threading.Lock()
         self._since = self._answers_since = 0.0
         self._since_ns = 0  # segment time
@@ -84,6 +96,8 @@ class Link:
         """Made when it is first needed: in a worker, not in whoever forks it."""
         with self._lock:
             if self._client is None:
+                errors = library("redis").exceptions
+                self._elsewhere = (errors.AskError, errors.ConnectionError)
                 self._client = self.cluster.client()
                 self._scripts = {}
             return self._client
@@ -109,20 +123,36 @@ class Link:
 
     def _send(self, requests: Sequence[Question]) -> list[Any]:
         client = self.client()
-        if len(requests) == 1 or self.cluster.url.startswith("redis+cluster"):
-            return [self._run(client, each) for each in requests]
+        if self.cluster.of_nodes:
+            return [self._run_on_node(client, each) for each in requests]
+        if len(requests) == 1:
+            return [self._run(client, requests[0])]
         pipeline = client.pipeline(transaction=False)
         for each in requests:
             self._run(pipeline, each)
         found: list[Any] = pipeline.execute()
         return found
 
+    def _run_on_node(self, client: Any, each: Question) -> Any:
+        """Asked of the node itself: where that does not answer, the library would look for the
+        key's new one among all nodes, and wait for each that does not answer either. That is for
+        probe(), but where a node says at once that it is another's (or is gone)."""
+        node = client.get_node_from_key(each.state_key(self.cluster.prefix))
+        try:
+            return self._run(client.get_redis_connection(node), each)
+        except self._elsewhere:
+            return self._run(client, each)
+
     def _run(self, client: Any, each: Question) -> Any:
-        known = self._scripts.get(each.source)
-        if known is None:
-            known = self._scripts[each.source] = self._client.register_script(each.source)
         keys = [each.state_key(self.cluster.prefix)]
-        return known(keys, each.arguments(self.host, self.channel), client=client)
+        arguments = each.arguments(self.host, self.channel)
+        return self._script(each.source)(keys, arguments, client=client)
+
+    def _script(self, source: str) -> Any:
+        known = self._scripts.get(source)
+        if known is None:
+            known = self._scripts[source] = self._client.register_script(source)
+        return known
 
     def names(self, start: bytes) -> list[bytes]:
         """Keys at the server that begin so. Raises AwayError."""
@@ -154,20 +184,33 @@ class Link:
                 self._since = time.monotonic()
                 self._since_ns = int(lib.fshm_now(self.segment._handle))
         _note(self.segment)  # each time: a child that was forked meanwhile has told nobody yet
-        if first:
-            self._measured(OUTAGES, "lost", took)
+        if not first:
+            return
+        self._measured(OUTAGES, "lost", took)
+        if is_refusal(error):
+            self.tell_refusal(error)
+        else:
             _log.warning(
                 "%s does not answer (%s); limits over many hosts go by on_outage=%r until it does",
                 self.cluster.shown, self.away, self.cluster.on_outage,
             )  # fmt: skip
-            self.on_lost()
+        self.on_lost()
+
+    def tell_refusal(self, error: Exception) -> None:
+        """What is missing, and how to grant it."""
+        _log.warning(
+            "%s refuses what limits over many hosts need (%s); they go by on_outage=%r until its "
+            "user is granted it: ACL SETUSER %s %s",
+            self.cluster.shown, error, self.cluster.on_outage, self.cluster.user,
+            self.cluster.rights,
+        )  # fmt: skip
 
     def probe(self) -> None:
         """Try it, while it is away: by the agent. Before anything is asked of it again, it is told
         what was admitted meanwhile, when it answers: that takes a look at each key."""
         began = time.monotonic_ns()
         try:
-            self.client().ping()
+            self._try()
             for limiter in list(self.owing):
                 self._repay(limiter)
         except AwayError:
@@ -183,6 +226,27 @@ class Link:
         _note(self.segment)
         self._measured(OUTAGES, "away", round((now - self._since) * 1e9))
         _log.warning("%s answers again, after %.1f s", self.cluster.shown, now - self._since)
+
+    def _try(self) -> None:
+        """Of a cluster each node, through the library, which then finds what has taken the place of
+        one that is gone."""
+        client = self.client()
+        for key in self._probe_keys(client):
+            self._script(_PROBE)([key], [self.channel], client=client)
+
+    def _probe_keys(self, client: Any) -> list[str]:
+        """One that each node keeps; not of a node with so few that none is found."""
+        start = f"{self.cluster.prefix}:probe"
+        if not self.cluster.of_nodes:
+            return [start]
+        found: dict[str, str] = {}
+        nodes = len(client.get_primaries())
+        for number in range(_PROBED):
+            key = f"{start}:{number}"
+            found.setdefault(client.get_node_from_key(key).name, key)
+            if len(found) == nodes:
+                break
+        return list(found.values())
 
     def _repay(self, limiter: Owing) -> None:
         requests = limiter.owed()
@@ -231,6 +295,11 @@ def _is_outage(error: Exception) -> bool:
     if redis is None:
         return isinstance(error, OSError)
     return isinstance(error, (redis.RedisError, redis.exceptions.RedisClusterException, OSError))
+
+
+def is_refusal(error: Exception) -> bool:
+    """The server answers, but does not let its user do something."""
+    return any(each in str(error).lower() for each in _REFUSED)
 
 
 _links: dict[tuple[Cluster, int], Link] = {}

@@ -5,14 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import re
 from typing import Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from fast_litellm_shm import settings
 
 OLDEST = 6  # of the redis library
 OUTAGE = ("local", "deny", "allow")
 SCHEMES = ("redis", "rediss", "unix", "redis+cluster", "redis+sentinel")
+_COMMANDS = (
+    "evalsha script|load get set time zadd zcard zremrangebyscore pexpire publish subscribe scan "
+    "select"
+)
+_COMMANDS_OF_A_CLUSTER = "cluster|slots command asking"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +91,30 @@ class Cluster:
 
     @property
     def shown(self) -> str:
-        """The URL without its password, for messages."""
-        head, at, tail = self.url.rpartition("@")
+        """The URL without its passwords, for messages."""
+        url = re.sub(r"([?&]\w*password=)[^&]*", r"\1***", self.url)
+        head, at, tail = url.rpartition("@")
         scheme, _, user = head.partition("://")
-        return f"{scheme}://{user.partition(':')[0]}:***@{tail}" if at and user else self.url
+        return f"{scheme}://{user.partition(':')[0]}:***@{tail}" if at and user else url
+
+    @property
+    def user(self) -> str:
+        """As whom it is asked there."""
+        return unquote(urlsplit(self.url).username or "") or "default"
+
+    @property
+    def rights(self) -> str:
+        """What its user there must be granted, as ACL SETUSER takes it."""
+        commands = _COMMANDS
+        if self.of_nodes:
+            commands += f" {_COMMANDS_OF_A_CLUSTER}"
+        granted = " ".join(f"+{each}" for each in commands.split())
+        return f"~{self.prefix}:* &{self.prefix}:* {granted}"
+
+    @property
+    def of_nodes(self) -> bool:
+        """A Redis Cluster: each key is kept by one of several nodes."""
+        return urlsplit(self.url).scheme == "redis+cluster"
 
     def check(self) -> None:
         """Raises ImportError where the redis library is missing or too old, ValueError where it
@@ -107,16 +133,19 @@ class Cluster:
         wait = self.timeout if timeout is None else timeout
         options: dict[str, Any] = {"socket_timeout": wait, "socket_connect_timeout": wait}
         parts = urlsplit(self.url)
-        login = {k: v for k, v in (("username", parts.username), ("password", parts.password)) if v}
-        # A connection that the server has closed is only seen when it is used: try once more. But
-        # not what took too long, which the server may yet do.
-        once_more = library("redis.retry").Retry(
-            library("redis.backoff").NoBackoff(), 1, (redis.exceptions.ConnectionError,)
-        )
-        if parts.scheme == "redis+cluster":
+        named = (("username", parts.username), ("password", parts.password))
+        login = {name: unquote(given) for name, given in named if given}
+        retry, at_once = library("redis.retry").Retry, library("redis.backoff").NoBackoff()
+        if self.of_nodes:
             cluster = library("redis.cluster")
             nodes = [cluster.ClusterNode(*address) for address in _addresses(parts.netloc, 6379)]
-            return cluster.RedisCluster(startup_nodes=nodes, **options, **login)
+            # Its retries would wait between them, and try again what took too long.
+            return cluster.RedisCluster(
+                startup_nodes=nodes, retry=retry(at_once, 0), **options, **login
+            )
+        # A connection that the server has closed is only seen when it is used: try once more. But
+        # not what took too long, which the server may yet do.
+        once_more = retry(at_once, 1, (redis.exceptions.ConnectionError,))
         if parts.scheme == "redis+sentinel":
             service, _, db = parts.path.strip("/").partition("/")
             sentinel = library("redis.sentinel").Sentinel(

@@ -172,14 +172,34 @@ def test_flushed_scripts_are_loaded_again(server: servers.Server, segment: Segme
     assert limiter.acquire("b")
 
 
-def test_a_read_only_server_is_away(server: servers.Server, segment: Segment) -> None:
+def test_a_read_only_server_is_away(
+    server: servers.Server,
+    segment: Segment,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For as long as it is, though it answers: told once each way."""
+    probe, tries = link.Link.probe, 0
+
+    def counted(given: link.Link) -> None:
+        nonlocal tries
+        probe(given)
+        tries += 1
+
+    monkeypatch.setattr(link.Link, "probe", counted)
     limiter = limiter_of(server, segment, "deny")
-    with server.client() as client:
-        client.replicaof("127.0.0.1", servers.free_port())
-    assert not limiter.acquire("key")
-    with server.client() as client:
-        client.replicaof("NO", "ONE")
-    wait_until("it is admitted again", lambda: limiter.acquire("key"))
+    with caplog.at_level(logging.WARNING, "fast_litellm_shm"):
+        with server.client() as client:
+            client.replicaof("127.0.0.1", servers.free_port())
+        assert not limiter.acquire("key")
+        wait_until("it is tried again and again", lambda: (limiter.acquire("key"), tries > 15)[1])
+        with server.client() as client:
+            client.replicaof("NO", "ONE")
+        wait_until("it is admitted again", lambda: limiter.acquire("key"))
+    said = [record.getMessage() for record in caplog.records]
+    told = [each for each in said if server.url in each]
+    assert len(told) == 2, told
+    assert "does not answer" in told[0] and "answers again" in told[1]
 
 
 def test_a_leader_goes_on_whatever_went_wrong(

@@ -25,6 +25,20 @@ def installed(kind: str) -> bool:
     return shutil.which(f"{kind}-server") is not None
 
 
+def starts(kind: str, *options: str) -> bool:
+    """Whether a server takes these options: not all are built into each."""
+    tried = Server(kind, *options)
+    try:
+        with tried:
+            return True
+    except EndedError:
+        return False
+
+
+class EndedError(AssertionError):
+    """A server that ended by itself."""
+
+
 def free_port() -> int:
     """A TCP port of loopback that nobody had just now."""
     with socket.socket() as probe:
@@ -75,7 +89,8 @@ class Server:
         import redis
 
         assert self._process is not None
-        assert self._process.poll() is None, f"{self._kind}-server ended: {self._process.poll()}"
+        if self._process.poll() is not None:
+            raise EndedError(f"{self._kind}-server ended: {self._process.poll()}")
         try:
             with self.client() as client:
                 return bool(client.ping())
