@@ -333,7 +333,7 @@ elseif op == 'charge' or op == 'fill' then
     if op == 'fill' then cost = min(cost, available(r, m)) end
     charge(r, m, cost)
     if r.kind == 1 and m.c > r.n then -- debt: the window is prolonged by per / n a token
-      local more = ceil((m.c - r.n) * (r.per / r.n))
+      local more = ceil((m.c - r.n) * r.per / r.n)
       m.w, m.d, m.c = m.w + more, (m.d or 0) + more, r.n
     end
   end
@@ -352,10 +352,11 @@ elseif op == 'refund' then
     elseif r.kind == 1 and r.left > 0 and m.w - (m.d or 0) - r.left > r.per / 2 then
       r.cost = 0 -- charged in a window that is over by now: the next one ends at least `per` later
     elseif r.kind == 1 then -- debt first: what the window is prolonged by
-      local debt = min(r.cost, floor((m.d or 0) * (r.n / r.per)))
-      local less = min(floor(debt * (r.per / r.n)), m.d or 0, m.w)
+      local debt = min(r.cost, floor((m.d or 0) * r.n / r.per))
+      local less = min(floor(debt * r.per / r.n), m.d or 0, m.w)
       m.w, m.d = m.w - less, (m.d or 0) - less
       m.c = m.c - min(m.c, r.cost - debt)
+      if m.w == 0 then m.c, m.d = 0, nil end -- without the debt it would be over by now
     else
       local rest = r.cost - min(m.c, r.cost)
       m.c = m.c - (r.cost - rest)
