@@ -209,7 +209,7 @@ def test_of_two_servers_the_one_that_is_back_says_nothing_of_the_other(
 
     def both() -> bool:
         first.acquire("other")
-        return (away(segment) or {})["on_outage"] == ["allow", "local"]
+        return bool((away(segment) or {})["on_outage"] == ["allow", "local"])
 
     wait_until("both are away", both)
     server.start()
