@@ -37,7 +37,7 @@ class Debt(NamedTuple):
     time, ns) or a ``life`` later; ``older`` ones at ``end``.
 
     A window has no life: what was admitted in it is over with it, exactly. Of the other limits,
-    tokens are charged for one life at least, and for less than two: a sliding window's until it
+    tokens are charged for one life at least, and for less than three: a sliding window's until it
     has slid past them (``per``), a bucket's until it has refilled from empty. So what is charged
     may be over in part, and what is not charged is over.
     """
@@ -57,7 +57,9 @@ class Debt(NamedTuple):
         windows with the last."""
         first, last = sorted((self, other))
         if now >= first.end:
-            return last._replace(older=last.older + first.left(life, now))
+            older = first.left(life, now)
+            end = min(last.end, first.end + life) if older and not last.older else last.end
+            return Debt(end, last.cost, last.older + older)
         end = first.end if life else last.end
         return Debt(end, first.cost + last.cost, first.older + last.older)
 

@@ -54,7 +54,7 @@ def test_of_other_limits_nothing_young_is_forgotten_and_all_that_is_old(
     now += pause
     left = told.joined(owed, PER, now).left(PER, now)
     assert left >= sum(cost for at, cost in costs if now < at + PER)
-    assert left <= sum(cost for at, cost in costs if now < at + 2 * PER)
+    assert left <= sum(cost for at, cost in costs if now < at + 3 * PER)
 
 
 def limiter_of(
