@@ -35,7 +35,7 @@ def headers_of(remaining: Iterable[tuple[Subject, dict[str, int]]]) -> dict[str,
 
 
 def _headers(denial: Denial, resets: str) -> dict[str, str]:
-    left = {name: 0 for name, what in _NAMES.items() if what == denial.type}
+    left = {name: denial.remaining for name, what in _NAMES.items() if what == denial.type}
     return {
         "retry-after": str(denial.retry_after),
         "rate_limit_type": denial.type,
@@ -50,7 +50,7 @@ def _told(denial: Denial) -> tuple[str, dict[str, str]]:
     return (
         f"Rate limit exceeded for {denial.subject.kind}: {denial.subject.value}. "
         f"Limit type: {denial.type}. Current limit: {denial.limit}, "
-        f"Remaining: {max(denial.remaining, 0)}. Limit resets at: {resets}"
+        f"Remaining: {denial.remaining}. Limit resets at: {resets}"
     ), _headers(denial, resets)
 
 

@@ -34,7 +34,8 @@ def quota_of(limits: Limits) -> Quota:
 
 class Denial(NamedTuple):
     """Which limit of whom denied. type: ``requests``, ``tokens`` or ``max_parallel_requests``, as
-    LiteLLM calls them. retry_after: seconds, at least 1."""
+    LiteLLM calls them. remaining: what is left of it; of tokens that can be some, if too few.
+    retry_after: seconds, at least 1."""
 
     subject: Subject
     type: str
@@ -99,7 +100,9 @@ def _refused(subject: Subject, by: Admission | None, admitted: list[Admission]) 
     _cancel(admitted)
     if by is None:
         return _denial(subject, str(subject.limits.nothing), 0, None)
-    return _denial(subject, by.reason, by.decision.remaining, by.retry_after)
+    # the decision's own remaining is that of whichever limit has least, requests perhaps
+    left = quota_of(subject.limits)._left(_key(subject))["tpm"] if by.reason == "tpm" else 0
+    return _denial(subject, by.reason, left, by.retry_after)
 
 
 def _cancel(admitted: list[Admission]) -> None:

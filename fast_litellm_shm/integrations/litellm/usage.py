@@ -84,12 +84,12 @@ class Guess:
     that model's answers had in the mean beyond the guessed input, and before the first of them a
     quarter of the limit, at most 1,024."""
 
-    __slots__ = ("_answers", "_asked", "_data", "_input", "_output", "call_type", "kind")
+    __slots__ = ("_asked", "_data", "_input", "_output", "call_type", "kind", "model")
 
     def __init__(self, data: Mapping[str, Any], call_type: str, kind: str) -> None:
         self._data, self.call_type, self.kind = data, call_type, kind
         model = data.get("model")  # of a pass-through, whatever the client sends
-        self._answers = (model if isinstance(model, str) else None), kind
+        self.model = model if isinstance(model, str) else None
         self._asked = False
         self._input = 0
         self._output: int | None = None
@@ -111,7 +111,7 @@ class Guess:
             self._ask()
         output = self._output
         if output is None:
-            known = _beyond.get(self._answers)
+            known = _beyond.get((self.model, self.kind))
             output = min(_MOST_UNKNOWN, least_limit // 4) if known is None else round(known)
         return min(max(self._input + output, 1), least_limit)
 
@@ -119,7 +119,7 @@ class Guess:
         """It used so many."""
         if not self._asked:
             return  # nobody counts this model's
-        answers, beyond = self._answers, max(used - self._input, 0)
+        answers, beyond = (self.model, self.kind), max(used - self._input, 0)
         known = _beyond.get(answers)
         if known is None and len(_beyond) >= _MOST_MODELS:
             _beyond.clear()
