@@ -146,8 +146,14 @@ class Held:
     def remaining(self) -> list[tuple[Subject, dict[str, int]]]:
         """What each of those it counts for has left now, by ``rpm`` and ``tpm``."""
         return [
-            (subject, quota_of(subject.limits)._left(_key(subject))) for subject in self.subjects
+            (subject, admission._quota._left(admission._key))
+            for subject, admission in zip(self.subjects, self._admitted, strict=True)
         ]
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether any of those it counts for has a limit of tokens."""
+        return any(subject.limits.tpm is not None for subject in self.subjects)
 
 
 class Attempt:

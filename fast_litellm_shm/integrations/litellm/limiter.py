@@ -310,8 +310,12 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
                 attempt = call.attempt_at(deployment)
         if call is None and attempt is None:
             return
-        # the answer itself says what of it was cached, LiteLLM's payload does not
-        found = usage.used(response) or usage.used(kwargs.get("standard_logging_object"))
+        found = None
+        if (call is not None and not call.told) or (
+            attempt is not None and attempt.held.counts_tokens
+        ):
+            # the answer itself says what of it was cached, LiteLLM's payload does not
+            found = usage.used(response) or usage.used(kwargs.get("standard_logging_object"))
         # a picture has used none, say: LiteLLM counts none either
         unknown = None if success and not _has_ended(response) else 0
         if attempt is not None:

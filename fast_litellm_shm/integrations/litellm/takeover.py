@@ -39,11 +39,15 @@ def without(descriptors: list[Any], ours: dict[tuple[str, str], Any]) -> list[An
         if kept is None or not limited:
             out.append(descriptor)
             continue
-        left = {
-            **limited,
-            **{theirs: None for theirs, field in _FIELDS if getattr(kept, field) is not None},
-        }
-        if any(left.get(theirs) is not None for theirs, _ in _FIELDS):
+        left = dict(limited)
+        some = False
+        for theirs, field in _FIELDS:
+            if left.get(theirs) is not None:
+                if getattr(kept, field) is None:
+                    some = True
+                else:
+                    left[theirs] = None
+        if some:
             out.append({**descriptor, "rate_limit": left})
     return out
 
@@ -61,7 +65,7 @@ def _quieter(base: Any, found_for: Any) -> Any:
             found = await super()._build_request_rate_limit_descriptors(
                 user_api_key_dict, data, call_type
             )
-            if call_type is None or call_type == _TURN or not judged.get():
+            if not found or call_type is None or call_type == _TURN or not judged.get():
                 return found  # also asked for by what passes no hook of ours
             try:
                 ours = {(s.kind, s.value): s.limits for s in found_for(user_api_key_dict, data)}
