@@ -28,6 +28,7 @@ PROMISES = (
     "routing, 20 deployments",
     "token count, text seen before, 1,000+ characters",
     "token count, new text",
+    "LiteLLM plugin, all hooks of a request",
 )
 
 

@@ -101,10 +101,10 @@ def health_check() -> dict[str, Any]:
     used again), permits, permits_of_dead (given back when somebody needs one), limiters,
     refused_full (calls that met a full table)), memo, features_off, and litellm: None, or
     could_not_judge, the requests of LiteLLM's plugin that ``fail_open`` decided about since the
-    segment was made, and cluster: None, or how this host fares with limits that are kept for many
-    (hosts, leader, round_trips, failed, granted, given_back, admitted, calls_saved, permits,
-    lag_p50_ms, lag_p99_ms, away, lost: cluster/state.py). While the server is away for a process of
-    this host, the status says so.
+    segment was made (where there is none: those of this process), and cluster: None, or how this
+    host fares with limits that are kept for many (hosts, leader, round_trips, failed, granted,
+    given_back, admitted, calls_saved, permits, lag_p50_ms, lag_p99_ms, away, lost:
+    cluster/state.py). While the server is away for a process of this host, the status says so.
 
     Never raises.
     """
@@ -123,6 +123,7 @@ def health_check() -> dict[str, Any]:
         default = Segment.default()
         state, memo = segment_state(default), memo_state(default)
         cluster = cluster_state(default)
+        monitoring.count_kept(default)
         failed = monitoring.segment_stats(default, PLUGIN).get(PLUGIN)
         plugin = {"could_not_judge": failed["error_count"]} if failed else None
         problems += _problems(state)
@@ -132,6 +133,8 @@ def health_check() -> dict[str, Any]:
         problems.append(str(error))
     except Exception as error:  # its contents are foreign: whatever they break must be told
         problems.append(f"the segment's contents do not add up: {type(error).__name__}: {error}")
+    if plugin is None and monitoring.kept(PLUGIN):
+        plugin = {"could_not_judge": monitoring.kept(PLUGIN)}
     try:
         for name, found in features.get_feature_status().items():
             if not found["enabled"]:

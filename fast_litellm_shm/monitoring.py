@@ -18,6 +18,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import time
 from typing import Any
 
@@ -73,6 +74,38 @@ class _DefaultRecorder(Recorder):
 
 _recorder = _DefaultRecorder()
 record_performance = _recorder.record
+
+
+# By component and operation: failures that no segment has counted yet. (Of two threads that fail at
+# the same moment one may be missed.)
+_kept: dict[tuple[str, str], int] = {}
+os.register_at_fork(after_in_child=_kept.clear)  # the parent counts them
+
+
+def record_failure(component: str, operation: str) -> None:
+    """A failure that is not to be missed: where no segment is to be had, this process keeps it for
+    :func:`count_kept`."""
+    record_performance(component, operation, 0.0, success=False)
+    if _recorder._segment is None:
+        _kept[component, operation] = _kept.get((component, operation), 0) + 1
+
+
+def kept(component: str) -> int:
+    """How many failures of a component this process keeps."""
+    return sum(n for (of, _), n in list(_kept.items()) if of == component) if _kept else 0
+
+
+def count_kept(segment: Segment) -> None:
+    """Count in the segment what this process has kept."""
+    while _kept:
+        try:
+            (component, operation), n = _kept.popitem()
+        except KeyError:  # another thread was quicker
+            return
+        first, second = component.encode(), operation.encode()
+        handle = segment._handle
+        metric = lib.fshm_metric_open(handle, first, len(first), second, len(second))
+        lib.fshm_metric_record(handle, metric, 0, n, 0, 0, 0)
 
 
 def _sample_every() -> int:

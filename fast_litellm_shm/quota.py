@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 # Where the limits are those of many hosts, what holds a permit and knows what was charged.
 Held: TypeAlias = "Permit | Granted"
 
+_NUMBERS, _PERMIT = ffi.typeof("uint64_t[4]"), ffi.typeof("fshm_permit *")
+
 
 def _check_tokens(where: str, tokens: object) -> None:
+    if type(tokens) is int and 0 <= tokens < 2**63:
+        return
     if isinstance(tokens, bool) or not isinstance(tokens, int):
         raise TypeError(f"{where}: tokens must be an int, not {tokens!r}")
     if tokens < 0:
@@ -162,6 +166,7 @@ class Quota:
         self._ones = (1,) * len(names)
         self._rest = self._ones[self._tpm + 1 :]
         self._parts: Parts | None = None
+        self._checked: Any = None  # the limits whose kinds are known to be ours
         if settings.names_server(cluster):
             self._join(tuple(found), name, segment, on_full, cluster)
         if self._parts is None:
@@ -240,8 +245,8 @@ class Quota:
     def _left(self, key: str | bytes, ask: bool = False) -> dict[str, int]:
         """remaining() without max_parallel, which has to look at each of its slots. ask: where
         this host does not know, else it is what it has last heard."""
-        raw, left = key_bytes(key), ffi.new("uint64_t[4]")
-        self._costs(0)  # or the numbers would be those of other limits
+        raw, left = key_bytes(key), ffi.new(_NUMBERS)
+        self._check_kinds()  # or the numbers would be those of other limits
         if self._parts is not None:
             return dict(zip(self._names, self._parts.left(key, ask), strict=False))
         count = lib.fshm_remaining(self._shared._handle, raw, len(raw), 0, left)
@@ -253,12 +258,19 @@ class Quota:
     def _limits(self) -> tuple[Any, ...]:
         return self._shared.limits if self._parts is None else self._parts.limits
 
-    def _costs(self, tokens: int) -> tuple[int, ...]:
-        if len(self._limits) != len(self._names):
+    def _check_kinds(self) -> None:
+        """Of the limits as they are now: other ones are another tuple."""
+        found = self._limits
+        if len(found) != len(self._names):
             raise exceptions.SegmentError(
                 f"Quota {self.name!r}: another process gave this name other kinds of limits than "
                 f"{', '.join(self._names)}; give all workers the same, or another name"
             )
+        self._checked = found
+
+    def _costs(self, tokens: int) -> tuple[int, ...]:
+        if self._parts is not None or self._shared.limits is not self._checked:
+            self._check_kinds()
         return self._ones if self._tpm < 0 else (*self._ones[: self._tpm], tokens, *self._rest)
 
     def _settle(self, key: str | bytes, charged: int, actual: int, permit: Held) -> None:
@@ -274,8 +286,8 @@ class Quota:
             self._parts.book(key, charged, actual, permit)  # type: ignore[arg-type]
             return
         raw = key_bytes(key)
-        before, after = ffi.new("uint64_t[4]", charged), ffi.new("uint64_t[4]", actual)
-        held = ffi.cast("fshm_permit *", permit._address)  # type: ignore[union-attr]
+        before, after = ffi.new(_NUMBERS, charged), ffi.new(_NUMBERS, actual)
+        held = ffi.cast(_PERMIT, permit._address)  # type: ignore[union-attr]
         status = lib.fshm_settle(self._shared._handle, raw, len(raw), before, after, held, 0)
         if status != lib.FSHM_ALLOWED:
             self._shared._failed(status)

@@ -51,6 +51,7 @@ def _forget() -> None:
     segment._default.clear()
     simple._default_limiter = pool._default = None
     monitoring._recorder.bind(None)
+    monitoring._kept.clear()
     routing._routers.clear()
     features.reload()
     for messages in features._messages.values():

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
+import importlib
 import logging
 import weakref
 from collections.abc import Callable, Iterator
@@ -21,11 +22,20 @@ from support.children import run
 from support.litellm_auth import auth
 from support.workers import meet
 
-from fast_litellm_shm import Segment, exceptions, health_check
+from fast_litellm_shm import (
+    Segment,
+    exceptions,
+    get_performance_stats,
+    health_check,
+    monitoring,
+)
+from fast_litellm_shm.diagnostics import PLUGIN
 from fast_litellm_shm.integrations.litellm import attempts, calls, guard, settings, takeover
-from fast_litellm_shm.integrations.litellm.limiter import SharedLimiter, subjects_of
-from fast_litellm_shm.integrations.litellm.subjects import Limits
+from fast_litellm_shm.integrations.litellm.limiter import SharedLimiter, found_for
+from fast_litellm_shm.integrations.litellm.subjects import Limits, Subject
 
+# the module: the package has an object of the same name
+limiting: Any = importlib.import_module("fast_litellm_shm.integrations.litellm.limiter")
 PROCESSES = 4
 USAGE = {"usage": {"prompt_tokens": 10, "completion_tokens": 20, "total_tokens": 30}}
 
@@ -33,9 +43,11 @@ USAGE = {"usage": {"prompt_tokens": 10, "completion_tokens": 20, "total_tokens":
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     calls._quotas.clear()
+    attempts._unjudged.clear()
     guard.forget()
     yield
     calls._quotas.clear()
+    attempts._unjudged.clear()
 
 
 @pytest.fixture
@@ -376,7 +388,7 @@ def test_what_could_not_be_judged_is_left_to_litellms_limiter(
             limited = {"requests_per_unit": 1, "tokens_per_unit": None}
             return [{"key": "api_key", "value": "k", "rate_limit": limited}]
 
-    theirs = takeover._quieter(Theirs, subjects_of)()
+    theirs = takeover._quieter(Theirs, found_for)()
 
     async def keeps(call_type: str = "acompletion") -> bool:
         user = auth(rpm_limit=1)
@@ -394,6 +406,41 @@ def test_what_could_not_be_judged_is_left_to_litellms_limiter(
         assert not await keeps()
 
     asyncio.run(scenario())
+
+
+def test_litellms_limiter_leaves_what_our_hook_has_found(
+    limiter: SharedLimiter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not looked for again, for the same key and model; of another it is."""
+    user, other = auth(rpm_limit=1), auth(api_key="other", rpm_limit=2)
+
+    async def scenario() -> None:
+        await limiter.async_pre_call_hook(user, None, data(), "acompletion")
+        with monkeypatch.context() as looked:
+            looked.setattr(limiting, "subjects_of", _broken)
+            (found,) = found_for(user, data())
+            assert found == Subject("api_key", "k", Limits(1))
+            for auth_, model in ((other, "m"), (user, "m2"), (user, None), (user, ["m"])):
+                with pytest.raises(exceptions.SegmentFullError):
+                    found_for(auth_, data(model=model))
+        assert [s.value for s in found_for(other, data())] == ["other"]
+        assert not await ask(limiter, rpm=1)  # a denied one has left nothing
+        assert [s.value for s in found_for(user, data())] == ["k"]
+
+    asyncio.run(scenario())
+    assert [s.value for s in found_for(other, data())] == ["other"]  # no request here
+
+
+@pytest.mark.parametrize(("seconds", "warned"), [(60, False), (30, True)])
+def test_a_window_of_litellms_that_is_not_ours(
+    seconds: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Theirs:
+        def __init__(self, internal_usage_cache: Any) -> None:
+            self.window_size = seconds  # LITELLM_RATE_LIMIT_WINDOW_SIZE
+
+    takeover._maker(Theirs, found_for)(None)
+    assert ("LITELLM_RATE_LIMIT_WINDOW_SIZE is 30" in caplog.text) == warned
 
 
 def test_a_prompt_that_cannot_be_read_passes_no_limit(limiter: SharedLimiter) -> None:
@@ -469,6 +516,24 @@ def test_what_a_denial_says(limiter: SharedLimiter) -> None:
     asyncio.run(scenario())
 
 
+def test_a_denial_for_tokens_says_how_many_are_left(limiter: SharedLimiter) -> None:
+    limits = {"rpm_limit": 100, "tpm_limit": 1000}
+
+    async def scenario() -> None:
+        await limiter.async_pre_call_hook(auth(**limits), None, data("1"), "acompletion")
+        await limiter.async_post_call_success_hook(data("1"), auth(), USAGE)
+        large = data("2", max_tokens=990)
+        with pytest.raises(Exception, match="Limit type: tokens.*, Remaining: 970") as raised:
+            await limiter.async_pre_call_hook(auth(**limits), None, large, "acompletion")
+        headers = raised.value.headers  # type: ignore[attr-defined]
+        assert headers["x-ratelimit-remaining-tokens"] == "970"
+        assert headers["x-ratelimit-api_key-remaining-tokens"] == "970"
+        assert "x-ratelimit-remaining-requests" not in headers
+
+    pytest.importorskip("fastapi", reason="the proxy is not installed")
+    asyncio.run(scenario())
+
+
 def _many(name: str, each: int) -> int:
     meet(name, PROCESSES)
     limiter = SharedLimiter()
@@ -512,6 +577,35 @@ def test_attempts(limiter: SharedLimiter, monkeypatch: pytest.MonkeyPatch) -> No
         assert quota.remaining("deployment:d") == {"rpm": 0, "max_parallel": 1}
 
     asyncio.run(scenario())
+
+
+def test_tokens_of_a_deployment(limiter: SharedLimiter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a request's attempt they are guessed as the request's are; of any other, it is one until
+    they are known."""
+    set_up(monkeypatch, deployment_limits=True)
+    there = deployment(tpm=1000)
+
+    def tokens_left() -> int:
+        return calls.quota_of(Limits(tpm=1000)).remaining("deployment:d")["tpm"]
+
+    async def of_a_request() -> None:
+        assert await ask(limiter, tpm=10**6)
+        await limiter.async_pre_call_check(there)
+        assert tokens_left() == 950
+        await limiter.async_log_success_event(logged(), USAGE, None, None)
+        assert tokens_left() == 970
+
+    async def alone() -> None:
+        await limiter.async_pre_call_check(there)
+        assert tokens_left() == 969
+        await limiter.async_log_success_event(logged("other"), USAGE, None, None)
+        assert tokens_left() == 940
+
+    async def both() -> None:
+        await asyncio.create_task(of_a_request())
+        await asyncio.create_task(alone())
+
+    asyncio.run(both())
 
 
 def test_attempts_at_once(limiter: SharedLimiter) -> None:
@@ -596,6 +690,41 @@ def test_it_fails_open(
     (said,) = caplog.messages  # once a minute
     assert "the segment is full; it passes (fail_open)" in said
     assert health_check()["litellm"] == {"could_not_judge": 6}
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot open segment:RuntimeWarning")
+def test_what_no_segment_could_count(
+    limiter: SharedLimiter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker counts it, and then, in the segment, the host."""
+    monkeypatch.setenv("FAST_LITELLM_SHM_CAPACITY", str(2**31))  # there is no room for it
+
+    async def asked(**limits: int) -> list[bool]:
+        return [await ask(limiter, str(i), **limits) for i in range(3)]
+
+    assert asyncio.run(asked(rpm=1)) == [True] * 3
+    assert health_check()["litellm"] == {"could_not_judge": 3}
+    monkeypatch.delenv("FAST_LITELLM_SHM_CAPACITY")
+    assert asyncio.run(asked()) == [True] * 3  # they have no limits: nothing is asked of a segment
+    assert monitoring.kept(PLUGIN) == 3
+    assert asyncio.run(asked(rpm=1)) == [True, False, False]
+    assert monitoring.kept(PLUGIN) == 0
+    assert get_performance_stats(PLUGIN)[PLUGIN]["error_count"] == 3
+    assert health_check()["litellm"] == {"could_not_judge": 3}
+
+
+def test_what_a_worker_keeps_is_told_with_the_segments() -> None:
+    Segment.default()
+    guard.failed("a", ValueError("b"), "c")
+    monitoring._kept[PLUGIN, guard.OPERATION] = 4
+    assert health_check()["litellm"] == {"could_not_judge": 5}
+    assert get_performance_stats(PLUGIN)[PLUGIN]["error_count"] == 5
+
+
+def test_a_fork_leaves_what_is_kept_to_its_parent() -> None:
+    monitoring._kept[PLUGIN, guard.OPERATION] = 4
+    assert run(monitoring.kept, [(PLUGIN,)], "fork") == [0]
+    assert monitoring.kept(PLUGIN) == 4
 
 
 def test_it_fails_closed(limiter: SharedLimiter, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,9 +77,37 @@ def test_subjects(given: dict[str, Any], found: list[tuple[Any, ...]]) -> None:
 
 def test_an_alias_counts_as_what_it_stands_for() -> None:
     limited = auth(metadata={"model_rpm_limit": {"m": 3}})
-    assert subjects(limited, "alias", "m") == [Subject("model_per_key", "k:m", Limits(3))]
+    assert subjects(limited, "alias", lambda _: "m") == [Subject("model_per_key", "k:m", Limits(3))]
     assert subjects(limited, "alias") == []
     assert subjects(limited, None) == []
+
+
+def test_a_latest_model_counts_as_the_model_that_it_is() -> None:
+    """Of what LiteLLM calls "-latest", the limits of its name and of that model hold, as in
+    LiteLLM's own limiter; of one group the least."""
+    aliases = pytest.importorskip("litellm.litellm_core_utils.model_latest_aliases")
+    latest, model = aliases.expand_model_latest_alias("claude-sonnet-latest")
+    assert subjects(auth(metadata={"model_rpm_limit": {model: 3}}), latest) == [
+        Subject("model_per_key", f"k:{model}", Limits(3))
+    ]
+    metadata = {"model_rpm_limit": {model: 3, latest: 5}, "model_tpm_limit": {latest: 7}}
+    assert subjects(auth(metadata=metadata), latest) == [
+        Subject("model_per_key", f"k:{latest}", Limits(5, 7)),
+        Subject("model_per_key", f"k:{model}", Limits(3)),
+    ]
+    assert subjects(auth(metadata=metadata), model) == [
+        Subject("model_per_key", f"k:{model}", Limits(3))
+    ]
+    assert subjects(auth(metadata=metadata), latest, lambda _: "group") == [
+        Subject("model_per_key", "k:group", Limits(3, 7))
+    ]
+
+
+def test_groups_are_not_asked_for_where_no_model_has_a_limit() -> None:
+    def asked(model: str) -> str:
+        raise AssertionError(model)
+
+    assert subjects(auth(rpm_limit=3), "m", asked) == [Subject("api_key", "k", Limits(3))]
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,21 @@ def test_requests_of_a_model(served: Proxy) -> None:
     assert served.ask(key, model="slow").status_code == 200  # another model
 
 
+def test_requests_of_a_model_that_is_asked_for_as_latest(served: Proxy) -> None:
+    from litellm.litellm_core_utils.model_latest_aliases import expand_model_latest_alias
+
+    latest, model = expand_model_latest_alias("claude-sonnet-latest")
+    key = key_of(f"{model.replace('-', '_')}.rpm=5")
+    assert statuses(served.ask_many(40, key, model=latest)) == {200: 5, 429: 35}
+
+
+def test_tokens_of_a_deployment(served: Proxy) -> None:
+    answers = served.ask_many(60, key_of("rpm=1000"), model="tokened")
+    tokens = statuses(answers)[200] * TOKENS
+    assert 300 - TOKENS <= tokens <= 300 + TOKENS
+    assert set(statuses(answers)) == {200, 429}
+
+
 def test_tokens_of_a_key(served: Proxy) -> None:
     answers = served.ask_many(100, key_of("tpm=1000"))
     tokens = statuses(answers)[200] * TOKENS

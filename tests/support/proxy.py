@@ -24,7 +24,8 @@ WORKERS = 4
 STARTS_WITHIN = 180.0  # seconds; four spawned workers import LiteLLM at once
 
 # What a key may is in the key itself: sk-NAME-rpm=10-tpm=1000-parallel=4, and a model's limit as
-# m1.rpm=5. A file beside it changes that, for all workers, without a restart.
+# m1.rpm=5 (with _ for - in its name). A file beside it changes that, for all workers, without a
+# restart.
 AUTH = """
 import json
 import os
@@ -41,9 +42,9 @@ async def user_api_key_auth(request, api_key):
     changed = json.load(open(path)) if os.path.exists(path) else {}
     for part in changed.get(api_key, api_key).split("-")[2:]:
         name, value = part.split("=")
-        if name.startswith("m1."):
-            field = "model_" + name[3:] + "_limit"
-            found["metadata"][field] = {"m1": int(value)}
+        model, _, kind = name.rpartition(".")
+        if model:
+            found["metadata"]["model_" + kind + "_limit"] = {model.replace("_", "-"): int(value)}
         else:
             found[FIELDS[name]] = int(value)
     return UserAPIKeyAuth(**found)
@@ -63,6 +64,15 @@ model_list:
     litellm_params: {{model: openai/slow, api_key: sk-none, mock_response: "hello", mock_delay: 30}}
   - model_name: deployed
     litellm_params: {{model: openai/deployed, api_key: sk-none, mock_response: "hello", rpm: 10}}
+  - model_name: tokened
+    litellm_params:
+      model: openai/tokened
+      api_key: sk-none
+      mock_response: "hello"
+      tpm: 300
+      max_parallel_requests: 100
+  - model_name: claude-sonnet-latest
+    litellm_params: {{model: openai/latest, api_key: sk-none, mock_response: "hello"}}
   - model_name: narrow
     litellm_params:
       {{model: openai/narrow, api_key: sk-none, api_base: "{upstream}", max_parallel_requests: 2}}

@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 from fast_litellm_shm.integrations.litellm import router_state, takeover
-from fast_litellm_shm.integrations.litellm.limiter import SharedLimiter, limiter, subjects_of
+from fast_litellm_shm.integrations.litellm.limiter import SharedLimiter, found_for, limiter
 
 __all__ = ["SharedLimiter", "limiter", "share", "unshare"]
 
@@ -42,4 +42,4 @@ def unshare(router: Any) -> None:
     router_state.unshare(router)
 
 
-takeover.install(subjects_of)
+takeover.install(found_for)

@@ -3,6 +3,7 @@ where nothing could be judged."""
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -16,6 +17,11 @@ from fast_litellm_shm.integrations.litellm.subjects import Subject
 _NAMES = {"rpm": "requests", "tpm": "tokens", "max_parallel": "max_parallel_requests"}
 
 
+@functools.cache  # nine kinds, of three each
+def _headers_of_kind(kind: str, what: str) -> tuple[str, str]:
+    return f"x-ratelimit-{kind}-remaining-{what}", f"x-ratelimit-{kind}-limit-{what}"
+
+
 def headers_of(remaining: Iterable[tuple[Subject, dict[str, int]]]) -> dict[str, str]:
     """``x-ratelimit-remaining-requests`` and ``-tokens``, of whoever has least left, their limits,
     and the same of each (``x-ratelimit-api_key-remaining-requests``, as LiteLLM names them)."""
@@ -24,8 +30,8 @@ def headers_of(remaining: Iterable[tuple[Subject, dict[str, int]]]) -> dict[str,
     for subject, left in remaining:
         for name, n in left.items():
             limit, what = getattr(subject.limits, name), _NAMES[name]
-            out[f"x-ratelimit-{subject.kind}-remaining-{what}"] = str(n)
-            out[f"x-ratelimit-{subject.kind}-limit-{what}"] = str(limit)
+            of_rest, of_limit = _headers_of_kind(subject.kind, what)
+            out[of_rest], out[of_limit] = str(n), str(limit)
             if what not in least or n < least[what][0]:
                 least[what] = n, limit
     for what, (n, limit) in least.items():
@@ -35,7 +41,7 @@ def headers_of(remaining: Iterable[tuple[Subject, dict[str, int]]]) -> dict[str,
 
 
 def _headers(denial: Denial, resets: str) -> dict[str, str]:
-    left = {name: 0 for name, what in _NAMES.items() if what == denial.type}
+    left = {name: denial.remaining for name, what in _NAMES.items() if what == denial.type}
     return {
         "retry-after": str(denial.retry_after),
         "rate_limit_type": denial.type,
@@ -50,7 +56,7 @@ def _told(denial: Denial) -> tuple[str, dict[str, str]]:
     return (
         f"Rate limit exceeded for {denial.subject.kind}: {denial.subject.value}. "
         f"Limit type: {denial.type}. Current limit: {denial.limit}, "
-        f"Remaining: {max(denial.remaining, 0)}. Limit resets at: {resets}"
+        f"Remaining: {denial.remaining}. Limit resets at: {resets}"
     ), _headers(denial, resets)
 
 

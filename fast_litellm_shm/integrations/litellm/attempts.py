@@ -2,6 +2,9 @@
 
 One that a limit denies is answered with 429, as LiteLLM's own limits in a worker do; where it is
 ``max_parallel_requests``, the router may try another deployment of the group.
+
+LiteLLM's own check (``enforce_model_rate_limits``) leaves ``rpm`` and ``tpm`` to us meanwhile. It
+has them back with :func:`give_back`, and those of a deployment while its attempts cannot be judged.
 """
 
 from __future__ import annotations
@@ -16,6 +19,10 @@ from fast_litellm_shm.integrations.litellm.calls import Attempt, Call, Denial, H
 from fast_litellm_shm.integrations.litellm.subjects import Subject, of_deployment
 
 _quiet: Any = None  # LiteLLM's check whose limits we keep
+# Ids of deployments whose newest attempt could not be judged. By deployment, not by context: their
+# check may be asked before ours.
+_unjudged: set[str] = set()
+_MOST_UNJUDGED = 4096
 
 
 def keeps_per_minute(chosen: bool | None) -> bool:
@@ -26,30 +33,56 @@ def keeps_per_minute(chosen: bool | None) -> bool:
     theirs = next(
         (cb for cb in litellm.callbacks if type(cb).__name__ == "ModelRateLimitingCheck"), None
     )
-    if chosen is False or (chosen is None and theirs is None):
-        return False
-    _silence(theirs)
-    return True
+    keeps = theirs is not None if chosen is None else chosen
+    if _quiet is not (theirs if keeps else None):
+        give_back()
+        if keeps:
+            _silence(theirs)
+    return keeps
 
 
 def _silence(check: Any) -> None:
+    """check: not None. Where it has another way to read limits, it counts besides."""
     global _quiet
-    if check is None or check is _quiet:
-        return
-    if hasattr(check, "_get_deployment_limits"):  # (tpm, rpm); its limits by day stay
-        check._get_deployment_limits = _no_limits
+    own = getattr(check, "_get_deployment_limits", None)  # (tpm, rpm); its limits by day stay
+    if own is not None:
+
+        def left(deployment: Any) -> Any:
+            return own(deployment) if _unjudged and _id(deployment) in _unjudged else (None, None)
+
+        check._get_deployment_limits = left
     _quiet = check
 
 
-def _no_limits(deployment: Any) -> tuple[None, None]:
-    return None, None
+def give_back() -> None:
+    """LiteLLM's check keeps ``rpm`` and ``tpm`` again."""
+    global _quiet
+    if _quiet is not None:
+        vars(_quiet).pop("_get_deployment_limits", None)
+    _quiet = None
+
+
+def _id(deployment: Mapping[str, Any]) -> str:
+    return str((deployment.get("model_info") or {}).get("id"))
+
+
+def judged(deployment: Mapping[str, Any], by_us: bool) -> None:
+    """by_us: False: an attempt at it could not be judged, and passes: LiteLLM's check keeps its
+    limits until one can, each worker for itself, so that no deployment is without any."""
+    if not by_us:
+        if len(_unjudged) >= _MOST_UNJUDGED:
+            _unjudged.clear()
+        _unjudged.add(_id(deployment))
+    elif _unjudged:
+        _unjudged.discard(_id(deployment))
 
 
 def begin(
     deployment: Mapping[str, Any], per_minute: bool, call: Call | None
 ) -> Attempt | Denial | None:
-    """Admit an attempt. call: of which it is one, if that is known; else its tokens are booked when
-    they are. None where the deployment has no limits."""
+    """Admit an attempt. call: of which it is one, if that is known; else it counts as one token
+    until its tokens are known, so that it passes while the deployment has any left, as with
+    LiteLLM's own check. None where the deployment has no limits."""
     subject = _subject(deployment, per_minute)
     if subject is None:
         return None
@@ -73,7 +106,9 @@ def _subject(deployment: Mapping[str, Any], per_minute: bool) -> Subject | None:
 
 def _tokens(subject: Subject, call: Call | None) -> int:
     limit = subject.limits.tpm
-    return call.guess.within(limit) if limit and call is not None else 0
+    if not limit:
+        return 0
+    return 1 if call is None else call.guess.within(limit)
 
 
 def _begun(subject: Subject, admitted: calls.Admitted, call: Call | None) -> Attempt | Denial:

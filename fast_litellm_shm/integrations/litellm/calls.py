@@ -33,7 +33,8 @@ def quota_of(limits: Limits) -> Quota:
 
 class Denial(NamedTuple):
     """Which limit of whom denied. type: ``requests``, ``tokens`` or ``max_parallel_requests``, as
-    LiteLLM calls them. retry_after: seconds, at least 1."""
+    LiteLLM calls them. remaining: what is left of it; of tokens that can be some, if too few.
+    retry_after: seconds, at least 1."""
 
     subject: Subject
     type: str
@@ -98,7 +99,9 @@ def _refused(subject: Subject, by: Admission | None, admitted: list[Admission]) 
     _cancel(admitted)
     if by is None:
         return _denial(subject, str(subject.limits.nothing), 0, None)
-    return _denial(subject, by.reason, by.decision.remaining, by.retry_after)
+    # the decision's own remaining is that of whichever limit has least, requests perhaps
+    left = quota_of(subject.limits)._left(_key(subject))["tpm"] if by.reason == "tpm" else 0
+    return _denial(subject, by.reason, left, by.retry_after)
 
 
 def _cancel(admitted: list[Admission]) -> None:
@@ -142,8 +145,14 @@ class Held:
     def remaining(self) -> list[tuple[Subject, dict[str, int]]]:
         """What each of those it counts for has left now, by ``rpm`` and ``tpm``."""
         return [
-            (subject, quota_of(subject.limits)._left(_key(subject))) for subject in self.subjects
+            (subject, admission._quota._left(admission._key))
+            for subject, admission in zip(self.subjects, self._admitted, strict=True)
         ]
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether any of those it counts for has a limit of tokens."""
+        return any(subject.limits.tpm is not None for subject in self.subjects)
 
 
 class Attempt:

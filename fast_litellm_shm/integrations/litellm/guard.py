@@ -1,16 +1,19 @@
 """What happens where a request cannot be judged: no segment, a full one, or a fault of ours.
 
 Each such request is counted for the host (``get_performance_stats("litellm_plugin")``, and
-``health_check()["litellm"]``), and told in the log once a minute.
+``health_check()["litellm"]``; while there is no segment, in the worker), and told in the log once a
+minute.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 
-from fast_litellm_shm import monitoring
+from fast_litellm_shm import exceptions, monitoring
 from fast_litellm_shm.diagnostics import PLUGIN
+from fast_litellm_shm.segment import Segment
 
 OPERATION = "could_not_judge"
 _QUIET_SECONDS = 60.0
@@ -22,7 +25,7 @@ _untold = 0
 def failed(doing: str, error: BaseException, consequence: str) -> None:
     """Count it and log it. doing: "judging a request", say. consequence: what becomes of it."""
     global _told, _untold
-    monitoring.record_performance(PLUGIN, OPERATION, 0.0, success=False)
+    monitoring.record_failure(PLUGIN, OPERATION)
     now = time.monotonic()
     if now - _told < _QUIET_SECONDS:
         _untold += 1
@@ -32,6 +35,13 @@ def failed(doing: str, error: BaseException, consequence: str) -> None:
     logging.getLogger("fast_litellm_shm").error(
         "%s failed: %s: %s; %s%s", doing, type(error).__name__, error, consequence, since
     )
+
+
+def judged() -> None:
+    """One was judged, by limits that are in the segment: what was kept for it is counted there."""
+    if monitoring.kept(PLUGIN):
+        with contextlib.suppress(exceptions.FastShmError, OSError):  # it may have gone again
+            monitoring.count_kept(Segment.default())
 
 
 def forget() -> None:

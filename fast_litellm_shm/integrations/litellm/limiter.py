@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, Literal
 
@@ -70,9 +70,16 @@ def _group(model: str) -> str | None:
 def subjects_of(auth: Any, data: Mapping[str, Any]) -> list[Subject]:
     """Whom a request to the proxy counts for."""
     model = data.get("model")
-    if not isinstance(model, str) or not model:
-        return subjects(auth, None)
-    return subjects(auth, model, _group(model))
+    return subjects(auth, model if isinstance(model, str) else None, _group)
+
+
+def found_for(auth: Any, data: Mapping[str, Any]) -> Sequence[Subject]:
+    """subjects_of() a request that is being made: those that our hook has found, where it was asked
+    about the same in this context."""
+    call = _call.get()
+    if call and call.by is auth and call.guess.model == data.get("model"):
+        return call.held.subjects
+    return subjects_of(auth, data)
 
 
 def _deployment_of(kwargs: Mapping[str, Any]) -> str:
@@ -144,6 +151,8 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
         least = min((s.limits.tpm for s in found if s.limits.tpm), default=None)
         tokens = 0 if least is None else guess.within(least)
         admitted = await calls.admit_async(found, tokens)
+        if found:
+            guard.judged()
         if isinstance(admitted, calls.Denial):
             return admitted
         call = Call(str(id), Held(found, admitted), guess, auth, within)
@@ -265,6 +274,9 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
     def _begun(
         deployment: dict[str, Any], found: Attempt | calls.Denial | None, begun: list[Attempt]
     ) -> dict[str, Any]:
+        attempts.judged(deployment, True)
+        if found is not None:
+            guard.judged()
         if isinstance(found, calls.Denial):
             model = str((deployment.get("litellm_params") or {}).get("model"))
             raise answers.too_many_for(model, found)
@@ -274,6 +286,7 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
 
     def _not_judged(self, deployment: Mapping[str, Any], error: Exception) -> None:
         if settings.current().fail_open:
+            attempts.judged(deployment, False)
             guard.failed("judging an attempt", error, "it is made (fail_open)")
             return
         guard.failed("judging an attempt", error, "it is refused (fail_open is false)")
@@ -297,8 +310,12 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
                 attempt = call.attempt_at(deployment)
         if call is None and attempt is None:
             return
-        # the answer itself says what of it was cached, LiteLLM's payload does not
-        found = usage.used(response) or usage.used(kwargs.get("standard_logging_object"))
+        found = None
+        if (call is not None and not call.told) or (
+            attempt is not None and attempt.held.counts_tokens
+        ):
+            # the answer itself says what of it was cached, LiteLLM's payload does not
+            found = usage.used(response) or usage.used(kwargs.get("standard_logging_object"))
         # a picture has used none, say: LiteLLM counts none either
         unknown = None if success and not _has_ended(response) else 0
         if attempt is not None:

@@ -31,7 +31,7 @@ from typing import Any
 import litellm
 from litellm.caching.in_memory_cache import InMemoryCache
 
-from fast_litellm_shm.integrations.litellm import guard
+from fast_litellm_shm.integrations.litellm import attempts, guard
 from fast_litellm_shm.integrations.litellm.cooldowns import PROTOCOL, SharedCooldowns
 from fast_litellm_shm.integrations.litellm.numbers import Numbers
 from fast_litellm_shm.integrations.litellm.routing_cache import SharedRoutingCache
@@ -166,13 +166,14 @@ def share(router: Any, limiter: Any, *, limits: bool = True, state: bool = True)
 
 def unshare(router: Any) -> None:
     """The router gets back the very objects that it had; the limiter leaves LiteLLM's callbacks
-    with the last router that had it put there."""
+    with the last router that had it put there, and LiteLLM keeps the limits again."""
     global _added
     routers.detach(router)
     _limited.discard(router)
     if _added is not None and not _limited:
         litellm.logging_callback_manager.drop_callbacks([_added])
         _added = None
+        attempts.give_back()
 
 
 def _limit(router: Any, limiter: Any) -> None:

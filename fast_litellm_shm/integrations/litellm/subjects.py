@@ -3,9 +3,22 @@ objects (``UserAPIKeyAuth``, deployments)."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
+
+
+def _itself(model: str) -> tuple[str, ...]:
+    return (model,)
+
+
+# A model, and what a "-latest" of LiteLLM's price table stands for.
+_meant: Callable[[str], tuple[str, ...]] = _itself
+with contextlib.suppress(ImportError):  # by a release that has none
+    from litellm.litellm_core_utils import model_latest_aliases
+
+    _meant = model_latest_aliases.expand_model_latest_alias
 
 # Beyond these a limit cannot be reached within a minute, or by one host: people write them for
 # "unlimited".
@@ -98,13 +111,11 @@ def _budgeted(auth: Any, field: str) -> dict[str, Any]:
     }
 
 
-def _models(auth: Any, requested: str, group: str) -> Iterator[tuple[str, Any, Limits | None]]:
-    """Limits of the requested model, of a key (else of its team) and of its organization."""
-    names = requested, group
-    key, team = auth.metadata or {}, auth.team_metadata or {}
-    organization = getattr(auth, "organization_metadata", None) or {}
-    if not (key or team or organization or getattr(auth, "model_max_budget", None)):
-        return
+def _models(
+    auth: Any, key: Any, team: Any, organization: Any, names: tuple[str, str]
+) -> Iterator[tuple[str, Any, Limits | None]]:
+    """Limits of a model, of a key (else of its team) and of its organization, by their metadata.
+    names: as it is requested, and its group."""
     of_key, of_team = [], []
     for field in ("model_rpm_limit", "model_tpm_limit"):
         own = key.get(field) or _budgeted(auth, field.removeprefix("model_"))
@@ -119,39 +130,76 @@ def _models(auth: Any, requested: str, group: str) -> Iterator[tuple[str, Any, L
     yield "model_per_organization", getattr(auth, "org_id", None), limits(*of_organization)
 
 
-def subjects(auth: Any, requested: str | None, group: str | None = None) -> list[Subject]:
+# Kinds of subjects besides the key, and their fields: which one, requests and tokens a minute.
+_KINDS = tuple(
+    (kind, who, f"{prefix}_rpm_limit", f"{prefix}_tpm_limit")
+    for kind, who, prefix in (
+        ("user", "user_id", "user"),
+        ("team", "team_id", "team"),
+        ("team_member", "user_id", "team_member"),
+        ("end_user", "end_user_id", "end_user"),
+        ("organization", "org_id", "organization"),
+    )
+)
+
+
+def _no_group(model: str) -> None:
+    return None
+
+
+def subjects(
+    auth: Any, requested: str | None, group_of: Callable[[str], str | None] = _no_group
+) -> list[Subject]:
     """All that a request of this ``UserAPIKeyAuth`` counts for. requested: the model's name in the
-    request; group: what that is an alias of, if it is one."""
-    found = [
-        ("api_key", auth.api_key, _key_limits(auth)),
-        ("user", auth.user_id, limits(auth.user_rpm_limit, auth.user_tpm_limit)),
-        ("team", auth.team_id, limits(auth.team_rpm_limit, auth.team_tpm_limit)),
-        (
-            "team_member",
-            f"{auth.team_id}:{auth.user_id}" if auth.user_id else None,
-            limits(auth.team_member_rpm_limit, auth.team_member_tpm_limit),
-        ),
-        (
-            "end_user",
-            auth.end_user_id,
-            limits(auth.end_user_rpm_limit, auth.end_user_tpm_limit),
-        ),
-        (
-            "organization",
-            getattr(auth, "org_id", None),
-            limits(
-                getattr(auth, "organization_rpm_limit", None),
-                getattr(auth, "organization_tpm_limit", None),
-            ),
-        ),
-    ]
+    request. group_of: what a name is an alias of, if it is one; asked where models have limits."""
+    found = []
+    limited = _key_limits(auth)
+    if limited is not None and auth.api_key:
+        found.append(Subject("api_key", auth.api_key, limited))
+    for kind, which, rpm, tpm in _KINDS:
+        limited = limits(getattr(auth, rpm, None), getattr(auth, tpm, None))
+        if limited is None:
+            continue
+        who = getattr(auth, which, None)
+        if who:
+            value = f"{auth.team_id}:{who}" if kind == "team_member" else who
+            found.append(Subject(kind, value, limited))
     if requested:
-        model = group or requested
-        found += [
-            (kind, f"{who}:{model}" if who else None, limited)
-            for kind, who, limited in _models(auth, requested, model)
-        ]
-    return [Subject(kind, who, of) for kind, who, of in found if who and of is not None]
+        key, team = auth.metadata or {}, auth.team_metadata or {}
+        organization = getattr(auth, "organization_metadata", None) or {}
+        if key or team or organization or getattr(auth, "model_max_budget", None):
+            found += _of_models(auth, key, team, organization, requested, group_of)
+    return found
+
+
+def _of_models(
+    auth: Any,
+    key: Any,
+    team: Any,
+    organization: Any,
+    requested: str,
+    group_of: Callable[[str], str | None],
+) -> list[Subject]:
+    """Limits of the requested model and of what it stands for; of each group the least, as with
+    LiteLLM."""
+    found: dict[tuple[str, str], Limits] = {}
+    for name in _meant(requested):
+        group = group_of(name) or name
+        for kind, who, limited in _models(auth, key, team, organization, (name, group)):
+            if who and limited is not None:
+                identity = kind, f"{who}:{group}"
+                known = found.get(identity)
+                found[identity] = limited if known is None else _least(known, limited)
+    return [Subject(kind, value, limited) for (kind, value), limited in found.items()]
+
+
+def _least(one: Limits, other: Limits) -> Limits:
+    return Limits(
+        *(
+            min((n for n in both if n is not None), default=None)
+            for both in zip(one, other, strict=True)
+        )
+    )
 
 
 def _first(deployment: Mapping[str, Any], field: str) -> Any:

@@ -2,7 +2,7 @@
 
 It counts in each worker, in windows of its own, and charges what we deny: in front of ours it would
 let less pass than is configured. So each limit is kept by one of the two. Which one, LiteLLM's
-limiter asks :func:`limiter.subjects_of`, as ours does.
+limiter asks :func:`limiter.found_for`, as ours has found it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ _TURN = "_aresponses_websocket"
 # Whether our hook has judged the request of this context. Where it could not, LiteLLM's limiter
 # does, which comes later: as many workers, as many times the limit, but no request is unlimited.
 judged: ContextVar[bool] = ContextVar("fast_litellm_shm_judged", default=True)
+_MINUTE = 60
 _HOOK = "parallel_request_limiter"
 _CLASS = "_PROXY_MaxParallelRequestsHandler_v3"
 _FIELDS = (
@@ -38,16 +39,20 @@ def without(descriptors: list[Any], ours: dict[tuple[str, str], Any]) -> list[An
         if kept is None or not limited:
             out.append(descriptor)
             continue
-        left = {
-            **limited,
-            **{theirs: None for theirs, field in _FIELDS if getattr(kept, field) is not None},
-        }
-        if any(left.get(theirs) is not None for theirs, _ in _FIELDS):
+        left = dict(limited)
+        some = False
+        for theirs, field in _FIELDS:
+            if left.get(theirs) is not None:
+                if getattr(kept, field) is None:
+                    some = True
+                else:
+                    left[theirs] = None
+        if some:
             out.append({**descriptor, "rate_limit": left})
     return out
 
 
-def _quieter(base: Any, subjects_of: Any) -> Any:
+def _quieter(base: Any, found_for: Any) -> Any:
     class SharedParallelRequestLimiter(base):  # type: ignore[misc]
         """LiteLLM's limiter, for what the shared one does not keep."""
 
@@ -60,10 +65,10 @@ def _quieter(base: Any, subjects_of: Any) -> Any:
             found = await super()._build_request_rate_limit_descriptors(
                 user_api_key_dict, data, call_type
             )
-            if call_type is None or call_type == _TURN or not judged.get():
+            if not found or call_type is None or call_type == _TURN or not judged.get():
                 return found  # also asked for by what passes no hook of ours
             try:
-                ours = {(s.kind, s.value): s.limits for s in subjects_of(user_api_key_dict, data)}
+                ours = {(s.kind, s.value): s.limits for s in found_for(user_api_key_dict, data)}
             except Exception:  # our own hook says it; theirs keeps what it can
                 return found
             return without(found, ours)
@@ -79,8 +84,8 @@ def native_serves() -> bool:
     return _native
 
 
-def _maker(base: Any, subjects_of: Any) -> Any:
-    quieter = _quieter(base, subjects_of)
+def _maker(base: Any, found_for: Any) -> Any:
+    quieter = _quieter(base, found_for)
 
     def make(internal_usage_cache: Any) -> Any:  # the proxy gives it by that name
         global _native
@@ -94,12 +99,22 @@ def _maker(base: Any, subjects_of: Any) -> Any:
                 return table[_HOOK](internal_usage_cache=internal_usage_cache)
             logging.getLogger("fast_litellm_shm").warning("%s; mode hooks applies", lacking)
         _native = False
-        return quieter(internal_usage_cache=internal_usage_cache)
+        made = quieter(internal_usage_cache=internal_usage_cache)
+        seconds = getattr(made, "window_size", _MINUTE)
+        if seconds != _MINUTE:
+            logging.getLogger("fast_litellm_shm").warning(
+                "LITELLM_RATE_LIMIT_WINDOW_SIZE is %s: requests and tokens are limited by %s "
+                "seconds all the same, except for what LiteLLM's own limiter keeps; with mode "
+                "native it holds for all",
+                seconds,
+                _MINUTE,
+            )
+        return made
 
     return make
 
 
-def install(subjects_of: Any) -> None:
+def install(found_for: Any) -> None:
     """Before the proxy makes its hooks, which it does after it has read its whole configuration.
     Outside of the proxy there is nothing to do. Where this LiteLLM offers no way, the log says so.
     """
@@ -122,4 +137,4 @@ def install(subjects_of: Any) -> None:
         )
         return
     if isinstance(current, type) and issubclass(current, base):
-        hooks.PROXY_HOOKS[_HOOK] = _maker(base, subjects_of)
+        hooks.PROXY_HOOKS[_HOOK] = _maker(base, found_for)
