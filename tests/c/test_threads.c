@@ -209,7 +209,7 @@ static void inspect(scene_t *scene) {
  * whoever comes first and last. */
 static void open_and_close(scene_t *scene) {
   fshm_segment *s;
-  fshm_limiter *l;
+  fshm_limiter *l, *beside;
   fshm_error e;
   fshm_process_info process;
   uint32_t flags = random_below(2) ? FSHM_OPEN_READ_ONLY : 0;
@@ -227,8 +227,12 @@ static void open_and_close(scene_t *scene) {
     /* Nobody can own a permit in a segment that was removed before this process had joined it. */
     if (d.status != FSHM_E_LOCK_FILE || !fshm_unlinked(s)) check_known(d.status);
     if (permit.held) CHECK_EQ(fshm_permit_release(l, &permit), 1);
+    fshm_count_call(l, "k", 1, FSHM_DENIED);
   }
   fshm_limiter_close(l);
+  CHECK_EQ(fshm_limiter_open_beside(s, "l (beside)", 10, forced_limits, 1, &beside), FSHM_OK);
+  fshm_limiter_close(beside);
+  fshm_process_note(s, (uint32_t)random_below(1000));
   /* One at a time: two could remove another than they looked at, and leave that one's lock file. */
   if (!random_below(4) && !atomic_exchange(&scene->removing, 1)) {
     (void)fshm_remove(scene->churned, &e);

@@ -64,6 +64,11 @@ static uint64_t done_so_far(void) {
     case MEMO_COUNT:
       fshm_memo_at(world.s, &memo);
       return memo.hits / MEMO_HITS;
+    case COUNT_CALL: {
+      fshm_tally tallies[FSHM_TALLIES];
+      fshm_tally_all(world.s, tallies);
+      return tallies[world.l->tally].denied;
+    }
     case METRIC_OPEN:
       return fshm_metric_at(world.s, 0, &metric) == FSHM_OK;
     case METRIC:

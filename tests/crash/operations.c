@@ -210,6 +210,10 @@ static void run_memo_count(outcome_t *out) {
   fshm_memo_count(world.s, MEMO_HITS, MEMO_MISSES);
   out->status = FSHM_OK;
 }
+static void run_count_call(outcome_t *out) {
+  fshm_count_call(world.l, KEY, strlen(KEY), FSHM_DENIED);
+  out->status = FSHM_OK;
+}
 static void run_metric_open(outcome_t *out) { out->status = the_metric(); }
 static void run_metric(outcome_t *out) {
   fshm_metric_record(world.s, 0, DURATION, 1, 0, SIZE_IN, SIZE_OUT);
@@ -269,9 +273,9 @@ static void run_flight_and_back(outcome_t *out) {
   .make = start_pool, .holds = &permits, .run = (function), .op = (which)
 #define JOINS .make = start_permits, .holds = &joining, .run = run_join, .op = JOIN, .status = 1
 #define SETS .make = start_names, .holds = &names, .run = run_set_limits, .status = 1
-#define STATS(function, which)                                                                    \
-  .make = start_stats, .holds = &stats, .run = (function), .op = (which), .limits = {PERMITS(3)}, \
-  .count = 1
+#define STATS_OF(function, which) \
+  .make = start_stats, .holds = &stats, .run = (function), .op = (which)
+#define STATS(function, which) STATS_OF(function, which), ONE(PERMITS(3))
 #define FILE_OP(function, which) \
   .make = start_files, .holds = &files, .run = (function), .op = (which), .status = 1
 #define FIRST(prepared)                                                                \
@@ -656,6 +660,11 @@ static const operation_t operations[] = {
     /* statistics: after = how often it is done then */
     {.name = "memo-put", STATS(run_memo, MEMO), .status = 1, .after = 1},
     {.name = "memo-count", STATS(run_memo_count, MEMO_COUNT), .status = 1, .after = 1},
+    {.name = "count-call",
+     STATS_OF(run_count_call, COUNT_CALL),
+     ONE(BUCKET(5)),
+     .status = 1,
+     .after = 1},
     {.name = "metric-open", STATS(run_metric_open, METRIC_OPEN), .after = 1},
     {.name = "metric-record", STATS(run_metric, METRIC), .status = 1, .after = 1},
     {.name = "feature-error", STATS(run_feature, FEATURE_ERROR), .status = 1, .after = 1},

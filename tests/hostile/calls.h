@@ -64,8 +64,9 @@ static void open_limiter(user_t *u, unsigned which, unsigned variant, bool find)
   fshm_limit limits[FSHM_MAX_LIMITS];
   fshm_limiter *l;
   uint32_t count = limits_of(which, variant, limits);
-  int status = find ? fshm_limiter_find(u->s, name, strlen(name), &l)
-                    : fshm_limiter_open(u->s, name, strlen(name), limits, count, &l);
+  int status = find          ? fshm_limiter_find(u->s, name, strlen(name), &l)
+               : variant & 8 ? fshm_limiter_open_beside(u->s, name, strlen(name), limits, count, &l)
+                             : fshm_limiter_open(u->s, name, strlen(name), limits, count, &l);
   if (u->s->read_only) {
     MUST(status == FSHM_E_READ_ONLY && !l);
     return;
@@ -199,6 +200,7 @@ static void call_without_limiter(user_t *u, unsigned call, uint64_t n, uint64_t 
   switch (call) {
     case 0:
       speak_for_host(u, what);
+      fshm_process_note(u->s, (uint32_t)n);
       break;
     case 1:
       record_deployment(u, n, now, what);
@@ -275,6 +277,7 @@ static void one_call(user_t *u, unsigned call, unsigned who, unsigned what, uint
     }
     case 12:
       MUST(fshm_in_flight(l, key, 1) <= MAX_PERMITS);
+      fshm_count_call(l, key, 1, (int32_t)(what % 3) - 1);
       break;
     case 13:
       MUST(fshm_reap(u->s, what & 1 ? (uint32_t)n : 0) <= u->s->cell_count);
