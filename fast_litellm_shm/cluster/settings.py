@@ -15,8 +15,8 @@ OLDEST = 6  # of the redis library
 OUTAGE = ("local", "deny", "allow")
 SCHEMES = ("redis", "rediss", "unix", "redis+cluster", "redis+sentinel")
 _COMMANDS = (
-    "evalsha script|load get set time zadd zcard zremrangebyscore pexpire publish subscribe scan "
-    "select"
+    "evalsha script|exists script|load get set time zadd zcard zremrangebyscore pexpire publish "
+    "subscribe scan select"
 )
 _COMMANDS_OF_A_CLUSTER = "cluster|slots command asking"
 

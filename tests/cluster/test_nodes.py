@@ -29,7 +29,7 @@ def _started(stack: ExitStack, kind: str, count: int, patience: int) -> list[ser
     """So many nodes that do not know each other. patience: ms until one counts as failed."""
     found = []
     for _ in range(count):
-        port = servers.free_port() % 40_000 + 10_000  # its bus is at 10,000 more
+        port = servers.free_port(servers.HIGHEST_OF_A_CLUSTER)
         options = ("--cluster-enabled", "yes", "--cluster-node-timeout", str(patience))
         found.append(stack.enter_context(servers.Server(kind, *options, port=port)))
     return found

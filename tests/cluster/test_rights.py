@@ -49,7 +49,7 @@ def missed(client: Any) -> dict[str, int]:
 def granting(kind: str, *rights: str, cluster: bool = False) -> Iterator[servers.Server]:
     if not servers.installed(kind):
         pytest.skip(f"there is no {kind}-server here: apt-get install {kind}-server")
-    port = servers.free_port() % 40_000 + 10_000
+    port = servers.free_port(servers.HIGHEST_OF_A_CLUSTER)
     options = ("--cluster-enabled", "yes") * cluster
     with servers.Server(kind, *options, port=port) as server, server.client() as client:
         client.execute_command("ACL", "SETUSER", *rights, ">s3cr@t")

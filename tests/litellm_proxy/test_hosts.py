@@ -43,10 +43,12 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Proxy]]:
             {"settings": f'{{cluster: "{url}"}}'},
         ]
 
+        # Not in the threads: the first call, of any module, empties the folder of all.
+        directories = [tmp_path_factory.mktemp(f"host{i}") for i in range(2)]
+
         def start(i: int) -> Proxy:
-            directory = tmp_path_factory.mktemp(f"host{i}")
             options: dict[str, Any] = {"workers": 2, "gunicorn": True, "upstream": upstream}
-            return running.enter_context(proxy(directory, names[i], **options, **given[i]))
+            return running.enter_context(proxy(directories[i], names[i], **options, **given[i]))
 
         for name in names:
             running.callback(remove, name)

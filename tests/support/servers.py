@@ -16,6 +16,7 @@ from typing import Any
 from support.waiting import PATIENCE, wait_until
 
 KINDS = ("redis", "valkey")
+HIGHEST_OF_A_CLUSTER = 55_535  # ports: nodes talk to each other at 10,000 more
 # Seconds that calls wait for a server. The usual 0.25 pass by chance on a busy machine, and who
 # takes it for away goes by the policy.
 SLOWEST = 2.0
@@ -39,11 +40,14 @@ class EndedError(AssertionError):
     """A server that ended by itself."""
 
 
-def free_port() -> int:
+def free_port(most: int = 65_535) -> int:
     """A TCP port of loopback that nobody had just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port <= most:
+            return port
 
 
 class Server:
