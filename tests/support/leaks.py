@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -199,7 +200,8 @@ def leak_an_object(segment: Segment) -> None:
 
 
 def main(fault: str) -> None:
-    segment = Segment(unique_name("leaks"), capacity=100)
+    name = os.environ["FAST_LITELLM_SHM_NAME"] = unique_name("leaks")  # also what looks for flags
+    segment = Segment(name, capacity=100)
     try:
         for _ in range(ROUNDS if fault == "none-but-calls" else 1):  # each is slow, stack by stack
             use_limiter(segment)
