@@ -200,11 +200,17 @@ def test_of_two_servers_the_one_that_is_back_says_nothing_of_the_other(
 ) -> None:
     made: Callable[..., RateLimiter] = RateLimiter
     first, second = (
-        made(Window(20, HOUR), name=url, segment=segment, cluster=Cluster(url, policy, 0.5))
+        made(
+            Window(20, HOUR),
+            name=url,
+            segment=segment,
+            cluster=Cluster(url, policy, servers.SLOWEST),
+        )
         for url, policy in ((server.url, "local"), (NOBODY, "allow"))
     )
     assert first.acquire("key") and second.acquire("key")
     assert (away(segment) or {})["on_outage"] == ["allow"]
+    known_hosts(segment)
     server.kill()
 
     def both() -> bool:

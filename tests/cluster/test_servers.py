@@ -175,7 +175,7 @@ def test_a_password(kind: str, segment: Segment) -> None:
             (f"redis://:wr0ng@127.0.0.1:{port}/0", False),
             (f"unix://:s3cr%40t@{server.path}?db=3", True),
         ):
-            cluster = Cluster(url, on_outage="deny")
+            cluster = Cluster(url, on_outage="deny", timeout=servers.SLOWEST)
             limiter = RateLimiter(Window(9), name=f"n{port}", segment=segment, cluster=cluster)
             assert bool(limiter.acquire(url)) == answers, url
             assert "s3cr" not in cluster.shown and "wr0ng" not in cluster.shown
