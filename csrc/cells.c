@@ -6,7 +6,6 @@
  */
 #include "internal.h"
 
-#define CLOCKS_DIFFER 1000 /* ns, by which two processes' clocks may differ at most (clock.c) */
 #define ROUNDS 64 /* of one claim: each lost round means that another process made progress */
 static_assert(2 * REGION_LINES * CELLS_PER_LINE - 1 <= ROUNDS, "a swap for each other candidate");
 
@@ -41,7 +40,7 @@ uint64_t cells_candidate(const fshm_segment *s, uint64_t hash, uint64_t i) {
 /* May a cell of this line be the key's? Each is looked at once, in any order; and all in one branch, since
  * a look through all candidates is mostly a look at other keys'. */
 static inline unsigned is_at(const fshm_segment *s, uint64_t cell, uint64_t who) {
-  return load_relaxed(&s->cells[cell].who) == who;
+  return same_key(load_relaxed(&s->cells[cell].who), who);
 }
 static inline bool line_has(const fshm_segment *s, uint64_t first, uint64_t who) {
   static_assert(CELLS_PER_LINE == 4, "four are looked at");
@@ -57,6 +56,13 @@ static inline HOT bool confirmed_at(const fshm_segment *s, uint64_t cell, uint64
   return pair->who == who && !IS_PENDING(pair->when);
 }
 
+/* The same, whatever rule the state was written under. */
+static inline bool confirmed_for(const fshm_segment *s, uint64_t cell, uint64_t who, pair_t *pair) {
+  if (!is_at(s, cell, who)) return false;
+  *pair = likely(!s->read_only) ? pair_load(&s->cells[cell]) : pair_peek(&s->cells[cell]);
+  return same_key(pair->who, who) && !IS_PENDING(pair->when);
+}
+
 /* Beyond the home line: another line of the home region, or the second one; or nowhere. */
 static __attribute__((noinline)) void find_further(const fshm_segment *s, uint64_t hash,
                                                    uint64_t who, found_t *f) {
@@ -67,7 +73,7 @@ static __attribute__((noinline)) void find_further(const fshm_segment *s, uint64
       uint64_t cell = line * CELLS_PER_LINE;
       if (likely(!line_has(s, cell, who))) continue;
       for (unsigned k = 0; k < CELLS_PER_LINE; k++) {
-        if (confirmed_at(s, cell + k, who, &f->pair)) {
+        if (confirmed_for(s, cell + k, who, &f->pair)) {
           f->cell = cell + k;
           return;
         }
@@ -90,6 +96,25 @@ static inline HOT void cells_find_inline(const fshm_segment *s, uint64_t hash, u
 }
 void cells_find(const fshm_segment *s, uint64_t hash, uint64_t who, found_t *f) {
   cells_find_inline(s, hash, who, f);
+}
+
+/* A cell of the key whose other cell this one is, for who does not know the upper half of the hash: near that cell, or in
+ * the region that the lower half names. f->pair.who = 0: there is none. */
+static COLD void cells_near(const fshm_segment *s, uint64_t cell, uint64_t hash, uint64_t who,
+                            found_t *f) {
+  uint64_t many = region_lines(s), back = min_u64(many - 1, s->lines - 1);
+  uint64_t line = (cell / CELLS_PER_LINE + s->lines - back) % s->lines;
+  for (unsigned region = 0; region < 2; region++) {
+    for (uint64_t n = region ? many : min_u64(2 * many - 1, s->lines); n--;
+         line = line_after(s, line)) {
+      for (unsigned k = 0; k < CELLS_PER_LINE; k++) {
+        f->cell = line * CELLS_PER_LINE + k;
+        if (confirmed_for(s, f->cell, who, &f->pair)) return;
+      }
+    }
+    line = region_start(s, hash, 1);
+  }
+  f->pair.who = 0;
 }
 
 /* The line where the key most likely is. */
@@ -130,11 +155,12 @@ static survey_t survey(const fshm_segment *s, uint64_t hash, uint64_t who, uint6
         }
         pair_t pair = pair_load(&s->cells[cell + k]);
         bool pending = IS_PENDING(pair.when);
-        if (pair.who == who && !pending) {
+        bool ours = same_key(pair.who, who);
+        if (ours && !pending) {
           v.confirmed = true;
           return v;
         }
-        if (pair.who == who) {
+        if (ours) {
           if (!v.pending || cell + k < v.match.cell) v.match = (found_t){cell + k, pair};
           v.pending = true;
         } else if (pending && pair.who) {
@@ -159,8 +185,10 @@ static survey_t survey(const fshm_segment *s, uint64_t hash, uint64_t who, uint6
 }
 
 /* Steps 2 and 3 of the protocol, for the pending pair `mine`, which is ours or one that we help:
- * look again at all candidates, then confirm. Returns CLAIMED, or CLAIM_LOST. */
-static int confirm(fshm_segment *s, uint64_t hash, found_t mine, first_state_t *first,
+ * look again at all candidates, then confirm. Returns CLAIMED, CLAIM_LOST, or CLAIM_NOT: not with what the caller
+ * knows. */
+enum { CLAIM_NOT = -2 };
+static int confirm(fshm_segment *s, uint64_t hash, uint64_t who, found_t mine, first_state_t *first,
                    void *context, uint64_t *where) {
   pair_t empty = {0, 0}, pair, expect;
   int budget = ROUNDS;
@@ -172,12 +200,12 @@ again:
     uint64_t line = region_start(s, hash, region);
     for (uint64_t n = region_lines(s); n--; line = line_after(s, line)) {
       uint64_t cell = line * CELLS_PER_LINE;
-      if (likely(!line_has(s, cell, mine.pair.who))) continue;
+      if (likely(!line_has(s, cell, who))) continue;
       for (unsigned k = 0; k < CELLS_PER_LINE; k++) {
         if (cell + k == mine.cell) continue;
-        while (load_relaxed(&s->cells[cell + k].who) == mine.pair.who) {
+        while (is_at(s, cell + k, who)) {
           pair = pair_load(&s->cells[cell + k]);
-          if (pair.who != mine.pair.who) break;
+          if (!same_key(pair.who, who)) break;
           if (budget-- <= 0) return CLAIM_LOST;
           expect = mine.pair;
           if (!IS_PENDING(pair.when)) { /* confirmed elsewhere: that one counts */
@@ -199,7 +227,11 @@ again:
    * have been charged, have expired and lost its cell meanwhile, and a state of before would forget
    * that. From the look on, nobody else can confirm a cell of this key without changing ours. */
   expect = mine.pair;
-  pair_t confirmed = {mine.pair.who, first(context)};
+  pair_t confirmed = {who, first(context)};
+  if (unlikely(confirmed.when == NO_STATE)) {
+    (void)pair_cas(&s->cells[mine.cell], &expect, empty);
+    return CLAIM_NOT;
+  }
   if (!pair_cas(&s->cells[mine.cell], &expect, confirmed)) return CLAIM_LOST;
   *where = mine.cell;
   return CLAIMED;
@@ -219,7 +251,9 @@ int cells_claim(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now, firs
       if (!pair_cas(&s->cells[v.match.cell], &v.match.pair, mine)) continue;
       v.match.pair = mine;
     }
-    if (confirm(s, hash, v.match, first, context, cell) == CLAIMED) return CLAIMED;
+    int status = confirm(s, hash, who, v.match, first, context, cell);
+    if (status == CLAIMED) return CLAIMED;
+    if (status == CLAIM_NOT) break;
   }
   return CLAIM_LOST;
 }
@@ -230,11 +264,11 @@ bool cells_room(const fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now
   return v.confirmed || v.pending || v.has_free || v.has_stale;
 }
 
-/* Forget the key in this cell, if it is still its. One swap. */
+/* Forget the key in this cell, if it is still its, under whatever rule. One swap. */
 void cells_clear(fshm_segment *s, uint64_t cell, uint64_t who) {
   pair_t empty = {0, 0};
   for (int i = 0; i < MAX_TRIES; i++) {
     pair_t seen = pair_load(&s->cells[cell]);
-    if (seen.who != who || pair_cas(&s->cells[cell], &seen, empty)) return;
+    if (!same_key(seen.who, who) || pair_cas(&s->cells[cell], &seen, empty)) return;
   }
 }

@@ -15,9 +15,8 @@ int keyed_begin(keyed_t *k, const fshm_limiter *l, uint32_t kind, const void *ke
   k->tally = l->tally;
   if (unlikely(!limits_load(k->s, k->index, &plan))) return damage_limits(k->s, k->index);
   if (unlikely(!plan.count || plan.rules[0].kind != kind)) return FSHM_E_ARGUMENT;
-  k->hash = fshm_siphash(l->key[0], l->key[1], key, length);
-  k->who = k->hash ^ plan.twist[0];
-  k->who += !k->who; /* 0 is the empty cell */
+  k->hash = side_who(fshm_siphash(l->key[0], l->key[1], key, length));
+  k->who = side_who(k->hash ^ plan.salt);
   k->fixed = now != 0;
   k->now = now ? min_u64(now, TIME_MAX - 1) : segment_now(k->s);
   return FSHM_OK;
@@ -34,7 +33,7 @@ COLD int keyed_at(keyed_t *k, fshm_segment *s, uint64_t cell, uint32_t kind, uin
   k->s = s;
   k->index = index;
   k->tally = TALLIES; /* a look is no call */
-  k->hash = who ^ plan.twist[0];
+  k->hash = who ^ plan.salt;
   k->who = who;
   k->fixed = now != 0;
   k->now = now ? min_u64(now, TIME_MAX - 1) : segment_now(s);
@@ -143,9 +142,9 @@ COLD void counted_peek(const keyed_t *k, const fshm_limit *limit, fshm_decision 
   counted_take(&c, state, k->now);
   out->remaining = minus(limit->n, c.verdict.used_before);
   out->status = out->remaining ? FSHM_ALLOWED : FSHM_DENIED;
-  uint64_t retry = out->remaining ? 0 : meter_take(&c.rule, 0, state, at, at, 1).retry;
+  uint64_t retry = out->remaining ? 0 : meter_take(&c.rule, state, at, at, 1).retry;
   out->retry_after_ns = retry == UINT64_MAX ? FSHM_NEVER : (int64_t)retry;
-  out->reset_after_ns = (int64_t)meter_take(&c.rule, 0, state, at, at, 0).reset;
+  out->reset_after_ns = (int64_t)meter_take(&c.rule, state, at, at, 0).reset;
 }
 
 uint64_t fshm_live_keys(fshm_limiter *l, uint64_t now) {

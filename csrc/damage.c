@@ -79,7 +79,7 @@ COLD int fshm_check(fshm_segment *s, uint64_t *index) {
   if (kind == FSHM_DAMAGE_SIZE) return kind; /* a look beyond the end would be the last */
   for (uint32_t i = 0; i < s->limiter_count; i++) {
     if (limits_name_wrong(s, i)) damage_note(s, FSHM_DAMAGE_NAME, i);
-    if (limits_wrong(s, i, false) || load_relaxed(&s->limiters[i].most) > MAX_PERMITS)
+    if (limits_wrong(s, i, false) || (load_relaxed(&s->limiters[i].most) & 0x1ffff) > MAX_PERMITS)
       damage_note(s, FSHM_DAMAGE_LIMITS, i);
   }
   look_at_cells(s);

@@ -25,7 +25,7 @@
 
 /* [cdef begin] */
 
-#define FSHM_LAYOUT_VERSION 1
+#define FSHM_LAYOUT_VERSION 2
 #define FSHM_MAX_LIMITS 4        /* limits of one limiter */
 #define FSHM_MAX_NAME 64         /* bytes of a segment name: A-Z a-z 0-9 . _ - */
 #define FSHM_MAX_LIMITER_NAME 96 /* bytes of a limiter name */
@@ -117,6 +117,11 @@ typedef struct {
   int64_t reset_after_ns; /* until nothing is consumed any more */
 } fshm_decision;
 
+/* A charge of one limit, for giving it back later: the state that it wrote, and its rule's numbers. */
+typedef struct {
+  uint64_t state, num, den;
+} fshm_charged;
+
 typedef struct {
   int32_t code; /* enum fshm_status */
   int32_t sys_errno;
@@ -173,6 +178,10 @@ int fshm_check(fshm_segment *segment, uint64_t *index);
 int fshm_limit_check(const fshm_limit *limit, uint64_t *largest_n);
 int fshm_limiter_open(fshm_segment *segment, const char *name, uint64_t name_length,
                       const fshm_limit *limits, uint32_t count, fshm_limiter **out);
+/* The same as of a given segment time: where states of earlier limits have to be brought under the present ones. */
+int fshm_limiter_open_at(fshm_segment *segment, const char *name, uint64_t name_length,
+                         const fshm_limit *limits, uint32_t count, uint64_t now_ns,
+                         fshm_limiter **out);
 /* The same, for a limiter that is there for another one's sake: its calls count in no tallies. Whoever opens a name
  * first decides that. */
 int fshm_limiter_open_beside(fshm_segment *segment, const char *name, uint64_t name_length,
@@ -192,11 +201,11 @@ int fshm_is_allowed(fshm_limiter *limiter, const void *key, uint64_t key_length)
 /* FSHM_RESERVE that can be cancelled: reserved[i] tells the reservation of limit i apart. */
 void fshm_reserve(fshm_limiter *limiter, const void *key, uint64_t key_length,
                   const uint64_t *costs, uint64_t max_wait_ns, uint64_t now_ns, fshm_decision *out,
-                  uint64_t *reserved);
+                  fshm_charged *reserved);
 /* Give a reservation back, in those limits where nobody has reserved after it; elsewhere its instant
  * passes unused. Returns in how many. */
 int fshm_cancel(fshm_limiter *limiter, const void *key, uint64_t key_length, const uint64_t *costs,
-                const uint64_t *reserved, uint64_t now_ns);
+                const fshm_charged *reserved, uint64_t now_ns);
 /* What each limit still admits of this key now: remaining[i], one for each limit. Returns how many, or
  * FSHM_E_DAMAGED. */
 int fshm_remaining(fshm_limiter *limiter, const void *key, uint64_t key_length, uint64_t now_ns,
@@ -279,7 +288,7 @@ uint64_t fshm_live_keys(fshm_limiter *limiter, uint64_t now_ns);
 typedef struct {
   uint64_t cell, who, when;
   uint32_t bell, held;
-  uint64_t put[4]; /* for each other limit, the state that the charge put there */
+  fshm_charged put[4]; /* for each other limit, what was charged */
 } fshm_permit;
 
 typedef struct {

@@ -35,6 +35,7 @@
 #define MAX_TRIES 20000
 
 #define NO_SLOT UINT32_MAX
+#define CLOCKS_DIFFER 1000 /* ns, by which two processes' clocks may differ at most (clock.c) */
 
 /* Wiped to zero in a forked child (MADV_WIPEONFORK), which thereby sees that it has not joined. */
 typedef struct {
@@ -85,10 +86,36 @@ typedef struct {
   uint64_t current; /* the word that named them */
   uint32_t count; /* of meters; rules[count] is the limit of permits, where there is one */
   uint32_t permits; /* in flight at most; 0 = no such limit */
-  unsigned version; /* its lowest 5 bits */
-  uint64_t twist[FSHM_MAX_LIMITS]; /* fingerprint of limit i = hash of the key ^ twist[i] */
+  uint64_t salt; /* of the key's hash: another one after each reset */
+  uint64_t tail[FSHM_MAX_LIMITS]; /* the low bits of limit i's cells */
   rule_t rules[FSHM_MAX_LIMITS];
 } plan_t;
+
+/* Whose cell it is: cell_t.who. Of a limiter's limits:
+ *
+ *   fingerprint (42) | limiter (11) | place of the rule (3) | label (4) | epoch (3) | 1
+ *
+ * Label and epoch say which rule the state was written under, and may differ for one and the same key: the label is the
+ * number of the rule's slot, the epoch counts the sweeps that free slots (limits.c). The fingerprint and the cell's line
+ * together tell keys apart: a line is 10 bits or more of the hash in any table of some size.
+ * All others (windows whose limit comes with the call, tokens and heads of moving windows, leases' words): a hash that
+ * ends in 0. Permits: any hash. */
+#define WHO_BITS 22
+#define WHO_LABELS UINT64_C(0xfe) /* label and epoch */
+#define WHO_OF(limiter, place, label, epoch)                                     \
+  ((uint64_t)(limiter) << 11 | (uint64_t)(place) << 8 | (uint64_t)(label) << 4 | \
+   (uint64_t)(epoch) << 1 | 1)
+#define WHO_LIMITER(who) ((uint32_t)((who) >> 11) & (MAX_LIMITERS - 1))
+#define WHO_PLACE(who) ((unsigned)((who) >> 8) & 7)
+#define WHO_LABEL(who) ((unsigned)((who) >> 4) & (RULES - 1))
+#define WHO_EPOCH(who) ((unsigned)((who) >> 1) & 7)
+
+static inline bool same_key(uint64_t a, uint64_t b) { return ((a ^ b) & ~WHO_LABELS) == 0; }
+static inline uint64_t plan_who(const plan_t *p, uint32_t i, uint64_t hash) {
+  return (hash ^ p->salt) << WHO_BITS | p->tail[i];
+}
+/* The cell of a key of a limiter whose limit comes with the call. */
+static inline uint64_t side_who(uint64_t hash) { return (hash & ~UINT64_C(1)) + 2 * !(hash >> 1); }
 
 struct fshm_limiter {
   fshm_segment *segment;
@@ -153,8 +180,9 @@ typedef struct {
 enum { CLAIMED = 1, CLAIM_LOST = 0 /* somebody else has it now: look again */, CLAIM_FULL = -1 };
 
 void cells_find(const fshm_segment *s, uint64_t hash, uint64_t who, found_t *f);
-/* Computes the state a new cell begins with, as of now. */
+/* Computes the state a new cell begins with, as of now; NO_STATE: it must not be claimed by what the caller knows. */
 typedef uint64_t first_state_t(void *context);
+#define NO_STATE UINT64_MAX
 
 int cells_claim(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now, first_state_t *first,
                 void *context, uint64_t *cell);
@@ -197,17 +225,25 @@ void keyed_tell(const keyed_t *k, const found_t *f, const void *key, uint64_t le
 void counted_peek(const keyed_t *k, const fshm_limit *limit, fshm_decision *out);
 
 /* limits.c: the table of limiters and their limits */
-#define CURRENT_VERSION(c) ((c) & ((UINT64_C(1) << 28) - 1))
-#define CURRENT_RESETS(c) (((c) >> 28) & ((UINT64_C(1) << 20) - 1))
-#define CURRENT_SLOT(c, back) ((unsigned)((c) >> (48 + 4 * (back))) & 15)
+#define VERSION_BITS 37
+#define RESET_BITS 20
+#define CURRENT_VERSION(c) ((c) & ((UINT64_C(1) << VERSION_BITS) - 1))
+#define CURRENT_EPOCH(c) ((unsigned)((c) >> VERSION_BITS) & 7)
+#define CURRENT_RESETS(c) ((c) >> (VERSION_BITS + 3) & ((UINT64_C(1) << RESET_BITS) - 1))
+#define SET_COUNT(set) ((unsigned)(set) & 15)
+#define SET_SLOT(set, i) ((unsigned)((set) >> (4 + 4 * (i))) & (RULES - 1))
+
+static inline uint64_t entry_current(const fshm_segment *s, uint32_t index) {
+  return load_relaxed(&s->limiters[index].current);
+}
 
 bool limits_load(const fshm_segment *s, uint32_t index, plan_t *out);
 bool limits_wrong(const fshm_segment *s, uint32_t index, bool published);
 bool limits_name_wrong(const fshm_segment *s, uint32_t index);
-uint32_t limits_most_permits(const fshm_segment *s, uint32_t index, const plan_t *p);
-void limits_lower_most(fshm_segment *s, uint32_t index, const plan_t *p, uint32_t most);
-bool limits_old_rule(const limiter_entry_t *e, uint64_t current, unsigned version, uint32_t nth,
-                     rule_t *out);
+uint64_t limits_most(const fshm_segment *s, uint32_t index);
+uint32_t limits_most_permits(uint64_t most, const plan_t *p);
+void limits_lower_most(fshm_segment *s, uint32_t index, const plan_t *p, uint64_t most);
+bool limits_rule(const fshm_segment *s, uint32_t index, unsigned label, rule_t *out);
 
 /* bell.c: wakes one who sleeps for this key (the upper half of its hash), or all who sleep */
 static inline uint32_t bell_of(uint64_t hash) { return (uint32_t)(hash >> 32); }
@@ -246,7 +282,13 @@ void limiter_acquire_fetched(fshm_limiter *l, uint64_t hash, const void *key, ui
                              const uint64_t *costs, fshm_decision *out);
 int limiter_take(fshm_limiter *l, const plan_t *plan, uint64_t hash, uint32_t op, const void *key,
                  uint64_t key_length, const uint64_t *costs, uint64_t now, fshm_decision *out,
-                 uint64_t *put_states);
+                 fshm_charged *put);
+
+/* What somebody else has decided about a key: the next state of each of its limits (wallet.c). */
+typedef uint64_t change_t(const void *context, uint32_t i, const rule_t *r, uint64_t state,
+                          uint64_t now);
+int limiter_change(fshm_limiter *l, const void *key, uint64_t length, uint64_t now,
+                   change_t *change, const void *context, uint64_t *before, uint64_t *at);
 
 /* route.c: empty the column of a slot that is ours from now on. */
 void route_join(fshm_segment *s, uint32_t slot, uint64_t generation);

@@ -22,26 +22,25 @@
 #define PROCESSES 256         /* process table, fixed: 256 x (64 + 2048 + 1536) bytes */
 #define COLUMN_ENTRIES 128    /* of one process: a power of two */
 #define TALLIES FSHM_TALLIES  /* limiters whose calls a process slot counts apart */
-#define LIMITS_SLOTS \
-  6        /* limit sets an entry can hold: current, three before it, two being written */
-#define HISTORY 4             /* the current set and the three before it */
-#define MAX_LIMITERS 2048     /* 11 bits of ledger_t.meta */
-#define BELLS 256             /* futex words that waiters for permits sleep on */
-#define MEMO_WAYS 4           /* places of a text in the memo: one line */
-#define METRICS 32            /* (component, operation) pairs that are measured */
-#ifndef METRIC_SHARDS         /* the crash harness has one: in it, any two processes meet */
-#define METRIC_SHARDS 4       /* of a metric's sums: processes spread over them. A power of two */
+#define RULES \
+  16 /* rules that a limiter can keep: the present ones, and those that states were written under */
+#define MAX_LIMITERS 2048 /* 11 bits of ledger_t.meta */
+#define BELLS 256 /* futex words that waiters for permits sleep on */
+#define MEMO_WAYS 4 /* places of a text in the memo: one line */
+#define METRICS 32 /* (component, operation) pairs that are measured */
+#ifndef METRIC_SHARDS /* the crash harness has one: in it, any two processes meet */
+#define METRIC_SHARDS 4 /* of a metric's sums: processes spread over them. A power of two */
 #endif
-#define METRIC_NAME 104       /* bytes of "component\0operation" that are kept */
-#define DURATIONS 238         /* buckets of a histogram: metric.h */
-#define FEATURES 8            /* words of errors, for features.py to name */
-#define DEPLOYMENTS 256       /* whose statistics routers share */
+#define METRIC_NAME 104 /* bytes of "component\0operation" that are kept */
+#define DURATIONS 238 /* buckets of a histogram: metric.h */
+#define FEATURES 8 /* words of errors, for features.py to name */
+#define DEPLOYMENTS 256 /* whose statistics routers share */
 #define MIN_CAPACITY 1
 #define MAX_CAPACITY (UINT64_C(1) << 31)
 #define DEFAULT_CAPACITY UINT64_C(200000)
 
 /* One key's meter. Swapped whole by a 16-byte compare-and-swap, by anybody: a crash leaves the old
- * value or the new one. (0, 0) is empty; `when` is described in meter.h. */
+ * value or the new one. (0, 0) is empty; `when` is described in meter.h, `who` in internal.h. */
 typedef struct {
   _Alignas(16) _Atomic uint64_t who;
   _Atomic uint64_t when;
@@ -139,28 +138,31 @@ typedef struct {
   _Atomic uint64_t dead;
 } process_t;
 
-/* A set of limits. Written only by the process that owns the slot, before it is referenced by
- * limiter_t.current; immutable while referenced. The rules are rule_t, as relaxed words. */
+/* The limits of a name are rules (rule_t, as relaxed words), each in a slot of its limiter's table. A rule is written
+ * only by the process that owns its slot, before `set` names it, and does not change while a state may refer to it: the
+ * states of keys say by the number of its slot (their label) which rule they were written under. */
 #define RULE_WORDS 8
-typedef struct {
-  /* 0 = free or published, else nonce << 32 | generation << 16 | process slot + 1 */
-  _Atomic uint64_t owner;
-  _Atomic uint64_t count; /* of rules, 1 .. FSHM_MAX_LIMITS */
-  _Atomic uint64_t rules[FSHM_MAX_LIMITS][RULE_WORDS];
-} limits_slot_t;
+/* Owners of rule slots: 0 = free; RULE_USED | version of the limits that it was last named in; else the owner:
+ * generation << 16 | process slot + 1. */
+#define RULE_USED (UINT64_C(1) << 63)
 
 /* A limiter's name and limits. Entries are claimed in order and never given back. */
 typedef struct {
   /* keyed hash of the name, and in the lowest bit whether it has no tallies; 0 = free; one compare-and-swap */
   _Alignas(LINE) _Atomic uint64_t id;
-  /* version (28 bits) | resets (20) | slots of the current and the three former sets (4 bits each,
-   * 15 = none). 0 = no limits published yet. One compare-and-swap publishes (release); readers load
-   * it (acquire) before and after they read a slot. */
-  _Atomic uint64_t current;
+  /* changes (47 bits) | permits (17): slots up to there may be held; raised before limits are published. The changes tell
+   * two words of the same number apart: each publication adds one. */
+  _Atomic uint64_t most;
+  /* What the limits are: two words, changed together by one 16-byte compare-and-swap (release). Each change of `set` also
+   * changes the version, so whoever reads current (acquire), set, and the same current again has read one pair.
+   * current: version (37 bits; 0 = no limits published yet) | epoch (3) | resets (20).
+   * set: count (4 bits) | slot of each rule (4 bits each), in the caller's order. */
+  _Alignas(16) _Atomic uint64_t current;
+  _Atomic uint64_t set;
   _Atomic uint32_t name_length; /* bytes; whoever knows the name writes it: always the same value */
-  _Atomic uint32_t most; /* permits: slots up to there may be held; raised before publishing */
   _Atomic unsigned char name[104];
-  limits_slot_t slots[LIMITS_SLOTS];
+  _Atomic uint64_t owners[RULES];
+  _Alignas(LINE) _Atomic uint64_t rules[RULES][RULE_WORDS];
 } limiter_entry_t;
 
 /* Written once before the segment is published; constant afterwards, except `damage` and the lines from
@@ -218,9 +220,8 @@ static_assert(sizeof(histogram_t) == 1984, "histogram");
 static_assert(sizeof(deployment_t) == 64, "deployment");
 static_assert(sizeof(flights_t) == 576, "flights");
 static_assert(sizeof(rule_t) == UINT64_C(8) * RULE_WORDS, "rule");
-static_assert(sizeof(limits_slot_t) == 16 + 64 * FSHM_MAX_LIMITS, "limits slot");
-static_assert(sizeof(limiter_entry_t) == 1792, "limiter entry");
-static_assert(offsetof(limiter_entry_t, slots) == 128, "limiter slots");
+static_assert(sizeof(limiter_entry_t) == 1344, "limiter entry");
+static_assert(offsetof(limiter_entry_t, current) == 16, "swapped as 16 bytes");
 static_assert(offsetof(header_t, damage) == 240, "the constant words end at 240");
 static_assert(offsetof(header_t, ticket) == 320, "the changing lines start at 320");
 static_assert(sizeof(header_t) == 1792, "header");

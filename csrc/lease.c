@@ -104,7 +104,7 @@ static int take_slot_of_key(const holder_t *h, uint32_t slot, census_t *census, 
       pair_t seen = f.pair;
       if (!pair_cas(&h->s->cells[f.cell], &seen, mine)) continue;
     }
-    *out = (fshm_permit){f.cell, who, mine.when, bell_of(h->hash), 1, {0, 0, 0, 0}};
+    *out = (fshm_permit){f.cell, who, mine.when, bell_of(h->hash), 1, {{0, 0, 0}}};
     return SLOT_TAKEN;
   }
   return SLOT_HELD;
@@ -143,7 +143,9 @@ static bool stands(holder_t *h, plan_t *plan, uint32_t *held) {
   const limiter_entry_t *e = &h->s->limiters[h->limiter->index];
   after_swap(); /* pairs with publish(): it sees our slot, or we see its limits */
   for (int tries = 0; tries < MAX_TRIES; tries++) {
-    uint32_t most = limits_most_permits(h->s, h->limiter->index, plan);
+    uint64_t seen =
+        limits_most(h->s, h->limiter->index); /* before `current`, and before the count */
+    uint32_t most = limits_most_permits(seen, plan);
     bool same = load_relaxed(&e->current) == plan->current;
     if (likely(same && most <= plan->permits)) return true;
     if (!same) {
@@ -155,7 +157,7 @@ static bool stands(holder_t *h, plan_t *plan, uint32_t *held) {
     *held = count_held(h, most, &census);
     if (*held > plan->permits) return false;
     if (count_held_from(h, plan->permits, most, &census) == 0)
-      limits_lower_most(h->s, h->limiter->index, plan, most);
+      limits_lower_most(h->s, h->limiter->index, plan, seen);
     return true;
   }
   return true;
@@ -179,7 +181,7 @@ static __attribute__((noinline)) bool stands_granted(const holder_t *h, const pl
   }
   census_t census;
   census_begin(&census);
-  *held = count_held(h, limits_most_permits(h->s, h->limiter->index, plan), &census);
+  *held = count_held(h, limits_most_permits(limits_most(h->s, h->limiter->index), plan), &census);
   return *held <= most;
 }
 
@@ -213,7 +215,7 @@ static int take_permit(holder_t *h, plan_t *plan, uint32_t n, const granted_t *g
       return FSHM_DENIED;
     }
   }
-  uint32_t most = limits_most_permits(h->s, h->limiter->index, plan);
+  uint32_t most = limits_most_permits(limits_most(h->s, h->limiter->index), plan);
   *held = full || most > n ? count_held(h, most, &census) : n;
   return full ? FSHM_FULL : FSHM_DENIED;
 }
@@ -252,7 +254,7 @@ uint32_t lease_count(fshm_limiter *l, const void *key, uint64_t length, uint64_t
     return 0;
   }
   if (!plan.permits) return 0;
-  uint32_t most = limits_most_permits(h.s, l->index, &plan);
+  uint32_t most = limits_most_permits(limits_most(h.s, l->index), &plan);
   return count_held_from(&h, (uint32_t)min_u64(from, most), most, &census);
 }
 

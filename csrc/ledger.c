@@ -11,7 +11,8 @@
 #define NAME_STORED 200 /* bytes of a longer name that are kept */
 
 uint32_t ledger_meta(uint32_t limiter, uint64_t who) {
-  return (limiter & 4095) << 20 | (uint32_t)(who & 0xfffff); /* 4095: index, and the permit bit */
+  /* 4095: index, and the permit bit. The top of `who`: the bits that stay when its label changes. */
+  return (limiter & 4095) << 20 | (uint32_t)(who >> 44);
 }
 
 static void add_saturating(_Atomic uint32_t *count, uint32_t more) {

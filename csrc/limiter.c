@@ -13,13 +13,17 @@ typedef struct {
   uint64_t now, at; /* at: the instant it is charged for; later than now where a waiter reserves */
   uint64_t max_wait;
   const uint64_t *costs;
-  const uint64_t *put; /* of a refund: the states that the charges put there; NULL = not known */
+  const fshm_charged *put; /* of a refund: the charges; NULL = not known */
 } call_t;
 
 /* What a look at one limit found. */
 typedef struct {
   found_t cell;
   verdict_t verdict;
+  uint64_t who; /* to be written with the next state: whose, and under which rule */
+  uint64_t
+      moved; /* of a denial: the state under the present rule, to be kept; 0 = it is kept as it is */
+  bool stays; /* denied, and the state lives on under an earlier rule */
 } look_t;
 
 static const uint64_t ones[FSHM_MAX_LIMITS] = {1, 1, 1, 1};
@@ -27,12 +31,7 @@ static const uint64_t ones[FSHM_MAX_LIMITS] = {1, 1, 1, 1};
 static inline bool again(call_t *c) { return c->tries++ < MAX_TRIES; }
 
 static inline uint64_t fingerprint(const call_t *c, uint32_t i) {
-  uint64_t who = c->hash ^ c->plan.twist[i];
-  return who + !who; /* 0 is the empty cell */
-}
-
-static inline uint64_t version_of(const call_t *c) {
-  return (uint64_t)c->plan.version << TIME_BITS;
+  return plan_who(&c->plan, i, c->hash);
 }
 
 /* The time now, for what must not be computed from the time that the call began with. */
@@ -40,36 +39,111 @@ static uint64_t fresh_now(const call_t *c) {
   return c->fixed ? c->now : max_u64(segment_now(c->s), c->now);
 }
 
-/* A bucket's state, from the time of the limits it was written under to the present ones'. */
-static __attribute__((noinline)) uint64_t converted_state(call_t *c, uint32_t i, uint64_t state) {
+/* Have the limits changed since they were loaded? Asked after a cell was read (which acquires): then its label is not
+ * newer than the plan, and a slot that the plan names has not been given to another rule. Pairs with publish() and
+ * sweep(), which change `current` first. */
+static inline bool outdated(const call_t *c) {
+  return unlikely(entry_current(c->s, c->index) != c->plan.current);
+}
+
+/* A state under another rule than the present one of its limit: what it is to be taken for. */
+typedef struct {
+  uint64_t state, who;
+  const rule_t *rule;
   rule_t old;
-  uint32_t nth = 0;
-  const limiter_entry_t *e = &c->s->limiters[c->index];
-  for (uint32_t k = 0; k < i; k++) nth += c->plan.rules[k].kind == FSHM_BUCKET;
-  unsigned version = (unsigned)(state >> TIME_BITS) & VERSION_MASK;
-  bool known = limits_old_rule(e, c->plan.current, version, nth, &old);
-  if (!known && load_relaxed(&e->current) != c->plan.current) c->stale = true;
-  return bucket_convert(&c->plan.rules[i], version_of(c), known ? &old : NULL, state, c->now);
+} met_t;
+
+static inline void met_present(const call_t *c, uint32_t i, uint64_t state, met_t *m) {
+  m->state = state;
+  m->who = fingerprint(c, i);
+  m->rule = &c->plan.rules[i];
 }
 
-static inline uint64_t state_of(call_t *c, uint32_t i, const found_t *f) {
+/* The rule that the state in this cell was written under. False: the limits or the cell have changed; look again. */
+static bool former_rule(call_t *c, const found_t *f, rule_t *old) {
+  c->stale |= !limits_rule(c->s, c->index, WHO_LABEL(f->pair.who), old);
+  const pair_t now =
+      c->s->read_only ? pair_peek(&c->s->cells[f->cell]) : pair_load(&c->s->cells[f->cell]);
+  c->stale |= now.who != f->pair.who || now.when != f->pair.when || outdated(c);
+  return !c->stale;
+}
+
+/* Whose state it stays: under the label that it has, in the present epoch. */
+static uint64_t staying(const call_t *c, uint32_t i, uint64_t who) {
+  const uint64_t label = WHO_OF(0, 0, RULES - 1, 0) & ~UINT64_C(1);
+  return (fingerprint(c, i) & ~label) | (who & label);
+}
+
+/* For what is done whatever the state is: a charge, a refund, a block. */
+static void state_met(call_t *c, uint32_t i, const found_t *f, met_t *m) {
+  uint64_t state = f->pair.who ? f->pair.when : 0;
+  met_present(c, i, state, m);
+  if (outdated(c)) c->stale = true;
+  if (!f->pair.who || c->stale) return;
+  if (state_expires(state) <= c->now) {
+    m->state = 0;
+  } else if (unlikely(f->pair.who != m->who) && former_rule(c, f, &m->old)) {
+    if (meter_settles(m->rule, &m->old, state, c->now, &m->state)) return;
+    m->state = state;
+    m->who = staying(c, i, f->pair.who);
+    m->rule = &m->old;
+  }
+}
+
+/* A look at a state that was written under other limits. Allowed: by the present ones, with the same tokens. Denied: by
+ * what is better for the key, the state as it is or as it would be under the present limits. */
+static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
   const rule_t *r = &c->plan.rules[i];
-  uint64_t state = f->pair.when;
-  if (!f->pair.who || !state_is_of(r, state)) return 0;
-  if (r->kind != FSHM_BUCKET || (state & TIME_MAX) <= c->now) return state;
-  if (likely(VERSION_OF(state) == version_of(c))) return state;
-  return converted_state(c, i, state);
+  uint64_t state = l->cell.pair.when;
+  rule_t old;
+  if (!former_rule(c, &l->cell, &old)) return;
+  uint64_t moved = meter_convert(r, &old, state, c->now);
+  l->verdict = meter_take(r, moved, c->now, c->at, cost);
+  if (!l->verdict.retry || cost > rule_capacity(r)) return;
+  if (state_expires(moved) <= state_expires(state)) {
+    l->moved = moved;
+    return;
+  }
+  uint64_t used = meter_used(&old, state, c->now);
+  rule_t capped = rule_capped(&old, rule_capacity(r));
+  l->stays = true;
+  l->who = staying(c, i, l->cell.pair.who);
+  l->verdict = meter_take(&capped, state, c->now, c->now, cost);
+  /* Under the present rule it may be a few ns later: both are rounded up. */
+  l->verdict.retry = plus_time(l->verdict.retry, 3);
+  l->verdict.used_before = l->verdict.used_after =
+      r->kind == FSHM_BUCKET ? bucket_increment(r, used) : used;
+  l->verdict.reset = minus(state_expires(state), c->now);
 }
 
+static inline HOT void look_found(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
+  const uint64_t who = fingerprint(c, i);
+  const rule_t *r = &c->plan.rules[i];
+  uint64_t state = likely(l->cell.pair.who) ? l->cell.pair.when : 0;
+  l->who = who;
+  l->moved = 0;
+  l->stays = false;
+  if (outdated(c)) {
+    c->stale = true;
+    return;
+  }
+  if (unlikely(l->cell.pair.who != who) && state) {
+    if (state_expires(state) > c->now) {
+      look_former(c, i, cost, l);
+      return;
+    }
+    state = 0;
+  }
+  if (likely(r->kind == FSHM_BUCKET))
+    l->verdict = bucket_take(r, likely(state_is_of(r, state)) ? state : 0, c->now, c->at, cost);
+  else
+    l->verdict = meter_take(r, state, c->now, c->at, cost);
+}
 static inline HOT void look_inline(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
   cells_find_inline(c->s, c->hash, fingerprint(c, i), &l->cell);
-  uint64_t state = state_of(c, i, &l->cell);
-  const rule_t *r = &c->plan.rules[i];
-  if (likely(r->kind == FSHM_BUCKET))
-    l->verdict = bucket_take(r, version_of(c), state, c->now, c->at, cost);
-  else
-    l->verdict = meter_take(r, version_of(c), state, c->now, c->at, cost);
+  look_found(c, i, cost, l);
 }
+
 static inline void look(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
   look_inline(c, i, cost, l);
 }
@@ -90,15 +164,15 @@ typedef struct {
   verdict_t *verdict;
 } first_t;
 
-/* The state after a charge, a block or a refund, whatever it was. */
-static COLD uint64_t forced(const call_t *c, uint32_t op, uint32_t i, uint64_t state,
-                            uint64_t now) {
-  const rule_t *r = &c->plan.rules[i];
-  uint64_t version = version_of(c), cost = c->costs[i];
-  if (op == FSHM_CHARGE) return meter_charge(r, version, state, now, cost);
-  if (op == FSHM_REFUND) return meter_refund(r, version, state, now, cost, c->put ? c->put[i] : 0);
+/* The state after a charge, a block or a refund, whatever it was: by the rule that it lives under. */
+static COLD uint64_t forced(const call_t *c, uint32_t op, uint32_t i, const rule_t *r,
+                            uint64_t state, uint64_t now) {
+  uint64_t cost = c->costs[i];
+  if (op == FSHM_CHARGE) return meter_charge(r, state, now, cost);
+  if (op == FSHM_REFUND) return meter_refund(r, state, now, cost, c->put ? &c->put[i] : NULL);
   if (r->kind != FSHM_BUCKET || !cost) return state;
-  return bucket_block(r, version, state, plus_time(now, cost));
+  const rule_t capped = rule_capped(r, rule_capacity(&c->plan.rules[i]));
+  return bucket_block(&capped, state_for(r, state), plus_time(now, cost));
 }
 
 static uint64_t first_state(void *context) {
@@ -106,8 +180,13 @@ static uint64_t first_state(void *context) {
   call_t *c = f->c;
   const rule_t *r = &c->plan.rules[f->i];
   uint64_t now = fresh_now(c), cost = c->costs[f->i];
-  if (f->op >= FSHM_CHARGE) return forced(c, f->op, f->i, 0, now);
-  verdict_t v = meter_take(r, version_of(c), 0, now, max_u64(c->at, now), cost);
+  /* After the claim was published: whoever changes the limits from now on empties it, or finds the state. */
+  if (outdated(c)) {
+    c->stale = true;
+    return NO_STATE;
+  }
+  if (f->op >= FSHM_CHARGE) return forced(c, f->op, f->i, r, 0, now);
+  verdict_t v = meter_take(r, 0, now, max_u64(c->at, now), cost);
   v.retry = f->verdict->retry;
   *f->verdict = v;
   return v.next;
@@ -129,14 +208,38 @@ static inline HOT int put(call_t *c, uint32_t i, look_t *l, uint64_t next, uint3
   found_t *f = &l->cell;
   if (unlikely(c->stale)) return CLAIM_LOST;
   if (likely(f->pair.who)) {
-    pair_t seen = f->pair, to = {seen.who, next};
-    if (next == seen.when) return CLAIMED;
+    pair_t seen = f->pair, to = {l->who, next};
+    if (next == seen.when && l->who == seen.who) return CLAIMED;
     /* Fails where the state changed, or the cell went to another key. Pairs with every other swap of
      * this cell; the loads before it need no order, since it compares all 16 bytes. */
     return pair_cas(&c->s->cells[f->cell], &seen, to) ? CLAIMED : CLAIM_LOST;
   }
   if (state_expires(next) <= c->now) return CLAIMED; /* equals "never seen": needs no cell */
   return put_first(c, i, l, op);
+}
+
+/* The first state of a new cell that somebody else has decided about. */
+typedef struct {
+  call_t *c;
+  change_t *change;
+  const void *context;
+  uint32_t i;
+} changed_t;
+
+static uint64_t first_changed(void *context) {
+  const changed_t *f = context;
+  f->c->stale = outdated(f->c);
+  return f->c->stale ? NO_STATE
+                     : f->change(f->context, f->i, &f->c->plan.rules[f->i], 0, fresh_now(f->c));
+}
+
+static int put_changed(call_t *c, uint32_t i, look_t *l, uint64_t next, changed_t *first) {
+  found_t *f = &l->cell;
+  if (f->pair.who || state_expires(next) <= c->now) return put(c, i, l, next, FSHM_CHARGE);
+  int status = cells_claim(c->s, c->hash, l->who, c->now, first_changed, first, &f->cell);
+  if (status == CLAIMED) f->pair.who = l->who;
+  if (status == CLAIM_FULL && lease_free_dead(c->s, c->hash, l->who, c->now)) return CLAIM_LOST;
+  return status;
 }
 
 static inline bool looks_only(uint32_t op) { return op == FSHM_PEEK || op == FSHM_PROBE; }
@@ -147,9 +250,12 @@ static int force(call_t *c, uint32_t op, uint32_t i, look_t *l) {
     int fresh = renewed(c);
     if (fresh != FSHM_OK) return fresh;
     if (i >= c->plan.count) return FSHM_ALLOWED; /* fewer limits by now: nothing to charge */
+    met_t m;
     cells_find(c->s, c->hash, fingerprint(c, i), &l->cell);
-    uint64_t next = forced(c, op, i, state_of(c, i, &l->cell), c->now);
-    int status = put(c, i, l, next, op);
+    state_met(c, i, &l->cell, &m);
+    if (c->stale) continue;
+    l->who = m.who;
+    int status = put(c, i, l, forced(c, op, i, m.rule, m.state, c->now), op);
     if (status != CLAIM_LOST) return status == CLAIMED ? FSHM_ALLOWED : FSHM_FULL;
   }
   return FSHM_CONTENDED;
@@ -183,10 +289,15 @@ static int force_all(call_t *c, uint32_t op, look_t *looks) {
   return worst;
 }
 
-/* May a limit that asks for `retry` be charged ahead? Only a bucket has an instant to reserve. */
-static inline bool may_wait(const call_t *c, uint32_t op, uint32_t i, uint64_t retry) {
-  return op == FSHM_RESERVE && c->plan.rules[i].kind == FSHM_BUCKET && retry <= c->max_wait &&
-         retry != UINT64_MAX;
+/* May a limit that is denied be charged ahead? Only a bucket has an instant to reserve. */
+static inline bool may_wait(const call_t *c, uint32_t op, uint32_t i, const look_t *l) {
+  return op == FSHM_RESERVE && c->plan.rules[i].kind == FSHM_BUCKET &&
+         l->verdict.retry <= c->max_wait && l->verdict.retry != UINT64_MAX && !l->stays;
+}
+
+/* A denied state that is over sooner under the present limits goes on under them. False: look again. */
+static COLD bool keep_moved(call_t *c, uint32_t i, look_t *l) {
+  return put(c, i, l, l->moved, FSHM_ACQUIRE) != CLAIM_LOST;
 }
 
 enum { RESHAPED = -100 }; /* of take_one: there are several limits now */
@@ -198,7 +309,10 @@ static inline int take_one(call_t *c, uint32_t op, look_t *l) {
     if (unlikely(c->plan.count != 1)) return RESHAPED;
     look_inline(c, 0, c->costs[0], l);
     if (unlikely(c->stale)) continue;
-    if (l->verdict.retry && !may_wait(c, op, 0, l->verdict.retry)) return FSHM_DENIED;
+    if (l->verdict.retry && !may_wait(c, op, 0, l)) {
+      if (unlikely(l->moved) && !looks_only(op) && !keep_moved(c, 0, l)) continue;
+      return FSHM_DENIED;
+    }
     if (looks_only(op)) return FSHM_ALLOWED;
     int status = put(c, 0, l, l->verdict.next, FSHM_ACQUIRE);
     if (likely(status == CLAIMED)) {
@@ -211,36 +325,39 @@ static inline int take_one(call_t *c, uint32_t op, look_t *l) {
 }
 
 /* Take back a charge. Where nobody touched the cell since, exactly; else what has not drained yet. The
- * limits may have changed meanwhile: it is the same limit that has the same fingerprint. */
-static void undo(call_t *c, uint32_t i, const look_t *l, uint64_t before) {
+ * limits may have changed meanwhile: it is the same limit that has the same place. */
+static void undo(call_t *c, uint32_t i, const look_t *l, pair_t before) {
   call_t later = *c;
+  const fshm_charged put_there = charged_by(&c->plan.rules[i], l->verdict.next);
   look_t found;
   while (again(&later)) {
     if (renewed(&later) != FSHM_OK) return;
     uint32_t k = 0;
-    while (k < later.plan.count && later.plan.twist[k] != c->plan.twist[i]) k++;
-    if (k == later.plan.count) return; /* it is no limit of this name any more, or was reset */
+    while (k < later.plan.count && later.plan.rules[k].place != c->plan.rules[i].place) k++;
+    if (k == later.plan.count || later.plan.salt != c->plan.salt)
+      return; /* it is no limit of this name any more, or was reset */
+    met_t m;
     later.now = fresh_now(c);
     cells_find(c->s, c->hash, fingerprint(&later, k), &found.cell);
     if (!found.cell.pair.who) return;
-    const rule_t *r = &later.plan.rules[k];
-    uint64_t charged = l->verdict.next, next = before;
-    if (found.cell.pair.when != charged) {
-      if (r->kind == FSHM_BUCKET && VERSION_OF(charged) != version_of(&later))
-        charged = converted_state(&later, k, charged);
-      next = meter_refund(r, version_of(&later), state_of(&later, k, &found.cell), later.now,
-                          c->costs[i], charged);
+    state_met(&later, k, &found.cell, &m);
+    if (later.stale) continue;
+    uint64_t next = before.when;
+    found.who = before.who ? before.who : found.cell.pair.who;
+    if (found.cell.pair.when != l->verdict.next || found.cell.pair.who != l->who) {
+      found.who = m.who;
+      next = meter_refund(m.rule, m.state, later.now, c->costs[i], &put_there);
     }
-    if (!later.stale && put(&later, k, &found, next, FSHM_ACQUIRE) != CLAIM_LOST) return;
+    if (put(&later, k, &found, next, FSHM_ACQUIRE) != CLAIM_LOST) return;
   }
 }
 
 /* Charge limit i of several. FSHM_DENIED: its room went since the look. */
-static int charge_looked(call_t *c, uint32_t i, look_t *l, uint64_t *before) {
+static int charge_looked(call_t *c, uint32_t i, look_t *l, pair_t *before) {
   for (bool lost = false; again(c); lost = true) {
     if (lost) look(c, i, c->costs[i], l);
     if (c->stale || l->verdict.retry > c->at - c->now) return FSHM_DENIED;
-    *before = l->cell.pair.who ? l->cell.pair.when : 0;
+    *before = l->cell.pair.who ? l->cell.pair : (pair_t){0, 0};
     int status = put(c, i, l, l->verdict.next, FSHM_ACQUIRE);
     if (status != CLAIM_LOST) return status == CLAIMED ? FSHM_ALLOWED : FSHM_FULL;
   }
@@ -255,17 +372,24 @@ static int take_all(call_t *c, uint32_t op, look_t *looks) {
     int fresh = renewed(c);
     if (fresh != FSHM_OK) return fresh;
     uint32_t count = c->plan.count;
-    uint64_t wait = 0, before[FSHM_MAX_LIMITS];
+    uint64_t wait = 0;
+    pair_t before[FSHM_MAX_LIMITS];
     bool may = true, buckets = true;
     for (uint32_t i = 0; i < count; i++) {
       look(c, i, c->costs[i], &looks[i]);
       wait = max_u64(wait, looks[i].verdict.retry);
-      may &= !looks[i].verdict.retry || may_wait(c, op, i, looks[i].verdict.retry);
+      if (c->stale) break;
+      may &= !looks[i].verdict.retry || may_wait(c, op, i, &looks[i]);
       buckets &= c->plan.rules[i].kind == FSHM_BUCKET;
     }
     if (c->stale) continue;
-    if (!may || (wait > c->at - c->now && !buckets))
-      return FSHM_DENIED; /* no instant to charge for */
+    if (!may || (wait > c->at - c->now && !buckets)) { /* no instant to charge for */
+      bool kept = true;
+      for (uint32_t i = 0; i < count && !looks_only(op); i++)
+        kept &= likely(!looks[i].moved) || keep_moved(c, i, &looks[i]);
+      if (unlikely(!kept)) continue;
+      return FSHM_DENIED;
+    }
     if (looks_only(op)) return FSHM_ALLOWED;
     if (wait > c->at - c->now) {
       c->at = c->now + wait;
@@ -296,7 +420,8 @@ static inline void report(const call_t *c, const look_t *looks, bool allowed, bo
     if (allowed ? left < tightest : v->retry > longest) out->limit_index = i;
     tightest = min_u64(tightest, left);
     if (!allowed) longest = max_u64(longest, v->retry);
-    reset = max_u64(reset, charged || r->kind != FSHM_BUCKET ? v->reset : v->used_before);
+    bool told = charged || r->kind != FSHM_BUCKET || looks[i].stays;
+    reset = max_u64(reset, told ? v->reset : v->used_before);
   }
   out->remaining = tightest;
   out->retry_after_ns = longest == UINT64_MAX ? FSHM_NEVER : (int64_t)longest;
@@ -335,9 +460,9 @@ static inline void begin(call_t *c, fshm_limiter *l, const void *key, uint64_t l
 }
 
 /* What a call does that has begun, with limits. `out` NULL: the caller only wants to know whether it was
- * admitted. `put_states`, or NULL: for each limit, the state that the charge put there. */
+ * admitted. `charges`, or NULL: for each limit, what was charged. */
 static inline HOT int apply_begun(call_t *c, uint32_t op, const void *key, uint64_t key_length,
-                                  fshm_decision *out, uint64_t *put_states) {
+                                  fshm_decision *out, fshm_charged *charges) {
   look_t looks[FSHM_MAX_LIMITS];
   uint32_t slot = process_slot(c->s);
   int status = RESHAPED;
@@ -348,8 +473,8 @@ static inline HOT int apply_begun(call_t *c, uint32_t op, const void *key, uint6
   if (status == RESHAPED) status = take_all(c, op, looks);
   bool charged = status == FSHM_ALLOWED && (op == FSHM_ACQUIRE || op == FSHM_RESERVE);
   if (out) report(c, looks, status == FSHM_ALLOWED, charged, out);
-  for (uint32_t i = 0; put_states && charged && i < c->plan.count; i++)
-    put_states[i] = looks[i].verdict.next;
+  for (uint32_t i = 0; charges && charged && i < c->plan.count; i++)
+    charges[i] = charged_by(&c->plan.rules[i], looks[i].verdict.next);
   bool counts = likely(op == FSHM_ACQUIRE || op == FSHM_RESERVE);
   if (status == FSHM_DENIED) /* an empty wallet is no denial yet */
     counts = (counts || op == FSHM_PROBE) && c->plan.rules[0].kind != FSHM_WALLET;
@@ -365,7 +490,7 @@ static inline HOT int apply_begun(call_t *c, uint32_t op, const void *key, uint6
 /* The whole call. hash: NULL, or what the caller has hashed already. */
 static inline int apply(fshm_limiter *l, const uint64_t *hash, uint32_t op, const void *key,
                         uint64_t key_length, const uint64_t *costs, uint64_t max_wait, uint64_t now,
-                        fshm_decision *out, uint64_t *put_states) {
+                        fshm_decision *out, fshm_charged *charges) {
   call_t c;
   bool readable = limits_load_inline(l->segment, l->index, &c.plan);
   if (unlikely(!readable || !c.plan.count)) { /* none: a limiter of permits, for fshm_admit() */
@@ -380,7 +505,7 @@ static inline int apply(fshm_limiter *l, const uint64_t *hash, uint32_t op, cons
   begin_hashed(&c, l, hashed, now);
   c.max_wait = max_wait;
   if (costs) c.costs = costs;
-  return apply_begun(&c, op, key, key_length, out, put_states);
+  return apply_begun(&c, op, key, key_length, out, charges);
 }
 
 void fshm_apply(fshm_limiter *l, uint32_t op, const void *key, uint64_t key_length,
@@ -405,12 +530,12 @@ void limiter_acquire_fetched(fshm_limiter *l, uint64_t hash, const void *key, ui
  * may go by the limits that it found when it began. */
 int limiter_take(fshm_limiter *l, const plan_t *plan, uint64_t hash, uint32_t op, const void *key,
                  uint64_t key_length, const uint64_t *costs, uint64_t now, fshm_decision *out,
-                 uint64_t *put_states) {
+                 fshm_charged *charges) {
   call_t c;
   memcpy(&c.plan, plan, offsetof(plan_t, rules) + plan->count * sizeof *plan->rules);
   begin_hashed(&c, l, hash, now);
   if (costs) c.costs = costs;
-  return out->status = apply_begun(&c, op, key, key_length, out, put_states);
+  return out->status = apply_begun(&c, op, key, key_length, out, charges);
 }
 
 int fshm_is_allowed(fshm_limiter *l, const void *key, uint64_t key_length) {
@@ -418,14 +543,14 @@ int fshm_is_allowed(fshm_limiter *l, const void *key, uint64_t key_length) {
 }
 
 void fshm_reserve(fshm_limiter *l, const void *key, uint64_t key_length, const uint64_t *costs,
-                  uint64_t max_wait, uint64_t now, fshm_decision *out, uint64_t *reserved) {
+                  uint64_t max_wait, uint64_t now, fshm_decision *out, fshm_charged *reserved) {
   out->status = apply(l, NULL, FSHM_RESERVE, key, key_length, costs, max_wait, now, out, reserved);
 }
 
 /* Only where the reservation is still the last: those who reserved after it count on their instants, and
  * what lies between would be given away twice. */
 int fshm_cancel(fshm_limiter *l, const void *key, uint64_t key_length, const uint64_t *costs,
-                const uint64_t *reserved, uint64_t now) {
+                const fshm_charged *reserved, uint64_t now) {
   call_t c;
   look_t found;
   int given_back = 0;
@@ -433,11 +558,13 @@ int fshm_cancel(fshm_limiter *l, const void *key, uint64_t key_length, const uin
   begin(&c, l, key, key_length, now);
   if (costs) c.costs = costs;
   for (uint32_t i = 0; i < c.plan.count; i++) {
+    met_t m;
     cells_find(c.s, c.hash, fingerprint(&c, i), &found.cell);
-    if (!found.cell.pair.who || found.cell.pair.when != reserved[i]) continue;
-    if (c.plan.rules[i].kind == FSHM_BUCKET && VERSION_OF(reserved[i]) != version_of(&c)) continue;
-    uint64_t next =
-        meter_refund(&c.plan.rules[i], version_of(&c), reserved[i], c.now, c.costs[i], reserved[i]);
+    if (!found.cell.pair.who || found.cell.pair.when != reserved[i].state) continue;
+    state_met(&c, i, &found.cell, &m);
+    if (c.stale) continue; /* the limits change at this moment: its instant passes unused */
+    found.who = m.who;
+    uint64_t next = meter_refund(m.rule, m.state, c.now, c.costs[i], &reserved[i]);
     given_back +=
         put(&c, i, &found, next, FSHM_ACQUIRE) == CLAIMED; /* lost: it is not the last any more */
   }
@@ -451,6 +578,44 @@ void fshm_count_call(fshm_limiter *l, const void *key, uint64_t key_length, int3
   begin(&c, l, key, key_length, 0);
   cells_find(c.s, c.hash, fingerprint(&c, 0), &first.cell);
   count_call(&c, process_slot(c.s), &first, status, key, key_length);
+}
+
+/* Somebody else has decided: each limit's state becomes what `change` makes of it. before: what they were, or NULL;
+ * at: the time that it was asked at. */
+int limiter_change(fshm_limiter *l, const void *key, uint64_t length, uint64_t now,
+                   change_t *change, const void *context, uint64_t *before, uint64_t *at) {
+  call_t c;
+  int worst = FSHM_OK;
+  if (!limits_load(l->segment, l->index, &c.plan)) return damage_limits(l->segment, l->index);
+  begin(&c, l, key, length, now);
+  *at = c.now;
+  for (uint32_t i = 0; i < c.plan.count; i++) {
+    int status = CLAIM_LOST;
+    while (status == CLAIM_LOST && again(&c)) {
+      met_t m;
+      look_t found;
+      int fresh = renewed(&c);
+      if (fresh != FSHM_OK) return fresh;
+      if (i >= c.plan.count) break;
+      cells_find(c.s, c.hash, fingerprint(&c, i), &found.cell);
+      state_met(&c, i, &found.cell, &m);
+      if (c.stale) continue;
+      /* What is decided elsewhere is told in the present limits' terms, whatever the state was. */
+      if (m.rule != &c.plan.rules[i])
+        m.state = meter_convert(&c.plan.rules[i], m.rule, m.state, c.now);
+      met_present(&c, i, state_for(&c.plan.rules[i], m.state), &m);
+      found.who = m.who;
+      uint64_t next = change(context, i, m.rule, m.state, c.now);
+      if (before) before[i] = m.state;
+      changed_t first = {&c, change, context, i};
+      status = put_changed(&c, i, &found, next, &first);
+      if (status == CLAIMED && found.cell.pair.who && !(c.s->names_mode & FSHM_NAMES_OFF))
+        ledger_remember(c.s, found.cell.cell, ledger_meta(c.index, found.cell.pair.who), key,
+                        length);
+    }
+    if (status != CLAIMED) worst = status == CLAIM_FULL ? FSHM_FULL : FSHM_CONTENDED;
+  }
+  return worst;
 }
 
 int fshm_settle(fshm_limiter *l, const void *key, uint64_t key_length, const uint64_t *charged,
@@ -496,7 +661,8 @@ int fshm_reset_key(fshm_limiter *l, const void *key, uint64_t key_length) {
   return FSHM_OK;
 }
 
-/* Looking in, from a cell back to its key's decision. 0: not a cell that the ledger knows. */
+/* Looking in, from a cell back to its key's decision. The cells of the key's other limits are nearby: in the same region
+ * of lines, or in the one that the lower half of the hash names. 0: not a cell that the ledger knows. */
 int fshm_peek_cell(fshm_segment *s, uint64_t cell, uint64_t now, fshm_decision *out) {
   call_t c;
   look_t looks[FSHM_MAX_LIMITS];
@@ -508,10 +674,14 @@ int fshm_peek_cell(fshm_segment *s, uint64_t cell, uint64_t now, fshm_decision *
   fshm_limiter any = {.segment = s, .index = index};
   if (!limits_load(s, index, &c.plan) || !c.plan.count) return 0;
   begin(&c, &any, "", 0, now);
-  c.hash = who ^ c.plan.twist[0];
   bool allowed = true;
-  if (look_all(&c, looks) != FSHM_OK) return 0;
-  for (uint32_t i = 0; i < c.plan.count; i++) allowed &= looks[i].verdict.retry == 0;
+  for (uint32_t i = 0; i < c.plan.count; i++) {
+    c.hash = (who >> WHO_BITS) ^ c.plan.salt;
+    cells_near(s, cell, c.hash, fingerprint(&c, i), &looks[i].cell);
+    look_found(&c, i, 1, &looks[i]);
+    if (c.stale) return 0;
+    allowed &= looks[i].verdict.retry == 0;
+  }
   report(&c, looks, allowed, false, out);
   out->status = allowed;
   return FSHM_OK;

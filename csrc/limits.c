@@ -1,16 +1,16 @@
 /* limits.c - the table of limiters: names, their limits, and changing them at run time.
  *
- * The limits of a name belong to the name: whoever sets them last sets them for all processes. Sets
- * are published whole: a slot is owned by the process that fills it, then one swap of `current` makes
- * it the present one; a referenced slot never changes. Token buckets convert their state from the
- * set it was written under (`version`, 5 bits in each state) to the present one when next charged.
+ * The limits of a name belong to the name: whoever sets them last sets them for all processes. A rule is written into a
+ * slot of the limiter's table that its writer owns; then one swap of (current, set) makes the rules the present ones. A
+ * rule stays in its slot while a key's state refers to it; a sweep over the table of cells finds out.
  */
 #include <stdlib.h>
 #include <unistd.h>
 
 #include "internal.h"
 
-#define NO_SET 15U
+#define SWEEPS \
+  64 /* of one publication: each that frees nothing means that another has changed the limits */
 
 static uint64_t mix(uint64_t x) { /* splitmix64's finaliser */
   x += UINT64_C(0x9e3779b97f4a7c15);
@@ -26,28 +26,23 @@ int fshm_limit_check(const fshm_limit *l, uint64_t *largest_n) {
   return limit_valid(l) ? FSHM_OK : FSHM_E_ARGUMENT;
 }
 
-/* Which cell of the key belongs to limit i: its fingerprint is hash ^ twist. A limit is known by its
- * kind and its place among its kind, not by its numbers, so those can change. */
-static const uint64_t twists[4][FSHM_MAX_LIMITS] = {
-    /* splitmix64 of kind << 8 | place: any fixed unrelated numbers would do */
-    {UINT64_C(0xe220a8397b1dcdaf), UINT64_C(0x910a2dec89025cc1), UINT64_C(0x975835de1c9756ce),
-     UINT64_C(0x1d0b14e4db018fed)},
-    {UINT64_C(0x6602d201e324653f), UINT64_C(0x7329322350602724), UINT64_C(0x1e09f8a031519da4),
-     UINT64_C(0xffdd8d3d3394cb38)},
-    {UINT64_C(0xfa9d65e76f024466), UINT64_C(0x78eeb3fa847e7419), UINT64_C(0xa6c164434ff86cda),
-     UINT64_C(0x1f796dfefa18e2fa)},
-};
+/* Copy a rule out. The caller makes sure afterwards that its slot was not given to another one. */
+static inline HOT void read_rule(const limiter_entry_t *e, unsigned slot, rule_t *out) {
+  for (unsigned k = 0; k < RULE_WORDS; k++) out->words[k] = load_relaxed(&e->rules[slot][k]);
+}
 
-/* Copy one set out. The caller makes sure afterwards that it was still named: pairs with the release
- * in publish(). Returns how many rules, 0 = no such set. */
-static inline HOT uint32_t read_set(const limiter_entry_t *e, unsigned slot, rule_t *out) {
-  if (slot >= LIMITS_SLOTS) return 0;
-  const limits_slot_t *set = &e->slots[slot];
-  uint64_t count = load_relaxed(&set->count);
+/* The same for a set: the caller makes sure that `current` has not changed. How many rules, 0 = no such set. */
+static inline HOT uint32_t read_set(const limiter_entry_t *e, uint64_t set, rule_t *out) {
+  uint32_t count = SET_COUNT(set);
   if (count < 1 || count > FSHM_MAX_LIMITS) return 0;
-  for (uint64_t i = 0; i < count; i++)
-    for (unsigned k = 0; k < RULE_WORDS; k++) out[i].words[k] = load_relaxed(&set->rules[i][k]);
-  return (uint32_t)count;
+  for (uint32_t i = 0; i < count; i++) read_rule(e, SET_SLOT(set, i), &out[i]);
+  return count;
+}
+
+/* Every reset gives another salt: what was there is nobody's from then on. */
+static inline uint64_t salt_of(const fshm_segment *s, uint64_t current) {
+  uint64_t resets = CURRENT_RESETS(current);
+  return likely(!resets) ? 0 : mix(s->secret[0] ^ mix(resets)) & ~UINT64_C(1);
 }
 
 /* The limits as they stand now. False: none, or damaged; then the plan has no limit at all, so that whoever
@@ -55,38 +50,30 @@ static inline HOT uint32_t read_set(const limiter_entry_t *e, unsigned slot, rul
 static inline HOT bool limits_load_inline(const fshm_segment *s, uint32_t index, plan_t *p) {
   const limiter_entry_t *e = &s->limiters[index];
   for (int tries = 0; tries < MAX_TRIES; tries++) {
+    /* acquire: pairs with publish(), whose rules are complete before they are named. */
     uint64_t current = atomic_load_explicit(&e->current, memory_order_acquire);
-    uint32_t has = current ? read_set(e, CURRENT_SLOT(current, 0), p->rules) : 0;
+    uint64_t set = load_relaxed(&e->set);
+    uint32_t has = current ? read_set(e, set, p->rules) : 0;
     atomic_thread_fence(memory_order_acquire); /* the copy, before the second look */
     if (unlikely(load_relaxed(&e->current) != current)) continue;
+    const uint64_t tail = WHO_OF(index, 0, 0, CURRENT_EPOCH(current));
     p->current = current;
-    p->version = CURRENT_VERSION(current) & VERSION_MASK;
     p->count = has;
     p->permits = 0;
-    uint64_t resets = CURRENT_RESETS(current), salt = 0;
-    /* Every reset gives another salt: what was there is nobody's from then on. */
-    if (unlikely(resets)) salt = mix(s->secret[0] ^ mix(resets));
-    if (likely(has == 1 &&
-               p->rules[0].kind != FSHM_PERMITS)) { /* most limiters; without the loop */
-      p->twist[0] = twists[p->rules[0].kind & 3][0] ^ salt;
-      if (likely(rule_sane(&p->rules[0]))) return true;
-      break;
+    p->salt = salt_of(s, current);
+    for (uint32_t i = 0; i < has; i++) {
+      const rule_t *r = &p->rules[i];
+      if (unlikely(!rule_sane(r))) goto damaged;
+      p->tail[i] = tail | WHO_OF(0, r->place, SET_SLOT(set, i), 0);
+      if (likely(r->kind != FSHM_PERMITS)) continue;
+      if (i + 1 != has || r->n > MAX_PERMITS) goto damaged; /* the last: limiter_open() */
+      p->permits = (uint32_t)r->n;
+      p->count--;
     }
-    uint32_t places[4] = {0, 0, 0, 0}, i = 0;
-    for (; i < has; i++) {
-      if (unlikely(!rule_sane(&p->rules[i]))) break;
-      if (p->rules[i].kind == FSHM_PERMITS) { /* the last: fshm_limiter_open() */
-        if (i + 1 != has || p->rules[i].n > MAX_PERMITS) break;
-        p->permits = (uint32_t)p->rules[i].n;
-        p->count--;
-        return true;
-      }
-      uint32_t tag = p->rules[i].kind & 3; /* a wallet's limiter has no windows */
-      p->twist[i] = twists[tag][places[tag]++] ^ salt;
-    }
-    if (likely(has && i == has)) return true;
+    if (likely(has)) return true;
     break;
   }
+damaged:
   p->count = p->permits = 0;
   return false;
 }
@@ -94,25 +81,48 @@ bool limits_load(const fshm_segment *s, uint32_t index, plan_t *p) {
   return limits_load_inline(s, index, p);
 }
 
-static COLD bool set_wrong(const limiter_entry_t *e, unsigned slot) {
+/* The rule that a state with this label was written under: for a caller that makes sure afterwards that the cell has
+ * not changed, since a slot is not given to another rule while a state refers to it. */
+bool limits_rule(const fshm_segment *s, uint32_t index, unsigned label, rule_t *out) {
+  read_rule(&s->limiters[index], label, out);
+  atomic_thread_fence(memory_order_acquire); /* the copy, before the second look at the cell */
+  return rule_sane(out);
+}
+
+static COLD bool set_wrong(const limiter_entry_t *e, uint64_t set) {
   rule_t rules[FSHM_MAX_LIMITS];
-  uint32_t count = read_set(e, slot, rules);
-  for (uint32_t i = 0; i < count; i++)
-    if (!rule_genuine(&rules[i]) || (rules[i].kind == FSHM_PERMITS && i + 1 != count)) return true;
+  unsigned places = 0;
+  uint32_t count = read_set(e, set, rules);
+  for (uint32_t i = 0; i < count; i++) {
+    bool permits = rules[i].kind == FSHM_PERMITS;
+    if (!rule_genuine(&rules[i]) || (permits && i + 1 != count)) return true;
+    if (permits != (rules[i].place == PLACE_NONE) || places >> rules[i].place & 1) return true;
+    places |= 1U << rules[i].place;
+  }
   return !count;
 }
 
-/* Are these limits such as nobody has set? Certain: named sets are complete before they are named, and
- * do not change while they are. published: we have seen limits of this name; else it may have none yet. */
+/* A rule that states may refer to, copied out. False: there is none in the slot, or it went to another. */
+static COLD bool read_used(const limiter_entry_t *e, unsigned slot, rule_t *out, uint64_t *owner) {
+  *owner = atomic_load_explicit(&e->owners[slot], memory_order_acquire); /* with publish() */
+  if (!(*owner & RULE_USED)) return false;
+  read_rule(e, slot, out);
+  atomic_thread_fence(memory_order_acquire);
+  return load_relaxed(&e->owners[slot]) == *owner;
+}
+
+/* Are these limits such as nobody has set? Certain: rules are complete before they are named, and do not change while
+ * they are. published: we have seen limits of this name; else it may have none yet. */
 COLD bool limits_wrong(const fshm_segment *s, uint32_t index, bool published) {
   const limiter_entry_t *e = &s->limiters[index];
+  rule_t rule;
+  uint64_t owner;
+  for (unsigned slot = 0; slot < RULES; slot++)
+    if (read_used(e, slot, &rule, &owner) && !rule_genuine(&rule)) return true;
   for (int tries = 0; tries < MAX_TRIES; tries++) {
     uint64_t current = atomic_load_explicit(&e->current, memory_order_acquire);
-    bool wrong = current ? !CURRENT_VERSION(current) : published;
-    for (unsigned back = 0; current && back < HISTORY && !wrong; back++) {
-      unsigned slot = CURRENT_SLOT(current, back);
-      wrong = !(back && slot == NO_SET) && set_wrong(e, slot);
-    }
+    bool wrong =
+        current ? !CURRENT_VERSION(current) || set_wrong(e, load_relaxed(&e->set)) : published;
     atomic_thread_fence(memory_order_acquire); /* the copies, before the second look */
     if (load_relaxed(&e->current) == current) return wrong;
   }
@@ -156,44 +166,44 @@ COLD bool limits_name_wrong(const fshm_segment *s, uint32_t index) {
   return (load_relaxed(&e->id) & ~BESIDE) != name_id(s, name, length);
 }
 
+/* How many slots may be held, and the changes of that number: read before `current`, and before any count that
+ * limits_lower_most() is to stand on. */
+#define MOST_BITS 17
+#define MOST_OF(most) ((uint32_t)((most) & ((1U << MOST_BITS) - 1)))
+uint64_t limits_most(const fshm_segment *s, uint32_t index) {
+  return atomic_load_explicit(&s->limiters[index].most,
+                              memory_order_acquire); /* with raise_most() */
+}
+
 /* Slots up to this one may be held: the largest limit of permits that this name ever had, until a count
  * has found nothing held beyond the present one. */
-uint32_t limits_most_permits(const fshm_segment *s, uint32_t index, const plan_t *p) {
-  uint32_t most = atomic_load_explicit(&s->limiters[index].most, memory_order_acquire);
-  most = most > MAX_PERMITS ? MAX_PERMITS : most;
-  return most > p->permits ? most : p->permits;
+uint32_t limits_most_permits(uint64_t most, const plan_t *p) {
+  uint32_t slots = MOST_OF(most) > MAX_PERMITS ? MAX_PERMITS : MOST_OF(most);
+  return slots > p->permits ? slots : p->permits;
 }
 
-/* Nothing is held beyond the present limit. Whoever still takes a slot there by an older plan notices
- * that `current` has changed, and gives it back (take_permit). */
-void limits_lower_most(fshm_segment *s, uint32_t index, const plan_t *p, uint32_t most) {
-  if (most > p->permits)
-    (void)atomic_compare_exchange_strong(&s->limiters[index].most, &most, p->permits);
+/* A count that began after `most` was read has found nothing held beyond the present limit. Where limits were
+ * published since, the word has changed, whatever its number is: then slots may have been taken behind the count.
+ * Whoever still takes a slot there by an older plan notices that `current` has changed, and gives it back (lease.c). */
+void limits_lower_most(fshm_segment *s, uint32_t index, const plan_t *p, uint64_t most) {
+  uint64_t lower = most >> MOST_BITS << MOST_BITS | p->permits;
+  if (MOST_OF(most) > p->permits)
+    (void)atomic_compare_exchange_strong(&s->limiters[index].most, &most, lower);
 }
 
-static void raise_most(limiter_entry_t *e, const rule_t *rules, uint32_t count) {
-  if (!count || rules[count - 1].kind != FSHM_PERMITS) return;
-  uint32_t seen = load_relaxed(&e->most), n = (uint32_t)min_u64(rules[count - 1].n, MAX_PERMITS);
-  for (int i = 0; seen < n && i < MAX_TRIES; i++)
-    if (atomic_compare_exchange_strong(&e->most, &seen, n)) return;
+static uint32_t permits_in(const rule_t *rules, uint32_t count) {
+  bool any = count && rules[count - 1].kind == FSHM_PERMITS;
+  return any ? (uint32_t)min_u64(rules[count - 1].n, MAX_PERMITS) : 0;
 }
 
-/* The nth bucket of the set that had this version (5 bits), among the three before the present. */
-bool limits_old_rule(const limiter_entry_t *e, uint64_t current, unsigned version, uint32_t nth,
-                     rule_t *out) {
-  rule_t rules[FSHM_MAX_LIMITS];
-  for (unsigned back = 1; back < HISTORY; back++) {
-    if (((CURRENT_VERSION(current) - back) & VERSION_MASK) != version) continue;
-    uint32_t count = read_set(e, CURRENT_SLOT(current, back), rules), seen = 0;
-    atomic_thread_fence(memory_order_acquire);
-    if (load_relaxed(&e->current) != current) return false;
-    for (uint32_t i = 0; i < count; i++) {
-      if (rules[i].kind != FSHM_BUCKET || seen++ != nth) continue;
-      *out = rules[i];
-      return rule_sane(out);
-    }
+/* Before anybody can see a set, and whatever the number was: each publication is a change. */
+static bool raise_most(limiter_entry_t *e, uint32_t n) {
+  uint64_t seen = load_relaxed(&e->most);
+  for (int i = 0; n && i < MAX_TRIES; i++) {
+    uint64_t next = ((seen >> MOST_BITS) + 1) << MOST_BITS | max_u64(MOST_OF(seen), n);
+    if (atomic_compare_exchange_strong(&e->most, &seen, next)) return true;
   }
-  return false;
+  return !n;
 }
 
 /* Is this entry's id not what it was: does it have our name under another, or limits without any? */
@@ -232,93 +242,278 @@ static int entry_of(fshm_segment *s, const char *name, uint64_t length, bool cla
   return claim ? FSHM_E_LIMITERS : FSHM_E_NOT_FOUND;
 }
 
-/* An owner: nonce (32 bits), generation of the process slot (16), process slot + 1 (16). */
+/* Changing the limits ------------------------------------------------------------------------------ */
+
 static bool owner_lives(fshm_segment *s, uint64_t owner) {
   uint64_t slot = (owner & 0xffff) - 1;
   if (slot >= PROCESSES) return true; /* has no place in the process table: cannot be asked after */
-  uint64_t generation = load_relaxed(&s->processes[slot].generation);
-  return (generation & 0xffff) == (owner >> 16 & 0xffff) && process_alive(s, (uint32_t)slot);
+  return load_relaxed(&s->processes[slot].generation) == owner >> 16 &&
+         process_alive(s, (uint32_t)slot);
 }
 
-/* A slot that `current` does not name and nobody alive is filling becomes ours. */
-static int take_slot(fshm_segment *s, limiter_entry_t *e, uint64_t current, uint64_t owner) {
-  for (unsigned i = 0; i < LIMITS_SLOTS; i++) {
-    bool named = false;
-    for (unsigned back = 0; current && back < HISTORY; back++)
-      named |= CURRENT_SLOT(current, back) == i;
-    uint64_t holder = load_relaxed(&e->slots[i].owner);
-    if (named || (holder && owner_lives(s, holder))) continue;
-    if (atomic_compare_exchange_strong_explicit(&e->slots[i].owner, &holder, owner,
-                                                memory_order_acquire, memory_order_relaxed))
+/* A slot that no state refers to and nobody alive is filling becomes ours. */
+static int take_slot(fshm_segment *s, limiter_entry_t *e, uint64_t owner) {
+  for (unsigned i = 0; i < RULES; i++) {
+    uint64_t holder = load_relaxed(&e->owners[i]);
+    if ((holder & RULE_USED) || (holder && owner_lives(s, holder))) continue;
+    /* acquire: pairs with the release of free_slot(): our rule is written after the last state that referred to the
+     * former one has gone. */
+    if (atomic_compare_exchange_strong_explicit(&e->owners[i], &holder, owner, memory_order_acquire,
+                                                memory_order_relaxed))
       return (int)i;
   }
   return -1;
 }
 
-/* Note in each sliding rule when its `per` was changed: what was counted before may have been counted in
- * another one (sliding_read). */
-static void note_changes(const rule_t *present, uint32_t has, rule_t *rules, uint32_t count,
-                         uint64_t now) {
-  for (uint32_t i = 0, nth = 0; i < count; i++) {
-    if (rules[i].kind != FSHM_SLIDING) continue;
-    uint32_t seen = 0, k = 0;
-    while (k < has && (present[k].kind != FSHM_SLIDING || seen++ != nth)) k++;
-    rules[i].room = k == has ? 0 : present[k].per == rules[i].per ? present[k].room : now;
-    nth++;
+/* The slot that has this very rule, named once more: its owner word says in which version. */
+static int find_slot(limiter_entry_t *e, const rule_t *rule, uint64_t version) {
+  rule_t found;
+  uint64_t owner;
+  for (unsigned i = 0; i < RULES; i++) {
+    if (!read_used(e, i, &found, &owner) || memcmp(&found, rule, sizeof found)) continue;
+    if (owner == (RULE_USED | version) ||
+        atomic_compare_exchange_strong(&e->owners[i], &owner, RULE_USED | version))
+      return (int)i;
+  }
+  return -1;
+}
+
+static void fill_slot(limiter_entry_t *e, unsigned slot, const rule_t *rule, uint64_t version) {
+  /* Pairs with the fence of limits_rule(): whoever reads a word of this rule finds the cell changed. */
+  atomic_thread_fence(memory_order_release);
+  for (unsigned k = 0; k < RULE_WORDS; k++) store_relaxed(&e->rules[slot][k], rule->words[k]);
+  atomic_store_explicit(&e->owners[slot], RULE_USED | version, memory_order_release);
+}
+
+/* Which cell of a key each rule counts in: its place. What a limit has consumed goes to the limit that takes its place,
+ * so the same limits keep theirs: first those of the same kind and period, also such as were there before; then by
+ * order. Others are new. */
+static void place_rules(const limiter_entry_t *e, const rule_t *present, uint32_t has,
+                        rule_t *rules, uint32_t count) {
+  unsigned taken = 0, there = 0, ever = 0, left = 0; /* sets of places; of rules without one */
+  rule_t used[RULES];
+  uint32_t known = 0;
+  uint64_t owner;
+  for (unsigned i = 0; i < RULES; i++)
+    if (read_used(e, i, &used[known], &owner) && used[known].place < PLACES)
+      ever |= 1U << used[known++].place;
+  for (uint32_t k = 0; k < has; k++) there |= 1U << present[k].place;
+  ever |= there;
+  for (uint32_t i = 0; i < count; i++) {
+    rules[i].place = PLACE_NONE;
+    if (rules[i].kind != FSHM_PERMITS) left |= 1U << i;
+  }
+  for (unsigned round = 0; round < 4; round++) {
+    for (uint32_t i = 0; i < count; i++) {
+      if (!(left >> i & 1)) continue;
+      unsigned place = PLACE_NONE;
+      if (round == 0 || round == 2) { /* of the present limits: the same, then any */
+        for (uint32_t k = has; k-- > 0;) {
+          bool same = present[k].kind == rules[i].kind && present[k].per == rules[i].per;
+          if (present[k].place < PLACES && !(taken >> present[k].place & 1) && (round || same))
+            place = present[k].place;
+        }
+      } else if (round == 1) { /* the same limit, that was there before */
+        for (uint32_t k = 0; k < known; k++) {
+          bool same = used[k].kind == rules[i].kind && used[k].per == rules[i].per;
+          if (same && !((taken | there) >> used[k].place & 1)) place = used[k].place;
+        }
+      } else { /* a place where no limit was before; else one that is not taken */
+        for (unsigned p = PLACES; p-- > 0;)
+          if (!(taken >> p & 1) && (place == PLACE_NONE || !(ever >> p & 1))) place = p;
+      }
+      if (place == PLACE_NONE) continue;
+      rules[i].place = (uint16_t)place;
+      taken |= 1U << place;
+      left &= ~(1U << i);
+    }
   }
 }
 
-/* Make these rules the present set of the entry. */
-static int publish(fshm_segment *s, limiter_entry_t *e, rule_t *rules, uint32_t count) {
-  uint32_t me;
-  uint64_t generation, owner = PROCESSES + 1;
-  if (process_identity(s, &me, &generation)) owner = (generation & 0xffff) << 16 | (me + 1);
-  owner |= (add_relaxed(&s->header->ticket, 1) + 1) << 32;
-  int slot = -1;
+/* Sweeps: all cells of a limiter are brought under few rules, so that the slots of the others can be given to new ones.
+ * DESIGN.md, "Limits that change". */
+typedef struct {
+  fshm_segment *s;
+  uint32_t index;
+  uint64_t now;
+  plan_t plan;
+  int victim; /* a label that is to go, whatever rule takes its cells; -1: none */
+  uint32_t cells[RULES]; /* by label, after the sweep */
+} sweep_t;
+
+/* Where a state of this label should live: under the present rule of its place, or as it is. */
+static COLD pair_t swept(const sweep_t *w, pair_t pair) {
+  rule_t old, rule;
+  pair_t to = pair;
+  bool found = false;
+  unsigned label = WHO_LABEL(pair.who), place = WHO_PLACE(pair.who);
+  to.who = (pair.who & ~WHO_LABELS) | WHO_OF(0, 0, label, CURRENT_EPOCH(w->plan.current));
+  if (!limits_rule(w->s, w->index, label, &old)) return to; /* nobody has written this */
+  for (uint32_t i = 0; i < w->plan.count; i++) {
+    const rule_t *r = &w->plan.rules[i];
+    uint64_t state;
+    if (r->place != place || !meter_settles(r, &old, pair.when, w->now, &state)) continue;
+    return (pair_t){(pair.who & ~WHO_LABELS) | (w->plan.tail[i] & WHO_LABELS), state};
+  }
+  if ((int)label != w->victim) return to;
+  for (unsigned slot = 0; slot < RULES; slot++) { /* the rule under which it is over first */
+    uint64_t owner;
+    if ((int)slot == w->victim || !read_used(&w->s->limiters[w->index], slot, &rule, &owner))
+      continue;
+    if (rule.place != place) continue;
+    uint64_t state = meter_convert(&rule, &old, pair.when, w->now);
+    if (found && state_expires(state) >= state_expires(to.when)) continue;
+    to = (pair_t){(to.who & ~WHO_OF(0, 0, RULES - 1, 0)) | WHO_OF(0, 0, slot, 0), state};
+    found = true;
+  }
+  return to;
+}
+
+/* One cell. False: it could not be changed, since others change it all the time. */
+static COLD bool sweep_cell(sweep_t *w, uint64_t cell) {
+  cell_t *at = &w->s->cells[cell];
   for (int tries = 0; tries < MAX_TRIES; tries++) {
+    pair_t pair = {load_relaxed(&at->who), 0};
+    if (!(pair.who & 1) || WHO_LIMITER(pair.who) != w->index) return true;
+    pair = pair_load(at);
+    if (!(pair.who & 1) || WHO_LIMITER(pair.who) != w->index || IS_PERMIT(pair.when)) return true;
+    bool over = IS_PENDING(pair.when) || state_expires(pair.when) <= minus(w->now, CLOCKS_DIFFER);
+    pair_t to = {0, 0}, seen = pair;
+    if (!over) to = swept(w, pair);
+    if (!to.when) to.who = 0;
+    /* A pending cell too is emptied: its claimer may go by limits of before. */
+    if (to.who != pair.who && !pair_cas(at, &seen, to)) continue;
+    if (to.who) w->cells[WHO_LABEL(to.who)]++;
+    return true;
+  }
+  return false;
+}
+
+static COLD bool sweep_cells(sweep_t *w) {
+  memset(w->cells, 0, sizeof w->cells);
+  for (uint64_t cell = 0; cell < w->s->cell_count; cell++)
+    if (!sweep_cell(w, cell)) return false;
+  return true;
+}
+
+/* The slots of rules that no state refers to, and that were not named since `version`. How many were freed. */
+static COLD unsigned free_slots(const sweep_t *w, uint64_t set, uint64_t version) {
+  limiter_entry_t *e = &w->s->limiters[w->index];
+  unsigned freed = 0, named = 0;
+  for (uint32_t i = 0; i < SET_COUNT(set); i++) named |= 1U << SET_SLOT(set, i);
+  for (unsigned slot = 0; slot < RULES; slot++) {
+    uint64_t owner = load_relaxed(&e->owners[slot]);
+    if (!(owner & RULE_USED) || (owner & ~RULE_USED) > version) continue;
+    if (named >> slot & 1 || w->cells[slot]) continue;
+    freed += atomic_compare_exchange_strong_explicit(&e->owners[slot], &owner, 0,
+                                                     memory_order_release, memory_order_relaxed);
+  }
+  return freed;
+}
+
+/* Free at least one slot. False: others have changed the limits meanwhile, or all rules are in use. */
+static COLD bool sweep(fshm_segment *s, uint32_t index, uint64_t now) {
+  limiter_entry_t *e = &s->limiters[index];
+  sweep_t w = {.s = s, .index = index, .victim = -1};
+  const uint64_t epochs = UINT64_C(7) << VERSION_BITS;
+  /* A new epoch first: whoever goes by what was before finds another `current`, or another cell. */
+  uint64_t current = atomic_load_explicit(&e->current, memory_order_acquire);
+  pair_t seen = {current, load_relaxed(&e->set)};
+  pair_t next = {(current & ~epochs) | ((current + (UINT64_C(1) << VERSION_BITS)) & epochs),
+                 seen.when};
+  if (!pair_cas(&e->current, &seen, next)) return false;
+  if (!limits_load(s, index, &w.plan) || w.plan.current != next.who) return false;
+  w.now = now ? now : segment_now(s);
+  if (!sweep_cells(&w)) return false;
+  if (free_slots(&w, next.when, CURRENT_VERSION(current))) return true;
+  /* Each rule still has keys that have used more than the present one admits: the rule with the fewest goes. */
+  for (unsigned slot = 0; slot < RULES; slot++) {
+    bool named = false;
+    for (uint32_t i = 0; i < SET_COUNT(next.when); i++) named |= SET_SLOT(next.when, i) == slot;
+    if (named || !w.cells[slot]) continue;
+    if (w.victim < 0 || w.cells[slot] < w.cells[w.victim]) w.victim = (int)slot;
+  }
+  if (w.victim < 0) return false;
+  for (uint64_t cell = 0; cell < s->cell_count; cell++)
+    if (!sweep_cell(&w, cell)) return false;
+  uint32_t left = 0;
+  for (uint64_t cell = 0; cell < s->cell_count; cell++) {
+    uint64_t who = load_relaxed(&s->cells[cell].who);
+    left += (who & 1) && WHO_LIMITER(who) == index && (int)WHO_LABEL(who) == w.victim;
+  }
+  w.cells[w.victim] = left;
+  return free_slots(&w, next.when, CURRENT_VERSION(current)) > 0;
+}
+
+/* Give up slots that were filled or taken for a set that was not published. */
+static void give_up(limiter_entry_t *e, const int *mine, uint64_t owner) {
+  for (uint32_t i = 0; i < FSHM_MAX_LIMITS; i++) {
+    uint64_t seen = owner;
+    if (mine[i] >= 0) (void)atomic_compare_exchange_strong(&e->owners[mine[i]], &seen, 0);
+  }
+}
+
+/* Make these rules the present limits of the entry. now: of a sweep; 0 = ask the clock. */
+static int publish(fshm_segment *s, uint32_t index, rule_t *rules, uint32_t count, uint64_t now) {
+  limiter_entry_t *e = &s->limiters[index];
+  uint32_t me;
+  uint64_t generation, owner;
+  int mine[FSHM_MAX_LIMITS] = {-1, -1, -1, -1}; /* slots that we own */
+  if (process_identity(s, &me, &generation))
+    owner = (generation << 16 | (me + 1)) & ~RULE_USED;
+  else
+    owner = (((add_relaxed(&s->header->ticket, 1) + 1) << 16) | (PROCESSES + 1)) & ~RULE_USED;
+  for (int tries = 0, sweeps = 0; tries < MAX_TRIES; tries++) {
     rule_t present[FSHM_MAX_LIMITS];
     uint64_t current = atomic_load_explicit(&e->current, memory_order_acquire);
-    uint32_t has = current ? read_set(e, CURRENT_SLOT(current, 0), present) : 0;
+    uint64_t set = load_relaxed(&e->set), next_set = count;
+    uint32_t has = current ? read_set(e, set, present) : 0;
     atomic_thread_fence(memory_order_acquire);
     if (load_relaxed(&e->current) != current) continue;
-    note_changes(present, has, rules, count, segment_now(s));
+    place_rules(e, present, has, rules, count);
     if (has == count && !memcmp(present, rules, count * sizeof *rules)) {
-      if (slot >= 0) store_relaxed(&e->slots[slot].owner, 0);
+      give_up(e, mine, owner);
       return FSHM_OK;
     }
-    raise_most(e, present, has); /* before anybody can see the set */
-    raise_most(e, rules, count);
-    if (slot < 0) {
-      slot = take_slot(s, e, current, owner);
-      if (slot < 0) return FSHM_CONTENDED; /* others alive are changing this name right now */
-      /* It was unnamed when we looked; its owner may have named it since, and died. From here on, being
-       * ours, it cannot be. */
-      atomic_thread_fence(memory_order_seq_cst);
-      if (load_relaxed(&e->current) != current) {
-        uint64_t mine = owner;
-        (void)atomic_compare_exchange_strong(&e->slots[slot].owner, &mine, 0);
-        slot = -1;
-        continue;
-      }
+    if (!raise_most(e, (uint32_t)max_u64(permits_in(present, has), permits_in(rules, count))))
+      break;
+    uint64_t version = CURRENT_VERSION(CURRENT_VERSION(current) + 1);
+    version += !version; /* 0 is "none yet" */
+    int slots[FSHM_MAX_LIMITS] = {-1, -1, -1, -1};
+    bool room = true;
+    for (uint32_t i = 0; i < count && room; i++) {
+      slots[i] = find_slot(e, &rules[i], version);
+      if (slots[i] < 0 && mine[i] < 0) mine[i] = take_slot(s, e, owner);
+      room = slots[i] >= 0 || mine[i] >= 0;
     }
-    store_relaxed(&e->slots[slot].count, count);
+    if (!room) {
+      if (sweeps++ == SWEEPS) break;
+      (void)sweep(s, index, now);
+      continue;
+    }
+    for (uint32_t i = 0; i < count; i++) {
+      if (slots[i] < 0) fill_slot(e, (unsigned)mine[i], &rules[i], version);
+      next_set |= (uint64_t)(slots[i] < 0 ? mine[i] : slots[i]) << (4 + 4 * i);
+    }
+    /* The rules are complete before they are named (pairs with the acquire of limits_load()), and counted as in use:
+     * killed in between, we leave rules that the next sweep frees. */
+    pair_t seen = {current, set};
+    pair_t next = {(current & ~CURRENT_VERSION(UINT64_MAX)) | version, next_set};
+    bool ok = pair_cas(&e->current, &seen, next);
+    for (uint32_t i = 0; i < count; i++) {
+      if (slots[i] >= 0 || ok) continue;
+      uint64_t filled =
+          RULE_USED | version; /* ours again, for another try; or a sweep has freed it */
+      if (!atomic_compare_exchange_strong(&e->owners[mine[i]], &filled, owner)) mine[i] = -1;
+    }
+    if (!ok) continue;
     for (uint32_t i = 0; i < count; i++)
-      for (unsigned k = 0; k < RULE_WORDS; k++)
-        store_relaxed(&e->slots[slot].rules[i][k], rules[i].words[k]);
-    uint64_t next = ((CURRENT_VERSION(current) + 1) & ((UINT64_C(1) << 28) - 1)) |
-                    CURRENT_RESETS(current) << 28 | (uint64_t)slot << 48;
-    for (unsigned back = 1; back < HISTORY; back++)
-      next |= (uint64_t)(current ? CURRENT_SLOT(current, back - 1) : NO_SET) << (48 + 4 * back);
-    if (!CURRENT_VERSION(next)) next++; /* 0 is "none yet" */
-    /* release: the set is complete before it is named. Pairs with the acquire in limits_load(). */
-    if (atomic_compare_exchange_strong_explicit(&e->current, &current, next, memory_order_release,
-                                                memory_order_relaxed)) {
-      /* Named slots need no owner; when it drops out of the history, it is free. */
-      store_relaxed(&e->slots[slot].owner, 0);
-      return FSHM_OK;
-    }
+      if (slots[i] < 0) mine[i] = -1;
+    give_up(e, mine, owner);
+    return FSHM_OK;
   }
-  return FSHM_CONTENDED;
+  give_up(e, mine, owner);
+  return FSHM_CONTENDED; /* others alive are changing this name right now */
 }
 
 static fshm_limiter *make_handle(fshm_segment *s, const char *name, uint64_t length) {
@@ -332,7 +527,7 @@ static fshm_limiter *make_handle(fshm_segment *s, const char *name, uint64_t len
 }
 
 static int limiter_open(fshm_segment *s, const char *name, uint64_t name_length,
-                        const fshm_limit *limits, uint32_t count, uint64_t bits,
+                        const fshm_limit *limits, uint32_t count, uint64_t bits, uint64_t now,
                         fshm_limiter **out) {
   rule_t rules[FSHM_MAX_LIMITS];
   *out = NULL;
@@ -349,7 +544,7 @@ static int limiter_open(fshm_segment *s, const char *name, uint64_t name_length,
   if (!l) return FSHM_E_MEMORY;
   int status = entry_of(s, name, name_length, true, bits, &l->index);
   if (status == FSHM_OK && limits_wrong(s, l->index, false)) status = damage_limits(s, l->index);
-  if (status == FSHM_OK) status = publish(s, &s->limiters[l->index], rules, count);
+  if (status == FSHM_OK) status = publish(s, l->index, rules, count, now);
   if (status != FSHM_OK) {
     free(l);
     return status;
@@ -361,12 +556,18 @@ static int limiter_open(fshm_segment *s, const char *name, uint64_t name_length,
 
 int fshm_limiter_open(fshm_segment *s, const char *name, uint64_t name_length,
                       const fshm_limit *limits, uint32_t count, fshm_limiter **out) {
-  return limiter_open(s, name, name_length, limits, count, 0, out);
+  return limiter_open(s, name, name_length, limits, count, 0, 0, out);
+}
+
+int fshm_limiter_open_at(fshm_segment *s, const char *name, uint64_t name_length,
+                         const fshm_limit *limits, uint32_t count, uint64_t now,
+                         fshm_limiter **out) {
+  return limiter_open(s, name, name_length, limits, count, 0, now, out);
 }
 
 int fshm_limiter_open_beside(fshm_segment *s, const char *name, uint64_t name_length,
                              const fshm_limit *limits, uint32_t count, fshm_limiter **out) {
-  return limiter_open(s, name, name_length, limits, count, BESIDE, out);
+  return limiter_open(s, name, name_length, limits, count, BESIDE, 0, out);
 }
 
 int fshm_limiter_find(fshm_segment *s, const char *name, uint64_t name_length, fshm_limiter **out) {
@@ -417,28 +618,34 @@ int fshm_limiter_limits(fshm_limiter *l, fshm_limit *out, uint64_t *version) {
   return (int)(p.count + (p.permits > 0));
 }
 
-/* Forget all keys of the limiter. One swap: from then on nobody finds the old cells. They expire by
- * themselves; those that the ledger knows to be ours are freed at once. */
+/* Forget all keys of the limiter. One swap: from then on nobody finds the old cells. They expire by themselves; those
+ * of the epoch before are freed at once. */
 int fshm_reset_all(fshm_limiter *l) {
   fshm_segment *s = l->segment;
   limiter_entry_t *e = &s->limiters[l->index];
-  const uint64_t mask = ((UINT64_C(1) << 20) - 1) << 28;
+  const uint64_t epochs = UINT64_C(7) << VERSION_BITS;
   plan_t before;
-  if (!limits_load(s, l->index, &before)) return damage_limits(s, l->index);
-  uint64_t current = atomic_load_explicit(&e->current, memory_order_acquire), next;
+  pair_t seen = {0, 0}, next;
   int tries = 0;
   do {
     if (tries++ == MAX_TRIES) return FSHM_CONTENDED;
-    next = (current & ~mask) | (((CURRENT_RESETS(current) + 1) << 28) & mask);
-  } while (!atomic_compare_exchange_strong_explicit(&e->current, &current, next,
-                                                    memory_order_acq_rel, memory_order_acquire));
+    if (!limits_load(s, l->index, &before)) return damage_limits(s, l->index);
+    seen = (pair_t){before.current, load_relaxed(&e->set)};
+    uint64_t epoch = (seen.who + (UINT64_C(1) << VERSION_BITS)) & epochs;
+    next = (pair_t){(CURRENT_RESETS(seen.who) + 1) << (VERSION_BITS + 3), seen.when};
+    next.who |= CURRENT_VERSION(seen.who) | epoch;
+  } while (!pair_cas(&e->current, &seen, next));
   for (uint64_t cell = 0; cell < s->cell_count; cell++) {
-    uint64_t who = load_relaxed(&s->cells[cell].who);
-    if (!who || load_relaxed(&s->ledger[cell].meta) != ledger_meta(l->index, who)) continue;
-    uint64_t hash = who ^ before.twist[0];
-    for (uint32_t i = 0; i < before.count; i++) {
-      found_t f;
-      cells_find(s, hash, hash ^ before.twist[i], &f);
+    pair_t pair = {load_relaxed(&s->cells[cell].who), 0}, empty = {0, 0};
+    if (pair.who & 1) { /* of a permit, whose hash can be anything: it is left alone */
+      if (WHO_LIMITER(pair.who) != l->index) continue;
+      pair = pair_load(&s->cells[cell]);
+      if (!(pair.who & 1) || WHO_LIMITER(pair.who) != l->index || IS_PERMIT(pair.when)) continue;
+      if (WHO_EPOCH(pair.who) == CURRENT_EPOCH(before.current))
+        (void)pair_cas(&s->cells[cell], &pair, empty);
+    } else if (pair.who && load_relaxed(&s->ledger[cell].meta) == ledger_meta(l->index, pair.who)) {
+      found_t f; /* a key whose limit comes with the call, where the old salt leads to it */
+      cells_find(s, pair.who ^ before.salt, pair.who, &f);
       if (f.pair.who) cells_clear(s, f.cell, f.pair.who);
     }
   }

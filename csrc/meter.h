@@ -7,15 +7,17 @@
  * saturates there: such a key stays denied, and the segment must be made anew (fshm_now never gives
  * 0, which means "never"). A state is 64 bits; the two highest say how to read the rest:
  *
- *   0  token bucket   version (5) | theoretical arrival time (57)
- *   1  window         shift s (5) | end >> s (57 - s) | count (s)
+ *   0  token bucket   0 (5) | theoretical arrival time (57)
+ *   1  window         shift s (5) | end >> s (57 - s) | tokens used (s)
  *   1  wallet         the same; count: tokens left + 1
  *   2  sliding        class p (5) | end of the next window >> P (57 - P) | previous (12) | count (P - 12)
  *   3  0 pending      ticket (61): a cell being claimed (cells.c)
  *   3  1 permit       held by a process (lease.c)
  *
  * The state 0 is "never seen". Without knowing the limit, anybody can read off when a state comes to
- * equal "never seen": state_expires().
+ * equal "never seen": state_expires(). All else is read by the rule that the state was written under, which the
+ * cell names (internal.h). When the limits have changed since, meter_convert() says the same tokens in the present
+ * rule's terms; DESIGN.md, "Limits that change", says when that is done.
  *
  * Sources: GCRA: ITU-T I.371 (virtual scheduling); sliding window counter: the estimate of a window
  * from two fixed ones, "Counting things, a lot of different things" (Cloudflare, 2017).
@@ -33,8 +35,6 @@ __extension__ typedef unsigned __int128 wide_t;
 
 #define TIME_BITS 57
 #define TIME_MAX ((UINT64_C(1) << TIME_BITS) - 1)
-#define VERSION_BITS 5
-#define VERSION_MASK 31U
 #define TAG(state) ((unsigned)((state) >> 62))
 #define PENDING(ticket) ((UINT64_C(6) << 61) | ((ticket) & ((UINT64_C(1) << 61) - 1)))
 #define IS_PENDING(state) ((state) >> 61 == 6)
@@ -46,20 +46,21 @@ __extension__ typedef unsigned __int128 wide_t;
 #define BUCKET_MAX_PER (UINT64_C(1) << 55) /* 416 days */
 #define SLIDING_MIN_PER (UINT64_C(1) << 14)
 #define COARSE UINT64_C(1048576)           /* ns; see rule_make */
+#define PLACES 7 /* of a limiter's rules; 3 bits, the last says that it has none */
+#define PLACE_NONE 7
 
 /* A limit, made ready. 64 bytes; lies in the segment as it is (limits_slot_t), and is copied out and
  * checked (rule_sane) before it is used. */
 typedef union {
   struct {
     uint32_t kind;
-    uint32_t strict;
+    uint16_t strict;
+    uint16_t place; /* which of a key's cells it counts in (limits.c); PLACE_NONE: of permits */
     uint64_t n, per;
     uint64_t burst;
     uint64_t num, den; /* bucket: emission interval num/den ns */
     uint64_t unit; /* bucket: increment of cost 1, ns */
-    /* bucket: how far the arrival time may be ahead of now for cost 1, ns; sliding: when `per` was
-     * changed, segment time: a window that began before may have been counted in another `per` */
-    uint64_t room;
+    uint64_t room; /* bucket: how far the arrival time may be ahead of now for cost 1, ns */
   };
   uint64_t words[8];
 } rule_t;
@@ -148,17 +149,17 @@ static inline rule_t rule_make(const fshm_limit *l) {
  * that is none, between the others, counts as a sliding window's. */
 static inline bool rule_sane(const rule_t *r) {
   return r->kind <= FSHM_WALLET && r->n && r->num && r->den && r->per >= 1000 &&
-         r->per <= BUCKET_MAX_PER && r->burst <= r->n &&
+         r->per <= BUCKET_MAX_PER && r->burst <= r->n && r->place <= PLACE_NONE &&
          (r->num | r->den | r->unit | r->room | r->n) <= TIME_MAX;
 }
 
-/* Is it what rule_make() makes of a valid limit? Every rule that was ever published is. (The room of a
- * sliding window is an instant: limits.c writes it.) */
+/* Is it what rule_make() makes of a valid limit? Every rule that was ever published is. (Its place comes from
+ * limits.c.) */
 static inline bool rule_genuine(const rule_t *r) {
   const fshm_limit l = {r->n, kind_has_period(r->kind) ? r->per : 0, r->burst, r->kind, r->strict};
   if (!rule_sane(r) || !limit_valid(&l)) return false;
   rule_t made = rule_make(&l);
-  if (r->kind == FSHM_SLIDING) made.room = r->room;
+  made.place = r->place;
   return !memcmp(made.words, r->words, sizeof made.words);
 }
 
@@ -185,7 +186,7 @@ static inline bool state_possible(uint64_t s) {
   switch (s ? TAG(s) : 4) {
     case FSHM_BUCKET:
       return (s & TIME_MAX) != 0;
-    case FSHM_WINDOW: /* a count of at least 1, below n */
+    case FSHM_WINDOW: /* a count of at least 1 */
       return shift >= 1 && state_expires(s) && (s & ((UINT64_C(1) << shift) - 1));
     case FSHM_SLIDING: /* 2^14 <= class; something counted in either window */
       return shift >= 4 && state_expires(s) && (s & ((UINT64_C(1) << (shift + 10)) - 1));
@@ -206,8 +207,16 @@ static inline uint64_t bucket_increment(const rule_t *r, uint64_t cost) {
   return saturate((product + r->den - 1) / r->den);
 }
 
-/* `version`: of the set of limits that the rule stands in, 5 bits, in place. */
-#define VERSION_OF(state) ((state) & ((uint64_t)VERSION_MASK << TIME_BITS))
+/* A charge, for who gives some of it back later: the state that it wrote, and the numbers of the rule that it was
+ * charged by (fshm_charged of fast_shm.h). */
+static inline fshm_charged charged_by(const rule_t *r, uint64_t state) {
+  bool bucket = r->kind == FSHM_BUCKET;
+  return (fshm_charged){state, bucket ? r->num : r->per, bucket ? r->den : 1};
+}
+/* Can the charge be found again in states of this rule? Not where the limit is of another kind by now. */
+static inline bool charged_alike(const rule_t *r, const fshm_charged *put) {
+  return TAG(put->state) == (r->kind & 3) && put->num && put->den;
+}
 
 /* How far the arrival time may be ahead for this cost; the cost must be at most burst. */
 static inline uint64_t bucket_room(const rule_t *r, uint64_t cost) {
@@ -217,14 +226,14 @@ static inline uint64_t bucket_room(const rule_t *r, uint64_t cost) {
 }
 
 /* `at`: the instant it is charged for: now, or a later one that a waiter reserves. */
-static inline verdict_t bucket_take(const rule_t *r, uint64_t version, uint64_t state, uint64_t now,
-                                    uint64_t at, uint64_t cost) {
+static inline verdict_t bucket_take(const rule_t *r, uint64_t state, uint64_t now, uint64_t at,
+                                    uint64_t cost) {
   verdict_t v = {0};
   uint64_t tat = max_u64(state & TIME_MAX, at), increment = bucket_increment(r, cost);
   uint64_t next = plus_time(tat, increment);
   v.used_before = minus(state & TIME_MAX, now);
   v.used_after = next - now;
-  v.next = increment ? version | next : state;
+  v.next = increment ? next : state;
   v.reset = v.used_after;
   if (cost > r->burst || (next == TIME_MAX && increment)) { /* or the end of time: charge nothing */
     v.retry = UINT64_MAX;
@@ -235,38 +244,40 @@ static inline verdict_t bucket_take(const rule_t *r, uint64_t version, uint64_t 
   return v;
 }
 
-static inline uint64_t bucket_charge(const rule_t *r, uint64_t version, uint64_t state,
-                                     uint64_t now, uint64_t cost) {
+static inline uint64_t bucket_charge(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost) {
   uint64_t increment = bucket_increment(r, cost);
   if (!increment) return state;
-  return version | plus_time(max_u64(state & TIME_MAX, now), increment);
+  return plus_time(max_u64(state & TIME_MAX, now), increment);
 }
 
-/* put: the state that the charge to undo put there, 0 = not known. What has drained since then cannot
- * be given back: it belongs to later requests. */
-static inline uint64_t bucket_refund(const rule_t *r, uint64_t version, uint64_t state,
-                                     uint64_t now, uint64_t cost, uint64_t put) {
-  uint64_t tat = state & TIME_MAX, back = bucket_increment(r, cost);
-  if (put) back = min_u64(back, minus(put & TIME_MAX, now));
-  if (tat <= now || !back) return state;
-  return version | max_u64(minus(tat, back), now);
+/* put: the charge to undo, or NULL. What has drained of it since then cannot be given back: it belongs to later
+ * requests. Where the rate has changed since, that is reckoned in tokens. */
+static inline uint64_t bucket_refund(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost,
+                                     const fshm_charged *put) {
+  uint64_t tat = state & TIME_MAX;
+  if (put) {
+    if (!charged_alike(r, put)) return state;
+    uint64_t left = minus(put->state & TIME_MAX, now);
+    if (put->num != r->num || put->den != r->den)
+      cost = min_u64(cost, saturate((wide_t)left * put->den / put->num));
+    else if (bucket_increment(r, cost) > left)
+      return tat > now ? max_u64(minus(tat, left), now) : state;
+  }
+  uint64_t back = bucket_increment(r, cost);
+  return tat > now && back ? max_u64(minus(tat, back), now) : state;
 }
 
 /* Nothing that costs before `until`, and one token then. A maximum and no sum: however many say so, and in
  * whatever order, it is the latest of their instants. */
-static inline uint64_t bucket_block(const rule_t *r, uint64_t version, uint64_t state,
-                                    uint64_t until) {
-  return version | max_u64(state & TIME_MAX, plus_time(until, r->room));
+static inline uint64_t bucket_block(const rule_t *r, uint64_t state, uint64_t until) {
+  return max_u64(state & TIME_MAX, plus_time(until, r->room));
 }
 
-/* The limits changed at run time: the same tokens, in the new rule's time. `old` is the rule the
- * state was written under; NULL where it is no longer known: then the bucket counts as empty. */
-static inline uint64_t bucket_convert(const rule_t *r, uint64_t version, const rule_t *old,
-                                      uint64_t state, uint64_t now) {
+/* The same tokens in another rule's time, rounded up. */
+static inline uint64_t bucket_convert(const rule_t *r, const rule_t *old, uint64_t state,
+                                      uint64_t now) {
   uint64_t tat = state & TIME_MAX;
-  if (tat <= now) return state;
-  if (!old || !old->num || !old->den)
-    return version | plus_time(now, bucket_increment(r, r->burst));
+  if (tat <= now || (r->num == old->num && r->den == old->den)) return state;
   /* tokens = (tat - now) * den/num of old; new ns = tokens * num/den of new; whole tokens and the
    * part of one apart, so that nothing overflows; each rounded up. */
   wide_t scaled = (wide_t)(tat - now) * old->den;
@@ -276,11 +287,15 @@ static inline uint64_t bucket_convert(const rule_t *r, uint64_t version, const r
     wide_t fine = ((wide_t)part * r->num + old->num - 1) / old->num;
     ns += (fine + r->den - 1) / r->den;
   }
-  return version | plus_time(now, saturate(ns));
+  return plus_time(now, saturate(ns));
 }
 
 /* window: begins at the first hit ------------------------------------------------------------- */
 
+/* A state as it is kept: `count` is all that was taken and charged, less what was given back, and `end` the end with
+ * debt. Debt is what exceeds the n of the rule that the state was written under: it is waited out at the window's own
+ * pace, so the full window lasts per/n longer for each token of it. Two numbers that no change of limits touches are
+ * behind that: the tokens, and the end without debt. */
 typedef struct {
   uint64_t end, count; /* end 0 = no window open */
 } window_t;
@@ -292,15 +307,37 @@ static inline window_t window_read(uint64_t state, uint64_t now) {
   return w;
 }
 
-/* The end is kept in units of 2^s ns, s the bits that n needs, rounded up: a window may last up to
- * 2n ns longer than `per`, never shorter. */
+/* How much longer the window lasts for its debt, in units of 2^s ns, rounded up: so that the end without debt can be
+ * read back exactly. */
+static inline uint64_t window_debt(const rule_t *r, uint64_t count, unsigned s) {
+  if (count <= r->n) return 0;
+  const wide_t unit = UINT64_C(1) << s;
+  wide_t ns = ((wide_t)(count - r->n) * r->per + r->n - 1) / r->n;
+  return saturate((ns + unit - 1) & ~(unit - 1));
+}
+
+/* The same with the end without debt, by the rule that the state was written under. */
+static inline window_t window_open(const rule_t *r, uint64_t state, uint64_t now) {
+  window_t w = window_read(state, now);
+  w.end = minus(w.end, window_debt(r, w.count, (unsigned)(state >> 57) & 31));
+  return w;
+}
+
+/* The state of a window with this end without debt. Ends are kept in units of 2^s ns, s the bits that n or the count
+ * need, rounded up: a window may last up to 2 * max(n, count) ns longer than `per`, never shorter. Tokens beyond
+ * WINDOW_MAX_N, and debt that would be waited out after the end of time, are not counted. */
 static inline uint64_t window_state(const rule_t *r, window_t w) {
-  if (!w.count) return 0;
-  unsigned s = bit_length(r->n);
+  uint64_t count = min_u64(w.count, WINDOW_MAX_N);
+  if (!count) return 0;
+  unsigned s = bit_length(max_u64(r->n, count));
   s = s > 31 ? 31 : s;
-  uint64_t unit = UINT64_C(1) << s;
-  uint64_t end = min_u64((w.end + unit - 1) & ~(unit - 1), TIME_MAX & ~(unit - 1));
-  return ((uint64_t)FSHM_WINDOW << 62) | ((uint64_t)s << 57) | end | min_u64(w.count, unit - 1);
+  const uint64_t unit = UINT64_C(1) << s, last = TIME_MAX & ~(unit - 1);
+  uint64_t end = min_u64((w.end + unit - 1) & ~(unit - 1), last), debt = window_debt(r, count, s);
+  if (debt > last - end) {
+    count = r->n + (uint64_t)((wide_t)(last - end) * r->n / r->per);
+    debt = window_debt(r, count, s);
+  }
+  return ((uint64_t)FSHM_WINDOW << 62) | ((uint64_t)s << 57) | (end + debt) | count;
 }
 
 static inline verdict_t window_take(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost) {
@@ -310,7 +347,7 @@ static inline verdict_t window_take(const rule_t *r, uint64_t state, uint64_t no
     v.retry = UINT64_MAX;
   } else if (cost > minus(r->n, w.count)) {
     v.retry = w.end - now;
-  } else if (cost) {
+  } else if (cost) { /* so there is no debt */
     w.count += cost;
     if (!w.end) w.end = plus_time(now, r->per);
     v.used_after = w.count;
@@ -333,31 +370,26 @@ static inline verdict_t window_count(const rule_t *r, uint64_t state, uint64_t n
   return window_take(&fine, state, now, cost);
 }
 
-/* Debt is waited out at the window's own pace: the full window is prolonged by per/n for each token. */
 static inline uint64_t window_charge(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost) {
   if (!cost) return state;
-  window_t w = window_read(state, now);
-  if (!w.end) w.end = plus_time(now, r->per);
-  uint64_t total = w.count > UINT64_MAX - cost ? UINT64_MAX : w.count + cost;
-  uint64_t over = minus(total, r->n);
-  w.end = plus_time(w.end, saturate(((wide_t)over * r->per + r->n - 1) / r->n));
-  w.count = min_u64(total, max_u64(r->n, w.count));
+  window_t w = window_open(r, state, now);
+  if (!w.count) w.end = plus_time(now, r->per);
+  w.count += min_u64(cost, WINDOW_MAX_N);
   return window_state(r, w);
 }
 
-/* Debt first: it is what prolongs the window beyond the end it had. put: the state that the charge put
- * there, with that end; nothing comes back once its window is over. Without it, the latest end that a
- * window without debt can have; and a window that is not full has none, whatever its end was rounded to
- * (by up to 2n ns: of a large n, more than a refund is worth). */
+/* put: the charge to undo, or NULL; it was no debt, so its end is that of its window. Nothing comes back once another
+ * window has begun. */
 static inline uint64_t window_refund(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost,
-                                     uint64_t put) {
-  window_t w = window_read(state, now);
-  if (!w.end || (put && state_expires(put) <= now)) return state;
-  uint64_t prolonged = minus(w.end, put ? state_expires(put) : now + r->per);
-  if (!put && w.count < r->n) prolonged = 0;
-  uint64_t debt = min_u64(cost, saturate((wide_t)prolonged * r->n / r->per));
-  w.end -= min_u64(saturate((wide_t)debt * r->per / r->n), prolonged);
-  w.count = minus(w.count, cost - debt);
+                                     const fshm_charged *put) {
+  window_t w = window_open(r, state, now);
+  if (!w.count || !cost) return state;
+  if (put) {
+    /* Ends are rounded up when the count needs more bits; a later window ends at least `per` later. */
+    uint64_t unit = UINT64_C(2) << ((state >> 57) & 31), its = state_expires(put->state);
+    if (!charged_alike(r, put) || w.end < its || w.end - its > unit) return state;
+  }
+  w.count = minus(w.count, cost);
   return window_state(r, w);
 }
 
@@ -401,9 +433,8 @@ static inline sliding_t sliding_read(const rule_t *r, uint64_t state, uint64_t n
   uint64_t unit = UINT64_C(1) << p, index = gone / r->per; /* exact: 2^P <= per, see DESIGN.md */
   index = index > 2 ? index - 2 : 0;
   wide_t end = ((wide_t)(index + 2) * r->per + unit - 1) & ~(wide_t)(unit - 1);
-  if (p != sliding_class(r->per) || gone != end || gone > now + 2 * r->per + unit ||
-      (wide_t)index * r->per < r->room) {
-    s.count = count + previous; /* `per` was changed at run time: all of it counts as recent */
+  if (p != sliding_class(r->per) || gone != end || gone > now + 2 * r->per + unit) {
+    s.count = count + previous; /* nobody has written this: all of it counts as recent */
     return s;
   }
   if (index > s.index) { /* written by a later clock than ours: as if at its beginning */
@@ -494,16 +525,27 @@ static inline uint64_t sliding_charge(const rule_t *r, uint64_t state, uint64_t 
   return sliding_state(r, s);
 }
 
-/* put: the state that the charge put there: it is taken from the window that it was charged to. */
+/* put: the charge to undo, or NULL: it is taken from the window that it was charged to. Where `per` has changed since,
+ * what it weighs by now in its own windows comes back. */
 static inline uint64_t sliding_refund(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost,
-                                      uint64_t put) {
+                                      const fshm_charged *put) {
   sliding_t s = sliding_read(r, state, now);
-  uint64_t charged = put ? state_expires(put) / r->per : s.index + 2, rest = cost;
-  if (charged == s.index + 2) {
-    rest = minus(cost, s.count);
+  uint64_t charged = s.index, rest = cost;
+  if (put) {
+    if (!charged_alike(r, put)) return state;
+    charged = minus(state_expires(put->state) / put->num, 2);
+    if (put->num != r->per) {
+      uint64_t index = now / put->num, left = put->num - now % put->num;
+      if (index > charged + 1) return state;
+      if (index == charged + 1) rest = (uint64_t)((wide_t)cost * left / put->num);
+      charged = s.index;
+    }
+  }
+  if (charged == s.index) {
+    cost = rest;
+    rest = put ? 0 : minus(cost, s.count);
     s.count = minus(s.count, cost);
-    if (put) rest = 0;
-  } else if (charged != s.index + 1) {
+  } else if (charged + 1 != s.index) {
     rest = 0;
   }
   s.previous = minus(s.previous, rest);
@@ -552,9 +594,10 @@ static inline uint64_t wallet_put(uint64_t state, uint64_t now, uint64_t tokens,
       end, left > WALLET_MOST - min_u64(tokens, WALLET_MOST) ? WALLET_MOST : left + tokens);
 }
 
-/* Of a charge that is undone. put: the state that it put there: its lease is the one that counts. */
-static inline uint64_t wallet_refund(uint64_t state, uint64_t now, uint64_t cost, uint64_t put) {
-  return cost && put ? wallet_put(state, now, cost, 0, state_expires(put)) : state;
+/* Of a charge that is undone: the lease that it was taken from is the one that counts. */
+static inline uint64_t wallet_refund(uint64_t state, uint64_t now, uint64_t cost,
+                                     const fshm_charged *put) {
+  return cost && put ? wallet_put(state, now, cost, 0, state_expires(put->state)) : state;
 }
 
 /* any kind ------------------------------------------------------------------------------------ */
@@ -568,32 +611,84 @@ static inline uint64_t state_for(const rule_t *r, uint64_t state) {
 }
 
 /* Inline: a call for each of several limits costs more than they do (35 instructions each). */
-static inline __attribute__((always_inline)) verdict_t meter_take(const rule_t *r, uint64_t version,
-                                                                  uint64_t state, uint64_t now,
-                                                                  uint64_t at, uint64_t cost) {
+static inline __attribute__((always_inline)) verdict_t meter_take(const rule_t *r, uint64_t state,
+                                                                  uint64_t now, uint64_t at,
+                                                                  uint64_t cost) {
   state = state_for(r, state);
-  if (r->kind == FSHM_BUCKET) return bucket_take(r, version, state, now, at, cost);
+  if (r->kind == FSHM_BUCKET) return bucket_take(r, state, now, at, cost);
   if (r->kind == FSHM_WINDOW) return window_take(r, state, now, cost);
   if (r->kind == FSHM_WALLET) return wallet_take(r, state, now, cost);
   return sliding_take(r, state, now, cost);
 }
 
-static inline uint64_t meter_charge(const rule_t *r, uint64_t version, uint64_t state, uint64_t now,
-                                    uint64_t cost) {
+static inline uint64_t meter_charge(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost) {
   state = state_for(r, state);
-  if (r->kind == FSHM_BUCKET) return bucket_charge(r, version, state, now, cost);
+  if (r->kind == FSHM_BUCKET) return bucket_charge(r, state, now, cost);
   if (r->kind == FSHM_WINDOW) return window_charge(r, state, now, cost);
   if (r->kind == FSHM_WALLET) return state - min_u64(wallet_left(state, now), cost);
   return sliding_charge(r, state, now, cost);
 }
 
-static inline uint64_t meter_refund(const rule_t *r, uint64_t version, uint64_t state, uint64_t now,
-                                    uint64_t cost, uint64_t put) {
+static inline uint64_t meter_refund(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost,
+                                    const fshm_charged *put) {
   state = state_for(r, state);
-  if (r->kind == FSHM_BUCKET) return bucket_refund(r, version, state, now, cost, put);
+  if (r->kind == FSHM_BUCKET) return bucket_refund(r, state, now, cost, put);
   if (r->kind == FSHM_WINDOW) return window_refund(r, state, now, cost, put);
   if (r->kind == FSHM_WALLET) return wallet_refund(state, now, cost, put);
   return sliding_refund(r, state, now, cost, put);
+}
+
+/* The most that the limit admits at one instant. */
+static inline uint64_t rule_capacity(const rule_t *r) {
+  return r->kind == FSHM_BUCKET ? r->burst : r->n;
+}
+
+/* The same limit with another capacity, at its own pace. */
+static inline rule_t rule_capped(const rule_t *r, uint64_t capacity) {
+  rule_t capped = *r;
+  capped.n = capacity;
+  if (r->kind != FSHM_BUCKET) return capped;
+  capped.burst = capacity;
+  capped.room = saturate((wide_t)(capacity - 1) * r->num / r->den);
+  return capped;
+}
+
+/* Tokens used, rounded up. */
+static inline uint64_t meter_used(const rule_t *r, uint64_t state, uint64_t now) {
+  state = state_for(r, state);
+  if (r->kind == FSHM_BUCKET)
+    return saturate(((wide_t)minus(state & TIME_MAX, now) * r->den + r->num - 1) / r->num);
+  if (r->kind != FSHM_SLIDING) return window_read(state, now).count;
+  sliding_t s = sliding_read(r, state, now);
+  return s.count + sliding_weight(r, s.previous, s.left);
+}
+
+/* The limits have changed: a state of `old`, with the same tokens, under `r`. */
+static inline uint64_t meter_convert(const rule_t *r, const rule_t *old, uint64_t state,
+                                     uint64_t now) {
+  if (r->kind == FSHM_WALLET || old->kind == FSHM_WALLET) return state_for(r, state);
+  state = state_for(old, state);
+  if (!state || state_expires(state) <= now) return 0;
+  if (r->kind == old->kind) {
+    if (r->kind == FSHM_BUCKET) return bucket_convert(r, old, state, now);
+    if (r->kind == FSHM_WINDOW) return window_state(r, window_open(old, state, now));
+    if (r->per == old->per) return state;
+  }
+  uint64_t used = meter_used(old, state, now);
+  if (r->kind == FSHM_BUCKET) return plus_time(now, bucket_increment(r, used));
+  if (r->kind == FSHM_WINDOW) return window_state(r, (window_t){plus_time(now, r->per), used});
+  sliding_t s = sliding_read(r, 0, now);
+  s.count = min_u64(used, UINT64_C(1) << 40); /* saturates when stored */
+  return sliding_state(r, s);
+}
+
+/* Should a state of `old` live on under `r`? Where what is used fits, or is over no later: so that old use is never debt.
+ * Else it stays under the rule that it was written under. DESIGN.md, "Limits that change". */
+static inline bool meter_settles(const rule_t *r, const rule_t *old, uint64_t state, uint64_t now,
+                                 uint64_t *converted) {
+  *converted = meter_convert(r, old, state, now);
+  return meter_used(old, state, now) <= rule_capacity(r) ||
+         state_expires(*converted) <= state_expires(state);
 }
 
 /* Tokens that fit now, given what is used (verdict_t.used_*). */

@@ -125,14 +125,14 @@ static inline uint64_t token_place(const moving_t *m, uint64_t slot) {
 /* Until when the slot is taken; 0 = it is free. */
 static inline uint64_t slot_look(const moving_t *m, uint64_t slot, found_t *f) {
   uint64_t place = token_place(m, slot);
-  cells_find(m->k.s, place, slot_who(m->k.who, (uint32_t)slot), f);
+  cells_find(m->k.s, place, side_who(slot_who(m->k.who, (uint32_t)slot)), f);
   return window_read(f->pair.who ? f->pair.when : 0, m->k.now).end;
 }
 
 static int slot_put(const moving_t *m, uint64_t slot, found_t *f, token_t *token) {
   slot_claim_t first = {m, slot, token_state(m, m->k.now)};
   uint64_t place = token_place(m, slot);
-  uint64_t who = slot_who(m->k.who, (uint32_t)slot);
+  uint64_t who = side_who(slot_who(m->k.who, (uint32_t)slot));
   int status = keyed_put(&m->k, place, f, who, first.state, first_token, &first);
   *token = (token_t){(uint32_t)slot, (uint32_t)f->cell, first.state};
   return status == CLAIMED && !first.state ? CLAIM_LOST : status;

@@ -119,7 +119,8 @@ static PyObject *core_reserve(PyObject *o, PyObject *const *args, Py_ssize_t n, 
   PyObject *in[3] = {NULL, NULL, NULL};
   fshm_decision d;
   key_arg k;
-  uint64_t most, costs[FSHM_MAX_LIMITS], reserved[FSHM_MAX_LIMITS] = {0};
+  uint64_t most, costs[FSHM_MAX_LIMITS];
+  fshm_charged reserved[FSHM_MAX_LIMITS] = {{0, 0, 0}};
   if (parse("_reserve", args, n, kw, key_cost, in, 3, 3) || get_cost(in[2], &most)) return NULL;
   if (bound(self) || get_costs(self->limits, in[1], costs) || get_key(in[0], &k)) return NULL;
   fshm_reserve(self->limiter, k.bytes, (uint64_t)k.length, costs, most, 0, &d, reserved);
@@ -136,7 +137,8 @@ static PyObject *core_cancel(PyObject *o, PyObject *args) {
   Core *self = (Core *)o;
   PyObject *key, *cost, *token;
   key_arg k;
-  uint64_t costs[FSHM_MAX_LIMITS], reserved[FSHM_MAX_LIMITS];
+  uint64_t costs[FSHM_MAX_LIMITS];
+  fshm_charged reserved[FSHM_MAX_LIMITS];
   if (!PyArg_ParseTuple(args, "OOO", &key, &cost, &token)) return NULL;
   const char *bytes = PyBytes_AsString(token);
   if (!bytes || PyBytes_Size(token) != (Py_ssize_t)sizeof reserved || bound(self)) return NULL;

@@ -5,91 +5,39 @@
  */
 #include "internal.h"
 
-/* One limit's cell of a key. */
-typedef struct {
-  keyed_t k;
-  rule_t rule;
-  uint64_t version; /* of the limits, in place: bucket states carry it */
-  uint64_t now;
-  uint64_t (*change)(const void *context, uint32_t i, const rule_t *r, uint64_t version,
-                     uint64_t state, uint64_t now);
-  const void *context;
-  uint32_t i;
-} change_t;
-
-static uint64_t first_change(void *context) {
-  const change_t *c = context;
-  return c->change(c->context, c->i, &c->rule, c->version, 0, c->now);
-}
-
-/* Change the states of a key, one for each limit. before: what they were, or NULL. */
-static int change_all(fshm_limiter *l, const void *key, uint64_t length, uint64_t now, change_t *c,
-                      uint64_t *before) {
-  plan_t plan;
-  int worst = FSHM_OK;
-  if (!limits_load(l->segment, l->index, &plan)) return damage_limits(l->segment, l->index);
-  c->k.s = l->segment;
-  c->k.index = l->index;
-  c->k.fixed = now != 0;
-  c->now = c->k.now = now ? min_u64(now, TIME_MAX - 1) : segment_now(l->segment);
-  c->k.hash = fshm_siphash(l->key[0], l->key[1], key, length);
-  c->version = (uint64_t)plan.version << TIME_BITS;
-  for (c->i = 0; c->i < plan.count; c->i++) {
-    c->rule = plan.rules[c->i];
-    c->k.who = c->k.hash ^ plan.twist[c->i];
-    c->k.who += !c->k.who;
-    int status = CLAIM_LOST;
-    for (int tries = 0; tries < MAX_TRIES && status == CLAIM_LOST; tries++) {
-      found_t f;
-      cells_find(c->k.s, c->k.hash, c->k.who, &f);
-      uint64_t state = f.pair.who ? state_for(&c->rule, f.pair.when) : 0;
-      uint64_t next = c->change(c->context, c->i, &c->rule, c->version, state, c->now);
-      if (before) before[c->i] = state;
-      if (next == (f.pair.who ? f.pair.when : 0) || (!f.pair.who && state_expires(next) <= c->now))
-        status = CLAIMED; /* nothing to write */
-      else
-        status = keyed_put(&c->k, c->k.hash, &f, c->k.who, next, first_change, c);
-      if (status == CLAIMED && f.pair.who && !(c->k.s->names_mode & FSHM_NAMES_OFF))
-        ledger_remember(c->k.s, f.cell, ledger_meta(c->k.index, c->k.who), key, length);
-    }
-    if (status != CLAIMED) worst = status == CLAIM_FULL ? FSHM_FULL : FSHM_CONTENDED;
-  }
-  return worst;
-}
-
-static uint64_t change_put(const void *context, uint32_t i, const rule_t *r, uint64_t version,
-                           uint64_t state, uint64_t now) {
+static uint64_t change_put(const void *context, uint32_t i, const rule_t *r, uint64_t state,
+                           uint64_t now) {
   const fshm_lease *lease = (const fshm_lease *)context + i;
-  (void)r, (void)version;
+  (void)r;
   if (!lease->tokens && !lease->kept) return state;
   return wallet_put(state, now, lease->tokens, lease->kept, lease->until_ns);
 }
 
 int fshm_wallet_put(fshm_limiter *wallet, const void *key, uint64_t key_length,
                     const fshm_lease *leases, uint64_t now) {
-  change_t c = {.change = change_put, .context = leases};
-  return change_all(wallet, key, key_length, now, &c, NULL);
+  uint64_t at;
+  return limiter_change(wallet, key, key_length, now, change_put, leases, NULL, &at);
 }
 
-static uint64_t change_take(const void *context, uint32_t i, const rule_t *r, uint64_t version,
-                            uint64_t state, uint64_t now) {
-  (void)context, (void)i, (void)r, (void)version;
+static uint64_t change_take(const void *context, uint32_t i, const rule_t *r, uint64_t state,
+                            uint64_t now) {
+  (void)context, (void)i, (void)r;
   return state - wallet_left(state, now);
 }
-static uint64_t change_nothing(const void *context, uint32_t i, const rule_t *r, uint64_t version,
-                               uint64_t state, uint64_t now) {
-  (void)context, (void)i, (void)r, (void)version, (void)now;
+static uint64_t change_nothing(const void *context, uint32_t i, const rule_t *r, uint64_t state,
+                               uint64_t now) {
+  (void)context, (void)i, (void)r, (void)now;
   return state;
 }
 
 int fshm_wallet_look(fshm_limiter *wallet, const void *key, uint64_t key_length, int take,
                      uint64_t now, uint64_t *left, uint64_t *left_ns) {
-  uint64_t before[FSHM_MAX_LIMITS] = {0};
-  change_t c = {.change = take ? change_take : change_nothing};
-  int status = change_all(wallet, key, key_length, now, &c, before);
+  uint64_t before[FSHM_MAX_LIMITS] = {0}, at;
+  int status = limiter_change(wallet, key, key_length, now, take ? change_take : change_nothing,
+                              NULL, before, &at);
   for (uint32_t i = 0; i < FSHM_MAX_LIMITS; i++) {
-    left[i] = wallet_left(before[i], c.now);
-    left_ns[i] = minus(before[i] ? state_expires(before[i]) : 0, c.now);
+    left[i] = wallet_left(before[i], at);
+    left_ns[i] = minus(before[i] ? state_expires(before[i]) : 0, at);
   }
   return status;
 }
@@ -100,10 +48,10 @@ typedef struct {
   uint64_t ns;
 } refusal_t;
 
-static uint64_t change_refuse(const void *context, uint32_t i, const rule_t *r, uint64_t version,
-                              uint64_t state, uint64_t now) {
+static uint64_t change_refuse(const void *context, uint32_t i, const rule_t *r, uint64_t state,
+                              uint64_t now) {
   const refusal_t *refusal = context;
-  (void)r, (void)version, (void)state;
+  (void)r, (void)state;
   if (!refusal->ns) return 0;
   /* a cost of 0 counts as one: it was not what was refused, and is none that will be denied */
   uint64_t least = min_u64(refusal->costs[i], WALLET_MOST);
@@ -115,20 +63,19 @@ static uint64_t change_refuse(const void *context, uint32_t i, const rule_t *r, 
 int fshm_wallet_refuse(fshm_limiter *refused, const void *key, uint64_t key_length,
                        const uint64_t *costs, uint64_t ns, uint64_t now) {
   const refusal_t refusal = {costs, ns};
-  change_t c = {.change = change_refuse, .context = &refusal};
-  return change_all(refused, key, key_length, now, &c, NULL);
+  uint64_t at;
+  return limiter_change(refused, key, key_length, now, change_refuse, &refusal, NULL, &at);
 }
 
 typedef struct {
   const uint64_t *used, *left_ns;
 } known_t;
 
-static uint64_t change_learn(const void *context, uint32_t i, const rule_t *r, uint64_t version,
-                             uint64_t state, uint64_t now) {
+static uint64_t change_learn(const void *context, uint32_t i, const rule_t *r, uint64_t state,
+                             uint64_t now) {
   const known_t *known = context;
   (void)state;
-  if (r->kind == FSHM_BUCKET)
-    return known->left_ns[i] ? version | plus_time(now, known->left_ns[i]) : 0;
+  if (r->kind == FSHM_BUCKET) return known->left_ns[i] ? plus_time(now, known->left_ns[i]) : 0;
   if (!known->used[i] || !known->left_ns[i]) return 0;
   if (r->kind == FSHM_WINDOW)
     return window_state(
@@ -142,19 +89,18 @@ static uint64_t change_learn(const void *context, uint32_t i, const rule_t *r, u
 int fshm_learn(fshm_limiter *l, const void *key, uint64_t key_length, const uint64_t *used,
                const uint64_t *left_ns, uint64_t now) {
   const known_t known = {used, left_ns};
-  change_t c = {.change = change_learn, .context = &known};
-  return change_all(l, key, key_length, now, &c, NULL);
+  uint64_t at;
+  return limiter_change(l, key, key_length, now, change_learn, &known, NULL, &at);
 }
 
 typedef struct {
   uint64_t *used, *left_ns;
 } knows_t;
 
-static uint64_t change_tell(const void *context, uint32_t i, const rule_t *r, uint64_t version,
-                            uint64_t state, uint64_t now) {
+static uint64_t change_tell(const void *context, uint32_t i, const rule_t *r, uint64_t state,
+                            uint64_t now) {
   const knows_t *out = context;
-  (void)version;
-  out->used[i] = r->kind == FSHM_BUCKET ? 0 : meter_take(r, 0, state, now, now, 0).used_before;
+  out->used[i] = r->kind == FSHM_BUCKET ? 0 : meter_take(r, state, now, now, 0).used_before;
   out->left_ns[i] =
       out->used[i] || r->kind == FSHM_BUCKET ? minus(state ? state_expires(state) : 0, now) : 0;
   return state;
@@ -163,10 +109,10 @@ static uint64_t change_tell(const void *context, uint32_t i, const rule_t *r, ui
 int fshm_known(fshm_limiter *l, const void *key, uint64_t key_length, uint64_t now, uint64_t *used,
                uint64_t *left_ns) {
   const knows_t knows = {used, left_ns};
-  change_t c = {.change = change_tell, .context = &knows};
+  uint64_t at;
   memset(used, 0, FSHM_MAX_LIMITS * sizeof *used);
   memset(left_ns, 0, FSHM_MAX_LIMITS * sizeof *left_ns);
-  return change_all(l, key, key_length, now, &c, NULL);
+  return limiter_change(l, key, key_length, now, change_tell, &knows, NULL, &at);
 }
 
 /* For how long these costs are refused, since no smaller ones fitted of late; 0: they are not. */
@@ -177,8 +123,7 @@ uint64_t wallet_refused_ns(const fshm_limiter *l, uint64_t hash, const uint64_t 
   if (!limits_load(l->segment, l->index, &plan)) return 0;
   for (uint32_t i = 0; i < plan.count; i++) {
     found_t f;
-    uint64_t who = hash ^ plan.twist[i];
-    cells_find(l->segment, hash, who + !who, &f);
+    cells_find(l->segment, hash, plan_who(&plan, i, hash), &f);
     uint64_t state = f.pair.who ? state_for(&plan.rules[i], f.pair.when) : 0;
     if (state_expires(state) <= now || !state) return 0;
     if ((costs ? costs[i] : 1) < wallet_left(state, now)) return 0;
@@ -192,7 +137,7 @@ int fshm_spend(fshm_limiter *wallet, fshm_limiter *refused, fshm_limiter *limits
                uint32_t *low) {
   plan_t plan;
   fshm_decision spent;
-  uint64_t put[FSHM_MAX_LIMITS] = {0};
+  fshm_charged put[FSHM_MAX_LIMITS] = {{0, 0, 0}};
   uint64_t hash = fshm_siphash(wallet->key[0], wallet->key[1], key, key_length);
   *low = 0;
   if (out) memset(out, 0, sizeof *out);
@@ -206,7 +151,8 @@ int fshm_spend(fshm_limiter *wallet, fshm_limiter *refused, fshm_limiter *limits
   }
   if (status == FSHM_ALLOWED) {
     if (limits) tally_call(wallet->segment, process_slot(wallet->segment), limits->tally, status);
-    for (uint32_t i = 0; i < plan.count; i++) *low |= wallet_low(put[i], costs ? costs[i] : 1);
+    for (uint32_t i = 0; i < plan.count; i++)
+      *low |= wallet_low(put[i].state, costs ? costs[i] : 1);
     if (out) {
       fshm_apply(limits, FSHM_PEEK, key, key_length, costs, 0, now, out);
       if (out->status < 0) return out->status;

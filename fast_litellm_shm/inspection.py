@@ -413,7 +413,7 @@ class Inspection:
         ledger, columns = self._read_ledger()
         meta = ledger["meta"].copy()
         owner = (meta >> 20).astype(numpy.int64)
-        known = (who != 0) & ((meta & 0xFFFFF) == (who & numpy.uint64(0xFFFFF)))
+        known = (who != 0) & ((meta & 0xFFFFF) == (who >> numpy.uint64(44)))
         known &= numpy.isin(owner, list(self._limiters))
         cells = numpy.flatnonzero(known)
         admitted = ledger["admitted"].astype(numpy.uint64)
