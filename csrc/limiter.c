@@ -109,7 +109,8 @@ static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_
   l->stays = true;
   l->who = staying(c, i, l->cell.pair.who);
   l->verdict = meter_take(&capped, state, c->now, c->now, cost);
-  if (old.kind != FSHM_WINDOW) /* both are rounded up: under the present rule it may be a few ns later */
+  if (old.kind !=
+      FSHM_WINDOW) /* both are rounded up: under the present rule it may be a few ns later */
     l->verdict.retry = plus_time(l->verdict.retry, 3);
   l->verdict.used_before = l->verdict.used_after =
       r->kind == FSHM_BUCKET ? bucket_increment(r, used) : used;

@@ -121,8 +121,8 @@ COLD bool limits_wrong(const fshm_segment *s, uint32_t index, bool published) {
     if (read_used(e, slot, &rule, &owner) && !rule_genuine(&rule)) return true;
   for (int tries = 0; tries < MAX_TRIES; tries++) {
     uint64_t current = atomic_load_explicit(&e->current, memory_order_acquire);
-    bool wrong =
-        current ? !CURRENT_VERSION(current) || set_wrong(e, load_relaxed(&e->set)) : published;
+    uint64_t set = load_relaxed(&e->set);
+    bool wrong = current ? !CURRENT_VERSION(current) || set_wrong(e, set) : published || set;
     atomic_thread_fence(memory_order_acquire); /* the copies, before the second look */
     if (load_relaxed(&e->current) == current) return wrong;
   }

@@ -185,7 +185,7 @@ static inline bool state_possible(uint64_t s) {
   unsigned shift = (unsigned)(s >> 57) & 31;
   switch (s ? TAG(s) : 4) {
     case FSHM_BUCKET:
-      return (s & TIME_MAX) != 0;
+      return s <= TIME_MAX;
     case FSHM_WINDOW: /* a count of at least 1 */
       return shift >= 1 && state_expires(s) && (s & ((UINT64_C(1) << shift) - 1));
     case FSHM_SLIDING: /* 2^14 <= class; something counted in either window */

@@ -122,17 +122,21 @@ static inline uint64_t token_place(const moving_t *m, uint64_t slot) {
   return slot_place(m->k.hash, (uint32_t)slot * CELLS_PER_LINE);
 }
 
+static inline uint64_t token_who(const moving_t *m, uint64_t slot) {
+  return side_who(slot_who(m->k.who, (uint32_t)slot));
+}
+
 /* Until when the slot is taken; 0 = it is free. */
 static inline uint64_t slot_look(const moving_t *m, uint64_t slot, found_t *f) {
   uint64_t place = token_place(m, slot);
-  cells_find(m->k.s, place, side_who(slot_who(m->k.who, (uint32_t)slot)), f);
+  cells_find(m->k.s, place, token_who(m, slot), f);
   return window_read(f->pair.who ? f->pair.when : 0, m->k.now).end;
 }
 
 static int slot_put(const moving_t *m, uint64_t slot, found_t *f, token_t *token) {
   slot_claim_t first = {m, slot, token_state(m, m->k.now)};
   uint64_t place = token_place(m, slot);
-  uint64_t who = side_who(slot_who(m->k.who, (uint32_t)slot));
+  uint64_t who = token_who(m, slot);
   int status = keyed_put(&m->k, place, f, who, first.state, first_token, &first);
   *token = (token_t){(uint32_t)slot, (uint32_t)f->cell, first.state};
   return status == CLAIMED && !first.state ? CLAIM_LOST : status;
@@ -142,7 +146,7 @@ static int slot_put(const moving_t *m, uint64_t slot, found_t *f, token_t *token
 static void return_tokens(const moving_t *m, const token_t *tokens, uint64_t count) {
   fshm_segment *s = m->k.s;
   for (uint64_t i = 0; i < count; i++) {
-    pair_t mine = {slot_who(m->k.who, tokens[i].slot), tokens[i].state}, empty = {0, 0};
+    pair_t mine = {token_who(m, tokens[i].slot), tokens[i].state}, empty = {0, 0};
     (void)pair_cas(&s->cells[tokens[i].cell], &mine, empty);
   }
 }

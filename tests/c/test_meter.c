@@ -24,7 +24,7 @@ again:
 
 /* What the limiter does with a verdict: a state that has expired already needs no cell. */
 static bool take(const rule_t *r, uint64_t *state, uint64_t now, uint64_t cost) {
-  verdict_t v = meter_take(r, 0, *state, now, now, cost);
+  verdict_t v = meter_take(r, *state, now, now, cost);
   if (v.retry) return false;
   *state = state_expires(v.next) <= now ? 0 : v.next;
   return true;
@@ -114,21 +114,21 @@ static void test_answers_are_exact(void) {
     uint64_t state = 0, now = 1 + random_below(TIME_MAX / 8);
     for (int step = 0; step < 12; step++) {
       uint64_t cost = random_below(3) ? random_scaled(1, l.n) : 1;
-      if (!random_below(8)) state = meter_charge(&r, 0, state, now, cost);
-      if (!random_below(8)) state = meter_refund(&r, 0, state, now, cost, 0);
-      verdict_t v = meter_take(&r, 0, state, now, now, cost);
+      if (!random_below(8)) state = meter_charge(&r, state, now, cost);
+      if (!random_below(8)) state = meter_refund(&r, state, now, cost, NULL);
+      verdict_t v = meter_take(&r, state, now, now, cost);
       uint64_t left = verdict_remaining(&r, v.used_before);
-      CHECK(!left || !meter_take(&r, 0, state, now, now, left).retry);
-      CHECK(meter_take(&r, 0, state, now, now, left + 1).retry);
+      CHECK(!left || !meter_take(&r, state, now, now, left).retry);
+      CHECK(meter_take(&r, state, now, now, left + 1).retry);
       if (v.retry == UINT64_MAX) {
         CHECK(l.kind == FSHM_BUCKET ? cost > l.burst : cost > l.n);
       } else if (v.retry) {
         CHECK_OP(cost, <=, l.kind == FSHM_BUCKET ? l.burst : l.n);
-        CHECK(meter_take(&r, 0, state, now + v.retry - 1, now + v.retry - 1, cost).retry);
+        CHECK(meter_take(&r, state, now + v.retry - 1, now + v.retry - 1, cost).retry);
         uint64_t between = now + random_below(v.retry);
-        CHECK_EQ(meter_take(&r, 0, state, between, between, cost).retry, now + v.retry - between);
+        CHECK_EQ(meter_take(&r, state, between, between, cost).retry, now + v.retry - between);
         now += v.retry;
-        CHECK(!meter_take(&r, 0, state, now, now, cost).retry);
+        CHECK(!meter_take(&r, state, now, now, cost).retry);
       }
       (void)take(&r, &state, now, cost);
       now += random_scaled(1, l.per_ns);
@@ -145,7 +145,7 @@ static void test_millions_of_tokens(void) {
     uint64_t state = 0, now = SECOND, got = 0, last = now + 600 * SECOND;
     for (uint64_t cost; now <= last;) {
       cost = 1 + random_below(l.burst / 4);
-      verdict_t v = meter_take(&r, 0, state, now, now, cost);
+      verdict_t v = meter_take(&r, state, now, now, cost);
       if (v.retry) {
         now += v.retry;
         continue;
@@ -166,7 +166,7 @@ static void test_strict_bound(void) {
     rule_t r = rule_make(&l);
     uint64_t times[64], n = 0, state = 0, now = 1 + random_below(TIME_MAX / 8);
     for (int step = 0; step < 1500; step++) {
-      verdict_t v = meter_take(&r, 0, state, now, now, 1);
+      verdict_t v = meter_take(&r, state, now, now, 1);
       if (v.retry) {
         now += random_below(3) ? v.retry : random_scaled(1, 2 * l.per_ns);
         continue;
@@ -190,7 +190,7 @@ static void test_window(void) {
       CHECK(take(&r, &state, now, 1));
     }
     CHECK(!take(&r, &state, begin + l.per_ns - 1, 1));
-    verdict_t v = meter_take(&r, 0, state, begin, begin, 1);
+    verdict_t v = meter_take(&r, state, begin, begin, 1);
     CHECK_OP(v.retry, >=, l.per_ns); /* the first hit began it; it may last up to 2n ns longer */
     CHECK_OP(v.retry, <=, l.per_ns + 2 * l.n);
     CHECK(take(&r, &state, begin + v.retry, l.n));
@@ -204,9 +204,9 @@ static void test_window_refund(void) {
     rule_t r = rule_make(&l);
     uint64_t begin = 1 + random_below(TIME_MAX / 8), now = begin + random_below(l.per_ns);
     uint64_t charged = random_below(l.n), back = charged ? random_below(charged + 1) : 0;
-    uint64_t state = meter_charge(&r, 0, 0, begin, charged);
-    state = meter_refund(&r, 0, state, now, back, 0);
-    CHECK_EQ(meter_take(&r, 0, state, now, now, 0).used_before, charged - back);
+    uint64_t state = meter_charge(&r, 0, begin, charged);
+    state = meter_refund(&r, state, now, back, 0);
+    CHECK_EQ(meter_take(&r, state, now, now, 0).used_before, charged - back);
   }
 }
 
@@ -252,7 +252,7 @@ static void test_float12(void) {
 }
 
 static bool same_verdict(const rule_t *r, uint64_t a, uint64_t b, uint64_t now, uint64_t cost) {
-  verdict_t x = meter_take(r, 0, a, now, now, cost), y = meter_take(r, 0, b, now, now, cost);
+  verdict_t x = meter_take(r, a, now, now, cost), y = meter_take(r, b, now, now, cost);
   return x.retry == y.retry && x.used_before == y.used_before && x.used_after == y.used_after &&
          x.reset == y.reset && (!cost || x.retry || x.next == y.next);
 }
@@ -265,16 +265,15 @@ static void test_expired_equals_never_seen(void) {
     uint64_t state = random_u64() >> random_below(8);
     if (random_below(2)) { /* one that this rule may have written */
       uint64_t then = 1 + random_below(TIME_MAX / 8);
-      state = meter_charge(&r, random_u64() << TIME_BITS & (UINT64_C(31) << TIME_BITS), 0, then,
-                           random_scaled(1, l.n));
+      state = meter_charge(&r, 0, then, random_scaled(1, l.n));
     }
     uint64_t expires = state_expires(state), cost = random_scaled(1, l.n);
     if (expires >= TIME_MAX - 1) continue;
     uint64_t now = max_u64(1, expires + (random_below(2) ? 0 : random_below(TIME_MAX - expires)));
     CHECK(same_verdict(&r, state, 0, now, cost));
     CHECK(same_verdict(&r, state, 0, now, 0));
-    CHECK(meter_charge(&r, 0, state, now, cost) == meter_charge(&r, 0, 0, now, cost));
-    uint64_t refunded = meter_refund(&r, 0, state, now, cost, 0);
+    CHECK(meter_charge(&r, state, now, cost) == meter_charge(&r, 0, now, cost));
+    uint64_t refunded = meter_refund(&r, state, now, cost, NULL);
     CHECK(same_verdict(&r, refunded, 0, now, cost));
   }
 }
@@ -286,10 +285,10 @@ static void test_time_backwards(void) {
     rule_t r = rule_make(&l);
     uint64_t now = 1 + random_below(TIME_MAX / 8), state = 0, cost = random_scaled(1, l.n);
     for (int k = 0; k < 4; k++, now += random_scaled(1, l.per_ns))
-      state = meter_charge(&r, 0, state, now, random_scaled(1, l.n));
+      state = meter_charge(&r, state, now, random_scaled(1, l.n));
     uint64_t late = now, early = late - random_below(min_u64(late, 3 * l.per_ns));
-    verdict_t a = meter_take(&r, 0, state, early, early, cost);
-    verdict_t b = meter_take(&r, 0, state, late, late, cost);
+    verdict_t a = meter_take(&r, state, early, early, cost);
+    verdict_t b = meter_take(&r, state, late, late, cost);
     CHECK_OP(a.used_before, >=, b.used_before);
     CHECK(a.retry || !b.retry);
   }
@@ -303,9 +302,9 @@ static void test_end_of_time(void) {
     uint64_t now = TIME_MAX - 1, state = 0;
     if (i % 4) now -= random_scaled(1, 4 * l.per_ns);
     CHECK_OP(take_singly(&r, &state, now, l.n + 1), <=, l.n);
-    state = meter_charge(&r, 0, 0, TIME_MAX - 1, l.n);
-    CHECK_EQ(meter_take(&r, 0, state, TIME_MAX - 1, TIME_MAX - 1, 1).retry, UINT64_MAX);
-    CHECK_EQ(meter_take(&r, 0, 0, TIME_MAX - 1, TIME_MAX - 1, 1).retry, UINT64_MAX);
+    state = meter_charge(&r, 0, TIME_MAX - 1, l.n);
+    CHECK_EQ(meter_take(&r, state, TIME_MAX - 1, TIME_MAX - 1, 1).retry, UINT64_MAX);
+    CHECK_EQ(meter_take(&r, 0, TIME_MAX - 1, TIME_MAX - 1, 1).retry, UINT64_MAX);
   }
 }
 
@@ -322,12 +321,16 @@ static void test_any_bits(void) {
     uint64_t state = random_u64(), now = 1 + random_below(TIME_MAX - 1), cost;
     cost = random_u64() >> random_below(64);
     uint64_t at = now + random_below(TIME_MAX - now);
-    verdict_t v = meter_take(&r, 0, state, now, r.kind == FSHM_BUCKET ? at : now, cost);
+    verdict_t v = meter_take(&r, state, now, r.kind == FSHM_BUCKET ? at : now, cost);
+    const fshm_charged charge = {random_u64(), random_u64() >> random_below(64),
+                                 random_u64() >> random_below(64)};
     sum += v.next ^ v.reset ^ verdict_remaining(&r, v.used_after);
-    sum += meter_charge(&r, 0, state, now, cost) ^ meter_refund(&r, 0, state, now, cost, 0);
+    sum += meter_charge(&r, state, now, cost) ^
+           meter_refund(&r, state, now, cost, random_below(2) ? &charge : NULL);
     rule_t old = r;
     old.num = max_u64(1, random_u64() & TIME_MAX);
-    sum += bucket_convert(&r, 0, &old, state & TIME_MAX, now) ^ state_expires(state);
+    old.kind = random_below(2) ? r.kind : (uint32_t)random_below(3);
+    sum += meter_convert(&r, &old, state, now) ^ state_expires(state);
   }
   CHECK(sum);
   for (uint32_t kind = 0; kind < 5; kind++) { /* any limit may be asked about */
