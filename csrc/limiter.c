@@ -659,6 +659,10 @@ int fshm_reset_key(fshm_limiter *l, const void *key, uint64_t key_length) {
     cells_find(c.s, c.hash, fingerprint(&c, i), &f);
     if (f.pair.who) cells_clear(c.s, f.cell, f.pair.who);
   }
+  /* or one whose limit comes with the call (counted.c) */
+  uint64_t hash = side_who(c.hash);
+  cells_find(c.s, hash, side_who(hash ^ c.plan.salt), &f);
+  if (f.pair.who) cells_clear(c.s, f.cell, f.pair.who);
   return FSHM_OK;
 }
 
@@ -671,7 +675,7 @@ int fshm_peek_cell(fshm_segment *s, uint64_t cell, uint64_t now, fshm_decision *
   if (cell >= s->cell_count) return FSHM_E_ARGUMENT;
   uint64_t who = load_relaxed(&s->cells[cell].who);
   uint32_t meta = load_relaxed(&s->ledger[cell].meta), index = meta >> 20;
-  if (!who || index >= s->limiter_count || ledger_meta(index, who) != meta) return 0;
+  if (!(who & 1) || index >= s->limiter_count || ledger_meta(index, who) != meta) return 0;
   fshm_limiter any = {.segment = s, .index = index};
   if (!limits_load(s, index, &c.plan) || !c.plan.count) return 0;
   begin(&c, &any, "", 0, now);

@@ -411,6 +411,18 @@ static COLD unsigned free_slots(const sweep_t *w, uint64_t set, uint64_t version
   return freed;
 }
 
+/* Is there another rule for the states of this one's place? There is room for one rule of each place, the present ones and
+ * as many new ones, so a rule that has another can always be found when there is no room. */
+static COLD bool has_another(const limiter_entry_t *e, unsigned slot) {
+  rule_t rule, other;
+  uint64_t owner;
+  if (!read_used(e, slot, &rule, &owner)) return false;
+  for (unsigned i = 0; i < RULES; i++)
+    if (i != slot && read_used(e, i, &other, &owner) && other.place == rule.place) return true;
+  return false;
+}
+static_assert(PLACES + 1 + FSHM_MAX_LIMITS <= RULES, "see has_another()");
+
 /* Free at least one slot. False: others have changed the limits meanwhile, or all rules are in use. */
 static COLD bool sweep(fshm_segment *s, uint32_t index, uint64_t now) {
   limiter_entry_t *e = &s->limiters[index];
@@ -430,7 +442,7 @@ static COLD bool sweep(fshm_segment *s, uint32_t index, uint64_t now) {
   for (unsigned slot = 0; slot < RULES; slot++) {
     bool named = false;
     for (uint32_t i = 0; i < SET_COUNT(next.when); i++) named |= SET_SLOT(next.when, i) == slot;
-    if (named || !w.cells[slot]) continue;
+    if (named || !w.cells[slot] || !has_another(e, slot)) continue;
     if (w.victim < 0 || w.cells[slot] < w.cells[w.victim]) w.victim = (int)slot;
   }
   if (w.victim < 0) return false;

@@ -86,7 +86,9 @@ def keep_changing(
     meet(name, parties)
     end = now() + int(seconds * 1e9)
     while now() < end:
-        RateLimiter(*choices[(changes * 7 + os.getpid()) % len(choices)], name=limiter, segment=segment)
+        RateLimiter(
+            *choices[(changes * 7 + os.getpid()) % len(choices)], name=limiter, segment=segment
+        )
         changes += 1
         time.sleep(0.0005)
     return changes
