@@ -39,8 +39,9 @@ static int change_all(fshm_limiter *l, const void *key, uint64_t length, uint64_
     c->k.who = c->k.hash ^ plan.twist[c->i];
     c->k.who += !c->k.who;
     int status = CLAIM_LOST;
-    for (int tries = 0; tries < MAX_TRIES && status == CLAIM_LOST; tries++) {
-      found_t f;
+    found_t f;
+    for (int tries = 0; tries < MAX_TRIES && status == CLAIM_LOST;
+         tries += f.pair.who ? 1 : CLAIM_TRIES) {
       cells_find(c->k.s, c->k.hash, c->k.who, &f);
       uint64_t state = f.pair.who ? state_for(&c->rule, f.pair.when) : 0;
       uint64_t next = c->change(c->context, c->i, &c->rule, c->version, state, c->now);
