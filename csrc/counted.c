@@ -117,7 +117,7 @@ void fshm_count(fshm_limiter *l, const void *key, uint64_t key_length, const fsh
   counted_t c = {.k = &k, .rule = rule_make(limit), .cost = cost};
   if (limit->kind == FSHM_SLIDING) c.ahead = k.s->created_realtime_ns % limit->per_ns;
   out->status = FSHM_CONTENDED;
-  for (int tries = 0; tries < MAX_TRIES; tries++) {
+  for (int tries = 0; tries < MAX_TRIES; tries += f.pair.who ? 1 : CLAIM_TRIES) {
     cells_find(k.s, k.hash, k.who, &f);
     counted_take(&c, f.pair.who ? f.pair.when : 0, k.now);
     out->status = c.verdict.retry ? FSHM_DENIED : FSHM_ALLOWED;

@@ -294,6 +294,51 @@ static void test_time_backwards(void) {
   }
 }
 
+/* Processes whose readings are up to 10 s old, among others: what is admitted at an earlier instant counts in full
+ * from then on, ends no window sooner, and fits into the bounds with all others, by the instants that were read. */
+static void test_earlier_readings(void) {
+  enum { STEPS = 40 };
+  uint64_t earlier = 0;
+  for (int i = 0; i < 40000; i++) {
+    fshm_limit l = some_limit((uint32_t)i % 2, 1 + random_below(1000)); /* bucket, window */
+    if (random_below(2))
+      l.per_ns = SECOND + random_below(20 * SECOND); /* of the same order as 10 s */
+    if (!limit_valid(&l)) continue;
+    rule_t r = rule_make(&l);
+    uint64_t state = 0, latest = 20 * SECOND + random_below(TIME_MAX / 8), at[STEPS], costs[STEPS];
+    uint64_t in_window = 0, n = 0;
+    for (int step = 0; step < STEPS; step++) {
+      if (random_below(2)) latest += random_scaled(1, l.per_ns);
+      uint64_t now = latest - (random_below(2) ? random_scaled(1, 10 * SECOND) : 0);
+      uint64_t cost = random_scaled(1, l.kind == FSHM_BUCKET ? l.burst : l.n), was = state;
+      if (!take(&r, &state, now, cost)) continue;
+      earlier += now < latest;
+      if (state_expires(was) <= now) was = 0;
+      CHECK_OP(state_expires(state), >=, state_expires(was));
+      if (l.kind == FSHM_WINDOW) {
+        CHECK(!was || state_expires(state) == state_expires(was));
+        in_window = was ? in_window + cost : cost;
+        CHECK_OP(in_window, <=, l.n);
+      }
+      uint64_t more = l.kind == FSHM_BUCKET ? bucket_increment(&r, cost) : cost;
+      if (was && state_expires(was) > latest)
+        CHECK_EQ(meter_take(&r, 0, state, latest, latest, 0).used_before,
+                 meter_take(&r, 0, was, latest, latest, 0).used_before + more);
+      at[n] = now;
+      costs[n++] = cost;
+    }
+    for (uint64_t from = 0; l.kind == FSHM_BUCKET && from < n; from++) {
+      for (uint64_t to = 0; to < n; to++) {
+        uint64_t sum = 0;
+        for (uint64_t k = 0; k < n; k++) sum += at[from] <= at[k] && at[k] <= at[to] ? costs[k] : 0;
+        CHECK(sum <= r.burst ||
+              (wide_t)(sum - r.burst) * r.num <= (wide_t)(at[to] - at[from]) * r.den);
+      }
+    }
+  }
+  CHECK_OP(earlier, >, 10000);
+}
+
 /* At the end of time (4.5 years) a key stays denied rather than forgotten. */
 static void test_end_of_time(void) {
   for (int i = 0; i < 30000; i++) {
@@ -357,6 +402,7 @@ int main(void) {
   test_float12();
   test_expired_equals_never_seen();
   test_time_backwards();
+  test_earlier_readings();
   test_end_of_time();
   test_any_bits();
   return done();
