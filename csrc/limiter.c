@@ -59,6 +59,12 @@ static inline void met_present(const call_t *c, uint32_t i, uint64_t state, met_
   m->rule = &c->plan.rules[i];
 }
 
+static COLD void read_clock_again(call_t *c) {
+  uint64_t now = fresh_now(c);
+  c->at += now - c->now;
+  c->now = now;
+}
+
 /* The rule that the state in this cell was written under. False: the limits or the cell have changed; look again. */
 static bool former_rule(call_t *c, const found_t *f, rule_t *old) {
   c->stale |= !limits_rule(c->s, c->index, WHO_LABEL(f->pair.who), old);
@@ -80,9 +86,12 @@ static void state_met(call_t *c, uint32_t i, const found_t *f, met_t *m) {
   met_present(c, i, state, m);
   if (outdated(c)) c->stale = true;
   if (!f->pair.who || c->stale) return;
+  bool former = unlikely(f->pair.who != m->who);
+  if (former && !former_rule(c, f, &m->old)) return;
+  if (sliding_is_later(former ? &m->old : m->rule, state, c->now)) read_clock_again(c);
   if (state_expires(state) <= c->now) {
     m->state = 0;
-  } else if (unlikely(f->pair.who != m->who) && former_rule(c, f, &m->old)) {
+  } else if (former) {
     if (meter_settles(m->rule, &m->old, state, c->now, &m->state)) return;
     m->state = state;
     m->who = staying(c, i, f->pair.who);
@@ -97,6 +106,7 @@ static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_
   uint64_t state = l->cell.pair.when;
   rule_t old;
   if (!former_rule(c, &l->cell, &old)) return;
+  if (sliding_is_later(&old, state, c->now)) read_clock_again(c);
   uint64_t moved = meter_convert(r, &old, state, c->now);
   l->verdict = meter_take(r, moved, c->now, c->at, cost);
   if (!l->verdict.retry || cost > rule_capacity(r)) return;
@@ -115,6 +125,11 @@ static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_
   l->verdict.used_before = l->verdict.used_after =
       r->kind == FSHM_BUCKET ? bucket_increment(r, used) : used;
   l->verdict.reset = minus(state_expires(state), c->now);
+}
+
+static COLD void look_later(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
+  read_clock_again(c);
+  l->verdict = meter_take(&c->plan.rules[i], l->cell.pair.when, c->now, c->at, cost);
 }
 
 static inline HOT void look_found(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
@@ -137,6 +152,8 @@ static inline HOT void look_found(call_t *c, uint32_t i, uint64_t cost, look_t *
   }
   if (likely(r->kind == FSHM_BUCKET))
     l->verdict = bucket_take(r, likely(state_is_of(r, state)) ? state : 0, c->now, c->at, cost);
+  else if (unlikely(sliding_is_later(r, state, c->now)))
+    look_later(c, i, cost, l);
   else
     l->verdict = meter_take(r, state, c->now, c->at, cost);
 }
@@ -154,6 +171,7 @@ static inline void look(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
 static COLD int renew(call_t *c) {
   c->stale = false;
   if (!limits_load(c->s, c->index, &c->plan)) return damage_limits(c->s, c->index);
+  read_clock_again(c); /* after these limits were published: states drain at their pace from then on at most */
   return c->plan.count ? FSHM_OK : FSHM_E_ARGUMENT;
 }
 static inline int renewed(call_t *c) { return likely(!c->stale) ? FSHM_OK : renew(c); }
@@ -239,7 +257,8 @@ static int put_changed(call_t *c, uint32_t i, look_t *l, uint64_t next, changed_
   if (f->pair.who || state_expires(next) <= c->now) return put(c, i, l, next, FSHM_CHARGE);
   int status = cells_claim(c->s, c->hash, l->who, c->now, first_changed, first, &f->cell);
   if (status == CLAIMED) f->pair.who = l->who;
-  if (status == CLAIM_FULL && lease_free_dead(c->s, c->hash, l->who, c->now)) return CLAIM_LOST;
+  if (status == CLAIM_FULL && lease_free_dead(c->s, c->hash, l->who, c->now)) status = CLAIM_LOST;
+  if (status == CLAIM_LOST) c->tries += CLAIM_TRIES - 1;
   return status;
 }
 
