@@ -218,7 +218,8 @@ static __attribute__((noinline)) int put_first(call_t *c, uint32_t i, look_t *l,
   int status = cells_claim(c->s, c->hash, who, c->now, first_state, &first, &f->cell);
   if (status == CLAIMED) f->pair.who = who;
   if (unlikely(status == CLAIM_FULL) && lease_free_dead(c->s, c->hash, who, c->now))
-    return CLAIM_LOST;
+    status = CLAIM_LOST;
+  if (status == CLAIM_LOST) c->tries += CLAIM_TRIES - 1;
   return status;
 }
 

@@ -110,6 +110,23 @@ static void test_counted(void) {
   fshm_limiter_close(l);
 }
 
+static void test_checks(uint32_t count) {
+  const fshm_limit limits[] = {{1000, 60 * SECOND, 0, FSHM_WINDOW, 0},
+                               {1000, 60 * SECOND, 1000, FSHM_BUCKET, 0}};
+  fshm_limiter *l = fresh_limiter(s, count > 1 ? "two" : "one", limits, count);
+  for (unsigned op = FSHM_ACQUIRE; op <= FSHM_CHARGE; op += FSHM_CHARGE - FSHM_ACQUIRE) {
+    for (unsigned how = CHANGE; how < WAYS; how++) {
+      fshm_decision d;
+      forget_cells();
+      begin_scribbling(how, 4 * MAX_TRIES);
+      fshm_apply(l, op, KEY, NULL, 0, 0, &d);
+      ended_within(MAX_TRIES);
+      if (how != EMPTY_SOME) CHECK_EQ(d.status, FSHM_CONTENDED);
+    }
+  }
+  fshm_limiter_close(l);
+}
+
 static void test_moving(uint64_t n, uint64_t cost) {
   fshm_limiter *l = limiter_of("moving", FSHM_WINDOW, 1000);
   const fshm_limit limit = {n, 60 * SECOND, 0, FSHM_WINDOW, 0};
@@ -183,6 +200,8 @@ int main(void) {
   test_permits(8, true);
   test_permits(1000, true);
   test_counted();
+  test_checks(1);
+  test_checks(2);
   test_moving(1, 1);
   test_moving(100, 1);
   test_moving(1000, 1000);
