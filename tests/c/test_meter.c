@@ -326,8 +326,8 @@ static void test_earlier_readings(void) {
       /* what a window had, fades; what is counted in the present one does not */
       if (l.kind == FSHM_SLIDING ? sliding_read(&r, was, latest).count > 0
                                  : was && state_expires(was) > latest)
-        CHECK_EQ(meter_take(&r, 0, state, latest, latest, 0).used_before,
-                 meter_take(&r, 0, was, latest, latest, 0).used_before + more);
+        CHECK_EQ(meter_take(&r, state, latest, latest, 0).used_before,
+                 meter_take(&r, was, latest, latest, 0).used_before + more);
       at[n] = now;
       costs[n++] = cost;
     }
