@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from integrations_httpx.server import upstream_server
 from support import green
@@ -86,3 +88,10 @@ def test_one_asks_the_server_for_all(hub: str, segment_name: str) -> None:
 
 def test_a_lock_is_held_over_a_sleep(hub: str) -> None:
     assert run_one(green.locked, hub, patience=PATIENCE) == 1
+
+
+def test_an_encoding_is_looked_for_once(hub: str, tmp_path: Path) -> None:
+    with upstream_server() as server:  # which is no proxy, and says so
+        told = run_one(green.encodings, hub, str(tmp_path), server.origin, patience=PATIENCE)
+    assert len(told) == 5 and len(set(told)) == 1
+    assert "its download fails" in told[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import os
 import random
 import threading
 import time
@@ -14,12 +15,14 @@ from typing import Any
 
 from fast_litellm_shm import (
     ConcurrencyLimiter,
+    EncodingUnavailableError,
     PermitTimeoutError,
     RateLimiter,
     Segment,
     SimpleConnectionPool,
     Window,
     concurrency,
+    encoding,
     greenlets,
 )
 from fast_litellm_shm.cluster.asking import Asking
@@ -255,6 +258,21 @@ def locked(hub: str) -> int:
 
     together(library, [hold] * 10)
     return most
+
+
+def encodings(hub: str, folder: str, proxy: str) -> list[str]:
+    """Greenlets that all need an encoding which is nowhere here, nor to be downloaded: what they
+    are told."""
+    os.environ |= {"TIKTOKEN_CACHE_DIR": folder, "https_proxy": proxy}
+    library = patch(hub)
+
+    def load() -> str:
+        try:
+            return str(encoding.load("gpt2"))
+        except EncodingUnavailableError as error:
+            return str(error)
+
+    return together(library, [load] * 5)
 
 
 def over_hosts(
