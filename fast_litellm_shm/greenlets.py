@@ -9,6 +9,8 @@ tpool) has no greenlets, and sleeps in the kernel.
 
 from __future__ import annotations
 
+import os
+import random
 import sys
 import threading
 import time
@@ -16,10 +18,13 @@ from typing import Any
 
 from fast_litellm_shm.native import lib
 
-_FIRST, _LONGEST = 0.001, 0.008  # seconds between two looks: doubled from the one to the other,
-_EACH = 50e-6  # and so many more for each greenlet that waits: at most 20,000 looks a second in all
+# Seconds between two looks, on average: doubled from the first to the longest, and so many more for
+# each greenlet that waits: at most 20,000 looks a second in all.
+_FIRST, _LONGEST, _EACH = 0.001, 0.008, 50e-6
 
+_chance = random.Random().random  # not the program's, whose seed may matter to it
 _waiting: set[object] = set()
+os.register_at_fork(after_in_child=_waiting.clear)
 
 
 def must_yield() -> bool:
@@ -36,16 +41,19 @@ def must_yield() -> bool:
 
 
 def bell_wait(limiter: Any, raw: bytes, armed: int, ns: int) -> int:
-    """``fshm_bell_wait()``: 1 where a permit of the key may have been released since it returned
-    ``armed``, 0 where the time is up. A greenlet that is killed meanwhile leaves nothing behind: no
-    release is meant for it alone, as one is for a sleeper in the kernel."""
+    """``fshm_bell_wait()``: 1 where a permit of the key may have been released since
+    ``fshm_bell_arm()`` returned ``armed``; 0 where ``ns`` are over. A greenlet that is killed
+    meanwhile leaves nothing behind: a release is not meant for it alone, as for a sleeper in the
+    kernel."""
     if not must_yield():
         return int(lib.fshm_bell_wait(limiter, raw, len(raw), armed, ns))
     end, pause, me = time.monotonic_ns() + ns, _FIRST, object()
     _waiting.add(me)
     try:
         while (left := end - time.monotonic_ns()) > 0:
-            time.sleep(min(pause + _EACH * len(_waiting), left / 1e9))
+            # at random, or those whom one release sent to sleep together would look together
+            chosen = (pause + _EACH * len(_waiting)) * (0.5 + _chance())
+            time.sleep(min(chosen, left / 1e9))
             if lib.fshm_bell_arm(limiter, raw, len(raw)) != armed:
                 return 1
             pause = min(2 * pause, _LONGEST)
