@@ -9,7 +9,7 @@ from integrations_httpx.server import upstream_server
 from support import green
 from support.children import run, run_one
 from support.gunicorn import WORKERS, Server
-from support.permits import most_at_once
+from support.permits import most_at_once, wait_until_dead
 from support.waiting import PATIENCE
 
 from fast_litellm_shm import Segment
@@ -28,6 +28,8 @@ def test_gunicorn_serves_many_through_one_slot(hub: str, preload: bool, segment_
         pids = {pid for _, pid in answers}
         assert len(pids) > 1, "one worker alone has answered"
         assert pids <= first and len(first) == WORKERS
+    for pid in first:
+        wait_until_dead(pid)
 
 
 def test_workers_take_turns_at_one_slot(hub: str, segment_name: str) -> None:
