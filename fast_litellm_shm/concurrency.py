@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from fast_litellm_shm import exceptions, limits, settings
+from fast_litellm_shm import exceptions, greenlets, limits, settings
 from fast_litellm_shm.handle import SharedLimits, key_bytes
 from fast_litellm_shm.limiter import deadline_ns
 from fast_litellm_shm.native import Permit, ffi, lib
@@ -163,7 +163,7 @@ class ConcurrencyLimiter:
                 left = deadline - time.monotonic_ns()
                 if permit or left <= 0:
                     return permit
-                lib.fshm_bell_wait(self._handle, raw, len(raw), armed, min(left, self._look_ns))
+                greenlets.bell_wait(self._handle, raw, armed, min(left, self._look_ns))
         except BaseException:  # interrupted: a ring that was meant for us goes to the next
             lib.fshm_bell_ring(self._handle, raw, len(raw))
             raise
@@ -181,7 +181,7 @@ class ConcurrencyLimiter:
             if permit or left <= 0:
                 return permit
             left = min(left, self._look_ns)
-            rung = _executor().submit(lib.fshm_bell_wait, self._handle, raw, len(raw), armed, left)
+            rung = _executor().submit(greenlets.bell_wait, self._handle, raw, armed, left)
             try:
                 await asyncio.wait({asyncio.wrap_future(rung)}, timeout=left / 1e9 + 0.01)
             finally:

@@ -8,12 +8,11 @@ import importlib.util
 import os
 import re
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from fast_litellm_shm import settings
+from fast_litellm_shm import greenlets, settings
 from fast_litellm_shm.exceptions import EncodingUnavailableError
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ _CACHE_SETTINGS = ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")  # in tiktoken's 
 _PROBE_SECONDS = 3.0
 _RETRY_SECONDS = 30.0
 
-_lock = threading.Lock()
+_lock = greenlets.Lock()  # held over a download
 _loaded: dict[str, tiktoken.Encoding] = {}
 _failed: dict[str, tuple[float, str]] = {}  # when, and what the error said
 
@@ -218,7 +217,7 @@ def load(name: str) -> tiktoken.Encoding:
 
 def _renew_lock() -> None:
     global _lock
-    _lock = threading.Lock()  # whoever held it does not live in the child
+    _lock = greenlets.Lock()  # whoever held it does not live in the child
 
 
 if hasattr(os, "register_at_fork"):

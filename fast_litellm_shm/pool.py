@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 from weakref import WeakSet
 
-from fast_litellm_shm import exceptions, limits, monitoring, settings
+from fast_litellm_shm import exceptions, greenlets, limits, monitoring, settings
 from fast_litellm_shm.handle import SharedLimits
 from fast_litellm_shm.inspection import Inspection
 from fast_litellm_shm.limiter import deadline_ns
@@ -246,8 +246,7 @@ class SimpleConnectionPool(PoolCore):
             )
         raw = endpoint.encode("utf-8", "surrogatepass")
         armed = lib.fshm_bell_arm(self._slots._handle, raw, len(raw))
-        slice_ns = min(left, _TRY_AGAIN_NS)
-        lib.fshm_bell_wait(self._slots._handle, raw, len(raw), armed, slice_ns)
+        greenlets.bell_wait(self._slots._handle, raw, armed, min(left, _TRY_AGAIN_NS))
 
     def _forget(self) -> None:
         """Begin without connections; in a forked child they are the parent's."""

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from multiprocessing import util
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from fast_litellm_shm import greenlets
 from fast_litellm_shm.cluster import booking
 from fast_litellm_shm.cluster import link as links
 from fast_litellm_shm.cluster.beat import renew
@@ -80,6 +81,8 @@ class Agent:
         self._due = queue.SimpleQueue()
         link.on_lost = self.wake  # to be tried, until it is back
         self._busy = threading.Lock()
+
+    def start(self) -> None:
         for work in (self._refill, self._lead):
             threading.Thread(
                 target=work, name=f"fast-shm-cluster{work.__name__}", daemon=True
@@ -148,7 +151,8 @@ class Agent:
         handle, told = self.link.segment._handle, ""
         while True:
             try:
-                if lib.fshm_lead(handle, 1) != 1:
+                # to wait for it in the kernel would stop all greenlets of this thread
+                if lib.fshm_lead(handle, not greenlets.must_yield()) != 1:
                     time.sleep(_AGAIN)
                     continue
                 self._serve()
@@ -267,7 +271,14 @@ def ensure(link: links.Link) -> Agent:
         with _lock:
             known = _agents.get(id(link))
             if known is None:
+                # Known before its threads start: meanwhile other greenlets run and come here, and
+                # a lock that was made before the program was patched does not keep them out.
                 known = _agents[id(link)] = Agent(link)
+                try:
+                    known.start()
+                except BaseException:
+                    del _agents[id(link)]
+                    raise
                 # also where a child of multiprocessing ends, which runs no atexit
                 util.Finalize(None, known.finish, exitpriority=0)
     return known

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from fast_litellm_shm import greenlets
 from fast_litellm_shm.handle import SharedLimits
 from fast_litellm_shm.inspection import ASKING, HELD, LEASED, LOCAL, REFUSED
 from fast_litellm_shm.limits import InFlight
@@ -66,7 +67,7 @@ class Asking:
             if status != lib.FSHM_DENIED or left <= 0:
                 break
             if waited:
-                lib.fshm_bell_wait(self._limiter, raw, len(raw), armed, left)
+                greenlets.bell_wait(self._limiter, raw, armed, left)
             waited = True
         try:
             yield permit is not None, waited

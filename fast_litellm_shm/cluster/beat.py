@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from fast_litellm_shm import greenlets
 from fast_litellm_shm.cluster import link as links
 from fast_litellm_shm.inspection import LEASED, held_permits, is_cut, stored_name
 from fast_litellm_shm.native import ffi, lib
@@ -96,7 +97,7 @@ def _in_flight(segment: Segment) -> Iterator[tuple[bytes, bytes]]:
 
 
 _beats: dict[int, Beat] = {}
-_lock = threading.Lock()
+_lock = greenlets.Lock()  # to start a thread lets other greenlets run
 
 
 def ensure(link: links.Link) -> Beat:
@@ -113,7 +114,7 @@ def ensure(link: links.Link) -> Beat:
 def _forked() -> None:
     """A child holds nothing yet: what its parent holds is its parent's."""
     global _lock
-    _lock = threading.Lock()
+    _lock = greenlets.Lock()
     for each in _beats.values():
         for leases in list(each._leases):
             leases.keys.clear()

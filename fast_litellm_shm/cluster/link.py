@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fast_litellm_shm import exceptions
+from fast_litellm_shm import exceptions, greenlets
 from fast_litellm_shm.cluster.settings import OUTAGE, Cluster, library
 from fast_litellm_shm.native import lib
 from fast_litellm_shm.segment import Segment
@@ -83,7 +83,7 @@ class Link:
         self._client: Any = None
         self._scripts: dict[str, Any] = {}  # by source
         self._elsewhere: tuple[type[Exception], ...] = ()  # of a node: another one may have the key
-        self._lock = threading.Lock()
+        self._lock = greenlets.Lock()
         self._since = self._answers_since = 0.0
         self._since_ns = 0  # segment time
         self.away: str | None = None  # why
@@ -343,7 +343,7 @@ def _forked() -> None:
     global _links_lock
     _links_lock = threading.Lock()
     for link in _links.values():
-        link._lock = threading.Lock()
+        link._lock = greenlets.Lock()
         link._client = None
         link.booked.clear()
         for limiter in link.owing:

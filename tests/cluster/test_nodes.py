@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any
 
 import pytest
-from support import servers
+from support import green, servers
+from support.children import run_one
 from support.fleet import Fleet
 from support.flights import Flights
 from support.waiting import wait_until
@@ -247,3 +248,10 @@ def test_a_replica_is_told_what_was_admitted_meanwhile(
         assert client.info("replication")["role"] == "master"
     # (Less, where what the host knew of the key was not what the server did: both are told.)
     assert limiter.get_remaining(key) <= 70
+
+
+@pytest.mark.parametrize("hub", green.HUBS)
+def test_greenlets_connect_at_once(hub: str, nodes: list[servers.Server], segment: Segment) -> None:
+    """The first to call looks for the nodes, and the others run meanwhile."""
+    admitted, _ = run_one(green.over_hosts, hub, segment.name, url_of(nodes), 1, 10, 5)
+    assert sum(admitted) == 50

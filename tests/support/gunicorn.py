@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +22,10 @@ WORKERS = 4
 class Server:
     """gunicorn on a Unix socket, so that no port can be taken by somebody else."""
 
-    def __init__(self, segment_name: str, *, limit: int, preload: bool) -> None:
+    def __init__(
+        self, segment_name: str, *, limit: int, preload: bool, options: Sequence[str] = ()
+    ) -> None:
+        self.workers = set[int]()  # pids of those that answered when it was ready
         self._socket = f"/tmp/{segment_name}.sock"
         command = [
             sys.executable,
@@ -34,6 +38,7 @@ class Server:
             f"unix:{self._socket}",
             "--log-level",
             "warning",
+            *options,
         ]
         tests = str(Path(__file__).parents[1])
         path = os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -45,7 +50,7 @@ class Server:
 
     def __enter__(self) -> Server:
         """Ready: each of its workers has answered."""
-        seen = set[int]()
+        seen = self.workers
 
         def all_have_answered() -> bool:
             assert self._process.poll() is None, f"gunicorn ended: {self._process.poll()}"
@@ -77,9 +82,9 @@ class Server:
                 self._process.kill()
             Path(self._socket).unlink(missing_ok=True)
 
-    def ask(self, count: int, path: str = "/") -> list[tuple[int, int]]:
+    def ask(self, count: int, path: str = "/", at_once: int = 8) -> list[tuple[int, int]]:
         """So many requests, each on its own connection: status, pid of the worker."""
-        with ThreadPoolExecutor(8) as pool:
+        with ThreadPoolExecutor(at_once) as pool:
             return list(pool.map(lambda _: self._ask_once(path), range(count)))
 
     def _ask_once(self, path: str) -> tuple[int, int]:
