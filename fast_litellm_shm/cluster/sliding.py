@@ -24,14 +24,15 @@ _PREVIOUS, _PRESENT = b"p", b"c"
 def packed(count: int) -> int:
     """A count as 16 bits and a power of two, rounded up: exact to 65,535."""
     power = max(count.bit_length() - _BITS, 0)
-    if -(-count >> power) >> _BITS:
-        power += 1
-    code: int = power << _BITS | -(-count >> power)
-    return min(code, _MOST)
+    kept = -(-count >> power)
+    if kept >> _BITS:
+        power, kept = power + 1, kept >> 1
+    return min(power << _BITS | kept, _MOST)
 
 
 def unpacked(code: int) -> int:
-    return (code & (2**_BITS - 1)) << (code >> _BITS)
+    power = code >> _BITS
+    return (code - (power << _BITS)) << power
 
 
 class Told:
