@@ -16,24 +16,25 @@
 --   block   give back `given`, and deny for so many ns as the cost says, or longer: buckets
 --   reset   forget what was consumed
 -- Answer: admitted (1, 0), how many times the cost the batch holds, us until the cost fits (0; -1 never),
---   us for which the host need not ask again (also where it was admitted), the limit that refused; then six numbers for each limit:
---   tokens used, left (as above), us that the lease lasts, whether `kept` was dated anew, and of a sliding
---   window its two counts: this window's, the previous one's.
+--   us for which the host need not ask again (also where it was admitted), the limit that refused; then six
+--   numbers for each limit: tokens used, left (as above), us that the lease lasts, whether `kept` was dated anew,
+--   and of a sliding window its two counts: this window's, the previous one's.
 --
 -- State: t (us, when it was written), l (limits), h (hosts), x (it was reset). All times in it are spans from
 -- t on, so that a clock of the server that jumps back costs nobody anything.
 --   limit  k: kind; r: n, per, burst, num, den of its label, the limit that wrote it; o: which of the
---          limits of the last call it is for, if any; f, q: kind and per of the limit that it was last for, if that is not
---          its label. Bucket: a: ns that the arrival time is ahead. Window: w: us until its end
---          without debt (0 or less while debt is waited out); c: tokens used in all; s: serial number of the
---          window. Sliding: and p: those of the previous one; g, h: how many of c, p were told by `fill`.
+--          limits of the last call it is for, if any; f, q: kind and per of that, where they are not its label's.
+--          Bucket: a: ns that the arrival time is ahead. Window: w: us until its end without debt (0 or less
+--          while debt is waited out); c: tokens used in all; s: serial number of the window. Sliding: and p:
+--          those of the previous one; g, h: how many of c, p were told by `fill`.
 --   host   t: us, when it last called; g: when it was last granted something; b: batches it was granted then;
 --          p: for each limit, bucket: -1 - a after that grant, and in i the ns of a token; else s at that grant;
 --          r: when it was asked to give back; o: whether it may hold tokens.
 --
 -- Limits that change: a state stays under its label until the present limit leaves room for it, or would have it
 -- empty sooner. So a window that is lowered and raised again has what it had, debt is only what exceeded the limit
--- that it was written under, and a bucket drains as it did until what is in it fits. Another kind takes the tokens over.
+-- that it was written under, and a bucket drains as it did until what is in it fits. Another kind takes the
+-- tokens over.
 -- Numbers are doubles: every integer below is less than 2^53. (cluster/script.py refuses larger limits.)
 
 local FIELDS, HEAD = 13, 6
@@ -239,7 +240,8 @@ end
 
 -- Of each limit, its state and the label of that.
 local meters, labels = {}, {}
-local function seen(i) -- under the present limit
+-- Its state under the present limit.
+local function seen(i)
   return labels[i] == rules[i] and meters[i] or under(rules[i], labels[i], meters[i])
 end
 local function adopt(i, u)
@@ -290,8 +292,8 @@ hosts = hosts + 1
 -- A host that this state has never seen, and that knows more than is in it: the state was lost (a restart
 -- without persistence, a failover). What the hosts know last is what it was, so it grows together again. That
 -- has what a host admitted while the server was away, of all its processes: while these tell of it, each its own
--- part, it would count twice. So a host is not seen by that.
--- (It may also be a host that was forgotten: then all that it knows is in the state, as far as it was not given back.)
+-- part, it would count twice. So a host is not seen by that. (It may also be a host that was forgotten: then all
+-- that it knows is in the state, or was given back.)
 local me = state.h[host]
 if not me then
   me = {t = now, g = now, b = 0}
@@ -315,6 +317,10 @@ if not me then
         -- what was admitted without the server is not among what hosts know of a sliding window
         m.c = max(m.c, c + (m.g or 0))
         if r.kind == 2 then m.p = max(m.p, p + (m.h or 0)) end
+        if r.kind == 1 and m.c > label.n and m.c == c then -- it was not under this limit that it was used
+          m.r[1] = c
+          labels[i] = labelled(m)
+        end
       end
     end
   end
@@ -325,13 +331,13 @@ local function give_back(i, tokens)
   local r, m, at = labels[i], meters[i], me.p and me.p[place[i]]
   if tokens == 0 or not at then return end
   if r.kind == 0 then
-    local then_, pace = at < 0 and me.i and me.i[place[i]], r.num / r.den
-    if not then_ then return end
+    local was, pace = at < 0 and me.i and me.i[place[i]], r.num / r.den
+    if not was then return end
     local gone, back = (now - me.g) * 1000, increment(r, tokens)
-    if then_ == pace then
+    if was == pace then
       back = min(back, max(0, -1 - at - gone))
     else
-      back = min(back, floor(max(0, (-1 - at) / then_ - gone / min(then_, pace)) * pace))
+      back = min(back, floor(max(0, (-1 - at) / was - gone / min(was, pace)) * pace))
     end
     m.a = max(0, m.a - back)
   elseif m.s == at then

@@ -241,11 +241,14 @@ class Wallet:
         rules = self.rules()
         lib.fshm_known(self._shared._handle, raw, len(raw), 0, used, left)
         kept = self.look(raw)[0] if operation == "ahead" else _NONE
+        # The limits may have become more since these were counted: of a new one nothing is asked.
+        costs, given = ((*each, *_NONE)[: len(rules)] for each in (costs, given))
         known = tuple(
             int(left[i]) if each.kind == 0 else int(left[i]) // 1000 for i, each in enumerate(rules)
         )
         sent = int(lib.fshm_now(self._shared.segment._handle))
         if ends is not None:
+            ends = (*ends, *_NONE)[: len(rules)]
             known = tuple(max((end - sent) // 1000, 0) for end in ends)
             costs = tuple(cost if left else 0 for cost, left in zip(costs, known, strict=True))
         before: tuple[int, ...] = _NONE

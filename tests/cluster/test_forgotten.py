@@ -114,3 +114,13 @@ def test_counts_are_kept_to_a_few_bits() -> None:
         found = sliding.unpacked(sliding.packed(count))
         assert count <= found <= count * (1 + 2**-15)
         assert found == count or count > 65_535
+
+
+def test_a_lost_window_that_was_lowered_owes_nothing(meter: Meter) -> None:
+    """It had 500 of 1000 when it was lowered; then the server lost it."""
+    key, second = new_key(), 10**6
+    told = {"used": 500, "left": 30 * second}
+    denied = meter(START, "a", "single", key, [Window(10, 60)], costs=1, **told)
+    assert not denied.admitted and denied.retry_after_ns == 30 * 10**9
+    again = meter(START, "a", "look", key, [Window(1000, 60)], costs=500)
+    assert again.admitted and again.limits[0].used == 500
