@@ -22,7 +22,7 @@
 --
 -- State: t (us, when it was written), l (limits), h (hosts), x (it was reset). All times in it are spans from
 -- t on, so that a clock of the server that jumps back costs nobody anything.
---   limit  k: kind; r: n, per, burst, num, den of its label, the limit that wrote it; o: which of the
+--   limit  k: kind; r: n, per, of a bucket burst, num, den of its label, the limit that wrote it; o: which of the
 --          limits of the last call it is for, if any; f, q: kind and per of that, where they are not its label's.
 --          Bucket: a: ns that the arrival time is ahead. Window: w: us until its end without debt (0 or less
 --          while debt is waited out); c: tokens used in all; s: serial number of the window. Sliding: and p:
@@ -77,10 +77,18 @@ local function increment(r, cost) return times(r, cost, ceil) end
 local function most(r) return r.kind == 0 and r.burst or r.n end
 local function room(r, cost) return times(r, r.burst - cost, floor) end
 
-local function numbers(r) return {r.n, r.per, r.burst, r.num, r.den} end
+local function numbers(r)
+  if r.kind == 0 then return {r.n, r.per, r.burst, r.num, r.den} end
+  return {r.n, r.per}
+end
 local function labelled(m)
   local r = m.r
   return {kind = m.k, n = r[1], per = r[2], burst = r[3], num = r[4], den = r[5]}
+end
+local function is_label(r, m)
+  local l = m.r
+  return r.kind == m.k and r.n == l[1] and r.per == l[2]
+         and (r.kind ~= 0 or r.burst == l[3] and r.num == l[4] and r.den == l[5])
 end
 local function fresh(r, s) return {k = r.kind, r = numbers(r), a = 0, w = 0, c = 0, p = 0, s = s} end
 
@@ -194,6 +202,7 @@ local state = packed and cmsgpack.unpack(packed) or {t = now, l = {}, h = {}}
 local span = max(0, now - state.t)
 local back = max(0, state.t - now) -- the clock went back by this much: so do instants
 state.t = now
+local known = {} -- labels
 for j, m in ipairs(state.l) do
   local r = rules[j]
   m.o = m.o or not m.r and j or nil
@@ -207,34 +216,45 @@ for j, m in ipairs(state.l) do
       state.l[j] = m
     end
   end
-  advance(labelled(m), m, span)
+  known[j] = r and is_label(r, m) and r or labelled(m)
+  advance(known[j], m, span)
 end
 
 -- Which state belongs to which limit: one of its kind and period, else the next of those that were in force, else,
 -- since it is a new limit, one that is empty.
-local place, taken, order = {}, {}, {}
-for j in ipairs(state.l) do order[j] = j end
-table.sort(order, function(a, b)
-  return (state.l[a].o or PLACES + a) < (state.l[b].o or PLACES + b)
-end)
-local function match(fits)
-  for i, r in ipairs(rules) do
-    for _, j in ipairs(order) do
-      if not place[i] and not taken[j] and fits(r, state.l[j]) then place[i], taken[j] = j, true end
+local place, taken = {}, {}
+local function alike(r, m) return (m.f or m.k) == r.kind and (m.q or m.r[2]) == r.per end
+local as_before = #state.l == count
+for i, r in ipairs(rules) do
+  as_before = as_before and state.l[i].o == i and alike(r, state.l[i])
+  place[i], taken[i] = i, true
+end
+if not as_before then
+  place, taken = {}, {}
+  local order = {}
+  for j in ipairs(state.l) do order[j] = j end
+  table.sort(order, function(a, b)
+    return (state.l[a].o or PLACES + a) < (state.l[b].o or PLACES + b)
+  end)
+  local function match(fits)
+    for i, r in ipairs(rules) do
+      for _, j in ipairs(order) do
+        if not place[i] and not taken[j] and fits(r, state.l[j], known[j]) then
+          place[i], taken[j] = j, true
+        end
+      end
     end
   end
-end
-local function alike(r, m) return (m.f or m.k) == r.kind and (m.q or m.r[2]) == r.per end
-match(function(r, m) return m.o and alike(r, m) end)
-match(function(r, m) return alike(r, m) and used(labelled(m), m) > 0 end)
-match(function(_, m) return m.o end)
-match(function(_, m) return over(labelled(m), m) == 0 end)
-if #state.l >= PLACES then match(function() return true end) end
-for i, r in ipairs(rules) do
-  if not place[i] then
-    place[i] = #state.l + 1
-    taken[place[i]] = true
-    state.l[place[i]] = fresh(r, 0)
+  match(function(r, m) return m.o and alike(r, m) end)
+  match(function(r, m, label) return alike(r, m) and used(label, m) > 0 end)
+  match(function(_, m) return m.o end)
+  match(function(_, m, label) return over(label, m) == 0 end)
+  if #state.l >= PLACES then match(function() return true end) end
+  for i, r in ipairs(rules) do
+    if not place[i] then
+      local j = #state.l + 1
+      place[i], taken[j], state.l[j], known[j] = j, true, fresh(r, 0), r
+    end
   end
 end
 
@@ -249,10 +269,9 @@ local function adopt(i, u)
 end
 for i, r in ipairs(rules) do
   local m = state.l[place[i]]
-  local label = labelled(m)
+  local label = known[place[i]]
   meters[i], labels[i] = m, label
-  if m.k == r.kind and label.n == r.n and label.per == r.per and label.burst == r.burst
-     and label.num == r.num and label.den == r.den then
+  if is_label(r, m) then
     labels[i] = r
   else
     local u = under(r, label, m)
@@ -442,11 +461,15 @@ elseif op == 'take' or op == 'single' or op == 'ahead' then
     if whole then
       batch = size()
       charge_all(batch)
-      me.p, me.i = me.p or {}, me.i or {}
-      for i in ipairs(rules) do
-        local label, j = labels[i], place[i]
-        me.p[j] = label.kind == 0 and -1 - meters[i].a or meters[i].s
-        me.i[j] = label.kind == 0 and label.num / label.den or nil
+      me.p = me.p or {}
+      for i, label in ipairs(labels) do
+        local j = place[i]
+        if label.kind == 0 then
+          me.i = me.i or {}
+          me.p[j], me.i[j] = -1 - meters[i].a, label.num / label.den
+        else
+          me.p[j] = meters[i].s
+        end
       end
     end
     if whole then
@@ -522,7 +545,7 @@ elseif op == 'refund' then
   end
 elseif op == 'reset' then
   for j, m in ipairs(state.l) do
-    state.l[j] = fresh(labelled(m), m.s + 1) -- what was granted before is nobody's
+    state.l[j] = fresh(known[j], m.s + 1) -- what was granted before is nobody's
   end
   for i, r in ipairs(rules) do adopt(i, fresh(r, state.l[place[i]].s)) end
   state.h = {}
@@ -537,9 +560,11 @@ end
 
 -- until nothing of it counts: then the key is as one that was never seen
 local life = ACTIVE
-for _, m in ipairs(state.l) do life = max(life, ceil(over(labelled(m), m))) end
-for _, r in ipairs(rules) do
-  life = max(life, r.lease)
+for j, m in ipairs(state.l) do
+  if not taken[j] then life = max(life, ceil(over(known[j], m))) end
+end
+for i, r in ipairs(rules) do
+  life = max(life, r.lease, ceil(over(labels[i], meters[i])))
   if state.x then life = max(life, 2 * r.per) end -- longer than anybody's knowledge of before
 end
 redis.call('SET', KEYS[1], cmsgpack.pack(state), 'PX', ceil(life / 1000) + 1000)
