@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 
 # Limiters of limits that are kept for many hosts (cluster/): wallets are shown, the others only
 # keep something about another limiter.
-HELD, LEASED, REFUSED, ASKING, LOCAL = (
+HELD, LEASED, REFUSED, ASKING, LOCAL, TOLD = (
     " (wallet)",
     " (leases)",
     " (refused)",
     " (asking)",
     " (local)",
+    " (told)",
 )
 NOTE = "(cluster)"
 SORTS = ("busiest", "admitted", "denied", "key")
@@ -51,7 +52,7 @@ def is_beside(name: str, names: Container[str]) -> bool:
     """Whether a limiter is there for another one's sake, and of no interest by itself."""
     if name == NOTE:
         return True
-    for suffix in (LEASED, REFUSED, ASKING, LOCAL):
+    for suffix in (LEASED, REFUSED, ASKING, LOCAL, TOLD):
         base = name.removesuffix(suffix)
         if name.endswith(suffix) and base in names:
             return base + HELD in names or base + LEASED in names

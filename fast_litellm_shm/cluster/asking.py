@@ -10,12 +10,12 @@ from typing import Any
 
 from fast_litellm_shm import greenlets
 from fast_litellm_shm.handle import SharedLimits
-from fast_litellm_shm.inspection import ASKING, HELD, LEASED, LOCAL, REFUSED
+from fast_litellm_shm.inspection import ASKING, HELD, LEASED, LOCAL, REFUSED, TOLD
 from fast_litellm_shm.limits import InFlight
 from fast_litellm_shm.native import ffi, lib
 
 MOST_NAME = lib.FSHM_MAX_LIMITER_NAME - max(
-    len(suffix) for suffix in (HELD, LEASED, REFUSED, ASKING, LOCAL)
+    len(suffix) for suffix in (HELD, LEASED, REFUSED, ASKING, LOCAL, TOLD)
 )  # bytes
 
 

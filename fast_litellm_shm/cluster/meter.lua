@@ -1,8 +1,9 @@
 -- meter.lua - the global meter of one key, for all hosts. The arithmetic is that of csrc/meter.h.
 --
 -- KEYS[1]: the state of the key, packed by cmsgpack. It lives as long as anything in it counts.
--- ARGV: operation, host, channel, limiter, key, how many limits; then twelve numbers for each limit:
---   kind, n, per (us), burst, num, den (ns), lease (us), cost, kept, given, used, left (us or ns ahead)
+-- ARGV: operation, host, channel, limiter, key, how many limits; then thirteen numbers for each limit:
+--   kind, n, per (us), burst, num, den (ns), lease (us), cost, kept, given, and what the host knows: used,
+--   previous (of a sliding window, which has only the present one in `used`), left (us or ns ahead)
 -- Operations:
 --   take    give back `given`, then charge the cost if it fits every limit, and a batch of as much more for
 --           the host's wallet, which is empty until then
@@ -15,20 +16,28 @@
 --   block   give back `given`, and deny for so many ns as the cost says, or longer: buckets
 --   reset   forget what was consumed
 -- Answer: admitted (1, 0), how many times the cost the batch holds, us until the cost fits (0; -1 never),
---   us for which the host need not ask again (also where it was admitted), the limit that refused; then four numbers for each limit:
---   tokens used, left (as above), us that the lease lasts, whether `kept` was dated anew.
+--   us for which the host need not ask again (also where it was admitted), the limit that refused; then six
+--   numbers for each limit: tokens used, left (as above), us that the lease lasts, whether `kept` was dated anew,
+--   and of a sliding window its two counts: this window's, the previous one's.
 --
 -- State: t (us, when it was written), l (limits), h (hosts), x (it was reset). All times in it are spans from
 -- t on, so that a clock of the server that jumps back costs nobody anything.
---   limit  k: kind. Bucket: a: ns that the arrival time is ahead; i: its interval (float, for a change of
---          limits). Window: w: us left; c: count; s: serial number of the window; d: us of w by which debt has
---          prolonged it. Sliding: and p: previous.
+--   limit  k: kind; r: n, per, of a bucket burst, num, den of its label, the limit that wrote it; o: which of the
+--          limits of the last call it is for, if any; f, q: kind and per of that, where they are not its label's.
+--          Bucket: a: ns that the arrival time is ahead. Window: w: us until its end without debt (0 or less
+--          while debt is waited out); c: tokens used in all; s: serial number of the window. Sliding: and p:
+--          those of the previous one; g, h: how many of c, p were told by `fill`.
 --   host   t: us, when it last called; g: when it was last granted something; b: batches it was granted then;
---          p: for each limit, bucket: a after that grant; else s at that grant; r: when it was asked to give
---          back; o: whether it may hold tokens.
+--          p: for each limit, bucket: -1 - a after that grant, and in i the ns of a token; else s at that grant;
+--          r: when it was asked to give back; o: whether it may hold tokens.
+--
+-- Limits that change: a state stays under its label until the present limit leaves room for it, or would have it
+-- empty sooner. So a window that is lowered and raised again has what it had, debt is only what exceeded the limit
+-- that it was written under, and a bucket drains as it did until what is in it fits. Another kind takes the
+-- tokens over.
 -- Numbers are doubles: every integer below is less than 2^53. (cluster/script.py refuses larger limits.)
 
-local FIELDS, HEAD = 12, 6
+local FIELDS, HEAD = 13, 6
 local PACE = 250000 -- us that a batch should last: several times what a thread may wait for its interpreter
 local CALM = 60000 -- us after a refusal before the host asks again, at least
 local VERIFY = 1000000 -- and at most
@@ -37,6 +46,8 @@ local REPEAT = 5000000 -- but it is asked again: it may not have heard
 local ACTIVE = 1000000 -- us since its last call for which a host counts as one of those who want a share
 local FORGET = 600000000 -- us after which a host that holds nothing is forgotten, where hosts are many
 local MOST = 16777214 -- tokens in a wallet: WALLET_MOST of meter.h
+local USED = 2147483647 -- tokens of a window: WINDOW_MAX_N of meter.h
+local PLACES = 12 -- limits that a key's state has at most, those that are taken away included
 
 local floor, ceil, min, max = math.floor, math.ceil, math.min, math.max
 local op, host, channel, limiter, name = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
@@ -48,7 +59,7 @@ local rules = {}
 for i = 1, count do
   local at, r = HEAD + (i - 1) * FIELDS, {}
   for k, field in ipairs({'kind', 'n', 'per', 'burst', 'num', 'den', 'lease', 'cost', 'kept', 'given',
-                          'used', 'left'}) do
+                          'used', 'previous', 'left'}) do
     r[field] = tonumber(ARGV[at + k])
   end
   rules[i] = r
@@ -63,25 +74,48 @@ local function times(r, cost, round)
   return cost * whole + round(cost * part / r.den)
 end
 local function increment(r, cost) return times(r, cost, ceil) end
+local function most(r) return r.kind == 0 and r.burst or r.n end
 local function room(r, cost) return times(r, r.burst - cost, floor) end
 
-local function fresh(r) return {k = r.kind, a = 0, w = 0, c = 0, p = 0, s = 0} end
+local function numbers(r)
+  if r.kind == 0 then return {r.n, r.per, r.burst, r.num, r.den} end
+  return {r.n, r.per}
+end
+local function labelled(m)
+  local r = m.r
+  return {kind = m.k, n = r[1], per = r[2], burst = r[3], num = r[4], den = r[5]}
+end
+local function is_label(r, m)
+  local l = m.r
+  return r.kind == m.k and r.n == l[1] and r.per == l[2]
+         and (r.kind ~= 0 or r.burst == l[3] and r.num == l[4] and r.den == l[5])
+end
+local function fresh(r, s) return {k = r.kind, r = numbers(r), a = 0, w = 0, c = 0, p = 0, s = s} end
 
--- Let time pass.
+-- How much longer a window lasts for its debt: per / n a token.
+local function debt(r, m) return m.c > r.n and ceil((m.c - r.n) * r.per / r.n) or 0 end
+
+-- us until nothing is consumed
+local function over(r, m)
+  if r.kind == 0 then return m.a / 1000 end
+  return max(0, m.w + (r.kind == 1 and debt(r, m) or m.c > 0 and r.per or 0))
+end
+
+-- Let time pass. r is the label of m, here and below, where it is not said to be another.
 local function advance(r, m, span)
   if r.kind == 0 then
     m.a = max(0, m.a - span * 1000)
-    local interval = r.num / r.den
-    if m.i and m.i ~= interval and m.a > 0 then m.a = ceil(m.a * interval / m.i) end -- other limits
-    m.i = interval
+  elseif r.kind == 1 then
+    m.w = m.w - span
+    if over(r, m) == 0 then m.w, m.c = 0, 0 end
   elseif m.w > span then
     m.w = m.w - span
   elseif m.w > 0 then
-    local over = span - m.w
-    if r.kind == 2 and over < r.per and m.c > 0 then
-      m.p, m.c, m.w, m.s = m.c, 0, r.per - over, m.s + 1
+    local late = span - m.w
+    if late < r.per and m.c > 0 then
+      m.p, m.c, m.w, m.s, m.h, m.g = m.c, 0, r.per - late, m.s + 1, m.g, nil
     else
-      m.p, m.c, m.w, m.d = 0, 0, 0, nil
+      m.p, m.c, m.w, m.h, m.g = 0, 0, 0, nil, nil
     end
   end
 end
@@ -92,9 +126,39 @@ local function weight(previous, left, per)
   return ceil(previous * left / per)
 end
 
+-- Whole tokens in a bucket.
+local function whole(r, m)
+  local tokens = floor(m.a * r.den / r.num) + 1
+  while increment(r, tokens) > m.a do tokens = tokens - 1 end
+  return tokens
+end
+
 local function used(r, m)
   if r.kind == 2 then return m.c + weight(m.p, m.w, r.per) end
-  return m.c
+  if r.kind == 1 then return m.c end
+  local tokens = whole(r, m)
+  return increment(r, tokens) < m.a and tokens + 1 or tokens
+end
+
+-- The same tokens under another limit than their label: r.
+local function under(r, label, m)
+  local u = fresh(r, m.s)
+  if label.kind ~= r.kind or (r.kind == 2 and label.per ~= r.per) then
+    local tokens = used(label, m)
+    if r.kind == 0 then u.a = increment(r, tokens) elseif tokens > 0 then u.c, u.w = tokens, r.per end
+    if label.kind ~= r.kind then u.s = m.s + 1 end -- what was granted before is nobody's
+  elseif r.kind == 0 then
+    u.a = m.a
+    if r.num * label.den ~= label.num * r.den then -- what is no whole token is rounded up
+      local tokens = whole(label, m)
+      local part = m.a - increment(label, tokens)
+      u.a = increment(r, tokens) + ceil(part * ((r.num * label.den) / (label.num * r.den)))
+    end
+  else
+    u.w, u.c, u.p, u.g, u.h = m.w, m.c, m.p, m.g, m.h
+    if over(r, u) == 0 then u.w, u.c = 0, 0 end
+  end
+  return u
 end
 
 -- Tokens that fit now.
@@ -111,8 +175,8 @@ local function charge(r, m, cost)
   if r.kind == 0 then
     m.a = m.a + increment(r, cost)
   else
-    if m.w == 0 then m.w, m.s = r.per, m.s + 1 end
-    m.c = m.c + cost
+    if m.w <= 0 and m.c == 0 then m.w, m.s = r.per, m.s + 1 end
+    m.c = min(m.c + cost, USED)
   end
 end
 
@@ -122,29 +186,13 @@ local function room_at(r, full, room)
   return r.per - floor(room * r.per / full)
 end
 
-local function retry(r, m, cost)
-  if r.kind == 0 then
-    if cost > r.burst then return -1 end
-    return ceil(max(0, m.a - room(r, cost)) / 1000)
-  end
-  if cost > r.n then return -1 end
-  if available(r, m) >= cost then return 0 end
-  if r.kind == 1 then return max(1, m.w) end
-  if m.c + cost <= r.n then return max(1, room_at(r, m.p, r.n - m.c - cost) - (r.per - m.w)) end
-  return max(1, m.w + room_at(r, m.c, r.n - cost))
-end
-
--- Give back what the host was granted and has not spent. What has drained since belongs to others by now.
-local function give_back(r, m, me, i, tokens)
-  local at = me.p and me.p[i]
-  if tokens == 0 or not at then return end
-  if r.kind == 0 then
-    m.a = max(0, m.a - min(increment(r, tokens), max(0, at - (now - me.g) * 1000)))
-  elseif m.s == at then
-    m.c = m.c - min(m.c, tokens)
-  elseif r.kind == 2 and m.s == at + 1 then
-    m.p = m.p - min(m.p, tokens)
-  end
+-- us until no more than `n` less the cost is consumed
+local function until_room(r, m, cost, n)
+  if r.kind == 0 then return ceil(max(0, m.a - times(r, n - cost, floor)) / 1000) end
+  if used(r, m) + cost <= n then return 0 end
+  if r.kind == 1 then return max(1, over(r, m)) end
+  if m.c + cost <= n then return max(1, room_at(r, m.p, n - m.c - cost) - (r.per - m.w)) end
+  return max(1, m.w + room_at(r, m.c, n - cost))
 end
 
 -- the state -----------------------------------------------------------------------------------------
@@ -154,11 +202,98 @@ local state = packed and cmsgpack.unpack(packed) or {t = now, l = {}, h = {}}
 local span = max(0, now - state.t)
 local back = max(0, state.t - now) -- the clock went back by this much: so do instants
 state.t = now
-for i, r in ipairs(rules) do
-  if not state.l[i] or state.l[i].k ~= r.kind then state.l[i] = fresh(r) end
-  advance(r, state.l[i], span)
+local known = {} -- labels
+for j, m in ipairs(state.l) do
+  local r = rules[j]
+  m.o = m.o or not m.r and j or nil
+  if not m.r then -- written by a release that kept no labels
+    if r and r.kind == m.k then
+      m.r = numbers(r)
+      if m.i then m.r[4], m.r[5], m.i = m.i, 1, nil end
+      if m.d then m.w, m.c, m.d = m.w - m.d, m.c + floor(m.d * r.n / r.per), nil end
+    else
+      m = fresh({kind = 1, n = 1, per = 1, burst = 0, num = 1, den = 1}, m.s or 0)
+      state.l[j] = m
+    end
+  end
+  known[j] = r and is_label(r, m) and r or labelled(m)
+  advance(known[j], m, span)
 end
-for i = #state.l, count + 1, -1 do state.l[i] = nil end
+
+-- Which state belongs to which limit: one of its kind and period, else the next of those that were in force, else,
+-- since it is a new limit, one that is empty.
+local place, taken = {}, {}
+local function alike(r, m) return (m.f or m.k) == r.kind and (m.q or m.r[2]) == r.per end
+local as_before = #state.l == count
+for i, r in ipairs(rules) do
+  as_before = as_before and state.l[i].o == i and alike(r, state.l[i])
+  place[i], taken[i] = i, true
+end
+if not as_before then
+  place, taken = {}, {}
+  local order = {}
+  for j in ipairs(state.l) do order[j] = j end
+  table.sort(order, function(a, b)
+    return (state.l[a].o or PLACES + a) < (state.l[b].o or PLACES + b)
+  end)
+  local function match(fits)
+    for i, r in ipairs(rules) do
+      for _, j in ipairs(order) do
+        if not place[i] and not taken[j] and fits(r, state.l[j], known[j]) then
+          place[i], taken[j] = j, true
+        end
+      end
+    end
+  end
+  match(function(r, m) return m.o and alike(r, m) end)
+  match(function(r, m, label) return alike(r, m) and used(label, m) > 0 end)
+  match(function(_, m) return m.o end)
+  match(function(_, m, label) return over(label, m) == 0 end)
+  if #state.l >= PLACES then match(function() return true end) end
+  for i, r in ipairs(rules) do
+    if not place[i] then
+      local j = #state.l + 1
+      place[i], taken[j], state.l[j], known[j] = j, true, fresh(r, 0), r
+    end
+  end
+end
+
+-- Of each limit, its state and the label of that.
+local meters, labels = {}, {}
+-- Its state under the present limit.
+local function seen(i)
+  return labels[i] == rules[i] and meters[i] or under(rules[i], labels[i], meters[i])
+end
+local function adopt(i, u)
+  meters[i], labels[i], state.l[place[i]] = u, rules[i], u
+end
+for i, r in ipairs(rules) do
+  local m = state.l[place[i]]
+  local label = known[place[i]]
+  meters[i], labels[i] = m, label
+  if is_label(r, m) then
+    labels[i] = r
+  else
+    local u = under(r, label, m)
+    if over(r, u) <= over(label, m) then adopt(i, u) end
+  end
+end
+-- Where something is charged or given back, it is under the present limit if that has room for what there is.
+local function adopt_fitting(i)
+  local r, u = rules[i], seen(i)
+  if r.kind == 0 and u.a <= room(r, 0) or r.kind ~= 0 and used(r, u) <= r.n then adopt(i, u) end
+end
+
+-- us until the cost fits; -1: never. While it does not, the state stays under its label, or goes by the present
+-- limit, whichever is sooner.
+local function retry(i, cost)
+  local r = rules[i]
+  if cost > most(r) then return -1 end
+  local wait = until_room(r, seen(i), cost, most(r))
+  if labels[i] == r then return wait end
+  return min(wait, until_room(labels[i], meters[i], cost, most(r)))
+end
+
 local hosts, others, idle = 0, 0, {}
 for id, h in pairs(state.h) do
   if back > 0 then
@@ -176,21 +311,58 @@ hosts = hosts + 1
 -- A host that this state has never seen, and that knows more than is in it: the state was lost (a restart
 -- without persistence, a failover). What the hosts know last is what it was, so it grows together again. That
 -- has what a host admitted while the server was away, of all its processes: while these tell of it, each its own
--- part, it would count twice. So a host is not seen by that.
+-- part, it would count twice. So a host is not seen by that. (It may also be a host that was forgotten: then all
+-- that it knows is in the state, or was given back.)
 local me = state.h[host]
 if not me then
   me = {t = now, g = now, b = 0}
   if op ~= 'fill' then state.h[host] = me end
   if not state.x and op ~= 'fill' then
     for i, r in ipairs(rules) do
-      local m = state.l[i]
-      if r.kind == 0 then
-        m.a = max(m.a, r.left)
-      elseif r.left > 0 and r.used > 0 then
-        if m.w == 0 then m.w, m.s = min(r.left, r.per), m.s + 1 end
-        m.c = max(m.c, r.used)
+      local m, label = meters[i], labels[i]
+      if label.kind ~= r.kind then
+        -- what it knows is in terms of another kind
+      elseif r.kind == 0 then
+        m.a = max(m.a, label == r and r.left or ceil(r.left * ((label.num * r.den) / (r.num * label.den))))
+      elseif r.left > 0 and r.used + r.previous > 0 then
+        local c, p, left = r.used, r.previous, min(r.left, r.per)
+        if m.w <= 0 and m.c == 0 then
+          m.w, m.s = left, m.s + 1
+        elseif r.kind == 2 and left < m.w - r.per / 2 then -- told on the way into this window
+          c, p = 0, c
+        elseif r.kind == 2 and left > m.w + r.per / 2 then
+          m.p, m.c, m.w, m.s, m.h, m.g = m.c, 0, left, m.s + 1, m.g, nil
+        end
+        -- what was admitted without the server is not among what hosts know of a sliding window
+        m.c = max(m.c, c + (m.g or 0))
+        if r.kind == 2 then m.p = max(m.p, p + (m.h or 0)) end
+        if r.kind == 1 and m.c > label.n and m.c == c then -- it was not under this limit that it was used
+          m.r[1] = c
+          labels[i] = labelled(m)
+        end
       end
     end
+  end
+end
+
+-- Give back what the host was granted and has not spent. What has drained since belongs to others by now.
+local function give_back(i, tokens)
+  local r, m, at = labels[i], meters[i], me.p and me.p[place[i]]
+  if tokens == 0 or not at then return end
+  if r.kind == 0 then
+    local was, pace = at < 0 and me.i and me.i[place[i]], r.num / r.den
+    if not was then return end
+    local gone, back = (now - me.g) * 1000, increment(r, tokens)
+    if was == pace then
+      back = min(back, max(0, -1 - at - gone))
+    else
+      back = min(back, floor(max(0, (-1 - at) / was - gone / min(was, pace)) * pace))
+    end
+    m.a = max(0, m.a - back)
+  elseif m.s == at then
+    m.c = m.c - min(m.c, tokens)
+  elseif r.kind == 2 and m.s == at + 1 then
+    m.p = m.p - min(m.p, tokens)
   end
 end
 
@@ -202,14 +374,22 @@ local redated = {}
 -- Do all limits have room for `times` of the cost?
 local function fits(n)
   for i, r in ipairs(rules) do
-    local m, cost = state.l[i], n * r.cost
+    local u, cost = seen(i), n * r.cost
     if r.kind == 0 and n > 0 then
-      if cost > r.burst or room(r, cost) < m.a then return false end -- in debt, a cost of 0 does not fit
-    elseif cost > 0 and available(r, m) < cost then
+      if cost > r.burst or room(r, cost) < u.a then return false end -- in debt, a cost of 0 does not fit
+    elseif cost > 0 and available(r, u) < cost then
       return false
     end
   end
   return true
+end
+local function charge_all(n)
+  for i, r in ipairs(rules) do
+    if n * r.cost > 0 then
+      adopt(i, seen(i))
+      charge(r, meters[i], n * r.cost)
+    end
+  end
 end
 
 -- Ask the others to give back what they hold, and tell for how long it pays to ask again soon.
@@ -242,53 +422,54 @@ local function size()
   for i, r in ipairs(rules) do
     if r.cost > 0 then
       asks = true
-      n = min(n, floor(available(r, state.l[i]) / (hosts + 1) / r.cost), floor((MOST - r.kept) / r.cost))
+      n = min(n, floor(available(r, seen(i)) / (hosts + 1) / r.cost), floor((MOST - r.kept) / r.cost))
     end
   end
   return asks and max(0, n) or 0
 end
 
 if op == 'give' then
-  for i, r in ipairs(rules) do give_back(r, state.l[i], me, i, r.given) end
+  for i, r in ipairs(rules) do give_back(i, r.given) end
   me.o = nil
 elseif op == 'take' or op == 'single' or op == 'ahead' then
   local once = op == 'ahead' and 0 or 1
   if op == 'take' then
-    for i, r in ipairs(rules) do give_back(r, state.l[i], me, i, r.given) end
+    for i, r in ipairs(rules) do give_back(i, r.given) end
   end
   -- Tokens of a bucket that lie in the wallet still are given back and taken again, as of now, so that their
   -- lease can begin anew with the batch's; where that does not fit, they end as they would have.
   local before, whole = {}, op ~= 'single'
   for i, r in ipairs(rules) do
-    before[i] = state.l[i].a
-    if r.kind == 0 and r.kept > 0 and whole then
-      give_back(r, state.l[i], me, i, r.kept)
+    if r.kind == 0 and labels[i].kind == 0 and r.kept > 0 and whole then
+      before[i] = meters[i].a
+      give_back(i, r.kept)
       local fit = r.kept + once * r.cost
-      whole = fit <= r.burst and available(r, state.l[i]) >= fit
+      whole = fit <= r.burst and available(r, seen(i)) >= fit
     end
   end
-  if whole then
-    for i, r in ipairs(rules) do
-      if r.kind == 0 then
-        charge(r, state.l[i], r.kept)
-        redated[i] = r.kept > 0
-      end
-    end
-  else
-    for i, r in ipairs(rules) do
-      if r.kind == 0 then state.l[i].a = before[i] end
+  for i, r in pairs(before) do
+    if whole then
+      adopt(i, seen(i))
+      charge(rules[i], meters[i], rules[i].kept)
+      redated[i] = true
+    else
+      meters[i].a = r
     end
   end
   if fits(once) then
-    if once > 0 then
-      for i, r in ipairs(rules) do charge(r, state.l[i], r.cost) end
-    end
-    if whole then batch = size() end
-    for i, r in ipairs(rules) do
-      if whole then
-        charge(r, state.l[i], batch * r.cost)
-        me.p = me.p or {}
-        me.p[i] = r.kind == 0 and state.l[i].a or state.l[i].s
+    charge_all(once)
+    if whole then
+      batch = size()
+      charge_all(batch)
+      me.p = me.p or {}
+      for i, label in ipairs(labels) do
+        local j = place[i]
+        if label.kind == 0 then
+          me.i = me.i or {}
+          me.p[j], me.i[j] = -1 - meters[i].a, label.num / label.den
+        else
+          me.p[j] = meters[i].s
+        end
       end
     end
     if whole then
@@ -303,14 +484,14 @@ elseif op == 'take' or op == 'single' or op == 'ahead' then
       for i, r in ipairs(rules) do
         if r.kind ~= 1 then
           local some = r.kind == 0 and r.burst * r.num / r.den / 2000 or r.per / 20
-          calm = max(calm, min(CALM, max(retry(r, state.l[i], r.cost), floor(some))))
+          calm = max(calm, min(CALM, max(retry(i, r.cost), floor(some))))
         end
       end
     end
   else
     admitted = 0
     for i, r in ipairs(rules) do
-      local t = retry(r, state.l[i], r.cost)
+      local t = retry(i, r.cost)
       if wait ~= -1 and (t == -1 or t > wait) then
         wait, refused = t, i - 1
       end
@@ -322,41 +503,40 @@ elseif op == 'take' or op == 'single' or op == 'ahead' then
 elseif op == 'look' then
   admitted = fits(1) and 1 or 0
   for i, r in ipairs(rules) do
-    local t = admitted == 0 and retry(r, state.l[i], r.cost) or 0
+    local t = admitted == 0 and retry(i, r.cost) or 0
     if wait ~= -1 and (t == -1 or t > wait) then
       wait, refused = t, i - 1
     end
   end
 elseif op == 'charge' or op == 'fill' then
   for i, r in ipairs(rules) do
-    local m, cost = state.l[i], r.cost
-    if op == 'fill' then cost = min(cost, available(r, m)) end
-    charge(r, m, cost)
-    if r.kind == 1 and m.c > r.n then -- debt: the window is prolonged by per / n a token
-      local more = ceil((m.c - r.n) * r.per / r.n)
-      m.w, m.d, m.c = m.w + more, (m.d or 0) + more, r.n
+    adopt_fitting(i)
+    local cost, m = r.cost, meters[i]
+    if op == 'fill' then
+      cost = min(cost, available(r, seen(i)))
+      m.g = labels[i].kind == 2 and (m.g or 0) + cost or nil
     end
+    charge(labels[i], m, cost)
   end
 elseif op == 'block' then
   for i, r in ipairs(rules) do
-    local m = state.l[i]
-    give_back(r, m, me, i, r.given)
-    if r.kind == 0 and r.cost > 0 then m.a = max(m.a, r.cost + room(r, 1)) end
+    give_back(i, r.given)
+    if r.kind == 0 and r.cost > 0 then
+      if labels[i].kind ~= 0 then adopt(i, seen(i)) else adopt_fitting(i) end
+      meters[i].a = max(meters[i].a, r.cost + times(labels[i], r.burst - 1, floor))
+    end
   end
   me.o = nil
 elseif op == 'refund' then
   for i, r in ipairs(rules) do
-    local m = state.l[i]
-    if r.kind == 0 then
-      m.a = max(0, m.a - increment(r, r.cost))
-    elseif r.kind == 1 and r.left > 0 and m.w - (m.d or 0) - r.left > r.per / 2 then
-      r.cost = 0 -- charged in a window that is over by now: the next one ends at least `per` later
-    elseif r.kind == 1 then -- debt first: what the window is prolonged by
-      local debt = min(r.cost, floor((m.d or 0) * r.n / r.per))
-      local less = min(floor(debt * r.per / r.n), m.d or 0, m.w)
-      m.w, m.d = m.w - less, (m.d or 0) - less
-      m.c = m.c - min(m.c, r.cost - debt)
-      if m.w == 0 then m.c, m.d = 0, nil end -- without the debt it would be over by now
+    adopt_fitting(i)
+    local label, m = labels[i], meters[i]
+    if label.kind == 0 then
+      m.a = max(0, m.a - increment(label, r.cost))
+    elseif label.kind == 1 then
+      -- charged in a window that is over by now: the next one ends at least `per` later
+      if r.left == 0 or m.w - r.left <= label.per / 2 then m.c = m.c - min(m.c, r.cost) end
+      if over(label, m) == 0 then m.w, m.c = 0, 0 end -- without the debt it would be over by now
     else
       local rest = r.cost - min(m.c, r.cost)
       m.c = m.c - (r.cost - rest)
@@ -364,36 +544,45 @@ elseif op == 'refund' then
     end
   end
 elseif op == 'reset' then
-  for i, r in ipairs(rules) do
-    local s = state.l[i].s
-    state.l[i] = fresh(r)
-    state.l[i].s = s + 1 -- what was granted before is nobody's
+  for j, m in ipairs(state.l) do
+    state.l[j] = fresh(known[j], m.s + 1) -- what was granted before is nobody's
   end
+  for i, r in ipairs(rules) do adopt(i, fresh(r, state.l[place[i]].s)) end
   state.h = {}
   state.x = 1
 end
 me.t = now
+for _, m in ipairs(state.l) do m.o = nil end
+for i, r in ipairs(rules) do
+  local m, other = meters[i], labels[i] ~= r
+  m.o, m.f, m.q = i, other and r.kind or nil, other and r.per or nil
+end
 
 -- until nothing of it counts: then the key is as one that was never seen
 local life = ACTIVE
+for j, m in ipairs(state.l) do
+  if not taken[j] then life = max(life, ceil(over(known[j], m))) end
+end
 for i, r in ipairs(rules) do
-  local m = state.l[i]
-  if r.kind == 0 then
-    life = max(life, ceil(m.a / 1000), r.lease)
-  else
-    life = max(life, m.w + (r.kind == 2 and r.per or 0))
-  end
+  life = max(life, r.lease, ceil(over(labels[i], meters[i])))
   if state.x then life = max(life, 2 * r.per) end -- longer than anybody's knowledge of before
 end
 redis.call('SET', KEYS[1], cmsgpack.pack(state), 'PX', ceil(life / 1000) + 1000)
 
 local answer = {admitted, batch, wait, calm, refused}
 for i, r in ipairs(rules) do
-  local m = state.l[i]
-  local lease = r.kind == 0 and r.lease or m.w
-  answer[#answer + 1] = r.kind == 0 and r.burst - available(r, m) or used(r, m)
-  answer[#answer + 1] = r.kind == 0 and m.a or m.w
-  answer[#answer + 1] = lease
+  local u, left = seen(i)
+  if r.kind == 0 then left = u.a elseif r.kind == 1 then left = over(r, u) else left = u.w end
+  if labels[i] ~= r and r.kind == 0 then
+    left = min(left, retry(i, 1) * 1000 + room(r, 1))
+  elseif labels[i] ~= r and r.kind == 1 then
+    left = min(left, ceil(over(labels[i], meters[i])))
+  end
+  answer[#answer + 1] = r.kind == 0 and r.burst - available(r, u) or used(r, u)
+  answer[#answer + 1] = left
+  answer[#answer + 1] = r.kind == 0 and r.lease or max(0, u.w)
   answer[#answer + 1] = redated[i] and 1 or 0
+  answer[#answer + 1] = r.kind == 2 and u.c or 0
+  answer[#answer + 1] = r.kind == 2 and u.p or 0
 end
 return answer

@@ -52,7 +52,7 @@ def rule(limit: AnyLimit) -> Rule:
             f"{limit!r}: over many hosts, n must be at most {2**26:,} where that is more than one "
             "a millisecond, and a bucket must be full again within 52 days; a Window can count more"
         )
-    return Rule(0, limit.n, -(-per // 1000), limit.burst, num, den, lease_us)
+    return Rule(0, limit.n, -(-limit._per_ns // 1000), limit.burst, num, den, lease_us)
 
 
 class Request(NamedTuple):
@@ -66,6 +66,7 @@ class Request(NamedTuple):
     kept: Sequence[int]
     given: Sequence[int]
     used: Sequence[int]
+    previous: Sequence[int]  # of a sliding window; `used` has the present one alone
     left: Sequence[int]  # us; of a bucket ns
 
     @property
@@ -92,7 +93,7 @@ class Request(NamedTuple):
         for i, each in enumerate(self.rules):
             out += each
             out += (min(self.costs[i], 2**52), self.kept[i], self.given[i])
-            out += (self.used[i], self.left[i])
+            out += (self.used[i], self.previous[i], self.left[i])
         return out
 
     def state_key(self, prefix: str) -> bytes:
@@ -108,6 +109,8 @@ class Known(NamedTuple):
     left_ns: int
     lease_ns: int
     redated: bool
+    current: int = 0  # of a sliding window: what was consumed in it, and in the one before
+    previous: int = 0
 
 
 class Answer(NamedTuple):
@@ -125,9 +128,9 @@ def answer(raw: Sequence[int], rules: Sequence[Rule]) -> Answer:
     admitted, batch, wait, calm, refused, *rest = (int(each) for each in raw)
     known = []
     for i, each in enumerate(rules):
-        used, left, lease, redated = rest[4 * i : 4 * i + 4]
+        used, left, lease, redated, current, previous = rest[6 * i : 6 * i + 6]
         left_ns = left if each.kind == 0 else left * 1000
-        known.append(Known(used, left_ns, lease * 1000, bool(redated)))
+        known.append(Known(used, left_ns, lease * 1000, bool(redated), current, previous))
     never = wait < 0
     return Answer(
         bool(admitted), batch, -1 if never else wait * 1000, calm * 1000, refused, tuple(known)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fast_litellm_shm import exceptions
-from fast_litellm_shm.cluster import agent, booking, link, loops, outage, script
+from fast_litellm_shm.cluster import agent, booking, link, loops, outage, script, sliding
 from fast_litellm_shm.cluster.asking import Asking, open_limiter
 from fast_litellm_shm.cluster.settings import Cluster
 from fast_litellm_shm.handle import SharedLimits, key_bytes
@@ -32,6 +32,7 @@ class Wallet:
         self._shared = shared
         self._limits: tuple[AnyLimit, ...] = ()
         self._rules: tuple[script.Rule, ...] = ()
+        self._told: sliding.Told | None = None
         self.rules()  # or an error that names what a server cannot count
         self.limiter = shared.name.encode("utf-8", "surrogatepass")
         self.link = link.of(cluster, shared.segment)
@@ -49,6 +50,8 @@ class Wallet:
         found = self._shared.limits
         if found != self._limits:
             self._rules = tuple(script.rule(each) for each in found)
+            if self._told is None and any(each.kind == sliding.KIND for each in self._rules):
+                self._told = sliding.Told(self._shared)
             self._limits = found
         return self._rules
 
@@ -197,7 +200,7 @@ class Wallet:
 
     def reset_all(self) -> int:
         """reset() of each key that the server knows of this limiter; how many there were."""
-        start = script.Request("reset", self.limiter, b"", (), (), (), (), (), ()).state_key(
+        start = script.Request("reset", self.limiter, b"", (), (), (), (), (), (), ()).state_key(
             self.cluster.prefix
         )[:-1]
         with self._needed("reset"):
@@ -238,15 +241,21 @@ class Wallet:
         rules = self.rules()
         lib.fshm_known(self._shared._handle, raw, len(raw), 0, used, left)
         kept = self.look(raw)[0] if operation == "ahead" else _NONE
+        # The limits may have become more since these were counted: of a new one nothing is asked.
+        costs, given = ((*each, *_NONE)[: len(rules)] for each in (costs, given))
         known = tuple(
             int(left[i]) if each.kind == 0 else int(left[i]) // 1000 for i, each in enumerate(rules)
         )
         sent = int(lib.fshm_now(self._shared.segment._handle))
         if ends is not None:
+            ends = (*ends, *_NONE)[: len(rules)]
             known = tuple(max((end - sent) // 1000, 0) for end in ends)
             costs = tuple(cost if left else 0 for cost, left in zip(costs, known, strict=True))
+        before: tuple[int, ...] = _NONE
+        if self._told is not None:
+            used, before, known = self._told.recall(raw, rules, used, known)
         request = script.Request(
-            operation, self.limiter, raw, rules, costs, kept, given, tuple(used), known
+            operation, self.limiter, raw, rules, costs, kept, given, tuple(used), before, known
         )
         return request, sent
 
@@ -256,6 +265,8 @@ class Wallet:
         used = ffi.new("uint64_t[4]", [each.used for each in found.limits])
         left = ffi.new("uint64_t[4]", [each.left_ns for each in found.limits])
         lib.fshm_learn(handle, raw, len(raw), used, left, sent)
+        if self._told is not None:
+            self._told.keep(raw, request.rules, found, sent)
         if request.operation not in ("take", "ahead"):
             return
         leases = ffi.new("fshm_lease[4]")

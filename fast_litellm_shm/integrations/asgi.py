@@ -12,6 +12,7 @@ See docs/web.md, and :class:`Rule` for what a rule can say.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -23,9 +24,16 @@ from fast_litellm_shm.integrations.web import (
     forwarded_for,
     header,
 )
-from fast_litellm_shm.integrations.web.answers import LISTS, TRY_LATER, answers_handshake
+from fast_litellm_shm.integrations.web.answers import (
+    LISTS,
+    PROBLEM_TYPE,
+    TRY_LATER,
+    answers_handshake,
+    problem,
+)
 from fast_litellm_shm.integrations.web.gate import MARK, Gate
 from fast_litellm_shm.integrations.web.request import AsgiRequest
+from fast_litellm_shm.integrations.web.watch import GONE, watched
 from fast_litellm_shm.segment import Segment
 
 if TYPE_CHECKING:
@@ -65,6 +73,12 @@ class RateLimitMiddleware:
     FAST_LITELLM_SHM_CLUSTER says, else this host alone. See ``docs/cluster.md``. The event loop,
     which must be asyncio's then, never waits for the server.
 
+    in_flight_cancel: cancel the application when the client of a request that holds a permit of
+    ``in_flight`` has gone; else the permit is held until the application ends, or hears of it.
+    in_flight_seconds: for how long a request may hold one: then the application is cancelled, and
+    the client is answered 503, or its answer is cut off where it has begun. Both run the
+    application in a task of its own, and need asyncio. See "Streaming" in ``docs/web.md``.
+
     A refused request is answered with 429 (or 503) and a JSON body. What became of a request is in
     ``scope["fast_litellm_shm.rate_limit"]``, an :class:`Outcome`. Safe before and after a fork.
 
@@ -82,9 +96,28 @@ class RateLimitMiddleware:
         on_error: str = "deny",
         cluster: Cluster | str | Literal[False] | None = None,
         websockets: bool = False,
+        in_flight_cancel: bool = False,
+        in_flight_seconds: float | None = None,
     ) -> None:
         self.app = app
+        if in_flight_seconds is not None and (
+            isinstance(in_flight_seconds, bool)
+            or not isinstance(in_flight_seconds, (int, float))
+            or not 0 < in_flight_seconds < math.inf
+        ):
+            raise ValueError(
+                f"in_flight_seconds must be a number of seconds above 0, or None, not "
+                f"{in_flight_seconds!r}"
+            )
+        self._cancel, self._seconds = bool(in_flight_cancel), in_flight_seconds
         self._gate = Gate(rules, name=name, segment=segment, on_error=on_error, cluster=cluster)
+        if (in_flight_cancel or in_flight_seconds is not None) and not any(
+            rule.in_flight for rule in self._gate.rules
+        ):
+            raise ValueError(
+                "in_flight_cancel and in_flight_seconds are for requests of rules with in_flight, "
+                "and there is none; add Rule(in_flight=...), or leave them out"
+            )
         self._types = ("http", "websocket") if websockets else ("http",)
         for rule in () if websockets else self._gate.rules:
             if rule.websockets_only:
@@ -107,20 +140,37 @@ class RateLimitMiddleware:
                 await _refuse(outcome, scope, receive, send)
             else:
                 answer = _Answer(outcome, receive, send)
-                await self.app(scope, answer.receive, answer.send)
+                ends = self._cancel or self._seconds is not None
+                if ends and outcome.holds and not outcome.rule.dry_run:
+                    await self._watched(scope, answer)
+                else:
+                    await self.app(scope, answer.receive, answer.send)
         finally:  # the app failed, was cancelled, or sent no end of its body
             outcome.release()
+
+    async def _watched(self, scope: Scope, answer: _Answer) -> None:
+        in_time = await watched(
+            lambda receive: self.app(scope, receive, answer.send),
+            # A permit whose application is cancelled is in use until that has ended.
+            answer.untold if self._cancel else answer.receive,
+            lambda: not answer.ended,
+            cancel=self._cancel,
+            seconds=self._seconds,
+        )
+        if not in_time and not answer.begun and scope["type"] == "http":
+            await answer.give_up(scope, self._seconds)
 
 
 class _Answer:
     """Adds the headers where the app's answer begins, and lets go of the permit where it ends."""
 
     def __init__(self, outcome: Outcome, receive: Receive, send: Send) -> None:
-        self._outcome, self._receive, self._send = outcome, receive, send
+        self._outcome, self.untold, self._send = outcome, receive, send
+        self.begun = self.ended = False
 
     async def receive(self) -> Message:
-        message = await self._receive()
-        if message["type"] in ("http.disconnect", "websocket.disconnect"):
+        message = await self.untold()
+        if message["type"] in GONE:
             self._outcome.release()
         return message
 
@@ -129,9 +179,20 @@ class _Answer:
         if kind == "http.response.start":
             present: RawHeaders = list(message.get("headers", ()))
             message = {**message, "headers": present + _missing(self._outcome, present)}
+            self.begun = True
         await self._send(message)
         if kind in _ENDS_BODY and not message.get("more_body", False):
+            self.ended = True
             self._outcome.release()
+
+    async def give_up(self, scope: Scope, seconds: float | None) -> None:
+        """Answer for an application whose time was up."""
+        detail = f"The request was given up after {seconds:g} s."
+        body = problem(503, None, detail, None)
+        fixed = [(b"content-type", PROBLEM_TYPE.encode()), (b"content-length", b"%d" % len(body))]
+        await self.send({"type": "http.response.start", "status": 503, "headers": fixed})
+        body = b"" if scope.get("method") == "HEAD" else body
+        await self.send({"type": "http.response.body", "body": body})
 
 
 def _missing(outcome: Outcome, present: RawHeaders) -> RawHeaders:

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Iterable, Iterator
-from typing import Any
+from types import TracebackType
+from typing import Any, TypeVar
 
 try:
     import httpx
@@ -39,6 +40,8 @@ __all__ = ["AsyncSharedLimitTransport", "SharedLimitTimeout", "SharedLimitTransp
 
 _PAUSES = (429, 503)
 _log = logging.getLogger("fast_litellm_shm")
+_Sync = TypeVar("_Sync", bound="SharedLimitTransport")
+_Async = TypeVar("_Async", bound="AsyncSharedLimitTransport")
 
 
 class SharedLimitTimeout(RateLimitExceeded, httpx.PoolTimeout):
@@ -187,6 +190,20 @@ class SharedLimitTransport(httpx.BaseTransport):
                 response.stream = _Stream(response.stream, permit)  # type: ignore[arg-type]
         return response
 
+    # What sends may need its context.
+
+    def __enter__(self: _Sync) -> _Sync:
+        self._transport.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None = None,
+        exc_value: BaseException | None = None,
+        traceback: TracebackType | None = None,
+    ) -> None:
+        self._transport.__exit__(exc_type, exc_value, traceback)
+
     def close(self) -> None:
         self._transport.close()
 
@@ -232,6 +249,18 @@ class AsyncSharedLimitTransport(httpx.AsyncBaseTransport):
             else:
                 response.stream = _AsyncStream(response.stream, permit)  # type: ignore[arg-type]
         return response
+
+    async def __aenter__(self: _Async) -> _Async:
+        await self._transport.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None = None,
+        exc_value: BaseException | None = None,
+        traceback: TracebackType | None = None,
+    ) -> None:
+        await self._transport.__aexit__(exc_type, exc_value, traceback)
 
     async def aclose(self) -> None:
         await self._transport.aclose()

@@ -251,8 +251,21 @@ def test_limits_change_at_run_time(server: servers.Server, segment: Segment) -> 
     bucket = limiter(Limit(100, HOUR))
     assert bucket.acquire("bucket", 100)
     slower = limiter(Limit(50, HOUR))
-    denied = slower.acquire("bucket", 50)
-    assert not denied and (denied.retry_after or 0) > 1.9 * HOUR
+    denied = slower.acquire("bucket", 50)  # until then it drains as before
+    assert not denied and 0.9 * HOUR < (denied.retry_after or 0) < 1.1 * HOUR
+
+
+def test_limits_that_become_more_during_a_call(server: servers.Server, segment: Segment) -> None:
+    """What the call has counted already is for those that there were."""
+    first = RateLimiter(Window(100, HOUR), name="api", segment=segment, cluster=server.url)
+    wallet = first._wallet
+    assert wallet is not None
+    before, have = wallet.costs(7), wallet.look(b"key", take=True)[0]
+    RateLimiter(Window(100, HOUR), Limit(5), name="api", segment=segment, cluster=server.url)
+    assert not first.acquire("other", 200)  # it has met them
+    request, _ = wallet.request("take", b"key", before, have)
+    (found,) = wallet.link.call([request])
+    assert found.admitted and [each.used >= 7 for each in found.limits] == [True, False]
 
 
 def test_what_a_server_cannot_count_is_refused_at_once(segment: Segment) -> None:

@@ -304,3 +304,84 @@ def test_nothing_is_logged_where_all_is_well(
 ) -> None:
     ask_sync(segment, [server.origin], max_in_flight=1)
     assert not [each for each in caplog.records if each.levelno >= logging.WARNING]
+
+
+class Noting(httpx.BaseTransport, httpx.AsyncBaseTransport):
+    """What is called of a transport that needs its context. fails: leaving it does."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.calls: list[object] = []
+        self._fails = fails
+
+    def __enter__(self) -> Any:
+        self.calls.append("enter")
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.calls.append(("exit", *raised))
+        if self._fails:
+            raise OSError("it cannot be left")
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+    async def __aenter__(self) -> Any:
+        return self.__enter__()
+
+    async def __aexit__(self, *raised: object) -> None:
+        self.__exit__(*raised)
+
+    async def aclose(self) -> None:
+        self.close()
+
+
+def through_sync(transport: Noting, segment: Segment, error: Exception | None) -> None:
+    shared = SharedLimitTransport(transport, name="httpx", segment=segment)
+    with httpx.Client(mounts={"http://mounted": shared}), shared as entered:
+        assert entered is shared
+        if error is not None:
+            raise error
+    shared.close()
+
+
+def through_async(transport: Noting, segment: Segment, error: Exception | None) -> None:
+    async def through() -> None:
+        shared = AsyncSharedLimitTransport(transport, name="httpx", segment=segment)
+        async with httpx.AsyncClient(mounts={"http://mounted": shared}), shared as entered:
+            assert entered is shared
+            if error is not None:
+                raise error
+        await shared.aclose()
+
+    asyncio.run(through())
+
+
+through_both = pytest.mark.parametrize("through", [through_sync, through_async])
+
+
+@through_both
+def test_the_context_of_what_sends_is_entered_and_left(
+    through: Callable[..., None], segment: Segment
+) -> None:
+    """By a client that it is mounted in, and by whoever uses it alone."""
+    transport, nothing = Noting(), (None, None, None)
+    through(transport, segment, None)
+    assert transport.calls == ["enter", "enter", ("exit", *nothing), ("exit", *nothing), "close"]
+
+
+@through_both
+def test_what_sends_hears_of_what_was_raised(
+    through: Callable[..., None], segment: Segment
+) -> None:
+    error, transport = KeyError("raised within"), Noting()
+    with pytest.raises(KeyError, match="raised within"):
+        through(transport, segment, error)
+    assert transport.calls[2][:3] == ("exit", KeyError, error)  # type: ignore[index]
+
+
+@through_both
+def test_what_goes_wrong_when_it_is_left_is_told(
+    through: Callable[..., None], segment: Segment
+) -> None:
+    with pytest.raises(OSError, match="it cannot be left"):
+        through(Noting(fails=True), segment, None)
