@@ -18,7 +18,8 @@ from acceleration.cases import CHAT
 from acceleration.conftest import OFFLINE
 from support.locks import is_free_in_a_fork
 
-from fast_litellm_shm import Segment, acceleration, features, tokens
+import fast_litellm_shm
+from fast_litellm_shm import Segment, acceleration, enhanced_monkeypatch, features, tokens
 
 MODULE = "litellm.litellm_core_utils.token_counter"
 NAME = "_get_exact_count_function"
@@ -63,6 +64,24 @@ def test_one_name_is_replaced_and_put_back(litellm: Any, module: Any) -> None:
     status = acceleration.get_patch_status()
     assert (status["applied"], status["components"]) == (False, [])
     assert "remove_acceleration" in status["reason"]
+
+
+def test_by_the_names_of_fast_litellm(module: Any) -> None:
+    original = getattr(module, NAME)
+    assert enhanced_monkeypatch.get_patch_status()["patched_functions"] == {}
+    assert enhanced_monkeypatch.enhanced_apply_acceleration(fast_litellm_shm) is True
+    status = enhanced_monkeypatch.get_patch_status()
+    assert status["total_patches"] == 1
+    assert status["patched_functions"] == {
+        f"{MODULE}.{NAME}": {
+            "feature_flag": "rust_token_counting",
+            "enabled": True,
+            "has_original": True,
+            "has_rust": True,
+        }
+    }
+    enhanced_monkeypatch.remove_enhanced_acceleration()
+    assert getattr(module, NAME) is original
 
 
 def test_the_replacement_looks_like_what_it_replaces(module: Any) -> None:
