@@ -1,5 +1,5 @@
 """What of the peers' own tests does not pass here, and why. Whatever else fails, and whatever
-passes although it is listed here, fails the run (make test-peers).
+passes although it is listed here, fails the run (make test-peers). Of httpx: httpx_tests.py.
 
 Keys are pytest's ids below the peer's sources; of LEFT_OUT, parts of them.
 """
@@ -19,7 +19,6 @@ FAILS: dict[str, dict[str, str]] = {
         "tests/test_error_handling.py::test_fallback_to_memory_with_global_override": _REDIS_DIES,
     },
     "fast-litellm": {},
-    "httpx": {},
 }
 
 # By peer: not run at all.
@@ -30,7 +29,6 @@ LEFT_OUT: dict[str, dict[str, str]] = {
         "test_reset_unsupported": "of Memcached, whose storage cannot be reset",
     },
     "fast-litellm": {},
-    "httpx": {},
 }
 
 # SlowAPI's sdist has no tests: slowapi_tests.py is ours, of what its repository tests most.

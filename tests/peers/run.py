@@ -28,7 +28,6 @@ TIMEOUT = 120  # seconds for each suite, which takes 2 to 20; only a hang reache
 
 
 def _pytest(cwd: pathlib.Path, arguments: Sequence[str], **env: str) -> int:
-    """Its exit status; 1, and a line, where it hangs."""
     paths = [str(ROOT / "tests"), str(ROOT), str(cwd)]
     name = f"t-{os.getpid()}-peers"
     options = [
@@ -51,14 +50,19 @@ def _pytest(cwd: pathlib.Path, arguments: Sequence[str], **env: str) -> int:
         },
         start_new_session=True,
     ) as running:
-        try:
-            return running.wait(TIMEOUT)
-        except subprocess.TimeoutExpired:
-            os.killpg(running.pid, signal.SIGKILL)
-            print(f"no end after {TIMEOUT} s: killed")
-            return 1
-        finally:
-            remove(name)
+        status = _ended(running)
+    remove(name)
+    return status
+
+
+def _ended(running: subprocess.Popen[bytes]) -> int:
+    """Its exit status; 1, and a line, where it hangs."""
+    try:
+        return running.wait(TIMEOUT)
+    except subprocess.TimeoutExpired:
+        os.killpg(running.pid, signal.SIGKILL)
+        print(f"no end after {TIMEOUT} s: killed")
+        return 1
 
 
 def _clock() -> dict[str, str]:
@@ -102,11 +106,19 @@ def litellm() -> int:
     return failed
 
 
+def httpx() -> int:
+    """Its own tests, with a SharedLimitTransport around each transport; its table is there."""
+    command = [sys.executable, str(HERE / "httpx_tests.py")]
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True) as running:
+        return _ended(running)
+
+
 SUITES: Mapping[str, Callable[[], int]] = {
     "flask-limiter": flask_limiter,
     "slowapi": slowapi,
     "fast-litellm": fast_litellm,
     "litellm": litellm,
+    "httpx": httpx,
 }
 
 
