@@ -15,13 +15,13 @@ PIP         = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 C_SOURCES   = $(wildcard csrc/*.[ch]) csrc/cflags
 C_WARNINGS  = -Wall -Wextra
 C_TESTS     = $(patsubst tests/c/%.c,%,$(wildcard tests/c/*.c))
-C_FORMATTED = $(wildcard csrc/*.[ch] $(patsubst %,tests/%/*.[ch],c c/faults crash hostile linear) bench/*.c examples/*.c)
+C_FORMATTED = $(wildcard csrc/*.[ch] $(patsubst %,tests/%/*.[ch],c c/faults crash hostile linear peers) bench/*.c examples/*.c)
 
 comma := ,
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-litellm test c-programs environments test-cluster test-limits limits-upstream test-dashboard dashboard-page test-litellm test-py test-c test-aarch64 lint format lib build bench instructions scaling clean
+.PHONY: help demo demo-litellm test c-programs environments test-cluster test-limits limits-upstream test-peers peers-upstream test-dashboard dashboard-page test-litellm test-py test-c test-aarch64 lint format lib build bench instructions scaling clean
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of"
@@ -38,7 +38,7 @@ test: test-c test-py ## run all tests: C, then Python
 # What loads LiteLLM or encodings runs apart: a fork of a process that has them takes five times as long, and
 # the others fork a lot.
 LOADED = $(addprefix tests/,acceleration integrations test_encoding.py test_prices.py test_token_batch.py test_tokens.py)
-APART  = $(addprefix tests/,browser cluster faults hostile litellm_proxy) # have targets of their own
+APART  = $(addprefix tests/,browser cluster faults hostile litellm_proxy peers) # have targets of their own
 test-py: $(VENV)/.test
 	$(PYTEST) -n auto $(patsubst %,--ignore=%,$(APART) $(LOADED))
 	$(PYTEST) -n auto $(LOADED)
@@ -50,7 +50,13 @@ test-limits: ## run the tests of limits' own repository that are about storages 
 	@$(MAKE) --no-print-directory VENV=$(VENV)-limits limits-upstream
 
 limits-upstream: $(VENV)/.limits-tests
-	$(VENV)/bin/python tests/integrations_limits/upstream.py -q
+	PYTHONPATH=tests $(VENV)/bin/python -m integrations_limits.upstream -q
+
+test-peers: test-limits ## run the peers' own tests against this package (fetched from PyPI); SUITES='flask-limiter slowapi'
+	@$(MAKE) --no-print-directory VENV=$(VENV)-peers peers-upstream
+
+peers-upstream: $(VENV)/.peers-tests
+	PYTHONPATH=tests $(VENV)/bin/python -m peers.run $(SUITES)
 
 test-dashboard: ## run the page of fast-shm dashboard in headless Chromium
 	@command -v chromedriver >/dev/null || { echo "needs chromium: apt-get install chromium chromium-driver"; exit 1; }
@@ -70,6 +76,7 @@ DASHBOARD ?= $(VENV)-dashboard
 TOGETHER   = test,lint,litellm-proxy$(if $(filter $(VENV),$(DASHBOARD)),$(comma)dashboard-tests)
 environments: $(VENV)/.$(TOGETHER)
 	@$(MAKE) --no-print-directory VENV=$(VENV)-limits $(VENV)-limits/.limits-tests
+	@$(MAKE) --no-print-directory VENV=$(VENV)-peers $(VENV)-peers/.peers-tests
 	@$(MAKE) --no-print-directory VENV=$(DASHBOARD) $(DASHBOARD)/.dashboard-tests
 	$(if $(PYTHON_TOO),@$(MAKE) --no-print-directory PYTHON=$(PYTHON_TOO) VENV=.venv-3.13 .venv-3.13/.test)
 

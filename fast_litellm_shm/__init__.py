@@ -1,5 +1,8 @@
 """Rate limits that all worker processes of a host share, in shared memory, with no server."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from fast_litellm_shm.acceleration import (
     apply_acceleration,
     get_patch_status,
@@ -12,6 +15,7 @@ from fast_litellm_shm.diagnostics import (
     NATIVE_AVAILABLE,
     RUST_ACCELERATION_AVAILABLE,
     health_check,
+    rust_acceleration_available,
 )
 from fast_litellm_shm.exceptions import (
     EncodingUnavailableError,
@@ -119,6 +123,16 @@ __all__ = [
     "remove_connection",
     "reset_errors",
     "return_connection",
+    "rust_acceleration_available",
 ]
+
+if not TYPE_CHECKING:  # a type checker would believe in every name
+
+    def __getattr__(name: str) -> Any:
+        """The modules that `import fast_litellm` brings along, when they are first used."""
+        if name in ("_rust", "enhanced_monkeypatch", "feature_flags"):
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 on_import()

@@ -4,7 +4,8 @@ Patched is one function of litellm's, ``_get_exact_count_function`` of
 ``litellm.litellm_core_utils.token_counter``, which makes the function that counts the tokens of one
 text. What it makes is put behind the memo where it is one of those known here, with a tokenizer
 that litellm itself chose; else it is passed on as it is. All else of litellm, its Router too, stays
-untouched. A litellm without that function is left alone, and ``get_patch_status()`` says so.
+untouched. A litellm without that function (1.102.0 and later have it) is left alone, and
+``get_patch_status()`` says so.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from fast_litellm_shm.segment import Segment
 _MODULE = "litellm.litellm_core_utils.token_counter"
 _FUNCTION = "_get_exact_count_function"
 _FEATURE, _COMPONENT = "rust_token_counting", "token_counting"
+_SINCE = "1.102.0"  # the first litellm with that function
 _MOST_MEMOS = 64  # tokenizers of one process; more are counted without
 
 CountFunction = Callable[[str], int]
@@ -189,10 +191,7 @@ def _patch(module: ModuleType) -> bool:
             return True
         original = getattr(module, _FUNCTION, None)
         if not isinstance(original, FunctionType) or original.__module__ != _MODULE:
-            _reason = (
-                f"litellm {_version('litellm')} has no function {_MODULE}.{_FUNCTION}, so it is "
-                "left as it is"
-            )
+            _reason = _unsupported()
             logging.getLogger("fast_litellm_shm").warning("%s", _reason)
             return False
         _original, _replacement = original, _make_replacement(original)
@@ -255,8 +254,9 @@ def _disarm() -> None:
 
 def apply_acceleration() -> bool:
     """Put the shared memo under ``litellm.token_counter``: now, or as soon as litellm is imported,
-    which this does not do. True if so; False where litellm is not installed, FAST_LITELLM_ENABLED
-    is false, or this litellm is none that is known; ``get_patch_status()["reason"]`` says which.
+    which this does not do: it looks into litellm's source. True if so; False where litellm is not
+    installed, FAST_LITELLM_ENABLED is false, or this litellm is none that is known (1.102.0 and
+    later are); ``get_patch_status()["reason"]`` says which.
 
     Called on import of fast_litellm_shm. Calling it again is harmless.
     """
@@ -268,9 +268,10 @@ def apply_acceleration() -> bool:
         module = sys.modules.get(_MODULE)
         if module is not None:
             return _patch(module)
-        _reason = "litellm is not imported yet"
         _arm()
-        return _installed()
+        missing = _missing()
+        _reason = missing or "litellm is not imported yet"
+        return missing is None
 
 
 def remove_acceleration() -> None:
@@ -298,16 +299,37 @@ def get_patch_status() -> dict[str, Any]:
         reason = f"somebody else has replaced {_MODULE}.{_FUNCTION}"
     elif not settings.all_enabled():
         reason = "FAST_LITELLM_ENABLED is false"
-    elif not applied and "litellm" not in sys.modules and not _installed():
-        reason = "litellm is not installed"
+    elif not applied and _MODULE not in sys.modules:
+        reason = _missing() or reason
     return {"applied": applied, "components": [_COMPONENT] if applied else [], "reason": reason}
 
 
-def _installed() -> bool:
+def _unsupported() -> str:
+    return (
+        f"litellm {_version('litellm')} has no function {_MODULE}.{_FUNCTION}, so it is left as it "
+        f"is; {_SINCE} and later have it"
+    )
+
+
+def _missing() -> str | None:
+    """What the litellm that would be imported lacks. Read in its source, since an import takes
+    seconds, and a version is only a number; None where the source is no file that can be read."""
     try:
-        return "litellm" in sys.modules or importlib.util.find_spec("litellm") is not None
+        spec = importlib.util.find_spec("litellm")
     except (ImportError, ValueError):
-        return False
+        spec = None
+    if spec is None:
+        return "litellm is not installed"
+    for folder in spec.submodule_search_locations or ():
+        source = os.path.join(folder, *_MODULE.split(".")[1:]) + ".py"
+        try:
+            with open(source, encoding="utf-8") as file:
+                return None if f"def {_FUNCTION}(" in file.read() else _unsupported()
+        except FileNotFoundError:
+            return _unsupported()
+        except (OSError, ValueError):
+            break
+    return None
 
 
 def _renew_lock() -> None:

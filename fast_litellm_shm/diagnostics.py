@@ -32,6 +32,11 @@ _COMPONENTS = {
 }
 
 
+def rust_acceleration_available() -> bool:
+    """``RUST_ACCELERATION_AVAILABLE``, as a function: True."""
+    return RUST_ACCELERATION_AVAILABLE
+
+
 def removed_segments() -> list[Segment]:
     """Those of the default name that this process still counts in although they were removed."""
     return [found for found in segment.opened(settings.segment_name()) if found.unlinked]

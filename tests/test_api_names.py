@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import inspect
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 from support.routed import deployments
 
 import fast_litellm_shm as package
-from fast_litellm_shm import features
+from fast_litellm_shm import enhanced_monkeypatch, feature_flags, features
 
 # name -> its parameters, each with its default (NEEDED: none)
 NEEDED = inspect.Parameter.empty
@@ -22,6 +24,7 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
     "remove_acceleration": {},
     "get_patch_status": {},
     "health_check": {},
+    "rust_acceleration_available": {},
     "is_enabled": {"feature_name": NEEDED, "request_id": None},
     "get_feature_status": {},
     "reset_errors": {"feature_name": None},
@@ -88,6 +91,22 @@ CLASSES: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }
+# Modules of fast-litellm that `import fast_litellm` brings along.
+MODULES: dict[str, dict[str, dict[str, Any]]] = {
+    "_rust": FUNCTIONS,
+    "feature_flags": {
+        "is_enabled": {"feature_name": NEEDED, "request_id": None},
+        "record_error": {"feature_name": NEEDED, "error": NEEDED},
+        "record_performance": {"feature_name": NEEDED, "duration_ms": NEEDED},
+        "get_status": {},
+        "reset_errors": {"feature_name": None},
+    },
+    "enhanced_monkeypatch": {
+        "enhanced_apply_acceleration": {"rust_extensions_module": NEEDED},
+        "remove_enhanced_acceleration": {},
+        "get_patch_status": {},
+    },
+}
 PROPERTIES = {"SimpleTokenCounter": ("model_max_tokens",), "AdvancedRouter": ("strategy",)}
 VALUES = {
     "RUST_ACCELERATION_AVAILABLE": bool,
@@ -144,6 +163,38 @@ def test_methods(name: str, method: str) -> None:
     assert name in package.__all__
 
 
+@pytest.mark.parametrize(
+    ("module", "name"), [(one, name) for one in MODULES for name in MODULES[one]]
+)
+def test_functions_of_modules(module: str, name: str) -> None:
+    found = getattr(package, module)
+    accepts(getattr(found, name), MODULES[module][name], bound=False)
+    assert name in found.__all__
+
+
+def test_modules_are_loaded_when_they_are_used() -> None:
+    code = """
+import sys
+import fast_litellm_shm as fast_litellm
+names = ("_rust", "feature_flags", "enhanced_monkeypatch")
+assert not any(f"fast_litellm_shm.{name}" in sys.modules for name in names)
+for name in names:
+    assert getattr(fast_litellm, name) is sys.modules[f"fast_litellm_shm.{name}"]
+try:
+    fast_litellm.no_such_name
+except AttributeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "module 'fast_litellm_shm' has no attribute 'no_such_name'\n"
+
+
+def test_rust_has_the_classes_too() -> None:
+    for name in (*CLASSES, *VALUES):
+        if name != "NATIVE_AVAILABLE":  # ours
+            assert getattr(package._rust, name) is getattr(package, name)  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_properties(name: str) -> None:
     for attribute in PROPERTIES[name]:
@@ -175,6 +226,34 @@ def test_keys_of_get_feature_status() -> None:
             "rollout_percentage",
         } == set(one)
     package.reset_errors()
+
+
+def test_keys_of_feature_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAST_LITELLM_RUST_ROUTING", "rollout:25")
+    monkeypatch.setenv("FAST_LITELLM_BATCH_TOKEN_COUNTING", "false")
+    feature_flags.record_performance("rust_routing", 4.0)
+    for _ in range(10):
+        feature_flags.record_error("rust_token_counting", ValueError("x"))
+    status = feature_flags.get_status()
+    assert status["features"]["rust_routing"] == {
+        "state": "gradual_rollout",
+        "rollout_percentage": 25.0,
+        "error_count": 0,
+        "avg_performance_ms": pytest.approx(4.0, rel=0.05),
+        "dependencies": [],
+    }
+    states = {name: one["state"] for name, one in status["features"].items()}
+    assert states == dict.fromkeys(features.FEATURES, "enabled") | {
+        "rust_routing": "gradual_rollout",
+        "rust_token_counting": "disabled",
+        "batch_token_counting": "disabled",
+    }
+    assert status["global_status"] == {
+        "total_features": 5,
+        "enabled_features": 3,
+        "error_count": 10,
+    }
+    assert {feature_flags.FeatureState(state) for state in states.values()}
 
 
 def test_keys_of_monitoring() -> None:
@@ -268,6 +347,13 @@ def test_keys_of_model_limits() -> None:
 
 
 def test_keys_of_acceleration() -> None:
+    assert enhanced_monkeypatch.enhanced_apply_acceleration(object()) is False
+    assert isinstance(enhanced_monkeypatch.enhanced_apply_acceleration(package), bool)
+    assert {*enhanced_monkeypatch.get_patch_status()} == {
+        "patched_functions",
+        "feature_flags",
+        "total_patches",
+    }
     assert isinstance(package.apply_acceleration(), bool)
     status = package.get_patch_status()
     assert {"applied", "components"} <= set(status)

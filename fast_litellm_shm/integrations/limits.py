@@ -17,6 +17,7 @@ other storages, all for the better:
 - A hit that is denied consumes nothing, in the fixed window too: where the key names its limit, as
   those of ``limits`` do, ``incr`` beyond that tells what the count would be, and leaves it.
 - The sliding window counter and the moving window are exact under any number of workers.
+- A cost with a fraction takes the next whole number: 7.5 takes 8.
 
 Ranges: a fixed window counts up to 2,147,483,647; a moving window holds up to 1,048,576 hits and
 needs a place for each; a sliding window counter counts up to 131,071 for a period of a second and
@@ -25,8 +26,11 @@ twice that whenever the period doubles; periods go up to 416 days. Beyond: Confi
 
 from __future__ import annotations
 
+import math
 import time
 import urllib.parse
+from decimal import Decimal
+from numbers import Real
 from typing import Any, NoReturn
 
 from limits.aio.storage import MovingWindowSupport as AsyncMovingWindowSupport
@@ -93,6 +97,17 @@ def open_segment(uri: str, options: dict[str, Any]) -> Segment:
         return Segment(parsed.netloc or None, **found)
     except (ValueError, TypeError) as error:
         raise ConfigurationError(f"{uri!r}: {error}") from None
+
+
+def _whole_cost(cost: Any) -> Any:
+    """``limits`` says that a cost is an int, and ``memory://`` takes fractions all the same. Here
+    they are rounded up, so that no more is admitted. What is no number is left to the native part,
+    which says so."""
+    if hasattr(cost, "__index__") or not isinstance(cost, (Real, Decimal)):
+        return cost
+    if not math.isfinite(cost) or cost < 0:
+        raise ValueError(f"cost must be a finite number of 0 or more, not {cost!r}")
+    return math.ceil(cost)
 
 
 class _Windows(Counts):
@@ -200,11 +215,18 @@ class ShmStorage(
         return self._windows.segment
 
     @property
+    def storage(self) -> Segment:
+        """The same. limits' own storages have the name, and ``flask limiter config`` shows it."""
+        return self._windows.segment
+
+    @property
     def base_exceptions(self) -> type[Exception] | tuple[type[Exception], ...]:
         return FastShmError
 
     def incr(self, key: str, expiry: int, amount: int = 1) -> int:
         """The count with ``amount``. More than the limit that the key names: nothing is counted."""
+        if type(amount) is not int:
+            amount = _whole_cost(amount)
         return self._windows.incr(key, expiry, amount)
 
     def get(self, key: str) -> int:
@@ -225,6 +247,8 @@ class ShmStorage(
         self._windows.clear(key)
 
     def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
+        if type(amount) is not int:
+            amount = _whole_cost(amount)
         return self._windows.acquire_moving(key, limit, expiry, amount)
 
     def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
@@ -233,6 +257,8 @@ class ShmStorage(
     def acquire_sliding_window_entry(
         self, key: str, limit: int, expiry: int, amount: int = 1
     ) -> bool:
+        if type(amount) is not int:
+            amount = _whole_cost(amount)
         return self._windows.acquire_sliding(key, limit, expiry, amount)
 
     def get_sliding_window(self, key: str, expiry: int) -> tuple[int, float, int, float]:
@@ -268,11 +294,18 @@ class AsyncShmStorage(
         return self._windows.segment
 
     @property
+    def storage(self) -> Segment:
+        """The same. limits' own storages have the name, and ``flask limiter config`` shows it."""
+        return self._windows.segment
+
+    @property
     def base_exceptions(self) -> type[Exception] | tuple[type[Exception], ...]:
         return FastShmError
 
     async def incr(self, key: str, expiry: int, amount: int = 1) -> int:
         """The count with ``amount``. More than the limit that the key names: nothing is counted."""
+        if type(amount) is not int:
+            amount = _whole_cost(amount)
         return self._windows.incr(key, expiry, amount)
 
     async def get(self, key: str) -> int:
@@ -293,6 +326,8 @@ class AsyncShmStorage(
         self._windows.clear(key)
 
     async def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
+        if type(amount) is not int:
+            amount = _whole_cost(amount)
         return self._windows.acquire_moving(key, limit, expiry, amount)
 
     async def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
@@ -301,6 +336,8 @@ class AsyncShmStorage(
     async def acquire_sliding_window_entry(
         self, key: str, limit: int, expiry: int, amount: int = 1
     ) -> bool:
+        if type(amount) is not int:
+            amount = _whole_cost(amount)
         return self._windows.acquire_sliding(key, limit, expiry, amount)
 
     async def get_sliding_window(self, key: str, expiry: int) -> tuple[int, float, int, float]:

@@ -8,7 +8,9 @@ import os
 import subprocess
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,8 @@ from acceleration.cases import CHAT
 from acceleration.conftest import OFFLINE
 from support.locks import is_free_in_a_fork
 
-from fast_litellm_shm import Segment, acceleration, features, tokens
+import fast_litellm_shm
+from fast_litellm_shm import Segment, acceleration, enhanced_monkeypatch, features, tokens
 
 MODULE = "litellm.litellm_core_utils.token_counter"
 NAME = "_get_exact_count_function"
@@ -61,6 +64,24 @@ def test_one_name_is_replaced_and_put_back(litellm: Any, module: Any) -> None:
     status = acceleration.get_patch_status()
     assert (status["applied"], status["components"]) == (False, [])
     assert "remove_acceleration" in status["reason"]
+
+
+def test_by_the_names_of_fast_litellm(module: Any) -> None:
+    original = getattr(module, NAME)
+    assert enhanced_monkeypatch.get_patch_status()["patched_functions"] == {}
+    assert enhanced_monkeypatch.enhanced_apply_acceleration(fast_litellm_shm) is True
+    status = enhanced_monkeypatch.get_patch_status()
+    assert status["total_patches"] == 1
+    assert status["patched_functions"] == {
+        f"{MODULE}.{NAME}": {
+            "feature_flag": "rust_token_counting",
+            "enabled": True,
+            "has_original": True,
+            "has_rust": True,
+        }
+    }
+    enhanced_monkeypatch.remove_enhanced_acceleration()
+    assert getattr(module, NAME) is original
 
 
 def test_the_replacement_looks_like_what_it_replaces(module: Any) -> None:
@@ -318,6 +339,47 @@ print(ours.apply_acceleration(), ours.get_patch_status())
     assert python(code) == (
         "False {'applied': False, 'components': [], 'reason': 'litellm is not installed'}\n"
     )
+
+
+@pytest.mark.parametrize(
+    "source", ["def _get_count_function(): ...\n", None], ids=["other", "none"]
+)
+def test_an_older_litellm_is_told_before_it_is_imported(
+    python: Callable[..., str], tmp_path: Path, source: str | None
+) -> None:
+    utils = tmp_path / "litellm" / "litellm_core_utils"
+    utils.mkdir(parents=True)
+    (tmp_path / "litellm" / "__init__.py").touch()
+    if source is not None:
+        (utils / "token_counter.py").write_text(source)
+    info = tmp_path / "litellm-1.81.9.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: litellm\nVersion: 1.81.9\n")
+    found = python(
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import fast_litellm_shm as ours\n"
+        "print(ours.get_patch_status()['reason'])\n"
+        "print(ours.apply_acceleration(), ours.get_patch_status()['reason'])\n"
+        "assert 'litellm' not in sys.modules"
+    )
+    why = (
+        f"litellm 1.81.9 has no function {MODULE}.{NAME}, so it is left as it is; 1.102.0 and "
+        "later have it"
+    )
+    assert found == f"{why}\nFalse {why}\n"
+
+
+def test_a_litellm_whose_source_cannot_be_read_is_waited_for(
+    python: Callable[..., str], tmp_path: Path
+) -> None:
+    with zipfile.ZipFile(tmp_path / "litellm.zip", "w") as archive:
+        archive.writestr("litellm/__init__.py", "")
+    found = python(
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'litellm.zip')!r})\n"
+        "import fast_litellm_shm as ours\n"
+        "print(ours.apply_acceleration(), ours.get_patch_status()['reason'])"
+    )
+    assert found == "True litellm is not imported yet\n"
 
 
 def test_workers_share_what_they_counted(python: Callable[..., str]) -> None:

@@ -9,6 +9,8 @@ import pickle
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -368,6 +370,33 @@ def test_wrong_arguments(
         call(storage)
 
 
+@pytest.mark.parametrize("cost", [7.5, Fraction(15, 2), Decimal("7.5"), 8.0])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_cost_with_a_fraction_takes_the_next_whole_number(
+    storage: ShmStorage, segment_name: str, strategy: str, cost: Any
+) -> None:
+    item = RateLimitItemPerHour(50, 24)
+    limiter = STRATEGIES[strategy](storage)
+    assert [limiter.hit(item, "k", cost=cost) for _ in range(7)] == [True] * 6 + [False]
+    assert limiter.get_window_stats(item, "k").remaining == 2
+    made: Any = aio_strategies.STRATEGIES[strategy]
+
+    async def hits() -> list[bool]:
+        found = made(storage_from_string(f"async+shm://{segment_name}"))
+        return [await found.hit(item, "a", cost=cost) for _ in range(7)]
+
+    assert asyncio.run(hits()) == [True] * 6 + [False]
+
+
+@pytest.mark.parametrize("cost", [-0.5, float("nan"), float("inf"), Decimal("-Infinity")])
+@pytest.mark.parametrize("strategy", STRATEGIES.values())
+def test_a_cost_that_no_count_can_take(storage: ShmStorage, strategy: Any, cost: Any) -> None:
+    limiter = strategy(storage)
+    with pytest.raises(ValueError, match="cost must be a finite number of 0 or more, not"):
+        limiter.hit(MINUTE, "k", cost=cost)
+    assert limiter.get_window_stats(MINUTE, "k").remaining == 5
+
+
 def _fill(storage: ShmStorage) -> None:
     for i in range(10_000):
         storage.incr(str(i), 3600)
@@ -389,6 +418,13 @@ def test_check_tells_that_the_segment_was_removed(storage: ShmStorage, segment_n
     Segment(segment_name).remove()
     assert not storage.check()
     assert of(segment_name).check()
+
+
+def test_storage_is_what_it_counts_in(storage: ShmStorage, segment_name: str) -> None:
+    """By the name that limits' own storages have: Flask-Limiter shows it."""
+    assert storage.storage is storage.segment
+    also = AsyncShmStorage(f"async+shm://{segment_name}")
+    assert also.storage is also.segment
 
 
 def test_it_shows_in_inspect(storage: ShmStorage) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from support.served import ask, ask_of_several, gunicorn, served, uvicorn
+from support.children import PATIENCE
+from support.served import EXAMPLES, ask, ask_of_several, gunicorn, served, uvicorn
 
 from fast_litellm_shm import Segment
 
@@ -42,3 +46,25 @@ def test_four_workers_admit_exactly_the_limit(name: str, strategy: str, segment_
     with running(name, segment_name, strategy) as path:
         assert ask(path, "/")[0] == 429
     assert Segment(segment_name, create=False).stats()["admitted"] == LIMIT
+
+
+@pytest.mark.parametrize(
+    "arguments", [["config"], ["limits", "--key", "k"], ["clear", "--key", "k", "-y"]]
+)
+def test_the_command_line_of_flask_limiter(arguments: list[str], segment_name: str) -> None:
+    pytest.importorskip("flask_limiter", reason="not installed: flask_limiter")
+    done = subprocess.run(
+        [sys.executable, "-m", "flask", "--app", "app:app", "limiter", *arguments],
+        cwd=EXAMPLES / "flask_limiter",
+        env={**os.environ, "STORAGE_URI": f"shm://{segment_name}", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    if arguments == ["config"]:
+        assert f"Segment('{segment_name}', capacity=" in done.stdout
+        assert "OK" in done.stdout
+    else:
+        assert "100 per 1 year" in done.stdout

@@ -2,7 +2,8 @@
 
 They are not in its wheel. The sdist of the version that is installed is fetched from PyPI into
 ``build/limits`` (once), and its tests are run as they are, with ``shm://`` and ``async+shm://`` in
-the place of all the storages that they name. Usage: upstream.py [pytest options]
+the place of all the storages that they name. Usage: python -m integrations_limits.upstream [pytest
+options], with tests/ in PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import os
 import pathlib
 import subprocess
 import sys
-import tarfile
+
+from support.sdists import ROOT, fetched
 
 HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 # Not the rest: it tests how limits are written, and servers.
 FILES = (
     "tests/test_storage.py",
@@ -26,23 +27,8 @@ FILES = (
 )
 
 
-def fetched() -> pathlib.Path:
-    """The folder of the sdist's sources."""
-    version = importlib.metadata.version("limits")
-    folder = ROOT / "build" / "limits"
-    found = folder / f"limits-{version}"
-    if not (found / "tests").is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-        source = ["--no-deps", "--no-binary", "limits", f"limits=={version}"]
-        subprocess.run([*pip, "download", *source, "--dest", str(folder)], check=True)
-        with tarfile.open(next(folder.glob(f"limits-{version}.tar.gz"))) as archive:
-            archive.extractall(folder, filter="data")
-    return found
-
-
 def main() -> int:
-    source = fetched()
+    source = fetched("limits", importlib.metadata.version("limits"), "limits")
     options = ["-p", "limits_plugin", "--noconftest", "--import-mode=prepend"]
     options += ["-c", str(HERE / "upstream.ini"), f"--rootdir={source}"]
     # They wait for real windows to pass, and some must be done within one: 2 s for a million hits.
