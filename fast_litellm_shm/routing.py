@@ -36,7 +36,7 @@ from fast_litellm_shm.deployments import (
     those_of,
     weights_of,
 )
-from fast_litellm_shm.native import RouterCore, ffi, lib
+from fast_litellm_shm.native import RouterCore, address, ffi, lib
 from fast_litellm_shm.segment import Segment
 
 STRATEGIES = {
@@ -179,7 +179,8 @@ class AdvancedRouter(RouterCore):
         self._handle: Any = self._segment._handle
         self._ids: dict[str, int] = {}
         self._set(
-            int(ffi.cast("uintptr_t", self._handle)),
+            self._handle,
+            address(self._handle),
             STRATEGIES[strategy],
             random.getrandbits(64),
             *monitoring.measured("routing", strategy, self._segment),
