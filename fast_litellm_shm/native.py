@@ -37,14 +37,14 @@ def owned(pointer: Any, close: Callable[[Any], object], *needs: object) -> Any:
 
     ``ffi.gc`` alone closes it when the garbage collector *finds* a cycle that refers to it, before
     ``__del__`` methods of that cycle have run, which may use it. So the collector is not told of
-    it: it lives as long as its last reference. It refers to nothing that could refer to it."""
-    found = ffi.gc(pointer, functools.partial(_close, close, needs))
+    it: it lives as long as its last reference. It refers to nothing that could refer to it.
+
+    close: no Python, in whose first instruction a signal handler could raise: it would not run."""
+    closing = functools.partial(close)
+    closing.needs = needs  # type: ignore[attr-defined]
+    found = ffi.gc(pointer, closing)
     _native._untrack(found)
     return found
-
-
-def _close(close: Callable[[Any], object], needs: tuple[object, ...], pointer: Any) -> None:
-    close(pointer)
 
 
 def address(handle: Any) -> int:

@@ -69,20 +69,25 @@ def _raise_at(run: Callable[[], object], at: int) -> str | None:
 def by_signals(run: Callable[[], object], raises: int, longest: float = 150e-6) -> None:
     """``run()`` again and again, while a signal's handler raises so many times, each at a random
     instant up to ``longest`` seconds after the one before."""
-    chance, done = random.Random(raises), 0
+    chance, done, armed = random.Random(raises), 0, False
 
     def handler(*_: object) -> None:
-        raise Interrupted
+        if armed:
+            raise Interrupted
 
     before = signal.signal(signal.SIGALRM, handler)
     try:
         while done < raises:
             try:
-                signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-6, longest))
+                armed = True
+                # Once more after that: a __del__ may have swallowed it.
+                signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-6, longest), 0.01)
                 while True:
                     run()
             except Interrupted:
+                armed = False
                 done += 1
     finally:
+        armed = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
