@@ -13,7 +13,8 @@ enum { ON_FULL_DENY = 0, ON_FULL_ALLOW = 1, ON_FULL_RAISE = 2 };
 typedef struct {
   PyObject_HEAD
   fshm_limiter *limiter; /* set once, by _bind() */
-  PyObject *handle; /* owns it (native.py, owned()), until we are freed: __del__()s of a garbage cycle, and
+  PyObject *
+      handle; /* owns it (native.py, owned()), until we are freed: __del__()s of a garbage cycle, and
                      * permits in it, may still call us */
   PyObject *limits; /* tuple of Limit, Window, SlidingWindow. It may be replaced: limits_of() */
   PyObject *reasons; /* tuple of str: what check() says when this limit denies */
@@ -181,12 +182,11 @@ static void reservation_dealloc(PyObject *o) {
 static PyMethodDef reservation_methods[] = {{"keep", reservation_keep, METH_NOARGS, NULL},
                                             {"cancel", reservation_cancel, METH_NOARGS, NULL},
                                             {NULL, NULL, 0, NULL}};
-static PyType_Slot reservation_slots[] = {{Py_tp_dealloc, (void *)reservation_dealloc},
-                                          {Py_tp_methods, reservation_methods},
-                                          {0, NULL}};
-static PyType_Spec reservation_spec = {
-    "fast_litellm_shm._native.Reservation", sizeof(Reservation), 0,
-    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, reservation_slots};
+static PyType_Slot reservation_slots[] = {
+    {Py_tp_dealloc, (void *)reservation_dealloc}, {Py_tp_methods, reservation_methods}, {0, NULL}};
+static PyType_Spec reservation_spec = {"fast_litellm_shm._native.Reservation", sizeof(Reservation),
+                                       0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                                       reservation_slots};
 
 /* _reserve(key, cost, max_wait_ns) -> (decision, ns to wait until it is ours, the Reservation). */
 static PyObject *core_reserve(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kw) {

@@ -216,8 +216,10 @@ static PyMethodDef counts_methods[] = {
     {"_bind", counts_bind, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL}};
 
-static PyType_Slot counts_slots[] = {
-    {Py_tp_dealloc, (void *)counts_dealloc}, {Py_tp_methods, counts_methods}, {Py_tp_new, (void *)PyType_GenericNew}, {0, NULL}};
+static PyType_Slot counts_slots[] = {{Py_tp_dealloc, (void *)counts_dealloc},
+                                     {Py_tp_methods, counts_methods},
+                                     {Py_tp_new, (void *)PyType_GenericNew},
+                                     {0, NULL}};
 
 static PyType_Spec counts_spec = {"fast_litellm_shm._native.Counts", sizeof(Counts), 0,
                                   Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, counts_slots};

@@ -166,8 +166,9 @@ static PyObject *slot_enter(PyObject *o, PyObject *unused) {
   (void)unused;
   Slot *self = (Slot *)o;
   if (!self->limiter || self->permit) {
-    PyErr_SetString(PyExc_RuntimeError, self->limiter ? "the slot is held: call slot() for each block"
-                                                      : "the slot's __init__ was not called");
+    PyErr_SetString(PyExc_RuntimeError, self->limiter
+                                            ? "the slot is held: call slot() for each block"
+                                            : "the slot's __init__ was not called");
     return NULL;
   }
   PyObject *got = PyObject_CallMethod(self->limiter, "_slot", "OO", self->key, self->timeout);
@@ -228,12 +229,10 @@ static void slot_dealloc(PyObject *o) {
 static PyMethodDef slot_methods[] = {{"__enter__", slot_enter, METH_NOARGS, NULL},
                                      {"__exit__", slot_exit, METH_VARARGS, NULL},
                                      {NULL, NULL, 0, NULL}};
-static PyType_Slot slot_slots[] = {{Py_tp_dealloc, (void *)slot_dealloc},
-                                   {Py_tp_traverse, (void *)slot_traverse},
-                                   {Py_tp_methods, slot_methods},
-                                   {Py_tp_init, (void *)slot_init},
-                                   {Py_tp_new, (void *)PyType_GenericNew},
-                                   {0, NULL}};
+static PyType_Slot slot_slots[] = {
+    {Py_tp_dealloc, (void *)slot_dealloc},  {Py_tp_traverse, (void *)slot_traverse},
+    {Py_tp_methods, slot_methods},          {Py_tp_init, (void *)slot_init},
+    {Py_tp_new, (void *)PyType_GenericNew}, {0, NULL}};
 static PyType_Spec slot_spec = {"fast_litellm_shm._native.Slot", sizeof(Slot), 0,
                                 Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
                                 slot_slots};

@@ -211,11 +211,13 @@ static PyMethodDef memo_methods[] = {
     {"put", memo_put, METH_VARARGS, "put(text, count)\n--\n\nRemember a count."},
     {NULL, NULL, 0, NULL}};
 
-static PyType_Slot memo_slots[] = {
-    {Py_tp_init, (void *)memo_init},        {Py_tp_dealloc, (void *)memo_dealloc},
-    {Py_tp_call, (void *)memo_call},        {Py_tp_methods, memo_methods},
-    {Py_tp_new, (void *)PyType_GenericNew}, {Py_tp_traverse, (void *)memo_traverse},
-    {0, NULL}};
+static PyType_Slot memo_slots[] = {{Py_tp_init, (void *)memo_init},
+                                   {Py_tp_dealloc, (void *)memo_dealloc},
+                                   {Py_tp_call, (void *)memo_call},
+                                   {Py_tp_methods, memo_methods},
+                                   {Py_tp_new, (void *)PyType_GenericNew},
+                                   {Py_tp_traverse, (void *)memo_traverse},
+                                   {0, NULL}};
 
 static PyType_Spec memo_spec = {"fast_litellm_shm._native.Memo", sizeof(Memo), 0,
                                 Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,

@@ -23,9 +23,10 @@ static int install(PyObject *module) {
 #ifdef Py_GIL_DISABLED
   if (PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED)) return -1;
 #endif
-  return PyModule_AddFunctions(module, module_methods) || install_decision(module) || install_lease(module) || install_core(module) ||
-         install_pool(module) || install_memo(module) || install_metric(module) ||
-         install_route(module) || install_counted(module);
+  return PyModule_AddFunctions(module, module_methods) || install_decision(module) ||
+         install_lease(module) || install_core(module) || install_pool(module) ||
+         install_memo(module) || install_metric(module) || install_route(module) ||
+         install_counted(module);
 }
 
 /* Called once through cffi, which drops the GIL around it. `module`: the extension module's address. */

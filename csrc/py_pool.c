@@ -514,17 +514,15 @@ static PyType_Slot connection_slots[] = {{Py_tp_dealloc, (void *)connection_deal
                                          {Py_tp_getset, connection_getset},
                                          {Py_tp_doc, connection_doc},
                                          {0, NULL}};
-static PyType_Spec connection_spec = {"fast_litellm_shm._native.Connection", sizeof(Connection), 0,
-                                      Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC |
-                                          Py_TPFLAGS_DISALLOW_INSTANTIATION,
-                                      connection_slots};
+static PyType_Spec connection_spec = {
+    "fast_litellm_shm._native.Connection", sizeof(Connection), 0,
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION, connection_slots};
 
 static PyType_Slot stack_slots[] = {
     {Py_tp_dealloc, (void *)stack_dealloc}, {Py_tp_traverse, (void *)stack_traverse}, {0, NULL}};
-static PyType_Spec stack_spec = {"fast_litellm_shm._native.Stack", sizeof(Stack), 0,
-                                 Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC |
-                                     Py_TPFLAGS_DISALLOW_INSTANTIATION,
-                                 stack_slots};
+static PyType_Spec stack_spec = {
+    "fast_litellm_shm._native.Stack", sizeof(Stack), 0,
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION, stack_slots};
 
 static int install_pool(PyObject *module) {
   PyObject *pool = PyType_FromSpec(&pool_spec);

@@ -110,7 +110,8 @@ static PyObject *use_enter(PyObject *o, PyObject *unused) {
   while (deadline) {
     Connection *c = take_measured(self->pool, self->endpoint);
     if (c) {
-      if (!use_hold(self, c)) PyErr_SetString(PyExc_RuntimeError, "call connection() for each block");
+      if (!use_hold(self, c))
+        PyErr_SetString(PyExc_RuntimeError, "call connection() for each block");
       break;
     }
     if (PyErr_Occurred()) break;
@@ -200,9 +201,8 @@ static PyType_Slot use_slots[] = {{Py_tp_dealloc, (void *)use_dealloc},
                                   {Py_tp_traverse, (void *)use_traverse},
                                   {Py_tp_methods, use_methods},
                                   {0, NULL}};
-static PyType_Spec use_spec = {"fast_litellm_shm._native.Use", sizeof(Use), 0,
-                               Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC |
-                                   Py_TPFLAGS_DISALLOW_INSTANTIATION,
-                               use_slots};
+static PyType_Spec use_spec = {
+    "fast_litellm_shm._native.Use", sizeof(Use), 0,
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION, use_slots};
 
 #endif

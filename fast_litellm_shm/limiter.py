@@ -261,9 +261,9 @@ class RateLimiter(SharedLimits):
     def _next(
         self, key: str | bytes, cost: Cost, deadline: int
     ) -> tuple[Decision, int, Reservation]:
-        """One step of a wait: the decision, how long to sleep, and what is reserved until then. After the
-        sleep an admitted decision is the caller's (it was charged ahead), a denied one is to be
-        asked again. 0: done."""
+        """One step of a wait: the decision, how long to sleep, and what is reserved until then.
+        After the sleep an admitted decision is the caller's (it was charged ahead), a denied one is
+        to be asked again. 0: done."""
         left = max(deadline - time.monotonic_ns(), 0)
         if self._wallet is not None:
             return self._next_granted(self.acquire(key, cost), left)

@@ -40,9 +40,7 @@ class Wallet:
         self._refused = open_limiter(shared, REFUSED, [Granted()] * count)
         self.asking = Asking(shared, cluster.timeout)
         self._outage = outage.Outage(shared, self)
-        shared._bind_cluster(
-            self.purse, address(self.purse), self._refused, address(self._refused)
-        )
+        shared._bind_cluster(self.purse, address(self.purse), self._refused, address(self._refused))
 
     def rules(self) -> tuple[script.Rule, ...]:
         """Of the limits in force: they may change at run time."""

@@ -91,6 +91,7 @@ class RateLimitMiddleware:
         outcome = self._gate.check(WsgiRequest(environ))
         if outcome is None:
             return self.app(environ, start_response)
+
         def start(
             status: str, headers: list[tuple[str, str]], exc_info: ExcInfo = None
         ) -> Callable[[bytes], object]:
