@@ -91,6 +91,18 @@ class Ghost:
             touch(self.objects)
 """
 
+_ONE = """
+class Uses:
+    def __init__(self, limiter):
+        self.limiter, limiter.back = limiter, self
+    def __del__(self):
+        for _ in range(1000):
+            self.limiter.acquire("k")
+for n in range(ROUNDS):
+    Uses(RateLimiter(Limit(10, per=1), name=f"n{n % 3}", segment=Segment(NAME)))
+    gc.collect()
+"""
+
 _CYCLES = """
 for n in range(ROUNDS):
     s = Segment(NAME)
@@ -184,7 +196,9 @@ atexit.register(touch, kept[0].objects)
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
-    "story", [_CYCLES, _KEYS, _THREADS, _AT_EXIT], ids=["cycles", "keys", "threads", "at-exit"]
+    "story",
+    [_ONE, _CYCLES, _KEYS, _THREADS, _AT_EXIT],
+    ids=["one", "cycles", "keys", "threads", "at-exit"],
 )
 def test_nothing_crashes(segment: Segment, story: str, seed: int) -> None:
     constants = f"SEED, ROUNDS = {seed}, 25\n"
