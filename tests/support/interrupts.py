@@ -10,8 +10,9 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable
-from types import FrameType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import CodeType, FrameType
 from typing import Any
 
 import fast_litellm_shm
@@ -41,29 +42,49 @@ def _raise_at(run: Callable[[], object], at: int) -> str | None:
     """Where it raised; None: ``run`` has fewer instructions."""
     left, where, own = at, None, getattr(run, "__code__", None)
 
-    def look(frame: FrameType, event: str, _: object) -> Any:
+    def reached(code: CodeType, line: int | None) -> None:
         nonlocal left, where
-        code = frame.f_code
-        if event == "call":
-            if code is not own and not code.co_filename.startswith(_PACKAGE):
-                return None
-            frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        elif event == "opcode" and where is None:
-            if left == 0:
-                where = f"{os.path.basename(code.co_filename)}:{frame.f_lineno} {code.co_name}"
-                raise Interrupted
-            left -= 1
+        if where is not None or not (code is own or code.co_filename.startswith(_PACKAGE)):
+            return
+        if left == 0:
+            where = f"{os.path.basename(code.co_filename)}:{line} {code.co_name}"
+            raise Interrupted
+        left -= 1
+
+    with suppress(Interrupted), _watched(reached):
+        run()
+    return where
+
+
+@contextmanager
+def _watched(reached: Callable[[CodeType, int | None], None]) -> Iterator[None]:
+    """reached(code, line or offset): before each instruction."""
+    if sys.version_info >= (3, 12):  # whose settrace() misses some
+        tool, monitoring = 4, sys.monitoring
+        monitoring.use_tool_id(tool, "interrupts")
+        event = monitoring.events.INSTRUCTION
+        monitoring.register_callback(tool, event, reached)
+        monitoring.set_events(tool, event)
+        try:
+            yield
+        finally:
+            monitoring.set_events(tool, 0)
+            monitoring.register_callback(tool, event, None)
+            monitoring.free_tool_id(tool)
+        return
+
+    def look(frame: FrameType, event: str, _: object) -> Any:
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        if event == "opcode":
+            reached(frame.f_code, frame.f_lineno)
         return look
 
     before = sys.gettrace()
     sys.settrace(look)
     try:
-        run()
-    except Interrupted:
-        pass
+        yield
     finally:
         sys.settrace(before)
-    return where
 
 
 def by_signals(run: Callable[[], object], raises: int, longest: float = 150e-6) -> None:
