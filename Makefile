@@ -21,7 +21,7 @@ comma := ,
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-litellm test c-programs environments test-cluster test-limits limits-upstream test-peers peers-upstream test-dashboard dashboard-page test-litellm test-py test-c test-aarch64 lint format lib build bench instructions scaling clean
+.PHONY: help demo demo-litellm test c-programs environments test-cluster test-limits limits-upstream test-peers peers-upstream test-dashboard dashboard-page test-litellm test-freethreaded test-py test-c test-aarch64 lint format lib build bench instructions scaling clean
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of"
@@ -38,7 +38,7 @@ test: test-c test-py ## run all tests: C, then Python
 # What loads LiteLLM or encodings runs apart: a fork of a process that has them takes five times as long, and
 # the others fork a lot.
 LOADED = $(addprefix tests/,acceleration integrations test_encoding.py test_prices.py test_token_batch.py test_tokens.py)
-APART  = $(addprefix tests/,browser cluster faults hostile litellm_proxy peers) # have targets of their own
+APART  = $(addprefix tests/,browser cluster faults freethreaded hostile litellm_proxy peers) # have targets of their own
 test-py: $(VENV)/.test
 	$(PYTEST) -n auto $(patsubst %,--ignore=%,$(APART) $(LOADED))
 	$(PYTEST) -n auto $(LOADED)
@@ -68,6 +68,22 @@ dashboard-page: $(VENV)/.dashboard-tests
 test-litellm: $(VENV)/.test $(VENV)/.litellm-proxy ## run the plugin against LiteLLM's real proxy, 4 workers of either kind
 	$(PYTEST) -n 2 --dist loadscope tests/litellm_proxy
 	$(PYTEST) tests/integrations/test_litellm_calls.py # whose 429 and 503 are the proxy's own
+
+# A copy of the tree, so that the usual build stays as it is. cffi declares from 2.0 on that it needs no GIL, for
+# Python 3.14 and later; for 3.13 there is 1.17, and PYTHON_GIL=0 keeps it off.
+FREETHREADED ?= $(firstword $(foreach v,3.15t 3.14t 3.13t,$(shell command -v python$(v))))
+FT_TREE = $(BUILD)/freethreaded
+test-freethreaded: ## threads without the GIL (needs a free-threaded Python: FREETHREADED=/path/to/python3.14t)
+	@test -n "$(FREETHREADED)" || { echo "there is no python3.13t or later here: build CPython with --disable-gil, \
+	and say make test-freethreaded FREETHREADED=/path/to/python3.14t"; exit 1; }
+	@rm -rf $(FT_TREE) && mkdir -p $(FT_TREE) && cp -R csrc fast_litellm_shm tests setup.py pyproject.toml README.md LICENSE \
+	  MANIFEST.in $(FT_TREE) && rm -f $(FT_TREE)/fast_litellm_shm/*.so
+	$(FREETHREADED) -m venv $(FT_TREE)/venv
+	cffi=$$($(FREETHREADED) -c 'import sys; print("cffi>=2" if sys.version_info >= (3, 14) else "cffi<2")') && \
+	  $(FT_TREE)/venv/bin/python -m pip --disable-pip-version-check --quiet install "$$cffi" setuptools pytest
+	cd $(FT_TREE) && venv/bin/python setup.py -q build_ext --inplace
+	cd $(FT_TREE) && PYTHON_GIL=0 PYTHONPATH=.:tests venv/bin/python -m pytest -q -p no:cacheprovider -o addopts= \
+	  tests/freethreaded
 
 c-programs: $(C_TESTS:%=$(BUILD)/c/%)
 

@@ -1,4 +1,5 @@
-"""Builds fast_litellm_shm._native with cffi: one abi3 module from unity.c and py_module.c.
+"""Builds fast_litellm_shm._native with cffi: one abi3 module from unity.c and py_module.c. A
+free-threaded Python has no stable ABI to keep to: a module for that one version is built there.
 
 The cdef is the marked section of fast_shm.h, so that the declarations exist once; the compiler
 flags are those of ``make lib``, in csrc/cflags. FAST_SHM_CFLAGS and FAST_SHM_LDFLAGS add more.
@@ -7,9 +8,11 @@ flags are those of ``make lib``, in csrc/cflags. FAST_SHM_CFLAGS and FAST_SHM_LD
 import os
 import pathlib
 import re
+import sysconfig
 
 import cffi
 
+FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 CSRC = pathlib.Path(__file__).resolve().parent
 
 
@@ -33,9 +36,12 @@ ffibuilder.set_source(
     include_dirs=["csrc"],
     # Relative: setuptools wants it so, and runs in the folder of setup.py.
     depends=["csrc/cflags", *sorted(f"csrc/{path.name}" for path in CSRC.glob("*.[ch]"))],
-    define_macros=[("Py_LIMITED_API", "0x030A0000")],
+    # The other one keeps cffi from defining the first itself.
+    define_macros=[
+        ("_CFFI_NO_LIMITED_API", None) if FREE_THREADED else ("Py_LIMITED_API", "0x030A0000")
+    ],
     extra_compile_args=(CSRC / "cflags").read_text(encoding="utf-8").split()
     + flags("FAST_SHM_CFLAGS"),
     extra_link_args=flags("FAST_SHM_LDFLAGS"),
-    py_limited_api=True,
+    py_limited_api=not FREE_THREADED,
 )

@@ -5,6 +5,7 @@
 #include <Python.h>
 
 #include "fast_shm.h"
+#include "py_threads.h"
 
 #define FAST(f) ((PyCFunction)(void (*)(void))(f))
 #define FLAGS (METH_FASTCALL | METH_KEYWORDS)
@@ -56,9 +57,8 @@ static int get_cost(PyObject *value, uint64_t *out) {
   return 0;
 }
 
-/* One cost for all limits, or a tuple or list with one for each. */
-static int get_costs(PyObject *limits, PyObject *value, uint64_t *costs) {
-  Py_ssize_t count = PyTuple_Size(limits);
+/* One cost for all `count` limits, or a tuple or list with one for each. */
+static int get_costs(Py_ssize_t count, PyObject *value, uint64_t *costs) {
   if (!PyTuple_Check(value) && !PyList_Check(value)) {
     if (get_cost(value, &costs[0])) return -1;
     for (int i = 1; i < FSHM_MAX_LIMITS; i++) costs[i] = costs[0];

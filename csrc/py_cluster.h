@@ -5,9 +5,10 @@
 
 #include "py_args.h"
 
-/* Of another limiter's handle; all three are owned by the Python object's keepers. */
+/* Set once, by _bind_cluster(). */
 typedef struct {
   fshm_limiter *wallet, *refused; /* NULL: it is a limiter of this host alone */
+  PyObject *wallet_handle, *refused_handle; /* own them */
   PyObject *keys; /* of a limiter of permits, whose `wallet` has allowances: dict of those in use */
 } cluster_t;
 

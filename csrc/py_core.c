@@ -12,8 +12,11 @@ enum { ON_FULL_DENY = 0, ON_FULL_ALLOW = 1, ON_FULL_RAISE = 2 };
 
 typedef struct {
   PyObject_HEAD
-  fshm_limiter *limiter; /* owned by the Python object's segment keeper */
-  PyObject *limits; /* tuple of Limit, Window, SlidingWindow */
+  fshm_limiter *limiter; /* set once, by _bind() */
+  PyObject *
+      handle; /* owns it (native.py, owned()), until we are freed: __del__()s of a garbage cycle, and
+                     * permits in it, may still call us */
+  PyObject *limits; /* tuple of Limit, Window, SlidingWindow. It may be replaced: limits_of() */
   PyObject *reasons; /* tuple of str: what check() says when this limit denies */
   uint64_t version; /* of limits and reasons */
   int on_full;
@@ -25,6 +28,23 @@ static PyObject *s_allowed, *s_reason, *s_remaining, *s_retry, *s_default, *s_ok
 static PyObject *check_allowed, *check_denied; /* dicts to copy */
 
 /* the call ------------------------------------------------------------------------------------- */
+
+/* A new reference to the limits, as they are now. */
+static PyObject *limits_of(Core *self) {
+  PyObject *limits;
+  ALONE_BEGIN(self);
+  limits = self->limits;
+  Py_INCREF(limits);
+  ALONE_END();
+  return limits;
+}
+
+static Py_ssize_t limit_count(Core *self) {
+  PyObject *limits = limits_of(self);
+  Py_ssize_t count = PyTuple_Size(limits);
+  Py_DECREF(limits);
+  return count;
+}
 
 static int call_void(PyObject *self, const char *method, int status) {
   PyObject *r = PyObject_CallMethod(self, method, "i", status);
@@ -43,8 +63,8 @@ static int settle(Core *self, fshm_decision *d) {
     if (d->status == FSHM_DENIED && !d->retry_after_ns) d->retry_after_ns = 1000000000;
     d->remaining = 0;
   }
-  if (d->version != self->version) {
-    self->version = d->version;
+  if (d->version != RELAXED_GET(self->version)) {
+    RELAXED_SET(self->version, d->version);
     if (call_void((PyObject *)self, "_limits_changed", 0)) return -1;
   }
   return 0;
@@ -61,18 +81,18 @@ static int decide(Core *self, uint32_t op, PyObject *key, PyObject *cost, uint64
   key_arg k;
   uint64_t costs[FSHM_MAX_LIMITS];
   if (bound(self) || get_key(key, &k)) return -1;
-  if (cost && get_costs(self->limits, cost, costs)) {
+  if (cost && get_costs(limit_count(self), cost, costs)) {
     Py_XDECREF(k.held);
     return -1;
   }
   if (self->cluster.wallet)
     d->status = cluster_decide((PyObject *)self, &self->cluster, self->limiter, op, key, &k, cost,
-                               cost ? costs : NULL, d, self->version);
+                               cost ? costs : NULL, d, RELAXED_GET(self->version));
   else
     fshm_apply(self->limiter, op, k.bytes, (uint64_t)k.length, cost ? costs : NULL, max_wait, 0, d);
   Py_XDECREF(k.held);
   if (d->status == FSHM_ASK) return -1;
-  if (d->status < 0 || d->version != self->version) return settle(self, d);
+  if (d->status < 0 || d->version != RELAXED_GET(self->version)) return settle(self, d);
   return 0;
 }
 
@@ -86,7 +106,7 @@ static PyObject *decision_call(PyObject *self, uint32_t op, const char *name, Py
     return NULL;
   if (least == 2 && !in[1]) return NULL;
   if (decide((Core *)self, op, in[0], in[1], 0, &d)) return NULL;
-  return make_decision(((Core *)self)->limits, &d);
+  return make_decision(limits_of((Core *)self), &d);
 }
 
 #define MEASURED(self, call) RETURN_MEASURED(&((Core *)(self))->measure, call)
@@ -104,7 +124,7 @@ static PyObject *core_force(PyObject *self, uint32_t op, const char *name, PyObj
   fshm_decision d;
   if (parse(name, args, n, kw, key_cost, in, 2, 2)) return NULL;
   if (decide((Core *)self, op, in[0], in[1], 0, &d)) return NULL;
-  return make_decision(((Core *)self)->limits, &d);
+  return make_decision(limits_of((Core *)self), &d);
 }
 static PyObject *core_charge(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
   return core_force(self, FSHM_CHARGE, "charge", args, n, kw);
@@ -113,40 +133,93 @@ static PyObject *core_refund(PyObject *self, PyObject *const *args, Py_ssize_t n
   return core_force(self, FSHM_REFUND, "refund", args, n, kw);
 }
 
-/* _reserve(key, cost, max_wait_ns) -> (decision, ns to wait until it is ours, what to cancel it by). */
+/* A place in a bucket's queue. Who waits keeps it when its turn has come; whatever else ends the wait, an
+ * exception between any two instructions too, drops it, and with that gives it back. */
+typedef struct {
+  PyObject_HEAD
+  PyObject *handle; /* owns the limiter */
+  fshm_limiter *limiter;
+  PyObject *key; /* bytes */
+  uint64_t costs[FSHM_MAX_LIMITS];
+  fshm_charged reserved[FSHM_MAX_LIMITS];
+  int held; /* not kept, and not given back */
+} Reservation;
+
+static PyTypeObject *reservation_type;
+
+/* In how many limits; elsewhere somebody has reserved after it. */
+static int reservation_end(Reservation *self, int keep) {
+  int held;
+  ALONE_BEGIN(self);
+  held = self->held;
+  self->held = 0;
+  ALONE_END();
+  if (!held || keep) return 0;
+  return fshm_cancel(self->limiter, PyBytes_AsString(self->key), (uint64_t)PyBytes_Size(self->key),
+                     self->costs, self->reserved, 0);
+}
+
+static PyObject *reservation_keep(PyObject *o, PyObject *unused) {
+  (void)unused;
+  (void)reservation_end((Reservation *)o, 1);
+  Py_RETURN_NONE;
+}
+
+static PyObject *reservation_cancel(PyObject *o, PyObject *unused) {
+  (void)unused;
+  return PyLong_FromLong(reservation_end((Reservation *)o, 0));
+}
+
+static void reservation_dealloc(PyObject *o) {
+  Reservation *self = (Reservation *)o;
+  PyTypeObject *type = Py_TYPE(o);
+  (void)reservation_end(self, 0);
+  Py_XDECREF(self->key);
+  Py_XDECREF(self->handle);
+  PyObject_Free(o);
+  Py_DECREF(type);
+}
+
+static PyMethodDef reservation_methods[] = {{"keep", reservation_keep, METH_NOARGS, NULL},
+                                            {"cancel", reservation_cancel, METH_NOARGS, NULL},
+                                            {NULL, NULL, 0, NULL}};
+static PyType_Slot reservation_slots[] = {
+    {Py_tp_dealloc, (void *)reservation_dealloc}, {Py_tp_methods, reservation_methods}, {0, NULL}};
+static PyType_Spec reservation_spec = {"fast_litellm_shm._native.Reservation", sizeof(Reservation),
+                                       0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                                       reservation_slots};
+
+/* _reserve(key, cost, max_wait_ns) -> (decision, ns to wait until it is ours, the Reservation). */
 static PyObject *core_reserve(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
   Core *self = (Core *)o;
   PyObject *in[3] = {NULL, NULL, NULL};
   fshm_decision d;
   key_arg k;
-  uint64_t most, costs[FSHM_MAX_LIMITS];
-  fshm_charged reserved[FSHM_MAX_LIMITS] = {{0, 0, 0}};
+  uint64_t most;
   if (parse("_reserve", args, n, kw, key_cost, in, 3, 3) || get_cost(in[2], &most)) return NULL;
-  if (bound(self) || get_costs(self->limits, in[1], costs) || get_key(in[0], &k)) return NULL;
-  fshm_reserve(self->limiter, k.bytes, (uint64_t)k.length, costs, most, 0, &d, reserved);
+  Reservation *r = PyObject_New(Reservation, reservation_type);
+  if (!r) return NULL;
+  r->key = r->handle = NULL;
+  r->held = 0;
+  if (bound(self) || get_costs(limit_count(self), in[1], r->costs) || get_key(in[0], &k)) {
+    Py_DECREF((PyObject *)r);
+    return NULL;
+  }
+  r->key = PyBytes_FromStringAndSize(k.bytes, k.length);
+  r->handle = self->handle;
+  r->limiter = self->limiter;
+  Py_INCREF(r->handle);
+  if (r->key)
+    fshm_reserve(self->limiter, k.bytes, (uint64_t)k.length, r->costs, most, 0, &d, r->reserved);
+  r->held = r->key && d.status == FSHM_ALLOWED;
   Py_XDECREF(k.held);
-  if ((d.status < 0 || d.version != self->version) && settle(self, &d)) return NULL;
+  if (!r->key || ((d.status < 0 || d.version != RELAXED_GET(self->version)) && settle(self, &d))) {
+    Py_DECREF((PyObject *)r);
+    return NULL;
+  }
   long long wait = d.status == FSHM_ALLOWED ? d.retry_after_ns : 0;
   if (d.status == FSHM_ALLOWED) d.retry_after_ns = 0;
-  PyObject *token = PyBytes_FromStringAndSize((const char *)reserved, sizeof reserved);
-  return Py_BuildValue("NLN", make_decision(self->limits, &d), wait, token);
-}
-
-/* _cancel(key, cost, token): give a reservation back, if it is still the last. */
-static PyObject *core_cancel(PyObject *o, PyObject *args) {
-  Core *self = (Core *)o;
-  PyObject *key, *cost, *token;
-  key_arg k;
-  uint64_t costs[FSHM_MAX_LIMITS];
-  fshm_charged reserved[FSHM_MAX_LIMITS];
-  if (!PyArg_ParseTuple(args, "OOO", &key, &cost, &token)) return NULL;
-  const char *bytes = PyBytes_AsString(token);
-  if (!bytes || PyBytes_Size(token) != (Py_ssize_t)sizeof reserved || bound(self)) return NULL;
-  memcpy(reserved, bytes, sizeof reserved);
-  if (get_costs(self->limits, cost, costs) || get_key(key, &k)) return NULL;
-  int given_back = fshm_cancel(self->limiter, k.bytes, (uint64_t)k.length, costs, reserved, 0);
-  Py_XDECREF(k.held);
-  return PyLong_FromLong(given_back);
+  return Py_BuildValue("NLN", make_decision(limits_of(self), &d), wait, r);
 }
 
 static int decide_default(PyObject *self, uint32_t op, const char *name, PyObject *const *args,
@@ -168,7 +241,7 @@ static inline PyObject *is_allowed(PyObject *self, PyObject *const *args, Py_ssi
     int status = likely(!core->cluster.wallet)
                      ? fshm_is_allowed(core->limiter, k.bytes, (uint64_t)k.length)
                      : cluster_decide(self, &core->cluster, core->limiter, FSHM_ACQUIRE, args[0],
-                                      &k, NULL, NULL, NULL, core->version);
+                                      &k, NULL, NULL, NULL, RELAXED_GET(core->version));
     Py_XDECREF(k.held);
     if (status == FSHM_ASK) return NULL;
     if (status >= 0) {
@@ -176,7 +249,7 @@ static inline PyObject *is_allowed(PyObject *self, PyObject *const *args, Py_ssi
       Py_INCREF(out);
       return out;
     }
-    fshm_decision failed = {status, 0, core->version, 0, 0, 0};
+    fshm_decision failed = {status, 0, RELAXED_GET(core->version), 0, 0, 0};
     if (settle(core, &failed)) return NULL;
     return PyBool_FromLong(failed.status == FSHM_ALLOWED);
   }
@@ -211,10 +284,15 @@ static PyObject *check(PyObject *self, PyObject *const *args, Py_ssize_t n, PyOb
   if (!out) return NULL;
   int failed = set_item(out, s_remaining, PyLong_FromUnsignedLongLong(d.remaining));
   if (!failed && !allowed) {
-    PyObject *reasons = ((Core *)self)->reasons;
+    PyObject *reasons;
+    ALONE_BEGIN(self);
+    reasons = ((Core *)self)->reasons;
+    Py_INCREF(reasons);
+    ALONE_END();
     int known = (Py_ssize_t)d.limit_index < PyTuple_Size(reasons);
     failed =
         PyDict_SetItem(out, s_reason, known ? PyTuple_GetItem(reasons, d.limit_index) : s_full);
+    Py_DECREF(reasons);
     if (!failed && d.retry_after_ns == FSHM_NEVER)
       failed = PyDict_SetItem(out, s_retry, Py_None);
     else if (!failed) /* rounded up: after that many milliseconds it fits */
@@ -240,7 +318,7 @@ static PyObject *core_admit(PyObject *o, PyObject *const *args, Py_ssize_t n, Py
   uint32_t in_flight;
   if (parse("acquire", args, n, kw, key_cost, in, 2, 1)) return NULL;
   if (bound(self)) return NULL;
-  if (in[1] && get_costs(self->limits, in[1], costs)) return NULL;
+  if (in[1] && get_costs(limit_count(self), in[1], costs)) return NULL;
   if (get_key(in[0], &k)) return NULL;
   int failed = 0;
   if (self->cluster.keys)
@@ -250,11 +328,11 @@ static PyObject *core_admit(PyObject *o, PyObject *const *args, Py_ssize_t n, Py
                &in_flight);
   Py_XDECREF(k.held);
   if (failed) return NULL;
-  if ((d.status < 0 || d.version != self->version) && settle(self, &d)) {
+  if ((d.status < 0 || d.version != RELAXED_GET(self->version)) && settle(self, &d)) {
     (void)fshm_permit_release(self->limiter, &permit);
     return NULL;
   }
-  return make_permit(o, self->limiter, &permit, in_flight, self->limits, &d);
+  return make_permit(self->handle, self->limiter, &permit, in_flight, limits_of(self), &d);
 }
 
 #define AHEAD 8 /* keys: enough to cover a miss, and few enough to be still there */
@@ -289,7 +367,14 @@ static int decide_fetched(Core *self, PyObject *key, fetched_key *k, const uint6
   if (other) k->hash = limiter_fetch(self->limiter, bytes, length);
   limiter_acquire_fetched(self->limiter, k->hash, bytes, length, costs, d);
   Py_XDECREF(k->key.held);
-  return d->status < 0 || d->version != self->version ? settle(self, d) : 0;
+  return d->status < 0 || d->version != RELAXED_GET(self->version) ? settle(self, d) : 0;
+}
+
+/* Where to write the next answers; anew for each, since __index__() of a cost may have changed the bytearray. */
+static void *answers(PyObject *array, Py_ssize_t size) {
+  if (PyByteArray_Size(array) == size) return PyByteArray_AsString(array);
+  PyErr_SetString(PyExc_ValueError, "keys and costs differ in length");
+  return NULL;
 }
 
 /* _acquire_many(keys, costs, allowed, remaining, retry): charge key by key in order; three bytearrays
@@ -305,24 +390,35 @@ static PyObject *core_acquire_many(PyObject *o, PyObject *const *args, Py_ssize_
   PyObject *keys = PySequence_Tuple(args[0]);
   if (!keys) return NULL;
   Py_ssize_t count = PyTuple_Size(keys), ahead = 0;
-  char *allowed = PyByteArray_AsString(args[2]);
-  uint64_t *remaining = (uint64_t *)(void *)PyByteArray_AsString(args[3]);
-  double *retry = (double *)(void *)PyByteArray_AsString(args[4]);
   int each = PyList_Check(args[1]);
   uint64_t costs[FSHM_MAX_LIMITS];
   fetched_key ring[AHEAD];
-  if ((each && PyList_Size(args[1]) != count) || PyByteArray_Size(args[2]) != count ||
-      PyByteArray_Size(args[3]) != 8 * count || PyByteArray_Size(args[4]) != 8 * count) {
-    PyErr_SetString(PyExc_ValueError, "keys and costs differ in length");
+  for (int i = 2; i < 5; i++) {
+    if (PyByteArray_Check(args[i])) continue;
+    PyErr_SetString(PyExc_TypeError, "_acquire_many() fills bytearrays");
+    goto failed;
+  }
+  if ((each && PyList_Size(args[1]) != count) || !answers(args[2], count) ||
+      !answers(args[3], 8 * count) || !answers(args[4], 8 * count)) {
+    if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "keys and costs differ in length");
     goto failed;
   }
   for (Py_ssize_t i = 0; i < count; i++) {
     fshm_decision d;
     for (; ahead < count && ahead < i + AHEAD; ahead++)
       fetch(self, PyTuple_GetItem(keys, ahead), &ring[ahead % AHEAD]);
-    PyObject *cost = each ? PyList_GetItem(args[1], i) : args[1];
-    if ((each || !i) && (!cost || get_costs(self->limits, cost, costs))) goto failed;
+    if (each || !i) { /* held: its __index__() may take it out of the list */
+      PyObject *cost = each ? PySequence_GetItem(args[1], i) : args[1];
+      if (!each) Py_INCREF(cost);
+      int wrong = !cost || get_costs(limit_count(self), cost, costs);
+      Py_XDECREF(cost);
+      if (wrong) goto failed;
+    }
     if (decide_fetched(self, PyTuple_GetItem(keys, i), &ring[i % AHEAD], costs, &d)) goto failed;
+    char *allowed = answers(args[2], count);
+    uint64_t *remaining = answers(args[3], 8 * count);
+    double *retry = answers(args[4], 8 * count);
+    if (!allowed || !remaining || !retry) goto failed;
     allowed[i] = (char)(d.status == FSHM_ALLOWED);
     remaining[i] = d.remaining;
     retry[i] = d.retry_after_ns == FSHM_NEVER ? Py_HUGE_VAL : (double)d.retry_after_ns / 1e9;
@@ -334,40 +430,61 @@ failed:
   return NULL;
 }
 
-/* _bind(address, limits, reasons, version, on_full) */
+/* _bind(handle, address, limits, reasons, version, on_full). handle: what owns the limiter. */
 static PyObject *core_bind(PyObject *o, PyObject *args) {
   Core *self = (Core *)o;
-  PyObject *limits, *reasons;
+  PyObject *handle, *limits, *reasons;
   unsigned long long address, version;
   int on_full;
-  if (!PyArg_ParseTuple(args, "KO!O!Ki", &address, &PyTuple_Type, &limits, &PyTuple_Type, &reasons,
-                        &version, &on_full))
+  if (!PyArg_ParseTuple(args, "OKO!O!Ki", &handle, &address, &PyTuple_Type, &limits, &PyTuple_Type,
+                        &reasons, &version, &on_full))
     return NULL;
-  PyObject *old_limits = self->limits, *old_reasons = self->reasons;
+  if (self->handle && self->handle != handle) {
+    PyErr_SetString(PyExc_RuntimeError, "a limiter is bound once"); /* a call may be inside it */
+    return NULL;
+  }
+  PyObject *old_limits, *old_reasons;
   Py_INCREF(limits);
   Py_INCREF(reasons);
+  ALONE_BEGIN(self);
+  old_limits = self->limits;
+  old_reasons = self->reasons;
   self->limits = limits;
   self->reasons = reasons;
+  if (!self->handle) {
+    Py_INCREF(handle);
+    self->handle = handle;
+    self->limiter = (fshm_limiter *)(uintptr_t)address;
+    self->on_full = on_full;
+  }
+  RELAXED_SET(self->version, version);
+  ALONE_END();
   Py_XDECREF(old_limits);
   Py_XDECREF(old_reasons);
-  self->limiter = (fshm_limiter *)(uintptr_t)address;
-  self->version = version;
-  self->on_full = on_full;
   Py_RETURN_NONE;
 }
 
-/* _bind_cluster(wallet, refused, keys=None): addresses, and of permits a dict. */
+/* _bind_cluster(wallet, address, refused, address, keys=None): what owns the limiters, and of permits a
+ * dict. */
 static PyObject *core_bind_cluster(PyObject *o, PyObject *args) {
   unsigned long long wallet, refused;
-  PyObject *keys = NULL;
+  PyObject *keys = NULL, *wallet_handle, *refused_handle;
   cluster_t *c = &((Core *)o)->cluster;
-  if (!PyArg_ParseTuple(args, "KK|O!", &wallet, &refused, &PyDict_Type, &keys)) return NULL;
-  c->wallet = (fshm_limiter *)(uintptr_t)wallet;
-  c->refused = (fshm_limiter *)(uintptr_t)refused;
-  PyObject *old = c->keys;
+  if (!PyArg_ParseTuple(args, "OKOK|O!", &wallet_handle, &wallet, &refused_handle, &refused,
+                        &PyDict_Type, &keys))
+    return NULL;
+  if (c->wallet) {
+    PyErr_SetString(PyExc_RuntimeError, "a limiter is bound once");
+    return NULL;
+  }
+  Py_INCREF(wallet_handle);
+  Py_INCREF(refused_handle);
   Py_XINCREF(keys);
   c->keys = keys;
-  Py_XDECREF(old);
+  c->wallet_handle = wallet_handle;
+  c->refused_handle = refused_handle;
+  c->refused = (fshm_limiter *)(uintptr_t)refused;
+  c->wallet = (fshm_limiter *)(uintptr_t)wallet;
   Py_RETURN_NONE;
 }
 
@@ -380,25 +497,37 @@ static PyObject *core_measure(PyObject *o, PyObject *args) {
 static PyObject *core_get_limits(PyObject *o, void *unused) {
   (void)unused;
   Core *self = (Core *)o;
-  uint64_t version = self->version;
-  if (self->limiter) { /* somebody may have changed them */
-    fshm_limit now[FSHM_MAX_LIMITS];
-    if (fshm_limiter_limits(self->limiter, now, &version) > 0 && version != self->version) {
-      self->version = version;
-      if (call_void(o, "_limits_changed", 0)) return NULL;
-    }
+  uint64_t version;
+  if (!self->limiter) Py_RETURN_NONE;
+  fshm_limit now[FSHM_MAX_LIMITS]; /* somebody may have changed them */
+  if (fshm_limiter_limits(self->limiter, now, &version) > 0 &&
+      version != RELAXED_GET(self->version)) {
+    RELAXED_SET(self->version, version);
+    if (call_void(o, "_limits_changed", 0)) return NULL;
   }
-  PyObject *limits = self->limits ? self->limits : Py_None;
-  Py_INCREF(limits);
-  return limits;
+  return limits_of(self);
+}
+
+/* No tp_clear: what a __del__() finds must work, and others break the cycles (dicts do). */
+static int core_traverse(PyObject *o, visitproc visit, void *arg) {
+  Core *self = (Core *)o;
+  Py_VISIT(Py_TYPE(o));
+  Py_VISIT(self->limits);
+  Py_VISIT(self->reasons);
+  Py_VISIT(self->cluster.keys);
+  return 0;
 }
 
 static void core_dealloc(PyObject *o) {
   Core *self = (Core *)o;
   PyTypeObject *type = Py_TYPE(o);
+  PyObject_GC_UnTrack(o);
   Py_XDECREF(self->limits);
   Py_XDECREF(self->reasons);
   Py_XDECREF(self->cluster.keys);
+  Py_XDECREF(self->cluster.wallet_handle);
+  Py_XDECREF(self->cluster.refused_handle);
+  Py_XDECREF(self->handle);
   freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
   release(o);
   Py_DECREF(type);
@@ -425,7 +554,6 @@ static PyMethodDef core_methods[] = {
     {"get_remaining", FAST(core_get_remaining), FLAGS,
      "get_remaining(key=None)\n--\n\nHow many requests would be admitted right now."},
     {"_reserve", FAST(core_reserve), FLAGS, NULL},
-    {"_cancel", core_cancel, METH_VARARGS, NULL},
     {"_admit", FAST(core_admit), FLAGS, NULL},
     {"_acquire_many", FAST(core_acquire_many), FLAGS, NULL},
     {"_bind", core_bind, METH_VARARGS, NULL},
@@ -439,13 +567,15 @@ static PyGetSetDef core_getset[] = {
 
 static char core_doc[] = "Native base of the limiters.";
 static PyType_Slot core_slots[] = {{Py_tp_dealloc, (void *)core_dealloc},
+                                   {Py_tp_traverse, (void *)core_traverse},
                                    {Py_tp_methods, core_methods},
                                    {Py_tp_getset, core_getset},
                                    {Py_tp_doc, core_doc},
                                    {0, NULL}};
 
 static PyType_Spec core_spec = {"fast_litellm_shm._native.Core", sizeof(Core), 0,
-                                Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, core_slots};
+                                Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+                                core_slots};
 
 static int install_core(PyObject *module) {
   s_allowed = PyUnicode_InternFromString("allowed");
@@ -466,8 +596,10 @@ static int install_core(PyObject *module) {
       PyDict_SetItem(check_denied, s_remaining, Py_None))
     return -1;
   PyObject *core = PyType_FromSpec(&core_spec);
-  if (!core) return -1;
-  int failed = PyObject_SetAttrString(module, "Core", core);
+  reservation_type = (PyTypeObject *)PyType_FromSpec(&reservation_spec);
+  if (!core || !reservation_type) return -1;
+  int failed = PyObject_SetAttrString(module, "Core", core) ||
+               PyObject_SetAttrString(module, "Reservation", (PyObject *)reservation_type);
   Py_DECREF(core);
   return failed ? -1 : 0;
 }

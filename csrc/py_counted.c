@@ -6,7 +6,8 @@ enum { COUNT_FIXED, COUNT_SLIDING, COUNT_MOVING, COUNT_KINDS };
 
 typedef struct {
   PyObject_HEAD
-  fshm_limiter *limiters[COUNT_KINDS]; /* owned by the Python object's keepers */
+  fshm_limiter *limiters[COUNT_KINDS]; /* set once, by _bind() */
+  PyObject *handles; /* tuple: own them, until we are freed */
 } Counts;
 
 /* limits' key_for() ends a key with /amount/multiples/granularity, and 60 is a minute wherever it says so. */
@@ -179,13 +180,29 @@ static PyObject *counts_acquire_moving(PyObject *o, PyObject *const *args, Py_ss
   return count_args("acquire_moving", n, 4) ? NULL : acquire_counted(o, COUNT_MOVING, args);
 }
 
-/* _bind(fixed, sliding, moving): addresses. */
+/* _bind(handles, fixed, sliding, moving): a tuple of what owns the limiters, and addresses. */
 static PyObject *counts_bind(PyObject *o, PyObject *args) {
   unsigned long long at[COUNT_KINDS];
-  if (!PyArg_ParseTuple(args, "KKK", &at[0], &at[1], &at[2])) return NULL;
+  PyObject *handles;
+  if (!PyArg_ParseTuple(args, "O!KKK", &PyTuple_Type, &handles, &at[0], &at[1], &at[2]))
+    return NULL;
+  if (((Counts *)o)->handles) {
+    PyErr_SetString(PyExc_RuntimeError, "a storage is bound once"); /* a call may be inside it */
+    return NULL;
+  }
+  Py_INCREF(handles);
+  ((Counts *)o)->handles = handles;
   for (int i = 0; i < COUNT_KINDS; i++)
     ((Counts *)o)->limiters[i] = (fshm_limiter *)(uintptr_t)at[i];
   Py_RETURN_NONE;
+}
+
+static void counts_dealloc(PyObject *o) {
+  PyTypeObject *type = Py_TYPE(o);
+  Py_XDECREF(((Counts *)o)->handles);
+  freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+  release(o);
+  Py_DECREF(type);
 }
 
 static PyMethodDef counts_methods[] = {
@@ -199,8 +216,10 @@ static PyMethodDef counts_methods[] = {
     {"_bind", counts_bind, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL}};
 
-static PyType_Slot counts_slots[] = {
-    {Py_tp_methods, counts_methods}, {Py_tp_new, (void *)PyType_GenericNew}, {0, NULL}};
+static PyType_Slot counts_slots[] = {{Py_tp_dealloc, (void *)counts_dealloc},
+                                     {Py_tp_methods, counts_methods},
+                                     {Py_tp_new, (void *)PyType_GenericNew},
+                                     {0, NULL}};
 
 static PyType_Spec counts_spec = {"fast_litellm_shm._native.Counts", sizeof(Counts), 0,
                                   Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, counts_slots};

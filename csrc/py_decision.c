@@ -10,10 +10,13 @@ typedef struct {
 
 static PyTypeObject *decision_type;
 
+/* Takes over the reference to limits. */
 static PyObject *make_decision(PyObject *limits, const fshm_decision *d) {
   Decision *o = PyObject_New(Decision, decision_type);
-  if (!o) return NULL;
-  Py_INCREF(limits);
+  if (!o) {
+    Py_DECREF(limits);
+    return NULL;
+  }
   o->limits = limits;
   o->d = *d;
   return (PyObject *)o;

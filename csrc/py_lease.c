@@ -6,7 +6,7 @@
 
 typedef struct {
   PyObject_HEAD
-  PyObject *owner; /* the object that keeps the limiter and its segment alive */
+  PyObject *handle; /* owns the limiter */
   fshm_limiter *limiter;
   fshm_permit permit;
   uint32_t in_flight; /* seen, when denied */
@@ -15,7 +15,8 @@ typedef struct {
 
 static PyTypeObject *permit_type;
 
-static PyObject *make_permit(PyObject *owner, fshm_limiter *limiter, const fshm_permit *permit,
+/* Takes over the reference to limits. */
+static PyObject *make_permit(PyObject *handle, fshm_limiter *limiter, const fshm_permit *permit,
                              uint32_t in_flight, PyObject *limits, const fshm_decision *d) {
   PyObject *decision = make_decision(limits, d);
   Permit *o = decision ? PyObject_New(Permit, permit_type) : NULL;
@@ -25,8 +26,8 @@ static PyObject *make_permit(PyObject *owner, fshm_limiter *limiter, const fshm_
     Py_XDECREF(decision);
     return NULL;
   }
-  Py_INCREF(owner);
-  o->owner = owner;
+  Py_INCREF(handle);
+  o->handle = handle;
   o->limiter = limiter;
   o->permit = *permit;
   o->in_flight = in_flight;
@@ -34,10 +35,17 @@ static PyObject *make_permit(PyObject *owner, fshm_limiter *limiter, const fshm_
   return (PyObject *)o;
 }
 
+static int give_back_permit(Permit *self) {
+  int given_back;
+  ALONE_BEGIN(self);
+  given_back = fshm_permit_release(self->limiter, &self->permit);
+  ALONE_END();
+  return given_back;
+}
+
 static PyObject *permit_release(PyObject *o, PyObject *unused) {
   (void)unused;
-  Permit *self = (Permit *)o;
-  return PyBool_FromLong(fshm_permit_release(self->limiter, &self->permit));
+  return PyBool_FromLong(give_back_permit((Permit *)o));
 }
 
 static PyObject *permit_enter(PyObject *o, PyObject *unused) {
@@ -48,7 +56,7 @@ static PyObject *permit_enter(PyObject *o, PyObject *unused) {
 
 static PyObject *permit_exit(PyObject *o, PyObject *args) {
   (void)args;
-  (void)fshm_permit_release(((Permit *)o)->limiter, &((Permit *)o)->permit);
+  (void)give_back_permit((Permit *)o);
   Py_RETURN_NONE;
 }
 
@@ -81,7 +89,7 @@ static PyObject *permit_repr(PyObject *o) {
 static void permit_dealloc(PyObject *o) {
   Permit *self = (Permit *)o;
   PyTypeObject *type = Py_TYPE(o);
-  if (self->permit.held && fshm_permit_release(self->limiter, &self->permit)) {
+  if (self->permit.held && give_back_permit(self)) {
     PyObject *error, *value, *trace;
     PyErr_Fetch(&error, &value, &trace); /* an exception may be on its way through us */
     if (PyErr_ResourceWarning(NULL, 1,
@@ -90,8 +98,8 @@ static void permit_dealloc(PyObject *o) {
       PyErr_WriteUnraisable(NULL);
     PyErr_Restore(error, value, trace);
   }
-  Py_XDECREF(self->owner);
   Py_XDECREF(self->decision);
+  Py_XDECREF(self->handle); /* last: it owns the limiter */
   PyObject_Free(o);
   Py_DECREF(type);
 }
@@ -124,7 +132,115 @@ static PyType_Spec permit_spec = {"fast_litellm_shm._native.Permit", sizeof(Perm
                                   Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
                                   permit_slots};
 
+/* Slot(limiter, key, timeout): limiter._slot(key, timeout) when a block is entered, until it is left. No
+ * instruction of Python is between the grant and whoever gives it back: an exception out of a signal handler
+ * meets it held here, and the end of the block, or of this object, gives it back. */
+typedef struct {
+  PyObject_HEAD
+  PyObject *limiter, *key, *timeout;
+  Permit *permit; /* while the block runs */
+} Slot;
+
+static int slot_init(PyObject *o, PyObject *args, PyObject *kwargs) {
+  Slot *self = (Slot *)o;
+  PyObject *limiter, *key, *timeout;
+  if (kwargs && PyDict_Size(kwargs)) {
+    PyErr_SetString(PyExc_TypeError, "Slot() takes no keyword arguments");
+    return -1;
+  }
+  if (!PyArg_ParseTuple(args, "OOO", &limiter, &key, &timeout)) return -1;
+  if (self->limiter) {
+    PyErr_SetString(PyExc_RuntimeError, "a slot is made once");
+    return -1;
+  }
+  Py_INCREF(limiter);
+  Py_INCREF(key);
+  Py_INCREF(timeout);
+  self->key = key;
+  self->timeout = timeout;
+  self->limiter = limiter;
+  return 0;
+}
+
+static PyObject *slot_enter(PyObject *o, PyObject *unused) {
+  (void)unused;
+  Slot *self = (Slot *)o;
+  if (!self->limiter || self->permit) {
+    PyErr_SetString(PyExc_RuntimeError, self->limiter
+                                            ? "the slot is held: call slot() for each block"
+                                            : "the slot's __init__ was not called");
+    return NULL;
+  }
+  PyObject *got = PyObject_CallMethod(self->limiter, "_slot", "OO", self->key, self->timeout);
+  if (!got) return NULL;
+  Permit *mine = Py_TYPE(got) == permit_type ? (Permit *)got : NULL;
+  ALONE_BEGIN(self);
+  if (mine && !self->permit)
+    self->permit = mine;
+  else
+    mine = NULL;
+  ALONE_END();
+  if (!mine) {
+    PyErr_SetString(PyExc_RuntimeError, "the slot is held, or was given no permit");
+    Py_DECREF(got);
+    return NULL;
+  }
+  Py_INCREF(got);
+  return got;
+}
+
+static void slot_leave(Slot *self) {
+  Permit *permit;
+  ALONE_BEGIN(self);
+  permit = self->permit;
+  self->permit = NULL;
+  ALONE_END();
+  if (!permit) return;
+  (void)give_back_permit(permit);
+  Py_DECREF((PyObject *)permit);
+}
+
+static PyObject *slot_exit(PyObject *o, PyObject *args) {
+  (void)args;
+  slot_leave((Slot *)o);
+  Py_RETURN_NONE;
+}
+
+static int slot_traverse(PyObject *o, visitproc visit, void *arg) {
+  Py_VISIT(Py_TYPE(o));
+  Py_VISIT(((Slot *)o)->limiter);
+  Py_VISIT(((Slot *)o)->key);
+  return 0;
+}
+
+static void slot_dealloc(PyObject *o) {
+  Slot *self = (Slot *)o;
+  PyTypeObject *type = Py_TYPE(o);
+  PyObject_GC_UnTrack(o);
+  slot_leave(self);
+  Py_XDECREF(self->limiter);
+  Py_XDECREF(self->key);
+  Py_XDECREF(self->timeout);
+  freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+  release(o);
+  Py_DECREF(type);
+}
+
+static PyMethodDef slot_methods[] = {{"__enter__", slot_enter, METH_NOARGS, NULL},
+                                     {"__exit__", slot_exit, METH_VARARGS, NULL},
+                                     {NULL, NULL, 0, NULL}};
+static PyType_Slot slot_slots[] = {
+    {Py_tp_dealloc, (void *)slot_dealloc},  {Py_tp_traverse, (void *)slot_traverse},
+    {Py_tp_methods, slot_methods},          {Py_tp_init, (void *)slot_init},
+    {Py_tp_new, (void *)PyType_GenericNew}, {0, NULL}};
+static PyType_Spec slot_spec = {"fast_litellm_shm._native.Slot", sizeof(Slot), 0,
+                                Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+                                slot_slots};
+
 static int install_lease(PyObject *module) {
   permit_type = (PyTypeObject *)PyType_FromSpec(&permit_spec);
-  return permit_type ? PyObject_SetAttrString(module, "Permit", (PyObject *)permit_type) : -1;
+  PyObject *slot = PyType_FromSpec(&slot_spec);
+  return !permit_type || !slot ||
+         PyObject_SetAttrString(module, "Permit", (PyObject *)permit_type) ||
+         PyObject_SetAttrString(module, "Slot", slot);
 }

@@ -5,6 +5,7 @@
 #include <Python.h>
 
 #include "internal.h"
+#include "py_threads.h"
 
 typedef struct {
   fshm_segment *segment;
@@ -20,9 +21,10 @@ static inline void measure_init(measure_t *m, fshm_segment *segment, int metric,
 
 /* The time, if this call is one to measure; else 0. */
 static inline uint64_t measure_begin(measure_t *m) {
-  if (likely(!m->every || --m->left)) return 0;
-  m->left = m->every;
-  return fshm_clock();
+  if (likely(!m->every)) return 0;
+  uint32_t left = RELAXED_GET(m->left); /* of two threads at once one may go uncounted */
+  RELAXED_SET(m->left, left > 1 ? left - 1 : m->every);
+  return left > 1 ? 0 : fshm_clock();
 }
 
 /* (segment, metric, every), as a type's _measure() is given them. 0: done. */

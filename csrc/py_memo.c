@@ -14,7 +14,7 @@
 typedef struct {
   PyObject_HEAD
   fshm_segment *segment;
-  PyObject *owner; /* keeps the segment open */
+  PyObject *owner; /* keeps the segment open: until we are freed, and reported */
   uint64_t encoding;
   PyObject *compute; /* NULL: __init__ was not called */
   PyObject *encode; /* NULL, or gives a list for a text that has UTF-8, whose length is the count */
@@ -26,8 +26,14 @@ typedef struct {
 } Memo;
 
 static void report_counts(Memo *self) {
-  fshm_memo_count(self->segment, self->hits, self->misses);
-  self->hits = self->misses = 0;
+  fshm_memo_count(self->segment, __atomic_exchange_n(&self->hits, 0, __ATOMIC_RELAXED),
+                  __atomic_exchange_n(&self->misses, 0, __ATOMIC_RELAXED));
+}
+
+static void count_one(Memo *self, uint32_t *which) {
+  uint32_t now = RELAXED_GET(*which) + 1; /* of two threads at once one may go uncounted */
+  RELAXED_SET(*which, now);
+  if (now >= REPORT_EVERY) report_counts(self);
 }
 
 static int memo_ready(const Memo *self) {
@@ -57,15 +63,17 @@ static int64_t memo_known(const Memo *self, const char *bytes, Py_ssize_t length
 /* 1 or 0; -1: it raised. */
 static int memo_enabled(Memo *self) {
   if (!self->enabled) return 1;
-  if (!self->asked--) {
+  uint32_t asked = RELAXED_GET(self->asked);
+  RELAXED_SET(self->asked, asked ? asked - 1 : 0);
+  if (!asked) {
     PyObject *answer = PyObject_CallFunctionObjArgs(self->enabled, NULL);
     int on = answer ? PyObject_IsTrue(answer) : -1;
     Py_XDECREF(answer);
-    self->asked = on < 0 ? 0 : ASK_EVERY - 1;
+    RELAXED_SET(self->asked, on < 0 ? 0 : ASK_EVERY - 1);
     if (on < 0) return -1;
-    self->off = !on;
+    RELAXED_SET(self->off, !on);
   }
-  return !self->off;
+  return !RELAXED_GET(self->off);
 }
 
 /* A new reference, and the count where it is one to remember; else -1. */
@@ -96,12 +104,12 @@ static PyObject *memo_count(PyObject *o, PyObject *text) {
   uint64_t begun = measure_begin(&self->measure);
   int64_t known = memo_known(self, bytes, length, hash);
   if (known >= 0) {
-    if (++self->hits >= REPORT_EVERY) report_counts(self);
+    count_one(self, &self->hits);
     if (begun) measure_end(&self->measure, begun, 1, (uint64_t)length);
     return PyLong_FromLongLong(known);
   }
   PyObject *counted = memo_compute(self, text, &count);
-  if (++self->misses >= REPORT_EVERY) report_counts(self);
+  count_one(self, &self->misses);
   if (begun) measure_end(&self->measure, begun, counted != NULL, (uint64_t)length);
   if (counted && count >= 0) fshm_memo_keep(self->segment, hash, (uint64_t)count);
   return counted;
@@ -116,7 +124,7 @@ static PyObject *memo_get(PyObject *o, PyObject *text) {
   const char *bytes = memo_bytes(text, &length);
   int64_t known = bytes ? memo_known(self, bytes, length, hash) : -1;
   if (known < 0) Py_RETURN_NONE;
-  if (++self->hits >= REPORT_EVERY) report_counts(self);
+  count_one(self, &self->hits);
   return PyLong_FromLongLong(known);
 }
 
@@ -131,7 +139,7 @@ static PyObject *memo_put(PyObject *o, PyObject *args) {
   const char *bytes = memo_bytes(text, &length);
   if (bytes) {
     fshm_memo_put(self->segment, self->encoding, bytes, (uint64_t)length, (uint64_t)count);
-    if (++self->misses >= REPORT_EVERY) report_counts(self);
+    count_one(self, &self->misses);
   }
   Py_RETURN_NONE;
 }
@@ -173,9 +181,20 @@ static int memo_init(PyObject *o, PyObject *args, PyObject *kwargs) {
   return 0;
 }
 
+static int memo_traverse(PyObject *o, visitproc visit, void *arg) {
+  Memo *self = (Memo *)o;
+  Py_VISIT(Py_TYPE(o));
+  Py_VISIT(self->compute);
+  Py_VISIT(self->encode);
+  Py_VISIT(self->enabled);
+  Py_VISIT(self->owner);
+  return 0;
+}
+
 static void memo_dealloc(PyObject *o) {
   Memo *self = (Memo *)o;
   PyTypeObject *type = Py_TYPE(o);
+  PyObject_GC_UnTrack(o);
   if (self->compute && (self->hits || self->misses)) report_counts(self);
   Py_XDECREF(self->compute);
   Py_XDECREF(self->encode);
@@ -192,13 +211,17 @@ static PyMethodDef memo_methods[] = {
     {"put", memo_put, METH_VARARGS, "put(text, count)\n--\n\nRemember a count."},
     {NULL, NULL, 0, NULL}};
 
-static PyType_Slot memo_slots[] = {
-    {Py_tp_init, (void *)memo_init},        {Py_tp_dealloc, (void *)memo_dealloc},
-    {Py_tp_call, (void *)memo_call},        {Py_tp_methods, memo_methods},
-    {Py_tp_new, (void *)PyType_GenericNew}, {0, NULL}};
+static PyType_Slot memo_slots[] = {{Py_tp_init, (void *)memo_init},
+                                   {Py_tp_dealloc, (void *)memo_dealloc},
+                                   {Py_tp_call, (void *)memo_call},
+                                   {Py_tp_methods, memo_methods},
+                                   {Py_tp_new, (void *)PyType_GenericNew},
+                                   {Py_tp_traverse, (void *)memo_traverse},
+                                   {0, NULL}};
 
 static PyType_Spec memo_spec = {"fast_litellm_shm._native.Memo", sizeof(Memo), 0,
-                                Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, memo_slots};
+                                Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+                                memo_slots};
 
 static int install_memo(PyObject *module) {
   PyObject *type = PyType_FromSpec(&memo_spec);

@@ -5,10 +5,16 @@
 #include "layout.h"
 #include "py_args.h"
 
+/* What _set() sets. A call holds what it uses, since another may set it meanwhile. */
+typedef struct {
+  fshm_segment *segment; /* NULL = not bound yet */
+  PyObject *handle; /* owns it */
+  PyObject *metrics; /* dict: component -> dict: operation -> int */
+} bound_t;
+
 typedef struct {
   PyObject_HEAD
-  fshm_segment *segment; /* kept open by the Python subclass; NULL = not bound yet */
-  PyObject *metrics; /* dict: component -> dict: operation -> int */
+  bound_t bound;
 } Recorder;
 
 static const char *const record_names[] = {"component",  "operation",   "duration_ms", "success",
@@ -17,7 +23,7 @@ static const char *const record_names[] = {"component",  "operation",   "duratio
 /* The number of (component, operation), from the dicts, else from the segment. Only exact strs are
  * looked up: their comparison runs no Python, which could take the dicts away. What is summed as
  * "(other)" is not kept, so that names without end take no memory. */
-static long metric_number(Recorder *self, PyObject *component, PyObject *operation) {
+static long metric_number(const bound_t *b, PyObject *component, PyObject *operation) {
   PyObject *by_operation = NULL, *number = NULL;
   int exact = PyUnicode_CheckExact(component) && PyUnicode_CheckExact(operation);
   if (!PyUnicode_Check(component) || !PyUnicode_Check(operation)) {
@@ -26,31 +32,39 @@ static long metric_number(Recorder *self, PyObject *component, PyObject *operati
                  wrong == component ? "component" : "operation", wrong);
     return -1;
   }
-  if (exact) by_operation = PyDict_GetItemWithError(self->metrics, component);
-  if (by_operation) number = PyDict_GetItemWithError(by_operation, operation);
-  if (number) return PyLong_AsLong(number);
-  if (PyErr_Occurred()) return -1;
-  key_arg c, o;
-  if (get_key(component, &c)) return -1;
-  if (get_key(operation, &o)) {
-    Py_XDECREF(c.held);
-    return -1;
-  }
-  int found =
-      fshm_metric_open(self->segment, c.bytes, (uint64_t)c.length, o.bytes, (uint64_t)o.length);
+  if (exact) by_operation = dict_get(b->metrics, component);
+  if (by_operation) number = dict_get(by_operation, operation);
+  long found = number ? PyLong_AsLong(number) : -1;
+  key_arg c = {NULL, 0, NULL}, o = {NULL, 0, NULL};
+  if (number || PyErr_Occurred() || get_key(component, &c) || get_key(operation, &o)) goto end;
+  found = fshm_metric_open(b->segment, c.bytes, (uint64_t)c.length, o.bytes, (uint64_t)o.length);
+  if (!exact || found == METRICS - 1) goto end;
+  if (!by_operation) by_operation = PyDict_New();
+  number = PyLong_FromLong(found);
+  if (!by_operation || !number || PyDict_SetItem(by_operation, operation, number) ||
+      PyDict_SetItem(b->metrics, component, by_operation))
+    found = -1;
+end:
   Py_XDECREF(c.held);
   Py_XDECREF(o.held);
-  if (!exact || found == METRICS - 1) return found;
-  if (!by_operation) {
-    by_operation = PyDict_New();
-    int failed = !by_operation || PyDict_SetItem(self->metrics, component, by_operation);
-    Py_XDECREF(by_operation); /* the dict of dicts keeps it */
-    if (failed) return -1;
-  }
-  number = PyLong_FromLong(found);
-  int failed = !number || PyDict_SetItem(by_operation, operation, number);
   Py_XDECREF(number);
-  return failed ? -1 : found;
+  Py_XDECREF(by_operation);
+  return found;
+}
+
+static bound_t get_bound(Recorder *self) {
+  bound_t b;
+  ALONE_BEGIN(self);
+  b = self->bound;
+  Py_XINCREF(b.handle);
+  Py_XINCREF(b.metrics);
+  ALONE_END();
+  return b;
+}
+
+static void end_bound(const bound_t *b) {
+  Py_XDECREF(b->handle);
+  Py_XDECREF(b->metrics);
 }
 
 /* Sums have 64 bits: they hold 18,000 calls of the longest duration (11 days), and 2,000 of the
@@ -99,35 +113,47 @@ static PyObject *recorder_record(PyObject *o, PyObject *const *args, Py_ssize_t 
   if (success < 0 || get_size("input_size", in[4], &sizes[0]) ||
       get_size("output_size", in[5], &sizes[1]))
     return NULL;
-  if (!self->segment) {
+  bound_t b = get_bound(self);
+  if (!b.segment) {
+    end_bound(&b);
     PyObject *bound = PyObject_CallMethod(o, "_bind", NULL);
     Py_XDECREF(bound);
     if (!bound) return NULL;
-    if (!self->segment) Py_RETURN_NONE; /* there is none to be had, which _bind() has told */
+    b = get_bound(self);
   }
-  long metric = metric_number(self, in[0], in[1]);
+  long metric = 0;
+  if (b.segment) { /* else there is none to be had, which _bind() has told */
+    metric = metric_number(&b, in[0], in[1]);
+    if (metric >= 0)
+      fshm_metric_record(b.segment, (uint32_t)metric, (uint64_t)(ms * 1e6), 1, success, sizes[0],
+                         sizes[1]);
+  }
+  end_bound(&b);
   if (metric < 0) return NULL;
-  fshm_metric_record(self->segment, (uint32_t)metric, (uint64_t)(ms * 1e6), 1, success, sizes[0],
-                     sizes[1]);
   Py_RETURN_NONE;
 }
 
-/* _set(address): the segment to record in; 0 = ask _bind() again. */
-static PyObject *recorder_set(PyObject *o, PyObject *address) {
+/* _set(handle, address): the segment to record in, and what owns it; None, 0: ask _bind() again. */
+static PyObject *recorder_set(PyObject *o, PyObject *args) {
   Recorder *self = (Recorder *)o;
-  unsigned long long value = PyLong_AsUnsignedLongLong(address);
-  if (PyErr_Occurred()) return NULL;
-  PyObject *fresh = PyDict_New();
-  if (!fresh) return NULL;
-  Py_XDECREF(self->metrics);
-  self->metrics = fresh;
-  self->segment = (fshm_segment *)(uintptr_t)value;
+  unsigned long long address;
+  bound_t fresh, old;
+  if (!PyArg_ParseTuple(args, "OK", &fresh.handle, &address)) return NULL;
+  fresh.segment = (fshm_segment *)(uintptr_t)address;
+  fresh.metrics = PyDict_New();
+  if (!fresh.metrics) return NULL;
+  Py_INCREF(fresh.handle);
+  ALONE_BEGIN(self);
+  old = self->bound;
+  self->bound = fresh;
+  ALONE_END();
+  end_bound(&old);
   Py_RETURN_NONE;
 }
 
 static void recorder_dealloc(PyObject *o) {
   PyTypeObject *type = Py_TYPE(o);
-  Py_XDECREF(((Recorder *)o)->metrics);
+  end_bound(&((Recorder *)o)->bound);
   freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
   release(o);
   Py_DECREF(type);
@@ -140,7 +166,7 @@ static PyMethodDef recorder_methods[] = {
      "operation).\n\nduration_ms: 0 or more, below 1e9. input_size, output_size: numbers of 0 or more, in the "
      "caller's unit. metadata is accepted and not kept. The host keeps 31 pairs; further ones are "
      "summed as '(other)'. Raises TypeError or ValueError that names the argument."},
-    {"_set", recorder_set, METH_O, NULL},
+    {"_set", recorder_set, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL}};
 
 static PyType_Slot recorder_slots[] = {{Py_tp_dealloc, (void *)recorder_dealloc},

@@ -8,10 +8,25 @@
 #include "py_route.c"
 #include "py_counted.c"
 
+/* _untrack(object): the garbage collector leaves it alone from now on: its references count for it as those of
+ * somebody outside. For what refers to nothing that could refer to it (native.py, owned()). */
+static PyObject *module_untrack(PyObject *module, PyObject *o) {
+  (void)module;
+  if (PyObject_GC_IsTracked(o)) PyObject_GC_UnTrack(o);
+  Py_RETURN_NONE;
+}
+
+static PyMethodDef module_methods[] = {{"_untrack", module_untrack, METH_O, NULL},
+                                       {NULL, NULL, 0, NULL}};
+
 static int install(PyObject *module) {
-  return install_decision(module) || install_lease(module) || install_core(module) ||
-         install_pool(module) || install_memo(module) || install_metric(module) ||
-         install_route(module) || install_counted(module);
+#ifdef Py_GIL_DISABLED
+  if (PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED)) return -1;
+#endif
+  return PyModule_AddFunctions(module, module_methods) || install_decision(module) ||
+         install_lease(module) || install_core(module) || install_pool(module) ||
+         install_memo(module) || install_metric(module) || install_route(module) ||
+         install_counted(module);
 }
 
 /* Called once through cffi, which drops the GIL around it. `module`: the extension module's address. */

@@ -1,7 +1,12 @@
 /* py_pool.c - the hot half of SimpleConnectionPool: take an idle connection of this process, and put it
  * back. Opening, closing and limits are pool.py's business (and lease.c's); ids map to connections here.
  *
- * Idle connections of an endpoint are a stack: the one used last is taken first. All under the GIL. */
+ * Idle connections of an endpoint are a stack: the one used last is taken first. All under the GIL, else
+ * alone with the pool. Ids and endpoints are exact strs here: looking them up runs no Python.
+ *
+ * Whatever is taken is an object's from then on, and that gives it back when it is freed: the places of a
+ * connection are the Connection's, a connection in use is the Use's. So an exception between any two
+ * instructions of Python, out of a signal handler, leaks neither. */
 #include "internal.h"
 #include "py_args.h"
 #include "py_measure.h"
@@ -11,7 +16,8 @@ typedef struct Connection {
   PyObject *id; /* str */
   PyObject *endpoint; /* str */
   PyObject *object; /* what the user bound to it, or None */
-  fshm_limiter *slots; /* of the pool */
+  PyObject *handles; /* own the limiters */
+  fshm_limiter *slots, *totals; /* of the pool */
   fshm_permit slot; /* of the endpoint */
   fshm_permit total; /* of the whole pool */
   uint64_t used_ns; /* fshm_clock() when last returned */
@@ -23,7 +29,8 @@ typedef struct {
   PyObject_HEAD
   PyObject *by_id; /* dict: id -> Connection, idle and in use */
   PyObject *stacks; /* dict: endpoint -> Stack */
-  fshm_limiter *slots, *totals; /* kept alive by the Python subclass */
+  PyObject *handles; /* tuple: own the limiters, until we are freed */
+  fshm_limiter *slots, *totals;
   uint64_t idle_ns; /* how long an idle connection may be used again */
   measure_t measure; /* get_connection() */
 } PoolCore;
@@ -35,47 +42,81 @@ typedef struct {
 
 static PyTypeObject *connection_type, *stack_type;
 
+static void give_places_back(Connection *c) {
+  ALONE_BEGIN(c);
+  (void)fshm_permit_release(c->slots, &c->slot);
+  (void)fshm_permit_release(c->totals, &c->total);
+  ALONE_END();
+}
+
 static void connection_dealloc(PyObject *o) {
   Connection *c = (Connection *)o;
   PyTypeObject *type = Py_TYPE(o);
+  PyObject_GC_UnTrack(o);
+  Py_XDECREF(c->object); /* first: or the endpoint would see more than the limit */
+  give_places_back(c);
   Py_XDECREF(c->id);
   Py_XDECREF(c->endpoint);
-  Py_XDECREF(c->object);
   Py_XDECREF((PyObject *)c->below);
-  PyObject_Free(o);
+  Py_XDECREF(c->handles);
+  PyObject_GC_Del(o);
   Py_DECREF(type);
+}
+
+/* Traversed, so that a pool is collected that its own connections refer to. None has a tp_clear: their dicts
+ * break the cycles, and what a __del__() finds must work. */
+static int connection_traverse(PyObject *o, visitproc visit, void *arg) {
+  Py_VISIT(Py_TYPE(o));
+  Py_VISIT(((Connection *)o)->object);
+  Py_VISIT((PyObject *)((Connection *)o)->below);
+  return 0;
 }
 
 static void stack_dealloc(PyObject *o) {
   PyTypeObject *type = Py_TYPE(o);
+  PyObject_GC_UnTrack(o);
   for (Connection *c = ((Stack *)o)->top, *below; c; c = below) { /* not by recursion */
     below = c->below;
     c->below = NULL;
     Py_DECREF((PyObject *)c);
   }
-  PyObject_Free(o);
+  PyObject_GC_Del(o);
   Py_DECREF(type);
+}
+
+static int stack_traverse(PyObject *o, visitproc visit, void *arg) {
+  Py_VISIT(Py_TYPE(o));
+  Py_VISIT((PyObject *)((Stack *)o)->top);
+  return 0;
 }
 
 static PyObject *connection_get(PyObject *o, void *which) {
   Connection *c = (Connection *)o;
+  PyObject *out;
+  ALONE_BEGIN(o); /* the object is set once it is there */
   PyObject *fields[] = {c->id, c->endpoint, c->object};
-  PyObject *out = fields[(uintptr_t)which];
+  out = fields[(uintptr_t)which];
   Py_INCREF(out);
+  ALONE_END();
   return out;
 }
 static PyObject *connection_idle(PyObject *o, void *unused) {
   (void)unused;
-  return PyBool_FromLong(((Connection *)o)->idle);
+  return PyBool_FromLong(RELAXED_GET(((Connection *)o)->idle));
 }
 static PyObject *connection_held(PyObject *o, void *unused) {
   (void)unused;
-  return PyBool_FromLong(fshm_permit_held(((Connection *)o)->slots, &((Connection *)o)->slot));
+  int held;
+  ALONE_BEGIN(o);
+  held = fshm_permit_held(((Connection *)o)->slots, &((Connection *)o)->slot);
+  ALONE_END();
+  return PyBool_FromLong(held);
 }
 static PyObject *connection_idle_seconds(PyObject *o, void *unused) {
   (void)unused;
   Connection *c = (Connection *)o;
-  return PyFloat_FromDouble(c->idle ? (double)(fshm_clock() - c->used_ns) * 1e-9 : 0.0);
+  uint64_t used = RELAXED_GET(c->used_ns);
+  return PyFloat_FromDouble(RELAXED_GET(c->idle) ? (double)(fshm_clock() - used) * 1e-9 : 0.0);
 }
 
 static PyGetSetDef connection_getset[] = {
@@ -93,50 +134,126 @@ static int unbound(const PoolCore *self) {
   return 1;
 }
 
-/* Take the connection on top of an endpoint's stack, if it may still be used. Borrowed. */
-static Connection *pop(PoolCore *self, PyObject *endpoint) {
-  Stack *stack = (Stack *)PyDict_GetItemWithError(self->stacks, endpoint);
-  if (!stack || !stack->top) return NULL;
-  Connection *c = stack->top;
-  if (fshm_clock() - c->used_ns > self->idle_ns) return NULL;
-  /* Not ours (the parent's, after a fork), or an operator released it by force. */
-  if (!fshm_permit_idle(self->slots, &c->slot, 0)) return NULL;
-  stack->top = c->below; /* its reference moves to the stack */
-  c->below = NULL;
-  c->idle = 0;
-  Py_DECREF((PyObject *)c); /* by_id holds another */
+/* An exact str, whose comparison runs no Python; NULL without an exception: it is no str. */
+static PyObject *exact(PyObject *text) {
+  return PyUnicode_Check(text) ? PyUnicode_FromObject(text) : NULL;
+}
+
+/* Take the connection on top of an endpoint's stack, if it may still be used; else *stale. The caller's. */
+static Connection *pop(PoolCore *self, PyObject *endpoint, int *stale) {
+  Connection *c = NULL;
+  *stale = 0;
+  ALONE_BEGIN(self);
+  Stack *stack = (Stack *)dict_get(self->stacks, endpoint);
+  Connection *top = stack ? stack->top : NULL;
+  /* Not idle: the parent's, after a fork, or an operator released it by force. */
+  if (top && fshm_clock() - top->used_ns <= self->idle_ns &&
+      fshm_permit_idle(top->slots, &top->slot, 0)) {
+    stack->top = top->below; /* its reference moves to the stack, and the stack's to the caller */
+    top->below = NULL;
+    RELAXED_SET(top->idle, 0);
+    c = top;
+  } else {
+    *stale = top != NULL;
+  }
+  Py_XDECREF((PyObject *)stack);
+  ALONE_END();
   return c;
 }
 
-/* _take(endpoint) -> id, or None: open another. */
-static PyObject *pool_take(PyObject *o, PyObject *endpoint) {
-  if (unbound((PoolCore *)o)) return NULL;
-  Connection *c = pop((PoolCore *)o, endpoint);
-  if (!c) {
-    if (PyErr_Occurred()) return NULL;
-    Py_RETURN_NONE;
+/* A connection of the pool is idle again. 0: it is not the pool's (any more), or idle already. */
+static int put_back(PoolCore *self, Connection *c) {
+  int done = 0;
+  ALONE_BEGIN(self);
+  PyObject *known = dict_get(self->by_id, c->id);
+  Stack *stack = known == (PyObject *)c ? (Stack *)dict_get(self->stacks, c->endpoint) : NULL;
+  if (stack && !c->idle && fshm_permit_idle(c->slots, &c->slot, 1)) {
+    RELAXED_SET(c->used_ns, fshm_clock());
+    RELAXED_SET(c->idle, 1);
+    c->below = stack->top;
+    Py_INCREF((PyObject *)c);
+    stack->top = c;
+    done = 1;
   }
-  Py_INCREF(c->id);
-  return c->id;
+  Py_XDECREF((PyObject *)stack);
+  Py_XDECREF(known);
+  ALONE_END();
+  return done;
 }
 
-/* get_connection(endpoint): an idle connection's id, else self._open(endpoint). */
-static inline PyObject *get(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kwnames) {
+/* A connection that was opened is the pool's. */
+static int add_opened(PoolCore *self, Connection *c) {
+  int failed;
+  ALONE_BEGIN(self);
+  Stack *stack = (Stack *)dict_get(self->stacks, c->endpoint);
+  if (!stack && !PyErr_Occurred() && (stack = PyObject_GC_New(Stack, stack_type))) {
+    stack->top = NULL;
+    PyObject_GC_Track((PyObject *)stack);
+    if (PyDict_SetItem(self->stacks, c->endpoint, (PyObject *)stack)) {
+      Py_DECREF((PyObject *)stack);
+      stack = NULL;
+    }
+  }
+  failed = !stack || PyDict_SetItem(self->by_id, c->id, (PyObject *)c);
+  Py_XDECREF((PyObject *)stack);
+  ALONE_END();
+  return failed ? -1 : 0;
+}
+
+/* A connection in use, the caller's: an idle one, else what self._open(endpoint) opened. NULL without an
+ * exception: there is no place for it. */
+static Connection *take(PyObject *o, PyObject *endpoint) {
+  PoolCore *self = (PoolCore *)o;
+  PyObject *text = exact(endpoint), *r;
+  for (int stale = 0, closed = 1; text && closed > 0;) {
+    Connection *c = pop(self, text, &stale);
+    if (!c && stale) { /* there may be others beneath */
+      r = PyObject_CallMethod(o, "_close_stale", "O", text);
+      closed = r ? PyObject_IsTrue(r) : -1;
+      Py_XDECREF(r);
+      if (closed > 0) continue;
+    }
+    if (c || closed < 0) {
+      Py_DECREF(text);
+      return c;
+    }
+    closed = 0;
+  }
+  Py_XDECREF(text);
+  if (PyErr_Occurred()) return NULL;
+  r = PyObject_CallMethod(o, "_open", "O", endpoint);
+  if (!r || Py_TYPE(r) != connection_type) {
+    Py_XDECREF(r);
+    return NULL;
+  }
+  if (!add_opened(self, (Connection *)r)) return (Connection *)r;
+  Py_DECREF(r);
+  return NULL;
+}
+
+static Connection *take_measured(PyObject *o, PyObject *endpoint) {
+  measure_t *measure = &((PoolCore *)o)->measure;
+  uint64_t begun = measure_begin(measure);
+  Connection *c = take(o, endpoint);
+  if (unlikely(begun)) measure_end(measure, begun, c || !PyErr_Occurred(), 0);
+  return c;
+}
+
+/* get_connection(endpoint): the id of a connection in use; None at the limits. */
+static PyObject *pool_get(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kwnames) {
   PyObject *endpoint = n == 1 && !kwnames ? args[0] : NULL;
   static const char *const names[] = {"endpoint"};
   if (!endpoint && parse("get_connection", args, n, kwnames, names, &endpoint, 1, 1)) return NULL;
   if (unbound((PoolCore *)o)) return NULL;
-  Connection *c = pop((PoolCore *)o, endpoint);
-  if (c) {
-    Py_INCREF(c->id);
-    return c->id;
+  Connection *c = take_measured(o, endpoint);
+  if (!c) {
+    if (PyErr_Occurred()) return NULL;
+    Py_RETURN_NONE;
   }
-  if (PyErr_Occurred()) PyErr_Clear(); /* unhashable: _open() says what is wrong with it */
-  return PyObject_CallMethod(o, "_open", "O", endpoint);
-}
-
-static PyObject *pool_get(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kwnames) {
-  RETURN_MEASURED(&((PoolCore *)o)->measure, get(o, args, n, kwnames));
+  PyObject *id = c->id;
+  Py_INCREF(id);
+  Py_DECREF((PyObject *)c); /* by_id holds another */
+  return id;
 }
 
 /* _measure(segment, metric, every): how often to record a call, and as what. */
@@ -152,18 +269,12 @@ static PyObject *pool_return(PyObject *o, PyObject *const *args, Py_ssize_t n, P
   static const char *const names[] = {"connection_id"};
   if (!id && parse("return_connection", args, n, kwnames, names, &id, 1, 1)) return NULL;
   if (unbound(self)) return NULL;
-  Connection *c = (Connection *)PyDict_GetItemWithError(self->by_id, id);
-  if (!c || c->idle || !fshm_permit_idle(self->slots, &c->slot, 1)) {
-    if (PyErr_Occurred()) PyErr_Clear();
-    return PyObject_CallMethod(o, "_odd", "O", id);
-  }
-  Stack *stack = (Stack *)PyDict_GetItemWithError(self->stacks, c->endpoint);
-  if (!stack) return NULL;
-  c->used_ns = fshm_clock();
-  c->idle = 1;
-  c->below = stack->top;
-  Py_INCREF((PyObject *)c);
-  stack->top = c;
+  PyObject *text = exact(id);
+  Connection *c = text ? (Connection *)dict_get(self->by_id, text) : NULL;
+  int done = c && put_back(self, c);
+  Py_XDECREF((PyObject *)c);
+  Py_XDECREF(text);
+  if (!done) return PyErr_Occurred() ? NULL : PyObject_CallMethod(o, "_odd", "O", id);
   Py_RETURN_NONE;
 }
 
@@ -172,102 +283,101 @@ static PyObject *refusal(int status, const char *limit) {
   return PyUnicode_FromString(status == FSHM_DENIED ? limit : "full");
 }
 
-/* _add(id, endpoint, object): a connection in use, if both permits are to be had. Returns None, or the
+/* _add(id, endpoint): a Connection that has both its places, and is the pool's when it is opened; or the
  * name of the limit that was reached: "endpoint" or "pool"; "full" where the segment has no room;
  * "damaged". */
 static PyObject *pool_add(PyObject *o, PyObject *args) {
   PoolCore *self = (PoolCore *)o;
-  PyObject *id, *endpoint, *object;
+  PyObject *id, *endpoint;
   key_arg key;
-  fshm_permit slot, total;
   fshm_decision d;
   uint32_t held;
-  if (unbound(self) || !PyArg_ParseTuple(args, "UUO", &id, &endpoint, &object) ||
-      get_key(endpoint, &key))
+  if (unbound(self) || !PyArg_ParseTuple(args, "UU", &id, &endpoint)) return NULL;
+  Connection *c = PyObject_GC_New(Connection, connection_type);
+  if (!c) return NULL;
+  memset((char *)c + sizeof(PyObject), 0, sizeof *c - sizeof(PyObject));
+  c->slots = self->slots;
+  c->totals = self->totals;
+  c->handles = self->handles;
+  c->object = Py_None;
+  Py_INCREF(c->handles);
+  Py_INCREF(c->object);
+  PyObject_GC_Track((PyObject *)c);
+  c->id = exact(id);
+  c->endpoint = exact(endpoint);
+  if (!c->id || !c->endpoint || get_key(c->endpoint, &key)) {
+    Py_DECREF((PyObject *)c);
     return NULL;
-  fshm_admit(self->slots, key.bytes, (uint64_t)key.length, NULL, 0, &slot, &d, &held);
+  }
+  const char *limit = "endpoint";
+  fshm_admit(self->slots, key.bytes, (uint64_t)key.length, NULL, 0, &c->slot, &d, &held);
   Py_XDECREF(key.held);
-  if (d.status != FSHM_ALLOWED) return refusal(d.status, "endpoint");
-  fshm_admit(self->totals, "", 0, NULL, 0, &total, &d, &held);
-  if (d.status != FSHM_ALLOWED) {
-    (void)fshm_permit_release(self->slots, &slot);
-    return refusal(d.status, "pool");
+  if (d.status == FSHM_ALLOWED) {
+    limit = "pool";
+    fshm_admit(self->totals, "", 0, NULL, 0, &c->total, &d, &held);
   }
-  Connection *c = PyObject_New(Connection, connection_type);
-  PyObject *stack = c ? PyDict_GetItemWithError(self->stacks, endpoint) : NULL;
-  if (c) {
-    Py_INCREF(id);
-    Py_INCREF(endpoint);
-    Py_INCREF(object);
-    c->id = id;
-    c->endpoint = endpoint;
-    c->object = object;
-    c->slots = self->slots;
-    c->slot = slot;
-    c->total = total;
-    c->used_ns = 0;
-    c->idle = 0;
-    c->below = NULL;
-  }
-  int failed = !c;
-  if (!failed && !stack) {
-    Stack *fresh = PyObject_New(Stack, stack_type);
-    failed = !fresh;
-    if (fresh) fresh->top = NULL;
-    failed = failed || PyDict_SetItem(self->stacks, endpoint, (PyObject *)fresh);
-    Py_XDECREF((PyObject *)fresh);
-  }
-  if (failed || PyDict_SetItem(self->by_id, id, (PyObject *)c)) {
-    (void)fshm_permit_release(self->slots, &slot);
-    (void)fshm_permit_release(self->totals, &total);
-    Py_XDECREF((PyObject *)c);
-    return NULL;
-  }
+  if (d.status == FSHM_ALLOWED) return (PyObject *)c;
   Py_DECREF((PyObject *)c);
-  Py_RETURN_NONE;
+  return refusal(d.status, limit);
 }
 
-/* _set_object(id, object): what connect() returned. */
+static Connection *checked_connection(PyObject *o) {
+  if (Py_TYPE(o) == connection_type) return (Connection *)o;
+  PyErr_Format(PyExc_TypeError, "not a Connection: %R", o);
+  return NULL;
+}
+
+/* _set_object(connection, object): what connect() returned. */
 static PyObject *pool_set_object(PyObject *o, PyObject *args) {
-  PyObject *id, *object;
-  if (unbound((PoolCore *)o)) return NULL;
-  if (!PyArg_ParseTuple(args, "OO", &id, &object)) return NULL;
-  Connection *c = (Connection *)PyDict_GetItemWithError(((PoolCore *)o)->by_id, id);
-  if (!c) {
-    if (!PyErr_Occurred()) PyErr_SetObject(PyExc_KeyError, id);
-    return NULL;
-  }
-  PyObject *old = c->object;
+  PyObject *connection, *object, *old;
+  (void)o;
+  if (!PyArg_ParseTuple(args, "OO", &connection, &object)) return NULL;
+  Connection *c = checked_connection(connection);
+  if (!c) return NULL;
   Py_INCREF(object);
+  ALONE_BEGIN(c);
+  old = c->object;
   c->object = object;
+  ALONE_END();
   Py_DECREF(old);
   Py_RETURN_NONE;
 }
 
-static int unstack(PoolCore *self, Connection *c) {
-  Stack *stack = (Stack *)PyDict_GetItemWithError(self->stacks, c->endpoint);
+static void unstack(PoolCore *self, Connection *c) {
+  Stack *stack = (Stack *)dict_get(self->stacks, c->endpoint);
   for (Connection **at = stack ? &stack->top : NULL; at && *at; at = &(*at)->below) {
     if (*at != c) continue;
     *at = c->below;
     c->below = NULL;
-    Py_DECREF((PyObject *)c);
-    return 1;
+    Py_DECREF((PyObject *)c); /* by_id holds another */
+    break;
   }
-  return 0;
+  Py_XDECREF((PyObject *)stack);
 }
 
 /* Take a connection out of the pool; its places stay taken until _release(), so that it can be closed
- * first. NULL without an exception: there is no such id. */
-static PyObject *forget(PoolCore *self, PyObject *id, int only_idle) {
-  if (!self->by_id) return NULL;
-  Connection *c = (Connection *)PyDict_GetItemWithError(self->by_id, id);
-  if (!c || (only_idle && !c->idle)) return NULL;
-  Py_INCREF((PyObject *)c);
-  (void)unstack(self, c);
-  c->idle = 0;
-  if (!PyDict_DelItem(self->by_id, id)) return (PyObject *)c;
-  Py_DECREF((PyObject *)c);
-  return NULL;
+ * first. NULL without an exception: there is no such id, or it is another's than `only`'s. */
+static PyObject *forget(PoolCore *self, PyObject *id, const Connection *only, int only_idle) {
+  Connection *c = NULL;
+  PyObject *text = self->by_id ? exact(id) : NULL;
+  if (!text) return NULL;
+  ALONE_BEGIN(self);
+  c = (Connection *)dict_get(self->by_id, text);
+  if (c && ((only && c != only) || (only_idle && !c->idle))) {
+    Py_DECREF((PyObject *)c);
+    c = NULL;
+  }
+  if (c) {
+    unstack(self, c);
+    RELAXED_SET(c->idle, 0);
+    if (PyDict_DelItem(self->by_id, text)) {
+      Py_DECREF((PyObject *)c);
+      c = NULL;
+    }
+  }
+  ALONE_END();
+  Py_DECREF(text);
+  return (PyObject *)c;
 }
 
 static PyObject *or_none(PyObject *found) {
@@ -277,67 +387,94 @@ static PyObject *or_none(PyObject *found) {
 
 /* _drop(id) -> the Connection, out of the pool; or None. */
 static PyObject *pool_drop(PyObject *o, PyObject *id) {
-  return or_none(forget((PoolCore *)o, id, 0));
+  return or_none(forget((PoolCore *)o, id, NULL, 0));
 }
 
 /* _drop_idle(id): the same, unless it is in use (by now). */
 static PyObject *pool_drop_idle(PyObject *o, PyObject *id) {
-  return or_none(forget((PoolCore *)o, id, 1));
+  return or_none(forget((PoolCore *)o, id, NULL, 1));
 }
 
 /* _release(connection): give its places back. */
 static PyObject *pool_release(PyObject *o, PyObject *connection) {
-  PoolCore *self = (PoolCore *)o;
-  if (Py_TYPE(connection) != connection_type) {
-    PyErr_SetString(PyExc_TypeError, "_release() takes a Connection");
-    return NULL;
-  }
-  Connection *c = (Connection *)connection;
-  if (self->slots && self->totals) {
-    (void)fshm_permit_release(self->slots, &c->slot);
-    (void)fshm_permit_release(self->totals, &c->total);
-  }
+  (void)o;
+  Connection *c = checked_connection(connection);
+  if (!c) return NULL;
+  give_places_back(c);
   Py_RETURN_NONE;
 }
 
 /* _lookup(id) -> the Connection, or None. */
 static PyObject *pool_lookup(PyObject *o, PyObject *id) {
   PoolCore *self = (PoolCore *)o;
-  PyObject *c = self->by_id ? PyDict_GetItemWithError(self->by_id, id) : NULL;
-  Py_XINCREF(c);
+  PyObject *c = NULL, *text = self->by_id ? exact(id) : NULL;
+  if (!text) return or_none(NULL);
+  ALONE_BEGIN(self);
+  c = dict_get(self->by_id, text);
+  ALONE_END();
+  Py_DECREF(text);
   return or_none(c);
 }
 
-/* _bind(slots address, totals address, idle_ns): also forgets all connections (a forked child's are its
- * parent's). */
+/* _bind_core(handles, slots address, totals address, idle_ns): also forgets all connections (a forked
+ * child's are its parent's). handles: a tuple of what owns the limiters. */
 static PyObject *pool_bind(PyObject *o, PyObject *args) {
   PoolCore *self = (PoolCore *)o;
   unsigned long long slots, totals, idle_ns;
-  if (!PyArg_ParseTuple(args, "KKK", &slots, &totals, &idle_ns)) return NULL;
-  PyObject *old_by_id = self->by_id, *old_stacks = self->stacks;
-  self->by_id = PyDict_New();
-  self->stacks = PyDict_New();
-  self->slots = (fshm_limiter *)(uintptr_t)slots;
-  self->totals = (fshm_limiter *)(uintptr_t)totals;
-  self->idle_ns = idle_ns;
-  int failed = !self->by_id || !self->stacks;
-  Py_XDECREF(old_by_id); /* last: what they held may call the pool as it goes */
-  Py_XDECREF(old_stacks);
-  if (failed) return NULL;
+  PyObject *handles, *by_id, *stacks, *old[2];
+  if (!PyArg_ParseTuple(args, "O!KKK", &PyTuple_Type, &handles, &slots, &totals, &idle_ns))
+    return NULL;
+  by_id = PyDict_New();
+  stacks = PyDict_New();
+  if (!by_id || !stacks) {
+    Py_XDECREF(by_id);
+    Py_XDECREF(stacks);
+    return NULL;
+  }
+  ALONE_BEGIN(self);
+  old[0] = self->by_id;
+  old[1] = self->stacks;
+  self->by_id = by_id;
+  self->stacks = stacks;
+  if (!self->handles) { /* a call may be inside them: they stay */
+    Py_INCREF(handles);
+    self->handles = handles;
+    self->slots = (fshm_limiter *)(uintptr_t)slots;
+    self->totals = (fshm_limiter *)(uintptr_t)totals;
+    self->idle_ns = idle_ns;
+  }
+  ALONE_END();
+  Py_XDECREF(old[0]); /* last: what they held may call the pool as it goes */
+  Py_XDECREF(old[1]);
   Py_RETURN_NONE;
 }
 
 static PyObject *pool_connections(PyObject *o, PyObject *unused) {
   (void)unused;
   PoolCore *self = (PoolCore *)o;
-  return self->by_id ? PyDict_Copy(self->by_id) : PyDict_New();
+  PyObject *copy;
+  ALONE_BEGIN(self);
+  copy = self->by_id ? PyDict_Copy(self->by_id) : PyDict_New();
+  ALONE_END();
+  return copy;
 }
+
+static int pool_traverse(PyObject *o, visitproc visit, void *arg) {
+  Py_VISIT(Py_TYPE(o));
+  Py_VISIT(((PoolCore *)o)->by_id);
+  Py_VISIT(((PoolCore *)o)->stacks);
+  return 0;
+}
+
+#include "py_use.h"
 
 static void pool_dealloc(PyObject *o) {
   PoolCore *self = (PoolCore *)o;
   PyTypeObject *type = Py_TYPE(o);
+  PyObject_GC_UnTrack(o);
   Py_XDECREF(self->by_id);
   Py_XDECREF(self->stacks);
+  Py_XDECREF(self->handles);
   freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
   release(o);
   Py_DECREF(type);
@@ -349,7 +486,7 @@ static PyMethodDef pool_methods[] = {
      "process, else a new one; None when the endpoint or the pool is at its limit."},
     {"return_connection", FAST(pool_return), FLAGS,
      "return_connection(connection_id)\n--\n\nThe connection is idle again, for this process to reuse."},
-    {"_take", pool_take, METH_O, NULL},
+    {"_use", pool_use, METH_VARARGS, NULL},
     {"_add", pool_add, METH_VARARGS, NULL},
     {"_drop", pool_drop, METH_O, NULL},
     {"_drop_idle", pool_drop_idle, METH_O, NULL},
@@ -363,33 +500,39 @@ static PyMethodDef pool_methods[] = {
 
 static char pool_doc[] = "Native base of SimpleConnectionPool.";
 static PyType_Slot pool_slots[] = {{Py_tp_dealloc, (void *)pool_dealloc},
+                                   {Py_tp_traverse, (void *)pool_traverse},
                                    {Py_tp_methods, pool_methods},
                                    {Py_tp_doc, pool_doc},
                                    {0, NULL}};
 static PyType_Spec pool_spec = {"fast_litellm_shm._native.PoolCore", sizeof(PoolCore), 0,
-                                Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, pool_slots};
+                                Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+                                pool_slots};
 
 static char connection_doc[] = "A pooled connection.";
 static PyType_Slot connection_slots[] = {{Py_tp_dealloc, (void *)connection_dealloc},
+                                         {Py_tp_traverse, (void *)connection_traverse},
                                          {Py_tp_getset, connection_getset},
                                          {Py_tp_doc, connection_doc},
                                          {0, NULL}};
-static PyType_Spec connection_spec = {"fast_litellm_shm._native.Connection", sizeof(Connection), 0,
-                                      Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
-                                      connection_slots};
+static PyType_Spec connection_spec = {
+    "fast_litellm_shm._native.Connection", sizeof(Connection), 0,
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION, connection_slots};
 
-static PyType_Slot stack_slots[] = {{Py_tp_dealloc, (void *)stack_dealloc}, {0, NULL}};
-static PyType_Spec stack_spec = {"fast_litellm_shm._native.Stack", sizeof(Stack), 0,
-                                 Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
-                                 stack_slots};
+static PyType_Slot stack_slots[] = {
+    {Py_tp_dealloc, (void *)stack_dealloc}, {Py_tp_traverse, (void *)stack_traverse}, {0, NULL}};
+static PyType_Spec stack_spec = {
+    "fast_litellm_shm._native.Stack", sizeof(Stack), 0,
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION, stack_slots};
 
 static int install_pool(PyObject *module) {
   PyObject *pool = PyType_FromSpec(&pool_spec);
   connection_type = (PyTypeObject *)PyType_FromSpec(&connection_spec);
   stack_type = (PyTypeObject *)PyType_FromSpec(&stack_spec);
-  if (!pool || !connection_type || !stack_type) return -1;
+  use_type = (PyTypeObject *)PyType_FromSpec(&use_spec);
+  if (!pool || !connection_type || !stack_type || !use_type) return -1;
   int failed = PyObject_SetAttrString(module, "PoolCore", pool) ||
-               PyObject_SetAttrString(module, "Connection", (PyObject *)connection_type);
+               PyObject_SetAttrString(module, "Connection", (PyObject *)connection_type) ||
+               PyObject_SetAttrString(module, "Use", (PyObject *)use_type);
   Py_DECREF(pool);
   return failed;
 }

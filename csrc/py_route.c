@@ -30,7 +30,8 @@ typedef struct {
 
 typedef struct {
   PyObject_HEAD
-  fshm_segment *segment; /* kept open by the Python subclass */
+  fshm_segment *segment; /* set once, by _set() */
+  PyObject *handle; /* owns it, until we are freed */
   uint32_t strategy, next;
   uint64_t random; /* state of splitmix64 */
   measure_t measure;
@@ -132,6 +133,12 @@ static int mark_blocked(plan_of_list *p, PyObject *blocked) {
   return 0;
 }
 
+static void plan_done(RouterCore *self, plan_of_list *p) {
+  ALONE_BEGIN(self);
+  plan_drop(p);
+  ALONE_END();
+}
+
 static PyObject *pick(RouterCore *self, plan_of_list *p, PyObject *blocked, uint64_t now) {
   if (blocked && mark_blocked(p, blocked)) return NULL;
   int64_t best = fshm_deployment_pick(self->segment, self->strategy, p->places, p->weights,
@@ -149,7 +156,9 @@ static plan_of_list *make_plan(RouterCore *self, PyObject *list, PyObject *model
   plan_of_list *p = NULL;
   if (rows && rows != Py_None) p = plan_of(list, model, rows);
   if (p && PyList_Check(rows)) {
-    plan_of_list **kept = &self->plans[self->next++ % PLANS], *old;
+    plan_of_list *old;
+    ALONE_BEGIN(self);
+    plan_of_list **kept = &self->plans[self->next++ % PLANS];
     for (int i = 0; i < PLANS; i++) /* rather that which this one replaces */
       if (self->plans[i] && plan_fits(self->plans[i], list, model, p->length, self->plans[i]->made))
         kept = &self->plans[i];
@@ -157,7 +166,8 @@ static plan_of_list *make_plan(RouterCore *self, PyObject *list, PyObject *model
     p->made = now;
     p->users++;
     *kept = p;
-    plan_drop(old);
+    ALONE_END();
+    plan_done(self, old);
   }
   Py_XDECREF(rows);
   return p;
@@ -195,11 +205,12 @@ static PyObject *route(RouterCore *self, PyObject *list, PyObject *model, PyObje
   uint64_t now = fshm_clock();
   Py_ssize_t length = PyList_Size(list);
   plan_of_list *p = NULL;
+  ALONE_BEGIN(self);
   for (int i = 0; i < PLANS && !p; i++)
     if (plan_fits(self->plans[i], list, model, length, now)) p = self->plans[i];
-  if (p) {
-    p->users++;
-  } else {
+  if (p) p->users++;
+  ALONE_END();
+  if (!p) {
     PyObject *copy = PyList_GetSlice(list, 0, length); /* nobody changes it under us */
     p = copy ? make_plan(self, copy, model, now) : NULL;
     PyObject *plain = NULL;
@@ -209,8 +220,11 @@ static PyObject *route(RouterCore *self, PyObject *list, PyObject *model, PyObje
     Py_XDECREF(copy);
     if (!p) return plain;
   }
-  PyObject *picked = pick(self, p, blocked, now);
-  plan_drop(p);
+  PyObject *picked;
+  ALONE_BEGIN(self);
+  picked = pick(self, p, blocked, now);
+  ALONE_END();
+  plan_done(self, p);
   return picked;
 }
 
@@ -250,23 +264,44 @@ static PyObject *router_pick(PyObject *o, PyObject *const *args, Py_ssize_t n, P
   return picked;
 }
 
-/* _set(segment, strategy, seed, metric, every) */
+/* _set(handle, segment, strategy, seed, metric, every). handle: what owns the segment. */
 static PyObject *router_set(PyObject *o, PyObject *args) {
   RouterCore *self = (RouterCore *)o;
   unsigned long long segment, seed, every;
+  unsigned int strategy;
   int metric;
-  if (!PyArg_ParseTuple(args, "KIKiK", &segment, &self->strategy, &seed, &metric, &every))
+  PyObject *handle;
+  if (!PyArg_ParseTuple(args, "OKIKiK", &handle, &segment, &strategy, &seed, &metric, &every))
     return NULL;
+  if (self->handle) {
+    PyErr_SetString(PyExc_RuntimeError, "a router is bound once"); /* a call may be inside it */
+    return NULL;
+  }
+  Py_INCREF(handle);
+  self->handle = handle;
+  self->strategy = strategy;
   self->segment = (fshm_segment *)(uintptr_t)segment;
   self->random = seed;
   measure_init(&self->measure, self->segment, metric, every);
   Py_RETURN_NONE;
 }
 
+static int router_traverse(PyObject *o, visitproc visit, void *arg) {
+  Py_VISIT(Py_TYPE(o));
+  for (int i = 0; i < PLANS; i++) {
+    const plan_of_list *p = ((RouterCore *)o)->plans[i];
+    for (Py_ssize_t n = 0; p && n < p->length; n++) Py_VISIT(p->items[n]);
+    for (Py_ssize_t n = 0; p && n < p->count; n++) Py_VISIT(p->names[n]);
+  }
+  return 0;
+}
+
 static void router_dealloc(PyObject *o) {
   RouterCore *self = (RouterCore *)o;
   PyTypeObject *type = Py_TYPE(o);
+  PyObject_GC_UnTrack(o);
   for (int i = 0; i < PLANS; i++) plan_drop(self->plans[i]);
+  Py_XDECREF(self->handle);
   freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
   release(o);
   Py_DECREF(type);
@@ -285,13 +320,15 @@ static PyMethodDef router_methods[] = {
 
 static PyType_Slot router_slots[] = {
     {Py_tp_dealloc, (void *)router_dealloc},
+    {Py_tp_traverse, (void *)router_traverse},
     {Py_tp_methods, router_methods},
     {Py_tp_new, (void *)PyType_GenericNew},
     {Py_tp_doc, (void *)(uintptr_t)"Native base of AdvancedRouter."},
     {0, NULL}};
 
 static PyType_Spec router_spec = {"fast_litellm_shm._native.RouterCore", sizeof(RouterCore), 0,
-                                  Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, router_slots};
+                                  Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+                                  router_slots};
 
 static int install_route(PyObject *module) {
   PyObject *type = PyType_FromSpec(&router_spec);

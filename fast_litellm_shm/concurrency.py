@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncContextDecorator, ContextDecorator
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from fast_litellm_shm import exceptions, greenlets, limits, settings
 from fast_litellm_shm.handle import SharedLimits, key_bytes
 from fast_litellm_shm.limiter import deadline_ns
-from fast_litellm_shm.native import Permit, ffi, lib
+from fast_litellm_shm.native import Permit, Slot, ffi, lib
 from fast_litellm_shm.segment import Segment
 
 if TYPE_CHECKING:
@@ -165,6 +165,7 @@ class ConcurrencyLimiter:
                     return permit
                 greenlets.bell_wait(self._handle, raw, armed, min(left, self._look_ns))
         except BaseException:  # interrupted: a ring that was meant for us goes to the next
+            permit.release()  # the traceback may keep it
             lib.fshm_bell_ring(self._handle, raw, len(raw))
             raise
 
@@ -194,19 +195,17 @@ class ConcurrencyLimiter:
         if rung:
             lib.fshm_bell_ring(self._handle, raw, len(raw))
 
-    @contextmanager
-    def slot(self, key: str | bytes, timeout: float | None = None) -> Iterator[Permit]:
+    def slot(self, key: str | bytes, timeout: float | None = None) -> _Slot:
         """``with limiter.slot(key, timeout=5):`` hold a permit. Raises PermitTimeoutError."""
-        with self._or_raise(self.wait(key, timeout), key, timeout) as permit:
-            yield permit
+        return _Slot(self, key, timeout)
 
-    @asynccontextmanager
-    async def slot_async(
-        self, key: str | bytes, timeout: float | None = None
-    ) -> AsyncIterator[Permit]:
+    def slot_async(self, key: str | bytes, timeout: float | None = None) -> _AsyncSlot:
         """``async with limiter.slot_async(key, timeout=5):`` likewise."""
-        with self._or_raise(await self.wait_async(key, timeout), key, timeout) as permit:
-            yield permit
+        return _AsyncSlot(self, key, timeout)
+
+    def _slot(self, key: str | bytes, timeout: float | None) -> Permit:
+        """Called by the native part."""
+        return self._or_raise(self.wait(key, timeout), key, timeout)
 
     def _or_raise(self, permit: Permit, key: str | bytes, timeout: float | None) -> Permit:
         if not permit:
@@ -232,6 +231,47 @@ class ConcurrencyLimiter:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.max_in_flight}, name={self.name!r})"
+
+
+class _Slot(Slot, ContextDecorator):
+    """What slot() returns: as a decorator, each call has a slot of its own."""
+
+    def __init__(
+        self, limiter: ConcurrencyLimiter, key: str | bytes, timeout: float | None
+    ) -> None:
+        super().__init__(limiter, key, timeout)
+        self._given = limiter, key, timeout
+
+    def _recreate_cm(self) -> _Slot:
+        return _Slot(*self._given)
+
+
+class _AsyncSlot(AsyncContextDecorator):
+    def __init__(
+        self, limiter: ConcurrencyLimiter, key: str | bytes, timeout: float | None
+    ) -> None:
+        self._given = limiter, key, timeout
+        self._permit: Permit | None = None
+
+    def _recreate_cm(self) -> _AsyncSlot:
+        return _AsyncSlot(*self._given)
+
+    async def __aenter__(self) -> Permit:
+        if self._permit is not None:
+            raise RuntimeError("the slot is held: call slot_async() for each block")
+        limiter, key, timeout = self._given
+        self._permit = limiter._or_raise(await limiter.wait_async(key, timeout), key, timeout)
+        return self._permit
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        permit, self._permit = self._permit, None
+        if permit is not None:
+            permit.release()
 
 
 def _rebuild(

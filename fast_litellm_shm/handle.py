@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from fast_litellm_shm import exceptions, limits, monitoring
 from fast_litellm_shm.limits import AnyLimit, Granted, InFlight
-from fast_litellm_shm.native import Core, ffi, lib
+from fast_litellm_shm.native import Core, address, ffi, lib, owned
 from fast_litellm_shm.segment import Segment
 
 _ON_FULL = {"deny": 0, "allow": 1, "raise": 2}
@@ -74,7 +74,7 @@ class SharedLimits(Core):
             )
         if status != lib.FSHM_OK:
             self._failed(status)
-        self._handle: Any = ffi.gc(out[0], lib.fshm_limiter_close)
+        self._handle: Any = owned(out[0], lib.fshm_limiter_close, self._segment._handle)
         self._limits_changed()
         self._measure(*monitoring.measured_by(self._component, "acquire", self._segment))
 
@@ -99,7 +99,8 @@ class SharedLimits(Core):
         except ValueError:  # numbers that nobody can have set
             self._failed(lib.FSHM_E_DAMAGED)
         self._bind(
-            int(ffi.cast("uintptr_t", self._handle)),
+            self._handle,
+            address(self._handle),
             found,
             self._reasons(found),
             version[0],

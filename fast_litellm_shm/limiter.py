@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 from fast_litellm_shm import limits, settings
 from fast_litellm_shm.handle import SharedLimits, key_bytes
 from fast_litellm_shm.limits import AnyLimit, Limit
-from fast_litellm_shm.native import Decision, ffi, lib
+from fast_litellm_shm.native import Decision, Reservation, ffi, lib
 from fast_litellm_shm.segment import Segment
 
 if TYPE_CHECKING:
@@ -27,6 +27,18 @@ _FOREVER = 2**62  # ns
 _SOONEST = 1_000_000  # ns: between two tries of a waiter at a server's limit
 _MOST_BLOCKED = 2**55 // 10**9  # s, 416 days
 _LATE = 1_000_000_000  # ns: a waiter that wakes this late has lost its turn
+
+
+class _Nothing:
+    """What is reserved where nothing is."""
+
+    def keep(self) -> None: ...
+
+    def cancel(self) -> int:
+        return 0
+
+
+_NOTHING: Any = _Nothing()
 
 
 class Batch(NamedTuple):
@@ -210,16 +222,16 @@ class RateLimiter(SharedLimits):
         """
         deadline = deadline_ns(timeout)
         while True:
-            decision, pause, token = self._next(key, cost, deadline)
+            decision, pause, reserved = self._next(key, cost, deadline)
             due = time.monotonic_ns() + pause
             if pause:
                 try:
                     time.sleep(pause / 1e9)
                 except BaseException:
-                    if decision:
-                        self._cancel(key, cost, token)
+                    reserved.cancel()
                     raise
             if not pause or (decision and time.monotonic_ns() - due < _LATE):
+                reserved.keep()
                 return decision
 
     async def wait_async(
@@ -230,42 +242,44 @@ class RateLimiter(SharedLimits):
         deadline = deadline_ns(timeout)
         while True:
             if self._wallet is None:
-                decision, pause, token = self._next(key, cost, deadline)
+                decision, pause, reserved = self._next(key, cost, deadline)
             else:
                 decision = await self.acquire_async(key, cost)
                 left = max(deadline - time.monotonic_ns(), 0)
-                decision, pause, token = self._next_granted(decision, left)
+                decision, pause, reserved = self._next_granted(decision, left)
             due = time.monotonic_ns() + pause
             if pause:
                 try:
                     await asyncio.sleep(pause / 1e9)
                 except BaseException:
-                    if decision:
-                        self._cancel(key, cost, token)
+                    reserved.cancel()
                     raise
             if not pause or (decision and time.monotonic_ns() - due < _LATE):
+                reserved.keep()
                 return decision
 
-    def _next(self, key: str | bytes, cost: Cost, deadline: int) -> tuple[Decision, int, bytes]:
-        """One step of a wait: the decision, how long to sleep, and what to cancel it by. After the
-        sleep an admitted decision is the caller's (it was charged ahead), a denied one is to be
-        asked again. 0: done."""
+    def _next(
+        self, key: str | bytes, cost: Cost, deadline: int
+    ) -> tuple[Decision, int, Reservation]:
+        """One step of a wait: the decision, how long to sleep, and what is reserved until then.
+        After the sleep an admitted decision is the caller's (it was charged ahead), a denied one is
+        to be asked again. 0: done."""
         left = max(deadline - time.monotonic_ns(), 0)
         if self._wallet is not None:
             return self._next_granted(self.acquire(key, cost), left)
-        decision, pause, token = self._reserve(key, cost, min(left, _FOREVER))
+        decision, pause, reserved = self._reserve(key, cost, min(left, _FOREVER))
         if not decision:
             retry = decision.retry_after_ns
             pause = retry if retry is not None and retry <= left else 0
-        return decision, pause, token
+        return decision, pause, reserved
 
     @staticmethod
-    def _next_granted(decision: Decision, left: int) -> tuple[Decision, int, bytes]:
+    def _next_granted(decision: Decision, left: int) -> tuple[Decision, int, Reservation]:
         """The same with limits of many hosts: nothing is reserved, who comes first is served."""
         retry = decision.retry_after_ns
         if decision or retry is None or retry > left:
-            return decision, 0, b""
-        return decision, max(retry, _SOONEST), b""
+            return decision, 0, _NOTHING
+        return decision, max(retry, _SOONEST), _NOTHING
 
     def __reduce__(self) -> tuple[Any, ...]:
         cluster = self._wallet.cluster if self._wallet is not None else self._here

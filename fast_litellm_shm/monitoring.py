@@ -23,7 +23,7 @@ import time
 from typing import Any
 
 from fast_litellm_shm import exceptions, settings
-from fast_litellm_shm.native import Recorder, ffi, lib
+from fast_litellm_shm.native import Recorder, address, ffi, lib
 from fast_litellm_shm.segment import Segment
 
 # Of a component, or of one of its operations.
@@ -67,9 +67,9 @@ class _DefaultRecorder(Recorder):
         """Record there from now on; None: find the default segment at the next call."""
         if segment is self._segment and segment is not None:
             return
-        kept, self._segment, self._again = self._segment, segment, 0.0
-        self._set(int(ffi.cast("uintptr_t", segment._handle)) if segment is not None else 0)
-        del kept  # not before the native part has let go of it
+        self._segment, self._again = segment, 0.0
+        handle = None if segment is None else segment._handle
+        self._set(handle, 0 if handle is None else address(handle))
 
 
 _recorder = _DefaultRecorder()
@@ -146,8 +146,7 @@ def measured(component: str, operation: str, segment: Segment | None = None) -> 
 
 def measured_by(component: str, operation: str, segment: Segment) -> tuple[int, int, int]:
     """What a native type's _measure() wants: the segment's address, and measured()."""
-    address = int(ffi.cast("uintptr_t", segment._handle))
-    return address, *measured(component, operation, segment)
+    return address(segment._handle), *measured(component, operation, segment)
 
 
 def _fields(info: Any) -> dict[str, Any]:

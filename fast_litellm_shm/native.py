@@ -4,8 +4,10 @@ exceptions."""
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import resource
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from fast_litellm_shm import _native, exceptions
@@ -25,6 +27,30 @@ Memo = _native.Memo
 Recorder = _native.Recorder
 RouterCore = _native.RouterCore
 Counts = _native.Counts
+Reservation = _native.Reservation
+Slot = _native.Slot
+Use = _native.Use
+
+
+def owned(pointer: Any, close: Callable[[Any], object], *needs: object) -> Any:
+    """A pointer that is closed when nobody refers to it any more. needs: kept until then.
+
+    ``ffi.gc`` alone closes it when the garbage collector *finds* a cycle that refers to it, before
+    ``__del__`` methods of that cycle have run, which may use it. So the collector is not told of
+    it: it lives as long as its last reference. It refers to nothing that could refer to it.
+
+    close: no Python, in whose first instruction a signal handler could raise: it would not run."""
+    closing = functools.partial(close)
+    closing.needs = needs  # type: ignore[attr-defined]
+    found = ffi.gc(pointer, closing)
+    _native._untrack(found)
+    return found
+
+
+def address(handle: Any) -> int:
+    """Where it points to, for the native types, which are given the handle too: it is theirs to
+    keep."""
+    return int(ffi.cast("uintptr_t", handle))
 
 
 def _mib(size: int) -> str:

@@ -7,8 +7,9 @@ import os
 import re
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, suppress
+from types import TracebackType
 from typing import Any
 from weakref import WeakSet
 
@@ -16,7 +17,7 @@ from fast_litellm_shm import exceptions, greenlets, limits, monitoring, settings
 from fast_litellm_shm.handle import SharedLimits
 from fast_litellm_shm.inspection import Inspection
 from fast_litellm_shm.limiter import deadline_ns
-from fast_litellm_shm.native import Connection, PoolCore, ffi, lib
+from fast_litellm_shm.native import Connection, PoolCore, Use, address, lib
 from fast_litellm_shm.segment import Segment
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.")
@@ -188,51 +189,24 @@ class SimpleConnectionPool(PoolCore):
             },
         }
 
-    @contextmanager
-    def connection(self, endpoint: str, timeout: float | None = 0) -> Iterator[Any]:
+    def connection(
+        self, endpoint: str, timeout: float | None = 0
+    ) -> AbstractContextManager[Any, bool | None]:
         """``with pool.connection(endpoint) as conn:`` the bound object (the id, without bind()).
         Waits up to ``timeout`` seconds for a place (None: for ever), then raises
-        PermitTimeoutError. One whose use raised is closed, since nobody knows its state."""
-        deadline = deadline_ns(timeout)
-        while (found := self.get_connection(endpoint)) is None:
-            self._sleep(endpoint, deadline, timeout)
-        with self._use(found) as value:
-            yield value
+        PermitTimeoutError. One whose use raised is closed, since nobody knows its state.
 
-    @asynccontextmanager
-    async def connection_async(
+        Exceptions out of signal handlers leak no connection from it, wherever they strike; an id of
+        get_connection() they may, before whoever asked for it knows it."""
+        return self._use(endpoint, timeout)
+
+    def connection_async(
         self, endpoint: str, timeout: float | None = 0
-    ) -> AsyncIterator[Any]:
+    ) -> AbstractAsyncContextManager[Any, bool | None]:
         """connection() for asyncio: waits, and connects, in a thread."""
-        deadline = deadline_ns(timeout)
-        found = self._take(_check_endpoint(endpoint))
-        while found is None:
-            opening = asyncio.ensure_future(asyncio.to_thread(self.get_connection, endpoint))
-            try:
-                found = await asyncio.shield(opening)
-            except asyncio.CancelledError:
-                opening.add_done_callback(self._give_back)  # the thread goes on: not lost
-                raise
-            if found is None:
-                await asyncio.to_thread(self._sleep, endpoint, deadline, timeout)
-        with self._use(found) as value:
-            yield value
+        return _AsyncUse(self, endpoint, timeout)
 
-    def _give_back(self, opening: asyncio.Future[str | None]) -> None:
-        if not opening.cancelled() and opening.exception() is None:
-            found = opening.result()
-            if found is not None:
-                self.return_connection(found)
-
-    @contextmanager
-    def _use(self, connection_id: str) -> Iterator[Any]:
-        try:
-            yield connection_id if self._connect is None else self.object_of(connection_id)
-        except BaseException:
-            with suppress(Exception):  # the user's exception is the one that matters
-                self.remove_connection(connection_id)
-            raise
-        self.return_connection(connection_id)
+    _deadline = staticmethod(deadline_ns)
 
     def _sleep(self, endpoint: str, deadline: int, timeout: float | None) -> None:
         """Until somebody closes a connection to the endpoint, or returns one here; a second at
@@ -250,39 +224,35 @@ class SimpleConnectionPool(PoolCore):
 
     def _forget(self) -> None:
         """Begin without connections; in a forked child they are the parent's."""
-        slots, totals = (
-            int(ffi.cast("uintptr_t", shared._handle)) for shared in (self._slots, self._totals)
-        )
-        self._bind_core(slots, totals, int(self._idle * 1e9))
+        slots, totals = self._slots._handle, self._totals._handle
+        idle_ns = int(self._idle * 1e9)
+        self._bind_core((slots, totals), address(slots), address(totals), idle_ns)
         self._measure(*monitoring.measured_by("connection_pool", "get_connection", self._segment))
 
-    def _open(self, endpoint: object) -> str | None:
-        """Called by get_connection() when no idle connection may be used."""
+    def _open(self, endpoint: object) -> Connection | None:
+        """Called by the native part when no idle connection may be used: a new one, which is no
+        part of the pool yet."""
         endpoint = _check_endpoint(endpoint)
-        while (found := self._take(endpoint)) is None and self._close_stale(endpoint):
-            pass
-        if found is not None:
-            return found
         connection_id = f"conn-{self._prefix}-{lib.fshm_unique(self._segment._handle)}"
-        refused = self._add(connection_id, endpoint, None)
-        if refused == "pool" and self._make_room(connection_id, endpoint):
-            refused = None
-        if refused == "damaged":
+        found = self._add(connection_id, endpoint)
+        if found == "pool":
+            found = self._make_room(connection_id, endpoint)
+        if found == "damaged":
             self._slots._failed(lib.FSHM_E_DAMAGED)
-        if refused is not None:
+        if not isinstance(found, Connection):
             return None
         if self._connect is None:
-            return connection_id
+            return found
         made = None
         try:
             made = self._connect(endpoint)
-            self._set_object(connection_id, made)
+            self._set_object(found, made)
         except BaseException:
-            self._shut(self._drop(connection_id), made)
+            self._shut(found, made)
             raise
-        return connection_id
+        return found
 
-    def _make_room(self, connection_id: str, endpoint: str) -> bool:
+    def _make_room(self, connection_id: str, endpoint: str) -> Connection | str:
         """The pool is full: close this process's idle connections, the longest idle first."""
         idle = sorted(
             (found for found in self._connections().values() if found.idle),
@@ -290,9 +260,9 @@ class SimpleConnectionPool(PoolCore):
         )
         for found in idle:
             self._shut(self._drop_idle(found.id))
-            if self._add(connection_id, endpoint, None) is None:
-                return True
-        return False
+            if (added := self._add(connection_id, endpoint)) != "pool":
+                return added
+        return "pool"
 
     def _close_stale(self, endpoint: str | None) -> int:
         """Close idle connections (to the endpoint) that may not be used again. Returns how many.
@@ -344,6 +314,40 @@ class SimpleConnectionPool(PoolCore):
 
     def __repr__(self) -> str:
         return f"SimpleConnectionPool({self._name!r})"
+
+
+class _AsyncUse:
+    """Use for asyncio. Cancelled while a thread connects: what that yet opens is idle then."""
+
+    __slots__ = ("_endpoint", "_pool", "_timeout", "_use")
+
+    def __init__(self, pool: SimpleConnectionPool, endpoint: str, timeout: float | None) -> None:
+        self._pool, self._endpoint, self._timeout = pool, endpoint, timeout
+        self._use: Use | None = None
+
+    async def __aenter__(self) -> Any:
+        pool, endpoint = self._pool, _check_endpoint(self._endpoint)
+        deadline = deadline_ns(self._timeout)
+        if self._use is not None:
+            raise RuntimeError("call connection_async() for each block")
+        use = self._use = pool._use(endpoint, self._timeout)
+        try:
+            if not use._idle():
+                while not await asyncio.to_thread(use._take):
+                    await asyncio.to_thread(pool._sleep, endpoint, deadline, self._timeout)
+            return use._begin()
+        except BaseException:
+            use._over()
+            raise
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self._use is not None
+        self._use.__exit__(kind, error, trace)
 
 
 _default: SimpleConnectionPool | None = None

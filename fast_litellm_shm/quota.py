@@ -82,8 +82,8 @@ class Admission:
         if self._released:
             return
         try:
-            self._quota._undo(self._key, self._charged, self._permit)
-            self._charged = 0
+            charged, self._charged = self._charged, 0  # once, wherever an exception strikes
+            self._quota._undo(self._key, charged, self._permit)
         finally:  # a slot that is kept for what failed would be kept for good
             self.release()
 
@@ -92,8 +92,9 @@ class Admission:
         nothing to give back any more."""
         if self._released:
             return False
-        self._released = True
-        return self._permit.release() or "max_parallel" not in self._quota._names
+        given_back = self._permit.release()
+        self._released = True  # after it: an exception may strike in between
+        return given_back or "max_parallel" not in self._quota._names
 
     def __bool__(self) -> bool:
         return not self._released

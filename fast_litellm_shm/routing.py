@@ -21,6 +21,7 @@ A router picks one of the deployments of a model. It knows what it is told: wrap
 
 from __future__ import annotations
 
+import functools
 import random
 import time
 from collections.abc import Mapping
@@ -36,7 +37,7 @@ from fast_litellm_shm.deployments import (
     those_of,
     weights_of,
 )
-from fast_litellm_shm.native import RouterCore, ffi, lib
+from fast_litellm_shm.native import RouterCore, address, ffi, lib, owned
 from fast_litellm_shm.segment import Segment
 
 STRATEGIES = {
@@ -70,8 +71,10 @@ class Tracked:
     def __enter__(self) -> Tracked:
         if self._flight is not None:
             raise RuntimeError("this request is tracked already: call track() for each request")
-        self._flight = ffi.new("fshm_flight *")
         router = self._router
+        # Where the block is left without its end, the flight's own end ends it.
+        end = functools.partial(lib.fshm_flight_end, router._handle)
+        self._flight = owned(ffi.new("fshm_flight *"), end)
         # 0: counted nowhere (the process table is full); what comes of it is recorded all the same
         lib.fshm_flight_begin(router._handle, router._place(self._name), 0, self._flight)
         self._begun = time.perf_counter_ns()
@@ -99,10 +102,6 @@ class Tracked:
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.__exit__(kind)
-
-    def __del__(self) -> None:
-        if self._flight is not None and self._flight.owner:  # left without its end
-            lib.fshm_flight_end(self._router._handle, self._flight)
 
 
 # routers -----------------------------------------------------------------------------------------
@@ -179,7 +178,8 @@ class AdvancedRouter(RouterCore):
         self._handle: Any = self._segment._handle
         self._ids: dict[str, int] = {}
         self._set(
-            int(ffi.cast("uintptr_t", self._handle)),
+            self._handle,
+            address(self._handle),
             STRATEGIES[strategy],
             random.getrandbits(64),
             *monitoring.measured("routing", strategy, self._segment),

@@ -9,7 +9,7 @@ import weakref
 from typing import Any
 
 from fast_litellm_shm import exceptions, settings
-from fast_litellm_shm.native import ffi, lib, raise_segment_error, why_no_descriptor
+from fast_litellm_shm.native import ffi, lib, owned, raise_segment_error, why_no_descriptor
 
 _default: dict[str, Segment] = {}
 _open: weakref.WeakSet[Segment] = weakref.WeakSet()  # of this process, for diagnostics
@@ -99,7 +99,7 @@ class Segment:
             != lib.FSHM_OK
         ):
             raise_segment_error(error, "open")
-        self._handle: Any = ffi.gc(out[0], lib.fshm_close)
+        self._handle: Any = owned(out[0], lib.fshm_close)
         self._arguments = {"capacity": capacity, "allow_other_owner": allow_other_owner}
         _open.add(self)
 

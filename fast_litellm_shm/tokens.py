@@ -10,7 +10,7 @@ from typing import Any
 
 from fast_litellm_shm import encoding, features, monitoring, prices, token_batch
 from fast_litellm_shm.exceptions import SegmentError
-from fast_litellm_shm.native import Memo, ffi, lib
+from fast_litellm_shm.native import Memo, address, lib
 from fast_litellm_shm.segment import Segment
 from fast_litellm_shm.token_batch import BatchCounter
 
@@ -42,8 +42,8 @@ def make_memo(
     text = name.encode()
     number = lib.fshm_memo_encoding(segment._handle, text, len(text))
     metric, every = monitoring.measured("token_counting", operation, segment)
-    address = int(ffi.cast("uintptr_t", segment._handle))
-    return Memo(segment, address, number, compute, metric, every, encode, enabled)
+    owner = segment, segment._handle
+    return Memo(owner, address(segment._handle), number, compute, metric, every, encode, enabled)
 
 
 def _shown(value: object) -> str:

@@ -114,6 +114,21 @@ def test_pools_of_a_name_share_and_others_do_not(segment: Segment) -> None:
     assert counts(one) == (1, 0)
 
 
+def test_a_pool_that_its_own_connections_refer_to_is_collected(segment: Segment) -> None:
+    class Wire:
+        def __init__(self, pool: SimpleConnectionPool) -> None:
+            self.pool = pool
+
+    of, closed = make(segment), []
+    of.bind(lambda _, of=of: Wire(of), lambda wire: closed.append(type(wire)))  # type: ignore[misc]
+    of.return_connection(take(of))
+    take(of, B)
+    del of
+    gc.collect()
+    assert len(closed) == 2
+    assert counts(make(segment)) == (0, 0)
+
+
 @pytest.mark.parametrize("odd", ["nope", "", "conn-0000000000000000-1", "é" * 300])
 def test_unknown_ids_change_nothing(segment: Segment, odd: str) -> None:
     of = make(segment)

@@ -13,7 +13,7 @@ from fast_litellm_shm import exceptions, keyed
 from fast_litellm_shm.cli import inspect, listing, over_hosts, render
 from fast_litellm_shm.concurrency import release_process
 from fast_litellm_shm.inspection import HELD, Inspection, is_beside, open_for_reading
-from fast_litellm_shm.native import ffi, lib, raise_segment_error
+from fast_litellm_shm.native import ffi, lib, owned, raise_segment_error
 from fast_litellm_shm.segment import Segment, path_of
 
 _ABANDONED = 60.0  # seconds: a temporary file of that age is nobody's; making a segment takes less
@@ -39,7 +39,7 @@ def _open_limiter(segment: Segment, info: Any, over_hosts: bool) -> _Limiter:
             f"cannot open limiter {name!r} in segment {segment.name!r} (error {status}): "
             f"{segment.damaged or 'its limits are gone'}"
         )
-    return _Limiter(name, ffi.gc(out[0], lib.fshm_limiter_close), over_hosts)
+    return _Limiter(name, owned(out[0], lib.fshm_limiter_close, segment._handle), over_hosts)
 
 
 def _limiters(segment: Segment, wanted: str | None) -> list[_Limiter]:

@@ -20,7 +20,7 @@ from fast_litellm_shm.cluster.beat import renew
 from fast_litellm_shm.handle import SharedLimits
 from fast_litellm_shm.inspection import LEASED, NOTE
 from fast_litellm_shm.limits import Granted
-from fast_litellm_shm.native import ffi, lib
+from fast_litellm_shm.native import ffi, lib, owned
 from fast_litellm_shm.segment import Segment
 
 if TYPE_CHECKING:
@@ -51,7 +51,9 @@ def _note(segment: Segment) -> Any:
     """A limiter as a place for one number: how many hosts there are."""
     out, limit = ffi.new("fshm_limiter **"), ffi.new("fshm_limit[]", [Granted()._raw()])
     status = lib.fshm_limiter_open_beside(segment._handle, _NAME, len(_NAME), limit, 1, out)
-    return ffi.gc(out[0], lib.fshm_limiter_close) if status == lib.FSHM_OK else None
+    if status != lib.FSHM_OK:
+        return None
+    return owned(out[0], lib.fshm_limiter_close, segment._handle)
 
 
 def hosts(segment: Segment) -> int:

@@ -3,6 +3,7 @@ server about a key just now."""
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from fast_litellm_shm import greenlets
 from fast_litellm_shm.handle import SharedLimits
 from fast_litellm_shm.inspection import ASKING, HELD, LEASED, LOCAL, REFUSED, TOLD
 from fast_litellm_shm.limits import InFlight
-from fast_litellm_shm.native import ffi, lib
+from fast_litellm_shm.native import ffi, lib, owned
 
 MOST_NAME = lib.FSHM_MAX_LIMITER_NAME - max(
     len(suffix) for suffix in (HELD, LEASED, REFUSED, ASKING, LOCAL, TOLD)
@@ -32,7 +33,7 @@ def open_limiter(shared: SharedLimits, suffix: str, limits: Sequence[Any]) -> An
     status = lib.fshm_limiter_open_beside(handle, name, len(name), raw, len(limits), out)
     if status != lib.FSHM_OK:
         shared._failed(status)
-    return ffi.gc(out[0], lib.fshm_limiter_close)
+    return owned(out[0], lib.fshm_limiter_close, handle)
 
 
 class Asking:
@@ -46,8 +47,10 @@ class Asking:
         return self._try(raw)[1]
 
     def _try(self, raw: bytes) -> tuple[int, Any]:
-        permit, told = ffi.new("fshm_permit *"), ffi.new("fshm_decision *")
-        held = ffi.new("uint32_t *")
+        told, held = ffi.new("fshm_decision *"), ffi.new("uint32_t *")
+        # Its end gives it back, where an exception strikes before end() can.
+        give_back = functools.partial(lib.fshm_permit_release, self._limiter)
+        permit = owned(ffi.new("fshm_permit *"), give_back)
         lib.fshm_admit(self._limiter, raw, len(raw), ffi.NULL, 0, permit, told, held)
         return told.status, permit if told.status == lib.FSHM_ALLOWED else None
 

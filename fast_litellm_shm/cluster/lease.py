@@ -12,7 +12,7 @@ from fast_litellm_shm.cluster.asking import Asking, open_limiter
 from fast_litellm_shm.cluster.settings import Cluster
 from fast_litellm_shm.handle import SharedLimits, key_bytes
 from fast_litellm_shm.inspection import LEASED, REFUSED
-from fast_litellm_shm.native import ffi, lib
+from fast_litellm_shm.native import address, ffi, lib
 from fast_litellm_shm.settings import warn_once
 
 _LOOK_AGAIN = 0
@@ -82,8 +82,10 @@ class Leases:
         # What all hosts have too much of, since the limit was lowered: a fair share, and how much.
         self._crowded: dict[bytes, tuple[int, int]] = {}
         shared._bind_cluster(
-            int(ffi.cast("uintptr_t", self._allowances)),
-            int(ffi.cast("uintptr_t", self._refused)),
+            self._allowances,
+            address(self._allowances),
+            self._refused,
+            address(self._refused),
             self.keys,
         )
         self.link.owing.add(self)

@@ -14,7 +14,7 @@ from fast_litellm_shm.cluster.settings import Cluster
 from fast_litellm_shm.handle import SharedLimits, key_bytes
 from fast_litellm_shm.inspection import HELD, REFUSED
 from fast_litellm_shm.limits import AnyLimit, Granted, Limit
-from fast_litellm_shm.native import ffi, lib
+from fast_litellm_shm.native import address, ffi, lib
 
 Told = tuple[int, int, int, int, int]  # status, limit_index, remaining, retry_after_ns, reset_ns
 
@@ -41,9 +41,7 @@ class Wallet:
         self._refused = open_limiter(shared, REFUSED, [Granted()] * count)
         self.asking = Asking(shared, cluster.timeout)
         self._outage = outage.Outage(shared, self)
-        shared._bind_cluster(
-            int(ffi.cast("uintptr_t", self.purse)), int(ffi.cast("uintptr_t", self._refused))
-        )
+        shared._bind_cluster(self.purse, address(self.purse), self._refused, address(self._refused))
 
     def rules(self) -> tuple[script.Rule, ...]:
         """Of the limits in force: they may change at run time."""

@@ -179,16 +179,16 @@ class SharedLimitTransport(httpx.BaseTransport):
         try:
             response = self._transport.handle_request(request)
             self._shared.answered(origin, response)
+            if permit is not None:
+                if response.is_closed:  # read already, as a MockTransport's: nobody closes it again
+                    permit.release()
+                else:
+                    response.stream = _Stream(response.stream, permit)  # type: ignore[arg-type]
+            return response
         except BaseException:
             if permit is not None:
                 permit.release()
             raise
-        if permit is not None:
-            if response.is_closed:  # read already, as a MockTransport's: nobody closes it again
-                permit.release()
-            else:
-                response.stream = _Stream(response.stream, permit)  # type: ignore[arg-type]
-        return response
 
     # What sends may need its context.
 
@@ -239,16 +239,16 @@ class AsyncSharedLimitTransport(httpx.AsyncBaseTransport):
         try:
             response = await self._transport.handle_async_request(request)
             self._shared.answered(origin, response)
+            if permit is not None:
+                if response.is_closed:
+                    permit.release()
+                else:
+                    response.stream = _AsyncStream(response.stream, permit)  # type: ignore[arg-type]
+            return response
         except BaseException:
             if permit is not None:
                 permit.release()
             raise
-        if permit is not None:
-            if response.is_closed:
-                permit.release()
-            else:
-                response.stream = _AsyncStream(response.stream, permit)  # type: ignore[arg-type]
-        return response
 
     async def __aenter__(self: _Async) -> _Async:
         await self._transport.__aenter__()

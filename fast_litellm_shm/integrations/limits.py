@@ -45,7 +45,7 @@ from fast_litellm_shm.exceptions import FastShmError, SegmentError
 from fast_litellm_shm.handle import key_bytes
 from fast_litellm_shm.limiter import RateLimiter
 from fast_litellm_shm.limits import SlidingWindow, Window
-from fast_litellm_shm.native import Counts, ffi, lib
+from fast_litellm_shm.native import Counts, address, ffi, lib
 from fast_litellm_shm.segment import Segment
 from fast_litellm_shm.settings import warn_not_shared
 
@@ -123,7 +123,8 @@ class _Windows(Counts):
             RateLimiter(SlidingWindow(most_sliding, _DAYS), name=keyed.SLIDING, **options),
             RateLimiter(Window(2**31 - 1, _DAYS), name=keyed.MOVING, **options),
         )
-        self._bind(*(int(ffi.cast("uintptr_t", each._handle)) for each in self._names))
+        handles = tuple(each._handle for each in self._names)
+        self._bind(handles, *map(address, handles))
 
     def _refused(self, which: int, status: int, n: int, per_ns: int) -> NoReturn:
         """Called by the native part when a call ends neither admitted nor denied."""

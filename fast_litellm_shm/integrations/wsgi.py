@@ -91,11 +91,6 @@ class RateLimitMiddleware:
         outcome = self._gate.check(WsgiRequest(environ))
         if outcome is None:
             return self.app(environ, start_response)
-        environ[MARK] = outcome
-        if outcome.refused:
-            status, headers, body = outcome.refusal()
-            start_response(f"{status} {responses[status]}", headers)
-            return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
 
         def start(
             status: str, headers: list[tuple[str, str]], exc_info: ExcInfo = None
@@ -108,11 +103,16 @@ class RateLimitMiddleware:
             return write
 
         try:
+            environ[MARK] = outcome
+            if outcome.refused:
+                refused, fields, body = outcome.refusal()
+                start_response(f"{refused} {responses[refused]}", fields)
+                return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
             answer = self.app(environ, start)
+            return _Body(answer, outcome) if outcome.holds else answer
         except BaseException:
             outcome.release()
             raise
-        return _Body(answer, outcome) if outcome.holds else answer
 
 
 class _Body:

@@ -1,0 +1,208 @@
+/* py_use.h - Use: a connection while a `with pool.connection()` block runs. Included by py_pool.c.
+ *
+ * The block's end gives it back, or closes it after an exception. Where the block never begins, or its end is
+ * never reached, the end of the Use does so. */
+#ifndef FSHM_PY_USE_H
+#define FSHM_PY_USE_H
+
+#include "py_args.h"
+
+typedef struct {
+  PyObject_HEAD
+  PyObject *pool, *endpoint, *timeout;
+  Connection *connection; /* in use by us; NULL: none */
+  int entered; /* the block may have begun: nobody knows the connection's state */
+  int over; /* nobody waits for us any more: what a thread yet finds goes back at once */
+} Use;
+
+static PyTypeObject *use_type;
+
+/* _use(endpoint, timeout) -> a Use, which holds nothing yet. */
+static PyObject *pool_use(PyObject *o, PyObject *args) {
+  PyObject *endpoint, *timeout;
+  if (unbound((PoolCore *)o) || !PyArg_ParseTuple(args, "OO", &endpoint, &timeout)) return NULL;
+  Use *self = PyObject_GC_New(Use, use_type);
+  if (!self) return NULL;
+  Py_INCREF(o);
+  Py_INCREF(endpoint);
+  Py_INCREF(timeout);
+  self->pool = o;
+  self->endpoint = endpoint;
+  self->timeout = timeout;
+  self->connection = NULL;
+  self->entered = self->over = 0;
+  PyObject_GC_Track((PyObject *)self);
+  return (PyObject *)self;
+}
+
+/* Give the connection back; failed: take it out of the pool, and close it. A failure to close it is not told:
+ * it is not the exception that matters. */
+static int use_leave(Use *self, int failed) {
+  PyObject *r = NULL, *found = NULL;
+  PoolCore *pool = (PoolCore *)self->pool;
+  Connection *c;
+  ALONE_BEGIN(self);
+  c = self->connection;
+  self->connection = NULL;
+  ALONE_END();
+  if (!c) return 0;
+  int ok = 1;
+  if (failed) {
+    found = forget(pool, c->id, c, 0);
+    if (found) {
+      r = PyObject_CallMethod(self->pool, "_shut", "O", found);
+      give_places_back((Connection *)found);
+    }
+    if (PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_Exception)) PyErr_Clear();
+    ok = !PyErr_Occurred();
+  } else if (!put_back(pool, c)) {
+    r = PyObject_CallMethod(self->pool, "_odd", "O", c->id);
+    ok = r != NULL;
+  }
+  Py_XDECREF(r);
+  Py_XDECREF(found);
+  Py_DECREF((PyObject *)c);
+  return ok ? 0 : -1;
+}
+
+/* Takes over the reference to the connection. */
+static int use_hold(Use *self, Connection *c) {
+  int over;
+  ALONE_BEGIN(self);
+  over = self->over || self->connection;
+  if (!over) self->connection = c;
+  ALONE_END();
+  if (!over) return 1;
+  (void)put_back((PoolCore *)self->pool, c);
+  Py_DECREF((PyObject *)c);
+  return 0;
+}
+
+/* The block begins: what it is given, the bound object, or the id where there is none. */
+static PyObject *use_begin(PyObject *o, PyObject *unused) {
+  (void)unused;
+  Use *self = (Use *)o;
+  Connection *c = NULL;
+  PyObject *value = NULL, *connect = PyObject_GetAttrString(self->pool, "_connect");
+  if (!connect) return NULL;
+  ALONE_BEGIN(self);
+  if ((c = self->connection)) {
+    self->entered = 1;
+    value = connect == Py_None ? c->id : c->object;
+    Py_INCREF(value);
+  }
+  ALONE_END();
+  Py_DECREF(connect);
+  if (!value) PyErr_SetString(PyExc_RuntimeError, "no connection is held");
+  return value;
+}
+
+static int use_fresh(const Use *self) {
+  if (!self->entered && !self->connection && !self->over) return 1;
+  PyErr_SetString(PyExc_RuntimeError, "call connection() for each block");
+  return 0;
+}
+
+static PyObject *use_enter(PyObject *o, PyObject *unused) {
+  Use *self = (Use *)o;
+  if (!use_fresh(self)) return NULL;
+  PyObject *deadline = PyObject_CallMethod(self->pool, "_deadline", "O", self->timeout), *r;
+  while (deadline) {
+    Connection *c = take_measured(self->pool, self->endpoint);
+    if (c) {
+      if (!use_hold(self, c))
+        PyErr_SetString(PyExc_RuntimeError, "call connection() for each block");
+      break;
+    }
+    if (PyErr_Occurred()) break;
+    r = PyObject_CallMethod(self->pool, "_sleep", "OOO", self->endpoint, deadline, self->timeout);
+    Py_XDECREF(r);
+    if (!r) break;
+  }
+  Py_XDECREF(deadline);
+  return PyErr_Occurred() ? NULL : use_begin(o, unused);
+}
+
+static PyObject *use_exit(PyObject *o, PyObject *args) {
+  PyObject *kind, *error, *trace;
+  if (!PyArg_ParseTuple(args, "OOO", &kind, &error, &trace)) return NULL;
+  if (use_leave((Use *)o, kind != Py_None)) return NULL;
+  Py_RETURN_NONE;
+}
+
+/* For asyncio. _idle(): is there an idle one? _take(): is there one, after what has to be waited for? It may be
+ * called in a thread. */
+static PyObject *use_idle(PyObject *o, PyObject *unused) {
+  (void)unused;
+  Use *self = (Use *)o;
+  int stale;
+  if (!use_fresh(self)) return NULL;
+  PyObject *text = exact(self->endpoint);
+  Connection *c = text ? pop((PoolCore *)self->pool, text, &stale) : NULL;
+  Py_XDECREF(text);
+  if (PyErr_Occurred()) return NULL;
+  return PyBool_FromLong(c && use_hold(self, c));
+}
+
+static PyObject *use_take(PyObject *o, PyObject *unused) {
+  (void)unused;
+  Use *self = (Use *)o;
+  Connection *c = take_measured(self->pool, self->endpoint);
+  if (!c && PyErr_Occurred()) return NULL;
+  return PyBool_FromLong(c && use_hold(self, c));
+}
+
+/* _over(): nobody waits for it any more. */
+static PyObject *use_over(PyObject *o, PyObject *unused) {
+  (void)unused;
+  Use *self = (Use *)o;
+  int entered;
+  ALONE_BEGIN(self);
+  self->over = 1;
+  entered = self->entered;
+  ALONE_END();
+  if (use_leave(self, entered)) return NULL;
+  Py_RETURN_NONE;
+}
+
+static int use_traverse(PyObject *o, visitproc visit, void *arg) {
+  Py_VISIT(Py_TYPE(o));
+  Py_VISIT(((Use *)o)->pool);
+  Py_VISIT(((Use *)o)->endpoint);
+  Py_VISIT((PyObject *)((Use *)o)->connection);
+  return 0;
+}
+
+static void use_dealloc(PyObject *o) {
+  Use *self = (Use *)o;
+  PyTypeObject *type = Py_TYPE(o);
+  PyObject_GC_UnTrack(o);
+  if (self->connection) {
+    PyObject *error, *value, *trace;
+    PyErr_Fetch(&error, &value, &trace); /* an exception may be on its way through us */
+    if (use_leave(self, self->entered)) PyErr_WriteUnraisable(NULL);
+    PyErr_Restore(error, value, trace);
+  }
+  Py_DECREF(self->pool);
+  Py_DECREF(self->endpoint);
+  Py_DECREF(self->timeout);
+  PyObject_GC_Del(o);
+  Py_DECREF(type);
+}
+
+static PyMethodDef use_methods[] = {{"__enter__", use_enter, METH_NOARGS, NULL},
+                                    {"__exit__", use_exit, METH_VARARGS, NULL},
+                                    {"_begin", use_begin, METH_NOARGS, NULL},
+                                    {"_idle", use_idle, METH_NOARGS, NULL},
+                                    {"_take", use_take, METH_NOARGS, NULL},
+                                    {"_over", use_over, METH_NOARGS, NULL},
+                                    {NULL, NULL, 0, NULL}};
+static PyType_Slot use_slots[] = {{Py_tp_dealloc, (void *)use_dealloc},
+                                  {Py_tp_traverse, (void *)use_traverse},
+                                  {Py_tp_methods, use_methods},
+                                  {0, NULL}};
+static PyType_Spec use_spec = {
+    "fast_litellm_shm._native.Use", sizeof(Use), 0,
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION, use_slots};
+
+#endif
