@@ -110,6 +110,7 @@ typedef struct operation {
   void (*meddle)(void); /* S does this at T's first change of a cell; boundaries begin there */
   fshm_limit limits[FSHM_MAX_LIMITS], next[FSHM_MAX_LIMITS]; /* next: what they are changed to */
   uint32_t count, next_count;
+  bool side; /* the limit comes with the call: the key has a cell of its own (side_who) */
   uint32_t flags, capacity; /* capacity 0: the least, one line of cells */
   uint32_t op, cost, prior; /* prior: tokens charged, or permits that S holds, at the beginning */
   uint32_t dead; /* permits that a dead process held */
@@ -123,7 +124,7 @@ typedef struct {
   fshm_limiter *l, *others, *totals, *permits, *allowances;
   fshm_limiter *refused, *known; /* of a wallet, or NULL: fshm_spend() */
   fshm_permit permit, total;
-  uint64_t reserved[FSHM_MAX_LIMITS];
+  fshm_charged reserved[FSHM_MAX_LIMITS];
   uint64_t now;
 } world_t;
 

@@ -247,7 +247,7 @@ static void run_flight_and_back(outcome_t *out) {
 #define REFUSED(answer) METERS(run_apply), .op = FSHM_ACQUIRE, .cost = 1, .status = (answer)
 #define CALLS(function) METERS(function), .op = OTHER_OP, .status = 1
 #define ASKS METERS(run_is_allowed), .op = FSHM_ACQUIRE, .cost = 1, .status = 1
-#define COUNTS METERS(run_count), .op = FSHM_ACQUIRE, .cost = 1, .prepare = align_windows
+#define COUNTS METERS(run_count), .op = FSHM_ACQUIRE, .cost = 1, .side = true
 #define MOVING(function, which) \
   .make = start_moving, .holds = &moving, .run = (function), .op = (which)
 #define HITS(tokens, answer) MOVING(run_hit, HIT), .cost = (tokens), .status = (answer)
