@@ -142,7 +142,8 @@ static int slot_put(const moving_t *m, uint64_t slot, found_t *f, token_t *token
 static void return_tokens(const moving_t *m, const token_t *tokens, uint64_t count) {
   fshm_segment *s = m->k.s;
   for (uint64_t i = 0; i < count; i++) {
-    pair_t mine = {slot_who(m->k.who, tokens[i].slot), tokens[i].state}, empty = {0, 0};
+    const uint64_t who = side_who(slot_who(m->k.who, tokens[i].slot));
+    pair_t mine = {who, tokens[i].state}, empty = {0, 0};
     (void)pair_cas(&s->cells[tokens[i].cell], &mine, empty);
   }
 }
