@@ -500,15 +500,10 @@ static int publish(fshm_segment *s, uint32_t index, rule_t *rules, uint32_t coun
     pair_t seen = {current, set};
     pair_t next = {(current & ~CURRENT_VERSION(UINT64_MAX)) | version, next_set};
     bool ok = pair_cas(&e->current, &seen, next);
-    for (uint32_t i = 0; i < count; i++) {
-      if (slots[i] >= 0 || ok) continue;
-      uint64_t filled =
-          RULE_USED | version; /* ours again, for another try; or a sweep has freed it */
-      if (!atomic_compare_exchange_strong(&e->owners[mine[i]], &filled, owner)) mine[i] = -1;
-    }
-    if (!ok) continue;
+    /* Not ours again, where the swap has failed: whoever has set the same rule meanwhile has found it there. */
     for (uint32_t i = 0; i < count; i++)
       if (slots[i] < 0) mine[i] = -1;
+    if (!ok) continue;
     give_up(e, mine, owner);
     return FSHM_OK;
   }
