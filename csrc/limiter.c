@@ -614,7 +614,8 @@ int limiter_change(fshm_limiter *l, const void *key, uint64_t length, uint64_t n
       uint64_t next = change(context, i, m.rule, m.state, c.now);
       if (before) before[i] = m.state;
       changed_t first = {&c, change, context, i};
-      status = put_changed(&c, i, &found, next, &first);
+      /* A look writes nothing: for who goes by an earlier time, what is over by ours may not be over. */
+      status = next == m.state ? CLAIMED : put_changed(&c, i, &found, next, &first);
       if (status == CLAIMED && found.cell.pair.who && !(c.s->names_mode & FSHM_NAMES_OFF))
         ledger_remember(c.s, found.cell.cell, ledger_meta(c.index, found.cell.pair.who), key,
                         length);
