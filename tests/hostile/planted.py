@@ -86,10 +86,9 @@ RACES: dict[str, list[tuple[str, str, str]]] = {
     "a count is read twice": [
         (
             "limits.c",
-            "uint32_t has = current ? read_set(e, set, p->rules) : 0;\n"
-            "    atomic_thread_fence(memory_order_acquire); /* the copy, before the second look */",
-            "uint32_t has = current ? read_set(e, set, p->rules) : 0;\n"
-            "    if (has) has = SET_COUNT(load_relaxed(&e->set));",
+            "i < count; i++) read_rule(e, SET_SLOT(set, i), &out[i]);",
+            "i < SET_COUNT(load_relaxed(&e->set)); i++)\n"
+            "    read_rule(e, SET_SLOT(load_relaxed(&e->set), i), &out[i]);",
         )
     ],
     "a length is read twice": [

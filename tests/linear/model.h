@@ -76,51 +76,25 @@ static inline unsigned views(const op_t *op) {
 
 typedef struct {
   const rule_t *rule;
-  uint64_t version, state, now;
+  uint64_t state, now;
   uint64_t *cell;
 } view_t;
 
-/* The limits that the operation goes by: number, and bits of the version. */
-static inline unsigned plan_of(const config_t *c, int lane, int level, const history_t *h) {
-  return level && h->changes ? c->plan[lane] - 1u : c->changes;
-}
-
-/* limiter.c: state_of(). False: the state is of newer limits than the plan, which has to be loaded again. Of limits
- * too old to be known, the bucket counts as full: also for who saw that under limits that were changed before its
- * swap, which finds the cell as it was. */
-static inline bool converted(const history_t *h, const config_t *c, unsigned plan, uint32_t limit,
-                             view_t *v) {
-  uint64_t bits = VERSION_OF(v->state);
-  if (v->rule->kind != FSHM_BUCKET || (v->state & TIME_MAX) <= v->now || bits == v->version)
-    return true;
-  const rule_t *old = NULL;
-  for (unsigned back = 1; back <= 3 && back <= plan; back++)
-    if (((h->version + plan - back) & VERSION_MASK) << TIME_BITS == bits)
-      old = &h->rules[c->variant[plan - back]][limit];
-  for (unsigned newer = plan + 1; newer <= c->changes; newer++)
-    if (((h->version + newer) & VERSION_MASK) << TIME_BITS == bits) return false;
-  v->state = bucket_convert(v->rule, v->version, old, v->state, v->now);
-  return true;
-}
-
-static inline bool look_when(const history_t *h, config_t *c, int level, int lane, const op_t *op,
-                             uint32_t limit, bool unseen, uint64_t now, view_t *v) {
-  unsigned plan = plan_of(c, lane, level, h);
-  v->rule = &h->rules[c->variant[plan]][limit];
-  v->version = ((h->version + plan) & VERSION_MASK) << TIME_BITS;
+static inline bool look_when(const history_t *h, config_t *c, const op_t *op, uint32_t limit,
+                             bool unseen, uint64_t now, view_t *v) {
+  v->rule = &h->rules[0][limit];
   v->cell = &c->state[op->key * h->limits + limit];
   v->now = now;
   v->state = unseen ? 0 : *v->cell;
-  if (unseen) return state_expires(*v->cell) <= op->latest;
-  return converted(h, c, plan, limit, v);
+  return !unseen || state_expires(*v->cell) <= op->latest;
 }
 
-static inline bool look_at(const history_t *h, config_t *c, int level, int lane, const op_t *op,
-                           uint32_t limit, unsigned view, view_t *v) {
+static inline bool look_at(const history_t *h, config_t *c, const op_t *op, uint32_t limit,
+                           unsigned view, view_t *v) {
   bool unseen = op->kind == OP_ADMIT ? view >= op->reads : view > 0;
   unsigned reading = op->kind == OP_ADMIT ? view - unseen * op->reads : view - unseen;
   if (reading >= op->reads) return false; /* or killed before it knew the time: it did nothing */
-  return look_when(h, c, level, lane, op, limit, unseen, op->read[reading], v);
+  return look_when(h, c, op, limit, unseen, op->read[reading], v);
 }
 
 /* Whoever charges anew does so as of a time when all has expired; whoever only looks may go by an older one,
@@ -130,12 +104,12 @@ static inline bool too_early(const view_t *v, uint64_t cost) {
 }
 
 static inline verdict_t verdict_of(const view_t *v, uint64_t cost) {
-  return meter_take(v->rule, v->version, v->state, v->now, v->now, cost);
+  return meter_take(v->rule, v->state, v->now, v->now, cost);
 }
 
 /* Is this the decision that was told? (limiter.c: report(), of one limit) */
-static inline bool told(const history_t *h, const config_t *c, int lane, int level, const op_t *op,
-                        const view_t *v, const verdict_t *verdict, bool allowed, bool charged) {
+static inline bool told(const history_t *h, const op_t *op, const view_t *v,
+                        const verdict_t *verdict, bool allowed, bool charged) {
   if (op_open(op) || op->kind == OP_IS_ALLOWED || h->limits != 1) return true;
   if (op->kind == OP_SPEND) /* who runs low is told so, and nobody else */
     return op->low == (charged && wallet_low(verdict->next, op->cost[0]));
@@ -144,7 +118,7 @@ static inline bool told(const history_t *h, const config_t *c, int lane, int lev
   uint64_t reset = charged || v->rule->kind != FSHM_BUCKET ? verdict->reset : verdict->used_before;
   uint64_t left = verdict_remaining(v->rule, charged ? verdict->used_after : verdict->used_before);
   return op->remaining[0] == left && op->retry == wait && op->reset == (int64_t)reset &&
-         op->version == h->version + plan_of(c, lane, level, h);
+         op->version == h->version;
 }
 
 static inline bool waits(const op_t *op, const rule_t *r, uint64_t retry) {
@@ -153,14 +127,14 @@ static inline bool waits(const op_t *op, const rule_t *r, uint64_t retry) {
 }
 
 /* Charge one limit where it has room (or may be waited for). */
-static inline bool charge_limit(const history_t *h, config_t *c, int level, int lane,
-                                const op_t *op, uint32_t limit, unsigned view) {
+static inline bool charge_limit(const history_t *h, config_t *c, int lane, const op_t *op,
+                                uint32_t limit, unsigned view) {
   view_t v;
-  if (!look_at(h, c, level, lane, op, limit, view, &v)) return false;
+  if (!look_at(h, c, op, limit, view, &v)) return false;
   verdict_t verdict = verdict_of(&v, op->cost[limit]);
   if (too_early(&v, op->cost[limit])) return false;
   if (verdict.retry && !waits(op, v.rule, verdict.retry)) return false;
-  if (!told(h, c, lane, level, op, &v, &verdict, true, true)) return false;
+  if (!told(h, op, &v, &verdict, true, true)) return false;
   if (op->kind == OP_RESERVE && !op_open(op) && op->put != verdict.next) return false;
   if (limit + 1 < h->limits) {
     c->put[lane][limit] = verdict.next;
@@ -170,19 +144,18 @@ static inline bool charge_limit(const history_t *h, config_t *c, int level, int 
   return true;
 }
 
-static inline bool no_room(const history_t *h, config_t *c, int level, int lane, const op_t *op,
-                           uint32_t limit, unsigned view) {
+static inline bool no_room(const history_t *h, config_t *c, const op_t *op, uint32_t limit,
+                           unsigned view) {
   view_t v;
-  if (!look_at(h, c, level, lane, op, limit, view, &v)) return false;
+  if (!look_at(h, c, op, limit, view, &v)) return false;
   verdict_t verdict = verdict_of(&v, op->cost[limit]);
   if (!verdict.retry || waits(op, v.rule, verdict.retry)) return false;
-  return told(h, c, lane, level, op, &v, &verdict, false, false);
+  return told(h, op, &v, &verdict, false, false);
 }
 
-static inline bool any_no_room(const history_t *h, config_t *c, int level, int lane, const op_t *op,
-                               unsigned view) {
+static inline bool any_no_room(const history_t *h, config_t *c, const op_t *op, unsigned view) {
   for (uint32_t i = 0; i < h->limits; i++)
-    if (no_room(h, c, level, lane, op, i, view)) return true;
+    if (no_room(h, c, op, i, view)) return true;
   return false;
 }
 
@@ -213,11 +186,11 @@ static inline bool undo_limit(const history_t *h, config_t *c, int lane, const o
                               uint32_t limit, unsigned view) {
   const rule_t *r = &h->rules[0][limit];
   uint64_t *cell = &c->state[op->key * h->limits + limit], put = c->put[lane][limit];
+  const fshm_charged charged = charged_by(r, put);
   uint64_t now = op->read[view ? view - 1 : 0];
   if (view && *cell == put) return false; /* the same as view 0 */
   *cell = *cell == put ? c->before[lane][limit]
-                       : meter_refund(r, (h->version & VERSION_MASK) << TIME_BITS, *cell, now,
-                                      op->cost[limit], put);
+                       : meter_refund(r, *cell, now, op->cost[limit], &charged);
   c->put[lane][limit] = c->before[lane][limit] = 0;
   uint8_t *phase = &c->phase[lane];
   if (--*phase == UNDOING) { /* it looks again */
@@ -236,7 +209,7 @@ static inline void note_room(const history_t *h, int level, config_t *c, int lan
   for (uint32_t i = 0; i < h->limits; i++) {
     view_t v;
     for (unsigned view = 0; view < views(op) && !(c->tally[lane] >> i & 1); view++)
-      if (look_at(h, c, level, lane, op, i, view, &v) && !verdict_of(&v, op->cost[i]).retry)
+      if (look_at(h, c, op, i, view, &v) && !verdict_of(&v, op->cost[i]).retry)
         c->tally[lane] |= (uint8_t)(1 << i);
   }
 }
@@ -259,17 +232,17 @@ static inline bool acquire(const history_t *h, int level, config_t *c, int lane,
       }
       for (; h->at_once && !denied && !op_open(op) && phase + 1 < h->limits;
            phase = ++c->phase[lane])
-        if (!charge_limit(h, c, level, lane, op, phase, view)) return false;
-      return charge_limit(h, c, level, lane, op, phase, view) && stepped(c, lane, h->limits);
+        if (!charge_limit(h, c, lane, op, phase, view)) return false;
+      return charge_limit(h, c, lane, op, phase, view) && stepped(c, lane, h->limits);
     case DENY:
       if (phase || !denied) return false;
       if (op->status == FSHM_FULL && !table_full(h, c, level, op)) return false;
-      if (op->status == FSHM_DENIED && !any_no_room(h, c, level, lane, op, view)) return false;
+      if (op->status == FSHM_DENIED && !any_no_room(h, c, op, view)) return false;
       return finish(c, lane);
     case FIND_NO_ROOM:
       if (!level || !phase || phase >= UNDOING || c->tally[lane] / CYCLE >= CYCLES(level))
         return false;
-      if (!no_room(h, c, level, lane, op, phase, view)) return false;
+      if (!no_room(h, c, op, phase, view)) return false;
       c->phase[lane] += UNDOING;
       c->tally[lane] += CYCLE;
       return true;
@@ -280,22 +253,22 @@ static inline bool acquire(const history_t *h, int level, config_t *c, int lane,
   }
 }
 
-static inline bool peek(const history_t *h, int level, config_t *c, int lane, const op_t *op,
+static inline bool peek(const history_t *h, config_t *c, int lane, const op_t *op,
                         unsigned view) {
   uint32_t limit = c->phase[lane];
   view_t v;
-  if (op->status == FSHM_DENIED) return any_no_room(h, c, level, lane, op, view) && finish(c, lane);
-  if (!look_at(h, c, level, lane, op, limit, view, &v)) return false;
+  if (op->status == FSHM_DENIED) return any_no_room(h, c, op, view) && finish(c, lane);
+  if (!look_at(h, c, op, limit, view, &v)) return false;
   verdict_t verdict = verdict_of(&v, op->cost[limit]);
-  if (verdict.retry || !told(h, c, lane, level, op, &v, &verdict, true, false)) return false;
+  if (verdict.retry || !told(h, op, &v, &verdict, true, false)) return false;
   return stepped(c, lane, h->limits);
 }
 
-static inline bool remaining(const history_t *h, int level, config_t *c, int lane, const op_t *op,
+static inline bool remaining(const history_t *h, config_t *c, int lane, const op_t *op,
                              unsigned view) {
   uint32_t limit = c->phase[lane];
   view_t v;
-  if (!look_at(h, c, level, lane, op, limit, view, &v)) return false;
+  if (!look_at(h, c, op, limit, view, &v)) return false;
   uint64_t left = verdict_remaining(v.rule, verdict_of(&v, 1).used_before);
   if (!op_open(op) && left != op->remaining[limit]) return false;
   return stepped(c, lane, h->limits);
@@ -309,19 +282,19 @@ static inline bool force_limit(const history_t *h, int level, config_t *c, int l
   view_t v;
   if (limit == h->limits) { /* the look; only with one limit */
     uint64_t now = op->read[op->reads - 1];
-    if (view > 1 || !look_when(h, c, level, lane, op, 0, view, now, &v)) return false;
+    if (view > 1 || !look_when(h, c, op, 0, view, now, &v)) return false;
     verdict_t verdict = verdict_of(&v, 1);
     verdict.retry = 0;
-    return (full || told(h, c, lane, level, op, &v, &verdict, true, false)) && finish(c, lane);
+    return (full || told(h, op, &v, &verdict, true, false)) && finish(c, lane);
   }
   if (full) {
     if (!table_full(h, c, level, op)) return false;
   } else {
-    if (!look_at(h, c, level, lane, op, limit, view, &v)) return false;
+    if (!look_at(h, c, op, limit, view, &v)) return false;
     uint64_t cost = op->cost[limit];
     if (op->kind == OP_CHARGE && too_early(&v, cost)) return false;
-    *v.cell = op->kind == OP_CHARGE ? meter_charge(v.rule, v.version, v.state, v.now, cost)
-                                    : meter_refund(v.rule, v.version, v.state, v.now, cost, 0);
+    *v.cell = op->kind == OP_CHARGE ? meter_charge(v.rule, v.state, v.now, cost)
+                                    : meter_refund(v.rule, v.state, v.now, cost, NULL);
   }
   return stepped(c, lane, h->limits + (h->limits == 1));
 }
@@ -330,10 +303,11 @@ static inline bool force_limit(const history_t *h, int level, config_t *c, int l
 static inline bool cancel(const history_t *h, config_t *c, int lane, const op_t *op,
                           unsigned view) {
   view_t v;
-  if (!look_at(h, c, 0, lane, op, 0, view, &v)) return false;
+  if (!look_at(h, c, op, 0, view, &v)) return false;
   bool given_back = !view && v.state == op->put;
   if (!op_open(op) && op->status != given_back) return false;
-  if (given_back) *v.cell = meter_refund(v.rule, v.version, v.state, v.now, op->cost[0], op->put);
+  const fshm_charged charged = charged_by(v.rule, op->put);
+  if (given_back) *v.cell = meter_refund(v.rule, v.state, v.now, op->cost[0], &charged);
   return finish(c, lane);
 }
 
@@ -361,9 +335,9 @@ static inline bool advance(const history_t *h, int level, config_t *c, int lane,
     case OP_RESERVE:
       return acquire(h, level, c, lane, op, branch, view);
     case OP_PEEK:
-      return first && !op_open(op) && peek(h, level, c, lane, op, view);
+      return first && !op_open(op) && peek(h, c, lane, op, view);
     case OP_REMAINING:
-      return first && remaining(h, level, c, lane, op, view);
+      return first && remaining(h, c, lane, op, view);
     case OP_CHARGE:
     case OP_REFUND:
       return first && force_limit(h, level, c, lane, op, view);
@@ -377,7 +351,7 @@ static inline bool advance(const history_t *h, int level, config_t *c, int lane,
       return first && put_batch(h, level, c, lane, op, view);
     case OP_LOOK:
     case OP_TAKE:
-      return first && look_into(h, level, c, lane, op, view);
+      return first && look_into(h, c, lane, op, view);
     case OP_SET:
       return first && !view && change_limits(h, c, lane, op);
     case OP_DEATH:

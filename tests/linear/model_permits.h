@@ -33,7 +33,7 @@ static inline bool admit(const history_t *h, int level, config_t *c, int lane, c
       return true;
     case 1: /* charge */
       if (*phase != TAKEN || denied || !h->limits) return false;
-      return charge_limit(h, c, 0, lane, op, 0, view) && finish(c, lane);
+      return charge_limit(h, c, lane, op, 0, view) && finish(c, lane);
     case 2: /* no permit; or its permit was lost with the room */
       if (!by_permits || view) return false;
       if (op->count != h->permits) return false;
@@ -43,7 +43,7 @@ static inline bool admit(const history_t *h, int level, config_t *c, int lane, c
       return *tally == all ? finish(c, lane) : true;
     case 3: /* no room in the meter: before it took a permit, or since */
       if (!h->limits || by_permits || *phase == LOST || (!denied && !op_open(op))) return false;
-      if (!no_room(h, c, 0, lane, op, 0, view)) return false;
+      if (!no_room(h, c, op, 0, view)) return false;
       if (*phase == SEARCHING) return finish(c, lane);
       *phase = LOST;
       return true;

@@ -44,7 +44,8 @@ static bool paused_at_hooks;
 static uint32_t hooks_seen;
 static fshm_permit my_permits[LANE_OPS];
 static uint32_t permits_taken, permits_released;
-static uint64_t my_reservation, my_reserved_cost;
+static fshm_charged my_reservation;
+static uint64_t my_reserved_cost;
 
 static void spin(uint64_t turns) {
   for (volatile uint64_t i = 0; i < turns; i++) continue;
@@ -106,7 +107,7 @@ static void apply_op(op_t *op, const char *key, uint64_t now) {
                                  [OP_REFUND] = FSHM_REFUND};
   fshm_limiter *l = arena->limiter;
   uint64_t costs[FSHM_MAX_LIMITS] = {op->cost[0], op->cost[1], op->cost[2], 0};
-  uint64_t put[FSHM_MAX_LIMITS] = {0};
+  fshm_charged put[FSHM_MAX_LIMITS] = {{0, 0, 0}};
   fshm_decision d;
   if (op->kind == OP_RESERVE)
     fshm_reserve(l, key, strlen(key), costs, op->max_wait, now, &d, put);
@@ -114,7 +115,7 @@ static void apply_op(op_t *op, const char *key, uint64_t now) {
     fshm_apply(l, ops[op->kind], key, strlen(key), costs, 0, now, &d);
   note_decision(op, &d);
   if (op->kind != OP_RESERVE) return;
-  op->put = put[0];
+  op->put = put[0].state;
   if (d.status == FSHM_ALLOWED) my_reservation = put[0], my_reserved_cost = op->cost[0];
 }
 
@@ -159,7 +160,7 @@ static void wallet_op(op_t *op, const char *key, uint64_t now) {
 static void run_op(op_t *op) {
   char key[sizeof arena->key[0] + 2];
   uint64_t now = op->fixed ? time_now() : 0;
-  uint64_t reservation = op->put = my_reservation;
+  op->put = my_reservation.state;
   fshm_limiter *other;
   (void)snprintf(key, sizeof key, "%s%c", arena->key[0], 'a' + op->key);
   if (op->kind == OP_RELEASE) {
@@ -167,7 +168,7 @@ static void run_op(op_t *op) {
     op->slot = (uint8_t)SLOT_OF(my_permits[permits_released].when);
   }
   if (op->kind == OP_CANCEL) {
-    if (!my_reservation) return;
+    if (!my_reservation.state) return;
     op->cost[0] = my_reserved_cost;
   }
   if (op->fixed) op->read[0] = now, op->reads = 1;
@@ -187,8 +188,8 @@ static void run_op(op_t *op) {
       op->status = fshm_remaining(arena->limiter, key, strlen(key), now, op->remaining);
       break;
     case OP_CANCEL:
-      op->status = fshm_cancel(arena->limiter, key, strlen(key), op->cost, &reservation, now);
-      my_reservation = 0;
+      op->status = fshm_cancel(arena->limiter, key, strlen(key), op->cost, &my_reservation, now);
+      my_reservation.state = 0;
       break;
     case OP_SET: {
       uint32_t count = arena->history.limits;
@@ -236,7 +237,7 @@ static void run_on_one_core(bool one) {
 static void run_lane(int lane) {
   history_t *h = &arena->history;
   hooks_seen = permits_taken = permits_released = 0;
-  my_reservation = 0;
+  my_reservation.state = 0;
   random_state = arena->seed + (uint64_t)(lane + 1) * 7919;
   lost_swaps = 0;
   run_on_one_core(arena->one_core);
