@@ -112,4 +112,4 @@ static void moving_raced(const outcome_t *mine) {
 }
 
 static const holds_t moving = {moving_begin, moving_end, moving_contend, moving_survive,
-                               moving_raced};
+                               moving_raced, NULL};

@@ -102,4 +102,4 @@ static void names_raced(const outcome_t *mine) {
   check_invariants(false);
 }
 
-static const holds_t names = {NULL, names_end, names_contend, names_survive, names_raced};
+static const holds_t names = {NULL, names_end, names_contend, names_survive, names_raced, NULL};

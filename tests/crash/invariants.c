@@ -25,6 +25,8 @@ static void protect_others(void) {
     pair_t pair = pair_load(&world.s->cells[i]);
     bool ours = word && same_key(pair.who, word);
     for (uint32_t k = 0; k < FSHM_MAX_LIMITS; k++) ours |= own[k] && same_key(pair.who, own[k]);
+    /* its keys' states are brought under other rules: holds_changes.c looks after them */
+    ours |= op->overtake && pair.who & 1 && WHO_LIMITER(pair.who) == world.l->index;
     for (uint32_t k = 0; k < MOST_SLOTS && op->op == CLEAR; k++)
       ours |= pair.who == side_who(slot_who(own[0], k));
     if (!pair.who || ours || IS_PENDING(pair.when) || state_expires(pair.when) <= now_or_clock())
