@@ -377,6 +377,12 @@ static COLD bool sweep_cell(sweep_t *w, uint64_t cell) {
     if (!(pair.who & 1) || WHO_LIMITER(pair.who) != w->index) return true;
     pair = pair_load(at);
     if (!(pair.who & 1) || WHO_LIMITER(pair.who) != w->index || IS_PERMIT(pair.when)) return true;
+    /* As a call does it (limiter.c: outdated()): by limits that are in force after the cell was read. Others may have
+     * changed them, swept, and given the slots of ours to other rules. */
+    if (entry_current(w->s, w->index) != w->plan.current) {
+      if (!limits_load(w->s, w->index, &w->plan)) return false;
+      continue;
+    }
     bool over = IS_PENDING(pair.when) || state_expires(pair.when) <= minus(w->now, CLOCKS_DIFFER);
     pair_t to = {0, 0}, seen = pair;
     if (!over) to = swept(w, pair);
