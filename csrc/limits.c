@@ -432,11 +432,20 @@ static COLD bool sweep(fshm_segment *s, uint32_t index, uint64_t now) {
   w.now = now ? now : segment_now(s);
   if (!sweep_cells(&w)) return false;
   if (free_slots(&w, next.when, CURRENT_VERSION(current))) return true;
-  /* Each rule still has keys that have used more than the present one admits: the rule with the fewest goes. */
+  /* Each rule still has keys that have used more than the present one admits: of those whose cells another rule can
+   * take, the one with the fewest goes. */
+  unsigned rules_of[PLACE_NONE + 1] = {0};
+  int places[RULES];
+  for (unsigned slot = 0; slot < RULES; slot++) {
+    rule_t rule;
+    uint64_t owner;
+    places[slot] = read_used(e, slot, &rule, &owner) ? rule.place & 7 : -1;
+    if (places[slot] >= 0) rules_of[places[slot]]++;
+  }
   for (unsigned slot = 0; slot < RULES; slot++) {
     bool named = false;
     for (uint32_t i = 0; i < SET_COUNT(next.when); i++) named |= SET_SLOT(next.when, i) == slot;
-    if (named || !w.cells[slot]) continue;
+    if (named || !w.cells[slot] || places[slot] < 0 || rules_of[places[slot]] < 2) continue;
     if (w.victim < 0 || w.cells[slot] < w.cells[w.victim]) w.victim = (int)slot;
   }
   if (w.victim < 0) return false;
