@@ -58,6 +58,7 @@ enum {
   LOW_FREED = 1 << 19, /* as FREED, but S holds the highest of all */
   UNCHANGED = 1 << 20, /* the limits are not changed to `next` yet: the operation does that */
   REFUSES = 1 << 22, /* of a wallet: what the grantor told is known, and that it refused the cost */
+  SLOW = 1 << 24, /* S changes to limits that nothing fits */
   HELD_BACK = 1 << 23, /* the key lives under limits of before, since it has consumed more than the present ones admit */
   MOST_BEHIND = 1
       << 21 /* `most` is below what is held, as limits_lower_most() may leave it when the limits

@@ -66,12 +66,15 @@ static int64_t change_of(bool allowed) {
 
 /* S's calls, while T stands: changes of the limits, and perhaps a charge at their end. */
 
+/* SLOW: limits that nothing fits, and under which all is over later: what lives under others stays there. */
 static void change_many(uint32_t count) {
-  static uint64_t longer;
+  static uint64_t turn;
   fshm_limit limits[FSHM_MAX_LIMITS];
   for (uint32_t j = 0; j < count; j++) {
-    longer = longer % 100000 + 1;
-    with_n(limits, 20 + longer % 512, longer);
+    turn = turn % 500 + 1;
+    with_n(limits, op->flags & SLOW ? 1 : 20 + turn, turn * 1000000007);
+    for (uint32_t i = 0; op->flags & SLOW && i < op->count; i++)
+      limits[i].per_ns += limits[i].kind == FSHM_BUCKET ? 0 : turn;
     set_at(limits, op->count);
   }
 }
@@ -127,7 +130,7 @@ static void start_changes(void) {
   open_segment();
   world.now = NOW;
   fshm_limit higher[FSHM_MAX_LIMITS];
-  with_n(higher, 30, 7);
+  with_n(higher, 30, 7000000049);
   world.l = named("limits", op->flags & HELD_BACK ? higher : op->limits, op->count);
   if (op->prior) (void)apply_at(world.l, FSHM_ACQUIRE, KEY, op->prior, NOW);
   if (op->flags & HELD_BACK) fshm_limiter_close(named("limits", op->limits, op->count));
@@ -239,7 +242,7 @@ static void start_sweep(void) {
   world.now = NOW;
   fshm_limit limits[FSHM_MAX_LIMITS];
   for (uint32_t k = 0; k < RULES; k++) {
-    with_n(limits, 60 - 2 * k, k);
+    with_n(limits, 60 - 2 * k, k * 1000000007);
     uint32_t count = op->cost == LONE && !k ? 2 : 1;
     if (count == 2) limits[1] = (fshm_limit){40, PER / 2, 0, FSHM_WINDOW, 0};
     if (op->cost == LONE && k == 1) with_n(limits, 60, 0); /* the same rule, alone */
@@ -286,12 +289,16 @@ static void sweep_end(void) {
   check_swept("after it");
 }
 
-/* What others do while somebody sweeps: they charge, give back, and change the limits, for which they sweep. */
+/* What others do while somebody sweeps: they charge, change the limits, for which they sweep, and give back, under
+ * limits that have room: so that a key leaves a rule that another one has just come under. */
 static void meddle_with_sweep(void) {
+  fshm_limit limits[FSHM_MAX_LIMITS];
   charge_one();
+  change_many(position.k % 4 ? 1 : 20);
+  with_n(limits, 500 + position.k % 100, 0);
+  set_at(limits, 1);
   if (apply_at(world.l, FSHM_REFUND, keys[1], 1, NOW).status != FSHM_ALLOWED)
     broken("S cannot refund");
-  change_many(position.k % 3 ? 3 : 20);
 }
 
 static void sweep_contend(void) {
