@@ -277,6 +277,9 @@ static void run_flight_and_back(outcome_t *out) {
   .make = start_changes, .holds = &changes, .run = (function), .op = (what), .cost = (tokens)
 #define UNDER(which, tokens, changed) \
   CHANGES(run_apply, FSHM_##which, tokens), .status = 1, .overtake = (changed)
+#define RAISED_OVER(function, what, answer)                                                  \
+  .make = start_permits, .holds = &raising, .run = (function), .op = (what), .status = (answer), \
+  .overtake = raise_take_lower, .capacity = 8
 #define SWEEPS_WITH(which) \
   .make = start_sweep, .holds = &sweeping, .run = run_publish, .status = 1, .cost = (which), \
   .overtake = overtake_sweep, .capacity = 40
@@ -698,6 +701,11 @@ static const operation_t operations[] = {
     {.name = "change-several", UNDER(ACQUIRE, 2, over_many_charged), THREE, .prior = 2, .next = {BUCKET(5), WINDOW(3), SLIDING(6)}, .next_count = 3},
     {.name = "change-several-forth", UNDER(ACQUIRE, 2, over_forth), THREE, .prior = 2, .next = {BUCKET(5), WINDOW(3), SLIDING(6)}, .next_count = 3},
     {.name = "change-several-reset", UNDER(ACQUIRE, 2, over_reset), THREE, .prior = 2, .next = {BUCKET(5), WINDOW(3), SLIDING(6)}, .next_count = 3},
+    {.name = "change-permits-take", RAISED_OVER(run_admit, TAKE, 1), ONE(PERMITS(3)), .prior = 1, .flags = FREED, THEN_ONE(PERMITS(2))},
+    {.name = "change-permits-take-last", RAISED_OVER(run_admit, TAKE, 1), ONE(PERMITS(4)), .prior = 2, .flags = FREED, THEN_ONE(PERMITS(3))},
+    {.name = "change-permits-denied", RAISED_OVER(run_admit, TAKE, 0), ONE(PERMITS(3)), .prior = 2, .flags = LOW_FREED, THEN_ONE(PERMITS(2))},
+    {.name = "change-permits-count", RAISED_OVER(run_in_flight, COUNT_HELD, 1), ONE(PERMITS(3)), .prior = 1, THEN_ONE(PERMITS(2))},
+    {.name = "change-permits-lower", RAISED_OVER(run_publish, LOWER, 1), ONE(PERMITS(3)), .prior = 1, .flags = LOW_FREED | UNCHANGED, THEN_ONE(PERMITS(2))},
     {.name = "change-sweeps", SWEEPS_WITH(SOME_FIT), ONE(WINDOW(60)), THEN_ONE(WINDOW(11))},
     {.name = "change-sweeps-bucket", SWEEPS_WITH(SOME_FIT), ONE(BUCKET(60)), THEN_ONE(BUCKET(11))},
     {.name = "change-sweeps-none-fits", SWEEPS_WITH(NONE_FITS), .flags = SLOW, ONE(WINDOW(60)), THEN_ONE(WINDOW(11))},
