@@ -9,9 +9,9 @@ static uint64_t first_word(void *context) {
   return allowance_word(0, true, plus_time(keyed_now(k), ALLOWANCE_OPEN));
 }
 
-/* The cell of the key's word. f->pair.who = 0: there is none. FSHM_OK, or an error. */
-static COLD int word_find(keyed_t *k, bool open, found_t *f) {
-  for (int tries = 0; tries < MAX_TRIES; tries++) {
+/* The cell of the key's word. f->pair.who = 0: there is none. FSHM_OK, or an error. tries: of the whole call. */
+static COLD int word_find(keyed_t *k, bool open, int *tries, found_t *f) {
+  for (; *tries < MAX_TRIES; *tries += CLAIM_TRIES) {
     cells_find(k->s, k->hash, k->who, f);
     if (f->pair.who || !open) return FSHM_OK;
     if (keyed_put(k, k->hash, f, k->who, 0, first_word, k) == CLAIM_FULL) return FSHM_FULL;
@@ -26,7 +26,7 @@ static COLD int word_change(keyed_t *k, bool open, change_word_t *change, uint64
                             uint64_t *word) {
   for (int tries = 0; tries < MAX_TRIES; tries++) {
     found_t f;
-    int status = word_find(k, open, &f);
+    int status = word_find(k, open, &tries, &f);
     if (status != FSHM_OK) return status;
     *word = f.pair.who ? f.pair.when : 0;
     uint64_t next = f.pair.who ? change(*word, with) : 0;
@@ -97,7 +97,7 @@ COLD int fshm_allowance_put(fshm_limiter *permits, fshm_limiter *allowances, con
   fshm_segment *s = allowances->segment;
   int status = keyed_begin(&k, allowances, FSHM_WALLET, key, length, now);
   if (status != FSHM_OK) return status;
-  (void)word_find(&k, false, &f);
+  cells_find(k.s, k.hash, k.who, &f);
   if (!f.pair.who || f.pair.when != word) return 0;
   allowance = min_u64(allowance, MAX_PERMITS);
   bool clean = next_is_clean(permits, key, length, word, allowance);

@@ -117,9 +117,12 @@ void fshm_count(fshm_limiter *l, const void *key, uint64_t key_length, const fsh
   counted_t c = {.k = &k, .rule = rule_make(limit), .cost = cost};
   if (limit->kind == FSHM_SLIDING) c.ahead = k.s->created_realtime_ns % limit->per_ns;
   out->status = FSHM_CONTENDED;
-  for (int tries = 0; tries < MAX_TRIES; tries++) {
+  for (int tries = 0; tries < MAX_TRIES; tries += f.pair.who ? 1 : CLAIM_TRIES) {
     cells_find(k.s, k.hash, k.who, &f);
-    counted_take(&c, f.pair.who ? f.pair.when : 0, k.now);
+    uint64_t state = f.pair.who ? f.pair.when : 0;
+    if (unlikely(c.rule.kind == FSHM_SLIDING && sliding_is_later(&c.rule, state, k.now + c.ahead)))
+      k.now = keyed_now(&k); /* stopped since it was read */
+    counted_take(&c, state, k.now);
     out->status = c.verdict.retry ? FSHM_DENIED : FSHM_ALLOWED;
     if (!cost || c.verdict.retry) break;
     int status = keyed_put(&k, k.hash, &f, k.who, c.next, first_counted, &c);

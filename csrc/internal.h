@@ -33,9 +33,20 @@
 
 /* Nothing may loop for ever on a word that somebody else can write (I6). */
 #define MAX_TRIES 20000
+/* A lost claim counts as so many lost swaps: it has looked at all candidates as often (ROUNDS of cells.c). Honest
+ * processes cannot make a call lose 300 claims: whoever wins one leaves a cell that the next look finds. */
+#define CLAIM_TRIES 64
+/* What a call may still lose before it gives up, where it walks many cells: over all of them. */
+typedef struct {
+  int64_t swaps, claims;
+} patience_t;
+static inline patience_t patience(uint64_t swaps) {
+  return (patience_t){(int64_t)swaps, MAX_TRIES / CLAIM_TRIES};
+}
+static inline bool patient(const patience_t *p) { return p->swaps > 0 && p->claims > 0; }
 
 #define NO_SLOT UINT32_MAX
-#define CLOCKS_DIFFER 1000 /* ns, by which two processes' clocks may differ at most (clock.c) */
+#define CLOCKS_DIFFER 30000 /* ns, by which two processes' clocks may differ at most (clock.c) */
 
 /* Wiped to zero in a forked child (MADV_WIPEONFORK), which thereby sees that it has not joined. */
 typedef struct {

@@ -76,26 +76,31 @@ static bool holder_make(holder_t *h, fshm_limiter *l, const void *key, uint64_t 
   return own_identity(h->s, &h->identity);
 }
 
-enum { SLOT_HELD, SLOT_TAKEN, SLOT_FULL };
+enum { SLOT_HELD, SLOT_TAKEN, SLOT_FULL, SLOT_CONTENDED };
 
 static uint64_t held_by_me(void *context) { return *(uint64_t *)context; }
 
 static bool free_dead(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now, census_t *census);
 
-/* Try one slot. With a census, a dead process's permit is taken over. */
-static int take_slot_of_key(const holder_t *h, uint32_t slot, census_t *census, fshm_permit *out) {
+/* Try one slot. With a census, a dead process's permit is taken over. left: for the whole call;
+ * with as many tries for each slot, who scribbles on the key's cells could hold us up for hours (I6). */
+static int take_slot_of_key(const holder_t *h, uint32_t slot, census_t *census, patience_t *left,
+                            fshm_permit *out) {
   uint64_t place = slot_place(h->hash, slot), who = slot_who(h->hash, slot);
   pair_t mine = {who, UINT64_C(7) << 61 | (uint64_t)slot << 44 | h->identity |
                           (h->now / 1000000000 & 0x1ffff)};
-  for (int tries = 0; tries < MAX_TRIES; tries++) {
+  for (; patient(left); left->swaps--) {
     found_t f;
     cells_find(h->s, place, who, &f);
     if (!f.pair.who) {
       int status = cells_claim(h->s, place, who, h->now, held_by_me, &mine.when, &f.cell);
       /* Only with a census: one for each slot would ask the kernel n times for each process. */
-      if (status == CLAIM_FULL && census && free_dead(h->s, place, who, h->now, census)) continue;
-      if (status == CLAIM_FULL) return SLOT_FULL;
-      if (status == CLAIM_LOST) continue;
+      if (status == CLAIM_FULL && !(census && free_dead(h->s, place, who, h->now, census)))
+        return SLOT_FULL;
+      if (status != CLAIMED) {
+        left->claims--;
+        continue;
+      }
     } else {
       if (IS_PERMIT(f.pair.when) && (!census || owner_alive(h->s, f.pair.when, census)))
         return SLOT_HELD;
@@ -107,7 +112,7 @@ static int take_slot_of_key(const holder_t *h, uint32_t slot, census_t *census, 
     *out = (fshm_permit){f.cell, who, mine.when, bell_of(h->hash), 1, {{0, 0, 0}}};
     return SLOT_TAKEN;
   }
-  return SLOT_HELD;
+  return SLOT_CONTENDED;
 }
 
 /* Count the key's held slots from .. to-1; free those of dead processes on the way. */
@@ -185,19 +190,21 @@ static __attribute__((noinline)) bool stands_granted(const holder_t *h, const pl
   return *held <= most;
 }
 
-/* Take one of the key's first n slots: FSHM_ALLOWED, FSHM_DENIED (*held says how many are), FSHM_FULL; FSHM_ASK:
- * it does not stand, by what is granted (NULL: this host's limit alone counts). */
+/* Take one of the key's first n slots: FSHM_ALLOWED, FSHM_DENIED (*held says how many are), FSHM_FULL,
+ * FSHM_CONTENDED; FSHM_ASK: it does not stand, by what is granted (NULL: this host's limit alone counts). */
 static int take_permit(holder_t *h, plan_t *plan, uint32_t n, const granted_t *granted,
                        fshm_permit *out, uint32_t *held) {
   uint32_t start = load_relaxed(&h->limiter->frontier) % n;
   uint32_t likely_free = atomic_exchange_explicit(&h->limiter->released, 0, memory_order_relaxed);
   census_t census;
   bool full = false;
+  patience_t left = patience(MAX_TRIES + 2 * (uint64_t)n); /* one a slot and pass: honest takers */
   for (int pass = 0; pass < 2; pass++) { /* the second asks who is dead */
     if (pass) census_begin(&census);
     for (uint32_t i = likely_free && !pass ? 0 : 1; i <= n; i++) {
       uint32_t slot = i == 0 ? (likely_free - 1) % n : (start + i - 1) % n;
-      int status = take_slot_of_key(h, slot, pass ? &census : NULL, out);
+      int status = take_slot_of_key(h, slot, pass ? &census : NULL, &left, out);
+      if (unlikely(status == SLOT_CONTENDED)) return FSHM_CONTENDED;
       full |= status == SLOT_FULL;
       if (status != SLOT_TAKEN) continue;
       if (i) store_relaxed(&h->limiter->frontier, slot + 1);

@@ -59,6 +59,12 @@ static inline void met_present(const call_t *c, uint32_t i, uint64_t state, met_
   m->rule = &c->plan.rules[i];
 }
 
+static COLD void read_clock_again(call_t *c) {
+  uint64_t now = fresh_now(c);
+  c->at += now - c->now;
+  c->now = now;
+}
+
 /* The rule that the state in this cell was written under. False: the limits or the cell have changed; look again. */
 static bool former_rule(call_t *c, const found_t *f, rule_t *old) {
   c->stale |= !limits_rule(c->s, c->index, WHO_LABEL(f->pair.who), old);
@@ -80,9 +86,12 @@ static void state_met(call_t *c, uint32_t i, const found_t *f, met_t *m) {
   met_present(c, i, state, m);
   if (outdated(c)) c->stale = true;
   if (!f->pair.who || c->stale) return;
+  bool former = unlikely(f->pair.who != m->who);
+  if (former && !former_rule(c, f, &m->old)) return;
+  if (sliding_is_later(former ? &m->old : m->rule, state, c->now)) read_clock_again(c);
   if (state_expires(state) <= c->now) {
     m->state = 0;
-  } else if (unlikely(f->pair.who != m->who) && former_rule(c, f, &m->old)) {
+  } else if (former) {
     if (meter_settles(m->rule, &m->old, state, c->now, &m->state)) return;
     m->state = state;
     m->who = staying(c, i, f->pair.who);
@@ -97,6 +106,7 @@ static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_
   uint64_t state = l->cell.pair.when;
   rule_t old;
   if (!former_rule(c, &l->cell, &old)) return;
+  if (sliding_is_later(&old, state, c->now)) read_clock_again(c);
   uint64_t moved = meter_convert(r, &old, state, c->now);
   l->verdict = meter_take(r, moved, c->now, c->at, cost);
   if (!l->verdict.retry || cost > rule_capacity(r)) return;
@@ -109,11 +119,17 @@ static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_
   l->stays = true;
   l->who = staying(c, i, l->cell.pair.who);
   l->verdict = meter_take(&capped, state, c->now, c->now, cost);
-  if (old.kind != FSHM_WINDOW) /* both are rounded up: under the present rule it may be a few ns later */
+  if (old.kind !=
+      FSHM_WINDOW) /* both are rounded up: under the present rule it may be a few ns later */
     l->verdict.retry = plus_time(l->verdict.retry, 3);
   l->verdict.used_before = l->verdict.used_after =
       r->kind == FSHM_BUCKET ? bucket_increment(r, used) : used;
   l->verdict.reset = minus(state_expires(state), c->now);
+}
+
+static COLD void look_later(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
+  read_clock_again(c);
+  l->verdict = meter_take(&c->plan.rules[i], l->cell.pair.when, c->now, c->at, cost);
 }
 
 static inline HOT void look_found(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
@@ -136,6 +152,8 @@ static inline HOT void look_found(call_t *c, uint32_t i, uint64_t cost, look_t *
   }
   if (likely(r->kind == FSHM_BUCKET))
     l->verdict = bucket_take(r, likely(state_is_of(r, state)) ? state : 0, c->now, c->at, cost);
+  else if (unlikely(sliding_is_later(r, state, c->now)))
+    look_later(c, i, cost, l);
   else
     l->verdict = meter_take(r, state, c->now, c->at, cost);
 }
@@ -153,6 +171,7 @@ static inline void look(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
 static COLD int renew(call_t *c) {
   c->stale = false;
   if (!limits_load(c->s, c->index, &c->plan)) return damage_limits(c->s, c->index);
+  read_clock_again(c); /* after these limits were published: states drain at their pace from then on at most */
   return c->plan.count ? FSHM_OK : FSHM_E_ARGUMENT;
 }
 static inline int renewed(call_t *c) { return likely(!c->stale) ? FSHM_OK : renew(c); }
@@ -199,7 +218,8 @@ static __attribute__((noinline)) int put_first(call_t *c, uint32_t i, look_t *l,
   int status = cells_claim(c->s, c->hash, who, c->now, first_state, &first, &f->cell);
   if (status == CLAIMED) f->pair.who = who;
   if (unlikely(status == CLAIM_FULL) && lease_free_dead(c->s, c->hash, who, c->now))
-    return CLAIM_LOST;
+    status = CLAIM_LOST;
+  if (status == CLAIM_LOST) c->tries += CLAIM_TRIES - 1;
   return status;
 }
 
@@ -238,7 +258,8 @@ static int put_changed(call_t *c, uint32_t i, look_t *l, uint64_t next, changed_
   if (f->pair.who || state_expires(next) <= c->now) return put(c, i, l, next, FSHM_CHARGE);
   int status = cells_claim(c->s, c->hash, l->who, c->now, first_changed, first, &f->cell);
   if (status == CLAIMED) f->pair.who = l->who;
-  if (status == CLAIM_FULL && lease_free_dead(c->s, c->hash, l->who, c->now)) return CLAIM_LOST;
+  if (status == CLAIM_FULL && lease_free_dead(c->s, c->hash, l->who, c->now)) status = CLAIM_LOST;
+  if (status == CLAIM_LOST) c->tries += CLAIM_TRIES - 1;
   return status;
 }
 
@@ -666,6 +687,10 @@ int fshm_reset_key(fshm_limiter *l, const void *key, uint64_t key_length) {
     cells_find(c.s, c.hash, fingerprint(&c, i), &f);
     if (f.pair.who) cells_clear(c.s, f.cell, f.pair.who);
   }
+  /* or one whose limit comes with the call (counted.c) */
+  uint64_t hash = side_who(c.hash);
+  cells_find(c.s, hash, side_who(hash ^ c.plan.salt), &f);
+  if (f.pair.who) cells_clear(c.s, f.cell, f.pair.who);
   return FSHM_OK;
 }
 
@@ -678,7 +703,7 @@ int fshm_peek_cell(fshm_segment *s, uint64_t cell, uint64_t now, fshm_decision *
   if (cell >= s->cell_count) return FSHM_E_ARGUMENT;
   uint64_t who = load_relaxed(&s->cells[cell].who);
   uint32_t meta = load_relaxed(&s->ledger[cell].meta), index = meta >> 20;
-  if (!who || index >= s->limiter_count || ledger_meta(index, who) != meta) return 0;
+  if (!(who & 1) || index >= s->limiter_count || ledger_meta(index, who) != meta) return 0;
   fshm_limiter any = {.segment = s, .index = index};
   if (!limits_load(s, index, &c.plan) || !c.plan.count) return 0;
   begin(&c, &any, "", 0, now);

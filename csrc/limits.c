@@ -121,8 +121,8 @@ COLD bool limits_wrong(const fshm_segment *s, uint32_t index, bool published) {
     if (read_used(e, slot, &rule, &owner) && !rule_genuine(&rule)) return true;
   for (int tries = 0; tries < MAX_TRIES; tries++) {
     uint64_t current = atomic_load_explicit(&e->current, memory_order_acquire);
-    bool wrong =
-        current ? !CURRENT_VERSION(current) || set_wrong(e, load_relaxed(&e->set)) : published;
+    uint64_t set = load_relaxed(&e->set);
+    bool wrong = current ? !CURRENT_VERSION(current) || set_wrong(e, set) : published || set;
     atomic_thread_fence(memory_order_acquire); /* the copies, before the second look */
     if (load_relaxed(&e->current) == current) return wrong;
   }
@@ -422,6 +422,18 @@ static COLD unsigned free_slots(const sweep_t *w, uint64_t set, uint64_t version
   return freed;
 }
 
+/* Is there another rule for the states of this one's place? There is room for one rule of each place, the present ones and
+ * as many new ones, so a rule that has another can always be found when there is no room. */
+static COLD bool has_another(const limiter_entry_t *e, unsigned slot) {
+  rule_t rule, other;
+  uint64_t owner;
+  if (!read_used(e, slot, &rule, &owner)) return false;
+  for (unsigned i = 0; i < RULES; i++)
+    if (i != slot && read_used(e, i, &other, &owner) && other.place == rule.place) return true;
+  return false;
+}
+static_assert(PLACES + 1 + FSHM_MAX_LIMITS <= RULES, "see has_another()");
+
 /* Free at least one slot. False: others have changed the limits meanwhile, or all rules are in use. */
 static COLD bool sweep(fshm_segment *s, uint32_t index, uint64_t now) {
   limiter_entry_t *e = &s->limiters[index];
@@ -439,18 +451,10 @@ static COLD bool sweep(fshm_segment *s, uint32_t index, uint64_t now) {
   if (free_slots(&w, next.when, CURRENT_VERSION(current))) return true;
   /* Each rule still has keys that have used more than the present one admits: of those whose cells another rule can
    * take, the one with the fewest goes. */
-  unsigned rules_of[PLACE_NONE + 1] = {0};
-  int places[RULES];
-  for (unsigned slot = 0; slot < RULES; slot++) {
-    rule_t rule;
-    uint64_t owner;
-    places[slot] = read_used(e, slot, &rule, &owner) ? rule.place & 7 : -1;
-    if (places[slot] >= 0) rules_of[places[slot]]++;
-  }
   for (unsigned slot = 0; slot < RULES; slot++) {
     bool named = false;
     for (uint32_t i = 0; i < SET_COUNT(next.when); i++) named |= SET_SLOT(next.when, i) == slot;
-    if (named || !w.cells[slot] || places[slot] < 0 || rules_of[places[slot]] < 2) continue;
+    if (named || !w.cells[slot] || !has_another(e, slot)) continue;
     if (w.victim < 0 || w.cells[slot] < w.cells[w.victim]) w.victim = (int)slot;
   }
   if (w.victim < 0) return false;

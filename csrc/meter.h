@@ -185,7 +185,7 @@ static inline bool state_possible(uint64_t s) {
   unsigned shift = (unsigned)(s >> 57) & 31;
   switch (s ? TAG(s) : 4) {
     case FSHM_BUCKET:
-      return (s & TIME_MAX) != 0;
+      return s <= TIME_MAX;
     case FSHM_WINDOW: /* a count of at least 1 */
       return shift >= 1 && state_expires(s) && (s & ((UINT64_C(1) << shift) - 1));
     case FSHM_SLIDING: /* 2^14 <= class; something counted in either window */
@@ -433,7 +433,7 @@ static inline sliding_t sliding_read(const rule_t *r, uint64_t state, uint64_t n
   uint64_t unit = UINT64_C(1) << p, index = gone / r->per; /* exact: 2^P <= per, see DESIGN.md */
   index = index > 2 ? index - 2 : 0;
   wide_t end = ((wide_t)(index + 2) * r->per + unit - 1) & ~(wide_t)(unit - 1);
-  if (p != sliding_class(r->per) || gone != end || gone > now + 2 * r->per + unit) {
+  if (p != sliding_class(r->per) || gone != end || index > s.index + 1) {
     s.count = count + previous; /* nobody has written this: all of it counts as recent */
     return s;
   }
@@ -448,6 +448,12 @@ static inline sliding_t sliding_read(const rule_t *r, uint64_t state, uint64_t n
     s.previous = count;
   }
   return s;
+}
+
+/* True of each state whose window begins more than a whole one after that of `now`: then `now` is old: its reader was
+ * stopped since. Whoever meets one reads the clock again. */
+static inline bool sliding_is_later(const rule_t *r, uint64_t state, uint64_t now) {
+  return TAG(state) == FSHM_SLIDING && state_expires(state) > now + 3 * r->per;
 }
 
 static inline uint64_t sliding_state(const rule_t *r, sliding_t s) {

@@ -79,11 +79,18 @@ typedef struct {
 typedef struct {
   const moving_t *m;
   uint64_t slot, state; /* state: as it was written */
+  patience_t *left; /* of the whole call */
 } slot_claim_t;
 
 static uint64_t first_head(void *context) {
   const head_claim_t *f = context;
   return head_state(f->turn, token_end(f->m, keyed_now(&f->m->k)));
+}
+
+/* A lost attempt may have looked at all n slots, and taken all but one: with MAX_TRIES alone, who scribbles on the
+ * cells could hold us up for hours (I6). So each look counts, as each swap does. */
+static inline uint64_t most_looks(const moving_t *m) {
+  return MAX_TRIES + min_u64(32 * m->n, 10000000);
 }
 
 static int head_put(const moving_t *m, head_t *h, uint64_t turn) {
@@ -94,9 +101,9 @@ static int head_put(const moving_t *m, head_t *h, uint64_t turn) {
 
 /* A token is about to be written with a later time than the head was: the head must outlive it, and know
  * its slot. False: there is no head any more. */
-static bool head_cover(const moving_t *m, uint64_t slot, uint64_t end) {
+static bool head_cover(const moving_t *m, uint64_t slot, uint64_t end, patience_t *left) {
   fshm_segment *s = m->k.s;
-  for (int tries = 0; tries < MAX_TRIES; tries++) {
+  for (; patient(left); left->swaps--) {
     head_t h = head_look(m);
     if (!h.turn) return false;
     uint64_t turn = h.turn < m->n ? max_u64(h.turn, slot + 1) : h.turn;
@@ -112,7 +119,8 @@ static uint64_t first_token(void *context) {
   slot_claim_t *f = context;
   uint64_t now = keyed_now(&f->m->k);
   f->state = token_state(f->m, now);
-  if (now != f->m->k.now && !head_cover(f->m, f->slot, state_expires(f->state))) f->state = 0;
+  if (now != f->m->k.now && !head_cover(f->m, f->slot, state_expires(f->state), f->left))
+    f->state = 0;
   return f->state;
 }
 
@@ -122,18 +130,25 @@ static inline uint64_t token_place(const moving_t *m, uint64_t slot) {
   return slot_place(m->k.hash, (uint32_t)slot * CELLS_PER_LINE);
 }
 
+static inline uint64_t token_who(const moving_t *m, uint64_t slot) {
+  return side_who(slot_who(m->k.who, (uint32_t)slot));
+}
+
 /* Until when the slot is taken; 0 = it is free. */
 static inline uint64_t slot_look(const moving_t *m, uint64_t slot, found_t *f) {
   uint64_t place = token_place(m, slot);
-  cells_find(m->k.s, place, side_who(slot_who(m->k.who, (uint32_t)slot)), f);
+  cells_find(m->k.s, place, token_who(m, slot), f);
   return window_read(f->pair.who ? f->pair.when : 0, m->k.now).end;
 }
 
-static int slot_put(const moving_t *m, uint64_t slot, found_t *f, token_t *token) {
-  slot_claim_t first = {m, slot, token_state(m, m->k.now)};
+static int slot_put(const moving_t *m, uint64_t slot, found_t *f, token_t *token,
+                    patience_t *left) {
+  slot_claim_t first = {m, slot, token_state(m, m->k.now), left};
   uint64_t place = token_place(m, slot);
-  uint64_t who = side_who(slot_who(m->k.who, (uint32_t)slot));
+  uint64_t who = token_who(m, slot);
   int status = keyed_put(&m->k, place, f, who, first.state, first_token, &first);
+  left->swaps--;
+  left->claims -= !f->pair.who;
   *token = (token_t){(uint32_t)slot, (uint32_t)f->cell, first.state};
   return status == CLAIMED && !first.state ? CLAIM_LOST : status;
 }
@@ -142,19 +157,18 @@ static int slot_put(const moving_t *m, uint64_t slot, found_t *f, token_t *token
 static void return_tokens(const moving_t *m, const token_t *tokens, uint64_t count) {
   fshm_segment *s = m->k.s;
   for (uint64_t i = 0; i < count; i++) {
-    const uint64_t who = side_who(slot_who(m->k.who, tokens[i].slot));
-    pair_t mine = {who, tokens[i].state}, empty = {0, 0};
+    pair_t mine = {token_who(m, tokens[i].slot), tokens[i].state}, empty = {0, 0};
     (void)pair_cas(&s->cells[tokens[i].cell], &mine, empty);
   }
 }
 
 /* Are `cost` slots free, in the order of the ring? ahead: of the first and the last of them; f: the last. */
 static bool find_room(const moving_t *m, const head_t *h, uint64_t cost, uint64_t ahead[2],
-                      found_t *f, uint64_t *looks) {
+                      found_t *f, patience_t *left) {
   uint64_t from = next_slot(m, h->turn), found = 0;
   for (uint64_t i = 0; i < m->n; i++) {
     uint64_t slot = from + i < m->n ? from + i : from + i - m->n;
-    ++*looks;
+    left->swaps--;
     if (slot_look(m, slot, f)) continue;
     if (!found++) ahead[0] = i;
     ahead[1] = i;
@@ -170,18 +184,20 @@ static bool find_room(const moving_t *m, const head_t *h, uint64_t cost, uint64_
 /* One attempt. *count: how many tokens were taken. FSHM_DENIED, FSHM_ALLOWED, FSHM_FULL, or
  * FSHM_CONTENDED: look again. */
 static int take_tokens(const moving_t *m, head_t *h, uint64_t cost, token_t *tokens,
-                       uint64_t *count, uint64_t *looks) {
+                       uint64_t *count, patience_t *left) {
   uint64_t ahead[2] = {0, 0};
   found_t f;
   *count = 0;
   *h = head_look(m);
   uint64_t from = next_slot(m, h->turn);
-  if (!find_room(m, h, cost, ahead, &f, looks)) return FSHM_DENIED;
+  if (!find_room(m, h, cost, ahead, &f, left)) return FSHM_DENIED;
   int status = head_put(m, h, turn_after(m, h->turn, ahead[1]));
+  left->swaps--;
+  left->claims -= !h->cell.pair.who;
   for (uint64_t i = ahead[0]; status == CLAIMED && i <= ahead[1] && *count < cost; i++) {
     uint64_t slot = from + i < m->n ? from + i : from + i - m->n;
     if (cost > 1 && slot_look(m, slot, &f)) continue;
-    status = slot_put(m, slot, &f, &tokens[*count]);
+    status = slot_put(m, slot, &f, &tokens[*count], left);
     *count += status == CLAIMED;
     if (status == CLAIM_LOST) break;
   }
@@ -191,18 +207,15 @@ static int take_tokens(const moving_t *m, head_t *h, uint64_t cost, token_t *tok
 
 static int moving_hit(const moving_t *m, head_t *h, uint64_t cost) {
   token_t few[32], *tokens = few;
-  uint64_t count, looks = 0;
+  uint64_t count;
+  patience_t left = patience(most_looks(m));
   int status = FSHM_CONTENDED;
   if (cost > m->n) return FSHM_DENIED;
   if (token_end(m, m->k.now) == TIME_MAX) return FSHM_DENIED; /* the end of time */
   const bool many = cost > sizeof few / sizeof *few;
   if (many && !(tokens = malloc(cost * sizeof *tokens))) return FSHM_E_MEMORY;
-  /* A lost attempt may have looked at all n slots: with MAX_TRIES alone, who scribbles on the head could
-   * hold us up for hours (I6). */
-  const uint64_t most_looks = MAX_TRIES + 16 * m->n;
-  for (int tries = 0; status == FSHM_CONTENDED && tries < MAX_TRIES && looks < most_looks;
-       tries++) {
-    status = take_tokens(m, h, cost, tokens, &count, &looks);
+  while (status == FSHM_CONTENDED && patient(&left)) {
+    status = take_tokens(m, h, cost, tokens, &count, &left);
     if (status != FSHM_ALLOWED) return_tokens(m, tokens, count);
   }
   if (many) free(tokens);
@@ -270,14 +283,16 @@ COLD int fshm_peek_counted(fshm_segment *s, uint64_t cell, const fshm_limit *lim
 
 /* The head last: killed midway, the rest can still be found. */
 int fshm_moving_clear(fshm_limiter *l, const void *key, uint64_t key_length) {
-  moving_t m = {.n = MOST_TURNS, .per = 0};
+  moving_t m = {.n = FSHM_MAX_MOVING, .per = 0};
   found_t f;
   int status = keyed_begin(&m.k, l, FSHM_WINDOW, key, key_length, 0);
   if (status != FSHM_OK) return status;
   head_t h = head_look(&m);
   for (uint64_t slot = 0; slot < slots_begun(&m, h.turn); slot++) {
+    pair_t empty = {0, 0};
     (void)slot_look(&m, slot, &f);
-    if (f.pair.who) cells_clear(m.k.s, f.cell, f.pair.who);
+    /* Once: a lost swap means a token that somebody has just taken, which is none of those to forget. */
+    if (f.pair.who) (void)pair_cas(&m.k.s->cells[f.cell], &f.pair, empty);
   }
   if (h.cell.pair.who) cells_clear(m.k.s, h.cell.cell, h.cell.pair.who);
   return FSHM_OK;

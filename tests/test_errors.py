@@ -93,7 +93,7 @@ def test_a_foreign_file(segment_name: str, content: bytes) -> None:
     fails(segment_name, fls.SegmentDamagedError, "not a segment of this library", "fast-shm rm")
 
 
-@pytest.mark.parametrize("version", [0, 2, 2**32 - 1])
+@pytest.mark.parametrize("version", [0, 1, 2**32 - 1])
 def test_another_layout(unused: str, version: int) -> None:
     scribble(path_of(unused), VERSION, "=I", version)
     fails(unused, fls.SegmentLayoutError, f"layout version {version}", "use another name")
@@ -238,7 +238,7 @@ def test_a_full_file_system() -> None:
     assert len(said) == 3
     for message in (*said, last):
         assert message.startswith(
-            "cannot open segment /dev/shm/fast_litellm_shm.1.after: no space left"
+            "cannot open segment /dev/shm/fast_litellm_shm.2.after: no space left"
         )
         assert "FAST_LITELLM_SHM_CAPACITY" in message
     assert remaining == "4"

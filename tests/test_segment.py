@@ -18,6 +18,7 @@ from fast_litellm_shm import (
     SegmentSpaceError,
     Window,
 )
+from fast_litellm_shm.native import lib
 
 
 def test_stats_of_a_new_one(segment: Segment) -> None:
@@ -36,7 +37,7 @@ def test_stats_of_a_new_one(segment: Segment) -> None:
         "processes": 0,
         "admitted": 0,
         "denied": 0,
-        "layout_version": 1,
+        "layout_version": lib.FSHM_LAYOUT_VERSION,
         "names": "plain",
         "unlinked": False,
         "liveness_unknown": None,

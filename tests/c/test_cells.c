@@ -50,7 +50,7 @@ static void test_claim_find_clear(void) {
     CHECK_EQ(claim(s, k, LIVES(5), 10, &again), CLAIM_LOST); /* it has one */
     CHECK_EQ(state_found(s, k), 1000 + i);
     if (i % 2) continue;
-    cells_clear(s, cell, k.who ^ 2); /* not its: stays */
+    cells_clear(s, cell, k.who ^ (UINT64_C(2) << 40)); /* not its: stays */
     CHECK_EQ(state_found(s, k), 1000 + i);
     cells_clear(s, cell, k.who);
     CHECK_EQ(state_found(s, k), 0);
@@ -145,7 +145,7 @@ static void test_dead_inserter(void) {
 
 /* Carrying on steps 2 and 3 for a pending cell that meanwhile is gone, or confirmed elsewhere. */
 static int carry_on(fshm_segment *s, key_id k, found_t mine, uint64_t state, uint64_t *cell) {
-  return confirm(s, k.hash, mine, just, &state, cell);
+  return confirm(s, k.hash, k.who, mine, just, &state, cell);
 }
 
 static void test_confirm(void) {

@@ -61,7 +61,7 @@ static void any_call(fshm_segment *s) {
   if (!limiter) return;
   for (int i = 0; i < 20; i++) {
     const uint64_t costs[] = {random_below(9), 1, 2, 3};
-    uint64_t reserved[FSHM_MAX_LIMITS] = {0};
+    fshm_charged reserved[FSHM_MAX_LIMITS] = {{0, 0, 0}};
     fshm_decision d = {0};
     fshm_permit permit;
     uint32_t held;
@@ -151,6 +151,8 @@ static void test_half_made_limiters(void) {
 
 /* Whatever the meters write, for whatever limits and times, is told to be possible. */
 static void test_states_that_are_written(void) {
+  const fshm_limit first = {10, 1000000, 5, FSHM_BUCKET, 0};
+  rule_t last = rule_make(&first);
   for (int i = 0; i < 200000; i++) {
     fshm_limit l = {0};
     l.kind = (uint32_t)random_below(3);
@@ -161,16 +163,19 @@ static void test_states_that_are_written(void) {
     if (!limit_valid(&l)) continue;
     rule_t r = rule_make(&l);
     CHECK(rule_genuine(&r));
-    const uint64_t version = random_below(32) << TIME_BITS;
+    rule_t other = last; /* that of the round before: the limits change to it */
+    last = r;
     uint64_t state = 0, put = 0, now = random_scaled(1, TIME_MAX - 1);
     for (int k = 0; k < 12; k++) {
       uint64_t cost = random_scaled(1, i % 2 ? l.n : UINT64_MAX) - random_below(2);
-      verdict_t v = meter_take(&r, version, state, now, now, cost);
+      verdict_t v = meter_take(&r, state, now, now, cost);
+      const fshm_charged charge = charged_by(&r, put);
       if (k % 3 == 0) put = state = v.retry ? state : v.next;
-      if (k % 3 == 1) state = meter_charge(&r, version, state, now, cost);
+      if (k % 3 == 1) state = meter_charge(&r, state, now, cost);
       if (k % 3 == 2)
-        state = meter_refund(&r, version, state, now, cost, random_below(2) ? put : 0);
-      if (l.kind == FSHM_BUCKET && k == 5) state = bucket_convert(&r, version, NULL, state, now);
+        state = meter_refund(&r, state, now, cost, random_below(2) && put ? &charge : NULL);
+      if (k == 5) state = meter_convert(&other, &r, state, now), r = other;
+
       if (!state_possible(state)) {
         fprintf(stderr, "kind %u n %llu per %llu: %llx\n", l.kind, (unsigned long long)l.n,
                 (unsigned long long)l.per_ns, (unsigned long long)state);
@@ -216,9 +221,8 @@ static void test_told(void) {
   header_t *h = s->header;
   limiter_entry_t *e = &s->limiters[0];
   uint64_t current = load_relaxed(&e->current);
-  limits_slot_t *set = &e->slots[CURRENT_SLOT(current, 0)];
-  limits_slot_t *old = &e->slots[CURRENT_SLOT(current, 1)];
-  _Atomic uint64_t *rule = set->rules[0]; /* words: meter.h, rule_t */
+  uint64_t set = load_relaxed(&e->set);
+  _Atomic uint64_t *rule = e->rules[SET_SLOT(set, 0)]; /* words: meter.h, rule_t */
 
   for (unsigned at = 0; at < sizeof s->verified; at += 8) { /* any of them: readers cannot attach */
     uint64_t index, *word = (uint64_t *)(void *)(s->map + at);
@@ -229,12 +233,13 @@ static void test_told(void) {
     store_relaxed(&h->damage, 0);
     store_relaxed(&s->damage, 0);
   }
-  told(s, &e->current, 0x77 | UINT64_C(9) << 48, FSHM_DAMAGE_LIMITS, 0);
-  told(s, &e->current, current & ~(UINT64_C(8) << 60), FSHM_DAMAGE_LIMITS, 0); /* 15: none */
-  told(s, &e->current, current & ~((UINT64_C(1) << 28) - 1), FSHM_DAMAGE_LIMITS, 0);
-  told(s, &set->count, 0, FSHM_DAMAGE_LIMITS, 0);
-  told(s, &set->count, 5, FSHM_DAMAGE_LIMITS, 0);
-  told(s, &old->count, 99, FSHM_DAMAGE_LIMITS, 0);
+  told(s, &e->current, current & ~CURRENT_VERSION(UINT64_MAX), FSHM_DAMAGE_LIMITS, 0);
+  told(s, &e->set, set & ~UINT64_C(15), FSHM_DAMAGE_LIMITS, 0);
+  told(s, &e->set, (set & ~UINT64_C(15)) | 5, FSHM_DAMAGE_LIMITS, 0);
+  told(s, &e->set, set | UINT64_C(15) << 4, FSHM_DAMAGE_LIMITS, 0); /* a rule that nobody wrote */
+  told(s, &e->set, (set & ~(UINT64_C(15) << 8)) | (set << 4 & UINT64_C(15) << 8),
+       FSHM_DAMAGE_LIMITS, 0); /* one twice */
+  told(s, &e->owners[RULES - 1], RULE_USED | 1, FSHM_DAMAGE_LIMITS, 0);
   told(s, &rule[0], 3, FSHM_DAMAGE_LIMITS, 0); /* permits that are not the last */
   for (unsigned k = 1; k < RULE_WORDS; k++) {
     told(s, &rule[k], 0, FSHM_DAMAGE_LIMITS, 0);
@@ -245,7 +250,7 @@ static void test_told(void) {
   told(s, &e->name[0], 0x4141, FSHM_DAMAGE_NAME, 0);
   told(s, &e->name_length, 3, FSHM_DAMAGE_NAME, 0);
   told(s, &s->limiters[9].name_length, 97, FSHM_DAMAGE_NAME, 9);
-  told(s, &e->name_length, 2 | UINT64_C(100001) << 32, FSHM_DAMAGE_LIMITS, 0); /* most */
+  told(s, &e->most, 100001, FSHM_DAMAGE_LIMITS, 0);
   told(s, &s->cells[3].when, 55, FSHM_DAMAGE_CELL, 3);
   for (uint64_t i = 0; i < s->cell_count; i++) {
     if (!load_relaxed(&s->cells[i].who)) continue;
@@ -275,6 +280,7 @@ static void test_met(void) {
   fshm_limiter *l = fresh_limiter(s, "second", kinds, 4), *again;
   limiter_entry_t *e = &s->limiters[1];
   uint64_t current = load_relaxed(&e->current), index, version, each[FSHM_MAX_LIMITS] = {0};
+  uint64_t set = load_relaxed(&e->set);
   fshm_limit got[FSHM_MAX_LIMITS];
   fshm_limiter_info info;
   fshm_permit permit;
@@ -282,13 +288,14 @@ static void test_met(void) {
   uint32_t held;
   for (int call = 0; call < 14; call++) {
     int status = FSHM_E_DAMAGED;
-    store_relaxed(&e->current, call % 2 ? current | UINT64_C(15) << 48 : 0);
+    store_relaxed(&e->current, call % 2 ? current : 0);
+    store_relaxed(&e->set, call % 2 ? set | 15 : set);
     memset(&permit, 0, sizeof permit);
     if (call < 6) status = apply_at(l, (uint32_t)call, "k", 1, 0).status;
     if (call == 6) status = fshm_is_allowed(l, "k", 1);
     if (call == 7) status = fshm_limiter_at(s, 1, &info);
     if (call == 8) fshm_admit(l, "k", 1, each, 0, &permit, &d, &held), status = d.status;
-    if (call == 9) status = fshm_cancel(l, "k", 1, each, each, 0);
+    if (call == 9) status = fshm_cancel(l, "k", 1, each, (fshm_charged[4]){{0, 0, 0}}, 0);
     if (call == 10) status = fshm_settle(l, "k", 1, each, each, &permit, 0);
     if (call == 11) status = fshm_remaining(l, "k", 1, 0, each);
     if (call == 12) status = fshm_reset_key(l, "k", 1);
@@ -299,13 +306,14 @@ static void test_met(void) {
     store_relaxed(&s->header->damage, 0);
     store_relaxed(&s->damage, 0);
   }
-  store_relaxed(&e->current, current | UINT64_C(15) << 48);
+  store_relaxed(&e->current, current);
+  store_relaxed(&e->set, set | 15);
   CHECK_EQ(fshm_limiter_limits(l, got, &version), 0);
   CHECK_EQ(fshm_in_flight(l, "k", 1), 0);
   /* Limits set anew over damaged ones would leave those who have what was consumed. */
   CHECK_EQ(fshm_limiter_open(s, "second", 6, kinds, 4, &again), FSHM_E_DAMAGED);
   CHECK_EQ(fshm_limiter_find(s, "second", 6, &again), FSHM_E_DAMAGED);
-  store_relaxed(&e->current, current);
+  store_relaxed(&e->set, set);
   CHECK_EQ(apply_at(l, FSHM_ACQUIRE, "k", 1, 0).status, FSHM_ALLOWED);
   store_relaxed(&s->limiters[0].id, 1); /* another name's */
   CHECK_EQ(fshm_limiter_find(s, "second", 6, &again), FSHM_OK);
@@ -381,16 +389,17 @@ static void test_damaged_meanwhile(void) {
     CHECK(limits_load(s, l->index, &c.plan));
     begin(&c, l, "k", 1, 0);
     c.stale = true;
-    limits_slot_t *set = &s->limiters[0].slots[CURRENT_SLOT(c.plan.current, 0)];
+    const limiter_entry_t *e = &s->limiters[0];
+    _Atomic uint64_t *rule = s->limiters[0].rules[SET_SLOT(load_relaxed(&e->set), 1)];
     uint64_t was[RULE_WORDS];
     for (unsigned k = 0; k < RULE_WORDS; k++) /* 0: would divide by zero */
-      was[k] = atomic_exchange(&set->rules[1][k], 0);
+      was[k] = atomic_exchange(&rule[k], 0);
     memset(looks, 0, sizeof looks);
     int status = op >= FSHM_CHARGE ? force_all(&c, op, looks) : take_all(&c, op, looks);
     CHECK_EQ(status, FSHM_E_DAMAGED);
     CHECK_EQ(c.plan.count, 0);
     report(&c, looks, false, false, &d);
-    for (unsigned k = 0; k < RULE_WORDS; k++) store_relaxed(&set->rules[1][k], was[k]);
+    for (unsigned k = 0; k < RULE_WORDS; k++) store_relaxed(&rule[k], was[k]);
   }
   fshm_limiter_close(l);
   fshm_close(s);

@@ -70,7 +70,7 @@ static void test_undo(void) {
   for (int other = 0; other < 2; other++) {
     for (uint32_t i = 0; i < 3; i++) {
       look_t looked;
-      uint64_t before = 0;
+      pair_t before = {0, 0};
       fshm_decision d;
       CHECK_EQ(fshm_reset_key(l, "k", 1), FSHM_OK);
       CHECK_EQ(apply_costs(l, FSHM_ACQUIRE, NULL, 0, NOW, &d), FSHM_ALLOWED);
@@ -211,7 +211,7 @@ static void test_reserve(void) {
 static void test_cancel(void) {
   fshm_segment *s = fresh_segment(100);
   fshm_limiter *l = fresh_limiter(s, "a", &bucket, 1);
-  uint64_t tokens[3][FSHM_MAX_LIMITS];
+  fshm_charged tokens[3][FSHM_MAX_LIMITS];
   fshm_decision d;
   CHECK_EQ(apply_at(l, FSHM_ACQUIRE, "k", 10, NOW).status, FSHM_ALLOWED);
   for (int i = 0; i < 3; i++) {
@@ -270,13 +270,15 @@ static void test_change(void) {
     CHECK_EQ(apply_at(a, FSHM_ACQUIRE, "k", 1, NOW).status, FSHM_ALLOWED);
     CHECK_EQ(apply_at(a, FSHM_REFUND, "k", 1, NOW).remaining, sizes[i] - 40);
   }
-  l = window; /* of another kind: begins afresh */
+  l = window; /* of another kind: what was consumed stays consumed */
+  l.n = 45;
   fshm_limiter_close(fresh_limiter(s, "a", &l, 1));
   CHECK_EQ(apply_at(a, FSHM_ACQUIRE, "k", 5, NOW).status, FSHM_ALLOWED);
+  CHECK_EQ(apply_at(a, FSHM_ACQUIRE, "k", 1, NOW).status, FSHM_DENIED);
   l.n = 3;
   fshm_limiter_close(fresh_limiter(s, "a", &l, 1));
   CHECK_EQ(apply_at(a, FSHM_ACQUIRE, "k", 1, NOW).status, FSHM_DENIED);
-  l.n = 7;
+  l.n = 47;
   fshm_limiter_close(fresh_limiter(s, "a", &l, 1));
   CHECK_EQ(apply_at(a, FSHM_ACQUIRE, "k", 2, NOW).status, FSHM_ALLOWED);
   CHECK_EQ(apply_at(a, FSHM_ACQUIRE, "k", 1, NOW).status, FSHM_DENIED);

@@ -31,14 +31,6 @@ static void test_versions(void) {
     CHECK_EQ(version, n);
     CHECK_EQ(got[0].n, n);
     CHECK_EQ(got[0].per_ns, l.per_ns);
-    rule_t old;
-    uint64_t current = s->limiters[a->index].current;
-    for (unsigned back = 1; back < 6; back++) { /* the three before are known, no others */
-      bool known =
-          limits_old_rule(&s->limiters[a->index], current, (n - back) & VERSION_MASK, 0, &old);
-      CHECK_EQ(known, back < HISTORY && back < n);
-      if (known) CHECK_EQ(old.n, n - back);
-    }
   }
   fshm_limit two[2] = {bucket(5), {7, 1000000, 0, FSHM_SLIDING, 0}};
   CHECK_EQ(change(s, "a", two, 2), FSHM_OK);
@@ -114,9 +106,6 @@ static void changer(int me, void *with) {
     for (uint32_t k = 0; k < p.count; k++) /* a set is one set: never parts of two */
       CHECK(p.rules[k].n == p.rules[0].n && p.rules[k].burst == p.rules[0].n &&
             p.rules[k].per == p.rules[0].n * UINT64_C(10000000));
-    rule_t old;
-    if (limits_old_rule(&s->limiters[0], p.current, (p.version - 1) & VERSION_MASK, 0, &old))
-      CHECK(old.burst == old.n && old.per == old.n * UINT64_C(10000000));
   }
 }
 
@@ -128,26 +117,28 @@ static void test_many_change_and_read(void) {
   l[0] = bucket(100001);
   CHECK_EQ(change(s, "busy", l, 1), FSHM_OK); /* nothing of it is stuck */
   unsigned owned = 0;
-  for (unsigned i = 0; i < LIMITS_SLOTS; i++)
-    owned += load_relaxed(&s->limiters[0].slots[i].owner) != 0;
-  CHECK_EQ(owned, 0); /* what is named needs no owner, and the rest was given back */
+  for (unsigned i = 0; i < RULES; i++) {
+    uint64_t owner = load_relaxed(&s->limiters[0].owners[i]);
+    owned += owner && !(owner & RULE_USED);
+  }
+  CHECK_EQ(owned, 0); /* what is used needs no owner, and the rest was given back */
   fshm_close(s);
 }
 
 /* An owner word of this process, as publish() makes them. */
-static uint64_t owner_word(fshm_segment *s, uint64_t nonce) {
+static uint64_t owner_word(fshm_segment *s) {
   uint64_t slot = process_slot(s);
-  return nonce << 32 | (s->fork_page->generation & 0xffff) << 16 | (slot + 1);
+  return s->fork_page->generation << 16 | (slot + 1);
 }
 
-/* A child that takes both free slots of the entry and dies without publishing. */
+/* A child that takes all free slots of the entry and dies without publishing. */
 static void take_and_die(int me, void *with) {
   fshm_segment *s = with;
   limiter_entry_t *e = &s->limiters[0];
   int taken = 0;
-  while (take_slot(s, e, load_relaxed(&e->current), owner_word(s, (uint64_t)(77 + me))) >= 0)
-    if (++taken > LIMITS_SLOTS) _exit(1); /* took what was taken */
-  if (taken < LIMITS_SLOTS - HISTORY) _exit(2);
+  (void)me;
+  while (take_slot(s, e, owner_word(s)) >= 0)
+    if (++taken > RULES) _exit(1); /* took what was taken */
   (void)raise(SIGKILL);
 }
 
@@ -168,20 +159,22 @@ static void test_dead_publisher(void) {
   fshm_close(s);
 }
 
-/* Killed after its set was published, before it gave up the ownership. When the set drops out of the
- * history, it is free again; also where the dead one's place in the process table has a new owner. */
-static void test_dead_before_it_freed(void) {
+/* Slots whose owner is dead are free, also where its place in the process table has a new owner; and those that somebody
+ * alive is filling are not. */
+static void test_dead_owners(void) {
   fshm_segment *s = fresh_segment(100);
   fshm_limit l = bucket(1);
   limiter_entry_t *e = &s->limiters[0];
-  for (uint64_t n = 1; n < 40; n++) {
+  CHECK_EQ(change(s, "a", &l, 1), FSHM_OK);
+  for (uint64_t n = 2; n < 40; n++) {
+    uint64_t earlier = owner_word(s) - (UINT64_C(1) << 16); /* of our place, a generation ago */
+    for (unsigned i = 0; i < RULES; i++)
+      if (!(load_relaxed(&e->owners[i]) & RULE_USED)) store_relaxed(&e->owners[i], earlier);
     l = bucket(n);
     CHECK_EQ(change(s, "a", &l, 1), FSHM_OK);
-    uint64_t earlier = owner_word(s, n) - (UINT64_C(1) << 16); /* of our place, a generation ago */
-    store_relaxed(&e->slots[CURRENT_SLOT(load_relaxed(&e->current), 0)].owner, earlier);
   }
-  for (unsigned i = 0; i < LIMITS_SLOTS; i++)
-    store_relaxed(&e->slots[i].owner, owner_word(s, 9)); /* alive, and writing in all of them */
+  for (unsigned i = 0; i < RULES; i++) /* alive, and writing in all but the present one */
+    if (SET_SLOT(load_relaxed(&e->set), 0) != i) store_relaxed(&e->owners[i], owner_word(s));
   l = bucket(50);
   CHECK_EQ(change(s, "a", &l, 1), FSHM_CONTENDED);
   plan_t p;
@@ -190,16 +183,89 @@ static void test_dead_before_it_freed(void) {
   fshm_close(s);
 }
 
+/* Keys that are asleep, or denied, through any number of changes: their rules are kept until what is used fits. */
+static void test_sweeps(void) {
+  fshm_segment *s = fresh_segment(200);
+  const uint64_t hour = UINT64_C(3600000000000), now = hour;
+  const fshm_limit big = {1000, hour, 1000, FSHM_BUCKET, 0};
+  fshm_limiter *l = fresh_limiter(s, "a", &big, 1), *again;
+  CHECK_EQ(apply_at(l, FSHM_ACQUIRE, "k", 900, now).status, FSHM_ALLOWED);
+  uint64_t left[FSHM_MAX_LIMITS], epochs = 0;
+  unsigned epoch = 0;
+  for (uint64_t n = 1; n < 400; n++) {
+    const fshm_limit small = {n, hour, n, FSHM_BUCKET, 0};
+    CHECK_EQ(fshm_limiter_open_at(s, "a", 1, &small, 1, now, &again), FSHM_OK);
+    fshm_limiter_close(again);
+    const fshm_decision d = apply_at(l, FSHM_ACQUIRE, "k", 1, now);
+    CHECK_EQ(d.status, FSHM_DENIED);
+    /* by the rule under which they were used, a token comes every 3.6 s: not n an hour */
+    CHECK_OP((uint64_t)d.retry_after_ns, <=, (901 - n) * (hour / 1000) + 10);
+    CHECK_EQ(fshm_remaining(l, "k", 1, now, left), 1);
+    CHECK_EQ(left[0], 0);
+    const uint64_t current = load_relaxed(&s->limiters[0].current);
+    epochs += CURRENT_EPOCH(current) != epoch;
+    epoch = CURRENT_EPOCH(current);
+    char key[8];
+    (void)snprintf(key, sizeof key, "%u", (unsigned)n % 20);
+    (void)apply_at(l, FSHM_ACQUIRE, key, 1, now);
+  }
+  CHECK_OP(epochs, >, 10);
+  CHECK_EQ(fshm_limiter_open_at(s, "a", 1, &big, 1, now, &again), FSHM_OK);
+  fshm_limiter_close(again);
+  CHECK_EQ(apply_at(l, FSHM_ACQUIRE, "k", 101, now).status, FSHM_DENIED);
+  CHECK_EQ(apply_at(l, FSHM_ACQUIRE, "k", 100, now).status, FSHM_ALLOWED);
+  fshm_limiter_close(l);
+  fshm_close(s);
+}
+
+/* All rules but the present one have keys that have used more than it admits: the slot of one of them is freed all the
+ * same, and no token is made. */
+static void test_every_rule_is_in_use(void) {
+  fshm_segment *s = fresh_segment(500);
+  const uint64_t hour = UINT64_C(3600000000000), now = hour;
+  for (uint32_t kind = FSHM_BUCKET; kind <= FSHM_SLIDING; kind++) {
+    const char *name = kind == FSHM_BUCKET ? "bucket" : kind == FSHM_WINDOW ? "window" : "sliding";
+    fshm_limiter *l = NULL, *again;
+    char key[16];
+    for (unsigned n = 40; n > 0;
+         n--) { /* each lower than the last: the keys used up what there was */
+      const fshm_limit limit = {n * 10, hour, kind == FSHM_BUCKET ? n * 10 : 0, kind, 0};
+      CHECK_EQ(fshm_limiter_open_at(s, name, strlen(name), &limit, 1, now, &again), FSHM_OK);
+      if (l) fshm_limiter_close(again);
+      if (!l) l = again;
+      for (unsigned k = 40; k >= n; k--) {
+        (void)snprintf(key, sizeof key, "%u", k);
+        CHECK_EQ(apply_at(l, FSHM_ACQUIRE, key, n * 10, now).status,
+                 k == n ? FSHM_ALLOWED : FSHM_DENIED);
+        const fshm_decision d = apply_at(l, FSHM_PEEK, key, 1, now);
+        CHECK_EQ(d.status, FSHM_DENIED);
+        CHECK_OP((uint64_t)d.retry_after_ns, <=, 2 * hour);
+      }
+    }
+    const fshm_limit most = {10000, hour, kind == FSHM_BUCKET ? 10000 : 0, kind, 0};
+    CHECK_EQ(fshm_limiter_open_at(s, name, strlen(name), &most, 1, now, &again), FSHM_OK);
+    fshm_limiter_close(again);
+    for (unsigned k = 40; k > 0; k--) {
+      uint64_t left[FSHM_MAX_LIMITS];
+      (void)snprintf(key, sizeof key, "%u", k);
+      CHECK_EQ(fshm_remaining(l, key, strlen(key), now, left), 1);
+      CHECK_EQ(left[0], 10000 - 10 * k);
+    }
+    fshm_limiter_close(l);
+  }
+  fshm_close(s);
+}
+
 static void test_resets(void) {
   fshm_segment *s = fresh_segment(100);
   fshm_limit l = {3, 1000000000, 0, FSHM_WINDOW, 0};
   fshm_limiter *a = fresh_limiter(s, "a", &l, 1), *b = fresh_limiter(s, "b", &l, 1);
-  uint64_t twist = 0;
+  uint64_t salt = 0;
   for (int i = 0; i < 50; i++) {
     plan_t p;
     CHECK(limits_load(s, a->index, &p));
-    CHECK(p.twist[0] != twist);
-    twist = p.twist[0];
+    CHECK(!i || p.salt != salt);
+    salt = p.salt;
     for (const char *k = "xyz"; *k; k++) {
       const char key[2] = {*k, 0};
       CHECK_EQ(apply_at(a, FSHM_ACQUIRE, key, 3, 1000).status, FSHM_ALLOWED);
@@ -230,12 +296,11 @@ static void test_damaged(void) {
   fshm_limit l = bucket(5);
   fshm_limiter *a = fresh_limiter(s, "a", &l, 1);
   limiter_entry_t *e = &s->limiters[0];
-  uint64_t current = load_relaxed(&e->current);
-  limits_slot_t *set = &e->slots[CURRENT_SLOT(current, 0)];
+  uint64_t current = load_relaxed(&e->current), set = load_relaxed(&e->set);
   for (unsigned i = 0; i < 200000; i++) {
     for (unsigned k = 0; k < RULE_WORDS; k++)
-      store_relaxed(&set->rules[0][k], random_u64() >> random_below(64));
-    store_relaxed(&set->count, random_below(7));
+      store_relaxed(&e->rules[SET_SLOT(set, 0)][k], random_u64() >> random_below(64));
+    store_relaxed(&e->set, i % 3 ? set : random_u64() >> random_below(64));
     store_relaxed(&e->current, i % 2 ? current : random_u64());
     int status =
         apply_at(a, i % 5, "k", random_u64() >> random_below(64), 1 + random_below(TIME_MAX))
@@ -312,7 +377,8 @@ static void test_undo_by_changed_limits(void) {
         CHECK_EQ(apply_at(l, FSHM_ACQUIRE, "k", 1, now).status, FSHM_ALLOWED);
       call_t c;
       look_t looks[FSHM_MAX_LIMITS];
-      uint64_t was, remaining[FSHM_MAX_LIMITS];
+      uint64_t remaining[FSHM_MAX_LIMITS];
+      pair_t was;
       CHECK(limits_load(s, l->index, &c.plan));
       begin(&c, l, "k", 1, now);
       for (uint32_t i = 0; i < 2; i++) look(&c, i, 1, &looks[i]);
@@ -321,7 +387,7 @@ static void test_undo_by_changed_limits(void) {
       if (meanwhile) CHECK_EQ(apply_at(l, FSHM_ACQUIRE, "k", 1, now).status, FSHM_ALLOWED);
       c.stale = true; /* as the look at a state of the new limits says */
       CHECK_EQ(charge_looked(&c, 1, &looks[1], &was), FSHM_DENIED);
-      undo(&c, 0, &looks[0], looks[0].cell.pair.when);
+      undo(&c, 0, &looks[0], looks[0].cell.pair);
       CHECK_EQ(fshm_remaining(l, "k", 1, now, remaining), 2);
       bool bucket_first = after[order][0].kind == FSHM_BUCKET;
       CHECK_EQ(remaining[bucket_first], 8 - meanwhile);
@@ -338,7 +404,9 @@ int main(void) {
   test_table_full();
   test_many_change_and_read();
   test_dead_publisher();
-  test_dead_before_it_freed();
+  test_dead_owners();
+  test_sweeps();
+  test_every_rule_is_in_use();
   test_resets();
   test_damaged();
   test_changed_meanwhile();

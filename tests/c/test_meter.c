@@ -24,7 +24,7 @@ again:
 
 /* What the limiter does with a verdict: a state that has expired already needs no cell. */
 static bool take(const rule_t *r, uint64_t *state, uint64_t now, uint64_t cost) {
-  verdict_t v = meter_take(r, 0, *state, now, now, cost);
+  verdict_t v = meter_take(r, *state, now, now, cost);
   if (v.retry) return false;
   *state = state_expires(v.next) <= now ? 0 : v.next;
   return true;
@@ -114,21 +114,21 @@ static void test_answers_are_exact(void) {
     uint64_t state = 0, now = 1 + random_below(TIME_MAX / 8);
     for (int step = 0; step < 12; step++) {
       uint64_t cost = random_below(3) ? random_scaled(1, l.n) : 1;
-      if (!random_below(8)) state = meter_charge(&r, 0, state, now, cost);
-      if (!random_below(8)) state = meter_refund(&r, 0, state, now, cost, 0);
-      verdict_t v = meter_take(&r, 0, state, now, now, cost);
+      if (!random_below(8)) state = meter_charge(&r, state, now, cost);
+      if (!random_below(8)) state = meter_refund(&r, state, now, cost, NULL);
+      verdict_t v = meter_take(&r, state, now, now, cost);
       uint64_t left = verdict_remaining(&r, v.used_before);
-      CHECK(!left || !meter_take(&r, 0, state, now, now, left).retry);
-      CHECK(meter_take(&r, 0, state, now, now, left + 1).retry);
+      CHECK(!left || !meter_take(&r, state, now, now, left).retry);
+      CHECK(meter_take(&r, state, now, now, left + 1).retry);
       if (v.retry == UINT64_MAX) {
         CHECK(l.kind == FSHM_BUCKET ? cost > l.burst : cost > l.n);
       } else if (v.retry) {
         CHECK_OP(cost, <=, l.kind == FSHM_BUCKET ? l.burst : l.n);
-        CHECK(meter_take(&r, 0, state, now + v.retry - 1, now + v.retry - 1, cost).retry);
+        CHECK(meter_take(&r, state, now + v.retry - 1, now + v.retry - 1, cost).retry);
         uint64_t between = now + random_below(v.retry);
-        CHECK_EQ(meter_take(&r, 0, state, between, between, cost).retry, now + v.retry - between);
+        CHECK_EQ(meter_take(&r, state, between, between, cost).retry, now + v.retry - between);
         now += v.retry;
-        CHECK(!meter_take(&r, 0, state, now, now, cost).retry);
+        CHECK(!meter_take(&r, state, now, now, cost).retry);
       }
       (void)take(&r, &state, now, cost);
       now += random_scaled(1, l.per_ns);
@@ -145,7 +145,7 @@ static void test_millions_of_tokens(void) {
     uint64_t state = 0, now = SECOND, got = 0, last = now + 600 * SECOND;
     for (uint64_t cost; now <= last;) {
       cost = 1 + random_below(l.burst / 4);
-      verdict_t v = meter_take(&r, 0, state, now, now, cost);
+      verdict_t v = meter_take(&r, state, now, now, cost);
       if (v.retry) {
         now += v.retry;
         continue;
@@ -166,7 +166,7 @@ static void test_strict_bound(void) {
     rule_t r = rule_make(&l);
     uint64_t times[64], n = 0, state = 0, now = 1 + random_below(TIME_MAX / 8);
     for (int step = 0; step < 1500; step++) {
-      verdict_t v = meter_take(&r, 0, state, now, now, 1);
+      verdict_t v = meter_take(&r, state, now, now, 1);
       if (v.retry) {
         now += random_below(3) ? v.retry : random_scaled(1, 2 * l.per_ns);
         continue;
@@ -190,7 +190,7 @@ static void test_window(void) {
       CHECK(take(&r, &state, now, 1));
     }
     CHECK(!take(&r, &state, begin + l.per_ns - 1, 1));
-    verdict_t v = meter_take(&r, 0, state, begin, begin, 1);
+    verdict_t v = meter_take(&r, state, begin, begin, 1);
     CHECK_OP(v.retry, >=, l.per_ns); /* the first hit began it; it may last up to 2n ns longer */
     CHECK_OP(v.retry, <=, l.per_ns + 2 * l.n);
     CHECK(take(&r, &state, begin + v.retry, l.n));
@@ -204,9 +204,9 @@ static void test_window_refund(void) {
     rule_t r = rule_make(&l);
     uint64_t begin = 1 + random_below(TIME_MAX / 8), now = begin + random_below(l.per_ns);
     uint64_t charged = random_below(l.n), back = charged ? random_below(charged + 1) : 0;
-    uint64_t state = meter_charge(&r, 0, 0, begin, charged);
-    state = meter_refund(&r, 0, state, now, back, 0);
-    CHECK_EQ(meter_take(&r, 0, state, now, now, 0).used_before, charged - back);
+    uint64_t state = meter_charge(&r, 0, begin, charged);
+    state = meter_refund(&r, state, now, back, 0);
+    CHECK_EQ(meter_take(&r, state, now, now, 0).used_before, charged - back);
   }
 }
 
@@ -252,7 +252,7 @@ static void test_float12(void) {
 }
 
 static bool same_verdict(const rule_t *r, uint64_t a, uint64_t b, uint64_t now, uint64_t cost) {
-  verdict_t x = meter_take(r, 0, a, now, now, cost), y = meter_take(r, 0, b, now, now, cost);
+  verdict_t x = meter_take(r, a, now, now, cost), y = meter_take(r, b, now, now, cost);
   return x.retry == y.retry && x.used_before == y.used_before && x.used_after == y.used_after &&
          x.reset == y.reset && (!cost || x.retry || x.next == y.next);
 }
@@ -265,16 +265,15 @@ static void test_expired_equals_never_seen(void) {
     uint64_t state = random_u64() >> random_below(8);
     if (random_below(2)) { /* one that this rule may have written */
       uint64_t then = 1 + random_below(TIME_MAX / 8);
-      state = meter_charge(&r, random_u64() << TIME_BITS & (UINT64_C(31) << TIME_BITS), 0, then,
-                           random_scaled(1, l.n));
+      state = meter_charge(&r, 0, then, random_scaled(1, l.n));
     }
     uint64_t expires = state_expires(state), cost = random_scaled(1, l.n);
     if (expires >= TIME_MAX - 1) continue;
     uint64_t now = max_u64(1, expires + (random_below(2) ? 0 : random_below(TIME_MAX - expires)));
     CHECK(same_verdict(&r, state, 0, now, cost));
     CHECK(same_verdict(&r, state, 0, now, 0));
-    CHECK(meter_charge(&r, 0, state, now, cost) == meter_charge(&r, 0, 0, now, cost));
-    uint64_t refunded = meter_refund(&r, 0, state, now, cost, 0);
+    CHECK(meter_charge(&r, state, now, cost) == meter_charge(&r, 0, now, cost));
+    uint64_t refunded = meter_refund(&r, state, now, cost, NULL);
     CHECK(same_verdict(&r, refunded, 0, now, cost));
   }
 }
@@ -286,13 +285,62 @@ static void test_time_backwards(void) {
     rule_t r = rule_make(&l);
     uint64_t now = 1 + random_below(TIME_MAX / 8), state = 0, cost = random_scaled(1, l.n);
     for (int k = 0; k < 4; k++, now += random_scaled(1, l.per_ns))
-      state = meter_charge(&r, 0, state, now, random_scaled(1, l.n));
+      state = meter_charge(&r, state, now, random_scaled(1, l.n));
     uint64_t late = now, early = late - random_below(min_u64(late, 3 * l.per_ns));
-    verdict_t a = meter_take(&r, 0, state, early, early, cost);
-    verdict_t b = meter_take(&r, 0, state, late, late, cost);
+    verdict_t a = meter_take(&r, state, early, early, cost);
+    verdict_t b = meter_take(&r, state, late, late, cost);
     CHECK_OP(a.used_before, >=, b.used_before);
     CHECK(a.retry || !b.retry);
   }
+}
+
+/* Processes whose readings are up to 10 s old, among others: what is admitted at an earlier instant counts in full
+ * from then on, ends no window sooner, and fits into the bounds with all others, by the instants that were read. */
+static void test_earlier_readings(void) {
+  enum { STEPS = 40 };
+  uint64_t earlier = 0;
+  for (int i = 0; i < 40000; i++) {
+    fshm_limit l = some_limit((uint32_t)i % 3, 1 + random_below(1000));
+    if (random_below(2))
+      l.per_ns = SECOND + random_below(20 * SECOND); /* of the same order as 10 s */
+    if (!limit_valid(&l)) continue;
+    rule_t r = rule_make(&l);
+    uint64_t state = 0, latest = 20 * SECOND + random_below(TIME_MAX / 8), at[STEPS], costs[STEPS];
+    uint64_t in_window = 0, n = 0;
+    for (int step = 0; step < STEPS; step++) {
+      if (random_below(2)) latest += random_scaled(1, l.per_ns);
+      /* A sliding window knows a later clock's state by one window; beyond, the clock is read again. */
+      uint64_t oldest = l.kind == FSHM_SLIDING ? min_u64(l.per_ns, 10 * SECOND) : 10 * SECOND;
+      uint64_t now = latest - (random_below(2) ? random_scaled(1, oldest) : 0);
+      uint64_t cost = random_scaled(1, l.kind == FSHM_BUCKET ? l.burst : l.n), was = state;
+      if (!take(&r, &state, now, cost)) continue;
+      earlier += now < latest;
+      if (state_expires(was) <= now) was = 0;
+      CHECK_OP(state_expires(state), >=, state_expires(was));
+      if (l.kind == FSHM_WINDOW) {
+        CHECK(!was || state_expires(state) == state_expires(was));
+        in_window = was ? in_window + cost : cost;
+        CHECK_OP(in_window, <=, l.n);
+      }
+      uint64_t more = l.kind == FSHM_BUCKET ? bucket_increment(&r, cost) : cost;
+      /* what a window had, fades; what is counted in the present one does not */
+      if (l.kind == FSHM_SLIDING ? sliding_read(&r, was, latest).count > 0
+                                 : was && state_expires(was) > latest)
+        CHECK_EQ(meter_take(&r, 0, state, latest, latest, 0).used_before,
+                 meter_take(&r, 0, was, latest, latest, 0).used_before + more);
+      at[n] = now;
+      costs[n++] = cost;
+    }
+    for (uint64_t from = 0; l.kind == FSHM_BUCKET && from < n; from++) {
+      for (uint64_t to = 0; to < n; to++) {
+        uint64_t sum = 0;
+        for (uint64_t k = 0; k < n; k++) sum += at[from] <= at[k] && at[k] <= at[to] ? costs[k] : 0;
+        CHECK(sum <= r.burst ||
+              (wide_t)(sum - r.burst) * r.num <= (wide_t)(at[to] - at[from]) * r.den);
+      }
+    }
+  }
+  CHECK_OP(earlier, >, 10000);
 }
 
 /* At the end of time (4.5 years) a key stays denied rather than forgotten. */
@@ -303,9 +351,9 @@ static void test_end_of_time(void) {
     uint64_t now = TIME_MAX - 1, state = 0;
     if (i % 4) now -= random_scaled(1, 4 * l.per_ns);
     CHECK_OP(take_singly(&r, &state, now, l.n + 1), <=, l.n);
-    state = meter_charge(&r, 0, 0, TIME_MAX - 1, l.n);
-    CHECK_EQ(meter_take(&r, 0, state, TIME_MAX - 1, TIME_MAX - 1, 1).retry, UINT64_MAX);
-    CHECK_EQ(meter_take(&r, 0, 0, TIME_MAX - 1, TIME_MAX - 1, 1).retry, UINT64_MAX);
+    state = meter_charge(&r, 0, TIME_MAX - 1, l.n);
+    CHECK_EQ(meter_take(&r, state, TIME_MAX - 1, TIME_MAX - 1, 1).retry, UINT64_MAX);
+    CHECK_EQ(meter_take(&r, 0, TIME_MAX - 1, TIME_MAX - 1, 1).retry, UINT64_MAX);
   }
 }
 
@@ -322,12 +370,16 @@ static void test_any_bits(void) {
     uint64_t state = random_u64(), now = 1 + random_below(TIME_MAX - 1), cost;
     cost = random_u64() >> random_below(64);
     uint64_t at = now + random_below(TIME_MAX - now);
-    verdict_t v = meter_take(&r, 0, state, now, r.kind == FSHM_BUCKET ? at : now, cost);
+    verdict_t v = meter_take(&r, state, now, r.kind == FSHM_BUCKET ? at : now, cost);
+    const fshm_charged charge = {random_u64(), random_u64() >> random_below(64),
+                                 random_u64() >> random_below(64)};
     sum += v.next ^ v.reset ^ verdict_remaining(&r, v.used_after);
-    sum += meter_charge(&r, 0, state, now, cost) ^ meter_refund(&r, 0, state, now, cost, 0);
+    sum += meter_charge(&r, state, now, cost) ^
+           meter_refund(&r, state, now, cost, random_below(2) ? &charge : NULL);
     rule_t old = r;
     old.num = max_u64(1, random_u64() & TIME_MAX);
-    sum += bucket_convert(&r, 0, &old, state & TIME_MAX, now) ^ state_expires(state);
+    old.kind = random_below(2) ? r.kind : (uint32_t)random_below(3);
+    sum += meter_convert(&r, &old, state, now) ^ state_expires(state);
   }
   CHECK(sum);
   for (uint32_t kind = 0; kind < 5; kind++) { /* any limit may be asked about */
@@ -354,6 +406,7 @@ int main(void) {
   test_float12();
   test_expired_equals_never_seen();
   test_time_backwards();
+  test_earlier_readings();
   test_end_of_time();
   test_any_bits();
   return done();

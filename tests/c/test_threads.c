@@ -12,7 +12,7 @@
 #define MOST_THREADS 16
 #define HOUR UINT64_C(3600000000000)
 #define FIXED_BURST 3000 /* admitted once, and never again within the test */
-#define PLACES 3 /* permits of each key */
+#define PERMITS 3 /* of each key */
 #define MOVING 20 /* the same, of a moving window */
 #define KEYS 4 /* of the limiters that all threads share */
 
@@ -51,7 +51,7 @@ static const fshm_limit several_limits[] = {{1000, 100000000, 100, FSHM_BUCKET, 
                                             {500, 50000000, 0, FSHM_WINDOW, 0},
                                             {100, 20000000, 0, FSHM_SLIDING, 0}};
 static const fshm_limit places_limits[] = {{100000, 100000000, 100000, FSHM_BUCKET, 0},
-                                           {PLACES, 0, 0, FSHM_PERMITS, 0}};
+                                           {PERMITS, 0, 0, FSHM_PERMITS, 0}};
 static const fshm_limit brief_limits[] = {{1, 20000, 1, FSHM_BUCKET, 0}};
 static const fshm_limit forced_limits[] = {{2, 0, 0, FSHM_PERMITS, 0}};
 static const fshm_limit changing_limits[][2] = {
@@ -79,7 +79,8 @@ static void admit_fixed(scene_t *scene) {
 /* Several limits: every operation, and reservations that are cancelled. */
 static void apply_several(scene_t *scene) {
   const char *key = any_key();
-  uint64_t length = strlen(key), remaining[FSHM_MAX_LIMITS], reserved[FSHM_MAX_LIMITS];
+  uint64_t length = strlen(key), remaining[FSHM_MAX_LIMITS];
+  fshm_charged reserved[FSHM_MAX_LIMITS];
   const uint64_t costs[FSHM_MAX_LIMITS] = {1, random_below(3), 2, 1};
   fshm_decision d;
   for (uint32_t op = FSHM_ACQUIRE; op <= FSHM_BLOCK; op++) {
@@ -101,7 +102,7 @@ static void reset(scene_t *scene) {
   if (!random_below(20)) CHECK_EQ(fshm_reset_all(scene->several), FSHM_OK);
 }
 
-/* Never more than PLACES hold one key's permit. */
+/* Never more than PERMITS hold one key's permit. */
 static void hold_place(scene_t *scene) {
   uint64_t k = random_below(KEYS), length = strlen(keys[k]);
   const uint64_t charged[] = {5, 0, 0, 0}, actual[] = {random_below(10), 0, 0, 0};
@@ -112,10 +113,10 @@ static void hold_place(scene_t *scene) {
   CHECK(d.status == FSHM_ALLOWED || d.status == FSHM_DENIED);
   CHECK_EQ(permit.held, d.status == FSHM_ALLOWED);
   if (d.status != FSHM_ALLOWED) return;
-  CHECK_OP(atomic_fetch_add(&scene->holders[k], 1), <, PLACES);
+  CHECK_OP(atomic_fetch_add(&scene->holders[k], 1), <, PERMITS);
   CHECK_EQ(fshm_permit_held(scene->places, &permit), 1);
   CHECK_EQ(fshm_permit_idle(scene->places, &permit, 1), 1);
-  CHECK_OP(fshm_in_flight(scene->places, keys[k], length), <=, PLACES);
+  CHECK_OP(fshm_in_flight(scene->places, keys[k], length), <=, PERMITS);
   CHECK_EQ(fshm_reap(scene->s, 0), 0); /* nobody has died */
   CHECK_EQ(fshm_permit_idle(scene->places, &permit, 0), 1);
   CHECK_EQ(fshm_settle(scene->places, keys[k], length, charged, actual, &permit, 0), FSHM_OK);

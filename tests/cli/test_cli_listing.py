@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 
 from fast_litellm_shm import Segment
+from fast_litellm_shm.native import lib
 from fast_litellm_shm.segment import path_of
 
 from .conftest import Command
+
+LAYOUT = lib.FSHM_LAYOUT_VERSION
 
 
 def _rows(done: Any) -> dict[str, dict[str, Any]]:
@@ -19,8 +22,8 @@ def _rows(done: Any) -> dict[str, dict[str, Any]]:
     return {os.path.basename(row["path"]): row for row in json.loads(done.stdout)}
 
 
-def _file(segment_name: str, layout: int = 1) -> str:
-    return os.path.basename(path_of(segment_name)).replace(".1.", f".{layout}.", 1)
+def _file(segment_name: str, layout: int = LAYOUT) -> str:
+    return os.path.basename(path_of(segment_name)).replace(f".{LAYOUT}.", f".{layout}.", 1)
 
 
 def test_lists_segments_alone(fast_shm: Command, workers: list[int], segment_name: str) -> None:
@@ -49,7 +52,7 @@ def test_name_that_ends_like_a_lock_file(fast_shm: Command, segment_name: str) -
 def test_what_cannot_be_read(fast_shm: Command, segment_name: str) -> None:
     with open(path_of(segment_name), "wb") as file:
         file.write(b"not a segment")
-    later = path_of(segment_name).replace(".1.", ".99.", 1)
+    later = path_of(segment_name).replace(f".{LAYOUT}.", ".99.", 1)
     with open(later, "wb"):
         pass
     try:

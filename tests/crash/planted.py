@@ -271,11 +271,11 @@ FAULTS = [
         "moving.c",
         (
             (
-                "  slot_claim_t first = {m, slot, token_state(m, m->k.now)};\n",
+                "  slot_claim_t first = {m, slot, token_state(m, m->k.now), left};\n",
                 "  found_t now;\n"
                 "  (void)slot_look(m, slot, &now);\n"
                 "  if (now.pair.who) *f = now;\n"
-                "  slot_claim_t first = {m, slot, token_state(m, m->k.now)};\n",
+                "  slot_claim_t first = {m, slot, token_state(m, m->k.now), left};\n",
             ),
         ),
         "pair-moving-only",

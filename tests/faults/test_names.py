@@ -20,6 +20,7 @@ from fast_litellm_shm import (
     SegmentLinkError,
     Window,
 )
+from fast_litellm_shm.native import lib
 from fast_litellm_shm.segment import path_of
 
 ROOT = os.geteuid() == 0
@@ -66,7 +67,9 @@ def test_not_a_file(segment_name: str, make: Any, create: bool) -> None:
 def test_another_layout_beside(segment_name: str) -> None:
     """A release with another layout has a file of its own for the same name: both go on."""
     limiter = _limiter(Segment(segment_name, capacity=100))
-    old = path_of(segment_name).replace("fast_litellm_shm.1.", "fast_litellm_shm.0.")
+    old = path_of(segment_name).replace(
+        f"fast_litellm_shm.{lib.FSHM_LAYOUT_VERSION}.", "fast_litellm_shm.0."
+    )
     Path(old).write_bytes(b"an older layout")
     try:
         assert limiter.is_allowed("k")

@@ -34,15 +34,14 @@ class Meter:
     def __init__(self, segment: Segment, *rules: Rule) -> None:
         self._segment = segment
         self._key = b"key %d" % next(_count)
-        # Between examples, a set without sliding windows: a change of their `per` is noted with the
-        # clock's time, which means nothing beside the times given here.
-        self.change(Rule(BUCKET, 1, 1_000_000, 1))
         self.change(*rules)
 
-    def change(self, *rules: Rule) -> None:
+    def change(self, *rules: Rule, now: int = 1) -> None:
         out = ffi.new("fshm_limiter **")
         raw = ffi.new("fshm_limit[]", [rule.raw() for rule in rules])
-        status = lib.fshm_limiter_open(self._segment._handle, b"meter", 5, raw, len(rules), out)
+        status = lib.fshm_limiter_open_at(
+            self._segment._handle, b"meter", 5, raw, len(rules), now, out
+        )
         assert status == lib.FSHM_OK, (status, rules)
         self._limiter = ffi.gc(out[0], lib.fshm_limiter_close)
         self._count = len(rules)

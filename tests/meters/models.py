@@ -72,23 +72,33 @@ class Bucket:
 
 @dataclass
 class Window:
-    """n in each window; a window begins at the first hit. Rounding: each time that its end is set,
-    up to 2n ns may be added."""
+    """n in each window; a window begins at the first hit. Tokens are counted, all of them; what exceeds n makes the
+    window last longer, per/n for each. Rounding: an end may be late by up to twice the unit that the most tokens need."""
 
     rule: Rule
     count: int = 0
-    end: int = 0
-    latest_end: int = 0
+    begun: int = 0
+    most: int = 0
     at: int = 0
 
     def to(self, now: int) -> None:
         self.at = now
         if now >= self.latest_end:
-            self.count = self.end = self.latest_end = 0
+            self.count = self.most = 0
+
+    @property
+    def end(self) -> int:
+        """The earliest."""
+        over = max(self.count - self.rule.n, 0)
+        return self.begun + self.rule.per + -(-over * self.rule.per // self.rule.n)
+
+    @property
+    def latest_end(self) -> int:
+        return self.end + (4 << max(self.most, self.rule.n).bit_length())
 
     @property
     def over(self) -> bool:
-        return self.at >= self.end
+        return not self.count or self.at >= self.end
 
     def may(self, cost: int) -> bool:
         return cost <= self.rule.n - (0 if self.over else self.count) or cost == 0
@@ -102,31 +112,15 @@ class Window:
     def charge(self, cost: int) -> None:
         if not cost:
             return
+        assume(not self.count or not self.over)  # over or not: rounding decides
         if not self.count:
-            self.end = self.at + self.rule.per
-            self.latest_end = self.end + 2 * self.rule.n
-        over = max(self.count + cost - self.rule.n, 0)
-        self.end += over * self.rule.per // self.rule.n
-        if over:  # waited out at the window's own pace, per/n a token
-            self.latest_end += -(-over * self.rule.per // self.rule.n) + 2 * self.rule.n
-        self.count = min(self.count + cost, self.rule.n)
+            self.begun, self.most = self.at, 0
+        self.count += cost
+        self.most = max(self.most, self.count)
 
     def refund(self, cost: int) -> None:
-        """Debt first: what prolongs a full window beyond the latest end of one without debt.
-        Examples in which the rounding of the end decides how much that is are dropped."""
-        if self.over:
-            return
-        limit, full = self.at + self.rule.per, self.count >= self.rule.n
-        low, high = (
-            min(cost, max(end - limit, 0) * self.rule.n // self.rule.per) if full else 0
-            for end in (self.end, self.latest_end)
-        )
-        assume(low == high)
-        back = low * self.rule.per // self.rule.n
-        self.end, self.latest_end = self.end - back, self.latest_end - back + 2 * self.rule.n
-        self.count = max(self.count - (cost - low), 0)
-        if not self.count:
-            self.end = self.latest_end = 0
+        self.count = max(self.count - cost, 0)
+        assume(not self.count or not self.over)
 
 
 @dataclass

@@ -31,7 +31,7 @@ inline finish(me) {
 #endif
 }
 
-/* fshm_clock() of clock.c: never later than the kernel's clock, and earlier by less than CLOCKS_DIFFER */
+/* fshm_clock() of clock.c: of any two, one is earlier by less than CLOCKS_DIFFER; the latest of all is the model's */
 inline read_clock(into) {
   if
   :: into = clock

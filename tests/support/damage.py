@@ -14,7 +14,7 @@ from fast_litellm_shm.segment import path_of
 # csrc/layout.h: the header's size, and of its words; a limiter's entry, and of its words.
 HEADER = 1792
 SECRET, DAMAGE = 208, 240
-ENTRY, CURRENT, LIMITS = 1792, 8, 128
+ENTRY, CURRENT, SET, LIMITS = 1344, 16, 24, 320
 
 
 def write_word(segment: Segment, at: int, value: int) -> None:
@@ -30,7 +30,7 @@ def entry_of(segment: Segment, limiter: int) -> int:
 
 
 def damage_limits(segment: Segment, limiter: int) -> None:
-    """All sets of limits that a limiter has."""
+    """All rules of a limiter."""
     for at in range(LIMITS, ENTRY, 8):
         write_word(segment, entry_of(segment, limiter) + at, 2**64 - 1)
 

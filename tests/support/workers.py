@@ -78,6 +78,22 @@ def set_limits(name: str, limiter: str, limits: tuple[Any, ...]) -> None:
     RateLimiter(*limits, name=limiter, segment=Segment(name))
 
 
+def keep_changing(
+    name: str, limiter: str, choices: list[tuple[Any, ...]], seconds: float, parties: int
+) -> int:
+    """Set one of these limits after the other, about a thousand times a second. How many times."""
+    segment, changes = Segment(name), 0
+    meet(name, parties)
+    end = now() + int(seconds * 1e9)
+    while now() < end:
+        RateLimiter(
+            *choices[(changes * 7 + os.getpid()) % len(choices)], name=limiter, segment=segment
+        )
+        changes += 1
+        time.sleep(0.0005)
+    return changes
+
+
 def block_for(name: str, limiter: str, key: str, seconds: float, parties: int) -> None:
     """Block a key, all at once."""
     blocking = RateLimiter(Limit(10, 60), name=limiter, segment=Segment(name))
