@@ -27,20 +27,22 @@
 #include "history.h"
 
 #define BRANCHES 5
-#define SETS 24 /* changes of the limits in one history, at most */
 
+#define UNUSED 7 /* to whole words */
 typedef struct {
   uint64_t state[METERS]; /* key * limits + limit */
   uint64_t put[LANES][LIMITS - 1], before[LANES][LIMITS - 1]; /* charges that may be undone */
   uint8_t at[LANES];    /* operations put in order */
   uint8_t phase[LANES]; /* steps made of the next one */
   uint8_t tally[LANES]; /* slots that it saw held */
-  uint8_t plan[LANES];  /* the limits that it goes by: number + 1; 0 = not loaded */
-  uint8_t variant[SETS]; /* which variant the limits were at each change, from 0 */
-  uint8_t changes;      /* the last of them */
+  /* Where limits change (model_changes.h): the number of changes so far, and which variant it is; what a lane's
+   * operation goes by, and what it saw; how often each meter was empty. */
+  uint8_t changes, variant, plan[LANES], planned[LANES], seen[LANES][LIMITS], born[METERS];
+  uint8_t charged[LANES][LIMITS]; /* born, at the lane's last reservation; 255 = none */
+  uint8_t stands; /* permits that were granted: slots, one bit each */
   uint8_t dead;         /* lanes, one bit each */
   uint8_t holder[MOST_SLOTS]; /* of each permit: lane + 1; 0 = free */
-  uint8_t unused[2];
+  uint8_t unused[UNUSED];
 } config_t;
 
 static_assert(sizeof(config_t) % 8 == 0, "hashed by words");
@@ -49,7 +51,8 @@ static_assert(sizeof(config_t) % 8 == 0, "hashed by words");
 
 static inline bool finish(config_t *c, int lane) {
   c->at[lane]++;
-  c->phase[lane] = c->tally[lane] = c->plan[lane] = 0;
+  c->phase[lane] = c->tally[lane] = c->plan[lane] = c->planned[lane] = 0;
+  memset(c->seen[lane], 0, sizeof c->seen[lane]);
   memset(c->put[lane], 0, sizeof c->put[lane]);
   memset(c->before[lane], 0, sizeof c->before[lane]);
   return true;
@@ -200,7 +203,7 @@ static inline bool undo_limit(const history_t *h, config_t *c, int lane, const o
   return true;
 }
 
-enum { CHARGE_NEXT, DENY, FIND_NO_ROOM, UNDO, LOAD };
+enum { CHARGE_NEXT, DENY, FIND_NO_ROOM, UNDO };
 
 /* An admission by several limits looks at all before it charges any: note which it may have seen with
  * room. (A limit of cost 0 is only looked at.) Called for every operation that may have begun. */
@@ -313,20 +316,13 @@ static inline bool cancel(const history_t *h, config_t *c, int lane, const op_t 
 
 #include "model_permits.h"
 #include "model_wallet.h"
+#include "model_changes.h"
 
 /* One step of the lane's next operation; false where there is no such step. */
 static inline bool advance(const history_t *h, int level, config_t *c, int lane, const op_t *op,
                            unsigned branch, unsigned view) {
   if (op_open(op) && (c->dead >> lane & 1)) return false;
-  if (branch == LOAD &&
-      h->changes) { /* the present limits, from here on; whatever it had done it does anew */
-    bool meters = op->kind <= OP_REMAINING && op->kind != OP_RESET;
-    if (!level || view || !meters || c->plan[lane] == c->changes + 1) return false;
-    c->plan[lane] = c->changes + 1;
-    return true;
-  }
-  if (level && h->changes && op->kind <= OP_REMAINING && op->kind != OP_RESET && !c->plan[lane])
-    return false;
+  if (h->changes && op->kind != OP_DEATH) return changing(h, level, c, lane, op, branch, view);
   bool first = branch == 0;
   switch (op->kind) {
     case OP_ACQUIRE:
@@ -352,8 +348,6 @@ static inline bool advance(const history_t *h, int level, config_t *c, int lane,
     case OP_LOOK:
     case OP_TAKE:
       return first && look_into(h, c, lane, op, view);
-    case OP_SET:
-      return first && !view && change_limits(h, c, lane, op);
     case OP_DEATH:
       if (!first || view) return false;
       c->dead |= (uint8_t)(1 << op->who);
