@@ -293,6 +293,11 @@ static int look_all(call_t *c, look_t *looks) {
   return FSHM_OK;
 }
 
+/* Where the limits have changed at every try, the last looks found nothing that could be told. */
+static inline void drop_stale(const call_t *c, look_t *looks) {
+  if (unlikely(c->stale)) memset(looks, 0, FSHM_MAX_LIMITS * sizeof *looks);
+}
+
 static int force_all(call_t *c, uint32_t op, look_t *looks) {
   int worst = FSHM_ALLOWED;
   bool buckets = false;
@@ -494,6 +499,7 @@ static inline HOT int apply_begun(call_t *c, uint32_t op, const void *key, uint6
     status = take_one(c, op, looks);
   if (status == RESHAPED) status = take_all(c, op, looks);
   bool charged = status == FSHM_ALLOWED && (op == FSHM_ACQUIRE || op == FSHM_RESERVE);
+  drop_stale(c, looks);
   if (out) report(c, looks, status == FSHM_ALLOWED, charged, out);
   for (uint32_t i = 0; charges && charged && i < c->plan.count; i++)
     charges[i] = charged_by(&c->plan.rules[i], looks[i].verdict.next);
@@ -630,7 +636,8 @@ int limiter_change(fshm_limiter *l, const void *key, uint64_t length, uint64_t n
       uint64_t next = change(context, i, m.rule, m.state, c.now);
       if (before) before[i] = m.state;
       changed_t first = {&c, change, context, i};
-      status = put_changed(&c, i, &found, next, &first);
+      /* A look writes nothing: for who goes by an earlier time, what is over by ours may not be over. */
+      status = next == m.state ? CLAIMED : put_changed(&c, i, &found, next, &first);
       if (status == CLAIMED && found.cell.pair.who && !(c.s->names_mode & FSHM_NAMES_OFF))
         ledger_remember(c.s, found.cell.cell, ledger_meta(c.index, found.cell.pair.who), key,
                         length);
@@ -666,6 +673,7 @@ int fshm_remaining(fshm_limiter *l, const void *key, uint64_t key_length, uint64
   if (!limits_load(l->segment, l->index, &c.plan)) return damage_limits(l->segment, l->index);
   begin(&c, l, key, key_length, now);
   if (c.plan.count && look_all(&c, looks) == FSHM_E_DAMAGED) return FSHM_E_DAMAGED;
+  drop_stale(&c, looks);
   for (uint32_t i = 0; i < c.plan.count; i++)
     remaining[i] = verdict_remaining(&c.plan.rules[i], looks[i].verdict.used_before);
   return (int)c.plan.count;

@@ -363,6 +363,11 @@ static COLD pair_t swept(const sweep_t *w, pair_t pair) {
     if (rule.place != place) continue;
     uint64_t state = meter_convert(&rule, &old, pair.when, w->now);
     if (found && state_expires(state) >= state_expires(to.when)) continue;
+    /* In use from now on, for whoever has counted its cells before: free_slots(). */
+    const uint64_t later = RULE_USED | CURRENT_VERSION(CURRENT_VERSION(w->plan.current) + 1);
+    if (owner < later && !atomic_compare_exchange_strong(
+                             &w->s->limiters[w->index].owners[slot], &owner, later))
+      continue;
     to = (pair_t){(to.who & ~WHO_OF(0, 0, RULES - 1, 0)) | WHO_OF(0, 0, slot, 0), state};
     found = true;
   }
@@ -377,6 +382,12 @@ static COLD bool sweep_cell(sweep_t *w, uint64_t cell) {
     if (!(pair.who & 1) || WHO_LIMITER(pair.who) != w->index) return true;
     pair = pair_load(at);
     if (!(pair.who & 1) || WHO_LIMITER(pair.who) != w->index || IS_PERMIT(pair.when)) return true;
+    /* As a call does it (limiter.c: outdated()): by limits that are in force after the cell was read. Others may have
+     * changed them, swept, and given the slots of ours to other rules. */
+    if (entry_current(w->s, w->index) != w->plan.current) {
+      if (!limits_load(w->s, w->index, &w->plan)) return false;
+      continue;
+    }
     bool over = IS_PENDING(pair.when) || state_expires(pair.when) <= minus(w->now, CLOCKS_DIFFER);
     pair_t to = {0, 0}, seen = pair;
     if (!over) to = swept(w, pair);
@@ -438,7 +449,8 @@ static COLD bool sweep(fshm_segment *s, uint32_t index, uint64_t now) {
   w.now = now ? now : segment_now(s);
   if (!sweep_cells(&w)) return false;
   if (free_slots(&w, next.when, CURRENT_VERSION(current))) return true;
-  /* Each rule still has keys that have used more than the present one admits: the rule with the fewest goes. */
+  /* Each rule still has keys that have used more than the present one admits: of those whose cells another rule can
+   * take, the one with the fewest goes. */
   for (unsigned slot = 0; slot < RULES; slot++) {
     bool named = false;
     for (uint32_t i = 0; i < SET_COUNT(next.when); i++) named |= SET_SLOT(next.when, i) == slot;
@@ -512,15 +524,10 @@ static int publish(fshm_segment *s, uint32_t index, rule_t *rules, uint32_t coun
     pair_t seen = {current, set};
     pair_t next = {(current & ~CURRENT_VERSION(UINT64_MAX)) | version, next_set};
     bool ok = pair_cas(&e->current, &seen, next);
-    for (uint32_t i = 0; i < count; i++) {
-      if (slots[i] >= 0 || ok) continue;
-      uint64_t filled =
-          RULE_USED | version; /* ours again, for another try; or a sweep has freed it */
-      if (!atomic_compare_exchange_strong(&e->owners[mine[i]], &filled, owner)) mine[i] = -1;
-    }
-    if (!ok) continue;
+    /* Not ours again, where the swap has failed: whoever has set the same rule meanwhile has found it there. */
     for (uint32_t i = 0; i < count; i++)
       if (slots[i] < 0) mine[i] = -1;
+    if (!ok) continue;
     give_up(e, mine, owner);
     return FSHM_OK;
   }

@@ -31,6 +31,7 @@ typedef struct {
   void (*contend)(void); /* T is stopped and lives: S does the same */
   void (*survive)(void); /* T is dead: S works on */
   void (*raced)(const outcome_t *mine); /* T was stopped, S did the same, T went on to its end */
+  void (*overtake)(void); /* where the operation has an `overtake`: does that, and what is to be noted before */
 } holds_t;
 
 /* What stands in the table at the beginning, and what the operation is like. */
@@ -57,6 +58,8 @@ enum {
   LOW_FREED = 1 << 19, /* as FREED, but S holds the highest of all */
   UNCHANGED = 1 << 20, /* the limits are not changed to `next` yet: the operation does that */
   REFUSES = 1 << 22, /* of a wallet: what the grantor told is known, and that it refused the cost */
+  SLOW = 1 << 24, /* S changes to limits that nothing fits */
+  HELD_BACK = 1 << 23, /* the key lives under limits of before, since it has consumed more than the present ones admit */
   MOST_BEHIND = 1
       << 21 /* `most` is below what is held, as limits_lower_most() may leave it when the limits
                          * are raised between its look and its swap */
@@ -107,9 +110,11 @@ typedef struct operation {
   void (*prepare)(void); /* in whoever will do the operation */
   void (*run)(outcome_t *out); /* the operation: the same code in T and S */
   const holds_t *holds;
+  void (*overtake)(void); /* what S does while T is stopped, in place of the same; NULL: the same */
   void (*meddle)(void); /* S does this at T's first change of a cell; boundaries begin there */
   fshm_limit limits[FSHM_MAX_LIMITS], next[FSHM_MAX_LIMITS]; /* next: what they are changed to */
   uint32_t count, next_count;
+  bool side; /* the limit comes with the call: the key has a cell of its own (side_who) */
   uint32_t flags, capacity; /* capacity 0: the least, one line of cells */
   uint32_t op, cost, prior; /* prior: tokens charged, or permits that S holds, at the beginning */
   uint32_t dead; /* permits that a dead process held */
@@ -123,7 +128,7 @@ typedef struct {
   fshm_limiter *l, *others, *totals, *permits, *allowances;
   fshm_limiter *refused, *known; /* of a wallet, or NULL: fshm_spend() */
   fshm_permit permit, total;
-  uint64_t reserved[FSHM_MAX_LIMITS];
+  fshm_charged reserved[FSHM_MAX_LIMITS];
   uint64_t now;
 } world_t;
 

@@ -129,4 +129,4 @@ static void files_raced(const outcome_t *mine) {
   close_opened();
 }
 
-static const holds_t files = {NULL, files_end, files_contend, files_survive, files_raced};
+static const holds_t files = {NULL, files_end, files_contend, files_survive, files_raced, NULL};

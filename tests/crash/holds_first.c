@@ -147,4 +147,4 @@ static void first_raced(const outcome_t *mine) {
   close_opened();
 }
 
-static const holds_t first = {NULL, first_end, first_contend, first_survive, first_raced};
+static const holds_t first = {NULL, first_end, first_contend, first_survive, first_raced, NULL};

@@ -149,4 +149,4 @@ static void leases_raced(const outcome_t *mine) {
 }
 
 static const holds_t leases = {leases_begin, leases_end, leases_contend, leases_survive,
-                               leases_raced};
+                               leases_raced, NULL};

@@ -151,4 +151,4 @@ static void meters_raced(const outcome_t *mine) {
 }
 
 static const holds_t meters = {meters_begin, meters_end, meters_contend, meters_survive,
-                               meters_raced};
+                               meters_raced, NULL};

@@ -12,11 +12,11 @@ static fshm_counted moving_of(uint64_t cost, uint64_t now) {
 
 /* By the slots alone, wherever the library would look for them. */
 static uint64_t tokens_at(uint64_t now) {
-  uint64_t found = 0, who = who_of_key(0);
+  uint64_t found = 0, who = side_of(world.l, KEY).who;
   for (uint32_t slot = 0; slot < MOST_SLOTS; slot++)
     for (uint64_t i = 0; i < world.s->cell_count; i++) {
       pair_t pair = pair_load(&world.s->cells[i]);
-      found += pair.who == slot_who(who, slot) && !IS_PENDING(pair.when) &&
+      found += pair.who == side_who(slot_who(who, slot)) && !IS_PENDING(pair.when) &&
                window_read(pair.when, now).count;
     }
   return found;
@@ -112,4 +112,4 @@ static void moving_raced(const outcome_t *mine) {
 }
 
 static const holds_t moving = {moving_begin, moving_end, moving_contend, moving_survive,
-                               moving_raced};
+                               moving_raced, NULL};

@@ -176,8 +176,8 @@ static void permits_raced(const outcome_t *mine) {
 }
 
 static const holds_t permits = {permits_begin, permits_end, permits_contend, permits_survive,
-                                permits_raced};
-static const holds_t joining = {permits_begin, permits_end, permits_contend, permits_survive, NULL};
+                                permits_raced, NULL};
+static const holds_t joining = {permits_begin, permits_end, permits_contend, permits_survive, NULL, NULL};
 
 /* S's permits are taken back by force, one after the other; T's own stays while T lives. */
 static uint32_t harness_pid;
@@ -233,4 +233,4 @@ static void by_force_raced(const outcome_t *mine) {
 }
 
 static const holds_t by_force = {by_force_begin, by_force_end, by_force_contend, by_force_survive,
-                                 by_force_raced};
+                                 by_force_raced, NULL};

@@ -182,4 +182,4 @@ static void stats_raced(const outcome_t *mine) {
   check_invariants(false);
 }
 
-static const holds_t stats = {NULL, stats_end, stats_contend, stats_survive, stats_raced};
+static const holds_t stats = {NULL, stats_end, stats_contend, stats_survive, stats_raced, NULL};

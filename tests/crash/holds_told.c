@@ -118,4 +118,4 @@ static void told_raced(const outcome_t *mine) {
   check_invariants(false);
 }
 
-static const holds_t telling = {told_begin, told_end, told_contend, told_survive, told_raced};
+static const holds_t telling = {told_begin, told_end, told_contend, told_survive, told_raced, NULL};

@@ -117,4 +117,4 @@ static void wallet_raced(const outcome_t *mine) {
 }
 
 static const holds_t wallet = {wallet_begin, wallet_end, wallet_contend, wallet_survive,
-                               wallet_raced};
+                               wallet_raced, NULL};

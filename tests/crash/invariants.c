@@ -19,16 +19,16 @@ static void protect_others(void) {
     begin(&c, world.l, KEY, strlen(KEY), NOW);
     for (uint32_t i = 0; i < c.plan.count; i++) own[i] = fingerprint(&c, i);
   }
-  if (world.allowances && limits_load(world.s, world.allowances->index, &c.plan)) {
-    begin(&c, world.allowances, KEY, strlen(KEY), NOW);
-    word = fingerprint(&c, 0);
-  }
+  if (world.allowances) word = side_of(world.allowances, KEY).who;
+  if (op->side || op->op == HIT || op->op == CLEAR) own[0] = side_of(world.l, KEY).who;
   for (uint64_t i = 0; i < world.s->cell_count; i++) {
     pair_t pair = pair_load(&world.s->cells[i]);
-    bool ours = word && pair.who == word;
-    for (uint32_t k = 0; k < FSHM_MAX_LIMITS; k++) ours |= pair.who == own[k];
+    bool ours = word && same_key(pair.who, word);
+    for (uint32_t k = 0; k < FSHM_MAX_LIMITS; k++) ours |= own[k] && same_key(pair.who, own[k]);
+    /* its keys' states are brought under other rules: holds_changes.c looks after them */
+    ours |= op->overtake && pair.who & 1 && WHO_LIMITER(pair.who) == world.l->index;
     for (uint32_t k = 0; k < MOST_SLOTS && op->op == CLEAR; k++)
-      ours |= pair.who == slot_who(own[0], k);
+      ours |= pair.who == side_who(slot_who(own[0], k));
     if (!pair.who || ours || IS_PENDING(pair.when) || state_expires(pair.when) <= now_or_clock())
       continue;
     if (IS_PERMIT(pair.when) && !owner_alive(world.s, pair.when, &census)) continue;
@@ -41,7 +41,7 @@ static void check_cells(void) {
     pair_t a = pair_load(&world.s->cells[i]);
     for (uint64_t k = i + 1; k < world.s->cell_count && a.who && !IS_PENDING(a.when); k++) {
       pair_t b = pair_load(&world.s->cells[k]);
-      if (a.who == b.who && !IS_PENDING(b.when))
+      if (same_key(a.who, b.who) && !IS_PENDING(b.when))
         broken("one key has two confirmed cells, %d and %d", (int)i, (int)k);
     }
   }
@@ -83,10 +83,34 @@ static void check_names(bool alone) {
       if (load_relaxed(&e->current)) broken("a free entry has limits");
       continue;
     }
-    for (unsigned k = 0; alone && k < LIMITS_SLOTS; k++) {
-      uint64_t owner = load_relaxed(&e->slots[k].owner);
-      if (owner && owner_lives(world.s, owner)) broken("a slot of limits has a living owner");
+    for (unsigned k = 0; alone && k < RULES; k++) {
+      uint64_t owner = load_relaxed(&e->owners[k]);
+      if (owner && !(owner & RULE_USED) && owner_lives(world.s, owner))
+        broken("a slot of a rule has a living owner");
     }
+    uint64_t set = load_relaxed(&e->set);
+    for (uint32_t k = 0; load_relaxed(&e->current) && k < SET_COUNT(set); k++)
+      if (!(load_relaxed(&e->owners[SET_SLOT(set, k)]) & RULE_USED))
+        broken("a rule is named, and its slot is not in use");
+  }
+}
+
+/* Each state of a limiter's key lives under a rule that is there, and that counts in this very cell. */
+static void check_labels(void) {
+  for (uint64_t i = 0; i < world.s->cell_count; i++) {
+    const pair_t pair = pair_load(&world.s->cells[i]);
+    if (!(pair.who & 1) || IS_PENDING(pair.when) || IS_PERMIT(pair.when)) continue;
+    if (state_expires(pair.when) <= minus(now_or_clock(), CLOCKS_DIFFER)) continue;
+    const limiter_entry_t *e = &world.s->limiters[WHO_LIMITER(pair.who)];
+    rule_t rule;
+    uint64_t owner;
+    unsigned label = WHO_LABEL(pair.who), place = WHO_PLACE(pair.who);
+    if (WHO_LIMITER(pair.who) >= world.s->limiter_count)
+      broken("cell %d is of limiter %u", (int)i, WHO_LIMITER(pair.who));
+    else if (!read_used(e, label, &rule, &owner))
+      broken("cell %d is under rule %u, whose slot is free", (int)i, label);
+    else if (rule.place != place)
+      broken("cell %d is of place %u, under rule %u of place %u", (int)i, place, label, rule.place);
   }
 }
 
@@ -117,5 +141,6 @@ static void check_invariants(bool alone) {
   if (!world.s) return;
   check_cells();
   check_names(alone);
+  check_labels();
   check_looking_in();
 }

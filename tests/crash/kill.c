@@ -123,7 +123,9 @@ static void stop_and_kill(size_t k) {
 static outcome_t overtaking;
 static void overtake(void) {
   memset(&overtaking, 0, sizeof overtaking);
-  if (op->flags & ROUGH)
+  if (op->overtake)
+    op->holds->overtake();
+  else if (op->flags & ROUGH)
     overtaking.status = apply_at(world.l, FSHM_ACQUIRE, KEY, 1, world.now).status;
   else
     op->run(&overtaking);

@@ -20,6 +20,7 @@
 #include "starts.c"
 #include "holds_permits.c"
 #include "holds_names.c"
+#include "holds_changes.c"
 #include "holds_stats.c"
 #include "holds_files.c"
 #include "holds_first.c"

@@ -247,7 +247,7 @@ static void run_flight_and_back(outcome_t *out) {
 #define REFUSED(answer) METERS(run_apply), .op = FSHM_ACQUIRE, .cost = 1, .status = (answer)
 #define CALLS(function) METERS(function), .op = OTHER_OP, .status = 1
 #define ASKS METERS(run_is_allowed), .op = FSHM_ACQUIRE, .cost = 1, .status = 1
-#define COUNTS METERS(run_count), .op = FSHM_ACQUIRE, .cost = 1, .prepare = align_windows
+#define COUNTS METERS(run_count), .op = FSHM_ACQUIRE, .cost = 1, .side = true
 #define MOVING(function, which) \
   .make = start_moving, .holds = &moving, .run = (function), .op = (which)
 #define HITS(tokens, answer) MOVING(run_hit, HIT), .cost = (tokens), .status = (answer)
@@ -273,6 +273,16 @@ static void run_flight_and_back(outcome_t *out) {
   .make = start_pool, .holds = &permits, .run = (function), .op = (which)
 #define JOINS .make = start_permits, .holds = &joining, .run = run_join, .op = JOIN, .status = 1
 #define SETS .make = start_names, .holds = &names, .run = run_set_limits, .status = 1
+#define CHANGES(function, what, tokens) \
+  .make = start_changes, .holds = &changes, .run = (function), .op = (what), .cost = (tokens)
+#define UNDER(which, tokens, changed) \
+  CHANGES(run_apply, FSHM_##which, tokens), .status = 1, .overtake = (changed)
+#define RAISED_OVER(function, what, answer)                                                  \
+  .make = start_permits, .holds = &raising, .run = (function), .op = (what), .status = (answer), \
+  .overtake = raise_take_lower, .capacity = 8
+#define SWEEPS_WITH(which) \
+  .make = start_sweep, .holds = &sweeping, .run = run_publish, .status = 1, .cost = (which), \
+  .overtake = overtake_sweep, .capacity = 40
 #define STATS_OF(function, which) \
   .make = start_stats, .holds = &stats, .run = (function), .op = (which)
 #define STATS(function, which) STATS_OF(function, which), ONE(PERMITS(3))
@@ -657,6 +667,50 @@ static const operation_t operations[] = {
      .flags = DEAD_OWNERS,
      THEN_ONE(WINDOW(9))},
     {.name = "limits-lower-permits", SETS, ONE(PERMITS(5)), THEN_ONE(PERMITS(2))},
+    /* limits that change under a call, and a change for which all keys have to be looked at */
+    {.name = "change-acquire-once", UNDER(ACQUIRE, 2, over_once), ONE(WINDOW(5)), .prior = 2, THEN_ONE(WINDOW(3))},
+    {.name = "change-acquire-forth", UNDER(ACQUIRE, 2, over_forth), ONE(WINDOW(5)), .prior = 2, THEN_ONE(WINDOW(3))},
+    {.name = "change-acquire-forth-charged", UNDER(ACQUIRE, 2, over_forth_charged), ONE(BUCKET(4)), .prior = 2, THEN_ONE(BUCKET(3))},
+    {.name = "change-acquire-many", UNDER(ACQUIRE, 2, over_many_charged), ONE(BUCKET(5)), .prior = 2, THEN_ONE(BUCKET(3))},
+    {.name = "change-acquire-many-window", UNDER(ACQUIRE, 2, over_many_charged), ONE(WINDOW(5)), .prior = 2, THEN_ONE(WINDOW(3))},
+    {.name = "change-acquire-many-sliding", UNDER(ACQUIRE, 2, over_many_charged), ONE(SLIDING(5)), .prior = 2, THEN_ONE(SLIDING(3))},
+    {.name = "change-acquire-twice", UNDER(ACQUIRE, 2, over_twice), ONE(BUCKET(5)), .prior = 2, THEN_ONE(BUCKET(3))},
+    {.name = "change-acquire-epochs", UNDER(ACQUIRE, 2, over_epochs), ONE(BUCKET(5)), .prior = 2, THEN_ONE(BUCKET(3))},
+    {.name = "change-acquire-epochs-untouched", UNDER(ACQUIRE, 2, over_epochs), ONE(BUCKET(20)), .prior = 9, .flags = HELD_BACK | SLOW, THEN_ONE(BUCKET(3))},
+    {.name = "change-charge-epochs-untouched", UNDER(CHARGE, 2, over_epochs), ONE(BUCKET(20)), .prior = 9, .flags = HELD_BACK | SLOW, THEN_ONE(BUCKET(3))},
+    {.name = "change-acquire-epochs-untouched-window", UNDER(ACQUIRE, 2, over_epochs), ONE(WINDOW(20)), .prior = 9, .flags = HELD_BACK | SLOW, THEN_ONE(WINDOW(3))},
+    {.name = "change-acquire-kind", UNDER(ACQUIRE, 2, over_once), ONE(BUCKET(5)), .prior = 2, THEN_ONE(WINDOW(3))},
+    {.name = "change-acquire-reset", UNDER(ACQUIRE, 2, over_reset), ONE(WINDOW(5)), .prior = 2, THEN_ONE(WINDOW(3))},
+    {.name = "change-claim-once", UNDER(ACQUIRE, 2, over_once), ONE(BUCKET(5)), THEN_ONE(BUCKET(3))},
+    {.name = "change-claim-many", UNDER(ACQUIRE, 2, over_many), ONE(BUCKET(5)), THEN_ONE(BUCKET(3))},
+    {.name = "change-claim-many-charged", UNDER(ACQUIRE, 2, over_many_charged), ONE(WINDOW(5)), THEN_ONE(WINDOW(2))},
+    {.name = "change-claim-epochs", UNDER(CHARGE, 2, over_epochs), ONE(BUCKET(5)), THEN_ONE(BUCKET(3))},
+    {.name = "change-claim-reset", UNDER(ACQUIRE, 2, over_reset), ONE(WINDOW(5)), THEN_ONE(WINDOW(2))},
+    {.name = "change-charge-forth", UNDER(CHARGE, 2, over_forth_charged), ONE(BUCKET(5)), .prior = 2, THEN_ONE(BUCKET(3))},
+    {.name = "change-charge-many", UNDER(CHARGE, 2, over_many), ONE(BUCKET(5)), .prior = 2, THEN_ONE(BUCKET(3))},
+    {.name = "change-charge-many-held-back", UNDER(CHARGE, 2, over_many_charged), ONE(BUCKET(5)), .prior = 9, .flags = HELD_BACK, THEN_ONE(BUCKET(3))},
+    {.name = "change-charge-epochs-held-back", UNDER(CHARGE, 2, over_epochs), ONE(BUCKET(5)), .prior = 9, .flags = HELD_BACK, THEN_ONE(BUCKET(3))},
+    {.name = "change-charge-window-held-back", UNDER(CHARGE, 2, over_many), ONE(WINDOW(5)), .prior = 9, .flags = HELD_BACK, THEN_ONE(WINDOW(3))},
+    {.name = "change-charge-reset", UNDER(CHARGE, 2, over_reset), ONE(BUCKET(5)), .prior = 2, THEN_ONE(BUCKET(3))},
+    {.name = "change-refund-many", UNDER(REFUND, 2, over_many), ONE(BUCKET(5)), .prior = 3, THEN_ONE(BUCKET(3))},
+    {.name = "change-refund-held-back", UNDER(REFUND, 2, over_many_charged), ONE(WINDOW(5)), .prior = 9, .flags = HELD_BACK, THEN_ONE(WINDOW(3))},
+    {.name = "change-refund-epochs-held-back", UNDER(REFUND, 2, over_epochs), ONE(BUCKET(5)), .prior = 9, .flags = HELD_BACK, THEN_ONE(BUCKET(3))},
+    {.name = "change-denied-held-back", CHANGES(run_apply, FSHM_ACQUIRE, 2), .status = 0, .overtake = over_many_charged, ONE(BUCKET(5)), .prior = 9, .flags = HELD_BACK, THEN_ONE(BUCKET(20))},
+    {.name = "change-settle-less", CHANGES(run_settle, OTHER_OP, 1), .status = 1, .overtake = over_many_charged, .prepare = charge_three, ONE(WINDOW(5)), THEN_ONE(WINDOW(3))},
+    {.name = "change-settle-more", CHANGES(run_settle, OTHER_OP, 5), .status = 1, .overtake = over_many, .prepare = charge_three, ONE(BUCKET(5)), THEN_ONE(BUCKET(3))},
+    {.name = "change-several", UNDER(ACQUIRE, 2, over_many_charged), THREE, .prior = 2, .next = {BUCKET(5), WINDOW(3), SLIDING(6)}, .next_count = 3},
+    {.name = "change-several-forth", UNDER(ACQUIRE, 2, over_forth), THREE, .prior = 2, .next = {BUCKET(5), WINDOW(3), SLIDING(6)}, .next_count = 3},
+    {.name = "change-several-reset", UNDER(ACQUIRE, 2, over_reset), THREE, .prior = 2, .next = {BUCKET(5), WINDOW(3), SLIDING(6)}, .next_count = 3},
+    {.name = "change-permits-take", RAISED_OVER(run_admit, TAKE, 1), ONE(PERMITS(3)), .prior = 1, .flags = FREED, THEN_ONE(PERMITS(2))},
+    {.name = "change-permits-take-last", RAISED_OVER(run_admit, TAKE, 1), ONE(PERMITS(4)), .prior = 2, .flags = FREED, THEN_ONE(PERMITS(3))},
+    {.name = "change-permits-denied", RAISED_OVER(run_admit, TAKE, 0), ONE(PERMITS(3)), .prior = 2, .flags = LOW_FREED, THEN_ONE(PERMITS(2))},
+    {.name = "change-permits-count", RAISED_OVER(run_in_flight, COUNT_HELD, 1), ONE(PERMITS(3)), .prior = 1, THEN_ONE(PERMITS(2))},
+    {.name = "change-permits-lower", RAISED_OVER(run_publish, LOWER, 1), ONE(PERMITS(3)), .prior = 1, .flags = LOW_FREED | UNCHANGED, THEN_ONE(PERMITS(2))},
+    {.name = "change-sweeps", SWEEPS_WITH(SOME_FIT), ONE(WINDOW(60)), THEN_ONE(WINDOW(11))},
+    {.name = "change-sweeps-bucket", SWEEPS_WITH(SOME_FIT), ONE(BUCKET(60)), THEN_ONE(BUCKET(11))},
+    {.name = "change-sweeps-none-fits", SWEEPS_WITH(NONE_FITS), .flags = SLOW, ONE(WINDOW(60)), THEN_ONE(WINDOW(11))},
+    {.name = "change-sweeps-none-fits-bucket", SWEEPS_WITH(NONE_FITS), .flags = SLOW, ONE(BUCKET(60)), THEN_ONE(BUCKET(11))},
+    {.name = "change-sweeps-lone", SWEEPS_WITH(LONE), ONE(WINDOW(60)), THEN_ONE(WINDOW(11))},
     /* statistics: after = how often it is done then */
     {.name = "memo-put", STATS(run_memo, MEMO), .status = 1, .after = 1},
     {.name = "memo-count", STATS(run_memo_count, MEMO_COUNT), .status = 1, .after = 1},

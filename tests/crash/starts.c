@@ -74,17 +74,18 @@ static void start_meters(void) {
   open_segment();
   world.now = op->flags & REAL_TIME ? 0 : NOW;
   world.l = named("limits", op->limits, op->count);
+  /* Windows that are aligned to the wall clock begin when those of segment time do. */
+  if (op->side) world.s->created_realtime_ns = 100 * PER;
   if (op->flags & PENDING_LOW) plant(0, who_of_key(0));
   if (op->flags & PENDING_HIGH) plant(world.s->cell_count - 1, who_of_key(0));
   if (op->flags & TENANT_FIRST) (void)apply_at(world.others, FSHM_ACQUIRE, "old", 1, NOW - PER);
   bool old = op->flags & (EXPIRED | EXPIRING); /* last: else another key would have the cell */
-  if (op->prior && !old) (void)apply_at(world.l, FSHM_ACQUIRE, KEY, op->prior, world.now);
+  if (op->prior && !old) (void)consume(op->prior, world.now);
   (void)apply_at(world.others, FSHM_ACQUIRE, "beside", 1, world.now);
   if (op->flags & (TENANTS | STALE | CROWDED))
     fill_rest(op->flags & TWO_LEFT ? 2 : old || op->flags & ONE_LEFT ? 1 : 0);
   if (op->prior && old)
-    (void)apply_at(world.l, FSHM_ACQUIRE, KEY, op->prior,
-                   op->flags & EXPIRED ? LONG_AGO : NOW - PER);
+    (void)consume(op->prior, op->flags & EXPIRED ? LONG_AGO : NOW - PER);
   if (op->dead) { /* they fill the table */
     const fshm_limit dead = {op->dead, 0, 0, FSHM_PERMITS, 0};
     world.permits = named("permits", &dead, 1);
@@ -100,7 +101,7 @@ static void start_moving(void) {
   open_segment();
   world.now = NOW;
   world.l = named("moving", op->limits, op->count);
-  if (op->flags & PENDING_LOW) plant(0, slot_who(who_of_key(0), 0));
+  if (op->flags & PENDING_LOW) plant(0, side_who(slot_who(side_of(world.l, KEY).who, 0)));
   for (uint32_t i = 0; i < op->prior; i++)
     fshm_moving(world.l, KEY, strlen(KEY), &op->limits[0], 1,
                 op->flags & EXPIRED ? LONG_AGO : NOW - PER / 2, &hit);
@@ -135,9 +136,6 @@ static void start_wallet(void) {
   (void)apply_at(world.others, FSHM_ACQUIRE, "beside", 1, NOW);
   if (op->flags & (TENANTS | STALE | CROWDED)) fill_rest(op->flags & ONE_LEFT ? 1 : 0);
 }
-
-/* Windows that are aligned to the wall clock begin when those of segment time do. */
-static void align_windows(void) { world.s->created_realtime_ns = 100 * PER; }
 
 /* The process will join slot: what dead processes hold, the last owner of that slot held. */
 static void make_predecessor(pid_t pid) {
@@ -189,13 +187,12 @@ static void start_pool(void) {
   for (uint32_t i = 0; i < op->prior; i++) admit_to(world.totals, "", &world.total);
 }
 
-/* A process took the spare slots of the entry, to publish limits there, and died. */
+/* A process took the spare slots of the entry, to write rules there, and died. */
 static void own_spare_slots(void) {
   limiter_entry_t *e = &world.s->limiters[world.l->index];
-  uint64_t owner = process_slot(world.s) + 1;
-  owner |= (world.s->fork_page->generation & 0xffff) << 16 | UINT64_C(1) << 40;
-  for (int i = 0; i < LIMITS_SLOTS; i++)
-    (void)take_slot(world.s, e, load_relaxed(&e->current), owner);
+  const uint64_t generation = world.s->fork_page->generation;
+  const uint64_t owner = (generation << 16 | (process_slot(world.s) + 1)) & ~RULE_USED;
+  while (take_slot(world.s, e, owner) >= 0) continue;
 }
 
 /* A name with op->limits, or none where there are none. */

@@ -154,10 +154,34 @@ typedef struct {
 
 static uint64_t now_or_clock(void) { return world.now ? world.now : fshm_now(world.s); }
 
+/* A key whose limit comes with its calls. */
+static keyed_t side_of(const fshm_limiter *l, const char *key) {
+  keyed_t k = {0};
+  plan_t plan;
+  if (!limits_load(world.s, l->index, &plan) ||
+      keyed_begin(&k, l, plan.rules[0].kind, key, strlen(key), now_or_clock()) != FSHM_OK)
+    broken("the limits of the name cannot be read");
+  return k;
+}
+static fshm_counted count_side(uint64_t cost, uint64_t now) {
+  fshm_counted out;
+  fshm_count(world.l, KEY, strlen(KEY), &op->limits[0], cost, now, &out);
+  return out;
+}
+static levels_t levels_of_side(void) {
+  found_t f;
+  const keyed_t k = side_of(world.l, KEY);
+  levels_t out = {.count = 1, .remaining = {op->limits[0].n - count_side(0, k.now).count}};
+  cells_find(world.s, k.hash, k.who, &f);
+  if (f.pair.who && state_expires(f.pair.when) > k.now) out.state[0] = f.pair.when;
+  return out;
+}
+
 static levels_t levels_of(fshm_limiter *l, const char *key) {
   levels_t out = {0};
   call_t c;
   found_t f;
+  if (op->side) return levels_of_side();
   if (!limits_load(l->segment, l->index, &c.plan)) {
     broken("the limits of the name cannot be read");
     return out;
@@ -196,10 +220,14 @@ static void tell_levels(const levels_t *l, char *out, size_t size) {
                            (unsigned long long)l->remaining[i], (unsigned long long)l->state[i]);
 }
 
+static int consume(uint64_t cost, uint64_t now) {
+  return op->side ? count_side(cost, now).status
+                  : apply_at(world.l, FSHM_ACQUIRE, KEY, cost, now).status;
+}
+
 /* Acquire one by one until refused: how many were admitted. */
 static uint64_t exhaust(uint64_t now) {
   uint64_t admitted = 0;
-  while (admitted < 100 && apply_at(world.l, FSHM_ACQUIRE, KEY, 1, now).status == FSHM_ALLOWED)
-    admitted++;
+  while (admitted < 100 && consume(1, now) == FSHM_ALLOWED) admitted++;
   return admitted;
 }

@@ -23,7 +23,7 @@ static const char *const limiter_names[LIMITERS] = {"bucket", "window", "sliding
 
 /* What the limiter of this name has; variants differ in numbers, and in how many there are. */
 static uint32_t limits_of(unsigned which, unsigned variant, fshm_limit *out) {
-  const uint64_t n = 5 + variant % 4, per = UINT64_C(1000000000) << variant % 3;
+  const uint64_t n = 5 + variant, per = UINT64_C(1000000000) << variant % 3;
   const fshm_limit bucket = {n, per, 1 + variant % 5, FSHM_BUCKET, variant % 2};
   const fshm_limit window = {n, per, 0, FSHM_WINDOW, 0}, sliding = {n, per, 0, FSHM_SLIDING, 0};
   const fshm_limit permits = {variant % 8 == 7 ? 300 : 1 + variant % 4, 0, 0, FSHM_PERMITS, 0};
@@ -66,6 +66,8 @@ static void open_limiter(user_t *u, unsigned which, unsigned variant, bool find)
   uint32_t count = limits_of(which, variant, limits);
   int status = find          ? fshm_limiter_find(u->s, name, strlen(name), &l)
                : variant & 8 ? fshm_limiter_open_beside(u->s, name, strlen(name), limits, count, &l)
+               : variant & 4
+                   ? fshm_limiter_open_at(u->s, name, strlen(name), limits, count, variant, &l)
                              : fshm_limiter_open(u->s, name, strlen(name), limits, count, &l);
   if (u->s->read_only) {
     MUST(status == FSHM_E_READ_ONLY && !l);
@@ -82,6 +84,11 @@ static void open_limiter(user_t *u, unsigned which, unsigned variant, bool find)
 typedef struct {
   uint64_t before, values[FSHM_MAX_LIMITS], after;
 } fenced_t;
+typedef struct {
+  uint64_t before;
+  fshm_charged values[FSHM_MAX_LIMITS];
+  uint64_t after;
+} fenced_charges_t;
 #define FENCE UINT64_C(0x0123456789abcdef)
 static void check_fenced(const fenced_t *f) { MUST(f->before == FENCE && f->after == FENCE); }
 
@@ -228,6 +235,7 @@ static void one_call(user_t *u, unsigned call, unsigned who, unsigned what, uint
   const uint64_t costs[FSHM_MAX_LIMITS] = {n, 1, what % 7, 0};
   const uint64_t now = what & 64 ? n : 0;
   fenced_t out = {FENCE, {0, 0, 0, 0}, FENCE};
+  fenced_charges_t charges = {FENCE, {{n, what, who}}, FENCE};
   fshm_limit limits[FSHM_MAX_LIMITS];
   fshm_decision d;
   if (call % CALLS == 0) open_limiter(u, which, what % 16, what & 16);
@@ -252,9 +260,9 @@ static void one_call(user_t *u, unsigned call, unsigned who, unsigned what, uint
       check_status(u, fshm_is_allowed(l, key, 1));
       break;
     case 5:
-      fshm_reserve(l, key, 1, costs, UINT64_C(1) << what % 64, now, &d, out.values);
+      fshm_reserve(l, key, 1, costs, UINT64_C(1) << what % 64, now, &d, charges.values);
       check_decision(u, &d);
-      if (what & 1) MUST(fshm_cancel(l, key, 1, costs, out.values, now) <= FSHM_MAX_LIMITS);
+      if (what & 1) MUST(fshm_cancel(l, key, 1, costs, charges.values, now) <= FSHM_MAX_LIMITS);
       break;
     case 6:
     case 7:
@@ -313,6 +321,7 @@ static void one_call(user_t *u, unsigned call, unsigned who, unsigned what, uint
       break;
   }
   check_fenced(&out);
+  MUST(charges.before == FENCE && charges.after == FENCE);
 }
 
 #endif

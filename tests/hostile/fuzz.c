@@ -26,7 +26,10 @@ static pid_t one_pid(void) { return 4242; } /* its slot in the process table fol
 
 static_assert(offsetof(header_t, capacity) == 8 * 3 && offsetof(header_t, names_words) == 8 * 17 &&
                   offsetof(header_t, damage) == 8 * 30 &&
-                  offsetof(header_t, names_head) - offsetof(header_t, ticket) == 8 * 8,
+                  offsetof(header_t, names_head) - offsetof(header_t, ticket) == 8 * 8 &&
+                  offsetof(limiter_entry_t, current) == 8 * 2 &&
+                  offsetof(limiter_entry_t, name_length) == 8 * 4 &&
+                  offsetof(limiter_entry_t, owners) == 8 * 18,
               "seeds.py knows these words by number");
 
 #include "calls.h"
@@ -148,18 +151,18 @@ static uint64_t position_in(const unsigned char *bytes, uint64_t size, unsigned 
     return position % (size / 8) * 8; /* a capacity of 0 may have the size */
   const uint64_t entry =
       h.limiters_offset + position / 256 % (LIMITERS + GRANTED) * sizeof(limiter_entry_t);
-  const uint64_t current = ((const limiter_entry_t *)(const void *)(bytes + entry))->current;
+  const uint64_t set = ((const limiter_entry_t *)(const void *)(bytes + entry))->set;
   const uint64_t slot = (uint32_t)one_pid() * 2654435761u % PROCESSES;
   uint64_t low = position % 256 * 8;
   switch (target % 16) {
     case 0:
       return low % sizeof(header_t) / 8 * 8;
     case 1:
-      return entry + low % offsetof(limiter_entry_t, slots);
-    case 2: /* the present set */
-      return entry + offsetof(limiter_entry_t, slots) +
-             CURRENT_SLOT(current, 0) % LIMITS_SLOTS * sizeof(limits_slot_t) +
-             low % sizeof(limits_slot_t);
+      return entry + low % offsetof(limiter_entry_t, rules);
+    case 2: /* the present rules, one after the other */
+      return entry + offsetof(limiter_entry_t, rules) +
+             SET_SLOT(set, low / sizeof(rule_t) % FSHM_MAX_LIMITS) * sizeof(rule_t) +
+             low % sizeof(rule_t);
     case 3:
       return entry + low % sizeof(limiter_entry_t);
     case 4: /* the own slot, or another */

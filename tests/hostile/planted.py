@@ -23,7 +23,6 @@ PATIENCE = 60.0  # seconds, for all kept inputs; they take two; the program ends
 
 # name: file, text that is there once, what replaces it; and again, where two checks guard the same
 FAULTS: dict[str, list[tuple[str, str, str]]] = {
-    "a limits slot is not checked": [("limits.c", "if (slot >= LIMITS_SLOTS) return 0;", "")],
     "a count of rules is not checked": [
         ("limits.c", "if (count < 1 || count > FSHM_MAX_LIMITS) return 0;", "if (!count) return 0;")
     ],
@@ -51,7 +50,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ),
     ],
     "permits without end": [
-        ("limits.c", "i + 1 != has || p->rules[i].n > MAX_PERMITS", "i + 1 != has")
+        ("limits.c", "i + 1 != has || r->n > MAX_PERMITS", "i + 1 != has")
     ],
     "the header is believed": [("image.c", "should.names_words != h->names_words ||", "")],
     "the mapping is believed": [
@@ -87,9 +86,9 @@ RACES: dict[str, list[tuple[str, str, str]]] = {
     "a count is read twice": [
         (
             "limits.c",
-            "i < count; i++)\n    for (unsigned k = 0; k < RULE_WORDS; k++) out",
-            "i < load_relaxed(&set->count); i++)\n"
-            "    for (unsigned k = 0; k < RULE_WORDS; k++) out",
+            "i < count; i++) read_rule(e, SET_SLOT(set, i), &out[i]);",
+            "i < SET_COUNT(load_relaxed(&e->set)); i++)\n"
+            "    read_rule(e, SET_SLOT(load_relaxed(&e->set), i), &out[i]);",
         )
     ],
     "a length is read twice": [

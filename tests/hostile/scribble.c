@@ -156,11 +156,12 @@ static void scribble_somewhere(unsigned char *map, const fshm_segment *s) {
 static void flicker(const fshm_segment *s) {
   const uint64_t cell = random_below(s->cell_count);
   limiter_entry_t *e = &s->limiters[random_below(LIMITERS + GRANTED)];
-  limits_slot_t *set = &e->slots[CURRENT_SLOT(load_relaxed(&e->current), 0) % LIMITS_SLOTS];
   _Atomic uint64_t *const words[] = {
       &e->current,
-      &set->count,
-      &set->rules[random_below(FSHM_MAX_LIMITS)][random_below(RULE_WORDS)],
+      &e->set,
+      &e->owners[random_below(RULES)],
+      &e->rules[SET_SLOT(load_relaxed(&e->set), 0)][random_below(RULE_WORDS)],
+      &s->cells[cell].who,
       (_Atomic uint64_t *)(void *)&e->name_length,
       &s->names[load_relaxed(&s->ledger[cell].name) % s->names_words],
       (_Atomic uint64_t *)(void *)&s->ledger[cell].meta,

@@ -14,7 +14,7 @@ CORPUS = pathlib.Path(__file__).parent / "corpus"
 # Flags, targets and kinds of edits, calls and limiters: fuzz.c and calls.h.
 RAW, LARGE, READ_ONLY, TRUNCATE, FIX_CHECK, REMOVE = 1, 2, 4, 8, 16, 32
 HASHED, OFF = 64, 128
-(HEADER, ENTRY, PRESENT_SET, WHOLE_ENTRY, PROCESS, COLUMN) = range(6)
+(HEADER, ENTRY, PRESENT_RULES, WHOLE_ENTRY, PROCESS, COLUMN) = range(6)
 (USED_CELL, CELL, LEDGER, NAMES, CHANGING_HEADER, ANYWHERE) = range(6, 12)
 DEPLOYMENT, MEMO, METRIC, FLIGHTS = range(12, 16)
 SET, XOR, ADD, BYTE, COPY, LINE = range(6)
@@ -22,9 +22,10 @@ OPEN, LOOK, APPLY_COSTS, APPLY, IS_ALLOWED, RESERVE, ADMIT, _, REMAINING, RESET_
 RESET_ALL, LIMITS, IN_FLIGHT, REAP, BELL, CLOSE = range(10, 16)
 TOLD, PICK = 19, 24
 BUCKET, WINDOW, SLIDING, THREE, QUOTA, PERMITS = range(6)
-# Words: of an entry; of a set of limits (the first rule's); of a process slot; of the header.
-ID, CURRENT, NAME_LENGTH, NAME = 0, 1, 2, 3
-COUNT, KIND, N, PER, BURST, NUM, DEN, UNIT, ROOM = range(1, 10)
+# Words: of an entry; of a rule; of a process slot; of the header.
+ID, MOST, CURRENT, SET_OF, NAME_LENGTH, NAME, OWNERS = 0, 1, 2, 3, 4, 5, 18
+KIND, N, PER, BURST, NUM, DEN, UNIT, ROOM = range(8)
+RULES, RULE_USED = 16, 1 << 63
 CAPACITY, NAMES_WORDS, CONSTANT = 3, 17, 30
 NAMES_HEAD = 8  # of the part that changes
 PENDING, HELD = 6 << 61, 7 << 61
@@ -38,7 +39,7 @@ def edit(target: int, position: int, how: int, value: int) -> bytes:
 
 
 def in_entry(limiter: int, word: int) -> int:
-    """The position of a word in a limiter's entry, or in its present set."""
+    """The position of a word in a limiter's entry, or in its present rules."""
     return limiter * 256 + word
 
 
@@ -81,19 +82,61 @@ SEEDS = {
         flags=FIX_CHECK,
     ),
     "header-while-open": while_open(BUCKET, *(edit(HEADER, w, SET, 0) for w in range(CONSTANT))),
-    "limits-slot-9": image(edit(ENTRY, in_entry(BUCKET, CURRENT), XOR, 9 << 48)),
+    "limits-slot-9": image(edit(ENTRY, in_entry(BUCKET, SET_OF), XOR, 9 << 4)),
     "limits-none": while_open(THREE, edit(ENTRY, in_entry(THREE, CURRENT), SET, 0)),
-    "limits-count": image(edit(PRESENT_SET, in_entry(THREE, COUNT), SET, 1000)),
+    "limits-count": image(edit(ENTRY, in_entry(THREE, SET_OF), SET, 0xFFF)),
+    "limits-one-rule-thrice": while_open(THREE, edit(ENTRY, in_entry(THREE, SET_OF), SET, 0x3)),
+    "limits-current": while_open(
+        BUCKET,
+        edit(ENTRY, in_entry(BUCKET, CURRENT), SET, 2**64 - 1),
+        edit(ENTRY, in_entry(WINDOW, CURRENT), ADD, 1 << 37),
+        edit(ENTRY, in_entry(THREE, CURRENT), ADD, 1 << 40),
+    ),
+    "limits-most": while_open(PERMITS, edit(ENTRY, in_entry(PERMITS, MOST), SET, 2**64 - 1)),
+    "rules-free": while_open(
+        BUCKET,
+        *(edit(ENTRY, in_entry(BUCKET, OWNERS + i), SET, 0) for i in range(RULES)),
+        *(call(OPEN, BUCKET, variant) for variant in (1, 2)),
+    ),
+    "rules-taken": while_open(  # by one who cannot be asked after: no rule can be set
+        WINDOW,
+        *(edit(ENTRY, in_entry(WINDOW, OWNERS + i), SET, 1 << 16 | 0xFFFF) for i in range(RULES)),
+        *(call(OPEN, WINDOW, variant) for variant in (1, 2)),
+    ),
+    "rules-of-later-versions": while_open(
+        SLIDING,
+        *(
+            edit(ENTRY, in_entry(SLIDING, OWNERS + i), SET, RULE_USED | (2**37 - 1))
+            for i in range(RULES)
+        ),
+        *(call(OPEN, SLIDING, variant) for variant in range(8)),
+    ),
+    "rules-all-used": while_open(
+        THREE, *(call(which, THREE, v, 1) for v in range(16) for which in (OPEN, APPLY_COSTS))
+    ),
+    "rules-places": while_open(
+        THREE,
+        *(edit(WHOLE_ENTRY, in_entry(THREE, 24 + 8 * i), XOR, 5 << 48) for i in range(RULES)),
+        *(call(OPEN, THREE, v) for v in range(16)),
+    ),
+    "labels": image(
+        *(edit(USED_CELL, 4 * i, XOR, (i % 15 + 1) << 4) for i in range(CELLS)),
+        *(call(OPEN, THREE, v) for v in range(16)),
+    ),
+    "labels-epochs-places": image(
+        *(edit(USED_CELL, 4 * i, XOR, 0x7FE >> i % 4) for i in range(CELLS)),
+        *(call(OPEN, THREE, v) for v in range(16)),
+    ),
     "limits-zero-divisor": while_open(
         BUCKET,
-        edit(PRESENT_SET, in_entry(BUCKET, DEN), SET, 0),
+        edit(PRESENT_RULES, in_entry(BUCKET, DEN), SET, 0),
         call(APPLY_COSTS, BUCKET, 0, 3),
     ),
-    "limits-sane-but-nobodys": image(edit(PRESENT_SET, in_entry(WINDOW, N), SET, 2**40)),
+    "limits-sane-but-nobodys": image(edit(PRESENT_RULES, in_entry(WINDOW, N), SET, 2**40)),
     "limits-largest": while_open(
-        THREE, *(edit(PRESENT_SET, in_entry(THREE, w), SET, 2**57 - 1) for w in range(N, 10))
+        THREE, *(edit(PRESENT_RULES, in_entry(THREE, w), SET, 2**57 - 1) for w in range(N, 8))
     ),
-    "limits-permits-many": while_open(PERMITS, edit(PRESENT_SET, in_entry(PERMITS, N), SET, 2**31)),
+    "limits-permits-many": while_open(PERMITS, edit(PRESENT_RULES, in_entry(PERMITS, N), SET, 2**31)),
     "limits-permits-most": while_open(
         QUOTA, edit(ENTRY, in_entry(QUOTA, NAME_LENGTH), SET, 2**64 - 1)
     ),

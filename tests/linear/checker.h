@@ -77,7 +77,7 @@ static inline const op_t *next_op(const history_t *h, const config_t *c, int lan
  * same (not with one limit: a cancellation compares them). */
 static inline void settle(const history_t *h, int level, config_t *c) {
   uint64_t bound = UINT64_MAX, earliest = UINT64_MAX;
-  if (h->limits < 2) return;
+  if (h->limits < 2 || h->changes) return;
   for (int lane = 0; lane < LANES; lane++) {
     for (uint32_t i = c->at[lane]; i < h->count[lane]; i++)
       for (uint32_t k = 0; k < h->ops[lane][i].reads; k++)

@@ -26,8 +26,9 @@
 #define READS 12    /* readings of the clock in one operation that are kept */
 #define LIMITS 3    /* of the limiter, at most */
 #define METERS 6    /* keys times limits, at most */
-#define VARIANTS 3  /* sets of limits that a history changes between */
-#define MOST_SLOTS 4
+#define VARIANTS 24 /* sets of limits that a history changes between */
+#define MOST_SLOTS 8
+#define SETS 240 /* changes of the limits in one history, at most */
 
 enum op_kind {
   OP_ACQUIRE,
@@ -43,7 +44,8 @@ enum op_kind {
   OP_PUT,  /* a batch into a wallet */
   OP_LOOK, /* at what is left in a wallet */
   OP_TAKE, /* what is left out of it */
-  OP_SET, /* change the limits */
+  OP_SET, /* change the limits, so many times in a row */
+  OP_SETTLE, /* the reservation that this lane made last */
   OP_ADMIT, /* a permit, and a charge of the meters where there are any */
   OP_RELEASE, /* the permit of this lane that was taken first */
   OP_IN_FLIGHT,
@@ -54,7 +56,8 @@ enum op_kind {
 typedef struct {
   /* what is asked */
   uint8_t kind, key;
-  uint8_t who;          /* OP_DEATH: the lane; OP_SET: the variant */
+  uint8_t who;          /* OP_DEATH: the lane; OP_SET: the first variant */
+  uint8_t times;        /* OP_SET: that one, and those that follow */
   uint8_t fixed;        /* the time is given; else the library reads the clock */
   uint16_t delay;       /* before it */
   uint64_t cost[LIMITS];
@@ -77,6 +80,7 @@ typedef struct {
 typedef struct {
   /* the limiter */
   rule_t rules[VARIANTS][LIMITS];
+  uint32_t counts[VARIANTS], permits_of[VARIANTS]; /* where they change */
   uint32_t limits, permits, keys, cells; /* cells: of the table; 0 = more than can be used */
   uint64_t version; /* of the limits when it began; variant 0 */
   uint8_t changes;  /* the limits are changed meanwhile */
@@ -92,7 +96,7 @@ static inline bool op_open(const op_t *op) { return op->responded == 0; } /* kil
 static const char *const op_names[OP_KINDS] = {
     "acquire", "is_allowed", "spend", "reserve",   "cancel",    "peek",
     "charge",  "refund",     "reset", "remaining", "put",       "look",
-    "take",    "set",        "admit", "release",   "in_flight", "killed"};
+    "take",    "set",        "settle",    "admit", "release",   "in_flight", "killed"};
 
 static inline const char *status_name(int status) {
   switch (status) {
@@ -115,11 +119,11 @@ static inline void print_op(const history_t *h, const op_t *op, uint64_t origin,
     (void)fprintf(out, " process %u\n", op->who);
     return;
   }
-  if (op->kind == OP_SET) (void)fprintf(out, " limits %u", op->who);
+  if (op->kind == OP_SET) (void)fprintf(out, " limits %u, %u in a row", op->who, op->times);
   if (h->keys > 1) (void)fprintf(out, " key %u", op->key);
   bool costs = op->kind == OP_ACQUIRE || op->kind == OP_RESERVE || op->kind == OP_PEEK ||
                op->kind == OP_CHARGE || op->kind == OP_REFUND || op->kind == OP_ADMIT ||
-               op->kind == OP_SPEND || op->kind == OP_PUT;
+               op->kind == OP_SPEND || op->kind == OP_PUT || op->kind == OP_SETTLE;
   for (uint32_t i = 0; costs && i < h->limits; i++)
     (void)fprintf(out, "%s%" PRIu64, i ? "," : " ", op->cost[i]);
   if (op->kind == OP_RESERVE) (void)fprintf(out, " wait %" PRIu64, op->max_wait);
@@ -186,8 +190,10 @@ static inline void print_history(const history_t *h, FILE *out) {
     }
   for (unsigned v = 0; v < (h->changes ? VARIANTS : 1); v++) {
     (void)fprintf(out, h->changes ? "limits %u:" : "limits:", v);
-    for (uint32_t i = 0; i < h->limits; i++) print_rule(&h->rules[v][i], out);
-    if (h->permits) (void)fprintf(out, " permits %u", h->permits);
+    for (uint32_t i = 0; i < (h->changes ? h->counts[v] : h->limits); i++)
+      print_rule(&h->rules[v][i], out);
+    const uint32_t permits = h->changes ? h->permits_of[v] : h->permits;
+    if (permits) (void)fprintf(out, " permits %u", permits);
     (void)fprintf(out, "\n");
   }
   for (int lane = 0; lane < LANES; lane++) {

@@ -26,12 +26,16 @@ typedef struct {
 #define WALLET {WALLET_MOST, 0, 0, FSHM_WALLET, 0}
 #define PERMITS_OF(n) {(n), 0, 0, FSHM_PERMITS, 0}
 
+#define CHANGES(title, drawn, shapes, ...)                                                   \
+  {.name = (title), .sets = (shapes), .count = 1, .limits = {__VA_ARGS__}, .ops = (drawn),   \
+   .before = "aac", .keys = 2, .changes = true, .frozen = true}
+
 static const char letters[OP_KINDS] = {
     [OP_ACQUIRE] = 'a',   [OP_IS_ALLOWED] = 'i', [OP_RESERVE] = 'w', [OP_CANCEL] = 'x',
     [OP_PEEK] = 'p',      [OP_CHARGE] = 'c',     [OP_REFUND] = 'r',  [OP_RESET] = 'z',
     [OP_REMAINING] = 'm', [OP_SET] = 's',        [OP_ADMIT] = 't',   [OP_RELEASE] = 'g',
     [OP_IN_FLIGHT] = 'f', [OP_SPEND] = 'e',      [OP_PUT] = 'b',     [OP_TAKE] = 'k',
-    [OP_LOOK] = 'l'};
+    [OP_LOOK] = 'l',      [OP_SETTLE] = 'h'};
 
 static const kind_t kinds[] = {
     {.name = "bucket",
@@ -82,22 +86,21 @@ static const kind_t kinds[] = {
      .before = "aac",
      .keys = 6,
      .cells = CELLS_PER_LINE},
-    {.name = "changes", /* of the limits, at run time */
-     .sets = 3,
+    /* Limits that change meanwhile: shapes; draw_variants() has the numbers. */
+    CHANGES("changes-window", "aaaaaiipcrzmsss", 2, {WINDOW_OF(6, 100 * MS)}, {WINDOW_OF(2, 170 * MS)}),
+    CHANGES("changes-bucket", "aaaaiipwwhhcrzmsss", 1, {BUCKET_OF(6, 42 * MS, 6)}),
+    CHANGES("changes-sliding", "aaaaaiipcrzmsss", 2, {SLIDING_OF(6, 100 * MS)},
+            {SLIDING_OF(2, 170 * MS)}),
+    CHANGES("changes-settle", "aawwwhhhcrmsss", 1, {WINDOW_OF(6, 100 * MS)}),
+    CHANGES("changes-kind", "aaaaaiipcrzmsss", 3, {BUCKET_OF(6, 42 * MS, 6)}, {WINDOW_OF(2, 100 * MS)},
+            {SLIDING_OF(4, 100 * MS)}),
+    CHANGES("changes-several", "aaaaapcrzmsss", 2, {WINDOW_OF(6, 100 * MS), SLIDING_OF(4, 100 * MS)},
+            {WINDOW_OF(4, 100 * MS)}),
+    {.name = "changes-permits",
+     .sets = 1,
      .count = 1,
-     .limits = {{BUCKET_OF(6, 600 * MS, 6)},
-                {BUCKET_OF(2, 600 * MS, 2)},
-                {BUCKET_OF(9, 100 * MS, 4)}},
-     .ops = "aaaaaiipcrzmsss",
-     .before = "aac",
-     .keys = 1,
-     .changes = true},
-    {.name = "changes-window",
-     .sets = 3,
-     .count = 1,
-     .limits = {{WINDOW_OF(6, 600 * MS)}, {WINDOW_OF(2, 600 * MS)}, {WINDOW_OF(9, 50 * MS)}},
-     .ops = "aaaaaiipcrzmsss",
-     .before = "aac",
+     .limits = {{PERMITS_OF(3)}},
+     .ops = "ttttggggffss",
      .keys = 1,
      .changes = true},
     {.name = "acquires", /* of several limits, nothing else: has to be all at once */
@@ -187,6 +190,7 @@ static void draw_op(const kind_t *k, const fshm_limit *limits, op_t *op, const c
   op->kind = op_of_letter(ops[random_below(strlen(ops))]);
   op->key = (uint8_t)random_below(k->keys);
   op->who = (uint8_t)random_below(VARIANTS);
+  op->times = random_below(6) ? 1 : 1 + (uint8_t)random_below(20); /* more than there are slots for rules */
   op->delay = (uint16_t)(random_below(2) ? 0 : random_below(300));
   op->fixed = with_time && takes_time(op->kind) && random_below(2);
   for (uint32_t i = 0; i < LIMITS; i++) {
@@ -205,6 +209,31 @@ static void draw_op(const kind_t *k, const fshm_limit *limits, op_t *op, const c
     op->max_wait = random_below(3) * (limits[0].per_ns / limits[0].n);
 }
 
+/* Limits of the kind's shapes, with as many tokens as may be, and at any pace: mostly no two alike, so that their rules
+ * soon have no room, in any history. */
+static void draw_variants(const kind_t *k, history_t *h) {
+  for (uint32_t v = 0; v < VARIANTS; v++) {
+    const fshm_limit *shape = k->limits[random_below(k->sets)];
+    for (uint32_t i = 0; i < FSHM_MAX_LIMITS && shape[i].n; i++) {
+      fshm_limit *l = &arena->variants[v][i];
+      *l = shape[i];
+      l->n = 1 + random_below(l->kind == FSHM_PERMITS ? 6 : 12);
+      if (l->kind == FSHM_PERMITS) {
+        h->permits_of[v] = (uint32_t)l->n;
+        break;
+      }
+      if (l->kind == FSHM_BUCKET) { /* an interval of whole ns: tokens are exact */
+        l->burst = 1 + random_below(l->n);
+        l->per_ns = l->n * (shape[i].per_ns / shape[i].n) * (1 + random_below(9));
+      }
+      h->rules[v][i] = rule_make(l);
+      h->counts[v] = i + 1;
+      h->limits = (uint32_t)max_u64(h->limits, i + 1);
+    }
+    if (h->permits_of[v]) h->permits = MOST_SLOTS;
+  }
+}
+
 /* Draw history number `number` of the kind, and put it into the arena, with the clock set. */
 static void draw_history(const kind_t *k, fshm_limiter *const *limiters, uint64_t seed,
                          uint64_t number) {
@@ -220,11 +249,11 @@ static void draw_history(const kind_t *k, fshm_limiter *const *limiters, uint64_
   bool permits = limits[k->count - 1].kind == FSHM_PERMITS;
   h->limits = k->count - permits;
   h->permits = permits ? (uint32_t)limits[k->count - 1].n : 0;
-  for (uint32_t v = 0; v < VARIANTS; v++) {
-    for (uint32_t i = 0; i < h->limits; i++) {
-      arena->variants[v][i] = k->changes ? k->limits[v][i] : limits[i];
-      h->rules[v][i] = rule_make(&arena->variants[v][i]);
-    }
+  for (uint32_t i = 0; i < h->limits; i++) h->rules[0][i] = rule_make(&limits[i]);
+  if (k->changes) {
+    h->limits = h->permits = 0;
+    memset(arena->variants, 0, sizeof arena->variants);
+    draw_variants(k, h);
   }
   (void)snprintf(arena->limiter_name, sizeof arena->limiter_name, "limiter-%u", set);
   arena->limiter = limiters[set];
@@ -238,11 +267,18 @@ static void draw_history(const kind_t *k, fshm_limiter *const *limiters, uint64_
   for (uint32_t i = random_below(4); i-- && k->before;)
     draw_op(k, limits, &h->ops[TESTER][h->count[TESTER]++], k->before, false);
   /* Many lanes, or long ones: the search grows with both. */
+  uint32_t changes = 0;
   uint32_t most = arena->workers == 4 || k->keys > 2 || k->count > 2 ? 6 : 8;
   for (uint32_t lane = 0; lane < arena->workers; lane++) {
     h->count[lane] = 4 + (uint32_t)random_below(most - 3);
-    for (uint32_t i = 0; i < h->count[lane]; i++)
-      draw_op(k, limits, &h->ops[lane][i], k->ops, with_time);
+    for (uint32_t i = 0; i < h->count[lane]; i++) {
+      op_t *op = &h->ops[lane][i];
+      draw_op(k, limits, op, k->ops, with_time);
+      if (k->changes) op->max_wait = 0;
+      if (op->kind != OP_SET) continue;
+      if (changes + op->times >= SETS / 2) op->times = 1;
+      changes += op->times;
+    }
   }
   arena->dies = random_below(12) ? 0 : 1 + (uint32_t)random_below(arena->workers);
   arena->dies_at = 1 + (uint32_t)random_below(60);

@@ -69,7 +69,7 @@ static bool one_history(const wish_t *wish, const kind_t *k, fshm_limiter *const
   if (k->changes) { /* back to the first */
     fshm_limiter *set;
     CHECK_EQ(fshm_limiter_open(segment, arena->limiter_name, strlen(arena->limiter_name),
-                               arena->variants[0], h->limits, &set),
+                               arena->variants[0], h->counts[0] + (h->permits_of[0] > 0), &set),
              FSHM_OK);
     fshm_limiter_close(set);
   }
@@ -115,7 +115,9 @@ static void run_kind(const wish_t *wish, const kind_t *k, figures_t *all) {
   for (uint32_t set = 0; set < k->sets; set++) {
     char name[32];
     (void)snprintf(name, sizeof name, "limiter-%u", set);
-    limiters[set] = fresh_limiter(segment, name, k->limits[set], k->count);
+    uint32_t count = k->count;
+    while (k->changes && count < FSHM_MAX_LIMITS && k->limits[set][count].n) count++;
+    limiters[set] = fresh_limiter(segment, name, k->limits[set], count);
   }
   start_workers();
   bool on = true;

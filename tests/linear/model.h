@@ -27,20 +27,22 @@
 #include "history.h"
 
 #define BRANCHES 5
-#define SETS 24 /* changes of the limits in one history, at most */
 
+#define UNUSED 7 /* to whole words */
 typedef struct {
   uint64_t state[METERS]; /* key * limits + limit */
   uint64_t put[LANES][LIMITS - 1], before[LANES][LIMITS - 1]; /* charges that may be undone */
   uint8_t at[LANES];    /* operations put in order */
   uint8_t phase[LANES]; /* steps made of the next one */
   uint8_t tally[LANES]; /* slots that it saw held */
-  uint8_t plan[LANES];  /* the limits that it goes by: number + 1; 0 = not loaded */
-  uint8_t variant[SETS]; /* which variant the limits were at each change, from 0 */
-  uint8_t changes;      /* the last of them */
+  /* Where limits change (model_changes.h): the number of changes so far, and which variant it is; what a lane's
+   * operation goes by, and what it saw; how often each meter was empty. */
+  uint8_t changes, variant, plan[LANES], planned[LANES], seen[LANES][LIMITS], born[METERS];
+  uint8_t charged[LANES][LIMITS]; /* born, at the lane's last reservation; 255 = none */
+  uint8_t stands; /* permits that were granted: slots, one bit each */
   uint8_t dead;         /* lanes, one bit each */
   uint8_t holder[MOST_SLOTS]; /* of each permit: lane + 1; 0 = free */
-  uint8_t unused[2];
+  uint8_t unused[UNUSED];
 } config_t;
 
 static_assert(sizeof(config_t) % 8 == 0, "hashed by words");
@@ -49,7 +51,8 @@ static_assert(sizeof(config_t) % 8 == 0, "hashed by words");
 
 static inline bool finish(config_t *c, int lane) {
   c->at[lane]++;
-  c->phase[lane] = c->tally[lane] = c->plan[lane] = 0;
+  c->phase[lane] = c->tally[lane] = c->plan[lane] = c->planned[lane] = 0;
+  memset(c->seen[lane], 0, sizeof c->seen[lane]);
   memset(c->put[lane], 0, sizeof c->put[lane]);
   memset(c->before[lane], 0, sizeof c->before[lane]);
   return true;
@@ -76,51 +79,25 @@ static inline unsigned views(const op_t *op) {
 
 typedef struct {
   const rule_t *rule;
-  uint64_t version, state, now;
+  uint64_t state, now;
   uint64_t *cell;
 } view_t;
 
-/* The limits that the operation goes by: number, and bits of the version. */
-static inline unsigned plan_of(const config_t *c, int lane, int level, const history_t *h) {
-  return level && h->changes ? c->plan[lane] - 1u : c->changes;
-}
-
-/* limiter.c: state_of(). False: the state is of newer limits than the plan, which has to be loaded again. Of limits
- * too old to be known, the bucket counts as full: also for who saw that under limits that were changed before its
- * swap, which finds the cell as it was. */
-static inline bool converted(const history_t *h, const config_t *c, unsigned plan, uint32_t limit,
-                             view_t *v) {
-  uint64_t bits = VERSION_OF(v->state);
-  if (v->rule->kind != FSHM_BUCKET || (v->state & TIME_MAX) <= v->now || bits == v->version)
-    return true;
-  const rule_t *old = NULL;
-  for (unsigned back = 1; back <= 3 && back <= plan; back++)
-    if (((h->version + plan - back) & VERSION_MASK) << TIME_BITS == bits)
-      old = &h->rules[c->variant[plan - back]][limit];
-  for (unsigned newer = plan + 1; newer <= c->changes; newer++)
-    if (((h->version + newer) & VERSION_MASK) << TIME_BITS == bits) return false;
-  v->state = bucket_convert(v->rule, v->version, old, v->state, v->now);
-  return true;
-}
-
-static inline bool look_when(const history_t *h, config_t *c, int level, int lane, const op_t *op,
-                             uint32_t limit, bool unseen, uint64_t now, view_t *v) {
-  unsigned plan = plan_of(c, lane, level, h);
-  v->rule = &h->rules[c->variant[plan]][limit];
-  v->version = ((h->version + plan) & VERSION_MASK) << TIME_BITS;
+static inline bool look_when(const history_t *h, config_t *c, const op_t *op, uint32_t limit,
+                             bool unseen, uint64_t now, view_t *v) {
+  v->rule = &h->rules[0][limit];
   v->cell = &c->state[op->key * h->limits + limit];
   v->now = now;
   v->state = unseen ? 0 : *v->cell;
-  if (unseen) return state_expires(*v->cell) <= op->latest;
-  return converted(h, c, plan, limit, v);
+  return !unseen || state_expires(*v->cell) <= op->latest;
 }
 
-static inline bool look_at(const history_t *h, config_t *c, int level, int lane, const op_t *op,
-                           uint32_t limit, unsigned view, view_t *v) {
+static inline bool look_at(const history_t *h, config_t *c, const op_t *op, uint32_t limit,
+                           unsigned view, view_t *v) {
   bool unseen = op->kind == OP_ADMIT ? view >= op->reads : view > 0;
   unsigned reading = op->kind == OP_ADMIT ? view - unseen * op->reads : view - unseen;
   if (reading >= op->reads) return false; /* or killed before it knew the time: it did nothing */
-  return look_when(h, c, level, lane, op, limit, unseen, op->read[reading], v);
+  return look_when(h, c, op, limit, unseen, op->read[reading], v);
 }
 
 /* Whoever charges anew does so as of a time when all has expired; whoever only looks may go by an older one,
@@ -130,12 +107,12 @@ static inline bool too_early(const view_t *v, uint64_t cost) {
 }
 
 static inline verdict_t verdict_of(const view_t *v, uint64_t cost) {
-  return meter_take(v->rule, v->version, v->state, v->now, v->now, cost);
+  return meter_take(v->rule, v->state, v->now, v->now, cost);
 }
 
 /* Is this the decision that was told? (limiter.c: report(), of one limit) */
-static inline bool told(const history_t *h, const config_t *c, int lane, int level, const op_t *op,
-                        const view_t *v, const verdict_t *verdict, bool allowed, bool charged) {
+static inline bool told(const history_t *h, const op_t *op, const view_t *v,
+                        const verdict_t *verdict, bool allowed, bool charged) {
   if (op_open(op) || op->kind == OP_IS_ALLOWED || h->limits != 1) return true;
   if (op->kind == OP_SPEND) /* who runs low is told so, and nobody else */
     return op->low == (charged && wallet_low(verdict->next, op->cost[0]));
@@ -144,7 +121,7 @@ static inline bool told(const history_t *h, const config_t *c, int lane, int lev
   uint64_t reset = charged || v->rule->kind != FSHM_BUCKET ? verdict->reset : verdict->used_before;
   uint64_t left = verdict_remaining(v->rule, charged ? verdict->used_after : verdict->used_before);
   return op->remaining[0] == left && op->retry == wait && op->reset == (int64_t)reset &&
-         op->version == h->version + plan_of(c, lane, level, h);
+         op->version == h->version;
 }
 
 static inline bool waits(const op_t *op, const rule_t *r, uint64_t retry) {
@@ -153,14 +130,14 @@ static inline bool waits(const op_t *op, const rule_t *r, uint64_t retry) {
 }
 
 /* Charge one limit where it has room (or may be waited for). */
-static inline bool charge_limit(const history_t *h, config_t *c, int level, int lane,
-                                const op_t *op, uint32_t limit, unsigned view) {
+static inline bool charge_limit(const history_t *h, config_t *c, int lane, const op_t *op,
+                                uint32_t limit, unsigned view) {
   view_t v;
-  if (!look_at(h, c, level, lane, op, limit, view, &v)) return false;
+  if (!look_at(h, c, op, limit, view, &v)) return false;
   verdict_t verdict = verdict_of(&v, op->cost[limit]);
   if (too_early(&v, op->cost[limit])) return false;
   if (verdict.retry && !waits(op, v.rule, verdict.retry)) return false;
-  if (!told(h, c, lane, level, op, &v, &verdict, true, true)) return false;
+  if (!told(h, op, &v, &verdict, true, true)) return false;
   if (op->kind == OP_RESERVE && !op_open(op) && op->put != verdict.next) return false;
   if (limit + 1 < h->limits) {
     c->put[lane][limit] = verdict.next;
@@ -170,19 +147,18 @@ static inline bool charge_limit(const history_t *h, config_t *c, int level, int 
   return true;
 }
 
-static inline bool no_room(const history_t *h, config_t *c, int level, int lane, const op_t *op,
-                           uint32_t limit, unsigned view) {
+static inline bool no_room(const history_t *h, config_t *c, const op_t *op, uint32_t limit,
+                           unsigned view) {
   view_t v;
-  if (!look_at(h, c, level, lane, op, limit, view, &v)) return false;
+  if (!look_at(h, c, op, limit, view, &v)) return false;
   verdict_t verdict = verdict_of(&v, op->cost[limit]);
   if (!verdict.retry || waits(op, v.rule, verdict.retry)) return false;
-  return told(h, c, lane, level, op, &v, &verdict, false, false);
+  return told(h, op, &v, &verdict, false, false);
 }
 
-static inline bool any_no_room(const history_t *h, config_t *c, int level, int lane, const op_t *op,
-                               unsigned view) {
+static inline bool any_no_room(const history_t *h, config_t *c, const op_t *op, unsigned view) {
   for (uint32_t i = 0; i < h->limits; i++)
-    if (no_room(h, c, level, lane, op, i, view)) return true;
+    if (no_room(h, c, op, i, view)) return true;
   return false;
 }
 
@@ -213,11 +189,11 @@ static inline bool undo_limit(const history_t *h, config_t *c, int lane, const o
                               uint32_t limit, unsigned view) {
   const rule_t *r = &h->rules[0][limit];
   uint64_t *cell = &c->state[op->key * h->limits + limit], put = c->put[lane][limit];
+  const fshm_charged charged = charged_by(r, put);
   uint64_t now = op->read[view ? view - 1 : 0];
   if (view && *cell == put) return false; /* the same as view 0 */
   *cell = *cell == put ? c->before[lane][limit]
-                       : meter_refund(r, (h->version & VERSION_MASK) << TIME_BITS, *cell, now,
-                                      op->cost[limit], put);
+                       : meter_refund(r, *cell, now, op->cost[limit], &charged);
   c->put[lane][limit] = c->before[lane][limit] = 0;
   uint8_t *phase = &c->phase[lane];
   if (--*phase == UNDOING) { /* it looks again */
@@ -227,7 +203,7 @@ static inline bool undo_limit(const history_t *h, config_t *c, int lane, const o
   return true;
 }
 
-enum { CHARGE_NEXT, DENY, FIND_NO_ROOM, UNDO, LOAD };
+enum { CHARGE_NEXT, DENY, FIND_NO_ROOM, UNDO };
 
 /* An admission by several limits looks at all before it charges any: note which it may have seen with
  * room. (A limit of cost 0 is only looked at.) Called for every operation that may have begun. */
@@ -236,7 +212,7 @@ static inline void note_room(const history_t *h, int level, config_t *c, int lan
   for (uint32_t i = 0; i < h->limits; i++) {
     view_t v;
     for (unsigned view = 0; view < views(op) && !(c->tally[lane] >> i & 1); view++)
-      if (look_at(h, c, level, lane, op, i, view, &v) && !verdict_of(&v, op->cost[i]).retry)
+      if (look_at(h, c, op, i, view, &v) && !verdict_of(&v, op->cost[i]).retry)
         c->tally[lane] |= (uint8_t)(1 << i);
   }
 }
@@ -259,17 +235,17 @@ static inline bool acquire(const history_t *h, int level, config_t *c, int lane,
       }
       for (; h->at_once && !denied && !op_open(op) && phase + 1 < h->limits;
            phase = ++c->phase[lane])
-        if (!charge_limit(h, c, level, lane, op, phase, view)) return false;
-      return charge_limit(h, c, level, lane, op, phase, view) && stepped(c, lane, h->limits);
+        if (!charge_limit(h, c, lane, op, phase, view)) return false;
+      return charge_limit(h, c, lane, op, phase, view) && stepped(c, lane, h->limits);
     case DENY:
       if (phase || !denied) return false;
       if (op->status == FSHM_FULL && !table_full(h, c, level, op)) return false;
-      if (op->status == FSHM_DENIED && !any_no_room(h, c, level, lane, op, view)) return false;
+      if (op->status == FSHM_DENIED && !any_no_room(h, c, op, view)) return false;
       return finish(c, lane);
     case FIND_NO_ROOM:
       if (!level || !phase || phase >= UNDOING || c->tally[lane] / CYCLE >= CYCLES(level))
         return false;
-      if (!no_room(h, c, level, lane, op, phase, view)) return false;
+      if (!no_room(h, c, op, phase, view)) return false;
       c->phase[lane] += UNDOING;
       c->tally[lane] += CYCLE;
       return true;
@@ -280,22 +256,22 @@ static inline bool acquire(const history_t *h, int level, config_t *c, int lane,
   }
 }
 
-static inline bool peek(const history_t *h, int level, config_t *c, int lane, const op_t *op,
+static inline bool peek(const history_t *h, config_t *c, int lane, const op_t *op,
                         unsigned view) {
   uint32_t limit = c->phase[lane];
   view_t v;
-  if (op->status == FSHM_DENIED) return any_no_room(h, c, level, lane, op, view) && finish(c, lane);
-  if (!look_at(h, c, level, lane, op, limit, view, &v)) return false;
+  if (op->status == FSHM_DENIED) return any_no_room(h, c, op, view) && finish(c, lane);
+  if (!look_at(h, c, op, limit, view, &v)) return false;
   verdict_t verdict = verdict_of(&v, op->cost[limit]);
-  if (verdict.retry || !told(h, c, lane, level, op, &v, &verdict, true, false)) return false;
+  if (verdict.retry || !told(h, op, &v, &verdict, true, false)) return false;
   return stepped(c, lane, h->limits);
 }
 
-static inline bool remaining(const history_t *h, int level, config_t *c, int lane, const op_t *op,
+static inline bool remaining(const history_t *h, config_t *c, int lane, const op_t *op,
                              unsigned view) {
   uint32_t limit = c->phase[lane];
   view_t v;
-  if (!look_at(h, c, level, lane, op, limit, view, &v)) return false;
+  if (!look_at(h, c, op, limit, view, &v)) return false;
   uint64_t left = verdict_remaining(v.rule, verdict_of(&v, 1).used_before);
   if (!op_open(op) && left != op->remaining[limit]) return false;
   return stepped(c, lane, h->limits);
@@ -309,19 +285,19 @@ static inline bool force_limit(const history_t *h, int level, config_t *c, int l
   view_t v;
   if (limit == h->limits) { /* the look; only with one limit */
     uint64_t now = op->read[op->reads - 1];
-    if (view > 1 || !look_when(h, c, level, lane, op, 0, view, now, &v)) return false;
+    if (view > 1 || !look_when(h, c, op, 0, view, now, &v)) return false;
     verdict_t verdict = verdict_of(&v, 1);
     verdict.retry = 0;
-    return (full || told(h, c, lane, level, op, &v, &verdict, true, false)) && finish(c, lane);
+    return (full || told(h, op, &v, &verdict, true, false)) && finish(c, lane);
   }
   if (full) {
     if (!table_full(h, c, level, op)) return false;
   } else {
-    if (!look_at(h, c, level, lane, op, limit, view, &v)) return false;
+    if (!look_at(h, c, op, limit, view, &v)) return false;
     uint64_t cost = op->cost[limit];
     if (op->kind == OP_CHARGE && too_early(&v, cost)) return false;
-    *v.cell = op->kind == OP_CHARGE ? meter_charge(v.rule, v.version, v.state, v.now, cost)
-                                    : meter_refund(v.rule, v.version, v.state, v.now, cost, 0);
+    *v.cell = op->kind == OP_CHARGE ? meter_charge(v.rule, v.state, v.now, cost)
+                                    : meter_refund(v.rule, v.state, v.now, cost, NULL);
   }
   return stepped(c, lane, h->limits + (h->limits == 1));
 }
@@ -330,29 +306,23 @@ static inline bool force_limit(const history_t *h, int level, config_t *c, int l
 static inline bool cancel(const history_t *h, config_t *c, int lane, const op_t *op,
                           unsigned view) {
   view_t v;
-  if (!look_at(h, c, 0, lane, op, 0, view, &v)) return false;
+  if (!look_at(h, c, op, 0, view, &v)) return false;
   bool given_back = !view && v.state == op->put;
   if (!op_open(op) && op->status != given_back) return false;
-  if (given_back) *v.cell = meter_refund(v.rule, v.version, v.state, v.now, op->cost[0], op->put);
+  const fshm_charged charged = charged_by(v.rule, op->put);
+  if (given_back) *v.cell = meter_refund(v.rule, v.state, v.now, op->cost[0], &charged);
   return finish(c, lane);
 }
 
 #include "model_permits.h"
 #include "model_wallet.h"
+#include "model_changes.h"
 
 /* One step of the lane's next operation; false where there is no such step. */
 static inline bool advance(const history_t *h, int level, config_t *c, int lane, const op_t *op,
                            unsigned branch, unsigned view) {
   if (op_open(op) && (c->dead >> lane & 1)) return false;
-  if (branch == LOAD &&
-      h->changes) { /* the present limits, from here on; whatever it had done it does anew */
-    bool meters = op->kind <= OP_REMAINING && op->kind != OP_RESET;
-    if (!level || view || !meters || c->plan[lane] == c->changes + 1) return false;
-    c->plan[lane] = c->changes + 1;
-    return true;
-  }
-  if (level && h->changes && op->kind <= OP_REMAINING && op->kind != OP_RESET && !c->plan[lane])
-    return false;
+  if (h->changes && op->kind != OP_DEATH) return changing(h, level, c, lane, op, branch, view);
   bool first = branch == 0;
   switch (op->kind) {
     case OP_ACQUIRE:
@@ -361,9 +331,9 @@ static inline bool advance(const history_t *h, int level, config_t *c, int lane,
     case OP_RESERVE:
       return acquire(h, level, c, lane, op, branch, view);
     case OP_PEEK:
-      return first && !op_open(op) && peek(h, level, c, lane, op, view);
+      return first && !op_open(op) && peek(h, c, lane, op, view);
     case OP_REMAINING:
-      return first && remaining(h, level, c, lane, op, view);
+      return first && remaining(h, c, lane, op, view);
     case OP_CHARGE:
     case OP_REFUND:
       return first && force_limit(h, level, c, lane, op, view);
@@ -377,9 +347,7 @@ static inline bool advance(const history_t *h, int level, config_t *c, int lane,
       return first && put_batch(h, level, c, lane, op, view);
     case OP_LOOK:
     case OP_TAKE:
-      return first && look_into(h, level, c, lane, op, view);
-    case OP_SET:
-      return first && !view && change_limits(h, c, lane, op);
+      return first && look_into(h, c, lane, op, view);
     case OP_DEATH:
       if (!first || view) return false;
       c->dead |= (uint8_t)(1 << op->who);

@@ -1,4 +1,4 @@
-/* model_permits.h - the part of model.h about permits and about changing limits. */
+/* model_permits.h - the part of model.h about permits. */
 #ifndef MODEL_PERMITS_H
 #define MODEL_PERMITS_H
 
@@ -33,7 +33,7 @@ static inline bool admit(const history_t *h, int level, config_t *c, int lane, c
       return true;
     case 1: /* charge */
       if (*phase != TAKEN || denied || !h->limits) return false;
-      return charge_limit(h, c, 0, lane, op, 0, view) && finish(c, lane);
+      return charge_limit(h, c, lane, op, 0, view) && finish(c, lane);
     case 2: /* no permit; or its permit was lost with the room */
       if (!by_permits || view) return false;
       if (op->count != h->permits) return false;
@@ -43,7 +43,7 @@ static inline bool admit(const history_t *h, int level, config_t *c, int lane, c
       return *tally == all ? finish(c, lane) : true;
     case 3: /* no room in the meter: before it took a permit, or since */
       if (!h->limits || by_permits || *phase == LOST || (!denied && !op_open(op))) return false;
-      if (!no_room(h, c, 0, lane, op, 0, view)) return false;
+      if (!no_room(h, c, op, 0, view)) return false;
       if (*phase == SEARCHING) return finish(c, lane);
       *phase = LOST;
       return true;
@@ -82,26 +82,6 @@ static inline bool permits(const history_t *h, int level, config_t *c, int lane,
   if (branch) return false;
   if (op->kind == OP_RELEASE) return release(c, lane, op, view);
   return in_flight(h, level, c, lane, op, view);
-}
-
-/* A set that is the present one already is no change. One that cannot be written while others write: each
- * of these has a slot, and there are two to spare. */
-static inline bool change_limits(const history_t *h, config_t *c, int lane, const op_t *op) {
-  if (!op_open(op) && op->status == FSHM_CONTENDED) {
-    uint32_t others = 0;
-    for (int k = 0; k < LANES; k++)
-      for (uint32_t i = 0; i < h->count[k] && k != lane; i++) {
-        const op_t *o = &h->ops[k][i];
-        others += o->kind == OP_SET && o->invoked && o->invoked < op->responded &&
-                  (op_open(o) || o->responded > op->invoked);
-      }
-    return others >= 2 && finish(c, lane);
-  }
-  if (c->variant[c->changes] != op->who) {
-    if (c->changes + 1 == SETS) return false;
-    c->variant[++c->changes] = op->who;
-  }
-  return finish(c, lane);
 }
 
 #endif

@@ -12,18 +12,18 @@ static inline bool put_batch(const history_t *h, int level, config_t *c, int lan
   if (!op_open(op) && op->status == FSHM_FULL) {
     if (view || !table_full(h, c, level, op)) return false;
   } else {
-    if (!look_at(h, c, level, lane, op, limit, view, &v)) return false;
+    if (!look_at(h, c, op, limit, view, &v)) return false;
     bool nothing = !op->cost[limit] && !op->kept;
     if (!nothing) *v.cell = wallet_put(v.state, v.now, op->cost[limit], op->kept, op->until);
   }
   return stepped(c, lane, h->limits);
 }
 
-static inline bool look_into(const history_t *h, int level, config_t *c, int lane, const op_t *op,
+static inline bool look_into(const history_t *h, config_t *c, int lane, const op_t *op,
                              unsigned view) {
   uint32_t limit = c->phase[lane];
   view_t v;
-  if (!look_at(h, c, level, lane, op, limit, view, &v)) return false;
+  if (!look_at(h, c, op, limit, view, &v)) return false;
   uint64_t left = wallet_left(v.state, v.now), left_ns = minus(state_expires(v.state), v.now);
   if (!op_open(op) && (op->remaining[limit] != left || op->left_ns[limit] != left_ns)) return false;
   if (op->kind == OP_TAKE && left) *v.cell = v.state - left;

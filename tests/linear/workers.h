@@ -44,7 +44,9 @@ static bool paused_at_hooks;
 static uint32_t hooks_seen;
 static fshm_permit my_permits[LANE_OPS];
 static uint32_t permits_taken, permits_released;
-static uint64_t my_reservation, my_reserved_cost;
+static fshm_charged my_reservation, my_charges[FSHM_MAX_LIMITS];
+static uint8_t my_key;
+static uint64_t my_reserved_cost, my_charged[LIMITS]; /* of a reservation; to be settled */
 
 static void spin(uint64_t turns) {
   for (volatile uint64_t i = 0; i < turns; i++) continue;
@@ -106,7 +108,7 @@ static void apply_op(op_t *op, const char *key, uint64_t now) {
                                  [OP_REFUND] = FSHM_REFUND};
   fshm_limiter *l = arena->limiter;
   uint64_t costs[FSHM_MAX_LIMITS] = {op->cost[0], op->cost[1], op->cost[2], 0};
-  uint64_t put[FSHM_MAX_LIMITS] = {0};
+  fshm_charged put[FSHM_MAX_LIMITS] = {{0, 0, 0}};
   fshm_decision d;
   if (op->kind == OP_RESERVE)
     fshm_reserve(l, key, strlen(key), costs, op->max_wait, now, &d, put);
@@ -114,8 +116,12 @@ static void apply_op(op_t *op, const char *key, uint64_t now) {
     fshm_apply(l, ops[op->kind], key, strlen(key), costs, 0, now, &d);
   note_decision(op, &d);
   if (op->kind != OP_RESERVE) return;
-  op->put = put[0];
-  if (d.status == FSHM_ALLOWED) my_reservation = put[0], my_reserved_cost = op->cost[0];
+  op->put = put[0].state;
+  if (d.status != FSHM_ALLOWED) return;
+  my_reservation = put[0], my_reserved_cost = op->cost[0];
+  memcpy(my_charges, put, sizeof my_charges);
+  memcpy(my_charged, op->cost, sizeof my_charged);
+  my_key = op->key;
 }
 
 static void permit_op(op_t *op, const char *key, uint64_t now) {
@@ -156,19 +162,46 @@ static void wallet_op(op_t *op, const char *key, uint64_t now) {
   }
 }
 
+/* Less or more than the last reservation: the same call, whether it has a permit or not. */
+static void settle_op(op_t *op, const char *key, uint64_t now) {
+  fshm_permit charged = {0};
+  const uint64_t was[FSHM_MAX_LIMITS] = {my_charged[0], my_charged[1], my_charged[2], 0};
+  const uint64_t is[FSHM_MAX_LIMITS] = {op->cost[0], op->cost[1], op->cost[2], 0};
+  memcpy(charged.put, my_charges, sizeof charged.put);
+  my_reservation.state = 0;
+  op->status = fshm_settle(arena->limiter, key, strlen(key), was, is, &charged, now);
+}
+
+static void set_op(const op_t *op, int *status) {
+  fshm_limiter *other;
+  for (unsigned i = 0; i < op->times; i++) {
+    const unsigned v = (op->who + i) % VARIANTS;
+    const uint32_t count = arena->history.counts[v] + (arena->history.permits_of[v] > 0);
+    *status = fshm_limiter_open(segment, arena->limiter_name, strlen(arena->limiter_name),
+                                arena->variants[v], count, &other);
+    if (*status != FSHM_OK) return;
+    fshm_limiter_close(other);
+  }
+}
+
 static void run_op(op_t *op) {
   char key[sizeof arena->key[0] + 2];
   uint64_t now = op->fixed ? time_now() : 0;
-  uint64_t reservation = op->put = my_reservation;
-  fshm_limiter *other;
+  op->put = my_reservation.state;
   (void)snprintf(key, sizeof key, "%s%c", arena->key[0], 'a' + op->key);
   if (op->kind == OP_RELEASE) {
     if (permits_released == permits_taken) return; /* it has none: as if it were not there */
     op->slot = (uint8_t)SLOT_OF(my_permits[permits_released].when);
   }
   if (op->kind == OP_CANCEL) {
-    if (!my_reservation) return;
+    if (!my_reservation.state) return;
     op->cost[0] = my_reserved_cost;
+  }
+  if (op->kind == OP_SETTLE) {
+    if (!my_reservation.state) return;
+    op->key = my_key;
+    (void)snprintf(key, sizeof key, "%s%c", arena->key[0], 'a' + op->key);
+    memcpy(op->remaining, my_charged, sizeof op->remaining);
   }
   if (op->fixed) op->read[0] = now, op->reads = 1;
   op->until = time_now() + op->lease;
@@ -187,16 +220,15 @@ static void run_op(op_t *op) {
       op->status = fshm_remaining(arena->limiter, key, strlen(key), now, op->remaining);
       break;
     case OP_CANCEL:
-      op->status = fshm_cancel(arena->limiter, key, strlen(key), op->cost, &reservation, now);
-      my_reservation = 0;
+      op->status = fshm_cancel(arena->limiter, key, strlen(key), op->cost, &my_reservation, now);
+      my_reservation.state = 0;
       break;
-    case OP_SET: {
-      uint32_t count = arena->history.limits;
-      op->status = fshm_limiter_open(segment, arena->limiter_name, strlen(arena->limiter_name),
-                                     arena->variants[op->who], count, &other);
-      if (op->status == FSHM_OK) fshm_limiter_close(other);
+    case OP_SET:
+      set_op(op, &op->status);
       break;
-    }
+    case OP_SETTLE:
+      settle_op(op, key, now);
+      break;
     case OP_SPEND:
     case OP_PUT:
     case OP_LOOK:
@@ -236,7 +268,7 @@ static void run_on_one_core(bool one) {
 static void run_lane(int lane) {
   history_t *h = &arena->history;
   hooks_seen = permits_taken = permits_released = 0;
-  my_reservation = 0;
+  my_reservation.state = 0;
   random_state = arena->seed + (uint64_t)(lane + 1) * 7919;
   lost_swaps = 0;
   run_on_one_core(arena->one_core);

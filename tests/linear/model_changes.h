@@ -1,0 +1,227 @@
+/* model_changes.h - the part of model.h about limits that change meanwhile.
+ *
+ * Time stands still in these histories, so a key has consumed a number of tokens in each limit, whatever its limits
+ * were, are and become: acquire, charge, refund and settle change that number, a change of limits does not. Nothing here
+ * knows of rules, labels, rates or states. Likewise permits: some slots are held, and some of these stand.
+ *
+ * An operation goes by the limits of one instant (LOAD). Level 0: they are still in force when it takes effect. Level 1:
+ * they may have changed since; what it goes by in a limit must not have. */
+#ifndef MODEL_CHANGES_H
+#define MODEL_CHANGES_H
+
+enum { EFFECT, OTHERWISE, SEE, BACK, LOAD_LIMITS };
+
+static inline bool same_variant(const history_t *h, unsigned a, unsigned b) {
+  return h->counts[a] == h->counts[b] && h->permits_of[a] == h->permits_of[b] &&
+         !memcmp(h->rules[a], h->rules[b], sizeof h->rules[a]);
+}
+
+static inline bool change_limits(const history_t *h, config_t *c, int lane, const op_t *op) {
+  unsigned to = (op->who + c->phase[lane]) % VARIANTS;
+  if (!op_open(op) && op->status != FSHM_OK) return false;
+  if (!same_variant(h, c->variant, to)) {
+    if (c->changes + 1 == SETS) return false;
+    c->changes++;
+    c->variant = (uint8_t)to;
+  }
+  return stepped(c, lane, op->times);
+}
+
+static inline bool load_limits(const history_t *h, config_t *c, int lane, const op_t *op) {
+  uint8_t seen[LIMITS] = {0};
+  for (uint32_t i = 0; i < h->limits; i++) seen[i] = (uint8_t)c->state[op->key * h->limits + i];
+  if (c->plan[lane] == c->changes + 1 && !memcmp(seen, c->seen[lane], sizeof seen)) return false;
+  if (op->kind == OP_ADMIT && c->plan[lane]) return false; /* its slots are those of the limit that it began with */
+  c->plan[lane] = (uint8_t)(c->changes + 1);
+  c->planned[lane] = c->variant;
+  if (op->kind != OP_ADMIT) memcpy(c->seen[lane], seen, sizeof seen);
+  return true;
+}
+
+/* May the operation go by what it has loaded, in this limit? */
+static inline bool goes_by(const config_t *c, int level, int lane, uint32_t i, uint64_t used) {
+  if (c->plan[lane] == c->changes + 1) return true;
+  return level && c->seen[lane][i] == (uint8_t)used;
+}
+
+static inline uint64_t most_of(const history_t *h, const config_t *c, int lane, uint32_t i) {
+  return rule_capacity(&h->rules[c->planned[lane]][i]);
+}
+
+/* Nothing at all always fits, but in a bucket that is in debt. */
+static inline bool fits(const history_t *h, const config_t *c, int lane, uint32_t i, uint64_t used,
+                        uint64_t cost) {
+  const rule_t *r = &h->rules[c->planned[lane]][i];
+  return (!cost && r->kind != FSHM_BUCKET) || used + cost <= rule_capacity(r);
+}
+
+/* With one limit, what is left is told as of the instant of the operation. */
+static inline bool told_left(const history_t *h, const config_t *c, int lane, const op_t *op,
+                             uint64_t used) {
+  if (op_open(op) || op->kind == OP_IS_ALLOWED || h->counts[c->planned[lane]] != 1) return true;
+  return op->remaining[0] == minus(most_of(h, c, lane, 0), used) &&
+         op->version == h->version + c->plan[lane] - 1;
+}
+
+static inline void add_tokens(config_t *c, uint32_t meter, uint64_t tokens) {
+  if (!c->state[meter] && tokens) c->born[meter]++;
+  c->state[meter] += tokens;
+}
+
+static inline bool acquire_changing(const history_t *h, int level, config_t *c, int lane,
+                                    const op_t *op, unsigned branch) {
+  uint32_t i = c->phase[lane], count = h->counts[c->planned[lane]], meter = op->key * h->limits + i;
+  bool denied = !op_open(op) && op->status != FSHM_ALLOWED, ends = i + 1 == count;
+  uint64_t *used = &c->state[meter];
+  if (branch == EFFECT) {
+    if (denied && (!level || ends)) return false;
+    if (!goes_by(c, level, lane, i, *used)) return false;
+    if (!fits(h, c, lane, i, *used, op->cost[i])) return false;
+    if (!told_left(h, c, lane, op, *used + op->cost[i])) return false;
+    add_tokens(c, meter, op->cost[i]);
+    c->seen[lane][i] = (uint8_t)*used;
+    if (op->kind == OP_RESERVE) c->charged[lane][i] = op->cost[i] ? c->born[meter] : 255;
+    if (ends || level) return stepped(c, lane, count);
+    c->phase[lane]++; /* all at once */
+    return acquire_changing(h, level, c, lane, op, branch);
+  }
+  if (branch == OTHERWISE) {
+    if (!denied || i || op->status != FSHM_DENIED) return false;
+    for (uint32_t k = 0; k < count; k++) {
+      uint64_t there = c->state[op->key * h->limits + k];
+      if (goes_by(c, level, lane, k, there) && !fits(h, c, lane, k, there, op->cost[k]) &&
+          told_left(h, c, lane, op, there))
+        return finish(c, lane);
+    }
+    return false;
+  }
+  /* Of two limits, the first was charged; the second had no room, or the limits have changed: that is undone, and it
+   * begins anew. */
+  if (branch != BACK || !level || i != 1 || c->tally[lane] == 2) return false;
+  if (c->plan[lane] == c->changes + 1 && fits(h, c, lane, i, *used, op->cost[i])) return false;
+  c->state[meter - 1] = minus(c->state[meter - 1], op->cost[0]);
+  c->phase[lane] = c->plan[lane] = c->planned[lane] = 0;
+  memset(c->seen[lane], 0, sizeof c->seen[lane]);
+  c->tally[lane]++;
+  return true;
+}
+
+/* A charge, a refund or a settlement: limit by limit, and then, with one limit, a look. */
+static inline bool force_changing(const history_t *h, int level, config_t *c, int lane,
+                                  const op_t *op, unsigned branch) {
+  uint32_t i = c->phase[lane], count = h->counts[c->planned[lane]], meter = op->key * h->limits + i;
+  if (branch != EFFECT && (branch != OTHERWISE || op->kind != OP_SETTLE)) return false;
+  if (!op_open(op) && op->status != FSHM_ALLOWED) return false;
+  if (i >= count) { /* fewer by now; or the look */
+    uint64_t used = c->state[op->key * h->limits];
+    if (branch != EFFECT || !goes_by(c, level, lane, 0, used)) return false;
+    return (op->kind == OP_SETTLE || told_left(h, c, lane, op, used)) && finish(c, lane);
+  }
+  uint64_t *used = &c->state[meter], more = op->kind == OP_REFUND ? 0 : op->cost[i];
+  uint64_t less = op->kind == OP_REFUND ? op->cost[i] : 0;
+  if (op->kind == OP_SETTLE) { /* remaining: what was charged before */
+    less = minus(op->remaining[i], op->cost[i]);
+    more = minus(op->cost[i], op->remaining[i]);
+    /* What was given back whole since, and begun anew, may be another window. */
+    bool another = c->charged[lane][i] != c->born[meter];
+    if (branch == OTHERWISE && !another) return false;
+    if (branch == OTHERWISE) less = 0;
+  }
+  if (!goes_by(c, level, lane, i, *used)) return false;
+  if (more) add_tokens(c, meter, more);
+  *used = minus(*used, less);
+  c->seen[lane][i] = (uint8_t)*used;
+  return stepped(c, lane, count + (count == 1 && op->kind != OP_SETTLE));
+}
+
+static inline bool look_changing(const history_t *h, int level, config_t *c, int lane,
+                                 const op_t *op, unsigned branch) {
+  uint32_t i = c->phase[lane], count = h->counts[c->planned[lane]];
+  uint64_t used = c->state[op->key * h->limits + i], most = most_of(h, c, lane, i);
+  if (op->kind == OP_PEEK && op->status == FSHM_DENIED)
+    return acquire_changing(h, level, c, lane, op, branch == EFFECT ? OTHERWISE : SEE);
+  if (branch != EFFECT || !goes_by(c, level, lane, i, used)) return false;
+  if (op->kind == OP_PEEK) {
+    if (!fits(h, c, lane, i, used, op->cost[i]) || !told_left(h, c, lane, op, used)) return false;
+  } else if (!op_open(op)) {
+    if (op->remaining[i] != minus(most, used) || op->status != (int)count) return false;
+  }
+  return stepped(c, lane, count);
+}
+
+static inline unsigned bit_of(unsigned slot) { return 1u << slot; }
+
+/* A permit: a slot is taken; then it stands, where no more stand with it than are allowed at that instant. A denial has
+ * seen as many held, each at an instant of its own, also such as did not stand. */
+static inline bool admit_changing(const history_t *h, int level, config_t *c, int lane,
+                                  const op_t *op, unsigned branch, unsigned view) {
+  enum { SEARCHING, TAKEN, GIVEN_BACK };
+  uint8_t *phase = &c->phase[lane], *tally = &c->tally[lane], *seen = &c->seen[lane][0];
+  bool denied = !op_open(op) && op->status != FSHM_ALLOWED;
+  unsigned standing = (unsigned)__builtin_popcount(c->stands & slots_held(h, c));
+  unsigned held = slots_held(h, c) & ~(*phase == TAKEN ? bit_of(*tally - 1u) : 0);
+  if (branch == EFFECT) {
+    if (*phase == TAKEN) {
+      if (denied || view || standing >= h->permits_of[c->variant]) return false;
+      c->stands |= (uint8_t)bit_of(*tally - 1u);
+      return finish(c, lane);
+    }
+    if (*phase || view >= h->permits_of[c->planned[lane]] || slot_held(c, view)) return false;
+    if ((denied && !level) || (!denied && !op_open(op) && op->slot != view)) return false;
+    c->holder[view] = (uint8_t)(lane + 1);
+    c->stands &= (uint8_t)~bit_of(view);
+    *tally = (uint8_t)(view + 1);
+    *phase = TAKEN;
+    return level || admit_changing(h, level, c, lane, op, branch, 0);
+  }
+  if (view) return false;
+  if (branch == OTHERWISE) {
+    if (!denied || *phase == TAKEN || op->status != FSHM_DENIED) return false;
+    unsigned found = (unsigned)__builtin_popcount(level ? *seen : held);
+    return found >= h->permits_of[level ? c->planned[lane] : c->variant] && finish(c, lane);
+  }
+  if (branch == SEE) {
+    if (!level || !denied || (*seen | held) == *seen) return false;
+    *seen |= (uint8_t)held;
+    return true;
+  }
+  if (branch != BACK || !denied || *phase != TAKEN) return false;
+  if (c->holder[*tally - 1] == lane + 1) c->holder[*tally - 1] = 0;
+  *phase = GIVEN_BACK;
+  /* It counted by the limits of then. */
+  c->plan[lane] = (uint8_t)(c->changes + 1);
+  return true;
+}
+
+static inline bool changing(const history_t *h, int level, config_t *c, int lane, const op_t *op,
+                            unsigned branch, unsigned view) {
+  bool plans = op->kind != OP_SET && op->kind != OP_RELEASE && op->kind != OP_IN_FLIGHT;
+  if (op->kind != OP_ADMIT && view) return false;
+  if (branch == LOAD_LIMITS) return plans && !view && load_limits(h, c, lane, op);
+  if (plans && !c->plan[lane]) return false;
+  switch (op->kind) {
+    case OP_ACQUIRE:
+    case OP_IS_ALLOWED:
+    case OP_RESERVE:
+      return acquire_changing(h, level, c, lane, op, branch);
+    case OP_CHARGE:
+    case OP_REFUND:
+    case OP_SETTLE:
+      return force_changing(h, level, c, lane, op, branch);
+    case OP_PEEK:
+    case OP_REMAINING:
+      return look_changing(h, level, c, lane, op, branch);
+    case OP_RESET:
+      if (branch != EFFECT) return false;
+      c->state[op->key * h->limits + c->phase[lane]] = 0;
+      return stepped(c, lane, h->counts[c->planned[lane]]);
+    case OP_ADMIT:
+      return admit_changing(h, level, c, lane, op, branch, view);
+    case OP_SET:
+      return branch == EFFECT && change_limits(h, c, lane, op);
+    default:
+      return branch == EFFECT && permits(h, level, c, lane, op, branch, view);
+  }
+}
+
+#endif
