@@ -190,7 +190,13 @@ static void converted(const state_t *s, const fshm_limit *c, uint64_t now, state
     state_t t = *s;
     if (s->kind == FSHM_BUCKET && !same_limit(&s->label, c)) t.high += within(c, 4);
     t.label = *c;
-    if (s->kind == FSHM_WINDOW) t.late = max_u64(t.late, t.end + rounding_of(t.total, c));
+    if (s->kind == FSHM_WINDOW) {
+      const uint64_t debt = debt_of(t.total, c);
+      const state_t none = nothing_used();
+      t.late = max_u64(t.late, t.end + rounding_of(t.total, c));
+      if (now >= t.end + debt) add_state(out, &none); /* without its debt, it is over */
+      if (now >= t.late + debt) return;
+    }
     if (s->kind == NOTHING) t = *s;
     add_state(out, &t);
     return;
@@ -249,9 +255,21 @@ static void was_admitted(const states_t *in, const fshm_limit *c, uint64_t cost,
         s.high = smaller_of(s.high, room) + (real_t)cost + within(c, 2);
         s.low += (real_t)cost;
       } else if (s.kind == FSHM_WINDOW) {
-        if (s.total + cost > c->n) continue;
-        s.total += cost;
-        s.late = max_u64(s.late, s.end + rounding_of(s.total, c));
+        states_t under;
+        under.n = 0;
+        if (sooner(&s, c, now) & YES) converted(&s, c, now, &under);
+        for (int k = 0; k < under.n; k++) {
+          state_t t = under.all[k];
+          if (t.kind == NOTHING) {
+            t = used_now(c, cost, now);
+          } else {
+            if (t.total + cost > c->n) continue;
+            t.total += cost;
+            t.late = max_u64(t.late, t.end + rounding_of(t.total, c));
+          }
+          add_state(out, &t);
+        }
+        continue;
       } else {
         if (sliding_used(&s, now) + cost > c->n) continue;
         s.count += cost;
@@ -282,6 +300,14 @@ static bool may_deny(const state_t *s, const fshm_limit *c, uint64_t cost, uint6
   if (cost > capacity_of(c)) return true;
   if (s->kind == FSHM_BUCKET && c->kind == FSHM_BUCKET)
     return s->high > (real_t)(c->burst - cost) - within(c, 8);
+  if (s->kind == FSHM_WINDOW && c->kind == FSHM_WINDOW && sooner(s, c, now) & YES) {
+    states_t under;
+    under.n = 0;
+    converted(s, c, now, &under);
+    for (int k = 0; k < under.n; k++)
+      if (under.all[k].kind != NOTHING) return s->total + cost > c->n;
+    return false;
+  }
   used_of(s, now, &low, &high);
   return high + cost > capacity_of(c);
 }
@@ -318,7 +344,13 @@ static void are_left(const states_t *in, const fshm_limit *c, uint64_t left, uin
     } else {
       uint64_t low, high;
       used_of(&s, now, &low, &high);
-      if (left < minus(capacity_of(c), high) || left > minus(capacity_of(c), low)) continue;
+      bool right = left >= minus(capacity_of(c), high) && left <= minus(capacity_of(c), low);
+      if (s.kind == FSHM_WINDOW && c->kind == FSHM_WINDOW && sooner(&s, c, now) & YES) {
+        const uint64_t debt =
+            debt_of(s.total, c); /* without what is no debt under c, it may be over */
+        right = (right && now < s.late + debt) || (now >= s.end + debt && left == c->n);
+      }
+      if (!right) continue;
     }
     add_state(out, &s);
   }
@@ -381,6 +413,17 @@ typedef struct {
   fshm_limit label;
 } charged_t;
 
+/* A settlement of which nothing counts any more may leave the state as it was, under v too. */
+static void add_if_untouched(const state_t *s, const charged_t *of, uint64_t now, states_t *out) {
+  bool counts = true;
+  if (s->kind == FSHM_WINDOW) counts = of->serial == s->serial;
+  if (s->kind == FSHM_SLIDING) counts = of->index + 1 >= s->index;
+  if (s->kind == FSHM_BUCKET)
+    counts = same_limit(&of->label, &s->label) &&
+             of->low > (real_t)(now - of->at + 8) / interval_of(&of->label);
+  if (!counts) add_state(out, s);
+}
+
 /* of: NULL, or the charge that it is given back from. `slowest`: the longest interval of any limits since. */
 static void refund_states(const states_t *in, const fshm_limit *c, uint64_t cost,
                           const charged_t *of, real_t slowest, uint64_t now, states_t *out) {
@@ -392,6 +435,7 @@ static void refund_states(const states_t *in, const fshm_limit *c, uint64_t cost
     for (int k = 0; k < under.n; k++) {
       state_t s = under.all[k];
       uint64_t back = cost;
+      if (of) add_if_untouched(&in->all[i], of, now, out);
       if (s.kind == FSHM_BUCKET) {
         real_t least = (real_t)cost, most = (real_t)cost;
         if (of) { /* what has flowed back since cannot be given back */

@@ -349,19 +349,20 @@ static void acquire(told_key_t *k, const step_t *s, uint64_t cost, uint64_t wait
     states_t *of = &k->states[place[0]];
     fshm_limit *l = &rule[place[0]].last;
     real_t room = (real_t)l->burst - (real_t)cost + (real_t)wait / interval_of(l);
-    copy_states(of, &next);
+    next.n = 0;
     for (int i = 0; i < of->n; i++) {
       const state_t *seen = &of->all[i];
-      bool fits = cost <= l->burst;
-      if (d.status == FSHM_ALLOWED && (!fits || seen->low > room + within(l, 8)))
-        wrong_states("it reserved", 0, cost, of);
-      if (d.status == FSHM_DENIED && fits && seen->high < room - within(l, 8))
-        wrong_states("it did not reserve", 0, cost, of);
+      bool may = cost <= l->burst && seen->low <= room + within(l, 8);
+      bool may_not = cost > l->burst || seen->high >= room - within(l, 8);
+      if (d.status == FSHM_ALLOWED ? may : may_not) add_state(&next, seen);
     }
+    if (!next.n)
+      wrong_states(d.status == FSHM_ALLOWED ? "it reserved" : "it did not reserve", 0, cost, of);
     if (d.status == FSHM_ALLOWED) {
       charge_states(&next, l, cost, now, of);
       add_up(k, cost, false);
     } else {
+      copy_states(&next, of);
       in_force(k, true);
     }
     look_at(k, after);

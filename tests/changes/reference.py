@@ -158,7 +158,10 @@ def converted(state: State, rule: Rule, now: int) -> Iterator[State]:
         yield replace(state, label=rule, high=state.high + slack)
     elif isinstance(state, Window):
         late = max(state.late, state.end + rounding(state.total, rule))
-        yield replace(state, label=rule, late=late)
+        if now >= state.end + debt(state.total, rule):
+            yield None  # without its debt, it is over
+        if now < late + debt(state.total, rule):
+            yield replace(state, label=rule, late=late)
     else:
         yield replace(state, label=rule)
 
@@ -178,6 +181,14 @@ def sooner(state: State, rule: Rule, now: int) -> set[bool]:
     under = [over_in(s, now) for s in converted(state, rule, now)]
     answers = {True} if min(a for a, _ in under) <= high else set()
     return answers | ({False} if max(b for _, b in under) > low else set())
+
+
+def as_seen(state: State, rule: Rule, now: int) -> Iterator[State]:
+    """How a call sees it: a window under c, if it is over sooner then; it may be over by now."""
+    if isinstance(state, Window) and rule.kind == WINDOW and True in sooner(state, rule, now):
+        yield from converted(state, rule, now)
+    else:
+        yield state
 
 
 def pass_time(states: States, now: int) -> States:
@@ -229,10 +240,12 @@ def admitted(states: States, rule: Rule, cost: int, now: int) -> States:
                     high = min(under.high, room) + cost + within(rule, 2)
                     out.add(replace(under, low=under.low + cost, high=high))
         elif isinstance(state, Window):
-            total = state.total + cost
-            if total <= rule.n:
-                late = max(state.late, state.end + rounding(total, rule))
-                out.add(replace(state, label=rule, total=total, late=late))
+            for under in as_seen(state, rule, now):
+                if under is None:
+                    out.add(used_now(rule, cost, now))
+                elif isinstance(under, Window) and (total := under.total + cost) <= rule.n:
+                    late = max(under.late, under.end + rounding(total, rule))
+                    out.add(replace(under, label=rule, total=total, late=late))
         elif state.used(now) + cost <= rule.n:
             out.add(replace(state, label=rule, count=state.count + cost))
     return frozenset(out)
@@ -243,7 +256,8 @@ def may_deny(state: State, rule: Rule, cost: int, now: int) -> bool:
         return True
     if isinstance(state, Bucket) and rule.kind == BUCKET:
         return state.high > rule.burst - cost - within(rule, SLACK)
-    return tokens_used(state, now)[-1] + cost > rule.most
+    seen = as_seen(state, rule, now)
+    return any(s is not None and tokens_used(s, now)[-1] + cost > rule.most for s in seen)
 
 
 def denied(states: States, rule: Rule, cost: int, now: int, *, by_this: bool) -> States:
@@ -276,8 +290,10 @@ def left(states: States, rule: Rule, tokens: int, now: int) -> States:
             if tokens < rule.burst:
                 low = max(low, rule.burst - tokens - 1 - within(rule, SLACK))
             out.add(replace(state, low=min(low, high), high=high))
-        elif tokens in {max(0, rule.most - used) for used in tokens_used(state, now)}:
-            out.add(state)
+        else:
+            seen = (tokens_used(s, now) for s in as_seen(state, rule, now))
+            if any(tokens == max(0, rule.most - used) for each in seen for used in each):
+                out.add(state)
     return frozenset(out)
 
 
@@ -352,6 +368,8 @@ def given_back(states: States, rule: Rule, cost: int, now: int, of: Charge | Non
     """of: the charge that it is given back from, as far as that still counts."""
     out: set[State] = set()
     for state in states:
+        if of and not _counts(of, state, now):
+            out.add(state)  # it may be left as it was, under v too
         for s in to_change(state, rule, 0, now):
             if isinstance(s, Bucket):
                 least = most = Fraction(cost)
@@ -374,6 +392,18 @@ def given_back(states: States, rule: Rule, cost: int, now: int, of: Charge | Non
             else:
                 out.add(None)
     return pass_time(frozenset(out), now)
+
+
+def _counts(of: Charge, state: State, now: int) -> bool:
+    """Is anything left of the charge that could be given back?"""
+    if isinstance(state, Window):
+        return isinstance(of.state, Window) and of.state.serial == state.serial
+    if isinstance(state, Sliding):
+        return isinstance(of.state, Sliding) and of.state.index + 1 >= state.index
+    if isinstance(state, Bucket):
+        flowed = (now - of.now + SLACK) / interval(of.rule)
+        return of.rule == state.label and isinstance(of.state, Bucket) and of.state.low > flowed
+    return True
 
 
 def _sliding_given_back(s: Sliding, cost: int, of: Charge | None) -> Sliding:

@@ -218,7 +218,6 @@ class Stories(RuleBasedStateMachine):
 
     alive = precondition(lambda self: not self.given_up)
 
-    @alive
     @rule(ns=PAUSES)
     def sleep(self, ns: int) -> None:
         self.now += ns
