@@ -425,11 +425,10 @@ def _near_another_window(of: Charge, states: States) -> bool:
 def _module_segment() -> Iterator[Segment]:
     """One for all stories: each has a name and keys of its own."""
     name = unique_name("stories")
-    yield Segment(name, capacity=100_000)
+    yield Segment(name, capacity=10_000 + 20 * STORIES)
     remove(name)
 
 
 def test_stories(module_segment: Segment) -> None:
     Stories.segment = module_segment
-    machine = type("StoriesHere", (Stories,), {"segment": module_segment})
-    run_state_machine_as_test(machine, settings=SETTINGS)
+    run_state_machine_as_test(Stories, settings=SETTINGS)
