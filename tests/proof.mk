@@ -1,6 +1,6 @@
 # Proofs: what docs/reliability.md tells of, one target each. Part of the Makefile.
 
-.PHONY: crash crash-planted model linearize linearize-planted fuzz fuzz-planted scribble scribble-py faults
+.PHONY: crash crash-planted stories stories-planted model linearize linearize-planted fuzz fuzz-planted scribble scribble-py faults
 .PRECIOUS: $(BUILD)/linear/%
 
 need = @command -v $(1) >/dev/null || { echo "needs $(1): apt-get install $(2)"; exit 1; }
@@ -90,3 +90,14 @@ scribble-py: $(VENV)/.test ## the same with the Python classes and fast-shm
 FAULTS ?= tests/faults
 faults: $(VENV)/.test ## full and missing /dev/shm, other users, limits, sandboxes, clocks, forks (as root: all of them)
 	$(PYTEST) -n auto $(FAULTS)
+
+# Stories of limits that change ---------------------------------------------------------------------
+
+STORIES ?= 10000000
+CORES   := $(shell nproc)
+stories: $(BUILD)/c/test_stories ## random stories of limits that change, against a reference (STORIES=10000000, SEED)
+	@seq 0 $$(($(CORES) - 1)) | xargs -P $(CORES) -I I sh -c \
+	  '$< $$(($(STORIES) / $(CORES))) $(or $(SEED),1) $$((I * ($(STORIES) / $(CORES))))'
+
+stories-planted: ## does that find faults that are planted into copies of csrc/?
+	$(PYTHON) tests/changes/planted.py

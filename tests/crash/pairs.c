@@ -31,6 +31,21 @@ static void run_look_and_admit(outcome_t *out) {
   run_admit(out);
 }
 
+/* Raised, taken up, and lowered again: the limit is what it was, and what is held is not. */
+static void run_raise_take_lower(outcome_t *out) {
+  const fshm_limit high = op->limits[0], low = op->next[0];
+  fshm_permit permit;
+  fshm_decision d;
+  uint32_t held, taken = 0;
+  publish_limits(out, &high, 1);
+  do {
+    fshm_admit(world.l, KEY, strlen(KEY), NULL, world.now, &permit, &d, &held);
+    taken += d.status == FSHM_ALLOWED;
+  } while (d.status == FSHM_ALLOWED);
+  out->number = taken;
+  if (out->status == FSHM_OK) publish_limits(out, &low, 1);
+}
+
 static uint32_t admitted(const outcome_t out[2]) {
   return (out[0].status == FSHM_ALLOWED) + (out[1].status == FSHM_ALLOWED);
 }
@@ -96,6 +111,17 @@ static void verify_last_permit(const outcome_t out[2]) {
 static void verify_lowered(const outcome_t out[2]) {
   expect(admitted(out) <= 1, out, "one permit");
   expect(held_alive(world.l, KEY) == op->prior + admitted(out), out, "what is held");
+}
+
+static void verify_raised_and_lowered(const outcome_t out[2]) {
+  outcome_t mine = {0};
+  uint64_t held = (out[0].status == FSHM_ALLOWED) + out[1].number;
+  expect(out[1].status == FSHM_OK, out, "the limits");
+  expect(held <= op->limits[0].n, out, "more than the higher limit");
+  expect(held_alive(world.l, KEY) == held, out, "what is held");
+  expect(fshm_in_flight(world.l, KEY, strlen(KEY)) == held, out, "what is said to be held");
+  run_admit(&mine);
+  expect(mine.status == FSHM_DENIED, out, "one more is admitted");
 }
 
 /* Whoever stands, and whoever may by what is allowed now, are no more than was told or is allowed. */
@@ -273,6 +299,9 @@ static const pair_of_operations_t pairs[] = {
     {PERMIT_START("pair-permit-lowered-beyond", ONE(PERMITS(3)), .prior = 1, .flags = LOW_FREED,
                   THEN_ONE(PERMITS(2))),
      PAIR(run_admit, run_admit, verify_lowered)},
+    {PERMIT_START("pair-permit-raised-and-lowered", .capacity = 8, ONE(PERMITS(4)), .flags = FREED,
+                  THEN_ONE(PERMITS(1))),
+     PAIR(run_admit, run_raise_take_lower, verify_raised_and_lowered)},
     {PERMIT_START("pair-release-take", ONE(PERMITS(1)), .prepare = take_one_permit),
      PAIR(run_release, run_admit, verify_release)},
     {PERMIT_START("pair-take-reap", ONE(PERMITS(1)), .dead = 1),
