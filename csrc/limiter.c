@@ -8,6 +8,7 @@ typedef struct {
   plan_t plan;
   bool stale; /* met a state of newer limits than the plan's: load it again, and look again */
   bool fixed; /* the caller gave the time */
+  bool peeks; /* nothing is written, so states stay under the rules that they have */
   int tries; /* lost swaps so far, of at most MAX_TRIES */
   uint64_t hash;
   uint64_t now, at; /* at: the instant it is charged for; later than now where a waiter reserves */
@@ -110,7 +111,7 @@ static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_
   uint64_t moved = meter_convert(r, &old, state, c->now);
   l->verdict = meter_take(r, moved, c->now, c->at, cost);
   if (!l->verdict.retry || cost > rule_capacity(r)) return;
-  if (state_expires(moved) <= state_expires(state)) {
+  if (!c->peeks && state_expires(moved) <= state_expires(state)) {
     l->moved = moved;
     return;
   }
@@ -337,7 +338,7 @@ static inline int take_one(call_t *c, uint32_t op, look_t *l) {
     look_inline(c, 0, c->costs[0], l);
     if (unlikely(c->stale)) continue;
     if (l->verdict.retry && !may_wait(c, op, 0, l)) {
-      if (unlikely(l->moved) && !looks_only(op) && !keep_moved(c, 0, l)) continue;
+      if (unlikely(l->moved) && op != FSHM_PEEK && !keep_moved(c, 0, l)) continue;
       return FSHM_DENIED;
     }
     if (looks_only(op)) return FSHM_ALLOWED;
@@ -412,7 +413,7 @@ static int take_all(call_t *c, uint32_t op, look_t *looks) {
     if (c->stale) continue;
     if (!may || (wait > c->at - c->now && !buckets)) { /* no instant to charge for */
       bool kept = true;
-      for (uint32_t i = 0; i < count && !looks_only(op); i++)
+      for (uint32_t i = 0; i < count && op != FSHM_PEEK; i++)
         kept &= likely(!looks[i].moved) || keep_moved(c, i, &looks[i]);
       if (unlikely(!kept)) continue;
       return FSHM_DENIED;
@@ -472,7 +473,7 @@ static inline void begin_hashed(call_t *c, fshm_limiter *l, uint64_t hash, uint6
   c->s = l->segment;
   c->index = l->index;
   c->tally = l->tally;
-  c->stale = false;
+  c->stale = c->peeks = false;
   c->tries = 0;
   c->hash = hash;
   c->fixed = now != 0;
@@ -492,6 +493,7 @@ static inline HOT int apply_begun(call_t *c, uint32_t op, const void *key, uint6
                                   fshm_decision *out, fshm_charged *charges) {
   look_t looks[FSHM_MAX_LIMITS];
   uint32_t slot = process_slot(c->s);
+  c->peeks = op == FSHM_PEEK;
   int status = RESHAPED;
   if (unlikely(op >= FSHM_CHARGE))
     status = force_all(c, op, looks);
@@ -708,6 +710,7 @@ int fshm_peek_cell(fshm_segment *s, uint64_t cell, uint64_t now, fshm_decision *
   fshm_limiter any = {.segment = s, .index = index};
   if (!limits_load(s, index, &c.plan) || !c.plan.count) return 0;
   begin(&c, &any, "", 0, now);
+  c.peeks = true;
   bool allowed = true;
   for (uint32_t i = 0; i < c.plan.count; i++) {
     c.hash = (who >> WHO_BITS) ^ c.plan.salt;
