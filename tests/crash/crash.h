@@ -57,6 +57,7 @@ enum {
   LOW_FREED = 1 << 19, /* as FREED, but S holds the highest of all */
   UNCHANGED = 1 << 20, /* the limits are not changed to `next` yet: the operation does that */
   REFUSES = 1 << 22, /* of a wallet: what the grantor told is known, and that it refused the cost */
+  COMES_ROUND_NEXT = 1 << 23, /* the generation of T's process slot comes round with T */
   MOST_BEHIND = 1
       << 21 /* `most` is below what is held, as limits_lower_most() may leave it when the limits
                          * are raised between its look and its swap */
@@ -88,6 +89,7 @@ enum {
   DEPLOYMENT_OPEN,
   DEPLOYMENT_RECORD,
   FLIGHT,
+  LEAD,
   HIT,
   CLEAR,
   WALLET_SPEND,
