@@ -65,7 +65,7 @@ __attribute__((constructor)) static void watch_forks(void) {
  * parent's pid. (Pids have 22 bits.) */
 uint32_t process_token(void) { return (uint32_t)getpid() | load_relaxed(&forks) << 22; }
 
-bool process_forked(const fshm_segment *s) {
+COLD bool process_forked(const fshm_segment *s) {
   return load_relaxed(&s->fork_page->token) != process_token();
 }
 
@@ -461,7 +461,7 @@ static COLD void forget_former_owners(fshm_segment *s, uint32_t slot) {
 /* Take a slot for this process. Called once in each process (the page is wiped by a fork), by its
  * first call on the segment; a second thread that comes meanwhile counts into the ledger directly
  * instead of waiting. Where no slot is left, so does the whole process. */
-uint32_t process_join(fshm_segment *s) {
+COLD uint32_t process_join(fshm_segment *s) {
   fork_page_t *page = s->fork_page;
   if (s->read_only) return NO_SLOT;
   if (!s->wiped && process_forked(s)) {
