@@ -173,7 +173,7 @@ $(VENV)-bench/.peers: $(VENV)-bench/.made $(C_SOURCES) csrc/build.py setup.py py
 
 $(BUILD)/libfast_shm.so: $(C_SOURCES)
 	@mkdir -p $(@D)
-	$(CC) @csrc/cflags $(C_WARNINGS) -fPIC -shared -Icsrc -include csrc/exports.h csrc/unity.c -o $@ $(LDFLAGS)
+	$(CC) @csrc/cflags $(C_WARNINGS) -fPIC -shared -Icsrc -include csrc/exports.h csrc/unity.c -o $@ -pthread $(LDFLAGS)
 
 .PRECIOUS: $(BUILD)/c/% $(BUILD)/aarch64/% # make would take them for intermediate, and delete them
 

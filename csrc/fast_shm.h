@@ -5,8 +5,8 @@
  * lock-free and safe from any thread and any process. Design and proofs: DESIGN.md.
  *
  * Caveats
- * - Symptom: EBADF-like oddities after daemonising. Cause: the program closed all descriptors, the
- *   library's among them, and with them the kernel lock that says "this process is alive".
+ * - Symptom: FSHM_E_LOCK_FILE with EBADF. Cause: the kernel lock that says "this process is alive" was dropped
+ *   while it lived: not on Linux; elsewhere, by a program that closed all descriptors, the library's among them.
  *   Cure: open the segment after daemonising. (A fork needs no care: a child joins by itself.)
  * - Symptom: FSHM_E_LOCK_FILE although all went well so far. Cause: somebody deleted the lock file beside
  *   the segment. Cure: stop the workers, `fast-shm rm`, start them. Rates go on being limited until then.
@@ -26,6 +26,8 @@
 /* [cdef begin] */
 
 #define FSHM_LAYOUT_VERSION 2
+#define FSHM_ALIVE_BY_LOCK \
+  2     /* in another pid namespace, say: whether it dumps core cannot be seen */
 #define FSHM_MAX_LIMITS 4        /* limits of one limiter */
 #define FSHM_MAX_NAME 64         /* bytes of a segment name: A-Z a-z 0-9 . _ - */
 #define FSHM_MAX_LIMITER_NAME 96 /* bytes of a limiter name */
@@ -148,7 +150,7 @@ typedef struct {
 } fshm_limiter_info;
 
 typedef struct {
-  uint32_t pid, alive;
+  uint32_t pid, alive; /* 0, 1, or FSHM_ALIVE_BY_LOCK: until the kernel drops its lock */
   uint64_t attached_ns, admitted, denied, refused_full;
   uint32_t away; /* as fshm_process_note() was told */
 } fshm_process_info;
@@ -164,7 +166,8 @@ uint64_t fshm_size_for(uint64_t capacity);
 int fshm_unlinked(fshm_segment *segment);
 /* Can it be told who is alive, and can processes join? FSHM_OK; FSHM_E_NOT_FOUND: the segment was
  * removed; FSHM_E_LOCK_FILE: error has the lock file's path, and in sys_errno ENOENT (it was deleted),
- * ESTALE (another lies there), EBADF (this process closed it), or why it cannot be opened. */
+ * ESTALE (another lies there), EBADF (this process lost its lock, and others may have taken what it held), or why
+ * it cannot be opened or locked. */
 int fshm_liveness(fshm_segment *segment, fshm_error *error);
 void fshm_describe(fshm_segment *segment, fshm_geometry *out);
 uint64_t fshm_now(fshm_segment *segment);
@@ -274,7 +277,8 @@ int fshm_learn(fshm_limiter *limits, const void *key, uint64_t key_length, const
 int fshm_known(fshm_limiter *limits, const void *key, uint64_t key_length, uint64_t now_ns,
                uint64_t *used, uint64_t *left_ns);
 /* The process that speaks for the host. 1: this one does, until it dies; 0: another does; or
- * FSHM_E_LOCK_FILE. wait: blocks until it is this one's turn, which comes at once when the one before dies. */
+ * FSHM_E_LOCK_FILE. wait: blocks until it is this one's turn, which comes within half a second when the one
+ * before dies. */
 int fshm_lead(fshm_segment *segment, int wait);
 int fshm_lead_end(fshm_segment *segment);
 uint32_t fshm_leader(fshm_segment *segment); /* its pid; 0: nobody */

@@ -52,8 +52,11 @@ static inline bool patient(const patience_t *p) { return p->swaps > 0 && p->clai
 typedef struct {
   _Atomic uint32_t joined; /* 0 = not yet; slot + 1; or NO_SLOT: counts straight into the ledger */
   _Atomic uint32_t joining;
-  _Atomic uint32_t pid; /* where the kernel cannot wipe: compare with getpid() */
+  _Atomic uint32_t token; /* where the kernel cannot wipe: compare with process_token() */
   _Atomic uint64_t generation; /* of the slot, while it is ours */
+  _Atomic uintptr_t hold; /* where the description that has our locks is mapped; 0 = it is not */
+  _Atomic uint32_t lost; /* our locks were dropped while we lived */
+  _Atomic int kept; /* then it is this descriptor (+ 1) that has them */
 } fork_page_t;
 
 struct fshm_segment {
@@ -80,11 +83,13 @@ struct fshm_segment {
   fork_page_t *fork_page;
   bool read_only;
   bool wiped; /* the kernel wipes fork_page in a child; else the pid is compared */
-  _Atomic int lock_fd; /* of the lock file, -1 = not open */
+  _Atomic int lock_fd; /* of the lock file, to ask by; -1 = not open */
   _Atomic uint64_t lock_dev, lock_ino;
   _Atomic uint32_t lock_opener; /* threads_lock() around the opening */
-  int parked_fd; /* of the lock file, from a handle for reading that was closed before this one; or -1 */
-  _Atomic uint32_t leads; /* the pid that leads the host, if it is this process: a child does not */
+  _Atomic uint32_t keeper; /* threads_lock() around taking lost locks again */
+  _Atomic uint32_t
+      unmapped; /* here a mapping does not keep a description: its descriptor must be kept */
+  _Atomic uint64_t looked[PROCESSES]; /* process.c: what /proc said last */
   _Atomic int lock_errno; /* why it could not be had when it was last wanted; 0 = it was */
   uint64_t dev, ino;
   uint32_t users; /* handles on this mapping in this process */
@@ -175,6 +180,8 @@ bool process_identity(fshm_segment *s, uint32_t *slot, uint64_t *generation);
 bool process_lock_open(const fshm_segment *s);
 int process_refusal(const fshm_segment *s);
 bool process_forked(const fshm_segment *s);
+void process_leave(fshm_segment *s);
+uint32_t process_token(void);
 
 static inline uint32_t process_slot(fshm_segment *s) {
   uint32_t joined = load_relaxed(&s->fork_page->joined);

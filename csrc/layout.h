@@ -125,7 +125,9 @@ typedef struct {
 /* Slot i belongs to the process that holds the byte lock i of the lock file; the kernel drops the
  * lock at its death, and the fields below then describe a dead process until the slot is reused. */
 typedef struct {
-  _Alignas(LINE) _Atomic uint32_t pid; /* 0 = never used; owner writes, relaxed */
+  /* 0 = never used. The owner sets it to 0 before it counts `generation` up, and writes it (release) after `born`:
+   * whoever finds it set (acquire), and the generation as before, has the pid of that generation's owner. */
+  _Alignas(LINE) _Atomic uint32_t pid;
   _Atomic uint32_t away; /* fshm_process_note(). Owner writes, relaxed; shown while it lives */
   _Atomic uint64_t attached; /* segment time, ns */
   /* What the slot's tallies said when its owner joined: the rest are the owner's. Owner writes, relaxed; killed
@@ -136,6 +138,9 @@ typedef struct {
   _Atomic uint64_t generation;
   /* a generation whose owner is known to be dead; written by anybody who asked the kernel (route.c) */
   _Atomic uint64_t dead;
+  /* The pid namespace's inode (32 bits) | when the process started, in ticks since boot (32). 0 = not known. Owner
+   * writes, before pid. */
+  _Atomic uint64_t born;
 } process_t;
 
 /* The limits of a name are rules (rule_t, as relaxed words), each in a slot of its limiter's table. A rule is written
@@ -197,6 +202,9 @@ typedef struct {
   /* The lock file's inode: 0 = not made yet. One compare-and-swap by the first to have it open, then
    * constant; relaxed, since it is compared and leads nowhere. After a crash: 0, or the inode. */
   _Alignas(LINE) _Atomic uint64_t lock_file;
+  /* Who speaks for the host: generation (48 bits) | process slot + 1 (16). 0 = nobody. One compare-and-swap, by
+   * whoever finds no living process there. */
+  _Atomic uint64_t leader;
   /* Futex words, for waiters of keys that hash to them: lease.c. After a crash: at worst a needless
    * wake, or a waiter that looks after a second. */
   _Alignas(LINE) _Atomic uint32_t bells[BELLS];

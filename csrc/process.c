@@ -1,53 +1,106 @@
-/* process.c - who is alive, and which column is whose.
+/* process.c - who is alive, and which column is whose. Argued in DESIGN.md, "Processes".
  *
- * A process owns slot i while it holds the POSIX lock on byte i of the lock file. The kernel grants
- * it to one process at a time and drops it at the owner's death, at once, in any pid namespace, for
- * zombies too; a forked child does not inherit it. (Open-file-description locks would be inherited.)
- * When the owner has counted the slot's generation up, it locks byte PROCESSES + i too: "the owner of this
- * generation lives". That is the one that others ask about.
- * The lock file is opened once for each process and segment, by nobody else, and stays open: closing
- * any descriptor of it would drop the process's locks.
+ * A process owns slot i while byte i of the lock file is locked for it. When the owner has counted the slot's
+ * generation up, it locks byte PROCESSES + i too: "the owner of this generation lives". That is the one that
+ * others ask about.
+ * The locks are those of an open file description of the process's own (F_OFD_SETLK). On Linux the process maps
+ * that description into its memory, where a fork does not inherit it, and closes the descriptor. So the locks last
+ * as long as the process's memory: whatever descriptors it opens and closes, however it forks, and until it dies
+ * or runs another program. The kernel drops them late in one case: a process that dumps core is asked about in
+ * /proc.
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "internal.h"
 
-bool process_forked(const fshm_segment *s) {
-  return load_relaxed(&s->fork_page->pid) != (uint32_t)getpid();
+#if defined(__APPLE__) && !defined(F_OFD_SETLK) /* older SDKs do not name them */
+#define F_OFD_SETLK 90
+#define F_OFD_GETLK 92
+#endif
+
+/* What a thread has in its hands while its process takes locks: a fork in that instant must not keep them. */
+typedef struct {
+  _Atomic int fd; /* + 1; 0 = none, -1 = being written */
+  _Atomic uint64_t dev, ino;
+  _Atomic uintptr_t map;
+} grip_t;
+/* One for each segment that this process is just joining, or whose descriptor it must keep. Where there are more:
+ * a fork in that instant is told by its parent's pid alone. */
+#define GRIPS 64
+static grip_t grips[GRIPS], no_grip;
+
+static _Atomic uint32_t forks; /* from the first process of this memory to this one */
+
+static bool is_file(int fd, uint64_t dev, uint64_t ino) {
+  struct stat st;
+  return fd >= 0 && !fstat(fd, &st) && st.st_ino == ino && (uint64_t)st.st_dev == dev;
+}
+
+/* In a forked child: what its parent's life hangs on is not for the child to keep. */
+static void in_child(void) {
+  (void)add_relaxed(&forks, 1);
+  for (int i = 0; i < GRIPS; i++) {
+    grip_t *g = &grips[i];
+    int fd = load_relaxed(&g->fd) - 1;
+    if (is_file(fd, load_relaxed(&g->dev), load_relaxed(&g->ino))) (void)close(fd);
+    if (load_relaxed(&g->map)) (void)munmap((void *)load_relaxed(&g->map), 1);
+    store_relaxed(&g->map, 0);
+    store_relaxed(&g->fd, 0);
+  }
+}
+__attribute__((constructor)) static void watch_forks(void) {
+  (void)pthread_atfork(NULL, NULL, in_child);
+}
+
+/* This process, among those that its memory was copied to: in a pid namespace of its own a child may have its
+ * parent's pid. (Pids have 22 bits.) */
+uint32_t process_token(void) { return (uint32_t)getpid() | load_relaxed(&forks) << 22; }
+
+COLD bool process_forked(const fshm_segment *s) {
+  return load_relaxed(&s->fork_page->token) != process_token();
 }
 
 /* The bytes of a slot. */
 #define OWNED(slot) (slot)
 #define ALIVE(slot) ((slot) + PROCESSES)
 
-static int byte_lock(int fd, int command, short type, uint32_t byte, struct flock *lock) {
-  *lock = (struct flock){.l_type = type, .l_whence = SEEK_SET, .l_start = byte, .l_len = 1};
-  return fcntl(fd, command, lock);
+static int byte_lock(int fd, int command, short type, uint32_t byte) {
+  struct flock lock = {.l_type = type, .l_whence = SEEK_SET, .l_start = byte, .l_len = 1};
+  return fcntl(fd, command, &lock);
 }
 
-/* Is the descriptor still that of the lock file? A daemoniser may have closed it, and its number may be
- * another file's by now. */
+/* Is the byte locked by another description than fd's, in this process or another? Where it cannot be asked: yes. */
+static bool byte_held(int fd, uint32_t byte) {
+  struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = byte, .l_len = 1};
+  return fcntl(fd, F_OFD_GETLK, &lock) || lock.l_type != F_UNLCK;
+}
+
+/* Is the descriptor by which we ask still that of the lock file? A daemoniser may have closed it, and its number
+ * may be another file's by now. */
 bool process_lock_open(const fshm_segment *s) {
-  struct stat st;
   int fd = atomic_load_explicit(&s->lock_fd, memory_order_acquire); /* with lock_file_ready() */
-  return fd >= 0 && !fstat(fd, &st) && st.st_ino == load_relaxed(&s->lock_ino) &&
-         (uint64_t)st.st_dev == load_relaxed(&s->lock_dev);
+  return is_file(fd, load_relaxed(&s->lock_dev), load_relaxed(&s->lock_ino));
 }
 
-/* Whoever may use the segment may use its lock file: the same owner, group and mode, as far as we may
- * set them. Not at open: umask would interfere. */
+/* Whoever may write the segment may use its lock file: the same owner, group and mode, as far as we may set them.
+ * Who may only read the segment may not even read the lock file: a lock for reading on all bytes would keep every
+ * process out of the table. Not at open: umask would interfere. */
 static void admit_same_users(const fshm_segment *s, int fd, const struct stat *lock) {
   struct stat segment;
   if (stat(s->path, &segment) || (lock->st_uid != geteuid() && geteuid())) return;
   if (segment.st_uid != lock->st_uid && !geteuid()) (void)!fchown(fd, segment.st_uid, (gid_t)-1);
   if (segment.st_gid != lock->st_gid) (void)!fchown(fd, (uid_t)-1, segment.st_gid);
-  if ((lock->st_mode & 07777) != (segment.st_mode & 07777))
-    (void)fchmod(fd, segment.st_mode & 07777);
+  mode_t writers = segment.st_mode & 0222, mode = writers | writers << 1;
+  if ((lock->st_mode & 07777) != mode) (void)fchmod(fd, mode);
 }
 
 /* An empty lock file that admits whom the segment admits before it has a name: a maker that is killed shuts
@@ -92,8 +145,7 @@ static int open_lock_file(fshm_segment *s, struct stat *st) {
     wrong = ENOENT;
   }
   known = load_relaxed(&s->header->lock_file);
-  /* A hard link is somebody else's file, and one without a name was deleted just now. (Asked of the
-   * file that is not the one yet: closing that one would drop the locks of this process.) */
+  /* A hard link is somebody else's file, and one without a name was deleted just now. */
   if (!wrong && !known && (!S_ISREG(st->st_mode) || st->st_nlink != 1)) wrong = ESTALE;
   if (!wrong && !known &&
       atomic_compare_exchange_strong_explicit(&s->header->lock_file, &known, st->st_ino,
@@ -129,6 +181,120 @@ static bool lock_file_ready(fshm_segment *s) {
   return process_lock_open(s);
 }
 
+#if defined(__linux__)
+/* Read a small file whole. "" where it cannot be read. */
+static void read_proc(const char *path, char *out, size_t room) {
+  size_t length = 0;
+  int fd = open(path, O_RDONLY | O_CLOEXEC);
+  for (ssize_t n = fd >= 0; n > 0 && length < room - 1; length += (size_t)n) {
+    n = read(fd, out + length, room - 1 - length);
+    if (n < 0) n = 0;
+  }
+  if (fd >= 0) (void)close(fd);
+  out[length] = 0;
+}
+
+/* The start of a process in ticks since boot, the lower 32 bits, as /proc/PID/stat has it; its state, and how many
+ * threads it has. False: not to be had. */
+static bool read_stat(const char *path, uint32_t *start, char *state, long *threads) {
+  char text[1024];
+  unsigned long long ticks;
+  read_proc(path, text, sizeof text);
+  const char *at = strrchr(text, ')'); /* the name before it may hold anything */
+  if (!at || sscanf(at,
+                    ") %c %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %ld %*s "
+                    "%llu",
+                    state, threads, &ticks) != 3)
+    return false;
+  *start = (uint32_t)ticks;
+  return true;
+}
+
+/* The inode of this process's pid namespace, if /proc is that namespace's. 0: it is not, or there is none. */
+static uint32_t pid_namespace(void) {
+  struct stat st;
+  char self[32] = {0};
+  if (readlink("/proc/self", self, sizeof self - 1) <= 0 || atol(self) != (long)getpid()) return 0;
+  return stat("/proc/self/ns/pid", &st) ? 0 : (uint32_t)st.st_ino;
+}
+
+/* process_t.born of this process. */
+static uint64_t own_birth(void) {
+  uint32_t start, space = pid_namespace();
+  char state;
+  long threads;
+  if (!space || !read_stat("/proc/self/stat", &start, &state, &threads)) return 0;
+  return (uint64_t)space << 32 | start;
+}
+
+static bool dumps_core(const char *path) {
+  char text[8192]; /* the groups come before it */
+  read_proc(path, text, sizeof text);
+  const char *at = strstr(text, "\nCoreDumping:");
+  return at && atoi(at + strlen("\nCoreDumping:")) == 1;
+}
+#else
+static uint64_t own_birth(void) { return 0; }
+#endif
+
+enum { RUNS, ENDED, UNSEEN };
+
+/* What the system says of the process itself, where its pid is one of our namespace. `thorough`: its pid may be
+ * another process's by now (while its byte is locked, it is not, or it does not matter). ENDED is certain: a process
+ * that dumps core runs no line of its program any more. */
+static int look_at_process(const process_t *p, bool thorough) {
+  pid_t pid =
+      (pid_t)atomic_load_explicit(&p->pid, memory_order_acquire); /* pairs with process_join() */
+  uint64_t born = load_relaxed(&p->born);
+  if (pid <= 0 || !born) return UNSEEN;
+#if defined(__linux__)
+  char path[64], state;
+  uint32_t start;
+  long threads;
+  if (pid_namespace() != born >> 32) return UNSEEN;
+  if (kill(pid, 0) && errno == ESRCH) return ENDED; /* /proc may hide it (hidepid); this does not */
+  if (thorough) {
+    (void)snprintf(path, sizeof path, "/proc/%d/stat", (int)pid);
+    if (!read_stat(path, &start, &state, &threads)) return UNSEEN;
+    if (start != (uint32_t)born) return ENDED;
+    if (strchr("ZX", state) && threads <= 1)
+      return ENDED; /* not where a thread outlives the first */
+  }
+  (void)snprintf(path, sizeof path, "/proc/%d/status", (int)pid);
+  return dumps_core(path) ? ENDED : RUNS;
+#else
+  (void)thorough;
+  return UNSEEN;
+#endif
+}
+
+/* Has the slot's owner ended, though its byte is locked, or we may not ask for the byte? Asked of the system twice a
+ * second at most, by each process. looked[slot]: generation (32 bits) | ended (1) | when, in ms (31). */
+#define ENDED_BIT (UINT64_C(1) << 31)
+#define LOOKED_MS (ENDED_BIT - 1)
+
+static bool has_ended(fshm_segment *s, uint32_t slot, bool thorough) {
+  const process_t *p = &s->processes[slot];
+  uint64_t generation = atomic_load_explicit(&p->generation, memory_order_acquire);
+  uint64_t known = load_relaxed(&s->looked[slot]), now = segment_now(s) / 1000000 & LOOKED_MS;
+  if (known >> 32 == (uint32_t)generation && (known & ENDED_BIT)) return true;
+  if (known >> 32 == (uint32_t)generation && ((now - known) & LOOKED_MS) < 500) return false;
+  bool ended = look_at_process(p, thorough) == ENDED;
+  /* The pid that was looked at is that of another generation's owner? Then nothing is known. */
+  if (atomic_load_explicit(&p->generation, memory_order_acquire) != generation) return false;
+  store_relaxed(&s->looked[slot], generation << 32 | (ended ? ENDED_BIT : 0) | now);
+  return ended;
+}
+
+/* Can a reader that may not open the lock file see of every process whether it lives? */
+static bool all_seen(const fshm_segment *s) {
+  for (uint32_t slot = 0; slot < PROCESSES; slot++)
+    if (load_relaxed(&s->processes[slot].pid) &&
+        look_at_process(&s->processes[slot], true) == UNSEEN)
+      return false;
+  return true;
+}
+
 int fshm_liveness(fshm_segment *s, fshm_error *e) {
   struct stat st;
   memset(e, 0, sizeof *e);
@@ -150,10 +316,14 @@ int fshm_liveness(fshm_segment *s, fshm_error *e) {
   e->wanted = known;
   errno = ESTALE;
   if (st.st_ino != known) return image_fail(e, FSHM_E_LOCK_FILE);
-  errno = EBADF; /* and with it the lock that said that we live */
-  if (member && !process_lock_open(s)) return image_fail(e, FSHM_E_LOCK_FILE);
-  if (lock_file_ready(s)) return FSHM_OK;
+  bool ready = lock_file_ready(s);
+  errno = EBADF; /* the lock that said that we live was dropped */
+  if (load_relaxed(&s->fork_page->lost) ||
+      (member && ready && !byte_held(load_relaxed(&s->lock_fd), ALIVE(joined - 1))))
+    return image_fail(e, FSHM_E_LOCK_FILE);
   errno = load_relaxed(&s->lock_errno);
+  if (ready && !(errno && joined == NO_SLOT)) return FSHM_OK;
+  if (errno == EACCES && s->read_only && all_seen(s)) return FSHM_OK; /* /proc tells a reader */
   return image_fail(e, FSHM_E_LOCK_FILE);
 }
 
@@ -162,37 +332,167 @@ int process_refusal(const fshm_segment *s) {
   return load_relaxed(&s->lock_errno) ? FSHM_E_LOCK_FILE : FSHM_E_PROCESSES;
 }
 
+/* What this process takes and keeps its locks by. */
+typedef struct {
+  int fd, command; /* -1: none. F_OFD_SETLK or F_SETLK */
+  grip_t *grip;
+} description_t;
+
+/* One that only this process has. Where none can be had (its user may not open the file, and has it from its
+ * parent): the descriptor to ask by, and POSIX locks, which are the process's, and which the close of any
+ * descriptor of the file drops. A child does not inherit those. */
+static description_t open_description(const fshm_segment *s) {
+  char paths[2][sizeof s->path + 32];
+  int asks = load_relaxed(&s->lock_fd);
+  image_lock_path(s->path, s->instance, paths[0], sizeof paths[0]);
+  (void)snprintf(paths[1], sizeof paths[1], "/proc/self/fd/%d", asks); /* it was deleted */
+  for (int i = 0; i < 2; i++) {
+    int fd = open(paths[i], O_RDWR | O_CLOEXEC | O_NONBLOCK | (i ? 0 : O_NOFOLLOW));
+    if (!is_file(fd, load_relaxed(&s->lock_dev), load_relaxed(&s->lock_ino))) {
+      if (fd >= 0) (void)close(fd);
+      continue;
+    }
+    for (int k = 0; k < GRIPS; k++) {
+      int none = 0;
+      if (!atomic_compare_exchange_strong(&grips[k].fd, &none, -1)) continue;
+      store_relaxed(&grips[k].dev, load_relaxed(&s->lock_dev));
+      store_relaxed(&grips[k].ino, load_relaxed(&s->lock_ino));
+      atomic_store(&grips[k].fd, fd + 1);
+      return (description_t){fd, F_OFD_SETLK, &grips[k]};
+    }
+    return (description_t){fd, F_OFD_SETLK, &no_grip};
+  }
+  return (description_t){asks, F_SETLK, &no_grip};
+}
+
+static void grip_end(grip_t *g) {
+  store_relaxed(&g->map, 0);
+  atomic_store(&g->fd, 0);
+}
+
+static void close_description(const fshm_segment *s, const description_t *d) {
+  if (d->command == F_OFD_SETLK &&
+      is_file(d->fd, load_relaxed(&s->lock_dev), load_relaxed(&s->lock_ino)))
+    (void)close(d->fd);
+  if (d->grip != &no_grip) grip_end(d->grip);
+}
+
+/* The one whose descriptor is kept (fork_page_t.kept). */
+static description_t kept_description(const fshm_segment *s) {
+  int kept = load_relaxed(&s->fork_page->kept);
+  for (int i = 0; i < GRIPS; i++)
+    if (load_relaxed(&grips[i].fd) == kept)
+      return (description_t){kept - 1, F_OFD_SETLK, &grips[i]};
+  return (description_t){kept - 1, kept - 1 == load_relaxed(&s->lock_fd) ? F_SETLK : F_OFD_SETLK,
+                         &no_grip};
+}
+
+/* Map the description, where no fork inherits it. NULL: that cannot be done here. */
+static void *map_description(grip_t *g, int fd) {
+#if defined(__linux__)
+  /* Its address first, so that a fork at any instant finds it in `grips`. */
+  void *at = mmap(NULL, 1, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (at == MAP_FAILED) return NULL;
+  store_relaxed(&g->map, (uintptr_t)at);
+  if (mmap(at, 1, PROT_NONE, MAP_SHARED | MAP_FIXED, fd, 0) == at && !madvise(at, 1, MADV_DONTFORK))
+    return at;
+  (void)munmap(at, 1);
+#else
+  (void)fd;
+#endif
+  store_relaxed(&g->map, 0);
+  return NULL;
+}
+
+/* The description has both bytes of the slot. See to it that they stay locked while we live. False: they were
+ * dropped; from now on, descriptors are kept. */
+static bool hold_locks(fshm_segment *s, uint32_t slot, const description_t *d) {
+  fork_page_t *page = s->fork_page;
+  void *at = NULL;
+  if (d->command == F_OFD_SETLK && !load_relaxed(&s->unmapped))
+    at = map_description(d->grip, d->fd);
+  if (!at) {
+    store_relaxed(&page->kept, d->fd + 1);
+    return true;
+  }
+  close_description(s, d);
+  if (byte_held(load_relaxed(&s->lock_fd), ALIVE(slot))) {
+    store_relaxed(&page->hold, (uintptr_t)at);
+    return true;
+  }
+  (void)munmap(at, 1);
+  store_relaxed(&s->unmapped, 1);
+  return false;
+}
+
+/* Give up the slot that this process has, if it has one. (A child that has not joined has none.) */
+static void drop_locks(fshm_segment *s) {
+  fork_page_t *page = s->fork_page;
+  if (load_relaxed(&page->hold)) (void)munmap((void *)load_relaxed(&page->hold), 1);
+  if (load_relaxed(&page->kept)) {
+    const description_t kept = kept_description(s);
+    close_description(s, &kept);
+  }
+  store_relaxed(&page->hold, 0);
+  store_relaxed(&page->kept, 0);
+}
+
+/* The segment is being closed. */
+void process_leave(fshm_segment *s) {
+  if (s->wiped || !process_forked(s)) drop_locks(s);
+  if (process_lock_open(s)) (void)close(load_relaxed(&s->lock_fd));
+}
+
+/* Permits carry 18 bits of their owner's generation. Before these come round for a slot, what its former owners left
+ * goes. Killed in here, the next to join begins again, since the generation was not counted up; nobody else can be an
+ * owner of the slot meanwhile, since we have its lock. */
+#define COMES_ROUND(generation) (((generation) & 0x3ffff) == 0)
+
 /* Take a slot for this process. Called once in each process (the page is wiped by a fork), by its
  * first call on the segment; a second thread that comes meanwhile counts into the ledger directly
  * instead of waiting. Where no slot is left, so does the whole process. */
-uint32_t process_join(fshm_segment *s) {
+COLD uint32_t process_join(fshm_segment *s) {
   fork_page_t *page = s->fork_page;
   if (s->read_only) return NO_SLOT;
   if (!s->wiped && process_forked(s)) {
-    store_relaxed(&page->pid, (uint32_t)getpid());
+    store_relaxed(&page->token, process_token());
+    store_relaxed(&page->hold, 0);
+    store_relaxed(&page->kept, 0);
+    store_relaxed(&page->lost, 0);
     store_relaxed(&page->joined, 0);
     store_relaxed(&page->joining, 0);
   }
   if (atomic_exchange_explicit(&page->joining, 1, memory_order_relaxed)) return NO_SLOT;
   uint32_t pid = (uint32_t)getpid();
-  store_relaxed(&page->pid, pid);
+  store_relaxed(&page->token, process_token());
   if (!lock_file_ready(s)) {
     store_relaxed(&page->joined, NO_SLOT);
     return NO_SLOT;
   }
-  struct flock lock;
+  drop_locks(s);
+  description_t d = open_description(s);
   uint32_t start = pid * 2654435761U % PROCESSES; /* spread, so that a probe seldom meets a lock */
   for (uint32_t i = 0; i < PROCESSES; i++) {
     uint32_t slot = (start + i) % PROCESSES;
-    const int fd = load_relaxed(&s->lock_fd);
-    if (byte_lock(fd, F_SETLK, F_WRLCK, OWNED(slot), &lock)) continue;
+    if (byte_lock(d.fd, d.command, F_WRLCK, OWNED(slot))) {
+      if (errno == EAGAIN || errno == EACCES) continue;
+      store_relaxed(&s->lock_errno, errno); /* the system has no such locks */
+      break;
+    }
     process_t *p = &s->processes[slot];
+    if (COMES_ROUND(load_relaxed(&p->generation) + 1)) (void)fshm_reap(s, 0);
+    /* A pid that is seen with the next generation must not be the former owner's. */
+    store_relaxed(&p->pid, 0);
     /* First of all: from here on, what an earlier owner of the slot held is a dead process's. Only then
      * the byte that says that the owner lives: stopped in between, we do not keep it held. */
     store_relaxed(&page->generation, atomic_fetch_add(&p->generation, 1) + 1);
-    if (byte_lock(fd, F_SETLK, F_WRLCK, ALIVE(slot),
-                  &lock)) { /* a dead owner's is just being dropped */
-      (void)byte_lock(fd, F_SETLK, F_UNLCK, OWNED(slot), &lock);
+    if (byte_lock(d.fd, d.command, F_WRLCK,
+                  ALIVE(slot))) { /* a dead owner's is just being dropped */
+      (void)byte_lock(d.fd, d.command, F_UNLCK, OWNED(slot));
+      continue;
+    }
+    if (!hold_locks(s, slot, &d)) {
+      d = open_description(s);
       continue;
     }
     /* The slot is ours alone: fold in what a dead owner left. Killed in between, the next owner goes
@@ -205,14 +505,47 @@ uint32_t process_join(fshm_segment *s) {
     store_relaxed(&p->before[2], so_far.refused);
     store_relaxed(&p->away, 0);
     store_relaxed(&p->attached, segment_now(s));
-    store_relaxed(&p->pid, pid);
+    store_relaxed(&p->born, own_birth());
+    /* release: whoever sees the pid sees when it was born, and its generation (look_at_process) */
+    atomic_store_explicit(&p->pid, pid, memory_order_release);
     route_join(s, slot, load_relaxed(&page->generation));
     /* release: other threads that see the slot see its generation (process_identity) */
     atomic_store_explicit(&page->joined, slot + 1, memory_order_release);
     return slot;
   }
+  close_description(s, &d);
   store_relaxed(&page->joined, NO_SLOT);
   return NO_SLOT;
+}
+
+/* Our locks hang on a descriptor, which somebody may have closed. Take them again: with the same generation where
+ * nobody had the slot meanwhile. False: it is another's by now, and this process must join anew. */
+static COLD bool keep_slot(fshm_segment *s, uint32_t slot, uint64_t generation) {
+  fork_page_t *page = s->fork_page;
+  const process_t *p = &s->processes[slot];
+  bool ours = load_relaxed(&p->generation) == generation;
+  if (!lock_file_ready(s)) return ours; /* nobody can be asked, and nobody else asks */
+  if (ours && byte_held(load_relaxed(&s->lock_fd), ALIVE(slot))) return true;
+  threads_lock(&s->keeper);
+  if (load_relaxed(&page->joined) != slot + 1 || load_relaxed(&page->generation) != generation) {
+    ours = false; /* another thread has seen to it */
+  } else if (!byte_held(load_relaxed(&s->lock_fd), ALIVE(slot)) ||
+             load_relaxed(&p->generation) != generation) {
+    store_relaxed(&page->lost, 1);
+    drop_locks(s);
+    description_t d = open_description(s);
+    ours = !byte_lock(d.fd, d.command, F_WRLCK, OWNED(slot)) &&
+           load_relaxed(&p->generation) == generation &&
+           !byte_lock(d.fd, d.command, F_WRLCK, ALIVE(slot)) && hold_locks(s, slot, &d);
+    if (!ours) {
+      if (d.command == F_SETLK) (void)byte_lock(d.fd, d.command, F_UNLCK, OWNED(slot));
+      close_description(s, &d);
+      store_relaxed(&page->joined, 0);
+      store_relaxed(&page->joining, 0);
+    }
+  }
+  threads_unlock(&s->keeper);
+  return ours;
 }
 
 /* This process as the owner of something: its slot and generation. Another thread may just be joining
@@ -225,7 +558,9 @@ bool process_identity(fshm_segment *s, uint32_t *slot, uint64_t *generation) {
     if (joined && joined != NO_SLOT) {
       *slot = joined - 1;
       *generation = load_relaxed(&s->fork_page->generation);
-      return true;
+      if (likely(!load_relaxed(&s->fork_page->kept)) || keep_slot(s, *slot, *generation))
+        return true;
+      continue;
     }
     if (s->read_only) return false; /* it never joins */
     if (joined == NO_SLOT) {
@@ -241,18 +576,15 @@ bool process_identity(fshm_segment *s, uint32_t *slot, uint64_t *generation) {
 }
 
 bool process_alive(fshm_segment *s, uint32_t slot) {
-  struct flock lock;
-  /* Ours, unless somebody closed our lock file's descriptor, which drops the locks, and another process
-   * has the slot since: then the kernel knows. acquire: the generation was stored before. */
+  /* Ours, unless our locks were dropped, and another process has the slot since: then the kernel knows.
+   * acquire: the generation was stored before. */
   if (!s->read_only &&
       atomic_load_explicit(&s->fork_page->joined, memory_order_acquire) == slot + 1 &&
       load_relaxed(&s->processes[slot].generation) == load_relaxed(&s->fork_page->generation))
     return true;
-  if (!lock_file_ready(s)) return true; /* cannot tell: nobody is declared dead on a guess */
-  /* The kernel does not tell a process of its own locks: a handle for reading goes by the pid. */
-  if (s->read_only && load_relaxed(&s->processes[slot].pid) == (uint32_t)getpid()) return true;
-  return byte_lock(load_relaxed(&s->lock_fd), F_GETLK, F_WRLCK, ALIVE(slot), &lock) ||
-         lock.l_type != F_UNLCK;
+  /* Cannot tell: nobody is declared dead on a guess. A reader may go by /proc alone: it takes nothing. */
+  if (!lock_file_ready(s)) return !s->read_only || !has_ended(s, slot, true);
+  return byte_held(load_relaxed(&s->lock_fd), ALIVE(slot)) && !has_ended(s, slot, false);
 }
 
 int fshm_process_at(fshm_segment *s, uint32_t index, fshm_process_info *out) {
@@ -268,6 +600,7 @@ int fshm_process_at(fshm_segment *s, uint32_t index, fshm_process_info *out) {
   out->denied = so_far.denied - load_relaxed(&p->before[1]);
   out->refused_full = so_far.refused - load_relaxed(&p->before[2]);
   out->alive = out->pid && process_alive(s, index);
+  if (out->alive && look_at_process(p, false) == UNSEEN) out->alive = FSHM_ALIVE_BY_LOCK;
   return FSHM_OK;
 }
 
@@ -276,34 +609,47 @@ void fshm_process_note(fshm_segment *s, uint32_t away) {
   if (slot < PROCESSES) store_relaxed(&s->processes[slot].away, away);
 }
 
-/* Who speaks for the host: the holder of one more byte. The kernel hands it on at its death, at once, to one
- * of those who wait. The lock is the process's: its threads lead together. */
-#define LEADER (2 * PROCESSES)
+/* Who speaks for the host: header_t.leader, while that process lives. Its threads lead together. */
+#define LEADS(slot, generation) ((generation) << 16 | ((slot) + 1))
+#define LOOK_FOR_LEADER_NS 250000000
+
+/* The slot of the living process that the word names, or NO_SLOT. */
+static uint32_t leader_slot(fshm_segment *s, uint64_t word) {
+  uint32_t slot = (uint32_t)(word & 0xffff) - 1;
+  if (slot >= PROCESSES) return NO_SLOT;
+  uint64_t generation = atomic_load_explicit(&s->processes[slot].generation, memory_order_acquire);
+  return LEADS(slot, generation) == word && process_alive(s, slot) ? slot : NO_SLOT;
+}
 
 int fshm_lead(fshm_segment *s, int wait) {
-  struct flock lock;
+  uint32_t slot;
+  uint64_t generation;
   if (s->read_only) return FSHM_E_READ_ONLY;
-  if (!lock_file_ready(s)) return FSHM_E_LOCK_FILE;
-  if (!byte_lock(load_relaxed(&s->lock_fd), wait ? F_SETLKW : F_SETLK, F_WRLCK, LEADER, &lock)) {
-    store_relaxed(&s->leads, (uint32_t)getpid());
-    return 1;
+  for (;;) {
+    if (process_identity(s, &slot, &generation)) {
+      uint64_t seen = load_relaxed(&s->header->leader), mine = LEADS(slot, generation);
+      if (seen == mine) return 1;
+      /* From nobody, or a dead process, to us: one swap. It leads to no other memory: relaxed would do. */
+      if (leader_slot(s, seen) == NO_SLOT &&
+          atomic_compare_exchange_strong(&s->header->leader, &seen, mine))
+        return 1;
+    } else if (process_refusal(s) == FSHM_E_LOCK_FILE) {
+      return FSHM_E_LOCK_FILE;
+    } /* else the process table is full: it does not lead, until there is a place */
+    struct timespec pause = {0, LOOK_FOR_LEADER_NS};
+    if (!wait || nanosleep(&pause, NULL)) return 0; /* a signal */
   }
-  return errno == EAGAIN || errno == EACCES || errno == EINTR ? 0 : FSHM_E_LOCK_FILE;
 }
 
 int fshm_lead_end(fshm_segment *s) {
-  struct flock lock;
-  if (s->read_only || !process_lock_open(s)) return 0;
-  store_relaxed(&s->leads, 0);
-  return !byte_lock(load_relaxed(&s->lock_fd), F_SETLK, F_UNLCK, LEADER, &lock);
+  uint32_t joined = load_relaxed(&s->fork_page->joined);
+  if (s->read_only || (!s->wiped && process_forked(s)) || !joined || joined == NO_SLOT) return 0;
+  uint64_t mine = LEADS(joined - 1, load_relaxed(&s->fork_page->generation));
+  (void)atomic_compare_exchange_strong(&s->header->leader, &mine, 0);
+  return 1;
 }
 
 uint32_t fshm_leader(fshm_segment *s) {
-  struct flock lock;
-  uint32_t leads = load_relaxed(&s->leads);
-  if (leads && leads == (uint32_t)getpid())
-    return leads; /* the kernel does not tell of own locks */
-  if (!lock_file_ready(s)) return 0;
-  if (byte_lock(load_relaxed(&s->lock_fd), F_GETLK, F_WRLCK, LEADER, &lock)) return 0;
-  return lock.l_type == F_UNLCK || lock.l_pid <= 0 ? 0 : (uint32_t)lock.l_pid;
+  uint32_t slot = leader_slot(s, load_relaxed(&s->header->leader));
+  return slot == NO_SLOT ? 0 : load_relaxed(&s->processes[slot].pid);
 }

@@ -26,10 +26,10 @@ __attribute__((constructor)) static void detect(void) {
 
 uint64_t fshm_now(fshm_segment *s) { return segment_now(s); }
 
-/* A lock among the threads of this process. It holds its holder's pid: a thread that stayed in the
+/* A lock among the threads of this process. It holds its holder's token: a thread that stayed in the
  * parent at a fork cannot keep it from the child. No hot call takes one. */
 void threads_lock(_Atomic uint32_t *lock) {
-  const uint32_t me = (uint32_t)getpid();
+  const uint32_t me = process_token();
   for (;;) {
     uint32_t holder = 0;
     if (atomic_compare_exchange_strong(lock, &holder, me)) return;
@@ -40,7 +40,7 @@ void threads_lock(_Atomic uint32_t *lock) {
 }
 void threads_unlock(_Atomic uint32_t *lock) { atomic_store(lock, 0); }
 
-/* Segments open in this process, so that each is mapped once and its lock file opened once. */
+/* Segments open in this process, so that each is mapped once and joined once. */
 static fshm_segment *open_segments;
 static _Atomic uint32_t list_holder;
 
@@ -110,7 +110,6 @@ static int attach(int fd, const header_t *h, const char *path, uint32_t flags, f
   s->dev = (uint64_t)st.st_dev;
   s->ino = st.st_ino;
   store_relaxed(&s->lock_fd, -1);
-  s->parked_fd = -1;
   s->users = 1;
   (void)snprintf(s->path, sizeof s->path, "%s", path);
   s->next = open_segments;
@@ -172,18 +171,9 @@ void fshm_close(fshm_segment *s) {
       *at = s->next;
       break;
     }
+    process_leave(s);
     (void)munmap(s->map, s->size);
     (void)munmap(s->fork_page, sizeof *s->fork_page);
-    /* Closing any descriptor of the lock file drops all locks that this process has on it. They are those of
-     * the handle for writing: a handle for reading leaves its descriptor to that one. */
-    int mine = process_lock_open(s) ? load_relaxed(&s->lock_fd) : -1;
-    for (fshm_segment *other = open_segments; other && s->read_only; other = other->next) {
-      if (other->read_only || other->dev != s->dev || other->ino != s->ino) continue;
-      if (other->parked_fd < 0) other->parked_fd = mine;
-      mine = -1;
-    }
-    if (mine >= 0) (void)close(mine);
-    if (s->parked_fd >= 0) (void)close(s->parked_fd);
     free(s);
   }
   threads_unlock(&list_holder);

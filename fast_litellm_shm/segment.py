@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import time
 import weakref
@@ -100,6 +101,7 @@ class Segment:
         ):
             raise_segment_error(error, "open")
         self._handle: Any = owned(out[0], lib.fshm_close)
+        self._told: str | None = None  # of liveness_unknown, in the log
         self._arguments = {"capacity": capacity, "allow_other_owner": allow_other_owner}
         _open.add(self)
 
@@ -137,7 +139,12 @@ class Segment:
         file was deleted, say), and what to do. Until then nothing is taken from anybody, processes
         that come new get no permits, and rates go on being limited."""
         found = self._liveness()
-        return None if found is None else found[1]
+        if found is None:
+            return None
+        if found[1] != self._told:  # once, however often somebody asks
+            self._told = found[1]
+            logging.getLogger("fast_litellm_shm").warning("segment %r: %s", self._name, found[1])
+        return found[1]
 
     def _liveness(self) -> tuple[type[exceptions.SegmentError], str] | None:
         error = ffi.new("fshm_error *")
@@ -166,9 +173,15 @@ class Segment:
             ),
             errno.EBADF: (
                 exceptions.SegmentError,
-                f"this process (pid {os.getpid()}) has closed its descriptor of lock file {path}, "
-                "and others take it for dead; restart it, and have it open the segment after it "
-                "has closed its descriptors",
+                f"this process (pid {os.getpid()}) has lost its lock on {path} while it lived "
+                "(something closed a descriptor of that file), and others may have taken what it "
+                "held; restart it, and have it open the segment after it has closed its "
+                "descriptors",
+            ),
+            errno.EINVAL: (
+                exceptions.SegmentError,
+                f"its lock file {path} cannot be locked: this system has no locks of open file "
+                "descriptions (Linux 3.15 and later have them)",
             ),
             errno.ELOOP: (
                 exceptions.SegmentLinkError,
@@ -177,8 +190,8 @@ class Segment:
             ),
             errno.EACCES: (
                 exceptions.SegmentPermissionError,
-                f"its lock file {path} cannot be opened by uid {os.geteuid()} ({system}); give it "
-                "the owner, group and mode of the segment",
+                f"its lock file {path} cannot be opened by uid {os.geteuid()} ({system}), "
+                "which is for who may write the segment; give it the segment's owner and group",
             ),
         }
         other = why_no_descriptor(error.sys_errno) or system

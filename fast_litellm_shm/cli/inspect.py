@@ -17,6 +17,7 @@ from fast_litellm_shm import exceptions
 from fast_litellm_shm.cli import held, keytable, listing, render
 from fast_litellm_shm.cluster.state import away_state, cluster_state, problem
 from fast_litellm_shm.inspection import Inspection, KeyRow, open_for_reading
+from fast_litellm_shm.native import ffi, lib
 from fast_litellm_shm.segment import Segment
 
 if TYPE_CHECKING:
@@ -66,6 +67,13 @@ def warnings_of(
         )
     elif stats["liveness_unknown"]:
         out.append(f"{stats['liveness_unknown']}. Dead processes are listed as alive here")
+    unseen = _unseen(segment)
+    if unseen:
+        out.append(
+            "of these processes it cannot be seen here whether they dump core (they are in another "
+            "pid namespace, or /proc is not to be read): until that is done, what they hold would "
+            f"stay held (pids, as they have them: {', '.join(map(str, unseen))})"
+        )
     larger = (
         f"stop the workers, `fast-shm rm --name {stats['name']}`, and start them with "
         f"FAST_LITELLM_SHM_CAPACITY={2 * stats['capacity']}; or use shorter periods"
@@ -79,6 +87,17 @@ def warnings_of(
     if refused:
         out.append(f"{refused:,} calls met a full table. To make room: {larger}")
     return out
+
+
+def _unseen(segment: Segment) -> list[int]:
+    """The pids of living processes that only the lock file tells of."""
+    info = ffi.new("fshm_process_info *")
+    found = []
+    for slot in range(segment.geometry().processes):
+        lib.fshm_process_at(segment._handle, slot, info)
+        if info.alive == lib.FSHM_ALIVE_BY_LOCK:
+            found.append(info.pid)
+    return found
 
 
 def _head(stats: dict[str, Any], warnings: list[str]) -> list[RenderableType]:

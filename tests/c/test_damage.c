@@ -27,7 +27,6 @@ static int checked_by_reader(fshm_segment *s, uint64_t *index) {
   CHECK_EQ(status, FSHM_OK);
   if (status != FSHM_OK) return -1;
   CHECK(reader->read_only);
-  reader->lock_fd = s->lock_fd; /* not to close a second descriptor of the lock file */
   int kind = fshm_check(reader, index);
   (void)munmap(reader->map, reader->size);
   (void)munmap(reader->fork_page, sizeof *reader->fork_page);

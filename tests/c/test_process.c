@@ -326,43 +326,137 @@ static void test_deleted_lock_file(void) {
   fshm_close(s);
 }
 
-/* Somebody closed all descriptors, and their numbers are other files' now: told, and those files are
- * neither locked nor closed. */
-static void test_closed_descriptors(void) {
-  fshm_segment *s = fresh_segment(100);
-  fshm_error e;
-  CHECK_OP(process_slot(s), <, PROCESSES);
-  int number = s->lock_fd, zero = open("/dev/zero", O_RDONLY);
-  CHECK_EQ(dup2(zero, number), number);
-  CHECK_EQ(fshm_unlinked(s), 0);
-  CHECK_EQ(fshm_liveness(s, &e), FSHM_E_LOCK_FILE);
-  CHECK_EQ(e.sys_errno, EBADF);
-  fshm_close(s);
-  CHECK_OP(fcntl(number, F_GETFD), !=, -1);
-  (void)close(number);
-  (void)close(zero);
+static void is_seen(int slot, void *with) {
+  fshm_segment *s = with;
+  CHECK(process_alive(s, (uint32_t)slot));
+  CHECK(process_slot(s) != (uint32_t)slot);
 }
 
-static void count_on_a_slot(int slot, void *with) {
+static void is_not_seen(int slot, void *with) { CHECK(!process_alive(with, (uint32_t)slot)); }
+
+/* The other modes that a process's locks can be in: by its memory, by a descriptor that is kept (where a mapping
+ * does not keep a description), and as POSIX locks (where it may not open the file that it inherited). */
+enum { MAPPED, KEPT, POSIX_LOCKS, MODES };
+
+static fshm_segment *joined_segment(int mode, uint32_t *slot) {
+  fshm_segment *s = fresh_segment(100);
+  char path[400];
+  if (mode != MAPPED) s->unmapped = 1;
+  if (mode == POSIX_LOCKS) { /* as in test_deleted_lock_file, without /proc */
+    CHECK(lock_file_ready(s));
+    lock_path(s, path, sizeof path);
+    s->instance++;
+    s->lock_fd = fcntl(s->lock_fd, F_DUPFD_CLOEXEC, 1000);
+    (void)snprintf(path, sizeof path, "/proc/self/fd/%d", s->lock_fd);
+    CHECK_EQ(unshare(CLONE_FS) | chroot("/dev/shm"), 0);
+  }
+  *slot = process_slot(s);
+  CHECK_OP(*slot, <, PROCESSES);
+  return s;
+}
+
+static int lock_files_open(const fshm_segment *s) {
+  int n = 0;
+  for (int fd = 0; fd < 1200; fd++) n += is_file(fd, s->lock_dev, s->lock_ino);
+  return n;
+}
+
+static void lives_through_all(int mode, void *with) {
+  uint32_t mine;
+  fshm_error e;
+  (void)with;
+  fshm_segment *s = joined_segment(mode, &mine);
+  uint64_t generation = s->processes[mine].generation, seen;
+  uint32_t slot;
+  CHECK_EQ(s->fork_page->hold != 0, mode == MAPPED);
+  CHECK_EQ(s->fork_page->kept == s->lock_fd + 1, mode == POSIX_LOCKS);
+  end_child(start_child(is_seen, (int)mine, s));
+  /* Somebody reads it. */
+  (void)close(dup(s->lock_fd));
+  if (mode == POSIX_LOCKS) { /* that loses them, unnoticed by the kernel: by us, at the next call */
+    end_child(start_child(is_not_seen, (int)mine, s));
+    CHECK_EQ(fshm_liveness(s, &e), FSHM_E_NOT_FOUND); /* (the path is not what it was) */
+  }
+  CHECK(process_identity(s, &slot, &seen) && slot == mine && seen == generation);
+  end_child(start_child(is_seen, (int)mine, s));
+  if (mode == POSIX_LOCKS) return;
+  CHECK_EQ(fshm_liveness(s, &e), FSHM_OK);
+  /* A daemoniser closes everything, and the numbers are other files'. */
+  int zero = open("/dev/zero", O_RDONLY), others = 0;
+  for (int fd = 3; fd < 64; fd++)
+    if (is_file(fd, s->lock_dev, s->lock_ino)) CHECK_EQ(dup2(zero, fd), fd);
+  CHECK_EQ(lock_files_open(s), 0);
+  CHECK_EQ(fshm_unlinked(s), 0);
+  CHECK_EQ(fshm_liveness(s, &e), mode == KEPT ? FSHM_E_LOCK_FILE : FSHM_OK);
+  end_child(start_child(mode == KEPT ? is_not_seen : is_seen, (int)mine, s));
+  CHECK(process_identity(s, &slot, &seen) && slot == mine && seen == generation);
+  end_child(start_child(is_seen, (int)mine, s));
+  CHECK_EQ(fshm_liveness(s, &e),
+           mode == KEPT ? FSHM_E_LOCK_FILE : FSHM_OK); /* it says so for good */
+  if (mode == KEPT) CHECK_EQ(e.sys_errno, EBADF);
+  fshm_close(s);
+  struct stat st;
+  (void)fstat(zero, &st);
+  for (int fd = 3; fd < 64; fd++) others += is_file(fd, (uint64_t)st.st_dev, st.st_ino);
+  CHECK_EQ(others, 1 + (mode == KEPT ? 2 : 1)); /* not closed either */
+}
+
+static void test_lives(void) {
+  /* each in a process of its own, since it closes descriptors */
+  for (int mode = 0; mode < MODES; mode++) {
+    if (mode == POSIX_LOCKS && geteuid()) continue; /* chroot */
+    end_child(start_child(lives_through_all, mode, NULL));
+  }
+}
+
+static void stays_with_a_child(int mode, void *with) {
+  stage_t *stage = with;
+  if (mode == KEPT) stage->s->unmapped = 1;
+  stage->slot[0] = process_slot(stage->s);
+  if (!fork()) { /* who never calls the library, and whom nobody tells to */
+    atomic_fetch_add(&stage->joined, 1);
+    while (!atomic_load(&stage->leave)) (void)usleep(2000);
+    atomic_fetch_add(&stage->joined, 1);
+    _exit(0);
+  }
+  while (!atomic_load(&stage->joined)) (void)usleep(1000);
+}
+
+/* Dead is who is dead, though a child of it that never came here lives on. */
+static void test_dies_before_its_child(void) {
+  for (int mode = MAPPED; mode <= KEPT; mode++) {
+    fshm_segment *s = fresh_segment(100);
+    stage_t *stage = new_stage(s);
+    end_child(start_child(stays_with_a_child, mode, stage));
+    CHECK(!process_alive(s, stage->slot[0]));
+    stage->leave = 1;
+    while (atomic_load(&stage->joined) < 2) (void)usleep(1000);
+    (void)munmap(stage, sizeof *stage);
+    fshm_close(s);
+  }
+}
+
+static void takes_the_slot(int slot, void *with) {
   fshm_segment *s = with;
-  process_t *p = &s->processes[slot];
-  struct flock lock;
-  if (!lock_file_ready(s) || byte_lock(s->lock_fd, F_SETLK, F_WRLCK, OWNED((uint32_t)slot), &lock))
-    _exit(1);
-  atomic_fetch_add(&p->generation, 1);
-  if (byte_lock(s->lock_fd, F_SETLK, F_WRLCK, ALIVE((uint32_t)slot), &lock)) _exit(2);
+  CHECK(lock_file_ready(s));
+  const description_t d = open_description(s);
+  for (uint32_t i = 0; i < PROCESSES; i++) /* no other is left */
+    if (i != (uint32_t)slot) (void)byte_lock(d.fd, d.command, F_WRLCK, OWNED(i));
+  CHECK_EQ(process_slot(s), (uint32_t)slot);
   raise(SIGSTOP);
 }
 
-/* Closing a descriptor of the lock file drops our locks, and another process may take our slot: it lives
- * while it lives, and is not taken for us when it is dead. */
+/* Where locks were dropped, another process may take the slot: it lives while it lives, and is not taken for us
+ * when it is dead; and we join anew. */
 static void test_slot_lost_to_another(void) {
   fshm_segment *s = fresh_segment(100);
-  uint32_t mine = process_slot(s);
+  s->unmapped = 1;
+  uint32_t mine = process_slot(s), slot;
+  uint64_t before = s->fork_page->generation, generation;
   CHECK_OP(mine, <, PROCESSES);
-  (void)close(dup(s->lock_fd));
+  (void)close(s->fork_page->kept - 1);
   CHECK(process_alive(s, mine));
-  pid_t pid = start_child(count_on_a_slot, (int)mine, s);
+  pid_t pid = start_child(takes_the_slot, (int)mine, s);
   int status;
   CHECK_EQ(waitpid(pid, &status, WUNTRACED), pid);
   CHECK(WIFSTOPPED(status));
@@ -371,6 +465,105 @@ static void test_slot_lost_to_another(void) {
   CHECK_EQ(waitpid(pid, &status, 0), pid);
   CHECK(WIFSIGNALED(status));
   CHECK(!process_alive(s, mine));
+  CHECK(process_identity(s, &slot, &generation));
+  CHECK(slot != mine || generation > before);
+  CHECK(process_alive(s, slot));
+  end_child(start_child(is_seen, (int)slot, s));
+  fshm_close(s);
+}
+
+/* Two copies of the library in one process are two owners. */
+static void test_second_copy(void) {
+  fshm_segment *s = fresh_segment(100), *other, *list = open_segments;
+  fshm_error e;
+  uint32_t mine = process_slot(s);
+  uint64_t generation = s->processes[mine].generation;
+  open_segments = NULL;
+  CHECK_EQ(fshm_open(segment_names[segments_made - 1], 0, 0, 0, &other, &e), FSHM_OK);
+  CHECK(process_slot(other) != mine && process_slot(other) < PROCESSES);
+  CHECK_EQ(s->processes[mine].generation, generation);
+  CHECK(process_alive(other, mine) && process_alive(s, process_slot(other)));
+  CHECK_EQ(alive_count(s), 2);
+  fshm_close(other);
+  open_segments = list;
+  CHECK_EQ(alive_count(s), 1);
+  fshm_close(s);
+}
+
+static void too_late(int number) { _exit(number); }
+
+static void locks_in_a_namespace(int depth, void *with) {
+  static _Atomic uint32_t lock;
+  int status = 0;
+  if (depth < 2) CHECK_EQ(unshare(CLONE_NEWPID), 0);
+  pid_t pid = depth < 2 ? fork() : -1;
+  if (!pid) {
+    (void)signal(SIGALRM, too_late); /* by default, pid 1 of a namespace goes on */
+    (void)alarm(20);
+    if (depth == 1) CHECK_EQ(getpid(), 1); /* as its parent */
+    threads_lock(&lock); /* depth 1: its parent's thread has it */
+    locks_in_a_namespace(depth + 1, with);
+    _exit(failed != 0);
+  }
+  if (pid > 0) CHECK_EQ(waitpid(pid, &status, 0), pid);
+  CHECK_EQ(status, 0);
+}
+
+/* A child whose pid is its parent's, in a namespace of its own, does not take the parent for itself. */
+static void test_same_pid(void) {
+  if (!geteuid()) end_child(start_child(locks_in_a_namespace, 0, NULL));
+}
+
+/* generations that come round ------------------------------------------------------------------------ */
+
+typedef struct {
+  fshm_limiter *l;
+  uint32_t slot;
+} round_t;
+
+static void hold_one_and_die(int me, void *with) {
+  round_t *r = with;
+  fshm_permit p;
+  fshm_decision d;
+  uint32_t held;
+  fshm_segment *s = r->l->segment;
+  (void)me;
+  CHECK(lock_file_ready(s));
+  const description_t all = open_description(s);
+  for (uint32_t i = 0; i < PROCESSES; i++)
+    if (i != r->slot) (void)byte_lock(all.fd, all.command, F_WRLCK, OWNED(i));
+  CHECK_EQ(process_slot(s), r->slot);
+  if (me) fshm_admit(r->l, "k", 1, NULL, 0, &p, &d, &held);
+  if (me) CHECK_EQ(d.status, FSHM_ALLOWED);
+  if (me > 1) raise(SIGSTOP);
+}
+
+/* A dead process's permit is not a living one's whose generation has the same lowest bits, 2^18 owners of the process
+ * slot later. */
+static void test_generations_come_round(void) {
+  const fshm_limit two = {2, 0, 0, FSHM_PERMITS, 0};
+  fshm_segment *s = fresh_segment(1000);
+  round_t r = {fresh_limiter(s, "round", &two, 1), 0};
+  int status;
+  uint32_t mine = process_slot(s);
+  r.slot = (mine + 1) % PROCESSES;
+  process_t *p = &s->processes[r.slot];
+  end_child(start_child(hold_one_and_die, 1, &r));
+  CHECK_EQ(p->generation, 1);
+  const uint64_t round = UINT64_C(1) << 18;
+  store_relaxed(&p->generation, round - 2); /* all those before came and went */
+  end_child(start_child(hold_one_and_die, 0, &r));
+  end_child(start_child(hold_one_and_die, 0, &r));
+  CHECK_EQ(p->generation, round);
+  pid_t pid = start_child(hold_one_and_die, 2, &r);
+  CHECK_EQ(waitpid(pid, &status, WUNTRACED), pid);
+  CHECK(WIFSTOPPED(status));
+  CHECK_EQ(p->generation, round + 1);
+  CHECK_EQ(fshm_in_flight(r.l, "k", 1), 1);
+  CHECK_EQ(kill(pid, SIGKILL), 0);
+  CHECK_EQ(waitpid(pid, &status, 0), pid);
+  CHECK_EQ(fshm_in_flight(r.l, "k", 1), 0);
+  fshm_limiter_close(r.l);
   fshm_close(s);
 }
 
@@ -501,8 +694,12 @@ int main(void) {
   test_unknown_counts_as_alive();
   test_removed_segment_gets_no_lock_file();
   test_deleted_lock_file();
-  test_closed_descriptors();
+  test_lives();
+  test_dies_before_its_child();
   test_slot_lost_to_another();
+  test_second_copy();
+  test_same_pid();
+  test_generations_come_round();
   test_one_lock_file();
   test_removed_while_joining();
   test_threads_join_once();

@@ -60,6 +60,7 @@ enum {
   REFUSES = 1 << 22, /* of a wallet: what the grantor told is known, and that it refused the cost */
   SLOW = 1 << 24, /* S changes to limits that nothing fits */
   HELD_BACK = 1 << 23, /* the key lives under limits of before, since it has consumed more than the present ones admit */
+  COMES_ROUND_NEXT = 1 << 25, /* the generation of T's process slot comes round with T */
   MOST_BEHIND = 1
       << 21 /* `most` is below what is held, as limits_lower_most() may leave it when the limits
                          * are raised between its look and its swap */
@@ -91,6 +92,7 @@ enum {
   DEPLOYMENT_OPEN,
   DEPLOYMENT_RECORD,
   FLIGHT,
+  LEAD,
   HIT,
   CLEAR,
   WALLET_SPEND,

@@ -28,6 +28,7 @@
 #include "holds_wallet.c"
 #include "holds_leases.c"
 #include "holds_told.c"
+#include "holds_lead.c"
 #include "operations.c"
 #include "kill.c"
 #include "schedules.c"

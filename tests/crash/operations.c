@@ -272,6 +272,7 @@ static void run_flight_and_back(outcome_t *out) {
 #define POOL(function, which) \
   .make = start_pool, .holds = &permits, .run = (function), .op = (which)
 #define JOINS .make = start_permits, .holds = &joining, .run = run_join, .op = JOIN, .status = 1
+#define LEADS_HOST .make = start_lead, .holds = &leading, .run = run_lead, .op = LEAD, .status = 1
 #define SETS .make = start_names, .holds = &names, .run = run_set_limits, .status = 1
 #define CHANGES(function, what, tokens) \
   .make = start_changes, .holds = &changes, .run = (function), .op = (what), .cost = (tokens)
@@ -651,6 +652,14 @@ static const operation_t operations[] = {
      .prior = 1,
      .dead = 2,
      .flags = UNJOINED | PREDECESSOR},
+    {.name = "join-comes-round",
+     JOINS,
+     ONE(PERMITS(3)),
+     .prior = 1,
+     .dead = 2,
+     .flags = UNJOINED | PREDECESSOR | COMES_ROUND_NEXT},
+    {.name = "lead", LEADS_HOST, ONE(PERMITS(3))},
+    {.name = "lead-after-dead", LEADS_HOST, ONE(PERMITS(3)), .flags = DEAD_OWNERS},
     /* names and their limits */
     {.name = "limits-new", SETS, THEN_ONE(WINDOW(9))},
     {.name = "limits-change", SETS, ONE(WINDOW(5)), .prior = 2, THEN_ONE(WINDOW(9))},

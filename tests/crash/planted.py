@@ -194,9 +194,16 @@ FAULTS = [
     Fault(
         "who owns a slot counts as the owner of what it held before",
         "process.c",
-        (("F_GETLK, F_WRLCK, ALIVE(slot), &lock)", "F_GETLK, F_WRLCK, OWNED(slot), &lock)"),),
+        (("ALIVE(slot)) && !has_ended(", "OWNED(slot)) && !has_ended("),),
         "join-after-holder",
         "T is stopped, and 0 can be taken, not 2",
+    ),
+    Fault(
+        "a leader that is not asked whether it lives",
+        "process.c",
+        (("word && process_alive(s, slot) ? slot", "word ? slot"),),
+        "lead-after-dead",
+        "somebody leads at the beginning",
     ),
     Fault(
         "limits of permits that are set before it is said how many may be held",

@@ -140,7 +140,7 @@ static void start_wallet(void) {
 /* The process will join slot: what dead processes hold, the last owner of that slot held. */
 static void make_predecessor(pid_t pid) {
   uint64_t slot = (uint32_t)pid * 2654435761u % PROCESSES, mine = process_slot(world.s);
-  const uint64_t generation = 7;
+  const uint64_t generation = op->flags & COMES_ROUND_NEXT ? 0xffff : 7;
   slot = slot == mine ? (slot + 1) % PROCESSES : slot;
   for (uint64_t i = 0; i < world.s->cell_count; i++) {
     pair_t seen = pair_load(&world.s->cells[i]), next = seen;

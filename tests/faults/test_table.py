@@ -111,8 +111,8 @@ def test_daemonised_after_opening(segment: Segment) -> None:
 
 
 def test_closed_in_place(segment_name: str) -> None:
-    """Without a fork, the lock that says it lives is lost, and it is told; rates stay exact, and
-    files that got the numbers since are neither locked nor closed."""
+    """Without a fork: the process goes on as before, and files that got the numbers since are
+    neither locked nor closed."""
     ends = os.pipe()
     pid = os.fork()
     if not pid:
@@ -134,8 +134,7 @@ def test_closed_in_place(segment_name: str) -> None:
         *found, said = end.read().decode().split(" ", 3)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert found == ["9", "False", "True"]
-    assert said.startswith(f"this process (pid {pid}) has closed its descriptor of lock file ")
-    assert "have it open the segment after it has closed its descriptors" in said
+    assert not said
     assert _limiter(Segment(segment_name)).peek("k").remaining == 1000 - 10
 
 
