@@ -71,7 +71,7 @@ variant-%:
 # allocator's stacks must be whole (slow), so that lsan.supp can tell whose a leak is.
 PY_TREE  = $(BUILD)/asan-py
 PY_FILES = csrc fast_litellm_shm tests bench examples setup.py pyproject.toml README.md LICENSE MANIFEST.in
-PY_TESTS ?= tests/test_limiter.py tests/test_limits.py tests/test_batch.py tests/test_simple.py \
+PY_TESTS ?= tests/test_garbage.py tests/test_limiter.py tests/test_limits.py tests/test_batch.py tests/test_simple.py \
   tests/test_segment.py tests/test_errors.py tests/test_quota.py tests/test_concurrency.py tests/test_pool.py \
   tests/test_routing.py tests/test_deployments.py tests/test_monitoring.py tests/integrations_limits/test_storage.py
 PY_RUN = LD_PRELOAD=$$(gcc -print-file-name=libasan.so):$$(gcc -print-file-name=libstdc++.so) \

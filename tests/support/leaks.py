@@ -30,7 +30,7 @@ from fast_litellm_shm import (
     Window,
 )
 from fast_litellm_shm.integrations.limits import ShmStorage
-from fast_litellm_shm.native import Memo, Recorder, ffi, lib
+from fast_litellm_shm.native import Memo, Recorder, address, ffi, lib
 from support.names import unique_name
 
 ROUNDS = 30
@@ -159,7 +159,7 @@ def use_memo(segment: Segment) -> None:
 def use_recorder(segment: Segment) -> None:
     recorder: Any = Recorder()
     for _ in range(2):  # what it knew of the first is dropped
-        recorder._set(int(ffi.cast("uintptr_t", segment._handle)))
+        recorder._set(segment._handle, address(segment._handle))
         recorder.record("a", "b", 1.0)
         recorder.record("a", Text("c"), 1, success=False, input_size=3, output_size=4, metadata={})
     failing(recorder.record, 1, "b", 1.0)
