@@ -84,8 +84,7 @@ static void start_meters(void) {
   (void)apply_at(world.others, FSHM_ACQUIRE, "beside", 1, world.now);
   if (op->flags & (TENANTS | STALE | CROWDED))
     fill_rest(op->flags & TWO_LEFT ? 2 : old || op->flags & ONE_LEFT ? 1 : 0);
-  if (op->prior && old)
-    (void)consume(op->prior, op->flags & EXPIRED ? LONG_AGO : NOW - PER);
+  if (op->prior && old) (void)consume(op->prior, op->flags & EXPIRED ? LONG_AGO : NOW - PER);
   if (op->dead) { /* they fill the table */
     const fshm_limit dead = {op->dead, 0, 0, FSHM_PERMITS, 0};
     world.permits = named("permits", &dead, 1);
@@ -140,7 +139,7 @@ static void start_wallet(void) {
 /* The process will join slot: what dead processes hold, the last owner of that slot held. */
 static void make_predecessor(pid_t pid) {
   uint64_t slot = (uint32_t)pid * 2654435761u % PROCESSES, mine = process_slot(world.s);
-  const uint64_t generation = op->flags & COMES_ROUND_NEXT ? 0xffff : 7;
+  const uint64_t generation = op->flags & COMES_ROUND_NEXT ? 0x3ffff : 7;
   slot = slot == mine ? (slot + 1) % PROCESSES : slot;
   for (uint64_t i = 0; i < world.s->cell_count; i++) {
     pair_t seen = pair_load(&world.s->cells[i]), next = seen;

@@ -31,7 +31,8 @@ static inline bool load_limits(const history_t *h, config_t *c, int lane, const 
   uint8_t seen[LIMITS] = {0};
   for (uint32_t i = 0; i < h->limits; i++) seen[i] = (uint8_t)c->state[op->key * h->limits + i];
   if (c->plan[lane] == c->changes + 1 && !memcmp(seen, c->seen[lane], sizeof seen)) return false;
-  if (op->kind == OP_ADMIT && c->plan[lane]) return false; /* its slots are those of the limit that it began with */
+  if (op->kind == OP_ADMIT && c->plan[lane])
+    return false; /* its slots are those of the limit that it began with */
   c->plan[lane] = (uint8_t)(c->changes + 1);
   c->planned[lane] = c->variant;
   if (op->kind != OP_ADMIT) memcpy(c->seen[lane], seen, sizeof seen);
