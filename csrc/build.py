@@ -42,6 +42,9 @@ ffibuilder.set_source(
     ],
     extra_compile_args=(CSRC / "cflags").read_text(encoding="utf-8").split()
     + flags("FAST_SHM_CFLAGS"),
-    extra_link_args=["-pthread", *flags("FAST_SHM_LDFLAGS")],  # pthread_atfork, in glibc before 2.34
+    extra_link_args=[
+        "-pthread",
+        *flags("FAST_SHM_LDFLAGS"),
+    ],  # pthread_atfork, in glibc before 2.34
     py_limited_api=not FREE_THREADED,
 )

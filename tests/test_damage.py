@@ -90,7 +90,7 @@ def test_no_policy_hides_it(segment: Segment, word: int, value: int) -> None:
     uses = _policies(segment)
     for limiter in range(5):
         write_word(segment, entry_of(segment, limiter) + word, value)
-    for name, use in uses.items():
+    for use in uses.values():
         with pytest.raises(SegmentDamagedError, match="was damaged"):
             use()
 

@@ -1,4 +1,4 @@
-"""Limits that two processes change all the time, while two others ask: what was consumed stays consumed."""
+"""Limits that two processes change all the time, while two others ask: never too much."""
 
 from __future__ import annotations
 

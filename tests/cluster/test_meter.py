@@ -79,33 +79,6 @@ def new_key() -> bytes:
 # one key, one host: the models
 
 
-@dataclass
-class Remembering(models.Window):
-    """As the script has it: it knows what debt has prolonged the window by, and what is given back
-    is taken from that first."""
-
-    prolonged: int = 0  # us
-
-    def to(self, now: int) -> None:
-        super().to(now)
-        self.prolonged = self.prolonged if self.count else 0
-
-    def charge(self, cost: int) -> None:
-        over = max(self.count + cost - self.rule.n, 0)
-        super().charge(cost)
-        self.prolonged += -(-over * (self.rule.per // US) // self.rule.n)
-
-    def refund(self, cost: int) -> None:
-        if self.over:
-            return
-        n, per = self.rule.n, self.rule.per // US
-        debt = min(cost, self.prolonged * n // per)
-        less = debt * per // n
-        self.prolonged -= less
-        self.end, self.latest_end = self.end - less * US, self.latest_end - less * US
-        self.count = max(self.count - (cost - debt), 0)
-
-
 @st.composite
 def steps(draw: st.DrawFn, per_us: int, n: int) -> list[tuple[str, int, int]]:
     pause = st.one_of(st.just(0), st.integers(0, per_us // n + 2), st.integers(0, 2 * per_us))
@@ -123,7 +96,7 @@ def test_one_limit(meter: Meter, kind: str, data: st.DataObject) -> None:
     burst = data.draw(st.integers(1, n))
     limit = Limit(n, per / 1e9, burst=burst) if kind == "bucket" else Window(n, per / 1e9)
     rule = ModelRule(BUCKET if kind == "bucket" else WINDOW, n, limit._per_ns, burst)
-    model = models.model_of(rule) if kind == "bucket" else Remembering(rule)
+    model = models.model_of(rule)
     key, at = new_key(), data.draw(st.integers(10**9, 10**15))
     model.at = at * US
     for what, pause, cost in data.draw(steps(per // US, n)):

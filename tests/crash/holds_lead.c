@@ -40,4 +40,8 @@ static void lead_raced(const outcome_t *mine) {
   check_invariants(false);
 }
 
-static const holds_t leading = {lead_begin, lead_end, lead_contend, lead_survive, lead_raced};
+static const holds_t leading = {.begin = lead_begin,
+                                .end = lead_end,
+                                .contend = lead_contend,
+                                .survive = lead_survive,
+                                .raced = lead_raced};

@@ -72,8 +72,9 @@ class Bucket:
 
 @dataclass
 class Window:
-    """n in each window; a window begins at the first hit. Tokens are counted, all of them; what exceeds n makes the
-    window last longer, per/n for each. Rounding: an end may be late by up to twice the unit that the most tokens need."""
+    """n in each window; a window begins at the first hit. Tokens are counted, all of them; what
+    exceeds n makes the window last longer, per/n for each. Rounding: an end may be late by up to
+    twice the unit that the most tokens need."""
 
     rule: Rule
     count: int = 0
