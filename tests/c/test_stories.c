@@ -498,6 +498,23 @@ static void release_op(const step_t *s) {
   keys[h->key].held--;
 }
 
+/* Forgotten, in all limits of the set in force. Those that are not in force may be, too. */
+static void reset_op(told_key_t *k) {
+  uint64_t left[FSHM_MAX_LIMITS];
+  const state_t none = nothing_used();
+  int status = fshm_reset_key(limiter, k->name, strlen(k->name));
+  if (status != FSHM_OK) wrong("it answers %d", status);
+  for (uint32_t r = 0; r < rules_n; r++) {
+    bool present = false;
+    for (uint32_t i = 0; i < rates; i++) present |= place[i] == r;
+    if (present) k->states[r].n = 0;
+    add_state(&k->states[r], &none);
+  }
+  k->since_n = 0;
+  shape++; /* what was charged before cannot be settled */
+  look_at(k, left);
+}
+
 static void one_step(const story_t *t, const step_t *s) {
   told_key_t *k = &keys[s->key];
   uint64_t pause = s->pause, cost = s->cost, left[FSHM_MAX_LIMITS];
@@ -538,6 +555,9 @@ static void one_step(const story_t *t, const step_t *s) {
       case RELEASE:
         fprintf(tell, "  release a permit");
         break;
+      case RESET:
+        fprintf(tell, "  key %u: reset", s->key);
+        break;
       default:
         break;
     }
@@ -568,12 +588,18 @@ static void one_step(const story_t *t, const step_t *s) {
     case RELEASE:
       release_op(s);
       break;
+    case RESET:
+      reset_op(k);
+      break;
     default:
       for (uint32_t i = 0; i < s->times && !why[0] && !gave_up; i++) {
         const set_t *to = &t->sets[(s->set + i) % t->sets_n];
-        if (tell) {
+        const bool middle = s->what == CHANGE && i >= 3 && i + 3 < s->times;
+        if (tell && !middle) {
           fprintf(tell, i ? "\n  limits: " : "  limits: ");
           tell_set(tell, to);
+        } else if (tell && i == 3) {
+          fprintf(tell, "\n  and so on, %u changes in all", s->times);
         }
         change_to(to);
         if (s->what != CHANGE_ASKED || why[0] || gave_up) continue;

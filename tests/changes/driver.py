@@ -131,6 +131,10 @@ class Limiter:
     def block(self, key: str, now: int, ns: int) -> int:
         return int(self.apply(lib.FSHM_BLOCK, key, now, ns).status)
 
+    def reset(self, key: str) -> None:
+        raw = self._key(key)
+        assert lib.fshm_reset_key(self._limiter, raw, len(raw)) == lib.FSHM_OK
+
     def peek(self, key: str, now: int, costs: int | Sequence[int] = 1) -> Any:
         return self.apply(lib.FSHM_PEEK, key, now, costs)
 

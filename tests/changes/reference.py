@@ -224,31 +224,32 @@ def pass_time(states: States, now: int) -> States:
 
 def admitted(states: States, rule: Rule, cost: int, now: int) -> States:
     """The states in which it fits, and what they become."""
-    out: set[State] = set()
-    for state in states:
-        if cost > rule.most:
-            continue
-        if state is None or not same_meter(state, rule):
-            for tokens in tokens_used(state, now):
-                if tokens + cost <= rule.most:
-                    out.add(used_now(rule, tokens + cost, now))
-        elif isinstance(state, Bucket):
-            room = rule.burst - cost + within(rule, 2)
-            if state.low <= room:
-                for under in converted(state, rule, now):
-                    assert isinstance(under, Bucket)
-                    high = min(under.high, room) + cost + within(rule, 2)
-                    out.add(replace(under, low=under.low + cost, high=high))
-        elif isinstance(state, Window):
-            for under in as_seen(state, rule, now):
-                if under is None:
-                    out.add(used_now(rule, cost, now))
-                elif isinstance(under, Window) and (total := under.total + cost) <= rule.n:
-                    late = max(under.late, under.end + rounding(total, rule))
-                    out.add(replace(under, label=rule, total=total, late=late))
-        elif state.used(now) + cost <= rule.n:
-            out.add(replace(state, label=rule, count=state.count + cost))
-    return frozenset(out)
+    if cost > rule.most:
+        return frozenset()
+    return frozenset(s for state in states for s in _admitted(state, rule, cost, now))
+
+
+def _admitted(state: State, rule: Rule, cost: int, now: int) -> Iterator[State]:
+    if state is None or not same_meter(state, rule):
+        for tokens in tokens_used(state, now):
+            if tokens + cost <= rule.most:
+                yield used_now(rule, tokens + cost, now)
+    elif isinstance(state, Bucket):
+        room = rule.burst - cost + within(rule, 2)
+        if state.low <= room:
+            for under in converted(state, rule, now):
+                assert isinstance(under, Bucket)
+                high = min(under.high, room) + cost + within(rule, 2)
+                yield replace(under, low=under.low + cost, high=high)
+    elif isinstance(state, Window):
+        for under in as_seen(state, rule, now):
+            if under is None:
+                yield used_now(rule, cost, now)
+            elif isinstance(under, Window) and (total := under.total + cost) <= rule.n:
+                late = max(under.late, under.end + rounding(total, rule))
+                yield replace(under, label=rule, total=total, late=late)
+    elif state.used(now) + cost <= rule.n:
+        yield replace(state, label=rule, count=state.count + cost)
 
 
 def may_deny(state: State, rule: Rule, cost: int, now: int) -> bool:

@@ -75,7 +75,7 @@ def test_raising_a_window_absorbs_its_debt(segment: Segment) -> None:
     assert HOUR <= limiter.peek("k", NOW).retry_after_ns <= HOUR + 2 * 2**5
 
 
-@pytest.mark.parametrize("changes", [33, 65, 97, 32 * 100 + 1])
+@pytest.mark.parametrize("changes", [33, 65, 97, 32 * 100 + 1, 2**16 + 1])
 def test_a_bucket_that_sleeps_through_changes_keeps_its_use(segment: Segment, changes: int) -> None:
     """Once 199 were admitted: after 32 changes its version came round, and it was read as
     ``Limit(1, per=3600)``, under which an hour is one token."""

@@ -105,9 +105,26 @@ def one_limit(draw: st.DrawFn) -> list[tuple[Rule, ...]]:
 
 
 @dataclass
+class Since:
+    """All that a key was admitted since one of its admissions, and the most generous of the limits
+    that were in force meanwhile, and back to when the key was asked before."""
+
+    at: int
+    burst: int
+    rate: Fraction  # tokens a nanosecond
+    taken: int = 0
+
+    def widen(self, rule_: Rule) -> None:
+        self.burst = max(self.burst, rule_.burst)
+        self.rate = max(self.rate, 1 / reference.interval(rule_))
+
+
+@dataclass
 class Key:
     states: dict[int, States] = field(default_factory=dict)  # by the number of the limit
     held: list[Any] = field(default_factory=list)  # permits
+    since: list[Since] = field(default_factory=list)  # of a limit that is always a bucket
+    asked: list[Rule] = field(default_factory=list)  # those in force since it was last asked
 
     def of(self, number: int) -> States:
         return self.states.setdefault(number, NOTHING)
@@ -135,6 +152,7 @@ class Stories(RuleBasedStateMachine):
         self.last: dict[int, Rule] = {}  # each limit as it was last in force
         self.limiter = Limiter(self.segment, *sets[0])
         self.partners(sets[0])
+        self.changed()
 
     # Limits that change
 
@@ -191,6 +209,33 @@ class Stories(RuleBasedStateMachine):
         except GaveUp:
             self.given_up = True
 
+    def changed(self) -> None:
+        """Other limits are in force."""
+        rules = self.limiter.rules
+        for key in self.keys.values():
+            if len(rules) != 1 or rules[0].kind != BUCKET:
+                key.since = []
+                continue
+            key.asked.append(rules[0])
+            for since in key.since:
+                since.widen(rules[0])
+
+    def took(self, key: str, tokens: int, *, admitted: bool = False) -> None:
+        """In any interval that begins with an admission: no more than the most generous of the
+        limits allows, whatever else was charged and given back in it."""
+        rules, k = self.limiter.rules, self.keys[key]
+        if len(rules) != 1 or rules[0].kind != BUCKET:
+            return
+        if admitted:
+            k.since.append(Since(self.now, 0, Fraction(0)))
+            for one in (*k.asked, rules[0]):
+                k.since[-1].widen(one)
+        for since in k.since:
+            since.taken += tokens
+            most = since.burst + (self.now - since.at + 2 * reference.SLACK) * since.rate
+            assert not admitted or since.taken <= most, (since, self.now)
+        k.asked = [rules[0]]
+
     # What is left
 
     def look(self, key: str) -> list[int]:
@@ -226,23 +271,24 @@ class Stories(RuleBasedStateMachine):
     @alive
     @rule(data=st.data())
     def change(self, data: st.DataObject) -> None:
-        to = data.draw(st.sampled_from(self.sets))
+        self.change_to(data.draw(st.sampled_from(self.sets)))
+
+    def change_to(self, to: tuple[Rule, ...]) -> None:
         self.limiter.change(*to)
         self.partners(to)
+        self.changed()
 
     @alive
     @rule(first=st.integers(0, 4), times=st.one_of(st.integers(1, 70), st.integers(1, 400)))
     def change_often(self, first: int, times: int) -> None:
         for to in itertools.islice(itertools.cycle(self.sets), first, first + times):
-            self.limiter.change(*to)
-            self.partners(to)
+            self.change_to(to)
 
     @alive
     @rule(key=st.sampled_from(KEYS), times=st.integers(1, 40))
     def change_while_denied(self, key: str, times: int) -> None:
         for to in itertools.islice(itertools.cycle(self.sets), times):
-            self.limiter.change(*to)
-            self.partners(to)
+            self.change_to(to)
             if self.given_up or not self.rates:
                 return
             with self.following():
@@ -270,6 +316,7 @@ class Stories(RuleBasedStateMachine):
         else:
             permit, d = None, self.limiter.apply(lib.FSHM_ACQUIRE, key, self.now, cost)
         if not d.status:
+            self.took(key, 0)
             self.check_denial(key, cost, d, looked=bool(admit or most))
             for a, b, (_, rule_) in zip(before, self.look(key), self.rates, strict=True):
                 assert a == b or (rule_.kind == BUCKET and a == b + 1), (
@@ -279,6 +326,7 @@ class Stories(RuleBasedStateMachine):
         assert d.status == lib.FSHM_ALLOWED
         held = self.keys[key].held
         assert not most or len(held) < most
+        self.took(key, cost, admitted=True)
         charges: list[Charge | None] = []
         for number, rule_ in self.rates:
             states = self.keys[key].of(number)
@@ -332,6 +380,7 @@ class Stories(RuleBasedStateMachine):
                 after = reference.charged(states, rule_, cost, self.now)
                 self.keys[key].states[number] = after
             self.limiter.charge(key, self.now, cost)
+            self.took(key, cost)
             self.given_up |= self.too_long(key, 0)
             self.look(key)
 
@@ -343,6 +392,7 @@ class Stories(RuleBasedStateMachine):
                 return
             self.look(key)
             self.limiter.refund(key, self.now, cost)
+            self.took(key, -cost)
             for number, rule_ in self.rates:
                 states = self.keys[key].of(number)
                 after = reference.given_back(states, rule_, cost, self.now)
@@ -373,6 +423,7 @@ class Stories(RuleBasedStateMachine):
             elif more < 0:
                 key.states[number] = reference.given_back(states, rule_, -more, self.now, of)
         self.limiter.settle(one.key, self.now, one.cost, actual, one.permit)
+        self.took(one.key, more)
         self.look(one.key)
 
     @alive
@@ -381,6 +432,18 @@ class Stories(RuleBasedStateMachine):
         held = self.keys[key].held
         if held:
             assert self.limiter.release(held.pop(which % len(held)))
+        with self.following():
+            self.look(key)
+
+    @alive
+    @rule(key=st.sampled_from(KEYS))
+    def reset(self, key: str) -> None:
+        """In all limits in force, and perhaps in those that are not."""
+        self.limiter.reset(key)
+        for number, states in self.keys[key].states.items():
+            self.keys[key].states[number] = NOTHING if number in self.numbers else states | NOTHING
+        self.keys[key].since = []
+        self.shape += 1  # what was charged before cannot be settled
         with self.following():
             self.look(key)
 
@@ -396,6 +459,7 @@ class Stories(RuleBasedStateMachine):
             if any(s is not None and not isinstance(s, reference.Bucket) for s in states):
                 return
             status = self.limiter.block(key, self.now, ns)
+            self.took(key, 0)
             assert status == (lib.FSHM_ALLOWED if buckets else lib.FSHM_E_ARGUMENT)
             for number, rule_ in buckets:
                 before = self.keys[key].of(number)
