@@ -11,9 +11,9 @@ v is the limit under which a state was written, c the one in force now.
 - Under a limit of another kind, or a sliding one with another ``per``, what is used counts as of
   now.
 
-Some things are left open: by how many nanoseconds an end is rounded up, and whether a denial writes
-the state. So there may be several possible states. An answer leaves those that explain it; one that
-no state explains is a fault.
+Some things are left open: by how many nanoseconds an end is rounded up, and whether a denial, or
+the change itself, writes the state. So there may be several possible states. An answer leaves those
+that explain it; one that no state explains is a fault.
 """
 
 from __future__ import annotations
@@ -103,7 +103,9 @@ def used_now(rule: Rule, tokens: int, now: int) -> State:
     if not tokens:
         return None
     if rule.kind == BUCKET:
-        return Bucket(rule, now, Fraction(tokens), Fraction(tokens))
+        coarse = slow_interval(rule) > interval(rule)  # else it is rounded up to a nanosecond
+        high = tokens + (0 if coarse else within(rule, 2))
+        return Bucket(rule, now, Fraction(tokens), high)
     if rule.kind == WINDOW:
         end = now + rule.per
         return Window(rule, tokens, end, end + rounding(tokens, rule), next(_serial))
@@ -130,6 +132,12 @@ def tokens_used(state: State, now: int) -> range:
     if high - low > 4:
         raise GaveUp
     return range(low, high + 1)
+
+
+def whole_tokens(state: State, rule: Rule, now: int) -> range:
+    """As this rule sees them: in the time of a bucket, they are rounded up to a nanosecond."""
+    used = tokens_used(state, now)
+    return range(used[0], used[-1] + 2) if rule.kind == BUCKET and used[-1] else used
 
 
 def over_in(state: State, now: int) -> tuple[Fraction, Fraction]:
@@ -258,7 +266,7 @@ def may_deny(state: State, rule: Rule, cost: int, now: int) -> bool:
     if isinstance(state, Bucket) and rule.kind == BUCKET:
         return state.high > rule.burst - cost - within(rule, SLACK)
     seen = as_seen(state, rule, now)
-    return any(s is not None and tokens_used(s, now)[-1] + cost > rule.most for s in seen)
+    return any(s is not None and whole_tokens(s, rule, now)[-1] + cost > rule.most for s in seen)
 
 
 def denied(states: States, rule: Rule, cost: int, now: int, *, by_this: bool) -> States:
@@ -292,7 +300,7 @@ def left(states: States, rule: Rule, tokens: int, now: int) -> States:
                 low = max(low, rule.burst - tokens - 1 - within(rule, SLACK))
             out.add(replace(state, low=min(low, high), high=high))
         else:
-            seen = (tokens_used(s, now) for s in as_seen(state, rule, now))
+            seen = (whole_tokens(s, rule, now) for s in as_seen(state, rule, now))
             if any(tokens == max(0, rule.most - used) for each in seen for used in each):
                 out.add(state)
     return frozenset(out)

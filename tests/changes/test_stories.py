@@ -150,6 +150,7 @@ class Stories(RuleBasedStateMachine):
         self.shape = 0  # differs after a change of which limits there are, or of their kind
         self.numbers: list[int] = []  # of the limits in force
         self.last: dict[int, Rule] = {}  # each limit as it was last in force
+        self.earlier: set[tuple[int, Rule]] = set()  # as each was at any time
         self.limiter = Limiter(self.segment, *sets[0])
         self.partners(sets[0])
         self.changed()
@@ -158,33 +159,34 @@ class Stories(RuleBasedStateMachine):
 
     def partners(self, rules: tuple[Rule, ...]) -> None:
         """Which limits of the new set go on from which of the old: those of the same kind and
-        period first, then in order. Others are new, unless they were there before."""
+        period first, also such as were there before; then in order. Others are new."""
         rates = [r for r in rules if r.kind != PERMITS]
-        old, found = list(self.numbers), [-1] * len(rates)
-        for exact in (True, False):
-            for i, rule_ in enumerate(rates):
-                for number in old:
-                    was = self.last[number]
-                    if found[i] < 0 and (
-                        not exact or (was.kind, was.per) == (rule_.kind, rule_.per)
-                    ):
-                        found[i] = number
-                        old.remove(number)
-                        break
+        found = [-1] * len(rates)
         for i, rule_ in enumerate(rates):
-            if found[i] >= 0:
-                continue
+            same = [n for n in self.numbers if n not in found and self.last[n].like(rule_)]
+            found[i] = same[0] if same else -1
+        for i, rule_ in enumerate(rates):
             before = [
                 number
                 for number, was in self.last.items()
-                if (was.kind, was.per) == (rule_.kind, rule_.per)
-                and number not in self.numbers
-                and number not in found
+                if number not in self.numbers and number not in found and was.like(rule_)
             ]
-            if len(before) > 1 or (not before and len(self.last) == lib.FSHM_MAX_LIMITS):
-                self.given_up = True  # which, or whether, is the library's to say
-            found[i] = before[0] if before else len(self.last)
-            self.last.setdefault(found[i], rule_)
+            if found[i] < 0 and any(
+                was.like(rule_) and not self.last[number].like(rule_)
+                for number, was in self.earlier
+                if number not in self.numbers and number not in found
+            ):
+                self.given_up = True  # it was this one, and another one since
+            if found[i] < 0 and before:
+                found[i] = before[0]
+                # Of what is over, nobody need know; and of several, which is the library's to say.
+                self.given_up |= len(before) > 1 or not self.is_alive(before[0])
+        for i, rule_ in enumerate(rates):
+            rest = [number for number in self.numbers if number not in found]
+            if found[i] < 0:
+                found[i] = rest[0] if rest else len(self.last)
+                self.last.setdefault(found[i], rule_)
+        self.given_up |= len(self.last) > 6  # the library has room for some
         if found != self.numbers or any(
             not reference.same_meter(reference.used_now(self.last[number], 1, 0), rule_)
             for number, rule_ in zip(found, rates, strict=True)
@@ -192,6 +194,7 @@ class Stories(RuleBasedStateMachine):
             self.shape += 1
         self.numbers = found
         self.last.update(zip(found, rates, strict=True))
+        self.earlier |= set(zip(found, rates, strict=True))
 
     @property
     def rates(self) -> list[tuple[int, Rule]]:
@@ -208,6 +211,11 @@ class Stories(RuleBasedStateMachine):
             yield
         except GaveUp:
             self.given_up = True
+
+    def is_alive(self, number: int) -> bool:
+        """Has any key used of this limit what is not over by now?"""
+        states = (reference.pass_time(k.of(number), self.now) for k in self.keys.values())
+        return any(None not in each for each in states)
 
     def changed(self) -> None:
         """Other limits are in force."""
@@ -274,9 +282,15 @@ class Stories(RuleBasedStateMachine):
         self.change_to(data.draw(st.sampled_from(self.sets)))
 
     def change_to(self, to: tuple[Rule, ...]) -> None:
-        self.limiter.change(*to)
+        self.limiter.change(*to, now=self.now)
         self.partners(to)
         self.changed()
+        for key in self.keys.values():  # it may go over to them, where it is over sooner
+            for number, rule_ in self.rates:
+                with self.following():
+                    before = reference.pass_time(key.of(number), self.now)
+                    after = reference.denied(before, rule_, 1, self.now, by_this=False)
+                    key.states[number] = after
 
     @alive
     @rule(first=st.integers(0, 4), times=st.one_of(st.integers(1, 70), st.integers(1, 400)))
