@@ -282,6 +282,7 @@ static void change_to(const set_t *to) {
   }
   if (limiter) fshm_limiter_close(limiter);
   limiter = next;
+  for (int k = 0; k < KEYS; k++) may_go_over(&keys[k]); /* under those of before, until now */
   partners(to);
   if (gave_up) return;
   set = to;
@@ -386,7 +387,7 @@ static void check_denial(told_key_t *k, const fshm_decision *d, uint64_t cost, b
     wrong("denied for %" PRId64 " ns, where the longest is %.0Lf", d->retry_after_ns, longest);
   if (retry > TOO_LATE) gave_up = true;
   if (gave_up || why[0]) return;
-  if (!old && ask(k, FSHM_PEEK, cost, 0, now + retry + 8, &later) != FSHM_ALLOWED)
+  if (!old && ask(k, FSHM_PEEK, cost, 0, now + retry + 16, &later) != FSHM_ALLOWED)
     wrong("denied for %" PRIu64 " ns, and after that for another %" PRId64, retry,
           later.retry_after_ns);
   if (!old && retry > 8 && ask(k, FSHM_PEEK, cost, 0, now + retry - 8, &later) == FSHM_ALLOWED)

@@ -283,9 +283,14 @@ class Stories(RuleBasedStateMachine):
 
     def change_to(self, to: tuple[Rule, ...]) -> None:
         self.limiter.change(*to, now=self.now)
+        self.may_go_over()  # to those that were in force until now
         self.partners(to)
         self.changed()
-        for key in self.keys.values():  # it may go over to them, where it is over sooner
+        self.may_go_over()
+
+    def may_go_over(self) -> None:
+        """A change may bring what was used under the limits in force, where it is over sooner."""
+        for key in self.keys.values():
             for number, rule_ in self.rates:
                 with self.following():
                     before = reference.pass_time(key.of(number), self.now)
@@ -377,7 +382,7 @@ class Stories(RuleBasedStateMachine):
         assert 0 < retry <= longest + 16, (retry, float(longest))
         # An admission only looks, so what was used may stay under old limits; else this is certain.
         if not old:
-            assert self.limiter.peek(key, self.now + retry + 8, cost).status
+            assert self.limiter.peek(key, self.now + retry + 16, cost).status
             assert retry <= 8 or not self.limiter.peek(key, self.now + retry - 8, cost).status
 
     @alive
