@@ -16,6 +16,7 @@ typedef enum {
   RELEASE,
   BLOCK,
   RESERVE,
+  RESET, /* of a key */
   CHANGE, /* `times` changes, from one set to the next */
   CHANGE_ASKED, /* the same; the key is asked for more than is left after each */
   KINDS_OF_STEP
@@ -135,9 +136,9 @@ static uint64_t random_cost(const story_t *t) {
 }
 
 static void random_step(const story_t *t, step_t *s) {
-  static const what_t whats[] = {ACQUIRE, ACQUIRE, ACQUIRE, ACQUIRE, ADMIT,       ADMIT,   CHARGE,
-                                 REFUND,  SETTLE,  SETTLE,  RELEASE, BLOCK,       RESERVE, CHANGE,
-                                 CHANGE,  CHANGE,  CHANGE,  CHANGE,  CHANGE_ASKED};
+  static const what_t whats[] = {ACQUIRE, ACQUIRE, ACQUIRE, ACQUIRE, ADMIT,  ADMIT,       CHARGE,
+                                 REFUND,  SETTLE,  SETTLE,  RELEASE, BLOCK,  RESERVE,     RESET,
+                                 CHANGE,  CHANGE,  CHANGE,  CHANGE,  CHANGE, CHANGE_ASKED};
   memset(s, 0, sizeof *s);
   s->what = whats[random_below(sizeof whats / sizeof *whats)];
   s->key = random_below(4) ? 0 : (uint32_t)random_below(KEYS);
@@ -147,6 +148,7 @@ static void random_step(const story_t *t, step_t *s) {
   if (s->what == CHANGE || s->what == CHANGE_ASKED) {
     if (random_below(4) == 0) s->times = 1 + (uint32_t)random_below(8);
     if (random_below(12) == 0) s->times = 28 + (uint32_t)random_below(42);
+    if (random_below(50000) == 0) s->times = 65500 + (uint32_t)random_below(80);
   }
   s->cost = random_cost(t);
   if (s->what <= ADMIT && random_below(4) == 0) {

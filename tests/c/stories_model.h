@@ -1,8 +1,8 @@
 /* stories_model.h - what is consumed of a limit whose numbers and kind change, by counting tokens.
  *
  * A reference for test_stories.c: plain sums, no bit fields, no versions. What the library promises leaves some
- * things open: by how many nanoseconds an end is rounded up, and whether a denial already brings what was used
- * under the new limits, where it would be over sooner. So the reference keeps all the states that are possible;
+ * things open: by how many nanoseconds an end is rounded up, and whether a denial, or the change itself, already
+ * brings what was used under the new limits, where it would be over sooner. So the reference keeps all the states that are possible;
  * each answer of the library leaves those that explain it. An answer that none explains is a fault.
  *
  * The rules. v: the limits under which a state was written; c: those in force now.
@@ -105,7 +105,8 @@ static state_t used_now(const fshm_limit *c, uint64_t tokens, uint64_t now) {
   state_t s = {.label = *c, .kind = c->kind, .at = now};
   if (!tokens) return nothing_used();
   if (c->kind == FSHM_BUCKET) {
-    s.low = s.high = (real_t)tokens;
+    s.low = (real_t)tokens;
+    s.high = s.low + (is_coarse(c) ? 0 : within(c, 2)); /* rounded up to a nanosecond */
   } else if (c->kind == FSHM_WINDOW) {
     s.total = tokens;
     s.end = now + c->per_ns;
@@ -309,7 +310,8 @@ static bool may_deny(const state_t *s, const fshm_limit *c, uint64_t cost, uint6
     return false;
   }
   used_of(s, now, &low, &high);
-  return high + cost > capacity_of(c);
+  /* Whole tokens, in the time of a bucket: rounded up to a nanosecond. */
+  return high + cost + (c->kind == FSHM_BUCKET && high) > capacity_of(c);
 }
 
 /* That this limit denied it, or (this: false) another one. Nothing is consumed; what was used may count under c
@@ -344,6 +346,7 @@ static void are_left(const states_t *in, const fshm_limit *c, uint64_t left, uin
     } else {
       uint64_t low, high;
       used_of(&s, now, &low, &high);
+      if (c->kind == FSHM_BUCKET && high) high++; /* in its time, rounded up to a nanosecond */
       bool right = left >= minus(capacity_of(c), high) && left <= minus(capacity_of(c), low);
       if (s.kind == FSHM_WINDOW && c->kind == FSHM_WINDOW && sooner(&s, c, now) & YES) {
         const uint64_t debt =

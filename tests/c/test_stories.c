@@ -18,7 +18,8 @@
 #include "stories_model.h"
 #include "stories.h"
 
-#define MOST_RULES 8 /* of one name, over time: each has states of its own */
+#define MOST_RULES 6 /* of one name, over time: each has states of its own */
+#define MOST_WAS 8 /* kinds and periods that one has had */
 #define STARTS 64 /* of intervals in which admissions are added up */
 
 /* Told -------------------------------------------------------------------------------------------- */
@@ -55,6 +56,7 @@ static uint64_t steps_done, stories_left; /* left: gave up */
 
 static fshm_segment *segment;
 static fshm_limiter *limiter;
+static char limiter_name[32];
 static uint64_t key_number;
 
 static const set_t *set; /* in force */
@@ -62,7 +64,8 @@ static uint32_t rates; /* of its limits, without permits */
 static uint32_t place[FSHM_MAX_LIMITS]; /* which rule each is: its place in `rule` */
 static struct {
   fshm_limit last; /* as it was last in force */
-  bool present;
+  fshm_limit was[MOST_WAS]; /* what else it was */
+  uint32_t was_n;
 } rule[MOST_RULES];
 static uint32_t rules_n;
 static uint64_t shape; /* differs after a change of which limits there are, or of their kind */
@@ -116,9 +119,28 @@ static void make_room(void) {
   memset((unsigned char *)(uintptr_t)g.base + g.cells_offset, 0, g.cells * sizeof(cell_t));
 }
 
-static uint64_t segment_stories;
-static void fresh_start(bool anew) {
-  if (anew || !segment || segment_stories++ > 100000) {
+static uint32_t rates_of(const set_t *s) {
+  return s->count - (s->limits[s->count - 1].kind == FSHM_PERMITS);
+}
+
+/* A name goes on from story to story, so that its limits have changed very often, where there are always as many
+ * limits. Else an earlier story's limits might be there before. */
+static bool own_name(const story_t *t) {
+  bool same = true;
+  for (uint32_t i = 0; i < t->sets_n; i++) same &= rates_of(&t->sets[i]) == rates_of(&t->sets[0]);
+  if (same) {
+    (void)snprintf(limiter_name, sizeof limiter_name, "of %u", rates_of(&t->sets[0]));
+    return false;
+  }
+  (void)snprintf(limiter_name, sizeof limiter_name, "%" PRIu64, key_number);
+  return true;
+}
+
+static uint32_t names_left;
+static void fresh_start(const story_t *t, bool anew) {
+  const bool own = own_name(t);
+  if (anew || !segment || (own && !names_left)) {
+    fshm_geometry g;
     fshm_error e;
     if (limiter) fshm_limiter_close(limiter);
     if (segment) {
@@ -128,53 +150,92 @@ static void fresh_start(bool anew) {
     }
     limiter = NULL;
     segment = fresh_segment(64);
-    segment_stories = 0;
+    fshm_describe(segment, &g);
+    names_left = g.limiters - 6;
   }
+  names_left -= own;
   make_room();
 }
 
+/* Has any key used of it what is not over by now? */
+static bool is_alive(uint32_t r) {
+  bool any = false;
+  for (uint32_t k = 0; k < KEYS; k++) {
+    bool used = true;
+    states_t at;
+    pass_time(&keys[k].states[r], now, &at);
+    for (int i = 0; i < at.n; i++) used &= at.all[i].kind != NOTHING;
+    any |= used;
+  }
+  return any;
+}
+
+static bool like(const fshm_limit *a, const fshm_limit *b) {
+  return a->kind == b->kind && a->per_ns == b->per_ns;
+}
+
+/* The limit of the same kind and period that is not in force. n: how many there are. */
+static uint32_t there_before(const fshm_limit *l, const uint32_t *next_place, const bool *found,
+                             uint32_t next_rates, uint32_t *n) {
+  uint32_t before = 0;
+  for (uint32_t r = 0; r < rules_n; r++) {
+    bool there = false;
+    for (uint32_t k = 0; k < rates; k++) there |= place[k] == r;
+    for (uint32_t k = 0; k < next_rates; k++) there |= found[k] && next_place[k] == r;
+    if (there) continue;
+    for (uint32_t i = 0; i < rule[r].was_n; i++) /* it was, but was another since: who knows */
+      gave_up |= like(&rule[r].was[i], l) && !like(&rule[r].last, l);
+    if (!like(&rule[r].last, l)) continue;
+    ++*n;
+    before = r;
+  }
+  return before;
+}
+
+static void note_was(uint32_t r, const fshm_limit *l) {
+  for (uint32_t i = 0; i < rule[r].was_n; i++)
+    if (like(&rule[r].was[i], l)) return;
+  if (rule[r].was_n == MOST_WAS)
+    gave_up = true;
+  else
+    rule[r].was[rule[r].was_n++] = *l;
+}
+
 static void partners(const set_t *to) {
-  uint32_t next_place[FSHM_MAX_LIMITS], next_rates = to->count;
+  uint32_t next_place[FSHM_MAX_LIMITS] = {0}, next_rates = to->count;
   bool taken[FSHM_MAX_LIMITS] = {false}, found[FSHM_MAX_LIMITS] = {false}, same_shape = true;
   if (to->limits[to->count - 1].kind == FSHM_PERMITS) next_rates--;
-  for (int pass = 0; pass < 2; pass++) { /* the same kind and period first, then in order */
+  for (int pass = 0; pass < 3; pass++) { /* the same, of the present; of those before; in order */
     for (uint32_t i = 0; i < next_rates; i++) {
-      for (uint32_t k = 0; k < rates && !found[i]; k++) {
+      if (pass == 1 && !found[i]) {
+        uint32_t n = 0, before = there_before(&to->limits[i], next_place, found, next_rates, &n);
+        gave_up |= n > 1 || (n && !is_alive(before)); /* of what is dead, nobody need know */
+        if (n) {
+          found[i] = true;
+          next_place[i] = before;
+        }
+      }
+      for (uint32_t k = 0; k < rates && !found[i] && pass != 1; k++) {
         const fshm_limit *was = &rule[place[k]].last;
         if (taken[k]) continue;
-        if (!pass && (was->kind != to->limits[i].kind || was->per_ns != to->limits[i].per_ns))
-          continue;
+        if (!pass && !like(was, &to->limits[i])) continue;
         taken[k] = found[i] = true;
         next_place[i] = place[k];
       }
     }
   }
-  for (uint32_t i = 0; i < next_rates; i++) { /* new; or it was there before */
-    uint32_t before = 0;
-    for (uint32_t r = 0; r < rules_n && !found[i]; r++) {
-      bool there = false;
-      for (uint32_t k = 0; k < rates; k++) there |= place[k] == r;
-      for (uint32_t k = 0; k < next_rates; k++) there |= found[k] && next_place[k] == r;
-      if (there || rule[r].last.kind != to->limits[i].kind ||
-          rule[r].last.per_ns != to->limits[i].per_ns)
-        continue;
-      before++;
-      next_place[i] = r;
+  for (uint32_t i = 0; i < next_rates; i++) {
+    if (found[i]) continue;
+    if (rules_n == MOST_RULES) { /* the library, too, has room for some */
+      gave_up = true;
+      return;
     }
-    gave_up |= before > 1;
-    if (!found[i] && !before) {
-      /* The library has room for as many as a limiter may have. */
-      if (rules_n == FSHM_MAX_LIMITS) {
-        gave_up = true;
-        return;
-      }
-      next_place[i] = rules_n++;
-      for (uint32_t k = 0; k < KEYS; k++) {
-        keys[k].states[next_place[i]].n = 1;
-        keys[k].states[next_place[i]].all[0] = nothing_used();
-      }
+    rule[rules_n].was_n = 0;
+    next_place[i] = rules_n++;
+    for (uint32_t k = 0; k < KEYS; k++) {
+      keys[k].states[next_place[i]].n = 1;
+      keys[k].states[next_place[i]].all[0] = nothing_used();
     }
-    found[i] = true;
   }
   for (uint32_t i = 0; i < next_rates; i++) {
     fshm_limit *last = &rule[next_place[i]].last;
@@ -182,6 +243,7 @@ static void partners(const set_t *to) {
                   last->kind == to->limits[i].kind &&
                   (last->kind != FSHM_SLIDING || last->per_ns == to->limits[i].per_ns);
     *last = to->limits[i];
+    note_was(next_place[i], last);
   }
   memcpy(place, next_place, sizeof place);
   rates = next_rates;
@@ -199,15 +261,28 @@ static void in_force(told_key_t *k, bool asked) {
   }
 }
 
+/* A change may bring what was used under the new limits, where it is over sooner, as if the key had been asked. */
+static void may_go_over(told_key_t *k) {
+  states_t at;
+  for (uint32_t i = 0; i < rates; i++) {
+    states_t *of = &k->states[place[i]];
+    if (of->n == 1 && of->all[0].kind == NOTHING) continue;
+    pass_time(of, now, &at);
+    was_denied(&at, &set->limits[i], 1, false, now, of);
+  }
+}
+
 static void change_to(const set_t *to) {
   fshm_limiter *next;
-  int status = fshm_limiter_open(segment, "stories", 7, to->limits, to->count, &next);
+  int status = fshm_limiter_open_at(segment, limiter_name, strlen(limiter_name), to->limits,
+                                    to->count, now, &next);
   if (status != FSHM_OK) {
     wrong("the limits cannot be changed: %d", status);
     return;
   }
   if (limiter) fshm_limiter_close(limiter);
   limiter = next;
+  for (int k = 0; k < KEYS; k++) may_go_over(&keys[k]); /* under those of before, until now */
   partners(to);
   if (gave_up) return;
   set = to;
@@ -215,6 +290,7 @@ static void change_to(const set_t *to) {
     if (to->limits[i].kind == FSHM_BUCKET)
       slowest = larger(slowest, slow_interval_of(&to->limits[i]));
   for (int k = 0; k < KEYS; k++) {
+    may_go_over(&keys[k]);
     if (rates != 1 || to->limits[0].kind != FSHM_BUCKET) keys[k].since_n = 0;
     in_force(&keys[k], false);
   }
@@ -311,7 +387,7 @@ static void check_denial(told_key_t *k, const fshm_decision *d, uint64_t cost, b
     wrong("denied for %" PRId64 " ns, where the longest is %.0Lf", d->retry_after_ns, longest);
   if (retry > TOO_LATE) gave_up = true;
   if (gave_up || why[0]) return;
-  if (!old && ask(k, FSHM_PEEK, cost, 0, now + retry + 8, &later) != FSHM_ALLOWED)
+  if (!old && ask(k, FSHM_PEEK, cost, 0, now + retry + 16, &later) != FSHM_ALLOWED)
     wrong("denied for %" PRIu64 " ns, and after that for another %" PRId64, retry,
           later.retry_after_ns);
   if (!old && retry > 8 && ask(k, FSHM_PEEK, cost, 0, now + retry - 8, &later) == FSHM_ALLOWED)
@@ -331,7 +407,7 @@ static void acquire(told_key_t *k, const step_t *s, uint64_t cost, uint64_t wait
   const uint64_t costs[FSHM_MAX_LIMITS] = {cost, cost, cost, cost};
   if (s->what == RESERVE)
     (void)ask(k, FSHM_RESERVE, cost, wait, now, &d);
-  else if (s->what == ACQUIRE && !permits)
+  else if (s->what != ADMIT && !permits)
     (void)ask(k, FSHM_ACQUIRE, cost, 0, now, &d);
   else
     fshm_admit(limiter, k->name, strlen(k->name), costs, now, &permit, &d, &in_flight);
@@ -498,6 +574,23 @@ static void release_op(const step_t *s) {
   keys[h->key].held--;
 }
 
+/* Forgotten, in all limits of the set in force. Those that are not in force may be, too. */
+static void reset_op(told_key_t *k) {
+  uint64_t left[FSHM_MAX_LIMITS];
+  const state_t none = nothing_used();
+  int status = fshm_reset_key(limiter, k->name, strlen(k->name));
+  if (status != FSHM_OK) wrong("it answers %d", status);
+  for (uint32_t r = 0; r < rules_n; r++) {
+    bool present = false;
+    for (uint32_t i = 0; i < rates; i++) present |= place[i] == r;
+    if (present) k->states[r].n = 0;
+    add_state(&k->states[r], &none);
+  }
+  k->since_n = 0;
+  shape++; /* what was charged before cannot be settled */
+  look_at(k, left);
+}
+
 static void one_step(const story_t *t, const step_t *s) {
   told_key_t *k = &keys[s->key];
   uint64_t pause = s->pause, cost = s->cost, left[FSHM_MAX_LIMITS];
@@ -538,6 +631,9 @@ static void one_step(const story_t *t, const step_t *s) {
       case RELEASE:
         fprintf(tell, "  release a permit");
         break;
+      case RESET:
+        fprintf(tell, "  key %u: reset", s->key);
+        break;
       default:
         break;
     }
@@ -568,12 +664,18 @@ static void one_step(const story_t *t, const step_t *s) {
     case RELEASE:
       release_op(s);
       break;
+    case RESET:
+      reset_op(k);
+      break;
     default:
       for (uint32_t i = 0; i < s->times && !why[0] && !gave_up; i++) {
         const set_t *to = &t->sets[(s->set + i) % t->sets_n];
-        if (tell) {
+        const bool middle = s->what == CHANGE && i >= 3 && i + 3 < s->times;
+        if (tell && !middle) {
           fprintf(tell, i ? "\n  limits: " : "  limits: ");
           tell_set(tell, to);
+        } else if (tell && i == 3) {
+          fprintf(tell, "\n  and so on, %u changes in all", s->times);
         }
         change_to(to);
         if (s->what != CHANGE_ASKED || why[0] || gave_up) continue;
@@ -592,7 +694,7 @@ static void one_step(const story_t *t, const step_t *s) {
 /* Does it hold? */
 static bool story_holds(const story_t *t, bool anew) {
   static const set_t none;
-  fresh_start(anew);
+  fresh_start(t, anew);
   why[0] = 0;
   gave_up = false;
   now = t->begin;

@@ -32,6 +32,10 @@ class Rule:
     burst: int = 0
     strict: bool = False
 
+    def like(self, other: Rule) -> bool:
+        """Is it the same limit, perhaps with other numbers?"""
+        return (self.kind, self.per) == (other.kind, other.per)
+
     @property
     def most(self) -> int:
         """What one request may cost at most."""
@@ -64,11 +68,11 @@ class Limiter:
         self._name = b"limiter %d" % (self._turn % 64)
         self.change(*rules)
 
-    def change(self, *rules: Rule) -> None:
+    def change(self, *rules: Rule, now: int = 1) -> None:
         out = ffi.new("fshm_limiter **")
         raw = ffi.new("fshm_limit[]", [(r.n, r.per, r.burst, r.kind, r.strict) for r in rules])
-        status = lib.fshm_limiter_open(
-            self._segment._handle, self._name, len(self._name), raw, len(rules), out
+        status = lib.fshm_limiter_open_at(
+            self._segment._handle, self._name, len(self._name), raw, len(rules), now, out
         )
         assert status == lib.FSHM_OK, (status, rules)
         self._limiter = ffi.gc(out[0], lib.fshm_limiter_close)
@@ -130,6 +134,10 @@ class Limiter:
 
     def block(self, key: str, now: int, ns: int) -> int:
         return int(self.apply(lib.FSHM_BLOCK, key, now, ns).status)
+
+    def reset(self, key: str) -> None:
+        raw = self._key(key)
+        assert lib.fshm_reset_key(self._limiter, raw, len(raw)) == lib.FSHM_OK
 
     def peek(self, key: str, now: int, costs: int | Sequence[int] = 1) -> Any:
         return self.apply(lib.FSHM_PEEK, key, now, costs)

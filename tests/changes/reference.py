@@ -11,9 +11,9 @@ v is the limit under which a state was written, c the one in force now.
 - Under a limit of another kind, or a sliding one with another ``per``, what is used counts as of
   now.
 
-Some things are left open: by how many nanoseconds an end is rounded up, and whether a denial writes
-the state. So there may be several possible states. An answer leaves those that explain it; one that
-no state explains is a fault.
+Some things are left open: by how many nanoseconds an end is rounded up, and whether a denial, or
+the change itself, writes the state. So there may be several possible states. An answer leaves those
+that explain it; one that no state explains is a fault.
 """
 
 from __future__ import annotations
@@ -103,7 +103,9 @@ def used_now(rule: Rule, tokens: int, now: int) -> State:
     if not tokens:
         return None
     if rule.kind == BUCKET:
-        return Bucket(rule, now, Fraction(tokens), Fraction(tokens))
+        coarse = slow_interval(rule) > interval(rule)  # else it is rounded up to a nanosecond
+        high = tokens + (Fraction(0) if coarse else within(rule, 2))
+        return Bucket(rule, now, Fraction(tokens), high)
     if rule.kind == WINDOW:
         end = now + rule.per
         return Window(rule, tokens, end, end + rounding(tokens, rule), next(_serial))
@@ -130,6 +132,12 @@ def tokens_used(state: State, now: int) -> range:
     if high - low > 4:
         raise GaveUp
     return range(low, high + 1)
+
+
+def whole_tokens(state: State, rule: Rule, now: int) -> range:
+    """As this rule sees them: in the time of a bucket, they are rounded up to a nanosecond."""
+    used = tokens_used(state, now)
+    return range(used[0], used[-1] + 2) if rule.kind == BUCKET and used[-1] else used
 
 
 def over_in(state: State, now: int) -> tuple[Fraction, Fraction]:
@@ -224,31 +232,32 @@ def pass_time(states: States, now: int) -> States:
 
 def admitted(states: States, rule: Rule, cost: int, now: int) -> States:
     """The states in which it fits, and what they become."""
-    out: set[State] = set()
-    for state in states:
-        if cost > rule.most:
-            continue
-        if state is None or not same_meter(state, rule):
-            for tokens in tokens_used(state, now):
-                if tokens + cost <= rule.most:
-                    out.add(used_now(rule, tokens + cost, now))
-        elif isinstance(state, Bucket):
-            room = rule.burst - cost + within(rule, 2)
-            if state.low <= room:
-                for under in converted(state, rule, now):
-                    assert isinstance(under, Bucket)
-                    high = min(under.high, room) + cost + within(rule, 2)
-                    out.add(replace(under, low=under.low + cost, high=high))
-        elif isinstance(state, Window):
-            for under in as_seen(state, rule, now):
-                if under is None:
-                    out.add(used_now(rule, cost, now))
-                elif isinstance(under, Window) and (total := under.total + cost) <= rule.n:
-                    late = max(under.late, under.end + rounding(total, rule))
-                    out.add(replace(under, label=rule, total=total, late=late))
-        elif state.used(now) + cost <= rule.n:
-            out.add(replace(state, label=rule, count=state.count + cost))
-    return frozenset(out)
+    if cost > rule.most:
+        return frozenset()
+    return frozenset(s for state in states for s in _admitted(state, rule, cost, now))
+
+
+def _admitted(state: State, rule: Rule, cost: int, now: int) -> Iterator[State]:
+    if state is None or not same_meter(state, rule):
+        for tokens in tokens_used(state, now):
+            if tokens + cost <= rule.most:
+                yield used_now(rule, tokens + cost, now)
+    elif isinstance(state, Bucket):
+        room = rule.burst - cost + within(rule, 2)
+        if state.low <= room:
+            for under in converted(state, rule, now):
+                assert isinstance(under, Bucket)
+                high = min(under.high, room) + cost + within(rule, 2)
+                yield replace(under, low=under.low + cost, high=high)
+    elif isinstance(state, Window):
+        for under in as_seen(state, rule, now):
+            if under is None:
+                yield used_now(rule, cost, now)
+            elif isinstance(under, Window) and (total := under.total + cost) <= rule.n:
+                late = max(under.late, under.end + rounding(total, rule))
+                yield replace(under, label=rule, total=total, late=late)
+    elif state.used(now) + cost <= rule.n:
+        yield replace(state, label=rule, count=state.count + cost)
 
 
 def may_deny(state: State, rule: Rule, cost: int, now: int) -> bool:
@@ -257,7 +266,7 @@ def may_deny(state: State, rule: Rule, cost: int, now: int) -> bool:
     if isinstance(state, Bucket) and rule.kind == BUCKET:
         return state.high > rule.burst - cost - within(rule, SLACK)
     seen = as_seen(state, rule, now)
-    return any(s is not None and tokens_used(s, now)[-1] + cost > rule.most for s in seen)
+    return any(s is not None and whole_tokens(s, rule, now)[-1] + cost > rule.most for s in seen)
 
 
 def denied(states: States, rule: Rule, cost: int, now: int, *, by_this: bool) -> States:
@@ -291,7 +300,7 @@ def left(states: States, rule: Rule, tokens: int, now: int) -> States:
                 low = max(low, rule.burst - tokens - 1 - within(rule, SLACK))
             out.add(replace(state, low=min(low, high), high=high))
         else:
-            seen = (tokens_used(s, now) for s in as_seen(state, rule, now))
+            seen = (whole_tokens(s, rule, now) for s in as_seen(state, rule, now))
             if any(tokens == max(0, rule.most - used) for each in seen for used in each):
                 out.add(state)
     return frozenset(out)

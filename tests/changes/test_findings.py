@@ -6,8 +6,9 @@ from itertools import cycle, islice
 
 import pytest
 
-from changes.driver import HOUR, SECOND, Limiter, bucket, sliding, window
+from changes.driver import HOUR, SECOND, Limiter, bucket, permits, sliding, window
 from fast_litellm_shm import Segment
+from fast_litellm_shm.native import lib
 
 NOW = 10**6 * SECOND
 
@@ -75,7 +76,7 @@ def test_raising_a_window_absorbs_its_debt(segment: Segment) -> None:
     assert HOUR <= limiter.peek("k", NOW).retry_after_ns <= HOUR + 2 * 2**5
 
 
-@pytest.mark.parametrize("changes", [33, 65, 97, 32 * 100 + 1])
+@pytest.mark.parametrize("changes", [33, 65, 97, 32 * 100 + 1, 2**16 + 1])
 def test_a_bucket_that_sleeps_through_changes_keeps_its_use(segment: Segment, changes: int) -> None:
     """Once 199 were admitted: after 32 changes its version came round, and it was read as
     ``Limit(1, per=3600)``, under which an hour is one token."""
@@ -155,3 +156,58 @@ def test_a_sliding_window_counts_on_when_its_limit_changes(segment: Segment) -> 
     limiter.change(sliding(100, HOUR))
     assert limiter.remaining("k", start) == [21]
     assert limiter.remaining("k", start + HOUR + HOUR // 2) == [60]
+
+
+def test_permits_beyond_a_lowered_limit_count_for_the_key_that_holds_them(segment: Segment) -> None:
+    """That another key holds none there says nothing of this one."""
+    limiter = Limiter(segment, permits(100))
+    held = [limiter.admit("k", NOW)[0] for _ in range(90)]
+    limiter.change(permits(10))
+    assert limiter.admit("another", NOW)[1].status
+    assert limiter.in_flight("k") == 90
+    for permit in held[:40]:
+        assert limiter.release(permit)
+    assert not limiter.admit("k", NOW)[1].status  # 50 are held, of 10
+
+
+def test_a_block_that_is_refused_changes_nothing(segment: Segment) -> None:
+    """Once it brought what was used under the present limit, where it lasts longer."""
+    limiter = Limiter(segment, bucket(2, SECOND, 1))
+    assert limiter.acquire("k", NOW)
+    limiter.change(sliding(1, HOUR))
+    assert limiter.block("k", NOW, SECOND) == lib.FSHM_E_ARGUMENT
+    assert limiter.remaining("k", NOW + SECOND) == [1]
+
+
+@pytest.mark.parametrize("n", [2, 19, 1837, 100_000])
+def test_a_settlement_finds_its_window_whatever_the_limit_was_meanwhile(
+    segment: Segment, n: int
+) -> None:
+    """The end of a window is rounded anew when its limit is raised."""
+    limiter = Limiter(segment, window(6, 60 * SECOND))
+    permit, _ = limiter.admit("k", NOW + 1, 3)
+    limiter.change(window(n, 60 * SECOND))
+    limiter.charge("k", NOW + 2, 1)
+    limiter.change(window(6, 60 * SECOND))
+    limiter.settle("k", NOW + 3, 3, 1, permit)
+    assert limiter.remaining("k", NOW + 3) == [4]
+
+
+def test_limits_that_were_in_force_while_a_key_slept_make_no_debt(segment: Segment) -> None:
+    """A token of which it was not asked is gone after a second, whatever else came and went."""
+    limiter = Limiter(segment, bucket(47, 43 * SECOND))
+    assert limiter.acquire("k", NOW)
+    for n in range(1, 60):
+        limiter.change(bucket(n, 43 * 86400 * SECOND, 1), now=NOW + n)
+    limiter.change(bucket(1, HOUR), now=NOW + 60)
+    assert limiter.acquire("k", NOW + 2 * SECOND)
+
+
+def test_a_sliding_window_of_another_period_denies_no_longer_than_either(segment: Segment) -> None:
+    old, new = 195_455_201_964, 240 * SECOND
+    limiter = Limiter(segment, sliding(4, old))
+    now = 17_801_297_092_034_108
+    limiter.charge("k", now, 1)
+    limiter.change(sliding(1, new), now=now)
+    retry = limiter.apply(lib.FSHM_ACQUIRE, "k", now, 1).retry_after_ns
+    assert retry <= min((now // old + 2) * old, (now // new + 2) * new) - now

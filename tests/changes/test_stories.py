@@ -105,9 +105,26 @@ def one_limit(draw: st.DrawFn) -> list[tuple[Rule, ...]]:
 
 
 @dataclass
+class Since:
+    """All that a key was admitted since one of its admissions, and the most generous of the limits
+    that were in force meanwhile, and back to when the key was asked before."""
+
+    at: int
+    burst: int
+    rate: Fraction  # tokens a nanosecond
+    taken: int = 0
+
+    def widen(self, rule_: Rule) -> None:
+        self.burst = max(self.burst, rule_.burst)
+        self.rate = max(self.rate, 1 / reference.interval(rule_))
+
+
+@dataclass
 class Key:
     states: dict[int, States] = field(default_factory=dict)  # by the number of the limit
     held: list[Any] = field(default_factory=list)  # permits
+    since: list[Since] = field(default_factory=list)  # of a limit that is always a bucket
+    asked: list[Rule] = field(default_factory=list)  # those in force since it was last asked
 
     def of(self, number: int) -> States:
         return self.states.setdefault(number, NOTHING)
@@ -133,40 +150,43 @@ class Stories(RuleBasedStateMachine):
         self.shape = 0  # differs after a change of which limits there are, or of their kind
         self.numbers: list[int] = []  # of the limits in force
         self.last: dict[int, Rule] = {}  # each limit as it was last in force
+        self.earlier: set[tuple[int, Rule]] = set()  # as each was at any time
         self.limiter = Limiter(self.segment, *sets[0])
         self.partners(sets[0])
+        self.changed()
 
     # Limits that change
 
     def partners(self, rules: tuple[Rule, ...]) -> None:
         """Which limits of the new set go on from which of the old: those of the same kind and
-        period first, then in order. Others are new, unless they were there before."""
+        period first, also such as were there before; then in order. Others are new."""
         rates = [r for r in rules if r.kind != PERMITS]
-        old, found = list(self.numbers), [-1] * len(rates)
-        for exact in (True, False):
-            for i, rule_ in enumerate(rates):
-                for number in old:
-                    was = self.last[number]
-                    if found[i] < 0 and (
-                        not exact or (was.kind, was.per) == (rule_.kind, rule_.per)
-                    ):
-                        found[i] = number
-                        old.remove(number)
-                        break
+        found = [-1] * len(rates)
         for i, rule_ in enumerate(rates):
-            if found[i] >= 0:
-                continue
+            same = [n for n in self.numbers if n not in found and self.last[n].like(rule_)]
+            found[i] = same[0] if same else -1
+        for i, rule_ in enumerate(rates):
             before = [
                 number
                 for number, was in self.last.items()
-                if (was.kind, was.per) == (rule_.kind, rule_.per)
-                and number not in self.numbers
-                and number not in found
+                if number not in self.numbers and number not in found and was.like(rule_)
             ]
-            if len(before) > 1 or (not before and len(self.last) == lib.FSHM_MAX_LIMITS):
-                self.given_up = True  # which, or whether, is the library's to say
-            found[i] = before[0] if before else len(self.last)
-            self.last.setdefault(found[i], rule_)
+            if found[i] < 0 and any(
+                was.like(rule_) and not self.last[number].like(rule_)
+                for number, was in self.earlier
+                if number not in self.numbers and number not in found
+            ):
+                self.given_up = True  # it was this one, and another one since
+            if found[i] < 0 and before:
+                found[i] = before[0]
+                # Of what is over, nobody need know; and of several, which is the library's to say.
+                self.given_up |= len(before) > 1 or not self.is_alive(before[0])
+        for i, rule_ in enumerate(rates):
+            rest = [number for number in self.numbers if number not in found]
+            if found[i] < 0:
+                found[i] = rest[0] if rest else len(self.last)
+                self.last.setdefault(found[i], rule_)
+        self.given_up |= len(self.last) > 6  # the library has room for some
         if found != self.numbers or any(
             not reference.same_meter(reference.used_now(self.last[number], 1, 0), rule_)
             for number, rule_ in zip(found, rates, strict=True)
@@ -174,6 +194,7 @@ class Stories(RuleBasedStateMachine):
             self.shape += 1
         self.numbers = found
         self.last.update(zip(found, rates, strict=True))
+        self.earlier |= set(zip(found, rates, strict=True))
 
     @property
     def rates(self) -> list[tuple[int, Rule]]:
@@ -190,6 +211,38 @@ class Stories(RuleBasedStateMachine):
             yield
         except GaveUp:
             self.given_up = True
+
+    def is_alive(self, number: int) -> bool:
+        """Has any key used of this limit what is not over by now?"""
+        states = (reference.pass_time(k.of(number), self.now) for k in self.keys.values())
+        return any(None not in each for each in states)
+
+    def changed(self) -> None:
+        """Other limits are in force."""
+        rules = self.limiter.rules
+        for key in self.keys.values():
+            if len(rules) != 1 or rules[0].kind != BUCKET:
+                key.since = []
+                continue
+            key.asked.append(rules[0])
+            for since in key.since:
+                since.widen(rules[0])
+
+    def took(self, key: str, tokens: int, *, admitted: bool = False) -> None:
+        """In any interval that begins with an admission: no more than the most generous of the
+        limits allows, whatever else was charged and given back in it."""
+        rules, k = self.limiter.rules, self.keys[key]
+        if len(rules) != 1 or rules[0].kind != BUCKET:
+            return
+        if admitted:
+            k.since.append(Since(self.now, 0, Fraction(0)))
+            for one in (*k.asked, rules[0]):
+                k.since[-1].widen(one)
+        for since in k.since:
+            since.taken += tokens
+            most = since.burst + (self.now - since.at + 2 * reference.SLACK) * since.rate
+            assert not admitted or since.taken <= most, (since, self.now)
+        k.asked = [rules[0]]
 
     # What is left
 
@@ -226,23 +279,35 @@ class Stories(RuleBasedStateMachine):
     @alive
     @rule(data=st.data())
     def change(self, data: st.DataObject) -> None:
-        to = data.draw(st.sampled_from(self.sets))
-        self.limiter.change(*to)
+        self.change_to(data.draw(st.sampled_from(self.sets)))
+
+    def change_to(self, to: tuple[Rule, ...]) -> None:
+        self.limiter.change(*to, now=self.now)
+        self.may_go_over()  # to those that were in force until now
         self.partners(to)
+        self.changed()
+        self.may_go_over()
+
+    def may_go_over(self) -> None:
+        """A change may bring what was used under the limits in force, where it is over sooner."""
+        for key in self.keys.values():
+            for number, rule_ in self.rates:
+                with self.following():
+                    before = reference.pass_time(key.of(number), self.now)
+                    after = reference.denied(before, rule_, 1, self.now, by_this=False)
+                    key.states[number] = after
 
     @alive
     @rule(first=st.integers(0, 4), times=st.one_of(st.integers(1, 70), st.integers(1, 400)))
     def change_often(self, first: int, times: int) -> None:
         for to in itertools.islice(itertools.cycle(self.sets), first, first + times):
-            self.limiter.change(*to)
-            self.partners(to)
+            self.change_to(to)
 
     @alive
     @rule(key=st.sampled_from(KEYS), times=st.integers(1, 40))
     def change_while_denied(self, key: str, times: int) -> None:
         for to in itertools.islice(itertools.cycle(self.sets), times):
-            self.limiter.change(*to)
-            self.partners(to)
+            self.change_to(to)
             if self.given_up or not self.rates:
                 return
             with self.following():
@@ -270,6 +335,7 @@ class Stories(RuleBasedStateMachine):
         else:
             permit, d = None, self.limiter.apply(lib.FSHM_ACQUIRE, key, self.now, cost)
         if not d.status:
+            self.took(key, 0)
             self.check_denial(key, cost, d, looked=bool(admit or most))
             for a, b, (_, rule_) in zip(before, self.look(key), self.rates, strict=True):
                 assert a == b or (rule_.kind == BUCKET and a == b + 1), (
@@ -279,6 +345,7 @@ class Stories(RuleBasedStateMachine):
         assert d.status == lib.FSHM_ALLOWED
         held = self.keys[key].held
         assert not most or len(held) < most
+        self.took(key, cost, admitted=True)
         charges: list[Charge | None] = []
         for number, rule_ in self.rates:
             states = self.keys[key].of(number)
@@ -315,7 +382,7 @@ class Stories(RuleBasedStateMachine):
         assert 0 < retry <= longest + 16, (retry, float(longest))
         # An admission only looks, so what was used may stay under old limits; else this is certain.
         if not old:
-            assert self.limiter.peek(key, self.now + retry + 8, cost).status
+            assert self.limiter.peek(key, self.now + retry + 16, cost).status
             assert retry <= 8 or not self.limiter.peek(key, self.now + retry - 8, cost).status
 
     @alive
@@ -332,6 +399,7 @@ class Stories(RuleBasedStateMachine):
                 after = reference.charged(states, rule_, cost, self.now)
                 self.keys[key].states[number] = after
             self.limiter.charge(key, self.now, cost)
+            self.took(key, cost)
             self.given_up |= self.too_long(key, 0)
             self.look(key)
 
@@ -343,6 +411,7 @@ class Stories(RuleBasedStateMachine):
                 return
             self.look(key)
             self.limiter.refund(key, self.now, cost)
+            self.took(key, -cost)
             for number, rule_ in self.rates:
                 states = self.keys[key].of(number)
                 after = reference.given_back(states, rule_, cost, self.now)
@@ -373,6 +442,7 @@ class Stories(RuleBasedStateMachine):
             elif more < 0:
                 key.states[number] = reference.given_back(states, rule_, -more, self.now, of)
         self.limiter.settle(one.key, self.now, one.cost, actual, one.permit)
+        self.took(one.key, more)
         self.look(one.key)
 
     @alive
@@ -381,6 +451,18 @@ class Stories(RuleBasedStateMachine):
         held = self.keys[key].held
         if held:
             assert self.limiter.release(held.pop(which % len(held)))
+        with self.following():
+            self.look(key)
+
+    @alive
+    @rule(key=st.sampled_from(KEYS))
+    def reset(self, key: str) -> None:
+        """In all limits in force, and perhaps in those that are not."""
+        self.limiter.reset(key)
+        for number, states in self.keys[key].states.items():
+            self.keys[key].states[number] = NOTHING if number in self.numbers else states | NOTHING
+        self.keys[key].since = []
+        self.shape += 1  # what was charged before cannot be settled
         with self.following():
             self.look(key)
 
@@ -396,6 +478,7 @@ class Stories(RuleBasedStateMachine):
             if any(s is not None and not isinstance(s, reference.Bucket) for s in states):
                 return
             status = self.limiter.block(key, self.now, ns)
+            self.took(key, 0)
             assert status == (lib.FSHM_ALLOWED if buckets else lib.FSHM_E_ARGUMENT)
             for number, rule_ in buckets:
                 before = self.keys[key].of(number)
