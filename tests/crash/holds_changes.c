@@ -249,6 +249,17 @@ static void raise_take_lower(void) {
   set_at(op->next, op->next_count);
 }
 
+/* The limit is lowered, and what is left of it taken: whoever has it is counted. */
+static void lower_take(void) {
+  fshm_decision d;
+  uint32_t held;
+  set_at(op->next, op->next_count);
+  raised_held = 0;
+  fshm_admit(world.l, KEY, strlen(KEY), NULL, NOW, &raised_permits[0], &d, &held);
+  raised_held = d.status == FSHM_ALLOWED;
+}
+static void begin_high(void) { world.l->frontier = (uint32_t)op->limits[0].n - 1; }
+
 static void check_raised(const char *when) {
   fshm_permit permit;
   fshm_decision d;
@@ -270,15 +281,16 @@ static void raised_end(void) {
   if (told->status != op->status) broken("it answers %d, not %d", told->status, op->status);
 }
 static void raised_contend(void) {
-  raise_take_lower();
+  op->overtake();
   check_raised("beside T");
   release_raised();
   uint32_t alive = held_alive(world.l, KEY), counted = fshm_in_flight(world.l, KEY, strlen(KEY));
   if (counted != alive) broken("%u are in flight, and %u are told", alive, counted);
 }
 static void raised_survive(void) {
-  raise_take_lower();
-  if (raised_held + op->prior != RAISED) broken("%u are granted of %d", raised_held, RAISED);
+  op->overtake();
+  if (op->overtake == raise_take_lower && raised_held + op->prior != RAISED)
+    broken("%u are granted of %d", raised_held, RAISED);
   check_raised("after its death");
   release_raised();
   check_raised("in the end");
@@ -286,6 +298,9 @@ static void raised_survive(void) {
 }
 static void raised_raced(const outcome_t *mine) {
   (void)mine;
+  if (op->overtake == lower_take && held_alive(world.l, KEY) > op->next[0].n)
+    broken("%u are held, and the last was granted under %u", held_alive(world.l, KEY),
+           (uint32_t)op->next[0].n);
   check_raised("after both");
   release_raised();
   check_raised("in the end");
@@ -298,8 +313,9 @@ static void raised_raced(const outcome_t *mine) {
     broken("%u were held, and %u more are granted", alive, taken);
   check_invariants(false);
 }
+static void overtake_raised(void) { op->overtake(); }
 static const holds_t raising = {NULL,           raised_end,   raised_contend,
-                                raised_survive, raised_raced, raise_take_lower};
+                                raised_survive, raised_raced, overtake_raised};
 
 /* Changes that need a sweep: all slots are in use, since keys live under all rules. */
 

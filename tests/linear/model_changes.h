@@ -10,6 +10,7 @@
 #define MODEL_CHANGES_H
 
 enum { EFFECT, OTHERWISE, SEE, BACK, LOAD_LIMITS };
+#define LOOK 99 /* phase of what charged all that it had to */
 
 static inline bool same_variant(const history_t *h, unsigned a, unsigned b) {
   return h->counts[a] == h->counts[b] && h->permits_of[a] == h->permits_of[b] &&
@@ -32,6 +33,10 @@ static inline bool load_limits(const history_t *h, config_t *c, int lane, const 
   for (uint32_t i = 0; i < h->limits; i++) seen[i] = (uint8_t)c->state[op->key * h->limits + i];
   if (c->plan[lane] == c->changes + 1 && !memcmp(seen, c->seen[lane], sizeof seen)) return false;
   if (op->kind == OP_ADMIT && c->plan[lane]) return false; /* its slots are those of the limit that it began with */
+  bool looks = op->kind == OP_PEEK || op->kind == OP_REMAINING;
+  bool forces = op->kind == OP_CHARGE || op->kind == OP_REFUND || op->kind == OP_SETTLE;
+  if (looks) c->phase[lane] = 0; /* it looks at all anew */
+  if (c->phase[lane] && !forces) return false; /* it takes back what it has charged, first */
   c->plan[lane] = (uint8_t)(c->changes + 1);
   c->planned[lane] = c->variant;
   if (op->kind != OP_ADMIT) memcpy(c->seen[lane], seen, sizeof seen);
@@ -48,11 +53,15 @@ static inline uint64_t most_of(const history_t *h, const config_t *c, int lane, 
   return rule_capacity(&h->rules[c->planned[lane]][i]);
 }
 
-/* Nothing at all always fits, but in a bucket that is in debt. */
+/* Nothing at all always fits; in a bucket that is in debt, it may be denied. */
 static inline bool fits(const history_t *h, const config_t *c, int lane, uint32_t i, uint64_t used,
                         uint64_t cost) {
-  const rule_t *r = &h->rules[c->planned[lane]][i];
-  return (!cost && r->kind != FSHM_BUCKET) || used + cost <= rule_capacity(r);
+  return !cost || used + cost <= most_of(h, c, lane, i);
+}
+static inline bool fits_not(const history_t *h, const config_t *c, int lane, uint32_t i,
+                            uint64_t used, uint64_t cost) {
+  bool bucket = h->rules[c->planned[lane]][i].kind == FSHM_BUCKET;
+  return (cost || bucket) && used + cost > most_of(h, c, lane, i);
 }
 
 /* With one limit, what is left is told as of the instant of the operation. */
@@ -89,7 +98,7 @@ static inline bool acquire_changing(const history_t *h, int level, config_t *c, 
     if (!denied || i || op->status != FSHM_DENIED) return false;
     for (uint32_t k = 0; k < count; k++) {
       uint64_t there = c->state[op->key * h->limits + k];
-      if (goes_by(c, level, lane, k, there) && !fits(h, c, lane, k, there, op->cost[k]) &&
+      if (goes_by(c, level, lane, k, there) && fits_not(h, c, lane, k, there, op->cost[k]) &&
           told_left(h, c, lane, op, there))
         return finish(c, lane);
     }
@@ -112,7 +121,7 @@ static inline bool force_changing(const history_t *h, int level, config_t *c, in
   uint32_t i = c->phase[lane], count = h->counts[c->planned[lane]], meter = op->key * h->limits + i;
   if (branch != EFFECT && (branch != OTHERWISE || op->kind != OP_SETTLE)) return false;
   if (!op_open(op) && op->status != FSHM_ALLOWED) return false;
-  if (i >= count) { /* fewer by now; or the look */
+  if (i >= count || i == LOOK) { /* fewer by now; or the look */
     uint64_t used = c->state[op->key * h->limits];
     if (branch != EFFECT || !goes_by(c, level, lane, 0, used)) return false;
     return (op->kind == OP_SETTLE || told_left(h, c, lane, op, used)) && finish(c, lane);
@@ -131,7 +140,8 @@ static inline bool force_changing(const history_t *h, int level, config_t *c, in
   if (more) add_tokens(c, meter, more);
   *used = minus(*used, less);
   c->seen[lane][i] = (uint8_t)*used;
-  return stepped(c, lane, count + (count == 1 && op->kind != OP_SETTLE));
+  c->phase[lane] = i + 1 < count ? (uint8_t)(i + 1) : LOOK;
+  return true;
 }
 
 static inline bool look_changing(const history_t *h, int level, config_t *c, int lane,
