@@ -236,8 +236,8 @@ static const holds_t changes = {changes_begin,   changes_end,   changes_contend,
 static fshm_permit raised_permits[RAISED];
 static uint32_t raised_held;
 
-static void raise_take_lower(void) {
-  const fshm_limit raised = {RAISED, 0, 0, FSHM_PERMITS, 0};
+static void raise_limit_to(uint32_t most) {
+  const fshm_limit raised = {most, 0, 0, FSHM_PERMITS, 0};
   fshm_decision d;
   uint32_t held;
   set_at(&raised, 1);
@@ -248,6 +248,9 @@ static void raise_take_lower(void) {
   }
   set_at(op->next, op->next_count);
 }
+static void raise_take_lower(void) { raise_limit_to(RAISED); }
+/* No higher than it ever was. */
+static void raise_as_before(void) { raise_limit_to((uint32_t)op->limits[0].n); }
 
 /* The limit is lowered, and what is left of it taken: whoever has it is counted. */
 static void lower_take(void) {

@@ -705,6 +705,7 @@ static const operation_t operations[] = {
     {.name = "change-permits-take-last", RAISED_OVER(run_admit, TAKE, 1), ONE(PERMITS(4)), .prior = 2, .flags = FREED, THEN_ONE(PERMITS(3))},
     {.name = "change-permits-denied", RAISED_OVER(run_admit, TAKE, 0), ONE(PERMITS(3)), .prior = 2, .flags = LOW_FREED, THEN_ONE(PERMITS(2))},
     {.name = "change-permits-beyond", .make = start_permits, .holds = &raising, .run = run_admit, .op = TAKE, .status = 1, .overtake = lower_take, .capacity = 8, ONE(PERMITS(3)), .prior = 1, .prepare = begin_high, .flags = UNCHANGED, THEN_ONE(PERMITS(2))},
+    {.name = "change-permits-as-before", .make = start_permits, .holds = &raising, .run = run_admit, .op = TAKE, .status = 1, .overtake = raise_as_before, .capacity = 8, ONE(PERMITS(3)), .prior = 1, .flags = FREED, THEN_ONE(PERMITS(2))},
     {.name = "change-permits-count", RAISED_OVER(run_in_flight, COUNT_HELD, 1), ONE(PERMITS(3)), .prior = 1, THEN_ONE(PERMITS(2))},
     {.name = "change-permits-lower", RAISED_OVER(run_publish, LOWER, 1), ONE(PERMITS(3)), .prior = 1, .flags = LOW_FREED | UNCHANGED, THEN_ONE(PERMITS(2))},
     {.name = "change-sweeps", SWEEPS_WITH(SOME_FIT), ONE(WINDOW(60)), THEN_ONE(WINDOW(11))},

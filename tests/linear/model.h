@@ -207,7 +207,7 @@ enum { CHARGE_NEXT, DENY, FIND_NO_ROOM, UNDO };
 
 /* An admission by several limits looks at all before it charges any: note which it may have seen with
  * room. (A limit of cost 0 is only looked at.) Called for every operation that may have begun. */
-static inline void note_room(const history_t *h, int level, config_t *c, int lane, const op_t *op) {
+static inline void note_room(const history_t *h, config_t *c, int lane, const op_t *op) {
   if (h->limits < 2 || c->phase[lane] || op->kind > OP_RESERVE) return;
   for (uint32_t i = 0; i < h->limits; i++) {
     view_t v;
