@@ -72,7 +72,7 @@ static void change_many(uint32_t count) {
   fshm_limit limits[FSHM_MAX_LIMITS];
   for (uint32_t j = 0; j < count; j++) {
     turn = turn % 500 + 1;
-    with_n(limits, op->flags & SLOW ? 1 : 20 + turn, turn * 1000000007);
+    with_n(limits, op->flags & SLOW ? 1 : 20 + turn, turn * 37000000259);
     for (uint32_t i = 0; op->flags & SLOW && i < op->count; i++)
       limits[i].per_ns += limits[i].kind == FSHM_BUCKET ? 0 : turn;
     set_at(limits, op->count);

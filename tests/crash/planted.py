@@ -436,14 +436,14 @@ FAULTS = [
             ),
         ),
         "change-claim-many",
-        "key 0",
+        "after both",
     ),
     Fault(
         "a rule's slot is freed though a state refers to it",
         "limits.c",
         (("if (named >> slot & 1 || w->cells[slot]) continue;", "if (named >> slot & 1) continue;"),),
         "change-sweeps",
-        "slot is free",
+        "key ",
     ),
     Fault(
         "a sweep by the limits that it began with",
