@@ -67,12 +67,12 @@ static int64_t change_of(bool allowed) {
 /* S's calls, while T stands: changes of the limits, and perhaps a charge at their end. */
 
 /* SLOW: limits that nothing fits, and under which all is over later: what lives under others stays there. */
+static uint64_t turn; /* anew for each boundary: no two alike within it, and the same ones in every run */
 static void change_many(uint32_t count) {
-  static uint64_t turn;
   fshm_limit limits[FSHM_MAX_LIMITS];
   for (uint32_t j = 0; j < count; j++) {
-    turn = turn % 500 + 1;
-    with_n(limits, op->flags & SLOW ? 1 : 20 + turn, turn * 37000000259);
+    turn = turn % 250 + 1;
+    with_n(limits, op->flags & SLOW ? 1 : 20 + turn, turn * 400000000003);
     for (uint32_t i = 0; op->flags & SLOW && i < op->count; i++)
       limits[i].per_ns += limits[i].kind == FSHM_BUCKET ? 0 : turn;
     set_at(limits, op->count);
