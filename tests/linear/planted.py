@@ -38,10 +38,6 @@ TAKE = "      if (!pair_cas(&h->s->cells[f.cell], &seen, mine)) continue;\n"
 NO_ROOM = "    if (l->verdict.retry && !may_wait(c, op, 0, l)) {\n"
 UNDO = "    for (uint32_t k = i - 1; k-- > 0;) undo(c, k, &looks[k], before[k]);\n"
 PUT = "  return wallet_put(state, now, lease->tokens, lease->kept, lease->until_ns);\n"
-PUT_LATE = (
-    "  return wallet_put(state, min_u64(now, minus(state_expires(state), 1)), lease->tokens,"
-    " lease->kept, lease->until_ns);\n"
-)
 LOST = "      status = next == m.state ? CLAIMED : put_changed(&c, i, &found, next, &first);\n"
 LOST_TWICE = (
     LOST + "      if (status == CLAIM_LOST) {\n"
@@ -141,9 +137,9 @@ FAULTS = (
     Fault(
         "a lost swap of a batch counts as put",
         "wallet",
-        "counted.c",
-        "    return pair_cas(&k->s->cells[f->cell], &seen, to) ? CLAIMED : CLAIM_LOST;\n",
-        "    (void)pair_cas(&k->s->cells[f->cell], &seen, to);\n    return CLAIMED;\n",
+        "limiter.c",
+        SWAP,
+        "    (void)pair_cas(&c->s->cells[f->cell], &seen, to);\n    return CLAIMED;\n",
     ),
     Fault(
         "what is told to be taken out is what a lost swap saw",
@@ -206,7 +202,6 @@ FAULTS = (
         "    if (unlikely(slot >= most)) {\n",
         "    if (unlikely(slot > MAX_PERMITS)) {\n",
     ),
-    Fault("a batch is added to a rest that is over", "wallet", "wallet.c", PUT, PUT_LATE),
     Fault(
         "a batch prolongs what is left",
         "wallet",
@@ -221,9 +216,9 @@ FAULTS = (
     Fault(
         "a cell that went to another wallet is written to",
         "wallet-keys",
-        "counted.c",
-        "    pair_t seen = f->pair, to = {seen.who, next};\n",
-        "    pair_t seen = pair_load(&k->s->cells[f->cell]), to = {seen.who, next};\n",
+        "limiter.c",
+        "    pair_t seen = f->pair, to = {l->who, next};\n",
+        "    pair_t seen = pair_load(&c->s->cells[f->cell]), to = {l->who, next};\n",
     ),
 )
 
