@@ -171,7 +171,8 @@ static inline void look(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
 static COLD int renew(call_t *c) {
   c->stale = false;
   if (!limits_load(c->s, c->index, &c->plan)) return damage_limits(c->s, c->index);
-  read_clock_again(c); /* after these limits were published: states drain at their pace from then on at most */
+  read_clock_again(
+      c); /* after these limits were published: states drain at their pace from then on at most */
   return c->plan.count ? FSHM_OK : FSHM_E_ARGUMENT;
 }
 static inline int renewed(call_t *c) { return likely(!c->stale) ? FSHM_OK : renew(c); }

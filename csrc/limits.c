@@ -368,8 +368,8 @@ static COLD pair_t swept(const sweep_t *w, pair_t pair) {
     if (found && state_expires(state) >= state_expires(to.when)) continue;
     /* In use from now on, for whoever has counted its cells before: free_slots(). */
     const uint64_t later = RULE_USED | CURRENT_VERSION(CURRENT_VERSION(w->plan.current) + 1);
-    if (owner < later && !atomic_compare_exchange_strong(
-                             &w->s->limiters[w->index].owners[slot], &owner, later))
+    if (owner < later &&
+        !atomic_compare_exchange_strong(&w->s->limiters[w->index].owners[slot], &owner, later))
       continue;
     to = (pair_t){(to.who & ~WHO_OF(0, 0, RULES - 1, 0)) | WHO_OF(0, 0, slot, 0), state};
     found = true;

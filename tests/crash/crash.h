@@ -31,7 +31,8 @@ typedef struct {
   void (*contend)(void); /* T is stopped and lives: S does the same */
   void (*survive)(void); /* T is dead: S works on */
   void (*raced)(const outcome_t *mine); /* T was stopped, S did the same, T went on to its end */
-  void (*overtake)(void); /* where the operation has an `overtake`: does that, and what is to be noted before */
+  void (*overtake)(
+      void); /* where the operation has an `overtake`: does that, and what is to be noted before */
 } holds_t;
 
 /* What stands in the table at the beginning, and what the operation is like. */
@@ -59,7 +60,8 @@ enum {
   UNCHANGED = 1 << 20, /* the limits are not changed to `next` yet: the operation does that */
   REFUSES = 1 << 22, /* of a wallet: what the grantor told is known, and that it refused the cost */
   SLOW = 1 << 24, /* S changes to limits that nothing fits */
-  HELD_BACK = 1 << 23, /* the key lives under limits of before, since it has consumed more than the present ones admit */
+  HELD_BACK = 1
+      << 23, /* the key lives under limits of before, since it has consumed more than the present ones admit */
   MOST_BEHIND = 1
       << 21 /* `most` is below what is held, as limits_lower_most() may leave it when the limits
                          * are raised between its look and its swap */

@@ -5,7 +5,7 @@
 
 #define PLENTY 1000 /* no key consumes as much */
 #define KEYS 17
-static const char *const keys[KEYS] = {KEY,  "k1", "k2",  "k3",  "k4",  "k5",  "k6",  "k7", "k8",
+static const char *const keys[KEYS] = {KEY,  "k1", "k2", "k3", "k4", "k5", "k6", "k7", "k8",
                                        "k9", "ka", "kb", "kc", "kd", "ke", "kf", "kg"};
 
 typedef struct {
@@ -14,8 +14,8 @@ typedef struct {
 
 static consumed_t consumed_before, consumed_stopped;
 static outcome_t answered; /* T's answer, undisturbed */
-static uint64_t added;     /* by S, to KEY, in each limit */
-static bool forgotten;     /* S has reset the limiter */
+static uint64_t added; /* by S, to KEY, in each limit */
+static bool forgotten; /* S has reset the limiter */
 
 static void set_at(const fshm_limit *limits, uint32_t count) {
   outcome_t set;
@@ -67,7 +67,8 @@ static int64_t change_of(bool allowed) {
 /* S's calls, while T stands: changes of the limits, and perhaps a charge at their end. */
 
 /* SLOW: limits that nothing fits, and under which all is over later: what lives under others stays there. */
-static uint64_t turn; /* anew for each boundary: no two alike within it, and the same ones in every run */
+static uint64_t
+    turn; /* anew for each boundary: no two alike within it, and the same ones in every run */
 static void change_many(uint32_t count) {
   fshm_limit limits[FSHM_MAX_LIMITS];
   for (uint32_t j = 0; j < count; j++) {
@@ -80,8 +81,7 @@ static void change_many(uint32_t count) {
 }
 static void end_with_next(void) { set_at(op->next, op->next_count); }
 static void charge_one(void) {
-  if (apply_at(world.l, FSHM_CHARGE, KEY, 1, NOW).status != FSHM_ALLOWED)
-    broken("S cannot charge");
+  if (apply_at(world.l, FSHM_CHARGE, KEY, 1, NOW).status != FSHM_ALLOWED) broken("S cannot charge");
   added = 1;
 }
 static void over_once(void) { end_with_next(); }
@@ -110,7 +110,8 @@ static void over_twice(void) {
 /* So many sweeps that the next one's epoch is the present one again: then T would find the cell that it has seen, where
  * nothing has touched it (csrc/DESIGN.md, "Limits that change"). */
 static void over_epochs(void) {
-  const uint64_t one = UINT64_C(1) << VERSION_BITS, last = entry_current(world.s, world.l->index) - one;
+  const uint64_t one = UINT64_C(1) << VERSION_BITS,
+                 last = entry_current(world.s, world.l->index) - one;
   for (int i = 0; i < 1000; i++) {
     if (CURRENT_EPOCH(entry_current(world.s, world.l->index)) == CURRENT_EPOCH(last)) break;
     change_many(1);
@@ -200,8 +201,8 @@ static void changes_raced(const outcome_t *mine) {
   bool allowed = told->status == FSHM_ALLOWED, all = true, fits = true;
   for (uint32_t i = 0; i < op->count; i++) {
     all &= consumed_stopped.of[0][i] != consumed_before.of[0][i];
-    fits &= consumed_stopped.of[0][i] + added + op->cost <= levels_of(world.l, KEY).remaining[i] +
-                                                                seen.of[0][i];
+    fits &= consumed_stopped.of[0][i] + added + op->cost <=
+            levels_of(world.l, KEY).remaining[i] + seen.of[0][i];
   }
   if (forgotten) fits = true;
   /* By the limits as they were, if it had charged; or, where the key has changed since, as they are. */
@@ -271,7 +272,8 @@ static void check_raised(const char *when) {
   if (counted != alive) broken("%s, %u are in flight, and %u are told", when, alive, counted);
   fshm_admit(world.l, KEY, strlen(KEY), NULL, NOW, &permit, &d, &held);
   if (d.status == FSHM_ALLOWED && alive >= n) broken("%s, one more than %u of %u", when, alive, n);
-  if (d.status != FSHM_ALLOWED && alive < n) broken("%s, none is granted at %u of %u", when, alive, n);
+  if (d.status != FSHM_ALLOWED && alive < n)
+    broken("%s, none is granted at %u of %u", when, alive, n);
   if (d.status == FSHM_ALLOWED) (void)fshm_permit_release(world.l, &permit);
 }
 

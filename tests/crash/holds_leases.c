@@ -148,5 +148,5 @@ static void leases_raced(const outcome_t *mine) {
   check_invariants(false);
 }
 
-static const holds_t leases = {leases_begin, leases_end, leases_contend, leases_survive,
-                               leases_raced, NULL};
+static const holds_t leases = {leases_begin,   leases_end,   leases_contend,
+                               leases_survive, leases_raced, NULL};

@@ -150,5 +150,5 @@ static void meters_raced(const outcome_t *mine) {
   check_invariants(false);
 }
 
-static const holds_t meters = {meters_begin, meters_end, meters_contend, meters_survive,
-                               meters_raced, NULL};
+static const holds_t meters = {meters_begin,   meters_end,   meters_contend,
+                               meters_survive, meters_raced, NULL};

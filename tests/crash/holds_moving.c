@@ -111,5 +111,5 @@ static void moving_raced(const outcome_t *mine) {
   check_invariants(false);
 }
 
-static const holds_t moving = {moving_begin, moving_end, moving_contend, moving_survive,
-                               moving_raced, NULL};
+static const holds_t moving = {moving_begin,   moving_end,   moving_contend,
+                               moving_survive, moving_raced, NULL};

@@ -175,9 +175,10 @@ static void permits_raced(const outcome_t *mine) {
   check_invariants(false);
 }
 
-static const holds_t permits = {permits_begin, permits_end, permits_contend, permits_survive,
-                                permits_raced, NULL};
-static const holds_t joining = {permits_begin, permits_end, permits_contend, permits_survive, NULL, NULL};
+static const holds_t permits = {permits_begin,   permits_end,   permits_contend,
+                                permits_survive, permits_raced, NULL};
+static const holds_t joining = {permits_begin,   permits_end, permits_contend,
+                                permits_survive, NULL,        NULL};
 
 /* S's permits are taken back by force, one after the other; T's own stays while T lives. */
 static uint32_t harness_pid;
@@ -232,5 +233,5 @@ static void by_force_raced(const outcome_t *mine) {
   check_invariants(false);
 }
 
-static const holds_t by_force = {by_force_begin, by_force_end, by_force_contend, by_force_survive,
-                                 by_force_raced, NULL};
+static const holds_t by_force = {by_force_begin,   by_force_end,   by_force_contend,
+                                 by_force_survive, by_force_raced, NULL};

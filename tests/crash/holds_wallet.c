@@ -116,5 +116,5 @@ static void wallet_raced(const outcome_t *mine) {
   check_invariants(false);
 }
 
-static const holds_t wallet = {wallet_begin, wallet_end, wallet_contend, wallet_survive,
-                               wallet_raced, NULL};
+static const holds_t wallet = {wallet_begin,   wallet_end,   wallet_contend,
+                               wallet_survive, wallet_raced, NULL};

@@ -34,9 +34,7 @@ class Fault:
 
 # In limits.c, of publish(): the swap that names the rules.
 SWAP_OF_LIMITS = "    bool ok = pair_cas(&e->current, &seen, next);\n"
-RAISE_MOST = (
-    "raise_most(e, (uint32_t)max_u64(permits_in(present, has), permits_in(rules, count)))"
-)
+RAISE_MOST = "raise_most(e, (uint32_t)max_u64(permits_in(present, has), permits_in(rules, count)))"
 MOST_AFTER_SWAP = (
     (f"    if (!{RAISE_MOST})\n      break;\n", ""),
     (SWAP_OF_LIMITS, f"{SWAP_OF_LIMITS}    if (ok) (void){RAISE_MOST};\n"),
@@ -389,7 +387,8 @@ FAULTS = [
             (
                 "    (void)atomic_compare_exchange_strong(&s->limiters[index].most, &most, lower);\n",
                 "    for (uint64_t now = limits_most(s, index); MOST_OF(now) == MOST_OF(most);)\n"
-                "      if (atomic_compare_exchange_strong(&s->limiters[index].most, &now, lower)) break;\n",
+                "      if (atomic_compare_exchange_strong(&s->limiters[index].most, &now, lower))\n"
+                "        break;\n",
             ),
         ),
         "change-permits-as-before",
@@ -441,7 +440,12 @@ FAULTS = [
     Fault(
         "a rule's slot is freed though a state refers to it",
         "limits.c",
-        (("if (named >> slot & 1 || w->cells[slot]) continue;", "if (named >> slot & 1) continue;"),),
+        (
+            (
+                "if (named >> slot & 1 || w->cells[slot]) continue;",
+                "if (named >> slot & 1) continue;",
+            ),
+        ),
         "change-sweeps",
         "key ",
     ),
@@ -462,7 +466,12 @@ FAULTS = [
     Fault(
         "a rule that is alone in its place is to go",
         "limits.c",
-        (("|| !w.cells[slot] || !has_another(e, slot)) continue;", "|| !w.cells[slot]) continue;"),),
+        (
+            (
+                "|| !w.cells[slot] || !has_another(e, slot)) continue;",
+                "|| !w.cells[slot]) continue;",
+            ),
+        ),
         "change-sweeps-lone",
         "cannot change the limits",
     ),
@@ -476,7 +485,8 @@ FAULTS = [
                     "      if (slots[i] < 0) mine[i] = -1;\n",
                     "      if (slots[i] < 0) {\n"
                     "        uint64_t filled = RULE_USED | version;\n"
-                    "        if (ok || !atomic_compare_exchange_strong(&e->owners[mine[i]], &filled, owner))\n"
+                    "        if (ok || !atomic_compare_exchange_strong(&e->owners[mine[i]], &filled,\n"
+                    "                                                  owner))\n"
                     "          mine[i] = -1;\n"
                     "      }\n",
                 ),

@@ -50,7 +50,8 @@ static void open_segment(void) {
     broken("no segment: %d", e.code);
     exit(1);
   }
-  world.s->secret[0] = 11; /* each key in the same cells in every run: --at finds the same boundary */
+  world.s->secret[0] =
+      11; /* each key in the same cells in every run: --at finds the same boundary */
   world.s->secret[1] = 22;
   (void)process_slot(world.s);
   tracee_mapping(world.s->map, world.s->size);
@@ -86,8 +87,7 @@ static void start_meters(void) {
   (void)apply_at(world.others, FSHM_ACQUIRE, "beside", 1, world.now);
   if (op->flags & (TENANTS | STALE | CROWDED))
     fill_rest(op->flags & TWO_LEFT ? 2 : old || op->flags & ONE_LEFT ? 1 : 0);
-  if (op->prior && old)
-    (void)consume(op->prior, op->flags & EXPIRED ? LONG_AGO : NOW - PER);
+  if (op->prior && old) (void)consume(op->prior, op->flags & EXPIRED ? LONG_AGO : NOW - PER);
   if (op->dead) { /* they fill the table */
     const fshm_limit dead = {op->dead, 0, 0, FSHM_PERMITS, 0};
     world.permits = named("permits", &dead, 1);

@@ -68,7 +68,7 @@ static void open_limiter(user_t *u, unsigned which, unsigned variant, bool find)
                : variant & 8 ? fshm_limiter_open_beside(u->s, name, strlen(name), limits, count, &l)
                : variant & 4
                    ? fshm_limiter_open_at(u->s, name, strlen(name), limits, count, variant, &l)
-                             : fshm_limiter_open(u->s, name, strlen(name), limits, count, &l);
+                   : fshm_limiter_open(u->s, name, strlen(name), limits, count, &l);
   if (u->s->read_only) {
     MUST(status == FSHM_E_READ_ONLY && !l);
     return;

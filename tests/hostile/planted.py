@@ -49,9 +49,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
             "load_relaxed(&e->name_length);",
         ),
     ],
-    "permits without end": [
-        ("limits.c", "i + 1 != has || r->n > MAX_PERMITS", "i + 1 != has")
-    ],
+    "permits without end": [("limits.c", "i + 1 != has || r->n > MAX_PERMITS", "i + 1 != has")],
     "the header is believed": [("image.c", "should.names_words != h->names_words ||", "")],
     "the mapping is believed": [
         ("segment.c", "out->capacity = s->capacity;", "out->capacity = s->header->capacity;")

@@ -136,7 +136,9 @@ SEEDS = {
     "limits-largest": while_open(
         THREE, *(edit(PRESENT_RULES, in_entry(THREE, w), SET, 2**57 - 1) for w in range(N, 8))
     ),
-    "limits-permits-many": while_open(PERMITS, edit(PRESENT_RULES, in_entry(PERMITS, N), SET, 2**31)),
+    "limits-permits-many": while_open(
+        PERMITS, edit(PRESENT_RULES, in_entry(PERMITS, N), SET, 2**31)
+    ),
     "limits-permits-most": while_open(
         QUOTA, edit(ENTRY, in_entry(QUOTA, NAME_LENGTH), SET, 2**64 - 1)
     ),

@@ -94,9 +94,9 @@ static inline bool op_open(const op_t *op) { return op->responded == 0; } /* kil
 /* printing -------------------------------------------------------------------------------------- */
 
 static const char *const op_names[OP_KINDS] = {
-    "acquire", "is_allowed", "spend", "reserve",   "cancel",    "peek",
-    "charge",  "refund",     "reset", "remaining", "put",       "look",
-    "take",    "set",        "settle",    "admit", "release",   "in_flight", "killed"};
+    "acquire", "is_allowed", "spend",     "reserve",   "cancel", "peek", "charge",
+    "refund",  "reset",      "remaining", "put",       "look",   "take", "set",
+    "settle",  "admit",      "release",   "in_flight", "killed"};
 
 static inline const char *status_name(int status) {
   switch (status) {

@@ -26,9 +26,16 @@ typedef struct {
 #define WALLET {WALLET_MOST, 0, 0, FSHM_WALLET, 0}
 #define PERMITS_OF(n) {(n), 0, 0, FSHM_PERMITS, 0}
 
-#define CHANGES(title, drawn, shapes, ...)                                                   \
-  {.name = (title), .sets = (shapes), .count = 1, .limits = {__VA_ARGS__}, .ops = (drawn),   \
-   .before = "aac", .keys = 2, .changes = true, .frozen = true}
+#define CHANGES(title, drawn, shapes, ...) \
+  {.name = (title),                        \
+   .sets = (shapes),                       \
+   .count = 1,                             \
+   .limits = {__VA_ARGS__},                \
+   .ops = (drawn),                         \
+   .before = "aac",                        \
+   .keys = 2,                              \
+   .changes = true,                        \
+   .frozen = true}
 
 static const char letters[OP_KINDS] = {
     [OP_ACQUIRE] = 'a',   [OP_IS_ALLOWED] = 'i', [OP_RESERVE] = 'w', [OP_CANCEL] = 'x',
@@ -87,15 +94,16 @@ static const kind_t kinds[] = {
      .keys = 6,
      .cells = CELLS_PER_LINE},
     /* Limits that change meanwhile: shapes; draw_variants() has the numbers. */
-    CHANGES("changes-window", "aaaaaiipcrzmsss", 2, {WINDOW_OF(6, 100 * MS)}, {WINDOW_OF(2, 170 * MS)}),
+    CHANGES("changes-window", "aaaaaiipcrzmsss", 2, {WINDOW_OF(6, 100 * MS)},
+            {WINDOW_OF(2, 170 * MS)}),
     CHANGES("changes-bucket", "aaaaiipwwhhcrzmsss", 1, {BUCKET_OF(6, 42 * MS, 6)}),
     CHANGES("changes-sliding", "aaaaaiipcrzmsss", 2, {SLIDING_OF(6, 100 * MS)},
             {SLIDING_OF(2, 170 * MS)}),
     CHANGES("changes-settle", "aawwwhhhcrmsss", 1, {WINDOW_OF(6, 100 * MS)}),
-    CHANGES("changes-kind", "aaaaaiipcrzmsss", 3, {BUCKET_OF(6, 42 * MS, 6)}, {WINDOW_OF(2, 100 * MS)},
-            {SLIDING_OF(4, 100 * MS)}),
-    CHANGES("changes-several", "aaaaapcrzmsss", 2, {WINDOW_OF(6, 100 * MS), SLIDING_OF(4, 100 * MS)},
-            {WINDOW_OF(4, 100 * MS)}),
+    CHANGES("changes-kind", "aaaaaiipcrzmsss", 3, {BUCKET_OF(6, 42 * MS, 6)},
+            {WINDOW_OF(2, 100 * MS)}, {SLIDING_OF(4, 100 * MS)}),
+    CHANGES("changes-several", "aaaaapcrzmsss", 2,
+            {WINDOW_OF(6, 100 * MS), SLIDING_OF(4, 100 * MS)}, {WINDOW_OF(4, 100 * MS)}),
     {.name = "changes-permits",
      .sets = 1,
      .count = 1,
@@ -190,7 +198,8 @@ static void draw_op(const kind_t *k, const fshm_limit *limits, op_t *op, const c
   op->kind = op_of_letter(ops[random_below(strlen(ops))]);
   op->key = (uint8_t)random_below(k->keys);
   op->who = (uint8_t)random_below(VARIANTS);
-  op->times = random_below(6) ? 1 : 1 + (uint8_t)random_below(20); /* more than there are slots for rules */
+  op->times =
+      random_below(6) ? 1 : 1 + (uint8_t)random_below(20); /* more than there are slots for rules */
   op->delay = (uint16_t)(random_below(2) ? 0 : random_below(300));
   op->fixed = with_time && takes_time(op->kind) && random_below(2);
   for (uint32_t i = 0; i < LIMITS; i++) {

@@ -40,7 +40,7 @@ typedef struct {
   uint8_t changes, variant, plan[LANES], planned[LANES], seen[LANES][LIMITS], born[METERS];
   uint8_t charged[LANES][LIMITS]; /* born, at the lane's last reservation; 255 = none */
   uint8_t stands; /* permits that were granted: slots, one bit each */
-  uint8_t dead;         /* lanes, one bit each */
+  uint8_t dead; /* lanes, one bit each */
   uint8_t holder[MOST_SLOTS]; /* of each permit: lane + 1; 0 = free */
   uint8_t unused[UNUSED];
 } config_t;
@@ -256,8 +256,7 @@ static inline bool acquire(const history_t *h, int level, config_t *c, int lane,
   }
 }
 
-static inline bool peek(const history_t *h, config_t *c, int lane, const op_t *op,
-                        unsigned view) {
+static inline bool peek(const history_t *h, config_t *c, int lane, const op_t *op, unsigned view) {
   uint32_t limit = c->phase[lane];
   view_t v;
   if (op->status == FSHM_DENIED) return any_no_room(h, c, op, view) && finish(c, lane);

@@ -193,7 +193,8 @@ FAULTS = (
         "limits.c",
         "    (void)atomic_compare_exchange_strong(&s->limiters[index].most, &most, lower);\n",
         "    for (uint64_t now = limits_most(s, index); MOST_OF(now) == MOST_OF(most);)\n"
-        "      if (atomic_compare_exchange_strong(&s->limiters[index].most, &now, lower)) break;\n",
+        "      if (atomic_compare_exchange_strong(&s->limiters[index].most, &now, lower))\n"
+        "        break;\n",
     ),
     Fault(
         "a slot beyond the present limit stands uncounted",
