@@ -385,9 +385,11 @@ FAULTS = [
         "limits.c",
         (
             (
-                "    (void)atomic_compare_exchange_strong(&s->limiters[index].most, &most, lower);\n",
+                "    (void)atomic_compare_exchange_strong("
+                "&s->limiters[index].most, &most, lower);\n",
                 "    for (uint64_t now = limits_most(s, index); MOST_OF(now) == MOST_OF(most);)\n"
-                "      if (atomic_compare_exchange_strong(&s->limiters[index].most, &now, lower))\n"
+                "      if (atomic_compare_exchange_strong("
+                "&s->limiters[index].most, &now, lower))\n"
                 "        break;\n",
             ),
         ),
@@ -459,7 +461,7 @@ FAULTS = [
     Fault(
         "a rule that takes another's cells does not count as in use",
         "limits.c",
-        (("    if (owner < later && !atomic", "    if (!later && !atomic"),),
+        (("    if (owner < later &&\n", "    if (!later &&\n"),),
         "change-sweeps-none-fits",
         "key 0",
     ),
@@ -485,7 +487,8 @@ FAULTS = [
                     "      if (slots[i] < 0) mine[i] = -1;\n",
                     "      if (slots[i] < 0) {\n"
                     "        uint64_t filled = RULE_USED | version;\n"
-                    "        if (ok || !atomic_compare_exchange_strong(&e->owners[mine[i]], &filled,\n"
+                    "        if (ok || !atomic_compare_exchange_strong(\n"
+                    "                &e->owners[mine[i]], &filled,\n"
                     "                                                  owner))\n"
                     "          mine[i] = -1;\n"
                     "      }\n",
