@@ -261,6 +261,7 @@ bool limits_name_wrong(const fshm_segment *s, uint32_t index);
 uint64_t limits_most(const fshm_segment *s, uint32_t index);
 uint32_t limits_most_permits(uint64_t most, const plan_t *p);
 void limits_lower_most(fshm_segment *s, uint32_t index, const plan_t *p, uint64_t most);
+bool limits_raise_most(fshm_segment *s, uint32_t index, uint32_t slots);
 bool limits_rule(const fshm_segment *s, uint32_t index, unsigned label, rule_t *out);
 
 /* bell.c: wakes one who sleeps for this key (the upper half of its hash), or all who sleep */

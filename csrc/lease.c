@@ -144,7 +144,7 @@ static int give_back(holder_t *h, const fshm_permit *p) {
 /* A slot of the key is ours. Does it stand? Not where more than n are held: the limit was lowered, by now
  * or earlier, and slots beyond it are still held. Ours is published: of any set of holders the last to
  * publish counts all others, so they never exceed n. */
-static bool stands(holder_t *h, plan_t *plan, uint32_t *held) {
+static bool stands(holder_t *h, plan_t *plan, uint32_t slot, uint32_t *held) {
   const limiter_entry_t *e = &h->s->limiters[h->limiter->index];
   after_swap(); /* pairs with publish(): it sees our slot, or we see its limits */
   for (int tries = 0; tries < MAX_TRIES; tries++) {
@@ -152,6 +152,12 @@ static bool stands(holder_t *h, plan_t *plan, uint32_t *held) {
         limits_most(h->s, h->limiter->index); /* before `current`, and before the count */
     uint32_t most = limits_most_permits(seen, plan);
     bool same = load_relaxed(&e->current) == plan->current;
+    /* A slot of earlier limits, that nobody looks at any more: those who come look from here on, and those who came
+     * before we see. Pairs with their look at this word, which comes after their swap. */
+    if (unlikely(slot >= most)) {
+      if (!limits_raise_most(h->s, h->limiter->index, slot + 1)) return false;
+      continue;
+    }
     if (likely(same && most <= plan->permits)) return true;
     if (!same) {
       if (!limits_load(h->s, h->limiter->index, plan) || !plan->permits) return true;
@@ -212,7 +218,7 @@ static int take_permit(holder_t *h, plan_t *plan, uint32_t n, const granted_t *g
                       h->key, h->key_length);
       if (pass)
         bell_ring(h->s, out->bell); /* a dead process may have held more: the next may look */
-      bool fits = stands(h, plan, held);
+      bool fits = stands(h, plan, slot, held);
       if (likely(fits && (!granted || stands_granted(h, plan, granted, slot, held))))
         return FSHM_ALLOWED;
       (void)give_back(h, out); /* without a ring: nobody else may have it either */

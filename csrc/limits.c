@@ -205,6 +205,9 @@ static bool raise_most(limiter_entry_t *e, uint32_t n) {
   }
   return !n;
 }
+bool limits_raise_most(fshm_segment *s, uint32_t index, uint32_t slots) {
+  return raise_most(&s->limiters[index], slots);
+}
 
 /* Is this entry's id not what it was: does it have our name under another, or limits without any? */
 static COLD bool entry_wrong(fshm_segment *s, uint32_t index, const char *name, uint64_t length) {

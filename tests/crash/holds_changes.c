@@ -67,12 +67,13 @@ static int64_t change_of(bool allowed) {
 /* S's calls, while T stands: changes of the limits, and perhaps a charge at their end. */
 
 /* SLOW: limits that nothing fits, and under which all is over later: what lives under others stays there. */
+static uint64_t
+    turn; /* anew for each boundary: no two alike within it, and the same ones in every run */
 static void change_many(uint32_t count) {
-  static uint64_t turn;
   fshm_limit limits[FSHM_MAX_LIMITS];
   for (uint32_t j = 0; j < count; j++) {
-    turn = turn % 500 + 1;
-    with_n(limits, op->flags & SLOW ? 1 : 20 + turn, turn * 1000000007);
+    turn = turn % 250 + 1;
+    with_n(limits, op->flags & SLOW ? 1 : 20 + turn, turn * 400000000003);
     for (uint32_t i = 0; op->flags & SLOW && i < op->count; i++)
       limits[i].per_ns += limits[i].kind == FSHM_BUCKET ? 0 : turn;
     set_at(limits, op->count);
@@ -236,8 +237,8 @@ static const holds_t changes = {changes_begin,   changes_end,   changes_contend,
 static fshm_permit raised_permits[RAISED];
 static uint32_t raised_held;
 
-static void raise_take_lower(void) {
-  const fshm_limit raised = {RAISED, 0, 0, FSHM_PERMITS, 0};
+static void raise_limit_to(uint32_t most) {
+  const fshm_limit raised = {most, 0, 0, FSHM_PERMITS, 0};
   fshm_decision d;
   uint32_t held;
   set_at(&raised, 1);
@@ -248,6 +249,20 @@ static void raise_take_lower(void) {
   }
   set_at(op->next, op->next_count);
 }
+static void raise_take_lower(void) { raise_limit_to(RAISED); }
+/* No higher than it ever was. */
+static void raise_as_before(void) { raise_limit_to((uint32_t)op->limits[0].n); }
+
+/* The limit is lowered, and what is left of it taken: whoever has it is counted. */
+static void lower_take(void) {
+  fshm_decision d;
+  uint32_t held;
+  set_at(op->next, op->next_count);
+  raised_held = 0;
+  fshm_admit(world.l, KEY, strlen(KEY), NULL, NOW, &raised_permits[0], &d, &held);
+  raised_held = d.status == FSHM_ALLOWED;
+}
+static void begin_high(void) { world.l->frontier = (uint32_t)op->limits[0].n - 1; }
 
 static void check_raised(const char *when) {
   fshm_permit permit;
@@ -271,15 +286,16 @@ static void raised_end(void) {
   if (told->status != op->status) broken("it answers %d, not %d", told->status, op->status);
 }
 static void raised_contend(void) {
-  raise_take_lower();
+  op->overtake();
   check_raised("beside T");
   release_raised();
   uint32_t alive = held_alive(world.l, KEY), counted = fshm_in_flight(world.l, KEY, strlen(KEY));
   if (counted != alive) broken("%u are in flight, and %u are told", alive, counted);
 }
 static void raised_survive(void) {
-  raise_take_lower();
-  if (raised_held + op->prior != RAISED) broken("%u are granted of %d", raised_held, RAISED);
+  op->overtake();
+  if (op->overtake == raise_take_lower && raised_held + op->prior != RAISED)
+    broken("%u are granted of %d", raised_held, RAISED);
   check_raised("after its death");
   release_raised();
   check_raised("in the end");
@@ -287,6 +303,9 @@ static void raised_survive(void) {
 }
 static void raised_raced(const outcome_t *mine) {
   (void)mine;
+  if (op->overtake == lower_take && held_alive(world.l, KEY) > op->next[0].n)
+    broken("%u are held, and the last was granted under %u", held_alive(world.l, KEY),
+           (uint32_t)op->next[0].n);
   check_raised("after both");
   release_raised();
   check_raised("in the end");
@@ -299,8 +318,9 @@ static void raised_raced(const outcome_t *mine) {
     broken("%u were held, and %u more are granted", alive, taken);
   check_invariants(false);
 }
+static void overtake_raised(void) { op->overtake(); }
 static const holds_t raising = {NULL,           raised_end,   raised_contend,
-                                raised_survive, raised_raced, raise_take_lower};
+                                raised_survive, raised_raced, overtake_raised};
 
 /* Changes that need a sweep: all slots are in use, since keys live under all rules. */
 

@@ -28,6 +28,7 @@ static tracee_t start_traced(void) {
 }
 
 static void begin_boundary(const char *stage, size_t k) {
+  turn = 0;
   position = (position_t){.stage = stage, .k = k, .pc = k < path.count ? path.pc[k] : 0};
   if (op->flags & FILES) op->make();
   segment_restore(pristine);

@@ -32,23 +32,26 @@ class Fault:
     symptom: str  # in what the harness says
 
 
-# In limits.c, of publish(): both calls of raise_most() behind the swap of `current`.
+# In limits.c, of publish(): the swap that names the rules.
+SWAP_OF_LIMITS = "    bool ok = pair_cas(&e->current, &seen, next);\n"
+RAISE_MOST = "raise_most(e, (uint32_t)max_u64(permits_in(present, has), permits_in(rules, count)))"
 MOST_AFTER_SWAP = (
-    (
-        "    raise_most(e, present, has); /* before anybody can see the set */\n"
-        "    raise_most(e, rules, count);\n",
-        "",
-    ),
-    (
-        "      /* Named slots need no owner;",
-        "      raise_most(e, present, has);\n"
-        "      raise_most(e, rules, count);\n"
-        "      /* Named slots need no owner;",
-    ),
+    (f"    if (!{RAISE_MOST})\n      break;\n", ""),
+    (SWAP_OF_LIMITS, f"{SWAP_OF_LIMITS}    if (ok) (void){RAISE_MOST};\n"),
 )
 
-# In wallet.c, of change_all().
-PUT_OF_ALL = "        status = keyed_put(&c->k, c->k.hash, &f, c->k.who, next, first_change, c);\n"
+# In limiter.c, of limiter_change().
+PUT_OF_ALL = (
+    "      status = next == m.state ? CLAIMED : put_changed(&c, i, &found, next, &first);\n"
+)
+LEARN = "limiter_change(l, key, key_length, now, change_learn, &known, NULL, &at);\n"
+REFUSE = "limiter_change(refused, key, key_length, now, change_refuse, &refusal, NULL, &at);\n"
+FILL = "      if (slots[i] < 0) fill_slot(e, (unsigned)mine[i], &rules[i], version);\n"
+NOT_OURS = (
+    "    for (uint32_t i = 0; i < count; i++)\n"
+    "      if (slots[i] < 0) mine[i] = -1;\n"
+    "    if (!ok) continue;\n"
+)
 
 FAULTS = [
     Fault(
@@ -107,20 +110,10 @@ FAULTS = [
         "limits that are named before they are written",
         "limits.c",
         (
+            (FILL, ""),
             (
-                "    store_relaxed(&e->slots[slot].count, count);\n"
-                "    for (uint32_t i = 0; i < count; i++)\n"
-                "      for (unsigned k = 0; k < RULE_WORDS; k++)\n"
-                "        store_relaxed(&e->slots[slot].rules[i][k], rules[i].words[k]);\n",
-                "",
-            ),
-            (
-                "      /* Named slots need no owner;",
-                "      store_relaxed(&e->slots[slot].count, count);\n"
-                "      for (uint32_t i = 0; i < count; i++)\n"
-                "        for (unsigned k = 0; k < RULE_WORDS; k++)\n"
-                "          store_relaxed(&e->slots[slot].rules[i][k], rules[i].words[k]);\n"
-                "      /* Named slots need no owner;",
+                SWAP_OF_LIMITS,
+                SWAP_OF_LIMITS + "    for (uint32_t i = 0; ok && i < count; i++)\n" + FILL,
             ),
         ),
         "limits-change",
@@ -303,11 +296,11 @@ FAULTS = [
     ),
     Fault(
         "a batch goes into what was looked at before",
-        "wallet.c",
+        "limiter.c",
         (
             (
                 PUT_OF_ALL,
-                "        cells_find(c->k.s, c->k.hash, c->k.who, &f),\n" + PUT_OF_ALL,
+                "      cells_find(c.s, c.hash, fingerprint(&c, i), &found.cell);\n" + PUT_OF_ALL,
             ),
         ),
         "wallet-put",
@@ -351,12 +344,9 @@ FAULTS = [
         "wallet.c",
         (
             (
-                "  change_t c = {.change = change_learn, .context = &known};\n"
-                "  return change_all(l, key, key_length, now, &c, NULL);\n",
-                "  change_t c = {.change = change_learn, .context = &known};\n"
+                "  return " + LEARN,
                 "  while (atomic_exchange(&l->segment->header->bells[255], 1)) continue;\n"
-                "  int status = change_all(l, key, key_length, now, &c, NULL);\n"
-                "  atomic_store(&l->segment->header->bells[255], 0);\n"
+                "  int status = " + LEARN + "  atomic_store(&l->segment->header->bells[255], 0);\n"
                 "  return status;\n",
             ),
         ),
@@ -368,11 +358,11 @@ FAULTS = [
         "wallet.c",
         (
             (
-                "  change_t c = {.change = change_refuse, .context = &refusal};\n",
-                "  const refusal_t none = {costs, 0};\n"
-                "  change_t c = {.change = change_refuse, .context = &none};\n"
-                "  (void)change_all(refused, key, key_length, now, &c, NULL);\n"
-                "  c.context = &refusal;\n",
+                "  return " + REFUSE,
+                "  const refusal_t none = {costs, 0};\n  (void)"
+                + REFUSE.replace("&refusal", "&none")
+                + "  return "
+                + REFUSE,
             ),
         ),
         "refuse",
@@ -396,6 +386,136 @@ FAULTS = [
         (("  if (cooldown_ns && failures_of(next) > allowed_fails) {", "  if (false) {"),),
         "deployment-record-failure",
         "cools down for 0 ns",
+    ),
+    Fault(
+        "how many may be held is lowered where its number is the same again",
+        "limits.c",
+        (
+            (
+                "    (void)atomic_compare_exchange_strong("
+                "&s->limiters[index].most, &most, lower);\n",
+                "    for (uint64_t now = limits_most(s, index); MOST_OF(now) == MOST_OF(most);)\n"
+                "      if (atomic_compare_exchange_strong("
+                "&s->limiters[index].most, &now, lower))\n"
+                "        break;\n",
+            ),
+        ),
+        "change-permits-as-before",
+        "are in flight, and",
+    ),
+    Fault(
+        "a slot beyond the present limit stands uncounted",
+        "lease.c",
+        (("    if (unlikely(slot >= most)) {\n", "    if (unlikely(slot > MAX_PERMITS)) {\n"),),
+        "change-permits-beyond",
+        "3 are held, and the last was granted under 2",
+    ),
+    Fault(
+        "the limits are not looked at after the cell",
+        "limiter.c",
+        (
+            (
+                "  return unlikely(entry_current(c->s, c->index) != c->plan.current);\n",
+                "  (void)c;\n  return false;\n",
+            ),
+        ),
+        "change-acquire-many",
+        "T is answered 1, and it does not fit",
+    ),
+    Fault(
+        "a sweep in the same epoch",
+        "limits.c",
+        (
+            (
+                "(current & ~epochs) | ((current + (UINT64_C(1) << VERSION_BITS)) & epochs),\n",
+                "(current & ~epochs) | (current & epochs),\n",
+            ),
+        ),
+        "change-acquire-epochs-untouched",
+        "key 0",
+    ),
+    Fault(
+        "a sweep that leaves pending cells",
+        "limits.c",
+        (
+            (
+                "    bool over = IS_PENDING(pair.when) || ",
+                "    if (IS_PENDING(pair.when)) return true;\n    bool over = ",
+            ),
+        ),
+        "change-claim-many",
+        "after both",
+    ),
+    Fault(
+        "a rule's slot is freed though a state refers to it",
+        "limits.c",
+        (
+            (
+                "if (named >> slot & 1 || w->cells[slot]) continue;",
+                "if (named >> slot & 1) continue;",
+            ),
+        ),
+        "change-sweeps",
+        "key ",
+    ),
+    Fault(
+        "a sweep by the limits that it began with",
+        "limits.c",
+        (("    if (entry_current(w->s, w->index) != w->plan.current) {\n", "    if (false) {\n"),),
+        "change-sweeps",
+        "slot is free",
+    ),
+    Fault(
+        "a rule that takes another's cells does not count as in use",
+        "limits.c",
+        (("    if (owner < later &&\n", "    if (!later &&\n"),),
+        "change-sweeps-none-fits",
+        "key 0",
+    ),
+    Fault(
+        "a rule that is alone in its place is to go",
+        "limits.c",
+        (
+            (
+                "|| !w.cells[slot] || !has_another(e, slot)) continue;",
+                "|| !w.cells[slot]) continue;",
+            ),
+        ),
+        "change-sweeps-lone",
+        "cannot change the limits",
+    ),
+    Fault(
+        "a rule is taken back though another has named it",
+        "limits.c",
+        (
+            (
+                NOT_OURS,
+                NOT_OURS.replace(
+                    "      if (slots[i] < 0) mine[i] = -1;\n",
+                    "      if (slots[i] < 0) {\n"
+                    "        uint64_t filled = RULE_USED | version;\n"
+                    "        if (ok || !atomic_compare_exchange_strong(\n"
+                    "                &e->owners[mine[i]], &filled,\n"
+                    "                                                  owner))\n"
+                    "          mine[i] = -1;\n"
+                    "      }\n",
+                ),
+            ),
+        ),
+        "limits-change",
+        "its slot is not in use",
+    ),
+    Fault(
+        "a token of a moving window is given back under another name",
+        "moving.c",
+        (
+            (
+                "    pair_t mine = {token_who(m, tokens[i].slot), tokens[i].state}",
+                "    pair_t mine = {slot_who(m->k.who, tokens[i].slot), tokens[i].state}",
+            ),
+        ),
+        "moving-several-again",
+        "tokens after both",
     ),
 ]
 

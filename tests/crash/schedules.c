@@ -19,7 +19,7 @@ static void traced_role(void) {
   fshm_limiter mine = *world_at_start.l;
   world = world_at_start;
   world.l = &mine;
-  if (op->flags & STAGGERED) world.now = NOW + 10000 - 20000 * (uint64_t)role;
+  if (op->flags & STAGGERED) world.now = NOW + CLOCKS_DIFFER + 10000 - 20000 * (uint64_t)role;
   (void)process_slot(world.s);
   if (role == 0 && op->prepare) op->prepare();
   outcome_t *out = &answers[role];

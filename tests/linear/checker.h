@@ -75,7 +75,7 @@ static inline const op_t *next_op(const history_t *h, const config_t *c, int lan
 
 /* What whoever has begun may have seen by now; and states that have expired for all that is left are all the
  * same (not with one limit: a cancellation compares them). */
-static inline void settle(const history_t *h, int level, config_t *c) {
+static inline void settle(const history_t *h, config_t *c) {
   uint64_t bound = UINT64_MAX, earliest = UINT64_MAX;
   if (h->limits < 2 || h->changes) return;
   for (int lane = 0; lane < LANES; lane++) {
@@ -89,7 +89,7 @@ static inline void settle(const history_t *h, int level, config_t *c) {
     if (state_expires(c->state[i]) <= earliest) c->state[i] = 0;
   for (int lane = 0; lane < LANES; lane++) {
     const op_t *op = next_op(h, c, lane);
-    if (op && op->invoked <= bound) note_room(h, level, c, lane, op);
+    if (op && op->invoked <= bound) note_room(h, c, lane, op);
   }
 }
 
@@ -119,7 +119,7 @@ static inline enum answer explore(search_t *s, const history_t *h, int level, co
       for (unsigned view = 0; view < views(next[lane]); view++) {
         config_t to = *c;
         if (!advance(h, level, &to, lane, next[lane], branch, view)) continue;
-        settle(h, level, &to);
+        settle(h, &to);
         if (!search_visit(s, &to)) continue;
         enum answer answer = explore(s, h, level, &to);
         if (answer != NOT_LINEARISABLE) return answer;
@@ -136,7 +136,7 @@ static inline enum answer check_history(search_t *s, const history_t *h, int lev
   if (s->slots > 1 << 16) search_end(s); /* after a large one: clearing it would take long */
   s->count = s->furthest = 0;
   if (s->slots) memset(s->table, 0, s->slots * sizeof *s->table);
-  settle(h, level, &start);
+  settle(h, &start);
   return explore(s, h, level, &start);
 }
 

@@ -72,7 +72,7 @@ static inline bool stepped(config_t *c, int lane, uint32_t of) {
 static inline unsigned views(const op_t *op) {
   unsigned count = 2;
   for (uint32_t i = 1; i < op->reads; i++)
-    if (op->read[i] != op->read[0]) count = 1 + op->reads;
+    if (op->read[i] != op->read[0]) count = 2 * op->reads;
   if (op->kind != OP_ADMIT) return count;
   return op->reads < MOST_SLOTS / 2 ? MOST_SLOTS : 2 * op->reads; /* or: the slot to take */
 }
@@ -96,6 +96,11 @@ static inline bool look_at(const history_t *h, config_t *c, const op_t *op, uint
                            unsigned view, view_t *v) {
   bool unseen = op->kind == OP_ADMIT ? view >= op->reads : view > 0;
   unsigned reading = op->kind == OP_ADMIT ? view - unseen * op->reads : view - unseen;
+  if (op->kind != OP_ADMIT && view > op->reads && view < 2 * op->reads) {
+    /* As it is, at a later time: who meets a sliding window of long after its time reads the clock again. */
+    if (!look_when(h, c, op, limit, false, op->read[view - op->reads], v)) return false;
+    return v->rule->kind == FSHM_SLIDING && sliding_is_later(v->rule, v->state, op->read[0]);
+  }
   if (reading >= op->reads) return false; /* or killed before it knew the time: it did nothing */
   return look_when(h, c, op, limit, unseen, op->read[reading], v);
 }
@@ -207,7 +212,7 @@ enum { CHARGE_NEXT, DENY, FIND_NO_ROOM, UNDO };
 
 /* An admission by several limits looks at all before it charges any: note which it may have seen with
  * room. (A limit of cost 0 is only looked at.) Called for every operation that may have begun. */
-static inline void note_room(const history_t *h, int level, config_t *c, int lane, const op_t *op) {
+static inline void note_room(const history_t *h, config_t *c, int lane, const op_t *op) {
   if (h->limits < 2 || c->phase[lane] || op->kind > OP_RESERVE) return;
   for (uint32_t i = 0; i < h->limits; i++) {
     view_t v;

@@ -10,6 +10,7 @@
 #define MODEL_CHANGES_H
 
 enum { EFFECT, OTHERWISE, SEE, BACK, LOAD_LIMITS };
+#define LOOK 99 /* phase of what charged all that it had to */
 
 static inline bool same_variant(const history_t *h, unsigned a, unsigned b) {
   return h->counts[a] == h->counts[b] && h->permits_of[a] == h->permits_of[b] &&
@@ -27,41 +28,75 @@ static inline bool change_limits(const history_t *h, config_t *c, int lane, cons
   return stepped(c, lane, op->times);
 }
 
-static inline bool load_limits(const history_t *h, config_t *c, int lane, const op_t *op) {
-  uint8_t seen[LIMITS] = {0};
-  for (uint32_t i = 0; i < h->limits; i++) seen[i] = (uint8_t)c->state[op->key * h->limits + i];
-  if (c->plan[lane] == c->changes + 1 && !memcmp(seen, c->seen[lane], sizeof seen)) return false;
-  if (op->kind == OP_ADMIT && c->plan[lane])
-    return false; /* its slots are those of the limit that it began with */
+/* The limits that the operation goes by from here on, whatever becomes of them: those of now. */
+static inline void pin(const history_t *h, config_t *c, int lane, const op_t *op) {
   c->plan[lane] = (uint8_t)(c->changes + 1);
   c->planned[lane] = c->variant;
-  if (op->kind != OP_ADMIT) memcpy(c->seen[lane], seen, sizeof seen);
+  for (uint32_t i = 0; i < h->limits && op->kind != OP_ADMIT; i++)
+    c->seen[lane][i] = (uint8_t)c->state[op->key * h->limits + i];
+}
+static inline void unpin(config_t *c, int lane) {
+  c->plan[lane] = c->planned[lane] = 0;
+  memset(c->seen[lane], 0, sizeof c->seen[lane]);
+}
+static inline unsigned plan_of(const config_t *c, int lane) {
+  return c->plan[lane] ? c->plan[lane] : c->changes + 1u;
+}
+static inline unsigned planned(const config_t *c, int lane) {
+  return c->plan[lane] ? c->planned[lane] : c->variant;
+}
+
+/* Only where limits can change before the operation ends is it worth a step of its own. */
+static inline bool may_change(const history_t *h, const config_t *c, int lane, const op_t *op) {
+  for (int k = 0; k < LANES; k++)
+    for (uint32_t i = c->at[k]; i < h->count[k] && k != lane; i++)
+      if (h->ops[k][i].kind == OP_SET && (op_open(op) || h->ops[k][i].invoked < op->responded))
+        return true;
+  return false;
+}
+
+static inline bool load_limits(const history_t *h, int level, config_t *c, int lane,
+                               const op_t *op) {
+  bool looks = op->kind == OP_PEEK || op->kind == OP_REMAINING;
+  bool forces = op->kind == OP_CHARGE || op->kind == OP_REFUND || op->kind == OP_SETTLE;
+  if (looks && c->phase[lane] && c->plan[lane] != c->changes + 1) {
+    c->phase[lane] = 0; /* it looks at all anew */
+    unpin(c, lane);
+    return true;
+  }
+  if (!level || c->plan[lane] || (c->phase[lane] && !forces)) return false;
+  if (!may_change(h, c, lane, op)) return false;
+  pin(h, c, lane, op);
   return true;
 }
 
 /* May the operation go by what it has loaded, in this limit? */
 static inline bool goes_by(const config_t *c, int level, int lane, uint32_t i, uint64_t used) {
-  if (c->plan[lane] == c->changes + 1) return true;
+  if (plan_of(c, lane) == c->changes + 1u) return true;
   return level && c->seen[lane][i] == (uint8_t)used;
 }
 
 static inline uint64_t most_of(const history_t *h, const config_t *c, int lane, uint32_t i) {
-  return rule_capacity(&h->rules[c->planned[lane]][i]);
+  return rule_capacity(&h->rules[planned(c, lane)][i]);
 }
 
-/* Nothing at all always fits, but in a bucket that is in debt. */
+/* Nothing at all always fits; in a bucket that is in debt, it may be denied. */
 static inline bool fits(const history_t *h, const config_t *c, int lane, uint32_t i, uint64_t used,
                         uint64_t cost) {
-  const rule_t *r = &h->rules[c->planned[lane]][i];
-  return (!cost && r->kind != FSHM_BUCKET) || used + cost <= rule_capacity(r);
+  return !cost || used + cost <= most_of(h, c, lane, i);
+}
+static inline bool fits_not(const history_t *h, const config_t *c, int lane, uint32_t i,
+                            uint64_t used, uint64_t cost) {
+  bool bucket = h->rules[planned(c, lane)][i].kind == FSHM_BUCKET;
+  return (cost || bucket) && used + cost > most_of(h, c, lane, i);
 }
 
 /* With one limit, what is left is told as of the instant of the operation. */
 static inline bool told_left(const history_t *h, const config_t *c, int lane, const op_t *op,
                              uint64_t used) {
-  if (op_open(op) || op->kind == OP_IS_ALLOWED || h->counts[c->planned[lane]] != 1) return true;
+  if (op_open(op) || op->kind == OP_IS_ALLOWED || h->counts[planned(c, lane)] != 1) return true;
   return op->remaining[0] == minus(most_of(h, c, lane, 0), used) &&
-         op->version == h->version + c->plan[lane] - 1;
+         op->version == h->version + plan_of(c, lane) - 1;
 }
 
 static inline void add_tokens(config_t *c, uint32_t meter, uint64_t tokens) {
@@ -71,7 +106,7 @@ static inline void add_tokens(config_t *c, uint32_t meter, uint64_t tokens) {
 
 static inline bool acquire_changing(const history_t *h, int level, config_t *c, int lane,
                                     const op_t *op, unsigned branch) {
-  uint32_t i = c->phase[lane], count = h->counts[c->planned[lane]], meter = op->key * h->limits + i;
+  uint32_t i = c->phase[lane], count = h->counts[planned(c, lane)], meter = op->key * h->limits + i;
   bool denied = !op_open(op) && op->status != FSHM_ALLOWED, ends = i + 1 == count;
   uint64_t *used = &c->state[meter];
   if (branch == EFFECT) {
@@ -79,8 +114,9 @@ static inline bool acquire_changing(const history_t *h, int level, config_t *c, 
     if (!goes_by(c, level, lane, i, *used)) return false;
     if (!fits(h, c, lane, i, *used, op->cost[i])) return false;
     if (!told_left(h, c, lane, op, *used + op->cost[i])) return false;
+    if (!i && !c->plan[lane] && count > 1) pin(h, c, lane, op);
     add_tokens(c, meter, op->cost[i]);
-    c->seen[lane][i] = (uint8_t)*used;
+    if (c->plan[lane]) c->seen[lane][i] = (uint8_t)*used;
     if (op->kind == OP_RESERVE) c->charged[lane][i] = op->cost[i] ? c->born[meter] : 255;
     if (ends || level) return stepped(c, lane, count);
     c->phase[lane]++; /* all at once */
@@ -90,7 +126,7 @@ static inline bool acquire_changing(const history_t *h, int level, config_t *c, 
     if (!denied || i || op->status != FSHM_DENIED) return false;
     for (uint32_t k = 0; k < count; k++) {
       uint64_t there = c->state[op->key * h->limits + k];
-      if (goes_by(c, level, lane, k, there) && !fits(h, c, lane, k, there, op->cost[k]) &&
+      if (goes_by(c, level, lane, k, there) && fits_not(h, c, lane, k, there, op->cost[k]) &&
           told_left(h, c, lane, op, there))
         return finish(c, lane);
     }
@@ -99,10 +135,10 @@ static inline bool acquire_changing(const history_t *h, int level, config_t *c, 
   /* Of two limits, the first was charged; the second had no room, or the limits have changed: that is undone, and it
    * begins anew. */
   if (branch != BACK || !level || i != 1 || c->tally[lane] == 2) return false;
-  if (c->plan[lane] == c->changes + 1 && fits(h, c, lane, i, *used, op->cost[i])) return false;
+  if (plan_of(c, lane) == c->changes + 1u && fits(h, c, lane, i, *used, op->cost[i])) return false;
   c->state[meter - 1] = minus(c->state[meter - 1], op->cost[0]);
-  c->phase[lane] = c->plan[lane] = c->planned[lane] = 0;
-  memset(c->seen[lane], 0, sizeof c->seen[lane]);
+  c->phase[lane] = 0;
+  unpin(c, lane);
   c->tally[lane]++;
   return true;
 }
@@ -110,10 +146,10 @@ static inline bool acquire_changing(const history_t *h, int level, config_t *c, 
 /* A charge, a refund or a settlement: limit by limit, and then, with one limit, a look. */
 static inline bool force_changing(const history_t *h, int level, config_t *c, int lane,
                                   const op_t *op, unsigned branch) {
-  uint32_t i = c->phase[lane], count = h->counts[c->planned[lane]], meter = op->key * h->limits + i;
+  uint32_t i = c->phase[lane], count = h->counts[planned(c, lane)], meter = op->key * h->limits + i;
   if (branch != EFFECT && (branch != OTHERWISE || op->kind != OP_SETTLE)) return false;
   if (!op_open(op) && op->status != FSHM_ALLOWED) return false;
-  if (i >= count) { /* fewer by now; or the look */
+  if (i >= count || i == LOOK) { /* fewer by now; or the look */
     uint64_t used = c->state[op->key * h->limits];
     if (branch != EFFECT || !goes_by(c, level, lane, 0, used)) return false;
     return (op->kind == OP_SETTLE || told_left(h, c, lane, op, used)) && finish(c, lane);
@@ -131,13 +167,14 @@ static inline bool force_changing(const history_t *h, int level, config_t *c, in
   if (!goes_by(c, level, lane, i, *used)) return false;
   if (more) add_tokens(c, meter, more);
   *used = minus(*used, less);
-  c->seen[lane][i] = (uint8_t)*used;
-  return stepped(c, lane, count + (count == 1 && op->kind != OP_SETTLE));
+  unpin(c, lane); /* each limit by itself */
+  c->phase[lane] = i + 1 < count ? (uint8_t)(i + 1) : LOOK;
+  return true;
 }
 
 static inline bool look_changing(const history_t *h, int level, config_t *c, int lane,
                                  const op_t *op, unsigned branch) {
-  uint32_t i = c->phase[lane], count = h->counts[c->planned[lane]];
+  uint32_t i = c->phase[lane], count = h->counts[planned(c, lane)];
   uint64_t used = c->state[op->key * h->limits + i], most = most_of(h, c, lane, i);
   if (op->kind == OP_PEEK && op->status == FSHM_DENIED)
     return acquire_changing(h, level, c, lane, op, branch == EFFECT ? OTHERWISE : SEE);
@@ -147,6 +184,7 @@ static inline bool look_changing(const history_t *h, int level, config_t *c, int
   } else if (!op_open(op)) {
     if (op->remaining[i] != minus(most, used) || op->status != (int)count) return false;
   }
+  if (!i && !c->plan[lane] && count > 1) pin(h, c, lane, op);
   return stepped(c, lane, count);
 }
 
@@ -167,7 +205,7 @@ static inline bool admit_changing(const history_t *h, int level, config_t *c, in
       c->stands |= (uint8_t)bit_of(*tally - 1u);
       return finish(c, lane);
     }
-    if (*phase || view >= h->permits_of[c->planned[lane]] || slot_held(c, view)) return false;
+    if (*phase || view >= h->permits_of[planned(c, lane)] || slot_held(c, view)) return false;
     if ((denied && !level) || (!denied && !op_open(op) && op->slot != view)) return false;
     c->holder[view] = (uint8_t)(lane + 1);
     c->stands &= (uint8_t)~bit_of(view);
@@ -179,7 +217,7 @@ static inline bool admit_changing(const history_t *h, int level, config_t *c, in
   if (branch == OTHERWISE) {
     if (!denied || *phase == TAKEN || op->status != FSHM_DENIED) return false;
     unsigned found = (unsigned)__builtin_popcount(level ? *seen : held);
-    return found >= h->permits_of[level ? c->planned[lane] : c->variant] && finish(c, lane);
+    return found >= h->permits_of[level ? planned(c, lane) : c->variant] && finish(c, lane);
   }
   if (branch == SEE) {
     if (!level || !denied || (*seen | held) == *seen) return false;
@@ -190,7 +228,7 @@ static inline bool admit_changing(const history_t *h, int level, config_t *c, in
   if (c->holder[*tally - 1] == lane + 1) c->holder[*tally - 1] = 0;
   *phase = GIVEN_BACK;
   /* It counted by the limits of then. */
-  c->plan[lane] = (uint8_t)(c->changes + 1);
+  if (!c->plan[lane]) pin(h, c, lane, op);
   return true;
 }
 
@@ -198,8 +236,7 @@ static inline bool changing(const history_t *h, int level, config_t *c, int lane
                             unsigned branch, unsigned view) {
   bool plans = op->kind != OP_SET && op->kind != OP_RELEASE && op->kind != OP_IN_FLIGHT;
   if (op->kind != OP_ADMIT && view) return false;
-  if (branch == LOAD_LIMITS) return plans && !view && load_limits(h, c, lane, op);
-  if (plans && !c->plan[lane]) return false;
+  if (branch == LOAD_LIMITS) return plans && !view && load_limits(h, level, c, lane, op);
   switch (op->kind) {
     case OP_ACQUIRE:
     case OP_IS_ALLOWED:
@@ -214,8 +251,9 @@ static inline bool changing(const history_t *h, int level, config_t *c, int lane
       return look_changing(h, level, c, lane, op, branch);
     case OP_RESET:
       if (branch != EFFECT) return false;
+      if (!c->plan[lane]) pin(h, c, lane, op);
       c->state[op->key * h->limits + c->phase[lane]] = 0;
-      return stepped(c, lane, h->counts[c->planned[lane]]);
+      return stepped(c, lane, h->counts[planned(c, lane)]);
     case OP_ADMIT:
       return admit_changing(h, level, c, lane, op, branch, view);
     case OP_SET:

@@ -35,17 +35,14 @@ class Fault:
 
 SWAP = "    return pair_cas(&c->s->cells[f->cell], &seen, to) ? CLAIMED : CLAIM_LOST;\n"
 TAKE = "      if (!pair_cas(&h->s->cells[f.cell], &seen, mine)) continue;\n"
-NO_ROOM = "    if (l->verdict.retry && !may_wait(c, op, 0, l->verdict.retry)) return FSHM_DENIED;\n"
+NO_ROOM = "    if (l->verdict.retry && !may_wait(c, op, 0, l)) {\n"
 UNDO = "    for (uint32_t k = i - 1; k-- > 0;) undo(c, k, &looks[k], before[k]);\n"
 PUT = "  return wallet_put(state, now, lease->tokens, lease->kept, lease->until_ns);\n"
-PUT_LATE = (
-    "  return wallet_put(state, min_u64(now, minus(state_expires(state), 1)), lease->tokens,"
-    " lease->kept, lease->until_ns);\n"
-)
-LOST = "        status = keyed_put(&c->k, c->k.hash, &f, c->k.who, next, first_change, c);\n"
+LOST = "      status = next == m.state ? CLAIMED : put_changed(&c, i, &found, next, &first);\n"
 LOST_TWICE = (
-    LOST + "      if (status == CLAIM_LOST) keyed_put(&c->k, c->k.hash,\n"
-    "        (cells_find(c->k.s, c->k.hash, c->k.who, &f), &f), c->k.who, next, first_change, c);\n"
+    LOST + "      if (status == CLAIM_LOST) {\n"
+    "        cells_find(c.s, c.hash, fingerprint(&c, i), &found.cell);\n"
+    "        (void)put_changed(&c, i, &found, next, &first);\n      }\n"
 )
 FREE = "state_expires(pair.when) <= over"
 
@@ -70,9 +67,7 @@ FAULTS = (
         "sliding",
         "limiter.c",
         NO_ROOM,
-        "    if (l->verdict.retry && !may_wait(c, op, 0, l->verdict.retry)) {\n"
-        "      if (op == FSHM_ACQUIRE) (void)force(c, FSHM_CHARGE, 0, l);\n"
-        "      return FSHM_DENIED;\n    }\n",
+        NO_ROOM + "      if (op == FSHM_ACQUIRE) (void)force(c, FSHM_CHARGE, 0, l);\n",
     ),
     Fault(
         "a lost swap is a denial",
@@ -87,7 +82,7 @@ FAULTS = (
         "undone by putting back what was there",
         "several",
         "limiter.c",
-        "    if (found.cell.pair.when != charged) {\n",
+        "    if (found.cell.pair.when != l->verdict.next || found.cell.pair.who != l->who) {\n",
         "    if (false) {\n",
     ),
     Fault(
@@ -112,8 +107,8 @@ FAULTS = (
         "  uint64_t now = c->now, cost = c->costs[f->i];\n",
     ),
     Fault(
-        "a state of newer limits is taken for a full bucket",
-        "changes",
+        "a look at limits that have changed counts",
+        "changes-bucket",
         "limiter.c",
         "  } while (unlikely(c->stale) && again(c));\n",
         "  } while (0);\n",
@@ -142,16 +137,16 @@ FAULTS = (
     Fault(
         "a lost swap of a batch counts as put",
         "wallet",
-        "counted.c",
-        "    return pair_cas(&k->s->cells[f->cell], &seen, to) ? CLAIMED : CLAIM_LOST;\n",
-        "    (void)pair_cas(&k->s->cells[f->cell], &seen, to);\n    return CLAIMED;\n",
+        "limiter.c",
+        SWAP,
+        "    (void)pair_cas(&c->s->cells[f->cell], &seen, to);\n    return CLAIMED;\n",
     ),
     Fault(
         "what is told to be taken out is what a lost swap saw",
         "wallet",
-        "wallet.c",
-        "      if (before) before[c->i] = state;\n",
-        "      if (before && !tries) before[c->i] = state;\n",
+        "limiter.c",
+        "      if (before) before[i] = m.state;\n",
+        "      if (before && c.tries == 1) before[i] = m.state;\n",
     ),
     Fault(
         "a wallet is spent after its lease",
@@ -161,7 +156,53 @@ FAULTS = (
         "key, key_length, costs,\n"
         "                   minus(now ? now : segment_now(wallet->segment), 200), &spent, put);\n",
     ),
-    Fault("a batch is added to a rest that is over", "wallet", "wallet.c", PUT, PUT_LATE),
+    Fault(
+        "tokens beyond the present limit's bits are forgotten",
+        "changes-window",
+        "meter.h",
+        "  uint64_t count = min_u64(w.count, WINDOW_MAX_N);\n",
+        "  uint64_t count = min_u64(w.count, (UINT64_C(1) << bit_length(r->n)) - 1);\n",
+    ),
+    Fault(
+        "a rule's slot goes to another without a sweep",
+        "changes-bucket",
+        "limits.c",
+        "    if ((holder & RULE_USED) || (holder && owner_lives(s, holder))) continue;\n",
+        "    bool named = false;\n"
+        "    const uint64_t set = load_relaxed(&e->set);\n"
+        "    for (uint32_t k = 0; k < SET_COUNT(set); k++) named |= SET_SLOT(set, k) == i;\n"
+        "    if (named || (!(holder & RULE_USED) && holder && owner_lives(s, holder))) continue;\n",
+    ),
+    Fault(
+        "the limits are not looked at after the cell",
+        "changes-bucket",
+        "limiter.c",
+        "  return unlikely(entry_current(c->s, c->index) != c->plan.current);\n",
+        "  (void)c;\n  return false;\n",
+    ),
+    Fault(
+        "a sweep by the limits that it began with",
+        "changes-bucket",
+        "limits.c",
+        "    if (entry_current(w->s, w->index) != w->plan.current) {\n",
+        "    if (false) {\n",
+    ),
+    Fault(
+        "how many may be held is lowered where its number is the same again",
+        "changes-permits",
+        "limits.c",
+        "    (void)atomic_compare_exchange_strong(&s->limiters[index].most, &most, lower);\n",
+        "    for (uint64_t now = limits_most(s, index); MOST_OF(now) == MOST_OF(most);)\n"
+        "      if (atomic_compare_exchange_strong(&s->limiters[index].most, &now, lower))\n"
+        "        break;\n",
+    ),
+    Fault(
+        "a slot beyond the present limit stands uncounted",
+        "changes-permits",
+        "lease.c",
+        "    if (unlikely(slot >= most)) {\n",
+        "    if (unlikely(slot > MAX_PERMITS)) {\n",
+    ),
     Fault(
         "a batch prolongs what is left",
         "wallet",
@@ -170,15 +211,15 @@ FAULTS = (
         PUT.replace("lease->kept", "UINT64_MAX"),
     ),
     Fault(
-        "a batch is put in twice where its swap was lost", "wallet", "wallet.c", LOST, LOST_TWICE
+        "a batch is put in twice where its swap was lost", "wallet", "limiter.c", LOST, LOST_TWICE
     ),
     Fault("a spend of several wallets is not undone", "wallets", "limiter.c", UNDO, ""),
     Fault(
         "a cell that went to another wallet is written to",
         "wallet-keys",
-        "counted.c",
-        "    pair_t seen = f->pair, to = {seen.who, next};\n",
-        "    pair_t seen = pair_load(&k->s->cells[f->cell]), to = {seen.who, next};\n",
+        "limiter.c",
+        "    pair_t seen = f->pair, to = {l->who, next};\n",
+        "    pair_t seen = pair_load(&c->s->cells[f->cell]), to = {l->who, next};\n",
     ),
 )
 
