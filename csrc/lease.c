@@ -109,7 +109,11 @@ static int take_slot_of_key(const holder_t *h, uint32_t slot, census_t *census, 
       pair_t seen = f.pair;
       if (!pair_cas(&h->s->cells[f.cell], &seen, mine)) continue;
     }
-    *out = (fshm_permit){f.cell, who, mine.when, bell_of(h->hash), 1, {{0, 0, 0}}};
+    out->cell = f.cell; /* and what was charged stays as it is */
+    out->who = who;
+    out->when = mine.when;
+    out->bell = bell_of(h->hash);
+    out->held = 1;
     return SLOT_TAKEN;
   }
   return SLOT_CONTENDED;
@@ -334,7 +338,8 @@ void fshm_admit(fshm_limiter *l, const void *key, uint64_t key_length, const uin
                 uint64_t now, fshm_permit *permit, fshm_decision *out, uint32_t *in_flight) {
   holder_t h;
   plan_t plan;
-  memset(permit, 0, sizeof *permit);
+  permit->held = 0;
+  for (uint32_t i = 0; i < FSHM_MAX_LIMITS; i++) permit->put[i].den = 0; /* nothing was charged */
   memset(out, 0, sizeof *out);
   *in_flight = 0;
   bool member = holder_make(&h, l, key, key_length, now);

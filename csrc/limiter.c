@@ -330,7 +330,7 @@ static COLD bool keep_moved(call_t *c, uint32_t i, look_t *l) {
 
 enum { RESHAPED = -100 }; /* of take_one: there are several limits now */
 
-static inline int take_one(call_t *c, uint32_t op, look_t *l) {
+static inline HOT int take_one(call_t *c, uint32_t op, look_t *l) {
   while (likely(again(c))) {
     int fresh = renewed(c);
     if (unlikely(fresh != FSHM_OK)) return fresh;
@@ -518,7 +518,7 @@ static inline HOT int apply_begun(call_t *c, uint32_t op, const void *key, uint6
 }
 
 /* The whole call. hash: NULL, or what the caller has hashed already. */
-static inline int apply(fshm_limiter *l, const uint64_t *hash, uint32_t op, const void *key,
+static inline HOT int apply(fshm_limiter *l, const uint64_t *hash, uint32_t op, const void *key,
                         uint64_t key_length, const uint64_t *costs, uint64_t max_wait, uint64_t now,
                         fshm_decision *out, fshm_charged *charges) {
   call_t c;

@@ -53,27 +53,35 @@ static inline HOT bool limits_load_inline(const fshm_segment *s, uint32_t index,
     /* acquire: pairs with publish(), whose rules are complete before they are named. */
     uint64_t current = atomic_load_explicit(&e->current, memory_order_acquire);
     uint64_t set = load_relaxed(&e->set);
-    uint32_t has = current ? read_set(e, set, p->rules) : 0;
+    uint32_t has = SET_COUNT(set);
+    if (likely(has == 1)) /* most limiters; without the loop */
+      read_rule(e, SET_SLOT(set, 0), &p->rules[0]);
+    else
+      has = read_set(e, set, p->rules);
     atomic_thread_fence(memory_order_acquire); /* the copy, before the second look */
     if (unlikely(load_relaxed(&e->current) != current)) continue;
     const uint64_t tail = WHO_OF(index, 0, 0, CURRENT_EPOCH(current));
     p->current = current;
-    p->count = has;
     p->permits = 0;
     p->salt = salt_of(s, current);
-    for (uint32_t i = 0; i < has; i++) {
+    p->count = 1;
+    if (likely(has == 1 && p->rules[0].kind != FSHM_PERMITS)) {
+      p->tail[0] = tail | WHO_OF(0, p->rules[0].place, SET_SLOT(set, 0), 0);
+      if (likely(current && rule_sane(&p->rules[0]))) return true;
+      break;
+    }
+    uint32_t i = 0;
+    for (; i < has && rule_sane(&p->rules[i]); i++) {
       const rule_t *r = &p->rules[i];
-      if (unlikely(!rule_sane(r))) goto damaged;
       p->tail[i] = tail | WHO_OF(0, r->place, SET_SLOT(set, i), 0);
       if (likely(r->kind != FSHM_PERMITS)) continue;
-      if (i + 1 != has || r->n > MAX_PERMITS) goto damaged; /* the last: limiter_open() */
+      if (i + 1 != has || r->n > MAX_PERMITS) break; /* the last: limiter_open() */
       p->permits = (uint32_t)r->n;
-      p->count--;
     }
-    if (likely(has)) return true;
+    p->count = has - (p->permits != 0);
+    if (likely(current && has && i == has)) return true;
     break;
   }
-damaged:
   p->count = p->permits = 0;
   return false;
 }
