@@ -114,8 +114,8 @@ typedef struct {
  * Label and epoch say which rule the state was written under, and may differ for one and the same key: the label is the
  * number of the rule's slot, the epoch counts the sweeps that free slots (limits.c). The fingerprint and the cell's line
  * together tell keys apart: a line is 10 bits or more of the hash in any table of some size.
- * All others (windows whose limit comes with the call, tokens and heads of moving windows, leases' words): a hash that
- * ends in 0. Permits: any hash. */
+ * All others (windows whose limit comes with the call, tokens and heads of moving windows, leases' words, permits) end
+ * in 0. */
 #define WHO_BITS 22
 #define WHO_LABELS UINT64_C(0xfe) /* label and epoch */
 #define WHO_OF(limiter, place, label, epoch)                                     \
@@ -140,6 +140,8 @@ struct fshm_limiter {
   uint64_t key[2]; /* SipHash key of this limiter */
   _Atomic uint32_t released; /* slot + 1 that this process released last: likely free; 0 = none */
   _Atomic uint32_t frontier; /* where this process goes on looking for a free slot */
+  _Atomic uint64_t
+      beyond; /* segment ns: when this process last looked for permits beyond a lowered limit */
 };
 
 /* hash.c */

@@ -50,11 +50,15 @@ static bool own_identity(fshm_segment *s, uint64_t *identity) {
 
 #define IDENTITY_MASK (UINT64_C(0x3ffffff) << 18)
 
-static uint64_t unspread(uint64_t x) { /* the inverse of spread() */
-  x = (x ^ x >> 33) * UINT64_C(0x9cb4b2f8129337db);
-  x = (x ^ x >> 33) * UINT64_C(0x4f74430c22a54005);
-  return x ^ x >> 33;
+/* Whose permit it is: hash of key and slot (52 bits) | limiter (11) | 0. From a held one, whose slot is known, the key's
+ * bits can be read back. */
+static inline uint64_t slot_bits(uint32_t slot) { return spread(SLOT_STEP * (slot + 1)); }
+static inline uint64_t permit_who(uint32_t limiter, uint64_t hash, uint32_t slot) {
+  uint64_t who = (hash ^ slot_bits(slot)) << 12 | (uint64_t)limiter << 1;
+  return who ? who : UINT64_C(1) << 12;
 }
+#define PERMIT_LIMITER(who) ((uint32_t)((who) >> 1) & (MAX_LIMITERS - 1))
+#define PERMIT_KEY(who, slot) ((((who) >> 12) ^ slot_bits(slot)) & (UINT64_MAX >> 12))
 
 typedef struct {
   fshm_segment *s;
@@ -86,7 +90,8 @@ static bool free_dead(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now
  * with as many tries for each slot, who scribbles on the key's cells could hold us up for hours (I6). */
 static int take_slot_of_key(const holder_t *h, uint32_t slot, census_t *census, patience_t *left,
                             fshm_permit *out) {
-  uint64_t place = slot_place(h->hash, slot), who = slot_who(h->hash, slot);
+  uint64_t place = slot_place(h->hash, slot);
+  uint64_t who = permit_who(h->limiter->index, h->hash, slot);
   pair_t mine = {who, UINT64_C(7) << 61 | (uint64_t)slot << 44 | h->identity |
                           (h->now / 1000000000 & 0x1ffff)};
   for (; patient(left); left->swaps--) {
@@ -124,7 +129,7 @@ static uint32_t count_held_from(const holder_t *h, uint32_t from, uint32_t to, c
   uint32_t held = 0;
   for (uint32_t slot = from; slot < to; slot++) {
     found_t f;
-    cells_find(h->s, slot_place(h->hash, slot), slot_who(h->hash, slot), &f);
+    cells_find(h->s, slot_place(h->hash, slot), permit_who(h->limiter->index, h->hash, slot), &f);
     if (!f.pair.who || !IS_PERMIT(f.pair.when)) continue;
     pair_t seen = f.pair, idle = {f.pair.who, 0};
     if (owner_alive(h->s, f.pair.when, census))
@@ -145,21 +150,43 @@ static int give_back(holder_t *h, const fshm_permit *p) {
   return p->cell < h->s->cell_count && pair_cas(&h->s->cells[p->cell], &seen, idle);
 }
 
+#define BEYOND_NS UINT64_C(1000000000)
+
+/* Does any key of the limiter hold permits beyond the present limit? Frees those of dead processes. A look at the whole
+ * table, so a process does it once a second at most; until one has found none, those who take permits count them. */
+static COLD bool none_beyond(const holder_t *h, const plan_t *plan, census_t *census) {
+  fshm_segment *s = h->s;
+  uint64_t last = load_relaxed(&h->limiter->beyond);
+  if (last && h->now < last + BEYOND_NS && h->now >= last) return false;
+  store_relaxed(&h->limiter->beyond, h->now);
+  for (uint64_t cell = 0; cell < s->cell_count; cell++) {
+    uint64_t when = load_relaxed(&s->cells[cell].when);
+    if (!IS_PERMIT(when) || SLOT_OF(when) < plan->permits) continue;
+    pair_t seen = pair_load(&s->cells[cell]), idle = {seen.who, 0};
+    if (!IS_PERMIT(seen.when) || SLOT_OF(seen.when) < plan->permits) continue;
+    if (PERMIT_LIMITER(seen.who) != h->limiter->index) continue;
+    if (owner_alive(s, seen.when, census) || !pair_cas(&s->cells[cell], &seen, idle)) return false;
+  }
+  return true;
+}
+
 /* A slot of the key is ours. Does it stand? Not where more than n are held: the limit was lowered, by now
  * or earlier, and slots beyond it are still held. Ours is published: of any set of holders the last to
  * publish counts all others, so they never exceed n. */
 static bool stands(holder_t *h, plan_t *plan, uint32_t slot, uint32_t *held) {
   const limiter_entry_t *e = &h->s->limiters[h->limiter->index];
+  bool said = false;
   after_swap(); /* pairs with publish(): it sees our slot, or we see its limits */
   for (int tries = 0; tries < MAX_TRIES; tries++) {
     uint64_t seen =
         limits_most(h->s, h->limiter->index); /* before `current`, and before the count */
     uint32_t most = limits_most_permits(seen, plan);
     bool same = load_relaxed(&e->current) == plan->current;
-    /* A slot of earlier limits, that nobody looks at any more: those who come look from here on, and those who came
-     * before we see. Pairs with their look at this word, which comes after their swap. */
-    if (unlikely(slot >= most)) {
+    /* A slot of earlier limits: said in the word after our swap, so whoever has looked for such slots before it cannot
+     * lower the word any more, and whoever comes looks up to here. Pairs with limits_lower_most(). */
+    if (unlikely(slot >= plan->permits && !said)) {
       if (!limits_raise_most(h->s, h->limiter->index, slot + 1)) return false;
+      said = true;
       continue;
     }
     if (likely(same && most <= plan->permits)) return true;
@@ -171,7 +198,7 @@ static bool stands(holder_t *h, plan_t *plan, uint32_t slot, uint32_t *held) {
     census_begin(&census);
     *held = count_held(h, most, &census);
     if (*held > plan->permits) return false;
-    if (count_held_from(h, plan->permits, most, &census) == 0)
+    if (count_held_from(h, plan->permits, most, &census) == 0 && none_beyond(h, plan, &census))
       limits_lower_most(h->s, h->limiter->index, plan, seen);
     return true;
   }
@@ -388,7 +415,7 @@ static int permit_at(fshm_segment *s, uint64_t cell, census_t *census, fshm_perm
   if (!out->alive) out->pid = 0; /* the slot may be another's by now */
   out->idle = (pair.when & IDLE) != 0;
   out->slot = SLOT_OF(pair.when);
-  out->key_hash = unspread(pair.who) ^ SLOT_STEP * (SLOT_OF(pair.when) + 1);
+  out->key_hash = PERMIT_KEY(pair.who, SLOT_OF(pair.when));
   out->age_seconds = (segment_now(s) / 1000000000 - TAKEN_OF(pair.when)) & 0x1ffff;
   out->cell = cell;
   return 1;

@@ -67,11 +67,12 @@ static COLD void read_clock_again(call_t *c) {
 }
 
 /* The rule that the state in this cell was written under. False: the limits or the cell have changed; look again. */
-static bool former_rule(call_t *c, const found_t *f, rule_t *old) {
-  c->stale |= !limits_rule(c->s, c->index, WHO_LABEL(f->pair.who), old);
+static bool former_rule(call_t *c, uint32_t i, const found_t *f, rule_t *old) {
+  bool sane = limits_rule(c->s, c->index, WHO_LABEL(f->pair.who), old);
   const pair_t now =
       c->s->read_only ? pair_peek(&c->s->cells[f->cell]) : pair_load(&c->s->cells[f->cell]);
   c->stale |= now.who != f->pair.who || now.when != f->pair.when || outdated(c);
+  if (unlikely(!sane)) *old = c->plan.rules[i]; /* written over by somebody: as good as any */
   return !c->stale;
 }
 
@@ -88,7 +89,7 @@ static void state_met(call_t *c, uint32_t i, const found_t *f, met_t *m) {
   if (outdated(c)) c->stale = true;
   if (!f->pair.who || c->stale) return;
   bool former = unlikely(f->pair.who != m->who);
-  if (former && !former_rule(c, f, &m->old)) return;
+  if (former && !former_rule(c, i, f, &m->old)) return;
   if (sliding_is_later(former ? &m->old : m->rule, state, c->now)) read_clock_again(c);
   if (state_expires(state) <= c->now) {
     m->state = 0;
@@ -106,12 +107,12 @@ static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_
   const rule_t *r = &c->plan.rules[i];
   uint64_t state = l->cell.pair.when;
   rule_t old;
-  if (!former_rule(c, &l->cell, &old)) return;
+  if (!former_rule(c, i, &l->cell, &old)) return;
   if (sliding_is_later(&old, state, c->now)) read_clock_again(c);
   uint64_t moved = meter_convert(r, &old, state, c->now);
   l->verdict = meter_take(r, moved, c->now, c->at, cost);
   if (!l->verdict.retry || cost > rule_capacity(r)) return;
-  if (!c->peeks && state_expires(moved) <= state_expires(state)) {
+  if (!c->peeks && meter_over(r, moved) <= meter_over(&old, state)) {
     l->moved = moved;
     return;
   }
@@ -273,6 +274,7 @@ static int force(call_t *c, uint32_t op, uint32_t i, look_t *l) {
     int fresh = renewed(c);
     if (fresh != FSHM_OK) return fresh;
     if (i >= c->plan.count) return FSHM_ALLOWED; /* fewer limits by now: nothing to charge */
+    if (op == FSHM_BLOCK && c->plan.rules[i].kind != FSHM_BUCKET) return FSHM_ALLOWED;
     met_t m;
     cells_find(c->s, c->hash, fingerprint(c, i), &l->cell);
     state_met(c, i, &l->cell, &m);
@@ -519,8 +521,8 @@ static inline HOT int apply_begun(call_t *c, uint32_t op, const void *key, uint6
 
 /* The whole call. hash: NULL, or what the caller has hashed already. */
 static inline HOT int apply(fshm_limiter *l, const uint64_t *hash, uint32_t op, const void *key,
-                        uint64_t key_length, const uint64_t *costs, uint64_t max_wait, uint64_t now,
-                        fshm_decision *out, fshm_charged *charges) {
+                            uint64_t key_length, const uint64_t *costs, uint64_t max_wait,
+                            uint64_t now, fshm_decision *out, fshm_charged *charges) {
   call_t c;
   bool readable = limits_load_inline(l->segment, l->index, &c.plan);
   if (unlikely(!readable || !c.plan.count)) { /* none: a limiter of permits, for fshm_admit() */

@@ -190,9 +190,8 @@ uint32_t limits_most_permits(uint64_t most, const plan_t *p) {
   return slots > p->permits ? slots : p->permits;
 }
 
-/* A count that began after `most` was read has found nothing held beyond the present limit. Where limits were
- * published since, the word has changed, whatever its number is: then slots may have been taken behind the count.
- * Whoever still takes a slot there by an older plan notices that `current` has changed, and gives it back (lease.c). */
+/* A look at all keys that began after `most` was read has found nothing held beyond the present limit. Where limits were
+ * published since, or a slot there was taken by older ones, the word has changed, whatever its number is. */
 void limits_lower_most(fshm_segment *s, uint32_t index, const plan_t *p, uint64_t most) {
   uint64_t lower = most >> MOST_BITS << MOST_BITS | p->permits;
   if (MOST_OF(most) > p->permits)
@@ -357,29 +356,36 @@ static COLD pair_t swept(const sweep_t *w, pair_t pair) {
   rule_t old, rule;
   pair_t to = pair;
   bool found = false;
+  uint64_t best = 0;
   unsigned label = WHO_LABEL(pair.who), place = WHO_PLACE(pair.who);
   to.who = (pair.who & ~WHO_LABELS) | WHO_OF(0, 0, label, CURRENT_EPOCH(w->plan.current));
   if (!limits_rule(w->s, w->index, label, &old)) return to; /* nobody has written this */
   for (uint32_t i = 0; i < w->plan.count; i++) {
     const rule_t *r = &w->plan.rules[i];
     uint64_t state;
-    if (r->place != place || !meter_settles(r, &old, pair.when, w->now, &state)) continue;
+    if (r->place != place) continue;
+    /* Only where it is over no later, for the key has not been asked: limits of a moment slow nothing down. */
+    state = meter_convert(r, &old, pair.when, w->now);
+    if (meter_over(r, state) > meter_over(&old, pair.when)) continue;
     return (pair_t){(pair.who & ~WHO_LABELS) | (w->plan.tail[i] & WHO_LABELS), state};
   }
   if ((int)label != w->victim) return to;
-  for (unsigned slot = 0; slot < RULES; slot++) { /* the rule under which it is over first */
+  for (unsigned slot = 0; slot < RULES;
+       slot++) { /* the rule under which it is over next, or else last: none is faster */
     uint64_t owner;
-    if ((int)slot == w->victim || !read_used(&w->s->limiters[w->index], slot, &rule, &owner))
+    const limiter_entry_t *e = &w->s->limiters[w->index];
+    if ((int)slot == w->victim || !read_used(e, slot, &rule, &owner) || rule.place != place)
       continue;
-    if (rule.place != place) continue;
     uint64_t state = meter_convert(&rule, &old, pair.when, w->now);
-    if (found && state_expires(state) >= state_expires(to.when)) continue;
+    uint64_t over = meter_over(&rule, state), mine = meter_over(&old, pair.when);
+    if (found && (best < mine ? over <= best : over < mine || over >= best)) continue;
     /* In use from now on, for whoever has counted its cells before: free_slots(). */
     const uint64_t later = RULE_USED | CURRENT_VERSION(CURRENT_VERSION(w->plan.current) + 1);
     if (owner < later &&
         !atomic_compare_exchange_strong(&w->s->limiters[w->index].owners[slot], &owner, later))
       continue;
     to = (pair_t){(to.who & ~WHO_OF(0, 0, RULES - 1, 0)) | WHO_OF(0, 0, slot, 0), state};
+    best = over;
     found = true;
   }
   return to;

@@ -298,12 +298,13 @@ static inline uint64_t bucket_convert(const rule_t *r, const rule_t *old, uint64
  * behind that: the tokens, and the end without debt. */
 typedef struct {
   uint64_t end, count; /* end 0 = no window open */
+  unsigned shift; /* s, of the units that its end is kept in; 0 = it is not kept yet */
 } window_t;
 
 static inline window_t window_read(uint64_t state, uint64_t now) {
   unsigned s = (unsigned)(state >> 57) & 31;
-  window_t w = {state_expires(state), state & ((UINT64_C(1) << s) - 1)};
-  if (TAG(state) != FSHM_WINDOW || w.end <= now) w.end = w.count = 0;
+  window_t w = {state_expires(state), state & ((UINT64_C(1) << s) - 1), s};
+  if (TAG(state) != FSHM_WINDOW || w.end <= now) w = (window_t){0, 0, 0};
   return w;
 }
 
@@ -323,14 +324,15 @@ static inline window_t window_open(const rule_t *r, uint64_t state, uint64_t now
   return w;
 }
 
-/* The state of a window with this end without debt. Ends are kept in units of 2^s ns, s the bits that n or the count
- * need, rounded up: a window may last up to 2 * max(n, count) ns longer than `per`, never shorter. Tokens beyond
+/* The state of a window with this end without debt. Ends are kept in units of 2^s ns, s the bits that n needs when the
+ * window begins, or more where the count needs them, rounded up: a window may last up to 2 * max(n, count) ns longer than
+ * `per`, never shorter. The units stay, so they tell how far the end can have moved since it began. Tokens beyond
  * WINDOW_MAX_N, and debt that would be waited out after the end of time, are not counted. */
 static inline uint64_t window_state(const rule_t *r, window_t w) {
   uint64_t count = min_u64(w.count, WINDOW_MAX_N);
   if (!count) return 0;
-  unsigned s = bit_length(max_u64(r->n, count));
-  s = s > 31 ? 31 : s;
+  unsigned s = w.shift ? w.shift : bit_length(r->n), least = bit_length(count);
+  s = s < least ? least : s > 31 ? 31 : s;
   const uint64_t unit = UINT64_C(1) << s, last = TIME_MAX & ~(unit - 1);
   uint64_t end = min_u64((w.end + unit - 1) & ~(unit - 1), last), debt = window_debt(r, count, s);
   if (debt > last - end) {
@@ -385,8 +387,8 @@ static inline uint64_t window_refund(const rule_t *r, uint64_t state, uint64_t n
   window_t w = window_open(r, state, now);
   if (!w.count || !cost) return state;
   if (put) {
-    /* Ends are rounded up when the count needs more bits; a later window ends at least `per` later. */
-    uint64_t unit = UINT64_C(2) << ((state >> 57) & 31), its = state_expires(put->state);
+    /* The end has moved by less than two of its units in all; a later window ends at least `per` later. */
+    uint64_t unit = UINT64_C(2) << w.shift, its = state_expires(put->state);
     if (!charged_alike(r, put) || w.end < its || w.end - its > unit) return state;
   }
   w.count = minus(w.count, cost);
@@ -682,10 +684,17 @@ static inline uint64_t meter_convert(const rule_t *r, const rule_t *old, uint64_
   }
   uint64_t used = meter_used(old, state, now);
   if (r->kind == FSHM_BUCKET) return plus_time(now, bucket_increment(r, used));
-  if (r->kind == FSHM_WINDOW) return window_state(r, (window_t){plus_time(now, r->per), used});
+  if (r->kind == FSHM_WINDOW) return window_state(r, (window_t){plus_time(now, r->per), used, 0});
   sliding_t s = sliding_read(r, 0, now);
   s.count = min_u64(used, UINT64_C(1) << 40); /* saturates when stored */
   return sliding_state(r, s);
+}
+
+/* When all of a state is gone. (state_expires() rounds the end of a sliding window up, by up to `per`.) */
+static inline uint64_t meter_over(const rule_t *r, uint64_t state) {
+  uint64_t expires = state_expires(state);
+  return TAG(state) == FSHM_SLIDING && r->kind == FSHM_SLIDING ? expires / r->per * r->per
+                                                               : expires;
 }
 
 /* Should a state of `old` live on under `r`? Where what is used fits, or is over no later: so that old use is never debt.
@@ -694,7 +703,7 @@ static inline bool meter_settles(const rule_t *r, const rule_t *old, uint64_t st
                                  uint64_t *converted) {
   *converted = meter_convert(r, old, state, now);
   return meter_used(old, state, now) <= rule_capacity(r) ||
-         state_expires(*converted) <= state_expires(state);
+         meter_over(r, *converted) <= meter_over(old, state);
 }
 
 /* Tokens that fit now, given what is used (verdict_t.used_*). */

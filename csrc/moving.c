@@ -64,11 +64,11 @@ static inline uint64_t token_end(const moving_t *m, uint64_t now) {
 }
 static uint64_t token_state(const moving_t *m, uint64_t now) {
   const rule_t one = {.kind = FSHM_WINDOW, .n = 1};
-  return window_state(&one, (window_t){token_end(m, now), 1});
+  return window_state(&one, (window_t){token_end(m, now), 1, 0});
 }
 static uint64_t head_state(uint64_t turn, uint64_t end) {
   const rule_t turns = {.kind = FSHM_WINDOW, .n = MOST_TURNS - 1};
-  return window_state(&turns, (window_t){end, turn});
+  return window_state(&turns, (window_t){end, turn, 0});
 }
 
 /* A cell that is being claimed. */

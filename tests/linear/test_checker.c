@@ -59,7 +59,7 @@ static void tell(const history_t *h, op_t *op, uint64_t used) {
   rule_t r = h->rules[0][0];
   bool charged = op->status == FSHM_ALLOWED && op->kind == OP_ACQUIRE;
   uint64_t begun = used - (charged ? op->cost[0] : 0);
-  uint64_t state = begun ? window_state(&r, (window_t){NOW + PER, begun}) : 0;
+  uint64_t state = begun ? window_state(&r, (window_t){NOW + PER, begun, 0}) : 0;
   verdict_t v = meter_take(&r, state, NOW, NOW, op->cost[0]);
   op->remaining[0] = minus(r.n, used);
   op->retry = op->status == FSHM_ALLOWED ? 0 : (int64_t)v.retry;
