@@ -202,7 +202,6 @@ enum { CLAIMED = 1, CLAIM_LOST = 0 /* somebody else has it now: look again */, C
 void cells_find(const fshm_segment *s, uint64_t hash, uint64_t who, found_t *f);
 /* Computes the state a new cell begins with, as of now; NO_STATE: it must not be claimed by what the caller knows. */
 typedef uint64_t first_state_t(void *context);
-#define NO_STATE UINT64_MAX
 
 int cells_claim(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now, first_state_t *first,
                 void *context, uint64_t *cell);

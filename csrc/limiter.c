@@ -110,19 +110,26 @@ static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_
   if (!former_rule(c, i, &l->cell, &old)) return;
   if (sliding_is_later(&old, state, c->now)) read_clock_again(c);
   uint64_t moved = meter_convert(r, &old, state, c->now);
-  l->verdict = meter_take(r, moved, c->now, c->at, cost);
-  if (!l->verdict.retry || cost > rule_capacity(r)) return;
+  if (moved != NO_STATE) {
+    l->verdict = meter_take(r, moved, c->now, c->at, cost);
+    if (!l->verdict.retry || cost > rule_capacity(r)) return;
+  }
+  uint64_t used = meter_used(&old, state, c->now);
+  if (r->kind == FSHM_BUCKET && cost <= minus(r->burst, used)) {
+    /* It fits to the token: rounded up once for both, not once for each. */
+    l->verdict = bucket_take(r, 0, c->now, c->at, used + cost);
+    l->verdict.used_before = bucket_increment(r, used);
+    return;
+  }
   if (!c->peeks && meter_over(r, moved) <= meter_over(&old, state)) {
     l->moved = moved;
     return;
   }
-  uint64_t used = meter_used(&old, state, c->now);
   rule_t capped = rule_capped(&old, rule_capacity(r));
   l->stays = true;
   l->who = staying(c, i, l->cell.pair.who);
   l->verdict = meter_take(&capped, state, c->now, c->now, cost);
-  if (old.kind !=
-      FSHM_WINDOW) /* both are rounded up: under the present rule it may be a few ns later */
+  if (old.kind == FSHM_BUCKET || r->kind == FSHM_BUCKET) /* ns are rounded up, under both */
     l->verdict.retry = plus_time(l->verdict.retry, 3);
   l->verdict.used_before = l->verdict.used_after =
       r->kind == FSHM_BUCKET ? bucket_increment(r, used) : used;
@@ -635,6 +642,7 @@ int limiter_change(fshm_limiter *l, const void *key, uint64_t length, uint64_t n
       /* What is decided elsewhere is told in the present limits' terms, whatever the state was. */
       if (m.rule != &c.plan.rules[i])
         m.state = meter_convert(&c.plan.rules[i], m.rule, m.state, c.now);
+      if (m.state == NO_STATE) m.state = 0;
       met_present(&c, i, state_for(&c.plan.rules[i], m.state), &m);
       found.who = m.who;
       uint64_t next = change(context, i, m.rule, m.state, c.now);

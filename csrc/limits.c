@@ -349,6 +349,7 @@ typedef struct {
   plan_t plan;
   int victim; /* a label that is to go, whatever rule takes its cells; -1: none */
   uint32_t cells[RULES]; /* by label, after the sweep */
+  unsigned places; /* that have cells: a set */
 } sweep_t;
 
 /* Where a state of this label should live: under the present rule of its place, or as it is. */
@@ -378,6 +379,7 @@ static COLD pair_t swept(const sweep_t *w, pair_t pair) {
       continue;
     uint64_t state = meter_convert(&rule, &old, pair.when, w->now);
     uint64_t over = meter_over(&rule, state), mine = meter_over(&old, pair.when);
+    if (state == NO_STATE) continue;
     if (found && (best < mine ? over <= best : over < mine || over >= best)) continue;
     /* In use from now on, for whoever has counted its cells before: free_slots(). */
     const uint64_t later = RULE_USED | CURRENT_VERSION(CURRENT_VERSION(w->plan.current) + 1);
@@ -411,7 +413,10 @@ static COLD bool sweep_cell(sweep_t *w, uint64_t cell) {
     if (!to.when) to.who = 0;
     /* A pending cell too is emptied: its claimer may go by limits of before. */
     if (to.who != pair.who && !pair_cas(at, &seen, to)) continue;
-    if (to.who) w->cells[WHO_LABEL(to.who)]++;
+    if (to.who) {
+      w->cells[WHO_LABEL(to.who)]++;
+      w->places |= 1U << WHO_PLACE(to.who);
+    }
     return true;
   }
   return false;
@@ -419,15 +424,33 @@ static COLD bool sweep_cell(sweep_t *w, uint64_t cell) {
 
 static COLD bool sweep_cells(sweep_t *w) {
   memset(w->cells, 0, sizeof w->cells);
+  w->places = 0;
   for (uint64_t cell = 0; cell < w->s->cell_count; cell++)
     if (!sweep_cell(w, cell)) return false;
   return true;
 }
 
+/* The last rule of each place that has cells: which limit their tokens belong to, should it come back. A set of slots. */
+static COLD unsigned last_rules(const sweep_t *w) {
+  unsigned last[PLACES] = {0}, slots = 0;
+  uint64_t when[PLACES] = {0}, owner;
+  rule_t rule;
+  for (unsigned slot = 0; slot < RULES; slot++) {
+    if (!read_used(&w->s->limiters[w->index], slot, &rule, &owner) || rule.place >= PLACES)
+      continue;
+    if (owner <= when[rule.place]) continue;
+    when[rule.place] = owner;
+    last[rule.place] = slot;
+  }
+  for (unsigned place = 0; place < PLACES; place++)
+    if (when[place] && w->places >> place & 1) slots |= 1U << last[place];
+  return slots;
+}
+
 /* The slots of rules that no state refers to, and that were not named since `version`. How many were freed. */
 static COLD unsigned free_slots(const sweep_t *w, uint64_t set, uint64_t version) {
   limiter_entry_t *e = &w->s->limiters[w->index];
-  unsigned freed = 0, named = 0;
+  unsigned freed = 0, named = last_rules(w);
   for (uint32_t i = 0; i < SET_COUNT(set); i++) named |= 1U << SET_SLOT(set, i);
   for (unsigned slot = 0; slot < RULES; slot++) {
     uint64_t owner = load_relaxed(&e->owners[slot]);
@@ -471,6 +494,7 @@ static COLD bool sweep(fshm_segment *s, uint32_t index, uint64_t now) {
   for (unsigned slot = 0; slot < RULES; slot++) {
     bool named = false;
     for (uint32_t i = 0; i < SET_COUNT(next.when); i++) named |= SET_SLOT(next.when, i) == slot;
+    named |= last_rules(&w) >> slot & 1;
     if (named || !w.cells[slot] || !has_another(e, slot)) continue;
     if (w.victim < 0 || w.cells[slot] < w.cells[w.victim]) w.victim = (int)slot;
   }

@@ -39,6 +39,7 @@ __extension__ typedef unsigned __int128 wide_t;
 #define PENDING(ticket) ((UINT64_C(6) << 61) | ((ticket) & ((UINT64_C(1) << 61) - 1)))
 #define IS_PENDING(state) ((state) >> 61 == 6)
 #define IS_PERMIT(state) ((state) >> 61 == 7)
+#define NO_STATE UINT64_MAX /* nobody writes it: a permit of a slot that there is not */
 #define MAX_PERMITS 100000 /* of one key: below 2^17 */
 #define WINDOW_MAX_N ((UINT64_C(1) << 31) - 1)
 #define WALLET_MOST \
@@ -254,16 +255,19 @@ static inline uint64_t bucket_charge(const rule_t *r, uint64_t state, uint64_t n
  * requests. Where the rate has changed since, that is reckoned in tokens. */
 static inline uint64_t bucket_refund(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost,
                                      const fshm_charged *put) {
-  uint64_t tat = state & TIME_MAX;
+  uint64_t tat = state & TIME_MAX, back = bucket_increment(r, cost);
   if (put) {
     if (!charged_alike(r, put)) return state;
     uint64_t left = minus(put->state & TIME_MAX, now);
-    if (put->num != r->num || put->den != r->den)
-      cost = min_u64(cost, saturate((wide_t)left * put->den / put->num));
-    else if (bucket_increment(r, cost) > left)
-      return tat > now ? max_u64(minus(tat, left), now) : state;
+    if (put->num != r->num ||
+        put->den != r->den) { /* the same tokens at the present rate, rounded down */
+      wide_t scaled = (wide_t)left * put->den;
+      wide_t ns = (wide_t)saturate(scaled / put->num) * r->num / r->den;
+      ns += (wide_t)(uint64_t)(scaled % put->num) * r->num / put->num / r->den;
+      left = saturate(ns);
+    }
+    back = min_u64(back, left);
   }
-  uint64_t back = bucket_increment(r, cost);
   return tat > now && back ? max_u64(minus(tat, back), now) : state;
 }
 
@@ -671,7 +675,8 @@ static inline uint64_t meter_used(const rule_t *r, uint64_t state, uint64_t now)
   return s.count + sliding_weight(r, s.previous, s.left);
 }
 
-/* The limits have changed: a state of `old`, with the same tokens, under `r`. */
+/* The limits have changed: a state of `old`, with the same tokens, under `r`. NO_STATE: it does not hold so many (which is
+ * more than it admits). */
 static inline uint64_t meter_convert(const rule_t *r, const rule_t *old, uint64_t state,
                                      uint64_t now) {
   if (r->kind == FSHM_WALLET || old->kind == FSHM_WALLET) return state_for(r, state);
@@ -683,10 +688,11 @@ static inline uint64_t meter_convert(const rule_t *r, const rule_t *old, uint64_
     if (r->per == old->per) return state;
   }
   uint64_t used = meter_used(old, state, now);
+  if (r->kind != FSHM_BUCKET && used > limit_largest_n(r->kind, r->per)) return NO_STATE;
   if (r->kind == FSHM_BUCKET) return plus_time(now, bucket_increment(r, used));
   if (r->kind == FSHM_WINDOW) return window_state(r, (window_t){plus_time(now, r->per), used, 0});
   sliding_t s = sliding_read(r, 0, now);
-  s.count = min_u64(used, UINT64_C(1) << 40); /* saturates when stored */
+  s.count = used;
   return sliding_state(r, s);
 }
 

@@ -205,6 +205,8 @@ static void converted(const state_t *s, const fshm_limit *c, uint64_t now, state
   uint64_t low, high;
   used_of(s, now, &low, &high);
   gave_up |= high - low > 4;
+  /* more than its counter holds: it stays where it is, and how long that may be is not reckoned */
+  if (c->kind != FSHM_BUCKET) gave_up |= high > limit_largest_n(c->kind, c->per_ns);
   for (uint64_t used = low; used <= high && !gave_up; used++) {
     state_t t = used_now(c, used, now);
     add_state(out, &t);
@@ -484,7 +486,9 @@ static void block_states(const states_t *in, const fshm_limit *c, uint64_t ns, u
       if (s.kind == NOTHING) s = (state_t){.label = *c, .kind = FSHM_BUCKET, .at = now};
       real_t least = (real_t)ns / slow_interval_of(&s.label),
              most = (real_t)ns / interval_of(&s.label) + within(&s.label, 4);
-      s.low = larger(s.low, least + (real_t)min_u64(s.label.burst, c->burst) - 1);
+      /* what may be used then is rounded down to a nanosecond */
+      s.low =
+          larger(s.low, least + (real_t)min_u64(s.label.burst, c->burst) - 1 - within(&s.label, 1));
       s.high = larger(s.high, most + (real_t)max_u64(s.label.burst, c->burst) - 1);
       add_state(out, &s);
     }

@@ -109,6 +109,8 @@ def used_now(rule: Rule, tokens: int, now: int) -> State:
     if rule.kind == WINDOW:
         end = now + rule.per
         return Window(rule, tokens, end, end + rounding(tokens, rule), next(_serial))
+    if tokens >= 1 << min(rule.per.bit_length() - 1, 41) - 12:
+        raise GaveUp("more than its counter holds: it stays under the limits of until now")
     return Sliding(rule, now // rule.per, 0, tokens)
 
 
@@ -435,6 +437,7 @@ def blocked(states: States, rule: Rule, ns: int, now: int) -> States:
             s = changed or Bucket(rule, now, Fraction(0), Fraction(0))
             assert isinstance(s, Bucket)
             least = ns / slow_interval(s.label) + min(s.label.burst, rule.burst) - 1
+            least -= within(s.label, 1)  # what may be used then is rounded down to a nanosecond
             most = ns / interval(s.label) + max(s.label.burst, rule.burst) - 1
             high = max(s.high, most + within(s.label, 4))
             out.add(replace(s, low=max(s.low, least), high=high))
