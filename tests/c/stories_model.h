@@ -63,9 +63,9 @@ static uint64_t capacity_of(const fshm_limit *l) {
 static real_t interval_of(const fshm_limit *l) {
   return (real_t)l->per_ns / (real_t)(l->strict ? l->n - l->burst + 1 : l->n);
 }
-static bool is_coarse(const fshm_limit *l) { return l->strict || interval_of(l) >= (1 << 20) - 1; }
+static bool is_coarse(const fshm_limit *l) { return interval_of(l) >= (1 << 20) - 1; }
 static real_t slow_interval_of(const fshm_limit *l) {
-  return interval_of(l) + (is_coarse(l) ? 1 : 0);
+  return interval_of(l) + (l->strict || is_coarse(l) ? 1 : 0);
 }
 /* Tokens that flow back in so many nanoseconds, which roundings may take or give. */
 static real_t within(const fshm_limit *l, unsigned ns) {

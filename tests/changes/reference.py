@@ -103,7 +103,7 @@ def used_now(rule: Rule, tokens: int, now: int) -> State:
     if not tokens:
         return None
     if rule.kind == BUCKET:
-        coarse = slow_interval(rule) > interval(rule)  # else it is rounded up to a nanosecond
+        coarse = interval(rule) >= COARSE - 1  # else it is rounded up to a nanosecond
         high = tokens + (Fraction(0) if coarse else within(rule, 2))
         return Bucket(rule, now, Fraction(tokens), high)
     if rule.kind == WINDOW:
