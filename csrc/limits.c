@@ -348,7 +348,7 @@ typedef struct {
   uint64_t now;
   plan_t plan;
   int victim; /* a label that is to go, whatever rule takes its cells; -1: none */
-  uint32_t cells[RULES]; /* by label, after the sweep */
+  uint32_t labels[RULES]; /* cells of each, after the sweep */
   unsigned places; /* that have cells: a set */
 } sweep_t;
 
@@ -395,11 +395,11 @@ static COLD pair_t swept(const sweep_t *w, pair_t pair) {
 
 /* One cell. False: it could not be changed, since others change it all the time. */
 static COLD bool sweep_cell(sweep_t *w, uint64_t cell) {
-  cell_t *at = &w->s->cells[cell];
+  fshm_segment *s = w->s;
   for (int tries = 0; tries < MAX_TRIES; tries++) {
-    pair_t pair = {load_relaxed(&at->who), 0};
+    pair_t pair = {load_relaxed(&s->cells[cell].who), 0};
     if (!(pair.who & 1) || WHO_LIMITER(pair.who) != w->index) return true;
-    pair = pair_load(at);
+    pair = pair_load(&s->cells[cell]);
     if (!(pair.who & 1) || WHO_LIMITER(pair.who) != w->index || IS_PERMIT(pair.when)) return true;
     /* As a call does it (limiter.c: outdated()): by limits that are in force after the cell was read. Others may have
      * changed them, swept, and given the slots of ours to other rules. */
@@ -412,9 +412,9 @@ static COLD bool sweep_cell(sweep_t *w, uint64_t cell) {
     if (!over) to = swept(w, pair);
     if (!to.when) to.who = 0;
     /* A pending cell too is emptied: its claimer may go by limits of before. */
-    if (to.who != pair.who && !pair_cas(at, &seen, to)) continue;
+    if (to.who != pair.who && !pair_cas(&s->cells[cell], &seen, to)) continue;
     if (to.who) {
-      w->cells[WHO_LABEL(to.who)]++;
+      w->labels[WHO_LABEL(to.who)]++;
       w->places |= 1U << WHO_PLACE(to.who);
     }
     return true;
@@ -423,7 +423,7 @@ static COLD bool sweep_cell(sweep_t *w, uint64_t cell) {
 }
 
 static COLD bool sweep_cells(sweep_t *w) {
-  memset(w->cells, 0, sizeof w->cells);
+  memset(w->labels, 0, sizeof w->labels);
   w->places = 0;
   for (uint64_t cell = 0; cell < w->s->cell_count; cell++)
     if (!sweep_cell(w, cell)) return false;
@@ -455,7 +455,7 @@ static COLD unsigned free_slots(const sweep_t *w, uint64_t set, uint64_t version
   for (unsigned slot = 0; slot < RULES; slot++) {
     uint64_t owner = load_relaxed(&e->owners[slot]);
     if (!(owner & RULE_USED) || (owner & ~RULE_USED) > version) continue;
-    if (named >> slot & 1 || w->cells[slot]) continue;
+    if (named >> slot & 1 || w->labels[slot]) continue;
     freed += atomic_compare_exchange_strong_explicit(&e->owners[slot], &owner, 0,
                                                      memory_order_release, memory_order_relaxed);
   }
@@ -495,8 +495,8 @@ static COLD bool sweep(fshm_segment *s, uint32_t index, uint64_t now) {
     bool named = false;
     for (uint32_t i = 0; i < SET_COUNT(next.when); i++) named |= SET_SLOT(next.when, i) == slot;
     named |= last_rules(&w) >> slot & 1;
-    if (named || !w.cells[slot] || !has_another(e, slot)) continue;
-    if (w.victim < 0 || w.cells[slot] < w.cells[w.victim]) w.victim = (int)slot;
+    if (named || !w.labels[slot] || !has_another(e, slot)) continue;
+    if (w.victim < 0 || w.labels[slot] < w.labels[w.victim]) w.victim = (int)slot;
   }
   if (w.victim < 0) return false;
   for (uint64_t cell = 0; cell < s->cell_count; cell++)
@@ -506,7 +506,7 @@ static COLD bool sweep(fshm_segment *s, uint32_t index, uint64_t now) {
     uint64_t who = load_relaxed(&s->cells[cell].who);
     left += (who & 1) && WHO_LIMITER(who) == index && (int)WHO_LABEL(who) == w.victim;
   }
-  w.cells[w.victim] = left;
+  w.labels[w.victim] = left;
   return free_slots(&w, next.when, CURRENT_VERSION(current)) > 0;
 }
 

@@ -290,9 +290,10 @@ int fshm_moving_clear(fshm_limiter *l, const void *key, uint64_t key_length) {
   head_t h = head_look(&m);
   for (uint64_t slot = 0; slot < slots_begun(&m, h.turn); slot++) {
     pair_t empty = {0, 0};
+    fshm_segment *s = m.k.s;
     (void)slot_look(&m, slot, &f);
     /* Once: a lost swap means a token that somebody has just taken, which is none of those to forget. */
-    if (f.pair.who) (void)pair_cas(&m.k.s->cells[f.cell], &f.pair, empty);
+    if (f.pair.who) (void)pair_cas(&s->cells[f.cell], &f.pair, empty);
   }
   if (h.cell.pair.who) cells_clear(m.k.s, h.cell.cell, h.cell.pair.who);
   return FSHM_OK;

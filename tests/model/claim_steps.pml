@@ -86,7 +86,8 @@ inline find(me) {
 
 /* meter.h bucket_take: uint64_t tat = max_u64(state & TIME_MAX, at), increment = bucket_increment(r, cost);
  * meter.h bucket_take: if (tat - at > room) v.retry = at - now + (tat - at - room);
- * limiter.c take_one: if (l->verdict.retry && !may_wait(c, op, 0, l->verdict.retry)) return FSHM_DENIED;
+ * limiter.c take_one: if (l->verdict.retry && !may_wait(c, op, 0, l)) {
+ * if (unlikely(l->moved) && op != FSHM_PEEK && !keep_moved(c, 0, l)) continue; return FSHM_DENIED; } -- limits stay
  * limiter.c take_one: if (looks_only(op)) return FSHM_ALLOWED; -- no reservations, and no looking only */
 inline verdict(me) {
   if
@@ -97,8 +98,8 @@ inline verdict(me) {
 
 /* limiter.c take_one: int status = put(c, 0, l, l->verdict.next, FSHM_ACQUIRE);
  * limiter.c put: found_t *f = &l->cell; if (unlikely(c->stale)) return CLAIM_LOST; -- as above
- * limiter.c put: if (likely(f->pair.who)) { pair_t seen = f->pair, to = {seen.who, next};
- * limiter.c put: if (next == seen.when) return CLAIMED; -- of a cost of 0
+ * limiter.c put: if (likely(f->pair.who)) { pair_t seen = f->pair, to = {l->who, next};
+ * limiter.c put: if (next == seen.when && l->who == seen.who) return CLAIMED; -- of a cost of 0
  * limiter.c put: return pair_cas(&c->s->cells[f->cell], &seen, to) ? CLAIMED : CLAIM_LOST; }
  * meter.h bucket_take: uint64_t next = plus_time(tat, increment); */
 inline charge(me) {
@@ -132,12 +133,12 @@ inline forget_stale(me) { p[me].stale_cell = NO_CELL; p[me].stale = 0 }
 inline survey(me) {
   load(me, CELL(me, p[me].i), v);
   if
-  /* cells.c survey: if (pair.who == who && !pending) { v.confirmed = true; return v; }
+  /* cells.c survey: bool ours = same_key(pair.who, who); if (ours && !pending) { v.confirmed = true; return v; }
    * cells.c cells_claim: if (v.confirmed) return CLAIM_LOST; */
   :: WHO(v) == p[me].who && !IS_PENDING(v) -> forget_claim(me); p[me].pc = FIND
   :: else ->
      if
-     /* cells.c survey: if (pair.who == who) {
+     /* cells.c survey: if (ours) {
       *   if (!v.pending || cell + k < v.match.cell) v.match = (found_t){cell + k, pair};
       *   v.pending = true; */
      :: WHO(v) == p[me].who ->
@@ -200,8 +201,8 @@ inline choose(me) {
 }
 
 /* limiter.c put_first: if (unlikely(status == CLAIM_FULL) && lease_free_dead(c->s, c->hash, who, c->now))
- *   return CLAIM_LOST;
- * -- there are no permits here
+ *   status = CLAIM_LOST; -- there are no permits here
+ * limiter.c put_first: if (status == CLAIM_LOST) c->tries += CLAIM_TRIES - 1; -- here, without end
  * limiter.c take_one: if (status == CLAIM_FULL) return FSHM_FULL; */
 inline refuse(me) {
   if
@@ -288,14 +289,14 @@ inline begin_look(me) {
  *   uint64_t line = region_start(s, hash, region);
  *   for (uint64_t n = region_lines(s); n--; line = line_after(s, line)) {
  *   uint64_t cell = line * CELLS_PER_LINE; -- the lines in any order
- * cells.c confirm: if (likely(!line_has(s, cell, mine.pair.who))) continue;
+ * cells.c confirm: if (likely(!line_has(s, cell, who))) continue;
  * -- a line is passed by where a look at each of its cells, all of them after the publication, found another
  * key: four steps of below in any order. Else each is looked at again, and that is the look that counts here
  * cells.c confirm: for (unsigned k = 0; k < CELLS_PER_LINE; k++) { -- one candidate a step
  * cells.c confirm: if (cell + k == mine.cell) continue;
- * cells.c confirm: while (load_relaxed(&s->cells[cell + k].who) == mine.pair.who) {
+ * cells.c confirm: while (is_at(s, cell + k, who)) {
  * -- with the next in one step, unless HINTS is defined
- * cells.c confirm: pair = pair_load(&s->cells[cell + k]); if (pair.who != mine.pair.who) break; */
+ * cells.c confirm: pair = pair_load(&s->cells[cell + k]); if (!same_key(pair.who, who)) break; */
 inline look(me) {
   if
   :: CELL(me, p[me].i) == p[me].mine_cell -> next_candidate(me)
@@ -380,7 +381,10 @@ inline evict(me) {
   fi
 }
 
-/* cells.c confirm: expect = mine.pair; pair_t confirmed = {mine.pair.who, first(context)};
+/* cells.c confirm: expect = mine.pair; pair_t confirmed = {who, first(context)};
+ * cells.c confirm: if (unlikely(confirmed.when == NO_STATE)) {
+ * (void)pair_cas(&s->cells[mine.cell], &expect, empty); return CLAIM_NOT; } -- limits stay
+ * cells.c cells_claim: if (status == CLAIM_NOT) break; -- as above
  * limiter.c first_state: const first_t *f = context; call_t *c = f->c; const rule_t *r = &c->plan.rules[f->i];
  * limiter.c first_state: uint64_t now = fresh_now(c), cost = c->costs[f->i];
  * limiter.c fresh_now: return c->fixed ? c->now : max_u64(segment_now(c->s), c->now); */
@@ -394,12 +398,13 @@ inline first_state(me) {
   p[me].pc = CONFIRM
 }
 
-/* limiter.c first_state: if (f->op >= FSHM_CHARGE) return forced(c, f->op, f->i, 0, now); -- no debts here
+/* limiter.c first_state: if (outdated(c)) { c->stale = true; return NO_STATE; } -- limits stay
+ * limiter.c first_state: if (f->op >= FSHM_CHARGE) return forced(c, f->op, f->i, r, 0, now); -- no debts here
  * limiter.c first_state: v.retry = f->verdict->retry; *f->verdict = v; return v.next;
- * limiter.c first_state: verdict_t v = meter_take(r, version_of(c), 0, now, max_u64(c->at, now), cost);
+ * limiter.c first_state: verdict_t v = meter_take(r, 0, now, max_u64(c->at, now), cost);
  * cells.c confirm: if (!pair_cas(&s->cells[mine.cell], &expect, confirmed)) return CLAIM_LOST;
  *   *where = mine.cell; return CLAIMED;
- * cells.c cells_claim: if (confirm(s, hash, v.match, first, context, cell) == CLAIMED) return CLAIMED; */
+ * cells.c cells_claim: int status = confirm(s, hash, who, v.match, first, context, cell); if (status == CLAIMED) return CLAIMED; */
 inline confirm(me) {
   swap(p[me].mine_cell, p[me].mine, CONFIRMED(p[me].who, p[me].fresh + INTERVAL));
   if
