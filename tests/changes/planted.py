@@ -48,10 +48,67 @@ FAULTS: tuple[Fault, ...] = (
         "limiter.c",
         (
             (
-                "      return FSHM_DENIED; /* no instant to charge for */\n",
+                "      if (unlikely(!kept)) continue;\n      return FSHM_DENIED;\n",
+                "      if (unlikely(!kept)) continue;\n"
                 "      return force(c, FSHM_CHARGE, 0, &looks[0]), FSHM_DENIED;\n",
             ),
         ),
+    ),
+    Fault(
+        "finding 1: a window forgets what exceeds n",
+        "meter.h",
+        (
+            (
+                "  uint64_t count = min_u64(w.count, WINDOW_MAX_N);\n",
+                "  uint64_t count = min_u64(w.count, r->n);\n",
+            ),
+        ),
+    ),
+    Fault(
+        "finding 1: what exceeds a lowered n becomes debt",
+        "meter.h",
+        (
+            (
+                "  return meter_used(old, state, now) <= rule_capacity(r) ||\n"
+                "         meter_over(r, *converted) <= meter_over(old, state);\n",
+                "  return true;\n",
+            ),
+        ),
+    ),
+    Fault(
+        "finding 2: a bucket is read under other limits than it was written under",
+        "meter.h",
+        (
+            (
+                "  if (tat <= now || (r->num == old->num && r->den == old->den)) return state;\n",
+                "  if (tat <= now || old->num) return state;\n",
+            ),
+        ),
+    ),
+    Fault(
+        "finding 2: a rule's slot is given away while states refer to it",
+        "limits.c",
+        (
+            (
+                "    if (named >> slot & 1 || w->labels[slot]) continue;\n",
+                "    if (named >> slot & 1) continue;\n",
+            ),
+        ),
+    ),
+    Fault(
+        "a refund is taken from another window than the charge's",
+        "meter.h",
+        (
+            (
+                "w.end < its || w.end - its > unit) return state;",
+                "w.end < its || unit == 0) return state;",
+            ),
+        ),
+    ),
+    Fault(
+        "a refund gives back what has drained since the rate changed",
+        "meter.h",
+        (("    back = min_u64(back, left);\n", ""),),
     ),
 )
 

@@ -406,7 +406,12 @@ FAULTS = [
     Fault(
         "a slot beyond the present limit stands uncounted",
         "lease.c",
-        (("    if (unlikely(slot >= most)) {\n", "    if (unlikely(slot > MAX_PERMITS)) {\n"),),
+        (
+            (
+                "    if (unlikely(slot >= plan->permits && !said)) {\n",
+                "    if (unlikely(slot > MAX_PERMITS && !said)) {\n",
+            ),
+        ),
         "change-permits-beyond",
         "3 are held, and the last was granted under 2",
     ),
@@ -451,7 +456,7 @@ FAULTS = [
         "limits.c",
         (
             (
-                "if (named >> slot & 1 || w->cells[slot]) continue;",
+                "if (named >> slot & 1 || w->labels[slot]) continue;",
                 "if (named >> slot & 1) continue;",
             ),
         ),
@@ -477,8 +482,8 @@ FAULTS = [
         "limits.c",
         (
             (
-                "|| !w.cells[slot] || !has_another(e, slot)) continue;",
-                "|| !w.cells[slot]) continue;",
+                "|| !w.labels[slot] || !has_another(e, slot)) continue;",
+                "|| !w.labels[slot]) continue;",
             ),
         ),
         "change-sweeps-lone",
