@@ -67,7 +67,7 @@ static uint32_t held_alive(fshm_limiter *l, const char *key) {
   for (uint32_t slot = 0; slot < MOST_SLOTS; slot++)
     for (uint64_t i = 0; i < world.s->cell_count; i++) {
       pair_t pair = pair_load(&world.s->cells[i]);
-      held += pair.who == permit_who(world.l->index, hash, slot) && IS_PERMIT(pair.when) &&
+      held += pair.who == permit_who(l->index, hash, slot) && IS_PERMIT(pair.when) &&
               owner_alive(world.s, pair.when, &census);
     }
   return held;
