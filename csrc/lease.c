@@ -365,7 +365,8 @@ void fshm_admit(fshm_limiter *l, const void *key, uint64_t key_length, const uin
                 uint64_t now, fshm_permit *permit, fshm_decision *out, uint32_t *in_flight) {
   holder_t h;
   plan_t plan;
-  permit->held = 0;
+  permit->cell = permit->who = permit->when = 0;
+  permit->bell = permit->held = 0;
   for (uint32_t i = 0; i < FSHM_MAX_LIMITS; i++) permit->put[i].den = 0; /* nothing was charged */
   memset(out, 0, sizeof *out);
   *in_flight = 0;
