@@ -98,21 +98,16 @@ void cells_find(const fshm_segment *s, uint64_t hash, uint64_t who, found_t *f) 
   cells_find_inline(s, hash, who, f);
 }
 
-/* A cell of the key whose other cell this one is, for who does not know the upper half of the hash: near that cell, or in
- * the region that the lower half names. f->pair.who = 0: there is none. */
-static COLD void cells_near(const fshm_segment *s, uint64_t cell, uint64_t hash, uint64_t who,
-                            found_t *f) {
+/* A cell of the key whose other cell this one is, for who does not know its hash: near that cell. f->pair.who = 0: there
+ * is none, or it is in the other region. */
+static COLD void cells_near(const fshm_segment *s, uint64_t cell, uint64_t who, found_t *f) {
   uint64_t many = region_lines(s), back = min_u64(many - 1, s->lines - 1);
   uint64_t line = (cell / CELLS_PER_LINE + s->lines - back) % s->lines;
-  for (unsigned region = 0; region < 2; region++) {
-    for (uint64_t n = region ? many : min_u64(2 * many - 1, s->lines); n--;
-         line = line_after(s, line)) {
-      for (unsigned k = 0; k < CELLS_PER_LINE; k++) {
-        f->cell = line * CELLS_PER_LINE + k;
-        if (confirmed_for(s, f->cell, who, &f->pair)) return;
-      }
+  for (uint64_t n = min_u64(2 * many - 1, s->lines); n--; line = line_after(s, line)) {
+    for (unsigned k = 0; k < CELLS_PER_LINE; k++) {
+      f->cell = line * CELLS_PER_LINE + k;
+      if (confirmed_for(s, f->cell, who, &f->pair)) return;
     }
-    line = region_start(s, hash, 1);
   }
   f->pair.who = 0;
 }

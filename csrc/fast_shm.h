@@ -119,9 +119,9 @@ typedef struct {
   int64_t reset_after_ns; /* until nothing is consumed any more */
 } fshm_decision;
 
-/* A charge of one limit, for giving it back later: the state that it wrote, and its rule's numbers. */
+/* A charge of one limit, for giving it back later: the state that it wrote, its rule's numbers, and when. */
 typedef struct {
-  uint64_t state, num, den;
+  uint64_t state, num, den, at;
 } fshm_charged;
 
 typedef struct {

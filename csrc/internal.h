@@ -127,11 +127,16 @@ typedef struct {
 #define WHO_EPOCH(who) ((unsigned)((who) >> 1) & 7)
 
 static inline bool same_key(uint64_t a, uint64_t b) { return ((a ^ b) & ~WHO_LABELS) == 0; }
+#define WHO_TAIL ((UINT64_C(1) << WHO_BITS) - 1)
+/* The fingerprint is the top of a product, so that it is independent of the lines that the hash names: two keys whose
+ * lower halves are the same, and with them the second region, never have the same one. */
 static inline uint64_t plan_who(const plan_t *p, uint32_t i, uint64_t hash) {
-  return (hash ^ p->salt) << WHO_BITS | p->tail[i];
+  return ((hash ^ p->salt) * UINT64_C(0x9e3779b97f4a7c15) & ~WHO_TAIL) | p->tail[i];
 }
 /* The cell of a key of a limiter whose limit comes with the call. */
-static inline uint64_t side_who(uint64_t hash) { return (hash & ~UINT64_C(1)) + 2 * !(hash >> 1); }
+static inline uint64_t side_who(uint64_t hash) {
+  return (hash & ~UINT64_C(1)) | (hash >> 1 ? 0 : UINT64_C(2));
+}
 
 struct fshm_limiter {
   fshm_segment *segment;
@@ -302,7 +307,7 @@ void limiter_acquire_fetched(fshm_limiter *l, uint64_t hash, const void *key, ui
                              const uint64_t *costs, fshm_decision *out);
 int limiter_take(fshm_limiter *l, const plan_t *plan, uint64_t hash, uint32_t op, const void *key,
                  uint64_t key_length, const uint64_t *costs, uint64_t now, fshm_decision *out,
-                 fshm_charged *put);
+                 fshm_charged *charges);
 
 /* What somebody else has decided about a key: the next state of each of its limits (wallet.c). */
 typedef uint64_t change_t(const void *context, uint32_t i, const rule_t *r, uint64_t state,
@@ -316,6 +321,7 @@ void route_join(fshm_segment *s, uint32_t slot, uint64_t generation);
 /* tally.c: all calls that were counted through a process slot. */
 void tally_slot(const fshm_segment *s, uint32_t slot, fshm_tally *out);
 
+#define KEY_STORED 200 /* bytes of a key's name that are kept */
 /* ledger.c */
 uint32_t ledger_meta(uint32_t limiter, uint64_t who);
 void ledger_miss(fshm_segment *s, uint32_t slot, uint64_t cell, uint32_t meta, const void *key,

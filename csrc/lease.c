@@ -185,7 +185,7 @@ static bool stands(holder_t *h, plan_t *plan, uint32_t slot, uint32_t *held) {
     /* A slot of earlier limits: said in the word after our swap, so whoever has looked for such slots before it cannot
      * lower the word any more, and whoever comes looks up to here. Pairs with limits_lower_most(). */
     if (unlikely(slot >= plan->permits && !said)) {
-      if (!limits_raise_most(h->s, h->limiter->index, slot + 1)) return false;
+      if (!limits_raise_most(h->s, h->limiter->index, slot + 1)) break;
       said = true;
       continue;
     }
@@ -202,7 +202,8 @@ static bool stands(holder_t *h, plan_t *plan, uint32_t slot, uint32_t *held) {
       limits_lower_most(h->s, h->limiter->index, plan, seen);
     return true;
   }
-  return true;
+  *held = 1; /* ours, that is given back; others change the limits all the time */
+  return false;
 }
 
 /* And within what was granted to this host? Of those who stand, each slot is below the allowance, or all were

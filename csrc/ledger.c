@@ -8,7 +8,7 @@
  */
 #include "internal.h"
 
-#define NAME_STORED 200 /* bytes of a longer name that are kept */
+#define NAME_STORED KEY_STORED /* bytes of a longer name that are kept */
 
 uint32_t ledger_meta(uint32_t limiter, uint64_t who) {
   /* 4095: index, and the permit bit. The top of `who`: the bits that stay when its label changes. */

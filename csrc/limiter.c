@@ -365,7 +365,7 @@ static inline HOT int take_one(call_t *c, uint32_t op, look_t *l) {
  * limits may have changed meanwhile: it is the same limit that has the same place. */
 static void undo(call_t *c, uint32_t i, const look_t *l, pair_t before) {
   call_t later = *c;
-  const fshm_charged put_there = charged_by(&c->plan.rules[i], l->verdict.next);
+  const fshm_charged put_there = charged_by(&c->plan.rules[i], l->verdict.next, c->now);
   look_t found;
   while (again(&later)) {
     if (renewed(&later) != FSHM_OK) return;
@@ -379,11 +379,15 @@ static void undo(call_t *c, uint32_t i, const look_t *l, pair_t before) {
     if (!found.cell.pair.who) return;
     state_met(&later, k, &found.cell, &m);
     if (later.stale) continue;
-    uint64_t next = before.when;
-    found.who = before.who ? before.who : found.cell.pair.who;
-    if (found.cell.pair.when != l->verdict.next || found.cell.pair.who != l->who) {
+    uint64_t next;
+    const bool ours = found.cell.pair.when == l->verdict.next && found.cell.pair.who == l->who;
+    if (ours && (before.who == l->who || !before.who)) {
+      found.who = l->who;
+      next = before.when;
+    } else { /* also where it was under an earlier rule: nothing says that this one is kept any more */
+      bool alike = m.rule->kind == c->plan.rules[i].kind;
       found.who = m.who;
-      next = meter_refund(m.rule, m.state, later.now, c->costs[i], &put_there);
+      next = meter_refund(m.rule, m.state, later.now, c->costs[i], alike ? &put_there : NULL);
     }
     if (put(&later, k, &found, next, FSHM_ACQUIRE) != CLAIM_LOST) return;
   }
@@ -513,7 +517,7 @@ static inline HOT int apply_begun(call_t *c, uint32_t op, const void *key, uint6
   drop_stale(c, looks);
   if (out) report(c, looks, status == FSHM_ALLOWED, charged, out);
   for (uint32_t i = 0; charges && charged && i < c->plan.count; i++)
-    charges[i] = charged_by(&c->plan.rules[i], looks[i].verdict.next);
+    charges[i] = charged_by(&c->plan.rules[i], looks[i].verdict.next, c->now);
   bool counts = likely(op == FSHM_ACQUIRE || op == FSHM_RESERVE);
   if (status == FSHM_DENIED) /* an empty wallet is no denial yet */
     counts = (counts || op == FSHM_PROBE) && c->plan.rules[0].kind != FSHM_WALLET;
@@ -707,8 +711,18 @@ int fshm_reset_key(fshm_limiter *l, const void *key, uint64_t key_length) {
   return FSHM_OK;
 }
 
-/* Looking in, from a cell back to its key's decision. The cells of the key's other limits are nearby: in the same region
- * of lines, or in the one that the lower half of the hash names. 0: not a cell that the ledger knows. */
+/* The hash of the key in a cell, by its name, where that is known whole. */
+static COLD bool key_hash_of(fshm_segment *s, uint32_t index, uint64_t cell, uint64_t *hash) {
+  char key[256], name[FSHM_MAX_LIMITER_NAME];
+  uint64_t length, named = read_name(&s->limiters[index], name);
+  if (!fshm_key_name(s, cell, key, sizeof key, &length) || length > KEY_STORED) return false;
+  uint64_t k0 = fshm_siphash(s->secret[0], s->secret[1] ^ 1, name, named);
+  uint64_t k1 = fshm_siphash(s->secret[0], s->secret[1] ^ 2, name, named);
+  *hash = fshm_siphash(k0, k1, key, length);
+  return true;
+}
+
+/* Looking in, from a cell back to its key's decision. 0: not a cell that the ledger knows. */
 int fshm_peek_cell(fshm_segment *s, uint64_t cell, uint64_t now, fshm_decision *out) {
   call_t c;
   look_t looks[FSHM_MAX_LIMITS];
@@ -722,9 +736,12 @@ int fshm_peek_cell(fshm_segment *s, uint64_t cell, uint64_t now, fshm_decision *
   begin(&c, &any, "", 0, now);
   c.peeks = true;
   bool allowed = true;
+  bool named = key_hash_of(s, index, cell, &c.hash);
   for (uint32_t i = 0; i < c.plan.count; i++) {
-    c.hash = (who >> WHO_BITS) ^ c.plan.salt;
-    cells_near(s, cell, c.hash, fingerprint(&c, i), &looks[i].cell);
+    if (named)
+      cells_find(s, c.hash, fingerprint(&c, i), &looks[i].cell);
+    else
+      cells_near(s, cell, (who & ~WHO_TAIL) | c.plan.tail[i], &looks[i].cell);
     look_found(&c, i, 1, &looks[i]);
     if (c.stale) return 0;
     allowed &= looks[i].verdict.retry == 0;

@@ -266,7 +266,7 @@ static int take_slot(fshm_segment *s, limiter_entry_t *e, uint64_t owner) {
   for (unsigned i = 0; i < RULES; i++) {
     uint64_t holder = load_relaxed(&e->owners[i]);
     if ((holder & RULE_USED) || (holder && owner_lives(s, holder))) continue;
-    /* acquire: pairs with the release of free_slot(): our rule is written after the last state that referred to the
+    /* acquire: pairs with the release of free_slots(): our rule is written after the last state that referred to the
      * former one has gone. */
     if (atomic_compare_exchange_strong_explicit(&e->owners[i], &holder, owner, memory_order_acquire,
                                                 memory_order_relaxed))
@@ -280,8 +280,9 @@ static int find_slot(limiter_entry_t *e, const rule_t *rule, uint64_t version) {
   rule_t found;
   uint64_t owner;
   for (unsigned i = 0; i < RULES; i++) {
-    if (!read_used(e, i, &found, &owner) || memcmp(&found, rule, sizeof found)) continue;
-    if (owner == (RULE_USED | version) ||
+    if (!read_used(e, i, &found, &owner) || memcmp(&found, rule, sizeof found) != 0) continue;
+    /* Never an older version than it says: then our own swap of `current` fails in any case. */
+    if (owner >= (RULE_USED | version) ||
         atomic_compare_exchange_strong(&e->owners[i], &owner, RULE_USED | version))
       return (int)i;
   }
@@ -346,6 +347,7 @@ typedef struct {
   fshm_segment *s;
   uint32_t index;
   uint64_t now;
+  bool fixed; /* the caller gave the time */
   plan_t plan;
   int victim; /* a label that is to go, whatever rule takes its cells; -1: none */
   uint32_t labels[RULES]; /* cells of each, after the sweep */
@@ -405,6 +407,9 @@ static COLD bool sweep_cell(sweep_t *w, uint64_t cell) {
      * changed them, swept, and given the slots of ours to other rules. */
     if (entry_current(w->s, w->index) != w->plan.current) {
       if (!limits_load(w->s, w->index, &w->plan)) return false;
+      if (!w->fixed)
+        w->now =
+            segment_now(s); /* after they were published: states drain at their pace from then on */
       continue;
     }
     bool over = IS_PENDING(pair.when) || state_expires(pair.when) <= minus(w->now, CLOCKS_DIFFER);
@@ -482,13 +487,17 @@ static COLD bool sweep(fshm_segment *s, uint32_t index, uint64_t now) {
   /* A new epoch first: whoever goes by what was before finds another `current`, or another cell. */
   uint64_t current = atomic_load_explicit(&e->current, memory_order_acquire);
   pair_t seen = {current, load_relaxed(&e->set)};
-  pair_t next = {(current & ~epochs) | ((current + (UINT64_C(1) << VERSION_BITS)) & epochs),
-                 seen.when};
+  /* And a new version: slots that were named for the next one by a writer that was killed are not newer than it. */
+  uint64_t version = CURRENT_VERSION(CURRENT_VERSION(current) + 1);
+  version += !version;
+  uint64_t rest = current & ~epochs & ~CURRENT_VERSION(UINT64_MAX);
+  pair_t next = {rest | ((current + (UINT64_C(1) << VERSION_BITS)) & epochs) | version, seen.when};
   if (!pair_cas(&e->current, &seen, next)) return false;
   if (!limits_load(s, index, &w.plan) || w.plan.current != next.who) return false;
+  w.fixed = now != 0;
   w.now = now ? now : segment_now(s);
   if (!sweep_cells(&w)) return false;
-  if (free_slots(&w, next.when, CURRENT_VERSION(current))) return true;
+  if (free_slots(&w, next.when, version)) return true;
   /* Each rule still has keys that have used more than the present one admits: of those whose cells another rule can
    * take, the one with the fewest goes. */
   for (unsigned slot = 0; slot < RULES; slot++) {
@@ -507,7 +516,7 @@ static COLD bool sweep(fshm_segment *s, uint32_t index, uint64_t now) {
     left += (who & 1) && WHO_LIMITER(who) == index && (int)WHO_LABEL(who) == w.victim;
   }
   w.labels[w.victim] = left;
-  return free_slots(&w, next.when, CURRENT_VERSION(current)) > 0;
+  return free_slots(&w, next.when, version) > 0;
 }
 
 /* Give up slots that were filled or taken for a set that was not published. */

@@ -50,7 +50,7 @@ __extension__ typedef unsigned __int128 wide_t;
 #define PLACES 7 /* of a limiter's rules; 3 bits, the last says that it has none */
 #define PLACE_NONE 7
 
-/* A limit, made ready. 64 bytes; lies in the segment as it is (limits_slot_t), and is copied out and
+/* A limit, made ready. 64 bytes; lies in the segment as it is (limiter_entry_t), and is copied out and
  * checked (rule_sane) before it is used. */
 typedef union {
   struct {
@@ -210,9 +210,9 @@ static inline uint64_t bucket_increment(const rule_t *r, uint64_t cost) {
 
 /* A charge, for who gives some of it back later: the state that it wrote, and the numbers of the rule that it was
  * charged by (fshm_charged of fast_shm.h). */
-static inline fshm_charged charged_by(const rule_t *r, uint64_t state) {
+static inline fshm_charged charged_by(const rule_t *r, uint64_t state, uint64_t now) {
   bool bucket = r->kind == FSHM_BUCKET;
-  return (fshm_charged){state, bucket ? r->num : r->per, bucket ? r->den : 1};
+  return (fshm_charged){state, bucket ? r->num : r->per, bucket ? r->den : 1, now};
 }
 /* Can the charge be found again in states of this rule? Not where the limit is of another kind by now. */
 static inline bool charged_alike(const rule_t *r, const fshm_charged *put) {
@@ -252,7 +252,7 @@ static inline uint64_t bucket_charge(const rule_t *r, uint64_t state, uint64_t n
 }
 
 /* put: the charge to undo, or NULL. What has drained of it since then cannot be given back: it belongs to later
- * requests. Where the rate has changed since, that is reckoned in tokens. */
+ * requests. Where the rate has changed since, that is reckoned in tokens, by the faster of both rates. */
 static inline uint64_t bucket_refund(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost,
                                      const fshm_charged *put) {
   uint64_t tat = state & TIME_MAX, back = bucket_increment(r, cost);
@@ -261,10 +261,12 @@ static inline uint64_t bucket_refund(const rule_t *r, uint64_t state, uint64_t n
     uint64_t left = minus(put->state & TIME_MAX, now);
     if (put->num != r->num ||
         put->den != r->den) { /* the same tokens at the present rate, rounded down */
-      wide_t scaled = (wide_t)left * put->den;
+      const bool faster = (wide_t)r->num * put->den < (wide_t)put->num * r->den;
+      const uint64_t from = faster ? put->at : now, since = minus(now, from);
+      wide_t scaled = (wide_t)minus(put->state & TIME_MAX, from) * put->den;
       wide_t ns = (wide_t)saturate(scaled / put->num) * r->num / r->den;
       ns += (wide_t)(uint64_t)(scaled % put->num) * r->num / put->num / r->den;
-      left = saturate(ns);
+      left = minus(saturate(ns), since);
     }
     back = min_u64(back, left);
   }

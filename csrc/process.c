@@ -197,16 +197,19 @@ static void read_proc(const char *path, char *out, size_t room) {
 /* The start of a process in ticks since boot, the lower 32 bits, as /proc/PID/stat has it; its state, and how many
  * threads it has. False: not to be had. */
 static bool read_stat(const char *path, uint32_t *start, char *state, long *threads) {
-  char text[1024];
-  unsigned long long ticks;
+  char text[1024], *end;
   read_proc(path, text, sizeof text);
   const char *at = strrchr(text, ')'); /* the name before it may hold anything */
-  if (!at || sscanf(at,
-                    ") %c %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %ld %*s "
-                    "%llu",
-                    state, threads, &ticks) != 3)
-    return false;
-  *start = (uint32_t)ticks;
+  if (!at || at[1] != ' ' || !at[2]) return false;
+  *state = at[2];
+  unsigned long long fields[20] = {0}; /* from the 4th on: numbers */
+  at += 3;
+  for (unsigned i = 0; i < 19; i++, at = end) {
+    fields[i] = strtoull(at, &end, 10);
+    if (end == at) return false;
+  }
+  *threads = (long)fields[20 - 4];
+  *start = (uint32_t)fields[22 - 4];
   return true;
 }
 
@@ -214,7 +217,9 @@ static bool read_stat(const char *path, uint32_t *start, char *state, long *thre
 static uint32_t pid_namespace(void) {
   struct stat st;
   char self[32] = {0};
-  if (readlink("/proc/self", self, sizeof self - 1) <= 0 || atol(self) != (long)getpid()) return 0;
+  if (readlink("/proc/self", self, sizeof self - 1) <= 0 ||
+      strtol(self, NULL, 10) != (long)getpid())
+    return 0;
   return stat("/proc/self/ns/pid", &st) ? 0 : (uint32_t)st.st_ino;
 }
 
@@ -231,7 +236,7 @@ static bool dumps_core(const char *path) {
   char text[8192]; /* the groups come before it */
   read_proc(path, text, sizeof text);
   const char *at = strstr(text, "\nCoreDumping:");
-  return at && atoi(at + strlen("\nCoreDumping:")) == 1;
+  return at && strtol(at + strlen("\nCoreDumping:"), NULL, 10) == 1;
 }
 #else
 static uint64_t own_birth(void) { return 0; }

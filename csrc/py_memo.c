@@ -30,6 +30,7 @@ static void report_counts(Memo *self) {
                   __atomic_exchange_n(&self->misses, 0, __ATOMIC_RELAXED));
 }
 
+/* NOLINTNEXTLINE(readability-non-const-parameter): it is stored to */
 static void count_one(Memo *self, uint32_t *which) {
   uint32_t now = RELAXED_GET(*which) + 1; /* of two threads at once one may go uncounted */
   RELAXED_SET(*which, now);

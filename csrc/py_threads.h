@@ -13,8 +13,12 @@
 #define ALONE_BEGIN(o) Py_BEGIN_CRITICAL_SECTION(o)
 #define ALONE_END() Py_END_CRITICAL_SECTION()
 #else
-#define ALONE_BEGIN(o) {
-#define ALONE_END() }
+#define ALONE_BEGIN(o) \
+  {                    \
+    (void)(o)
+#define ALONE_END() \
+  }                 \
+  (void)0
 #endif
 
 #define RELAXED_GET(word) __atomic_load_n(&(word), __ATOMIC_RELAXED)

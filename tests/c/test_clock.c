@@ -10,6 +10,9 @@
 
 static uint64_t simulated_counter(void);
 static int simulated_gettime(clockid_t id, struct timespec *t);
+#if defined(__clang__)
+#pragma clang diagnostic ignored "-Wreserved-macro-identifier"
+#endif
 #define __rdtsc() simulated_counter()
 #define clock_gettime(id, t) simulated_gettime(id, t)
 #endif

@@ -490,7 +490,7 @@ static void test_second_copy(void) {
   fshm_close(s);
 }
 
-static void too_late(int number) { _exit(number); }
+static __attribute__((noreturn)) void too_late(int number) { _exit(number); }
 
 static void locks_in_a_namespace(int depth, void *with) {
   static _Atomic uint32_t lock;

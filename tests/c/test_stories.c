@@ -252,12 +252,12 @@ static void partners(const set_t *to) {
 
 static void in_force(told_key_t *k, bool asked) {
   if (rates != 1 || set->limits[0].kind != FSHM_BUCKET) return;
-  real_t burst = (real_t)set->limits[0].burst, rate = 1 / interval_of(&set->limits[0]);
+  real_t burst = (real_t)set->limits[0].burst, pace = 1 / interval_of(&set->limits[0]);
   k->burst = asked ? burst : larger(k->burst, burst);
-  k->rate = asked ? rate : larger(k->rate, rate);
+  k->rate = asked ? pace : larger(k->rate, pace);
   for (uint32_t i = 0; i < k->since_n; i++) {
     k->since[i].burst = larger(k->since[i].burst, burst);
-    k->since[i].rate = larger(k->since[i].rate, rate);
+    k->since[i].rate = larger(k->since[i].rate, pace);
   }
 }
 
@@ -606,7 +606,7 @@ static void one_step(const story_t *t, const step_t *s) {
     for (uint32_t i = 0; i < rates; i++) n = i ? min_u64(n, left[i]) : left[i];
     cost = max_u64(1, n + s->cost);
   }
-  if (tell) switch (s->what) {
+  if (tell) switch ((int)s->what) {
       case ACQUIRE:
         fprintf(tell, "  key %u: acquire %" PRIu64 ": ", s->key, cost);
         break;
@@ -637,7 +637,7 @@ static void one_step(const story_t *t, const step_t *s) {
       default:
         break;
     }
-  switch (s->what) {
+  switch ((int)s->what) {
     case ACQUIRE:
     case ADMIT:
       acquire(k, s, cost, 0);
