@@ -59,13 +59,12 @@ def permits(n: int) -> Rule:
 
 
 class Limiter:
-    """One name, whose limits are changed. Each instance has keys of its own, so that examples do
-    not meet; 24 names take turns, since a small segment has room for 32."""
+    """One name, whose limits are changed. Each instance has keys of its own."""
 
     def __init__(self, segment: Segment, *rules: Rule) -> None:
         self._segment = segment
         self._turn = next(_count)
-        self._name = b"limiter %d" % (self._turn % 24)
+        self._name = b"limiter"
         self.change(*rules)
 
     def change(self, *rules: Rule, now: int = 1) -> None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -140,7 +139,9 @@ class Admitted:
 
 
 class Stories(RuleBasedStateMachine):
-    segment: Segment
+    def teardown(self) -> None:
+        if hasattr(self, "name"):
+            remove(self.name)
 
     @initialize(sets=st.one_of(one_limit(), one_limit(), families()))
     def begin(self, sets: list[tuple[Rule, ...]]) -> None:
@@ -151,7 +152,9 @@ class Stories(RuleBasedStateMachine):
         self.numbers: list[int] = []  # of the limits in force
         self.last: dict[int, Rule] = {}  # each limit as it was last in force
         self.earlier: set[tuple[int, Rule]] = set()  # as each was at any time
-        self.limiter = Limiter(self.segment, *sets[0])
+        # One for each story: a name remembers the limits that it had, and finds what they counted.
+        self.name = unique_name("stories")
+        self.limiter = Limiter(Segment(self.name, capacity=1000), *sets[0])
         self.partners(sets[0])
         self.changed()
 
@@ -504,14 +507,5 @@ def _near_another_window(of: Charge, states: States) -> bool:
     )
 
 
-@pytest.fixture(scope="module", name="module_segment")
-def _module_segment() -> Iterator[Segment]:
-    """One for all stories: each has a name and keys of its own."""
-    name = unique_name("stories")
-    yield Segment(name, capacity=10_000 + 20 * STORIES)
-    remove(name)
-
-
-def test_stories(module_segment: Segment) -> None:
-    Stories.segment = module_segment
+def test_stories() -> None:
     run_state_machine_as_test(Stories, settings=SETTINGS)

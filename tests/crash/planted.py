@@ -432,8 +432,8 @@ FAULTS = [
         "limits.c",
         (
             (
-                "(current & ~epochs) | ((current + (UINT64_C(1) << VERSION_BITS)) & epochs),\n",
-                "(current & ~epochs) | (current & epochs),\n",
+                "{rest | ((current + (UINT64_C(1) << VERSION_BITS)) & epochs) | version",
+                "{rest | (current & epochs) | version",
             ),
         ),
         "change-acquire-epochs-untouched",
