@@ -153,7 +153,7 @@ static int give_back(holder_t *h, const fshm_permit *p) {
 #define BEYOND_NS UINT64_C(1000000000)
 
 /* Does any key of the limiter hold permits beyond the present limit? Frees those of dead processes. A look at the whole
- * table, so a process does it once a second at most; until one has found none, those who take permits count them. */
+ * table, so a process does it once a second at most; until one has found none, each taker counts all held slots. */
 static COLD bool none_beyond(const holder_t *h, const plan_t *plan, census_t *census) {
   fshm_segment *s = h->s;
   uint64_t last = load_relaxed(&h->limiter->beyond);

@@ -47,7 +47,7 @@ static inline bool outdated(const call_t *c) {
   return unlikely(entry_current(c->s, c->index) != c->plan.current);
 }
 
-/* A state under another rule than the present one of its limit: what it is to be taken for. */
+/* How to read a state: in which terms, by which rule, and what to write as its owner. */
 typedef struct {
   uint64_t state, who;
   const rule_t *rule;
@@ -101,8 +101,8 @@ static void state_met(call_t *c, uint32_t i, const found_t *f, met_t *m) {
   }
 }
 
-/* A look at a state that was written under other limits. Allowed: by the present ones, with the same tokens. Denied: by
- * what is better for the key, the state as it is or as it would be under the present limits. */
+/* A look at a state that was written under other limits. Allowed: by the present ones, with the same tokens. Denied: the
+ * state that expires earlier counts, the one that is there or the same tokens under the present limits. */
 static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
   const rule_t *r = &c->plan.rules[i];
   uint64_t state = l->cell.pair.when;

@@ -374,7 +374,7 @@ static COLD pair_t swept(const sweep_t *w, pair_t pair) {
   }
   if ((int)label != w->victim) return to;
   for (unsigned slot = 0; slot < RULES;
-       slot++) { /* the rule under which it is over next, or else last: none is faster */
+       slot++) { /* the earliest that is not before its own end; if there is none, the slowest */
     uint64_t owner;
     const limiter_entry_t *e = &w->s->limiters[w->index];
     if ((int)slot == w->victim || !read_used(e, slot, &rule, &owner) || rule.place != place)
