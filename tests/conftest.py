@@ -11,6 +11,9 @@ from support.names import left_over, remove, unique_name
 
 from fast_litellm_shm import Segment, features, monitoring, pool, routing, segment, settings, simple
 
+# eventlet would import dnspython, which imports trio where that is installed, which cannot be patched.
+os.environ["EVENTLET_NO_GREENDNS"] = "yes"
+
 SETTINGS = (
     "FAST_LITELLM_SHM_NAME",
     "FAST_LITELLM_SHM_CAPACITY",
