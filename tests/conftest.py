@@ -11,7 +11,7 @@ from support.names import left_over, remove, unique_name
 
 from fast_litellm_shm import Segment, features, monitoring, pool, routing, segment, settings, simple
 
-# eventlet would import dnspython, which imports trio where that is installed, which cannot be patched.
+# eventlet imports dnspython, that imports trio where it is installed, and that cannot be patched.
 os.environ["EVENTLET_NO_GREENDNS"] = "yes"
 
 SETTINGS = (

@@ -7,6 +7,7 @@ import asyncio
 import importlib
 import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -41,6 +42,8 @@ def patch(hub: str) -> Any:
     if hub == "gevent":
         importlib.import_module("gevent.monkey").patch_all()
     else:
+        # httpcore imports it where it is there, and eventlet's sockets break that import.
+        sys.modules["trio"] = None  # type: ignore[assignment]
         library.monkey_patch()
     return library
 
