@@ -47,7 +47,7 @@ tsan:
 check-tsan: $(BUILD)/faults
 	$(EXPECT) race race-with-a-swap none-but-ordered-by-a-swap
 
-VALGRIND = valgrind --quiet --error-exitcode=99 --trace-children=yes --leak-check=full \
+VALGRIND = valgrind --quiet --vgdb=no --error-exitcode=99 --trace-children=yes --leak-check=full \
   --show-leak-kinds=definite,indirect,possible --errors-for-leak-kinds=definite,indirect,possible
 memcheck:
 	$(call need,valgrind,valgrind)
