@@ -165,6 +165,7 @@ typedef struct {
   _Alignas(16) _Atomic uint64_t current;
   _Atomic uint64_t set;
   _Atomic uint32_t name_length; /* bytes; whoever knows the name writes it: always the same value */
+  uint32_t unused;
   _Atomic unsigned char name[104];
   _Atomic uint64_t owners[RULES];
   _Alignas(LINE) _Atomic uint64_t rules[RULES][RULE_WORDS];
