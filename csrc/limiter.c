@@ -118,7 +118,7 @@ static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_
   if (r->kind == FSHM_BUCKET && cost <= minus(r->burst, used)) {
     /* It fits to the token: rounded up once for both, not once for each. */
     l->verdict = bucket_take(r, 0, c->now, c->at, used + cost);
-    l->verdict.used_before = bucket_increment(r, used);
+    l->verdict.used_before = min_u64(bucket_increment(r, used), TIME_MAX);
     return;
   }
   if (!c->peeks && meter_over(r, moved) <= meter_over(&old, state)) {
@@ -132,7 +132,7 @@ static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_
   if (old.kind == FSHM_BUCKET || r->kind == FSHM_BUCKET) /* ns are rounded up, under both */
     l->verdict.retry = plus_time(l->verdict.retry, 3);
   l->verdict.used_before = l->verdict.used_after =
-      r->kind == FSHM_BUCKET ? bucket_increment(r, used) : used;
+      r->kind == FSHM_BUCKET ? min_u64(bucket_increment(r, used), TIME_MAX) : used;
   l->verdict.reset = minus(state_expires(state), c->now);
 }
 
@@ -730,12 +730,22 @@ int fshm_peek_cell(fshm_segment *s, uint64_t cell, uint64_t now, fshm_decision *
   if (cell >= s->cell_count) return FSHM_E_ARGUMENT;
   uint64_t who = load_relaxed(&s->cells[cell].who);
   uint32_t meta = load_relaxed(&s->ledger[cell].meta), index = meta >> 20;
-  if (!(who & 1) || index >= s->limiter_count || ledger_meta(index, who) != meta) return 0;
+  if (!who || index >= s->limiter_count || ledger_meta(index, who) != meta) return 0;
   fshm_limiter any = {.segment = s, .index = index};
   if (!limits_load(s, index, &c.plan) || !c.plan.count) return 0;
   begin(&c, &any, "", 0, now);
   c.peeks = true;
   bool allowed = true;
+  if (!(who &
+        1)) { /* an allowance's word, which is kept as a wallet's; others have no limit here */
+    const pair_t pair = s->read_only ? pair_peek(&s->cells[cell]) : pair_load(&s->cells[cell]);
+    if (c.plan.rules[0].kind != FSHM_WALLET || pair.who != who) return 0;
+    c.plan.count = 1;
+    looks[0] = (look_t){.verdict = meter_take(&c.plan.rules[0], pair.when, c.now, c.now, 1)};
+    report(&c, looks, looks[0].verdict.retry == 0, false, out);
+    out->status = looks[0].verdict.retry == 0;
+    return FSHM_OK;
+  }
   bool named = key_hash_of(s, index, cell, &c.hash);
   for (uint32_t i = 0; i < c.plan.count; i++) {
     if (named)
