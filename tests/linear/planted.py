@@ -200,7 +200,7 @@ FAULTS = (
         "a slot beyond the present limit stands uncounted",
         "changes-permits",
         "lease.c",
-        "    if (unlikely(slot >= most)) {\n",
+        "    if (unlikely(slot >= plan->permits && !said)) {\n",
         "    if (unlikely(slot > MAX_PERMITS)) {\n",
     ),
     Fault(
