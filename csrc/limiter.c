@@ -466,7 +466,7 @@ static inline void report(const call_t *c, const look_t *looks, bool allowed, bo
   }
   out->remaining = tightest;
   out->retry_after_ns = longest == UINT64_MAX ? FSHM_NEVER : (int64_t)longest;
-  out->reset_after_ns = (int64_t)reset;
+  out->reset_after_ns = (int64_t)min_u64(reset, TIME_MAX); /* whatever a state is made of */
 }
 
 static inline void count_call(const call_t *c, uint32_t slot, const look_t *l, int status,

@@ -135,7 +135,8 @@ static void change_limits(scene_t *scene) {
   fshm_decision d;
   uint32_t in_flight;
   const fshm_limit *to = changing_limits[random_below(4)];
-  int status = fshm_limiter_open(scene->s, "changing", 8, to, 2, &mine);
+  int status = random_below(2) ? fshm_limiter_open(scene->s, "changing", 8, to, 2, &mine)
+                               : fshm_limiter_open_at(scene->s, "changing", 8, to, 2, 0, &mine);
   CHECK(status == FSHM_OK || status == FSHM_CONTENDED); /* others are changing it right now */
   if (status != FSHM_OK) return;
   for (int i = 0; i < 5; i++) {
