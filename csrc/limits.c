@@ -308,7 +308,7 @@ static void place_rules(const limiter_entry_t *e, const rule_t *present, uint32_
   for (unsigned i = 0; i < RULES; i++)
     if (read_used(e, i, &used[known], &owner) && used[known].place < PLACES)
       ever |= 1U << used[known++].place;
-  for (uint32_t k = 0; k < has; k++) there |= 1U << present[k].place;
+  for (uint32_t k = 0; k < has; k++) there |= 1U << (present[k].place & PLACE_NONE);
   ever |= there;
   for (uint32_t i = 0; i < count; i++) {
     rules[i].place = PLACE_NONE;
