@@ -82,7 +82,8 @@ FAULTS = (
         "undone by putting back what was there",
         "several",
         "limiter.c",
-        "    const bool ours = found.cell.pair.when == l->verdict.next && found.cell.pair.who == l->who;\n",
+        "    const bool ours = found.cell.pair.when == l->verdict.next "
+        "&& found.cell.pair.who == l->who;\n",
         "    const bool ours = true;\n",
     ),
     Fault(
