@@ -298,7 +298,8 @@ static void fill_slot(limiter_entry_t *e, unsigned slot, const rule_t *rule, uin
 
 /* Which cell of a key each rule counts in: its place. What a limit has consumed goes to the limit that takes its place,
  * so the same limits keep theirs: first those of the same kind and period, also such as were there before; then by
- * order. Others are new. */
+ * order. Others are new. No present limit is left without an heir for the sake of one that was there before: what it has
+ * consumed would count no more. */
 static void place_rules(const limiter_entry_t *e, const rule_t *present, uint32_t has,
                         rule_t *rules, uint32_t count) {
   unsigned taken = 0, there = 0, ever = 0, left = 0; /* sets of places; of rules without one */
@@ -308,7 +309,8 @@ static void place_rules(const limiter_entry_t *e, const rule_t *present, uint32_
   for (unsigned i = 0; i < RULES; i++)
     if (read_used(e, i, &used[known], &owner) && used[known].place < PLACES)
       ever |= 1U << used[known++].place;
-  for (uint32_t k = 0; k < has; k++) there |= 1U << (present[k].place & PLACE_NONE);
+  for (uint32_t k = 0; k < has; k++)
+    if (present[k].place < PLACES) there |= 1U << present[k].place;
   ever |= there;
   for (uint32_t i = 0; i < count; i++) {
     rules[i].place = PLACE_NONE;
@@ -324,7 +326,10 @@ static void place_rules(const limiter_entry_t *e, const rule_t *present, uint32_
           if (present[k].place < PLACES && !(taken >> present[k].place & 1) && (round || same))
             place = present[k].place;
         }
-      } else if (round == 1) { /* the same limit, that was there before */
+      } else if (
+          round ==
+          1) { /* the same limit, that was there before; if all the present ones have heirs */
+        if (__builtin_popcount(left) <= __builtin_popcount(there & ~taken)) break;
         for (uint32_t k = 0; k < known; k++) {
           bool same = used[k].kind == rules[i].kind && used[k].per == rules[i].per;
           if (same && !((taken | there) >> used[k].place & 1)) place = used[k].place;

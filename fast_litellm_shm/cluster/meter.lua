@@ -221,7 +221,8 @@ for j, m in ipairs(state.l) do
 end
 
 -- Which state belongs to which limit: one of its kind and period, else the next of those that were in force, else,
--- since it is a new limit, one that is empty.
+-- since it is a new limit, one that is empty. One that was in force has a limit that goes on from it, as long as there
+-- are enough: a limit of its kind and period that was there before does not go ahead of it.
 local place, taken = {}, {}
 local function alike(r, m) return (m.f or m.k) == r.kind and (m.q or m.r[2]) == r.per end
 local as_before = #state.l == count
@@ -246,7 +247,12 @@ if not as_before then
     end
   end
   match(function(r, m) return m.o and alike(r, m) end)
-  match(function(r, m, label) return alike(r, m) and used(label, m) > 0 end)
+  match(function(r, m, label)
+    local heirs = count
+    for _ in pairs(place) do heirs = heirs - 1 end
+    for j, one in ipairs(state.l) do if one.o and not taken[j] then heirs = heirs - 1 end end
+    return heirs > 0 and not m.o and alike(r, m) and used(label, m) > 0
+  end)
   match(function(_, m) return m.o end)
   match(function(_, m, label) return over(label, m) == 0 end)
   if #state.l >= PLACES then match(function() return true end) end

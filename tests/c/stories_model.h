@@ -372,7 +372,7 @@ static void state_to_change(const state_t *s, const fshm_limit *c, uint64_t cost
   if (s->kind == FSHM_BUCKET && c->kind == FSHM_BUCKET) {
     if (s->high <= (real_t)c->burst - within(c, 8))
       under_c = YES;
-    else if (s->low <= (real_t)c->burst)
+    else if (s->low <= (real_t)c->burst + within(c, 8))
       under_c |= YES;
   } else if (!goes_on(s, c) && s->kind != NOTHING) {
     if (high + cost <= capacity_of(c))
@@ -445,9 +445,9 @@ static void refund_states(const states_t *in, const fshm_limit *c, uint64_t cost
         real_t least = (real_t)cost, most = (real_t)cost;
         if (of) { /* what has flowed back since cannot be given back */
           most = smaller_of(most, larger(0, of->high - (real_t)(now - of->at) / slowest));
-          least = smaller_of(least,
-                             larger(0, of->low - (real_t)(now - of->at) / interval_of(&of->label)));
-          if (!same_limit(&of->label, c)) least = 0;
+          /* at the most by the faster of the rates that it was charged under and is given back under */
+          real_t fast = smaller_of(interval_of(&of->label), interval_of(&s.label));
+          least = smaller_of(least, larger(0, of->low - (real_t)(now - of->at) / fast));
         }
         s.low = larger(0, s.low - most - within(&s.label, 4));
         s.high = larger(0, s.high - larger(0, least - within(&s.label, 4)));

@@ -207,7 +207,10 @@ static void partners(const set_t *to) {
   if (to->limits[to->count - 1].kind == FSHM_PERMITS) next_rates--;
   for (int pass = 0; pass < 3; pass++) { /* the same, of the present; of those before; in order */
     for (uint32_t i = 0; i < next_rates; i++) {
-      if (pass == 1 && !found[i]) {
+      uint32_t without = 0, heirs = 0; /* present limits without one; new limits to be one */
+      for (uint32_t k = 0; k < rates; k++) without += !taken[k];
+      for (uint32_t k = 0; k < next_rates; k++) heirs += !found[k];
+      if (pass == 1 && !found[i] && heirs > without) {
         uint32_t n = 0, before = there_before(&to->limits[i], next_place, found, next_rates, &n);
         gave_up |= n > 1 || (n && !is_alive(before)); /* of what is dead, nobody need know */
         if (n) {

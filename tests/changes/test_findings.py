@@ -211,3 +211,24 @@ def test_a_sliding_window_of_another_period_denies_no_longer_than_either(segment
     limiter.change(sliding(1, new), now=now)
     retry = limiter.apply(lib.FSHM_ACQUIRE, "k", now, 1).retry_after_ns
     assert retry <= min((now // old + 2) * old, (now // new + 2) * new) - now
+
+
+def test_what_a_single_limit_counted_goes_to_the_one_that_replaces_it(segment: Segment) -> None:
+    """Once 62 of 39 were admitted: the limit had its kind and period in common with one that was in
+    force earlier, beside another, and went on from what that one had counted."""
+    limiter = Limiter(segment, bucket(2, 60 * SECOND, burst=1), bucket(1, 2_908_915))
+    assert limiter.acquire("k", NOW)
+    limiter.change(bucket(63, 2_097_152, burst=25))
+    assert limiter.acquire("k", NOW, 24)
+    limiter.change(bucket(39, 2_908_915))
+    assert limiter.drain("k", NOW, 100) <= 39 - 25
+
+
+def test_a_limit_that_comes_back_in_place_of_another_takes_over_its_use(segment: Segment) -> None:
+    """Limits by the minute and the hour; then one by the second; then the one by the hour alone."""
+    limiter = Limiter(segment, window(100, 60 * SECOND), window(100, HOUR))
+    assert limiter.acquire("k", NOW)
+    limiter.change(window(10, SECOND))
+    assert limiter.acquire("k", NOW, 9)
+    limiter.change(window(100, HOUR))
+    assert limiter.remaining("k", NOW) == [90]

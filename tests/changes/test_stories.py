@@ -162,13 +162,16 @@ class Stories(RuleBasedStateMachine):
 
     def partners(self, rules: tuple[Rule, ...]) -> None:
         """Which limits of the new set go on from which of the old: those of the same kind and
-        period first, also such as were there before; then in order. Others are new."""
+        period first, also such as were there before, where there are more new ones than old; then
+        in order. Others are new."""
         rates = [r for r in rules if r.kind != PERMITS]
         found = [-1] * len(rates)
         for i, rule_ in enumerate(rates):
             same = [n for n in self.numbers if n not in found and self.last[n].like(rule_)]
             found[i] = same[0] if same else -1
         for i, rule_ in enumerate(rates):
+            if found.count(-1) <= len(set(self.numbers) - set(found)):
+                break
             before = [
                 number
                 for number, was in self.last.items()

@@ -253,7 +253,7 @@ class Counter:
 @dataclass
 class Counters:
     """Which is which when their number changes: one of the kind and the period, those in force
-    first, else the next of those in force."""
+    first, and others where each in force has one that goes on from it; else the next in force."""
 
     known: list[Counter] = field(default_factory=list)
     now: list[Counter] = field(default_factory=list)
@@ -265,6 +265,9 @@ class Counters:
             for i, limit in enumerate(limits):
                 for each in candidates:
                     free = i not in found and each not in found.values()
+                    without = sum(one not in found.values() for one in self.now)
+                    if candidates is left and len(limits) - len(found) <= without:
+                        continue
                     if free and (each.alike(limit) or not alike):
                         found[i] = each
         self.now = [found.get(i) or Counter(limit) for i, limit in enumerate(limits)]
@@ -281,6 +284,21 @@ class Counters:
     def add(self, costs: list[int]) -> None:
         for each, cost in zip(self.now, costs, strict=True):
             each.tokens = max(each.tokens + cost, 0)
+
+
+def test_what_a_single_limit_counted_goes_to_the_one_that_replaces_it(meter: Meter) -> None:
+    """Once the last had 99 left: it went on from the one by the hour that was there before."""
+    key = new_key()
+    story: list[tuple[list[AnyLimit], int]] = [
+        ([Window(100, 60.0), Window(100, 3600.0)], 1),
+        ([Window(10, 1.0)], 9),
+        ([Window(100, 3600.0)], 1),
+    ]
+    for limits, cost in story:
+        costs, none = (cost,) * len(limits), (0,) * len(limits)
+        found = meter(START, "a", "single", key, limits, costs=costs, given=none, kept=none)
+        assert found.admitted
+    assert [known.used for known in found.limits] == [11]
 
 
 @some
