@@ -110,6 +110,16 @@ FAULTS: tuple[Fault, ...] = (
         "meter.h",
         (("    back = min_u64(back, left);\n", ""),),
     ),
+    Fault(
+        "a limit goes on from one that was there before, and the one it replaces has no heir",
+        "limits.c",
+        (
+            (
+                "__builtin_popcount(left) <= __builtin_popcount(there & ~taken)",
+                "left == 0",
+            ),
+        ),
+    ),
 )
 
 
