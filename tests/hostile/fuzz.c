@@ -35,18 +35,23 @@ static_assert(offsetof(header_t, capacity) == 8 * 3 && offsetof(header_t, names_
 #include "calls.h"
 
 /* Each call at least once on each limiter that it takes, whatever came before. */
-static const unsigned some_whats[] = {0, 42, 85, 127}; /* each bit with most others, and without */
+enum { FIRST_OF_EACH_BIT = FIRST_GRANTED - 1 }; /* of use_counted() */
+static const unsigned some_whats[] = {0,   42, 85,
+                                      127, 43, 24}; /* each bit with most others, and without */
 static void every_call(user_t *u) {
   for (unsigned which = 0; which < LIMITERS; which++) {
     for (unsigned call = 0; call < CALLS; call++) {
       if (!u->limiters[which]) open_limiter(u, which, 0, true);
       if (!u->limiters[which]) open_limiter(u, which, 0, false);
       if (call >= FIRST_WITHOUT_LIMITER && which) break;
-      const unsigned kinds = call == 2 || call == 6  ? 6 /* all of enum fshm_op; take, give back */
-                             : call >= FIRST_GRANTED ? 4
-                                                     : 1;
+      /* All of enum fshm_op; a reservation, kept and cancelled; permits are taken, given back and idle. */
+      const unsigned kinds = call == 2                   ? FSHM_BLOCK + 1
+                             : call == 5                 ? 2
+                             : call == 6                 ? 14
+                             : call >= FIRST_OF_EACH_BIT ? sizeof some_whats / sizeof *some_whats
+                                                         : 1;
       for (unsigned k = 0; k < kinds; k++)
-        one_call(u, call, which, call < FIRST_GRANTED ? k : some_whats[k], 1 + k % 2);
+        one_call(u, call, which, call < FIRST_OF_EACH_BIT ? k : some_whats[k], 1 + k % 2);
     }
   }
   look_at_all(u);
