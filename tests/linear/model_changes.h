@@ -96,7 +96,7 @@ static inline bool told_left(const history_t *h, const config_t *c, int lane, co
                              uint64_t used) {
   if (op_open(op) || op->kind == OP_IS_ALLOWED || h->counts[planned(c, lane)] != 1) return true;
   return op->remaining[0] == minus(most_of(h, c, lane, 0), used) &&
-         op->version >= h->version + plan_of(c, lane) - 1; /* a sweep is a version too */
+         version_is(h, op->version, plan_of(c, lane) - 1);
 }
 
 static inline void add_tokens(config_t *c, uint32_t meter, uint64_t tokens) {
