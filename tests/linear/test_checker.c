@@ -307,6 +307,29 @@ static void test_versions(void) {
   CHECK_EQ(decided_by_old_limits(&h, &op), true);
 }
 
+/* Taken by limits of before, counted by those that came then, given back after others: denied, if these are few. */
+static void test_permits_that_change(void) {
+  for (uint32_t lowest = 1; lowest < 5; lowest++) {
+    history_t h = windows(5, 0);
+    h.limits = 0;
+    h.changes = 1;
+    h.permits = MOST_SLOTS;
+    for (unsigned v = 0; v < VARIANTS; v++) h.permits_of[v] = v == 1 ? lowest : 5 + (v > 1);
+    add(&h, 0, OP_ADMIT, 1, 2, 0, FSHM_ALLOWED)->slot = 0;
+    add(&h, 1, OP_ADMIT, 3, 4, 0, FSHM_ALLOWED)->slot = 1;
+    op_t *denied = add(&h, 2, OP_ADMIT, 5, 30, 0, FSHM_DENIED);
+    denied->count = 2;
+    for (uint8_t v = 1; v < 3; v++) {
+      op_t *set = add(&h, 0, OP_SET, v * UINT64_C(10), v * UINT64_C(10) + 1, 0, FSHM_OK);
+      set->who = v;
+      set->times = 1;
+    }
+    add(&h, 1, OP_IN_FLIGHT, 22, 24, 0, 0)->count = 3;
+    add(&h, 1, OP_IN_FLIGHT, 31, 32, 0, 0)->count = 2;
+    CHECK_EQ(verdict(&h, 1), lowest <= 2 ? LINEARISABLE : NOT_LINEARISABLE);
+  }
+}
+
 static void test_wallets(void) {
   history_t h = a_wallet(); /* 3 are put in, 1 is spent, 2 are taken out: none is left */
   put_op(&h, 0, 1, 2, 3, 1 << 10);
@@ -437,6 +460,7 @@ int main(void) {
   test_several();
   test_permits();
   test_versions();
+  test_permits_that_change();
   test_wallets();
   test_full_and_forgotten();
   test_random();
