@@ -16,6 +16,8 @@ C_SOURCES   = $(wildcard csrc/*.[ch]) csrc/cflags
 C_WARNINGS  = -Wall -Wextra
 C_TESTS     = $(patsubst tests/c/%.c,%,$(wildcard tests/c/*.c))
 C_FORMATTED = $(wildcard csrc/*.[ch] $(patsubst %,tests/%/*.[ch],c c/faults crash hostile linear peers) bench/*.c examples/*.c)
+# Of each: all of csrc, and what is beside it.
+C_PROGRAMS  = $(wildcard tests/hostile/*.c tests/linear/*.c) tests/crash/main.c
 
 comma := ,
 
@@ -106,6 +108,7 @@ lint: $(VENV)/.lint ## ruff, mypy --strict, clang-format, and the compiler's war
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(C_FORMATTED)
 	$(CC) @csrc/cflags $(C_WARNINGS) -Werror -fsyntax-only csrc/unity.c
+	for f in $(C_PROGRAMS); do $(CC) @csrc/cflags $(C_WARNINGS) -Werror -Icsrc -Itests/c -fsyntax-only $$f || exit 1; done
 
 format: $(VENV)/.lint ## rewrite Python and C in the house's format
 	$(VENV)/bin/ruff check --fix-only

@@ -105,9 +105,13 @@ static void state_met(call_t *c, uint32_t i, const found_t *f, met_t *m) {
  * state that expires earlier counts, the one that is there or the same tokens under the present limits. */
 static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
   const rule_t *r = &c->plan.rules[i];
-  uint64_t state = l->cell.pair.when;
   rule_t old;
   if (!former_rule(c, i, &l->cell, &old)) return;
+  const uint64_t state = state_for(&old, l->cell.pair.when);
+  if (!state) { /* written over by somebody: no state of its rule, and some of those never expire */
+    l->verdict = meter_take(r, 0, c->now, c->at, cost);
+    return;
+  }
   if (sliding_is_later(&old, state, c->now)) read_clock_again(c);
   uint64_t moved = meter_convert(r, &old, state, c->now);
   if (moved != NO_STATE) {
@@ -121,7 +125,8 @@ static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_
     l->verdict.used_before = min_u64(bucket_increment(r, used), TIME_MAX);
     return;
   }
-  if (!c->peeks && meter_over(r, moved) <= meter_over(&old, state)) {
+  /* A wallet's tokens are what is left, not what is used: n alone has changed. */
+  if (r->kind == FSHM_WALLET || (!c->peeks && meter_over(r, moved) <= meter_over(&old, state))) {
     l->moved = moved;
     return;
   }
@@ -466,7 +471,8 @@ static inline void report(const call_t *c, const look_t *looks, bool allowed, bo
   }
   out->remaining = tightest;
   out->retry_after_ns = longest == UINT64_MAX ? FSHM_NEVER : (int64_t)longest;
-  out->reset_after_ns = (int64_t)min_u64(reset, TIME_MAX); /* whatever a state is made of */
+  /* At most TIME_MAX: a meter reads what its rule cannot have written as "never seen" (state_for). */
+  out->reset_after_ns = (int64_t)reset;
 }
 
 static inline void count_call(const call_t *c, uint32_t slot, const look_t *l, int status,

@@ -94,7 +94,7 @@ bool limits_load(const fshm_segment *s, uint32_t index, plan_t *p) {
 bool limits_rule(const fshm_segment *s, uint32_t index, unsigned label, rule_t *out) {
   read_rule(&s->limiters[index], label, out);
   atomic_thread_fence(memory_order_acquire); /* the copy, before the second look at the cell */
-  return rule_sane(out);
+  return rule_sane(out) && out->kind != FSHM_PERMITS; /* which labels no state */
 }
 
 static COLD bool set_wrong(const limiter_entry_t *e, uint64_t set) {

@@ -348,6 +348,52 @@ static void test_lost_ids(void) {
   }
 }
 
+/* A cell that names an earlier rule of its limiter, and holds what that rule cannot have written: to this key, nothing
+ * has happened. */
+static void test_states_that_their_rule_cannot_have(void) {
+  const fshm_limit limits[] = {kinds[0], kinds[1], kinds[2], {8, 0, 0, FSHM_WALLET, 0}, kinds[3]};
+  const uint64_t states[] = {TIME_MAX, UINT64_C(1) << 62 | UINT64_C(4) << 57 | 0xffff1,
+                             UINT64_C(2) << 62 | UINT64_C(9) << 57 | 0xfff80001, UINT64_C(7) << 61,
+                             NO_STATE};
+  const uint64_t times[] = {148, TIME_MAX - 1};
+  for (int i = 0; i < 5 * 4; i++) {
+    fshm_segment *s = fresh_segment(100);
+    fshm_limiter *l = fresh_limiter(s, "a", &limits[i % 5], 1);
+    const unsigned label = SET_SLOT(load_relaxed(&s->limiters[0].set), 0);
+    fshm_limit other = limits[i / 5];
+    plan_t plan;
+    rule_t old;
+    other.n++;
+    CHECK_EQ(change(s, "a", &other, 1), FSHM_OK);
+    CHECK(limits_load(s, 0, &plan));
+    if (!limits_rule(s, 0, label, &old)) old = plan.rules[0];
+    const uint64_t hash = key_hash(l, "k", 1), cell = cells_candidate(s, hash, 0),
+                   who = (plan_who(&plan, 0, hash) & ~WHO_LABELS) |
+                         WHO_OF(0, 0, label, CURRENT_EPOCH(plan.current));
+    for (int k = 0; k < 5 * 2 * 8; k++) {
+      const uint64_t state = states[k % 5], now = times[k / 5 % 2];
+      const uint32_t op = (uint32_t)k / 10;
+      fshm_decision met, never = apply_at(l, FSHM_PEEK, "never", 1, now);
+      if (state_is_of(&old, state)) continue;
+      s->cells[cell].who = who;
+      s->cells[cell].when = state;
+      s->ledger[cell].meta = ledger_meta(0, who);
+      if (op <= FSHM_BLOCK)
+        met = apply_at(l, op, "k", 1, now);
+      else
+        CHECK_EQ(fshm_peek_cell(s, cell, now, &met), FSHM_OK);
+      CHECK(met.reset_after_ns >= 0 && met.reset_after_ns <= (int64_t)TIME_MAX);
+      if (op != FSHM_PEEK && op <= FSHM_BLOCK) continue;
+      CHECK_EQ(met.status, never.status);
+      CHECK_EQ(met.remaining, never.remaining);
+      CHECK_EQ(met.retry_after_ns, never.retry_after_ns);
+      CHECK_EQ(met.reset_after_ns, never.reset_after_ns);
+    }
+    fshm_limiter_close(l);
+    fshm_close(s);
+  }
+}
+
 static void test_cut(void) {
   fshm_segment *s = fresh_segment(100);
   uint64_t index;
@@ -414,6 +460,7 @@ int main(void) {
   test_told();
   test_met();
   test_lost_ids();
+  test_states_that_their_rule_cannot_have();
   test_cut();
   test_other_limits_meanwhile();
   test_damaged_meanwhile();

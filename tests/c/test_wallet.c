@@ -188,6 +188,23 @@ static void test_learnt(void) {
   fshm_close(s);
 }
 
+/* Whoever only looks finds what is left, also where the wallet's limit has changed since it was filled. */
+static void test_look_after_a_change(void) {
+  world_t w = make_world();
+  fshm_limit smaller = purse;
+  fshm_limiter *again;
+  uint32_t low;
+  smaller.n = 100;
+  grant(&w, 5, 0, 2 * NOW, NOW);
+  CHECK_EQ(spend(&w, 5, NOW, &low), FSHM_ALLOWED);
+  CHECK_EQ(fshm_limiter_open(w.s, "wallet", 6, &smaller, 1, &again), FSHM_OK);
+  const fshm_decision d = apply_at(again, FSHM_PEEK, "k", 1, NOW);
+  CHECK_EQ(d.status, FSHM_DENIED);
+  CHECK_EQ(d.remaining, 0);
+  fshm_limiter_close(again);
+  leave(&w);
+}
+
 static void test_arguments(void) {
   fshm_segment *s = fresh_segment(10);
   fshm_limiter *out;
@@ -300,6 +317,7 @@ int main(void) {
   test_refusals_of_any_cost();
   test_denials_are_counted();
   test_learnt();
+  test_look_after_a_change();
   test_arguments();
   test_race();
   test_leader();

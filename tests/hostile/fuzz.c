@@ -35,18 +35,23 @@ static_assert(offsetof(header_t, capacity) == 8 * 3 && offsetof(header_t, names_
 #include "calls.h"
 
 /* Each call at least once on each limiter that it takes, whatever came before. */
-static const unsigned some_whats[] = {0, 42, 85, 127}; /* each bit with most others, and without */
+enum { FIRST_OF_EACH_BIT = FIRST_GRANTED - 1 }; /* of use_counted() */
+static const unsigned some_whats[] = {0,   42, 85,
+                                      127, 43, 24}; /* each bit with most others, and without */
 static void every_call(user_t *u) {
   for (unsigned which = 0; which < LIMITERS; which++) {
     for (unsigned call = 0; call < CALLS; call++) {
       if (!u->limiters[which]) open_limiter(u, which, 0, true);
       if (!u->limiters[which]) open_limiter(u, which, 0, false);
       if (call >= FIRST_WITHOUT_LIMITER && which) break;
-      const unsigned kinds = call == 2 || call == 6  ? 6 /* all of enum fshm_op; take, give back */
-                             : call >= FIRST_GRANTED ? 4
-                                                     : 1;
+      /* All of enum fshm_op; a reservation, kept and cancelled; permits are taken, given back and idle. */
+      const unsigned kinds = call == 2                   ? FSHM_BLOCK + 1
+                             : call == 5                 ? 2
+                             : call == 6                 ? 14
+                             : call >= FIRST_OF_EACH_BIT ? sizeof some_whats / sizeof *some_whats
+                                                         : 1;
       for (unsigned k = 0; k < kinds; k++)
-        one_call(u, call, which, call < FIRST_GRANTED ? k : some_whats[k], 1 + k % 2);
+        one_call(u, call, which, call < FIRST_OF_EACH_BIT ? k : some_whats[k], 1 + k % 2);
     }
   }
   look_at_all(u);
@@ -142,6 +147,9 @@ static void image_make(image_t *image, uint64_t capacity, uint32_t names) {
   h->lock_file = 0; /* as long as nobody has joined: whoever opens a copy of the image can join */
 }
 
+/* The first that process_join() tries, and it is free unless an edit has taken it: a closed segment keeps no slot. */
+static uint64_t own_slot(void) { return (uint32_t)one_pid() * 2654435761u % PROCESSES; }
+
 /* Where an edit goes: `target` says into what, `position` where in it. In whole words. */
 static uint64_t position_in(const unsigned char *bytes, uint64_t size, unsigned target,
                             uint64_t position) {
@@ -152,7 +160,7 @@ static uint64_t position_in(const unsigned char *bytes, uint64_t size, unsigned 
   const uint64_t entry =
       h.limiters_offset + position / 256 % (LIMITERS + GRANTED) * sizeof(limiter_entry_t);
   const uint64_t set = ((const limiter_entry_t *)(const void *)(bytes + entry))->set;
-  const uint64_t slot = (uint32_t)one_pid() * 2654435761u % PROCESSES;
+  const uint64_t slot = own_slot();
   uint64_t low = position % 256 * 8;
   switch (target % 16) {
     case 0:
@@ -234,6 +242,7 @@ static void run(const uint8_t *data, size_t size) {
   const uint32_t open_flags = flags & READ_ONLY ? FSHM_OPEN_READ_ONLY : 0;
   const image_t *image = &images[flags & LARGE ? 1 : 0][flags / 64];
   const uint8_t *at = size ? data + 1 : data;
+  bool edited = flags & RAW;
   static unsigned char bytes[2 << 20] __attribute__((aligned(LINE)));
   uint64_t length = image->size;
   MUST(image->size <= sizeof bytes);
@@ -248,7 +257,8 @@ static void run(const uint8_t *data, size_t size) {
       at += 4;
       if (cut != UINT32_MAX) length = cut % (image->size + 4097); /* else only at the end */
     }
-    for (; end - at >= EDIT && at[0] >> 6 == 2; at += EDIT) edit(bytes, image->size, at);
+    for (; end - at >= EDIT && at[0] >> 6 == 2; at += EDIT, edited = true)
+      edit(bytes, image->size, at);
     header_t *h = (header_t *)(void *)bytes;
     if (flags & FIX_CHECK) h->check = header_check(h);
     write_file(bytes, min_u64(length, image->size));
@@ -264,6 +274,7 @@ static void run(const uint8_t *data, size_t size) {
         if (end - at < EDIT) break;
         edit(map, u.s->size, at);
         at += EDIT;
+        edited = true;
       } else {
         if (end - at < 4) break;
         one_call(&u, at[0], at[1], at[2], number_of(at[3]));
@@ -272,6 +283,8 @@ static void run(const uint8_t *data, size_t size) {
     }
     (void)munmap(map, u.s->size);
     every_call(&u);
+    /* else edits of what is this process's go to what is nobody's, and nothing says so */
+    if (!edited && !u.s->read_only) MUST(load_relaxed(&u.s->fork_page->joined) == own_slot() + 1);
     /* cut under our feet: told, before anything is touched */
     if (flags & TRUNCATE) {
       uint64_t index;

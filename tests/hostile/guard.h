@@ -9,7 +9,8 @@
 #define GUARD (UINT64_C(1) << 32)
 
 static void *guarded_mmap(void *at, size_t size, int protection, int flags, int fd, off_t offset) {
-  if (fd < 0) return mmap(at, size, protection, flags, fd, offset);
+  /* In place of another mapping: what holds a process's locks (map_description()), which must not stay after it. */
+  if (fd < 0 || flags & MAP_FIXED) return mmap(at, size, protection, flags, fd, offset);
   const int none = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
   unsigned char *all = mmap(NULL, size + 2 * GUARD, PROT_NONE, none, -1, 0);
   if (all == MAP_FAILED) abort();

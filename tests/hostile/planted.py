@@ -27,6 +27,9 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ("limits.c", "if (count < 1 || count > FSHM_MAX_LIMITS) return 0;", "if (!count) return 0;")
     ],
     "a divisor may be zero": [("meter.h", "r->num && r->den &&", "r->num &&")],
+    "a column's cell is not checked": [
+        ("ledger.c", " || cell >= s->cell_count) return;", ") return;")
+    ],
     "a ledger's limiter is not checked": [("limiter.c", "index >= s->limiter_count || ", "")],
     "a ledger's limiter is not checked where keys are counted": [
         ("tally.c", "limiter < s->limiter_count && ", "")

@@ -29,6 +29,7 @@
 #define VARIANTS 24 /* sets of limits that a history changes between */
 #define MOST_SLOTS 8
 #define SETS 240 /* changes of the limits in one history, at most */
+#define VERSIONS 1024 /* of its limits, at most: a change is one, and a sweep */
 
 enum op_kind {
   OP_ACQUIRE,
@@ -83,13 +84,43 @@ typedef struct {
   uint32_t counts[VARIANTS], permits_of[VARIANTS]; /* where they change */
   uint32_t limits, permits, keys, cells; /* cells: of the table; 0 = more than can be used */
   uint64_t version; /* of the limits when it began; variant 0 */
-  uint8_t changes;  /* the limits are changed meanwhile */
-  uint8_t at_once;  /* admissions by several limits have to be explained as one step */
+  /* Of each version, counted from that one: a stamp of after it came into force (0: there is none), and whether it changed
+   * the limits (a sweep does not). Then: sum_up_versions(). */
+  uint64_t in_force[VERSIONS];
+  uint8_t changed[VERSIONS];
+  uint8_t changes; /* the limits are changed meanwhile */
+  uint8_t at_once; /* admissions by several limits have to be explained as one step */
   uint32_t count[LANES];
   op_t ops[LANES][LANE_OPS];
 } history_t;
 
 static inline bool op_open(const op_t *op) { return op->responded == 0; } /* killed in it */
+
+/* When the history has ended: changed becomes how often the limits had changed up to each version, and in_force when it or
+ * a later one was in force. */
+static inline void sum_up_versions(history_t *h) {
+  for (uint32_t v = 1; v < VERSIONS; v++)
+    h->changed[v] = (uint8_t)(h->changed[v] + h->changed[v - 1]);
+  for (uint32_t v = VERSIONS - 1; --v;)
+    if (h->in_force[v + 1] && (!h->in_force[v] || h->in_force[v + 1] < h->in_force[v]))
+      h->in_force[v] = h->in_force[v + 1];
+}
+
+/* Is it the version of so many changes? */
+static inline bool version_is(const history_t *h, uint64_t version, unsigned changes) {
+  uint64_t v = version - h->version;
+  return v < VERSIONS && (!v || h->in_force[v]) && h->changed[v] == changes;
+}
+
+/* Did the operation decide by a version that another had followed before it was asked? */
+static inline bool decided_by_old_limits(const history_t *h, const op_t *op) {
+  bool decides = op->kind == OP_ACQUIRE || op->kind == OP_RESERVE || op->kind == OP_PEEK ||
+                 op->kind == OP_CHARGE || op->kind == OP_REFUND || op->kind == OP_ADMIT;
+  uint64_t v = op->version - h->version;
+  if (!h->changes || !decides || op_open(op) || op->status < FSHM_DENIED) return false;
+  if (v >= VERSIONS - 1 || (v && !h->in_force[v])) return true; /* nor is it a version of these */
+  return h->in_force[v + 1] && h->in_force[v + 1] < op->invoked;
+}
 
 /* printing -------------------------------------------------------------------------------------- */
 

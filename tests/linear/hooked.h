@@ -22,12 +22,14 @@
 
 static void hook(void);
 static uint64_t clock_read(const fshm_segment *s);
+static void swapped_in(const void *cell, pair_t was, pair_t is);
 static uint64_t lost_swaps; /* of this process */
 
 static inline bool pair_cas(void *cell, pair_t *seen, pair_t next) {
   hook();
   bool swapped = library_pair_cas(cell, seen, next);
   lost_swaps += !swapped;
+  if (swapped) swapped_in(cell, *seen, next);
   hook();
   return swapped;
 }

@@ -75,6 +75,8 @@ static bool one_history(const wish_t *wish, const kind_t *k, fshm_limiter *const
   }
   fshm_limit any[FSHM_MAX_LIMITS];
   (void)fshm_limiter_limits(arena->limiter, any, &h->version);
+  memset(h->in_force, 0, sizeof h->in_force);
+  memset(h->changed, 0, sizeof h->changed);
   search.furthest = 0;
   if (!run_history(number % 32 == 5)) {
     failed++;
@@ -84,6 +86,11 @@ static bool one_history(const wish_t *wish, const kind_t *k, fshm_limiter *const
     return false;
   }
   enum answer answer;
+  bool old_limits = false;
+  sum_up_versions(h);
+  for (int lane = 0; lane < LANES; lane++)
+    for (uint32_t i = 0; i < h->count[lane]; i++)
+      old_limits |= decided_by_old_limits(h, &h->ops[lane][i]);
   int level = level_of(h, &answer);
   f->histories++;
   f->exceptions += level > 0;
@@ -92,15 +99,18 @@ static bool one_history(const wish_t *wish, const kind_t *k, fshm_limiter *const
   f->overlapping += overlapping(h);
   for (int lane = 0; lane < LANES; lane++) f->operations += h->count[lane];
   if (level > 0 && wish->exceptions) show(wish, k, number, "needed a known exception");
-  if (level >= 0) return true;
-  if (answer ==
-      UNDECIDED) { /* of none of the orders that were tried is it known that no other fits */
+  if (level >= 0 && !old_limits) return true;
+  if (!old_limits &&
+      answer ==
+          UNDECIDED) { /* of none of the orders that were tried is it known that no other fits */
     show(wish, k, number, "too large to decide");
     f->undecided++;
     return true;
   }
   failed++;
-  show(wish, k, number, "not linearisable");
+  show(wish, k, number,
+       old_limits ? "decided by limits that were no longer in force when it was asked"
+                  : "not linearisable");
   return !wish->first && ++f->failures < 3;
 }
 
@@ -124,6 +134,7 @@ static void run_kind(const wish_t *wish, const kind_t *k, figures_t *all) {
   for (uint64_t i = 0; i < wish->histories && on; i++)
     on = one_history(wish, k, limiters, wish->one ? wish->only : i, &f);
   stop_workers();
+  arena->limiter = NULL;
   for (uint32_t set = 0; set < k->sets; set++) fshm_limiter_close(limiters[set]);
   fshm_close(segment);
   f.lost_swaps = atomic_load(&arena->lost_swaps);

@@ -10,6 +10,7 @@
 #define MODEL_CHANGES_H
 
 enum { EFFECT, OTHERWISE, SEE, BACK, LOAD_LIMITS };
+enum { SEARCHING, TAKEN, GIVEN_BACK }; /* phases of a permit */
 #define LOOK 99 /* phase of what charged all that it had to */
 
 static inline bool same_variant(const history_t *h, unsigned a, unsigned b) {
@@ -64,6 +65,13 @@ static inline bool load_limits(const history_t *h, int level, config_t *c, int l
     unpin(c, lane);
     return true;
   }
+  if (op->kind == OP_ADMIT && c->phase[lane] == TAKEN) { /* it counts by limits of then */
+    if (!level || op_open(op) || op->status != FSHM_DENIED || c->plan[lane] == c->changes + 1)
+      return false;
+    if (!c->plan[lane] && !may_change(h, c, lane, op)) return false;
+    pin(h, c, lane, op);
+    return true;
+  }
   if (!level || c->plan[lane] || (c->phase[lane] && !forces)) return false;
   if (!may_change(h, c, lane, op)) return false;
   pin(h, c, lane, op);
@@ -96,7 +104,7 @@ static inline bool told_left(const history_t *h, const config_t *c, int lane, co
                              uint64_t used) {
   if (op_open(op) || op->kind == OP_IS_ALLOWED || h->counts[planned(c, lane)] != 1) return true;
   return op->remaining[0] == minus(most_of(h, c, lane, 0), used) &&
-         op->version >= h->version + plan_of(c, lane) - 1; /* a sweep is a version too */
+         version_is(h, op->version, plan_of(c, lane) - 1);
 }
 
 static inline void add_tokens(config_t *c, uint32_t meter, uint64_t tokens) {
@@ -194,7 +202,6 @@ static inline unsigned bit_of(unsigned slot) { return 1u << slot; }
  * seen as many held, each at an instant of its own, also such as did not stand. */
 static inline bool admit_changing(const history_t *h, int level, config_t *c, int lane,
                                   const op_t *op, unsigned branch, unsigned view) {
-  enum { SEARCHING, TAKEN, GIVEN_BACK };
   uint8_t *phase = &c->phase[lane], *tally = &c->tally[lane], *seen = &c->seen[lane][0];
   bool denied = !op_open(op) && op->status != FSHM_ALLOWED;
   unsigned standing = (unsigned)__builtin_popcount(c->stands & slots_held(h, c));

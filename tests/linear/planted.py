@@ -21,6 +21,7 @@ from dataclasses import dataclass
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 HISTORIES = int(os.environ.get("PLANTED_HISTORIES", "20000"))  # at most, for each
+FOUND = (": not linearisable", ": decided by limits")
 DEADLINE = 120.0  # seconds for one; ordinarily one is found in a second
 
 
@@ -31,6 +32,7 @@ class Fault:
     file: str
     old: str
     new: str
+    also: tuple[str, str] | None = None  # a second text of the file
 
 
 SWAP = "    return pair_cas(&c->s->cells[f->cell], &seen, to) ? CLAIMED : CLAIM_LOST;\n"
@@ -43,6 +45,15 @@ LOST_TWICE = (
     LOST + "      if (status == CLAIM_LOST) {\n"
     "        cells_find(c.s, c.hash, fingerprint(&c, i), &found.cell);\n"
     "        (void)put_changed(&c, i, &found, next, &first);\n      }\n"
+)
+LOAD = "  bool readable = limits_load_inline(l->segment, l->index, &c.plan);\n"
+OUTDATED = "  return unlikely(entry_current(c->s, c->index) != c->plan.current);\n"
+LOAD_SELDOM = (
+    "  static plan_t kept;\n  static const fshm_limiter *of;\n  bool readable = true;\n"
+    "  const uint64_t seen = entry_current(l->segment, l->index);\n"
+    "  if (of == l && !((seen ^ kept.current) >> VERSION_BITS))\n    c.plan = kept;\n"
+    "  else\n    readable = limits_load_inline(l->segment, l->index, &c.plan);\n"
+    "  kept = c.plan;\n  of = l;\n"
 )
 FREE = "state_expires(pair.when) <= over"
 
@@ -178,8 +189,26 @@ FAULTS = (
         "the limits are not looked at after the cell",
         "changes-bucket",
         "limiter.c",
-        "  return unlikely(entry_current(c->s, c->index) != c->plan.current);\n",
+        OUTDATED,
         "  (void)c;\n  return false;\n",
+    ),
+    Fault(
+        "a call goes by the limits of the call before, until the next sweep",
+        "changes-window",
+        "limiter.c",
+        LOAD,
+        LOAD_SELDOM,
+        (OUTDATED, "  return (entry_current(c->s, c->index) ^ c->plan.current) >> VERSION_BITS;\n"),
+    ),
+    Fault(
+        "a decision tells the version of the last one by the same limits",
+        "changes-window",
+        "limiter.c",
+        "  out->version = CURRENT_VERSION(c->plan.current);\n",
+        "  static uint64_t told;\n  static rule_t by;\n"
+        "  if (memcmp(&by, &c->plan.rules[0], sizeof by)) "
+        "told = CURRENT_VERSION(c->plan.current);\n"
+        "  by = c->plan.rules[0];\n  out->version = told;\n",
     ),
     Fault(
         "a sweep by the limits that it began with",
@@ -229,9 +258,11 @@ def plant(fault: Fault, folder: pathlib.Path) -> None:
     shutil.copytree(ROOT / "csrc", folder)
     path = folder / fault.file
     text = path.read_text()
-    if text.count(fault.old) != 1:
-        raise SystemExit(f"{fault.name}: its text occurs {text.count(fault.old)} times, not once")
-    path.write_text(text.replace(fault.old, fault.new))
+    for old, new in ((fault.old, fault.new), *([fault.also] if fault.also else [])):
+        if text.count(old) != 1:
+            raise SystemExit(f"{fault.name}: its text occurs {text.count(old)} times, not once")
+        text = text.replace(old, new)
+    path.write_text(text)
 
 
 def caught(fault: Fault) -> str:
@@ -256,7 +287,7 @@ def caught(fault: Fault) -> str:
             )
         except subprocess.TimeoutExpired:
             return f"no answer in {DEADLINE} s"
-        if run.returncode != 1 or ": not linearisable" not in run.stderr:
+        if run.returncode != 1 or not any(word in run.stderr for word in FOUND):
             return f"was not found in {HISTORIES} histories\n{run.stdout}{run.stderr}"
         found = run.stderr.split(": history ")[1].split(" of ")[0]
         print(f"{fault.name}: found in history {found} of {fault.kind}", flush=True)

@@ -275,6 +275,61 @@ static history_t a_wallet(void) {
   return h;
 }
 
+/* A change to another period, for which there was a sweep: only the version tells by which limits was decided. */
+static void test_versions(void) {
+  for (uint64_t told = 0; told < 5; told++) {
+    history_t h = windows(5, 0);
+    h.changes = 1;
+    h.version = 7;
+    for (unsigned v = 0; v < VARIANTS; v++) h.counts[v] = 1;
+    h.rules[1][0].per = 2 * PER;
+    op_t *set = add(&h, 0, OP_SET, 1, 5, 0, FSHM_OK);
+    set->who = set->times = 1;
+    h.in_force[1] = 2;
+    h.in_force[2] = 4;
+    h.changed[2] = 1;
+    op_t *late = add(&h, 1, OP_ACQUIRE, 6, 9, 1, FSHM_ALLOWED);
+    tell(&h, late, 1);
+    late->version = 6 + told;
+    sum_up_versions(&h);
+    CHECK_EQ(decided_by_old_limits(&h, late), told != 3);
+    CHECK_EQ(verdict(&h, 1), told == 3 ? LINEARISABLE : NOT_LINEARISABLE);
+    late->invoked = 3; /* the sweep has been, the change not yet: either is right */
+    CHECK_EQ(decided_by_old_limits(&h, late), told < 2 || told > 3);
+    late->invoked = 1;
+    CHECK_EQ(decided_by_old_limits(&h, late), told < 1 || told > 3);
+    CHECK_EQ(verdict(&h, 1), told >= 1 && told <= 3 ? LINEARISABLE : NOT_LINEARISABLE);
+  }
+  /* Two versions whose stamps came the other way round. */
+  history_t h = {.changes = 1, .in_force = {0, 9, 8}, .changed = {0, 1, 1}};
+  const op_t op = {.kind = OP_PEEK, .status = FSHM_DENIED, .invoked = 9, .responded = 10};
+  sum_up_versions(&h);
+  CHECK_EQ(decided_by_old_limits(&h, &op), true);
+}
+
+/* Taken by limits of before, counted by those that came then, given back after others: denied, if these are few. */
+static void test_permits_that_change(void) {
+  for (uint32_t lowest = 1; lowest < 5; lowest++) {
+    history_t h = windows(5, 0);
+    h.limits = 0;
+    h.changes = 1;
+    h.permits = MOST_SLOTS;
+    for (unsigned v = 0; v < VARIANTS; v++) h.permits_of[v] = v == 1 ? lowest : 5 + (v > 1);
+    add(&h, 0, OP_ADMIT, 1, 2, 0, FSHM_ALLOWED)->slot = 0;
+    add(&h, 1, OP_ADMIT, 3, 4, 0, FSHM_ALLOWED)->slot = 1;
+    op_t *denied = add(&h, 2, OP_ADMIT, 5, 30, 0, FSHM_DENIED);
+    denied->count = 2;
+    for (uint8_t v = 1; v < 3; v++) {
+      op_t *set = add(&h, 0, OP_SET, v * UINT64_C(10), v * UINT64_C(10) + 1, 0, FSHM_OK);
+      set->who = v;
+      set->times = 1;
+    }
+    add(&h, 1, OP_IN_FLIGHT, 22, 24, 0, 0)->count = 3;
+    add(&h, 1, OP_IN_FLIGHT, 31, 32, 0, 0)->count = 2;
+    CHECK_EQ(verdict(&h, 1), lowest <= 2 ? LINEARISABLE : NOT_LINEARISABLE);
+  }
+}
+
 static void test_wallets(void) {
   history_t h = a_wallet(); /* 3 are put in, 1 is spent, 2 are taken out: none is left */
   put_op(&h, 0, 1, 2, 3, 1 << 10);
@@ -404,6 +459,8 @@ int main(void) {
   test_killed();
   test_several();
   test_permits();
+  test_versions();
+  test_permits_that_change();
   test_wallets();
   test_full_and_forgotten();
   test_random();

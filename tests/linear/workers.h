@@ -75,6 +75,17 @@ static void hook(void) {
     spin(random_below(200));
 }
 
+/* A version of the limits came into force: a sweep (of an epoch of its own), or a change. No process is killed between
+ * the swap and this. */
+static void swapped_in(const void *cell, pair_t was, pair_t is) {
+  history_t *h = &arena->history;
+  if (!arena->limiter || cell != &segment->limiters[arena->limiter->index].current) return;
+  uint64_t version = CURRENT_VERSION(is.who) - h->version;
+  if (!version || version >= VERSIONS) return;
+  h->changed[version] = CURRENT_EPOCH(was.who) == CURRENT_EPOCH(is.who);
+  h->in_force[version] = stamp_now();
+}
+
 static uint64_t time_now(void) {
   uint64_t now = atomic_load(&arena->clock);
   return now ? now : library_segment_now(segment);
