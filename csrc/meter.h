@@ -681,7 +681,8 @@ static inline uint64_t meter_used(const rule_t *r, uint64_t state, uint64_t now)
  * more than it admits). */
 static inline uint64_t meter_convert(const rule_t *r, const rule_t *old, uint64_t state,
                                      uint64_t now) {
-  if (r->kind == FSHM_WALLET || old->kind == FSHM_WALLET) return state_for(r, state);
+  if (r->kind == FSHM_WALLET || old->kind == FSHM_WALLET) /* tokens left, to which no use belongs */
+    return r->kind == old->kind ? state_for(r, state) : 0;
   state = state_for(old, state);
   if (!state || state_expires(state) <= now) return 0;
   if (r->kind == old->kind) {

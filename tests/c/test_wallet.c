@@ -205,6 +205,28 @@ static void test_look_after_a_change(void) {
   leave(&w);
 }
 
+/* What a window has counted is not what a wallet has left, nor the other way round. */
+static void test_a_window_and_a_wallet_of_one_name(void) {
+  world_t w = make_world();
+  const fshm_limit all[] = {{50, 60000 * MS, 0, FSHM_WINDOW, 0}, purse};
+  fshm_limiter *named = NULL;
+  uint32_t low;
+  for (int i = 0; i < 4; i++) {
+    if (named) fshm_limiter_close(named);
+    CHECK_EQ(fshm_limiter_open(w.s, "named", 5, &all[i % 2], 1, &named), FSHM_OK);
+    if (i % 2) {
+      CHECK(fshm_spend(named, NULL, NULL, KEY, NULL, NOW, NULL, &low) != FSHM_ALLOWED);
+      const fshm_lease lease[FSHM_MAX_LIMITS] = {{40, 0, NOW + 60000 * MS}};
+      CHECK_EQ(fshm_wallet_put(named, KEY, lease, NOW), FSHM_OK);
+    } else {
+      CHECK_EQ(apply_at(named, FSHM_PEEK, "k", 50, NOW).status, FSHM_ALLOWED);
+      CHECK_EQ(apply_at(named, FSHM_ACQUIRE, "k", 49, NOW).status, FSHM_ALLOWED);
+    }
+  }
+  fshm_limiter_close(named);
+  leave(&w);
+}
+
 static void test_arguments(void) {
   fshm_segment *s = fresh_segment(10);
   fshm_limiter *out;
@@ -318,6 +340,7 @@ int main(void) {
   test_denials_are_counted();
   test_learnt();
   test_look_after_a_change();
+  test_a_window_and_a_wallet_of_one_name();
   test_arguments();
   test_race();
   test_leader();
