@@ -39,11 +39,6 @@ def strict(n: int, per: float) -> Callable[[numpy.ndarray], numpy.ndarray]:
     return lambda ns: n * numpy.maximum(numpy.ceil(ns / (per * 1e9)), 1)
 
 
-def sliding(n: int, per: float) -> Callable[[numpy.ndarray], numpy.ndarray]:
-    """Of a counter with aligned windows of length per, each holds at most n."""
-    return lambda ns: n * (numpy.floor(ns / (per * 1e9)) + 2)
-
-
 def sliding_counter(times: Times, n: int, per: float, origin: int) -> int:
     """Excess over n by the counter's own rule: of one window with the part of the one before that
     is still inside. origin: when the segment's time was 0; 0.1 ms of uncertainty is left out."""
