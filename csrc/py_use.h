@@ -130,6 +130,18 @@ static PyObject *use_exit(PyObject *o, PyObject *args) {
   Py_RETURN_NONE;
 }
 
+/* As a decorator: each call of the function is a block of its own. */
+static PyObject *use_call(PyObject *o, PyObject *args, PyObject *kw) {
+  Use *self = (Use *)o;
+  PyObject *function;
+  if (kw && PyDict_Size(kw)) {
+    PyErr_SetString(PyExc_TypeError, "connection() takes a function, and nothing by name");
+    return NULL;
+  }
+  if (!PyArg_ParseTuple(args, "O", &function)) return NULL;
+  return PyObject_CallMethod(self->pool, "_around", "OOO", self->endpoint, self->timeout, function);
+}
+
 /* For asyncio. _idle(): is there an idle one? _take(): is there one, after what has to be waited for? It may be
  * called in a thread. */
 static PyObject *use_idle(PyObject *o, PyObject *unused) {
@@ -199,6 +211,7 @@ static PyMethodDef use_methods[] = {{"__enter__", use_enter, METH_NOARGS, NULL},
                                     {NULL, NULL, 0, NULL}};
 static PyType_Slot use_slots[] = {{Py_tp_dealloc, (void *)use_dealloc},
                                   {Py_tp_traverse, (void *)use_traverse},
+                                  {Py_tp_call, (void *)use_call},
                                   {Py_tp_methods, use_methods},
                                   {0, NULL}};
 static PyType_Spec use_spec = {

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import re
 import threading
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, suppress
+from contextlib import AsyncContextDecorator, suppress
 from types import TracebackType
 from typing import Any
 from weakref import WeakSet
@@ -189,22 +190,29 @@ class SimpleConnectionPool(PoolCore):
             },
         }
 
-    def connection(
-        self, endpoint: str, timeout: float | None = 0
-    ) -> AbstractContextManager[Any, bool | None]:
+    def connection(self, endpoint: str, timeout: float | None = 0) -> Use:
         """``with pool.connection(endpoint) as conn:`` the bound object (the id, without bind()).
         Waits up to ``timeout`` seconds for a place (None: for ever), then raises
-        PermitTimeoutError. One whose use raised is closed, since nobody knows its state.
+        PermitTimeoutError. One whose use raised is closed, since nobody knows its state. As a
+        decorator, it holds one during each call of the function.
 
         Exceptions out of signal handlers leak no connection from it, wherever they strike; an id of
         get_connection() they may, before whoever asked for it knows it."""
         return self._use(endpoint, timeout)
 
-    def connection_async(
-        self, endpoint: str, timeout: float | None = 0
-    ) -> AbstractAsyncContextManager[Any, bool | None]:
+    def connection_async(self, endpoint: str, timeout: float | None = 0) -> _AsyncUse:
         """connection() for asyncio: waits, and connects, in a thread."""
         return _AsyncUse(self, endpoint, timeout)
+
+    def _around(self, endpoint: str, timeout: float | None, function: Any) -> Any:
+        """Called by a Use that decorates a function."""
+
+        @functools.wraps(function)
+        def inner(*args: Any, **kwargs: Any) -> Any:
+            with self._use(endpoint, timeout):
+                return function(*args, **kwargs)
+
+        return inner
 
     _deadline = staticmethod(deadline_ns)
 
@@ -316,14 +324,16 @@ class SimpleConnectionPool(PoolCore):
         return f"SimpleConnectionPool({self._name!r})"
 
 
-class _AsyncUse:
+class _AsyncUse(AsyncContextDecorator):
     """Use for asyncio. Cancelled while a thread connects: what that yet opens is idle then."""
-
-    __slots__ = ("_endpoint", "_pool", "_timeout", "_use")
 
     def __init__(self, pool: SimpleConnectionPool, endpoint: str, timeout: float | None) -> None:
         self._pool, self._endpoint, self._timeout = pool, endpoint, timeout
         self._use: Use | None = None
+
+    def _recreate_cm(self) -> _AsyncUse:
+        """Called by AsyncContextDecorator: each call of a decorated function is a block."""
+        return _AsyncUse(self._pool, self._endpoint, self._timeout)
 
     async def __aenter__(self) -> Any:
         pool, endpoint = self._pool, _check_endpoint(self._endpoint)

@@ -9,7 +9,7 @@ import pytest
 from support import bounds
 from support.bounds import Times
 from support.children import run
-from support.workers import admitted_times
+from support.workers import admitted_times, now
 
 from fast_litellm_shm import Limit, Segment, SlidingWindow, Window
 
@@ -53,7 +53,8 @@ def test_window(segment: Segment, n: int, per: float) -> None:
 @pytest.mark.parametrize(("n", "per"), [(50, 0.5), (5, 0.05)])
 def test_sliding(segment: Segment, n: int, per: float) -> None:
     times = hammer(segment, SlidingWindow(n, per))["hot"]
-    assert bounds.worst_excess(times, bounds.sliding(n, per)) <= 0
+    origin = now() - segment.geometry().time_ns
+    assert bounds.sliding_counter(times, n, per, origin) <= 0
     assert len(times) > n
 
 
@@ -75,6 +76,9 @@ def test_the_judge_finds_one_too_many() -> None:
     assert bounds.worst_excess(slow, bounds.bucket(100, 1.0, 2)) <= 0
     assert bounds.windows(kept, 10, 0.1) <= 0
     assert bounds.windows(one_more, 10, 0.1) > 0
+    assert bounds.sliding_counter(kept, 11, 0.1, 0) <= 0
+    assert bounds.sliding_counter(one_more, 11, 0.1, 0) > 0
+    assert bounds.sliding_counter(slow, 11, 0.1, 0) <= 0
 
 
 @pytest.mark.parametrize("capacity", [1, 4])

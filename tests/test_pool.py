@@ -309,6 +309,47 @@ def test_with_connection_async(bound: SimpleConnectionPool) -> None:
     assert len(Line.opened) == 2
 
 
+def test_as_a_decorator_each_call_holds_a_connection(bound: SimpleConnectionPool) -> None:
+    use = bound.connection(A, timeout=0)
+
+    @use
+    def call(depth: int, *, fails: bool = False) -> tuple[int, int]:
+        """Say how many are held."""
+        if fails:
+            raise KeyError
+        return call(depth - 1) if depth else counts(bound)
+
+    assert (call.__name__, call.__doc__) == ("call", "Say how many are held.")
+    assert [call(0), call(1), call(0)] == [(1, 0), (2, 0), (1, 1)]
+    with pytest.raises(PermitTimeoutError):
+        call(2)
+    with pytest.raises(KeyError):
+        call(0, fails=True)
+    assert counts(bound) == (0, 0)  # what raised is closed, as after a block
+    with use:  # a decorator can yet be a block, once
+        assert counts(bound) == (1, 0)
+    for wrong in ((), (call, call)):
+        with pytest.raises(TypeError):
+            use(*wrong)
+    with pytest.raises(TypeError):
+        use(function=call)  # type: ignore[call-arg]
+
+
+def test_as_a_decorator_of_a_coroutine_function(bound: SimpleConnectionPool) -> None:
+    @bound.connection_async(A, timeout=0)
+    async def call(depth: int) -> tuple[int, int]:
+        await asyncio.sleep(0)
+        return await call(depth - 1) if depth else counts(bound)
+
+    async def main() -> None:
+        assert [await call(0), await call(1), await call(0)] == [(1, 0), (2, 0), (1, 1)]
+        with pytest.raises(PermitTimeoutError):
+            await call(2)
+
+    asyncio.run(main())
+    assert counts(bound)[0] == 0
+
+
 def test_without_bind_it_is_the_id(segment: Segment) -> None:
     of = make(segment)
     with of.connection(A) as found:

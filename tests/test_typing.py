@@ -50,6 +50,22 @@ def doubled(n: int) -> int:
 
 four: int = doubled(2)
 
+pool = fls.SimpleConnectionPool("p")
+
+@pool.connection("https://host", timeout=1)
+def halved(n: int) -> int:
+    with pool.connection("https://host") as connection:
+        print(connection)
+    return n // 2
+
+@pool.connection_async("https://host")
+async def halved_later(n: int) -> int:
+    async with pool.connection_async("https://host") as connection:
+        print(connection)
+    return n // 2
+
+two: int = halved(four)
+
 async def later(limiter: RateLimiter) -> bool:
     try:
         return (await limiter.wait_async("k", timeout=None)).allowed
@@ -57,6 +73,7 @@ async def later(limiter: RateLimiter) -> bool:
         return False
 """
 
+NAMES = "from fast_litellm_shm import Limit, RateLimiter, SimpleConnectionPool, limited"
 BAD = {
     "RateLimiter(Limit(5)).acquire(5)": "arg-type",
     'RateLimiter(Limit("5"))': "arg-type",
@@ -65,6 +82,7 @@ BAD = {
     'RateLimiter(Limit(5)).acquire("k").retry_after + 1': "operator",
     "limited(Limit(5))": "arg-type",
     'limited(RateLimiter(Limit(5)))(len)("a", "b")': "call-arg",
+    'SimpleConnectionPool("p").connection("https://host")(len)("a", "b")': "call-arg",
     "Limit(5, 60, 10)": "call-arg",
     'RateLimiter(Limit(5)).acquire_many("k", cost="1")': "arg-type",
 }
@@ -103,7 +121,7 @@ def test_uses_of_the_public_api(tmp_path: Path) -> None:
 
 
 def test_misuses_are_found(tmp_path: Path) -> None:
-    lines = ["from fast_litellm_shm import Limit, RateLimiter, limited", *BAD]
+    lines = [NAMES, *BAD]
     said = check(tmp_path, "\n".join(lines) + "\n").splitlines()
     for number, (line, code) in enumerate(BAD.items(), start=2):
         found = [s for s in said if f"use.py:{number}: error" in s]

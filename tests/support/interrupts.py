@@ -87,9 +87,14 @@ def _watched(reached: Callable[[CodeType, int | None], None]) -> Iterator[None]:
         sys.settrace(before)
 
 
-def by_signals(run: Callable[[], object], raises: int, longest: float = 150e-6) -> None:
+def by_signals(
+    run: Callable[[], object],
+    raises: int,
+    longest: float = 150e-6,
+    check: Callable[[str], object] = str,
+) -> None:
     """``run()`` again and again, while a signal's handler raises so many times, each at a random
-    instant up to ``longest`` seconds after the one before."""
+    instant up to ``longest`` seconds after the one before. check(where): called after each."""
     chance, done, armed = random.Random(raises), 0, False
 
     def handler(*_: object) -> None:
@@ -108,6 +113,7 @@ def by_signals(run: Callable[[], object], raises: int, longest: float = 150e-6) 
             except Interrupted:
                 armed = False
                 done += 1
+            check(f"raise {done}")
     finally:
         armed = False
         signal.setitimer(signal.ITIMER_REAL, 0)
