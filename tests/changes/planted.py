@@ -168,6 +168,12 @@ FAULTS: tuple[Fault, ...] = (
         "test_turns",
     ),
     Fault(
+        "the last rule of a limit that is there no more may go",
+        "limits.c",
+        (("  unsigned kept = last_rules(&w);\n", "  unsigned kept = 0;\n"),),
+        "test_limits",
+    ),
+    Fault(
         "a taker that gives up does not say how many are held",
         "lease.c",
         (("  *held = 1; /* ours, that is given back;", "  /* ours, that is given back;"),),
