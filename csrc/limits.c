@@ -472,18 +472,6 @@ static COLD unsigned free_slots(const sweep_t *w, uint64_t set, uint64_t version
   return freed;
 }
 
-/* Is there another rule for the states of this one's place? There is room for one rule of each place, the present ones and
- * as many new ones, so a rule that has another can always be found when there is no room. */
-static COLD bool has_another(const limiter_entry_t *e, unsigned slot) {
-  rule_t rule, other;
-  uint64_t owner;
-  if (!read_used(e, slot, &rule, &owner)) return false;
-  for (unsigned i = 0; i < RULES; i++)
-    if (i != slot && read_used(e, i, &other, &owner) && other.place == rule.place) return true;
-  return false;
-}
-static_assert(PLACES + 1 + FSHM_MAX_LIMITS <= RULES, "see has_another()");
-
 /* Free at least one slot. False: others have changed the limits meanwhile, or all rules are in use. */
 static COLD bool sweep(fshm_segment *s, uint32_t index, uint64_t now) {
   limiter_entry_t *e = &s->limiters[index];
@@ -503,13 +491,14 @@ static COLD bool sweep(fshm_segment *s, uint32_t index, uint64_t now) {
   w.now = now ? now : segment_now(s);
   if (!sweep_cells(&w)) return false;
   if (free_slots(&w, next.when, version)) return true;
-  /* Each rule still has keys that have used more than the present one admits: of those whose cells another rule can
-   * take, the one with the fewest goes. */
+  /* Each rule still has keys that have used more than the present one admits: of those that are not the last of their
+   * place, and not present, the one with the fewest goes. Its cells have counted as cells of the place, so that the
+   * place's last rule is kept, and can take them. All that is kept, and a new set, have room: such a rule can be found. */
+  unsigned kept = last_rules(&w);
+  for (uint32_t i = 0; i < SET_COUNT(next.when); i++) kept |= 1U << SET_SLOT(next.when, i);
+  static_assert(PLACES + 2 * FSHM_MAX_LIMITS <= RULES, "the last of each place, two sets");
   for (unsigned slot = 0; slot < RULES; slot++) {
-    bool named = false;
-    for (uint32_t i = 0; i < SET_COUNT(next.when); i++) named |= SET_SLOT(next.when, i) == slot;
-    named |= last_rules(&w) >> slot & 1;
-    if (named || !w.labels[slot] || !has_another(e, slot)) continue;
+    if (kept >> slot & 1 || !w.labels[slot]) continue;
     if (w.victim < 0 || w.labels[slot] < w.labels[w.victim]) w.victim = (int)slot;
   }
   if (w.victim < 0) return false;

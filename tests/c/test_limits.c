@@ -261,6 +261,42 @@ static void test_every_rule_is_in_use(void) {
   fshm_close(s);
 }
 
+/* The same, where one of the rules is the last of a limit that is there no more: it is kept, and what was used of it. */
+static void test_last_rule_of_a_limit_is_kept(void) {
+  fshm_segment *s = fresh_segment(100);
+  const uint64_t hour = UINT64_C(3600000000000), now = hour;
+  fshm_limit limits[2] = {{0, hour, 0, FSHM_WINDOW, 0}, {40, hour / 2, 0, FSHM_WINDOW, 0}};
+  fshm_limiter *l = NULL, *again;
+  char key[4];
+  for (unsigned k = 0; k < RULES; k++) { /* each key has used up what there was */
+    limits[0].n = k == 1 ? 60 : 60 - 2 * k;
+    CHECK_EQ(fshm_limiter_open_at(s, "a", 1, limits, k ? 1 : 2, now, &again), FSHM_OK);
+    if (l) fshm_limiter_close(again);
+    if (!l) l = again;
+    const uint64_t costs[FSHM_MAX_LIMITS] = {60 - 2 * k, 1, 0, 0};
+    fshm_decision d;
+    (void)snprintf(key, sizeof key, "%u", k);
+    fshm_apply(l, FSHM_ACQUIRE, key, strlen(key), costs, 0, now, &d);
+    CHECK_EQ(d.status, FSHM_ALLOWED);
+  }
+  for (unsigned k = 0; k < RULES; k++) CHECK(load_relaxed(&s->limiters[0].owners[k]));
+  limits[0].n = 11;
+  CHECK_EQ(fshm_limiter_open_at(s, "a", 1, limits, 1, now, &again), FSHM_OK);
+  fshm_limiter_close(again);
+  limits[0].n = 100;
+  CHECK_EQ(fshm_limiter_open_at(s, "a", 1, limits, 2, now, &again), FSHM_OK);
+  fshm_limiter_close(again);
+  for (unsigned k = 0; k < RULES; k++) {
+    uint64_t left[FSHM_MAX_LIMITS];
+    (void)snprintf(key, sizeof key, "%u", k);
+    CHECK_EQ(fshm_remaining(l, key, strlen(key), now, left), 2);
+    CHECK_EQ(left[0], 100 - (60 - 2 * k));
+    CHECK_EQ(left[1], k ? 40 : 39);
+  }
+  fshm_limiter_close(l);
+  fshm_close(s);
+}
+
 static void test_resets(void) {
   fshm_segment *s = fresh_segment(100);
   fshm_limit l = {3, 1000000000, 0, FSHM_WINDOW, 0};
@@ -412,6 +448,7 @@ int main(void) {
   test_dead_owners();
   test_sweeps();
   test_every_rule_is_in_use();
+  test_last_rule_of_a_limit_is_kept();
   test_resets();
   test_damaged();
   test_changed_meanwhile();

@@ -120,6 +120,34 @@ static void test_late_refund(void) {
   CHECK_EQ(meter_take(&r, state, 150 * SECOND, 150 * SECOND, 1).used_before, 40);
 }
 
+/* Given back after a change of the pace, in whichever direction: what has drained by then is not given back, as others may
+ * have used it. */
+static void test_refund_at_another_pace(void) {
+  uint64_t drained = 0, faster = 0;
+  for (int i = 0; i < 200000; i++) {
+    fshm_limit a = some_limit(FSHM_BUCKET, 1000), b = some_limit(FSHM_BUCKET, 1000);
+    rule_t old = rule_make(&a), r = rule_make(&b);
+    uint64_t now = 1 + random_below(TIME_MAX / 8), cost = random_scaled(1, a.burst);
+    const uint64_t put = meter_charge(&old, 0, now, cost);
+    const fshm_charged charge = charged_by(&old, put, now);
+    const uint64_t changed = now + random_below(put - now),
+                   state = meter_convert(&r, &old, put, changed);
+    const uint64_t later = changed + random_below(2 * (state - changed)),
+                   others = random_below(1000);
+
+    uint64_t with = meter_charge(&r, state, later, others),
+             without = meter_charge(&r, 0, later, others);
+    if (with == TIME_MAX) continue; /* the end of time: some of it is not counted */
+    const uint64_t after = meter_refund(&r, with, later, cost, &charge);
+    CHECK_OP(after, >=, without);
+    CHECK_OP(after, <=, with);
+    drained += state <= later;
+    faster += bucket_increment(&r, 1) < bucket_increment(&old, 1);
+  }
+  CHECK_OP(drained, >, 10000);
+  CHECK_OP(faster, >, 10000);
+}
+
 /* The same tokens under other limits: never fewer, and at most the rounding more. */
 static void test_conversion(void) {
   for (int i = 0; i < 100000; i++) {
@@ -193,6 +221,7 @@ int main(void) {
   test_debt();
   test_window_debt_is_linear();
   test_late_refund();
+  test_refund_at_another_pace();
   test_conversion();
   test_tokens_survive_a_change();
   test_window_and_any_n();

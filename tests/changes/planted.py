@@ -1,10 +1,10 @@
-"""Faults planted in a copy of csrc/: the stories have to find each of them.
+"""Faults planted in a copy of csrc/: the stories, or another program of tests/c, have to find each.
 
     python tests/changes/planted.py [NAME...]
 
-A fault is replacements of text, each of which occurs once. The program (tests/c/test_stories.c)
-is built with each copy, and tells stories until the first that fails. Before, it tells as many with
-csrc/ as it is, and none may fail: else a fault that is found would say nothing.
+A fault is replacements of text, each of which occurs once. The program is built with each copy;
+test_stories.c tells stories until the first that fails. Before, each program runs with csrc/ as it
+is, and nothing may fail: else a fault that is found would say nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ from dataclasses import dataclass
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STORIES = int(os.environ.get("PLANTED_STORIES", "200000"))  # at most, for each
+STORIES_TOLD = "test_stories"
 DEADLINE = 300.0  # seconds for one; ordinarily one is found in a second
+
+# What says that a fault is found: of another program, and of stories.
+FOUND = (r"/(\w+\.c:\d+: not so: .*)", r"^(story \d+) of seed \d+ failed: ")
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Fault:
     name: str
     file: str
     edits: tuple[tuple[str, str], ...]  # text that occurs once, and what it becomes
+    program: str = STORIES_TOLD  # of tests/c, that has to find it
 
 
 FAULTS: tuple[Fault, ...] = (
@@ -120,6 +125,70 @@ FAULTS: tuple[Fault, ...] = (
             ),
         ),
     ),
+    Fault(
+        "a refund drains at the slower of both rates",
+        "meter.h",
+        (
+            (
+                "      const uint64_t from = faster ? put->at : now, since = minus(now, from);\n",
+                "      const uint64_t from = now + 0 * faster, since = minus(now, from);\n",
+            ),
+        ),
+        "test_meter_change",
+    ),
+    Fault(
+        "an undo brings back a rule that a sweep has freed",
+        "limiter.c",
+        (
+            (
+                "    if (ours && (before.who == l->who || !before.who)) {\n"
+                "      found.who = l->who;\n",
+                "    if (ours) {\n      found.who = before.who ? before.who : l->who;\n",
+            ),
+        ),
+        "test_turns",
+    ),
+    Fault(
+        "a rule is named for an earlier version than it was",
+        "limits.c",
+        (
+            (
+                "    if (owner >= (RULE_USED | version) ||\n",
+                "    if (owner == (RULE_USED | version) ||\n",
+            ),
+        ),
+        "test_turns",
+    ),
+    Fault(
+        "a sweep goes by the time that it began at, and by newer limits",
+        "limits.c",
+        (("      if (!w->fixed)\n", "      if (false)\n"),),
+        "test_turns",
+    ),
+    Fault(
+        "a sweep of the version of who was killed",
+        "limits.c",
+        (
+            (
+                "  uint64_t version = CURRENT_VERSION(CURRENT_VERSION(current) + 1);\n"
+                "  version += !version;\n  uint64_t rest",
+                "  uint64_t version = CURRENT_VERSION(current);\n  uint64_t rest",
+            ),
+        ),
+        "test_turns",
+    ),
+    Fault(
+        "the last rule of a limit that is there no more may go",
+        "limits.c",
+        (("  unsigned kept = last_rules(&w);\n", "  unsigned kept = 0;\n"),),
+        "test_limits",
+    ),
+    Fault(
+        "a taker that gives up does not say how many are held",
+        "lease.c",
+        (("  *held = 1; /* ours, that is given back;", "  /* ours, that is given back;"),),
+        "test_turns",
+    ),
 )
 
 
@@ -136,23 +205,24 @@ def plant(fault: Fault | None, folder: pathlib.Path) -> None:
     path.write_text(text)
 
 
-def caught(fault: Fault | None) -> str:
+def caught(fault: Fault | None, told_by: str) -> str:
     """Empty, or what went wrong. Without a fault, nothing may be caught."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
         plant(fault, folder / "csrc")
-        program = folder / "test_stories"
+        shutil.copytree(ROOT / "tests/c", folder / "tests/c")
+        program = folder / told_by
         compiler = shlex.split(os.environ.get("CC", "cc"))
-        includes = [f"-I{folder / 'csrc'}", f"-I{ROOT / 'tests/c'}"]
+        includes = [f"-I{folder / 'csrc'}", f"-I{folder / 'tests/c'}"]
         flags = ["-std=c11", "-O1", "-D_GNU_SOURCE", "-pthread", "-w", *includes]
-        source = ROOT / "tests/c/test_stories.c"
+        source = folder / f"tests/c/{told_by}.c"
         command = [*compiler, *flags, str(source), "-o", str(program)]
         built = subprocess.run(command, capture_output=True, text=True, check=False)
         if built.returncode:
             return f"does not compile\n{built.stderr}"
         try:
             run = subprocess.run(
-                [program, str(STORIES)],
+                [program, *([str(STORIES)] if told_by == STORIES_TOLD else [])],
                 capture_output=True,
                 text=True,
                 check=False,
@@ -160,22 +230,23 @@ def caught(fault: Fault | None) -> str:
             )
         except subprocess.TimeoutExpired:
             return f"no answer in {DEADLINE} s"
-        found = re.search(r"^story (\d+) of seed \d+ failed: ", run.stderr, re.MULTILINE)
+        found = re.search(FOUND[told_by == STORIES_TOLD], run.stderr, re.MULTILINE)
         if not fault:
             return "" if run.returncode == 0 else f"fails without a fault\n{run.stderr}"
         if run.returncode != 1 or not found:
-            return f"was not found in {STORIES} stories\n{run.stdout}{run.stderr}"
-        print(f"{fault.name}: found in story {found[1]}", flush=True)
+            return f"was not found\n{run.stdout}{run.stderr}"
+        print(f"{fault.name}: found: {found[1]}", flush=True)
         return ""
 
 
 def main() -> int:
-    if sound := caught(None):
-        print(sound, file=sys.stderr)
-        return 1
     wanted = [f for f in FAULTS if f.name in sys.argv[1:] or len(sys.argv) == 1]
+    for program in sorted({f.program for f in wanted}):
+        if sound := caught(None, program):
+            print(sound, file=sys.stderr)
+            return 1
     with ThreadPoolExecutor(2) as pool:
-        answers = list(pool.map(caught, wanted))
+        answers = list(pool.map(lambda fault: caught(fault, fault.program), wanted))
     for fault, answer in zip(wanted, answers, strict=True):
         if answer:
             print(f"{fault.name}: {answer}", file=sys.stderr)

@@ -62,6 +62,8 @@ enum {
   SLOW = 1 << 24, /* S changes to limits that nothing fits */
   HELD_BACK = 1
       << 23, /* the key lives under limits of before, since it has consumed more than the present ones admit */
+  UNUSED_RULE = 1
+      << 26, /* no other key lives under the limits: their rule goes with the next sweep */
   COMES_ROUND_NEXT = 1 << 25, /* the generation of T's process slot comes round with T */
   MOST_BEHIND = 1
       << 21 /* `most` is below what is held, as limits_lower_most() may leave it when the limits

@@ -133,7 +133,7 @@ static void start_changes(void) {
   world.l = named("limits", op->flags & HELD_BACK ? higher : op->limits, op->count);
   if (op->prior) (void)apply_at(world.l, FSHM_ACQUIRE, KEY, op->prior, NOW);
   if (op->flags & HELD_BACK) fshm_limiter_close(named("limits", op->limits, op->count));
-  (void)apply_at(world.l, FSHM_ACQUIRE, keys[1], 1, NOW);
+  if (!(op->flags & UNUSED_RULE)) (void)apply_at(world.l, FSHM_ACQUIRE, keys[1], 1, NOW);
   (void)apply_at(world.others, FSHM_ACQUIRE, "beside", 1, NOW);
 }
 
@@ -199,10 +199,12 @@ static void changes_raced(const outcome_t *mine) {
   (void)mine;
   consumed_t seen = consumed_now();
   bool allowed = told->status == FSHM_ALLOWED, all = true, fits = true;
+  fshm_limit now[FSHM_MAX_LIMITS];
+  uint64_t version;
+  if (fshm_limiter_limits(world.l, now, &version) != (int)op->count) broken("other limits");
   for (uint32_t i = 0; i < op->count; i++) {
     all &= consumed_stopped.of[0][i] != consumed_before.of[0][i];
-    fits &= consumed_stopped.of[0][i] + added + op->cost <=
-            levels_of(world.l, KEY).remaining[i] + seen.of[0][i];
+    fits &= consumed_stopped.of[0][i] + added + op->cost <= now[i].n;
   }
   if (forgotten) fits = true;
   /* By the limits as they were, if it had charged; or, where the key has changed since, as they are. */
@@ -237,6 +239,9 @@ static const holds_t changes = {changes_begin,   changes_end,   changes_contend,
 static fshm_permit raised_permits[RAISED];
 static uint32_t raised_held;
 
+/* As processes that have not looked for permits beyond the limit within this second: they do. */
+static void look_beyond(void) { world.l->beyond = 0; }
+
 static void raise_limit_to(uint32_t most) {
   const fshm_limit raised = {most, 0, 0, FSHM_PERMITS, 0};
   fshm_decision d;
@@ -257,12 +262,16 @@ static void raise_as_before(void) { raise_limit_to((uint32_t)op->limits[0].n); }
 static void lower_take(void) {
   fshm_decision d;
   uint32_t held;
+  look_beyond();
   set_at(op->next, op->next_count);
   raised_held = 0;
   fshm_admit(world.l, KEY, strlen(KEY), NULL, NOW, &raised_permits[0], &d, &held);
   raised_held = d.status == FSHM_ALLOWED;
 }
-static void begin_high(void) { world.l->frontier = (uint32_t)op->limits[0].n - 1; }
+static void begin_high(void) {
+  look_beyond();
+  world.l->frontier = (uint32_t)op->limits[0].n - 1;
+}
 
 static void check_raised(const char *when) {
   fshm_permit permit;

@@ -182,7 +182,9 @@ static void try_operation(const operation_t *o) {
     if (options.at >= 0 && k != (size_t)options.at) continue;
     bool changes = k == path.count || path.point[k]; /* never thinned out: each state is seen */
     if (k % every == 0 || changes || options.at >= 0) stop_and_kill(k);
-    if (op->holds->raced && !op->meddle && k < path.count && path.point[k]) race(k);
+    /* --at: the path may be some instructions longer in another run, that asks the kernel about other processes. */
+    const bool races = k < path.count && (path.point[k] || options.at >= 0);
+    if (op->holds->raced && !op->meddle && races) race(k);
   }
   check_strayed();
 }

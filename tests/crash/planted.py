@@ -388,6 +388,58 @@ FAULTS = [
         "cools down for 0 ns",
     ),
     Fault(
+        "how many may be held is lowered where its number is the same again",
+        "limits.c",
+        (
+            (
+                "    (void)atomic_compare_exchange_strong("
+                "&s->limiters[index].most, &most, lower);\n",
+                "    for (uint64_t now = limits_most(s, index); MOST_OF(now) == MOST_OF(most);)\n"
+                "      if (atomic_compare_exchange_strong("
+                "&s->limiters[index].most, &now, lower))\n"
+                "        break;\n",
+            ),
+        ),
+        "change-permits-as-before",
+        "are in flight, and",
+    ),
+    Fault(
+        "a slot beyond the present limit stands uncounted",
+        "lease.c",
+        (
+            (
+                "    if (unlikely(slot >= plan->permits && !said)) {\n",
+                "    if (unlikely(slot > MAX_PERMITS && !said)) {\n",
+            ),
+        ),
+        "change-permits-beyond",
+        "3 are held, and the last was granted under 2",
+    ),
+    Fault(
+        "the limits are not looked at after the cell",
+        "limiter.c",
+        (
+            (
+                "  return unlikely(entry_current(c->s, c->index) != c->plan.current);\n",
+                "  (void)c;\n  return false;\n",
+            ),
+        ),
+        "change-acquire-many",
+        "T is answered 1, and it does not fit",
+    ),
+    Fault(
+        "a sweep that leaves pending cells",
+        "limits.c",
+        (
+            (
+                "    bool over = IS_PENDING(pair.when) || ",
+                "    if (IS_PENDING(pair.when)) return true;\n    bool over = ",
+            ),
+        ),
+        "change-claim-unused",
+        "after both",
+    ),
+    Fault(
         "a sweep in the same epoch",
         "limits.c",
         (
