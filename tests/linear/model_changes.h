@@ -10,6 +10,7 @@
 #define MODEL_CHANGES_H
 
 enum { EFFECT, OTHERWISE, SEE, BACK, LOAD_LIMITS };
+enum { SEARCHING, TAKEN, GIVEN_BACK }; /* phases of OP_ADMIT */
 #define LOOK 99 /* phase of what charged all that it had to */
 
 static inline bool same_variant(const history_t *h, unsigned a, unsigned b) {
@@ -62,6 +63,12 @@ static inline bool load_limits(const history_t *h, int level, config_t *c, int l
   if (looks && c->phase[lane] && c->plan[lane] != c->changes + 1) {
     c->phase[lane] = 0; /* it looks at all anew */
     unpin(c, lane);
+    return true;
+  }
+  /* Who has taken a permit counts by the limits of then, if they are not those that it has begun with. */
+  if (level && op->kind == OP_ADMIT && c->phase[lane] == TAKEN && c->plan[lane] &&
+      c->plan[lane] != c->changes + 1) {
+    pin(h, c, lane, op);
     return true;
   }
   if (!level || c->plan[lane] || (c->phase[lane] && !forces)) return false;
@@ -194,7 +201,6 @@ static inline unsigned bit_of(unsigned slot) { return 1u << slot; }
  * seen as many held, each at an instant of its own, also such as did not stand. */
 static inline bool admit_changing(const history_t *h, int level, config_t *c, int lane,
                                   const op_t *op, unsigned branch, unsigned view) {
-  enum { SEARCHING, TAKEN, GIVEN_BACK };
   uint8_t *phase = &c->phase[lane], *tally = &c->tally[lane], *seen = &c->seen[lane][0];
   bool denied = !op_open(op) && op->status != FSHM_ALLOWED;
   unsigned standing = (unsigned)__builtin_popcount(c->stands & slots_held(h, c));
