@@ -301,7 +301,6 @@ static void draw_history(const kind_t *k, fshm_limiter *const *limiters, uint64_
   /* Many lanes, or long ones: the search grows with both. */
   uint32_t changes = 0;
   uint32_t most = arena->workers == 4 || k->keys > 2 || k->count > 2 ? 6 : 8;
-  if (k->changes && permits) most = 5;
   for (uint32_t lane = 0; lane < arena->workers; lane++) {
     h->count[lane] = 4 + (uint32_t)random_below(most - 3);
     if (k->sweeps) h->count[lane] = 2 + (uint32_t)random_below(2); /* each row is many steps */
