@@ -16,7 +16,9 @@ typedef struct {
   const char *before; /* what the test draws from, before the processes start; NULL: nothing */
   uint32_t keys, cells;
   bool changes, at_once, real_clock, frozen;
+  bool sweeps; /* changes come in rows, so that each needs a sweep */
   uint64_t lease; /* of a batch, at most */
+  uint64_t step; /* of the clock at each reading, on average; 0 = any */
 } kind_t;
 
 #define BUCKET_OF(n, per, burst) {(n), (per), (burst), FSHM_BUCKET, 0}
@@ -93,10 +95,29 @@ static const kind_t kinds[] = {
      .before = "aac",
      .keys = 6,
      .cells = CELLS_PER_LINE},
+    {.name =
+         "claims", /* a key comes, goes, and loses its cell, while a claimer of the same key stands */
+     .sets = 2,
+     .count = 1,
+     .limits = {{WINDOW_OF(1, 60 * US)}, {BUCKET_OF(1, 60 * US, 1)}},
+     .ops = "a",
+     .keys = 5,
+     .cells = CELLS_PER_LINE,
+     .step = 12 * US},
     /* Limits that change meanwhile: shapes; draw_variants() has the numbers. */
     CHANGES("changes-window", "aaaaaiipcrzmsss", 2, {WINDOW_OF(6, 100 * MS)},
             {WINDOW_OF(2, 170 * MS)}),
     CHANGES("changes-bucket", "aaaaiipwwhhcrzmsss", 1, {BUCKET_OF(6, 42 * MS, 6)}),
+    {.name = "changes-sweeps",
+     .sets = 1,
+     .count = 1,
+     .limits = {{BUCKET_OF(6, 42 * MS, 6)}},
+     .ops = "aaacss",
+     .before = "aac",
+     .keys = 1,
+     .changes = true,
+     .frozen = true,
+     .sweeps = true},
     CHANGES("changes-sliding", "aaaaaiipcrzmsss", 2, {SLIDING_OF(6, 100 * MS)},
             {SLIDING_OF(2, 170 * MS)}),
     CHANGES("changes-settle", "aawwwhhhcrmsss", 1, {WINDOW_OF(6, 100 * MS)}),
@@ -200,6 +221,7 @@ static void draw_op(const kind_t *k, const fshm_limit *limits, op_t *op, const c
   op->who = (uint8_t)random_below(VARIANTS);
   op->times =
       random_below(6) ? 1 : 1 + (uint8_t)random_below(20); /* more than there are slots for rules */
+  if (k->sweeps) op->times = 14 + (uint8_t)random_below(6);
   op->delay = (uint16_t)(random_below(2) ? 0 : random_below(300));
   op->fixed = with_time && takes_time(op->kind) && random_below(2);
   for (uint32_t i = 0; i < LIMITS; i++) {
@@ -266,12 +288,13 @@ static void draw_history(const kind_t *k, fshm_limiter *const *limiters, uint64_
   }
   (void)snprintf(arena->limiter_name, sizeof arena->limiter_name, "limiter-%u", set);
   arena->limiter = limiters[set];
-  arena->workers = k->count == LIMITS ? 3 : 3 + (uint32_t)random_below(2);
+  arena->workers = k->count == LIMITS || k->sweeps ? 3 : 3 + (uint32_t)random_below(2);
   arena->seed = random_u64();
   arena->pause = (uint32_t)random_below(PAUSES);
   arena->one_core = number / 64 % 4 == 3;
   uint64_t interval = k->lease ? k->lease / 16 : limits[0].per_ns / limits[0].n;
   arena->step = k->frozen || !random_below(3) ? 0 : random_scaled(1, interval / 2 + 2);
+  if (k->step) arena->step = k->step / 2 + random_below(k->step);
   bool with_time = !k->real_clock && !k->cells;
   for (uint32_t i = random_below(4); i-- && k->before;)
     draw_op(k, limits, &h->ops[TESTER][h->count[TESTER]++], k->before, false);
@@ -280,6 +303,7 @@ static void draw_history(const kind_t *k, fshm_limiter *const *limiters, uint64_
   uint32_t most = arena->workers == 4 || k->keys > 2 || k->count > 2 ? 6 : 8;
   for (uint32_t lane = 0; lane < arena->workers; lane++) {
     h->count[lane] = 4 + (uint32_t)random_below(most - 3);
+    if (k->sweeps) h->count[lane] = 2 + (uint32_t)random_below(2); /* each row is many steps */
     for (uint32_t i = 0; i < h->count[lane]; i++) {
       op_t *op = &h->ops[lane][i];
       draw_op(k, limits, op, k->ops, with_time);
@@ -291,6 +315,9 @@ static void draw_history(const kind_t *k, fshm_limiter *const *limiters, uint64_
   }
   arena->dies = random_below(12) ? 0 : 1 + (uint32_t)random_below(arena->workers);
   arena->dies_at = 1 + (uint32_t)random_below(60);
+  arena->waits = random_below(2) ? 0 : 1 + (uint32_t)random_below(arena->workers);
+  arena->waits_at = 1 + (uint32_t)random_below(30);
+  arena->waits_for = 2 + random_below(40);
 }
 
 #endif

@@ -113,7 +113,7 @@ FAULTS = (
     ),
     Fault(
         "a first state as of the time before the claim",
-        "keys",
+        "claims",
         "limiter.c",
         "  uint64_t now = fresh_now(c), cost = c->costs[f->i];\n",
         "  uint64_t now = c->now, cost = c->costs[f->i];\n",
@@ -212,19 +212,10 @@ FAULTS = (
     ),
     Fault(
         "a sweep by the limits that it began with",
-        "changes-bucket",
+        "changes-sweeps",
         "limits.c",
         "    if (entry_current(w->s, w->index) != w->plan.current) {\n",
         "    if (false) {\n",
-    ),
-    Fault(
-        "how many may be held is lowered where its number is the same again",
-        "changes-permits",
-        "limits.c",
-        "    (void)atomic_compare_exchange_strong(&s->limiters[index].most, &most, lower);\n",
-        "    for (uint64_t now = limits_most(s, index); MOST_OF(now) == MOST_OF(most);)\n"
-        "      if (atomic_compare_exchange_strong(&s->limiters[index].most, &now, lower))\n"
-        "        break;\n",
     ),
     Fault(
         "a slot beyond the present limit stands uncounted",

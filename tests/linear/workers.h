@@ -26,6 +26,10 @@ typedef struct {
   uint64_t seed;
   uint32_t workers, pause, one_core, stop;
   uint32_t dies, dies_at; /* this lane - 1 kills itself at its hook of that number; 0 = none */
+  uint32_t waits,
+      waits_at; /* this one stops there, until the others have taken so many stamps, or */
+  uint64_t waits_for; /* all have come to their ends */
+  _Atomic uint32_t ended; /* lanes */
   uint64_t death; /* stamp */
   fshm_limiter *limiter; /* at the same address in all: they were forked */
   fshm_limit variants[VARIANTS][FSHM_MAX_LIMITS];
@@ -56,13 +60,24 @@ static uint64_t stamp_now(void) { return atomic_fetch_add(&arena->stamp, 1) + 1;
 
 static void die(void) {
   arena->death = stamp_now();
+  (void)atomic_fetch_add(&arena->ended, 1);
   (void)kill(getpid(), SIGKILL);
   for (;;) (void)pause();
 }
 
+/* As if it were stopped: whatever others do, they do it meanwhile. Nobody waits for it, so they come to their ends. */
+static void wait_for_others(void) {
+  const uint64_t until = atomic_load(&arena->stamp) + arena->waits_for;
+  const uint64_t deadline = kernel_clock() + 100 * UINT64_C(1000000);
+  while (atomic_load(&arena->stamp) < until && atomic_load(&arena->ended) + 1 < arena->workers)
+    if (sched_yield() || kernel_clock() > deadline) break;
+}
+
 static void hook(void) {
   if (!paused_at_hooks) return;
-  if (arena->dies == (uint32_t)my_lane + 1 && ++hooks_seen == arena->dies_at) die();
+  hooks_seen++;
+  if (arena->dies == (uint32_t)my_lane + 1 && hooks_seen == arena->dies_at) die();
+  if (arena->waits == (uint32_t)my_lane + 1 && hooks_seen == arena->waits_at) wait_for_others();
   if (arena->pause == PAUSE_NONE) return;
   uint64_t dice = random_below(64);
   if (dice >= 8) return;
@@ -290,6 +305,7 @@ static void run_lane(int lane) {
     paused_at_hooks = false;
   }
   if (arena->dies == (uint32_t)lane + 1) die(); /* it had fewer hooks than that */
+  (void)atomic_fetch_add(&arena->ended, 1);
   (void)atomic_fetch_add(&arena->lost_swaps, lost_swaps);
 }
 
@@ -409,6 +425,7 @@ static void look_at_the_end(void) {
 static bool run_history(bool stop_one) {
   history_t *h = &arena->history;
   atomic_store(&arena->arrived, 0);
+  atomic_store(&arena->ended, 0);
   for (uint32_t i = 0; i < h->count[TESTER]; i++) run_op(&h->ops[TESTER][i]);
   uint32_t alive = WORKERS - (arena->dies != 0);
   next_round();
