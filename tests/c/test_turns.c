@@ -99,11 +99,11 @@ static unsigned slot_named;
 static int written_by[ROLES];
 static bool of_that_slot(const volatile void *at, bool swap) {
   const limiter_entry_t *e = &s->limiters[0];
-  const bool slot = at == (const volatile void *)&e->owners[slot_named];
+  const bool slot = (uintptr_t)at == (uintptr_t)&e->owners[slot_named];
   if (mine == &roles[0] && slot)
     return true; /* also before it reads which version it is named in */
   if (mine == &roles[1] && of_a_cell(at)) return true; /* while it sweeps, before it frees */
-  return swap && (slot || at == (const volatile void *)&e->current);
+  return swap && (slot || (uintptr_t)at == (uintptr_t)&e->current);
 }
 static void name_again(int i) {
   const fshm_limit old = bucket(100, 3);
@@ -177,7 +177,7 @@ static void test_sweep_by_a_fast_pace(void) {
 /* Writers that are killed between filling slots and the swap that names them leave the slots as of a version that never
  * comes. They do not run out. */
 static bool current_alone(const volatile void *at, bool swap) {
-  return swap && at == (const volatile void *)&s->limiters[0].current;
+  return swap && (uintptr_t)at == (uintptr_t)&s->limiters[0].current;
 }
 static void die_there(const volatile void *at) {
   (void)at;
@@ -209,7 +209,7 @@ static void test_writers_that_are_killed(void) {
 /* A taker whose slot is taken, while the limits change at each of its looks, or are of another kind. */
 static unsigned changes;
 static bool loads_of_most(const volatile void *at, bool swap) {
-  return !swap && at == (const volatile void *)&s->limiters[0].most;
+  return !swap && (uintptr_t)at == (uintptr_t)&s->limiters[0].most;
 }
 static void other_number(const volatile void *at) {
   const fshm_limit next = permits_of(5 + ++changes % 2);
