@@ -119,9 +119,10 @@ typedef struct {
   int64_t reset_after_ns; /* until nothing is consumed any more */
 } fshm_decision;
 
-/* A charge of one limit, for giving it back later: the state that it wrote, its rule's numbers, and when. */
+/* A charge of one limit, for giving it back later: the state that it wrote, its rule's numbers, when, and the version of
+ * the limits (0: not known). */
 typedef struct {
-  uint64_t state, num, den, at;
+  uint64_t state, num, den, at, version;
 } fshm_charged;
 
 typedef struct {

@@ -269,6 +269,9 @@ uint32_t limits_most_permits(uint64_t most, const plan_t *p);
 void limits_lower_most(fshm_segment *s, uint32_t index, const plan_t *p, uint64_t most);
 bool limits_raise_most(fshm_segment *s, uint32_t index, uint32_t slots);
 bool limits_rule(const fshm_segment *s, uint32_t index, unsigned label, rule_t *out);
+/* The fastest pace (bucket_pace()) that a bucket of this place can have drained at since the limits had this version.
+ * UINT64_MAX: none was in force since. */
+uint64_t limits_pace_since(const fshm_segment *s, uint32_t index, unsigned place, uint64_t version);
 
 /* bell.c: wakes one who sleeps for this key (the upper half of its hash), or all who sleep */
 static inline uint32_t bell_of(uint64_t hash) { return (uint32_t)(hash >> 32); }

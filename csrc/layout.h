@@ -168,6 +168,9 @@ typedef struct {
   uint32_t unused;
   _Atomic unsigned char name[104];
   _Atomic uint64_t owners[RULES];
+  /* Of the rules that sweeps have freed: the fastest pace of a bucket (1024ths of a ns for a token; 0 = none), only
+   * lowered; and the version of the last sweep that freed one, only raised. Both before the slot is free (release). */
+  _Atomic uint64_t freed_pace, freed_version;
   _Alignas(LINE) _Atomic uint64_t rules[RULES][RULE_WORDS];
 } limiter_entry_t;
 

@@ -198,12 +198,25 @@ typedef struct {
   verdict_t *verdict;
 } first_t;
 
+/* A charge to limit i, as what can be left of it now. Where the limits have changed since, a bucket may have drained at
+ * a faster pace meanwhile, also if the present limits are those of the charge again. */
+static COLD fshm_charged charge_now(const call_t *c, uint32_t i, const fshm_charged *put,
+                                    uint64_t now) {
+  if (!put->version || put->version == CURRENT_VERSION(c->plan.current)) return *put;
+  return charge_left(put, limits_pace_since(c->s, c->index, c->plan.rules[i].place, put->version),
+                     now);
+}
+
 /* The state after a charge, a block or a refund, whatever it was: by the rule that it lives under. */
 static COLD uint64_t forced(const call_t *c, uint32_t op, uint32_t i, const rule_t *r,
                             uint64_t state, uint64_t now) {
   uint64_t cost = c->costs[i];
   if (op == FSHM_CHARGE) return meter_charge(r, state, now, cost);
-  if (op == FSHM_REFUND) return meter_refund(r, state, now, cost, c->put ? &c->put[i] : NULL);
+  if (op == FSHM_REFUND) {
+    if (!c->put) return meter_refund(r, state, now, cost, NULL);
+    const fshm_charged charge = charge_now(c, i, &c->put[i], now);
+    return meter_refund(r, state, now, cost, &charge);
+  }
   if (r->kind != FSHM_BUCKET || !cost) return state;
   const rule_t capped = rule_capped(r, rule_capacity(&c->plan.rules[i]));
   return bucket_block(&capped, state_for(r, state), plus_time(now, cost));
@@ -370,7 +383,8 @@ static inline HOT int take_one(call_t *c, uint32_t op, look_t *l) {
  * limits may have changed meanwhile: it is the same limit that has the same place. */
 static void undo(call_t *c, uint32_t i, const look_t *l, pair_t before) {
   call_t later = *c;
-  const fshm_charged put_there = charged_by(&c->plan.rules[i], l->verdict.next, c->now);
+  const fshm_charged put_there =
+      charged_by(&c->plan.rules[i], l->verdict.next, c->now, CURRENT_VERSION(c->plan.current));
   look_t found;
   while (again(&later)) {
     if (renewed(&later) != FSHM_OK) return;
@@ -392,7 +406,8 @@ static void undo(call_t *c, uint32_t i, const look_t *l, pair_t before) {
     } else { /* also where it was under an earlier rule: nothing says that this one is kept any more */
       bool alike = m.rule->kind == c->plan.rules[i].kind;
       found.who = m.who;
-      next = meter_refund(m.rule, m.state, later.now, c->costs[i], alike ? &put_there : NULL);
+      const fshm_charged charge = charge_now(&later, k, &put_there, later.now);
+      next = meter_refund(m.rule, m.state, later.now, c->costs[i], alike ? &charge : NULL);
     }
     if (put(&later, k, &found, next, FSHM_ACQUIRE) != CLAIM_LOST) return;
   }
@@ -523,7 +538,8 @@ static inline HOT int apply_begun(call_t *c, uint32_t op, const void *key, uint6
   drop_stale(c, looks);
   if (out) report(c, looks, status == FSHM_ALLOWED, charged, out);
   for (uint32_t i = 0; charges && charged && i < c->plan.count; i++)
-    charges[i] = charged_by(&c->plan.rules[i], looks[i].verdict.next, c->now);
+    charges[i] = charged_by(&c->plan.rules[i], looks[i].verdict.next, c->now,
+                            CURRENT_VERSION(c->plan.current));
   bool counts = likely(op == FSHM_ACQUIRE || op == FSHM_RESERVE);
   if (status == FSHM_DENIED) /* an empty wallet is no denial yet */
     counts = (counts || op == FSHM_PROBE) && c->plan.rules[0].kind != FSHM_WALLET;

@@ -457,6 +457,39 @@ static COLD unsigned last_rules(const sweep_t *w) {
   return slots;
 }
 
+/* A rule is freed that buckets may have drained by: charges of before may be given back later (limits_pace_since). Killed
+ * in between: a pace that is said, of a rule that is still there. */
+static COLD void note_freed(limiter_entry_t *e, unsigned slot, uint64_t version) {
+  rule_t rule;
+  uint64_t owner;
+  if (!read_used(e, slot, &rule, &owner) || rule.kind != FSHM_BUCKET) return;
+  const uint64_t pace = bucket_pace(&rule);
+  uint64_t seen = load_relaxed(&e->freed_pace);
+  while ((!seen || pace < seen) && !atomic_compare_exchange_weak(&e->freed_pace, &seen, pace)) {
+  }
+  seen = load_relaxed(&e->freed_version);
+  while (seen < version && !atomic_compare_exchange_weak(&e->freed_version, &seen, version)) {
+  }
+}
+
+uint64_t limits_pace_since(const fshm_segment *s, uint32_t index, unsigned place,
+                           uint64_t version) {
+  const limiter_entry_t *e = &s->limiters[index];
+  uint64_t fastest = UINT64_MAX, owner;
+  rule_t rule;
+  for (unsigned slot = 0; slot < RULES; slot++) {
+    if (!read_used(e, slot, &rule, &owner) || rule.kind != FSHM_BUCKET || rule.place != place)
+      continue;
+    if ((owner & ~RULE_USED) > version) fastest = min_u64(fastest, bucket_pace(&rule));
+  }
+  /* After the slots: who has found one free, or with another rule, finds what note_freed() said of it. Pairs with the
+   * release of free_slots(), and of fill_slot() by whoever took the slot after that. */
+  atomic_thread_fence(memory_order_acquire);
+  const uint64_t freed = load_relaxed(&e->freed_pace);
+  if (freed && load_relaxed(&e->freed_version) > version) fastest = min_u64(fastest, freed);
+  return fastest;
+}
+
 /* The slots of rules that no state refers to, and that were not named since `version`. How many were freed. */
 static COLD unsigned free_slots(const sweep_t *w, uint64_t set, uint64_t version) {
   limiter_entry_t *e = &w->s->limiters[w->index];
@@ -466,6 +499,7 @@ static COLD unsigned free_slots(const sweep_t *w, uint64_t set, uint64_t version
     uint64_t owner = load_relaxed(&e->owners[slot]);
     if (!(owner & RULE_USED) || (owner & ~RULE_USED) > version) continue;
     if (named >> slot & 1 || w->labels[slot]) continue;
+    note_freed(e, slot, version);
     freed += atomic_compare_exchange_strong_explicit(&e->owners[slot], &owner, 0,
                                                      memory_order_release, memory_order_relaxed);
   }

@@ -210,13 +210,33 @@ static inline uint64_t bucket_increment(const rule_t *r, uint64_t cost) {
 
 /* A charge, for who gives some of it back later: the state that it wrote, and the numbers of the rule that it was
  * charged by (fshm_charged of fast_shm.h). */
-static inline fshm_charged charged_by(const rule_t *r, uint64_t state, uint64_t now) {
+static inline fshm_charged charged_by(const rule_t *r, uint64_t state, uint64_t now,
+                                      uint64_t version) {
   bool bucket = r->kind == FSHM_BUCKET;
-  return (fshm_charged){state, bucket ? r->num : r->per, bucket ? r->den : 1, now};
+  return (fshm_charged){state, bucket ? r->num : r->per, bucket ? r->den : 1, now, version};
 }
 /* Can the charge be found again in states of this rule? Not where the limit is of another kind by now. */
 static inline bool charged_alike(const rule_t *r, const fshm_charged *put) {
   return TAG(put->state) == (r->kind & 3) && put->num && put->den;
+}
+
+/* The pace of a bucket: 1024ths of a nanosecond for a token to drain, rounded down. */
+static inline uint64_t bucket_pace(const rule_t *r) {
+  return max_u64(saturate(((wide_t)r->num << 10) / r->den), 1);
+}
+
+/* A bucket's charge, as what is left of it if it has drained at this pace since then, or at its own if that is faster. */
+static inline fshm_charged charge_left(const fshm_charged *put, uint64_t pace, uint64_t now) {
+  fshm_charged left = *put;
+  if (TAG(put->state) != FSHM_BUCKET || !put->den) return left;
+  const wide_t own = ((wide_t)(put->num & TIME_MAX) << 10) / put->den; /* 67 bits */
+  pace = max_u64(pace, 1);
+  if (pace >= own) return left; /* no faster, to a 1024th of a nanosecond */
+  const uint64_t since = minus(now, put->at) & TIME_MAX;
+  const uint64_t drained = saturate((since * (own + 1) + pace - 1) / pace);
+  left.state = plus_time(now, minus(minus(put->state & TIME_MAX, put->at), drained));
+  left.at = now;
+  return left;
 }
 
 /* How far the arrival time may be ahead for this cost; the cost must be at most burst. */

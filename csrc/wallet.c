@@ -137,7 +137,7 @@ int fshm_spend(fshm_limiter *wallet, fshm_limiter *refused, fshm_limiter *limits
                uint32_t *low) {
   plan_t plan;
   fshm_decision spent;
-  fshm_charged put[FSHM_MAX_LIMITS] = {{0, 0, 0, 0}};
+  fshm_charged put[FSHM_MAX_LIMITS] = {{0, 0, 0, 0, 0}};
   uint64_t hash = fshm_siphash(wallet->key[0], wallet->key[1], key, key_length);
   *low = 0;
   if (out) memset(out, 0, sizeof *out);

@@ -416,6 +416,7 @@ typedef struct {
   real_t low, high; /* of the bucket, tokens used after it */
   uint64_t at;
   fshm_limit label;
+  real_t fastest; /* the shortest interval of any limit that was in force since */
 } charged_t;
 
 /* A settlement of which nothing counts any more may leave the state as it was, under v too. */
@@ -429,9 +430,9 @@ static void add_if_untouched(const state_t *s, const charged_t *of, uint64_t now
   if (!counts) add_state(out, s);
 }
 
-/* of: NULL, or the charge that it is given back from. `slowest`: the longest interval of any limits since. */
+/* of: NULL, or the charge that it is given back from. `quickest`: the shortest interval of any limits of this name. */
 static void refund_states(const states_t *in, const fshm_limit *c, uint64_t cost,
-                          const charged_t *of, real_t slowest, uint64_t now, states_t *out) {
+                          const charged_t *of, real_t quickest, uint64_t now, states_t *out) {
   out->n = 0;
   for (int i = 0; i < in->n; i++) {
     states_t under;
@@ -443,11 +444,10 @@ static void refund_states(const states_t *in, const fshm_limit *c, uint64_t cost
       if (of) add_if_untouched(&in->all[i], of, now, out);
       if (s.kind == FSHM_BUCKET) {
         real_t least = (real_t)cost, most = (real_t)cost;
-        if (of) { /* what has flowed back since cannot be given back */
-          most = smaller_of(most, larger(0, of->high - (real_t)(now - of->at) / slowest));
-          /* at the most by the faster of the rates that it was charged under and is given back under */
-          real_t fast = smaller_of(interval_of(&of->label), interval_of(&s.label));
-          least = smaller_of(least, larger(0, of->low - (real_t)(now - of->at) / fast));
+        if (of) { /* what has flowed back since cannot be given back, nor what may have */
+          real_t since = (real_t)(now - of->at);
+          most = smaller_of(most, larger(0, of->high - since / of->fastest));
+          least = smaller_of(least, larger(0, of->low - (since + 8) / quickest));
         }
         s.low = larger(0, s.low - most - within(&s.label, 4));
         s.high = larger(0, s.high - larger(0, least - within(&s.label, 4)));

@@ -60,7 +60,7 @@ static void any_call(fshm_segment *s) {
   if (!limiter) return;
   for (int i = 0; i < 20; i++) {
     const uint64_t costs[] = {random_below(9), 1, 2, 3};
-    fshm_charged reserved[FSHM_MAX_LIMITS] = {{0, 0, 0, 0}};
+    fshm_charged reserved[FSHM_MAX_LIMITS] = {{0, 0, 0, 0, 0}};
     fshm_decision d = {0};
     fshm_permit permit;
     uint32_t held;
@@ -168,7 +168,7 @@ static void test_states_that_are_written(void) {
     for (int k = 0; k < 12; k++) {
       uint64_t cost = random_scaled(1, i % 2 ? l.n : UINT64_MAX) - random_below(2);
       verdict_t v = meter_take(&r, state, now, now, cost);
-      const fshm_charged charge = charged_by(&r, put, now);
+      const fshm_charged charge = charged_by(&r, put, now, 0);
       if (k % 3 == 0) put = state = v.retry ? state : v.next;
       if (k % 3 == 1) state = meter_charge(&r, state, now, cost);
       if (k % 3 == 2)
@@ -297,7 +297,7 @@ static void test_met(void) {
     if (call == 6) status = fshm_is_allowed(l, "k", 1);
     if (call == 7) status = fshm_limiter_at(s, 1, &info);
     if (call == 8) fshm_admit(l, "k", 1, each, 0, &permit, &d, &held), status = d.status;
-    if (call == 9) status = fshm_cancel(l, "k", 1, each, (fshm_charged[4]){{0, 0, 0, 0}}, 0);
+    if (call == 9) status = fshm_cancel(l, "k", 1, each, (fshm_charged[4]){{0, 0, 0, 0, 0}}, 0);
     if (call == 10) status = fshm_settle(l, "k", 1, each, each, &permit, 0);
     if (call == 11) status = fshm_remaining(l, "k", 1, 0, each);
     if (call == 12) status = fshm_reset_key(l, "k", 1);

@@ -297,6 +297,44 @@ static void test_last_rule_of_a_limit_is_kept(void) {
   fshm_close(s);
 }
 
+/* A charge that is given back under its own limits again, after a faster rule that a sweep has freed since: what may have
+ * drained at that pace does not come back; without such a rule, all of it does. */
+static void test_pace_since(void) {
+  const uint64_t hour = UINT64_C(3600000000000), second = 1000000000;
+  for (unsigned fast = 0; fast < 2; fast++) {
+    fshm_segment *s = fresh_segment(100);
+    const fshm_limit slow = {10, 10 * hour, 10, FSHM_BUCKET, 0};
+    const fshm_limit other = {10, fast ? second : 20 * hour, 10, FSHM_BUCKET, 0};
+    fshm_limiter *l = fresh_limiter(s, "a", &slow, 1), *again;
+    const uint64_t version = CURRENT_VERSION(load_relaxed(&s->limiters[0].current));
+    const uint64_t ten[FSHM_MAX_LIMITS] = {10}, none[FSHM_MAX_LIMITS] = {0};
+    fshm_permit permit;
+    fshm_decision d;
+    uint32_t held;
+    fshm_admit(l, "k", 1, ten, hour, &permit, &d, &held);
+    CHECK_EQ(d.status, FSHM_ALLOWED);
+    CHECK_EQ(permit.put[0].version, version);
+    CHECK_EQ(limits_pace_since(s, 0, 0, version), UINT64_MAX);
+    CHECK_EQ(fshm_limiter_open_at(s, "a", 1, &other, 1, hour, &again), FSHM_OK);
+    fshm_limiter_close(again);
+    CHECK_EQ(limits_pace_since(s, 0, 0, version), (fast ? second / 10 : 2 * hour) << 10);
+    for (unsigned k = 0; k < 3 * RULES; k++) { /* more than there are slots for */
+      const fshm_limit slower = {20 + k, (20 + k) * 3 * hour, 20 + k, FSHM_BUCKET, 0};
+      CHECK_EQ(fshm_limiter_open_at(s, "a", 1, &slower, 1, hour, &again), FSHM_OK);
+      fshm_limiter_close(again);
+    }
+    CHECK_EQ(limits_pace_since(s, 0, 0, version), (fast ? second / 10 : 2 * hour) << 10);
+    CHECK_EQ(fshm_limiter_open_at(s, "a", 1, &slow, 1, hour, &again), FSHM_OK);
+    fshm_limiter_close(again);
+    CHECK_EQ(fshm_settle(l, "k", 1, ten, none, &permit, hour + (fast ? second : 0)), FSHM_ALLOWED);
+    uint64_t left[FSHM_MAX_LIMITS];
+    CHECK_EQ(fshm_remaining(l, "k", 1, hour + (fast ? second : 0), left), 1);
+    CHECK_EQ(left[0], fast ? 0 : 10);
+    fshm_limiter_close(l);
+    fshm_close(s);
+  }
+}
+
 static void test_resets(void) {
   fshm_segment *s = fresh_segment(100);
   fshm_limit l = {3, 1000000000, 0, FSHM_WINDOW, 0};
@@ -449,6 +487,7 @@ int main(void) {
   test_sweeps();
   test_every_rule_is_in_use();
   test_last_rule_of_a_limit_is_kept();
+  test_pace_since();
   test_resets();
   test_damaged();
   test_changed_meanwhile();

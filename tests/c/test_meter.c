@@ -372,8 +372,9 @@ static void test_any_bits(void) {
     uint64_t at = now + random_below(TIME_MAX - now);
     verdict_t v = meter_take(&r, state, now, r.kind == FSHM_BUCKET ? at : now, cost);
     const fshm_charged charge = {random_u64(), random_u64() >> random_below(64),
-                                 random_u64() >> random_below(64), random_u64()};
+                                 random_u64() >> random_below(64), random_u64(), random_u64()};
     sum += v.next ^ v.reset ^ verdict_remaining(&r, v.used_after);
+    sum += charge_left(&charge, random_u64() >> random_below(64), now).state;
     sum += meter_charge(&r, state, now, cost) ^
            meter_refund(&r, state, now, cost, random_below(2) ? &charge : NULL);
     rule_t old = r;

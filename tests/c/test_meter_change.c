@@ -41,7 +41,7 @@ static void test_refund(void) {
     state = meter_charge(&r, 0, now, random_scaled(1, l.n));
     taken = state;
     if (take(&r, &taken, now, cost)) {
-      const fshm_charged put = charged_by(&r, taken, now);
+      const fshm_charged put = charged_by(&r, taken, now, 0);
       CHECK(same_verdict(&r, meter_refund(&r, taken, now, cost, &put), state, now, 1));
     }
     uint64_t all = meter_refund(&r, state, now, UINT64_MAX, NULL);
@@ -95,7 +95,7 @@ static void test_late_refund(void) {
     rule_t r = rule_make(&l);
     uint64_t now = l.per_ns + random_below(TIME_MAX / 8), cost = random_scaled(1, l.n);
     uint64_t put = meter_charge(&r, 0, now, cost), later, after, with, without;
-    const fshm_charged charge = charged_by(&r, put, now);
+    const fshm_charged charge = charged_by(&r, put, now, 0);
     if (l.kind == FSHM_BUCKET) { /* drained in part; others' charge behind it keeps its full time */
       later = now + random_below(2 * bucket_increment(&r, cost));
       without = meter_charge(&r, 0, later, 1);
@@ -115,7 +115,7 @@ static void test_late_refund(void) {
   uint64_t put = meter_charge(&r, 0, 90 * SECOND, 60);
   uint64_t state = meter_charge(&r, put, 150 * SECOND, 40);
   CHECK_EQ(meter_take(&r, state, 150 * SECOND, 150 * SECOND, 1).used_before, 70);
-  const fshm_charged charge = charged_by(&r, put, 90 * SECOND);
+  const fshm_charged charge = charged_by(&r, put, 90 * SECOND, 0);
   state = meter_refund(&r, state, 150 * SECOND, 60, &charge);
   CHECK_EQ(meter_take(&r, state, 150 * SECOND, 150 * SECOND, 1).used_before, 40);
 }
@@ -129,7 +129,7 @@ static void test_refund_at_another_pace(void) {
     rule_t old = rule_make(&a), r = rule_make(&b);
     uint64_t now = 1 + random_below(TIME_MAX / 8), cost = random_scaled(1, a.burst);
     const uint64_t put = meter_charge(&old, 0, now, cost);
-    const fshm_charged charge = charged_by(&old, put, now);
+    const fshm_charged charge = charged_by(&old, put, now, 0);
     const uint64_t changed = now + random_below(put - now),
                    state = meter_convert(&r, &old, put, changed);
     const uint64_t later = changed + random_below(2 * (state - changed)),

@@ -69,7 +69,9 @@ static struct {
 } rule[MOST_RULES];
 static uint32_t rules_n;
 static uint64_t shape; /* differs after a change of which limits there are, or of their kind */
-static real_t slowest; /* the longest interval of any bucket in this story */
+static real_t quickest
+    [2]; /* the shortest interval of any bucket of this name: its own, or that of many stories */
+static bool owned; /* it is its own */
 
 typedef struct {
   char name[32];
@@ -138,7 +140,7 @@ static bool own_name(const story_t *t) {
 
 static uint32_t names_left;
 static void fresh_start(const story_t *t, bool anew) {
-  const bool own = own_name(t);
+  const bool own = owned = own_name(t);
   if (anew || !segment || (own && !names_left)) {
     fshm_geometry g;
     fshm_error e;
@@ -150,6 +152,7 @@ static void fresh_start(const story_t *t, bool anew) {
     }
     limiter = NULL;
     segment = fresh_segment(64);
+    quickest[false] = 1e30L;
     fshm_describe(segment, &g);
     names_left = g.limiters - 6;
   }
@@ -289,9 +292,13 @@ static void change_to(const set_t *to) {
   partners(to);
   if (gave_up) return;
   set = to;
-  for (uint32_t i = 0; i < rates; i++)
-    if (to->limits[i].kind == FSHM_BUCKET)
-      slowest = larger(slowest, slow_interval_of(&to->limits[i]));
+  for (uint32_t i = 0; i < rates; i++) {
+    if (to->limits[i].kind != FSHM_BUCKET) continue;
+    quickest[owned] = smaller_of(quickest[owned], interval_of(&to->limits[i]));
+    for (uint32_t k = 0; k < HANDLES; k++)
+      handles[k].of[i].fastest =
+          smaller_of(handles[k].of[i].fastest, slow_interval_of(&to->limits[i]));
+  }
   for (int k = 0; k < KEYS; k++) {
     may_go_over(&keys[k]);
     if (rates != 1 || to->limits[0].kind != FSHM_BUCKET) keys[k].since_n = 0;
@@ -473,7 +480,8 @@ static void acquire(told_key_t *k, const step_t *s, uint64_t cost, uint64_t wait
     if (next.n) {
       const state_t *one = &next.all[0];
       h->of[i] =
-          (charged_t){one->serial, one->end, one->index, one->low, one->high, now, set->limits[i]};
+          (charged_t){one->serial, one->end, one->index,     one->low,
+                      one->high,   now,      set->limits[i], slow_interval_of(&set->limits[i])};
       for (int j = 1; j < next.n; j++)
         if (next.all[j].kind != FSHM_BUCKET) h->settled = true; /* of which, is not known */
     }
@@ -513,7 +521,8 @@ static void force_op(told_key_t *k, const step_t *s, uint64_t cost) {
     states_t *of = &k->states[place[i]], before;
     copy_states(of, &before);
     if (s->what == CHARGE) charge_states(&before, &set->limits[i], cost, now, of);
-    if (s->what == REFUND) refund_states(&before, &set->limits[i], cost, NULL, slowest, now, of);
+    if (s->what == REFUND)
+      refund_states(&before, &set->limits[i], cost, NULL, quickest[owned], now, of);
     if (s->what == BLOCK && set->limits[i].kind == FSHM_BUCKET)
       block_states(&before, &set->limits[i], cost, now, of);
   }
@@ -559,7 +568,8 @@ static void settle_op(const step_t *s) {
     if (actual > h->cost)
       charge_states(&before, &set->limits[i], actual - h->cost, now, of);
     else
-      refund_states(&before, &set->limits[i], h->cost - actual, &h->of[i], slowest, now, of);
+      refund_states(&before, &set->limits[i], h->cost - actual, &h->of[i], quickest[owned], now,
+                    of);
   }
   if (actual > h->cost)
     add_up(k, actual - h->cost, false);
@@ -704,7 +714,7 @@ static bool story_holds(const story_t *t, bool anew) {
   set = &none;
   rates = rules_n = handles_n = 0;
   shape = 0;
-  slowest = 0;
+  quickest[true] = 1e30L;
   memset(handles, 0, sizeof handles);
   for (int k = 0; k < KEYS; k++) {
     (void)snprintf(keys[k].name, sizeof keys[k].name, "%" PRIu64, key_number++);

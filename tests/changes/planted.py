@@ -137,6 +137,22 @@ FAULTS: tuple[Fault, ...] = (
         "test_meter_change",
     ),
     Fault(
+        "a refund forgets that a faster rule was in force between",
+        "limits.c",
+        (
+            (
+                "fastest = min_u64(fastest, bucket_pace(&rule));\n",
+                "continue;\n",
+            ),
+        ),
+    ),
+    Fault(
+        "a sweep frees a fast rule and does not say so",
+        "limits.c",
+        (("    note_freed(e, slot, version);\n", ""),),
+        "test_limits",
+    ),
+    Fault(
         "an undo brings back a rule that a sweep has freed",
         "limiter.c",
         (

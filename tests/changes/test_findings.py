@@ -232,3 +232,45 @@ def test_a_limit_that_comes_back_in_place_of_another_takes_over_its_use(segment:
     assert limiter.acquire("k", NOW, 9)
     limiter.change(window(100, HOUR))
     assert limiter.remaining("k", NOW) == [90]
+
+
+def test_what_drained_at_a_fast_pace_in_between_does_not_come_back(segment: Segment) -> None:
+    """Slow, fast, slow again. Once 20 were admitted within a second where at most 11 may."""
+    slow, fast = bucket(10, 10 * HOUR), bucket(10, SECOND)
+    limiter = Limiter(segment, slow)
+    permit, d = limiter.admit("k", NOW, 10)
+    assert d.status
+    limiter.change(fast)
+    assert not limiter.acquire("k", NOW + SECOND)  # from now on it drains fast
+    limiter.change(slow)
+    assert limiter.drain("k", NOW + 3 * SECOND, 100) == 10
+    limiter.settle("k", NOW + 3 * SECOND, 10, 0, permit)
+    assert limiter.drain("k", NOW + 3 * SECOND, 100) == 0
+
+
+def test_the_same_where_the_fast_rule_was_swept_away(segment: Segment) -> None:
+    slow = bucket(10, 10 * HOUR)
+    limiter = Limiter(segment, slow)
+    permit, _ = limiter.admit("k", NOW, 10)
+    limiter.change(bucket(10, SECOND), now=NOW)
+    assert not limiter.acquire("k", NOW + SECOND)
+    at = NOW + 3 * SECOND
+    for n in range(20, 60):  # more rules than there are slots for
+        limiter.change(bucket(n, n * HOUR), now=at)
+    limiter.change(slow, now=at)
+    assert limiter.drain("k", at, 100) == 10
+    limiter.settle("k", at, 10, 0, permit)
+    assert limiter.drain("k", at, 100) == 0
+
+
+def test_what_has_not_drained_comes_back_though_limits_changed_and_came_back(
+    segment: Segment,
+) -> None:
+    slow = bucket(10, 10 * HOUR)
+    limiter = Limiter(segment, slow)
+    permit, _ = limiter.admit("k", NOW, 10)
+    for n in range(20, 60):
+        limiter.change(bucket(n, n * HOUR), now=NOW)
+    limiter.change(slow, now=NOW)
+    limiter.settle("k", NOW, 10, 0, permit)
+    assert limiter.drain("k", NOW, 100) == 10

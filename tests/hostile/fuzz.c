@@ -29,7 +29,8 @@ static_assert(offsetof(header_t, capacity) == 8 * 3 && offsetof(header_t, names_
                   offsetof(header_t, names_head) - offsetof(header_t, ticket) == 8 * 8 &&
                   offsetof(limiter_entry_t, current) == 8 * 2 &&
                   offsetof(limiter_entry_t, name_length) == 8 * 4 &&
-                  offsetof(limiter_entry_t, owners) == 8 * 18,
+                  offsetof(limiter_entry_t, owners) == 8 * 18 &&
+                  offsetof(limiter_entry_t, freed_pace) == 8 * 34,
               "seeds.py knows these words by number");
 
 #include "calls.h"

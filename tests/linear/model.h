@@ -194,7 +194,7 @@ static inline bool undo_limit(const history_t *h, config_t *c, int lane, const o
                               uint32_t limit, unsigned view) {
   const rule_t *r = &h->rules[0][limit];
   uint64_t *cell = &c->state[op->key * h->limits + limit], put = c->put[lane][limit];
-  const fshm_charged charged = charged_by(r, put, 0);
+  const fshm_charged charged = charged_by(r, put, 0, 0);
   uint64_t now = op->read[view ? view - 1 : 0];
   if (view && *cell == put) return false; /* the same as view 0 */
   *cell = *cell == put ? c->before[lane][limit]
@@ -313,7 +313,7 @@ static inline bool cancel(const history_t *h, config_t *c, int lane, const op_t 
   if (!look_at(h, c, op, 0, view, &v)) return false;
   bool given_back = !view && v.state == op->put;
   if (!op_open(op) && op->status != given_back) return false;
-  const fshm_charged charged = charged_by(v.rule, op->put, v.now);
+  const fshm_charged charged = charged_by(v.rule, op->put, v.now, 0);
   if (given_back) *v.cell = meter_refund(v.rule, v.state, v.now, op->cost[0], &charged);
   return finish(c, lane);
 }

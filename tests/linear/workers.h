@@ -134,7 +134,7 @@ static void apply_op(op_t *op, const char *key, uint64_t now) {
                                  [OP_REFUND] = FSHM_REFUND};
   fshm_limiter *l = arena->limiter;
   uint64_t costs[FSHM_MAX_LIMITS] = {op->cost[0], op->cost[1], op->cost[2], 0};
-  fshm_charged put[FSHM_MAX_LIMITS] = {{0, 0, 0, 0}};
+  fshm_charged put[FSHM_MAX_LIMITS] = {{0, 0, 0, 0, 0}};
   fshm_decision d;
   if (op->kind == OP_RESERVE)
     fshm_reserve(l, key, strlen(key), costs, op->max_wait, now, &d, put);
