@@ -24,7 +24,7 @@ __attribute__((constructor)) static void detect(void) {
 }
 #endif
 
-uint64_t fshm_now(fshm_segment *s) { return segment_now(s); }
+UNGUARDED uint64_t fshm_now(fshm_segment *s) { return segment_now(s); }
 
 /* A lock among the threads of this process. It holds its holder's token: a thread that stayed in the
  * parent at a fork cannot keep it from the child. No hot call takes one. */
