@@ -51,7 +51,11 @@ ffibuilder.set_source(
     '#include "unity.c"\n#include "py_module.c"\n',
     include_dirs=["csrc"],
     # Relative: setuptools wants it so, and runs in the folder of setup.py.
-    depends=["csrc/cflags", "csrc/hardening", *sorted(f"csrc/{path.name}" for path in CSRC.glob("*.[ch]"))],
+    depends=[
+        "csrc/cflags",
+        "csrc/hardening",
+        *sorted(f"csrc/{path.name}" for path in CSRC.glob("*.[ch]")),
+    ],
     # The other one keeps cffi from defining the first itself.
     define_macros=[
         ("_CFFI_NO_LIMITED_API", None) if FREE_THREADED else ("Py_LIMITED_API", "0x030A0000")

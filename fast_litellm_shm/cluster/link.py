@@ -117,7 +117,7 @@ class Link:
             if not _is_outage(error):
                 raise
             self._lost(error, time.monotonic_ns() - began)
-            raise AwayError(self.away) from error
+            raise AwayError(self.away) from self.cluster.scrubbed_cause(error)
         self._record(requests, answers, began)
         return answers
 
@@ -166,7 +166,7 @@ class Link:
             if not _is_outage(error):
                 raise
             self._lost(error, time.monotonic_ns() - began)
-            raise AwayError(self.away) from error
+            raise AwayError(self.away) from self.cluster.scrubbed_cause(error)
 
     # outages
 
@@ -178,7 +178,8 @@ class Link:
     def _lost(self, error: Exception, took: int) -> None:
         """took: ns until it was noticed."""
         with self._lock:
-            first, self.away = self.away is None, f"{type(error).__name__}: {error}"
+            first = self.away is None
+            self.away = self.cluster.scrubbed(f"{type(error).__name__}: {error}")
             self._answers_since = 0.0
             if first:
                 self._since = time.monotonic()
@@ -201,7 +202,8 @@ class Link:
         _log.warning(
             "%s refuses what limits over many hosts need (%s); they go by on_outage=%r until its "
             "user is granted it: ACL SETUSER %s %s",
-            self.cluster.shown, error, self.cluster.on_outage, self.cluster.user,
+            self.cluster.shown, self.cluster.scrubbed(str(error)), self.cluster.on_outage,
+            self.cluster.user,
             self.cluster.rights,
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What is shipped is built so that a fault in it is harder to use: read from the files themselves."""
+"""What is shipped is built so that a fault in it is harder to use: the files themselves say."""
 
 from __future__ import annotations
 
