@@ -121,6 +121,16 @@ class Cluster:
         granted = " ".join(f"+{each}" for each in commands.split())
         return f"~{self.prefix}:* &{self.prefix}:* {granted}"
 
+    def keys_of(self, limiter: str, key: str | bytes) -> tuple[str, str]:
+        """What the server calls a key of a limiter: as a rate, and as permits."""
+        from fast_litellm_shm.cluster import names
+        from fast_litellm_shm.handle import key_bytes
+
+        name, raw = limiter.encode("utf-8", "surrogatepass"), key_bytes(key)
+        both = (names.state_key(self.prefix, kind, name, raw) for kind in names.KINDS)
+        rate, permits = (each.decode("utf-8", "backslashreplace") for each in both)
+        return rate, permits
+
     @property
     def of_nodes(self) -> bool:
         """A Redis Cluster: each key is kept by one of several nodes."""
