@@ -205,22 +205,25 @@ class Agent:
     def _give_back(self, data: bytes) -> None:
         try:
             kind, limiter, raw, *rest = _unpack(data)
-            share, need = map(_whole, rest[:2]) if kind == b"p" else (0, 0)
-            hosts = rest[2:] if kind == b"p" else rest
+            permits = {b"m": False, b"M": False, b"p": True, b"P": True}[kind]
+            share, need = map(_whole, rest[:2]) if permits else (0, 0)
+            hosts = rest[2:] if permits else rest
             sealed = dict(zip(hosts[::2], hosts[1::2], strict=True))
         except (IndexError, KeyError, ValueError):
             self.link.heard_junk()
             return
         if self.link.host in sealed and self.link.seal is not None:
-            raw = self.link.seal.unseal(sealed[self.link.host]) or b""
-        if not raw:
+            name = self.link.seal.unseal(sealed[self.link.host])
+        else:
+            name = None if kind.isupper() else raw  # as whoever asks calls it
+        if name is None:
             return  # others are meant
-        if kind == b"p":  # of permits.lua
+        if permits:
             leases = self._leases_of(limiter)
             if leases is not None:
-                leases.recalled(raw, share, need)
-        elif kind == b"m":
-            self._spare(limiter, raw)
+                leases.recalled(name, share, need)
+        else:
+            self._spare(limiter, name)
 
     def _spare(self, limiter: bytes, raw: bytes) -> None:
         wallet = self._wallet_of(limiter)

@@ -210,26 +210,44 @@ end
 
 -- the state -----------------------------------------------------------------------------------------
 
-local amount, instant, positive = between(0, BIG), between(-BIG, BIG), between(1, BIG)
-local is_kind, is_count, is_bucket = between(0, 2), between(0, USED), array(5, positive)
-local is_window = array(2, positive)
-local is_limit = record(
-  {k = is_kind, r = array(5, positive), a = amount, w = instant, c = is_count, p = is_count, s = instant},
-  {o = between(1, PLACES), f = is_kind, q = positive, g = amount, h = amount}
-)
-local function is_labelled(m)
-  if not is_limit(m) then return false end
-  local r = m.r
-  if m.k ~= 0 then return (m.k == 1 or m.k == 2) and #r == 2 and r[1] <= USED end
-  return #r == 5 and r[5] <= 67108864 and r[3] * (r[4] / r[5] + 1) <= 4503599627370496
+local function are_within(x, low)
+  for j, v in pairs(x) do
+    if not within(j, 1, 2 * PLACES) or not within(v, low, BIG) then return false end
+  end
+  return true
 end
-local by_place = between(1, 2 * PLACES)
-local is_host = record({t = instant, g = instant, b = amount}, {
-  r = instant, o = positive, p = map(by_place, between(-BIG - 1, BIG)), i = map(by_place, between(1e-9, BIG)), k = is_text,
-})
-local state = state_at(KEYS[1], record(
-  {t = amount, l = array(PLACES + 4, is_labelled), h = map(is_text, is_host)}, {x = positive}
-))
+local function is_host(h)
+  return h.t >= -BIG and h.t <= BIG and h.g >= -BIG and h.g <= BIG and h.b >= 0 and h.b <= BIG
+         and (not h.r or within(h.r, -BIG, BIG)) and (not h.p or are_within(h.p, -BIG - 1))
+         and (not h.i or are_within(h.i, 1e-9)) and (not h.k or type(h.k) == 'string')
+end
+local function is_limit(m)
+  local r = m.r
+  for j = 1, #r do
+    if not within(r[j], 1, BIG) then return false end
+  end
+  if m.k == 0 then
+    if #r ~= 5 or r[5] > 67108864 or r[3] * (r[4] / r[5] + 1) > 4503599627370496 then return false end
+  elseif #r ~= 2 or r[1] > USED or m.k ~= 1 and m.k ~= 2 then
+    return false
+  end
+  return within(m.a, 0, BIG) and within(m.w, -BIG, BIG) and within(m.c, 0, USED) and within(m.p, 0, USED)
+         and within(m.s, -BIG, BIG) and (not m.o or within(m.o, 1, PLACES)) and (not m.f or within(m.f, 0, 2))
+         and (not m.q or within(m.q, 1, BIG)) and within(m.g or 0, 0, BIG) and within(m.h or 0, 0, BIG)
+end
+local state = state_at(KEYS[1], function(found)
+  if not within(found.t, 0, BIG) or #found.l > PLACES + 4 then return false end
+  local limits = 0
+  for _ in pairs(found.l) do limits = limits + 1 end
+  if limits ~= #found.l then return false end
+  for _, m in ipairs(found.l) do
+    if not is_limit(m) then return false end
+  end
+  for id, h in pairs(found.h) do
+    if type(id) ~= 'string' or not is_host(h) then return false end
+  end
+  return true
+end)
 local junk = state == false
 if not state then state = {t = now, l = {}, h = {}} end
 if junk then
@@ -425,7 +443,8 @@ end
 -- Ask the others to give back what they hold, and tell for how long it pays to ask again soon.
 local function recall()
   local hope, ask = false, false
-  local told = {'m', limiter, sealed and '' or name} -- and each host that seals names, with its own for the key
+  local told = {sealed and 'M' or 'm', limiter, sealed and '' or name}
+  -- and each host that seals names, with its own for the key
   for id, h in pairs(state.h) do
     if id ~= host and h.o then
       if not h.r or now - h.r > REPEAT then

@@ -31,9 +31,16 @@ local told, want = tonumber(ARGV[9]), tonumber(ARGV[10])
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 
-local amount, instant = between(0, BIG), between(-BIG, BIG)
-local is_host = record({a = amount, t = instant, w = amount, s = amount, e = amount, l = amount}, {k = is_text})
-local state = state_at(KEYS[1], record({t = amount, r = instant, h = map(is_text, is_host)}, {q = instant}))
+local state = state_at(KEYS[1], function(found)
+  for id, h in pairs(found.h) do
+    if type(id) ~= 'string' or not within(h.t, -BIG, BIG) or not within(h.a, 0, BIG) or not within(h.w, 0, BIG)
+       or not within(h.s, 0, BIG) or not within(h.e, 0, BIG) or not within(h.l, 0, BIG)
+       or h.k and type(h.k) ~= 'string' then
+      return false
+    end
+  end
+  return within(found.t, 0, BIG) and within(found.r, -BIG, BIG) and within(found.q or 0, -BIG, BIG)
+end)
 local junk = state == false
 if not state then state = {t = now, r = 0, h = {}, q = junk and now + TTL or nil} end
 local back = max(0, state.t - now)
@@ -110,7 +117,8 @@ if want > 0 then
       -- Fewer than hosts: nobody may keep taking back the one that it releases.
       local fair = n < hosts and 0 or share
       local need = max(want, min(floor(me.a / 2), share - me.a)) -- so that it has its share in few rounds
-      local message = {'p', limiter, sealed and '' or name, string.format('%.0f', fair), string.format('%.0f', need)}
+      local message = {sealed and 'P' or 'p', limiter, sealed and '' or name}
+      message[4], message[5] = string.format('%.0f', fair), string.format('%.0f', need)
       for _, each in ipairs(named) do message[#message + 1] = each end
       redis.call('PUBLISH', channel, cmsgpack.pack(message))
     end

@@ -1,53 +1,16 @@
 -- values.lua - stands before meter.lua and permits.lua: what a key's value must be like. Whoever has the password can
--- write anything there. It is looked at before it is used, so that no value makes a script fail, or loop: a host that
--- gets an error takes the whole server for away.
+-- write anything there. It is looked at before it is used, so that no value makes a script fail: a host that gets an
+-- error takes the whole server for away.
 
 local BIG = 9007199254740991 -- 2^53 - 1
 local LARGEST = 4194304 -- bytes of a value: some thousands of hosts
 
--- NaN is between nothing.
-local function between(low, high)
-  return function(x) return type(x) == 'number' and x >= low and x <= high end
-end
-local function is_text(x) return type(x) == 'string' end
+-- Is a number in this range? NaN is in none. Raises an error for what is no number, which state_at() catches.
+local function within(x, low, high) return x >= low and x <= high end
 
--- An array without holes of so many.
-local function array(most, is)
-  return function(x)
-    if type(x) ~= 'table' or #x > most then return false end
-    local found = 0
-    for _, v in pairs(x) do
-      found = found + 1
-      if found > #x or not is(v) then return false end
-    end
-    return true
-  end
-end
-local function map(is_key, is)
-  return function(x)
-    if type(x) ~= 'table' then return false end
-    for k, v in pairs(x) do
-      if not is_key(k) or not is(v) then return false end
-    end
-    return true
-  end
-end
--- A table with all fields of `needed`, and of others only those of `more`.
-local function record(needed, more)
-  return function(x)
-    if type(x) ~= 'table' then return false end
-    for name, is in pairs(needed) do
-      if not is(x[name]) then return false end
-    end
-    for name, v in pairs(x) do
-      if not needed[name] and not (more[name] and more[name](v)) then return false end
-    end
-    return true
-  end
-end
-
--- The state at a key; nil: there is none; false: what stands there is none.
-local function state_at(key, is)
+-- The state at a key; nil: there is none; false: what stands there is none. is_state: of what is unpacked; it may
+-- raise, and need not look at fields that nobody uses (another release's, say).
+local function state_at(key, is_state)
   local packed = redis.pcall('GET', key)
   if not packed then return nil end
   if type(packed) == 'table' then
@@ -56,6 +19,8 @@ local function state_at(key, is)
   end
   if #packed > LARGEST then return false end
   local could, state, more = pcall(cmsgpack.unpack, packed)
-  return could and more == nil and is(state) and state or false
+  if not could or more ~= nil or type(state) ~= 'table' then return false end
+  local looked, is = pcall(is_state, state)
+  return looked and is and state or false
 end
 

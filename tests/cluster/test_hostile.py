@@ -79,13 +79,13 @@ WRONG = [
     STATE | {"t": -1}, STATE | {"t": NAN}, STATE | {"t": "1"}, STATE | {"t": 1e300},
     STATE | {"l": 5}, STATE | {"l": {"x": WINDOW}}, STATE | {"l": [5]},
     STATE | {"l": [WINDOW] * 40},
-    STATE | {"h": 5}, STATE | {"h": {"x": 5}}, STATE | {"h": [HOST]}, STATE | {"more": 1},
+    STATE | {"h": 5}, STATE | {"h": {"x": 5}}, STATE | {"h": [HOST]},
     *(STATE | {"l": [WINDOW | {name: value}]} for name, value in (
         ("k", 3), ("k", None), ("r", None), ("r", [100]), ("r", [0, 1]), ("r", [100, 0]),
         ("r", [NAN, 1]),
         ("r", [100, 1, 1, 1, 1, 1]), ("c", -1), ("c", INF), ("c", "5"), ("c", None), ("p", -5),
         ("w", NAN),
-        ("w", INF), ("a", -1), ("s", "x"), ("o", []), ("f", 7), ("q", -1), ("g", "1"), ("y", 1),
+        ("w", INF), ("a", -1), ("s", "x"), ("o", []), ("f", 7), ("q", -1), ("g", "1"),
     )),
     *(STATE | {"l": [BUCKET | {"r": numbers}]} for numbers in (
         [100, 1, 100, 1e-300, 2**53], [100, 1, 100, 0, 1], [100, 1, 100, 1, 0], [100, 1, 0, 1, 1],
@@ -95,7 +95,7 @@ WRONG = [
     *(STATE | {"h": {"x": HOST | {name: value}}} for name, value in (
         ("t", None), ("t", "x"), ("g", NAN), ("b", -1), ("b", INF), ("r", "x"), ("p", 5),
         ("p", {"x": 1}),
-        ("p", ["x"]), ("i", [0]), ("i", [-1]), ("i", [NAN]), ("k", 5), ("y", 1),
+        ("p", ["x"]), ("i", [0]), ("i", [-1]), ("i", [NAN]), ("k", 5),
     )),
 ]  # fmt: skip
 

@@ -138,10 +138,37 @@ def test_no_name_stands_there(
             stored = [(name, client.dump(name)) for name in client.scan_iter()]
             slow = client.slowlog_get(1000)
         wait_until("all of it was heard", lambda: len(said) > 10)
-    assert len(stored) >= 3
+    assert len(stored) >= 2
     assert "s3cr3t" not in repr(stored) + repr(said) + repr(slow)
     assert two._wallet is not None and two._wallet.reset_all() == 1
     assert one.acquire(key) and two.acquire(key)
+
+
+@pytest.mark.parametrize("kept", ["plain", "off"])
+def test_an_empty_key_is_given_back_too(
+    server: servers.Server, request: pytest.FixtureRequest, kept: str
+) -> None:
+    named = [unique_name("empty") for _ in range(2)]
+    for each in named:
+        request.addfinalizer(partial(remove, each))
+    one, two = (
+        RateLimiter(
+            Window(1000, HOUR),
+            name="api",
+            segment=Segment(each, capacity=1000, names=kept),
+            cluster=Cluster(server.url, on_outage="deny", timeout=servers.SLOWEST),
+        )
+        for each in named
+    )
+    assert sum(map(one.is_allowed, [b""] * 300)) == 300
+    rest = 0
+
+    def all_is_used() -> bool:
+        nonlocal rest
+        rest += two.is_allowed(b"")
+        return rest == 700
+
+    wait_until("the other gets all the rest", all_is_used, every=0.0001)
 
 
 def test_hosts_that_keep_names_and_hosts_that_do_not_count_together(
