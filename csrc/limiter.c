@@ -552,7 +552,8 @@ static inline HOT int apply(fshm_limiter *l, const uint64_t *hash, uint32_t op, 
 }
 
 UNGUARDED void fshm_apply(fshm_limiter *l, uint32_t op, const void *key, uint64_t key_length,
-                const uint64_t *costs, uint64_t max_wait, uint64_t now, fshm_decision *out) {
+                          const uint64_t *costs, uint64_t max_wait, uint64_t now,
+                          fshm_decision *out) {
   int status = apply(l, NULL, op, key, key_length, costs, max_wait, now, out, NULL);
   out->status = status;
 }
@@ -564,16 +565,16 @@ uint64_t limiter_fetch(const fshm_limiter *l, const void *key, uint64_t length) 
   cells_fetch_ledger(l->segment, hash);
   return hash;
 }
-UNGUARDED void limiter_acquire_fetched(fshm_limiter *l, uint64_t hash, const void *key, uint64_t length,
-                             const uint64_t *costs, fshm_decision *out) {
+UNGUARDED void limiter_acquire_fetched(fshm_limiter *l, uint64_t hash, const void *key,
+                                       uint64_t length, const uint64_t *costs, fshm_decision *out) {
   out->status = apply(l, &hash, FSHM_ACQUIRE, key, length, costs, 0, 0, out, NULL);
 }
 
 /* For fshm_admit(), which has loaded the limits (at least one) and hashed the key: it asks twice, and a call
  * may go by the limits that it found when it began. */
-UNGUARDED int limiter_take(fshm_limiter *l, const plan_t *plan, uint64_t hash, uint32_t op, const void *key,
-                 uint64_t key_length, const uint64_t *costs, uint64_t now, fshm_decision *out,
-                 fshm_charged *charges) {
+UNGUARDED int limiter_take(fshm_limiter *l, const plan_t *plan, uint64_t hash, uint32_t op,
+                           const void *key, uint64_t key_length, const uint64_t *costs,
+                           uint64_t now, fshm_decision *out, fshm_charged *charges) {
   call_t c;
   memcpy(&c.plan, plan, offsetof(plan_t, rules) + plan->count * sizeof *plan->rules);
   begin_hashed(&c, l, hash, now);

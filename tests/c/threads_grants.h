@@ -114,7 +114,8 @@ static void lead(fshm_segment *s) {
   fshm_keyed_hash(s, "a name", 6, once);
   fshm_keyed_hash(s, "a name", 6, again);
   fshm_keyed_hash(s, "b name", 6, another);
-  CHECK(once[0] == again[0] && once[1] == again[1] && once[0] != another[0] && once[1] != another[1]);
+  CHECK(once[0] == again[0] && once[1] == again[1] && once[0] != another[0] &&
+        once[1] != another[1]);
 }
 
 #endif
