@@ -45,7 +45,8 @@ if type(added) == 'table' then -- a value of another type, which no host of ours
   redis.call('ZADD', KEYS[1], now, ARGV[1])
 end
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - {_HOST_FORGOTTEN_US})
-redis.call('ZREMRANGEBYSCORE', KEYS[1], '(' .. now, '+inf') -- the clock went back, or it is junk
+-- the clock went back, or it is junk; (in '..' a number is cut to 14 digits)
+redis.call('ZREMRANGEBYSCORE', KEYS[1], string.format('(%.0f', now), '+inf')
 redis.call('PEXPIRE', KEYS[1], {_HOST_FORGOTTEN_US // 1000})
 return redis.call('ZCARD', KEYS[1])
 """
