@@ -12,8 +12,11 @@ QEMU       ?= qemu-aarch64
 # PYTEST_ARGS: more for every run of the tests, as .ci/run has.
 PYTEST      = $(VENV)/bin/python -m pytest -q $(PYTEST_ARGS)
 PIP         = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
-C_SOURCES   = $(wildcard csrc/*.[ch]) csrc/cflags
+C_SOURCES   = $(wildcard csrc/*.[ch]) csrc/cflags csrc/hardening
 C_WARNINGS  = -Wall -Wextra
+# What is shipped: csrc/hardening, and what only some compilers and linkers take (csrc/build.py has the same).
+TAKEN_BY_CC = $(shell for f in $(1); do $(CC) $$f -Werror -shared -fPIC -x c /dev/null -o /dev/null 2>/dev/null && echo $$f; done)
+HARDENED    = @csrc/hardening $(call TAKEN_BY_CC,-fcf-protection=return -Wl$(comma)-z$(comma)relro$(comma)-z$(comma)now$(comma)-z$(comma)noexecstack)
 C_TESTS     = $(patsubst tests/c/%.c,%,$(wildcard tests/c/*.c))
 C_FORMATTED = $(wildcard csrc/*.[ch] $(patsubst %,tests/%/*.[ch],c c/faults crash hostile linear peers) bench/*.c examples/*.c)
 # Of each: all of csrc, and what is beside it.
@@ -127,7 +130,7 @@ instructions: $(BUILD)/hot ## do the hot paths take more instructions than they 
 # hot: the paths that are counted; run alone, it times them. line: what a cache line costs that two cores write.
 $(BUILD)/hot $(BUILD)/line: $(BUILD)/%: bench/%.c tests/c/check.h $(C_SOURCES)
 	@mkdir -p $(@D)
-	$(CC) @csrc/cflags $(C_WARNINGS) $(CFLAGS) -Icsrc $< -o $@ -pthread $(LDFLAGS)
+	$(CC) @csrc/cflags $(HARDENED) $(C_WARNINGS) $(CFLAGS) -Icsrc $< -o $@ -pthread $(LDFLAGS)
 
 scaling: $(BUILD)/line $(VENV)-bench/.peers ## simulate one hot key on 2 to 128 cores; the tables and the plot of docs/scaling.md
 	$(VENV)-bench/bin/python -m bench.scaling $<
@@ -176,7 +179,7 @@ $(VENV)-bench/.peers: $(VENV)-bench/.made $(C_SOURCES) csrc/build.py setup.py py
 
 $(BUILD)/libfast_shm.so: $(C_SOURCES)
 	@mkdir -p $(@D)
-	$(CC) @csrc/cflags $(C_WARNINGS) -fPIC -shared -Icsrc -include csrc/exports.h csrc/unity.c -o $@ -pthread $(LDFLAGS)
+	$(CC) @csrc/cflags $(HARDENED) $(C_WARNINGS) -fPIC -shared -Icsrc -include csrc/exports.h csrc/unity.c -o $@ -pthread $(LDFLAGS)
 
 .PRECIOUS: $(BUILD)/c/% $(BUILD)/aarch64/% # make would take them for intermediate, and delete them
 

@@ -34,7 +34,7 @@ static const char key[] = "user-1234567890"; /* 15 bytes */
 
 static void use(uint64_t value) { store_relaxed(&sink, value); }
 
-static void floor_(uint64_t i) {
+static UNGUARDED void floor_(uint64_t i) {
   uint64_t now = segment_now(s);
   pair_t seen = pair_load(swapped), next = {now, i};
   use(pair_cas(swapped, &seen, next));
@@ -57,11 +57,11 @@ static void acquire(fshm_limiter *l) {
   fshm_apply(l, FSHM_ACQUIRE, KEY, NULL, 0, 0, &d);
   use(d.remaining);
 }
-static void acquire_one(uint64_t i) {
+static UNGUARDED void acquire_one(uint64_t i) {
   (void)i;
   acquire(one);
 }
-static void acquire_three(uint64_t i) {
+static UNGUARDED void acquire_three(uint64_t i) {
   (void)i;
   acquire(three);
 }
@@ -72,25 +72,25 @@ static void admit_release(fshm_limiter *l) {
   fshm_admit(l, KEY, NULL, 0, &permit, &d, &in_flight);
   use((uint64_t)fshm_permit_release(l, &permit));
 }
-static void permit(uint64_t i) {
+static UNGUARDED void permit(uint64_t i) {
   (void)i;
   admit_release(slots);
 }
-static void permit_and_limits(uint64_t i) {
+static UNGUARDED void permit_and_limits(uint64_t i) {
   (void)i;
   admit_release(quota);
 }
 /* What py_pool.c does of a get and a return, without Python's share: the dictionaries. */
-static void pool(uint64_t i) {
+static UNGUARDED void pool(uint64_t i) {
   (void)i;
   int taken = fshm_clock() && fshm_permit_idle(slots, &connection, 0);
   use(taken && fshm_permit_idle(slots, &connection, 1) && fshm_clock());
 }
-static void memo_short(uint64_t i) {
+static UNGUARDED void memo_short(uint64_t i) {
   (void)i;
   use((uint64_t)fshm_memo_get(s, encoding, text, 20));
 }
-static void memo_long(uint64_t i) {
+static UNGUARDED void memo_long(uint64_t i) {
   (void)i;
   use((uint64_t)fshm_memo_get(s, encoding, text, sizeof text));
 }

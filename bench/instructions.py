@@ -71,7 +71,8 @@ def compare(
 def made_with(compiler: str) -> dict[str, str]:
     """What the counts depend on, apart from the sources."""
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True)
-    flags = Path("csrc/cflags").read_text(encoding="utf-8").strip()
+    files = Path("csrc/cflags"), Path("csrc/hardening")
+    flags = " ".join(each.read_text(encoding="utf-8").strip() for each in files)
     return {
         "compiler": re.sub(r"^cc\b", "gcc", version.stdout.splitlines()[0]),
         "flags": flags,

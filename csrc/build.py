@@ -2,12 +2,15 @@
 free-threaded Python has no stable ABI to keep to: a module for that one version is built there.
 
 The cdef is the marked section of fast_shm.h, so that the declarations exist once; the compiler
-flags are those of ``make lib``, in csrc/cflags. FAST_SHM_CFLAGS and FAST_SHM_LDFLAGS add more.
+flags are those of ``make lib``, in csrc/cflags and csrc/hardening. FAST_SHM_CFLAGS and
+FAST_SHM_LDFLAGS add more.
 """
 
 import os
 import pathlib
+import platform
 import re
+import sys
 import sysconfig
 
 import cffi
@@ -28,6 +31,19 @@ def flags(variable: str) -> list[str]:
     return os.environ.get(variable, "").split()
 
 
+def of_file(name: str) -> list[str]:
+    return (CSRC / name).read_text(encoding="utf-8").split()
+
+
+LINUX = sys.platform == "linux"
+SANITIZED = "-fsanitize" in os.environ.get("FAST_SHM_CFLAGS", "")  # which has checks of its own
+HARDENING = [] if SANITIZED else of_file("hardening")
+if HARDENING and LINUX and platform.machine() in ("x86_64", "i686"):
+    HARDENING.append("-fcf-protection=return")  # a shadow stack, where the kernel has one
+# Whatever the linker fills in is bound as it is loaded, and read-only from then on.
+LINKED = ["-Wl,-z,relro,-z,now,-z,noexecstack"] if LINUX else []
+
+
 ffibuilder = cffi.FFI()
 ffibuilder.cdef(cdef())
 ffibuilder.set_source(
@@ -35,16 +51,17 @@ ffibuilder.set_source(
     '#include "unity.c"\n#include "py_module.c"\n',
     include_dirs=["csrc"],
     # Relative: setuptools wants it so, and runs in the folder of setup.py.
-    depends=["csrc/cflags", *sorted(f"csrc/{path.name}" for path in CSRC.glob("*.[ch]"))],
+    depends=[
+        "csrc/cflags",
+        "csrc/hardening",
+        *sorted(f"csrc/{path.name}" for path in CSRC.glob("*.[ch]")),
+    ],
     # The other one keeps cffi from defining the first itself.
     define_macros=[
         ("_CFFI_NO_LIMITED_API", None) if FREE_THREADED else ("Py_LIMITED_API", "0x030A0000")
     ],
-    extra_compile_args=(CSRC / "cflags").read_text(encoding="utf-8").split()
-    + flags("FAST_SHM_CFLAGS"),
-    extra_link_args=[
-        "-pthread",
-        *flags("FAST_SHM_LDFLAGS"),
-    ],  # pthread_atfork, in glibc before 2.34
+    extra_compile_args=[*of_file("cflags"), *HARDENING, *flags("FAST_SHM_CFLAGS")],
+    # -pthread: pthread_atfork, in glibc before 2.34
+    extra_link_args=["-pthread", *LINKED, *flags("FAST_SHM_LDFLAGS")],
     py_limited_api=not FREE_THREADED,
 )

@@ -89,7 +89,7 @@ static void measure_rate(pair_t reading) {
 }
 
 /* Ask the kernel, and keep the answer if nothing came between. */
-static __attribute__((noinline)) uint64_t read_clock(void) {
+static UNGUARDED __attribute__((noinline)) uint64_t read_clock(void) {
   uint64_t before = __rdtsc(), time = kernel_clock(), after = __rdtsc();
   uint64_t window = load_relaxed(&rate) >> 32;
   if (after - before > (window ? window / (WINDOW_NS / 200) : 1000)) return time;
@@ -99,7 +99,7 @@ static __attribute__((noinline)) uint64_t read_clock(void) {
   return time;
 }
 
-uint64_t fshm_clock(void) {
+UNGUARDED uint64_t fshm_clock(void) {
   if (unlikely(!counter_trusted)) return kernel_clock();
   uint64_t r = load_relaxed(&rate);
   pair_t last = pair_load(&last_reading);

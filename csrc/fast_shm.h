@@ -172,6 +172,8 @@ int fshm_unlinked(fshm_segment *segment);
 int fshm_liveness(fshm_segment *segment, fshm_error *error);
 void fshm_describe(fshm_segment *segment, fshm_geometry *out);
 uint64_t fshm_now(fshm_segment *segment);
+/* 128 bits that nobody can tell who cannot read the segment: a hash of `data` under a secret of the segment. */
+void fshm_keyed_hash(fshm_segment *segment, const void *data, uint64_t length, uint64_t out[2]);
 /* What was first found damaged in this segment, by any process: enum fshm_damage_kind. It stays so until
  * the segment is removed. Looks at the file's size and the header; fshm_check() looks at all limiters
  * and cells. Damage is only told where it is certain: not all of it can be told. */

@@ -22,6 +22,10 @@
     v2 = ROTL(v2, 32); \
   } while (0)
 
+/* Fixed sizes, which need none of FORTIFY's checks. Its wrapper of memcpy counts as more code to inline: it takes 10
+ * instructions of a call, and 80 of a Quota's. */
+#define LOAD __builtin_memcpy
+
 /* All but the finalisation's output. `wide`: 0, or 0xee for the variant of 128 bits. */
 static inline void absorb(uint64_t v[4], uint64_t k0, uint64_t k1, uint64_t wide, const void *data,
                           uint64_t length) {
@@ -31,7 +35,7 @@ static inline void absorb(uint64_t v[4], uint64_t k0, uint64_t k1, uint64_t wide
   uint64_t v2 = k0 ^ UINT64_C(0x6c7967656e657261), v3 = k1 ^ UINT64_C(0x7465646279746573);
   uint64_t word, rest = length;
   for (; rest >= 8; rest -= 8, p += 8) {
-    memcpy(&word, p, 8);
+    LOAD(&word, p, 8);
     v3 ^= word;
     ROUND;
     v0 ^= word;
@@ -39,8 +43,8 @@ static inline void absorb(uint64_t v[4], uint64_t k0, uint64_t k1, uint64_t wide
   word = length << 56;
   if (rest >= 4) { /* the tail, in two loads that may overlap, without reading outside */
     uint32_t low, high;
-    memcpy(&low, p, 4);
-    memcpy(&high, p + rest - 4, 4);
+    LOAD(&low, p, 4);
+    LOAD(&high, p + rest - 4, 4);
     word |= (uint64_t)low | (uint64_t)high << (8 * (rest - 4));
   } else if (rest) {
     word |= (uint64_t)p[0] | (uint64_t)p[rest / 2] << (8 * (rest / 2)) |

@@ -20,6 +20,15 @@
 /* Part of the hot path: inlined whatever the compiler thinks of its size. (With `inline`.) */
 #define HOT __attribute__((always_inline))
 
+/* On the hot path, and built without the check of its stack frame that csrc/hardening asks of all others: that takes
+ * 6 to 40 instructions of a call. Its arrays hold numbers, one for each of at most FSHM_MAX_LIMITS limits or a pair of
+ * words; no text and no length of a caller's or of the segment's is written there. */
+#if __has_attribute(no_stack_protector)
+#define UNGUARDED __attribute__((no_stack_protector))
+#else
+#define UNGUARDED
+#endif
+
 #define load_relaxed(p) atomic_load_explicit((p), memory_order_relaxed)
 #define store_relaxed(p, v) atomic_store_explicit((p), (v), memory_order_relaxed)
 #define add_relaxed(p, v) atomic_fetch_add_explicit((p), (v), memory_order_relaxed)

@@ -230,8 +230,8 @@ static __attribute__((noinline)) bool stands_granted(const holder_t *h, const pl
 
 /* Take one of the key's first n slots: FSHM_ALLOWED, FSHM_DENIED (*held says how many are), FSHM_FULL,
  * FSHM_CONTENDED; FSHM_ASK: it does not stand, by what is granted (NULL: this host's limit alone counts). */
-static int take_permit(holder_t *h, plan_t *plan, uint32_t n, const granted_t *granted,
-                       fshm_permit *out, uint32_t *held) {
+static UNGUARDED int take_permit(holder_t *h, plan_t *plan, uint32_t n, const granted_t *granted,
+                                 fshm_permit *out, uint32_t *held) {
   uint32_t start = load_relaxed(&h->limiter->frontier) % n;
   uint32_t likely_free = atomic_exchange_explicit(&h->limiter->released, 0, memory_order_relaxed);
   census_t census;
@@ -325,7 +325,7 @@ bool lease_free_dead(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now)
   return free_dead(s, hash, who, now, &census);
 }
 
-int fshm_permit_release(fshm_limiter *l, fshm_permit *p) {
+UNGUARDED int fshm_permit_release(fshm_limiter *l, fshm_permit *p) {
   holder_t h = {.s = l->segment, .limiter = l};
   if (!p->held) return 0;
   p->held = 0;
@@ -337,7 +337,7 @@ int fshm_permit_release(fshm_limiter *l, fshm_permit *p) {
   return 1;
 }
 
-int fshm_permit_idle(fshm_limiter *l, fshm_permit *p, int idle) {
+UNGUARDED int fshm_permit_idle(fshm_limiter *l, fshm_permit *p, int idle) {
   fshm_segment *s = l->segment;
   uint64_t identity, to = idle ? p->when | IDLE : p->when & ~IDLE;
   if (!p->held || p->cell >= s->cell_count) return 0;
@@ -362,8 +362,9 @@ uint32_t fshm_in_flight(fshm_limiter *l, const void *key, uint64_t length) {
 /* Permit and meters together: look at the meters, take the permit, charge the meters; give the permit
  * back if they have lost their room meanwhile. Killed after the permit, it is a dead process's and comes
  * back by itself; killed after the charge, rates stay charged. */
-void fshm_admit(fshm_limiter *l, const void *key, uint64_t key_length, const uint64_t *costs,
-                uint64_t now, fshm_permit *permit, fshm_decision *out, uint32_t *in_flight) {
+UNGUARDED void fshm_admit(fshm_limiter *l, const void *key, uint64_t key_length,
+                          const uint64_t *costs, uint64_t now, fshm_permit *permit,
+                          fshm_decision *out, uint32_t *in_flight) {
   holder_t h;
   plan_t plan;
   permit->cell = permit->who = permit->when = 0;

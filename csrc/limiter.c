@@ -428,7 +428,7 @@ static int charge_looked(call_t *c, uint32_t i, look_t *l, pair_t *before) {
 /* Several limits: look at all before charging any; undo on denial. Killed in between, some may stay
  * charged, never the reverse. A reservation is charged everywhere as of the latest instant that any
  * limit asks for, since that is when it will be used. */
-static int take_all(call_t *c, uint32_t op, look_t *looks) {
+static UNGUARDED int take_all(call_t *c, uint32_t op, look_t *looks) {
   while (again(c)) {
     int fresh = renewed(c);
     if (fresh != FSHM_OK) return fresh;
@@ -573,8 +573,9 @@ static inline HOT int apply(fshm_limiter *l, const uint64_t *hash, uint32_t op, 
   return apply_begun(&c, op, key, key_length, out, charges);
 }
 
-void fshm_apply(fshm_limiter *l, uint32_t op, const void *key, uint64_t key_length,
-                const uint64_t *costs, uint64_t max_wait, uint64_t now, fshm_decision *out) {
+UNGUARDED void fshm_apply(fshm_limiter *l, uint32_t op, const void *key, uint64_t key_length,
+                          const uint64_t *costs, uint64_t max_wait, uint64_t now,
+                          fshm_decision *out) {
   int status = apply(l, NULL, op, key, key_length, costs, max_wait, now, out, NULL);
   out->status = status;
 }
@@ -586,16 +587,16 @@ uint64_t limiter_fetch(const fshm_limiter *l, const void *key, uint64_t length) 
   cells_fetch_ledger(l->segment, hash);
   return hash;
 }
-void limiter_acquire_fetched(fshm_limiter *l, uint64_t hash, const void *key, uint64_t length,
-                             const uint64_t *costs, fshm_decision *out) {
+UNGUARDED void limiter_acquire_fetched(fshm_limiter *l, uint64_t hash, const void *key,
+                                       uint64_t length, const uint64_t *costs, fshm_decision *out) {
   out->status = apply(l, &hash, FSHM_ACQUIRE, key, length, costs, 0, 0, out, NULL);
 }
 
 /* For fshm_admit(), which has loaded the limits (at least one) and hashed the key: it asks twice, and a call
  * may go by the limits that it found when it began. */
-int limiter_take(fshm_limiter *l, const plan_t *plan, uint64_t hash, uint32_t op, const void *key,
-                 uint64_t key_length, const uint64_t *costs, uint64_t now, fshm_decision *out,
-                 fshm_charged *charges) {
+UNGUARDED int limiter_take(fshm_limiter *l, const plan_t *plan, uint64_t hash, uint32_t op,
+                           const void *key, uint64_t key_length, const uint64_t *costs,
+                           uint64_t now, fshm_decision *out, fshm_charged *charges) {
   call_t c;
   memcpy(&c.plan, plan, offsetof(plan_t, rules) + plan->count * sizeof *plan->rules);
   begin_hashed(&c, l, hash, now);
@@ -603,7 +604,7 @@ int limiter_take(fshm_limiter *l, const plan_t *plan, uint64_t hash, uint32_t op
   return out->status = apply_begun(&c, op, key, key_length, out, charges);
 }
 
-int fshm_is_allowed(fshm_limiter *l, const void *key, uint64_t key_length) {
+UNGUARDED int fshm_is_allowed(fshm_limiter *l, const void *key, uint64_t key_length) {
   return apply(l, NULL, FSHM_ACQUIRE, key, key_length, NULL, 0, 0, NULL, NULL);
 }
 

@@ -66,7 +66,8 @@ void fshm_memo_keep(fshm_segment *s, const uint64_t hash[2], uint64_t count) {
   (void)pair_cas(&p.line[to], &seen[to], mine);
 }
 
-int64_t fshm_memo_get(fshm_segment *s, uint64_t encoding, const void *text, uint64_t length) {
+UNGUARDED int64_t fshm_memo_get(fshm_segment *s, uint64_t encoding, const void *text,
+                                uint64_t length) {
   uint64_t hash[2];
   fshm_memo_hash(s, encoding, text, length, hash);
   return fshm_memo_known(s, hash);

@@ -555,7 +555,7 @@ static COLD bool keep_slot(fshm_segment *s, uint32_t slot, uint64_t generation) 
 
 /* This process as the owner of something: its slot and generation. Another thread may just be joining
  * (microseconds, once); a process that found no slot earlier tries again. */
-bool process_identity(fshm_segment *s, uint32_t *slot, uint64_t *generation) {
+UNGUARDED bool process_identity(fshm_segment *s, uint32_t *slot, uint64_t *generation) {
   struct timespec pause = {0, 50000};
   for (int tries = 0; tries < 20000; tries++) { /* a second */
     *slot = process_slot(s);

@@ -24,7 +24,11 @@ __attribute__((constructor)) static void detect(void) {
 }
 #endif
 
-uint64_t fshm_now(fshm_segment *s) { return segment_now(s); }
+UNGUARDED uint64_t fshm_now(fshm_segment *s) { return segment_now(s); }
+
+void fshm_keyed_hash(fshm_segment *s, const void *data, uint64_t length, uint64_t out[2]) {
+  fshm_siphash128(s->secret[0], s->secret[1] ^ 10, data, length, out);
+}
 
 /* A lock among the threads of this process. It holds its holder's token: a thread that stayed in the
  * parent at a fork cannot keep it from the child. No hot call takes one. */

@@ -89,6 +89,31 @@ def cluster_timeout() -> float | None:
     return None if not text else float(_number("FAST_LITELLM_SHM_CLUSTER_TIMEOUT", text, False))
 
 
+def cluster_password() -> str | None:
+    """FAST_LITELLM_SHM_CLUSTER_PASSWORD, or what is in the file that
+    FAST_LITELLM_SHM_CLUSTER_PASSWORD_FILE names: for a URL that has none. None: neither is set."""
+    given = os.environ.get("FAST_LITELLM_SHM_CLUSTER_PASSWORD")
+    path = os.environ.get("FAST_LITELLM_SHM_CLUSTER_PASSWORD_FILE")
+    if given and path:
+        raise ValueError(
+            "FAST_LITELLM_SHM_CLUSTER_PASSWORD and FAST_LITELLM_SHM_CLUSTER_PASSWORD_FILE are both "
+            "set: unset one"
+        )
+    if not path:
+        return given or None
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = file.read().rstrip("\r\n")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"FAST_LITELLM_SHM_CLUSTER_PASSWORD_FILE: cannot read {path!r}: "
+            f"{error.strerror if isinstance(error, OSError) else 'it is not UTF-8'}"
+        ) from None
+    if not found:
+        raise ValueError(f"FAST_LITELLM_SHM_CLUSTER_PASSWORD_FILE: {path!r} is empty")
+    return found
+
+
 @dataclass(frozen=True)
 class PoolDefaults:
     """What a connection pool is limited to where its constructor says nothing."""

@@ -38,8 +38,15 @@ _HOST_FORGOTTEN_US = 10_000_000
 _HOSTS = f"""
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
-redis.call('ZADD', KEYS[1], now, ARGV[1])
-redis.call('ZREMRANGEBYSCORE', KEYS[1], 0, now - {_HOST_FORGOTTEN_US})
+local added = redis.pcall('ZADD', KEYS[1], now, ARGV[1])
+if type(added) == 'table' then -- a value of another type, which no host of ours wrote
+  if not string.find(added.err or '', 'WRONGTYPE') then return added end
+  redis.call('PEXPIRE', KEYS[1], 0)
+  redis.call('ZADD', KEYS[1], now, ARGV[1])
+end
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - {_HOST_FORGOTTEN_US})
+-- the clock went back, or it is junk; (in '..' a number is cut to 14 digits)
+redis.call('ZREMRANGEBYSCORE', KEYS[1], string.format('(%.0f', now), '+inf')
 redis.call('PEXPIRE', KEYS[1], {_HOST_FORGOTTEN_US // 1000})
 return redis.call('ZCARD', KEYS[1])
 """
@@ -197,12 +204,29 @@ class Agent:
             client.close()
 
     def _give_back(self, data: bytes) -> None:
-        limiter, raw, *rest = _unpack(data)
-        if rest:  # of permits.lua
+        try:
+            kind, limiter, raw, *rest = _unpack(data)
+            permits = {b"m": False, b"M": False, b"p": True, b"P": True}[kind]
+            share, need = map(_whole, rest[:2]) if permits else (0, 0)
+            hosts = rest[2:] if permits else rest
+            sealed = dict(zip(hosts[::2], hosts[1::2], strict=True))
+        except (IndexError, KeyError, ValueError):
+            self.link.heard_junk()
+            return
+        if self.link.host in sealed and self.link.seal is not None:
+            name = self.link.seal.unseal(sealed[self.link.host])
+        else:
+            name = None if kind.isupper() else raw  # as whoever asks calls it
+        if name is None:
+            return  # others are meant
+        if permits:
             leases = self._leases_of(limiter)
             if leases is not None:
-                leases.recalled(raw, *map(int, rest))
-            return
+                leases.recalled(name, share, need)
+        else:
+            self._spare(limiter, name)
+
+    def _spare(self, limiter: bytes, raw: bytes) -> None:
         wallet = self._wallet_of(limiter)
         if wallet is None:
             return
@@ -248,18 +272,33 @@ class Agent:
 
 
 def _unpack(data: bytes) -> list[bytes]:
-    """An array of few strings, as cmsgpack packs it."""
-    out, at = [], 1
-    for _ in range(data[0] & 15):
+    """An array of strings, as cmsgpack packs it. Raises IndexError, KeyError or ValueError: it is
+    something else."""
+    head = data[0]
+    if head & 0xF0 == 0x90:
+        count, at = head & 15, 1
+    else:
+        size = {0xDC: 2, 0xDD: 4}[head]
+        count, at = int.from_bytes(data[1 : 1 + size], "big"), 1 + size
+    out: list[bytes] = []
+    while len(out) < count:
         head = data[at]
-        if head < 0xC0:
+        if head & 0xE0 == 0xA0:
             size, skip = head & 31, 1
         else:
             skip = {0xD9: 2, 0xDA: 3, 0xDB: 5}[head]
             size = int.from_bytes(data[at + 1 : at + skip], "big")
         out.append(data[at + skip : at + skip + size])
         at += skip + size
+    if at != len(data):  # also where the last one is cut
+        raise ValueError("there is more, or less")
     return out
+
+
+def _whole(text: bytes) -> int:
+    if not text.isdigit() or len(text) > 10:
+        raise ValueError("no number of permits")
+    return int(text)
 
 
 _agents: dict[int, Agent] = {}

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fast_litellm_shm import exceptions, greenlets
+from fast_litellm_shm.cluster import names
 from fast_litellm_shm.cluster.settings import OUTAGE, Cluster, library
 from fast_litellm_shm.native import lib
 from fast_litellm_shm.segment import Segment
@@ -27,7 +28,8 @@ PROBE = 0.2  # seconds between two tries while it is away
 # have noticed, and have told it what they admitted meanwhile.
 PROBATION = 1.0
 _MOST = 500  # requests in one pipeline
-COMPONENT, OUTAGES = "cluster", "cluster_outage"  # as which round trips and outages are measured
+# As which round trips, outages, and what others wrote or told that is none of ours are measured.
+COMPONENT, OUTAGES, VALUES = "cluster", "cluster_outage", "cluster_values"
 
 # It answers again when it does what calls need: one that is full, or read-only, or refuses the
 # channel, answers a PING. (The channel hears an empty message, which leaders pass over.)
@@ -53,10 +55,16 @@ class Question(Protocol):
     @property
     def operation(self) -> str: ...
     @property
+    def limiter(self) -> bytes: ...
+    @property
+    def key(self) -> bytes: ...
+    @property
     def asked(self) -> int: ...
     def granted(self, found: Any) -> int: ...
     def state_key(self, prefix: str) -> bytes: ...
-    def arguments(self, host: bytes, channel: str) -> list[bytes | str | int]: ...
+    def arguments(
+        self, host: bytes, channel: str, sealed: bytes | None = None
+    ) -> list[bytes | str | int]: ...
     def answer(self, raw: Sequence[int]) -> Any: ...
 
 
@@ -80,6 +88,8 @@ class Link:
         self.cluster, self.segment = cluster, segment
         self.host = b"%016x" % segment.geometry().instance
         self.channel = f"{cluster.prefix}:recall"
+        self.seal = names.Seal(segment) if segment.geometry().names else None
+        self._junk: set[str] = set()  # of which it was told
         self._client: Any = None
         self._scripts: dict[str, Any] = {}  # by source
         self._elsewhere: tuple[type[Exception], ...] = ()  # of a node: another one may have the key
@@ -117,8 +127,11 @@ class Link:
             if not _is_outage(error):
                 raise
             self._lost(error, time.monotonic_ns() - began)
-            raise AwayError(self.away) from error
+            raise AwayError(self.away) from self.cluster.scrubbed_cause(error)
         self._record(requests, answers, began)
+        for request, found in zip(requests, answers, strict=True):
+            if found.junk:
+                self._tell_junk(request)
         return answers
 
     def _send(self, requests: Sequence[Question]) -> list[Any]:
@@ -145,7 +158,8 @@ class Link:
 
     def _run(self, client: Any, each: Question) -> Any:
         keys = [each.state_key(self.cluster.prefix)]
-        arguments = each.arguments(self.host, self.channel)
+        sealed = None if self.seal is None else self.seal.seal(each.key)
+        arguments = each.arguments(self.host, self.channel, sealed)
         return self._script(each.source)(keys, arguments, client=client)
 
     def _script(self, source: str) -> Any:
@@ -153,6 +167,33 @@ class Link:
         if known is None:
             known = self._scripts[source] = self._client.register_script(source)
         return known
+
+    def _tell_junk(self, request: Question) -> None:
+        """Once for each limiter: whoever writes that, can do it all the time."""
+        self._measured(VALUES, "junk", 0, ok=False)
+        limiter = request.limiter.decode("utf-8", "backslashreplace")
+        if limiter in self._junk:
+            return
+        self._junk.add(limiter)
+        _log.warning(
+            "%s: not a value of ours stood at %r, a key of limiter %r: it counts as used up until "
+            "its limits have passed, or are reset. Another program or a broken host writes there; "
+            "give each program a user of its own. More of this limiter are only counted, in the "
+            "metrics",
+            self.cluster.shown,
+            request.state_key(self.cluster.prefix).decode("utf-8", "backslashreplace"),
+            limiter,
+        )
+
+    def heard_junk(self) -> None:
+        """A message that no host sends: it is passed over."""
+        self._measured(VALUES, "message", 0, ok=False)
+        if "" not in self._junk:
+            self._junk.add("")
+            _log.warning(
+                "%s: not a message of ours came over the channel %r, and is ignored; more of them "
+                "are only counted, in the metrics", self.cluster.shown, self.channel,
+            )  # fmt: skip
 
     def names(self, start: bytes) -> list[bytes]:
         """Keys at the server that begin so. Raises AwayError."""
@@ -166,7 +207,7 @@ class Link:
             if not _is_outage(error):
                 raise
             self._lost(error, time.monotonic_ns() - began)
-            raise AwayError(self.away) from error
+            raise AwayError(self.away) from self.cluster.scrubbed_cause(error)
 
     # outages
 
@@ -178,7 +219,8 @@ class Link:
     def _lost(self, error: Exception, took: int) -> None:
         """took: ns until it was noticed."""
         with self._lock:
-            first, self.away = self.away is None, f"{type(error).__name__}: {error}"
+            first = self.away is None
+            self.away = self.cluster.scrubbed(f"{type(error).__name__}: {error}")
             self._answers_since = 0.0
             if first:
                 self._since = time.monotonic()
@@ -201,7 +243,8 @@ class Link:
         _log.warning(
             "%s refuses what limits over many hosts need (%s); they go by on_outage=%r until its "
             "user is granted it: ACL SETUSER %s %s",
-            self.cluster.shown, error, self.cluster.on_outage, self.cluster.user,
+            self.cluster.shown, self.cluster.scrubbed(str(error)), self.cluster.on_outage,
+            self.cluster.user,
             self.cluster.rights,
         )  # fmt: skip
 

@@ -1,7 +1,8 @@
 -- meter.lua - the global meter of one key, for all hosts. The arithmetic is that of csrc/meter.h.
 --
 -- KEYS[1]: the state of the key, packed by cmsgpack. It lives as long as anything in it counts.
--- ARGV: operation, host, channel, limiter, key, how many limits; then thirteen numbers for each limit:
+-- ARGV: operation, host, channel, limiter, key, whether that is sealed (1, 0), how many limits; then thirteen numbers
+--   for each limit:
 --   kind, n, per (us), burst, num, den (ns), lease (us), cost, kept, given, and what the host knows: used,
 --   previous (of a sliding window, which has only the present one in `used`), left (us or ns ahead)
 -- Operations:
@@ -16,8 +17,8 @@
 --   block   give back `given`, and deny for so many ns as the cost says, or longer: buckets
 --   reset   forget what was consumed
 -- Answer: admitted (1, 0), how many times the cost the batch holds, us until the cost fits (0; -1 never),
---   us for which the host need not ask again (also where it was admitted), the limit that refused; then six
---   numbers for each limit: tokens used, left (as above), us that the lease lasts, whether `kept` was dated anew,
+--   us for which the host need not ask again (also where it was admitted), the limit that refused, whether the
+--   value was none of ours (1, 0); then six numbers for each limit: tokens used, left (as above), us that the lease lasts, whether `kept` was dated anew,
 --   and of a sliding window its two counts: this window's, the previous one's.
 --
 -- State: t (us, when it was written), l (limits), h (hosts), x (it was reset). All times in it are spans from
@@ -29,7 +30,11 @@
 --          those of the previous one; g, h: how many of c, p were told by `fill`.
 --   host   t: us, when it last called; g: when it was last granted something; b: batches it was granted then;
 --          p: for each limit, bucket: -1 - a after that grant, and in i the ns of a token; else s at that grant;
---          r: when it was asked to give back; o: whether it may hold tokens.
+--          r: when it was asked to give back; o: whether it may hold tokens; k: the key as it calls it, if sealed.
+--
+-- A value that is no such state (values.lua) was written by a host that is broken, or means harm. What it was is not
+-- known. So all limits of the call count as used up, as of now: that is what whoever wrote it could have done by
+-- charging, too, and gives nobody anything. `reset` ends it.
 --
 -- Limits that change: a state stays under its label until the present limit leaves room for it, or would have it
 -- empty sooner. So a window that is lowered and raised again has what it had, debt is only what exceeded the limit
@@ -37,7 +42,7 @@
 -- tokens over.
 -- Numbers are doubles: every integer below is less than 2^53. (cluster/script.py refuses larger limits.)
 
-local FIELDS, HEAD = 13, 6
+local FIELDS, HEAD = 13, 7
 local PACE = 250000 -- us that a batch should last: several times what a thread may wait for its interpreter
 local CALM = 60000 -- us after a refusal before the host asks again, at least
 local VERIFY = 1000000 -- and at most
@@ -51,7 +56,7 @@ local PLACES = 12 -- limits that a key's state has at most, those that are taken
 
 local floor, ceil, min, max = math.floor, math.ceil, math.min, math.max
 local op, host, channel, limiter, name = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-local count = tonumber(ARGV[6])
+local sealed, count = ARGV[6] == '1', tonumber(ARGV[7])
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 
@@ -122,6 +127,7 @@ end
 
 -- previous * left / per, rounded up
 local function weight(previous, left, per)
+  left = min(left, per)
   while previous * left >= 4503599627370496 do left, per = ceil(left / 2), floor(per / 2) end
   return ceil(previous * left / per)
 end
@@ -129,7 +135,9 @@ end
 -- Whole tokens in a bucket.
 local function whole(r, m)
   local tokens = floor(m.a * r.den / r.num) + 1
-  while increment(r, tokens) > m.a do tokens = tokens - 1 end
+  for _ = 1, 3 do -- (beyond 2^53 more steps would lead nowhere)
+    if increment(r, tokens) > m.a then tokens = tokens - 1 end
+  end
   return tokens
 end
 
@@ -145,7 +153,7 @@ local function under(r, label, m)
   local u = fresh(r, m.s)
   if label.kind ~= r.kind or (r.kind == 2 and label.per ~= r.per) then
     local tokens = used(label, m)
-    if r.kind == 0 then u.a = increment(r, tokens) elseif tokens > 0 then u.c, u.w = tokens, r.per end
+    if r.kind == 0 then u.a = min(increment(r, tokens), BIG) elseif tokens > 0 then u.c, u.w = tokens, r.per end
     if label.kind ~= r.kind then u.s = m.s + 1 end -- what was granted before is nobody's
   elseif r.kind == 0 then
     u.a = m.a
@@ -154,6 +162,7 @@ local function under(r, label, m)
       local part = m.a - increment(label, tokens)
       u.a = increment(r, tokens) + ceil(part * ((r.num * label.den) / (label.num * r.den)))
     end
+    u.a = min(u.a, BIG)
   else
     u.w, u.c, u.p, u.g, u.h = m.w, m.c, m.p, m.g, m.h
     if over(r, u) == 0 then u.w, u.c = 0, 0 end
@@ -165,15 +174,19 @@ end
 local function available(r, m)
   if r.kind ~= 0 then return max(0, r.n - used(r, m)) end
   local fits = min(r.burst, max(0, r.burst - ceil(m.a * r.den / r.num)))
-  while fits < r.burst and room(r, fits + 1) >= m.a do fits = fits + 1 end
-  while fits > 0 and room(r, fits) < m.a do fits = fits - 1 end
-  return fits
+  for _ = 1, 3 do
+    if fits < r.burst and room(r, fits + 1) >= m.a then fits = fits + 1 end
+  end
+  for _ = 1, 5 do
+    if fits > 0 and room(r, fits) < m.a then fits = fits - 1 end
+  end
+  return room(r, fits) < m.a and 0 or fits
 end
 
 local function charge(r, m, cost)
   if cost == 0 then return end
   if r.kind == 0 then
-    m.a = m.a + increment(r, cost)
+    m.a = min(m.a + increment(r, cost), BIG)
   else
     if m.w <= 0 and m.c == 0 then m.w, m.s = r.per, m.s + 1 end
     m.c = min(m.c + cost, USED)
@@ -197,25 +210,61 @@ end
 
 -- the state -----------------------------------------------------------------------------------------
 
-local packed = redis.call('GET', KEYS[1])
-local state = packed and cmsgpack.unpack(packed) or {t = now, l = {}, h = {}}
+local function are_within(x, low)
+  for j, v in pairs(x) do
+    if not within(j, 1, 2 * PLACES) or not within(v, low, BIG) then return false end
+  end
+  return true
+end
+local function is_host(h)
+  return h.t >= -BIG and h.t <= BIG and h.g >= -BIG and h.g <= BIG and h.b >= 0 and h.b <= BIG
+         and (not h.r or within(h.r, -BIG, BIG)) and (not h.p or are_within(h.p, -BIG - 1))
+         and (not h.i or are_within(h.i, 1e-9)) and (not h.k or type(h.k) == 'string')
+end
+local function is_limit(m)
+  local r = m.r
+  for j = 1, #r do
+    if not within(r[j], 1, BIG) then return false end
+  end
+  if m.k == 0 then
+    if #r ~= 5 or r[5] > 67108864 or r[3] * (r[4] / r[5] + 1) > 4503599627370496 then return false end
+  elseif #r ~= 2 or r[1] > USED or m.k ~= 1 and m.k ~= 2 then
+    return false
+  end
+  return within(m.a, 0, BIG) and within(m.w, -BIG, BIG) and within(m.c, 0, USED) and within(m.p, 0, USED)
+         and within(m.s, -BIG, BIG) and (not m.o or within(m.o, 1, PLACES)) and (not m.f or within(m.f, 0, 2))
+         and (not m.q or within(m.q, 1, BIG)) and within(m.g or 0, 0, BIG) and within(m.h or 0, 0, BIG)
+end
+local state = state_at(KEYS[1], function(found)
+  if not within(found.t, 0, BIG) or #found.l > PLACES + 4 then return false end
+  local limits = 0
+  for _ in pairs(found.l) do limits = limits + 1 end
+  if limits ~= #found.l then return false end
+  for _, m in ipairs(found.l) do
+    if not is_limit(m) then return false end
+  end
+  for id, h in pairs(found.h) do
+    if type(id) ~= 'string' or not is_host(h) then return false end
+  end
+  return true
+end)
+local junk = state == false
+if not state then state = {t = now, l = {}, h = {}} end
+if junk then
+  state.x = 1
+  for i, r in ipairs(rules) do
+    local m = fresh(r, 0)
+    m.o = i
+    if r.kind == 0 then m.a = min(increment(r, r.burst), BIG) else m.w, m.c = r.per, r.n end
+    state.l[i] = m
+  end
+end
 local span = max(0, now - state.t)
 local back = max(0, state.t - now) -- the clock went back by this much: so do instants
 state.t = now
 local known = {} -- labels
 for j, m in ipairs(state.l) do
   local r = rules[j]
-  m.o = m.o or not m.r and j or nil
-  if not m.r then -- written by a release that kept no labels
-    if r and r.kind == m.k then
-      m.r = numbers(r)
-      if m.i then m.r[4], m.r[5], m.i = m.i, 1, nil end
-      if m.d then m.w, m.c, m.d = m.w - m.d, m.c + floor(m.d * r.n / r.per), nil end
-    else
-      m = fresh({kind = 1, n = 1, per = 1, burst = 0, num = 1, den = 1}, m.s or 0)
-      state.l[j] = m
-    end
-  end
   known[j] = r and is_label(r, m) and r or labelled(m)
   advance(known[j], m, span)
 end
@@ -302,9 +351,7 @@ end
 
 local hosts, others, idle = 0, 0, {}
 for id, h in pairs(state.h) do
-  if back > 0 then
-    h.t, h.g, h.r = h.t - back, h.g - back, h.r and h.r - back
-  end
+  h.t, h.g, h.r = min(h.t - back, now), min(h.g - back, now), h.r and min(h.r - back, now)
   others = others + 1
   if id ~= host and h.t > now - ACTIVE then hosts = hosts + 1 end
   if id ~= host and h.t < now - FORGET then idle[#idle + 1] = id end
@@ -330,6 +377,7 @@ if not me then
         -- what it knows is in terms of another kind
       elseif r.kind == 0 then
         m.a = max(m.a, label == r and r.left or ceil(r.left * ((label.num * r.den) / (r.num * label.den))))
+        m.a = min(m.a, BIG)
       elseif r.left > 0 and r.used + r.previous > 0 then
         local c, p, left = r.used, r.previous, min(r.left, r.per)
         if m.w <= 0 and m.c == 0 then
@@ -401,15 +449,18 @@ end
 -- Ask the others to give back what they hold, and tell for how long it pays to ask again soon.
 local function recall()
   local hope, ask = false, false
+  local told = {sealed and 'M' or 'm', limiter, sealed and '' or name}
+  -- and each host that seals names, with its own for the key
   for id, h in pairs(state.h) do
     if id ~= host and h.o then
       if not h.r or now - h.r > REPEAT then
         h.r, ask = now, true
+        if h.k then told[#told + 1], told[#told + 2] = id, h.k end
       end
       hope = hope or now - h.r < RECALL
     end
   end
-  if ask then redis.call('PUBLISH', channel, cmsgpack.pack({limiter, name})) end
+  if ask then redis.call('PUBLISH', channel, cmsgpack.pack(told)) end
   return hope
 end
 
@@ -480,6 +531,7 @@ elseif op == 'take' or op == 'single' or op == 'ahead' then
     end
     if whole then
       me.g, me.b, me.o = now, max(batch, 1), nil
+      me.k = sealed and name or nil
       for _, r in ipairs(rules) do
         if batch > 0 or r.kept > 0 then me.o = 1 end
       end
@@ -529,7 +581,7 @@ elseif op == 'block' then
     give_back(i, r.given)
     if r.kind == 0 and r.cost > 0 then
       if labels[i].kind ~= 0 then adopt(i, seen(i)) else adopt_fitting(i) end
-      meters[i].a = max(meters[i].a, r.cost + times(labels[i], r.burst - 1, floor))
+      meters[i].a = min(max(meters[i].a, r.cost + times(labels[i], r.burst - 1, floor)), BIG)
     end
   end
   me.o = nil
@@ -558,7 +610,9 @@ elseif op == 'reset' then
   state.x = 1
 end
 me.t = now
-for _, m in ipairs(state.l) do m.o = nil end
+for _, m in ipairs(state.l) do
+  m.o, m.a, m.w, m.c, m.p = nil, min(m.a, BIG), min(m.w, BIG), min(m.c, USED), min(m.p, USED)
+end
 for i, r in ipairs(rules) do
   local m, other = meters[i], labels[i] ~= r
   m.o, m.f, m.q = i, other and r.kind or nil, other and r.per or nil
@@ -573,9 +627,10 @@ for i, r in ipairs(rules) do
   life = max(life, r.lease, ceil(over(labels[i], meters[i])))
   if state.x then life = max(life, 2 * r.per) end -- longer than anybody's knowledge of before
 end
+life = min(life, BIG / 2)
 redis.call('SET', KEYS[1], cmsgpack.pack(state), 'PX', ceil(life / 1000) + 1000)
 
-local answer = {admitted, batch, wait, calm, refused}
+local answer = {admitted, batch, wait, calm, refused, junk and 1 or 0}
 for i, r in ipairs(rules) do
   local u, left = seen(i)
   if r.kind == 0 then left = u.a elseif r.kind == 1 then left = over(r, u) else left = u.w end
@@ -591,4 +646,5 @@ for i, r in ipairs(rules) do
   answer[#answer + 1] = r.kind == 2 and u.c or 0
   answer[#answer + 1] = r.kind == 2 and u.p or 0
 end
+for i, x in ipairs(answer) do answer[i] = min(x, BIG) end
 return answer

@@ -2,18 +2,21 @@
 -- Argued in csrc/DESIGN.md, "Permits over many hosts".
 --
 -- KEYS[1]: the state of the key, packed by cmsgpack. It lives as long as a host's allowance does.
--- ARGV: host, channel, limiter, key, n; then the word that the host has for the key, as two numbers that say
+-- ARGV: host, channel, limiter, key, whether that is sealed (1, 0), n; then the word that the host has for the key, as two numbers that say
 --   which of two is newer (its end; and under the same end what only falls), told (its allowance, or what it
 --   holds where that is more), want (permits more than that; 0: to renew or to give back)
 -- Answer: whether the word was the newest (0: nothing was done, look and ask again), the host's allowance, what
 --   all hosts have, how many hosts have or want some, us for which a refused host need not ask again (0: it
---   was not refused).
+--   was not refused), whether the value was none of ours (1, 0).
 --
--- State: t (us, when it was written), r (when hosts were last asked to give back), h (hosts).
+-- State: t (us, when it was written), r (when hosts were last asked to give back), h (hosts), q (until then none is
+-- granted more).
 --   host   a: what it counts with, never less than any answer that can still be put in; e, l: the word that the
 --          last answer is for; t: us, until when it counts; w: when it was last refused (0: it wants none);
---          s: since when it is refused
+--          s: since when it is refused; k: the key as it calls it, if sealed
 -- Instants move along where the server's clock jumps back, so that what is left of them stays the same.
+-- A value that is no such state (values.lua) was written by a host that is broken, or means harm. What hosts hold is
+-- not known then, so for as long as a host counts that was heard of, nobody is granted more: by then all have told.
 
 local TTL = 10000000 -- us that a host counts after it was last heard. Hosts use what they have for 8 s: permits.py
 local CALM = 60000 -- us after a refusal before the host asks again
@@ -22,26 +25,42 @@ local RECALL = 200000 -- us between two calls to give back
 
 local floor, min, max = math.floor, math.min, math.max
 local host, channel, limiter, name = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local n, e, l = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
-local told, want = tonumber(ARGV[8]), tonumber(ARGV[9])
+local sealed = ARGV[5] == '1'
+local n, e, l = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
+local told, want = tonumber(ARGV[9]), tonumber(ARGV[10])
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 
-local packed = redis.call('GET', KEYS[1])
-local state = packed and cmsgpack.unpack(packed) or {t = now, r = 0, h = {}}
+local state = state_at(KEYS[1], function(found)
+  for id, h in pairs(found.h) do
+    if type(id) ~= 'string' or not within(h.t, -BIG, BIG) or not within(h.a, 0, BIG) or not within(h.w, 0, BIG)
+       or not within(h.s, 0, BIG) or not within(h.e, 0, BIG) or not within(h.l, 0, BIG)
+       or h.k and type(h.k) ~= 'string' then
+      return false
+    end
+  end
+  return within(found.t, 0, BIG) and within(found.r, -BIG, BIG) and within(found.q or 0, -BIG, BIG)
+end)
+local junk = state == false
+if not state then state = {t = now, r = 0, h = {}, q = junk and now + TTL or nil} end
 local back = max(0, state.t - now)
 state.t, state.r = now, state.r - back
+state.q = state.q and min(state.q - back, now + TTL)
+local waits_for_all = state.q and state.q > now
+if not waits_for_all then state.q = nil end
 local others, hosts, waiting = 0, 1, false
+local named = {}
 local least -- of those who wait
 local since = {} -- of those who wait and have none
 for id, h in pairs(state.h) do
-  h.t, h.w, h.s = h.t - back, max(0, h.w - back), max(0, h.s - back)
+  h.t, h.w, h.s = min(h.t - back, now + TTL), min(max(0, h.w - back), now), max(0, h.s - back)
   local waits = h.w > now - WAITS
   if not waits then h.s = 0 end
   if h.t <= now then
     state.h[id] = nil
   elseif id ~= host then
     others = others + h.a
+    if h.k and h.a > 0 then named[#named + 1], named[#named + 2] = id, h.k end
     -- Who has none and wants none is heard of, but gets no share.
     if h.a > 0 or waits then hosts = hosts + 1 end
     if waits then
@@ -53,7 +72,7 @@ end
 
 local me = state.h[host]
 if me and (e < me.e or (e == me.e and l > me.l)) then
-  return {0, 0, others + me.a, hosts, 0} -- since then the host has told of a newer one
+  return {0, 0, min(others + me.a, BIG), hosts, 0, 0} -- since then the host has told of a newer one
 end
 if not me then
   me = {a = told, w = 0, s = 0}
@@ -63,11 +82,11 @@ else
   me.a = told -- answers for an older word are nobody's: no put can find it
 end
 state.h[host] = me
-me.e, me.l, me.t = e, l, now + TTL
+me.e, me.l, me.t, me.k = e, l, now + TTL, sealed and name or nil
 
 local room = max(0, n - others)
 local share = max(1, floor(n / hosts))
-local lack = told + want - me.a
+local lack = waits_for_all and 0 or told + want - me.a
 if lack > 0 then
   local free = max(0, room - me.a)
   local extra = 0
@@ -98,12 +117,15 @@ if want > 0 then
       -- Fewer than hosts: nobody may keep taking back the one that it releases.
       local fair = n < hosts and 0 or share
       local need = max(want, min(floor(me.a / 2), share - me.a)) -- so that it has its share in few rounds
-      redis.call('PUBLISH', channel, cmsgpack.pack({limiter, name, tostring(fair), tostring(need)}))
+      local message = {sealed and 'P' or 'p', limiter, sealed and '' or name}
+      message[4], message[5] = string.format('%.0f', fair), string.format('%.0f', need)
+      for _, each in ipairs(named) do message[#message + 1] = each end
+      redis.call('PUBLISH', channel, cmsgpack.pack(message))
     end
   end
 end
 
 local life = 0
-for _, h in pairs(state.h) do life = max(life, h.t - now) end
+for _, h in pairs(state.h) do life = min(max(life, h.t - now), BIG / 2) end
 redis.call('SET', KEYS[1], cmsgpack.pack(state), 'PX', floor(life / 1000) + 1000)
-return {1, allowance, others + me.a, hosts, calm}
+return {1, allowance, min(others + me.a, BIG), hosts, calm, junk and 1 or 0}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-import importlib.resources
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from fast_litellm_shm.cluster import names
 from fast_litellm_shm.limits import AnyLimit, Limit, SlidingWindow
 
-SOURCE = importlib.resources.files(__package__).joinpath("meter.lua").read_text("utf-8")
+SOURCE = names.source("meter.lua")
 _KIND = {True: 2, False: 1}
 _MOST_LEASE_US = 1_000_000
+_LARGEST = 2**53 - 1
 COARSE = 2**20  # ns: as in csrc/meter.h
 
 
@@ -68,6 +69,7 @@ class Request(NamedTuple):
     used: Sequence[int]
     previous: Sequence[int]  # of a sliding window; `used` has the present one alone
     left: Sequence[int]  # us; of a bucket ns
+    at: bytes | None = None  # what the server calls it, where `key` is not known
 
     @property
     def source(self) -> str:
@@ -86,20 +88,22 @@ class Request(NamedTuple):
     def answer(self, raw: Sequence[int]) -> Answer:
         return answer(raw, self.rules)
 
-    def arguments(self, host: bytes, channel: str) -> list[bytes | str | int]:
+    def arguments(
+        self, host: bytes, channel: str, sealed: bytes | None = None
+    ) -> list[bytes | str | int]:
+        name = self.key if sealed is None else sealed
         out: list[bytes | str | int] = [
-            self.operation, host, channel, self.limiter, self.key, len(self.rules),
+            self.operation, host, channel, self.limiter, name, int(sealed is not None),
+            len(self.rules),
         ]  # fmt: skip
         for i, each in enumerate(self.rules):
             out += each
             out += (min(self.costs[i], 2**52), self.kept[i], self.given[i])
-            out += (self.used[i], self.previous[i], self.left[i])
+            out += (self.used[i], self.previous[i], min(self.left[i], _LARGEST))
         return out
 
     def state_key(self, prefix: str) -> bytes:
-        """The braces keep what is said of one key in one slot of a Redis Cluster."""
-        limiter = self.limiter.replace(b"%", b"%25").replace(b"/", b"%2F")
-        return b"%b:{%b/%b}" % (prefix.encode(), limiter, self.key)
+        return self.at or names.state_key(prefix, names.RATES, self.limiter, self.key)
 
 
 class Known(NamedTuple):
@@ -114,7 +118,8 @@ class Known(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """``batch``: how many times the cost was granted beyond it."""
+    """``batch``: how many times the cost was granted beyond it. ``junk``: the value at the server
+    was none of ours, so the key counts as used up."""
 
     admitted: bool
     batch: int
@@ -122,16 +127,15 @@ class Answer(NamedTuple):
     calm_ns: int
     refused: int
     limits: tuple[Known, ...]
+    junk: bool = False
 
 
 def answer(raw: Sequence[int], rules: Sequence[Rule]) -> Answer:
-    admitted, batch, wait, calm, refused, *rest = (int(each) for each in raw)
+    admitted, batch, wait, calm, refused, junk, *rest = (int(each) for each in raw)
     known = []
     for i, each in enumerate(rules):
         used, left, lease, redated, current, previous = rest[6 * i : 6 * i + 6]
         left_ns = left if each.kind == 0 else left * 1000
         known.append(Known(used, left_ns, lease * 1000, bool(redated), current, previous))
-    never = wait < 0
-    return Answer(
-        bool(admitted), batch, -1 if never else wait * 1000, calm * 1000, refused, tuple(known)
-    )
+    retry = -1 if wait < 0 else wait * 1000
+    return Answer(bool(admitted), batch, retry, calm * 1000, refused, tuple(known), bool(junk))

@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import re
 from typing import Any, Literal
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote
 
-from fast_litellm_shm import settings
+from fast_litellm_shm import exceptions, settings
+from fast_litellm_shm.cluster import url as urls
 
 OLDEST = 6  # of the redis library
 OUTAGE = ("local", "deny", "allow")
-SCHEMES = ("redis", "rediss", "unix", "redis+cluster", "redis+sentinel")
 _COMMANDS = (
     "evalsha script|exists script|load get set time zadd zcard zremrangebyscore pexpire publish "
     "subscribe scan select"
@@ -21,33 +20,40 @@ _COMMANDS = (
 _COMMANDS_OF_A_CLUSTER = "cluster|slots command asking"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Cluster:
     """A Redis or Valkey that keeps limits for many hosts.
 
-    url: ``redis://host:6379/0``, ``rediss://`` (TLS), ``unix:///path?db=0``,
-    ``redis+cluster://host:7000`` (a Redis Cluster; more nodes after commas),
-    ``redis+sentinel://host:26379,host/service/0``. User and password as in
-    ``redis://user:password@host``.
+    url: ``redis://host:6379/0``, ``unix:///path?db=0``, ``redis+cluster://host:7000`` (a Redis
+    Cluster; more nodes after commas), ``redis+sentinel://host:26379,host/service/0``; over TLS
+    ``rediss://``, ``rediss+cluster://``, ``rediss+sentinel://``. User and password as in
+    ``redis://user:password@host``, or the password apart: password. What else a URL may say,
+    ``docs/cluster.md`` tells; anything else is refused.
 
     on_outage: what hosts do while it does not answer: ``"local"`` (each admits its share: the limit
     divided by the number of hosts that were last seen), ``"deny"`` or ``"allow"``. timeout: seconds
     that a call waits for the server at most, 0.001 .. 60. prefix: of its keys there; hosts with
     another one count apart.
 
-    Raises ValueError or TypeError for bad arguments.
+    No password is shown by repr(), in messages, or kept in a pickle: a copy looks for its own where
+    it is made (:func:`restored`). Raises ValueError or TypeError for bad arguments.
     """
 
     url: str
     on_outage: str = "local"
     timeout: float = 0.25
     prefix: str = "fast-shm"
+    password: str | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("url", self.url), ("prefix", self.prefix)):
-            if not isinstance(value, str):
-                raise TypeError(f"Cluster: {name} must be a str, not {value!r}")
-        self._check_url()
+        for name, value in (("url", self.url), ("password", self.password or "")):
+            if not isinstance(value, str):  # which is not shown: it may be a password as bytes
+                raise TypeError(f"Cluster: {name} must be a str, not a {type(value).__name__}")
+        if not isinstance(self.prefix, str):
+            raise TypeError(f"Cluster: prefix must be a str, not {self.prefix!r}")
+        login = self._parsed.options
+        if self.password and "password" in login:
+            raise ValueError(f"Cluster: url has a password, and another is given: {self.shown!r}")
         if self.on_outage not in OUTAGE:
             raise ValueError(
                 f"Cluster: on_outage must be one of {', '.join(OUTAGE)}, not {self.on_outage!r}"
@@ -59,48 +65,52 @@ class Cluster:
             raise ValueError(f"Cluster: timeout must be 0.001 to 60 seconds, not {self.timeout!r}")
         if not self.prefix or "{" in self.prefix or "}" in self.prefix:
             raise ValueError(f"Cluster: prefix must be text without braces, not {self.prefix!r}")
+        if self.secrets:
+            _with_secrets[urls.bare(self.url)] = self.url, self.password
 
-    def _check_url(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in SCHEMES:
-            raise ValueError(
-                f"Cluster: url must begin with one of {', '.join(s + '://' for s in SCHEMES)}, "
-                f"not {self.shown!r}"
-            )
-        if not (parts.path if parts.scheme == "unix" else parts.netloc):
-            where = "a socket's path" if parts.scheme == "unix" else "a host"
-            raise ValueError(f"Cluster: url must name {where}: {self.shown!r}")
-        if parts.scheme == "redis+sentinel" and not parts.path.strip("/"):
-            raise ValueError(
-                "Cluster: url must name the service that Sentinel watches, as in "
-                f"redis+sentinel://host:26379/mymaster, not {self.shown!r}"
-            )
-        if parts.scheme == "unix":
-            return
-        many = parts.scheme in ("redis+cluster", "redis+sentinel")
-        try:
-            ports = [port for _, port in _addresses(parts.netloc, 6379)] if many else [parts.port]
-        except ValueError:
-            ports = [0]
-        if not all(port is None or 0 < port < 65_536 for port in ports):
-            raise ValueError(f"Cluster: url has a port that is none: {self.shown!r}")
-        path = parts.path.strip("/")
-        db = path.partition("/")[2] if parts.scheme == "redis+sentinel" else path
-        if db and not (db.isascii() and db.isdecimal()):
-            raise ValueError(f"Cluster: url must end with the number of a database: {self.shown!r}")
+    @functools.cached_property
+    def _parsed(self) -> urls.Url:
+        return urls.parsed(self.url)
+
+    def __repr__(self) -> str:
+        return (
+            f"Cluster({self.shown!r}, on_outage={self.on_outage!r}, timeout={self.timeout!r}, "
+            f"prefix={self.prefix!r})"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        bare = urls.bare(self.url)
+        return restored, (bare, self.on_outage, self.timeout, self.prefix, bool(self.secrets))
 
     @property
     def shown(self) -> str:
         """The URL without its passwords, for messages."""
-        url = re.sub(r"([?&]\w*password=)[^&]*", r"\1***", self.url)
-        head, at, tail = url.rpartition("@")
-        scheme, _, user = head.partition("://")
-        return f"{scheme}://{user.partition(':')[0]}:***@{tail}" if at and user else url
+        return urls.shown(self.url)
+
+    @property
+    def secrets(self) -> list[str]:
+        return [*self._parsed.secrets, *([self.password] if self.password else [])]
+
+    def scrubbed(self, text: str) -> str:
+        """Without its passwords: a server that does not know AUTH says what it was told."""
+        for secret in sorted(self.secrets, key=len, reverse=True):
+            for each in {secret, repr(secret)[1:-1], quote(secret, safe="")}:
+                text = text.replace(each, "***")
+        return text
+
+    def scrubbed_cause(self, error: BaseException) -> BaseException | None:
+        """An error to raise another one from; None where its text has a password in it."""
+        seen: BaseException | None = error
+        while seen is not None:
+            if self.scrubbed(said := f"{seen} {seen.args}") != said:
+                return None
+            seen = seen.__cause__ or seen.__context__
+        return error
 
     @property
     def user(self) -> str:
         """As whom it is asked there."""
-        return unquote(urlsplit(self.url).username or "") or "default"
+        return str(self._parsed.options.get("username") or "default")
 
     @property
     def rights(self) -> str:
@@ -111,52 +121,88 @@ class Cluster:
         granted = " ".join(f"+{each}" for each in commands.split())
         return f"~{self.prefix}:* &{self.prefix}:* {granted}"
 
+    def keys_of(self, limiter: str, key: str | bytes) -> tuple[str, str]:
+        """What the server calls a key of a limiter: as a rate, and as permits."""
+        from fast_litellm_shm.cluster import names
+        from fast_litellm_shm.handle import key_bytes
+
+        name, raw = limiter.encode("utf-8", "surrogatepass"), key_bytes(key)
+        both = (names.state_key(self.prefix, kind, name, raw) for kind in names.KINDS)
+        rate, permits = (each.decode("utf-8", "backslashreplace") for each in both)
+        return rate, permits
+
     @property
     def of_nodes(self) -> bool:
         """A Redis Cluster: each key is kept by one of several nodes."""
-        return urlsplit(self.url).scheme == "redis+cluster"
+        return self._parsed.kind == urls.NODES
 
     def check(self) -> None:
         """Raises ImportError where the redis library is missing or too old, ValueError where it
         cannot use the URL. Connects to nobody."""
         check_library()
-        if urlsplit(self.url).scheme in ("redis+cluster", "redis+sentinel"):
+        if self._parsed.kind in (urls.NODES, urls.SENTINEL):
             return  # these connect as they are made
         try:
             self.client().connection_pool.make_connection()
         except (TypeError, ValueError) as error:
-            raise ValueError(f"Cluster: url cannot be used: {self.shown!r}: {error}") from error
+            raise ValueError(
+                f"Cluster: url cannot be used: {self.shown!r}: {self.scrubbed(str(error))}"
+            ) from self.scrubbed_cause(error)
 
     def client(self, timeout: float | None = None) -> Any:
         """A client of the redis library for it, whose calls wait at most ``timeout`` seconds."""
         redis = library("redis")
         wait = self.timeout if timeout is None else timeout
-        options: dict[str, Any] = {"socket_timeout": wait, "socket_connect_timeout": wait}
-        parts = urlsplit(self.url)
-        named = (("username", parts.username), ("password", parts.password))
-        login = {name: unquote(given) for name, given in named if given}
+        waits: dict[str, Any] = {"socket_timeout": wait, "socket_connect_timeout": wait}
+        parts = self._parsed
+        options = {**parts.options, **waits}
+        if self.password:
+            options["password"] = self.password
         retry, at_once = library("redis.retry").Retry, library("redis.backoff").NoBackoff()
         if self.of_nodes:
             cluster = library("redis.cluster")
-            nodes = [cluster.ClusterNode(*address) for address in _addresses(parts.netloc, 6379)]
+            nodes = [cluster.ClusterNode(*address) for address in parts.addresses]
             # Its retries would wait between them, and try again what took too long.
-            return cluster.RedisCluster(
-                startup_nodes=nodes, retry=retry(at_once, 0), **options, **login
-            )
+            return cluster.RedisCluster(startup_nodes=nodes, retry=retry(at_once, 0), **options)
         # A connection that the server has closed is only seen when it is used: try once more. But
         # not what took too long, which the server may yet do.
-        once_more = retry(at_once, 1, (redis.exceptions.ConnectionError,))
-        if parts.scheme == "redis+sentinel":
-            service, _, db = parts.path.strip("/").partition("/")
+        options["retry"] = retry(at_once, 1, (redis.exceptions.ConnectionError,))
+        if parts.kind == urls.SENTINEL:
             sentinel = library("redis.sentinel").Sentinel(
-                _addresses(parts.netloc, 26379), sentinel_kwargs=options
+                parts.addresses, sentinel_kwargs={**parts.sentinel, **waits}
             )
-            return sentinel.master_for(
-                service, db=int(db or 0), retry=once_more, **options, **login
-            )
-        if parts.scheme == "unix":
-            del options["socket_connect_timeout"]
-        return redis.Redis.from_url(self.url, retry=once_more, **options)
+            return sentinel.master_for(parts.service, **options)
+        if parts.kind == urls.SOCKET:
+            return redis.Redis(unix_socket_path=parts.path, **options)
+        host, port = parts.addresses[0]
+        return redis.Redis(host=host, port=port, **options)
+
+
+# The passwords of this process, by the URL without them: for copies.
+_with_secrets: dict[str, tuple[str, str | None]] = {}
+
+
+def restored(url: str, on_outage: str, timeout: float, prefix: str, secret: bool) -> Cluster:
+    """A copy of a Cluster: pickled, it has no password. That is looked for among those of this
+    process, then in FAST_LITELLM_SHM_CLUSTER, if that names the same server, and last where
+    :func:`~fast_litellm_shm.settings.cluster_password` finds one. Raises ClusterError: there is
+    none."""
+    options = (on_outage, timeout, prefix)
+    if not secret:
+        return Cluster(url, *options)
+    if url in _with_secrets:
+        whole, password = _with_secrets[url]
+        return Cluster(whole, *options, password)
+    named, password = settings.cluster_url(), settings.cluster_password()
+    if named is not None and urls.bare(named) == url and Cluster(named).secrets:
+        return Cluster(named, *options)
+    if password is not None:
+        return Cluster(url, *options, password)
+    raise exceptions.ClusterError(
+        f"a copy of the Cluster {urls.shown(url)!r} came without its password, which no pickle "
+        "holds: set FAST_LITELLM_SHM_CLUSTER_PASSWORD_FILE or FAST_LITELLM_SHM_CLUSTER_PASSWORD "
+        "for this process too, or FAST_LITELLM_SHM_CLUSTER to the whole URL"
+    )
 
 
 def library(name: str) -> Any:
@@ -180,18 +226,14 @@ def check_library() -> None:
         )
 
 
-def _addresses(netloc: str, port: int) -> list[tuple[str, int]]:
-    found = []
-    for each in netloc.rpartition("@")[2].split(","):
-        host, _, given = each.rpartition(":") if ":" in each else (each, "", "")
-        found.append((host.strip("[]"), int(given or port)))
-    return found
-
-
 @functools.lru_cache(maxsize=64)
-def _made(url: str, on_outage: str | None, timeout: float | None) -> Cluster:
-    given = {"on_outage": on_outage, "timeout": timeout}
-    return Cluster(url, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+def _made(url: str, on_outage: str | None, timeout: float | None, password: str | None) -> Cluster:
+    if password is not None and "password" not in urls.parsed(url).options:
+        given: dict[str, Any] = {"password": password}
+    else:
+        given = {}
+    given |= {"on_outage": on_outage, "timeout": timeout}
+    return Cluster(url, **{name: value for name, value in given.items() if value is not None})
 
 
 def found(given: Cluster | str | Literal[False] | None) -> Cluster | None:
@@ -201,7 +243,13 @@ def found(given: Cluster | str | Literal[False] | None) -> Cluster | None:
         return None
     if isinstance(given, Cluster):
         return given
-    if given is not None and not isinstance(given, str):
-        raise TypeError(f"cluster must be a URL, a Cluster, False or None, not {given!r}")
+    if given is not None and not isinstance(given, str):  # not shown: a URL as bytes, it may be
+        raise TypeError(
+            f"cluster must be a URL, a Cluster, False or None, not a {type(given).__name__}"
+        )
     url = given or settings.cluster_url()
-    return _made(url, settings.cluster_outage(), settings.cluster_timeout()) if url else None
+    if not url:
+        return None
+    return _made(
+        url, settings.cluster_outage(), settings.cluster_timeout(), settings.cluster_password()
+    )

@@ -8,7 +8,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fast_litellm_shm import exceptions
-from fast_litellm_shm.cluster import agent, booking, link, loops, outage, script, sliding
+from fast_litellm_shm.cluster import (
+    agent,
+    booking,
+    link,
+    loops,
+    names,
+    outage,
+    script,
+    sliding,
+)
 from fast_litellm_shm.cluster.asking import Asking, open_limiter
 from fast_litellm_shm.cluster.settings import Cluster
 from fast_litellm_shm.handle import SharedLimits, key_bytes
@@ -19,6 +28,7 @@ from fast_litellm_shm.native import address, ffi, lib
 Told = tuple[int, int, int, int, int]  # status, limit_index, remaining, retry_after_ns, reset_ns
 
 _NONE = (0, 0, 0, 0)
+_MOST = 200  # keys in one pipeline
 _LARGEST = 2**52  # a cost that no limit of a server admits
 
 
@@ -198,14 +208,14 @@ class Wallet:
 
     def reset_all(self) -> int:
         """reset() of each key that the server knows of this limiter; how many there were."""
-        start = script.Request("reset", self.limiter, b"", (), (), (), (), (), (), ()).state_key(
-            self.cluster.prefix
-        )[:-1]
         with self._needed("reset"):
-            names = self.link.names(start)
-        for name in names:
-            self.reset(name[len(start) : -1])
-        return len(names)
+            found = self.link.names(names.start(self.cluster.prefix, names.RATES, self.limiter))
+            for each in (self.purse, self._shared._handle, self._refused):
+                lib.fshm_reset_all(each)
+            request, _ = self.request("reset", b"", _NONE)
+            for at in range(0, len(found), _MOST):
+                self.link.call([request._replace(at=name) for name in found[at : at + _MOST]])
+        return len(found)
 
     @contextlib.contextmanager
     def _needed(self, what: str) -> Iterator[None]:

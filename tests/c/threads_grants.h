@@ -110,6 +110,12 @@ static void lead(fshm_segment *s) {
   CHECK(!leader || leader == (uint32_t)getpid());
   if (!random_below(4)) CHECK_EQ(fshm_lead_end(s), 1);
   CHECK_EQ(fshm_liveness(s, &e), FSHM_OK);
+  uint64_t once[2], again[2], another[2];
+  fshm_keyed_hash(s, "a name", 6, once);
+  fshm_keyed_hash(s, "a name", 6, again);
+  fshm_keyed_hash(s, "b name", 6, another);
+  CHECK(once[0] == again[0] && once[1] == again[1] && once[0] != another[0] &&
+        once[1] != another[1]);
 }
 
 #endif

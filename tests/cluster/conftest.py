@@ -3,7 +3,10 @@ test's processes."""
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from support import servers
@@ -43,3 +46,21 @@ def other(request: pytest.FixtureRequest) -> Segment:
     name = unique_name("other")
     request.addfinalizer(lambda: remove(name))
     return Segment(name, capacity=1000)
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of localhost, signed by itself; its key stands beside it."""
+    if shutil.which("openssl") is None:
+        pytest.skip("there is no openssl here: apt-get install openssl")
+    folder = tmp_path_factory.mktemp("tls")
+    subprocess.run(
+        [
+            "openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+            "-keyout", str(folder / "key.pem"), "-out", str(folder / "certificate.pem"),
+            "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
+        ],
+        check=True,
+        capture_output=True,
+    )  # fmt: skip
+    return folder / "certificate.pem"

@@ -347,31 +347,3 @@ def test_what_is_consumed_stays_consumed(meter: Meter, data: st.DataObject) -> N
         for each, known in zip(counters.now, found.limits, strict=True):
             left = max(most(each.limit) - known.used, 0)
             assert left == max(most(each.limit) - each.tokens, 0), each
-
-
-# a state of a release that kept no labels
-
-
-@pytest.mark.parametrize(
-    ("state", "limit", "used", "left"),
-    [
-        ("k = 1, a = 0, w = 90000000, c = 10, p = 0, s = 3, d = 60000000", Window(10, 60), 20, 90),
-        ("k = 1, a = 0, w = 30000000, c = 10, p = 0, s = 3", Window(20, 60), 10, 30),
-        ("k = 0, a = 5000000000, w = 0, c = 0, p = 0, s = 0, i = 1000000000", Limit(60, 60), 5, 5),
-        ("k = 0, a = 5000000000, w = 0, c = 0, p = 0, s = 0, i = 1000000000", Limit(6, 60), 5, 50),
-        ("k = 2, a = 0, w = 30000000, c = 5, p = 10, s = 3", SlidingWindow(20, 60), 10, 30),
-        ("k = 1, a = 0, w = 30000000, c = 5, p = 0, s = 3", Limit(20, 60), 0, 0),
-    ],
-)
-def test_a_state_without_labels(
-    meter: Meter, state: str, limit: AnyLimit, used: int, left: int
-) -> None:
-    key = new_key()
-    packed = f"cmsgpack.pack({{t = {START}, l = {{{{{state}}}}}, h = {{}}}})"
-    meter._script.registered_client.eval(
-        f"redis.call('SET', KEYS[1], {packed})", 1, b"t:{l/%b}" % key
-    )
-    (found,) = meter(START, "a", "look", key, [limit]).limits
-    assert (found.used, found.left_ns) == (used, left * 10**9)
-    (found,) = meter(START, "a", "charge", key, [limit], costs=1).limits
-    assert found.used == used + 1

@@ -18,7 +18,7 @@ from meters.driver import Rule as ModelRule
 from support import servers
 
 from fast_litellm_shm import Limit, SlidingWindow, Window
-from fast_litellm_shm.cluster import script
+from fast_litellm_shm.cluster import names, script
 from fast_litellm_shm.limits import AnyLimit
 
 US = 1000  # ns
@@ -49,7 +49,19 @@ class Meter:
         # The server forgets by its own clock, which has nothing to do with these times.
         kept = source.replace("'PX', ceil(life / 1000) + 1000", "'PX', 3600000")
         assert kept != source
-        self._script = client.register_script(kept)
+        self._client, self._script = client, client.register_script(kept)
+
+    @staticmethod
+    def _state_key(key: bytes) -> bytes:
+        return names.state_key("t", names.RATES, b"l", key)
+
+    def put(self, key: bytes, value: bytes, command: str = "SET") -> None:
+        """What another host may write there."""
+        self._client.delete(self._state_key(key))
+        self._client.execute_command(command, self._state_key(key), value)
+
+    def value(self, key: bytes) -> bytes:
+        return bytes(self._client.get(self._state_key(key)))
 
     def __call__(
         self,
@@ -66,7 +78,10 @@ class Meter:
             tuple(value) if isinstance(value, (tuple, list)) else (value,) * len(rules)
             for value in numbers.values()
         ]
-        request = script.Request(operation, b"l", key, rules, *columns)
+        costs, kept, given_back, used, previous, left = columns
+        request = script.Request(
+            operation, b"l", key, rules, costs, kept, given_back, used, previous, left
+        )
         arguments = request.arguments(host.encode(), "channel")
         arguments += [at_us // 1_000_000, at_us % 1_000_000]
         return script.answer(self._script([request.state_key("t")], arguments), rules)

@@ -301,6 +301,7 @@ static void one_call(user_t *u, unsigned call, unsigned who, unsigned what, uint
         if (u->held[i].limiter == which) u->held[i].permit.held = 0;
       (void)fshm_unique(u->s);
       (void)fshm_now(u->s);
+      fshm_keyed_hash(u->s, key, sizeof key, (uint64_t[2]){0});
       break;
     case 16:
       use_counted(u, l, key, n, now, what);

@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -34,6 +35,21 @@ def starts(kind: str, *options: str) -> bool:
             return True
     except EndedError:
         return False
+
+
+def encrypted(kind: str, port: int, certificate: Path) -> tuple[str, ...]:
+    """Options of a server that speaks TLS at a port, and nothing else but on its unix socket.
+    Skips the test where it was built without."""
+    import pytest
+
+    options = (
+        "--port", "0", "--tls-port", str(port), "--tls-auth-clients", "no",
+        "--tls-cert-file", str(certificate), "--tls-ca-cert-file", str(certificate),
+        "--tls-key-file", str(certificate.with_name("key.pem")),
+    )  # fmt: skip
+    if not starts(kind, *options):
+        pytest.skip(f"this {kind}-server was built without TLS")
+    return options
 
 
 class EndedError(AssertionError):

@@ -15,7 +15,7 @@ LiteLLM sets what it finds under ``litellm_settings`` as attributes of its modul
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import litellm
@@ -42,7 +42,7 @@ class Settings:
     fail_open: bool = True
     router_state: bool = False
     deployment_limits: bool | None = None
-    cluster: str | None = None
+    cluster: str | None = field(default=None, repr=False)  # it may have a password
 
 
 _DEFAULTS = Settings()
