@@ -6,6 +6,8 @@ import re
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from fast_litellm_shm import Limit
 from fast_litellm_shm.integrations.web import (
@@ -161,6 +163,21 @@ def test_forwarded_of_rfc_7239(value: str, key: str) -> None:
     assert forwarded_for(TRUSTED, name="Forwarded")(request) == key
 
 
+@given(
+    written=st.text('fFor=";,\\\\ :[]109.a\t', max_size=30),
+    host=st.text('";,\\\\=for19. ', max_size=20),
+)
+@example(written='for="', host=";for=9.9.9.9,for=")
+@example(written='for="\\', host=",for=9.9.9.9")
+def test_what_a_client_writes_itself_chooses_no_key(written: str, host: str) -> None:
+    """Whatever it puts before what the proxy adds, and into what the proxy tells of it."""
+    request = asgi(client="10.0.0.5", x_forwarded_for=f"{written}, 203.0.113.5")
+    assert forwarded_for(TRUSTED)(request) == "203.0.113.5"
+    quoted = host.replace("\\", "\\\\").replace('"', '\\"')
+    request = asgi(client="10.0.0.5", forwarded=f'{written}, for=203.0.113.5;host="{quoted}"')
+    assert forwarded_for(TRUSTED, name="Forwarded")(request) in ("203.0.113.5", "10.0.0.5")
+
+
 @pytest.mark.parametrize("value", [" " * 60_000 + "\x01", "a" * 60_000, 'a="' + "\\x" * 30_000])
 def test_a_long_header_takes_no_time(value: str) -> None:
     request = asgi(client="10.0.0.5", forwarded=value)
@@ -171,9 +188,9 @@ def test_a_long_header_takes_no_time(value: str) -> None:
     "proxies", ["*", "0.0.0.0/0", "::/0", "128.0.0.0/1", "10.0.0.5/8", "1", ""]
 )
 def test_proxies_that_are_everybody_or_nobody(proxies: str) -> None:
-    for given in (proxies, ["10.0.0.5", proxies]):
+    for named in (proxies, ["10.0.0.5", proxies]):
         with pytest.raises(ValueError, match=re.escape(f"{proxies!r} in trusted_proxies is")):
-            forwarded_for(given)
+            forwarded_for(named)
 
 
 def test_no_proxies() -> None:

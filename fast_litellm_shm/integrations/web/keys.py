@@ -117,8 +117,8 @@ def forwarded_for(
     "2001:db8:7::/64"]``, ``"unix:"`` for one on a Unix socket. Each proxy adds to the header the
     address it was reached from, so the client's is the **rightmost that is none of them**; whatever
     stands further left came from the client, who may write there what he likes. The header of a
-    connection that does not come from one of them is not read at all. What is no address (``unknown``)
-    counts for the proxy that wrote it.
+    connection that does not come from one of them is not read at all. What is no address, such as
+    ``unknown``, counts for the proxy that wrote it.
 
     Or a number of proxies, 1 or more, that every request passes: then the client's address is that
     many from the right. Who reaches the application past them writes the header himself: prefer
