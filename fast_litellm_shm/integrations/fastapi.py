@@ -62,6 +62,7 @@ __all__ = [
     "header",
 ]
 
+_MOST_ROUTES = 10_000  # whose mount points one dependency keeps
 _LONGEST = 75  # characters of a name, such that it fits the segment, and a server's limits
 
 
@@ -139,6 +140,8 @@ class RateLimit:
         router, route = scope.get("router"), scope.get("route")
         known = id(router), id(route)
         if known not in self._mounts:  # kept with the two, so that no others get their ids
+            if len(self._mounts) >= _MOST_ROUTES:
+                self._mounts.clear()
             chains = list(_mounts_above(getattr(router, "routes", ()), route))
             self._mounts[known] = router, route, chains
         chains = self._mounts[known][2]
