@@ -12,6 +12,10 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.events import ConnectionTerminated, ResponseReceived, StreamEnded, StreamReset
+from h2.exceptions import ProtocolError
 from support.names import remove
 from support.servers import free_port
 from support.waiting import PATIENCE, wait_until
@@ -35,6 +39,8 @@ SERVERS = {
     "hypercorn": (_HYPERCORN + "asgi:apps:app", "asgi", ""),
     "hypercorn-root": (_HYPERCORN + "--root-path /api asgi:apps:app", "asgi", "/api"),
     "granian": (_GRANIAN + "asgi apps:app", "asgi", ""),
+    "hypercorn-http2": (_HYPERCORN + "asgi:apps:app", "asgi", ""),
+    "granian-http2": (_GRANIAN + "asgi --http 2 apps:app", "asgi", ""),
     "gunicorn-asgi": (_GUNICORN + "-k asgi apps:app", "asgi", ""),
 }
 #: The applications of apps.py, and what stands before each path of theirs.
@@ -54,16 +60,45 @@ APPS = {
 class Server:
     """One that answers."""
 
-    def __init__(self, port: int, served: pathlib.Path) -> None:
-        self._port, self._served = port, served
+    def __init__(self, port: int, served: pathlib.Path, http2: bool = False) -> None:
+        self._port, self._served, self._http2 = port, served, http2
         self._keys = itertools.count()
 
     def key(self) -> str:
         """That nobody has asked with."""
         return f"k{next(self._keys)}"
 
+    def _say2(self, app: str, key: str, target: str, *headers: str, method: str = "GET") -> int:
+        """The same over HTTP/2, with prior knowledge."""
+        fields = [(":method", method), (":scheme", "http"), (":authority", "x"), (":path", target)]
+        fields += [("x-app", app), ("x-key", key)]
+        for name, _, value in (each.partition(": ") for each in headers):
+            fields.append((name.lower(), value))
+        talk = H2Connection(
+            H2Configuration(validate_outbound_headers=False, normalize_outbound_headers=False)
+        )
+        talk.initiate_connection()
+        encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in fields]
+        talk.send_headers(1, encoded, end_stream=True)
+        status = 0
+        with socket.create_connection(("127.0.0.1", self._port), PATIENCE) as connection:
+            connection.sendall(talk.data_to_send())
+            try:
+                while part := connection.recv(65_536):
+                    for event in talk.receive_data(part):
+                        if isinstance(event, ResponseReceived):
+                            status = int(dict(event.headers)[b":status"])
+                        if isinstance(event, (StreamEnded, StreamReset, ConnectionTerminated)):
+                            return status
+                    connection.sendall(talk.data_to_send())
+            except (ConnectionError, ProtocolError):
+                pass
+        return status
+
     def say(self, app: str, key: str, target: str, *headers: str, method: str = "GET") -> int:
         """One request on a connection of its own; the status, 0: it closed without any."""
+        if self._http2:
+            return self._say2(app, key, target, *headers, method=method)
         lines = [f"{method} {target} HTTP/1.1", "Host: x", f"X-App: {app}", f"X-Key: {key}"]
         said = "\r\n".join([*lines, "Connection: close", *headers, "", ""]).encode("latin-1")
         with socket.create_connection(("127.0.0.1", self._port), PATIENCE) as connection:
@@ -90,6 +125,7 @@ def running(name: str, folder: pathlib.Path, segment: str) -> Iterator[Server]:
     command, kind, _ = SERVERS[name]
     port, served = free_port(), folder / f"{name}.served"
     served.touch()
+    server = Server(port, served, http2=name.endswith("http2"))
     env = os.environ | {
         "KIND": kind,
         "SERVED": str(served),
@@ -107,13 +143,13 @@ def running(name: str, folder: pathlib.Path, segment: str) -> Iterator[Server]:
         assert process.poll() is None, f"{name} ended: {process.poll()}"
         app = "falcon"
         try:
-            return Server(port, served).say(app, "start", "/ready") in (200, 404)
+            return server.say(app, "start", "/ready") in (200, 404)
         except OSError:
             return False
 
     try:
         wait_until(f"{name} answers", answers, every=0.05)
-        yield Server(port, served)
+        yield server
     finally:
         process.terminate()
         process.wait(PATIENCE)
