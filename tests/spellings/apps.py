@@ -11,13 +11,13 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from fast_litellm_shm import Window
 from fast_litellm_shm.integrations import asgi as asgi_middleware
 from fast_litellm_shm.integrations import wsgi as wsgi_middleware
-from fast_litellm_shm.integrations.web import Request, Rule
+from fast_litellm_shm.integrations.web import Request, Rule, forwarded_for
 
 DAY = 86_400
 ROOT = "/api"  # of the applications that have a root_path, and of servers that are given one
@@ -290,13 +290,23 @@ WITHIN: dict[str, Callable[[], Any]] = {
 }
 
 
+#: By the client's address, as a proxy on loopback tells it; by the header of that name.
+ADDRESSED = {
+    f"by {name}": [Rule(Window(1, DAY), key=forwarded_for("127.0.0.0/8", name=name))]
+    for name in ("X-Forwarded-For", "Forwarded")
+}
+
+
 def _wsgi() -> Any:
-    apps = {
+    apps: dict[str, Any] = {
         name: wsgi_middleware.RateLimitMiddleware(make(), rules(), name=name)
         for name, make in WSGI.items()
     }
 
-    def application(environ: Any, start_response: Any) -> Iterable[bytes]:
+    for name, rules_ in ADDRESSED.items():
+        apps[name] = wsgi_middleware.RateLimitMiddleware(flask_app(True), rules_, name=name)
+
+    def application(environ: Any, start_response: Any) -> Any:
         return apps[environ["HTTP_X_APP"]](environ, start_response)
 
     return application
@@ -307,6 +317,8 @@ def _asgi() -> Any:
         name: asgi_middleware.RateLimitMiddleware(make(), rules(), name=name)
         for name, make in ASGI.items()
     } | {name: make() for name, make in WITHIN.items()}
+    for name, rules_ in ADDRESSED.items():
+        apps[name] = asgi_middleware.RateLimitMiddleware(starlette_app(), rules_, name=name)
 
     async def application(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":

@@ -26,11 +26,13 @@ PLAIN = {"login": "/login", "users": "/users/7", "files": "/files/a/b"}
 _UVICORN = "uvicorn apps:app --log-level critical --no-access-log --port {} --http "
 _HYPERCORN = "hypercorn --log-level CRITICAL --bind 127.0.0.1:{} "
 _GUNICORN = "gunicorn --log-level critical --bind 127.0.0.1:{} "
+# Else it leaves X-Forwarded-For and Forwarded out.
+_WAITRESS = "waitress --no-clear-untrusted-proxy-headers --listen 127.0.0.1:{} "
 _GRANIAN = "granian --log-level critical --port {} --interface "
 #: command, kind, and what the server is told that stands before each path.
 SERVERS = {
     "gunicorn": (_GUNICORN + "apps:app", "wsgi", ""),
-    "waitress": ("waitress --listen 127.0.0.1:{} apps:app", "wsgi", ""),
+    "waitress": (_WAITRESS + "apps:app", "wsgi", ""),
     "granian-wsgi": (_GRANIAN + "wsgi apps:app", "wsgi", ""),
     "hypercorn-wsgi": (_HYPERCORN + "wsgi:apps:app", "wsgi", ""),
     "uvicorn-h11": (_UVICORN + "h11", "asgi", ""),

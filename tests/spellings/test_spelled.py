@@ -85,6 +85,33 @@ def test_none_is_served_more_than_the_limit(served_by: tuple[str, Server]) -> No
     assert asked.check(name) == {(app, handler) for app in asked.apps() for handler in PLAIN}
 
 
+#: What the client writes before the proxy adds the client's address: {n}, each time another.
+WRITTEN = [
+    ["X-Forwarded-For: 1.1.1.{n}, {client}"],
+    ["X-Forwarded-For: 1.1.1.{n}", "X-Forwarded-For: {client}"],
+    ["X-Forwarded-For: 127.0.0.1, 1.1.1.{n}, {client}, 127.0.0.2"],
+    ["X-Forwarded-For: {client}", "Forwarded: for=1.1.1.{n}", "X-Real-IP: 1.1.1.{n}"],
+    ["Forwarded: for=1.1.1.{n}, for={client}"],
+    ["Forwarded: for=1.1.1.{n}", 'Forwarded: proto=http;for="{client}:{n}"'],
+    ["Forwarded: for={client};host=1.1.1.{n}", "X-Forwarded-Host: 1.1.1.{n}"],
+]
+
+
+@pytest.mark.parametrize("number", range(len(WRITTEN)))
+def test_no_client_is_another_by_what_it_writes(served_by: tuple[str, Server], number: int) -> None:
+    """The server's peer is a proxy, which adds the client's address. Each way has clients of its
+    own; a limit of 1."""
+    _, server = served_by
+
+    def ask(client: str, n: int) -> int:
+        lines = [each.format(client=client, n=n) for each in WRITTEN[number]]
+        return server.say(f"by {lines[0].partition(':')[0]}", "-", "/ready", *lines)
+
+    one, other = (f"198.51.{number}.{each}" for each in (1, 2))
+    assert [ask(one, n) for n in range(1, 6)] == [200, 429, 429, 429, 429]
+    assert ask(other, 9) == 200
+
+
 def test_nor_at_random(served_by: tuple[str, Server]) -> None:
     name, server = served_by
     asked, chance = Asked(name, server), random.Random(f"{SEED} {name}")
