@@ -26,7 +26,7 @@ comma := ,
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-litellm test c-programs environments test-cluster test-limits limits-upstream test-peers peers-upstream test-dashboard dashboard-page test-litellm test-freethreaded test-py test-c test-aarch64 lint format lib build bench instructions scaling clean
+.PHONY: help demo demo-litellm test c-programs environments test-cluster test-limits limits-upstream test-peers peers-upstream test-dashboard dashboard-page test-spellings spellings test-litellm test-freethreaded test-py test-c test-aarch64 lint format lib build bench instructions scaling clean
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of"
@@ -43,7 +43,7 @@ test: test-c test-py ## run all tests: C, then Python
 # What loads LiteLLM or encodings runs apart: a fork of a process that has them takes five times as long, and
 # the others fork a lot.
 LOADED = $(addprefix tests/,acceleration integrations test_encoding.py test_prices.py test_token_batch.py test_tokens.py)
-APART  = $(addprefix tests/,browser cluster faults freethreaded hostile litellm_proxy peers) # have targets of their own
+APART  = $(addprefix tests/,browser cluster faults freethreaded hostile litellm_proxy peers spellings) # have targets of their own
 test-py: $(VENV)/.test
 	$(PYTEST) -n auto $(patsubst %,--ignore=%,$(APART) $(LOADED))
 	$(PYTEST) -n auto $(LOADED)
@@ -70,6 +70,12 @@ test-dashboard: ## run the page of fast-shm dashboard in headless Chromium
 dashboard-page: $(VENV)/.dashboard-tests
 	$(PYTEST) tests/browser
 
+test-spellings: ## no spelling of a request passes a limit: frameworks and servers (from PyPI); SPELLINGS=20000 SPELLINGS_SEED=2
+	@$(MAKE) --no-print-directory VENV=$(SPELLINGS_VENV) spellings
+
+spellings: $(VENV)/.spellings-tests
+	$(PYTEST) -n 2 --dist loadgroup tests/spellings
+
 test-litellm: $(VENV)/.test $(VENV)/.litellm-proxy ## run the plugin against LiteLLM's real proxy, 4 workers of either kind
 	$(PYTEST) -n 2 --dist loadscope tests/litellm_proxy
 	$(PYTEST) tests/integrations/test_litellm_calls.py # whose 429 and 503 are the proxy's own
@@ -94,11 +100,13 @@ c-programs: $(C_TESTS:%=$(BUILD)/c/%)
 
 # What .ci/run needs, one after the other: each builds the extension in place. PYTHON_TOO: another one.
 DASHBOARD ?= $(VENV)-dashboard
+SPELLINGS_VENV ?= $(VENV)-spellings
 TOGETHER   = test,lint,litellm-proxy$(if $(filter $(VENV),$(DASHBOARD)),$(comma)dashboard-tests)
 environments: $(VENV)/.$(TOGETHER)
 	@$(MAKE) --no-print-directory VENV=$(VENV)-limits $(VENV)-limits/.limits-tests
 	@$(MAKE) --no-print-directory VENV=$(VENV)-peers $(VENV)-peers/.peers-tests
 	@$(MAKE) --no-print-directory VENV=$(DASHBOARD) $(DASHBOARD)/.dashboard-tests
+	@$(MAKE) --no-print-directory VENV=$(SPELLINGS_VENV) $(SPELLINGS_VENV)/.spellings-tests
 	$(if $(PYTHON_TOO),@$(MAKE) --no-print-directory PYTHON=$(PYTHON_TOO) VENV=.venv-3.13 .venv-3.13/.test)
 
 test-c: $(C_TESTS:%=run-c-%) ## run the C tests: each tests/c/*.c is a program

@@ -2,6 +2,7 @@
 
     uvicorn --workers 4 app:app
     curl -i localhost:8000/
+    curl -i -H 'X-Api-Key: key-of-ann' localhost:8000/
 
 The middleware is pure ASGI: it stands before any other framework in the same way.
 """
@@ -14,8 +15,19 @@ from fastapi import Depends, FastAPI
 from fastapi.responses import StreamingResponse
 
 from fast_litellm_shm import Limit, Window
-from fast_litellm_shm.integrations.asgi import RateLimitMiddleware, Rule, header
+from fast_litellm_shm.integrations.asgi import RateLimitMiddleware, Request, Rule, client_address
 from fast_litellm_shm.integrations.fastapi import RateLimit
+
+#: Whose keys they are. A program keeps hashes of them, in its database.
+API_KEYS = {"key-of-ann": "ann", "key-of-bob": "bob"}
+
+
+def caller(request: Request) -> str:
+    """Who shows a key that is one counts by name, all others by address: a header that nobody
+    checked would be a fresh limit for each value that a client makes up."""
+    user = API_KEYS.get(request.header("X-Api-Key") or "")
+    return f"user={user}" if user else client_address(request)
+
 
 app = FastAPI()
 app.add_middleware(
@@ -24,8 +36,8 @@ app.add_middleware(
     rules=[  # the first that matches is asked
         Rule(path="/ready"),  # no limits: exempt
         Rule(path="/search"),  # has a dependency of its own
-        Rule(path="/stream", in_flight=3, busy_status=503, key=lambda request: "all"),
-        Rule(Window(100, per=3600), Limit(1000, per=1), key=header("X-Api-Key")),
+        Rule(path="/stream", in_flight=3, busy_status=503, key=caller),
+        Rule(Window(100, per=3600), Limit(1000, per=1), key=caller),
     ],
 )
 
@@ -42,7 +54,7 @@ async def ready() -> int:
     return os.getpid()
 
 
-@app.get("/search", dependencies=[Depends(RateLimit(Window(5, per=3600), key=header("X-Api-Key")))])
+@app.get("/search", dependencies=[Depends(RateLimit(Window(5, per=3600), key=caller))])
 async def search() -> int:
     """Limited by a dependency."""
     return os.getpid()
@@ -50,7 +62,7 @@ async def search() -> int:
 
 @app.get("/stream")
 async def stream() -> StreamingResponse:
-    """At most three at once, over all workers, until they end or their clients go."""
+    """At most three of a caller at once, over all workers, until they end or their clients go."""
 
     async def parts() -> AsyncIterator[str]:
         while True:

@@ -2,6 +2,7 @@
 
     gunicorn --workers 4 app:application
     curl -i localhost:8000/
+    curl -i -H 'X-Api-Key: key-of-ann' localhost:8000/
 
 In a project of your own it is the last line of wsgi.py that changes.
 """
@@ -14,7 +15,18 @@ from django.http import HttpRequest, HttpResponse
 from django.urls import path
 
 from fast_litellm_shm import Window
-from fast_litellm_shm.integrations.wsgi import RateLimitMiddleware, Rule, header
+from fast_litellm_shm.integrations.wsgi import RateLimitMiddleware, Request, Rule, client_address
+
+#: Whose keys they are. A program keeps hashes of them, in its database.
+API_KEYS = {"key-of-ann": "ann", "key-of-bob": "bob"}
+
+
+def caller(request: Request) -> str:
+    """Who shows a key that is one counts by name, all others by address: a header that nobody
+    checked would be a fresh limit for each value that a client makes up."""
+    user = API_KEYS.get(request.header("X-Api-Key") or "")
+    return f"user={user}" if user else client_address(request)
+
 
 settings.configure(ALLOWED_HOSTS=["*"], ROOT_URLCONF=__name__, SECRET_KEY="of an example")
 
@@ -28,5 +40,5 @@ urlpatterns = [path("", index), path("ready", index)]
 application = RateLimitMiddleware(
     get_wsgi_application(),
     name="django-example",
-    rules=[Rule(path="/ready"), Rule(Window(100, per=3600), key=header("X-Api-Key"))],
+    rules=[Rule(path="/ready"), Rule(Window(100, per=3600), key=caller)],
 )

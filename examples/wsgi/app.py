@@ -2,6 +2,7 @@
 
     gunicorn --workers 4 --threads 4 app:app
     curl -i localhost:8000/
+    curl -i -H 'X-Api-Key: key-of-ann' localhost:8000/
 
 The middleware is plain WSGI: it stands before any other framework in the same way.
 """
@@ -13,7 +14,18 @@ from collections.abc import Iterator
 from flask import Flask, Response
 
 from fast_litellm_shm import Limit, Window
-from fast_litellm_shm.integrations.wsgi import RateLimitMiddleware, Rule, header
+from fast_litellm_shm.integrations.wsgi import RateLimitMiddleware, Request, Rule, client_address
+
+#: Whose keys they are. A program keeps hashes of them, in its database.
+API_KEYS = {"key-of-ann": "ann", "key-of-bob": "bob"}
+
+
+def caller(request: Request) -> str:
+    """Who shows a key that is one counts by name, all others by address: a header that nobody
+    checked would be a fresh limit for each value that a client makes up."""
+    user = API_KEYS.get(request.header("X-Api-Key") or "")
+    return f"user={user}" if user else client_address(request)
+
 
 app = Flask(__name__)
 app.wsgi_app = RateLimitMiddleware(
@@ -21,8 +33,8 @@ app.wsgi_app = RateLimitMiddleware(
     name="wsgi-example",
     rules=[  # the first that matches is asked
         Rule(path="/ready"),  # no limits: exempt
-        Rule(path="/stream", in_flight=3, busy_status=503, key=lambda request: "all"),
-        Rule(Window(100, per=3600), Limit(1000, per=1), key=header("X-Api-Key")),
+        Rule(path="/stream", in_flight=3, busy_status=503, key=caller),
+        Rule(Window(100, per=3600), Limit(1000, per=1), key=caller),
     ],
 )
 
@@ -41,7 +53,7 @@ def ready() -> str:
 
 @app.get("/stream")
 def stream() -> Response:
-    """At most three at once, over all workers, until they end or their clients go."""
+    """At most three of a caller at once, over all workers, until they end or their clients go."""
 
     def parts() -> Iterator[str]:
         while True:

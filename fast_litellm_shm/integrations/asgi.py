@@ -13,6 +13,7 @@ See docs/web.md, and :class:`Rule` for what a rule can say.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -21,6 +22,7 @@ from fast_litellm_shm.integrations.web import (
     Request,
     Rule,
     client_address,
+    client_network,
     forwarded_for,
     header,
 )
@@ -46,6 +48,7 @@ __all__ = [
     "Request",
     "Rule",
     "client_address",
+    "client_network",
     "forwarded_for",
     "header",
 ]
@@ -65,8 +68,13 @@ class RateLimitMiddleware:
     """Stands before ``app``. rules: the first that matches a request is asked; a request that none
     matches is not limited. name: of the application; whatever has the same name in the same segment
     shares its counts. segment: default ``Segment.default()``. on_error: ``"deny"`` or ``"allow"``
-    what cannot be checked, because the segment is full or cannot be used. websockets: whether their
-    handshakes are asked about as well; an accepted one holds a permit until it is closed.
+    what cannot be checked, because the segment is full or cannot be used. on_cost_error: ``"deny"``
+    requests whose cost function fails, with 503, or ``"count"`` them as 1, for the client's
+    address. ambiguous_paths: ``"count"`` a request under each rule that its path may mean, or
+    ``"refuse"`` it with 400; see "How a path is read" in ``docs/web.md``. root_path: where the
+    application says itself that it is; default: what the server tells, and FastAPI(root_path=...).
+    websockets: whether their handshakes are asked about as well; an accepted one holds a permit
+    until it is closed.
 
     cluster: a URL (``redis://host:6379/0``) or a :class:`~fast_litellm_shm.cluster.Cluster`: the
     limits hold over all hosts that name the same server; False: this host alone; default: what
@@ -94,6 +102,9 @@ class RateLimitMiddleware:
         name: str,
         segment: Segment | None = None,
         on_error: str = "deny",
+        on_cost_error: str = "deny",
+        ambiguous_paths: str = "count",
+        root_path: str | None = None,
         cluster: Cluster | str | Literal[False] | None = None,
         websockets: bool = False,
         in_flight_cancel: bool = False,
@@ -110,7 +121,18 @@ class RateLimitMiddleware:
                 f"{in_flight_seconds!r}"
             )
         self._cancel, self._seconds = bool(in_flight_cancel), in_flight_seconds
-        self._gate = Gate(rules, name=name, segment=segment, on_error=on_error, cluster=cluster)
+        if root_path is not None and not isinstance(root_path, str):
+            raise TypeError(f"root_path must be a str or None, not {root_path!r}")
+        self._root_path = _root_path_of(app) if root_path is None else root_path
+        self._gate = Gate(
+            rules,
+            name=name,
+            segment=segment,
+            on_error=on_error,
+            on_cost_error=on_cost_error,
+            ambiguous_paths=ambiguous_paths,
+            cluster=cluster,
+        )
         if (in_flight_cancel or in_flight_seconds is not None) and not any(
             rule.in_flight for rule in self._gate.rules
         ):
@@ -130,7 +152,7 @@ class RateLimitMiddleware:
         if scope["type"] not in self._types:
             await self.app(scope, receive, send)
             return
-        outcome = await self._gate.check_async(AsgiRequest(scope))
+        outcome = await self._gate.check_async(AsgiRequest(scope, None, self._root_path))
         if outcome is None:
             await self.app(scope, receive, send)
             return
@@ -159,6 +181,17 @@ class RateLimitMiddleware:
         )
         if not in_time and not answer.begun and scope["type"] == "http":
             await answer.give_up(scope, self._seconds)
+
+
+def _root_path_of(app: Any) -> str:
+    """What FastAPI(root_path=...) writes into the scope, where that stands further in. (Others have
+    such an attribute too: Quart's is a folder.)"""
+    known: Any = sys.modules.get("fastapi")
+    for _ in range(0 if known is None else 100):
+        if isinstance(app, known.FastAPI):
+            return str(app.root_path)
+        app = getattr(app, "app", None)  # as which middlewares keep what they are around
+    return ""
 
 
 class _Answer:

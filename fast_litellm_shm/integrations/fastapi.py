@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Collection
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 try:
     from fastapi import HTTPException, Response, WebSocketException
     from fastapi.requests import HTTPConnection
+    from starlette.routing import Host, Mount
 except ImportError as error:
     raise ImportError(
         "fast_litellm_shm.integrations.fastapi needs FastAPI: pip install "
@@ -31,7 +32,14 @@ except ImportError as error:
     ) from error
 
 from fast_litellm_shm.handle import key_bytes
-from fast_litellm_shm.integrations.web import Outcome, Rule, client_address, forwarded_for, header
+from fast_litellm_shm.integrations.web import (
+    Outcome,
+    Rule,
+    client_address,
+    client_network,
+    forwarded_for,
+    header,
+)
 from fast_litellm_shm.integrations.web.answers import LISTS, TRY_LATER, answers_handshake
 from fast_litellm_shm.integrations.web.gate import MARK, Gate
 from fast_litellm_shm.integrations.web.keys import Key, KeyFunction
@@ -44,8 +52,17 @@ from fast_litellm_shm.segment import Segment
 if TYPE_CHECKING:
     from fast_litellm_shm.cluster import Cluster
 
-__all__ = ["MARK", "Outcome", "RateLimit", "client_address", "forwarded_for", "header"]
+__all__ = [
+    "MARK",
+    "Outcome",
+    "RateLimit",
+    "client_address",
+    "client_network",
+    "forwarded_for",
+    "header",
+]
 
+_MOST_ROUTES = 10_000  # whose mount points one dependency keeps
 _LONGEST = 75  # characters of a name, such that it fits the segment, and a server's limits
 
 
@@ -56,8 +73,9 @@ class RateLimit:
 
     limits: 1 to 4. key, cost: functions of a :class:`fast_litellm_shm.integrations.web.Request`,
     whose ``raw`` is FastAPI's; they may be async. name: routes that are given the same name share
-    their counts; default: each route counts apart, by its path. exempt, dry_run, segment, on_error,
-    cluster: as in the middleware.
+    their counts; default: each route counts apart, by its path as the program has it: in a
+    sub-application that is mounted at ``/t/{tenant}``, ``/search`` is one route for all tenants.
+    exempt, dry_run, segment, on_error, on_cost_error, cluster: as in the middleware.
 
     FastAPI adds headers of a dependency only to answers that it makes itself: a route that returns
     a Response of its own has none of them, and is limited all the same. Of a websocket the
@@ -78,19 +96,26 @@ class RateLimit:
         dry_run: bool = False,
         segment: Segment | None = None,
         on_error: str = "deny",
+        on_cost_error: str = "deny",
         cluster: Cluster | str | Literal[False] | None = None,
     ) -> None:
         if not limits:
             raise ValueError("RateLimit needs at least one limit, such as Limit(20, per=60)")
         self._key, self._exempt = key, frozenset(map(key_bytes, exempt))
         self._each_route = name is None
+        self._mounts: dict[tuple[int, int], tuple[Any, Any, list[tuple[Mount, ...]]]] = {}
         if name is None:  # those of other limits must not have the same one
             name = " + ".join(["each route", *map(describe, limits)])
             if len(name) > _LONGEST:
                 name = f"each route {hashlib.blake2s(name.encode(), digest_size=16).hexdigest()}"
         rule = Rule(*limits, key=self._key_of, cost=cost, dry_run=dry_run, name=name)
         self._gate = Gate(
-            [rule], name="fastapi", segment=segment, on_error=on_error, cluster=cluster
+            [rule],
+            name="fastapi",
+            segment=segment,
+            on_error=on_error,
+            on_cost_error=on_cost_error,
+            cluster=cluster,
         )
 
     async def _key_of(self, request: WebRequest) -> Key:
@@ -100,10 +125,30 @@ class RateLimit:
             return None if isinstance(key, (str, bytes)) else key
         if not self._each_route:
             return key
-        route = request.raw.scope.get("route")
-        where = request.raw.scope.get("root_path", "") + getattr(route, "path", request.path)
+        scope = request.raw.scope
+        route = _route(scope)
+        where = self._mounted_at(scope) + getattr(route, "path", "")
         methods = ",".join(sorted(getattr(route, "methods", None) or ()))
         return b"%b %b %b" % (methods.encode(), key_bytes(where), key_bytes(key))
+
+    def _mounted_at(self, scope: Mapping[str, Any]) -> str:
+        """Where the route's application is mounted, as the program has it: ``/t/{tenant}``, not
+        what the client wrote there."""
+        above = scope.get("app_root_path")  # set by a mount
+        if above is None:
+            return ""
+        router, route = scope.get("router"), scope.get("route")
+        known = id(router), id(route)
+        if known not in self._mounts:  # kept with the two, so that no others get their ids
+            if len(self._mounts) >= _MOST_ROUTES:
+                self._mounts.clear()
+            chains = list(_mounts_above(getattr(router, "routes", ()), route))
+            self._mounts[known] = router, route, chains
+        chains = self._mounts[known][2]
+        if len(chains) > 1:  # one application, mounted twice
+            text = scope.get("root_path", "")[len(above) :] + "/"
+            chains = [each for each in chains if _leads(each, text)] or chains
+        return "".join(mount.path for mount in chains[0]) if chains else ""
 
     async def __call__(self, request: HTTPConnection, response: Response) -> Outcome | None:
         outcome = await self._gate.check_async(AsgiRequest(request.scope, request))
@@ -122,3 +167,35 @@ class RateLimit:
             else:  # of several dependencies the last, which is the route's own
                 response.headers[name] = value
         return outcome
+
+
+def _route(scope: Mapping[str, Any]) -> Any:
+    """The route; where its router was included, as it is there, with its prefix."""
+    route = scope.get("route")
+    included = (scope.get("fastapi") or {}).get("effective_route_context")
+    return included if getattr(included, "original_route", None) is route is not None else route
+
+
+def _mounts_above(routes: Iterable[Any], route: Any) -> Iterator[tuple[Mount, ...]]:
+    """Each chain of mount points, one below the other, that leads to a route."""
+    for each in routes:
+        if each is route:
+            yield ()
+        elif hasattr(each, "effective_route_contexts"):  # FastAPI keeps an included router as one
+            contexts = each.effective_route_contexts()
+            yield from _mounts_above(
+                (c.starlette_route or c.original_route for c in contexts), route
+            )
+        elif isinstance(each, (Mount, Host)):
+            here = (each,) if isinstance(each, Mount) else ()
+            yield from (here + below for below in _mounts_above(each.routes, route))
+
+
+def _leads(chain: tuple[Mount, ...], text: str) -> bool:
+    """Is it this chain that a request passed? text: what the client wrote for it."""
+    for mount in chain:
+        match = mount.path_regex.match(text)
+        if match is None:
+            return False
+        text = f"/{match.group('path')}"
+    return not text.strip("/")

@@ -24,6 +24,7 @@ from fast_litellm_shm.integrations.web import (
     Request,
     Rule,
     client_address,
+    client_network,
     forwarded_for,
     header,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "Request",
     "Rule",
     "client_address",
+    "client_network",
     "forwarded_for",
     "header",
 ]
@@ -58,7 +60,10 @@ class RateLimitMiddleware:
     """Stands before ``app``. rules: the first that matches a request is asked; a request that none
     matches is not limited. name: of the application; whatever has the same name in the same segment
     shares its counts. segment: default ``Segment.default()``. on_error: ``"deny"`` or ``"allow"``
-    what cannot be checked, because the segment is full or cannot be used.
+    what cannot be checked, because the segment is full or cannot be used. on_cost_error: ``"deny"``
+    requests whose cost function fails, with 503, or ``"count"`` them as 1, for the client's
+    address. ambiguous_paths: ``"count"`` a request under each rule that its path may mean, or
+    ``"refuse"`` it with 400; see "How a path is read" in ``docs/web.md``.
 
     cluster: a URL (``redis://host:6379/0``) or a :class:`~fast_litellm_shm.cluster.Cluster`: the
     limits hold over all hosts that name the same server; False: this host alone; default: what
@@ -82,10 +87,20 @@ class RateLimitMiddleware:
         name: str,
         segment: Segment | None = None,
         on_error: str = "deny",
+        on_cost_error: str = "deny",
+        ambiguous_paths: str = "count",
         cluster: Cluster | str | Literal[False] | None = None,
     ) -> None:
         self.app = app
-        self._gate = Gate(rules, name=name, segment=segment, on_error=on_error, cluster=cluster)
+        self._gate = Gate(
+            rules,
+            name=name,
+            segment=segment,
+            on_error=on_error,
+            on_cost_error=on_cost_error,
+            ambiguous_paths=ambiguous_paths,
+            cluster=cluster,
+        )
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         outcome = self._gate.check(WsgiRequest(environ))

@@ -8,10 +8,12 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import APIRouter, Depends, FastAPI, Response, WebSocket, WebSocketDisconnect
+from fastapi.middleware.gzip import GZipMiddleware
 from fastapi.testclient import TestClient
 from starlette.testclient import WebSocketDenialResponse
 
 from fast_litellm_shm import Limit, Segment, Window
+from fast_litellm_shm.integrations.asgi import RateLimitMiddleware, Rule
 from fast_litellm_shm.integrations.fastapi import MARK, Outcome, RateLimit, header
 from fast_litellm_shm.integrations.web.request import Request
 
@@ -66,6 +68,73 @@ def test_each_route_counts_apart_or_not(segment: Segment) -> None:
     each = ["GET /api/a", "GET /api/b", "POST /api/a", "GET /api/a?item=1"]
     assert statuses(app, *each) == [200, 200, 200, 429]
     assert statuses(app, "GET /api/c", "GET /api/d") == [200, 429]
+
+
+def search_app(segment: Segment) -> FastAPI:
+    app = FastAPI()
+
+    @app.get("/search", dependencies=[Depends(RateLimit(Limit(1, 60), segment=segment))])
+    async def search() -> None: ...
+
+    return app
+
+
+def test_a_mount_point_that_the_client_names_is_one(segment: Segment) -> None:
+    outer = FastAPI()
+    outer.mount("/t/{tenant}", search_app(segment))
+    assert statuses(outer, "GET /t/a/search", "GET /t/b/search", "GET /t/c/search") == [
+        200,
+        429,
+        429,
+    ]
+
+
+def test_mount_points_of_the_program_count_apart(segment: Segment) -> None:
+    outer, middle, inner = FastAPI(), FastAPI(), search_app(segment)
+    outer.mount("/a", search_app(segment))
+    outer.mount("/b", inner)
+    middle.mount("/x/{x}", inner)
+    outer.mount("/m/{m:path}/n", middle)
+    once = ["GET /a/search", "GET /b/search", "GET /m/1/2/n/x/3/search"]
+    assert statuses(outer, *once) == [200, 200, 200]
+    assert statuses(outer, *once, "GET /m/4/n/x/5/search") == [429] * 4
+
+
+def test_routers_that_are_included_twice(segment: Segment) -> None:
+    app, router = FastAPI(), APIRouter()
+
+    @router.get("/search", dependencies=[Depends(RateLimit(Limit(1, 60), segment=segment))])
+    async def search() -> None: ...
+
+    app.include_router(router, prefix="/v1")
+    app.include_router(router, prefix="/of/{user}")
+    paths = ["GET /v1/search", "GET /of/a/search", "GET /of/b/search", "GET /v1/search"]
+    assert statuses(app, *paths) == [200, 200, 429, 429]
+    outer = FastAPI()
+    outer.mount("/t/{tenant}", app)
+    assert statuses(outer, *(path.replace("/", "/t/a/", 1) for path in paths)) == [
+        200,
+        200,
+        429,
+        429,
+    ]
+    assert statuses(outer, "GET /t/b/v1/search") == [429]
+
+
+@pytest.mark.filterwarnings("ignore:The `root_path` parameter")
+@pytest.mark.parametrize("within", [True, False])
+def test_a_path_with_the_root_path_and_without(segment: Segment, within: bool) -> None:
+    app: Any = FastAPI(root_path="/api")
+
+    @app.get("/login")
+    async def login() -> None: ...
+
+    rules: Any = {"rules": [Rule(Window(1, 60), path="/login")], "name": "x", "segment": segment}
+    if within:
+        app.add_middleware(RateLimitMiddleware, **rules)
+    else:
+        app = RateLimitMiddleware(GZipMiddleware(app), **rules)
+    assert statuses(app, "GET /api/login", "GET /login") == [200, 429]
 
 
 def test_a_name_made_of_long_limits(segment: Segment) -> None:
@@ -124,8 +193,8 @@ def test_keys_costs_and_exempt_ones(segment: Segment) -> None:
 
     assert statuses(app, *["GET /?user=a"] * 3) == [200, 200, 429]
     assert statuses(app, "GET /?user=b", *["GET /?user=root"] * 4) == [200] * 5
-    # no key: counted for the address, as 1
-    assert statuses(app, *["GET /?user=5"] * 5) == [200, 200, 200, 200, 429]
+    # no key: counted for the address
+    assert statuses(app, *["GET /?user=5"] * 3) == [200, 200, 429]
 
 
 def test_by_header(segment: Segment) -> None:

@@ -60,6 +60,61 @@ def test_the_first_that_matches_is_asked(segment: Segment) -> None:
     assert gate(segment, Rule(Limit(5), path="/v1/*")).check(request("/other")) is None
 
 
+def test_a_path_that_may_mean_several_counts_under_the_rule_of_each(segment: Segment) -> None:
+    login, files = Rule(Window(1, 60), path="/login"), Rule(Window(9, 60), path="/files/*")
+    rules = gate(segment, Rule(path="/ready"), login, files, Rule(Window(99, 60)))
+    odd = asked(rules, path="/files/../login")  # to one server that file, to another /login
+    assert (odd.refused, odd.rule) == (False, login)
+    again = asked(rules, path="/files/../login")
+    assert (again.refused, again.rule) == (True, login)
+    plain = [asked(rules, path=path) for path in ("/login", "/files/a", "/ready/../files/a")]
+    assert [each.refused for each in plain] == [True, False, False]
+    left = [each.decision.remaining for each in plain[1:] if each.decision is not None]
+    assert left == [7, 6]  # one was charged beside /login, and none where that refused
+    assert rules.check(request("/ready")) is None
+    assert rules.check(request("/x/../ready")) is not None
+
+
+def test_plain_paths_count_under_one_rule(segment: Segment) -> None:
+    rules = gate(segment, Rule(Window(9, 60), path="/login"), Rule(Window(99, 60)))
+    for path in ("/login", "/", "/docs/", "/a.b/..c/d%", "/caf\u00e9 %zz;x"):
+        assert request(path).readings.routed == (path,)
+        asked(rules, path=path)
+    last = asked(rules, path="/other").decision
+    assert last is not None and last.remaining == 99 - 5
+
+
+def test_permits_of_several_rules_are_released_together(segment: Segment) -> None:
+    one, two = Rule(in_flight=1, path="/one"), Rule(in_flight=1, path="/two/*")
+    rules = gate(segment, one, two)
+    both = asked(rules, path="/two/../one")
+    assert both.holds and not both.refused
+    assert asked(rules, path="/one").refused and asked(rules, path="/two/a").refused
+    both.release()
+    taken = asked(rules, path="/two/a")
+    assert asked(rules, path="/two/../one").refused  # and it holds nothing of the other
+    asked(rules, path="/one").release()
+    taken.release()
+    last = asked(rules, path="/two/../one")
+    assert not last.refused
+    last.release()
+
+
+@pytest.mark.parametrize(
+    "path", ["//login", "/x/../login", "/login\n", "http://x/login", "/%6cogin"]
+)
+def test_paths_that_may_mean_several_may_be_refused(segment: Segment, path: str) -> None:
+    rules = gate(segment, Rule(Limit(9)), ambiguous_paths="refuse")
+    refused = asked(rules, path=path)
+    status, headers, body = refused.refusal()
+    assert (status, refused.refused, refused.retry_after) == (400, True, None)
+    assert "Retry-After" not in dict(headers)
+    problem = json.loads(body)
+    assert (problem["title"], problem["type"]) == ("Bad Request", "about:blank")
+    assert "write it without repeated slashes" in problem["detail"]
+    assert not asked(rules, path="/login/").refused
+
+
 def test_each_rule_counts_apart(segment: Segment) -> None:
     rules = gate(segment, Rule(Limit(1), path="/a"), Rule(Limit(1), path="/b"))
     outcomes = [asked(rules, path=path) for path in ("/a", "/b", "/a", "/b")]
@@ -107,6 +162,10 @@ def test_bad_arguments(segment: Segment) -> None:
         Gate(Rule(Limit(5)), name="web")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="on_error must be 'deny' or 'allow', not 'raise'"):
         gate(segment, on_error="raise")
+    with pytest.raises(ValueError, match="on_cost_error must be 'deny' or 'count', not 'raise'"):
+        gate(segment, on_cost_error="raise")
+    with pytest.raises(ValueError, match="ambiguous_paths must be 'count' or 'refuse', not True"):
+        gate(segment, ambiguous_paths=True)
     with pytest.raises(TypeError, match="name must be a str, not 5"):
         gate(segment, name=5)
 
@@ -143,32 +202,72 @@ async def late(_: Request) -> str:
     return "k"
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"key": fails},
-        {"key": late},
-        {"key": lambda r: 5},
-        {"key": lambda r: ["unhashable"]},
-        {"cost": fails},
-        {"cost": lambda r: -1},
-        {"cost": lambda r: "many"},
-        {"cost": lambda r: None},
-        {"cost": lambda r: (1, 2, 3)},
-    ],
-    ids=lambda arguments: next(iter(arguments)),
-)
-def test_functions_that_fail_count_for_the_address(
-    segment: Segment, arguments: dict[str, Any], caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("key", [fails, late, lambda r: 5, lambda r: ["unhashable"]])
+def test_key_functions_that_fail_count_for_the_address(
+    segment: Segment, key: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rules = gate(segment, Rule(Limit(2), **arguments))
+    """For what they cost: a client that makes it fail does not go cheaper."""
+    rules = gate(segment, Rule(Limit(4), key=key, cost=lambda r: 2))
     outcomes = [asked(rules) for _ in range(3)]
     assert [each.refused for each in outcomes] == [False, False, True]
-    assert outcomes[0].key == "192.0.2.7" or "cost" in arguments
-    told = [each for each in caplog.records if each.levelno == logging.ERROR]
-    assert len(told) == 1, "once, for clients can cause it at will"
-    assert "its key or cost function failed" in told[0].getMessage()
-    assert told[0].exc_info is not None
+    assert outcomes[0].key == "192.0.2.7"
+    told_once(caplog, "its key function failed; such requests count for the client's address")
+
+
+COSTS_THAT_FAIL: list[Any] = [
+    fails,
+    late,
+    lambda r: -1,
+    lambda r: "many",
+    lambda r: None,
+    lambda r: (1, 2, 3),
+]
+
+
+@pytest.mark.parametrize("cost", COSTS_THAT_FAIL)
+def test_cost_functions_that_fail(
+    segment: Segment, cost: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody knows what it costs: a client that can make it fail would go for 1."""
+    rules = gate(segment, Rule(Limit(2), key=lambda r: "k", cost=cost))
+    first, second = asked(rules), asked(rules)
+    assert first.refused and second.refused
+    assert (first.status, first.key, first.decision) == (503, "k", None)
+    assert dict(first.headers()) == {"Retry-After": "1"}
+    told_once(caplog, "its cost function failed; such requests are refused")
+
+
+@pytest.mark.parametrize("cost", COSTS_THAT_FAIL)
+def test_cost_functions_that_fail_may_count_as_one(
+    segment: Segment, cost: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    rule = Rule(Limit(2), key=lambda r: "k", cost=cost)
+    rules = gate(segment, rule, on_cost_error="count")
+    outcomes = [asked(rules) for _ in range(3)]
+    assert [each.refused for each in outcomes] == [False, False, True]
+    assert outcomes[0].key == "192.0.2.7"
+    told_once(caplog, "its cost function failed; such requests count as 1, for the client's")
+
+
+def told_once(caplog: pytest.LogCaptureFixture, what: str) -> None:
+    """For clients can cause it at will."""
+    (told,) = [each for each in caplog.records if each.levelno == logging.ERROR]
+    assert what in told.getMessage()
+    assert told.exc_info is not None
+
+
+@pytest.mark.parametrize("cost", [fails, late, lambda r: -1])
+def test_async_gates_and_costs_that_fail(segment: Segment, cost: Any) -> None:
+    async def late_failing(r: Request) -> Any:
+        found = cost(r)
+        return -1 if asyncio.iscoroutine(found) and found.close() is None else found
+
+    for policy, refused in (("deny", True), ("count", False)):
+        rule = Rule(Limit(2), cost=late_failing)
+        rules = gate(segment, rule, on_cost_error=policy, name=policy)
+        outcome = asyncio.run(rules.check_async(request()))
+        assert outcome is not None
+        assert (outcome.refused, outcome.decision is None) == (refused, refused)
 
 
 def test_async_functions(segment: Segment) -> None:

@@ -6,9 +6,18 @@ import re
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from fast_litellm_shm import Limit
-from fast_litellm_shm.integrations.web import Rule, client_address, forwarded_for, header, keys
+from fast_litellm_shm.integrations.web import (
+    Rule,
+    client_address,
+    client_network,
+    forwarded_for,
+    header,
+    keys,
+)
 from fast_litellm_shm.integrations.web.request import AsgiRequest, Request, WsgiRequest
 
 
@@ -90,7 +99,134 @@ def test_forwarded_for_without_proxies(proxies: int) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         forwarded_for(proxies)
     with pytest.raises(TypeError, match="must be an int"):
-        forwarded_for("1")  # type: ignore[arg-type]
+        forwarded_for(True)
+
+
+# who holds the connection, X-Forwarded-For, and whom that counts for
+TRUSTED = ["10.0.0.5", "10.1.0.0/16", "2001:db8:7::/64"]
+HOPS = [
+    ("10.0.0.5", "203.0.113.5", "203.0.113.5"),
+    ("10.0.0.5", "1.1.1.1, 203.0.113.5", "203.0.113.5"),  # the client wrote 1.1.1.1 himself
+    ("10.0.0.5", "1.1.1.1, 203.0.113.5, 10.1.2.3", "203.0.113.5"),
+    ("10.0.0.5", "1.1.1.1, 203.0.113.5, 10.1.2.3:80, [2001:db8:7::1]:80", "203.0.113.5"),
+    ("10.0.0.5", "10.1.2.3", "10.1.2.3"),  # all are proxies: the farthest
+    ("10.0.0.5", "", "10.0.0.5"),
+    ("10.0.0.5", "203.0.113.5, unknown", "10.0.0.5"),
+    ("10.0.0.5", "203.0.113.5, unknown, 10.1.2.3", "10.1.2.3"),
+    ("::ffff:10.0.0.5", "2001:db8:1:2::9", "2001:db8:1:2::/64"),
+    ("2001:db8:7::1", "203.0.113.5", "203.0.113.5"),
+    ("198.51.100.9", "203.0.113.5", "198.51.100.9"),  # no proxy of ours
+    ("10.0.0.6", "10.0.0.5", "10.0.0.6"),
+    (None, "203.0.113.5", "unknown"),
+]
+
+
+@pytest.mark.parametrize(("client", "value", "key"), HOPS)
+@pytest.mark.parametrize("name", ["X-Forwarded-For", "Forwarded"])
+@pytest.mark.filterwarnings("ignore:rate limits by client_address:RuntimeWarning")
+def test_the_rightmost_that_is_no_proxy(
+    client: str | None, value: str, key: str, name: str
+) -> None:
+    if name == "Forwarded" and value:
+        value = ", ".join(f'proto=https;For="{each.strip()}"' for each in value.split(","))
+    request = asgi(client=client, **{name.replace("-", "_"): value})
+    assert forwarded_for(TRUSTED, name=name)(request) == key
+
+
+def test_a_proxy_on_a_unix_socket() -> None:
+    request = asgi(client=None, x_forwarded_for="1.1.1.1, 203.0.113.5")
+    assert forwarded_for(["unix:"])(request) == "203.0.113.5"
+    assert forwarded_for("unix:")(request) == "203.0.113.5"
+
+
+FORWARDED_7239 = [
+    ("for=203.0.113.5;proto=http;by=10.0.0.5", "203.0.113.5"),
+    ('For="[2001:db8:1::9]:4711"', "2001:db8:1::/64"),
+    ('for=1.1.1.1, FOR = x, for="203.0.113.5"', "10.0.0.5"),  # no blanks around =
+    ('for=1.1.1.1,for=203.0.113.5;host="a,for=9.9.9.9"', "203.0.113.5"),
+    ('for="203.0.\\113.5"', "203.0.113.5"),
+    ("for=203.0.113.5, by=10.0.0.5", "10.0.0.5"),
+    ("for=203.0.113.5,", "10.0.0.5"),
+    # What the client wrote would swallow what the proxy adds: none of it is believed.
+    ('for="1.1.1.1, for=203.0.113.5', "10.0.0.5"),
+    ('for=1.1.1.1;x=", for="203.0.113.5"', "10.0.0.5"),
+    ('for="\\", for="203.0.113.5"', "10.0.0.5"),
+    ("for=_hidden, for=203.0.113.5", "203.0.113.5"),
+    ("for=203.0.113.5, for=_hidden", "10.0.0.5"),
+    ("", "10.0.0.5"),
+]
+
+
+@pytest.mark.parametrize(("value", "key"), FORWARDED_7239)
+def test_forwarded_of_rfc_7239(value: str, key: str) -> None:
+    request = asgi(client="10.0.0.5", forwarded=value, x_forwarded_for="9.9.9.9")
+    assert forwarded_for(TRUSTED, name="Forwarded")(request) == key
+
+
+@given(
+    written=st.text('fFor=";,\\\\ :[]109.a\t', max_size=30),
+    host=st.text('";,\\\\=for19. ', max_size=20),
+)
+@example(written='for="', host=";for=9.9.9.9,for=")
+@example(written='for="\\', host=",for=9.9.9.9")
+def test_what_a_client_writes_itself_chooses_no_key(written: str, host: str) -> None:
+    """Whatever it puts before what the proxy adds, and into what the proxy tells of it."""
+    request = asgi(client="10.0.0.5", x_forwarded_for=f"{written}, 203.0.113.5")
+    assert forwarded_for(TRUSTED)(request) == "203.0.113.5"
+    quoted = host.replace("\\", "\\\\").replace('"', '\\"')
+    request = asgi(client="10.0.0.5", forwarded=f'{written}, for=203.0.113.5;host="{quoted}"')
+    assert forwarded_for(TRUSTED, name="Forwarded")(request) in ("203.0.113.5", "10.0.0.5")
+
+
+@pytest.mark.parametrize("value", [" " * 60_000 + "\x01", "a" * 60_000, 'a="' + "\\x" * 30_000])
+def test_a_long_header_takes_no_time(value: str) -> None:
+    request = asgi(client="10.0.0.5", forwarded=value)
+    assert forwarded_for(TRUSTED, name="Forwarded")(request) == "10.0.0.5"
+
+
+@pytest.mark.parametrize(
+    "proxies", ["*", "0.0.0.0/0", "::/0", "128.0.0.0/1", "10.0.0.5/8", "1", ""]
+)
+def test_proxies_that_are_everybody_or_nobody(proxies: str) -> None:
+    for named in (proxies, ["10.0.0.5", proxies]):
+        with pytest.raises(ValueError, match=re.escape(f"{proxies!r} in trusted_proxies is")):
+            forwarded_for(named)
+
+
+def test_no_proxies() -> None:
+    with pytest.raises(ValueError, match="trusted_proxies is empty"):
+        forwarded_for([])
+    with pytest.raises(TypeError, match="addresses and networks"):
+        forwarded_for(None)  # type: ignore[arg-type]
+
+
+def test_the_length_of_an_ipv6_prefix() -> None:
+    request = asgi(client="2001:db8:1:2::9", x_forwarded_for="2001:db8:3:4::9")
+    assert client_network(ipv6_prefix=48)(request) == "2001:db8:1::/48"
+    assert client_network(ipv6_prefix=56)(asgi()) == "192.0.2.7"
+    assert forwarded_for(1, ipv6_prefix=48)(request) == "2001:db8:3::/48"
+    assert forwarded_for("2001:db8:1::/48", ipv6_prefix=128)(request) == "2001:db8:3:4::9/128"
+    for bits in (0, 15, 129):
+        with pytest.raises(ValueError, match=f"must be 16 to 128 bits, not {bits}"):
+            client_network(ipv6_prefix=bits)
+    with pytest.raises(TypeError, match="ipv6_prefix must be an int, not '64'"):
+        forwarded_for(1, ipv6_prefix="64")  # type: ignore[arg-type]
+
+
+def test_a_keyed_hash_of_a_header() -> None:
+    """Whoever sees the segment, and not the secret, cannot try out guesses."""
+    request = asgi(x_api_key="k1")
+    first, same, other = (
+        header("X-Api-Key", secret=secret)(request)
+        for secret in ("0123456789abcdef", b"0123456789abcdef", "another 16 bytes")
+    )
+    assert re.fullmatch("x-api-key=[0-9a-f]{32}", str(first))
+    assert first == same != other
+    with pytest.raises(ValueError, match="16 bytes or more, not 5") as told:
+        header("X-Api-Key", secret="short")
+    assert "short" not in str(told.value)
+    with pytest.raises(TypeError, match="secret must be a str or bytes$"):
+        header("X-Api-Key", secret=5)  # type: ignore[arg-type]
 
 
 def test_header() -> None:
@@ -98,7 +234,8 @@ def test_header() -> None:
     assert key(asgi(x_api_key="k1")) == "x-api-key=k1"
     assert key(asgi(x_api_key="192.0.2.7")) != key(asgi()) == "192.0.2.7"
     assert header("X-Api-Key", missing=lambda request: None)(asgi()) is None
-    hashed = header("Authorization", hashed=True)(asgi(authorization="Bearer secret"))
+    with pytest.warns(RuntimeWarning, match="without a secret: whoever sees the hashes"):
+        hashed = header("Authorization", hashed=True)(asgi(authorization="Bearer secret"))
     assert re.fullmatch("authorization=[0-9a-f]{32}", str(hashed))
 
 
@@ -107,19 +244,22 @@ def test_headers_of_wsgi() -> None:
     assert request.header("x-api-key") == "k1"
     assert request.header("Content-Type") == "text/plain"
     assert request.header("x-other") is None
-    assert (request.method, request.path) == ("GET", "/mount/")
+    assert (request.method, request.mount, request.path) == ("GET", "/mount", "/")
     assert wsgi("/caf\xc3\xa9").path == "/café"  # PEP 3333: bytes as latin-1
 
 
 PATHS = [
     ("/v1/chat", "/v1/chat", True),
-    ("/v1/chat", "/v1/chat/", False),
+    ("/v1/chat", "/v1/chat/", True),  # Litestar takes it for /v1/chat
+    ("/v1/chat/", "/v1/chat", True),
     ("/v1/*", "/v1/", True),
     ("/v1/*", "/v1/a/b", True),
-    ("/v1/*", "/v1", False),
+    ("/v1/*", "/v1", True),
+    ("/v1/*", "/v", False),
     ("/users/{id}", "/users/7", True),
     ("/users/{id}", "/users/7/x", False),
-    ("/users/{id}", "/users/", False),
+    ("/users/{id}", "/users/", True),  # Falcon: the id is empty
+    ("/users/{id}", "/users", False),
     ("/users/{id}/*", "/users/7/x/y", True),
     ("/a.b+c", "/a.b+c", True),
     ("/a.b+c", "/axb+c", False),
@@ -129,7 +269,7 @@ PATHS = [
     ("/*a{x}b*c", "/-aab-b-c", True),
     ("/{a}-{b}.{c}", "/x--y.z", True),
     ("/{a}-{b}.{c}", "/x-y/z.z", False),
-    ("/{a}{b}", "/x", False),
+    ("/{a}{b}", "/x", True),  # the second is empty
     ("/v1/chat", "/v1/chat\n", True),  # /v1/chat%0A: Starlette takes it for /v1/chat
     ("/v1/chat", "/v1/chat\n\n", False),
     (re.compile("/v[12]"), "/v1\n", True),
@@ -154,7 +294,8 @@ def test_long_paths_take_no_time(path: str) -> None:
 
 def test_what_is_exempt_is_that_path_alone() -> None:
     assert Rule(path="/health").matches(asgi("/health"))
-    assert not Rule(path="/health").matches(asgi("/health\n"))
+    for odd in ("/health\n", "/health/", "//health", "/x/../health", "/%68ealth"):
+        assert not Rule(path="/health").matches(asgi(odd))
 
 
 def test_methods() -> None:

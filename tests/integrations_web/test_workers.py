@@ -49,7 +49,7 @@ def test_four_workers(name: str, segment_name: str) -> None:
     command, needs = SERVERS[name]
     env = {"FAST_LITELLM_SHM_NAME": segment_name}
     with served(name, command, needs, segment_name, env) as path:
-        answers = ask_of_several(path, "/", REQUESTS, LIMIT // 2, X_Api_Key="k")
+        answers = ask_of_several(path, "/", REQUESTS, LIMIT // 2, X_Api_Key="key-of-ann")
         assert Counter(status for status, _, _ in answers) == {200: LIMIT, 429: REQUESTS - LIMIT}
         admitted_by = {body for status, body, _ in answers if status == 200}
         assert len(admitted_by) > 1, "one worker alone has answered: nothing was shared"
@@ -57,9 +57,11 @@ def test_four_workers(name: str, segment_name: str) -> None:
             int(headers["X-RateLimit-Remaining"]) for status, _, headers in answers if status == 200
         )
         assert left == list(range(LIMIT)), "each number of what is left is told once"
-        assert ask(path, "/", X_Api_Key="another")[0] == 200
+        assert ask(path, "/", X_Api_Key="key-of-bob")[0] == 200
+        made_up = [ask(path, "/", X_Api_Key=f"made up {i}")[0] for i in range(LIMIT + 1)]
+        assert Counter(made_up) == {200: LIMIT, 429: 1}, "each is a fresh limit"
         if name == "asgi":
-            found = [ask(path, "/search", X_Api_Key="k")[0] for _ in range(8)]
+            found = [ask(path, "/search", X_Api_Key="key-of-ann")[0] for _ in range(8)]
             assert Counter(found) == {200: 5, 429: 3}
         if name != "django":
             streams_come_back(path)

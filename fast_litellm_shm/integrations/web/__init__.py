@@ -4,8 +4,21 @@ Knows no framework and needs no extra: ``integrations.asgi``, ``.wsgi`` and ``.f
 """
 
 from fast_litellm_shm.integrations.web.gate import Outcome
-from fast_litellm_shm.integrations.web.keys import client_address, forwarded_for, header
+from fast_litellm_shm.integrations.web.keys import (
+    client_address,
+    client_network,
+    forwarded_for,
+    header,
+)
 from fast_litellm_shm.integrations.web.request import Request
 from fast_litellm_shm.integrations.web.rules import Rule
 
-__all__ = ["Outcome", "Request", "Rule", "client_address", "forwarded_for", "header"]
+__all__ = [
+    "Outcome",
+    "Request",
+    "Rule",
+    "client_address",
+    "client_network",
+    "forwarded_for",
+    "header",
+]

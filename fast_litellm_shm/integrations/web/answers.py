@@ -13,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Mapping
+from http.client import responses
 from typing import Any
 
 from fast_litellm_shm import limits
@@ -98,7 +99,7 @@ def retry_after(decision: Decision) -> int | None:
 def problem(status: int, violated: str | None, detail: str, retry: int | None) -> bytes:
     """A problem as JSON. violated: the name of the policy that denied; None: it was none."""
     kind = "about:blank"
-    title = "Too Many Requests" if status == 429 else "Service Unavailable"
+    title = responses[status]
     if violated is not None:
         kind = _REGISTRY + ("quota-exceeded" if status == 429 else "temporary-reduced-capacity")
         title = (

@@ -28,6 +28,8 @@ MARK = "fast_litellm_shm.rate_limit"  # in the ASGI scope or the WSGI environ: t
 _log = logging.getLogger("fast_litellm_shm")
 _SILENCE = 10.0  # s between two reports of one kind of failure: clients can cause them at will
 _ON_ERROR = ("deny", "allow")
+_ON_COST_ERROR = ("deny", "count")
+_AMBIGUOUS = ("count", "refuse")
 _NO_COST = (TypeError, ValueError, OverflowError)  # what a cost that cannot be charged raises
 
 
@@ -42,6 +44,7 @@ class Outcome:
     __slots__ = (
         "_index",
         "_left",
+        "_others",
         "_permit",
         "_policies",
         "_policy",
@@ -69,6 +72,7 @@ class Outcome:
         self.decision: Decision | None = None if permit is None else permit.decision
         self._policies, self._policy, self._left = policies, policy, left
         self._permit = permit if permit else None  # false: it holds none
+        self._others: tuple[Outcome, ...] = ()  # of more rules, where the path may mean several
         self._index = len(policies)  # of the limit that it is about; beyond them: none
         if self.decision is not None:
             last = isinstance(self.decision.limit, InFlight)  # of many hosts, it is the first
@@ -77,13 +81,17 @@ class Outcome:
     @property
     def holds(self) -> bool:
         """Is a permit held, until release()?"""
-        return self._permit is not None
+        return self._permit is not None or any(each.holds for each in self._others)
 
     def release(self) -> None:
         """The answer has been sent, or will not be. Twice is harmless."""
         permit, self._permit = self._permit, None
-        if permit is not None:
-            permit.release()
+        try:
+            if permit is not None:
+                permit.release()
+        finally:
+            for each in self._others:
+                each.release()
 
     @property
     def violated(self) -> str | None:
@@ -96,7 +104,7 @@ class Outcome:
     @property
     def status(self) -> int:
         """Of the refusal: 429, or as busy_status; where the limiter could not be asked 503, or 429
-        if the segment is full."""
+        if the segment is full; 400 for a path that may mean several, where those are refused."""
         if self.decision is None:
             return self._unasked
         return self.rule.busy_status if isinstance(self.decision.limit, InFlight) else 429
@@ -106,7 +114,8 @@ class Outcome:
         if self.rule.dry_run:
             return [("X-RateLimit-Dry-Run", "denied")] if self.denied else []
         if self.decision is None:
-            return [("Retry-After", str(answers.BUSY_RETRY))] if self.denied else []
+            told = self.denied and self._unasked != 400
+            return [("Retry-After", str(answers.BUSY_RETRY))] if told else []
         found = [("RateLimit-Policy", self._policy)]
         permits_alone = self.decision.limit is None or (
             isinstance(self.decision.limit, InFlight) and not self.denied
@@ -122,11 +131,17 @@ class Outcome:
     @property
     def retry_after(self) -> int | None:
         """Of a refusal: whole seconds; None: coming back does not help."""
-        return answers.BUSY_RETRY if self.decision is None else answers.retry_after(self.decision)
+        if self.decision is None:
+            return None if self._unasked == 400 else answers.BUSY_RETRY
+        return answers.retry_after(self.decision)
 
     @property
     def detail(self) -> str:
         """Of a refusal: which limit, and what to do."""
+        if self.decision is None and self._unasked == 400:
+            return (
+                "The path may mean several: write it without repeated slashes, dots and the like."
+            )
         if self.decision is None:
             return "The rate limit cannot be checked at the moment."
         limit, retry = self.decision.limit, self.retry_after
@@ -230,8 +245,7 @@ class _Opened:
             until = found[index] / 1e9
         return left, until
 
-    def unasked(self, key: str | bytes, denied: bool, error: FastShmError) -> Outcome:
-        status = 429 if isinstance(error, SegmentFullError) else 503
+    def unasked(self, key: str | bytes, denied: bool, status: int = 503) -> Outcome:
         return Outcome(self.rule, key, None, *self.described(), denied, unasked=status)
 
 
@@ -239,7 +253,8 @@ class Gate:
     """rules: the first that matches a request is asked; a request that none matches is not limited.
     name: of the application; gates of the same name in the same segment share their counts.
     segment: default ``Segment.default()``. on_error: ``"deny"`` (503, or 429 where the segment is
-    full) or ``"allow"`` what cannot be checked. cluster: as of the middleware.
+    full) or ``"allow"`` what cannot be checked. on_cost_error, ambiguous_paths, cluster: as of the
+    middleware.
 
     Raises ValueError or TypeError for bad arguments, SegmentError where there is no segment.
     """
@@ -251,10 +266,13 @@ class Gate:
         name: str,
         segment: Segment | None = None,
         on_error: str = "deny",
+        on_cost_error: str = "deny",
+        ambiguous_paths: str = "count",
         cluster: Cluster | str | Literal[False] | None = None,
     ) -> None:
-        if on_error not in _ON_ERROR:
-            raise ValueError(f"on_error must be 'deny' or 'allow', not {on_error!r}")
+        _one_of("on_error", on_error, _ON_ERROR)
+        _one_of("on_cost_error", on_cost_error, _ON_COST_ERROR)
+        _one_of("ambiguous_paths", ambiguous_paths, _AMBIGUOUS)
         if not isinstance(name, str):
             raise TypeError(f"name must be a str, not {name!r}")
         if not isinstance(rules, Iterable):
@@ -264,7 +282,8 @@ class Gate:
             if not isinstance(rule, Rule):
                 raise TypeError(f"rules must be Rule objects, not {rule!r}")
         _different_names(found)
-        self.rules, self._on_error = found, on_error
+        self.rules, self._on_error, self._on_cost_error = found, on_error, on_cost_error
+        self._refuses = Rule(name="ambiguous path") if ambiguous_paths == "refuse" else None
         self._reported: dict[str, float] = {}
         server: Cluster | None = None
         if settings.names_server(cluster):
@@ -278,101 +297,173 @@ class Gate:
     def check(self, request: Request) -> Outcome | None:
         """Ask. None: not limited. Never raises what a key or cost function raises. Over many hosts
         it may wait for the server."""
-        opened = self._find(request)
-        if opened is None:
-            return None
+        if self._refuses is not None and len(request.readings.routed) > 1:
+            return Outcome(self._refuses, "", None, (), "", True, unasked=400)
+        outcomes: list[Outcome] = []
         try:
-            key = _now(opened.rule.key(request), "key")
-            cost = opened.rule.cost
-            if callable(cost):
-                cost = _now(cost(request), "cost")
-        except Exception as error:
-            key, cost = self._failing(opened, request, error), 1
-        return self._admit(opened, request, key, cost)
+            for opened in self._find(request):
+                outcome = self._check(opened, request)
+                if outcome is not None:
+                    outcomes.append(outcome)
+                    if outcome.refused:
+                        break
+        except BaseException:
+            _together(outcomes, refused=True)
+            raise
+        return _together(outcomes)
 
     async def check_async(self, request: Request) -> Outcome | None:
         """check() where the key and cost functions may be async. Waits for nobody but by await."""
-        opened = self._find(request)
-        if opened is None:
+        if self._refuses is not None and len(request.readings.routed) > 1:
+            return Outcome(self._refuses, "", None, (), "", True, unasked=400)
+        outcomes: list[Outcome] = []
+        try:
+            for opened in self._find(request):
+                outcome = await self._check_async(opened, request)
+                if outcome is not None:
+                    outcomes.append(outcome)
+                    if outcome.refused:
+                        break
+        except BaseException:  # cancelled, for one
+            _together(outcomes, refused=True)
+            raise
+        return _together(outcomes)
+
+    def _check(self, opened: _Opened, request: Request) -> Outcome | None:
+        key: Any
+        try:
+            key = _now(opened.rule.key(request), "key")
+        except Exception as error:
+            key = self._no_key(opened, request, error)
+        key = self._checked(opened, request, key)
+        if key is None:
             return None
+        cost = opened.rule.cost
+        try:
+            if callable(cost):
+                cost = _now(cost(request), "cost")
+        except Exception as error:
+            if self._no_cost(opened, error):
+                return opened.unasked(key, True)
+            key, cost = client_address(request), 1
+        try:
+            try:
+                outcome = opened.admit(key, cost)
+            except _NO_COST as error:
+                if self._no_cost(opened, error):
+                    return opened.unasked(key, True)
+                outcome = opened.admit(client_address(request), 1)
+        except FastShmError as error:
+            return self._unasked(opened, key, error)
+        return _told(outcome, request)
+
+    async def _check_async(self, opened: _Opened, request: Request) -> Outcome | None:
+        key: Any
         try:
             found = opened.rule.key(request)
             key = await found if inspect.isawaitable(found) else found
-            cost = opened.rule.cost
+        except Exception as error:
+            key = self._no_key(opened, request, error)
+        key = self._checked(opened, request, key)
+        if key is None:
+            return None
+        cost = opened.rule.cost
+        try:
             if callable(cost):
                 charged = cost(request)
                 cost = await charged if inspect.isawaitable(charged) else charged
         except Exception as error:
-            key, cost = self._failing(opened, request, error), 1
-        return await self._admit_async(opened, request, key, cost)
-
-    def _find(self, request: Request) -> _Opened | None:
-        for rule, opened in self._rules:
-            if rule.matches(request):
-                return opened
-        return None
-
-    def _admit(self, opened: _Opened, request: Request, key: Any, cost: Any) -> Outcome | None:
-        key, cost = self._checked(opened, request, key, cost)
-        if key is None:
-            return None
-        try:
-            try:
-                outcome = opened.admit(key, cost)
-            except _NO_COST as wrong:
-                key = self._failing(opened, request, wrong)
-                outcome = opened.admit(key, 1)
-        except FastShmError as error:
-            return self._unasked(opened, key, error)
-        return _told(outcome, request)
-
-    async def _admit_async(
-        self, opened: _Opened, request: Request, key: Any, cost: Any
-    ) -> Outcome | None:
-        key, cost = self._checked(opened, request, key, cost)
-        if key is None:
-            return None
+            if self._no_cost(opened, error):
+                return opened.unasked(key, True)
+            key, cost = client_address(request), 1
         try:
             try:
                 outcome = await opened.admit_async(key, cost)
-            except _NO_COST as wrong:
-                key = self._failing(opened, request, wrong)
-                outcome = await opened.admit_async(key, 1)
+            except _NO_COST as error:
+                if self._no_cost(opened, error):
+                    return opened.unasked(key, True)
+                outcome = await opened.admit_async(client_address(request), 1)
         except FastShmError as error:
             return self._unasked(opened, key, error)
         return _told(outcome, request)
 
-    def _checked(
-        self, opened: _Opened, request: Request, key: Any, cost: Any
-    ) -> tuple[str | bytes | None, Any]:
-        """What to ask for, by what the functions gave; None: the key is not limited."""
+    def _find(self, request: Request) -> list[_Opened]:
+        """The first rule of each path by which the request may be routed; and before it those with
+        limits that know that path by another name."""
+        routed, aliases = request.readings.routed, request.readings.aliases
+        found = []
+        for rule, opened in self._rules:
+            if not rule.takes(request.method):
+                continue
+            left = tuple(path for path in routed if not rule.has(path))
+            if opened is not None and (
+                left != routed or any(map(rule.may_have, routed)) or any(map(rule.has, aliases))
+            ):
+                found.append(opened)
+            routed = left
+            if not routed:
+                break
+        return found
+
+    def _checked(self, opened: _Opened, request: Request, key: Any) -> str | bytes | None:
+        """Whom to ask for, by what the function gave; None: the key is not limited."""
         if key is not None and not isinstance(key, (str, bytes)):
             error = TypeError(f"the key function gave {key!r}, which is no str, bytes or None")
-            key, cost = self._failing(opened, request, error), 1
+            key = self._no_key(opened, request, error)
         if key is not None and opened.rule.exempt and key_bytes(key) in opened.rule.exempt:
             key = None
-        return key, cost
+        found: str | bytes | None = key
+        return found
 
     def _unasked(self, opened: _Opened, key: str | bytes, error: FastShmError) -> Outcome:
         denied = self._on_error == "deny"
         told = "refused" if denied else "let through, uncounted"
         self._report(f"rule {opened.rule.name!r} cannot be checked; requests are {told}", error)
-        return opened.unasked(key, denied, error)
+        return opened.unasked(key, denied, 429 if isinstance(error, SegmentFullError) else 503)
 
-    def _failing(self, opened: _Opened, request: Request, error: Exception) -> str:
-        """A key or cost function failed: the request counts, as 1, for the client's address."""
+    def _no_key(self, opened: _Opened, request: Request, error: Exception) -> str:
+        """A key function failed: the request counts for the client's address."""
         self._report(
-            f"rule {opened.rule.name!r}: its key or cost function failed; such requests count as "
-            "1, for the client's address",
+            f"rule {opened.rule.name!r}: its key function failed; such requests count for the "
+            "client's address",
             error,
         )
         return client_address(request)
+
+    def _no_cost(self, opened: _Opened, error: Exception) -> bool:
+        """A cost function failed, or gave what cannot be charged. Is the request refused for it?"""
+        denied = self._on_cost_error == "deny"
+        told = "are refused" if denied else "count as 1, for the client's address"
+        self._report(
+            f"rule {opened.rule.name!r}: its cost function failed; such requests {told}", error
+        )
+        return denied
 
     def _report(self, what: str, error: Exception) -> None:
         now = time.monotonic()
         if now - self._reported.get(what, -_SILENCE) >= _SILENCE:
             self._reported[what] = now
             _log.error("%s", what, exc_info=error)
+
+
+def _one_of(argument: str, value: object, known: tuple[str, str]) -> None:
+    if value not in known:
+        raise ValueError(f"{argument} must be {known[0]!r} or {known[1]!r}, not {value!r}")
+
+
+def _together(outcomes: list[Outcome], refused: bool = False) -> Outcome | None:
+    """One outcome for a request that counts under several rules: that of the rule which denied,
+    else of the first. Where it is refused, what the others hold is released; what they charged
+    stays charged."""
+    if not outcomes:
+        return None
+    told = next((each for each in reversed(outcomes) if each.denied), outcomes[0])
+    if refused or told.refused:
+        for each in outcomes:
+            each.release()
+    elif len(outcomes) > 1:
+        told._others = tuple(each for each in outcomes if each is not told)
+    return told
 
 
 def _told(outcome: Outcome, request: Request) -> Outcome:

@@ -5,18 +5,34 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fast_litellm_shm.integrations.web.paths import Readings, read
+
 _WITHOUT_PREFIX = ("CONTENT_TYPE", "CONTENT_LENGTH")  # of the headers in a WSGI environ
 
 
 class Request:
-    """method: in capitals; of a websocket ``WEBSOCKET``. path: decoded, with the mount point.
-    client: the address of whoever holds the connection, None where the server knows none (a Unix
-    socket). raw: the ASGI scope, the WSGI environ, or FastAPI's Request."""
+    """method: in capitals; of a websocket ``WEBSOCKET``. path: in its canonical form, below the
+    mount point: ``/login``, however the client wrote that. mount: where the application is
+    (``root_path``, ``SCRIPT_NAME``). client: the address of whoever holds the connection, None
+    where the server knows none (a Unix socket). raw: the ASGI scope, the WSGI environ, or FastAPI's
+    Request. readings: all that the path may mean, by which rules match."""
 
-    __slots__ = ("client", "method", "path", "raw")
+    __slots__ = ("client", "method", "mount", "path", "raw", "readings")
 
-    def __init__(self, method: str, path: str, client: str | None, raw: Any) -> None:
-        self.method, self.path, self.client, self.raw = method, path, client, raw
+    def __init__(
+        self,
+        method: str,
+        path: str,
+        client: str | None,
+        raw: Any,
+        *,
+        mount: str = "",
+        readings: Readings | None = None,
+    ) -> None:
+        self.method, self.client, self.raw = method, client, raw
+        self.mount = mount
+        self.readings = read(path, mount) if readings is None else readings
+        self.path = self.readings.path
 
     def header(self, name: str) -> str | None:
         """The header's value; of several lines all, joined by ``, ``; None: there is none."""
@@ -27,17 +43,22 @@ class Request:
 
 
 class AsgiRequest(Request):
-    """Of a scope of type ``http`` or ``websocket``."""
+    """Of a scope of type ``http`` or ``websocket``. root_path: of an application further in, which
+    sets it itself."""
 
     __slots__ = ("_headers",)
 
-    def __init__(self, scope: Mapping[str, Any], raw: Any = None) -> None:
-        client = scope.get("client")
+    def __init__(self, scope: Mapping[str, Any], raw: Any = None, root_path: str = "") -> None:
+        client, mount = scope.get("client"), root_path or scope.get("root_path") or ""
+        kept = scope.get("raw_path") or b""
+        kept = kept.decode("latin-1").partition("?")[0] if b"%2" in kept else ""
         super().__init__(
             scope.get("method", "WEBSOCKET").upper(),
-            scope["path"],
+            "",
             (client[0] or None) if client else None,
             scope if raw is None else raw,
+            mount=mount,
+            readings=read(scope["path"], mount, None, kept if "%2f" in kept.lower() else ""),
         )
         self._headers: Iterable[tuple[bytes, bytes]] = scope["headers"]
 
@@ -53,12 +74,19 @@ class WsgiRequest(Request):
     __slots__ = ()
 
     def __init__(self, environ: Mapping[str, Any]) -> None:
-        path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
+        mount, path = (
+            environ.get(each, "")
+            .encode("latin-1", "replace")
+            .decode("utf-8", "replace")  # PEP 3333
+            for each in ("SCRIPT_NAME", "PATH_INFO")
+        )
         super().__init__(
             environ["REQUEST_METHOD"].upper(),
-            path.encode("latin-1", "replace").decode("utf-8", "replace"),  # PEP 3333
+            "",
             environ.get("REMOTE_ADDR") or None,
             environ,
+            mount=mount,
+            readings=read(mount + path, mount, path),
         )
 
     def header(self, name: str) -> str | None:

@@ -18,10 +18,11 @@ Cost: TypeAlias = int | tuple[int, ...]
 CostFunction: TypeAlias = Callable[[Request], Cost | Awaitable[Cost]]
 
 _NAME = re.compile(r"\{\w*\}")
+_PERHAPS_EMPTY = "[^/]*?"  # Falcon routes /users/ to /users/{id}
 _BUSY = (429, 503)
 
 
-def pattern(path: str) -> re.Pattern[str]:
+def pattern(path: str, name: str = "[^/]+?") -> re.Pattern[str]:
     """``{name}`` stands for one segment of the path, ``*`` for anything; all else for itself."""
     if not path.startswith(("/", "*")):
         raise ValueError(f"Rule: path must begin with '/', not {path!r}")
@@ -31,7 +32,7 @@ def pattern(path: str) -> re.Pattern[str]:
             "* for anything, or give a compiled regular expression"
         )
     numbers = itertools.count(1)
-    first, *others = (_piece(each, numbers) for each in re.sub(r"\*+", "*", path).split("*"))
+    first, *others = (_piece(each, name, numbers) for each in re.sub(r"\*+", "*", path).split("*"))
     if not others:
         return re.compile(first)
     *middle, last = others
@@ -47,12 +48,12 @@ def _once(expression: str, numbers: Iterator[int]) -> str:
     return f"(?=(?P<{name}>{expression}))(?P={name})"
 
 
-def _piece(text: str, numbers: Iterator[int]) -> str:
+def _piece(text: str, name: str, numbers: Iterator[int]) -> str:
     """What stands between two stars."""
     first, *others = _NAME.split(text)
     out = [re.escape(first)]
     for left, each in zip(range(len(others) - 1, -1, -1), others, strict=True):
-        part = "[^/]+?" + re.escape(each)
+        part = name + re.escape(each)
         out.append(_once(part, numbers) if left and "/" not in each else part)
     return "".join(out)
 
@@ -121,6 +122,9 @@ class Rule:
             )
         verbs = None if methods is None else frozenset(each.upper() for each in methods)
         compiled = path if isinstance(path, re.Pattern) or path is None else pattern(path)
+        loose = compiled
+        if isinstance(path, str) and _NAME.search(path):
+            loose = pattern(path, _PERHAPS_EMPTY)
         if name is None:
             shown = path.pattern if isinstance(path, re.Pattern) else path
             name = " ".join([*sorted(verbs or ()), *([shown] if shown else [])]) or "default"
@@ -133,17 +137,30 @@ class Rule:
         self.exempt = frozenset(map(key_bytes, exempt))
         self.dry_run = bool(dry_run)
         self._matches = None if compiled is None else compiled.fullmatch
+        self._may_match = None if loose is None else loose.fullmatch
         self._methods = verbs if verbs is None or "GET" not in verbs else verbs | {"HEAD"}
 
     def matches(self, request: Request) -> bool:
-        """Is the request one of its?"""
-        if self._methods is not None and request.method not in self._methods:
+        """Is the request one of its? Where the path may mean several, a rule with limits takes
+        each of them; one that exempts wants all."""
+        if not self.takes(request.method):
             return False
-        if self._matches is None or self._matches(request.path):
-            return True
-        # Starlette's routes, and whatever else ends an expression in "$", take /a%0A for /a.
-        cut = request.path[:-1] if request.path.endswith("\n") and self.limits else None
-        return cut is not None and self._matches(cut) is not None
+        readings = request.readings
+        if not self.limits:
+            return all(map(self.has, readings.routed))
+        return any(map(self.may_have, readings.routed)) or any(map(self.has, readings.aliases))
+
+    def takes(self, method: str) -> bool:
+        """Is it for this method?"""
+        return self._methods is None or method in self._methods
+
+    def has(self, path: str) -> bool:
+        """Is it for this path, one reading of a request's?"""
+        return self._matches is None or self._matches(path) is not None
+
+    def may_have(self, path: str) -> bool:
+        """The same to a router to which ``{name}`` may be empty."""
+        return self._may_match is None or self._may_match(path) is not None
 
     @property
     def websockets_only(self) -> bool:
