@@ -235,7 +235,7 @@ static void one_call(user_t *u, unsigned call, unsigned who, unsigned what, uint
   const uint64_t costs[FSHM_MAX_LIMITS] = {n, 1, what % 7, 0};
   const uint64_t now = what & 64 ? n : 0;
   fenced_t out = {FENCE, {0, 0, 0, 0}, FENCE};
-  fenced_charges_t charges = {FENCE, {{n, what, who, now}}, FENCE};
+  fenced_charges_t charges = {FENCE, {{n, what, who, now, n}}, FENCE};
   fshm_limit limits[FSHM_MAX_LIMITS];
   fshm_decision d;
   if (call % CALLS == 0) open_limiter(u, which, what % 16, what & 16);

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fast_litellm_shm import Limit
@@ -163,6 +163,7 @@ def test_forwarded_of_rfc_7239(value: str, key: str) -> None:
     assert forwarded_for(TRUSTED, name="Forwarded")(request) == key
 
 
+@settings(deadline=None)
 @given(
     written=st.text('fFor=";,\\\\ :[]109.a\t', max_size=30),
     host=st.text('";,\\\\=for19. ', max_size=20),
