@@ -8,6 +8,7 @@ import itertools
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import httpx
@@ -15,7 +16,7 @@ import pytest
 from support.names import left_over, remove, unique_name
 from support.proxy import Proxy, proxy
 from support.upstream import Upstream, serving
-from support.waiting import PATIENCE
+from support.waiting import PATIENCE, TooSlow, wait_until
 
 from fast_litellm_shm.diagnostics import memo_state
 
@@ -247,10 +248,20 @@ def test_tokens_of_a_realtime_session(served: Proxy) -> None:
     served.wait(booked, "none are booked")
 
 
-def test_texts_of_nobody_are_not_remembered(served: Proxy) -> None:
-    """How long /utils/token_counter takes tells nobody what others have sent."""
-    before = memo_state(served.opened())
-    for _ in range(4):
-        assert ask(served, "sk-m-rpm=1000", ENDPOINTS["token-counter"]) == 200
-    after = memo_state(served.opened())
-    assert (after["texts"], after["hits"]) == (before["texts"], before["hits"])
+def test_what_one_key_has_sent_tells_another_nothing(served: Proxy) -> None:
+    """LiteLLM counts the tokens of a stream, where nobody tells them. How long that takes must not
+    tell one client what another has sent: each text is remembered for its key alone."""
+
+    def remembered(key: str) -> int:
+        """How many texts are new in the memo."""
+        before = memo_state(served.opened())["texts"]
+        for _ in range(8):  # both workers
+            says = [{"role": "user", "content": "a secret of one client"}]
+            assert served.ask(key, stream=True, messages=says).status_code == 200
+        with suppress(TooSlow):
+            wait_until("", lambda: memo_state(served.opened())["texts"] > before, seconds=5)
+        return int(memo_state(served.opened())["texts"]) - before
+
+    first, second = remembered("sk-m1-rpm=1000"), remembered("sk-m2-rpm=1000")
+    assert first == second > 0
+    assert remembered("sk-m1-rpm=1000") == 0
