@@ -254,13 +254,14 @@ def test_what_one_key_has_sent_tells_another_nothing(served: Proxy) -> None:
 
     def remembered(key: str) -> int:
         """How many texts are new in the memo."""
-        before = memo_state(served.opened())["texts"]
+        before: int = memo_state(served.opened())["texts"]
         for _ in range(8):  # both workers
             says = [{"role": "user", "content": "a secret of one client"}]
             assert served.ask(key, stream=True, messages=says).status_code == 200
         with suppress(TooSlow):
             wait_until("", lambda: memo_state(served.opened())["texts"] > before, seconds=5)
-        return int(memo_state(served.opened())["texts"]) - before
+        after: int = memo_state(served.opened())["texts"]
+        return after - before
 
     first, second = remembered("sk-m1-rpm=1000"), remembered("sk-m2-rpm=1000")
     assert first == second > 0

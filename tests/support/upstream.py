@@ -126,7 +126,7 @@ class Upstream(BaseHTTPRequestHandler):
             Upstream.seen[text] += 1
             Upstream.at_once[text] += 1
             Upstream.most[text] = max(Upstream.most[text], Upstream.at_once[text])
-            fails = body.get("model") in Upstream.failing
+            fails = str(body.get("model")) in Upstream.failing
             fails |= Upstream.seen[text] <= {"fail once": 1, "fail always": 10**6}.get(kind, 0)
         gate = Upstream.gates.get(text)
         if kind == "slow":

@@ -74,10 +74,11 @@ def subjects_of(
     auth: Any, data: Mapping[str, Any], models: Mapping[str, int] | None = None
 ) -> list[Subject]:
     """Whom a request to the proxy counts for. models: those of its calls; None: as it says."""
-    if models is not None and sum(models.values()) > 1:
+    found = data.get("model")
+    model = found if isinstance(found, str) else None
+    if models and models.get(model or "") != 1:
         return of_calls(auth, models, _group)
-    model = data.get("model")
-    return subjects(auth, model if isinstance(model, str) else None, _group)
+    return subjects(auth, model, _group)
 
 
 def _retries() -> int:

@@ -48,7 +48,7 @@ def made(data: Mapping[str, Any], call_type: str) -> Made:
     model = data.get("model")
     if not isinstance(model, str) or not model:
         return _ONE
-    if call_type != "acompletion" or "," not in model or "api_key" in data or "api_base" in data:
+    if "," not in model or call_type != "acompletion" or "api_key" in data or "api_base" in data:
         return Made({model: 1})
     models, rows = Counter(each.strip() for each in model.split(",")), data.get("messages")
     if data.get("fastest_response", False):
