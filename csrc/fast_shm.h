@@ -219,6 +219,12 @@ int fshm_remaining(fshm_limiter *limiter, const void *key, uint64_t key_length, 
 int fshm_reset_key(fshm_limiter *limiter, const void *key, uint64_t key_length);
 int fshm_reset_all(fshm_limiter *limiter);
 
+/* Numbers that come with the handle: this handle's keys have these n, one for each limit of the name, which must be
+ * windows, or permits, of at least as many. Any number of different limits is one name in the segment so. A key must
+ * keep to its numbers: have them in it. Heeded by fshm_admit(), fshm_settle(), fshm_remaining() and fshm_in_flight();
+ * all else goes by the name's. Once, before the handle is used. FSHM_OK or FSHM_E_ARGUMENT. */
+int fshm_limiter_number(fshm_limiter *limiter, const uint64_t *numbers, uint32_t count);
+
 /* Limits that come with the call ----------------------------------------------------------- */
 /* For storages of other libraries, whose keys bring their limits along and are asked about without them.
  * The limiter is only a name; its first limit's kind must be that of `limit`. */
@@ -382,6 +388,9 @@ uint64_t fshm_live_cells(fshm_segment *segment, uint8_t *live, uint64_t now_ns);
 uint64_t fshm_used(const fshm_segment *segment, uint64_t now_ns, uint64_t *keys);
 int fshm_key_name(fshm_segment *segment, uint64_t cell, char *out, uint64_t size, uint64_t *length);
 int fshm_peek_cell(fshm_segment *segment, uint64_t cell, uint64_t now_ns, fshm_decision *out);
+/* The same of a key that was asked for with these numbers (fshm_limiter_number): four, 0 = the name's. */
+int fshm_peek_numbered(fshm_segment *segment, uint64_t cell, const uint64_t *numbers,
+                       uint64_t now_ns, fshm_decision *out);
 /* The same of a key whose limit came with its calls. moving: the cell is that of a moving window's key, and
  * up to limit->n others are looked at. FSHM_OK; 0: not a cell that the ledger knows, of a limiter of this
  * kind; or FSHM_E_ARGUMENT. */
@@ -402,6 +411,9 @@ typedef struct {
   uint64_t places, texts, hits, misses;
 } fshm_memo_info;
 uint64_t fshm_memo_encoding(fshm_segment *segment, const char *name, uint64_t length);
+/* The same encoding, for the calls below, with counts that this tenant alone finds. */
+uint64_t fshm_memo_tenant(fshm_segment *segment, uint64_t encoding, const void *tenant,
+                          uint64_t length);
 /* The count, or -1 where it is not known. */
 int64_t fshm_memo_get(fshm_segment *segment, uint64_t encoding, const void *text, uint64_t length);
 /* Counts from 2^24 on are not kept. */

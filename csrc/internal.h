@@ -152,6 +152,8 @@ struct fshm_limiter {
   uint32_t index; /* in the table of limiters */
   uint32_t tally; /* which tallies its calls count in; TALLIES: none */
   uint64_t key[2]; /* SipHash key of this limiter */
+  const uint64_t *numbers; /* NULL, or `numbered`: the n of each limit, in place of the name's */
+  uint64_t numbered[FSHM_MAX_LIMITS];
   _Atomic uint32_t released; /* slot + 1 that this process released last: likely free; 0 = none */
   _Atomic uint32_t frontier; /* where this process goes on looking for a free slot */
   _Atomic uint64_t
@@ -271,6 +273,8 @@ static inline uint64_t entry_current(const fshm_segment *s, uint32_t index) {
 }
 
 bool limits_load(const fshm_segment *s, uint32_t index, plan_t *out);
+bool limits_load_of(const fshm_limiter *l, plan_t *out);
+void limits_number(const uint64_t *numbers, plan_t *p);
 bool limits_wrong(const fshm_segment *s, uint32_t index, bool published);
 bool limits_name_wrong(const fshm_segment *s, uint32_t index);
 uint64_t limits_most(const fshm_segment *s, uint32_t index);

@@ -150,6 +150,12 @@ static int give_back(holder_t *h, const fshm_permit *p) {
   return p->cell < h->s->cell_count && pair_cas(&h->s->cells[p->cell], &seen, idle);
 }
 
+/* Up to which slot permits of a key may be held. */
+static uint32_t slots_of(const fshm_limiter *l, const plan_t *plan) {
+  if (l->numbers) return plan->permits;
+  return limits_most_permits(limits_most(l->segment, l->index), plan);
+}
+
 #define BEYOND_NS UINT64_C(1000000000)
 
 /* Does any key of the limiter hold permits beyond the present limit? Frees those of dead processes. A look at the whole
@@ -176,6 +182,8 @@ static COLD bool none_beyond(const holder_t *h, const plan_t *plan, census_t *ce
 static bool stands(holder_t *h, plan_t *plan, uint32_t slot, uint32_t *held) {
   const limiter_entry_t *e = &h->s->limiters[h->limiter->index];
   bool said = false;
+  /* All who ask for this key bring the same number, so no slot beyond it was ever taken. */
+  if (unlikely(h->limiter->numbers != NULL)) return true;
   after_swap(); /* pairs with publish(): it sees our slot, or we see its limits */
   for (int tries = 0; tries < MAX_TRIES; tries++) {
     uint64_t seen =
@@ -260,7 +268,7 @@ static UNGUARDED int take_permit(holder_t *h, plan_t *plan, uint32_t n, const gr
       return FSHM_DENIED;
     }
   }
-  uint32_t most = limits_most_permits(limits_most(h->s, h->limiter->index), plan);
+  uint32_t most = slots_of(h->limiter, plan);
   *held = full || most > n ? count_held(h, most, &census) : n;
   return full ? FSHM_FULL : FSHM_DENIED;
 }
@@ -294,12 +302,12 @@ uint32_t lease_count(fshm_limiter *l, const void *key, uint64_t length, uint64_t
   census_t census;
   census_begin(&census);
   (void)holder_make(&h, l, key, length, 0);
-  if (!limits_load(h.s, l->index, &plan)) {
+  if (!limits_load_of(l, &plan)) {
     (void)damage_limits(h.s, l->index);
     return 0;
   }
   if (!plan.permits) return 0;
-  uint32_t most = limits_most_permits(limits_most(h.s, l->index), &plan);
+  uint32_t most = slots_of(l, &plan);
   return count_held_from(&h, (uint32_t)min_u64(from, most), most, &census);
 }
 
@@ -373,7 +381,7 @@ UNGUARDED void fshm_admit(fshm_limiter *l, const void *key, uint64_t key_length,
   memset(out, 0, sizeof *out);
   *in_flight = 0;
   bool member = holder_make(&h, l, key, key_length, now);
-  if (!limits_load(h.s, l->index, &plan)) {
+  if (!limits_load_of(l, &plan)) {
     out->status = damage_limits(h.s, l->index);
     return;
   }

@@ -5,6 +5,7 @@
 typedef struct {
   fshm_segment *s;
   uint32_t index, tally; /* of the limiter */
+  const uint64_t *numbers; /* of the handle: limits_number() */
   plan_t plan;
   bool stale; /* met a state of newer limits than the plan's: load it again, and look again */
   bool fixed; /* the caller gave the time */
@@ -73,6 +74,8 @@ static bool former_rule(call_t *c, uint32_t i, const found_t *f, rule_t *old) {
       c->s->read_only ? pair_peek(&c->s->cells[f->cell]) : pair_load(&c->s->cells[f->cell]);
   c->stale |= now.who != f->pair.who || now.when != f->pair.when || outdated(c);
   if (unlikely(!sane)) *old = c->plan.rules[i]; /* written over by somebody: as good as any */
+  if (unlikely(c->numbers && c->numbers[i] && old->kind == FSHM_WINDOW))
+    old->n = min_u64(old->n, c->numbers[i]);
   return !c->stale;
 }
 
@@ -185,6 +188,7 @@ static inline void look(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
 static COLD int renew(call_t *c) {
   c->stale = false;
   if (!limits_load(c->s, c->index, &c->plan)) return damage_limits(c->s, c->index);
+  limits_number(c->numbers, &c->plan);
   read_clock_again(
       c); /* after these limits were published: states drain at their pace from then on at most */
   return c->plan.count ? FSHM_OK : FSHM_E_ARGUMENT;
@@ -507,6 +511,7 @@ static inline void begin_hashed(call_t *c, fshm_limiter *l, uint64_t hash, uint6
   c->s = l->segment;
   c->index = l->index;
   c->tally = l->tally;
+  c->numbers = l->numbers;
   c->stale = c->peeks = false;
   c->tries = 0;
   c->hash = hash;
@@ -692,7 +697,7 @@ int fshm_settle(fshm_limiter *l, const void *key, uint64_t key_length, const uin
   look_t found;
   uint64_t costs[FSHM_MAX_LIMITS];
   int worst = FSHM_ALLOWED;
-  if (!limits_load(l->segment, l->index, &c.plan)) return damage_limits(l->segment, l->index);
+  if (!limits_load_of(l, &c.plan)) return damage_limits(l->segment, l->index);
   begin(&c, l, key, key_length, now);
   c.costs = costs;
   c.put = permit->put;
@@ -709,7 +714,7 @@ int fshm_remaining(fshm_limiter *l, const void *key, uint64_t key_length, uint64
                    uint64_t *remaining) {
   call_t c;
   look_t looks[FSHM_MAX_LIMITS];
-  if (!limits_load(l->segment, l->index, &c.plan)) return damage_limits(l->segment, l->index);
+  if (!limits_load_of(l, &c.plan)) return damage_limits(l->segment, l->index);
   begin(&c, l, key, key_length, now);
   if (c.plan.count && look_all(&c, looks) == FSHM_E_DAMAGED) return FSHM_E_DAMAGED;
   drop_stale(&c, looks);
@@ -747,6 +752,11 @@ static COLD bool key_hash_of(fshm_segment *s, uint32_t index, uint64_t cell, uin
 
 /* Looking in, from a cell back to its key's decision. 0: not a cell that the ledger knows. */
 int fshm_peek_cell(fshm_segment *s, uint64_t cell, uint64_t now, fshm_decision *out) {
+  return fshm_peek_numbered(s, cell, NULL, now, out);
+}
+
+int fshm_peek_numbered(fshm_segment *s, uint64_t cell, const uint64_t *numbers, uint64_t now,
+                       fshm_decision *out) {
   call_t c;
   look_t looks[FSHM_MAX_LIMITS];
   memset(out, 0, sizeof *out);
@@ -754,8 +764,8 @@ int fshm_peek_cell(fshm_segment *s, uint64_t cell, uint64_t now, fshm_decision *
   uint64_t who = load_relaxed(&s->cells[cell].who);
   uint32_t meta = load_relaxed(&s->ledger[cell].meta), index = meta >> 20;
   if (!who || index >= s->limiter_count || ledger_meta(index, who) != meta) return 0;
-  fshm_limiter any = {.segment = s, .index = index};
-  if (!limits_load(s, index, &c.plan) || !c.plan.count) return 0;
+  fshm_limiter any = {.segment = s, .index = index, .numbers = numbers};
+  if (!limits_load_of(&any, &c.plan) || !c.plan.count) return 0;
   begin(&c, &any, "", 0, now);
   c.peeks = true;
   bool allowed = true;

@@ -89,6 +89,36 @@ bool limits_load(const fshm_segment *s, uint32_t index, plan_t *p) {
   return limits_load_inline(s, index, p);
 }
 
+/* numbers: NULL, or those of a handle (fshm_limiter_number), never more than the name's own. */
+void limits_number(const uint64_t *numbers, plan_t *p) {
+  if (likely(!numbers)) return;
+  for (uint32_t i = 0; i < p->count; i++)
+    if (p->rules[i].kind == FSHM_WINDOW && numbers[i])
+      p->rules[i].n = min_u64(p->rules[i].n, numbers[i]);
+  if (p->permits && numbers[p->count])
+    p->permits = (uint32_t)min_u64(p->permits, numbers[p->count]);
+}
+/* limits_load(), with the numbers of the handle. */
+bool limits_load_of(const fshm_limiter *l, plan_t *p) {
+  bool readable = limits_load_inline(l->segment, l->index, p);
+  limits_number(l->numbers, p);
+  return readable;
+}
+
+int fshm_limiter_number(fshm_limiter *l, const uint64_t *numbers, uint32_t count) {
+  plan_t p;
+  if (!limits_load(l->segment, l->index, &p)) return damage_limits(l->segment, l->index);
+  if (count != p.count + (p.permits > 0)) return FSHM_E_ARGUMENT;
+  for (uint32_t i = 0; i < count; i++) {
+    if (i < p.count && p.rules[i].kind != FSHM_WINDOW) return FSHM_E_ARGUMENT;
+    if (numbers[i] < 1 || numbers[i] > (i < p.count ? p.rules[i].n : p.permits))
+      return FSHM_E_ARGUMENT;
+  }
+  for (uint32_t i = 0; i < count; i++) l->numbered[i] = numbers[i];
+  l->numbers = l->numbered;
+  return FSHM_OK;
+}
+
 /* The rule that a state with this label was written under: for a caller that makes sure afterwards that the cell has
  * not changed, since a slot is not given to another rule while a state refers to it. */
 bool limits_rule(const fshm_segment *s, uint32_t index, unsigned label, rule_t *out) {

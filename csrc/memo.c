@@ -31,6 +31,11 @@ uint64_t fshm_memo_encoding(fshm_segment *s, const char *name, uint64_t length) 
   return fshm_siphash(s->header->secret[0], s->header->secret[1] ^ 5, name, length);
 }
 
+/* Keyed, so that nobody can name a tenant whose number is another one's. */
+uint64_t fshm_memo_tenant(fshm_segment *s, uint64_t encoding, const void *tenant, uint64_t length) {
+  return fshm_siphash(s->header->secret[0] ^ encoding, s->header->secret[1] ^ 10, tenant, length);
+}
+
 void fshm_memo_hash(fshm_segment *s, uint64_t encoding, const void *text, uint64_t length,
                     uint64_t hash[2]) {
   fshm_siphash128(s->header->secret[0] ^ encoding, s->header->secret[1] ^ 4, text, length, hash);

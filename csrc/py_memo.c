@@ -1,6 +1,7 @@
 /* py_memo.c - Memo: a counting function with the segment's memo in front. Limited API 3.10.
  *
- * memo(text) is compute(text) for one encoding, but a text that any process has counted costs a hash.
+ * memo(text) is compute(text) for one encoding, but a text that any process has counted costs a hash. With a
+ * tenant, a text that any process has counted for this tenant.
  * What is no str (a subclass may say other things of itself than its UTF-8 does), or has no UTF-8 (lone
  * surrogates), goes to compute as it is.
  */
@@ -49,16 +50,30 @@ static const char *memo_bytes(PyObject *text, Py_ssize_t *length) {
   return bytes;
 }
 
-static int64_t memo_known(const Memo *self, const char *bytes, Py_ssize_t length,
+static int64_t memo_known(const Memo *self, uint64_t encoding, const char *bytes, Py_ssize_t length,
                           uint64_t hash[2]) {
   if (length < LONG_TEXT) {
-    fshm_memo_hash(self->segment, self->encoding, bytes, (uint64_t)length, hash);
+    fshm_memo_hash(self->segment, encoding, bytes, (uint64_t)length, hash);
   } else {
-    Py_BEGIN_ALLOW_THREADS fshm_memo_hash(self->segment, self->encoding, bytes, (uint64_t)length,
-                                          hash);
+    Py_BEGIN_ALLOW_THREADS fshm_memo_hash(self->segment, encoding, bytes, (uint64_t)length, hash);
     Py_END_ALLOW_THREADS
   }
   return fshm_memo_known(self->segment, hash);
+}
+
+/* The encoding as a tenant has it: of all who name the tenant. None, or NULL: of all who name none. */
+static int memo_encoding(const Memo *self, PyObject *tenant, uint64_t *encoding) {
+  key_arg k;
+  *encoding = self->encoding;
+  if (!tenant || tenant == Py_None) return 0;
+  if (!PyUnicode_Check(tenant) && !PyBytes_Check(tenant)) {
+    PyErr_Format(PyExc_TypeError, "tenant must be a str, bytes or None, not %R", tenant);
+    return -1;
+  }
+  if (get_key(tenant, &k)) return -1;
+  *encoding = fshm_memo_tenant(self->segment, self->encoding, k.bytes, (uint64_t)k.length);
+  Py_XDECREF(k.held);
+  return 0;
 }
 
 /* 1 or 0; -1: it raised. */
@@ -93,17 +108,15 @@ static PyObject *memo_compute(const Memo *self, PyObject *text, long long *count
   return found;
 }
 
-static PyObject *memo_count(PyObject *o, PyObject *text) {
-  Memo *self = (Memo *)o;
+static PyObject *count_text(Memo *self, PyObject *text, uint64_t encoding) {
   Py_ssize_t length = 0;
   uint64_t hash[2];
   long long count;
-  if (!memo_ready(self)) return NULL;
   int on = memo_enabled(self);
   const char *bytes = on > 0 ? memo_bytes(text, &length) : NULL;
   if (!bytes) return on < 0 ? NULL : PyObject_CallFunctionObjArgs(self->compute, text, NULL);
   uint64_t begun = measure_begin(&self->measure);
-  int64_t known = memo_known(self, bytes, length, hash);
+  int64_t known = memo_known(self, encoding, bytes, length, hash);
   if (known >= 0) {
     count_one(self, &self->hits);
     if (begun) measure_end(&self->measure, begun, 1, (uint64_t)length);
@@ -116,30 +129,63 @@ static PyObject *memo_count(PyObject *o, PyObject *text) {
   return counted;
 }
 
-/* Is it known? For those who count many at once: the count, or None. */
-static PyObject *memo_get(PyObject *o, PyObject *text) {
+static PyObject *memo_count(PyObject *o, PyObject *text) {
   Memo *self = (Memo *)o;
+  return memo_ready(self) ? count_text(self, text, self->encoding) : NULL;
+}
+
+/* (text, tenant): the tenant's encoding, or -1. */
+static int memo_pair(const Memo *self, const char *name, PyObject *const *args, Py_ssize_t n,
+                     uint64_t *encoding) {
+  if (!memo_ready(self)) return -1;
+  if (n == 2) return memo_encoding(self, args[1], encoding);
+  PyErr_Format(PyExc_TypeError, "%s() takes 2 arguments (%zd given)", name, n);
+  return -1;
+}
+
+static PyObject *memo_count_for(PyObject *o, PyObject *const *args, Py_ssize_t n) {
+  Memo *self = (Memo *)o;
+  uint64_t encoding;
+  if (memo_pair(self, "count_for", args, n, &encoding)) return NULL;
+  return count_text(self, args[0], encoding);
+}
+
+/* Is it known? For those who count many at once: the count, or None. */
+static PyObject *get_text(Memo *self, PyObject *text, uint64_t encoding) {
   Py_ssize_t length;
   uint64_t hash[2];
-  if (!memo_ready(self)) return NULL;
   const char *bytes = memo_bytes(text, &length);
-  int64_t known = bytes ? memo_known(self, bytes, length, hash) : -1;
+  int64_t known = bytes ? memo_known(self, encoding, bytes, length, hash) : -1;
   if (known < 0) Py_RETURN_NONE;
   count_one(self, &self->hits);
   return PyLong_FromLongLong(known);
 }
 
+static PyObject *memo_get(PyObject *o, PyObject *text) {
+  Memo *self = (Memo *)o;
+  return memo_ready(self) ? get_text(self, text, self->encoding) : NULL;
+}
+
+static PyObject *memo_get_for(PyObject *o, PyObject *const *args, Py_ssize_t n) {
+  Memo *self = (Memo *)o;
+  uint64_t encoding;
+  if (memo_pair(self, "get_for", args, n, &encoding)) return NULL;
+  return get_text(self, args[0], encoding);
+}
+
 /* For what memo_get() did not know. */
 static PyObject *memo_put(PyObject *o, PyObject *args) {
   Memo *self = (Memo *)o;
-  PyObject *text;
+  PyObject *text, *tenant = NULL;
   Py_ssize_t length;
   long long count;
-  if (!PyArg_ParseTuple(args, "UL", &text, &count) || !memo_ready(self)) return NULL;
+  uint64_t encoding;
+  if (!PyArg_ParseTuple(args, "UL|O", &text, &count, &tenant) || !memo_ready(self)) return NULL;
   if (count < 0) return PyErr_Format(PyExc_ValueError, "count must be 0 or more, not %lld", count);
+  if (memo_encoding(self, tenant, &encoding)) return NULL;
   const char *bytes = memo_bytes(text, &length);
   if (bytes) {
-    fshm_memo_put(self->segment, self->encoding, bytes, (uint64_t)length, (uint64_t)count);
+    fshm_memo_put(self->segment, encoding, bytes, (uint64_t)length, (uint64_t)count);
     count_one(self, &self->misses);
   }
   Py_RETURN_NONE;
@@ -208,8 +254,12 @@ static void memo_dealloc(PyObject *o) {
 
 static PyMethodDef memo_methods[] = {
     {"count", memo_count, METH_O, "count(text)\n--\n\nThe count: remembered, else computed."},
+    {"count_for", FAST(memo_count_for), METH_FASTCALL,
+     "count_for(text, tenant)\n--\n\nThe count: remembered for this tenant, else computed."},
     {"get", memo_get, METH_O, "get(text)\n--\n\nThe count, or None where it is not known."},
-    {"put", memo_put, METH_VARARGS, "put(text, count)\n--\n\nRemember a count."},
+    {"get_for", FAST(memo_get_for), METH_FASTCALL,
+     "get_for(text, tenant)\n--\n\nThe same, of what is remembered for this tenant."},
+    {"put", memo_put, METH_VARARGS, "put(text, count, tenant=None)\n--\n\nRemember a count."},
     {NULL, NULL, 0, NULL}};
 
 static PyType_Slot memo_slots[] = {{Py_tp_init, (void *)memo_init},

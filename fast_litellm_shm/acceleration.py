@@ -6,6 +6,11 @@ text. What it makes is put behind the memo where it is one of those known here, 
 that litellm itself chose; else it is passed on as it is. All else of litellm, its Router too, stays
 untouched. A litellm without that function (1.102.0 and later have it) is left alone, and
 ``get_patch_status()`` says so.
+
+The clients of LiteLLM's proxy are strangers to each other, and how long a count takes would tell
+one what others have sent. So in the proxy's process a text is remembered for the key that sent it
+alone, as the plugin (:mod:`fast_litellm_shm.integrations.litellm`) says; where nobody says whose it
+is, it is counted anew.
 """
 
 from __future__ import annotations
@@ -24,8 +29,10 @@ from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 from fast_litellm_shm import features, settings, tokens
+from fast_litellm_shm.native import Memo
 from fast_litellm_shm.segment import Segment
 
+_PROXY = "litellm.proxy.proxy_server"
 _MODULE = "litellm.litellm_core_utils.token_counter"
 _FUNCTION = "_get_exact_count_function"
 _FEATURE, _COMPONENT = "rust_token_counting", "token_counting"
@@ -39,7 +46,7 @@ _original: Any = None  # what we replaced, and by what
 _replacement: Any = None
 _reason: str | None = "litellm is not imported yet"  # why it is not applied
 _free_ids: dict[int, tuple[Any, int]] = {}  # by tokenizer: itself, and its first unused token id
-_memos: dict[tuple[Any, ...], tuple[CountFunction, Any]] = {}  # and what keeps its ids in use
+_memos: dict[tuple[Any, ...], tuple[Memo, Any]] = {}  # and what keeps its ids in use
 
 
 # which functions are known -----------------------------------------------------------------------
@@ -152,17 +159,21 @@ def _memoized(exact: Any) -> Any:
     described = _describe(exact)
     if described is None:
         return exact
+    tenant = tokens.tenant_of_context.get()
+    if tenant is None and _PROXY in sys.modules:
+        return exact  # of whom, nobody says: how long it takes must tell nothing of other clients
     key, name, held = described
     found = _memos.get(key)
-    if found is not None:
-        return found[0]
-    with _lock:
-        if key not in _memos:
-            if len(_memos) >= _MOST_MEMOS:
-                return exact
-            memo = tokens.make_memo(Segment.default(), f"litellm {name()}", exact, "litellm")
-            _memos[key] = memo, held
-        return _memos[key][0]
+    if found is None:
+        with _lock:
+            if key not in _memos:
+                if len(_memos) >= _MOST_MEMOS:
+                    return exact
+                memo = tokens.make_memo(Segment.default(), f"litellm {name()}", exact, "litellm")
+                _memos[key] = memo, held
+            found = _memos[key]
+    memo = found[0]
+    return memo if tenant is None else lambda text: memo.count_for(text, tenant)
 
 
 def _make_replacement(original: Any) -> Any:

@@ -39,6 +39,9 @@ class SharedLimits(Core):
         on_full: str,
         keep: bool = False,  # where the name exists, leave its limits as they are
         shown: str | None = None,  # what errors call it, where the user gave another name
+        # The limits of this object's keys, where those of the name are only the most that there can
+        # be: of the same kinds. A key must keep to one such set.
+        numbered: tuple[AnyLimit | InFlight, ...] | None = None,
     ) -> None:
         if name is None:
             name = _default_name(found)
@@ -75,6 +78,9 @@ class SharedLimits(Core):
         if status != lib.FSHM_OK:
             self._failed(status)
         self._handle: Any = owned(out[0], lib.fshm_limiter_close, self._segment._handle)
+        self._numbered = numbered
+        if numbered is not None:
+            self._number([limit.n for limit in numbered])
         self._limits_changed()
         self._measure(*monitoring.measured_by(self._component, "acquire", self._segment))
 
@@ -88,6 +94,16 @@ class SharedLimits(Core):
         """The segment it lives in."""
         return self._segment
 
+    def _number(self, numbers: list[int]) -> None:
+        status = lib.fshm_limiter_number(self._handle, numbers, len(numbers))
+        if status == lib.FSHM_E_ARGUMENT:
+            raise exceptions.SegmentError(
+                f"limiter {self._shown!r} in segment {self._segment.name!r}: another process gave "
+                "this name other kinds of limits; give its limiter another name"
+            )
+        if status != lib.FSHM_OK:
+            self._failed(status)
+
     def _limits_changed(self, _status: int = 0) -> None:
         """Called by the native part when it meets another version of the limits."""
         raw, version = ffi.new("fshm_limit[4]"), ffi.new("uint64_t *")
@@ -98,6 +114,8 @@ class SharedLimits(Core):
             found = tuple(limits.from_raw(raw[i]) for i in range(count))
         except ValueError:  # numbers that nobody can have set
             self._failed(lib.FSHM_E_DAMAGED)
+        if self._numbered is not None and len(found) == len(self._numbered):
+            found = self._numbered
         self._bind(
             self._handle,
             address(self._handle),

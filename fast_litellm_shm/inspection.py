@@ -198,7 +198,7 @@ class Inspection:
             {
                 "name": info["name"],
                 "limits": ["of each key"]
-                if info["name"] in keyed.NAMES
+                if info["name"] in keyed.NAMES or keyed.units_of(info["name"])
                 else [limits.describe(limit) for limit in info["limits"]],
                 "version": info["version"],
                 "resets": info["resets"],
@@ -274,7 +274,7 @@ class Inspection:
             info["name"]: limit.n
             for info in self._limiters.values()
             for limit in info["limits"]
-            if isinstance(limit, limits.InFlight)
+            if isinstance(limit, limits.InFlight) and not keyed.units_of(info["name"])
         }
         for row in self.permits():
             entry = found.setdefault(
@@ -292,6 +292,9 @@ class Inspection:
             )
             if not row.key.startswith("#"):
                 entry["key"] = row.key  # others of the key may have lost their name
+            numbers = keyed.numbers_of(row.limiter, row.key.encode())
+            if numbers:
+                entry["max_in_flight"] = numbers[-1]
             if row.pid is None:
                 entry["dead"] += 1
                 continue
@@ -333,6 +336,9 @@ class Inspection:
     ) -> limits.AnyLimit | limits.InFlight | None | Literal[False]:
         """Fills the decision; the limit that it is of. False: that is not known. None: the cell
         went to another key."""
+        units = keyed.units_of(info["name"])
+        if units:
+            return self._peek_numbered(cell, info, units, name, raw, decision)
         if info["name"] not in keyed.NAMES and info["limits"]:
             if lib.fshm_peek_cell(self._handle, cell, 0, decision) != lib.FSHM_OK:
                 return None
@@ -346,6 +352,24 @@ class Inspection:
         limit = ffi.new("fshm_limit *", own._raw())
         status = lib.fshm_peek_counted(self._handle, cell, limit, moving, 0, decision)
         return own if status == lib.FSHM_OK else None
+
+    def _peek_numbered(
+        self,
+        cell: int,
+        info: dict[str, Any],
+        units: tuple[str, ...],
+        name: str,
+        raw: bytes,
+        decision: Any,
+    ) -> limits.AnyLimit | None | Literal[False]:
+        """_peek(), of a key that ends in its numbers."""
+        numbers = None if is_cut(name, raw) else keyed.numbers_of(info["name"], raw)
+        if numbers is None or len(info["limits"]) != len(units):
+            return False
+        four = ffi.new("uint64_t[4]", numbers)
+        if lib.fshm_peek_numbered(self._handle, cell, four, 0, decision) != lib.FSHM_OK:
+            return None
+        return limits.Window(max(numbers[decision.limit_index], 1), per=60)
 
     def _who_now(self, cell: int) -> int:
         base = ffi.cast("char *", self._geometry.base) + self._geometry.cells_offset

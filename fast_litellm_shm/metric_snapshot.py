@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fast_litellm_shm import features, limits
+from fast_litellm_shm import features, keyed, limits
 from fast_litellm_shm.diagnostics import memo_state
 from fast_litellm_shm.inspection import (
     POOL,
@@ -120,9 +120,12 @@ def _limiters(of: Segment, count: int) -> dict[str, _Limiter]:
         if lib.fshm_limiter_at(of._handle, place, info) != lib.FSHM_OK:
             continue
         raw: bytes = ffi.buffer(info.name, info.name_length)[:]
-        limiter = found.setdefault(raw.decode("utf-8", "replace"), _Limiter())
+        name = raw.decode("utf-8", "replace")
+        limiter = found.setdefault(name, _Limiter())
         limiter.places.append(place)
         limiter.tallies.append(info.tally)
+        if keyed.units_of(name):
+            continue  # the limits are those of each key
         limiter.limits.extend(limits.from_raw(info.limits[i]) for i in range(info.limits_count))
     return found
 

@@ -50,7 +50,7 @@ def _read(path: str) -> dict[str, Entry]:
     try:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PriceFileError(f"cannot read the price map {path!r} as JSON: {error}") from None
     if not isinstance(found, dict):
         raise PriceFileError(f"the price map {path!r} must hold a JSON object, by model")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from fast_litellm_shm import exceptions, limits, settings
+from fast_litellm_shm import exceptions, keyed, limits, settings
 from fast_litellm_shm.handle import SharedLimits, key_bytes
 from fast_litellm_shm.limits import AnyLimit, InFlight, Window
 from fast_litellm_shm.native import Decision, Permit, ffi, lib
@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 Held: TypeAlias = "Permit | Granted"
 
 _NUMBERS, _PERMIT = ffi.typeof("uint64_t[4]"), ffi.typeof("fshm_permit *")
+
+
+_MOST_A_MINUTE, _MOST_PARALLEL = 2**31 - 1, 100_000
+
+
+def _most(limit: AnyLimit | InFlight) -> AnyLimit | InFlight:
+    return InFlight(_MOST_PARALLEL) if isinstance(limit, InFlight) else Window(_MOST_A_MINUTE, 60)
 
 
 def _check_tokens(where: str, tokens: object) -> None:
@@ -39,11 +46,13 @@ class Admission:
     never; 0.0: when a call in flight ends), ``in_flight`` how many there are.
     """
 
-    __slots__ = ("_charged", "_key", "_permit", "_quota", "_released", "allowed")
+    __slots__ = ("_charged", "_key", "_permit", "_quota", "_released", "_requests", "allowed")
 
-    def __init__(self, quota: Quota, key: str | bytes, permit: Held, tokens: int) -> None:
+    def __init__(
+        self, quota: Quota, key: str | bytes, permit: Held, tokens: int, requests: int = 1
+    ) -> None:
         self._quota, self._key, self._permit = quota, key, permit
-        self._charged = tokens
+        self._charged, self._requests = tokens, requests
         self.allowed = self._permit.decision.allowed
         self._released = not self.allowed
 
@@ -76,14 +85,23 @@ class Admission:
             self._quota._settle(self._key, self._charged, tokens, self._permit)
             self._charged = tokens
 
+    def _count_request(self) -> None:
+        """It was one request more, which may go into debt."""
+        if self.allowed and self._quota._names[0] == "rpm":
+            before = self._quota._costs(self._charged, self._requests)
+            after = self._quota._costs(self._charged, self._requests + 1)
+            self._quota._book(self._key, before, after, self._permit)
+            self._requests += 1
+
     def cancel(self) -> None:
         """The call will not be made after all: give back the request, the tokens and the parallel
         slot, as long as their minute lasts. Harmless after a release, and twice."""
         if self._released:
             return
         try:
-            charged, self._charged = self._charged, 0  # once, wherever an exception strikes
-            self._quota._undo(self._key, charged, self._permit)
+            tokens, self._charged = self._charged, 0  # once, wherever an exception strikes
+            requests, self._requests = self._requests, 0
+            self._quota._undo(self._key, tokens, requests, self._permit)
         finally:  # a slot that is kept for what failed would be kept for good
             self.release()
 
@@ -146,6 +164,9 @@ class Quota:
         segment: Segment | None = None,
         on_full: str = "deny",
         cluster: Cluster | str | Literal[False] | None = None,
+        # For the LiteLLM plugin: quotas of one name may differ in their numbers, not in which of
+        # them they have. Keys of different numbers are different keys. On this host alone.
+        _numbered: bool = False,
     ) -> None:
         found: list[AnyLimit | InFlight] = []
         names = []
@@ -168,10 +189,20 @@ class Quota:
         self._rest = self._ones[self._tpm + 1 :]
         self._parts: Parts | None = None
         self._checked: Any = None  # the limits whose kinds are known to be ours
-        if settings.names_server(cluster):
+        if not _numbered and settings.names_server(cluster):
             self._join(tuple(found), name, segment, on_full, cluster)
         if self._parts is None:
-            self._shared = SharedLimits(tuple(found), name=name, segment=segment, on_full=on_full)
+            own = tuple(found)
+            self._shared = SharedLimits(
+                tuple(map(_most, own)) if _numbered else own,
+                name=name,
+                segment=segment,
+                on_full=on_full,
+                numbered=own if _numbered else None,
+            )
+        self._numbered = _numbered
+        numbers = (each.n for each in found)
+        self._tail = keyed.tail_of(names, numbers).encode() if _numbered else b""
         self._here: Literal[False] | None = False if cluster is False else None
         self._arguments = (rpm, tpm, max_parallel, name, on_full)
 
@@ -208,10 +239,15 @@ class Quota:
     def admit(self, key: str | bytes, tokens: int = 0) -> Admission:
         """Admit a call that is estimated at ``tokens`` tokens, or say why not."""
         _check_tokens("admit", tokens)
-        costs = self._costs(tokens)
+        return self._admit(key, tokens, 1)
+
+    def _admit(self, key: str | bytes, tokens: int, requests: int) -> Admission:
+        """The same, of a call that counts as so many requests, and one parallel slot."""
+        costs = self._costs(tokens, requests)
         if self._parts is not None:
-            return Admission(self, key, self._parts.admit(key, costs), tokens)
-        return Admission(self, key, self._shared._admit(key, costs), tokens)
+            return Admission(self, key, self._parts.admit(key, costs), tokens, requests)
+        counted = self._raw(key) if self._tail else key
+        return Admission(self, key, self._shared._admit(counted, costs), tokens, requests)
 
     async def admit_async(self, key: str | bytes, tokens: int = 0) -> Admission:
         """:meth:`admit` for asyncio: where the limits are those of many hosts and the server must
@@ -222,14 +258,22 @@ class Quota:
             async with await quota.admit_async(key, tokens=estimate) as admission:
         """
         _check_tokens("admit_async", tokens)
+        return await self._admit_async(key, tokens, 1)
+
+    def _raw(self, key: str | bytes) -> bytes:
+        """As which the segment knows it."""
+        return key_bytes(key) + self._tail
+
+    async def _admit_async(self, key: str | bytes, tokens: int, requests: int) -> Admission:
         if self._parts is None:
-            return self.admit(key, tokens)
-        costs = self._costs(tokens)
-        return Admission(self, key, await self._parts.admit_async(key, costs), tokens)
+            return self._admit(key, tokens, requests)
+        costs = self._costs(tokens, requests)
+        permit = await self._parts.admit_async(key, costs)
+        return Admission(self, key, permit, tokens, requests)
 
     def in_flight(self, key: str | bytes) -> int:
         """Calls of the key in flight, of living processes of this host."""
-        raw = key_bytes(key)
+        raw = self._raw(key)
         if self._parts is not None:
             return self._parts.in_flight(raw)
         return int(lib.fshm_in_flight(self._shared._handle, raw, len(raw)))
@@ -246,7 +290,7 @@ class Quota:
     def _left(self, key: str | bytes, ask: bool = False) -> dict[str, int]:
         """remaining() without max_parallel, which has to look at each of its slots. ask: where
         this host does not know, else it is what it has last heard."""
-        raw, left = key_bytes(key), ffi.new(_NUMBERS)
+        raw, left = self._raw(key), ffi.new(_NUMBERS)
         self._check_kinds()  # or the numbers would be those of other limits
         if self._parts is not None:
             return dict(zip(self._names, self._parts.left(key, ask), strict=False))
@@ -269,16 +313,19 @@ class Quota:
             )
         self._checked = found
 
-    def _costs(self, tokens: int) -> tuple[int, ...]:
+    def _costs(self, tokens: int, requests: int = 1) -> tuple[int, ...]:
         if self._parts is not None or self._shared.limits is not self._checked:
             self._check_kinds()
+        if requests != 1:
+            cost = {"rpm": requests, "tpm": tokens, "max_parallel": 1}
+            return tuple(cost[name] for name in self._names)
         return self._ones if self._tpm < 0 else (*self._ones[: self._tpm], tokens, *self._rest)
 
     def _settle(self, key: str | bytes, charged: int, actual: int, permit: Held) -> None:
         self._book(key, self._costs(charged), self._costs(actual), permit)
 
-    def _undo(self, key: str | bytes, charged: int, permit: Held) -> None:
-        self._book(key, self._costs(charged), (0,) * len(self._names), permit)
+    def _undo(self, key: str | bytes, tokens: int, requests: int, permit: Held) -> None:
+        self._book(key, self._costs(tokens, requests), (0,) * len(self._names), permit)
 
     def _book(
         self, key: str | bytes, charged: tuple[int, ...], actual: tuple[int, ...], permit: Held
@@ -286,7 +333,7 @@ class Quota:
         if self._parts is not None:
             self._parts.book(key, charged, actual, permit)  # type: ignore[arg-type]
             return
-        raw = key_bytes(key)
+        raw = self._raw(key)
         before, after = ffi.new(_NUMBERS, charged), ffi.new(_NUMBERS, actual)
         held = ffi.cast(_PERMIT, permit._address)  # type: ignore[union-attr]
         status = lib.fshm_settle(self._shared._handle, raw, len(raw), before, after, held, 0)
@@ -299,7 +346,7 @@ class Quota:
 
     def __reduce__(self) -> tuple[Any, ...]:
         cluster = self._parts.cluster if self._parts is not None else self._here
-        return (_rebuild, (*self._arguments, self.segment, cluster))
+        return (_rebuild, (*self._arguments, self.segment, cluster, self._numbered))
 
     def __repr__(self) -> str:
         shown = ", ".join(limits.describe(limit) for limit in self._limits)
@@ -314,7 +361,8 @@ def _rebuild(
     on_full: str,
     segment: Segment,
     cluster: Cluster | Literal[False] | None,
+    numbered: bool = False,
 ) -> Quota:
     limits_ = (rpm, tpm, max_parallel)
     given: dict[str, Any] = {"name": name, "segment": segment, "on_full": on_full}
-    return Quota(*limits_, **given, cluster=cluster)
+    return Quota(*limits_, **given, cluster=cluster, _numbered=numbered)

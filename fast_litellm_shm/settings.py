@@ -141,7 +141,7 @@ def feature_config() -> tuple[str, dict[str, Any]]:
     try:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"FAST_LITELLM_FEATURE_CONFIG: cannot read {path!r} as JSON: {error}"
         ) from None

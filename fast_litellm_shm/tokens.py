@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from itertools import chain
 from typing import Any
 
@@ -16,6 +17,9 @@ from fast_litellm_shm.token_batch import BatchCounter
 
 _FEATURE, _BATCH_FEATURE = "rust_token_counting", "batch_token_counting"
 _MOST_MODELS = 1024  # whose encoding is remembered: names may come with requests
+
+# Whose texts litellm counts in this context (acceleration.py); set by who serves several tenants.
+tenant_of_context: ContextVar[str | None] = ContextVar("fast_litellm_shm_tenant", default=None)
 
 
 def _enabled() -> bool:
@@ -49,6 +53,11 @@ def make_memo(
 def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _check_tenant(tenant: object) -> None:
+    if not isinstance(tenant, (str, bytes)):
+        raise TypeError(f"tenant must be a str, bytes or None, not {_shown(tenant)}")
 
 
 def _plain(name: str) -> Callable[[Any], int]:
@@ -87,6 +96,11 @@ class _Counting:
             )
         self.count: Callable[[Any], int] = self.memo.count if self.memo else self.plain
 
+    def count_of(self, tenant: str | bytes) -> Callable[[Any], int]:
+        """count(), with what is remembered for this tenant."""
+        memo = self.memo
+        return self.plain if memo is None else lambda text: memo.count_for(text, tenant)
+
 
 class SimpleTokenCounter:
     """Counts tokens exactly as tiktoken does; what one worker has counted, all others know.
@@ -100,6 +114,10 @@ class SimpleTokenCounter:
 
     A count depends on nothing but the text: it is ``len(encoding.encode(text,
     disallowed_special=()))``. Texts themselves are not kept, only keyed hashes of them.
+
+    How long a count takes tells whether the text was counted before. Where that must not be told to
+    others, because several tenants use one segment, give each count a ``tenant``: what was counted
+    for one tenant is remembered for this one alone. Without, all who give none share.
 
     Encodings and prices are loaded when they are first needed. Raises TypeError or ValueError for
     bad arguments; EncodingUnavailableError where an encoding's file is not to be had.
@@ -139,17 +157,35 @@ class SimpleTokenCounter:
         """The encoding that a model's texts are counted in."""
         return encoding.name_of(model, self._default_encoding)
 
-    def count_tokens(self, text: str, model: str | None = None) -> int:
+    def count_tokens(
+        self, text: str, model: str | None = None, *, tenant: str | bytes | None = None
+    ) -> int:
         """How many tokens the text has, in the model's encoding.
 
-        A text that any worker on this host has counted costs a hash of it. Lone surrogates count as
-        tiktoken counts them, and text that spells a special token as ordinary text.
+        A text that any worker on this host has counted (for this tenant) costs a hash of it. Lone
+        surrogates count as tiktoken counts them, and text that spells a special token as ordinary
+        text.
         """
+        if tenant is not None:
+            return self._count_for(text, model, tenant)
         try:
             return self._by_model[model](text)
         except Exception as error:
             failure = error.with_traceback(None)  # else it and this frame would keep each other
         return self._count_again(text, model, failure)
+
+    def _count_for(self, text: str, model: str | None, tenant: str | bytes) -> int:
+        counting = self._prepare(model)
+        _check_tenant(tenant)
+        if counting.memo is None:
+            return counting.plain(text)
+        try:
+            return counting.memo.count_for(text, tenant)
+        except Exception as error:
+            failure = error.with_traceback(None)
+        count = counting.plain(text)  # raises what is tiktoken's, or the caller's
+        features.record_error(_FEATURE, failure)
+        return count
 
     def _count_again(self, text: str, model: str | None, failure: Exception) -> int:
         """After a count that failed: of a model that is new here, of what is no str, or truly."""
@@ -163,7 +199,13 @@ class SimpleTokenCounter:
     def _is_known(self, model: object) -> bool:
         return isinstance(model, (str, type(None))) and model in self._by_model
 
-    def count_tokens_batch(self, texts: Iterable[str], model: str | None = None) -> list[int]:
+    def count_tokens_batch(
+        self,
+        texts: Iterable[str],
+        model: str | None = None,
+        *,
+        tenant: str | bytes | None = None,
+    ) -> list[int]:
         """The tokens of each text, in order: as quick as a loop over them, and quicker where there
         are many new ones and cores to spare.
 
@@ -179,12 +221,16 @@ class SimpleTokenCounter:
         texts = list(texts)
         known = self._by_model.get(model) if isinstance(model, (str, type(None))) else None
         count = known or self._prepare(model).count
+        if tenant is not None:
+            _check_tenant(tenant)
+            count = self._prepare(model).count_of(tenant)
         try:
             chars = sum(map(len, texts))
             if token_batch.is_large(len(texts), chars) and features.is_enabled(_BATCH_FEATURE):
                 counting = self._prepare(model)
                 parts = token_batch.parts(texts, chars)
-                return list(chain.from_iterable(self._count_part(counting, *p) for p in parts))
+                found = (self._count_part(counting, *part, count, tenant) for part in parts)
+                return list(chain.from_iterable(found))
             return list(map(count, texts))
         except Exception as error:
             failure = error
@@ -196,24 +242,36 @@ class SimpleTokenCounter:
         return counts
 
     @staticmethod
-    def _count_part(counting: _Counting, texts: list[str], chars: int) -> list[int]:
+    def _count_part(
+        counting: _Counting,
+        texts: list[str],
+        chars: int,
+        count: Callable[[Any], int],
+        tenant: str | bytes | None,
+    ) -> list[int]:
         if not counting.batch.may_help(len(texts), chars):
             begun = time.perf_counter()
-            counts = list(map(counting.count, texts))
+            counts = list(map(count, texts))
             counting.batch.spend(time.perf_counter() - begun)
             return counts
         memo = counting.memo if features.is_enabled(_FEATURE) else None
-        known: list[Any] = [None] * len(texts) if memo is None else list(map(memo.get, texts))
+        if memo is None:
+            known: list[Any] = [None] * len(texts)
+        elif tenant is None:
+            known = list(map(memo.get, texts))
+        else:
+            known = [memo.get_for(text, tenant) for text in texts]
         if None not in known:
             return known
-        new = dict.fromkeys(text for text, count in zip(texts, known, strict=True) if count is None)
+        pairs = zip(texts, known, strict=True)
+        new = dict.fromkeys(text for text, tokens in pairs if tokens is None)
         found = counting.batch.count(list(new))
         if memo is not None:
-            for text, count in found.items():
-                memo.put(text, count)
+            for text, tokens in found.items():
+                memo.put(text, tokens, tenant)
         return [
-            found[text] if count is None else count
-            for text, count in zip(texts, known, strict=True)
+            found[text] if tokens is None else tokens
+            for text, tokens in zip(texts, known, strict=True)
         ]
 
     def estimate_cost(self, input_tokens: int, output_tokens: int, model: str) -> float:
@@ -234,11 +292,11 @@ class SimpleTokenCounter:
                 found[name] = self._model_max_tokens
         return found
 
-    def validate_input(self, text: str, model: str) -> bool:
+    def validate_input(self, text: str, model: str, *, tenant: str | bytes | None = None) -> bool:
         """True where the text fits the model's input. Raises ValueError where it does not, with
         both numbers."""
         most = self.get_model_limits(model)["max_input_tokens"] or 0
-        tokens = self.count_tokens(text, model)
+        tokens = self.count_tokens(text, model, tenant=tenant)
         if tokens > most:
             raise ValueError(f"the text has {tokens} tokens, but {model} takes at most {most}")
         return True

@@ -234,6 +234,7 @@ def test_status(mine: Path) -> None:
     ("text", "message"),
     [
         ("{", "as JSON"),
+        ("[" * 100_000, "as JSON"),
         ("[]", "must hold a JSON object"),
         ('{"m": 7}', "'m' must be a JSON object, not 7"),
         (None, "No such file"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import threading
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from support import texts
@@ -134,6 +134,50 @@ def test_used_before_and_after_a_fork(segment: Segment) -> None:
 
 
 @needs_encoding
+@needs_encoding
+@pytest.mark.parametrize("tenant", ["b", b"b", "", "a\0", None])
+def test_a_tenant_learns_nothing_of_another(segment: Segment, tenant: str | bytes | None) -> None:
+    """Not by the time that it takes: what another tenant has counted is counted anew."""
+    counter, text = SimpleTokenCounter(segment=segment), "a text of one tenant"
+    for asks, hits in (("a", 0), ("a", 1), (b"a", 2), (tenant, 2), (tenant, 3), ("a", 4)):
+        assert counter.count_tokens(text, tenant=asks) == truth(text)
+        counter = SimpleTokenCounter(segment=segment)  # brings the sums
+        assert sums(segment)[1] == hits
+    assert sums(segment)[0] == 2
+    assert counter.count_tokens_batch([text, text], tenant="c") == [truth(text)] * 2
+    assert counter.validate_input(text, "gpt-4", tenant="c")
+    assert sums(segment)[0] == 3
+
+
+@needs_encoding
+def test_large_batches_of_a_tenant(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By threads too."""
+    made = [f"text {i} of a tenant. " * 2000 for i in range(5)]
+    counter = SimpleTokenCounter(segment=segment)
+    counting = counter._prepare(None)
+    monkeypatch.setattr(BatchCounter, "may_help", lambda *_: True)
+    expected = [truth(text) for text in made]
+    assert counter.count_tokens_batch(made, tenant="a") == expected
+    memo = counting.memo
+    assert memo is not None
+    assert [memo.get_for(text, "a") for text in made] == expected
+    assert [memo.get(text) for text in made] == [None] * len(made)
+    assert [memo.get_for(text, "b") for text in made] == [None] * len(made)
+    assert counter.count_tokens_batch(made, tenant="a") == expected
+
+
+@needs_encoding
+def test_a_tenant_must_be_a_name(segment: Segment) -> None:
+    counter = SimpleTokenCounter(segment=segment)
+    said, wrong = "tenant must be a str, bytes or None, not 7", cast(Any, 7)
+    with pytest.raises(TypeError, match=said):
+        counter.count_tokens("x", tenant=wrong)
+    with pytest.raises(TypeError, match=said):
+        counter.count_tokens_batch(["x"], tenant=wrong)
+    with pytest.raises(TypeError, match="text must be a str, not 7"):
+        counter.count_tokens(7, tenant="a")  # type: ignore[arg-type]
+
+
 def test_sums_of_hits_and_misses(segment: Segment) -> None:
     counter = SimpleTokenCounter(segment=segment)
     for _ in range(3):

@@ -14,6 +14,7 @@ import tempfile
 from dataclasses import asdict
 
 from fast_litellm_shm import exceptions
+from fast_litellm_shm.cli import render
 from fast_litellm_shm.exposition import BOUNDS, prometheus_text
 from fast_litellm_shm.metric_families import FAMILIES, Histogram, collected
 from fast_litellm_shm.metric_source import Source
@@ -30,6 +31,13 @@ def _json(found: Snapshot) -> str:
     return "{" + ",\n ".join(lines) + "}\n"
 
 
+def _cell(text: str) -> str:
+    """A label as a spreadsheet, or a terminal, may have it: keys and names come from clients, and
+    would be formulas there, or move the cursor."""
+    text = render.escaped(text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
 def _csv(found: Snapshot) -> str:
     """A row for each number: metric, kind, unit, its labels (empty where it has none), value."""
     out = io.StringIO()
@@ -40,7 +48,7 @@ def _csv(found: Snapshot) -> str:
     for family, rows in collected([(found.segment.name, found)]):
         row = {"metric": family.prometheus, "kind": family.kind, "unit": family.unit}
         for values, value in rows:
-            row |= dict(zip(("segment", *family.labels), values, strict=True))
+            row |= dict(zip(("segment", *family.labels), map(_cell, values), strict=True))
             if not isinstance(value, Histogram):
                 writer.writerow({**row, "value": value})
                 continue
@@ -53,7 +61,17 @@ def _csv(found: Snapshot) -> str:
     return out.getvalue()
 
 
-def _write(path: str, text: str) -> None:
+def _mode(path: str, keys: int) -> int:
+    """Of the file: as the one that is replaced; a new one that tells clients' keys is for its owner
+    alone, and others are as the umask says, for a collector is another user."""
+    with contextlib.suppress(FileNotFoundError):
+        return stat.S_IMODE(os.stat(path).st_mode)
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o600 if keys else 0o666 & ~mask
+
+
+def _write(path: str, text: str, keys: int) -> None:
     """All of it or nothing: whoever reads the file meanwhile sees the old one whole."""
     folder, name = os.path.split(path)
     if os.path.isdir(path) or not name:
@@ -70,9 +88,7 @@ def _write(path: str, text: str) -> None:
         try:
             with open(file, "w", encoding="utf-8") as out:
                 out.write(text)
-                mask = os.umask(0)
-                os.umask(mask)
-                os.fchmod(out.fileno(), 0o666 & ~mask)  # mkstemp's is for the owner alone
+                os.fchmod(out.fileno(), _mode(path, keys))
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -94,7 +110,9 @@ def run(args: argparse.Namespace) -> int:
     if args.output is None:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(encoding="utf-8")  # the formats', whatever the locale is
+        if sys.stdout.isatty():
+            text = "".join(f"{render.escaped(line)}\n" for line in text.split("\n")[:-1])
         sys.stdout.write(text)
     else:
-        _write(args.output, text)
+        _write(args.output, text, args.keys)
     return 0

@@ -11,6 +11,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from support.locks import is_free_in_a_fork
 
 import fast_litellm_shm
 from fast_litellm_shm import Segment, acceleration, enhanced_monkeypatch, features, tokens
+from fast_litellm_shm.diagnostics import memo_state
 
 MODULE = "litellm.litellm_core_utils.token_counter"
 NAME = "_get_exact_count_function"
@@ -380,6 +382,30 @@ def test_a_litellm_whose_source_cannot_be_read_is_waited_for(
         "print(ours.apply_acceleration(), ours.get_patch_status()['reason'])"
     )
     assert found == "True litellm is not imported yet\n"
+
+
+@pytest.mark.parametrize(("tenant", "texts"), [(None, 0), ("key", 2)])
+def test_in_the_proxy_texts_are_remembered_for_their_key_alone(
+    litellm: Any, monkeypatch: pytest.MonkeyPatch, tenant: str | None, texts: int
+) -> None:
+    """How long a count takes would tell one client what others have sent: where nobody says whose
+    text it is (/utils/token_counter, say), it is not remembered."""
+    monkeypatch.setitem(sys.modules, "litellm.proxy.proxy_server", ModuleType("proxy"))
+    token = tokens.tenant_of_context.set(tenant)
+    acceleration.apply_acceleration()
+    try:
+        found = [litellm.token_counter("gpt-4", messages=CHAT[:1]) for _ in range(2)]
+        acceleration.remove_acceleration()  # brings the sums
+        assert (memo_state(Segment.default())["texts"] > 0) == bool(texts)
+        tokens.tenant_of_context.set("other")
+        acceleration.apply_acceleration()
+        hits = memo_state(Segment.default())["hits"]
+        found.append(litellm.token_counter("gpt-4", messages=CHAT[:1]))
+        acceleration.remove_acceleration()
+        assert memo_state(Segment.default())["hits"] == hits
+    finally:
+        tokens.tenant_of_context.reset(token)
+    assert len(set(found)) == 1
 
 
 def test_workers_share_what_they_counted(python: Callable[..., str]) -> None:

@@ -219,8 +219,85 @@ static void test_bell(void) {
   fshm_close(s);
 }
 
+static void admit_key(fshm_limiter *l, const char *key, uint64_t tokens, int32_t expected,
+                      uint32_t by, fshm_permit *p) {
+  const uint64_t costs[FSHM_MAX_LIMITS] = {1, tokens, 1, 1};
+  fshm_decision d;
+  uint32_t in_flight;
+  fshm_admit(l, key, strlen(key), costs, NOW, p, &d, &in_flight);
+  CHECK_EQ(d.status, expected);
+  if (expected == FSHM_DENIED) CHECK_EQ(d.limit_index, by);
+}
+
+/* One name, any number of different limits: each key has the numbers of the handle that asks for it. */
+static void test_numbers_of_a_handle(void) {
+  fshm_segment *s = fresh_segment(2000);
+  const uint64_t minute = 60 * SECOND, most = WINDOW_MAX_N;
+  const fshm_limit limits[3] = {{most, minute, 0, FSHM_WINDOW, 0},
+                                {most, minute, 0, FSHM_WINDOW, 0},
+                                {MAX_PERMITS, 0, 0, FSHM_PERMITS, 0}};
+  fshm_permit p[8];
+  for (uint64_t n = 1; n <= 4; n++) {
+    fshm_limiter *l = fresh_limiter(s, "one", limits, 3);
+    const uint64_t numbers[] = {n + 1, 100 * n, n};
+    const char key[] = {'k', (char)('0' + n), 0};
+    uint64_t left[FSHM_MAX_LIMITS];
+    CHECK_EQ(fshm_limiter_number(l, numbers, 3), FSHM_OK);
+    for (uint64_t i = 0; i < n; i++) admit_key(l, key, 10, FSHM_ALLOWED, 0, &p[i]);
+    admit_key(l, key, 10, FSHM_DENIED, 2, &p[n]); /* the permits */
+    CHECK_EQ(fshm_in_flight(l, key, 2), n);
+    for (uint64_t i = 0; i < n; i++) CHECK_EQ(fshm_permit_release(l, &p[i]), 1);
+    admit_key(l, key, 100 * n - 10 * n + 1, FSHM_DENIED, 1, &p[0]); /* the tokens */
+    CHECK_EQ(fshm_remaining(l, key, 2, NOW, left), 2);
+    CHECK_EQ(left[0], 1);
+    CHECK_EQ(left[1], 90 * n);
+    admit_key(l, key, 0, FSHM_ALLOWED, 0, &p[0]);
+    CHECK_EQ(fshm_permit_release(l, &p[0]), 1);
+    admit_key(l, key, 0, FSHM_DENIED, 0, &p[1]); /* the requests */
+    /* Into debt, and out of it: by the key's own number, or the window would be over too soon. */
+    const uint64_t charged[] = {1, 0, 1}, much[] = {1, 290 * n, 1};
+    CHECK_EQ(fshm_settle(l, key, 2, charged, much, &p[0], NOW), FSHM_ALLOWED);
+    (void)fshm_remaining(l, key, 2, NOW + 100 * SECOND, left);
+    CHECK_EQ(left[1], 0);
+    (void)fshm_remaining(l, key, 2, NOW + 240 * SECOND, left);
+    CHECK_EQ(left[1], 100 * n);
+    /* For people */
+    const uint64_t four[FSHM_MAX_LIMITS] = {n + 1, 100 * n, n};
+    uint64_t shown = 0;
+    for (uint64_t cell = 0; cell < s->cell_count; cell++) {
+      fshm_decision d;
+      char name[8] = "";
+      uint64_t length;
+      if (!fshm_key_name(s, cell, name, sizeof name, &length) || memcmp(name, key, 2) != 0)
+        continue;
+      if (fshm_peek_numbered(s, cell, four, NOW, &d) != FSHM_OK) continue;
+      CHECK_EQ(d.remaining, 0);
+      shown++;
+    }
+    CHECK_OP(shown, >=, 1);
+    fshm_limiter_close(l);
+  }
+  fshm_close(s);
+}
+
+static void test_numbers_that_cannot_be(void) {
+  fshm_segment *s = fresh_segment(100);
+  const fshm_limit limits[2] = {window, two_permits}, other[2] = {bucket, two_permits};
+  const uint64_t numbers[][2] = {{5, 2}, {6, 2}, {0, 2}, {5, 3}, {5, 0}};
+  fshm_limiter *l = fresh_limiter(s, "a", limits, 2), *b = fresh_limiter(s, "b", other, 2);
+  for (int i = 0; i < 5; i++)
+    CHECK_EQ(fshm_limiter_number(l, numbers[i], 2), i ? FSHM_E_ARGUMENT : FSHM_OK);
+  CHECK_EQ(fshm_limiter_number(l, numbers[0], 1), FSHM_E_ARGUMENT);
+  CHECK_EQ(fshm_limiter_number(b, numbers[0], 2), FSHM_E_ARGUMENT); /* a bucket */
+  fshm_limiter_close(l);
+  fshm_limiter_close(b);
+  fshm_close(s);
+}
+
 int main(void) {
   test_all_or_nothing();
+  test_numbers_of_a_handle();
+  test_numbers_that_cannot_be();
   test_settle();
   test_idle_mark();
   test_reset_leaves_permits();

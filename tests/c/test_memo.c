@@ -212,8 +212,24 @@ static void test_sums(void) {
   CHECK_EQ(info_of(s).misses, 64);
 }
 
+/* What is known for one tenant is known for no other, nor for who names none; and not in another segment. */
+static void test_tenants(void) {
+  fshm_segment *s = fresh_segment(1000), *other = fresh_segment(1000);
+  uint64_t e = encoding_of(s, "e"), a = fshm_memo_tenant(s, e, "a", 1);
+  const uint64_t others[] = {e, fshm_memo_tenant(s, e, "b", 1), fshm_memo_tenant(s, e, "", 0),
+                             fshm_memo_tenant(s, encoding_of(s, "f"), "a", 1)};
+  CHECK_EQ(fshm_memo_tenant(s, e, "a", 1), a);
+  CHECK_OP(fshm_memo_tenant(other, encoding_of(other, "e"), "a", 1), !=, a);
+  keep(s, a, "text", 3);
+  CHECK_EQ(known(s, a, "text"), 3);
+  for (int i = 0; i < 4; i++) CHECK_EQ(known(s, others[i], "text"), -1);
+  for (int i = 0; i < 4; i++) keep(s, others[i], "text", 7);
+  CHECK_EQ(known(s, a, "text"), 3);
+}
+
 int main(void) {
   test_put_and_get();
+  test_tenants();
   test_large_counts();
   test_fixed_size();
   test_scribbled_entries();

@@ -6,17 +6,22 @@ import csv
 import io
 import json
 import os
+import pty
 import stat
+import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse
+from support.children import PATIENCE
 from support.scene import AWKWARD, Scene, scene
 
 from fast_litellm_shm import Limit, RateLimiter, Segment
+from fast_litellm_shm.cli.render import escaped
 
-from .conftest import Command, environment
+from .conftest import COMMAND, Command, environment
 
 # What differs from one read to the next.
 MOVING = ("fast_shm_read_duration", "fast_shm_deployment_cooldown", "fast_shm_permits_oldest")
@@ -61,8 +66,9 @@ def test_formats_tell_the_same(made: Scene, fast_shm: Command, tmp_path: Path) -
         for row in rows
         if not row["metric"].startswith(MOVING)
     }
+    # in CSV, what could move a cursor is escaped
     assert from_csv == {
-        (name, frozenset((k, v) for k, v in labels if v)): value
+        (name, frozenset((k, escaped(v)) for k, v in labels if v)): value
         for (name, labels), value in numbers.items()
     }
     found = json.loads(exported("json"))
@@ -86,6 +92,64 @@ def test_a_file_is_replaced_whole(segment: Segment, fast_shm: Command, tmp_path:
     assert _numbers(file.read_text())
     assert stat.S_IMODE(file.stat().st_mode) == 0o644  # node_exporter is another user
     assert os.listdir(tmp_path) == [file.name]
+
+
+def test_a_file_with_keys_is_its_owners(
+    segment: Segment, fast_shm: Command, tmp_path: Path
+) -> None:
+    """Keys are clients' addresses and tokens. A file that is there keeps who may read it."""
+    file = tmp_path / "keys.csv"
+    arguments = ("--name", segment.name, "--keys", "5", "--output", str(file))
+    for mode, umask in ((0o600, 0o022), (0o640, 0o077)):
+        assert fast_shm("export", *arguments, umask=umask).returncode == 0
+        assert stat.S_IMODE(file.stat().st_mode) == mode
+        file.chmod(0o640)
+
+
+KEYS = (
+    '=HYPERLINK("http://x","y")', "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\x1b]0;x\x07", "\x9b2J",
+    "\u202e", "plain",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["csv", "json"])
+def test_what_clients_chose_does_nothing(
+    segment: Segment, fast_shm: Command, tmp_path: Path, kind: str
+) -> None:
+    """Not in a spreadsheet, and not on a terminal that shows the file. (Prometheus' format is for a
+    machine, which needs the very names.)"""
+    limiter = RateLimiter(Limit(3, per=3600), name="=1+1", segment=segment)
+    for key in KEYS:
+        limiter.acquire(key)
+    file = tmp_path / "out"
+    arguments = ("--name", segment.name, "--keys", "20", "--format", kind)
+    assert fast_shm("export", *arguments, "--output", str(file)).returncode == 0
+    text = file.read_bytes().decode()
+    if kind == "csv":
+        rows = list(csv.reader(io.StringIO(text, newline="")))
+        cells = [cell for row in rows for cell in row if cell != "+Inf"]  # a bound, ours
+        assert not [cell for cell in cells if cell[:1] in ("=", "+", "-", "@", "\t", "\r")]
+        assert {"'=1+1", "'" + KEYS[0], "plain", "\\x1b]0;x\\x07"} <= set(cells)
+    assert all(character.isprintable() for character in text.replace("\n", ""))
+
+
+def test_a_terminal_is_left_alone(segment: Segment) -> None:
+    limiter = RateLimiter(Limit(3, per=3600), name="t", segment=segment)
+    for key in KEYS:
+        limiter.acquire(key)
+    ours, theirs = pty.openpty()
+    arguments = ("export", "--name", segment.name, "--keys", "20")
+    child = subprocess.Popen([*COMMAND, *arguments], stdout=theirs, env=environment())
+    os.close(theirs)
+    raw = b""
+    with suppress(OSError):  # Linux: the other side is closed
+        while chunk := os.read(ours, 65536):
+            raw += chunk
+    os.close(ours)
+    assert child.wait(PATIENCE) == 0
+    text = raw.decode()
+    assert all(character.isprintable() for character in text.replace("\r\n", ""))
+    assert "x1b]0;x" in text
 
 
 def test_a_file_that_cannot_be_written(segment: Segment, fast_shm: Command, tmp_path: Path) -> None:

@@ -30,7 +30,15 @@ from fast_litellm_shm import (
     monitoring,
 )
 from fast_litellm_shm.diagnostics import PLUGIN
-from fast_litellm_shm.integrations.litellm import attempts, calls, guard, settings, takeover
+from fast_litellm_shm.inspection import Inspection
+from fast_litellm_shm.integrations.litellm import (
+    attempts,
+    calls,
+    guard,
+    settings,
+    takeover,
+    usage,
+)
 from fast_litellm_shm.integrations.litellm.limiter import SharedLimiter, found_for
 from fast_litellm_shm.integrations.litellm.subjects import Limits, Subject
 
@@ -44,6 +52,7 @@ USAGE = {"usage": {"prompt_tokens": 10, "completion_tokens": 20, "total_tokens":
 def _fresh() -> Iterator[None]:
     calls._quotas.clear()
     attempts._unjudged.clear()
+    usage._beyond.clear()
     guard.forget()
     yield
     calls._quotas.clear()
@@ -300,6 +309,53 @@ def test_a_request_that_gets_several_answers(limiter: SharedLimiter) -> None:
     asyncio.run(scenario())
 
 
+def test_a_list_of_models_counts_for_each(
+    limiter: SharedLimiter, unfinished: Callable[[], int]
+) -> None:
+    async def scenario() -> None:
+        user = auth(rpm_limit=10, tpm_limit=1000, max_parallel_requests=3)
+        limits = {"rpm": 10, "tpm": 1000, "max_parallel": 3}
+        body = data(model="m,m", max_tokens=40)
+        await limiter.async_pre_call_hook(user, None, body, "acompletion")
+        assert left(**limits) == {"rpm": 8, "tpm": 900, "max_parallel": 1}
+        await limiter.async_post_call_success_hook(data(), auth(), [USAGE, USAGE])
+        assert left(**limits) == {"rpm": 8, "tpm": 940, "max_parallel": 3}
+        assert unfinished() == 0
+        for models in ("m,m,m,m", ",".join("m" * 9), "m," * 10**5):  # too many, of one of them
+            with pytest.raises(Exception, match="Rate limit exceeded"):
+                body = data("2", model=models)
+                await limiter.async_pre_call_hook(user, None, body, "acompletion")
+            assert left(**limits) == {"rpm": 8, "tpm": 940, "max_parallel": 3}
+
+    asyncio.run(scenario())
+
+
+def test_who_is_counted_for_some_calls_of_a_list_is_charged_that_part(
+    limiter: SharedLimiter,
+) -> None:
+    metadata = {"model_tpm_limit": {"m": 500}}
+
+    async def scenario() -> None:
+        user = auth(tpm_limit=1000, metadata=metadata)
+        body = data(model="m,n,n", max_tokens=40)
+        await limiter.async_pre_call_hook(user, None, body, "acompletion")
+        await limiter.async_post_call_success_hook(data(), auth(), [USAGE] * 3)
+        of_model = calls.quota_of(Limits(tpm=500)).remaining("model_per_key:k:m")
+        assert (left(tpm=1000)["tpm"], of_model["tpm"]) == (910, 470)
+
+    asyncio.run(scenario())
+
+
+def test_the_fastest_answer_tells_for_all(limiter: SharedLimiter) -> None:
+    async def scenario() -> None:
+        body = data(model="m,m", fastest_response=True)
+        await limiter.async_pre_call_hook(auth(tpm_limit=1000), None, body, "acompletion")
+        await limiter.async_post_call_success_hook(data(), auth(), USAGE)
+        assert left(tpm=1000)["tpm"] == 940
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_cached_tokens_do_not_count(limiter: SharedLimiter, stream: bool) -> None:
     """LiteLLM's payload for logs has them in its sums."""
@@ -547,6 +603,75 @@ def _many(name: str, each: int) -> int:
 def test_four_processes(_own_default_segment: None) -> None:
     name = Segment.default().name
     assert sum(run(_many, [(name, 25)] * PROCESSES, "fork")) == 10
+
+
+def test_sets_of_limits_do_not_run_out(limiter: SharedLimiter) -> None:
+    """The segment's table has 250 places for limiters."""
+
+    async def scenario() -> None:
+        for n in range(1, 600):
+            assert await ask(limiter, str(n), rpm=n, tpm=10**6 + n)
+            assert left(rpm=n, tpm=10**6 + n)["rpm"] == n - 1
+        assert not await ask(limiter, "again", rpm=1, tpm=10**6 + 1)
+
+    asyncio.run(scenario())
+    assert health_check()["litellm"] is None
+    shown = Inspection(Segment.default())
+    assert [found["limits"] for found in shown.limiters()] == [["of each key"]]
+    rows = {row.key: row for row in shown.keys(match="api_key:*")}
+    assert len(rows) == 599
+    row = rows["api_key:k/5 rpm/1000005 tpm"]
+    assert (row.remaining, row.limit) == (4, 5)
+    assert rows["api_key:k/1 rpm/1000001 tpm"].denied == 1
+
+
+def test_a_key_whose_name_ends_in_numbers_is_no_other(limiter: SharedLimiter) -> None:
+    """An end user's id is what the client sends."""
+
+    async def asked(user: str) -> None:
+        who = auth(end_user_id=user, end_user_rpm_limit=1)
+        await limiter.async_pre_call_hook(who, None, data(), "acompletion")
+
+    async def scenario() -> None:
+        for user in ("u", "u/1 rpm", "u/1 rpm/1 rpm"):
+            await asked(user)
+        with pytest.raises(Exception, match="end_user: u/1 rpm"):
+            await asked("u/1 rpm")
+
+    asyncio.run(scenario())
+
+
+def test_a_fallback_counts_for_its_model(limiter: SharedLimiter) -> None:
+    """That the request did not name."""
+    user = auth(metadata={"model_rpm_limit": {"n": 1}})
+    there = {"model_name": "n", "litellm_params": {"model": "x"}, "model_info": {"id": "d"}}
+
+    async def request() -> None:
+        await limiter.async_pre_call_hook(user, None, data(), "acompletion")
+        for _ in range(2):  # a retry is no other request
+            assert await limiter.async_pre_call_check(there) == there
+        await limiter.async_post_call_success_hook(data(), auth(), USAGE)
+
+    async def scenario() -> None:
+        await asyncio.create_task(request())
+        with pytest.raises(litellm.RateLimitError, match="model_per_key: k:n"):
+            await asyncio.create_task(request())
+
+    asyncio.run(scenario())
+
+
+def test_tries_that_a_client_asks_for(limiter: SharedLimiter) -> None:
+    async def scenario() -> None:
+        body = data(num_retries=50)
+        await limiter.async_pre_call_hook(auth(rpm_limit=4), None, body, "acompletion")
+        assert body["num_retries"] == 3  # as many as it has left
+        for tries in range(4):
+            await limiter.async_pre_call_check(deployment())
+            assert left(rpm=4) == {"rpm": 3 - tries}
+        with pytest.raises(litellm.RateLimitError, match="api_key"):
+            await limiter.async_pre_call_check(deployment())
+
+    asyncio.run(scenario())
 
 
 # attempts at deployments ---------------------------------------------------------------------

@@ -18,7 +18,7 @@ from support.litellm_auth import auth
 from support.names import remove, unique_name
 from support.waiting import PATIENCE, wait_until_async
 
-from fast_litellm_shm import Quota, Segment
+from fast_litellm_shm import Quota, Segment, health_check
 from fast_litellm_shm.integrations.litellm import calls, guard, settings
 from fast_litellm_shm.integrations.litellm.limiter import SharedLimiter
 from fast_litellm_shm.integrations.litellm.subjects import Limits
@@ -115,6 +115,33 @@ def test_a_limit_holds_over_both(
         await wait_until_async("both have had ten together", used_up)
 
     asyncio.run(scenario())
+
+
+@pytest.mark.usefixtures("server")
+def test_sets_that_have_no_room_are_kept_on_this_host(
+    limiter: SharedLimiter,
+    server: servers.Server,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A set takes up to nine places of the segment's table. Nobody passes because it is full, no
+    worker counts alone, and it is told."""
+    monkeypatch.setenv("FAST_LITELLM_SHM_CAPACITY", "1000")  # 32 places
+    monkeypatch.setenv("FAST_LITELLM_SHM_CLUSTER", server.url)
+
+    async def scenario() -> None:
+        for n in range(1, 8):
+            user = auth(api_key=f"k{n}", rpm_limit=n, tpm_limit=10**6, max_parallel_requests=n)
+            found = [
+                await asyncio.create_task(ask(limiter, f"{n} {i}", user)) for i in range(n + 1)
+            ]
+            assert found == [True] * n + [False]
+
+    asyncio.run(scenario())
+    over_hosts = [quota.over_hosts for quota in calls._quotas.values()]
+    assert over_hosts[0] and not over_hosts[-1]
+    assert "they are limits of this host alone, not over many" in caplog.text
+    assert health_check()["litellm"]["could_not_judge"] >= 1
 
 
 @pytest.mark.usefixtures("chosen")

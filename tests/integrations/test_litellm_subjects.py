@@ -155,7 +155,7 @@ MESSAGES = [{"role": "user", "content": "x" * 400}]  # 100, 4 for the message, 3
         ({"prompt": "x" * 40, "max_tokens": 1}, "atext_completion", "total", 11),
         ({"input": ["x" * 40, "y" * 40]}, "aembedding", "total", 20),
         ({"input": [1, 2, 3]}, "aembedding", "total", 3),
-        ({"prompt": [[1, 2], [3]], "max_tokens": 1}, "atext_completion", "total", 4),
+        ({"prompt": [[1, 2], [3]], "max_tokens": 1}, "atext_completion", "total", 5),
         ({"input": "x" * 40, "max_output_tokens": 5}, "aresponses", "total", 15),
         ({"input": "x", "instructions": "x" * 39}, "aresponses", "input", 10),
         ({"query": "x" * 20, "documents": ["y" * 20, {"text": "z" * 40}]}, "rerank", "input", 20),
@@ -178,8 +178,102 @@ def test_guess(data: dict[str, Any], call_type: str, kind: str, tokens: int) -> 
     assert usage.Guess(data, call_type, kind).within(4000) == tokens
 
 
-def test_a_guess_learns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(usage, "_beyond", {})
+@pytest.fixture
+def nothing_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(usage, "_beyond", type(usage._beyond)())
+
+
+def guess_of(who: str, model: str = "m", **more: Any) -> usage.Guess:
+    data = {"model": model, "messages": MESSAGES, **more}
+    return usage.Guess(data, "acompletion", "total", usage.made(data, "acompletion"), who)
+
+
+def learn(who: str, used: int, model: str = "m", **more: Any) -> None:
+    guess = guess_of(who, model, **more)
+    guess.within(1)
+    guess.learn(used)
+
+
+@pytest.mark.usefixtures("nothing_learnt")
+def test_a_guess_learns_from_its_own_key() -> None:
+    learn("a", 100_000)
+    assert guess_of("a").within(10**6) == 100_000
+    assert guess_of("b").within(10**6) == 107 + 1024
+    assert guess_of("a", "another").within(10**6) == 107 + 1024
+
+
+@pytest.mark.usefixtures("nothing_learnt")
+def test_a_guessed_output_is_at_most_a_quarter_of_the_limit() -> None:
+    learn("a", 100_000)
+    assert guess_of("a").within(20_000) == 107 + 5000
+    assert guess_of("a", max_tokens=50_000).within(20_000) == 20_000  # which it asks for
+
+
+@pytest.mark.usefixtures("nothing_learnt")
+def test_a_guess_is_of_each_choice_and_of_each_call() -> None:
+    learn("a", 107 + 4 * 50, n=4)
+    assert guess_of("a").within(10**6) == 107 + 50
+    assert guess_of("a", n=10).within(10**6) == 107 + 500
+    learn("b", 3 * (107 + 70), "m,m,m")
+    assert guess_of("b", "m,m,m").within(10**6) == 107 + 70
+
+
+@pytest.mark.usefixtures("nothing_learnt")
+def test_who_learns_much_makes_others_forget_little() -> None:
+    """The memory has an end: keys that a tenant makes take the place of who learnt longest ago, and
+    models of one key that of its own."""
+    learn("a", 100_000)
+    for i in range(usage._MOST_LEARNERS - 1):
+        learn(f"flood {i}", 10)
+    learn("a", 100_000)
+    for i in range(10 * usage._MOST_MODELS):
+        learn("flood 0", 10, f"model {i}")
+    assert guess_of("a").within(10**6) == 100_000
+    assert len(usage._beyond) <= usage._MOST_LEARNERS
+    assert len(usage._beyond["flood 0"]) <= usage._MOST_MODELS
+
+
+@pytest.mark.parametrize(
+    ("given", "call_type", "models", "rows"),
+    [
+        ({"model": "a"}, "acompletion", {"a": 1}, 1),
+        ({"model": "a,b, a"}, "acompletion", {"a": 2, "b": 1}, 1),
+        ({"model": "a,"}, "acompletion", {"a": 1, "": 1}, 1),
+        ({"model": "a,b"}, "aembedding", {"a,b": 1}, 1),
+        ({"model": "a,b", "api_base": "x"}, "acompletion", {"a,b": 1}, 1),
+        ({"model": "a,b", "messages": [MESSAGES] * 3}, "acompletion", {"a": 3, "b": 3}, 3),
+        ({"model": "a,b", "messages": [*MESSAGES, MESSAGES]}, "acompletion", {"a": 1, "b": 1}, 1),
+        (
+            {"model": "a,b", "messages": [MESSAGES] * 3, "fastest_response": True},
+            "acompletion",
+            {"a": 1, "b": 1},
+            1,
+        ),
+        ({"model": ["a"]}, "acompletion", {}, 1),
+        ({}, "acompletion", {}, 1),
+    ],
+)
+def test_calls_that_a_request_makes(
+    given: dict[str, Any], call_type: str, models: dict[str, int], rows: int
+) -> None:
+    found = usage.made({"messages": MESSAGES, **given}, call_type)
+    assert (dict(found.models), found.rows) == (models, rows)
+    assert found.calls == max(sum(models.values()), 1)
+
+
+def test_a_list_counts_for_each_model() -> None:
+    limited = auth(rpm_limit=9, metadata={"model_rpm_limit": {"m": 3, "n": 4}})
+    assert module.of_calls(limited, {"m": 2, "n": 1, "other": 1}) == [
+        Subject("api_key", "k", Limits(9), 4),
+        Subject("model_per_key", "k:m", Limits(3), 2),
+        Subject("model_per_key", "k:n", Limits(4), 1),
+    ]
+    one_group = module.of_calls(limited, {"m": 2, "n": 1}, lambda _: "group")
+    assert one_group[1:] == [Subject("model_per_key", "k:group", Limits(3), 3)]
+
+
+@pytest.mark.usefixtures("nothing_learnt")
+def test_a_guess_learns() -> None:
     guess = usage.Guess({"model": "m", "messages": MESSAGES}, "acompletion", "total")
     assert guess.within(4000) == 1107
     guess.learn(130)

@@ -454,3 +454,15 @@ def test_dry_run(segment: Segment, caplog: pytest.LogCaptureFixture) -> None:
     assert "would have refused" in caplog.messages[0] and describe(Limit(1)) in caplog.messages[0]
     assert segment.stats()["denied"] == 1
     first.release()
+
+
+def test_a_dry_run_logs_less_than_clients_send(
+    segment: Segment, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fast_litellm_shm")
+    rules = gate(segment, Rule(Limit(1), key=lambda asks: asks.path, dry_run=True))
+    paths = ["/" + "x" * 1000] * 50 + ["/y"] * 50
+    for path in paths:
+        asked(rules, path=path)
+    assert 1 <= len(caplog.messages) < 50
+    assert sum(map(len, caplog.messages)) < sum(map(len, paths))

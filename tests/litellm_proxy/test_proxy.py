@@ -243,7 +243,7 @@ def test_a_stranger_that_knows_a_call_id(served: Proxy) -> None:
 
 def test_a_list_of_models(served: Proxy) -> None:
     """LiteLLM makes a request to each: all their tokens count, and the slowest ends the call."""
-    key = key_of("parallel=1-tpm=100000")
+    key = key_of("parallel=3-tpm=100000")
     text = f"slow: {key}"
     options: dict[str, Any] = {"model": "m1,m1,upstream", "messages": _slow(key)}
     with held(text) as gate:
@@ -251,7 +251,7 @@ def test_a_list_of_models(served: Proxy) -> None:
         holder.start()
         served.wait(lambda: Upstream.at_once[text], "the last of them is held")
         for _ in range(25):  # the others end meanwhile
-            assert permits(served) == 1
+            assert permits(served) == 3
             time.sleep(0.02)
         gate.set()
         holder.join()

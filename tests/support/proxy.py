@@ -78,7 +78,7 @@ model_list:
       {{model: openai/narrow, api_key: sk-none, api_base: "{upstream}", max_parallel_requests: 2}}
   - model_name: upstream
     litellm_params: {{model: openai/up, api_key: sk-none, api_base: "{upstream}"}}
-router_settings:
+{models}router_settings:
   num_retries: {retries}
   disable_cooldowns: true
   optional_pre_call_checks: ["enforce_model_rate_limits"]
@@ -210,13 +210,16 @@ def proxy(
     settings: str = "",
     retries: int = 0,
     upstream: str = "http://127.0.0.1:9",
+    models: str = "",
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[Proxy]:
-    """Start it, and wait until each of its workers serves."""
+    """Start it, and wait until each of its workers serves. models: more lines of its model_list."""
     chosen = [f"  callbacks: {PLUGIN}"]
     if settings:
         chosen.append(f"  fast_litellm_shm: {settings}")
-    text = CONFIG.format(settings="\n".join(chosen), retries=retries, upstream=upstream)
+    text = CONFIG.format(
+        settings="\n".join(chosen), retries=retries, upstream=upstream, models=models
+    )
     (directory / "config.yaml").write_text(text)
     (directory / "my_auth.py").write_text(AUTH)
     port = free_port()

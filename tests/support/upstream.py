@@ -14,28 +14,120 @@ from typing import Any, ClassVar
 
 from support.waiting import PATIENCE
 
+_USED = {"prompt_tokens": 10, "completion_tokens": 20, "total_tokens": 30}
+_USED_ANEW = {"input_tokens": 10, "output_tokens": 20, "total_tokens": 30}
+_USED_IMAGE = {**_USED_ANEW, "input_tokens_details": {"image_tokens": 0, "text_tokens": 10}}
+_TEXT = {"type": "output_text", "text": "hello", "annotations": []}
+_FILE = {
+    **{"id": "file-1", "object": "file", "bytes": 1, "created_at": 1, "filename": "f.jsonl"},
+    **{"purpose": "batch", "status": "processed"},
+}
+_BATCH = {
+    **{"id": "batch_1", "object": "batch", "endpoint": "/v1/chat/completions", "created_at": 1},
+    **{"input_file_id": "file-1", "completion_window": "24h", "status": "validating"},
+}
+# By the end of a path.
+ANSWERS: dict[str, dict[str, Any] | bytes] = {
+    "/completions": {
+        **{"id": "x", "object": "text_completion", "created": 1, "model": "up", "usage": _USED},
+        "choices": [{"text": "hello", "index": 0, "finish_reason": "stop", "logprobs": None}],
+    },
+    "/embeddings": {
+        **{"object": "list", "model": "up", "usage": {"prompt_tokens": 30, "total_tokens": 30}},
+        "data": [{"object": "embedding", "index": 0, "embedding": [0.5, 0.5]}],
+    },
+    "/responses": {
+        **{"id": "resp_1", "object": "response", "created_at": 1, "model": "up"},
+        **{"status": "completed", "usage": _USED_ANEW, "parallel_tool_calls": True, "tools": []},
+        "output": [
+            {
+                **{"type": "message", "id": "msg_1", "status": "completed", "role": "assistant"},
+                "content": [_TEXT],
+            }
+        ],
+    },
+    "/images/generations": {"created": 1, "data": [{"b64_json": "aGk="}], "usage": _USED_IMAGE},
+    "/images/edits": {"created": 1, "data": [{"b64_json": "aGk="}], "usage": _USED_IMAGE},
+    "/audio/speech": b"sound",
+    "/audio/transcriptions": {"text": "hello", "usage": {"type": "tokens", **_USED_ANEW}},
+    "/moderations": {
+        **{"id": "modr-1", "model": "up"},
+        "results": [{"flagged": False, "categories": {}, "category_scores": {}}],
+    },
+    "/rerank": {
+        **{"id": "r", "results": [{"index": 0, "relevance_score": 0.5}]},
+        "usage": {"total_tokens": 30},
+    },
+    "/files": _FILE,
+    "/content": b"".join(
+        b'{"custom_id": "%d", "method": "POST", "url": "/v1/chat/completions", "body": '
+        b'{"model": "up", "messages": [{"role": "user", "content": "hi"}]}}\n' % i
+        for i in range(2)
+    ),
+    "/batches": _BATCH,
+    "/ocr": {"pages": [{"index": 0, "markdown": "x"}], "model": "m", "object": "ocr"},
+    "/vector_stores": {"id": "vs_1", "object": "vector_store", "created_at": 1, "name": "x"},
+    "/search": {"object": "vector_store.search_results.page", "search_query": "x", "data": []},
+    "/videos": {"id": "video_1", "object": "video", "status": "queued", "model": "sora-2"},
+    "/client_secrets": {"value": "ek_1", "expires_at": 1, "session": {"id": "sess_1"}},
+    "/jobs": {"id": "ftjob-1", "object": "fine_tuning.job", "status": "queued", "model": "up"},
+    "/models": {"object": "list", "data": []},
+    ":generateContent": {
+        "candidates": [{"content": {"parts": [{"text": "hello"}], "role": "model"}, "index": 0}],
+        "usageMetadata": {
+            **{"promptTokenCount": 10, "candidatesTokenCount": 20, "totalTokenCount": 30},
+        },
+    },
+    "/v1/messages": {
+        **{"id": "msg_1", "type": "message", "role": "assistant", "model": "up"},
+        "content": [{"type": "text", "text": "hello"}],
+        **{"stop_reason": "end_turn", "usage": {"input_tokens": 10, "output_tokens": 20}},
+    },
+    "/input_tokens": {"object": "response.input_tokens", "input_tokens": 10},
+}
+
 
 class Upstream(BaseHTTPRequestHandler):
     """Answers as OpenAI does; with 500 where a text says so: once for each text, or always; after
     half a second, counting how many are there at once for each text; or, in the midst of a stream
-    too, when its gate is opened."""
+    too, when its gate is opened. "long" answers have 100,000 tokens."""
 
     protocol_version = "HTTP/1.1"
     seen: Counter[str] = Counter()
     at_once: Counter[str] = Counter()
     most: Counter[str] = Counter()
     gates: ClassVar[dict[str, threading.Event]] = {}
+    failing: ClassVar[set[str]] = set()  # models that answer 500
     lock = threading.Lock()
 
+    def do_GET(self) -> None:
+        self._answer_by_path()
+
+    def _answer_by_path(self) -> None:
+        """Of other endpoints than chats: what OpenAI, or a reranker, answers there."""
+        path = self.path.partition("?")[0].rstrip("/")
+        with Upstream.lock:
+            Upstream.seen[path] += 1
+        found = next((answer for end, answer in ANSWERS.items() if path.endswith(end)), None)
+        if isinstance(found, bytes):
+            self._answer_raw(200, "audio/mpeg", found)
+        else:
+            self._answer(200 if found else 404, found or {"error": {"message": f"no {path}"}})
+
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        raw = self.rfile.read(int(self.headers["content-length"]))
+        body = json.loads(raw) if raw[:1] == b"{" else {}
+        if not isinstance(body.get("messages"), list):
+            self._answer_by_path()
+            return
         text = body["messages"][-1]["content"]
         kind = text.partition(":")[0]
         with Upstream.lock:
             Upstream.seen[text] += 1
             Upstream.at_once[text] += 1
             Upstream.most[text] = max(Upstream.most[text], Upstream.at_once[text])
-            fails = Upstream.seen[text] <= {"fail once": 1, "fail always": 10**6}.get(kind, 0)
+            fails = str(body.get("model")) in Upstream.failing
+            fails |= Upstream.seen[text] <= {"fail once": 1, "fail always": 10**6}.get(kind, 0)
         gate = Upstream.gates.get(text)
         if kind == "slow":
             time.sleep(0.5)
@@ -49,7 +141,8 @@ class Upstream(BaseHTTPRequestHandler):
         if body.get("stream"):
             self._stream(cut=kind == "cut", gate=gate)
             return
-        usage = {"prompt_tokens": 10, "completion_tokens": 20, "total_tokens": 30}
+        used = 100_000 if kind == "long" else 20
+        usage = {"prompt_tokens": 10, "completion_tokens": used, "total_tokens": 10 + used}
         message = {"role": "assistant", "content": "hello"}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         rest = {"id": "x", "object": "chat.completion", "created": 1, "model": "up"}
@@ -86,9 +179,11 @@ class Upstream(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def _answer(self, status: int, body: dict[str, Any]) -> None:
-        raw = json.dumps(body).encode()
+        self._answer_raw(status, "application/json", json.dumps(body).encode())
+
+    def _answer_raw(self, status: int, kind: str, raw: bytes) -> None:
         self.send_response(status)
-        self.send_header("content-type", "application/json")
+        self.send_header("content-type", kind)
         self.send_header("content-length", str(len(raw)))
         self.end_headers()
         self.wfile.write(raw)

@@ -34,7 +34,8 @@ _NEARLY = 0.2  # of a limit is left
 def _name(key: LiveKey, width: int) -> Cell:
     """Of a key that ends in its limit, the limit goes first: the column beside it tells it too."""
     name = key.name
-    if cell_len(name) > width and key.row.limiter in keyed.NAMES:
+    own = key.row.limiter in keyed.NAMES or keyed.units_of(key.row.limiter)
+    if own and cell_len(name) > width:
         name = keyed.without_limit(name) + "…"
     return [(name, NAME)]
 

@@ -9,14 +9,14 @@ has them back with :func:`give_back`, and those of a deployment while its attemp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import litellm
 
 from fast_litellm_shm.integrations.litellm import calls
 from fast_litellm_shm.integrations.litellm.calls import Attempt, Call, Denial, Held
-from fast_litellm_shm.integrations.litellm.subjects import Subject, of_deployment
+from fast_litellm_shm.integrations.litellm.subjects import Subject, of_deployment, of_model
 
 _quiet: Any = None  # LiteLLM's check whose limits we keep
 # Ids of deployments whose newest attempt could not be judged. By deployment, not by context: their
@@ -97,6 +97,32 @@ async def begin_async(
     if subject is None:
         return None
     return _begun(subject, await calls.admit_async([subject], _tokens(subject, call)), call)
+
+
+async def also_counts(
+    deployment: Mapping[str, Any], call: Call, group_of: Callable[[str], str | None]
+) -> Denial | None:
+    """What an attempt counts for besides its deployment: a model that the request did not name, but
+    falls back to, has limits too; and where the client asks for more tries than the router makes,
+    each of them is another request."""
+    call.tries += 1
+    if call.free is not None and call.tries > call.free:
+        denial = call.held.count_try()
+        if denial is not None:
+            return denial
+    model = deployment.get("model_name")
+    if not isinstance(model, str) or model in call.guess.made.models or call.by is None:
+        return None
+    known = call.counts_for()
+    more = [s for s in of_model(call.by, model, group_of) if s[:2] not in known]
+    if not more:
+        return None
+    least = min((s.limits.tpm for s in more if s.limits.tpm), default=None)
+    admitted = await calls.admit_async(more, 0 if least is None else call.guess.within(least))
+    if isinstance(admitted, Denial):
+        return admitted
+    call.more.append(Held(more, admitted))
+    return None
 
 
 def _subject(deployment: Mapping[str, Any], per_minute: bool) -> Subject | None:

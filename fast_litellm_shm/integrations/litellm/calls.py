@@ -4,31 +4,59 @@ requests that were not admitted."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
-from fast_litellm_shm.integrations.litellm import settings, usage
+from fast_litellm_shm import exceptions, keyed
+from fast_litellm_shm.integrations.litellm import guard, settings, usage
 from fast_litellm_shm.integrations.litellm.subjects import Limits, Subject
 from fast_litellm_shm.quota import Admission, Quota
 
 _TYPES = {"rpm": "requests", "tpm": "tokens", "max_parallel": "max_parallel_requests"}
 
+_MOST_QUOTAS = 1024  # that this process keeps at hand
+_ALONE = "limits of this host alone, not over many"
+
 _quotas: dict[tuple[Limits, str | None], Quota] = {}
 
 
 def quota_of(limits: Limits) -> Quota:
-    """The quota of these limits. All keys that have the same limits are keys of one quota: the
-    segment has room for an 800th of its capacity in sets of limits, at most 2,048 (250 by
-    default; over many hosts one takes up to nine places), never gives one back, and has room for as
-    many keys as its capacity says. A key whose limits change begins anew."""
+    """The quota of these limits. A key whose limits change begins anew.
+
+    All sets of limits that have the same of rpm, tpm and max_parallel are one limiter of the
+    segment, whatever their numbers are: there is no number of sets that could run out. Over many
+    hosts each set takes up to nine places in the segment's table. Where that is full, a set is kept
+    on this host alone, which is told."""
     chosen = settings.current().cluster
     found = _quotas.get((limits, chosen))
     if found is None:
-        parts = (f"{n} {name}" for name, n in zip(limits._fields, limits, strict=True) if n)
-        name = f"litellm {' '.join(parts)}"
-        found = Quota(*limits, name=name, on_full="raise", cluster=settings.cluster())
-        _quotas[limits, chosen] = found
+        if len(_quotas) >= _MOST_QUOTAS:
+            _quotas.clear()  # what calls hold stays with them
+        found = _quotas[limits, chosen] = _over_hosts(limits) or _here(limits)
     return found
+
+
+def _here(limits: Limits) -> Quota:
+    name = keyed.name_for(unit for unit, n in zip(limits._fields, limits, strict=True) if n)
+    return Quota(*limits, name=name, on_full="raise", cluster=False, _numbered=True)
+
+
+def _over_hosts(limits: Limits) -> Quota | None:
+    server = settings.cluster()
+    if server is False:
+        return None
+    parts = (f"{n} {name}" for name, n in zip(limits._fields, limits, strict=True) if n)
+    name = f"litellm {' '.join(parts)}"
+    if not _quotas:  # before sets can have filled the table, all that this host alone could need
+        for units in itertools.product((1, None), repeat=3):
+            if any(units):
+                _here(Limits(*units))
+    try:
+        return Quota(*limits, name=name, on_full="raise", cluster=server)
+    except exceptions.SegmentFullError as error:
+        guard.failed("keeping limits over many hosts", error, "they are " + _ALONE)
+        return None
 
 
 class Denial(NamedTuple):
@@ -48,26 +76,46 @@ def _denial(subject: Subject, name: str, remaining: int, retry_after: float | No
     return Denial(subject, _TYPES[name], getattr(subject.limits, name), remaining, seconds)
 
 
-Admitted: TypeAlias = "list[Admission] | Denial"
+# For each subject: what the call was charged, and of a request that makes several calls, what holds
+# the parallel slots of the others.
+Admitted: TypeAlias = "list[list[Admission]] | Denial"
 
 
 def _key(subject: Subject) -> str:
     return f"{subject.kind}:{subject.value}"
 
 
+def _tokens(subject: Subject, each: int) -> int:
+    """each: of one call."""
+    if subject.calls == 1:
+        return each
+    return min(each * subject.calls, subject.limits.tpm or 0)
+
+
+def _more_slots(subject: Subject) -> int:
+    return subject.calls - 1 if subject.limits.max_parallel else 0
+
+
 def admit(subjects: Sequence[Subject], tokens: int) -> Admitted:
-    """Admit a call for all of them, or for none. Where one denies, what the others before it have
-    booked is given back: it can have denied another call in between, and can never have let too
-    many pass. Over many hosts this waits for the server where it has to be asked."""
-    admitted: list[Admission] = []
+    """Admit a request for all of them, or for none. Where one denies, what the others before it
+    have booked is given back: it can have denied another call in between, and can never have let
+    too many pass. tokens: of one call. Over many hosts this waits for the server where it has to be
+    asked."""
+    admitted: list[list[Admission]] = []
     try:
         for subject in subjects:
             if subject.limits.nothing is not None:
                 return _refused(subject, None, admitted)
-            admission = quota_of(subject.limits).admit(_key(subject), tokens)
+            quota, key = quota_of(subject.limits), _key(subject)
+            admission = quota._admit(key, _tokens(subject, tokens), subject.calls)
+            admitted.append([admission])
+            for _ in range(_more_slots(subject)):
+                if not admission.allowed:
+                    break
+                admission = quota._admit(key, 0, 0)
+                admitted[-1].append(admission)
             if not admission.allowed:
                 return _refused(subject, admission, admitted)
-            admitted.append(admission)
     except BaseException:
         _cancel(admitted)
         raise
@@ -76,25 +124,30 @@ def admit(subjects: Sequence[Subject], tokens: int) -> Admitted:
 
 async def admit_async(subjects: Sequence[Subject], tokens: int) -> Admitted:
     """admit(), which never makes an event loop wait. Cancelled, it has admitted none of them."""
-    known = _quotas.get((subjects[0].limits, settings.current().cluster)) if subjects else None
-    if known is not None and not known.over_hosts:
+    if all(not quota_of(s.limits).over_hosts for s in subjects if s.limits.nothing is None):
         return admit(subjects, tokens)  # which waits for nobody, and costs less
-    admitted: list[Admission] = []
+    admitted: list[list[Admission]] = []
     try:
         for subject in subjects:
             if subject.limits.nothing is not None:
                 return _refused(subject, None, admitted)
-            admission = await quota_of(subject.limits).admit_async(_key(subject), tokens)
+            quota, key = quota_of(subject.limits), _key(subject)
+            admission = await quota._admit_async(key, _tokens(subject, tokens), subject.calls)
+            admitted.append([admission])
+            for _ in range(_more_slots(subject)):
+                if not admission.allowed:
+                    break
+                admission = await quota._admit_async(key, 0, 0)
+                admitted[-1].append(admission)
             if not admission.allowed:
                 return _refused(subject, admission, admitted)
-            admitted.append(admission)
     except BaseException:
         _cancel(admitted)
         raise
     return admitted
 
 
-def _refused(subject: Subject, by: Admission | None, admitted: list[Admission]) -> Denial:
+def _refused(subject: Subject, by: Admission | None, admitted: list[list[Admission]]) -> Denial:
     """by: None: its limit is 0."""
     _cancel(admitted)
     if by is None:
@@ -104,9 +157,10 @@ def _refused(subject: Subject, by: Admission | None, admitted: list[Admission]) 
     return _denial(subject, by.reason, left, by.retry_after)
 
 
-def _cancel(admitted: list[Admission]) -> None:
-    for admission in admitted:
-        admission.cancel()
+def _cancel(admitted: list[list[Admission]]) -> None:
+    for of_subject in admitted:
+        for admission in of_subject:
+            admission.cancel()
 
 
 class Held:
@@ -115,7 +169,7 @@ class Held:
 
     __slots__ = ("_admitted", "_settled", "subjects")
 
-    def __init__(self, subjects: Sequence[Subject], admitted: list[Admission]) -> None:
+    def __init__(self, subjects: Sequence[Subject], admitted: list[list[Admission]]) -> None:
         self.subjects, self._admitted = subjects, admitted
         self._settled = False
 
@@ -133,20 +187,42 @@ class Held:
 
     def over(self) -> None:
         """It is over: others may have its slots."""
-        for admission in self._admitted:
-            admission.release()
+        for of_subject in self._admitted:
+            for admission in of_subject:
+                admission.release()
 
-    def settle(self, tokens: int) -> None:
-        """It used so many tokens. Of several such reports the last one holds."""
+    def settle(self, tokens: int, calls: int = 1) -> None:
+        """All calls used so many tokens. Of several such reports the last one holds. Who was
+        counted for some of the calls only is charged that part."""
         self._settled = True
-        for admission in self._admitted:
-            admission.settle(tokens)
+        for subject, (admission, *_) in zip(self.subjects, self._admitted, strict=True):
+            part = tokens if subject.calls >= calls else -(-tokens * subject.calls // calls)
+            admission.settle(part)
+
+    def count_try(self) -> Denial | None:
+        """Count another try of a call as another request; or who has none left for it. Nothing is
+        asked of a server: over many hosts that is what this one has last heard."""
+        limited = [
+            (subject, admission)
+            for subject, (admission, *_) in zip(self.subjects, self._admitted, strict=True)
+            if subject.limits.rpm is not None
+        ]
+        for subject, admission in limited:
+            if admission._quota._left(admission._key)["rpm"] < 1:
+                return _denial(subject, "rpm", 0, None)
+        for _, admission in limited:
+            admission._count_request()
+        return None
+
+    def requests_left(self) -> int | None:
+        """Of whoever has least of them; None: they are not limited."""
+        return min((left["rpm"] for _, left in self.remaining() if "rpm" in left), default=None)
 
     def remaining(self) -> list[tuple[Subject, dict[str, int]]]:
         """What each of those it counts for has left now, by ``rpm`` and ``tpm``."""
         return [
             (subject, admission._quota._left(admission._key))
-            for subject, admission in zip(self.subjects, self._admitted, strict=True)
+            for subject, (admission, *_) in zip(self.subjects, self._admitted, strict=True)
         ]
 
     @property
@@ -175,17 +251,29 @@ class Attempt:
 
 class Call:
     """One request to the proxy. guess: of the tokens it will use. by: LiteLLM's object of whoever
-    makes it. outer: the call that it was made for (the embedding of a prompt, say). told: whether
-    its whole answer has told its tokens. left: whether its task has ended, and perhaps not all its
-    attempts."""
+    makes it. outer: the call that it was made for (the embedding of a prompt, say). free: so many
+    tries are the request's; each more counts as another; None: all are. told: whether its whole
+    answer has told its tokens. left: whether its task has ended, and perhaps not all its
+    attempts. more: what it holds besides, for models that it fell back to."""
 
-    __slots__ = ("attempts", "by", "finished", "guess", "held", "id", "left", "outer", "told")
+    __slots__ = (
+        *("attempts", "by", "finished", "free", "guess", "held", "id", "left", "more"),
+        *("outer", "told", "tries"),
+    )
 
     def __init__(
-        self, id: str, held: Held, guess: usage.Guess, by: object = None, outer: Call | None = None
+        self,
+        id: str,
+        held: Held,
+        guess: usage.Guess,
+        by: object = None,
+        outer: Call | None = None,
     ) -> None:
         self.id, self.held, self.guess, self.by, self.outer = id, held, guess, by, outer
+        self.free: int | None = None
+        self.tries = 0
         self.attempts: list[Attempt] = []
+        self.more: list[Held] = []
         self.finished = self.left = self.told = False
 
     def attempt_at(self, deployment: str) -> Attempt | None:
@@ -193,26 +281,38 @@ class Call:
         found = (a for a in reversed(self.attempts) if a.deployment == deployment and not a.ended)
         return next(found, None)
 
+    def counts_for(self) -> set[tuple[str, str]]:
+        """Kind and value of all that it counts for."""
+        return {subject[:2] for held in (self.held, *self.more) for subject in held.subjects}
+
     def finish(self) -> None:
         """It is over. Its attempts are too. Its true tokens may yet be told."""
         self.finished = True
         for attempt in self.attempts:
             attempt.end(None)
-        self.held.over()
+        for held in (self.held, *self.more):
+            held.over()
 
     def settle(self, tokens: int) -> None:
-        """Its true tokens."""
+        """Its true tokens, of all its calls."""
+        made = self.guess.made
+        if made.fastest:  # one answer tells, the others were asked for and left
+            tokens *= made.calls
         if not self.held.settled:
             self.guess.learn(tokens)
-        self.held.settle(tokens)
+        self.held.settle(tokens, made.calls)
+        for held in self.more:
+            held.settle(tokens)
 
     def cancel(self) -> None:
         """It will not be made after all: its request is given back too."""
-        self.held.cancel()
+        for held in (self.held, *self.more):
+            held.cancel()
         self.finish()
 
     def fail(self) -> None:
         """It is over and failed: where nobody has told tokens, it used none."""
-        if not self.held.settled:
-            self.held.settle(0)
+        for held in (self.held, *self.more):
+            if not held.settled:
+                held.settle(0)
         self.finish()

@@ -20,12 +20,13 @@ from __future__ import annotations
 import asyncio
 import sys
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, Literal
 
 from litellm.integrations.custom_logger import CustomLogger
 
+from fast_litellm_shm import tokens
 from fast_litellm_shm.integrations.litellm import (
     answers,
     attempts,
@@ -37,9 +38,11 @@ from fast_litellm_shm.integrations.litellm import (
 )
 from fast_litellm_shm.integrations.litellm.calls import Attempt, Call, Held
 from fast_litellm_shm.integrations.litellm.router_state import routers
-from fast_litellm_shm.integrations.litellm.subjects import Subject, subjects
+from fast_litellm_shm.integrations.litellm.subjects import Subject, of_calls, subjects
 
 _TOOL_CALL = "call_mcp_tool"
+# With these in its body, or their headers, a client asks for more tries than the router makes.
+_TRIES = ("num_retries", "fallbacks", "context_window_fallbacks", "content_policy_fallbacks")
 _OURS_NOT = frozenset({"acreate_batch", "create_batch"})  # LiteLLM counts the requests in its file
 
 # The call of a request; False where it was denied: its hooks must not find another call of its id.
@@ -67,10 +70,45 @@ def _group(model: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def subjects_of(auth: Any, data: Mapping[str, Any]) -> list[Subject]:
-    """Whom a request to the proxy counts for."""
-    model = data.get("model")
-    return subjects(auth, model if isinstance(model, str) else None, _group)
+def subjects_of(
+    auth: Any, data: Mapping[str, Any], models: Mapping[str, int] | None = None
+) -> list[Subject]:
+    """Whom a request to the proxy counts for. models: those of its calls; None: as it says."""
+    found = data.get("model")
+    model = found if isinstance(found, str) else None
+    if models and models.get(model or "") != 1:
+        return of_calls(auth, models, _group)
+    return subjects(auth, model, _group)
+
+
+def _retries() -> int:
+    """How often the proxy's router tries again."""
+    found = getattr(router_of_proxy(), "num_retries", None)
+    return found if isinstance(found, int) else 0
+
+
+def _count_tries(call: Call, data: dict[str, Any]) -> None:
+    """Where the client has a say in how often each call is tried: tries that the router would not
+    make by itself count as requests, and it may ask for as many as it has left. (LiteLLM waits
+    between tries: one that is denied would not end the request.)"""
+    if not any(name in data for name in _TRIES):
+        return
+    free = _retries()
+    call.free = call.guess.made.calls * (1 + free)
+    asked, left = data.get("num_retries"), call.held.requests_left()
+    if isinstance(asked, int) and left is not None:
+        data["num_retries"] = min(asked, max(free, left))
+
+
+def _tenant(auth: Any) -> str | None:
+    """Whose texts are counted: those of a key, and of an end user of it."""
+    key, end_user = getattr(auth, "api_key", None), getattr(auth, "end_user_id", None)
+    return None if key is None else f"{key}\0{end_user}"
+
+
+def _who(auth: Any, found: Sequence[Subject]) -> Hashable:
+    """Whose answers a guess learns from."""
+    return auth.api_key or tuple(subject[:2] for subject in found)
 
 
 def found_for(auth: Any, data: Mapping[str, Any]) -> Sequence[Subject]:
@@ -111,6 +149,7 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
         self, user_api_key_dict: Any, cache: Any, data: dict[str, Any], call_type: str
     ) -> None:
         chosen = settings.current()
+        tokens.tenant_of_context.set(_tenant(user_api_key_dict))
         if chosen.router_state:
             router = router_of_proxy()
             if router is not None:
@@ -143,20 +182,22 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
                 within = None
         _call.set(False)
         takeover.judged.set(True)
-        found = subjects_of(auth, data)
+        made = usage.made(data, call_type)
+        found = subjects_of(auth, data, made.models)
         id = _id_of(data)
         if id is None:
             id = data["litellm_call_id"] = str(uuid.uuid4())
-        guess = usage.Guess(data, call_type, usage.kind())
+        guess = usage.Guess(data, call_type, usage.kind(), made, _who(auth, found))
         least = min((s.limits.tpm for s in found if s.limits.tpm), default=None)
-        tokens = 0 if least is None else guess.within(least)
-        admitted = await calls.admit_async(found, tokens)
+        wanted = 0 if least is None else guess.within(least)
+        admitted = await calls.admit_async(found, wanted)
         if found:
             guard.judged()
         if isinstance(admitted, calls.Denial):
             return admitted
         call = Call(str(id), Held(found, admitted), guess, auth, within)
         _call.set(call)
+        _count_tries(call, data)
         task = asyncio.current_task()
         if task is not None:  # for whatever ends without any of the hooks below
             task.add_done_callback(lambda _: self._abandoned(call))
@@ -249,8 +290,13 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
     ) -> dict[str, Any] | None:
         begun: list[Attempt] = []
         _attempt.set(begun)
+        call = _call.get() or None
+        found: Attempt | calls.Denial | None = None
         try:
-            found = await attempts.begin_async(deployment, self._per_minute(), _call.get() or None)
+            if call is not None and not call.finished:
+                found = await attempts.also_counts(deployment, call, _group)
+            if found is None:
+                found = await attempts.begin_async(deployment, self._per_minute(), call)
         except Exception as error:
             self._not_judged(deployment, error)
             return deployment

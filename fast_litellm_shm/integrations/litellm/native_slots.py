@@ -10,12 +10,14 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from fast_litellm_shm import keyed
 from fast_litellm_shm.quota import Admission, Quota
 from fast_litellm_shm.segment import Segment
 
 MOST = 100_000  # a larger limit is this one
+_MOST_QUOTAS = 1024  # that this process keeps at hand
 _COUNTED = 1000  # a limit whose slots are counted to be shown: 50 us on the event loop
 _REMEMBERED = 100_000  # scopes whose limits are kept in mind
 
@@ -30,8 +32,8 @@ class Refused(NamedTuple):
 class Slots:
     """All slots of one segment, as this process takes and gives them.
 
-    Permits of one limit have a limiter of their own, so a limit that changes gets another one.
-    Those in flight under a scope's earlier limits count too, in every worker that has seen them.
+    Permits of each limit are counted apart, so a limit that changes begins anew. Those in flight
+    under a scope's earlier limits count too, in every worker that has seen them.
     """
 
     def __init__(self, segment: Segment) -> None:
@@ -44,10 +46,11 @@ class Slots:
     def _quota(self, limit: int) -> Quota:
         found = self._quotas.get(limit)
         if found is None:
-            name = f"litellm parallel {limit}"
-            found = self._quotas[limit] = Quota(
-                max_parallel=limit, name=name, segment=self._segment, on_full="raise", cluster=False
-            )
+            if len(self._quotas) >= _MOST_QUOTAS:
+                self._quotas.clear()
+            options: Any = {"segment": self._segment, "on_full": "raise", "cluster": False}
+            found = Quota(max_parallel=limit, name=keyed.NATIVE, **options, _numbered=True)
+            self._quotas[limit] = found
         return found
 
     def acquire(

@@ -53,7 +53,8 @@ def current() -> Settings:
     """The settings in force. What is wrong in them is told in one warning that names the field and
     the value, and its default applies: a worker must not die of a setting."""
     global _read
-    given = getattr(litellm, ATTRIBUTE, None)
+    # not getattr(): what litellm does not have, it looks for among its lazy imports, each time
+    given = vars(litellm).get(ATTRIBUTE)
     if given is not _read[0]:
         _read = given, _checked(given)
     return _read[1]

@@ -45,11 +45,13 @@ class Limits(NamedTuple):
 class Subject(NamedTuple):
     """kind: LiteLLM's name of it, as in its headers: ``api_key``, ``user``, ``team``,
     ``team_member``, ``end_user``, ``organization``, ``model_per_key``, ``model_per_team``,
-    ``model_per_organization``. value: which one."""
+    ``model_per_organization``. value: which one. calls: how many calls of the request count for
+    it."""
 
     kind: str
     value: str
     limits: Limits
+    calls: int = 1
 
 
 def _whole(value: Any, most: int) -> int | None:
@@ -164,12 +166,36 @@ def subjects(
         if who:
             value = f"{auth.team_id}:{who}" if kind == "team_member" else who
             found.append(Subject(kind, value, limited))
-    if requested:
-        key, team = auth.metadata or {}, auth.team_metadata or {}
-        organization = getattr(auth, "organization_metadata", None) or {}
-        if key or team or organization or getattr(auth, "model_max_budget", None):
-            found += _of_models(auth, key, team, organization, requested, group_of)
-    return found
+    return found + of_model(auth, requested, group_of) if requested else found
+
+
+def of_model(
+    auth: Any, requested: str, group_of: Callable[[str], str | None] = _no_group
+) -> list[Subject]:
+    """What a call to this model counts for besides."""
+    key, team = auth.metadata or {}, auth.team_metadata or {}
+    organization = getattr(auth, "organization_metadata", None) or {}
+    if key or team or organization or getattr(auth, "model_max_budget", None):
+        return _of_models(auth, key, team, organization, requested, group_of)
+    return []
+
+
+def of_calls(
+    auth: Any, models: Mapping[str, int], group_of: Callable[[str], str | None] = _no_group
+) -> list[Subject]:
+    """subjects() of a request that makes several calls. models: how many to each."""
+    several = sum(models.values())
+    found = [subject._replace(calls=several) for subject in subjects(auth, None)]
+    of_models: dict[tuple[str, str], Subject] = {}
+    for model, calls in models.items():
+        for subject in of_model(auth, model, group_of):
+            known = of_models.get(subject[:2])
+            counted = subject._replace(calls=calls)
+            if known is not None:  # two names of one group
+                both = _least(known.limits, subject.limits)
+                counted = subject._replace(calls=calls + known.calls, limits=both)
+            of_models[subject[:2]] = counted
+    return found + list(of_models.values())
 
 
 def _of_models(

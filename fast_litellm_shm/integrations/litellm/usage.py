@@ -2,22 +2,60 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple
 
 CHARACTERS_PER_TOKEN = 4  # LiteLLM's own estimate, for its own limits
 _TOKENS_OF_OTHER_PARTS = 300  # a picture or a sound, roughly
 _TOKENS_OF_MESSAGE, _TOKENS_OF_REPLY = 4, 3  # besides their text, in OpenAI's chat format
 _MOST_UNKNOWN = 1024
+_MOST_BODY = 2**20  # characters of an answer that is read once more
 _MOST = 2**62  # what a request counts as that cannot be read: all that its limit has
 _OTHER_TEXTS = ("system", "instructions", "query", "documents")  # besides messages, prompt, input
 _CAPS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 _SHARE_OF_NEWEST = 0.2  # in the mean of a model's outputs
-_MOST_MODELS = 1024
+_SHARE_OF_LIMIT = 4  # a guessed output is at most a quarter of the limit
+_MOST_LEARNERS, _MOST_MODELS = 4096, 16
 
-# By model and kind, what answers had beyond the guessed input: a decaying mean, in this process.
-_beyond: dict[tuple[Any, str], float] = {}
+# Of each key, by model and kind, what an answer had beyond the guessed input: a decaying mean, in
+# this process. What one key's answers are like says nothing of another's. Who learnt least recently
+# is forgotten first, and begins anew.
+_beyond: OrderedDict[Hashable, dict[tuple[Any, str], float]] = OrderedDict()
+
+
+class Made(NamedTuple):
+    """The calls that a request makes. models: how many to each. rows: of a list of conversations,
+    how many. fastest: the first answer of them is the request's, and the others are left."""
+
+    models: Mapping[str, int]
+    rows: int = 1
+    fastest: bool = False
+
+    @property
+    def calls(self) -> int:
+        return max(sum(self.models.values()), 1)
+
+
+_ONE = Made({})
+
+
+def made(data: Mapping[str, Any], call_type: str) -> Made:
+    """LiteLLM takes a chat's ``"model": "a,b"`` for a list, and makes a call to each; of a list of
+    conversations, a call for each of them too."""
+    model = data.get("model")
+    if not isinstance(model, str) or not model:
+        return _ONE
+    if "," not in model or call_type != "acompletion" or "api_key" in data or "api_base" in data:
+        return Made({model: 1})
+    models, rows = Counter(each.strip() for each in model.split(",")), data.get("messages")
+    if data.get("fastest_response", False):
+        return Made(models, 1, True)
+    if isinstance(rows, list) and len(rows) > 1 and all(isinstance(row, list) for row in rows):
+        return Made({each: n * len(rows) for each, n in models.items()}, len(rows))
+    return Made(models)
 
 
 def _characters(value: Any) -> tuple[int, int]:
@@ -68,37 +106,57 @@ def _output(data: Mapping[str, Any]) -> int | None:
     """The most that it asks for: of several caps the largest, for which one holds is not known."""
     caps = [data[name] for name in _CAPS if isinstance(data.get(name), int)]
     found = max(caps, default=-1)
-    if found < 0:  # none, or -1, as some take for "unlimited"
-        return None
-    choices = data.get("n")
-    if isinstance(choices, int) and choices > 1:
-        found *= choices
-    return found
+    return None if found < 0 else found  # -1, as some take for "unlimited"
+
+
+def _choices(data: Mapping[str, Any]) -> int:
+    """How many outputs one call has: ``n`` (or ``best_of``) for each prompt of a list."""
+    wanted = (data.get("n"), data.get("best_of"))
+    found = max((n for n in wanted if isinstance(n, int)), default=1)
+    prompts = data.get("prompt")
+    if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int):
+        return max(found, 1) * len(prompts)
+    return max(found, 1)
 
 
 class Guess:
-    """Tokens that a request will count with. kind: "total", "input" or "output", as LiteLLM's
-    ``token_rate_limit_type``. Nothing is counted before it is asked.
+    """Tokens that one call of a request will count with. kind: "total", "input" or "output", as
+    LiteLLM's ``token_rate_limit_type``. who: whose answers it learns from. Nothing is counted
+    before it is asked.
 
     Its input is a quarter of its characters. Its output is the most that it asks for; else what
-    that model's answers had in the mean beyond the guessed input, and before the first of them a
-    quarter of the limit, at most 1,024."""
+    that model's answers to this key had in the mean beyond the guessed input, and before the first
+    of them 1,024, but a quarter of the limit at most: one guess leaves room for other calls."""
 
-    __slots__ = ("_asked", "_data", "_input", "_output", "call_type", "kind", "model")
+    __slots__ = (
+        *("_asked", "_choices", "_data", "_input", "_output"),
+        *("call_type", "kind", "made", "model", "who"),
+    )
 
-    def __init__(self, data: Mapping[str, Any], call_type: str, kind: str) -> None:
+    def __init__(
+        self,
+        data: Mapping[str, Any],
+        call_type: str,
+        kind: str,
+        made: Made = _ONE,
+        who: Hashable = None,
+    ) -> None:
         self._data, self.call_type, self.kind = data, call_type, kind
+        self.made, self.who = made, who
         model = data.get("model")  # of a pass-through, whatever the client sends
         self.model = model if isinstance(model, str) else None
         self._asked = False
-        self._input = 0
+        self._input, self._choices = 0, 1
         self._output: int | None = None
 
     def _ask(self) -> None:
         self._asked = True
-        without = self.kind == "input" or "embedding" in self.call_type
+        kinds = ("embedding", "video", "rerank", "moderation", "speech")  # none of text
+        without = self.kind == "input" or any(kind in self.call_type for kind in kinds)
         try:
-            self._input = 0 if self.kind == "output" else _input(self._data)
+            if self.kind != "output":
+                self._input = -(-_input(self._data) // self.made.rows)
+            self._choices = _choices(self._data)
             self._output = 0 if without else _output(self._data)
         except Exception:  # RecursionError, say: the client's own doing must not let it pass
             self._input = _MOST
@@ -111,19 +169,25 @@ class Guess:
             self._ask()
         output = self._output
         if output is None:
-            known = _beyond.get((self.model, self.kind))
-            output = min(_MOST_UNKNOWN, least_limit // 4) if known is None else round(known)
+            known = _beyond.get(self.who, {}).get((self.model, self.kind), _MOST_UNKNOWN)
+            output = min(round(known * self._choices), least_limit // _SHARE_OF_LIMIT)
+        else:
+            output *= self._choices
         return min(max(self._input + output, 1), least_limit)
 
     def learn(self, used: int) -> None:
-        """It used so many."""
+        """All its calls used so many."""
         if not self._asked:
             return  # nobody counts this model's
-        answers, beyond = (self.model, self.kind), max(used - self._input, 0)
-        known = _beyond.get(answers)
-        if known is None and len(_beyond) >= _MOST_MODELS:
-            _beyond.clear()
-        _beyond[answers] = beyond if known is None else known + (beyond - known) * _SHARE_OF_NEWEST
+        beyond = max(used / self.made.calls - self._input, 0) / self._choices
+        answers, mine = (self.model, self.kind), _beyond.pop(self.who, {})
+        known = mine.pop(answers, beyond)
+        if len(mine) >= _MOST_MODELS:
+            del mine[next(iter(mine))]
+        mine[answers] = known + (beyond - known) * _SHARE_OF_NEWEST
+        if len(_beyond) >= _MOST_LEARNERS:
+            _beyond.popitem(last=False)
+        _beyond[self.who] = mine
 
 
 def kind() -> str:
@@ -150,6 +214,11 @@ class Used:
         field = _reader(usage)
         self.input = int(field("prompt_tokens") or 0)
         self.output = int(field("completion_tokens") or field("output_tokens") or 0)
+        if not self.input and not self.output:  # as Google says it
+            self.input = int(field("promptTokenCount") or 0)
+            self.input -= min(int(field("cachedContentTokenCount") or 0), self.input)
+            self.output = int(field("candidatesTokenCount") or 0)
+            self.output += int(field("thoughtsTokenCount") or 0)
         if not self.input:  # as the Responses API says it, or Anthropic, whose input has no cached
             self.input = int(field("input_tokens") or 0)
             self.input += int(field("cache_creation_input_tokens") or 0)
@@ -175,6 +244,17 @@ class Used:
         return {"input": self.input, "output": self.output}.get(kind, self.total)
 
 
+def _in_body(body: str) -> Used | None:
+    """What the answer to a pass-through says, where it is JSON and says it as the others do."""
+    if "usage" not in body or len(body) > _MOST_BODY:
+        return None
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):  # a stream's events, say
+        return None
+    return used(found) if isinstance(found, dict) and "response" not in found else None
+
+
 def used(response: Any) -> Used | None:
     """Of an answer of LiteLLM's, or of several (it answers a list of models with a list), or a
     standard_logging_object; None where none is told."""
@@ -188,9 +268,11 @@ def used(response: Any) -> Used | None:
                 total.add(found)
         return total
     if type(response) is dict or isinstance(response, Mapping):
-        usage = response.get("usage")
+        usage = response.get("usage") or response.get("usageMetadata")
         if usage is None and "total_tokens" in response:
             usage = response
+        if usage is None and type(response.get("response")) is str:  # of a pass-through
+            return _in_body(response["response"])
     else:
         usage = getattr(response, "usage", None)
     found = None if usage is None else Used(usage)

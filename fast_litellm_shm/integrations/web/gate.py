@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 MARK = "fast_litellm_shm.rate_limit"  # in the ASGI scope or the WSGI environ: the Outcome
 _log = logging.getLogger("fast_litellm_shm")
+_DRY_RUN_SILENCE, _SHOWN = 1.0, 100  # s; characters of what a client sent
 _SILENCE = 10.0  # s between two reports of one kind of failure: clients can cause them at will
 _ON_ERROR = ("deny", "allow")
 _ON_COST_ERROR = ("deny", "count")
@@ -285,6 +286,7 @@ class Gate:
         self.rules, self._on_error, self._on_cost_error = found, on_error, on_cost_error
         self._refuses = Rule(name="ambiguous path") if ambiguous_paths == "refuse" else None
         self._reported: dict[str, float] = {}
+        self._dry_runs: dict[str, tuple[float, int]] = {}  # when last told, how many not since
         server: Cluster | None = None
         if settings.names_server(cluster):
             from fast_litellm_shm.cluster import settings as cluster_settings
@@ -355,7 +357,7 @@ class Gate:
                 outcome = opened.admit(client_address(request), 1)
         except FastShmError as error:
             return self._unasked(opened, key, error)
-        return _told(outcome, request)
+        return self._told(outcome, request)
 
     async def _check_async(self, opened: _Opened, request: Request) -> Outcome | None:
         key: Any
@@ -385,7 +387,7 @@ class Gate:
                 outcome = await opened.admit_async(client_address(request), 1)
         except FastShmError as error:
             return self._unasked(opened, key, error)
-        return _told(outcome, request)
+        return self._told(outcome, request)
 
     def _find(self, request: Request) -> list[_Opened]:
         """The first rule of each path by which the request may be routed; and before it those with
@@ -445,6 +447,26 @@ class Gate:
             self._reported[what] = now
             _log.error("%s", what, exc_info=error)
 
+    def _told(self, outcome: Outcome, request: Request) -> Outcome:
+        """The log says whom a dry run would have refused: of each rule one a second, and how many
+        more there were. Clients cause such lines at will, and choose what is in them."""
+        if outcome.denied and outcome.rule.dry_run:
+            now, rule = time.monotonic(), outcome.rule.name
+            last, more = self._dry_runs.get(rule, (-_DRY_RUN_SILENCE, 0))
+            if now - last < _DRY_RUN_SILENCE:
+                self._dry_runs[rule] = last, more + 1
+                return outcome
+            self._dry_runs[rule] = now, 0
+            _log.info(
+                "dry run: rule %r would have refused %s for key %s (%s)%s",
+                rule,
+                _cut(str(request)),
+                _cut(repr(outcome.key)),
+                outcome.violated,
+                f"; and {more} more since the last such line" if more else "",
+            )
+        return outcome
+
 
 def _one_of(argument: str, value: object, known: tuple[str, str]) -> None:
     if value not in known:
@@ -466,17 +488,8 @@ def _together(outcomes: list[Outcome], refused: bool = False) -> Outcome | None:
     return told
 
 
-def _told(outcome: Outcome, request: Request) -> Outcome:
-    """The log says whom a dry run would have refused."""
-    if outcome.denied and outcome.rule.dry_run:
-        _log.info(
-            "dry run: rule %r would have refused %s for key %r (%s)",
-            outcome.rule.name,
-            request,
-            outcome.key,
-            outcome.violated,
-        )
-    return outcome
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _different_names(rules: Sequence[Rule]) -> None:
