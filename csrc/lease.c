@@ -205,6 +205,10 @@ static bool stands(holder_t *h, plan_t *plan, uint32_t slot, uint32_t *held) {
     census_t census;
     census_begin(&census);
     *held = count_held(h, most, &census);
+    /* By limits that were in force all the while: what was given back after a change made no room before it. Pairs with
+     * publish(). */
+    atomic_thread_fence(memory_order_acquire);
+    if (load_relaxed(&e->current) != plan->current) continue;
     if (*held > plan->permits) return false;
     if (count_held_from(h, plan->permits, most, &census) == 0 && none_beyond(h, plan, &census))
       limits_lower_most(h->s, h->limiter->index, plan, seen);

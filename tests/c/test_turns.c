@@ -250,6 +250,52 @@ static void test_takers_of_limits_that_change(void) {
   end_test();
 }
 
+/* A limit is lowered, and then a permit beyond it given back, at each instant of a taker's call. Before the change as many
+ * are held as may be; after it too: at no instant there is room, so it is denied. */
+static unsigned access_n, at_access;
+static fshm_permit beyond;
+static bool any_access(const volatile void *at, bool swap) {
+  (void)at;
+  (void)swap;
+  return true;
+}
+static void lower_and_give_back(const volatile void *at) {
+  const fshm_limit two = permits_of(2);
+  (void)at;
+  if (++access_n != at_access) return;
+  CHECK_EQ(set_limits(&two, 1, NOW), FSHM_OK);
+  CHECK_EQ(fshm_permit_release(l, &beyond), 1);
+}
+static void test_lowered_and_given_back_while_it_counts(void) {
+  static role_t role = {.left = TO_THE_END};
+  const fshm_limit four = permits_of(4), three = permits_of(3);
+  begin_test(&four, 1);
+  for (at_access = 1, access_n = 1; access_n >= at_access; at_access++) {
+    fshm_permit permits[4], got;
+    fshm_decision d;
+    uint32_t held;
+    CHECK_EQ(set_limits(&four, 1, NOW), FSHM_OK);
+    for (int i = 0; i < 4; i++) fshm_admit(l, "k", 1, NULL, NOW, &permits[i], &d, &held);
+    for (int i = 0; i < 4; i++) {
+      if (SLOT_OF(permits[i].when) == 2) CHECK_EQ(fshm_permit_release(l, &permits[i]), 1);
+      if (SLOT_OF(permits[i].when) == 3) beyond = permits[i];
+    }
+    CHECK_EQ(set_limits(&three, 1, NOW), FSHM_OK);
+    stops_at = any_access, meanwhile = lower_and_give_back, access_n = 0;
+    mine = &role;
+    fshm_admit(l, "k", 1, NULL, NOW, &got, &d, &held);
+    mine = NULL;
+    CHECK_EQ(d.status, FSHM_DENIED);
+    (void)fshm_permit_release(l, &got);
+    (void)fshm_permit_release(l, &beyond); /* the last time it was not yet */
+    for (int i = 0; i < 4; i++)
+      if (SLOT_OF(permits[i].when) < 2) CHECK_EQ(fshm_permit_release(l, &permits[i]), 1);
+    CHECK_EQ(fshm_in_flight(l, "k", 1), 0);
+  }
+  end_test();
+  CHECK_OP(at_access, >, 10);
+}
+
 int main(void) {
   test_writers_that_are_killed(); /* forks: before there are threads */
   start_roles();
@@ -257,6 +303,7 @@ int main(void) {
   test_named_for_a_later_version();
   test_sweep_by_a_fast_pace();
   test_takers_of_limits_that_change();
+  test_lowered_and_given_back_while_it_counts();
   end_roles();
   printf("%llu schedules\n", (unsigned long long)schedules);
   return done();

@@ -13,7 +13,7 @@
 
 #include "model.h"
 
-#define MOST_CONFIGS (1u << 20) /* of one history: 350 MB at most; ordinary ones need under 1,000 */
+#define MOST_CONFIGS (1u << 21) /* of one history: 700 MB at most; ordinary ones need under 1,000 */
 
 typedef struct {
   config_t *seen;

@@ -123,7 +123,7 @@ static const kind_t kinds[] = {
     CHANGES("changes-settle", "aawwwhhhcrmsss", 1, {WINDOW_OF(6, 100 * MS)}),
     CHANGES("changes-kind", "aaaaaiipcrzmsss", 3, {BUCKET_OF(6, 42 * MS, 6)},
             {WINDOW_OF(2, 100 * MS)}, {SLIDING_OF(4, 100 * MS)}),
-    CHANGES("changes-several", "aaaaapcrzmsss", 2,
+    CHANGES("changes-several", "aaaaaapcrzmss", 2,
             {WINDOW_OF(6, 100 * MS), SLIDING_OF(4, 100 * MS)}, {WINDOW_OF(4, 100 * MS)}),
     {.name = "changes-permits",
      .sets = 1,
