@@ -76,6 +76,7 @@ struct fshm_segment {
   tallies_t *tallies;
   uint64_t memo_lines;
   uint64_t lines, cell_count, names_words, size, epoch;
+  uint64_t region_mask; /* lines of a region, less one: a power of two, less one */
   uint64_t capacity, created_realtime_ns, instance, secret[2];
   unsigned char verified[offsetof(header_t, damage)]; /* the header as it was when we attached */
   _Atomic uint64_t damage; /* as header_t.damage, for mappings that cannot be written */
@@ -115,7 +116,7 @@ typedef struct {
  * number of the rule's slot, the epoch counts the sweeps that free slots (limits.c). The fingerprint and the cell's line
  * together tell keys apart: a line is 10 bits or more of the hash in any table of some size.
  * All others (windows whose limit comes with the call, tokens and heads of moving windows, leases' words, permits) end
- * in 0. */
+ * in 0, and have the lowest seven bits of the limiter's number above that, where label and epoch are. */
 #define WHO_BITS 22
 #define WHO_LABELS UINT64_C(0xfe) /* label and epoch */
 #define WHO_OF(limiter, place, label, epoch)                                     \
@@ -134,8 +135,14 @@ static inline uint64_t plan_who(const plan_t *p, uint32_t i, uint64_t hash) {
   return ((hash ^ p->salt) * UINT64_C(0x9e3779b97f4a7c15) & ~WHO_TAIL) | p->tail[i];
 }
 /* The cell of a key of a limiter whose limit comes with the call. */
-static inline uint64_t side_who(uint64_t hash) {
-  return (hash & ~UINT64_C(1)) | (hash >> 1 ? 0 : UINT64_C(2));
+#define WHO_TAG_OF(limiter) ((uint64_t)(limiter) << 1 & WHO_LABELS)
+static inline uint64_t side_who(uint64_t hash, uint32_t limiter) {
+  uint64_t rest = hash & ~(WHO_LABELS | 1);
+  return (rest ? rest : WHO_LABELS + 2) | WHO_TAG_OF(limiter);
+}
+/* After each reset of the limiter another one. */
+static inline uint64_t side_salted(uint64_t hash, uint64_t salt) {
+  return hash ^ (salt & ~(WHO_LABELS | 1));
 }
 
 struct fshm_limiter {

@@ -705,8 +705,8 @@ int fshm_reset_key(fshm_limiter *l, const void *key, uint64_t key_length) {
     if (f.pair.who) cells_clear(c.s, f.cell, f.pair.who);
   }
   /* or one whose limit comes with the call (counted.c) */
-  uint64_t hash = side_who(c.hash);
-  cells_find(c.s, hash, side_who(hash ^ c.plan.salt), &f);
+  uint64_t hash = side_who(c.hash, c.index);
+  cells_find(c.s, hash, side_who(side_salted(hash, c.plan.salt), c.index), &f);
   if (f.pair.who) cells_clear(c.s, f.cell, f.pair.who);
   return FSHM_OK;
 }

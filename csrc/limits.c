@@ -714,7 +714,7 @@ int fshm_reset_all(fshm_limiter *l) {
         (void)pair_cas(&s->cells[cell], &pair, empty);
     } else if (pair.who && load_relaxed(&s->ledger[cell].meta) == ledger_meta(l->index, pair.who)) {
       found_t f; /* a key whose limit comes with the call, where the old salt leads to it */
-      cells_find(s, pair.who ^ before.salt, pair.who, &f);
+      cells_find(s, side_salted(pair.who, before.salt), pair.who, &f);
       if (f.pair.who) cells_clear(s, f.cell, f.pair.who);
     }
   }

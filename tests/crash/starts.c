@@ -103,7 +103,8 @@ static void start_moving(void) {
   open_segment();
   world.now = NOW;
   world.l = named("moving", op->limits, op->count);
-  if (op->flags & PENDING_LOW) plant(0, side_who(slot_who(side_of(world.l, KEY).who, 0)));
+  if (op->flags & PENDING_LOW)
+    plant(0, side_who(slot_who(side_of(world.l, KEY).who, 0), world.l->index));
   for (uint32_t i = 0; i < op->prior; i++)
     fshm_moving(world.l, KEY, strlen(KEY), &op->limits[0], 1,
                 op->flags & EXPIRED ? LONG_AGO : NOW - PER / 2, &hit);

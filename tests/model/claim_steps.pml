@@ -121,7 +121,8 @@ inline charge(me) {
  *   unsigned used[2] = {0, 0}, seen[2] = {0, 0}; found_t free_in[2] = {{0, {0, 0}}, {0, {0, 0}}};
  *   const uint64_t over = minus(now, CLOCKS_DIFFER);
  *   for (unsigned region = 0; region < regions(s); region++) {
- *   uint64_t line = region_start(s, hash, region); unsigned others = 0, room = 0;
+ *   uint64_t line = region_start(s, hash, region); unsigned others = 0, room = 0, stale = 0;
+ *   found_t unconfirmed = {0, {0, 0}};
  *   for (uint64_t n = region_lines(s); n--; line = line_after(s, line)) {
  *   uint64_t cell = line * CELLS_PER_LINE;
  *   for (unsigned k = 0; k < CELLS_PER_LINE; k++) { -- one candidate a step
@@ -149,8 +150,8 @@ inline survey(me) {
         forget_free(me); /* and the stale one: not chosen beside a pending of the key */
         forget_stale(me)
      /* cells.c survey: } else if (pending && pair.who) {
-      *   if (!v.has_stale) v.stale = (found_t){cell + k, pair};
-      *   v.has_stale = true; others++; -- how full a region is does not count here; see `free` */
+      *   if (!stale++) unconfirmed = (found_t){cell + k, pair};
+      *   others++; -- how full a region is does not count here; see `free` */
      :: WHO(v) != p[me].who && IS_LAST_RESORT(v) ->
         if
         :: p[me].stale_cell == NO_CELL && p[me].free_cell == NO_CELL && p[me].mine_cell == NO_CELL ->
@@ -166,7 +167,11 @@ inline survey(me) {
            forget_stale(me)
         :: p[me].free_cell != NO_CELL || p[me].mine_cell != NO_CELL
         fi
-     /* cells.c survey: } else { others++; } } } used[region] = others; seen[region] = room; } */
+     /* cells.c survey: } else { others++; } } }
+      *   if (unlikely(room + stale <= SCARCE) && regions(s) == 2 && !in_share(s, line, who, room + stale, over)) continue;
+      *   used[region] = others; seen[region] = room;
+      *   if (stale && !v.has_stale) v.stale = unconfirmed;
+      *   v.has_stale |= stale > 0; } -- shares only refuse more: whoever is refused has done nothing */
      :: else
      fi;
      p[me].i++;
