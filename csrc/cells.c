@@ -283,6 +283,16 @@ int cells_claim(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now, firs
   return CLAIM_LOST;
 }
 
+/* Has the key a cell, confirmed or pending? */
+bool cells_has(const fshm_segment *s, uint64_t hash, uint64_t who) {
+  for (unsigned region = 0; region < regions(s); region++) {
+    uint64_t line = region_start(s, hash, region);
+    for (uint64_t n = region_lines(s); n--; line = line_after(s, line))
+      if (unlikely(line_has(s, line * CELLS_PER_LINE, who))) return true;
+  }
+  return false;
+}
+
 /* Is there, after all, a cell that the key could have, or has? For a caller whose claim found none. */
 bool cells_room(const fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now) {
   survey_t v = survey(s, hash, who, now);

@@ -99,7 +99,8 @@ static void lay_out(header_t *h, uint64_t capacity) {
   h->processes_offset = aligned(h->limiters_offset + h->limiters * sizeof(limiter_entry_t), PAGE);
   h->columns_offset = h->processes_offset + PROCESSES * sizeof(process_t);
   h->cells_offset = aligned(h->columns_offset + PROCESSES * sizeof(column_t), PAGE);
-  h->ledger_offset = h->cells_offset + h->lines * LINE;
+  h->ledger_offset = h->cells_offset + h->lines * LINE +
+                     h->limiters * (UINT64_C(1) * SHARED * SHARED_PLACES * sizeof(cell_t));
   h->names_offset = h->ledger_offset + h->lines * CELLS_PER_LINE * sizeof(ledger_t);
   /* The memo: room for about a text in every ten keys, 320 KB by default. */
   h->memo_lines = min_u64(max_u64(capacity / 40, 256), UINT64_C(1) << 24);

@@ -148,7 +148,8 @@ static inline uint64_t side_salted(uint64_t hash, uint64_t salt) {
 struct fshm_limiter {
   fshm_segment *segment;
   uint32_t index; /* in the table of limiters */
-  uint32_t tally; /* which tallies its calls count in; TALLIES: none */
+  uint16_t tally; /* which tallies its calls count in; TALLIES: none */
+  uint16_t share; /* keys without room share counters: fshm_limiter_share() */
   uint64_t key[2]; /* SipHash key of this limiter */
   _Atomic uint32_t released; /* slot + 1 that this process released last: likely free; 0 = none */
   _Atomic uint32_t frontier; /* where this process goes on looking for a free slot */
@@ -217,6 +218,7 @@ typedef uint64_t first_state_t(void *context);
 
 int cells_claim(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now, first_state_t *first,
                 void *context, uint64_t *cell);
+bool cells_has(const fshm_segment *s, uint64_t hash, uint64_t who);
 bool cells_room(const fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now);
 void cells_clear(fshm_segment *s, uint64_t cell, uint64_t who);
 uint64_t cells_candidates(const fshm_segment *s);
@@ -263,6 +265,21 @@ void counted_peek(const keyed_t *k, const fshm_limit *limit, fshm_decision *out)
 #define CURRENT_RESETS(c) ((c) >> (VERSION_BITS + 3) & ((UINT64_C(1) << RESET_BITS) - 1))
 #define SET_COUNT(set) ((unsigned)(set) & 15)
 #define SET_SLOT(set, i) ((unsigned)((set) >> (4 + 4 * (i))) & (RULES - 1))
+
+/* A counter's cell, by its limiter, the key's hash and the place of the rule: its index, as of other cells. */
+static inline uint64_t shared_cell(const fshm_segment *s, uint32_t index, uint64_t hash,
+                                   unsigned place) {
+  return s->cell_count + ((uint64_t)index * SHARED + hash % SHARED) * SHARED_PLACES + place;
+}
+#define SHARED_WRITE (UINT64_C(1) << 16)
+static inline bool shared_is_of(uint64_t who, uint64_t current) {
+  return (who & 1) && !((who >> 8 ^ CURRENT_RESETS(current)) & 255);
+}
+/* The next `who`: of this reset, with this label and epoch. */
+static inline uint64_t shared_who(uint64_t who, uint64_t current, uint64_t labels) {
+  return ((who | (SHARED_WRITE - 1)) + 1) | (CURRENT_RESETS(current) & 255) << 8 |
+         (labels & (WHO_LABELS | 1));
+}
 
 static inline uint64_t entry_current(const fshm_segment *s, uint32_t index) {
   return load_relaxed(&s->limiters[index].current);
