@@ -195,10 +195,10 @@ int fshm_limiter_open_beside(fshm_segment *segment, const char *name, uint64_t n
 int fshm_limiter_find(fshm_segment *segment, const char *name, uint64_t name_length,
                       fshm_limiter **out);
 void fshm_limiter_close(fshm_limiter *limiter);
-/* From now on calls by this handle charge a key that finds no room to one of 8 counters, under the same limits, instead
+/* share: from now on calls by this handle charge a key that finds no room to one of 8 counters, under the same limits, instead
  * of answering FSHM_FULL: so it is never admitted more often than its limits say, but together with others. Not those of
  * wallets, permits, blocks, and limits that come with the call. Nothing is given back to such a counter. */
-void fshm_limiter_share(fshm_limiter *limiter);
+void fshm_limiter_share(fshm_limiter *limiter, int share);
 int fshm_limiter_limits(fshm_limiter *limiter, fshm_limit *out, uint64_t *version);
 /* Arrays with one value for each limit (costs, reserved, remaining, charged, actual) have room for
  * FSHM_MAX_LIMITS: another process may set more limits at any time.

@@ -333,6 +333,10 @@ int limiter_take(fshm_limiter *l, const plan_t *plan, uint64_t hash, uint32_t op
                  uint64_t key_length, const uint64_t *costs, uint64_t now, fshm_decision *out,
                  fshm_charged *charges);
 
+/* fshm_is_allowed(), for who wants to know too where a shared counter has decided. */
+enum { SHARED_DENIED = -100, SHARED_ALLOWED = -101 };
+int limiter_is_allowed(fshm_limiter *l, const void *key, uint64_t key_length);
+
 /* What somebody else has decided about a key: the next state of each of its limits (wallet.c). */
 typedef uint64_t change_t(const void *context, uint32_t i, const rule_t *r, uint64_t state,
                           uint64_t now);

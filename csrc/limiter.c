@@ -486,10 +486,15 @@ static inline void drop_stale(const call_t *c, look_t *looks) {
   if (unlikely(c->stale)) memset(looks, 0, FSHM_MAX_LIMITS * sizeof *looks);
 }
 
-static COLD void tell_shared(const call_t *c, uint32_t slot, bool counts, fshm_decision *out) {
-  if (out) out->shared = 1;
-  if (!counts || c->tally >= TALLIES) return;
-  (void)add_relaxed(&c->s->tallies[slot < PROCESSES ? slot : PROCESSES].of[c->tally].shared, 1);
+/* The status, and that a shared counter has decided. */
+static COLD int tell_shared(const call_t *c, uint32_t slot, int status, bool counts,
+                            fshm_decision *out) {
+  if (counts && c->tally < TALLIES)
+    (void)add_relaxed(&c->s->tallies[slot < PROCESSES ? slot : PROCESSES].of[c->tally].shared, 1);
+  if (!out)
+    return status == FSHM_ALLOWED ? SHARED_ALLOWED : status == FSHM_DENIED ? SHARED_DENIED : status;
+  out->shared = 1;
+  return status;
 }
 
 static int force_all(call_t *c, uint32_t op, look_t *looks) {
@@ -721,13 +726,13 @@ static inline HOT int apply_begun(call_t *c, uint32_t op, const void *key, uint6
   bool counts = likely(op == FSHM_ACQUIRE || op == FSHM_RESERVE);
   if (status == FSHM_DENIED) /* an empty wallet is no denial yet */
     counts = (counts || op == FSHM_PROBE) && c->plan.rules[0].kind != FSHM_WALLET;
-  if (unlikely(c->met_shared)) tell_shared(c, slot, counts, out);
   if (counts)
     count_call(c, slot, looks, status, key, key_length);
   else if (op >= FSHM_CHARGE && op != FSHM_REFUND && looks[0].cell.pair.who &&
            !(c->s->names_mode & FSHM_NAMES_OFF))
     ledger_remember(c->s, looks[0].cell.cell, ledger_meta(c->index, looks[0].cell.pair.who), key,
                     key_length);
+  if (unlikely(c->met_shared)) return tell_shared(c, slot, status, counts, out);
   return status;
 }
 
@@ -782,8 +787,14 @@ int limiter_take(fshm_limiter *l, const plan_t *plan, uint64_t hash, uint32_t op
   return out->status = apply_begun(&c, op, key, key_length, out, charges);
 }
 
-int fshm_is_allowed(fshm_limiter *l, const void *key, uint64_t key_length) {
+int limiter_is_allowed(fshm_limiter *l, const void *key, uint64_t key_length) {
   return apply(l, NULL, FSHM_ACQUIRE, key, key_length, NULL, 0, 0, NULL, NULL);
+}
+int fshm_is_allowed(fshm_limiter *l, const void *key, uint64_t key_length) {
+  int status = limiter_is_allowed(l, key, key_length);
+  return likely(status > SHARED_DENIED) ? status
+         : status == SHARED_ALLOWED     ? FSHM_ALLOWED
+                                        : FSHM_DENIED;
 }
 
 void fshm_reserve(fshm_limiter *l, const void *key, uint64_t key_length, const uint64_t *costs,

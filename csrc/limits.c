@@ -397,7 +397,7 @@ static COLD pair_t swept(const sweep_t *w, pair_t pair, unsigned place) {
 
 /* Is it a cell of this limiter's meters? Of a shared counter, its index says so; one that was never used is changed too,
  * since a call may be about to begin it. */
-static inline bool meters_of(const fshm_segment *s, uint32_t index, uint64_t cell, uint64_t who) {
+static inline bool metered_by(const fshm_segment *s, uint32_t index, uint64_t cell, uint64_t who) {
   return cell >= s->cell_count || ((who & 1) && WHO_LIMITER(who) == index);
 }
 
@@ -407,9 +407,9 @@ static COLD bool sweep_cell(sweep_t *w, uint64_t cell) {
   const bool shared = cell >= s->cell_count;
   for (int tries = 0; tries < MAX_TRIES; tries++) {
     pair_t pair = {load_relaxed(&s->cells[cell].who), 0};
-    if (!meters_of(s, w->index, cell, pair.who)) return true;
+    if (!metered_by(s, w->index, cell, pair.who)) return true;
     pair = pair_load(&s->cells[cell]);
-    if (!meters_of(s, w->index, cell, pair.who) || IS_PERMIT(pair.when)) return true;
+    if (!metered_by(s, w->index, cell, pair.who) || IS_PERMIT(pair.when)) return true;
     const unsigned place =
         shared ? (unsigned)(cell - s->cell_count) % SHARED_PLACES : WHO_PLACE(pair.who);
     /* As a call does it (limiter.c: outdated()): by limits that are in force after the cell was read. Others may have
@@ -439,18 +439,18 @@ static COLD bool sweep_cell(sweep_t *w, uint64_t cell) {
 }
 
 /* The cells that a limiter's meters can be in: those of keys, then those of its shared counters. */
-static inline uint64_t meters_end(const fshm_segment *s) {
+static inline uint64_t metered_end(const fshm_segment *s) {
   return s->cell_count + UINT64_C(1) * SHARED * SHARED_PLACES;
 }
-static inline uint64_t meters_at(const fshm_segment *s, uint32_t index, uint64_t i) {
+static inline uint64_t metered_at(const fshm_segment *s, uint32_t index, uint64_t i) {
   return i < s->cell_count ? i : i + (uint64_t)index * SHARED * SHARED_PLACES;
 }
 
 static COLD bool sweep_cells(sweep_t *w) {
   memset(w->labels, 0, sizeof w->labels);
   w->places = 0;
-  for (uint64_t i = 0; i < meters_end(w->s); i++)
-    if (!sweep_cell(w, meters_at(w->s, w->index, i))) return false;
+  for (uint64_t i = 0; i < metered_end(w->s); i++)
+    if (!sweep_cell(w, metered_at(w->s, w->index, i))) return false;
   return true;
 }
 
@@ -527,12 +527,12 @@ static COLD bool sweep(fshm_segment *s, uint32_t index, uint64_t now) {
     if (w.victim < 0 || w.labels[slot] < w.labels[w.victim]) w.victim = (int)slot;
   }
   if (w.victim < 0) return false;
-  for (uint64_t i = 0; i < meters_end(s); i++)
-    if (!sweep_cell(&w, meters_at(s, index, i))) return false;
+  for (uint64_t i = 0; i < metered_end(s); i++)
+    if (!sweep_cell(&w, metered_at(s, index, i))) return false;
   uint32_t left = 0;
-  for (uint64_t i = 0; i < meters_end(s); i++) {
-    uint64_t cell = meters_at(s, index, i), who = load_relaxed(&s->cells[cell].who);
-    left += meters_of(s, index, cell, who) && (int)WHO_LABEL(who) == w.victim &&
+  for (uint64_t i = 0; i < metered_end(s); i++) {
+    uint64_t cell = metered_at(s, index, i), who = load_relaxed(&s->cells[cell].who);
+    left += metered_by(s, index, cell, who) && (int)WHO_LABEL(who) == w.victim &&
             load_relaxed(&s->cells[cell].when);
   }
   w.labels[w.victim] = left;
@@ -678,7 +678,7 @@ int fshm_limiter_find(fshm_segment *s, const char *name, uint64_t name_length, f
 
 void fshm_limiter_close(fshm_limiter *l) { free(l); }
 
-void fshm_limiter_share(fshm_limiter *l) { l->share = 1; }
+void fshm_limiter_share(fshm_limiter *l, int share) { l->share = share != 0; }
 
 /* limits_load(), for those who show limits: only such as somebody has set. */
 static bool load_genuine(const fshm_segment *s, uint32_t index, plan_t *p) {
@@ -726,8 +726,8 @@ int fshm_reset_all(fshm_limiter *l) {
     next = (pair_t){(CURRENT_RESETS(seen.who) + 1) << (VERSION_BITS + 3), seen.when};
     next.who |= CURRENT_VERSION(seen.who) | epoch;
   } while (!pair_cas(&e->current, &seen, next));
-  for (uint64_t i = s->cell_count; i < meters_end(s); i++) {
-    const uint64_t cell = meters_at(s, l->index, i);
+  for (uint64_t i = s->cell_count; i < metered_end(s); i++) {
+    const uint64_t cell = metered_at(s, l->index, i);
     pair_t pair = pair_load(&s->cells[cell]);
     if (pair.who && !shared_is_of(pair.who, next.who)) /* lost: somebody has begun it anew */
       (void)pair_cas(&s->cells[cell], &pair, (pair_t){shared_who(pair.who, before.current, 1), 0});

@@ -144,7 +144,7 @@ class Quota:
         *,
         name: str,
         segment: Segment | None = None,
-        on_full: str = "deny",
+        on_full: str = "share",
         cluster: Cluster | str | Literal[False] | None = None,
     ) -> None:
         found: list[AnyLimit | InFlight] = []

@@ -113,7 +113,7 @@ static fshm_limiter *crowded(const fshm_limit *limits, uint32_t count, fshm_segm
   *filler = fresh_limiter(*s, "filler", &for_good, 1);
   for (uint64_t i = 0; i < (*s)->cell_count; i++) CHECK_EQ(hit(*filler, "f", i), FSHM_ALLOWED);
   fshm_limiter *l = fresh_limiter(*s, "l", limits, count);
-  fshm_limiter_share(l);
+  fshm_limiter_share(l, 1);
   return l;
 }
 static void leave(fshm_limiter *l, fshm_limiter *filler, fshm_segment *s) {
@@ -190,7 +190,7 @@ static void test_calls(void) {
 
   l = fresh_limiter(s, "two", both,
                     2); /* one denies: the other is given back what it was charged */
-  fshm_limiter_share(l);
+  fshm_limiter_share(l, 1);
   for (int i = 0; i < 4; i++) {
     d = ask(l, FSHM_ACQUIRE, 1, 1, NOW);
     CHECK_EQ(d.status, i < 2 ? FSHM_ALLOWED : FSHM_DENIED);
@@ -265,7 +265,7 @@ static bool more_than_windows(hits_t *h, const fshm_limit *limit, uint64_t now, 
 static void test_story(const fshm_limit *limit) {
   fshm_segment *s = fresh_segment(1);
   fshm_limiter *l = fresh_limiter(s, "l", limit, 1);
-  fshm_limiter_share(l);
+  fshm_limiter_share(l, 1);
   const rule_t rule = rule_make(limit);
   static hits_t hits[STORY_KEYS];
   memset(hits, 0, sizeof hits);

@@ -62,6 +62,7 @@ enum {
   SLOW = 1 << 24, /* S changes to limits that nothing fits */
   HELD_BACK = 1
       << 23, /* the key lives under limits of before, since it has consumed more than the present ones admit */
+  SHARING = 1 << 26, /* keys without room share counters; what the key has consumed is in one */
   COMES_ROUND_NEXT = 1 << 25, /* the generation of T's process slot comes round with T */
   MOST_BEHIND = 1
       << 21 /* `most` is below what is held, as limits_lower_most() may leave it when the limits
