@@ -65,9 +65,9 @@ class RateLimiter(SharedLimits):
     room, and a denied one consumes nothing. name: processes that use the same name share; default:
     a name made of the limits. The limits belong to the name: setting others (here, or in any
     process) changes them for all at their next call, and what was consumed stays consumed. segment:
-    default ``Segment.default()``. on_full: what to do when the segment has no room for another key of
-    this limiter: ``"share"``: keys without room share counters, under the same limits; ``"deny"``
-    them (with retry_after 1 s), ``"allow"`` them, or ``"raise"`` SegmentFullError. See
+    default ``Segment.default()``. on_full: what to do when the segment has no room for another key
+    of this limiter: ``"share"``: keys without room share counters, under the same limits;
+    ``"deny"`` them (with retry_after 1 s), ``"allow"`` them, or ``"raise"`` SegmentFullError. See
     ``docs/limits.md``, "Floods of keys".
 
     cluster: a URL (``redis://host:6379/0``) or a :class:`~fast_litellm_shm.cluster.Cluster`: the
