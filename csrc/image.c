@@ -89,8 +89,10 @@ static void lay_out(header_t *h, uint64_t capacity) {
   h->capacity = capacity;
   /* 1.3 cells for each key, so that a table filled to its capacity still finds room; whole regions (cells.c) */
   h->lines = (capacity * 13 + 39) / 40;
-  h->lines = h->lines > 2 * REGION_LINES ? aligned(h->lines, REGION_LINES)
-                                         : UINT64_C(1) << bit_length(h->lines - 1);
+  if (h->lines > 2 * REGION_LINES)
+    h->lines = aligned(h->lines, REGION_LINES);
+  else if (h->lines)
+    h->lines = UINT64_C(1) << bit_length(h->lines - 1);
   h->limiters = (uint32_t)(limiters < 32 ? 32 : limiters > MAX_LIMITERS ? MAX_LIMITERS : limiters);
   h->processes = PROCESSES;
   h->column_entries = COLUMN_ENTRIES;

@@ -175,13 +175,13 @@ typedef struct {
    * set: count (4 bits) | slot of each rule (4 bits each), in the caller's order. */
   _Alignas(16) _Atomic uint64_t current;
   _Atomic uint64_t set;
-  /* Segment ns: until then counters that keys without room share may be in use (limiter.c: put_shared). Only raised,
-   * relaxed, before one is charged. After a crash: at worst too late. */
-  _Atomic uint64_t shared;
   _Atomic uint32_t name_length; /* bytes; whoever knows the name writes it: always the same value */
   uint32_t unused;
   _Atomic unsigned char name[104];
   _Atomic uint64_t owners[RULES];
+  /* Segment ns: until then counters that keys without room share may be in use (limiter.c: put_shared). Only raised,
+   * relaxed, before one is charged. After a crash: at worst too late. */
+  _Atomic uint64_t shared;
   _Alignas(LINE) _Atomic uint64_t rules[RULES][RULE_WORDS];
 } limiter_entry_t;
 

@@ -349,7 +349,7 @@ static COLD int put_shared(call_t *c, uint32_t i, look_t *l, uint32_t op) {
   uint64_t needed = 0;
   while (again(c)) {
     uint64_t until = load_relaxed(word);
-    if (until < needed) { /* seldom: a second ahead, since every call reads this line */
+    if (until < needed) { /* seldom: a second ahead, since keys without a cell read this line */
       uint64_t more = plus_time(needed, UINT64_C(1000000000));
       if (!atomic_compare_exchange_strong_explicit(word, &until, more, memory_order_relaxed,
                                                    memory_order_relaxed))
@@ -406,7 +406,7 @@ static __attribute__((noinline)) int put_first(call_t *c, uint32_t i, look_t *l,
   if (unlikely(status == CLAIM_FULL) && lease_free_dead(c->s, c->hash, who, c->now))
     status = CLAIM_LOST;
   if (unlikely(first.refused) && status == CLAIM_LOST && !c->stale) status = CLAIM_FULL;
-  if (unlikely(status == CLAIM_FULL) && may_share(c, i, op)) return put_shared(c, i, l, op);
+  if (unlikely(status == CLAIM_FULL) && may_share(c, i, op)) status = put_shared(c, i, l, op);
   if (status == CLAIM_LOST) c->tries += CLAIM_TRIES - 1;
   return status;
 }
@@ -967,7 +967,7 @@ int fshm_peek_cell(fshm_segment *s, uint64_t cell, uint64_t now, fshm_decision *
     if (named || looks[i].cell.pair.who)
       look_found(&c, i, 1, &looks[i]);
     else /* which shared counter it would be cannot be told */
-      looks[i].verdict = meter_take(&c.plan.rules[i], 0, c.now, c.now, 1);
+      looks[i] = (look_t){.verdict = meter_take(&c.plan.rules[i], 0, c.now, c.now, 1)};
     if (c.stale) return 0;
     allowed &= looks[i].verdict.retry == 0;
   }

@@ -208,7 +208,7 @@ inline choose(me) {
 /* limiter.c put_first: if (unlikely(status == CLAIM_FULL) && lease_free_dead(c->s, c->hash, who, c->now))
  *   status = CLAIM_LOST; -- there are no permits here
  * limiter.c put_first: if (unlikely(first.refused) && status == CLAIM_LOST && !c->stale) status = CLAIM_FULL;
- *   if (unlikely(status == CLAIM_FULL) && may_share(c, i, op)) return put_shared(c, i, l, op); -- shared.pml
+ *   if (unlikely(status == CLAIM_FULL) && may_share(c, i, op)) status = put_shared(c, i, l, op); -- shared.pml
  * limiter.c put_first: if (status == CLAIM_LOST) c->tries += CLAIM_TRIES - 1; -- here, without end
  * limiter.c take_one: if (status == CLAIM_FULL) return FSHM_FULL; */
 inline refuse(me) {
