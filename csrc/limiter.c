@@ -575,9 +575,8 @@ static void undo(call_t *c, uint32_t i, const look_t *l, pair_t before) {
     state_met(&later, k, &found.cell, &m);
     if (later.stale) continue;
     uint64_t next;
-    const bool ours =
-        !shared && found.cell.pair.when == l->verdict.next && found.cell.pair.who == l->who;
-    if (ours && (before.who == l->who || !before.who)) {
+    const bool ours = found.cell.pair.when == l->verdict.next && found.cell.pair.who == l->who;
+    if (!shared && ours && (before.who == l->who || !before.who)) {
       found.who = l->who;
       next = before.when;
     } else { /* also where it was under an earlier rule: nothing says that this one is kept any more */
