@@ -1,8 +1,10 @@
 /* cells.c - the keyed table of cells: find, claim, reuse. Lock-free; argued in DESIGN.md.
  *
- * A key's candidates are two regions of REGION_LINES cache lines, at two places that its hash names
- * (all lines, in a table of up to two regions). A key is looked for in all of them, from its home
- * line outward; there is no early stop at an empty cell, since cells empty themselves by time.
+ * The table is made of regions of REGION_LINES cache lines. A key's candidates are the cells of two of them, those of
+ * the two lines that its hash names (all lines, in a table of up to two regions). A key is looked for in all of them,
+ * from its home line on; there is no early stop at an empty cell, since cells empty themselves by time.
+ *
+ * A limiter takes cells of a region up to its share of it only ("Shares" in DESIGN.md).
  */
 #include "internal.h"
 
@@ -13,7 +15,7 @@ static inline uint64_t scale(uint32_t part, uint64_t lines) {
   return ((uint64_t)part * lines) >> 32;
 }
 
-/* A key's regions: how many, of how many lines, and where each begins. */
+/* A key's regions: how many, of how many lines, and in which line the key begins to look. */
 static inline unsigned regions(const fshm_segment *s) {
   return s->lines <= 2 * REGION_LINES ? 1 : 2;
 }
@@ -23,8 +25,8 @@ static inline uint64_t region_lines(const fshm_segment *s) {
 static inline uint64_t region_start(const fshm_segment *s, uint64_t hash, unsigned region) {
   return scale((uint32_t)(region ? hash : hash >> 32), s->lines);
 }
-static inline uint64_t line_after(const fshm_segment *s, uint64_t line) {
-  return line + 1 == s->lines ? 0 : line + 1;
+static inline uint64_t line_after(const fshm_segment *s, uint64_t line) { /* of the same region */
+  return line ^ (((line + 1) ^ line) & s->region_mask);
 }
 
 /* The i-th candidate cell of a hash, i < cells_candidates(s): for those who walk them from outside. */
@@ -33,8 +35,9 @@ uint64_t cells_candidates(const fshm_segment *s) {
 }
 uint64_t cells_candidate(const fshm_segment *s, uint64_t hash, uint64_t i) {
   uint64_t n = i / CELLS_PER_LINE, many = region_lines(s);
-  uint64_t line = region_start(s, hash, n >= many) + n % many;
-  return (line >= s->lines ? line - s->lines : line) * CELLS_PER_LINE + i % CELLS_PER_LINE;
+  uint64_t line = region_start(s, hash, n >= many);
+  for (n %= many; n--;) line = line_after(s, line);
+  return line * CELLS_PER_LINE + i % CELLS_PER_LINE;
 }
 
 /* May a cell of this line be the key's? Each is looked at once, in any order; and all in one branch, since
@@ -101,9 +104,8 @@ void cells_find(const fshm_segment *s, uint64_t hash, uint64_t who, found_t *f) 
 /* A cell of the key whose other cell this one is, for who does not know its hash: near that cell. f->pair.who = 0: there
  * is none, or it is in the other region. */
 static COLD void cells_near(const fshm_segment *s, uint64_t cell, uint64_t who, found_t *f) {
-  uint64_t many = region_lines(s), back = min_u64(many - 1, s->lines - 1);
-  uint64_t line = (cell / CELLS_PER_LINE + s->lines - back) % s->lines;
-  for (uint64_t n = min_u64(2 * many - 1, s->lines); n--; line = line_after(s, line)) {
+  uint64_t line = cell / CELLS_PER_LINE;
+  for (uint64_t n = region_lines(s); n--; line = line_after(s, line)) {
     for (unsigned k = 0; k < CELLS_PER_LINE; k++) {
       f->cell = line * CELLS_PER_LINE + k;
       if (confirmed_for(s, f->cell, who, &f->pair)) return;
@@ -129,6 +131,28 @@ typedef struct {
   found_t stale;    /* another key's pending cell: the last resort */
 } survey_t;
 
+/* May the limiter of this key take another cell of a region, where so many are left? Each that is left doubles what it
+ * may have there: the last one is for who has none, the one before for who has two at most, then six, then 14. So a
+ * flood on one limiter leaves four cells of 32 to others. A look that decides by what is there: DESIGN.md, "Shares". */
+#define SCARCE 4
+static_assert(CELLS_PER_LINE * REGION_LINES - SCARCE < 2U << SCARCE, "with more left, all may");
+static COLD bool in_share(const fshm_segment *s, uint64_t line, uint64_t who, unsigned room,
+                          uint64_t over) {
+  /* The bits of `who` that name a limiter: of cells that end in 0, the lowest seven of its number. */
+  const uint64_t owner =
+      who & 1 ? WHO_OF(MAX_LIMITERS - 1, 0, 0, 0) : WHO_TAG_OF(MAX_LIMITERS - 1) | 1;
+  unsigned its = 0;
+  for (uint64_t n = region_lines(s); n--; line = line_after(s, line)) {
+    const cell_t *cell = &s->cells[line * CELLS_PER_LINE];
+    for (unsigned k = 0; k < CELLS_PER_LINE; k++) { /* halves of two pairs: counted wrong by one */
+      uint64_t when = load_relaxed(&cell[k].when);
+      bool live = !IS_PENDING(when) && state_expires(when) > over;
+      its += live && ((load_relaxed(&cell[k].who) ^ who) & owner) == 0;
+    }
+  }
+  return its + 1 < 1U << room;
+}
+
 /* Look at all candidates once. Prefers the home region until it is three quarters full, then the
  * emptier one: below half load 98 % of keys lie in their home line, and a table filled to its
  * capacity refuses fewer than one key in 100,000 (simulated; tests/c/test_cells.c fills one). */
@@ -140,7 +164,8 @@ static survey_t survey(const fshm_segment *s, uint64_t hash, uint64_t who, uint6
   const uint64_t over = minus(now, CLOCKS_DIFFER);
   for (unsigned region = 0; region < regions(s); region++) {
     uint64_t line = region_start(s, hash, region);
-    unsigned others = 0, room = 0;
+    unsigned others = 0, room = 0, stale = 0;
+    found_t unconfirmed = {0, {0, 0}};
     for (uint64_t n = region_lines(s); n--; line = line_after(s, line)) {
       uint64_t cell = line * CELLS_PER_LINE;
       for (unsigned k = 0; k < CELLS_PER_LINE; k++) {
@@ -159,8 +184,7 @@ static survey_t survey(const fshm_segment *s, uint64_t hash, uint64_t who, uint6
           if (!v.pending || cell + k < v.match.cell) v.match = (found_t){cell + k, pair};
           v.pending = true;
         } else if (pending && pair.who) {
-          if (!v.has_stale) v.stale = (found_t){cell + k, pair};
-          v.has_stale = true;
+          if (!stale++) unconfirmed = (found_t){cell + k, pair};
           others++;
         } else if (!pair.who || state_expires(pair.when) <= over) {
           if (!room++) free_in[region] = (found_t){cell + k, pair};
@@ -169,8 +193,14 @@ static survey_t survey(const fshm_segment *s, uint64_t hash, uint64_t who, uint6
         }
       }
     }
+    /* A cell that somebody is taking is not taken yet. In a table of one region there is nothing to share. */
+    if (unlikely(room + stale <= SCARCE) && regions(s) == 2 &&
+        !in_share(s, line, who, room + stale, over))
+      continue;
     used[region] = others;
     seen[region] = room;
+    if (stale && !v.has_stale) v.stale = unconfirmed;
+    v.has_stale |= stale > 0;
   }
   unsigned region = 0;
   if (!seen[0] || (seen[1] && used[0] >= REGION_LINES * 3 && used[1] < used[0])) region = 1;
@@ -251,6 +281,16 @@ int cells_claim(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now, firs
     if (status == CLAIM_NOT) break;
   }
   return CLAIM_LOST;
+}
+
+/* Has the key a cell, confirmed or pending? */
+bool cells_has(const fshm_segment *s, uint64_t hash, uint64_t who) {
+  for (unsigned region = 0; region < regions(s); region++) {
+    uint64_t line = region_start(s, hash, region);
+    for (uint64_t n = region_lines(s); n--; line = line_after(s, line))
+      if (unlikely(line_has(s, line * CELLS_PER_LINE, who))) return true;
+  }
+  return false;
 }
 
 /* Is there, after all, a cell that the key could have, or has? For a caller whose claim found none. */

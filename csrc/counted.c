@@ -15,8 +15,8 @@ int keyed_begin(keyed_t *k, const fshm_limiter *l, uint32_t kind, const void *ke
   k->tally = l->tally;
   if (unlikely(!limits_load(k->s, k->index, &plan))) return damage_limits(k->s, k->index);
   if (unlikely(!plan.count || plan.rules[0].kind != kind)) return FSHM_E_ARGUMENT;
-  k->hash = side_who(fshm_siphash(l->key[0], l->key[1], key, length));
-  k->who = side_who(k->hash ^ plan.salt);
+  k->hash = side_who(fshm_siphash(l->key[0], l->key[1], key, length), k->index);
+  k->who = side_who(side_salted(k->hash, plan.salt), k->index);
   k->fixed = now != 0;
   k->now = now ? min_u64(now, TIME_MAX - 1) : segment_now(k->s);
   return FSHM_OK;
@@ -33,7 +33,7 @@ COLD int keyed_at(keyed_t *k, fshm_segment *s, uint64_t cell, uint32_t kind, uin
   k->s = s;
   k->index = index;
   k->tally = TALLIES; /* a look is no call */
-  k->hash = who ^ plan.salt;
+  k->hash = side_salted(who, plan.salt);
   k->who = who;
   k->fixed = now != 0;
   k->now = now ? min_u64(now, TIME_MAX - 1) : segment_now(s);

@@ -67,7 +67,7 @@ static COLD void look_at_cells(fshm_segment *s) {
 #else
   if (s->read_only) return;
 #endif
-  for (uint64_t i = 0; i < s->cell_count; i++) {
+  for (uint64_t i = 0; i < shared_cell(s, s->limiter_count, 0, 0); i++) {
     pair_t pair = pair_load(&s->cells[i]);
     bool wrong = pair.who ? !state_possible(pair.when) : pair.when != 0;
     if (wrong) damage_note(s, FSHM_DAMAGE_CELL, i);

@@ -13,7 +13,7 @@
  * - Symptom: limits count apart after `fast-shm rm`. Cause: processes that were attached keep the
  *   removed segment; new ones make a new one. Cure: restart them; fshm_unlinked() tells.
  * - Symptom: FSHM_FULL although old keys could go. Cause: none could: a live key is never
- *   forgotten (I7). Cure: a larger capacity, or shorter periods.
+ *   forgotten (I7). Cure: a larger capacity, or shorter periods; or fshm_limiter_share().
  *
  * The text between the two marks is also the cffi cdef: keep it plain declarations.
  */
@@ -38,7 +38,7 @@ enum fshm_status {
   FSHM_DENIED = 0,
   FSHM_ALLOWED = 1,
   FSHM_OK = 1,
-  FSHM_FULL = -1,         /* no free cell among the key's candidates */
+  FSHM_FULL = -1,         /* no free cell among the key's candidates, or none for this limiter */
   FSHM_CONTENDED = -2,    /* gave up after 20,000 lost swaps: somebody scribbles on the segment */
   FSHM_E_ARGUMENT = -10,  /* an argument is out of range */
   FSHM_E_NOT_FOUND = -11, /* no such segment */
@@ -112,7 +112,8 @@ typedef struct {
 
 typedef struct {
   int32_t status; /* enum fshm_status */
-  uint32_t limit_index; /* the limit that denied, else the one with least left */
+  uint16_t limit_index; /* the limit that denied, else the one with least left */
+  uint16_t shared; /* 1: decided by a counter that keys without room share */
   uint64_t version; /* of the limiter's limits: differs after a change at run time */
   uint64_t remaining; /* tokens that would be admitted now */
   int64_t retry_after_ns; /* 0 when allowed; FSHM_NEVER: this cost never fits */
@@ -148,6 +149,7 @@ typedef struct {
   uint64_t version, resets, id;
   fshm_limit limits[4];
   uint32_t tally; /* which of fshm_tally_all() its calls count in; FSHM_TALLIES: none */
+  uint64_t shared_ns; /* for how long counters that keys without room share may be in use yet */
 } fshm_limiter_info;
 
 typedef struct {
@@ -196,6 +198,10 @@ int fshm_limiter_open_beside(fshm_segment *segment, const char *name, uint64_t n
 int fshm_limiter_find(fshm_segment *segment, const char *name, uint64_t name_length,
                       fshm_limiter **out);
 void fshm_limiter_close(fshm_limiter *limiter);
+/* share: from now on calls by this handle charge a key that finds no room to one of 8 counters, under the same limits, instead
+ * of answering FSHM_FULL: so it is never admitted more often than its limits say, but together with others. Not those of
+ * wallets, permits, blocks, and limits that come with the call. Nothing is given back to such a counter. */
+void fshm_limiter_share(fshm_limiter *limiter, int share);
 int fshm_limiter_limits(fshm_limiter *limiter, fshm_limit *out, uint64_t *version);
 /* Arrays with one value for each limit (costs, reserved, remaining, charged, actual) have room for
  * FSHM_MAX_LIMITS: another process may set more limits at any time.
@@ -403,6 +409,7 @@ typedef struct {
   uint64_t admitted;
   uint64_t denied; /* refused ones among them */
   uint64_t refused; /* met a full table */
+  uint64_t shared; /* decided by a counter that keys without room share: admitted or denied */
 } fshm_tally;
 void fshm_tally_all(const fshm_segment *segment, fshm_tally *out); /* FSHM_TALLIES of them */
 

@@ -87,8 +87,12 @@ static void lay_out(header_t *h, uint64_t capacity) {
   h->version = FSHM_LAYOUT_VERSION;
   h->byte_order = FSHM_BYTE_ORDER;
   h->capacity = capacity;
-  /* 1.3 cells for each key, so that a table filled to its capacity still finds room (cells.c) */
+  /* 1.3 cells for each key, so that a table filled to its capacity still finds room; whole regions (cells.c) */
   h->lines = (capacity * 13 + 39) / 40;
+  if (h->lines > 2 * REGION_LINES)
+    h->lines = aligned(h->lines, REGION_LINES);
+  else if (h->lines)
+    h->lines = UINT64_C(1) << bit_length(h->lines - 1);
   h->limiters = (uint32_t)(limiters < 32 ? 32 : limiters > MAX_LIMITERS ? MAX_LIMITERS : limiters);
   h->processes = PROCESSES;
   h->column_entries = COLUMN_ENTRIES;
@@ -97,7 +101,8 @@ static void lay_out(header_t *h, uint64_t capacity) {
   h->processes_offset = aligned(h->limiters_offset + h->limiters * sizeof(limiter_entry_t), PAGE);
   h->columns_offset = h->processes_offset + PROCESSES * sizeof(process_t);
   h->cells_offset = aligned(h->columns_offset + PROCESSES * sizeof(column_t), PAGE);
-  h->ledger_offset = h->cells_offset + h->lines * LINE;
+  h->ledger_offset = h->cells_offset + h->lines * LINE +
+                     h->limiters * (UINT64_C(1) * SHARED * SHARED_PLACES * sizeof(cell_t));
   h->names_offset = h->ledger_offset + h->lines * CELLS_PER_LINE * sizeof(ledger_t);
   /* The memo: room for about a text in every ten keys, 320 KB by default. */
   h->memo_lines = min_u64(max_u64(capacity / 40, 256), UINT64_C(1) << 24);

@@ -85,6 +85,7 @@ struct fshm_segment {
   tallies_t *tallies;
   uint64_t memo_lines;
   uint64_t lines, cell_count, names_words, size, epoch;
+  uint64_t region_mask; /* lines of a region, less one: a power of two, less one */
   uint64_t capacity, created_realtime_ns, instance, secret[2];
   unsigned char verified[offsetof(header_t, damage)]; /* the header as it was when we attached */
   _Atomic uint64_t damage; /* as header_t.damage, for mappings that cannot be written */
@@ -124,7 +125,7 @@ typedef struct {
  * number of the rule's slot, the epoch counts the sweeps that free slots (limits.c). The fingerprint and the cell's line
  * together tell keys apart: a line is 10 bits or more of the hash in any table of some size.
  * All others (windows whose limit comes with the call, tokens and heads of moving windows, leases' words, permits) end
- * in 0. */
+ * in 0, and have the lowest seven bits of the limiter's number above that, where label and epoch are. */
 #define WHO_BITS 22
 #define WHO_LABELS UINT64_C(0xfe) /* label and epoch */
 #define WHO_OF(limiter, place, label, epoch)                                     \
@@ -143,14 +144,21 @@ static inline uint64_t plan_who(const plan_t *p, uint32_t i, uint64_t hash) {
   return ((hash ^ p->salt) * UINT64_C(0x9e3779b97f4a7c15) & ~WHO_TAIL) | p->tail[i];
 }
 /* The cell of a key of a limiter whose limit comes with the call. */
-static inline uint64_t side_who(uint64_t hash) {
-  return (hash & ~UINT64_C(1)) | (hash >> 1 ? 0 : UINT64_C(2));
+#define WHO_TAG_OF(limiter) ((uint64_t)(limiter) << 1 & WHO_LABELS)
+static inline uint64_t side_who(uint64_t hash, uint32_t limiter) {
+  uint64_t rest = hash & ~(WHO_LABELS | 1);
+  return (rest ? rest : WHO_LABELS + 2) | WHO_TAG_OF(limiter);
+}
+/* After each reset of the limiter another one. */
+static inline uint64_t side_salted(uint64_t hash, uint64_t salt) {
+  return hash ^ (salt & ~(WHO_LABELS | 1));
 }
 
 struct fshm_limiter {
   fshm_segment *segment;
   uint32_t index; /* in the table of limiters */
-  uint32_t tally; /* which tallies its calls count in; TALLIES: none */
+  uint16_t tally; /* which tallies its calls count in; TALLIES: none */
+  uint16_t share; /* keys without room share counters: fshm_limiter_share() */
   uint64_t key[2]; /* SipHash key of this limiter */
   const uint64_t *numbers; /* NULL, or `numbered`: the n of each limit, in place of the name's */
   uint64_t numbered[FSHM_MAX_LIMITS];
@@ -221,6 +229,7 @@ typedef uint64_t first_state_t(void *context);
 
 int cells_claim(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now, first_state_t *first,
                 void *context, uint64_t *cell);
+bool cells_has(const fshm_segment *s, uint64_t hash, uint64_t who);
 bool cells_room(const fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now);
 void cells_clear(fshm_segment *s, uint64_t cell, uint64_t who);
 uint64_t cells_candidates(const fshm_segment *s);
@@ -267,6 +276,21 @@ void counted_peek(const keyed_t *k, const fshm_limit *limit, fshm_decision *out)
 #define CURRENT_RESETS(c) ((c) >> (VERSION_BITS + 3) & ((UINT64_C(1) << RESET_BITS) - 1))
 #define SET_COUNT(set) ((unsigned)(set) & 15)
 #define SET_SLOT(set, i) ((unsigned)((set) >> (4 + 4 * (i))) & (RULES - 1))
+
+/* A counter's cell, by its limiter, the key's hash and the place of the rule: its index, as of other cells. */
+static inline uint64_t shared_cell(const fshm_segment *s, uint32_t index, uint64_t hash,
+                                   unsigned place) {
+  return s->cell_count + ((uint64_t)index * SHARED + hash % SHARED) * SHARED_PLACES + place;
+}
+#define SHARED_WRITE (UINT64_C(1) << 16)
+static inline bool shared_is_of(uint64_t who, uint64_t current) {
+  return (who & 1) && !((who >> 8 ^ CURRENT_RESETS(current)) & 255);
+}
+/* The next `who`: of this reset, with this label and epoch. */
+static inline uint64_t shared_who(uint64_t who, uint64_t current, uint64_t labels) {
+  return ((who | (SHARED_WRITE - 1)) + 1) | (CURRENT_RESETS(current) & 255) << 8 |
+         (labels & (WHO_LABELS | 1));
+}
 
 static inline uint64_t entry_current(const fshm_segment *s, uint32_t index) {
   return load_relaxed(&s->limiters[index].current);
@@ -324,6 +348,10 @@ void limiter_acquire_fetched(fshm_limiter *l, uint64_t hash, const void *key, ui
 int limiter_take(fshm_limiter *l, const plan_t *plan, uint64_t hash, uint32_t op, const void *key,
                  uint64_t key_length, const uint64_t *costs, uint64_t now, fshm_decision *out,
                  fshm_charged *charges);
+
+/* fshm_is_allowed(), for who wants to know too where a shared counter has decided. */
+enum { SHARED_DENIED = -100, SHARED_ALLOWED = -101 };
+int limiter_is_allowed(fshm_limiter *l, const void *key, uint64_t key_length);
 
 /* What somebody else has decided about a key: the next state of each of its limits (wallet.c). */
 typedef uint64_t change_t(const void *context, uint32_t i, const rule_t *r, uint64_t state,

@@ -25,6 +25,8 @@
 #define RULES \
   16 /* rules that a limiter can keep: the present ones, and those that states were written under */
 #define MAX_LIMITERS 2048 /* 11 bits of ledger_t.meta */
+#define SHARED 8 /* counters of a limiter that keys without room share: a power of two */
+#define SHARED_PLACES 8 /* cells of one of them, by the place of the rule */
 #define BELLS 256 /* futex words that waiters for permits sleep on */
 #define MEMO_WAYS 4 /* places of a text in the memo: one line */
 #define METRICS 32 /* (component, operation) pairs that are measured */
@@ -45,6 +47,13 @@ typedef struct {
   _Alignas(16) _Atomic uint64_t who;
   _Atomic uint64_t when;
 } cell_t;
+
+/* After the cells of keys lie those of the limiters' shared counters: SHARED * SHARED_PLACES for each limiter, in order. No
+ * key's name or count is kept of them. Their `who`:
+ *
+ *   writes (48) | resets of the limiter, the lowest 8 bits | label (4) | epoch (3) | 1
+ *
+ * Each write adds one, so no pair ever comes back. */
 
 /* What people see of the key in the cell of the same index. Relaxed, lossy, never decides. */
 typedef struct {
@@ -73,6 +82,8 @@ typedef struct {
   _Atomic uint64_t admitted;
   _Atomic uint64_t denied; /* refused ones among them */
   _Atomic uint64_t refused; /* met a full table */
+  _Atomic uint64_t
+      shared; /* decided by a counter that keys without room share: admitted or denied */
 } limiter_tally_t;
 
 /* The first TALLIES - 1 limiters that have tallies have one each, all others the last (limits.c: tally_of).
@@ -171,6 +182,9 @@ typedef struct {
   /* Of the rules that sweeps have freed: the fastest pace of a bucket (1024ths of a ns for a token; 0 = none), only
    * lowered; and the version of the last sweep that freed one, only raised. Both before the slot is free (release). */
   _Atomic uint64_t freed_pace, freed_version;
+  /* Segment ns: until then counters that keys without room share may be in use (limiter.c: put_shared). Only raised,
+   * relaxed, before one is charged. After a crash: at worst too late. */
+  _Atomic uint64_t shared;
   _Alignas(LINE) _Atomic uint64_t rules[RULES][RULE_WORDS];
 } limiter_entry_t;
 
@@ -225,7 +239,7 @@ static_assert(offsetof(cell_t, when) == 8, "who, then when");
 static_assert(sizeof(ledger_t) == 16, "ledger entry");
 static_assert(sizeof(column_entry_t) == 16, "column entry");
 static_assert(sizeof(column_t) == 2048, "column");
-static_assert(sizeof(tallies_t) == 384, "tallies");
+static_assert(sizeof(tallies_t) == 512, "tallies");
 static_assert(sizeof(process_t) == 64, "process slot");
 static_assert(sizeof(metric_t) == 120, "metric");
 static_assert(sizeof(histogram_t) == 1984, "histogram");

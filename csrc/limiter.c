@@ -4,10 +4,13 @@
 /* One call, as its helpers see it. */
 typedef struct {
   fshm_segment *s;
-  uint32_t index, tally; /* of the limiter */
+  uint32_t index; /* of the limiter; this and the next two as in fshm_limiter */
+  uint16_t tally, share;
   const uint64_t *numbers; /* of the handle: limits_number() */
   plan_t plan;
   bool stale; /* met a state of newer limits than the plan's: load it again, and look again */
+  bool met_shared; /* a shared counter has decided */
+  uint8_t in_shared; /* a set: the limits that are charged to a shared counter by this call */
   bool fixed; /* the caller gave the time */
   bool peeks; /* nothing is written, so states stay under the rules that they have */
   int tries; /* lost swaps so far, of at most MAX_TRIES */
@@ -29,6 +32,11 @@ typedef struct {
 } look_t;
 
 static const uint64_t ones[FSHM_MAX_LIMITS] = {1, 1, 1, 1};
+
+static_assert(offsetof(call_t, share) - offsetof(call_t, index) ==
+                      offsetof(fshm_limiter, share) - offsetof(fshm_limiter, index) &&
+                  offsetof(call_t, share) - offsetof(call_t, index) == 6,
+              "copied as one word: begin_hashed()");
 
 static inline bool again(call_t *c) { return c->tries++ < MAX_TRIES; }
 
@@ -91,7 +99,9 @@ static void state_met(call_t *c, uint32_t i, const found_t *f, met_t *m) {
   met_present(c, i, state, m);
   if (outdated(c)) c->stale = true;
   if (!f->pair.who || c->stale) return;
-  bool former = unlikely(f->pair.who != m->who);
+  /* of a shared counter, the upper bits are other ones */
+  bool former = unlikely(f->cell < c->s->cell_count ? f->pair.who != m->who
+                                                    : ((f->pair.who ^ m->who) & WHO_LABELS) != 0);
   if (former && !former_rule(c, i, f, &m->old)) return;
   if (sliding_is_later(former ? &m->old : m->rule, state, c->now)) read_clock_again(c);
   if (state_expires(state) <= c->now) {
@@ -149,10 +159,66 @@ static COLD void look_later(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
   l->verdict = meter_take(&c->plan.rules[i], l->cell.pair.when, c->now, c->at, cost);
 }
 
+/* The counter that the key has part in while it has no cell; pair.who = 0: it was not used since the last reset. */
+static COLD void find_shared(const call_t *c, uint32_t i, found_t *f) {
+  const fshm_segment *s = c->s;
+  f->cell = shared_cell(s, c->index, c->hash, c->plan.rules[i].place);
+  f->pair = s->read_only ? pair_peek(&s->cells[f->cell]) : pair_load(&s->cells[f->cell]);
+}
+static inline bool shared_used(const call_t *c, const found_t *f) {
+  return shared_is_of(f->pair.who, c->plan.current) && state_expires(f->pair.when) > c->now;
+}
+
+/* May shared counters be in use? Of a claim, asked after the look of confirm(), which follows a fence. Keys with numbers of
+ * their own have no part in them: others' use would be debt under a smaller n. */
+static inline bool shares(const call_t *c, uint64_t now) {
+  return load_relaxed(&c->s->limiters[c->index].shared) > now && !c->numbers;
+}
+
+/* What a look at a counter found: of a state that was written under this rule or a former one. */
+static COLD void look_at_shared(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
+  const rule_t *r = &c->plan.rules[i];
+  uint64_t state = shared_used(c, &l->cell) ? l->cell.pair.when : 0;
+  l->who = fingerprint(c, i);
+  l->moved = 0;
+  l->stays = false;
+  if (outdated(c)) {
+    c->stale = true;
+    return;
+  }
+  if (state && ((l->cell.pair.who ^ l->who) & WHO_LABELS)) {
+    look_former(c, i, cost, l);
+    return;
+  }
+  if (sliding_is_later(r, state, c->now)) read_clock_again(c);
+  l->verdict = meter_take(r, state, c->now, c->at, cost);
+}
+
+/* May a key that is denied get a cell with the counter's state? Not of a window that has room for less: the end is
+ * another one than that of the window which the key would begin with its first hit. */
+static inline bool may_begin_denied(const rule_t *r, uint64_t used) {
+  return r->kind != FSHM_WINDOW || used >= r->n;
+}
+
+/* A key without a cell: it may have consumed what the counter says. Denied by it, it is to get a cell of its own, where
+ * there is room for one. */
+static __attribute__((noinline, cold)) void look_shared(call_t *c, uint32_t i, uint64_t cost,
+                                                        look_t *l) {
+  find_shared(c, i, &l->cell);
+  const bool used = shared_used(c, &l->cell);
+  look_at_shared(c, i, cost, l);
+  l->cell.pair.who = l->moved = 0;
+  if (c->stale || !l->verdict.retry || !used) return;
+  c->met_shared = true;
+  if (!l->stays && l->verdict.retry != UINT64_MAX &&
+      may_begin_denied(&c->plan.rules[i], l->verdict.used_before))
+    l->moved = l->cell.pair.when;
+}
+
 static inline HOT void look_found(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
   const uint64_t who = fingerprint(c, i);
   const rule_t *r = &c->plan.rules[i];
-  uint64_t state = likely(l->cell.pair.who) ? l->cell.pair.when : 0;
+  uint64_t state = l->cell.pair.when;
   l->who = who;
   l->moved = 0;
   l->stays = false;
@@ -160,9 +226,13 @@ static inline HOT void look_found(call_t *c, uint32_t i, uint64_t cost, look_t *
     c->stale = true;
     return;
   }
-  if (unlikely(l->cell.pair.who != who) && state) {
-    if (state_expires(state) > c->now) {
+  if (unlikely(l->cell.pair.who != who)) {
+    if (l->cell.pair.who && state_expires(state) > c->now) {
       look_former(c, i, cost, l);
+      return;
+    }
+    if (unlikely(!l->cell.pair.who && shares(c, c->now))) {
+      look_shared(c, i, cost, l);
       return;
     }
     state = 0;
@@ -198,9 +268,11 @@ static inline int renewed(call_t *c) { return likely(!c->stale) ? FSHM_OK : rene
 /* The first state of a new cell: what the call would do to a key never seen, as of now. */
 typedef struct {
   call_t *c;
-  uint32_t i, op; /* op: FSHM_CHARGE and FSHM_BLOCK, room or not; any other takes */
+  uint32_t i, op; /* op: FSHM_CHARGE and FSHM_BLOCK, room or not; FROM_SHARED; any other takes */
   verdict_t *verdict;
+  bool refused; /* what it may have consumed of a shared counter does not fit the present limits */
 } first_t;
+enum { FROM_SHARED = 100 }; /* the state of the shared counter, and no more */
 
 /* A charge to limit i, as what can be left of it now. Where the limits have changed since, a bucket may have drained at
  * a faster pace meanwhile, also if the present limits are those of the charge again. */
@@ -226,8 +298,55 @@ static COLD uint64_t forced(const call_t *c, uint32_t op, uint32_t i, const rule
   return bucket_block(&capped, state_for(r, state), plus_time(now, cost));
 }
 
+/* A counter's window ends no earlier than the window of any key that is admitted by it does, whenever that began. */
+static uint64_t window_lasts(const rule_t *r, uint64_t state, uint64_t now) {
+  window_t w = window_open(r, state, now);
+  if (r->kind != FSHM_WINDOW || !w.count) return state;
+  w.end = max_u64(w.end, plus_time(now, r->per));
+  return window_state(r, w);
+}
+
+/* What a key may have consumed that gets a cell. The counter is written to, though its state stays: whoever is about to
+ * charge it for this key has looked for this cell before it was there, and fails (put_shared()). */
+static COLD uint64_t leave_shared(call_t *c, uint32_t i, uint64_t now, bool *former) {
+  const rule_t *r = &c->plan.rules[i];
+  found_t f;
+  rule_t old;
+  uint64_t state;
+  do {
+    if (!again(c)) return NO_STATE;
+    find_shared(c, i, &f);
+    pair_t seen = f.pair;
+    bool ours = shared_is_of(seen.who, c->plan.current);
+    f.pair.who = shared_who(seen.who, c->plan.current, ours ? seen.who : fingerprint(c, i));
+    if (!ours) f.pair.when = 0;
+    if (pair_cas(&c->s->cells[f.cell], &seen, f.pair)) break;
+  } while (true);
+  state = state_expires(f.pair.when) <= now ? 0 : f.pair.when;
+  if (!state || !((f.pair.who ^ fingerprint(c, i)) & WHO_LABELS)) return state_for(r, state);
+  if (!former_rule(c, i, &f, &old)) return NO_STATE;
+  *former = true;
+  return meter_settles(r, &old, state, now, &state) ? state : NO_STATE;
+}
+
+static COLD uint64_t first_shared(first_t *f, uint64_t now) {
+  call_t *c = f->c;
+  const rule_t *r = &c->plan.rules[f->i];
+  uint64_t state = leave_shared(c, f->i, now, &f->refused);
+  if (state == NO_STATE) return NO_STATE;
+  if (f->op == FROM_SHARED)
+    return state && may_begin_denied(r, window_read(state, now).count) ? state : NO_STATE;
+  if (f->op >= FSHM_CHARGE) return window_lasts(r, forced(c, f->op, f->i, r, state, now), now);
+  verdict_t v = meter_take(r, state, now, max_u64(c->at, now), c->costs[f->i]);
+  if (v.retry > f->verdict->retry) return NO_STATE; /* it was charged since; or rounded up twice */
+  v.retry = f->verdict->retry;
+  v.next = window_lasts(r, v.next, now);
+  *f->verdict = v;
+  return v.next;
+}
+
 static uint64_t first_state(void *context) {
-  const first_t *f = context;
+  first_t *f = context;
   call_t *c = f->c;
   const rule_t *r = &c->plan.rules[f->i];
   uint64_t now = fresh_now(c), cost = c->costs[f->i];
@@ -236,6 +355,8 @@ static uint64_t first_state(void *context) {
     c->stale = true;
     return NO_STATE;
   }
+  if (unlikely(shares(c, now))) return first_shared(f, now);
+  if (f->op >= FROM_SHARED) return NO_STATE;
   if (f->op >= FSHM_CHARGE) return forced(c, f->op, f->i, r, 0, now);
   verdict_t v = meter_take(r, 0, now, max_u64(c->at, now), cost);
   v.retry = f->verdict->retry;
@@ -243,14 +364,73 @@ static uint64_t first_state(void *context) {
   return v.next;
 }
 
+/* No room for the key: charge the counter that its limiter's keys without a cell share. CLAIMED, or CLAIM_LOST: look
+ * again. DESIGN.md, "Shared counters". */
+static COLD int put_shared(call_t *c, uint32_t i, look_t *l, uint32_t op) {
+  _Atomic uint64_t *word = &c->s->limiters[c->index].shared;
+  look_t shared;
+  uint64_t needed = 0;
+  while (again(c)) {
+    uint64_t until = load_relaxed(word);
+    if (until < needed) { /* seldom: a second ahead, since keys without a cell read this line */
+      uint64_t more = plus_time(needed, UINT64_C(1000000000));
+      if (!atomic_compare_exchange_strong_explicit(word, &until, more, memory_order_relaxed,
+                                                   memory_order_relaxed))
+        continue;
+      until = more;
+    }
+    /* Said, before the key's cell is looked for. Pairs with the fence of confirm(): whoever publishes one that we do not
+     * see finds the word, and writes to the counter after we have read it. */
+    atomic_thread_fence(memory_order_seq_cst);
+    find_shared(c, i, &shared.cell);
+    if (cells_has(c->s, c->hash, fingerprint(c, i))) return CLAIM_LOST;
+    read_clock_again(c);
+    found_t *f = &shared.cell;
+    pair_t seen = f->pair, next;
+    if (!shared_is_of(seen.who, c->plan.current)) f->pair = (pair_t){0, 0};
+    if (op >= FSHM_CHARGE) {
+      met_t m;
+      state_met(c, i, f, &m);
+      if (c->stale) return CLAIM_LOST;
+      next = (pair_t){m.who, forced(c, op, i, m.rule, m.state, c->now)};
+      next.when = window_lasts(m.rule, next.when, c->now);
+    } else {
+      look_at_shared(c, i, c->costs[i], &shared);
+      if (c->stale || shared.verdict.retry > l->verdict.retry) return CLAIM_LOST;
+      next = (pair_t){shared.who, window_lasts(&c->plan.rules[i], shared.verdict.next, c->now)};
+    }
+    needed = plus_time(state_expires(next.when), CLOCKS_DIFFER);
+    if (until < needed) continue;
+    next.who = shared_who(seen.who, c->plan.current, next.who);
+    /* Fails where the state has changed, or a key of this counter has got a cell since we looked. */
+    if (!pair_cas(&c->s->cells[f->cell], &seen, next)) continue;
+    if (op < FSHM_CHARGE) {
+      shared.verdict.retry = l->verdict.retry;
+      shared.verdict.next = next.when;
+      l->verdict = shared.verdict;
+    }
+    c->in_shared |= (uint8_t)(1U << i);
+    c->met_shared = true;
+    return CLAIMED;
+  }
+  return CLAIM_LOST;
+}
+
+static inline bool may_share(const call_t *c, uint32_t i, uint32_t op) {
+  return c->share && !c->numbers && op != FSHM_BLOCK && op != FROM_SHARED &&
+         c->plan.rules[i].kind != FSHM_WALLET;
+}
+
 static __attribute__((noinline)) int put_first(call_t *c, uint32_t i, look_t *l, uint32_t op) {
-  first_t first = {c, i, op, &l->verdict};
+  first_t first = {c, i, op, &l->verdict, false};
   uint64_t who = fingerprint(c, i);
   found_t *f = &l->cell;
   int status = cells_claim(c->s, c->hash, who, c->now, first_state, &first, &f->cell);
   if (status == CLAIMED) f->pair.who = who;
   if (unlikely(status == CLAIM_FULL) && lease_free_dead(c->s, c->hash, who, c->now))
     status = CLAIM_LOST;
+  if (unlikely(first.refused) && status == CLAIM_LOST && !c->stale) status = CLAIM_FULL;
+  if (unlikely(status == CLAIM_FULL) && may_share(c, i, op)) status = put_shared(c, i, l, op);
   if (status == CLAIM_LOST) c->tries += CLAIM_TRIES - 1;
   return status;
 }
@@ -330,6 +510,17 @@ static inline void drop_stale(const call_t *c, look_t *looks) {
   if (unlikely(c->stale)) memset(looks, 0, FSHM_MAX_LIMITS * sizeof *looks);
 }
 
+/* The status, and that a shared counter has decided. */
+static COLD int tell_shared(const call_t *c, uint32_t slot, int status, bool counts,
+                            fshm_decision *out) {
+  if (counts && c->tally < TALLIES)
+    (void)add_relaxed(&c->s->tallies[slot < PROCESSES ? slot : PROCESSES].of[c->tally].shared, 1);
+  if (!out)
+    return status == FSHM_ALLOWED ? SHARED_ALLOWED : status == FSHM_DENIED ? SHARED_DENIED : status;
+  out->shared = 1;
+  return status;
+}
+
 static int force_all(call_t *c, uint32_t op, look_t *looks) {
   int worst = FSHM_ALLOWED;
   bool buckets = false;
@@ -356,6 +547,8 @@ static inline bool may_wait(const call_t *c, uint32_t op, uint32_t i, const look
 
 /* A denied state that is over sooner under the present limits goes on under them. False: look again. */
 static COLD bool keep_moved(call_t *c, uint32_t i, look_t *l) {
+  if (!l->cell.pair.who) /* where it has got a cell: it tells when it may come back */
+    return put_first(c, i, l, FROM_SHARED) == CLAIM_FULL;
   return put(c, i, l, l->moved, FSHM_ACQUIRE) != CLAIM_LOST;
 }
 
@@ -397,21 +590,33 @@ static void undo(call_t *c, uint32_t i, const look_t *l, pair_t before) {
     if (k == later.plan.count || later.plan.salt != c->plan.salt)
       return; /* it is no limit of this name any more, or was reset */
     met_t m;
+    const bool shared = c->in_shared >> i & 1;
     later.now = fresh_now(c);
-    cells_find(c->s, c->hash, fingerprint(&later, k), &found.cell);
+    if (unlikely(shared))
+      find_shared(&later, k, &found.cell);
+    else
+      cells_find(c->s, c->hash, fingerprint(&later, k), &found.cell);
     if (!found.cell.pair.who) return;
     state_met(&later, k, &found.cell, &m);
     if (later.stale) continue;
     uint64_t next;
     const bool ours = found.cell.pair.when == l->verdict.next && found.cell.pair.who == l->who;
-    if (ours && (before.who == l->who || !before.who)) {
+    if (!shared && ours && (before.who == l->who || !before.who)) {
       found.who = l->who;
       next = before.when;
     } else { /* also where it was under an earlier rule: nothing says that this one is kept any more */
       bool alike = m.rule->kind == c->plan.rules[i].kind;
       found.who = m.who;
+      alike &=
+          !shared || m.rule->kind != FSHM_WINDOW; /* whose end others move: it is the same window */
       const fshm_charged charge = charge_now(&later, k, &put_there, later.now);
       next = meter_refund(m.rule, m.state, later.now, c->costs[i], alike ? &charge : NULL);
+    }
+    if (unlikely(shared)) {
+      pair_t seen = found.cell.pair,
+             to = {shared_who(seen.who, later.plan.current, found.who), next};
+      if (pair_cas(&c->s->cells[found.cell.cell], &seen, to)) return;
+      continue;
     }
     if (put(&later, k, &found, next, FSHM_ACQUIRE) != CLAIM_LOST) return;
   }
@@ -419,6 +624,7 @@ static void undo(call_t *c, uint32_t i, const look_t *l, pair_t before) {
 
 /* Charge limit i of several. FSHM_DENIED: its room went since the look. */
 static int charge_looked(call_t *c, uint32_t i, look_t *l, pair_t *before) {
+  c->in_shared &= (uint8_t)~(1U << i);
   for (bool lost = false; again(c); lost = true) {
     if (lost) look(c, i, c->costs[i], l);
     if (c->stale || l->verdict.retry > c->at - c->now) return FSHM_DENIED;
@@ -441,7 +647,7 @@ static UNGUARDED int take_all(call_t *c, uint32_t op, look_t *looks) {
     pair_t before[FSHM_MAX_LIMITS];
     bool may = true, buckets = true;
     for (uint32_t i = 0; i < count; i++) {
-      look(c, i, c->costs[i], &looks[i]);
+      look_inline(c, i, c->costs[i], &looks[i]);
       wait = max_u64(wait, looks[i].verdict.retry);
       if (c->stale) break;
       may &= !looks[i].verdict.retry || may_wait(c, op, i, &looks[i]);
@@ -477,12 +683,12 @@ static inline void report(const call_t *c, const look_t *looks, bool allowed, bo
                           fshm_decision *out) {
   uint64_t longest = allowed && charged ? c->at - c->now : 0, reset = 0, tightest = UINT64_MAX;
   out->version = CURRENT_VERSION(c->plan.current);
-  out->limit_index = 0;
+  out->limit_index = out->shared = 0;
   for (uint32_t i = 0; i < c->plan.count; i++) {
     const verdict_t *v = &looks[i].verdict;
     const rule_t *r = &c->plan.rules[i];
     uint64_t left = verdict_remaining(r, charged ? v->used_after : v->used_before);
-    if (allowed ? left < tightest : v->retry > longest) out->limit_index = i;
+    if (allowed ? left < tightest : v->retry > longest) out->limit_index = (uint16_t)i;
     tightest = min_u64(tightest, left);
     if (!allowed) longest = max_u64(longest, v->retry);
     bool told = charged || r->kind != FSHM_BUCKET || looks[i].stays;
@@ -509,10 +715,10 @@ static inline uint64_t key_hash(const fshm_limiter *l, const void *key, uint64_t
 }
 static inline void begin_hashed(call_t *c, fshm_limiter *l, uint64_t hash, uint64_t now) {
   c->s = l->segment;
-  c->index = l->index;
-  c->tally = l->tally;
+  memcpy((char *)c + offsetof(call_t, index), (const char *)l + offsetof(fshm_limiter, index), 8);
+  c->stale = c->met_shared = c->peeks = false;
+  c->in_shared = 0;
   c->numbers = l->numbers;
-  c->stale = c->peeks = false;
   c->tries = 0;
   c->hash = hash;
   c->fixed = now != 0;
@@ -554,6 +760,7 @@ static inline HOT int apply_begun(call_t *c, uint32_t op, const void *key, uint6
            !(c->s->names_mode & FSHM_NAMES_OFF))
     ledger_remember(c->s, looks[0].cell.cell, ledger_meta(c->index, looks[0].cell.pair.who), key,
                     key_length);
+  if (unlikely(c->met_shared)) return tell_shared(c, slot, status, counts, out);
   return status;
 }
 
@@ -609,8 +816,14 @@ UNGUARDED int limiter_take(fshm_limiter *l, const plan_t *plan, uint64_t hash, u
   return out->status = apply_begun(&c, op, key, key_length, out, charges);
 }
 
-UNGUARDED int fshm_is_allowed(fshm_limiter *l, const void *key, uint64_t key_length) {
+UNGUARDED int limiter_is_allowed(fshm_limiter *l, const void *key, uint64_t key_length) {
   return apply(l, NULL, FSHM_ACQUIRE, key, key_length, NULL, 0, 0, NULL, NULL);
+}
+int fshm_is_allowed(fshm_limiter *l, const void *key, uint64_t key_length) {
+  int status = limiter_is_allowed(l, key, key_length);
+  return likely(status > SHARED_DENIED) ? status
+         : status == SHARED_ALLOWED     ? FSHM_ALLOWED
+                                        : FSHM_DENIED;
 }
 
 void fshm_reserve(fshm_limiter *l, const void *key, uint64_t key_length, const uint64_t *costs,
@@ -733,8 +946,8 @@ int fshm_reset_key(fshm_limiter *l, const void *key, uint64_t key_length) {
     if (f.pair.who) cells_clear(c.s, f.cell, f.pair.who);
   }
   /* or one whose limit comes with the call (counted.c) */
-  uint64_t hash = side_who(c.hash);
-  cells_find(c.s, hash, side_who(hash ^ c.plan.salt), &f);
+  uint64_t hash = side_who(c.hash, c.index);
+  cells_find(c.s, hash, side_who(side_salted(hash, c.plan.salt), c.index), &f);
   if (f.pair.who) cells_clear(c.s, f.cell, f.pair.who);
   return FSHM_OK;
 }
@@ -785,7 +998,10 @@ int fshm_peek_numbered(fshm_segment *s, uint64_t cell, const uint64_t *numbers, 
       cells_find(s, c.hash, fingerprint(&c, i), &looks[i].cell);
     else
       cells_near(s, cell, (who & ~WHO_TAIL) | c.plan.tail[i], &looks[i].cell);
-    look_found(&c, i, 1, &looks[i]);
+    if (named || looks[i].cell.pair.who)
+      look_found(&c, i, 1, &looks[i]);
+    else /* which shared counter it would be cannot be told */
+      looks[i] = (look_t){.verdict = meter_take(&c.plan.rules[i], 0, c.now, c.now, 1)};
     if (c.stale) return 0;
     allowed &= looks[i].verdict.retry == 0;
   }

@@ -390,12 +390,12 @@ typedef struct {
 } sweep_t;
 
 /* Where a state of this label should live: under the present rule of its place, or as it is. */
-static COLD pair_t swept(const sweep_t *w, pair_t pair) {
+static COLD pair_t swept(const sweep_t *w, pair_t pair, unsigned place) {
   rule_t old, rule;
   pair_t to = pair;
   bool found = false;
   uint64_t best = 0;
-  unsigned label = WHO_LABEL(pair.who), place = WHO_PLACE(pair.who);
+  unsigned label = WHO_LABEL(pair.who);
   to.who = (pair.who & ~WHO_LABELS) | WHO_OF(0, 0, label, CURRENT_EPOCH(w->plan.current));
   if (!limits_rule(w->s, w->index, label, &old)) return to; /* nobody has written this */
   for (uint32_t i = 0; i < w->plan.count; i++) {
@@ -430,14 +430,23 @@ static COLD pair_t swept(const sweep_t *w, pair_t pair) {
   return to;
 }
 
+/* Is it a cell of this limiter's meters? Of a shared counter, its index says so; one that was never used is changed too,
+ * since a call may be about to begin it. */
+static inline bool metered_by(const fshm_segment *s, uint32_t index, uint64_t cell, uint64_t who) {
+  return cell >= s->cell_count || ((who & 1) && WHO_LIMITER(who) == index);
+}
+
 /* One cell. False: it could not be changed, since others change it all the time. */
 static COLD bool sweep_cell(sweep_t *w, uint64_t cell) {
   fshm_segment *s = w->s;
+  const bool shared = cell >= s->cell_count;
   for (int tries = 0; tries < MAX_TRIES; tries++) {
     pair_t pair = {load_relaxed(&s->cells[cell].who), 0};
-    if (!(pair.who & 1) || WHO_LIMITER(pair.who) != w->index) return true;
+    if (!metered_by(s, w->index, cell, pair.who)) return true;
     pair = pair_load(&s->cells[cell]);
-    if (!(pair.who & 1) || WHO_LIMITER(pair.who) != w->index || IS_PERMIT(pair.when)) return true;
+    if (!metered_by(s, w->index, cell, pair.who) || IS_PERMIT(pair.when)) return true;
+    const unsigned place =
+        shared ? (unsigned)(cell - s->cell_count) % SHARED_PLACES : WHO_PLACE(pair.who);
     /* As a call does it (limiter.c: outdated()): by limits that are in force after the cell was read. Others may have
      * changed them, swept, and given the slots of ours to other rules. */
     if (entry_current(w->s, w->index) != w->plan.current) {
@@ -449,24 +458,34 @@ static COLD bool sweep_cell(sweep_t *w, uint64_t cell) {
     }
     bool over = IS_PENDING(pair.when) || state_expires(pair.when) <= minus(w->now, CLOCKS_DIFFER);
     pair_t to = {0, 0}, seen = pair;
-    if (!over) to = swept(w, pair);
+    over |= shared && !shared_is_of(pair.who, w->plan.current);
+    if (!over) to = swept(w, pair, place);
     if (!to.when) to.who = 0;
+    if (shared) to.who = shared_who(pair.who, w->plan.current, to.who | 1);
     /* A pending cell too is emptied: its claimer may go by limits of before. */
     if (to.who != pair.who && !pair_cas(&s->cells[cell], &seen, to)) continue;
-    if (to.who) {
+    if (to.when) {
       w->labels[WHO_LABEL(to.who)]++;
-      w->places |= 1U << WHO_PLACE(to.who);
+      w->places |= 1U << place;
     }
     return true;
   }
   return false;
 }
 
+/* The cells that a limiter's meters can be in: those of keys, then those of its shared counters. */
+static inline uint64_t metered_end(const fshm_segment *s) {
+  return s->cell_count + UINT64_C(1) * SHARED * SHARED_PLACES;
+}
+static inline uint64_t metered_at(const fshm_segment *s, uint32_t index, uint64_t i) {
+  return i < s->cell_count ? i : i + (uint64_t)index * SHARED * SHARED_PLACES;
+}
+
 static COLD bool sweep_cells(sweep_t *w) {
   memset(w->labels, 0, sizeof w->labels);
   w->places = 0;
-  for (uint64_t cell = 0; cell < w->s->cell_count; cell++)
-    if (!sweep_cell(w, cell)) return false;
+  for (uint64_t i = 0; i < metered_end(w->s); i++)
+    if (!sweep_cell(w, metered_at(w->s, w->index, i))) return false;
   return true;
 }
 
@@ -566,12 +585,13 @@ static COLD bool sweep(fshm_segment *s, uint32_t index, uint64_t now) {
     if (w.victim < 0 || w.labels[slot] < w.labels[w.victim]) w.victim = (int)slot;
   }
   if (w.victim < 0) return false;
-  for (uint64_t cell = 0; cell < s->cell_count; cell++)
-    if (!sweep_cell(&w, cell)) return false;
+  for (uint64_t i = 0; i < metered_end(s); i++)
+    if (!sweep_cell(&w, metered_at(s, index, i))) return false;
   uint32_t left = 0;
-  for (uint64_t cell = 0; cell < s->cell_count; cell++) {
-    uint64_t who = load_relaxed(&s->cells[cell].who);
-    left += (who & 1) && WHO_LIMITER(who) == index && (int)WHO_LABEL(who) == w.victim;
+  for (uint64_t i = 0; i < metered_end(s); i++) {
+    uint64_t cell = metered_at(s, index, i), who = load_relaxed(&s->cells[cell].who);
+    left += metered_by(s, index, cell, who) && (int)WHO_LABEL(who) == w.victim &&
+            load_relaxed(&s->cells[cell].when);
   }
   w.labels[w.victim] = left;
   return free_slots(&w, next.when, version) > 0;
@@ -676,7 +696,7 @@ static int limiter_open(fshm_segment *s, const char *name, uint64_t name_length,
     free(l);
     return status;
   }
-  l->tally = tally_of(s, l->index);
+  l->tally = (uint16_t)tally_of(s, l->index);
   *out = l;
   return FSHM_OK;
 }
@@ -709,12 +729,14 @@ int fshm_limiter_find(fshm_segment *s, const char *name, uint64_t name_length, f
     free(l);
     return status;
   }
-  l->tally = tally_of(s, l->index);
+  l->tally = (uint16_t)tally_of(s, l->index);
   *out = l;
   return FSHM_OK;
 }
 
 void fshm_limiter_close(fshm_limiter *l) { free(l); }
+
+void fshm_limiter_share(fshm_limiter *l, int share) { l->share = share != 0; }
 
 /* limits_load(), for those who show limits: only such as somebody has set. */
 static bool load_genuine(const fshm_segment *s, uint32_t index, plan_t *p) {
@@ -762,6 +784,12 @@ int fshm_reset_all(fshm_limiter *l) {
     next = (pair_t){(CURRENT_RESETS(seen.who) + 1) << (VERSION_BITS + 3), seen.when};
     next.who |= CURRENT_VERSION(seen.who) | epoch;
   } while (!pair_cas(&e->current, &seen, next));
+  for (uint64_t i = s->cell_count; i < metered_end(s); i++) {
+    const uint64_t cell = metered_at(s, l->index, i);
+    pair_t pair = pair_load(&s->cells[cell]);
+    if (pair.who && !shared_is_of(pair.who, next.who)) /* lost: somebody has begun it anew */
+      (void)pair_cas(&s->cells[cell], &pair, (pair_t){shared_who(pair.who, before.current, 1), 0});
+  }
   for (uint64_t cell = 0; cell < s->cell_count; cell++) {
     pair_t pair = {load_relaxed(&s->cells[cell].who), 0}, empty = {0, 0};
     if (pair.who & 1) { /* of a permit, whose hash can be anything: it is left alone */
@@ -772,7 +800,7 @@ int fshm_reset_all(fshm_limiter *l) {
         (void)pair_cas(&s->cells[cell], &pair, empty);
     } else if (pair.who && load_relaxed(&s->ledger[cell].meta) == ledger_meta(l->index, pair.who)) {
       found_t f; /* a key whose limit comes with the call, where the old salt leads to it */
-      cells_find(s, pair.who ^ before.salt, pair.who, &f);
+      cells_find(s, side_salted(pair.who, before.salt), pair.who, &f);
       if (f.pair.who) cells_clear(s, f.cell, f.pair.who);
     }
   }
@@ -796,6 +824,7 @@ int fshm_limiter_at(fshm_segment *s, uint32_t index, fshm_limiter_info *out) {
   out->resets = CURRENT_RESETS(p.current);
   out->id = load_relaxed(&e->id);
   out->tally = tally_of(s, index);
+  out->shared_ns = minus(load_relaxed(&e->shared), segment_now(s));
   out->name_length = (uint32_t)read_name(e, out->name);
   return FSHM_OK;
 }

@@ -131,7 +131,7 @@ static inline uint64_t token_place(const moving_t *m, uint64_t slot) {
 }
 
 static inline uint64_t token_who(const moving_t *m, uint64_t slot) {
-  return side_who(slot_who(m->k.who, (uint32_t)slot));
+  return side_who(slot_who(m->k.who, (uint32_t)slot), m->k.index);
 }
 
 /* Until when the slot is taken; 0 = it is free. */

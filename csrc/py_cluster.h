@@ -22,7 +22,7 @@ static int cluster_ask(PyObject *self, uint32_t op, PyObject *key, PyObject *cos
   if (!r) return -1;
   memset(d, 0, sizeof *d);
   int parsed =
-      PyArg_ParseTuple(r, "iIKLL", &d->status, &d->limit_index, &remaining, &retry, &reset);
+      PyArg_ParseTuple(r, "iHKLL", &d->status, &d->limit_index, &remaining, &retry, &reset);
   Py_DECREF(r);
   if (!parsed) return -1;
   d->version = version;

@@ -8,7 +8,7 @@
 #include "py_cluster.h"
 #include "py_measure.h"
 
-enum { ON_FULL_DENY = 0, ON_FULL_ALLOW = 1, ON_FULL_RAISE = 2 };
+enum { ON_FULL_DENY = 0, ON_FULL_ALLOW = 1, ON_FULL_RAISE = 2, ON_FULL_SHARE = 3 };
 
 typedef struct {
   PyObject_HEAD
@@ -20,6 +20,7 @@ typedef struct {
   PyObject *reasons; /* tuple of str: what check() says when this limit denies */
   uint64_t version; /* of limits and reasons */
   int on_full;
+  uint64_t told; /* clock: when the log was last told of shared counters */
   cluster_t cluster;
   measure_t measure; /* is_allowed(), check(), acquire() */
 } Core;
@@ -52,9 +53,18 @@ static int call_void(PyObject *self, const char *method, int status) {
   return r ? 0 : -1;
 }
 
+#define TELL_NS UINT64_C(60000000000)
+static int tell_of_shared(Core *self) {
+  uint64_t now = fshm_clock(), told = RELAXED_GET(self->told);
+  if (told && now - told < TELL_NS) return 0;
+  RELAXED_SET(self->told, now);
+  return call_void((PyObject *)self, "_shares", 0);
+}
+
 /* Turn statuses that are neither yes nor no into the policy's answer or an exception, and notice
  * limits that changed. The Python methods named here live in limiter.py. */
 static int settle(Core *self, fshm_decision *d) {
+  if (d->shared && tell_of_shared(self)) return -1;
   if (d->status < 0) {
     int full = d->status == FSHM_FULL || d->status == FSHM_CONTENDED;
     if (!full || self->on_full == ON_FULL_RAISE)
@@ -68,6 +78,10 @@ static int settle(Core *self, fshm_decision *d) {
     if (call_void((PyObject *)self, "_limits_changed", 0)) return -1;
   }
   return 0;
+}
+
+static inline int odd(Core *self, const fshm_decision *d) {
+  return d->status < 0 || d->shared || d->version != RELAXED_GET(self->version);
 }
 
 static int bound(const Core *self) {
@@ -92,8 +106,7 @@ static int decide(Core *self, uint32_t op, PyObject *key, PyObject *cost, uint64
     fshm_apply(self->limiter, op, k.bytes, (uint64_t)k.length, cost ? costs : NULL, max_wait, 0, d);
   Py_XDECREF(k.held);
   if (d->status == FSHM_ASK) return -1;
-  if (d->status < 0 || d->version != RELAXED_GET(self->version)) return settle(self, d);
-  return 0;
+  return odd(self, d) ? settle(self, d) : 0;
 }
 
 static PyObject *decision_call(PyObject *self, uint32_t op, const char *name, PyObject *const *args,
@@ -213,7 +226,7 @@ static PyObject *core_reserve(PyObject *o, PyObject *const *args, Py_ssize_t n, 
     fshm_reserve(self->limiter, k.bytes, (uint64_t)k.length, r->costs, most, 0, &d, r->reserved);
   r->held = r->key && d.status == FSHM_ALLOWED;
   Py_XDECREF(k.held);
-  if (!r->key || ((d.status < 0 || d.version != RELAXED_GET(self->version)) && settle(self, &d))) {
+  if (!r->key || (odd(self, &d) && settle(self, &d))) {
     Py_DECREF((PyObject *)r);
     return NULL;
   }
@@ -239,7 +252,7 @@ static inline PyObject *is_allowed(PyObject *self, PyObject *const *args, Py_ssi
   if (n == 1 && !kw && core->limiter && args[0] != Py_None) {
     if (get_key(args[0], &k)) return NULL;
     int status = likely(!core->cluster.wallet)
-                     ? fshm_is_allowed(core->limiter, k.bytes, (uint64_t)k.length)
+                     ? limiter_is_allowed(core->limiter, k.bytes, (uint64_t)k.length)
                      : cluster_decide(self, &core->cluster, core->limiter, FSHM_ACQUIRE, args[0],
                                       &k, NULL, NULL, NULL, RELAXED_GET(core->version));
     Py_XDECREF(k.held);
@@ -249,7 +262,11 @@ static inline PyObject *is_allowed(PyObject *self, PyObject *const *args, Py_ssi
       Py_INCREF(out);
       return out;
     }
-    fshm_decision failed = {status, 0, RELAXED_GET(core->version), 0, 0, 0};
+    fshm_decision failed = {status, 0, 0, RELAXED_GET(core->version), 0, 0, 0};
+    if (status <= SHARED_DENIED) {
+      failed.shared = 1;
+      failed.status = status == SHARED_ALLOWED ? FSHM_ALLOWED : FSHM_DENIED;
+    }
     if (settle(core, &failed)) return NULL;
     return PyBool_FromLong(failed.status == FSHM_ALLOWED);
   }
@@ -328,7 +345,7 @@ static PyObject *core_admit(PyObject *o, PyObject *const *args, Py_ssize_t n, Py
                &in_flight);
   Py_XDECREF(k.held);
   if (failed) return NULL;
-  if ((d.status < 0 || d.version != RELAXED_GET(self->version)) && settle(self, &d)) {
+  if (odd(self, &d) && settle(self, &d)) {
     (void)fshm_permit_release(self->limiter, &permit);
     return NULL;
   }
@@ -367,7 +384,7 @@ static int decide_fetched(Core *self, PyObject *key, fetched_key *k, const uint6
   if (other) k->hash = limiter_fetch(self->limiter, bytes, length);
   limiter_acquire_fetched(self->limiter, k->hash, bytes, length, costs, d);
   Py_XDECREF(k->key.held);
-  return d->status < 0 || d->version != RELAXED_GET(self->version) ? settle(self, d) : 0;
+  return odd(self, d) ? settle(self, d) : 0;
 }
 
 /* Where to write the next answers; anew for each, since __index__() of a cost may have changed the bytearray. */
@@ -456,6 +473,7 @@ static PyObject *core_bind(PyObject *o, PyObject *args) {
     self->handle = handle;
     self->limiter = (fshm_limiter *)(uintptr_t)address;
     self->on_full = on_full;
+    if (on_full == ON_FULL_SHARE) fshm_limiter_share(self->limiter, 1);
   }
   RELAXED_SET(self->version, version);
   ALONE_END();
@@ -485,6 +503,7 @@ static PyObject *core_bind_cluster(PyObject *o, PyObject *args) {
   c->refused_handle = refused_handle;
   c->refused = (fshm_limiter *)(uintptr_t)refused;
   c->wallet = (fshm_limiter *)(uintptr_t)wallet;
+  fshm_limiter_share(((Core *)o)->limiter, 0); /* its meters are the server's */
   Py_RETURN_NONE;
 }
 

@@ -60,6 +60,10 @@ static PyObject *decision_limit_index(PyObject *o, void *unused) {
   (void)unused;
   return PyLong_FromUnsignedLong(((Decision *)o)->d.limit_index);
 }
+static PyObject *decision_shared(PyObject *o, void *unused) {
+  (void)unused;
+  return PyBool_FromLong(((Decision *)o)->d.shared);
+}
 static int decision_bool(PyObject *o) { return ((Decision *)o)->d.status == FSHM_ALLOWED; }
 
 static PyObject *decision_repr(PyObject *o) {
@@ -94,6 +98,8 @@ static PyGetSetDef decision_getset[] = {
      NULL},
     {"limit_index", decision_limit_index, NULL, "Its place among the limiter's limits.", NULL},
     {"limit", decision_limit, NULL, "The limit that denied, else the one with least left.", NULL},
+    {"shared", decision_shared, NULL,
+     "True when a counter decided that keys without room in the segment share.", NULL},
     {NULL, NULL, NULL, NULL, NULL}};
 
 static char decision_doc[] = "The answer of a limiter. True when admitted.";

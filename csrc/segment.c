@@ -88,6 +88,7 @@ static int attach(int fd, const header_t *h, const char *path, uint32_t flags, f
   s->header = map;
   s->size = h->size;
   s->lines = h->lines;
+  s->region_mask = (h->lines > 2 * REGION_LINES ? REGION_LINES : h->lines) - 1;
   s->cell_count = h->lines * CELLS_PER_LINE;
   s->names_words = h->names_words;
   s->limiter_count = h->limiters;

@@ -11,6 +11,7 @@ static void add_tally(const limiter_tally_t *t, fshm_tally *out) {
   out->admitted += load_relaxed(&t->admitted);
   out->denied += load_relaxed(&t->denied);
   out->refused += load_relaxed(&t->refused);
+  out->shared += load_relaxed(&t->shared);
 }
 
 void tally_slot(const fshm_segment *s, uint32_t slot, fshm_tally *out) {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import time
 from typing import Any, NoReturn
 
 from fast_litellm_shm import exceptions, limits, monitoring
@@ -10,7 +12,9 @@ from fast_litellm_shm.limits import AnyLimit, Granted, InFlight
 from fast_litellm_shm.native import Core, address, ffi, lib, owned
 from fast_litellm_shm.segment import Segment
 
-_ON_FULL = {"deny": 0, "allow": 1, "raise": 2}
+_ON_FULL = {"deny": 0, "allow": 1, "raise": 2, "share": 3}
+_TELL_SECONDS = 60  # between two log lines about one limiter, in one process
+_told: dict[tuple[str, str], float] = {}  # of limiters, when
 
 
 def _default_name(found: tuple[AnyLimit | InFlight, ...]) -> str:
@@ -54,7 +58,9 @@ class SharedLimits(Core):
                 f"name must be 1 to {lib.FSHM_MAX_LIMITER_NAME} bytes of UTF-8, not {name!r}"
             )
         if on_full not in _ON_FULL:
-            raise ValueError(f"on_full must be 'deny', 'allow' or 'raise', not {on_full!r}")
+            raise ValueError(
+                f"on_full must be 'share', 'deny', 'allow' or 'raise', not {on_full!r}"
+            )
         if segment is not None and not isinstance(segment, Segment):
             raise TypeError(f"segment must be a Segment or None, not {segment!r}")
         if hasattr(self, "_handle"):
@@ -123,6 +129,20 @@ class SharedLimits(Core):
             self._reasons(found),
             version[0],
             _ON_FULL[self._on_full],
+        )
+
+    def _shares(self, _status: int) -> None:
+        """Called by the native part, once a minute at most, when a shared counter has decided."""
+        which, now = (self._segment.name, self._name), time.monotonic()
+        if now - _told.get(which, -_TELL_SECONDS) < _TELL_SECONDS:
+            return
+        _told[which] = now
+        logging.getLogger("fast_litellm_shm").warning(
+            "limiter %r in segment %r: new keys find no room and share counters, so honest ones "
+            "among them may be denied. Either a client makes keys up (limit by something that it "
+            "cannot choose), or the segment is too small: `fast-shm inspect` tells",
+            self._shown,
+            self._segment.name,
         )
 
     @staticmethod

@@ -189,8 +189,9 @@ class Inspection:
         return {index: info["name"] for index, info in self._limiters.items()}
 
     def limiters(self) -> list[dict[str, Any]]:
-        """Each limiter: name, limits (text), version, resets, keys. Without those that only keep
-        something about another one (cluster/)."""
+        """Each limiter: name, limits (text), version, resets, keys, shared_seconds (0: every key
+        has room; else for how long counters that keys without room share may be in use yet).
+        Without those that only keep something about another one (cluster/)."""
         import numpy
 
         keys = numpy.bincount(self.counts.owner, minlength=self._geometry.limiters)
@@ -203,6 +204,7 @@ class Inspection:
                 "version": info["version"],
                 "resets": info["resets"],
                 "keys": int(keys[index]),
+                "shared_seconds": info["shared_seconds"],
             }
             for index, info in self._limiters.items()
             if index not in self._beside
@@ -391,6 +393,7 @@ class Inspection:
                 "limits": [limits.from_raw(info.limits[i]) for i in range(info.limits_count)],
                 "version": info.version,
                 "resets": info.resets,
+                "shared_seconds": info.shared_ns / 1e9,
             }
         return found
 

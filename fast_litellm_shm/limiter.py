@@ -65,8 +65,10 @@ class RateLimiter(SharedLimits):
     room, and a denied one consumes nothing. name: processes that use the same name share; default:
     a name made of the limits. The limits belong to the name: setting others (here, or in any
     process) changes them for all at their next call, and what was consumed stays consumed. segment:
-    default ``Segment.default()``. on_full: what to do when the segment has no room for another key:
-    ``"deny"`` (with retry_after 1 s), ``"allow"``, or ``"raise"`` SegmentFullError.
+    default ``Segment.default()``. on_full: what to do when the segment has no room for another key
+    of this limiter: ``"share"``: keys without room share counters, under the same limits;
+    ``"deny"`` them (with retry_after 1 s), ``"allow"`` them, or ``"raise"`` SegmentFullError. See
+    ``docs/limits.md``, "Floods of keys".
 
     cluster: a URL (``redis://host:6379/0``) or a :class:`~fast_litellm_shm.cluster.Cluster`: the
     limits hold over all hosts that name the same server, which grants them to each host in batches;
@@ -83,7 +85,7 @@ class RateLimiter(SharedLimits):
         *limits_: AnyLimit,
         name: str | None = None,
         segment: Segment | None = None,
-        on_full: str = "deny",
+        on_full: str = "share",
         cluster: Cluster | str | Literal[False] | None = None,
     ) -> None:
         super().__init__(limits.checked(limits_), name=name, segment=segment, on_full=on_full)

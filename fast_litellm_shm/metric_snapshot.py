@@ -105,6 +105,7 @@ def snapshot(
             admitted=sum(tally.admitted for tally in tallies),
             denied=sum(tally.denied for tally in tallies),
             refused=sum(tally.refused for tally in tallies),
+            shared=sum(tally.shared for tally in tallies),
             damaged=damaged,
             unlinked=of.unlinked or any(each.unlinked for each in opened(of.name)),
             liveness_unknown=of.liveness_unknown,
@@ -148,6 +149,7 @@ def _limiter_rows(
             denied=sum(tallies[tally].denied for tally in own) if apart else None,
             refused=sum(tallies[tally].refused for tally in own) if apart else None,
             keys=None if keys is None else sum(keys[place] for place in limiter.places),
+            shared=sum(tallies[tally].shared for tally in own) if apart else None,
         )
     if beyond:
         # A limiter may have that name: one series for both, else the whole scrape is refused.
@@ -159,6 +161,7 @@ def _limiter_rows(
             sum(tallies[tally].denied for tally in [*own, last]),
             sum(tallies[tally].refused for tally in [*own, last]),
             sum(keys[place] for place in like.places) if like and keys is not None else None,
+            sum(tallies[tally].shared for tally in [*own, last]),
         )
 
 

@@ -41,6 +41,7 @@ class SegmentMetrics:
     unlinked: bool
     liveness_unknown: str | None
     read_seconds: float
+    shared: int = 0  # calls decided by counters that keys without room share
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class LimiterMetrics:
     denied: int | None
     refused: int | None
     keys: int | None
+    shared: int | None = None  # calls decided by counters that keys without room share
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ class Quota:
         *,
         name: str,
         segment: Segment | None = None,
-        on_full: str = "deny",
+        on_full: str = "share",
         cluster: Cluster | str | Literal[False] | None = None,
         # For the LiteLLM plugin: quotas of one name may differ in their numbers, not in which of
         # them they have. Keys of different numbers are different keys. On this host alone.

@@ -93,7 +93,7 @@ class SimpleRateLimiter(RateLimiter):
         name: str | None = None,
         burst: int | None = None,
         segment: Segment | None = None,
-        on_full: str = "deny",
+        on_full: str = "share",
     ) -> None:
         if isinstance(requests_per_minute, bool) or not isinstance(requests_per_minute, int):
             raise TypeError(f"requests_per_minute must be an int, not {requests_per_minute!r}")

@@ -103,8 +103,16 @@ def test_limiters(filled: Segment) -> None:
             "version": 1,
             "resets": 0,
             "keys": 3,
+            "shared_seconds": 0.0,
         },
-        {"name": "other", "limits": ["9/3600s"], "version": 1, "resets": 0, "keys": 1},
+        {
+            "name": "other",
+            "limits": ["9/3600s"],
+            "version": 1,
+            "resets": 0,
+            "keys": 1,
+            "shared_seconds": 0.0,
+        },
     ]
     assert Inspection(filled).keys_total == 4
 

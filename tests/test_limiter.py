@@ -283,7 +283,9 @@ def test_other_bad_arguments(segment: Segment) -> None:
     bad: Any = 5
     with pytest.raises(TypeError, match="name must be a str, not 5"):
         make(segment, Limit(1), name=bad)
-    with pytest.raises(ValueError, match="on_full must be 'deny', 'allow' or 'raise', not 'wait'"):
+    with pytest.raises(
+        ValueError, match="on_full must be 'share', 'deny', 'allow' or 'raise', not 'wait'"
+    ):
         make(segment, Limit(1), on_full="wait")
     with pytest.raises(TypeError, match="segment must be a Segment or None, not 5"):
         RateLimiter(Limit(1), segment=bad)
@@ -312,7 +314,7 @@ def test_a_table_full_of_live_keys(segment_name: str, policy: str) -> None:
 
 def test_full_with_several_limits_consumes_nothing(segment_name: str) -> None:
     tiny = Segment(segment_name, capacity=1)
-    limiter = make(tiny, Window(5, 36000), Limit(5, 36000), name="two")
+    limiter = make(tiny, Window(5, 36000), Limit(5, 36000), name="two", on_full="deny")
     make(tiny, Window(5, 36000), name="one").acquire("a")
     assert limiter.acquire("k")
     before = limiter.peek("k").remaining

@@ -51,7 +51,7 @@ def test_nothing_to_recommend() -> None:
 
 def test_a_segment_that_fills_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAST_LITELLM_SHM_CAPACITY", "10")
-    limiter = RateLimiter(Window(5, 3600), name="full")
+    limiter = RateLimiter(Window(5, 3600), name="full", on_full="deny")
     for i in range(8):
         limiter.acquire(f"k{i}")
     found = by_type()["segment_full"]

@@ -78,15 +78,32 @@ def warnings_of(
         f"stop the workers, `fast-shm rm --name {stats['name']}`, and start them with "
         f"FAST_LITELLM_SHM_CAPACITY={2 * stats['capacity']}; or use shorter periods"
     )
+    for name in _sharing(segment):
+        out.append(
+            f"limiter {render.escaped(name)}: new keys find no room and share counters, so honest "
+            "ones may be denied. If a client makes keys up: limit by something that it cannot "
+            f"choose. If not: {larger}"
+        )
     if stats["occupancy"] >= _WARN_AT:
         out.append(
             f"{stats['occupancy']:.0%} of the capacity is used; a full table treats new keys by "
-            f"on_full (deny, allow or raise). To make room: {larger}"
+            f"on_full (share, deny, allow or raise). To make room: {larger}"
         )
     refused = sum(process["refused_full"] for process in processes)
     if refused:
         out.append(f"{refused:,} calls met a full table. To make room: {larger}")
     return out
+
+
+def _sharing(segment: Segment) -> list[str]:
+    """The limiters whose keys have found no room of late."""
+    info = ffi.new("fshm_limiter_info *")
+    found = []
+    for place in range(segment.geometry().limiters):
+        if lib.fshm_limiter_at(segment._handle, place, info) == lib.FSHM_OK and info.shared_ns:
+            raw: bytes = ffi.buffer(info.name, info.name_length)[:]
+            found.append(raw.decode("utf-8", "replace"))
+    return found
 
 
 def _unseen(segment: Segment) -> list[int]:
@@ -193,7 +210,12 @@ def _limiter_table(
         return [Text("No limiter has been made in it."), Text()]
     rows, more = render.limited(sorted(limiters, key=lambda limiter: -limiter["keys"]), most)
     cells = [
-        (render.escaped(limiter["name"]), " + ".join(limiter["limits"]), f"{limiter['keys']:,}")
+        (
+            render.escaped(limiter["name"])
+            + (" (keys share counters)" if limiter["shared_seconds"] else ""),
+            " + ".join(limiter["limits"]),
+            f"{limiter['keys']:,}",
+        )
         for limiter in rows
     ]
     columns = ("limiter", "limits", ">keys")

@@ -245,7 +245,7 @@ static void test_first_state_is_of_now(void) {
     verdict_t v = {0};
     const uint32_t ops[] = {FSHM_ACQUIRE, FSHM_CHARGE};
     for (unsigned o = 0; o < 2; o++) {
-      first_t first = {&c, 0, ops[o], &v};
+      first_t first = {&c, 0, ops[o], &v, false};
       uint64_t due = kinds[i].per_ns / (i ? 1 : kinds[i].n);
       CHECK_OP(state_expires(first_state(&first)), >=, now + due);
     }

@@ -12,7 +12,7 @@
 static const fshm_limit generous = {1000000, UINT64_C(1) << 40, 0, FSHM_WINDOW, 0};
 
 static fshm_tally total(const fshm_segment *s) {
-  fshm_tally all[FSHM_TALLIES], sum = {0, 0, 0};
+  fshm_tally all[FSHM_TALLIES], sum = {0};
   fshm_tally_all(s, all);
   for (unsigned i = 0; i < FSHM_TALLIES; i++) {
     sum.admitted += all[i].admitted;
@@ -43,7 +43,7 @@ static __attribute__((noreturn)) void count_without_end(int me, void *with) {
 static void test_never_falls(void) {
   fshm_segment *s = fresh_segment(2000);
   count_t *count = shared_memory(sizeof *count);
-  fshm_tally before = {0, 0, 0}, now;
+  fshm_tally before = {0}, now;
   pid_t pids[WORKERS];
   uint64_t falls = 0, looks = 0;
   const int killed = fewer(KILLED);

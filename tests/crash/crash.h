@@ -64,6 +64,7 @@ enum {
       << 23, /* the key lives under limits of before, since it has consumed more than the present ones admit */
   UNUSED_RULE = 1
       << 26, /* no other key lives under the limits: their rule goes with the next sweep */
+  SHARING = 1 << 27, /* keys without room share counters; what the key has consumed is in one */
   COMES_ROUND_NEXT = 1 << 25, /* the generation of T's process slot comes round with T */
   MOST_BEHIND = 1
       << 21 /* `most` is below what is held, as limits_lower_most() may leave it when the limits

@@ -102,7 +102,7 @@ static int exhaust_afresh(void) { return (int)exhaust(world.now); }
 static void meters_survive(void) {
   char text[160];
   levels_t seen = levels_of(world.l, KEY);
-  bool full = op->flags & CROWDED;
+  bool full = (op->flags & (CROWDED | SHARING)) == CROWDED;
   tell_levels(&seen, text, sizeof text);
   if (!known_levels(&seen)) broken("consumption is neither as before nor as after: %s", text);
   if (told->done) {

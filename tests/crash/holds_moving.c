@@ -16,8 +16,8 @@ static uint64_t tokens_at(uint64_t now) {
   for (uint32_t slot = 0; slot < MOST_SLOTS; slot++)
     for (uint64_t i = 0; i < world.s->cell_count; i++) {
       pair_t pair = pair_load(&world.s->cells[i]);
-      found += pair.who == side_who(slot_who(who, slot)) && !IS_PENDING(pair.when) &&
-               window_read(pair.when, now).count;
+      found += pair.who == side_who(slot_who(who, slot), world.l->index) &&
+               !IS_PENDING(pair.when) && window_read(pair.when, now).count;
     }
   return found;
 }

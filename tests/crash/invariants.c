@@ -28,7 +28,7 @@ static void protect_others(void) {
     /* its keys' states are brought under other rules: holds_changes.c looks after them */
     ours |= op->overtake && pair.who & 1 && WHO_LIMITER(pair.who) == world.l->index;
     for (uint32_t k = 0; k < MOST_SLOTS && op->op == CLEAR; k++)
-      ours |= pair.who == side_who(slot_who(own[0], k));
+      ours |= pair.who == side_who(slot_who(own[0], k), world.l->index);
     if (!pair.who || ours || IS_PENDING(pair.when) || state_expires(pair.when) <= now_or_clock())
       continue;
     if (IS_PERMIT(pair.when) && !owner_alive(world.s, pair.when, &census)) continue;

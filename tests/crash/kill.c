@@ -36,7 +36,7 @@ static void begin_boundary(const char *stage, size_t k) {
 
 static bool cells_changed(void) {
   return memcmp(world.s->cells, pristine + ((unsigned char *)world.s->cells - world.s->map),
-                world.s->cell_count * sizeof(cell_t)) != 0;
+                shared_cell(world.s, world.s->limiter_count, 0, 0) * sizeof(cell_t)) != 0;
 }
 
 /* Where S meddles: when T has changed a cell for the first time. */

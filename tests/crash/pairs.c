@@ -256,6 +256,14 @@ static const pair_of_operations_t pairs[] = {
     /* two keys */
     {START("pair-two-keys-one-cell", ONE(WINDOW(1)), .flags = CROWDED | ONE_LEFT),
      TWO_KEYS(verify_one_cell)},
+    /* one finds no room, the other finds some: what is charged to the counter is known in the cell */
+    {START("pair-shared-leave", ONE(WINDOW(1)),
+           .flags = TENANT_FIRST | STAGGERED | CROWDED | SHARING),
+     SAME_KEY},
+    {START("pair-shared-leave-used", ONE(BUCKET(3)), .prior = 2,
+           .flags = TENANT_FIRST | STAGGERED | CROWDED | SHARING),
+     SAME_KEY},
+    {START("pair-shared-both", ONE(BUCKET(1)), .flags = CROWDED | SHARING), SAME_KEY},
     {START("pair-two-keys-two-cells", ONE(WINDOW(1)), .flags = CROWDED | TWO_LEFT),
      TWO_KEYS(verify_both)},
     {START("pair-two-keys-tenant", ONE(WINDOW(1)), .flags = TENANT_FIRST | STAGGERED | CROWDED),

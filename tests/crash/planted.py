@@ -146,6 +146,25 @@ FAULTS = [
         "one token: they are answered 1 and 1",
     ),
     Fault(
+        "who leaves a shared counter does not write it",
+        "limiter.c",
+        (
+            (
+                "if (pair_cas(&c->s->cells[f.cell], &seen, f.pair)) break;",
+                "f.pair.who = seen.who;\n    break;",
+            ),
+        ),
+        "pair-shared-leave",
+        "one token: they are answered 1 and 1",
+    ),
+    Fault(
+        "a shared counter is charged without a look for the key's cell",
+        "limiter.c",
+        (("if (cells_has(c->s, c->hash, fingerprint(c, i))) return CLAIM_LOST;", ""),),
+        "pair-shared-leave",
+        "one token: they are answered 1 and 1",
+    ),
+    Fault(
         "no second look at a table full of dead permits",
         "lease.c",
         (("return any || cells_room(s, hash, who, now);", "return any;"),),

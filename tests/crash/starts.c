@@ -77,16 +77,23 @@ static void start_meters(void) {
   open_segment();
   world.now = op->flags & REAL_TIME ? 0 : NOW;
   world.l = named("limits", op->limits, op->count);
+  fshm_limiter_share(world.l, op->flags & SHARING ? 1 : 0);
   /* Windows that are aligned to the wall clock begin when those of segment time do. */
   if (op->side) world.s->created_realtime_ns = 100 * PER;
   if (op->flags & PENDING_LOW) plant(0, who_of_key(0));
   if (op->flags & PENDING_HIGH) plant(world.s->cell_count - 1, who_of_key(0));
   if (op->flags & TENANT_FIRST) (void)apply_at(world.others, FSHM_ACQUIRE, "old", 1, NOW - PER);
   bool old = op->flags & (EXPIRED | EXPIRING); /* last: else another key would have the cell */
-  if (op->prior && !old) (void)consume(op->prior, world.now);
+  if (op->prior && !old && !(op->flags & SHARING)) (void)consume(op->prior, world.now);
   (void)apply_at(world.others, FSHM_ACQUIRE, "beside", 1, world.now);
   if (op->flags & (TENANTS | STALE | CROWDED))
-    fill_rest(op->flags & TWO_LEFT ? 2 : old || op->flags & ONE_LEFT ? 1 : 0);
+    fill_rest(op->flags & TWO_LEFT                                    ? 2
+              : old || (op->flags & (ONE_LEFT | SHARING)) == ONE_LEFT ? 1
+                                                                      : 0);
+  if (op->flags & SHARING) {
+    if (op->prior) (void)consume(op->prior, world.now);
+    if (op->flags & ONE_LEFT) (void)fshm_reset_key(world.others, "beside", 6);
+  }
   if (op->prior && old) (void)consume(op->prior, op->flags & EXPIRED ? LONG_AGO : NOW - PER);
   if (op->dead) { /* they fill the table */
     const fshm_limit dead = {op->dead, 0, 0, FSHM_PERMITS, 0};
@@ -103,7 +110,8 @@ static void start_moving(void) {
   open_segment();
   world.now = NOW;
   world.l = named("moving", op->limits, op->count);
-  if (op->flags & PENDING_LOW) plant(0, side_who(slot_who(side_of(world.l, KEY).who, 0)));
+  if (op->flags & PENDING_LOW)
+    plant(0, side_who(slot_who(side_of(world.l, KEY).who, 0), world.l->index));
   for (uint32_t i = 0; i < op->prior; i++)
     fshm_moving(world.l, KEY, strlen(KEY), &op->limits[0], 1,
                 op->flags & EXPIRED ? LONG_AGO : NOW - PER / 2, &hit);

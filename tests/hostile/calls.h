@@ -77,6 +77,7 @@ static void open_limiter(user_t *u, unsigned which, unsigned variant, bool find)
   MUST((l != NULL) == (status == FSHM_OK));
   if (!l) return;
   fshm_limiter_close(u->limiters[which]);
+  fshm_limiter_share(l, (which ^ variant) & 1);
   u->limiters[which] = l;
 }
 

@@ -92,7 +92,7 @@ def test_reading_writes_nothing(scene: Scene) -> None:
 def test_counts_outlive_processes_and_their_slots(segment_name: str) -> None:
     """More processes than there are slots, all killed: each call counts, and no sum ever falls."""
     segment = Segment(segment_name, capacity=10)
-    limiter = RateLimiter(Limit(1000, per=30 * 86400), name="a", segment=segment)
+    limiter = RateLimiter(Limit(1000, per=30 * 86400), name="a", segment=segment, on_full="deny")
     for i in range(100):  # until it is full
         limiter.is_allowed(f"key {i}")
     source = Source(segment)

@@ -1,4 +1,4 @@
-"""Check the model of the claim protocol (claim.pml) with spin: what holds, and what is caught.
+"""Check the models (claim.pml, shared.pml) with spin: what holds, and what is caught.
 
 usage: check.py [--long] [--list] [NAME ...]
 
@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-MODEL = Path(__file__).with_name("claim.pml")
+HERE = Path(__file__).parent
 HOLDS = "holds"
 DEADLINE = 7200  # seconds for one run: against a hang, not a measure
 MEGABYTES = {False: 3500, True: 14000}  # of one run at most, in the bounded and in the long form
@@ -34,6 +34,7 @@ class Run:
     expected: str = HOLDS
     long: bool = False
     same_states_as: str = ""
+    model: str = "claim.pml"
 
 
 TWO = "CELLS=2 SYMMETRY"
@@ -74,7 +75,20 @@ RUNS = [
         "CELLS=2 PROCESSES=2 CALLS=0 LAST_TICK=5 SYMMETRY",
         long=True,
     ),
+    Run("shared", "a key leaves the counter that it shares", "FAULT=0", model="shared.pml"),
     # planted faults
+    *(
+        Run(name, what, f"FAULT={fault}", "charge_lost", model="shared.pml")
+        for fault, (name, what) in enumerate(
+            (
+                ("shared_no_look", "the counter is charged without a look for the key's cell"),
+                ("shared_no_write", "who leaves the counter does not write it"),
+                ("shared_no_word", "nothing says that the counter is in use"),
+                ("shared_early_look", "the look comes before the counter is read"),
+            ),
+            1,
+        )
+    ),
     Run("no_look", "confirm without the second look", f"{PLANT} NO_LOOK", "two_confirmed_cells"),
     Run(
         "state_of_the_call",
@@ -171,7 +185,7 @@ def commands(run: Run, long: bool) -> list[list[str]]:
         "-O2" if long and run.expected == HOLDS else "-O1" if run.expected == HOLDS else "-O0"
     )
     return [
-        ["spin", "-a", *(f"-D{d}" for d in run.defines.split()), str(MODEL)],
+        ["spin", "-a", *(f"-D{d}" for d in run.defines.split()), str(HERE / run.model)],
         [
             "gcc",
             optimise,
@@ -239,7 +253,7 @@ def report(chosen: list[Run], long: bool) -> int:
                 run, defines=run.defines.replace(" SYMMETRY", "")
             )  # spin -t cannot sort
             make_and_run = commands(plain, long)
-            show = ["spin", "-p", "-k", "claim.pml.trail", *make_and_run[0][2:]]
+            show = ["spin", "-p", "-k", f"{run.model}.trail", *make_and_run[0][2:]]
             for command in (*make_and_run, show):
                 print(f"    {' '.join(command)}")
     cpu = sum(r.seconds for r in results.values())

@@ -113,7 +113,7 @@ inline charge(me) {
 
 /* limiter.c put: if (state_expires(next) <= c->now) return CLAIMED; -- of a cost of 0, and of refunds
  * limiter.c put: return put_first(c, i, l, op);
- * limiter.c put_first: first_t first = {c, i, op, &l->verdict}; uint64_t who = fingerprint(c, i);
+ * limiter.c put_first: first_t first = {c, i, op, &l->verdict, false}; uint64_t who = fingerprint(c, i);
  *   found_t *f = &l->cell;
  * limiter.c put_first: int status = cells_claim(c->s, c->hash, who, c->now, first_state, &first, &f->cell);
  * cells.c cells_claim: survey_t v = survey(s, hash, who, now);
@@ -121,7 +121,8 @@ inline charge(me) {
  *   unsigned used[2] = {0, 0}, seen[2] = {0, 0}; found_t free_in[2] = {{0, {0, 0}}, {0, {0, 0}}};
  *   const uint64_t over = minus(now, CLOCKS_DIFFER);
  *   for (unsigned region = 0; region < regions(s); region++) {
- *   uint64_t line = region_start(s, hash, region); unsigned others = 0, room = 0;
+ *   uint64_t line = region_start(s, hash, region); unsigned others = 0, room = 0, stale = 0;
+ *   found_t unconfirmed = {0, {0, 0}};
  *   for (uint64_t n = region_lines(s); n--; line = line_after(s, line)) {
  *   uint64_t cell = line * CELLS_PER_LINE;
  *   for (unsigned k = 0; k < CELLS_PER_LINE; k++) { -- one candidate a step
@@ -149,8 +150,8 @@ inline survey(me) {
         forget_free(me); /* and the stale one: not chosen beside a pending of the key */
         forget_stale(me)
      /* cells.c survey: } else if (pending && pair.who) {
-      *   if (!v.has_stale) v.stale = (found_t){cell + k, pair};
-      *   v.has_stale = true; others++; -- how full a region is does not count here; see `free` */
+      *   if (!stale++) unconfirmed = (found_t){cell + k, pair};
+      *   others++; -- how full a region is does not count here; see `free` */
      :: WHO(v) != p[me].who && IS_LAST_RESORT(v) ->
         if
         :: p[me].stale_cell == NO_CELL && p[me].free_cell == NO_CELL && p[me].mine_cell == NO_CELL ->
@@ -166,7 +167,11 @@ inline survey(me) {
            forget_stale(me)
         :: p[me].free_cell != NO_CELL || p[me].mine_cell != NO_CELL
         fi
-     /* cells.c survey: } else { others++; } } } used[region] = others; seen[region] = room; } */
+     /* cells.c survey: } else { others++; } } }
+      *   if (unlikely(room + stale <= SCARCE) && regions(s) == 2 && !in_share(s, line, who, room + stale, over)) continue;
+      *   used[region] = others; seen[region] = room;
+      *   if (stale && !v.has_stale) v.stale = unconfirmed;
+      *   v.has_stale |= stale > 0; } -- shares only refuse more: whoever is refused has done nothing */
      :: else
      fi;
      p[me].i++;
@@ -202,6 +207,8 @@ inline choose(me) {
 
 /* limiter.c put_first: if (unlikely(status == CLAIM_FULL) && lease_free_dead(c->s, c->hash, who, c->now))
  *   status = CLAIM_LOST; -- there are no permits here
+ * limiter.c put_first: if (unlikely(first.refused) && status == CLAIM_LOST && !c->stale) status = CLAIM_FULL;
+ *   if (unlikely(status == CLAIM_FULL) && may_share(c, i, op)) status = put_shared(c, i, l, op); -- shared.pml
  * limiter.c put_first: if (status == CLAIM_LOST) c->tries += CLAIM_TRIES - 1; -- here, without end
  * limiter.c take_one: if (status == CLAIM_FULL) return FSHM_FULL; */
 inline refuse(me) {
@@ -385,7 +392,7 @@ inline evict(me) {
  * cells.c confirm: if (unlikely(confirmed.when == NO_STATE)) {
  * (void)pair_cas(&s->cells[mine.cell], &expect, empty); return CLAIM_NOT; } -- limits stay
  * cells.c cells_claim: if (status == CLAIM_NOT) break; -- as above
- * limiter.c first_state: const first_t *f = context; call_t *c = f->c; const rule_t *r = &c->plan.rules[f->i];
+ * limiter.c first_state: first_t *f = context; call_t *c = f->c; const rule_t *r = &c->plan.rules[f->i];
  * limiter.c first_state: uint64_t now = fresh_now(c), cost = c->costs[f->i];
  * limiter.c fresh_now: return c->fixed ? c->now : max_u64(segment_now(c->s), c->now); */
 inline first_state(me) {
@@ -399,6 +406,8 @@ inline first_state(me) {
 }
 
 /* limiter.c first_state: if (outdated(c)) { c->stale = true; return NO_STATE; } -- limits stay
+ * limiter.c first_state: if (unlikely(shares(c, now))) return first_shared(f, now); if (f->op >= FROM_SHARED) return NO_STATE;
+ * -- nobody shares a counter here: shared.pml
  * limiter.c first_state: if (f->op >= FSHM_CHARGE) return forced(c, f->op, f->i, r, 0, now); -- no debts here
  * limiter.c first_state: v.retry = f->verdict->retry; *f->verdict = v; return v.next;
  * limiter.c first_state: verdict_t v = meter_take(r, 0, now, max_u64(c->at, now), cost);

@@ -29,6 +29,7 @@ COMPLETE = [
 ACCESSES = re.compile(
     r"(pair_load|pair_peek|load_relaxed|pair_cas|__builtin_prefetch)\(\s*&(\w+->)*cells\[[^;]*?[,)]"
     r"|cell_t \*cell = &s->cells\[cells_candidate\(s, hash, i\)\];"
+    r"|const cell_t \*cell = &s->cells\[line \* CELLS_PER_LINE\];"
 )
 
 

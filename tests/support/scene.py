@@ -88,7 +88,7 @@ def scene() -> Iterator[Scene]:
     measure(segment, "component", AWKWARD, *DURATIONS_NS)
     lib.fshm_memo_count(segment._handle, 300, 100)
     lib.fshm_feature_error(segment._handle, 1)
-    full = RateLimiter(Limit(3, per=86400), name="full", segment=segment)
+    full = RateLimiter(Limit(3, per=86400), name="full", segment=segment, on_full="deny")
     with _dies_at_the_end(segment):  # not before: who needs room takes what is a dead process's
         for i in range(200):  # more than it holds
             full.is_allowed(f"key {i}")
