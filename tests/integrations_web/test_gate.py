@@ -322,6 +322,21 @@ def test_a_segment_that_is_full(
         each.release()
 
 
+def test_a_flood_of_new_keys_is_limited_together(segment_name: str) -> None:
+    """Once each new key was answered 503, or passed, by ``on_error``."""
+    full = Segment(segment_name, capacity=1)
+    rules = gate(full, Rule(Window(2, 3600), key=lambda r: r.path))
+    outcomes = [asked(rules, path=f"/{i}") for i in range(1000)]
+    assert all(each.decision is not None for each in outcomes)
+    passed = [i for i, each in enumerate(outcomes) if not each.refused]
+    assert len(passed) < 200
+    refused = outcomes[-1]
+    status, headers, _ = refused.refusal()
+    assert status == 429 and int(dict(headers)["Retry-After"]) > 1000
+    assert not asked(rules, path="/0").refused  # it was there: one of its two is left
+    assert asked(rules, path="/0").refused
+
+
 def test_a_name_that_is_too_long(segment: Segment) -> None:
     with pytest.raises(ValueError, match=r"more than 96 bytes; give the rule a shorter: Rule\("):
         gate(segment, Rule(Limit(5), path="/" + "x" * 100))

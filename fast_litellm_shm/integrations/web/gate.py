@@ -179,13 +179,15 @@ class _Opened:
                 f"{name!r}, the name of the application and of a rule, has more than {most} bytes; "
                 "give the rule a shorter: Rule(..., name=...)"
             )
-        # A full segment is told as an error, which is logged: nobody's quota is used up.
+        # In a flood of new keys those without room are limited together; permits have no such
+        # counter, so there a full segment is told as an error, which is logged.
+        on_full = "raise" if rule.in_flight is not None else "share"
         if cluster is not None:
             self._parts = Parts(rule.limits, name, segment, "raise", cluster, settles=False)
             rates = self._rates = self._parts.rates
             self._wallet = rates._wallet if rates is not None else None
         else:
-            self._rates = SharedLimits(rule.limits, name=name, segment=segment, on_full="raise")
+            self._rates = SharedLimits(rule.limits, name=name, segment=segment, on_full=on_full)
         self._described: tuple[Any, tuple[str, ...], str] | None = None
 
     @property
