@@ -511,7 +511,7 @@ static COLD unsigned last_rules(const sweep_t *w) {
 static COLD void note_freed(limiter_entry_t *e, unsigned slot, uint64_t version) {
   rule_t rule;
   uint64_t owner;
-  if (!read_used(e, slot, &rule, &owner) || rule.kind != FSHM_BUCKET) return;
+  if (!read_used(e, slot, &rule, &owner) || rule.kind != FSHM_BUCKET || !rule_sane(&rule)) return;
   const uint64_t pace = bucket_pace(&rule);
   uint64_t seen = load_relaxed(&e->freed_pace);
   while ((!seen || pace < seen) && !atomic_compare_exchange_weak(&e->freed_pace, &seen, pace)) {
@@ -529,6 +529,7 @@ uint64_t limits_pace_since(const fshm_segment *s, uint32_t index, unsigned place
   for (unsigned slot = 0; slot < RULES; slot++) {
     if (!read_used(e, slot, &rule, &owner) || rule.kind != FSHM_BUCKET || rule.place != place)
       continue;
+    if (!rule_sane(&rule)) continue; /* nobody has set this */
     if ((owner & ~RULE_USED) > version) fastest = min_u64(fastest, bucket_pace(&rule));
   }
   /* After the slots: who has found one free, or with another rule, finds what note_freed() said of it. Pairs with the

@@ -330,6 +330,10 @@ static void test_pace_since(void) {
     uint64_t left[FSHM_MAX_LIMITS];
     CHECK_EQ(fshm_remaining(l, "k", 1, hour + (fast ? second : 0), left), 1);
     CHECK_EQ(left[0], fast ? 0 : 10);
+    /* Whatever somebody has written over the rules: some pace, and no division by zero. */
+    for (unsigned k = 0; k < RULES; k++) store_relaxed(&s->limiters[0].rules[k][5], 0);
+    CHECK_OP(limits_pace_since(s, 0, 0, version), >, 0);
+    CHECK(fshm_limiter_open_at(s, "a", 1, &other, 1, hour, &again) < FSHM_DENIED);
     fshm_limiter_close(l);
     fshm_close(s);
   }
