@@ -636,8 +636,8 @@ int fshm_lead(fshm_segment *s, int wait) {
       if (seen == mine) return 1;
       /* From nobody, or a dead process, to us: one swap. It leads to no other memory: relaxed would do. */
       if (leader_slot(s, seen) == NO_SLOT &&
-          atomic_compare_exchange_strong(&s->header->leader, &seen, mine))
-        return 1;
+          (atomic_compare_exchange_strong(&s->header->leader, &seen, mine) || seen == mine))
+        return 1; /* or another thread of ours was first */
     } else if (process_refusal(s) == FSHM_E_LOCK_FILE) {
       return FSHM_E_LOCK_FILE;
     } /* else the process table is full: it does not lead, until there is a place */

@@ -44,7 +44,7 @@ static bool right_ones_live(int others) {
   bool t_seen = false;
   for (uint32_t i = 0; i < PROCESSES; i++) {
     if (fshm_process_at(opened, i, &info) != FSHM_OK) return false;
-    living += info.alive;
+    living += info.alive != 0; /* FSHM_ALIVE_BY_LOCK too */
     t_seen |= info.alive && told->done && i == told->number;
   }
   living -= 1 + others;
