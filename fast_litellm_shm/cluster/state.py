@@ -66,7 +66,7 @@ def away_state(segment: Segment) -> dict[str, Any] | None:
     living, since, policies = 0, [], set[str]()
     for slot in range(geometry.processes):
         lib.fshm_process_at(segment._handle, slot, info)
-        living += info.alive
+        living += bool(info.alive)
         began, its = noted(info.away) if info.alive else (0, ())
         policies.update(its)
         since += [began] if its else []

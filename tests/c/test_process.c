@@ -10,7 +10,7 @@ static unsigned alive_count(fshm_segment *s) {
   for (unsigned i = 0; i < PROCESSES; i++) {
     fshm_process_info p;
     CHECK_EQ(fshm_process_at(s, i, &p), FSHM_OK);
-    n += p.alive;
+    n += p.alive != 0;
   }
   return n;
 }
