@@ -402,7 +402,7 @@ UNGUARDED void fshm_admit(fshm_limiter *l, const void *key, uint64_t key_length,
                         : process_refusal(h.s);
     if (status != FSHM_ALLOWED) {
       out->status = status;
-      out->limit_index = plan.count;
+      out->limit_index = (uint16_t)plan.count;
       out->remaining = 0;
       out->retry_after_ns = 0; /* nobody knows when a holder lets go */
       return;

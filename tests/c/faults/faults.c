@@ -5,7 +5,7 @@
 #include "../check.h"
 
 static volatile int zero;
-static cell_t shared_cell;
+static cell_t racy_cell;
 static uint64_t shared_word;
 
 static void overflow(void) {
@@ -54,12 +54,12 @@ static void *write_word(void *unused) {
 }
 static void *swap_cell(void *unused) {
   pair_t seen = {0, 0};
-  (void)pair_cas(&shared_cell, &seen, (pair_t){1, 2});
+  (void)pair_cas(&racy_cell, &seen, (pair_t){1, 2});
   return unused;
 }
 /* A plain write of what others swap. (Of a 16-byte atomic the thread sanitizer watches the first half.) */
 static void *scribble(void *unused) {
-  *(volatile uint64_t *)(uintptr_t)&shared_cell.who = 3;
+  *(volatile uint64_t *)(uintptr_t)&racy_cell.who = 3;
   return unused;
 }
 
@@ -69,9 +69,9 @@ static void *hand_over(void *unused) {
   return swap_cell(unused);
 }
 static void *take_over(void *unused) {
-  for (int i = 0; i < 1000000 && !pair_load(&shared_cell).who; i++) (void)sched_yield();
-  CHECK_EQ(pair_load(&shared_cell).who, 1);
-  if (pair_load(&shared_cell).who) CHECK_EQ(shared_word, 7);
+  for (int i = 0; i < 1000000 && !pair_load(&racy_cell).who; i++) (void)sched_yield();
+  CHECK_EQ(pair_load(&racy_cell).who, 1);
+  if (pair_load(&racy_cell).who) CHECK_EQ(shared_word, 7);
   return unused;
 }
 
