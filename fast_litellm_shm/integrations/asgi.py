@@ -35,7 +35,7 @@ from fast_litellm_shm.integrations.web.answers import (
 )
 from fast_litellm_shm.integrations.web.gate import MARK, Gate
 from fast_litellm_shm.integrations.web.request import AsgiRequest
-from fast_litellm_shm.integrations.web.watch import GONE, watched
+from fast_litellm_shm.integrations.web.watch import watched
 from fast_litellm_shm.segment import Segment
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class RateLimitMiddleware:
     ``"refuse"`` it with 400; see "How a path is read" in ``docs/web.md``. root_path: where the
     application says itself that it is; default: what the server tells, and FastAPI(root_path=...).
     websockets: whether their handshakes are asked about as well; an accepted one holds a permit
-    until it is closed.
+    until its application has ended.
 
     cluster: a URL (``redis://host:6379/0``) or a :class:`~fast_litellm_shm.cluster.Cluster`: the
     limits hold over all hosts that name the same server; False: this host alone; default: what
@@ -82,7 +82,7 @@ class RateLimitMiddleware:
     which must be asyncio's then, never waits for the server.
 
     in_flight_cancel: cancel the application when the client of a request that holds a permit of
-    ``in_flight`` has gone; else the permit is held until the application ends, or hears of it.
+    ``in_flight`` has gone; else the permit is held until the application ends.
     in_flight_seconds: for how long a request may hold one: then the application is cancelled, and
     the client is answered 503, or its answer is cut off where it has begun. Both run the
     application in a task of its own, and need asyncio. See "Streaming" in ``docs/web.md``.
@@ -161,20 +161,19 @@ class RateLimitMiddleware:
             if outcome.refused:
                 await _refuse(outcome, scope, receive, send)
             else:
-                answer = _Answer(outcome, receive, send)
+                answer = _Answer(outcome, send)
                 ends = self._cancel or self._seconds is not None
                 if ends and outcome.holds and not outcome.rule.dry_run:
-                    await self._watched(scope, answer)
+                    await self._watched(scope, receive, answer)
                 else:
-                    await self.app(scope, answer.receive, answer.send)
+                    await self.app(scope, receive, answer.send)
         finally:  # the app failed, was cancelled, or sent no end of its body
             outcome.release()
 
-    async def _watched(self, scope: Scope, answer: _Answer) -> None:
+    async def _watched(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         in_time = await watched(
             lambda receive: self.app(scope, receive, answer.send),
-            # A permit whose application is cancelled is in use until that has ended.
-            answer.untold if self._cancel else answer.receive,
+            receive,
             lambda: not answer.ended,
             cancel=self._cancel,
             seconds=self._seconds,
@@ -195,17 +194,12 @@ def _root_path_of(app: Any) -> str:
 
 
 class _Answer:
-    """Adds the headers where the app's answer begins, and lets go of the permit where it ends."""
+    """Adds the headers where the app's answer begins, and lets go of the permit where it ends. Not
+    where the client leaves: what the app does for it then may go on, in a thread say."""
 
-    def __init__(self, outcome: Outcome, receive: Receive, send: Send) -> None:
-        self._outcome, self.untold, self._send = outcome, receive, send
+    def __init__(self, outcome: Outcome, send: Send) -> None:
+        self._outcome, self._send = outcome, send
         self.begun = self.ended = False
-
-    async def receive(self) -> Message:
-        message = await self.untold()
-        if message["type"] in GONE:
-            self._outcome.release()
-        return message
 
     async def send(self, message: Message) -> None:
         kind = message["type"]

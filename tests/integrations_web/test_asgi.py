@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fast_litellm_shm import Limit, Segment
+from fast_litellm_shm import Limit, Segment, Window
 from fast_litellm_shm.handle import SharedLimits
 from fast_litellm_shm.integrations.asgi import (
     MARK,
@@ -212,7 +212,8 @@ def test_a_permit_ends_however_the_app_does(segment: Segment, app: App) -> None:
         assert held(segment) == 0
 
 
-def test_the_client_goes_and_the_app_does_not_end(segment: Segment) -> None:
+def test_the_client_goes_and_the_app_works_on(segment: Segment) -> None:
+    """A generator in a thread, say: else clients that go at once make any number of them work."""
     seen = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -222,7 +223,8 @@ def test_the_client_goes_and_the_app_does_not_end(segment: Segment) -> None:
         seen.append(held(segment))
 
     talk(in_flight(app, segment), http(), {"type": "http.disconnect"})
-    assert seen == [1, 0]
+    assert seen == [1, 1]
+    assert held(segment) == 0
 
 
 def test_cancellation(segment: Segment) -> None:
@@ -281,6 +283,15 @@ def test_websockets_when_asked_for(segment: Segment) -> None:
     assert body["type"] == "websocket.http.response.body"
 
 
+def test_a_method_that_a_client_calls_websocket(segment: Segment) -> None:
+    """Servers pass on methods that they do not know (uvicorn with h11), and views that ask for no
+    method serve them."""
+    rules = [Rule(methods={"WEBSOCKET"}), Rule(Window(1, 60))]
+    app = RateLimitMiddleware(hello, rules, name="web", segment=segment, websockets=True)
+    asked = [talk(app, http(method=each))[0]["status"] for each in ("WEBSOCKET", "WebSocket")]
+    assert asked == [200, 429]
+
+
 def test_a_rule_for_websockets_that_are_not_asked_about(segment: Segment) -> None:
     with pytest.raises(ValueError, match="rule 'WEBSOCKET' is for WEBSOCKET, .*websockets=True"):
         RateLimitMiddleware(
@@ -288,7 +299,7 @@ def test_a_rule_for_websockets_that_are_not_asked_about(segment: Segment) -> Non
         )
 
 
-def test_a_websocket_holds_its_permit_until_it_is_closed(segment: Segment) -> None:
+def test_a_websocket_holds_its_permit_until_its_application_ends(segment: Segment) -> None:
     seen: list[int] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -300,4 +311,5 @@ def test_a_websocket_holds_its_permit_until_it_is_closed(segment: Segment) -> No
         look()
 
     talk(in_flight(app, segment, websockets=True), handshake(), CONNECT, GONE)
-    assert seen == [1, 0]
+    assert seen == [1, 1]
+    assert held(segment) == 0

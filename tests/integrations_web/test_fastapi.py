@@ -7,8 +7,18 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import APIRouter, Depends, FastAPI, Response, WebSocket, WebSocketDisconnect
+from fastapi import (
+    APIRouter,
+    Depends,
+    FastAPI,
+    HTTPException,
+    Response,
+    Security,
+    WebSocket,
+    WebSocketDisconnect,
+)
 from fastapi.middleware.gzip import GZipMiddleware
+from fastapi.security import APIKeyHeader
 from fastapi.testclient import TestClient
 from starlette.testclient import WebSocketDenialResponse
 
@@ -48,6 +58,27 @@ def test_headers_and_refusal(segment: Segment) -> None:
     assert third.headers["RateLimit"] == '"search";r=0;t=60'
     assert third.headers["Content-Type"] == "application/json"
     assert third.json() == {"detail": "The limit is 2/60s window. Try again in 60 s."}
+
+
+def test_a_key_that_was_checked_and_another_line_of_its_header(segment: Segment) -> None:
+    """FastAPI checks the first line. The others are the client's, and new each time."""
+    app, scheme = FastAPI(), APIKeyHeader(name="X-Api-Key")
+
+    def checked(key: str = Security(scheme)) -> None:
+        if key != "good":
+            raise HTTPException(401)
+
+    limit = RateLimit(Window(2, 60), key=header("X-Api-Key"), segment=segment)
+
+    @app.get("/", dependencies=[Depends(checked), Depends(limit)])
+    async def index() -> str:
+        return "found"
+
+    def ask(*lines: str) -> int:
+        return asked(app, "GET /", headers=[("X-Api-Key", each) for each in lines])[0].status_code
+
+    assert [ask("good", f"{n}") for n in range(4)] == [200, 200, 429, 429]
+    assert [ask("good") for _ in range(3)] == [200, 200, 429]
 
 
 def test_each_route_counts_apart_or_not(segment: Segment) -> None:

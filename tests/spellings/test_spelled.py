@@ -94,21 +94,31 @@ WRITTEN = [
     ["Forwarded: for=1.1.1.{n}, for={client}"],
     ["Forwarded: for=1.1.1.{n}", 'Forwarded: proto=http;for="{client}:{n}"'],
     ["Forwarded: for={client};host=1.1.1.{n}", "X-Forwarded-Host: 1.1.1.{n}"],
+    ["X-Forwarded-For: {client}", "X_Forwarded_For: 1.1.1.{n}"],  # to WSGI, one variable
+    ["X_Forwarded_For: 1.1.1.{n}", "X-Forwarded-For: {client}"],
+    ["X-Forwarded_For: 1.1.1.{n}", "X-Forwarded-For: {client}"],
 ]
+
+
+#: To which the last line counts, with underscores or not: no library within WSGI can tell them
+#: apart, so docs/web.md says it.
+TAKES_UNDERSCORES = ("granian-wsgi", "hypercorn-wsgi")
 
 
 @pytest.mark.parametrize("number", range(len(WRITTEN)))
 def test_no_client_is_another_by_what_it_writes(served_by: tuple[str, Server], number: int) -> None:
     """The server's peer is a proxy, which adds the client's address. Each way has clients of its
     own; a limit of 1."""
-    _, server = served_by
+    server_name, server = served_by
 
     def ask(client: str, n: int) -> int:
         lines = [each.format(client=client, n=n) for each in WRITTEN[number]]
-        return server.say(f"by {lines[0].partition(':')[0]}", "-", "/ready", *lines)
+        name = lines[0].partition(":")[0].replace("_", "-")
+        return server.say(f"by {name}", "-", "/ready", *lines)
 
     one, other = (f"198.51.{number}.{each}" for each in (1, 2))
-    assert [ask(one, n) for n in range(1, 6)] == [200, 429, 429, 429, 429]
+    forged = server_name in TAKES_UNDERSCORES and "_" in WRITTEN[number][-1]
+    assert [ask(one, n) for n in range(1, 6)] == [200, *[200 if forged else 429] * 4]
     assert ask(other, 9) == 200
 
 

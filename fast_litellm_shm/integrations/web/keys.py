@@ -249,7 +249,8 @@ def header(
     secret: keep a keyed hash of the value (128 bits of BLAKE2) in the segment, where ``fast-shm
     inspect`` and exports would show it: the same secret in all workers and hosts, 16 bytes or more,
     from where you keep others. hashed: keep a hash of it; without a secret whoever sees that can
-    try out guesses. missing: the key function of requests without the header.
+    try out guesses. missing: the key function of requests without the header. A header of several
+    lines (ASGI) counts for the client's address: frameworks read one of them, not always the same.
 
     Only for headers that something before the limit has checked: a client that may send any value
     gets a fresh limit with each. For API keys that your own code checks, see "Keys" in docs/web.md.
@@ -278,6 +279,8 @@ def header(
         value = request.header(name)
         if not value:
             return missing(request)
+        if request.repeats(name):  # one that was checked, say, and one that is new each time
+            return client_address(request)
         if hashed:
             raw = value.encode("utf-8", "surrogatepass")
             value = hashlib.blake2b(raw, digest_size=16, key=code).hexdigest()

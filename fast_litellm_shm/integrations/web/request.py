@@ -7,7 +7,14 @@ from typing import Any
 
 from fast_litellm_shm.integrations.web.paths import Readings, read
 
+_SOCKET = "WEBSOCKET"
 _WITHOUT_PREFIX = ("CONTENT_TYPE", "CONTENT_LENGTH")  # of the headers in a WSGI environ
+
+
+def _verb(said: str) -> str:
+    """A client may call a method of its own WEBSOCKET: it is none to rules for websockets."""
+    found = said.upper()
+    return found.lower() if found == _SOCKET else found
 
 
 class Request:
@@ -38,6 +45,11 @@ class Request:
         """The header's value; of several lines all, joined by ``, ``; None: there is none."""
         raise NotImplementedError
 
+    def repeats(self, name: str) -> bool:
+        """Does the header have several lines, of which who reads it may take any? In WSGI never:
+        the server has made one of them."""
+        return False
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.method} {self.path!r} from {self.client!r})"
 
@@ -53,7 +65,7 @@ class AsgiRequest(Request):
         kept = scope.get("raw_path") or b""
         kept = kept.decode("latin-1").partition("?")[0] if b"%2" in kept else ""
         super().__init__(
-            scope.get("method", "WEBSOCKET").upper(),
+            _verb(scope["method"]) if "method" in scope else _SOCKET,
             "",
             (client[0] or None) if client else None,
             scope if raw is None else raw,
@@ -62,10 +74,16 @@ class AsgiRequest(Request):
         )
         self._headers: Iterable[tuple[bytes, bytes]] = scope["headers"]
 
-    def header(self, name: str) -> str | None:
+    def _lines(self, name: str) -> list[bytes]:
         wanted = name.lower().encode("latin-1", "replace")
-        found = [value for each, value in self._headers if each.lower() == wanted]
+        return [value for each, value in self._headers if each.lower() == wanted]
+
+    def header(self, name: str) -> str | None:
+        found = self._lines(name)
         return b", ".join(found).decode("latin-1") if found else None
+
+    def repeats(self, name: str) -> bool:
+        return len(self._lines(name)) > 1
 
 
 class WsgiRequest(Request):
@@ -81,7 +99,7 @@ class WsgiRequest(Request):
             for each in ("SCRIPT_NAME", "PATH_INFO")
         )
         super().__init__(
-            environ["REQUEST_METHOD"].upper(),
+            _verb(environ["REQUEST_METHOD"]),
             "",
             environ.get("REMOTE_ADDR") or None,
             environ,
