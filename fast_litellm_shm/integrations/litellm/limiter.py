@@ -416,7 +416,7 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
         self._guarded("ending an attempt", self._logged, kwargs, response_obj, False)
 
 
-# LiteLLM tells a class with this in its name of each answer, whatever a client says: with "no-log" in
-# its body, answers were told to no other, and its streams counted as the estimates.
+# LiteLLM tells a class with this in its name of each answer. Of a request that has "no-log" in its
+# body it tells no other: streams would count as their estimates.
 SharedLimiter.__name__ = "_PROXY_SharedLimiter"
 limiter = SharedLimiter()
