@@ -3,6 +3,7 @@ what others need."""
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from support.names import left_over, remove, unique_name
 from support.proxy import Proxy, proxy
 from support.upstream import Upstream, serving
-from support.waiting import PATIENCE
+from support.waiting import PATIENCE, wait_until
 
 pytest.importorskip("litellm.proxy.proxy_server", reason="the proxy's packages are not installed")
 
@@ -89,6 +90,35 @@ def test_a_key_that_has_long_answers_still_begins_several(served: Proxy) -> None
     assert answer.status_code == 200
     slow = says(f"slow: {key}")  # less than 200,000 are left for two
     assert statuses(served.ask_many(2, key, at_once=2, model="upstream", messages=slow)) == {200: 2}
+
+
+# what is told of a request ------------------------------------------------------------------------
+
+
+def test_a_stream_that_asks_not_to_be_logged(served: Proxy) -> None:
+    """Its tokens count all the same."""
+    key = key_of("tpm=100000")
+    options: dict[str, Any] = {"stream": True, "max_tokens": 1, "no-log": True}
+    assert served.ask(key, model="upstream", messages=says("hi"), **options).status_code == 200
+    asked = itertools.count(1)
+    wait_until(
+        "its 30 tokens are booked",
+        lambda: left(served, key, "tokens") == 100_000 - 30 * (1 + next(asked)),
+        every=0.5,
+    )
+
+
+def test_a_number_of_choices_beyond_any(served: Proxy) -> None:
+    """It is guessed from what was learnt, which is a float: beyond any, the guess failed, and what
+    could not be judged passed."""
+    key = key_of("rpm=2-tpm=100000")
+    text = f"hello: {key}"
+    for _ in range(8):  # either worker learns
+        served.ask(key, model="upstream", messages=says(text), n=1)
+    for _ in range(8):
+        served.ask(key, model="upstream", messages=says(text), n=10**400)
+    assert Upstream.seen[text] == 2
+    assert "OverflowError" not in served.log()
 
 
 # lists of models ---------------------------------------------------------------------------------
@@ -168,14 +198,25 @@ def test_models_in_a_path(served: Proxy, path: str) -> None:
 # retries and fallbacks ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("asked", ["num_retries", "max_retries", "header"])
+POLICY = {"model_group_retry_policy": {"upstream": {"InternalServerErrorRetries": 6}}}
+RETRIED: dict[str, dict[str, Any]] = {
+    "num_retries": {"num_retries": 6},
+    "max_retries": {"max_retries": 6},
+    "policy": POLICY,
+    "override": {"router_settings_override": {"num_retries": 6}},
+    "policy in override": {"router_settings_override": POLICY},
+    "header": {},
+}
+
+
+@pytest.mark.parametrize("asked", RETRIED)
 def test_retries_that_a_client_asks_for(served: Proxy, asked: str) -> None:
     """They are requests, but for those that the operator's router would make by itself."""
     key = key_of("rpm=3")
     text = f"fail always: {key}"
-    headers, more = ({"x-litellm-num-retries": "6"}, {}) if asked == "header" else ({}, {asked: 6})
+    headers = {"x-litellm-num-retries": "6"} if asked == "header" else {}
     for _ in range(4):
-        served.ask(key, model="upstream", messages=says(text), headers=headers, **more)
+        served.ask(key, model="upstream", messages=says(text), headers=headers, **RETRIED[asked])
     assert 2 <= Upstream.seen[text] <= 3 * (1 + RETRIES)
 
 

@@ -42,7 +42,12 @@ from fast_litellm_shm.integrations.litellm.subjects import Subject, of_calls, su
 
 _TOOL_CALL = "call_mcp_tool"
 # With these in its body, or their headers, a client asks for more tries than the router makes.
-_TRIES = ("num_retries", "fallbacks", "context_window_fallbacks", "content_policy_fallbacks")
+_TRIES = (
+    *("num_retries", "fallbacks", "context_window_fallbacks", "content_policy_fallbacks"),
+    "model_group_retry_policy",
+)
+# Its body may have them in here too; what a key's or team's own router settings say stands there.
+_OVERRIDE = "router_settings_override"
 _OURS_NOT = frozenset({"acreate_batch", "create_batch"})  # LiteLLM counts the requests in its file
 
 # The call of a request; False where it was denied: its hooks must not find another call of its id.
@@ -91,13 +96,28 @@ def _count_tries(call: Call, data: dict[str, Any]) -> None:
     """Where the client has a say in how often each call is tried: tries that the router would not
     make by itself count as requests, and it may ask for as many as it has left. (LiteLLM waits
     between tries: one that is denied would not end the request.)"""
-    if not any(name in data for name in _TRIES):
+    override = data.get(_OVERRIDE)
+    asked = [data, dict(override)] if isinstance(override, Mapping) else [data]
+    if not any(name in each for each in asked for name in _TRIES):
         return
     free = _retries()
     call.free = call.guess.made.calls * (1 + free)
-    asked, left = data.get("num_retries"), call.held.requests_left()
-    if isinstance(asked, int) and left is not None:
-        data["num_retries"] = min(asked, max(free, left))
+    left = call.held.requests_left()
+    if left is None:
+        return
+    for each in asked:
+        for name in ("num_retries", "model_group_retry_policy"):
+            if name in each:
+                each[name] = _at_most(each[name], max(free, left))
+    if len(asked) > 1:
+        data[_OVERRIDE] = asked[1]
+
+
+def _at_most(tries: Any, most: int, depth: int = 2) -> Any:
+    """A number of tries; of a retry policy, those of each group and error."""
+    if isinstance(tries, Mapping) and depth:
+        return {name: _at_most(n, most, depth - 1) for name, n in tries.items()}
+    return min(tries, most) if isinstance(tries, int) else tries
 
 
 def _tenant(auth: Any) -> str | None:
@@ -396,4 +416,7 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
         self._guarded("ending an attempt", self._logged, kwargs, response_obj, False)
 
 
+# LiteLLM tells a class with this in its name of each answer. Of a request that has "no-log" in its
+# body it tells no other: streams would count as their estimates.
+SharedLimiter.__name__ = "_PROXY_SharedLimiter"
 limiter = SharedLimiter()

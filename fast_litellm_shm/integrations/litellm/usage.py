@@ -112,7 +112,9 @@ def _output(data: Mapping[str, Any]) -> int | None:
 def _choices(data: Mapping[str, Any]) -> int:
     """How many outputs one call has: ``n`` (or ``best_of``) for each prompt of a list."""
     wanted = (data.get("n"), data.get("best_of"))
-    found = max((n for n in wanted if isinstance(n, int)), default=1)
+    found = min(
+        max((n for n in wanted if isinstance(n, int)), default=1), _MOST
+    )  # no float is more
     prompts = data.get("prompt")
     if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int):
         return max(found, 1) * len(prompts)
