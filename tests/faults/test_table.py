@@ -79,7 +79,8 @@ def test_a_neighbour_takes_all_places(segment_name: str) -> None:
         assert found["rates"] == 1000
         assert found["permit"].startswith("SegmentFullError: ") and lock in found["permit"]
         assert f"1 of {TABLE} are living processes" in found["permit"]
-        assert held and permits.in_flight("k") == 1  # nobody is taken for dead
+        assert permits.in_flight("k") == 1  # nobody is taken for dead
+    assert held and held.release()
     assert world.in_child(_takes, segment_name)
 
 
