@@ -103,6 +103,16 @@ static void admit_same_users(const fshm_segment *s, int fd, const struct stat *l
   if ((lock->st_mode & 07777) != mode) (void)fchmod(fd, mode);
 }
 
+/* May whoever owns this file write the segment? Who may only read that knows the file's name, and can make it before any
+ * member does. His locks would then be believed. (A file gets a group only by a member of it.) */
+static bool by_a_writer(const fshm_segment *s, const struct stat *lock) {
+  struct stat segment;
+  if (lock->st_uid == geteuid() || !lock->st_uid) return true;
+  if (stat(s->path, &segment)) return false;
+  return lock->st_uid == segment.st_uid || (segment.st_mode & 0002) ||
+         ((segment.st_mode & 0020) && lock->st_gid == segment.st_gid);
+}
+
 /* An empty lock file that admits whom the segment admits before it has a name: a maker that is killed shuts
  * nobody out. Where unnamed files are not to be had, it is made under its name. -1: there is one. */
 static int make_lock_file(const fshm_segment *s, const char *path, int flags) {
@@ -147,6 +157,7 @@ static int open_lock_file(fshm_segment *s, struct stat *st) {
   known = load_relaxed(&s->header->lock_file);
   /* A hard link is somebody else's file, and one without a name was deleted just now. */
   if (!wrong && !known && (!S_ISREG(st->st_mode) || st->st_nlink != 1)) wrong = ESTALE;
+  if (!wrong && !known && !by_a_writer(s, st)) wrong = EPERM;
   if (!wrong && !known &&
       atomic_compare_exchange_strong_explicit(&s->header->lock_file, &known, st->st_ino,
                                               memory_order_relaxed, memory_order_relaxed))

@@ -159,9 +159,17 @@ class SharedLimits(Core):
                 f"({self._segment.geometry().limiters}); use fewer names, or a larger capacity"
             )
         if status == lib.FSHM_E_PROCESSES:
+            geometry, living = self._segment.geometry(), len(self._segment.processes())
+            if living < geometry.processes // 2:  # and not that some have joined or gone meanwhile
+                raise exceptions.SegmentFullError(
+                    f"{where}: no place in the segment's process table is free, though {living} of "
+                    f"{geometry.processes} are living processes, and a permit needs an owner in "
+                    f"it; something else has locked {self._segment.path}."
+                    f"{geometry.instance:016x}.lock: `lslocks` tells what, end that"
+                )
             raise exceptions.SegmentFullError(
                 f"{where}: the segment's process table is full "
-                f"({self._segment.geometry().processes} living processes), and a permit needs "
+                f"({geometry.processes} living processes), and a permit needs "
                 "an owner in it; use fewer processes for one segment"
             )
         if status == lib.FSHM_E_LOCK_FILE:

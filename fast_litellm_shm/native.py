@@ -193,5 +193,10 @@ def raise_segment_error(error: Any, doing: str) -> NoReturn:
         lib.FSHM_E_MEMORY: (exceptions.SegmentError, _why_no_memory(error, system)),
     }
     other = why_no_descriptor(error.sys_errno) or f"unexpected error {error.code}{system}"
+    if error.sys_errno == errno.EAGAIN:
+        other = (
+            "another process has a lease on it (F_SETLEASE), which the kernel ends within "
+            "/proc/sys/fs/lease-break-time seconds; `lslocks` tells whose it is; try again"
+        )
     kind, text = cases.get(error.code, (exceptions.SegmentError, other))
     raise kind(f"cannot {doing} segment {path}: {text}")

@@ -188,6 +188,11 @@ class Segment:
                 f"its lock file {path} is a symbolic link, which is never followed; find out who "
                 f"made it; {renew}",
             ),
+            errno.EPERM: (
+                exceptions.SegmentOwnerError,
+                f"its lock file {path} was made by a user who may not write the segment, so it "
+                "tells nothing of who is alive; find out who made it, and remove it",
+            ),
             errno.EACCES: (
                 exceptions.SegmentPermissionError,
                 f"its lock file {path} cannot be opened by uid {os.geteuid()} ({system}), "

@@ -85,6 +85,20 @@ def test_other_limiters_and_keys_that_were_there(
     assert len(caplog.records) == 1
 
 
+def test_two_floods_one_after_the_other(segment_name: str) -> None:
+    """They leave others one place in each region, and no more."""
+    segment = Segment(segment_name, capacity=4000)
+    for name in "ab":
+        flooded = RateLimiter(Window(N, 3600), name=name, segment=segment)
+        for i in range(30000):
+            flooded.is_allowed(f"{name}{i}")
+    third = RateLimiter(Window(N, 3600), name="third", segment=segment)
+    answers = [[third.acquire(f"c{i}") for _ in range(N + 2)] for i in range(100)]
+    alone = sum(not each[0].shared for each in answers)
+    assert 50 < alone < 100, alone
+    assert max(sum(map(bool, each)) for each in answers) == N
+
+
 @pytest.fixture
 def full(segment_name: str) -> Segment:
     """A segment that has no room for any key more."""

@@ -236,6 +236,9 @@ def _unlink(paths: list[str]) -> int:
             removed += 1
         except FileNotFoundError:
             continue  # went with the segment
+        except OSError as error:  # a folder, or another user's: anybody can make files there
+            shown = render.escaped(path)
+            print(f"fast-shm: cannot remove {shown}: {error.strerror}", file=sys.stderr)
     return removed
 
 

@@ -17,7 +17,7 @@ from fast_litellm_shm.segment import Segment
 
 # A lock file or a segment that was being made, not a segment (its name may well end in ".lock").
 _HELPER = re.compile(r"\.[0-9a-f]{16}\.(lock|tmp)$")
-_SEGMENT = re.compile(r"fast_litellm_shm\.([0-9]+)\.(.+)", re.DOTALL)
+_SEGMENT = re.compile(r"fast_litellm_shm\.([0-9]{1,6})\.(.+)", re.DOTALL)
 _WORDS: dict[type[exceptions.SegmentError], str] = {
     exceptions.SegmentClockError: "outdated",
     exceptions.SegmentDamagedError: "damaged",

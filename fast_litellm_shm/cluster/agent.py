@@ -18,7 +18,7 @@ from fast_litellm_shm.cluster import booking
 from fast_litellm_shm.cluster import link as links
 from fast_litellm_shm.cluster.beat import renew
 from fast_litellm_shm.handle import SharedLimits
-from fast_litellm_shm.inspection import LEASED, NOTE
+from fast_litellm_shm.inspection import HELD, LEASED, NOTE
 from fast_litellm_shm.limits import Granted
 from fast_litellm_shm.native import ffi, lib, owned
 from fast_litellm_shm.segment import Segment
@@ -242,7 +242,8 @@ class Agent:
         from fast_litellm_shm.cluster.wallet import Wallet
 
         if limiter not in self._wallets:
-            if not self._has(limiter):
+            # A name of a limiter that counts here alone makes no wallet: any host can tell it.
+            if not self._has(limiter + HELD.encode()):
                 return None
             shared = self._shared(SharedLimits, limiter)
             self._wallets[limiter] = Wallet(shared, self.link.cluster)

@@ -132,6 +132,25 @@ def test_rm_of_an_unused_segment(fast_shm: Command, segment_name: str) -> None:
     assert left_over(segment_name) == []
 
 
+def test_rm_where_others_left_files(fast_shm: Command, segment_name: str) -> None:
+    """What cannot be removed is named; everything else is removed."""
+    Segment(segment_name, capacity=10)
+    path = path_of(segment_name)
+    folder, later = f"{path}.0123456789abcdef.lock", f"{path}.ffffffffffffffff.lock"
+    os.mkdir(folder)
+    with open(later, "wb"):
+        pass
+    try:
+        done = fast_shm("rm", "--name", segment_name)
+        assert done.returncode == 0 and "Removed segment" in done.stdout
+        assert f"cannot remove {folder}: Is a directory" in done.stderr
+        assert not os.path.exists(path) and not os.path.exists(later)
+        done = fast_shm("rm", "--name", segment_name)
+        assert "removed 0 left-over file(s)" in done.stdout and folder in done.stderr
+    finally:
+        os.rmdir(folder)
+
+
 def test_rm_of_a_used_segment(fast_shm: Command, workers: list[int], segment_name: str) -> None:
     done = fast_shm("rm", "--name", segment_name)
     assert done.returncode == 1 and "--yes" in done.stderr

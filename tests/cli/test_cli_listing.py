@@ -49,6 +49,18 @@ def test_name_that_ends_like_a_lock_file(fast_shm: Command, segment_name: str) -
         segment.remove()
 
 
+def test_a_layout_that_is_no_number_of_ours(fast_shm: Command, segment_name: str) -> None:
+    """A file of anybody's made the table hundreds of columns wide."""
+    path = path_of(segment_name).replace(f".{LAYOUT}.", f".{'9' * 150}.", 1)
+    with open(path, "wb"):
+        pass
+    try:
+        assert segment_name not in fast_shm("ls").stdout
+        assert segment_name not in fast_shm("ls", "--json").stdout
+    finally:
+        os.unlink(path)
+
+
 def test_what_cannot_be_read(fast_shm: Command, segment_name: str) -> None:
     with open(path_of(segment_name), "wb") as file:
         file.write(b"not a segment")

@@ -25,6 +25,7 @@ from fast_litellm_shm import (
     monitoring,
 )
 from fast_litellm_shm.cluster import Cluster, agent
+from fast_litellm_shm.inspection import Inspection
 from fast_litellm_shm.limits import AnyLimit
 
 __all__ = ["meter"]  # the fixture
@@ -326,6 +327,31 @@ def test_junk_that_is_told_to_hosts(
 
         wait_until("what one does not use comes back", all_is_used, every=0.0001)
         assert _connections(limits_server) - heard < 10
+    assert not [each for each in caplog.records if each.exc_info]
+
+
+def test_limiters_that_are_not_over_hosts_are_recalled(
+    limits_server: servers.Server, segment: Segment, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A message that names one made a wallet for it, or ended the leader's connection."""
+    cluster = Cluster(url_of(limits_server), on_outage="deny", timeout=servers.SLOWEST)
+    api = RateLimiter(Window(1000, HOUR), name="api", segment=segment, cluster=cluster)
+    RateLimiter(Window(1000, HOUR), name="alone", segment=segment, cluster=False)
+    ConcurrencyLimiter(3, name="gpu", segment=segment, cluster=False)
+    assert api.acquire("key") and api.acquire("spare")
+    wait_until("it is heard", lambda: agent.hosts(segment) == 1)
+    before = {each["name"] for each in Inspection(segment).limiters()}
+    heard = _connections(limits_server)
+    with hostile(limits_server) as client, caplog.at_level(logging.WARNING, "fast_litellm_shm"):
+        for name in ("alone", "gpu", "api (wallet)", "api (refused)", "(cluster)") * 3:
+            client.publish("fast-shm:recall", packed(["m", name, "key"]))
+            client.publish("fast-shm:recall", packed(["p", name, "key", "1", "1"]))
+        # in order: who has heard this has heard those before
+        client.publish("fast-shm:recall", packed(["m", "api", "spare"]))
+        assert api._wallet is not None
+        wait_until("it gives back", lambda: not any(api._wallet.look(b"spare")[0]))
+        assert _connections(limits_server) - heard < 3
+    assert {each["name"] for each in Inspection(segment).limiters()} == before
     assert not [each for each in caplog.records if each.exc_info]
 
 

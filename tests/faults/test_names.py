@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import signal
 import socket
 import stat
 from pathlib import Path
@@ -80,6 +82,24 @@ def test_another_layout_beside(segment_name: str) -> None:
         assert Path(old).read_bytes() == b"an older layout"
     finally:
         os.unlink(old)
+
+
+def _make(name: str) -> None:
+    Segment(name, capacity=100)
+
+
+def test_a_lease_on_the_segment(segment_name: str) -> None:
+    """A neighbour's, who is asked to give it up: nobody waits for that, and it is said."""
+    world.in_child(_make, segment_name)
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
+    try:
+        with open(path_of(segment_name), "rb+") as file:
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            said = world.failure(Segment, segment_name, create=False)
+            assert said.startswith("SegmentError: ") and "has a lease on it" in said
+    finally:
+        signal.signal(signal.SIGIO, before)
+    assert _limiter(Segment(segment_name, create=False)).is_allowed("k")
 
 
 # At the lock file's name -------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from support import world
 from support.names import left_over
 
 from fast_litellm_shm import ConcurrencyLimiter, RateLimiter, Segment, Window
+from fast_litellm_shm.inspection import open_for_reading
 from fast_litellm_shm.segment import path_of
 
 ANN, BOB, EVE, GROUP = 12345, 12346, 12347, 12350
@@ -110,8 +111,35 @@ def test_permits_of_the_other_users_killed_process(segment_name: str, killed_fir
     assert os.stat(lock).st_mode & 0o777 == 0o660
 
 
-def _make(name: str) -> None:
-    Segment(name, capacity=100, mode=0o660)
+def _plants_a_lock_file(name: str) -> None:
+    segment = open_for_reading(name, True)  # which tells what the lock file will be called
+    lock = f"{segment.path}.{segment.geometry().instance:016x}.lock"
+    os.umask(0)
+    os.close(os.open(lock, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))
+
+
+def _asks_by_it(name: str) -> list[Any]:
+    segment = Segment(name, allow_other_owner=True)
+    rates = sum(_limiter(segment).is_allowed("k") for _ in range(60))
+    return [rates, world.failure(_permits(segment).acquire, "k"), segment.liveness_unknown]
+
+
+@pytest.mark.parametrize("victim", [ANN, 0])
+def test_a_lock_file_that_a_reader_made(segment_name: str, victim: int) -> None:
+    """By its locks he said who lives, and kept everybody out of the process table."""
+    world.in_child(_as, ANN, (ANN,), _make, segment_name, 0o644)
+    world.in_child(_as, EVE, (EVE,), _plants_a_lock_file, segment_name)
+    lock = next(path for path in left_over(segment_name) if path.endswith(".lock"))
+    rates, permit, unknown = world.in_child(_as, victim, (victim,), _asks_by_it, segment_name)
+    assert rates == 50
+    assert permit.startswith("SegmentOwnerError") and lock in permit and lock in unknown
+    assert (os.stat(lock).st_uid, os.stat(lock).st_mode & 0o777) == (EVE, 0o666)  # left alone
+    os.unlink(lock)
+    assert world.in_child(_as, ANN, (ANN,), _look, segment_name) == [0, True, None]
+
+
+def _make(name: str, mode: int = 0o660) -> None:
+    Segment(name, capacity=100, mode=mode)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")

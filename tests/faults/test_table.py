@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
+import struct
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from support.children import run, run_one
 from fast_litellm_shm import ConcurrencyLimiter, RateLimiter, Segment, Window
 
 TABLE = 256
+F_OFD_SETLK = 37  # fcntl has it from Python 3.12 on
 
 
 def _limiter(segment: Segment) -> RateLimiter:
@@ -59,6 +62,26 @@ def test_one_more_than_the_table_holds(segment_name: str) -> None:
         seen = run_one(_seen, segment_name, method="fork")
         assert seen == (TABLE - 2, {*pids} - {pids[0], pids[100]})
     assert run_one(_seen, segment_name, method="fork") == (0, set())
+
+
+def test_a_neighbour_takes_all_places(segment_name: str) -> None:
+    """By locks on the lock file, which he may open as the workers do."""
+    segment = Segment(segment_name, capacity=100)
+    permits = _permits(segment)
+    held = permits.acquire("k")
+    lock = f"{segment.path}.{segment.geometry().instance:016x}.lock"
+    with open(lock, "rb+") as file:
+        for byte in range(2 * TABLE):
+            with contextlib.suppress(OSError):
+                place = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+                fcntl.fcntl(file, F_OFD_SETLK, place)
+        found = world.in_child(_one_too_many, segment_name)
+        assert found["rates"] == 1000
+        assert found["permit"].startswith("SegmentFullError: ") and lock in found["permit"]
+        assert f"1 of {TABLE} are living processes" in found["permit"]
+        assert permits.in_flight("k") == 1  # nobody is taken for dead
+    assert held and held.release()
+    assert world.in_child(_takes, segment_name)
 
 
 def _seen(name: str) -> tuple[int, set[int]]:
