@@ -348,8 +348,9 @@ def test_limiters_that_are_not_over_hosts_are_recalled(
             client.publish("fast-shm:recall", packed(["p", name, "key", "1", "1"]))
         # in order: who has heard this has heard those before
         client.publish("fast-shm:recall", packed(["m", "api", "spare"]))
-        assert api._wallet is not None
-        wait_until("it gives back", lambda: not any(api._wallet.look(b"spare")[0]))
+        wallet = api._wallet
+        assert wallet is not None
+        wait_until("it gives back", lambda: not any(wallet.look(b"spare")[0]))
         assert _connections(limits_server) - heard < 3
     assert {each["name"] for each in Inspection(segment).limiters()} == before
     assert not [each for each in caplog.records if each.exc_info]
