@@ -194,7 +194,9 @@ static void inspect(scene_t *scene) {
   CHECK_OP(fshm_live_cells(s, live, 0), <=, s->cell_count);
   free(live);
   CHECK_OP(fshm_key_name(s, cell, text, sizeof text, &length), >=, 0);
+  const uint64_t numbers[FSHM_MAX_LIMITS] = {1, 1, 1, 1};
   CHECK_OP(fshm_peek_cell(s, cell, 0, &d), >=, 0);
+  CHECK_OP(fshm_peek_numbered(s, cell, numbers, 0, &d), >=, 0);
   CHECK_OP(fshm_permit_at(s, cell, &permit), >=, 0);
   CHECK_OP(fshm_limiter_at(s, (uint32_t)random_below(4), &limiter), >=, 0);
   CHECK_EQ(fshm_process_at(s, (uint32_t)random_below(PROCESSES), &process), FSHM_OK);
@@ -233,6 +235,11 @@ static void open_and_close(scene_t *scene) {
   }
   fshm_limiter_close(l);
   CHECK_EQ(fshm_limiter_open_beside(s, "l (beside)", 10, forced_limits, 1, &beside), FSHM_OK);
+  fshm_limiter_share(beside, 1);
+  const uint64_t numbers[FSHM_MAX_LIMITS] = {1, 1, 1, 1};
+  const int numbered = fshm_limiter_number(beside, numbers, 1);
+  CHECK(numbered == FSHM_OK || numbered == FSHM_E_ARGUMENT);
+  (void)fshm_is_allowed(beside, "k", 1);
   fshm_limiter_close(beside);
   fshm_process_note(s, (uint32_t)random_below(1000));
   /* One at a time: two could remove another than they looked at, and leave that one's lock file. */

@@ -71,6 +71,10 @@ static void memoize(fshm_segment *s, const char *text) {
   fshm_memo_put(s, encoding, text, length, length);
   int64_t count = fshm_memo_get(s, encoding, text, length);
   CHECK(count == -1 || count == (int64_t)length);
+  const uint64_t tenants = fshm_memo_tenant(s, encoding, "t", 1);
+  fshm_memo_put(s, tenants, text, length, length + 1);
+  count = fshm_memo_get(s, tenants, text, length);
+  CHECK(count == -1 || count == (int64_t)length + 1);
   fshm_memo_hash(s, encoding, &length, sizeof length, hash);
   fshm_memo_keep(s, hash, length + 1);
   count = fshm_memo_known(s, hash);

@@ -164,6 +164,17 @@ static void look_in(user_t *u, uint64_t at) {
   if (fshm_key_name(s, cell, name.bytes, 8, &length)) MUST(length <= 8 || length == 201);
   MUST(name.after == FENCE);
   if (fshm_peek_cell(s, cell, at, &d) == FSHM_OK) check_decision(u, &d);
+  const uint64_t numbers[FSHM_MAX_LIMITS] = {1 + at % 5, at & 1, 1, at & 2};
+  if (fshm_peek_numbered(s, cell, numbers, at, &d) == FSHM_OK) check_decision(u, &d);
+  fshm_limiter *numbered;
+  const char *of = limiter_names[at % LIMITERS];
+  if (fshm_limiter_find(s, of, strlen(of), &numbered) == FSHM_OK) {
+    status = fshm_limiter_number(numbered, numbers, 1 + (uint32_t)at % FSHM_MAX_LIMITS);
+    MUST(status == FSHM_OK || status == FSHM_E_ARGUMENT || status == FSHM_E_DAMAGED);
+    uint64_t left[FSHM_MAX_LIMITS];
+    MUST(fshm_remaining(numbered, "k", 1, at, left) <= FSHM_MAX_LIMITS);
+    fshm_limiter_close(numbered);
+  }
   const fshm_limit counted = {1 + at % 50, UINT64_C(1) << (10 + at % 30), 0,
                               at & 1 ? FSHM_WINDOW : FSHM_SLIDING, 0};
   if (fshm_peek_counted(s, cell, &counted, at & 1 && at & 2, at, &d) == FSHM_OK)

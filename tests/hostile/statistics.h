@@ -58,6 +58,8 @@ static void use_memo(user_t *u, uint64_t n, unsigned what) {
   int64_t count = fshm_memo_get(u->s, encoding, text, length);
   MUST(count >= -1 && count < 1 << 24);
   fshm_memo_put(u->s, encoding, text, length, what & 1 ? n : what);
+  const uint64_t tenants = fshm_memo_tenant(u->s, encoding, text, length);
+  fshm_memo_put(u->s, tenants, text, length, what);
   if (what & 2) fshm_memo_hash(u->s, encoding, text, length, hash);
   count = fshm_memo_known(u->s, hash);
   MUST(count >= -1 && count < 1 << 24);
