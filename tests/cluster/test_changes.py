@@ -263,6 +263,10 @@ class Counters:
         left = [each for each in self.known if each.tokens]
         for candidates, alike in ((self.now, True), (left, True), (self.now, False)):
             for i, limit in enumerate(limits):
+                # Of several that are there no more, which one is the script's to say.
+                gone = [e for e in left if e not in self.now and e not in found.values()]
+                unclear = candidates is left and sum(e.alike(limit) for e in gone) > 1
+                assume(not unclear or i in found)
                 for each in candidates:
                     free = i not in found and each not in found.values()
                     without = sum(one not in found.values() for one in self.now)
