@@ -163,9 +163,9 @@ FAULTS: tuple[Fault, ...] = (
         "limiter.c",
         (
             (
-                "    if (ours && (before.who == l->who || !before.who)) {\n"
+                "    if (!shared && ours && (before.who == l->who || !before.who)) {\n"
                 "      found.who = l->who;\n",
-                "    if (ours) {\n      found.who = before.who ? before.who : l->who;\n",
+                "    if (!shared && ours) {\n      found.who = before.who ? before.who : l->who;\n",
             ),
         ),
         "test_turns",
