@@ -356,9 +356,8 @@ static void place_rules(const limiter_entry_t *e, const rule_t *present, uint32_
           if (present[k].place < PLACES && !(taken >> present[k].place & 1) && (round || same))
             place = present[k].place;
         }
-      } else if (
-          round ==
-          1) { /* the same limit, that was there before; if all the present ones have heirs */
+      } else if (round == 1) {
+        /* The same limit, that was there before; if all the present ones have heirs. */
         if (__builtin_popcount(left) <= __builtin_popcount(there & ~taken)) break;
         for (uint32_t k = 0; k < known; k++) {
           bool same = used[k].kind == rules[i].kind && used[k].per == rules[i].per;
@@ -506,19 +505,22 @@ static COLD unsigned last_rules(const sweep_t *w) {
   return slots;
 }
 
-/* A rule is freed that buckets may have drained by: charges of before may be given back later (limits_pace_since). Killed
- * in between: a pace that is said, of a rule that is still there. */
-static COLD void note_freed(limiter_entry_t *e, unsigned slot, uint64_t version) {
+/* A rule is to be freed that buckets may have drained by: charges of before may be given back later (limits_pace_since).
+ * Killed in between: a pace that is said, of a rule that is still there. False: others write these words all the time. */
+static COLD bool note_freed(limiter_entry_t *e, unsigned slot, uint64_t version) {
   rule_t rule;
   uint64_t owner;
-  if (!read_used(e, slot, &rule, &owner) || rule.kind != FSHM_BUCKET || !rule_sane(&rule)) return;
+  if (!read_used(e, slot, &rule, &owner) || rule.kind != FSHM_BUCKET || !rule_sane(&rule))
+    return true;
   const uint64_t pace = bucket_pace(&rule);
   uint64_t seen = load_relaxed(&e->freed_pace);
-  while ((!seen || pace < seen) && !atomic_compare_exchange_weak(&e->freed_pace, &seen, pace)) {
-  }
+  int tries = 0;
+  while ((!seen || pace < seen) && !atomic_compare_exchange_strong(&e->freed_pace, &seen, pace))
+    if (++tries == MAX_TRIES) return false;
   seen = load_relaxed(&e->freed_version);
-  while (seen < version && !atomic_compare_exchange_weak(&e->freed_version, &seen, version)) {
-  }
+  while (seen < version && !atomic_compare_exchange_strong(&e->freed_version, &seen, version))
+    if (++tries == MAX_TRIES) return false;
+  return true;
 }
 
 uint64_t limits_pace_since(const fshm_segment *s, uint32_t index, unsigned place,
@@ -549,7 +551,7 @@ static COLD unsigned free_slots(const sweep_t *w, uint64_t set, uint64_t version
     uint64_t owner = load_relaxed(&e->owners[slot]);
     if (!(owner & RULE_USED) || (owner & ~RULE_USED) > version) continue;
     if (named >> slot & 1 || w->labels[slot]) continue;
-    note_freed(e, slot, version);
+    if (!note_freed(e, slot, version)) continue;
     freed += atomic_compare_exchange_strong_explicit(&e->owners[slot], &owner, 0,
                                                      memory_order_release, memory_order_relaxed);
   }
