@@ -17,6 +17,7 @@ typedef struct {
   int done; /* it has answered; what follows is whole */
   int status;
   uint64_t number;
+  uint32_t pid; /* of the process that joined */
   const void *mapping; /* where T has the segment, if S has not opened it; and its size */
   uint64_t mapped;
   fshm_decision decision;

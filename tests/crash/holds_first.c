@@ -23,6 +23,7 @@ static void run_first_join(outcome_t *out) {
   if (!attach_here()) return;
   out->status = process_identity(opened, &slot, &generation) ? FSHM_OK : process_refusal(opened);
   out->number = slot;
+  out->pid = (uint32_t)getpid();
 }
 
 /* The lock file that others would open is the one that the header names. */
@@ -37,7 +38,8 @@ static void check_lock_file(void) {
 
 static bool t_lives;
 
-/* Those who are here: S, `others` of its children, and T, which has joined at the latest when it says so. */
+/* Those who are here: S, `others` of its children, and T, which has joined at the latest when it says so. When T is
+ * dead, its slot may be another's: a child may come to the same one by its pid. */
 static bool right_ones_live(int others) {
   fshm_process_info info;
   int living = 0;
@@ -45,7 +47,7 @@ static bool right_ones_live(int others) {
   for (uint32_t i = 0; i < PROCESSES; i++) {
     if (fshm_process_at(opened, i, &info) != FSHM_OK) return false;
     living += info.alive != 0; /* FSHM_ALIVE_BY_LOCK too */
-    t_seen |= info.alive && told->done && i == told->number;
+    t_seen |= info.alive && told->done && i == told->number && info.pid == told->pid;
   }
   living -= 1 + others;
   return t_lives && !told->done ? living == 0 || living == 1
