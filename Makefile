@@ -12,13 +12,13 @@ QEMU       ?= qemu-aarch64
 # PYTEST_ARGS: more for every run of the tests, as .ci/run has.
 PYTEST      = $(VENV)/bin/python -m pytest -q $(PYTEST_ARGS)
 PIP         = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
-C_SOURCES   = $(wildcard csrc/*.[ch]) csrc/cflags csrc/hardening
+C_SOURCES   = $(wildcard csrc/*.[ch] csrc/*/*.[ch]) csrc/cflags csrc/hardening
 C_WARNINGS  = -Wall -Wextra
 # What is shipped: csrc/hardening, and what only some compilers and linkers take (csrc/build.py has the same).
 TAKEN_BY_CC = $(shell for f in $(1); do $(CC) $$f -Werror -shared -fPIC -x c /dev/null -o /dev/null 2>/dev/null && echo $$f; done)
 HARDENED    = @csrc/hardening $(call TAKEN_BY_CC,-fcf-protection=return -Wl$(comma)-z$(comma)relro$(comma)-z$(comma)now$(comma)-z$(comma)noexecstack)
 C_TESTS     = $(patsubst tests/c/%.c,%,$(wildcard tests/c/*.c))
-C_FORMATTED = $(wildcard csrc/*.[ch] $(patsubst %,tests/%/*.[ch],c c/faults crash hostile linear peers) bench/*.c examples/*.c)
+C_FORMATTED = $(wildcard csrc/*.[ch] csrc/*/*.[ch] $(patsubst %,tests/%/*.[ch],c c/faults crash hostile linear peers) bench/*.c examples/*.c)
 # Of each: all of csrc, and what is beside it.
 C_PROGRAMS  = $(wildcard tests/hostile/*.c tests/linear/*.c) tests/crash/main.c
 
@@ -42,7 +42,7 @@ test: test-c test-py ## run all tests: C, then Python
 
 # What loads LiteLLM or encodings runs apart: a fork of a process that has them takes five times as long, and
 # the others fork a lot.
-LOADED = $(addprefix tests/,acceleration integrations test_encoding.py test_prices.py test_token_batch.py test_tokens.py)
+LOADED = $(addprefix tests/,drop_in integrations/litellm tokens)
 APART  = $(addprefix tests/,browser cluster faults freethreaded hostile litellm_proxy peers spellings) # have targets of their own
 test-py: $(VENV)/.test
 	$(PYTEST) -n auto $(patsubst %,--ignore=%,$(APART) $(LOADED))
@@ -55,7 +55,7 @@ test-limits: ## run the tests of limits' own repository that are about storages 
 	@$(MAKE) --no-print-directory VENV=$(VENV)-limits limits-upstream
 
 limits-upstream: $(VENV)/.limits-tests
-	PYTHONPATH=tests $(VENV)/bin/python -m integrations_limits.upstream -q
+	PYTHONPATH=tests $(VENV)/bin/python -m integrations.limits.upstream -q
 
 test-peers: test-limits ## run the peers' own tests against this package (fetched from PyPI); SUITES='flask-limiter slowapi'
 	@$(MAKE) --no-print-directory VENV=$(VENV)-peers peers-upstream
@@ -78,7 +78,7 @@ spellings: $(VENV)/.spellings-tests
 
 test-litellm: $(VENV)/.test $(VENV)/.litellm-proxy ## run the plugin against LiteLLM's real proxy, 4 workers of either kind
 	$(PYTEST) -n 2 --dist loadscope tests/litellm_proxy
-	$(PYTEST) tests/integrations/test_litellm_calls.py # whose 429 and 503 are the proxy's own
+	$(PYTEST) tests/integrations/litellm/test_calls.py # whose 429 and 503 are the proxy's own
 
 # A copy of the tree, so that the usual build stays as it is. cffi declares from 2.0 on that it needs no GIL, for
 # Python 3.14 and later; for 3.13 there is 1.17, and PYTHON_GIL=0 keeps it off.

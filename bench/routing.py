@@ -15,7 +15,7 @@ from bench import peers
 from bench.result import OURS, REFERENCE, Plot, Result, Row, Settings, asked, ratio
 from bench.timing import Loop, interleaved
 from fast_litellm_shm import AdvancedRouter, get_available_deployment
-from fast_litellm_shm.routing import STRATEGIES
+from fast_litellm_shm.routing.router import STRATEGIES
 
 DEPLOYMENTS = 20
 TARGET_PEER, TARGET_PLAIN = 2.0, 1.0

@@ -14,7 +14,8 @@ from collections.abc import Callable
 
 from bench import peers
 from bench.result import OURS, Plot, Ratio, Result, Row, Settings, Values, asked, ratio
-from fast_litellm_shm import EncodingUnavailableError, SimpleTokenCounter, encoding
+from fast_litellm_shm import EncodingUnavailableError, SimpleTokenCounter
+from fast_litellm_shm.tokens import encoding
 
 MODEL = "gpt-4o"
 SIZES = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)  # characters

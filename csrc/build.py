@@ -48,13 +48,13 @@ ffibuilder = cffi.FFI()
 ffibuilder.cdef(cdef())
 ffibuilder.set_source(
     "fast_litellm_shm._native",
-    '#include "unity.c"\n#include "py_module.c"\n',
+    '#include "unity.c"\n#include "python/py_module.c"\n',
     include_dirs=["csrc"],
     # Relative: setuptools wants it so, and runs in the folder of setup.py.
     depends=[
         "csrc/cflags",
         "csrc/hardening",
-        *sorted(f"csrc/{path.name}" for path in CSRC.glob("*.[ch]")),
+        *sorted(f"csrc/{path.relative_to(CSRC)}" for path in CSRC.rglob("*.[ch]")),
     ],
     # The other one keeps cffi from defining the first itself.
     define_macros=[

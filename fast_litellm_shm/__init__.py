@@ -3,20 +3,15 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fast_litellm_shm.acceleration import (
-    apply_acceleration,
-    get_patch_status,
-    on_import,
-    remove_acceleration,
+from fast_litellm_shm._shared.features import get_feature_status, is_enabled, reset_errors
+from fast_litellm_shm._shared.native import Decision, Permit
+from fast_litellm_shm._shared.performance import (
+    compare_implementations,
+    export_performance_data,
+    get_performance_stats,
+    record_performance,
 )
-from fast_litellm_shm.concurrency import ConcurrencyLimiter
-from fast_litellm_shm.decorators import limited
-from fast_litellm_shm.diagnostics import (
-    NATIVE_AVAILABLE,
-    RUST_ACCELERATION_AVAILABLE,
-    health_check,
-    rust_acceleration_available,
-)
+from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.exceptions import (
     EncodingUnavailableError,
     FastShmError,
@@ -36,17 +31,30 @@ from fast_litellm_shm.exceptions import (
     SegmentSpaceError,
     UnknownModelError,
 )
-from fast_litellm_shm.features import get_feature_status, is_enabled, reset_errors
-from fast_litellm_shm.limiter import Batch, RateLimiter
-from fast_litellm_shm.limits import Limit, SlidingWindow, Window
-from fast_litellm_shm.monitoring import (
-    compare_implementations,
-    export_performance_data,
-    get_performance_stats,
-    record_performance,
+from fast_litellm_shm.fast_litellm.acceleration import (
+    apply_acceleration,
+    get_patch_status,
+    on_import,
+    remove_acceleration,
 )
-from fast_litellm_shm.native import Decision, Permit
-from fast_litellm_shm.pool import (
+from fast_litellm_shm.fast_litellm.simple import (
+    SimpleRateLimiter,
+    check_rate_limit,
+    get_rate_limit_stats,
+)
+from fast_litellm_shm.limiters.concurrency import ConcurrencyLimiter
+from fast_litellm_shm.limiters.decorators import limited
+from fast_litellm_shm.limiters.quota import Admission, Quota
+from fast_litellm_shm.limiters.rate import Batch, RateLimiter
+from fast_litellm_shm.limits import FixedWindow, Limit, SlidingWindow, TokenBucket, Window
+from fast_litellm_shm.metrics.health import (
+    NATIVE_AVAILABLE,
+    RUST_ACCELERATION_AVAILABLE,
+    health_check,
+    rust_acceleration_available,
+)
+from fast_litellm_shm.metrics.recommendations import get_recommendations
+from fast_litellm_shm.pools.connection_pool import (
     SimpleConnectionPool,
     cleanup_expired_connections,
     get_connection,
@@ -55,13 +63,9 @@ from fast_litellm_shm.pool import (
     remove_connection,
     return_connection,
 )
-from fast_litellm_shm.prices import get_pricing_status
-from fast_litellm_shm.quota import Admission, Quota
-from fast_litellm_shm.recommendations import get_recommendations
-from fast_litellm_shm.routing import AdvancedRouter, get_available_deployment
-from fast_litellm_shm.segment import Segment
-from fast_litellm_shm.simple import SimpleRateLimiter, check_rate_limit, get_rate_limit_stats
-from fast_litellm_shm.tokens import SimpleTokenCounter
+from fast_litellm_shm.routing.router import AdvancedRouter, get_available_deployment
+from fast_litellm_shm.tokens.counter import SimpleTokenCounter
+from fast_litellm_shm.tokens.prices import get_pricing_status
 
 __version__ = "0.1.0"
 
@@ -74,6 +78,7 @@ __all__ = [
     "EncodingUnavailableError",
     "FastShmError",
     "Limit",
+    "TokenBucket",
     "NATIVE_AVAILABLE",
     "Permit",
     "PermitTimeoutError",
@@ -99,6 +104,7 @@ __all__ = [
     "SimpleTokenCounter",
     "SlidingWindow",
     "UnknownModelError",
+    "FixedWindow",
     "Window",
     "apply_acceleration",
     "check_rate_limit",

@@ -1,7 +1,7 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from fast_litellm_shm.limits import AnyLimit, Granted, InFlight
+from fast_litellm_shm.limits import Granted, InFlight, LimitSpec
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -24,7 +24,7 @@ class Decision:
     @property
     def limit_index(self) -> int: ...
     @property
-    def limit(self) -> AnyLimit: ...
+    def limit(self) -> LimitSpec: ...
     @property
     def shared(self) -> bool: ...
     def __bool__(self) -> bool: ...
@@ -111,7 +111,7 @@ class Memo:
 
 class Core:
     @property
-    def limits(self) -> tuple[AnyLimit, ...]: ...
+    def limits(self) -> tuple[LimitSpec, ...]: ...
     def acquire(
         self, key: str | bytes, cost: int | tuple[int, ...] | list[int] = 1
     ) -> Decision: ...
@@ -139,7 +139,7 @@ class Core:
         self,
         handle: Any,
         address: int,
-        limits: tuple[AnyLimit | InFlight | Granted, ...],
+        limits: tuple[LimitSpec | InFlight | Granted, ...],
         reasons: tuple[str, ...],
         version: int,
         on_full: int,

@@ -1,66 +1,7 @@
-"""``fast_litellm._rust``, from which programs for fast-litellm import its classes: the same names
-of this package. Loaded when it is asked for."""
+"""The name that fast-litellm has for :mod:`fast_litellm_shm.fast_litellm._rust`."""
 
-from fast_litellm_shm import (
-    RUST_ACCELERATION_AVAILABLE,
-    AdvancedRouter,
-    SimpleConnectionPool,
-    SimpleRateLimiter,
-    SimpleTokenCounter,
-    __version__,
-    apply_acceleration,
-    check_rate_limit,
-    cleanup_expired_connections,
-    compare_implementations,
-    export_performance_data,
-    get_available_deployment,
-    get_connection,
-    get_connection_pool_stats,
-    get_feature_status,
-    get_patch_status,
-    get_performance_stats,
-    get_pricing_status,
-    get_rate_limit_stats,
-    get_recommendations,
-    health_check,
-    health_check_connection,
-    is_enabled,
-    record_performance,
-    remove_acceleration,
-    remove_connection,
-    reset_errors,
-    return_connection,
-    rust_acceleration_available,
-)
+import sys
 
-__all__ = [
-    "RUST_ACCELERATION_AVAILABLE",
-    "AdvancedRouter",
-    "SimpleConnectionPool",
-    "SimpleRateLimiter",
-    "SimpleTokenCounter",
-    "__version__",
-    "apply_acceleration",
-    "check_rate_limit",
-    "cleanup_expired_connections",
-    "compare_implementations",
-    "export_performance_data",
-    "get_available_deployment",
-    "get_connection",
-    "get_connection_pool_stats",
-    "get_feature_status",
-    "get_patch_status",
-    "get_performance_stats",
-    "get_pricing_status",
-    "get_rate_limit_stats",
-    "get_recommendations",
-    "health_check",
-    "health_check_connection",
-    "is_enabled",
-    "record_performance",
-    "remove_acceleration",
-    "remove_connection",
-    "reset_errors",
-    "return_connection",
-    "rust_acceleration_available",
-]
+from fast_litellm_shm.fast_litellm import _rust
+
+sys.modules[__name__] = _rust

@@ -1,45 +1,7 @@
-"""``fast_litellm.enhanced_monkeypatch``: the acceleration of litellm, by the names and in the shape
-of that module. Loaded when it is asked for.
+"""The name that fast-litellm has for :mod:`fast_litellm_shm.fast_litellm.enhanced_monkeypatch`."""
 
-This package patches one function of litellm's, and nothing else: what replaces others there
-(``enhanced_patch_function``, ``PerformanceWrapper`` and their kin) is not here.
-"""
+import sys
 
-from __future__ import annotations
+from fast_litellm_shm.fast_litellm import enhanced_monkeypatch
 
-from typing import Any
-
-from fast_litellm_shm import acceleration, feature_flags
-
-__all__ = ["enhanced_apply_acceleration", "get_patch_status", "remove_enhanced_acceleration"]
-
-
-def enhanced_apply_acceleration(rust_extensions_module: object) -> bool:
-    """As :func:`fast_litellm_shm.apply_acceleration`; False where the module has no true
-    RUST_ACCELERATION_AVAILABLE."""
-    if not getattr(rust_extensions_module, "RUST_ACCELERATION_AVAILABLE", False):
-        return False
-    return acceleration.apply_acceleration()
-
-
-def remove_enhanced_acceleration() -> None:
-    """As :func:`fast_litellm_shm.remove_acceleration`."""
-    acceleration.remove_acceleration()
-
-
-def get_patch_status() -> dict[str, Any]:
-    """``patched_functions`` (by the name of what is patched: feature_flag, enabled, has_original,
-    has_rust), ``feature_flags`` (as feature_flags.get_status()), total_patches."""
-    patched = {}
-    if acceleration.get_patch_status()["applied"]:
-        patched[f"{acceleration._MODULE}.{acceleration._FUNCTION}"] = {
-            "feature_flag": acceleration._FEATURE,
-            "enabled": feature_flags.is_enabled(acceleration._FEATURE),
-            "has_original": True,
-            "has_rust": True,
-        }
-    return {
-        "patched_functions": patched,
-        "feature_flags": feature_flags.get_status(),
-        "total_patches": len(patched),
-    }
+sys.modules[__name__] = enhanced_monkeypatch

@@ -1,4 +1,4 @@
-"""What a limiter can be asked to enforce: Limit, Window, SlidingWindow."""
+"""What a limiter can be asked to enforce: TokenBucket, FixedWindow, SlidingWindow."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeAlias
 
-from fast_litellm_shm.native import ffi, lib
+from fast_litellm_shm._shared.native import ffi, lib
 
 _NS = 1_000_000_000
 _PERIOD_NAMES = {1: "second", 60: "minute", 3600: "hour", 86400: "day"}
@@ -61,7 +61,7 @@ def _check(owner: str, kind: int, n: int, per: float, burst: int, strict: bool) 
     largest = ffi.new("uint64_t *")
     raw = ffi.new("fshm_limit *", (min(n, 2**63), per_ns, min(burst, 2**63), kind, strict))
     if lib.fshm_limit_check(raw, largest) != lib.FSHM_OK:
-        hint = "" if kind == lib.FSHM_BUCKET else "; a Limit (token bucket) can count more"
+        hint = "" if kind == lib.FSHM_BUCKET else "; a TokenBucket (token bucket) can count more"
         raise ValueError(
             f"{owner}: n must be at most {largest[0]} for per = {per!r}, not {n}{hint}"
         )
@@ -69,7 +69,7 @@ def _check(owner: str, kind: int, n: int, per: float, burst: int, strict: bool) 
 
 
 @dataclass(frozen=True)
-class Limit:
+class TokenBucket:
     """A token bucket: ``n`` tokens every ``per`` seconds, at most ``burst`` at once.
 
     In any interval of t seconds at most ``burst + n/per * t`` tokens are admitted. With
@@ -89,14 +89,14 @@ class Limit:
     _per_ns: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        n = _whole("Limit", "n", self.n)
-        per = _seconds("Limit", self.per)
-        burst = n if self.burst is None else _whole("Limit", "burst", self.burst)
+        n = _whole("TokenBucket", "n", self.n)
+        per = _seconds("TokenBucket", self.per)
+        burst = n if self.burst is None else _whole("TokenBucket", "burst", self.burst)
         object.__setattr__(self, "n", n)
         object.__setattr__(self, "per", per)
         object.__setattr__(self, "burst", burst)
         object.__setattr__(self, "strict", bool(self.strict))
-        checked = _check("Limit", lib.FSHM_BUCKET, n, per, burst, self.strict)
+        checked = _check("TokenBucket", lib.FSHM_BUCKET, n, per, burst, self.strict)
         object.__setattr__(self, "_per_ns", checked)
 
     def _raw(self) -> tuple[int, int, int, int, int]:
@@ -125,7 +125,7 @@ class _Counted:
 
 
 @dataclass(frozen=True)
-class Window(_Counted):
+class FixedWindow(_Counted):
     """A fixed window: at most ``n`` tokens in each window of ``per`` seconds.
 
     A key's window begins at its first hit and is followed by the next at the first hit after it.
@@ -143,7 +143,7 @@ class SlidingWindow(_Counted):
     """A sliding window counter: the window before counts by the part of it that is still inside.
 
     ``current + previous * (share of the previous window within the last per seconds) <= n``.
-    n: up to about 120,000 a second (a Limit counts more). per: seconds, 16.4 µs .. 416 days.
+    n: up to about 120,000 a second (a TokenBucket counts more). per: seconds, 16.4 µs .. 416 days.
     The previous count is exact to 255 and rounded up by at most 0.8 % beyond.
     """
 
@@ -182,10 +182,14 @@ def in_flight(owner: str, name: str, n: object) -> InFlight:
     return InFlight(found)
 
 
-AnyLimit: TypeAlias = Limit | Window | SlidingWindow
+# The names that these two had at first: they stay.
+Limit = TokenBucket
+Window = FixedWindow
+
+LimitSpec: TypeAlias = TokenBucket | FixedWindow | SlidingWindow
 
 
-def from_raw(raw: Any) -> AnyLimit | InFlight | Granted:
+def from_raw(raw: Any) -> LimitSpec | InFlight | Granted:
     """The limit that a ``fshm_limit`` describes."""
     if raw.kind == lib.FSHM_PERMITS:
         return InFlight(raw.n)
@@ -194,11 +198,11 @@ def from_raw(raw: Any) -> AnyLimit | InFlight | Granted:
     seconds = raw.per_ns / _NS
     per: float = int(seconds) if seconds.is_integer() else seconds
     if raw.kind == lib.FSHM_BUCKET:
-        return Limit(raw.n, per, burst=raw.burst, strict=bool(raw.strict))
-    return (Window if raw.kind == lib.FSHM_WINDOW else SlidingWindow)(raw.n, per)
+        return TokenBucket(raw.n, per, burst=raw.burst, strict=bool(raw.strict))
+    return (FixedWindow if raw.kind == lib.FSHM_WINDOW else SlidingWindow)(raw.n, per)
 
 
-def reason(limit: AnyLimit | InFlight | Granted) -> str:
+def reason(limit: LimitSpec | InFlight | Granted) -> str:
     """What ``check()`` says when this limit denies."""
     if isinstance(limit, InFlight):
         return "Too many requests in flight"
@@ -209,7 +213,7 @@ def reason(limit: AnyLimit | InFlight | Granted) -> str:
     return f"Rate limit exceeded (requests per {period or f'{per:g} seconds'})"
 
 
-def describe(limit: AnyLimit | InFlight | Granted) -> str:
+def describe(limit: LimitSpec | InFlight | Granted) -> str:
     """A short form for tables and for the default name of a limiter: ``100/60s burst 10``."""
     if isinstance(limit, InFlight):
         return f"{limit.n} in flight"
@@ -217,19 +221,21 @@ def describe(limit: AnyLimit | InFlight | Granted) -> str:
         return "granted"
     per = limit._per_ns / _NS
     text = f"{limit.n}/{int(per) if per.is_integer() else per}s"
-    if isinstance(limit, Limit):
+    if isinstance(limit, TokenBucket):
         text += f" burst {limit.burst}" if limit.burst != limit.n else ""
         return text + (" strict" if limit.strict else "")
-    return text + (" window" if isinstance(limit, Window) else " sliding")
+    return text + (" window" if isinstance(limit, FixedWindow) else " sliding")
 
 
-def checked(limits: Iterable[object]) -> tuple[AnyLimit, ...]:
+def checked(limits: Iterable[object]) -> tuple[LimitSpec, ...]:
     """The limits of a limiter: 1 to 4 of them."""
     found = tuple(limits)
     most = lib.FSHM_MAX_LIMITS
     if not 1 <= len(found) <= most:
         raise ValueError(f"a limiter takes 1 to {most} limits, not {len(found)}")
     for limit in found:
-        if not isinstance(limit, (Limit, Window, SlidingWindow)):
-            raise TypeError(f"limits must be Limit, Window or SlidingWindow, not {limit!r}")
+        if not isinstance(limit, (TokenBucket, FixedWindow, SlidingWindow)):
+            raise TypeError(
+                f"limits must be TokenBucket, FixedWindow or SlidingWindow, not {limit!r}"
+            )
     return found  # type: ignore[return-value]

@@ -9,7 +9,12 @@ from collections.abc import Iterator
 import pytest
 from support.names import left_over, remove, unique_name
 
-from fast_litellm_shm import Segment, features, monitoring, pool, routing, segment, settings, simple
+from fast_litellm_shm import Segment
+from fast_litellm_shm._shared import features, segment, settings
+from fast_litellm_shm._shared import performance as monitoring
+from fast_litellm_shm.fast_litellm import simple
+from fast_litellm_shm.pools import connection_pool as pool
+from fast_litellm_shm.routing import router as routing
 
 # eventlet imports dnspython, that imports trio where it is installed, and that cannot be patched.
 os.environ["EVENTLET_NO_GREENDNS"] = "yes"

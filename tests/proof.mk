@@ -16,7 +16,7 @@ crash-planted: $(VENV)/.test ## does that find faults that are planted into copi
 # Static: the C library's instructions are part of the path too, and every address is where addr2line has it.
 # CRASH_CSRC: another copy of csrc, for the tests that plant faults in it.
 CRASH_CSRC ?= csrc
-$(BUILD)/crash/harness: $(wildcard tests/crash/*.[ch]) tests/c/check.h $(wildcard $(CRASH_CSRC)/*.[ch]) csrc/cflags
+$(BUILD)/crash/harness: $(wildcard tests/crash/*.[ch]) tests/c/check.h $(wildcard $(CRASH_CSRC)/*.[ch] $(CRASH_CSRC)/*/*.[ch]) csrc/cflags
 	@mkdir -p $(@D)
 	$(CC) @csrc/cflags $(C_WARNINGS) $(CFLAGS) -g -static -I$(CRASH_CSRC) -Itests/c tests/crash/main.c -o $@ -pthread
 

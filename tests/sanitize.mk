@@ -71,9 +71,9 @@ variant-%:
 # allocator's stacks must be whole (slow), so that lsan.supp can tell whose a leak is.
 PY_TREE  = $(BUILD)/asan-py
 PY_FILES = csrc fast_litellm_shm tests bench examples setup.py pyproject.toml README.md LICENSE MANIFEST.in
-PY_TESTS ?= tests/test_garbage.py tests/test_limiter.py tests/test_limits.py tests/test_batch.py tests/test_simple.py \
-  tests/test_segment.py tests/test_errors.py tests/test_quota.py tests/test_concurrency.py tests/test_pool.py \
-  tests/test_routing.py tests/test_deployments.py tests/test_monitoring.py tests/integrations_limits/test_storage.py
+PY_TESTS ?= tests/shared/test_garbage.py tests/limiters/test_rate.py tests/test_limits.py tests/limiters/test_batch.py tests/drop_in/test_simple.py \
+  tests/shared/test_segment.py tests/shared/test_errors.py tests/limiters/test_quota.py tests/limiters/test_concurrency.py tests/pools/test_pool.py \
+  tests/routing/test_routing.py tests/routing/test_deployments.py tests/shared/test_performance.py tests/integrations/limits/test_storage.py
 PY_RUN = LD_PRELOAD=$$(gcc -print-file-name=libasan.so):$$(gcc -print-file-name=libstdc++.so) \
   PYTHONMALLOC=malloc PYTHONPATH=.:tests
 
@@ -104,7 +104,7 @@ CLANG_IN_TESTS = -Wno-bad-function-cast -Wno-float-equal -Wno-comma -Wno-atomic-
 $(ANALYSED): tests/sanitize.mk
 	@mkdir -p $(@D)
 	@printf '%s\n' '#define Py_LIMITED_API 0x030A0000' '#include <Python.h>' '#include "unity.c"' \
-	  '#include "py_module.c"' >$@
+	  '#include "python/py_module.c"' >$@
 
 # -Wno-analyzer-malloc-leak: it loses track of what is freed by its last user (plan_drop); make sanitize-py
 # looks for leaks.

@@ -15,7 +15,8 @@ import pytest
 from support.routed import deployments
 
 import fast_litellm_shm as package
-from fast_litellm_shm import enhanced_monkeypatch, feature_flags, features
+from fast_litellm_shm._shared import features
+from fast_litellm_shm.fast_litellm import enhanced_monkeypatch, feature_flags
 
 # name -> its parameters, each with its default (NEEDED: none)
 NEEDED = inspect.Parameter.empty

@@ -191,7 +191,7 @@ def _port(text: str) -> int:
 
 def _version() -> str:
     from fast_litellm_shm import __version__
-    from fast_litellm_shm.native import lib
+    from fast_litellm_shm._shared.native import lib
 
     return f"fast-shm {__version__} (segment layout {lib.FSHM_LAYOUT_VERSION})"
 
@@ -330,7 +330,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """What argparse cannot say: what belongs together, and the segment's name."""
-    from fast_litellm_shm import segment, settings
+    from fast_litellm_shm._shared import segment, settings
 
     if args.verb == "reset":
         if args.all and (args.key is not None or args.limiter is not None):

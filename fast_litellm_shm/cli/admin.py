@@ -9,12 +9,13 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from fast_litellm_shm import exceptions, keyed
+from fast_litellm_shm import exceptions
+from fast_litellm_shm._shared import keyed
+from fast_litellm_shm._shared.inspection import HELD, Inspection, is_beside, open_for_reading
+from fast_litellm_shm._shared.native import ffi, lib, owned, raise_segment_error
+from fast_litellm_shm._shared.segment import Segment, path_of
 from fast_litellm_shm.cli import inspect, listing, over_hosts, render
-from fast_litellm_shm.concurrency import release_process
-from fast_litellm_shm.inspection import HELD, Inspection, is_beside, open_for_reading
-from fast_litellm_shm.native import ffi, lib, owned, raise_segment_error
-from fast_litellm_shm.segment import Segment, path_of
+from fast_litellm_shm.limiters.concurrency import release_process
 
 _ABANDONED = 60.0  # seconds: a temporary file of that age is nobody's; making a segment takes less
 

@@ -15,10 +15,10 @@ from dataclasses import asdict
 
 from fast_litellm_shm import exceptions
 from fast_litellm_shm.cli import render
-from fast_litellm_shm.exposition import BOUNDS, prometheus_text
-from fast_litellm_shm.metric_families import FAMILIES, Histogram, collected
-from fast_litellm_shm.metric_source import Source
-from fast_litellm_shm.metrics import DURATION_BOUNDS, Snapshot
+from fast_litellm_shm.metrics.families import FAMILIES, Histogram, collected
+from fast_litellm_shm.metrics.model import DURATION_BOUNDS, Snapshot
+from fast_litellm_shm.metrics.prometheus_text import BOUNDS, prometheus_text
+from fast_litellm_shm.metrics.source import Source
 
 FORMATS = ("prometheus", "json", "csv")
 _LABELS = ("segment", *dict.fromkeys(label for each in FAMILIES for label in each.labels), "le")

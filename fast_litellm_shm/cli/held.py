@@ -5,8 +5,8 @@ from __future__ import annotations
 import fnmatch
 from typing import TYPE_CHECKING, Any
 
+from fast_litellm_shm._shared.inspection import POOL, POOL_TOTAL, Inspection, pools_among
 from fast_litellm_shm.cli import render
-from fast_litellm_shm.inspection import POOL, POOL_TOTAL, Inspection, pools_among
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from fast_litellm_shm import exceptions
+from fast_litellm_shm._shared.inspection import Inspection, KeyRow, open_for_reading
+from fast_litellm_shm._shared.native import ffi, lib
+from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.cli import held, keytable, listing, render
 from fast_litellm_shm.cluster.state import away_state, cluster_state, problem
-from fast_litellm_shm.inspection import Inspection, KeyRow, open_for_reading
-from fast_litellm_shm.native import ffi, lib
-from fast_litellm_shm.segment import Segment
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

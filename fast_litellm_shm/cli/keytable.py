@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fast_litellm_shm._shared.inspection import Inspection, KeyRow, is_cut
 from fast_litellm_shm.cli import render
 from fast_litellm_shm.cli.rates import KeyRates
-from fast_litellm_shm.inspection import Inspection, KeyRow, is_cut
 
 if TYPE_CHECKING:
     import numpy

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fast_litellm_shm import exceptions
+from fast_litellm_shm._shared.inspection import open_for_reading
+from fast_litellm_shm._shared.native import ffi, lib
+from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.cli import render
-from fast_litellm_shm.inspection import open_for_reading
-from fast_litellm_shm.native import ffi, lib
-from fast_litellm_shm.segment import Segment
 
 # A lock file or a segment that was being made, not a segment (its name may well end in ".lock").
 _HELPER = re.compile(r"\.[0-9a-f]{16}\.(lock|tmp)$")

@@ -12,13 +12,14 @@ from typing import Any
 
 import psutil
 
-from fast_litellm_shm import diagnostics, exceptions
+from fast_litellm_shm import exceptions
+from fast_litellm_shm._shared.inspection import Inspection, open_for_reading
+from fast_litellm_shm._shared.native import ffi, lib
+from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.cli import held, inspect, listing, render
 from fast_litellm_shm.cli.keytable import KeyTable, NameCache
 from fast_litellm_shm.cli.rates import KeyCounter, KeyRates, Series
-from fast_litellm_shm.inspection import Inspection, open_for_reading
-from fast_litellm_shm.native import ffi, lib
-from fast_litellm_shm.segment import Segment
+from fast_litellm_shm.metrics import health
 
 _DEPLOYMENTS = 256  # places: layout.h
 _NEVER = 2**64 - 1
@@ -260,7 +261,7 @@ class Sampler:
         return out
 
     def _memo(self, segment: Segment) -> Memo:
-        state = diagnostics.memo_state(segment)
+        state = health.memo_state(segment)
         hits = self._rates.add(state["hits"], "memo", "hits")
         lookups = self._rates.add(state["hits"] + state["misses"], "memo", "lookups")
         recent = None

@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fast_litellm_shm import exceptions
-from fast_litellm_shm.handle import SharedLimits
-from fast_litellm_shm.segment import Segment
+from fast_litellm_shm._shared.named_limiter import SharedLimits
+from fast_litellm_shm._shared.segment import Segment
 
 if TYPE_CHECKING:
     from fast_litellm_shm.cluster.wallet import Wallet

@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fast_litellm_shm.inspection import Counts
+from fast_litellm_shm._shared.inspection import Counts
 
 if TYPE_CHECKING:
     import numpy

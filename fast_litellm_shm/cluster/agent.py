@@ -13,15 +13,15 @@ from collections.abc import Mapping
 from multiprocessing import util
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fast_litellm_shm import greenlets
+from fast_litellm_shm._shared import greenlets
+from fast_litellm_shm._shared.inspection import HELD, LEASED, NOTE
+from fast_litellm_shm._shared.named_limiter import SharedLimits
+from fast_litellm_shm._shared.native import ffi, lib, owned
+from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.cluster import booking
 from fast_litellm_shm.cluster import link as links
 from fast_litellm_shm.cluster.beat import renew
-from fast_litellm_shm.handle import SharedLimits
-from fast_litellm_shm.inspection import HELD, LEASED, NOTE
 from fast_litellm_shm.limits import Granted
-from fast_litellm_shm.native import ffi, lib, owned
-from fast_litellm_shm.segment import Segment
 
 if TYPE_CHECKING:
     from fast_litellm_shm.cluster.lease import Leases

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from fast_litellm_shm import greenlets
-from fast_litellm_shm.handle import SharedLimits
-from fast_litellm_shm.inspection import ASKING, HELD, LEASED, LOCAL, REFUSED, TOLD
+from fast_litellm_shm._shared import greenlets
+from fast_litellm_shm._shared.inspection import ASKING, HELD, LEASED, LOCAL, REFUSED, TOLD
+from fast_litellm_shm._shared.named_limiter import SharedLimits
+from fast_litellm_shm._shared.native import ffi, lib, owned
 from fast_litellm_shm.limits import InFlight
-from fast_litellm_shm.native import ffi, lib, owned
 
 MOST_NAME = lib.FSHM_MAX_LIMITER_NAME - max(
     len(suffix) for suffix in (HELD, LEASED, REFUSED, ASKING, LOCAL, TOLD)

@@ -11,11 +11,11 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from fast_litellm_shm import greenlets
+from fast_litellm_shm._shared import greenlets
+from fast_litellm_shm._shared.inspection import LEASED, held_permits, is_cut, stored_name
+from fast_litellm_shm._shared.native import ffi, lib
+from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.cluster import link as links
-from fast_litellm_shm.inspection import LEASED, held_permits, is_cut, stored_name
-from fast_litellm_shm.native import ffi, lib
-from fast_litellm_shm.segment import Segment
 
 if TYPE_CHECKING:
     from fast_litellm_shm.cluster.lease import Leases

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from fast_litellm_shm.native import lib
+from fast_litellm_shm._shared.native import lib
 
 if TYPE_CHECKING:
     from fast_litellm_shm.cluster.link import Link

@@ -1,5 +1,5 @@
 """A limiter of permits that a server grants to each host. Nearly all its calls are answered by
-csrc/allowance.c within what this host was granted; here is the rest."""
+csrc/leasing/allowance.c within what this host was granted; here is the rest."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fast_litellm_shm import limits
+from fast_litellm_shm._shared.inspection import LEASED, REFUSED
+from fast_litellm_shm._shared.named_limiter import SharedLimits, key_bytes
+from fast_litellm_shm._shared.native import address, ffi, lib
+from fast_litellm_shm._shared.settings import warn_once
 from fast_litellm_shm.cluster import agent, beat, link, loops, permits
 from fast_litellm_shm.cluster.asking import Asking, open_limiter
 from fast_litellm_shm.cluster.settings import Cluster
-from fast_litellm_shm.handle import SharedLimits, key_bytes
-from fast_litellm_shm.inspection import LEASED, REFUSED
-from fast_litellm_shm.native import address, ffi, lib
-from fast_litellm_shm.settings import warn_once
 
 _LOOK_AGAIN = 0
 _NO_ROOM = -1_000_000_000  # denied, and worth another call in a second: as one host alone has it

@@ -12,11 +12,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fast_litellm_shm import exceptions, greenlets
+from fast_litellm_shm import exceptions
+from fast_litellm_shm._shared import greenlets
+from fast_litellm_shm._shared.native import lib
+from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.cluster import names
 from fast_litellm_shm.cluster.settings import OUTAGE, Cluster, library
-from fast_litellm_shm.native import lib
-from fast_litellm_shm.segment import Segment
 
 if TYPE_CHECKING:
     from fast_litellm_shm.cluster.booking import Booked

@@ -6,8 +6,8 @@ import hashlib
 import importlib.resources
 import re
 
-from fast_litellm_shm.native import ffi, lib
-from fast_litellm_shm.segment import Segment
+from fast_litellm_shm._shared.native import ffi, lib
+from fast_litellm_shm._shared.segment import Segment
 
 KINDS = RATES, PERMITS = b"rates", b"permits"
 _TAG, _IV = 16, 16  # bytes

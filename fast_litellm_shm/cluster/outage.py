@@ -6,14 +6,14 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fast_litellm_shm._shared.inspection import LOCAL
+from fast_litellm_shm._shared.named_limiter import SharedLimits
+from fast_litellm_shm._shared.native import ffi, lib
+from fast_litellm_shm._shared.settings import warn_once
 from fast_litellm_shm.cluster import agent
 from fast_litellm_shm.cluster.asking import open_limiter
 from fast_litellm_shm.cluster.script import Request, Rule
-from fast_litellm_shm.handle import SharedLimits
-from fast_litellm_shm.inspection import LOCAL
-from fast_litellm_shm.limits import AnyLimit, Limit
-from fast_litellm_shm.native import ffi, lib
-from fast_litellm_shm.settings import warn_once
+from fast_litellm_shm.limits import LimitSpec, TokenBucket
 
 if TYPE_CHECKING:
     from fast_litellm_shm.cluster.wallet import Told, Wallet
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 _MOST_OWED = 100_000  # keys
 
 
-def share(limit: AnyLimit, hosts: int) -> AnyLimit | None:
+def share(limit: LimitSpec, hosts: int) -> LimitSpec | None:
     """A host's part of a limit; None: less than one token."""
     n = limit.n // hosts
     if n < 1:
         return None
-    if isinstance(limit, Limit):
+    if isinstance(limit, TokenBucket):
         burst = min(max(limit.burst // hosts, 1), n)
-        return Limit(n, limit.per, burst=burst, strict=limit.strict)
+        return TokenBucket(n, limit.per, burst=burst, strict=limit.strict)
     return type(limit)(n, limit.per)
 
 

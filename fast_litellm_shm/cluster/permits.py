@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from fast_litellm_shm._shared.native import lib
 from fast_litellm_shm.cluster import names
-from fast_litellm_shm.native import lib
 
 SOURCE = names.source("permits.lua")
 # The server counts a host for 10 s after it was last heard (TTL of permits.lua). The host uses what

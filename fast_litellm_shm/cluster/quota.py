@@ -5,21 +5,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from fast_litellm_shm._shared.named_limiter import key_bytes
+from fast_litellm_shm._shared.native import Decision, Permit, ffi, lib
+from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.cluster.asking import MOST_NAME
 from fast_litellm_shm.cluster.booking import Booked
 from fast_litellm_shm.cluster.loops import off_loop
 from fast_litellm_shm.cluster.settings import Cluster
-from fast_litellm_shm.concurrency import ConcurrencyLimiter
-from fast_litellm_shm.handle import key_bytes
-from fast_litellm_shm.limiter import Cost, RateLimiter
-from fast_litellm_shm.limits import AnyLimit, InFlight
-from fast_litellm_shm.native import Decision, Permit, ffi, lib
-from fast_litellm_shm.segment import Segment
+from fast_litellm_shm.limiters.concurrency import ConcurrencyLimiter
+from fast_litellm_shm.limiters.rate import Cost, RateLimiter
+from fast_litellm_shm.limits import InFlight, LimitSpec
 
 _PARALLEL = " (parallel)"
 
 
-def most_name(found: tuple[AnyLimit | InFlight, ...]) -> int:
+def most_name(found: tuple[LimitSpec | InFlight, ...]) -> int:
     """How many bytes a name may have for these limits: one for both kinds is lengthened."""
     both = len({isinstance(each, InFlight) for each in found}) == 2
     return int(MOST_NAME - len(_PARALLEL) if both else MOST_NAME)
@@ -70,7 +70,7 @@ class Parts:
 
     def __init__(
         self,
-        found: tuple[AnyLimit | InFlight, ...],
+        found: tuple[LimitSpec | InFlight, ...],
         name: str,
         segment: Segment | None,
         on_full: str,
@@ -109,7 +109,7 @@ class Parts:
         return (self.rates or self.permits).segment  # type: ignore[union-attr]
 
     @property
-    def limits(self) -> tuple[AnyLimit | InFlight, ...]:
+    def limits(self) -> tuple[LimitSpec | InFlight, ...]:
         """Those in force."""
         rates = self.rates.limits if self.rates is not None else ()
         if self.permits is None:

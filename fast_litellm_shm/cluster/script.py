@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fast_litellm_shm.cluster import names
-from fast_litellm_shm.limits import AnyLimit, Limit, SlidingWindow
+from fast_litellm_shm.limits import LimitSpec, SlidingWindow, TokenBucket
 
 SOURCE = names.source("meter.lua")
 _KIND = {True: 2, False: 1}
 _MOST_LEASE_US = 1_000_000
 _LARGEST = 2**53 - 1
-COARSE = 2**20  # ns: as in csrc/meter.h
+COARSE = 2**20  # ns: as in csrc/limits/meter.h
 
 
 class Rule(NamedTuple):
@@ -29,7 +29,7 @@ class Rule(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def rule(limit: AnyLimit) -> Rule:
+def rule(limit: LimitSpec) -> Rule:
     """How the server meters a limit.
 
     A bucket's tokens are leased for a second or a twentieth of ``per``, whichever is less, so that
@@ -38,7 +38,7 @@ def rule(limit: AnyLimit) -> Rule:
     granted in one is over with it.
     """
     per = limit._per_ns
-    if not isinstance(limit, Limit):
+    if not isinstance(limit, TokenBucket):
         return Rule(_KIND[isinstance(limit, SlidingWindow)], limit.n, -(-per // 1000), 0, 1, 1, 0)
     lease_us = min(_MOST_LEASE_US, per // 20_000)
     if limit.strict:
@@ -51,7 +51,8 @@ def rule(limit: AnyLimit) -> Rule:
     if den > 2**26 or num >= 2**53 or limit.burst * (num // den + 1) >= 2**52:
         raise ValueError(
             f"{limit!r}: over many hosts, n must be at most {2**26:,} where that is more than one "
-            "a millisecond, and a bucket must be full again within 52 days; a Window can count more"
+            "a millisecond, and a bucket must be full again within 52 days; a FixedWindow can "
+            "count more"
         )
     return Rule(0, limit.n, -(-limit._per_ns // 1000), limit.burst, num, den, lease_us)
 

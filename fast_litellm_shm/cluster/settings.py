@@ -8,7 +8,8 @@ import importlib
 from typing import Any, Literal
 from urllib.parse import quote
 
-from fast_litellm_shm import exceptions, settings
+from fast_litellm_shm import exceptions
+from fast_litellm_shm._shared import settings
 from fast_litellm_shm.cluster import url as urls
 
 OLDEST = 6  # of the redis library
@@ -123,8 +124,8 @@ class Cluster:
 
     def keys_of(self, limiter: str, key: str | bytes) -> tuple[str, str]:
         """What the server calls a key of a limiter: as a rate, and as permits."""
+        from fast_litellm_shm._shared.named_limiter import key_bytes
         from fast_litellm_shm.cluster import names
-        from fast_litellm_shm.handle import key_bytes
 
         name, raw = limiter.encode("utf-8", "surrogatepass"), key_bytes(key)
         both = (names.state_key(self.prefix, kind, name, raw) for kind in names.KINDS)
@@ -185,8 +186,8 @@ _with_secrets: dict[str, tuple[str, str | None]] = {}
 def restored(url: str, on_outage: str, timeout: float, prefix: str, secret: bool) -> Cluster:
     """A copy of a Cluster: pickled, it has no password. That is looked for among those of this
     process, then in FAST_LITELLM_SHM_CLUSTER, if that names the same server, and last where
-    :func:`~fast_litellm_shm.settings.cluster_password` finds one. Raises ClusterError: there is
-    none."""
+    :func:`~fast_litellm_shm._shared.settings.cluster_password` finds one. Raises ClusterError:
+    there is none."""
     options = (on_outage, timeout, prefix)
     if not secret:
         return Cluster(url, *options)

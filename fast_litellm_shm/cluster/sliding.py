@@ -6,14 +6,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from fast_litellm_shm._shared.inspection import TOLD
+from fast_litellm_shm._shared.native import ffi, lib
 from fast_litellm_shm.cluster.asking import open_limiter
-from fast_litellm_shm.inspection import TOLD
-from fast_litellm_shm.limits import Window
-from fast_litellm_shm.native import ffi, lib
+from fast_litellm_shm.limits import FixedWindow
 
 if TYPE_CHECKING:
+    from fast_litellm_shm._shared.named_limiter import SharedLimits
     from fast_litellm_shm.cluster.script import Answer, Rule
-    from fast_litellm_shm.handle import SharedLimits
 
 KIND = 2  # of script.Rule
 _BITS = 16
@@ -42,7 +42,7 @@ class Told:
 
     def __init__(self, shared: SharedLimits) -> None:
         self._segment = shared.segment
-        self._limiter = open_limiter(shared, TOLD, [Window(_MOST)] * lib.FSHM_MAX_LIMITS)
+        self._limiter = open_limiter(shared, TOLD, [FixedWindow(_MOST)] * lib.FSHM_MAX_LIMITS)
 
     def keep(self, raw: bytes, rules: Sequence[Rule], found: Answer, sent: int) -> None:
         """The previous count first: who reads the old present one beside it takes that, which is

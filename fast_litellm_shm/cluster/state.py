@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fast_litellm_shm import monitoring
+from fast_litellm_shm._shared import performance
+from fast_litellm_shm._shared.inspection import HELD, LEASED, NOTE, Inspection
+from fast_litellm_shm._shared.native import ffi, lib
+from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.cluster.link import COMPONENT, OUTAGES, noted
-from fast_litellm_shm.inspection import HELD, LEASED, NOTE, Inspection
-from fast_litellm_shm.native import ffi, lib
-from fast_litellm_shm.segment import Segment
 
 
 def cluster_state(segment: Segment, inspection: Inspection | None = None) -> dict[str, Any] | None:
@@ -22,7 +22,7 @@ def cluster_state(segment: Segment, inspection: Inspection | None = None) -> dic
     lag_p50_ms and lag_p99_ms (of a round trip), away (None: no process takes the server for away;
     else processes, which do, of how many, seconds, since the first did, and on_outage, a list: by
     what they go), lost (how often a process has lost the server)."""
-    stats = monitoring.segment_stats(segment, COMPONENT).get(COMPONENT)
+    stats = performance.segment_stats(segment, COMPONENT).get(COMPONENT)
     if stats is None:
         return None
     inspection = inspection or Inspection(segment)
@@ -38,7 +38,7 @@ def cluster_state(segment: Segment, inspection: Inspection | None = None) -> dic
     leases = operations.get("permits", {})
     calls, granted = leases.get("total_calls", 0), leases.get("total_output_size", 0)
     allowed = [
-        (row.remaining + 1) // 2 - 1  # as csrc/allowance.h has it, in a wallet's form
+        (row.remaining + 1) // 2 - 1  # as csrc/leasing/allowance.h has it, in a wallet's form
         for name in inspection.leased
         for row in inspection.keys(limiter=name + LEASED)
         if row.remaining
@@ -81,7 +81,7 @@ def away_state(segment: Segment) -> dict[str, Any] | None:
 
 
 def _times_lost(segment: Segment) -> int:
-    found = monitoring.segment_stats(segment, OUTAGES).get(OUTAGES, {})
+    found = performance.segment_stats(segment, OUTAGES).get(OUTAGES, {})
     return int(found.get("operations", {}).get("lost", {}).get("total_calls", 0))
 
 

@@ -1,5 +1,5 @@
 """A limiter whose limits are kept by a server for many hosts. Nearly all its calls are answered by
-csrc/wallet.c from what the host was granted; here is the rest."""
+csrc/leasing/wallet.c from what the host was granted; here is the rest."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fast_litellm_shm import exceptions
+from fast_litellm_shm._shared.inspection import HELD, REFUSED
+from fast_litellm_shm._shared.named_limiter import SharedLimits, key_bytes
+from fast_litellm_shm._shared.native import address, ffi, lib
 from fast_litellm_shm.cluster import (
     agent,
     booking,
@@ -20,10 +23,7 @@ from fast_litellm_shm.cluster import (
 )
 from fast_litellm_shm.cluster.asking import Asking, open_limiter
 from fast_litellm_shm.cluster.settings import Cluster
-from fast_litellm_shm.handle import SharedLimits, key_bytes
-from fast_litellm_shm.inspection import HELD, REFUSED
-from fast_litellm_shm.limits import AnyLimit, Granted, Limit
-from fast_litellm_shm.native import address, ffi, lib
+from fast_litellm_shm.limits import Granted, LimitSpec, TokenBucket
 
 Told = tuple[int, int, int, int, int]  # status, limit_index, remaining, retry_after_ns, reset_ns
 
@@ -40,7 +40,7 @@ class Wallet:
         cluster.check()
         self.cluster = cluster
         self._shared = shared
-        self._limits: tuple[AnyLimit, ...] = ()
+        self._limits: tuple[LimitSpec, ...] = ()
         self._rules: tuple[script.Rule, ...] = ()
         self._told: sliding.Told | None = None
         self.rules()  # or an error that names what a server cannot count
@@ -325,7 +325,7 @@ class Wallet:
 
     def _left(self, found: script.Answer, have: Sequence[int]) -> tuple[int, int]:
         """The limit with least left, and how much that is: at the server, and in the wallet."""
-        most = [each.burst if isinstance(each, Limit) else each.n for each in self._limits]
+        most = [each.burst if isinstance(each, TokenBucket) else each.n for each in self._limits]
         left = [
             max(n - each.used, 0) + mine
             for n, each, mine in zip(most, found.limits, have, strict=False)

@@ -2,10 +2,10 @@
 
 Pure ASGI, and needs no extra package. All workers of the host count together::
 
-    from fast_litellm_shm import Limit
+    from fast_litellm_shm import TokenBucket
     from fast_litellm_shm.integrations.asgi import RateLimitMiddleware, Rule
 
-    app.add_middleware(RateLimitMiddleware, name="shop", rules=[Rule(Limit(100, per=60))])
+    app.add_middleware(RateLimitMiddleware, name="shop", rules=[Rule(TokenBucket(100, per=60))])
 
 See docs/web.md, and :class:`Rule` for what a rule can say.
 """
@@ -17,6 +17,7 @@ import sys
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.integrations.web import (
     Outcome,
     Request,
@@ -36,7 +37,6 @@ from fast_litellm_shm.integrations.web.answers import (
 from fast_litellm_shm.integrations.web.gate import MARK, Gate
 from fast_litellm_shm.integrations.web.request import AsgiRequest
 from fast_litellm_shm.integrations.web.watch import watched
-from fast_litellm_shm.segment import Segment
 
 if TYPE_CHECKING:
     from fast_litellm_shm.cluster import Cluster

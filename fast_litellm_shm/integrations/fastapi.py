@@ -4,10 +4,10 @@
 
 ::
 
-    from fast_litellm_shm import Limit
+    from fast_litellm_shm import TokenBucket
     from fast_litellm_shm.integrations.fastapi import RateLimit
 
-    @app.get("/search", dependencies=[Depends(RateLimit(Limit(20, per=60)))])
+    @app.get("/search", dependencies=[Depends(RateLimit(TokenBucket(20, per=60)))])
     async def search(q: str) -> list[str]: ...
 
 For whole applications, for streaming answers and for limits by path there is the middleware:
@@ -31,7 +31,8 @@ except ImportError as error:
         '"fast-litellm-shm[fastapi]"'
     ) from error
 
-from fast_litellm_shm.handle import key_bytes
+from fast_litellm_shm._shared.named_limiter import key_bytes
+from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.integrations.web import (
     Outcome,
     Rule,
@@ -46,8 +47,7 @@ from fast_litellm_shm.integrations.web.keys import Key, KeyFunction
 from fast_litellm_shm.integrations.web.request import AsgiRequest
 from fast_litellm_shm.integrations.web.request import Request as WebRequest
 from fast_litellm_shm.integrations.web.rules import Cost, CostFunction
-from fast_litellm_shm.limits import AnyLimit, describe
-from fast_litellm_shm.segment import Segment
+from fast_litellm_shm.limits import LimitSpec, describe
 
 if TYPE_CHECKING:
     from fast_litellm_shm.cluster import Cluster
@@ -67,7 +67,7 @@ _LONGEST = 75  # characters of a name, such that it fits the segment, and a serv
 
 
 class RateLimit:
-    """``Depends(RateLimit(Limit(20, per=60)))``: sets the headers on the answer, and raises
+    """``Depends(RateLimit(TokenBucket(20, per=60)))``: sets the headers on the answer, and raises
     HTTPException 429 with them where the request is denied (503 where it cannot be checked, with
     ``on_error="deny"``).
 
@@ -88,7 +88,7 @@ class RateLimit:
 
     def __init__(
         self,
-        *limits: AnyLimit,
+        *limits: LimitSpec,
         key: KeyFunction = client_address,
         cost: Cost | CostFunction = 1,
         name: str | None = None,
@@ -100,7 +100,7 @@ class RateLimit:
         cluster: Cluster | str | Literal[False] | None = None,
     ) -> None:
         if not limits:
-            raise ValueError("RateLimit needs at least one limit, such as Limit(20, per=60)")
+            raise ValueError("RateLimit needs at least one limit, such as TokenBucket(20, per=60)")
         self._key, self._exempt = key, frozenset(map(key_bytes, exempt))
         self._each_route = name is None
         self._mounts: dict[tuple[int, int], tuple[Any, Any, list[tuple[Mount, ...]]]] = {}

@@ -5,10 +5,10 @@
 ::
 
     import httpx
-    from fast_litellm_shm import Limit
+    from fast_litellm_shm import TokenBucket
     from fast_litellm_shm.integrations.httpx import SharedLimitTransport
 
-    transport = SharedLimitTransport(name="crawler", max_in_flight=8, limits=Limit(50, per=1))
+    transport = SharedLimitTransport(name="crawler", max_in_flight=8, limits=TokenBucket(50, per=1))
     client = httpx.Client(transport=transport)
 
 All workers together have at most 8 requests in flight to each origin (scheme, host and port) and
@@ -30,11 +30,11 @@ except ImportError as error:
         'fast_litellm_shm.integrations.httpx needs httpx: pip install "fast-litellm-shm[httpx]"'
     ) from error
 
+from fast_litellm_shm._shared.native import Permit
+from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.exceptions import FastShmError, RateLimitExceeded
 from fast_litellm_shm.integrations.upstream import Upstream, retry_after
-from fast_litellm_shm.limits import AnyLimit
-from fast_litellm_shm.native import Permit
-from fast_litellm_shm.segment import Segment
+from fast_litellm_shm.limits import LimitSpec
 
 __all__ = ["AsyncSharedLimitTransport", "SharedLimitTimeout", "SharedLimitTransport"]
 
@@ -60,7 +60,7 @@ class _Shared:
 
     def __init__(
         self,
-        limits: AnyLimit | Iterable[AnyLimit],
+        limits: LimitSpec | Iterable[LimitSpec],
         max_in_flight: int | None,
         max_wait: float | None,
         max_retry_after: float,
@@ -140,9 +140,9 @@ class SharedLimitTransport(httpx.BaseTransport):
     """Stands before ``transport`` (default: a new ``httpx.HTTPTransport``).
 
     max_in_flight: requests in flight to an origin at once, over all processes, 1 .. 100,000; a
-    request counts until its answer is closed; None: no such limit. limits: up to 4 of Limit,
-    Window, SlidingWindow, for each origin. max_wait: how many seconds a request may wait for all
-    that; 0: not at all; None: as long as its own ``pool`` timeout says (httpx's default: 5 s).
+    request counts until its answer is closed; None: no such limit. limits: up to 4 of TokenBucket,
+    FixedWindow, SlidingWindow, for each origin. max_wait: how many seconds a request may wait for
+    all that; 0: not at all; None: as long as its own ``pool`` timeout says (httpx's default: 5 s).
     max_retry_after: the longest pause, in seconds, that an answer can ask for; up to 30 days. name:
     processes that use the same name share. segment: default ``Segment.default()``.
 
@@ -155,7 +155,7 @@ class SharedLimitTransport(httpx.BaseTransport):
         transport: httpx.BaseTransport | None = None,
         *,
         max_in_flight: int | None = None,
-        limits: AnyLimit | Iterable[AnyLimit] = (),
+        limits: LimitSpec | Iterable[LimitSpec] = (),
         max_wait: float | None = None,
         max_retry_after: float = 3600.0,
         name: str,
@@ -216,7 +216,7 @@ class AsyncSharedLimitTransport(httpx.AsyncBaseTransport):
         transport: httpx.AsyncBaseTransport | None = None,
         *,
         max_in_flight: int | None = None,
-        limits: AnyLimit | Iterable[AnyLimit] = (),
+        limits: LimitSpec | Iterable[LimitSpec] = (),
         max_wait: float | None = None,
         max_retry_after: float = 3600.0,
         name: str,

@@ -40,14 +40,14 @@ from limits.errors import ConfigurationError
 from limits.storage import MovingWindowSupport, SlidingWindowCounterSupport, Storage
 from limits.storage.base import TimestampedSlidingWindow
 
-from fast_litellm_shm import keyed
+from fast_litellm_shm._shared import keyed
+from fast_litellm_shm._shared.named_limiter import key_bytes
+from fast_litellm_shm._shared.native import Counts, address, ffi, lib
+from fast_litellm_shm._shared.segment import Segment
+from fast_litellm_shm._shared.settings import warn_not_shared
 from fast_litellm_shm.exceptions import FastShmError, SegmentError
-from fast_litellm_shm.handle import key_bytes
-from fast_litellm_shm.limiter import RateLimiter
-from fast_litellm_shm.limits import SlidingWindow, Window
-from fast_litellm_shm.native import Counts, address, ffi, lib
-from fast_litellm_shm.segment import Segment
-from fast_litellm_shm.settings import warn_not_shared
+from fast_litellm_shm.limiters.rate import RateLimiter
+from fast_litellm_shm.limits import FixedWindow, SlidingWindow
 
 _DAYS = 400 * 86_400  # the limiters are no more than names: the limits come with the calls
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -119,9 +119,9 @@ class _Windows(Counts):
         options: Any = {"segment": segment, "on_full": "raise", "cluster": False}
         most_sliding = 2**29 - 1
         self._names = (
-            RateLimiter(Window(2**31 - 1, _DAYS), name=keyed.FIXED, **options),
+            RateLimiter(FixedWindow(2**31 - 1, _DAYS), name=keyed.FIXED, **options),
             RateLimiter(SlidingWindow(most_sliding, _DAYS), name=keyed.SLIDING, **options),
-            RateLimiter(Window(2**31 - 1, _DAYS), name=keyed.MOVING, **options),
+            RateLimiter(FixedWindow(2**31 - 1, _DAYS), name=keyed.MOVING, **options),
         )
         handles = tuple(each._handle for each in self._names)
         self._bind(handles, *map(address, handles))

@@ -26,10 +26,10 @@ except ImportError as error:
         'pip install "fast-litellm-shm[otel]"'
     ) from error
 
-from fast_litellm_shm.metric_families import Family, Row, collected
-from fast_litellm_shm.metric_source import Sources
-from fast_litellm_shm.metrics import Snapshot
-from fast_litellm_shm.segment import Segment, path_of
+from fast_litellm_shm._shared.segment import Segment, path_of
+from fast_litellm_shm.metrics.families import Family, Row, collected
+from fast_litellm_shm.metrics.model import Snapshot
+from fast_litellm_shm.metrics.source import Sources
 
 _SCOPE = "fast_shm"  # of the meter, and what attributes begin with
 _STALE = 1.0  # seconds: a collection takes less, and pauses between two are longer

@@ -26,10 +26,10 @@ except ImportError as error:
         'pip install "fast-litellm-shm[prometheus]"'
     ) from error
 
-from fast_litellm_shm.exposition import BOUNDS
-from fast_litellm_shm.metric_families import Family, Histogram, Row, collected
-from fast_litellm_shm.metric_source import Sources
-from fast_litellm_shm.segment import Segment
+from fast_litellm_shm._shared.segment import Segment
+from fast_litellm_shm.metrics.families import Family, Histogram, Row, collected
+from fast_litellm_shm.metrics.prometheus_text import BOUNDS
+from fast_litellm_shm.metrics.source import Sources
 
 
 class FastShmCollector(Collector):

@@ -15,12 +15,12 @@ from collections.abc import Iterable
 from datetime import timezone
 
 from fast_litellm_shm import limits
-from fast_litellm_shm.concurrency import ConcurrencyLimiter
+from fast_litellm_shm._shared.native import Permit
+from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.exceptions import RateLimitExceeded
-from fast_litellm_shm.limiter import RateLimiter
-from fast_litellm_shm.limits import AnyLimit, Limit
-from fast_litellm_shm.native import Permit
-from fast_litellm_shm.segment import Segment
+from fast_litellm_shm.limiters.concurrency import ConcurrencyLimiter
+from fast_litellm_shm.limiters.rate import RateLimiter
+from fast_litellm_shm.limits import LimitSpec, TokenBucket
 
 _LOOK = 1.0  # s: how long a waiter may not hear that its pause was lifted
 
@@ -33,7 +33,7 @@ class Upstream:
 
     def __init__(
         self,
-        limits_: AnyLimit | Iterable[AnyLimit],
+        limits_: LimitSpec | Iterable[LimitSpec],
         max_in_flight: int | None,
         max_retry_after: float,
         name: str,
@@ -59,7 +59,7 @@ class Upstream:
         # One token: what is blocked denies, whatever is not has room. Nobody ever charges it.
         # And this host's alone: a look at it, which each request takes, must not ask a server.
         self._blocks = RateLimiter(
-            Limit(1, per=1), name=f"{name}: retry after", segment=segment, cluster=False
+            TokenBucket(1, per=1), name=f"{name}: retry after", segment=segment, cluster=False
         )
 
     def blocked(self, origin: str) -> float:

@@ -2,10 +2,10 @@
 
 Needs no extra package. All workers of the host count together::
 
-    from fast_litellm_shm import Limit
+    from fast_litellm_shm import TokenBucket
     from fast_litellm_shm.integrations.wsgi import RateLimitMiddleware, Rule
 
-    rules = [Rule(Limit(100, per=60))]
+    rules = [Rule(TokenBucket(100, per=60))]
     app.wsgi_app = RateLimitMiddleware(app.wsgi_app, rules, name="shop")  # Flask
     application = RateLimitMiddleware(application, rules, name="shop")  # any other
 
@@ -19,6 +19,7 @@ from http.client import responses
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.integrations.web import (
     Outcome,
     Request,
@@ -31,7 +32,6 @@ from fast_litellm_shm.integrations.web import (
 from fast_litellm_shm.integrations.web.answers import LISTS
 from fast_litellm_shm.integrations.web.gate import MARK, Gate
 from fast_litellm_shm.integrations.web.request import WsgiRequest
-from fast_litellm_shm.segment import Segment
 
 if TYPE_CHECKING:
     from fast_litellm_shm.cluster import Cluster

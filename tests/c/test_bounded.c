@@ -7,7 +7,7 @@
 #endif
 #define pair_cas library_pair_cas
 #define pair_load library_pair_load
-#include "../../csrc/internal.h"
+#include "../../csrc/core/internal.h"
 #undef pair_cas
 #undef pair_load
 

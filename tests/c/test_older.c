@@ -9,7 +9,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 #define segment_now library_segment_now
-#include "../../csrc/internal.h"
+#include "../../csrc/core/internal.h"
 #undef segment_now
 
 static uint64_t clock_now, stopped_for;

@@ -31,7 +31,7 @@ static void access_of(const volatile void *at, bool swap);
 #define pair_load library_pair_load
 #define pair_cas library_pair_cas
 #define segment_now library_segment_now
-#include "internal.h"
+#include "core/internal.h"
 #undef pair_load
 #undef pair_cas
 #undef segment_now

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fast_litellm_shm import Segment
-from fast_litellm_shm.native import ffi, lib
+from fast_litellm_shm._shared.native import ffi, lib
 
 BUCKET, WINDOW, SLIDING, PERMITS = (
     lib.FSHM_BUCKET,

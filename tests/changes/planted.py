@@ -40,7 +40,7 @@ class Fault:
 FAULTS: tuple[Fault, ...] = (
     Fault(
         "a settlement gives back what was not charged",
-        "limiter.c",
+        "limits/limiter.c",
         (
             (
                 "    costs[i] = more ? actual[i] - charged[i] : charged[i] - actual[i];\n",
@@ -50,7 +50,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "a denial by the second limit charges the first",
-        "limiter.c",
+        "limits/limiter.c",
         (
             (
                 "      if (unlikely(!kept)) continue;\n      return FSHM_DENIED;\n",
@@ -61,7 +61,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "finding 1: a window forgets what exceeds n",
-        "meter.h",
+        "limits/meter.h",
         (
             (
                 "  uint64_t count = min_u64(w.count, WINDOW_MAX_N);\n",
@@ -71,7 +71,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "finding 1: what exceeds a lowered n becomes debt",
-        "meter.h",
+        "limits/meter.h",
         (
             (
                 "  return meter_used(old, state, now) <= rule_capacity(r) ||\n"
@@ -82,7 +82,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "finding 2: a bucket is read under other limits than it was written under",
-        "meter.h",
+        "limits/meter.h",
         (
             (
                 "  if (tat <= now || (r->num == old->num && r->den == old->den)) return state;\n",
@@ -92,7 +92,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "finding 2: a rule's slot is given away while states refer to it",
-        "limits.c",
+        "limits/limits.c",
         (
             (
                 "    if (named >> slot & 1 || w->labels[slot]) continue;\n",
@@ -102,7 +102,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "a refund is taken from another window than the charge's",
-        "meter.h",
+        "limits/meter.h",
         (
             (
                 "w.end < its || w.end - its > unit) return state;",
@@ -112,12 +112,12 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "a refund gives back what has drained since the rate changed",
-        "meter.h",
+        "limits/meter.h",
         (("    back = min_u64(back, left);\n", ""),),
     ),
     Fault(
         "a limit goes on from one that was there before, and the one it replaces has no heir",
-        "limits.c",
+        "limits/limits.c",
         (
             (
                 "__builtin_popcount(left) <= __builtin_popcount(there & ~taken)",
@@ -127,7 +127,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "a refund drains at the slower of both rates",
-        "meter.h",
+        "limits/meter.h",
         (
             (
                 "      const uint64_t from = faster ? put->at : now, since = minus(now, from);\n",
@@ -138,7 +138,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "a refund forgets that a faster rule was in force between",
-        "limits.c",
+        "limits/limits.c",
         (
             (
                 "fastest = min_u64(fastest, bucket_pace(&rule));\n",
@@ -148,19 +148,19 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "a sweep frees a fast rule and does not say so",
-        "limits.c",
+        "limits/limits.c",
         (("    if (!note_freed(e, slot, version)) continue;\n", ""),),
         "test_limits",
     ),
     Fault(
         "permits are counted by limits that have changed meanwhile",
-        "lease.c",
+        "permits/lease.c",
         (("    if (load_relaxed(&e->current) != plan->current) continue;\n", ""),),
         "test_turns",
     ),
     Fault(
         "an undo brings back a rule that a sweep has freed",
-        "limiter.c",
+        "limits/limiter.c",
         (
             (
                 "    if (!shared && ours && (before.who == l->who || !before.who)) {\n"
@@ -172,7 +172,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "a rule is named for an earlier version than it was",
-        "limits.c",
+        "limits/limits.c",
         (
             (
                 "    if (owner >= (RULE_USED | version) ||\n",
@@ -183,13 +183,13 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "a sweep goes by the time that it began at, and by newer limits",
-        "limits.c",
+        "limits/limits.c",
         (("      if (!w->fixed)\n", "      if (false)\n"),),
         "test_turns",
     ),
     Fault(
         "a sweep of the version of who was killed",
-        "limits.c",
+        "limits/limits.c",
         (
             (
                 "  uint64_t version = CURRENT_VERSION(CURRENT_VERSION(current) + 1);\n"
@@ -201,13 +201,13 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "the last rule of a limit that is there no more may go",
-        "limits.c",
+        "limits/limits.c",
         (("  unsigned kept = last_rules(&w);\n", "  unsigned kept = 0;\n"),),
         "test_limits",
     ),
     Fault(
         "a taker that gives up does not say how many are held",
-        "lease.c",
+        "permits/lease.c",
         (("  *held = 1; /* ours, that is given back;", "  /* ours, that is given back;"),),
         "test_turns",
     ),

@@ -8,7 +8,7 @@ import pytest
 
 from changes.driver import HOUR, SECOND, Limiter, bucket, permits, sliding, window
 from fast_litellm_shm import Segment
-from fast_litellm_shm.native import lib
+from fast_litellm_shm._shared.native import lib
 
 NOW = 10**6 * SECOND
 

@@ -41,7 +41,7 @@ from changes.driver import (
 )
 from changes.reference import EXACT, NOTHING, Charge, GaveUp, States
 from fast_litellm_shm import Segment
-from fast_litellm_shm.native import lib
+from fast_litellm_shm._shared.native import lib
 
 STORIES = int(os.environ.get("FAST_LITELLM_SHM_STORIES", "60"))
 NOW = 10**16  # far from the time at which limits are really changed: nothing may depend on that

@@ -12,8 +12,8 @@ from support.children import PATIENCE
 from support.names import left_over
 
 from fast_litellm_shm import Limit, RateLimiter, Segment, SlidingWindow, Window
-from fast_litellm_shm.inspection import Inspection
-from fast_litellm_shm.segment import path_of
+from fast_litellm_shm._shared.inspection import Inspection
+from fast_litellm_shm._shared.segment import path_of
 
 from .conftest import COMMAND, Command, environment
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fast_litellm_shm import ConcurrencyLimiter, Limit, Quota, RateLimiter, Segment
-from fast_litellm_shm.inspection import Inspection
+from fast_litellm_shm._shared.inspection import Inspection
 
 from .conftest import Command, environment
 

@@ -16,7 +16,7 @@ import pytest
 from support.children import PATIENCE
 
 from fast_litellm_shm import ConcurrencyLimiter, Limit, RateLimiter, Segment
-from fast_litellm_shm.segment import path_of
+from fast_litellm_shm._shared.segment import path_of
 
 from .conftest import COMMAND, Command, environment
 

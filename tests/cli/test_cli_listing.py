@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from fast_litellm_shm import Segment
-from fast_litellm_shm.native import lib
-from fast_litellm_shm.segment import path_of
+from fast_litellm_shm._shared.native import lib
+from fast_litellm_shm._shared.segment import path_of
 
 from .conftest import Command
 

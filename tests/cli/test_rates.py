@@ -7,8 +7,8 @@ from typing import Any
 import numpy
 import pytest
 
+from fast_litellm_shm._shared.inspection import Counts
 from fast_litellm_shm.cli.rates import HISTORY, KeyCounter, KeyRates, Series
-from fast_litellm_shm.inspection import Counts
 
 
 def counts(*cells: tuple[int, int, int], meta: int | None = None) -> Counts:

@@ -26,7 +26,7 @@ from fast_litellm_shm import (
 )
 from fast_litellm_shm.cluster import Cluster, agent
 from fast_litellm_shm.cluster.state import cluster_state
-from fast_litellm_shm.metric_source import Source
+from fast_litellm_shm.metrics.source import Source
 
 HOUR = 3600
 POLICIES = ("local", "deny", "allow")

@@ -107,7 +107,7 @@ def test_block(server: servers.Server, segment: Segment, other: Segment) -> None
         denied = limiter.acquire("key")
         assert not denied and 50 < (denied.retry_after or 0) <= 60
     windows = RateLimiter(Window(9), name="windows", segment=segment, cluster=server.url)
-    with pytest.raises(ValueError, match="none of its limits is a Limit"):
+    with pytest.raises(ValueError, match="none of its limits is a TokenBucket"):
         windows.block("key", 1)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fast_litellm_shm import Limit, SlidingWindow, Window
 from fast_litellm_shm.cluster import script
-from fast_litellm_shm.limits import AnyLimit
+from fast_litellm_shm.limits import LimitSpec
 
 __all__ = ["meter"]  # the fixture
 
@@ -28,7 +28,7 @@ _costs = st.one_of(st.just(1), st.integers(0, 60))
 _pauses = st.one_of(st.just(0), st.just(0), st.integers(0, 10**6), st.integers(0, 4 * 10**6))
 
 
-def most(limit: AnyLimit) -> int:
+def most(limit: LimitSpec) -> int:
     return limit.burst if isinstance(limit, Limit) else limit.n
 
 
@@ -201,7 +201,7 @@ def test_a_sliding_window_counts_on(meter: Meter, data: st.DataObject) -> None:
 def test_hosts_keep_the_bound_of_the_most_generous(
     meter: Meter, kind: str, data: st.DataObject
 ) -> None:
-    def limit() -> AnyLimit:
+    def limit() -> LimitSpec:
         n = data.draw(st.integers(20, 100))
         if kind == "bucket":
             return Limit(n, 1, burst=data.draw(st.integers(n // 2, n)))
@@ -243,10 +243,10 @@ def test_hosts_keep_the_bound_of_the_most_generous(
 class Counter:
     """The tokens of one of a key's limits."""
 
-    limit: AnyLimit
+    limit: LimitSpec
     tokens: int = 0
 
-    def alike(self, limit: AnyLimit) -> bool:
+    def alike(self, limit: LimitSpec) -> bool:
         return type(limit) is type(self.limit) and limit.per == self.limit.per
 
 
@@ -258,7 +258,7 @@ class Counters:
     known: list[Counter] = field(default_factory=list)
     now: list[Counter] = field(default_factory=list)
 
-    def change(self, limits: list[AnyLimit]) -> None:
+    def change(self, limits: list[LimitSpec]) -> None:
         found: dict[int, Counter] = {}
         left = [each for each in self.known if each.tokens]
         for candidates, alike in ((self.now, True), (left, True), (self.now, False)):
@@ -293,7 +293,7 @@ class Counters:
 def test_what_a_single_limit_counted_goes_to_the_one_that_replaces_it(meter: Meter) -> None:
     """Once the last had 99 left: it went on from the one by the hour that was there before."""
     key = new_key()
-    story: list[tuple[list[AnyLimit], int]] = [
+    story: list[tuple[list[LimitSpec], int]] = [
         ([Window(100, 60.0), Window(100, 3600.0)], 1),
         ([Window(10, 1.0)], 9),
         ([Window(100, 3600.0)], 1),
@@ -310,7 +310,7 @@ def test_what_a_single_limit_counted_goes_to_the_one_that_replaces_it(meter: Met
 def test_what_is_consumed_stays_consumed(meter: Meter, data: st.DataObject) -> None:
     """Kinds and the number of limits change too. Hosts hold tokens, and give them back or not."""
     key, counters = new_key(), Counters()
-    limits: list[AnyLimit] = []
+    limits: list[LimitSpec] = []
     held = {host: [0] * 4 for host in "abc"}
     for _ in range(data.draw(st.integers(1, 25))):
         if not limits or data.draw(st.integers(0, 2)) == 0:

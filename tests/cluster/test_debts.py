@@ -13,7 +13,7 @@ from support.waiting import wait_until
 from fast_litellm_shm import Limit, RateLimiter, Segment, SlidingWindow, Window
 from fast_litellm_shm.cluster import Cluster, agent, link
 from fast_litellm_shm.cluster.outage import Debt, Outage
-from fast_litellm_shm.limits import AnyLimit
+from fast_litellm_shm.limits import LimitSpec
 
 # What takes long says that the machine is busy.
 some = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -62,7 +62,7 @@ def test_of_other_limits_nothing_young_is_forgotten_and_all_that_is_old(
 
 
 def limiter_of(
-    server: servers.Server, segment: Segment, limit: AnyLimit, policy: str, timeout: float
+    server: servers.Server, segment: Segment, limit: LimitSpec, policy: str, timeout: float
 ) -> RateLimiter:
     cluster = Cluster(server.url, on_outage=policy, timeout=timeout)
     return RateLimiter(limit, name="api", segment=segment, cluster=cluster)
@@ -125,7 +125,7 @@ def test_what_counts_is_charged_once_however_often_it_could_not_be_told(
     server: servers.Server,
     segment: Segment,
     monkeypatch: pytest.MonkeyPatch,
-    limit: AnyLimit,
+    limit: LimitSpec,
     policy: str,
     how: str,
 ) -> None:

@@ -8,7 +8,7 @@ from support import bounds, servers
 from support.fleet import Fleet
 
 from fast_litellm_shm import Limit, SlidingWindow, Window
-from fast_litellm_shm.limits import AnyLimit
+from fast_litellm_shm.limits import LimitSpec
 
 LIMIT = 1000
 HOUR = 3600
@@ -37,7 +37,7 @@ def test_costs_above_one_never_exceed_the_limit(server: servers.Server) -> None:
 
 
 def test_several_limits_are_all_kept(server: servers.Server) -> None:
-    limits: list[AnyLimit] = [
+    limits: list[LimitSpec] = [
         Window(LIMIT, HOUR),
         SlidingWindow(LIMIT // 2, HOUR),
         Limit(LIMIT, HOUR * 100),

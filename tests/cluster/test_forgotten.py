@@ -9,8 +9,8 @@ from support import servers
 from support.waiting import wait_until
 
 from fast_litellm_shm import RateLimiter, Segment, SlidingWindow, Window
+from fast_litellm_shm._shared.inspection import Inspection, is_beside
 from fast_litellm_shm.cluster import script, sliding
-from fast_litellm_shm.inspection import Inspection, is_beside
 
 __all__ = ["meter"]  # the fixture
 

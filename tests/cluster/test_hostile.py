@@ -15,23 +15,16 @@ from cluster.test_rights import documented, granting, url_of
 from support import servers
 from support.waiting import wait_until
 
-from fast_litellm_shm import (
-    ConcurrencyLimiter,
-    Limit,
-    RateLimiter,
-    Segment,
-    SlidingWindow,
-    Window,
-    monitoring,
-)
+from fast_litellm_shm import ConcurrencyLimiter, Limit, RateLimiter, Segment, SlidingWindow, Window
+from fast_litellm_shm._shared import performance as monitoring
+from fast_litellm_shm._shared.inspection import Inspection
 from fast_litellm_shm.cluster import Cluster, agent
-from fast_litellm_shm.inspection import Inspection
-from fast_litellm_shm.limits import AnyLimit
+from fast_litellm_shm.limits import LimitSpec
 
 __all__ = ["meter"]  # the fixture
 
 HOUR = 3600
-KINDS: dict[str, AnyLimit] = {
+KINDS: dict[str, LimitSpec] = {
     "window": Window(100, HOUR),
     "sliding": SlidingWindow(100, HOUR),
     "bucket": Limit(100, HOUR),
@@ -113,7 +106,7 @@ def test_a_state_with_a_wrong_value(meter: Meter, wrong: int) -> None:
         _is_used_up(meter, limit, packed(WRONG[wrong]))
 
 
-def _is_used_up(meter: Meter, limit: AnyLimit, value: bytes) -> None:
+def _is_used_up(meter: Meter, limit: LimitSpec, value: bytes) -> None:
     """The key's limit is used up, as of now; that is told once; and it goes by, or is reset."""
     key, at, per = new_key(), 10**15, HOUR * 10**6
     assert meter(at, "a", "take", key, [limit], costs=60).admitted

@@ -14,7 +14,7 @@ from support.fleet import Fleet
 from support.waiting import wait_until
 
 from fast_litellm_shm import RateLimiter, Segment, Window
-from fast_litellm_shm.native import lib
+from fast_litellm_shm._shared.native import lib
 
 LIMIT = 100_000
 HOUR = 3600

@@ -19,7 +19,7 @@ from support import servers
 
 from fast_litellm_shm import Limit, SlidingWindow, Window
 from fast_litellm_shm.cluster import names, script
-from fast_litellm_shm.limits import AnyLimit
+from fast_litellm_shm.limits import LimitSpec
 
 US = 1000  # ns
 some = settings(
@@ -69,7 +69,7 @@ class Meter:
         host: str,
         operation: str,
         key: bytes,
-        limits: list[AnyLimit],
+        limits: list[LimitSpec],
         **given: Any,
     ) -> script.Answer:
         rules = [script.rule(each) for each in limits]
@@ -194,7 +194,7 @@ def test_retry_is_the_first_instant_that_fits(meter: Meter) -> None:
 
 @dataclass
 class Host:
-    """A wallet, as csrc/wallet.c keeps it; times in us."""
+    """A wallet, as csrc/leasing/wallet.c keeps it; times in us."""
 
     name: str
     left: int = 0
@@ -209,7 +209,7 @@ class World:
     """Hosts that use all that they may: hoard, spend at the last instant, give back late."""
 
     meter: Meter
-    limit: AnyLimit
+    limit: LimitSpec
     delay: int  # us that a question is under way
     key: bytes = field(default_factory=new_key)
     at: int = 10**12
@@ -319,7 +319,7 @@ def histories(draw: st.DrawFn, per: int, undo: bool) -> list[tuple[str, int, int
 def test_hosts_keep_the_bound(meter: Meter, kind: str, data: st.DataObject) -> None:
     n, per = data.draw(st.integers(20, 100)), data.draw(st.integers(10_000, 10**7))
     burst = data.draw(st.integers(n // 2, n))
-    limit: AnyLimit
+    limit: LimitSpec
     if kind in ("bucket", "strict"):
         limit = Limit(n, per / 1e6, burst=burst, strict=kind == "strict")
     else:
@@ -343,7 +343,7 @@ def test_hosts_keep_the_bound(meter: Meter, kind: str, data: st.DataObject) -> N
 def test_the_worst_hosts(meter: Meter, kind: str, late: int) -> None:
     """Each way to have more than the limit, were it not for what meter.lua does about it."""
     n, per, burst = 100, 1_000_000, 100 if kind != "strict" else 50
-    limit: AnyLimit
+    limit: LimitSpec
     if kind in ("bucket", "strict"):
         limit = Limit(n, per / 1e6, burst=burst, strict=kind == "strict")
     else:
@@ -475,7 +475,7 @@ def test_after_a_reset_nobody_brings_it_back(meter: Meter) -> None:
 
 
 @pytest.mark.parametrize("limit", [Window(10, 60), Limit(10, 60), SlidingWindow(10, 60)])
-def test_a_clock_that_jumps(meter: Meter, limit: AnyLimit) -> None:
+def test_a_clock_that_jumps(meter: Meter, limit: LimitSpec) -> None:
     """Back: no time passes. Ahead: what is consumed is over sooner, once."""
     key, at = new_key(), 10**12
     assert meter(at, "a", "single", key, [limit], costs=10).admitted

@@ -20,9 +20,9 @@ from support.relay import Relay
 from support.waiting import wait_until
 
 from fast_litellm_shm import ConcurrencyLimiter, RateLimiter, Segment, Window, cli
+from fast_litellm_shm._shared.native import lib
 from fast_litellm_shm.cluster import Cluster, agent
 from fast_litellm_shm.exceptions import PermitTimeoutError
-from fast_litellm_shm.native import lib
 
 MOST = 100
 

@@ -32,7 +32,7 @@ def script() -> Iterator[Script]:
 
 @dataclass(frozen=True)
 class Word:
-    """A host's allowance, as csrc/allowance.h keeps it: two are the same or one is newer."""
+    """A host's allowance (csrc/leasing/allowance.h): two are the same, or one is newer."""
 
     end: int  # us
     allowance: int = 0

@@ -11,7 +11,7 @@ from support import servers
 from support.waiting import wait_until
 
 from fast_litellm_shm import ConcurrencyLimiter, Quota, Segment
-from fast_litellm_shm.quota import Admission
+from fast_litellm_shm.limiters.quota import Admission
 
 
 @pytest.fixture

@@ -20,12 +20,13 @@ from support.names import remove, unique_name
 from support.permits import most_at_once
 from support.waiting import PATIENCE, ticking, wait_until, wait_until_async
 
-from fast_litellm_shm import Quota, RateLimiter, Segment, Window, monitoring
+from fast_litellm_shm import Quota, RateLimiter, Segment, Window
+from fast_litellm_shm._shared import performance as monitoring
+from fast_litellm_shm._shared.native import lib
 from fast_litellm_shm.cluster import Cluster, agent
 from fast_litellm_shm.cluster.booking import Booked
 from fast_litellm_shm.cluster.link import Link
-from fast_litellm_shm.native import lib
-from fast_litellm_shm.quota import Admission
+from fast_litellm_shm.limiters.quota import Admission
 
 HOSTS, WORKERS, CALLERS = 2, 2, 8
 MINUTE = 60

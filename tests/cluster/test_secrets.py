@@ -22,11 +22,11 @@ from support.children import PATIENCE, run_one
 from support.waiting import wait_until
 
 from fast_litellm_shm import ConcurrencyLimiter, Quota, RateLimiter, Segment, Window
+from fast_litellm_shm._shared.segment import path_of
 from fast_litellm_shm.cluster import Cluster
 from fast_litellm_shm.cluster import url as urls
 from fast_litellm_shm.cluster.settings import found
 from fast_litellm_shm.exceptions import ClusterError
-from fast_litellm_shm.segment import path_of
 
 HOUR = 3600
 SECRET = "s3cr@t/word"
@@ -268,7 +268,7 @@ def test_no_password_where_it_fails(
     """A wrong password, a server that is gone, and one that does not know AUTH: that one says
     what it was told, word by word."""
     port = servers.free_port()
-    monkeypatch.setattr("fast_litellm_shm.settings.segment_name", lambda: segment.name)
+    monkeypatch.setattr("fast_litellm_shm._shared.settings.segment_name", lambda: segment.name)
     with ExitStack() as stack:
         if trouble != "gone":
             need("redis")

@@ -13,10 +13,10 @@ from support import servers
 from support.fleet import Fleet
 
 from fast_litellm_shm import ConcurrencyLimiter, RateLimiter, Segment, Window, health_check
+from fast_litellm_shm._shared.inspection import Inspection
+from fast_litellm_shm._shared.native import lib
 from fast_litellm_shm.cluster.state import cluster_state
-from fast_litellm_shm.inspection import Inspection
-from fast_litellm_shm.metric_source import Source
-from fast_litellm_shm.native import lib
+from fast_litellm_shm.metrics.source import Source
 
 
 def test_a_host_alone_says_nothing_of_it(segment: Segment) -> None:

@@ -9,7 +9,8 @@ import pickle
 import pytest
 from support.names import remove, unique_name
 
-from fast_litellm_shm import ConcurrencyLimiter, Quota, RateLimiter, Segment, Window, settings
+from fast_litellm_shm import ConcurrencyLimiter, Quota, RateLimiter, Segment, Window
+from fast_litellm_shm._shared import settings
 
 
 @pytest.fixture(autouse=True)

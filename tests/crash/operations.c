@@ -146,7 +146,7 @@ static void run_join(outcome_t *out) {
   out->status = process_identity(world.s, &slot, &generation);
 }
 
-/* The calls that csrc/py_pool.c makes to open a connection, and to hand it back and close it. */
+/* The calls that csrc/python/py_pool.c makes to open a connection, and to hand it back and close it. */
 static void run_pool_get(outcome_t *out) {
   uint32_t held;
   fshm_admit(world.l, KEY, strlen(KEY), NULL, world.now, &out->permit, &out->decision, &held);

@@ -56,7 +56,7 @@ NOT_OURS = (
 FAULTS = [
     Fault(
         "a counter beside the permits",
-        "lease.c",
+        "permits/lease.c",
         (
             (
                 "  for (int pass = 0; pass < 2; pass++) { /* the second asks who is dead */\n",
@@ -79,14 +79,14 @@ FAULTS = [
     ),
     Fault(
         "a claim without its second look",
-        "cells.c",
+        "core/cells.c",
         (("      if (cell + k == mine.cell) continue;\n", "      continue;\n"),),
         "pair-same-key-tenant",
         "one token: they are answered 1 and 1",
     ),
     Fault(
         "a spin lock around the swap",
-        "limiter.c",
+        "limits/limiter.c",
         (
             (
                 "    return pair_cas(&c->s->cells[f->cell], &seen, to) ? CLAIMED : CLAIM_LOST;\n",
@@ -101,14 +101,14 @@ FAULTS = [
     ),
     Fault(
         "a charge that is not undone",
-        "limiter.c",
+        "limits/limiter.c",
         (("undo(c, k, &looks[k], before[k]);", "(void)before[k];"),),
         "multi-undo",
         "is not undone",
     ),
     Fault(
         "limits that are named before they are written",
-        "limits.c",
+        "limits/limits.c",
         (
             (FILL, ""),
             (
@@ -121,7 +121,7 @@ FAULTS = [
     ),
     Fault(
         "a process that takes a slot without a new generation",
-        "process.c",
+        "core/process.c",
         (
             (
                 "atomic_fetch_add(&p->generation, 1) + 1",
@@ -133,7 +133,7 @@ FAULTS = [
     ),
     Fault(
         "a confirmation that does not compare the ticket",
-        "cells.c",
+        "core/cells.c",
         (
             (
                 "  expect = mine.pair;\n  pair_t confirmed",
@@ -147,7 +147,7 @@ FAULTS = [
     ),
     Fault(
         "who leaves a shared counter does not write it",
-        "limiter.c",
+        "limits/limiter.c",
         (
             (
                 "if (pair_cas(&c->s->cells[f.cell], &seen, f.pair)) break;",
@@ -159,21 +159,21 @@ FAULTS = [
     ),
     Fault(
         "a shared counter is charged without a look for the key's cell",
-        "limiter.c",
+        "limits/limiter.c",
         (("if (cells_has(c->s, c->hash, fingerprint(c, i))) return CLAIM_LOST;", ""),),
         "pair-shared-leave",
         "one token: they are answered 1 and 1",
     ),
     Fault(
         "no second look at a table full of dead permits",
-        "lease.c",
+        "permits/lease.c",
         (("return any || cells_room(s, hash, who, now);", "return any;"),),
         "insert-over-dead-permits",
         "1 were admitted, not 2",
     ),
     Fault(
         "a segment that is named before it is filled",
-        "image.c",
+        "core/image.c",
         (
             (
                 "  int status = fill(fd, capacity, mode, flags, e);\n"
@@ -191,7 +191,7 @@ FAULTS = [
     ),
     Fault(
         "a lock file that is announced before it is named",
-        "process.c",
+        "core/process.c",
         (
             ("&s->header->lock_file, &known, st->st_ino,\n", "&s->header->lock_file, &known, 1,\n"),
             (
@@ -205,35 +205,35 @@ FAULTS = [
     ),
     Fault(
         "who owns a slot counts as the owner of what it held before",
-        "process.c",
+        "core/process.c",
         (("ALIVE(slot)) && !has_ended(", "OWNED(slot)) && !has_ended("),),
         "join-after-holder",
         "T is stopped, and 0 can be taken, not 2",
     ),
     Fault(
         "a leader that is not asked whether it lives",
-        "process.c",
+        "core/process.c",
         (("word && process_alive(s, slot) ? slot", "word ? slot"),),
         "lead-after-dead",
         "somebody leads at the beginning",
     ),
     Fault(
         "limits of permits that are set before it is said how many may be held",
-        "limits.c",
+        "limits/limits.c",
         MOST_AFTER_SWAP,
         "permits-lower",
         "can be taken, not 0",
     ),
     Fault(
         "the same beside a taker",
-        "limits.c",
+        "limits/limits.c",
         MOST_AFTER_SWAP,
         "pair-publish-admit",
         "more than the limit that it has seen",
     ),
     Fault(
         "a release that does not compare the owner",
-        "lease.c",
+        "permits/lease.c",
         (
             (
                 "&h.identity) || (p->when & IDENTITY_MASK) != h.identity) return 0;\n"
@@ -246,7 +246,7 @@ FAULTS = [
     ),
     Fault(
         "a path that goes by the clock",
-        "limiter.c",
+        "limits/limiter.c",
         (
             (
                 "  out->version = CURRENT_VERSION(c->plan.current);\n",
@@ -262,7 +262,7 @@ FAULTS = [
     ),
     Fault(
         "a slot that is taken before the head knows it",
-        "moving.c",
+        "limits/moving.c",
         (
             (
                 "  int status = head_put(m, h, turn_after(m, h->turn, ahead[1]));\n",
@@ -280,14 +280,14 @@ FAULTS = [
     ),
     Fault(
         "tokens of a hit that failed are kept",
-        "moving.c",
+        "limits/moving.c",
         (("    if (status != FSHM_ALLOWED) return_tokens(m, tokens, count);\n", ""),),
         "pair-moving-several",
         "tokens",
     ),
     Fault(
         "a token is put over whatever the slot holds",
-        "moving.c",
+        "limits/moving.c",
         (
             (
                 "  slot_claim_t first = {m, slot, token_state(m, m->k.now), left};\n",
@@ -302,7 +302,7 @@ FAULTS = [
     ),
     Fault(
         "a clear that forgets the head first",
-        "moving.c",
+        "limits/moving.c",
         (
             (
                 "  head_t h = head_look(&m);\n  for",
@@ -315,7 +315,7 @@ FAULTS = [
     ),
     Fault(
         "a batch goes into what was looked at before",
-        "limiter.c",
+        "limits/limiter.c",
         (
             (
                 PUT_OF_ALL,
@@ -327,21 +327,21 @@ FAULTS = [
     ),
     Fault(
         "what is taken out is left as well",
-        "wallet.c",
+        "leasing/wallet.c",
         (("  return state - wallet_left(state, now);\n", "  (void)now;\n  return state;\n"),),
         "wallet-take",
         "are left",
     ),
     Fault(
         "a slot beyond what was lowered stands, since few are held",
-        "lease.c",
+        "permits/lease.c",
         (("    if (slot >= most) return false;\n", ""),),
         "pair-lease-shrink",
         "more than is allowed",
     ),
     Fault(
         "slots are not looked at before an allowance is clean again",
-        "allowance.c",
+        "leasing/allowance.c",
         (
             (
                 "  return lease_count(permits, key, length, allowance) == 0;\n",
@@ -353,14 +353,14 @@ FAULTS = [
     ),
     Fault(
         "what is taken without a grant is forgotten by the next",
-        "allowance.c",
+        "leasing/allowance.c",
         (("  if (!allowance_clean(word) && !before) return false;", "  "),),
         "pair-lease-alone",
         "what is allowed",
     ),
     Fault(
         "a spin lock around what the grantor told",
-        "wallet.c",
+        "leasing/wallet.c",
         (
             (
                 "  return " + LEARN,
@@ -374,7 +374,7 @@ FAULTS = [
     ),
     Fault(
         "a refusal that is forgotten before it is written",
-        "wallet.c",
+        "leasing/wallet.c",
         (
             (
                 "  return " + REFUSE,
@@ -389,7 +389,7 @@ FAULTS = [
     ),
     Fault(
         "a sum of a metric that is not added at once",
-        "metric.c",
+        "stats/metric.c",
         (
             (
                 "  (void)add_relaxed(&h->sum, ns * weight);\n",
@@ -401,14 +401,14 @@ FAULTS = [
     ),
     Fault(
         "no cooldown is ever set",
-        "route.c",
+        "stats/route.c",
         (("  if (cooldown_ns && failures_of(next) > allowed_fails) {", "  if (false) {"),),
         "deployment-record-failure",
         "cools down for 0 ns",
     ),
     Fault(
         "how many may be held is lowered where its number is the same again",
-        "limits.c",
+        "limits/limits.c",
         (
             (
                 "    (void)atomic_compare_exchange_strong("
@@ -424,7 +424,7 @@ FAULTS = [
     ),
     Fault(
         "a slot beyond the present limit stands uncounted",
-        "lease.c",
+        "permits/lease.c",
         (
             (
                 "    if (unlikely(slot >= plan->permits && !said)) {\n",
@@ -436,7 +436,7 @@ FAULTS = [
     ),
     Fault(
         "the limits are not looked at after the cell",
-        "limiter.c",
+        "limits/limiter.c",
         (
             (
                 "  return unlikely(entry_current(c->s, c->index) != c->plan.current);\n",
@@ -448,7 +448,7 @@ FAULTS = [
     ),
     Fault(
         "a sweep that leaves pending cells",
-        "limits.c",
+        "limits/limits.c",
         (
             (
                 "    bool over = IS_PENDING(pair.when) || ",
@@ -460,7 +460,7 @@ FAULTS = [
     ),
     Fault(
         "a sweep in the same epoch",
-        "limits.c",
+        "limits/limits.c",
         (
             (
                 "{rest | ((current + (UINT64_C(1) << VERSION_BITS)) & epochs) | version",
@@ -472,7 +472,7 @@ FAULTS = [
     ),
     Fault(
         "a rule's slot is freed though a state refers to it",
-        "limits.c",
+        "limits/limits.c",
         (
             (
                 "if (named >> slot & 1 || w->labels[slot]) continue;",
@@ -484,21 +484,21 @@ FAULTS = [
     ),
     Fault(
         "a sweep by the limits that it began with",
-        "limits.c",
+        "limits/limits.c",
         (("    if (entry_current(w->s, w->index) != w->plan.current) {\n", "    if (false) {\n"),),
         "change-sweeps",
         "slot is free",
     ),
     Fault(
         "a rule that takes another's cells does not count as in use",
-        "limits.c",
+        "limits/limits.c",
         (("    if (owner < later &&\n", "    if (!later &&\n"),),
         "change-sweeps-none-fits",
         "key 0",
     ),
     Fault(
         "a rule is taken back though another has named it",
-        "limits.c",
+        "limits/limits.c",
         (
             (
                 NOT_OURS,
@@ -519,7 +519,7 @@ FAULTS = [
     ),
     Fault(
         "a token of a moving window is given back under another name",
-        "moving.c",
+        "limits/moving.c",
         (
             (
                 "    pair_t mine = {token_who(m, tokens[i].slot), tokens[i].state}",

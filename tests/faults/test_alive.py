@@ -24,7 +24,7 @@ from support.waiting import TooSlow, wait_until
 
 import fast_litellm_shm
 from fast_litellm_shm import ConcurrencyLimiter, RateLimiter, Segment, Window
-from fast_litellm_shm.native import lib
+from fast_litellm_shm._shared.native import lib
 
 GIGABYTE = 1 << 30
 EVE = 12347

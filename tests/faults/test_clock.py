@@ -12,11 +12,11 @@ from support.children import PATIENCE
 from support.names import left_over
 
 from fast_litellm_shm import Limit, RateLimiter, Segment, SlidingWindow, Window
-from fast_litellm_shm.native import ffi, lib
+from fast_litellm_shm._shared.native import ffi, lib
 
 SECOND = 10**9
 YEAR = 365 * 86400 * SECOND
-END = 2**57 - 1  # where segment time saturates (csrc/meter.h)
+END = 2**57 - 1  # where segment time saturates (csrc/limits/meter.h)
 KINDS: list[Any] = [Window(5, 60), Limit(5, 60), SlidingWindow(5, 60)]
 
 

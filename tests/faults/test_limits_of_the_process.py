@@ -16,8 +16,8 @@ from support import world
 from support.names import left_over
 
 from fast_litellm_shm import ConcurrencyLimiter, RateLimiter, Segment, Window
-from fast_litellm_shm.native import lib
-from fast_litellm_shm.segment import path_of
+from fast_litellm_shm._shared.native import lib
+from fast_litellm_shm._shared.segment import path_of
 
 
 def _limiter(segment: Segment) -> RateLimiter:

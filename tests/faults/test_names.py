@@ -22,8 +22,8 @@ from fast_litellm_shm import (
     SegmentLinkError,
     Window,
 )
-from fast_litellm_shm.native import lib
-from fast_litellm_shm.segment import path_of
+from fast_litellm_shm._shared.native import lib
+from fast_litellm_shm._shared.segment import path_of
 
 ROOT = os.geteuid() == 0
 

@@ -11,8 +11,8 @@ from support import world
 from support.names import left_over
 
 from fast_litellm_shm import ConcurrencyLimiter, RateLimiter, Segment, Window
-from fast_litellm_shm.inspection import open_for_reading
-from fast_litellm_shm.segment import path_of
+from fast_litellm_shm._shared.inspection import open_for_reading
+from fast_litellm_shm._shared.segment import path_of
 
 ANN, BOB, EVE, GROUP = 12345, 12346, 12347, 12350
 

@@ -8,7 +8,7 @@ from typing import Any
 from support import world
 
 from fast_litellm_shm import ConcurrencyLimiter, RateLimiter, Segment, Window
-from fast_litellm_shm.native import lib
+from fast_litellm_shm._shared.native import lib
 
 
 def _window(name: str, **options: Any) -> RateLimiter:

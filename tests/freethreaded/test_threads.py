@@ -21,7 +21,7 @@ from fast_litellm_shm import (
     Window,
     record_performance,
 )
-from fast_litellm_shm.native import Memo, address
+from fast_litellm_shm._shared.native import Memo, address
 
 THREADS, CALLS = 4, 20_000
 A = "https://a.example"

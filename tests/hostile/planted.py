@@ -24,39 +24,47 @@ PATIENCE = 60.0  # seconds, for all kept inputs; they take two; the program ends
 # name: file, text that is there once, what replaces it; and again, where two checks guard the same
 FAULTS: dict[str, list[tuple[str, str, str]]] = {
     "a count of rules is not checked": [
-        ("limits.c", "if (count < 1 || count > FSHM_MAX_LIMITS) return 0;", "if (!count) return 0;")
+        (
+            "limits/limits.c",
+            "if (count < 1 || count > FSHM_MAX_LIMITS) return 0;",
+            "if (!count) return 0;",
+        )
     ],
-    "a divisor may be zero": [("meter.h", "r->num && r->den &&", "r->num &&")],
+    "a divisor may be zero": [("limits/meter.h", "r->num && r->den &&", "r->num &&")],
     "a column's cell is not checked": [
-        ("ledger.c", " || cell >= s->cell_count) return;", ") return;")
+        ("stats/ledger.c", " || cell >= s->cell_count) return;", ") return;")
     ],
-    "a ledger's limiter is not checked": [("limiter.c", "index >= s->limiter_count || ", "")],
+    "a ledger's limiter is not checked": [
+        ("limits/limiter.c", "index >= s->limiter_count || ", "")
+    ],
     "a ledger's limiter is not checked where keys are counted": [
-        ("tally.c", "limiter < s->limiter_count && ", "")
+        ("stats/tally.c", "limiter < s->limiter_count && ", "")
     ],
     "a stored length is not checked": [
-        ("ledger.c", "if (stored > NAME_STORED || stored > size) return 0;", "")
+        ("stats/ledger.c", "if (stored > NAME_STORED || stored > size) return 0;", "")
     ],
     "a limiter's name may be longer than its room": [
         (
-            "limits.c",
+            "limits/limits.c",
             "if (load_relaxed(&e->name_length) > FSHM_MAX_LIMITER_NAME) return true;",
             "",
         ),
         (
-            "limits.c",
+            "limits/limits.c",
             "min_u64(load_relaxed(&e->name_length), FSHM_MAX_LIMITER_NAME);",
             "load_relaxed(&e->name_length);",
         ),
     ],
-    "permits without end": [("limits.c", "i + 1 != has || r->n > MAX_PERMITS", "i + 1 != has")],
-    "the header is believed": [("image.c", "should.names_words != h->names_words ||", "")],
+    "permits without end": [
+        ("limits/limits.c", "i + 1 != has || r->n > MAX_PERMITS", "i + 1 != has")
+    ],
+    "the header is believed": [("core/image.c", "should.names_words != h->names_words ||", "")],
     "the mapping is believed": [
-        ("segment.c", "out->capacity = s->capacity;", "out->capacity = s->header->capacity;")
+        ("core/segment.c", "out->capacity = s->capacity;", "out->capacity = s->header->capacity;")
     ],
     "a claim is waited for": [
         (
-            "cells.c",
+            "core/cells.c",
             "bool pending = IS_PENDING(pair.when);",
             "while (IS_PENDING(pair.when)) pair = pair_load(&s->cells[cell + k]);\n"
             "      bool pending = IS_PENDING(pair.when);",
@@ -64,18 +72,20 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "a damaged limiter is shown": [
         (
-            "limits.c",
+            "limits/limits.c",
             "if (!load_genuine(s, index, &p)) return damage",
             "if (!limits_load(s, index, &p)) return damage",
         ),
     ],
     "a metric's name may be longer than its room": [
-        ("metric.c", "length > METRIC_NAME || component >= length", "component >= length")
+        ("stats/metric.c", "length > METRIC_NAME || component >= length", "component >= length")
     ],
     "a deployment's place is not checked": [
-        ("route.c", "if (deployments[i] < DEPLOYMENTS) {", "if (count) {")
+        ("stats/route.c", "if (deployments[i] < DEPLOYMENTS) {", "if (count) {")
     ],
-    "a cut file is looked into": [("damage.c", "if (kind == FSHM_DAMAGE_SIZE) return kind;", "")],
+    "a cut file is looked into": [
+        ("core/damage.c", "if (kind == FSHM_DAMAGE_SIZE) return kind;", "")
+    ],
 }
 
 
@@ -83,7 +93,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
 RACES: dict[str, list[tuple[str, str, str]]] = {
     "a count is read twice": [
         (
-            "limits.c",
+            "limits/limits.c",
             "i < count; i++) read_rule(e, SET_SLOT(set, i), &out[i]);",
             "i < SET_COUNT(load_relaxed(&e->set)); i++)\n"
             "    read_rule(e, SET_SLOT(load_relaxed(&e->set), i), &out[i]);",
@@ -91,7 +101,7 @@ RACES: dict[str, list[tuple[str, str, str]]] = {
     ],
     "a length is read twice": [
         (
-            "ledger.c",
+            "stats/ledger.c",
             "if (stored > NAME_STORED || stored > size) return 0;",
             "if (stored > NAME_STORED || stored > size) return 0;\n"
             "  stored = load_relaxed(&s->names[at % s->names_words]) & 0xffff;",

@@ -29,7 +29,7 @@ from fast_litellm_shm import (
     Window,
     exceptions,
 )
-from fast_litellm_shm.inspection import Inspection
+from fast_litellm_shm._shared.inspection import Inspection
 
 from .uses import USES
 

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from limits import parse, strategies
 
 import fast_litellm_shm as api
-from fast_litellm_shm import AdvancedRouter, Segment, exposition, features
+from fast_litellm_shm import AdvancedRouter, Segment
+from fast_litellm_shm._shared import features
+from fast_litellm_shm._shared.native import Memo, ffi, lib
 from fast_litellm_shm.cli import export
 from fast_litellm_shm.cli.live import Sampler
 from fast_litellm_shm.integrations.limits import ShmStorage
-from fast_litellm_shm.metric_snapshot import snapshot
-from fast_litellm_shm.native import Memo, ffi, lib
+from fast_litellm_shm.metrics import prometheus_text as exposition
+from fast_litellm_shm.metrics.snapshot import snapshot
 
 DEPLOYMENTS = [
     {

@@ -17,7 +17,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "meter.h"
+#include "limits/meter.h"
 
 #define WORKERS 4
 #define TESTER WORKERS /* the lane of the test itself */

@@ -28,7 +28,7 @@ static void hook(void);
 #define pair_load library_pair_load
 #define pair_cas library_pair_cas
 #define segment_now library_segment_now
-#include "internal.h"
+#include "core/internal.h"
 #undef pair_load
 #undef pair_cas
 #undef segment_now

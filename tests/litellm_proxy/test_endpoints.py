@@ -18,7 +18,7 @@ from support.proxy import Proxy, proxy
 from support.upstream import Upstream, serving
 from support.waiting import PATIENCE, TooSlow, wait_until
 
-from fast_litellm_shm.diagnostics import memo_state
+from fast_litellm_shm.metrics.health import memo_state
 
 pytest.importorskip("litellm.proxy.proxy_server", reason="the proxy's packages are not installed")
 websockets = pytest.importorskip("websockets", reason="the proxy's packages are not installed")

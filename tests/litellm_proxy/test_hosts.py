@@ -21,7 +21,7 @@ from support.names import left_over, remove, unique_name
 from support.proxy import Proxy, proxy
 from support.upstream import Upstream, serving
 
-from fast_litellm_shm.inspection import Inspection
+from fast_litellm_shm._shared.inspection import Inspection
 
 pytest.importorskip("litellm.proxy.proxy_server", reason="the proxy's packages are not installed")
 

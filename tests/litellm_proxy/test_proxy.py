@@ -26,7 +26,7 @@ from support.proxy import WORKERS, Proxy, proxy
 from support.upstream import Upstream, serving
 from support.waiting import PATIENCE, comes_true
 
-from fast_litellm_shm.inspection import Inspection
+from fast_litellm_shm._shared.inspection import Inspection
 
 pytest.importorskip("litellm.proxy.proxy_server", reason="the proxy's packages are not installed")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fast_litellm_shm import Segment
-from fast_litellm_shm.native import ffi, lib
+from fast_litellm_shm._shared.native import ffi, lib
 
 BUCKET, WINDOW, SLIDING = lib.FSHM_BUCKET, lib.FSHM_WINDOW, lib.FSHM_SLIDING
 NEVER = lib.FSHM_NEVER

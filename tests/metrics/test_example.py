@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from support.children import PATIENCE
 from support.served import EXAMPLES, WORKERS, ask, ask_of_several, served, uvicorn
 
-from fast_litellm_shm.metric_source import Source
+from fast_litellm_shm.metrics.source import Source
 
 EXAMPLE = EXAMPLES / "prometheus"
 LIMIT, REQUESTS = 100, 160

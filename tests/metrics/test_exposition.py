@@ -20,11 +20,11 @@ from support.children import PATIENCE
 from support.scene import AWKWARD, Scene
 
 from fast_litellm_shm import Segment
-from fast_litellm_shm.exposition import prometheus_text
 from fast_litellm_shm.integrations.prometheus import FastShmCollector, register
-from fast_litellm_shm.metric_families import FAMILIES, UP
-from fast_litellm_shm.metric_source import Source
-from fast_litellm_shm.metrics import LimiterMetrics, Snapshot
+from fast_litellm_shm.metrics.families import FAMILIES, UP
+from fast_litellm_shm.metrics.model import LimiterMetrics, Snapshot
+from fast_litellm_shm.metrics.prometheus_text import prometheus_text
+from fast_litellm_shm.metrics.source import Source
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 

@@ -13,8 +13,8 @@ from support.scene import Scene
 
 from fast_litellm_shm import Limit, RateLimiter, Segment
 from fast_litellm_shm.integrations.opentelemetry import _collections, instrument
-from fast_litellm_shm.metric_families import FAMILIES, UP, Histogram, collected
-from fast_litellm_shm.metric_source import Source
+from fast_litellm_shm.metrics.families import FAMILIES, UP, Histogram, collected
+from fast_litellm_shm.metrics.source import Source
 
 # What differs from one read to the next.
 MOVING = ("fast_shm.read.duration", "fast_shm.deployment.cooldown", "fast_shm.permits.oldest.age")

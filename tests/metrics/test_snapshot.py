@@ -18,10 +18,10 @@ from fast_litellm_shm import (
     SegmentNotFoundError,
     SimpleConnectionPool,
 )
-from fast_litellm_shm.metric_snapshot import snapshot
-from fast_litellm_shm.metric_source import Source, Sources
-from fast_litellm_shm.metrics import DURATION_BOUNDS, OTHERS
-from fast_litellm_shm.native import lib
+from fast_litellm_shm._shared.native import lib
+from fast_litellm_shm.metrics.model import DURATION_BOUNDS, OTHERS
+from fast_litellm_shm.metrics.snapshot import snapshot
+from fast_litellm_shm.metrics.source import Source, Sources
 
 
 def test_everything_is_told(scene: Scene) -> None:

@@ -1,4 +1,4 @@
-/* claim.pml - the claim protocol of csrc/cells.c, with the calls of csrc/limiter.c that use it, for spin.
+/* claim.pml - the claim protocol of csrc/core/cells.c, with the calls of csrc/limits/limiter.c that use it, for spin.
  *
  * Processes that charge keys of a small table, whatever the order of their steps. A step is one access
  * to shared memory with the local work around it. A process that is killed or stopped takes no more

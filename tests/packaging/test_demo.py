@@ -11,7 +11,7 @@ import sys
 import psutil
 import pytest
 
-from fast_litellm_shm.segment import path_of
+from fast_litellm_shm._shared.segment import path_of
 
 DEMO = pathlib.Path(__file__).parents[2] / "examples" / "demo"
 ONE_TOKEN_SHORT = """

@@ -16,7 +16,7 @@ import sys
 import pytest
 
 import fast_litellm_shm
-from fast_litellm_shm import features
+from fast_litellm_shm._shared import features
 
 ROOT = pathlib.Path(__file__).parents[2]
 GUIDE = (pathlib.Path(__file__).parent / "performance_guide.md").read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from fast_litellm_shm import RateLimiter, Segment, Window
-from fast_litellm_shm.native import lib as native
+from fast_litellm_shm._shared.native import lib as native
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]

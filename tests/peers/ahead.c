@@ -1,4 +1,4 @@
-/* ahead.c - for LD_PRELOAD: the clock that segments are measured by (csrc/clock.c), stopped or ahead of the
+/* ahead.c - for LD_PRELOAD: the clock that segments are measured by (csrc/core/clock.c), stopped or ahead of the
  * kernel's, so that tests which turn Python's clocks with hiro find windows as old as they think. */
 #define _GNU_SOURCE
 #include <dlfcn.h>

@@ -11,7 +11,7 @@ COUNT = """
 import json, warnings
 warnings.simplefilter("ignore")
 import fast_litellm_shm as ours
-from fast_litellm_shm import acceleration
+from fast_litellm_shm.fast_litellm import acceleration
 
 before = ours.apply_acceleration(), ours.get_patch_status()["reason"]
 import litellm

@@ -19,7 +19,7 @@ _MORE = 200_000  # ns: windows began up to 0.1 ms after the instant at which the
 
 
 def _seen() -> None:
-    """What the clock of segments said last is good for 0.1 ms: see csrc/clock.c."""
+    """What the clock of segments said last is good for 0.1 ms: see csrc/core/clock.c."""
     _libc.usleep(200)
 
 

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 from fast_litellm_shm import Segment
-from fast_litellm_shm.segment import path_of
+from fast_litellm_shm._shared.segment import path_of
 
-# csrc/layout.h: the header's size, and of its words; a limiter's entry, and of its words.
+# csrc/core/layout.h: the header's size, and of its words; a limiter's entry, and of its words.
 HEADER = 1792
 SECRET, DAMAGE = 208, 240
 ENTRY, CURRENT, SET, LIMITS = 1344, 16, 24, 320

@@ -13,7 +13,7 @@ from typing import Any
 
 from fast_litellm_shm import RateLimiter, Segment
 from fast_litellm_shm.cluster import Cluster
-from fast_litellm_shm.limits import AnyLimit
+from fast_litellm_shm.limits import LimitSpec
 from support.names import remove, unique_name
 from support.waiting import PATIENCE, wait_until
 
@@ -35,7 +35,7 @@ class Fleet:
     def __init__(
         self,
         cluster: Cluster | str | Sequence[Cluster],
-        limits: Sequence[AnyLimit],
+        limits: Sequence[LimitSpec],
         hosts: int = 4,
         workers: int = 2,
         attempts: Sequence[int | None] | None = None,

@@ -22,11 +22,11 @@ from fast_litellm_shm import (
     Segment,
     SimpleConnectionPool,
     Window,
-    concurrency,
-    encoding,
-    greenlets,
 )
+from fast_litellm_shm._shared import greenlets
 from fast_litellm_shm.cluster.asking import Asking
+from fast_litellm_shm.limiters import concurrency
+from fast_litellm_shm.tokens import encoding
 from support.permits import Span
 from support.workers import meet
 

@@ -29,8 +29,8 @@ from fast_litellm_shm import (
     SlidingWindow,
     Window,
 )
+from fast_litellm_shm._shared.native import Memo, Recorder, address, ffi, lib
 from fast_litellm_shm.integrations.limits import ShmStorage
-from fast_litellm_shm.native import Memo, Recorder, address, ffi, lib
 from support.names import unique_name
 
 ROUNDS = 30

@@ -7,8 +7,8 @@ import itertools
 import os
 import re
 
-from fast_litellm_shm.native import ffi, lib
-from fast_litellm_shm.segment import path_of
+from fast_litellm_shm._shared.native import ffi, lib
+from fast_litellm_shm._shared.segment import path_of
 
 _count = itertools.count()
 

@@ -11,10 +11,9 @@ from support.children import PATIENCE
 
 _SCRIPT = """
 import json, sys
-from fast_litellm_shm import (
-    AdvancedRouter, ConcurrencyLimiter, Limit, RateLimiter, Segment, SimpleConnectionPool, Window,
-    tokens,
-)
+from fast_litellm_shm.tokens import counter as tokens
+from fast_litellm_shm import AdvancedRouter, ConcurrencyLimiter, Limit, RateLimiter, Segment
+from fast_litellm_shm import SimpleConnectionPool, Window
 
 segment = Segment(sys.argv[1])
 chat = RateLimiter(Window(10, 3600), name="chat", segment=segment)

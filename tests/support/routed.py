@@ -11,7 +11,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from fast_litellm_shm import AdvancedRouter, ConcurrencyLimiter, Segment, features, monitoring
+from fast_litellm_shm import AdvancedRouter, ConcurrencyLimiter, Segment
+from fast_litellm_shm._shared import features
+from fast_litellm_shm._shared import performance as monitoring
 from support.workers import meet
 
 PICKS = 6000

@@ -18,7 +18,7 @@ from fast_litellm_shm import (
     SimpleConnectionPool,
     Window,
 )
-from fast_litellm_shm.native import lib
+from fast_litellm_shm._shared.native import lib
 from support.names import remove, unique_name
 
 # What a label of any format must stand: quotes, backslashes, ends of lines, other scripts.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import random
 
-from fast_litellm_shm import EncodingUnavailableError, encoding
+from fast_litellm_shm import EncodingUnavailableError
+from fast_litellm_shm.tokens import encoding
 
 CORPUS = {
     "empty": "",

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.cells import cell_len
 
-from fast_litellm_shm import keyed
+from fast_litellm_shm._shared import keyed
 from fast_litellm_shm.cli import render
 from fast_litellm_shm.cli.keytable import LiveKey, matcher
 from fast_litellm_shm.cli.live import DeploymentRow, Snapshot, Worker

@@ -8,10 +8,11 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
-from fast_litellm_shm import exceptions, keyed
+from fast_litellm_shm import exceptions
+from fast_litellm_shm._shared import keyed
 from fast_litellm_shm.integrations.litellm import guard, settings, usage
 from fast_litellm_shm.integrations.litellm.subjects import Limits, Subject
-from fast_litellm_shm.quota import Admission, Quota
+from fast_litellm_shm.limiters.quota import Admission, Quota
 
 _TYPES = {"rpm": "requests", "tpm": "tokens", "max_parallel": "max_parallel_requests"}
 

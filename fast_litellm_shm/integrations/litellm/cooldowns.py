@@ -14,8 +14,8 @@ from typing import Any
 
 from fast_litellm_shm.integrations.litellm import guard
 from fast_litellm_shm.integrations.litellm.statistics import Statistics
-from fast_litellm_shm.limiter import RateLimiter
-from fast_litellm_shm.limits import Window
+from fast_litellm_shm.limiters.rate import RateLimiter
+from fast_litellm_shm.limits import FixedWindow
 
 #: What a store must have to be stood before: litellm.redis.stores.router_cooldowns.RouterCooldowns.
 PROTOCOL = (
@@ -109,7 +109,7 @@ class SharedCooldowns:
         known = self._fails.get(ttl)
         if known is None and ttl > 0 and len(self._fails) < _MOST_PERIODS:
             known = RateLimiter(
-                Window(_MOST_FAILS, per=ttl),
+                FixedWindow(_MOST_FAILS, per=ttl),
                 name=f"litellm fails {ttl:g} s",
                 on_full="raise",
                 cluster=False,

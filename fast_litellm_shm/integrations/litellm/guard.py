@@ -11,9 +11,10 @@ import contextlib
 import logging
 import time
 
-from fast_litellm_shm import exceptions, monitoring
-from fast_litellm_shm.diagnostics import PLUGIN
-from fast_litellm_shm.segment import Segment
+from fast_litellm_shm import exceptions
+from fast_litellm_shm._shared import performance
+from fast_litellm_shm._shared.segment import Segment
+from fast_litellm_shm.metrics.health import PLUGIN
 
 OPERATION = "could_not_judge"
 _QUIET_SECONDS = 60.0
@@ -25,7 +26,7 @@ _untold = 0
 def failed(doing: str, error: BaseException, consequence: str) -> None:
     """Count it and log it. doing: "judging a request", say. consequence: what becomes of it."""
     global _told, _untold
-    monitoring.record_failure(PLUGIN, OPERATION)
+    performance.record_failure(PLUGIN, OPERATION)
     now = time.monotonic()
     if now - _told < _QUIET_SECONDS:
         _untold += 1
@@ -39,9 +40,9 @@ def failed(doing: str, error: BaseException, consequence: str) -> None:
 
 def judged() -> None:
     """One was judged, by limits that are in the segment: what was kept for it is counted there."""
-    if monitoring.kept(PLUGIN):
+    if performance.kept(PLUGIN):
         with contextlib.suppress(exceptions.FastShmError, OSError):  # it may have gone again
-            monitoring.count_kept(Segment.default())
+            performance.count_kept(Segment.default())
 
 
 def forget() -> None:

@@ -26,7 +26,6 @@ from typing import Any, Literal
 
 from litellm.integrations.custom_logger import CustomLogger
 
-from fast_litellm_shm import tokens
 from fast_litellm_shm.integrations.litellm import (
     answers,
     attempts,
@@ -39,6 +38,7 @@ from fast_litellm_shm.integrations.litellm import (
 from fast_litellm_shm.integrations.litellm.calls import Attempt, Call, Held
 from fast_litellm_shm.integrations.litellm.router_state import routers
 from fast_litellm_shm.integrations.litellm.subjects import Subject, of_calls, subjects
+from fast_litellm_shm.tokens import counter as tokens
 
 _TOOL_CALL = "call_mcp_tool"
 # With these in its body, or their headers, a client asks for more tries than the router makes.

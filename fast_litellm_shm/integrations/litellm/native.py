@@ -18,9 +18,9 @@ import inspect
 from functools import cache
 from typing import Any
 
+from fast_litellm_shm._shared.settings import warn_not_shared
 from fast_litellm_shm.integrations.litellm import guard, settings
 from fast_litellm_shm.integrations.litellm.native_store import Handle
-from fast_litellm_shm.settings import warn_not_shared
 
 HOOK = "parallel_request_limiter"
 _LIMITER = "litellm.proxy.hooks.parallel_request_limiter_v3"

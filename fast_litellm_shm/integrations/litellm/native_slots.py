@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from fast_litellm_shm import keyed
-from fast_litellm_shm.quota import Admission, Quota
-from fast_litellm_shm.segment import Segment
+from fast_litellm_shm._shared import keyed
+from fast_litellm_shm._shared.segment import Segment
+from fast_litellm_shm.limiters.quota import Admission, Quota
 
 MOST = 100_000  # a larger limit is this one
 _MOST_QUOTAS = 1024  # that this process keeps at hand

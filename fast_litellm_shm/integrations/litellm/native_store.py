@@ -14,10 +14,10 @@ from types import ModuleType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from fast_litellm_shm import exceptions
+from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.integrations.litellm import guard, settings
 from fast_litellm_shm.integrations.litellm.native_slots import Refused, Slots
 from fast_litellm_shm.integrations.litellm.native_windows import OpenWindow, Taken, Windows
-from fast_litellm_shm.segment import Segment
 
 T = TypeVar("T")
 

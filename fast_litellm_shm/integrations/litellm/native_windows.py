@@ -3,8 +3,8 @@
 LiteLLM keeps three keys of a scope in Redis: when its window began, and how many requests and
 tokens were counted since. Both counters begin anew with the window. Here:
 
-- A window is a key of a limiter ``Window(1, per=size)``: its first hit opens it, and its end, an
-  instant of the segment's clock that all processes read alike, is its identity.
+- A window is a key of a limiter ``FixedWindow(1, per=size)``: its first hit opens it, and its end,
+  an instant of the segment's clock that all processes read alike, is its identity.
 - A counter is a key that has this end in its name. So an increment that was meant for one window
   never lands in the next, whoever was stopped in between, and nothing has to be set to 0.
 
@@ -17,11 +17,11 @@ from __future__ import annotations
 import time
 from typing import Any, NamedTuple
 
-from fast_litellm_shm.handle import SharedLimits
-from fast_litellm_shm.limiter import RateLimiter
-from fast_litellm_shm.limits import Window
-from fast_litellm_shm.native import ffi, lib
-from fast_litellm_shm.segment import Segment
+from fast_litellm_shm._shared.named_limiter import SharedLimits
+from fast_litellm_shm._shared.native import ffi, lib
+from fast_litellm_shm._shared.segment import Segment
+from fast_litellm_shm.limiters.rate import RateLimiter
+from fast_litellm_shm.limits import FixedWindow
 
 MOST = 2**31 - 1
 _SECOND = 1_000_000_000
@@ -71,8 +71,8 @@ class Windows:
         if found is None:
             options: Any = {"segment": self._segment, "on_full": "raise", "cluster": False}
             found = self._limiters[size] = (
-                RateLimiter(Window(1, size), name=f"litellm windows of {size} s", **options),
-                RateLimiter(Window(MOST, size), name=f"litellm counts of {size} s", **options),
+                RateLimiter(FixedWindow(1, size), name=f"litellm windows of {size} s", **options),
+                RateLimiter(FixedWindow(MOST, size), name=f"litellm counts of {size} s", **options),
             )
         return found
 

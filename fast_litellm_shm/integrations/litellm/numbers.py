@@ -35,8 +35,8 @@ from datetime import datetime
 from typing import Any, TypeAlias
 
 from fast_litellm_shm.integrations.litellm.statistics import Statistics
-from fast_litellm_shm.limiter import RateLimiter
-from fast_litellm_shm.limits import Window
+from fast_litellm_shm.limiters.rate import RateLimiter
+from fast_litellm_shm.limits import FixedWindow
 
 _HOUR = 3600.0  # LiteLLM forgets counts of requests in flight, and latencies, after so long
 # A minute of a deployment. The end of a window is kept to twice as many ns; and what is given back
@@ -63,7 +63,7 @@ class Numbers:
         self.statistics = statistics
         self._usage = {
             kind: RateLimiter(
-                Window(most), name=f"litellm deployment {kind}", on_full="raise", cluster=False
+                FixedWindow(most), name=f"litellm deployment {kind}", on_full="raise", cluster=False
             )
             for kind, most in _MOST.items()
         }

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import litellm
 
-from fast_litellm_shm import settings
+from fast_litellm_shm._shared import settings
 from fast_litellm_shm.cluster import settings as cluster_settings
 from fast_litellm_shm.cluster.settings import Cluster
 

@@ -12,14 +12,14 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from fast_litellm_shm.limiter import RateLimiter
-from fast_litellm_shm.limits import Window
-from fast_litellm_shm.native import ffi, lib
-from fast_litellm_shm.routing import AdvancedRouter
+from fast_litellm_shm._shared.native import ffi, lib
+from fast_litellm_shm.limiters.rate import RateLimiter
+from fast_litellm_shm.limits import FixedWindow
+from fast_litellm_shm.routing.router import AdvancedRouter
 
 NAME = "litellm"
 _UNKNOWN = 2**64 - 1
-_PLACES = 256  # csrc/layout.h, DEPLOYMENTS. A place that is none reads as one nobody uses.
+_PLACES = 256  # csrc/core/layout.h, DEPLOYMENTS. A place that is none reads as one nobody uses.
 _INFOS, _FLIGHT = ffi.typeof("fshm_deployment_info[]"), ffi.typeof("fshm_flight *")
 _ID, _IN_FLIGHT, _LATENCY, _COST, _COOLDOWN, _IDLE, _WORDS = 0, 1, 3, 4, 5, 6, 8  # of an info
 _MOST_IDS = 4096  # whose hashes are kept
@@ -36,7 +36,7 @@ class Statistics:
         self._handle: Any = self._router._handle
         # Counts cooldowns, so that who reads them need not look at all places every time.
         self._changes = RateLimiter(
-            Window(2**31 - 1, per=_AGES), name="litellm cooldowns", cluster=False
+            FixedWindow(2**31 - 1, per=_AGES), name="litellm cooldowns", cluster=False
         )
         self._seen: int | None = None
         self._cooling: dict[int, int] = {}  # hash of id -> until, monotonic ns

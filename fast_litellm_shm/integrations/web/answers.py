@@ -17,8 +17,8 @@ from http.client import responses
 from typing import Any
 
 from fast_litellm_shm import limits
-from fast_litellm_shm.limits import AnyLimit, InFlight
-from fast_litellm_shm.native import Decision
+from fast_litellm_shm._shared.native import Decision
+from fast_litellm_shm.limits import InFlight, LimitSpec
 
 PROBLEM_TYPE = "application/problem+json"
 _REGISTRY = "https://iana.org/assignments/http-problem-types#"
@@ -36,7 +36,7 @@ def answers_handshake(scope: Mapping[str, Any]) -> bool:
     return "websocket.http.response" in (scope.get("extensions") or {})
 
 
-def policy_names(rule: str, found: Iterable[AnyLimit | InFlight]) -> tuple[str, ...]:
+def policy_names(rule: str, found: Iterable[LimitSpec | InFlight]) -> tuple[str, ...]:
     """A name for each limit of a rule; what the draft's two fields know it by."""
     chosen = tuple(found)
     if len(chosen) == 1:
@@ -50,7 +50,7 @@ def _string(text: str) -> str:
     return f'"{escaped}"'
 
 
-def policy(names: Iterable[str], found: Iterable[AnyLimit | InFlight]) -> str:
+def policy(names: Iterable[str], found: Iterable[LimitSpec | InFlight]) -> str:
     """The value of RateLimit-Policy."""
     items = []
     for name, limit in zip(names, found, strict=True):
@@ -71,7 +71,7 @@ def seconds(value: float) -> int:
 def rate_limit(name: str, decision: Decision, left: int, until_all: float) -> Headers:
     """RateLimit and X-RateLimit-*, of the limit that denied or that has least left. left: what that
     one has; until_all: seconds until it has all."""
-    limit: AnyLimit | InFlight = decision.limit
+    limit: LimitSpec | InFlight = decision.limit
     left = min(left, _LARGEST)
     if isinstance(limit, InFlight):
         return [("RateLimit", f"{_string(name)};r={left}")]

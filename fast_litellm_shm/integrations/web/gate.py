@@ -8,16 +8,17 @@ import time
 from collections.abc import Awaitable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from fast_litellm_shm import limits, settings
+from fast_litellm_shm import limits
+from fast_litellm_shm._shared import settings
+from fast_litellm_shm._shared.named_limiter import SharedLimits, key_bytes
+from fast_litellm_shm._shared.native import Decision, Permit, ffi, lib
+from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.exceptions import FastShmError, SegmentFullError
-from fast_litellm_shm.handle import SharedLimits, key_bytes
 from fast_litellm_shm.integrations.web import answers
 from fast_litellm_shm.integrations.web.keys import client_address
 from fast_litellm_shm.integrations.web.request import Request
 from fast_litellm_shm.integrations.web.rules import Cost, Rule
-from fast_litellm_shm.limits import AnyLimit, InFlight
-from fast_litellm_shm.native import Decision, Permit, ffi, lib
-from fast_litellm_shm.segment import Segment
+from fast_litellm_shm.limits import InFlight, LimitSpec
 
 if TYPE_CHECKING:
     from fast_litellm_shm.cluster import Cluster
@@ -191,12 +192,12 @@ class _Opened:
         self._described: tuple[Any, tuple[str, ...], str] | None = None
 
     @property
-    def _limits(self) -> tuple[AnyLimit | InFlight, ...]:
+    def _limits(self) -> tuple[LimitSpec | InFlight, ...]:
         """Those in force, which may be changed."""
         if self._parts is not None:
             return self._parts.limits
         assert self._rates is not None
-        found: tuple[AnyLimit | InFlight, ...] = self._rates.limits
+        found: tuple[LimitSpec | InFlight, ...] = self._rates.limits
         return found
 
     def described(self) -> tuple[tuple[str, ...], str]:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeAlias
 
-from fast_litellm_shm import settings
+from fast_litellm_shm._shared import settings
 from fast_litellm_shm.integrations.web.request import Request
 
 Key: TypeAlias = str | bytes | None

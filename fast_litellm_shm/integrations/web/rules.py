@@ -8,11 +8,11 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from typing import TypeAlias
 
 from fast_litellm_shm import limits
-from fast_litellm_shm.handle import key_bytes
+from fast_litellm_shm._shared.named_limiter import key_bytes
+from fast_litellm_shm._shared.native import lib
 from fast_litellm_shm.integrations.web.keys import KeyFunction, client_address
 from fast_litellm_shm.integrations.web.request import Request
-from fast_litellm_shm.limits import AnyLimit, InFlight
-from fast_litellm_shm.native import lib
+from fast_litellm_shm.limits import InFlight, LimitSpec
 
 Cost: TypeAlias = int | tuple[int, ...]
 CostFunction: TypeAlias = Callable[[Request], Cost | Awaitable[Cost]]
@@ -65,15 +65,15 @@ def _printable(name: str) -> bool:
 class Rule:
     """The limits of some requests::
 
-        Rule(Limit(20, per=60), path="/v1/chat/*", methods={"POST"}, key=header("X-Api-Key"))
+        Rule(TokenBucket(20, per=60), path="/v1/chat/*", methods={"POST"}, key=header("X-Api-Key"))
 
-    limits: 0 to 4 of Limit, Window, SlidingWindow; a request is admitted when all have room. path:
-    ``{name}`` stands for one segment, ``*`` for anything, or a compiled regular expression that
-    must match the whole; None: every path. methods: names of methods, GET standing for HEAD too;
-    of a websocket's handshake it is ``WEBSOCKET``; None: all. key: whom a request counts for, see
-    :mod:`fast_litellm_shm.integrations.web.keys`. cost: what a request charges, 0 or more; or a
-    function of the request; or a tuple with one for each limit. in_flight: at most so many
-    requests of a key are answered at once, until their bodies are sent; counts as one limit.
+    limits: 0 to 4 of TokenBucket, FixedWindow, SlidingWindow; a request is admitted when all have
+    room. path: ``{name}`` stands for one segment, ``*`` for anything, or a compiled regular
+    expression that must match the whole; None: every path. methods: names of methods, GET standing
+    for HEAD too; of a websocket's handshake it is ``WEBSOCKET``; None: all. key: whom a request
+    counts for, see :mod:`fast_litellm_shm.integrations.web.keys`. cost: what a request charges, 0
+    or more; or a function of the request; or a tuple with one for each limit. in_flight: at most so
+    many requests of a key are answered at once, until their bodies are sent; counts as one limit.
     busy_status: how those beyond are answered, 429 or 503. exempt: keys that are not limited.
     dry_run: count and mark, and refuse nobody. name: what the limits are called in the segment and
     in the headers; printable ASCII; default: made of methods and path, or ``default``.
@@ -85,7 +85,7 @@ class Rule:
 
     def __init__(
         self,
-        *limits_: AnyLimit,
+        *limits_: LimitSpec,
         path: str | re.Pattern[str] | None = None,
         methods: Iterable[str] | None = None,
         key: KeyFunction = client_address,
@@ -110,7 +110,7 @@ class Rule:
             )
         if busy_status not in _BUSY:
             raise ValueError(f"Rule: busy_status must be 429 or 503, not {busy_status!r}")
-        chosen: tuple[AnyLimit | InFlight, ...] = limits.checked(limits_) if limits_ else ()
+        chosen: tuple[LimitSpec | InFlight, ...] = limits.checked(limits_) if limits_ else ()
         if isinstance(cost, tuple) and len(cost) != len(chosen):
             raise ValueError(f"Rule: cost has {len(cost)} values for {len(chosen)} limits")
         if in_flight is not None:

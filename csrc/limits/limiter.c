@@ -1,0 +1,1011 @@
+/* limiter.c - the calls: find the key's cells, ask the meters, swap. Several limits: all or nothing. */
+#include "../core/internal.h"
+
+/* One call, as its helpers see it. */
+typedef struct {
+  fshm_segment *s;
+  uint32_t index; /* of the limiter; this and the next two as in fshm_limiter */
+  uint16_t tally, share;
+  const uint64_t *numbers; /* of the handle: limits_number() */
+  plan_t plan;
+  bool stale; /* met a state of newer limits than the plan's: load it again, and look again */
+  bool met_shared; /* a shared counter has decided */
+  uint8_t in_shared; /* a set: the limits that are charged to a shared counter by this call */
+  bool fixed; /* the caller gave the time */
+  bool peeks; /* nothing is written, so states stay under the rules that they have */
+  int tries; /* lost swaps so far, of at most MAX_TRIES */
+  uint64_t hash;
+  uint64_t now, at; /* at: the instant it is charged for; later than now where a waiter reserves */
+  uint64_t max_wait;
+  const uint64_t *costs;
+  const fshm_charged *put; /* of a refund: the charges; NULL = not known */
+} call_t;
+
+/* What a look at one limit found. */
+typedef struct {
+  found_t cell;
+  verdict_t verdict;
+  uint64_t who; /* to be written with the next state: whose, and under which rule */
+  uint64_t
+      moved; /* of a denial: the state under the present rule, to be kept; 0 = it is kept as it is */
+  bool stays; /* denied, and the state lives on under an earlier rule */
+} look_t;
+
+static const uint64_t ones[FSHM_MAX_LIMITS] = {1, 1, 1, 1};
+
+static_assert(offsetof(call_t, share) - offsetof(call_t, index) ==
+                      offsetof(fshm_limiter, share) - offsetof(fshm_limiter, index) &&
+                  offsetof(call_t, share) - offsetof(call_t, index) == 6,
+              "copied as one word: begin_hashed()");
+
+static inline bool again(call_t *c) { return c->tries++ < MAX_TRIES; }
+
+static inline uint64_t fingerprint(const call_t *c, uint32_t i) {
+  return plan_who(&c->plan, i, c->hash);
+}
+
+/* The time now, for what must not be computed from the time that the call began with. */
+static uint64_t fresh_now(const call_t *c) {
+  return c->fixed ? c->now : max_u64(segment_now(c->s), c->now);
+}
+
+/* Have the limits changed since they were loaded? Asked after a cell was read (which acquires): then its label is not
+ * newer than the plan, and a slot that the plan names has not been given to another rule. Pairs with publish() and
+ * sweep(), which change `current` first. */
+static inline bool outdated(const call_t *c) {
+  return unlikely(entry_current(c->s, c->index) != c->plan.current);
+}
+
+/* How to read a state: in which terms, by which rule, and what to write as its owner. */
+typedef struct {
+  uint64_t state, who;
+  const rule_t *rule;
+  rule_t old;
+} met_t;
+
+static inline void met_present(const call_t *c, uint32_t i, uint64_t state, met_t *m) {
+  m->state = state;
+  m->who = fingerprint(c, i);
+  m->rule = &c->plan.rules[i];
+}
+
+static COLD void read_clock_again(call_t *c) {
+  uint64_t now = fresh_now(c);
+  c->at += now - c->now;
+  c->now = now;
+}
+
+/* The rule that the state in this cell was written under. False: the limits or the cell have changed; look again. */
+static bool former_rule(call_t *c, uint32_t i, const found_t *f, rule_t *old) {
+  bool sane = limits_rule(c->s, c->index, WHO_LABEL(f->pair.who), old);
+  const pair_t now =
+      c->s->read_only ? pair_peek(&c->s->cells[f->cell]) : pair_load(&c->s->cells[f->cell]);
+  c->stale |= now.who != f->pair.who || now.when != f->pair.when || outdated(c);
+  if (unlikely(!sane)) *old = c->plan.rules[i]; /* written over by somebody: as good as any */
+  if (unlikely(c->numbers && c->numbers[i] && old->kind == FSHM_WINDOW))
+    old->n = min_u64(old->n, c->numbers[i]);
+  return !c->stale;
+}
+
+/* Whose state it stays: under the label that it has, in the present epoch. */
+static uint64_t staying(const call_t *c, uint32_t i, uint64_t who) {
+  const uint64_t label = WHO_OF(0, 0, RULES - 1, 0) & ~UINT64_C(1);
+  return (fingerprint(c, i) & ~label) | (who & label);
+}
+
+/* For what is done whatever the state is: a charge, a refund, a block. */
+static void state_met(call_t *c, uint32_t i, const found_t *f, met_t *m) {
+  uint64_t state = f->pair.who ? f->pair.when : 0;
+  met_present(c, i, state, m);
+  if (outdated(c)) c->stale = true;
+  if (!f->pair.who || c->stale) return;
+  /* of a shared counter, the upper bits are other ones */
+  bool former = unlikely(f->cell < c->s->cell_count ? f->pair.who != m->who
+                                                    : ((f->pair.who ^ m->who) & WHO_LABELS) != 0);
+  if (former && !former_rule(c, i, f, &m->old)) return;
+  if (sliding_is_later(former ? &m->old : m->rule, state, c->now)) read_clock_again(c);
+  if (state_expires(state) <= c->now) {
+    m->state = 0;
+  } else if (former) {
+    if (meter_settles(m->rule, &m->old, state, c->now, &m->state)) return;
+    m->state = state;
+    m->who = staying(c, i, f->pair.who);
+    m->rule = &m->old;
+  }
+}
+
+/* A look at a state that was written under other limits. Allowed: by the present ones, with the same tokens. Denied: the
+ * state that expires earlier counts, the one that is there or the same tokens under the present limits. */
+static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
+  const rule_t *r = &c->plan.rules[i];
+  rule_t old;
+  if (!former_rule(c, i, &l->cell, &old)) return;
+  const uint64_t state = state_for(&old, l->cell.pair.when);
+  if (!state) { /* written over by somebody: no state of its rule, and some of those never expire */
+    l->verdict = meter_take(r, 0, c->now, c->at, cost);
+    return;
+  }
+  if (sliding_is_later(&old, state, c->now)) read_clock_again(c);
+  uint64_t moved = meter_convert(r, &old, state, c->now);
+  if (moved != NO_STATE) {
+    l->verdict = meter_take(r, moved, c->now, c->at, cost);
+    if (!l->verdict.retry || cost > rule_capacity(r)) return;
+  }
+  uint64_t used = meter_used(&old, state, c->now);
+  if (r->kind == FSHM_BUCKET && cost <= minus(r->burst, used)) {
+    /* It fits to the token: rounded up once for both, not once for each. */
+    l->verdict = bucket_take(r, 0, c->now, c->at, used + cost);
+    l->verdict.used_before = min_u64(bucket_increment(r, used), TIME_MAX);
+    return;
+  }
+  /* A wallet's tokens are what is left, not what is used: n alone has changed. */
+  if (r->kind == FSHM_WALLET || (!c->peeks && meter_over(r, moved) <= meter_over(&old, state))) {
+    l->moved = moved;
+    return;
+  }
+  rule_t capped = rule_capped(&old, rule_capacity(r));
+  l->stays = true;
+  l->who = staying(c, i, l->cell.pair.who);
+  l->verdict = meter_take(&capped, state, c->now, c->now, cost);
+  if (old.kind == FSHM_BUCKET || r->kind == FSHM_BUCKET) /* ns are rounded up, under both */
+    l->verdict.retry = plus_time(l->verdict.retry, 3);
+  l->verdict.used_before = l->verdict.used_after =
+      r->kind == FSHM_BUCKET ? min_u64(bucket_increment(r, used), TIME_MAX) : used;
+  l->verdict.reset = minus(state_expires(state), c->now);
+}
+
+static COLD void look_later(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
+  read_clock_again(c);
+  l->verdict = meter_take(&c->plan.rules[i], l->cell.pair.when, c->now, c->at, cost);
+}
+
+/* The counter that the key has part in while it has no cell; pair.who = 0: it was not used since the last reset. */
+static COLD void find_shared(const call_t *c, uint32_t i, found_t *f) {
+  const fshm_segment *s = c->s;
+  f->cell = shared_cell(s, c->index, c->hash, c->plan.rules[i].place);
+  f->pair = s->read_only ? pair_peek(&s->cells[f->cell]) : pair_load(&s->cells[f->cell]);
+}
+static inline bool shared_used(const call_t *c, const found_t *f) {
+  return shared_is_of(f->pair.who, c->plan.current) && state_expires(f->pair.when) > c->now;
+}
+
+/* May shared counters be in use? Of a claim, asked after the look of confirm(), which follows a fence. Keys with numbers of
+ * their own have no part in them: others' use would be debt under a smaller n. */
+static inline bool shares(const call_t *c, uint64_t now) {
+  return load_relaxed(&c->s->limiters[c->index].shared) > now && !c->numbers;
+}
+
+/* What a look at a counter found: of a state that was written under this rule or a former one. */
+static COLD void look_at_shared(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
+  const rule_t *r = &c->plan.rules[i];
+  uint64_t state = shared_used(c, &l->cell) ? l->cell.pair.when : 0;
+  l->who = fingerprint(c, i);
+  l->moved = 0;
+  l->stays = false;
+  if (outdated(c)) {
+    c->stale = true;
+    return;
+  }
+  if (state && ((l->cell.pair.who ^ l->who) & WHO_LABELS)) {
+    look_former(c, i, cost, l);
+    return;
+  }
+  if (sliding_is_later(r, state, c->now)) read_clock_again(c);
+  l->verdict = meter_take(r, state, c->now, c->at, cost);
+}
+
+/* May a key that is denied get a cell with the counter's state? Not of a window that has room for less: the end is
+ * another one than that of the window which the key would begin with its first hit. */
+static inline bool may_begin_denied(const rule_t *r, uint64_t used) {
+  return r->kind != FSHM_WINDOW || used >= r->n;
+}
+
+/* A key without a cell: it may have consumed what the counter says. Denied by it, it is to get a cell of its own, where
+ * there is room for one. */
+static __attribute__((noinline, cold)) void look_shared(call_t *c, uint32_t i, uint64_t cost,
+                                                        look_t *l) {
+  find_shared(c, i, &l->cell);
+  const bool used = shared_used(c, &l->cell);
+  look_at_shared(c, i, cost, l);
+  l->cell.pair.who = l->moved = 0;
+  if (c->stale || !l->verdict.retry || !used) return;
+  c->met_shared = true;
+  if (!l->stays && l->verdict.retry != UINT64_MAX &&
+      may_begin_denied(&c->plan.rules[i], l->verdict.used_before))
+    l->moved = l->cell.pair.when;
+}
+
+static inline HOT void look_found(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
+  const uint64_t who = fingerprint(c, i);
+  const rule_t *r = &c->plan.rules[i];
+  uint64_t state = l->cell.pair.when;
+  l->who = who;
+  l->moved = 0;
+  l->stays = false;
+  if (outdated(c)) {
+    c->stale = true;
+    return;
+  }
+  if (unlikely(l->cell.pair.who != who)) {
+    if (l->cell.pair.who && state_expires(state) > c->now) {
+      look_former(c, i, cost, l);
+      return;
+    }
+    if (unlikely(!l->cell.pair.who && shares(c, c->now))) {
+      look_shared(c, i, cost, l);
+      return;
+    }
+    state = 0;
+  }
+  if (likely(r->kind == FSHM_BUCKET))
+    l->verdict = bucket_take(r, likely(state_is_of(r, state)) ? state : 0, c->now, c->at, cost);
+  else if (unlikely(sliding_is_later(r, state, c->now)))
+    look_later(c, i, cost, l);
+  else
+    l->verdict = meter_take(r, state, c->now, c->at, cost);
+}
+static inline HOT void look_inline(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
+  cells_find_inline(c->s, c->hash, fingerprint(c, i), &l->cell);
+  look_found(c, i, cost, l);
+}
+
+static inline void look(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
+  look_inline(c, i, cost, l);
+}
+
+/* Called between two looks. FSHM_OK; FSHM_E_ARGUMENT: the name has permits alone by now; or
+ * FSHM_E_DAMAGED. Where it fails, the plan has no limits. */
+static COLD int renew(call_t *c) {
+  c->stale = false;
+  if (!limits_load(c->s, c->index, &c->plan)) return damage_limits(c->s, c->index);
+  limits_number(c->numbers, &c->plan);
+  read_clock_again(
+      c); /* after these limits were published: states drain at their pace from then on at most */
+  return c->plan.count ? FSHM_OK : FSHM_E_ARGUMENT;
+}
+static inline int renewed(call_t *c) { return likely(!c->stale) ? FSHM_OK : renew(c); }
+
+/* The first state of a new cell: what the call would do to a key never seen, as of now. */
+typedef struct {
+  call_t *c;
+  uint32_t i, op; /* op: FSHM_CHARGE and FSHM_BLOCK, room or not; FROM_SHARED; any other takes */
+  verdict_t *verdict;
+  bool refused; /* what it may have consumed of a shared counter does not fit the present limits */
+} first_t;
+enum { FROM_SHARED = 100 }; /* the state of the shared counter, and no more */
+
+/* A charge to limit i, as what can be left of it now. Where the limits have changed since, a bucket may have drained at
+ * a faster pace meanwhile, also if the present limits are those of the charge again. */
+static COLD fshm_charged charge_now(const call_t *c, uint32_t i, const fshm_charged *put,
+                                    uint64_t now) {
+  if (!put->version || put->version == CURRENT_VERSION(c->plan.current)) return *put;
+  return charge_left(put, limits_pace_since(c->s, c->index, c->plan.rules[i].place, put->version),
+                     now);
+}
+
+/* The state after a charge, a block or a refund, whatever it was: by the rule that it lives under. */
+static COLD uint64_t forced(const call_t *c, uint32_t op, uint32_t i, const rule_t *r,
+                            uint64_t state, uint64_t now) {
+  uint64_t cost = c->costs[i];
+  if (op == FSHM_CHARGE) return meter_charge(r, state, now, cost);
+  if (op == FSHM_REFUND) {
+    if (!c->put) return meter_refund(r, state, now, cost, NULL);
+    const fshm_charged charge = charge_now(c, i, &c->put[i], now);
+    return meter_refund(r, state, now, cost, &charge);
+  }
+  if (r->kind != FSHM_BUCKET || !cost) return state;
+  const rule_t capped = rule_capped(r, rule_capacity(&c->plan.rules[i]));
+  return bucket_block(&capped, state_for(r, state), plus_time(now, cost));
+}
+
+/* A counter's window ends no earlier than the window of any key that is admitted by it does, whenever that began. */
+static uint64_t window_lasts(const rule_t *r, uint64_t state, uint64_t now) {
+  window_t w = window_open(r, state, now);
+  if (r->kind != FSHM_WINDOW || !w.count) return state;
+  w.end = max_u64(w.end, plus_time(now, r->per));
+  return window_state(r, w);
+}
+
+/* What a key may have consumed that gets a cell. The counter is written to, though its state stays: whoever is about to
+ * charge it for this key has looked for this cell before it was there, and fails (put_shared()). */
+static COLD uint64_t leave_shared(call_t *c, uint32_t i, uint64_t now, bool *former) {
+  const rule_t *r = &c->plan.rules[i];
+  found_t f;
+  rule_t old;
+  uint64_t state;
+  do {
+    if (!again(c)) return NO_STATE;
+    find_shared(c, i, &f);
+    pair_t seen = f.pair;
+    bool ours = shared_is_of(seen.who, c->plan.current);
+    f.pair.who = shared_who(seen.who, c->plan.current, ours ? seen.who : fingerprint(c, i));
+    if (!ours) f.pair.when = 0;
+    if (pair_cas(&c->s->cells[f.cell], &seen, f.pair)) break;
+  } while (true);
+  state = state_expires(f.pair.when) <= now ? 0 : f.pair.when;
+  if (!state || !((f.pair.who ^ fingerprint(c, i)) & WHO_LABELS)) return state_for(r, state);
+  if (!former_rule(c, i, &f, &old)) return NO_STATE;
+  *former = true;
+  return meter_settles(r, &old, state, now, &state) ? state : NO_STATE;
+}
+
+static COLD uint64_t first_shared(first_t *f, uint64_t now) {
+  call_t *c = f->c;
+  const rule_t *r = &c->plan.rules[f->i];
+  uint64_t state = leave_shared(c, f->i, now, &f->refused);
+  if (state == NO_STATE) return NO_STATE;
+  if (f->op == FROM_SHARED)
+    return state && may_begin_denied(r, window_read(state, now).count) ? state : NO_STATE;
+  if (f->op >= FSHM_CHARGE) return window_lasts(r, forced(c, f->op, f->i, r, state, now), now);
+  verdict_t v = meter_take(r, state, now, max_u64(c->at, now), c->costs[f->i]);
+  if (v.retry > f->verdict->retry) return NO_STATE; /* it was charged since; or rounded up twice */
+  v.retry = f->verdict->retry;
+  v.next = window_lasts(r, v.next, now);
+  *f->verdict = v;
+  return v.next;
+}
+
+static uint64_t first_state(void *context) {
+  first_t *f = context;
+  call_t *c = f->c;
+  const rule_t *r = &c->plan.rules[f->i];
+  uint64_t now = fresh_now(c), cost = c->costs[f->i];
+  /* After the claim was published: whoever changes the limits from now on empties it, or finds the state. */
+  if (outdated(c)) {
+    c->stale = true;
+    return NO_STATE;
+  }
+  if (unlikely(shares(c, now))) return first_shared(f, now);
+  if (f->op >= FROM_SHARED) return NO_STATE;
+  if (f->op >= FSHM_CHARGE) return forced(c, f->op, f->i, r, 0, now);
+  verdict_t v = meter_take(r, 0, now, max_u64(c->at, now), cost);
+  v.retry = f->verdict->retry;
+  *f->verdict = v;
+  return v.next;
+}
+
+/* No room for the key: charge the counter that its limiter's keys without a cell share. CLAIMED, or CLAIM_LOST: look
+ * again. DESIGN.md, "Shared counters". */
+static COLD int put_shared(call_t *c, uint32_t i, look_t *l, uint32_t op) {
+  _Atomic uint64_t *word = &c->s->limiters[c->index].shared;
+  look_t shared;
+  uint64_t needed = 0;
+  while (again(c)) {
+    uint64_t until = load_relaxed(word);
+    if (until < needed) { /* seldom: a second ahead, since keys without a cell read this line */
+      uint64_t more = plus_time(needed, UINT64_C(1000000000));
+      if (!atomic_compare_exchange_strong_explicit(word, &until, more, memory_order_relaxed,
+                                                   memory_order_relaxed))
+        continue;
+      until = more;
+    }
+    /* Said, before the key's cell is looked for. Pairs with the fence of confirm(): whoever publishes one that we do not
+     * see finds the word, and writes to the counter after we have read it. */
+    atomic_thread_fence(memory_order_seq_cst);
+    find_shared(c, i, &shared.cell);
+    if (cells_has(c->s, c->hash, fingerprint(c, i))) return CLAIM_LOST;
+    read_clock_again(c);
+    found_t *f = &shared.cell;
+    pair_t seen = f->pair, next;
+    if (!shared_is_of(seen.who, c->plan.current)) f->pair = (pair_t){0, 0};
+    if (op >= FSHM_CHARGE) {
+      met_t m;
+      state_met(c, i, f, &m);
+      if (c->stale) return CLAIM_LOST;
+      next = (pair_t){m.who, forced(c, op, i, m.rule, m.state, c->now)};
+      next.when = window_lasts(m.rule, next.when, c->now);
+    } else {
+      look_at_shared(c, i, c->costs[i], &shared);
+      if (c->stale || shared.verdict.retry > l->verdict.retry) return CLAIM_LOST;
+      next = (pair_t){shared.who, window_lasts(&c->plan.rules[i], shared.verdict.next, c->now)};
+    }
+    needed = plus_time(state_expires(next.when), CLOCKS_DIFFER);
+    if (until < needed) continue;
+    next.who = shared_who(seen.who, c->plan.current, next.who);
+    /* Fails where the state has changed, or a key of this counter has got a cell since we looked. */
+    if (!pair_cas(&c->s->cells[f->cell], &seen, next)) continue;
+    if (op < FSHM_CHARGE) {
+      shared.verdict.retry = l->verdict.retry;
+      shared.verdict.next = next.when;
+      l->verdict = shared.verdict;
+    }
+    c->in_shared |= (uint8_t)(1U << i);
+    c->met_shared = true;
+    return CLAIMED;
+  }
+  return CLAIM_LOST;
+}
+
+static inline bool may_share(const call_t *c, uint32_t i, uint32_t op) {
+  return c->share && !c->numbers && op != FSHM_BLOCK && op != FROM_SHARED &&
+         c->plan.rules[i].kind != FSHM_WALLET;
+}
+
+static __attribute__((noinline)) int put_first(call_t *c, uint32_t i, look_t *l, uint32_t op) {
+  first_t first = {c, i, op, &l->verdict, false};
+  uint64_t who = fingerprint(c, i);
+  found_t *f = &l->cell;
+  int status = cells_claim(c->s, c->hash, who, c->now, first_state, &first, &f->cell);
+  if (status == CLAIMED) f->pair.who = who;
+  if (unlikely(status == CLAIM_FULL) && lease_free_dead(c->s, c->hash, who, c->now))
+    status = CLAIM_LOST;
+  if (unlikely(first.refused) && status == CLAIM_LOST && !c->stale) status = CLAIM_FULL;
+  if (unlikely(status == CLAIM_FULL) && may_share(c, i, op)) status = put_shared(c, i, l, op);
+  if (status == CLAIM_LOST) c->tries += CLAIM_TRIES - 1;
+  return status;
+}
+
+/* Swap in the next state: CLAIMED, CLAIM_LOST (look again) or CLAIM_FULL. op: as in first_t. */
+static inline HOT int put(call_t *c, uint32_t i, look_t *l, uint64_t next, uint32_t op) {
+  found_t *f = &l->cell;
+  if (unlikely(c->stale)) return CLAIM_LOST;
+  if (likely(f->pair.who)) {
+    pair_t seen = f->pair, to = {l->who, next};
+    if (next == seen.when && l->who == seen.who) return CLAIMED;
+    /* Fails where the state changed, or the cell went to another key. Pairs with every other swap of
+     * this cell; the loads before it need no order, since it compares all 16 bytes. */
+    return pair_cas(&c->s->cells[f->cell], &seen, to) ? CLAIMED : CLAIM_LOST;
+  }
+  if (state_expires(next) <= c->now) return CLAIMED; /* equals "never seen": needs no cell */
+  return put_first(c, i, l, op);
+}
+
+/* The first state of a new cell that somebody else has decided about. */
+typedef struct {
+  call_t *c;
+  change_t *change;
+  const void *context;
+  uint32_t i;
+} changed_t;
+
+static uint64_t first_changed(void *context) {
+  const changed_t *f = context;
+  f->c->stale = outdated(f->c);
+  return f->c->stale ? NO_STATE
+                     : f->change(f->context, f->i, &f->c->plan.rules[f->i], 0, fresh_now(f->c));
+}
+
+static int put_changed(call_t *c, uint32_t i, look_t *l, uint64_t next, changed_t *first) {
+  found_t *f = &l->cell;
+  if (f->pair.who || state_expires(next) <= c->now) return put(c, i, l, next, FSHM_CHARGE);
+  int status = cells_claim(c->s, c->hash, l->who, c->now, first_changed, first, &f->cell);
+  if (status == CLAIMED) f->pair.who = l->who;
+  if (status == CLAIM_FULL && lease_free_dead(c->s, c->hash, l->who, c->now)) status = CLAIM_LOST;
+  if (status == CLAIM_LOST) c->tries += CLAIM_TRIES - 1;
+  return status;
+}
+
+static inline bool looks_only(uint32_t op) { return op == FSHM_PEEK || op == FSHM_PROBE; }
+
+/* Charge, block or refund one limit, whatever its state. */
+static int force(call_t *c, uint32_t op, uint32_t i, look_t *l) {
+  while (again(c)) {
+    int fresh = renewed(c);
+    if (fresh != FSHM_OK) return fresh;
+    if (i >= c->plan.count) return FSHM_ALLOWED; /* fewer limits by now: nothing to charge */
+    if (op == FSHM_BLOCK && c->plan.rules[i].kind != FSHM_BUCKET) return FSHM_ALLOWED;
+    met_t m;
+    cells_find(c->s, c->hash, fingerprint(c, i), &l->cell);
+    state_met(c, i, &l->cell, &m);
+    if (c->stale) continue;
+    l->who = m.who;
+    int status = put(c, i, l, forced(c, op, i, m.rule, m.state, c->now), op);
+    if (status != CLAIM_LOST) return status == CLAIMED ? FSHM_ALLOWED : FSHM_FULL;
+  }
+  return FSHM_CONTENDED;
+}
+
+/* How things are, for a cost of 1; by limits that are not older than any state that is met. */
+static int look_all(call_t *c, look_t *looks) {
+  do {
+    int fresh = renewed(c);
+    if (unlikely(fresh != FSHM_OK)) return fresh;
+    for (uint32_t i = 0; i < c->plan.count; i++) look(c, i, 1, &looks[i]);
+  } while (unlikely(c->stale) && again(c));
+  return FSHM_OK;
+}
+
+/* Where the limits have changed at every try, the last looks found nothing that could be told. */
+static inline void drop_stale(const call_t *c, look_t *looks) {
+  if (unlikely(c->stale)) memset(looks, 0, FSHM_MAX_LIMITS * sizeof *looks);
+}
+
+/* The status, and that a shared counter has decided. */
+static COLD int tell_shared(const call_t *c, uint32_t slot, int status, bool counts,
+                            fshm_decision *out) {
+  if (counts && c->tally < TALLIES)
+    (void)add_relaxed(&c->s->tallies[slot < PROCESSES ? slot : PROCESSES].of[c->tally].shared, 1);
+  if (!out)
+    return status == FSHM_ALLOWED ? SHARED_ALLOWED : status == FSHM_DENIED ? SHARED_DENIED : status;
+  out->shared = 1;
+  return status;
+}
+
+static int force_all(call_t *c, uint32_t op, look_t *looks) {
+  int worst = FSHM_ALLOWED;
+  bool buckets = false;
+  for (uint32_t i = 0; i < c->plan.count; i++) buckets |= c->plan.rules[i].kind == FSHM_BUCKET;
+  if (op == FSHM_BLOCK && !buckets) worst = FSHM_E_ARGUMENT; /* there is nothing to be done */
+  looks[0].cell = (found_t){0, {0, 0}};
+  for (uint32_t i = 0; i < c->plan.count; i++) {
+    int status = force(c, op, i, &looks[i]);
+    if (status != FSHM_ALLOWED) worst = status;
+  }
+  c->now = c->at = fresh_now(c);
+  found_t first = looks[0].cell; /* for its name in the ledger, also where nothing is left in it */
+  int fresh = look_all(c, looks);
+  if (unlikely(fresh != FSHM_OK)) return fresh;
+  if (!looks[0].cell.pair.who) looks[0].cell = first;
+  return worst;
+}
+
+/* May a limit that is denied be charged ahead? Only a bucket has an instant to reserve. */
+static inline bool may_wait(const call_t *c, uint32_t op, uint32_t i, const look_t *l) {
+  return op == FSHM_RESERVE && c->plan.rules[i].kind == FSHM_BUCKET &&
+         l->verdict.retry <= c->max_wait && l->verdict.retry != UINT64_MAX && !l->stays;
+}
+
+/* A denied state that is over sooner under the present limits goes on under them. False: look again. */
+static COLD bool keep_moved(call_t *c, uint32_t i, look_t *l) {
+  if (!l->cell.pair.who) /* where it has got a cell: it tells when it may come back */
+    return put_first(c, i, l, FROM_SHARED) == CLAIM_FULL;
+  return put(c, i, l, l->moved, FSHM_ACQUIRE) != CLAIM_LOST;
+}
+
+enum { RESHAPED = -100 }; /* of take_one: there are several limits now */
+
+static inline HOT int take_one(call_t *c, uint32_t op, look_t *l) {
+  while (likely(again(c))) {
+    int fresh = renewed(c);
+    if (unlikely(fresh != FSHM_OK)) return fresh;
+    if (unlikely(c->plan.count != 1)) return RESHAPED;
+    look_inline(c, 0, c->costs[0], l);
+    if (unlikely(c->stale)) continue;
+    if (l->verdict.retry && !may_wait(c, op, 0, l)) {
+      if (unlikely(l->moved) && op != FSHM_PEEK && !keep_moved(c, 0, l)) continue;
+      return FSHM_DENIED;
+    }
+    if (looks_only(op)) return FSHM_ALLOWED;
+    int status = put(c, 0, l, l->verdict.next, FSHM_ACQUIRE);
+    if (likely(status == CLAIMED)) {
+      c->at = c->now + l->verdict.retry;
+      return FSHM_ALLOWED;
+    }
+    if (status == CLAIM_FULL) return FSHM_FULL;
+  }
+  return FSHM_CONTENDED;
+}
+
+/* Take back a charge. Where nobody touched the cell since, exactly; else what has not drained yet. The
+ * limits may have changed meanwhile: it is the same limit that has the same place. */
+static void undo(call_t *c, uint32_t i, const look_t *l, pair_t before) {
+  call_t later = *c;
+  const fshm_charged put_there =
+      charged_by(&c->plan.rules[i], l->verdict.next, c->now, CURRENT_VERSION(c->plan.current));
+  look_t found;
+  while (again(&later)) {
+    if (renewed(&later) != FSHM_OK) return;
+    uint32_t k = 0;
+    while (k < later.plan.count && later.plan.rules[k].place != c->plan.rules[i].place) k++;
+    if (k == later.plan.count || later.plan.salt != c->plan.salt)
+      return; /* it is no limit of this name any more, or was reset */
+    met_t m;
+    const bool shared = c->in_shared >> i & 1;
+    later.now = fresh_now(c);
+    if (unlikely(shared))
+      find_shared(&later, k, &found.cell);
+    else
+      cells_find(c->s, c->hash, fingerprint(&later, k), &found.cell);
+    if (!found.cell.pair.who) return;
+    state_met(&later, k, &found.cell, &m);
+    if (later.stale) continue;
+    uint64_t next;
+    const bool ours = found.cell.pair.when == l->verdict.next && found.cell.pair.who == l->who;
+    if (!shared && ours && (before.who == l->who || !before.who)) {
+      found.who = l->who;
+      next = before.when;
+    } else { /* also where it was under an earlier rule: nothing says that this one is kept any more */
+      bool alike = m.rule->kind == c->plan.rules[i].kind;
+      found.who = m.who;
+      alike &=
+          !shared || m.rule->kind != FSHM_WINDOW; /* whose end others move: it is the same window */
+      const fshm_charged charge = charge_now(&later, k, &put_there, later.now);
+      next = meter_refund(m.rule, m.state, later.now, c->costs[i], alike ? &charge : NULL);
+    }
+    if (unlikely(shared)) {
+      pair_t seen = found.cell.pair,
+             to = {shared_who(seen.who, later.plan.current, found.who), next};
+      if (pair_cas(&c->s->cells[found.cell.cell], &seen, to)) return;
+      continue;
+    }
+    if (put(&later, k, &found, next, FSHM_ACQUIRE) != CLAIM_LOST) return;
+  }
+}
+
+/* Charge limit i of several. FSHM_DENIED: its room went since the look. */
+static int charge_looked(call_t *c, uint32_t i, look_t *l, pair_t *before) {
+  c->in_shared &= (uint8_t)~(1U << i);
+  for (bool lost = false; again(c); lost = true) {
+    if (lost) look(c, i, c->costs[i], l);
+    if (c->stale || l->verdict.retry > c->at - c->now) return FSHM_DENIED;
+    *before = l->cell.pair.who ? l->cell.pair : (pair_t){0, 0};
+    int status = put(c, i, l, l->verdict.next, FSHM_ACQUIRE);
+    if (status != CLAIM_LOST) return status == CLAIMED ? FSHM_ALLOWED : FSHM_FULL;
+  }
+  return FSHM_CONTENDED;
+}
+
+/* Several limits: look at all before charging any; undo on denial. Killed in between, some may stay
+ * charged, never the reverse. A reservation is charged everywhere as of the latest instant that any
+ * limit asks for, since that is when it will be used. */
+static UNGUARDED int take_all(call_t *c, uint32_t op, look_t *looks) {
+  while (again(c)) {
+    int fresh = renewed(c);
+    if (fresh != FSHM_OK) return fresh;
+    uint32_t count = c->plan.count;
+    uint64_t wait = 0;
+    pair_t before[FSHM_MAX_LIMITS];
+    bool may = true, buckets = true;
+    for (uint32_t i = 0; i < count; i++) {
+      look_inline(c, i, c->costs[i], &looks[i]);
+      wait = max_u64(wait, looks[i].verdict.retry);
+      if (c->stale) break;
+      may &= !looks[i].verdict.retry || may_wait(c, op, i, &looks[i]);
+      buckets &= c->plan.rules[i].kind == FSHM_BUCKET;
+    }
+    if (c->stale) continue;
+    if (!may || (wait > c->at - c->now && !buckets)) { /* no instant to charge for */
+      bool kept = true;
+      for (uint32_t i = 0; i < count && op != FSHM_PEEK; i++)
+        kept &= likely(!looks[i].moved) || keep_moved(c, i, &looks[i]);
+      if (unlikely(!kept)) continue;
+      return FSHM_DENIED;
+    }
+    if (looks_only(op)) return FSHM_ALLOWED;
+    if (wait > c->at - c->now) {
+      c->at = c->now + wait;
+      continue;
+    }
+    int status = FSHM_ALLOWED;
+    uint32_t i = 0;
+    for (; i < count && status == FSHM_ALLOWED; i++)
+      status = charge_looked(c, i, &looks[i], &before[i]);
+    if (status == FSHM_ALLOWED) return FSHM_ALLOWED;
+    for (uint32_t k = i - 1; k-- > 0;) undo(c, k, &looks[k], before[k]);
+    if (status != FSHM_DENIED) return status;
+    /* Somebody took the room between our look and our charge: look again, and tell from that. */
+  }
+  return FSHM_CONTENDED;
+}
+
+/* Fill a decision from what the looks found. `charged`: tell what is left after the charge. */
+static inline void report(const call_t *c, const look_t *looks, bool allowed, bool charged,
+                          fshm_decision *out) {
+  uint64_t longest = allowed && charged ? c->at - c->now : 0, reset = 0, tightest = UINT64_MAX;
+  out->version = CURRENT_VERSION(c->plan.current);
+  out->limit_index = out->shared = 0;
+  for (uint32_t i = 0; i < c->plan.count; i++) {
+    const verdict_t *v = &looks[i].verdict;
+    const rule_t *r = &c->plan.rules[i];
+    uint64_t left = verdict_remaining(r, charged ? v->used_after : v->used_before);
+    if (allowed ? left < tightest : v->retry > longest) out->limit_index = (uint16_t)i;
+    tightest = min_u64(tightest, left);
+    if (!allowed) longest = max_u64(longest, v->retry);
+    bool told = charged || r->kind != FSHM_BUCKET || looks[i].stays;
+    reset = max_u64(reset, told ? v->reset : v->used_before);
+  }
+  out->remaining = tightest;
+  out->retry_after_ns = longest == UINT64_MAX ? FSHM_NEVER : (int64_t)longest;
+  /* At most TIME_MAX: a meter reads what its rule cannot have written as "never seen" (state_for). */
+  out->reset_after_ns = (int64_t)reset;
+}
+
+static inline void count_call(const call_t *c, uint32_t slot, const look_t *l, int status,
+                              const void *key, uint64_t length) {
+  if (likely(c->plan.rules[0].kind !=
+             FSHM_WALLET)) /* fshm_spend() counts it for whose wallet it is */
+    tally_call(c->s, slot, c->tally, status);
+  if (likely(l->cell.pair.who && !(c->s->names_mode & FSHM_NAMES_OFF)))
+    ledger_count(c->s, slot, l->cell.cell, ledger_meta(c->index, l->cell.pair.who), key, length,
+                 status == FSHM_ALLOWED);
+}
+
+static inline uint64_t key_hash(const fshm_limiter *l, const void *key, uint64_t length) {
+  return fshm_siphash(l->key[0], l->key[1], key, length);
+}
+static inline void begin_hashed(call_t *c, fshm_limiter *l, uint64_t hash, uint64_t now) {
+  c->s = l->segment;
+  memcpy((char *)c + offsetof(call_t, index), (const char *)l + offsetof(fshm_limiter, index), 8);
+  c->stale = c->met_shared = c->peeks = false;
+  c->in_shared = 0;
+  c->numbers = l->numbers;
+  c->tries = 0;
+  c->hash = hash;
+  c->fixed = now != 0;
+  c->now = c->at = now ? min_u64(now, TIME_MAX - 1) : segment_now(c->s);
+  c->max_wait = 0;
+  c->costs = ones;
+  c->put = NULL;
+}
+static inline void begin(call_t *c, fshm_limiter *l, const void *key, uint64_t length,
+                         uint64_t now) {
+  begin_hashed(c, l, key_hash(l, key, length), now);
+}
+
+/* What a call does that has begun, with limits. `out` NULL: the caller only wants to know whether it was
+ * admitted. `charges`, or NULL: for each limit, what was charged. */
+static inline HOT int apply_begun(call_t *c, uint32_t op, const void *key, uint64_t key_length,
+                                  fshm_decision *out, fshm_charged *charges) {
+  look_t looks[FSHM_MAX_LIMITS];
+  uint32_t slot = process_slot(c->s);
+  c->peeks = op == FSHM_PEEK;
+  int status = RESHAPED;
+  if (unlikely(op >= FSHM_CHARGE))
+    status = force_all(c, op, looks);
+  else if (likely(c->plan.count == 1))
+    status = take_one(c, op, looks);
+  if (status == RESHAPED) status = take_all(c, op, looks);
+  bool charged = status == FSHM_ALLOWED && (op == FSHM_ACQUIRE || op == FSHM_RESERVE);
+  drop_stale(c, looks);
+  if (out) report(c, looks, status == FSHM_ALLOWED, charged, out);
+  for (uint32_t i = 0; charges && charged && i < c->plan.count; i++)
+    charges[i] = charged_by(&c->plan.rules[i], looks[i].verdict.next, c->now,
+                            CURRENT_VERSION(c->plan.current));
+  bool counts = likely(op == FSHM_ACQUIRE || op == FSHM_RESERVE);
+  if (status == FSHM_DENIED) /* an empty wallet is no denial yet */
+    counts = (counts || op == FSHM_PROBE) && c->plan.rules[0].kind != FSHM_WALLET;
+  if (counts)
+    count_call(c, slot, looks, status, key, key_length);
+  else if (op >= FSHM_CHARGE && op != FSHM_REFUND && looks[0].cell.pair.who &&
+           !(c->s->names_mode & FSHM_NAMES_OFF))
+    ledger_remember(c->s, looks[0].cell.cell, ledger_meta(c->index, looks[0].cell.pair.who), key,
+                    key_length);
+  if (unlikely(c->met_shared)) return tell_shared(c, slot, status, counts, out);
+  return status;
+}
+
+/* The whole call. hash: NULL, or what the caller has hashed already. */
+static inline HOT int apply(fshm_limiter *l, const uint64_t *hash, uint32_t op, const void *key,
+                            uint64_t key_length, const uint64_t *costs, uint64_t max_wait,
+                            uint64_t now, fshm_decision *out, fshm_charged *charges) {
+  call_t c;
+  bool readable = limits_load_inline(l->segment, l->index, &c.plan);
+  if (unlikely(!readable || !c.plan.count)) { /* none: a limiter of permits, for fshm_admit() */
+    if (out) memset(out, 0, sizeof *out);
+    return readable ? FSHM_E_ARGUMENT : damage_limits(l->segment, l->index);
+  }
+  uint64_t hashed = hash ? *hash : key_hash(l, key, key_length);
+  if (!hash) { /* before the clock is read, which takes about as long as a line does to come */
+    cells_fetch(l->segment, hashed);
+    cells_fetch_ledger(l->segment, hashed);
+  }
+  begin_hashed(&c, l, hashed, now);
+  c.max_wait = max_wait;
+  if (costs) c.costs = costs;
+  return apply_begun(&c, op, key, key_length, out, charges);
+}
+
+UNGUARDED void fshm_apply(fshm_limiter *l, uint32_t op, const void *key, uint64_t key_length,
+                          const uint64_t *costs, uint64_t max_wait, uint64_t now,
+                          fshm_decision *out) {
+  int status = apply(l, NULL, op, key, key_length, costs, max_wait, now, out, NULL);
+  out->status = status;
+}
+
+/* Of many keys, in two steps: hash one and have its lines fetched, some keys before it is asked for. */
+uint64_t limiter_fetch(const fshm_limiter *l, const void *key, uint64_t length) {
+  uint64_t hash = key_hash(l, key, length);
+  cells_fetch(l->segment, hash);
+  cells_fetch_ledger(l->segment, hash);
+  return hash;
+}
+UNGUARDED void limiter_acquire_fetched(fshm_limiter *l, uint64_t hash, const void *key,
+                                       uint64_t length, const uint64_t *costs, fshm_decision *out) {
+  out->status = apply(l, &hash, FSHM_ACQUIRE, key, length, costs, 0, 0, out, NULL);
+}
+
+/* For fshm_admit(), which has loaded the limits (at least one) and hashed the key: it asks twice, and a call
+ * may go by the limits that it found when it began. */
+UNGUARDED int limiter_take(fshm_limiter *l, const plan_t *plan, uint64_t hash, uint32_t op,
+                           const void *key, uint64_t key_length, const uint64_t *costs,
+                           uint64_t now, fshm_decision *out, fshm_charged *charges) {
+  call_t c;
+  memcpy(&c.plan, plan, offsetof(plan_t, rules) + plan->count * sizeof *plan->rules);
+  begin_hashed(&c, l, hash, now);
+  if (costs) c.costs = costs;
+  return out->status = apply_begun(&c, op, key, key_length, out, charges);
+}
+
+UNGUARDED int limiter_is_allowed(fshm_limiter *l, const void *key, uint64_t key_length) {
+  return apply(l, NULL, FSHM_ACQUIRE, key, key_length, NULL, 0, 0, NULL, NULL);
+}
+int fshm_is_allowed(fshm_limiter *l, const void *key, uint64_t key_length) {
+  int status = limiter_is_allowed(l, key, key_length);
+  return likely(status > SHARED_DENIED) ? status
+         : status == SHARED_ALLOWED     ? FSHM_ALLOWED
+                                        : FSHM_DENIED;
+}
+
+void fshm_reserve(fshm_limiter *l, const void *key, uint64_t key_length, const uint64_t *costs,
+                  uint64_t max_wait, uint64_t now, fshm_decision *out, fshm_charged *reserved) {
+  out->status = apply(l, NULL, FSHM_RESERVE, key, key_length, costs, max_wait, now, out, reserved);
+}
+
+/* Only where the reservation is still the last: those who reserved after it count on their instants, and
+ * what lies between would be given away twice. */
+int fshm_cancel(fshm_limiter *l, const void *key, uint64_t key_length, const uint64_t *costs,
+                const fshm_charged *reserved, uint64_t now) {
+  call_t c;
+  look_t found;
+  int given_back = 0;
+  if (!limits_load(l->segment, l->index, &c.plan)) return damage_limits(l->segment, l->index);
+  begin(&c, l, key, key_length, now);
+  if (costs) c.costs = costs;
+  for (uint32_t i = 0; i < c.plan.count; i++) {
+    met_t m;
+    cells_find(c.s, c.hash, fingerprint(&c, i), &found.cell);
+    if (!found.cell.pair.who || found.cell.pair.when != reserved[i].state) continue;
+    state_met(&c, i, &found.cell, &m);
+    if (c.stale) continue; /* the limits change at this moment: its instant passes unused */
+    found.who = m.who;
+    uint64_t next = meter_refund(m.rule, m.state, c.now, c.costs[i], &reserved[i]);
+    given_back +=
+        put(&c, i, &found, next, FSHM_ACQUIRE) == CLAIMED; /* lost: it is not the last any more */
+  }
+  return given_back;
+}
+
+void fshm_count_call(fshm_limiter *l, const void *key, uint64_t key_length, int32_t status) {
+  call_t c;
+  look_t first;
+  if (!limits_load(l->segment, l->index, &c.plan) || !c.plan.count) return;
+  begin(&c, l, key, key_length, 0);
+  cells_find(c.s, c.hash, fingerprint(&c, 0), &first.cell);
+  count_call(&c, process_slot(c.s), &first, status, key, key_length);
+}
+
+/* Somebody else has decided: each limit's state becomes what `change` makes of it. before: what they were, or NULL;
+ * at: the time that it was asked at. */
+int limiter_change(fshm_limiter *l, const void *key, uint64_t length, uint64_t now,
+                   change_t *change, const void *context, uint64_t *before, uint64_t *at) {
+  call_t c;
+  int worst = FSHM_OK;
+  if (!limits_load(l->segment, l->index, &c.plan)) return damage_limits(l->segment, l->index);
+  begin(&c, l, key, length, now);
+  *at = c.now;
+  for (uint32_t i = 0; i < c.plan.count; i++) {
+    int status = CLAIM_LOST;
+    while (status == CLAIM_LOST && again(&c)) {
+      met_t m;
+      look_t found;
+      int fresh = renewed(&c);
+      if (fresh != FSHM_OK) return fresh;
+      if (i >= c.plan.count) break;
+      cells_find(c.s, c.hash, fingerprint(&c, i), &found.cell);
+      state_met(&c, i, &found.cell, &m);
+      if (c.stale) continue;
+      /* What is decided elsewhere is told in the present limits' terms, whatever the state was. */
+      if (m.rule != &c.plan.rules[i])
+        m.state = meter_convert(&c.plan.rules[i], m.rule, m.state, c.now);
+      if (m.state == NO_STATE) m.state = 0;
+      met_present(&c, i, state_for(&c.plan.rules[i], m.state), &m);
+      found.who = m.who;
+      uint64_t next = change(context, i, m.rule, m.state, c.now);
+      if (before) before[i] = m.state;
+      changed_t first = {&c, change, context, i};
+      /* A look writes nothing: for who goes by an earlier time, what is over by ours may not be over. */
+      status = next == m.state ? CLAIMED : put_changed(&c, i, &found, next, &first);
+      if (status == CLAIMED && found.cell.pair.who && !(c.s->names_mode & FSHM_NAMES_OFF))
+        ledger_remember(c.s, found.cell.cell, ledger_meta(c.index, found.cell.pair.who), key,
+                        length);
+    }
+    if (status != CLAIMED) worst = status == CLAIM_FULL ? FSHM_FULL : FSHM_CONTENDED;
+  }
+  return worst;
+}
+
+int fshm_settle(fshm_limiter *l, const void *key, uint64_t key_length, const uint64_t *charged,
+                const uint64_t *actual, const fshm_permit *permit, uint64_t now) {
+  call_t c;
+  look_t found;
+  uint64_t costs[FSHM_MAX_LIMITS];
+  int worst = FSHM_ALLOWED;
+  if (!limits_load_of(l, &c.plan)) return damage_limits(l->segment, l->index);
+  begin(&c, l, key, key_length, now);
+  c.costs = costs;
+  c.put = permit->put;
+  for (uint32_t i = 0; i < c.plan.count; i++) {
+    bool more = actual[i] > charged[i];
+    costs[i] = more ? actual[i] - charged[i] : charged[i] - actual[i];
+    int status = costs[i] ? force(&c, more ? FSHM_CHARGE : FSHM_REFUND, i, &found) : FSHM_ALLOWED;
+    if (status != FSHM_ALLOWED) worst = status;
+  }
+  return worst;
+}
+
+int fshm_remaining(fshm_limiter *l, const void *key, uint64_t key_length, uint64_t now,
+                   uint64_t *remaining) {
+  call_t c;
+  look_t looks[FSHM_MAX_LIMITS];
+  if (!limits_load_of(l, &c.plan)) return damage_limits(l->segment, l->index);
+  begin(&c, l, key, key_length, now);
+  if (c.plan.count && look_all(&c, looks) == FSHM_E_DAMAGED) return FSHM_E_DAMAGED;
+  drop_stale(&c, looks);
+  for (uint32_t i = 0; i < c.plan.count; i++)
+    remaining[i] = verdict_remaining(&c.plan.rules[i], looks[i].verdict.used_before);
+  return (int)c.plan.count;
+}
+
+int fshm_reset_key(fshm_limiter *l, const void *key, uint64_t key_length) {
+  call_t c;
+  found_t f;
+  if (!limits_load(l->segment, l->index, &c.plan)) return damage_limits(l->segment, l->index);
+  begin(&c, l, key, key_length, 0);
+  for (uint32_t i = 0; i < c.plan.count; i++) {
+    cells_find(c.s, c.hash, fingerprint(&c, i), &f);
+    if (f.pair.who) cells_clear(c.s, f.cell, f.pair.who);
+  }
+  /* or one whose limit comes with the call (counted.c) */
+  uint64_t hash = side_who(c.hash, c.index);
+  cells_find(c.s, hash, side_who(side_salted(hash, c.plan.salt), c.index), &f);
+  if (f.pair.who) cells_clear(c.s, f.cell, f.pair.who);
+  return FSHM_OK;
+}
+
+/* The hash of the key in a cell, by its name, where that is known whole. */
+static COLD bool key_hash_of(fshm_segment *s, uint32_t index, uint64_t cell, uint64_t *hash) {
+  char key[256], name[FSHM_MAX_LIMITER_NAME];
+  uint64_t length, named = read_name(&s->limiters[index], name);
+  if (!fshm_key_name(s, cell, key, sizeof key, &length) || length > KEY_STORED) return false;
+  uint64_t k0 = fshm_siphash(s->secret[0], s->secret[1] ^ 1, name, named);
+  uint64_t k1 = fshm_siphash(s->secret[0], s->secret[1] ^ 2, name, named);
+  *hash = fshm_siphash(k0, k1, key, length);
+  return true;
+}
+
+/* Looking in, from a cell back to its key's decision. 0: not a cell that the ledger knows. */
+int fshm_peek_cell(fshm_segment *s, uint64_t cell, uint64_t now, fshm_decision *out) {
+  return fshm_peek_numbered(s, cell, NULL, now, out);
+}
+
+int fshm_peek_numbered(fshm_segment *s, uint64_t cell, const uint64_t *numbers, uint64_t now,
+                       fshm_decision *out) {
+  call_t c;
+  look_t looks[FSHM_MAX_LIMITS];
+  memset(out, 0, sizeof *out);
+  if (cell >= s->cell_count) return FSHM_E_ARGUMENT;
+  uint64_t who = load_relaxed(&s->cells[cell].who);
+  uint32_t meta = load_relaxed(&s->ledger[cell].meta), index = meta >> 20;
+  if (!who || index >= s->limiter_count || ledger_meta(index, who) != meta) return 0;
+  fshm_limiter any = {.segment = s, .index = index, .numbers = numbers};
+  if (!limits_load_of(&any, &c.plan) || !c.plan.count) return 0;
+  begin(&c, &any, "", 0, now);
+  c.peeks = true;
+  bool allowed = true;
+  if (!(who &
+        1)) { /* an allowance's word, which is kept as a wallet's; others have no limit here */
+    const pair_t pair = s->read_only ? pair_peek(&s->cells[cell]) : pair_load(&s->cells[cell]);
+    if (c.plan.rules[0].kind != FSHM_WALLET || pair.who != who) return 0;
+    c.plan.count = 1;
+    looks[0] = (look_t){.verdict = meter_take(&c.plan.rules[0], pair.when, c.now, c.now, 1)};
+    report(&c, looks, looks[0].verdict.retry == 0, false, out);
+    out->status = looks[0].verdict.retry == 0;
+    return FSHM_OK;
+  }
+  bool named = key_hash_of(s, index, cell, &c.hash);
+  for (uint32_t i = 0; i < c.plan.count; i++) {
+    if (named)
+      cells_find(s, c.hash, fingerprint(&c, i), &looks[i].cell);
+    else
+      cells_near(s, cell, (who & ~WHO_TAIL) | c.plan.tail[i], &looks[i].cell);
+    if (named || looks[i].cell.pair.who)
+      look_found(&c, i, 1, &looks[i]);
+    else /* which shared counter it would be cannot be told */
+      looks[i] = (look_t){.verdict = meter_take(&c.plan.rules[i], 0, c.now, c.now, 1)};
+    if (c.stale) return 0;
+    allowed &= looks[i].verdict.retry == 0;
+  }
+  report(&c, looks, allowed, false, out);
+  out->status = allowed;
+  return FSHM_OK;
+}

@@ -1,0 +1,112 @@
+/* py_args.h - arguments of the hand-written methods: keys, costs, names. */
+#ifndef FSHM_PY_ARGS_H
+#define FSHM_PY_ARGS_H
+
+#include <Python.h>
+
+#include "../fast_shm.h"
+#include "py_threads.h"
+
+#define FAST(f) ((PyCFunction)(void (*)(void))(f))
+#define FLAGS (METH_FASTCALL | METH_KEYWORDS)
+
+typedef struct {
+  const char *bytes;
+  Py_ssize_t length;
+  PyObject *held; /* to release, or NULL */
+} key_arg;
+
+static int get_bytes(PyObject *bytes, key_arg *k) {
+  char *start = NULL;
+  int failed = PyBytes_AsStringAndSize(bytes, &start, &k->length);
+  k->bytes = start;
+  return failed;
+}
+
+/* A str is its UTF-8 (cached in the str), bytes are themselves. Lone surrogates are keys too. */
+static int get_key(PyObject *key, key_arg *k) {
+  k->held = NULL;
+  if (Py_TYPE(key) == &PyUnicode_Type || PyUnicode_Check(key)) { /* the first needs no call */
+    k->bytes = PyUnicode_AsUTF8AndSize(key, &k->length);
+    if (k->bytes) return 0;
+    PyErr_Clear();
+    k->held = PyUnicode_AsEncodedString(key, "utf-8", "surrogatepass");
+    if (!k->held) return -1;
+    return get_bytes(k->held, k);
+  }
+  if (PyBytes_Check(key)) return get_bytes(key, k);
+  PyErr_Format(PyExc_TypeError, "key must be a str or bytes, not %R", key);
+  return -1;
+}
+
+static int get_cost(PyObject *value, uint64_t *out) {
+  PyObject *index = PyNumber_Index(value);
+  if (!index) {
+    PyErr_Clear();
+    PyErr_Format(PyExc_TypeError, "cost must be an int, or one int for each limit, not %R", value);
+    return -1;
+  }
+  int overflow = 0;
+  long long v = PyLong_AsLongLongAndOverflow(index, &overflow);
+  Py_DECREF(index);
+  if (v < 0 && !(v == -1 && overflow > 0)) {
+    PyErr_Format(PyExc_ValueError, "cost must be 0 or more, not %R", value);
+    return -1;
+  }
+  *out = overflow > 0 ? UINT64_MAX : (uint64_t)v; /* more than can ever fit, either way */
+  return 0;
+}
+
+/* One cost for all `count` limits, or a tuple or list with one for each. */
+static int get_costs(Py_ssize_t count, PyObject *value, uint64_t *costs) {
+  if (!PyTuple_Check(value) && !PyList_Check(value)) {
+    if (get_cost(value, &costs[0])) return -1;
+    for (int i = 1; i < FSHM_MAX_LIMITS; i++) costs[i] = costs[0];
+    return 0;
+  }
+  if (PySequence_Size(value) != count) {
+    PyErr_Format(PyExc_ValueError,
+                 "cost has %zd values, but the limiter has %zd limits: give one "
+                 "int, or one for each limit",
+                 PySequence_Size(value), count);
+    return -1;
+  }
+  for (Py_ssize_t i = 0; i < FSHM_MAX_LIMITS; i++) {
+    PyObject *item = PySequence_GetItem(value, i < count ? i : count - 1);
+    int failed = !item || get_cost(item, &costs[i]);
+    Py_XDECREF(item);
+    if (failed) return -1;
+  }
+  return 0;
+}
+
+/* name(key, cost=1): positions or keywords, without the cost of a format string. */
+static int parse(const char *name, PyObject *const *args, Py_ssize_t n, PyObject *kwnames,
+                 const char *const *names, PyObject **out, Py_ssize_t most, Py_ssize_t least) {
+  Py_ssize_t extra = kwnames ? PyTuple_Size(kwnames) : 0;
+  if (n > most) {
+    PyErr_Format(PyExc_TypeError, "%s() takes at most %zd arguments (%zd given)", name, most, n);
+    return -1;
+  }
+  for (Py_ssize_t i = 0; i < n; i++) out[i] = args[i];
+  for (Py_ssize_t i = 0; i < extra; i++) {
+    PyObject *word = PyTuple_GetItem(kwnames, i);
+    Py_ssize_t at = 0;
+    while (at < most && PyUnicode_CompareWithASCIIString(word, names[at])) at++;
+    if (at == most || out[at]) {
+      PyErr_Format(PyExc_TypeError, "%s() got an unexpected or repeated argument %R", name, word);
+      return -1;
+    }
+    out[at] = args[n + i];
+  }
+  for (Py_ssize_t i = 0; i < least; i++) {
+    if (out[i]) continue;
+    PyErr_Format(PyExc_TypeError, "%s() missing the argument '%s'", name, names[i]);
+    return -1;
+  }
+  return 0;
+}
+
+static const char *const key_cost[] = {"key", "cost", "max_wait_ns"};
+
+#endif

@@ -1,0 +1,60 @@
+/* py_measure.h - the library's own calls, measured: one in `every`, recorded with that weight. */
+#ifndef FSHM_PY_MEASURE_H
+#define FSHM_PY_MEASURE_H
+
+#include <Python.h>
+
+#include "../core/internal.h"
+#include "py_threads.h"
+
+typedef struct {
+  fshm_segment *segment;
+  uint32_t metric;
+  uint32_t every, left; /* every 0: nothing is measured */
+} measure_t;
+
+static inline void measure_init(measure_t *m, fshm_segment *segment, int metric, uint64_t every) {
+  m->segment = segment;
+  m->metric = metric < 0 ? 0 : (uint32_t)metric;
+  m->every = m->left = metric < 0 || every > UINT32_MAX ? 0 : (uint32_t)every;
+}
+
+/* The time, if this call is one to measure; else 0. */
+static inline uint64_t measure_begin(measure_t *m) {
+  if (likely(!m->every)) return 0;
+  uint32_t left = RELAXED_GET(m->left); /* of two threads at once one may go uncounted */
+  RELAXED_SET(m->left, left > 1 ? left - 1 : m->every);
+  return left > 1 ? 0 : fshm_clock();
+}
+
+/* (segment, metric, every), as a type's _measure() is given them. 0: done. */
+static inline int measure_args(measure_t *m, PyObject *args) {
+  unsigned long long segment, every;
+  int metric;
+  if (!PyArg_ParseTuple(args, "KiK", &segment, &metric, &every)) return -1;
+  measure_init(m, (fshm_segment *)(uintptr_t)segment, metric, every);
+  return 0;
+}
+
+/* Seldom called, and kept out of the calls that are measured. */
+static __attribute__((cold, noinline)) void measure_end(const measure_t *m, uint64_t begun,
+                                                        int success, uint64_t size) {
+  uint64_t ended = fshm_clock();
+  fshm_metric_record(m->segment, m->metric, ended > begun ? ended - begun : 0, m->every, success,
+                     size, 0);
+}
+
+/* One that would have made an event loop wait (MustAskError of cluster/loops.py) is no call: it is made again
+ * in a thread, and counts there. */
+static inline int measure_counts(const PyObject *result) {
+  return result || !PyErr_ExceptionMatches(PyExc_BlockingIOError);
+}
+
+/* Return what the call gives, and record its time if it is one to measure. A denial is no failure. */
+#define RETURN_MEASURED(measure, call)                                                     \
+  uint64_t begun = measure_begin(measure);                                                 \
+  PyObject *result = call;                                                                 \
+  if (unlikely(begun) && measure_counts(result)) measure_end(measure, begun, !!result, 0); \
+  return result
+
+#endif

@@ -1,0 +1,538 @@
+/* py_pool.c - the hot half of SimpleConnectionPool: take an idle connection of this process, and put it
+ * back. Opening, closing and limits are pool.py's business (and lease.c's); ids map to connections here.
+ *
+ * Idle connections of an endpoint are a stack: the one used last is taken first. All under the GIL, else
+ * alone with the pool. Ids and endpoints are exact strs here: looking them up runs no Python.
+ *
+ * Whatever is taken is an object's from then on, and that gives it back when it is freed: the places of a
+ * connection are the Connection's, a connection in use is the Use's. So an exception between any two
+ * instructions of Python, out of a signal handler, leaks neither. */
+#include "../core/internal.h"
+#include "py_args.h"
+#include "py_measure.h"
+
+typedef struct Connection {
+  PyObject_HEAD
+  PyObject *id; /* str */
+  PyObject *endpoint; /* str */
+  PyObject *object; /* what the user bound to it, or None */
+  PyObject *handles; /* own the limiters */
+  fshm_limiter *slots, *totals; /* of the pool */
+  fshm_permit slot; /* of the endpoint */
+  fshm_permit total; /* of the whole pool */
+  uint64_t used_ns; /* fshm_clock() when last returned */
+  int idle;
+  struct Connection *below; /* in the idle stack; owned by it */
+} Connection;
+
+typedef struct {
+  PyObject_HEAD
+  PyObject *by_id; /* dict: id -> Connection, idle and in use */
+  PyObject *stacks; /* dict: endpoint -> Stack */
+  PyObject *handles; /* tuple: own the limiters, until we are freed */
+  fshm_limiter *slots, *totals;
+  uint64_t idle_ns; /* how long an idle connection may be used again */
+  measure_t measure; /* get_connection() */
+} PoolCore;
+
+typedef struct {
+  PyObject_HEAD
+  Connection *top;
+} Stack;
+
+static PyTypeObject *connection_type, *stack_type;
+
+static void give_places_back(Connection *c) {
+  ALONE_BEGIN(c);
+  (void)fshm_permit_release(c->slots, &c->slot);
+  (void)fshm_permit_release(c->totals, &c->total);
+  ALONE_END();
+}
+
+static void connection_dealloc(PyObject *o) {
+  Connection *c = (Connection *)o;
+  PyTypeObject *type = Py_TYPE(o);
+  PyObject_GC_UnTrack(o);
+  Py_XDECREF(c->object); /* first: or the endpoint would see more than the limit */
+  give_places_back(c);
+  Py_XDECREF(c->id);
+  Py_XDECREF(c->endpoint);
+  Py_XDECREF((PyObject *)c->below);
+  Py_XDECREF(c->handles);
+  PyObject_GC_Del(o);
+  Py_DECREF(type);
+}
+
+/* Traversed, so that a pool is collected that its own connections refer to. None has a tp_clear: their dicts
+ * break the cycles, and what a __del__() finds must work. */
+static int connection_traverse(PyObject *o, visitproc visit, void *arg) {
+  Py_VISIT(Py_TYPE(o));
+  Py_VISIT(((Connection *)o)->object);
+  Py_VISIT((PyObject *)((Connection *)o)->below);
+  return 0;
+}
+
+static void stack_dealloc(PyObject *o) {
+  PyTypeObject *type = Py_TYPE(o);
+  PyObject_GC_UnTrack(o);
+  for (Connection *c = ((Stack *)o)->top, *below; c; c = below) { /* not by recursion */
+    below = c->below;
+    c->below = NULL;
+    Py_DECREF((PyObject *)c);
+  }
+  PyObject_GC_Del(o);
+  Py_DECREF(type);
+}
+
+static int stack_traverse(PyObject *o, visitproc visit, void *arg) {
+  Py_VISIT(Py_TYPE(o));
+  Py_VISIT((PyObject *)((Stack *)o)->top);
+  return 0;
+}
+
+static PyObject *connection_get(PyObject *o, void *which) {
+  Connection *c = (Connection *)o;
+  PyObject *out;
+  ALONE_BEGIN(o); /* the object is set once it is there */
+  PyObject *fields[] = {c->id, c->endpoint, c->object};
+  out = fields[(uintptr_t)which];
+  Py_INCREF(out);
+  ALONE_END();
+  return out;
+}
+static PyObject *connection_idle(PyObject *o, void *unused) {
+  (void)unused;
+  return PyBool_FromLong(RELAXED_GET(((Connection *)o)->idle));
+}
+static PyObject *connection_held(PyObject *o, void *unused) {
+  (void)unused;
+  int held;
+  ALONE_BEGIN(o);
+  held = fshm_permit_held(((Connection *)o)->slots, &((Connection *)o)->slot);
+  ALONE_END();
+  return PyBool_FromLong(held);
+}
+static PyObject *connection_idle_seconds(PyObject *o, void *unused) {
+  (void)unused;
+  Connection *c = (Connection *)o;
+  uint64_t used = RELAXED_GET(c->used_ns);
+  return PyFloat_FromDouble(RELAXED_GET(c->idle) ? (double)(fshm_clock() - used) * 1e-9 : 0.0);
+}
+
+static PyGetSetDef connection_getset[] = {
+    {"id", connection_get, NULL, "Unique for ever.", (void *)0},
+    {"endpoint", connection_get, NULL, NULL, (void *)1},
+    {"object", connection_get, NULL, "What connect() returned.", (void *)2},
+    {"idle", connection_idle, NULL, NULL, NULL},
+    {"held", connection_held, NULL, "False where an operator took its place back by force.", NULL},
+    {"idle_seconds", connection_idle_seconds, NULL, "Since it was returned.", NULL},
+    {NULL, NULL, NULL, NULL, NULL}};
+
+static int unbound(const PoolCore *self) {
+  if (self->by_id && self->stacks && self->slots) return 0;
+  PyErr_SetString(PyExc_RuntimeError, "the pool's __init__ was not called");
+  return 1;
+}
+
+/* An exact str, whose comparison runs no Python; NULL without an exception: it is no str. */
+static PyObject *exact(PyObject *text) {
+  return PyUnicode_Check(text) ? PyUnicode_FromObject(text) : NULL;
+}
+
+/* Take the connection on top of an endpoint's stack, if it may still be used; else *stale. The caller's. */
+static Connection *pop(PoolCore *self, PyObject *endpoint, int *stale) {
+  Connection *c = NULL;
+  *stale = 0;
+  ALONE_BEGIN(self);
+  Stack *stack = (Stack *)dict_get(self->stacks, endpoint);
+  Connection *top = stack ? stack->top : NULL;
+  /* Not idle: the parent's, after a fork, or an operator released it by force. */
+  if (top && fshm_clock() - top->used_ns <= self->idle_ns &&
+      fshm_permit_idle(top->slots, &top->slot, 0)) {
+    stack->top = top->below; /* its reference moves to the stack, and the stack's to the caller */
+    top->below = NULL;
+    RELAXED_SET(top->idle, 0);
+    c = top;
+  } else {
+    *stale = top != NULL;
+  }
+  Py_XDECREF((PyObject *)stack);
+  ALONE_END();
+  return c;
+}
+
+/* A connection of the pool is idle again. 0: it is not the pool's (any more), or idle already. */
+static int put_back(PoolCore *self, Connection *c) {
+  int done = 0;
+  ALONE_BEGIN(self);
+  PyObject *known = dict_get(self->by_id, c->id);
+  Stack *stack = known == (PyObject *)c ? (Stack *)dict_get(self->stacks, c->endpoint) : NULL;
+  if (stack && !c->idle && fshm_permit_idle(c->slots, &c->slot, 1)) {
+    RELAXED_SET(c->used_ns, fshm_clock());
+    RELAXED_SET(c->idle, 1);
+    c->below = stack->top;
+    Py_INCREF((PyObject *)c);
+    stack->top = c;
+    done = 1;
+  }
+  Py_XDECREF((PyObject *)stack);
+  Py_XDECREF(known);
+  ALONE_END();
+  return done;
+}
+
+/* A connection that was opened is the pool's. */
+static int add_opened(PoolCore *self, Connection *c) {
+  int failed;
+  ALONE_BEGIN(self);
+  Stack *stack = (Stack *)dict_get(self->stacks, c->endpoint);
+  if (!stack && !PyErr_Occurred() && (stack = PyObject_GC_New(Stack, stack_type))) {
+    stack->top = NULL;
+    PyObject_GC_Track((PyObject *)stack);
+    if (PyDict_SetItem(self->stacks, c->endpoint, (PyObject *)stack)) {
+      Py_DECREF((PyObject *)stack);
+      stack = NULL;
+    }
+  }
+  failed = !stack || PyDict_SetItem(self->by_id, c->id, (PyObject *)c);
+  Py_XDECREF((PyObject *)stack);
+  ALONE_END();
+  return failed ? -1 : 0;
+}
+
+/* A connection in use, the caller's: an idle one, else what self._open(endpoint) opened. NULL without an
+ * exception: there is no place for it. */
+static Connection *take(PyObject *o, PyObject *endpoint) {
+  PoolCore *self = (PoolCore *)o;
+  PyObject *text = exact(endpoint), *r;
+  for (int stale = 0, closed = 1; text && closed > 0;) {
+    Connection *c = pop(self, text, &stale);
+    if (!c && stale) { /* there may be others beneath */
+      r = PyObject_CallMethod(o, "_close_stale", "O", text);
+      closed = r ? PyObject_IsTrue(r) : -1;
+      Py_XDECREF(r);
+      if (closed > 0) continue;
+    }
+    if (c || closed < 0) {
+      Py_DECREF(text);
+      return c;
+    }
+    closed = 0;
+  }
+  Py_XDECREF(text);
+  if (PyErr_Occurred()) return NULL;
+  r = PyObject_CallMethod(o, "_open", "O", endpoint);
+  if (!r || Py_TYPE(r) != connection_type) {
+    Py_XDECREF(r);
+    return NULL;
+  }
+  if (!add_opened(self, (Connection *)r)) return (Connection *)r;
+  Py_DECREF(r);
+  return NULL;
+}
+
+static Connection *take_measured(PyObject *o, PyObject *endpoint) {
+  measure_t *measure = &((PoolCore *)o)->measure;
+  uint64_t begun = measure_begin(measure);
+  Connection *c = take(o, endpoint);
+  if (unlikely(begun)) measure_end(measure, begun, c || !PyErr_Occurred(), 0);
+  return c;
+}
+
+/* get_connection(endpoint): the id of a connection in use; None at the limits. */
+static PyObject *pool_get(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kwnames) {
+  PyObject *endpoint = n == 1 && !kwnames ? args[0] : NULL;
+  static const char *const names[] = {"endpoint"};
+  if (!endpoint && parse("get_connection", args, n, kwnames, names, &endpoint, 1, 1)) return NULL;
+  if (unbound((PoolCore *)o)) return NULL;
+  Connection *c = take_measured(o, endpoint);
+  if (!c) {
+    if (PyErr_Occurred()) return NULL;
+    Py_RETURN_NONE;
+  }
+  PyObject *id = c->id;
+  Py_INCREF(id);
+  Py_DECREF((PyObject *)c); /* by_id holds another */
+  return id;
+}
+
+/* _measure(segment, metric, every): how often to record a call, and as what. */
+static PyObject *pool_measure(PyObject *o, PyObject *args) {
+  if (measure_args(&((PoolCore *)o)->measure, args)) return NULL;
+  Py_RETURN_NONE;
+}
+
+/* return_connection(id): idle again. Unknown, foreign or returned ids: self._odd(id). */
+static PyObject *pool_return(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kwnames) {
+  PoolCore *self = (PoolCore *)o;
+  PyObject *id = n == 1 && !kwnames ? args[0] : NULL;
+  static const char *const names[] = {"connection_id"};
+  if (!id && parse("return_connection", args, n, kwnames, names, &id, 1, 1)) return NULL;
+  if (unbound(self)) return NULL;
+  PyObject *text = exact(id);
+  Connection *c = text ? (Connection *)dict_get(self->by_id, text) : NULL;
+  int done = c && put_back(self, c);
+  Py_XDECREF((PyObject *)c);
+  Py_XDECREF(text);
+  if (!done) return PyErr_Occurred() ? NULL : PyObject_CallMethod(o, "_odd", "O", id);
+  Py_RETURN_NONE;
+}
+
+static PyObject *refusal(int status, const char *limit) {
+  if (status == FSHM_E_DAMAGED) return PyUnicode_FromString("damaged");
+  return PyUnicode_FromString(status == FSHM_DENIED ? limit : "full");
+}
+
+/* _add(id, endpoint): a Connection that has both its places, and is the pool's when it is opened; or the
+ * name of the limit that was reached: "endpoint" or "pool"; "full" where the segment has no room;
+ * "damaged". */
+static PyObject *pool_add(PyObject *o, PyObject *args) {
+  PoolCore *self = (PoolCore *)o;
+  PyObject *id, *endpoint;
+  key_arg key;
+  fshm_decision d;
+  uint32_t held;
+  if (unbound(self) || !PyArg_ParseTuple(args, "UU", &id, &endpoint)) return NULL;
+  Connection *c = PyObject_GC_New(Connection, connection_type);
+  if (!c) return NULL;
+  memset((char *)c + sizeof(PyObject), 0, sizeof *c - sizeof(PyObject));
+  c->slots = self->slots;
+  c->totals = self->totals;
+  c->handles = self->handles;
+  c->object = Py_None;
+  Py_INCREF(c->handles);
+  Py_INCREF(c->object);
+  PyObject_GC_Track((PyObject *)c);
+  c->id = exact(id);
+  c->endpoint = exact(endpoint);
+  if (!c->id || !c->endpoint || get_key(c->endpoint, &key)) {
+    Py_DECREF((PyObject *)c);
+    return NULL;
+  }
+  const char *limit = "endpoint";
+  fshm_admit(self->slots, key.bytes, (uint64_t)key.length, NULL, 0, &c->slot, &d, &held);
+  Py_XDECREF(key.held);
+  if (d.status == FSHM_ALLOWED) {
+    limit = "pool";
+    fshm_admit(self->totals, "", 0, NULL, 0, &c->total, &d, &held);
+  }
+  if (d.status == FSHM_ALLOWED) return (PyObject *)c;
+  Py_DECREF((PyObject *)c);
+  return refusal(d.status, limit);
+}
+
+static Connection *checked_connection(PyObject *o) {
+  if (Py_TYPE(o) == connection_type) return (Connection *)o;
+  PyErr_Format(PyExc_TypeError, "not a Connection: %R", o);
+  return NULL;
+}
+
+/* _set_object(connection, object): what connect() returned. */
+static PyObject *pool_set_object(PyObject *o, PyObject *args) {
+  PyObject *connection, *object, *old;
+  (void)o;
+  if (!PyArg_ParseTuple(args, "OO", &connection, &object)) return NULL;
+  Connection *c = checked_connection(connection);
+  if (!c) return NULL;
+  Py_INCREF(object);
+  ALONE_BEGIN(c);
+  old = c->object;
+  c->object = object;
+  ALONE_END();
+  Py_DECREF(old);
+  Py_RETURN_NONE;
+}
+
+static void unstack(PoolCore *self, Connection *c) {
+  Stack *stack = (Stack *)dict_get(self->stacks, c->endpoint);
+  for (Connection **at = stack ? &stack->top : NULL; at && *at; at = &(*at)->below) {
+    if (*at != c) continue;
+    *at = c->below;
+    c->below = NULL;
+    Py_DECREF((PyObject *)c); /* by_id holds another */
+    break;
+  }
+  Py_XDECREF((PyObject *)stack);
+}
+
+/* Take a connection out of the pool; its places stay taken until _release(), so that it can be closed
+ * first. NULL without an exception: there is no such id, or it is another's than `only`'s. */
+static PyObject *forget(PoolCore *self, PyObject *id, const Connection *only, int only_idle) {
+  Connection *c = NULL;
+  PyObject *text = self->by_id ? exact(id) : NULL;
+  if (!text) return NULL;
+  ALONE_BEGIN(self);
+  c = (Connection *)dict_get(self->by_id, text);
+  if (c && ((only && c != only) || (only_idle && !c->idle))) {
+    Py_DECREF((PyObject *)c);
+    c = NULL;
+  }
+  if (c) {
+    unstack(self, c);
+    RELAXED_SET(c->idle, 0);
+    if (PyDict_DelItem(self->by_id, text)) {
+      Py_DECREF((PyObject *)c);
+      c = NULL;
+    }
+  }
+  ALONE_END();
+  Py_DECREF(text);
+  return (PyObject *)c;
+}
+
+static PyObject *or_none(PyObject *found) {
+  if (found || PyErr_Occurred()) return found;
+  Py_RETURN_NONE;
+}
+
+/* _drop(id) -> the Connection, out of the pool; or None. */
+static PyObject *pool_drop(PyObject *o, PyObject *id) {
+  return or_none(forget((PoolCore *)o, id, NULL, 0));
+}
+
+/* _drop_idle(id): the same, unless it is in use (by now). */
+static PyObject *pool_drop_idle(PyObject *o, PyObject *id) {
+  return or_none(forget((PoolCore *)o, id, NULL, 1));
+}
+
+/* _release(connection): give its places back. */
+static PyObject *pool_release(PyObject *o, PyObject *connection) {
+  (void)o;
+  Connection *c = checked_connection(connection);
+  if (!c) return NULL;
+  give_places_back(c);
+  Py_RETURN_NONE;
+}
+
+/* _lookup(id) -> the Connection, or None. */
+static PyObject *pool_lookup(PyObject *o, PyObject *id) {
+  PoolCore *self = (PoolCore *)o;
+  PyObject *c = NULL, *text = self->by_id ? exact(id) : NULL;
+  if (!text) return or_none(NULL);
+  ALONE_BEGIN(self);
+  c = dict_get(self->by_id, text);
+  ALONE_END();
+  Py_DECREF(text);
+  return or_none(c);
+}
+
+/* _bind_core(handles, slots address, totals address, idle_ns): also forgets all connections (a forked
+ * child's are its parent's). handles: a tuple of what owns the limiters. */
+static PyObject *pool_bind(PyObject *o, PyObject *args) {
+  PoolCore *self = (PoolCore *)o;
+  unsigned long long slots, totals, idle_ns;
+  PyObject *handles, *by_id, *stacks, *old[2];
+  if (!PyArg_ParseTuple(args, "O!KKK", &PyTuple_Type, &handles, &slots, &totals, &idle_ns))
+    return NULL;
+  by_id = PyDict_New();
+  stacks = PyDict_New();
+  if (!by_id || !stacks) {
+    Py_XDECREF(by_id);
+    Py_XDECREF(stacks);
+    return NULL;
+  }
+  ALONE_BEGIN(self);
+  old[0] = self->by_id;
+  old[1] = self->stacks;
+  self->by_id = by_id;
+  self->stacks = stacks;
+  if (!self->handles) { /* a call may be inside them: they stay */
+    Py_INCREF(handles);
+    self->handles = handles;
+    self->slots = (fshm_limiter *)(uintptr_t)slots;
+    self->totals = (fshm_limiter *)(uintptr_t)totals;
+    self->idle_ns = idle_ns;
+  }
+  ALONE_END();
+  Py_XDECREF(old[0]); /* last: what they held may call the pool as it goes */
+  Py_XDECREF(old[1]);
+  Py_RETURN_NONE;
+}
+
+static PyObject *pool_connections(PyObject *o, PyObject *unused) {
+  (void)unused;
+  PoolCore *self = (PoolCore *)o;
+  PyObject *copy;
+  ALONE_BEGIN(self);
+  copy = self->by_id ? PyDict_Copy(self->by_id) : PyDict_New();
+  ALONE_END();
+  return copy;
+}
+
+static int pool_traverse(PyObject *o, visitproc visit, void *arg) {
+  Py_VISIT(Py_TYPE(o));
+  Py_VISIT(((PoolCore *)o)->by_id);
+  Py_VISIT(((PoolCore *)o)->stacks);
+  return 0;
+}
+
+#include "py_use.h"
+
+static void pool_dealloc(PyObject *o) {
+  PoolCore *self = (PoolCore *)o;
+  PyTypeObject *type = Py_TYPE(o);
+  PyObject_GC_UnTrack(o);
+  Py_XDECREF(self->by_id);
+  Py_XDECREF(self->stacks);
+  Py_XDECREF(self->handles);
+  freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+  release(o);
+  Py_DECREF(type);
+}
+
+static PyMethodDef pool_methods[] = {
+    {"get_connection", FAST(pool_get), FLAGS,
+     "get_connection(endpoint)\n--\n\nThe id of a connection to the endpoint: an idle one of this "
+     "process, else a new one; None when the endpoint or the pool is at its limit."},
+    {"return_connection", FAST(pool_return), FLAGS,
+     "return_connection(connection_id)\n--\n\nThe connection is idle again, for this process to reuse."},
+    {"_use", pool_use, METH_VARARGS, NULL},
+    {"_add", pool_add, METH_VARARGS, NULL},
+    {"_drop", pool_drop, METH_O, NULL},
+    {"_drop_idle", pool_drop_idle, METH_O, NULL},
+    {"_release", pool_release, METH_O, NULL},
+    {"_lookup", pool_lookup, METH_O, NULL},
+    {"_set_object", pool_set_object, METH_VARARGS, NULL},
+    {"_bind_core", pool_bind, METH_VARARGS, NULL},
+    {"_measure", pool_measure, METH_VARARGS, NULL},
+    {"_connections", pool_connections, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL}};
+
+static char pool_doc[] = "Native base of SimpleConnectionPool.";
+static PyType_Slot pool_slots[] = {{Py_tp_dealloc, (void *)pool_dealloc},
+                                   {Py_tp_traverse, (void *)pool_traverse},
+                                   {Py_tp_methods, pool_methods},
+                                   {Py_tp_doc, pool_doc},
+                                   {0, NULL}};
+static PyType_Spec pool_spec = {"fast_litellm_shm._native.PoolCore", sizeof(PoolCore), 0,
+                                Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+                                pool_slots};
+
+static char connection_doc[] = "A pooled connection.";
+static PyType_Slot connection_slots[] = {{Py_tp_dealloc, (void *)connection_dealloc},
+                                         {Py_tp_traverse, (void *)connection_traverse},
+                                         {Py_tp_getset, connection_getset},
+                                         {Py_tp_doc, connection_doc},
+                                         {0, NULL}};
+static PyType_Spec connection_spec = {
+    "fast_litellm_shm._native.Connection", sizeof(Connection), 0,
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION, connection_slots};
+
+static PyType_Slot stack_slots[] = {
+    {Py_tp_dealloc, (void *)stack_dealloc}, {Py_tp_traverse, (void *)stack_traverse}, {0, NULL}};
+static PyType_Spec stack_spec = {
+    "fast_litellm_shm._native.Stack", sizeof(Stack), 0,
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION, stack_slots};
+
+static int install_pool(PyObject *module) {
+  PyObject *pool = PyType_FromSpec(&pool_spec);
+  connection_type = (PyTypeObject *)PyType_FromSpec(&connection_spec);
+  stack_type = (PyTypeObject *)PyType_FromSpec(&stack_spec);
+  use_type = (PyTypeObject *)PyType_FromSpec(&use_spec);
+  if (!pool || !connection_type || !stack_type || !use_type) return -1;
+  int failed = PyObject_SetAttrString(module, "PoolCore", pool) ||
+               PyObject_SetAttrString(module, "Connection", (PyObject *)connection_type) ||
+               PyObject_SetAttrString(module, "Use", (PyObject *)use_type);
+  Py_DECREF(pool);
+  return failed;
+}

@@ -1,0 +1,1 @@
+"""What every part uses: the segment, its native module, settings, and a look inside."""

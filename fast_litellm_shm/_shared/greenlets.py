@@ -1,0 +1,77 @@
+"""Waiting under gevent and eventlet: a greenlet that waits lets the others of its thread run.
+
+A futex stops the whole thread, and with it the greenlet that holds what is waited for. So where
+``time.sleep()`` is patched, a greenlet sleeps by that for some ms at a time, and looks whether
+there was a release. Whether it is patched is asked at each wait: gunicorn patches after
+``--preload`` has imported this. A thread without a hub (of gevent's threadpool, of eventlet's
+tpool) has no greenlets, and sleeps in the kernel.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import threading
+import time
+from typing import Any
+
+from fast_litellm_shm._shared.native import lib
+
+# Seconds between two looks, on average: doubled from the first to the longest, and so many more for
+# each greenlet that waits: at most 20,000 looks a second in all.
+_FIRST, _LONGEST, _EACH = 0.001, 0.008, 50e-6
+
+_chance = random.Random().random  # not the program's, whose seed may matter to it
+_waiting: set[object] = set()
+os.register_at_fork(after_in_child=_waiting.clear)
+
+
+def must_yield() -> bool:
+    """Whether a call that blocks this thread would hold up greenlets of a patched program."""
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is not None and monkey.is_module_patched("time"):
+        find = getattr(sys.modules.get("gevent._hub_local"), "get_hub_if_exists", None)
+        return find is None or find() is not None
+    patcher = sys.modules.get("eventlet.patcher")
+    if patcher is not None and patcher.is_monkey_patched("time"):
+        local = getattr(sys.modules.get("eventlet.hubs"), "_threadlocal", None)
+        return local is None or hasattr(local, "hub")
+    return False
+
+
+def bell_wait(limiter: Any, raw: bytes, armed: int, ns: int) -> int:
+    """``fshm_bell_wait()``: 1 where a permit of the key may have been released since
+    ``fshm_bell_arm()`` returned ``armed``; 0 where ``ns`` are over. A greenlet that is killed
+    meanwhile leaves nothing behind: a release is not meant for it alone, as for a sleeper in the
+    kernel."""
+    if not must_yield():
+        return int(lib.fshm_bell_wait(limiter, raw, len(raw), armed, ns))
+    end, pause, me = time.monotonic_ns() + ns, _FIRST, object()
+    _waiting.add(me)
+    try:
+        while (left := end - time.monotonic_ns()) > 0:
+            # at random, or those whom one release sent to sleep together would look together
+            chosen = (pause + _EACH * len(_waiting)) * (0.5 + _chance())
+            time.sleep(min(chosen, left / 1e9))
+            if lib.fshm_bell_arm(limiter, raw, len(raw)) != armed:
+                return 1
+            pause = min(2 * pause, _LONGEST)
+        return 0
+    finally:
+        _waiting.discard(me)
+
+
+class Lock:
+    """A lock that may be held over I/O, which lets other greenlets run: a ``threading.Lock`` that
+    was made before the program was patched would stop the thread for ever."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        while not self._lock.acquire(blocking=not must_yield()):
+            time.sleep(_LONGEST)
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()

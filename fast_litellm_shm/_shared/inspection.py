@@ -1,0 +1,496 @@
+"""Look into a segment from outside: numpy views over the mapping, read only, disturbing nobody.
+
+Counts and names are the ledger's: exact while nobody is killed, and forgetful by design (a key's
+counts go when its cell is given to another key).
+"""
+
+from __future__ import annotations
+
+import codecs
+import fnmatch
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from fast_litellm_shm import limits
+from fast_litellm_shm._shared import keyed
+from fast_litellm_shm._shared.native import ffi, lib
+from fast_litellm_shm._shared.segment import Segment
+
+if TYPE_CHECKING:
+    import numpy
+    from numpy.typing import NDArray
+
+# Limiters of limits that are kept for many hosts (cluster/): wallets are shown, the others only
+# keep something about another limiter.
+HELD, LEASED, REFUSED, ASKING, LOCAL, TOLD = (
+    " (wallet)",
+    " (leases)",
+    " (refused)",
+    " (asking)",
+    " (local)",
+    " (told)",
+)
+NOTE = "(cluster)"
+SORTS = ("busiest", "admitted", "denied", "key")
+# A pool is two limiters, whose names begin so: of its endpoints, and of the whole.
+POOL, POOL_TOTAL = "pool ", "pool-total "
+
+
+def open_for_reading(name: str, allow_other_owner: bool = False) -> Segment:
+    """Attach without write permission, and without a place in the process table."""
+    return Segment(
+        name,
+        mode=0o600,  # neither is used when attaching: the settings in the environment do not matter
+        names="plain",
+        create=False,
+        allow_other_owner=allow_other_owner,
+        _read_only=True,
+    )
+
+
+def is_beside(name: str, names: Container[str]) -> bool:
+    """Whether a limiter is there for another one's sake, and of no interest by itself."""
+    if name == NOTE:
+        return True
+    for suffix in (LEASED, REFUSED, ASKING, LOCAL, TOLD):
+        base = name.removesuffix(suffix)
+        if name.endswith(suffix) and base in names:
+            return base + HELD in names or base + LEASED in names
+    return False
+
+
+def pools_among(limiters: Iterable[str]) -> set[str]:
+    """The names of limiters that are the endpoints of a pool."""
+    names = set(limiters)
+    return {
+        name
+        for name in names
+        if name.startswith(POOL) and POOL_TOTAL + name.removeprefix(POOL) in names
+    }
+
+
+def stored_name(segment: Segment, cell: int) -> tuple[str, bytes] | None:
+    """The name of the key in a cell, and its bytes (of a long one, the first 200); None where it is
+    not kept, or forgotten."""
+    out, length = ffi.new("char[256]"), ffi.new("uint64_t *")
+    if not lib.fshm_key_name(segment._handle, cell, out, 256, length):
+        return None
+    stored = min(length[0], 200)
+    raw: bytes = ffi.buffer(out, stored)[:]
+    if length[0] == stored:
+        return raw.decode("utf-8", "replace"), raw
+    # cut between the bytes of one character: leave that one out, and keep other bad bytes
+    text, _ = codecs.utf_8_decode(raw, "replace", False)
+    return text + "…", raw
+
+
+def held_permits(segment: Segment) -> Iterator[tuple[int, Any]]:
+    """The cell of each permit that is held, and its ``fshm_permit_info``, good until the next."""
+    import numpy
+
+    g, info = segment.geometry(), ffi.new("fshm_permit_info *")
+    memory = ffi.buffer(ffi.cast("char *", g.base), g.size)
+    words = numpy.frombuffer(memory, numpy.dtype("=u8"), 2 * g.cells, g.cells_offset)
+    for cell in numpy.flatnonzero((words[1::2] >> numpy.uint64(61)) == 7).tolist():
+        if lib.fshm_permit_at(segment._handle, cell, info) == 1:  # not released since
+            yield cell, info
+
+
+# A moving window of more hits than these is not counted for show: each hit is a look (30 ns).
+_MOST_LOOKS = 50_000
+_TRIES = 4  # looks at counts that are being moved
+
+
+@dataclass(frozen=True)
+class KeyRow:
+    """One key of one limiter.
+
+    remaining: what is admitted now, of limit (a bucket's burst), by the tightest of its limits;
+    None where the limit is not known: it comes with the calls (integrations.limits), and is told by
+    the end of a name that is not kept. retry_after: seconds until a cost of 1 fits, None: never (or
+    not known). reset_after: seconds until nothing is consumed. raw: the bytes of the key (of a long
+    one, the first 200); empty where only its hash is known.
+    """
+
+    key: str
+    limiter: str
+    admitted: int
+    denied: int
+    remaining: int | None
+    limit: int | None
+    retry_after: float | None
+    reset_after: float | None
+    raw: bytes = b""
+
+    @property
+    def is_cut(self) -> bool:
+        """There is more of the key than raw has."""
+        return is_cut(self.key, self.raw)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        found = asdict(self)
+        del found["raw"]
+        return found
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What was counted for each cell of the table when it was read. who, meta, admitted, denied:
+    arrays over all cells; a cell's counts belong to a key for as long as its meta stays. cells:
+    those that the ledger knows, in order; owner: the limiter of each of them."""
+
+    cells: NDArray[numpy.int64]
+    owner: NDArray[numpy.int64]
+    who: NDArray[numpy.uint64]
+    meta: NDArray[numpy.uint32]
+    admitted: NDArray[numpy.uint64]
+    denied: NDArray[numpy.uint64]
+
+
+@dataclass(frozen=True)
+class PermitRow:
+    """One permit that is held. key_hash: the same for all permits of
+    a key. pid: None where its process is dead (it counts no more, and is given
+    back when somebody needs it). idle: a pooled connection that nobody uses now."""
+
+    limiter: str
+    key: str
+    key_hash: int
+    pid: int | None
+    idle: bool
+    age_seconds: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+class Inspection:
+    """What is in a segment at one moment; rows are read when they are iterated."""
+
+    def __init__(self, segment: Segment) -> None:
+        self.segment = segment
+        self._handle = segment._handle
+        #: What is damaged, in a sentence; None where nothing is known to be: Segment.damaged.
+        self.damaged = segment._check()
+        self._geometry = segment.geometry()
+        self._limiters = self._read_limiters()
+        self._beside = self._read_beside()
+        self.counts = self._read_counts()
+
+    @property
+    def keys_total(self) -> int:
+        """How many keys the ledger knows."""
+        return int(self.counts.cells.size)
+
+    def limiter_names(self) -> dict[int, str]:
+        """By index, as counts.owner has it."""
+        return {index: info["name"] for index, info in self._limiters.items()}
+
+    def limiters(self) -> list[dict[str, Any]]:
+        """Each limiter: name, limits (text), version, resets, keys, shared_seconds (0: every key
+        has room; else for how long counters that keys without room share may be in use yet).
+        Without those that only keep something about another one (cluster/)."""
+        import numpy
+
+        keys = numpy.bincount(self.counts.owner, minlength=self._geometry.limiters)
+        return [
+            {
+                "name": info["name"],
+                "limits": ["of each key"]
+                if info["name"] in keyed.NAMES or keyed.units_of(info["name"])
+                else [limits.describe(limit) for limit in info["limits"]],
+                "version": info["version"],
+                "resets": info["resets"],
+                "keys": int(keys[index]),
+                "shared_seconds": info["shared_seconds"],
+            }
+            for index, info in self._limiters.items()
+            if index not in self._beside
+        ]
+
+    def keys(
+        self,
+        *,
+        sort: str = "busiest",
+        top: int | None = None,
+        match: str | None = None,
+        limiter: str | None = None,
+    ) -> Iterator[KeyRow]:
+        """Rows in the order asked for, at most ``top`` of them. match: a glob over key names, case
+        sensitive. limiter: only this one's."""
+        import numpy
+
+        if sort not in SORTS:
+            raise ValueError(f"sort must be one of {', '.join(SORTS)}, not {sort!r}")
+        counts = self.counts
+        chosen = counts.cells
+        if limiter is not None:
+            wanted = [i for i, info in self._limiters.items() if info["name"] == limiter]
+            chosen = chosen[numpy.isin(counts.owner, wanted)]
+        elif self._beside:
+            chosen = chosen[~numpy.isin(counts.owner, list(self._beside))]
+        if sort == "key":
+            order = iter(sorted(chosen.tolist(), key=lambda cell: self.name(cell)[0]))
+        else:
+            weight = {
+                "busiest": counts.admitted + counts.denied,
+                "admitted": counts.admitted,
+                "denied": counts.denied,
+            }[sort][chosen]
+            if top is not None and match is None and top < chosen.size:
+                chosen = chosen[numpy.argpartition(-weight.astype(numpy.int64), top)[:top]]
+                weight = weight[numpy.argpartition(-weight.astype(numpy.int64), top)[:top]]
+            order = iter(chosen[numpy.argsort(-weight.astype(numpy.int64), kind="stable")].tolist())
+        shown = 0
+        for cell in order:
+            if top is not None and shown >= top:
+                return
+            row = self.row(cell, match)
+            if row is not None:
+                shown += 1
+                yield row
+
+    def permits(self, *, limiter: str | None = None) -> Iterator[PermitRow]:
+        """All permits that are held, in no order. limiter: only this one's."""
+        for cell, info in held_permits(self.segment):
+            known = self._limiters.get(info.limiter)
+            name = known["name"] if known else "?"
+            if limiter is None or name == limiter:
+                stored = stored_name(self.segment, cell)
+                yield PermitRow(
+                    limiter=name,
+                    key=f"#{info.key_hash:016x}" if stored is None else stored[0],
+                    key_hash=info.key_hash,
+                    pid=info.pid if info.alive else None,
+                    idle=bool(info.idle),
+                    age_seconds=info.age_seconds,
+                )
+
+    def in_flight(self) -> list[dict[str, Any]]:
+        """Permits by limiter and key: in_flight (of living processes), max_in_flight, idle, dead
+        (not yet given back), pids, oldest_seconds."""
+        found: dict[tuple[str, int], dict[str, Any]] = {}
+        most = {
+            info["name"]: limit.n
+            for info in self._limiters.values()
+            for limit in info["limits"]
+            if isinstance(limit, limits.InFlight) and not keyed.units_of(info["name"])
+        }
+        for row in self.permits():
+            entry = found.setdefault(
+                (row.limiter, row.key_hash),
+                {
+                    "limiter": row.limiter,
+                    "key": row.key,
+                    "in_flight": 0,
+                    "max_in_flight": most.get(row.limiter),
+                    "idle": 0,
+                    "dead": 0,
+                    "pids": set(),
+                    "oldest_seconds": 0,
+                },
+            )
+            if not row.key.startswith("#"):
+                entry["key"] = row.key  # others of the key may have lost their name
+            numbers = keyed.numbers_of(row.limiter, row.key.encode())
+            if numbers:
+                entry["max_in_flight"] = numbers[-1]
+            if row.pid is None:
+                entry["dead"] += 1
+                continue
+            entry["in_flight"] += 1
+            entry["idle"] += row.idle
+            entry["pids"].add(row.pid)
+            entry["oldest_seconds"] = max(entry["oldest_seconds"], row.age_seconds)
+        for entry in found.values():
+            entry["pids"] = sorted(entry["pids"])
+        return sorted(found.values(), key=lambda entry: -entry["in_flight"])
+
+    def row(self, cell: int, match: str | None = None) -> KeyRow | None:
+        """The key in a cell that counts.cells has. None: its name does not match, or the cell went
+        to another key since. What remains is as of now, counts are as they were read."""
+        name, raw = self.name(cell)
+        if match is not None and not fnmatch.fnmatchcase(name, match):
+            return None
+        info = self._limiters[int(self.counts.meta[cell]) >> 20]
+        decision = ffi.new("fshm_decision *")
+        known = self._peek(cell, info, name, raw, decision)
+        if known is None or self._who_now(cell) != int(self.counts.who[cell]):
+            return None  # name and limit would be the next key's, limiter and counts this one's
+        retry = decision.retry_after_ns
+        never = retry == lib.FSHM_NEVER
+        return KeyRow(
+            key=name,
+            limiter=info["name"],
+            admitted=int(self.counts.admitted[cell]),
+            denied=int(self.counts.denied[cell]),
+            remaining=decision.remaining if known else None,
+            limit=_most(known) if known else None,
+            retry_after=retry / 1e9 if known and not never else None,
+            reset_after=decision.reset_after_ns / 1e9 if known else None,
+            raw=raw,
+        )
+
+    def _peek(
+        self, cell: int, info: dict[str, Any], name: str, raw: bytes, decision: Any
+    ) -> limits.LimitSpec | limits.InFlight | None | Literal[False]:
+        """Fills the decision; the limit that it is of. False: that is not known. None: the cell
+        went to another key."""
+        units = keyed.units_of(info["name"])
+        if units:
+            return self._peek_numbered(cell, info, units, name, raw, decision)
+        if info["name"] not in keyed.NAMES and info["limits"]:
+            if lib.fshm_peek_cell(self._handle, cell, 0, decision) != lib.FSHM_OK:
+                return None
+            index = min(decision.limit_index, len(info["limits"]) - 1)
+            found: limits.LimitSpec | limits.InFlight = info["limits"][index]
+            return found
+        own = None if is_cut(name, raw) else keyed.limit_of(info["name"], raw)
+        moving = info["name"] == keyed.MOVING
+        if own is None or (moving and own.n > _MOST_LOOKS):
+            return False
+        limit = ffi.new("fshm_limit *", own._raw())
+        status = lib.fshm_peek_counted(self._handle, cell, limit, moving, 0, decision)
+        return own if status == lib.FSHM_OK else None
+
+    def _peek_numbered(
+        self,
+        cell: int,
+        info: dict[str, Any],
+        units: tuple[str, ...],
+        name: str,
+        raw: bytes,
+        decision: Any,
+    ) -> limits.LimitSpec | None | Literal[False]:
+        """_peek(), of a key that ends in its numbers."""
+        numbers = None if is_cut(name, raw) else keyed.numbers_of(info["name"], raw)
+        if numbers is None or len(info["limits"]) != len(units):
+            return False
+        four = ffi.new("uint64_t[4]", numbers)
+        if lib.fshm_peek_numbered(self._handle, cell, four, 0, decision) != lib.FSHM_OK:
+            return None
+        return limits.FixedWindow(max(numbers[decision.limit_index], 1), per=60)
+
+    def _who_now(self, cell: int) -> int:
+        base = ffi.cast("char *", self._geometry.base) + self._geometry.cells_offset
+        return int(ffi.cast("uint64_t *", base)[2 * cell])
+
+    def name(self, cell: int) -> tuple[str, bytes]:
+        """The name of the key in a cell, and its bytes; ``#`` and its keyed hash where the name is
+        not kept, or forgotten."""
+        return stored_name(self.segment, cell) or (f"#{int(self.counts.who[cell]):016x}", b"")
+
+    def _read_limiters(self) -> dict[int, dict[str, Any]]:
+        found, info = {}, ffi.new("fshm_limiter_info *")
+        for index in range(self._geometry.limiters):
+            if lib.fshm_limiter_at(self._handle, index, info) != lib.FSHM_OK:
+                continue
+            raw: bytes = ffi.buffer(info.name, info.name_length)[:]
+            found[index] = {
+                "name": raw.decode("utf-8", "replace"),
+                "limits": [limits.from_raw(info.limits[i]) for i in range(info.limits_count)],
+                "version": info.version,
+                "resets": info.resets,
+                "shared_seconds": info.shared_ns / 1e9,
+            }
+        return found
+
+    @property
+    def leased(self) -> list[str]:
+        """Names of limiters of permits that a server grants."""
+        names = {info["name"] for info in self._limiters.values()}
+        return sorted(name for name in names if name + LEASED in names)
+
+    def _read_beside(self) -> set[int]:
+        names = {info["name"] for info in self._limiters.values()}
+        return {
+            index
+            for index, info in self._limiters.items()
+            if is_beside(info["name"], names)
+            and (
+                info["name"] != NOTE
+                or all(isinstance(each, limits.Granted) for each in info["limits"])
+            )
+        }
+
+    def _view(self, what: str) -> NDArray[Any]:
+        import numpy
+
+        g = self._geometry
+        memory = ffi.buffer(ffi.cast("char *", g.base), g.size)
+        dtype: list[tuple[str, str]]
+        if what == "cells":
+            dtype, offset, count = [("who", "=u8"), ("when", "=u8")], g.cells_offset, g.cells
+        elif what == "ledger":
+            dtype = [("meta", "=u4"), ("admitted", "=u4"), ("denied", "=u4"), ("name", "=u4")]
+            offset, count = g.ledger_offset, g.cells
+        elif what == "processes":
+            dtype = [("pid", "=u4"), ("", "V60")]
+            offset, count = g.processes_offset, g.processes
+        else:
+            dtype = [("key", "=u8"), ("admitted", "=u4"), ("denied", "=u4")]
+            offset, count = g.columns_offset, g.processes * g.column_entries
+        return numpy.frombuffer(memory, numpy.dtype(dtype), count, offset)
+
+    def _read_counts(self) -> Counts:
+        import numpy
+
+        who = self._view("cells")["who"].copy()
+        ledger, columns = self._read_ledger()
+        meta = ledger["meta"].copy()
+        owner = (meta >> 20).astype(numpy.int64)
+        known = (who != 0) & ((meta & 0xFFFFF) == (who >> numpy.uint64(44)))
+        known &= numpy.isin(owner, list(self._limiters))
+        cells = numpy.flatnonzero(known)
+        admitted = ledger["admitted"].astype(numpy.uint64)
+        denied = ledger["denied"].astype(numpy.uint64)
+        cell = _cell_of(columns)
+        fits = (cell >= 0) & (cell < who.size)
+        columns, cell = columns[fits], cell[fits]
+        same = (columns["key"] & numpy.uint64(0xFFFFFFFF)) == meta[cell]
+        numpy.add.at(admitted, cell[same], columns["admitted"][same])
+        numpy.add.at(denied, cell[same], columns["denied"][same])
+        return Counts(cells, owner[cells], who, meta, admitted, denied)
+
+    def _read_ledger(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """The ledger and the columns, as of one moment as far as that goes: what a process carried
+        from its column to the ledger meanwhile may be in neither, so those cells are read again."""
+        import numpy
+
+        slots = numpy.flatnonzero(self._view("processes")["pid"])  # that were ever used
+        used = (int(slots[-1]) + 1 if slots.size else 0) * self._geometry.column_entries
+        shared, columns = self._view("ledger"), self._view("columns")[:used]
+        before = columns.copy()
+        ledger = shared.copy()
+        for _ in range(_TRIES):
+            after = columns.copy()
+            moved = (before["key"] != after["key"]) | (after["admitted"] < before["admitted"])
+            moved |= after["denied"] < before["denied"]
+            cells = _cell_of(before[moved])
+            cells = cells[(cells >= 0) & (cells < ledger.size)]
+            if not cells.size:
+                break
+            before = after
+            ledger[cells] = shared[cells]
+        return ledger, after
+
+
+def _cell_of(columns: NDArray[Any]) -> NDArray[Any]:
+    """The cell that each entry counts for; -1: it is not used."""
+    import numpy
+
+    cells: NDArray[Any] = (columns["key"] >> numpy.uint64(32)).astype(numpy.int64) - 1
+    return cells
+
+
+def _most(limit: limits.LimitSpec | limits.InFlight) -> int:
+    """What remains of a limit for a key that has consumed nothing."""
+    return limit.burst if isinstance(limit, limits.TokenBucket) else limit.n
+
+
+def is_cut(name: str, raw: bytes) -> bool:
+    """Of what Inspection.name() tells: the key goes on."""
+    return name.endswith("…") and not raw.endswith("…".encode())

@@ -1,0 +1,204 @@
+"""The part that all limiters share: a name in a segment, and its limits, which may change."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from typing import Any, NoReturn
+
+from fast_litellm_shm import exceptions, limits
+from fast_litellm_shm._shared import performance
+from fast_litellm_shm._shared.native import Core, address, ffi, lib, owned
+from fast_litellm_shm._shared.segment import Segment
+from fast_litellm_shm.limits import Granted, InFlight, LimitSpec
+
+_ON_FULL = {"deny": 0, "allow": 1, "raise": 2, "share": 3}
+_TELL_SECONDS = 60  # between two log lines about one limiter, in one process
+_told: dict[tuple[str, str], float] = {}  # of limiters, when
+
+
+def _default_name(found: tuple[LimitSpec | InFlight, ...]) -> str:
+    """A name made of the limits: equal limits, equal names."""
+    name = " + ".join(limits.describe(limit) for limit in found)
+    if len(name) > lib.FSHM_MAX_LIMITER_NAME:
+        name = f"limits {hashlib.blake2s(name.encode(), digest_size=16).hexdigest()}"
+    return name
+
+
+class SharedLimits(Core):
+    """Opens a limiter by name, and keeps its Python objects in step with the segment.
+
+    The methods that begin with an underscore and take a status are called by the native part.
+    """
+
+    _name: str
+    _component = "rate_limiter"  # as which its calls are measured
+
+    def __init__(
+        self,
+        found: tuple[LimitSpec | InFlight, ...],
+        *,
+        name: str | None,
+        segment: Segment | None,
+        on_full: str,
+        keep: bool = False,  # where the name exists, leave its limits as they are
+        shown: str | None = None,  # what errors call it, where the user gave another name
+        # The limits of this object's keys, where those of the name are only the most that there can
+        # be: of the same kinds. A key must keep to one such set.
+        numbered: tuple[LimitSpec | InFlight, ...] | None = None,
+    ) -> None:
+        if name is None:
+            name = _default_name(found)
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a str, not {name!r}")
+        encoded = name.encode("utf-8", "surrogatepass")
+        self._shown = name if shown is None else shown
+        if not 1 <= len(encoded) <= lib.FSHM_MAX_LIMITER_NAME:
+            raise ValueError(
+                f"name must be 1 to {lib.FSHM_MAX_LIMITER_NAME} bytes of UTF-8, not {name!r}"
+            )
+        if on_full not in _ON_FULL:
+            raise ValueError(
+                f"on_full must be 'share', 'deny', 'allow' or 'raise', not {on_full!r}"
+            )
+        if segment is not None and not isinstance(segment, Segment):
+            raise TypeError(f"segment must be a Segment or None, not {segment!r}")
+        if hasattr(self, "_handle"):
+            raise RuntimeError(f"limiter {self._shown!r} is open already: make another object")
+        self._name, self._on_full = name, on_full
+        self._segment = Segment.default() if segment is None else segment
+        out = ffi.new("fshm_limiter **")
+        status = lib.FSHM_E_NOT_FOUND
+        if keep:
+            status = lib.fshm_limiter_find(self._segment._handle, encoded, len(encoded), out)
+        if status == lib.FSHM_E_NOT_FOUND:
+            raw = ffi.new("fshm_limit[]", [limit._raw() for limit in found])
+            status = lib.fshm_limiter_open(
+                self._segment._handle, encoded, len(encoded), raw, len(found), out
+            )
+        if status == lib.FSHM_CONTENDED:
+            raise exceptions.SegmentError(
+                f"limiter {self._shown!r} in segment {self._segment.name!r}: several processes "
+                "are changing its limits at this moment; set them in one place, or try again"
+            )
+        if status != lib.FSHM_OK:
+            self._failed(status)
+        self._handle: Any = owned(out[0], lib.fshm_limiter_close, self._segment._handle)
+        self._numbered = numbered
+        if numbered is not None:
+            self._number([limit.n for limit in numbered])
+        self._limits_changed()
+        self._measure(*performance.measured_by(self._component, "acquire", self._segment))
+
+    @property
+    def name(self) -> str:
+        """The name that processes share by."""
+        return self._name
+
+    @property
+    def segment(self) -> Segment:
+        """The segment it lives in."""
+        return self._segment
+
+    def _number(self, numbers: list[int]) -> None:
+        status = lib.fshm_limiter_number(self._handle, numbers, len(numbers))
+        if status == lib.FSHM_E_ARGUMENT:
+            raise exceptions.SegmentError(
+                f"limiter {self._shown!r} in segment {self._segment.name!r}: another process gave "
+                "this name other kinds of limits; give its limiter another name"
+            )
+        if status != lib.FSHM_OK:
+            self._failed(status)
+
+    def _limits_changed(self, _status: int = 0) -> None:
+        """Called by the native part when it meets another version of the limits."""
+        raw, version = ffi.new("fshm_limit[4]"), ffi.new("uint64_t *")
+        count = lib.fshm_limiter_limits(self._handle, raw, version)
+        if count < 1:
+            self._failed(lib.FSHM_E_DAMAGED)
+        try:
+            found = tuple(limits.from_raw(raw[i]) for i in range(count))
+        except ValueError:  # numbers that nobody can have set
+            self._failed(lib.FSHM_E_DAMAGED)
+        if self._numbered is not None and len(found) == len(self._numbered):
+            found = self._numbered
+        self._bind(
+            self._handle,
+            address(self._handle),
+            found,
+            self._reasons(found),
+            version[0],
+            _ON_FULL[self._on_full],
+        )
+
+    def _shares(self, _status: int) -> None:
+        """Called by the native part, once a minute at most, when a shared counter has decided."""
+        which, now = (self._segment.name, self._name), time.monotonic()
+        if now - _told.get(which, -_TELL_SECONDS) < _TELL_SECONDS:
+            return
+        _told[which] = now
+        logging.getLogger("fast_litellm_shm").warning(
+            "limiter %r in segment %r: new keys find no room and share counters, so honest ones "
+            "among them may be denied. Either a client makes keys up (limit by something that it "
+            "cannot choose), or the segment is too small: `fast-shm inspect` tells",
+            self._shown,
+            self._segment.name,
+        )
+
+    @staticmethod
+    def _reasons(found: tuple[LimitSpec | InFlight | Granted, ...]) -> tuple[str, ...]:
+        """What check() says when each limit denies."""
+        return tuple(limits.reason(limit) for limit in found)
+
+    def _failed(self, status: int) -> NoReturn:
+        """Called by the native part when a call ends neither admitted nor denied."""
+        where = f"limiter {self._shown!r} in segment {self._segment.name!r}"
+        if status == lib.FSHM_E_LIMITERS:
+            raise exceptions.SegmentFullError(
+                f"{where}: the segment's table of limiters is full "
+                f"({self._segment.geometry().limiters}); use fewer names, or a larger capacity"
+            )
+        if status == lib.FSHM_E_PROCESSES:
+            geometry, living = self._segment.geometry(), len(self._segment.processes())
+            if living < geometry.processes // 2:  # and not that some have joined or gone meanwhile
+                raise exceptions.SegmentFullError(
+                    f"{where}: no place in the segment's process table is free, though {living} of "
+                    f"{geometry.processes} are living processes, and a permit needs an owner in "
+                    f"it; something else has locked {self._segment.path}."
+                    f"{geometry.instance:016x}.lock: `lslocks` tells what, end that"
+                )
+            raise exceptions.SegmentFullError(
+                f"{where}: the segment's process table is full "
+                f"({geometry.processes} living processes), and a permit needs "
+                "an owner in it; use fewer processes for one segment"
+            )
+        if status == lib.FSHM_E_LOCK_FILE:
+            kind, why = self._segment._liveness() or (exceptions.SegmentError, "try again")
+            raise kind(f"{where}: no permit can be owned by this process: {why}")
+        if status in (lib.FSHM_FULL, lib.FSHM_CONTENDED):
+            capacity = self._segment.geometry().capacity
+            raise exceptions.SegmentFullError(
+                f"{where}: no room for another key (capacity {capacity}); remove the segment and "
+                "make it with a larger FAST_LITELLM_SHM_CAPACITY, or use shorter periods"
+            )
+        if status == lib.FSHM_E_DAMAGED:
+            known = self._segment.damaged or (
+                "its limits could not be read; if it happens again, stop the workers and remove "
+                "the segment with `fast-shm rm`"
+            )
+            raise exceptions.SegmentDamagedError(f"{where} cannot be used: {known}")
+        if status == lib.FSHM_E_ARGUMENT:
+            raise exceptions.SegmentError(
+                f"{where}: another process gave this name a limit of calls in flight alone; give "
+                "all workers the same limits, or another name"
+            )
+        raise exceptions.SegmentError(f"{where}: unexpected error {status}")
+
+
+def key_bytes(key: object) -> bytes:
+    """A key as the native part sees it: bytes, or the UTF-8 of a str (lone surrogates too)."""
+    raw = key.encode("utf-8", "surrogatepass") if isinstance(key, str) else key
+    if not isinstance(raw, bytes):
+        raise TypeError(f"key must be a str or bytes, not {key!r}")
+    return raw

@@ -1,0 +1,310 @@
+"""The shared-memory segment that limiters live in."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+import weakref
+from typing import Any
+
+from fast_litellm_shm import exceptions
+from fast_litellm_shm._shared import settings
+from fast_litellm_shm._shared.native import ffi, lib, owned, raise_segment_error, why_no_descriptor
+
+_default: dict[str, Segment] = {}
+_open: weakref.WeakSet[Segment] = weakref.WeakSet()  # of this process, for diagnostics
+
+
+def _check_name(name: object) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"segment name must be a str, not {name!r}")
+    out = ffi.new("char[256]")  # C would read a name to its first NUL only
+    if "\0" in name or lib.fshm_path(name.encode("utf-8", "replace"), out, 256) != lib.FSHM_OK:
+        raise ValueError(
+            f"segment name must be 1 to {lib.FSHM_MAX_NAME} characters of A-Z a-z 0-9 . _ - and "
+            f"not begin with a dot, not {name!r}"
+        )
+    return name
+
+
+def path_of(name: str) -> str:
+    """The file that a segment name stands for."""
+    out = ffi.new("char[256]")
+    lib.fshm_path(_check_name(name).encode(), out, 256)
+    return str(ffi.string(out).decode())
+
+
+def opened(name: str) -> list[Segment]:
+    """The segments of that name that this process has open, the removed ones among them."""
+    return [found for found in list(_open) if found.name == name]
+
+
+def _damage(kind: int, index: int) -> str:
+    return {
+        lib.FSHM_DAMAGE_SIZE: f"its file has {index} bytes, which is not what it was made with",
+        lib.FSHM_DAMAGE_HEADER: f"its header was written over, at byte {index}",
+        lib.FSHM_DAMAGE_LIMITS: f"the limits of limiter number {index} do not add up",
+        lib.FSHM_DAMAGE_NAME: f"the name of limiter number {index} was written over",
+        lib.FSHM_DAMAGE_CELL: f"cell {index} holds what nobody writes",
+    }[kind]
+
+
+class Segment:
+    """One shared-memory segment: made where there is none, else attached to.
+
+    name: 1 to 64 characters of ``A-Z a-z 0-9 . _ -``; default: FAST_LITELLM_SHM_NAME, else a name
+    for each user id. capacity: how many keys it must hold, 1 .. 2**31 (a key takes one place for
+    each limit of its limiter); default: FAST_LITELLM_SHM_CAPACITY, else 200,000 (13 MB) where it is
+    made, and whatever it has where it exists. mode: permission bits; default FAST_LITELLM_SHM_MODE,
+    else 0o600. names: ``"plain"`` keeps key names for ``fast-shm inspect``, ``"hashed"`` shows
+    keyed hashes, ``"off"`` keeps nothing of single keys; decided by whoever makes the segment.
+    create=False attaches only, to any capacity.
+
+    It outlives its processes, so limits survive a restart; :meth:`remove` deletes it. A forked
+    child may go on using it.
+
+    Raises a SegmentError (see :mod:`fast_litellm_shm.exceptions`) or ValueError.
+    """
+
+    def __init__(
+        self,
+        name: str | None = None,
+        *,
+        capacity: int | None = None,
+        mode: int | None = None,
+        names: str | None = None,
+        create: bool = True,
+        allow_other_owner: bool = False,
+        _read_only: bool = False,
+    ) -> None:
+        self._name = _check_name(settings.segment_name() if name is None else name)
+        if capacity is None and create and not _read_only:
+            capacity = settings.segment_capacity()
+        if capacity is not None and (
+            isinstance(capacity, bool)
+            or not isinstance(capacity, int)
+            or not 1 <= capacity <= 2**31
+        ):
+            raise ValueError(f"capacity must be an int between 1 and 2**31 keys, not {capacity!r}")
+        mode = settings.segment_mode() if mode is None else mode
+        if not isinstance(mode, int) or not 0 <= mode <= 0o777 or mode & 0o600 != 0o600:
+            raise ValueError(f"mode must be permission bits such as 0o600 or 0o660, not {mode!r}")
+        flags = settings.names_flag(settings.segment_names() if names is None else names)
+        flags |= lib.FSHM_OPEN_CREATE if create and not _read_only else 0
+        flags |= lib.FSHM_OPEN_OTHER_OWNER if allow_other_owner else 0
+        flags |= lib.FSHM_OPEN_READ_ONLY if _read_only else 0
+        out, error = ffi.new("fshm_segment **"), ffi.new("fshm_error *")
+        if (
+            lib.fshm_open(self._name.encode(), capacity or 0, mode, flags, out, error)
+            != lib.FSHM_OK
+        ):
+            raise_segment_error(error, "open")
+        self._handle: Any = owned(out[0], lib.fshm_close)
+        self._told: str | None = None  # of liveness_unknown, in the log
+        self._arguments = {"capacity": capacity, "allow_other_owner": allow_other_owner}
+        _open.add(self)
+
+    @classmethod
+    def default(cls) -> Segment:
+        """The segment that limiters use when they are given none; opened once for each process.
+
+        Where it was removed since (``fast-shm rm``), a new one is made.
+        """
+        name = settings.segment_name()
+        known = _default.get(name)
+        if known is None or known.unlinked:
+            known = _default[name] = cls(name)
+        return known
+
+    @property
+    def name(self) -> str:
+        """The name it was opened by."""
+        return self._name
+
+    @property
+    def path(self) -> str:
+        """The file behind it."""
+        return path_of(self._name)
+
+    @property
+    def unlinked(self) -> bool:
+        """True where the name was removed or belongs to another segment by now: new processes will
+        not meet this one, and count apart. Restart the processes that are attached."""
+        return bool(lib.fshm_unlinked(self._handle))
+
+    @property
+    def liveness_unknown(self) -> str | None:
+        """None where all is well; else why it cannot be told which processes are alive (the lock
+        file was deleted, say), and what to do. Until then nothing is taken from anybody, processes
+        that come new get no permits, and rates go on being limited."""
+        found = self._liveness()
+        if found is None:
+            return None
+        if found[1] != self._told:  # once, however often somebody asks
+            self._told = found[1]
+            logging.getLogger("fast_litellm_shm").warning("segment %r: %s", self._name, found[1])
+        return found[1]
+
+    def _liveness(self) -> tuple[type[exceptions.SegmentError], str] | None:
+        error = ffi.new("fshm_error *")
+        if lib.fshm_liveness(self._handle, error) == lib.FSHM_OK:
+            return None
+        path = ffi.string(error.path).decode("utf-8", "replace")
+        if error.code == lib.FSHM_E_NOT_FOUND:
+            return (
+                exceptions.SegmentNotFoundError,
+                f"segment {path} was removed; restart the processes that are attached to it",
+            )
+        renew = (
+            f"stop the workers, `fast-shm rm --name {self._name}`, and start them; rates go on "
+            "being limited until then, permits of dead processes do not come back"
+        )
+        system = os.strerror(error.sys_errno)
+        cases: dict[int, tuple[type[exceptions.SegmentError], str]] = {
+            errno.ENOENT: (
+                exceptions.SegmentDamagedError,
+                f"its lock file {path} was deleted, so nobody can be asked who is alive; {renew}",
+            ),
+            errno.ESTALE: (
+                exceptions.SegmentDamagedError,
+                f"its lock file {path} is not the one that its processes hold (inode "
+                f"{error.found}, not {error.wanted}), so nobody can be asked who is alive; {renew}",
+            ),
+            errno.EBADF: (
+                exceptions.SegmentError,
+                f"this process (pid {os.getpid()}) has lost its lock on {path} while it lived "
+                "(something closed a descriptor of that file), and others may have taken what it "
+                "held; restart it, and have it open the segment after it has closed its "
+                "descriptors",
+            ),
+            errno.EINVAL: (
+                exceptions.SegmentError,
+                f"its lock file {path} cannot be locked: this system has no locks of open file "
+                "descriptions (Linux 3.15 and later have them)",
+            ),
+            errno.ELOOP: (
+                exceptions.SegmentLinkError,
+                f"its lock file {path} is a symbolic link, which is never followed; find out who "
+                f"made it; {renew}",
+            ),
+            errno.EPERM: (
+                exceptions.SegmentOwnerError,
+                f"its lock file {path} was made by a user who may not write the segment, so it "
+                "tells nothing of who is alive; find out who made it, and remove it",
+            ),
+            errno.EACCES: (
+                exceptions.SegmentPermissionError,
+                f"its lock file {path} cannot be opened by uid {os.geteuid()} ({system}), "
+                "which is for who may write the segment; give it the segment's owner and group",
+            ),
+        }
+        other = why_no_descriptor(error.sys_errno) or system
+        return cases.get(
+            error.sys_errno,
+            (exceptions.SegmentError, f"its lock file {path} cannot be opened: {other}"),
+        )
+
+    @property
+    def damaged(self) -> str | None:
+        """What is damaged and what to do, in a sentence; None where nothing is known to be.
+
+        Something wrote over it, and some process came upon it since; it stays so until the segment
+        is removed. Only what is certain is told, so None is no proof that all is well.
+        :meth:`stats` looks at everything.
+        """
+        return self._damaged(lib.fshm_damage)
+
+    def _damaged(self, look: Any) -> str | None:
+        index = ffi.new("uint64_t *")
+        kind = look(self._handle, index)
+        if kind == lib.FSHM_DAMAGE_NONE:
+            return None
+        return (
+            f"segment {self._name!r} was damaged: {_damage(kind, index[0])}; stop the workers, "
+            f"remove it with `fast-shm rm --name {self._name}`, and start them again"
+        )
+
+    def _check(self) -> str | None:
+        """damaged, after a look at everything. Raises where not even that may be touched."""
+        said = self._damaged(lib.fshm_check)
+        if said is not None and lib.fshm_damage(self._handle, ffi.new("uint64_t *")) == (
+            lib.FSHM_DAMAGE_SIZE
+        ):
+            raise exceptions.SegmentDamagedError(said)
+        return said
+
+    def geometry(self) -> Any:
+        """The ``fshm_geometry`` of the mapping; see ``csrc/fast_shm.h``."""
+        out = ffi.new("fshm_geometry *")
+        lib.fshm_describe(self._handle, out)
+        return out
+
+    def processes(self) -> list[dict[str, int]]:
+        """The living processes attached to it: pid, attached_seconds, admitted, denied."""
+        geometry, found = self.geometry(), []
+        out = ffi.new("fshm_process_info *")
+        for slot in range(geometry.processes):
+            if lib.fshm_process_at(self._handle, slot, out) == lib.FSHM_OK and out.alive:
+                found.append(
+                    {
+                        "pid": out.pid,
+                        "attached_seconds": max(geometry.time_ns - out.attached_ns, 0) // 10**9,
+                        "admitted": out.admitted,
+                        "denied": out.denied,
+                        "refused_full": out.refused_full,
+                    }
+                )
+        return found
+
+    def stats(self) -> dict[str, Any]:
+        """Size and occupancy: name, path, size_bytes, capacity, used, occupancy (0..1, of
+        capacity), limiters, processes, admitted, denied (calls), age_seconds, layout_version,
+        names, unlinked, liveness_unknown, damaged (each a sentence, or None)."""
+        damaged = self._check()
+        geometry = self.geometry()
+        used = lib.fshm_live_cells(self._handle, ffi.NULL, 0)
+        tallies = ffi.new("fshm_tally[]", lib.FSHM_TALLIES)
+        lib.fshm_tally_all(self._handle, tallies)
+        limiter, limiters = ffi.new("fshm_limiter_info *"), 0
+        for index in range(geometry.limiters):
+            limiters += lib.fshm_limiter_at(self._handle, index, limiter) == lib.FSHM_OK
+        names = {0: "plain", lib.FSHM_NAMES_HASHED: "hashed"}.get(geometry.names, "off")
+        return {
+            "name": self._name,
+            "path": self.path,
+            "size_bytes": geometry.size,
+            "capacity": geometry.capacity,
+            "used": used,
+            "occupancy": used / geometry.capacity,
+            "limiters": limiters,
+            "processes": len(self.processes()),
+            "admitted": sum(tally.admitted for tally in tallies),
+            "denied": sum(tally.denied for tally in tallies),
+            "age_seconds": max(time.time() - geometry.created_realtime_ns / 1e9, 0.0),
+            "layout_version": geometry.layout_version,
+            "names": names,
+            "unlinked": self.unlinked,
+            "liveness_unknown": self.liveness_unknown,
+            "damaged": damaged,
+        }
+
+    def remove(self) -> None:
+        """Delete the segment. Processes that are attached keep counting in what they have, apart
+        from new ones, until they are restarted. Removing it twice is harmless."""
+        if self.unlinked:
+            return
+        error = ffi.new("fshm_error *")
+        if lib.fshm_remove(self._name.encode(), error) not in (lib.FSHM_OK, lib.FSHM_E_NOT_FOUND):
+            raise_segment_error(error, "remove")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_reopen, (self._name, self._arguments))
+
+    def __repr__(self) -> str:
+        return f"Segment({self._name!r}, capacity={self.geometry().capacity})"
+
+
+def _reopen(name: str, arguments: dict[str, Any]) -> Segment:
+    return Segment(name, **arguments)

@@ -1,0 +1,1 @@
+"""The limiters: rates, concurrency, and both with tokens."""

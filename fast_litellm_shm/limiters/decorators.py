@@ -1,0 +1,97 @@
+"""@limited: a limit around a function, shared by all processes."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from fast_litellm_shm._shared.native import Decision
+from fast_litellm_shm.exceptions import RateLimitExceeded
+from fast_litellm_shm.limiters.rate import Cost, RateLimiter, deadline_ns
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Key = str | bytes
+
+
+def limited(
+    limiter: RateLimiter,
+    *,
+    key: Key | Callable[..., Key | None] = "default",
+    cost: Cost | Callable[..., Cost] = 1,
+    wait: float | None = 0,
+) -> Callable[[Function], Function]:
+    """Ask ``limiter`` before each call of a function, sync or async::
+
+        @limited(limiter, key=lambda user, text: user, wait=5)
+        async def translate(user: str, text: str) -> str: ...
+
+    key: the key, or a function of the call's arguments that gives it; where that gives None, the
+    call is not limited. cost: what a call charges, or a function of its arguments likewise. wait:
+    how many seconds a call may wait for its turn; 0: not at all, None: as long as it takes.
+
+    The function is called only when admitted; else RateLimitExceeded is raised, and nothing is
+    consumed. What key and cost raise, the call raises. A generator is limited where it is made, not
+    where it is read.
+    """
+    if not isinstance(limiter, RateLimiter):
+        raise TypeError(f"limited: limiter must be a RateLimiter, not {limiter!r}")
+    if not callable(key) and not isinstance(key, (str, bytes)):
+        raise TypeError(f"limited: key must be a str, bytes or a function, not {key!r}")
+    deadline_ns(wait)  # of a wrong type: TypeError now, and not at the first call
+
+    def decorate(function: Function) -> Function:
+        if inspect.isasyncgenfunction(function):
+            raise TypeError(
+                f"limited: {_name(function)} is an async generator, which cannot wait where "
+                "it is made; limit the function that reads it"
+            )
+
+        def asks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Key | None, Cost]:
+            found = key(*args, **kwargs) if callable(key) else key
+            charged = cost(*args, **kwargs) if callable(cost) else cost
+            return found, charged
+
+        def checked(decision: Decision, found: Key) -> None:
+            if not decision:
+                raise RateLimitExceeded(
+                    _why(function, limiter, found, decision), decision.retry_after
+                )
+
+        called = type(function).__call__  # an object may be a function, and async
+        if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called):
+
+            @functools.wraps(function)
+            async def wrapper(*args: Any, **kwargs: Any) -> Any:
+                found, charged = asks(args, kwargs)
+                if found is not None:
+                    checked(await limiter.wait_async(found, charged, wait), found)
+                return await function(*args, **kwargs)
+        else:
+
+            @functools.wraps(function)
+            def wrapper(*args: Any, **kwargs: Any) -> Any:
+                found, charged = asks(args, kwargs)
+                if found is not None:
+                    checked(limiter.wait(found, charged, wait), found)
+                return function(*args, **kwargs)
+
+        return cast(Function, wrapper)
+
+    return decorate
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__qualname__", None) or repr(function)  # a partial has none
+
+
+def _why(function: Callable[..., Any], limiter: RateLimiter, key: Key, decision: Decision) -> str:
+    retry = decision.retry_after
+    when = "its cost never fits; raise the limit"
+    if retry is not None:
+        when = f"try again in {retry:.3g} s"
+    return (
+        f"{_name(function)}: key {key!r} has used up limiter {limiter.name!r} "
+        f"({decision.limit!r}); {when}"
+    )

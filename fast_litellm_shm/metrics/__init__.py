@@ -1,0 +1,1 @@
+"""Metrics of a host, its health, and advice."""

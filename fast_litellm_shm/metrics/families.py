@@ -1,0 +1,215 @@
+"""What each number of :mod:`fast_litellm_shm.metrics.model` is called, for all who show them.
+
+Names and units are OpenTelemetry's; Prometheus' follow from them by OpenTelemetry's own rules: dots
+become underscores, the unit and ``_total`` are added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
+
+from fast_litellm_shm.metrics.model import Snapshot
+
+Kind = Literal["counter", "gauge", "histogram"]
+
+_SUFFIXES = {"s": "_seconds", "By": "_bytes", "1": "_ratio"}
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """counts: calls of each bucket and those below it, the last has all. total: of what was
+    measured, in the family's unit."""
+
+    counts: tuple[int, ...]
+    total: float
+
+
+Value = int | float | Histogram
+Row = tuple[tuple[str, ...], Value]
+
+
+@dataclass(frozen=True)
+class Family:
+    """All numbers of one meaning. unit: by UCUM; in braces, what is counted. labels: names of what
+    tells its rows apart, after the segment's."""
+
+    name: str
+    kind: Kind
+    unit: str
+    help: str
+    labels: tuple[str, ...]
+    rows: Callable[[Snapshot], Iterable[tuple[tuple[str, ...], Value | None]]]
+
+    @property
+    def prometheus(self) -> str:
+        """The name in Prometheus, without what its kinds add to each sample of a histogram."""
+        base = self.name.replace(".", "_") + _SUFFIXES.get(self.unit, "")
+        return base + "_total" if self.kind == "counter" else base
+
+
+def collected(
+    snapshots: Sequence[tuple[str, Snapshot | None]],
+) -> Iterator[tuple[Family, list[Row]]]:
+    """Each family with its rows, which begin with the segment's name. Where a snapshot is None
+    (the segment cannot be read), the segment is not up, and nothing else is told of it."""
+    up = [((name,), int(snapshot is not None)) for name, snapshot in snapshots]
+    yield UP, list[Row](up)
+    for family in FAMILIES:
+        rows: list[Row] = []
+        for name, snapshot in snapshots:
+            if snapshot is not None:
+                rows += (
+                    ((name, *labels), value)
+                    for labels, value in family.rows(snapshot)
+                    if value is not None
+                )
+        yield family, rows
+
+
+Rows = Iterator[tuple[tuple[str, ...], Value | None]]
+
+
+def _segment(name: str, kind: Kind, unit: str, text: str, field: str) -> Family:
+    def rows(s: Snapshot) -> Rows:
+        yield (), getattr(s.segment, field)
+
+    return Family(name, kind, unit, text, (), rows)
+
+
+def _state(name: str, text: str, field: str) -> Family:
+    def rows(s: Snapshot) -> Rows:
+        yield (), int(bool(getattr(s.segment, field)))
+
+    return Family(name, "gauge", "", f"1: {text}. Else 0.", (), rows)
+
+
+def _memo(name: str, kind: Kind, unit: str, text: str, field: str) -> Family:
+    def rows(s: Snapshot) -> Rows:
+        yield (), s.memo[field]
+
+    return Family(name, kind, unit, text, (), rows)
+
+
+class _Each:
+    """Families of one of the snapshot's lists, whose entries the fields `labels` tell apart."""
+
+    def __init__(self, of: str, *labels: str) -> None:
+        self._of, self._labels = of, labels
+
+    def __call__(self, name: str, kind: Kind, unit: str, text: str, field: str) -> Family:
+        def rows(s: Snapshot) -> Rows:
+            for each in getattr(s, self._of):
+                yield tuple(getattr(each, label) for label in self._labels), getattr(each, field)
+
+        return Family(name, kind, unit, text, self._labels, rows)
+
+
+def _durations(s: Snapshot) -> Rows:
+    for each in s.operations:
+        counts = tuple(accumulate(each.calls_by_duration))
+        yield (each.component, each.operation), Histogram(counts, each.seconds)
+
+
+def _feature_errors(s: Snapshot) -> Rows:
+    for name, errors in s.feature_errors.items():
+        yield (name,), errors
+
+
+_limiter = _Each("limiters", "limiter")
+_permit = _Each("permits", "limiter")
+_pool = _Each("pools", "pool", "endpoint")
+_key = _Each("keys", "limiter", "key")
+_deployment = _Each("deployments", "router", "deployment")
+_operation = _Each("operations", "component", "operation")
+
+UP = Family("fast_shm.up", "gauge", "", "1: the segment can be read. Else 0.", (), lambda s: ())
+# fmt: off
+FAMILIES: tuple[Family, ...] = (
+    _segment("fast_shm.admitted", "counter", "{call}",
+             "Calls admitted, by all processes.", "admitted"),
+    _segment("fast_shm.denied", "counter", "{call}",
+             "Calls denied, by all processes.", "denied"),
+    _segment("fast_shm.refused", "counter", "{call}",
+             "Calls that met a full table; they are among the denied.", "refused"),
+    _segment("fast_shm.shared", "counter", "{call}",
+             "Calls of keys without room that a shared counter admitted or denied.", "shared"),
+    _limiter("fast_shm.limiter.admitted", "counter", "{call}",
+             "Calls that the limiter admitted.", "admitted"),
+    _limiter("fast_shm.limiter.denied", "counter", "{call}",
+             "Calls that the limiter denied.", "denied"),
+    _limiter("fast_shm.limiter.refused", "counter", "{call}",
+             "Calls of the limiter that met a full table; they are among the denied.", "refused"),
+    _limiter("fast_shm.limiter.shared", "counter", "{call}",
+             "Calls of the limiter that a shared counter admitted or denied.", "shared"),
+    _limiter("fast_shm.limiter.keys", "gauge", "{key}",
+             "Keys that have consumed something of the limiter.", "keys"),
+    _permit("fast_shm.permits.in_flight", "gauge", "{permit}",
+            "Permits that living processes hold.", "in_flight"),
+    _permit("fast_shm.permits.key.max", "gauge", "{permit}",
+            "Permits that may be held at once for each key.", "max_per_key"),
+    _permit("fast_shm.permits.dead", "gauge", "{permit}",
+            "Permits of dead processes, given back when somebody needs one.", "dead"),
+    _permit("fast_shm.permits.oldest.age", "gauge", "s",
+            "Age of the oldest permit that a living process holds.", "oldest_seconds"),
+    _pool("fast_shm.pool.active", "gauge", "{connection}",
+          "Connections in use.", "active"),
+    _pool("fast_shm.pool.idle", "gauge", "{connection}",
+          "Connections that wait to be used again.", "idle"),
+    _pool("fast_shm.pool.dead", "gauge", "{connection}",
+          "Connections of dead processes; their places are given back when needed.", "dead"),
+    _pool("fast_shm.pool.max", "gauge", "{connection}",
+          "Connections to the endpoint that there may be, idle ones included.", "max_connections"),
+    _key("fast_shm.key.remembered.admitted", "gauge", "{call}",
+         "Calls of one of the busiest keys that were admitted since the key is remembered.",
+         "admitted"),
+    _key("fast_shm.key.remembered.denied", "gauge", "{call}",
+         "Calls of one of the busiest keys that were denied since the key is remembered.",
+         "denied"),
+    _segment("fast_shm.processes", "gauge", "{process}",
+             "Living processes that are attached.", "processes"),
+    _segment("fast_shm.capacity", "gauge", "{place}",
+             "Places for keys and permits.", "capacity"),
+    _segment("fast_shm.used", "gauge", "{place}",
+             "Places in use.", "used"),
+    _segment("fast_shm.utilization", "gauge", "1",
+             "Places in use, of the capacity.", "utilization"),
+    _segment("fast_shm.size", "gauge", "By",
+             "Size of the segment.", "size_bytes"),
+    _segment("fast_shm.created.timestamp", "gauge", "s",
+             "When the segment was made, since 1970.", "created"),
+    _state("fast_shm.damaged", "something wrote over the segment", "damaged"),
+    _state("fast_shm.unlinked", "it was removed, and processes are attached still", "unlinked"),
+    _state("fast_shm.liveness_unknown", "it cannot be told which processes are alive",
+           "liveness_unknown"),
+    _memo("fast_shm.memo.hits", "counter", "{text}",
+          "Texts whose tokens some worker had counted before.", "hits"),
+    _memo("fast_shm.memo.misses", "counter", "{text}",
+          "Texts whose tokens had to be counted.", "misses"),
+    _memo("fast_shm.memo.texts", "gauge", "{text}",
+          "Texts in the memo.", "texts"),
+    _memo("fast_shm.memo.places", "gauge", "{text}",
+          "Texts that the memo has room for.", "places"),
+    Family("fast_shm.feature.errors", "gauge", "{error}",
+           "Errors of the feature since reset_errors().", ("feature",), _feature_errors),
+    _deployment("fast_shm.deployment.requests", "counter", "{request}",
+                "Requests that have ended.", "requests"),
+    _deployment("fast_shm.deployment.in_flight", "gauge", "{request}",
+                "Requests in flight.", "in_flight"),
+    _deployment("fast_shm.deployment.latency", "gauge", "s",
+                "Decaying mean of the latency of successful requests.", "latency_seconds"),
+    _deployment("fast_shm.deployment.success", "gauge", "1",
+                "Decaying share of requests that succeeded.", "success_ratio"),
+    _deployment("fast_shm.deployment.cooldown", "gauge", "s",
+                "How long the deployment will not be picked; 0: it may be.", "cooldown_seconds"),
+    Family("fast_shm.operation.duration", "histogram", "s",
+           "Durations of the operation; the library's own are sampled, and weighed by that.",
+           ("component", "operation"), _durations),
+    _operation("fast_shm.operation.errors", "counter", "{call}",
+               "Calls of the operation that failed.", "errors"),
+    _segment("fast_shm.read.duration", "gauge", "s",
+             "How long it took to read these numbers.", "read_seconds"),
+)
+# fmt: on

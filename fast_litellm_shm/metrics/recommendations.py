@@ -1,0 +1,237 @@
+"""What the figures of this host ask for, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from fast_litellm_shm import exceptions
+from fast_litellm_shm._shared import features, performance
+from fast_litellm_shm._shared.inspection import Inspection
+from fast_litellm_shm._shared.segment import Segment
+from fast_litellm_shm.metrics import health
+
+HIGH, MEDIUM, LOW = "high", "medium", "low"
+_FILLING, _FULL = 0.8, 0.95  # of a table
+_CALLS = 100  # from so many on, a share means something
+_DENIED = 0.9  # of a key's calls
+_ERRORS = 0.05  # of a component's calls
+_HITS_LOW = 0.1  # of the memo's answers
+_SHOWN = 5  # keys of one kind
+
+
+def _one(
+    kind: str, component: str, priority: str, description: str, suggestion: str
+) -> dict[str, Any]:
+    return {
+        "type": kind,
+        "component": component,
+        "priority": priority,
+        "description": description,
+        "suggestion": suggestion,
+        "message": f"{description} {suggestion}",
+    }
+
+
+def _segment(state: dict[str, Any], segment: Segment) -> Iterator[dict[str, Any]]:
+    larger = (
+        f"Stop the workers, run `fast-shm rm --name {state['name']}`, and start them with "
+        f"FAST_LITELLM_SHM_CAPACITY={2 * state['capacity']}."
+    )
+    if health.removed_segments():
+        yield _one(
+            "segment_removed",
+            "segment",
+            HIGH,
+            f"The segment {state['name']} was removed while this process used it: limiters made "
+            "before count apart from new ones.",
+            "Restart the workers that are still attached to it.",
+        )
+    for kind in ("damaged", "liveness_unknown"):
+        if state[kind] and not state["unlinked"]:  # a removed one is told of above
+            what, _, cure = state[kind].partition("; ")  # both say what is wrong, then what to do
+            yield _one(
+                f"segment_{kind}",
+                "segment",
+                HIGH,
+                f"{what}." if kind == "damaged" else f"Segment {state['name']}: {what}.",
+                f"{cure[:1].upper()}{cure[1:]}." if cure else "Mend that, and restart the workers.",
+            )
+    if state["occupancy"] >= _FILLING:
+        yield _one(
+            "segment_full",
+            "segment",
+            HIGH if state["occupancy"] >= _FULL else MEDIUM,
+            f"{state['occupancy']:.0%} of the capacity of {state['capacity']} keys is used.",
+            larger,
+        )
+    if state["refused_full"]:
+        yield _one(
+            "keys_refused",
+            "segment",
+            HIGH,
+            f"{state['refused_full']} calls met a full table, and were treated by on_full.",
+            larger,
+        )
+    geometry = segment.geometry()
+    if state["limiters"] >= _FILLING * geometry.limiters:
+        yield _one(
+            "limiters_full",
+            "segment",
+            MEDIUM,
+            f"{state['limiters']} of {geometry.limiters} places for limiters are taken, and they "
+            "are never given back.",
+            "Use keys instead of a limiter for each user, or a larger capacity.",
+        )
+    if state["processes_alive"] >= _FILLING * geometry.processes:
+        yield _one(
+            "processes_full",
+            "segment",
+            MEDIUM,
+            f"{state['processes_alive']} of {geometry.processes} places for processes are taken.",
+            "Use fewer processes for one segment: beyond that, they can hold no permits.",
+        )
+
+
+def _keys(inspection: Inspection) -> Iterator[dict[str, Any]]:
+    shown = 0
+    for row in inspection.keys(sort="denied", top=50):
+        calls = row.admitted + row.denied
+        if calls < _CALLS or row.denied < _DENIED * calls or shown >= _SHOWN:
+            continue
+        shown += 1
+        yield _one(
+            "key_denied",
+            "rate_limiter",
+            MEDIUM,
+            f"Key {row.key!r} of limiter {row.limiter!r}: {row.denied} of {calls} calls were "
+            "denied.",
+            "Raise the limit if these are wanted, let the caller wait for retry_after_ms, or find "
+            "out who sends them.",
+        )
+
+
+def _permits(inspection: Inspection) -> Iterator[dict[str, Any]]:
+    shown = 0
+    for row in inspection.in_flight():
+        most, pool = row["max_in_flight"], row["limiter"].startswith(("pool ", "pool-total "))
+        used = row["in_flight"] - (row["idle"] if pool else 0)  # idle ones are to be had
+        if most is None or used < most or shown >= _SHOWN:
+            continue
+        shown += 1
+        what = "connections" if pool else "permits"
+        yield _one(
+            "pool_full" if pool else "permits_full",
+            "connection_pool" if pool else "concurrency_limiter",
+            MEDIUM,
+            f"{row['limiter']!r}, {row['key']!r}: all {most} {what} are out, the oldest for "
+            f"{row['oldest_seconds']} s.",
+            "Look for connections that are never returned, run cleanup_expired_connections(), or "
+            "raise FAST_LITELLM_POOL_MAX_PER_ENDPOINT or FAST_LITELLM_POOL_MAX_TOTAL."
+            if pool
+            else "Look for permits that are never released, or raise the limit.",
+        )
+
+
+def _measured(segment: Segment) -> Iterator[dict[str, Any]]:
+    stats = performance.segment_stats(segment)
+    for name, found in stats.items():
+        rate = 1 - found["success_rate"]
+        if found["total_calls"] >= _CALLS and rate >= _ERRORS:
+            worst = max(found["operations"].items(), key=lambda item: item[1]["error_count"])
+            yield _one(
+                "error_rate",
+                name,
+                HIGH if rate >= 0.25 else MEDIUM,
+                f"{found['error_count']} of {found['total_calls']} calls failed ({rate:.0%}), most "
+                f"of them in {worst[0]!r}.",
+                "Look into the log for their cause.",
+            )
+    if "(other)" in stats:
+        yield _one(
+            "metrics_full",
+            "monitoring",
+            LOW,
+            "More pairs of component and operation were recorded than the segment keeps: the last "
+            "ones are summed as '(other)'.",
+            "Use fewer names: no ids of requests or users in them.",
+        )
+
+
+def _memo(segment: Segment) -> Iterator[dict[str, Any]]:
+    memo = health.memo_state(segment)
+    asked = memo["hits"] + memo["misses"]
+    if asked < 10 * _CALLS or memo["hit_rate"] is None:
+        return
+    if memo["hit_rate"] < 0.5 and memo["texts"] >= _FULL * memo["places"]:
+        yield _one(
+            "memo_full",
+            "tokens",
+            MEDIUM,
+            f"{memo['hit_rate']:.0%} of {asked} texts were known to the token memo, which is full "
+            f"({memo['texts']} texts).",
+            "Make the segment with a larger FAST_LITELLM_SHM_CAPACITY: the memo grows with it.",
+        )
+    elif memo["hit_rate"] < _HITS_LOW:
+        yield _one(
+            "memo_misses",
+            "tokens",
+            LOW,
+            f"{memo['hit_rate']:.0%} of {asked} texts were known to the token memo.",
+            "Count messages one by one instead of whole conversations: then the earlier ones are "
+            "known. If every text is new, there is nothing to gain.",
+        )
+
+
+def _features() -> Iterator[dict[str, Any]]:
+    for name, found in features.get_feature_status().items():
+        if found["state"] == features.AFTER_ERRORS:
+            last = f" The last here: {found['errors'][-1]}." if found["errors"] else ""
+            yield _one(
+                "feature_failed",
+                name,
+                HIGH,
+                f"{name} is off in all workers after {found['error_count']} errors.{last}",
+                f"Mend their cause, then call reset_errors({name!r}).",
+            )
+        elif not found["enabled"]:
+            enforced = name in ("rust_rate_limiting", "rust_connection_pool")
+            yield _one(
+                "feature_off",
+                name,
+                LOW,
+                f"{name} is switched off by a setting."
+                + (" Limits stay in force all the same." if enforced else ""),
+                f"Remove FAST_LITELLM_{name.upper()} or FAST_LITELLM_ENABLED, or the file's entry, "
+                "if that is no longer wanted.",
+            )
+
+
+def get_recommendations() -> list[dict[str, Any]]:
+    """What should be done, the most urgent first; [] where nothing should. Each is a dict: type,
+    component, priority (``high``, ``medium``, ``low``), description (what was found, with figures),
+    suggestion (what to do), message (both)."""
+    out: list[dict[str, Any]] = []
+    try:
+        segment = Segment.default()
+        out += _segment(health.segment_state(segment), segment)
+        inspection = Inspection(segment)
+        for found in (_keys(inspection), _permits(inspection), _measured(segment), _memo(segment)):
+            out += found
+    except exceptions.SegmentError as error:
+        out.append(
+            _one("no_segment", "segment", HIGH, str(error), "Until then, nothing is shared.")
+        )
+    except (ValueError, KeyError, IndexError, OverflowError) as error:
+        out.append(
+            _one(
+                "segment_damaged",
+                "segment",
+                HIGH,
+                f"The segment's contents do not add up: {error}.",
+                "Stop the workers, remove it with `fast-shm rm`, and find out who wrote over it.",
+            )
+        )
+    out += _features()
+    order = (HIGH, MEDIUM, LOW)
+    return sorted(out, key=lambda found: order.index(found["priority"]))

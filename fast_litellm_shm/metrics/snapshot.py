@@ -1,0 +1,312 @@
+"""Takes a snapshot of :mod:`fast_litellm_shm.metrics.model` from a segment that is open."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fast_litellm_shm import limits
+from fast_litellm_shm._shared import features, keyed
+from fast_litellm_shm._shared.inspection import (
+    POOL,
+    POOL_TOTAL,
+    Inspection,
+    is_beside,
+    pools_among,
+    stored_name,
+)
+from fast_litellm_shm._shared.native import ffi, lib
+from fast_litellm_shm._shared.segment import Segment, opened
+from fast_litellm_shm.metrics.health import memo_state
+from fast_litellm_shm.metrics.model import (
+    OTHERS,
+    DeploymentMetrics,
+    KeyMetrics,
+    LimiterMetrics,
+    OperationMetrics,
+    PermitMetrics,
+    PoolMetrics,
+    SegmentMetrics,
+    Snapshot,
+)
+
+_MOST_ENDPOINTS = 100  # of all pools that are told apart
+_PLACES = 256  # of deployments
+_UNKNOWN = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class _Limiter:
+    """One limiter, or several whose names look alike: its places in the table, and its tallies."""
+
+    places: list[int] = field(default_factory=list)
+    tallies: list[int] = field(default_factory=list)
+    limits: list[limits.LimitSpec | limits.InFlight | limits.Granted] = field(default_factory=list)
+
+    @property
+    def max_per_key(self) -> int | None:
+        found = [limit.n for limit in self.limits if isinstance(limit, limits.InFlight)]
+        return max(found) if found else None
+
+
+@dataclass(frozen=True)
+class _Endpoint:
+    """Of a pool, with the cells of its permits."""
+
+    pool: str
+    key_hash: int
+    most: int
+    active: int
+    idle: int
+    dead: int
+    cells: Any
+
+
+def snapshot(
+    of: Segment,
+    *,
+    keys: int = 0,
+    deployments: Mapping[bytes, tuple[str, str]] | None = None,
+    begun: float | None = None,
+) -> Snapshot:
+    """All of it, from a segment that is open already. begun: when reading it began, by
+    time.perf_counter(). Raises SegmentDamagedError where not even a look is safe."""
+    begun = time.perf_counter() if begun is None else begun
+    damaged = of._check()
+    geometry = of.geometry()
+    places = ffi.new("uint64_t[]", geometry.limiters)
+    used = lib.fshm_used(of._handle, 0, places)
+    tallies = ffi.new("fshm_tally[]", lib.FSHM_TALLIES)
+    lib.fshm_tally_all(of._handle, tallies)
+    known = _limiters(of, geometry.limiters)
+    permits, pools = _held(of, geometry, known)
+    plain = geometry.names != lib.FSHM_NAMES_OFF
+    return Snapshot(
+        limiters=tuple(_limiter_rows(known, tallies, places if plain else None)),
+        permits=permits,
+        pools=pools,
+        keys=_busiest(of, keys) if keys and plain else (),
+        memo=memo_state(of),
+        feature_errors={
+            name: lib.fshm_feature_errors(of._handle, number)
+            for number, name in enumerate(features.FEATURES)
+        },
+        deployments=tuple(_deployments(of, deployments or {})),
+        operations=tuple(_operations(of)),
+        segment=SegmentMetrics(
+            name=of.name,
+            size_bytes=geometry.size,
+            created=geometry.created_realtime_ns / 1e9,
+            capacity=geometry.capacity,
+            used=used,
+            utilization=used / geometry.capacity,
+            processes=len(of.processes()),
+            admitted=sum(tally.admitted for tally in tallies),
+            denied=sum(tally.denied for tally in tallies),
+            refused=sum(tally.refused for tally in tallies),
+            shared=sum(tally.shared for tally in tallies),
+            damaged=damaged,
+            unlinked=of.unlinked or any(each.unlinked for each in opened(of.name)),
+            liveness_unknown=of.liveness_unknown,
+            read_seconds=time.perf_counter() - begun,  # the last that is evaluated
+        ),
+    )
+
+
+def _limiters(of: Segment, count: int) -> dict[str, _Limiter]:
+    found: dict[str, _Limiter] = {}
+    info = ffi.new("fshm_limiter_info *")
+    for place in range(count):
+        if lib.fshm_limiter_at(of._handle, place, info) != lib.FSHM_OK:
+            continue
+        raw: bytes = ffi.buffer(info.name, info.name_length)[:]
+        name = raw.decode("utf-8", "replace")
+        limiter = found.setdefault(name, _Limiter())
+        limiter.places.append(place)
+        limiter.tallies.append(info.tally)
+        if keyed.units_of(name):
+            continue  # the limits are those of each key
+        limiter.limits.extend(limits.from_raw(info.limits[i]) for i in range(info.limits_count))
+    return found
+
+
+def _limiter_rows(
+    known: Mapping[str, _Limiter], tallies: Any, keys: Any | None
+) -> Iterator[LimiterMetrics]:
+    last = lib.FSHM_TALLIES - 1
+    beyond = any(last in limiter.tallies for limiter in known.values())
+    like = known.get(OTHERS)
+    for name, limiter in known.items():
+        if (beyond and limiter is like) or is_beside(name, known):
+            continue
+        own = [tally for tally in limiter.tallies if tally < last]
+        apart = len(own) == len(limiter.tallies)
+        yield LimiterMetrics(
+            limiter=name,
+            limits=tuple(limits.describe(limit) for limit in limiter.limits),
+            admitted=sum(tallies[tally].admitted for tally in own) if apart else None,
+            denied=sum(tallies[tally].denied for tally in own) if apart else None,
+            refused=sum(tallies[tally].refused for tally in own) if apart else None,
+            keys=None if keys is None else sum(keys[place] for place in limiter.places),
+            shared=sum(tallies[tally].shared for tally in own) if apart else None,
+        )
+    if beyond:
+        # A limiter may have that name: one series for both, else the whole scrape is refused.
+        own = [tally for tally in like.tallies if tally < last] if like else []
+        yield LimiterMetrics(
+            OTHERS,
+            tuple(limits.describe(limit) for limit in like.limits) if like else (),
+            sum(tallies[tally].admitted for tally in [*own, last]),
+            sum(tallies[tally].denied for tally in [*own, last]),
+            sum(tallies[tally].refused for tally in [*own, last]),
+            sum(keys[place] for place in like.places) if like and keys is not None else None,
+            sum(tallies[tally].shared for tally in [*own, last]),
+        )
+
+
+# held --------------------------------------------------------------------------------------------
+
+
+def _permits(of: Segment, most: int) -> Any:
+    """All permits, as a numpy array of fshm_permit_info."""
+    import numpy
+
+    fields = ("limiter", "pid", "alive", "idle", "slot", "_")
+    dtype = numpy.dtype(
+        [(name, "=u4") for name in fields]
+        + [(name, "=u8") for name in ("age_seconds", "key_hash", "cell")]
+    )
+    assert dtype.itemsize == ffi.sizeof("fshm_permit_info")
+    room, count = 0, lib.fshm_permits(of._handle, ffi.NULL, 0)
+    while count > room:
+        room = min(count + count // 4 + 16, most)
+        infos = ffi.new("fshm_permit_info[]", room)
+        count = min(lib.fshm_permits(of._handle, infos, room), most)
+    if not count:
+        return numpy.zeros(0, dtype)
+    return numpy.frombuffer(ffi.buffer(infos), dtype, count)
+
+
+def _held(
+    of: Segment, geometry: Any, known: Mapping[str, _Limiter]
+) -> tuple[tuple[PermitMetrics, ...], tuple[PoolMetrics, ...]]:
+    import numpy
+
+    found = _permits(of, geometry.cells)
+    pools = pools_among(known)
+    permits, endpoints = [], list[_Endpoint]()
+    for name, limiter in known.items():
+        if limiter.max_per_key is None or is_beside(name, known):
+            continue
+        mine = found[numpy.isin(found["limiter"], limiter.places)]
+        if name in pools:
+            endpoints += _endpoints(name.removeprefix(POOL), limiter.max_per_key, mine)
+            continue
+        if name.startswith(POOL_TOTAL) and name.replace(POOL_TOTAL, POOL, 1) in pools:
+            continue  # the sum of what is told of the endpoints
+        alive = mine[mine["alive"] == 1]
+        permits.append(
+            PermitMetrics(
+                limiter=name,
+                in_flight=int(alive.size),
+                max_per_key=limiter.max_per_key,
+                dead=int(mine.size - alive.size),
+                oldest_seconds=int(alive["age_seconds"].max(initial=0)),
+            )
+        )
+    return tuple(permits), _pool_rows(of, endpoints)
+
+
+def _endpoints(pool: str, most: int, mine: Any) -> Iterator[_Endpoint]:
+    import numpy
+
+    hashes, which = numpy.unique(mine["key_hash"], return_inverse=True)
+
+    def count(chosen: Any) -> list[int]:
+        found: list[int] = numpy.bincount(which[chosen], minlength=hashes.size).tolist()
+        return found
+
+    living, waiting = mine["alive"] == 1, mine["idle"] == 1
+    active, idle, dead = count(living & ~waiting), count(living & waiting), count(~living)
+    ends = numpy.bincount(which, minlength=hashes.size).cumsum().tolist()
+    cells = mine["cell"][numpy.argsort(which, kind="stable")]
+    for number, key_hash in enumerate(hashes.tolist()):
+        its = cells[ends[number - 1] if number else 0 : ends[number]]
+        yield _Endpoint(pool, key_hash, most, active[number], idle[number], dead[number], its)
+
+
+def _pool_rows(of: Segment, found: list[_Endpoint]) -> tuple[PoolMetrics, ...]:
+    """The endpoints with most connections, by name; the rest of each pool as one."""
+    found.sort(key=lambda each: -(each.active + each.idle))
+    rows: dict[tuple[str, str], PoolMetrics] = {}
+    for number, each in enumerate(found):
+        endpoint, most = OTHERS, None
+        if number < _MOST_ENDPOINTS:
+            names = (stored_name(of, cell) for cell in each.cells.tolist())
+            endpoint = next((name[0] for name in names if name), f"#{each.key_hash:016x}")
+            most = each.most
+        before = rows.get((each.pool, endpoint))  # or two that look alike
+        rows[each.pool, endpoint] = PoolMetrics(
+            pool=each.pool,
+            endpoint=endpoint,
+            active=each.active + (before.active if before else 0),
+            idle=each.idle + (before.idle if before else 0),
+            dead=each.dead + (before.dead if before else 0),
+            max_connections=most,
+        )
+    return tuple(rows.values())
+
+
+def _busiest(of: Segment, most: int) -> tuple[KeyMetrics, ...]:
+    found: dict[tuple[str, str], tuple[int, int]] = {}
+    for row in Inspection(of).keys(top=most):
+        before = found.get((row.limiter, row.key), (0, 0))  # two keys may look alike
+        found[row.limiter, row.key] = before[0] + row.admitted, before[1] + row.denied
+    return tuple(KeyMetrics(*key, *counts) for key, counts in found.items())
+
+
+# statistics --------------------------------------------------------------------------------------
+
+
+def _deployments(
+    of: Segment, names: Mapping[bytes, tuple[str, str]]
+) -> Iterator[DeploymentMetrics]:
+    places = list(range(_PLACES))
+    found = ffi.new("fshm_deployment_info[]", len(places))
+    lib.fshm_deployment_look(of._handle, places, len(places), 0, 1, found)
+    ids = {lib.fshm_deployment_id(of._handle, raw, len(raw)): shown for raw, shown in names.items()}
+    seen = set()
+    for info in found:
+        if not info.id or info.id in seen:
+            continue
+        seen.add(info.id)
+        router, deployment = ids.get(info.id, ("", f"#{info.id:016x}"))
+        unknown = info.latency_ns == _UNKNOWN
+        yield DeploymentMetrics(
+            router=router,
+            deployment=deployment,
+            in_flight=info.in_flight,
+            requests=info.records,
+            latency_seconds=None if unknown else info.latency_ns / 1e9,
+            success_ratio=info.success_rate,
+            cooldown_seconds=info.cooldown_ns / 1e9,
+        )
+
+
+def _operations(of: Segment) -> Iterator[OperationMetrics]:
+    info, number = ffi.new("fshm_metric_info *"), 0
+    numbers: dict[tuple[str, str], list[int]] = {}  # several, where names look alike
+    while (status := lib.fshm_metric_at(of._handle, number, info)) >= 0:
+        if status == lib.FSHM_OK:
+            raw: bytes = ffi.buffer(info.name, info.name_length)[:]
+            component = raw[: info.component_length].decode("utf-8", "replace")
+            operation = raw[info.component_length + 1 :].decode("utf-8", "replace")
+            numbers.setdefault((component, operation), []).append(number)
+        number += 1
+    calls = ffi.new("uint64_t[]", lib.FSHM_OCTAVES)
+    for (component, operation), found in numbers.items():
+        lib.fshm_metric_octaves(of._handle, found, len(found), calls)
+        lib.fshm_metric_sum(of._handle, found, len(found), info)
+        yield OperationMetrics(component, operation, tuple(calls), info.errors, info.sum_ns / 1e9)

@@ -1,0 +1,159 @@
+"""Where metrics are read from, again and again: a segment, or several."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Container, Iterable, Mapping
+
+from fast_litellm_shm import exceptions
+from fast_litellm_shm._shared import settings
+from fast_litellm_shm._shared.inspection import open_for_reading
+from fast_litellm_shm._shared.segment import Segment, path_of
+from fast_litellm_shm.metrics.model import Snapshot
+from fast_litellm_shm.metrics.snapshot import snapshot
+
+MOST_KEYS = 1000
+
+_sources: weakref.WeakSet[Source] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for source in _sources:
+        source.renew_lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+class Source:
+    """A segment that is read again and again; where it was removed and made anew, its successor.
+
+    segment: by name or object; None: the default one, by its name. keys: so many of the busiest
+    keys are told of one by one, 0 .. 1000; that takes a look at the counts of all keys, under the
+    interpreter's lock. deployments: names of deployments by name of their router, so that they can
+    be shown (the segment keeps hashes). Raises ValueError or TypeError for bad arguments; the
+    segment need not exist yet.
+    """
+
+    def __init__(
+        self,
+        segment: Segment | str | None = None,
+        *,
+        keys: int = 0,
+        deployments: Mapping[str, Iterable[str]] | None = None,
+        allow_other_owner: bool = False,
+    ) -> None:
+        if isinstance(segment, Segment):
+            self.name = segment.name
+            allow_other_owner |= bool(segment._arguments["allow_other_owner"])
+        elif segment is None or isinstance(segment, str):
+            self.name = settings.segment_name() if segment is None else segment
+            path_of(self.name)  # complains of a name that is none
+        else:
+            raise TypeError(f"segment must be a Segment, its name or None, not {segment!r}")
+        if isinstance(keys, bool) or not isinstance(keys, int):
+            raise TypeError(f"keys must be an int, not {keys!r}")
+        if not 0 <= keys <= MOST_KEYS:
+            raise ValueError(f"keys must be between 0 and {MOST_KEYS}, not {keys}")
+        self._keys, self._other_owner = keys, allow_other_owner
+        self._deployments = _names_of(deployments)
+        self._segment: Segment | None = None
+        self.renew_lock()
+        _sources.add(self)
+
+    def renew_lock(self) -> None:
+        """In a forked child: whoever held it does not live there."""
+        self._lock = threading.Lock()
+
+    def read(self) -> Snapshot:
+        """The numbers of now. Raises a SegmentError where the segment cannot be read."""
+        begun = time.perf_counter()
+        return snapshot(
+            self._current(), keys=self._keys, deployments=self._deployments, begun=begun
+        )
+
+    def _current(self) -> Segment:
+        with self._lock:
+            known = self._segment
+            if known is not None and not known.unlinked:
+                return known
+            try:
+                self._segment = open_for_reading(self.name, self._other_owner)
+            except exceptions.SegmentNotFoundError:
+                if known is None:
+                    raise
+            assert self._segment is not None
+            return self._segment
+
+
+class Sources:
+    """Several segments, or one, for who must not fail: a reader that a scrape or a collection
+    calls. segment: a Segment, a name, several of either, or None for the default segment. Of each
+    the same is told; the rest as for :class:`Source`."""
+
+    def __init__(
+        self,
+        segment: Segment | str | Iterable[Segment | str] | None = None,
+        *,
+        keys: int = 0,
+        deployments: Mapping[str, Iterable[str]] | None = None,
+    ) -> None:
+        several = (segment,) if segment is None or isinstance(segment, (Segment, str)) else segment
+        if not isinstance(several, Iterable):
+            raise TypeError(
+                f"segment must be a Segment, its name, several of either or None, not {segment!r}"
+            )
+        named = [Source(each, keys=keys, deployments=deployments) for each in several]
+        self._sources = {source.name: source for source in named}  # each once
+        self._said: dict[str, str] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the segments."""
+        return tuple(self._sources)
+
+    def read(self, only: Container[str] | None = None) -> list[tuple[str, Snapshot | None]]:
+        """By name what each segment tells; None where it cannot be read, and why in the log, when
+        that has changed. only: of these alone. Never raises."""
+        return [
+            (name, self._read(name, source))
+            for name, source in self._sources.items()
+            if only is None or name in only
+        ]
+
+    def _read(self, name: str, source: Source) -> Snapshot | None:
+        try:
+            found = source.read()
+        except Exception as error:  # its contents are foreign: whatever they break must be told
+            said = f"{type(error).__name__}: {error}"
+            if self._said.get(name) != said:
+                self._said[name] = said
+                logging.getLogger("fast_litellm_shm").warning(
+                    "no metrics of segment %r: %s", name, said
+                )
+            return None
+        self._said.pop(name, None)
+        return found
+
+
+def _names_of(given: Mapping[str, Iterable[str]] | None) -> dict[bytes, tuple[str, str]]:
+    """What the segment hashes, and what is shown for it."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise TypeError(f"deployments must be names by router, as a dict, not {given!r}")
+    out = {}
+    for router, names in given.items():
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise TypeError(f"deployments[{router!r}] must be a list of names, not {names!r}")
+        for name in names:
+            if not isinstance(name, str) or not isinstance(router, str):
+                raise TypeError(f"deployments must be named by str, not {router!r}: {name!r}")
+            # shown with no surrogate of its own: the scrape could not be encoded
+            shown = [each.encode("utf-8", "replace").decode() for each in (router, name)]
+            out[f"{router}\0{name}".encode("utf-8", "surrogatepass")] = shown[0], shown[1]
+    return out

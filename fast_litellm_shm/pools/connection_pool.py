@@ -1,0 +1,411 @@
+"""The connection pool of the PyPI package fast-litellm, with limits that hold over all workers."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AsyncContextDecorator, suppress
+from types import TracebackType
+from typing import Any
+from weakref import WeakSet
+
+from fast_litellm_shm import exceptions, limits
+from fast_litellm_shm._shared import greenlets, performance, settings
+from fast_litellm_shm._shared.inspection import Inspection
+from fast_litellm_shm._shared.named_limiter import SharedLimits
+from fast_litellm_shm._shared.native import Connection, PoolCore, Use, address, lib
+from fast_litellm_shm._shared.segment import Segment
+from fast_litellm_shm.limiters.rate import deadline_ns
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.")
+# A place that is closed rings; an idle connection that is returned here, or room in the pool, does
+# not.
+_TRY_AGAIN_NS = 50_000_000
+
+_pools: WeakSet[SimpleConnectionPool] = WeakSet()
+
+
+def _after_fork() -> None:
+    for pool in _pools:
+        pool._forget()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _check_endpoint(endpoint: object) -> str:
+    if not isinstance(endpoint, str):
+        raise TypeError(f"endpoint must be a str such as 'https://host', not {endpoint!r}")
+    if not _SCHEME.match(endpoint):
+        raise ValueError(
+            f"endpoint must be a URL with a scheme, like 'https://host', not {endpoint!r}"
+        )
+    return endpoint
+
+
+def _check_id(connection_id: object) -> str:
+    if not isinstance(connection_id, str):
+        raise TypeError(f"connection id must be a str, not {connection_id!r}")
+    return connection_id
+
+
+class SimpleConnectionPool(PoolCore):
+    """At most so many connections to an endpoint, and in all, over all workers together.
+
+    pool_name: pools of one name share their limits in all processes; others do not.
+    max_per_endpoint, max_total: 1 .. 100,000, idle ones count. idle_timeout: seconds after which an
+    idle connection is closed rather than used again. Defaults: 10, 100 and 300 s; or
+    FAST_LITELLM_POOL_MAX_PER_ENDPOINT, FAST_LITELLM_POOL_MAX_TOTAL, FAST_LITELLM_POOL_IDLE_TIMEOUT;
+    or ``max_connections_per_endpoint`` and ``idle_timeout_seconds`` in the file that
+    FAST_LITELLM_FEATURE_CONFIG names.
+
+    A connection belongs to the process that opened it, which alone uses it again. A dead process's
+    are gone from the counts. A forked child begins with none. Ids are unique for ever.
+
+    :meth:`bind` gives ids a real connection object to carry.
+    """
+
+    def __init__(
+        self,
+        pool_name: str = "default",
+        *,
+        max_per_endpoint: int | None = None,
+        max_total: int | None = None,
+        idle_timeout: float | None = None,
+        segment: Segment | None = None,
+    ) -> None:
+        if not isinstance(pool_name, str):
+            raise TypeError(f"pool_name must be a str, not {pool_name!r}")
+        defaults = settings.pool_defaults()
+        self._per_endpoint = limits.in_flight(
+            "SimpleConnectionPool",
+            "max_per_endpoint",
+            defaults.max_per_endpoint if max_per_endpoint is None else max_per_endpoint,
+        )
+        self._total = limits.in_flight(
+            "SimpleConnectionPool",
+            "max_total",
+            defaults.max_total if max_total is None else max_total,
+        )
+        idle = defaults.idle_timeout if idle_timeout is None else idle_timeout
+        if isinstance(idle, bool) or not isinstance(idle, (int, float)):
+            raise TypeError(f"idle_timeout must be a number of seconds, not {idle!r}")
+        if not 0 < idle < 10**9:
+            raise ValueError(f"idle_timeout must be more than 0 and less than 1e9 s, not {idle!r}")
+        self._name, self._idle = pool_name, float(idle)
+        self._slots = SharedLimits(
+            (self._per_endpoint,), name=f"pool {pool_name}", segment=segment, on_full="deny"
+        )
+        self._segment = self._slots.segment
+        self._totals = SharedLimits(
+            (self._total,), name=f"pool-total {pool_name}", segment=self._segment, on_full="deny"
+        )
+        self._prefix = f"{self._segment.geometry().instance:016x}"
+        self._connect: Callable[[str], Any] | None = None
+        self._close: Callable[[Any], object] | None = None
+        self._is_healthy: Callable[[Any], bool] | None = None
+        self._forget()
+        _pools.add(self)
+
+    @property
+    def name(self) -> str:
+        """The name that processes share by."""
+        return self._name
+
+    def bind(
+        self,
+        connect: Callable[[str], Any],
+        close: Callable[[Any], object] | None = None,
+        is_healthy: Callable[[Any], bool] | None = None,
+    ) -> None:
+        """Let ids carry real connections: ``connect(endpoint)`` opens one, ``close(object)`` closes
+        it, ``is_healthy(object)`` says whether it can be used again. Called in this process
+        only."""
+        for name, value in (("connect", connect), ("close", close), ("is_healthy", is_healthy)):
+            if not callable(value) and not (value is None and name != "connect"):
+                raise TypeError(f"bind: {name} must be callable, not {value!r}")
+        self._connect, self._close, self._is_healthy = connect, close, is_healthy
+
+    def object_of(self, connection_id: str) -> Any:
+        """What connect() returned for this id; None without bind(). KeyError for an unknown id."""
+        found = self._lookup(connection_id)
+        if found is None:
+            raise KeyError(connection_id)
+        return found.object
+
+    def health_check(self, connection_id: str) -> bool:
+        """Whether the connection can be used: known here, its place not taken back by an operator,
+        not idle for too long, and healthy by the bound is_healthy(). (That is asked here and by
+        cleanup(), not at every get_connection().)"""
+        found = self._lookup(_check_id(connection_id))
+        if found is None or not found.held or found.idle_seconds > self._idle:
+            return False
+        return self._is_healthy is None or bool(self._is_healthy(found.object))
+
+    def remove_connection(self, connection_id: str) -> None:
+        """Close it and give its place back. Unknown ids, and twice, are harmless."""
+        self._shut(self._drop(_check_id(connection_id)))
+
+    def cleanup(self) -> int:
+        """Close this process's connections that have been idle for too long or are not healthy, and
+        give back what dead processes held. Returns how many were closed."""
+        closed = self._close_stale(None)
+        lib.fshm_reap(self._segment._handle, 0)
+        return closed
+
+    def close(self) -> None:
+        """Close all connections of this process. Where closing some raises, the rest are closed
+        too, and the first exception is raised."""
+        self._shut_all([self._drop(connection_id) for connection_id in self._connections()])
+
+    def get_stats(self) -> dict[str, Any]:
+        """Sums over all processes: active_connections, idle_connections, total_connections,
+        max_total_connections, and endpoints: {endpoint: available_connections, max_connections}."""
+        counts: dict[int, list[int]] = {}
+        names: dict[int, str] = {}
+        for row in Inspection(self._segment).permits(limiter=self._slots.name):
+            if row.pid is not None:
+                counts.setdefault(row.key_hash, [0, 0])[row.idle] += 1
+                if names.get(row.key_hash, "#").startswith("#"):
+                    names[row.key_hash] = row.key
+        active = sum(count[0] for count in counts.values())
+        idle = sum(count[1] for count in counts.values())
+        return {
+            "active_connections": active,
+            "idle_connections": idle,
+            "total_connections": active + idle,
+            "max_total_connections": self._totals.limits[0].n,
+            "endpoints": {
+                names[endpoint]: {
+                    "available_connections": idle_here,
+                    "max_connections": self._slots.limits[0].n,
+                }
+                for endpoint, (_, idle_here) in sorted(
+                    counts.items(), key=lambda item: names[item[0]]
+                )
+            },
+        }
+
+    def connection(self, endpoint: str, timeout: float | None = 0) -> Use:
+        """``with pool.connection(endpoint) as conn:`` the bound object (the id, without bind()).
+        Waits up to ``timeout`` seconds for a place (None: for ever), then raises
+        PermitTimeoutError. One whose use raised is closed, since nobody knows its state. As a
+        decorator, it holds one during each call of the function.
+
+        Exceptions out of signal handlers leak no connection from it, wherever they strike; an id of
+        get_connection() they may, before whoever asked for it knows it."""
+        return self._use(endpoint, timeout)
+
+    def connection_async(self, endpoint: str, timeout: float | None = 0) -> _AsyncUse:
+        """connection() for asyncio: waits, and connects, in a thread."""
+        return _AsyncUse(self, endpoint, timeout)
+
+    def _around(self, endpoint: str, timeout: float | None, function: Any) -> Any:
+        """Called by a Use that decorates a function."""
+
+        @functools.wraps(function)
+        def inner(*args: Any, **kwargs: Any) -> Any:
+            with self._use(endpoint, timeout):
+                return function(*args, **kwargs)
+
+        return inner
+
+    _deadline = staticmethod(deadline_ns)
+
+    def _sleep(self, endpoint: str, deadline: int, timeout: float | None) -> None:
+        """Until somebody closes a connection to the endpoint, or returns one here; a second at
+        most."""
+        left = deadline - time.monotonic_ns()
+        if left <= 0:
+            raise exceptions.PermitTimeoutError(
+                f"pool {self._name!r}: no connection to {endpoint} within {timeout} s: "
+                f"{self._slots.limits[0].n} to an endpoint, {self._totals.limits[0].n} in all; "
+                "wait longer, or raise the limits"
+            )
+        raw = endpoint.encode("utf-8", "surrogatepass")
+        armed = lib.fshm_bell_arm(self._slots._handle, raw, len(raw))
+        greenlets.bell_wait(self._slots._handle, raw, armed, min(left, _TRY_AGAIN_NS))
+
+    def _forget(self) -> None:
+        """Begin without connections; in a forked child they are the parent's."""
+        slots, totals = self._slots._handle, self._totals._handle
+        idle_ns = int(self._idle * 1e9)
+        self._bind_core((slots, totals), address(slots), address(totals), idle_ns)
+        self._measure(*performance.measured_by("connection_pool", "get_connection", self._segment))
+
+    def _open(self, endpoint: object) -> Connection | None:
+        """Called by the native part when no idle connection may be used: a new one, which is no
+        part of the pool yet."""
+        endpoint = _check_endpoint(endpoint)
+        connection_id = f"conn-{self._prefix}-{lib.fshm_unique(self._segment._handle)}"
+        found = self._add(connection_id, endpoint)
+        if found == "pool":
+            found = self._make_room(connection_id, endpoint)
+        if found == "damaged":
+            self._slots._failed(lib.FSHM_E_DAMAGED)
+        if not isinstance(found, Connection):
+            return None
+        if self._connect is None:
+            return found
+        made = None
+        try:
+            made = self._connect(endpoint)
+            self._set_object(found, made)
+        except BaseException:
+            self._shut(found, made)
+            raise
+        return found
+
+    def _make_room(self, connection_id: str, endpoint: str) -> Connection | str:
+        """The pool is full: close this process's idle connections, the longest idle first."""
+        idle = sorted(
+            (found for found in self._connections().values() if found.idle),
+            key=lambda found: -found.idle_seconds,
+        )
+        for found in idle:
+            self._shut(self._drop_idle(found.id))
+            if (added := self._add(connection_id, endpoint)) != "pool":
+                return added
+        return "pool"
+
+    def _close_stale(self, endpoint: str | None) -> int:
+        """Close idle connections (to the endpoint) that may not be used again. Returns how many.
+        One that another thread takes meanwhile is left to it."""
+        stale = [
+            self._drop_idle(found.id)
+            for found in self._connections().values()
+            if endpoint in (None, found.endpoint) and found.idle and not self.health_check(found.id)
+        ]
+        return self._shut_all(stale)
+
+    def _odd(self, connection_id: object) -> None:
+        """Called by return_connection() for an id that is not in use here: unknown, another
+        process's, or returned already. Harmless; counts stay as they are. One whose place an
+        operator took back is closed."""
+        found = self._lookup(_check_id(connection_id))
+        if found is not None and not found.idle and not found.held:
+            self.remove_connection(found.id)
+
+    def _shut(self, found: Connection | None, made: object = None) -> None:
+        """Close the object of a connection that is out of the pool, then give its places back: not
+        before, or the endpoint would see more than the limit."""
+        if found is None:
+            return
+        inner = found.object if found.object is not None else made
+        try:
+            if inner is not None and self._close is not None:
+                self._close(inner)
+        finally:
+            self._release(found)
+
+    def _shut_all(self, found: Iterable[Connection | None]) -> int:
+        count, first = 0, None
+        for each in found:
+            try:
+                self._shut(each)
+            except Exception as error:
+                first = first or error
+            count += each is not None
+        if first is not None:
+            raise first
+        return count
+
+    def __del__(self) -> None:
+        """A pool that is dropped closes what it has."""
+        if hasattr(self, "_prefix"):
+            with suppress(Exception):
+                self.close()
+
+    def __repr__(self) -> str:
+        return f"SimpleConnectionPool({self._name!r})"
+
+
+class _AsyncUse(AsyncContextDecorator):
+    """Use for asyncio. Cancelled while a thread connects: what that yet opens is idle then."""
+
+    def __init__(self, pool: SimpleConnectionPool, endpoint: str, timeout: float | None) -> None:
+        self._pool, self._endpoint, self._timeout = pool, endpoint, timeout
+        self._use: Use | None = None
+
+    def _recreate_cm(self) -> _AsyncUse:
+        """Called by AsyncContextDecorator: each call of a decorated function is a block."""
+        return _AsyncUse(self._pool, self._endpoint, self._timeout)
+
+    async def __aenter__(self) -> Any:
+        pool, endpoint = self._pool, _check_endpoint(self._endpoint)
+        deadline = deadline_ns(self._timeout)
+        if self._use is not None:
+            raise RuntimeError("call connection_async() for each block")
+        use = self._use = pool._use(endpoint, self._timeout)
+        try:
+            if not use._idle():
+                while not await asyncio.to_thread(use._take):
+                    await asyncio.to_thread(pool._sleep, endpoint, deadline, self._timeout)
+            return use._begin()
+        except BaseException:
+            use._over()
+            raise
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self._use is not None
+        self._use.__exit__(kind, error, trace)
+
+
+_default: SimpleConnectionPool | None = None
+_making = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _making
+    _making = threading.Lock()  # whoever held it does not live in the child
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
+def _pool() -> SimpleConnectionPool:
+    global _default
+    with _making:
+        if _default is None:
+            _default = SimpleConnectionPool()
+    return _default
+
+
+def get_connection(endpoint: str) -> str | None:
+    """The id of a connection to the endpoint from the pool "default"; None at its limits."""
+    return _pool().get_connection(endpoint)
+
+
+def return_connection(connection_id: str) -> None:
+    """Give a connection of the pool "default" back, for reuse."""
+    _pool().return_connection(connection_id)
+
+
+def remove_connection(connection_id: str) -> None:
+    """Close a connection of the pool "default"."""
+    _pool().remove_connection(connection_id)
+
+
+def health_check_connection(connection_id: str) -> bool:
+    """Whether a connection of the pool "default" can be used."""
+    return _pool().health_check(connection_id)
+
+
+def cleanup_expired_connections() -> int:
+    """Close idle connections of the pool "default" that are too old. Returns how many."""
+    return _pool().cleanup()
+
+
+def get_connection_pool_stats() -> dict[str, Any]:
+    """Statistics of the pool "default", summed over all processes."""
+    return _pool().get_stats()

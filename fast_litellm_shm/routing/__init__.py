@@ -1,0 +1,1 @@
+"""Routing between deployments, by what all workers know of them."""

@@ -1,0 +1,224 @@
+"""Which tiktoken encoding a model has, and where its file is. Loaded when it is first used."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.util
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from fast_litellm_shm._shared import greenlets, settings
+from fast_litellm_shm.exceptions import EncodingUnavailableError
+
+if TYPE_CHECKING:
+    import tiktoken
+
+DEFAULT = "cl100k_base"
+
+# Members of families that tiktoken's table may be too old to know: all have had o200k_base so far.
+_NEWER = re.compile(r"(chatgpt-4o|gpt-4o|gpt-4\.[1-9]|gpt-([5-9]|[1-9]\d)|o[1-9]\d?)([.-]|$)")
+_CACHE_SETTINGS = ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")  # in tiktoken's order
+_PROBE_SECONDS = 3.0
+_RETRY_SECONDS = 30.0
+
+_lock = greenlets.Lock()  # held over a download
+_loaded: dict[str, tiktoken.Encoding] = {}
+_failed: dict[str, tuple[float, str]] = {}  # when, and what the error said
+
+
+def litellm_folder() -> str | None:
+    """Where litellm is installed, without importing it; None where it is not."""
+    try:
+        spec = importlib.util.find_spec("litellm")
+    except (ImportError, ValueError):  # a module in sys.modules that says nothing of its origin
+        return None
+    return next(iter(spec.submodule_search_locations or ()), None) if spec else None
+
+
+# names -------------------------------------------------------------------------------------------
+
+
+def _from_table(name: str) -> str | None:
+    from tiktoken.model import encoding_name_for_model
+
+    try:
+        return encoding_name_for_model(name)
+    except KeyError:
+        return "o200k_base" if _NEWER.match(name) else None
+
+
+def name_of(model: str | None, default: str = DEFAULT) -> str:
+    """A model's encoding by tiktoken's own table; ``default`` where the table does not know it.
+
+    Prefixes of providers and regions are left out (``azure/eu/gpt-4o``, ``openai.gpt-oss-120b``),
+    and a fine-tuned model has its base model's encoding (``ft:gpt-4.1:team::id``). gpt-4o, gpt-4.1
+    and later, and the o-series are o200k_base, also where the table is too old to list them. The
+    name of an encoding stands for itself.
+    """
+    if model is None:
+        return default
+    if not isinstance(model, str):
+        raise TypeError(f"model must be a str or None, not {model!r}")
+    last = model.rsplit("/", 1)[-1].removeprefix("openai.")
+    if last.startswith("ft:"):
+        last = last.split(":")[1]
+    found = _from_table(last) or _from_table(model)
+    return found or (model if model in names() else default)
+
+
+def names() -> list[str]:
+    """All encodings that tiktoken knows."""
+    import tiktoken
+
+    return tiktoken.list_encoding_names()
+
+
+# files -------------------------------------------------------------------------------------------
+
+
+def _cache_folder() -> str:
+    """Where tiktoken looks; "" where it keeps nothing."""
+    for setting in _CACHE_SETTINGS:
+        if setting in os.environ:
+            return os.environ[setting]
+    import tempfile
+
+    return os.path.join(tempfile.gettempdir(), "data-gym-cache")
+
+
+def _read(folder: str | None, url: str, expected_hash: str | None) -> bytes | None:
+    """A file of tiktoken's, undamaged, from a folder that holds it under tiktoken's name for it."""
+    if not folder:
+        return None
+    try:
+        with open(os.path.join(folder, hashlib.sha1(url.encode()).hexdigest()), "rb") as file:
+            data = file.read()
+    except OSError:
+        return None
+    whole = expected_hash is None or hashlib.sha256(data).hexdigest() == expected_hash
+    return data if whole else None
+
+
+def _tokenizers_of_litellm() -> str | None:
+    folder = litellm_folder()
+    return folder and os.path.join(folder, "litellm_core_utils", "tokenizers")
+
+
+def _missing(url: str, why: str) -> EncodingUnavailableError:
+    file, name = url.rsplit("/", 1)[-1], hashlib.sha1(url.encode()).hexdigest()
+    cache = _cache_folder()
+    return EncodingUnavailableError(
+        f"tiktoken's file {file} is not on this machine ({why}): `pip install litellm`, whose "
+        f"wheel holds the common ones, or download {url} elsewhere and set TIKTOKEN_CACHE_DIR to a "
+        f"folder that holds it under the name {name}; looked in "
+        f"{' and '.join(filter(None, (cache, _tokenizers_of_litellm()))) or 'no folder'}"
+    )
+
+
+def _check_download(url: str) -> None:
+    """That tiktoken, which waits without limit, will be able to download it."""
+    if not settings.tokenizer_download():
+        raise _missing(url, "FAST_LITELLM_TOKENIZER_DOWNLOAD is false")
+    import urllib.request
+
+    try:
+        request = urllib.request.Request(url, method="HEAD")
+        urllib.request.urlopen(request, timeout=_PROBE_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise _missing(url, f"its download fails: {getattr(error, 'reason', error)}") from None
+
+
+def _patched(originals: dict[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
+    """tiktoken's two readers, with litellm's folder before the download."""
+
+    def load_tiktoken_bpe(url: str, expected_hash: str | None = None) -> dict[bytes, int]:
+        if _read(_cache_folder(), url, expected_hash) is None:
+            data = _read(_tokenizers_of_litellm(), url, expected_hash)
+            if data is not None:
+                pairs = (line.split() for line in data.splitlines() if line)
+                return {base64.b64decode(token): int(rank) for token, rank in pairs}
+            _check_download(url)
+        found: dict[bytes, int] = originals["load_tiktoken_bpe"](url, expected_hash)
+        return found
+
+    def data_gym_to_mergeable_bpe_ranks(
+        vocab_bpe_file: str,
+        encoder_json_file: str,
+        vocab_bpe_hash: str | None = None,
+        encoder_json_hash: str | None = None,
+        **options: Any,
+    ) -> Any:
+        pairs = ((vocab_bpe_file, vocab_bpe_hash), (encoder_json_file, encoder_json_hash))
+        for url, expected_hash in pairs:
+            if _read(_cache_folder(), url, expected_hash) is None:
+                _check_download(url)
+        return originals["data_gym_to_mergeable_bpe_ranks"](
+            vocab_bpe_file, encoder_json_file, vocab_bpe_hash, encoder_json_hash, **options
+        )
+
+    ours = (load_tiktoken_bpe, data_gym_to_mergeable_bpe_ranks)
+    return {reader.__name__: reader for reader in ours if reader.__name__ in originals}
+
+
+def _load(name: str) -> tiktoken.Encoding:
+    """Through tiktoken's own registry, so that a process holds each encoding once. Only for the
+    time of the load, its readers know of litellm's folder too: other threads that load meanwhile
+    read the same files, and the environment stays as it is."""
+    import tiktoken
+
+    if name not in names():
+        raise ValueError(f"there is no encoding {name!r}; there are {', '.join(sorted(names()))}")
+    module: Any = sys.modules.get("tiktoken_ext.openai_public")
+    known = ("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks")
+    originals = {reader: getattr(module, reader) for reader in known if hasattr(module, reader)}
+    try:
+        for reader, ours in _patched(originals).items():
+            setattr(module, reader, ours)
+        return tiktoken.get_encoding(name)
+    finally:
+        for reader, original in originals.items():
+            setattr(module, reader, original)
+
+
+def load(name: str) -> tiktoken.Encoding:
+    """The encoding of that name; loaded at the first call, which takes 0.1 to 1 s.
+
+    Its file is looked for in TIKTOKEN_CACHE_DIR (or tiktoken's other caches), then in litellm's
+    wheel, which is not imported; then tiktoken downloads it, unless FAST_LITELLM_TOKENIZER_DOWNLOAD
+    is false. Raises EncodingUnavailableError where it is not to be had (remembered for 30 s), and
+    ValueError for a name that is no encoding's.
+    """
+    found = _loaded.get(name)
+    if found is not None:
+        return found
+    with _lock:
+        if name in _loaded:
+            return _loaded[name]
+        when, text = _failed.get(name, (-_RETRY_SECONDS, ""))
+        if time.monotonic() < when + _RETRY_SECONDS:
+            raise EncodingUnavailableError(text)
+        try:
+            _loaded[name] = _load(name)
+        except EncodingUnavailableError as error:
+            _failed[name] = time.monotonic(), str(error)
+            raise
+        except OSError as error:  # tiktoken's download, and what it may throw
+            text = f"cannot load the encoding {name}: {error}"
+            _failed[name] = time.monotonic(), text
+            raise EncodingUnavailableError(text) from error
+        _failed.pop(name, None)
+        return _loaded[name]
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = greenlets.Lock()  # whoever held it does not live in the child
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)

@@ -1,0 +1,509 @@
+"""SimpleTokenCounter: exactly tiktoken's counts, remembered for all workers."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import warnings
+from typing import Any, cast
+
+import pytest
+from support import texts
+from support.children import run, run_one
+
+from fast_litellm_shm import Segment, SegmentSpaceError, SimpleTokenCounter
+from fast_litellm_shm._shared import features
+from fast_litellm_shm._shared.native import Memo, ffi, lib
+from fast_litellm_shm.tokens import batch as token_batch
+from fast_litellm_shm.tokens import encoding
+from fast_litellm_shm.tokens.batch import BatchCounter
+
+AT_HAND = texts.encodings_at_hand()
+needs_encoding = pytest.mark.skipif("cl100k_base" not in AT_HAND, reason=texts.WHY_NOT)
+needs_o200k = pytest.mark.skipif("o200k_base" not in AT_HAND, reason=texts.WHY_NOT)
+
+
+def truth(text: str, name: str = "cl100k_base") -> int:
+    return len(encoding.load(name).encode(text, disallowed_special=()))
+
+
+def sums(segment: Segment) -> tuple[int, int, int]:
+    """Texts, hits and misses of the segment's memo."""
+    info = ffi.new("fshm_memo_info *")
+    lib.fshm_memo_at(segment._handle, info)
+    return info.texts, info.hits, info.misses
+
+
+class Refusing:
+    """An encoding that must not be asked: what is counted was remembered."""
+
+    @staticmethod
+    def encode_ordinary(text: str) -> list[int]:
+        raise AssertionError(f"tiktoken was asked for {text[:20]!r}")
+
+
+# counts ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", AT_HAND or [pytest.param("none", marks=needs_encoding)])
+@pytest.mark.parametrize("kind", texts.CORPUS)
+def test_counts_are_tiktokens(segment: Segment, name: str, kind: str) -> None:
+    text, counter = texts.CORPUS[kind], SimpleTokenCounter(segment=segment)
+    expected = truth(text, name)
+    assert counter.count_tokens(text, name) == expected
+    assert counter.count_tokens(text, name) == expected  # remembered
+    assert counter.count_tokens_batch([text, text + "x"], name) == [
+        expected,
+        truth(text + "x", name),
+    ]
+
+
+@pytest.mark.parametrize("name", AT_HAND or [pytest.param("none", marks=needs_encoding)])
+def test_random_texts(segment: Segment, name: str) -> None:
+    counter = SimpleTokenCounter(segment=segment)
+    made = [texts.random_text(seed, 1 + seed * 7 % 400) for seed in range(300)]
+    expected = [truth(text, name) for text in made]
+    assert [counter.count_tokens(text, name) for text in made] == expected
+    assert counter.count_tokens_batch(made, name) == expected
+    assert [counter.count_tokens(text, name) for text in made] == expected
+
+
+@needs_encoding
+def test_ten_megabytes(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = texts.random_text(1, 500_000).encode("utf-8", "replace").decode() * 20
+    assert len(text) == 10_000_000
+    counter = SimpleTokenCounter(segment=segment)
+    expected = truth(text)
+    assert counter.count_tokens(text) == expected
+    monkeypatch.setitem(encoding._loaded, "cl100k_base", Refusing())
+    assert SimpleTokenCounter(segment=segment).count_tokens(text) == expected
+
+
+@needs_o200k
+def test_encodings_do_not_mix(segment: Segment) -> None:
+    counter, text = SimpleTokenCounter(segment=segment), texts.CORPUS["hindi"]
+    models = {"gpt-4": "cl100k_base", "gpt-4o": "o200k_base", "no such model": "cl100k_base"}
+    for _ in range(2):
+        for model, name in models.items():
+            assert counter.count_tokens(text, model) == truth(text, name)
+    assert truth(text, "cl100k_base") != truth(text, "o200k_base")
+
+
+@needs_o200k
+def test_default_encoding(segment: Segment) -> None:
+    text = texts.CORPUS["hindi"]
+    counter = SimpleTokenCounter(default_encoding="o200k_base", segment=segment)
+    for model in (None, "claude-sonnet-4"):
+        assert counter.count_tokens(text, model) == truth(text, "o200k_base")
+    assert counter.count_tokens(text, "gpt-4") == truth(text, "cl100k_base")
+
+
+# the memo ----------------------------------------------------------------------------------------
+
+
+def _count_here(name: str, made: list[str], by_tiktoken: bool) -> list[int]:
+    counter = SimpleTokenCounter(segment=Segment(name))
+    if not by_tiktoken:
+        encoding._loaded["cl100k_base"] = Refusing()  # type: ignore[assignment]
+    return [counter.count_tokens(text, "gpt-4") for text in made]
+
+
+@needs_encoding
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_what_one_process_counted_another_knows(segment: Segment, method: str) -> None:
+    made = ["x", "", texts.CORPUS["emoji"], texts.CORPUS["english"]]
+    expected = [truth(text) for text in made]
+    assert run_one(_count_here, segment.name, made, True, method=method) == expected
+    assert run(_count_here, [(segment.name, made, False)] * 2, method) == [expected] * 2
+
+
+@needs_encoding
+def test_used_before_and_after_a_fork(segment: Segment) -> None:
+    counter = SimpleTokenCounter(segment=segment)
+    counter.count_tokens("before")
+
+    def child(text: str) -> int:
+        return counter.count_tokens(text)
+
+    assert run_one(child, "in the child", method="fork") == truth("in the child")
+    assert run_one(child, "before", method="fork") == truth("before")
+
+
+@needs_encoding
+@needs_encoding
+@pytest.mark.parametrize("tenant", ["b", b"b", "", "a\0", None])
+def test_a_tenant_learns_nothing_of_another(segment: Segment, tenant: str | bytes | None) -> None:
+    """Not by the time that it takes: what another tenant has counted is counted anew."""
+    counter, text = SimpleTokenCounter(segment=segment), "a text of one tenant"
+    for asks, hits in (("a", 0), ("a", 1), (b"a", 2), (tenant, 2), (tenant, 3), ("a", 4)):
+        assert counter.count_tokens(text, tenant=asks) == truth(text)
+        counter = SimpleTokenCounter(segment=segment)  # brings the sums
+        assert sums(segment)[1] == hits
+    assert sums(segment)[0] == 2
+    assert counter.count_tokens_batch([text, text], tenant="c") == [truth(text)] * 2
+    assert counter.validate_input(text, "gpt-4", tenant="c")
+    assert sums(segment)[0] == 3
+
+
+@needs_encoding
+def test_large_batches_of_a_tenant(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By threads too."""
+    made = [f"text {i} of a tenant. " * 2000 for i in range(5)]
+    counter = SimpleTokenCounter(segment=segment)
+    counting = counter._prepare(None)
+    monkeypatch.setattr(BatchCounter, "may_help", lambda *_: True)
+    expected = [truth(text) for text in made]
+    assert counter.count_tokens_batch(made, tenant="a") == expected
+    memo = counting.memo
+    assert memo is not None
+    assert [memo.get_for(text, "a") for text in made] == expected
+    assert [memo.get(text) for text in made] == [None] * len(made)
+    assert [memo.get_for(text, "b") for text in made] == [None] * len(made)
+    assert counter.count_tokens_batch(made, tenant="a") == expected
+
+
+@needs_encoding
+def test_a_tenant_must_be_a_name(segment: Segment) -> None:
+    counter = SimpleTokenCounter(segment=segment)
+    said, wrong = "tenant must be a str, bytes or None, not 7", cast(Any, 7)
+    with pytest.raises(TypeError, match=said):
+        counter.count_tokens("x", tenant=wrong)
+    with pytest.raises(TypeError, match=said):
+        counter.count_tokens_batch(["x"], tenant=wrong)
+    with pytest.raises(TypeError, match="text must be a str, not 7"):
+        counter.count_tokens(7, tenant="a")  # type: ignore[arg-type]
+
+
+def test_sums_of_hits_and_misses(segment: Segment) -> None:
+    counter = SimpleTokenCounter(segment=segment)
+    for _ in range(3):
+        for i in range(50):
+            counter.count_tokens(f"text {i}")
+    counter.count_tokens_batch([f"text {i}" for i in range(60)])
+    del counter  # brings what was not reported yet
+    assert sums(segment) == (60, 150, 60)
+
+
+@needs_encoding
+def test_read_only_segments_are_looked_at(segment: Segment) -> None:
+    SimpleTokenCounter(segment=segment).count_tokens("known")
+    expected = truth("unknown")
+
+    def look() -> list[int]:
+        read_only = Segment(segment.name, create=False, _read_only=True)
+        counter = SimpleTokenCounter(segment=read_only)
+        found = [counter.count_tokens("unknown"), counter.count_tokens("unknown")]
+        encoding._loaded["cl100k_base"] = Refusing()  # type: ignore[assignment]
+        return [*found, SimpleTokenCounter(segment=read_only).count_tokens("known")]
+
+    del segment._handle  # else the child would get this mapping again
+    assert run_one(look, method="fork") == [expected, expected, 1]
+
+
+@needs_encoding
+def test_segment_without_names(segment_name: str) -> None:
+    segment = Segment(segment_name, capacity=1000, names="off")
+    counter = SimpleTokenCounter(segment=segment)
+    assert [counter.count_tokens("some text") for _ in range(2)] == [truth("some text")] * 2
+
+
+@needs_encoding
+def test_the_memo_outlives_its_counter(segment_name: str) -> None:
+    count = SimpleTokenCounter(segment=Segment(segment_name, capacity=100))._prepare(None).count
+    for i in range(200):
+        assert count(f"text {i}") == truth(f"text {i}")
+
+
+@needs_encoding
+def test_threads(segment: Segment) -> None:
+    counter = SimpleTokenCounter(segment=segment)
+    made = [texts.random_text(seed, 3000) for seed in range(20)]
+    expected = [truth(text) for text in made]
+    wrong: list[int] = []
+
+    def work() -> None:
+        for _ in range(3):
+            for text, count in zip(made, expected, strict=True):
+                found = counter.count_tokens(text)
+                if found != count:
+                    wrong.append(found)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def _memo(segment: Segment, compute: Any) -> Memo:
+    return Memo(segment, int(ffi.cast("uintptr_t", segment._handle)), 7, compute)
+
+
+def test_memo_of_anything(segment: Segment) -> None:
+    asked: list[object] = []
+
+    def compute(text: Any) -> int:
+        asked.append(text)
+        return len(text)
+
+    memo = _memo(segment, compute)
+    assert [memo("ab"), memo("ab"), memo.count("ab"), memo(text="ab")] == [2] * 4
+    assert asked == ["ab"]
+    assert memo.get("ab") == 2
+    assert memo.get("other") is None
+    memo.put("other", 2**24 - 1)
+    assert memo.get("other") == 2**24 - 1
+    memo.put("too many", 2**24)
+    assert memo.get("too many") is None
+    with pytest.raises(ValueError, match="count must be 0 or more, not -1"):
+        memo.put("x", -1)
+    with pytest.raises(TypeError):
+        memo.put(b"x", 1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        memo("a", "b")  # type: ignore[call-arg]
+    with pytest.raises(RuntimeError, match="made once"):
+        memo.__init__(segment, 0, 7, compute)  # type: ignore[misc]
+
+
+class _Loud(str):
+    def __len__(self) -> int:
+        return 99
+
+
+def test_memo_leaves_what_is_no_plain_str(segment: Segment) -> None:
+    memo = _memo(segment, len)
+    for value in (b"abc", [1, 2], _Loud("ab"), "\ud800"):
+        assert memo(value) == memo(value) == len(value)
+        assert memo.get(value) is None
+    with pytest.raises(TypeError, match=r"has no len\(\)"):
+        memo(None)
+
+
+@pytest.mark.parametrize("odd", [-1, 2**64, 1.5, None, "3", True])
+def test_memo_remembers_only_counts(segment: Segment, odd: Any) -> None:
+    answers = iter([odd, odd])
+    memo = _memo(segment, lambda _: next(answers))
+    assert memo("x") is odd
+    assert memo("x") is odd
+
+
+def test_memo_asks_now_and_then_whether_it_is_wanted(segment: Segment) -> None:
+    answers = iter([True, False, True])
+    asked: list[str] = []
+
+    def compute(text: str) -> int:
+        asked.append(text)
+        return 1
+
+    address = int(ffi.cast("uintptr_t", segment._handle))
+    memo = Memo(segment, address, 7, compute, -1, 0, None, lambda: next(answers))
+    for _ in range(96):
+        memo("x")
+    assert len(asked) == 1 + 32  # the first, and all while it was off
+    with pytest.raises(StopIteration):
+        memo("x")
+
+
+def test_memo_of_a_function_that_encodes(segment: Segment) -> None:
+    address = int(ffi.cast("uintptr_t", segment._handle))
+    memo = Memo(segment, address, 7, lambda _: 99, -1, 0, lambda text: list(map(ord, text)))
+    assert [memo("abc"), memo("abc"), memo.get("abc")] == [3, 3, 3]
+    assert memo("\ud800") == memo(b"x") == 99  # what has no UTF-8, and what is no str
+    wrong = Memo(segment, address, 8, len, -1, 0, tuple)  # type: ignore[arg-type]
+    with pytest.raises(SystemError):
+        wrong("abc")
+    assert wrong.get("abc") is None
+
+
+def test_memo_without_init() -> None:
+    memo = Memo.__new__(Memo)
+    for call in (memo.count, memo.get, memo):
+        with pytest.raises(RuntimeError, match="__init__ was not called"):
+            call("x")
+
+
+# batches -----------------------------------------------------------------------------------------
+
+
+@needs_encoding
+def test_batches(segment: Segment) -> None:
+    counter = SimpleTokenCounter(segment=segment)
+    made = [texts.random_text(seed, seed * 911 % 20_000) for seed in range(60)]
+    made += made[:10] + ["", "\ud800"]
+    expected = [truth(text) for text in made]
+    counter.count_tokens(made[3])
+    assert counter.count_tokens_batch(made) == expected
+    assert counter.count_tokens_batch(made) == expected
+    assert counter.count_tokens_batch(iter(made)) == expected
+    assert counter.count_tokens_batch(tuple(made[:1])) == expected[:1]
+    assert counter.count_tokens_batch([]) == []
+
+
+@needs_encoding
+def test_large_batches_with_a_helper(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = SimpleTokenCounter(segment=segment)
+    some = [texts.random_text(seed, 2_000 + seed) for seed in range(80)]
+    made = [text.encode("utf-8", "replace").decode() for text in some]  # the rest is not remembered
+    expected = [truth(text) for text in made]
+    batch = counter._prepare(None).batch
+    batch._make()
+    helped: list[int] = []
+    plain = BatchCounter.count
+
+    def count(self: BatchCounter, new: list[str]) -> dict[str, int]:
+        helped.append(len(new))
+        return plain(self, new)
+
+    monkeypatch.setattr(BatchCounter, "count", count)
+    counter.count_tokens(made[3])
+    monkeypatch.setattr(token_batch, "_LEAST", 50_000)
+    monkeypatch.setattr(token_batch, "_PART", 120_000)
+    monkeypatch.setattr(token_batch, "_GAIN", 0)  # whatever the cores have to do
+    assert counter.count_tokens_batch(made + made[:10]) == expected + expected[:10]
+    assert helped == [58, 21]  # two parts; what was known is not counted
+    assert counter.count_tokens_batch(made * 2) == expected * 2
+    assert helped == [58, 21]
+    small = [f"{i} small" for i in range(200)]
+    assert counter.count_tokens_batch(small) == [truth(text) for text in small]
+    monkeypatch.setenv("FAST_LITELLM_BATCH_TOKEN_COUNTING", "false")
+    large = [f"{i} large " * 2_000 for i in range(20)]
+    assert counter.count_tokens_batch(large) == [truth(text) for text in large]
+    assert helped == [58, 21]
+
+
+@needs_encoding
+def test_batch_without_its_feature(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "is_enabled", lambda name, request_id=None: False)
+    counter = SimpleTokenCounter(segment=segment)
+    assert counter.count_tokens_batch(["a b", "c"]) == [2, 1]
+    assert counter.count_tokens("a b") == 2
+    del counter
+    assert sums(segment) == (0, 0, 0)  # off means off
+
+
+# failures ----------------------------------------------------------------------------------------
+
+
+class _Broken:
+    def __call__(self, *_: object) -> int:
+        raise ArithmeticError("scribbled")
+
+    count = get = put = __call__
+
+
+@needs_encoding
+def test_a_memo_that_fails_is_told_and_not_felt(
+    segment: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, str]] = []
+    monkeypatch.setattr(
+        features, "record_error", lambda name, error: told.append((name, str(error)))
+    )
+    counter = SimpleTokenCounter(segment=segment)
+    counting = counter._prepare(None)
+    broken: Any = _Broken()
+    counting.memo = counting.count = counter._by_model[None] = broken
+    assert counter.count_tokens("a b") == 2
+    assert counter.count_tokens_batch(["a b", "c"]) == [2, 1]
+    assert told == [("rust_token_counting", "scribbled")] * 2
+    with pytest.raises(TypeError, match="text must be a str, not 7"):
+        counter.count_tokens(7)  # type: ignore[arg-type]
+    assert len(told) == 2  # the caller's fault is none of the memo's
+
+
+@needs_encoding
+def test_without_a_segment_tokens_are_counted_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse() -> Segment:
+        raise SegmentSpaceError("no space")
+
+    told: list[str] = []
+    monkeypatch.setattr(features, "record_error", lambda name, error: told.append(name))
+    monkeypatch.setattr(features, "is_enabled", lambda name, request_id=None: True)
+    monkeypatch.setattr(Segment, "default", refuse)
+    with warnings.catch_warnings():  # features may say that they have none either
+        warnings.simplefilter("ignore", RuntimeWarning)
+        counter = SimpleTokenCounter()
+        assert counter.count_tokens("a b") == 2
+        assert counter.count_tokens_batch(["a b"]) == [2]
+    assert told == ["rust_token_counting"]
+    assert "tokens are counted without the shared memo: no space" in caplog.text
+
+
+@needs_encoding
+def test_the_default_segment_is_used() -> None:
+    SimpleTokenCounter().count_tokens("hello")
+    assert sums(Segment.default())[0] == 1
+
+
+# arguments ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [None, 7, b"bytes", ["list"], 1.5])
+@needs_encoding
+def test_text_must_be_a_str(segment: Segment, bad: Any) -> None:
+    counter = SimpleTokenCounter(segment=segment)
+    with pytest.raises(TypeError) as caught:
+        counter.count_tokens(bad)
+    assert str(caught.value) == f"text must be a str, not {bad!r}"
+    assert caught.value.__context__ is None
+    with pytest.raises(TypeError) as caught:
+        counter.count_tokens_batch(["good", bad])
+    assert str(caught.value) == f"texts[1] must be a str, not {bad!r}"
+
+
+@pytest.mark.parametrize("bad", ["a text", b"bytes", 7, None])
+def test_texts_must_be_several(segment: Segment, bad: Any) -> None:
+    with pytest.raises(TypeError) as caught:
+        SimpleTokenCounter(segment=segment).count_tokens_batch(bad)
+    assert str(caught.value) == f"texts must be a list of str, not {bad!r}"
+
+
+@pytest.mark.parametrize("bad", [7, b"gpt-4", ["gpt-4"], 1.5])
+def test_model_must_be_a_str(segment: Segment, bad: Any) -> None:
+    counter = SimpleTokenCounter(segment=segment)
+    for call in (counter.count_tokens, counter.encoding_name):
+        with pytest.raises(TypeError) as caught:
+            call(*("x", bad) if call == counter.count_tokens else (bad,))
+        assert str(caught.value) == f"model must be a str or None, not {bad!r}"
+
+
+@pytest.mark.parametrize("bad", [0, -1])
+def test_too_few(bad: int) -> None:
+    with pytest.raises(ValueError, match=f"model_max_tokens must be at least 1, not {bad}"):
+        SimpleTokenCounter(bad)
+
+
+@pytest.mark.parametrize("bad", [1.5, "60", None, True, float("nan")])
+def test_not_an_int(bad: Any) -> None:
+    with pytest.raises(TypeError) as caught:
+        SimpleTokenCounter(bad)
+    assert str(caught.value) == f"model_max_tokens must be an int, not {bad!r}"
+
+
+def test_other_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="default_encoding must be one of .*o200k_base.*, not 'x'"):
+        SimpleTokenCounter(default_encoding="x")
+    with pytest.raises(TypeError, match="default_encoding must be a str, not 7"):
+        SimpleTokenCounter(default_encoding=7)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="segment must be a Segment, not 'x'"):
+        SimpleTokenCounter(segment="x")  # type: ignore[arg-type]
+
+
+@needs_encoding
+def test_many_models_are_not_remembered_for_ever(segment: Segment) -> None:
+    counter = SimpleTokenCounter(segment=segment)
+    for i in range(3000):
+        assert counter.count_tokens("a b", f"model-{i}") == 2
+    assert len(counter._by_model) <= 1024
+
+
+@needs_encoding
+def test_pickle_and_repr(segment: Segment) -> None:
+    counter = SimpleTokenCounter(100, default_encoding="p50k_base", segment=segment)
+    again = pickle.loads(pickle.dumps(counter))
+    assert repr(again) == repr(counter) == "SimpleTokenCounter(100, default_encoding='p50k_base')"
+    assert again.model_max_tokens == 100
+    assert again._given.name == segment.name
