@@ -13,11 +13,12 @@
 #include "../tests/c/check.h"
 
 #define SECOND UINT64_C(1000000000)
-#define CALLS 1000 /* counted; few enough that no 4,096th call of the ledger comes in between */
+#define CALLS \
+  1000 /* counted; few enough that no 4,096th call of the key statistics comes in between */
 #define DEPLOYED 20
 
 static fshm_segment *s;
-static fshm_limiter *one, *shut, *three, *slots, *quota;
+static fshm_limiter *one, *shut, *three, *pooled, *quota;
 static uint64_t encoding, swapped[2] __attribute__((aligned(16)));
 static int metric;
 static char text[1000];
@@ -26,7 +27,7 @@ static double weights[DEPLOYED], prices[DEPLOYED];
 static fshm_deployment_info found[DEPLOYED];
 static fshm_permit connection;
 static uint64_t
-    serial; /* of new keys; at 10^9 a second a key is over, and its cell free, at once */
+    serial; /* of new keys; at 10^9 a second a key is over, and its slot free, at once */
 static _Atomic uint64_t sink; /* so that no result is thought to be unused */
 
 static const char key[] = "user-1234567890"; /* 15 bytes */
@@ -74,7 +75,7 @@ static void admit_release(fshm_limiter *l) {
 }
 static UNGUARDED void permit(uint64_t i) {
   (void)i;
-  admit_release(slots);
+  admit_release(pooled);
 }
 static UNGUARDED void permit_and_limits(uint64_t i) {
   (void)i;
@@ -83,8 +84,8 @@ static UNGUARDED void permit_and_limits(uint64_t i) {
 /* What py_pool.c does of a get and a return, without Python's share: the dictionaries. */
 static UNGUARDED void pool(uint64_t i) {
   (void)i;
-  int taken = fshm_clock() && fshm_permit_idle(slots, &connection, 0);
-  use(taken && fshm_permit_idle(slots, &connection, 1) && fshm_clock());
+  int taken = fshm_clock() && fshm_permit_idle(pooled, &connection, 0);
+  use(taken && fshm_permit_idle(pooled, &connection, 1) && fshm_clock());
 }
 static UNGUARDED void memo_short(uint64_t i) {
   (void)i;
@@ -142,25 +143,25 @@ static void make_all(void) {
   one = fresh_limiter(s, "one", &wide, 1);
   shut = fresh_limiter(s, "shut", &narrow, 1);
   three = fresh_limiter(s, "three", all, 3);
-  slots = fresh_limiter(s, "slots", &permits, 1);
+  pooled = fresh_limiter(s, "slots", &permits, 1);
   quota = fresh_limiter(s, "quota", some, 3);
   fshm_decision d;
   uint32_t in_flight;
-  fshm_admit(slots, "endpoint", 8, NULL, 0, &connection, &d, &in_flight);
-  CHECK_EQ(fshm_permit_idle(slots, &connection, 1), 1);
+  fshm_admit(pooled, "endpoint", 8, NULL, 0, &connection, &d, &in_flight);
+  CHECK_EQ(fshm_permit_idle(pooled, &connection, 1), 1);
   encoding = fshm_memo_encoding(s, "cl100k", 6);
   memset(text, 'x', sizeof text);
   fshm_memo_put(s, encoding, text, 20, 5);
   fshm_memo_put(s, encoding, text, sizeof text, 250);
   metric = fshm_metric_open(s, "bench", 5, "hot", 3);
   for (uint32_t i = 0; i < DEPLOYED; i++) {
-    fshm_flight flight;
+    fshm_request request;
     uint64_t id = fshm_deployment_id(s, (const char *)&i, sizeof i);
     deployed[i] = (uint32_t)fshm_deployment_open(s, id, 0);
     weights[i] = prices[i] = 1 + i % 5;
     fshm_deployment_record(s, deployed[i], (1 + i % 7) * 1000000, 1, 1000 * (1 + i % 3), 3, 0, 0);
     for (uint32_t n = 0; n < 1 + i % 4; n++)
-      CHECK_EQ(fshm_flight_begin(s, deployed[i], 0, &flight), 1);
+      CHECK_EQ(fshm_request_begin(s, deployed[i], 0, &request), 1);
   }
 }
 

@@ -38,7 +38,7 @@ enum fshm_status {
   FSHM_DENIED = 0,
   FSHM_ALLOWED = 1,
   FSHM_OK = 1,
-  FSHM_FULL = -1,         /* no free cell among the key's candidates, or none for this limiter */
+  FSHM_FULL = -1,         /* no free slot among the key's candidates, or none for this limiter */
   FSHM_CONTENDED = -2,    /* gave up after 20,000 lost swaps: somebody scribbles on the segment */
   FSHM_E_ARGUMENT = -10,  /* an argument is out of range */
   FSHM_E_NOT_FOUND = -11, /* no such segment */
@@ -64,7 +64,7 @@ enum fshm_kind {
   FSHM_WINDOW = 1,
   FSHM_SLIDING = 2,
   FSHM_PERMITS = 3, /* at most n in flight; per_ns 0; the last limit of its limiter */
-  FSHM_WALLET = 5 /* what was granted to this host, n at most; per_ns 0: see "Wallets" */
+  FSHM_LEASE = 5 /* what was granted to this host, n at most; per_ns 0: see "Token leases" */
 };
 
 enum fshm_op {
@@ -84,7 +84,7 @@ enum fshm_open_flag {
   FSHM_OPEN_READ_ONLY = 2, /* map for reading, join no process table */
   FSHM_OPEN_OTHER_OWNER = 4, /* accept a segment of another user */
   FSHM_NAMES_HASHED = 8, /* at creation: keep no key names, show keyed hashes */
-  FSHM_NAMES_OFF = 16 /* at creation: no ledger of keys at all */
+  FSHM_NAMES_OFF = 16 /* at creation: no key statistics of keys at all */
 };
 
 /* What fshm_damage() found; index says which. */
@@ -94,7 +94,7 @@ enum fshm_damage_kind {
   FSHM_DAMAGE_HEADER = 2, /* a word that never changes did; index: its offset */
   FSHM_DAMAGE_LIMITS = 3, /* a limiter's limits are such as nobody sets */
   FSHM_DAMAGE_NAME = 4, /* a limiter's name and its hash differ */
-  FSHM_DAMAGE_CELL = 5 /* a cell holds what nobody writes */
+  FSHM_DAMAGE_SLOT = 5 /* a slot holds what nobody writes */
 };
 
 typedef struct fshm_segment fshm_segment;
@@ -135,27 +135,37 @@ typedef struct {
   char path[256];
 } fshm_error;
 
-/* Where things lie, for readers of the raw mapping (see layout.h for the structs). */
+/* Where things lie, for readers of the raw mapping (see layout.h for the structs). The second name in a union is a former
+ * one. */
+/* clang-format off */
 typedef struct {
   const void *base;
-  uint64_t size, capacity, cells, created_realtime_ns, time_ns, instance;
-  uint64_t cells_offset, ledger_offset, limiters_offset, processes_offset, columns_offset;
-  uint32_t limiters, processes, column_entries, layout_version, names, read_only;
+  uint64_t size, capacity;
+  union { uint64_t slots, cells; };
+  uint64_t created_realtime_ns, time_ns, instance;
+  union { uint64_t slots_offset, cells_offset; };
+  union { uint64_t key_stats_offset, ledger_offset; };
+  uint64_t limiters_offset, processes_offset;
+  union { uint64_t process_stats_offset, columns_offset; };
+  uint32_t limiters, processes;
+  union { uint32_t process_stats_entries, column_entries; };
+  uint32_t layout_version, names, read_only;
 } fshm_geometry;
+/* clang-format on */
 
 typedef struct {
   char name[128];
   uint32_t name_length, limits_count;
   uint64_t version, resets, id;
   fshm_limit limits[4];
-  uint32_t tally; /* which of fshm_tally_all() its calls count in; FSHM_TALLIES: none */
+  uint32_t counters; /* which of fshm_counters_all() its calls count in; FSHM_COUNTERS: none */
   uint64_t shared_ns; /* for how long counters that keys without room share may be in use yet */
 } fshm_limiter_info;
 
 typedef struct {
   uint32_t pid, alive; /* 0, 1, or FSHM_ALIVE_BY_LOCK: until the kernel drops its lock */
   uint64_t attached_ns, admitted, denied, refused_full;
-  uint32_t away; /* as fshm_process_note() was told */
+  uint32_t outage; /* as fshm_process_note() was told */
 } fshm_process_info;
 
 /* Segment ----------------------------------------------------------------------------------- */
@@ -178,7 +188,7 @@ uint64_t fshm_now(fshm_segment *segment);
 void fshm_keyed_hash(fshm_segment *segment, const void *data, uint64_t length, uint64_t out[2]);
 /* What was first found damaged in this segment, by any process: enum fshm_damage_kind. It stays so until
  * the segment is removed. Looks at the file's size and the header; fshm_check() looks at all limiters
- * and cells. Damage is only told where it is certain: not all of it can be told. */
+ * and slots. Damage is only told where it is certain: not all of it can be told. */
 int fshm_damage(fshm_segment *segment, uint64_t *index);
 int fshm_check(fshm_segment *segment, uint64_t *index);
 
@@ -190,7 +200,7 @@ int fshm_limiter_open(fshm_segment *segment, const char *name, uint64_t name_len
 int fshm_limiter_open_at(fshm_segment *segment, const char *name, uint64_t name_length,
                          const fshm_limit *limits, uint32_t count, uint64_t now_ns,
                          fshm_limiter **out);
-/* The same, for a limiter that is there for another one's sake: its calls count in no tallies. Whoever opens a name
+/* The same, for a limiter that is there for another one's sake: its calls count in no counters. Whoever opens a name
  * first decides that. */
 int fshm_limiter_open_beside(fshm_segment *segment, const char *name, uint64_t name_length,
                              const fshm_limit *limits, uint32_t count, fshm_limiter **out);
@@ -200,7 +210,7 @@ int fshm_limiter_find(fshm_segment *segment, const char *name, uint64_t name_len
 void fshm_limiter_close(fshm_limiter *limiter);
 /* share: from now on calls by this handle charge a key that finds no room to one of 8 counters, under the same limits, instead
  * of answering FSHM_FULL: so it is never admitted more often than its limits say, but together with others. Not those of
- * wallets, permits, blocks, and limits that come with the call. Nothing is given back to such a counter. */
+ * token leases, permits, blocks, and limits that come with the call. Nothing is given back to such a counter. */
 void fshm_limiter_share(fshm_limiter *limiter, int share);
 int fshm_limiter_limits(fshm_limiter *limiter, fshm_limit *out, uint64_t *version);
 /* Arrays with one value for each limit (costs, reserved, remaining, charged, actual) have room for
@@ -250,40 +260,40 @@ void fshm_count(fshm_limiter *limiter, const void *key, uint64_t key_length,
                 const fshm_limit *limit, uint64_t cost, uint64_t now_ns, fshm_counted *out);
 #define FSHM_MAX_MOVING 1048576 /* n of a moving window */
 /* Moving window: at most n tokens in any interval of per_ns, and denied only where they are in it. A token
- * takes a cell. limit: FSHM_WINDOW, n up to FSHM_MAX_MOVING; a key keeps to one. cost 0: only look;
+ * takes a slot. limit: FSHM_WINDOW, n up to FSHM_MAX_MOVING; a key keeps to one. cost 0: only look;
  * count and left_ns are told then only. FSHM_E_MEMORY: of cost > 32. */
 void fshm_moving(fshm_limiter *limiter, const void *key, uint64_t key_length,
                  const fshm_limit *limit, uint64_t cost, uint64_t now_ns, fshm_counted *out);
 int fshm_moving_clear(fshm_limiter *limiter, const void *key, uint64_t key_length);
-/* Wallets: quota that somebody else grants in batches ---------------------------------------- */
+/* Token leases: quota that somebody else grants in batches ---------------------------------------- */
 /* For limits over many hosts. The grantor (a server) charges a batch to the limit; the host puts it into the
- * key's wallet, and its processes spend it, until the lease is over. A limiter of FSHM_WALLET limits, one for
- * each limit; its cells hold how many tokens are left until when, and nothing ever spends more. */
-/* What lease is put, by fshm_wallet_put(): one for each limit. */
+ * key's token lease, and its processes spend it, until the lease is over. A limiter of FSHM_LEASE limits, one for
+ * each limit; its slots hold how many tokens are left until when, and nothing ever spends more. */
+/* What lease is put, by fshm_token_lease_put(): one for each limit. */
 typedef struct {
   uint64_t tokens;
   /* Of what is left, up to this much may be spent until the new end too: the grantor has dated it anew.
    * Where more is left, all ends as before. */
   uint64_t kept;
   uint64_t until_ns; /* segment time */
-} fshm_lease;
-/* Charge the wallet; where it has too little: denied, if `refused` (a limiter of wallets too, NULL: none)
+} fshm_token_lease;
+/* Charge the token lease; where it has too little: denied, if `refused` (a limiter of token leases too, NULL: none)
  * remembers that as much was refused of late, else FSHM_ASK. `limits`: the limiter that has the limits; its
- * cells are what this host knows of the grantor's meter (fshm_learn); *out is told from it, and *out counts
- * what the wallet has left on top. *low: this call brought the wallet below a quarter to a half of its batch,
+ * slots are what this host knows of the grantor's meter (fshm_learn); *out is told from it, and *out counts
+ * what the token lease has left on top. *low: this call brought the token lease below a quarter to a half of its batch,
  * and no other call is told so. out NULL: only the status is wanted. */
-int fshm_spend(fshm_limiter *wallet, fshm_limiter *refused, fshm_limiter *limits, const void *key,
+int fshm_spend(fshm_limiter *leases, fshm_limiter *refused, fshm_limiter *limits, const void *key,
                uint64_t key_length, const uint64_t *costs, uint64_t now_ns, fshm_decision *out,
                uint32_t *low);
-/* Add a batch; a wallet has room for 2^24 - 2 tokens, what is beyond is lost. FSHM_OK, or an error: lost. */
-int fshm_wallet_put(fshm_limiter *wallet, const void *key, uint64_t key_length,
-                    const fshm_lease *leases, uint64_t now_ns);
+/* Add a batch; a token lease has room for 2^24 - 2 tokens, what is beyond is lost. FSHM_OK, or an error: lost. */
+int fshm_token_lease_put(fshm_limiter *leases, const void *key, uint64_t key_length,
+                         const fshm_token_lease *batches, uint64_t now_ns);
 /* What is left, and for how long. take: and take it out, to give it back. */
-int fshm_wallet_look(fshm_limiter *wallet, const void *key, uint64_t key_length, int take,
-                     uint64_t now_ns, uint64_t *left, uint64_t *left_ns);
+int fshm_token_lease_look(fshm_limiter *leases, const void *key, uint64_t key_length, int take,
+                          uint64_t now_ns, uint64_t *left, uint64_t *left_ns);
 /* Remember for ns that these costs were refused: they, and larger ones, are denied until then. ns 0: forget. */
-int fshm_wallet_refuse(fshm_limiter *refused, const void *key, uint64_t key_length,
-                       const uint64_t *costs, uint64_t ns, uint64_t now_ns);
+int fshm_token_lease_refuse(fshm_limiter *refused, const void *key, uint64_t key_length,
+                            const uint64_t *costs, uint64_t ns, uint64_t now_ns);
 /* Set the meters of a key to what the grantor has told: for each limit, tokens used, and ns that its window
  * has left (FSHM_WINDOW, FSHM_SLIDING), or ns that its arrival time is ahead (FSHM_BUCKET). */
 int fshm_learn(fshm_limiter *limits, const void *key, uint64_t key_length, const uint64_t *used,
@@ -298,23 +308,23 @@ int fshm_lead(fshm_segment *segment, int wait);
 int fshm_lead_end(fshm_segment *segment);
 uint32_t fshm_leader(fshm_segment *segment); /* its pid; 0: nobody */
 
-/* Keys of the limiter that have consumed something, as far as the ledger knows them (not with
+/* Keys of the limiter that have consumed something, as far as the key statistics knows them (not with
  * FSHM_NAMES_OFF). */
 uint64_t fshm_live_keys(fshm_limiter *limiter, uint64_t now_ns);
 
 /* Permits: at most n in flight -------------------------------------------------------------- */
 /* A permit held by this process. Copy it freely; release it once. */
 typedef struct {
-  uint64_t cell, who, when;
-  uint32_t bell, held;
+  uint64_t slot, who, when;
+  uint32_t wakeup, held;
   fshm_charged put[4]; /* for each other limit, what was charged */
 } fshm_permit;
 
 typedef struct {
-  uint32_t limiter, pid, alive, idle, slot;
+  uint32_t limiter, pid, alive, idle, number;
   uint64_t age_seconds;
   uint64_t key_hash; /* the same for all permits of a key */
-  uint64_t cell;
+  uint64_t table_slot;
 } fshm_permit_info;
 
 /* Take a permit and charge every other limit of the limiter, or do nothing. *in_flight: permits of
@@ -337,49 +347,50 @@ int fshm_permit_held(const fshm_limiter *limiter, const fshm_permit *permit);
 /* Permits of the key that living processes hold; gives back those of dead ones. */
 uint32_t fshm_in_flight(fshm_limiter *limiter, const void *key, uint64_t key_length);
 /* Waiting: arm, try to take, and sleep if that failed. A ring since arm() ends the sleep at once. */
-uint32_t fshm_bell_arm(fshm_limiter *limiter, const void *key, uint64_t key_length);
-int fshm_bell_wait(fshm_limiter *limiter, const void *key, uint64_t key_length, uint32_t armed,
-                   uint64_t timeout_ns);
-void fshm_bell_ring(fshm_limiter *limiter, const void *key, uint64_t key_length);
-/* The permit in a cell: 1, or 0 where there is none. */
-int fshm_permit_at(fshm_segment *segment, uint64_t cell, fshm_permit_info *out);
+uint32_t fshm_wakeup_arm(fshm_limiter *limiter, const void *key, uint64_t key_length);
+int fshm_wakeup_wait(fshm_limiter *limiter, const void *key, uint64_t key_length, uint32_t armed,
+                     uint64_t timeout_ns);
+void fshm_wakeup_send(fshm_limiter *limiter, const void *key, uint64_t key_length);
+/* The permit in a slot: 1, or 0 where there is none. */
+int fshm_permit_at(fshm_segment *segment, uint64_t slot, fshm_permit_info *out);
 /* All of them, the first `room` into out. Returns how many there are. */
 uint64_t fshm_permits(fshm_segment *segment, fshm_permit_info *out, uint64_t room);
 /* Give back the permits of dead processes (pid 0), or all of one process. Returns how many. */
 uint64_t fshm_reap(fshm_segment *segment, uint32_t pid);
 uint64_t fshm_unique(fshm_segment *segment); /* a number that no other call gets */
 
-/* Allowances: permits that somebody else grants to this host ------------------------------------ */
+/* Permit leases: permits that somebody else grants to this host ------------------------------------ */
 /* For limits over many hosts. The grantor (a server) allows this host's processes to hold so many permits of a
- * key together, until an end. A limiter of one FSHM_WALLET limit has them: a cell for each key. */
-#define FSHM_ALLOWANCE_BITS 18 /* of a word: what is below its end, in units of 2^18 ns */
+ * key together, until an end. A limiter of one FSHM_LEASE limit has them: a slot for each key. */
+#define FSHM_PERMIT_LEASE_BITS 18 /* of a word: what is below its end, in units of 2^18 ns */
 typedef struct {
-  uint64_t word; /* as it was read; what fshm_allowance_put() must find */
-  uint64_t allowance; /* 0 where it is over */
+  uint64_t word; /* as it was read; what fshm_permit_lease_put() must find */
+  uint64_t leased; /* 0 where it is over */
   uint64_t held; /* permits of the key, by living processes; where told is asked for */
   uint64_t
-      told; /* what the grantor must count this host with: the allowance, or what is held if more */
+      reported; /* what the grantor must count this host with: the permit lease, or what is held if more */
   uint64_t left_ns; /* until its end */
   uint64_t now_ns; /* segment time after the word was read */
-} fshm_allowance;
-/* The key's allowance, and what is held. open: where there is no word yet, begin with one that allows nothing,
+} fshm_permit_lease;
+/* The key's permit lease, and what is held. open: where there is no word yet, begin with one that allows nothing,
  * so that there is one to be told. FSHM_OK, or an error. */
-int fshm_allowance_look(fshm_limiter *permits, fshm_limiter *allowances, const void *key,
-                        uint64_t key_length, int open, uint64_t now_ns, fshm_allowance *out);
+int fshm_permit_lease_look(fshm_limiter *permits, fshm_limiter *leases, const void *key,
+                           uint64_t key_length, int open, uint64_t now_ns, fshm_permit_lease *out);
 /* Allow at most `to` from now on. What is held beyond stays held, and is told. */
-int fshm_allowance_lower(fshm_limiter *permits, fshm_limiter *allowances, const void *key,
-                         uint64_t key_length, uint64_t to, uint64_t now_ns, fshm_allowance *out);
+int fshm_permit_lease_lower(fshm_limiter *permits, fshm_limiter *leases, const void *key,
+                            uint64_t key_length, uint64_t to, uint64_t now_ns,
+                            fshm_permit_lease *out);
 /* What the grantor has answered to `word`. until_ns: segment time; it may be rounded up by a second. FSHM_OK; 0:
  * the word is another by now, so the answer is nobody's. */
-int fshm_allowance_put(fshm_limiter *permits, fshm_limiter *allowances, const void *key,
-                       uint64_t key_length, uint64_t word, uint64_t allowance, uint64_t until_ns,
-                       uint64_t now_ns);
-/* Take a permit within the allowance. FSHM_ASK: there is none, the grantor must be asked; FSHM_DENIED: `refused`
- * (as fshm_wallet_refuse() has it, cost 1) remembers that it was, of late. alone: without the grantor, whatever
- * was allowed: at most so many held on this host (0: within the allowance). */
-int fshm_allowance_admit(fshm_limiter *permits, fshm_limiter *allowances, fshm_limiter *refused,
-                         const void *key, uint64_t key_length, uint32_t alone, uint64_t now_ns,
-                         fshm_permit *permit, fshm_decision *out, uint32_t *in_flight);
+int fshm_permit_lease_put(fshm_limiter *permits, fshm_limiter *leases, const void *key,
+                          uint64_t key_length, uint64_t word, uint64_t leased, uint64_t until_ns,
+                          uint64_t now_ns);
+/* Take a permit within the permit lease. FSHM_ASK: there is none, the grantor must be asked; FSHM_DENIED: `refused`
+ * (as fshm_token_lease_refuse() has it, cost 1) remembers that it was, of late. alone: without the grantor, whatever
+ * was allowed: at most so many held on this host (0: within the permit lease). */
+int fshm_permit_lease_admit(fshm_limiter *permits, fshm_limiter *leases, fshm_limiter *refused,
+                            const void *key, uint64_t key_length, uint32_t alone, uint64_t now_ns,
+                            fshm_permit *permit, fshm_decision *out, uint32_t *in_flight);
 
 /* Looking in -------------------------------------------------------------------------------- */
 /* FSHM_OK; 0: no limiter there; or FSHM_E_DAMAGED. */
@@ -387,35 +398,35 @@ int fshm_limiter_at(fshm_segment *segment, uint32_t index, fshm_limiter_info *ou
 int fshm_process_at(fshm_segment *segment, uint32_t index, fshm_process_info *out);
 /* What others are shown of this process as long as it lives: whatever the caller makes of it; 0 at first, and
  * again in a child. Nothing, where the process table is full. */
-void fshm_process_note(fshm_segment *segment, uint32_t away);
-uint64_t fshm_live_cells(fshm_segment *segment, uint8_t *live, uint64_t now_ns);
+void fshm_process_note(fshm_segment *segment, uint32_t outage);
+uint64_t fshm_live_slots(fshm_segment *segment, uint8_t *live, uint64_t now_ns);
 /* Cells in use; and of each limiter (an array for all: fshm_geometry.limiters), how many keys have consumed
  * something: 0 with FSHM_NAMES_OFF. */
 uint64_t fshm_used(const fshm_segment *segment, uint64_t now_ns, uint64_t *keys);
-int fshm_key_name(fshm_segment *segment, uint64_t cell, char *out, uint64_t size, uint64_t *length);
-int fshm_peek_cell(fshm_segment *segment, uint64_t cell, uint64_t now_ns, fshm_decision *out);
+int fshm_key_name(fshm_segment *segment, uint64_t slot, char *out, uint64_t size, uint64_t *length);
+int fshm_peek_slot(fshm_segment *segment, uint64_t slot, uint64_t now_ns, fshm_decision *out);
 /* The same of a key that was asked for with these numbers (fshm_limiter_number): four, 0 = the name's. */
-int fshm_peek_numbered(fshm_segment *segment, uint64_t cell, const uint64_t *numbers,
+int fshm_peek_numbered(fshm_segment *segment, uint64_t slot, const uint64_t *numbers,
                        uint64_t now_ns, fshm_decision *out);
-/* The same of a key whose limit came with its calls. moving: the cell is that of a moving window's key, and
- * up to limit->n others are looked at. FSHM_OK; 0: not a cell that the ledger knows, of a limiter of this
+/* The same of a key whose limit came with its calls. moving: the slot is that of a moving window's key, and
+ * up to limit->n others are looked at. FSHM_OK; 0: not a slot that the key statistics knows, of a limiter of this
  * kind; or FSHM_E_ARGUMENT. */
-int fshm_peek_counted(fshm_segment *segment, uint64_t cell, const fshm_limit *limit, int moving,
+int fshm_peek_counted(fshm_segment *segment, uint64_t slot, const fshm_limit *limit, int moving,
                       uint64_t now_ns, fshm_decision *out);
 
-/* Tallies: calls of each limiter, by all processes that ever were. They never fall ----------- */
-#define FSHM_TALLIES 16 /* the first 15 limiters have one each, all others share the last */
+/* Counters: calls of each limiter, by all processes that ever were. They never fall ----------- */
+#define FSHM_COUNTERS 16 /* the first 15 limiters have one each, all others share the last */
 typedef struct {
   uint64_t admitted;
   uint64_t denied; /* refused ones among them */
   uint64_t refused; /* met a full table */
   uint64_t shared; /* decided by a counter that keys without room share: admitted or denied */
-} fshm_tally;
-void fshm_tally_all(const fshm_segment *segment, fshm_tally *out); /* FSHM_TALLIES of them */
+} fshm_counters;
+void fshm_counters_all(const fshm_segment *segment, fshm_counters *out); /* FSHM_COUNTERS of them */
 
 /* Memo: token counts of texts, a cache ----------------------------------------------------- */
 typedef struct {
-  uint64_t places, texts, hits, misses;
+  uint64_t entries, texts, hits, misses;
 } fshm_memo_info;
 uint64_t fshm_memo_encoding(fshm_segment *segment, const char *name, uint64_t length);
 /* The same encoding, for the calls below, with counts that this tenant alone finds. */
@@ -481,15 +492,15 @@ typedef struct {
   double success_rate; /* decaying; 1 where there are no records */
 } fshm_deployment_info;
 typedef struct {
-  uint64_t generation;
+  uint64_t incarnation;
   uint32_t deployment, owner;
-} fshm_flight;
+} fshm_request;
 uint64_t fshm_deployment_id(fshm_segment *segment, const char *name, uint64_t length);
 /* Its place, 0..255; FSHM_FULL where all its places were taken by others just now. */
 int fshm_deployment_open(fshm_segment *segment, uint64_t id, uint64_t now_ns);
-int fshm_flight_begin(fshm_segment *segment, uint32_t deployment, uint64_t now_ns,
-                      fshm_flight *out);
-int fshm_flight_end(fshm_segment *segment, fshm_flight *flight);
+int fshm_request_begin(fshm_segment *segment, uint32_t deployment, uint64_t now_ns,
+                       fshm_request *out);
+int fshm_request_end(fshm_segment *segment, fshm_request *request);
 /* latency_ns, cost (1e-9): UINT64_MAX = not known. More than allowed_fails failures in a minute: it is
    not picked for cooldown_ns. */
 void fshm_deployment_record(fshm_segment *segment, uint32_t deployment, uint64_t latency_ns,
@@ -509,5 +520,34 @@ int64_t fshm_deployment_pick(fshm_segment *segment, uint32_t strategy, const uin
 int fshm_py_install(void *module);
 
 /* [cdef end] */
+
+/* Former names ------------------------------------------------------------------------------ */
+/* For programs that were written against them. Fields that have another name now: fshm_limiter_info.counters (tally),
+ * fshm_process_info.outage (away), fshm_permit.slot and wakeup (cell, bell), fshm_permit_info.number and table_slot (slot,
+ * cell), fshm_permit_lease.leased and reported (allowance, told), fshm_memo_info.entries (places), fshm_request.incarnation
+ * (generation). */
+#define FSHM_TALLIES FSHM_COUNTERS
+#define fshm_tally fshm_counters
+#define fshm_tally_all fshm_counters_all
+#define FSHM_DAMAGE_CELL FSHM_DAMAGE_SLOT
+#define FSHM_WALLET FSHM_LEASE
+#define fshm_live_cells fshm_live_slots
+#define fshm_peek_cell fshm_peek_slot
+#define fshm_allowance fshm_permit_lease
+#define fshm_allowance_admit fshm_permit_lease_admit
+#define FSHM_ALLOWANCE_BITS FSHM_PERMIT_LEASE_BITS
+#define fshm_allowance_look fshm_permit_lease_look
+#define fshm_allowance_lower fshm_permit_lease_lower
+#define fshm_allowance_put fshm_permit_lease_put
+#define fshm_flight fshm_request
+#define fshm_flight_begin fshm_request_begin
+#define fshm_flight_end fshm_request_end
+#define fshm_lease fshm_token_lease
+#define fshm_wallet_look fshm_token_lease_look
+#define fshm_wallet_put fshm_token_lease_put
+#define fshm_wallet_refuse fshm_token_lease_refuse
+#define fshm_bell_arm fshm_wakeup_arm
+#define fshm_bell_ring fshm_wakeup_send
+#define fshm_bell_wait fshm_wakeup_wait
 
 #endif

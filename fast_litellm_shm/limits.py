@@ -171,7 +171,7 @@ class Granted:
     n: int = 2**24 - 2
 
     def _raw(self) -> tuple[int, int, int, int, int]:
-        return (self.n, 0, 0, lib.FSHM_WALLET, 0)
+        return (self.n, 0, 0, lib.FSHM_LEASE, 0)
 
 
 def in_flight(owner: str, name: str, n: object) -> InFlight:
@@ -193,7 +193,7 @@ def from_raw(raw: Any) -> LimitSpec | InFlight | Granted:
     """The limit that a ``fshm_limit`` describes."""
     if raw.kind == lib.FSHM_PERMITS:
         return InFlight(raw.n)
-    if raw.kind == lib.FSHM_WALLET:
+    if raw.kind == lib.FSHM_LEASE:
         return Granted(raw.n)
     seconds = raw.per_ns / _NS
     per: float = int(seconds) if seconds.is_integer() else seconds

@@ -1,4 +1,4 @@
-/* atomic128.h - the one 16-byte atomic that the table of cells stands on: load and compare-and-swap.
+/* atomic128.h - the one 16-byte atomic that the table of slots stands on: load and compare-and-swap.
  *
  * x86-64: lock cmpxchg16b, a full barrier. A plain 16-byte SSE load of an aligned address is atomic
  *   on every processor that has AVX (Intel SDM vol. 3A 9.1.1, AMD64 APM vol. 2 7.3.2); without AVX
@@ -18,7 +18,7 @@
 
 typedef struct {
   uint64_t who; /* keyed fingerprint, 0 = empty */
-  uint64_t when; /* state: meter.h */
+  uint64_t when; /* state: algorithms.h */
 } pair_t;
 
 #if defined(__SANITIZE_THREAD__) /* gcc */
@@ -38,57 +38,57 @@ extern bool fshm_wide_loads; /* set once by the library constructor: the process
 __extension__ typedef unsigned __int128 __attribute__((may_alias)) pair_bits;
 
 /* The orders are what the assembly below gives: no stronger, or the sanitizer would miss races. */
-static inline bool pair_cas(void *cell, pair_t *seen, pair_t next) {
+static inline bool pair_cas(void *slot, pair_t *seen, pair_t next) {
   pair_bits expected = (pair_bits)seen->when << 64 | seen->who;
-  bool ok = __atomic_compare_exchange_n((pair_bits *)cell, &expected,
+  bool ok = __atomic_compare_exchange_n((pair_bits *)slot, &expected,
                                         (pair_bits)next.when << 64 | next.who, false,
                                         __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
   *seen = (pair_t){(uint64_t)expected, (uint64_t)(expected >> 64)};
   return ok;
 }
 
-static inline pair_t pair_load(const void *cell) {
-  pair_bits bits = __atomic_load_n((const pair_bits *)cell, __ATOMIC_ACQUIRE);
+static inline pair_t pair_load(const void *slot) {
+  pair_bits bits = __atomic_load_n((const pair_bits *)slot, __ATOMIC_ACQUIRE);
   return (pair_t){(uint64_t)bits, (uint64_t)(bits >> 64)};
 }
 
 #elif defined(__x86_64__)
 #include <emmintrin.h>
 
-static inline bool pair_cas(void *cell, pair_t *seen, pair_t next) {
+static inline bool pair_cas(void *slot, pair_t *seen, pair_t next) {
   bool ok;
   __asm__ __volatile__("lock cmpxchg16b %1"
-                       : "=@ccz"(ok), "+m"(*(pair_t *)cell), "+a"(seen->who), "+d"(seen->when)
+                       : "=@ccz"(ok), "+m"(*(pair_t *)slot), "+a"(seen->who), "+d"(seen->when)
                        : "b"(next.who), "c"(next.when)
                        : "memory");
   return ok;
 }
 
-static inline pair_t pair_load(const void *cell) {
+static inline pair_t pair_load(const void *slot) {
   pair_t out = {0, 0};
   if (__builtin_expect(fshm_wide_loads, 1)) {
     __m128i wide;
-    __asm__ __volatile__("movdqa %1, %0" : "=x"(wide) : "m"(*(const __m128i *)cell) : "memory");
+    __asm__ __volatile__("movdqa %1, %0" : "=x"(wide) : "m"(*(const __m128i *)slot) : "memory");
     out.who = (uint64_t)_mm_cvtsi128_si64(wide);
     out.when = (uint64_t)_mm_cvtsi128_si64(_mm_unpackhi_epi64(wide, wide));
     return out;
   }
-  (void)pair_cas((void *)(uintptr_t)cell, &out, out);
+  (void)pair_cas((void *)(uintptr_t)slot, &out, out);
   return out;
 }
 
 #elif defined(__aarch64__)
 
-static inline bool pair_cas(void *cell, pair_t *seen, pair_t next) {
+static inline bool pair_cas(void *slot, pair_t *seen, pair_t next) {
   uint64_t who, when;
   uint32_t failed;
   do {
-    __asm__ __volatile__("ldaxp %0, %1, [%2]" : "=&r"(who), "=&r"(when) : "r"(cell) : "memory");
+    __asm__ __volatile__("ldaxp %0, %1, [%2]" : "=&r"(who), "=&r"(when) : "r"(slot) : "memory");
     bool same = who == seen->who && when == seen->when;
     uint64_t put_who = same ? next.who : who, put_when = same ? next.when : when;
     __asm__ __volatile__("stlxp %w0, %1, %2, [%3]"
                          : "=&r"(failed)
-                         : "r"(put_who), "r"(put_when), "r"(cell)
+                         : "r"(put_who), "r"(put_when), "r"(slot)
                          : "memory");
     if (!failed) {
       seen->who = who;
@@ -98,9 +98,9 @@ static inline bool pair_cas(void *cell, pair_t *seen, pair_t next) {
   } while (1); /* the store fails only where another processor's succeeded, or an interrupt came */
 }
 
-static inline pair_t pair_load(const void *cell) {
+static inline pair_t pair_load(const void *slot) {
   pair_t out = {0, 0};
-  (void)pair_cas((void *)(uintptr_t)cell, &out, out);
+  (void)pair_cas((void *)(uintptr_t)slot, &out, out);
   return out;
 }
 
@@ -110,8 +110,8 @@ static inline pair_t pair_load(const void *cell) {
 
 /* For looking only: two plain loads, on mappings that cannot be written. May be torn under constant
  * change; nothing is decided by it. */
-static inline pair_t pair_peek(const void *cell) {
-  const volatile pair_t *p = cell;
+static inline pair_t pair_peek(const void *slot) {
+  const volatile pair_t *p = slot;
   pair_t out = {p->who, p->when};
   for (int i = 0; i < 8 && p->who != out.who; i++) out = (pair_t){p->who, p->when};
   return out;

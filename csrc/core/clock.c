@@ -19,7 +19,7 @@
  *   off by so little that the time is at most 12 us earlier, for a second.
  * - The kernel gives the counter up: its answer then takes a system call, longer than 0.2 us; no reading is
  *   kept, and each call asks.
- * So two processes' clocks differ by less than CLOCKS_DIFFER (cells.c), and time goes backwards for a caller
+ * So two processes' clocks differ by less than CLOCKS_DIFFER (hash_table.c), and time goes backwards for a caller
  * by no more than that. tests/c/test_clock.c runs all this against a simulated kernel and counter.
  */
 #include <stdio.h>

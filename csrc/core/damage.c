@@ -53,7 +53,7 @@ COLD int fshm_damage(fshm_segment *s, uint64_t *index) {
   look_at_header(s);
   uint64_t word = load_relaxed(&s->header->damage);
   if (word &&
-      (word >> 56 < FSHM_DAMAGE_SIZE || word >> 56 > FSHM_DAMAGE_CELL)) /* written over itself */
+      (word >> 56 < FSHM_DAMAGE_SIZE || word >> 56 > FSHM_DAMAGE_SLOT)) /* written over itself */
     word = (uint64_t)FSHM_DAMAGE_HEADER << 56 | offsetof(header_t, damage);
   if (word) damage_note(s, (unsigned)(word >> 56), word); /* ours to keep, if it is lost there */
   if (!word) word = load_relaxed(&s->damage);
@@ -61,16 +61,16 @@ COLD int fshm_damage(fshm_segment *s, uint64_t *index) {
   return (int)(word >> 56);
 }
 
-static COLD void look_at_cells(fshm_segment *s) {
+static COLD void look_at_slots(fshm_segment *s) {
 #if defined(__x86_64__)
-  if (s->read_only && !fshm_wide_loads) return; /* two halves of a cell may not be of one instant */
+  if (s->read_only && !fshm_wide_loads) return; /* two halves of a slot may not be of one instant */
 #else
   if (s->read_only) return;
 #endif
-  for (uint64_t i = 0; i < shared_cell(s, s->limiter_count, 0, 0); i++) {
-    pair_t pair = pair_load(&s->cells[i]);
+  for (uint64_t i = 0; i < shared_slot(s, s->limiter_count, 0, 0); i++) {
+    pair_t pair = pair_load(&s->slots[i]);
     bool wrong = pair.who ? !state_possible(pair.when) : pair.when != 0;
-    if (wrong) damage_note(s, FSHM_DAMAGE_CELL, i);
+    if (wrong) damage_note(s, FSHM_DAMAGE_SLOT, i);
   }
 }
 
@@ -82,6 +82,6 @@ COLD int fshm_check(fshm_segment *s, uint64_t *index) {
     if (limits_wrong(s, i, false) || (load_relaxed(&s->limiters[i].most) & 0x1ffff) > MAX_PERMITS)
       damage_note(s, FSHM_DAMAGE_LIMITS, i);
   }
-  look_at_cells(s);
+  look_at_slots(s);
   return fshm_damage(s, index);
 }

@@ -87,32 +87,32 @@ static void lay_out(header_t *h, uint64_t capacity) {
   h->version = FSHM_LAYOUT_VERSION;
   h->byte_order = FSHM_BYTE_ORDER;
   h->capacity = capacity;
-  /* 1.3 cells for each key, so that a table filled to its capacity still finds room; whole regions (cells.c) */
+  /* 1.3 slots for each key, so that a table filled to its capacity still finds room; whole probe windows (hash_table.c) */
   h->lines = (capacity * 13 + 39) / 40;
-  if (h->lines > 2 * REGION_LINES)
-    h->lines = aligned(h->lines, REGION_LINES);
+  if (h->lines > 2 * PROBE_LINES)
+    h->lines = aligned(h->lines, PROBE_LINES);
   else if (h->lines)
     h->lines = UINT64_C(1) << bit_length(h->lines - 1);
   h->limiters = (uint32_t)(limiters < 32 ? 32 : limiters > MAX_LIMITERS ? MAX_LIMITERS : limiters);
   h->processes = PROCESSES;
-  h->column_entries = COLUMN_ENTRIES;
-  h->names_words = max_u64(h->lines * CELLS_PER_LINE * 3 / 2, 512); /* 12 bytes a cell */
+  h->process_stats_entries = PROCESS_STATS;
+  h->names_words = max_u64(h->lines * SLOTS_PER_LINE * 3 / 2, 512); /* 12 bytes a slot */
   h->limiters_offset = aligned(sizeof *h, PAGE);
   h->processes_offset = aligned(h->limiters_offset + h->limiters * sizeof(limiter_entry_t), PAGE);
-  h->columns_offset = h->processes_offset + PROCESSES * sizeof(process_t);
-  h->cells_offset = aligned(h->columns_offset + PROCESSES * sizeof(column_t), PAGE);
-  h->ledger_offset = h->cells_offset + h->lines * LINE +
-                     h->limiters * (UINT64_C(1) * SHARED * SHARED_PLACES * sizeof(cell_t));
-  h->names_offset = h->ledger_offset + h->lines * CELLS_PER_LINE * sizeof(ledger_t);
+  h->process_stats_offset = h->processes_offset + PROCESSES * sizeof(process_t);
+  h->slots_offset = aligned(h->process_stats_offset + PROCESSES * sizeof(process_stats_t), PAGE);
+  h->key_stats_offset = h->slots_offset + h->lines * LINE +
+                        h->limiters * (UINT64_C(1) * SHARED * SHARED_PLACES * sizeof(slot_t));
+  h->names_offset = h->key_stats_offset + h->lines * SLOTS_PER_LINE * sizeof(key_stats_t);
   /* The memo: room for about a text in every ten keys, 320 KB by default. */
   h->memo_lines = min_u64(max_u64(capacity / 40, 256), UINT64_C(1) << 24);
   h->memo_offset = aligned(h->names_offset + h->names_words * 8, LINE);
   h->metrics_offset = h->memo_offset + h->memo_lines * LINE;
   h->histograms_offset = aligned(h->metrics_offset + METRICS * sizeof(metric_t), LINE);
   h->deployments_offset = h->histograms_offset + sizeof(histogram_t) * METRICS * METRIC_SHARDS;
-  h->flights_offset = h->deployments_offset + DEPLOYMENTS * sizeof(deployment_t);
-  h->tallies_offset = h->flights_offset + PROCESSES * sizeof(flights_t);
-  h->size = aligned(h->tallies_offset + (PROCESSES + 1) * sizeof(tallies_t), PAGE);
+  h->requests_offset = h->deployments_offset + DEPLOYMENTS * sizeof(deployment_t);
+  h->counters_offset = h->requests_offset + PROCESSES * sizeof(requests_t);
+  h->size = aligned(h->counters_offset + (PROCESSES + 1) * sizeof(counters_t), PAGE);
 }
 
 uint64_t fshm_size_for(uint64_t capacity) {
@@ -304,16 +304,16 @@ int image_verify(int fd, header_t *h, uint32_t flags, fshm_error *e) {
   e->wanted = should.size;
   if (should.size != (uint64_t)st.st_size || should.size != h->size || should.lines != h->lines ||
       should.limiters != h->limiters || should.processes != h->processes ||
-      should.column_entries != h->column_entries || should.names_words != h->names_words ||
-      should.limiters_offset != h->limiters_offset ||
+      should.process_stats_entries != h->process_stats_entries ||
+      should.names_words != h->names_words || should.limiters_offset != h->limiters_offset ||
       should.processes_offset != h->processes_offset ||
-      should.columns_offset != h->columns_offset || should.ledger_offset != h->ledger_offset ||
-      should.names_offset != h->names_offset || should.cells_offset != h->cells_offset ||
-      should.memo_lines != h->memo_lines || should.memo_offset != h->memo_offset ||
-      should.metrics_offset != h->metrics_offset ||
+      should.process_stats_offset != h->process_stats_offset ||
+      should.key_stats_offset != h->key_stats_offset || should.names_offset != h->names_offset ||
+      should.slots_offset != h->slots_offset || should.memo_lines != h->memo_lines ||
+      should.memo_offset != h->memo_offset || should.metrics_offset != h->metrics_offset ||
       should.histograms_offset != h->histograms_offset ||
       should.deployments_offset != h->deployments_offset ||
-      should.flights_offset != h->flights_offset || should.tallies_offset != h->tallies_offset)
+      should.requests_offset != h->requests_offset || should.counters_offset != h->counters_offset)
     return image_fail(e, FSHM_E_DAMAGED);
   identify_clock(&should);
   e->found = h->time_namespace;

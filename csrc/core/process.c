@@ -1,7 +1,7 @@
-/* process.c - who is alive, and which column is whose. Argued in DESIGN.md, "Processes".
+/* process.c - who is alive, and which per-process statistics is whose. Argued in DESIGN.md, "Processes".
  *
- * A process owns slot i while byte i of the lock file is locked for it. When the owner has counted the slot's
- * generation up, it locks byte PROCESSES + i too: "the owner of this generation lives". That is the one that
+ * A process owns process index i while byte i of the lock file is locked for it. When the owner has counted the process index's
+ * incarnation up, it locks byte PROCESSES + i too: "the owner of this incarnation lives". That is the one that
  * others ask about.
  * The locks are those of an open file description of the process's own (F_OFD_SETLK). On Linux the process maps
  * that description into its memory, where a fork does not inherit it, and closes the descriptor. So the locks last
@@ -69,9 +69,9 @@ COLD bool process_forked(const fshm_segment *s) {
   return load_relaxed(&s->fork_page->token) != process_token();
 }
 
-/* The bytes of a slot. */
-#define OWNED(slot) (slot)
-#define ALIVE(slot) ((slot) + PROCESSES)
+/* The bytes of a process index. */
+#define OWNED(process) (process)
+#define ALIVE(process) ((process) + PROCESSES)
 
 static int byte_lock(int fd, int command, short type, uint32_t byte) {
   struct flock lock = {.l_type = type, .l_whence = SEEK_SET, .l_start = byte, .l_len = 1};
@@ -284,29 +284,29 @@ static int look_at_process(const process_t *p, bool thorough) {
 #endif
 }
 
-/* Has the slot's owner ended, though its byte is locked, or we may not ask for the byte? Asked of the system twice a
- * second at most, by each process. looked[slot]: generation (32 bits) | ended (1) | when, in ms (31). */
+/* Has the process index's owner ended, though its byte is locked, or we may not ask for the byte? Asked of the system twice a
+ * second at most, by each process. looked[process index]: incarnation (32 bits) | ended (1) | when, in ms (31). */
 #define ENDED_BIT (UINT64_C(1) << 31)
 #define LOOKED_MS (ENDED_BIT - 1)
 
-static bool has_ended(fshm_segment *s, uint32_t slot, bool thorough) {
-  const process_t *p = &s->processes[slot];
-  uint64_t generation = atomic_load_explicit(&p->generation, memory_order_acquire);
-  uint64_t known = load_relaxed(&s->looked[slot]), now = segment_now(s) / 1000000 & LOOKED_MS;
-  if (known >> 32 == (uint32_t)generation && (known & ENDED_BIT)) return true;
-  if (known >> 32 == (uint32_t)generation && ((now - known) & LOOKED_MS) < 500) return false;
+static bool has_ended(fshm_segment *s, uint32_t process, bool thorough) {
+  const process_t *p = &s->processes[process];
+  uint64_t incarnation = atomic_load_explicit(&p->incarnation, memory_order_acquire);
+  uint64_t known = load_relaxed(&s->looked[process]), now = segment_now(s) / 1000000 & LOOKED_MS;
+  if (known >> 32 == (uint32_t)incarnation && (known & ENDED_BIT)) return true;
+  if (known >> 32 == (uint32_t)incarnation && ((now - known) & LOOKED_MS) < 500) return false;
   bool ended = look_at_process(p, thorough) == ENDED;
-  /* The pid that was looked at is that of another generation's owner? Then nothing is known. */
-  if (atomic_load_explicit(&p->generation, memory_order_acquire) != generation) return false;
-  store_relaxed(&s->looked[slot], generation << 32 | (ended ? ENDED_BIT : 0) | now);
+  /* The pid that was looked at is that of another incarnation's owner? Then nothing is known. */
+  if (atomic_load_explicit(&p->incarnation, memory_order_acquire) != incarnation) return false;
+  store_relaxed(&s->looked[process], incarnation << 32 | (ended ? ENDED_BIT : 0) | now);
   return ended;
 }
 
 /* Can a reader that may not open the lock file see of every process whether it lives? */
 static bool all_seen(const fshm_segment *s) {
-  for (uint32_t slot = 0; slot < PROCESSES; slot++)
-    if (load_relaxed(&s->processes[slot].pid) &&
-        look_at_process(&s->processes[slot], true) == UNSEEN)
+  for (uint32_t process = 0; process < PROCESSES; process++)
+    if (load_relaxed(&s->processes[process].pid) &&
+        look_at_process(&s->processes[process], true) == UNSEEN)
       return false;
   return true;
 }
@@ -322,7 +322,7 @@ int fshm_liveness(fshm_segment *s, fshm_error *e) {
   (void)snprintf(e->path, sizeof e->path, "%.*s", (int)sizeof e->path - 1, path);
   uint64_t known = load_relaxed(&s->header->lock_file);
   uint32_t joined = load_relaxed(&s->fork_page->joined);
-  bool member = !s->read_only && !process_forked(s) && joined && joined != NO_SLOT;
+  bool member = !s->read_only && !process_forked(s) && joined && joined != NO_PROCESS;
   errno = load_relaxed(&s->lock_errno);
   if (!known)
     return errno && !s->read_only ? image_fail(e, FSHM_E_LOCK_FILE)
@@ -338,12 +338,12 @@ int fshm_liveness(fshm_segment *s, fshm_error *e) {
       (member && ready && !byte_held(load_relaxed(&s->lock_fd), ALIVE(joined - 1))))
     return image_fail(e, FSHM_E_LOCK_FILE);
   errno = load_relaxed(&s->lock_errno);
-  if (ready && !(errno && joined == NO_SLOT)) return FSHM_OK;
+  if (ready && !(errno && joined == NO_PROCESS)) return FSHM_OK;
   if (errno == EACCES && s->read_only && all_seen(s)) return FSHM_OK; /* /proc tells a reader */
   return image_fail(e, FSHM_E_LOCK_FILE);
 }
 
-/* Why this process has no slot. */
+/* Why this process has no process index. */
 int process_refusal(const fshm_segment *s) {
   return load_relaxed(&s->lock_errno) ? FSHM_E_LOCK_FILE : FSHM_E_PROCESSES;
 }
@@ -420,9 +420,9 @@ static void *map_description(grip_t *g, int fd) {
   return NULL;
 }
 
-/* The description has both bytes of the slot. See to it that they stay locked while we live. False: they were
+/* The description has both bytes of the process index. See to it that they stay locked while we live. False: they were
  * dropped; from now on, descriptors are kept. */
-static bool hold_locks(fshm_segment *s, uint32_t slot, const description_t *d) {
+static bool hold_locks(fshm_segment *s, uint32_t process, const description_t *d) {
   fork_page_t *page = s->fork_page;
   void *at = NULL;
   if (d->command == F_OFD_SETLK && !load_relaxed(&s->unmapped))
@@ -432,7 +432,7 @@ static bool hold_locks(fshm_segment *s, uint32_t slot, const description_t *d) {
     return true;
   }
   close_description(s, d);
-  if (byte_held(load_relaxed(&s->lock_fd), ALIVE(slot))) {
+  if (byte_held(load_relaxed(&s->lock_fd), ALIVE(process))) {
     store_relaxed(&page->hold, (uintptr_t)at);
     return true;
   }
@@ -441,7 +441,7 @@ static bool hold_locks(fshm_segment *s, uint32_t slot, const description_t *d) {
   return false;
 }
 
-/* Give up the slot that this process has, if it has one. (A child that has not joined has none.) */
+/* Give up the process index that this process has, if it has one. (A child that has not joined has none.) */
 static void drop_locks(fshm_segment *s) {
   fork_page_t *page = s->fork_page;
   if (load_relaxed(&page->hold)) (void)munmap((void *)load_relaxed(&page->hold), 1);
@@ -459,17 +459,17 @@ void process_leave(fshm_segment *s) {
   if (process_lock_open(s)) (void)close(load_relaxed(&s->lock_fd));
 }
 
-/* Permits carry 18 bits of their owner's generation. Before these come round for a slot, what its former owners left
- * goes. Killed in here, the next to join begins again, since the generation was not counted up; nobody else can be an
- * owner of the slot meanwhile, since we have its lock. */
-#define COMES_ROUND(generation) (((generation) & 0x3ffff) == 0)
+/* Permits carry 18 bits of their owner's incarnation. Before these come round for a process index, what its former owners left
+ * goes. Killed in here, the next to join begins again, since the incarnation was not counted up; nobody else can be an
+ * owner of the process index meanwhile, since we have its lock. */
+#define COMES_ROUND(incarnation) (((incarnation) & 0x3ffff) == 0)
 
-/* Take a slot for this process. Called once in each process (the page is wiped by a fork), by its
- * first call on the segment; a second thread that comes meanwhile counts into the ledger directly
- * instead of waiting. Where no slot is left, so does the whole process. */
+/* Take a process index for this process. Called once in each process (the page is wiped by a fork), by its
+ * first call on the segment; a second thread that comes meanwhile counts into the key statistics directly
+ * instead of waiting. Where no process index is left, so does the whole process. */
 COLD uint32_t process_join(fshm_segment *s) {
   fork_page_t *page = s->fork_page;
-  if (s->read_only) return NO_SLOT;
+  if (s->read_only) return NO_PROCESS;
   if (!s->wiped && process_forked(s)) {
     store_relaxed(&page->token, process_token());
     store_relaxed(&page->hold, 0);
@@ -478,83 +478,84 @@ COLD uint32_t process_join(fshm_segment *s) {
     store_relaxed(&page->joined, 0);
     store_relaxed(&page->joining, 0);
   }
-  if (atomic_exchange_explicit(&page->joining, 1, memory_order_relaxed)) return NO_SLOT;
+  if (atomic_exchange_explicit(&page->joining, 1, memory_order_relaxed)) return NO_PROCESS;
   uint32_t pid = (uint32_t)getpid();
   store_relaxed(&page->token, process_token());
   if (!lock_file_ready(s)) {
-    store_relaxed(&page->joined, NO_SLOT);
-    return NO_SLOT;
+    store_relaxed(&page->joined, NO_PROCESS);
+    return NO_PROCESS;
   }
   drop_locks(s);
   description_t d = open_description(s);
   uint32_t start = pid * 2654435761U % PROCESSES; /* spread, so that a probe seldom meets a lock */
   for (uint32_t i = 0; i < PROCESSES; i++) {
-    uint32_t slot = (start + i) % PROCESSES;
-    if (byte_lock(d.fd, d.command, F_WRLCK, OWNED(slot))) {
+    uint32_t process = (start + i) % PROCESSES;
+    if (byte_lock(d.fd, d.command, F_WRLCK, OWNED(process))) {
       if (errno == EAGAIN || errno == EACCES) continue;
       store_relaxed(&s->lock_errno, errno); /* the system has no such locks */
       break;
     }
-    process_t *p = &s->processes[slot];
-    if (COMES_ROUND(load_relaxed(&p->generation) + 1)) (void)fshm_reap(s, 0);
-    /* A pid that is seen with the next generation must not be the former owner's. */
+    process_t *p = &s->processes[process];
+    if (COMES_ROUND(load_relaxed(&p->incarnation) + 1)) (void)fshm_reap(s, 0);
+    /* A pid that is seen with the next incarnation must not be the former owner's. */
     store_relaxed(&p->pid, 0);
-    /* First of all: from here on, what an earlier owner of the slot held is a dead process's. Only then
+    /* First of all: from here on, what an earlier owner of the process index held is a dead process's. Only then
      * the byte that says that the owner lives: stopped in between, we do not keep it held. */
-    store_relaxed(&page->generation, atomic_fetch_add(&p->generation, 1) + 1);
+    store_relaxed(&page->incarnation, atomic_fetch_add(&p->incarnation, 1) + 1);
     if (byte_lock(d.fd, d.command, F_WRLCK,
-                  ALIVE(slot))) { /* a dead owner's is just being dropped */
-      (void)byte_lock(d.fd, d.command, F_UNLCK, OWNED(slot));
+                  ALIVE(process))) { /* a dead owner's is just being dropped */
+      (void)byte_lock(d.fd, d.command, F_UNLCK, OWNED(process));
       continue;
     }
-    if (!hold_locks(s, slot, &d)) {
+    if (!hold_locks(s, process, &d)) {
       d = open_description(s);
       continue;
     }
-    /* The slot is ours alone: fold in what a dead owner left. Killed in between, the next owner goes
+    /* The process index is ours alone: fold in what a dead owner left. Killed in between, the next owner goes
      * on; counts of keys may be lost then, and nothing decides by them. */
-    ledger_flush_column(s, slot);
-    fshm_tally so_far;
-    tally_slot(s, slot, &so_far);
+    key_stats_flush_process(s, process);
+    fshm_counters so_far;
+    counters_of_process(s, process, &so_far);
     store_relaxed(&p->before[0], so_far.admitted);
     store_relaxed(&p->before[1], so_far.denied);
     store_relaxed(&p->before[2], so_far.refused);
-    store_relaxed(&p->away, 0);
+    store_relaxed(&p->outage, 0);
     store_relaxed(&p->attached, segment_now(s));
     store_relaxed(&p->born, own_birth());
-    /* release: whoever sees the pid sees when it was born, and its generation (look_at_process) */
+    /* release: whoever sees the pid sees when it was born, and its incarnation (look_at_process) */
     atomic_store_explicit(&p->pid, pid, memory_order_release);
-    route_join(s, slot, load_relaxed(&page->generation));
-    /* release: other threads that see the slot see its generation (process_identity) */
-    atomic_store_explicit(&page->joined, slot + 1, memory_order_release);
-    return slot;
+    requests_join(s, process, load_relaxed(&page->incarnation));
+    /* release: other threads that see the process index see its incarnation (process_identity) */
+    atomic_store_explicit(&page->joined, process + 1, memory_order_release);
+    return process;
   }
   close_description(s, &d);
-  store_relaxed(&page->joined, NO_SLOT);
-  return NO_SLOT;
+  store_relaxed(&page->joined, NO_PROCESS);
+  return NO_PROCESS;
 }
 
-/* Our locks hang on a descriptor, which somebody may have closed. Take them again: with the same generation where
- * nobody had the slot meanwhile. False: it is another's by now, and this process must join anew. */
-static COLD bool keep_slot(fshm_segment *s, uint32_t slot, uint64_t generation) {
+/* Our locks hang on a descriptor, which somebody may have closed. Take them again: with the same incarnation where
+ * nobody had the process index meanwhile. False: it is another's by now, and this process must join anew. */
+static COLD bool keep_index(fshm_segment *s, uint32_t process, uint64_t incarnation) {
   fork_page_t *page = s->fork_page;
-  const process_t *p = &s->processes[slot];
-  bool ours = load_relaxed(&p->generation) == generation;
+  const process_t *p = &s->processes[process];
+  bool ours = load_relaxed(&p->incarnation) == incarnation;
   if (!lock_file_ready(s)) return ours; /* nobody can be asked, and nobody else asks */
-  if (ours && byte_held(load_relaxed(&s->lock_fd), ALIVE(slot))) return true;
+  if (ours && byte_held(load_relaxed(&s->lock_fd), ALIVE(process))) return true;
   threads_lock(&s->keeper);
-  if (load_relaxed(&page->joined) != slot + 1 || load_relaxed(&page->generation) != generation) {
+  if (load_relaxed(&page->joined) != process + 1 ||
+      load_relaxed(&page->incarnation) != incarnation) {
     ours = false; /* another thread has seen to it */
-  } else if (!byte_held(load_relaxed(&s->lock_fd), ALIVE(slot)) ||
-             load_relaxed(&p->generation) != generation) {
+  } else if (!byte_held(load_relaxed(&s->lock_fd), ALIVE(process)) ||
+             load_relaxed(&p->incarnation) != incarnation) {
     store_relaxed(&page->lost, 1);
     drop_locks(s);
     description_t d = open_description(s);
-    ours = !byte_lock(d.fd, d.command, F_WRLCK, OWNED(slot)) &&
-           load_relaxed(&p->generation) == generation &&
-           !byte_lock(d.fd, d.command, F_WRLCK, ALIVE(slot)) && hold_locks(s, slot, &d);
+    ours = !byte_lock(d.fd, d.command, F_WRLCK, OWNED(process)) &&
+           load_relaxed(&p->incarnation) == incarnation &&
+           !byte_lock(d.fd, d.command, F_WRLCK, ALIVE(process)) && hold_locks(s, process, &d);
     if (!ours) {
-      if (d.command == F_SETLK) (void)byte_lock(d.fd, d.command, F_UNLCK, OWNED(slot));
+      if (d.command == F_SETLK) (void)byte_lock(d.fd, d.command, F_UNLCK, OWNED(process));
       close_description(s, &d);
       store_relaxed(&page->joined, 0);
       store_relaxed(&page->joining, 0);
@@ -564,22 +565,22 @@ static COLD bool keep_slot(fshm_segment *s, uint32_t slot, uint64_t generation) 
   return ours;
 }
 
-/* This process as the owner of something: its slot and generation. Another thread may just be joining
- * (microseconds, once); a process that found no slot earlier tries again. */
-UNGUARDED bool process_identity(fshm_segment *s, uint32_t *slot, uint64_t *generation) {
+/* This process as the owner of something: its process index and incarnation. Another thread may just be joining
+ * (microseconds, once); a process that found no process index earlier tries again. */
+UNGUARDED bool process_identity(fshm_segment *s, uint32_t *process, uint64_t *incarnation) {
   struct timespec pause = {0, 50000};
   for (int tries = 0; tries < 20000; tries++) { /* a second */
-    *slot = process_slot(s);
+    *process = process_index(s);
     uint32_t joined = atomic_load_explicit(&s->fork_page->joined, memory_order_acquire);
-    if (joined && joined != NO_SLOT) {
-      *slot = joined - 1;
-      *generation = load_relaxed(&s->fork_page->generation);
-      if (likely(!load_relaxed(&s->fork_page->kept)) || keep_slot(s, *slot, *generation))
+    if (joined && joined != NO_PROCESS) {
+      *process = joined - 1;
+      *incarnation = load_relaxed(&s->fork_page->incarnation);
+      if (likely(!load_relaxed(&s->fork_page->kept)) || keep_index(s, *process, *incarnation))
         return true;
       continue;
     }
     if (s->read_only) return false; /* it never joins */
-    if (joined == NO_SLOT) {
+    if (joined == NO_PROCESS) {
       if (tries) return false;
       /* One thread makes way for another try: a second would undo what has been joined since. */
       if (atomic_compare_exchange_strong(&s->fork_page->joined, &joined, 0))
@@ -591,16 +592,16 @@ UNGUARDED bool process_identity(fshm_segment *s, uint32_t *slot, uint64_t *gener
   return false;
 }
 
-bool process_alive(fshm_segment *s, uint32_t slot) {
-  /* Ours, unless our locks were dropped, and another process has the slot since: then the kernel knows.
-   * acquire: the generation was stored before. */
+bool process_alive(fshm_segment *s, uint32_t process) {
+  /* Ours, unless our locks were dropped, and another process has the process index since: then the kernel knows.
+   * acquire: the incarnation was stored before. */
   if (!s->read_only &&
-      atomic_load_explicit(&s->fork_page->joined, memory_order_acquire) == slot + 1 &&
-      load_relaxed(&s->processes[slot].generation) == load_relaxed(&s->fork_page->generation))
+      atomic_load_explicit(&s->fork_page->joined, memory_order_acquire) == process + 1 &&
+      load_relaxed(&s->processes[process].incarnation) == load_relaxed(&s->fork_page->incarnation))
     return true;
   /* Cannot tell: nobody is declared dead on a guess. A reader may go by /proc alone: it takes nothing. */
-  if (!lock_file_ready(s)) return !s->read_only || !has_ended(s, slot, true);
-  return byte_held(load_relaxed(&s->lock_fd), ALIVE(slot)) && !has_ended(s, slot, false);
+  if (!lock_file_ready(s)) return !s->read_only || !has_ended(s, process, true);
+  return byte_held(load_relaxed(&s->lock_fd), ALIVE(process)) && !has_ended(s, process, false);
 }
 
 int fshm_process_at(fshm_segment *s, uint32_t index, fshm_process_info *out) {
@@ -609,9 +610,9 @@ int fshm_process_at(fshm_segment *s, uint32_t index, fshm_process_info *out) {
   const process_t *p = &s->processes[index];
   out->pid = load_relaxed(&p->pid);
   out->attached_ns = load_relaxed(&p->attached);
-  out->away = load_relaxed(&p->away);
-  fshm_tally so_far;
-  tally_slot(s, index, &so_far);
+  out->outage = load_relaxed(&p->outage);
+  fshm_counters so_far;
+  counters_of_process(s, index, &so_far);
   out->admitted = so_far.admitted - load_relaxed(&p->before[0]);
   out->denied = so_far.denied - load_relaxed(&p->before[1]);
   out->refused_full = so_far.refused - load_relaxed(&p->before[2]);
@@ -620,33 +621,34 @@ int fshm_process_at(fshm_segment *s, uint32_t index, fshm_process_info *out) {
   return FSHM_OK;
 }
 
-void fshm_process_note(fshm_segment *s, uint32_t away) {
-  uint32_t slot = process_slot(s);
-  if (slot < PROCESSES) store_relaxed(&s->processes[slot].away, away);
+void fshm_process_note(fshm_segment *s, uint32_t outage) {
+  uint32_t process = process_index(s);
+  if (process < PROCESSES) store_relaxed(&s->processes[process].outage, outage);
 }
 
 /* Who speaks for the host: header_t.leader, while that process lives. Its threads lead together. */
-#define LEADS(slot, generation) ((generation) << 16 | ((slot) + 1))
+#define LEADS(process, incarnation) ((incarnation) << 16 | ((process) + 1))
 #define LOOK_FOR_LEADER_NS 250000000
 
-/* The slot of the living process that the word names, or NO_SLOT. */
-static uint32_t leader_slot(fshm_segment *s, uint64_t word) {
-  uint32_t slot = (uint32_t)(word & 0xffff) - 1;
-  if (slot >= PROCESSES) return NO_SLOT;
-  uint64_t generation = atomic_load_explicit(&s->processes[slot].generation, memory_order_acquire);
-  return LEADS(slot, generation) == word && process_alive(s, slot) ? slot : NO_SLOT;
+/* The process index of the living process that the word names, or NO_PROCESS. */
+static uint32_t leader_index(fshm_segment *s, uint64_t word) {
+  uint32_t process = (uint32_t)(word & 0xffff) - 1;
+  if (process >= PROCESSES) return NO_PROCESS;
+  uint64_t incarnation =
+      atomic_load_explicit(&s->processes[process].incarnation, memory_order_acquire);
+  return LEADS(process, incarnation) == word && process_alive(s, process) ? process : NO_PROCESS;
 }
 
 int fshm_lead(fshm_segment *s, int wait) {
-  uint32_t slot;
-  uint64_t generation;
+  uint32_t process;
+  uint64_t incarnation;
   if (s->read_only) return FSHM_E_READ_ONLY;
   for (;;) {
-    if (process_identity(s, &slot, &generation)) {
-      uint64_t seen = load_relaxed(&s->header->leader), mine = LEADS(slot, generation);
+    if (process_identity(s, &process, &incarnation)) {
+      uint64_t seen = load_relaxed(&s->header->leader), mine = LEADS(process, incarnation);
       if (seen == mine) return 1;
       /* From nobody, or a dead process, to us: one swap. It leads to no other memory: relaxed would do. */
-      if (leader_slot(s, seen) == NO_SLOT &&
+      if (leader_index(s, seen) == NO_PROCESS &&
           (atomic_compare_exchange_strong(&s->header->leader, &seen, mine) || seen == mine))
         return 1; /* or another thread of ours was first */
     } else if (process_refusal(s) == FSHM_E_LOCK_FILE) {
@@ -659,13 +661,13 @@ int fshm_lead(fshm_segment *s, int wait) {
 
 int fshm_lead_end(fshm_segment *s) {
   uint32_t joined = load_relaxed(&s->fork_page->joined);
-  if (s->read_only || (!s->wiped && process_forked(s)) || !joined || joined == NO_SLOT) return 0;
-  uint64_t mine = LEADS(joined - 1, load_relaxed(&s->fork_page->generation));
+  if (s->read_only || (!s->wiped && process_forked(s)) || !joined || joined == NO_PROCESS) return 0;
+  uint64_t mine = LEADS(joined - 1, load_relaxed(&s->fork_page->incarnation));
   (void)atomic_compare_exchange_strong(&s->header->leader, &mine, 0);
   return 1;
 }
 
 uint32_t fshm_leader(fshm_segment *s) {
-  uint32_t slot = leader_slot(s, load_relaxed(&s->header->leader));
-  return slot == NO_SLOT ? 0 : load_relaxed(&s->processes[slot].pid);
+  uint32_t process = leader_index(s, load_relaxed(&s->header->leader));
+  return process == NO_PROCESS ? 0 : load_relaxed(&s->processes[process].pid);
 }

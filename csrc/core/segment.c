@@ -88,8 +88,8 @@ static int attach(int fd, const header_t *h, const char *path, uint32_t flags, f
   s->header = map;
   s->size = h->size;
   s->lines = h->lines;
-  s->region_mask = (h->lines > 2 * REGION_LINES ? REGION_LINES : h->lines) - 1;
-  s->cell_count = h->lines * CELLS_PER_LINE;
+  s->probe_mask = (h->lines > 2 * PROBE_LINES ? PROBE_LINES : h->lines) - 1;
+  s->slot_count = h->lines * SLOTS_PER_LINE;
   s->names_words = h->names_words;
   s->limiter_count = h->limiters;
   s->names_mode = h->names_mode & (FSHM_NAMES_HASHED | FSHM_NAMES_OFF);
@@ -101,17 +101,17 @@ static int attach(int fd, const header_t *h, const char *path, uint32_t flags, f
   memcpy(s->verified, h, sizeof s->verified);
   s->limiters = (limiter_entry_t *)(void *)(s->map + h->limiters_offset);
   s->processes = (process_t *)(void *)(s->map + h->processes_offset);
-  s->columns = (column_t *)(void *)(s->map + h->columns_offset);
-  s->cells = (cell_t *)(void *)(s->map + h->cells_offset);
-  s->ledger = (ledger_t *)(void *)(s->map + h->ledger_offset);
+  s->process_stats = (process_stats_t *)(void *)(s->map + h->process_stats_offset);
+  s->slots = (slot_t *)(void *)(s->map + h->slots_offset);
+  s->key_stats = (key_stats_t *)(void *)(s->map + h->key_stats_offset);
   s->names = (_Atomic uint64_t *)(void *)(s->map + h->names_offset);
   s->memo = (memo_t *)(void *)(s->map + h->memo_offset);
   s->memo_lines = h->memo_lines;
   s->metrics = (metric_t *)(void *)(s->map + h->metrics_offset);
   s->histograms = (histogram_t *)(void *)(s->map + h->histograms_offset);
   s->deployments = (deployment_t *)(void *)(s->map + h->deployments_offset);
-  s->flights = (flights_t *)(void *)(s->map + h->flights_offset);
-  s->tallies = (tallies_t *)(void *)(s->map + h->tallies_offset);
+  s->requests = (requests_t *)(void *)(s->map + h->requests_offset);
+  s->counters = (counters_t *)(void *)(s->map + h->counters_offset);
   s->dev = (uint64_t)st.st_dev;
   s->ino = st.st_ino;
   store_relaxed(&s->lock_fd, -1);
@@ -195,30 +195,30 @@ void fshm_describe(fshm_segment *s, fshm_geometry *out) {
   out->base = s->map;
   out->size = s->size;
   out->capacity = s->capacity;
-  out->cells = s->cell_count;
+  out->slots = s->slot_count;
   out->created_realtime_ns = s->created_realtime_ns;
   out->time_ns = segment_now(s);
   out->instance = s->instance;
-  out->cells_offset = (uint64_t)((unsigned char *)s->cells - s->map);
-  out->ledger_offset = (uint64_t)((unsigned char *)s->ledger - s->map);
+  out->slots_offset = (uint64_t)((unsigned char *)s->slots - s->map);
+  out->key_stats_offset = (uint64_t)((unsigned char *)s->key_stats - s->map);
   out->limiters_offset = (uint64_t)((unsigned char *)s->limiters - s->map);
   out->processes_offset = (uint64_t)((unsigned char *)s->processes - s->map);
-  out->columns_offset = (uint64_t)((unsigned char *)s->columns - s->map);
+  out->process_stats_offset = (uint64_t)((unsigned char *)s->process_stats - s->map);
   out->limiters = s->limiter_count;
   out->processes = PROCESSES;
-  out->column_entries = COLUMN_ENTRIES;
+  out->process_stats_entries = PROCESS_STATS;
   out->layout_version = FSHM_LAYOUT_VERSION;
   out->names = s->names_mode;
   out->read_only = s->read_only;
 }
 
-/* Mark the cells that are in use: live[i] = 1. Returns how many; live may be NULL. */
-uint64_t fshm_live_cells(fshm_segment *s, uint8_t *live, uint64_t now) {
+/* Mark the slots that are in use: live[i] = 1. Returns how many; live may be NULL. */
+uint64_t fshm_live_slots(fshm_segment *s, uint8_t *live, uint64_t now) {
   uint64_t count = 0;
   if (!now) now = segment_now(s);
-  for (uint64_t i = 0; i < s->cell_count; i++) {
-    uint64_t when = load_relaxed(&s->cells[i].when);
-    bool in_use = load_relaxed(&s->cells[i].who) && !IS_PENDING(when) && state_expires(when) > now;
+  for (uint64_t i = 0; i < s->slot_count; i++) {
+    uint64_t when = load_relaxed(&s->slots[i].when);
+    bool in_use = load_relaxed(&s->slots[i].who) && !IS_PENDING(when) && state_expires(when) > now;
     if (live) live[i] = in_use;
     count += in_use;
   }

@@ -1,14 +1,14 @@
-/* limiter.c - the calls: find the key's cells, ask the meters, swap. Several limits: all or nothing. */
+/* limiter.c - the calls: find the key's slots, ask the meters, swap. Several limits: all or nothing. */
 #include "../core/internal.h"
 
 /* One call, as its helpers see it. */
 typedef struct {
   fshm_segment *s;
   uint32_t index; /* of the limiter; this and the next two as in fshm_limiter */
-  uint16_t tally, share;
+  uint16_t counters, share;
   const uint64_t *numbers; /* of the handle: limits_number() */
-  plan_t plan;
-  bool stale; /* met a state of newer limits than the plan's: load it again, and look again */
+  snapshot_t snapshot;
+  bool stale; /* met a state of newer limits than the snapshot's: load it again, and look again */
   bool met_shared; /* a shared counter has decided */
   uint8_t in_shared; /* a set: the limits that are charged to a shared counter by this call */
   bool fixed; /* the caller gave the time */
@@ -23,7 +23,7 @@ typedef struct {
 
 /* What a look at one limit found. */
 typedef struct {
-  found_t cell;
+  found_t slot;
   verdict_t verdict;
   uint64_t who; /* to be written with the next state: whose, and under which rule */
   uint64_t
@@ -41,7 +41,7 @@ static_assert(offsetof(call_t, share) - offsetof(call_t, index) ==
 static inline bool again(call_t *c) { return c->tries++ < MAX_TRIES; }
 
 static inline uint64_t fingerprint(const call_t *c, uint32_t i) {
-  return plan_who(&c->plan, i, c->hash);
+  return snapshot_who(&c->snapshot, i, c->hash);
 }
 
 /* The time now, for what must not be computed from the time that the call began with. */
@@ -49,11 +49,11 @@ static uint64_t fresh_now(const call_t *c) {
   return c->fixed ? c->now : max_u64(segment_now(c->s), c->now);
 }
 
-/* Have the limits changed since they were loaded? Asked after a cell was read (which acquires): then its label is not
- * newer than the plan, and a slot that the plan names has not been given to another rule. Pairs with publish() and
+/* Have the limits changed since they were loaded? Asked after a slot was read (which acquires): then its label is not
+ * newer than the snapshot, and a rule index that the snapshot names has not been given to another rule. Pairs with publish() and
  * sweep(), which change `current` first. */
 static inline bool outdated(const call_t *c) {
-  return unlikely(entry_current(c->s, c->index) != c->plan.current);
+  return unlikely(entry_current(c->s, c->index) != c->snapshot.current);
 }
 
 /* How to read a state: in which terms, by which rule, and what to write as its owner. */
@@ -66,7 +66,7 @@ typedef struct {
 static inline void met_present(const call_t *c, uint32_t i, uint64_t state, met_t *m) {
   m->state = state;
   m->who = fingerprint(c, i);
-  m->rule = &c->plan.rules[i];
+  m->rule = &c->snapshot.rules[i];
 }
 
 static COLD void read_clock_again(call_t *c) {
@@ -75,13 +75,13 @@ static COLD void read_clock_again(call_t *c) {
   c->now = now;
 }
 
-/* The rule that the state in this cell was written under. False: the limits or the cell have changed; look again. */
+/* The rule that the state in this slot was written under. False: the limits or the slot have changed; look again. */
 static bool former_rule(call_t *c, uint32_t i, const found_t *f, rule_t *old) {
   bool sane = limits_rule(c->s, c->index, WHO_LABEL(f->pair.who), old);
   const pair_t now =
-      c->s->read_only ? pair_peek(&c->s->cells[f->cell]) : pair_load(&c->s->cells[f->cell]);
+      c->s->read_only ? pair_peek(&c->s->slots[f->slot]) : pair_load(&c->s->slots[f->slot]);
   c->stale |= now.who != f->pair.who || now.when != f->pair.when || outdated(c);
-  if (unlikely(!sane)) *old = c->plan.rules[i]; /* written over by somebody: as good as any */
+  if (unlikely(!sane)) *old = c->snapshot.rules[i]; /* written over by somebody: as good as any */
   if (unlikely(c->numbers && c->numbers[i] && old->kind == FSHM_WINDOW))
     old->n = min_u64(old->n, c->numbers[i]);
   return !c->stale;
@@ -100,14 +100,14 @@ static void state_met(call_t *c, uint32_t i, const found_t *f, met_t *m) {
   if (outdated(c)) c->stale = true;
   if (!f->pair.who || c->stale) return;
   /* of a shared counter, the upper bits are other ones */
-  bool former = unlikely(f->cell < c->s->cell_count ? f->pair.who != m->who
+  bool former = unlikely(f->slot < c->s->slot_count ? f->pair.who != m->who
                                                     : ((f->pair.who ^ m->who) & WHO_LABELS) != 0);
   if (former && !former_rule(c, i, f, &m->old)) return;
   if (sliding_is_later(former ? &m->old : m->rule, state, c->now)) read_clock_again(c);
   if (state_expires(state) <= c->now) {
     m->state = 0;
   } else if (former) {
-    if (meter_settles(m->rule, &m->old, state, c->now, &m->state)) return;
+    if (rule_settles(m->rule, &m->old, state, c->now, &m->state)) return;
     m->state = state;
     m->who = staying(c, i, f->pair.who);
     m->rule = &m->old;
@@ -117,36 +117,36 @@ static void state_met(call_t *c, uint32_t i, const found_t *f, met_t *m) {
 /* A look at a state that was written under other limits. Allowed: by the present ones, with the same tokens. Denied: the
  * state that expires earlier counts, the one that is there or the same tokens under the present limits. */
 static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
-  const rule_t *r = &c->plan.rules[i];
+  const rule_t *r = &c->snapshot.rules[i];
   rule_t old;
-  if (!former_rule(c, i, &l->cell, &old)) return;
-  const uint64_t state = state_for(&old, l->cell.pair.when);
+  if (!former_rule(c, i, &l->slot, &old)) return;
+  const uint64_t state = state_for(&old, l->slot.pair.when);
   if (!state) { /* written over by somebody: no state of its rule, and some of those never expire */
-    l->verdict = meter_take(r, 0, c->now, c->at, cost);
+    l->verdict = rule_take(r, 0, c->now, c->at, cost);
     return;
   }
   if (sliding_is_later(&old, state, c->now)) read_clock_again(c);
-  uint64_t moved = meter_convert(r, &old, state, c->now);
+  uint64_t moved = rule_convert(r, &old, state, c->now);
   if (moved != NO_STATE) {
-    l->verdict = meter_take(r, moved, c->now, c->at, cost);
+    l->verdict = rule_take(r, moved, c->now, c->at, cost);
     if (!l->verdict.retry || cost > rule_capacity(r)) return;
   }
-  uint64_t used = meter_used(&old, state, c->now);
+  uint64_t used = rule_used(&old, state, c->now);
   if (r->kind == FSHM_BUCKET && cost <= minus(r->burst, used)) {
     /* It fits to the token: rounded up once for both, not once for each. */
     l->verdict = bucket_take(r, 0, c->now, c->at, used + cost);
     l->verdict.used_before = min_u64(bucket_increment(r, used), TIME_MAX);
     return;
   }
-  /* A wallet's tokens are what is left, not what is used: n alone has changed. */
-  if (r->kind == FSHM_WALLET || (!c->peeks && meter_over(r, moved) <= meter_over(&old, state))) {
+  /* A token lease's tokens are what is left, not what is used: n alone has changed. */
+  if (r->kind == FSHM_LEASE || (!c->peeks && rule_over(r, moved) <= rule_over(&old, state))) {
     l->moved = moved;
     return;
   }
   rule_t capped = rule_capped(&old, rule_capacity(r));
   l->stays = true;
-  l->who = staying(c, i, l->cell.pair.who);
-  l->verdict = meter_take(&capped, state, c->now, c->now, cost);
+  l->who = staying(c, i, l->slot.pair.who);
+  l->verdict = rule_take(&capped, state, c->now, c->now, cost);
   if (old.kind == FSHM_BUCKET || r->kind == FSHM_BUCKET) /* ns are rounded up, under both */
     l->verdict.retry = plus_time(l->verdict.retry, 3);
   l->verdict.used_before = l->verdict.used_after =
@@ -156,17 +156,17 @@ static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_
 
 static COLD void look_later(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
   read_clock_again(c);
-  l->verdict = meter_take(&c->plan.rules[i], l->cell.pair.when, c->now, c->at, cost);
+  l->verdict = rule_take(&c->snapshot.rules[i], l->slot.pair.when, c->now, c->at, cost);
 }
 
-/* The counter that the key has part in while it has no cell; pair.who = 0: it was not used since the last reset. */
+/* The counter that the key has part in while it has no slot; pair.who = 0: it was not used since the last reset. */
 static COLD void find_shared(const call_t *c, uint32_t i, found_t *f) {
   const fshm_segment *s = c->s;
-  f->cell = shared_cell(s, c->index, c->hash, c->plan.rules[i].place);
-  f->pair = s->read_only ? pair_peek(&s->cells[f->cell]) : pair_load(&s->cells[f->cell]);
+  f->slot = shared_slot(s, c->index, c->hash, c->snapshot.rules[i].place);
+  f->pair = s->read_only ? pair_peek(&s->slots[f->slot]) : pair_load(&s->slots[f->slot]);
 }
 static inline bool shared_used(const call_t *c, const found_t *f) {
-  return shared_is_of(f->pair.who, c->plan.current) && state_expires(f->pair.when) > c->now;
+  return shared_is_of(f->pair.who, c->snapshot.current) && state_expires(f->pair.when) > c->now;
 }
 
 /* May shared counters be in use? Of a claim, asked after the look of confirm(), which follows a fence. Keys with numbers of
@@ -177,8 +177,8 @@ static inline bool shares(const call_t *c, uint64_t now) {
 
 /* What a look at a counter found: of a state that was written under this rule or a former one. */
 static COLD void look_at_shared(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
-  const rule_t *r = &c->plan.rules[i];
-  uint64_t state = shared_used(c, &l->cell) ? l->cell.pair.when : 0;
+  const rule_t *r = &c->snapshot.rules[i];
+  uint64_t state = shared_used(c, &l->slot) ? l->slot.pair.when : 0;
   l->who = fingerprint(c, i);
   l->moved = 0;
   l->stays = false;
@@ -186,39 +186,39 @@ static COLD void look_at_shared(call_t *c, uint32_t i, uint64_t cost, look_t *l)
     c->stale = true;
     return;
   }
-  if (state && ((l->cell.pair.who ^ l->who) & WHO_LABELS)) {
+  if (state && ((l->slot.pair.who ^ l->who) & WHO_LABELS)) {
     look_former(c, i, cost, l);
     return;
   }
   if (sliding_is_later(r, state, c->now)) read_clock_again(c);
-  l->verdict = meter_take(r, state, c->now, c->at, cost);
+  l->verdict = rule_take(r, state, c->now, c->at, cost);
 }
 
-/* May a key that is denied get a cell with the counter's state? Not of a window that has room for less: the end is
+/* May a key that is denied get a slot with the counter's state? Not of a window that has room for less: the end is
  * another one than that of the window which the key would begin with its first hit. */
 static inline bool may_begin_denied(const rule_t *r, uint64_t used) {
   return r->kind != FSHM_WINDOW || used >= r->n;
 }
 
-/* A key without a cell: it may have consumed what the counter says. Denied by it, it is to get a cell of its own, where
+/* A key without a slot: it may have consumed what the counter says. Denied by it, it is to get a slot of its own, where
  * there is room for one. */
 static __attribute__((noinline, cold)) void look_shared(call_t *c, uint32_t i, uint64_t cost,
                                                         look_t *l) {
-  find_shared(c, i, &l->cell);
-  const bool used = shared_used(c, &l->cell);
+  find_shared(c, i, &l->slot);
+  const bool used = shared_used(c, &l->slot);
   look_at_shared(c, i, cost, l);
-  l->cell.pair.who = l->moved = 0;
+  l->slot.pair.who = l->moved = 0;
   if (c->stale || !l->verdict.retry || !used) return;
   c->met_shared = true;
   if (!l->stays && l->verdict.retry != UINT64_MAX &&
-      may_begin_denied(&c->plan.rules[i], l->verdict.used_before))
-    l->moved = l->cell.pair.when;
+      may_begin_denied(&c->snapshot.rules[i], l->verdict.used_before))
+    l->moved = l->slot.pair.when;
 }
 
 static inline HOT void look_found(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
   const uint64_t who = fingerprint(c, i);
-  const rule_t *r = &c->plan.rules[i];
-  uint64_t state = l->cell.pair.when;
+  const rule_t *r = &c->snapshot.rules[i];
+  uint64_t state = l->slot.pair.when;
   l->who = who;
   l->moved = 0;
   l->stays = false;
@@ -226,12 +226,12 @@ static inline HOT void look_found(call_t *c, uint32_t i, uint64_t cost, look_t *
     c->stale = true;
     return;
   }
-  if (unlikely(l->cell.pair.who != who)) {
-    if (l->cell.pair.who && state_expires(state) > c->now) {
+  if (unlikely(l->slot.pair.who != who)) {
+    if (l->slot.pair.who && state_expires(state) > c->now) {
       look_former(c, i, cost, l);
       return;
     }
-    if (unlikely(!l->cell.pair.who && shares(c, c->now))) {
+    if (unlikely(!l->slot.pair.who && shares(c, c->now))) {
       look_shared(c, i, cost, l);
       return;
     }
@@ -242,10 +242,10 @@ static inline HOT void look_found(call_t *c, uint32_t i, uint64_t cost, look_t *
   else if (unlikely(sliding_is_later(r, state, c->now)))
     look_later(c, i, cost, l);
   else
-    l->verdict = meter_take(r, state, c->now, c->at, cost);
+    l->verdict = rule_take(r, state, c->now, c->at, cost);
 }
 static inline HOT void look_inline(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
-  cells_find_inline(c->s, c->hash, fingerprint(c, i), &l->cell);
+  table_find_inline(c->s, c->hash, fingerprint(c, i), &l->slot);
   look_found(c, i, cost, l);
 }
 
@@ -254,18 +254,18 @@ static inline void look(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
 }
 
 /* Called between two looks. FSHM_OK; FSHM_E_ARGUMENT: the name has permits alone by now; or
- * FSHM_E_DAMAGED. Where it fails, the plan has no limits. */
+ * FSHM_E_DAMAGED. Where it fails, the snapshot has no limits. */
 static COLD int renew(call_t *c) {
   c->stale = false;
-  if (!limits_load(c->s, c->index, &c->plan)) return damage_limits(c->s, c->index);
-  limits_number(c->numbers, &c->plan);
+  if (!limits_load(c->s, c->index, &c->snapshot)) return damage_limits(c->s, c->index);
+  limits_number(c->numbers, &c->snapshot);
   read_clock_again(
       c); /* after these limits were published: states drain at their pace from then on at most */
-  return c->plan.count ? FSHM_OK : FSHM_E_ARGUMENT;
+  return c->snapshot.count ? FSHM_OK : FSHM_E_ARGUMENT;
 }
 static inline int renewed(call_t *c) { return likely(!c->stale) ? FSHM_OK : renew(c); }
 
-/* The first state of a new cell: what the call would do to a key never seen, as of now. */
+/* The first state of a new slot: what the call would do to a key never seen, as of now. */
 typedef struct {
   call_t *c;
   uint32_t i, op; /* op: FSHM_CHARGE and FSHM_BLOCK, room or not; FROM_SHARED; any other takes */
@@ -278,23 +278,23 @@ enum { FROM_SHARED = 100 }; /* the state of the shared counter, and no more */
  * a faster pace meanwhile, also if the present limits are those of the charge again. */
 static COLD fshm_charged charge_now(const call_t *c, uint32_t i, const fshm_charged *put,
                                     uint64_t now) {
-  if (!put->version || put->version == CURRENT_VERSION(c->plan.current)) return *put;
-  return charge_left(put, limits_pace_since(c->s, c->index, c->plan.rules[i].place, put->version),
-                     now);
+  if (!put->version || put->version == CURRENT_VERSION(c->snapshot.current)) return *put;
+  return charge_left(
+      put, limits_pace_since(c->s, c->index, c->snapshot.rules[i].place, put->version), now);
 }
 
 /* The state after a charge, a block or a refund, whatever it was: by the rule that it lives under. */
 static COLD uint64_t forced(const call_t *c, uint32_t op, uint32_t i, const rule_t *r,
                             uint64_t state, uint64_t now) {
   uint64_t cost = c->costs[i];
-  if (op == FSHM_CHARGE) return meter_charge(r, state, now, cost);
+  if (op == FSHM_CHARGE) return rule_charge(r, state, now, cost);
   if (op == FSHM_REFUND) {
-    if (!c->put) return meter_refund(r, state, now, cost, NULL);
+    if (!c->put) return rule_refund(r, state, now, cost, NULL);
     const fshm_charged charge = charge_now(c, i, &c->put[i], now);
-    return meter_refund(r, state, now, cost, &charge);
+    return rule_refund(r, state, now, cost, &charge);
   }
   if (r->kind != FSHM_BUCKET || !cost) return state;
-  const rule_t capped = rule_capped(r, rule_capacity(&c->plan.rules[i]));
+  const rule_t capped = rule_capped(r, rule_capacity(&c->snapshot.rules[i]));
   return bucket_block(&capped, state_for(r, state), plus_time(now, cost));
 }
 
@@ -306,10 +306,10 @@ static uint64_t window_lasts(const rule_t *r, uint64_t state, uint64_t now) {
   return window_state(r, w);
 }
 
-/* What a key may have consumed that gets a cell. The counter is written to, though its state stays: whoever is about to
- * charge it for this key has looked for this cell before it was there, and fails (put_shared()). */
+/* What a key may have consumed that gets a slot. The counter is written to, though its state stays: whoever is about to
+ * charge it for this key has looked for this slot before it was there, and fails (put_shared()). */
 static COLD uint64_t leave_shared(call_t *c, uint32_t i, uint64_t now, bool *former) {
-  const rule_t *r = &c->plan.rules[i];
+  const rule_t *r = &c->snapshot.rules[i];
   found_t f;
   rule_t old;
   uint64_t state;
@@ -317,27 +317,27 @@ static COLD uint64_t leave_shared(call_t *c, uint32_t i, uint64_t now, bool *for
     if (!again(c)) return NO_STATE;
     find_shared(c, i, &f);
     pair_t seen = f.pair;
-    bool ours = shared_is_of(seen.who, c->plan.current);
-    f.pair.who = shared_who(seen.who, c->plan.current, ours ? seen.who : fingerprint(c, i));
+    bool ours = shared_is_of(seen.who, c->snapshot.current);
+    f.pair.who = shared_who(seen.who, c->snapshot.current, ours ? seen.who : fingerprint(c, i));
     if (!ours) f.pair.when = 0;
-    if (pair_cas(&c->s->cells[f.cell], &seen, f.pair)) break;
+    if (pair_cas(&c->s->slots[f.slot], &seen, f.pair)) break;
   } while (true);
   state = state_expires(f.pair.when) <= now ? 0 : f.pair.when;
   if (!state || !((f.pair.who ^ fingerprint(c, i)) & WHO_LABELS)) return state_for(r, state);
   if (!former_rule(c, i, &f, &old)) return NO_STATE;
   *former = true;
-  return meter_settles(r, &old, state, now, &state) ? state : NO_STATE;
+  return rule_settles(r, &old, state, now, &state) ? state : NO_STATE;
 }
 
 static COLD uint64_t first_shared(first_t *f, uint64_t now) {
   call_t *c = f->c;
-  const rule_t *r = &c->plan.rules[f->i];
+  const rule_t *r = &c->snapshot.rules[f->i];
   uint64_t state = leave_shared(c, f->i, now, &f->refused);
   if (state == NO_STATE) return NO_STATE;
   if (f->op == FROM_SHARED)
     return state && may_begin_denied(r, window_read(state, now).count) ? state : NO_STATE;
   if (f->op >= FSHM_CHARGE) return window_lasts(r, forced(c, f->op, f->i, r, state, now), now);
-  verdict_t v = meter_take(r, state, now, max_u64(c->at, now), c->costs[f->i]);
+  verdict_t v = rule_take(r, state, now, max_u64(c->at, now), c->costs[f->i]);
   if (v.retry > f->verdict->retry) return NO_STATE; /* it was charged since; or rounded up twice */
   v.retry = f->verdict->retry;
   v.next = window_lasts(r, v.next, now);
@@ -348,7 +348,7 @@ static COLD uint64_t first_shared(first_t *f, uint64_t now) {
 static uint64_t first_state(void *context) {
   first_t *f = context;
   call_t *c = f->c;
-  const rule_t *r = &c->plan.rules[f->i];
+  const rule_t *r = &c->snapshot.rules[f->i];
   uint64_t now = fresh_now(c), cost = c->costs[f->i];
   /* After the claim was published: whoever changes the limits from now on empties it, or finds the state. */
   if (outdated(c)) {
@@ -358,13 +358,13 @@ static uint64_t first_state(void *context) {
   if (unlikely(shares(c, now))) return first_shared(f, now);
   if (f->op >= FROM_SHARED) return NO_STATE;
   if (f->op >= FSHM_CHARGE) return forced(c, f->op, f->i, r, 0, now);
-  verdict_t v = meter_take(r, 0, now, max_u64(c->at, now), cost);
+  verdict_t v = rule_take(r, 0, now, max_u64(c->at, now), cost);
   v.retry = f->verdict->retry;
   *f->verdict = v;
   return v.next;
 }
 
-/* No room for the key: charge the counter that its limiter's keys without a cell share. CLAIMED, or CLAIM_LOST: look
+/* No room for the key: charge the counter that its limiter's keys without a slot share. CLAIMED, or CLAIM_LOST: look
  * again. DESIGN.md, "Shared counters". */
 static COLD int put_shared(call_t *c, uint32_t i, look_t *l, uint32_t op) {
   _Atomic uint64_t *word = &c->s->limiters[c->index].shared;
@@ -372,22 +372,22 @@ static COLD int put_shared(call_t *c, uint32_t i, look_t *l, uint32_t op) {
   uint64_t needed = 0;
   while (again(c)) {
     uint64_t until = load_relaxed(word);
-    if (until < needed) { /* seldom: a second ahead, since keys without a cell read this line */
+    if (until < needed) { /* seldom: a second ahead, since keys without a slot read this line */
       uint64_t more = plus_time(needed, UINT64_C(1000000000));
       if (!atomic_compare_exchange_strong_explicit(word, &until, more, memory_order_relaxed,
                                                    memory_order_relaxed))
         continue;
       until = more;
     }
-    /* Said, before the key's cell is looked for. Pairs with the fence of confirm(): whoever publishes one that we do not
+    /* Said, before the key's slot is looked for. Pairs with the fence of confirm(): whoever publishes one that we do not
      * see finds the word, and writes to the counter after we have read it. */
     atomic_thread_fence(memory_order_seq_cst);
-    find_shared(c, i, &shared.cell);
-    if (cells_has(c->s, c->hash, fingerprint(c, i))) return CLAIM_LOST;
+    find_shared(c, i, &shared.slot);
+    if (table_has(c->s, c->hash, fingerprint(c, i))) return CLAIM_LOST;
     read_clock_again(c);
-    found_t *f = &shared.cell;
+    found_t *f = &shared.slot;
     pair_t seen = f->pair, next;
-    if (!shared_is_of(seen.who, c->plan.current)) f->pair = (pair_t){0, 0};
+    if (!shared_is_of(seen.who, c->snapshot.current)) f->pair = (pair_t){0, 0};
     if (op >= FSHM_CHARGE) {
       met_t m;
       state_met(c, i, f, &m);
@@ -397,13 +397,13 @@ static COLD int put_shared(call_t *c, uint32_t i, look_t *l, uint32_t op) {
     } else {
       look_at_shared(c, i, c->costs[i], &shared);
       if (c->stale || shared.verdict.retry > l->verdict.retry) return CLAIM_LOST;
-      next = (pair_t){shared.who, window_lasts(&c->plan.rules[i], shared.verdict.next, c->now)};
+      next = (pair_t){shared.who, window_lasts(&c->snapshot.rules[i], shared.verdict.next, c->now)};
     }
     needed = plus_time(state_expires(next.when), CLOCKS_DIFFER);
     if (until < needed) continue;
-    next.who = shared_who(seen.who, c->plan.current, next.who);
-    /* Fails where the state has changed, or a key of this counter has got a cell since we looked. */
-    if (!pair_cas(&c->s->cells[f->cell], &seen, next)) continue;
+    next.who = shared_who(seen.who, c->snapshot.current, next.who);
+    /* Fails where the state has changed, or a key of this counter has got a slot since we looked. */
+    if (!pair_cas(&c->s->slots[f->slot], &seen, next)) continue;
     if (op < FSHM_CHARGE) {
       shared.verdict.retry = l->verdict.retry;
       shared.verdict.next = next.when;
@@ -418,16 +418,16 @@ static COLD int put_shared(call_t *c, uint32_t i, look_t *l, uint32_t op) {
 
 static inline bool may_share(const call_t *c, uint32_t i, uint32_t op) {
   return c->share && !c->numbers && op != FSHM_BLOCK && op != FROM_SHARED &&
-         c->plan.rules[i].kind != FSHM_WALLET;
+         c->snapshot.rules[i].kind != FSHM_LEASE;
 }
 
 static __attribute__((noinline)) int put_first(call_t *c, uint32_t i, look_t *l, uint32_t op) {
   first_t first = {c, i, op, &l->verdict, false};
   uint64_t who = fingerprint(c, i);
-  found_t *f = &l->cell;
-  int status = cells_claim(c->s, c->hash, who, c->now, first_state, &first, &f->cell);
+  found_t *f = &l->slot;
+  int status = table_claim(c->s, c->hash, who, c->now, first_state, &first, &f->slot);
   if (status == CLAIMED) f->pair.who = who;
-  if (unlikely(status == CLAIM_FULL) && lease_free_dead(c->s, c->hash, who, c->now))
+  if (unlikely(status == CLAIM_FULL) && semaphore_free_dead(c->s, c->hash, who, c->now))
     status = CLAIM_LOST;
   if (unlikely(first.refused) && status == CLAIM_LOST && !c->stale) status = CLAIM_FULL;
   if (unlikely(status == CLAIM_FULL) && may_share(c, i, op)) status = put_shared(c, i, l, op);
@@ -437,20 +437,20 @@ static __attribute__((noinline)) int put_first(call_t *c, uint32_t i, look_t *l,
 
 /* Swap in the next state: CLAIMED, CLAIM_LOST (look again) or CLAIM_FULL. op: as in first_t. */
 static inline HOT int put(call_t *c, uint32_t i, look_t *l, uint64_t next, uint32_t op) {
-  found_t *f = &l->cell;
+  found_t *f = &l->slot;
   if (unlikely(c->stale)) return CLAIM_LOST;
   if (likely(f->pair.who)) {
     pair_t seen = f->pair, to = {l->who, next};
     if (next == seen.when && l->who == seen.who) return CLAIMED;
-    /* Fails where the state changed, or the cell went to another key. Pairs with every other swap of
-     * this cell; the loads before it need no order, since it compares all 16 bytes. */
-    return pair_cas(&c->s->cells[f->cell], &seen, to) ? CLAIMED : CLAIM_LOST;
+    /* Fails where the state changed, or the slot went to another key. Pairs with every other swap of
+     * this slot; the loads before it need no order, since it compares all 16 bytes. */
+    return pair_cas(&c->s->slots[f->slot], &seen, to) ? CLAIMED : CLAIM_LOST;
   }
-  if (state_expires(next) <= c->now) return CLAIMED; /* equals "never seen": needs no cell */
+  if (state_expires(next) <= c->now) return CLAIMED; /* equals "never seen": needs no slot */
   return put_first(c, i, l, op);
 }
 
-/* The first state of a new cell that somebody else has decided about. */
+/* The first state of a new slot that somebody else has decided about. */
 typedef struct {
   call_t *c;
   change_t *change;
@@ -462,15 +462,16 @@ static uint64_t first_changed(void *context) {
   const changed_t *f = context;
   f->c->stale = outdated(f->c);
   return f->c->stale ? NO_STATE
-                     : f->change(f->context, f->i, &f->c->plan.rules[f->i], 0, fresh_now(f->c));
+                     : f->change(f->context, f->i, &f->c->snapshot.rules[f->i], 0, fresh_now(f->c));
 }
 
 static int put_changed(call_t *c, uint32_t i, look_t *l, uint64_t next, changed_t *first) {
-  found_t *f = &l->cell;
+  found_t *f = &l->slot;
   if (f->pair.who || state_expires(next) <= c->now) return put(c, i, l, next, FSHM_CHARGE);
-  int status = cells_claim(c->s, c->hash, l->who, c->now, first_changed, first, &f->cell);
+  int status = table_claim(c->s, c->hash, l->who, c->now, first_changed, first, &f->slot);
   if (status == CLAIMED) f->pair.who = l->who;
-  if (status == CLAIM_FULL && lease_free_dead(c->s, c->hash, l->who, c->now)) status = CLAIM_LOST;
+  if (status == CLAIM_FULL && semaphore_free_dead(c->s, c->hash, l->who, c->now))
+    status = CLAIM_LOST;
   if (status == CLAIM_LOST) c->tries += CLAIM_TRIES - 1;
   return status;
 }
@@ -482,11 +483,11 @@ static int force(call_t *c, uint32_t op, uint32_t i, look_t *l) {
   while (again(c)) {
     int fresh = renewed(c);
     if (fresh != FSHM_OK) return fresh;
-    if (i >= c->plan.count) return FSHM_ALLOWED; /* fewer limits by now: nothing to charge */
-    if (op == FSHM_BLOCK && c->plan.rules[i].kind != FSHM_BUCKET) return FSHM_ALLOWED;
+    if (i >= c->snapshot.count) return FSHM_ALLOWED; /* fewer limits by now: nothing to charge */
+    if (op == FSHM_BLOCK && c->snapshot.rules[i].kind != FSHM_BUCKET) return FSHM_ALLOWED;
     met_t m;
-    cells_find(c->s, c->hash, fingerprint(c, i), &l->cell);
-    state_met(c, i, &l->cell, &m);
+    table_find(c->s, c->hash, fingerprint(c, i), &l->slot);
+    state_met(c, i, &l->slot, &m);
     if (c->stale) continue;
     l->who = m.who;
     int status = put(c, i, l, forced(c, op, i, m.rule, m.state, c->now), op);
@@ -500,7 +501,7 @@ static int look_all(call_t *c, look_t *looks) {
   do {
     int fresh = renewed(c);
     if (unlikely(fresh != FSHM_OK)) return fresh;
-    for (uint32_t i = 0; i < c->plan.count; i++) look(c, i, 1, &looks[i]);
+    for (uint32_t i = 0; i < c->snapshot.count; i++) look(c, i, 1, &looks[i]);
   } while (unlikely(c->stale) && again(c));
   return FSHM_OK;
 }
@@ -511,10 +512,11 @@ static inline void drop_stale(const call_t *c, look_t *looks) {
 }
 
 /* The status, and that a shared counter has decided. */
-static COLD int tell_shared(const call_t *c, uint32_t slot, int status, bool counts,
+static COLD int tell_shared(const call_t *c, uint32_t process, int status, bool counts,
                             fshm_decision *out) {
-  if (counts && c->tally < TALLIES)
-    (void)add_relaxed(&c->s->tallies[slot < PROCESSES ? slot : PROCESSES].of[c->tally].shared, 1);
+  if (counts && c->counters < COUNTERS)
+    (void)add_relaxed(
+        &c->s->counters[process < PROCESSES ? process : PROCESSES].of[c->counters].shared, 1);
   if (!out)
     return status == FSHM_ALLOWED ? SHARED_ALLOWED : status == FSHM_DENIED ? SHARED_DENIED : status;
   out->shared = 1;
@@ -524,30 +526,32 @@ static COLD int tell_shared(const call_t *c, uint32_t slot, int status, bool cou
 static int force_all(call_t *c, uint32_t op, look_t *looks) {
   int worst = FSHM_ALLOWED;
   bool buckets = false;
-  for (uint32_t i = 0; i < c->plan.count; i++) buckets |= c->plan.rules[i].kind == FSHM_BUCKET;
+  for (uint32_t i = 0; i < c->snapshot.count; i++)
+    buckets |= c->snapshot.rules[i].kind == FSHM_BUCKET;
   if (op == FSHM_BLOCK && !buckets) worst = FSHM_E_ARGUMENT; /* there is nothing to be done */
-  looks[0].cell = (found_t){0, {0, 0}};
-  for (uint32_t i = 0; i < c->plan.count; i++) {
+  looks[0].slot = (found_t){0, {0, 0}};
+  for (uint32_t i = 0; i < c->snapshot.count; i++) {
     int status = force(c, op, i, &looks[i]);
     if (status != FSHM_ALLOWED) worst = status;
   }
   c->now = c->at = fresh_now(c);
-  found_t first = looks[0].cell; /* for its name in the ledger, also where nothing is left in it */
+  found_t first =
+      looks[0].slot; /* for its name in the key statistics, also where nothing is left in it */
   int fresh = look_all(c, looks);
   if (unlikely(fresh != FSHM_OK)) return fresh;
-  if (!looks[0].cell.pair.who) looks[0].cell = first;
+  if (!looks[0].slot.pair.who) looks[0].slot = first;
   return worst;
 }
 
 /* May a limit that is denied be charged ahead? Only a bucket has an instant to reserve. */
 static inline bool may_wait(const call_t *c, uint32_t op, uint32_t i, const look_t *l) {
-  return op == FSHM_RESERVE && c->plan.rules[i].kind == FSHM_BUCKET &&
+  return op == FSHM_RESERVE && c->snapshot.rules[i].kind == FSHM_BUCKET &&
          l->verdict.retry <= c->max_wait && l->verdict.retry != UINT64_MAX && !l->stays;
 }
 
 /* A denied state that is over sooner under the present limits goes on under them. False: look again. */
 static COLD bool keep_moved(call_t *c, uint32_t i, look_t *l) {
-  if (!l->cell.pair.who) /* where it has got a cell: it tells when it may come back */
+  if (!l->slot.pair.who) /* where it has got a slot: it tells when it may come back */
     return put_first(c, i, l, FROM_SHARED) == CLAIM_FULL;
   return put(c, i, l, l->moved, FSHM_ACQUIRE) != CLAIM_LOST;
 }
@@ -558,7 +562,7 @@ static inline HOT int take_one(call_t *c, uint32_t op, look_t *l) {
   while (likely(again(c))) {
     int fresh = renewed(c);
     if (unlikely(fresh != FSHM_OK)) return fresh;
-    if (unlikely(c->plan.count != 1)) return RESHAPED;
+    if (unlikely(c->snapshot.count != 1)) return RESHAPED;
     look_inline(c, 0, c->costs[0], l);
     if (unlikely(c->stale)) continue;
     if (l->verdict.retry && !may_wait(c, op, 0, l)) {
@@ -576,46 +580,47 @@ static inline HOT int take_one(call_t *c, uint32_t op, look_t *l) {
   return FSHM_CONTENDED;
 }
 
-/* Take back a charge. Where nobody touched the cell since, exactly; else what has not drained yet. The
+/* Take back a charge. Where nobody touched the slot since, exactly; else what has not drained yet. The
  * limits may have changed meanwhile: it is the same limit that has the same place. */
 static void undo(call_t *c, uint32_t i, const look_t *l, pair_t before) {
   call_t later = *c;
-  const fshm_charged put_there =
-      charged_by(&c->plan.rules[i], l->verdict.next, c->now, CURRENT_VERSION(c->plan.current));
+  const fshm_charged put_there = charged_by(&c->snapshot.rules[i], l->verdict.next, c->now,
+                                            CURRENT_VERSION(c->snapshot.current));
   look_t found;
   while (again(&later)) {
     if (renewed(&later) != FSHM_OK) return;
     uint32_t k = 0;
-    while (k < later.plan.count && later.plan.rules[k].place != c->plan.rules[i].place) k++;
-    if (k == later.plan.count || later.plan.salt != c->plan.salt)
+    while (k < later.snapshot.count && later.snapshot.rules[k].place != c->snapshot.rules[i].place)
+      k++;
+    if (k == later.snapshot.count || later.snapshot.salt != c->snapshot.salt)
       return; /* it is no limit of this name any more, or was reset */
     met_t m;
     const bool shared = c->in_shared >> i & 1;
     later.now = fresh_now(c);
     if (unlikely(shared))
-      find_shared(&later, k, &found.cell);
+      find_shared(&later, k, &found.slot);
     else
-      cells_find(c->s, c->hash, fingerprint(&later, k), &found.cell);
-    if (!found.cell.pair.who) return;
-    state_met(&later, k, &found.cell, &m);
+      table_find(c->s, c->hash, fingerprint(&later, k), &found.slot);
+    if (!found.slot.pair.who) return;
+    state_met(&later, k, &found.slot, &m);
     if (later.stale) continue;
     uint64_t next;
-    const bool ours = found.cell.pair.when == l->verdict.next && found.cell.pair.who == l->who;
+    const bool ours = found.slot.pair.when == l->verdict.next && found.slot.pair.who == l->who;
     if (!shared && ours && (before.who == l->who || !before.who)) {
       found.who = l->who;
       next = before.when;
     } else { /* also where it was under an earlier rule: nothing says that this one is kept any more */
-      bool alike = m.rule->kind == c->plan.rules[i].kind;
+      bool alike = m.rule->kind == c->snapshot.rules[i].kind;
       found.who = m.who;
       alike &=
           !shared || m.rule->kind != FSHM_WINDOW; /* whose end others move: it is the same window */
       const fshm_charged charge = charge_now(&later, k, &put_there, later.now);
-      next = meter_refund(m.rule, m.state, later.now, c->costs[i], alike ? &charge : NULL);
+      next = rule_refund(m.rule, m.state, later.now, c->costs[i], alike ? &charge : NULL);
     }
     if (unlikely(shared)) {
-      pair_t seen = found.cell.pair,
-             to = {shared_who(seen.who, later.plan.current, found.who), next};
-      if (pair_cas(&c->s->cells[found.cell.cell], &seen, to)) return;
+      pair_t seen = found.slot.pair,
+             to = {shared_who(seen.who, later.snapshot.current, found.who), next};
+      if (pair_cas(&c->s->slots[found.slot.slot], &seen, to)) return;
       continue;
     }
     if (put(&later, k, &found, next, FSHM_ACQUIRE) != CLAIM_LOST) return;
@@ -628,7 +633,7 @@ static int charge_looked(call_t *c, uint32_t i, look_t *l, pair_t *before) {
   for (bool lost = false; again(c); lost = true) {
     if (lost) look(c, i, c->costs[i], l);
     if (c->stale || l->verdict.retry > c->at - c->now) return FSHM_DENIED;
-    *before = l->cell.pair.who ? l->cell.pair : (pair_t){0, 0};
+    *before = l->slot.pair.who ? l->slot.pair : (pair_t){0, 0};
     int status = put(c, i, l, l->verdict.next, FSHM_ACQUIRE);
     if (status != CLAIM_LOST) return status == CLAIMED ? FSHM_ALLOWED : FSHM_FULL;
   }
@@ -642,7 +647,7 @@ static UNGUARDED int take_all(call_t *c, uint32_t op, look_t *looks) {
   while (again(c)) {
     int fresh = renewed(c);
     if (fresh != FSHM_OK) return fresh;
-    uint32_t count = c->plan.count;
+    uint32_t count = c->snapshot.count;
     uint64_t wait = 0;
     pair_t before[FSHM_MAX_LIMITS];
     bool may = true, buckets = true;
@@ -651,7 +656,7 @@ static UNGUARDED int take_all(call_t *c, uint32_t op, look_t *looks) {
       wait = max_u64(wait, looks[i].verdict.retry);
       if (c->stale) break;
       may &= !looks[i].verdict.retry || may_wait(c, op, i, &looks[i]);
-      buckets &= c->plan.rules[i].kind == FSHM_BUCKET;
+      buckets &= c->snapshot.rules[i].kind == FSHM_BUCKET;
     }
     if (c->stale) continue;
     if (!may || (wait > c->at - c->now && !buckets)) { /* no instant to charge for */
@@ -682,11 +687,11 @@ static UNGUARDED int take_all(call_t *c, uint32_t op, look_t *looks) {
 static inline void report(const call_t *c, const look_t *looks, bool allowed, bool charged,
                           fshm_decision *out) {
   uint64_t longest = allowed && charged ? c->at - c->now : 0, reset = 0, tightest = UINT64_MAX;
-  out->version = CURRENT_VERSION(c->plan.current);
+  out->version = CURRENT_VERSION(c->snapshot.current);
   out->limit_index = out->shared = 0;
-  for (uint32_t i = 0; i < c->plan.count; i++) {
+  for (uint32_t i = 0; i < c->snapshot.count; i++) {
     const verdict_t *v = &looks[i].verdict;
-    const rule_t *r = &c->plan.rules[i];
+    const rule_t *r = &c->snapshot.rules[i];
     uint64_t left = verdict_remaining(r, charged ? v->used_after : v->used_before);
     if (allowed ? left < tightest : v->retry > longest) out->limit_index = (uint16_t)i;
     tightest = min_u64(tightest, left);
@@ -700,14 +705,14 @@ static inline void report(const call_t *c, const look_t *looks, bool allowed, bo
   out->reset_after_ns = (int64_t)reset;
 }
 
-static inline void count_call(const call_t *c, uint32_t slot, const look_t *l, int status,
+static inline void count_call(const call_t *c, uint32_t process, const look_t *l, int status,
                               const void *key, uint64_t length) {
-  if (likely(c->plan.rules[0].kind !=
-             FSHM_WALLET)) /* fshm_spend() counts it for whose wallet it is */
-    tally_call(c->s, slot, c->tally, status);
-  if (likely(l->cell.pair.who && !(c->s->names_mode & FSHM_NAMES_OFF)))
-    ledger_count(c->s, slot, l->cell.cell, ledger_meta(c->index, l->cell.pair.who), key, length,
-                 status == FSHM_ALLOWED);
+  if (likely(c->snapshot.rules[0].kind !=
+             FSHM_LEASE)) /* fshm_spend() counts it for whose token lease it is */
+    counters_add(c->s, process, c->counters, status);
+  if (likely(l->slot.pair.who && !(c->s->names_mode & FSHM_NAMES_OFF)))
+    key_stats_count(c->s, process, l->slot.slot, key_stats_meta(c->index, l->slot.pair.who), key,
+                    length, status == FSHM_ALLOWED);
 }
 
 static inline uint64_t key_hash(const fshm_limiter *l, const void *key, uint64_t length) {
@@ -737,30 +742,30 @@ static inline void begin(call_t *c, fshm_limiter *l, const void *key, uint64_t l
 static inline HOT int apply_begun(call_t *c, uint32_t op, const void *key, uint64_t key_length,
                                   fshm_decision *out, fshm_charged *charges) {
   look_t looks[FSHM_MAX_LIMITS];
-  uint32_t slot = process_slot(c->s);
+  uint32_t process = process_index(c->s);
   c->peeks = op == FSHM_PEEK;
   int status = RESHAPED;
   if (unlikely(op >= FSHM_CHARGE))
     status = force_all(c, op, looks);
-  else if (likely(c->plan.count == 1))
+  else if (likely(c->snapshot.count == 1))
     status = take_one(c, op, looks);
   if (status == RESHAPED) status = take_all(c, op, looks);
   bool charged = status == FSHM_ALLOWED && (op == FSHM_ACQUIRE || op == FSHM_RESERVE);
   drop_stale(c, looks);
   if (out) report(c, looks, status == FSHM_ALLOWED, charged, out);
-  for (uint32_t i = 0; charges && charged && i < c->plan.count; i++)
-    charges[i] = charged_by(&c->plan.rules[i], looks[i].verdict.next, c->now,
-                            CURRENT_VERSION(c->plan.current));
+  for (uint32_t i = 0; charges && charged && i < c->snapshot.count; i++)
+    charges[i] = charged_by(&c->snapshot.rules[i], looks[i].verdict.next, c->now,
+                            CURRENT_VERSION(c->snapshot.current));
   bool counts = likely(op == FSHM_ACQUIRE || op == FSHM_RESERVE);
-  if (status == FSHM_DENIED) /* an empty wallet is no denial yet */
-    counts = (counts || op == FSHM_PROBE) && c->plan.rules[0].kind != FSHM_WALLET;
+  if (status == FSHM_DENIED) /* an empty token lease is no denial yet */
+    counts = (counts || op == FSHM_PROBE) && c->snapshot.rules[0].kind != FSHM_LEASE;
   if (counts)
-    count_call(c, slot, looks, status, key, key_length);
-  else if (op >= FSHM_CHARGE && op != FSHM_REFUND && looks[0].cell.pair.who &&
+    count_call(c, process, looks, status, key, key_length);
+  else if (op >= FSHM_CHARGE && op != FSHM_REFUND && looks[0].slot.pair.who &&
            !(c->s->names_mode & FSHM_NAMES_OFF))
-    ledger_remember(c->s, looks[0].cell.cell, ledger_meta(c->index, looks[0].cell.pair.who), key,
-                    key_length);
-  if (unlikely(c->met_shared)) return tell_shared(c, slot, status, counts, out);
+    key_stats_remember(c->s, looks[0].slot.slot, key_stats_meta(c->index, looks[0].slot.pair.who),
+                       key, key_length);
+  if (unlikely(c->met_shared)) return tell_shared(c, process, status, counts, out);
   return status;
 }
 
@@ -769,15 +774,15 @@ static inline HOT int apply(fshm_limiter *l, const uint64_t *hash, uint32_t op, 
                             uint64_t key_length, const uint64_t *costs, uint64_t max_wait,
                             uint64_t now, fshm_decision *out, fshm_charged *charges) {
   call_t c;
-  bool readable = limits_load_inline(l->segment, l->index, &c.plan);
-  if (unlikely(!readable || !c.plan.count)) { /* none: a limiter of permits, for fshm_admit() */
+  bool readable = limits_load_inline(l->segment, l->index, &c.snapshot);
+  if (unlikely(!readable || !c.snapshot.count)) { /* none: a limiter of permits, for fshm_admit() */
     if (out) memset(out, 0, sizeof *out);
     return readable ? FSHM_E_ARGUMENT : damage_limits(l->segment, l->index);
   }
   uint64_t hashed = hash ? *hash : key_hash(l, key, key_length);
   if (!hash) { /* before the clock is read, which takes about as long as a line does to come */
-    cells_fetch(l->segment, hashed);
-    cells_fetch_ledger(l->segment, hashed);
+    table_prefetch(l->segment, hashed);
+    table_prefetch_stats(l->segment, hashed);
   }
   begin_hashed(&c, l, hashed, now);
   c.max_wait = max_wait;
@@ -795,8 +800,8 @@ UNGUARDED void fshm_apply(fshm_limiter *l, uint32_t op, const void *key, uint64_
 /* Of many keys, in two steps: hash one and have its lines fetched, some keys before it is asked for. */
 uint64_t limiter_fetch(const fshm_limiter *l, const void *key, uint64_t length) {
   uint64_t hash = key_hash(l, key, length);
-  cells_fetch(l->segment, hash);
-  cells_fetch_ledger(l->segment, hash);
+  table_prefetch(l->segment, hash);
+  table_prefetch_stats(l->segment, hash);
   return hash;
 }
 UNGUARDED void limiter_acquire_fetched(fshm_limiter *l, uint64_t hash, const void *key,
@@ -806,11 +811,12 @@ UNGUARDED void limiter_acquire_fetched(fshm_limiter *l, uint64_t hash, const voi
 
 /* For fshm_admit(), which has loaded the limits (at least one) and hashed the key: it asks twice, and a call
  * may go by the limits that it found when it began. */
-UNGUARDED int limiter_take(fshm_limiter *l, const plan_t *plan, uint64_t hash, uint32_t op,
+UNGUARDED int limiter_take(fshm_limiter *l, const snapshot_t *snapshot, uint64_t hash, uint32_t op,
                            const void *key, uint64_t key_length, const uint64_t *costs,
                            uint64_t now, fshm_decision *out, fshm_charged *charges) {
   call_t c;
-  memcpy(&c.plan, plan, offsetof(plan_t, rules) + plan->count * sizeof *plan->rules);
+  memcpy(&c.snapshot, snapshot,
+         offsetof(snapshot_t, rules) + snapshot->count * sizeof *snapshot->rules);
   begin_hashed(&c, l, hash, now);
   if (costs) c.costs = costs;
   return out->status = apply_begun(&c, op, key, key_length, out, charges);
@@ -838,17 +844,17 @@ int fshm_cancel(fshm_limiter *l, const void *key, uint64_t key_length, const uin
   call_t c;
   look_t found;
   int given_back = 0;
-  if (!limits_load(l->segment, l->index, &c.plan)) return damage_limits(l->segment, l->index);
+  if (!limits_load(l->segment, l->index, &c.snapshot)) return damage_limits(l->segment, l->index);
   begin(&c, l, key, key_length, now);
   if (costs) c.costs = costs;
-  for (uint32_t i = 0; i < c.plan.count; i++) {
+  for (uint32_t i = 0; i < c.snapshot.count; i++) {
     met_t m;
-    cells_find(c.s, c.hash, fingerprint(&c, i), &found.cell);
-    if (!found.cell.pair.who || found.cell.pair.when != reserved[i].state) continue;
-    state_met(&c, i, &found.cell, &m);
+    table_find(c.s, c.hash, fingerprint(&c, i), &found.slot);
+    if (!found.slot.pair.who || found.slot.pair.when != reserved[i].state) continue;
+    state_met(&c, i, &found.slot, &m);
     if (c.stale) continue; /* the limits change at this moment: its instant passes unused */
     found.who = m.who;
-    uint64_t next = meter_refund(m.rule, m.state, c.now, c.costs[i], &reserved[i]);
+    uint64_t next = rule_refund(m.rule, m.state, c.now, c.costs[i], &reserved[i]);
     given_back +=
         put(&c, i, &found, next, FSHM_ACQUIRE) == CLAIMED; /* lost: it is not the last any more */
   }
@@ -858,10 +864,10 @@ int fshm_cancel(fshm_limiter *l, const void *key, uint64_t key_length, const uin
 void fshm_count_call(fshm_limiter *l, const void *key, uint64_t key_length, int32_t status) {
   call_t c;
   look_t first;
-  if (!limits_load(l->segment, l->index, &c.plan) || !c.plan.count) return;
+  if (!limits_load(l->segment, l->index, &c.snapshot) || !c.snapshot.count) return;
   begin(&c, l, key, key_length, 0);
-  cells_find(c.s, c.hash, fingerprint(&c, 0), &first.cell);
-  count_call(&c, process_slot(c.s), &first, status, key, key_length);
+  table_find(c.s, c.hash, fingerprint(&c, 0), &first.slot);
+  count_call(&c, process_index(c.s), &first, status, key, key_length);
 }
 
 /* Somebody else has decided: each limit's state becomes what `change` makes of it. before: what they were, or NULL;
@@ -870,34 +876,34 @@ int limiter_change(fshm_limiter *l, const void *key, uint64_t length, uint64_t n
                    change_t *change, const void *context, uint64_t *before, uint64_t *at) {
   call_t c;
   int worst = FSHM_OK;
-  if (!limits_load(l->segment, l->index, &c.plan)) return damage_limits(l->segment, l->index);
+  if (!limits_load(l->segment, l->index, &c.snapshot)) return damage_limits(l->segment, l->index);
   begin(&c, l, key, length, now);
   *at = c.now;
-  for (uint32_t i = 0; i < c.plan.count; i++) {
+  for (uint32_t i = 0; i < c.snapshot.count; i++) {
     int status = CLAIM_LOST;
     while (status == CLAIM_LOST && again(&c)) {
       met_t m;
       look_t found;
       int fresh = renewed(&c);
       if (fresh != FSHM_OK) return fresh;
-      if (i >= c.plan.count) break;
-      cells_find(c.s, c.hash, fingerprint(&c, i), &found.cell);
-      state_met(&c, i, &found.cell, &m);
+      if (i >= c.snapshot.count) break;
+      table_find(c.s, c.hash, fingerprint(&c, i), &found.slot);
+      state_met(&c, i, &found.slot, &m);
       if (c.stale) continue;
       /* What is decided elsewhere is told in the present limits' terms, whatever the state was. */
-      if (m.rule != &c.plan.rules[i])
-        m.state = meter_convert(&c.plan.rules[i], m.rule, m.state, c.now);
+      if (m.rule != &c.snapshot.rules[i])
+        m.state = rule_convert(&c.snapshot.rules[i], m.rule, m.state, c.now);
       if (m.state == NO_STATE) m.state = 0;
-      met_present(&c, i, state_for(&c.plan.rules[i], m.state), &m);
+      met_present(&c, i, state_for(&c.snapshot.rules[i], m.state), &m);
       found.who = m.who;
       uint64_t next = change(context, i, m.rule, m.state, c.now);
       if (before) before[i] = m.state;
       changed_t first = {&c, change, context, i};
       /* A look writes nothing: for who goes by an earlier time, what is over by ours may not be over. */
       status = next == m.state ? CLAIMED : put_changed(&c, i, &found, next, &first);
-      if (status == CLAIMED && found.cell.pair.who && !(c.s->names_mode & FSHM_NAMES_OFF))
-        ledger_remember(c.s, found.cell.cell, ledger_meta(c.index, found.cell.pair.who), key,
-                        length);
+      if (status == CLAIMED && found.slot.pair.who && !(c.s->names_mode & FSHM_NAMES_OFF))
+        key_stats_remember(c.s, found.slot.slot, key_stats_meta(c.index, found.slot.pair.who), key,
+                           length);
     }
     if (status != CLAIMED) worst = status == CLAIM_FULL ? FSHM_FULL : FSHM_CONTENDED;
   }
@@ -910,11 +916,11 @@ int fshm_settle(fshm_limiter *l, const void *key, uint64_t key_length, const uin
   look_t found;
   uint64_t costs[FSHM_MAX_LIMITS];
   int worst = FSHM_ALLOWED;
-  if (!limits_load_of(l, &c.plan)) return damage_limits(l->segment, l->index);
+  if (!limits_load_of(l, &c.snapshot)) return damage_limits(l->segment, l->index);
   begin(&c, l, key, key_length, now);
   c.costs = costs;
   c.put = permit->put;
-  for (uint32_t i = 0; i < c.plan.count; i++) {
+  for (uint32_t i = 0; i < c.snapshot.count; i++) {
     bool more = actual[i] > charged[i];
     costs[i] = more ? actual[i] - charged[i] : charged[i] - actual[i];
     int status = costs[i] ? force(&c, more ? FSHM_CHARGE : FSHM_REFUND, i, &found) : FSHM_ALLOWED;
@@ -927,81 +933,81 @@ int fshm_remaining(fshm_limiter *l, const void *key, uint64_t key_length, uint64
                    uint64_t *remaining) {
   call_t c;
   look_t looks[FSHM_MAX_LIMITS];
-  if (!limits_load_of(l, &c.plan)) return damage_limits(l->segment, l->index);
+  if (!limits_load_of(l, &c.snapshot)) return damage_limits(l->segment, l->index);
   begin(&c, l, key, key_length, now);
-  if (c.plan.count && look_all(&c, looks) == FSHM_E_DAMAGED) return FSHM_E_DAMAGED;
+  if (c.snapshot.count && look_all(&c, looks) == FSHM_E_DAMAGED) return FSHM_E_DAMAGED;
   drop_stale(&c, looks);
-  for (uint32_t i = 0; i < c.plan.count; i++)
-    remaining[i] = verdict_remaining(&c.plan.rules[i], looks[i].verdict.used_before);
-  return (int)c.plan.count;
+  for (uint32_t i = 0; i < c.snapshot.count; i++)
+    remaining[i] = verdict_remaining(&c.snapshot.rules[i], looks[i].verdict.used_before);
+  return (int)c.snapshot.count;
 }
 
 int fshm_reset_key(fshm_limiter *l, const void *key, uint64_t key_length) {
   call_t c;
   found_t f;
-  if (!limits_load(l->segment, l->index, &c.plan)) return damage_limits(l->segment, l->index);
+  if (!limits_load(l->segment, l->index, &c.snapshot)) return damage_limits(l->segment, l->index);
   begin(&c, l, key, key_length, 0);
-  for (uint32_t i = 0; i < c.plan.count; i++) {
-    cells_find(c.s, c.hash, fingerprint(&c, i), &f);
-    if (f.pair.who) cells_clear(c.s, f.cell, f.pair.who);
+  for (uint32_t i = 0; i < c.snapshot.count; i++) {
+    table_find(c.s, c.hash, fingerprint(&c, i), &f);
+    if (f.pair.who) table_clear(c.s, f.slot, f.pair.who);
   }
-  /* or one whose limit comes with the call (counted.c) */
+  /* or one whose limit comes with the call (per_call.c) */
   uint64_t hash = side_who(c.hash, c.index);
-  cells_find(c.s, hash, side_who(side_salted(hash, c.plan.salt), c.index), &f);
-  if (f.pair.who) cells_clear(c.s, f.cell, f.pair.who);
+  table_find(c.s, hash, side_who(side_salted(hash, c.snapshot.salt), c.index), &f);
+  if (f.pair.who) table_clear(c.s, f.slot, f.pair.who);
   return FSHM_OK;
 }
 
-/* The hash of the key in a cell, by its name, where that is known whole. */
-static COLD bool key_hash_of(fshm_segment *s, uint32_t index, uint64_t cell, uint64_t *hash) {
+/* The hash of the key in a slot, by its name, where that is known whole. */
+static COLD bool key_hash_of(fshm_segment *s, uint32_t index, uint64_t slot, uint64_t *hash) {
   char key[256], name[FSHM_MAX_LIMITER_NAME];
   uint64_t length, named = read_name(&s->limiters[index], name);
-  if (!fshm_key_name(s, cell, key, sizeof key, &length) || length > KEY_STORED) return false;
+  if (!fshm_key_name(s, slot, key, sizeof key, &length) || length > KEY_STORED) return false;
   uint64_t k0 = fshm_siphash(s->secret[0], s->secret[1] ^ 1, name, named);
   uint64_t k1 = fshm_siphash(s->secret[0], s->secret[1] ^ 2, name, named);
   *hash = fshm_siphash(k0, k1, key, length);
   return true;
 }
 
-/* Looking in, from a cell back to its key's decision. 0: not a cell that the ledger knows. */
-int fshm_peek_cell(fshm_segment *s, uint64_t cell, uint64_t now, fshm_decision *out) {
-  return fshm_peek_numbered(s, cell, NULL, now, out);
+/* Looking in, from a slot back to its key's decision. 0: not a slot that the key statistics knows. */
+int fshm_peek_slot(fshm_segment *s, uint64_t slot, uint64_t now, fshm_decision *out) {
+  return fshm_peek_numbered(s, slot, NULL, now, out);
 }
 
-int fshm_peek_numbered(fshm_segment *s, uint64_t cell, const uint64_t *numbers, uint64_t now,
+int fshm_peek_numbered(fshm_segment *s, uint64_t slot, const uint64_t *numbers, uint64_t now,
                        fshm_decision *out) {
   call_t c;
   look_t looks[FSHM_MAX_LIMITS];
   memset(out, 0, sizeof *out);
-  if (cell >= s->cell_count) return FSHM_E_ARGUMENT;
-  uint64_t who = load_relaxed(&s->cells[cell].who);
-  uint32_t meta = load_relaxed(&s->ledger[cell].meta), index = meta >> 20;
-  if (!who || index >= s->limiter_count || ledger_meta(index, who) != meta) return 0;
+  if (slot >= s->slot_count) return FSHM_E_ARGUMENT;
+  uint64_t who = load_relaxed(&s->slots[slot].who);
+  uint32_t meta = load_relaxed(&s->key_stats[slot].meta), index = meta >> 20;
+  if (!who || index >= s->limiter_count || key_stats_meta(index, who) != meta) return 0;
   fshm_limiter any = {.segment = s, .index = index, .numbers = numbers};
-  if (!limits_load_of(&any, &c.plan) || !c.plan.count) return 0;
+  if (!limits_load_of(&any, &c.snapshot) || !c.snapshot.count) return 0;
   begin(&c, &any, "", 0, now);
   c.peeks = true;
   bool allowed = true;
   if (!(who &
-        1)) { /* an allowance's word, which is kept as a wallet's; others have no limit here */
-    const pair_t pair = s->read_only ? pair_peek(&s->cells[cell]) : pair_load(&s->cells[cell]);
-    if (c.plan.rules[0].kind != FSHM_WALLET || pair.who != who) return 0;
-    c.plan.count = 1;
-    looks[0] = (look_t){.verdict = meter_take(&c.plan.rules[0], pair.when, c.now, c.now, 1)};
+        1)) { /* an permit lease's word, which is kept as a token lease's; others have no limit here */
+    const pair_t pair = s->read_only ? pair_peek(&s->slots[slot]) : pair_load(&s->slots[slot]);
+    if (c.snapshot.rules[0].kind != FSHM_LEASE || pair.who != who) return 0;
+    c.snapshot.count = 1;
+    looks[0] = (look_t){.verdict = rule_take(&c.snapshot.rules[0], pair.when, c.now, c.now, 1)};
     report(&c, looks, looks[0].verdict.retry == 0, false, out);
     out->status = looks[0].verdict.retry == 0;
     return FSHM_OK;
   }
-  bool named = key_hash_of(s, index, cell, &c.hash);
-  for (uint32_t i = 0; i < c.plan.count; i++) {
+  bool named = key_hash_of(s, index, slot, &c.hash);
+  for (uint32_t i = 0; i < c.snapshot.count; i++) {
     if (named)
-      cells_find(s, c.hash, fingerprint(&c, i), &looks[i].cell);
+      table_find(s, c.hash, fingerprint(&c, i), &looks[i].slot);
     else
-      cells_near(s, cell, (who & ~WHO_TAIL) | c.plan.tail[i], &looks[i].cell);
-    if (named || looks[i].cell.pair.who)
+      table_near(s, slot, (who & ~WHO_TAIL) | c.snapshot.tail[i], &looks[i].slot);
+    if (named || looks[i].slot.pair.who)
       look_found(&c, i, 1, &looks[i]);
     else /* which shared counter it would be cannot be told */
-      looks[i] = (look_t){.verdict = meter_take(&c.plan.rules[i], 0, c.now, c.now, 1)};
+      looks[i] = (look_t){.verdict = rule_take(&c.snapshot.rules[i], 0, c.now, c.now, 1)};
     if (c.stale) return 0;
     allowed &= looks[i].verdict.retry == 0;
   }

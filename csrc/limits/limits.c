@@ -1,8 +1,8 @@
 /* limits.c - the table of limiters: names, their limits, and changing them at run time.
  *
  * The limits of a name belong to the name: whoever sets them last sets them for all processes. A rule is written into a
- * slot of the limiter's table that its writer owns; then one swap of (current, set) makes the rules the present ones. A
- * rule stays in its slot while a key's state refers to it; a sweep over the table of cells finds out.
+ * rule index of the limiter's table that its writer owns; then one swap of (current, set) makes the rules the present ones. A
+ * rule stays in its rule index while a key's state refers to it; a sweep over the table of slots finds out.
  */
 #include <stdlib.h>
 #include <unistd.h>
@@ -21,21 +21,21 @@ static uint64_t mix(uint64_t x) { /* splitmix64's finaliser */
 
 int fshm_limit_check(const fshm_limit *l, uint64_t *largest_n) {
   bool known = !kind_has_period(l->kind) || l->per_ns >= 1000;
-  known &= l->kind <= FSHM_PERMITS || l->kind == FSHM_WALLET;
+  known &= l->kind <= FSHM_PERMITS || l->kind == FSHM_LEASE;
   *largest_n = known ? limit_largest_n(l->kind, l->per_ns) : 0;
   return limit_valid(l) ? FSHM_OK : FSHM_E_ARGUMENT;
 }
 
-/* Copy a rule out. The caller makes sure afterwards that its slot was not given to another one. */
-static inline HOT void read_rule(const limiter_entry_t *e, unsigned slot, rule_t *out) {
-  for (unsigned k = 0; k < RULE_WORDS; k++) out->words[k] = load_relaxed(&e->rules[slot][k]);
+/* Copy a rule out. The caller makes sure afterwards that its rule index was not given to another one. */
+static inline HOT void read_rule(const limiter_entry_t *e, unsigned rule_index, rule_t *out) {
+  for (unsigned k = 0; k < RULE_WORDS; k++) out->words[k] = load_relaxed(&e->rules[rule_index][k]);
 }
 
 /* The same for a set: the caller makes sure that `current` has not changed. How many rules, 0 = no such set. */
 static inline HOT uint32_t read_set(const limiter_entry_t *e, uint64_t set, rule_t *out) {
   uint32_t count = SET_COUNT(set);
   if (count < 1 || count > FSHM_MAX_LIMITS) return 0;
-  for (uint32_t i = 0; i < count; i++) read_rule(e, SET_SLOT(set, i), &out[i]);
+  for (uint32_t i = 0; i < count; i++) read_rule(e, SET_RULE(set, i), &out[i]);
   return count;
 }
 
@@ -45,9 +45,9 @@ static inline uint64_t salt_of(const fshm_segment *s, uint64_t current) {
   return likely(!resets) ? 0 : mix(s->secret[0] ^ mix(resets)) & ~UINT64_C(1);
 }
 
-/* The limits as they stand now. False: none, or damaged; then the plan has no limit at all, so that whoever
+/* The limits as they stand now. False: none, or damaged; then the snapshot has no limit at all, so that whoever
  * goes on with it divides by nothing (rule_sane). */
-static inline HOT bool limits_load_inline(const fshm_segment *s, uint32_t index, plan_t *p) {
+static inline HOT bool limits_load_inline(const fshm_segment *s, uint32_t index, snapshot_t *p) {
   const limiter_entry_t *e = &s->limiters[index];
   for (int tries = 0; tries < MAX_TRIES; tries++) {
     /* acquire: pairs with publish(), whose rules are complete before they are named. */
@@ -55,7 +55,7 @@ static inline HOT bool limits_load_inline(const fshm_segment *s, uint32_t index,
     uint64_t set = load_relaxed(&e->set);
     uint32_t has = SET_COUNT(set);
     if (likely(has == 1)) /* most limiters; without the loop */
-      read_rule(e, SET_SLOT(set, 0), &p->rules[0]);
+      read_rule(e, SET_RULE(set, 0), &p->rules[0]);
     else
       has = read_set(e, set, p->rules);
     atomic_thread_fence(memory_order_acquire); /* the copy, before the second look */
@@ -66,14 +66,14 @@ static inline HOT bool limits_load_inline(const fshm_segment *s, uint32_t index,
     p->salt = salt_of(s, current);
     p->count = 1;
     if (likely(has == 1 && p->rules[0].kind != FSHM_PERMITS)) {
-      p->tail[0] = tail | WHO_OF(0, p->rules[0].place, SET_SLOT(set, 0), 0);
+      p->tail[0] = tail | WHO_OF(0, p->rules[0].place, SET_RULE(set, 0), 0);
       if (likely(current && rule_sane(&p->rules[0]))) return true;
       break;
     }
     uint32_t i = 0;
     for (; i < has && rule_sane(&p->rules[i]); i++) {
       const rule_t *r = &p->rules[i];
-      p->tail[i] = tail | WHO_OF(0, r->place, SET_SLOT(set, i), 0);
+      p->tail[i] = tail | WHO_OF(0, r->place, SET_RULE(set, i), 0);
       if (likely(r->kind != FSHM_PERMITS)) continue;
       if (i + 1 != has || r->n > MAX_PERMITS) break; /* the last: limiter_open() */
       p->permits = (uint32_t)r->n;
@@ -85,12 +85,12 @@ static inline HOT bool limits_load_inline(const fshm_segment *s, uint32_t index,
   p->count = p->permits = 0;
   return false;
 }
-bool limits_load(const fshm_segment *s, uint32_t index, plan_t *p) {
+bool limits_load(const fshm_segment *s, uint32_t index, snapshot_t *p) {
   return limits_load_inline(s, index, p);
 }
 
 /* numbers: NULL, or those of a handle (fshm_limiter_number), never more than the name's own. */
-void limits_number(const uint64_t *numbers, plan_t *p) {
+void limits_number(const uint64_t *numbers, snapshot_t *p) {
   if (likely(!numbers)) return;
   for (uint32_t i = 0; i < p->count; i++)
     if (p->rules[i].kind == FSHM_WINDOW && numbers[i])
@@ -99,14 +99,14 @@ void limits_number(const uint64_t *numbers, plan_t *p) {
     p->permits = (uint32_t)min_u64(p->permits, numbers[p->count]);
 }
 /* limits_load(), with the numbers of the handle. */
-bool limits_load_of(const fshm_limiter *l, plan_t *p) {
+bool limits_load_of(const fshm_limiter *l, snapshot_t *p) {
   bool readable = limits_load_inline(l->segment, l->index, p);
   limits_number(l->numbers, p);
   return readable;
 }
 
 int fshm_limiter_number(fshm_limiter *l, const uint64_t *numbers, uint32_t count) {
-  plan_t p;
+  snapshot_t p;
   if (!limits_load(l->segment, l->index, &p)) return damage_limits(l->segment, l->index);
   if (count != p.count + (p.permits > 0)) return FSHM_E_ARGUMENT;
   for (uint32_t i = 0; i < count; i++) {
@@ -119,11 +119,11 @@ int fshm_limiter_number(fshm_limiter *l, const uint64_t *numbers, uint32_t count
   return FSHM_OK;
 }
 
-/* The rule that a state with this label was written under: for a caller that makes sure afterwards that the cell has
- * not changed, since a slot is not given to another rule while a state refers to it. */
+/* The rule that a state with this label was written under: for a caller that makes sure afterwards that the slot has
+ * not changed, since a rule index is not given to another rule while a state refers to it. */
 bool limits_rule(const fshm_segment *s, uint32_t index, unsigned label, rule_t *out) {
   read_rule(&s->limiters[index], label, out);
-  atomic_thread_fence(memory_order_acquire); /* the copy, before the second look at the cell */
+  atomic_thread_fence(memory_order_acquire); /* the copy, before the second look at the slot */
   return rule_sane(out) && out->kind != FSHM_PERMITS; /* which labels no state */
 }
 
@@ -140,13 +140,14 @@ static COLD bool set_wrong(const limiter_entry_t *e, uint64_t set) {
   return !count;
 }
 
-/* A rule that states may refer to, copied out. False: there is none in the slot, or it went to another. */
-static COLD bool read_used(const limiter_entry_t *e, unsigned slot, rule_t *out, uint64_t *owner) {
-  *owner = atomic_load_explicit(&e->owners[slot], memory_order_acquire); /* with publish() */
+/* A rule that states may refer to, copied out. False: there is none in the rule index, or it went to another. */
+static COLD bool read_used(const limiter_entry_t *e, unsigned rule_index, rule_t *out,
+                           uint64_t *owner) {
+  *owner = atomic_load_explicit(&e->owners[rule_index], memory_order_acquire); /* with publish() */
   if (!(*owner & RULE_USED)) return false;
-  read_rule(e, slot, out);
+  read_rule(e, rule_index, out);
   atomic_thread_fence(memory_order_acquire);
-  return load_relaxed(&e->owners[slot]) == *owner;
+  return load_relaxed(&e->owners[rule_index]) == *owner;
 }
 
 /* Are these limits such as nobody has set? Certain: rules are complete before they are named, and do not change while
@@ -155,8 +156,8 @@ COLD bool limits_wrong(const fshm_segment *s, uint32_t index, bool published) {
   const limiter_entry_t *e = &s->limiters[index];
   rule_t rule;
   uint64_t owner;
-  for (unsigned slot = 0; slot < RULES; slot++)
-    if (read_used(e, slot, &rule, &owner) && !rule_genuine(&rule)) return true;
+  for (unsigned rule_index = 0; rule_index < RULES; rule_index++)
+    if (read_used(e, rule_index, &rule, &owner) && !rule_genuine(&rule)) return true;
   for (int tries = 0; tries < MAX_TRIES; tries++) {
     uint64_t current = atomic_load_explicit(&e->current, memory_order_acquire);
     uint64_t set = load_relaxed(&e->set);
@@ -168,7 +169,7 @@ COLD bool limits_wrong(const fshm_segment *s, uint32_t index, bool published) {
 }
 
 /* An id is a hash of the name, without BESIDE, and that bit where the limiter is there for another one's sake:
- * its calls have no tallies. So whoever sees an entry claimed knows which it is. */
+ * its calls have no counters. So whoever sees an entry claimed knows which it is. */
 #define BESIDE UINT64_C(1)
 
 static COLD uint64_t name_id(const fshm_segment *s, const char *name, uint64_t length) {
@@ -176,12 +177,12 @@ static COLD uint64_t name_id(const fshm_segment *s, const char *name, uint64_t l
   return id ? id : 2 * BESIDE;
 }
 
-/* Which tallies an entry's calls count in; TALLIES: none. Entries are claimed in order and never given back, so
+/* Which counters an entry's calls count in; COUNTERS: none. Entries are claimed in order and never given back, so
  * this is the same for all processes, at any time. */
-static COLD uint32_t tally_of(const fshm_segment *s, uint32_t index) {
+static COLD uint32_t counters_of(const fshm_segment *s, uint32_t index) {
   uint32_t before = 0;
-  if (load_relaxed(&s->limiters[index].id) & BESIDE) return TALLIES;
-  for (uint32_t i = 0; i < index && before < TALLIES - 1; i++)
+  if (load_relaxed(&s->limiters[index].id) & BESIDE) return COUNTERS;
+  for (uint32_t i = 0; i < index && before < COUNTERS - 1; i++)
     before += !(load_relaxed(&s->limiters[i].id) & BESIDE);
   return before;
 }
@@ -204,7 +205,7 @@ COLD bool limits_name_wrong(const fshm_segment *s, uint32_t index) {
   return (load_relaxed(&e->id) & ~BESIDE) != name_id(s, name, length);
 }
 
-/* How many slots may be held, and the changes of that number: read before `current`, and before any count that
+/* How many permits may be held, and the changes of that number: read before `current`, and before any count that
  * limits_lower_most() is to stand on. */
 #define MOST_BITS 17
 #define MOST_OF(most) ((uint32_t)((most) & ((1U << MOST_BITS) - 1)))
@@ -213,16 +214,16 @@ uint64_t limits_most(const fshm_segment *s, uint32_t index) {
                               memory_order_acquire); /* with raise_most() */
 }
 
-/* Slots up to this one may be held: the largest limit of permits that this name ever had, until a count
+/* Permits up to this number may be held: the largest limit of permits that this name ever had, until a count
  * has found nothing held beyond the present one. */
-uint32_t limits_most_permits(uint64_t most, const plan_t *p) {
-  uint32_t slots = MOST_OF(most) > MAX_PERMITS ? MAX_PERMITS : MOST_OF(most);
-  return slots > p->permits ? slots : p->permits;
+uint32_t limits_most_permits(uint64_t most, const snapshot_t *p) {
+  uint32_t permits = MOST_OF(most) > MAX_PERMITS ? MAX_PERMITS : MOST_OF(most);
+  return permits > p->permits ? permits : p->permits;
 }
 
 /* A look at all keys that began after `most` was read has found nothing held beyond the present limit. Where limits were
- * published since, or a slot there was taken by older ones, the word has changed, whatever its number is. */
-void limits_lower_most(fshm_segment *s, uint32_t index, const plan_t *p, uint64_t most) {
+ * published since, or a permit there was taken by older ones, the word has changed, whatever its number is. */
+void limits_lower_most(fshm_segment *s, uint32_t index, const snapshot_t *p, uint64_t most) {
   uint64_t lower = most >> MOST_BITS << MOST_BITS | p->permits;
   if (MOST_OF(most) > p->permits)
     (void)atomic_compare_exchange_strong(&s->limiters[index].most, &most, lower);
@@ -242,8 +243,8 @@ static bool raise_most(limiter_entry_t *e, uint32_t n) {
   }
   return !n;
 }
-bool limits_raise_most(fshm_segment *s, uint32_t index, uint32_t slots) {
-  return raise_most(&s->limiters[index], slots);
+bool limits_raise_most(fshm_segment *s, uint32_t index, uint32_t permits) {
+  return raise_most(&s->limiters[index], permits);
 }
 
 /* Is this entry's id not what it was: does it have our name under another, or limits without any? */
@@ -285,18 +286,19 @@ static int entry_of(fshm_segment *s, const char *name, uint64_t length, bool cla
 /* Changing the limits ------------------------------------------------------------------------------ */
 
 static bool owner_lives(fshm_segment *s, uint64_t owner) {
-  uint64_t slot = (owner & 0xffff) - 1;
-  if (slot >= PROCESSES) return true; /* has no place in the process table: cannot be asked after */
-  return load_relaxed(&s->processes[slot].generation) == owner >> 16 &&
-         process_alive(s, (uint32_t)slot);
+  uint64_t process = (owner & 0xffff) - 1;
+  if (process >= PROCESSES)
+    return true; /* has no place in the process table: cannot be asked after */
+  return load_relaxed(&s->processes[process].incarnation) == owner >> 16 &&
+         process_alive(s, (uint32_t)process);
 }
 
-/* A slot that no state refers to and nobody alive is filling becomes ours. */
-static int take_slot(fshm_segment *s, limiter_entry_t *e, uint64_t owner) {
+/* A rule index that no state refers to and nobody alive is filling becomes ours. */
+static int take_rule(fshm_segment *s, limiter_entry_t *e, uint64_t owner) {
   for (unsigned i = 0; i < RULES; i++) {
     uint64_t holder = load_relaxed(&e->owners[i]);
     if ((holder & RULE_USED) || (holder && owner_lives(s, holder))) continue;
-    /* acquire: pairs with the release of free_slots(): our rule is written after the last state that referred to the
+    /* acquire: pairs with the release of free_rules(): our rule is written after the last state that referred to the
      * former one has gone. */
     if (atomic_compare_exchange_strong_explicit(&e->owners[i], &holder, owner, memory_order_acquire,
                                                 memory_order_relaxed))
@@ -305,8 +307,8 @@ static int take_slot(fshm_segment *s, limiter_entry_t *e, uint64_t owner) {
   return -1;
 }
 
-/* The slot that has this very rule, named once more: its owner word says in which version. */
-static int find_slot(limiter_entry_t *e, const rule_t *rule, uint64_t version) {
+/* The rule index that has this very rule, named once more: its owner word says in which version. */
+static int find_rule(limiter_entry_t *e, const rule_t *rule, uint64_t version) {
   rule_t found;
   uint64_t owner;
   for (unsigned i = 0; i < RULES; i++) {
@@ -319,14 +321,15 @@ static int find_slot(limiter_entry_t *e, const rule_t *rule, uint64_t version) {
   return -1;
 }
 
-static void fill_slot(limiter_entry_t *e, unsigned slot, const rule_t *rule, uint64_t version) {
-  /* Pairs with the fence of limits_rule(): whoever reads a word of this rule finds the cell changed. */
+static void fill_rule(limiter_entry_t *e, unsigned rule_index, const rule_t *rule,
+                      uint64_t version) {
+  /* Pairs with the fence of limits_rule(): whoever reads a word of this rule finds the slot changed. */
   atomic_thread_fence(memory_order_release);
-  for (unsigned k = 0; k < RULE_WORDS; k++) store_relaxed(&e->rules[slot][k], rule->words[k]);
-  atomic_store_explicit(&e->owners[slot], RULE_USED | version, memory_order_release);
+  for (unsigned k = 0; k < RULE_WORDS; k++) store_relaxed(&e->rules[rule_index][k], rule->words[k]);
+  atomic_store_explicit(&e->owners[rule_index], RULE_USED | version, memory_order_release);
 }
 
-/* Which cell of a key each rule counts in: its place. What a limit has consumed goes to the limit that takes its place,
+/* Which slot of a key each rule counts in: its place. What a limit has consumed goes to the limit that takes its place,
  * so the same limits keep theirs: first those of the same kind and period, also such as were there before; then by
  * order. Others are new. No present limit is left without an heir for the sake of one that was there before: what it has
  * consumed would count no more. */
@@ -375,17 +378,17 @@ static void place_rules(const limiter_entry_t *e, const rule_t *present, uint32_
   }
 }
 
-/* Sweeps: all cells of a limiter are brought under few rules, so that the slots of the others can be given to new ones.
+/* Sweeps: all slots of a limiter are brought under few rules, so that the rule indexes of the others can be given to new ones.
  * DESIGN.md, "Limits that change". */
 typedef struct {
   fshm_segment *s;
   uint32_t index;
   uint64_t now;
   bool fixed; /* the caller gave the time */
-  plan_t plan;
-  int victim; /* a label that is to go, whatever rule takes its cells; -1: none */
-  uint32_t labels[RULES]; /* cells of each, after the sweep */
-  unsigned places; /* that have cells: a set */
+  snapshot_t snapshot;
+  int victim; /* a label that is to go, whatever rule takes its slots; -1: none */
+  uint32_t labels[RULES]; /* slots of each, after the sweep */
+  unsigned places; /* that have slots: a set */
 } sweep_t;
 
 /* Where a state of this label should live: under the present rule of its place, or as it is. */
@@ -395,61 +398,64 @@ static COLD pair_t swept(const sweep_t *w, pair_t pair, unsigned place) {
   bool found = false;
   uint64_t best = 0;
   unsigned label = WHO_LABEL(pair.who);
-  to.who = (pair.who & ~WHO_LABELS) | WHO_OF(0, 0, label, CURRENT_EPOCH(w->plan.current));
+  to.who = (pair.who & ~WHO_LABELS) | WHO_OF(0, 0, label, CURRENT_EPOCH(w->snapshot.current));
   if (!limits_rule(w->s, w->index, label, &old)) return to; /* nobody has written this */
-  for (uint32_t i = 0; i < w->plan.count; i++) {
-    const rule_t *r = &w->plan.rules[i];
+  for (uint32_t i = 0; i < w->snapshot.count; i++) {
+    const rule_t *r = &w->snapshot.rules[i];
     uint64_t state;
     if (r->place != place) continue;
     /* Only where it is over no later, for the key has not been asked: limits of a moment slow nothing down. */
-    state = meter_convert(r, &old, pair.when, w->now);
-    if (meter_over(r, state) > meter_over(&old, pair.when)) continue;
-    return (pair_t){(pair.who & ~WHO_LABELS) | (w->plan.tail[i] & WHO_LABELS), state};
+    state = rule_convert(r, &old, pair.when, w->now);
+    if (rule_over(r, state) > rule_over(&old, pair.when)) continue;
+    return (pair_t){(pair.who & ~WHO_LABELS) | (w->snapshot.tail[i] & WHO_LABELS), state};
   }
   if ((int)label != w->victim) return to;
-  for (unsigned slot = 0; slot < RULES;
-       slot++) { /* the earliest that is not before its own end; if there is none, the slowest */
+  for (
+      unsigned rule_index = 0; rule_index < RULES;
+      rule_index++) { /* the earliest that is not before its own end; if there is none, the slowest */
     uint64_t owner;
     const limiter_entry_t *e = &w->s->limiters[w->index];
-    if ((int)slot == w->victim || !read_used(e, slot, &rule, &owner) || rule.place != place)
+    if ((int)rule_index == w->victim || !read_used(e, rule_index, &rule, &owner) ||
+        rule.place != place)
       continue;
-    uint64_t state = meter_convert(&rule, &old, pair.when, w->now);
-    uint64_t over = meter_over(&rule, state), mine = meter_over(&old, pair.when);
+    uint64_t state = rule_convert(&rule, &old, pair.when, w->now);
+    uint64_t over = rule_over(&rule, state), mine = rule_over(&old, pair.when);
     if (state == NO_STATE) continue;
     if (found && (best < mine ? over <= best : over < mine || over >= best)) continue;
-    /* In use from now on, for whoever has counted its cells before: free_slots(). */
-    const uint64_t later = RULE_USED | CURRENT_VERSION(CURRENT_VERSION(w->plan.current) + 1);
-    if (owner < later &&
-        !atomic_compare_exchange_strong(&w->s->limiters[w->index].owners[slot], &owner, later))
+    /* In use from now on, for whoever has counted its slots before: free_rules(). */
+    const uint64_t later = RULE_USED | CURRENT_VERSION(CURRENT_VERSION(w->snapshot.current) + 1);
+    if (owner < later && !atomic_compare_exchange_strong(
+                             &w->s->limiters[w->index].owners[rule_index], &owner, later))
       continue;
-    to = (pair_t){(to.who & ~WHO_OF(0, 0, RULES - 1, 0)) | WHO_OF(0, 0, slot, 0), state};
+    to = (pair_t){(to.who & ~WHO_OF(0, 0, RULES - 1, 0)) | WHO_OF(0, 0, rule_index, 0), state};
     best = over;
     found = true;
   }
   return to;
 }
 
-/* Is it a cell of this limiter's meters? Of a shared counter, its index says so; one that was never used is changed too,
+/* Is it a slot of this limiter's meters? Of a shared counter, its index says so; one that was never used is changed too,
  * since a call may be about to begin it. */
-static inline bool metered_by(const fshm_segment *s, uint32_t index, uint64_t cell, uint64_t who) {
-  return cell >= s->cell_count || ((who & 1) && WHO_LIMITER(who) == index);
+static inline bool state_slot_of(const fshm_segment *s, uint32_t index, uint64_t slot,
+                                 uint64_t who) {
+  return slot >= s->slot_count || ((who & 1) && WHO_LIMITER(who) == index);
 }
 
-/* One cell. False: it could not be changed, since others change it all the time. */
-static COLD bool sweep_cell(sweep_t *w, uint64_t cell) {
+/* One slot. False: it could not be changed, since others change it all the time. */
+static COLD bool sweep_slot(sweep_t *w, uint64_t slot) {
   fshm_segment *s = w->s;
-  const bool shared = cell >= s->cell_count;
+  const bool shared = slot >= s->slot_count;
   for (int tries = 0; tries < MAX_TRIES; tries++) {
-    pair_t pair = {load_relaxed(&s->cells[cell].who), 0};
-    if (!metered_by(s, w->index, cell, pair.who)) return true;
-    pair = pair_load(&s->cells[cell]);
-    if (!metered_by(s, w->index, cell, pair.who) || IS_PERMIT(pair.when)) return true;
+    pair_t pair = {load_relaxed(&s->slots[slot].who), 0};
+    if (!state_slot_of(s, w->index, slot, pair.who)) return true;
+    pair = pair_load(&s->slots[slot]);
+    if (!state_slot_of(s, w->index, slot, pair.who) || IS_PERMIT(pair.when)) return true;
     const unsigned place =
-        shared ? (unsigned)(cell - s->cell_count) % SHARED_PLACES : WHO_PLACE(pair.who);
-    /* As a call does it (limiter.c: outdated()): by limits that are in force after the cell was read. Others may have
-     * changed them, swept, and given the slots of ours to other rules. */
-    if (entry_current(w->s, w->index) != w->plan.current) {
-      if (!limits_load(w->s, w->index, &w->plan)) return false;
+        shared ? (unsigned)(slot - s->slot_count) % SHARED_PLACES : WHO_PLACE(pair.who);
+    /* As a call does it (limiter.c: outdated()): by limits that are in force after the slot was read. Others may have
+     * changed them, swept, and given the rule indexes of ours to other rules. */
+    if (entry_current(w->s, w->index) != w->snapshot.current) {
+      if (!limits_load(w->s, w->index, &w->snapshot)) return false;
       if (!w->fixed)
         w->now =
             segment_now(s); /* after they were published: states drain at their pace from then on */
@@ -457,12 +463,12 @@ static COLD bool sweep_cell(sweep_t *w, uint64_t cell) {
     }
     bool over = IS_PENDING(pair.when) || state_expires(pair.when) <= minus(w->now, CLOCKS_DIFFER);
     pair_t to = {0, 0}, seen = pair;
-    over |= shared && !shared_is_of(pair.who, w->plan.current);
+    over |= shared && !shared_is_of(pair.who, w->snapshot.current);
     if (!over) to = swept(w, pair, place);
     if (!to.when) to.who = 0;
-    if (shared) to.who = shared_who(pair.who, w->plan.current, to.who | 1);
-    /* A pending cell too is emptied: its claimer may go by limits of before. */
-    if (to.who != pair.who && !pair_cas(&s->cells[cell], &seen, to)) continue;
+    if (shared) to.who = shared_who(pair.who, w->snapshot.current, to.who | 1);
+    /* A pending slot too is emptied: its claimer may go by limits of before. */
+    if (to.who != pair.who && !pair_cas(&s->slots[slot], &seen, to)) continue;
     if (to.when) {
       w->labels[WHO_LABEL(to.who)]++;
       w->places |= 1U << place;
@@ -472,45 +478,45 @@ static COLD bool sweep_cell(sweep_t *w, uint64_t cell) {
   return false;
 }
 
-/* The cells that a limiter's meters can be in: those of keys, then those of its shared counters. */
-static inline uint64_t metered_end(const fshm_segment *s) {
-  return s->cell_count + UINT64_C(1) * SHARED * SHARED_PLACES;
+/* The slots that a limiter's meters can be in: those of keys, then those of its shared counters. */
+static inline uint64_t state_slot_end(const fshm_segment *s) {
+  return s->slot_count + UINT64_C(1) * SHARED * SHARED_PLACES;
 }
-static inline uint64_t metered_at(const fshm_segment *s, uint32_t index, uint64_t i) {
-  return i < s->cell_count ? i : i + (uint64_t)index * SHARED * SHARED_PLACES;
+static inline uint64_t state_slot_at(const fshm_segment *s, uint32_t index, uint64_t i) {
+  return i < s->slot_count ? i : i + (uint64_t)index * SHARED * SHARED_PLACES;
 }
 
-static COLD bool sweep_cells(sweep_t *w) {
+static COLD bool sweep_slots(sweep_t *w) {
   memset(w->labels, 0, sizeof w->labels);
   w->places = 0;
-  for (uint64_t i = 0; i < metered_end(w->s); i++)
-    if (!sweep_cell(w, metered_at(w->s, w->index, i))) return false;
+  for (uint64_t i = 0; i < state_slot_end(w->s); i++)
+    if (!sweep_slot(w, state_slot_at(w->s, w->index, i))) return false;
   return true;
 }
 
-/* The last rule of each place that has cells: which limit their tokens belong to, should it come back. A set of slots. */
+/* The last rule of each place that has slots: which limit their tokens belong to, should it come back. A set of rule indexes. */
 static COLD unsigned last_rules(const sweep_t *w) {
-  unsigned last[PLACES] = {0}, slots = 0;
+  unsigned last[PLACES] = {0}, rules = 0;
   uint64_t when[PLACES] = {0}, owner;
   rule_t rule;
-  for (unsigned slot = 0; slot < RULES; slot++) {
-    if (!read_used(&w->s->limiters[w->index], slot, &rule, &owner) || rule.place >= PLACES)
+  for (unsigned rule_index = 0; rule_index < RULES; rule_index++) {
+    if (!read_used(&w->s->limiters[w->index], rule_index, &rule, &owner) || rule.place >= PLACES)
       continue;
     if (owner <= when[rule.place]) continue;
     when[rule.place] = owner;
-    last[rule.place] = slot;
+    last[rule.place] = rule_index;
   }
   for (unsigned place = 0; place < PLACES; place++)
-    if (when[place] && w->places >> place & 1) slots |= 1U << last[place];
-  return slots;
+    if (when[place] && w->places >> place & 1) rules |= 1U << last[place];
+  return rules;
 }
 
 /* A rule is to be freed that buckets may have drained by: charges of before may be given back later (limits_pace_since).
  * Killed in between: a pace that is said, of a rule that is still there. False: others write these words all the time. */
-static COLD bool note_freed(limiter_entry_t *e, unsigned slot, uint64_t version) {
+static COLD bool note_freed(limiter_entry_t *e, unsigned rule_index, uint64_t version) {
   rule_t rule;
   uint64_t owner;
-  if (!read_used(e, slot, &rule, &owner) || rule.kind != FSHM_BUCKET || !rule_sane(&rule))
+  if (!read_used(e, rule_index, &rule, &owner) || rule.kind != FSHM_BUCKET || !rule_sane(&rule))
     return true;
   const uint64_t pace = bucket_pace(&rule);
   uint64_t seen = load_relaxed(&e->freed_pace);
@@ -528,79 +534,79 @@ uint64_t limits_pace_since(const fshm_segment *s, uint32_t index, unsigned place
   const limiter_entry_t *e = &s->limiters[index];
   uint64_t fastest = UINT64_MAX, owner;
   rule_t rule;
-  for (unsigned slot = 0; slot < RULES; slot++) {
-    if (!read_used(e, slot, &rule, &owner) || rule.kind != FSHM_BUCKET || rule.place != place)
+  for (unsigned rule_index = 0; rule_index < RULES; rule_index++) {
+    if (!read_used(e, rule_index, &rule, &owner) || rule.kind != FSHM_BUCKET || rule.place != place)
       continue;
     if (!rule_sane(&rule)) continue; /* nobody has set this */
     if ((owner & ~RULE_USED) > version) fastest = min_u64(fastest, bucket_pace(&rule));
   }
-  /* After the slots: who has found one free, or with another rule, finds what note_freed() said of it. Pairs with the
-   * release of free_slots(), and of fill_slot() by whoever took the slot after that. */
+  /* After the rule indexes: who has found one free, or with another rule, finds what note_freed() said of it. Pairs with the
+   * release of free_rules(), and of fill_rule() by whoever took the rule index after that. */
   atomic_thread_fence(memory_order_acquire);
   const uint64_t freed = load_relaxed(&e->freed_pace);
   if (freed && load_relaxed(&e->freed_version) > version) fastest = min_u64(fastest, freed);
   return fastest;
 }
 
-/* The slots of rules that no state refers to, and that were not named since `version`. How many were freed. */
-static COLD unsigned free_slots(const sweep_t *w, uint64_t set, uint64_t version) {
+/* The rule indexes of rules that no state refers to, and that were not named since `version`. How many were freed. */
+static COLD unsigned free_rules(const sweep_t *w, uint64_t set, uint64_t version) {
   limiter_entry_t *e = &w->s->limiters[w->index];
   unsigned freed = 0, named = last_rules(w);
-  for (uint32_t i = 0; i < SET_COUNT(set); i++) named |= 1U << SET_SLOT(set, i);
-  for (unsigned slot = 0; slot < RULES; slot++) {
-    uint64_t owner = load_relaxed(&e->owners[slot]);
+  for (uint32_t i = 0; i < SET_COUNT(set); i++) named |= 1U << SET_RULE(set, i);
+  for (unsigned rule_index = 0; rule_index < RULES; rule_index++) {
+    uint64_t owner = load_relaxed(&e->owners[rule_index]);
     if (!(owner & RULE_USED) || (owner & ~RULE_USED) > version) continue;
-    if (named >> slot & 1 || w->labels[slot]) continue;
-    if (!note_freed(e, slot, version)) continue;
-    freed += atomic_compare_exchange_strong_explicit(&e->owners[slot], &owner, 0,
+    if (named >> rule_index & 1 || w->labels[rule_index]) continue;
+    if (!note_freed(e, rule_index, version)) continue;
+    freed += atomic_compare_exchange_strong_explicit(&e->owners[rule_index], &owner, 0,
                                                      memory_order_release, memory_order_relaxed);
   }
   return freed;
 }
 
-/* Free at least one slot. False: others have changed the limits meanwhile, or all rules are in use. */
+/* Free at least one rule index. False: others have changed the limits meanwhile, or all rules are in use. */
 static COLD bool sweep(fshm_segment *s, uint32_t index, uint64_t now) {
   limiter_entry_t *e = &s->limiters[index];
   sweep_t w = {.s = s, .index = index, .victim = -1};
   const uint64_t epochs = UINT64_C(7) << VERSION_BITS;
-  /* A new epoch first: whoever goes by what was before finds another `current`, or another cell. */
+  /* A new epoch first: whoever goes by what was before finds another `current`, or another slot. */
   uint64_t current = atomic_load_explicit(&e->current, memory_order_acquire);
   pair_t seen = {current, load_relaxed(&e->set)};
-  /* And a new version: slots that were named for the next one by a writer that was killed are not newer than it. */
+  /* And a new version: rule indexes that were named for the next one by a writer that was killed are not newer than it. */
   uint64_t version = CURRENT_VERSION(CURRENT_VERSION(current) + 1);
   version += !version;
   uint64_t rest = current & ~epochs & ~CURRENT_VERSION(UINT64_MAX);
   pair_t next = {rest | ((current + (UINT64_C(1) << VERSION_BITS)) & epochs) | version, seen.when};
   if (!pair_cas(&e->current, &seen, next)) return false;
-  if (!limits_load(s, index, &w.plan) || w.plan.current != next.who) return false;
+  if (!limits_load(s, index, &w.snapshot) || w.snapshot.current != next.who) return false;
   w.fixed = now != 0;
   w.now = now ? now : segment_now(s);
-  if (!sweep_cells(&w)) return false;
-  if (free_slots(&w, next.when, version)) return true;
+  if (!sweep_slots(&w)) return false;
+  if (free_rules(&w, next.when, version)) return true;
   /* Each rule still has keys that have used more than the present one admits: of those that are not the last of their
-   * place, and not present, the one with the fewest goes. Its cells have counted as cells of the place, so that the
+   * place, and not present, the one with the fewest goes. Its slots have counted as slots of the place, so that the
    * place's last rule is kept, and can take them. All that is kept, and a new set, have room: such a rule can be found. */
   unsigned kept = last_rules(&w);
-  for (uint32_t i = 0; i < SET_COUNT(next.when); i++) kept |= 1U << SET_SLOT(next.when, i);
+  for (uint32_t i = 0; i < SET_COUNT(next.when); i++) kept |= 1U << SET_RULE(next.when, i);
   static_assert(PLACES + 2 * FSHM_MAX_LIMITS <= RULES, "the last of each place, two sets");
-  for (unsigned slot = 0; slot < RULES; slot++) {
-    if (kept >> slot & 1 || !w.labels[slot]) continue;
-    if (w.victim < 0 || w.labels[slot] < w.labels[w.victim]) w.victim = (int)slot;
+  for (unsigned rule_index = 0; rule_index < RULES; rule_index++) {
+    if (kept >> rule_index & 1 || !w.labels[rule_index]) continue;
+    if (w.victim < 0 || w.labels[rule_index] < w.labels[w.victim]) w.victim = (int)rule_index;
   }
   if (w.victim < 0) return false;
-  for (uint64_t i = 0; i < metered_end(s); i++)
-    if (!sweep_cell(&w, metered_at(s, index, i))) return false;
+  for (uint64_t i = 0; i < state_slot_end(s); i++)
+    if (!sweep_slot(&w, state_slot_at(s, index, i))) return false;
   uint32_t left = 0;
-  for (uint64_t i = 0; i < metered_end(s); i++) {
-    uint64_t cell = metered_at(s, index, i), who = load_relaxed(&s->cells[cell].who);
-    left += metered_by(s, index, cell, who) && (int)WHO_LABEL(who) == w.victim &&
-            load_relaxed(&s->cells[cell].when);
+  for (uint64_t i = 0; i < state_slot_end(s); i++) {
+    uint64_t slot = state_slot_at(s, index, i), who = load_relaxed(&s->slots[slot].who);
+    left += state_slot_of(s, index, slot, who) && (int)WHO_LABEL(who) == w.victim &&
+            load_relaxed(&s->slots[slot].when);
   }
   w.labels[w.victim] = left;
-  return free_slots(&w, next.when, version) > 0;
+  return free_rules(&w, next.when, version) > 0;
 }
 
-/* Give up slots that were filled or taken for a set that was not published. */
+/* Give up rule indexes that were filled or taken for a set that was not published. */
 static void give_up(limiter_entry_t *e, const int *mine, uint64_t owner) {
   for (uint32_t i = 0; i < FSHM_MAX_LIMITS; i++) {
     uint64_t seen = owner;
@@ -612,10 +618,10 @@ static void give_up(limiter_entry_t *e, const int *mine, uint64_t owner) {
 static int publish(fshm_segment *s, uint32_t index, rule_t *rules, uint32_t count, uint64_t now) {
   limiter_entry_t *e = &s->limiters[index];
   uint32_t me;
-  uint64_t generation, owner;
-  int mine[FSHM_MAX_LIMITS] = {-1, -1, -1, -1}; /* slots that we own */
-  if (process_identity(s, &me, &generation))
-    owner = (generation << 16 | (me + 1)) & ~RULE_USED;
+  uint64_t incarnation, owner;
+  int mine[FSHM_MAX_LIMITS] = {-1, -1, -1, -1}; /* rule indexes that we own */
+  if (process_identity(s, &me, &incarnation))
+    owner = (incarnation << 16 | (me + 1)) & ~RULE_USED;
   else
     owner = (((add_relaxed(&s->header->ticket, 1) + 1) << 16) | (PROCESSES + 1)) & ~RULE_USED;
   for (int tries = 0, sweeps = 0; tries < MAX_TRIES; tries++) {
@@ -634,12 +640,12 @@ static int publish(fshm_segment *s, uint32_t index, rule_t *rules, uint32_t coun
       break;
     uint64_t version = CURRENT_VERSION(CURRENT_VERSION(current) + 1);
     version += !version; /* 0 is "none yet" */
-    int slots[FSHM_MAX_LIMITS] = {-1, -1, -1, -1};
+    int indexes[FSHM_MAX_LIMITS] = {-1, -1, -1, -1};
     bool room = true;
     for (uint32_t i = 0; i < count && room; i++) {
-      slots[i] = find_slot(e, &rules[i], version);
-      if (slots[i] < 0 && mine[i] < 0) mine[i] = take_slot(s, e, owner);
-      room = slots[i] >= 0 || mine[i] >= 0;
+      indexes[i] = find_rule(e, &rules[i], version);
+      if (indexes[i] < 0 && mine[i] < 0) mine[i] = take_rule(s, e, owner);
+      room = indexes[i] >= 0 || mine[i] >= 0;
     }
     if (!room) {
       if (sweeps++ == SWEEPS) break;
@@ -647,8 +653,8 @@ static int publish(fshm_segment *s, uint32_t index, rule_t *rules, uint32_t coun
       continue;
     }
     for (uint32_t i = 0; i < count; i++) {
-      if (slots[i] < 0) fill_slot(e, (unsigned)mine[i], &rules[i], version);
-      next_set |= (uint64_t)(slots[i] < 0 ? mine[i] : slots[i]) << (4 + 4 * i);
+      if (indexes[i] < 0) fill_rule(e, (unsigned)mine[i], &rules[i], version);
+      next_set |= (uint64_t)(indexes[i] < 0 ? mine[i] : indexes[i]) << (4 + 4 * i);
     }
     /* The rules are complete before they are named (pairs with the acquire of limits_load()), and counted as in use:
      * killed in between, we leave rules that the next sweep frees. */
@@ -657,7 +663,7 @@ static int publish(fshm_segment *s, uint32_t index, rule_t *rules, uint32_t coun
     bool ok = pair_cas(&e->current, &seen, next);
     /* Not ours again, where the swap has failed: whoever has set the same rule meanwhile has found it there. */
     for (uint32_t i = 0; i < count; i++)
-      if (slots[i] < 0) mine[i] = -1;
+      if (indexes[i] < 0) mine[i] = -1;
     if (!ok) continue;
     give_up(e, mine, owner);
     return FSHM_OK;
@@ -699,7 +705,7 @@ static int limiter_open(fshm_segment *s, const char *name, uint64_t name_length,
     free(l);
     return status;
   }
-  l->tally = (uint16_t)tally_of(s, l->index);
+  l->counters = (uint16_t)counters_of(s, l->index);
   *out = l;
   return FSHM_OK;
 }
@@ -732,7 +738,7 @@ int fshm_limiter_find(fshm_segment *s, const char *name, uint64_t name_length, f
     free(l);
     return status;
   }
-  l->tally = (uint16_t)tally_of(s, l->index);
+  l->counters = (uint16_t)counters_of(s, l->index);
   *out = l;
   return FSHM_OK;
 }
@@ -742,14 +748,14 @@ void fshm_limiter_close(fshm_limiter *l) { free(l); }
 void fshm_limiter_share(fshm_limiter *l, int share) { l->share = share != 0; }
 
 /* limits_load(), for those who show limits: only such as somebody has set. */
-static bool load_genuine(const fshm_segment *s, uint32_t index, plan_t *p) {
+static bool load_genuine(const fshm_segment *s, uint32_t index, snapshot_t *p) {
   if (limits_wrong(s, index, true) || !limits_load(s, index, p)) return false;
   for (uint32_t i = 0; i < p->count; i++) /* the copy: it may have been written over since */
     if (!rule_genuine(&p->rules[i])) return false;
   return true;
 }
 
-static void describe_limits(const plan_t *p, fshm_limit *out) {
+static void describe_limits(const snapshot_t *p, fshm_limit *out) {
   for (uint32_t i = 0; i < p->count; i++) {
     const rule_t *r = &p->rules[i];
     out[i] =
@@ -760,7 +766,7 @@ static void describe_limits(const plan_t *p, fshm_limit *out) {
 
 /* The limits in force: how many, 0 = damaged. */
 int fshm_limiter_limits(fshm_limiter *l, fshm_limit *out, uint64_t *version) {
-  plan_t p;
+  snapshot_t p;
   if (!load_genuine(l->segment, l->index, &p)) {
     (void)damage_limits(l->segment, l->index);
     return 0;
@@ -770,13 +776,13 @@ int fshm_limiter_limits(fshm_limiter *l, fshm_limit *out, uint64_t *version) {
   return (int)(p.count + (p.permits > 0));
 }
 
-/* Forget all keys of the limiter. One swap: from then on nobody finds the old cells. They expire by themselves; those
+/* Forget all keys of the limiter. One swap: from then on nobody finds the old slots. They expire by themselves; those
  * of the epoch before are freed at once. */
 int fshm_reset_all(fshm_limiter *l) {
   fshm_segment *s = l->segment;
   limiter_entry_t *e = &s->limiters[l->index];
   const uint64_t epochs = UINT64_C(7) << VERSION_BITS;
-  plan_t before;
+  snapshot_t before;
   pair_t seen = {0, 0}, next;
   int tries = 0;
   do {
@@ -787,31 +793,32 @@ int fshm_reset_all(fshm_limiter *l) {
     next = (pair_t){(CURRENT_RESETS(seen.who) + 1) << (VERSION_BITS + 3), seen.when};
     next.who |= CURRENT_VERSION(seen.who) | epoch;
   } while (!pair_cas(&e->current, &seen, next));
-  for (uint64_t i = s->cell_count; i < metered_end(s); i++) {
-    const uint64_t cell = metered_at(s, l->index, i);
-    pair_t pair = pair_load(&s->cells[cell]);
+  for (uint64_t i = s->slot_count; i < state_slot_end(s); i++) {
+    const uint64_t slot = state_slot_at(s, l->index, i);
+    pair_t pair = pair_load(&s->slots[slot]);
     if (pair.who && !shared_is_of(pair.who, next.who)) /* lost: somebody has begun it anew */
-      (void)pair_cas(&s->cells[cell], &pair, (pair_t){shared_who(pair.who, before.current, 1), 0});
+      (void)pair_cas(&s->slots[slot], &pair, (pair_t){shared_who(pair.who, before.current, 1), 0});
   }
-  for (uint64_t cell = 0; cell < s->cell_count; cell++) {
-    pair_t pair = {load_relaxed(&s->cells[cell].who), 0}, empty = {0, 0};
+  for (uint64_t slot = 0; slot < s->slot_count; slot++) {
+    pair_t pair = {load_relaxed(&s->slots[slot].who), 0}, empty = {0, 0};
     if (pair.who & 1) { /* of a permit, whose hash can be anything: it is left alone */
       if (WHO_LIMITER(pair.who) != l->index) continue;
-      pair = pair_load(&s->cells[cell]);
+      pair = pair_load(&s->slots[slot]);
       if (!(pair.who & 1) || WHO_LIMITER(pair.who) != l->index || IS_PERMIT(pair.when)) continue;
       if (WHO_EPOCH(pair.who) == CURRENT_EPOCH(before.current))
-        (void)pair_cas(&s->cells[cell], &pair, empty);
-    } else if (pair.who && load_relaxed(&s->ledger[cell].meta) == ledger_meta(l->index, pair.who)) {
+        (void)pair_cas(&s->slots[slot], &pair, empty);
+    } else if (pair.who &&
+               load_relaxed(&s->key_stats[slot].meta) == key_stats_meta(l->index, pair.who)) {
       found_t f; /* a key whose limit comes with the call, where the old salt leads to it */
-      cells_find(s, side_salted(pair.who, before.salt), pair.who, &f);
-      if (f.pair.who) cells_clear(s, f.cell, f.pair.who);
+      table_find(s, side_salted(pair.who, before.salt), pair.who, &f);
+      if (f.pair.who) table_clear(s, f.slot, f.pair.who);
     }
   }
   return FSHM_OK;
 }
 
 int fshm_limiter_at(fshm_segment *s, uint32_t index, fshm_limiter_info *out) {
-  plan_t p;
+  snapshot_t p;
   memset(out, 0, sizeof *out);
   if (index >= s->limiter_count) return FSHM_E_ARGUMENT;
   const limiter_entry_t *e = &s->limiters[index];
@@ -826,7 +833,7 @@ int fshm_limiter_at(fshm_segment *s, uint32_t index, fshm_limiter_info *out) {
   out->version = CURRENT_VERSION(p.current);
   out->resets = CURRENT_RESETS(p.current);
   out->id = load_relaxed(&e->id);
-  out->tally = tally_of(s, index);
+  out->counters = counters_of(s, index);
   out->shared_ns = minus(load_relaxed(&e->shared), segment_now(s));
   out->name_length = (uint32_t)read_name(e, out->name);
   return FSHM_OK;

@@ -1,5 +1,5 @@
 /* py_cluster.h - calls of a limiter whose quota is granted by a server: fshm_spend() answers nearly all of
- * them, and Python the rest. Included by py_core.c. */
+ * them, and Python the rest. Included by py_rate_limiter.c. */
 #ifndef FSHM_PY_CLUSTER_H
 #define FSHM_PY_CLUSTER_H
 
@@ -7,9 +7,10 @@
 
 /* Set once, by _bind_cluster(). */
 typedef struct {
-  fshm_limiter *wallet, *refused; /* NULL: it is a limiter of this host alone */
-  PyObject *wallet_handle, *refused_handle; /* own them */
-  PyObject *keys; /* of a limiter of permits, whose `wallet` has allowances: dict of those in use */
+  fshm_limiter *leases, *refused; /* NULL: it is a limiter of this host alone */
+  PyObject *leases_handle, *refused_handle; /* own them */
+  PyObject *
+      keys; /* of a limiter of permits, whose `token lease` has permit leases: dict of those in use */
 } cluster_t;
 
 /* _ask(op, key, cost) -> (status, limit_index, remaining, retry_after_ns, reset_after_ns). cost None: 1. */
@@ -40,7 +41,7 @@ static int cluster_decide(PyObject *self, const cluster_t *c, fshm_limiter *limi
   fshm_decision asked = {0};
   int status = FSHM_ASK;
   if (op == FSHM_ACQUIRE)
-    status = fshm_spend(c->wallet, c->refused, limits, k->bytes, (uint64_t)k->length, costs, 0, out,
+    status = fshm_spend(c->leases, c->refused, limits, k->bytes, (uint64_t)k->length, costs, 0, out,
                         &low);
   if (status == FSHM_ASK) {
     asked.version = version;
@@ -84,8 +85,9 @@ static int cluster_admit(PyObject *self, const cluster_t *c, fshm_limiter *limit
                          uint32_t *in_flight) {
   long alone = 0;
   for (int tries = 0;; tries++) {
-    int status = fshm_allowance_admit(limits, c->wallet, c->refused, k->bytes, (uint64_t)k->length,
-                                      (uint32_t)alone, 0, permit, d, in_flight);
+    int status =
+        fshm_permit_lease_admit(limits, c->leases, c->refused, k->bytes, (uint64_t)k->length,
+                                (uint32_t)alone, 0, permit, d, in_flight);
     if (status != FSHM_ASK || alone < 0) break;
     if (tries == GRANT_TRIES)
       alone = -1;

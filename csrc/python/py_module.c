@@ -1,12 +1,12 @@
 /* py_module.c - the hand-written types, put into the module that cffi makes. */
 #include "py_decision.c"
-#include "py_lease.c"
-#include "py_core.c"
+#include "py_permit.c"
+#include "py_rate_limiter.c"
 #include "py_pool.c"
 #include "py_memo.c"
-#include "py_metric.c"
-#include "py_route.c"
-#include "py_counted.c"
+#include "py_recorder.c"
+#include "py_router.c"
+#include "py_counts.c"
 
 /* _untrack(object): the garbage collector leaves it alone from now on: its references count for it as those of
  * somebody outside. For what refers to nothing that could refer to it (native.py, owned()). */
@@ -24,9 +24,9 @@ static int install(PyObject *module) {
   if (PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED)) return -1;
 #endif
   return PyModule_AddFunctions(module, module_methods) || install_decision(module) ||
-         install_lease(module) || install_core(module) || install_pool(module) ||
-         install_memo(module) || install_metric(module) || install_route(module) ||
-         install_counted(module);
+         install_permit(module) || install_rate_limiter(module) || install_pool(module) ||
+         install_memo(module) || install_recorder(module) || install_router(module) ||
+         install_counts(module);
 }
 
 /* Called once through cffi, which drops the GIL around it. `module`: the extension module's address. */

@@ -1,5 +1,5 @@
 /* py_pool.c - the hot half of SimpleConnectionPool: take an idle connection of this process, and put it
- * back. Opening, closing and limits are pool.py's business (and lease.c's); ids map to connections here.
+ * back. Opening, closing and limits are pool.py's business (and semaphore.c's); ids map to connections here.
  *
  * Idle connections of an endpoint are a stack: the one used last is taken first. All under the GIL, else
  * alone with the pool. Ids and endpoints are exact strs here: looking them up runs no Python.
@@ -17,8 +17,8 @@ typedef struct Connection {
   PyObject *endpoint; /* str */
   PyObject *object; /* what the user bound to it, or None */
   PyObject *handles; /* own the limiters */
-  fshm_limiter *slots, *totals; /* of the pool */
-  fshm_permit slot; /* of the endpoint */
+  fshm_limiter *permits, *totals; /* of the pool */
+  fshm_permit permit; /* of the endpoint */
   fshm_permit total; /* of the whole pool */
   uint64_t used_ns; /* fshm_clock() when last returned */
   int idle;
@@ -30,7 +30,7 @@ typedef struct {
   PyObject *by_id; /* dict: id -> Connection, idle and in use */
   PyObject *stacks; /* dict: endpoint -> Stack */
   PyObject *handles; /* tuple: own the limiters, until we are freed */
-  fshm_limiter *slots, *totals;
+  fshm_limiter *permits, *totals;
   uint64_t idle_ns; /* how long an idle connection may be used again */
   measure_t measure; /* get_connection() */
 } PoolCore;
@@ -44,7 +44,7 @@ static PyTypeObject *connection_type, *stack_type;
 
 static void give_places_back(Connection *c) {
   ALONE_BEGIN(c);
-  (void)fshm_permit_release(c->slots, &c->slot);
+  (void)fshm_permit_release(c->permits, &c->permit);
   (void)fshm_permit_release(c->totals, &c->total);
   ALONE_END();
 }
@@ -108,7 +108,7 @@ static PyObject *connection_held(PyObject *o, void *unused) {
   (void)unused;
   int held;
   ALONE_BEGIN(o);
-  held = fshm_permit_held(((Connection *)o)->slots, &((Connection *)o)->slot);
+  held = fshm_permit_held(((Connection *)o)->permits, &((Connection *)o)->permit);
   ALONE_END();
   return PyBool_FromLong(held);
 }
@@ -129,7 +129,7 @@ static PyGetSetDef connection_getset[] = {
     {NULL, NULL, NULL, NULL, NULL}};
 
 static int unbound(const PoolCore *self) {
-  if (self->by_id && self->stacks && self->slots) return 0;
+  if (self->by_id && self->stacks && self->permits) return 0;
   PyErr_SetString(PyExc_RuntimeError, "the pool's __init__ was not called");
   return 1;
 }
@@ -148,7 +148,7 @@ static Connection *pop(PoolCore *self, PyObject *endpoint, int *stale) {
   Connection *top = stack ? stack->top : NULL;
   /* Not idle: the parent's, after a fork, or an operator released it by force. */
   if (top && fshm_clock() - top->used_ns <= self->idle_ns &&
-      fshm_permit_idle(top->slots, &top->slot, 0)) {
+      fshm_permit_idle(top->permits, &top->permit, 0)) {
     stack->top = top->below; /* its reference moves to the stack, and the stack's to the caller */
     top->below = NULL;
     RELAXED_SET(top->idle, 0);
@@ -167,7 +167,7 @@ static int put_back(PoolCore *self, Connection *c) {
   ALONE_BEGIN(self);
   PyObject *known = dict_get(self->by_id, c->id);
   Stack *stack = known == (PyObject *)c ? (Stack *)dict_get(self->stacks, c->endpoint) : NULL;
-  if (stack && !c->idle && fshm_permit_idle(c->slots, &c->slot, 1)) {
+  if (stack && !c->idle && fshm_permit_idle(c->permits, &c->permit, 1)) {
     RELAXED_SET(c->used_ns, fshm_clock());
     RELAXED_SET(c->idle, 1);
     c->below = stack->top;
@@ -296,7 +296,7 @@ static PyObject *pool_add(PyObject *o, PyObject *args) {
   Connection *c = PyObject_GC_New(Connection, connection_type);
   if (!c) return NULL;
   memset((char *)c + sizeof(PyObject), 0, sizeof *c - sizeof(PyObject));
-  c->slots = self->slots;
+  c->permits = self->permits;
   c->totals = self->totals;
   c->handles = self->handles;
   c->object = Py_None;
@@ -310,7 +310,7 @@ static PyObject *pool_add(PyObject *o, PyObject *args) {
     return NULL;
   }
   const char *limit = "endpoint";
-  fshm_admit(self->slots, key.bytes, (uint64_t)key.length, NULL, 0, &c->slot, &d, &held);
+  fshm_admit(self->permits, key.bytes, (uint64_t)key.length, NULL, 0, &c->permit, &d, &held);
   Py_XDECREF(key.held);
   if (d.status == FSHM_ALLOWED) {
     limit = "pool";
@@ -420,9 +420,9 @@ static PyObject *pool_lookup(PyObject *o, PyObject *id) {
  * child's are its parent's). handles: a tuple of what owns the limiters. */
 static PyObject *pool_bind(PyObject *o, PyObject *args) {
   PoolCore *self = (PoolCore *)o;
-  unsigned long long slots, totals, idle_ns;
+  unsigned long long permits, totals, idle_ns;
   PyObject *handles, *by_id, *stacks, *old[2];
-  if (!PyArg_ParseTuple(args, "O!KKK", &PyTuple_Type, &handles, &slots, &totals, &idle_ns))
+  if (!PyArg_ParseTuple(args, "O!KKK", &PyTuple_Type, &handles, &permits, &totals, &idle_ns))
     return NULL;
   by_id = PyDict_New();
   stacks = PyDict_New();
@@ -439,7 +439,7 @@ static PyObject *pool_bind(PyObject *o, PyObject *args) {
   if (!self->handles) { /* a call may be inside them: they stay */
     Py_INCREF(handles);
     self->handles = handles;
-    self->slots = (fshm_limiter *)(uintptr_t)slots;
+    self->permits = (fshm_limiter *)(uintptr_t)permits;
     self->totals = (fshm_limiter *)(uintptr_t)totals;
     self->idle_ns = idle_ns;
   }

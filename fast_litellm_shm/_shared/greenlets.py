@@ -41,12 +41,12 @@ def must_yield() -> bool:
 
 
 def bell_wait(limiter: Any, raw: bytes, armed: int, ns: int) -> int:
-    """``fshm_bell_wait()``: 1 where a permit of the key may have been released since
-    ``fshm_bell_arm()`` returned ``armed``; 0 where ``ns`` are over. A greenlet that is killed
+    """``fshm_wakeup_wait()``: 1 where a permit of the key may have been released since
+    ``fshm_wakeup_arm()`` returned ``armed``; 0 where ``ns`` are over. A greenlet that is killed
     meanwhile leaves nothing behind: a release is not meant for it alone, as for a sleeper in the
     kernel."""
     if not must_yield():
-        return int(lib.fshm_bell_wait(limiter, raw, len(raw), armed, ns))
+        return int(lib.fshm_wakeup_wait(limiter, raw, len(raw), armed, ns))
     end, pause, me = time.monotonic_ns() + ns, _FIRST, object()
     _waiting.add(me)
     try:
@@ -54,7 +54,7 @@ def bell_wait(limiter: Any, raw: bytes, armed: int, ns: int) -> int:
             # at random, or those whom one release sent to sleep together would look together
             chosen = (pause + _EACH * len(_waiting)) * (0.5 + _chance())
             time.sleep(min(chosen, left / 1e9))
-            if lib.fshm_bell_arm(limiter, raw, len(raw)) != armed:
+            if lib.fshm_wakeup_arm(limiter, raw, len(raw)) != armed:
                 return 1
             pause = min(2 * pause, _LONGEST)
         return 0

@@ -91,7 +91,7 @@ def held_permits(segment: Segment) -> Iterator[tuple[int, Any]]:
 
     g, info = segment.geometry(), ffi.new("fshm_permit_info *")
     memory = ffi.buffer(ffi.cast("char *", g.base), g.size)
-    words = numpy.frombuffer(memory, numpy.dtype("=u8"), 2 * g.cells, g.cells_offset)
+    words = numpy.frombuffer(memory, numpy.dtype("=u8"), 2 * g.slots, g.slots_offset)
     for cell in numpy.flatnonzero((words[1::2] >> numpy.uint64(61)) == 7).tolist():
         if lib.fshm_permit_at(segment._handle, cell, info) == 1:  # not released since
             yield cell, info
@@ -343,7 +343,7 @@ class Inspection:
         if units:
             return self._peek_numbered(cell, info, units, name, raw, decision)
         if info["name"] not in keyed.NAMES and info["limits"]:
-            if lib.fshm_peek_cell(self._handle, cell, 0, decision) != lib.FSHM_OK:
+            if lib.fshm_peek_slot(self._handle, cell, 0, decision) != lib.FSHM_OK:
                 return None
             index = min(decision.limit_index, len(info["limits"]) - 1)
             found: limits.LimitSpec | limits.InFlight = info["limits"][index]
@@ -375,7 +375,7 @@ class Inspection:
         return limits.FixedWindow(max(numbers[decision.limit_index], 1), per=60)
 
     def _who_now(self, cell: int) -> int:
-        base = ffi.cast("char *", self._geometry.base) + self._geometry.cells_offset
+        base = ffi.cast("char *", self._geometry.base) + self._geometry.slots_offset
         return int(ffi.cast("uint64_t *", base)[2 * cell])
 
     def name(self, cell: int) -> tuple[str, bytes]:
@@ -423,16 +423,16 @@ class Inspection:
         memory = ffi.buffer(ffi.cast("char *", g.base), g.size)
         dtype: list[tuple[str, str]]
         if what == "cells":
-            dtype, offset, count = [("who", "=u8"), ("when", "=u8")], g.cells_offset, g.cells
+            dtype, offset, count = [("who", "=u8"), ("when", "=u8")], g.slots_offset, g.slots
         elif what == "ledger":
             dtype = [("meta", "=u4"), ("admitted", "=u4"), ("denied", "=u4"), ("name", "=u4")]
-            offset, count = g.ledger_offset, g.cells
+            offset, count = g.key_stats_offset, g.slots
         elif what == "processes":
             dtype = [("pid", "=u4"), ("", "V60")]
             offset, count = g.processes_offset, g.processes
         else:
             dtype = [("key", "=u8"), ("admitted", "=u4"), ("denied", "=u4")]
-            offset, count = g.columns_offset, g.processes * g.column_entries
+            offset, count = g.process_stats_offset, g.processes * g.process_stats_entries
         return numpy.frombuffer(memory, numpy.dtype(dtype), count, offset)
 
     def _read_counts(self) -> Counts:
@@ -461,7 +461,7 @@ class Inspection:
         import numpy
 
         slots = numpy.flatnonzero(self._view("processes")["pid"])  # that were ever used
-        used = (int(slots[-1]) + 1 if slots.size else 0) * self._geometry.column_entries
+        used = (int(slots[-1]) + 1 if slots.size else 0) * self._geometry.process_stats_entries
         shared, columns = self._view("ledger"), self._view("columns")[:used]
         before = columns.copy()
         ledger = shared.copy()

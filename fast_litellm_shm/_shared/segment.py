@@ -47,7 +47,7 @@ def _damage(kind: int, index: int) -> str:
         lib.FSHM_DAMAGE_HEADER: f"its header was written over, at byte {index}",
         lib.FSHM_DAMAGE_LIMITS: f"the limits of limiter number {index} do not add up",
         lib.FSHM_DAMAGE_NAME: f"the name of limiter number {index} was written over",
-        lib.FSHM_DAMAGE_CELL: f"cell {index} holds what nobody writes",
+        lib.FSHM_DAMAGE_SLOT: f"cell {index} holds what nobody writes",
     }[kind]
 
 
@@ -264,9 +264,9 @@ class Segment:
         names, unlinked, liveness_unknown, damaged (each a sentence, or None)."""
         damaged = self._check()
         geometry = self.geometry()
-        used = lib.fshm_live_cells(self._handle, ffi.NULL, 0)
-        tallies = ffi.new("fshm_tally[]", lib.FSHM_TALLIES)
-        lib.fshm_tally_all(self._handle, tallies)
+        used = lib.fshm_live_slots(self._handle, ffi.NULL, 0)
+        tallies = ffi.new("fshm_counters[]", lib.FSHM_COUNTERS)
+        lib.fshm_counters_all(self._handle, tallies)
         limiter, limiters = ffi.new("fshm_limiter_info *"), 0
         for index in range(geometry.limiters):
             limiters += lib.fshm_limiter_at(self._handle, index, limiter) == lib.FSHM_OK

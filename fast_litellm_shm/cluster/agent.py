@@ -68,7 +68,7 @@ def hosts(segment: Segment) -> int:
     note = _note(segment)
     left, ns = ffi.new("uint64_t[4]"), ffi.new("uint64_t[4]")
     if note is not None:
-        lib.fshm_wallet_look(note, _KEY, len(_KEY), 0, 0, left, ns)
+        lib.fshm_token_lease_look(note, _KEY, len(_KEY), 0, 0, left, ns)
     return int(left[0])
 
 
@@ -76,7 +76,7 @@ def _keep_hosts(segment: Segment, count: int) -> None:
     note = _note(segment)
     if note is not None:
         number = ffi.new("uint64_t[4]", [count])
-        lib.fshm_wallet_refuse(note, _KEY, len(_KEY), number, 30 * 86_400 * 10**9, 0)
+        lib.fshm_token_lease_refuse(note, _KEY, len(_KEY), number, 30 * 86_400 * 10**9, 0)
 
 
 class Agent:

@@ -64,7 +64,7 @@ class Asking:
         does at once who finds no room in the segment to say that it asks."""
         deadline, waited = time.monotonic_ns() + round(self._timeout * 1e9), False
         while True:
-            armed = lib.fshm_bell_arm(self._limiter, raw, len(raw)) if waited else 0
+            armed = lib.fshm_wakeup_arm(self._limiter, raw, len(raw)) if waited else 0
             status, permit = self._try(raw)
             left = deadline - time.monotonic_ns()
             if status != lib.FSHM_DENIED or left <= 0:

@@ -24,7 +24,7 @@ _RESTS_NS = 700_000_000  # since the last question, before what is unused goes b
 
 
 class Lease(NamedTuple):
-    """``fshm_allowance``."""
+    """``fshm_permit_lease``."""
 
     word: int
     allowance: int
@@ -118,7 +118,7 @@ class Leases:
     def answers(self, raw: bytes) -> bool:
         """Can acquire() be answered without the server, as things are now?"""
         left, ns = ffi.new("uint64_t[4]"), ffi.new("uint64_t[4]")
-        lib.fshm_wallet_look(self._refused, raw, len(raw), 0, 0, left, ns)
+        lib.fshm_token_lease_look(self._refused, raw, len(raw), 0, 0, left, ns)
         return bool(ns[0]) or self.look(raw).unused > 0
 
     def _alone(self) -> int:
@@ -217,13 +217,13 @@ class Leases:
         """Use the answer; False: the word is another by now, ask again."""
         raw = request.key
         allowance = answer.allowance if request.want else min(answer.allowance, found.allowance)
-        done = answer.known and lib.fshm_allowance_put(
+        done = answer.known and lib.fshm_permit_lease_put(
             self._permits, self._allowances, raw, len(raw), request.word, allowance,
             found.now_ns + permits.USED_NS, 0,
         ) == lib.FSHM_OK  # fmt: skip
         if done and answer.calm_ns:
             one = ffi.new("uint64_t[4]", (1, 1, 1, 1))
-            lib.fshm_wallet_refuse(self._refused, raw, len(raw), one, answer.calm_ns, 0)
+            lib.fshm_token_lease_refuse(self._refused, raw, len(raw), one, answer.calm_ns, 0)
         if done and answer.total > request.n:
             share = max(request.n // answer.hosts, 1)
             self._crowded[raw] = share, answer.total - request.n
@@ -232,11 +232,11 @@ class Leases:
     # the segment
 
     def look(self, raw: bytes, begin: bool = False) -> Lease:
-        out = ffi.new("fshm_allowance *")
-        lib.fshm_allowance_look(self._permits, self._allowances, raw, len(raw), begin, 0, out)
-        return Lease(out.word, out.allowance, out.held, out.told, out.left_ns, out.now_ns)
+        out = ffi.new("fshm_permit_lease *")
+        lib.fshm_permit_lease_look(self._permits, self._allowances, raw, len(raw), begin, 0, out)
+        return Lease(out.word, out.leased, out.held, out.reported, out.left_ns, out.now_ns)
 
     def lower(self, raw: bytes, to: int) -> Lease:
-        out = ffi.new("fshm_allowance *")
-        lib.fshm_allowance_lower(self._permits, self._allowances, raw, len(raw), to, 0, out)
-        return Lease(out.word, out.allowance, out.held, out.told, out.left_ns, out.now_ns)
+        out = ffi.new("fshm_permit_lease *")
+        lib.fshm_permit_lease_lower(self._permits, self._allowances, raw, len(raw), to, 0, out)
+        return Lease(out.word, out.leased, out.held, out.reported, out.left_ns, out.now_ns)

@@ -11,7 +11,7 @@ from fast_litellm_shm.cluster import names
 
 SOURCE = names.source("permits.lua")
 # The server counts a host for 10 s after it was last heard (TTL of permits.lua). The host uses what
-# it has for 8 s after it asked, and fshm_allowance_put() may round that up by a second.
+# it has for 8 s after it asked, and fshm_permit_lease_put() may round that up by a second.
 USED_NS = 8_000_000_000
 
 
@@ -55,8 +55,8 @@ class Request(NamedTuple):
     def arguments(
         self, host: bytes, channel: str, sealed: bytes | None = None
     ) -> list[bytes | str | int]:
-        end = self.word >> lib.FSHM_ALLOWANCE_BITS & (1 << (57 - lib.FSHM_ALLOWANCE_BITS)) - 1
-        low = self.word & (1 << lib.FSHM_ALLOWANCE_BITS) - 1
+        end = self.word >> lib.FSHM_PERMIT_LEASE_BITS & (1 << (57 - lib.FSHM_PERMIT_LEASE_BITS)) - 1
+        low = self.word & (1 << lib.FSHM_PERMIT_LEASE_BITS) - 1
         name = self.key if sealed is None else sealed
         return [
             host, channel, self.limiter, name, int(sealed is not None), self.n, end, low, self.told,

@@ -67,7 +67,7 @@ def away_state(segment: Segment) -> dict[str, Any] | None:
     for slot in range(geometry.processes):
         lib.fshm_process_at(segment._handle, slot, info)
         living += bool(info.alive)
-        began, its = noted(info.away) if info.alive else (0, ())
+        began, its = noted(info.outage) if info.alive else (0, ())
         policies.update(its)
         since += [began] if its else []
     if not since:

@@ -81,7 +81,7 @@ class Wallet:
 
     def _is_refused(self, raw: bytes) -> bool:
         left, ns = ffi.new("uint64_t[4]"), ffi.new("uint64_t[4]")
-        lib.fshm_wallet_look(self._refused, raw, len(raw), 0, 0, left, ns)
+        lib.fshm_token_lease_look(self._refused, raw, len(raw), 0, 0, left, ns)
         return bool(ns[0])
 
     def refill(self, key: str | bytes, cost: object) -> None:
@@ -277,17 +277,17 @@ class Wallet:
             self._told.keep(raw, request.rules, found, sent)
         if request.operation not in ("take", "ahead"):
             return
-        leases = ffi.new("fshm_lease[4]")
+        leases = ffi.new("fshm_token_lease[4]")
         for i, each in enumerate(found.limits):
             kept = request.kept[i] if each.redated else 0
             tokens = found.batch * request.costs[i]
             leases[i] = {"tokens": tokens, "kept": kept, "until_ns": sent + each.lease_ns}
-        lib.fshm_wallet_put(self.purse, raw, len(raw), leases, 0)
+        lib.fshm_token_lease_put(self.purse, raw, len(raw), leases, 0)
 
     def look(self, raw: bytes, take: bool = False) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """What is left in the wallet, and for how many ns, by limit. take: and take it out."""
         left, ns = ffi.new("uint64_t[4]"), ffi.new("uint64_t[4]")
-        lib.fshm_wallet_look(self.purse, raw, len(raw), take, 0, left, ns)
+        lib.fshm_token_lease_look(self.purse, raw, len(raw), take, 0, left, ns)
         count = len(self._rules)
         return tuple(left)[:count], tuple(ns)[:count]
 
@@ -296,7 +296,7 @@ class Wallet:
 
     def _refuse(self, raw: bytes, costs: Sequence[int], ns: int) -> None:
         numbers = ffi.new("uint64_t[4]", costs)
-        lib.fshm_wallet_refuse(self._refused, raw, len(raw), numbers, ns, 0)
+        lib.fshm_token_lease_refuse(self._refused, raw, len(raw), numbers, ns, 0)
 
     # helpers
 

@@ -159,7 +159,7 @@ class ConcurrencyLimiter:
         raw, deadline = key_bytes(key), deadline_ns(timeout)
         try:
             while True:
-                armed = lib.fshm_bell_arm(self._handle, raw, len(raw))
+                armed = lib.fshm_wakeup_arm(self._handle, raw, len(raw))
                 permit = self.acquire(key)
                 left = deadline - time.monotonic_ns()
                 if permit or left <= 0:
@@ -167,7 +167,7 @@ class ConcurrencyLimiter:
                 greenlets.bell_wait(self._handle, raw, armed, min(left, self._look_ns))
         except BaseException:  # interrupted: a ring that was meant for us goes to the next
             permit.release()  # the traceback may keep it
-            lib.fshm_bell_ring(self._handle, raw, len(raw))
+            lib.fshm_wakeup_send(self._handle, raw, len(raw))
             raise
 
     async def wait_async(self, key: str | bytes, timeout: float | None = None) -> Permit:
@@ -177,7 +177,7 @@ class ConcurrencyLimiter:
             return permit
         raw, deadline = key_bytes(key), deadline_ns(timeout)
         while True:
-            armed = lib.fshm_bell_arm(self._handle, raw, len(raw))
+            armed = lib.fshm_wakeup_arm(self._handle, raw, len(raw))
             permit = await self.acquire_async(key)
             left = deadline - time.monotonic_ns()
             if permit or left <= 0:
@@ -194,7 +194,7 @@ class ConcurrencyLimiter:
 
     def _pass_on(self, rung: int, raw: bytes) -> None:
         if rung:
-            lib.fshm_bell_ring(self._handle, raw, len(raw))
+            lib.fshm_wakeup_send(self._handle, raw, len(raw))
 
     def slot(self, key: str | bytes, timeout: float | None = None) -> _Slot:
         """``with limiter.slot(key, timeout=5):`` hold a permit. Raises PermitTimeoutError."""

@@ -49,7 +49,7 @@ def memo_state(of: Segment) -> dict[str, Any]:
     lib.fshm_memo_at(of._handle, info)
     asked = info.hits + info.misses
     return {
-        "places": info.places,
+        "places": info.entries,
         "texts": info.texts,
         "hits": info.hits,
         "misses": info.misses,

@@ -78,8 +78,8 @@ def snapshot(
     geometry = of.geometry()
     places = ffi.new("uint64_t[]", geometry.limiters)
     used = lib.fshm_used(of._handle, 0, places)
-    tallies = ffi.new("fshm_tally[]", lib.FSHM_TALLIES)
-    lib.fshm_tally_all(of._handle, tallies)
+    tallies = ffi.new("fshm_counters[]", lib.FSHM_COUNTERS)
+    lib.fshm_counters_all(of._handle, tallies)
     known = _limiters(of, geometry.limiters)
     permits, pools = _held(of, geometry, known)
     plain = geometry.names != lib.FSHM_NAMES_OFF
@@ -125,7 +125,7 @@ def _limiters(of: Segment, count: int) -> dict[str, _Limiter]:
         name = raw.decode("utf-8", "replace")
         limiter = found.setdefault(name, _Limiter())
         limiter.places.append(place)
-        limiter.tallies.append(info.tally)
+        limiter.tallies.append(info.counters)
         if keyed.units_of(name):
             continue  # the limits are those of each key
         limiter.limits.extend(limits.from_raw(info.limits[i]) for i in range(info.limits_count))
@@ -135,7 +135,7 @@ def _limiters(of: Segment, count: int) -> dict[str, _Limiter]:
 def _limiter_rows(
     known: Mapping[str, _Limiter], tallies: Any, keys: Any | None
 ) -> Iterator[LimiterMetrics]:
-    last = lib.FSHM_TALLIES - 1
+    last = lib.FSHM_COUNTERS - 1
     beyond = any(last in limiter.tallies for limiter in known.values())
     like = known.get(OTHERS)
     for name, limiter in known.items():
@@ -194,7 +194,7 @@ def _held(
 ) -> tuple[tuple[PermitMetrics, ...], tuple[PoolMetrics, ...]]:
     import numpy
 
-    found = _permits(of, geometry.cells)
+    found = _permits(of, geometry.slots)
     pools = pools_among(known)
     permits, endpoints = [], list[_Endpoint]()
     for name, limiter in known.items():

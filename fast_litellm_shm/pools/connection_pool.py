@@ -228,7 +228,7 @@ class SimpleConnectionPool(PoolCore):
                 "wait longer, or raise the limits"
             )
         raw = endpoint.encode("utf-8", "surrogatepass")
-        armed = lib.fshm_bell_arm(self._slots._handle, raw, len(raw))
+        armed = lib.fshm_wakeup_arm(self._slots._handle, raw, len(raw))
         greenlets.bell_wait(self._slots._handle, raw, armed, min(left, _TRY_AGAIN_NS))
 
     def _forget(self) -> None:

@@ -74,10 +74,10 @@ class Tracked:
             raise RuntimeError("this request is tracked already: call track() for each request")
         router = self._router
         # Where the block is left without its end, the flight's own end ends it.
-        end = functools.partial(lib.fshm_flight_end, router._handle)
-        self._flight = owned(ffi.new("fshm_flight *"), end)
+        end = functools.partial(lib.fshm_request_end, router._handle)
+        self._flight = owned(ffi.new("fshm_request *"), end)
         # 0: counted nowhere (the process table is full); what comes of it is recorded all the same
-        lib.fshm_flight_begin(router._handle, router._place(self._name), 0, self._flight)
+        lib.fshm_request_begin(router._handle, router._place(self._name), 0, self._flight)
         self._begun = time.perf_counter_ns()
         return self
 
@@ -87,7 +87,7 @@ class Tracked:
             return  # ended already
         took = time.perf_counter_ns() - begun
         counted = self._flight.owner != 0
-        if counted and not lib.fshm_flight_end(self._router._handle, self._flight):
+        if counted and not lib.fshm_request_end(self._router._handle, self._flight):
             return  # a forked child: the request is its parent's
         if kind is not None and not issubclass(kind, Exception):
             return

@@ -1,4 +1,4 @@
-/* test_admit.c - permits together with meters, settling, waiting at a bell, marks and resets. */
+/* test_admit.c - permits together with meters, settling, waiting at a wake-up word, marks and resets. */
 #include "../../csrc/unity.c"
 
 #include "check.h"
@@ -19,43 +19,43 @@ static fshm_decision admit(fshm_limiter *l, const uint64_t *costs, uint64_t now,
   return d;
 }
 
-static pair_t *all_cells(const fshm_segment *s) {
-  pair_t *copy = calloc(s->cell_count, sizeof *copy);
-  for (uint64_t i = 0; i < s->cell_count; i++) copy[i] = pair_load(&s->cells[i]);
+static pair_t *all_slots(const fshm_segment *s) {
+  pair_t *copy = calloc(s->slot_count, sizeof *copy);
+  for (uint64_t i = 0; i < s->slot_count; i++) copy[i] = pair_load(&s->slots[i]);
   return copy;
 }
 
-static bool cells_are(const fshm_segment *s, pair_t *copy) {
-  pair_t *now = all_cells(s);
-  bool same = !memcmp(now, copy, s->cell_count * sizeof *now);
+static bool slots_are(const fshm_segment *s, pair_t *copy) {
+  pair_t *now = all_slots(s);
+  bool same = !memcmp(now, copy, s->slot_count * sizeof *now);
   free(now);
   free(copy);
   return same;
 }
 
-/* Whichever denies, a meter or the permits: no bit of any cell changes. */
+/* Whichever denies, a meter or the permits: no bit of any slot changes. */
 static void test_all_or_nothing(void) {
   fshm_segment *s = fresh_segment(100);
   const fshm_limit limits[4] = {bucket, window, sliding, two_permits};
   fshm_limiter *l = fresh_limiter(s, "a", limits, 4);
   fshm_permit p[2], none;
   for (int i = 0; i < 2; i++) CHECK_EQ(admit(l, NULL, NOW, &p[i]).status, FSHM_ALLOWED);
-  pair_t *before = all_cells(s);
+  pair_t *before = all_slots(s);
   fshm_decision d = admit(l, NULL, NOW, &none);
   CHECK_EQ(d.status, FSHM_DENIED);
   CHECK_EQ(d.limit_index, 3);
   CHECK_EQ(d.retry_after_ns, 0); /* nobody knows */
-  CHECK(cells_are(s, before));
+  CHECK(slots_are(s, before));
   CHECK_EQ(fshm_permit_release(l, &p[0]), 1);
   for (uint32_t which = 0; which < 3; which++) {
     uint64_t costs[FSHM_MAX_LIMITS] = {1, 1, 1, 1};
     costs[which] = limits[which].n - 1; /* two are used */
-    before = all_cells(s);
+    before = all_slots(s);
     d = admit(l, costs, NOW, &none);
     CHECK_EQ(d.status, FSHM_DENIED);
     CHECK_EQ(d.limit_index, which);
     CHECK_OP(d.retry_after_ns, >, 0);
-    CHECK(cells_are(s, before));
+    CHECK(slots_are(s, before));
     CHECK_EQ(fshm_in_flight(l, "k", 1), 1);
   }
   CHECK_EQ(apply_at(l, FSHM_ACQUIRE, "k", 1, NOW).status, FSHM_ALLOWED); /* the meters, no permit */
@@ -107,7 +107,7 @@ static void test_settle(void) {
 
 static fshm_permit_info info_of(fshm_segment *s, const fshm_permit *p) {
   fshm_permit_info info;
-  (void)fshm_permit_at(s, p->cell, &info);
+  (void)fshm_permit_at(s, p->slot, &info);
   return info;
 }
 
@@ -120,7 +120,7 @@ static void test_idle_mark(void) {
   CHECK_EQ(info_of(s, &p).pid, getpid());
   CHECK_EQ(info_of(s, &p).alive, 1);
   CHECK_EQ(info_of(s, &p).limiter, l->index);
-  CHECK(info_of(s, &p).slot != info_of(s, &q).slot);
+  CHECK(info_of(s, &p).number != info_of(s, &q).number);
   for (int idle = 1; idle >= 0; idle--) {
     CHECK_EQ(fshm_permit_idle(l, &p, idle), 1);
     CHECK_EQ(info_of(s, &p).idle, idle);
@@ -131,8 +131,8 @@ static void test_idle_mark(void) {
   CHECK_EQ(fshm_permit_release(l, &p), 1);
   CHECK_EQ(fshm_permit_idle(l, &p, 1), 0);
   fshm_permit_info info;
-  CHECK_EQ(fshm_permit_at(s, p.cell, &info), 0);
-  CHECK_EQ(fshm_permit_at(s, s->cell_count, &info), 0);
+  CHECK_EQ(fshm_permit_at(s, p.slot, &info), 0);
+  CHECK_EQ(fshm_permit_at(s, s->slot_count, &info), 0);
   CHECK_OP(fshm_unique(s), <, fshm_unique(s));
   fshm_limiter_close(l);
   fshm_close(s);
@@ -162,7 +162,7 @@ static void test_reset_leaves_permits(void) {
   fshm_close(s);
 }
 
-/* bells ------------------------------------------------------------------------------------------ */
+/* wake-up words ------------------------------------------------------------------------------------------ */
 
 typedef struct {
   fshm_limiter *limiter;
@@ -173,10 +173,10 @@ static void wait_for_one(int me, void *with) {
   waiting_t *w = with;
   (void)me;
   fshm_permit p;
-  uint32_t armed = fshm_bell_arm(w->limiter, "k", 1);
+  uint32_t armed = fshm_wakeup_arm(w->limiter, "k", 1);
   CHECK_EQ(admit(w->limiter, NULL, 0, &p).status, FSHM_DENIED);
   atomic_fetch_add(&w->armed, 1);
-  CHECK_EQ(fshm_bell_wait(w->limiter, "k", 1, armed, 200 * SECOND), 1);
+  CHECK_EQ(fshm_wakeup_wait(w->limiter, "k", 1, armed, 200 * SECOND), 1);
   CHECK_EQ(admit(w->limiter, NULL, 0, &p).status, FSHM_ALLOWED);
   CHECK_EQ(fshm_permit_release(w->limiter, &p), 1);
 }
@@ -188,17 +188,17 @@ static pid_t start_waiter(waiting_t *w) {
   return pid;
 }
 
-static void test_bell(void) {
+static void test_wakeup(void) {
   fshm_segment *s = fresh_segment(100);
   waiting_t *w = shared_memory(sizeof *w);
   const fshm_limit one = {1, 0, 0, FSHM_PERMITS, 0};
   fshm_limiter *l = w->limiter = fresh_limiter(s, "a", &one, 1);
-  uint32_t armed = fshm_bell_arm(l, "k", 1);
-  CHECK_EQ(fshm_bell_wait(l, "k", 1, armed, 1000), 0); /* nobody rings */
-  fshm_bell_ring(l, "k", 1);
-  CHECK_EQ(fshm_bell_wait(l, "k", 1, armed, 200 * SECOND), 1); /* rung since it was armed */
-  armed = fshm_bell_arm(l, "k", 1);
-  CHECK_EQ(fshm_bell_wait(l, "k", 1, armed, 1000), 0);
+  uint32_t armed = fshm_wakeup_arm(l, "k", 1);
+  CHECK_EQ(fshm_wakeup_wait(l, "k", 1, armed, 1000), 0); /* nobody rings */
+  fshm_wakeup_send(l, "k", 1);
+  CHECK_EQ(fshm_wakeup_wait(l, "k", 1, armed, 200 * SECOND), 1); /* rung since it was armed */
+  armed = fshm_wakeup_arm(l, "k", 1);
+  CHECK_EQ(fshm_wakeup_wait(l, "k", 1, armed, 1000), 0);
 
   fshm_permit p;
   for (int killed = 0; killed < 2;
@@ -264,13 +264,13 @@ static void test_numbers_of_a_handle(void) {
     /* For people */
     const uint64_t four[FSHM_MAX_LIMITS] = {n + 1, 100 * n, n};
     uint64_t shown = 0;
-    for (uint64_t cell = 0; cell < s->cell_count; cell++) {
+    for (uint64_t slot = 0; slot < s->slot_count; slot++) {
       fshm_decision d;
       char name[8] = "";
       uint64_t length;
-      if (!fshm_key_name(s, cell, name, sizeof name, &length) || memcmp(name, key, 2) != 0)
+      if (!fshm_key_name(s, slot, name, sizeof name, &length) || memcmp(name, key, 2) != 0)
         continue;
-      if (fshm_peek_numbered(s, cell, four, NOW, &d) != FSHM_OK) continue;
+      if (fshm_peek_numbered(s, slot, four, NOW, &d) != FSHM_OK) continue;
       CHECK_EQ(d.remaining, 0);
       shown++;
     }
@@ -301,6 +301,6 @@ int main(void) {
   test_settle();
   test_idle_mark();
   test_reset_leaves_permits();
-  test_bell();
+  test_wakeup();
   return done();
 }

@@ -167,14 +167,14 @@ static void test_states_that_are_written(void) {
     uint64_t state = 0, put = 0, now = random_scaled(1, TIME_MAX - 1);
     for (int k = 0; k < 12; k++) {
       uint64_t cost = random_scaled(1, i % 2 ? l.n : UINT64_MAX) - random_below(2);
-      verdict_t v = meter_take(&r, state, now, now, cost);
+      verdict_t v = rule_take(&r, state, now, now, cost);
       const fshm_charged charge = charged_by(&r, put, now, 0);
       if (k % 3 == 0) put = state = v.retry ? state : v.next;
-      if (k % 3 == 1) state = meter_charge(&r, state, now, cost);
+      if (k % 3 == 1) state = rule_charge(&r, state, now, cost);
       if (k % 3 == 2)
-        state = meter_refund(&r, state, now, cost, random_below(2) && put ? &charge : NULL);
+        state = rule_refund(&r, state, now, cost, random_below(2) && put ? &charge : NULL);
       if (k == 5) {
-        uint64_t moved = meter_convert(&other, &r, state, now);
+        uint64_t moved = rule_convert(&other, &r, state, now);
         if (moved != NO_STATE) state = moved, r = other;
       }
 
@@ -224,7 +224,7 @@ static void test_told(void) {
   limiter_entry_t *e = &s->limiters[0];
   uint64_t current = load_relaxed(&e->current);
   uint64_t set = load_relaxed(&e->set);
-  _Atomic uint64_t *rule = e->rules[SET_SLOT(set, 0)]; /* words: meter.h, rule_t */
+  _Atomic uint64_t *rule = e->rules[SET_RULE(set, 0)]; /* words: algorithms.h, rule_t */
 
   for (unsigned at = 0; at < sizeof s->verified; at += 8) { /* any of them: readers cannot attach */
     uint64_t index, *word = (uint64_t *)(void *)(s->map + at);
@@ -253,13 +253,13 @@ static void test_told(void) {
   told(s, &e->name_length, 3, FSHM_DAMAGE_NAME, 0);
   told(s, &s->limiters[9].name_length, 97, FSHM_DAMAGE_NAME, 9);
   told(s, &e->most, 100001, FSHM_DAMAGE_LIMITS, 0);
-  told(s, &s->cells[3].when, 55, FSHM_DAMAGE_CELL, 3);
-  for (uint64_t i = 0; i < s->cell_count; i++) {
-    if (!load_relaxed(&s->cells[i].who)) continue;
-    told(s, &s->cells[i].when, UINT64_C(2) << 62 | UINT64_C(3) << 57 | 99, FSHM_DAMAGE_CELL, i);
-    told(s, &s->cells[i].when, UINT64_C(1) << 62 | 99, FSHM_DAMAGE_CELL, i);
-    told(s, &s->cells[i].when, UINT64_MAX, FSHM_DAMAGE_CELL, i);
-    told(s, &s->cells[i].who, 0, FSHM_DAMAGE_CELL, i);
+  told(s, &s->slots[3].when, 55, FSHM_DAMAGE_SLOT, 3);
+  for (uint64_t i = 0; i < s->slot_count; i++) {
+    if (!load_relaxed(&s->slots[i].who)) continue;
+    told(s, &s->slots[i].when, UINT64_C(2) << 62 | UINT64_C(3) << 57 | 99, FSHM_DAMAGE_SLOT, i);
+    told(s, &s->slots[i].when, UINT64_C(1) << 62 | 99, FSHM_DAMAGE_SLOT, i);
+    told(s, &s->slots[i].when, UINT64_MAX, FSHM_DAMAGE_SLOT, i);
+    told(s, &s->slots[i].who, 0, FSHM_DAMAGE_SLOT, i);
   }
   /* The note itself: whatever is written there, damage it is. */
   store_relaxed(&h->damage, UINT64_MAX);
@@ -348,10 +348,10 @@ static void test_lost_ids(void) {
   }
 }
 
-/* A cell that names an earlier rule of its limiter, and holds what that rule cannot have written: to this key, nothing
+/* A slot that names an earlier rule of its limiter, and holds what that rule cannot have written: to this key, nothing
  * has happened. */
 static void test_states_that_their_rule_cannot_have(void) {
-  const fshm_limit limits[] = {kinds[0], kinds[1], kinds[2], {8, 0, 0, FSHM_WALLET, 0}, kinds[3]};
+  const fshm_limit limits[] = {kinds[0], kinds[1], kinds[2], {8, 0, 0, FSHM_LEASE, 0}, kinds[3]};
   const uint64_t states[] = {TIME_MAX, UINT64_C(1) << 62 | UINT64_C(4) << 57 | 0xffff1,
                              UINT64_C(2) << 62 | UINT64_C(9) << 57 | 0xfff80001, UINT64_C(7) << 61,
                              NO_STATE};
@@ -359,29 +359,29 @@ static void test_states_that_their_rule_cannot_have(void) {
   for (int i = 0; i < 5 * 4; i++) {
     fshm_segment *s = fresh_segment(100);
     fshm_limiter *l = fresh_limiter(s, "a", &limits[i % 5], 1);
-    const unsigned label = SET_SLOT(load_relaxed(&s->limiters[0].set), 0);
+    const unsigned label = SET_RULE(load_relaxed(&s->limiters[0].set), 0);
     fshm_limit other = limits[i / 5];
-    plan_t plan;
+    snapshot_t snapshot;
     rule_t old;
     other.n++;
     CHECK_EQ(change(s, "a", &other, 1), FSHM_OK);
-    CHECK(limits_load(s, 0, &plan));
-    if (!limits_rule(s, 0, label, &old)) old = plan.rules[0];
-    const uint64_t hash = key_hash(l, "k", 1), cell = cells_candidate(s, hash, 0),
-                   who = (plan_who(&plan, 0, hash) & ~WHO_LABELS) |
-                         WHO_OF(0, 0, label, CURRENT_EPOCH(plan.current));
+    CHECK(limits_load(s, 0, &snapshot));
+    if (!limits_rule(s, 0, label, &old)) old = snapshot.rules[0];
+    const uint64_t hash = key_hash(l, "k", 1), slot = table_probe(s, hash, 0),
+                   who = (snapshot_who(&snapshot, 0, hash) & ~WHO_LABELS) |
+                         WHO_OF(0, 0, label, CURRENT_EPOCH(snapshot.current));
     for (int k = 0; k < 5 * 2 * 8; k++) {
       const uint64_t state = states[k % 5], now = times[k / 5 % 2];
       const uint32_t op = (uint32_t)k / 10;
       fshm_decision met, never = apply_at(l, FSHM_PEEK, "never", 1, now);
       if (state_is_of(&old, state)) continue;
-      s->cells[cell].who = who;
-      s->cells[cell].when = state;
-      s->ledger[cell].meta = ledger_meta(0, who);
+      s->slots[slot].who = who;
+      s->slots[slot].when = state;
+      s->key_stats[slot].meta = key_stats_meta(0, who);
       if (op <= FSHM_BLOCK)
         met = apply_at(l, op, "k", 1, now);
       else
-        CHECK_EQ(fshm_peek_cell(s, cell, now, &met), FSHM_OK);
+        CHECK_EQ(fshm_peek_slot(s, slot, now, &met), FSHM_OK);
       CHECK(met.reset_after_ns >= 0 && met.reset_after_ns <= (int64_t)TIME_MAX);
       if (op != FSHM_PEEK && op <= FSHM_BLOCK) continue;
       CHECK_EQ(met.status, never.status);
@@ -414,7 +414,7 @@ static void test_other_limits_meanwhile(void) {
   look_t looks[FSHM_MAX_LIMITS];
   for (uint32_t op = FSHM_ACQUIRE; op <= FSHM_REFUND; op += FSHM_CHARGE) {
     CHECK_EQ(change(s, "a", kinds, 1), FSHM_OK);
-    CHECK(limits_load(s, l->index, &c.plan));
+    CHECK(limits_load(s, l->index, &c.snapshot));
     begin(&c, l, "k", 1, 0);
     c.stale = true; /* met a state that was written under newer limits */
     CHECK_EQ(change(s, "a", kinds + 3, 1), FSHM_OK);
@@ -434,18 +434,18 @@ static void test_damaged_meanwhile(void) {
   look_t looks[FSHM_MAX_LIMITS];
   fshm_decision d;
   for (uint32_t op = FSHM_ACQUIRE; op <= FSHM_BLOCK; op++) {
-    CHECK(limits_load(s, l->index, &c.plan));
+    CHECK(limits_load(s, l->index, &c.snapshot));
     begin(&c, l, "k", 1, 0);
     c.stale = true;
     const limiter_entry_t *e = &s->limiters[0];
-    _Atomic uint64_t *rule = s->limiters[0].rules[SET_SLOT(load_relaxed(&e->set), 1)];
+    _Atomic uint64_t *rule = s->limiters[0].rules[SET_RULE(load_relaxed(&e->set), 1)];
     uint64_t was[RULE_WORDS];
     for (unsigned k = 0; k < RULE_WORDS; k++) /* 0: would divide by zero */
       was[k] = atomic_exchange(&rule[k], 0);
     memset(looks, 0, sizeof looks);
     int status = op >= FSHM_CHARGE ? force_all(&c, op, looks) : take_all(&c, op, looks);
     CHECK_EQ(status, FSHM_E_DAMAGED);
-    CHECK_EQ(c.plan.count, 0);
+    CHECK_EQ(c.snapshot.count, 0);
     report(&c, looks, false, false, &d);
     for (unsigned k = 0; k < RULE_WORDS; k++) store_relaxed(&rule[k], was[k]);
   }

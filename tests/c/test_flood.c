@@ -50,7 +50,7 @@ static void test_others(uint64_t capacity, uint64_t keys, const fshm_limit *limi
   }
   uint64_t got = flood(flooded, 0, capacity - some), more = flood(flooded, capacity, keys);
   CHECK_OP(got + some, >=, capacity - capacity / 1000); /* it has what was promised to it */
-  CHECK_OP(got + more + some, <=, s->cell_count / 8 * 7);
+  CHECK_OP(got + more + some, <=, s->slot_count / 8 * 7);
   exact(flooded, "there", some, 2);
   exact(other, "there", some, 2);
   exact(other, "new", some, 3);
@@ -66,18 +66,19 @@ static void test_several(uint64_t capacity, uint32_t limiters) {
   char name[32];
   for (uint32_t i = 0; i < limiters; i++)
     flooded[i] = fresh_limiter(s, named(name, "flooded", i), &window, 1);
-  for (uint64_t i = 0; i < 2 * s->cell_count; i++) (void)flood(flooded[i % limiters], i, 1);
+  for (uint64_t i = 0; i < 2 * s->slot_count; i++) (void)flood(flooded[i % limiters], i, 1);
   uint64_t full = 0;
-  for (uint64_t i = 0; i < s->lines / REGION_LINES; i++) { /* whatever the keys are */
+  for (uint64_t i = 0; i < s->lines / PROBE_LINES; i++) { /* whatever the keys are */
     unsigned left = 0;
-    for (uint64_t k = 0; k < REGION_LINES * CELLS_PER_LINE; k++)
-      left += !load_relaxed(&s->cells[i * REGION_LINES * CELLS_PER_LINE + k].who);
+    for (uint64_t k = 0; k < PROBE_LINES * SLOTS_PER_LINE; k++)
+      left += !load_relaxed(&s->slots[i * PROBE_LINES * SLOTS_PER_LINE + k].who);
     CHECK_OP(left, >=, limiters < 2 ? SCARCE : 0);
     full += !left;
   }
-  /* Two cannot fill a region. More of them can where one has no cell when a single one is left. */
+  /* Two cannot fill a probe window. More of them can where one has no slot when a single one is left. */
   CHECK_OP(full, <=, limiters < 3 ? 0 : 2);
-  exact(other, "new", 1, 3); /* the first of its limiter in a region: there is a place for one */
+  exact(other, "new", 1,
+        3); /* the first of its limiter in a probe window: there is a place for one */
   for (uint32_t i = 0; i < limiters; i++) fshm_limiter_close(flooded[i]);
   fshm_limiter_close(other);
   fshm_close(s);
@@ -105,13 +106,13 @@ static void test_permits(void) {
 
 /* shared counters ------------------------------------------------------------------------------ */
 
-/* A table of four cells, all of them taken for good; and a limiter whose keys share counters. */
+/* A table of four slots, all of them taken for good; and a limiter whose keys share counters. */
 static fshm_limiter *crowded(const fshm_limit *limits, uint32_t count, fshm_segment **s,
                              fshm_limiter **filler) {
   *s = fresh_segment(1);
   const fshm_limit for_good = {3, 100 * PER, 0, FSHM_WINDOW, 0};
   *filler = fresh_limiter(*s, "filler", &for_good, 1);
-  for (uint64_t i = 0; i < (*s)->cell_count; i++) CHECK_EQ(hit(*filler, "f", i), FSHM_ALLOWED);
+  for (uint64_t i = 0; i < (*s)->slot_count; i++) CHECK_EQ(hit(*filler, "f", i), FSHM_ALLOWED);
   fshm_limiter *l = fresh_limiter(*s, "l", limits, count);
   fshm_limiter_share(l, 1);
   return l;
@@ -147,10 +148,10 @@ static void test_counters(const fshm_limit *limit) {
   CHECK_OP(d.retry_after_ns, >, 0);
   CHECK_EQ(ask(l, FSHM_PEEK, 199, 1, NOW + (uint64_t)d.retry_after_ns - 1).status, FSHM_DENIED);
   CHECK_EQ(ask(l, FSHM_ACQUIRE, 199, 1, NOW + (uint64_t)d.retry_after_ns).status, FSHM_ALLOWED);
-  fshm_tally tallies[FSHM_TALLIES];
-  fshm_tally_all(s, tallies);
-  CHECK_EQ(tallies[l->tally].shared, 200 * (limit->n + 1) + 1);
-  CHECK_EQ(tallies[l->tally].refused, 0);
+  fshm_counters counters[FSHM_COUNTERS];
+  fshm_counters_all(s, counters);
+  CHECK_EQ(counters[l->counters].shared, 200 * (limit->n + 1) + 1);
+  CHECK_EQ(counters[l->counters].refused, 0);
   fshm_limiter_info info;
   CHECK_EQ(fshm_limiter_at(s, l->index, &info), FSHM_OK);
   CHECK_OP(info.shared_ns, >, 0);
@@ -168,7 +169,7 @@ static void test_calls(void) {
   const uint64_t minute[FSHM_MAX_LIMITS] = {60000000000};
   CHECK_EQ(ask(l, FSHM_PEEK, 1, 1, NOW).shared, 0);
   CHECK_EQ(ask(l, FSHM_ACQUIRE, 1, 4, NOW).retry_after_ns, FSHM_NEVER);
-  CHECK_EQ(ask(l, FSHM_ACQUIRE, 1, 0, NOW).shared, 0); /* needs no cell, and no counter */
+  CHECK_EQ(ask(l, FSHM_ACQUIRE, 1, 0, NOW).shared, 0); /* needs no slot, and no counter */
   CHECK_EQ(ask(l, FSHM_ACQUIRE, 1, 1, NOW).shared, 1);
   CHECK_EQ(ask(l, FSHM_PEEK, 1, 1, NOW).remaining, 2);
   CHECK_EQ(ask(l, FSHM_REFUND, 1, 1, NOW).remaining,
@@ -202,7 +203,7 @@ static void test_calls(void) {
   leave(l, filler, s);
 }
 
-/* A key that gets a cell begins with what its counter says, whoever was charged there; denied, it gets one too. */
+/* A key that gets a slot begins with what its counter says, whoever was charged there; denied, it gets one too. */
 static void test_leaving(void) {
   fshm_segment *s;
   fshm_limiter *filler, *l = crowded(&bucket, 1, &s, &filler);
@@ -211,7 +212,7 @@ static void test_leaving(void) {
   fshm_decision d = ask(l, FSHM_ACQUIRE, 1, 1, NOW);
   CHECK_EQ(d.status, FSHM_DENIED);
   CHECK_EQ(d.retry_after_ns, PER / 3);
-  CHECK_EQ(hit(filler, "f", 0), FSHM_FULL); /* it has a cell */
+  CHECK_EQ(hit(filler, "f", 0), FSHM_FULL); /* it has a slot */
   for (int i = 0; i < 20; i++) (void)ask(l, FSHM_CHARGE, 100 + (uint64_t)i, 5, NOW);
   d = ask(l, FSHM_ACQUIRE, 1, 1, NOW + PER / 3); /* which no other key is charged to */
   CHECK_EQ(d.status, FSHM_ALLOWED);
@@ -279,7 +280,7 @@ static void test_story(const fshm_limit *limit) {
     if (d.status != FSHM_ALLOWED) continue;
     shared += d.shared;
     own += !d.shared;
-    verdict_t v = meter_take(&rule, alone[key], now, now, cost);
+    verdict_t v = rule_take(&rule, alone[key], now, now, cost);
     if (limit->kind == FSHM_WINDOW)
       over += more_than_windows(&hits[key], limit, now, cost);
     else
@@ -293,7 +294,7 @@ static void test_story(const fshm_limit *limit) {
   fshm_close(s);
 }
 
-/* Real processes: keys get cells, or do not, while others leave theirs; each is admitted n times at most. */
+/* Real processes: keys get slots, or do not, while others leave theirs; each is admitted n times at most. */
 #define RACE_KEYS 40
 typedef struct {
   _Atomic uint64_t arrivals, admitted[RACE_KEYS];
@@ -310,7 +311,7 @@ static void racer(int me, void *with) {
     meet(&race->arrivals, race->racers, ++met);
     for (int i = 0; i < 200; i++) {
       uint64_t key = random_below(RACE_KEYS);
-      if (random_below(8) == 0) { /* a cell for somebody, perhaps */
+      if (random_below(8) == 0) { /* a slot for somebody, perhaps */
         named(name, "f", random_below(4));
         (void)fshm_reset_key(race->filler, name, strlen(name));
       } else if (random_below(8) == 0) {
@@ -323,7 +324,7 @@ static void racer(int me, void *with) {
     if (me == 0) {
       for (int key = 0; key < RACE_KEYS; key++)
         CHECK_OP(atomic_exchange(&race->admitted[key], 0), <=, 3);
-      memset((void *)s->cells, 0, shared_cell(s, s->limiter_count, 0, 0) * sizeof *s->cells);
+      memset((void *)s->slots, 0, shared_slot(s, s->limiter_count, 0, 0) * sizeof *s->slots);
       store_relaxed(&s->limiters[race->l->index].shared, 0);
     }
     meet(&race->arrivals, race->racers, ++met);

@@ -10,15 +10,15 @@ static const fshm_limit bucket = {10, 10000 * MS, 10, FSHM_BUCKET, 0}; /* one a 
 static const fshm_limit window = {5, 60000 * MS, 0, FSHM_WINDOW, 0};
 static const fshm_limit sliding = {5, 60000 * MS, 0, FSHM_SLIDING, 0};
 
-static pair_t *all_cells(const fshm_segment *s) {
-  pair_t *copy = calloc(s->cell_count, sizeof *copy);
-  for (uint64_t i = 0; i < s->cell_count; i++) copy[i] = pair_load(&s->cells[i]);
+static pair_t *all_slots(const fshm_segment *s) {
+  pair_t *copy = calloc(s->slot_count, sizeof *copy);
+  for (uint64_t i = 0; i < s->slot_count; i++) copy[i] = pair_load(&s->slots[i]);
   return copy;
 }
 
-static bool cells_are(const fshm_segment *s, pair_t *copy) {
-  pair_t *now = all_cells(s);
-  bool same = !memcmp(now, copy, s->cell_count * sizeof *now);
+static bool slots_are(const fshm_segment *s, pair_t *copy) {
+  pair_t *now = all_slots(s);
+  bool same = !memcmp(now, copy, s->slot_count * sizeof *now);
   free(now);
   free(copy);
   return same;
@@ -30,7 +30,7 @@ static int apply_costs(fshm_limiter *l, uint32_t op, const uint64_t *costs, uint
   return d->status;
 }
 
-/* Whichever of the limits denies, no bit of any cell changes; peeks never change any. */
+/* Whichever of the limits denies, no bit of any slot changes; peeks never change any. */
 static void test_denial_consumes_nothing(void) {
   fshm_segment *s = fresh_segment(100);
   const fshm_limit limits[4] = {bucket, window, sliding, bucket};
@@ -43,14 +43,14 @@ static void test_denial_consumes_nothing(void) {
       for (uint64_t i = 0; i < used; i++)
         CHECK_EQ(apply_costs(l, FSHM_ACQUIRE, costs, 0, NOW, &d), FSHM_ALLOWED);
       costs[which] = limits[which].n + 1 - used; /* one too many */
-      pair_t *before = all_cells(s);
+      pair_t *before = all_slots(s);
       CHECK_EQ(apply_costs(l, FSHM_ACQUIRE, costs, 0, NOW + 1, &d), FSHM_DENIED);
       CHECK_EQ(d.limit_index, which);
       CHECK(used ? d.retry_after_ns > 0 : d.retry_after_ns == FSHM_NEVER);
       CHECK_EQ(apply_costs(l, FSHM_PEEK, costs, 0, NOW + 1, &d), FSHM_DENIED);
       costs[which] = 1;
       CHECK_EQ(apply_costs(l, FSHM_PEEK, costs, 0, NOW + 1, &d), FSHM_ALLOWED);
-      CHECK(cells_are(s, before));
+      CHECK(slots_are(s, before));
     }
   }
   fshm_limiter_close(l);
@@ -66,7 +66,7 @@ static void test_undo(void) {
   const uint64_t costs[FSHM_MAX_LIMITS] = {2, 2, 2, 2};
   c.costs = costs;
   c.hash = fshm_siphash(l->key[0], l->key[1], "k", 1);
-  CHECK(limits_load(s, l->index, &c.plan));
+  CHECK(limits_load(s, l->index, &c.snapshot));
   for (int other = 0; other < 2; other++) {
     for (uint32_t i = 0; i < 3; i++) {
       look_t looked;
@@ -74,7 +74,7 @@ static void test_undo(void) {
       fshm_decision d;
       CHECK_EQ(fshm_reset_key(l, "k", 1), FSHM_OK);
       CHECK_EQ(apply_costs(l, FSHM_ACQUIRE, NULL, 0, NOW, &d), FSHM_ALLOWED);
-      pair_t *cells = all_cells(s);
+      pair_t *slots = all_slots(s);
       look(&c, i, 2, &looked);
       CHECK_EQ(charge_looked(&c, i, &looked, &before), FSHM_ALLOWED);
       if (other) /* somebody charges one more in between: that one stays */
@@ -84,9 +84,9 @@ static void test_undo(void) {
         uint64_t left[FSHM_MAX_LIMITS];
         CHECK_EQ(fshm_remaining(l, "k", 1, NOW, left), 3);
         for (uint32_t k = 0; k < 3; k++) CHECK_EQ(left[k], limits[k].n - 2);
-        free(cells);
+        free(slots);
       } else {
-        CHECK(cells_are(s, cells));
+        CHECK(slots_are(s, slots));
       }
     }
   }
@@ -184,9 +184,9 @@ static void test_reserve(void) {
 
   for (int i = 0; i < 2; i++)
     CHECK_EQ(apply_costs(l, FSHM_RESERVE, NULL, 0, NOW, &d), FSHM_ALLOWED);
-  pair_t *before = all_cells(s);
+  pair_t *before = all_slots(s);
   CHECK_EQ(apply_costs(l, FSHM_RESERVE, NULL, 10000 * MS - 1, NOW, &d), FSHM_DENIED);
-  CHECK(cells_are(s, before));
+  CHECK(slots_are(s, before));
   CHECK_EQ(apply_costs(l, FSHM_RESERVE, NULL, 10000 * MS, NOW, &d), FSHM_ALLOWED);
   CHECK_EQ(d.retry_after_ns, 10000 * MS); /* the caller must know when */
   /* At that instant the quick bucket has had time to fill, and one token of it is gone. */
@@ -198,9 +198,9 @@ static void test_reserve(void) {
   fshm_limiter *m = fresh_limiter(s, "mixed", mixed, 2);
   for (int i = 0; i < 5; i++)
     CHECK_EQ(apply_costs(m, FSHM_RESERVE, NULL, UINT64_MAX, NOW, &d), FSHM_ALLOWED);
-  before = all_cells(s);
+  before = all_slots(s);
   CHECK_EQ(apply_costs(m, FSHM_RESERVE, NULL, UINT64_MAX, NOW, &d), FSHM_DENIED);
-  CHECK(cells_are(s, before));
+  CHECK(slots_are(s, before));
   fshm_limiter_close(one);
   fshm_limiter_close(l);
   fshm_limiter_close(m);
@@ -218,10 +218,10 @@ static void test_cancel(void) {
     fshm_reserve(l, "k", 1, NULL, 60000 * MS, NOW, &d, tokens[i]);
     CHECK_EQ(d.retry_after_ns, (uint64_t)(i + 1) * 1000 * MS);
   }
-  pair_t *before = all_cells(s);
+  pair_t *before = all_slots(s);
   CHECK_EQ(fshm_cancel(l, "k", 1, NULL, tokens[0], NOW), 0);
   CHECK_EQ(fshm_cancel(l, "k", 1, NULL, tokens[1], NOW), 0);
-  CHECK(cells_are(s, before));
+  CHECK(slots_are(s, before));
   CHECK_EQ(fshm_cancel(l, "k", 1, NULL, tokens[2], NOW), 1);
   CHECK_EQ(fshm_cancel(l, "k", 1, NULL, tokens[2], NOW), 0); /* once */
   CHECK_EQ(fshm_cancel(l, "k", 1, NULL, tokens[1], NOW), 1); /* now the last */
@@ -231,7 +231,7 @@ static void test_cancel(void) {
   fshm_close(s);
 }
 
-/* A new cell's state is of the time at which it is put, not of that at which the call began. */
+/* A new slot's state is of the time at which it is put, not of that at which the call began. */
 static void test_first_state_is_of_now(void) {
   fshm_segment *s = fresh_segment(100);
   const fshm_limit kinds[3] = {bucket, window, sliding};
@@ -241,7 +241,7 @@ static void test_first_state_is_of_now(void) {
     (void)usleep(1000);
     uint64_t now = segment_now(s);
     call_t c = {.s = s, .index = l->index, .now = 1, .at = 1, .costs = ones};
-    CHECK(limits_load(s, l->index, &c.plan));
+    CHECK(limits_load(s, l->index, &c.snapshot));
     verdict_t v = {0};
     const uint32_t ops[] = {FSHM_ACQUIRE, FSHM_CHARGE};
     for (unsigned o = 0; o < 2; o++) {
@@ -329,12 +329,12 @@ static void test_full_table(void) {
   const char *keys[] = {"a", "b", "c"};
   for (int i = 0; i < 3; i++)
     CHECK_EQ(apply_at(l, FSHM_ACQUIRE, keys[i], 1, NOW).status, FSHM_ALLOWED);
-  /* One cell is left, and two are needed: refused, and the one goes back. */
+  /* One slot is left, and two are needed: refused, and the one goes back. */
   CHECK_EQ(apply_at(two, FSHM_ACQUIRE, "d", 1, NOW).status, FSHM_FULL);
-  CHECK_EQ(fshm_live_cells(s, NULL, NOW), 3);
+  CHECK_EQ(fshm_live_slots(s, NULL, NOW), 3);
   CHECK_EQ(apply_at(l, FSHM_ACQUIRE, "d", 1, NOW).status, FSHM_ALLOWED);
   CHECK_EQ(apply_at(l, FSHM_ACQUIRE, "e", 1, NOW).status, FSHM_FULL);
-  CHECK_EQ(apply_at(l, FSHM_ACQUIRE, "e", 0, NOW).status, FSHM_ALLOWED); /* needs no cell */
+  CHECK_EQ(apply_at(l, FSHM_ACQUIRE, "e", 0, NOW).status, FSHM_ALLOWED); /* needs no slot */
   CHECK_EQ(apply_at(l, FSHM_PEEK, "e", 1, NOW).status, FSHM_ALLOWED);
   CHECK_EQ(apply_at(l, FSHM_CHARGE, "e", 1, NOW).status, FSHM_FULL);
   CHECK_EQ(apply_at(l, FSHM_REFUND, "e", 1, NOW).status, FSHM_ALLOWED);

@@ -102,10 +102,10 @@ static void changer(int me, void *with) {
     fshm_limit l[FSHM_MAX_LIMITS];
     uint32_t count = 1 + (uint32_t)(n % FSHM_MAX_LIMITS);
     for (uint32_t k = 0; k < count; k++) l[k] = bucket(n);
-    /* With more changers at once than there are slots to write in, one is told to come again. */
+    /* With more changers at once than there are rule indexes to write in, one is told to come again. */
     int status = me < CHANGERS ? change(s, "busy", l, count) : FSHM_OK;
     CHECK(status == FSHM_OK || status == FSHM_CONTENDED);
-    plan_t p;
+    snapshot_t p;
     CHECK(limits_load(s, 0, &p));
     CHECK_EQ(p.count, 1 + p.rules[0].n % FSHM_MAX_LIMITS);
     for (uint32_t k = 0; k < p.count; k++) /* a set is one set: never parts of two */
@@ -132,17 +132,17 @@ static void test_many_change_and_read(void) {
 
 /* An owner word of this process, as publish() makes them. */
 static uint64_t owner_word(fshm_segment *s) {
-  uint64_t slot = process_slot(s);
-  return s->fork_page->generation << 16 | (slot + 1);
+  uint64_t process = process_index(s);
+  return s->fork_page->incarnation << 16 | (process + 1);
 }
 
-/* A child that takes all free slots of the entry and dies without publishing. */
+/* A child that takes all free rule indexes of the entry and dies without publishing. */
 static void take_and_die(int me, void *with) {
   fshm_segment *s = with;
   limiter_entry_t *e = &s->limiters[0];
   int taken = 0;
   (void)me;
-  while (take_slot(s, e, owner_word(s)) >= 0)
+  while (take_rule(s, e, owner_word(s)) >= 0)
     if (++taken > RULES) _exit(1); /* took what was taken */
   (void)raise(SIGKILL);
 }
@@ -172,17 +172,17 @@ static void test_dead_owners(void) {
   limiter_entry_t *e = &s->limiters[0];
   CHECK_EQ(change(s, "a", &l, 1), FSHM_OK);
   for (uint64_t n = 2; n < 40; n++) {
-    uint64_t earlier = owner_word(s) - (UINT64_C(1) << 16); /* of our place, a generation ago */
+    uint64_t earlier = owner_word(s) - (UINT64_C(1) << 16); /* of our place, a incarnation ago */
     for (unsigned i = 0; i < RULES; i++)
       if (!(load_relaxed(&e->owners[i]) & RULE_USED)) store_relaxed(&e->owners[i], earlier);
     l = bucket(n);
     CHECK_EQ(change(s, "a", &l, 1), FSHM_OK);
   }
   for (unsigned i = 0; i < RULES; i++) /* alive, and writing in all but the present one */
-    if (SET_SLOT(load_relaxed(&e->set), 0) != i) store_relaxed(&e->owners[i], owner_word(s));
+    if (SET_RULE(load_relaxed(&e->set), 0) != i) store_relaxed(&e->owners[i], owner_word(s));
   l = bucket(50);
   CHECK_EQ(change(s, "a", &l, 1), FSHM_CONTENDED);
-  plan_t p;
+  snapshot_t p;
   CHECK(limits_load(s, 0, &p));
   CHECK_EQ(p.rules[0].n, 39);
   fshm_close(s);
@@ -223,7 +223,7 @@ static void test_sweeps(void) {
   fshm_close(s);
 }
 
-/* All rules but the present one have keys that have used more than it admits: the slot of one of them is freed all the
+/* All rules but the present one have keys that have used more than it admits: the rule index of one of them is freed all the
  * same, and no token is made. */
 static void test_every_rule_is_in_use(void) {
   fshm_segment *s = fresh_segment(500);
@@ -318,7 +318,7 @@ static void test_pace_since(void) {
     CHECK_EQ(fshm_limiter_open_at(s, "a", 1, &other, 1, hour, &again), FSHM_OK);
     fshm_limiter_close(again);
     CHECK_EQ(limits_pace_since(s, 0, 0, version), (fast ? second / 10 : 2 * hour) << 10);
-    for (unsigned k = 0; k < 3 * RULES; k++) { /* more than there are slots for */
+    for (unsigned k = 0; k < 3 * RULES; k++) { /* more than there are rule indexes for */
       const fshm_limit slower = {20 + k, (20 + k) * 3 * hour, 20 + k, FSHM_BUCKET, 0};
       CHECK_EQ(fshm_limiter_open_at(s, "a", 1, &slower, 1, hour, &again), FSHM_OK);
       fshm_limiter_close(again);
@@ -345,7 +345,7 @@ static void test_resets(void) {
   fshm_limiter *a = fresh_limiter(s, "a", &l, 1), *b = fresh_limiter(s, "b", &l, 1);
   uint64_t salt = 0;
   for (int i = 0; i < 50; i++) {
-    plan_t p;
+    snapshot_t p;
     CHECK(limits_load(s, a->index, &p));
     CHECK(!i || p.salt != salt);
     salt = p.salt;
@@ -355,9 +355,9 @@ static void test_resets(void) {
       CHECK_EQ(apply_at(a, FSHM_ACQUIRE, key, 1, 1000).status, FSHM_DENIED);
     }
     if (!i) CHECK_EQ(apply_at(b, FSHM_ACQUIRE, "x", 3, 1000).status, FSHM_ALLOWED);
-    CHECK_EQ(fshm_live_cells(s, NULL, 1000), 4);
+    CHECK_EQ(fshm_live_slots(s, NULL, 1000), 4);
     CHECK_EQ(fshm_reset_all(a), FSHM_OK);
-    CHECK_EQ(fshm_live_cells(s, NULL, 1000), 1); /* freed at once; the other limiter's stays */
+    CHECK_EQ(fshm_live_slots(s, NULL, 1000), 1); /* freed at once; the other limiter's stays */
     CHECK_EQ(apply_at(b, FSHM_ACQUIRE, "x", 1, 1000).status, FSHM_DENIED);
     fshm_limiter_info info;
     CHECK_EQ(fshm_limiter_at(s, a->index, &info), FSHM_OK);
@@ -381,22 +381,22 @@ static void test_damaged(void) {
   limiter_entry_t *e = &s->limiters[0];
   uint64_t current = load_relaxed(&e->current), set = load_relaxed(&e->set);
   for (unsigned i = 0; i < 200000; i++) {
-    /* Each of these calls may leave a cell that never expires: else the table is full by and by. */
-    for (uint64_t cell = 0; cell < s->cell_count && i % 8 == 0; cell++) {
-      store_relaxed(&s->cells[cell].who, 0);
-      store_relaxed(&s->cells[cell].when, 0);
+    /* Each of these calls may leave a slot that never expires: else the table is full by and by. */
+    for (uint64_t slot = 0; slot < s->slot_count && i % 8 == 0; slot++) {
+      store_relaxed(&s->slots[slot].who, 0);
+      store_relaxed(&s->slots[slot].when, 0);
     }
     for (unsigned k = 0; k < RULE_WORDS; k++)
-      store_relaxed(&e->rules[SET_SLOT(set, 0)][k], random_u64() >> random_below(64));
+      store_relaxed(&e->rules[SET_RULE(set, 0)][k], random_u64() >> random_below(64));
     store_relaxed(&e->set, i % 3 ? set : random_u64() >> random_below(64));
     store_relaxed(&e->current, i % 2 ? current : random_u64());
     int status =
         apply_at(a, i % 5, "k", random_u64() >> random_below(64), 1 + random_below(TIME_MAX))
             .status;
-    plan_t p;
-    bool no_meter = limits_load(s, 0, &p) && !p.count && p.permits; /* permits are not for apply */
+    snapshot_t p;
+    bool no_rate = limits_load(s, 0, &p) && !p.count && p.permits; /* permits are not for apply */
     CHECK(status == FSHM_DENIED || status == FSHM_ALLOWED || status == FSHM_E_DAMAGED ||
-          (status == FSHM_E_ARGUMENT && no_meter));
+          (status == FSHM_E_ARGUMENT && no_rate));
   }
   fshm_limiter_close(a);
   fshm_close(s);
@@ -411,13 +411,13 @@ static void test_changed_meanwhile(void) {
   uint64_t now = fshm_now(s);
   call_t c;
   look_t looks[FSHM_MAX_LIMITS];
-  CHECK(limits_load(s, l->index, &c.plan));
+  CHECK(limits_load(s, l->index, &c.snapshot));
   begin(&c, l, "k", 1, now);
   CHECK_EQ(change(s, "a", &after, 1), FSHM_OK);
   CHECK_EQ(apply_at(l, FSHM_ACQUIRE, "k", 3, now).status, FSHM_ALLOWED);
   CHECK_EQ(look_all(&c, looks), FSHM_OK);
-  CHECK_EQ(c.plan.rules[0].n, 20);
-  CHECK_EQ(verdict_remaining(&c.plan.rules[0], looks[0].verdict.used_before), 17);
+  CHECK_EQ(c.snapshot.rules[0].n, 20);
+  CHECK_EQ(verdict_remaining(&c.snapshot.rules[0], looks[0].verdict.used_before), 17);
   fshm_limiter_close(l);
   fshm_close(s);
 }
@@ -435,7 +435,7 @@ static void test_forced_meanwhile(void) {
     uint64_t now = fshm_now(s), remaining[FSHM_MAX_LIMITS];
     call_t c;
     look_t found;
-    CHECK(limits_load(s, l->index, &c.plan));
+    CHECK(limits_load(s, l->index, &c.snapshot));
     begin(&c, l, "k", 1, now);
     c.costs = &cases[i].cost;
     CHECK_EQ(change(s, "a", &after, 1), FSHM_OK);
@@ -467,7 +467,7 @@ static void test_undo_by_changed_limits(void) {
       look_t looks[FSHM_MAX_LIMITS];
       uint64_t remaining[FSHM_MAX_LIMITS];
       pair_t was;
-      CHECK(limits_load(s, l->index, &c.plan));
+      CHECK(limits_load(s, l->index, &c.snapshot));
       begin(&c, l, "k", 1, now);
       for (uint32_t i = 0; i < 2; i++) look(&c, i, 1, &looks[i]);
       CHECK_EQ(charge_looked(&c, 0, &looks[0], &was), FSHM_ALLOWED);
@@ -475,7 +475,7 @@ static void test_undo_by_changed_limits(void) {
       if (meanwhile) CHECK_EQ(apply_at(l, FSHM_ACQUIRE, "k", 1, now).status, FSHM_ALLOWED);
       c.stale = true; /* as the look at a state of the new limits says */
       CHECK_EQ(charge_looked(&c, 1, &looks[1], &was), FSHM_DENIED);
-      undo(&c, 0, &looks[0], looks[0].cell.pair);
+      undo(&c, 0, &looks[0], looks[0].slot.pair);
       CHECK_EQ(fshm_remaining(l, "k", 1, now, remaining), 2);
       bool bucket_first = after[order][0].kind == FSHM_BUCKET;
       CHECK_EQ(remaining[bucket_first], 8 - meanwhile);

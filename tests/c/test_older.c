@@ -31,8 +31,8 @@ static const char key[] = "key";
 
 static uint64_t only_state(fshm_segment *s, uint64_t tag) {
   uint64_t found = 0;
-  for (uint64_t i = 0; i < s->cell_count; i++)
-    if (s->cells[i].who && TAG(s->cells[i].when) == tag) found = s->cells[i].when;
+  for (uint64_t i = 0; i < s->slot_count; i++)
+    if (s->slots[i].who && TAG(s->slots[i].when) == tag) found = s->slots[i].when;
   return found;
 }
 

@@ -1,4 +1,4 @@
-/* test_process.c - who is alive: slots, death, forks, a full table. */
+/* test_process.c - who is alive: process indexes, death, forks, a full table. */
 #include "../../csrc/unity.c"
 
 #include <dirent.h>
@@ -18,12 +18,12 @@ static unsigned alive_count(fshm_segment *s) {
 typedef struct {
   fshm_segment *s;
   _Atomic uint64_t joined, leave;
-  _Atomic uint32_t slot[PROCESSES + 8];
+  _Atomic uint32_t process[PROCESSES + 8];
 } stage_t;
 
 static void join_and_stay(int me, void *with) {
   stage_t *stage = with;
-  stage->slot[me] = process_join(stage->s);
+  stage->process[me] = process_join(stage->s);
   atomic_fetch_add(&stage->joined, 1);
   while (!atomic_load(&stage->leave)) (void)usleep(2000);
 }
@@ -34,24 +34,24 @@ static stage_t *new_stage(fshm_segment *s) {
   return stage;
 }
 
-/* A forked child does not take itself for its parent: it joins by itself, with a slot of its own. */
+/* A forked child does not take itself for its parent: it joins by itself, with a process index of its own. */
 static void test_fork_joins_anew(void) {
   fshm_segment *s = fresh_segment(100);
   stage_t *stage = new_stage(s);
-  uint32_t mine = process_slot(s);
+  uint32_t mine = process_index(s);
   CHECK_OP(mine, <, PROCESSES);
-  CHECK_EQ(process_slot(s), mine);
+  CHECK_EQ(process_index(s), mine);
   pid_t pid = start_child(join_and_stay, 0, stage);
   while (!atomic_load(&stage->joined)) (void)usleep(1000);
-  CHECK(stage->slot[0] != mine && stage->slot[0] < PROCESSES);
-  CHECK(process_alive(s, mine) && process_alive(s, stage->slot[0]));
+  CHECK(stage->process[0] != mine && stage->process[0] < PROCESSES);
+  CHECK(process_alive(s, mine) && process_alive(s, stage->process[0]));
   CHECK_EQ(alive_count(s), 2);
   fshm_process_info p;
-  CHECK_EQ(fshm_process_at(s, stage->slot[0], &p), FSHM_OK);
+  CHECK_EQ(fshm_process_at(s, stage->process[0], &p), FSHM_OK);
   CHECK_EQ(p.pid, pid);
   stage->leave = 1;
   end_child(pid);
-  CHECK(!process_alive(s, stage->slot[0]));
+  CHECK(!process_alive(s, stage->process[0]));
   CHECK(process_alive(s, mine)); /* its end closed its copy of our lock file, not our lock */
   CHECK_EQ(fshm_process_at(s, PROCESSES, &p), FSHM_E_ARGUMENT);
   (void)munmap(stage, sizeof *stage);
@@ -65,10 +65,10 @@ static void test_zombie_is_dead(void) {
   pid_t pid = start_child(join_and_stay, 0, stage);
   while (!atomic_load(&stage->joined)) (void)usleep(1000);
   siginfo_t info;
-  CHECK(process_alive(s, stage->slot[0]));
+  CHECK(process_alive(s, stage->process[0]));
   CHECK_EQ(kill(pid, SIGKILL), 0);
   CHECK_EQ(waitid(P_PID, (id_t)pid, &info, WEXITED | WNOWAIT), 0); /* not reaped */
-  CHECK(!process_alive(s, stage->slot[0]));
+  CHECK(!process_alive(s, stage->process[0]));
   CHECK_EQ(waitpid(pid, NULL, 0), pid);
   (void)munmap(stage, sizeof *stage);
   fshm_close(s);
@@ -82,14 +82,14 @@ static void count_and_die(int me, void *with) {
 }
 
 /* Slots come back, thousands of processes long, and what the dead counted stays counted. */
-static void test_slots_are_reused(void) {
+static void test_indexes_are_reused(void) {
   fshm_segment *s = fresh_segment(100);
   const fshm_limit l = {1000000, UINT64_C(1) << 40, 0, FSHM_WINDOW, 0};
   fshm_limiter *a = fresh_limiter(s, "a", &l, 1);
   const int many = 2 * PROCESSES + 10;
   for (int i = 0; i < many; i++) (void)waitpid(start_child(count_and_die, i, a), NULL, 0);
-  fshm_tally all[FSHM_TALLIES];
-  fshm_tally_all(s, all);
+  fshm_counters all[FSHM_COUNTERS];
+  fshm_counters_all(s, all);
   CHECK_EQ(all[0].admitted, many * 10);
   for (unsigned i = 0; i < PROCESSES;
        i++) { /* the last owner's alone, whatever others did before it */
@@ -102,12 +102,12 @@ static void test_slots_are_reused(void) {
   fshm_close(s);
 }
 
-/* More processes than slots: the rest count into the ledger, and limit as everybody does. */
+/* More processes than process indexes: the rest count into the key statistics, and limit as everybody does. */
 static void join_and_take(int me, void *with) {
   stage_t *stage = with;
   fshm_limiter *l;
   const fshm_limit limit = {100, UINT64_C(1) << 40, 0, FSHM_WINDOW, 0};
-  stage->slot[me] = process_slot(stage->s);
+  stage->process[me] = process_index(stage->s);
   CHECK_EQ(fshm_limiter_open(stage->s, "a", 1, &limit, 1, &l), FSHM_OK);
   if (apply_at(l, FSHM_ACQUIRE, "k", 1, 1000).status == FSHM_ALLOWED)
     atomic_fetch_add(&stage->joined, UINT64_C(1) << 32);
@@ -125,8 +125,8 @@ static void test_table_full(void) {
   for (int i = 0; i < many; i++) pids[i] = start_child(join_and_take, i, stage);
   while ((uint32_t)atomic_load(&stage->joined) < (uint32_t)many) (void)usleep(2000);
   for (int i = 0; i < many; i++) {
-    without += stage->slot[i] >= PROCESSES;
-    if (stage->slot[i] < PROCESSES) taken[stage->slot[i]]++;
+    without += stage->process[i] >= PROCESSES;
+    if (stage->process[i] < PROCESSES) taken[stage->process[i]]++;
   }
   for (unsigned i = 0; i < PROCESSES; i++) CHECK_EQ(taken[i], 1);
   CHECK_EQ(without, 8);
@@ -139,23 +139,23 @@ static void test_table_full(void) {
   fshm_close(s);
 }
 
-/* Threads of one process share its slot; none waits for the one that is joining. */
+/* Threads of one process share its process index; none waits for the one that is joining. */
 static void *one_thread(void *with) {
   fshm_segment *s = with;
-  uint32_t slot;
-  while ((slot = process_slot(s)) == NO_SLOT) sched_yield();
-  return (void *)(uintptr_t)slot;
+  uint32_t process;
+  while ((process = process_index(s)) == NO_PROCESS) sched_yield();
+  return (void *)(uintptr_t)process;
 }
 
 static void test_threads_share(void) {
   for (int round = 0; round < 8; round++) {
     fshm_segment *s = fresh_segment(100);
     pthread_t threads[8];
-    void *slot;
+    void *process;
     for (int i = 0; i < 8; i++) CHECK_EQ(pthread_create(&threads[i], NULL, one_thread, s), 0);
     for (int i = 0; i < 8; i++) {
-      CHECK_EQ(pthread_join(threads[i], &slot), 0);
-      CHECK_EQ((uintptr_t)slot, process_slot(s));
+      CHECK_EQ(pthread_join(threads[i], &process), 0);
+      CHECK_EQ((uintptr_t)process, process_index(s));
     }
     CHECK_EQ(alive_count(s), 1);
     fshm_close(s);
@@ -164,14 +164,14 @@ static void test_threads_share(void) {
 
 static void join_and_leave(int me, void *with) {
   (void)me;
-  CHECK_OP(process_slot(with), <, PROCESSES);
+  CHECK_OP(process_index(with), <, PROCESSES);
 }
 
-static void reader_sees(int slot, void *with) {
+static void reader_sees(int process, void *with) {
   fshm_segment *s;
   fshm_error e;
   CHECK_EQ(fshm_open(with, 0, 0, FSHM_OPEN_READ_ONLY, &s, &e), FSHM_OK);
-  CHECK(process_alive(s, (uint32_t)slot));
+  CHECK(process_alive(s, (uint32_t)process));
   fshm_close(s);
 }
 
@@ -188,7 +188,7 @@ static void test_looking_does_not_kill(void) {
   CHECK_EQ(fshm_open(name, 0, 0, FSHM_OPEN_READ_ONLY, &looking, &e), FSHM_OK);
   CHECK_EQ(alive_count(looking), 0);
   CHECK_EQ(fshm_open(name, 0, 0, 0, &s, &e), FSHM_OK);
-  uint32_t mine = process_slot(s);
+  uint32_t mine = process_index(s);
   end_child(start_child(reader_sees, (int)mine, (void *)(uintptr_t)name));
   CHECK_EQ(fshm_process_at(looking, mine, &p), FSHM_OK);
   CHECK(p.alive); /* seen by itself */
@@ -197,28 +197,29 @@ static void test_looking_does_not_kill(void) {
   fshm_close(s);
 }
 
-static uint32_t noted(fshm_segment *s, uint32_t slot) {
+static uint32_t noted(fshm_segment *s, uint32_t process) {
   fshm_process_info p;
-  CHECK_EQ(fshm_process_at(s, slot, &p), FSHM_OK);
-  return p.away;
+  CHECK_EQ(fshm_process_at(s, process, &p), FSHM_OK);
+  return p.outage;
 }
 
 static void notes_and_leaves(int me, void *with) {
   fshm_segment *s = with;
-  uint32_t slot = process_slot(s);
-  CHECK_EQ(noted(s, slot), 0); /* whatever its parent, or an earlier owner of the slot, had noted */
+  uint32_t process = process_index(s);
+  CHECK_EQ(noted(s, process),
+           0); /* whatever its parent, or an earlier owner of the process index, had noted */
   fshm_process_note(s, (uint32_t)me);
-  CHECK_EQ(noted(s, slot), me);
+  CHECK_EQ(noted(s, process), me);
 }
 
 /* What a process has others shown is its own, and dies with it. */
 static void test_notes(void) {
   fshm_segment *s = fresh_segment(100);
-  uint32_t mine = process_slot(s);
+  uint32_t mine = process_index(s);
   fshm_process_note(s, 7);
   CHECK_EQ(noted(s, mine), 7);
   for (uint32_t i = 0; i < PROCESSES; i++)
-    if (i != mine) store_relaxed(&s->processes[i].away, 77); /* as dead owners left it */
+    if (i != mine) store_relaxed(&s->processes[i].outage, 77); /* as dead owners left it */
   for (int i = 1; i < 5; i++) end_child(start_child(notes_and_leaves, i, s));
   CHECK_EQ(noted(s, mine), 7);
   fshm_process_note(s, 0);
@@ -230,7 +231,7 @@ static void lock_path(const fshm_segment *s, char *out, size_t size) {
   (void)snprintf(out, size, "%s.%016llx.lock", s->path, (unsigned long long)s->header->instance);
 }
 
-/* Where nobody can be asked, nobody is dead: their permits and slots stay theirs. */
+/* Where nobody can be asked, nobody is dead: their permits and process indexes stay theirs. */
 static void test_unknown_counts_as_alive(void) {
   fshm_segment *s, *looking;
   fshm_error e;
@@ -244,7 +245,7 @@ static void test_unknown_counts_as_alive(void) {
   CHECK_EQ(unlink(path), 0);
   fshm_close(s); /* else the handle for reading would be the same */
   CHECK_EQ(fshm_open(name, 0, 0, FSHM_OPEN_READ_ONLY, &looking, &e), FSHM_OK);
-  end_child(start_child(reader_sees, (int)stage->slot[0], (void *)(uintptr_t)name));
+  end_child(start_child(reader_sees, (int)stage->process[0], (void *)(uintptr_t)name));
   stage->leave = 1;
   end_child(pid);
   fshm_close(looking);
@@ -258,27 +259,27 @@ static void test_removed_segment_gets_no_lock_file(void) {
   char path[400];
   lock_path(s, path, sizeof path);
   CHECK_EQ(fshm_remove(segment_names[segments_made - 1], &e), FSHM_OK);
-  CHECK_EQ(process_slot(s), NO_SLOT);
+  CHECK_EQ(process_index(s), NO_PROCESS);
   CHECK_EQ(access(path, F_OK), -1);
   fshm_close(s);
 }
 
-static void deny_a_newcomer(int slot, void *with) {
+static void deny_a_newcomer(int process, void *with) {
   fshm_segment *s;
   fshm_error e;
   CHECK_EQ(fshm_open(with, 0, 0, 0, &s, &e), FSHM_OK);
-  CHECK_EQ(process_slot(s), NO_SLOT);
-  CHECK(process_alive(s, (uint32_t)slot));
+  CHECK_EQ(process_index(s), NO_PROCESS);
+  CHECK(process_alive(s, (uint32_t)process));
   CHECK_EQ(process_refusal(s), FSHM_E_LOCK_FILE);
   CHECK_EQ(fshm_liveness(s, &e), FSHM_E_LOCK_FILE);
   CHECK(e.sys_errno == ENOENT || e.sys_errno == ESTALE);
   fshm_close(s);
 }
 
-static void join_as_a_fork(int slot, void *with) {
+static void join_as_a_fork(int process, void *with) {
   fshm_segment *s = with;
-  CHECK_OP(process_slot(s), <, PROCESSES);
-  CHECK(process_slot(s) != (uint32_t)slot && process_alive(s, (uint32_t)slot));
+  CHECK_OP(process_index(s), <, PROCESSES);
+  CHECK(process_index(s) != (uint32_t)process && process_alive(s, (uint32_t)process));
 }
 
 /* An outsider deletes the lock file, or puts another in its place: it tells nothing about those who
@@ -297,48 +298,48 @@ static void test_deleted_lock_file(void) {
   stage_t *stage = new_stage(s);
   pid_t pid = start_child(join_and_stay, 0, stage); /* the first to join */
   while (!atomic_load(&stage->joined)) (void)usleep(1000);
-  const uint64_t generation = s->processes[stage->slot[0]].generation;
+  const uint64_t incarnation = s->processes[stage->process[0]].incarnation;
   CHECK_EQ(fshm_liveness(s, &e), FSHM_OK);
-  int mine = (int)process_slot(s);
+  int mine = (int)process_index(s);
   CHECK_EQ(rename(path, kept), 0);
   for (int other = 0; other < 2; other++) {
     CHECK_EQ(fshm_liveness(s, &e), FSHM_E_LOCK_FILE);
     CHECK_EQ(e.sys_errno, other ? ESTALE : ENOENT);
-    CHECK(process_alive(s, stage->slot[0]));
+    CHECK(process_alive(s, stage->process[0]));
     end_child(start_child(join_as_a_fork, mine, s));
     void *theirs = (void *)(uintptr_t)name;
     /* not a fork of ours, that is, without our descriptors */
     fshm_segment *list = open_segments;
     open_segments = NULL;
-    end_child(start_child(deny_a_newcomer, (int)stage->slot[0], theirs));
+    end_child(start_child(deny_a_newcomer, (int)stage->process[0], theirs));
     open_segments = list;
     CHECK_EQ(access(path, F_OK), other ? 0 : -1);
     CHECK_EQ(close(open(path, O_CREAT | O_RDWR, 0600)), 0);
   }
-  CHECK_EQ(s->processes[stage->slot[0]].generation, generation);
+  CHECK_EQ(s->processes[stage->process[0]].incarnation, incarnation);
   stage->leave = 1;
   end_child(pid);
-  CHECK(
-      !process_alive(s, stage->slot[0])); /* by the descriptor of the first file, all can be told */
+  CHECK(!process_alive(
+      s, stage->process[0])); /* by the descriptor of the first file, all can be told */
   CHECK_EQ(rename(kept, path), 0);
   CHECK_EQ(fshm_liveness(s, &e), FSHM_OK);
   (void)munmap(stage, sizeof *stage);
   fshm_close(s);
 }
 
-static void is_seen(int slot, void *with) {
+static void is_seen(int process, void *with) {
   fshm_segment *s = with;
-  CHECK(process_alive(s, (uint32_t)slot));
-  CHECK(process_slot(s) != (uint32_t)slot);
+  CHECK(process_alive(s, (uint32_t)process));
+  CHECK(process_index(s) != (uint32_t)process);
 }
 
-static void is_not_seen(int slot, void *with) { CHECK(!process_alive(with, (uint32_t)slot)); }
+static void is_not_seen(int process, void *with) { CHECK(!process_alive(with, (uint32_t)process)); }
 
 /* The other modes that a process's locks can be in: by its memory, by a descriptor that is kept (where a mapping
  * does not keep a description), and as POSIX locks (where it may not open the file that it inherited). */
 enum { MAPPED, KEPT, POSIX_LOCKS, MODES };
 
-static fshm_segment *joined_segment(int mode, uint32_t *slot) {
+static fshm_segment *joined_segment(int mode, uint32_t *process) {
   fshm_segment *s = fresh_segment(100);
   char path[400];
   if (mode != MAPPED) s->unmapped = 1;
@@ -350,8 +351,8 @@ static fshm_segment *joined_segment(int mode, uint32_t *slot) {
     (void)snprintf(path, sizeof path, "/proc/self/fd/%d", s->lock_fd);
     CHECK_EQ(unshare(CLONE_FS) | chroot("/dev/shm"), 0);
   }
-  *slot = process_slot(s);
-  CHECK_OP(*slot, <, PROCESSES);
+  *process = process_index(s);
+  CHECK_OP(*process, <, PROCESSES);
   return s;
 }
 
@@ -366,8 +367,8 @@ static void lives_through_all(int mode, void *with) {
   fshm_error e;
   (void)with;
   fshm_segment *s = joined_segment(mode, &mine);
-  uint64_t generation = s->processes[mine].generation, seen;
-  uint32_t slot;
+  uint64_t incarnation = s->processes[mine].incarnation, seen;
+  uint32_t process;
   CHECK_EQ(s->fork_page->hold != 0, mode == MAPPED);
   CHECK_EQ(s->fork_page->kept == s->lock_fd + 1, mode == POSIX_LOCKS);
   end_child(start_child(is_seen, (int)mine, s));
@@ -377,7 +378,7 @@ static void lives_through_all(int mode, void *with) {
     end_child(start_child(is_not_seen, (int)mine, s));
     CHECK_EQ(fshm_liveness(s, &e), FSHM_E_NOT_FOUND); /* (the path is not what it was) */
   }
-  CHECK(process_identity(s, &slot, &seen) && slot == mine && seen == generation);
+  CHECK(process_identity(s, &process, &seen) && process == mine && seen == incarnation);
   end_child(start_child(is_seen, (int)mine, s));
   if (mode == POSIX_LOCKS) return;
   CHECK_EQ(fshm_liveness(s, &e), FSHM_OK);
@@ -389,7 +390,7 @@ static void lives_through_all(int mode, void *with) {
   CHECK_EQ(fshm_unlinked(s), 0);
   CHECK_EQ(fshm_liveness(s, &e), mode == KEPT ? FSHM_E_LOCK_FILE : FSHM_OK);
   end_child(start_child(mode == KEPT ? is_not_seen : is_seen, (int)mine, s));
-  CHECK(process_identity(s, &slot, &seen) && slot == mine && seen == generation);
+  CHECK(process_identity(s, &process, &seen) && process == mine && seen == incarnation);
   end_child(start_child(is_seen, (int)mine, s));
   CHECK_EQ(fshm_liveness(s, &e),
            mode == KEPT ? FSHM_E_LOCK_FILE : FSHM_OK); /* it says so for good */
@@ -412,7 +413,7 @@ static void test_lives(void) {
 static void stays_with_a_child(int mode, void *with) {
   stage_t *stage = with;
   if (mode == KEPT) stage->s->unmapped = 1;
-  stage->slot[0] = process_slot(stage->s);
+  stage->process[0] = process_index(stage->s);
   if (!fork()) { /* who never calls the library, and whom nobody tells to */
     atomic_fetch_add(&stage->joined, 1);
     while (!atomic_load(&stage->leave)) (void)usleep(2000);
@@ -428,7 +429,7 @@ static void test_dies_before_its_child(void) {
     fshm_segment *s = fresh_segment(100);
     stage_t *stage = new_stage(s);
     end_child(start_child(stays_with_a_child, mode, stage));
-    CHECK(!process_alive(s, stage->slot[0]));
+    CHECK(!process_alive(s, stage->process[0]));
     stage->leave = 1;
     while (atomic_load(&stage->joined) < 2) (void)usleep(1000);
     (void)munmap(stage, sizeof *stage);
@@ -436,27 +437,27 @@ static void test_dies_before_its_child(void) {
   }
 }
 
-static void takes_the_slot(int slot, void *with) {
+static void takes_the_index(int process, void *with) {
   fshm_segment *s = with;
   CHECK(lock_file_ready(s));
   const description_t d = open_description(s);
   for (uint32_t i = 0; i < PROCESSES; i++) /* no other is left */
-    if (i != (uint32_t)slot) (void)byte_lock(d.fd, d.command, F_WRLCK, OWNED(i));
-  CHECK_EQ(process_slot(s), (uint32_t)slot);
+    if (i != (uint32_t)process) (void)byte_lock(d.fd, d.command, F_WRLCK, OWNED(i));
+  CHECK_EQ(process_index(s), (uint32_t)process);
   raise(SIGSTOP);
 }
 
-/* Where locks were dropped, another process may take the slot: it lives while it lives, and is not taken for us
+/* Where locks were dropped, another process may take the process index: it lives while it lives, and is not taken for us
  * when it is dead; and we join anew. */
-static void test_slot_lost_to_another(void) {
+static void test_index_lost_to_another(void) {
   fshm_segment *s = fresh_segment(100);
   s->unmapped = 1;
-  uint32_t mine = process_slot(s), slot;
-  uint64_t before = s->fork_page->generation, generation;
+  uint32_t mine = process_index(s), process;
+  uint64_t before = s->fork_page->incarnation, incarnation;
   CHECK_OP(mine, <, PROCESSES);
   (void)close(s->fork_page->kept - 1);
   CHECK(process_alive(s, mine));
-  pid_t pid = start_child(takes_the_slot, (int)mine, s);
+  pid_t pid = start_child(takes_the_index, (int)mine, s);
   int status;
   CHECK_EQ(waitpid(pid, &status, WUNTRACED), pid);
   CHECK(WIFSTOPPED(status));
@@ -465,10 +466,10 @@ static void test_slot_lost_to_another(void) {
   CHECK_EQ(waitpid(pid, &status, 0), pid);
   CHECK(WIFSIGNALED(status));
   CHECK(!process_alive(s, mine));
-  CHECK(process_identity(s, &slot, &generation));
-  CHECK(slot != mine || generation > before);
-  CHECK(process_alive(s, slot));
-  end_child(start_child(is_seen, (int)slot, s));
+  CHECK(process_identity(s, &process, &incarnation));
+  CHECK(process != mine || incarnation > before);
+  CHECK(process_alive(s, process));
+  end_child(start_child(is_seen, (int)process, s));
   fshm_close(s);
 }
 
@@ -476,13 +477,13 @@ static void test_slot_lost_to_another(void) {
 static void test_second_copy(void) {
   fshm_segment *s = fresh_segment(100), *other, *list = open_segments;
   fshm_error e;
-  uint32_t mine = process_slot(s);
-  uint64_t generation = s->processes[mine].generation;
+  uint32_t mine = process_index(s);
+  uint64_t incarnation = s->processes[mine].incarnation;
   open_segments = NULL;
   CHECK_EQ(fshm_open(segment_names[segments_made - 1], 0, 0, 0, &other, &e), FSHM_OK);
-  CHECK(process_slot(other) != mine && process_slot(other) < PROCESSES);
-  CHECK_EQ(s->processes[mine].generation, generation);
-  CHECK(process_alive(other, mine) && process_alive(s, process_slot(other)));
+  CHECK(process_index(other) != mine && process_index(other) < PROCESSES);
+  CHECK_EQ(s->processes[mine].incarnation, incarnation);
+  CHECK(process_alive(other, mine) && process_alive(s, process_index(other)));
   CHECK_EQ(alive_count(s), 2);
   fshm_close(other);
   open_segments = list;
@@ -514,11 +515,11 @@ static void test_same_pid(void) {
   if (!geteuid()) end_child(start_child(locks_in_a_namespace, 0, NULL));
 }
 
-/* generations that come round ------------------------------------------------------------------------ */
+/* incarnations that come round ------------------------------------------------------------------------ */
 
 typedef struct {
   fshm_limiter *l;
-  uint32_t slot;
+  uint32_t process;
 } round_t;
 
 static void hold_one_and_die(int me, void *with) {
@@ -531,34 +532,34 @@ static void hold_one_and_die(int me, void *with) {
   CHECK(lock_file_ready(s));
   const description_t all = open_description(s);
   for (uint32_t i = 0; i < PROCESSES; i++)
-    if (i != r->slot) (void)byte_lock(all.fd, all.command, F_WRLCK, OWNED(i));
-  CHECK_EQ(process_slot(s), r->slot);
+    if (i != r->process) (void)byte_lock(all.fd, all.command, F_WRLCK, OWNED(i));
+  CHECK_EQ(process_index(s), r->process);
   if (me) fshm_admit(r->l, "k", 1, NULL, 0, &p, &d, &held);
   if (me) CHECK_EQ(d.status, FSHM_ALLOWED);
   if (me > 1) raise(SIGSTOP);
 }
 
-/* A dead process's permit is not a living one's whose generation has the same lowest bits, 2^18 owners of the process
- * slot later. */
-static void test_generations_come_round(void) {
+/* A dead process's permit is not a living one's whose incarnation has the same lowest bits, 2^18 owners of the process
+ * process index later. */
+static void test_incarnations_come_round(void) {
   const fshm_limit two = {2, 0, 0, FSHM_PERMITS, 0};
   fshm_segment *s = fresh_segment(1000);
   round_t r = {fresh_limiter(s, "round", &two, 1), 0};
   int status;
-  uint32_t mine = process_slot(s);
-  r.slot = (mine + 1) % PROCESSES;
-  process_t *p = &s->processes[r.slot];
+  uint32_t mine = process_index(s);
+  r.process = (mine + 1) % PROCESSES;
+  process_t *p = &s->processes[r.process];
   end_child(start_child(hold_one_and_die, 1, &r));
-  CHECK_EQ(p->generation, 1);
+  CHECK_EQ(p->incarnation, 1);
   const uint64_t round = UINT64_C(1) << 18;
-  store_relaxed(&p->generation, round - 2); /* all those before came and went */
+  store_relaxed(&p->incarnation, round - 2); /* all those before came and went */
   end_child(start_child(hold_one_and_die, 0, &r));
   end_child(start_child(hold_one_and_die, 0, &r));
-  CHECK_EQ(p->generation, round);
+  CHECK_EQ(p->incarnation, round);
   pid_t pid = start_child(hold_one_and_die, 2, &r);
   CHECK_EQ(waitpid(pid, &status, WUNTRACED), pid);
   CHECK(WIFSTOPPED(status));
-  CHECK_EQ(p->generation, round + 1);
+  CHECK_EQ(p->incarnation, round + 1);
   CHECK_EQ(fshm_in_flight(r.l, "k", 1), 1);
   CHECK_EQ(kill(pid, SIGKILL), 0);
   CHECK_EQ(waitpid(pid, &status, 0), pid);
@@ -573,7 +574,7 @@ static void test_generations_come_round(void) {
 typedef struct {
   fshm_segment *s;
   _Atomic uint64_t *arrivals;
-  uint64_t generation;
+  uint64_t incarnation;
 } starter_t;
 
 static void run_threads(fshm_segment *s, void *(*task)(void *), starter_t *out) {
@@ -619,7 +620,7 @@ static void test_one_lock_file(void) {
 static void *join(void *with) {
   starter_t *me = with;
   meet(me->arrivals, 2, 1);
-  (void)process_slot(me->s);
+  (void)process_index(me->s);
   return NULL;
 }
 
@@ -644,7 +645,7 @@ static void test_removed_while_joining(void) {
   }
 }
 
-static void hold_all_slots(int me, void *with) {
+static void hold_all_indexes(int me, void *with) {
   stage_t *stage = with;
   (void)me;
   struct flock all = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = 0, .l_len = PROCESSES};
@@ -656,9 +657,9 @@ static void hold_all_slots(int me, void *with) {
 
 static void *ask_for_identity(void *with) {
   starter_t *me = with;
-  uint32_t slot;
+  uint32_t process;
   meet(me->arrivals, THREADS, 1);
-  CHECK(process_identity(me->s, &slot, &me->generation));
+  CHECK(process_identity(me->s, &process, &me->incarnation));
   return NULL;
 }
 
@@ -669,13 +670,13 @@ static void test_threads_join_once(void) {
   for (int round = 0; round < fewer(100); round++) {
     fshm_segment *s = fresh_segment(10);
     stage_t *stage = new_stage(s);
-    pid_t pid = start_child(hold_all_slots, 0, stage);
+    pid_t pid = start_child(hold_all_indexes, 0, stage);
     while (!atomic_load(&stage->joined)) (void)usleep(100);
-    CHECK_EQ(process_slot(s), NO_SLOT);
+    CHECK_EQ(process_index(s), NO_PROCESS);
     stage->leave = 1;
     end_child(pid);
     run_threads(s, ask_for_identity, out);
-    for (int i = 0; i < THREADS; i++) CHECK_EQ(out[i].generation, 1);
+    for (int i = 0; i < THREADS; i++) CHECK_EQ(out[i].incarnation, 1);
     fshm_error e;
     CHECK_EQ(fshm_remove(segment_names[--segments_made], &e), FSHM_OK);
     (void)munmap(stage, sizeof *stage);
@@ -686,7 +687,7 @@ static void test_threads_join_once(void) {
 int main(void) {
   test_fork_joins_anew();
   test_zombie_is_dead();
-  test_slots_are_reused();
+  test_indexes_are_reused();
   test_table_full();
   test_threads_share();
   test_looking_does_not_kill();
@@ -696,10 +697,10 @@ int main(void) {
   test_deleted_lock_file();
   test_lives();
   test_dies_before_its_child();
-  test_slot_lost_to_another();
+  test_index_lost_to_another();
   test_second_copy();
   test_same_pid();
-  test_generations_come_round();
+  test_incarnations_come_round();
   test_one_lock_file();
   test_removed_while_joining();
   test_threads_join_once();

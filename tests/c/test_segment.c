@@ -43,14 +43,16 @@ static void test_layout(void) {
     memset(&h, 0, sizeof h);
     lay_out(&h, capacities[i]);
     CHECK_EQ(h.size, fshm_size_for(capacities[i]));
-    CHECK_OP(h.lines * CELLS_PER_LINE, >=, capacities[i] + capacities[i] / 4);
-    CHECK(!(h.cells_offset % LINE) && !(h.columns_offset % LINE) && !(h.limiters_offset % LINE));
+    CHECK_OP(h.lines * SLOTS_PER_LINE, >=, capacities[i] + capacities[i] / 4);
+    CHECK(!(h.slots_offset % LINE) && !(h.process_stats_offset % LINE) &&
+          !(h.limiters_offset % LINE));
     CHECK_OP(h.limiters_offset, >=, sizeof h); /* one after the other, none over another */
     CHECK_OP(h.processes_offset, >=, h.limiters_offset + h.limiters * sizeof(limiter_entry_t));
-    CHECK_OP(h.columns_offset, >=, h.processes_offset + PROCESSES * sizeof(process_t));
-    CHECK_OP(h.cells_offset, >=, h.columns_offset + PROCESSES * sizeof(column_t));
-    CHECK_OP(h.ledger_offset, >=, h.cells_offset + h.lines * LINE);
-    CHECK_OP(h.names_offset, >=, h.ledger_offset + h.lines * CELLS_PER_LINE * sizeof(ledger_t));
+    CHECK_OP(h.process_stats_offset, >=, h.processes_offset + PROCESSES * sizeof(process_t));
+    CHECK_OP(h.slots_offset, >=, h.process_stats_offset + PROCESSES * sizeof(process_stats_t));
+    CHECK_OP(h.key_stats_offset, >=, h.slots_offset + h.lines * LINE);
+    CHECK_OP(h.names_offset, >=,
+             h.key_stats_offset + h.lines * SLOTS_PER_LINE * sizeof(key_stats_t));
     CHECK_OP(h.size, >=, h.names_offset + h.names_words * 8);
   }
 }
@@ -80,11 +82,11 @@ static void test_create_attach_remove(void) {
   fshm_geometry g;
   fshm_describe(s, &g);
   CHECK_EQ(g.capacity, 300);
-  CHECK_EQ(g.cells, s->lines * 4);
+  CHECK_EQ(g.slots, s->lines * 4);
   CHECK_OP(fshm_now(s), >, 0);
   CHECK_EQ(fshm_unlinked(s), 0);
 
-  (void)process_slot(s); /* so that there is a lock file to remove */
+  (void)process_index(s); /* so that there is a lock file to remove */
   char lock[sizeof s->path + 32];
   (void)snprintf(lock, sizeof lock, "%s.%016llx.lock", s->path, (unsigned long long)g.instance);
   CHECK_EQ(stat(lock, &st), 0);
@@ -108,7 +110,7 @@ static void test_read_only(void) {
   CHECK_EQ(fshm_open(name, 0, 0, FSHM_OPEN_READ_ONLY, &r, &e), FSHM_OK);
   const fshm_limit limit = {1, 1000000, 1, FSHM_BUCKET, 0};
   CHECK_EQ(fshm_limiter_open(r, "a", 1, &limit, 1, &l), FSHM_E_READ_ONLY);
-  CHECK_EQ(process_slot(r), NO_SLOT);
+  CHECK_EQ(process_index(r), NO_PROCESS);
   CHECK_EQ(fshm_open(name, 0, 0, 0, &s, &e), FSHM_OK); /* the reader's mapping will not do */
   CHECK(s != r);
   CHECK_EQ(fshm_limiter_open(s, "a", 1, &limit, 1, &l), FSHM_OK);
@@ -199,15 +201,15 @@ static void test_damaged_headers(void) {
   CHECK_EQ(WITH(lines, UINT64_C(1) << 40), FSHM_E_DAMAGED);
   CHECK_EQ(WITH(limiters, 1u << 30), FSHM_E_DAMAGED);
   CHECK_EQ(WITH(processes, 255), FSHM_E_DAMAGED);
-  CHECK_EQ(WITH(column_entries, 64), FSHM_E_DAMAGED);
+  CHECK_EQ(WITH(process_stats_entries, 64), FSHM_E_DAMAGED);
   CHECK_EQ(WITH(names_words, 1), FSHM_E_DAMAGED);
-  CHECK_EQ(WITH(cells_offset, 0), FSHM_E_DAMAGED);
-  CHECK_EQ(WITH(ledger_offset, 0), FSHM_E_DAMAGED);
+  CHECK_EQ(WITH(slots_offset, 0), FSHM_E_DAMAGED);
+  CHECK_EQ(WITH(key_stats_offset, 0), FSHM_E_DAMAGED);
   CHECK_EQ(WITH(names_offset, UINT64_MAX - 7), FSHM_E_DAMAGED);
   CHECK_EQ(WITH(limiters_offset, 0), FSHM_E_DAMAGED);
   CHECK_EQ(WITH(processes_offset, 1), FSHM_E_DAMAGED);
-  CHECK_EQ(WITH(columns_offset, 1), FSHM_E_DAMAGED);
-  CHECK_EQ(WITH(tallies_offset, 0), FSHM_E_DAMAGED);
+  CHECK_EQ(WITH(process_stats_offset, 1), FSHM_E_DAMAGED);
+  CHECK_EQ(WITH(counters_offset, 0), FSHM_E_DAMAGED);
   CHECK_EQ(WITH(boot[0], 1), FSHM_E_BOOT);
   CHECK_EQ(WITH(boot[1], 1), FSHM_E_BOOT);
   CHECK_EQ(WITH(time_namespace, 1), FSHM_E_BOOT);
@@ -240,7 +242,7 @@ static void test_scribbled(void) {
   for (int i = 0; i < 30000; i++) {
     uint64_t word = random_below((s->size - sizeof(header_t)) / 8) * 8 + sizeof(header_t);
     *(uint64_t *)(void *)(s->map + word) = random_u64() >> random_below(64);
-    for (int k = 0; k < 20; k++) s->cells[random_below(s->cell_count)].when = random_u64();
+    for (int k = 0; k < 20; k++) s->slots[random_below(s->slot_count)].when = random_u64();
     const char key[] = {(char)('a' + i % 16), 0};
     fshm_decision d =
         apply_at(l, (uint32_t)i % 5, key, random_below(7), 1 + random_below(TIME_MAX));
@@ -251,11 +253,11 @@ static void test_scribbled(void) {
     uint64_t length;
     (void)fshm_limiter_at(s, (uint32_t)random_below(s->limiter_count), &info);
     (void)fshm_process_at(s, (uint32_t)random_below(PROCESSES), &process);
-    (void)fshm_key_name(s, random_below(s->cell_count), name, sizeof name, &length);
-    (void)fshm_peek_cell(s, random_below(s->cell_count), 0, &d);
+    (void)fshm_key_name(s, random_below(s->slot_count), name, sizeof name, &length);
+    (void)fshm_peek_slot(s, random_below(s->slot_count), 0, &d);
     if (i % 500 == 0) (void)fshm_reset_all(l);
   }
-  CHECK_OP(fshm_live_cells(s, NULL, 0), <=, s->cell_count);
+  CHECK_OP(fshm_live_slots(s, NULL, 0), <=, s->slot_count);
   fshm_limiter_close(l);
   fshm_close(s);
 }
@@ -322,7 +324,7 @@ static void test_both_ways(void) {
   }
 }
 
-/* A handle for reading looks at cells without writing to them, on processors without AVX too. */
+/* A handle for reading looks at slots without writing to them, on processors without AVX too. */
 static void test_reading_does_not_write(void) {
   fshm_segment *s, *reading;
   fshm_error e;
@@ -340,14 +342,14 @@ static void test_reading_does_not_write(void) {
   fshm_wide_loads = false;
 #endif
   unsigned seen = 0;
-  for (uint64_t cell = 0; cell < reading->cell_count; cell++) {
-    CHECK_EQ(fshm_permit_at(reading, cell, &permit), 0);
-    if (fshm_peek_cell(reading, cell, 0, &d) != FSHM_OK) continue;
+  for (uint64_t slot = 0; slot < reading->slot_count; slot++) {
+    CHECK_EQ(fshm_permit_at(reading, slot, &permit), 0);
+    if (fshm_peek_slot(reading, slot, 0, &d) != FSHM_OK) continue;
     seen++;
     CHECK_EQ(d.remaining, 3);
   }
   CHECK_EQ(seen, 1);
-  CHECK_EQ(fshm_live_cells(reading, NULL, 0), 1);
+  CHECK_EQ(fshm_live_slots(reading, NULL, 0), 1);
   CHECK_EQ(fshm_reap(reading, 0), 0);
 #if defined(__x86_64__)
   detect();

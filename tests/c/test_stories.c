@@ -118,7 +118,7 @@ static void make_room(void) {
   fshm_geometry g;
   fshm_describe(segment, &g);
   /* As in a fresh segment, at a thousandth of its price. */
-  memset((unsigned char *)(uintptr_t)g.base + g.cells_offset, 0, g.cells * sizeof(cell_t));
+  memset((unsigned char *)(uintptr_t)g.base + g.slots_offset, 0, g.slots * sizeof(slot_t));
 }
 
 static uint32_t rates_of(const set_t *s) {

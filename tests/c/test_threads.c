@@ -151,8 +151,8 @@ static void change_limits(scene_t *scene) {
   fshm_limiter_close(mine);
 }
 
-/* More keys than cells, each forgotten after 20 us: cells are claimed and reused all the time. */
-static void reuse_cells(scene_t *scene) {
+/* More keys than slots, each forgotten after 20 us: slots are claimed and reused all the time. */
+static void reuse_slots(scene_t *scene) {
   for (int i = 0; i < 8; i++) {
     uint64_t key = random_below(40);
     check_known(fshm_is_allowed(scene->brief, &key, sizeof key));
@@ -173,16 +173,16 @@ static void take_by_force(scene_t *scene) {
 static void ring_and_wait(scene_t *scene) {
   const char *key = any_key();
   uint64_t length = strlen(key);
-  uint32_t armed = fshm_bell_arm(scene->places, key, length);
-  if (random_below(2)) fshm_bell_ring(scene->places, key, length);
-  int rung = fshm_bell_wait(scene->places, key, length, armed, 20000);
+  uint32_t armed = fshm_wakeup_arm(scene->places, key, length);
+  if (random_below(2)) fshm_wakeup_send(scene->places, key, length);
+  int rung = fshm_wakeup_wait(scene->places, key, length, armed, 20000);
   CHECK(rung == 0 || rung == 1);
 }
 
 static void inspect(scene_t *scene) {
   fshm_segment *s = random_below(2) ? scene->s : scene->tiny;
-  uint64_t cell = random_below(s->cell_count), length, largest;
-  uint8_t *live = malloc(s->cell_count);
+  uint64_t slot = random_below(s->slot_count), length, largest;
+  uint8_t *live = malloc(s->slot_count);
   char text[256];
   fshm_limiter_info limiter;
   fshm_process_info process;
@@ -190,14 +190,14 @@ static void inspect(scene_t *scene) {
   fshm_decision d;
   fshm_geometry g;
   fshm_describe(s, &g);
-  CHECK_EQ(g.cells, s->cell_count);
-  CHECK_OP(fshm_live_cells(s, live, 0), <=, s->cell_count);
+  CHECK_EQ(g.slots, s->slot_count);
+  CHECK_OP(fshm_live_slots(s, live, 0), <=, s->slot_count);
   free(live);
-  CHECK_OP(fshm_key_name(s, cell, text, sizeof text, &length), >=, 0);
+  CHECK_OP(fshm_key_name(s, slot, text, sizeof text, &length), >=, 0);
   const uint64_t numbers[FSHM_MAX_LIMITS] = {1, 1, 1, 1};
-  CHECK_OP(fshm_peek_cell(s, cell, 0, &d), >=, 0);
-  CHECK_OP(fshm_peek_numbered(s, cell, numbers, 0, &d), >=, 0);
-  CHECK_OP(fshm_permit_at(s, cell, &permit), >=, 0);
+  CHECK_OP(fshm_peek_slot(s, slot, 0, &d), >=, 0);
+  CHECK_OP(fshm_peek_numbered(s, slot, numbers, 0, &d), >=, 0);
+  CHECK_OP(fshm_permit_at(s, slot, &permit), >=, 0);
   CHECK_OP(fshm_limiter_at(s, (uint32_t)random_below(4), &limiter), >=, 0);
   CHECK_EQ(fshm_process_at(s, (uint32_t)random_below(PROCESSES), &process), FSHM_OK);
   CHECK(!process.alive || process.pid == (uint32_t)getpid());
@@ -267,28 +267,28 @@ static void count_and_move(scene_t *scene) {
   if (!random_below(10)) CHECK_EQ(fshm_moving_clear(scene->counted, key, strlen(key)), FSHM_OK);
   fshm_count(scene->counted, key, strlen(key), &brief, random_below(3), 0, &out);
   check_known(out.status);
-  CHECK_OP(fshm_live_keys(scene->counted, 0), <=, scene->s->cell_count);
+  CHECK_OP(fshm_live_keys(scene->counted, 0), <=, scene->s->slot_count);
 }
 
 static void look_at_all(scene_t *scene) {
   fshm_segment *s = random_below(2) ? scene->s : scene->tiny;
   const fshm_limit brief = {5, 20000, 0, FSHM_WINDOW, 0};
-  const uint64_t cell = random_below(s->cell_count);
+  const uint64_t slot = random_below(s->slot_count);
   uint64_t used[MAX_LIMITERS], index;
-  fshm_tally tallies[FSHM_TALLIES];
+  fshm_counters counters[FSHM_COUNTERS];
   fshm_permit_info permits[2];
   fshm_decision d;
-  CHECK_OP(fshm_used(s, 0, used), <=, s->cell_count);
-  CHECK_OP(fshm_permits(s, permits, 2), <=, s->cell_count);
-  CHECK_OP(fshm_peek_counted(s, cell, &brief, (int)random_below(2), 0, &d), >=, 0);
-  fshm_tally_all(s, tallies);
+  CHECK_OP(fshm_used(s, 0, used), <=, s->slot_count);
+  CHECK_OP(fshm_permits(s, permits, 2), <=, s->slot_count);
+  CHECK_OP(fshm_peek_counted(s, slot, &brief, (int)random_below(2), 0, &d), >=, 0);
+  fshm_counters_all(s, counters);
   CHECK_EQ(fshm_damage(s, &index), FSHM_DAMAGE_NONE);
   if (!random_below(4)) CHECK_EQ(fshm_check(s, &index), FSHM_DAMAGE_NONE);
   CHECK(fshm_directory()[0] == '/');
 }
 
-static void granted(scene_t *scene) { use_wallets(&scene->grants, any_key()); }
-static void allowed(scene_t *scene) { use_allowances(&scene->grants, any_key()); }
+static void granted(scene_t *scene) { use_token_leases(&scene->grants, any_key()); }
+static void allowed(scene_t *scene) { use_permit_leases(&scene->grants, any_key()); }
 static void leads(scene_t *scene) { lead(scene->s); }
 static void routes(scene_t *scene) { route(&scene->statistics, scene->s); }
 static void memoizes(scene_t *scene) { memoize(scene->s, any_key()); }
@@ -296,7 +296,7 @@ static void measures(scene_t *scene) { measure(&scene->statistics, scene->s, any
 
 static void *work(void *with) {
   static void (*const calls[])(scene_t *) = {
-      admit_fixed,   apply_several, hold_place, reset,          change_limits,  reuse_cells,
+      admit_fixed,   apply_several, hold_place, reset,          change_limits,  reuse_slots,
       take_by_force, ring_and_wait, inspect,    open_and_close, count_and_move, look_at_all,
       granted,       allowed,       leads,      routes,         memoizes,       measures};
   const worker_t *me = with;

@@ -24,7 +24,7 @@ static void begin_test(const fshm_limit *limits, uint32_t count) {
   s = fresh_segment(1);
   l = fresh_limiter(s, "a", limits, count);
   CHECK_EQ(l->index, 0);
-  (void)process_slot(s);
+  (void)process_index(s);
 }
 static void end_test(void) {
   meanwhile = NULL, always = NULL;
@@ -36,29 +36,29 @@ static void end_test(void) {
 static bool in(const volatile void *at, const volatile void *from, size_t size) {
   return (uintptr_t)at - (uintptr_t)from < size;
 }
-static bool of_a_cell(const volatile void *at) {
-  return in(at, s->cells, s->cell_count * sizeof(cell_t));
+static bool of_a_slot(const volatile void *at) {
+  return in(at, s->slots, s->slot_count * sizeof(slot_t));
 }
 static bool of_limits(const volatile void *at) { /* who, most, current, set, owners: no rule */
   const limiter_entry_t *e = &s->limiters[0];
   return in(at, e, offsetof(limiter_entry_t, rules));
 }
-static bool swaps_and_cells(const volatile void *at, bool swap) {
-  return of_a_cell(at) || (swap && of_limits(at));
+static bool swaps_and_slots(const volatile void *at, bool swap) {
+  return of_a_slot(at) || (swap && of_limits(at));
 }
-static uint64_t owner_of(unsigned slot) { return load_relaxed(&s->limiters[0].owners[slot]); }
-static unsigned slots_used(void) {
+static uint64_t owner_of(unsigned rule) { return load_relaxed(&s->limiters[0].owners[rule]); }
+static unsigned rules_used(void) {
   unsigned used = 0;
   for (unsigned i = 0; i < RULES; i++) used += owner_of(i) != 0;
   return used;
 }
 static void check_named_are_used(void) {
   uint64_t set = load_relaxed(&s->limiters[0].set);
-  for (uint32_t i = 0; i < SET_COUNT(set); i++) CHECK(owner_of(SET_SLOT(set, i)) & RULE_USED);
+  for (uint32_t i = 0; i < SET_COUNT(set); i++) CHECK(owner_of(SET_RULE(set, i)) & RULE_USED);
 }
 
 /* A request is charged to its first limit, of which the state thereby leaves an earlier rule; a sweep frees that rule's
- * slot, and another rule gets it; then the second limit denies, and the first charge is taken back. */
+ * rule index, and another rule gets it; then the second limit denies, and the first charge is taken back. */
 #define PRIOR 3
 static fshm_decision answer;
 static int written;
@@ -84,8 +84,8 @@ static void test_undo_beside_a_sweep(void) {
     limits[0] = bucket(100, i);
     CHECK_EQ(set_limits(limits, 2, NOW), FSHM_OK);
   }
-  CHECK_EQ(slots_used(), RULES);
-  stops_at = swaps_and_cells, always = check_named_are_used;
+  CHECK_EQ(rules_used(), RULES);
+  stops_at = swaps_and_slots, always = check_named_are_used;
   roles[0].task = fill_second, roles[1].task = acquire_two;
   keep_state();
   CHECK(every_schedule("01", "01", verify_undone));
@@ -94,16 +94,16 @@ static void test_undo_beside_a_sweep(void) {
 }
 
 /* A writer is stopped before it names a rule that is there; another one names it for a later version, while a third frees
- * slots that nobody has named lately. */
-static unsigned slot_named;
+ * rule indexes that nobody has named lately. */
+static unsigned rule_named;
 static int written_by[ROLES];
-static bool of_that_slot(const volatile void *at, bool swap) {
+static bool of_that_rule(const volatile void *at, bool swap) {
   const limiter_entry_t *e = &s->limiters[0];
-  const bool slot = (uintptr_t)at == (uintptr_t)&e->owners[slot_named];
-  if (mine == &roles[0] && slot)
+  const bool rule = (uintptr_t)at == (uintptr_t)&e->owners[rule_named];
+  if (mine == &roles[0] && rule)
     return true; /* also before it reads which version it is named in */
-  if (mine == &roles[1] && of_a_cell(at)) return true; /* while it sweeps, before it frees */
-  return swap && (slot || (uintptr_t)at == (uintptr_t)&e->current);
+  if (mine == &roles[1] && of_a_slot(at)) return true; /* while it sweeps, before it frees */
+  return swap && (rule || (uintptr_t)at == (uintptr_t)&e->current);
 }
 static void name_again(int i) {
   const fshm_limit old = bucket(100, 3);
@@ -125,9 +125,9 @@ static void test_named_for_a_later_version(void) {
     one = bucket(100, i);
     CHECK_EQ(set_limits(&one, 1, NOW), FSHM_OK);
   }
-  slot_named = 2; /* of bucket(100, 3) */
-  CHECK_EQ(slots_used(), RULES);
-  stops_at = of_that_slot, always = check_named_are_used;
+  rule_named = 2; /* of bucket(100, 3) */
+  CHECK_EQ(rules_used(), RULES);
+  stops_at = of_that_rule, always = check_named_are_used;
   roles[0].task = name_first, roles[1].task = sweep_for_another, roles[2].task = name_third;
   keep_state();
   CHECK(every_schedule("01201", "210", verify_named));
@@ -166,15 +166,15 @@ static void test_sweep_by_a_fast_pace(void) {
     one = bucket(100, 3600 + i);
     CHECK_EQ(set_limits(&one, 1, NOW), FSHM_OK);
   }
-  CHECK_EQ(slots_used(), RULES);
-  stops_at = swaps_and_cells, always = check_named_are_used;
+  CHECK_EQ(rules_used(), RULES);
+  stops_at = swaps_and_slots, always = check_named_are_used;
   roles[0].task = sweep_slowly, roles[1].task = an_hour_later;
   keep_state();
   CHECK(every_schedule("01", "01", verify_drained));
   end_test();
 }
 
-/* Writers that are killed between filling slots and the swap that names them leave the slots as of a version that never
+/* Writers that are killed between filling rule indexes and the swap that names them leave the rule indexes as of a version that never
  * comes. They do not run out. */
 static bool current_alone(const volatile void *at, bool swap) {
   return swap && (uintptr_t)at == (uintptr_t)&s->limiters[0].current;
@@ -206,7 +206,7 @@ static void test_writers_that_are_killed(void) {
   end_test();
 }
 
-/* A taker whose slot is taken, while the limits change at each of its looks, or are of another kind. */
+/* A taker whose rule index is taken, while the limits change at each of its looks, or are of another kind. */
 static unsigned changes;
 static bool loads_of_most(const volatile void *at, bool swap) {
   return !swap && (uintptr_t)at == (uintptr_t)&s->limiters[0].most;
@@ -233,7 +233,7 @@ static void test_takers_of_limits_that_change(void) {
   fshm_admit(l, "k", 1, NULL, NOW, &permit, &d, &held);
   mine = NULL;
   CHECK_OP(changes, >=, MAX_TRIES / 2);
-  CHECK_EQ(d.status, FSHM_DENIED); /* it was never sure of its slot, which is given back */
+  CHECK_EQ(d.status, FSHM_DENIED); /* it was never sure of its rule index, which is given back */
   CHECK_EQ(held, 0);
   CHECK_EQ(fshm_in_flight(l, "k", 1), 0);
   CHECK_EQ(set_limits(&few, 1, NOW), FSHM_OK);
@@ -277,8 +277,8 @@ static void test_lowered_and_given_back_while_it_counts(void) {
     CHECK_EQ(set_limits(&four, 1, NOW), FSHM_OK);
     for (int i = 0; i < 4; i++) fshm_admit(l, "k", 1, NULL, NOW, &permits[i], &d, &held);
     for (int i = 0; i < 4; i++) {
-      if (SLOT_OF(permits[i].when) == 2) CHECK_EQ(fshm_permit_release(l, &permits[i]), 1);
-      if (SLOT_OF(permits[i].when) == 3) beyond = permits[i];
+      if (PERMIT_NUMBER(permits[i].when) == 2) CHECK_EQ(fshm_permit_release(l, &permits[i]), 1);
+      if (PERMIT_NUMBER(permits[i].when) == 3) beyond = permits[i];
     }
     CHECK_EQ(set_limits(&three, 1, NOW), FSHM_OK);
     stops_at = any_access, meanwhile = lower_and_give_back, access_n = 0;
@@ -289,7 +289,7 @@ static void test_lowered_and_given_back_while_it_counts(void) {
     (void)fshm_permit_release(l, &got);
     (void)fshm_permit_release(l, &beyond); /* the last time it was not yet */
     for (int i = 0; i < 4; i++)
-      if (SLOT_OF(permits[i].when) < 2) CHECK_EQ(fshm_permit_release(l, &permits[i]), 1);
+      if (PERMIT_NUMBER(permits[i].when) < 2) CHECK_EQ(fshm_permit_release(l, &permits[i]), 1);
     CHECK_EQ(fshm_in_flight(l, "k", 1), 0);
   }
   end_test();

@@ -1,102 +1,103 @@
-/* threads_grants.h - what threads do with limits over many hosts: wallets, what the grantor told and refused,
- * allowances, and the lead. Part of test_threads.c. */
+/* threads_grants.h - what threads do with limits over many hosts: token leases, what the grantor told and refused,
+ * permit leases, and the lead. Part of test_threads.c. */
 #ifndef THREADS_GRANTS_H
 #define THREADS_GRANTS_H
 
 #define GRANTED \
-  3000 /* tokens of the wallet that lasts: spent once, and never again within the test */
-#define ALLOWED 1 /* permits of the allowance that lasts */
+  3000 /* tokens of the token lease that lasts: spent once, and never again within the test */
+#define ALLOWED 1 /* permits of the permit lease that lasts */
 
 typedef struct {
-  fshm_limiter *wallet, *refused, *meters, *permits, *allowances;
+  fshm_limiter *token_leases, *refused, *rates, *permits, *permit_leases;
   _Atomic uint64_t spent;
-  _Atomic int64_t holders; /* within the allowance that lasts */
+  _Atomic int64_t holders; /* within the permit lease that lasts */
 } grants_t;
 
-static const fshm_limit wallet_limits[] = {{WALLET_MOST, 0, 0, FSHM_WALLET, 0},
-                                           {WALLET_MOST, 0, 0, FSHM_WALLET, 0}};
-static const fshm_limit meters_limits[] = {{1000, 100000000, 100, FSHM_BUCKET, 0},
-                                           {100, 20000000, 0, FSHM_SLIDING, 0}};
+static const fshm_limit token_lease_limits[] = {{TOKEN_LEASE_MOST, 0, 0, FSHM_LEASE, 0},
+                                                {TOKEN_LEASE_MOST, 0, 0, FSHM_LEASE, 0}};
+static const fshm_limit rates_limits[] = {{1000, 100000000, 100, FSHM_BUCKET, 0},
+                                          {100, 20000000, 0, FSHM_SLIDING, 0}};
 static const fshm_limit granted_permits[] = {{6, 0, 0, FSHM_PERMITS, 0}};
 
 static void grants_begin(grants_t *g, fshm_segment *s) {
-  const fshm_lease leases[FSHM_MAX_LIMITS] = {{GRANTED, 0, TIME_MAX / 2},
-                                              {GRANTED, 0, TIME_MAX / 2}};
-  fshm_allowance a;
-  g->wallet = fresh_limiter(s, "wallet", wallet_limits, 2);
-  g->refused = fresh_limiter(s, "refused", wallet_limits, 2);
-  g->meters = fresh_limiter(s, "meters", meters_limits, 2);
+  const fshm_token_lease leases[FSHM_MAX_LIMITS] = {{GRANTED, 0, TIME_MAX / 2},
+                                                    {GRANTED, 0, TIME_MAX / 2}};
+  fshm_permit_lease a;
+  g->token_leases = fresh_limiter(s, "wallet", token_lease_limits, 2);
+  g->refused = fresh_limiter(s, "refused", token_lease_limits, 2);
+  g->rates = fresh_limiter(s, "rates", rates_limits, 2);
   g->permits = fresh_limiter(s, "granted", granted_permits, 1);
-  g->allowances = fresh_limiter(s, "allowances", wallet_limits, 1);
-  CHECK_EQ(fshm_wallet_put(g->wallet, "lasting", 7, leases, 0), FSHM_OK);
-  CHECK_EQ(fshm_allowance_look(g->permits, g->allowances, "lasting", 7, 1, 0, &a), FSHM_OK);
-  CHECK_EQ(
-      fshm_allowance_put(g->permits, g->allowances, "lasting", 7, a.word, ALLOWED, TIME_MAX / 2, 0),
-      FSHM_OK);
+  g->permit_leases = fresh_limiter(s, "allowances", token_lease_limits, 1);
+  CHECK_EQ(fshm_token_lease_put(g->token_leases, "lasting", 7, leases, 0), FSHM_OK);
+  CHECK_EQ(fshm_permit_lease_look(g->permits, g->permit_leases, "lasting", 7, 1, 0, &a), FSHM_OK);
+  CHECK_EQ(fshm_permit_lease_put(g->permits, g->permit_leases, "lasting", 7, a.word, ALLOWED,
+                                 TIME_MAX / 2, 0),
+           FSHM_OK);
 }
 
 static void grants_end(grants_t *g) {
-  fshm_limiter *all[] = {g->wallet, g->refused, g->meters, g->permits, g->allowances};
+  fshm_limiter *all[] = {g->token_leases, g->refused, g->rates, g->permits, g->permit_leases};
   uint64_t left[FSHM_MAX_LIMITS], ns[FSHM_MAX_LIMITS];
-  CHECK_EQ(fshm_wallet_look(g->wallet, "lasting", 7, 0, 0, left, ns), FSHM_OK);
+  CHECK_EQ(fshm_token_lease_look(g->token_leases, "lasting", 7, 0, 0, left, ns), FSHM_OK);
   CHECK_EQ(left[0] + g->spent, GRANTED);
   CHECK_EQ(g->holders, 0);
   for (size_t i = 0; i < sizeof all / sizeof *all; i++) fshm_limiter_close(all[i]);
 }
 
-/* A wallet that is filled once; and some that are filled, emptied, told of and refused all the time. */
-static void use_wallets(grants_t *g, const char *key) {
+/* A token lease that is filled once; and some that are filled, emptied, told of and refused all the time. */
+static void use_token_leases(grants_t *g, const char *key) {
   const uint64_t length = strlen(key), cost = 1 + random_below(3);
   const uint64_t costs[FSHM_MAX_LIMITS] = {cost, cost},
-                 until = fshm_now(g->wallet->segment) + 1000000;
-  const fshm_lease leases[FSHM_MAX_LIMITS] = {{9, UINT64_MAX, until}, {9, 0, until}};
+                 until = fshm_now(g->token_leases->segment) + 1000000;
+  const fshm_token_lease leases[FSHM_MAX_LIMITS] = {{9, UINT64_MAX, until}, {9, 0, until}};
   uint64_t used[FSHM_MAX_LIMITS] = {7, 7}, ns[FSHM_MAX_LIMITS] = {9000000, 9000000};
   fshm_decision d;
   uint32_t low;
-  int status = fshm_spend(g->wallet, NULL, g->meters, "lasting", 7, costs, 0, NULL, &low);
+  int status = fshm_spend(g->token_leases, NULL, g->rates, "lasting", 7, costs, 0, NULL, &low);
   CHECK(status == FSHM_ALLOWED || status == FSHM_ASK);
   if (status == FSHM_ALLOWED) atomic_fetch_add(&g->spent, cost);
-  check_known(fshm_learn(g->meters, key, length, used, ns, 0));
-  check_known(fshm_wallet_put(g->wallet, key, length, leases, 0));
-  check_known(fshm_wallet_refuse(g->refused, key, length, costs, random_below(2) * 9000, 0));
-  status = fshm_spend(g->wallet, g->refused, g->meters, key, length, costs, 0, &d, &low);
+  check_known(fshm_learn(g->rates, key, length, used, ns, 0));
+  check_known(fshm_token_lease_put(g->token_leases, key, length, leases, 0));
+  check_known(fshm_token_lease_refuse(g->refused, key, length, costs, random_below(2) * 9000, 0));
+  status = fshm_spend(g->token_leases, g->refused, g->rates, key, length, costs, 0, &d, &low);
   if (status != FSHM_ASK) check_known(status);
-  CHECK_EQ(fshm_known(g->meters, key, length, 0, used, ns), FSHM_OK);
-  CHECK_OP(used[1], <=, meters_limits[1].n);
-  check_known(fshm_wallet_look(g->wallet, key, length, (int)random_below(2), 0, used, ns));
+  CHECK_EQ(fshm_known(g->rates, key, length, 0, used, ns), FSHM_OK);
+  CHECK_OP(used[1], <=, rates_limits[1].n);
+  check_known(
+      fshm_token_lease_look(g->token_leases, key, length, (int)random_below(2), 0, used, ns));
 }
 
-/* Another key's allowance goes up and down. */
-static void change_allowance(grants_t *g, const char *key) {
+/* Another key's permit lease goes up and down. */
+static void change_permit_lease(grants_t *g, const char *key) {
   const uint64_t length = strlen(key);
-  fshm_allowance a;
+  fshm_permit_lease a;
   fshm_permit permit;
   fshm_decision d;
   uint32_t in_flight;
   int status = random_below(2)
-                   ? fshm_allowance_look(g->permits, g->allowances, key, length, 1, 0, &a)
-                   : fshm_allowance_lower(g->permits, g->allowances, key, length, 1, 0, &a);
+                   ? fshm_permit_lease_look(g->permits, g->permit_leases, key, length, 1, 0, &a)
+                   : fshm_permit_lease_lower(g->permits, g->permit_leases, key, length, 1, 0, &a);
   check_known(status);
   if (status == FSHM_OK)
-    check_known(fshm_allowance_put(g->permits, g->allowances, key, length, a.word, random_below(4),
-                                   a.now_ns + 1000000, 0));
-  status = fshm_allowance_admit(g->permits, g->allowances, NULL, key, length,
-                                (uint32_t)random_below(3), 0, &permit, &d, &in_flight);
+    check_known(fshm_permit_lease_put(g->permits, g->permit_leases, key, length, a.word,
+                                      random_below(4), a.now_ns + 1000000, 0));
+  status = fshm_permit_lease_admit(g->permits, g->permit_leases, NULL, key, length,
+                                   (uint32_t)random_below(3), 0, &permit, &d, &in_flight);
   if (status != FSHM_ASK) check_known(status);
   if (permit.held) CHECK_EQ(fshm_permit_release(g->permits, &permit), 1);
 }
 
 /* Within what is allowed, never more hold. */
-static void use_allowances(grants_t *g, const char *other) {
+static void use_permit_leases(grants_t *g, const char *other) {
   fshm_permit permit;
   fshm_decision d;
   uint32_t in_flight;
-  int status = fshm_allowance_admit(g->permits, g->allowances, g->refused, "lasting", 7, 0, 0,
-                                    &permit, &d, &in_flight);
+  int status = fshm_permit_lease_admit(g->permits, g->permit_leases, g->refused, "lasting", 7, 0, 0,
+                                       &permit, &d, &in_flight);
   CHECK(status == FSHM_ALLOWED || status == FSHM_ASK);
   CHECK_EQ(permit.held, status == FSHM_ALLOWED);
   if (permit.held) CHECK_OP(atomic_fetch_add(&g->holders, 1), <, ALLOWED);
-  for (int i = 0; i < 3; i++) change_allowance(g, other);
+  for (int i = 0; i < 3; i++) change_permit_lease(g, other);
   if (!permit.held) return;
   (void)atomic_fetch_sub(&g->holders, 1);
   CHECK_EQ(fshm_permit_release(g->permits, &permit), 1);

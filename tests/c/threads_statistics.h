@@ -7,7 +7,7 @@
 #define FEATURE 3
 
 typedef struct {
-  uint32_t places[ROUTED];
+  uint32_t deployments[ROUTED];
   _Atomic uint64_t records, measured, errors;
 } statistics_t;
 
@@ -19,8 +19,8 @@ static int open_deployment(fshm_segment *s, uint64_t i) {
 
 static void statistics_begin(statistics_t *c, fshm_segment *s) {
   for (uint32_t i = 0; i < ROUTED; i++) {
-    c->places[i] = (uint32_t)open_deployment(s, i);
-    CHECK_OP(c->places[i], <, DEPLOYMENTS);
+    c->deployments[i] = (uint32_t)open_deployment(s, i);
+    CHECK_OP(c->deployments[i], <, DEPLOYMENTS);
   }
 }
 
@@ -28,7 +28,7 @@ static void statistics_end(statistics_t *c, fshm_segment *s) {
   fshm_deployment_info info[ROUTED];
   fshm_metric_info metric;
   uint64_t records = 0;
-  fshm_deployment_look(s, c->places, ROUTED, 0, 1, info);
+  fshm_deployment_look(s, c->deployments, ROUTED, 0, 1, info);
   for (int i = 0; i < ROUTED; i++) {
     records += info[i].records;
     CHECK_EQ(info[i].in_flight, 0);
@@ -47,20 +47,20 @@ static void route(statistics_t *c, fshm_segment *s) {
   const double weights[ROUTED] = {1, 2, 3, 4, 5, 6}, prices[ROUTED] = {5, -1, 3, 2, 1, 0};
   const unsigned char blocked[ROUTED] = {1, 0, 0, 0, 0, 0};
   fshm_deployment_info found[ROUTED];
-  fshm_flight flight;
-  int64_t at = fshm_deployment_pick(s, (uint32_t)random_below(4), c->places, weights, prices,
+  fshm_request request;
+  int64_t at = fshm_deployment_pick(s, (uint32_t)random_below(4), c->deployments, weights, prices,
                                     random_below(2) ? blocked : NULL, ROUTED, random_u64(), found);
   CHECK_OP(at, >=, -1);
   CHECK_OP(at, <, ROUTED);
-  const uint32_t place = c->places[at < 0 ? 0 : at];
-  CHECK_EQ(fshm_flight_begin(s, place, 0, &flight), 1);
-  fshm_deployment_look(s, &place, 1, 0, (int)random_below(2), found);
+  const uint32_t deployment = c->deployments[at < 0 ? 0 : at];
+  CHECK_EQ(fshm_request_begin(s, deployment, 0, &request), 1);
+  fshm_deployment_look(s, &deployment, 1, 0, (int)random_below(2), found);
   CHECK_OP(found[0].in_flight, >=, 1);
-  fshm_deployment_record(s, place, random_below(1000000), (int)random_below(4), random_below(100),
-                         5, 1000, 0);
+  fshm_deployment_record(s, deployment, random_below(1000000), (int)random_below(4),
+                         random_below(100), 5, 1000, 0);
   (void)atomic_fetch_add(&c->records, 1);
-  CHECK_EQ(fshm_flight_end(s, &flight), 1);
-  CHECK_EQ(fshm_flight_end(s, &flight), 0);
+  CHECK_EQ(fshm_request_end(s, &request), 1);
+  CHECK_EQ(fshm_request_end(s, &request), 0);
   CHECK_OP(open_deployment(s, random_below(30)), >=, 0);
 }
 
@@ -81,7 +81,7 @@ static void memoize(fshm_segment *s, const char *text) {
   CHECK(count == -1 || count == (int64_t)length + 1);
   fshm_memo_count(s, 100, 100);
   fshm_memo_at(s, &info);
-  CHECK_OP(info.texts, <=, info.places);
+  CHECK_OP(info.texts, <=, info.entries);
 }
 
 static void measure(statistics_t *c, fshm_segment *s, const char *other) {

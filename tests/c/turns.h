@@ -1,4 +1,4 @@
-/* turns.h - threads that take turns: each stops before an access of the limits or of a cell, and goes on when it is told.
+/* turns.h - threads that take turns: each stops before an access of the limits or of a slot, and goes on when it is told.
  *
  * A schedule says before which of its accesses each stops. So a race of two or three callers, of which one is stopped for
  * as long as the others like, is the same in every run, and all of them are tried within seconds. The library is the real
@@ -36,13 +36,13 @@ static void access_of(const volatile void *at, bool swap);
 #undef pair_cas
 #undef segment_now
 
-static inline bool pair_cas(void *cell, pair_t *seen, pair_t next) {
-  access_of(cell, true);
-  return library_pair_cas(cell, seen, next);
+static inline bool pair_cas(void *slot, pair_t *seen, pair_t next) {
+  access_of(slot, true);
+  return library_pair_cas(slot, seen, next);
 }
-static inline pair_t pair_load(const void *cell) {
-  access_of(cell, false);
-  return library_pair_load(cell);
+static inline pair_t pair_load(const void *slot) {
+  access_of(slot, false);
+  return library_pair_load(slot);
 }
 static uint64_t time_is; /* of calls that are given none; 0 = the library's own clock */
 static inline uint64_t segment_now(const fshm_segment *s) {
@@ -124,25 +124,25 @@ static void go_on(role_t *r, uint64_t accesses) {
   while (sem_wait(&back)) continue;
 }
 
-/* What a schedule begins with: cells and limits, and what handles know. */
+/* What a schedule begins with: slots and limits, and what handles know. */
 static fshm_segment *s;
 static fshm_limiter *l;
-static unsigned char *cells_then, *limits_then;
+static unsigned char *slots_then, *limits_then;
 static uint64_t time_then;
 
 static void keep_state(void) {
-  free(cells_then);
+  free(slots_then);
   free(limits_then);
-  cells_then = malloc(s->cell_count * sizeof(cell_t));
+  slots_then = malloc(s->slot_count * sizeof(slot_t));
   limits_then = malloc(sizeof(limiter_entry_t));
-  if (!cells_then || !limits_then) abort();
-  memcpy(cells_then, (void *)s->cells, s->cell_count * sizeof(cell_t));
+  if (!slots_then || !limits_then) abort();
+  memcpy(slots_then, (void *)s->slots, s->slot_count * sizeof(slot_t));
   memcpy(limits_then, (void *)&s->limiters[0], sizeof(limiter_entry_t));
   time_then = time_is;
 }
 
 static void put_back_state(void) {
-  memcpy((void *)s->cells, cells_then, s->cell_count * sizeof(cell_t));
+  memcpy((void *)s->slots, slots_then, s->slot_count * sizeof(slot_t));
   memcpy((void *)&s->limiters[0], limits_then, sizeof(limiter_entry_t));
   l->beyond = 0;
   l->frontier = l->released = 0;

@@ -61,7 +61,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "finding 1: a window forgets what exceeds n",
-        "limits/meter.h",
+        "limits/algorithms.h",
         (
             (
                 "  uint64_t count = min_u64(w.count, WINDOW_MAX_N);\n",
@@ -71,18 +71,18 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "finding 1: what exceeds a lowered n becomes debt",
-        "limits/meter.h",
+        "limits/algorithms.h",
         (
             (
-                "  return meter_used(old, state, now) <= rule_capacity(r) ||\n"
-                "         meter_over(r, *converted) <= meter_over(old, state);\n",
+                "  return rule_used(old, state, now) <= rule_capacity(r) ||\n"
+                "         rule_over(r, *converted) <= rule_over(old, state);\n",
                 "  return true;\n",
             ),
         ),
     ),
     Fault(
         "finding 2: a bucket is read under other limits than it was written under",
-        "limits/meter.h",
+        "limits/algorithms.h",
         (
             (
                 "  if (tat <= now || (r->num == old->num && r->den == old->den)) return state;\n",
@@ -95,14 +95,14 @@ FAULTS: tuple[Fault, ...] = (
         "limits/limits.c",
         (
             (
-                "    if (named >> slot & 1 || w->labels[slot]) continue;\n",
-                "    if (named >> slot & 1) continue;\n",
+                "    if (named >> rule_index & 1 || w->labels[rule_index]) continue;\n",
+                "    if (named >> rule_index & 1) continue;\n",
             ),
         ),
     ),
     Fault(
         "a refund is taken from another window than the charge's",
-        "limits/meter.h",
+        "limits/algorithms.h",
         (
             (
                 "w.end < its || w.end - its > unit) return state;",
@@ -112,7 +112,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "a refund gives back what has drained since the rate changed",
-        "limits/meter.h",
+        "limits/algorithms.h",
         (("    back = min_u64(back, left);\n", ""),),
     ),
     Fault(
@@ -127,14 +127,14 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "a refund drains at the slower of both rates",
-        "limits/meter.h",
+        "limits/algorithms.h",
         (
             (
                 "      const uint64_t from = faster ? put->at : now, since = minus(now, from);\n",
                 "      const uint64_t from = now + 0 * faster, since = minus(now, from);\n",
             ),
         ),
-        "test_meter_change",
+        "test_algorithm_change",
     ),
     Fault(
         "a refund forgets that a faster rule was in force between",
@@ -149,13 +149,13 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "a sweep frees a fast rule and does not say so",
         "limits/limits.c",
-        (("    if (!note_freed(e, slot, version)) continue;\n", ""),),
+        (("    if (!note_freed(e, rule_index, version)) continue;\n", ""),),
         "test_limits",
     ),
     Fault(
         "permits are counted by limits that have changed meanwhile",
-        "permits/lease.c",
-        (("    if (load_relaxed(&e->current) != plan->current) continue;\n", ""),),
+        "permits/semaphore.c",
+        (("    if (load_relaxed(&e->current) != snapshot->current) continue;\n", ""),),
         "test_turns",
     ),
     Fault(
@@ -207,7 +207,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "a taker that gives up does not say how many are held",
-        "permits/lease.c",
+        "permits/semaphore.c",
         (("  *held = 1; /* ours, that is given back;", "  /* ours, that is given back;"),),
         "test_turns",
     ),

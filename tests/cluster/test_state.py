@@ -80,7 +80,7 @@ def test_what_a_limiter_has_beside_it_takes_no_place_among_the_counts(
     segment = Segment(segment_name, capacity=100_000)
     limiters = [
         RateLimiter(Window(5, 3600), name=f"api {i}", segment=segment, cluster=server.url)
-        for i in range(lib.FSHM_TALLIES - 1)
+        for i in range(lib.FSHM_COUNTERS - 1)
     ]
     for limiter in limiters:
         assert sum(limiter.is_allowed("key") for _ in range(8)) == 5

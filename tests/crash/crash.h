@@ -38,13 +38,13 @@ typedef struct {
 
 /* What stands in the table at the beginning, and what the operation is like. */
 enum {
-  TENANTS = 1, /* cells that expired, of other keys, everywhere else */
-  STALE = 2, /* pending cells of other keys everywhere else: their claimers are dead */
-  CROWDED = 4, /* live keys everywhere else; with one of the next: but in one cell, or two */
+  TENANTS = 1, /* slots that expired, of other keys, everywhere else */
+  STALE = 2, /* pending slots of other keys everywhere else: their claimers are dead */
+  CROWDED = 4, /* live keys everywhere else; with one of the next: but in one slot, or two */
   ONE_LEFT = 8,
   TWO_LEFT = 16,
-  TENANT_FIRST = 32, /* in the lowest cell a key that expires at NOW */
-  PENDING_LOW = 64, /* a dead claimer's pending cell of the key, in the lowest cell */
+  TENANT_FIRST = 32, /* in the lowest slot a key that expires at NOW */
+  PENDING_LOW = 64, /* a dead claimer's pending slot of the key, in the lowest slot */
   PENDING_HIGH = 128, /* the same, in the highest */
   EXPIRED = 256, /* what the key had is long ago */
   EXPIRING = 512, /* it expires at NOW */
@@ -53,20 +53,21 @@ enum {
   ROUGH = 4096, /* S acquires, instead of the same: the operation is about what T has charged */
   UNJOINED = 8192, /* T is not a member yet */
   FILES = 16384, /* about the segment as a file: S has not opened it; made anew for each boundary */
-  PREDECESSOR = 32768, /* what dead processes hold, the last owner of T's process slot held */
-  FREED = 65536, /* the permits that S does not hold have cells, which are free */
-  ARMED = 1 << 17, /* somebody may sleep on the key's bell */
+  PREDECESSOR = 32768, /* what dead processes hold, the last owner of T's process index held */
+  FREED = 65536, /* the permits that S does not hold have slots, which are free */
+  ARMED = 1 << 17, /* somebody may sleep on the key's wake-up word */
   DEAD_OWNERS = 1 << 18, /* the spare slots of limits are owned by dead processes */
   LOW_FREED = 1 << 19, /* as FREED, but S holds the highest of all */
   UNCHANGED = 1 << 20, /* the limits are not changed to `next` yet: the operation does that */
-  REFUSES = 1 << 22, /* of a wallet: what the grantor told is known, and that it refused the cost */
+  REFUSES = 1
+      << 22, /* of a token lease: what the grantor told is known, and that it refused the cost */
   SLOW = 1 << 24, /* S changes to limits that nothing fits */
   HELD_BACK = 1
       << 23, /* the key lives under limits of before, since it has consumed more than the present ones admit */
   UNUSED_RULE = 1
       << 26, /* no other key lives under the limits: their rule goes with the next sweep */
   SHARING = 1 << 27, /* keys without room share counters; what the key has consumed is in one */
-  COMES_ROUND_NEXT = 1 << 25, /* the generation of T's process slot comes round with T */
+  COMES_ROUND_NEXT = 1 << 25, /* the incarnation of T's process index comes round with T */
   MOST_BEHIND = 1
       << 21 /* `most` is below what is held, as limits_lower_most() may leave it when the limits
                          * are raised between its look and its swap */
@@ -81,7 +82,7 @@ enum {
   COUNT_HELD,
   REAP,
   REAP_BY_FORCE,
-  BELL,
+  WAKEUP,
   JOIN,
   LOWER,
   FIRST_JOIN,
@@ -97,13 +98,13 @@ enum {
   FEATURE_RESET,
   DEPLOYMENT_OPEN,
   DEPLOYMENT_RECORD,
-  FLIGHT,
+  REQUEST,
   LEAD,
   HIT,
   CLEAR,
-  WALLET_SPEND,
-  WALLET_PUT,
-  WALLET_TAKE,
+  TOKEN_LEASE_SPEND,
+  TOKEN_LEASE_PUT,
+  TOKEN_LEASE_TAKE,
   LEARN,
   REFUSE,
   LEASE_TAKE,
@@ -119,11 +120,11 @@ typedef struct operation {
   void (*run)(outcome_t *out); /* the operation: the same code in T and S */
   const holds_t *holds;
   void (*overtake)(void); /* what S does while T is stopped, in place of the same; NULL: the same */
-  void (*meddle)(void); /* S does this at T's first change of a cell; boundaries begin there */
+  void (*meddle)(void); /* S does this at T's first change of a slot; boundaries begin there */
   fshm_limit limits[FSHM_MAX_LIMITS], next[FSHM_MAX_LIMITS]; /* next: what they are changed to */
   uint32_t count, next_count;
-  bool side; /* the limit comes with the call: the key has a cell of its own (side_who) */
-  uint32_t flags, capacity; /* capacity 0: the least, one line of cells */
+  bool side; /* the limit comes with the call: the key has a slot of its own (side_who) */
+  uint32_t flags, capacity; /* capacity 0: the least, one line of slots */
   uint32_t op, cost, prior; /* prior: tokens charged, or permits that S holds, at the beginning */
   uint32_t dead; /* permits that a dead process held */
   int status; /* what it answers */
@@ -133,8 +134,8 @@ typedef struct operation {
 /* The segment under test, and what this process has in it. Restored for each boundary. */
 typedef struct {
   fshm_segment *s;
-  fshm_limiter *l, *others, *totals, *permits, *allowances;
-  fshm_limiter *refused, *known; /* of a wallet, or NULL: fshm_spend() */
+  fshm_limiter *l, *others, *totals, *permits, *permit_leases;
+  fshm_limiter *refused, *known; /* of a token lease, or NULL: fshm_spend() */
   fshm_permit permit, total;
   fshm_charged reserved[FSHM_MAX_LIMITS];
   uint64_t now;
@@ -156,7 +157,7 @@ typedef struct {
       strayed; /* boundaries that were not on the recorded path: by a loop more or less, mostly */
   double seconds;
   bool done;
-} tally_t;
+} totals_t;
 
 typedef struct {
   const char *only;

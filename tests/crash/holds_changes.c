@@ -107,7 +107,7 @@ static void over_twice(void) {
   change_many(40);
   end_with_next();
 }
-/* So many sweeps that the next one's epoch is the present one again: then T would find the cell that it has seen, where
+/* So many sweeps that the next one's epoch is the present one again: then T would find the slot that it has seen, where
  * nothing has touched it (csrc/DESIGN.md, "Limits that change"). */
 static void over_epochs(void) {
   const uint64_t one = UINT64_C(1) << VERSION_BITS,
@@ -356,7 +356,7 @@ static void start_sweep(void) {
   (void)apply_at(world.others, FSHM_ACQUIRE, "beside", 1, NOW);
 }
 
-static uint32_t free_rules(void) {
+static uint32_t count_free_rules(void) {
   uint32_t found = 0;
   for (uint32_t k = 0; k < RULES; k++)
     found += !load_relaxed(&world.s->limiters[world.l->index].owners[k]);
@@ -367,7 +367,7 @@ static void sweep_begin(void) {
   consumed_before = consumed_now();
   for (uint32_t k = 0; k < RULES; k++)
     if (!consumed_before.of[k][0] && keys[k]) broken("key %u has consumed nothing", k);
-  if (free_rules()) broken("%u slots are free to begin with", free_rules());
+  if (count_free_rules()) broken("%u slots are free to begin with", count_free_rules());
 }
 
 /* added: to KEY, what was taken from the next. */

@@ -18,11 +18,12 @@ static void attach_first_by_name(void) {
 }
 
 static void run_first_join(outcome_t *out) {
-  uint32_t slot = NO_SLOT;
-  uint64_t generation;
+  uint32_t process = NO_PROCESS;
+  uint64_t incarnation;
   if (!attach_here()) return;
-  out->status = process_identity(opened, &slot, &generation) ? FSHM_OK : process_refusal(opened);
-  out->number = slot;
+  out->status =
+      process_identity(opened, &process, &incarnation) ? FSHM_OK : process_refusal(opened);
+  out->number = process;
   out->pid = (uint32_t)getpid();
 }
 

@@ -7,8 +7,8 @@
 static uint32_t held_at_start; /* by S and T */
 
 static uint32_t permits_limit(fshm_limiter *l) {
-  plan_t plan;
-  return limits_load(world.s, l->index, &plan) ? plan.permits : 0;
+  snapshot_t snapshot;
+  return limits_load(world.s, l->index, &snapshot) ? snapshot.permits : 0;
 }
 
 /* Take permits (of a pool: both kinds) until refused. Returns how many. */
@@ -88,9 +88,9 @@ static int release_as_child(void) {
 }
 
 static int join_anew(void) {
-  uint32_t slot;
-  uint64_t generation;
-  return process_identity(world.s, &slot, &generation);
+  uint32_t process;
+  uint64_t incarnation;
+  return process_identity(world.s, &process, &incarnation);
 }
 
 static void permits_contend(void) {

@@ -37,7 +37,7 @@ static uint32_t places_of_deployment(int64_t *first) {
   return found;
 }
 
-static int64_t place_of_deployment(void) {
+static int64_t index_of_deployment(void) {
   int64_t first;
   (void)places_of_deployment(&first);
   return first;
@@ -45,9 +45,9 @@ static int64_t place_of_deployment(void) {
 
 static fshm_deployment_info deployment_info(void) {
   fshm_deployment_info info = {0};
-  const int64_t place = place_of_deployment();
-  const uint32_t at = (uint32_t)place;
-  if (place >= 0) fshm_deployment_look(world.s, &at, 1, world.now, 1, &info);
+  const int64_t index = index_of_deployment();
+  const uint32_t at = (uint32_t)index;
+  if (index >= 0) fshm_deployment_look(world.s, &at, 1, world.now, 1, &info);
   return info;
 }
 
@@ -65,9 +65,9 @@ static uint64_t done_so_far(void) {
       fshm_memo_at(world.s, &memo);
       return memo.hits / MEMO_HITS;
     case COUNT_CALL: {
-      fshm_tally tallies[FSHM_TALLIES];
-      fshm_tally_all(world.s, tallies);
-      return tallies[world.l->tally].denied;
+      fshm_counters totals[FSHM_COUNTERS];
+      fshm_counters_all(world.s, totals);
+      return totals[world.l->counters].denied;
     }
     case METRIC_OPEN:
       return fshm_metric_at(world.s, 0, &metric) == FSHM_OK;
@@ -77,7 +77,7 @@ static uint64_t done_so_far(void) {
     case FEATURE_ERROR:
       return fshm_feature_errors(world.s, FEATURE);
     case DEPLOYMENT_OPEN:
-      return place_of_deployment() >= 0;
+      return index_of_deployment() >= 0;
     case DEPLOYMENT_RECORD:
       return deployment_info().records;
     default:
@@ -114,7 +114,7 @@ static void expect_sums(uint64_t times) {
       broken("it took %llu to %llu ns", (unsigned long long)m.least_ns,
              (unsigned long long)m.most_ns);
   } else if (op->op == DEPLOYMENT_RECORD) {
-    const deployment_t *d = &world.s->deployments[place_of_deployment()];
+    const deployment_t *d = &world.s->deployments[index_of_deployment()];
     const fshm_deployment_info info = deployment_info();
     const bool fails = op->cost;
     expect_sum("costs", load_relaxed(&d->cost) & RECORDS_MASK, 1, times);
@@ -163,8 +163,8 @@ static void stats_contend(void) {
 
 static void stats_survive(void) {
   uint64_t is = mine_and_no_more();
-  if (op->op == FLIGHT && is) broken("a dead process's request is in flight");
-  if (op->op != FLIGHT && told->done && is != op->after)
+  if (op->op == REQUEST && is) broken("a dead process's request is in flight");
+  if (op->op != REQUEST && told->done && is != op->after)
     broken("T said that it is done, and it is not to be seen");
   for (uint64_t i = 1; i <= 3; i++) {
     do_it();

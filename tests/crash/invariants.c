@@ -1,74 +1,74 @@
 /* invariants.c - what must hold of a segment at any instant that nobody works on it. */
 #include "crash.h"
 
-#define MOST_SLOTS 8 /* of a key, in all operations */
+#define MOST_NUMBERED 8 /* of a key, in all operations */
 
 /* Cells that no operation under test may touch (I7). */
-static pair_t protected_cells[4096];
+static pair_t protected_slots[4096];
 static size_t protected_count;
 
-/* Note all live cells but those of the key's meters, and permits of the dead. */
+/* Note all live slots but those of the key's meters, and permits of the dead. */
 static void protect_others(void) {
   uint64_t own[FSHM_MAX_LIMITS] = {0}, word = 0; /* word: of what the key is granted */
   call_t c;
-  census_t census;
-  census_begin(&census);
+  liveness_t liveness;
+  liveness_begin(&liveness);
   protected_count = 0;
   if (!world.s) return;
-  if (world.l && limits_load(world.s, world.l->index, &c.plan)) {
+  if (world.l && limits_load(world.s, world.l->index, &c.snapshot)) {
     begin(&c, world.l, KEY, strlen(KEY), NOW);
-    for (uint32_t i = 0; i < c.plan.count; i++) own[i] = fingerprint(&c, i);
+    for (uint32_t i = 0; i < c.snapshot.count; i++) own[i] = fingerprint(&c, i);
   }
-  if (world.allowances) word = side_of(world.allowances, KEY).who;
+  if (world.permit_leases) word = side_of(world.permit_leases, KEY).who;
   if (op->side || op->op == HIT || op->op == CLEAR) own[0] = side_of(world.l, KEY).who;
-  for (uint64_t i = 0; i < world.s->cell_count; i++) {
-    pair_t pair = pair_load(&world.s->cells[i]);
+  for (uint64_t i = 0; i < world.s->slot_count; i++) {
+    pair_t pair = pair_load(&world.s->slots[i]);
     bool ours = word && same_key(pair.who, word);
     for (uint32_t k = 0; k < FSHM_MAX_LIMITS; k++) ours |= own[k] && same_key(pair.who, own[k]);
     /* its keys' states are brought under other rules: holds_changes.c looks after them */
     ours |= op->overtake && pair.who & 1 && WHO_LIMITER(pair.who) == world.l->index;
-    for (uint32_t k = 0; k < MOST_SLOTS && op->op == CLEAR; k++)
-      ours |= pair.who == side_who(slot_who(own[0], k), world.l->index);
+    for (uint32_t k = 0; k < MOST_NUMBERED && op->op == CLEAR; k++)
+      ours |= pair.who == side_who(nth_who(own[0], k), world.l->index);
     if (!pair.who || ours || IS_PENDING(pair.when) || state_expires(pair.when) <= now_or_clock())
       continue;
-    if (IS_PERMIT(pair.when) && !owner_alive(world.s, pair.when, &census)) continue;
-    protected_cells[protected_count++] = pair;
+    if (IS_PERMIT(pair.when) && !owner_alive(world.s, pair.when, &liveness)) continue;
+    protected_slots[protected_count++] = pair;
   }
 }
 
-static void check_cells(void) {
-  for (uint64_t i = 0; i < world.s->cell_count; i++) {
-    pair_t a = pair_load(&world.s->cells[i]);
-    for (uint64_t k = i + 1; k < world.s->cell_count && a.who && !IS_PENDING(a.when); k++) {
-      pair_t b = pair_load(&world.s->cells[k]);
+static void check_slots(void) {
+  for (uint64_t i = 0; i < world.s->slot_count; i++) {
+    pair_t a = pair_load(&world.s->slots[i]);
+    for (uint64_t k = i + 1; k < world.s->slot_count && a.who && !IS_PENDING(a.when); k++) {
+      pair_t b = pair_load(&world.s->slots[k]);
       if (same_key(a.who, b.who) && !IS_PENDING(b.when))
-        broken("one key has two confirmed cells, %d and %d", (int)i, (int)k);
+        broken("one key has two confirmed slots, %d and %d", (int)i, (int)k);
     }
   }
   for (size_t p = 0; p < protected_count && !position.later; p++) {
-    uint64_t who = protected_cells[p].who;
+    uint64_t who = protected_slots[p].who;
     bool found =
         (op->op == RELEASE && (who == world.permit.who || who == world.total.who)) /* S's own */
-        || (op->op == REAP_BY_FORCE && IS_PERMIT(protected_cells[p].when));
-    for (uint64_t i = 0; i < world.s->cell_count && !found; i++) {
-      pair_t pair = pair_load(&world.s->cells[i]);
-      found = pair.who == protected_cells[p].who && pair.when == protected_cells[p].when;
+        || (op->op == REAP_BY_FORCE && IS_PERMIT(protected_slots[p].when));
+    for (uint64_t i = 0; i < world.s->slot_count && !found; i++) {
+      pair_t pair = pair_load(&world.s->slots[i]);
+      found = pair.who == protected_slots[p].who && pair.when == protected_slots[p].when;
     }
-    if (!found) broken("another key's live cell has changed, or is gone");
+    if (!found) broken("another key's live slot has changed, or is gone");
   }
 }
 
 /* How many permits of the key the living hold, wherever the library would look for them. */
 static uint32_t held_alive(fshm_limiter *l, const char *key) {
-  census_t census;
+  liveness_t liveness;
   uint32_t held = 0;
-  census_begin(&census);
+  liveness_begin(&liveness);
   uint64_t hash = fshm_siphash(l->key[0], l->key[1], key, strlen(key));
-  for (uint32_t slot = 0; slot < MOST_SLOTS; slot++)
-    for (uint64_t i = 0; i < world.s->cell_count; i++) {
-      pair_t pair = pair_load(&world.s->cells[i]);
-      held += pair.who == permit_who(l->index, hash, slot) && IS_PERMIT(pair.when) &&
-              owner_alive(world.s, pair.when, &census);
+  for (uint32_t number = 0; number < MOST_NUMBERED; number++)
+    for (uint64_t i = 0; i < world.s->slot_count; i++) {
+      pair_t pair = pair_load(&world.s->slots[i]);
+      held += pair.who == permit_who(l->index, hash, number) && IS_PERMIT(pair.when) &&
+              owner_alive(world.s, pair.when, &liveness);
     }
   return held;
 }
@@ -90,15 +90,15 @@ static void check_names(bool alone) {
     }
     uint64_t set = load_relaxed(&e->set);
     for (uint32_t k = 0; load_relaxed(&e->current) && k < SET_COUNT(set); k++)
-      if (!(load_relaxed(&e->owners[SET_SLOT(set, k)]) & RULE_USED))
+      if (!(load_relaxed(&e->owners[SET_RULE(set, k)]) & RULE_USED))
         broken("a rule is named, and its slot is not in use");
   }
 }
 
-/* Each state of a limiter's key lives under a rule that is there, and that counts in this very cell. */
+/* Each state of a limiter's key lives under a rule that is there, and that counts in this very slot. */
 static void check_labels(void) {
-  for (uint64_t i = 0; i < world.s->cell_count; i++) {
-    const pair_t pair = pair_load(&world.s->cells[i]);
+  for (uint64_t i = 0; i < world.s->slot_count; i++) {
+    const pair_t pair = pair_load(&world.s->slots[i]);
     if (!(pair.who & 1) || IS_PENDING(pair.when) || IS_PERMIT(pair.when)) continue;
     if (state_expires(pair.when) <= minus(now_or_clock(), CLOCKS_DIFFER)) continue;
     const limiter_entry_t *e = &world.s->limiters[WHO_LIMITER(pair.who)];
@@ -106,11 +106,11 @@ static void check_labels(void) {
     uint64_t owner;
     unsigned label = WHO_LABEL(pair.who), place = WHO_PLACE(pair.who);
     if (WHO_LIMITER(pair.who) >= world.s->limiter_count)
-      broken("cell %d is of limiter %u", (int)i, WHO_LIMITER(pair.who));
+      broken("slot %d is of limiter %u", (int)i, WHO_LIMITER(pair.who));
     else if (!read_used(e, label, &rule, &owner))
-      broken("cell %d is under rule %u, whose slot is free", (int)i, label);
+      broken("slot %d is under rule %u, whose slot is free", (int)i, label);
     else if (rule.place != place)
-      broken("cell %d is of place %u, under rule %u of place %u", (int)i, place, label, rule.place);
+      broken("slot %d is of place %u, under rule %u of place %u", (int)i, place, label, rule.place);
   }
 }
 
@@ -123,15 +123,15 @@ static void check_looking_in(void) {
   fshm_process_info process;
   int damage = fshm_check(world.s, &length);
   if (damage) broken("it counts as damaged: %d, at %llu", damage, (unsigned long long)length);
-  for (uint64_t i = 0; i < world.s->cell_count; i++) {
+  for (uint64_t i = 0; i < world.s->slot_count; i++) {
     if (fshm_key_name(world.s, i, name, sizeof name, &length) && length > 201)
       broken("a key's name is too long");
-    if (fshm_peek_cell(world.s, i, now_or_clock(), &d) < 0) broken("a cell cannot be looked at");
+    if (fshm_peek_slot(world.s, i, now_or_clock(), &d) < 0) broken("a slot cannot be looked at");
     if (fshm_permit_at(world.s, i, &permit) && permit.alive > 1) broken("a permit is odd");
   }
   for (uint32_t i = 0; i < PROCESSES; i++) {
     const process_t *p = &world.s->processes[i];
-    if (!load_relaxed(&p->pid) && !load_relaxed(&p->generation)) continue;
+    if (!load_relaxed(&p->pid) && !load_relaxed(&p->incarnation)) continue;
     if (fshm_process_at(world.s, i, &process) != FSHM_OK) broken("a process slot is unreadable");
   }
 }
@@ -139,7 +139,7 @@ static void check_looking_in(void) {
 /* alone: nobody but S lives. */
 static void check_invariants(bool alone) {
   if (!world.s) return;
-  check_cells();
+  check_slots();
   check_names(alone);
   check_labels();
   check_looking_in();

@@ -10,7 +10,7 @@ static recording_t path_to, path;
 
 static void traced(void) {
   world = world_at_start;
-  if (!(op->flags & (UNJOINED | FILES))) (void)process_slot(world.s);
+  if (!(op->flags & (UNJOINED | FILES))) (void)process_index(world.s);
   if (op->prepare) op->prepare();
   outcome_t *out = told;
   void (*run)(outcome_t *) = op->run;
@@ -34,19 +34,19 @@ static void begin_boundary(const char *stage, size_t k) {
   segment_restore(pristine);
 }
 
-static bool cells_changed(void) {
-  return memcmp(world.s->cells, pristine + ((unsigned char *)world.s->cells - world.s->map),
-                shared_cell(world.s, world.s->limiter_count, 0, 0) * sizeof(cell_t)) != 0;
+static bool slots_changed(void) {
+  return memcmp(world.s->slots, pristine + ((unsigned char *)world.s->slots - world.s->map),
+                shared_slot(world.s, world.s->limiter_count, 0, 0) * sizeof(slot_t)) != 0;
 }
 
-/* Where S meddles: when T has changed a cell for the first time. */
+/* Where S meddles: when T has changed a slot for the first time. */
 static void find_meddling(tracee_t *t) {
   path_to.count = 0;
   recording_t steps = {0};
   steps.room = 100000;
   steps.pc = calloc(steps.room, sizeof *steps.pc);
   if (!steps.pc) abort();
-  while (steps.count + 1 < steps.room && !cells_changed()) {
+  while (steps.count + 1 < steps.room && !slots_changed()) {
     steps.pc[steps.count] = tracee_pc(t);
     if (!tracee_step(t, NULL, NULL)) break;
     steps.count++;
@@ -82,11 +82,11 @@ static tracee_t start_at(size_t k) {
   bool there = !t.lost;
   if (there && op->meddle && (there = tracee_forward(&t, &path_to, 0, path_to.count))) op->meddle();
   if (there && tracee_forward(&t, &path, 0, k)) {
-    tally->strayed += tracee_pc(&t) != path.pc[k];
+    totals->strayed += tracee_pc(&t) != path.pc[k];
     return t;
   }
   tracee_kill(&t);
-  tally->strayed++;
+  totals->strayed++;
   if (op->flags & FILES) op->make();
   segment_restore(pristine);
   t = start_traced();
@@ -118,7 +118,7 @@ static void stop_and_kill(size_t k) {
     in_time(survive);
   }
   tracee_kill(&t);
-  tally->boundaries++;
+  totals->boundaries++;
 }
 
 static outcome_t overtaking;
@@ -149,18 +149,18 @@ static void race(size_t k) {
   else if (!position.failed)
     in_time(check_race);
   tracee_kill(&overtaken);
-  tally->races++;
+  totals->races++;
 }
 
 /* What is off the recorded path tries some boundaries twice, and others never: a few are the C library's. */
 static void check_strayed(void) {
-  if (tally->strayed <= max_u64(STRAYED_MOST, tally->boundaries / 100)) return;
-  tally->failures++;
+  if (totals->strayed <= max_u64(STRAYED_MOST, totals->boundaries / 100)) return;
+  totals->failures++;
   (void)fprintf(stderr,
                 "FAILED %s: %llu of %llu boundaries are not on the recorded path\n"
                 "  repeat: make crash CRASH='--only %s'\n",
-                op->name, (unsigned long long)tally->strayed, (unsigned long long)tally->boundaries,
-                op->name);
+                op->name, (unsigned long long)totals->strayed,
+                (unsigned long long)totals->boundaries, op->name);
 }
 
 /* One operation, in a process of its own. */
@@ -176,7 +176,7 @@ static void try_operation(const operation_t *o) {
   if (!learn()) return;
   for (int i = 0; i < WARM_UP && !given_up(); i++) stop_and_kill(path.count);
   if (!learn()) return;
-  tally->boundaries = tally->strayed = 0;
+  totals->boundaries = totals->strayed = 0;
   const size_t every = path.count > LONG ? options.every : 1;
   for (size_t k = 0; k <= path.count && !given_up(); k++) {
     if (options.at >= 0 && k != (size_t)options.at) continue;

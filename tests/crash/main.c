@@ -16,7 +16,7 @@
 #include "tracee.c"
 #include "world.c"
 #include "invariants.c"
-#include "holds_meters.c"
+#include "holds_rate_limits.c"
 #include "starts.c"
 #include "holds_permits.c"
 #include "holds_names.c"
@@ -24,10 +24,10 @@
 #include "holds_stats.c"
 #include "holds_files.c"
 #include "holds_first.c"
-#include "holds_moving.c"
-#include "holds_wallet.c"
-#include "holds_leases.c"
-#include "holds_told.c"
+#include "holds_moving_windows.c"
+#include "holds_token_leases.c"
+#include "holds_permit_leases.c"
+#include "holds_learned.c"
 #include "holds_lead.c"
 #include "operations.c"
 #include "kill.c"
@@ -41,7 +41,7 @@ typedef struct {
   const operation_t *operation;
   const pair_of_operations_t *pair; /* or this */
   pid_t pid;
-  tally_t *tally;
+  totals_t *totals;
 } job_t;
 
 static double seconds_now(void) {
@@ -66,21 +66,21 @@ static void work(const job_t *job, int place) {
   (void)sched_setaffinity(0, sizeof cpus, &cpus);
   (void)snprintf(segment_name, sizeof segment_name, "%s", segment_names[place]);
   counter_trusted = false; /* the kernel's clock: one path, however fast time goes */
-  tally = job->tally;
+  totals = job->totals;
   failed = 0;
   if (job->pair)
     try_schedules(job->pair);
   else
     try_operation(job->operation);
-  tally->seconds = seconds_now() - began;
-  tally->failures += failed;
-  tally->done = true;
+  totals->seconds = seconds_now() - began;
+  totals->failures += failed;
+  totals->done = true;
   (void)fflush(NULL);
   _exit(0);
 }
 
 static void tell(const job_t *job) {
-  const tally_t *t = job->tally;
+  const totals_t *t = job->totals;
   if (!t->done) (void)fprintf(stderr, "FAILED %s: the harness died\n", job->name);
   printf("%-28s", job->name);
   if (t->boundaries) printf(" %6llu boundaries", (unsigned long long)t->boundaries);
@@ -180,7 +180,7 @@ int main(int argc, char **argv) {
   (void)alarm(0); /* each step has a deadline of its own */
   (void)signal(SIGINT, stop_all);
   (void)signal(SIGTERM, stop_all);
-  for (size_t i = 0; i < count; i++) jobs[i].tally = shared_memory(sizeof(tally_t));
+  for (size_t i = 0; i < count; i++) jobs[i].totals = shared_memory(sizeof(totals_t));
   run_jobs(count);
   return done();
 }

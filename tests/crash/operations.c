@@ -44,7 +44,7 @@ static void take_second(uint64_t more) {
   const uint64_t costs[FSHM_MAX_LIMITS] = {more, levels_of(world.l, KEY).remaining[1], 0, 0};
   fshm_apply(world.l, FSHM_ACQUIRE, KEY, strlen(KEY), costs, 0, world.now, &d);
   if (d.status != FSHM_ALLOWED) broken("S cannot take the room: %d", d.status);
-  meters_meddled();
+  rate_limits_meddled();
 }
 static void meddle_second(void) { take_second(0); }
 static void meddle_both(void) { take_second(1); }
@@ -65,7 +65,7 @@ static void run_clear(outcome_t *out) {
   out->status = fshm_moving_clear(world.l, KEY, strlen(KEY));
 }
 
-/* wallets */
+/* token leases */
 
 static void run_spend(outcome_t *out) {
   uint32_t low;
@@ -74,14 +74,14 @@ static void run_spend(outcome_t *out) {
                  some_costs[op->cost], world.now, world.known ? &out->decision : NULL, &low);
 }
 static void run_put(outcome_t *out) {
-  fshm_lease leases[FSHM_MAX_LIMITS];
+  fshm_token_lease leases[FSHM_MAX_LIMITS];
   for (uint32_t i = 0; i < FSHM_MAX_LIMITS; i++)
-    leases[i] = (fshm_lease){op->cost, UINT64_MAX, world.now + PER};
-  out->status = fshm_wallet_put(world.l, KEY, strlen(KEY), leases, world.now);
+    leases[i] = (fshm_token_lease){op->cost, UINT64_MAX, world.now + PER};
+  out->status = fshm_token_lease_put(world.l, KEY, strlen(KEY), leases, world.now);
 }
 static void run_take_out(outcome_t *out) {
   uint64_t left[FSHM_MAX_LIMITS], ns[FSHM_MAX_LIMITS];
-  out->status = fshm_wallet_look(world.l, KEY, strlen(KEY), 1, world.now, left, ns);
+  out->status = fshm_token_lease_look(world.l, KEY, strlen(KEY), 1, world.now, left, ns);
   out->number = left[0];
 }
 
@@ -92,12 +92,12 @@ static void run_learn(outcome_t *out) {
   out->status = fshm_learn(world.l, KEY, strlen(KEY), some_costs[op->cost], left, world.now);
 }
 static void refuse_it(void) {
-  (void)fshm_wallet_refuse(world.l, KEY, strlen(KEY), some_costs[op->before], PER, world.now);
+  (void)fshm_token_lease_refuse(world.l, KEY, strlen(KEY), some_costs[op->before], PER, world.now);
 }
 /* Of cost 0: forget it. */
 static void run_refuse(outcome_t *out) {
-  out->status = fshm_wallet_refuse(world.l, KEY, strlen(KEY), some_costs[op->cost],
-                                   op->cost ? PER : 0, world.now);
+  out->status = fshm_token_lease_refuse(world.l, KEY, strlen(KEY), some_costs[op->cost],
+                                        op->cost ? PER : 0, world.now);
 }
 static void run_feature_reset(outcome_t *out) {
   fshm_feature_reset(world.s, FEATURE);
@@ -133,17 +133,17 @@ static void run_reap_by_force(outcome_t *out) {
   out->status = FSHM_OK;
 }
 static void run_arm(outcome_t *out) {
-  out->number = fshm_bell_arm(world.l, KEY, strlen(KEY));
+  out->number = fshm_wakeup_arm(world.l, KEY, strlen(KEY));
   out->status = FSHM_OK;
 }
 static void run_ring(outcome_t *out) {
-  fshm_bell_ring(world.l, KEY, strlen(KEY));
+  fshm_wakeup_send(world.l, KEY, strlen(KEY));
   out->status = FSHM_OK;
 }
 static void run_join(outcome_t *out) {
-  uint32_t slot;
-  uint64_t generation;
-  out->status = process_identity(world.s, &slot, &generation);
+  uint32_t process;
+  uint64_t incarnation;
+  out->status = process_identity(world.s, &process, &incarnation);
 }
 
 /* The calls that csrc/python/py_pool.c makes to open a connection, and to hand it back and close it. */
@@ -179,7 +179,7 @@ static void run_attach(outcome_t *out) {
   fshm_error e;
   out->status = fshm_open(segment_name, 0, 0600, 0, &opened, &e);
   if (!opened) return;
-  (void)process_slot(opened);
+  (void)process_index(opened);
   out->number = opened->header->instance;
 }
 static void run_remove(outcome_t *out) {
@@ -197,7 +197,7 @@ static uint32_t stats_place; /* of the deployment */
 static void start_stats(void) {
   start_permits();
   if (op->op == METRIC) (void)the_metric();
-  if (op->op == DEPLOYMENT_RECORD || op->op == FLIGHT)
+  if (op->op == DEPLOYMENT_RECORD || op->op == REQUEST)
     stats_place = (uint32_t)fshm_deployment_open(world.s, the_id(), NOW);
   for (uint64_t i = 1; op->flags & CROWDED && i <= 100000; i++) /* each place is another's */
     (void)fshm_deployment_open(world.s, i * UINT64_C(0x9e3779b97f4a7c15), NOW - 2 * PER + i);
@@ -227,14 +227,14 @@ static void run_deployment_record(outcome_t *out) {
   fshm_deployment_record(world.s, stats_place, LATENCY, !op->cost, COST, 0, COOLDOWN, world.now);
   out->status = FSHM_OK;
 }
-static void run_flight(outcome_t *out) {
-  fshm_flight flight;
-  out->status = fshm_flight_begin(world.s, stats_place, world.now, &flight);
+static void run_request(outcome_t *out) {
+  fshm_request request;
+  out->status = fshm_request_begin(world.s, stats_place, world.now, &request);
 }
-static void run_flight_and_back(outcome_t *out) {
-  fshm_flight flight;
-  out->status = fshm_flight_begin(world.s, stats_place, world.now, &flight) &&
-                fshm_flight_end(world.s, &flight);
+static void run_request_and_back(outcome_t *out) {
+  fshm_request request;
+  out->status = fshm_request_begin(world.s, stats_place, world.now, &request) &&
+                fshm_request_end(world.s, &request);
 }
 
 #define ONE(limit) .limits = {limit}, .count = 1
@@ -242,24 +242,26 @@ static void run_flight_and_back(outcome_t *out) {
 #define THEN_ONE(limit) .next = {limit}, .next_count = 1
 #define ROOM(a, b, c) .before = (a), .after = (b), .full = (c)
 
-#define METERS(function) .make = start_meters, .holds = &meters, .run = (function)
-#define APPLY(which, tokens) METERS(run_apply), .op = FSHM_##which, .cost = (tokens), .status = 1
-#define REFUSED(answer) METERS(run_apply), .op = FSHM_ACQUIRE, .cost = 1, .status = (answer)
-#define CALLS(function) METERS(function), .op = OTHER_OP, .status = 1
-#define ASKS METERS(run_is_allowed), .op = FSHM_ACQUIRE, .cost = 1, .status = 1
-#define COUNTS METERS(run_count), .op = FSHM_ACQUIRE, .cost = 1, .side = true
+#define RATE_LIMITS(function) .make = start_rate_limits, .holds = &rate_limits, .run = (function)
+#define APPLY(which, tokens) \
+  RATE_LIMITS(run_apply), .op = FSHM_##which, .cost = (tokens), .status = 1
+#define REFUSED(answer) RATE_LIMITS(run_apply), .op = FSHM_ACQUIRE, .cost = 1, .status = (answer)
+#define CALLS(function) RATE_LIMITS(function), .op = OTHER_OP, .status = 1
+#define ASKS RATE_LIMITS(run_is_allowed), .op = FSHM_ACQUIRE, .cost = 1, .status = 1
+#define COUNTS RATE_LIMITS(run_count), .op = FSHM_ACQUIRE, .cost = 1, .side = true
 #define MOVING(function, which) \
   .make = start_moving, .holds = &moving, .run = (function), .op = (which)
 #define HITS(tokens, answer) MOVING(run_hit, HIT), .cost = (tokens), .status = (answer)
-#define WALLET {20, 0, 0, FSHM_WALLET, 0}
-#define WALLETS(function, which, answer) \
-  .make = start_wallet, .holds = &wallet, .run = (function), .op = (which), .status = (answer)
-#define SPENDS(tokens, answer) WALLETS(run_spend, WALLET_SPEND, answer), .cost = (tokens)
-#define PUTS(tokens) WALLETS(run_put, WALLET_PUT, FSHM_OK), .cost = (tokens)
+#define TOKEN_LEASE {20, 0, 0, FSHM_LEASE, 0}
+#define TOKEN_LEASES(function, which, answer)                                          \
+  .make = start_token_lease, .holds = &token_leases, .run = (function), .op = (which), \
+  .status = (answer)
+#define SPENDS(tokens, answer) TOKEN_LEASES(run_spend, TOKEN_LEASE_SPEND, answer), .cost = (tokens)
+#define PUTS(tokens) TOKEN_LEASES(run_put, TOKEN_LEASE_PUT, FSHM_OK), .cost = (tokens)
 #define TELLS(function, which) \
   .make = start_told, .holds = &telling, .run = (function), .op = (which), .status = FSHM_OK
 #define LEARNS(tokens) TELLS(run_learn, LEARN), .cost = (tokens)
-#define REFUSALS(tokens) TELLS(run_refuse, REFUSE), .cost = (tokens), ONE(WALLET)
+#define REFUSALS(tokens) TELLS(run_refuse, REFUSE), .cost = (tokens), ONE(TOKEN_LEASE)
 #define LEASES(function, which, answer)                                                         \
   .make = start_leases, .holds = &leases, .run = (function), .op = (which), .status = (answer), \
   .capacity = 8
@@ -295,7 +297,7 @@ static void run_flight_and_back(outcome_t *out) {
 
 /* clang-format off: a line for each */
 static const operation_t operations[] = {
-    /* a check of a key that has a cell */
+    /* a check of a key that has a slot */
     {.name = "check-bucket", APPLY(ACQUIRE, 1), ONE(BUCKET(5)), .prior = 2, ROOM(3, 2, 5)},
     {.name = "check-window", APPLY(ACQUIRE, 1), ONE(WINDOW(5)), .prior = 2, ROOM(3, 2, 5)},
     {.name = "check-sliding", APPLY(ACQUIRE, 1), ONE(SLIDING(5)), .prior = 2, ROOM(3, 2, 5)},
@@ -444,7 +446,7 @@ static const operation_t operations[] = {
      .flags = ROUGH,
      ROOM(2, 1, 5)},
     {.name = "reset-key", CALLS(run_reset_key), THREE, .prior = 3, ROOM(2, 5, 5)},
-    /* with cells to spare: killed before it frees the old cells, these stay until they expire */
+    /* with slots to spare: killed before it frees the old slots, these stay until they expire */
     {.name = "reset-limiter",
      CALLS(run_reset_all),
      .capacity = 8,
@@ -497,42 +499,51 @@ static const operation_t operations[] = {
      ONE(WINDOW(3)),
      .prior = 3,
      ROOM(0, 3, 3)},
-    /* wallets */
-    {.name = "wallet-spend", SPENDS(1, 1), ONE(WALLET), .prior = 5, ROOM(5, 4, 0)},
-    {.name = "wallet-spend-last", SPENDS(2, 1), ONE(WALLET), .prior = 2, ROOM(2, 0, 0)},
-    {.name = "wallet-ask", SPENDS(3, FSHM_ASK), ONE(WALLET), .prior = 2, ROOM(2, 2, 0)},
-    {.name = "wallet-ask-none", SPENDS(1, FSHM_ASK), ONE(WALLET), ROOM(0, 0, 0)},
-    {.name = "wallet-denied",
+    /* token leases */
+    {.name = "token-lease-spend", SPENDS(1, 1), ONE(TOKEN_LEASE), .prior = 5, ROOM(5, 4, 0)},
+    {.name = "token-lease-spend-last", SPENDS(2, 1), ONE(TOKEN_LEASE), .prior = 2, ROOM(2, 0, 0)},
+    {.name = "token-lease-ask", SPENDS(3, FSHM_ASK), ONE(TOKEN_LEASE), .prior = 2, ROOM(2, 2, 0)},
+    {.name = "token-lease-ask-none", SPENDS(1, FSHM_ASK), ONE(TOKEN_LEASE), ROOM(0, 0, 0)},
+    {.name = "token-lease-denied",
      SPENDS(3, FSHM_DENIED),
-     ONE(WALLET),
+     ONE(TOKEN_LEASE),
      .prior = 2,
      .flags = REFUSES,
      ROOM(2, 2, 0)},
-    {.name = "wallet-spend-told",
+    {.name = "token-lease-spend-told",
      SPENDS(1, 1),
-     ONE(WALLET),
+     ONE(TOKEN_LEASE),
      .prior = 5,
      .flags = REFUSES,
      ROOM(5, 4, 0)},
-    {.name = "wallet-over",
+    {.name = "token-lease-over",
      SPENDS(1, FSHM_ASK),
-     ONE(WALLET),
+     ONE(TOKEN_LEASE),
      .prior = 5,
      .flags = EXPIRED,
      ROOM(0, 0, 0)},
-    {.name = "wallet-spend-several",
+    {.name = "token-lease-spend-several",
      SPENDS(1, 1),
-     .limits = {WALLET, WALLET},
+     .limits = {TOKEN_LEASE, TOKEN_LEASE},
      .count = 2,
      .prior = 5,
      ROOM(5, 4, 0)},
-    {.name = "wallet-put", PUTS(3), ONE(WALLET), .prior = 2, ROOM(2, 5, 0)},
-    {.name = "wallet-put-first", PUTS(3), ONE(WALLET), ROOM(0, 3, 0)},
-    {.name = "wallet-put-claimed", PUTS(3), ONE(WALLET), .flags = PENDING_LOW, ROOM(0, 3, 0)},
-    {.name = "wallet-put-over", PUTS(3), ONE(WALLET), .prior = 5, .flags = EXPIRED, ROOM(0, 3, 0)},
-    {.name = "wallet-take",
-     WALLETS(run_take_out, WALLET_TAKE, FSHM_OK),
-     ONE(WALLET),
+    {.name = "token-lease-put", PUTS(3), ONE(TOKEN_LEASE), .prior = 2, ROOM(2, 5, 0)},
+    {.name = "token-lease-put-first", PUTS(3), ONE(TOKEN_LEASE), ROOM(0, 3, 0)},
+    {.name = "token-lease-put-claimed",
+     PUTS(3),
+     ONE(TOKEN_LEASE),
+     .flags = PENDING_LOW,
+     ROOM(0, 3, 0)},
+    {.name = "token-lease-put-over",
+     PUTS(3),
+     ONE(TOKEN_LEASE),
+     .prior = 5,
+     .flags = EXPIRED,
+     ROOM(0, 3, 0)},
+    {.name = "token-lease-take",
+     TOKEN_LEASES(run_take_out, TOKEN_LEASE_TAKE, FSHM_OK),
+     ONE(TOKEN_LEASE),
      .prior = 5,
      ROOM(5, 0, 0)},
     /* put over whatever was there: ROOM(tokens before, after, -) of the first limit */
@@ -661,9 +672,9 @@ static const operation_t operations[] = {
      ONE(PERMITS(4)),
      .prior = 2,
      .prepare = take_one_permit},
-    {.name = "bell-arm", HOLDING(run_arm, BELL), .status = 1, ONE(PERMITS(3)), .prior = 1},
-    {.name = "bell-ring",
-     HOLDING(run_ring, BELL),
+    {.name = "wakeup-arm", HOLDING(run_arm, WAKEUP), .status = 1, ONE(PERMITS(3)), .prior = 1},
+    {.name = "wakeup-send",
+     HOLDING(run_ring, WAKEUP),
      .status = 1,
      ONE(PERMITS(3)),
      .prior = 1,
@@ -993,8 +1004,8 @@ static const operation_t operations[] = {
      .cost = 1,
      .status = 1,
      .after = 1},
-    {.name = "flight-begin", STATS(run_flight, FLIGHT), .status = 1, .after = 1},
-    {.name = "flight-and-back", STATS(run_flight_and_back, FLIGHT), .status = 1},
+    {.name = "request-begin", STATS(run_request, REQUEST), .status = 1, .after = 1},
+    {.name = "request-and-back", STATS(run_request_and_back, REQUEST), .status = 1},
     /* the segment */
     {.name = "create", FILE_OP(run_create, CREATE), .flags = FILES},
     {.name = "create-by-rename", FILE_OP(run_create_by_rename, CREATE), .flags = FILES},

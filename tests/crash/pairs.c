@@ -1,5 +1,5 @@
 /* pairs.c - the pairs of operations of which every schedule is run (schedules.c), and what must come of it.
- * On a table of one line of four cells, unless said otherwise. */
+ * On a table of one line of four slots, unless said otherwise. */
 #include "crash.h"
 
 #define OTHER_KEY "k2"
@@ -81,14 +81,14 @@ static void verify_both_charged(const outcome_t out[2]) {
   expect(remaining_of(KEY) == op->limits[0].n - op->prior - 2, out, "both are charged");
 }
 
-/* Two keys, one cell: the other is told that the table is full. */
-static void verify_one_cell(const outcome_t out[2]) {
-  expect(admitted(out) == 1, out, "one cell");
-  expect(out[0].status + out[1].status == FSHM_ALLOWED + FSHM_FULL, out, "one cell");
+/* Two keys, one slot: the other is told that the table is full. */
+static void verify_one_slot(const outcome_t out[2]) {
+  expect(admitted(out) == 1, out, "one slot");
+  expect(out[0].status + out[1].status == FSHM_ALLOWED + FSHM_FULL, out, "one slot");
 }
 
-/* A key that expires, and one that wants its cell. */
-static void verify_own_cell(const outcome_t out[2]) { expect(admitted(out) == 1, out, "one cell"); }
+/* A key that expires, and one that wants its slot. */
+static void verify_own_slot(const outcome_t out[2]) { expect(admitted(out) == 1, out, "one slot"); }
 
 static void verify_refund(const outcome_t out[2]) {
   expect(out[1].status == FSHM_ALLOWED, out, "a refund");
@@ -126,22 +126,22 @@ static void verify_raised_and_lowered(const outcome_t out[2]) {
 
 /* Whoever stands, and whoever may by what is allowed now, are no more than was told or is allowed. */
 static void verify_granted(const outcome_t out[2]) {
-  uint64_t most = max_u64(lease_now(false).allowance, out[1].number);
+  uint64_t most = max_u64(lease_now(false).leased, out[1].number);
   expect(held_alive(world.l, KEY) == op->prior + (out[0].status == FSHM_ALLOWED), out, "held");
   expect(held_alive(world.l, KEY) <= most, out, "more than was told");
   expect(lease_exhaust() <= most, out, "more than is allowed");
 }
 static void verify_granted_both(const outcome_t out[2]) {
-  uint64_t allowance = lease_now(false).allowance;
+  uint64_t leased = lease_now(false).leased;
   expect(held_alive(world.l, KEY) == op->prior + admitted(out), out, "held");
-  expect(op->prior + admitted(out) <= allowance, out, "more than is allowed");
-  expect(lease_exhaust() == allowance, out, "not all that is allowed");
+  expect(op->prior + admitted(out) <= leased, out, "more than is allowed");
+  expect(lease_exhaust() == leased, out, "not all that is allowed");
 }
 /* Without the grantor. What is granted after that, it is counted with; what was, is dropped. */
 static void verify_alone(const outcome_t out[2]) {
   uint32_t held = held_alive(world.l, KEY);
   expect(held == (out[0].status == FSHM_ALLOWED), out, "held");
-  expect(lease_exhaust() == max_u64(lease_now(false).allowance, held), out, "what is allowed");
+  expect(lease_exhaust() == max_u64(lease_now(false).leased, held), out, "what is allowed");
 }
 
 static void verify_release(const outcome_t out[2]) {
@@ -220,7 +220,7 @@ static void verify_moving_several(const outcome_t out[2]) {
 
 #define PAIR(a, b, check) .run = {(a), (b)}, .verify = (check)
 #define START(title, ...) \
-  .start = {.name = (title), .make = start_meters, .op = FSHM_ACQUIRE, .cost = 1, __VA_ARGS__}
+  .start = {.name = (title), .make = start_rate_limits, .op = FSHM_ACQUIRE, .cost = 1, __VA_ARGS__}
 #define PERMIT_START(title, ...) .start = {.name = (title), .make = start_permits, __VA_ARGS__}
 #define LEASE_START(title, ...) \
   .start = {.name = (title), .make = start_leases, .capacity = 8, ONE(PERMITS(4)), __VA_ARGS__}
@@ -248,15 +248,15 @@ static const pair_of_operations_t pairs[] = {
     {START("pair-same-key-claimed-high", ONE(WINDOW(1)), .flags = PENDING_HIGH), SAME_KEY},
     {START("pair-same-key-claimed-twice", ONE(WINDOW(1)), .flags = PENDING_LOW | PENDING_HIGH),
      SAME_KEY},
-    {START("pair-same-key-one-cell", ONE(WINDOW(1)), .flags = CROWDED | ONE_LEFT), SAME_KEY},
+    {START("pair-same-key-one-slot", ONE(WINDOW(1)), .flags = CROWDED | ONE_LEFT), SAME_KEY},
     {START("pair-same-key-stale", ONE(WINDOW(1)), .flags = STALE), SAME_KEY},
     {START("pair-same-key-exists", ONE(BUCKET(5)), .prior = 4), SAME_KEY},
     {START("pair-same-key-room", ONE(BUCKET(5)), .prior = 1),
      PAIR(run_apply, run_apply, verify_both_charged)},
     /* two keys */
-    {START("pair-two-keys-one-cell", ONE(WINDOW(1)), .flags = CROWDED | ONE_LEFT),
-     TWO_KEYS(verify_one_cell)},
-    /* one finds no room, the other finds some: what is charged to the counter is known in the cell */
+    {START("pair-two-keys-one-slot", ONE(WINDOW(1)), .flags = CROWDED | ONE_LEFT),
+     TWO_KEYS(verify_one_slot)},
+    /* one finds no room, the other finds some: what is charged to the counter is known in the slot */
     {START("pair-shared-leave", ONE(WINDOW(1)),
            .flags = TENANT_FIRST | STAGGERED | CROWDED | SHARING),
      SAME_KEY},
@@ -264,15 +264,15 @@ static const pair_of_operations_t pairs[] = {
            .flags = TENANT_FIRST | STAGGERED | CROWDED | SHARING),
      SAME_KEY},
     {START("pair-shared-both", ONE(BUCKET(1)), .flags = CROWDED | SHARING), SAME_KEY},
-    {START("pair-two-keys-two-cells", ONE(WINDOW(1)), .flags = CROWDED | TWO_LEFT),
+    {START("pair-two-keys-two-slots", ONE(WINDOW(1)), .flags = CROWDED | TWO_LEFT),
      TWO_KEYS(verify_both)},
     {START("pair-two-keys-tenant", ONE(WINDOW(1)), .flags = TENANT_FIRST | STAGGERED | CROWDED),
-     TWO_KEYS(verify_own_cell)},
+     TWO_KEYS(verify_own_slot)},
     {START("pair-two-keys-own-expired", ONE(WINDOW(1)), .prior = 1, .flags = EXPIRED | CROWDED),
-     TWO_KEYS(verify_own_cell)},
+     TWO_KEYS(verify_own_slot)},
     {START("pair-two-keys-own-expiring", ONE(WINDOW(1)), .prior = 1,
            .flags = EXPIRING | STAGGERED | CROWDED),
-     TWO_KEYS(verify_own_cell)},
+     TWO_KEYS(verify_own_slot)},
     /* several limits */
     {START("pair-multi", .limits = {BUCKET(5), WINDOW(3)}, .count = 2, .prior = 2),
      PAIR(run_apply, run_apply, verify_last_of_several)},

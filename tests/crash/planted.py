@@ -46,21 +46,21 @@ PUT_OF_ALL = (
 )
 LEARN = "limiter_change(l, key, key_length, now, change_learn, &known, NULL, &at);\n"
 REFUSE = "limiter_change(refused, key, key_length, now, change_refuse, &refusal, NULL, &at);\n"
-FILL = "      if (slots[i] < 0) fill_slot(e, (unsigned)mine[i], &rules[i], version);\n"
+FILL = "      if (indexes[i] < 0) fill_rule(e, (unsigned)mine[i], &rules[i], version);\n"
 NOT_OURS = (
     "    for (uint32_t i = 0; i < count; i++)\n"
-    "      if (slots[i] < 0) mine[i] = -1;\n"
+    "      if (indexes[i] < 0) mine[i] = -1;\n"
     "    if (!ok) continue;\n"
 )
 
 FAULTS = [
     Fault(
         "a counter beside the permits",
-        "permits/lease.c",
+        "permits/semaphore.c",
         (
             (
                 "  for (int pass = 0; pass < 2; pass++) { /* the second asks who is dead */\n",
-                "  _Atomic uint32_t *counter = &h->s->header->bells[255];\n"
+                "  _Atomic uint32_t *counter = &h->s->header->wakeups[255];\n"
                 "  if (atomic_fetch_add(counter, 1) >= n) {\n"
                 "    (void)atomic_fetch_sub(counter, 1);\n"
                 "    *held = n;\n"
@@ -71,7 +71,7 @@ FAULTS = [
             (
                 "  if (!give_back(&h, p)) return 0;\n",
                 "  if (!give_back(&h, p)) return 0;\n"
-                "  (void)atomic_fetch_sub(&h.s->header->bells[255], 1);\n",
+                "  (void)atomic_fetch_sub(&h.s->header->wakeups[255], 1);\n",
             ),
         ),
         "permit-free",
@@ -79,8 +79,8 @@ FAULTS = [
     ),
     Fault(
         "a claim without its second look",
-        "core/cells.c",
-        (("      if (cell + k == mine.cell) continue;\n", "      continue;\n"),),
+        "core/hash_table.c",
+        (("      if (slot + k == mine.slot) continue;\n", "      continue;\n"),),
         "pair-same-key-tenant",
         "one token: they are answered 1 and 1",
     ),
@@ -89,10 +89,10 @@ FAULTS = [
         "limits/limiter.c",
         (
             (
-                "    return pair_cas(&c->s->cells[f->cell], &seen, to) ? CLAIMED : CLAIM_LOST;\n",
-                "    while (atomic_exchange(&c->s->header->bells[255], 1)) continue;\n"
-                "    bool done = pair_cas(&c->s->cells[f->cell], &seen, to);\n"
-                "    atomic_store(&c->s->header->bells[255], 0);\n"
+                "    return pair_cas(&c->s->slots[f->slot], &seen, to) ? CLAIMED : CLAIM_LOST;\n",
+                "    while (atomic_exchange(&c->s->header->wakeups[255], 1)) continue;\n"
+                "    bool done = pair_cas(&c->s->slots[f->slot], &seen, to);\n"
+                "    atomic_store(&c->s->header->wakeups[255], 0);\n"
                 "    return done ? CLAIMED : CLAIM_LOST;\n",
             ),
         ),
@@ -124,8 +124,8 @@ FAULTS = [
         "core/process.c",
         (
             (
-                "atomic_fetch_add(&p->generation, 1) + 1",
-                "atomic_load(&p->generation)",
+                "atomic_fetch_add(&p->incarnation, 1) + 1",
+                "atomic_load(&p->incarnation)",
             ),
         ),
         "join-after-holder",
@@ -133,11 +133,11 @@ FAULTS = [
     ),
     Fault(
         "a confirmation that does not compare the ticket",
-        "core/cells.c",
+        "core/hash_table.c",
         (
             (
                 "  expect = mine.pair;\n  pair_t confirmed",
-                "  expect = pair_load(&s->cells[mine.cell]);\n"
+                "  expect = pair_load(&s->slots[mine.slot]);\n"
                 "  if (expect.who != mine.pair.who) return CLAIM_LOST;\n"
                 "  pair_t confirmed",
             ),
@@ -150,7 +150,7 @@ FAULTS = [
         "limits/limiter.c",
         (
             (
-                "if (pair_cas(&c->s->cells[f.cell], &seen, f.pair)) break;",
+                "if (pair_cas(&c->s->slots[f.slot], &seen, f.pair)) break;",
                 "f.pair.who = seen.who;\n    break;",
             ),
         ),
@@ -160,14 +160,14 @@ FAULTS = [
     Fault(
         "a shared counter is charged without a look for the key's cell",
         "limits/limiter.c",
-        (("if (cells_has(c->s, c->hash, fingerprint(c, i))) return CLAIM_LOST;", ""),),
+        (("if (table_has(c->s, c->hash, fingerprint(c, i))) return CLAIM_LOST;", ""),),
         "pair-shared-leave",
         "one token: they are answered 1 and 1",
     ),
     Fault(
         "no second look at a table full of dead permits",
-        "permits/lease.c",
-        (("return any || cells_room(s, hash, who, now);", "return any;"),),
+        "permits/semaphore.c",
+        (("return any || table_room(s, hash, who, now);", "return any;"),),
         "insert-over-dead-permits",
         "1 were admitted, not 2",
     ),
@@ -206,14 +206,14 @@ FAULTS = [
     Fault(
         "who owns a slot counts as the owner of what it held before",
         "core/process.c",
-        (("ALIVE(slot)) && !has_ended(", "OWNED(slot)) && !has_ended("),),
+        (("ALIVE(process)) && !has_ended(", "OWNED(process)) && !has_ended("),),
         "join-after-holder",
         "T is stopped, and 0 can be taken, not 2",
     ),
     Fault(
         "a leader that is not asked whether it lives",
         "core/process.c",
-        (("word && process_alive(s, slot) ? slot", "word ? slot"),),
+        (("word && process_alive(s, process) ? process", "word ? slot"),),
         "lead-after-dead",
         "somebody leads at the beginning",
     ),
@@ -233,7 +233,7 @@ FAULTS = [
     ),
     Fault(
         "a release that does not compare the owner",
-        "permits/lease.c",
+        "permits/semaphore.c",
         (
             (
                 "&h.identity) || (p->when & IDENTITY_MASK) != h.identity) return 0;\n"
@@ -249,8 +249,8 @@ FAULTS = [
         "limits/limiter.c",
         (
             (
-                "  out->version = CURRENT_VERSION(c->plan.current);\n",
-                "  out->version = CURRENT_VERSION(c->plan.current);\n"
+                "  out->version = CURRENT_VERSION(c->snapshot.current);\n",
+                "  out->version = CURRENT_VERSION(c->snapshot.current);\n"
                 "  if (fshm_clock() >> 8 & 1)\n"
                 '    __asm__ volatile(".rept 100\\nnop\\n.endr");\n'
                 "  else\n"
@@ -262,7 +262,7 @@ FAULTS = [
     ),
     Fault(
         "a slot that is taken before the head knows it",
-        "limits/moving.c",
+        "limits/moving_window.c",
         (
             (
                 "  int status = head_put(m, h, turn_after(m, h->turn, ahead[1]));\n",
@@ -280,21 +280,21 @@ FAULTS = [
     ),
     Fault(
         "tokens of a hit that failed are kept",
-        "limits/moving.c",
+        "limits/moving_window.c",
         (("    if (status != FSHM_ALLOWED) return_tokens(m, tokens, count);\n", ""),),
         "pair-moving-several",
         "tokens",
     ),
     Fault(
         "a token is put over whatever the slot holds",
-        "limits/moving.c",
+        "limits/moving_window.c",
         (
             (
-                "  slot_claim_t first = {m, slot, token_state(m, m->k.now), left};\n",
+                "  token_claim_t first = {m, position, token_state(m, m->k.now), left};\n",
                 "  found_t now;\n"
-                "  (void)slot_look(m, slot, &now);\n"
+                "  (void)position_look(m, position, &now);\n"
                 "  if (now.pair.who) *f = now;\n"
-                "  slot_claim_t first = {m, slot, token_state(m, m->k.now), left};\n",
+                "  token_claim_t first = {m, position, token_state(m, m->k.now), left};\n",
             ),
         ),
         "pair-moving-only",
@@ -302,12 +302,12 @@ FAULTS = [
     ),
     Fault(
         "a clear that forgets the head first",
-        "limits/moving.c",
+        "limits/moving_window.c",
         (
             (
                 "  head_t h = head_look(&m);\n  for",
                 "  head_t h = head_look(&m);\n"
-                "  if (h.cell.pair.who) cells_clear(m.k.s, h.cell.cell, h.cell.pair.who);\n  for",
+                "  if (h.slot.pair.who) table_clear(m.k.s, h.slot.slot, h.slot.pair.who);\n  for",
             ),
         ),
         "moving-clear",
@@ -319,32 +319,32 @@ FAULTS = [
         (
             (
                 PUT_OF_ALL,
-                "      cells_find(c.s, c.hash, fingerprint(&c, i), &found.cell);\n" + PUT_OF_ALL,
+                "      table_find(c.s, c.hash, fingerprint(&c, i), &found.slot);\n" + PUT_OF_ALL,
             ),
         ),
-        "wallet-put",
+        "token-lease-put",
         "are left after both",
     ),
     Fault(
         "what is taken out is left as well",
-        "leasing/wallet.c",
-        (("  return state - wallet_left(state, now);\n", "  (void)now;\n  return state;\n"),),
-        "wallet-take",
+        "leasing/token_lease.c",
+        (("  return state - token_lease_left(state, now);\n", "  (void)now;\n  return state;\n"),),
+        "token-lease-take",
         "are left",
     ),
     Fault(
         "a slot beyond what was lowered stands, since few are held",
-        "permits/lease.c",
-        (("    if (slot >= most) return false;\n", ""),),
+        "permits/semaphore.c",
+        (("    if (number >= most) return false;\n", ""),),
         "pair-lease-shrink",
         "more than is allowed",
     ),
     Fault(
         "slots are not looked at before an allowance is clean again",
-        "leasing/allowance.c",
+        "leasing/permit_lease.c",
         (
             (
-                "  return lease_count(permits, key, length, allowance) == 0;\n",
+                "  return semaphore_count(permits, key, length, leased) == 0;\n",
                 "  (void)permits, (void)key, (void)length;\n  return true;\n",
             ),
         ),
@@ -353,19 +353,19 @@ FAULTS = [
     ),
     Fault(
         "what is taken without a grant is forgotten by the next",
-        "leasing/allowance.c",
-        (("  if (!allowance_clean(word) && !before) return false;", "  "),),
+        "leasing/permit_lease.c",
+        (("if (!permit_lease_clean(word) && !before)", "if (false)"),),
         "pair-lease-alone",
         "what is allowed",
     ),
     Fault(
         "a spin lock around what the grantor told",
-        "leasing/wallet.c",
+        "leasing/token_lease.c",
         (
             (
                 "  return " + LEARN,
-                "  while (atomic_exchange(&l->segment->header->bells[255], 1)) continue;\n"
-                "  int status = " + LEARN + "  atomic_store(&l->segment->header->bells[255], 0);\n"
+                "  while (atomic_exchange(&l->segment->header->wakeups[255], 1)) continue;\n"
+                "  int status = " + LEARN + "  atomic_store(&l->segment->header->wakeups[255], 0);\n"
                 "  return status;\n",
             ),
         ),
@@ -374,7 +374,7 @@ FAULTS = [
     ),
     Fault(
         "a refusal that is forgotten before it is written",
-        "leasing/wallet.c",
+        "leasing/token_lease.c",
         (
             (
                 "  return " + REFUSE,
@@ -389,7 +389,7 @@ FAULTS = [
     ),
     Fault(
         "a sum of a metric that is not added at once",
-        "stats/metric.c",
+        "stats/histogram.c",
         (
             (
                 "  (void)add_relaxed(&h->sum, ns * weight);\n",
@@ -401,7 +401,7 @@ FAULTS = [
     ),
     Fault(
         "no cooldown is ever set",
-        "stats/route.c",
+        "stats/deployments.c",
         (("  if (cooldown_ns && failures_of(next) > allowed_fails) {", "  if (false) {"),),
         "deployment-record-failure",
         "cools down for 0 ns",
@@ -424,11 +424,11 @@ FAULTS = [
     ),
     Fault(
         "a slot beyond the present limit stands uncounted",
-        "permits/lease.c",
+        "permits/semaphore.c",
         (
             (
-                "    if (unlikely(slot >= plan->permits && !said)) {\n",
-                "    if (unlikely(slot > MAX_PERMITS && !said)) {\n",
+                "    if (unlikely(number >= snapshot->permits && !said)) {\n",
+                "    if (unlikely(number > MAX_PERMITS && !said)) {\n",
             ),
         ),
         "change-permits-beyond",
@@ -439,7 +439,7 @@ FAULTS = [
         "limits/limiter.c",
         (
             (
-                "  return unlikely(entry_current(c->s, c->index) != c->plan.current);\n",
+                "  return unlikely(entry_current(c->s, c->index) != c->snapshot.current);\n",
                 "  (void)c;\n  return false;\n",
             ),
         ),
@@ -475,8 +475,8 @@ FAULTS = [
         "limits/limits.c",
         (
             (
-                "if (named >> slot & 1 || w->labels[slot]) continue;",
-                "if (named >> slot & 1) continue;",
+                "if (named >> rule_index & 1 || w->labels[rule_index]) continue;",
+                "if (named >> rule_index & 1) continue;",
             ),
         ),
         "change-sweeps",
@@ -485,14 +485,14 @@ FAULTS = [
     Fault(
         "a sweep by the limits that it began with",
         "limits/limits.c",
-        (("    if (entry_current(w->s, w->index) != w->plan.current) {\n", "    if (false) {\n"),),
+        (("    if (entry_current(w->s, w->index) != w->snapshot.current) {\n", "    if (false) {\n"),),
         "change-sweeps",
         "slot is free",
     ),
     Fault(
         "a rule that takes another's cells does not count as in use",
         "limits/limits.c",
-        (("    if (owner < later &&\n", "    if (!later &&\n"),),
+        (("if (owner < later &&", "if (!later &&"),),
         "change-sweeps-none-fits",
         "key 0",
     ),
@@ -503,8 +503,8 @@ FAULTS = [
             (
                 NOT_OURS,
                 NOT_OURS.replace(
-                    "      if (slots[i] < 0) mine[i] = -1;\n",
-                    "      if (slots[i] < 0) {\n"
+                    "      if (indexes[i] < 0) mine[i] = -1;\n",
+                    "      if (indexes[i] < 0) {\n"
                     "        uint64_t filled = RULE_USED | version;\n"
                     "        if (ok || !atomic_compare_exchange_strong(\n"
                     "                &e->owners[mine[i]], &filled,\n"
@@ -519,11 +519,11 @@ FAULTS = [
     ),
     Fault(
         "a token of a moving window is given back under another name",
-        "limits/moving.c",
+        "limits/moving_window.c",
         (
             (
-                "    pair_t mine = {token_who(m, tokens[i].slot), tokens[i].state}",
-                "    pair_t mine = {slot_who(m->k.who, tokens[i].slot), tokens[i].state}",
+                "    pair_t mine = {token_who(m, tokens[i].position), tokens[i].state}",
+                "    pair_t mine = {nth_who(m->k.who, tokens[i].position), tokens[i].state}",
             ),
         ),
         "moving-several-again",

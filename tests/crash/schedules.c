@@ -20,7 +20,7 @@ static void traced_role(void) {
   world = world_at_start;
   world.l = &mine;
   if (op->flags & STAGGERED) world.now = NOW + CLOCKS_DIFFER + 10000 - 20000 * (uint64_t)role;
-  (void)process_slot(world.s);
+  (void)process_index(world.s);
   if (role == 0 && op->prepare) op->prepare();
   outcome_t *out = &answers[role];
   void (*run)(outcome_t *) = both->run[role];
@@ -81,7 +81,7 @@ static void preempt_second(int first) {
     finishing_first = a;
     finishing_second = b;
     in_time(finish_in_time);
-    tally->schedules++;
+    totals->schedules++;
     if (position.failed && (a->lost || b->lost || !a->at_end || !b->at_end)) return;
     put_segment(paused_both);
     answers[1 - first] = answer;

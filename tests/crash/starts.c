@@ -11,30 +11,30 @@ static fshm_limiter *named(const char *name, const fshm_limit *limits, uint32_t 
 static void die_after(void (*task)(void)) {
   pid_t pid = fork();
   if (!pid) {
-    (void)process_slot(world.s);
+    (void)process_index(world.s);
     task();
     _exit(0);
   }
   (void)waitpid(pid, NULL, 0);
 }
 
-static void plant(uint64_t cell, uint64_t who) {
+static void plant(uint64_t slot, uint64_t who) {
   pair_t empty = {0, 0}, pending = {who, PENDING(fshm_unique(world.s))};
-  (void)pair_cas(&world.s->cells[cell], &empty, pending);
+  (void)pair_cas(&world.s->slots[slot], &empty, pending);
 }
 
 static uint64_t who_of_key(uint32_t i) {
   call_t c;
-  if (!limits_load(world.s, world.l->index, &c.plan)) abort();
+  if (!limits_load(world.s, world.l->index, &c.snapshot)) abort();
   begin(&c, world.l, KEY, strlen(KEY), NOW);
   return fingerprint(&c, i);
 }
 
-/* Fill what is empty, but for the last `leave` cells. */
+/* Fill what is empty, but for the last `leave` slots. */
 static void fill_rest(uint64_t leave) {
   char key[16];
-  for (uint64_t i = 0; i + leave < world.s->cell_count; i++) {
-    if (load_relaxed(&world.s->cells[i].who)) continue;
+  for (uint64_t i = 0; i + leave < world.s->slot_count; i++) {
+    if (load_relaxed(&world.s->slots[i].who)) continue;
     (void)snprintf(key, sizeof key, "rest-%d", (int)i);
     if (op->flags & STALE)
       plant(i, fshm_siphash(1, 2, key, strlen(key)));
@@ -51,9 +51,9 @@ static void open_segment(void) {
     exit(1);
   }
   world.s->secret[0] =
-      11; /* each key in the same cells in every run: --at finds the same boundary */
+      11; /* each key in the same slots in every run: --at finds the same boundary */
   world.s->secret[1] = 22;
-  (void)process_slot(world.s);
+  (void)process_index(world.s);
   tracee_mapping(world.s->map, world.s->size);
   const fshm_limit plenty = {1000, PER, 1000, FSHM_WINDOW, 0};
   world.others = fresh_limiter(world.s, "others", &plenty, 1);
@@ -73,7 +73,7 @@ static void take_dead_permits(void) {
 }
 
 /* A limiter with op->limits; the key has consumed op->prior; another key lives beside it. */
-static void start_meters(void) {
+static void start_rate_limits(void) {
   open_segment();
   world.now = op->flags & REAL_TIME ? 0 : NOW;
   world.l = named("limits", op->limits, op->count);
@@ -81,9 +81,9 @@ static void start_meters(void) {
   /* Windows that are aligned to the wall clock begin when those of segment time do. */
   if (op->side) world.s->created_realtime_ns = 100 * PER;
   if (op->flags & PENDING_LOW) plant(0, who_of_key(0));
-  if (op->flags & PENDING_HIGH) plant(world.s->cell_count - 1, who_of_key(0));
+  if (op->flags & PENDING_HIGH) plant(world.s->slot_count - 1, who_of_key(0));
   if (op->flags & TENANT_FIRST) (void)apply_at(world.others, FSHM_ACQUIRE, "old", 1, NOW - PER);
-  bool old = op->flags & (EXPIRED | EXPIRING); /* last: else another key would have the cell */
+  bool old = op->flags & (EXPIRED | EXPIRING); /* last: else another key would have the slot */
   if (op->prior && !old && !(op->flags & SHARING)) (void)consume(op->prior, world.now);
   (void)apply_at(world.others, FSHM_ACQUIRE, "beside", 1, world.now);
   if (op->flags & (TENANTS | STALE | CROWDED))
@@ -111,7 +111,7 @@ static void start_moving(void) {
   world.now = NOW;
   world.l = named("moving", op->limits, op->count);
   if (op->flags & PENDING_LOW)
-    plant(0, side_who(slot_who(side_of(world.l, KEY).who, 0), world.l->index));
+    plant(0, side_who(nth_who(side_of(world.l, KEY).who, 0), world.l->index));
   for (uint32_t i = 0; i < op->prior; i++)
     fshm_moving(world.l, KEY, strlen(KEY), &op->limits[0], 1,
                 op->flags & EXPIRED ? LONG_AGO : NOW - PER / 2, &hit);
@@ -121,13 +121,13 @@ static void start_moving(void) {
 
 /* What a host was granted: op->prior tokens of each limit. */
 static void grant(uint64_t tokens, uint64_t now) {
-  fshm_lease leases[FSHM_MAX_LIMITS];
+  fshm_token_lease leases[FSHM_MAX_LIMITS];
   for (uint32_t i = 0; i < FSHM_MAX_LIMITS; i++)
-    leases[i] = (fshm_lease){tokens, UINT64_MAX, now + PER};
-  if (fshm_wallet_put(world.l, KEY, strlen(KEY), leases, now) != FSHM_OK)
+    leases[i] = (fshm_token_lease){tokens, UINT64_MAX, now + PER};
+  if (fshm_token_lease_put(world.l, KEY, strlen(KEY), leases, now) != FSHM_OK)
     broken("nothing can be granted");
 }
-static void start_wallet(void) {
+static void start_token_lease(void) {
   open_segment();
   world.now = NOW;
   world.l = named("wallet", op->limits, op->count);
@@ -139,7 +139,7 @@ static void start_wallet(void) {
                    left[FSHM_MAX_LIMITS] = {PER / 2};
     world.refused = named("refused", op->limits, 1);
     world.known = named("known", &limit, 1);
-    if (fshm_wallet_refuse(world.refused, KEY, strlen(KEY), costs, PER, NOW) != FSHM_OK ||
+    if (fshm_token_lease_refuse(world.refused, KEY, strlen(KEY), costs, PER, NOW) != FSHM_OK ||
         fshm_learn(world.known, KEY, strlen(KEY), used, left, NOW) != FSHM_OK)
       broken("nothing can be refused");
   }
@@ -149,16 +149,16 @@ static void start_wallet(void) {
 
 /* The process will join slot: what dead processes hold, the last owner of that slot held. */
 static void make_predecessor(pid_t pid) {
-  uint64_t slot = (uint32_t)pid * 2654435761u % PROCESSES, mine = process_slot(world.s);
-  const uint64_t generation = op->flags & COMES_ROUND_NEXT ? 0x3ffff : 7;
-  slot = slot == mine ? (slot + 1) % PROCESSES : slot;
-  for (uint64_t i = 0; i < world.s->cell_count; i++) {
-    pair_t seen = pair_load(&world.s->cells[i]), next = seen;
+  uint64_t process = (uint32_t)pid * 2654435761u % PROCESSES, mine = process_index(world.s);
+  const uint64_t incarnation = op->flags & COMES_ROUND_NEXT ? 0x3ffff : 7;
+  process = process == mine ? (process + 1) % PROCESSES : process;
+  for (uint64_t i = 0; i < world.s->slot_count; i++) {
+    pair_t seen = pair_load(&world.s->slots[i]), next = seen;
     if (!IS_PERMIT(seen.when) || OWNER_OF(seen.when) == mine) continue;
-    next.when = (seen.when & ~IDENTITY_MASK) | slot << 36 | generation << 18;
-    (void)pair_cas(&world.s->cells[i], &seen, next);
+    next.when = (seen.when & ~IDENTITY_MASK) | process << 36 | incarnation << 18;
+    (void)pair_cas(&world.s->slots[i], &seen, next);
   }
-  store_relaxed(&world.s->processes[slot].generation, generation);
+  store_relaxed(&world.s->processes[process].incarnation, incarnation);
 }
 
 /* A limiter of permits, op->limits; S holds op->prior, op->dead are dead processes'. Then the limits become
@@ -180,7 +180,7 @@ static void start_permits(void) {
       (void)fshm_permit_release(world.l, &permits[i]);
     if (op->prior) world.permit = permits[from ? op->prior - 1 : n - 1];
   }
-  if (op->flags & ARMED) (void)fshm_bell_arm(world.l, KEY, strlen(KEY));
+  if (op->flags & ARMED) (void)fshm_wakeup_arm(world.l, KEY, strlen(KEY));
   if (op->flags & (TENANTS | STALE | CROWDED)) fill_rest(0);
   if (op->flags & MOST_BEHIND)
     store_relaxed(&world.s->limiters[world.l->index].most,
@@ -198,11 +198,11 @@ static void start_pool(void) {
 }
 
 /* A process took the spare slots of the entry, to write rules there, and died. */
-static void own_spare_slots(void) {
+static void own_spare_rules(void) {
   limiter_entry_t *e = &world.s->limiters[world.l->index];
-  const uint64_t generation = world.s->fork_page->generation;
-  const uint64_t owner = (generation << 16 | (process_slot(world.s) + 1)) & ~RULE_USED;
-  while (take_slot(world.s, e, owner) >= 0) continue;
+  const uint64_t incarnation = world.s->fork_page->incarnation;
+  const uint64_t owner = (incarnation << 16 | (process_index(world.s) + 1)) & ~RULE_USED;
+  while (take_rule(world.s, e, owner) >= 0) continue;
 }
 
 /* A name with op->limits, or none where there are none. */
@@ -213,5 +213,5 @@ static void start_names(void) {
   if (!op->count) return;
   world.l = named("names", op->limits, op->count);
   if (op->prior) (void)apply_at(world.l, FSHM_ACQUIRE, KEY, op->prior, NOW);
-  if (op->flags & DEAD_OWNERS) die_after(own_spare_slots);
+  if (op->flags & DEAD_OWNERS) die_after(own_spare_rules);
 }

@@ -13,7 +13,7 @@ static world_t world, world_at_start;
 static const operation_t *op;
 static outcome_t *told; /* T's answer, in shared memory */
 static options_t options;
-static tally_t *tally;
+static totals_t *totals;
 static position_t position;
 
 /* By a system call: one instruction, where the kernel's code in user space takes a path now and another
@@ -61,7 +61,7 @@ __attribute__((format(printf, 1, 2))) static void broken(const char *format, ...
   va_list arguments;
   if (position.failed) return;
   position.failed = true;
-  if (tally->failures++ >= MOST_REPORTS) return;
+  if (totals->failures++ >= MOST_REPORTS) return;
   va_start(arguments, format);
   (void)vsnprintf(what, sizeof what, format, arguments);
   va_end(arguments);
@@ -79,7 +79,7 @@ __attribute__((format(printf, 1, 2))) static void broken(const char *format, ...
 }
 
 static bool hung; /* one that hangs is enough */
-static bool given_up(void) { return hung || tally->failures >= MOST_REPORTS; }
+static bool given_up(void) { return hung || totals->failures >= MOST_REPORTS; }
 
 /* deadlines ------------------------------------------------------------------------------------ */
 
@@ -157,9 +157,9 @@ static uint64_t now_or_clock(void) { return world.now ? world.now : fshm_now(wor
 /* A key whose limit comes with its calls. */
 static keyed_t side_of(const fshm_limiter *l, const char *key) {
   keyed_t k = {0};
-  plan_t plan;
-  if (!limits_load(world.s, l->index, &plan) ||
-      keyed_begin(&k, l, plan.rules[0].kind, key, strlen(key), now_or_clock()) != FSHM_OK)
+  snapshot_t snapshot;
+  if (!limits_load(world.s, l->index, &snapshot) ||
+      keyed_begin(&k, l, snapshot.rules[0].kind, key, strlen(key), now_or_clock()) != FSHM_OK)
     broken("the limits of the name cannot be read");
   return k;
 }
@@ -172,7 +172,7 @@ static levels_t levels_of_side(void) {
   found_t f;
   const keyed_t k = side_of(world.l, KEY);
   levels_t out = {.count = 1, .remaining = {op->limits[0].n - count_side(0, k.now).count}};
-  cells_find(world.s, k.hash, k.who, &f);
+  table_find(world.s, k.hash, k.who, &f);
   if (f.pair.who && state_expires(f.pair.when) > k.now) out.state[0] = f.pair.when;
   return out;
 }
@@ -182,14 +182,14 @@ static levels_t levels_of(fshm_limiter *l, const char *key) {
   call_t c;
   found_t f;
   if (op->side) return levels_of_side();
-  if (!limits_load(l->segment, l->index, &c.plan)) {
+  if (!limits_load(l->segment, l->index, &c.snapshot)) {
     broken("the limits of the name cannot be read");
     return out;
   }
   begin(&c, l, key, strlen(key), now_or_clock());
   out.count = (uint32_t)fshm_remaining(l, key, strlen(key), c.now, out.remaining);
-  for (uint32_t i = 0; i < c.plan.count; i++) {
-    cells_find(c.s, c.hash, fingerprint(&c, i), &f);
+  for (uint32_t i = 0; i < c.snapshot.count; i++) {
+    table_find(c.s, c.hash, fingerprint(&c, i), &f);
     if (f.pair.who && state_expires(f.pair.when) > c.now) out.state[i] = f.pair.when;
   }
   return out;

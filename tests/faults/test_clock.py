@@ -16,7 +16,7 @@ from fast_litellm_shm._shared.native import ffi, lib
 
 SECOND = 10**9
 YEAR = 365 * 86400 * SECOND
-END = 2**57 - 1  # where segment time saturates (csrc/limits/meter.h)
+END = 2**57 - 1  # where segment time saturates (csrc/limits/algorithms.h)
 KINDS: list[Any] = [Window(5, 60), Limit(5, 60), SlidingWindow(5, 60)]
 
 

@@ -15,7 +15,13 @@
   } while (0)
 
 #define LIMITERS 6
-enum { WALLETS, REFUSED, ALLOWANCES, METERS, GRANTED }; /* limiters for limits over many hosts */
+enum {
+  TOKEN_LEASES,
+  REFUSED,
+  PERMIT_LEASES,
+  RATE_LIMITS,
+  GRANTED
+}; /* limiters for limits over many hosts */
 #define PERMITS 4
 
 static const char *const limiter_names[LIMITERS] = {"bucket", "window", "sliding",
@@ -114,7 +120,7 @@ static void use_permits(user_t *u, unsigned which, const char *key, const uint64
   }
   fshm_admit(l, key, 1, costs, now, p, &d, &in_flight);
   check_decision(u, &d);
-  MUST(in_flight <= MAX_PERMITS && p->held == (p->held != 0) && p->cell < u->s->cell_count);
+  MUST(in_flight <= MAX_PERMITS && p->held == (p->held != 0) && p->slot < u->s->slot_count);
   *owner = which;
 }
 
@@ -133,7 +139,7 @@ static void use_counted(user_t *u, fshm_limiter *l, const char *key, uint64_t co
   MUST(out.left_ns >= 0 && !out.unused);
   if (what & 2) MUST(out.count <= FSHM_MAX_MOVING);
   if (what & 8) check_status(u, fshm_moving_clear(l, key, 1));
-  if (what & 16) MUST(fshm_live_keys(l, now) <= u->s->cell_count);
+  if (what & 16) MUST(fshm_live_keys(l, now) <= u->s->slot_count);
 }
 
 static void look_in(user_t *u, uint64_t at) {
@@ -147,25 +153,25 @@ static void look_in(user_t *u, uint64_t at) {
     char bytes[256];
     uint64_t after;
   } name = {"", FENCE};
-  uint64_t cell = at < s->cell_count || at == UINT64_MAX ? at : at % s->cell_count, length;
+  uint64_t slot = at < s->slot_count || at == UINT64_MAX ? at : at % s->slot_count, length;
   int status = fshm_limiter_at(s, (uint32_t)at, &limiter);
   MUST(status == FSHM_OK || !status || status == FSHM_E_ARGUMENT || status == FSHM_E_DAMAGED);
   MUST(limiter.name_length <= sizeof limiter.name && limiter.limits_count <= FSHM_MAX_LIMITS);
-  MUST(limiter.tally <= FSHM_TALLIES);
+  MUST(limiter.counters <= FSHM_COUNTERS);
   uint64_t largest;
   for (uint32_t i = 0; i < limiter.limits_count; i++) /* or Python could not show it */
     MUST(fshm_limit_check(&limiter.limits[i], &largest) == FSHM_OK);
   status = fshm_process_at(s, (uint32_t)at, &process);
   MUST(status == FSHM_OK || status == FSHM_E_ARGUMENT);
-  status = fshm_permit_at(s, cell, &permit);
+  status = fshm_permit_at(s, slot, &permit);
   MUST(status == 0 || status == 1);
   MUST(permit.limiter == UINT32_MAX || permit.limiter < s->limiter_count);
-  if (fshm_key_name(s, cell, name.bytes, sizeof name.bytes, &length)) MUST(length <= 201);
-  if (fshm_key_name(s, cell, name.bytes, 8, &length)) MUST(length <= 8 || length == 201);
+  if (fshm_key_name(s, slot, name.bytes, sizeof name.bytes, &length)) MUST(length <= 201);
+  if (fshm_key_name(s, slot, name.bytes, 8, &length)) MUST(length <= 8 || length == 201);
   MUST(name.after == FENCE);
-  if (fshm_peek_cell(s, cell, at, &d) == FSHM_OK) check_decision(u, &d);
+  if (fshm_peek_slot(s, slot, at, &d) == FSHM_OK) check_decision(u, &d);
   const uint64_t numbers[FSHM_MAX_LIMITS] = {1 + at % 5, at & 1, 1, at & 2};
-  if (fshm_peek_numbered(s, cell, numbers, at, &d) == FSHM_OK) check_decision(u, &d);
+  if (fshm_peek_numbered(s, slot, numbers, at, &d) == FSHM_OK) check_decision(u, &d);
   fshm_limiter *numbered;
   const char *of = limiter_names[at % LIMITERS];
   if (fshm_limiter_find(s, of, strlen(of), &numbered) == FSHM_OK) {
@@ -177,39 +183,39 @@ static void look_in(user_t *u, uint64_t at) {
   }
   const fshm_limit counted = {1 + at % 50, UINT64_C(1) << (10 + at % 30), 0,
                               at & 1 ? FSHM_WINDOW : FSHM_SLIDING, 0};
-  if (fshm_peek_counted(s, cell, &counted, at & 1 && at & 2, at, &d) == FSHM_OK)
+  if (fshm_peek_counted(s, slot, &counted, at & 1 && at & 2, at, &d) == FSHM_OK)
     check_decision(u, &d);
   fshm_describe(s, &g);
-  MUST(g.size == s->size && g.capacity && g.cells == s->cell_count);
+  MUST(g.size == s->size && g.capacity && g.slots == s->slot_count);
 }
 
 static void look_at_all(user_t *u) {
   fshm_segment *s = u->s;
   uint64_t index;
-  uint8_t *live = malloc(s->cell_count);
+  uint8_t *live = malloc(s->slot_count);
   MUST(live);
-  MUST(fshm_live_cells(s, live, 0) <= s->cell_count);
+  MUST(fshm_live_slots(s, live, 0) <= s->slot_count);
   free(live);
   struct {
-    fshm_tally all[FSHM_TALLIES];
+    fshm_counters all[FSHM_COUNTERS];
     fshm_permit_info permits[2];
     uint64_t octaves[FSHM_OCTAVES], after;
   } sums = {.after = FENCE};
   uint64_t *keys = malloc((s->limiter_count + 1) * sizeof *keys);
   MUST(keys);
   keys[s->limiter_count] = FENCE;
-  MUST(fshm_used(s, 0, keys) <= s->cell_count && keys[s->limiter_count] == FENCE);
+  MUST(fshm_used(s, 0, keys) <= s->slot_count && keys[s->limiter_count] == FENCE);
   free(keys);
-  fshm_tally_all(s, sums.all);
-  MUST(fshm_permits(s, sums.permits, 2) <= s->cell_count);
+  fshm_counters_all(s, sums.all);
+  MUST(fshm_permits(s, sums.permits, 2) <= s->slot_count);
   fshm_metric_octaves(s, (uint32_t[]){0, UINT32_MAX}, 2, sums.octaves);
   MUST(sums.after == FENCE);
   int kind = fshm_damage(s, &index), thorough = fshm_check(s, &index);
   MUST(!kind || thorough);
   kind = thorough;
-  MUST(kind >= FSHM_DAMAGE_NONE && kind <= FSHM_DAMAGE_CELL);
+  MUST(kind >= FSHM_DAMAGE_NONE && kind <= FSHM_DAMAGE_SLOT);
   (void)fshm_unlinked(s);
-  for (uint64_t at = 0; at < s->cell_count || at < PROCESSES; at++) look_in(u, at);
+  for (uint64_t at = 0; at < s->slot_count || at < PROCESSES; at++) look_in(u, at);
 }
 
 enum { FIRST_GRANTED = 17, FIRST_WITHOUT_LIMITER = 21, CALLS = 27 };
@@ -225,7 +231,7 @@ static void call_without_limiter(user_t *u, unsigned call, uint64_t n, uint64_t 
       record_deployment(u, n, now, what);
       break;
     case 2:
-      use_flight(u, n, now, what);
+      use_request(u, n, now, what);
       break;
     case 3:
       pick(u, n, now, what);
@@ -300,11 +306,11 @@ static void one_call(user_t *u, unsigned call, unsigned who, unsigned what, uint
       fshm_count_call(l, key, 1, (int32_t)(what % 3) - 1);
       break;
     case 13:
-      MUST(fshm_reap(u->s, what & 1 ? (uint32_t)n : 0) <= u->s->cell_count);
+      MUST(fshm_reap(u->s, what & 1 ? (uint32_t)n : 0) <= u->s->slot_count);
       break;
     case 14:
-      (void)fshm_bell_wait(l, key, 1, fshm_bell_arm(l, key, 1) ^ (what & 1), 1000);
-      fshm_bell_ring(l, key, 1);
+      (void)fshm_wakeup_wait(l, key, 1, fshm_wakeup_arm(l, key, 1) ^ (what & 1), 1000);
+      fshm_wakeup_send(l, key, 1);
       break;
     case 15:
       fshm_limiter_close(l);
@@ -319,7 +325,7 @@ static void one_call(user_t *u, unsigned call, unsigned who, unsigned what, uint
       use_counted(u, l, key, n, now, what);
       break;
     case FIRST_GRANTED:
-      use_wallet(u, l, key, n, now, what);
+      use_token_lease(u, l, key, n, now, what);
       break;
     case FIRST_GRANTED + 1:
       spend(u, l, key, costs, now, what);
@@ -328,7 +334,7 @@ static void one_call(user_t *u, unsigned call, unsigned who, unsigned what, uint
       be_told(u, l, key, n, now, what);
       break;
     case FIRST_GRANTED + 3:
-      use_allowance(u, what & 16 || !u->limiters[5] ? l : u->limiters[5], key, n, now, what);
+      use_permit_lease(u, what & 16 || !u->limiters[5] ? l : u->limiters[5], key, n, now, what);
       break;
     default:
       break;

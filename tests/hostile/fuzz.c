@@ -149,7 +149,7 @@ static void image_make(image_t *image, uint64_t capacity, uint32_t names) {
 }
 
 /* The first that process_join() tries, and it is free unless an edit has taken it: a closed segment keeps no slot. */
-static uint64_t own_slot(void) { return (uint32_t)one_pid() * 2654435761u % PROCESSES; }
+static uint64_t own_process(void) { return (uint32_t)one_pid() * 2654435761u % PROCESSES; }
 
 /* Where an edit goes: `target` says into what, `position` where in it. In whole words. */
 static uint64_t position_in(const unsigned char *bytes, uint64_t size, unsigned target,
@@ -161,7 +161,7 @@ static uint64_t position_in(const unsigned char *bytes, uint64_t size, unsigned 
   const uint64_t entry =
       h.limiters_offset + position / 256 % (LIMITERS + GRANTED) * sizeof(limiter_entry_t);
   const uint64_t set = ((const limiter_entry_t *)(const void *)(bytes + entry))->set;
-  const uint64_t slot = own_slot();
+  const uint64_t process = own_process();
   uint64_t low = position % 256 * 8;
   switch (target % 16) {
     case 0:
@@ -170,24 +170,26 @@ static uint64_t position_in(const unsigned char *bytes, uint64_t size, unsigned 
       return entry + low % offsetof(limiter_entry_t, rules);
     case 2: /* the present rules, one after the other */
       return entry + offsetof(limiter_entry_t, rules) +
-             SET_SLOT(set, low / sizeof(rule_t) % FSHM_MAX_LIMITS) * sizeof(rule_t) +
+             SET_RULE(set, low / sizeof(rule_t) % FSHM_MAX_LIMITS) * sizeof(rule_t) +
              low % sizeof(rule_t);
     case 3:
       return entry + low % sizeof(limiter_entry_t);
     case 4: /* the own slot, or another */
-      return h.processes_offset + (slot + position / 64) % PROCESSES * sizeof(process_t) + low % 64;
+      return h.processes_offset + (process + position / 64) % PROCESSES * sizeof(process_t) +
+             low % 64;
     case 5:
-      return h.columns_offset + slot * sizeof(column_t) + low % sizeof(column_t);
-    case 6: /* the nth cell that is in use */
-      for (uint64_t i = 0, n = position / 4; i < h.lines * CELLS_PER_LINE; i++) {
-        const uint64_t at = h.cells_offset + i * sizeof(cell_t);
+      return h.process_stats_offset + process * sizeof(process_stats_t) +
+             low % sizeof(process_stats_t);
+    case 6: /* the nth slot that is in use */
+      for (uint64_t i = 0, n = position / 4; i < h.lines * SLOTS_PER_LINE; i++) {
+        const uint64_t at = h.slots_offset + i * sizeof(slot_t);
         if (*(const uint64_t *)(const void *)(bytes + at) && !n--) return at + low % 16;
       }
-      return h.cells_offset + low % LINE;
+      return h.slots_offset + low % LINE;
     case 7:
-      return h.cells_offset + position * 8 % (h.lines * LINE);
+      return h.slots_offset + position * 8 % (h.lines * LINE);
     case 8:
-      return h.ledger_offset + position * 8 % (h.lines * LINE);
+      return h.key_stats_offset + position * 8 % (h.lines * LINE);
     case 9:
       return h.names_offset + position * 8 % (h.names_words * 8);
     case 10:
@@ -201,7 +203,7 @@ static uint64_t position_in(const unsigned char *bytes, uint64_t size, unsigned 
     case 14:
       return h.metrics_offset + position * 8 % (METRICS * sizeof(metric_t));
     default: /* the own requests in flight */
-      return h.flights_offset + slot * sizeof(flights_t) + position * 8 % sizeof(flights_t);
+      return h.requests_offset + process * sizeof(requests_t) + position * 8 % sizeof(requests_t);
   }
 }
 
@@ -285,7 +287,8 @@ static void run(const uint8_t *data, size_t size) {
     (void)munmap(map, u.s->size);
     every_call(&u);
     /* else edits of what is this process's go to what is nobody's, and nothing says so */
-    if (!edited && !u.s->read_only) MUST(load_relaxed(&u.s->fork_page->joined) == own_slot() + 1);
+    if (!edited && !u.s->read_only)
+      MUST(load_relaxed(&u.s->fork_page->joined) == own_process() + 1);
     /* cut under our feet: told, before anything is touched */
     if (flags & TRUNCATE) {
       uint64_t index;

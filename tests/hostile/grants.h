@@ -1,20 +1,23 @@
-/* grants.h - the calls for limits over many hosts: wallets, what a grantor has told and refused, allowances, and
+/* grants.h - the calls for limits over many hosts: token leases, what a grantor has told and refused, permit leases, and
  * the process that speaks for the host. Part of calls.h. */
 #ifndef GRANTS_H
 #define GRANTS_H
 
-static const char *const granted_names[GRANTED] = {"wallets", "refused", "allowances", "meters"};
+static const char *const granted_names[GRANTED] = {"wallets", "refused", "allowances",
+                                                   "rate_limits"};
 
 static void open_granted(user_t *u, unsigned which) {
-  const fshm_limit wallet = {WALLET_MOST, 0, 0, FSHM_WALLET, 0};
+  const fshm_limit token_leases = {TOKEN_LEASE_MOST, 0, 0, FSHM_LEASE, 0};
   const fshm_limit bucket = {100, 1000000000, 10, FSHM_BUCKET, 0};
   const fshm_limit sliding = {50, 1000000000, 0, FSHM_SLIDING, 0};
-  const fshm_limit all[GRANTED][2] = {
-      {wallet, wallet}, {wallet, wallet}, {wallet}, {bucket, sliding}};
+  const fshm_limit all[GRANTED][2] = {{token_leases, token_leases},
+                                      {token_leases, token_leases},
+                                      {token_leases},
+                                      {bucket, sliding}};
   const char *name = granted_names[which];
   if (u->granted[which] || u->s->read_only) return;
   check_status(u, fshm_limiter_open(u->s, name, strlen(name), all[which],
-                                    which == ALLOWANCES ? 1 : 2, &u->granted[which]));
+                                    which == PERMIT_LEASES ? 1 : 2, &u->granted[which]));
 }
 
 static void close_granted(user_t *u) {
@@ -25,16 +28,18 @@ static void close_granted(user_t *u) {
 }
 
 /* l: stands in for each of them, now and then: it may be of any kind. */
-static void use_wallet(user_t *u, fshm_limiter *l, const char *key, uint64_t n, uint64_t now,
-                       unsigned what) {
-  fshm_limiter *wallet = what & 8 ? l : u->granted[WALLETS];
+static void use_token_lease(user_t *u, fshm_limiter *l, const char *key, uint64_t n, uint64_t now,
+                            unsigned what) {
+  fshm_limiter *token_leases = what & 8 ? l : u->granted[TOKEN_LEASES];
   fenced_t left = {FENCE, {0, 0, 0, 0}, FENCE}, ns = left;
-  fshm_lease leases[FSHM_MAX_LIMITS];
+  fshm_token_lease leases[FSHM_MAX_LIMITS];
   for (uint64_t i = 0; i < FSHM_MAX_LIMITS; i++)
-    leases[i] = (fshm_lease){n >> i, what & 1 ? UINT64_MAX : n,
-                             what & 2 ? n : (now ? now : fshm_now(u->s)) + UINT64_C(1000000000)};
-  check_status(u, fshm_wallet_put(wallet, key, 1, leases, now));
-  check_status(u, fshm_wallet_look(wallet, key, 1, what & 4, now, left.values, ns.values));
+    leases[i] =
+        (fshm_token_lease){n >> i, what & 1 ? UINT64_MAX : n,
+                           what & 2 ? n : (now ? now : fshm_now(u->s)) + UINT64_C(1000000000)};
+  check_status(u, fshm_token_lease_put(token_leases, key, 1, leases, now));
+  check_status(u,
+               fshm_token_lease_look(token_leases, key, 1, what & 4, now, left.values, ns.values));
   check_fenced(&left);
   check_fenced(&ns);
   for (int i = 0; i < FSHM_MAX_LIMITS; i++) MUST(left.values[i] <= WINDOW_MAX_N);
@@ -45,9 +50,9 @@ static void spend(user_t *u, fshm_limiter *l, const char *key, const uint64_t *c
   fshm_limiter *refused = what & 1 ? u->granted[REFUSED] : what & 2 ? l : NULL;
   fshm_decision d;
   uint32_t low = 0;
-  int status =
-      fshm_spend(what & 4 ? l : u->granted[WALLETS], refused, what & 8 ? l : u->granted[METERS],
-                 key, 1, what & 16 ? costs : NULL, now, what & 32 ? &d : NULL, &low);
+  int status = fshm_spend(what & 4 ? l : u->granted[TOKEN_LEASES], refused,
+                          what & 8 ? l : u->granted[RATE_LIMITS], key, 1, what & 16 ? costs : NULL,
+                          now, what & 32 ? &d : NULL, &low);
   if (status != FSHM_ASK) check_status(u, status);
   if (what & 32) check_decision(u, &d);
   MUST(low <= 1);
@@ -55,35 +60,35 @@ static void spend(user_t *u, fshm_limiter *l, const char *key, const uint64_t *c
 
 static void be_told(user_t *u, fshm_limiter *l, const char *key, uint64_t n, uint64_t now,
                     unsigned what) {
-  fshm_limiter *meters = what & 1 ? l : u->granted[METERS];
+  fshm_limiter *rate_limits = what & 1 ? l : u->granted[RATE_LIMITS];
   fenced_t used = {FENCE, {n, what, n >> 3, 1}, FENCE}, ns = {FENCE, {n, n >> 1, what, n}, FENCE};
   if (what & 2)
-    check_status(u, fshm_wallet_refuse(what & 4 ? l : u->granted[REFUSED], key, 1, used.values,
-                                       what & 8 ? 0 : n, now));
+    check_status(u, fshm_token_lease_refuse(what & 4 ? l : u->granted[REFUSED], key, 1, used.values,
+                                            what & 8 ? 0 : n, now));
   else
-    check_status(u, fshm_learn(meters, key, 1, used.values, ns.values, now));
-  check_status(u, fshm_known(meters, key, 1, now, used.values, ns.values));
+    check_status(u, fshm_learn(rate_limits, key, 1, used.values, ns.values, now));
+  check_status(u, fshm_known(rate_limits, key, 1, now, used.values, ns.values));
   check_fenced(&used);
   check_fenced(&ns);
 }
 
-static void use_allowance(user_t *u, fshm_limiter *permits, const char *key, uint64_t n,
-                          uint64_t now, unsigned what) {
-  fshm_limiter *words = what & 64 ? permits : u->granted[ALLOWANCES];
-  fshm_allowance a;
+static void use_permit_lease(user_t *u, fshm_limiter *permits, const char *key, uint64_t n,
+                             uint64_t now, unsigned what) {
+  fshm_limiter *words = what & 64 ? permits : u->granted[PERMIT_LEASES];
+  fshm_permit_lease a;
   fshm_permit permit;
   fshm_decision d;
   uint32_t in_flight;
-  int status = what & 1 ? fshm_allowance_look(permits, words, key, 1, what & 2, now, &a)
-                        : fshm_allowance_lower(permits, words, key, 1, n, now, &a);
+  int status = what & 1 ? fshm_permit_lease_look(permits, words, key, 1, what & 2, now, &a)
+                        : fshm_permit_lease_lower(permits, words, key, 1, n, now, &a);
   check_status(u, status);
   if (status == FSHM_OK) {
-    MUST(a.held <= MAX_PERMITS && a.told >= a.held);
-    check_status(u, fshm_allowance_put(permits, words, key, 1, what & 4 ? a.word : n, what % 8,
-                                       what & 8 ? n : a.now_ns + UINT64_C(1000000000), now));
+    MUST(a.held <= MAX_PERMITS && a.reported >= a.held);
+    check_status(u, fshm_permit_lease_put(permits, words, key, 1, what & 4 ? a.word : n, what % 8,
+                                          what & 8 ? n : a.now_ns + UINT64_C(1000000000), now));
   }
-  status = fshm_allowance_admit(permits, words, what & 16 ? u->granted[REFUSED] : NULL, key, 1,
-                                what & 32 ? what % 5 : 0, now, &permit, &d, &in_flight);
+  status = fshm_permit_lease_admit(permits, words, what & 16 ? u->granted[REFUSED] : NULL, key, 1,
+                                   what & 32 ? what % 5 : 0, now, &permit, &d, &in_flight);
   if (status != FSHM_ASK) check_status(u, status);
   MUST(in_flight <= MAX_PERMITS && (status == FSHM_ALLOWED) == (permit.held != 0));
   if (permit.held) (void)fshm_permit_release(permits, &permit);

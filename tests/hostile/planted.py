@@ -30,18 +30,18 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
             "if (!count) return 0;",
         )
     ],
-    "a divisor may be zero": [("limits/meter.h", "r->num && r->den &&", "r->num &&")],
+    "a divisor may be zero": [("limits/algorithms.h", "r->num && r->den &&", "r->num &&")],
     "a column's cell is not checked": [
-        ("stats/ledger.c", " || cell >= s->cell_count) return;", ") return;")
+        ("stats/key_stats.c", " || slot >= s->slot_count) return;", ") return;")
     ],
     "a ledger's limiter is not checked": [
         ("limits/limiter.c", "index >= s->limiter_count || ", "")
     ],
     "a ledger's limiter is not checked where keys are counted": [
-        ("stats/tally.c", "limiter < s->limiter_count && ", "")
+        ("stats/counters.c", "limiter < s->limiter_count && ", "")
     ],
     "a stored length is not checked": [
-        ("stats/ledger.c", "if (stored > NAME_STORED || stored > size) return 0;", "")
+        ("stats/key_stats.c", "if (stored > NAME_STORED || stored > size) return 0;", "")
     ],
     "a limiter's name may be longer than its room": [
         (
@@ -64,9 +64,9 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "a claim is waited for": [
         (
-            "core/cells.c",
+            "core/hash_table.c",
             "bool pending = IS_PENDING(pair.when);",
-            "while (IS_PENDING(pair.when)) pair = pair_load(&s->cells[cell + k]);\n"
+            "while (IS_PENDING(pair.when)) pair = pair_load(&s->slots[slot + k]);\n"
             "      bool pending = IS_PENDING(pair.when);",
         )
     ],
@@ -78,10 +78,10 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ),
     ],
     "a metric's name may be longer than its room": [
-        ("stats/metric.c", "length > METRIC_NAME || component >= length", "component >= length")
+        ("stats/histogram.c", "length > METRIC_NAME || component >= length", "component >= length")
     ],
     "a deployment's place is not checked": [
-        ("stats/route.c", "if (deployments[i] < DEPLOYMENTS) {", "if (count) {")
+        ("stats/deployments.c", "if (deployments[i] < DEPLOYMENTS) {", "if (count) {")
     ],
     "a cut file is looked into": [
         ("core/damage.c", "if (kind == FSHM_DAMAGE_SIZE) return kind;", "")
@@ -94,14 +94,14 @@ RACES: dict[str, list[tuple[str, str, str]]] = {
     "a count is read twice": [
         (
             "limits/limits.c",
-            "i < count; i++) read_rule(e, SET_SLOT(set, i), &out[i]);",
+            "i < count; i++) read_rule(e, SET_RULE(set, i), &out[i]);",
             "i < SET_COUNT(load_relaxed(&e->set)); i++)\n"
-            "    read_rule(e, SET_SLOT(load_relaxed(&e->set), i), &out[i]);",
+            "    read_rule(e, SET_RULE(load_relaxed(&e->set), i), &out[i]);",
         )
     ],
     "a length is read twice": [
         (
-            "stats/ledger.c",
+            "stats/key_stats.c",
             "if (stored > NAME_STORED || stored > size) return 0;",
             "if (stored > NAME_STORED || stored > size) return 0;\n"
             "  stored = load_relaxed(&s->names[at % s->names_words]) & 0xffff;",

@@ -122,9 +122,9 @@ static void stroke(unsigned char *map, const fshm_segment *s, uint64_t from, uin
 static void scribble_somewhere(unsigned char *map, const fshm_segment *s) {
   const uint64_t limiters = (uint64_t)((unsigned char *)s->limiters - s->map);
   const uint64_t processes = (uint64_t)((unsigned char *)s->processes - s->map);
-  const uint64_t columns = (uint64_t)((unsigned char *)s->columns - s->map);
-  const uint64_t cells = (uint64_t)((unsigned char *)s->cells - s->map);
-  const uint64_t ledger = (uint64_t)((unsigned char *)s->ledger - s->map);
+  const uint64_t process_stats = (uint64_t)((unsigned char *)s->process_stats - s->map);
+  const uint64_t slots = (uint64_t)((unsigned char *)s->slots - s->map);
+  const uint64_t key_stats = (uint64_t)((unsigned char *)s->key_stats - s->map);
   const uint64_t metrics = (uint64_t)((unsigned char *)s->metrics - s->map);
   const uint64_t deployments = (uint64_t)((unsigned char *)s->deployments - s->map);
   switch (random_below(9)) {
@@ -135,41 +135,41 @@ static void scribble_somewhere(unsigned char *map, const fshm_segment *s) {
       stroke(map, s, limiters, limiters + (LIMITERS + GRANTED) * sizeof(limiter_entry_t));
       break;
     case 2:
-      stroke(map, s, processes, columns);
+      stroke(map, s, processes, process_stats);
       break;
     case 3:
     case 4:
-      stroke(map, s, cells, ledger);
+      stroke(map, s, slots, key_stats);
       break;
     case 5:
-      stroke(map, s, ledger, s->size);
+      stroke(map, s, key_stats, s->size);
       break;
     case 6:
       stroke(map, s, random_below(2) ? metrics : deployments, s->size);
       break;
     default:
-      stroke(map, s, random_below(2) ? columns : limiters, s->size);
+      stroke(map, s, random_below(2) ? process_stats : limiters, s->size);
   }
 }
 
 /* One word that calls read and then use, to and fro for some ms: what is read twice will differ. */
 static void flicker(const fshm_segment *s) {
-  const uint64_t cell = random_below(s->cell_count);
+  const uint64_t slot = random_below(s->slot_count);
   limiter_entry_t *e = &s->limiters[random_below(LIMITERS + GRANTED)];
   _Atomic uint64_t *const words[] = {
       &e->current,
       &e->set,
       &e->owners[random_below(RULES)],
-      &e->rules[SET_SLOT(load_relaxed(&e->set), 0)][random_below(RULE_WORDS)],
-      &s->cells[cell].who,
+      &e->rules[SET_RULE(load_relaxed(&e->set), 0)][random_below(RULE_WORDS)],
+      &s->slots[slot].who,
       (_Atomic uint64_t *)(void *)&e->name_length,
-      &s->names[load_relaxed(&s->ledger[cell].name) % s->names_words],
-      (_Atomic uint64_t *)(void *)&s->ledger[cell].meta,
-      &s->cells[cell].when,
-      &s->processes[random_below(PROCESSES)].generation,
-      &s->columns[random_below(PROCESSES)].entries[cell % COLUMN_ENTRIES].key,
+      &s->names[load_relaxed(&s->key_stats[slot].name) % s->names_words],
+      (_Atomic uint64_t *)(void *)&s->key_stats[slot].meta,
+      &s->slots[slot].when,
+      &s->processes[random_below(PROCESSES)].incarnation,
+      &s->process_stats[random_below(PROCESSES)].entries[slot % PROCESS_STATS].key,
       (_Atomic uint64_t *)(void *)&s->metrics[random_below(4)].name_length,
-      &s->flights[random_below(PROCESSES)].generation,
+      &s->requests[random_below(PROCESSES)].incarnation,
   };
   _Atomic uint64_t *word = words[random_below(sizeof words / sizeof *words)];
   const uint64_t was = load_relaxed(word), other = any_number();

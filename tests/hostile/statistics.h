@@ -3,10 +3,10 @@
 #ifndef STATISTICS_H
 #define STATISTICS_H
 
-#define SOME_PLACES 20
+#define SOME_DEPLOYMENTS 20
 
 /* Mostly such as there are. */
-static uint32_t place_of_any(uint64_t n, unsigned i) {
+static uint32_t deployment_of_any(uint64_t n, unsigned i) {
   return n % 8 == 7 ? (uint32_t)(n >> i % 64) : (uint32_t)(n + i) % DEPLOYMENTS;
 }
 
@@ -18,35 +18,35 @@ static void record_deployment(user_t *u, uint64_t n, uint64_t now, unsigned what
                          what & 4 ? 0 : (uint32_t)n, what & 8 ? n : 1000000, now);
 }
 
-static void use_flight(user_t *u, uint64_t n, uint64_t now, unsigned what) {
-  fshm_flight flight;
-  if (fshm_flight_begin(u->s, place_of_any(n, what), now, &flight)) {
-    MUST(flight.deployment < DEPLOYMENTS && flight.owner && flight.owner <= PROCESSES);
-    if (what & 7) MUST(fshm_flight_end(u->s, &flight) <= 1 && !flight.owner);
+static void use_request(user_t *u, uint64_t n, uint64_t now, unsigned what) {
+  fshm_request request;
+  if (fshm_request_begin(u->s, deployment_of_any(n, what), now, &request)) {
+    MUST(request.deployment < DEPLOYMENTS && request.owner && request.owner <= PROCESSES);
+    if (what & 7) MUST(fshm_request_end(u->s, &request) <= 1 && !request.owner);
   }
-  flight = (fshm_flight){n, place_of_any(n, 1), what}; /* nobody's */
-  MUST(fshm_flight_end(u->s, &flight) <= 1);
+  request = (fshm_request){n, deployment_of_any(n, 1), what}; /* nobody's */
+  MUST(fshm_request_end(u->s, &request) <= 1);
 }
 
 static void pick(user_t *u, uint64_t n, uint64_t now, unsigned what) {
   struct {
-    fshm_deployment_info info[SOME_PLACES];
+    fshm_deployment_info info[SOME_DEPLOYMENTS];
     uint64_t after;
   } found = {.after = FENCE};
-  uint32_t places[SOME_PLACES];
-  double weights[SOME_PLACES], prices[SOME_PLACES];
-  unsigned char blocked[SOME_PLACES];
-  const uint32_t count = what % (SOME_PLACES + 1);
-  for (unsigned i = 0; i < SOME_PLACES; i++) {
-    places[i] = place_of_any(n, i);
+  uint32_t deployments[SOME_DEPLOYMENTS];
+  double weights[SOME_DEPLOYMENTS], prices[SOME_DEPLOYMENTS];
+  unsigned char blocked[SOME_DEPLOYMENTS];
+  const uint32_t count = what % (SOME_DEPLOYMENTS + 1);
+  for (unsigned i = 0; i < SOME_DEPLOYMENTS; i++) {
+    deployments[i] = deployment_of_any(n, i);
     weights[i] = (double)(n >> i & 3);
     prices[i] = (double)(n >> i & 3) - 1;
     blocked[i] = n >> i & 1;
   }
-  int64_t at = fshm_deployment_pick(u->s, what / 8 % 5, places, weights, prices,
+  int64_t at = fshm_deployment_pick(u->s, what / 8 % 5, deployments, weights, prices,
                                     what & 4 ? blocked : NULL, count, n, found.info);
   MUST(at >= -1 && at < (int64_t)count);
-  fshm_deployment_look(u->s, places, count, now, what & 2, found.info);
+  fshm_deployment_look(u->s, deployments, count, now, what & 2, found.info);
   MUST(found.after == FENCE);
 }
 
@@ -67,7 +67,7 @@ static void use_memo(user_t *u, uint64_t n, unsigned what) {
   fshm_memo_count(u->s, n, what);
   if (what % 16) return; /* it looks at all places */
   fshm_memo_at(u->s, &info);
-  MUST(info.texts <= info.places);
+  MUST(info.texts <= info.entries);
 }
 
 static void use_metric(user_t *u, uint64_t n, unsigned what) {

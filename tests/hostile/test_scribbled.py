@@ -158,8 +158,8 @@ def _regions(segment: Segment) -> list[tuple[int, int]]:
     return [
         (0, HEADER),
         (geometry.limiters_offset, geometry.limiters_offset + 6 * ENTRY),
-        (geometry.processes_offset, geometry.columns_offset),
-        (geometry.cells_offset, geometry.ledger_offset),
+        (geometry.processes_offset, geometry.process_stats_offset),
+        (geometry.slots_offset, geometry.key_stats_offset),
         (0, geometry.size),
     ]
 

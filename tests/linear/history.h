@@ -17,7 +17,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "limits/meter.h"
+#include "limits/algorithms.h"
 
 #define WORKERS 4
 #define TESTER WORKERS /* the lane of the test itself */
@@ -25,16 +25,16 @@
 #define LANE_OPS 20
 #define READS 12    /* readings of the clock in one operation that are kept */
 #define LIMITS 3    /* of the limiter, at most */
-#define METERS 6    /* keys times limits, at most */
+#define STATES 6    /* keys times limits, at most */
 #define VARIANTS 24 /* sets of limits that a history changes between */
-#define MOST_SLOTS 8
+#define MOST_PERMITS 8
 #define SETS 240 /* changes of the limits in one history, at most */
 #define VERSIONS 1024 /* of its limits, at most: a change is one, and a sweep */
 
 enum op_kind {
   OP_ACQUIRE,
   OP_IS_ALLOWED,
-  OP_SPEND, /* from a wallet */
+  OP_SPEND, /* from a token lease */
   OP_RESERVE,
   OP_CANCEL, /* the reservation that this lane made last */
   OP_PEEK,
@@ -42,8 +42,8 @@ enum op_kind {
   OP_REFUND,
   OP_RESET,
   OP_REMAINING,
-  OP_PUT,  /* a batch into a wallet */
-  OP_LOOK, /* at what is left in a wallet */
+  OP_PUT,  /* a batch into a token lease */
+  OP_LOOK, /* at what is left in a token lease */
   OP_TAKE, /* what is left out of it */
   OP_SET, /* change the limits, so many times in a row */
   OP_SETTLE, /* the reservation that this lane made last */
@@ -75,14 +75,14 @@ typedef struct {
   int64_t retry, reset;
   uint32_t limit_index,
       count; /* count: permits in flight; slots of OP_ADMIT and OP_RELEASE in slot */
-  uint8_t slot, low;
+  uint8_t permit, low;
 } op_t;
 
 typedef struct {
   /* the limiter */
   rule_t rules[VARIANTS][LIMITS];
   uint32_t counts[VARIANTS], permits_of[VARIANTS]; /* where they change */
-  uint32_t limits, permits, keys, cells; /* cells: of the table; 0 = more than can be used */
+  uint32_t limits, permits, keys, slots; /* slots: of the table; 0 = more than can be used */
   uint64_t version; /* of the limits when it began; variant 0 */
   /* Of each version, counted from that one: a stamp of after it came into force (0: there is none), and whether it changed
    * the limits (a sweep does not). Then: sum_up_versions(). */
@@ -186,7 +186,7 @@ static inline void print_op(const history_t *h, const op_t *op, uint64_t origin,
   }
   (void)fprintf(out, ": %s", status_name(op->status));
   if (op->kind == OP_ADMIT && op->status == FSHM_ALLOWED)
-    (void)fprintf(out, ", slot %u", op->slot);
+    (void)fprintf(out, ", slot %u", op->permit);
   else if (op->kind == OP_ADMIT)
     (void)fprintf(out, " by limit %u, %u in flight", op->limit_index, op->count);
   if (op->kind == OP_SPEND) (void)fprintf(out, op->low ? ", runs low" : "");
@@ -197,10 +197,10 @@ static inline void print_op(const history_t *h, const op_t *op, uint64_t origin,
   (void)fprintf(out, "\n");
 }
 
-#define BAR 48 /* columns of the picture of when an operation ran */
+#define BAR 48 /* per-process statistics of the picture of when an operation ran */
 
 static inline void print_rule(const rule_t *r, FILE *out) {
-  if (r->kind == FSHM_WALLET) {
+  if (r->kind == FSHM_LEASE) {
     (void)fprintf(out, " wallet");
     return;
   }

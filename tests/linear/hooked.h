@@ -34,20 +34,20 @@ static void hook(void);
 #undef segment_now
 
 static uint64_t clock_read(const fshm_segment *s);
-static void swapped_in(const void *cell, pair_t was, pair_t is);
+static void swapped_in(const void *slot, pair_t was, pair_t is);
 static uint64_t lost_swaps; /* of this process */
 
-static inline bool pair_cas(void *cell, pair_t *seen, pair_t next) {
+static inline bool pair_cas(void *slot, pair_t *seen, pair_t next) {
   hook();
-  bool swapped = library_pair_cas(cell, seen, next);
+  bool swapped = library_pair_cas(slot, seen, next);
   lost_swaps += !swapped;
-  if (swapped) swapped_in(cell, *seen, next);
+  if (swapped) swapped_in(slot, *seen, next);
   hook();
   return swapped;
 }
 
-static inline pair_t pair_load(const void *cell) {
-  pair_t pair = library_pair_load(cell);
+static inline pair_t pair_load(const void *slot) {
+  pair_t pair = library_pair_load(slot);
   hook();
   return pair;
 }

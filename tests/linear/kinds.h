@@ -14,7 +14,7 @@ typedef struct {
   fshm_limit limits[6][FSHM_MAX_LIMITS];
   const char *ops; /* to draw from, one letter each: letters[] below */
   const char *before; /* what the test draws from, before the processes start; NULL: nothing */
-  uint32_t keys, cells;
+  uint32_t keys, slots;
   bool changes, at_once, real_clock, frozen;
   bool sweeps; /* changes come in rows, so that each needs a sweep */
   uint64_t lease; /* of a batch, at most */
@@ -25,7 +25,7 @@ typedef struct {
 #define STRICT_OF(n, per, burst) {(n), (per), (burst), FSHM_BUCKET, 1}
 #define WINDOW_OF(n, per) {(n), (per), 0, FSHM_WINDOW, 0}
 #define SLIDING_OF(n, per) {(n), (per), 0, FSHM_SLIDING, 0}
-#define WALLET {WALLET_MOST, 0, 0, FSHM_WALLET, 0}
+#define TOKEN_LEASE {TOKEN_LEASE_MOST, 0, 0, FSHM_LEASE, 0}
 #define PERMITS_OF(n) {(n), 0, 0, FSHM_PERMITS, 0}
 
 #define CHANGES(title, drawn, shapes, ...) \
@@ -84,7 +84,7 @@ static const kind_t kinds[] = {
      .before = "aac",
      .keys = 1,
      .real_clock = true},
-    {.name = "keys", /* more keys than cells: claims, and reuse of what has expired */
+    {.name = "keys", /* more keys than slots: claims, and reuse of what has expired */
      .sets = 4,
      .count = 1,
      .limits = {{BUCKET_OF(2, 20 * US, 2)},
@@ -94,15 +94,15 @@ static const kind_t kinds[] = {
      .ops = "aaaaaaaaiicpzm",
      .before = "aac",
      .keys = 6,
-     .cells = CELLS_PER_LINE},
+     .slots = SLOTS_PER_LINE},
     {.name =
-         "claims", /* a key comes, goes, and loses its cell, while a claimer of the same key stands */
+         "claims", /* a key comes, goes, and loses its slot, while a claimer of the same key stands */
      .sets = 2,
      .count = 1,
      .limits = {{WINDOW_OF(1, 60 * US)}, {BUCKET_OF(1, 60 * US, 1)}},
      .ops = "a",
      .keys = 5,
-     .cells = CELLS_PER_LINE,
+     .slots = SLOTS_PER_LINE,
      .step = 12 * US},
     /* Limits that change meanwhile: shapes; draw_variants() has the numbers. */
     CHANGES("changes-window", "aaaaaiipcrzmsss", 2, {WINDOW_OF(6, 100 * MS)},
@@ -174,27 +174,27 @@ static const kind_t kinds[] = {
                 {SLIDING_OF(6, 100 * MS), PERMITS_OF(1)}},
      .ops = "ttttgggf",
      .keys = 1},
-    {.name = "wallet", /* batches are put in, spent, and what is left of them is taken out */
+    {.name = "token-lease", /* batches are put in, spent, and what is left of them is taken out */
      .sets = 1,
      .count = 1,
-     .limits = {{WALLET}},
+     .limits = {{TOKEN_LEASE}},
      .ops = "eeeeeeebbbkl",
      .before = "bb",
      .keys = 1,
      .lease = 2 * US},
-    {.name = "wallet-keys", /* more wallets than cells */
+    {.name = "token-lease-keys", /* more token leases than slots */
      .sets = 1,
      .count = 1,
-     .limits = {{WALLET}},
+     .limits = {{TOKEN_LEASE}},
      .ops = "eeeeebbbbkl",
      .before = "b",
      .keys = 6,
-     .cells = CELLS_PER_LINE,
+     .slots = SLOTS_PER_LINE,
      .lease = US},
-    {.name = "wallets", /* of two limits */
+    {.name = "token-leases", /* of two limits */
      .sets = 1,
      .count = 2,
-     .limits = {{WALLET, WALLET}},
+     .limits = {{TOKEN_LEASE, TOKEN_LEASE}},
      .ops = "eeeeeebbkl",
      .before = "bb",
      .keys = 1,
@@ -261,7 +261,7 @@ static void draw_variants(const kind_t *k, history_t *h) {
       h->counts[v] = i + 1;
       h->limits = (uint32_t)max_u64(h->limits, i + 1);
     }
-    if (h->permits_of[v]) h->permits = MOST_SLOTS;
+    if (h->permits_of[v]) h->permits = MOST_PERMITS;
   }
 }
 
@@ -274,7 +274,7 @@ static void draw_history(const kind_t *k, fshm_limiter *const *limiters, uint64_
   uint32_t set = k->changes ? 0 : (uint32_t)random_below(k->sets);
   const fshm_limit *limits = k->limits[set];
   h->keys = k->keys;
-  h->cells = k->cells;
+  h->slots = k->slots;
   h->changes = k->changes;
   h->at_once = k->at_once;
   bool permits = limits[k->count - 1].kind == FSHM_PERMITS;
@@ -295,7 +295,7 @@ static void draw_history(const kind_t *k, fshm_limiter *const *limiters, uint64_
   uint64_t interval = k->lease ? k->lease / 16 : limits[0].per_ns / limits[0].n;
   arena->step = k->frozen || !random_below(3) ? 0 : random_scaled(1, interval / 2 + 2);
   if (k->step) arena->step = k->step / 2 + random_below(k->step);
-  bool with_time = !k->real_clock && !k->cells;
+  bool with_time = !k->real_clock && !k->slots;
   for (uint32_t i = random_below(4); i-- && k->before;)
     draw_op(k, limits, &h->ops[TESTER][h->count[TESTER]++], k->before, false);
   /* Many lanes, or long ones: the search grows with both. */

@@ -119,9 +119,9 @@ static void run_kind(const wish_t *wish, const kind_t *k, figures_t *all) {
   figures_t f = {0};
   atomic_store(&arena->clock, 1000);
   atomic_store(&arena->lost_swaps, 0);
-  segment = fresh_segment(k->cells ? 1 : 4096);
+  segment = fresh_segment(k->slots ? 1 : 4096);
   (void)alarm(0); /* however many histories there are: wait_for() sees to it that none hangs */
-  CHECK(!k->cells || segment->cell_count == k->cells);
+  CHECK(!k->slots || segment->slot_count == k->slots);
   for (uint32_t set = 0; set < k->sets; set++) {
     char name[32];
     (void)snprintf(name, sizeof name, "limiter-%u", set);

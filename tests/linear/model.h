@@ -1,11 +1,11 @@
 /* model.h - the sequential model: what each operation does and answers when nothing else runs.
  *
- * A meter's arithmetic is meter.h itself (pure functions, which tests/meters/ holds against definitions by
+ * A meter's arithmetic is algorithms.h itself (pure functions, which tests/meters/ holds against definitions by
  * logs and fractions); a key's state is one word, however and wherever the table keeps it. So what is
  * checked here is everything between: look, swap, claim, reuse, undo, conversion, permits.
  *
  * Time is an argument of an operation: the readings of the clock that it made are recorded. It goes by its
- * first, and by a later one where it claims a cell or gives back (limiter.c: fresh_now).
+ * first, and by a later one where it claims a slot or gives back (limiter.c: fresh_now).
  *
  * advance() makes one step. Most operations are one step. These are several, each at an instant of its own
  * within the operation (csrc/DESIGN.md, "Several limits", "Permits"):
@@ -18,7 +18,7 @@
  * - Several limits: an admission that has charged some of its limits, and finds the next without room, undoes
  *   what it charged, in later steps. In between others see the charge. Nothing else may hold one.
  * - A permit that was taken for an admission whose meters then have no room, likewise.
- * - A full table: the number of other keys that may have had a cell by then, not those live at one instant.
+ * - A full table: the number of other keys that may have had a slot by then, not those live at one instant.
  * - Limits that are changed meanwhile: an operation may go by limits that it loaded earlier.
  * - Permits are counted slot by slot, each slot at an instant of its own, in order. */
 #ifndef MODEL_H
@@ -30,18 +30,18 @@
 
 #define UNUSED 7 /* to whole words */
 typedef struct {
-  uint64_t state[METERS]; /* key * limits + limit */
+  uint64_t state[STATES]; /* key * limits + limit */
   uint64_t put[LANES][LIMITS - 1], before[LANES][LIMITS - 1]; /* charges that may be undone */
   uint8_t at[LANES];    /* operations put in order */
   uint8_t phase[LANES]; /* steps made of the next one */
-  uint8_t tally[LANES]; /* slots that it saw held */
+  uint8_t seen_held[LANES]; /* slots that it saw held */
   /* Where limits change (model_changes.h): the number of changes so far, and which variant it is; what a lane's
    * operation goes by, and what it saw; how often each meter was empty. */
-  uint8_t changes, variant, plan[LANES], planned[LANES], seen[LANES][LIMITS], born[METERS];
+  uint8_t changes, variant, snapshot[LANES], loaded[LANES], seen[LANES][LIMITS], born[STATES];
   uint8_t charged[LANES][LIMITS]; /* born, at the lane's last reservation; 255 = none */
   uint8_t stands; /* permits that were granted: slots, one bit each */
   uint8_t dead; /* lanes, one bit each */
-  uint8_t holder[MOST_SLOTS]; /* of each permit: lane + 1; 0 = free */
+  uint8_t holder[MOST_PERMITS]; /* of each permit: lane + 1; 0 = free */
   uint8_t unused[UNUSED];
 } config_t;
 
@@ -51,7 +51,7 @@ static_assert(sizeof(config_t) % 8 == 0, "hashed by words");
 
 static inline bool finish(config_t *c, int lane) {
   c->at[lane]++;
-  c->phase[lane] = c->tally[lane] = c->plan[lane] = c->planned[lane] = 0;
+  c->phase[lane] = c->seen_held[lane] = c->snapshot[lane] = c->loaded[lane] = 0;
   memset(c->seen[lane], 0, sizeof c->seen[lane]);
   memset(c->put[lane], 0, sizeof c->put[lane]);
   memset(c->before[lane], 0, sizeof c->before[lane]);
@@ -65,7 +65,7 @@ static inline bool stepped(config_t *c, int lane, uint32_t of) {
 }
 
 /* How a meter is seen: 0: as it is, at the operation's first time. v > 0: as never seen, at its v-th time.
- * That is so where nothing has been charged, or where it has all expired: then the cell may have gone to
+ * That is so where nothing has been charged, or where it has all expired: then the slot may have gone to
  * another key, or is claimed anew. An admission with a permit reads the clock anew for the permit, for a
  * look at the meters, and to charge them: views below its number of readings are as it is, the others as
  * never seen. */
@@ -74,22 +74,22 @@ static inline unsigned views(const op_t *op) {
   for (uint32_t i = 1; i < op->reads; i++)
     if (op->read[i] != op->read[0]) count = 2 * op->reads;
   if (op->kind != OP_ADMIT) return count;
-  return op->reads < MOST_SLOTS / 2 ? MOST_SLOTS : 2 * op->reads; /* or: the slot to take */
+  return op->reads < MOST_PERMITS / 2 ? MOST_PERMITS : 2 * op->reads; /* or: the slot to take */
 }
 
 typedef struct {
   const rule_t *rule;
   uint64_t state, now;
-  uint64_t *cell;
+  uint64_t *slot;
 } view_t;
 
 static inline bool look_when(const history_t *h, config_t *c, const op_t *op, uint32_t limit,
                              bool unseen, uint64_t now, view_t *v) {
   v->rule = &h->rules[0][limit];
-  v->cell = &c->state[op->key * h->limits + limit];
+  v->slot = &c->state[op->key * h->limits + limit];
   v->now = now;
-  v->state = unseen ? 0 : *v->cell;
-  return !unseen || state_expires(*v->cell) <= op->latest;
+  v->state = unseen ? 0 : *v->slot;
+  return !unseen || state_expires(*v->slot) <= op->latest;
 }
 
 static inline bool look_at(const history_t *h, config_t *c, const op_t *op, uint32_t limit,
@@ -108,11 +108,11 @@ static inline bool look_at(const history_t *h, config_t *c, const op_t *op, uint
 /* Whoever charges anew does so as of a time when all has expired; whoever only looks may go by an older one,
  * once all has expired in fact. */
 static inline bool too_early(const view_t *v, uint64_t cost) {
-  return cost && !v->state && state_expires(*v->cell) > v->now;
+  return cost && !v->state && state_expires(*v->slot) > v->now;
 }
 
 static inline verdict_t verdict_of(const view_t *v, uint64_t cost) {
-  return meter_take(v->rule, v->state, v->now, v->now, cost);
+  return rule_take(v->rule, v->state, v->now, v->now, cost);
 }
 
 /* Is this the decision that was told? (limiter.c: report(), of one limit) */
@@ -120,7 +120,7 @@ static inline bool told(const history_t *h, const op_t *op, const view_t *v,
                         const verdict_t *verdict, bool allowed, bool charged) {
   if (op_open(op) || op->kind == OP_IS_ALLOWED || h->limits != 1) return true;
   if (op->kind == OP_SPEND) /* who runs low is told so, and nobody else */
-    return op->low == (charged && wallet_low(verdict->next, op->cost[0]));
+    return op->low == (charged && token_lease_low(verdict->next, op->cost[0]));
   uint64_t retry = allowed && !charged ? 0 : verdict->retry;
   int64_t wait = retry == UINT64_MAX ? FSHM_NEVER : (int64_t)retry;
   uint64_t reset = charged || v->rule->kind != FSHM_BUCKET ? verdict->reset : verdict->used_before;
@@ -148,7 +148,7 @@ static inline bool charge_limit(const history_t *h, config_t *c, int lane, const
     c->put[lane][limit] = verdict.next;
     c->before[lane][limit] = v.state;
   }
-  *v.cell = verdict.next;
+  *v.slot = verdict.next;
   return true;
 }
 
@@ -167,43 +167,43 @@ static inline bool any_no_room(const history_t *h, config_t *c, const op_t *op, 
   return false;
 }
 
-/* A call may find no cell for its key: never while the key has one, nor while there must be a free one. */
+/* A call may find no slot for its key: never while the key has one, nor while there must be a free one. */
 static inline bool table_full(const history_t *h, const config_t *c, int level, const op_t *op) {
   uint64_t state = c->state[op->key];
-  if (!h->cells || (state && state_expires(state) > op->latest)) return false;
+  if (!h->slots || (state && state_expires(state) > op->latest)) return false;
   uint32_t taken = 0;
   for (uint32_t key = 0; !level && key < h->keys; key++)
     taken += key != op->key && state_expires(c->state[key]) > minus(op->read[0], 1000);
-  for (int lane = 0; level && lane < LANES; lane++) /* who may have claimed a cell by then */
+  for (int lane = 0; level && lane < LANES; lane++) /* who may have claimed a slot by then */
     for (uint32_t i = 0; i < h->count[lane]; i++) {
       const op_t *o = &h->ops[lane][i];
       bool claims = (o->kind <= OP_RESERVE && o->kind != OP_SPEND) || o->kind == OP_CHARGE ||
                     o->kind == OP_PUT;
       taken += claims && o->key != op->key && o->invoked && o->invoked < op->responded;
     }
-  return taken >= h->cells;
+  return taken >= h->slots;
 }
 
 /* Times that an admission charges and undoes; each needs another's charge in between. */
 #define CYCLES(level) ((level) == 1 ? 1 : 3)
 #define CYCLE \
-  16 /* tally of an admission: cycles times this, and the limits that had room, one bit each */
+  16 /* counters of an admission: cycles times this, and the limits that had room, one bit each */
 
 /* limiter.c: undo() */
 static inline bool undo_limit(const history_t *h, config_t *c, int lane, const op_t *op,
                               uint32_t limit, unsigned view) {
   const rule_t *r = &h->rules[0][limit];
-  uint64_t *cell = &c->state[op->key * h->limits + limit], put = c->put[lane][limit];
+  uint64_t *slot = &c->state[op->key * h->limits + limit], put = c->put[lane][limit];
   const fshm_charged charged = charged_by(r, put, 0, 0);
   uint64_t now = op->read[view ? view - 1 : 0];
-  if (view && *cell == put) return false; /* the same as view 0 */
-  *cell = *cell == put ? c->before[lane][limit]
-                       : meter_refund(r, *cell, now, op->cost[limit], &charged);
+  if (view && *slot == put) return false; /* the same as view 0 */
+  *slot =
+      *slot == put ? c->before[lane][limit] : rule_refund(r, *slot, now, op->cost[limit], &charged);
   c->put[lane][limit] = c->before[lane][limit] = 0;
   uint8_t *phase = &c->phase[lane];
   if (--*phase == UNDOING) { /* it looks again */
     *phase = 0;
-    c->tally[lane] -= c->tally[lane] % CYCLE;
+    c->seen_held[lane] -= c->seen_held[lane] % CYCLE;
   }
   return true;
 }
@@ -216,9 +216,9 @@ static inline void note_room(const history_t *h, config_t *c, int lane, const op
   if (h->limits < 2 || c->phase[lane] || op->kind > OP_RESERVE) return;
   for (uint32_t i = 0; i < h->limits; i++) {
     view_t v;
-    for (unsigned view = 0; view < views(op) && !(c->tally[lane] >> i & 1); view++)
+    for (unsigned view = 0; view < views(op) && !(c->seen_held[lane] >> i & 1); view++)
       if (look_at(h, c, op, i, view, &v) && !verdict_of(&v, op->cost[i]).retry)
-        c->tally[lane] |= (uint8_t)(1 << i);
+        c->seen_held[lane] |= (uint8_t)(1 << i);
   }
 }
 
@@ -231,9 +231,9 @@ static inline bool acquire(const history_t *h, int level, config_t *c, int lane,
       if (phase >= UNDOING) return false;
       if (denied && (!level || phase + 1 >= h->limits)) return false;
       if (level && !phase && !h->at_once && h->limits > 1 &&
-          (c->tally[lane] + 1) % (1 << h->limits))
+          (c->seen_held[lane] + 1) % (1 << h->limits))
         return false; /* it has not seen room in all */
-      if (!op->cost[phase] && c->tally[lane] >> phase & 1) {
+      if (!op->cost[phase] && c->seen_held[lane] >> phase & 1) {
         if (phase + 1 < h->limits)
           c->put[lane][phase] = c->before[lane][phase] = c->state[op->key * h->limits + phase];
         return !view && stepped(c, lane, h->limits);
@@ -248,11 +248,11 @@ static inline bool acquire(const history_t *h, int level, config_t *c, int lane,
       if (op->status == FSHM_DENIED && !any_no_room(h, c, op, view)) return false;
       return finish(c, lane);
     case FIND_NO_ROOM:
-      if (!level || !phase || phase >= UNDOING || c->tally[lane] / CYCLE >= CYCLES(level))
+      if (!level || !phase || phase >= UNDOING || c->seen_held[lane] / CYCLE >= CYCLES(level))
         return false;
       if (!no_room(h, c, op, phase, view)) return false;
       c->phase[lane] += UNDOING;
-      c->tally[lane] += CYCLE;
+      c->seen_held[lane] += CYCLE;
       return true;
     case UNDO:
       return phase > UNDOING && undo_limit(h, c, lane, op, phase - UNDOING - 1, view);
@@ -300,8 +300,8 @@ static inline bool force_limit(const history_t *h, int level, config_t *c, int l
     if (!look_at(h, c, op, limit, view, &v)) return false;
     uint64_t cost = op->cost[limit];
     if (op->kind == OP_CHARGE && too_early(&v, cost)) return false;
-    *v.cell = op->kind == OP_CHARGE ? meter_charge(v.rule, v.state, v.now, cost)
-                                    : meter_refund(v.rule, v.state, v.now, cost, NULL);
+    *v.slot = op->kind == OP_CHARGE ? rule_charge(v.rule, v.state, v.now, cost)
+                                    : rule_refund(v.rule, v.state, v.now, cost, NULL);
   }
   return stepped(c, lane, h->limits + (h->limits == 1));
 }
@@ -314,12 +314,12 @@ static inline bool cancel(const history_t *h, config_t *c, int lane, const op_t 
   bool given_back = !view && v.state == op->put;
   if (!op_open(op) && op->status != given_back) return false;
   const fshm_charged charged = charged_by(v.rule, op->put, v.now, 0);
-  if (given_back) *v.cell = meter_refund(v.rule, v.state, v.now, op->cost[0], &charged);
+  if (given_back) *v.slot = rule_refund(v.rule, v.state, v.now, op->cost[0], &charged);
   return finish(c, lane);
 }
 
 #include "model_permits.h"
-#include "model_wallet.h"
+#include "model_token_lease.h"
 #include "model_changes.h"
 
 /* One step of the lane's next operation; false where there is no such step. */

@@ -31,20 +31,20 @@ static inline bool change_limits(const history_t *h, config_t *c, int lane, cons
 
 /* The limits that the operation goes by from here on, whatever becomes of them: those of now. */
 static inline void pin(const history_t *h, config_t *c, int lane, const op_t *op) {
-  c->plan[lane] = (uint8_t)(c->changes + 1);
-  c->planned[lane] = c->variant;
+  c->snapshot[lane] = (uint8_t)(c->changes + 1);
+  c->loaded[lane] = c->variant;
   for (uint32_t i = 0; i < h->limits && op->kind != OP_ADMIT; i++)
     c->seen[lane][i] = (uint8_t)c->state[op->key * h->limits + i];
 }
 static inline void unpin(config_t *c, int lane) {
-  c->plan[lane] = c->planned[lane] = 0;
+  c->snapshot[lane] = c->loaded[lane] = 0;
   memset(c->seen[lane], 0, sizeof c->seen[lane]);
 }
-static inline unsigned plan_of(const config_t *c, int lane) {
-  return c->plan[lane] ? c->plan[lane] : c->changes + 1u;
+static inline unsigned snapshot_of(const config_t *c, int lane) {
+  return c->snapshot[lane] ? c->snapshot[lane] : c->changes + 1u;
 }
-static inline unsigned planned(const config_t *c, int lane) {
-  return c->plan[lane] ? c->planned[lane] : c->variant;
+static inline unsigned loaded(const config_t *c, int lane) {
+  return c->snapshot[lane] ? c->loaded[lane] : c->variant;
 }
 
 /* Only where limits can change before the operation ends is it worth a step of its own. */
@@ -60,19 +60,19 @@ static inline bool load_limits(const history_t *h, int level, config_t *c, int l
                                const op_t *op) {
   bool looks = op->kind == OP_PEEK || op->kind == OP_REMAINING;
   bool forces = op->kind == OP_CHARGE || op->kind == OP_REFUND || op->kind == OP_SETTLE;
-  if (looks && c->phase[lane] && c->plan[lane] != c->changes + 1) {
+  if (looks && c->phase[lane] && c->snapshot[lane] != c->changes + 1) {
     c->phase[lane] = 0; /* it looks at all anew */
     unpin(c, lane);
     return true;
   }
   if (op->kind == OP_ADMIT && c->phase[lane] == TAKEN) { /* it counts by limits of then */
-    if (!level || op_open(op) || op->status != FSHM_DENIED || c->plan[lane] == c->changes + 1)
+    if (!level || op_open(op) || op->status != FSHM_DENIED || c->snapshot[lane] == c->changes + 1)
       return false;
-    if (!c->plan[lane] && !may_change(h, c, lane, op)) return false;
+    if (!c->snapshot[lane] && !may_change(h, c, lane, op)) return false;
     pin(h, c, lane, op);
     return true;
   }
-  if (!level || c->plan[lane] || (c->phase[lane] && !forces)) return false;
+  if (!level || c->snapshot[lane] || (c->phase[lane] && !forces)) return false;
   if (!may_change(h, c, lane, op)) return false;
   pin(h, c, lane, op);
   return true;
@@ -80,12 +80,12 @@ static inline bool load_limits(const history_t *h, int level, config_t *c, int l
 
 /* May the operation go by what it has loaded, in this limit? */
 static inline bool goes_by(const config_t *c, int level, int lane, uint32_t i, uint64_t used) {
-  if (plan_of(c, lane) == c->changes + 1u) return true;
+  if (snapshot_of(c, lane) == c->changes + 1u) return true;
   return level && c->seen[lane][i] == (uint8_t)used;
 }
 
 static inline uint64_t most_of(const history_t *h, const config_t *c, int lane, uint32_t i) {
-  return rule_capacity(&h->rules[planned(c, lane)][i]);
+  return rule_capacity(&h->rules[loaded(c, lane)][i]);
 }
 
 /* Nothing at all always fits; in a bucket that is in debt, it may be denied. */
@@ -95,16 +95,16 @@ static inline bool fits(const history_t *h, const config_t *c, int lane, uint32_
 }
 static inline bool fits_not(const history_t *h, const config_t *c, int lane, uint32_t i,
                             uint64_t used, uint64_t cost) {
-  bool bucket = h->rules[planned(c, lane)][i].kind == FSHM_BUCKET;
+  bool bucket = h->rules[loaded(c, lane)][i].kind == FSHM_BUCKET;
   return (cost || bucket) && used + cost > most_of(h, c, lane, i);
 }
 
 /* With one limit, what is left is told as of the instant of the operation. */
 static inline bool told_left(const history_t *h, const config_t *c, int lane, const op_t *op,
                              uint64_t used) {
-  if (op_open(op) || op->kind == OP_IS_ALLOWED || h->counts[planned(c, lane)] != 1) return true;
+  if (op_open(op) || op->kind == OP_IS_ALLOWED || h->counts[loaded(c, lane)] != 1) return true;
   return op->remaining[0] == minus(most_of(h, c, lane, 0), used) &&
-         version_is(h, op->version, plan_of(c, lane) - 1);
+         version_is(h, op->version, snapshot_of(c, lane) - 1);
 }
 
 static inline void add_tokens(config_t *c, uint32_t meter, uint64_t tokens) {
@@ -114,7 +114,7 @@ static inline void add_tokens(config_t *c, uint32_t meter, uint64_t tokens) {
 
 static inline bool acquire_changing(const history_t *h, int level, config_t *c, int lane,
                                     const op_t *op, unsigned branch) {
-  uint32_t i = c->phase[lane], count = h->counts[planned(c, lane)], meter = op->key * h->limits + i;
+  uint32_t i = c->phase[lane], count = h->counts[loaded(c, lane)], meter = op->key * h->limits + i;
   bool denied = !op_open(op) && op->status != FSHM_ALLOWED, ends = i + 1 == count;
   uint64_t *used = &c->state[meter];
   if (branch == EFFECT) {
@@ -122,9 +122,9 @@ static inline bool acquire_changing(const history_t *h, int level, config_t *c, 
     if (!goes_by(c, level, lane, i, *used)) return false;
     if (!fits(h, c, lane, i, *used, op->cost[i])) return false;
     if (!told_left(h, c, lane, op, *used + op->cost[i])) return false;
-    if (!i && !c->plan[lane] && count > 1) pin(h, c, lane, op);
+    if (!i && !c->snapshot[lane] && count > 1) pin(h, c, lane, op);
     add_tokens(c, meter, op->cost[i]);
-    if (c->plan[lane]) c->seen[lane][i] = (uint8_t)*used;
+    if (c->snapshot[lane]) c->seen[lane][i] = (uint8_t)*used;
     if (op->kind == OP_RESERVE) c->charged[lane][i] = op->cost[i] ? c->born[meter] : 255;
     if (ends || level) return stepped(c, lane, count);
     c->phase[lane]++; /* all at once */
@@ -142,19 +142,20 @@ static inline bool acquire_changing(const history_t *h, int level, config_t *c, 
   }
   /* Of two limits, the first was charged; the second had no room, or the limits have changed: that is undone, and it
    * begins anew. */
-  if (branch != BACK || !level || i != 1 || c->tally[lane] == 2) return false;
-  if (plan_of(c, lane) == c->changes + 1u && fits(h, c, lane, i, *used, op->cost[i])) return false;
+  if (branch != BACK || !level || i != 1 || c->seen_held[lane] == 2) return false;
+  if (snapshot_of(c, lane) == c->changes + 1u && fits(h, c, lane, i, *used, op->cost[i]))
+    return false;
   c->state[meter - 1] = minus(c->state[meter - 1], op->cost[0]);
   c->phase[lane] = 0;
   unpin(c, lane);
-  c->tally[lane]++;
+  c->seen_held[lane]++;
   return true;
 }
 
 /* A charge, a refund or a settlement: limit by limit, and then, with one limit, a look. */
 static inline bool force_changing(const history_t *h, int level, config_t *c, int lane,
                                   const op_t *op, unsigned branch) {
-  uint32_t i = c->phase[lane], count = h->counts[planned(c, lane)], meter = op->key * h->limits + i;
+  uint32_t i = c->phase[lane], count = h->counts[loaded(c, lane)], meter = op->key * h->limits + i;
   if (branch != EFFECT && (branch != OTHERWISE || op->kind != OP_SETTLE)) return false;
   if (!op_open(op) && op->status != FSHM_ALLOWED) return false;
   if (i >= count || i == LOOK) { /* fewer by now; or the look */
@@ -182,7 +183,7 @@ static inline bool force_changing(const history_t *h, int level, config_t *c, in
 
 static inline bool look_changing(const history_t *h, int level, config_t *c, int lane,
                                  const op_t *op, unsigned branch) {
-  uint32_t i = c->phase[lane], count = h->counts[planned(c, lane)];
+  uint32_t i = c->phase[lane], count = h->counts[loaded(c, lane)];
   uint64_t used = c->state[op->key * h->limits + i], most = most_of(h, c, lane, i);
   if (op->kind == OP_PEEK && op->status == FSHM_DENIED)
     return acquire_changing(h, level, c, lane, op, branch == EFFECT ? OTHERWISE : SEE);
@@ -192,31 +193,31 @@ static inline bool look_changing(const history_t *h, int level, config_t *c, int
   } else if (!op_open(op)) {
     if (op->remaining[i] != minus(most, used) || op->status != (int)count) return false;
   }
-  if (!i && !c->plan[lane] && count > 1) pin(h, c, lane, op);
+  if (!i && !c->snapshot[lane] && count > 1) pin(h, c, lane, op);
   return stepped(c, lane, count);
 }
 
-static inline unsigned bit_of(unsigned slot) { return 1u << slot; }
+static inline unsigned bit_of(unsigned permit) { return 1u << permit; }
 
 /* A permit: a slot is taken; then it stands, where no more stand with it than are allowed at that instant. A denial has
  * seen as many held, each at an instant of its own, also such as did not stand. */
 static inline bool admit_changing(const history_t *h, int level, config_t *c, int lane,
                                   const op_t *op, unsigned branch, unsigned view) {
-  uint8_t *phase = &c->phase[lane], *tally = &c->tally[lane], *seen = &c->seen[lane][0];
+  uint8_t *phase = &c->phase[lane], *seen_held = &c->seen_held[lane], *seen = &c->seen[lane][0];
   bool denied = !op_open(op) && op->status != FSHM_ALLOWED;
-  unsigned standing = (unsigned)__builtin_popcount(c->stands & slots_held(h, c));
-  unsigned held = slots_held(h, c) & ~(*phase == TAKEN ? bit_of(*tally - 1u) : 0);
+  unsigned standing = (unsigned)__builtin_popcount(c->stands & permits_held(h, c));
+  unsigned held = permits_held(h, c) & ~(*phase == TAKEN ? bit_of(*seen_held - 1u) : 0);
   if (branch == EFFECT) {
     if (*phase == TAKEN) {
       if (denied || view || standing >= h->permits_of[c->variant]) return false;
-      c->stands |= (uint8_t)bit_of(*tally - 1u);
+      c->stands |= (uint8_t)bit_of(*seen_held - 1u);
       return finish(c, lane);
     }
-    if (*phase || view >= h->permits_of[planned(c, lane)] || slot_held(c, view)) return false;
-    if ((denied && !level) || (!denied && !op_open(op) && op->slot != view)) return false;
+    if (*phase || view >= h->permits_of[loaded(c, lane)] || permit_held(c, view)) return false;
+    if ((denied && !level) || (!denied && !op_open(op) && op->permit != view)) return false;
     c->holder[view] = (uint8_t)(lane + 1);
     c->stands &= (uint8_t)~bit_of(view);
-    *tally = (uint8_t)(view + 1);
+    *seen_held = (uint8_t)(view + 1);
     *phase = TAKEN;
     return level || admit_changing(h, level, c, lane, op, branch, 0);
   }
@@ -224,7 +225,7 @@ static inline bool admit_changing(const history_t *h, int level, config_t *c, in
   if (branch == OTHERWISE) {
     if (!denied || *phase == TAKEN || op->status != FSHM_DENIED) return false;
     unsigned found = (unsigned)__builtin_popcount(level ? *seen : held);
-    return found >= h->permits_of[level ? planned(c, lane) : c->variant] && finish(c, lane);
+    return found >= h->permits_of[level ? loaded(c, lane) : c->variant] && finish(c, lane);
   }
   if (branch == SEE) {
     if (!level || !denied || (*seen | held) == *seen) return false;
@@ -232,18 +233,18 @@ static inline bool admit_changing(const history_t *h, int level, config_t *c, in
     return true;
   }
   if (branch != BACK || !denied || *phase != TAKEN) return false;
-  if (c->holder[*tally - 1] == lane + 1) c->holder[*tally - 1] = 0;
+  if (c->holder[*seen_held - 1] == lane + 1) c->holder[*seen_held - 1] = 0;
   *phase = GIVEN_BACK;
   /* It counted by the limits of then. */
-  if (!c->plan[lane]) pin(h, c, lane, op);
+  if (!c->snapshot[lane]) pin(h, c, lane, op);
   return true;
 }
 
 static inline bool changing(const history_t *h, int level, config_t *c, int lane, const op_t *op,
                             unsigned branch, unsigned view) {
-  bool plans = op->kind != OP_SET && op->kind != OP_RELEASE && op->kind != OP_IN_FLIGHT;
+  bool snapshots = op->kind != OP_SET && op->kind != OP_RELEASE && op->kind != OP_IN_FLIGHT;
   if (op->kind != OP_ADMIT && view) return false;
-  if (branch == LOAD_LIMITS) return plans && !view && load_limits(h, level, c, lane, op);
+  if (branch == LOAD_LIMITS) return snapshots && !view && load_limits(h, level, c, lane, op);
   switch (op->kind) {
     case OP_ACQUIRE:
     case OP_IS_ALLOWED:
@@ -258,9 +259,9 @@ static inline bool changing(const history_t *h, int level, config_t *c, int lane
       return look_changing(h, level, c, lane, op, branch);
     case OP_RESET:
       if (branch != EFFECT) return false;
-      if (!c->plan[lane]) pin(h, c, lane, op);
+      if (!c->snapshot[lane]) pin(h, c, lane, op);
       c->state[op->key * h->limits + c->phase[lane]] = 0;
-      return stepped(c, lane, h->counts[planned(c, lane)]);
+      return stepped(c, lane, h->counts[loaded(c, lane)]);
     case OP_ADMIT:
       return admit_changing(h, level, c, lane, op, branch, view);
     case OP_SET:

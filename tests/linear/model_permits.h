@@ -2,20 +2,21 @@
 #ifndef MODEL_PERMITS_H
 #define MODEL_PERMITS_H
 
-static inline bool slot_held(const config_t *c, unsigned slot) {
-  return c->holder[slot] && !(c->dead >> (c->holder[slot] - 1) & 1);
+static inline bool permit_held(const config_t *c, unsigned permit) {
+  return c->holder[permit] && !(c->dead >> (c->holder[permit] - 1) & 1);
 }
 
-static inline unsigned slots_held(const history_t *h, const config_t *c) {
+static inline unsigned permits_held(const history_t *h, const config_t *c) {
   unsigned held = 0;
-  for (unsigned slot = 0; slot < h->permits; slot++) held |= (unsigned)slot_held(c, slot) << slot;
+  for (unsigned permit = 0; permit < h->permits; permit++)
+    held |= (unsigned)permit_held(c, permit) << permit;
   return held;
 }
 
-/* A permit, then the meters. tally: the slot that was taken, plus 1. */
+/* A permit, then the meters. counters: the slot that was taken, plus 1. */
 static inline bool admit(const history_t *h, int level, config_t *c, int lane, const op_t *op,
                          unsigned branch, unsigned view) {
-  uint8_t *phase = &c->phase[lane], *tally = &c->tally[lane];
+  uint8_t *phase = &c->phase[lane], *seen_held = &c->seen_held[lane];
   unsigned all = (1u << h->permits) - 1;
   bool denied = !op_open(op) && op->status != FSHM_ALLOWED;
   bool by_permits = denied && op->limit_index == h->limits;
@@ -24,11 +25,11 @@ static inline bool admit(const history_t *h, int level, config_t *c, int lane, c
     case 0: /* take a slot: the one that is known, else any */
       if (*phase != SEARCHING || view >= h->permits || by_permits || (denied && !level))
         return false;
-      if (!op_open(op) && !denied && op->slot != view) return false;
-      if (slot_held(c, view)) return false;
+      if (!op_open(op) && !denied && op->permit != view) return false;
+      if (permit_held(c, view)) return false;
       c->holder[view] = (uint8_t)(lane + 1);
       if (!h->limits && !op_open(op)) return finish(c, lane);
-      *tally = (uint8_t)(view + 1);
+      *seen_held = (uint8_t)(view + 1);
       *phase = TAKEN;
       return true;
     case 1: /* charge */
@@ -37,10 +38,10 @@ static inline bool admit(const history_t *h, int level, config_t *c, int lane, c
     case 2: /* no permit; or its permit was lost with the room */
       if (!by_permits || view) return false;
       if (op->count != h->permits) return false;
-      if (!level) return slots_held(h, c) == all && finish(c, lane);
-      if ((*tally | slots_held(h, c)) == *tally) return false;
-      *tally |= (uint8_t)slots_held(h, c);
-      return *tally == all ? finish(c, lane) : true;
+      if (!level) return permits_held(h, c) == all && finish(c, lane);
+      if ((*seen_held | permits_held(h, c)) == *seen_held) return false;
+      *seen_held |= (uint8_t)permits_held(h, c);
+      return *seen_held == all ? finish(c, lane) : true;
     case 3: /* no room in the meter: before it took a permit, or since */
       if (!h->limits || by_permits || *phase == LOST || (!denied && !op_open(op))) return false;
       if (!no_room(h, c, op, 0, view)) return false;
@@ -49,7 +50,7 @@ static inline bool admit(const history_t *h, int level, config_t *c, int lane, c
       return true;
     case 4: /* give the permit back */
       if (*phase != LOST || view) return false;
-      if (c->holder[*tally - 1] == lane + 1) c->holder[*tally - 1] = 0;
+      if (c->holder[*seen_held - 1] == lane + 1) c->holder[*seen_held - 1] = 0;
       return finish(c, lane);
     default:
       return false;
@@ -57,9 +58,9 @@ static inline bool admit(const history_t *h, int level, config_t *c, int lane, c
 }
 
 static inline bool release(config_t *c, int lane, const op_t *op, unsigned view) {
-  bool mine = c->holder[op->slot] == lane + 1;
+  bool mine = c->holder[op->permit] == lane + 1;
   if (view || (!op_open(op) && op->status != mine)) return false;
-  if (mine) c->holder[op->slot] = 0;
+  if (mine) c->holder[op->permit] = 0;
   return finish(c, lane);
 }
 
@@ -67,11 +68,11 @@ static inline bool in_flight(const history_t *h, int level, config_t *c, int lan
                              unsigned view) {
   if (view) return false;
   if (!level) {
-    unsigned held = (unsigned)__builtin_popcount(slots_held(h, c));
+    unsigned held = (unsigned)__builtin_popcount(permits_held(h, c));
     return (op_open(op) || held == op->count) && finish(c, lane);
   }
-  c->tally[lane] += slot_held(c, c->phase[lane]);
-  if (c->phase[lane] + 1u == h->permits && !op_open(op) && c->tally[lane] != op->count)
+  c->seen_held[lane] += permit_held(c, c->phase[lane]);
+  if (c->phase[lane] + 1u == h->permits && !op_open(op) && c->seen_held[lane] != op->count)
     return false;
   return stepped(c, lane, h->permits);
 }

@@ -35,25 +35,25 @@ class Fault:
     also: tuple[str, str] | None = None  # a second text of the file
 
 
-SWAP = "    return pair_cas(&c->s->cells[f->cell], &seen, to) ? CLAIMED : CLAIM_LOST;\n"
-TAKE = "      if (!pair_cas(&h->s->cells[f.cell], &seen, mine)) continue;\n"
+SWAP = "    return pair_cas(&c->s->slots[f->slot], &seen, to) ? CLAIMED : CLAIM_LOST;\n"
+TAKE = "      if (!pair_cas(&h->s->slots[f.slot], &seen, mine)) continue;\n"
 NO_ROOM = "    if (l->verdict.retry && !may_wait(c, op, 0, l)) {\n"
 UNDO = "    for (uint32_t k = i - 1; k-- > 0;) undo(c, k, &looks[k], before[k]);\n"
-PUT = "  return wallet_put(state, now, lease->tokens, lease->kept, lease->until_ns);\n"
+PUT = "  return token_lease_put(state, now, lease->tokens, lease->kept, lease->until_ns);\n"
 LOST = "      status = next == m.state ? CLAIMED : put_changed(&c, i, &found, next, &first);\n"
 LOST_TWICE = (
     LOST + "      if (status == CLAIM_LOST) {\n"
-    "        cells_find(c.s, c.hash, fingerprint(&c, i), &found.cell);\n"
+    "        table_find(c.s, c.hash, fingerprint(&c, i), &found.slot);\n"
     "        (void)put_changed(&c, i, &found, next, &first);\n      }\n"
 )
-LOAD = "  bool readable = limits_load_inline(l->segment, l->index, &c.plan);\n"
-OUTDATED = "  return unlikely(entry_current(c->s, c->index) != c->plan.current);\n"
+LOAD = "  bool readable = limits_load_inline(l->segment, l->index, &c.snapshot);\n"
+OUTDATED = "  return unlikely(entry_current(c->s, c->index) != c->snapshot.current);\n"
 LOAD_SELDOM = (
-    "  static plan_t kept;\n  static const fshm_limiter *of;\n  bool readable = true;\n"
+    "  static snapshot_t kept;\n  static const fshm_limiter *of;\n  bool readable = true;\n"
     "  const uint64_t seen = entry_current(l->segment, l->index);\n"
-    "  if (of == l && !((seen ^ kept.current) >> VERSION_BITS))\n    c.plan = kept;\n"
-    "  else\n    readable = limits_load_inline(l->segment, l->index, &c.plan);\n"
-    "  kept = c.plan;\n  of = l;\n"
+    "  if (of == l && !((seen ^ kept.current) >> VERSION_BITS))\n    c.snapshot = kept;\n"
+    "  else\n    readable = limits_load_inline(l->segment, l->index, &c.snapshot);\n"
+    "  kept = c.snapshot;\n  of = l;\n"
 )
 FREE = "state_expires(pair.when) <= over"
 
@@ -63,15 +63,15 @@ FAULTS = (
         "window",
         "limits/limiter.c",
         SWAP,
-        "    (void)pair_cas(&c->s->cells[f->cell], &seen, to);\n    return CLAIMED;\n",
+        "    (void)pair_cas(&c->s->slots[f->slot], &seen, to);\n    return CLAIMED;\n",
     ),
     Fault(
         "load and store in place of the swap",
         "bucket",
         "limits/limiter.c",
         SWAP,
-        "    (void)pair_load(&c->s->cells[f->cell]);\n"
-        "    store_relaxed(&c->s->cells[f->cell].when, to.when);\n    return CLAIMED;\n",
+        "    (void)pair_load(&c->s->slots[f->slot]);\n"
+        "    store_relaxed(&c->s->slots[f->slot].when, to.when);\n    return CLAIMED;\n",
     ),
     Fault(
         "a denial charges",
@@ -93,21 +93,21 @@ FAULTS = (
         "undone by putting back what was there",
         "several",
         "limits/limiter.c",
-        "    const bool ours = found.cell.pair.when == l->verdict.next "
-        "&& found.cell.pair.who == l->who;\n",
+        "    const bool ours = found.slot.pair.when == l->verdict.next "
+        "&& found.slot.pair.who == l->who;\n",
         "    const bool ours = true;\n",
     ),
     Fault(
         "a claim is confirmed without looking again",
         "keys",
-        "core/cells.c",
-        "      if (cell + k == mine.cell) continue;\n",
-        "      if (cell + k <= s->cell_count) continue;\n",
+        "core/hash_table.c",
+        "      if (slot + k == mine.slot) continue;\n",
+        "      if (slot + k <= s->slot_count) continue;\n",
     ),
     Fault(
         "a live key's cell is given away",
         "keys",
-        "core/cells.c",
+        "core/hash_table.c",
         FREE,
         "state_expires(pair.when) <= now + 5000",
     ),
@@ -128,50 +128,50 @@ FAULTS = (
     Fault(
         "a lost swap of a permit counts as taken",
         "permits",
-        "permits/lease.c",
+        "permits/semaphore.c",
         TAKE,
-        "      (void)pair_cas(&h->s->cells[f.cell], &seen, mine);\n",
+        "      (void)pair_cas(&h->s->slots[f.slot], &seen, mine);\n",
     ),
     Fault(
         "a dead process's permits stay",
         "permits",
-        "permits/lease.c",
-        "(!census || owner_alive(h->s, f.pair.when, census))",
+        "permits/semaphore.c",
+        "(!liveness || owner_alive(h->s, f.pair.when, liveness))",
         "true",
     ),
     Fault(
         "a permit is kept when the meters have no room",
         "admit",
-        "permits/lease.c",
+        "permits/semaphore.c",
         "if (out->status != FSHM_ALLOWED && permit->held) (void)fshm_permit_release(l, permit);",
         "",
     ),
     Fault(
         "a lost swap of a batch counts as put",
-        "wallet",
+        "token-lease",
         "limits/limiter.c",
         SWAP,
-        "    (void)pair_cas(&c->s->cells[f->cell], &seen, to);\n    return CLAIMED;\n",
+        "    (void)pair_cas(&c->s->slots[f->slot], &seen, to);\n    return CLAIMED;\n",
     ),
     Fault(
         "what is told to be taken out is what a lost swap saw",
-        "wallet",
+        "token-lease",
         "limits/limiter.c",
         "      if (before) before[i] = m.state;\n",
         "      if (before && c.tries == 1) before[i] = m.state;\n",
     ),
     Fault(
         "a wallet is spent after its lease",
-        "wallet",
-        "leasing/wallet.c",
+        "token-lease",
+        "leasing/token_lease.c",
         "key, key_length, costs, now, &spent, put);\n",
         "key, key_length, costs,\n"
-        "                   minus(now ? now : segment_now(wallet->segment), 200), &spent, put);\n",
+        "                   minus(now ? now : segment_now(leases->segment), 200), &spent, put);\n",
     ),
     Fault(
         "tokens beyond the present limit's bits are forgotten",
         "changes-window",
-        "limits/meter.h",
+        "limits/algorithms.h",
         "  uint64_t count = min_u64(w.count, WINDOW_MAX_N);\n",
         "  uint64_t count = min_u64(w.count, (UINT64_C(1) << bit_length(r->n)) - 1);\n",
     ),
@@ -182,7 +182,7 @@ FAULTS = (
         "    if ((holder & RULE_USED) || (holder && owner_lives(s, holder))) continue;\n",
         "    bool named = false;\n"
         "    const uint64_t set = load_relaxed(&e->set);\n"
-        "    for (uint32_t k = 0; k < SET_COUNT(set); k++) named |= SET_SLOT(set, k) == i;\n"
+        "    for (uint32_t k = 0; k < SET_COUNT(set); k++) named |= SET_RULE(set, k) == i;\n"
         "    if (named || (!(holder & RULE_USED) && holder && owner_lives(s, holder))) continue;\n",
     ),
     Fault(
@@ -198,53 +198,53 @@ FAULTS = (
         "limits/limiter.c",
         LOAD,
         LOAD_SELDOM,
-        (OUTDATED, "  return (entry_current(c->s, c->index) ^ c->plan.current) >> VERSION_BITS;\n"),
+        (OUTDATED, "  return (entry_current(c->s, c->index) ^ c->snapshot.current) >> VERSION_BITS;\n"),
     ),
     Fault(
         "a decision tells the version of the last one by the same limits",
         "changes-window",
         "limits/limiter.c",
-        "  out->version = CURRENT_VERSION(c->plan.current);\n",
+        "  out->version = CURRENT_VERSION(c->snapshot.current);\n",
         "  static uint64_t told;\n  static rule_t by;\n"
-        "  if (memcmp(&by, &c->plan.rules[0], sizeof by)) "
-        "told = CURRENT_VERSION(c->plan.current);\n"
-        "  by = c->plan.rules[0];\n  out->version = told;\n",
+        "  if (memcmp(&by, &c->snapshot.rules[0], sizeof by)) "
+        "told = CURRENT_VERSION(c->snapshot.current);\n"
+        "  by = c->snapshot.rules[0];\n  out->version = told;\n",
     ),
     Fault(
         "a sweep by the limits that it began with",
         "changes-sweeps",
         "limits/limits.c",
-        "    if (entry_current(w->s, w->index) != w->plan.current) {\n",
+        "    if (entry_current(w->s, w->index) != w->snapshot.current) {\n",
         "    if (false) {\n",
     ),
     Fault(
         "a slot beyond the present limit stands uncounted",
         "changes-permits",
-        "permits/lease.c",
-        "    if (unlikely(slot >= plan->permits && !said)) {\n",
-        "    if (unlikely(slot > MAX_PERMITS)) {\n",
+        "permits/semaphore.c",
+        "    if (unlikely(number >= snapshot->permits && !said)) {\n",
+        "    if (unlikely(number > MAX_PERMITS)) {\n",
     ),
     Fault(
         "a batch prolongs what is left",
-        "wallet",
-        "leasing/wallet.c",
+        "token-lease",
+        "leasing/token_lease.c",
         PUT,
         PUT.replace("lease->kept", "UINT64_MAX"),
     ),
     Fault(
         "a batch is put in twice where its swap was lost",
-        "wallet",
+        "token-lease",
         "limits/limiter.c",
         LOST,
         LOST_TWICE,
     ),
-    Fault("a spend of several wallets is not undone", "wallets", "limits/limiter.c", UNDO, ""),
+    Fault("a spend of several wallets is not undone", "token-leases", "limits/limiter.c", UNDO, ""),
     Fault(
         "a cell that went to another wallet is written to",
-        "wallet-keys",
+        "token-lease-keys",
         "limits/limiter.c",
         "    pair_t seen = f->pair, to = {l->who, next};\n",
-        "    pair_t seen = pair_load(&c->s->cells[f->cell]), to = {l->who, next};\n",
+        "    pair_t seen = pair_load(&c->s->slots[f->slot]), to = {l->who, next};\n",
     ),
 )
 

@@ -60,7 +60,7 @@ static void tell(const history_t *h, op_t *op, uint64_t used) {
   bool charged = op->status == FSHM_ALLOWED && op->kind == OP_ACQUIRE;
   uint64_t begun = used - (charged ? op->cost[0] : 0);
   uint64_t state = begun ? window_state(&r, (window_t){NOW + PER, begun, 0}) : 0;
-  verdict_t v = meter_take(&r, state, NOW, NOW, op->cost[0]);
+  verdict_t v = rule_take(&r, state, NOW, NOW, op->cost[0]);
   op->remaining[0] = minus(r.n, used);
   op->retry = op->status == FSHM_ALLOWED ? 0 : (int64_t)v.retry;
   op->reset = (int64_t)v.reset;
@@ -211,10 +211,10 @@ static history_t permits_of(uint32_t n) {
   return h;
 }
 
-static op_t *admit_op(history_t *h, int lane, uint64_t from, uint64_t to, int slot) {
-  op_t *op = add(h, lane, OP_ADMIT, from, to, 0, slot < 0 ? FSHM_DENIED : FSHM_ALLOWED);
-  op->slot = (uint8_t)(slot < 0 ? 0 : slot);
-  op->count = slot < 0 ? h->permits : 0;
+static op_t *admit_op(history_t *h, int lane, uint64_t from, uint64_t to, int permit) {
+  op_t *op = add(h, lane, OP_ADMIT, from, to, 0, permit < 0 ? FSHM_DENIED : FSHM_ALLOWED);
+  op->permit = (uint8_t)(permit < 0 ? 0 : permit);
+  op->count = permit < 0 ? h->permits : 0;
   return op;
 }
 
@@ -268,10 +268,10 @@ static op_t *take_op(history_t *h, int lane, uint64_t from, uint64_t to, uint64_
   return op;
 }
 
-static history_t a_wallet(void) {
-  const fshm_limit wallet = {WALLET_MOST, 0, 0, FSHM_WALLET, 0};
+static history_t a_token_lease(void) {
+  const fshm_limit token_leases = {TOKEN_LEASE_MOST, 0, 0, FSHM_LEASE, 0};
   history_t h = windows(1, 0);
-  h.rules[0][0] = rule_make(&wallet);
+  h.rules[0][0] = rule_make(&token_leases);
   return h;
 }
 
@@ -313,10 +313,10 @@ static void test_permits_that_change(void) {
     history_t h = windows(5, 0);
     h.limits = 0;
     h.changes = 1;
-    h.permits = MOST_SLOTS;
+    h.permits = MOST_PERMITS;
     for (unsigned v = 0; v < VARIANTS; v++) h.permits_of[v] = v == 1 ? lowest : 5 + (v > 1);
-    add(&h, 0, OP_ADMIT, 1, 2, 0, FSHM_ALLOWED)->slot = 0;
-    add(&h, 1, OP_ADMIT, 3, 4, 0, FSHM_ALLOWED)->slot = 1;
+    add(&h, 0, OP_ADMIT, 1, 2, 0, FSHM_ALLOWED)->permit = 0;
+    add(&h, 1, OP_ADMIT, 3, 4, 0, FSHM_ALLOWED)->permit = 1;
     op_t *denied = add(&h, 2, OP_ADMIT, 5, 30, 0, FSHM_DENIED);
     denied->count = 2;
     for (uint8_t v = 1; v < 3; v++) {
@@ -330,8 +330,8 @@ static void test_permits_that_change(void) {
   }
 }
 
-static void test_wallets(void) {
-  history_t h = a_wallet(); /* 3 are put in, 1 is spent, 2 are taken out: none is left */
+static void test_token_leases(void) {
+  history_t h = a_token_lease(); /* 3 are put in, 1 is spent, 2 are taken out: none is left */
   put_op(&h, 0, 1, 2, 3, 1 << 10);
   add(&h, 1, OP_SPEND, 3, 4, 1, FSHM_ALLOWED);
   take_op(&h, 2, 5, 6, 2, 1 << 10);
@@ -346,14 +346,14 @@ static void test_wallets(void) {
   h.ops[1][0].low = 1; /* it did not run low */
   CHECK_EQ(verdict(&h, 1), NOT_LINEARISABLE);
 
-  h = a_wallet(); /* spent while it was put in; not before */
+  h = a_token_lease(); /* spent while it was put in; not before */
   put_op(&h, 0, 2, 4, 1, 1 << 10);
   add(&h, 1, OP_SPEND, 1, 3, 1, FSHM_ALLOWED);
   CHECK_EQ(verdict(&h, 0), LINEARISABLE);
   h.ops[0][0].invoked = 3, h.ops[1][0].responded = 2;
   CHECK_EQ(verdict(&h, 1), NOT_LINEARISABLE);
 
-  h = a_wallet(); /* until the end of the lease, which a second batch does not put off */
+  h = a_token_lease(); /* until the end of the lease, which a second batch does not put off */
   put_op(&h, 0, 1, 2, 1, 1 << 10);
   op_t *second = put_op(&h, 0, 3, 4, 1, 1 << 12);
   op_t *late = add(&h, 1, OP_SPEND, 5, 6, 1, FSHM_ALLOWED);
@@ -364,7 +364,7 @@ static void test_wallets(void) {
   late->read[0] = late->latest = NOW + (1 << 13);
   CHECK_EQ(verdict(&h, 1), NOT_LINEARISABLE);
 
-  h = a_wallet(); /* taken out twice at once */
+  h = a_token_lease(); /* taken out twice at once */
   put_op(&h, 0, 1, 2, 2, 1 << 10);
   take_op(&h, 1, 3, 5, 2, 1 << 10);
   take_op(&h, 2, 4, 6, 2, 1 << 10);
@@ -376,12 +376,12 @@ static void test_wallets(void) {
 static void test_full_and_forgotten(void) {
   history_t h = windows(1, 0);
   h.keys = 3;
-  h.cells = 2;
+  h.slots = 2;
   add(&h, 0, OP_IS_ALLOWED, 1, 2, 1, FSHM_ALLOWED);
   add(&h, 0, OP_IS_ALLOWED, 3, 4, 1, FSHM_ALLOWED)->key = 1;
   add(&h, 1, OP_IS_ALLOWED, 5, 6, 1, FSHM_FULL)->key = 2;
   CHECK_EQ(verdict(&h, 0), LINEARISABLE);
-  h.ops[0][1].key = 0; /* one cell is free */
+  h.ops[0][1].key = 0; /* one slot is free */
   h.ops[0][1].status = FSHM_DENIED;
   CHECK_EQ(verdict(&h, 0), NOT_LINEARISABLE);
 
@@ -461,7 +461,7 @@ int main(void) {
   test_permits();
   test_versions();
   test_permits_that_change();
-  test_wallets();
+  test_token_leases();
   test_full_and_forgotten();
   test_random();
   search_end(&search);

@@ -92,9 +92,9 @@ static void hook(void) {
 
 /* A version of the limits came into force: a sweep (of an epoch of its own), or a change. No process is killed between
  * the swap and this. */
-static void swapped_in(const void *cell, pair_t was, pair_t is) {
+static void swapped_in(const void *slot, pair_t was, pair_t is) {
   history_t *h = &arena->history;
-  if (!arena->limiter || cell != &segment->limiters[arena->limiter->index].current) return;
+  if (!arena->limiter || slot != &segment->limiters[arena->limiter->index].current) return;
   uint64_t version = CURRENT_VERSION(is.who) - h->version;
   if (!version || version >= VERSIONS) return;
   h->changed[version] = CURRENT_EPOCH(was.who) == CURRENT_EPOCH(is.who);
@@ -160,17 +160,17 @@ static void permit_op(op_t *op, const char *key, uint64_t now) {
     fshm_permit *p = &my_permits[permits_taken];
     fshm_admit(l, key, strlen(key), costs, now, p, &d, &op->count);
     note_decision(op, &d);
-    op->slot = (uint8_t)SLOT_OF(p->when);
+    op->permit = (uint8_t)PERMIT_NUMBER(p->when);
     permits_taken += d.status == FSHM_ALLOWED;
   } else {
     op->status = fshm_permit_release(l, &my_permits[permits_released++]);
   }
 }
 
-static void wallet_op(op_t *op, const char *key, uint64_t now) {
+static void token_lease_op(op_t *op, const char *key, uint64_t now) {
   fshm_limiter *l = arena->limiter;
   uint64_t left[FSHM_MAX_LIMITS], left_ns[FSHM_MAX_LIMITS];
-  fshm_lease leases[FSHM_MAX_LIMITS] = {{0, 0, 0}};
+  fshm_token_lease leases[FSHM_MAX_LIMITS] = {{0, 0, 0}};
   if (op->kind == OP_SPEND) {
     uint64_t costs[FSHM_MAX_LIMITS] = {op->cost[0], op->cost[1], op->cost[2], 0};
     uint32_t low;
@@ -179,10 +179,11 @@ static void wallet_op(op_t *op, const char *key, uint64_t now) {
     op->low = low != 0;
   } else if (op->kind == OP_PUT) {
     for (uint32_t i = 0; i < LIMITS; i++)
-      leases[i] = (fshm_lease){op->cost[i], op->kept, op->until};
-    op->status = fshm_wallet_put(l, key, strlen(key), leases, now);
+      leases[i] = (fshm_token_lease){op->cost[i], op->kept, op->until};
+    op->status = fshm_token_lease_put(l, key, strlen(key), leases, now);
   } else {
-    op->status = fshm_wallet_look(l, key, strlen(key), op->kind == OP_TAKE, now, left, left_ns);
+    op->status =
+        fshm_token_lease_look(l, key, strlen(key), op->kind == OP_TAKE, now, left, left_ns);
     memcpy(op->remaining, left, sizeof op->remaining);
     memcpy(op->left_ns, left_ns, sizeof op->left_ns);
   }
@@ -217,7 +218,7 @@ static void run_op(op_t *op) {
   (void)snprintf(key, sizeof key, "%s%c", arena->key[0], 'a' + op->key);
   if (op->kind == OP_RELEASE) {
     if (permits_released == permits_taken) return; /* it has none: as if it were not there */
-    op->slot = (uint8_t)SLOT_OF(my_permits[permits_released].when);
+    op->permit = (uint8_t)PERMIT_NUMBER(my_permits[permits_released].when);
   }
   if (op->kind == OP_CANCEL) {
     if (!my_reservation.state) return;
@@ -259,7 +260,7 @@ static void run_op(op_t *op) {
     case OP_PUT:
     case OP_LOOK:
     case OP_TAKE:
-      wallet_op(op, key, now);
+      token_lease_op(op, key, now);
       break;
     case OP_ADMIT:
     case OP_RELEASE:
@@ -322,7 +323,7 @@ static void finish_round(void) {
 static void worker(int lane, uint32_t round) {
   my_lane = lane;
   (void)prctl(PR_SET_PDEATHSIG, SIGKILL);
-  (void)process_slot(segment); /* joins, which reads the clock: not within an operation */
+  (void)process_index(segment); /* joins, which reads the clock: not within an operation */
   for (;;) { /* every worker takes part in every round, so that none comes late to the next */
     next_of(&round);
     if (arena->stop) _exit(0);
@@ -414,9 +415,9 @@ static op_t *tester_op(uint8_t kind, uint8_t key) {
 static void look_at_the_end(void) {
   history_t *h = &arena->history;
   for (uint32_t key = 0; key < h->keys && h->limits; key++) {
-    bool wallet = h->rules[0][0].kind == FSHM_WALLET;
-    run_op(tester_op(wallet ? OP_LOOK : OP_REMAINING, (uint8_t)key));
-    run_op(tester_op(wallet ? OP_SPEND : OP_PEEK, (uint8_t)key));
+    bool token_leases = h->rules[0][0].kind == FSHM_LEASE;
+    run_op(tester_op(token_leases ? OP_LOOK : OP_REMAINING, (uint8_t)key));
+    run_op(tester_op(token_leases ? OP_SPEND : OP_PEEK, (uint8_t)key));
   }
   if (h->permits) run_op(tester_op(OP_IN_FLIGHT, 0));
 }

@@ -95,7 +95,7 @@ def test_a_removed_segment() -> None:
 def test_damage_is_told() -> None:
     segment = Segment.default()
     assert health_check()["segment"]["damaged"] is None
-    write_word(segment, segment.geometry().cells_offset + 16 * 7 + 8, 99)
+    write_word(segment, segment.geometry().slots_offset + 16 * 7 + 8, 99)
     found = health_check()
     assert found["segment"]["damaged"] == found["status"]
     assert "was damaged: cell 7 holds what nobody writes" in found["status"]

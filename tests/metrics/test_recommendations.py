@@ -185,7 +185,7 @@ def test_damage_and_a_deleted_lock_file() -> None:
     with ConcurrencyLimiter(2, name="c").slot("k"):
         (lock,) = (path for path in left_over(segment.name) if path != segment.path)
         os.unlink(lock)
-        write_word(segment, segment.geometry().cells_offset + 16 * 7 + 8, 99)
+        write_word(segment, segment.geometry().slots_offset + 16 * 7 + 8, 99)
         found = by_type()
     damaged, unknown = found["segment_damaged"], found["segment_liveness_unknown"]
     assert damaged["priority"] == unknown["priority"] == "high"

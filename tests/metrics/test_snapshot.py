@@ -138,7 +138,7 @@ def test_sums_never_fall_while_keys_are_forgotten(segment: Segment) -> None:
 
 def test_limiters_beyond_those_counted_apart_are_told_together(segment_name: str) -> None:
     segment = Segment(segment_name, capacity=100_000)
-    last = lib.FSHM_TALLIES - 1
+    last = lib.FSHM_COUNTERS - 1
     for i in range(last + 3):
         RateLimiter(Limit(9, per=60), name=f"limiter {i}", segment=segment).is_allowed("k")
     rows = {row.limiter: row for row in Source(segment).read().limiters}
@@ -151,7 +151,7 @@ def test_limiters_beyond_those_counted_apart_are_told_together(segment_name: str
 def test_a_limiter_called_as_the_others_are_is_one_series_with_them(segment_name: str) -> None:
     segment = Segment(segment_name, capacity=100_000)
     RateLimiter(Limit(9, per=60), name=OTHERS, segment=segment).is_allowed("k")
-    for i in range(lib.FSHM_TALLIES):
+    for i in range(lib.FSHM_COUNTERS):
         RateLimiter(Limit(9, per=60), name=f"limiter {i}", segment=segment).is_allowed("k")
     found = Source(segment).read()
     (row,) = (row for row in found.limiters if row.limiter == OTHERS)

@@ -37,33 +37,33 @@ class Run:
     model: str = "claim.pml"
 
 
-TWO = "CELLS=2 SYMMETRY"
-THREE = "CELLS=3 LAST_TICK=3 SYMMETRY"
-PLANT = "CELLS=2 LAST_TICK=3"
+TWO = "SLOTS=2 SYMMETRY"
+THREE = "SLOTS=3 LAST_TICK=3 SYMMETRY"
+PLANT = "SLOTS=2 LAST_TICK=3"
 RUNS = [
-    Run("one_key", "3 processes claim one key, 2 cells", f"{TWO} THIRD_KEY=A"),
+    Run("one_key", "3 processes claim one key, 2 slots", f"{TWO} THIRD_KEY=A"),
     Run(
         "tso",
         "the same with store buffers: all stores are locked, so nothing is added",
         f"{TWO} THIRD_KEY=A TSO",
         same_states_as="one_key",
     ),
-    Run("burst", "a limit of 2 in a period: charges of a live cell", f"{TWO} BURST=2 LAST_TICK=3"),
+    Run("burst", "a limit of 2 in a period: charges of a live slot", f"{TWO} BURST=2 LAST_TICK=3"),
     Run(
         "two_keys_alone",
         "3 processes, 2 keys; from every state, one that is alone finishes",
         f"{TWO} LAST_TICK=3 ALONE",
     ),
-    Run("three_cells", "3 processes, 2 keys, 3 cells, few starts", f"{THREE} FEW_STARTS"),
+    Run("three_slots", "3 processes, 2 keys, 3 slots, few starts", f"{THREE} FEW_STARTS"),
     # the longer form
-    Run("two_keys", "3 processes, 2 keys, 2 cells, one tick more", TWO, long=True),
-    Run("three_cells_two_keys", "3 cells, all starts", THREE, long=True),
-    Run("three_cells_one_key", "3 cells, all starts", f"{THREE} THIRD_KEY=A", long=True),
-    Run("three_cells_alone", "3 cells, alone", f"{THREE} FEW_STARTS ALONE", long=True),
+    Run("two_keys", "3 processes, 2 keys, 2 slots, one tick more", TWO, long=True),
+    Run("three_slots_two_keys", "3 slots, all starts", THREE, long=True),
+    Run("three_slots_one_key", "3 slots, all starts", f"{THREE} THIRD_KEY=A", long=True),
+    Run("three_slots_alone", "3 slots, alone", f"{THREE} FEW_STARTS ALONE", long=True),
     Run("dead_claimers", "the key's own claimers died", f"{TWO} DEAD_CLAIMERS ALONE", long=True),
     Run(
         "other_home",
-        "the key's first candidate is the second cell",
+        "the key's first candidate is the second slot",
         f"{THREE} FEW_STARTS HOME_OF_A=1 HOME_OF_B=2",
         long=True,
     ),
@@ -72,7 +72,7 @@ RUNS = [
     Run(
         "calls_for_ever",
         "2 processes call for ever",
-        "CELLS=2 PROCESSES=2 CALLS=0 LAST_TICK=5 SYMMETRY",
+        "SLOTS=2 PROCESSES=2 CALLS=0 LAST_TICK=5 SYMMETRY",
         long=True,
     ),
     Run("shared", "a key leaves the counter that it shares", "FAULT=0", model="shared.pml"),
@@ -81,7 +81,7 @@ RUNS = [
         Run(name, what, f"FAULT={fault}", "charge_lost", model="shared.pml")
         for fault, (name, what) in enumerate(
             (
-                ("shared_no_look", "the counter is charged without a look for the key's cell"),
+                ("shared_no_look", "the counter is charged without a look for the key's slot"),
                 ("shared_no_write", "who leaves the counter does not write it"),
                 ("shared_no_word", "nothing says that the counter is in use"),
                 ("shared_early_look", "the look comes before the counter is read"),
@@ -89,7 +89,7 @@ RUNS = [
             1,
         )
     ),
-    Run("no_look", "confirm without the second look", f"{PLANT} NO_LOOK", "two_confirmed_cells"),
+    Run("no_look", "confirm without the second look", f"{PLANT} NO_LOOK", "two_confirmed_slots"),
     Run(
         "state_of_the_call",
         "first state as of the beginning of the call",
@@ -106,30 +106,30 @@ RUNS = [
         "no_ticket",
         "pendings of one key are the same value",
         f"{PLANT} NO_TICKET THIRD_KEY=A",
-        "two_confirmed_cells",
+        "two_confirmed_slots",
     ),
     Run(
         "stop_at_empty",
-        "looks stop at an empty cell",
+        "looks stop at an empty slot",
         f"{THREE} FEW_STARTS THIRD_KEY=A STOP_AT_EMPTY",
-        "two_confirmed_cells",
+        "two_confirmed_slots",
     ),
     Run(
         "evict_once",
         "an eviction that failed is not looked at again",
         f"{PLANT} EVICT_ONCE",
-        "two_confirmed_cells",
+        "two_confirmed_slots",
     ),
     Run(
         "evict_confirmed",
-        "a confirmed cell in a higher place is evicted",
+        "a confirmed slot in a higher place is evicted",
         f"{PLANT} EVICT_CONFIRMED",
         "live_key_forgotten",
     ),
-    Run("take_live", "a live cell is the last resort", f"{PLANT} TAKE_LIVE", "live_key_forgotten"),
+    Run("take_live", "a live slot is the last resort", f"{PLANT} TAKE_LIVE", "live_key_forgotten"),
     Run(
         "no_clocks_differ",
-        "a cell is free as soon as it expired",
+        "a slot is free as soon as it expired",
         f"{PLANT} NO_CLOCKS_DIFFER",
         "limit_exceeded",
     ),
@@ -149,23 +149,23 @@ RUNS = [
         "buffered_publication",
         "x86-TSO: published by a swap that is not a barrier",
         f"{PLANT} BUFFERED_PUBLICATION",
-        "two_confirmed_cells",
+        "two_confirmed_slots",
     ),
     Run(
         "no_fence",
         "a swap that later loads may pass, and no fence",
         f"{PLANT} NO_FENCE",
-        "two_confirmed_cells",
+        "two_confirmed_slots",
     ),
     Run(
         "no_last_resort",
-        "a stale pending cell is never taken",
+        "a stale pending slot is never taken",
         f"{PLANT} NO_LAST_RESORT ALONE",
         "hindered_by_the_dead",
     ),
     Run(
         "wait_for_pending",
-        "wait until a pending cell is confirmed",
+        "wait until a pending slot is confirmed",
         f"{PLANT} WAIT_FOR_PENDING ALONE",
         "hindered_by_the_dead",
     ),

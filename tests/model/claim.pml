@@ -1,4 +1,4 @@
-/* claim.pml - the claim protocol of csrc/core/cells.c, with the calls of csrc/limits/limiter.c that use it, for spin.
+/* claim.pml - the claim protocol of csrc/core/hash_table.c, with the calls of csrc/limits/limiter.c that use it, for spin.
  *
  * Processes that charge keys of a small table, whatever the order of their steps. A step is one access
  * to shared memory with the local work around it. A process that is killed or stopped takes no more
@@ -79,8 +79,8 @@ end:
 /* What a dead process knew is gone. Its store buffer is not: the processor drains it. */
 inline kill(me) {
   p[me].pc = DONE; p[me].calls = 0; p[me].who = 0; p[me].now = 0; p[me].fresh = 0; p[me].i = 0;
-  p[me].cell = 0; p[me].pair = 0; p[me].mine_cell = NO_CELL; p[me].mine = 0;
-  p[me].free_cell = NO_CELL; p[me].free = 0; p[me].stale_cell = NO_CELL; p[me].stale = 0;
+  p[me].slot = 0; p[me].pair = 0; p[me].mine_slot = NO_SLOT; p[me].mine = 0;
+  p[me].free_slot = NO_SLOT; p[me].free = 0; p[me].stale_slot = NO_SLOT; p[me].stale = 0;
   k++
 }
 
@@ -121,21 +121,21 @@ end:
   od
 }
 
-/* At the beginning any cell may be empty, an old tenant's, or a dead claimer's. */
+/* At the beginning any slot may be empty, an old tenant's, or a dead claimer's. */
 init {
   atomic {
     k = 0;
     do
-    :: k < CELLS ->
+    :: k < SLOTS ->
        if
-       :: cells[k] = EMPTY
-       :: cells[k] = CONFIRMED(C, 2)
+       :: slots[k] = EMPTY
+       :: slots[k] = CONFIRMED(C, 2)
 #if !defined(FEW_STARTS)
-       :: cells[k] = CONFIRMED(C, 1)
-       :: cells[k] = PENDING(C, k)
+       :: slots[k] = CONFIRMED(C, 1)
+       :: slots[k] = PENDING(C, k)
 #endif
 #if defined(DEAD_CLAIMERS)
-       :: cells[k] = PENDING(A, k)
+       :: slots[k] = PENDING(A, k)
 #endif
        fi;
        k++

@@ -3,8 +3,8 @@
 #ifndef PROCESSES
 #define PROCESSES 3
 #endif
-#ifndef CELLS
-#define CELLS 3
+#ifndef SLOTS
+#define SLOTS 3
 #endif
 #ifndef CALLS
 #define CALLS 1 /* of each process; 0 = for ever */
@@ -70,7 +70,7 @@
 #define B 2
 #define C 3
 
-/* A cell, (who, when) in one byte. `when` is a state, that is, the tick at which it expires; or
+/* A slot, (who, when) in one byte. `when` is a state, that is, the tick at which it expires; or
  * pending, with a ticket. */
 #define EMPTY 0
 #define CONFIRMED(who, expires) ((who) << 6 | (expires))
@@ -78,20 +78,20 @@
 #define WHO(pair) ((pair) >> 6)
 #define IS_PENDING(pair) ((pair) & 32)
 #define EXPIRES(pair) ((pair) & 31)
-#define NO_CELL CELLS
+#define NO_SLOT SLOTS
 
-byte cells[CELLS];
+byte slots[SLOTS];
 byte clock = 1;
 
 /* What has happened, for the properties only. */
 #define ADMITTED(who, tick) admitted[((who) - 1) * (LAST_TICK + 1) + (tick)]
 byte admitted[2 * (LAST_TICK + 1)];
-bit two_confirmed_cells, limit_exceeded, live_key_forgotten, hindered_by_the_dead;
+bit two_confirmed_slots, limit_exceeded, live_key_forgotten, hindered_by_the_dead;
 
 mtype = { ABSENT, BEGIN, FIND, FIND_PAIR, CHARGE, SURVEY, EARLY, PUBLISH, LOOK, LOOK_PAIR, RETREAT, HELP,
           EVICT, CLOCK, CONFIRM, DONE }
 
-/* The local variables of a process. Those that are not in use are 0, or NO_CELL. */
+/* The local variables of a process. Those that are not in use are 0, or NO_SLOT. */
 typedef process_t {
   mtype pc = BEGIN;
   byte who;
@@ -99,17 +99,17 @@ typedef process_t {
   byte now;    /* c->now, of the whole call */
   byte fresh;  /* the clock as first_state() read it */
   byte i;      /* the candidate to look at next */
-  byte cell, pair;               /* found, or seen elsewhere by confirm() */
-  byte mine_cell = NO_CELL, mine; /* v.match, then `mine` of confirm() */
-  byte free_cell = NO_CELL, free;
-  byte stale_cell = NO_CELL, stale;
+  byte slot, pair;               /* found, or seen elsewhere by confirm() */
+  byte mine_slot = NO_SLOT, mine; /* v.match, then `mine` of confirm() */
+  byte free_slot = NO_SLOT, free;
+  byte stale_slot = NO_SLOT, stale;
 }
 
 #if defined(ALONE)
 #define EVERYBODY (PROCESSES + 1) /* the last comes when the others are dead */
 bit alone;
 byte steps;
-#define MOST_STEPS (4 * CELLS + 4)
+#define MOST_STEPS (4 * SLOTS + 4)
 #define IS_ALONE(me) (me == PROCESSES)
 #else
 #define EVERYBODY PROCESSES
@@ -126,29 +126,29 @@ hidden byte v, k, m, n, ticket, ok;
 #define TSO
 #endif
 #if defined(TSO)
-byte buffer_cell[EVERYBODY] = NO_CELL;
+byte buffer_slot[EVERYBODY] = NO_SLOT;
 byte buffer[EVERYBODY];
 #if defined(BUFFERED_PUBLICATION)
 byte buffer_seen[EVERYBODY];
 #endif
-#define DRAINED(me) (buffer_cell[me] == NO_CELL)
+#define DRAINED(me) (buffer_slot[me] == NO_SLOT)
 #else
 #define DRAINED(me) true
 #endif
 
 #if defined(NO_FENCE)
 #define NOT_READ 255
-typedef early_t { byte pair[CELLS] = NOT_READ; }
+typedef early_t { byte pair[SLOTS] = NOT_READ; }
 early_t early[EVERYBODY];
 #endif
 
-#define CELL(me, i) ((HOME_OF(p[me].who) + (i)) % CELLS)
+#define SLOT(me, i) ((HOME_OF(p[me].who) + (i)) % SLOTS)
 
 inline load(me, at, into) {
-  into = cells[at];
+  into = slots[at];
 #if defined(TSO)
   if
-  :: buffer_cell[me] == at -> into = buffer[me]
+  :: buffer_slot[me] == at -> into = buffer[me]
   :: else
   fi
 #endif
@@ -158,25 +158,25 @@ inline count_confirmed(key) {
   d_step {
     k = 0; n = 0;
     do
-    :: k < CELLS -> n = n + (WHO(cells[k]) == key && !IS_PENDING(cells[k])); k++
+    :: k < SLOTS -> n = n + (WHO(slots[k]) == key && !IS_PENDING(slots[k])); k++
     :: else -> break
     od;
-    two_confirmed_cells = n > 1;
-    assert(!two_confirmed_cells);
+    two_confirmed_slots = n > 1;
+    assert(!two_confirmed_slots);
     k = 0; n = 0
   }
 }
 
-/* Cell `at` becomes `next`, whoever does it and however. */
+/* Slot `at` becomes `next`, whoever does it and however. */
 inline write(at, next) {
   /* I7: a key is forgotten only when its state has expired by every clock. */
   if
-  :: cells[at] != EMPTY && !IS_PENDING(cells[at]) && WHO(cells[at]) != WHO(next) ->
-     live_key_forgotten = EXPIRES(cells[at]) > clock;
+  :: slots[at] != EMPTY && !IS_PENDING(slots[at]) && WHO(slots[at]) != WHO(next) ->
+     live_key_forgotten = EXPIRES(slots[at]) > clock;
      assert(!live_key_forgotten)
   :: else
   fi;
-  cells[at] = next;
+  slots[at] = next;
   if
   :: next != EMPTY && !IS_PENDING(next) -> count_confirmed(WHO(next))
   :: else
@@ -185,7 +185,7 @@ inline write(at, next) {
 
 /* pair_cas() of atomic128.h: a locked instruction, which compares and writes all 16 bytes. */
 inline swap(at, seen, next) {
-  ok = SAME(cells[at], seen);
+  ok = SAME(slots[at], seen);
   if
   :: ok -> write(at, next)
   :: else
@@ -215,7 +215,7 @@ inline admit(key, tick) {
   }
 }
 
-/* add_relaxed(&s->header->ticket, 1): a ticket that no cell holds and nobody remembers. Tickets are
+/* add_relaxed(&s->header->ticket, 1): a ticket that no slot holds and nobody remembers. Tickets are
  * compared for equality and nothing else, so one that has been forgotten everywhere is as good as one
  * that never was; thereby claims without end have finitely many states. */
 #define IS_TICKET(pair, ticket) (IS_PENDING(pair) && EXPIRES(pair) == (ticket))
@@ -226,7 +226,7 @@ inline take_ticket() {
     do
     :: n = 0; k = 0;
        do
-       :: k < CELLS -> n = n || IS_TICKET(cells[k], ticket); k++
+       :: k < SLOTS -> n = n || IS_TICKET(slots[k], ticket); k++
        :: else -> break
        od;
        k = 0;
@@ -253,14 +253,14 @@ inline take_ticket() {
 
 inline forget_claim(me) {
   d_step {
-    p[me].i = 0; p[me].cell = 0; p[me].pair = 0; p[me].fresh = 0;
-    p[me].mine_cell = NO_CELL; p[me].mine = 0;
-    p[me].free_cell = NO_CELL; p[me].free = 0;
-    p[me].stale_cell = NO_CELL; p[me].stale = 0;
+    p[me].i = 0; p[me].slot = 0; p[me].pair = 0; p[me].fresh = 0;
+    p[me].mine_slot = NO_SLOT; p[me].mine = 0;
+    p[me].free_slot = NO_SLOT; p[me].free = 0;
+    p[me].stale_slot = NO_SLOT; p[me].stale = 0;
 #if defined(NO_FENCE)
     k = 0;
     do
-    :: k < CELLS -> early[me].pair[k] = NOT_READ; k++
+    :: k < SLOTS -> early[me].pair[k] = NOT_READ; k++
     :: else -> break
     od;
     k = 0
@@ -270,18 +270,18 @@ inline forget_claim(me) {
 
 #if defined(TSO)
 /* The processor's own step, at any time. With BUFFERED_PUBLICATION the store reaches the memory only if
- * the cell still holds what it was compared with: what is wrong then is the order alone. */
+ * the slot still holds what it was compared with: what is wrong then is the order alone. */
 inline drain(me) {
 #if defined(BUFFERED_PUBLICATION)
   if
-  :: cells[buffer_cell[me]] == buffer_seen[me] -> write(buffer_cell[me], buffer[me])
+  :: slots[buffer_slot[me]] == buffer_seen[me] -> write(buffer_slot[me], buffer[me])
   :: else
   fi;
   buffer_seen[me] = 0;
 #else
-  write(buffer_cell[me], buffer[me]);
+  write(buffer_slot[me], buffer[me]);
 #endif
-  buffer_cell[me] = NO_CELL;
+  buffer_slot[me] = NO_SLOT;
   buffer[me] = 0
 }
 #endif

@@ -1,7 +1,7 @@
 /* claim_steps.pml - the steps of one process, in the order of a call, each below what it stands for. */
 
-/* cells.c cells_claim: for (int round = 0; round < ROUNDS; round++) { -- after any number of rounds
- * cells.c cells_claim: } return CLAIM_LOST; -- and look again
+/* hash_table.c table_claim: for (int round = 0; round < ROUNDS; round++) { -- after any number of rounds
+ * hash_table.c table_claim: } return CLAIM_LOST; -- and look again
  * limiter.c take_one: while (likely(again(c))) { -- 20,000 times: here, without end
  * limiter.c take_one: } return FSHM_CONTENDED; -- as one that is killed
  * limiter.c put_first: return status; */
@@ -46,17 +46,17 @@ inline begin_call(me) {
 }
 
 /* limiter.c take_one: int fresh = renewed(c); if (unlikely(fresh != FSHM_OK)) return fresh;
- *   if (unlikely(c->plan.count != 1)) return RESHAPED; -- the limits do not change here
+ *   if (unlikely(c->snapshot.count != 1)) return RESHAPED; -- the limits do not change here
  * limiter.c take_one: look_inline(c, 0, c->costs[0], l);
  * limiter.c take_one: if (unlikely(c->stale)) continue; -- as above
- * limiter.c look_inline: cells_find_inline(c->s, c->hash, fingerprint(c, i), &l->cell);
+ * limiter.c look_inline: table_find_inline(c->s, c->hash, fingerprint(c, i), &l->slot);
  * -- one candidate a step, from the home of the key, all of them
- * cells.c find_further: if (likely(!line_has(s, cell, who))) continue;
- * -- a line is passed by where a look at each of its cells found another key: the same look, of four
+ * hash_table.c find_further: if (likely(!line_has(s, slot, who))) continue;
+ * -- a line is passed by where a look at each of its slots found another key: the same look, of four
  * candidates in any order. Else each is looked at again, and that is the look that counts here
- * cells.c confirmed_at: if (load_relaxed(&s->cells[cell].who) != who) return false;
+ * hash_table.c confirmed_at: if (load_relaxed(&s->slots[slot].who) != who) return false;
  * -- with the next in one step, unless HINTS is defined
- * cells.c confirmed_at: *pair = likely(!s->read_only) ? pair_load(&s->cells[cell]) : pair_peek(&s->cells[cell]);
+ * hash_table.c confirmed_at: *pair = likely(!s->read_only) ? pair_load(&s->slots[slot]) : pair_peek(&s->slots[slot]);
  * return pair->who == who && !IS_PENDING(pair->when); */
 #if defined(HINTS)
 #define IS_THE_PAIR(step) (p[me].pc == step)
@@ -64,13 +64,13 @@ inline begin_call(me) {
 #define IS_THE_PAIR(step) true
 #endif
 inline find(me) {
-  load(me, CELL(me, p[me].i), v);
+  load(me, SLOT(me, p[me].i), v);
   if
 #if defined(HINTS)
   :: p[me].pc == FIND && WHO(v) == p[me].who -> p[me].pc = FIND_PAIR
 #endif
   :: IS_THE_PAIR(FIND_PAIR) && WHO(v) == p[me].who && !IS_PENDING(v) ->
-     p[me].cell = CELL(me, p[me].i);
+     p[me].slot = SLOT(me, p[me].i);
      p[me].pair = v;
      p[me].i = 0;
      verdict(me)
@@ -78,14 +78,14 @@ inline find(me) {
      p[me].i++;
      p[me].pc = FIND;
      if
-     :: p[me].i == CELLS || (STOPS_AT_EMPTY && v == EMPTY) -> p[me].i = 0; p[me].pc = SURVEY
+     :: p[me].i == SLOTS || (STOPS_AT_EMPTY && v == EMPTY) -> p[me].i = 0; p[me].pc = SURVEY
      :: else
      fi
   fi
 }
 
-/* meter.h bucket_take: uint64_t tat = max_u64(state & TIME_MAX, at), increment = bucket_increment(r, cost);
- * meter.h bucket_take: if (tat - at > room) v.retry = at - now + (tat - at - room);
+/* algorithms.h bucket_take: uint64_t tat = max_u64(state & TIME_MAX, at), increment = bucket_increment(r, cost);
+ * algorithms.h bucket_take: if (tat - at > room) v.retry = at - now + (tat - at - room);
  * limiter.c take_one: if (l->verdict.retry && !may_wait(c, op, 0, l)) {
  * if (unlikely(l->moved) && op != FSHM_PEEK && !keep_moved(c, 0, l)) continue; return FSHM_DENIED; } -- limits stay
  * limiter.c take_one: if (looks_only(op)) return FSHM_ALLOWED; -- no reservations, and no looking only */
@@ -97,14 +97,14 @@ inline verdict(me) {
 }
 
 /* limiter.c take_one: int status = put(c, 0, l, l->verdict.next, FSHM_ACQUIRE);
- * limiter.c put: found_t *f = &l->cell; if (unlikely(c->stale)) return CLAIM_LOST; -- as above
+ * limiter.c put: found_t *f = &l->slot; if (unlikely(c->stale)) return CLAIM_LOST; -- as above
  * limiter.c put: if (likely(f->pair.who)) { pair_t seen = f->pair, to = {l->who, next};
  * limiter.c put: if (next == seen.when && l->who == seen.who) return CLAIMED; -- of a cost of 0
- * limiter.c put: return pair_cas(&c->s->cells[f->cell], &seen, to) ? CLAIMED : CLAIM_LOST; }
- * meter.h bucket_take: uint64_t next = plus_time(tat, increment); */
+ * limiter.c put: return pair_cas(&c->s->slots[f->slot], &seen, to) ? CLAIMED : CLAIM_LOST; }
+ * algorithms.h bucket_take: uint64_t next = plus_time(tat, increment); */
 inline charge(me) {
   v = (EXPIRES(p[me].pair) > p[me].now -> EXPIRES(p[me].pair) : p[me].now) + INTERVAL;
-  swap(p[me].cell, p[me].pair, CONFIRMED(p[me].who, v));
+  swap(p[me].slot, p[me].pair, CONFIRMED(p[me].who, v));
   if
   :: ok -> admit(p[me].who, p[me].now); finish(me)
   :: else -> lost(me); p[me].pc = FIND
@@ -114,87 +114,87 @@ inline charge(me) {
 /* limiter.c put: if (state_expires(next) <= c->now) return CLAIMED; -- of a cost of 0, and of refunds
  * limiter.c put: return put_first(c, i, l, op);
  * limiter.c put_first: first_t first = {c, i, op, &l->verdict, false}; uint64_t who = fingerprint(c, i);
- *   found_t *f = &l->cell;
- * limiter.c put_first: int status = cells_claim(c->s, c->hash, who, c->now, first_state, &first, &f->cell);
- * cells.c cells_claim: survey_t v = survey(s, hash, who, now);
- * cells.c survey: survey_t v; memset(&v, 0, sizeof v);
+ *   found_t *f = &l->slot;
+ * limiter.c put_first: int status = table_claim(c->s, c->hash, who, c->now, first_state, &first, &f->slot);
+ * hash_table.c table_claim: survey_t v = survey(s, hash, who, now);
+ * hash_table.c survey: survey_t v; memset(&v, 0, sizeof v);
  *   unsigned used[2] = {0, 0}, seen[2] = {0, 0}; found_t free_in[2] = {{0, {0, 0}}, {0, {0, 0}}};
  *   const uint64_t over = minus(now, CLOCKS_DIFFER);
- *   for (unsigned region = 0; region < regions(s); region++) {
- *   uint64_t line = region_start(s, hash, region); unsigned others = 0, room = 0, stale = 0;
+ *   for (unsigned window = 0; window < probe_windows(s); window++) {
+ *   uint64_t line = probe_start(s, hash, window); unsigned others = 0, room = 0, stale = 0;
  *   found_t unconfirmed = {0, {0, 0}};
- *   for (uint64_t n = region_lines(s); n--; line = line_after(s, line)) {
- *   uint64_t cell = line * CELLS_PER_LINE;
- *   for (unsigned k = 0; k < CELLS_PER_LINE; k++) { -- one candidate a step
- * cells.c survey: if (room && !load_relaxed(&s->cells[cell + k].who)) { room++; continue; }
+ *   for (uint64_t n = probe_lines(s); n--; line = line_after(s, line)) {
+ *   uint64_t slot = line * SLOTS_PER_LINE;
+ *   for (unsigned k = 0; k < SLOTS_PER_LINE; k++) { -- one candidate a step
+ * hash_table.c survey: if (room && !load_relaxed(&s->slots[slot + k].who)) { room++; continue; }
  * -- empty, and not the first that is free: the step below, of which the pair is not kept
- * cells.c survey: pair_t pair = pair_load(&s->cells[cell + k]); bool pending = IS_PENDING(pair.when); */
-inline forget_free(me) { p[me].free_cell = NO_CELL; p[me].free = 0 }
-inline forget_stale(me) { p[me].stale_cell = NO_CELL; p[me].stale = 0 }
+ * hash_table.c survey: pair_t pair = pair_load(&s->slots[slot + k]); bool pending = IS_PENDING(pair.when); */
+inline forget_free(me) { p[me].free_slot = NO_SLOT; p[me].free = 0 }
+inline forget_stale(me) { p[me].stale_slot = NO_SLOT; p[me].stale = 0 }
 inline survey(me) {
-  load(me, CELL(me, p[me].i), v);
+  load(me, SLOT(me, p[me].i), v);
   if
-  /* cells.c survey: bool ours = same_key(pair.who, who); if (ours && !pending) { v.confirmed = true; return v; }
-   * cells.c cells_claim: if (v.confirmed) return CLAIM_LOST; */
+  /* hash_table.c survey: bool ours = same_key(pair.who, who); if (ours && !pending) { v.confirmed = true; return v; }
+   * hash_table.c table_claim: if (v.confirmed) return CLAIM_LOST; */
   :: WHO(v) == p[me].who && !IS_PENDING(v) -> forget_claim(me); p[me].pc = FIND
   :: else ->
      if
-     /* cells.c survey: if (ours) {
-      *   if (!v.pending || cell + k < v.match.cell) v.match = (found_t){cell + k, pair};
+     /* hash_table.c survey: if (ours) {
+      *   if (!v.pending || slot + k < v.match.slot) v.match = (found_t){slot + k, pair};
       *   v.pending = true; */
      :: WHO(v) == p[me].who ->
         if
-        :: CELL(me, p[me].i) < p[me].mine_cell -> p[me].mine_cell = CELL(me, p[me].i); p[me].mine = v
+        :: SLOT(me, p[me].i) < p[me].mine_slot -> p[me].mine_slot = SLOT(me, p[me].i); p[me].mine = v
         :: else
         fi;
         forget_free(me); /* and the stale one: not chosen beside a pending of the key */
         forget_stale(me)
-     /* cells.c survey: } else if (pending && pair.who) {
-      *   if (!stale++) unconfirmed = (found_t){cell + k, pair};
-      *   others++; -- how full a region is does not count here; see `free` */
+     /* hash_table.c survey: } else if (pending && pair.who) {
+      *   if (!stale++) unconfirmed = (found_t){slot + k, pair};
+      *   others++; -- how full a window is does not count here; see `free` */
      :: WHO(v) != p[me].who && IS_LAST_RESORT(v) ->
         if
-        :: p[me].stale_cell == NO_CELL && p[me].free_cell == NO_CELL && p[me].mine_cell == NO_CELL ->
-           p[me].stale_cell = CELL(me, p[me].i); p[me].stale = v
+        :: p[me].stale_slot == NO_SLOT && p[me].free_slot == NO_SLOT && p[me].mine_slot == NO_SLOT ->
+           p[me].stale_slot = SLOT(me, p[me].i); p[me].stale = v
         :: else
         fi
-     /* cells.c survey: } else if (!pair.who || state_expires(pair.when) <= over) {
-      *   if (!room++) free_in[region] = (found_t){cell + k, pair}; -- the first, or any later one: whatever the regions, and their order */
+     /* hash_table.c survey: } else if (!pair.who || state_expires(pair.when) <= over) {
+      *   if (!room++) free_in[window] = (found_t){slot + k, pair}; -- the first, or any later one: whatever the probe_windows, and their order */
      :: WHO(v) != p[me].who && !IS_PENDING(v) && (v == EMPTY || EXPIRES(v) + MARGIN <= p[me].now) ->
         if
-        :: p[me].mine_cell == NO_CELL ->
-           p[me].free_cell = CELL(me, p[me].i); p[me].free = v;
+        :: p[me].mine_slot == NO_SLOT ->
+           p[me].free_slot = SLOT(me, p[me].i); p[me].free = v;
            forget_stale(me)
-        :: p[me].free_cell != NO_CELL || p[me].mine_cell != NO_CELL
+        :: p[me].free_slot != NO_SLOT || p[me].mine_slot != NO_SLOT
         fi
-     /* cells.c survey: } else { others++; } } }
-      *   if (unlikely(room + stale <= SCARCE) && regions(s) == 2 && !in_share(s, line, who, room + stale, over)) continue;
-      *   used[region] = others; seen[region] = room;
+     /* hash_table.c survey: } else { others++; } } }
+      *   if (unlikely(room + stale <= SCARCE) && probe_windows(s) == 2 && !in_share(s, line, who, room + stale, over)) continue;
+      *   used[window] = others; seen[window] = room;
       *   if (stale && !v.has_stale) v.stale = unconfirmed;
       *   v.has_stale |= stale > 0; } -- shares only refuse more: whoever is refused has done nothing */
      :: else
      fi;
      p[me].i++;
      if
-     :: p[me].i == CELLS || (STOPS_AT_EMPTY && v == EMPTY) -> choose(me)
+     :: p[me].i == SLOTS || (STOPS_AT_EMPTY && v == EMPTY) -> choose(me)
      :: else
      fi
   fi
 }
 
-/* cells.c survey: unsigned region = 0;
- *   if (!seen[0] || (seen[1] && used[0] >= REGION_LINES * 3 && used[1] < used[0])) region = 1;
- *   v.has_free = seen[region] > 0; v.free = free_in[region]; return v;
- * cells.c cells_claim: if (!v.pending) { if (!v.has_free && !v.has_stale) return CLAIM_FULL;
- *   v.match = v.has_free ? v.free : v.stale; -- v.match is (cell, pair) here, until it is published */
+/* hash_table.c survey: unsigned window = 0;
+ *   if (!seen[0] || (seen[1] && used[0] >= PROBE_LINES * 3 && used[1] < used[0])) window = 1;
+ *   v.has_free = seen[window] > 0; v.free = free_in[window]; return v;
+ * hash_table.c table_claim: if (!v.pending) { if (!v.has_free && !v.has_stale) return CLAIM_FULL;
+ *   v.match = v.has_free ? v.free : v.stale; -- v.match is (slot, pair) here, until it is published */
 inline choose(me) {
   p[me].i = 0;
   if
-  :: p[me].mine_cell != NO_CELL -> p[me].pc = LOOK; p[me].cell = 0
-  :: p[me].mine_cell == NO_CELL && p[me].free_cell == NO_CELL && p[me].stale_cell == NO_CELL -> refuse(me)
+  :: p[me].mine_slot != NO_SLOT -> p[me].pc = LOOK; p[me].slot = 0
+  :: p[me].mine_slot == NO_SLOT && p[me].free_slot == NO_SLOT && p[me].stale_slot == NO_SLOT -> refuse(me)
   :: else ->
-     p[me].cell = (p[me].free_cell != NO_CELL -> p[me].free_cell : p[me].stale_cell);
-     p[me].pair = (p[me].free_cell != NO_CELL -> p[me].free : p[me].stale);
+     p[me].slot = (p[me].free_slot != NO_SLOT -> p[me].free_slot : p[me].stale_slot);
+     p[me].pair = (p[me].free_slot != NO_SLOT -> p[me].free : p[me].stale);
 #if defined(NO_FENCE)
      p[me].pc = EARLY
 #else
@@ -205,7 +205,7 @@ inline choose(me) {
   forget_stale(me)
 }
 
-/* limiter.c put_first: if (unlikely(status == CLAIM_FULL) && lease_free_dead(c->s, c->hash, who, c->now))
+/* limiter.c put_first: if (unlikely(status == CLAIM_FULL) && semaphore_free_dead(c->s, c->hash, who, c->now))
  *   status = CLAIM_LOST; -- there are no permits here
  * limiter.c put_first: if (unlikely(first.refused) && status == CLAIM_LOST && !c->stale) status = CLAIM_FULL;
  *   if (unlikely(status == CLAIM_FULL) && may_share(c, i, op)) status = put_shared(c, i, l, op); -- shared.pml
@@ -216,9 +216,9 @@ inline refuse(me) {
   :: IS_ALONE(me) -> /* only where every candidate is another key's, and may not be reused yet */
      k = 0;
      do
-     :: k < CELLS ->
-        hindered_by_the_dead = cells[k] == EMPTY || IS_PENDING(cells[k]) || WHO(cells[k]) == p[me].who ||
-                               EXPIRES(cells[k]) + MARGIN <= p[me].now;
+     :: k < SLOTS ->
+        hindered_by_the_dead = slots[k] == EMPTY || IS_PENDING(slots[k]) || WHO(slots[k]) == p[me].who ||
+                               EXPIRES(slots[k]) + MARGIN <= p[me].now;
         assert(!hindered_by_the_dead);
         k++
      :: else -> break
@@ -234,43 +234,43 @@ inline refuse(me) {
  * processor where a store conditional does not order later loads. Each is, or is not. */
 inline read_early(me) {
   if
-  :: early[me].pair[p[me].i] = cells[CELL(me, p[me].i)]
+  :: early[me].pair[p[me].i] = slots[SLOT(me, p[me].i)]
   :: true
   fi;
   p[me].i++;
   if
-  :: p[me].i == CELLS -> p[me].i = 0; p[me].pc = PUBLISH
+  :: p[me].i == SLOTS -> p[me].i = 0; p[me].pc = PUBLISH
   :: else
   fi
 }
 #endif
 
-/* cells.c cells_claim: pair_t mine = {who, PENDING(add_relaxed(&s->header->ticket, 1))};
- * cells.c cells_claim: if (!pair_cas(&s->cells[v.match.cell], &v.match.pair, mine)) continue;
+/* hash_table.c table_claim: pair_t mine = {who, PENDING(add_relaxed(&s->header->ticket, 1))};
+ * hash_table.c table_claim: if (!pair_cas(&s->slots[v.match.slot], &v.match.pair, mine)) continue;
  * v.match.pair = mine; }
  * -- the ticket in the same step: nobody else can know it before */
 inline publish(me) {
   take_ticket();
   v = PENDING(p[me].who, ticket);
 #if defined(PLAIN_PUBLICATION) || defined(BUFFERED_PUBLICATION)
-  ok = cells[p[me].cell] == p[me].pair;
+  ok = slots[p[me].slot] == p[me].pair;
   if
   :: ok ->
-     buffer_cell[me] = p[me].cell; buffer[me] = v;
+     buffer_slot[me] = p[me].slot; buffer[me] = v;
 #if defined(BUFFERED_PUBLICATION)
      buffer_seen[me] = p[me].pair
 #endif
   :: else
   fi;
 #else
-  swap(p[me].cell, p[me].pair, v);
+  swap(p[me].slot, p[me].pair, v);
 #endif
   p[me].pair = 0;
   if
   :: ok ->
-     p[me].mine_cell = p[me].cell;
+     p[me].mine_slot = p[me].slot;
      p[me].mine = v;
-     p[me].cell = 0;
+     p[me].slot = 0;
      begin_look(me);
 #if defined(NO_LOOK)
      p[me].pc = CLOCK;
@@ -283,7 +283,7 @@ inline publish(me) {
   fi
 }
 
-/* cells.c confirm: pair_t empty = {0, 0}, pair, expect; int budget = ROUNDS;
+/* hash_table.c confirm: pair_t empty = {0, 0}, pair, expect; int budget = ROUNDS;
  *   again: atomic_thread_fence(memory_order_seq_cst);
  * -- no step of its own: whatever locked instruction came before has drained the store buffer. NO_FENCE
  * shows what happens where a swap is not a barrier. */
@@ -292,23 +292,23 @@ inline begin_look(me) {
   p[me].pc = LOOK
 }
 
-/* cells.c confirm: for (unsigned region = 0; region < regions(s); region++) {
- *   uint64_t line = region_start(s, hash, region);
- *   for (uint64_t n = region_lines(s); n--; line = line_after(s, line)) {
- *   uint64_t cell = line * CELLS_PER_LINE; -- the lines in any order
- * cells.c confirm: if (likely(!line_has(s, cell, who))) continue;
- * -- a line is passed by where a look at each of its cells, all of them after the publication, found another
+/* hash_table.c confirm: for (unsigned window = 0; window < probe_windows(s); window++) {
+ *   uint64_t line = probe_start(s, hash, window);
+ *   for (uint64_t n = probe_lines(s); n--; line = line_after(s, line)) {
+ *   uint64_t slot = line * SLOTS_PER_LINE; -- the lines in any order
+ * hash_table.c confirm: if (likely(!line_has(s, slot, who))) continue;
+ * -- a line is passed by where a look at each of its slots, all of them after the publication, found another
  * key: four steps of below in any order. Else each is looked at again, and that is the look that counts here
- * cells.c confirm: for (unsigned k = 0; k < CELLS_PER_LINE; k++) { -- one candidate a step
- * cells.c confirm: if (cell + k == mine.cell) continue;
- * cells.c confirm: while (is_at(s, cell + k, who)) {
+ * hash_table.c confirm: for (unsigned k = 0; k < SLOTS_PER_LINE; k++) { -- one candidate a step
+ * hash_table.c confirm: if (slot + k == mine.slot) continue;
+ * hash_table.c confirm: while (is_at(s, slot + k, who)) {
  * -- with the next in one step, unless HINTS is defined
- * cells.c confirm: pair = pair_load(&s->cells[cell + k]); if (!same_key(pair.who, who)) break; */
+ * hash_table.c confirm: pair = pair_load(&s->slots[slot + k]); if (!same_key(pair.who, who)) break; */
 inline look(me) {
   if
-  :: CELL(me, p[me].i) == p[me].mine_cell -> next_candidate(me)
+  :: SLOT(me, p[me].i) == p[me].mine_slot -> next_candidate(me)
   :: else ->
-     load(me, CELL(me, p[me].i), v);
+     load(me, SLOT(me, p[me].i), v);
 #if defined(NO_FENCE)
      if
      :: early[me].pair[p[me].i] != NOT_READ -> v = early[me].pair[p[me].i]
@@ -324,7 +324,7 @@ inline look(me) {
      :: else ->
         p[me].pc = LOOK;
         if
-        :: STOPS_AT_EMPTY && v == EMPTY -> p[me].i = CELLS - 1
+        :: STOPS_AT_EMPTY && v == EMPTY -> p[me].i = SLOTS - 1
         :: else
         fi;
         next_candidate(me)
@@ -335,52 +335,52 @@ inline look(me) {
 inline next_candidate(me) {
   p[me].i++;
   if
-  :: p[me].i == CELLS -> p[me].i = 0; p[me].pc = CLOCK
+  :: p[me].i == SLOTS -> p[me].i = 0; p[me].pc = CLOCK
   :: else
   fi
 }
 
 inline seen_elsewhere(me) {
-  p[me].cell = CELL(me, p[me].i);
+  p[me].slot = SLOT(me, p[me].i);
   p[me].pair = v;
   if
 #if defined(WAIT_FOR_PENDING)
-  :: IS_PENDING(v) -> p[me].pc = LOOK; p[me].cell = 0; p[me].pair = 0
+  :: IS_PENDING(v) -> p[me].pc = LOOK; p[me].slot = 0; p[me].pair = 0
 #endif
-  /* cells.c confirm: if (budget-- <= 0) return CLAIM_LOST; -- at any time; not to one who is alone */
+  /* hash_table.c confirm: if (budget-- <= 0) return CLAIM_LOST; -- at any time; not to one who is alone */
   :: !IS_ALONE(me) -> lost(me)
-  /* cells.c confirm: expect = mine.pair; if (!IS_PENDING(pair.when)) { */
+  /* hash_table.c confirm: expect = mine.pair; if (!IS_PENDING(pair.when)) { */
   :: !IS_PENDING(v) && !EVICTS_CONFIRMED -> p[me].pc = RETREAT
-  /* cells.c confirm: if (cell + k < mine.cell) { */
-  :: IS_PENDING(v) && p[me].cell < p[me].mine_cell -> p[me].pc = HELP
-  :: (IS_PENDING(v) && p[me].cell > p[me].mine_cell) || (!IS_PENDING(v) && EVICTS_CONFIRMED) ->
+  /* hash_table.c confirm: if (slot + k < mine.slot) { */
+  :: IS_PENDING(v) && p[me].slot < p[me].mine_slot -> p[me].pc = HELP
+  :: (IS_PENDING(v) && p[me].slot > p[me].mine_slot) || (!IS_PENDING(v) && EVICTS_CONFIRMED) ->
      p[me].pc = EVICT
   fi
 }
 
-/* cells.c confirm: (void)pair_cas(&s->cells[mine.cell], &expect, empty); return CLAIM_LOST; }
- * -- the next round of cells_claim() */
+/* hash_table.c confirm: (void)pair_cas(&s->slots[mine.slot], &expect, empty); return CLAIM_LOST; }
+ * -- the next round of table_claim() */
 inline retreat(me) {
-  swap(p[me].mine_cell, p[me].mine, EMPTY);
+  swap(p[me].mine_slot, p[me].mine, EMPTY);
   lost(me)
 }
 
-/* cells.c confirm: (void)pair_cas(&s->cells[mine.cell], &expect, empty);
- *   mine = (found_t){cell + k, pair}; goto again; } */
+/* hash_table.c confirm: (void)pair_cas(&s->slots[mine.slot], &expect, empty);
+ *   mine = (found_t){slot + k, pair}; goto again; } */
 inline help(me) {
   hindered_by_the_dead = IS_ALONE(me); /* the survey names the lowest */
   assert(!hindered_by_the_dead);
-  swap(p[me].mine_cell, p[me].mine, EMPTY);
-  p[me].mine_cell = p[me].cell;
+  swap(p[me].mine_slot, p[me].mine, EMPTY);
+  p[me].mine_slot = p[me].slot;
   p[me].mine = p[me].pair;
-  p[me].cell = 0; p[me].pair = 0;
+  p[me].slot = 0; p[me].pair = 0;
   begin_look(me)
 }
 
-/* cells.c confirm: expect = pair; if (pair_cas(&s->cells[cell + k], &expect, empty)) break; } } } } */
+/* hash_table.c confirm: expect = pair; if (pair_cas(&s->slots[slot + k], &expect, empty)) break; } } } } */
 inline evict(me) {
-  swap(p[me].cell, p[me].pair, EMPTY);
-  p[me].cell = 0; p[me].pair = 0;
+  swap(p[me].slot, p[me].pair, EMPTY);
+  p[me].slot = 0; p[me].pair = 0;
   p[me].pc = LOOK;
   if
   :: ok || EVICTS_ONCE -> next_candidate(me)
@@ -388,11 +388,11 @@ inline evict(me) {
   fi
 }
 
-/* cells.c confirm: expect = mine.pair; pair_t confirmed = {who, first(context)};
- * cells.c confirm: if (unlikely(confirmed.when == NO_STATE)) {
- * (void)pair_cas(&s->cells[mine.cell], &expect, empty); return CLAIM_NOT; } -- limits stay
- * cells.c cells_claim: if (status == CLAIM_NOT) break; -- as above
- * limiter.c first_state: first_t *f = context; call_t *c = f->c; const rule_t *r = &c->plan.rules[f->i];
+/* hash_table.c confirm: expect = mine.pair; pair_t confirmed = {who, first(context)};
+ * hash_table.c confirm: if (unlikely(confirmed.when == NO_STATE)) {
+ * (void)pair_cas(&s->slots[mine.slot], &expect, empty); return CLAIM_NOT; } -- limits stay
+ * hash_table.c table_claim: if (status == CLAIM_NOT) break; -- as above
+ * limiter.c first_state: first_t *f = context; call_t *c = f->c; const rule_t *r = &c->snapshot.rules[f->i];
  * limiter.c first_state: uint64_t now = fresh_now(c), cost = c->costs[f->i];
  * limiter.c fresh_now: return c->fixed ? c->now : max_u64(segment_now(c->s), c->now); */
 inline first_state(me) {
@@ -410,12 +410,12 @@ inline first_state(me) {
  * -- nobody shares a counter here: shared.pml
  * limiter.c first_state: if (f->op >= FSHM_CHARGE) return forced(c, f->op, f->i, r, 0, now); -- no debts here
  * limiter.c first_state: v.retry = f->verdict->retry; *f->verdict = v; return v.next;
- * limiter.c first_state: verdict_t v = meter_take(r, 0, now, max_u64(c->at, now), cost);
- * cells.c confirm: if (!pair_cas(&s->cells[mine.cell], &expect, confirmed)) return CLAIM_LOST;
- *   *where = mine.cell; return CLAIMED;
- * cells.c cells_claim: int status = confirm(s, hash, who, v.match, first, context, cell); if (status == CLAIMED) return CLAIMED; */
+ * limiter.c first_state: verdict_t v = rule_take(r, 0, now, max_u64(c->at, now), cost);
+ * hash_table.c confirm: if (!pair_cas(&s->slots[mine.slot], &expect, confirmed)) return CLAIM_LOST;
+ *   *where = mine.slot; return CLAIMED;
+ * hash_table.c table_claim: int status = confirm(s, hash, who, v.match, first, context, slot); if (status == CLAIMED) return CLAIMED; */
 inline confirm(me) {
-  swap(p[me].mine_cell, p[me].mine, CONFIRMED(p[me].who, p[me].fresh + INTERVAL));
+  swap(p[me].mine_slot, p[me].mine, CONFIRMED(p[me].who, p[me].fresh + INTERVAL));
   if
   :: ok -> admit(p[me].who, p[me].fresh); finish(me)
   :: else -> lost(me)

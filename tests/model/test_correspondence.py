@@ -13,10 +13,10 @@ QUOTE = re.compile(r"\b(\w+\.[ch]) (\w+): ")
 
 # Every statement of these is quoted: a new one must be modelled, or be said not to matter.
 COMPLETE = [
-    ("cells.c", "confirmed_at"),
-    ("cells.c", "survey"),
-    ("cells.c", "confirm"),
-    ("cells.c", "cells_claim"),
+    ("hash_table.c", "confirmed_at"),
+    ("hash_table.c", "survey"),
+    ("hash_table.c", "confirm"),
+    ("hash_table.c", "table_claim"),
     ("limiter.c", "fresh_now"),
     ("limiter.c", "first_state"),
     ("limiter.c", "put"),
@@ -24,12 +24,12 @@ COMPLETE = [
     ("limiter.c", "take_one"),
 ]
 
-# All that anybody does with a cell of the table: loads, and the locked swap. Without a plain store
+# All that anybody does with a slot of the table: loads, and the locked swap. Without a plain store
 # the store buffers of the model stay empty.
 ACCESSES = re.compile(
-    r"(pair_load|pair_peek|load_relaxed|pair_cas|__builtin_prefetch)\(\s*&(\w+->)*cells\[[^;]*?[,)]"
-    r"|cell_t \*cell = &s->cells\[cells_candidate\(s, hash, i\)\];"
-    r"|const cell_t \*cell = &s->cells\[line \* CELLS_PER_LINE\];"
+    r"(pair_load|pair_peek|load_relaxed|pair_cas|__builtin_prefetch)\(\s*&(\w+->)*slots\[[^;]*?[,)]"
+    r"|slot_t \*slot = &s->slots\[table_probe\(s, hash, i\)\];"
+    r"|const slot_t \*slot = &s->slots\[line \* SLOTS_PER_LINE\];"
 )
 
 
@@ -86,10 +86,10 @@ def test_nothing_is_left_out(file: str, function: str) -> None:
     assert not missing, f"{file} {function}: not quoted in claim_steps.pml: {missing}"
 
 
-def test_a_cell_is_written_by_the_swap_alone() -> None:
+def test_a_slot_is_written_by_the_swap_alone() -> None:
     for path in sorted(CSRC.rglob("*.[ch]")):
         left = ACCESSES.sub("", source(path.name))
-        assert not re.search(r"\bcells\[", left), f"{path.name}: another access to a cell"
+        assert not re.search(r"\bslots\[", left), f"{path.name}: another access to a slot"
     assert '"lock cmpxchg16b %1"' in source("atomic128.h")
 
 
@@ -99,8 +99,8 @@ def test_one_who_is_alone_has_budget_enough() -> None:
     number = {
         name: int(value)
         for name, value in re.findall(
-            r"#define (ROUNDS|REGION_LINES|CELLS_PER_LINE) (?:UINT64_C\()?(\d+)",
-            source("cells.c") + source("layout.h"),
+            r"#define (ROUNDS|PROBE_LINES|SLOTS_PER_LINE) (?:UINT64_C\()?(\d+)",
+            source("hash_table.c") + source("layout.h"),
         )
     }
-    assert 2 * number["REGION_LINES"] * number["CELLS_PER_LINE"] - 1 <= number["ROUNDS"]
+    assert 2 * number["PROBE_LINES"] * number["SLOTS_PER_LINE"] - 1 <= number["ROUNDS"]

@@ -121,7 +121,7 @@ def test_a_name_that_lost_its_id(segment: Segment) -> None:
 
 
 def test_a_cell(segment: Segment) -> None:
-    write_word(segment, segment.geometry().cells_offset + 16 * 7 + 8, 99)
+    write_word(segment, segment.geometry().slots_offset + 16 * 7 + 8, 99)
     assert not segment.damaged
     said = segment.stats()["damaged"]
     assert f"segment {segment.name!r} was damaged: cell 7 holds what nobody writes" in said

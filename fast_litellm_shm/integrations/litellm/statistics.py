@@ -20,7 +20,7 @@ from fast_litellm_shm.routing.router import AdvancedRouter
 NAME = "litellm"
 _UNKNOWN = 2**64 - 1
 _PLACES = 256  # csrc/core/layout.h, DEPLOYMENTS. A place that is none reads as one nobody uses.
-_INFOS, _FLIGHT = ffi.typeof("fshm_deployment_info[]"), ffi.typeof("fshm_flight *")
+_INFOS, _FLIGHT = ffi.typeof("fshm_deployment_info[]"), ffi.typeof("fshm_request *")
 _ID, _IN_FLIGHT, _LATENCY, _COST, _COOLDOWN, _IDLE, _WORDS = 0, 1, 3, 4, 5, 6, 8  # of an info
 _MOST_IDS = 4096  # whose hashes are kept
 _MOST_NS = 2**62
@@ -49,11 +49,11 @@ class Statistics:
         dies. None where it cannot be counted: the segment's process table is full."""
         flight = ffi.new(_FLIGHT)
         place = self._router._place(deployment_id)
-        return flight if lib.fshm_flight_begin(self._handle, place, 0, flight) else None
+        return flight if lib.fshm_request_begin(self._handle, place, 0, flight) else None
 
     def end(self, flight: Any) -> None:
         """Once. What a parent began before it forked is not its child's to end."""
-        lib.fshm_flight_end(self._handle, flight)
+        lib.fshm_request_end(self._handle, flight)
 
     def in_flight(self, deployment_ids: Sequence[str]) -> list[int]:
         """Requests in flight to each, of all living processes; a dead one's vanish within 0.5 s."""

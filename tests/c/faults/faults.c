@@ -5,7 +5,7 @@
 #include "../check.h"
 
 static volatile int zero;
-static cell_t racy_cell;
+static slot_t racy_slot;
 static uint64_t shared_word;
 
 static void overflow(void) {
@@ -52,31 +52,31 @@ static void *write_word(void *unused) {
   shared_word++;
   return unused;
 }
-static void *swap_cell(void *unused) {
+static void *swap_slot(void *unused) {
   pair_t seen = {0, 0};
-  (void)pair_cas(&racy_cell, &seen, (pair_t){1, 2});
+  (void)pair_cas(&racy_slot, &seen, (pair_t){1, 2});
   return unused;
 }
 /* A plain write of what others swap. (Of a 16-byte atomic the thread sanitizer watches the first half.) */
 static void *scribble(void *unused) {
-  *(volatile uint64_t *)(uintptr_t)&racy_cell.who = 3;
+  *(volatile uint64_t *)(uintptr_t)&racy_slot.who = 3;
   return unused;
 }
 
 /* Not a fault: what is written before a swap may be read by whoever loads what was swapped in. */
 static void *hand_over(void *unused) {
   shared_word = 7;
-  return swap_cell(unused);
+  return swap_slot(unused);
 }
 static void *take_over(void *unused) {
-  for (int i = 0; i < 1000000 && !pair_load(&racy_cell).who; i++) (void)sched_yield();
-  CHECK_EQ(pair_load(&racy_cell).who, 1);
-  if (pair_load(&racy_cell).who) CHECK_EQ(shared_word, 7);
+  for (int i = 0; i < 1000000 && !pair_load(&racy_slot).who; i++) (void)sched_yield();
+  CHECK_EQ(pair_load(&racy_slot).who, 1);
+  if (pair_load(&racy_slot).who) CHECK_EQ(shared_word, 7);
   return unused;
 }
 
 static void race(void) { two_threads(write_word, write_word); }
-static void race_with_a_swap(void) { two_threads(swap_cell, scribble); }
+static void race_with_a_swap(void) { two_threads(swap_slot, scribble); }
 static void ordered_by_a_swap(void) { two_threads(hand_over, take_over); }
 
 int main(int argc, char **argv) {

@@ -1,0 +1,148 @@
+/* permit_lease.c - permits that somebody else grants to this host: how many its processes may hold together.
+ * Argued in DESIGN.md, "Permits over many hosts". Taking one within it is semaphore.c's.
+ */
+#include "../core/internal.h"
+
+static uint64_t first_word(void *context) {
+  /* As of an instant after the look, as all first states: so it ends later than any word before it did. */
+  const keyed_t *k = context;
+  return permit_lease_word(0, true, plus_time(keyed_now(k), PERMIT_LEASE_OPEN));
+}
+
+/* The slot of the key's word. f->pair.who = 0: there is none. FSHM_OK, or an error. tries: of the whole call. */
+static COLD int word_find(keyed_t *k, bool open, int *tries, found_t *f) {
+  for (; *tries < MAX_TRIES; *tries += CLAIM_TRIES) {
+    table_find(k->s, k->hash, k->who, f);
+    if (f->pair.who || !open) return FSHM_OK;
+    if (keyed_put(k, k->hash, f, k->who, 0, first_word, k) == CLAIM_FULL) return FSHM_FULL;
+  }
+  return FSHM_CONTENDED;
+}
+
+typedef uint64_t change_word_t(uint64_t word, uint64_t with);
+
+/* Change the word in one swap, and tell what it is then. */
+static COLD int word_change(keyed_t *k, bool open, change_word_t *change, uint64_t with,
+                            uint64_t *word) {
+  for (int tries = 0; tries < MAX_TRIES; tries++) {
+    found_t f;
+    int status = word_find(k, open, &tries, &f);
+    if (status != FSHM_OK) return status;
+    *word = f.pair.who ? f.pair.when : 0;
+    uint64_t next = f.pair.who ? change(*word, with) : 0;
+    if (next == *word) return FSHM_OK;
+    pair_t seen = f.pair, to = {f.pair.who, next};
+    if (!pair_cas(&k->s->slots[f.slot], &seen, to)) continue;
+    *word = next;
+    return FSHM_OK;
+  }
+  return FSHM_CONTENDED;
+}
+
+static uint64_t word_kept(uint64_t word, uint64_t with) {
+  (void)with;
+  return word;
+}
+static uint64_t word_dropped(uint64_t word, uint64_t with) {
+  (void)with;
+  return permit_lease_dropped(word);
+}
+
+static COLD int word_reported(fshm_limiter *permits, fshm_limiter *leases, const void *key,
+                              uint64_t length, bool open, change_word_t *change, uint64_t with,
+                              uint64_t now, fshm_permit_lease *out) {
+  keyed_t k = {.s = NULL};
+  memset(out, 0, sizeof *out);
+  int status = keyed_begin(&k, leases, FSHM_LEASE, key, length, now);
+  if (status == FSHM_OK) status = word_change(&k, open, change, with, &out->word);
+  if (status != FSHM_OK) return status;
+  /* The word, then the permits. Pairs with after_swap() in stands_granted(): of a taker whose permit we do not
+   * see, the word that it judges by is this one or a newer. */
+  atomic_thread_fence(memory_order_seq_cst);
+  out->now_ns = keyed_now(&k);
+  out->leased = permit_lease_at(out->word, out->now_ns);
+  out->left_ns = minus(permit_lease_end(out->word), out->now_ns);
+  out->held = semaphore_count(permits, key, length, 0);
+  out->reported =
+      max_u64(permit_lease_at(out->word, minus(out->now_ns, PERMIT_LEASE_OVER)), out->held);
+  return FSHM_OK;
+}
+
+int fshm_permit_lease_look(fshm_limiter *permits, fshm_limiter *leases, const void *key,
+                           uint64_t length, int open, uint64_t now, fshm_permit_lease *out) {
+  return word_reported(permits, leases, key, length, open != 0, word_kept, 0, now, out);
+}
+
+int fshm_permit_lease_lower(fshm_limiter *permits, fshm_limiter *leases, const void *key,
+                            uint64_t length, uint64_t to, uint64_t now, fshm_permit_lease *out) {
+  return word_reported(permits, leases, key, length, false, permit_lease_lowered, to, now, out);
+}
+
+/* Do all that stand, and all that will by this word, hold permits below the next permit lease? */
+static COLD bool next_is_clean(fshm_limiter *permits, const void *key, uint64_t length,
+                               uint64_t word, uint64_t leased) {
+  uint64_t before = permit_lease_of(word);
+  if (leased < before) return false; /* those below `before` go on standing by this word */
+  if (permit_lease_clean(word) && before) return true;
+  if (!permit_lease_clean(word) && !before)
+    return false; /* somebody may take without an permit lease */
+  /* By this word, nobody whose permit we do not see stands beyond it. Pairs as in word_reported(). */
+  atomic_thread_fence(memory_order_seq_cst);
+  return semaphore_count(permits, key, length, leased) == 0;
+}
+
+COLD int fshm_permit_lease_put(fshm_limiter *permits, fshm_limiter *leases, const void *key,
+                               uint64_t length, uint64_t word, uint64_t leased, uint64_t until,
+                               uint64_t now) {
+  keyed_t k = {.s = NULL};
+  found_t f;
+  fshm_segment *s = leases->segment;
+  int status = keyed_begin(&k, leases, FSHM_LEASE, key, length, now);
+  if (status != FSHM_OK) return status;
+  table_find(k.s, k.hash, k.who, &f);
+  if (!f.pair.who || f.pair.when != word) return 0;
+  leased = min_u64(leased, MAX_PERMITS);
+  bool clean = next_is_clean(permits, key, length, word, leased);
+  uint64_t next = permit_lease_next(word, leased, clean, until);
+  pair_t seen = f.pair, to = {f.pair.who, next};
+  if (!next || !pair_cas(&s->slots[f.slot], &seen, to)) return 0;
+  if (!(s->names_mode & FSHM_NAMES_OFF))
+    key_stats_remember(s, f.slot, key_stats_meta(k.index, k.who), key, length);
+  if (leased > permit_lease_of(word)) fshm_wakeup_send(permits, key, length);
+  return FSHM_OK;
+}
+
+/* Nothing of the permit lease is left, or all is held. */
+static COLD int not_granted(keyed_t *k, fshm_limiter *permits, const fshm_limiter *refused,
+                            const void *key, uint64_t length, const granted_t *g, int status,
+                            uint32_t *in_flight) {
+  if (status == FSHM_ASK && refused) {
+    uint64_t hash = fshm_siphash(refused->key[0], refused->key[1], key, length);
+    if (token_lease_refused_ns(refused, hash, NULL, keyed_now(k))) status = FSHM_DENIED;
+  }
+  if (status == FSHM_ASK && g->alone) status = FSHM_DENIED;
+  if (status == FSHM_DENIED && !*in_flight) *in_flight = semaphore_count(permits, key, length, 0);
+  return status;
+}
+
+/* Cold for the compiler's sake: as one more hot caller of what it calls, it changes what is inlined into a check. */
+COLD int fshm_permit_lease_admit(fshm_limiter *permits, fshm_limiter *leases, fshm_limiter *refused,
+                                 const void *key, uint64_t length, uint32_t alone, uint64_t now,
+                                 fshm_permit *permit, fshm_decision *out, uint32_t *in_flight) {
+  keyed_t k = {.s = NULL};
+  memset(permit, 0, sizeof *permit);
+  memset(out, 0, sizeof *out);
+  *in_flight = 0;
+  int status = keyed_begin(&k, leases, FSHM_LEASE, key, length, now);
+  granted_t g = {k.hash, k.who, 0, alone};
+  if (status == FSHM_OK && alone) status = word_change(&k, true, word_dropped, 0, &g.dropped);
+  if (status == FSHM_OK)
+    status =
+        semaphore_take_granted(permits, key, length, &g, now, permit, &out->version, in_flight);
+  if (status == FSHM_ALLOWED)
+    out->remaining = INT64_MAX; /* as fshm_admit() says of permits alone */
+  else
+    status = not_granted(&k, permits, refused, key, length, &g, status, in_flight);
+  out->status = status;
+  return status;
+}

@@ -1,0 +1,486 @@
+/* semaphore.c - what is held: requests in flight, pooled connections. Argued in DESIGN.md.
+ *
+ * A key that may have n permits has n permits. A permit is a slot of the table like any other, with the
+ * fingerprint of (limiter, key, permit): taking it is one swap from free to held-by-me, or a claim where
+ * the permit has no slot yet. A free permit equals "never seen", so its slot can be reused by any key. The
+ * count is what the slots say; there is no second number.
+ *
+ * when = 7 (3 bits) | permit (17) | owner: process index (8) and its incarnation (18) | idle (1) |
+ *        taken, in seconds of segment time (17)
+ */
+#include "../core/internal.h"
+
+#define PERMIT_BIT 2048U /* of the limiter index in key_stats_t.meta */
+#define PERMIT_NUMBER(w) ((uint32_t)((w) >> 44) & 0x1ffff)
+#define OWNER_OF(w) ((uint32_t)((w) >> 36) & 0xff)
+#define INCARNATION_OF(w) ((w) >> 18 & 0x3ffff)
+#define IDLE (UINT64_C(1) << 17)
+#define TAKEN_OF(w) ((w) & 0x1ffff)
+
+static_assert(PROCESSES <= 256, "an owner is 8 bits");
+static_assert(MAX_PERMITS < 1 << 17, "a slot is 17 bits");
+
+/* Which processes are alive, asked once in each call: a question is a system call. */
+typedef struct {
+  uint8_t known[PROCESSES];       /* 0 = not asked, 1 = alive, 2 = dead */
+  uint64_t incarnation[PROCESSES]; /* that was asked for: the index may get a new owner meanwhile */
+} liveness_t;
+
+static void liveness_begin(liveness_t *liveness) { memset(liveness, 0, sizeof *liveness); }
+
+static bool owner_alive(fshm_segment *s, uint64_t when, liveness_t *liveness) {
+  uint32_t owner = OWNER_OF(when);
+  uint64_t incarnation =
+      atomic_load_explicit(&s->processes[owner].incarnation, memory_order_acquire);
+  if ((incarnation & 0x3ffff) != INCARNATION_OF(when)) return false; /* an earlier owner's */
+  if (!liveness->known[owner] || liveness->incarnation[owner] != incarnation) {
+    liveness->incarnation[owner] = incarnation;
+    liveness->known[owner] = process_alive(s, owner) ? 1 : 2;
+  }
+  return liveness->known[owner] == 1;
+}
+
+/* This process as an owner; false where the process table is full. */
+static bool own_identity(fshm_segment *s, uint64_t *identity) {
+  uint32_t process;
+  uint64_t incarnation;
+  if (!process_identity(s, &process, &incarnation)) return false;
+  *identity = (uint64_t)process << 36 | (incarnation & 0x3ffff) << 18;
+  return true;
+}
+
+#define IDENTITY_MASK (UINT64_C(0x3ffffff) << 18)
+
+/* Whose permit it is: hash of key and permit (52 bits) | limiter (11) | 0. From a held one, whose permit is known, the key's
+ * bits can be read back. */
+static inline uint64_t permit_bits(uint32_t number) { return spread(NTH_STEP * (number + 1)); }
+static inline uint64_t permit_who(uint32_t limiter, uint64_t hash, uint32_t number) {
+  uint64_t who = (hash ^ permit_bits(number)) << 12 | (uint64_t)limiter << 1;
+  return who ? who : UINT64_C(1) << 12;
+}
+#define PERMIT_LIMITER(who) ((uint32_t)((who) >> 1) & (MAX_LIMITERS - 1))
+#define PERMIT_KEY(who, number) ((((who) >> 12) ^ permit_bits(number)) & (UINT64_MAX >> 12))
+
+typedef struct {
+  fshm_segment *s;
+  fshm_limiter *limiter;
+  const void *key;
+  uint64_t key_length, hash, now, identity;
+  bool fixed; /* the caller gave the time */
+} holder_t;
+
+static bool holder_make(holder_t *h, fshm_limiter *l, const void *key, uint64_t length,
+                        uint64_t now) {
+  h->s = l->segment;
+  h->limiter = l;
+  h->key = key;
+  h->key_length = length;
+  h->hash = fshm_siphash(l->key[0], l->key[1], key, length);
+  h->fixed = now != 0;
+  h->now = now ? min_u64(now, TIME_MAX - 1) : segment_now(h->s);
+  return own_identity(h->s, &h->identity);
+}
+
+enum { PERMIT_HELD, PERMIT_TAKEN, PERMIT_FULL, PERMIT_CONTENDED };
+
+static uint64_t held_by_me(void *context) { return *(uint64_t *)context; }
+
+static bool free_dead(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now,
+                      liveness_t *liveness);
+
+/* Try one permit. With a liveness check, a dead process's permit is taken over. left: for the whole call;
+ * with as many tries for each permit, who scribbles on the key's slots could hold us up for hours (I6). */
+static int try_permit(const holder_t *h, uint32_t number, liveness_t *liveness, patience_t *left,
+                      fshm_permit *out) {
+  uint64_t home = nth_hash(h->hash, number);
+  uint64_t who = permit_who(h->limiter->index, h->hash, number);
+  pair_t mine = {who, UINT64_C(7) << 61 | (uint64_t)number << 44 | h->identity |
+                          (h->now / 1000000000 & 0x1ffff)};
+  for (; patient(left); left->swaps--) {
+    found_t f;
+    table_find(h->s, home, who, &f);
+    if (!f.pair.who) {
+      int status = table_claim(h->s, home, who, h->now, held_by_me, &mine.when, &f.slot);
+      /* Only with a liveness check: one for each permit would ask the kernel n times for each process. */
+      if (status == CLAIM_FULL && !(liveness && free_dead(h->s, home, who, h->now, liveness)))
+        return PERMIT_FULL;
+      if (status != CLAIMED) {
+        left->claims--;
+        continue;
+      }
+    } else {
+      if (IS_PERMIT(f.pair.when) && (!liveness || owner_alive(h->s, f.pair.when, liveness)))
+        return PERMIT_HELD;
+      /* From free, or from a dead owner, to mine: one swap. Pairs with every other taker's, and with
+       * the release: whoever fails sees a permit that somebody else has just taken. */
+      pair_t seen = f.pair;
+      if (!pair_cas(&h->s->slots[f.slot], &seen, mine)) continue;
+    }
+    out->slot = f.slot; /* and what was charged stays as it is */
+    out->who = who;
+    out->when = mine.when;
+    out->wakeup = wakeup_of(h->hash);
+    out->held = 1;
+    return PERMIT_TAKEN;
+  }
+  return PERMIT_CONTENDED;
+}
+
+/* Count the key's held permits from .. to-1; free those of dead processes on the way. */
+static uint32_t count_held_from(const holder_t *h, uint32_t from, uint32_t to,
+                                liveness_t *liveness) {
+  uint32_t held = 0;
+  for (uint32_t number = from; number < to; number++) {
+    found_t f;
+    table_find(h->s, nth_hash(h->hash, number), permit_who(h->limiter->index, h->hash, number), &f);
+    if (!f.pair.who || !IS_PERMIT(f.pair.when)) continue;
+    pair_t seen = f.pair, idle = {f.pair.who, 0};
+    if (owner_alive(h->s, f.pair.when, liveness))
+      held++;
+    else
+      (void)pair_cas(&h->s->slots[f.slot], &seen,
+                     idle); /* lost: somebody took it over or freed it */
+  }
+  return held;
+}
+
+static uint32_t count_held(const holder_t *h, uint32_t most, liveness_t *liveness) {
+  return count_held_from(h, 0, most, liveness);
+}
+
+static int give_back(holder_t *h, const fshm_permit *p) {
+  pair_t seen = {p->who, p->when}, idle = {p->who, 0};
+  return p->slot < h->s->slot_count && pair_cas(&h->s->slots[p->slot], &seen, idle);
+}
+
+/* Up to which permit permits of a key may be held. */
+static uint32_t permit_bound(const fshm_limiter *l, const snapshot_t *snapshot) {
+  if (l->numbers) return snapshot->permits;
+  return limits_most_permits(limits_most(l->segment, l->index), snapshot);
+}
+
+#define BEYOND_NS UINT64_C(1000000000)
+
+/* Does any key of the limiter hold permits beyond the present limit? Frees those of dead processes. A look at the whole
+ * table, so a process does it once a second at most; until one has found none, each taker counts all held permits. */
+static COLD bool none_beyond(const holder_t *h, const snapshot_t *snapshot, liveness_t *liveness) {
+  fshm_segment *s = h->s;
+  uint64_t last = load_relaxed(&h->limiter->beyond);
+  if (last && h->now < last + BEYOND_NS && h->now >= last) return false;
+  store_relaxed(&h->limiter->beyond, h->now);
+  for (uint64_t slot = 0; slot < s->slot_count; slot++) {
+    uint64_t when = load_relaxed(&s->slots[slot].when);
+    if (!IS_PERMIT(when) || PERMIT_NUMBER(when) < snapshot->permits) continue;
+    pair_t seen = pair_load(&s->slots[slot]), idle = {seen.who, 0};
+    if (!IS_PERMIT(seen.when) || PERMIT_NUMBER(seen.when) < snapshot->permits) continue;
+    if (PERMIT_LIMITER(seen.who) != h->limiter->index) continue;
+    if (owner_alive(s, seen.when, liveness) || !pair_cas(&s->slots[slot], &seen, idle))
+      return false;
+  }
+  return true;
+}
+
+/* A permit of the key is ours. Does it stand? Not where more than n are held: the limit was lowered, by now
+ * or earlier, and permits beyond it are still held. Ours is published: of any set of holders the last to
+ * publish counts all others, so they never exceed n. */
+static bool stands(holder_t *h, snapshot_t *snapshot, uint32_t number, uint32_t *held) {
+  const limiter_entry_t *e = &h->s->limiters[h->limiter->index];
+  bool said = false;
+  /* All who ask for this key bring the same number, so no permit beyond it was ever taken. */
+  if (unlikely(h->limiter->numbers != NULL)) return true;
+  after_swap(); /* pairs with publish(): it sees our permit, or we see its limits */
+  for (int tries = 0; tries < MAX_TRIES; tries++) {
+    uint64_t seen =
+        limits_most(h->s, h->limiter->index); /* before `current`, and before the count */
+    uint32_t most = limits_most_permits(seen, snapshot);
+    bool same = load_relaxed(&e->current) == snapshot->current;
+    /* A permit of earlier limits: said in the word after our swap, so whoever has looked for such permits before it cannot
+     * lower the word any more, and whoever comes looks up to here. Pairs with limits_lower_most(). */
+    if (unlikely(number >= snapshot->permits && !said)) {
+      if (!limits_raise_most(h->s, h->limiter->index, number + 1)) break;
+      said = true;
+      continue;
+    }
+    if (likely(same && most <= snapshot->permits)) return true;
+    if (!same) {
+      if (!limits_load(h->s, h->limiter->index, snapshot) || !snapshot->permits) return true;
+      continue; /* count by the limits as they are now */
+    }
+    liveness_t liveness;
+    liveness_begin(&liveness);
+    *held = count_held(h, most, &liveness);
+    /* By limits that were in force all the while: what was given back after a change made no room before it. Pairs with
+     * publish(). */
+    atomic_thread_fence(memory_order_acquire);
+    if (load_relaxed(&e->current) != snapshot->current) continue;
+    if (*held > snapshot->permits) return false;
+    if (count_held_from(h, snapshot->permits, most, &liveness) == 0 &&
+        none_beyond(h, snapshot, &liveness))
+      limits_lower_most(h->s, h->limiter->index, snapshot, seen);
+    return true;
+  }
+  *held = 1; /* ours, that is given back; others change the limits all the time */
+  return false;
+}
+
+/* And within what was granted to this host? Of those who stand, each permit is below the permit lease, or all were
+ * counted: DESIGN.md, "Permits over many hosts". */
+static __attribute__((noinline)) bool stands_granted(const holder_t *h, const snapshot_t *snapshot,
+                                                     const granted_t *g, uint32_t number,
+                                                     uint32_t *held) {
+  after_swap(); /* pairs with the swap and the scan of permit_lease.c: it sees our permit, or we its word */
+  uint64_t word = granted_word(h->s, g);
+  uint64_t most = g->alone;
+  if (g->alone) {
+    if (word != g->dropped) return false; /* it is granted again */
+  } else {
+    most = permit_lease_at(word,
+                           h->fixed ? h->now : segment_now(h->s)); /* the word before the clock */
+    if (number >= most) return false;
+    if (likely(permit_lease_clean(word))) return true;
+  }
+  liveness_t liveness;
+  liveness_begin(&liveness);
+  *held =
+      count_held(h, limits_most_permits(limits_most(h->s, h->limiter->index), snapshot), &liveness);
+  return *held <= most;
+}
+
+/* Take one of the key's first n permits: FSHM_ALLOWED, FSHM_DENIED (*held says how many are), FSHM_FULL,
+ * FSHM_CONTENDED; FSHM_ASK: it does not stand, by what is granted (NULL: this host's limit alone counts). */
+static UNGUARDED int take_permit(holder_t *h, snapshot_t *snapshot, uint32_t n,
+                                 const granted_t *granted, fshm_permit *out, uint32_t *held) {
+  uint32_t start = load_relaxed(&h->limiter->frontier) % n;
+  uint32_t likely_free = atomic_exchange_explicit(&h->limiter->released, 0, memory_order_relaxed);
+  liveness_t liveness;
+  bool full = false;
+  patience_t left =
+      patience(MAX_TRIES + 2 * (uint64_t)n); /* one a permit and pass: honest takers */
+  for (int pass = 0; pass < 2; pass++) { /* the second asks who is dead */
+    if (pass) liveness_begin(&liveness);
+    for (uint32_t i = likely_free && !pass ? 0 : 1; i <= n; i++) {
+      uint32_t number = i == 0 ? (likely_free - 1) % n : (start + i - 1) % n;
+      int status = try_permit(h, number, pass ? &liveness : NULL, &left, out);
+      if (unlikely(status == PERMIT_CONTENDED)) return FSHM_CONTENDED;
+      full |= status == PERMIT_FULL;
+      if (status != PERMIT_TAKEN) continue;
+      if (i) store_relaxed(&h->limiter->frontier, number + 1);
+      key_stats_remember(h->s, out->slot, key_stats_meta(h->limiter->index | PERMIT_BIT, out->who),
+                         h->key, h->key_length);
+      if (pass)
+        wakeup_send(h->s, out->wakeup); /* a dead process may have held more: the next may look */
+      bool fits = stands(h, snapshot, number, held);
+      if (likely(fits && (!granted || stands_granted(h, snapshot, granted, number, held))))
+        return FSHM_ALLOWED;
+      (void)give_back(h, out); /* without a ring: nobody else may have it either */
+      out->held = 0;
+      if (fits) return FSHM_ASK;
+      *held -= 1;
+      return FSHM_DENIED;
+    }
+  }
+  uint32_t most = permit_bound(h->limiter, snapshot);
+  *held = full || most > n ? count_held(h, most, &liveness) : n;
+  return full ? FSHM_FULL : FSHM_DENIED;
+}
+
+#define GRANTED_TRIES 3 /* of a taker whose permit does not stand since the word has changed */
+
+int semaphore_take_granted(fshm_limiter *l, const void *key, uint64_t length, const granted_t *g,
+                           uint64_t now, fshm_permit *out, uint64_t *version, uint32_t *held) {
+  holder_t h;
+  snapshot_t snapshot;
+  bool member = holder_make(&h, l, key, length, now);
+  if (!limits_load(h.s, l->index, &snapshot)) return damage_limits(h.s, l->index);
+  *version = CURRENT_VERSION(snapshot.current);
+  if (!snapshot.permits) return FSHM_E_ARGUMENT;
+  if (!member) return process_refusal(h.s);
+  for (int tries = 0; tries < GRANTED_TRIES; tries++) {
+    uint64_t may = g->alone ? g->alone : permit_lease_at(granted_word(h.s, g), h.now);
+    uint32_t n = (uint32_t)min_u64(may, snapshot.permits);
+    if (!n) return FSHM_ASK;
+    int status = take_permit(&h, &snapshot, n, g, out, held);
+    if (status == FSHM_DENIED && n < snapshot.permits && !g->alone) return FSHM_ASK;
+    if (status != FSHM_ASK) return status;
+    if (!h.fixed) h.now = segment_now(h.s);
+  }
+  return FSHM_ASK;
+}
+
+uint32_t semaphore_count(fshm_limiter *l, const void *key, uint64_t length, uint64_t from) {
+  holder_t h;
+  snapshot_t snapshot;
+  liveness_t liveness;
+  liveness_begin(&liveness);
+  (void)holder_make(&h, l, key, length, 0);
+  if (!limits_load_of(l, &snapshot)) {
+    (void)damage_limits(h.s, l->index);
+    return 0;
+  }
+  if (!snapshot.permits) return 0;
+  uint32_t most = permit_bound(l, &snapshot);
+  return count_held_from(&h, (uint32_t)min_u64(from, most), most, &liveness);
+}
+
+/* The slots that a key could use are all taken: free those whose permits are dead processes'. Nobody
+ * asked for those keys since, so nobody else has noticed. Where somebody else has noticed at the same time, there
+ * may be nothing left to free, but room all the same. */
+static bool free_dead(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now,
+                      liveness_t *liveness) {
+  bool any = false;
+  for (uint64_t i = 0; i < table_probe_count(s); i++) {
+    slot_t *slot = &s->slots[table_probe(s, hash, i)];
+    if (!IS_PERMIT(load_relaxed(&slot->when))) continue;
+    pair_t seen = pair_load(slot), idle = {seen.who, 0};
+    if (!IS_PERMIT(seen.when) || owner_alive(s, seen.when, liveness)) continue;
+    any |= pair_cas(slot, &seen, idle);
+  }
+  return any || table_room(s, hash, who, now);
+}
+
+bool semaphore_free_dead(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now) {
+  liveness_t liveness;
+  liveness_begin(&liveness);
+  return free_dead(s, hash, who, now, &liveness);
+}
+
+UNGUARDED int fshm_permit_release(fshm_limiter *l, fshm_permit *p) {
+  holder_t h = {.s = l->segment, .limiter = l};
+  if (!p->held) return 0;
+  p->held = 0;
+  /* A forked child has an identity of its own and cannot free what is its parent's. */
+  if (!own_identity(h.s, &h.identity) || (p->when & IDENTITY_MASK) != h.identity) return 0;
+  if (!give_back(&h, p)) return 0;
+  wakeup_send(h.s, p->wakeup);
+  store_relaxed(&l->released, PERMIT_NUMBER(p->when) + 1);
+  return 1;
+}
+
+UNGUARDED int fshm_permit_idle(fshm_limiter *l, fshm_permit *p, int idle) {
+  fshm_segment *s = l->segment;
+  uint64_t identity, to = idle ? p->when | IDLE : p->when & ~IDLE;
+  if (!p->held || p->slot >= s->slot_count) return 0;
+  if (!own_identity(s, &identity) || (p->when & IDENTITY_MASK) != identity) return 0;
+  pair_t seen = {p->who, p->when}, next = {p->who, to};
+  if (!pair_cas(&s->slots[p->slot], &seen, next)) return 0;
+  p->when = to;
+  return 1;
+}
+
+int fshm_permit_held(const fshm_limiter *l, const fshm_permit *p) {
+  const fshm_segment *s = l->segment;
+  if (!p->held || p->slot >= s->slot_count) return 0;
+  pair_t now = pair_load(&s->slots[p->slot]);
+  return now.who == p->who && now.when == p->when;
+}
+
+uint32_t fshm_in_flight(fshm_limiter *l, const void *key, uint64_t length) {
+  return semaphore_count(l, key, length, 0);
+}
+
+/* Permit and meters together: look at the meters, take the permit, charge the meters; give the permit
+ * back if they have lost their room meanwhile. Killed after the permit, it is a dead process's and comes
+ * back by itself; killed after the charge, rates stay charged. */
+UNGUARDED void fshm_admit(fshm_limiter *l, const void *key, uint64_t key_length,
+                          const uint64_t *costs, uint64_t now, fshm_permit *permit,
+                          fshm_decision *out, uint32_t *in_flight) {
+  holder_t h;
+  snapshot_t snapshot;
+  permit->slot = permit->who = permit->when = 0;
+  permit->wakeup = permit->held = 0;
+  for (uint32_t i = 0; i < FSHM_MAX_LIMITS; i++) permit->put[i].den = 0; /* nothing was charged */
+  memset(out, 0, sizeof *out);
+  *in_flight = 0;
+  bool member = holder_make(&h, l, key, key_length, now);
+  if (!limits_load_of(l, &snapshot)) {
+    out->status = damage_limits(h.s, l->index);
+    return;
+  }
+  out->version = CURRENT_VERSION(snapshot.current);
+  out->status = FSHM_ALLOWED;
+  out->remaining = INT64_MAX;
+  if (snapshot.count) {
+    if (limiter_take(l, &snapshot, h.hash, FSHM_PROBE, key, key_length, costs, now, out, NULL) !=
+        FSHM_ALLOWED)
+      return;
+  }
+  if (snapshot.permits) {
+    int status = member ? take_permit(&h, &snapshot, snapshot.permits, NULL, permit, in_flight)
+                        : process_refusal(h.s);
+    if (status != FSHM_ALLOWED) {
+      out->status = status;
+      out->limit_index = (uint16_t)snapshot.count;
+      out->remaining = 0;
+      out->retry_after_ns = 0; /* nobody knows when a holder lets go */
+      return;
+    }
+  }
+  if (snapshot.count) {
+    (void)limiter_take(l, &snapshot, h.hash, FSHM_ACQUIRE, key, key_length, costs, now, out,
+                       permit->put);
+    if (out->status != FSHM_ALLOWED && permit->held) (void)fshm_permit_release(l, permit);
+  }
+}
+
+/* looking in ------------------------------------------------------------------------------------ */
+
+static int permit_at(fshm_segment *s, uint64_t slot, liveness_t *liveness, fshm_permit_info *out) {
+  memset(out, 0, sizeof *out);
+  pair_t pair = {load_relaxed(&s->slots[slot].who), load_relaxed(&s->slots[slot].when)};
+  uint32_t meta = load_relaxed(&s->key_stats[slot].meta);
+  uint32_t limiter = (meta >> 20) & (PERMIT_BIT - 1);
+  if (!IS_PERMIT(pair.when) || !pair.who) return 0;
+  bool known = meta == key_stats_meta(limiter | PERMIT_BIT, pair.who) && limiter < s->limiter_count;
+  out->limiter = known ? limiter : UINT32_MAX;
+  out->pid = load_relaxed(&s->processes[OWNER_OF(pair.when)].pid);
+  out->alive = owner_alive(s, pair.when, liveness);
+  if (!out->alive) out->pid = 0; /* the index may be another process's by now */
+  out->idle = (pair.when & IDLE) != 0;
+  out->number = PERMIT_NUMBER(pair.when);
+  out->key_hash = PERMIT_KEY(pair.who, PERMIT_NUMBER(pair.when));
+  out->age_seconds = (segment_now(s) / 1000000000 - TAKEN_OF(pair.when)) & 0x1ffff;
+  out->table_slot = slot;
+  return 1;
+}
+
+int fshm_permit_at(fshm_segment *s, uint64_t slot, fshm_permit_info *out) {
+  liveness_t liveness;
+  liveness_begin(&liveness);
+  memset(out, 0, sizeof *out);
+  return slot < s->slot_count && permit_at(s, slot, &liveness, out);
+}
+
+uint64_t fshm_permits(fshm_segment *s, fshm_permit_info *out, uint64_t room) {
+  liveness_t liveness; /* one for all: the kernel is asked once about each process */
+  uint64_t found = 0;
+  liveness_begin(&liveness);
+  for (uint64_t slot = 0; slot < s->slot_count; slot++) {
+    fshm_permit_info one;
+    if (!IS_PERMIT(load_relaxed(&s->slots[slot].when)) || !permit_at(s, slot, &liveness, &one))
+      continue;
+    if (found < room) out[found] = one;
+    found++;
+  }
+  return found;
+}
+
+uint64_t fshm_reap(fshm_segment *s, uint32_t pid) {
+  liveness_t liveness;
+  uint64_t freed = 0;
+  liveness_begin(&liveness);
+  if (s->read_only) return 0;
+  for (uint64_t slot = 0; slot < s->slot_count; slot++) {
+    if (!IS_PERMIT(load_relaxed(&s->slots[slot].when))) continue;
+    pair_t seen = pair_load(&s->slots[slot]);
+    if (!IS_PERMIT(seen.when)) continue;
+    bool alive = owner_alive(s, seen.when, &liveness);
+    bool theirs = alive && load_relaxed(&s->processes[OWNER_OF(seen.when)].pid) == pid;
+    if (pid ? !theirs : alive) continue;
+    pair_t idle = {seen.who, 0};
+    if (pair_cas(&s->slots[slot], &seen, idle)) freed++;
+  }
+  if (freed) wakeup_send_all(s);
+  return freed;
+}
+
+uint64_t fshm_unique(fshm_segment *s) { return add_relaxed(&s->header->ticket, 1); }

@@ -1,0 +1,99 @@
+/* wakeup.c - sleeping until a permit is given back, and waking one who does. Argued in DESIGN.md, with leases.
+ *
+ * A wake-up word is shared by the keys that hash to it. 32 classes of keys on a wake-up word are told apart by the futex's
+ * bit set; keys of one class by a tag, which the word carries:
+ *   tag of the key that rang last (16 bits) | rings (15) | somebody may sleep (1)
+ * `wake-up word`: 32 bits of the key's hash: the word's number, the class, and the tag.
+ */
+#include <errno.h>
+#include <time.h>
+
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include "../core/internal.h"
+
+#define SENDS UINT32_C(0xfffe)
+static uint32_t class_of(uint32_t wakeup) { return UINT32_C(1) << (wakeup / WAKEUPS % 32); }
+static uint32_t tag_of(uint32_t wakeup) { return wakeup & UINT32_C(0xffff0000); }
+
+#if defined(__linux__)
+static long futex(_Atomic uint32_t *word, int op, uint32_t value, const struct timespec *until,
+                  uint32_t classes) {
+  /* Not FUTEX_PRIVATE: the word is shared. The kernel wakes in the order of arrival. */
+  return syscall(SYS_futex, word, op, value, until, NULL, classes);
+}
+#endif
+
+/* Wake one sleeper of the class, if somebody may sleep. The caller's swap came before the load (a full
+ * barrier), the sleeper's arming before its own look at the permits: one of the two sees the other. Where
+ * nobody of the class sleeps, the bit is cleared, and whoever else sleeps on this wake-up word sets it again. */
+void wakeup_send(fshm_segment *s, uint32_t wakeup) {
+  _Atomic uint32_t *b = &s->header->wakeups[wakeup % WAKEUPS];
+  after_swap();
+  uint32_t seen = load_relaxed(b), rung = seen;
+  for (int tries = 0; tries < MAX_TRIES; tries++) {
+    if (!(seen & 1)) return;
+    rung = tag_of(wakeup) | ((seen + 2) & SENDS) | 1;
+    if (atomic_compare_exchange_strong(b, &seen, rung)) break;
+  }
+#if defined(__linux__)
+  if (futex(b, FUTEX_WAKE_BITSET, 1, NULL, class_of(wakeup)) > 0) return;
+  if (atomic_compare_exchange_strong(b, &rung, rung & ~1U))
+    (void)futex(b, FUTEX_WAKE_BITSET, INT32_MAX, NULL, UINT32_MAX);
+#endif
+}
+
+void wakeup_send_all(fshm_segment *s) {
+  for (uint32_t wakeup = 0; wakeup < WAKEUPS; wakeup++) {
+    _Atomic uint32_t *b = &s->header->wakeups[wakeup];
+    if (!(load_relaxed(b) & 1)) continue;
+    (void)atomic_fetch_xor(b, 2); /* so that nobody falls asleep on the old value */
+#if defined(__linux__)
+    (void)futex(b, FUTEX_WAKE_BITSET, INT32_MAX, NULL, UINT32_MAX);
+#endif
+  }
+}
+
+static uint32_t key_wakeup(const fshm_limiter *l, const void *key, uint64_t length) {
+  return wakeup_of(fshm_siphash(l->key[0], l->key[1], key, length));
+}
+
+uint32_t fshm_wakeup_arm(fshm_limiter *l, const void *key, uint64_t length) {
+  return atomic_fetch_or(&l->segment->header->wakeups[key_wakeup(l, key, length) % WAKEUPS], 1) | 1;
+}
+
+void fshm_wakeup_send(fshm_limiter *l, const void *key, uint64_t length) {
+  wakeup_send(l->segment, key_wakeup(l, key, length));
+}
+
+/* 1: rung (or changed since arming); 0: time is up, or a signal came. */
+int fshm_wakeup_wait(fshm_limiter *l, const void *key, uint64_t length, uint32_t armed,
+                     uint64_t timeout) {
+  uint32_t wakeup = key_wakeup(l, key, length);
+  _Atomic uint32_t *b = &l->segment->header->wakeups[wakeup % WAKEUPS];
+#if defined(__linux__)
+  struct timespec until; /* FUTEX_WAIT_BITSET takes an instant of CLOCK_MONOTONIC */
+  (void)clock_gettime(CLOCK_MONOTONIC, &until);
+  timeout = min_u64(timeout, UINT64_C(1000000000) * 3600) + (uint64_t)until.tv_nsec;
+  until.tv_sec += (time_t)(timeout / 1000000000);
+  until.tv_nsec = (long)(timeout % 1000000000);
+  if (futex(b, FUTEX_WAIT_BITSET, armed, &until, class_of(wakeup))) return errno == EAGAIN;
+  /* Woken by another key's ring: on to the next sleeper of the class. Those who slept before that ring are
+   * ahead of those who armed after it, who find the word as they armed it and end the chain. */
+  uint32_t now = load_relaxed(b);
+  if (now != armed && tag_of(now) != tag_of(wakeup))
+    (void)futex(b, FUTEX_WAKE_BITSET, 1, NULL, class_of(wakeup));
+  return 1;
+#else
+  struct timespec slice = {0, 1000000};
+  for (uint64_t slept = 0; slept < timeout; slept += 1000000) {
+    if (load_relaxed(b) != armed) return 1;
+    (void)nanosleep(&slice, NULL);
+  }
+  return 0;
+#endif
+}

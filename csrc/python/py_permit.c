@@ -1,0 +1,246 @@
+/* py_permit.c - Permit: one request in flight. True while held; a denial is one that never was.
+ *
+ * A permit that Python drops without release() is given back, with a ResourceWarning: it was a bug, and
+ * exceptions that skip a release should not cost a slot until the process dies. */
+#include "py_args.h"
+
+typedef struct {
+  PyObject_HEAD
+  PyObject *handle; /* owns the limiter */
+  fshm_limiter *limiter;
+  fshm_permit permit;
+  uint32_t in_flight; /* seen, when denied */
+  PyObject *decision; /* of the meters and permits together */
+} Permit;
+
+static PyTypeObject *permit_type;
+
+/* Takes over the reference to limits. */
+static PyObject *make_permit(PyObject *handle, fshm_limiter *limiter, const fshm_permit *permit,
+                             uint32_t in_flight, PyObject *limits, const fshm_decision *d) {
+  PyObject *decision = make_decision(limits, d);
+  Permit *o = decision ? PyObject_New(Permit, permit_type) : NULL;
+  if (!o) {
+    fshm_permit lost = *permit;
+    (void)fshm_permit_release(limiter, &lost);
+    Py_XDECREF(decision);
+    return NULL;
+  }
+  Py_INCREF(handle);
+  o->handle = handle;
+  o->limiter = limiter;
+  o->permit = *permit;
+  o->in_flight = in_flight;
+  o->decision = decision;
+  return (PyObject *)o;
+}
+
+static int give_back_permit(Permit *self) {
+  int given_back;
+  ALONE_BEGIN(self);
+  given_back = fshm_permit_release(self->limiter, &self->permit);
+  ALONE_END();
+  return given_back;
+}
+
+static PyObject *permit_release(PyObject *o, PyObject *unused) {
+  (void)unused;
+  return PyBool_FromLong(give_back_permit((Permit *)o));
+}
+
+static PyObject *permit_enter(PyObject *o, PyObject *unused) {
+  (void)unused;
+  Py_INCREF(o);
+  return o;
+}
+
+static PyObject *permit_exit(PyObject *o, PyObject *args) {
+  (void)args;
+  (void)give_back_permit((Permit *)o);
+  Py_RETURN_NONE;
+}
+
+static int permit_bool(PyObject *o) { return ((Permit *)o)->permit.held != 0; }
+
+static PyObject *permit_get_in_flight(PyObject *o, void *unused) {
+  (void)unused;
+  return PyLong_FromUnsignedLong(((Permit *)o)->in_flight);
+}
+
+static PyObject *permit_get_decision(PyObject *o, void *unused) {
+  (void)unused;
+  PyObject *d = ((Permit *)o)->decision;
+  Py_INCREF(d);
+  return d;
+}
+
+static PyObject *permit_address(PyObject *o, void *unused) {
+  (void)unused;
+  return PyLong_FromVoidPtr(&((Permit *)o)->permit);
+}
+
+static PyObject *permit_repr(PyObject *o) {
+  Permit *self = (Permit *)o;
+  if (self->permit.held) return PyUnicode_FromString("Permit(held)");
+  if (self->permit.who) return PyUnicode_FromString("Permit(released)");
+  return PyUnicode_FromFormat("Permit(denied, in_flight=%u)", self->in_flight);
+}
+
+static void permit_dealloc(PyObject *o) {
+  Permit *self = (Permit *)o;
+  PyTypeObject *type = Py_TYPE(o);
+  if (self->permit.held && give_back_permit(self)) {
+    PyObject *error, *value, *trace;
+    PyErr_Fetch(&error, &value, &trace); /* an exception may be on its way through us */
+    if (PyErr_ResourceWarning(NULL, 1,
+                              "a permit was dropped without release(); it has been given back. Use "
+                              "`with limiter.slot(key):`, or call release()"))
+      PyErr_WriteUnraisable(NULL);
+    PyErr_Restore(error, value, trace);
+  }
+  Py_XDECREF(self->decision);
+  Py_XDECREF(self->handle); /* last: it owns the limiter */
+  PyObject_Free(o);
+  Py_DECREF(type);
+}
+
+static PyMethodDef permit_methods[] = {
+    {"release", permit_release, METH_NOARGS,
+     "release()\n--\n\nGive the permit back. True if it was held; twice is harmless, and so is a "
+     "forked child, which cannot free what is its parent's."},
+    {"__enter__", permit_enter, METH_NOARGS, NULL},
+    {"__exit__", permit_exit, METH_VARARGS, NULL},
+    {NULL, NULL, 0, NULL}};
+
+static PyGetSetDef permit_getset[] = {
+    {"in_flight", permit_get_in_flight, NULL, "When denied: how many permits of the key were held.",
+     NULL},
+    {"_address", permit_address, NULL, NULL, NULL},
+    {"decision", permit_get_decision, NULL, "The Decision behind it.", NULL},
+    {NULL, NULL, NULL, NULL, NULL}};
+
+static char permit_doc[] = "One request in flight. True while held.";
+static PyType_Slot permit_slots[] = {{Py_tp_dealloc, (void *)permit_dealloc},
+                                     {Py_tp_methods, permit_methods},
+                                     {Py_tp_getset, permit_getset},
+                                     {Py_tp_repr, (void *)permit_repr},
+                                     {Py_nb_bool, (void *)permit_bool},
+                                     {Py_tp_doc, permit_doc},
+                                     {0, NULL}};
+
+static PyType_Spec permit_spec = {"fast_litellm_shm._native.Permit", sizeof(Permit), 0,
+                                  Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                                  permit_slots};
+
+/* Slot(limiter, key, timeout): limiter._slot(key, timeout) when a block is entered, until it is left. No
+ * instruction of Python is between the grant and whoever gives it back: an exception out of a signal handler
+ * meets it held here, and the end of the block, or of this object, gives it back. */
+typedef struct {
+  PyObject_HEAD
+  PyObject *limiter, *key, *timeout;
+  Permit *permit; /* while the block runs */
+} Slot;
+
+static int slot_init(PyObject *o, PyObject *args, PyObject *kwargs) {
+  Slot *self = (Slot *)o;
+  PyObject *limiter, *key, *timeout;
+  if (kwargs && PyDict_Size(kwargs)) {
+    PyErr_SetString(PyExc_TypeError, "Slot() takes no keyword arguments");
+    return -1;
+  }
+  if (!PyArg_ParseTuple(args, "OOO", &limiter, &key, &timeout)) return -1;
+  if (self->limiter) {
+    PyErr_SetString(PyExc_RuntimeError, "a slot is made once");
+    return -1;
+  }
+  Py_INCREF(limiter);
+  Py_INCREF(key);
+  Py_INCREF(timeout);
+  self->key = key;
+  self->timeout = timeout;
+  self->limiter = limiter;
+  return 0;
+}
+
+static PyObject *slot_enter(PyObject *o, PyObject *unused) {
+  (void)unused;
+  Slot *self = (Slot *)o;
+  if (!self->limiter || self->permit) {
+    PyErr_SetString(PyExc_RuntimeError, self->limiter
+                                            ? "the slot is held: call slot() for each block"
+                                            : "the slot's __init__ was not called");
+    return NULL;
+  }
+  PyObject *got = PyObject_CallMethod(self->limiter, "_slot", "OO", self->key, self->timeout);
+  if (!got) return NULL;
+  Permit *mine = Py_TYPE(got) == permit_type ? (Permit *)got : NULL;
+  ALONE_BEGIN(self);
+  if (mine && !self->permit)
+    self->permit = mine;
+  else
+    mine = NULL;
+  ALONE_END();
+  if (!mine) {
+    PyErr_SetString(PyExc_RuntimeError, "the slot is held, or was given no permit");
+    Py_DECREF(got);
+    return NULL;
+  }
+  Py_INCREF(got);
+  return got;
+}
+
+static void slot_leave(Slot *self) {
+  Permit *permit;
+  ALONE_BEGIN(self);
+  permit = self->permit;
+  self->permit = NULL;
+  ALONE_END();
+  if (!permit) return;
+  (void)give_back_permit(permit);
+  Py_DECREF((PyObject *)permit);
+}
+
+static PyObject *slot_exit(PyObject *o, PyObject *args) {
+  (void)args;
+  slot_leave((Slot *)o);
+  Py_RETURN_NONE;
+}
+
+static int slot_traverse(PyObject *o, visitproc visit, void *arg) {
+  Py_VISIT(Py_TYPE(o));
+  Py_VISIT(((Slot *)o)->limiter);
+  Py_VISIT(((Slot *)o)->key);
+  return 0;
+}
+
+static void slot_dealloc(PyObject *o) {
+  Slot *self = (Slot *)o;
+  PyTypeObject *type = Py_TYPE(o);
+  PyObject_GC_UnTrack(o);
+  slot_leave(self);
+  Py_XDECREF(self->limiter);
+  Py_XDECREF(self->key);
+  Py_XDECREF(self->timeout);
+  freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+  release(o);
+  Py_DECREF(type);
+}
+
+static PyMethodDef slot_methods[] = {{"__enter__", slot_enter, METH_NOARGS, NULL},
+                                     {"__exit__", slot_exit, METH_VARARGS, NULL},
+                                     {NULL, NULL, 0, NULL}};
+static PyType_Slot slot_slots[] = {
+    {Py_tp_dealloc, (void *)slot_dealloc},  {Py_tp_traverse, (void *)slot_traverse},
+    {Py_tp_methods, slot_methods},          {Py_tp_init, (void *)slot_init},
+    {Py_tp_new, (void *)PyType_GenericNew}, {0, NULL}};
+static PyType_Spec slot_spec = {"fast_litellm_shm._native.Slot", sizeof(Slot), 0,
+                                Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+                                slot_slots};
+
+static int install_permit(PyObject *module) {
+  permit_type = (PyTypeObject *)PyType_FromSpec(&permit_spec);
+  PyObject *slot = PyType_FromSpec(&slot_spec);
+  return !permit_type || !slot ||
+         PyObject_SetAttrString(module, "Permit", (PyObject *)permit_type) ||
+         PyObject_SetAttrString(module, "Slot", slot);
+}

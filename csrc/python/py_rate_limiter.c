@@ -1,0 +1,624 @@
+/* py_rate_limiter.c - the hot calls, as CPython methods written by hand: cffi's wrappers cost 100 ns more and
+ * drop the GIL at every call. Limited API 3.10. Everything else goes through cffi.
+ *
+ * Core is the base class of RateLimiter and SimpleRateLimiter.
+ * No rule lives here: arguments in, fshm_apply(), objects out.
+ */
+#include "py_args.h"
+#include "py_cluster.h"
+#include "py_measure.h"
+
+enum { ON_FULL_DENY = 0, ON_FULL_ALLOW = 1, ON_FULL_RAISE = 2, ON_FULL_SHARE = 3 };
+
+typedef struct {
+  PyObject_HEAD
+  fshm_limiter *limiter; /* set once, by _bind() */
+  PyObject *
+      handle; /* owns it (native.py, owned()), until we are freed: __del__()s of a garbage cycle, and
+                     * permits in it, may still call us */
+  PyObject *limits; /* tuple of Limit, Window, SlidingWindow. It may be replaced: limits_of() */
+  PyObject *reasons; /* tuple of str: what check() says when this limit denies */
+  uint64_t version; /* of limits and reasons */
+  int on_full;
+  uint64_t warned; /* clock: when the log was last told of shared counters */
+  cluster_t cluster;
+  measure_t measure; /* is_allowed(), check(), acquire() */
+} Core;
+
+static PyObject *s_allowed, *s_reason, *s_remaining, *s_retry, *s_default, *s_ok, *s_full;
+static PyObject *check_allowed, *check_denied; /* dicts to copy */
+
+/* the call ------------------------------------------------------------------------------------- */
+
+/* A new reference to the limits, as they are now. */
+static PyObject *limits_of(Core *self) {
+  PyObject *limits;
+  ALONE_BEGIN(self);
+  limits = self->limits;
+  Py_INCREF(limits);
+  ALONE_END();
+  return limits;
+}
+
+static Py_ssize_t limit_count(Core *self) {
+  PyObject *limits = limits_of(self);
+  Py_ssize_t count = PyTuple_Size(limits);
+  Py_DECREF(limits);
+  return count;
+}
+
+static int call_void(PyObject *self, const char *method, int status) {
+  PyObject *r = PyObject_CallMethod(self, method, "i", status);
+  Py_XDECREF(r);
+  return r ? 0 : -1;
+}
+
+#define WARN_NS UINT64_C(60000000000)
+static int warn_of_shared(Core *self) {
+  uint64_t now = fshm_clock(), warned = RELAXED_GET(self->warned);
+  if (warned && now - warned < WARN_NS) return 0;
+  RELAXED_SET(self->warned, now);
+  return call_void((PyObject *)self, "_shares", 0);
+}
+
+/* Turn statuses that are neither yes nor no into the policy's answer or an exception, and notice
+ * limits that changed. The Python methods named here live in limiter.py. */
+static int settle(Core *self, fshm_decision *d) {
+  if (d->shared && warn_of_shared(self)) return -1;
+  if (d->status < 0) {
+    int full = d->status == FSHM_FULL || d->status == FSHM_CONTENDED;
+    if (!full || self->on_full == ON_FULL_RAISE)
+      return call_void((PyObject *)self, "_failed", d->status) ? -1 : 0;
+    d->status = self->on_full == ON_FULL_ALLOW ? FSHM_ALLOWED : FSHM_DENIED;
+    if (d->status == FSHM_DENIED && !d->retry_after_ns) d->retry_after_ns = 1000000000;
+    d->remaining = 0;
+  }
+  if (d->version != RELAXED_GET(self->version)) {
+    RELAXED_SET(self->version, d->version);
+    if (call_void((PyObject *)self, "_limits_changed", 0)) return -1;
+  }
+  return 0;
+}
+
+static inline int odd(Core *self, const fshm_decision *d) {
+  return d->status < 0 || d->shared || d->version != RELAXED_GET(self->version);
+}
+
+static int bound(const Core *self) {
+  if (self->limiter) return 0;
+  PyErr_SetString(PyExc_RuntimeError, "the limiter's __init__ was not called");
+  return -1;
+}
+
+static int decide(Core *self, uint32_t op, PyObject *key, PyObject *cost, uint64_t max_wait,
+                  fshm_decision *d) {
+  key_arg k;
+  uint64_t costs[FSHM_MAX_LIMITS];
+  if (bound(self) || get_key(key, &k)) return -1;
+  if (cost && get_costs(limit_count(self), cost, costs)) {
+    Py_XDECREF(k.held);
+    return -1;
+  }
+  if (self->cluster.leases)
+    d->status = cluster_decide((PyObject *)self, &self->cluster, self->limiter, op, key, &k, cost,
+                               cost ? costs : NULL, d, RELAXED_GET(self->version));
+  else
+    fshm_apply(self->limiter, op, k.bytes, (uint64_t)k.length, cost ? costs : NULL, max_wait, 0, d);
+  Py_XDECREF(k.held);
+  if (d->status == FSHM_ASK) return -1;
+  return odd(self, d) ? settle(self, d) : 0;
+}
+
+static PyObject *decision_call(PyObject *self, uint32_t op, const char *name, PyObject *const *args,
+                               Py_ssize_t n, PyObject *kwnames, Py_ssize_t least) {
+  PyObject *in[2] = {NULL, NULL};
+  fshm_decision d;
+  if (n == 1 && !kwnames)
+    in[0] = args[0];
+  else if (parse(name, args, n, kwnames, key_cost, in, 2, least))
+    return NULL;
+  if (least == 2 && !in[1]) return NULL;
+  if (decide((Core *)self, op, in[0], in[1], 0, &d)) return NULL;
+  return make_decision(limits_of((Core *)self), &d);
+}
+
+#define MEASURED(self, call) RETURN_MEASURED(&((Core *)(self))->measure, call)
+
+static PyObject *core_acquire(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
+  MEASURED(self, decision_call(self, FSHM_ACQUIRE, "acquire", args, n, kw, 1));
+}
+static PyObject *core_peek(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
+  return decision_call(self, FSHM_PEEK, "peek", args, n, kw, 1);
+}
+
+static PyObject *core_force(PyObject *self, uint32_t op, const char *name, PyObject *const *args,
+                            Py_ssize_t n, PyObject *kw) {
+  PyObject *in[2] = {NULL, NULL};
+  fshm_decision d;
+  if (parse(name, args, n, kw, key_cost, in, 2, 2)) return NULL;
+  if (decide((Core *)self, op, in[0], in[1], 0, &d)) return NULL;
+  return make_decision(limits_of((Core *)self), &d);
+}
+static PyObject *core_charge(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
+  return core_force(self, FSHM_CHARGE, "charge", args, n, kw);
+}
+static PyObject *core_refund(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
+  return core_force(self, FSHM_REFUND, "refund", args, n, kw);
+}
+
+/* A place in a bucket's queue. Who waits keeps it when its turn has come; whatever else ends the wait, an
+ * exception between any two instructions too, drops it, and with that gives it back. */
+typedef struct {
+  PyObject_HEAD
+  PyObject *handle; /* owns the limiter */
+  fshm_limiter *limiter;
+  PyObject *key; /* bytes */
+  uint64_t costs[FSHM_MAX_LIMITS];
+  fshm_charged reserved[FSHM_MAX_LIMITS];
+  int held; /* not kept, and not given back */
+} Reservation;
+
+static PyTypeObject *reservation_type;
+
+/* In how many limits; elsewhere somebody has reserved after it. */
+static int reservation_end(Reservation *self, int keep) {
+  int held;
+  ALONE_BEGIN(self);
+  held = self->held;
+  self->held = 0;
+  ALONE_END();
+  if (!held || keep) return 0;
+  return fshm_cancel(self->limiter, PyBytes_AsString(self->key), (uint64_t)PyBytes_Size(self->key),
+                     self->costs, self->reserved, 0);
+}
+
+static PyObject *reservation_keep(PyObject *o, PyObject *unused) {
+  (void)unused;
+  (void)reservation_end((Reservation *)o, 1);
+  Py_RETURN_NONE;
+}
+
+static PyObject *reservation_cancel(PyObject *o, PyObject *unused) {
+  (void)unused;
+  return PyLong_FromLong(reservation_end((Reservation *)o, 0));
+}
+
+static void reservation_dealloc(PyObject *o) {
+  Reservation *self = (Reservation *)o;
+  PyTypeObject *type = Py_TYPE(o);
+  (void)reservation_end(self, 0);
+  Py_XDECREF(self->key);
+  Py_XDECREF(self->handle);
+  PyObject_Free(o);
+  Py_DECREF(type);
+}
+
+static PyMethodDef reservation_methods[] = {{"keep", reservation_keep, METH_NOARGS, NULL},
+                                            {"cancel", reservation_cancel, METH_NOARGS, NULL},
+                                            {NULL, NULL, 0, NULL}};
+static PyType_Slot reservation_slots[] = {
+    {Py_tp_dealloc, (void *)reservation_dealloc}, {Py_tp_methods, reservation_methods}, {0, NULL}};
+static PyType_Spec reservation_spec = {"fast_litellm_shm._native.Reservation", sizeof(Reservation),
+                                       0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                                       reservation_slots};
+
+/* _reserve(key, cost, max_wait_ns) -> (decision, ns to wait until it is ours, the Reservation). */
+static PyObject *core_reserve(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
+  Core *self = (Core *)o;
+  PyObject *in[3] = {NULL, NULL, NULL};
+  fshm_decision d;
+  key_arg k;
+  uint64_t most;
+  if (parse("_reserve", args, n, kw, key_cost, in, 3, 3) || get_cost(in[2], &most)) return NULL;
+  Reservation *r = PyObject_New(Reservation, reservation_type);
+  if (!r) return NULL;
+  r->key = r->handle = NULL;
+  r->held = 0;
+  if (bound(self) || get_costs(limit_count(self), in[1], r->costs) || get_key(in[0], &k)) {
+    Py_DECREF((PyObject *)r);
+    return NULL;
+  }
+  r->key = PyBytes_FromStringAndSize(k.bytes, k.length);
+  r->handle = self->handle;
+  r->limiter = self->limiter;
+  Py_INCREF(r->handle);
+  if (r->key)
+    fshm_reserve(self->limiter, k.bytes, (uint64_t)k.length, r->costs, most, 0, &d, r->reserved);
+  r->held = r->key && d.status == FSHM_ALLOWED;
+  Py_XDECREF(k.held);
+  if (!r->key || (odd(self, &d) && settle(self, &d))) {
+    Py_DECREF((PyObject *)r);
+    return NULL;
+  }
+  long long wait = d.status == FSHM_ALLOWED ? d.retry_after_ns : 0;
+  if (d.status == FSHM_ALLOWED) d.retry_after_ns = 0;
+  return Py_BuildValue("NLN", make_decision(limits_of(self), &d), wait, r);
+}
+
+static int decide_default(PyObject *self, uint32_t op, const char *name, PyObject *const *args,
+                          Py_ssize_t n, PyObject *kw, fshm_decision *d) {
+  PyObject *in[1] = {NULL};
+  if (n == 1 && !kw)
+    in[0] = args[0];
+  else if (parse(name, args, n, kw, key_cost, in, 1, 0))
+    return -1;
+  return decide((Core *)self, op, in[0] && in[0] != Py_None ? in[0] : s_default, NULL, 0, d);
+}
+
+static inline PyObject *is_allowed(PyObject *self, PyObject *const *args, Py_ssize_t n,
+                                   PyObject *kw) {
+  Core *core = (Core *)self;
+  key_arg k;
+  if (n == 1 && !kw && core->limiter && args[0] != Py_None) {
+    if (get_key(args[0], &k)) return NULL;
+    int status = likely(!core->cluster.leases)
+                     ? limiter_is_allowed(core->limiter, k.bytes, (uint64_t)k.length)
+                     : cluster_decide(self, &core->cluster, core->limiter, FSHM_ACQUIRE, args[0],
+                                      &k, NULL, NULL, NULL, RELAXED_GET(core->version));
+    Py_XDECREF(k.held);
+    if (status == FSHM_ASK) return NULL;
+    if (status >= 0) {
+      PyObject *out = status == FSHM_ALLOWED ? Py_True : Py_False;
+      Py_INCREF(out);
+      return out;
+    }
+    fshm_decision failed = {status, 0, 0, RELAXED_GET(core->version), 0, 0, 0};
+    if (status <= SHARED_DENIED) {
+      failed.shared = 1;
+      failed.status = status == SHARED_ALLOWED ? FSHM_ALLOWED : FSHM_DENIED;
+    }
+    if (settle(core, &failed)) return NULL;
+    return PyBool_FromLong(failed.status == FSHM_ALLOWED);
+  }
+  fshm_decision d;
+  if (decide_default(self, FSHM_ACQUIRE, "is_allowed", args, n, kw, &d)) return NULL;
+  return PyBool_FromLong(d.status == FSHM_ALLOWED);
+}
+
+static PyObject *core_is_allowed(PyObject *self, PyObject *const *args, Py_ssize_t n,
+                                 PyObject *kw) {
+  MEASURED(self, is_allowed(self, args, n, kw));
+}
+
+static PyObject *core_get_remaining(PyObject *self, PyObject *const *args, Py_ssize_t n,
+                                    PyObject *kw) {
+  fshm_decision d;
+  if (decide_default(self, FSHM_PEEK, "get_remaining", args, n, kw, &d)) return NULL;
+  return PyLong_FromUnsignedLongLong(d.remaining);
+}
+
+static int set_item(PyObject *dict, PyObject *name, PyObject *value) {
+  int failed = !value || PyDict_SetItem(dict, name, value);
+  Py_XDECREF(value);
+  return failed;
+}
+
+static PyObject *check(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
+  fshm_decision d;
+  if (decide_default(self, FSHM_ACQUIRE, "check", args, n, kw, &d)) return NULL;
+  int allowed = d.status == FSHM_ALLOWED;
+  PyObject *out = PyDict_Copy(allowed ? check_allowed : check_denied);
+  if (!out) return NULL;
+  int failed = set_item(out, s_remaining, PyLong_FromUnsignedLongLong(d.remaining));
+  if (!failed && !allowed) {
+    PyObject *reasons;
+    ALONE_BEGIN(self);
+    reasons = ((Core *)self)->reasons;
+    Py_INCREF(reasons);
+    ALONE_END();
+    int known = (Py_ssize_t)d.limit_index < PyTuple_Size(reasons);
+    failed =
+        PyDict_SetItem(out, s_reason, known ? PyTuple_GetItem(reasons, d.limit_index) : s_full);
+    Py_DECREF(reasons);
+    if (!failed && d.retry_after_ns == FSHM_NEVER)
+      failed = PyDict_SetItem(out, s_retry, Py_None);
+    else if (!failed) /* rounded up: after that many milliseconds it fits */
+      failed = set_item(out, s_retry, PyLong_FromLongLong((d.retry_after_ns + 999999) / 1000000));
+  }
+  if (!failed) return out;
+  Py_DECREF(out);
+  return NULL;
+}
+
+static PyObject *core_check(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
+  MEASURED(self, check(self, args, n, kw));
+}
+
+/* _admit(key, cost=1) -> Permit: a permit and all other limits, or a false one. */
+static PyObject *core_admit(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
+  Core *self = (Core *)o;
+  PyObject *in[2] = {NULL, NULL};
+  key_arg k;
+  uint64_t costs[FSHM_MAX_LIMITS];
+  fshm_decision d;
+  fshm_permit permit;
+  uint32_t in_flight;
+  if (parse("acquire", args, n, kw, key_cost, in, 2, 1)) return NULL;
+  if (bound(self)) return NULL;
+  if (in[1] && get_costs(limit_count(self), in[1], costs)) return NULL;
+  if (get_key(in[0], &k)) return NULL;
+  int failed = 0;
+  if (self->cluster.keys)
+    failed = cluster_admit(o, &self->cluster, self->limiter, in[0], &k, &permit, &d, &in_flight);
+  else
+    fshm_admit(self->limiter, k.bytes, (uint64_t)k.length, in[1] ? costs : NULL, 0, &permit, &d,
+               &in_flight);
+  Py_XDECREF(k.held);
+  if (failed) return NULL;
+  if (odd(self, &d) && settle(self, &d)) {
+    (void)fshm_permit_release(self->limiter, &permit);
+    return NULL;
+  }
+  return make_permit(self->handle, self->limiter, &permit, in_flight, limits_of(self), &d);
+}
+
+#define AHEAD 8 /* keys: enough to cover a miss, and few enough to be still there */
+
+typedef struct {
+  key_arg key; /* bytes NULL: is looked at in its turn */
+  fshm_limiter *limiter; /* whose hash it is */
+  uint64_t hash;
+} fetched_key;
+
+/* Hash a key and have its lines fetched, where that takes no more than a look at it. */
+static void fetch(const Core *self, PyObject *key, fetched_key *k) {
+  k->key = (key_arg){NULL, 0, NULL};
+  k->limiter = self->limiter;
+  if (PyUnicode_Check(key))
+    k->key.bytes = PyUnicode_AsUTF8AndSize(key, &k->key.length);
+  else if (PyBytes_Check(key))
+    (void)get_bytes(key, &k->key);
+  if (k->key.bytes)
+    k->hash = limiter_fetch(k->limiter, k->key.bytes, (uint64_t)k->key.length);
+  else
+    PyErr_Clear();
+}
+
+/* One of many. What a change of limits, or __index__() of a cost, has made of the limiter counts. */
+static int decide_fetched(Core *self, PyObject *key, fetched_key *k, const uint64_t *costs,
+                          fshm_decision *d) {
+  bool other = k->limiter != self->limiter || !k->key.bytes;
+  if (!k->key.bytes && get_key(key, &k->key)) return -1;
+  const char *bytes = k->key.bytes;
+  uint64_t length = (uint64_t)k->key.length;
+  if (other) k->hash = limiter_fetch(self->limiter, bytes, length);
+  limiter_acquire_fetched(self->limiter, k->hash, bytes, length, costs, d);
+  Py_XDECREF(k->key.held);
+  return odd(self, d) ? settle(self, d) : 0;
+}
+
+/* Where to write the next answers; anew for each, since __index__() of a cost may have changed the bytearray. */
+static void *answers(PyObject *array, Py_ssize_t size) {
+  if (PyByteArray_Size(array) == size) return PyByteArray_AsString(array);
+  PyErr_SetString(PyExc_ValueError, "keys and costs differ in length");
+  return NULL;
+}
+
+/* _acquire_many(keys, costs, allowed, remaining, retry): charge key by key in order; three bytearrays
+ * to fill, of n, 8n and 8n bytes. costs: an int, or a list of n. Where keys are many, most of a call is
+ * waiting for their memory: it is fetched some keys ahead. */
+static PyObject *core_acquire_many(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
+  Core *self = (Core *)o;
+  if (n != 5 || kw) {
+    PyErr_SetString(PyExc_TypeError, "_acquire_many() takes 5 arguments");
+    return NULL;
+  }
+  if (bound(self)) return NULL;
+  PyObject *keys = PySequence_Tuple(args[0]);
+  if (!keys) return NULL;
+  Py_ssize_t count = PyTuple_Size(keys), ahead = 0;
+  int each = PyList_Check(args[1]);
+  uint64_t costs[FSHM_MAX_LIMITS];
+  fetched_key ring[AHEAD];
+  for (int i = 2; i < 5; i++) {
+    if (PyByteArray_Check(args[i])) continue;
+    PyErr_SetString(PyExc_TypeError, "_acquire_many() fills bytearrays");
+    goto failed;
+  }
+  if ((each && PyList_Size(args[1]) != count) || !answers(args[2], count) ||
+      !answers(args[3], 8 * count) || !answers(args[4], 8 * count)) {
+    if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "keys and costs differ in length");
+    goto failed;
+  }
+  for (Py_ssize_t i = 0; i < count; i++) {
+    fshm_decision d;
+    for (; ahead < count && ahead < i + AHEAD; ahead++)
+      fetch(self, PyTuple_GetItem(keys, ahead), &ring[ahead % AHEAD]);
+    if (each || !i) { /* held: its __index__() may take it out of the list */
+      PyObject *cost = each ? PySequence_GetItem(args[1], i) : args[1];
+      if (!each) Py_INCREF(cost);
+      int wrong = !cost || get_costs(limit_count(self), cost, costs);
+      Py_XDECREF(cost);
+      if (wrong) goto failed;
+    }
+    if (decide_fetched(self, PyTuple_GetItem(keys, i), &ring[i % AHEAD], costs, &d)) goto failed;
+    char *allowed = answers(args[2], count);
+    uint64_t *remaining = answers(args[3], 8 * count);
+    double *retry = answers(args[4], 8 * count);
+    if (!allowed || !remaining || !retry) goto failed;
+    allowed[i] = (char)(d.status == FSHM_ALLOWED);
+    remaining[i] = d.remaining;
+    retry[i] = d.retry_after_ns == FSHM_NEVER ? Py_HUGE_VAL : (double)d.retry_after_ns / 1e9;
+  }
+  Py_DECREF(keys);
+  Py_RETURN_NONE;
+failed:
+  Py_DECREF(keys);
+  return NULL;
+}
+
+/* _bind(handle, address, limits, reasons, version, on_full). handle: what owns the limiter. */
+static PyObject *core_bind(PyObject *o, PyObject *args) {
+  Core *self = (Core *)o;
+  PyObject *handle, *limits, *reasons;
+  unsigned long long address, version;
+  int on_full;
+  if (!PyArg_ParseTuple(args, "OKO!O!Ki", &handle, &address, &PyTuple_Type, &limits, &PyTuple_Type,
+                        &reasons, &version, &on_full))
+    return NULL;
+  if (self->handle && self->handle != handle) {
+    PyErr_SetString(PyExc_RuntimeError, "a limiter is bound once"); /* a call may be inside it */
+    return NULL;
+  }
+  PyObject *old_limits, *old_reasons;
+  Py_INCREF(limits);
+  Py_INCREF(reasons);
+  ALONE_BEGIN(self);
+  old_limits = self->limits;
+  old_reasons = self->reasons;
+  self->limits = limits;
+  self->reasons = reasons;
+  if (!self->handle) {
+    Py_INCREF(handle);
+    self->handle = handle;
+    self->limiter = (fshm_limiter *)(uintptr_t)address;
+    self->on_full = on_full;
+    if (on_full == ON_FULL_SHARE) fshm_limiter_share(self->limiter, 1);
+  }
+  RELAXED_SET(self->version, version);
+  ALONE_END();
+  Py_XDECREF(old_limits);
+  Py_XDECREF(old_reasons);
+  Py_RETURN_NONE;
+}
+
+/* _bind_cluster(token lease, address, refused, address, keys=None): what owns the limiters, and of permits a
+ * dict. */
+static PyObject *core_bind_cluster(PyObject *o, PyObject *args) {
+  unsigned long long leases, refused;
+  PyObject *keys = NULL, *leases_handle, *refused_handle;
+  cluster_t *c = &((Core *)o)->cluster;
+  if (!PyArg_ParseTuple(args, "OKOK|O!", &leases_handle, &leases, &refused_handle, &refused,
+                        &PyDict_Type, &keys))
+    return NULL;
+  if (c->leases) {
+    PyErr_SetString(PyExc_RuntimeError, "a limiter is bound once");
+    return NULL;
+  }
+  Py_INCREF(leases_handle);
+  Py_INCREF(refused_handle);
+  Py_XINCREF(keys);
+  c->keys = keys;
+  c->leases_handle = leases_handle;
+  c->refused_handle = refused_handle;
+  c->refused = (fshm_limiter *)(uintptr_t)refused;
+  c->leases = (fshm_limiter *)(uintptr_t)leases;
+  fshm_limiter_share(((Core *)o)->limiter, 0); /* its meters are the server's */
+  Py_RETURN_NONE;
+}
+
+/* _measure(segment, metric, every): how often to record a call, and as what. */
+static PyObject *core_measure(PyObject *o, PyObject *args) {
+  if (measure_args(&((Core *)o)->measure, args)) return NULL;
+  Py_RETURN_NONE;
+}
+
+static PyObject *core_get_limits(PyObject *o, void *unused) {
+  (void)unused;
+  Core *self = (Core *)o;
+  uint64_t version;
+  if (!self->limiter) Py_RETURN_NONE;
+  fshm_limit now[FSHM_MAX_LIMITS]; /* somebody may have changed them */
+  if (fshm_limiter_limits(self->limiter, now, &version) > 0 &&
+      version != RELAXED_GET(self->version)) {
+    RELAXED_SET(self->version, version);
+    if (call_void(o, "_limits_changed", 0)) return NULL;
+  }
+  return limits_of(self);
+}
+
+/* No tp_clear: what a __del__() finds must work, and others break the cycles (dicts do). */
+static int core_traverse(PyObject *o, visitproc visit, void *arg) {
+  Core *self = (Core *)o;
+  Py_VISIT(Py_TYPE(o));
+  Py_VISIT(self->limits);
+  Py_VISIT(self->reasons);
+  Py_VISIT(self->cluster.keys);
+  return 0;
+}
+
+static void core_dealloc(PyObject *o) {
+  Core *self = (Core *)o;
+  PyTypeObject *type = Py_TYPE(o);
+  PyObject_GC_UnTrack(o);
+  Py_XDECREF(self->limits);
+  Py_XDECREF(self->reasons);
+  Py_XDECREF(self->cluster.keys);
+  Py_XDECREF(self->cluster.leases_handle);
+  Py_XDECREF(self->cluster.refused_handle);
+  Py_XDECREF(self->handle);
+  freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+  release(o);
+  Py_DECREF(type);
+}
+
+/* types ---------------------------------------------------------------------------------------- */
+
+static PyMethodDef core_methods[] = {
+    {"acquire", FAST(core_acquire), FLAGS,
+     "acquire(key, cost=1)\n--\n\nCharge `cost` tokens if every limit has room; consume nothing "
+     "otherwise. cost: an int, or one int for each limit. Returns a Decision, true when admitted."},
+    {"peek", FAST(core_peek), FLAGS,
+     "peek(key, cost=1)\n--\n\nWhat acquire() would answer now. Charges nothing."},
+    {"charge", FAST(core_charge), FLAGS,
+     "charge(key, cost)\n--\n\nCharge after the fact, room or not. May go into debt, which the next "
+     "requests wait out. Returns how things are after it."},
+    {"refund", FAST(core_refund), FLAGS,
+     "refund(key, cost)\n--\n\nGive back tokens that were charged. Never below \"nothing consumed\"."},
+    {"is_allowed", FAST(core_is_allowed), FLAGS,
+     "is_allowed(key=None)\n--\n\nacquire(key) as a bool. None is the key \"default\"."},
+    {"check", FAST(core_check), FLAGS,
+     "check(key=None)\n--\n\nacquire(key) as a dict: allowed, reason, remaining_requests, and "
+     "retry_after_ms when denied."},
+    {"get_remaining", FAST(core_get_remaining), FLAGS,
+     "get_remaining(key=None)\n--\n\nHow many requests would be admitted right now."},
+    {"_reserve", FAST(core_reserve), FLAGS, NULL},
+    {"_admit", FAST(core_admit), FLAGS, NULL},
+    {"_acquire_many", FAST(core_acquire_many), FLAGS, NULL},
+    {"_bind", core_bind, METH_VARARGS, NULL},
+    {"_bind_cluster", core_bind_cluster, METH_VARARGS, NULL},
+    {"_measure", core_measure, METH_VARARGS, NULL},
+    {NULL, NULL, 0, NULL}};
+
+static PyGetSetDef core_getset[] = {
+    {"limits", core_get_limits, NULL, "The limits in force, as a tuple.", NULL},
+    {NULL, NULL, NULL, NULL, NULL}};
+
+static char core_doc[] = "Native base of the limiters.";
+static PyType_Slot core_slots[] = {{Py_tp_dealloc, (void *)core_dealloc},
+                                   {Py_tp_traverse, (void *)core_traverse},
+                                   {Py_tp_methods, core_methods},
+                                   {Py_tp_getset, core_getset},
+                                   {Py_tp_doc, core_doc},
+                                   {0, NULL}};
+
+static PyType_Spec core_spec = {"fast_litellm_shm._native.Core", sizeof(Core), 0,
+                                Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+                                core_slots};
+
+static int install_rate_limiter(PyObject *module) {
+  s_allowed = PyUnicode_InternFromString("allowed");
+  s_reason = PyUnicode_InternFromString("reason");
+  s_remaining = PyUnicode_InternFromString("remaining_requests");
+  s_retry = PyUnicode_InternFromString("retry_after_ms");
+  s_default = PyUnicode_InternFromString("default");
+  s_ok = PyUnicode_InternFromString("Request allowed");
+  s_full = PyUnicode_InternFromString("Rate limit exceeded");
+  check_allowed = PyDict_New();
+  check_denied = PyDict_New();
+  if (!s_full || !check_allowed || !check_denied) return -1;
+  if (PyDict_SetItem(check_allowed, s_allowed, Py_True) ||
+      PyDict_SetItem(check_allowed, s_reason, s_ok) ||
+      PyDict_SetItem(check_allowed, s_remaining, Py_None) ||
+      PyDict_SetItem(check_denied, s_allowed, Py_False) ||
+      PyDict_SetItem(check_denied, s_reason, s_full) ||
+      PyDict_SetItem(check_denied, s_remaining, Py_None))
+    return -1;
+  PyObject *core = PyType_FromSpec(&core_spec);
+  reservation_type = (PyTypeObject *)PyType_FromSpec(&reservation_spec);
+  if (!core || !reservation_type) return -1;
+  int failed = PyObject_SetAttrString(module, "Core", core) ||
+               PyObject_SetAttrString(module, "Reservation", (PyObject *)reservation_type);
+  Py_DECREF(core);
+  return failed ? -1 : 0;
+}

@@ -1,0 +1,336 @@
+/* py_router.c - RouterCore: picks a deployment. Limited API 3.10.
+ *
+ * What a list of deployments means (which fit the model, where their statistics are, weights, prices,
+ * names) is found out by the Python subclass, _plan(), and kept here for PLAN_NS. A kept plan is used
+ * where the model is equal and the list holds the same objects; what somebody changed inside them is
+ * noticed when the plan is made anew.
+ */
+#include "py_args.h"
+#include "py_measure.h"
+
+#define PLANS 8 /* kept; a router has a few models */
+#define PLAN_NS UINT64_C(100000000)
+#define FEW 4 /* blocked names that are compared one by one */
+
+/* What _plan() found of one list and model. Holds references to all that it compares by address. A call
+ * that uses it holds it too: comparing names may run any Python, which may replace the plan. */
+typedef struct {
+  uint32_t users;
+  uint64_t made; /* fshm_clock() */
+  PyObject *model; /* exact str */
+  Py_ssize_t length, count; /* of the list; of candidates */
+  PyObject **items; /* [length] */
+  Py_ssize_t *at; /* [count] in the list */
+  uint32_t *deployments; /* [count] fshm_deployment_open() */
+  double *weights, *prices; /* [count] */
+  PyObject **names; /* [count] tuples of str: by any of them it may be blocked */
+  unsigned char *blocked; /* [count] room for this call's */
+  fshm_deployment_info *found; /* [count] room for a look */
+} plan_of_list;
+
+typedef struct {
+  PyObject_HEAD
+  fshm_segment *segment; /* set once, by _set() */
+  PyObject *handle; /* owns it, until we are freed */
+  uint32_t strategy, next;
+  uint64_t random; /* state of splitmix64 */
+  measure_t measure;
+  plan_of_list *plans[PLANS];
+} RouterCore;
+
+static void plan_drop(plan_of_list *p) {
+  if (!p || --p->users) return;
+  for (Py_ssize_t i = 0; i < p->length && p->items; i++) Py_XDECREF(p->items[i]);
+  for (Py_ssize_t i = 0; i < p->count && p->names; i++) Py_XDECREF(p->names[i]);
+  Py_XDECREF(p->model);
+  free(p->items);
+  free(p->at);
+  free(p->deployments);
+  free(p->weights);
+  free(p->prices);
+  free(p->names);
+  free(p->blocked);
+  free(p->found);
+  free(p);
+}
+
+static plan_of_list *plan_room(size_t length, size_t count) {
+  plan_of_list *p = calloc(1, sizeof *p);
+  if (p) {
+    p->users = 1;
+    p->items = calloc(length + 1, sizeof(PyObject *));
+    p->at = calloc(count + 1, sizeof *p->at);
+    p->deployments = calloc(count + 1, sizeof *p->deployments);
+    p->weights = calloc(count + 1, sizeof *p->weights);
+    p->prices = calloc(count + 1, sizeof *p->prices);
+    p->names = calloc(count + 1, sizeof(PyObject *));
+    p->blocked = calloc(count + 1, sizeof *p->blocked);
+    p->found = calloc(count + 1, sizeof *p->found);
+    if (p->items && p->at && p->deployments && p->weights && p->prices && p->names && p->blocked &&
+        p->found)
+      return p;
+    plan_drop(p);
+  }
+  PyErr_NoMemory();
+  return NULL;
+}
+
+/* rows: list or tuple of (position, place, weight, price, names) */
+static plan_of_list *plan_of(PyObject *list, PyObject *model, PyObject *rows) {
+  Py_ssize_t length = PyList_Size(list), count = PySequence_Size(rows);
+  plan_of_list *p = length < 0 || count < 0 ? NULL : plan_room((size_t)length, (size_t)count);
+  if (!p) return NULL;
+  for (Py_ssize_t i = 0; i < length; i++) {
+    p->items[i] = PyList_GetItem(list, i);
+    Py_XINCREF(p->items[i]);
+    p->length = i + 1;
+  }
+  Py_INCREF(model);
+  p->model = model;
+  for (Py_ssize_t i = 0; i < count; i++) {
+    PyObject *row = PySequence_GetItem(rows, i), *names = NULL;
+    int ok = row && PyTuple_Check(row) &&
+             PyArg_ParseTuple(row, "nIddO!", &p->at[i], &p->deployments[i], &p->weights[i],
+                              &p->prices[i], &PyTuple_Type, &names);
+    Py_XINCREF(names);
+    p->names[i] = names;
+    p->count = i + 1;
+    Py_XDECREF(row);
+    if (ok && p->at[i] >= 0 && p->at[i] < length) continue;
+    if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "_plan() gave a wrong row");
+    plan_drop(p);
+    return NULL;
+  }
+  return p;
+}
+
+static int plan_fits(const plan_of_list *p, PyObject *list, PyObject *model, Py_ssize_t length,
+                     uint64_t now) {
+  if (!p || p->length != length || now - p->made > PLAN_NS) return 0;
+  if (p->model != model && PyUnicode_Compare(p->model, model)) return 0;
+  for (Py_ssize_t i = 0; i < length; i++)
+    if (PyList_GetItem(list, i) != p->items[i]) return 0;
+  return 1;
+}
+
+/* splitmix64; the time goes in, so that forked workers do not pick in step. */
+static uint64_t random_bits(RouterCore *self, uint64_t now) {
+  uint64_t x = self->random += UINT64_C(0x9e3779b97f4a7c15) ^ now;
+  x = (x ^ x >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
+  x = (x ^ x >> 27) * UINT64_C(0x94d049bb133111eb);
+  return x ^ x >> 31;
+}
+
+/* Marks the candidates that are blocked. blocked: a list, or a frozenset of the same. */
+static int mark_blocked(plan_of_list *p, PyObject *blocked) {
+  for (Py_ssize_t i = 0; i < p->count; i++) {
+    int found = 0;
+    for (Py_ssize_t n = 0; n < PyTuple_Size(p->names[i]) && !found; n++)
+      found = PySequence_Contains(blocked, PyTuple_GetItem(p->names[i], n));
+    if (found < 0) return -1;
+    p->blocked[i] = (unsigned char)found;
+  }
+  return 0;
+}
+
+static void plan_done(RouterCore *self, plan_of_list *p) {
+  ALONE_BEGIN(self);
+  plan_drop(p);
+  ALONE_END();
+}
+
+static PyObject *pick(RouterCore *self, plan_of_list *p, PyObject *blocked, uint64_t now) {
+  if (blocked && mark_blocked(p, blocked)) return NULL;
+  int64_t best = fshm_deployment_pick(self->segment, self->strategy, p->deployments, p->weights,
+                                      p->prices, blocked ? p->blocked : NULL, (uint32_t)p->count,
+                                      random_bits(self, now), p->found);
+  PyObject *picked = best < 0 ? Py_None : p->items[p->at[best]];
+  Py_INCREF(picked);
+  return picked;
+}
+
+/* A plan made by Python, with one user more: the caller. NULL without an error: routing is switched off.
+ * A plan of a list is kept, one of a tuple is for this call. */
+static plan_of_list *make_plan(RouterCore *self, PyObject *list, PyObject *model, uint64_t now) {
+  PyObject *rows = PyObject_CallMethod((PyObject *)self, "_plan", "OO", list, model);
+  plan_of_list *p = NULL;
+  if (rows && rows != Py_None) p = plan_of(list, model, rows);
+  if (p && PyList_Check(rows)) {
+    plan_of_list *old;
+    ALONE_BEGIN(self);
+    plan_of_list **kept = &self->plans[self->next++ % PLANS];
+    for (int i = 0; i < PLANS; i++) /* rather that which this one replaces */
+      if (self->plans[i] && plan_fits(self->plans[i], list, model, p->length, self->plans[i]->made))
+        kept = &self->plans[i];
+    old = *kept;
+    p->made = now;
+    p->users++;
+    *kept = p;
+    ALONE_END();
+    plan_done(self, old);
+  }
+  Py_XDECREF(rows);
+  return p;
+}
+
+/* The names as a list or frozenset of exact strs, whose comparison runs no Python: two threads share a
+ * plan's room. *out NULL where there are none. */
+static int get_blocked(PyObject *given, PyObject **out) {
+  *out = NULL;
+  if (!given || given == Py_None) return 0;
+  PyObject *list = PyUnicode_Check(given) || PyBytes_Check(given) ? NULL : PySequence_List(given);
+  Py_ssize_t count = list ? PyList_Size(list) : 0;
+  for (Py_ssize_t i = 0; list && i < count; i++) {
+    PyObject *name = PyList_GetItem(list, i), *exact = NULL;
+    if (PyUnicode_CheckExact(name)) continue;
+    if (PyUnicode_Check(name))
+      exact = PyUnicode_FromObject(name);
+    else
+      PyErr_Format(PyExc_TypeError, "blocked_models[%zd] must be a str, not %R", i, name);
+    if (exact && !PyList_SetItem(list, i, exact)) continue;
+    Py_DECREF(list);
+    return -1;
+  }
+  if (!list) {
+    PyErr_Clear();
+    PyErr_Format(PyExc_TypeError, "blocked_models must be a list of names, not %R", given);
+    return -1;
+  }
+  *out = count > FEW ? PyFrozenSet_New(list) : count ? list : NULL;
+  if (*out != list) Py_DECREF(list);
+  return count > FEW && !*out ? -1 : 0;
+}
+
+static PyObject *route(RouterCore *self, PyObject *list, PyObject *model, PyObject *blocked) {
+  uint64_t now = fshm_clock();
+  Py_ssize_t length = PyList_Size(list);
+  plan_of_list *p = NULL;
+  ALONE_BEGIN(self);
+  for (int i = 0; i < PLANS && !p; i++)
+    if (plan_fits(self->plans[i], list, model, length, now)) p = self->plans[i];
+  if (p) p->users++;
+  ALONE_END();
+  if (!p) {
+    PyObject *copy = PyList_GetSlice(list, 0, length); /* nobody changes it under us */
+    p = copy ? make_plan(self, copy, model, now) : NULL;
+    PyObject *plain = NULL;
+    if (!p && copy && !PyErr_Occurred())
+      plain = PyObject_CallMethod((PyObject *)self, "_plain", "OOO", copy, model,
+                                  blocked ? blocked : Py_None);
+    Py_XDECREF(copy);
+    if (!p) return plain;
+  }
+  PyObject *picked;
+  ALONE_BEGIN(self);
+  picked = pick(self, p, blocked, now);
+  ALONE_END();
+  plan_done(self, p);
+  return picked;
+}
+
+static const char *const pick_names[] = {"model_list", "model", "blocked_models"};
+
+static PyObject *router_pick(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kwnames) {
+  RouterCore *self = (RouterCore *)o;
+  PyObject *in[3] = {NULL}, *blocked;
+  if (parse("get_available_deployment", args, n, kwnames, pick_names, in, 3, 2)) return NULL;
+  if (!self->segment) {
+    PyErr_SetString(PyExc_RuntimeError, "the router's __init__ was not called");
+    return NULL;
+  }
+  if (!PyUnicode_Check(in[1])) {
+    PyErr_Format(PyExc_TypeError, "model must be a str, not %R", in[1]);
+    return NULL;
+  }
+  uint64_t begun = measure_begin(&self->measure);
+  int odd = PyUnicode_Check(in[0]) || PyBytes_Check(in[0]) || PyDict_Check(in[0]);
+  PyObject *list = odd ? NULL : in[0], *model = PyUnicode_FromObject(in[1]); /* an exact str */
+  if (list && PyList_CheckExact(list))
+    Py_INCREF(list);
+  else if (list)
+    list = PySequence_List(list);
+  if (!list) {
+    PyErr_Clear();
+    PyErr_Format(PyExc_TypeError, "model_list must be a list of deployments, not %R", in[0]);
+  }
+  PyObject *picked = NULL;
+  if (list && model && !get_blocked(in[2], &blocked)) {
+    picked = route(self, list, model, blocked);
+    Py_XDECREF(blocked);
+  }
+  Py_XDECREF(list);
+  Py_XDECREF(model);
+  if (begun) measure_end(&self->measure, begun, picked != NULL, 0);
+  return picked;
+}
+
+/* _set(handle, segment, strategy, seed, metric, every). handle: what owns the segment. */
+static PyObject *router_set(PyObject *o, PyObject *args) {
+  RouterCore *self = (RouterCore *)o;
+  unsigned long long segment, seed, every;
+  unsigned int strategy;
+  int metric;
+  PyObject *handle;
+  if (!PyArg_ParseTuple(args, "OKIKiK", &handle, &segment, &strategy, &seed, &metric, &every))
+    return NULL;
+  if (self->handle) {
+    PyErr_SetString(PyExc_RuntimeError, "a router is bound once"); /* a call may be inside it */
+    return NULL;
+  }
+  Py_INCREF(handle);
+  self->handle = handle;
+  self->strategy = strategy;
+  self->segment = (fshm_segment *)(uintptr_t)segment;
+  self->random = seed;
+  measure_init(&self->measure, self->segment, metric, every);
+  Py_RETURN_NONE;
+}
+
+static int router_traverse(PyObject *o, visitproc visit, void *arg) {
+  Py_VISIT(Py_TYPE(o));
+  for (int i = 0; i < PLANS; i++) {
+    const plan_of_list *p = ((RouterCore *)o)->plans[i];
+    for (Py_ssize_t n = 0; p && n < p->length; n++) Py_VISIT(p->items[n]);
+    for (Py_ssize_t n = 0; p && n < p->count; n++) Py_VISIT(p->names[n]);
+  }
+  return 0;
+}
+
+static void router_dealloc(PyObject *o) {
+  RouterCore *self = (RouterCore *)o;
+  PyTypeObject *type = Py_TYPE(o);
+  PyObject_GC_UnTrack(o);
+  for (int i = 0; i < PLANS; i++) plan_drop(self->plans[i]);
+  Py_XDECREF(self->handle);
+  freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+  release(o);
+  Py_DECREF(type);
+}
+
+static PyMethodDef router_methods[] = {
+    {"get_available_deployment", FAST(router_pick), FLAGS,
+     "get_available_deployment(model_list, model, blocked_models=None)\n--\n\nOne of the "
+     "deployments whose model_name is `model`, by the router's strategy: the very object of the "
+     "list. None where there is none, all are blocked, or all cool down after "
+     "failures.\n\nblocked_models: names not to use: model_name, litellm_params.model, or "
+     "model_info.id. What is changed inside a deployment (its weight, say) is seen within 0.1 s. "
+     "Raises TypeError or ValueError that names the deployment's position and the field."},
+    {"_set", router_set, METH_VARARGS, NULL},
+    {NULL, NULL, 0, NULL}};
+
+static PyType_Slot router_slots[] = {
+    {Py_tp_dealloc, (void *)router_dealloc},
+    {Py_tp_traverse, (void *)router_traverse},
+    {Py_tp_methods, router_methods},
+    {Py_tp_new, (void *)PyType_GenericNew},
+    {Py_tp_doc, (void *)(uintptr_t)"Native base of AdvancedRouter."},
+    {0, NULL}};
+
+static PyType_Spec router_spec = {"fast_litellm_shm._native.RouterCore", sizeof(RouterCore), 0,
+                                  Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+                                  router_slots};
+
+static int install_router(PyObject *module) {
+  PyObject *type = PyType_FromSpec(&router_spec);
+  return type ? PyObject_SetAttrString(module, "RouterCore", type) : -1;
+}

@@ -1,0 +1,41 @@
+/* counters.c - how many calls were admitted, denied and refused: by limiter, and in all. For people and their
+ * monitoring; nothing decides by them.
+ *
+ * Each call is one relaxed add to a word that is never set back, whoever owns the process index. So the
+ * sums are exact at any time, however processes are killed or stopped, and who sums twice never sees less
+ * the second time, which is what a counter must do that somebody takes rates of. DESIGN.md, "Counters".
+ */
+#include "../core/internal.h"
+
+static void add_counters(const limiter_counters_t *t, fshm_counters *out) {
+  out->admitted += load_relaxed(&t->admitted);
+  out->denied += load_relaxed(&t->denied);
+  out->refused += load_relaxed(&t->refused);
+  out->shared += load_relaxed(&t->shared);
+}
+
+void counters_of_process(const fshm_segment *s, uint32_t process, fshm_counters *out) {
+  memset(out, 0, sizeof *out);
+  for (uint32_t i = 0; i < COUNTERS; i++) add_counters(&s->counters[process].of[i], out);
+}
+
+void fshm_counters_all(const fshm_segment *s, fshm_counters *out) {
+  memset(out, 0, COUNTERS * sizeof *out);
+  for (uint32_t process = 0; process <= PROCESSES; process++)
+    for (uint32_t i = 0; i < COUNTERS; i++) add_counters(&s->counters[process].of[i], &out[i]);
+}
+
+/* A slot counts for its key's limiter where the key statistics knows it. */
+uint64_t fshm_used(const fshm_segment *s, uint64_t now, uint64_t *keys) {
+  uint64_t used = 0;
+  if (!now) now = segment_now(s);
+  for (uint32_t i = 0; i < s->limiter_count; i++) keys[i] = 0;
+  for (uint64_t i = 0; i < s->slot_count; i++) {
+    uint64_t who = load_relaxed(&s->slots[i].who), when = load_relaxed(&s->slots[i].when);
+    if (!who || IS_PENDING(when) || state_expires(when) <= now) continue;
+    used++;
+    uint32_t meta = load_relaxed(&s->key_stats[i].meta), limiter = meta >> 20;
+    if (limiter < s->limiter_count && meta == key_stats_meta(limiter, who)) keys[limiter]++;
+  }
+  return used;
+}

@@ -1,0 +1,100 @@
+/* token_memo.c - token counts of texts that any process has counted. A cache: forgetting is always right.
+ *
+ * A text is known by a 128-bit hash under the segment's secret, so nobody can prepare a text that is
+ * taken for another. Of it, 104 bits stand in the entry and the rest chooses the line (two texts of
+ * one line that agree in 104 bits: never, at 2^52 texts). An entry is 16 bytes and is swapped whole: it
+ * is either there or not, never torn. Argued in DESIGN.md, "The memo".
+ */
+#include "../core/internal.h"
+
+#define COUNT_BITS 24
+#define COUNT_MASK ((UINT64_C(1) << COUNT_BITS) - 1)
+
+/* Where a text of this encoding may lie, and what its entry says. */
+typedef struct {
+  memo_t *line;
+  uint64_t who, when; /* `when` with a count of 0 */
+} memo_line_t;
+
+static memo_line_t line_of(const fshm_segment *s, const uint64_t hash[2]) {
+  uint64_t line = ((hash[1] & UINT32_MAX) * s->memo_lines) >> 32;
+  memo_line_t p = {&s->memo[line * MEMO_WAYS], hash[0] + !hash[0], hash[1] & ~COUNT_MASK};
+  return p;
+}
+
+static inline pair_t entry_at(const fshm_segment *s, const memo_t *entry) {
+  return likely(!s->read_only) ? pair_load(entry) : pair_peek(entry);
+}
+
+/* The encoding's name as a number, for the calls below. */
+uint64_t fshm_memo_encoding(fshm_segment *s, const char *name, uint64_t length) {
+  return fshm_siphash(s->header->secret[0], s->header->secret[1] ^ 5, name, length);
+}
+
+/* Keyed, so that nobody can name a tenant whose number is another one's. */
+uint64_t fshm_memo_tenant(fshm_segment *s, uint64_t encoding, const void *tenant, uint64_t length) {
+  return fshm_siphash(s->header->secret[0] ^ encoding, s->header->secret[1] ^ 10, tenant, length);
+}
+
+void fshm_memo_hash(fshm_segment *s, uint64_t encoding, const void *text, uint64_t length,
+                    uint64_t hash[2]) {
+  fshm_siphash128(s->header->secret[0] ^ encoding, s->header->secret[1] ^ 4, text, length, hash);
+}
+
+int64_t fshm_memo_known(fshm_segment *s, const uint64_t hash[2]) {
+  memo_line_t p = line_of(s, hash);
+  for (unsigned way = 0; way < MEMO_WAYS; way++) {
+    /* Pairs with the swap in fshm_memo_keep(): the pair is read whole. */
+    pair_t seen = entry_at(s, &p.line[way]);
+    if (seen.who == p.who && (seen.when & ~COUNT_MASK) == p.when)
+      return (int64_t)(seen.when & COUNT_MASK);
+  }
+  return -1;
+}
+
+/* One swap into an empty place, else over one of the four, which those that lie there choose: as good
+ * as by chance. A lost swap is not tried again: somebody else's text is as good. */
+void fshm_memo_keep(fshm_segment *s, const uint64_t hash[2], uint64_t count) {
+  if (count > COUNT_MASK || s->read_only) return;
+  memo_line_t p = line_of(s, hash);
+  pair_t seen[MEMO_WAYS];
+  uint64_t mixed = p.who;
+  unsigned to = MEMO_WAYS;
+  for (unsigned way = 0; way < MEMO_WAYS && to == MEMO_WAYS; way++) {
+    seen[way] = pair_load(&p.line[way]);
+    if (!seen[way].who || (seen[way].who == p.who && (seen[way].when & ~COUNT_MASK) == p.when))
+      to = way;
+    mixed += seen[way].who;
+  }
+  if (to == MEMO_WAYS) to = (unsigned)(mixed >> 32) % MEMO_WAYS;
+  pair_t mine = {p.who, p.when | count};
+  (void)pair_cas(&p.line[to], &seen[to], mine);
+}
+
+UNGUARDED int64_t fshm_memo_get(fshm_segment *s, uint64_t encoding, const void *text,
+                                uint64_t length) {
+  uint64_t hash[2];
+  fshm_memo_hash(s, encoding, text, length, hash);
+  return fshm_memo_known(s, hash);
+}
+
+void fshm_memo_put(fshm_segment *s, uint64_t encoding, const void *text, uint64_t length,
+                   uint64_t count) {
+  uint64_t hash[2];
+  fshm_memo_hash(s, encoding, text, length, hash);
+  fshm_memo_keep(s, hash, count);
+}
+
+void fshm_memo_count(fshm_segment *s, uint64_t hits, uint64_t misses) {
+  if (s->read_only) return;
+  (void)add_relaxed(&s->header->memo_hits, hits);
+  (void)add_relaxed(&s->header->memo_misses, misses);
+}
+
+void fshm_memo_at(fshm_segment *s, fshm_memo_info *out) {
+  memset(out, 0, sizeof *out);
+  out->entries = s->memo_lines * MEMO_WAYS;
+  out->hits = load_relaxed(&s->header->memo_hits);
+  out->misses = load_relaxed(&s->header->memo_misses);
+  for (uint64_t i = 0; i < out->entries; i++) out->texts += load_relaxed(&s->memo[i].who) != 0;
+}
