@@ -104,8 +104,8 @@ static void lay_out(header_t *h, uint64_t capacity) {
   h->key_stats_offset = h->slots_offset + h->lines * LINE +
                         h->limiters * (UINT64_C(1) * SHARED * SHARED_PLACES * sizeof(slot_t));
   h->names_offset = h->key_stats_offset + h->lines * SLOTS_PER_LINE * sizeof(key_stats_t);
-  /* The memo: room for about a text in every ten keys, 320 KB by default. */
-  h->memo_lines = min_u64(max_u64(capacity / 40, 256), UINT64_C(1) << 24);
+  /* The memo: room for about a text in every twenty keys, 160 KB by default. */
+  h->memo_lines = min_u64(max_u64(capacity / 80, 256), UINT64_C(1) << 24);
   h->memo_offset = aligned(h->names_offset + h->names_words * 8, LINE);
   h->metrics_offset = h->memo_offset + h->memo_lines * LINE;
   h->histograms_offset = aligned(h->metrics_offset + METRICS * sizeof(metric_t), LINE);

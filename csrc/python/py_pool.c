@@ -23,6 +23,7 @@ typedef struct Connection {
   uint64_t used_ns; /* fshm_clock() when last returned */
   int idle;
   struct Connection *below; /* in the idle stack; owned by it */
+  struct Stack *stack; /* of its endpoint, borrowed: by_id has us only while `stacks` has it */
 } Connection;
 
 typedef struct {
@@ -35,7 +36,7 @@ typedef struct {
   measure_t measure; /* get_connection() */
 } PoolCore;
 
-typedef struct {
+typedef struct Stack {
   PyObject_HEAD
   Connection *top;
 } Stack;
@@ -136,15 +137,20 @@ static int unbound(const PoolCore *self) {
 
 /* An exact str, whose comparison runs no Python; NULL without an exception: it is no str. */
 static PyObject *exact(PyObject *text) {
+  if (likely(Py_TYPE(text) == &PyUnicode_Type)) {
+    Py_INCREF(text);
+    return text;
+  }
   return PyUnicode_Check(text) ? PyUnicode_FromObject(text) : NULL;
 }
 
 /* Take the connection on top of an endpoint's stack, if it may still be used; else *stale. The caller's. */
-static Connection *pop(PoolCore *self, PyObject *endpoint, int *stale) {
+static UNGUARDED Connection *pop(PoolCore *self, PyObject *endpoint, int *stale) {
   Connection *c = NULL;
   *stale = 0;
   ALONE_BEGIN(self);
-  Stack *stack = (Stack *)dict_get(self->stacks, endpoint);
+  /* Borrowed: the pool's dicts change only under its own lock, or the GIL. */
+  Stack *stack = (Stack *)PyDict_GetItemWithError(self->stacks, endpoint);
   Connection *top = stack ? stack->top : NULL;
   /* Not idle: the parent's, after a fork, or an operator released it by force. */
   if (top && fshm_clock() - top->used_ns <= self->idle_ns &&
@@ -156,27 +162,24 @@ static Connection *pop(PoolCore *self, PyObject *endpoint, int *stale) {
   } else {
     *stale = top != NULL;
   }
-  Py_XDECREF((PyObject *)stack);
   ALONE_END();
   return c;
 }
 
-/* A connection of the pool is idle again. 0: it is not the pool's (any more), or idle already. */
-static int put_back(PoolCore *self, Connection *c) {
+/* The connection that the pool has by this id is idle again. 0: it is not the one that is meant (NULL: any), or
+ * idle already. */
+static int put_back(PoolCore *self, PyObject *id, const Connection *meant) {
   int done = 0;
   ALONE_BEGIN(self);
-  PyObject *known = dict_get(self->by_id, c->id);
-  Stack *stack = known == (PyObject *)c ? (Stack *)dict_get(self->stacks, c->endpoint) : NULL;
-  if (stack && !c->idle && fshm_permit_idle(c->permits, &c->permit, 1)) {
+  Connection *c = (Connection *)PyDict_GetItemWithError(self->by_id, id); /* borrowed, as above */
+  if (c && (!meant || c == meant) && !c->idle && fshm_permit_idle(c->permits, &c->permit, 1)) {
     RELAXED_SET(c->used_ns, fshm_clock());
     RELAXED_SET(c->idle, 1);
-    c->below = stack->top;
+    c->below = c->stack->top;
     Py_INCREF((PyObject *)c);
-    stack->top = c;
+    c->stack->top = c;
     done = 1;
   }
-  Py_XDECREF((PyObject *)stack);
-  Py_XDECREF(known);
   ALONE_END();
   return done;
 }
@@ -194,6 +197,7 @@ static int add_opened(PoolCore *self, Connection *c) {
       stack = NULL;
     }
   }
+  c->stack = stack;
   failed = !stack || PyDict_SetItem(self->by_id, c->id, (PyObject *)c);
   Py_XDECREF((PyObject *)stack);
   ALONE_END();
@@ -202,7 +206,7 @@ static int add_opened(PoolCore *self, Connection *c) {
 
 /* A connection in use, the caller's: an idle one, else what self._open(endpoint) opened. NULL without an
  * exception: there is no place for it. */
-static Connection *take(PyObject *o, PyObject *endpoint) {
+static UNGUARDED Connection *take(PyObject *o, PyObject *endpoint) {
   PoolCore *self = (PoolCore *)o;
   PyObject *text = exact(endpoint), *r;
   for (int stale = 0, closed = 1; text && closed > 0;) {
@@ -231,7 +235,7 @@ static Connection *take(PyObject *o, PyObject *endpoint) {
   return NULL;
 }
 
-static Connection *take_measured(PyObject *o, PyObject *endpoint) {
+static UNGUARDED Connection *take_measured(PyObject *o, PyObject *endpoint) {
   measure_t *measure = &((PoolCore *)o)->measure;
   uint64_t begun = measure_begin(measure);
   Connection *c = take(o, endpoint);
@@ -240,7 +244,7 @@ static Connection *take_measured(PyObject *o, PyObject *endpoint) {
 }
 
 /* get_connection(endpoint): the id of a connection in use; None at the limits. */
-static PyObject *pool_get(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kwnames) {
+static UNGUARDED PyObject *pool_get(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kwnames) {
   PyObject *endpoint = n == 1 && !kwnames ? args[0] : NULL;
   static const char *const names[] = {"endpoint"};
   if (!endpoint && parse("get_connection", args, n, kwnames, names, &endpoint, 1, 1)) return NULL;
@@ -270,9 +274,7 @@ static PyObject *pool_return(PyObject *o, PyObject *const *args, Py_ssize_t n, P
   if (!id && parse("return_connection", args, n, kwnames, names, &id, 1, 1)) return NULL;
   if (unbound(self)) return NULL;
   PyObject *text = exact(id);
-  Connection *c = text ? (Connection *)dict_get(self->by_id, text) : NULL;
-  int done = c && put_back(self, c);
-  Py_XDECREF((PyObject *)c);
+  int done = text && put_back(self, text, NULL);
   Py_XDECREF(text);
   if (!done) return PyErr_Occurred() ? NULL : PyObject_CallMethod(o, "_odd", "O", id);
   Py_RETURN_NONE;

@@ -352,6 +352,46 @@ static PyObject *core_admit(PyObject *o, PyObject *const *args, Py_ssize_t n, Py
   return make_permit(self->handle, self->limiter, &permit, in_flight, limits_of(self), &d);
 }
 
+/* _remaining(key) -> tuple: what each limit still admits of the key now. */
+static PyObject *core_remaining(PyObject *o, PyObject *key) {
+  Core *self = (Core *)o;
+  key_arg k;
+  uint64_t left[FSHM_MAX_LIMITS];
+  if (bound(self) || get_key(key, &k)) return NULL;
+  int count = fshm_remaining(self->limiter, k.bytes, (uint64_t)k.length, 0, left);
+  Py_XDECREF(k.held);
+  if (count < 0) return PyObject_CallMethod(o, "_failed", "i", count);
+  PyObject *out = PyTuple_New(count);
+  for (int i = 0; out && i < count; i++) {
+    PyObject *n = PyLong_FromUnsignedLongLong(left[i]);
+    if (n && !PyTuple_SetItem(out, i, n)) continue; /* which takes over the reference */
+    Py_DECREF(out);
+    return NULL;
+  }
+  return out;
+}
+
+/* _settle(key, charged, actual, permit): charge what was used instead of what was estimated; a tuple each, with a
+ * number for each limit. permit: of the call. */
+static PyObject *core_settle(PyObject *o, PyObject *const *args, Py_ssize_t n) {
+  Core *self = (Core *)o;
+  key_arg k;
+  uint64_t charged[FSHM_MAX_LIMITS], actual[FSHM_MAX_LIMITS];
+  if (n != 4 || Py_TYPE(args[3]) != permit_type || !PyTuple_Check(args[1]) ||
+      !PyTuple_Check(args[2])) {
+    PyErr_SetString(PyExc_TypeError, "_settle() takes a key, two tuples and a Permit");
+    return NULL;
+  }
+  if (bound(self) || get_costs(PyTuple_Size(args[1]), args[1], charged) ||
+      get_costs(PyTuple_Size(args[1]), args[2], actual) || get_key(args[0], &k))
+    return NULL;
+  int status = fshm_settle(self->limiter, k.bytes, (uint64_t)k.length, charged, actual,
+                           &((Permit *)args[3])->permit, 0);
+  Py_XDECREF(k.held);
+  if (status != FSHM_ALLOWED) return PyObject_CallMethod(o, "_failed", "i", status);
+  Py_RETURN_NONE;
+}
+
 #define AHEAD 8 /* keys: enough to cover a miss, and few enough to be still there */
 
 typedef struct {
@@ -574,6 +614,8 @@ static PyMethodDef core_methods[] = {
      "get_remaining(key=None)\n--\n\nHow many requests would be admitted right now."},
     {"_reserve", FAST(core_reserve), FLAGS, NULL},
     {"_admit", FAST(core_admit), FLAGS, NULL},
+    {"_remaining", core_remaining, METH_O, NULL},
+    {"_settle", FAST(core_settle), METH_FASTCALL, NULL},
     {"_acquire_many", FAST(core_acquire_many), FLAGS, NULL},
     {"_bind", core_bind, METH_VARARGS, NULL},
     {"_bind_cluster", core_bind_cluster, METH_VARARGS, NULL},

@@ -55,7 +55,7 @@ static int use_leave(Use *self, int failed) {
     }
     if (PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_Exception)) PyErr_Clear();
     ok = !PyErr_Occurred();
-  } else if (!put_back(pool, c)) {
+  } else if (!put_back(pool, c->id, c)) {
     r = PyObject_CallMethod(self->pool, "_odd", "O", c->id);
     ok = r != NULL;
   }
@@ -73,7 +73,7 @@ static int use_hold(Use *self, Connection *c) {
   if (!over) self->connection = c;
   ALONE_END();
   if (!over) return 1;
-  (void)put_back((PoolCore *)self->pool, c);
+  (void)put_back((PoolCore *)self->pool, c->id, c);
   Py_DECREF((PyObject *)c);
   return 0;
 }
