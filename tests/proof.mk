@@ -7,10 +7,10 @@ need = @command -v $(1) >/dev/null || { echo "needs $(1): apt-get install $(2)";
 
 # Killed, stopped, overtaken at every instruction -----------------------------------------------
 
-crash: $(BUILD)/crash/harness ## kill, stop and overtake at every instruction (Linux, x86-64); CRASH='--every 10'
+crash: $(BUILD)/crash/harness ## proofs: kill, stop and overtake at every instruction (Linux, x86-64); CRASH='--every 10'
 	$< $(CRASH)
 
-crash-planted: $(VENV)/.test ## does that find faults that are planted into copies of csrc/?
+crash-planted: $(VENV)/.test ## proofs: does `crash` find the faults that are planted into copies of csrc/?
 	$(PYTEST) -n auto tests/crash/planted.py
 
 # Static: the C library's instructions are part of the path too, and every address is where addr2line has it.
@@ -22,7 +22,7 @@ $(BUILD)/crash/harness: $(wildcard tests/crash/*.[ch]) tests/c/check.h $(wildcar
 
 # The claim protocol, exhaustively ---------------------------------------------------------------
 
-model: ## check the model of the claim protocol with spin (80 s; MODEL=--long: 7 min)
+model: ## proofs: check the model of the claim protocol with spin (80 s; MODEL=--long: 7 min)
 	@command -v spin >/dev/null && command -v gcc >/dev/null || \
 	  { echo "needs spin and gcc: apt-get install spin gcc"; exit 1; }
 	@$(PYTHON) tests/model/check.py $(MODEL)
@@ -30,11 +30,11 @@ model: ## check the model of the claim protocol with spin (80 s; MODEL=--long: 7
 # Histories of real processes ---------------------------------------------------------------------
 
 HISTORIES ?= 2000
-linearize: $(BUILD)/linear/linearize $(BUILD)/linear/test_checker ## are histories of 3-4 processes linearisable? (HISTORIES=2000 of each kind)
+linearize: $(BUILD)/linear/linearize $(BUILD)/linear/test_checker ## proofs: are recorded histories of 3-4 processes linearisable? (HISTORIES=2000 of each kind)
 	$(BUILD)/linear/test_checker
 	$(BUILD)/linear/linearize -n $(HISTORIES) $(if $(SEED),-s $(SEED)) $(if $(KIND),-k $(KIND)) $(if $(HISTORY),-o $(HISTORY))
 
-linearize-planted: ## does that find faults that are planted into copies of csrc/?
+linearize-planted: ## proofs: does `linearize` find the faults that are planted into copies of csrc/?
 	$(PYTHON) tests/linear/planted.py
 
 # Not -O3: what decides is where processes are held up, and the checker is no bottleneck.
@@ -69,35 +69,35 @@ $(BUILD)/hostile/scribble-sanitized: $(HOSTILE) tests/c/check.h
 	@mkdir -p $(@D)
 	$(CC) @csrc/cflags $(C_WARNINGS) $(SANITIZED) -Itests/c tests/hostile/scribble.c -o $@ -pthread
 
-fuzz: $(BUILD)/hostile/fuzz ## libFuzzer over segment images, after the kept ones (FUZZ_SECONDS=30)
+fuzz: $(BUILD)/hostile/fuzz ## proofs: libFuzzer over segment images, after the kept ones (FUZZ_SECONDS=30)
 	@mkdir -p $(BUILD)/hostile/found
 	$< -timeout=25 -runs=0 tests/hostile/corpus
 	$< $(FUZZ_FLAGS) -max_total_time=$(FUZZ_SECONDS) $(BUILD)/hostile/found tests/hostile/corpus
 
-fuzz-planted: ## does the fuzz target find faults that are planted into copies of csrc/?
+fuzz-planted: ## proofs: does `fuzz` find the faults that are planted into copies of csrc/?
 	$(HAVE_CLANG)
 	$(PYTHON) tests/hostile/planted.py
 
-scribble: $(BUILD)/hostile/scribble $(BUILD)/hostile/scribble-sanitized ## write over a segment in use (SCRIBBLE_SECONDS=10, twice)
+scribble: $(BUILD)/hostile/scribble $(BUILD)/hostile/scribble-sanitized ## proofs: random writes over a segment in use (SCRIBBLE_SECONDS=10, twice)
 	$(BUILD)/hostile/scribble $(SCRIBBLE_SECONDS) $(SCRIBBLE_SEED)
 	$(BUILD)/hostile/scribble-sanitized $(SCRIBBLE_SECONDS) $(SCRIBBLE_SEED)
 
-scribble-py: $(VENV)/.test ## the same with the Python classes and fast-shm
+scribble-py: $(VENV)/.test ## proofs: as `scribble`, with the Python classes and fast-shm
 	$(PYTEST) -n auto tests/hostile
 
 # The world's faults -------------------------------------------------------------------------------
 
 FAULTS ?= tests/faults
-faults: $(VENV)/.test ## full and missing /dev/shm, other users, limits, sandboxes, clocks, forks (as root: all of them)
+faults: $(VENV)/.test ## proofs: full and missing /dev/shm, other users, limits, sandboxes, clocks, forks (as root: all of them)
 	$(PYTEST) -n auto $(FAULTS)
 
 # Stories of limits that change ---------------------------------------------------------------------
 
 STORIES ?= 10000000
 CORES   := $(shell nproc)
-stories: $(BUILD)/c/test_stories ## random stories of limits that change, against a reference (STORIES=10000000, SEED)
+stories: $(BUILD)/c/test_stories ## proofs: random sequences of calls and changes of limits, against a reference (STORIES=10000000, SEED)
 	@seq 0 $$(($(CORES) - 1)) | xargs -P $(CORES) -I I sh -c \
 	  '$< $$(($(STORIES) / $(CORES))) $(or $(SEED),1) $$((I * ($(STORIES) / $(CORES))))'
 
-stories-planted: ## does that find faults that are planted into copies of csrc/?
+stories-planted: ## proofs: do `stories` and the C tests find the faults that are planted into copies of csrc/?
 	$(PYTHON) tests/changes/planted.py

@@ -4,15 +4,15 @@
 
 .PHONY: sanitize sanitize-c sanitize-py tsan memcheck analyse compilers
 
-sanitize: sanitize-c sanitize-py ## address and undefined-behaviour sanitizer: C tests, and the extension in Python
+sanitize: sanitize-c sanitize-py ## proofs: address and undefined-behaviour sanitizer: C tests, and the extension in Python
 
-tsan: ## thread sanitizer: all calls of fast_shm.h by threads on one mapping. ROUNDS=100000 for longer, SEED=n
+tsan: ## proofs: thread sanitizer: all calls of fast_shm.h by threads on one mapping. ROUNDS=100000 for longer, SEED=n
 
-memcheck: ## valgrind over the C tests
+memcheck: ## proofs: valgrind over the C tests
 
-analyse: ## clang-tidy, every warning of gcc and clang as an error, gcc -fanalyzer
+analyse: ## proofs: clang-tidy, every warning of gcc and clang as an error, gcc -fanalyzer
 
-compilers: ## the C tests as gcc and clang make them: -O0, -O2, -O2 -flto. VARIANTS=... for others
+compilers: ## proofs: the C tests as gcc and clang make them: -O0, -O2, -O2 -flto. VARIANTS=... for others
 
 # Commits faults that a tool must report: `$(EXPECT) PROGRAM FAULT...` (tests/c/faults/expect.sh).
 $(BUILD)/faults: tests/c/faults/faults.c tests/c/check.h $(C_SOURCES)
