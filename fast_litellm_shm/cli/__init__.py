@@ -349,30 +349,30 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
 
 def _verb(name: str) -> Callable[[argparse.Namespace], int]:
-    from fast_litellm_shm.cli import admin, dashboard, export, inspect, listing, top
+    from fast_litellm_shm.cli import dashboard, export, inspect, ls, reset, top
 
     return {
         "dashboard": dashboard.run,
         "export": export.run,
         "inspect": inspect.run,
-        "ls": listing.run,
-        "release": admin.release,
-        "reset": admin.reset,
-        "rm": admin.remove,
+        "ls": ls.run,
+        "release": reset.release,
+        "reset": reset.reset,
+        "rm": reset.remove,
         "top": top.run,
     }[name]
 
 
 def _run(args: argparse.Namespace) -> int:
     from fast_litellm_shm import exceptions
-    from fast_litellm_shm.cli import listing
+    from fast_litellm_shm.cli import ls
 
     try:
         status = _verb(args.verb)(args)
         sys.stdout.flush()
         return status
     except exceptions.SegmentNotFoundError as error:
-        print(f"fast-shm: {error}. {listing.names_there_are()}", file=sys.stderr)
+        print(f"fast-shm: {error}. {ls.names_there_are()}", file=sys.stderr)
         return EXIT_NOT_FOUND
     except exceptions.SegmentOwnerError as error:
         print(f"fast-shm: {error} (here: --allow-other-owner)", file=sys.stderr)

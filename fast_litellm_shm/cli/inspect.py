@@ -17,7 +17,7 @@ from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared.inspection import Inspection, KeyRow, open_for_reading
 from fast_litellm_shm._shared.native import ffi, lib
 from fast_litellm_shm._shared.segment import Segment
-from fast_litellm_shm.cli import held, keytable, listing, render
+from fast_litellm_shm.cli import key_table, ls, permits_and_pools, render
 from fast_litellm_shm.cluster.state import away_state, cluster_state, problem
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def _limiter_table(
 
 def _key_cells(row: KeyRow) -> tuple[str, ...]:
     return (
-        keytable.shown_name(row.key, row.raw),
+        key_table.shown_name(row.key, row.raw),
         render.escaped(row.limiter),
         f"{row.admitted:,}",
         f"{row.denied:,}",
@@ -269,8 +269,8 @@ class _Look:
         self._args = args
         names = [limiter["name"] for limiter in self.limiters]
         if args.limiter is not None and args.limiter not in names:
-            raise listing.no_such_limiter(args.limiter, segment, names)
-        self.permits, self.pools = held.held(self.inspection, args.limiter, args.match)
+            raise ls.no_such_limiter(args.limiter, segment, names)
+        self.permits, self.pools = permits_and_pools.held(self.inspection, args.limiter, args.match)
 
     def keys(self, top: int | None) -> Iterator[KeyRow]:
         args = self._args
@@ -295,7 +295,7 @@ class _Look:
             *head,
             *_process_table(self.processes, out, most),
             *_limiter_table(self.limiters, out, most),
-            *held.tables(self.permits, self.pools, out, most),
+            *permits_and_pools.tables(self.permits, self.pools, out, most),
         ]
 
     def key_tables(self, top: int, out: Console) -> Iterator[RenderableType]:

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     import uvicorn
 
     from fast_litellm_shm.cli.dashboard.app import Looker, make_app
-    from fast_litellm_shm.cli.live import Sampler
+    from fast_litellm_shm.cli.sampler import Sampler
 
     sampler = Sampler(args.name, allow_other_owner=args.allow_other_owner)
     sampler.open()

@@ -18,8 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fast_litellm_shm import __version__
 from fast_litellm_shm.cli import render
-from fast_litellm_shm.cli.keytable import SORTS, LiveKey
-from fast_litellm_shm.cli.live import Sampler, Snapshot
+from fast_litellm_shm.cli.key_table import SORTS, LiveKey
+from fast_litellm_shm.cli.sampler import Sampler, Snapshot
 
 _FILES = {
     "/": ("page.html", "text/html"),

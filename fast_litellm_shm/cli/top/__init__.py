@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
             f"{os.environ.get('TERM', '')!r}: set it (TERM=xterm-256color), or use "
             "`fast-shm inspect --watch`"
         )
-    from fast_litellm_shm.cli.live import Sampler
+    from fast_litellm_shm.cli.sampler import Sampler
     from fast_litellm_shm.cli.top.app import Top
 
     sampler = Sampler(args.name, allow_other_owner=args.allow_other_owner)

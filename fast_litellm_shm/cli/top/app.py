@@ -15,11 +15,11 @@ from textual.binding import Binding, BindingType
 from textual.widgets import Input, Static
 
 from fast_litellm_shm import exceptions
-from fast_litellm_shm.cli import admin, render
-from fast_litellm_shm.cli.keytable import LiveKey
-from fast_litellm_shm.cli.live import Sampler, Snapshot
-from fast_litellm_shm.cli.top import cells, header, panes
-from fast_litellm_shm.cli.top.screens import HELP, Notice, Question, key_in_full
+from fast_litellm_shm.cli import render, reset
+from fast_litellm_shm.cli.key_table import LiveKey
+from fast_litellm_shm.cli.sampler import Sampler, Snapshot
+from fast_litellm_shm.cli.top import columns, header, panes
+from fast_litellm_shm.cli.top.dialogs import HELP, Notice, Question, key_in_full
 from fast_litellm_shm.cli.top.table import Table
 
 _SOON = 0.3  # seconds to the second look, from which on there are rates
@@ -200,10 +200,10 @@ class Top(App[None]):
             ("q", "quit"),
         ):
             out.append(key, style="bold cyan")
-            out.append(f" {what}  ", style=cells.FAINT)
+            out.append(f" {what}  ", style=columns.FAINT)
         room = width - len(where) - 1
         out.truncate(room, pad=True)
-        out.append(where, style=cells.FAINT)
+        out.append(where, style=columns.FAINT)
         return out
 
     def _again(self) -> None:
@@ -378,7 +378,7 @@ class Top(App[None]):
             "Forget what ",
             (key.name, "bold cyan"),
             f" has consumed in limiter {render.escaped(key.row.limiter)!r}?\n",
-            ("It may use its whole limit again at once.", cells.FAINT),
+            ("It may use its whole limit again at once.", columns.FAINT),
         )
 
         def answered(yes: bool | None) -> None:
@@ -390,7 +390,7 @@ class Top(App[None]):
     def _reset(self, key: LiveKey) -> None:
         sampler, row = self._sampler, key.row
         try:
-            had = admin.reset_key(sampler.name, sampler.allow_other_owner, row.limiter, row.raw)
+            had = reset.reset_key(sampler.name, sampler.allow_other_owner, row.limiter, row.raw)
         except exceptions.FastShmError as error:
             self._say(f"Not reset: {error}")
             return

@@ -8,8 +8,8 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from fast_litellm_shm.cli import render
-from fast_litellm_shm.cli.live import Rate, Snapshot
-from fast_litellm_shm.cli.top.cells import BAD, FAINT, GOOD, WARN
+from fast_litellm_shm.cli.sampler import Rate, Snapshot
+from fast_litellm_shm.cli.top.columns import BAD, FAINT, GOOD, WARN
 from fast_litellm_shm.cli.top.table import fitted
 
 LINES = 6

@@ -9,9 +9,9 @@ from rich.cells import cell_len
 
 from fast_litellm_shm._shared import keyed
 from fast_litellm_shm.cli import render
-from fast_litellm_shm.cli.keytable import LiveKey, matcher
-from fast_litellm_shm.cli.live import DeploymentRow, Snapshot, Worker
-from fast_litellm_shm.cli.top.cells import (
+from fast_litellm_shm.cli.key_table import LiveKey, matcher
+from fast_litellm_shm.cli.sampler import DeploymentRow, Snapshot, Worker
+from fast_litellm_shm.cli.top.columns import (
     BAD,
     FAINT,
     GOOD,

@@ -13,7 +13,7 @@ from textual.message import Message
 from textual.strip import Strip
 from textual.widget import Widget
 
-from fast_litellm_shm.cli.top.cells import FAINT, Cell, Column, Pane
+from fast_litellm_shm.cli.top.columns import FAINT, Cell, Column, Pane
 
 _GAP = 1
 _CURSOR = Style.parse("black on cyan")

@@ -11,8 +11,8 @@ from textual.screen import ModalScreen
 from textual.widgets import Static
 
 from fast_litellm_shm.cli import render
-from fast_litellm_shm.cli.keytable import LiveKey
-from fast_litellm_shm.cli.top.cells import FAINT, bars
+from fast_litellm_shm.cli.key_table import LiveKey
+from fast_litellm_shm.cli.top.columns import FAINT, bars
 
 HELP = """\
  Tab  1 .. 6   panes                    <  >  or ← →   sort by the column beside

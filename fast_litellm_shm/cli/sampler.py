@@ -16,8 +16,8 @@ from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared.inspection import Inspection, open_for_reading
 from fast_litellm_shm._shared.native import ffi, lib
 from fast_litellm_shm._shared.segment import Segment
-from fast_litellm_shm.cli import held, inspect, listing, render
-from fast_litellm_shm.cli.keytable import KeyTable, NameCache
+from fast_litellm_shm.cli import inspect, ls, permits_and_pools, render
+from fast_litellm_shm.cli.key_table import KeyTable, NameCache
 from fast_litellm_shm.cli.rates import KeyCounter, KeyRates, Series
 from fast_litellm_shm.metrics import health
 
@@ -193,7 +193,7 @@ class Sampler:
             problem = f"there is no segment {self.name!r}. Waiting for one. "
             if self._ever_attached:
                 problem = f"segment {self.name!r} was removed. Waiting for a new one. "
-            problem += listing.names_there_are()
+            problem += ls.names_there_are()
         except exceptions.FastShmError as error:
             problem = str(error)
         except Exception as error:  # its contents are foreign: whatever they break must be told
@@ -211,7 +211,7 @@ class Sampler:
         stats = segment.stats()
         attached = inspect.processes_of(segment)
         rates = self._keys.add(inspection.counts, seconds)
-        permits, pools = held.held(inspection, None, None)
+        permits, pools = permits_and_pools.held(inspection, None, None)
         announced, notice = self._notice
         return Snapshot(
             name=self.name,

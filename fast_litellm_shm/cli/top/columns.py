@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from fast_litellm_shm.cli import render
-from fast_litellm_shm.cli.keytable import SORTS
-from fast_litellm_shm.cli.live import Snapshot
+from fast_litellm_shm.cli.key_table import SORTS
+from fast_litellm_shm.cli.sampler import Snapshot
 
 #: Pieces of text with their styles; what they come to is cut, or filled up, to the column.
 Cell: TypeAlias = list[tuple[str, str]]

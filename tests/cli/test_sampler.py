@@ -11,8 +11,8 @@ import pytest
 from support.puppets import Puppet
 
 from fast_litellm_shm import Limit, RateLimiter, Segment, SegmentLinkError, Window
-from fast_litellm_shm.cli.keytable import MOST_SHOWN, LiveKey
-from fast_litellm_shm.cli.live import Sampler, Snapshot
+from fast_litellm_shm.cli.key_table import MOST_SHOWN, LiveKey
+from fast_litellm_shm.cli.sampler import Sampler, Snapshot
 
 
 class Clock:

@@ -14,7 +14,7 @@ from fast_litellm_shm._shared import keyed
 from fast_litellm_shm._shared.inspection import HELD, Inspection, is_beside, open_for_reading
 from fast_litellm_shm._shared.native import ffi, lib, owned, raise_segment_error
 from fast_litellm_shm._shared.segment import Segment, path_of
-from fast_litellm_shm.cli import inspect, listing, over_hosts, render
+from fast_litellm_shm.cli import inspect, ls, over_hosts, render
 from fast_litellm_shm.limiters.concurrency import release_process
 
 _ABANDONED = 60.0  # seconds: a temporary file of that age is nobody's; making a segment takes less
@@ -59,7 +59,7 @@ def _limiters(segment: Segment, wanted: str | None) -> list[_Limiter]:
         if (name := _name(info)) not in wallets and not is_beside(name, names)
     }
     if wanted is not None and wanted not in found:
-        raise listing.no_such_limiter(wanted, segment, list(found))
+        raise ls.no_such_limiter(wanted, segment, list(found))
     opened = [
         _open_limiter(segment, info, name + HELD in names)
         for name, info in found.items()
@@ -219,7 +219,7 @@ def _left_over(path: str) -> list[str]:
     """Files beside a segment that are its alone. A fresh temporary one is left: it may be that of
     somebody who is making the segment this moment."""
     out = []
-    for helper in listing.helpers_of(path):
+    for helper in ls.helpers_of(path):
         try:
             age = time.time() - os.lstat(helper).st_mtime
         except FileNotFoundError:
