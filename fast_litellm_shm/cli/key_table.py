@@ -1,4 +1,4 @@
-"""The keys of a segment as the live views show them: in an order, filtered, and what they do."""
+"""The table of keys of the live views: sorted, filtered, with rates."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     import numpy
     from numpy.typing import NDArray
 
-#: How keys can be sorted; the greatest first, names and what is left the other way round.
+#: How keys can be sorted: the greatest first, but names and what is left the smallest first.
 SORTS = ("rate", "denied_rate", "admitted", "denied", "left", "key", "limiter")
 _ASCENDING = ("left", "key", "limiter")
-MOST_SHOWN = 1000  # rows of an order: further down, a filter finds more than scrolling
-_MOST_PEEKED = 2000  # keys that are asked what is left of their limit, to be sorted by it
+MOST_SHOWN = 1000  # rows of an order; to find a key further down, filter
+_MOST_PEEKED = 2000  # keys that are sorted by what is left: each has to be read
 
 
 @dataclass(frozen=True)
 class LiveKey:
-    """A key, with its calls a second now (None: not measured yet) and in each past sample, oldest
-    first. ident: the same for as long as the key has its cell. name: safe to be shown."""
+    """A key, with its calls per second now (None: not measured yet) and in each past sample, oldest
+    first. ident: stays the same as long as the key has its slot. name: escaped."""
 
     ident: str
     name: str
@@ -38,15 +38,14 @@ class LiveKey:
 
 
 def shown_name(name: str, raw: bytes) -> str:
-    """A key's name, as Inspection.name() has it, with nothing in it that a terminal or a reader
-    could take for something else."""
+    """The name of a key, as Inspection.name() returns it, escaped for terminals and readers."""
     if not raw:
         return name or "''"  # a hash, or the empty key
     return render.escaped(raw) + ("…" if is_cut(name, raw) else "")
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:
-    """A part of the name, or a glob where it has one of ``*?[``; case does not matter."""
+    """A test for names: part of the name, or a glob if it has one of ``*?[``. Ignores case."""
     wanted = pattern.casefold()
     if any(c in wanted for c in "*?["):
         return lambda name: fnmatch.fnmatchcase(name.casefold(), wanted)
@@ -54,23 +53,23 @@ def matcher(pattern: str) -> Callable[[str], bool]:
 
 
 class NameCache:
-    """Names by cell, read once for each key; and which of them a pattern fits.
+    """The names of keys by slot, each read once; and which of them match a pattern.
 
-    A name that is not known (any more) is asked for again once its key was used: then it was
-    written again, perhaps.
+    A name that the segment does not have (any more) is read again once its key was used: the call
+    may have written it again.
     """
 
     def __init__(self) -> None:
         self._who: NDArray[numpy.uint64] | None = None
         self._names: NDArray[Any]
         self._known: NDArray[numpy.bool_]
-        self._calls: NDArray[numpy.uint64]  # of the key, when its name was asked for
+        self._calls: NDArray[numpy.uint64]  # of the key, when its name was read
         self._pattern = ""
-        self._fits: NDArray[numpy.int8]  # 0: not tried, 1: fits, -1: does not
+        self._fits: NDArray[numpy.int8]  # 0: not tried, 1: matches, -1: does not
         self._sorted: tuple[int, list[int]] = (0, [])
 
     def read(self, inspection: Inspection) -> NDArray[Any]:
-        """The names of all cells, of which those that the ledger knows mean something."""
+        """The name of each slot. Only slots in ``inspection.counts.cells`` have one."""
         import numpy
 
         counts = inspection.counts
@@ -95,7 +94,7 @@ class NameCache:
         return self._names
 
     def fitting(self, inspection: Inspection, pattern: str) -> NDArray[numpy.int64]:
-        """The known cells whose key, or whose limiter, fits."""
+        """The slots with a key that matches, by its name or by that of its limiter."""
         names, cells = self.read(inspection), inspection.counts.cells
         if pattern != self._pattern:
             self._pattern = pattern
@@ -112,8 +111,8 @@ class NameCache:
 
 
 class KeyTable:
-    """The keys at one moment. Counts and rates are of that moment; what is left of a limit is as of
-    when a row is first read."""
+    """The keys at one moment. Counts and rates are of that moment. What is left of a limit is read
+    when the row is first read."""
 
     def __init__(self, inspection: Inspection, rates: KeyRates, names: NameCache) -> None:
         self._inspection, self._rates, self._names = inspection, rates, names
@@ -121,16 +120,16 @@ class KeyTable:
 
     @property
     def total(self) -> int:
-        """How many keys the ledger knows."""
+        """How many keys have statistics."""
         return self._inspection.keys_total
 
     def order(
         self, sort: str = "rate", *, reverse: bool = False, match: str = ""
     ) -> tuple[list[int], int]:
-        """The cells of the first MOST_SHOWN keys, and how many there are.
+        """The slots of the first MOST_SHOWN keys, and how many keys match.
 
-        sort: one of SORTS. reverse: the other way round. match: a part of the name of a key or
-        limiter, or a glob over it; case does not matter."""
+        sort: one of SORTS. reverse: the opposite order. match: part of the name of a key or
+        limiter, or a glob; case does not matter. Raises ValueError for another sort."""
         if sort not in SORTS:
             raise ValueError(f"sort must be one of {', '.join(SORTS)}, not {sort!r}")
         cells = self._inspection.counts.cells
@@ -144,16 +143,16 @@ class KeyTable:
         return self._first(cells, self._weight(sort, cells), descending), int(cells.size)
 
     def _weight(self, sort: str, cells: NDArray[Any]) -> NDArray[Any]:
-        """What to sort by. Where that is equal, keys that were used more come first: so much less
-        than any difference of rates is 1e-13 of a count."""
+        """The values to sort by. If two are equal, the key with more calls comes first: 1e-13 of a
+        count is less than any difference of rates."""
         counts, rates = self._inspection.counts, self._rates
         calls = counts.admitted[cells] + counts.denied[cells]
         if sort == "limiter":
             names = self._inspection.limiter_names()
-            place = {index: at for at, index in enumerate(sorted(names, key=names.__getitem__))}
+            rank = {index: at for at, index in enumerate(sorted(names, key=names.__getitem__))}
             owner = (counts.meta[cells] >> 20).tolist()
             weight: NDArray[Any] = calls * -1e-13
-            return weight + [place[index] for index in owner]
+            return weight + [rank[index] for index in owner]
         base = {
             "rate": lambda: (rates.admitted[cells] + rates.denied[cells]).astype(float),
             "denied_rate": lambda: rates.denied[cells].astype(float),
@@ -180,7 +179,7 @@ class KeyTable:
         return choose(MOST_SHOWN, cells.tolist(), key=lambda cell: (names[cell], cell))
 
     def _by_left(self, cells: NDArray[Any], descending: bool) -> list[int]:
-        """Of the busiest alone: each has to be asked. Share of the limit that is left."""
+        """By the share of the limit that is left; only the busiest keys, since each is read."""
         import numpy
 
         weight = -self._weight("rate", cells)
@@ -200,7 +199,7 @@ class KeyTable:
         return self._rows[cell]
 
     def rows(self, cells: list[int]) -> list[LiveKey | None]:
-        """The keys in these cells, in this order; None for one that has left its cell since."""
+        """The keys in these slots, in this order; None if the key has left its slot since."""
         import numpy
 
         rates = self._rates

@@ -1,8 +1,9 @@
-"""What processes hold, for ``fast-shm inspect``: permits, and the connections of pools."""
+"""What processes hold: permits of limiters, and connections of pools."""
 
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fast_litellm_shm._shared.inspection import POOL, POOL_TOTAL, Inspection, pools_among
@@ -10,9 +11,8 @@ from fast_litellm_shm.cli import render
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
-    from rich.table import Table
 
-_PIDS, _WIDE = 2, 80  # pids shown on a terminal, if it has so many columns
+_PIDS, _WIDE = 2, 80  # pids shown, on a terminal of at least so many columns
 _PERMITS = ("limiter", "key", "in_flight", "max_in_flight", "pids", "oldest_seconds", "dead")
 _PERMIT_COLUMNS = ("key", "limiter", ">in flight", ">maximum", ">oldest", ">dead", ">pids")
 _POOL_COLUMNS = ("pool", "endpoint", ">active", ">idle", ">maximum", ">dead", ">pids")
@@ -21,13 +21,14 @@ Rows = list[dict[str, Any]]
 
 
 def held(inspection: Inspection, limiter: str | None, match: str | None) -> tuple[Rows, Rows]:
-    """Permits by limiter and key, and connections by pool and endpoint. limiter: only of this one.
-    match: a glob over keys and endpoints."""
+    """Permits by limiter and key, and connections by pool and endpoint, the most first. limiter:
+    only of this one. match: a glob over keys and endpoints."""
     pools = pools_among(each["name"] for each in inspection.limiters())
     permits, connections = [], []
-    # by name where equal, so that rows keep their places from one look to the next
-    rows = inspection.in_flight()
-    rows.sort(key=lambda row: (-row["in_flight"], row["limiter"], row["key"]))
+    # Equal numbers are sorted by name: else rows change their order from sample to sample.
+    rows = sorted(
+        inspection.in_flight(), key=lambda row: (-row["in_flight"], row["limiter"], row["key"])
+    )
     for row in rows:
         name = row["limiter"]
         if limiter not in (None, name):
@@ -36,9 +37,7 @@ def held(inspection: Inspection, limiter: str | None, match: str | None) -> tupl
             continue
         if name in pools:
             connections.append(_connections(row))
-        elif name.replace(POOL_TOTAL, POOL, 1) not in pools or not name.startswith(
-            POOL_TOTAL
-        ):  # the total is the sum of what is shown
+        elif not (name.startswith(POOL_TOTAL) and POOL + name.removeprefix(POOL_TOTAL) in pools):
             permits.append({field: row[field] for field in _PERMITS})
     return permits, connections
 
@@ -61,54 +60,62 @@ def _pids(pids: list[int], out: Console) -> str:
     return " ".join([*map(str, pids[:most]), *more]) or "-"
 
 
-def _permit_cells(row: dict[str, Any], out: Console) -> tuple[str, ...]:
-    most = row["max_in_flight"]
+def _permit_cells(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         render.escaped(row["key"]) or "''",
         render.escaped(row["limiter"]),
         f"{row['in_flight']:,}",
-        "?" if most is None else f"{most:,}",
+        _maximum(row["max_in_flight"]),
         render.duration(row["oldest_seconds"]) if row["in_flight"] else "-",
-        f"{row['dead']:,}" if row["dead"] else "-",
-        _pids(row["pids"], out),
     )
 
 
-def _pool_cells(row: dict[str, Any], out: Console) -> tuple[str, ...]:
+def _pool_cells(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         render.escaped(row["pool"]) or "''",
         render.escaped(row["endpoint"]),
         f"{row['active']:,}",
         f"{row['idle']:,}",
-        "?" if row["max_connections"] is None else f"{row['max_connections']:,}",
-        f"{row['dead']:,}" if row["dead"] else "-",
-        _pids(row["pids"], out),
+        _maximum(row["max_connections"]),
     )
 
 
-def _coloured(table: Table, full: list[bool]) -> Table:
-    for row, is_full in zip(table.rows, full, strict=True):
-        row.style = "red" if is_full else ""
-    return table
+def _maximum(most: int | None) -> str:
+    return "?" if most is None else f"{most:,}"
+
+
+def _table(
+    title: str,
+    columns: tuple[str, ...],
+    rows: Rows,
+    cells_of: Callable[[dict[str, Any]], tuple[str, ...]],
+    used_of: tuple[str, str],
+    out: Console,
+    most: int | None,
+) -> list[RenderableType]:
+    from rich.text import Text
+
+    shown, more = render.limited(rows, most)
+    cells = []
+    for row in shown:
+        dead = f"{row['dead']:,}" if row["dead"] else "-"
+        cells.append((*cells_of(row), dead, _pids(row["pids"], out)))
+    made = render.table(title, columns, cells, out)
+    used, maximum = used_of
+    for line, row in zip(made.rows, shown, strict=True):
+        line.style = "red" if row[used] >= (row[maximum] or 1) else ""
+    return [made, *more, Text()]
 
 
 def tables(permits: Rows, pools: Rows, out: Console, most: int | None) -> list[RenderableType]:
-    """For people; nothing where nothing is held. Red: no more fit."""
-    from rich.text import Text
-
+    """A table of each, if there are any. Red rows are at their maximum. most: rows of a table."""
     parts: list[RenderableType] = []
     if permits:
-        rows, more = render.limited(permits, most)
-        cells = [_permit_cells(row, out) for row in rows]
-        total = sum(row["in_flight"] for row in permits)
-        made = render.table(f"Permits ({total:,} in flight)", _PERMIT_COLUMNS, cells, out)
-        full = [row["in_flight"] >= (row["max_in_flight"] or 1) for row in rows]
-        parts += [_coloured(made, full), *more, Text()]
+        title = f"Permits ({sum(row['in_flight'] for row in permits):,} in flight)"
+        used_of = ("in_flight", "max_in_flight")
+        parts += _table(title, _PERMIT_COLUMNS, permits, _permit_cells, used_of, out, most)
     if pools:
-        rows, more = render.limited(pools, most)
-        cells = [_pool_cells(row, out) for row in rows]
-        total = sum(row["active"] + row["idle"] for row in pools)
-        made = render.table(f"Pools ({total:,} connections)", _POOL_COLUMNS, cells, out)
-        full = [row["active"] >= (row["max_connections"] or 1) for row in rows]
-        parts += [_coloured(made, full), *more, Text()]
+        title = f"Pools ({sum(row['active'] + row['idle'] for row in pools):,} connections)"
+        used_of = ("active", "max_connections")
+        parts += _table(title, _POOL_COLUMNS, pools, _pool_cells, used_of, out, most)
     return parts

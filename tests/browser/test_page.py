@@ -149,7 +149,7 @@ def test_real_counts(puppets: list[Puppet], page: Page) -> None:
     rows = {row[0]: row for row in page.rows()}
     assert rows["busy"][1] == "chat" and rows["busy"][4:7] == ["10", "4", "0 / 10"]
     assert rows["a"][4:7] == ["5", "0", "1.0M / 1.0M"]
-    assert rows["busy"][7].startswith(("1 h", "59 min")), "it has to wait"
+    assert rows["busy"][7].startswith(("1h", "59m")), "it has to wait"
     workers = {row[0]: row for row in page.rows("workers")}
     assert set(workers) == {str(puppet.pid) for puppet in puppets}
     assert sum(int(row[3]) for row in workers.values()) == 18
@@ -190,9 +190,9 @@ def test_sort(puppets: list[Puppet], page: Page) -> None:
 def test_filter(puppets: list[Puppet], page: Page) -> None:
     page.type("/", *"BUS")
     page.until(lambda: page.names() == ["busy"])
-    assert "1 of 3 fit" in page.text("keys-count")
+    assert "1 of 3 match" in page.text("keys-count")
     page.type("q")
-    page.until(lambda: page.names() == [] and "No key fits" in page.text("keys"))
+    page.until(lambda: page.names() == [] and "No key matches" in page.text("keys"))
     page.type(Keys.ESCAPE)
     page.until(lambda: len(page.names()) == 3)
     page.type("/", *"[ab]")

@@ -238,7 +238,7 @@ def test_what_is_said_goes_with_the_next_key(filled: Segment) -> None:
         await pilot.press("x", "y")
         await sees(app, "Reset busy.")
         await pilot.press("space")
-        await sees(app, "go on")
+        await sees(app, "resume")
 
     driven(filled.name, body)
 

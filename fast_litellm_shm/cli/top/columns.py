@@ -1,4 +1,4 @@
-"""What a column of ``fast-shm top`` is, and the cells that several panes have."""
+"""What a column and a pane of ``fast-shm top`` are, and the columns that several panes have."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from fast_litellm_shm.cli import render
 from fast_litellm_shm.cli.key_table import SORTS
 from fast_litellm_shm.cli.sampler import Snapshot
 
-#: Pieces of text with their styles; what they come to is cut, or filled up, to the column.
+#: Pieces of text, each with its style. They are cut or padded to the width of the column.
 Cell: TypeAlias = list[tuple[str, str]]
 GOOD, BAD, WARN, FAINT, NAME = "green", "red", "yellow", "bright_black", "cyan"
+NONE: Cell = [("-", FAINT)]
+UNKNOWN: Cell = [("?", FAINT)]
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column. width: in characters; flex: its share of what is left over beyond that.
-    from_width: shown where the terminal is so wide. value: what to sort by; keys are sorted by
-    KeyTable. letter: the key that sorts by it."""
+    """One column. width: in characters. flex: its share of the room that is left. from_width: the
+    width of the terminal from which it is shown. value: what to sort by (KeyTable sorts keys).
+    right: aligned right. letter: the keyboard key that sorts by it."""
 
     name: str
     title: str
@@ -35,7 +37,8 @@ class Column:
 
 @dataclass(frozen=True)
 class Pane:
-    """One list. rows: what it shows of a snapshot; None: keys, which KeyTable orders."""
+    """One list. rows: the rows of a snapshot; None: its keys, which KeyTable sorts. empty: what to
+    say if there are none. matches: what a filter matches, in lines."""
 
     title: str
     columns: Sequence[Column]
@@ -46,34 +49,92 @@ class Pane:
     matches: Callable[[Any], str] = lambda row: ""
 
     def column(self, name: str) -> Column:
-        """By its name."""
+        """The column of this name."""
         return next(column for column in self.columns if column.name == name)
 
     def sortable(self) -> list[Column]:
-        """Those that it can be sorted by."""
+        """The columns that the rows can be sorted by."""
         return [c for c in self.columns if c.value or (self.rows is None and c.name in SORTS)]
 
 
-def rate_of(of: Callable[[Any], float | None], style: str = "") -> Callable[[Any, int], Cell]:
+def text(
+    name: str,
+    title: str,
+    width: int,
+    of: Callable[[Any], str],
+    style: str = "",
+    *,
+    flex: int = 1,
+    letter: str = "",
+    cell: Callable[[Any, int], Cell] | None = None,
+) -> Column:
+    """A column of text. cell: if it shows more than ``of``, which sorts it."""
+    shown = cell or (lambda row, _: [(of(row), style)])
+    return Column(
+        name, title, width, shown, of, right=False, descending=False, flex=flex, letter=letter
+    )
+
+
+def count(
+    name: str, width: int, of: Callable[[Any], int], *, from_width: int = 0, letter: str = ""
+) -> Column:
+    """A column of numbers, titled by its name."""
+
     def cell(row: Any, _: int) -> Cell:
-        value = of(row)
-        if value is None:
-            return [("-", FAINT)]
-        return [(render.compact(value), style if value else FAINT)]
+        return [(render.compact(of(row)), "" if of(row) else FAINT)]
 
-    return cell
+    title = name.replace("_", " ")
+    return Column(name, title, width, cell, of, from_width=from_width, letter=letter)
 
 
-def text_of(of: Callable[[Any], str], style: str = "") -> Callable[[Any, int], Cell]:
-    return lambda row, _: [(of(row), style)]
+def rates(
+    calls: Callable[[Any], float | None], denied: Callable[[Any], float | None]
+) -> tuple[Column, Column]:
+    """The columns calls/s and denied/s."""
+
+    def cells(of: Callable[[Any], float | None], style: str) -> Callable[[Any, int], Cell]:
+        def cell(row: Any, _: int) -> Cell:
+            value = of(row)
+            return NONE if value is None else [(render.compact(value), style if value else FAINT)]
+
+        return cell
+
+    return (
+        Column("rate", "calls/s", 8, cells(calls, ""), calls, letter="r"),
+        Column("denied_rate", "denied/s", 9, cells(denied, BAD), denied, letter="d"),
+    )
 
 
-def count_in(of: Callable[[Any], int], style: str = "") -> Callable[[Any, int], Cell]:
-    return lambda row, _: [(render.compact(of(row)), style if of(row) else FAINT)]
+def used_of(name: str, width: int, most: str) -> Column:
+    """A number of a row that is a dict, and its maximum: ``2/3``; red at the maximum."""
+
+    def cell(row: Any, _: int) -> Cell:
+        limit = row[most]
+        full = limit is not None and row[name] >= limit
+        shown = "?" if limit is None else render.compact(limit)
+        return [(render.compact(row[name]), BAD if full else GOOD), ("/" + shown, FAINT)]
+
+    return Column(name, name.replace("_", " "), width, cell, lambda row: row[name])
+
+
+def history(
+    admitted: Callable[[Any], Sequence[float]],
+    denied: Callable[[Any], Sequence[float]],
+    width: int = 12,
+    *,
+    flex: int = 0,
+    from_width: int = 0,
+) -> Column:
+    """The bars of past samples."""
+
+    def cell(row: Any, width: int) -> Cell:
+        return bars(admitted(row), denied(row), width)
+
+    return Column("history", "history", width, cell, flex=flex, from_width=from_width)
 
 
 def bars(admitted: Sequence[float], denied: Sequence[float], width: int) -> Cell:
-    """Calls over time: green; yellow where some of them were denied, red where most were."""
+    """Calls over time: green; yellow if some were denied, red if most were."""
     calls = [a + d for a, d in zip(admitted, denied, strict=True)][-width:]
     shown = render.sparkline(calls, width)
     refused = [0.0] * (width - len(calls)) + [float(d) for d in denied][-width:]
