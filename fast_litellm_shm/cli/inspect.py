@@ -169,12 +169,12 @@ def _key_tables(rows: Iterator[KeyRow], title: str, out: Console) -> Iterator[Re
         yield Text("No key to show.")
 
 
-class _Look:
-    """What a segment holds at one moment, as the arguments select it. before: the last look, from
+class _Sample:
+    """What a segment holds at one moment, as the arguments select it. before: the last sample, from
     which rates are computed."""
 
     def __init__(
-        self, segment: Segment, args: argparse.Namespace, before: _Look | None = None
+        self, segment: Segment, args: argparse.Namespace, before: _Sample | None = None
     ) -> None:
         self._at = time.monotonic()
         self.inspection = Inspection(segment)
@@ -261,26 +261,26 @@ def _key_json(row: KeyRow) -> str:
     return json.dumps(found)
 
 
-def _print(out: Console, look: _Look, top: int) -> None:
-    head = look.head(out, _ROWS if out.is_terminal else None)
-    for part in itertools.chain(head, look.key_tables(top, out)):
+def _print(out: Console, sample: _Sample, top: int) -> None:
+    head = sample.head(out, _ROWS if out.is_terminal else None)
+    for part in itertools.chain(head, sample.key_tables(top, out)):
         out.print(part)
 
 
-def _frame(out: Console, look: _Look, top: int) -> RenderableType:
+def _frame(out: Console, sample: _Sample, top: int) -> RenderableType:
     """As much as fits on the screen; keys get what the other tables leave."""
     from rich.console import Group
     from rich.text import Text
 
-    wanted = min(top or _TOP, look.inspection.keys_total, _KEYS_WATCHED)
+    wanted = min(top or _TOP, sample.inspection.keys_total, _KEYS_WATCHED)
     foot = Text(f"{time.strftime('%H:%M:%S')}  Ctrl-C ends", style="dim")
     for most in (_ROWS_WATCHED, 3, 0):
-        head = Group(*look.head(out, most))
+        head = Group(*sample.head(out, most))
         left = out.height - len(out.render_lines(head, pad=False)) - 4  # title, head, rule, foot
         if left >= wanted:
             break
     rows = min(max(left, 1), top or max(left, 1))
-    return Group(head, *look.key_tables(rows, out), foot)
+    return Group(head, *sample.key_tables(rows, out), foot)
 
 
 def _newest(segment: Segment, args: argparse.Namespace) -> Segment:
@@ -300,28 +300,28 @@ def _watch(segment: Segment, args: argparse.Namespace, top: int) -> int:
     out = render.console()
     try:
         if args.json or not out.is_terminal or out.is_dumb_terminal:
-            look = None
+            sample = None
             while True:
-                look = _Look(segment, args, look)
+                sample = _Sample(segment, args, sample)
                 if args.json:
-                    look.write_json()
+                    sample.write_json()
                 else:
-                    _print(out, look, top)
+                    _print(out, sample, top)
                     out.print()
                 sys.stdout.flush()
                 time.sleep(args.watch)
                 segment = _newest(segment, args)
         # SIGTERM must not leave the terminal on its alternate screen.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        look = _Look(segment, args)
-        first = _frame(out, look, top)
+        sample = _Sample(segment, args)
+        first = _frame(out, sample, top)
         with Live(first, console=out, screen=True, auto_refresh=False) as live:
             live.refresh()
             while True:
                 time.sleep(args.watch)
                 segment = _newest(segment, args)
-                look = _Look(segment, args, look)
-                live.update(_frame(out, look, top), refresh=True)
+                sample = _Sample(segment, args, sample)
+                live.update(_frame(out, sample, top), refresh=True)
     except KeyboardInterrupt:
         return 0
 
@@ -332,9 +332,9 @@ def run(args: argparse.Namespace) -> int:
     top = _TOP if args.top is None else args.top
     if args.watch is not None:
         return _watch(segment, args, top)
-    look = _Look(segment, args)
+    sample = _Sample(segment, args)
     if args.json:
-        look.write_json()
+        sample.write_json()
     else:
-        _print(render.console(), look, top)
+        _print(render.console(), sample, top)
     return 0

@@ -79,34 +79,34 @@ class NameCache:
             self._known = numpy.zeros(counts.who.size, bool)
             self._calls = numpy.zeros_like(counts.who)
             self._fits = numpy.zeros(counts.who.size, numpy.int8)
-        cells = counts.cells
-        calls = counts.admitted[cells] + counts.denied[cells]
-        fresh = ~self._known[cells] & (calls != self._calls[cells])
-        fresh |= counts.who[cells] != self._who[cells]
-        cells = cells[fresh]
-        self._calls[cells] = calls[fresh]
-        for cell in cells.tolist():
-            text, raw = inspection.name(cell)
-            self._names[cell] = shown_name(text, raw)
-            self._known[cell] = bool(raw) or not text
-        self._fits[cells] = 0
-        self._who[cells] = counts.who[cells]
+        slots = counts.cells
+        calls = counts.admitted[slots] + counts.denied[slots]
+        fresh = ~self._known[slots] & (calls != self._calls[slots])
+        fresh |= counts.who[slots] != self._who[slots]
+        slots = slots[fresh]
+        self._calls[slots] = calls[fresh]
+        for slot in slots.tolist():
+            text, raw = inspection.name(slot)
+            self._names[slot] = shown_name(text, raw)
+            self._known[slot] = bool(raw) or not text
+        self._fits[slots] = 0
+        self._who[slots] = counts.who[slots]
         return self._names
 
     def fitting(self, inspection: Inspection, pattern: str) -> NDArray[numpy.int64]:
         """The slots with a key that matches, by its name or by that of its limiter."""
-        names, cells = self.read(inspection), inspection.counts.cells
+        names, slots = self.read(inspection), inspection.counts.cells
         if pattern != self._pattern:
             self._pattern = pattern
             self._fits[:] = 0
         fits = matcher(pattern)
-        for cell in cells[self._fits[cells] == 0].tolist():
-            self._fits[cell] = 1 if fits(names[cell]) else -1
-        chosen = self._fits[cells] == 1
+        for slot in slots[self._fits[slots] == 0].tolist():
+            self._fits[slot] = 1 if fits(names[slot]) else -1
+        chosen = self._fits[slots] == 1
         for index, name in inspection.limiter_names().items():
             if fits(name):
                 chosen |= inspection.counts.owner == index
-        found: NDArray[numpy.int64] = cells[chosen]
+        found: NDArray[numpy.int64] = slots[chosen]
         return found
 
 
@@ -132,91 +132,91 @@ class KeyTable:
         limiter, or a glob; case does not matter. Raises ValueError for another sort."""
         if sort not in SORTS:
             raise ValueError(f"sort must be one of {', '.join(SORTS)}, not {sort!r}")
-        cells = self._inspection.counts.cells
+        slots = self._inspection.counts.cells
         if match:
-            cells = self._names.fitting(self._inspection, match)
+            slots = self._names.fitting(self._inspection, match)
         descending = (sort not in _ASCENDING) != reverse
         if sort == "key":
-            return self._by_name(cells, descending), int(cells.size)
+            return self._by_name(slots, descending), int(slots.size)
         if sort == "left":
-            return self._by_left(cells, descending), int(cells.size)
-        return self._first(cells, self._weight(sort, cells), descending), int(cells.size)
+            return self._by_left(slots, descending), int(slots.size)
+        return self._first(slots, self._weight(sort, slots), descending), int(slots.size)
 
-    def _weight(self, sort: str, cells: NDArray[Any]) -> NDArray[Any]:
+    def _weight(self, sort: str, slots: NDArray[Any]) -> NDArray[Any]:
         """The values to sort by. If two are equal, the key with more calls comes first: 1e-13 of a
         count is less than any difference of rates."""
         counts, rates = self._inspection.counts, self._rates
-        calls = counts.admitted[cells] + counts.denied[cells]
+        calls = counts.admitted[slots] + counts.denied[slots]
         if sort == "limiter":
             names = self._inspection.limiter_names()
             rank = {index: at for at, index in enumerate(sorted(names, key=names.__getitem__))}
-            owner = (counts.meta[cells] >> 20).tolist()
+            owner = (counts.meta[slots] >> 20).tolist()
             weight: NDArray[Any] = calls * -1e-13
             return weight + [rank[index] for index in owner]
         base = {
-            "rate": lambda: (rates.admitted[cells] + rates.denied[cells]).astype(float),
-            "denied_rate": lambda: rates.denied[cells].astype(float),
-            "admitted": lambda: counts.admitted[cells].astype(float),
-            "denied": lambda: counts.denied[cells].astype(float),
+            "rate": lambda: (rates.admitted[slots] + rates.denied[slots]).astype(float),
+            "denied_rate": lambda: rates.denied[slots].astype(float),
+            "admitted": lambda: counts.admitted[slots].astype(float),
+            "denied": lambda: counts.denied[slots].astype(float),
         }[sort]()
         weight = base + calls * 1e-13
         return weight
 
     @staticmethod
-    def _first(cells: NDArray[Any], weight: NDArray[Any], descending: bool) -> list[int]:
+    def _first(slots: NDArray[Any], weight: NDArray[Any], descending: bool) -> list[int]:
         import numpy
 
         weight = -weight if descending else weight
-        if cells.size > MOST_SHOWN:
+        if slots.size > MOST_SHOWN:
             some = numpy.sort(numpy.argpartition(weight, MOST_SHOWN)[:MOST_SHOWN])
-            cells, weight = cells[some], weight[some]
-        found: list[int] = cells[numpy.argsort(weight, kind="stable")].tolist()
+            slots, weight = slots[some], weight[some]
+        found: list[int] = slots[numpy.argsort(weight, kind="stable")].tolist()
         return found
 
-    def _by_name(self, cells: NDArray[Any], descending: bool) -> list[int]:
+    def _by_name(self, slots: NDArray[Any], descending: bool) -> list[int]:
         names = self._names.read(self._inspection)
         choose = heapq.nlargest if descending else heapq.nsmallest
-        return choose(MOST_SHOWN, cells.tolist(), key=lambda cell: (names[cell], cell))
+        return choose(MOST_SHOWN, slots.tolist(), key=lambda slot: (names[slot], slot))
 
-    def _by_left(self, cells: NDArray[Any], descending: bool) -> list[int]:
+    def _by_left(self, slots: NDArray[Any], descending: bool) -> list[int]:
         """By the share of the limit that is left; only the busiest keys, since each is read."""
         import numpy
 
-        weight = -self._weight("rate", cells)
-        if cells.size > _MOST_PEEKED:
-            cells = cells[numpy.argpartition(weight, _MOST_PEEKED)[:_MOST_PEEKED]]
+        weight = -self._weight("rate", slots)
+        if slots.size > _MOST_PEEKED:
+            slots = slots[numpy.argpartition(weight, _MOST_PEEKED)[:_MOST_PEEKED]]
         shares = []
-        for cell in sorted(cells.tolist()):
-            row = self._row(cell)
+        for slot in sorted(slots.tolist()):
+            row = self._row(slot)
             if row is not None and row.remaining is not None and row.limit:
-                shares.append((row.remaining / row.limit, -(row.admitted + row.denied), cell))
+                shares.append((row.remaining / row.limit, -(row.admitted + row.denied), slot))
         shares.sort(reverse=descending)
-        return [cell for _, _, cell in shares[:MOST_SHOWN]]
+        return [slot for _, _, slot in shares[:MOST_SHOWN]]
 
-    def _row(self, cell: int) -> KeyRow | None:
-        if cell not in self._rows:
-            self._rows[cell] = self._inspection.row(cell)
-        return self._rows[cell]
+    def _row(self, slot: int) -> KeyRow | None:
+        if slot not in self._rows:
+            self._rows[slot] = self._inspection.row(slot)
+        return self._rows[slot]
 
-    def rows(self, cells: list[int]) -> list[LiveKey | None]:
+    def rows(self, slots: list[int]) -> list[LiveKey | None]:
         """The keys in these slots, in this order; None if the key has left its slot since."""
         import numpy
 
         rates = self._rates
-        admitted, denied = rates.history(cells)
+        admitted, denied = rates.history(slots)
         out: list[LiveKey | None] = []
-        for at, cell in enumerate(cells):
-            row = self._row(cell)
+        for at, slot in enumerate(slots):
+            row = self._row(slot)
             if row is None:
                 out.append(None)
                 continue
-            refused = float(rates.denied[cell])
+            refused = float(rates.denied[slot])
             out.append(
                 LiveKey(
-                    ident=f"{int(self._inspection.counts.who[cell]):016x}",
+                    ident=f"{int(self._inspection.counts.who[slot]):016x}",
                     name=shown_name(row.key, row.raw),
                     row=row,
-                    rate=float(rates.admitted[cell]) + refused if rates.measured else None,
+                    rate=float(rates.admitted[slot]) + refused if rates.measured else None,
                     denied_rate=refused if rates.measured else None,
                     admitted_history=numpy.round(admitted[at], 1).tolist(),
                     denied_history=numpy.round(denied[at], 1).tolist(),

@@ -71,7 +71,7 @@ class _Sample(NamedTuple):
 
     number: int
     seconds: float
-    cells: NDArray[numpy.int64]
+    slots: NDArray[numpy.int64]
     admitted: NDArray[numpy.uint32]
     denied: NDArray[numpy.uint32]
 
@@ -87,19 +87,19 @@ class KeyRates:
     _samples: tuple[_Sample, ...]
     _since: NDArray[numpy.uint32]
 
-    def history(self, cells: list[int]) -> tuple[NDArray[Any], NDArray[Any]]:
+    def history(self, slots: list[int]) -> tuple[NDArray[Any], NDArray[Any]]:
         """Admitted and denied calls per second: a row for each of these slots, oldest first."""
         import numpy
 
-        wanted = numpy.asarray(cells, dtype=numpy.int64)
-        shape = (len(cells), len(self._samples))
+        wanted = numpy.asarray(slots, dtype=numpy.int64)
+        shape = (len(slots), len(self._samples))
         admitted, denied = numpy.zeros(shape), numpy.zeros(shape)
         for column, sample in enumerate(self._samples):
-            if not sample.cells.size or not wanted.size:
+            if not sample.slots.size or not wanted.size:
                 continue
-            at = numpy.searchsorted(sample.cells, wanted)
-            at[at == sample.cells.size] = 0
-            known = (sample.cells[at] == wanted) & (self._since[wanted] <= sample.number)
+            at = numpy.searchsorted(sample.slots, wanted)
+            at[at == sample.slots.size] = 0
+            known = (sample.slots[at] == wanted) & (self._since[wanted] <= sample.number)
             for out, counted in ((admitted, sample.admitted), (denied, sample.denied)):
                 out[known, column] = counted[at[known]] / sample.seconds
         return admitted, denied
@@ -144,14 +144,14 @@ class KeyCounter:
         admitted, high_admitted = self._grown(counts.admitted, before.admitted, self._high[0], kept)
         denied, high_denied = self._grown(counts.denied, before.denied, self._high[1], kept)
         self._high = (high_admitted, high_denied)
-        cells = numpy.flatnonzero((admitted + denied) > 0)
+        slots = numpy.flatnonzero((admitted + denied) > 0)
         self._samples.append(
             _Sample(
                 self._number,
                 max(seconds, 1e-3),
-                cells,
-                admitted[cells].astype(numpy.uint32),
-                denied[cells].astype(numpy.uint32),
+                slots,
+                admitted[slots].astype(numpy.uint32),
+                denied[slots].astype(numpy.uint32),
             )
         )
         del self._samples[:-HISTORY]
@@ -174,17 +174,17 @@ class KeyCounter:
 
         recent = _covering([sample.seconds for sample in self._samples])
         old = len(self._samples) - recent - 1
-        if old >= 0 and self._samples[old].cells.size > self.MOST_KEPT:
+        if old >= 0 and self._samples[old].slots.size > self.MOST_KEPT:
             self._samples[old] = self._thinned(self._samples[old])
         admitted = numpy.zeros(size, numpy.float32)
         denied = numpy.zeros(size, numpy.float32)
         seconds = 0.0
         for sample in self._samples[-recent:]:
             seconds += sample.seconds
-            mine = self._since[sample.cells] <= sample.number
-            cells = sample.cells[mine]  # no slot twice, so += adds all
-            admitted[cells] += sample.admitted[mine]
-            denied[cells] += sample.denied[mine]
+            mine = self._since[sample.slots] <= sample.number
+            slots = sample.slots[mine]  # no slot twice, so += adds all
+            admitted[slots] += sample.admitted[mine]
+            denied[slots] += sample.denied[mine]
         admitted /= seconds
         denied /= seconds
         return KeyRates(True, admitted, denied, tuple(self._samples), self._since)
@@ -195,5 +195,5 @@ class KeyCounter:
         calls = sample.admitted.astype(numpy.int64) + sample.denied
         most = numpy.sort(numpy.argpartition(-calls, self.MOST_KEPT)[: self.MOST_KEPT])
         return sample._replace(
-            cells=sample.cells[most], admitted=sample.admitted[most], denied=sample.denied[most]
+            slots=sample.slots[most], admitted=sample.admitted[most], denied=sample.denied[most]
         )

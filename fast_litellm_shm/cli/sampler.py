@@ -12,6 +12,7 @@ import psutil
 
 from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared.inspection import Inspection, open_for_reading
+from fast_litellm_shm._shared.native import why_no_descriptor
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.cli import permits_and_pools, problems, render, segments
 from fast_litellm_shm.cli.key_table import KeyTable, NameCache
@@ -202,6 +203,9 @@ class Sampler:
             problem += segments.hint(self.name)
         except exceptions.FastShmError as error:
             problem = str(error)
+        except OSError as error:
+            why = why_no_descriptor(error.errno or 0) or error.strerror or str(error)
+            problem = f"cannot read segment {self.name!r}: {why}. Trying again"
         except Exception as error:  # other processes write its contents, and may break anything
             problem = f"the segment's contents do not add up: {type(error).__name__}: {error}"
         self._segment = None  # attach again at the next sample

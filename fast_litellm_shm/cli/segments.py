@@ -102,7 +102,13 @@ def helpers_of(path: str) -> list[str]:
 
 
 def hint(name: str) -> str:
-    """What to do if no segment has this name: a sentence or two."""
+    """What to do if no segment has this name: a sentence or two. Does not raise."""
+    with contextlib.suppress(OSError):
+        return _hint(name)
+    return f"{directory()} cannot be listed."
+
+
+def _hint(name: str) -> str:
     names = [each.name for each in found() if each.layout == lib.FSHM_LAYOUT_VERSION]
     if not os.path.isdir(directory()):
         return "No segment can be made before there is."

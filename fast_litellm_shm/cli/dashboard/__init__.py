@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import ipaddress
+import logging
 import socket
 import sys
 import threading
 
 from fast_litellm_shm import exceptions
+from fast_litellm_shm._shared.native import why_no_descriptor
 
-_BACKLOG = 128
+_BACKLOG = 16  # connections that wait; as many does asyncio accept, or fail to accept, in a row
 
 
 def _is_loopback(host: str) -> bool:
@@ -46,6 +48,27 @@ def _listening(host: str, port: int) -> socket.socket:
     return found
 
 
+class _OnceForNoDescriptor(logging.Filter):
+    """Replaces asyncio's report of each connection that it cannot accept by one sentence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._reported = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        why = why_no_descriptor(error.errno or 0) if isinstance(error, OSError) else None
+        if why and not self._reported:
+            self._reported = True
+            print(
+                f"fast-shm: WARNING: cannot accept another connection: {why}, such as pages of "
+                "this dashboard. Those that are connected are still answered",
+                file=sys.stderr,
+                flush=True,
+            )
+        return why is None
+
+
 def run(args: argparse.Namespace) -> int:
     """Serve the page until Ctrl-C."""
     missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
@@ -68,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     poller = Poller(sampler, args.every, stop)
     config = uvicorn.Config(
         make_app(poller, args.allow_host),
+        backlog=_BACKLOG,
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -86,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
     # Both run in threads, so that Ctrl-C always interrupts this thread. CPython does not survive it
     # in the middle of an import or of the start of a thread.
     server = uvicorn.Server(config)
+    logging.getLogger("asyncio").addFilter(_OnceForNoDescriptor())
     polling = threading.Thread(target=poller.run, name="polling", daemon=True)
     ended = threading.Event()
 

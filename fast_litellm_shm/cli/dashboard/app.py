@@ -140,8 +140,8 @@ def snapshot_json(
     """What the page shows of a sample; of its keys, the first ``top`` that match."""
     keys, total, fitting = [], 0, 0
     if snapshot.keys is not None:
-        cells, fitting = snapshot.keys.order(sort, reverse=reverse, match=match)
-        keys = [_key_json(key) for key in snapshot.keys.rows(cells[:top]) if key is not None]
+        slots, fitting = snapshot.keys.order(sort, reverse=reverse, match=match)
+        keys = [_key_json(key) for key in snapshot.keys.rows(slots[:top]) if key is not None]
         total = snapshot.keys.total
     return {
         "version": __version__,
