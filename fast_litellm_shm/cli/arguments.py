@@ -164,7 +164,7 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     """The whole command line, and the part of each verb."""
     parser = _Parser(
         prog="fast-shm",
@@ -174,7 +174,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
-    def verb(name: str, about: str, epilog: str) -> argparse.ArgumentParser:
+    def verb(name: str, about: str, epilog: str) -> _Parser:
         made = verbs.add_parser(
             name,
             help=about,

@@ -116,9 +116,8 @@ def _process_table(
     if not processes:
         return [Text("No process uses it now."), Text()]
     columns = (">pid", ">memory", ">admitted", ">denied", ">attached", "command")
-    rows, more = render.limited(sorted(processes, key=lambda p: p["pid"]), most)
-    cells = [_process_cells(process) for process in rows]
-    return [render.table(f"Processes ({len(processes)})", columns, cells, out), *more, Text()]
+    rows = sorted(processes, key=lambda process: process["pid"])
+    return render.section(f"Processes ({len(rows)})", columns, rows, _process_cells, out, most)
 
 
 def _limiter_table(
@@ -128,18 +127,15 @@ def _limiter_table(
 
     if not limiters:
         return [Text("It has no limiter yet."), Text()]
-    rows, more = render.limited(sorted(limiters, key=lambda limiter: -limiter["keys"]), most)
-    cells = [
-        (
-            render.escaped(limiter["name"])
-            + (" (keys share counters)" if limiter["shared_seconds"] else ""),
-            " + ".join(limiter["limits"]),
-            f"{limiter['keys']:,}",
-        )
-        for limiter in rows
-    ]
+
+    def cells(limiter: dict[str, Any]) -> tuple[str, ...]:
+        shared = " (keys share counters)" if limiter["shared_seconds"] else ""
+        name, limits = render.escaped(limiter["name"]) + shared, " + ".join(limiter["limits"])
+        return (name, limits, f"{limiter['keys']:,}")
+
+    rows = sorted(limiters, key=lambda limiter: -limiter["keys"])
     columns = ("limiter", "limits", ">keys")
-    return [render.table(f"Limiters ({len(limiters)})", columns, cells, out), *more, Text()]
+    return render.section(f"Limiters ({len(rows)})", columns, rows, cells, out, most)
 
 
 def _key_cells(row: KeyRow) -> tuple[str, ...]:
@@ -204,7 +200,11 @@ class _Sample:
         from rich.text import Text
 
         warnings = problems.warnings_of(
-            self.stats, self.processes, self.inspection.segment, self.removed_users
+            self.stats,
+            self.processes,
+            self.limiters,
+            self.inspection.segment,
+            self.removed_users,
         )
         head = _head(self.stats, warnings)
         if self.cluster is not None:

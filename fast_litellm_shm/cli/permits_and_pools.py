@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fast_litellm_shm._shared.inspection import POOL, POOL_TOTAL, Inspection, pools_among
@@ -54,29 +53,13 @@ def _connections(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _pids(pids: list[int], out: Console) -> str:
+def _dead_and_pids(row: dict[str, Any], out: Console) -> tuple[str, str]:
+    pids = row["pids"]
     most = len(pids) if not out.is_terminal else _PIDS if out.width >= _WIDE else 0
     more = [f"+{len(pids) - most}"] if len(pids) > most else []
-    return " ".join([*map(str, pids[:most]), *more]) or "-"
-
-
-def _permit_cells(row: dict[str, Any]) -> tuple[str, ...]:
     return (
-        render.escaped(row["key"]) or "''",
-        render.escaped(row["limiter"]),
-        f"{row['in_flight']:,}",
-        _maximum(row["max_in_flight"]),
-        render.duration(row["oldest_seconds"]) if row["in_flight"] else "-",
-    )
-
-
-def _pool_cells(row: dict[str, Any]) -> tuple[str, ...]:
-    return (
-        render.escaped(row["pool"]) or "''",
-        render.escaped(row["endpoint"]),
-        f"{row['active']:,}",
-        f"{row['idle']:,}",
-        _maximum(row["max_connections"]),
+        f"{row['dead']:,}" if row["dead"] else "-",
+        " ".join([*map(str, pids[:most]), *more]) or "-",
     )
 
 
@@ -84,38 +67,40 @@ def _maximum(most: int | None) -> str:
     return "?" if most is None else f"{most:,}"
 
 
-def _table(
-    title: str,
-    columns: tuple[str, ...],
-    rows: Rows,
-    cells_of: Callable[[dict[str, Any]], tuple[str, ...]],
-    used_of: tuple[str, str],
-    out: Console,
-    most: int | None,
-) -> list[RenderableType]:
-    from rich.text import Text
-
-    shown, more = render.limited(rows, most)
-    cells = []
-    for row in shown:
-        dead = f"{row['dead']:,}" if row["dead"] else "-"
-        cells.append((*cells_of(row), dead, _pids(row["pids"], out)))
-    made = render.table(title, columns, cells, out)
-    used, maximum = used_of
-    for line, row in zip(made.rows, shown, strict=True):
-        line.style = "red" if row[used] >= (row[maximum] or 1) else ""
-    return [made, *more, Text()]
-
-
 def tables(permits: Rows, pools: Rows, out: Console, most: int | None) -> list[RenderableType]:
     """A table of each, if there are any. Red rows are at their maximum. most: rows of a table."""
+
+    def permit_cells(row: dict[str, Any]) -> tuple[str, ...]:
+        return (
+            render.escaped(row["key"]) or "''",
+            render.escaped(row["limiter"]),
+            f"{row['in_flight']:,}",
+            _maximum(row["max_in_flight"]),
+            render.duration(row["oldest_seconds"]) if row["in_flight"] else "-",
+            *_dead_and_pids(row, out),
+        )
+
+    def pool_cells(row: dict[str, Any]) -> tuple[str, ...]:
+        return (
+            render.escaped(row["pool"]) or "''",
+            render.escaped(row["endpoint"]),
+            f"{row['active']:,}",
+            f"{row['idle']:,}",
+            _maximum(row["max_connections"]),
+            *_dead_and_pids(row, out),
+        )
+
+    def is_full(row: dict[str, Any]) -> bool:
+        used, maximum = ("in_flight", "max_in_flight")
+        if "pool" in row:
+            used, maximum = ("active", "max_connections")
+        return bool(row[used] >= (row[maximum] or 1))
+
     parts: list[RenderableType] = []
     if permits:
         title = f"Permits ({sum(row['in_flight'] for row in permits):,} in flight)"
-        used_of = ("in_flight", "max_in_flight")
-        parts += _table(title, _PERMIT_COLUMNS, permits, _permit_cells, used_of, out, most)
+        parts += render.section(title, _PERMIT_COLUMNS, permits, permit_cells, out, most, is_full)
     if pools:
         title = f"Pools ({sum(row['active'] + row['idle'] for row in pools):,} connections)"
-        used_of = ("active", "max_connections")
-        parts += _table(title, _POOL_COLUMNS, pools, _pool_cells, used_of, out, most)
+        parts += render.section(title, _POOL_COLUMNS, pools, pool_cells, out, most, is_full)
     return parts

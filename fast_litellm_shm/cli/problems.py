@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from fast_litellm_shm._shared.native import ffi, lib
@@ -16,13 +15,14 @@ _WARN_AT = 0.8  # of capacity
 def warnings_of(
     stats: dict[str, Any],
     processes: list[dict[str, Any]],
+    limiters: list[dict[str, Any]],
     segment: Segment,
-    removed_users: Sequence[int] = (),
+    removed_users: list[int],
 ) -> list[str]:
     """Damage, removal, a server that is unreachable, a table that is (nearly) full.
 
-    stats: ``segment.stats()``. processes: its living ones. removed_users: pids of processes that
-    use a removed segment of this name."""
+    stats: ``segment.stats()``. processes, limiters: those of the segment. removed_users: pids of
+    processes that use a removed segment of this name."""
     out = []
     away = away_state(segment)
     if away is not None:
@@ -37,7 +37,7 @@ def warnings_of(
         )
     else:
         if removed_users:
-            out.append(segments.said_of_removed(list(removed_users), stats["name"]))
+            out.append(segments.said_of_removed(removed_users, stats["name"]))
         if stats["liveness_unknown"]:
             out.append(f"{stats['liveness_unknown']}. Dead processes are listed as alive here")
     if unseen := _unseen(segment):
@@ -50,7 +50,7 @@ def warnings_of(
         f"stop the workers, `fast-shm rm --name {stats['name']}`, and start them with "
         f"FAST_LITELLM_SHM_CAPACITY={2 * stats['capacity']}; or use shorter periods"
     )
-    for name in _sharing(segment):
+    for name in (limiter["name"] for limiter in limiters if limiter["shared_seconds"]):
         out.append(
             f"limiter {render.escaped(name)}: new keys find no room and share counters, so some "
             "may be denied wrongly. If a client can invent keys, limit by something that it cannot "
@@ -65,17 +65,6 @@ def warnings_of(
     if refused:
         out.append(f"{refused:,} calls met a full table. To make room: {larger}")
     return out
-
-
-def _sharing(segment: Segment) -> list[str]:
-    """The limiters whose new keys found no room recently."""
-    info = ffi.new("fshm_limiter_info *")
-    found = []
-    for index in range(segment.geometry().limiters):
-        if lib.fshm_limiter_at(segment._handle, index, info) == lib.FSHM_OK and info.shared_ns:
-            raw: bytes = ffi.buffer(info.name, info.name_length)[:]
-            found.append(raw.decode("utf-8", "replace"))
-    return found
 
 
 def _unseen(segment: Segment) -> list[int]:

@@ -6,7 +6,7 @@ import io
 import os
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -149,13 +149,28 @@ def console() -> Console:
     )
 
 
-def limited(rows: list[Any], most: int | None) -> tuple[list[Any], list[RenderableType]]:
-    """The first rows, and a line that says how many more there are."""
+def section(
+    title: str,
+    columns: tuple[str, ...],
+    rows: list[Any],
+    cells_of: Callable[[Any], tuple[str, ...]],
+    out: Console,
+    most: int | None,
+    is_red: Callable[[Any], bool] = lambda row: False,
+) -> list[RenderableType]:
+    """A table() of the first ``most`` rows (None: all), and a line that says how many more there
+    are."""
     from rich.text import Text
 
-    if most is None or len(rows) <= most:
-        return rows, []
-    return rows[:most], [Text(f"... and {len(rows) - most} more: --json has all", style="dim")]
+    shown = rows if most is None else rows[:most]
+    made = table(title, columns, [cells_of(row) for row in shown], out)
+    for line, row in zip(made.rows, shown, strict=True):
+        line.style = "red" if is_red(row) else ""
+    parts: list[RenderableType] = [made]
+    if len(shown) < len(rows):
+        more = f"... and {len(rows) - len(shown)} more: --json has all"
+        parts.append(Text(more, style="dim"))
+    return [*parts, Text()]
 
 
 def table(

@@ -227,7 +227,9 @@ class Sampler:
             name=self.name,
             taken=time.time(),
             notice=notice if notice and now - announced < _ANNOUNCED else None,
-            warnings=problems.warnings_of(stats, attached, segment, self._users_of_removed(now)),
+            warnings=problems.warnings_of(
+                stats, attached, inspection.limiters(), segment, self._users_of_removed(now)
+            ),
             stats=stats,
             admitted=self._rates.add(stats["admitted"], "admitted"),
             denied=self._rates.add(stats["denied"], "denied"),

@@ -143,11 +143,12 @@ def _limiter_rows(
             field: None if counted is None else sum(getattr(tallies[i], field) for i in counted)
             for field in ("admitted", "denied", "refused", "shared")
         }
-        known_keys = keys is not None and limiter.indices
         return LimiterMetrics(
             limiter=name,
             limits=tuple(limits.describe(limit) for limit in limiter.limits),
-            keys=sum(keys[index] for index in limiter.indices) if known_keys else None,
+            keys=sum(keys[i] for i in limiter.indices)
+            if keys is not None and limiter.indices
+            else None,
             **calls,
         )
 

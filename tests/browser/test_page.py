@@ -19,7 +19,7 @@ from support.dashboard import Dashboard
 from support.puppets import Puppet
 from support.waiting import wait_until
 
-from fast_litellm_shm import ConcurrencyLimiter, Limit, RateLimiter, Segment
+from fast_litellm_shm import ConcurrencyLimiter, Limit, RateLimiter, Segment, Window
 
 BROWSERS, DRIVER = ("chromium", "chromium-browser", "google-chrome"), "chromedriver"
 FLAGS = (
@@ -47,6 +47,12 @@ HOSTILE = [
 READ = """
 return [...document.querySelectorAll(`#${arguments[0]} tbody tr[data-id]`)]
   .map((row) => [...row.children].map((cell) => cell.textContent));
+"""
+
+CUT = """
+return [...document.querySelectorAll("#keys :is(th, td):not(.text)")]
+  .filter((cell) => cell.offsetParent && cell.scrollWidth > cell.clientWidth)
+  .map((cell) => cell.textContent);
 """
 
 
@@ -252,17 +258,21 @@ def test_the_server_ends(browser: webdriver.Chrome, segment: Segment) -> None:
         page = Page(browser)
         page.until(lambda: page.text("state") == "live")
     page.until(lambda: "does not answer" in page.text("state"))
+    assert "start it again" in page.text("messages")
     browser.get("about:blank")
 
 
-@pytest.mark.parametrize("width", [360, 768, 1280])
-def test_nothing_is_wider_than_the_window(
-    browser: webdriver.Chrome, puppets: list[Puppet], page: Page, width: int
+@pytest.mark.parametrize("width", [360, 390, 768, 1000, 1280])
+def test_what_is_shown_fits(
+    browser: webdriver.Chrome, puppets: list[Puppet], page: Page, segment: Segment, width: int
 ) -> None:
+    """The page its window, and numbers and heads their columns, with waits of days among them."""
+    RateLimiter(Window(1, per=30 * 86400), name="month", segment=segment).acquire("slow")
     size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     try:
-        page.until(lambda: len(page.names()) == 3)
+        page.until(lambda: len(page.names()) == 4)
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        assert browser.execute_script(CUT) == []
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+
+from support.children import PATIENCE
 
 from fast_litellm_shm import Segment
+from fast_litellm_shm._shared.inspection import open_for_reading
 from fast_litellm_shm.cli import segments
 
 from .conftest import Command
@@ -55,11 +60,8 @@ def test_two_removed_segments_of_one_name(segment_name: str) -> None:
 
 def test_only_users_count_and_no_views(segment_name: str) -> None:
     """A view, such as fast-shm top, maps for reading alone, and there is nothing to restart."""
-    from fast_litellm_shm._shared.inspection import open_for_reading
-
-    made = Segment(segment_name, capacity=10)
+    make = "import sys; from fast_litellm_shm import Segment; Segment(sys.argv[1], capacity=10)"
+    subprocess.run([sys.executable, "-c", make, segment_name], check=True, timeout=PATIENCE)
     view = open_for_reading(segment_name)
-    assert not view.unlinked
-    made.remove()
-    del made
+    view.remove()
     assert view.unlinked and segments.removed_users(segment_name) == []

@@ -95,7 +95,6 @@ class Top(App[None]):
         yield Static(id="foot", markup=False)
 
     async def on_mount(self) -> None:
-        """Start sampling."""
         self.query_one(Table).focus()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
@@ -211,7 +210,6 @@ class Top(App[None]):
         self._changed.set()
 
     def on_resize(self, _: events.Resize) -> None:
-        """Lay everything out for the new size."""
         self._repaint()
 
     async def on_event(self, event: events.Event) -> None:
@@ -233,28 +231,23 @@ class Top(App[None]):
         return not typing and len(self.screen_stack) == 1
 
     def action_help(self) -> None:
-        """Show the help."""
         self.push_screen(Notice("fast-shm top", Text(HELP)))
 
     def action_warnings(self) -> None:
-        """Show all warnings in full."""
         problem = [self._snapshot.problem] if self._snapshot.problem else []
         said = "\n\n".join([*problem, *self._snapshot.warnings])
         said = said or "There are no warnings."
         self.push_screen(Notice("Warnings", Text(said)))
 
     def action_freeze(self) -> None:
-        """Stop sampling, or resume."""
         self._frozen = not self._frozen
         self._repaint()
 
     def action_pane(self, which: int) -> None:
-        """Show a pane."""
         self._pane, self._message = which, ""
         self._repaint()
 
     def action_pane_by(self, by: int) -> None:
-        """Show the next or the previous pane."""
         self.action_pane((self._pane + by) % len(panes.PANES))
 
     def _sort(self, name: str) -> None:
@@ -265,7 +258,6 @@ class Top(App[None]):
         self._repaint()
 
     def action_sort_by(self, by: int) -> None:
-        """Sort by the next or the previous column."""
         pane = panes.PANES[self._pane]
         names = [column.name for column in pane.sortable()]
         self._sort(names[(names.index(self._sorts[pane.title][0]) + by) % len(names)])
@@ -277,21 +269,17 @@ class Top(App[None]):
                 self._sort(column.name)
 
     def action_invert(self) -> None:
-        """Reverse the order."""
         self._sort(self._sorts[panes.PANES[self._pane].title][0])
 
     def on_table_sort_by(self, message: Table.SortBy) -> None:
-        """Sort by the column whose head was clicked."""
         if message.column in [column.name for column in panes.PANES[self._pane].sortable()]:
             self._sort(message.column)
 
     def action_move(self, by: int) -> None:
-        """Move the cursor."""
         self.query_one(Table).move(by)
         self._moved()
 
     def action_page(self, by: int) -> None:
-        """Move a screen up or down."""
         table = self.query_one(Table)
         table.move(by * table.page())
         self._moved()
@@ -302,7 +290,6 @@ class Top(App[None]):
         self._moved()
 
     def action_end(self) -> None:
-        """Go to the last row."""
         table = self.query_one(Table)
         table.move(table.position[1])
         self._moved()
@@ -321,12 +308,10 @@ class Top(App[None]):
         self.screen.set_focus(line)  # now: the next letter has arrived already
 
     def on_input_changed(self, message: Input.Changed) -> None:
-        """Filter by what is typed so far."""
         self._filter = message.value
         self._repaint()
 
     def action_filter_keep(self) -> None:
-        """Enter: keep the filter."""
         self._filter_typed()
 
     def action_filter_end(self) -> None:
@@ -358,7 +343,6 @@ class Top(App[None]):
         self._repaint()
 
     def action_details(self) -> None:
-        """Show the selected key in full."""
         key = self._selected()
         if key is None:
             self._show_message("Choose a key in pane 1: Enter shows it in full.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from rich.cells import cell_len
@@ -113,14 +114,7 @@ WORKERS = Pane(
         Column("memory", "memory", 9, _memory, lambda w: w.memory_bytes or 0, letter="m"),
         Column("attached", "attached", 9, _attached, lambda w: w.attached_seconds),
         history(lambda w: w.admitted.history, lambda w: w.denied.history, from_width=100),
-        Column(
-            "command",
-            "command",
-            10,
-            lambda w, _: [(w.command or render.command(None), FAINT)],
-            right=False,
-            flex=1,
-        ),
+        text("command", "command", 10, lambda w: w.command or render.command(None), FAINT),
     ),
 )
 
@@ -142,6 +136,10 @@ LIMITERS = Pane(
 )
 
 # Permits and pools
+
+
+def _named(field: str) -> Callable[[Any], str]:
+    return lambda row: render.escaped(row[field]) or "''"
 
 
 def _oldest(row: Any, _: int) -> Cell:
@@ -169,16 +167,8 @@ PERMITS = Pane(
     ident=lambda row: (row["limiter"], row["key"]),
     matches=lambda row: render.escaped(row["key"]) + "\n" + render.escaped(row["limiter"]),
     columns=(
-        text(
-            "key",
-            "key",
-            14,
-            lambda r: render.escaped(r["key"]) or "''",
-            NAME,
-            flex=2,
-            letter="k",
-        ),
-        text("limiter", "limiter", 10, lambda r: render.escaped(r["limiter"]), letter="l"),
+        text("key", "key", 14, _named("key"), NAME, flex=2, letter="k"),
+        text("limiter", "limiter", 10, _named("limiter"), letter="l"),
         used_of("in_flight", 11, "max_in_flight"),
         Column("oldest", "oldest", 7, _oldest, lambda r: r["oldest_seconds"]),
         *_HOLDERS,
@@ -193,8 +183,8 @@ POOLS = Pane(
     ident=lambda row: (row["pool"], row["endpoint"]),
     matches=lambda row: render.escaped(row["pool"]) + "\n" + render.escaped(row["endpoint"]),
     columns=(
-        text("pool", "pool", 10, lambda r: render.escaped(r["pool"]) or "''"),
-        text("endpoint", "endpoint", 20, lambda r: render.escaped(r["endpoint"]), NAME, flex=2),
+        text("pool", "pool", 10, _named("pool")),
+        text("endpoint", "endpoint", 20, _named("endpoint"), NAME, flex=2),
         used_of("active", 9, "max_connections"),
         count("idle", 5, lambda r: r["idle"]),
         *_HOLDERS,
