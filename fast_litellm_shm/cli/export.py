@@ -1,4 +1,4 @@
-"""``fast-shm export``: the numbers of a segment for monitoring, once, as others read them."""
+"""``fast-shm export``: write the metrics of a segment, as Prometheus text, JSON or CSV."""
 
 from __future__ import annotations
 
@@ -20,26 +20,25 @@ from fast_litellm_shm.metrics.model import DURATION_BOUNDS, Snapshot
 from fast_litellm_shm.metrics.prometheus_text import BOUNDS, prometheus_text
 from fast_litellm_shm.metrics.source import Source
 
-FORMATS = ("prometheus", "json", "csv")
 _LABELS = ("segment", *dict.fromkeys(label for each in FAMILIES for label in each.labels), "le")
 
 
 def _json(found: Snapshot) -> str:
-    """An object; a line for each of its members."""
+    """A JSON object, with a line for each member."""
     parts = {"duration_bounds_seconds": DURATION_BOUNDS, **asdict(found)}
     lines = (f'"{name}": {json.dumps(part)}' for name, part in parts.items())
     return "{" + ",\n ".join(lines) + "}\n"
 
 
 def _cell(text: str) -> str:
-    """A label as a spreadsheet, or a terminal, may have it: keys and names come from clients, and
-    would be formulas there, or move the cursor."""
+    """A label that is safe in a spreadsheet and on a terminal. Clients choose keys, and some would
+    be formulas there, or move the cursor."""
     text = render.escaped(text)
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def _csv(found: Snapshot) -> str:
-    """A row for each number: metric, kind, unit, its labels (empty where it has none), value."""
+    """A row for each number: metric, kind, unit, labels (empty if it has none), value."""
     out = io.StringIO()
     writer = csv.DictWriter(
         out, ("metric", "kind", "unit", *_LABELS, "value"), restval="", lineterminator="\n"
@@ -62,8 +61,8 @@ def _csv(found: Snapshot) -> str:
 
 
 def _mode(path: str, keys: int) -> int:
-    """Of the file: as the one that is replaced; a new one that tells clients' keys is for its owner
-    alone, and others are as the umask says, for a collector is another user."""
+    """The mode of the new file: that of the file it replaces. If there is none: by the umask, since
+    a collector is another user; but for its owner alone if the file has keys of clients."""
     with contextlib.suppress(FileNotFoundError):
         return stat.S_IMODE(os.stat(path).st_mode)
     mask = os.umask(0)
@@ -72,15 +71,15 @@ def _mode(path: str, keys: int) -> int:
 
 
 def _write(path: str, text: str, keys: int) -> None:
-    """All of it or nothing: whoever reads the file meanwhile sees the old one whole."""
+    """Replace the file in one step: a reader sees the old file or the new one, whole."""
     folder, name = os.path.split(path)
     if os.path.isdir(path) or not name:
         raise exceptions.FastShmError(f"cannot write {path}: it is a directory; name a file in it")
     if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
-        # The rename would put a file in the place of /dev/null, of a pipe, of a link.
+        # The rename would replace /dev/null, a pipe or a link by a file.
         raise exceptions.FastShmError(
-            f"cannot write {path}: it is no file, but a link, a device or a pipe; name the file "
-            "itself, or leave --output out to write to the standard output"
+            f"cannot write {path}: it is not a regular file, but a link, a device or a pipe; name "
+            "the file itself, or leave --output out to write to standard output"
         )
     try:
         # Its name does not end in .prom: the textfile collector would read it.
@@ -96,12 +95,12 @@ def _write(path: str, text: str, keys: int) -> None:
             raise
     except OSError as error:
         raise exceptions.FastShmError(
-            f"cannot write {path}: {error.strerror}; what was there is as it was"
+            f"cannot write {path}: {error.strerror}; an existing file was not changed"
         ) from error
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read, and write."""
+    """Read the segment, and write its metrics."""
     found = Source(args.name, keys=args.keys, allow_other_owner=args.allow_other_owner).read()
     if args.format == "prometheus":
         text = prometheus_text([(found.segment.name, found)])
@@ -109,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         text = _json(found) if args.format == "json" else _csv(found)
     if args.output is None:
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(encoding="utf-8")  # the formats', whatever the locale is
+            sys.stdout.reconfigure(encoding="utf-8")  # as the formats demand, in any locale
         if sys.stdout.isatty():
             text = "".join(f"{render.escaped(line)}\n" for line in text.split("\n")[:-1])
         sys.stdout.write(text)

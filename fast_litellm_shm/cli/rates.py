@@ -1,9 +1,10 @@
-"""From counts that were read one after the other to rates, and to short histories of them.
+"""Rates, and short histories of them, from counts that are read again and again.
 
-Counts only rise, but a look may meet one that is just being carried from a process's column to the
-ledger, and miss it (inspection.py reads the one after the other). So a count that fell is nobody's
-news: what it is above its last value counts, once it is above its former height only what it is
-above that. A count starts afresh where its cell went to another key.
+A count only rises. But a process may be moving its count from its own counters to the key
+statistics while they are read; then a sample misses it, and the count seems to fall
+(inspection.py reads one after the other). So a fall is no news. After it, only what comes on top
+of the last value counts; and once the count is above the height that it fell from, only what
+comes on top of that. The count of a slot starts again when the slot goes to another key.
 """
 
 from __future__ import annotations
@@ -18,14 +19,12 @@ if TYPE_CHECKING:
     import numpy
     from numpy.typing import NDArray
 
-WINDOW = (
-    5.0  # seconds: "now" is the mean over the last so many, else rows change places all the time
-)
+WINDOW = 5.0  # seconds: a rate is the mean over these, else the order of rows never rests
 HISTORY = 60  # samples
 
 
 def _covering(lengths: list[float]) -> int:
-    """How many of the last samples make up WINDOW, or all there are."""
+    """How many of the last samples cover WINDOW; all of them, if they are fewer."""
     covered = 0.0
     for count, seconds in enumerate(reversed(lengths), start=1):
         covered += seconds
@@ -35,16 +34,16 @@ def _covering(lengths: list[float]) -> int:
 
 
 class Series:
-    """One count: its rate, and the rate's history."""
+    """The rate of one count, and the history of the rate."""
 
     def __init__(self) -> None:
         self.total = 0
-        self._high: int | None = None  # what it was before it fell
+        self._high: int | None = None  # before the count fell
         self._last: int | None = None
         self._deltas: deque[tuple[float, int]] = deque(maxlen=HISTORY)
 
     def add(self, total: int, seconds: float) -> None:
-        """The count now, ``seconds`` after the last one (the first: whatever)."""
+        """Add the present count, ``seconds`` after the last one (ignored for the first)."""
         if self._last is not None and seconds > 0:
             base = self._last
             if self._high is not None and total >= self._high:
@@ -55,7 +54,7 @@ class Series:
 
     @property
     def rate(self) -> float | None:
-        """A second, over the last WINDOW; None before there are two counts."""
+        """Per second, over the last WINDOW; None before the second sample."""
         if not self._deltas:
             return None
         recent = list(self._deltas)[-_covering([seconds for seconds, _ in self._deltas]) :]
@@ -63,23 +62,24 @@ class Series:
 
     @property
     def history(self) -> list[float]:
-        """The rate of each sample, oldest first; at most HISTORY."""
+        """The rate of each sample, oldest first; at most HISTORY of them."""
         return [delta / seconds for seconds, delta in self._deltas]
 
 
 class _Sample(NamedTuple):
-    """What was counted between two looks, of the cells where it was anything, in order."""
+    """What was counted between two samples, for each slot that changed, in order."""
 
     number: int
     seconds: float
-    cells: NDArray[numpy.int64]
+    slots: NDArray[numpy.int64]
     admitted: NDArray[numpy.uint32]
     denied: NDArray[numpy.uint32]
 
 
 @dataclass(frozen=True)
 class KeyRates:
-    """The rates of all keys at one moment: calls a second, by cell. measured: after two looks."""
+    """The rates of all keys at one moment, in calls per second, by slot. measured: False before the
+    second sample."""
 
     measured: bool
     admitted: NDArray[numpy.float32]
@@ -87,19 +87,19 @@ class KeyRates:
     _samples: tuple[_Sample, ...]
     _since: NDArray[numpy.uint32]
 
-    def history(self, cells: list[int]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Admitted and denied calls a second of each of these cells, one row each, oldest first."""
+    def history(self, slots: list[int]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Admitted and denied calls per second: a row for each of these slots, oldest first."""
         import numpy
 
-        wanted = numpy.asarray(cells, dtype=numpy.int64)
-        shape = (len(cells), len(self._samples))
+        wanted = numpy.asarray(slots, dtype=numpy.int64)
+        shape = (len(slots), len(self._samples))
         admitted, denied = numpy.zeros(shape), numpy.zeros(shape)
         for column, sample in enumerate(self._samples):
-            if not sample.cells.size or not wanted.size:
+            if not sample.slots.size or not wanted.size:
                 continue
-            at = numpy.searchsorted(sample.cells, wanted)
-            at[at == sample.cells.size] = 0
-            known = (sample.cells[at] == wanted) & (self._since[wanted] <= sample.number)
+            at = numpy.searchsorted(sample.slots, wanted)
+            at[at == sample.slots.size] = 0
+            known = (sample.slots[at] == wanted) & (self._since[wanted] <= sample.number)
             for out, counted in ((admitted, sample.admitted), (denied, sample.denied)):
                 out[known, column] = counted[at[known]] / sample.seconds
         return admitted, denied
@@ -108,8 +108,9 @@ class KeyRates:
 class KeyCounter:
     """Turns successive Counts of one segment into KeyRates.
 
-    Of each look it keeps what changed: 16 bytes for each key that was used, and of looks before the
-    last WINDOW the MOST_KEPT busiest alone. So a minute of a table with a million busy keys fits.
+    It keeps what changed from sample to sample: 16 bytes for each key that was used. Of samples
+    before the last WINDOW it keeps only the MOST_KEPT busiest keys, which bounds its memory: a
+    minute of a table with a million busy keys fits.
     """
 
     MOST_KEPT = 20_000
@@ -118,14 +119,14 @@ class KeyCounter:
         self._samples: list[_Sample] = []
         self._number = 0
         self._before: Counts | None = None
-        # By cell. who: the key that it has, or had last; since: the sample from which on it has it;
-        # high: what its counts were before they fell, else 0.
+        # By slot. who: the key that it has, or had last; since: the sample in which it got the key;
+        # high: its counts before they fell, else 0.
         self._who: NDArray[numpy.uint64]
         self._since: NDArray[numpy.uint32]
         self._high: tuple[NDArray[numpy.uint64], NDArray[numpy.uint64]]
 
     def add(self, counts: Counts, seconds: float) -> KeyRates:
-        """The counts now, ``seconds`` after the last ones (the first: whatever)."""
+        """Add the present counts, ``seconds`` after the last ones (ignored for the first)."""
         import numpy
 
         before, self._before = self._before, counts
@@ -143,14 +144,14 @@ class KeyCounter:
         admitted, high_admitted = self._grown(counts.admitted, before.admitted, self._high[0], kept)
         denied, high_denied = self._grown(counts.denied, before.denied, self._high[1], kept)
         self._high = (high_admitted, high_denied)
-        cells = numpy.flatnonzero((admitted + denied) > 0)
+        slots = numpy.flatnonzero((admitted + denied) > 0)
         self._samples.append(
             _Sample(
                 self._number,
                 max(seconds, 1e-3),
-                cells,
-                admitted[cells].astype(numpy.uint32),
-                denied[cells].astype(numpy.uint32),
+                slots,
+                admitted[slots].astype(numpy.uint32),
+                denied[slots].astype(numpy.uint32),
             )
         )
         del self._samples[:-HISTORY]
@@ -160,11 +161,11 @@ class KeyCounter:
     def _grown(
         now: NDArray[Any], before: NDArray[Any], high: NDArray[Any], kept: NDArray[Any]
     ) -> tuple[NDArray[Any], NDArray[Any]]:
-        """How much was counted since, and the heights that were fallen from."""
+        """How much was counted since, and the heights from which counts fell."""
         import numpy
 
         base = numpy.where(now >= high, numpy.maximum(high, before), before)
-        base *= kept  # another key's count began at 0
+        base *= kept  # the count of another key began at 0
         fell = now < base
         return numpy.where(fell, 0, now - base), numpy.where(fell, base, 0)
 
@@ -173,17 +174,17 @@ class KeyCounter:
 
         recent = _covering([sample.seconds for sample in self._samples])
         old = len(self._samples) - recent - 1
-        if old >= 0 and self._samples[old].cells.size > self.MOST_KEPT:
+        if old >= 0 and self._samples[old].slots.size > self.MOST_KEPT:
             self._samples[old] = self._thinned(self._samples[old])
         admitted = numpy.zeros(size, numpy.float32)
         denied = numpy.zeros(size, numpy.float32)
         seconds = 0.0
         for sample in self._samples[-recent:]:
             seconds += sample.seconds
-            mine = self._since[sample.cells] <= sample.number
-            cells = sample.cells[mine]  # each once, so that += adds all
-            admitted[cells] += sample.admitted[mine]
-            denied[cells] += sample.denied[mine]
+            mine = self._since[sample.slots] <= sample.number
+            slots = sample.slots[mine]  # no slot twice, so += adds all
+            admitted[slots] += sample.admitted[mine]
+            denied[slots] += sample.denied[mine]
         admitted /= seconds
         denied /= seconds
         return KeyRates(True, admitted, denied, tuple(self._samples), self._since)
@@ -194,5 +195,5 @@ class KeyCounter:
         calls = sample.admitted.astype(numpy.int64) + sample.denied
         most = numpy.sort(numpy.argpartition(-calls, self.MOST_KEPT)[: self.MOST_KEPT])
         return sample._replace(
-            cells=sample.cells[most], admitted=sample.admitted[most], denied=sample.denied[most]
+            slots=sample.slots[most], admitted=sample.admitted[most], denied=sample.denied[most]
         )

@@ -1,4 +1,4 @@
-"""How things are shown: safe text, sizes and times for people, tables for terminals and pipes."""
+"""Output for people: escaped text, sizes, times, bars, and tables for terminals and pipes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import os
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def escaped(value: str | bytes) -> str:
-    """Text that cannot move the cursor, turn the writing direction, or break a line. $'...' in bash
-    reads it back."""
+    """Text without control characters: it cannot move the cursor, reverse the writing direction or
+    break a line. ``$'...'`` in bash reads it back."""
     if isinstance(value, bytes):
         value = value.decode("utf-8", "surrogateescape")
     if value.isprintable() and "\\" not in value:
@@ -43,6 +43,11 @@ def _escaped(c: str) -> str:
     return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
 
 
+def command(text: str | None) -> str:
+    """The command line of a process; None: the system does not tell it."""
+    return "? (not visible from here)" if text is None else escaped(text)
+
+
 def size(count: float) -> str:
     """Bytes for people: ``10.9 MiB``."""
     for unit in _UNITS:
@@ -52,39 +57,38 @@ def size(count: float) -> str:
     return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
 
 
+def _in_units(seconds: float) -> tuple[int, str, int, str]:
+    """A minute or more in its two greatest units: ``(3, "min", 20, "s")``."""
+    whole = round(seconds)
+    big, small, size, part = "d", "h", 86_400, 3600
+    if whole < 3600:
+        big, small, size, part = "min", "s", 60, 1
+    elif whole < 86_400:
+        big, small, size, part = "h", "min", 3600, 60
+    return whole // size, big, whole % size // part, small
+
+
 def duration(seconds: float) -> str:
     """A time for people: ``350 ms``, ``4.2 s``, ``3 min 20 s``, ``2 h 5 min``, ``3 d 4 h``."""
-    if seconds < 1:
+    if seconds < 0.9995:
         return f"{seconds * 1000:.0f} ms"
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
-    big, small, of, part = ("min", "s", 60, 1)
-    if seconds >= 86400:
-        big, small, of, part = ("d", "h", 86400, 3600)
-    elif seconds >= 3600:
-        big, small, of, part = ("h", "min", 3600, 60)
-    whole, rest = divmod(int(seconds), of)
-    return f"{whole} {big}" + (f" {rest // part} {small}" if rest >= part else "")
+    whole, big, rest, small = _in_units(seconds)
+    return f"{whole} {big}" + (f" {rest} {small}" if rest else "")
 
 
 def brief(seconds: float | None) -> str:
-    """The same in at most six columns: ``350ms``, ``4.2s``, ``3m20s``, ``2h05m``, ``3d04h``."""
+    """The same in at most six columns: ``350ms``, ``4.2s``, ``3m20s``, ``2h05m``, ``3d04h``; None:
+    ``never``."""
     if seconds is None:
         return "never"
-    if seconds < 0.9995:
-        return f"{seconds * 1000:.0f}ms"
     if seconds < 59.95:
-        return f"{seconds:.1f}s"
-    seconds = round(seconds)
-    for limit, big, small, of, part in (
-        (3600, "m", "s", 60, 1),
-        (86_400, "h", "m", 3600, 60),
-        (100 * 86_400, "d", "h", 86_400, 3600),
-    ):
-        if seconds < limit:
-            whole, rest = divmod(seconds, of)
-            return f"{whole}{big}{rest // part:02}{small}"
-    return f"{seconds / 86_400:,.0f}d"
+        return duration(seconds).replace(" ", "")
+    if seconds >= 100 * 86_400:
+        return f"{seconds / 86_400:,.0f}d"
+    whole, big, rest, small = _in_units(seconds)
+    return f"{whole}{big[0]}{rest:02}{small[0]}"
 
 
 def compact(count: float) -> str:
@@ -103,8 +107,8 @@ def compact(count: float) -> str:
 
 
 def sparkline(values: Sequence[float], width: int, most: float | None = None) -> str:
-    """The last values as bars, the newest at the right, of at most ``most`` (default: the greatest
-    of them). What is above 0 can be told from 0."""
+    """The last values as bars, the newest at the right. most: the value of a full bar (default: the
+    greatest value). A value above 0 never looks like 0."""
     shown = list(values)[-width:] if width > 0 else []
     top = max(shown, default=0) if most is None else most
     bars = "".join(
@@ -115,23 +119,24 @@ def sparkline(values: Sequence[float], width: int, most: float | None = None) ->
 
 
 def waiting(retry_after: float | None) -> str:
-    """The column "wait": until a cost of 1 fits."""
+    """The column "wait": the time until a request of cost 1 is admitted; None: never."""
     if retry_after is None:
         return "never"
     return duration(retry_after) if retry_after else "-"
 
 
 def console() -> Console:
-    """Standard output: colours on a terminal alone (and not with NO_COLOR), full rows in a pipe."""
+    """Standard output. Colours only on a terminal, and not with NO_COLOR; in a pipe, rows are not
+    cut."""
     from rich.console import Console
 
     class Output(Console):
         def on_broken_pipe(self) -> None:
-            """A reader that has seen enough is no failure: rich would exit with 1."""
+            """The reader has closed the pipe, as ``head`` does. (rich would exit with 1.)"""
             raise BrokenPipeError
 
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # whatever the locale can write
+        sys.stdout.reconfigure(errors="backslashreplace")  # the locale may have fewer characters
     terminal = sys.stdout.isatty()
     plain = not terminal or bool(os.environ.get("NO_COLOR"))
     return Output(
@@ -144,13 +149,28 @@ def console() -> Console:
     )
 
 
-def limited(rows: list[Any], most: int | None) -> tuple[list[Any], list[RenderableType]]:
-    """The first rows, and a line that says how many are left out."""
+def section(
+    title: str,
+    columns: tuple[str, ...],
+    rows: list[Any],
+    cells_of: Callable[[Any], tuple[str, ...]],
+    out: Console,
+    most: int | None,
+    is_red: Callable[[Any], bool] = lambda row: False,
+) -> list[RenderableType]:
+    """A table() of the first ``most`` rows (None: all), and a line that says how many more there
+    are."""
     from rich.text import Text
 
-    if most is None or len(rows) <= most:
-        return rows, []
-    return rows[:most], [Text(f"... and {len(rows) - most} more: --json has all", style="dim")]
+    shown = rows if most is None else rows[:most]
+    made = table(title, columns, [cells_of(row) for row in shown], out)
+    for line, row in zip(made.rows, shown, strict=True):
+        line.style = "red" if is_red(row) else ""
+    parts: list[RenderableType] = [made]
+    if len(shown) < len(rows):
+        more = f"... and {len(rows) - len(shown)} more: --json has all"
+        parts.append(Text(more, style="dim"))
+    return [*parts, Text()]
 
 
 def table(
@@ -160,10 +180,11 @@ def table(
     out: Console,
     least: list[int] | None = None,
 ) -> Table:
-    """A table of cells that are taken as they are: no markup, no emoji codes. A column whose name
-    begins with ``>`` is a number: aligned right and never cut; where a terminal is too narrow, the
-    widest of the others give way. least: widths to hold, and then no head: it goes on from a table
-    before it."""
+    """A table of plain text: no markup, no emoji codes.
+
+    A column whose name begins with ``>`` holds numbers: it is aligned right and never cut. On a
+    narrow terminal, the widest columns of text are cut. least: the widths of the columns, for a
+    table without a head that continues another one."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -203,7 +224,7 @@ def table(
 
 
 def column_widths(names: list[str], rows: Sequence[tuple[str, ...]]) -> list[int]:
-    """How wide each column wants to be."""
+    """The width that each column needs."""
     from rich.cells import cell_len
 
     columns = zip(names, *rows, strict=True)

@@ -1,7 +1,7 @@
-"""What each number of :mod:`fast_litellm_shm.metrics.model` is called, for all who show them.
+"""The metric families: name, unit and help of each number in a snapshot.
 
-Names and units are OpenTelemetry's; Prometheus' follow from them by OpenTelemetry's own rules: dots
-become underscores, the unit and ``_total`` are added.
+Names and units are OpenTelemetry's. Those of Prometheus follow from them by OpenTelemetry's rules:
+dots become underscores, and the unit and ``_total`` are added.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _SUFFIXES = {"s": "_seconds", "By": "_bytes", "1": "_ratio"}
 
 @dataclass(frozen=True)
 class Histogram:
-    """counts: calls of each bucket and those below it, the last has all. total: of what was
-    measured, in the family's unit."""
+    """counts: calls up to the bound of each bucket (cumulative; the last one has all). total: the
+    sum of the measured values, in the unit of the family."""
 
     counts: tuple[int, ...]
     total: float
@@ -33,8 +33,8 @@ Row = tuple[tuple[str, ...], Value]
 
 @dataclass(frozen=True)
 class Family:
-    """All numbers of one meaning. unit: by UCUM; in braces, what is counted. labels: names of what
-    tells its rows apart, after the segment's."""
+    """The metrics of one name. unit: by UCUM; in braces, what is counted. labels: the names of the
+    labels of its rows, without the segment's."""
 
     name: str
     kind: Kind
@@ -45,7 +45,7 @@ class Family:
 
     @property
     def prometheus(self) -> str:
-        """The name in Prometheus, without what its kinds add to each sample of a histogram."""
+        """The name in Prometheus, without the suffixes of a histogram's samples."""
         base = self.name.replace(".", "_") + _SUFFIXES.get(self.unit, "")
         return base + "_total" if self.kind == "counter" else base
 
@@ -53,8 +53,8 @@ class Family:
 def collected(
     snapshots: Sequence[tuple[str, Snapshot | None]],
 ) -> Iterator[tuple[Family, list[Row]]]:
-    """Each family with its rows, which begin with the segment's name. Where a snapshot is None
-    (the segment cannot be read), the segment is not up, and nothing else is told of it."""
+    """Each family with its rows; the labels of a row begin with the segment's name. If a snapshot
+    is None (the segment cannot be read), only ``fast_shm.up`` has a row for it: 0."""
     up = [((name,), int(snapshot is not None)) for name, snapshot in snapshots]
     yield UP, list[Row](up)
     for family in FAMILIES:
@@ -94,7 +94,7 @@ def _memo(name: str, kind: Kind, unit: str, text: str, field: str) -> Family:
 
 
 class _Each:
-    """Families of one of the snapshot's lists, whose entries the fields `labels` tell apart."""
+    """Makes families of a list in a snapshot. labels: the fields that identify an entry."""
 
     def __init__(self, of: str, *labels: str) -> None:
         self._of, self._labels = of, labels
@@ -135,7 +135,7 @@ FAMILIES: tuple[Family, ...] = (
     _segment("fast_shm.refused", "counter", "{call}",
              "Calls that met a full table; they are among the denied.", "refused"),
     _segment("fast_shm.shared", "counter", "{call}",
-             "Calls of keys without room that a shared counter admitted or denied.", "shared"),
+             "Calls of keys without a slot, decided by shared counters.", "shared"),
     _limiter("fast_shm.limiter.admitted", "counter", "{call}",
              "Calls that the limiter admitted.", "admitted"),
     _limiter("fast_shm.limiter.denied", "counter", "{call}",
@@ -143,49 +143,49 @@ FAMILIES: tuple[Family, ...] = (
     _limiter("fast_shm.limiter.refused", "counter", "{call}",
              "Calls of the limiter that met a full table; they are among the denied.", "refused"),
     _limiter("fast_shm.limiter.shared", "counter", "{call}",
-             "Calls of the limiter that a shared counter admitted or denied.", "shared"),
+             "Calls of the limiter whose key had no slot, decided by shared counters.", "shared"),
     _limiter("fast_shm.limiter.keys", "gauge", "{key}",
              "Keys that have consumed something of the limiter.", "keys"),
     _permit("fast_shm.permits.in_flight", "gauge", "{permit}",
             "Permits that living processes hold.", "in_flight"),
     _permit("fast_shm.permits.key.max", "gauge", "{permit}",
-            "Permits that may be held at once for each key.", "max_per_key"),
+            "Permits that may be held at the same time, for each key.", "max_per_key"),
     _permit("fast_shm.permits.dead", "gauge", "{permit}",
-            "Permits of dead processes, given back when somebody needs one.", "dead"),
+            "Permits of dead processes; they are given back when a caller needs one.", "dead"),
     _permit("fast_shm.permits.oldest.age", "gauge", "s",
             "Age of the oldest permit that a living process holds.", "oldest_seconds"),
     _pool("fast_shm.pool.active", "gauge", "{connection}",
           "Connections in use.", "active"),
     _pool("fast_shm.pool.idle", "gauge", "{connection}",
-          "Connections that wait to be used again.", "idle"),
+          "Open connections that are not in use.", "idle"),
     _pool("fast_shm.pool.dead", "gauge", "{connection}",
-          "Connections of dead processes; their places are given back when needed.", "dead"),
+          "Connections of dead processes; they are given back when a caller needs one.", "dead"),
     _pool("fast_shm.pool.max", "gauge", "{connection}",
-          "Connections to the endpoint that there may be, idle ones included.", "max_connections"),
+          "Most connections to the endpoint, idle ones included.", "max_connections"),
     _key("fast_shm.key.remembered.admitted", "gauge", "{call}",
-         "Calls of one of the busiest keys that were admitted since the key is remembered.",
+         "Calls of one of the busiest keys admitted since the key has its slot.",
          "admitted"),
     _key("fast_shm.key.remembered.denied", "gauge", "{call}",
-         "Calls of one of the busiest keys that were denied since the key is remembered.",
+         "Calls of one of the busiest keys denied since the key has its slot.",
          "denied"),
     _segment("fast_shm.processes", "gauge", "{process}",
-             "Living processes that are attached.", "processes"),
+             "Living processes that use the segment.", "processes"),
     _segment("fast_shm.capacity", "gauge", "{place}",
-             "Places for keys and permits.", "capacity"),
+             "Slots for keys and permits.", "capacity"),
     _segment("fast_shm.used", "gauge", "{place}",
-             "Places in use.", "used"),
+             "Slots in use.", "used"),
     _segment("fast_shm.utilization", "gauge", "1",
-             "Places in use, of the capacity.", "utilization"),
+             "Slots in use, as a share of the capacity.", "utilization"),
     _segment("fast_shm.size", "gauge", "By",
              "Size of the segment.", "size_bytes"),
     _segment("fast_shm.created.timestamp", "gauge", "s",
              "When the segment was made, since 1970.", "created"),
-    _state("fast_shm.damaged", "something wrote over the segment", "damaged"),
-    _state("fast_shm.unlinked", "it was removed, and processes are attached still", "unlinked"),
-    _state("fast_shm.liveness_unknown", "it cannot be told which processes are alive",
+    _state("fast_shm.damaged", "the segment is damaged: something overwrote it", "damaged"),
+    _state("fast_shm.unlinked", "the segment was removed while processes use it", "unlinked"),
+    _state("fast_shm.liveness_unknown", "it is not known which processes are alive",
            "liveness_unknown"),
     _memo("fast_shm.memo.hits", "counter", "{text}",
-          "Texts whose tokens some worker had counted before.", "hits"),
+          "Texts whose tokens a worker had counted before.", "hits"),
     _memo("fast_shm.memo.misses", "counter", "{text}",
           "Texts whose tokens had to be counted.", "misses"),
     _memo("fast_shm.memo.texts", "gauge", "{text}",
@@ -199,17 +199,17 @@ FAMILIES: tuple[Family, ...] = (
     _deployment("fast_shm.deployment.in_flight", "gauge", "{request}",
                 "Requests in flight.", "in_flight"),
     _deployment("fast_shm.deployment.latency", "gauge", "s",
-                "Decaying mean of the latency of successful requests.", "latency_seconds"),
+                "Latency of successful requests, a decaying mean.", "latency_seconds"),
     _deployment("fast_shm.deployment.success", "gauge", "1",
-                "Decaying share of requests that succeeded.", "success_ratio"),
+                "Share of requests that succeeded, a decaying mean.", "success_ratio"),
     _deployment("fast_shm.deployment.cooldown", "gauge", "s",
-                "How long the deployment will not be picked; 0: it may be.", "cooldown_seconds"),
+                "How long routers will not pick the deployment; 0: they may.", "cooldown_seconds"),
     Family("fast_shm.operation.duration", "histogram", "s",
-           "Durations of the operation; the library's own are sampled, and weighed by that.",
+           "Durations of the operation. Operations of this library are sampled, with weights.",
            ("component", "operation"), _durations),
     _operation("fast_shm.operation.errors", "counter", "{call}",
                "Calls of the operation that failed.", "errors"),
     _segment("fast_shm.read.duration", "gauge", "s",
-             "How long it took to read these numbers.", "read_seconds"),
+             "How long reading these numbers took.", "read_seconds"),
 )
 # fmt: on

@@ -1,4 +1,4 @@
-"""The state of the library on this host, told truthfully.
+"""Whether the library works on this host: :func:`health_check`.
 
 >>> health_check()["status"]
 'ok'
@@ -15,10 +15,10 @@ from fast_litellm_shm._shared.inspection import Inspection
 from fast_litellm_shm._shared.native import ffi, lib
 from fast_litellm_shm._shared.segment import Segment
 
-NATIVE_AVAILABLE = True  # without the native part, the package cannot be imported
+NATIVE_AVAILABLE = True  # else the package cannot be imported
 RUST_ACCELERATION_AVAILABLE = NATIVE_AVAILABLE  # the name in fast-litellm
-PLUGIN = "litellm_plugin"  # as which integrations.litellm counts what it could not judge
-NEARLY_FULL = 0.9  # of the capacity, from which on health_check says so
+PLUGIN = "litellm_plugin"  # the component of integrations.litellm's failed checks
+NEARLY_FULL = 0.9  # share of the capacity from which health_check reports it
 
 _COMPONENTS = {
     "core": "_native",
@@ -39,12 +39,12 @@ def rust_acceleration_available() -> bool:
 
 
 def removed_segments() -> list[Segment]:
-    """Those of the default name that this process still counts in although they were removed."""
+    """The removed segments of the default name that this process still uses."""
     return [found for found in segment.opened(settings.segment_name()) if found.unlinked]
 
 
 def memo_state(of: Segment) -> dict[str, Any]:
-    """The token memo: places, texts, hits, misses, hit_rate (None: never asked)."""
+    """The token memo: places (its size), texts (in it), hits, misses, hit_rate (None: not used)."""
     info = ffi.new("fshm_memo_info *")
     lib.fshm_memo_at(of._handle, info)
     asked = info.hits + info.misses
@@ -58,11 +58,11 @@ def memo_state(of: Segment) -> dict[str, Any]:
 
 
 def segment_state(of: Segment) -> dict[str, Any]:
-    """What health_check tells of a segment. Raises ValueError where it does not add up."""
+    """A segment, for health_check. Raises ValueError if its contents do not add up."""
     stats, geometry = of.stats(), of.geometry()
     process, dead = ffi.new("fshm_process_info *"), 0
-    for slot in range(geometry.processes):
-        lib.fshm_process_at(of._handle, slot, process)
+    for index in range(geometry.processes):
+        lib.fshm_process_at(of._handle, index, process)
         dead += process.pid != 0 and not process.alive
     permits = list(Inspection(of).permits())
     return {
@@ -88,7 +88,7 @@ def _problems(state: dict[str, Any]) -> list[str]:
     if state["occupancy"] >= NEARLY_FULL:
         out.append(
             f"{state['occupancy']:.0%} of the segment's capacity of {state['capacity']} keys is "
-            "used: make it with a larger FAST_LITELLM_SHM_CAPACITY"
+            "used: make it again with a larger FAST_LITELLM_SHM_CAPACITY"
         )
     if state["unlinked"]:
         out.append(f"the segment {state['name']} was removed: restart the workers")
@@ -100,21 +100,23 @@ def _problems(state: dict[str, Any]) -> list[str]:
 
 
 def health_check() -> dict[str, Any]:
-    """A dict: status (``"ok"``, else what is wrong, in words), rust_available (the native part is
-    loaded), components (those there are), segment (None where none is to be had; else name, path,
-    capacity, used, occupancy, unlinked, damaged, liveness_unknown (each a sentence, then in the
-    status too, or None), processes_alive, processes_dead (places that an ended process left, to be
-    used again), permits, permits_of_dead (given back when somebody needs one), limiters,
-    refused_full (calls that met a full table)), memo, features_off, and litellm: None, or
-    could_not_judge, the requests of LiteLLM's plugin that ``fail_open`` decided about since the
-    segment was made (where there is none: those of this process), and cluster: None, or how this
-    host fares with limits that are kept for many (hosts, leader, round_trips, failed, granted,
-    given_back, admitted, calls_saved, permits, lag_p50_ms, lag_p99_ms, away, lost:
-    cluster/state.py). While the server is away for a process of this host, the status says so.
+    """The state of the library on this host, as a dict. Never raises.
 
-    Never raises.
+    - status: ``"ok"``, else what is wrong, in sentences.
+    - rust_available: True (the native part is loaded). components: the parts of the package.
+    - segment: None if there is none and none can be made. Else name, path, capacity, used,
+      occupancy, unlinked, damaged, liveness_unknown (a sentence, also in the status, or None),
+      processes_alive, processes_dead (entries of ended processes, which new ones reuse), permits,
+      permits_of_dead (given back when a caller needs one), limiters, refused_full (calls that met
+      a full table).
+    - memo: the token memo. features_off: names of features that are off.
+    - litellm: None, or could_not_judge: requests that LiteLLM's plugin could not check, and that
+      ``fail_open`` decided, since the segment was made (without a segment: in this process).
+    - cluster: None, or the state of limits over many hosts (hosts, leader, round_trips, failed,
+      granted, given_back, admitted, calls_saved, permits, lag_p50_ms, lag_p99_ms, away, lost: see
+      cluster/state.py). If a process of this host cannot reach the server, the status says so.
     """
-    # whoever needs it, not each worker
+    # not for each worker that imports the package
     from fast_litellm_shm.cluster.state import cluster_state, problem
 
     problems: list[str] = []
@@ -124,7 +126,7 @@ def health_check() -> dict[str, Any]:
         if removed_segments():
             problems.append(
                 f"the segment {settings.segment_name()} was removed while this process used it: "
-                "limiters made before count apart from new ones; restart the workers"
+                "limiters made before count apart from new ones. Restart the workers"
             )
         default = Segment.default()
         state, memo = segment_state(default), memo_state(default)
@@ -137,7 +139,7 @@ def health_check() -> dict[str, Any]:
             problems.append(problem(cluster["away"]))
     except (exceptions.FastShmError, OSError) as error:
         problems.append(str(error))
-    except Exception as error:  # its contents are foreign: whatever they break must be told
+    except Exception as error:  # other processes write its contents, and may break anything
         problems.append(f"the segment's contents do not add up: {type(error).__name__}: {error}")
     if plugin is None and performance.kept(PLUGIN):
         plugin = {"could_not_judge": performance.kept(PLUGIN)}
@@ -147,11 +149,11 @@ def health_check() -> dict[str, Any]:
                 off.append(name)
             if found["state"] == features.AFTER_ERRORS:
                 problems.append(
-                    f"{name} is off after {found['error_count']} errors: mend their cause, then "
+                    f"{name} is off after {found['error_count']} errors: fix their cause, then "
                     f"call reset_errors({name!r})"
                 )
-    except Exception as error:  # a warning that was made an error, say
-        problems.append(f"the features cannot be told: {error}")
+    except Exception as error:  # for example a warning that a filter turned into an error
+        problems.append(f"the state of the features is not known: {error}")
     return {
         "status": "; ".join(problems) or "ok",
         "rust_available": RUST_ACCELERATION_AVAILABLE,

@@ -1,11 +1,11 @@
-"""What happens in a segment, in numbers for monitoring: one typed snapshot of the host.
+"""The metrics of one segment at one moment: typed snapshots.
 
-Prometheus, OpenTelemetry and ``fast-shm export`` all show these numbers; ``metric_snapshot`` and
-``metric_source`` read them, ``metric_families`` names them. Reading disturbs nobody: the segment is
-mapped for reading alone, and what takes long runs without the interpreter's lock.
+Prometheus, OpenTelemetry and ``fast-shm export`` all show these numbers. ``source`` and
+``snapshot`` read them, ``families`` names them. Reading writes nothing to the segment, and what
+takes long runs without the interpreter's lock.
 
-Calls and durations are counters: they begin at 0 with the segment and never fall, whoever is killed
-(``csrc/DESIGN.md``, "Tallies"). All else is as it is at the moment.
+Calls and durations are counters: they begin at 0 with the segment and never fall, even if a process
+is killed (``csrc/DESIGN.md``, "Tallies"). All other numbers are as of the moment.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from typing import Any
 
 from fast_litellm_shm._shared.native import lib
 
-OTHERS = "(other)"  # what a bound on the number of names leaves out, summed
+OTHERS = "(other)"  # the sum of the names beyond a bound
 #: Upper bounds of a histogram's buckets, in seconds; the last bucket has none.
 DURATION_BOUNDS = tuple(128e-9 * 2**i for i in range(lib.FSHM_OCTAVES - 1))
 
 
 @dataclass(frozen=True)
 class SegmentMetrics:
-    """damaged, liveness_unknown: a sentence, or None. unlinked: processes are still attached to a
-    removed segment, as far as this process knows. created: seconds since 1970. used, of capacity:
-    places. calls: by all processes that ever were; refused (met a full table) are denied too."""
+    """The segment as a whole. created: seconds since 1970. used, capacity: slots of the hash table.
+    admitted, denied, refused (those that met a full table; also counted as denied): calls by all
+    processes since the segment was made. damaged, liveness_unknown: a sentence, or None. unlinked:
+    the segment was removed while processes use it, as far as this process knows."""
 
     name: str
     size_bytes: int
@@ -41,14 +42,14 @@ class SegmentMetrics:
     unlinked: bool
     liveness_unknown: str | None
     read_seconds: float
-    shared: int = 0  # calls decided by counters that keys without room share
+    shared: int = 0  # calls of keys without a slot, decided by shared counters
 
 
 @dataclass(frozen=True)
 class LimiterMetrics:
-    """keys: that have consumed something; None where the segment keeps nothing of keys. Calls are
-    counted apart for the first 15 limiters of a segment; the others' are those of ``(other)``, and
-    those of a ``NAME (wallet)`` are NAME's."""
+    """A limiter. keys: those that have consumed something; None with names "off".
+    Calls are counted for each of the first 15 limiters of a segment, and together, as ``(other)``,
+    for all others, which have None. Calls of a token lease, ``NAME (wallet)``, count for NAME."""
 
     limiter: str
     limits: tuple[str, ...]
@@ -56,13 +57,13 @@ class LimiterMetrics:
     denied: int | None
     refused: int | None
     keys: int | None
-    shared: int | None = None  # calls decided by counters that keys without room share
+    shared: int | None = None  # calls of keys without a slot, decided by shared counters
 
 
 @dataclass(frozen=True)
 class PermitMetrics:
-    """Permits of a limiter. in_flight: of living processes. max_per_key: None where it is not
-    known. dead: of processes that died; they count no more."""
+    """The permits of a limiter. in_flight: held by living processes. max_per_key: None if not
+    known. dead: held by dead processes; they do not count against the limit."""
 
     limiter: str
     in_flight: int
@@ -73,7 +74,7 @@ class PermitMetrics:
 
 @dataclass(frozen=True)
 class PoolMetrics:
-    """Connections to an endpoint; in all to those beyond the first 100: ``(other)``."""
+    """The connections of a pool to an endpoint; ``(other)``: to all beyond the first 100."""
 
     pool: str
     endpoint: str
@@ -85,8 +86,8 @@ class PoolMetrics:
 
 @dataclass(frozen=True)
 class KeyMetrics:
-    """One of the busiest keys. Its counts begin again when its place has gone to another key in
-    between, so they are no counters."""
+    """One of the busiest keys. Its counts are no counters: they restart when its slot went to
+    another key and came back."""
 
     limiter: str
     key: str
@@ -96,8 +97,9 @@ class KeyMetrics:
 
 @dataclass(frozen=True)
 class DeploymentMetrics:
-    """router and deployment: as named by who asks, else "" and a ``#`` with a keyed hash.
-    latency_seconds: decaying mean of successes, None: not known. success_ratio: decaying."""
+    """A deployment of a router. router, deployment: the names that the reader gave; else "" and
+    ``#`` with a keyed hash. latency_seconds: decaying mean over successes, None: not known.
+    success_ratio: a decaying mean, too."""
 
     router: str
     deployment: str
@@ -110,8 +112,8 @@ class DeploymentMetrics:
 
 @dataclass(frozen=True)
 class OperationMetrics:
-    """Durations of one (component, operation). calls_by_duration: of each bucket, not cumulative;
-    its bounds are DURATION_BOUNDS. The library's own are samples, each with its weight."""
+    """The durations of one (component, operation). calls_by_duration: calls in each bucket between
+    DURATION_BOUNDS, not cumulative. Operations of this library are sampled, with weights."""
 
     component: str
     operation: str

@@ -1,7 +1,7 @@
-"""Prometheus' text format, of a snapshot: what a file for node_exporter's textfile collector holds.
+"""Snapshots as Prometheus' text format, for example for node_exporter's textfile collector.
 
-Version 0.0.4 of https://prometheus.io/docs/instrumenting/exposition_formats. Twenty lines, so that
-the command does not need prometheus_client; its parser reads them back in the tests.
+Version 0.0.4 of https://prometheus.io/docs/instrumenting/exposition_formats. It is written here so
+that ``fast-shm export`` does not need prometheus_client, whose parser reads it in the tests.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BOUNDS = (*(f"{bound:.9g}" for bound in DURATION_BOUNDS), "+Inf")  # as values o
 
 
 def prometheus_text(snapshots: Sequence[tuple[str, Snapshot | None]]) -> str:
-    """Segments by name, with what was read of each; None: it cannot be read."""
+    """Segments by name, each with its snapshot; None: the segment cannot be read."""
     return "".join(line for each in collected(snapshots) for line in _family(*each))
 
 

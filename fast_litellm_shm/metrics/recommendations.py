@@ -1,4 +1,4 @@
-"""What the figures of this host ask for, and what to do about it."""
+"""Recommendations from the metrics of this host: what to change, and why."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.metrics import health
 
 HIGH, MEDIUM, LOW = "high", "medium", "low"
-_FILLING, _FULL = 0.8, 0.95  # of a table
-_CALLS = 100  # from so many on, a share means something
-_DENIED = 0.9  # of a key's calls
-_ERRORS = 0.05  # of a component's calls
-_HITS_LOW = 0.1  # of the memo's answers
-_SHOWN = 5  # keys of one kind
+_FILLING, _FULL = 0.8, 0.95  # shares of a table
+_CALLS = 100  # fewer calls give no meaningful share
+_DENIED = 0.9  # share of the calls of a key
+_ERRORS = 0.05  # share of the calls of a component
+_HITS_LOW = 0.1  # share of the lookups in the memo
+_SHOWN = 5  # keys in recommendations of one type
 
 
 def _one(
@@ -48,14 +48,14 @@ def _segment(state: dict[str, Any], segment: Segment) -> Iterator[dict[str, Any]
             "Restart the workers that are still attached to it.",
         )
     for kind in ("damaged", "liveness_unknown"):
-        if state[kind] and not state["unlinked"]:  # a removed one is told of above
-            what, _, cure = state[kind].partition("; ")  # both say what is wrong, then what to do
+        if state[kind] and not state["unlinked"]:  # for a removed one see above
+            what, _, cure = state[kind].partition("; ")  # what is wrong, and what to do
             yield _one(
                 f"segment_{kind}",
                 "segment",
                 HIGH,
                 f"{what}." if kind == "damaged" else f"Segment {state['name']}: {what}.",
-                f"{cure[:1].upper()}{cure[1:]}." if cure else "Mend that, and restart the workers.",
+                f"{cure[:1].upper()}{cure[1:]}." if cure else "Fix that, and restart the workers.",
             )
     if state["occupancy"] >= _FILLING:
         yield _one(
@@ -70,7 +70,7 @@ def _segment(state: dict[str, Any], segment: Segment) -> Iterator[dict[str, Any]
             "keys_refused",
             "segment",
             HIGH,
-            f"{state['refused_full']} calls met a full table, and were treated by on_full.",
+            f"{state['refused_full']} calls met a full table: on_full decided about them.",
             larger,
         )
     geometry = segment.geometry()
@@ -79,8 +79,8 @@ def _segment(state: dict[str, Any], segment: Segment) -> Iterator[dict[str, Any]
             "limiters_full",
             "segment",
             MEDIUM,
-            f"{state['limiters']} of {geometry.limiters} places for limiters are taken, and they "
-            "are never given back.",
+            f"{state['limiters']} of {geometry.limiters} entries for limiters are in use; they are "
+            "never freed.",
             "Use keys instead of a limiter for each user, or a larger capacity.",
         )
     if state["processes_alive"] >= _FILLING * geometry.processes:
@@ -88,8 +88,8 @@ def _segment(state: dict[str, Any], segment: Segment) -> Iterator[dict[str, Any]
             "processes_full",
             "segment",
             MEDIUM,
-            f"{state['processes_alive']} of {geometry.processes} places for processes are taken.",
-            "Use fewer processes for one segment: beyond that, they can hold no permits.",
+            f"{state['processes_alive']} of {geometry.processes} entries for processes are in use.",
+            "Use fewer processes for one segment: a process without an entry can hold no permits.",
         )
 
 
@@ -106,8 +106,8 @@ def _keys(inspection: Inspection) -> Iterator[dict[str, Any]]:
             MEDIUM,
             f"Key {row.key!r} of limiter {row.limiter!r}: {row.denied} of {calls} calls were "
             "denied.",
-            "Raise the limit if these are wanted, let the caller wait for retry_after_ms, or find "
-            "out who sends them.",
+            "Raise the limit if these calls are wanted, let the caller wait for retry_after_ms, or "
+            "find out which client sends them.",
         )
 
 
@@ -115,7 +115,7 @@ def _permits(inspection: Inspection) -> Iterator[dict[str, Any]]:
     shown = 0
     for row in inspection.in_flight():
         most, pool = row["max_in_flight"], row["limiter"].startswith(("pool ", "pool-total "))
-        used = row["in_flight"] - (row["idle"] if pool else 0)  # idle ones are to be had
+        used = row["in_flight"] - (row["idle"] if pool else 0)  # idle ones are free for use
         if most is None or used < most or shown >= _SHOWN:
             continue
         shown += 1
@@ -145,7 +145,7 @@ def _measured(segment: Segment) -> Iterator[dict[str, Any]]:
                 HIGH if rate >= 0.25 else MEDIUM,
                 f"{found['error_count']} of {found['total_calls']} calls failed ({rate:.0%}), most "
                 f"of them in {worst[0]!r}.",
-                "Look into the log for their cause.",
+                "The log has their cause.",
             )
     if "(other)" in stats:
         yield _one(
@@ -192,7 +192,7 @@ def _features() -> Iterator[dict[str, Any]]:
                 name,
                 HIGH,
                 f"{name} is off in all workers after {found['error_count']} errors.{last}",
-                f"Mend their cause, then call reset_errors({name!r}).",
+                f"Fix their cause, then call reset_errors({name!r}).",
             )
         elif not found["enabled"]:
             enforced = name in ("rust_rate_limiting", "rust_connection_pool")
@@ -201,16 +201,17 @@ def _features() -> Iterator[dict[str, Any]]:
                 name,
                 LOW,
                 f"{name} is switched off by a setting."
-                + (" Limits stay in force all the same." if enforced else ""),
+                + (" Its limits stay in force." if enforced else ""),
                 f"Remove FAST_LITELLM_{name.upper()} or FAST_LITELLM_ENABLED, or the file's entry, "
                 "if that is no longer wanted.",
             )
 
 
 def get_recommendations() -> list[dict[str, Any]]:
-    """What should be done, the most urgent first; [] where nothing should. Each is a dict: type,
-    component, priority (``high``, ``medium``, ``low``), description (what was found, with figures),
-    suggestion (what to do), message (both)."""
+    """What to do about problems on this host, the most urgent first; [] if there are none.
+
+    Each is a dict: type, component, priority (``high``, ``medium``, ``low``), description (what was
+    found, with figures), suggestion (what to do), message (both)."""
     out: list[dict[str, Any]] = []
     try:
         segment = Segment.default()
@@ -229,7 +230,7 @@ def get_recommendations() -> list[dict[str, Any]]:
                 "segment",
                 HIGH,
                 f"The segment's contents do not add up: {error}.",
-                "Stop the workers, remove it with `fast-shm rm`, and find out who wrote over it.",
+                "Stop the workers, remove it with `fast-shm rm`, and find out what overwrote it.",
             )
         )
     out += _features()

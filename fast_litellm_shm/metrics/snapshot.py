@@ -1,4 +1,4 @@
-"""Takes a snapshot of :mod:`fast_litellm_shm.metrics.model` from a segment that is open."""
+"""Reads a :class:`fast_litellm_shm.metrics.Snapshot` from an open segment."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from fast_litellm_shm.metrics.model import (
     Snapshot,
 )
 
-_MOST_ENDPOINTS = 100  # of all pools that are told apart
-_PLACES = 256  # of deployments
-_UNKNOWN = 2**64 - 1
+UNKNOWN = 2**64 - 1  # a latency or cost that is not known yet
+_MOST_ENDPOINTS = 100  # of all pools together; the rest is summed
+_DEPLOYMENTS = 256  # entries of their table: layout.h
 
 
 @dataclass(frozen=True)
 class _Limiter:
-    """One limiter, or several whose names look alike: its places in the table, and its tallies."""
+    """One limiter, or several whose names are shown alike: limiter indices, and their counters."""
 
-    places: list[int] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
     tallies: list[int] = field(default_factory=list)
     limits: list[limits.LimitSpec | limits.InFlight | limits.Granted] = field(default_factory=list)
 
@@ -53,7 +53,7 @@ class _Limiter:
 
 @dataclass(frozen=True)
 class _Endpoint:
-    """Of a pool, with the cells of its permits."""
+    """An endpoint of a pool. slots: those of its permits."""
 
     pool: str
     key_hash: int
@@ -61,7 +61,7 @@ class _Endpoint:
     active: int
     idle: int
     dead: int
-    cells: Any
+    slots: Any
 
 
 def snapshot(
@@ -71,20 +71,21 @@ def snapshot(
     deployments: Mapping[bytes, tuple[str, str]] | None = None,
     begun: float | None = None,
 ) -> Snapshot:
-    """All of it, from a segment that is open already. begun: when reading it began, by
-    time.perf_counter(). Raises SegmentDamagedError where not even a look is safe."""
+    """Everything in the segment. keys: how many of the busiest keys to include. deployments: for
+    names that the segment has hashed, what to show as (router, deployment). begun: when reading
+    began, by time.perf_counter(). Raises SegmentDamagedError if reading would not be safe."""
     begun = time.perf_counter() if begun is None else begun
     damaged = of._check()
     geometry = of.geometry()
-    places = ffi.new("uint64_t[]", geometry.limiters)
-    used = lib.fshm_used(of._handle, 0, places)
+    keys_of = ffi.new("uint64_t[]", geometry.limiters)
+    used = lib.fshm_used(of._handle, 0, keys_of)
     tallies = ffi.new("fshm_counters[]", lib.FSHM_COUNTERS)
     lib.fshm_counters_all(of._handle, tallies)
     known = _limiters(of, geometry.limiters)
     permits, pools = _held(of, geometry, known)
     plain = geometry.names != lib.FSHM_NAMES_OFF
     return Snapshot(
-        limiters=tuple(_limiter_rows(known, tallies, places if plain else None)),
+        limiters=tuple(_limiter_rows(known, tallies, keys_of if plain else None)),
         permits=permits,
         pools=pools,
         keys=_busiest(of, keys) if keys and plain else (),
@@ -110,7 +111,7 @@ def snapshot(
             damaged=damaged,
             unlinked=of.unlinked or any(each.unlinked for each in opened(of.name)),
             liveness_unknown=of.liveness_unknown,
-            read_seconds=time.perf_counter() - begun,  # the last that is evaluated
+            read_seconds=time.perf_counter() - begun,  # evaluated last
         ),
     )
 
@@ -118,16 +119,16 @@ def snapshot(
 def _limiters(of: Segment, count: int) -> dict[str, _Limiter]:
     found: dict[str, _Limiter] = {}
     info = ffi.new("fshm_limiter_info *")
-    for place in range(count):
-        if lib.fshm_limiter_at(of._handle, place, info) != lib.FSHM_OK:
+    for index in range(count):
+        if lib.fshm_limiter_at(of._handle, index, info) != lib.FSHM_OK:
             continue
         raw: bytes = ffi.buffer(info.name, info.name_length)[:]
         name = raw.decode("utf-8", "replace")
         limiter = found.setdefault(name, _Limiter())
-        limiter.places.append(place)
+        limiter.indices.append(index)
         limiter.tallies.append(info.counters)
         if keyed.units_of(name):
-            continue  # the limits are those of each key
+            continue  # each key has its own limits
         limiter.limits.extend(limits.from_raw(info.limits[i]) for i in range(info.limits_count))
     return found
 
@@ -135,42 +136,38 @@ def _limiters(of: Segment, count: int) -> dict[str, _Limiter]:
 def _limiter_rows(
     known: Mapping[str, _Limiter], tallies: Any, keys: Any | None
 ) -> Iterator[LimiterMetrics]:
-    last = lib.FSHM_COUNTERS - 1
-    beyond = any(last in limiter.tallies for limiter in known.values())
-    like = known.get(OTHERS)
-    for name, limiter in known.items():
-        if (beyond and limiter is like) or is_beside(name, known):
-            continue
-        own = [tally for tally in limiter.tallies if tally < last]
-        apart = len(own) == len(limiter.tallies)
-        yield LimiterMetrics(
+    last = lib.FSHM_COUNTERS - 1  # counts for all limiters beyond the first
+
+    def row(name: str, limiter: _Limiter, counted: list[int] | None) -> LimiterMetrics:
+        calls = {
+            field: None if counted is None else sum(getattr(tallies[i], field) for i in counted)
+            for field in ("admitted", "denied", "refused", "shared")
+        }
+        return LimiterMetrics(
             limiter=name,
             limits=tuple(limits.describe(limit) for limit in limiter.limits),
-            admitted=sum(tallies[tally].admitted for tally in own) if apart else None,
-            denied=sum(tallies[tally].denied for tally in own) if apart else None,
-            refused=sum(tallies[tally].refused for tally in own) if apart else None,
-            keys=None if keys is None else sum(keys[place] for place in limiter.places),
-            shared=sum(tallies[tally].shared for tally in own) if apart else None,
+            keys=sum(keys[i] for i in limiter.indices)
+            if keys is not None and limiter.indices
+            else None,
+            **calls,
         )
+
+    beyond = any(last in limiter.tallies for limiter in known.values())
+    for name, limiter in known.items():
+        if (beyond and name == OTHERS) or is_beside(name, known):
+            continue
+        yield row(name, limiter, None if last in limiter.tallies else limiter.tallies)
     if beyond:
-        # A limiter may have that name: one series for both, else the whole scrape is refused.
-        own = [tally for tally in like.tallies if tally < last] if like else []
-        yield LimiterMetrics(
-            OTHERS,
-            tuple(limits.describe(limit) for limit in like.limits) if like else (),
-            sum(tallies[tally].admitted for tally in [*own, last]),
-            sum(tallies[tally].denied for tally in [*own, last]),
-            sum(tallies[tally].refused for tally in [*own, last]),
-            sum(keys[place] for place in like.places) if like and keys is not None else None,
-            sum(tallies[tally].shared for tally in [*own, last]),
-        )
+        # A limiter may be called "(other)", too. Two series of one name would fail a scrape.
+        limiter = known.get(OTHERS, _Limiter())
+        yield row(OTHERS, limiter, sorted({*limiter.tallies, last}))
 
 
-# held --------------------------------------------------------------------------------------------
+# permits and connections --------------------------------------------------------------------------
 
 
 def _permits(of: Segment, most: int) -> Any:
-    """All permits, as a numpy array of fshm_permit_info."""
+    """All permits, as an array of fshm_permit_info."""
     import numpy
 
     fields = ("limiter", "pid", "alive", "idle", "slot", "_")
@@ -200,12 +197,12 @@ def _held(
     for name, limiter in known.items():
         if limiter.max_per_key is None or is_beside(name, known):
             continue
-        mine = found[numpy.isin(found["limiter"], limiter.places)]
+        mine = found[numpy.isin(found["limiter"], limiter.indices)]
         if name in pools:
             endpoints += _endpoints(name.removeprefix(POOL), limiter.max_per_key, mine)
             continue
         if name.startswith(POOL_TOTAL) and name.replace(POOL_TOTAL, POOL, 1) in pools:
-            continue  # the sum of what is told of the endpoints
+            continue  # the sum of its endpoints
         alive = mine[mine["alive"] == 1]
         permits.append(
             PermitMetrics(
@@ -231,23 +228,23 @@ def _endpoints(pool: str, most: int, mine: Any) -> Iterator[_Endpoint]:
     living, waiting = mine["alive"] == 1, mine["idle"] == 1
     active, idle, dead = count(living & ~waiting), count(living & waiting), count(~living)
     ends = numpy.bincount(which, minlength=hashes.size).cumsum().tolist()
-    cells = mine["cell"][numpy.argsort(which, kind="stable")]
+    slots = mine["cell"][numpy.argsort(which, kind="stable")]
     for number, key_hash in enumerate(hashes.tolist()):
-        its = cells[ends[number - 1] if number else 0 : ends[number]]
+        its = slots[ends[number - 1] if number else 0 : ends[number]]
         yield _Endpoint(pool, key_hash, most, active[number], idle[number], dead[number], its)
 
 
 def _pool_rows(of: Segment, found: list[_Endpoint]) -> tuple[PoolMetrics, ...]:
-    """The endpoints with most connections, by name; the rest of each pool as one."""
+    """The endpoints with the most connections by name; the others of each pool as one row."""
     found.sort(key=lambda each: -(each.active + each.idle))
     rows: dict[tuple[str, str], PoolMetrics] = {}
     for number, each in enumerate(found):
         endpoint, most = OTHERS, None
         if number < _MOST_ENDPOINTS:
-            names = (stored_name(of, cell) for cell in each.cells.tolist())
+            names = (stored_name(of, slot) for slot in each.slots.tolist())
             endpoint = next((name[0] for name in names if name), f"#{each.key_hash:016x}")
             most = each.most
-        before = rows.get((each.pool, endpoint))  # or two that look alike
+        before = rows.get((each.pool, endpoint))  # names of two may be shown alike
         rows[each.pool, endpoint] = PoolMetrics(
             pool=each.pool,
             endpoint=endpoint,
@@ -262,28 +259,33 @@ def _pool_rows(of: Segment, found: list[_Endpoint]) -> tuple[PoolMetrics, ...]:
 def _busiest(of: Segment, most: int) -> tuple[KeyMetrics, ...]:
     found: dict[tuple[str, str], tuple[int, int]] = {}
     for row in Inspection(of).keys(top=most):
-        before = found.get((row.limiter, row.key), (0, 0))  # two keys may look alike
+        before = found.get((row.limiter, row.key), (0, 0))  # two keys may be shown alike
         found[row.limiter, row.key] = before[0] + row.admitted, before[1] + row.denied
     return tuple(KeyMetrics(*key, *counts) for key, counts in found.items())
 
 
-# statistics --------------------------------------------------------------------------------------
+# deployments and operations -----------------------------------------------------------------------
+
+
+def deployments_of(of: Segment) -> Iterator[Any]:
+    """The ``fshm_deployment_info`` of each deployment that routers know, valid until the next."""
+    entries = list(range(_DEPLOYMENTS))
+    infos = ffi.new("fshm_deployment_info[]", len(entries))
+    lib.fshm_deployment_look(of._handle, entries, len(entries), 0, 1, infos)
+    seen = set()
+    for info in infos:
+        if info.id and info.id not in seen:
+            seen.add(info.id)
+            yield info
 
 
 def _deployments(
     of: Segment, names: Mapping[bytes, tuple[str, str]]
 ) -> Iterator[DeploymentMetrics]:
-    places = list(range(_PLACES))
-    found = ffi.new("fshm_deployment_info[]", len(places))
-    lib.fshm_deployment_look(of._handle, places, len(places), 0, 1, found)
     ids = {lib.fshm_deployment_id(of._handle, raw, len(raw)): shown for raw, shown in names.items()}
-    seen = set()
-    for info in found:
-        if not info.id or info.id in seen:
-            continue
-        seen.add(info.id)
+    for info in deployments_of(of):
         router, deployment = ids.get(info.id, ("", f"#{info.id:016x}"))
-        unknown = info.latency_ns == _UNKNOWN
+        unknown = info.latency_ns == UNKNOWN
         yield DeploymentMetrics(
             router=router,
             deployment=deployment,
@@ -297,7 +299,7 @@ def _deployments(
 
 def _operations(of: Segment) -> Iterator[OperationMetrics]:
     info, number = ffi.new("fshm_metric_info *"), 0
-    numbers: dict[tuple[str, str], list[int]] = {}  # several, where names look alike
+    numbers: dict[tuple[str, str], list[int]] = {}  # several, if their names are shown alike
     while (status := lib.fshm_metric_at(of._handle, number, info)) >= 0:
         if status == lib.FSHM_OK:
             raw: bytes = ffi.buffer(info.name, info.name_length)[:]

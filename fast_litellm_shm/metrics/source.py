@@ -1,4 +1,4 @@
-"""Where metrics are read from, again and again: a segment, or several."""
+"""Sources of metrics: a segment, or several, that are read again and again."""
 
 from __future__ import annotations
 
@@ -30,13 +30,12 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 class Source:
-    """A segment that is read again and again; where it was removed and made anew, its successor.
+    """A segment that is read again and again. If it is removed and made again, the new one is read.
 
-    segment: by name or object; None: the default one, by its name. keys: so many of the busiest
-    keys are told of one by one, 0 .. 1000; that takes a look at the counts of all keys, under the
-    interpreter's lock. deployments: names of deployments by name of their router, so that they can
-    be shown (the segment keeps hashes). Raises ValueError or TypeError for bad arguments; the
-    segment need not exist yet.
+    segment: a Segment or a name; None: the default segment. It need not exist yet. keys: how many
+    of the busiest keys to include, 0 .. 1000; that reads the counts of all keys, under the
+    interpreter's lock. deployments: names of deployments by name of their router; the segment has
+    only hashes, and others are shown as those. Raises ValueError or TypeError for bad arguments.
     """
 
     def __init__(
@@ -52,7 +51,7 @@ class Source:
             allow_other_owner |= bool(segment._arguments["allow_other_owner"])
         elif segment is None or isinstance(segment, str):
             self.name = settings.segment_name() if segment is None else segment
-            path_of(self.name)  # complains of a name that is none
+            path_of(self.name)  # raises for a bad name
         else:
             raise TypeError(f"segment must be a Segment, its name or None, not {segment!r}")
         if isinstance(keys, bool) or not isinstance(keys, int):
@@ -66,11 +65,11 @@ class Source:
         _sources.add(self)
 
     def renew_lock(self) -> None:
-        """In a forked child: whoever held it does not live there."""
+        """In a forked child: the thread that held the lock does not exist there."""
         self._lock = threading.Lock()
 
     def read(self) -> Snapshot:
-        """The numbers of now. Raises a SegmentError where the segment cannot be read."""
+        """The present numbers. Raises a SegmentError if the segment cannot be read."""
         begun = time.perf_counter()
         return snapshot(
             self._current(), keys=self._keys, deployments=self._deployments, begun=begun
@@ -91,9 +90,10 @@ class Source:
 
 
 class Sources:
-    """Several segments, or one, for who must not fail: a reader that a scrape or a collection
-    calls. segment: a Segment, a name, several of either, or None for the default segment. Of each
-    the same is told; the rest as for :class:`Source`."""
+    """Several segments, or one, for scrapes and collections: reading does not raise.
+
+    segment: a Segment, a name, several of either, or None for the default segment. keys,
+    deployments: as for :class:`Source`, for each of them."""
 
     def __init__(
         self,
@@ -113,12 +113,12 @@ class Sources:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the segments."""
+        """The names of the segments."""
         return tuple(self._sources)
 
     def read(self, only: Container[str] | None = None) -> list[tuple[str, Snapshot | None]]:
-        """By name what each segment tells; None where it cannot be read, and why in the log, when
-        that has changed. only: of these alone. Never raises."""
+        """Each segment's name and snapshot. None: it cannot be read; the log says why, once a
+        reason. only: the names of the segments to read. Never raises."""
         return [
             (name, self._read(name, source))
             for name, source in self._sources.items()
@@ -128,7 +128,7 @@ class Sources:
     def _read(self, name: str, source: Source) -> Snapshot | None:
         try:
             found = source.read()
-        except Exception as error:  # its contents are foreign: whatever they break must be told
+        except Exception as error:  # other processes write its contents, and may break anything
             said = f"{type(error).__name__}: {error}"
             if self._said.get(name) != said:
                 self._said[name] = said
@@ -141,7 +141,7 @@ class Sources:
 
 
 def _names_of(given: Mapping[str, Iterable[str]] | None) -> dict[bytes, tuple[str, str]]:
-    """What the segment hashes, and what is shown for it."""
+    """What the segment has hashed, and what is shown for it."""
     if given is None:
         return {}
     if not isinstance(given, Mapping):
@@ -153,7 +153,7 @@ def _names_of(given: Mapping[str, Iterable[str]] | None) -> dict[bytes, tuple[st
         for name in names:
             if not isinstance(name, str) or not isinstance(router, str):
                 raise TypeError(f"deployments must be named by str, not {router!r}: {name!r}")
-            # shown with no surrogate of its own: the scrape could not be encoded
+            # without surrogates: they could not be encoded in a scrape
             shown = [each.encode("utf-8", "replace").decode() for each in (router, name)]
             out[f"{router}\0{name}".encode("utf-8", "surrogatepass")] = shown[0], shown[1]
     return out

@@ -19,7 +19,7 @@ from support.dashboard import Dashboard
 from support.puppets import Puppet
 from support.waiting import wait_until
 
-from fast_litellm_shm import ConcurrencyLimiter, Limit, RateLimiter, Segment
+from fast_litellm_shm import ConcurrencyLimiter, Limit, RateLimiter, Segment, Window
 
 BROWSERS, DRIVER = ("chromium", "chromium-browser", "google-chrome"), "chromedriver"
 FLAGS = (
@@ -47,6 +47,12 @@ HOSTILE = [
 READ = """
 return [...document.querySelectorAll(`#${arguments[0]} tbody tr[data-id]`)]
   .map((row) => [...row.children].map((cell) => cell.textContent));
+"""
+
+CUT = """
+return [...document.querySelectorAll("#keys :is(th, td):not(.text)")]
+  .filter((cell) => cell.offsetParent && cell.scrollWidth > cell.clientWidth)
+  .map((cell) => cell.textContent);
 """
 
 
@@ -149,7 +155,7 @@ def test_real_counts(puppets: list[Puppet], page: Page) -> None:
     rows = {row[0]: row for row in page.rows()}
     assert rows["busy"][1] == "chat" and rows["busy"][4:7] == ["10", "4", "0 / 10"]
     assert rows["a"][4:7] == ["5", "0", "1.0M / 1.0M"]
-    assert rows["busy"][7].startswith(("1 h", "59 min")), "it has to wait"
+    assert rows["busy"][7].startswith(("1h", "59m")), "it has to wait"
     workers = {row[0]: row for row in page.rows("workers")}
     assert set(workers) == {str(puppet.pid) for puppet in puppets}
     assert sum(int(row[3]) for row in workers.values()) == 18
@@ -190,9 +196,9 @@ def test_sort(puppets: list[Puppet], page: Page) -> None:
 def test_filter(puppets: list[Puppet], page: Page) -> None:
     page.type("/", *"BUS")
     page.until(lambda: page.names() == ["busy"])
-    assert "1 of 3 fit" in page.text("keys-count")
+    assert "1 of 3 match" in page.text("keys-count")
     page.type("q")
-    page.until(lambda: page.names() == [] and "No key fits" in page.text("keys"))
+    page.until(lambda: page.names() == [] and "No key matches" in page.text("keys"))
     page.type(Keys.ESCAPE)
     page.until(lambda: len(page.names()) == 3)
     page.type("/", *"[ab]")
@@ -252,17 +258,21 @@ def test_the_server_ends(browser: webdriver.Chrome, segment: Segment) -> None:
         page = Page(browser)
         page.until(lambda: page.text("state") == "live")
     page.until(lambda: "does not answer" in page.text("state"))
+    assert "start it again" in page.text("messages")
     browser.get("about:blank")
 
 
-@pytest.mark.parametrize("width", [360, 768, 1280])
-def test_nothing_is_wider_than_the_window(
-    browser: webdriver.Chrome, puppets: list[Puppet], page: Page, width: int
+@pytest.mark.parametrize("width", [360, 390, 768, 1000, 1280])
+def test_what_is_shown_fits(
+    browser: webdriver.Chrome, puppets: list[Puppet], page: Page, segment: Segment, width: int
 ) -> None:
+    """The page its window, and numbers and heads their columns, with waits of days among them."""
+    RateLimiter(Window(1, per=30 * 86400), name="month", segment=segment).acquire("slow")
     size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     try:
-        page.until(lambda: len(page.names()) == 3)
+        page.until(lambda: len(page.names()) == 4)
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        assert browser.execute_script(CUT) == []
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -164,6 +166,22 @@ def test_beyond_this_host_is_warned_of(segment: Segment) -> None:
     assert dashboard.errors.startswith("fast-shm: WARNING: ") and "ssh -L" in dashboard.errors
     with Dashboard(segment.name) as dashboard:
         pass
+    assert dashboard.errors == ""
+
+
+def test_no_descriptors_left(segment: Segment) -> None:
+    """It says so once, with what to do, and answers again when there are some."""
+    with Dashboard(segment.name) as dashboard:
+        assert dashboard.ask("/")[0] == 200
+        used = len(os.listdir(f"/proc/{dashboard.pid}/fd"))
+        resource.prlimit(dashboard.pid, resource.RLIMIT_NOFILE, (used + 3, used + 3))
+        idle = [socket.create_connection(("127.0.0.1", dashboard.port)) for _ in range(12)]
+        said = dashboard.said()
+        for each in idle:
+            each.close()
+        until(dashboard, lambda found: found["problem"] is None)
+    assert "cannot accept another connection: this process has no file descriptor left" in said
+    assert "ulimit -n" in said
     assert dashboard.errors == ""
 
 

@@ -16,7 +16,7 @@ from textual.pilot import Pilot  # noqa: E402
 from textual.widgets import Static  # noqa: E402
 
 from fast_litellm_shm import ConcurrencyLimiter, Limit, RateLimiter, Segment, Window  # noqa: E402
-from fast_litellm_shm.cli.live import Sampler  # noqa: E402
+from fast_litellm_shm.cli.sampler import Sampler  # noqa: E402
 from fast_litellm_shm.cli.top.app import Top  # noqa: E402
 from fast_litellm_shm.cli.top.panes import PANES  # noqa: E402
 from fast_litellm_shm.cli.top.table import Table  # noqa: E402
@@ -238,7 +238,7 @@ def test_what_is_said_goes_with_the_next_key(filled: Segment) -> None:
         await pilot.press("x", "y")
         await sees(app, "Reset busy.")
         await pilot.press("space")
-        await sees(app, "go on")
+        await sees(app, "resume")
 
     driven(filled.name, body)
 

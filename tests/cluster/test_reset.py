@@ -11,7 +11,7 @@ from support.children import PATIENCE
 from support.waiting import wait_until
 
 from fast_litellm_shm import Limit, RateLimiter, Segment, Window
-from fast_litellm_shm.cli import admin
+from fast_litellm_shm.cli import reset
 from fast_litellm_shm.cluster import Cluster
 from fast_litellm_shm.exceptions import ClusterError
 
@@ -67,7 +67,7 @@ def test_live_views_reset_likewise(
 ) -> None:
     use_up(limiter, "a")
     monkeypatch.setenv("FAST_LITELLM_SHM_CLUSTER", server.url)
-    assert admin.reset_key(segment.name, False, "api", b"a")
+    assert reset.reset_key(segment.name, False, "api", b"a")
     assert limiter.acquire("a")
 
 

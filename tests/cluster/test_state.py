@@ -65,7 +65,7 @@ def test_permits_are_told(server: servers.Server, segment: Segment) -> None:
     assert [row["name"] for row in shown["limiters"]] == ["permits"]
     text = inspect_text(segment.name)
     assert re.search(r"this host may hold \d+ permits, of 2 keys", text)
-    assert re.search(r"(1 host|\? hosts), (pid \d+|nobody) leads this one", text)
+    assert re.search(r"(1 host|\? hosts), (pid \d+|no process) leads this one", text)
     metrics = Source(segment).read()
     assert {row.limiter for row in metrics.limiters} == {"permits"}
     assert {(row.limiter, row.in_flight) for row in metrics.permits} == {("permits", 3)}

@@ -13,7 +13,7 @@ from fast_litellm_shm import AdvancedRouter, Segment
 from fast_litellm_shm._shared import features
 from fast_litellm_shm._shared.native import Memo, ffi, lib
 from fast_litellm_shm.cli import export
-from fast_litellm_shm.cli.live import Sampler
+from fast_litellm_shm.cli.sampler import Sampler
 from fast_litellm_shm.integrations.limits import ShmStorage
 from fast_litellm_shm.metrics import prometheus_text as exposition
 from fast_litellm_shm.metrics.snapshot import snapshot

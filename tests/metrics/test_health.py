@@ -117,7 +117,7 @@ def test_features_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAST_LITELLM_RUST_TOKEN_COUNTING", "false")
     found = health_check()
     assert found["status"] == (
-        "rust_routing is off after 10 errors: mend their cause, then call "
+        "rust_routing is off after 10 errors: fix their cause, then call "
         "reset_errors('rust_routing')"
     )
     assert found["features_off"] == ["rust_routing", "rust_token_counting"]

@@ -147,7 +147,7 @@ def test_features(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAST_LITELLM_RUST_RATE_LIMITING", "false")
     found = by_type()["feature_off"]
     assert (found["component"], found["priority"]) == ("rust_rate_limiting", "low")
-    assert "Limits stay in force" in found["description"]
+    assert "limits stay in force" in found["description"]
     for i in range(10):
         features.record_error("rust_routing", ValueError(f"error {i}"))
     found = by_type()["feature_failed"]
@@ -170,7 +170,7 @@ def test_a_full_table_of_limiters(monkeypatch: pytest.MonkeyPatch) -> None:
     most = Segment.default().geometry().limiters
     for i in range(most):
         RateLimiter(Window(5, 60), name=f"user {i}")
-    assert f"{most} of {most} places for limiters" in by_type()["limiters_full"]["description"]
+    assert f"{most} of {most} entries for limiters" in by_type()["limiters_full"]["description"]
 
 
 def test_without_a_segment(monkeypatch: pytest.MonkeyPatch, segment_name: str) -> None:

@@ -47,6 +47,16 @@ class Dashboard:
         if kind is None:
             assert status == 0, f"{status}: {self.errors}"
 
+    @property
+    def pid(self) -> int:
+        """Of its process."""
+        return self._process.pid
+
+    def said(self) -> str:
+        """The next line on its stderr, which is then not in ``errors``."""
+        assert self._process.stderr is not None
+        return self._process.stderr.readline()
+
     def end(self) -> int:
         """As Ctrl-C does. The exit code; what it wrote to stderr is in ``errors``."""
         if self._process.poll() is None:

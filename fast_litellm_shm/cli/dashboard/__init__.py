@@ -1,17 +1,19 @@
-"""``fast-shm dashboard``: a segment as it lives, as a web page on this host."""
+"""``fast-shm dashboard``: a segment live, as a web page of this host."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import ipaddress
+import logging
 import socket
 import sys
 import threading
 
 from fast_litellm_shm import exceptions
+from fast_litellm_shm._shared.native import why_no_descriptor
 
-_BACKLOG = 128
+_BACKLOG = 16  # connections that wait; as many does asyncio accept, or fail to accept, in a row
 
 
 def _is_loopback(host: str) -> bool:
@@ -22,7 +24,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """A socket of one's own, so that what is wrong with the address is told in a sentence."""
+    """A listening socket. It is made here, not by uvicorn, for better error messages."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -46,8 +48,29 @@ def _listening(host: str, port: int) -> socket.socket:
     return found
 
 
+class _OnceForNoDescriptor(logging.Filter):
+    """Replaces asyncio's report of each connection that it cannot accept by one sentence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._reported = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        why = why_no_descriptor(error.errno or 0) if isinstance(error, OSError) else None
+        if why and not self._reported:
+            self._reported = True
+            print(
+                f"fast-shm: WARNING: cannot accept another connection: {why}, such as pages of "
+                "this dashboard. Those that are connected are still answered",
+                file=sys.stderr,
+                flush=True,
+            )
+        return why is None
+
+
 def run(args: argparse.Namespace) -> int:
-    """Serve it, until Ctrl-C."""
+    """Serve the page until Ctrl-C."""
     missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise exceptions.FastShmError(
@@ -57,17 +80,18 @@ def run(args: argparse.Namespace) -> int:
         )
     import uvicorn
 
-    from fast_litellm_shm.cli.dashboard.app import Looker, make_app
-    from fast_litellm_shm.cli.live import Sampler
+    from fast_litellm_shm.cli.dashboard.app import Poller, make_app
+    from fast_litellm_shm.cli.sampler import Sampler
 
     sampler = Sampler(args.name, allow_other_owner=args.allow_other_owner)
     sampler.open()
     listener = _listening(args.host, args.port)
     host, port = listener.getsockname()[:2]
     stop = threading.Event()
-    looker = Looker(sampler, args.every, stop)
+    poller = Poller(sampler, args.every, stop)
     config = uvicorn.Config(
-        make_app(looker, args.allow_host),
+        make_app(poller, args.allow_host),
+        backlog=_BACKLOG,
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -77,16 +101,17 @@ def run(args: argparse.Namespace) -> int:
     )
     if not _is_loopback(host):
         print(
-            f"fast-shm: WARNING: whoever can reach {host} port {port} can read this page, the "
-            "names of keys and the commands of workers among it; there is no password. For this "
-            "host alone leave --host out, and reach it by `ssh -L`",
+            f"fast-shm: WARNING: everyone who can reach {host} port {port} can read this page with "
+            "the names of keys and the commands of workers. There is no password. To serve this "
+            "host alone, leave --host out, and reach it by `ssh -L`",
             file=sys.stderr,
         )
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    # Both in threads, so that Ctrl-C comes here at any moment and meets no import or start of
-    # theirs: CPython does not stand that.
+    # Both run in threads, so that Ctrl-C always interrupts this thread. CPython does not survive it
+    # in the middle of an import or of the start of a thread.
     server = uvicorn.Server(config)
-    looking = threading.Thread(target=looker.look_on, name="looking", daemon=True)
+    logging.getLogger("asyncio").addFilter(_OnceForNoDescriptor())
+    polling = threading.Thread(target=poller.run, name="polling", daemon=True)
     ended = threading.Event()
 
     def serve() -> None:
@@ -97,19 +122,21 @@ def run(args: argparse.Namespace) -> int:
 
     serving = threading.Thread(target=serve, name="serving", daemon=True)
     try:
-        looking.start()
+        polling.start()
         serving.start()
         print(f"Segment {args.name!r} on http://{shown}:{port}/ (Ctrl-C ends)", flush=True)
-        # Not join(): interrupted, CPython before 3.13 takes the thread for ended, and the next
-        # join() returns while it runs, into the end of the interpreter.
+        # Not join(): if it is interrupted, CPython before 3.13 takes the thread for ended. Then the
+        # next join() returns while the thread runs, and the interpreter ends under it.
         ended.wait()
     except KeyboardInterrupt:
         server.should_exit = True
         stop.set()
-        for thread in (serving, looking):
-            if thread.ident is not None:  # it was started
+        for thread in (serving, polling):
+            if thread.ident is not None:  # it has started
                 thread.join()
         return 0
     finally:
         listener.close()
-    raise exceptions.FastShmError("the server has ended by itself: what it wrote above says why")
+    raise exceptions.FastShmError(
+        "the web server has stopped: its messages above say why. Start it again"
+    )

@@ -1,4 +1,4 @@
-"""The page's server: its files, and what there is to be seen as JSON. It changes nothing."""
+"""The ASGI application: the files of the page, and samples as JSON. It changes nothing."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fast_litellm_shm import __version__
 from fast_litellm_shm.cli import render
-from fast_litellm_shm.cli.keytable import SORTS, LiveKey
-from fast_litellm_shm.cli.live import Sampler, Snapshot
+from fast_litellm_shm.cli.key_table import SORTS, LiveKey
+from fast_litellm_shm.cli.sampler import Sampler, Snapshot
 
 _FILES = {
     "/": ("page.html", "text/html"),
@@ -30,7 +30,7 @@ _FILES = {
 _TOP, _MOST_TOP = 50, 500
 _MOST_HELD = 200  # rows of permits and of pools: a browser cannot paint 20,000 each second
 _MOST_FILTER = 200  # characters
-# Nothing but what this server sends is run, shown or asked, whatever a key is called.
+# The browser runs, shows and requests only what this server sends, whatever a key is called.
 _HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -43,20 +43,20 @@ _HEADERS = {
 }
 
 
-class Looker:
-    """Looks at the segment in a thread of its own, every so many seconds; the last look is what all
-    browsers are shown."""
+class Poller:
+    """Samples the segment every so many seconds, in a thread of its own. All browsers are shown the
+    last sample."""
 
     def __init__(self, sampler: Sampler, every: float, stop: threading.Event) -> None:
         self._sampler, self.every, self._stop = sampler, every, stop
-        self.snapshot = Snapshot(sampler.name, 0.0, problem="Looking ...")
-        self.sorting = threading.Lock()  # of the names that are kept; one browser after the other
+        self.snapshot = Snapshot(sampler.name, 0.0, problem="Reading ...")
+        self.lock = threading.Lock()  # of the sampler's cached names, which sorting uses
 
-    def look_on(self) -> None:
-        """Until ``stop`` is set. The second look comes soon: from then on there are rates."""
+    def run(self) -> None:
+        """Sample until ``stop`` is set. The second sample comes soon: it has the first rates."""
         pause = min(0.3, self.every)
         while True:
-            with self.sorting:
+            with self.lock:
                 self.snapshot = self._sampler.sample()
             if self._stop.wait(pause):
                 return
@@ -64,16 +64,16 @@ class Looker:
 
 
 class SafeHosts:
-    """Answers only who asked for this host by an address, as localhost, or by a name that was
-    allowed: a page of another site, whose name was made to lead here (DNS rebinding), is refused.
-    An address cannot be made to lead elsewhere."""
+    """Refuses requests for names of other sites. An attacker can make such a name lead to this host
+    (DNS rebinding), and a page of that name could read the answers. Accepted are addresses,
+    localhost, and the allowed names."""
 
     def __init__(self, app: ASGIApp, allowed: Iterable[str]) -> None:
         self._app = app
         self._allowed = {"localhost", *(name.lower() for name in allowed)}
 
     def is_safe(self, header: str) -> bool:
-        """Of a Host header, with or without a port."""
+        """Whether a Host header is accepted, with or without a port."""
         name, _, port = header.rpartition(":")
         if not name or not port.isdigit():
             name = header
@@ -98,10 +98,10 @@ class SafeHosts:
         if len(hosts) == 1 and self.is_safe(hosts[0]):
             await self._app(scope, receive, with_headers)
             return
-        said = hosts[0] if hosts else ""
+        said = hosts[0] if hosts else "no Host"
         refusal = PlainTextResponse(
-            f"Refused: {said!r} is not a name of this host that is allowed. Open it as localhost "
-            "or by its address, or start it with `fast-shm dashboard --allow-host NAME`.\n",
+            f"Refused: {said!r} is not an allowed name of this host. Open the page as localhost or "
+            "by its address, or start it with `fast-shm dashboard --allow-host NAME`.\n",
             421,
         )
         await refusal(scope, receive, with_headers)
@@ -127,7 +127,7 @@ def _key_json(key: LiveKey) -> dict[str, Any]:
 
 
 def _escaped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Permits and pools, with names as they are shown."""
+    """Permits and pools, with escaped names."""
     return [
         {name: render.escaped(v) if isinstance(v, str) else v for name, v in row.items()}
         for row in rows
@@ -137,11 +137,11 @@ def _escaped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def snapshot_json(
     snapshot: Snapshot, sort: str, reverse: bool, match: str, top: int
 ) -> dict[str, Any]:
-    """What the page shows of a look: the first ``top`` keys of this order that fit."""
+    """What the page shows of a sample; of its keys, the first ``top`` that match."""
     keys, total, fitting = [], 0, 0
     if snapshot.keys is not None:
-        cells, fitting = snapshot.keys.order(sort, reverse=reverse, match=match)
-        keys = [_key_json(key) for key in snapshot.keys.rows(cells[:top]) if key is not None]
+        slots, fitting = snapshot.keys.order(sort, reverse=reverse, match=match)
+        keys = [_key_json(key) for key in snapshot.keys.rows(slots[:top]) if key is not None]
         total = snapshot.keys.total
     return {
         "version": __version__,
@@ -169,7 +169,7 @@ def snapshot_json(
     }
 
 
-def make_app(looker: Looker, allowed_hosts: Iterable[str]) -> ASGIApp:
+def make_app(poller: Poller, allowed_hosts: Iterable[str]) -> ASGIApp:
     """``/`` and its files, and ``/api/snapshot?sort=&reverse=&match=&top=``."""
     folder = importlib.resources.files(__package__)
     contents = {path: folder.joinpath(name).read_bytes() for path, (name, _) in _FILES.items()}
@@ -188,11 +188,11 @@ def make_app(looker: Looker, allowed_hosts: Iterable[str]) -> ASGIApp:
         match = query.get("match", "")[:_MOST_FILTER]
 
         def read() -> dict[str, Any]:
-            with looker.sorting:
+            with poller.lock:
                 found = snapshot_json(
-                    looker.snapshot, sort, query.get("reverse") == "1", match, int(top)
+                    poller.snapshot, sort, query.get("reverse") == "1", match, int(top)
                 )
-            return found | {"every": looker.every}
+            return found | {"every": poller.every}
 
         return JSONResponse(await run_in_threadpool(read))
 

@@ -1,12 +1,12 @@
 "use strict";
-// Names of keys come from outside, and are text: nothing in this file makes HTML of text.
+// Clients choose the names of keys: nothing in this file turns text into HTML.
 
-const LOOKS = 60; // in a row of bars
+const SAMPLES = 60; // in a row of bars
 const SVG = "http://www.w3.org/2000/svg";
 const $ = (id) => document.getElementById(id);
 const view = { sort: "rate", reverse: false, match: "", frozen: false, last: null };
 
-// How things are said
+// Numbers as text
 
 function compact(n) {
   if (n === null || n === undefined) return "–";
@@ -20,17 +20,16 @@ function compact(n) {
   return n.toFixed(0) + "P";
 }
 
-function brief(seconds) {
-  if (seconds < 0.9995) return `${Math.round(seconds * 1000)} ms`;
-  if (seconds < 59.95) return `${seconds.toFixed(1)} s`;
+function brief(seconds) { // at most six characters, as in fast-shm top
+  if (seconds < 0.9995) return `${Math.round(seconds * 1000)}ms`;
+  if (seconds < 59.95) return `${seconds.toFixed(1)}s`;
   seconds = Math.round(seconds);
   for (const [limit, big, small, of, part] of [
-    [3600, "min", "s", 60, 1], [86400, "h", "min", 3600, 60], [Infinity, "d", "h", 86400, 3600],
+    [3600, "m", "s", 60, 1], [86400, "h", "m", 3600, 60], [8640000, "d", "h", 86400, 3600],
   ])
-    if (seconds < limit) {
-      const rest = Math.floor((seconds % of) / part);
-      return `${Math.floor(seconds / of)} ${big}${rest ? ` ${rest} ${small}` : ""}`;
-    }
+    if (seconds < limit)
+      return `${Math.floor(seconds / of)}${big}${String(Math.floor((seconds % of) / part)).padStart(2, "0")}${small}`;
+  return `${Math.round(seconds / 86400).toLocaleString("en-US")}d`;
 }
 
 function bytes(n) {
@@ -46,18 +45,18 @@ const percent = (share) => `${(100 * share).toFixed(1)}%`;
 
 function bars(svg, admitted, denied, height) {
   let most = 0;
-  const looks = admitted.map((a, i) => [a, denied[i] || 0]).slice(-LOOKS);
-  for (const [a, d] of looks) most = Math.max(most, a + d);
+  const samples = admitted.map((a, i) => [a, denied[i] || 0]).slice(-SAMPLES);
+  for (const [a, d] of samples) most = Math.max(most, a + d);
   const paths = { a: "", d: "" };
-  looks.forEach(([a, d], i) => {
-    const x = LOOKS - looks.length + i;
+  samples.forEach(([a, d], i) => {
+    const x = SAMPLES - samples.length + i;
     const low = most ? (a / most) * height : 0, high = most ? (d / most) * height : 0;
     if (a) paths.a += `M${x} ${height}V${(height - Math.max(low, 0.7)).toFixed(2)}h.8V${height}z`;
     if (d) paths.d += `M${x} ${(height - low).toFixed(2)}V${Math.max(height - low - Math.max(high, 0.7), 0).toFixed(2)}h.8V${(height - low).toFixed(2)}z`;
   });
   if (!svg.firstChild) {
     svg.setAttribute("preserveAspectRatio", "none");
-    svg.setAttribute("viewBox", `0 0 ${LOOKS} ${height}`);
+    svg.setAttribute("viewBox", `0 0 ${SAMPLES} ${height}`);
     for (const name of ["a", "d"]) {
       const path = document.createElementNS(SVG, "path");
       path.setAttribute("class", name);
@@ -68,7 +67,7 @@ function bars(svg, admitted, denied, height) {
   svg.children[1].setAttribute("d", paths.d);
 }
 
-// Tables: rows are kept by id, so that what is selected or hovered over stays
+// Tables. Rows are kept by id, so that a selection stays.
 
 const say = (text, kind) => ({ text, kind });
 const rate = (n, kind) => say(compact(n), n ? kind : "zero");
@@ -92,7 +91,7 @@ const sum = (one, other) => (one === null || other === null ? null : one + other
 
 const TABLES = {
   keys: {
-    empty: () => (view.match ? "No key fits the filter." : "No key has consumed anything yet."),
+    empty: () => (view.match ? "No key matches the filter." : "No key has consumed anything yet."),
     id: (k) => k.id,
     columns: [
       { title: "key", type: "text", sort: "key", width: "24%", cell: (k) => say(k.key, "name") },
@@ -108,7 +107,7 @@ const TABLES = {
     ],
   },
   workers: {
-    empty: () => "No process is attached.",
+    empty: () => "No process uses it now.",
     id: (w) => w.pid,
     columns: [
       { title: "pid", cell: (w) => say(String(w.pid)) },
@@ -120,7 +119,7 @@ const TABLES = {
       { title: "memory", cell: (w) => say(bytes(w.memory_bytes)) },
       { title: "attached", cell: (w) => say(brief(w.attached_seconds)) },
       { title: "history", cell: (w) => history(w, w.admitted.history, w.denied.history) },
-      { title: "command", type: "text", cell: (w) => say(w.command === null ? "? (not to be seen from here)" : w.command, "command zero") },
+      { title: "command", type: "text", cell: (w) => say(w.command === null ? "? (not visible from here)" : w.command, "command zero") },
     ],
   },
   limiters: {
@@ -142,7 +141,7 @@ const TABLES = {
       { title: "limiter", type: "text", cell: (p) => say(p.limiter) },
       { title: "in flight", cell: (p) => ofMost(p.in_flight, p.max_in_flight) },
       { title: "oldest", cell: (p) => (p.in_flight ? say(brief(p.oldest_seconds)) : say("–", "zero")) },
-      { title: "of dead", cell: (p) => rate(p.dead, "bad") },
+      { title: "dead", cell: (p) => rate(p.dead, "bad") },
       { title: "pids", type: "text", cell: (p) => say(p.pids.join(" ") || "–", "zero") },
     ],
   },
@@ -154,7 +153,7 @@ const TABLES = {
       { title: "pool", type: "text", cell: (p) => say(p.pool) },
       { title: "active", cell: (p) => ofMost(p.active, p.max_connections) },
       { title: "idle", cell: (p) => count(p.idle) },
-      { title: "of dead", cell: (p) => rate(p.dead, "bad") },
+      { title: "dead", cell: (p) => rate(p.dead, "bad") },
       { title: "pids", type: "text", cell: (p) => say(p.pids.join(" ") || "–", "zero") },
     ],
   },
@@ -207,7 +206,7 @@ function fill(name, rows) {
   for (const row of [...body.children]) row.dataset.id === undefined ? row.remove() : known.set(row.dataset.id, row);
   const shown = [], alike = new Map();
   for (const row of rows) {
-    const times = alike.get(id(row)) || 0; // long keys that begin alike look alike
+    const times = alike.get(id(row)) || 0; // long keys that begin alike are shown alike
     alike.set(id(row), times + 1);
     const key = times ? `${id(row)} #${times}` : String(id(row));
     let line = known.get(key);
@@ -255,6 +254,13 @@ function state(text, kind) {
   $("state").className = `state ${kind}`;
 }
 
+function tell(messages) {
+  const text = messages.map((each) => each.textContent).join("\n");
+  if ($("messages").dataset.text === text) return; // or a screen reader would read it again
+  $("messages").dataset.text = text;
+  $("messages").replaceChildren(...messages);
+}
+
 function show(found) {
   view.last = found;
   const stats = found.segment, messages = [];
@@ -271,11 +277,7 @@ function show(found) {
   if (found.notice) messages.push(element("p", "notice", found.notice));
   if (found.problem) messages.push(element("p", "", found.problem));
   for (const warning of found.warnings) messages.push(element("p", "", warning));
-  const said = messages.map((each) => each.textContent).join("\n");
-  if ($("messages").dataset.said !== said) {
-    $("messages").dataset.said = said;
-    $("messages").replaceChildren(...messages);
-  }
+  tell(messages);
   $("admitted").textContent = compact(found.admitted.now);
   $("admitted-total").textContent = `${compact(found.admitted.total)} in all`;
   $("denied").textContent = compact(found.denied.now);
@@ -298,7 +300,7 @@ function show(found) {
   const hits = memo === null ? null : memo.hit_rate === null ? memo.hit_rate_ever : memo.hit_rate;
   $("memo").textContent = hits === null ? "–" : percent(hits);
   $("memo-of").textContent = memo === null || hits === null ? "not used" : `hit, of ${compact(memo.lookups.now)} lookups/s`;
-  const fitting = view.match ? `${found.keys_fitting.toLocaleString("en-US")} of ${found.keys_total.toLocaleString("en-US")} fit` : found.keys_total.toLocaleString("en-US");
+  const fitting = view.match ? `${found.keys_fitting.toLocaleString("en-US")} of ${found.keys_total.toLocaleString("en-US")} match` : found.keys_total.toLocaleString("en-US");
   $("keys-count").textContent = found.keys.length < found.keys_fitting ? `${fitting}, the first ${found.keys.length} shown` : fitting;
   for (const name of Object.keys(TABLES)) fill(name, found[name]);
   for (const head of $("keys").tHead.rows[0].children) {
@@ -307,30 +309,37 @@ function show(found) {
   }
 }
 
-let timer = 0, asked = 0;
+let timer = 0, requests = 0;
 
 async function look() {
   clearTimeout(timer);
-  const number = ++asked; // an answer that was overtaken is not shown
+  const number = ++requests; // an answer that a later one has overtaken is not shown
   let pause = 1000;
   try {
     const query = new URLSearchParams({ sort: view.sort, reverse: view.reverse ? "1" : "0", match: view.match, top: "50" });
     const answer = await fetch(`api/snapshot?${query}`);
     if (!answer.ok) throw new Error(`${answer.status}: ${await answer.text()}`);
     const found = await answer.json();
-    if (number !== asked || view.frozen) return;
+    if (number !== requests || view.frozen) return;
     show(found);
     pause = Math.max(found.every * 1000, 200);
   } catch (error) {
-    if (number !== asked || view.frozen) return;
-    state(error instanceof TypeError ? "fast-shm dashboard does not answer: it was ended?" : String(error.message), "broken");
+    if (number !== requests || view.frozen) return;
+    state(error instanceof TypeError ? "does not answer" : String(error.message), "broken");
+    if (error instanceof TypeError) silent();
   }
-  if (number === asked) timer = setTimeout(look, document.hidden ? 5000 : pause);
+  if (number === requests) timer = setTimeout(look, document.hidden ? 5000 : pause);
+}
+
+function silent() {
+  const since = view.last ? ` The page shows the sample of ${$("clock").textContent}.` : "";
+  document.body.classList.add("problem");
+  tell([element("p", "", `fast-shm dashboard does not answer. If it has ended, start it again. If you reach it through a tunnel (ssh -L), check the tunnel.${since}`)]);
 }
 
 function freeze() {
   view.frozen = !view.frozen;
-  $("freeze").textContent = view.frozen ? "Go on" : "Freeze";
+  $("freeze").textContent = view.frozen ? "Resume" : "Freeze";
   $("freeze").setAttribute("aria-pressed", String(view.frozen));
   if (view.frozen) {
     clearTimeout(timer);
@@ -338,7 +347,7 @@ function freeze() {
   } else look();
 }
 
-function changed() { // of what was seen when it was frozen, only what was asked for then is here
+function changed() { // a frozen page has only the rows of its order and filter
   if (view.frozen) freeze();
   else look();
 }

@@ -1,4 +1,4 @@
-"""``fast-shm top``: a segment as it lives, on the whole screen."""
+"""``fast-shm top``: a segment live, on the whole terminal."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def run(args: argparse.Namespace) -> int:
             'top needs textual, which is not installed: pip install "fast-litellm-shm[top]". '
             "`fast-shm inspect --watch` works without it"
         )
-    # textual writes to the error output
+    # textual writes to stderr
     if not all(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):
         raise exceptions.FastShmError(
-            "top needs a terminal: its input, output or error output is none. "
+            "top needs a terminal: its input, output or error output is not one. "
             "`fast-shm inspect --watch` writes to anything, with --json for programs"
         )
     if os.environ.get("TERM", "") in ("", "dumb"):
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
             f"{os.environ.get('TERM', '')!r}: set it (TERM=xterm-256color), or use "
             "`fast-shm inspect --watch`"
         )
-    from fast_litellm_shm.cli.live import Sampler
+    from fast_litellm_shm.cli.sampler import Sampler
     from fast_litellm_shm.cli.top.app import Top
 
     sampler = Sampler(args.name, allow_other_owner=args.allow_other_owner)

@@ -1,4 +1,4 @@
-"""The application: keys and what they do, and the loop that looks at the segment."""
+"""The application: what each keyboard key does, and the loop that samples the segment."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from textual.binding import Binding, BindingType
 from textual.widgets import Input, Static
 
 from fast_litellm_shm import exceptions
-from fast_litellm_shm.cli import admin, render
-from fast_litellm_shm.cli.keytable import LiveKey
-from fast_litellm_shm.cli.live import Sampler, Snapshot
-from fast_litellm_shm.cli.top import cells, header, panes
-from fast_litellm_shm.cli.top.screens import HELP, Notice, Question, key_in_full
+from fast_litellm_shm.cli import render, reset
+from fast_litellm_shm.cli.key_table import LiveKey
+from fast_litellm_shm.cli.sampler import Sampler, Snapshot
+from fast_litellm_shm.cli.top import columns, header, panes
+from fast_litellm_shm.cli.top.dialogs import HELP, Notice, Question, key_in_full
 from fast_litellm_shm.cli.top.table import Table
 
-_SOON = 0.3  # seconds to the second look, from which on there are rates
-_TALL = 34  # lines of a terminal from which on the head may have more
-_MOST_WORKERS = 8  # in the head of a tall one
+_SOON = 0.3  # seconds to the second sample, which has the first rates
+_TALL = 34  # lines of a terminal with room for a longer head
+_MOST_WORKERS = 8  # in a longer head
 
 
 class Filter(Input):
-    """One line below the list."""
+    """The line for a filter, below the list."""
 
 
 class Top(App[None]):
-    """``fast-shm top``. every: seconds between two looks."""
+    """``fast-shm top``. every: seconds from one sample to the next."""
 
     ENABLE_COMMAND_PALETTE = False
     CSS = """
@@ -46,7 +46,7 @@ class Top(App[None]):
         Binding("q,ctrl+c", "quit", priority=False),
         Binding("ctrl+z", "suspend_process"),
         Binding("question_mark,h,f1", "help"),
-        # At once, before the keys that follow are handed to what has the focus now.
+        # With priority: the next key must reach what these give the focus to.
         Binding("slash,f3,f4", "filter", priority=True),
         Binding("enter", "filter_keep", priority=True),
         Binding("escape", "filter_end", priority=True),
@@ -74,19 +74,19 @@ class Top(App[None]):
         super().__init__(ansi_color=True)
         self._sampler, self._every = sampler, every
         self._snapshot = Snapshot(sampler.name, 0.0)
-        self._looks, self._frozen, self._filter = 0, False, ""
+        self._samples, self._frozen, self._filter = 0, False, ""
         self._pane = 0
         self._sorts = {
             pane.title: (pane.sort, pane.column(pane.sort).descending) for pane in panes.PANES
         }
         self._order: tuple[Sequence[Any], int] = ((), 0)
         self._changed = asyncio.Event()
-        self._said = ""  # below the list, until the next key
+        self._message = ""  # below the list, until the next key
 
-    # What is on the screen
+    # The screen
 
     def compose(self) -> ComposeResult:
-        """Head, warning, panes, list, filter, foot."""
+        """Head, warning, panes, list, filter, foot, from top to bottom."""
         yield Static(id="head", markup=False)
         yield Static(id="warning", markup=False)
         yield Static(id="tabs", markup=False)
@@ -95,30 +95,29 @@ class Top(App[None]):
         yield Static(id="foot", markup=False)
 
     async def on_mount(self) -> None:
-        """Begin to look."""
         self.query_one(Table).focus()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            # A killed one must not leave the terminal on its second screen.
+            # A signal must not leave the terminal on its alternate screen.
             code = 0 if number == signal.SIGINT else 128 + number
             try:
                 loop.add_signal_handler(number, self.exit, None, code)
             except (ValueError, RuntimeError):
-                break  # not in the main thread: a test's
-        self.run_worker(self._look_on(), exclusive=True)
+                break  # not in the main thread, as in tests
+        self.run_worker(self._sample_on(), exclusive=True)
 
-    async def _look_on(self) -> None:
-        """One thread at a time looks and sorts, so that keys are answered meanwhile."""
+    async def _sample_on(self) -> None:
+        """Sample and sort in a thread, one at a time: keys are answered meanwhile."""
         loop, due = asyncio.get_running_loop(), 0.0
         while True:
             self._changed.clear()
             if not self._frozen and loop.time() >= due:
                 self._snapshot = await asyncio.to_thread(self._sampler.sample)
-                self._looks += 1
-                due = loop.time() + (min(_SOON, self._every) if self._looks == 1 else self._every)
+                self._samples += 1
+                due = loop.time() + (min(_SOON, self._every) if self._samples == 1 else self._every)
             self._order = await asyncio.to_thread(self._arranged)
             if not self.query(Table):
-                return  # it is being closed
+                return  # the application is closing
             self._paint()
             try:
                 wait = None if self._frozen else max(due - loop.time(), 0.01)
@@ -127,7 +126,7 @@ class Top(App[None]):
                 pass
 
     def _arranged(self) -> tuple[Sequence[Any], int]:
-        """The rows of the pane, or of the keys their cells; and how many there would be."""
+        """The pane with its rows (of keys: their slots), and how many rows match."""
         pane, snapshot = panes.PANES[self._pane], self._snapshot
         sort, descending = self._sorts[pane.title]
         if pane.rows is not None:
@@ -163,10 +162,10 @@ class Top(App[None]):
             f"No match for {self._filter!r}." if self._filter else pane.empty
         )
         if not snapshot.taken:
-            table.empty = "Looking ..."
+            table.empty = "Reading ..."
         if pane.rows is not None:
             alike, by_ident = Counter[Any](), {}
-            for row in rows:  # long keys that begin alike look alike
+            for row in rows:  # long keys that begin alike are shown alike
                 ident = pane.ident(row)
                 by_ident[ident, alike[ident]] = row
                 alike[ident] += 1
@@ -182,8 +181,8 @@ class Top(App[None]):
         table.show(pane, rows, fetch, sort, descending)
 
     def _foot(self, width: int) -> Text:
-        if self._said:
-            return Text(self._said, style="bold", no_wrap=True, overflow="ellipsis")
+        if self._message:
+            return Text(self._message, style="bold", no_wrap=True, overflow="ellipsis")
         at, shown = self.query_one(Table).position
         total = self._order[1]
         where = f"{at:,}/{shown:,}" + (f" of {total:,}" if total > shown else "")
@@ -195,36 +194,35 @@ class Top(App[None]):
             ("?", "help"),
             ("/", "filter"),
             ("<>", "sort"),
-            ("space", "go on" if self._frozen else "freeze"),
+            ("space", "resume" if self._frozen else "freeze"),
             ("x", "reset"),
             ("q", "quit"),
         ):
             out.append(key, style="bold cyan")
-            out.append(f" {what}  ", style=cells.FAINT)
+            out.append(f" {what}  ", style=columns.FAINT)
         room = width - len(where) - 1
         out.truncate(room, pad=True)
-        out.append(where, style=cells.FAINT)
+        out.append(where, style=columns.FAINT)
         return out
 
-    def _again(self) -> None:
-        """Something else is to be shown."""
+    def _repaint(self) -> None:
+        """Sort and paint again, without waiting for the next sample."""
         self._changed.set()
 
     def on_resize(self, _: events.Resize) -> None:
-        """Everything is laid out for the size there is."""
-        self._again()
+        self._repaint()
 
     async def on_event(self, event: events.Event) -> None:
-        """With the next key, what was said below the list has been read."""
-        if isinstance(event, events.Key) and self._said:
-            self._said = ""
-            self._again()
+        """The next key clears the message below the list."""
+        if isinstance(event, events.Key) and self._message:
+            self._message = ""
+            self._repaint()
         await super().on_event(event)
 
-    # What keys do
+    # Actions
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """While a box is open or a filter is typed, letters are theirs."""
+        """While a box is open or a filter is typed, keys are not commands."""
         if action in ("quit", "suspend_process"):
             return True
         typing = isinstance(self.focused, Filter)
@@ -233,28 +231,23 @@ class Top(App[None]):
         return not typing and len(self.screen_stack) == 1
 
     def action_help(self) -> None:
-        """What keys do."""
         self.push_screen(Notice("fast-shm top", Text(HELP)))
 
     def action_warnings(self) -> None:
-        """All of them, in full."""
         problem = [self._snapshot.problem] if self._snapshot.problem else []
         said = "\n\n".join([*problem, *self._snapshot.warnings])
-        said = said or "There is nothing to warn of."
+        said = said or "There are no warnings."
         self.push_screen(Notice("Warnings", Text(said)))
 
     def action_freeze(self) -> None:
-        """Stop looking, or go on."""
         self._frozen = not self._frozen
-        self._again()
+        self._repaint()
 
     def action_pane(self, which: int) -> None:
-        """Show that one."""
-        self._pane, self._said = which, ""
-        self._again()
+        self._pane, self._message = which, ""
+        self._repaint()
 
     def action_pane_by(self, by: int) -> None:
-        """Show the one beside."""
         self.action_pane((self._pane + by) % len(panes.PANES))
 
     def _sort(self, name: str) -> None:
@@ -262,88 +255,80 @@ class Top(App[None]):
         was, descending = self._sorts[pane.title]
         turned = not descending if name == was else pane.column(name).descending
         self._sorts[pane.title] = (name, turned)
-        self._again()
+        self._repaint()
 
     def action_sort_by(self, by: int) -> None:
-        """Sort by the column beside."""
         pane = panes.PANES[self._pane]
         names = [column.name for column in pane.sortable()]
         self._sort(names[(names.index(self._sorts[pane.title][0]) + by) % len(names)])
 
     def action_sort_letter(self, letter: str) -> None:
-        """Sort by the column of this letter; where it is that already, the other way round."""
+        """Sort by the column of this letter; if it is sorted so already, reverse the order."""
         for column in panes.PANES[self._pane].sortable():
             if column.letter == letter:
                 self._sort(column.name)
 
     def action_invert(self) -> None:
-        """The other way round."""
         self._sort(self._sorts[panes.PANES[self._pane].title][0])
 
     def on_table_sort_by(self, message: Table.SortBy) -> None:
-        """The head of a column was clicked."""
         if message.column in [column.name for column in panes.PANES[self._pane].sortable()]:
             self._sort(message.column)
 
     def action_move(self, by: int) -> None:
-        """The cursor."""
         self.query_one(Table).move(by)
         self._moved()
 
     def action_page(self, by: int) -> None:
-        """A screen up or down."""
         table = self.query_one(Table)
         table.move(by * table.page())
         self._moved()
 
     def action_home(self) -> None:
-        """The first row, and stay there."""
+        """Go to the first row, and stay there."""
         self.query_one(Table).to_the_top()
         self._moved()
 
     def action_end(self) -> None:
-        """The last row."""
         table = self.query_one(Table)
         table.move(table.position[1])
         self._moved()
 
     def _moved(self) -> None:
-        self._said = ""
+        self._message = ""
         self.query_one("#foot", Static).update(self._foot(self.size.width))
 
     # Filter
 
     def action_filter(self) -> None:
-        """Type one; the list follows while it is typed."""
+        """Type a filter; the list follows."""
         line = self.query_one(Filter)
         line.display = True
         line.value = self._filter
-        self.screen.set_focus(line)  # at once: the next letter is here already
+        self.screen.set_focus(line)  # now: the next letter has arrived already
 
     def on_input_changed(self, message: Input.Changed) -> None:
-        """A letter more or less."""
         self._filter = message.value
-        self._again()
+        self._repaint()
 
     def action_filter_keep(self) -> None:
-        """Enter while typing."""
         self._filter_typed()
 
     def action_filter_end(self) -> None:
-        """Esc while typing: none."""
+        """Esc while typing: no filter."""
         self._filter = ""
         self._filter_typed()
 
     def action_filter_clear(self) -> None:
-        """Esc: none, and back to the top."""
-        self._filter = self._said = ""
+        """Esc: no filter, and back to the top."""
+        self._filter = self._message = ""
         self.query_one(Table).to_the_top()
-        self._again()
+        self._repaint()
 
     def _filter_typed(self) -> None:
         self.query_one(Filter).display = False
         self.screen.set_focus(self.query_one(Table))
-        self._again()
+        self._repaint()
 
     # One key
 
@@ -353,32 +338,31 @@ class Top(App[None]):
             return None
         return next(iter(keys.rows([table.selected])), None)
 
-    def _say(self, text: str) -> None:
-        self._said = text
-        self._again()
+    def _show_message(self, text: str) -> None:
+        self._message = text
+        self._repaint()
 
     def action_details(self) -> None:
-        """A key in full: names may be longer than the screen is wide."""
         key = self._selected()
         if key is None:
-            self._say("Choose a key in pane 1: Enter shows it in full.")
+            self._show_message("Choose a key in pane 1: Enter shows it in full.")
             return
         self.push_screen(Notice("Key", key_in_full(key)))
 
     def action_reset(self) -> None:
-        """Forget what the key under the cursor has consumed, after a question."""
+        """Ask, then forget what the selected key has consumed."""
         key = self._selected()
         if key is None:
-            self._say("Choose a key in pane 1: x resets it.")
+            self._show_message("Choose a key in pane 1: x resets it.")
             return
         if not key.row.raw and key.row.key or key.row.is_cut:
-            self._say("This key cannot be reset from here: its name is not kept in full.")
+            self._show_message("Cannot reset this key: its name is not kept in full.")
             return
         text = Text.assemble(
             "Forget what ",
             (key.name, "bold cyan"),
             f" has consumed in limiter {render.escaped(key.row.limiter)!r}?\n",
-            ("It may use its whole limit again at once.", cells.FAINT),
+            ("Its whole limit is available again.", columns.FAINT),
         )
 
         def answered(yes: bool | None) -> None:
@@ -390,8 +374,8 @@ class Top(App[None]):
     def _reset(self, key: LiveKey) -> None:
         sampler, row = self._sampler, key.row
         try:
-            had = admin.reset_key(sampler.name, sampler.allow_other_owner, row.limiter, row.raw)
+            had = reset.reset_key(sampler.name, sampler.allow_other_owner, row.limiter, row.raw)
         except exceptions.FastShmError as error:
-            self._say(f"Not reset: {error}")
+            self._show_message(f"Not reset: {error}")
             return
-        self._say(f"Reset {key.name}." if had else f"{key.name} had consumed nothing.")
+        self._show_message(f"Reset {key.name}." if had else f"{key.name} had consumed nothing.")

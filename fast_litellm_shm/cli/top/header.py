@@ -1,25 +1,26 @@
-"""The head of ``fast-shm top``: the segment, its fill, its rates, its workers, what is wrong."""
+"""The head of ``fast-shm top``: the segment, how full it is, its rates, workers and warnings."""
 
 from __future__ import annotations
 
+import textwrap
 import time
 
 from rich.cells import cell_len
 from rich.text import Text
 
 from fast_litellm_shm.cli import render
-from fast_litellm_shm.cli.live import Rate, Snapshot
-from fast_litellm_shm.cli.top.cells import BAD, FAINT, GOOD, WARN
+from fast_litellm_shm.cli.sampler import Rate, Snapshot
+from fast_litellm_shm.cli.top.columns import BAD, FAINT, GOOD, WARN
 from fast_litellm_shm.cli.top.table import fitted
 
 LINES = 6
 _FULL, _NEARLY_FULL = 0.95, 0.8
-_LEFT, _RIGHT = 46, 34  # columns of the meters, and of the workers beside them
+_LEFT, _RIGHT = 46, 34  # columns of the bars, and of the workers beside them
 _LABEL = 9
 
 
 def _padded(text: Text, width: int) -> Text:
-    """In exactly so many columns."""
+    """Cut or padded to a width."""
     text = text.copy()
     text.truncate(width, overflow="ellipsis")
     text.append(" " * (width - cell_len(text.plain)))
@@ -27,22 +28,22 @@ def _padded(text: Text, width: int) -> Text:
 
 
 def _beside(left: Text, right: Text, width: int) -> Text:
-    """One at the left margin, one at the right."""
+    """One text at the left margin, one at the right."""
     room = width - cell_len(right.plain)
     return Text.assemble(_padded(left, max(room, 0)), right)
 
 
 def occupancy_bar(occupancy: float, width: int) -> Text:
     """``[||||      12.2%]``; yellow from 80 %, red from 95 %."""
-    said = f"{occupancy:.1%}"
-    inner = max(width - 2, len(said))
+    share = f"{occupancy:.1%}"
+    inner = max(width - 2, len(share))
     filled = min(round(occupancy * inner), inner)
     if occupancy > 0:
         filled = max(filled, 1)
     style = BAD if occupancy >= _FULL else WARN if occupancy >= _NEARLY_FULL else GOOD
     drawn = ("|" * filled).ljust(inner)
-    bar = drawn[: inner - len(said)]
-    return Text.assemble(("[", "bold"), (bar, style), (said, "bold"), ("]", "bold"))
+    bar = drawn[: inner - len(share)]
+    return Text.assemble(("[", "bold"), (bar, style), (share, "bold"), ("]", "bold"))
 
 
 def _rate_line(label: str, rate: Rate, style: str, width: int) -> Text:
@@ -57,14 +58,14 @@ def _rate_line(label: str, rate: Rate, style: str, width: int) -> Text:
 
 
 def _memo_line(snapshot: Snapshot) -> Text:
-    """The token memo: the share of lookups that hit, now, else ever."""
+    """The token memo: the share of lookups that hit, now or (if none is known) ever."""
     memo = snapshot.memo
     out = Text(f"{'memo':{_LABEL}}", style=FAINT)
     if memo is None or memo.hit_rate_ever is None:
         return out.append("     -")
     share, when = memo.hit_rate, f" hit, {render.compact(memo.lookups.now or 0)}/s"
     if share is None:
-        share, when = memo.hit_rate_ever, " hit since it was made"
+        share, when = memo.hit_rate_ever, " hit since the start"
     return out.append(f"{share:>6.1%}", style="").append(when)
 
 
@@ -82,7 +83,7 @@ def _held_line(snapshot: Snapshot) -> Text:
 
 
 def _workers(snapshot: Snapshot, lines: int) -> list[Text]:
-    """A head, and the busiest of the workers; the last line says how many are left out."""
+    """A head, and as many workers as fit; the last line says how many more there are."""
     workers = snapshot.workers
     head = Text(f"{'worker':>8} {'calls/s':>8} {'cpu':>5} {'memory':>9}", style="bold")
     room = lines - 1
@@ -90,17 +91,17 @@ def _workers(snapshot: Snapshot, lines: int) -> list[Text]:
     out = [head]
     for worker in shown:
         calls, cpu, memory = "-", "-", "?"
-        if worker.admitted.now is not None and worker.denied.now is not None:
-            calls = render.compact(worker.admitted.now + worker.denied.now)
+        if worker.rate is not None:
+            calls = render.compact(worker.rate)
         if worker.cpu_percent is not None:
             cpu = f"{worker.cpu_percent:.0f}%"
         if worker.memory_bytes is not None:
             memory = render.size(worker.memory_bytes)
         out.append(Text(f"{worker.pid:>8} {calls:>8} {cpu:>5} {memory:>9}"))
     if len(shown) < len(workers):
-        out.append(Text(f"{'':8} and {len(workers) - len(shown)} more: 2", style=FAINT))
+        out.append(Text(f"{'':8} and {len(workers) - len(shown)} more: press 2", style=FAINT))
     if not workers:
-        out.append(Text("  no process is attached", style=FAINT))
+        out.append(Text("  no process uses it now", style=FAINT))
     return out
 
 
@@ -119,13 +120,12 @@ def _title(snapshot: Snapshot, frozen: bool, width: int) -> Text:
     if snapshot.stats:
         age = render.brief(snapshot.stats["age_seconds"])
         count = len(snapshot.workers)
-        said = f"  {count} worker{'s' * (count != 1)}  made {age} ago"
-        left.append(said, style=FAINT)
+        left.append(f"  {count} worker{'s' * (count != 1)}  made {age} ago", style=FAINT)
     return _beside(left, Text(clock, style=FAINT), width)
 
 
 def lines_of(snapshot: Snapshot, frozen: bool, width: int, lines: int = LINES) -> list[Text]:
-    """The head in so many lines of so many columns; of a narrow terminal, without workers."""
+    """The head in a number of lines and columns. On a narrow terminal it has no workers."""
     out = [_title(snapshot, frozen, width)]
     if snapshot.stats is None:
         return out
@@ -134,39 +134,39 @@ def lines_of(snapshot: Snapshot, frozen: bool, width: int, lines: int = LINES) -
     stats = snapshot.stats
     used = Text(f" {render.compact(stats['used'])} of {render.compact(stats['capacity'])}")
     bar = occupancy_bar(stats["occupancy"], left - _LABEL - cell_len(used.plain))
-    meters = [
+    left_side = [
         Text.assemble((f"{'used':{_LABEL}}", FAINT), bar, (used.plain, FAINT)),
         _rate_line("admitted", snapshot.admitted, GOOD, left),
         _rate_line("denied", snapshot.denied, BAD, left),
         _memo_line(snapshot),
         _held_line(snapshot),
     ]
-    meters += [Text()] * (lines - 1 - len(meters))
+    left_side += [Text()] * (lines - 1 - len(left_side))
     if not beside:
-        return out + meters[: lines - 1]
+        return out + left_side[: lines - 1]
     workers = _workers(snapshot, lines - 1)
     workers += [Text()] * (lines - 1 - len(workers))
     return out + [
-        Text.assemble(_padded(meter, left), "  ", worker)
-        for meter, worker in zip(meters, workers, strict=False)
+        Text.assemble(_padded(line, left), "  ", worker)
+        for line, worker in zip(left_side, workers, strict=False)
     ]
 
 
 def tabs(titles: list[tuple[str, int]], chosen: int, width: int) -> Text:
-    """The panes, with how many rows they have, where that fits."""
+    """The titles of the panes, with the numbers of their rows if those fit."""
     for counted in (True, False):
         out = Text()
         for at, (title, count) in enumerate(titles):
-            said = f" {title} {render.compact(count)} " if counted else f" {title} "
+            label = f" {title} {render.compact(count)} " if counted else f" {title} "
             out.append(f" {at + 1}", style=FAINT)
-            out.append(said, style="bold reverse" if at == chosen else "")
+            out.append(label, style="bold reverse" if at == chosen else "")
         if cell_len(out.plain) <= width:
             break
     return _padded(out, width)
 
 
 def warning_lines(snapshot: Snapshot, width: int, most: int = 2) -> list[Text]:
-    """The first warning (or what has just happened), in at most so many lines."""
+    """The notice or the first warning, in at most ``most`` lines."""
     said = [(text, f"bold {WARN}") for text in snapshot.warnings]
     if snapshot.notice:
         said.insert(0, (snapshot.notice, f"bold {GOOD}"))
@@ -174,12 +174,7 @@ def warning_lines(snapshot: Snapshot, width: int, most: int = 2) -> list[Text]:
         return []
     text, style = said[0]
     more = f"  (+{len(said) - 1}: w)" if len(said) > 1 else ""
-    words, rows = ("! " + text + more).split(" "), [""]
-    for word in words:
-        if rows[-1] and len(rows[-1]) + 1 + len(word) > width:
-            rows.append(word)
-        else:
-            rows[-1] += (" " if rows[-1] else "") + word
+    rows = textwrap.wrap("! " + text + more, max(width, 1), break_on_hyphens=False)
     if len(rows) > most:
         rows = rows[:most]
         rows[-1] = rows[-1][: width - 8] + "...  (w)"

@@ -1,4 +1,4 @@
-"""What each pane of ``fast-shm top`` lists: its columns, how they are sorted and what they say."""
+"""The panes of ``fast-shm top``: the columns of each, and how its rows are sorted and filtered."""
 
 from __future__ import annotations
 
@@ -9,30 +9,33 @@ from rich.cells import cell_len
 
 from fast_litellm_shm._shared import keyed
 from fast_litellm_shm.cli import render
-from fast_litellm_shm.cli.keytable import LiveKey, matcher
-from fast_litellm_shm.cli.live import DeploymentRow, Snapshot, Worker
-from fast_litellm_shm.cli.top.cells import (
+from fast_litellm_shm.cli.key_table import LiveKey, matcher
+from fast_litellm_shm.cli.sampler import DeploymentRow, Snapshot, Worker
+from fast_litellm_shm.cli.top.columns import (
     BAD,
     FAINT,
-    GOOD,
     NAME,
+    NONE,
+    UNKNOWN,
     WARN,
     Cell,
     Column,
     Pane,
-    bars,
-    count_in,
-    rate_of,
-    text_of,
+    count,
+    history,
+    rates,
+    text,
+    used_of,
 )
 
-_NEARLY = 0.2  # of a limit is left
+_NEARLY = 0.2  # share of a limit that is left, below which it is yellow
 
 # Keys
 
 
-def _name(key: LiveKey, width: int) -> Cell:
-    """Of a key that ends in its limit, the limit goes first: the column beside it tells it too."""
+def _key(key: LiveKey, width: int) -> Cell:
+    """If the name does not fit and ends in the key's limit, that end is left out: the column "left"
+    shows the limit, too."""
     name = key.name
     own = key.row.limiter in keyed.NAMES or keyed.units_of(key.row.limiter)
     if own and cell_len(name) > width:
@@ -43,25 +46,22 @@ def _name(key: LiveKey, width: int) -> Cell:
 def _left(key: LiveKey, _: int) -> Cell:
     row = key.row
     if row.remaining is None or row.limit is None:
-        return [("?", FAINT)]
+        return UNKNOWN
     style = BAD if not row.remaining else WARN if row.remaining < _NEARLY * row.limit else ""
     return [(render.compact(row.remaining), style), ("/" + render.compact(row.limit), FAINT)]
 
 
 def _reset(key: LiveKey, _: int) -> Cell:
-    row = key.row
-    if row.reset_after is None:
-        return [("?", FAINT)]
-    return [(render.brief(row.reset_after) if row.reset_after else "-", "")]
+    after = key.row.reset_after
+    if after is None:
+        return UNKNOWN
+    return [(render.brief(after) if after else "-", "")]
 
 
 def _wait(key: LiveKey, _: int) -> Cell:
-    row = key.row
-    if row.remaining is None:
-        return [("?", FAINT)]
-    if row.retry_after == 0:
-        return [("-", FAINT)]
-    return [(render.brief(row.retry_after), BAD)]
+    if key.row.remaining is None:
+        return UNKNOWN
+    return NONE if key.row.retry_after == 0 else [(render.brief(key.row.retry_after), BAD)]
 
 
 KEYS = Pane(
@@ -71,30 +71,15 @@ KEYS = Pane(
     rows=None,
     ident=lambda key: key.ident,
     columns=(
-        Column("key", "key", 14, _name, right=False, flex=3, letter="k"),
-        Column(
-            "limiter",
-            "limiter",
-            8,
-            text_of(lambda k: render.escaped(k.row.limiter)),
-            right=False,
-            flex=1,
-            letter="l",
-        ),
-        Column("rate", "calls/s", 8, rate_of(lambda k: k.rate), letter="r"),
-        Column("denied_rate", "denied/s", 9, rate_of(lambda k: k.denied_rate, BAD), letter="d"),
-        Column("admitted", "admitted", 9, count_in(lambda k: k.row.admitted), from_width=104),
-        Column("denied", "denied", 8, count_in(lambda k: k.row.denied), from_width=104),
+        text("key", "key", 14, lambda k: k.name, flex=3, letter="k", cell=_key),
+        text("limiter", "limiter", 8, lambda k: render.escaped(k.row.limiter), letter="l"),
+        *rates(lambda k: k.rate, lambda k: k.denied_rate),
+        count("admitted", 9, lambda k: k.row.admitted, from_width=104),
+        count("denied", 8, lambda k: k.row.denied, from_width=104),
         Column("left", "left", 11, _left, descending=False, letter="f"),
         Column("reset", "reset", 6, _reset),
         Column("wait", "wait", 6, _wait, from_width=120),
-        Column(
-            "history",
-            "history",
-            8,
-            lambda k, width: bars(k.admitted_history, k.denied_history, width),
-            flex=1,
-        ),
+        history(lambda k: k.admitted_history, lambda k: k.denied_history, 8, flex=1),
     ),
 )
 
@@ -102,65 +87,34 @@ KEYS = Pane(
 
 
 def _memory(worker: Worker, _: int) -> Cell:
-    if worker.memory_bytes is None:
-        return [("?", FAINT)]
-    return [(render.size(worker.memory_bytes), "")]
+    return UNKNOWN if worker.memory_bytes is None else [(render.size(worker.memory_bytes), "")]
 
 
 def _cpu(worker: Worker, _: int) -> Cell:
     if worker.cpu_percent is None:
-        return [("-", FAINT)]
+        return NONE
     return [(f"{worker.cpu_percent:.0f}%", "" if worker.cpu_percent >= 1 else FAINT)]
 
 
-def _calls(worker: Worker) -> float | None:
-    if worker.admitted.now is None or worker.denied.now is None:
-        return None
-    return worker.admitted.now + worker.denied.now
+def _attached(worker: Worker, _: int) -> Cell:
+    return [(render.brief(worker.attached_seconds), "")]
 
 
 WORKERS = Pane(
     title="Workers",
     sort="pid",
-    empty="No process is attached.",
+    empty="No process uses it now.",
     rows=lambda snapshot: snapshot.workers,
     ident=lambda worker: worker.pid,
     matches=lambda worker: f"{worker.pid} {worker.command or ''}",
     columns=(
-        Column("pid", "pid", 7, text_of(lambda w: str(w.pid)), lambda w: w.pid, descending=False),
-        Column("rate", "calls/s", 8, rate_of(_calls), _calls, letter="r"),
-        Column(
-            "denied_rate",
-            "denied/s",
-            9,
-            rate_of(lambda w: w.denied.now, BAD),
-            lambda w: w.denied.now,
-            letter="d",
-        ),
+        Column("pid", "pid", 7, lambda w, _: [(str(w.pid), "")], lambda w: w.pid, descending=False),
+        *rates(lambda w: w.rate, lambda w: w.denied.now),
         Column("cpu", "cpu", 5, _cpu, lambda w: w.cpu_percent or 0, letter="u"),
         Column("memory", "memory", 9, _memory, lambda w: w.memory_bytes or 0, letter="m"),
-        Column(
-            "attached",
-            "attached",
-            9,
-            lambda w, _: [(render.brief(w.attached_seconds), "")],
-            lambda w: w.attached_seconds,
-        ),
-        Column(
-            "history",
-            "history",
-            12,
-            lambda w, width: bars(w.admitted.history, w.denied.history, width),
-            from_width=100,
-        ),
-        Column(
-            "command",
-            "command",
-            10,
-            text_of(lambda w: w.command or "? (not to be seen from here)", FAINT),
-            right=False,
-            flex=1,
-        ),
+        Column("attached", "attached", 9, _attached, lambda w: w.attached_seconds),
+        history(lambda w: w.admitted.history, lambda w: w.denied.history, from_width=100),
+        text("command", "command", 10, lambda w: w.command or render.command(None), FAINT),
     ),
 )
 
@@ -174,51 +128,36 @@ LIMITERS = Pane(
     ident=lambda row: row.name,
     matches=lambda row: row.name,
     columns=(
-        Column(
-            "name",
-            "limiter",
-            12,
-            text_of(lambda r: r.name, NAME),
-            lambda r: r.name,
-            right=False,
-            descending=False,
-            flex=1,
-            letter="l",
-        ),
-        Column("limits", "limits", 16, text_of(lambda r: r.limits), right=False, flex=2),
-        Column("keys", "keys", 9, count_in(lambda r: r.keys), lambda r: r.keys, letter="k"),
-        Column("rate", "calls/s", 8, rate_of(lambda r: r.rate), lambda r: r.rate or 0, letter="r"),
-        Column(
-            "denied_rate",
-            "denied/s",
-            9,
-            rate_of(lambda r: r.denied_rate, BAD),
-            lambda r: r.denied_rate or 0,
-            letter="d",
-        ),
+        text("name", "limiter", 12, lambda r: r.name, NAME, letter="l"),
+        Column("limits", "limits", 16, lambda r, _: [(r.limits, "")], right=False, flex=2),
+        count("keys", 9, lambda r: r.keys, letter="k"),
+        *rates(lambda r: r.rate, lambda r: r.denied_rate),
     ),
 )
 
 # Permits and pools
 
 
-def _of_most(used: str, most: str) -> Callable[[Any, int], Cell]:
-    def cell(row: Any, _: int) -> Cell:
-        limit = row[most]
-        full = limit is not None and row[used] >= limit
-        shown = "?" if limit is None else render.compact(limit)
-        return [(render.compact(row[used]), BAD if full else GOOD), ("/" + shown, FAINT)]
+def _named(field: str) -> Callable[[Any], str]:
+    return lambda row: render.escaped(row[field]) or "''"
 
-    return cell
+
+def _oldest(row: Any, _: int) -> Cell:
+    return [(render.brief(row["oldest_seconds"]) if row["in_flight"] else "-", "")]
 
 
 def _dead(row: Any, _: int) -> Cell:
-    return [(str(row["dead"]), BAD)] if row["dead"] else [("-", FAINT)]
+    return [(str(row["dead"]), BAD)] if row["dead"] else NONE
 
 
 def _pids(row: Any, _: int) -> Cell:
     return [(" ".join(map(str, row["pids"])) or "-", FAINT)]
 
+
+_HOLDERS = (
+    Column("dead", "dead", 5, _dead, lambda r: r["dead"]),
+    Column("pids", "pids", 14, _pids, right=False, flex=1),
+)
 
 PERMITS = Pane(
     title="Permits",
@@ -228,44 +167,11 @@ PERMITS = Pane(
     ident=lambda row: (row["limiter"], row["key"]),
     matches=lambda row: render.escaped(row["key"]) + "\n" + render.escaped(row["limiter"]),
     columns=(
-        Column(
-            "key",
-            "key",
-            14,
-            text_of(lambda r: render.escaped(r["key"]) or "''", NAME),
-            lambda r: r["key"],
-            right=False,
-            descending=False,
-            flex=2,
-            letter="k",
-        ),
-        Column(
-            "limiter",
-            "limiter",
-            10,
-            text_of(lambda r: render.escaped(r["limiter"])),
-            lambda r: r["limiter"],
-            right=False,
-            descending=False,
-            flex=1,
-            letter="l",
-        ),
-        Column(
-            "in_flight",
-            "in flight",
-            11,
-            _of_most("in_flight", "max_in_flight"),
-            lambda r: r["in_flight"],
-        ),
-        Column(
-            "oldest",
-            "oldest",
-            7,
-            lambda r, _: [(render.brief(r["oldest_seconds"]) if r["in_flight"] else "-", "")],
-            lambda r: r["oldest_seconds"],
-        ),
-        Column("dead", "dead", 5, _dead, lambda r: r["dead"]),
-        Column("pids", "pids", 14, _pids, right=False, flex=1),
+        text("key", "key", 14, _named("key"), NAME, flex=2, letter="k"),
+        text("limiter", "limiter", 10, _named("limiter"), letter="l"),
+        used_of("in_flight", 11, "max_in_flight"),
+        Column("oldest", "oldest", 7, _oldest, lambda r: r["oldest_seconds"]),
+        *_HOLDERS,
     ),
 )
 
@@ -277,30 +183,11 @@ POOLS = Pane(
     ident=lambda row: (row["pool"], row["endpoint"]),
     matches=lambda row: render.escaped(row["pool"]) + "\n" + render.escaped(row["endpoint"]),
     columns=(
-        Column(
-            "pool",
-            "pool",
-            10,
-            text_of(lambda r: render.escaped(r["pool"]) or "''"),
-            lambda r: r["pool"],
-            right=False,
-            descending=False,
-            flex=1,
-        ),
-        Column(
-            "endpoint",
-            "endpoint",
-            20,
-            text_of(lambda r: render.escaped(r["endpoint"]), NAME),
-            lambda r: r["endpoint"],
-            right=False,
-            descending=False,
-            flex=2,
-        ),
-        Column("active", "active", 9, _of_most("active", "max_connections"), lambda r: r["active"]),
-        Column("idle", "idle", 5, count_in(lambda r: r["idle"]), lambda r: r["idle"]),
-        Column("dead", "dead", 5, _dead, lambda r: r["dead"]),
-        Column("pids", "pids", 14, _pids, right=False, flex=1),
+        text("pool", "pool", 10, _named("pool")),
+        text("endpoint", "endpoint", 20, _named("endpoint"), NAME, flex=2),
+        used_of("active", 9, "max_connections"),
+        count("idle", 5, lambda r: r["idle"]),
+        *_HOLDERS,
     ),
 )
 
@@ -308,18 +195,18 @@ POOLS = Pane(
 
 
 def _latency(row: DeploymentRow, _: int) -> Cell:
-    return [("-", FAINT)] if row.latency is None else [(render.brief(row.latency), "")]
+    return NONE if row.latency is None else [(render.brief(row.latency), "")]
 
 
 def _success(row: DeploymentRow, _: int) -> Cell:
     if not row.records.total:
-        return [("-", FAINT)]
+        return NONE
     style = BAD if row.success_rate < 0.9 else WARN if row.success_rate < 0.99 else ""
     return [(f"{row.success_rate:.1%}", style)]
 
 
 def _cooldown(row: DeploymentRow, _: int) -> Cell:
-    return [(render.brief(row.cooldown), BAD)] if row.cooldown else [("-", FAINT)]
+    return [(render.brief(row.cooldown), BAD)] if row.cooldown else NONE
 
 
 DEPLOYMENTS = Pane(
@@ -330,27 +217,9 @@ DEPLOYMENTS = Pane(
     ident=lambda row: row.name,
     matches=lambda row: row.name,
     columns=(
-        Column(
-            "name",
-            "deployment",
-            17,
-            text_of(lambda r: r.name, NAME),
-            lambda r: r.name,
-            right=False,
-            descending=False,
-            flex=1,
-        ),
-        Column(
-            "in_flight", "in flight", 10, count_in(lambda r: r.in_flight), lambda r: r.in_flight
-        ),
-        Column(
-            "rate",
-            "calls/s",
-            8,
-            rate_of(lambda r: r.records.now),
-            lambda r: r.records.now or 0,
-            letter="r",
-        ),
+        text("name", "deployment", 17, lambda r: r.name, NAME),
+        count("in_flight", 10, lambda r: r.in_flight),
+        rates(lambda r: r.records.now, lambda r: None)[0],
         Column("latency", "latency", 8, _latency, lambda r: r.latency or 0),
         Column(
             "success",
@@ -362,12 +231,7 @@ DEPLOYMENTS = Pane(
             letter="s",
         ),
         Column("cooldown", "cooldown", 9, _cooldown, lambda r: r.cooldown),
-        Column(
-            "history",
-            "history",
-            12,
-            lambda r, width: bars(r.records.history, [0.0] * len(r.records.history), width),
-        ),
+        history(lambda r: r.records.history, lambda r: [0.0] * len(r.records.history)),
     ),
 )
 
@@ -386,7 +250,7 @@ def _sortable(value: Any) -> tuple[bool, Any]:
 
 
 def arranged(pane: Pane, snapshot: Snapshot, sort: str, descending: bool, match: str) -> list[Any]:
-    """The rows of a pane that is not of keys, as they are to be shown."""
+    """The rows of a pane (not of KEYS), filtered and sorted."""
     rows = pane.rows(snapshot) if pane.rows else []
     if match:
         fits = matcher(match)

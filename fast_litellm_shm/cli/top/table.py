@@ -1,4 +1,4 @@
-"""A list that fills the rest of the screen: only rows that are to be seen are read and painted."""
+"""The list below the head: it reads and paints only the rows that are visible."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from textual.message import Message
 from textual.strip import Strip
 from textual.widget import Widget
 
-from fast_litellm_shm.cli.top.cells import FAINT, Cell, Column, Pane
+from fast_litellm_shm.cli.top.columns import FAINT, Cell, Column, Pane
 
 _GAP = 1
 _CURSOR = Style.parse("black on cyan")
@@ -22,13 +22,13 @@ _SORTED = Style.parse("bold reverse")
 
 
 def fitted(cell: Cell, width: int, right: bool) -> list[Segment]:
-    """A cell in exactly so many columns: cut with an ellipsis, or filled up."""
+    """A cell cut (with an ellipsis) or padded to a width."""
     pieces: list[Segment] = []
     left = width
     total = sum(cell_len(text) for text, _ in cell)
     for text, style in cell:
         shown, size = text, cell_len(text)
-        if total > width and size >= left:  # this one is cut, and what follows it left out
+        if total > width and size >= left:  # this piece is cut, the next ones are left out
             shown, size = set_cell_size(text, max(left - 1, 0)) + "…" * (left > 0), left
         pieces.append(Segment(shown, Style.parse(style) if style else Style.null()))
         left -= size
@@ -39,7 +39,7 @@ def fitted(cell: Cell, width: int, right: bool) -> list[Segment]:
 
 
 def column_widths(columns: Sequence[Column], width: int) -> list[int]:
-    """Of the columns that are shown: their own, and their shares of what is left."""
+    """The width of each column: its own, and its share of the room that is left."""
     widths = [column.width for column in columns]
     rest = width - sum(widths) - _GAP * (len(widths) - 1)
     shares = sum(column.flex for column in columns)
@@ -49,7 +49,7 @@ def column_widths(columns: Sequence[Column], width: int) -> list[int]:
             widths[at] += rest * columns[at].flex // shares
         widths[flexible[0]] += width - sum(widths) - _GAP * (len(widths) - 1)
     while rest < 0 and (widest := max(range(len(widths)), key=lambda at: widths[at])) >= 0:
-        widths[widest] -= 1  # too narrow for all of it: the widest give way
+        widths[widest] -= 1  # too narrow: the widest columns shrink
         rest += 1
         if widths[widest] <= 3:
             break
@@ -57,8 +57,8 @@ def column_widths(columns: Sequence[Column], width: int) -> list[int]:
 
 
 class Table(Widget, can_focus=True):
-    """Rows by handle: whatever tells a row apart for as long as it is shown. Until the cursor is
-    moved it stays on the first row; then it goes along with its row."""
+    """Rows by handle, which identifies a row as long as it is shown. The cursor stays on the first
+    row until it is moved; then it follows its row."""
 
     DEFAULT_CSS = "Table { height: 1fr; }"
 
@@ -87,7 +87,8 @@ class Table(Widget, can_focus=True):
         sort: str,
         descending: bool,
     ) -> None:
-        """Show these rows. fetch: the rows of some handles, in order; None for one that is gone."""
+        """Show these rows. fetch: returns the rows of some handles, in order, None for one that is
+        gone."""
         was = self.selected if self._held and pane is self.pane else None
         if pane is not self.pane:
             self._cursor, self._first, self._held = 0, 0, False
@@ -108,16 +109,16 @@ class Table(Widget, can_focus=True):
 
     @property
     def selected(self) -> Any:
-        """The handle under the cursor; None: there are no rows."""
+        """The handle under the cursor; None if there are no rows."""
         return self._handles[self._cursor] if self._handles else None
 
     @property
     def position(self) -> tuple[int, int]:
-        """The cursor's row, from 1, and how many there are."""
+        """The row of the cursor, from 1, and the number of rows."""
         return (self._cursor + 1 if self._handles else 0), len(self._handles)
 
     def move(self, by: int) -> None:
-        """Move the cursor, as far as there are rows."""
+        """Move the cursor within the rows."""
         self._held = True
         self._cursor += by
         self._settle()
@@ -161,7 +162,7 @@ class Table(Widget, can_focus=True):
                 return
 
     def render_lines(self, crop: Any) -> list[Strip]:
-        """All rows that are to be seen are fetched at once."""
+        """Fetches all visible rows in one call."""
         self._rows = {}
         shown = self._handles[self._first : self._first + self.page()]
         columns = self._columns()

@@ -1,4 +1,4 @@
-"""fast-shm reset and rm, and the command line itself, from outside."""
+"""fast-shm reset and rm, from outside."""
 
 from __future__ import annotations
 
@@ -189,43 +189,3 @@ def test_rm_asks_on_a_terminal(
     os.close(theirs)
     assert done.returncode == status and "[y/N]" in done.stderr
     assert os.path.exists(path_of(segment_name)) == (status != 0)
-
-
-@pytest.mark.parametrize("verb", [[], ["inspect"], ["ls"], ["release"], ["reset"], ["rm"]])
-def test_help(fast_shm: Command, verb: list[str]) -> None:
-    done = fast_shm(*verb, "--help")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "examples:\n  fast-shm" in done.stdout and "exit codes:" in done.stdout
-
-
-def test_version(fast_shm: Command) -> None:
-    done = fast_shm("--version")
-    assert done.returncode == 0 and done.stdout.startswith("fast-shm 0.")
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [],
-        ["lss"],
-        ["inspect", "name"],
-        ["inspect", "--top", "-1"],
-        ["inspect", "--top", "x"],
-        ["inspect", "--sort", "size"],
-        ["inspect", "--watch", "0"],
-        ["inspect", "--watch", "nan"],
-        ["inspect", "--name", ""],
-        ["rm", "--name", "../etc"],
-        ["release"],
-        ["release", "--pid", "0"],
-        ["release", "--pid", "x"],
-        ["release", "--pid", str(2**32)],
-        ["release", "--pid", "1", "--dead"],
-        ["release", "--dead", "--force"],
-    ],
-)
-def test_usage(fast_shm: Command, arguments: list[str]) -> None:
-    done = fast_shm(*arguments)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "fast-shm: " in done.stderr and "--help" in done.stderr
-    assert "Traceback" not in done.stderr

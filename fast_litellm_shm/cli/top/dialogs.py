@@ -1,4 +1,4 @@
-"""What comes up over the list: help, a key in full, warnings, and a question."""
+"""Boxes over the list: help, a key in full, warnings, and a question."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from textual.screen import ModalScreen
 from textual.widgets import Static
 
 from fast_litellm_shm.cli import render
-from fast_litellm_shm.cli.keytable import LiveKey
-from fast_litellm_shm.cli.top.cells import FAINT, bars
+from fast_litellm_shm.cli.key_table import LiveKey
+from fast_litellm_shm.cli.top.columns import FAINT, bars
 
 HELP = """\
- Tab  1 .. 6   panes                    <  >  or ← →   sort by the column beside
- ↑ ↓  PgUp ..  move                     i              the other way round
- Home          back to the top          r d k l f      by calls/s, denied/s, key,
- Enter         a key in full                           limiter, share that is left
- /             filter (Esc: no more)    space          freeze, and go on
+ Tab  1 .. 6   panes                    <  >  or ← →   sort by the next column
+ ↑ ↓  PgUp ..  move                     i              reverse the order
+ Home          back to the top          r d k l f      sort by calls/s, denied/s,
+ Enter         a key in full                           key, limiter, share left
+ /             filter (Esc: no more)    space          freeze, and resume
  x             reset the key            w              warnings in full
- q  Ctrl-C     quit                     ?              this
+ q  Ctrl-C     quit                     ?              this help
 
- Rates are means of the last 5 seconds, bars the last 60 looks: green, yellow
- where some calls were denied, red where most were.
+ Rates are means of the last 5 seconds. Bars are the last 60 samples: green;
+ yellow if some calls were denied, red if most were.
 
- A filter is part of a name of a key or limiter, or a glob (user-*); case does not
- matter. Of an order, the first 1,000 rows are shown. By what is left are sorted the
- 2,000 busiest keys.
+ A filter is part of a name of a key or limiter, or a glob (user-*). It ignores
+ case. A list shows its first 1,000 rows; sorted by what is left, it has the
+ 2,000 busiest keys only.
 
  left: what is admitted now, of the limit.   reset: until nothing is consumed.
  The cursor stays in the first row until you move it; then it follows its row."""
 
 
 def key_in_full(key: LiveKey) -> Text:
-    """What is known of a key: its name may be longer than the screen is wide."""
+    """Everything about a key. Its name may be longer than the screen is wide."""
     row = key.row
     limit = "not known" if row.limit is None else f"{row.limit:,}"
     left = "not known" if row.remaining is None else f"{row.remaining:,}"
@@ -51,12 +51,12 @@ def key_in_full(key: LiveKey) -> Text:
         "not known" if row.reset_after is None else render.brief(row.reset_after),
         "\n\n",
         *bars(key.admitted_history, key.denied_history, 60),
-        ("\ncalls a second, the last 60 looks", FAINT),
+        ("\ncalls per second, the last 60 samples", FAINT),
     )
 
 
 class Notice(ModalScreen[None]):
-    """Text, until a key is pressed."""
+    """A text, until a key closes it."""
 
     CSS = """
     Notice { align: center middle; background: transparent; }
@@ -84,7 +84,7 @@ class Notice(ModalScreen[None]):
             yield Static(self._text, markup=False)
 
     def action_scroll(self, by: int) -> None:
-        """Where the text is longer than the screen."""
+        """Scroll a text that is longer than the screen."""
         self.query_one(VerticalScroll).scroll_relative(y=by, animate=False)
 
 
@@ -111,7 +111,7 @@ class Question(ModalScreen[bool]):
         yield box
 
     def on_key(self, event: events.Key) -> None:
-        """The answer: the first key, which means nothing else; those typed behind it are none."""
+        """The first key is the answer; keys typed after it are dropped."""
         event.stop()
         if self.is_current:
             self.dismiss(event.key in ("y", "Y"))

@@ -1,5 +1,7 @@
-"""Limiters whose counts a server keeps for many hosts: it is told, by what the environment says of
-it, as the workers are."""
+"""``fast-shm reset`` for limits over many hosts: the server forgets what a key has consumed, too.
+
+The server is the one that the environment names, as for the workers.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def reset(segment: Segment, limiter: str, key: bytes) -> bool:
-    """Forget what a key has consumed, at the server and in this host; whether it was anything.
-    Raises FastShmError."""
+    """Forget what a key has consumed, at the server and on this host. Returns whether it was
+    anything. Raises FastShmError."""
     return _wallet(segment, limiter).reset(key)
 
 
 def reset_all(segment: Segment, limiter: str) -> int:
-    """reset() of each key that the server knows; how many. Raises FastShmError."""
+    """Do so for each key that the server knows. Returns how many. Raises FastShmError."""
     return _wallet(segment, limiter).reset_all()
 
 

@@ -173,7 +173,7 @@ def test_what_is_no_file_is_not_replaced(
     for name in ("pipe", "link", "null"):
         before = (tmp_path / name).lstat()
         found = fast_shm("export", "--name", segment.name, "--output", str(tmp_path / name))
-        assert found.returncode == 1 and "it is no file" in found.stderr, name
+        assert found.returncode == 1 and "it is not a regular file" in found.stderr, name
         assert (tmp_path / name).lstat().st_ino == before.st_ino
     assert (tmp_path / "target").read_text() == "old"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import resource
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,8 +12,8 @@ import pytest
 from support.puppets import Puppet
 
 from fast_litellm_shm import Limit, RateLimiter, Segment, SegmentLinkError, Window
-from fast_litellm_shm.cli.keytable import MOST_SHOWN, LiveKey
-from fast_litellm_shm.cli.live import Sampler, Snapshot
+from fast_litellm_shm.cli.key_table import MOST_SHOWN, LiveKey
+from fast_litellm_shm.cli.sampler import Sampler, Snapshot
 
 
 class Clock:
@@ -271,6 +272,21 @@ def test_what_cannot_be_read_is_told_and_tried_again(segment_name: str) -> None:
     finally:
         path.unlink()
     Segment(segment_name, capacity=100)
+    assert look().problem is None
+
+
+def test_no_descriptors_left(segment: Segment) -> None:
+    """What it says is about descriptors, and not about the segment."""
+    look = Looker(segment.name)
+    assert look().problem is None
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        told = look()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert told.problem is not None and "add up" not in told.problem
+    assert "no file descriptor left" in told.problem and "ulimit -n" in told.problem
     assert look().problem is None
 
 

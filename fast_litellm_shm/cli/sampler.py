@@ -1,10 +1,8 @@
-"""What the live views show: looks at a segment, one after the other, and what changed between them.
-
-``fast-shm top`` and ``fast-shm dashboard`` are views of it alone.
-"""
+"""Samples of a segment, one after the other, with rates: what ``top`` and ``dashboard`` show."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,22 +12,22 @@ import psutil
 
 from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared.inspection import Inspection, open_for_reading
-from fast_litellm_shm._shared.native import ffi, lib
+from fast_litellm_shm._shared.native import why_no_descriptor
 from fast_litellm_shm._shared.segment import Segment
-from fast_litellm_shm.cli import held, inspect, listing, render
-from fast_litellm_shm.cli.keytable import KeyTable, NameCache
+from fast_litellm_shm.cli import permits_and_pools, problems, render, segments
+from fast_litellm_shm.cli.key_table import KeyTable, NameCache
 from fast_litellm_shm.cli.rates import KeyCounter, KeyRates, Series
 from fast_litellm_shm.metrics import health
+from fast_litellm_shm.metrics.snapshot import UNKNOWN, deployments_of
 
-_DEPLOYMENTS = 256  # places: layout.h
-_NEVER = 2**64 - 1
-_ANNOUNCED = 10.0  # seconds for which a new segment is told of
+_ANNOUNCED = 10.0  # seconds for which a new segment is announced
+_REMOVED_EVERY = 10.0  # seconds: looking for users of removed segments reads much of /proc
 
 
 @dataclass(frozen=True)
 class Rate:
-    """A count, how fast it grows (a second; None: not measured yet), and how fast it did in each
-    past sample, oldest first."""
+    """A count; its growth per second now (None: not measured yet), and in each past sample, oldest
+    first."""
 
     total: int = 0
     now: float | None = None
@@ -38,8 +36,8 @@ class Rate:
 
 @dataclass(frozen=True)
 class Worker:
-    """An attached process. cpu_percent: of one core, since the last sample. None: not known (in
-    another container, or not measured yet)."""
+    """A process that uses the segment. cpu_percent: of one core, since the last sample. None: not
+    known (the process is in another container, or not measured yet)."""
 
     pid: int
     admitted: Rate
@@ -49,10 +47,17 @@ class Worker:
     attached_seconds: int
     command: str | None
 
+    @property
+    def rate(self) -> float | None:
+        """Calls per second."""
+        if self.admitted.now is None or self.denied.now is None:
+            return None
+        return self.admitted.now + self.denied.now
+
 
 @dataclass(frozen=True)
 class LimiterRow:
-    """A limiter: its limits in words, how many keys are known, calls a second of them."""
+    """A limiter: its limits as text, the number of its keys, and their calls per second."""
 
     name: str
     limits: str
@@ -63,8 +68,8 @@ class LimiterRow:
 
 @dataclass(frozen=True)
 class DeploymentRow:
-    """What routers know of a deployment; name: a hash. Times in seconds, cost in dollars a call;
-    None: not known yet."""
+    """What routers know about a deployment. name: its hash. latency, cooldown, idle: seconds; cost:
+    dollars per call. None: not known yet."""
 
     name: str
     in_flight: int
@@ -78,7 +83,8 @@ class DeploymentRow:
 
 @dataclass(frozen=True)
 class Memo:
-    """The token memo: lookups, the share that hit in the last seconds and ever (None: none)."""
+    """The token memo: lookups; the share of them that hit, in the last seconds and ever (None: no
+    lookup); texts in it, and its size."""
 
     lookups: Rate
     hit_rate: float | None
@@ -89,8 +95,8 @@ class Memo:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One look. problem: why there is nothing to be seen, in a sentence; then the rest is empty.
-    taken: seconds since 1970. stats: Segment.stats(). notice: what has just happened."""
+    """One sample. taken: seconds since 1970. stats: Segment.stats(). notice: what has happened just
+    now. problem: why the segment cannot be read, in a sentence; then the rest is empty."""
 
     name: str
     taken: float
@@ -115,28 +121,28 @@ class Snapshot:
 
 
 class _Rates:
-    """Series by name; those that are not met at a look are forgotten."""
+    """Series by name. A series that a sample does not add to is forgotten."""
 
     def __init__(self) -> None:
         self._series: dict[tuple[Any, ...], Series] = {}
-        self._met: dict[tuple[Any, ...], Series] = {}
+        self._added: dict[tuple[Any, ...], Series] = {}
         self._seconds = 0.0
 
     def begin(self, seconds: float) -> None:
-        self._series, self._met, self._seconds = self._met, {}, seconds
+        self._series, self._added, self._seconds = self._added, {}, seconds
 
     def add(self, total: int, *name: Any) -> Rate:
-        series = self._met[name] = self._series.get(name) or Series()
+        series = self._added[name] = self._series.get(name) or Series()
         series.add(total, self._seconds)
         return Rate(total, series.rate, series.history)
 
 
 class Sampler:
-    """Looks at the segment of a name again and again, whatever becomes of it.
+    """Reads the segment of a name again and again.
 
-    It maps the segment for reading alone. Where there is none, it waits for one; where it was
-    removed, it goes on with what its processes still count in until there is another of that name.
-    Not for several threads at once. clock: seconds, for tests.
+    If there is none, it waits for one. If the segment is removed while processes use it, it goes on
+    reading that one until there is a new segment of the name. It maps segments for reading alone.
+    Not thread-safe. clock: a clock in seconds, for tests.
     """
 
     def __init__(
@@ -155,12 +161,13 @@ class Sampler:
         self._forget()
 
     def _forget(self) -> None:
-        """Of one segment nothing is known that another told."""
+        """Drop all counts: those of one segment say nothing about another."""
         self._at: float | None = None
         self._rates, self._keys, self._names = _Rates(), KeyCounter(), NameCache()
+        self._removed_users: tuple[float, list[int]] = (-math.inf, [])
 
     def open(self) -> None:
-        """Attach now, if there is a segment. Raises SegmentError where it cannot be read."""
+        """Attach now, if there is a segment. Raises SegmentError if it cannot be read."""
         try:
             self._attach()
         except exceptions.SegmentNotFoundError:
@@ -178,14 +185,14 @@ class Sampler:
                 raise
             return self._segment
         if self._ever_attached:
-            text = "this is a new segment of that name: the one before it was removed"
+            text = "this is a new segment of that name: the old one was removed"
             self._notice = (self._clock(), text)
         self._segment, self._ever_attached = found, True
         self._forget()
         return found
 
     def sample(self) -> Snapshot:
-        """Look now. Never raises because of the segment: what is wrong is told."""
+        """Read the segment now. Does not raise if that fails: ``problem`` says why."""
         try:
             segment = self._attach()
             return self._look(segment)
@@ -193,12 +200,15 @@ class Sampler:
             problem = f"there is no segment {self.name!r}. Waiting for one. "
             if self._ever_attached:
                 problem = f"segment {self.name!r} was removed. Waiting for a new one. "
-            problem += listing.names_there_are()
+            problem += segments.hint(self.name)
         except exceptions.FastShmError as error:
             problem = str(error)
-        except Exception as error:  # its contents are foreign: whatever they break must be told
+        except OSError as error:
+            why = why_no_descriptor(error.errno or 0) or error.strerror or str(error)
+            problem = f"cannot read segment {self.name!r}: {why}. Trying again"
+        except Exception as error:  # other processes write its contents, and may break anything
             problem = f"the segment's contents do not add up: {type(error).__name__}: {error}"
-        self._segment = None  # look it up again at the next sample
+        self._segment = None  # attach again at the next sample
         self._forget()
         return Snapshot(self.name, time.time(), problem)
 
@@ -209,15 +219,17 @@ class Sampler:
         self._at = now
         self._rates.begin(seconds)
         stats = segment.stats()
-        attached = inspect.processes_of(segment)
+        attached = segments.processes_of(segment)
         rates = self._keys.add(inspection.counts, seconds)
-        permits, pools = held.held(inspection, None, None)
+        permits, pools = permits_and_pools.held(inspection, None, None)
         announced, notice = self._notice
         return Snapshot(
             name=self.name,
             taken=time.time(),
             notice=notice if notice and now - announced < _ANNOUNCED else None,
-            warnings=inspect.warnings_of(stats, attached, segment),
+            warnings=problems.warnings_of(
+                stats, attached, inspection.limiters(), segment, self._users_of_removed(now)
+            ),
             stats=stats,
             admitted=self._rates.add(stats["admitted"], "admitted"),
             denied=self._rates.add(stats["denied"], "denied"),
@@ -230,6 +242,11 @@ class Sampler:
             keys=KeyTable(inspection, rates, self._names),
         )
 
+    def _users_of_removed(self, now: float) -> list[int]:
+        if now - self._removed_users[0] >= _REMOVED_EVERY:
+            self._removed_users = (now, segments.removed_users(self.name))
+        return self._removed_users[1]
+
     def _workers(self, attached: list[dict[str, Any]]) -> list[Worker]:
         known = self._system
         self._system = {}
@@ -237,14 +254,14 @@ class Sampler:
         for process in sorted(attached, key=lambda process: process["pid"]):
             pid, cpu = process["pid"], None
             try:
-                if pid in known and known[pid].is_running():  # not another of the same number
+                if pid in known and known[pid].is_running():  # the pid was not reused
                     self._system[pid] = known[pid]
                     cpu = known[pid].cpu_percent()
                 else:
                     self._system[pid] = psutil.Process(pid)
-                    self._system[pid].cpu_percent()  # what it is since is told by the next call
+                    self._system[pid].cpu_percent()  # the next call tells what was used since
             except psutil.Error:
-                pass  # ended since, in another pid namespace, or not ours to look at
+                pass  # it has ended, or is in another pid namespace, or is another user's
             out.append(
                 Worker(
                     pid=pid,
@@ -253,9 +270,7 @@ class Sampler:
                     memory_bytes=process["memory_bytes"],
                     cpu_percent=cpu if process["command"] is not None else None,
                     attached_seconds=process["attached_seconds"],
-                    command=None
-                    if process["command"] is None
-                    else render.escaped(process["command"]),
+                    command=process["command"] and render.escaped(process["command"]),
                 )
             )
         return out
@@ -270,22 +285,18 @@ class Sampler:
         return Memo(lookups, recent, state["hit_rate"], state["texts"], state["places"])
 
     def _deployments(self, segment: Segment) -> list[DeploymentRow]:
-        places = ffi.new("uint32_t[]", list(range(_DEPLOYMENTS)))
-        found = ffi.new("fshm_deployment_info[]", _DEPLOYMENTS)
-        lib.fshm_deployment_look(segment._handle, places, _DEPLOYMENTS, 0, 1, found)
         rows = [
             DeploymentRow(
                 name=f"#{info.id:016x}",
                 in_flight=info.in_flight,
                 records=self._rates.add(info.records, "deployment", info.id),
-                latency=None if info.latency_ns == _NEVER else info.latency_ns / 1e9,
+                latency=None if info.latency_ns == UNKNOWN else info.latency_ns / 1e9,
                 success_rate=info.success_rate,
-                cost=None if info.cost == _NEVER else info.cost / 1e9,
+                cost=None if info.cost == UNKNOWN else info.cost / 1e9,
                 cooldown=info.cooldown_ns / 1e9,
                 idle=info.idle_ns / 1e9,
             )
-            for info in found
-            if info.id
+            for info in deployments_of(segment)
         ]
         return sorted(rows, key=lambda row: row.name)
 

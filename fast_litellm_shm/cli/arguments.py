@@ -1,0 +1,303 @@
+"""The command line of ``fast-shm``: its verbs, their options, and their help."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+
+_EXIT_CODES = """\
+exit codes:
+  0    ok
+  1    failed, or nothing was done: the message on stderr says why
+  2    wrong usage
+  3    no segment has that name
+  130  interrupted by Ctrl-C (0 for --watch, top and dashboard)"""
+
+_MAIN = """\
+examples:
+  fast-shm ls                            list the segments
+  fast-shm inspect                       show the segment of this user's workers
+  fast-shm inspect --name shop --watch   show "shop", again every 2 seconds
+  fast-shm top                           show it live, on the whole terminal
+  fast-shm dashboard                     show it live, in a browser
+  fast-shm export                        print its metrics for Prometheus
+  fast-shm reset --limiter chat user-1   forget what user-1 has consumed
+  fast-shm release --dead                give back the permits of dead processes
+  fast-shm rm --name shop                delete a segment
+
+Without --name, a verb uses the segment that workers use by default: FAST_LITELLM_SHM_NAME, else
+one for each user id. `fast-shm VERB --help` explains a verb."""
+
+_INSPECT = """\
+examples:
+  fast-shm inspect --name shop
+  fast-shm inspect --top 5 --sort denied   the keys that are denied most
+  fast-shm inspect --match 'user-1*'       keys by a glob, case-sensitive
+  fast-shm inspect --json | jq '.keys[0]'  all keys, as JSON
+  fast-shm inspect --watch 0.5             repeat until Ctrl-C
+
+Permits and pools are shown only while a process holds one.
+
+Control characters in keys are shown as \\n, \\x1b, \\u202e. --json has the keys as they are.
+With --json and --watch, one document follows the other."""
+
+_EXPORT = """\
+examples:
+  fast-shm export | promtool check metrics
+  fast-shm export --output /var/lib/node_exporter/textfile/fast_shm.prom
+  fast-shm export --format json | jq .segment.denied
+  fast-shm export --format csv --keys 100 > keys.csv
+
+--output replaces the file in one step. If there is no segment, it leaves the file as it is.
+docs/metrics.md explains the metrics."""
+
+_TOP = """\
+examples:
+  fast-shm top                           the segment of this user's workers
+  fast-shm top --name shop --every 0.5
+
+Keys: q quits, ? shows the others. If there is no segment, top waits for one. If the segment is
+removed, it waits for the next one. Needs textual: pip install "fast-litellm-shm[top]"."""
+
+_DASHBOARD = """\
+examples:
+  fast-shm dashboard                       http://127.0.0.1:8099/ until Ctrl-C
+  fast-shm dashboard --name shop --port 0  any free port; the first line says it
+
+The page is read-only and has no password. Everyone who can reach it sees the names of keys:
+every user of this host; with --host 0.0.0.0, everyone on the network. Needs starlette and
+uvicorn: pip install "fast-litellm-shm[dashboard]"."""
+
+_LS = """\
+examples:
+  fast-shm ls
+  fast-shm ls --json | jq -r '.[].name'
+
+A segment that was deleted is listed as "removed" while processes still use it."""
+
+_RESET = """\
+examples:
+  fast-shm reset user-1                  what user-1 consumed, in every limiter
+  fast-shm reset --limiter chat user-1   ... in the limiter "chat" alone
+  fast-shm reset --limiter chat          all keys of "chat"
+  fast-shm reset --all                   all keys of all limiters
+  fast-shm reset --limiter chat -- -odd  a key that begins with a dash
+  fast-shm reset $'two\\nlines'           a key as inspect shows it (bash)
+
+Limits stay as they are: only what was consumed is forgotten. Permits stay, too: see `fast-shm
+release`. For limits over many hosts the server forgets it, too: set FAST_LITELLM_SHM_CLUSTER as
+it is set for the workers."""
+
+_RELEASE = """\
+examples:
+  fast-shm release --dead                permits of all dead processes
+  fast-shm release --pid 4711            permits of process 4711, if it is dead
+  fast-shm release --pid 4711 --force    ... dead or alive
+
+Permits of dead processes come back without this command, when a caller needs one. A living
+process keeps its permits unless you give --force. It goes on working, so more calls may run at
+the same time than the limit allows."""
+
+_RM = """\
+examples:
+  fast-shm rm --name shop
+  fast-shm rm --name shop --yes          even while processes use it
+
+Processes that use the segment keep it, and count apart from new processes until you restart
+them. On a terminal, rm asks first; elsewhere, it needs --yes."""
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Wraps paragraphs at the width of the terminal, and leaves examples as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n\n".join(
+            part if "\n  " in part else textwrap.fill(part, width, break_on_hyphens=False)
+            for part in text.split("\n\n")
+        )
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, formatter_class=_Formatter, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments"):
+            message += " (a segment is named by --name)"
+        self.print_usage(sys.stderr)
+        self.exit(EXIT_USAGE, f"fast-shm: {message}; see `{self.prog} --help`\n")
+
+
+def _number(kind: type[int | float], least: float, most: float, what: str) -> Callable[[str], Any]:
+    """A converter for ``type=`` of an option."""
+
+    def convert(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= most:  # so is NaN
+            raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
+        return value
+
+    return convert
+
+
+_KEYS_SHOWN = _number(int, 0, 2**31, "a whole number, 0 for all keys")
+_KEYS_EXPORTED = _number(int, 0, 1000, "a whole number, 0 to 1000")
+_PID = _number(int, 1, 2**31 - 1, "the number of a process")
+_SECONDS = _number(float, 0.1, 86400, "seconds, 0.1 to 86400")
+_PORT = _number(int, 0, 65535, "a port, 0 to 65535")
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from fast_litellm_shm import __version__
+        from fast_litellm_shm._shared.native import lib
+
+        print(f"fast-shm {__version__} (segment layout {lib.FSHM_LAYOUT_VERSION})")
+        parser.exit()
+
+
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    """The whole command line, and the part of each verb."""
+    parser = _Parser(
+        prog="fast-shm",
+        description="Inspect and clean up the shared-memory segments of this host.",
+        epilog=f"{_MAIN}\n\n{_EXIT_CODES}",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(name: str, about: str, epilog: str) -> _Parser:
+        made = verbs.add_parser(
+            name,
+            help=about,
+            description=f"{about[0].upper()}{about[1:]}.",
+            epilog=f"{epilog}\n\n{_EXIT_CODES}",
+        )
+        if name != "ls":
+            made.add_argument("--name", metavar="N", help="the segment; default: the workers' one")
+        made.add_argument(
+            "--allow-other-owner", action="store_true", help="accept a segment of another user"
+        )
+        return made
+
+    _inspect(verb("inspect", "show a segment: its processes, limiters and busiest keys", _INSPECT))
+    _live(verb("top", "show a segment live, on the whole terminal", _TOP))
+    _dashboard(verb("dashboard", "show a segment live, as a web page of this host", _DASHBOARD))
+    to = verb("ls", "list the segments of this host", _LS)
+    to.add_argument("--json", action="store_true", help="JSON")
+    _export(verb("export", "write a segment's metrics for monitoring, once", _EXPORT))
+    to = verb("reset", "forget what keys have consumed", _RESET)
+    to.add_argument("--limiter", metavar="L", help="only in this limiter")
+    to.add_argument("--all", action="store_true", help="all keys of all limiters")
+    to.add_argument("key", nargs="?", metavar="KEY", help="only this key")
+    to = verb("release", "give back the permits of a process", _RELEASE)
+    whose = to.add_mutually_exclusive_group(required=True)
+    whose.add_argument("--pid", type=_PID, metavar="PID", help="of this process")
+    whose.add_argument("--dead", action="store_true", help="of all dead processes")
+    to.add_argument("--force", action="store_true", help="also of a living process")
+    to = verb("rm", "delete a segment", _RM)
+    to.add_argument("--yes", "-y", action="store_true", help="do not ask")
+    return parser, verbs.choices
+
+
+def _inspect(to: argparse.ArgumentParser) -> None:
+    to.add_argument("--json", action="store_true", help="JSON; all keys unless --top is given")
+    to.add_argument(
+        "--top", type=_KEYS_SHOWN, metavar="N", help="at most N keys, 0 for all (default 20)"
+    )
+    to.add_argument(
+        "--sort",
+        choices=("busiest", "admitted", "denied", "key"),
+        default="busiest",
+        help="which keys come first (default busiest: most calls)",
+    )
+    to.add_argument("--match", metavar="GLOB", help="only keys that match, such as 'user-*'")
+    to.add_argument("--limiter", metavar="L", help="only keys and permits of this limiter")
+    to.add_argument(
+        "--watch",
+        type=_SECONDS,
+        nargs="?",
+        const=2.0,
+        metavar="SECONDS",
+        help="repeat every SECONDS (default 2) until Ctrl-C",
+    )
+
+
+def _live(to: argparse.ArgumentParser) -> None:
+    to.add_argument(
+        "--every",
+        type=_SECONDS,
+        default=1.0,
+        metavar="SECONDS",
+        help="time from one sample to the next (default 1)",
+    )
+
+
+def _dashboard(to: argparse.ArgumentParser) -> None:
+    _live(to)
+    to.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="H",
+        help="the address to listen on (default 127.0.0.1: this host alone)",
+    )
+    to.add_argument(
+        "--port", type=_PORT, default=8099, metavar="P", help="0: any free port (default 8099)"
+    )
+    to.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name under which browsers reach this host; localhost and addresses always work",
+    )
+
+
+def _export(to: argparse.ArgumentParser) -> None:
+    to.add_argument(
+        "--format",
+        choices=("prometheus", "json", "csv"),
+        default="prometheus",
+        help="default: prometheus (its text format)",
+    )
+    to.add_argument("--output", metavar="FILE", help="replace this file instead of printing")
+    to.add_argument(
+        "--keys",
+        type=_KEYS_EXPORTED,
+        default=0,
+        metavar="N",
+        help="also each of the N busiest keys, at most 1000 (default 0)",
+    )
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments, checked; ``name`` is that of the segment. Raises SystemExit if they are wrong
+    or ask for help."""
+    parser, verbs = _parsers()
+    args = parser.parse_args(argv)
+    wrong = verbs[args.verb].error
+    if args.verb == "reset":
+        if args.all and (args.key is not None or args.limiter is not None):
+            wrong("--all means every limiter and key: leave out KEY and --limiter")
+        if not args.all and args.key is None and args.limiter is None:
+            wrong("say what to reset: a KEY, --limiter L, or --all")
+    if args.verb == "release" and args.force and args.dead:
+        wrong("--force is for a living process: it goes with --pid")
+    if args.verb != "ls":
+        from fast_litellm_shm._shared import segment, settings
+
+        if args.name is None:
+            args.name = settings.segment_name()
+        try:
+            segment.path_of(args.name)
+        except ValueError as error:
+            wrong(str(error))
+    return args

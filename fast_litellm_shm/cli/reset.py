@@ -1,0 +1,158 @@
+"""``fast-shm reset``: forget what keys have consumed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from fast_litellm_shm import exceptions
+from fast_litellm_shm._shared import keyed
+from fast_litellm_shm._shared.inspection import HELD, Inspection, is_beside
+from fast_litellm_shm._shared.native import ffi, lib, owned
+from fast_litellm_shm._shared.segment import Segment
+from fast_litellm_shm.cli import render, reset_cluster, segments
+
+
+@dataclass(frozen=True)
+class _Limiter:
+    name: str
+    handle: Any
+    over_hosts: bool  # a server counts what was consumed
+
+
+def _name(info: Any) -> str:
+    raw: bytes = ffi.buffer(info.name, info.name_length)[:]
+    return raw.decode("utf-8", "replace")
+
+
+def _open_limiter(segment: Segment, info: Any, over_hosts: bool) -> _Limiter:
+    name, out = _name(info), ffi.new("fshm_limiter **")
+    status = lib.fshm_limiter_find(segment._handle, info.name, info.name_length, out)
+    if status != lib.FSHM_OK:
+        raise exceptions.SegmentError(
+            f"cannot open limiter {name!r} in segment {segment.name!r} (error {status}): "
+            f"{segment.damaged or 'its limits are gone'}"
+        )
+    return _Limiter(name, owned(out[0], lib.fshm_limiter_close, segment._handle), over_hosts)
+
+
+def _limiters(segment: Segment, wanted: str | None) -> list[_Limiter]:
+    infos = []
+    for index in range(segment.geometry().limiters):
+        info = ffi.new("fshm_limiter_info *")
+        if lib.fshm_limiter_at(segment._handle, index, info) == lib.FSHM_OK and info.name_length:
+            infos.append(info)
+    # Token leases (NAME + HELD) and the state beside them stay. Without that the server would take
+    # the next requests of this host for old ones, and would grant it no permit for seconds.
+    names = {_name(info) for info in infos}
+    leases = {name + HELD for name in names}
+    found = {
+        name: info
+        for info in infos
+        if (name := _name(info)) not in leases and not is_beside(name, names)
+    }
+    if wanted is not None and wanted not in found:
+        raise segments.no_such_limiter(wanted, segment, list(found))
+    opened = [
+        _open_limiter(segment, info, name + HELD in names)
+        for name, info in found.items()
+        if wanted in (None, name)
+    ]
+    return sorted(opened, key=lambda limiter: limiter.over_hosts)  # last: these may fail
+
+
+def _failed(status: int, limiter: _Limiter) -> exceptions.SegmentError:
+    return exceptions.SegmentError(
+        f"cannot reset limiter {limiter.name!r} (error {status}): its limits are damaged; stop the "
+        "workers and remove the segment with `fast-shm rm`"
+    )
+
+
+def _has_consumed(limiter: _Limiter, key: bytes) -> bool:
+    if limiter.name in keyed.NAMES:
+        return _has_counted(limiter, key)
+    limits, version = ffi.new("fshm_limit[]", lib.FSHM_MAX_LIMITS), ffi.new("uint64_t *")
+    remaining = ffi.new("uint64_t[]", lib.FSHM_MAX_LIMITS)
+    lib.fshm_limiter_limits(limiter.handle, limits, version)
+    count = lib.fshm_remaining(limiter.handle, key, len(key), 0, remaining)  # without permits
+    return any(
+        remaining[i] < (limits[i].burst if limits[i].kind == lib.FSHM_BUCKET else limits[i].n)
+        for i in range(count)
+    )
+
+
+def _has_counted(limiter: _Limiter, key: bytes) -> bool:
+    """The same for a limiter whose limits are given with each call."""
+    limit = keyed.limit_of(limiter.name, key)
+    if limit is None:
+        return False
+    found, look = ffi.new("fshm_counted *"), lib.fshm_count
+    if limiter.name == keyed.MOVING:
+        look = lib.fshm_moving
+    look(limiter.handle, key, len(key), ffi.new("fshm_limit *", limit._raw()), 0, 0, found)
+    return bool(found.count or found.previous)
+
+
+def _holds_only(limiter: _Limiter) -> bool:
+    """Whether its limit is on permits alone, so that nothing is consumed."""
+    limits, version = ffi.new("fshm_limit[]", lib.FSHM_MAX_LIMITS), ffi.new("uint64_t *")
+    count = lib.fshm_limiter_limits(limiter.handle, limits, version)
+    return bool(count == 1 and limits[0].kind == lib.FSHM_PERMITS)
+
+
+def _reset_key(segment: Segment, limiter: _Limiter, key: bytes) -> bool:
+    """Returns whether the key had consumed anything."""
+    if limiter.over_hosts:
+        return reset_cluster.reset(segment, limiter.name, key)
+    consumed = _has_consumed(limiter, key)
+    forget = lib.fshm_reset_key
+    if limiter.name == keyed.MOVING:
+        forget = lib.fshm_moving_clear  # its hits are in slots of their own
+    status = forget(limiter.handle, key, len(key))
+    if status != lib.FSHM_OK:
+        raise _failed(status, limiter)
+    return consumed
+
+
+def reset_key(name: str, allow_other_owner: bool, limiter: str, key: bytes) -> bool:
+    """Forget what a key has consumed in one limiter of segment ``name``. Returns whether it was
+    anything. Raises FastShmError."""
+    segment = segments.open_for_writing(name, allow_other_owner)
+    return any([_reset_key(segment, found, key) for found in _limiters(segment, limiter)])
+
+
+def run(args: argparse.Namespace) -> int:
+    """Forget what was consumed, and print what was forgotten."""
+    segment = segments.open_for_writing(args.name, args.allow_other_owner)
+    limiters = _limiters(segment, args.limiter)
+    if not limiters:
+        print(f"Nothing to reset: segment {segment.name!r} has no limiter.")
+    if args.key is None:
+        keys = {limiter["name"]: limiter["keys"] for limiter in Inspection(segment).limiters()}
+        for limiter in limiters:
+            if _holds_only(limiter):
+                name = render.escaped(limiter.name)
+                print(f"Left limiter '{name}' alone: it counts permits (see fast-shm release).")
+                continue
+            if limiter.over_hosts:
+                count = reset_cluster.reset_all(segment, limiter.name)
+            else:
+                status = lib.fshm_reset_all(limiter.handle)
+                if status != lib.FSHM_OK:
+                    raise _failed(status, limiter)
+                count = keys.get(limiter.name, 0)
+            print(f"Reset limiter '{render.escaped(limiter.name)}': all keys ({count:,} known).")
+        return 0
+    key = os.fsencode(args.key)
+    was_reset = False
+    for limiter in limiters:
+        if _reset_key(segment, limiter, key):
+            was_reset = True
+            shown = render.escaped(limiter.name)
+            print(f"Reset key '{render.escaped(key)}' of limiter '{shown}'.", flush=True)
+    if limiters and not was_reset:
+        where = f"limiter '{render.escaped(args.limiter)}'" if args.limiter else "any limiter"
+        print(f"Nothing to reset: key '{render.escaped(key)}' has consumed nothing in {where}.")
+    return 0
