@@ -339,13 +339,14 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             parser.error("say what to reset: a KEY, --limiter L, or --all")
     if args.verb == "release" and args.force and args.dead:
         parser.error("--force is for a living process: it goes with --pid")
-    if args.verb != "ls":
-        if args.name is None:
-            args.name = settings.segment_name()
-        try:
+    try:
+        settings.allow_other_owner()
+        if args.verb != "ls":
+            if args.name is None:
+                args.name = settings.segment_name()
             segment.path_of(args.name)
-        except ValueError as error:
-            parser.error(str(error))
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def _verb(name: str) -> Callable[[argparse.Namespace], int]:

@@ -11,8 +11,6 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared.inspection import Inspection, KeyRow, open_for_reading
 from fast_litellm_shm._shared.native import ffi, lib
@@ -35,6 +33,8 @@ _KEY_COLUMNS = ("key", "limiter", ">admitted", ">denied", ">remaining", ">wait")
 def processes_of(segment: Segment) -> list[dict[str, Any]]:
     """The living processes, with what the system knows of them; None where it knows nothing (in
     another pid namespace)."""
+    from fast_litellm_shm._shared.dependencies import psutil
+
     out: list[dict[str, Any]] = []
     for process in segment.processes():
         command, memory = None, None

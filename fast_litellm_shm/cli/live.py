@@ -8,9 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
-
-import psutil
+from typing import TYPE_CHECKING, Any
 
 from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared.inspection import Inspection, open_for_reading
@@ -20,6 +18,9 @@ from fast_litellm_shm.cli import held, inspect, listing, render
 from fast_litellm_shm.cli.keytable import KeyTable, NameCache
 from fast_litellm_shm.cli.rates import KeyCounter, KeyRates, Series
 from fast_litellm_shm.metrics import health
+
+if TYPE_CHECKING:
+    import psutil
 
 _DEPLOYMENTS = 256  # places: layout.h
 _NEVER = 2**64 - 1
@@ -233,6 +234,8 @@ class Sampler:
     def _workers(self, attached: list[dict[str, Any]]) -> list[Worker]:
         known = self._system
         self._system = {}
+        from fast_litellm_shm._shared.dependencies import psutil
+
         out = []
         for process in sorted(attached, key=lambda process: process["pid"]):
             pid, cpu = process["pid"], None

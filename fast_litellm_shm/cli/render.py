@@ -123,6 +123,7 @@ def waiting(retry_after: float | None) -> str:
 
 def console() -> Console:
     """Standard output: colours on a terminal alone (and not with NO_COLOR), full rows in a pipe."""
+    from fast_litellm_shm._shared.dependencies import rich  # noqa: F401, I001 - may be missing
     from rich.console import Console
 
     class Output(Console):
