@@ -22,6 +22,7 @@ QUESTIONS = (
     "key_count",
     "bytes_per_key",
     "first_check",
+    "import_cost",
     "tails",
     "pool_cost",
     "routing",

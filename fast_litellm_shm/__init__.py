@@ -1,20 +1,23 @@
-"""Rate limits that all worker processes of a host share, in shared memory, with no server."""
+"""Rate limits that all worker processes of a host share, in shared memory, with no server.
+
+The limits, RateLimiter, Segment and the exceptions are loaded at import; every other name, and what
+it needs, when it is first used.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fast_litellm_shm._shared.features import get_feature_status, is_enabled, reset_errors
+__version__ = "0.1.0"
+
+from fast_litellm_shm import fast_litellm
+from fast_litellm_shm._shared.later import loader
 from fast_litellm_shm._shared.native import Decision, Permit
-from fast_litellm_shm._shared.performance import (
-    compare_implementations,
-    export_performance_data,
-    get_performance_stats,
-    record_performance,
-)
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.exceptions import (
+    ClusterError,
     EncodingUnavailableError,
     FastShmError,
+    MissingPackageError,
     PermitTimeoutError,
     PriceFileError,
     RateLimitExceeded,
@@ -31,67 +34,43 @@ from fast_litellm_shm.exceptions import (
     SegmentSpaceError,
     UnknownModelError,
 )
-from fast_litellm_shm.fast_litellm.acceleration import (
-    apply_acceleration,
-    get_patch_status,
-    on_import,
-    remove_acceleration,
-)
-from fast_litellm_shm.fast_litellm.simple import (
-    SimpleRateLimiter,
-    check_rate_limit,
-    get_rate_limit_stats,
-)
-from fast_litellm_shm.limiters.concurrency import ConcurrencyLimiter
-from fast_litellm_shm.limiters.decorators import limited
-from fast_litellm_shm.limiters.quota import Admission, Quota
+from fast_litellm_shm.fast_litellm import import_hook
 from fast_litellm_shm.limiters.rate import Batch, RateLimiter
 from fast_litellm_shm.limits import FixedWindow, Limit, SlidingWindow, TokenBucket, Window
-from fast_litellm_shm.metrics.health import (
-    NATIVE_AVAILABLE,
-    RUST_ACCELERATION_AVAILABLE,
-    health_check,
-    rust_acceleration_available,
-)
-from fast_litellm_shm.metrics.recommendations import get_recommendations
-from fast_litellm_shm.pools.connection_pool import (
-    SimpleConnectionPool,
-    cleanup_expired_connections,
-    get_connection,
-    get_connection_pool_stats,
-    health_check_connection,
-    remove_connection,
-    return_connection,
-)
-from fast_litellm_shm.routing.router import AdvancedRouter, get_available_deployment
-from fast_litellm_shm.tokens.counter import SimpleTokenCounter
-from fast_litellm_shm.tokens.prices import get_pricing_status
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from fast_litellm_shm.fast_litellm import *  # noqa: F403
+    from fast_litellm_shm.limiters.concurrency import ConcurrencyLimiter
+    from fast_litellm_shm.limiters.decorators import limited
+    from fast_litellm_shm.limiters.quota import Admission, Quota
 
 __all__ = [
-    "Admission",
-    "AdvancedRouter",
-    "Batch",
-    "ConcurrencyLimiter",
-    "Decision",
-    "EncodingUnavailableError",
-    "FastShmError",
-    "Limit",
+    # limits
     "TokenBucket",
-    "NATIVE_AVAILABLE",
-    "Permit",
-    "PermitTimeoutError",
-    "PriceFileError",
-    "Quota",
-    "RUST_ACCELERATION_AVAILABLE",
-    "RateLimitExceeded",
+    "FixedWindow",
+    "SlidingWindow",
+    "Limit",  # of TokenBucket
+    "Window",  # of FixedWindow
+    # limiters
     "RateLimiter",
+    "ConcurrencyLimiter",
+    "Quota",
+    "limited",
     "Segment",
+    # their answers
+    "Decision",
+    "Permit",
+    "Admission",
+    "Batch",
+    # errors
+    "FastShmError",
+    "RateLimitExceeded",
+    "PermitTimeoutError",
+    "ClusterError",
+    "SegmentError",
     "SegmentCapacityError",
     "SegmentClockError",
     "SegmentDamagedError",
-    "SegmentError",
     "SegmentFullError",
     "SegmentLayoutError",
     "SegmentLinkError",
@@ -99,46 +78,31 @@ __all__ = [
     "SegmentOwnerError",
     "SegmentPermissionError",
     "SegmentSpaceError",
-    "SimpleConnectionPool",
-    "SimpleRateLimiter",
-    "SimpleTokenCounter",
-    "SlidingWindow",
+    "EncodingUnavailableError",
+    "MissingPackageError",
+    "PriceFileError",
     "UnknownModelError",
-    "FixedWindow",
-    "Window",
-    "apply_acceleration",
-    "check_rate_limit",
-    "cleanup_expired_connections",
-    "compare_implementations",
-    "export_performance_data",
-    "get_available_deployment",
-    "get_connection",
-    "get_connection_pool_stats",
-    "get_feature_status",
-    "get_patch_status",
-    "get_performance_stats",
-    "get_pricing_status",
-    "get_rate_limit_stats",
-    "get_recommendations",
-    "health_check",
-    "health_check_connection",
-    "is_enabled",
-    "limited",
-    "record_performance",
-    "remove_acceleration",
-    "remove_connection",
-    "reset_errors",
-    "return_connection",
-    "rust_acceleration_available",
 ]
+__all__ += fast_litellm.__all__  # tokens, pools and routing among them
 
-if not TYPE_CHECKING:  # a type checker would believe in every name
+if not TYPE_CHECKING:  # with it, a type checker would accept every name
+    _load = loader(
+        __name__,
+        {
+            "limiters.concurrency": "ConcurrencyLimiter",
+            "limiters.decorators": "limited",
+            "limiters.quota": "Admission Quota",
+            **fast_litellm.MODULES,
+        },
+    )
 
     def __getattr__(name: str) -> Any:
-        """The modules that `import fast_litellm` brings along, when they are first used."""
-        if name in ("_rust", "enhanced_monkeypatch", "feature_flags"):
+        if name in ("_rust", "enhanced_monkeypatch", "feature_flags"):  # as fast-litellm has them
             return importlib.import_module(f"{__name__}.{name}")
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return _load(name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
 
 
-on_import()
+import_hook.on_import()

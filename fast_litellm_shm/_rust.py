@@ -1,7 +1,7 @@
-"""The name that fast-litellm has for :mod:`fast_litellm_shm.fast_litellm._rust`."""
+"""The name that fast-litellm has for :mod:`fast_litellm_shm.fast_litellm`."""
 
 import sys
 
-from fast_litellm_shm.fast_litellm import _rust
+from fast_litellm_shm import fast_litellm
 
-sys.modules[__name__] = _rust
+sys.modules[__name__] = fast_litellm

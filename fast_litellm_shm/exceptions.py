@@ -12,7 +12,7 @@ class SegmentError(FastShmError):
 
 
 class SegmentNotFoundError(SegmentError):
-    """There is no segment of that name."""
+    """No segment has that name."""
 
 
 class SegmentSpaceError(SegmentError):
@@ -20,11 +20,11 @@ class SegmentSpaceError(SegmentError):
 
 
 class SegmentPermissionError(SegmentError):
-    """The operating system forbids it."""
+    """The operating system denies access to the segment."""
 
 
 class SegmentLinkError(SegmentError):
-    """The name is a symbolic link, or not a regular file: somebody planted it."""
+    """The name is a symbolic link or not a regular file. Another program put it there."""
 
 
 class SegmentOwnerError(SegmentError):
@@ -32,7 +32,7 @@ class SegmentOwnerError(SegmentError):
 
 
 class SegmentDamagedError(SegmentError):
-    """Not a segment of ours, or its contents do not add up."""
+    """The file is not a segment of this library, or its contents are inconsistent."""
 
 
 class SegmentLayoutError(SegmentError):
@@ -48,8 +48,8 @@ class SegmentClockError(SegmentError):
 
 
 class SegmentFullError(SegmentError):
-    """No room for another key (only raised with ``on_full="raise"``), another limiter, or
-    another process that wants a permit."""
+    """No room for another key (only with ``on_full="raise"``), another limiter, or another process
+    that wants a permit."""
 
 
 class RateLimitExceeded(FastShmError):
@@ -64,20 +64,24 @@ class RateLimitExceeded(FastShmError):
 
 
 class PermitTimeoutError(FastShmError, TimeoutError):
-    """No permit, or no pooled connection, came free in time."""
+    """No permit, or no pooled connection, became free in time."""
 
 
 class ClusterError(FastShmError):
-    """The server that keeps the limits of all hosts did not answer, or answered with an error."""
+    """The server of the limits over many hosts did not answer, or answered with an error."""
 
 
 class EncodingUnavailableError(FastShmError, OSError):
-    """The file of a tiktoken encoding is neither on this machine nor to be had by download."""
+    """The file of a tiktoken encoding is not on this machine and cannot be downloaded."""
 
 
 class UnknownModelError(FastShmError, LookupError):
-    """The price map does not know the model, or knows no price per token of it."""
+    """The price map does not have the model, or has no price per token for it."""
 
 
 class PriceFileError(FastShmError, ValueError):
     """The file that FAST_LITELLM_PRICES names cannot be read as a price map."""
+
+
+class MissingPackageError(FastShmError, ImportError):
+    """A call needs numpy, psutil, rich or tiktoken, and the package is not installed."""

@@ -1,4 +1,4 @@
-"""What a limiter can be asked to enforce: TokenBucket, FixedWindow, SlidingWindow."""
+"""The limits that a limiter enforces: TokenBucket, FixedWindow, SlidingWindow."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _seconds(owner: str, value: object) -> float:
         raise TypeError(f"{owner}: per must be a number of seconds or a timedelta, not {value!r}")
     try:
         finite = math.isfinite(value)
-    except OverflowError:  # an int that no float holds
+    except OverflowError:  # an int that is too large for a float
         finite = False
     if not finite or value <= 0:
         raise ValueError(
@@ -41,7 +41,7 @@ def _seconds(owner: str, value: object) -> float:
 
 
 def _check(owner: str, kind: int, n: int, per: float, burst: int, strict: bool) -> int:
-    """Raise ValueError naming what is out of range; return the period in ns."""
+    """The period in ns. Raises ValueError, which names the argument that is out of range."""
     if n < 1:
         raise ValueError(f"{owner}: n must be at least 1, not {n}")
     per_ns = round(per * _NS)
@@ -61,7 +61,7 @@ def _check(owner: str, kind: int, n: int, per: float, burst: int, strict: bool) 
     largest = ffi.new("uint64_t *")
     raw = ffi.new("fshm_limit *", (min(n, 2**63), per_ns, min(burst, 2**63), kind, strict))
     if lib.fshm_limit_check(raw, largest) != lib.FSHM_OK:
-        hint = "" if kind == lib.FSHM_BUCKET else "; a TokenBucket (token bucket) can count more"
+        hint = "" if kind == lib.FSHM_BUCKET else "; a TokenBucket can count more"
         raise ValueError(
             f"{owner}: n must be at most {largest[0]} for per = {per!r}, not {n}{hint}"
         )
@@ -70,14 +70,14 @@ def _check(owner: str, kind: int, n: int, per: float, burst: int, strict: bool) 
 
 @dataclass(frozen=True)
 class TokenBucket:
-    """A token bucket: ``n`` tokens every ``per`` seconds, at most ``burst`` at once.
+    """A token bucket: ``n`` tokens every ``per`` seconds, at most ``burst`` at one instant.
 
     In any interval of t seconds at most ``burst + n/per * t`` tokens are admitted. With
     ``strict=True`` the bucket refills more slowly, at ``(n - burst + 1) / per``, so that **any**
     interval of ``per`` seconds admits at most ``n``.
 
-    n: 1 .. one a nanosecond. per: seconds (or a timedelta), 1 µs .. 416 days. burst: 1 .. n,
-    default n. Algorithm: GCRA, ITU-T I.371.
+    n: at least 1, at most one a nanosecond. per: seconds (or a timedelta), 1 µs .. 416 days. burst:
+    1 .. n, default n. Algorithm: GCRA, ITU-T I.371.
 
     Raises ValueError or TypeError naming the argument, its value and what is allowed.
     """
@@ -128,9 +128,9 @@ class _Counted:
 class FixedWindow(_Counted):
     """A fixed window: at most ``n`` tokens in each window of ``per`` seconds.
 
-    A key's window begins at its first hit and is followed by the next at the first hit after it.
-    n: 1 .. 2,147,483,647. per: seconds, 1 µs .. 416 days. The end of a window is kept to at most
-    2n nanoseconds, rounded up.
+    A key's window begins with its first request; the next one begins with the first request after
+    the end. n: 1 .. 2,147,483,647. per: seconds, 1 µs .. 416 days. The end of a window is rounded
+    up, by at most 2n nanoseconds.
     """
 
     @staticmethod
@@ -140,11 +140,12 @@ class FixedWindow(_Counted):
 
 @dataclass(frozen=True)
 class SlidingWindow(_Counted):
-    """A sliding window counter: the window before counts by the part of it that is still inside.
+    """A sliding window counter: the previous window counts in proportion to its part that lies
+    within the last ``per`` seconds.
 
-    ``current + previous * (share of the previous window within the last per seconds) <= n``.
-    n: up to about 120,000 a second (a TokenBucket counts more). per: seconds, 16.4 µs .. 416 days.
-    The previous count is exact to 255 and rounded up by at most 0.8 % beyond.
+    ``current + previous * (that part, 0 .. 1) <= n``. n: up to about 120,000 a second (a
+    TokenBucket can count more). per: seconds, 16.4 µs .. 416 days. The previous count is exact up
+    to 255, and rounded up by at most 0.8 % above.
     """
 
     @staticmethod
@@ -154,8 +155,8 @@ class SlidingWindow(_Counted):
 
 @dataclass(frozen=True)
 class InFlight:
-    """At most ``n`` permits held at once; what ConcurrencyLimiter and Quota(max_parallel=) put into
-    the segment. n: 1 .. 100,000."""
+    """At most ``n`` permits held at once: the limit of ConcurrencyLimiter and Quota(max_parallel=).
+    n: 1 .. 100,000."""
 
     n: int
 
@@ -165,8 +166,8 @@ class InFlight:
 
 @dataclass(frozen=True)
 class Granted:
-    """What a server has granted to this host of a limit over many hosts (cluster/); ``n`` is the
-    most that a key's wallet can hold."""
+    """The token leases of a limit over many hosts (cluster/): what the server granted to this host.
+    ``n``: the most that one key can have."""
 
     n: int = 2**24 - 2
 
@@ -182,7 +183,7 @@ def in_flight(owner: str, name: str, n: object) -> InFlight:
     return InFlight(found)
 
 
-# The names that these two had at first: they stay.
+# Their first names, which stay.
 Limit = TokenBucket
 Window = FixedWindow
 
@@ -203,7 +204,7 @@ def from_raw(raw: Any) -> LimitSpec | InFlight | Granted:
 
 
 def reason(limit: LimitSpec | InFlight | Granted) -> str:
-    """What ``check()`` says when this limit denies."""
+    """The ``reason`` of ``check()`` when this limit denies."""
     if isinstance(limit, InFlight):
         return "Too many requests in flight"
     if isinstance(limit, Granted):
@@ -228,7 +229,7 @@ def describe(limit: LimitSpec | InFlight | Granted) -> str:
 
 
 def checked(limits: Iterable[object]) -> tuple[LimitSpec, ...]:
-    """The limits of a limiter: 1 to 4 of them."""
+    """The limits of a limiter. Raises ValueError for none or more than 4, TypeError for others."""
     found = tuple(limits)
     most = lib.FSHM_MAX_LIMITS
     if not 1 <= len(found) <= most:

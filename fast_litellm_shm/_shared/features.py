@@ -1,25 +1,26 @@
-"""Feature flags: which of the accelerated parts are used on this host, for which requests.
+"""Feature flags: which accelerated parts are on, on this host, and for which requests.
 
 A flag is set by its environment variable (``FAST_LITELLM_RUST_ROUTING`` and so on: ``true``,
 ``false``, ``canary:5``, ``rollout:25``), else by the file that ``FAST_LITELLM_FEATURE_CONFIG``
 names, else it is on. ``FAST_LITELLM_ENABLED=false`` switches all of them off. ``canary:N`` and
-``rollout:N`` are N percent of the request ids, the same ids in every process and on every host, and
-at a larger N those and more; without a request id, N percent of the calls.
+``rollout:N`` switch it on for N percent of the request ids: the same ids in every process and on
+every host, and a larger N keeps those of a smaller one. Calls without a request id: N percent of
+them, at random.
 
-Errors are counted for the host: after ``max_errors_before_disable`` (default 10) of them a feature
+Errors are counted for the host. After ``max_errors_before_disable`` (default 10) of them, a feature
 is off in all workers, until :func:`reset_errors`.
 
-What a flag switches:
+What a flag switches off:
 
-- ``rust_token_counting``: off, tokens are counted by plain tiktoken, without the shared memo;
-- ``batch_token_counting``: off, ``count_tokens_batch`` has no helping threads;
-- ``rust_routing``: off, a router picks any deployment that fits, at random, by no statistics;
-- ``rust_rate_limiting``, ``rust_connection_pool``: for the program to ask. Limits and pools
-  themselves stay in force: there is no other implementation of them, and a limit that each worker
-  counted alone would be no limit.
+- ``rust_token_counting``: the shared memo; tokens are counted by tiktoken alone;
+- ``batch_token_counting``: the helping threads of ``count_tokens_batch``;
+- ``rust_routing``: a router's statistics; it picks any deployment that fits, at random;
+- ``rust_rate_limiting``, ``rust_connection_pool``: nothing here; a program may ask for them. Limits
+  and pools stay in force: there is no other implementation, and a limit that each worker counts
+  alone is no limit.
 
-The settings are parsed when the environment has changed; a changed file is read at the next start
-(or after :func:`reload`). A wrong value is told by a warning, once, and counts as not given.
+Settings are parsed when the environment has changed. A changed file is read at the next start, or
+after :func:`reload`. A wrong value is a warning, once, and counts as not given.
 
     >>> import os
     >>> os.environ["FAST_LITELLM_RUST_ROUTING"] = "rollout:25"
@@ -34,7 +35,6 @@ from __future__ import annotations
 
 import array
 import hashlib
-import logging
 import os
 import random
 import sys
@@ -43,11 +43,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from fast_litellm_shm import exceptions
-from fast_litellm_shm._shared import settings
+from fast_litellm_shm._shared import log, settings
 from fast_litellm_shm._shared.native import ffi, lib
 from fast_litellm_shm._shared.segment import Segment
 
-# In the order of their numbers in the segment: append only.
+# By their numbers in the segment: append only.
 FEATURES = (
     "rust_routing",
     "rust_token_counting",
@@ -62,7 +62,7 @@ _WORDS = {"true": ENABLED, "enabled": ENABLED, "on": ENABLED, "yes": ENABLED, "1
     "false": DISABLED, "disabled": DISABLED, "off": DISABLED, "no": DISABLED, "0": DISABLED
 }  # fmt: skip
 _CHOICES = "true, false, canary:N or rollout:N with N from 0 to 100"
-# What `config` in the file may hold: read by settings.rate_defaults() and pool_defaults().
+# The keys of `config` in the file, which settings.rate_defaults() and pool_defaults() read.
 _CONFIG_OF = {
     "rust_rate_limiting": ("requests_per_minute", "burst_size"),
     "rust_connection_pool": (
@@ -71,10 +71,10 @@ _CONFIG_OF = {
         "idle_timeout_seconds",
     ),
 }
-_NEVER = sys.maxsize  # more errors than there can be
-_KEPT = 5  # messages of errors of each feature, in this process
+_NEVER = sys.maxsize  # a number of errors that is never reached
+_KEPT = 5  # error messages of each feature, in this process
 
-# The bytes behind os.environ, in which a look costs a tenth. A changed value is another object.
+# The dict of bytes behind os.environ: a look costs a tenth. A changed value is another object.
 _raw: dict[bytes, bytes] = getattr(os.environ, "_data", {})
 _look = _raw.get if os.name == "posix" and isinstance(_raw, dict) and _raw else os.environb.get
 _ENABLED, _CONFIG = b"FAST_LITELLM_ENABLED", b"FAST_LITELLM_FEATURE_CONFIG"
@@ -82,31 +82,31 @@ _ENABLED, _CONFIG = b"FAST_LITELLM_ENABLED", b"FAST_LITELLM_FEATURE_CONFIG"
 
 @dataclass(frozen=True, slots=True)
 class _Flag:
-    """One feature as set; `seen`: the values of the environment it was parsed from."""
+    """One feature, as parsed from the values of three variables."""
 
     number: int
     variable: bytes
-    enabled: bytes | None
-    own: bytes | None
-    config: bytes | None
+    enabled: bytes | None  # FAST_LITELLM_ENABLED
+    own: bytes | None  # the feature's own variable
+    config: bytes | None  # FAST_LITELLM_FEATURE_CONFIG
     state: str
     share: float  # percent
     threshold: int
     errors: Any  # of the host, by number: a memoryview into the segment, or an array
-    keeper: Segment | None  # keeps what `errors` looks into
+    keeper: Segment | None  # keeps the memory of `errors` mapped
 
 
 _flags: dict[str, _Flag] = {}
 _messages: dict[str, deque[str]] = {name: deque(maxlen=_KEPT) for name in FEATURES}
-_errors_here = array.array("Q", [0] * len(FEATURES))  # where there is no segment to count in
-_open: tuple[Segment, Any] | None = None  # and the view of its error counts
+_errors_here = array.array("Q", [0] * len(FEATURES))  # where no segment can be opened
+_open: tuple[Segment, Any] | None = None  # the segment, and the view of its error counts
 
 
 # settings ----------------------------------------------------------------------------------------
 
 
 def _number(value: object) -> float:
-    """A share in percent; -1 where it is none."""
+    """A share in percent; -1 for a value that is none."""
     try:
         number = float(value) if not isinstance(value, bool) else -1.0  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -135,7 +135,7 @@ def _all_enabled(text: str) -> bool:
 
 
 def _check_known(where: str, found: object, known: tuple[str, ...]) -> dict[str, Any]:
-    """The JSON object, without what nobody knows; {} and a warning where it is none."""
+    """The JSON object without unknown keys, and a warning for each; {} for what is no object."""
     if not isinstance(found, dict):
         settings.warn_once(f"{where} must be a JSON object, not {found!r}; it is ignored")
         return {}
@@ -197,7 +197,7 @@ def _threshold(path: str, config: dict[str, Any]) -> int:
 
 
 def _load(name: str) -> _Flag:
-    """Parse what is set for one feature now."""
+    """Parse the present settings of one feature."""
     variable = f"FAST_LITELLM_{name.upper()}"
     raw = variable.encode()
     seen = (_look(_ENABLED), _look(raw), _look(_CONFIG))
@@ -218,7 +218,7 @@ def _load(name: str) -> _Flag:
 
 
 def _error_counts() -> tuple[Segment | None, Any]:
-    """The default segment and its counts; without one, this process's own."""
+    """The default segment and its error counts; where it cannot be opened, this process's own."""
     global _open
     try:
         segment = Segment.default()
@@ -233,7 +233,7 @@ def _error_counts() -> tuple[Segment | None, Any]:
 
 
 def reload() -> None:
-    """Read the environment and the file again at the next call, and find the segment anew."""
+    """Read the environment and the file again at the next call, and look for the segment again."""
     global _open
     _open = None
     _flags.clear()
@@ -252,11 +252,11 @@ def _flag(name: str) -> _Flag | None:
 
 
 def is_enabled(feature_name: str, request_id: object = None) -> bool:
-    """Whether a feature is on, for this request. An unknown name: False, and one warning. Raises
+    """Whether a feature is on for this request. An unknown name: False, and one warning. Raises
     TypeError for a name that is no str."""
     try:
         flag = _flags.get(feature_name)
-    except TypeError:  # a list, say: _flag() tells
+    except TypeError:  # not hashable: _flag() raises
         flag = None
     if (
         flag is None
@@ -280,16 +280,16 @@ def is_enabled(feature_name: str, request_id: object = None) -> bool:
 
 
 def share_of(feature_name: str) -> float:
-    """The percentage of requests for which a feature is on: 0 after too many errors."""
+    """The percentage of requests for which a feature is on; 0 after too many errors."""
     if not is_enabled(feature_name) and feature_name not in _flags:
-        return 0.0  # there is no such feature
+        return 0.0  # an unknown feature
     flag = _flags[feature_name]
     return 0.0 if flag.errors[flag.number] >= flag.threshold else flag.share
 
 
 def record_error(feature_name: str, error: BaseException | str) -> None:
-    """Count an error of a feature, for the host. The one that reaches the threshold switches the
-    feature off in all workers, and says so in the log."""
+    """Count an error of a feature, for the host. The error that reaches the threshold switches the
+    feature off in all workers, and is logged."""
     flag = _flag(feature_name)
     if flag is None:
         return
@@ -302,7 +302,7 @@ def record_error(feature_name: str, error: BaseException | str) -> None:
     else:
         count = lib.fshm_feature_error(segment._handle, flag.number)
     if count == flag.threshold:
-        logging.getLogger("fast_litellm_shm").warning(
+        log.warning(
             "feature %s is off on this host after %d errors, the last: %s; mend it, then call "
             "reset_errors(%r)",
             feature_name,
@@ -313,10 +313,10 @@ def record_error(feature_name: str, error: BaseException | str) -> None:
 
 
 def get_feature_status() -> dict[str, dict[str, Any]]:
-    """By feature: enabled (for some requests at least), state (``enabled``, ``disabled``,
+    """By feature: enabled (for at least some requests), state (``enabled``, ``disabled``,
     ``canary``, ``rollout``, ``disabled_by_errors``), error_count (of the host, since the last
-    reset), errors (the last 5 messages of this process), error_threshold (None: errors switch
-    nothing off), rollout_percentage."""
+    reset), errors (the last 5 messages of this process), error_threshold (None: errors do not
+    switch it off), rollout_percentage."""
     _error_counts()
     out: dict[str, dict[str, Any]] = {}
     for name in FEATURES:
@@ -335,8 +335,8 @@ def get_feature_status() -> dict[str, dict[str, Any]]:
 
 
 def reset_errors(feature_name: str | None = None) -> None:
-    """Forget the errors of a feature, or of all: it is on again in all workers, as far as it is set
-    to. Raises ValueError for a name that is none, TypeError for what is no str."""
+    """Clear the errors of a feature, or of all: it is on again in all workers, if its settings say
+    so. Raises ValueError for an unknown name, TypeError for a name that is no str."""
     if feature_name is not None and not isinstance(feature_name, str):
         raise TypeError(f"feature_name must be a str or None, not {feature_name!r}")
     if feature_name is not None and feature_name not in FEATURES:

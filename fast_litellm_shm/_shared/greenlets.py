@@ -1,10 +1,10 @@
 """Waiting under gevent and eventlet: a greenlet that waits lets the others of its thread run.
 
-A futex stops the whole thread, and with it the greenlet that holds what is waited for. So where
-``time.sleep()`` is patched, a greenlet sleeps by that for some ms at a time, and looks whether
-there was a release. Whether it is patched is asked at each wait: gunicorn patches after
-``--preload`` has imported this. A thread without a hub (of gevent's threadpool, of eventlet's
-tpool) has no greenlets, and sleeps in the kernel.
+A futex stops the whole thread, and also the greenlet that holds the permit. So where
+``time.sleep()`` is patched, a greenlet calls it for some ms at a time, and looks for a release.
+Each wait checks anew whether it is patched: gunicorn patches after ``--preload`` has imported this.
+A thread without a hub (of gevent's threadpool, of eventlet's tpool) has no greenlets, and sleeps in
+the kernel.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 
 from fast_litellm_shm._shared.native import lib
 
-# Seconds between two looks, on average: doubled from the first to the longest, and so many more for
-# each greenlet that waits: at most 20,000 looks a second in all.
+# Seconds between two looks, on average: from _FIRST doubled up to _LONGEST, and _EACH more for each
+# greenlet that waits. So there are at most 20,000 looks a second in all.
 _FIRST, _LONGEST, _EACH = 0.001, 0.008, 50e-6
 
-_chance = random.Random().random  # not the program's, whose seed may matter to it
+_chance = random.Random().random  # not the program's generator, which it may have seeded
 _waiting: set[object] = set()
 os.register_at_fork(after_in_child=_waiting.clear)
 
@@ -41,17 +41,16 @@ def must_yield() -> bool:
 
 
 def bell_wait(limiter: Any, raw: bytes, armed: int, ns: int) -> int:
-    """``fshm_wakeup_wait()``: 1 where a permit of the key may have been released since
-    ``fshm_wakeup_arm()`` returned ``armed``; 0 where ``ns`` are over. A greenlet that is killed
-    meanwhile leaves nothing behind: a release is not meant for it alone, as for a sleeper in the
-    kernel."""
+    """``fshm_wakeup_wait()``: returns 1 if a permit of the key may have been released since
+    ``fshm_wakeup_arm()`` returned ``armed``; 0 after ``ns``. A greenlet that is killed meanwhile
+    loses no wake-up: all greenlets that wait see a release, unlike sleepers in the kernel."""
     if not must_yield():
         return int(lib.fshm_wakeup_wait(limiter, raw, len(raw), armed, ns))
     end, pause, me = time.monotonic_ns() + ns, _FIRST, object()
     _waiting.add(me)
     try:
         while (left := end - time.monotonic_ns()) > 0:
-            # at random, or those whom one release sent to sleep together would look together
+            # random, so that those that began to wait together do not look together
             chosen = (pause + _EACH * len(_waiting)) * (0.5 + _chance())
             time.sleep(min(chosen, left / 1e9))
             if lib.fshm_wakeup_arm(limiter, raw, len(raw)) != armed:
@@ -63,8 +62,8 @@ def bell_wait(limiter: Any, raw: bytes, armed: int, ns: int) -> int:
 
 
 class Lock:
-    """A lock that may be held over I/O, which lets other greenlets run: a ``threading.Lock`` that
-    was made before the program was patched would stop the thread for ever."""
+    """A lock that may be held during I/O, in which other greenlets run. A ``threading.Lock`` that
+    was made before the program was patched could stop the thread for ever."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -1,19 +1,19 @@
-"""Look into a segment from outside: numpy views over the mapping, read only, disturbing nobody.
+"""Look into a segment from outside: numpy views over the mapping, read only.
 
-Counts and names are the ledger's: exact while nobody is killed, and forgetful by design (a key's
-counts go when its cell is given to another key).
+Counts and names are those of the key statistics. They are exact while no process is killed. A key's
+counts end when another key takes its slot.
 """
 
 from __future__ import annotations
 
 import codecs
 import fnmatch
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from fast_litellm_shm import limits
-from fast_litellm_shm._shared import keyed
+from fast_litellm_shm._shared import key_grammar, side_limiters
 from fast_litellm_shm._shared.native import ffi, lib
 from fast_litellm_shm._shared.segment import Segment
 
@@ -21,47 +21,30 @@ if TYPE_CHECKING:
     import numpy
     from numpy.typing import NDArray
 
-# Limiters of limits that are kept for many hosts (cluster/): wallets are shown, the others only
-# keep something about another limiter.
-HELD, LEASED, REFUSED, ASKING, LOCAL, TOLD = (
-    " (wallet)",
-    " (leases)",
-    " (refused)",
-    " (asking)",
-    " (local)",
-    " (told)",
-)
-NOTE = "(cluster)"
+# By their former names here, until no module imports them.
+HELD, LEASED, REFUSED = side_limiters.HELD, side_limiters.LEASED, side_limiters.REFUSED
+ASKING, LOCAL, TOLD = side_limiters.ASKING, side_limiters.LOCAL, side_limiters.TOLD
+NOTE, is_beside = side_limiters.NOTE, side_limiters.is_side_limiter
+
 SORTS = ("busiest", "admitted", "denied", "key")
-# A pool is two limiters, whose names begin so: of its endpoints, and of the whole.
+# A pool is two limiters, whose names begin so: one of its endpoints, and one of the whole.
 POOL, POOL_TOTAL = "pool ", "pool-total "
 
 
 def open_for_reading(name: str, allow_other_owner: bool = False) -> Segment:
-    """Attach without write permission, and without a place in the process table."""
+    """Attach without write permission, and without an entry in the process table."""
     return Segment(
         name,
-        mode=0o600,  # neither is used when attaching: the settings in the environment do not matter
+        mode=0o600,  # mode and names are not used when attaching: whatever the environment says
         names="plain",
         create=False,
-        allow_other_owner=allow_other_owner,
+        allow_other_owner=allow_other_owner or None,
         _read_only=True,
     )
 
 
-def is_beside(name: str, names: Container[str]) -> bool:
-    """Whether a limiter is there for another one's sake, and of no interest by itself."""
-    if name == NOTE:
-        return True
-    for suffix in (LEASED, REFUSED, ASKING, LOCAL, TOLD):
-        base = name.removesuffix(suffix)
-        if name.endswith(suffix) and base in names:
-            return base + HELD in names or base + LEASED in names
-    return False
-
-
 def pools_among(limiters: Iterable[str]) -> set[str]:
-    """The names of limiters that are the endpoints of a pool."""
+    """Those limiters that are the endpoints of a pool."""
     names = set(limiters)
     return {
         name
@@ -70,47 +53,48 @@ def pools_among(limiters: Iterable[str]) -> set[str]:
     }
 
 
-def stored_name(segment: Segment, cell: int) -> tuple[str, bytes] | None:
-    """The name of the key in a cell, and its bytes (of a long one, the first 200); None where it is
-    not kept, or forgotten."""
+def stored_name(segment: Segment, slot: int) -> tuple[str, bytes] | None:
+    """The name of the key in a slot, and its bytes (of a long key, the first 200); None where the
+    segment does not keep it, or no longer."""
     out, length = ffi.new("char[256]"), ffi.new("uint64_t *")
-    if not lib.fshm_key_name(segment._handle, cell, out, 256, length):
+    if not lib.fshm_key_name(segment._handle, slot, out, 256, length):
         return None
     stored = min(length[0], 200)
     raw: bytes = ffi.buffer(out, stored)[:]
     if length[0] == stored:
         return raw.decode("utf-8", "replace"), raw
-    # cut between the bytes of one character: leave that one out, and keep other bad bytes
+    # it may be cut inside a character: leave that one out, and keep other bad bytes
     text, _ = codecs.utf_8_decode(raw, "replace", False)
     return text + "…", raw
 
 
 def held_permits(segment: Segment) -> Iterator[tuple[int, Any]]:
-    """The cell of each permit that is held, and its ``fshm_permit_info``, good until the next."""
-    import numpy
+    """The slot of each permit that is held, and its ``fshm_permit_info``, valid until the next."""
+    from fast_litellm_shm._shared.dependencies import numpy
 
     g, info = segment.geometry(), ffi.new("fshm_permit_info *")
     memory = ffi.buffer(ffi.cast("char *", g.base), g.size)
     words = numpy.frombuffer(memory, numpy.dtype("=u8"), 2 * g.slots, g.slots_offset)
-    for cell in numpy.flatnonzero((words[1::2] >> numpy.uint64(61)) == 7).tolist():
-        if lib.fshm_permit_at(segment._handle, cell, info) == 1:  # not released since
-            yield cell, info
+    for slot in numpy.flatnonzero((words[1::2] >> numpy.uint64(61)) == 7).tolist():
+        if lib.fshm_permit_at(segment._handle, slot, info) == 1:  # not released since
+            yield slot, info
 
 
-# A moving window of more hits than these is not counted for show: each hit is a look (30 ns).
-_MOST_LOOKS = 50_000
-_TRIES = 4  # looks at counts that are being moved
+# A moving window of more hits than this is not counted: each hit is one read (30 ns).
+_MOST_HITS = 50_000
+_TRIES = 4  # reads of counts that processes are moving meanwhile
 
 
 @dataclass(frozen=True)
 class KeyRow:
     """One key of one limiter.
 
-    remaining: what is admitted now, of limit (a bucket's burst), by the tightest of its limits;
-    None where the limit is not known: it comes with the calls (integrations.limits), and is told by
-    the end of a name that is not kept. retry_after: seconds until a cost of 1 fits, None: never (or
-    not known). reset_after: seconds until nothing is consumed. raw: the bytes of the key (of a long
-    one, the first 200); empty where only its hash is known.
+    remaining: how much the tightest of its limits admits now. limit: the most that it admits at
+    once (a bucket's burst). Both are None where the limit is not known: it stands at the end of the
+    key (integrations.limits), and the segment does not keep the key's name. retry_after: seconds
+    until a cost of 1 fits; None: never, or not known. reset_after: seconds until nothing is
+    consumed. raw: the bytes of the key (of a long one, the first 200); empty where only its hash is
+    known.
     """
 
     key: str
@@ -125,7 +109,7 @@ class KeyRow:
 
     @property
     def is_cut(self) -> bool:
-        """There is more of the key than raw has."""
+        """Whether the key is longer than raw."""
         return is_cut(self.key, self.raw)
 
     def as_dict(self) -> dict[str, Any]:
@@ -137,9 +121,11 @@ class KeyRow:
 
 @dataclass(frozen=True)
 class Counts:
-    """What was counted for each cell of the table when it was read. who, meta, admitted, denied:
-    arrays over all cells; a cell's counts belong to a key for as long as its meta stays. cells:
-    those that the ledger knows, in order; owner: the limiter of each of them."""
+    """The counts of all slots of the hash table, as of one reading.
+
+    who, meta, admitted, denied: arrays over all slots. A slot's counts belong to one key as long as
+    its meta stays the same. cells: the slots that have key statistics, in order; owner: the index
+    of the limiter of each of them."""
 
     cells: NDArray[numpy.int64]
     owner: NDArray[numpy.int64]
@@ -151,9 +137,9 @@ class Counts:
 
 @dataclass(frozen=True)
 class PermitRow:
-    """One permit that is held. key_hash: the same for all permits of
-    a key. pid: None where its process is dead (it counts no more, and is given
-    back when somebody needs it). idle: a pooled connection that nobody uses now."""
+    """One permit that is held. key_hash: the same for all permits of a key. pid: None if its
+    process is dead: then the permit does not count, and the next process that needs one takes it.
+    idle: a pooled connection that is not in use."""
 
     limiter: str
     key: str
@@ -168,12 +154,12 @@ class PermitRow:
 
 
 class Inspection:
-    """What is in a segment at one moment; rows are read when they are iterated."""
+    """The contents of a segment. Counts are read by the constructor, rows by the iterators."""
 
     def __init__(self, segment: Segment) -> None:
         self.segment = segment
         self._handle = segment._handle
-        #: What is damaged, in a sentence; None where nothing is known to be: Segment.damaged.
+        #: Segment.damaged, after a check of the whole segment.
         self.damaged = segment._check()
         self._geometry = segment.geometry()
         self._limiters = self._read_limiters()
@@ -182,25 +168,25 @@ class Inspection:
 
     @property
     def keys_total(self) -> int:
-        """How many keys the ledger knows."""
+        """How many keys have statistics."""
         return int(self.counts.cells.size)
 
     def limiter_names(self) -> dict[int, str]:
-        """By index, as counts.owner has it."""
+        """By index, the one in counts.owner."""
         return {index: info["name"] for index, info in self._limiters.items()}
 
     def limiters(self) -> list[dict[str, Any]]:
-        """Each limiter: name, limits (text), version, resets, keys, shared_seconds (0: every key
-        has room; else for how long counters that keys without room share may be in use yet).
-        Without those that only keep something about another one (cluster/)."""
-        import numpy
+        """Each limiter but side limiters: name, limits (text), version, resets, keys,
+        shared_seconds (0: each key has a slot; else for how many seconds keys without one may still
+        use the shared counters)."""
+        from fast_litellm_shm._shared.dependencies import numpy
 
         keys = numpy.bincount(self.counts.owner, minlength=self._geometry.limiters)
         return [
             {
                 "name": info["name"],
                 "limits": ["of each key"]
-                if info["name"] in keyed.NAMES or keyed.units_of(info["name"])
+                if info["name"] in key_grammar.NAMES or key_grammar.units_of(info["name"])
                 else [limits.describe(limit) for limit in info["limits"]],
                 "version": info["version"],
                 "resets": info["resets"],
@@ -219,9 +205,9 @@ class Inspection:
         match: str | None = None,
         limiter: str | None = None,
     ) -> Iterator[KeyRow]:
-        """Rows in the order asked for, at most ``top`` of them. match: a glob over key names, case
-        sensitive. limiter: only this one's."""
-        import numpy
+        """Rows in the order of ``sort``, at most ``top`` of them. match: a glob over key names,
+        case sensitive. limiter: only the keys of this one."""
+        from fast_litellm_shm._shared.dependencies import numpy
 
         if sort not in SORTS:
             raise ValueError(f"sort must be one of {', '.join(SORTS)}, not {sort!r}")
@@ -254,7 +240,7 @@ class Inspection:
                 yield row
 
     def permits(self, *, limiter: str | None = None) -> Iterator[PermitRow]:
-        """All permits that are held, in no order. limiter: only this one's."""
+        """All permits that are held, in no order. limiter: only the permits of this one."""
         for cell, info in held_permits(self.segment):
             known = self._limiters.get(info.limiter)
             name = known["name"] if known else "?"
@@ -277,7 +263,7 @@ class Inspection:
             info["name"]: limit.n
             for info in self._limiters.values()
             for limit in info["limits"]
-            if isinstance(limit, limits.InFlight) and not keyed.units_of(info["name"])
+            if isinstance(limit, limits.InFlight) and not key_grammar.units_of(info["name"])
         }
         for row in self.permits():
             entry = found.setdefault(
@@ -294,8 +280,8 @@ class Inspection:
                 },
             )
             if not row.key.startswith("#"):
-                entry["key"] = row.key  # others of the key may have lost their name
-            numbers = keyed.numbers_of(row.limiter, row.key.encode())
+                entry["key"] = row.key  # other permits of the key may have no name
+            numbers = key_grammar.numbers_of(row.limiter, row.key.encode())
             if numbers:
                 entry["max_in_flight"] = numbers[-1]
             if row.pid is None:
@@ -310,8 +296,8 @@ class Inspection:
         return sorted(found.values(), key=lambda entry: -entry["in_flight"])
 
     def row(self, cell: int, match: str | None = None) -> KeyRow | None:
-        """The key in a cell that counts.cells has. None: its name does not match, or the cell went
-        to another key since. What remains is as of now, counts are as they were read."""
+        """The key in one of counts.cells. None: its name does not match, or another key has taken
+        the slot since. Counts are those of the last reading; the rest is read now."""
         name, raw = self.name(cell)
         if match is not None and not fnmatch.fnmatchcase(name, match):
             return None
@@ -319,7 +305,7 @@ class Inspection:
         decision = ffi.new("fshm_decision *")
         known = self._peek(cell, info, name, raw, decision)
         if known is None or self._who_now(cell) != int(self.counts.who[cell]):
-            return None  # name and limit would be the next key's, limiter and counts this one's
+            return None  # name and limit may be those of the next key
         retry = decision.retry_after_ns
         never = retry == lib.FSHM_NEVER
         return KeyRow(
@@ -337,20 +323,20 @@ class Inspection:
     def _peek(
         self, cell: int, info: dict[str, Any], name: str, raw: bytes, decision: Any
     ) -> limits.LimitSpec | limits.InFlight | None | Literal[False]:
-        """Fills the decision; the limit that it is of. False: that is not known. None: the cell
-        went to another key."""
-        units = keyed.units_of(info["name"])
+        """Fill in the decision; returns its limit. False: that is not known. None: another key has
+        taken the slot."""
+        units = key_grammar.units_of(info["name"])
         if units:
             return self._peek_numbered(cell, info, units, name, raw, decision)
-        if info["name"] not in keyed.NAMES and info["limits"]:
+        if info["name"] not in key_grammar.NAMES and info["limits"]:
             if lib.fshm_peek_slot(self._handle, cell, 0, decision) != lib.FSHM_OK:
                 return None
             index = min(decision.limit_index, len(info["limits"]) - 1)
             found: limits.LimitSpec | limits.InFlight = info["limits"][index]
             return found
-        own = None if is_cut(name, raw) else keyed.limit_of(info["name"], raw)
-        moving = info["name"] == keyed.MOVING
-        if own is None or (moving and own.n > _MOST_LOOKS):
+        own = None if is_cut(name, raw) else key_grammar.limit_of(info["name"], raw)
+        moving = info["name"] == key_grammar.MOVING
+        if own is None or (moving and own.n > _MOST_HITS):
             return False
         limit = ffi.new("fshm_limit *", own._raw())
         status = lib.fshm_peek_counted(self._handle, cell, limit, moving, 0, decision)
@@ -365,8 +351,8 @@ class Inspection:
         raw: bytes,
         decision: Any,
     ) -> limits.LimitSpec | None | Literal[False]:
-        """_peek(), of a key that ends in its numbers."""
-        numbers = None if is_cut(name, raw) else keyed.numbers_of(info["name"], raw)
+        """_peek() of a key that ends in its numbers."""
+        numbers = None if is_cut(name, raw) else key_grammar.numbers_of(info["name"], raw)
         if numbers is None or len(info["limits"]) != len(units):
             return False
         four = ffi.new("uint64_t[4]", numbers)
@@ -379,8 +365,8 @@ class Inspection:
         return int(ffi.cast("uint64_t *", base)[2 * cell])
 
     def name(self, cell: int) -> tuple[str, bytes]:
-        """The name of the key in a cell, and its bytes; ``#`` and its keyed hash where the name is
-        not kept, or forgotten."""
+        """The name of the key in a slot, and its bytes; ``#`` and its keyed hash where the segment
+        does not keep the name."""
         return stored_name(self.segment, cell) or (f"#{int(self.counts.who[cell]):016x}", b"")
 
     def _read_limiters(self) -> dict[int, dict[str, Any]]:
@@ -400,7 +386,7 @@ class Inspection:
 
     @property
     def leased(self) -> list[str]:
-        """Names of limiters of permits that a server grants."""
+        """The limiters whose permits a server grants."""
         names = {info["name"] for info in self._limiters.values()}
         return sorted(name for name in names if name + LEASED in names)
 
@@ -409,7 +395,7 @@ class Inspection:
         return {
             index
             for index, info in self._limiters.items()
-            if is_beside(info["name"], names)
+            if side_limiters.is_side_limiter(info["name"], names)
             and (
                 info["name"] != NOTE
                 or all(isinstance(each, limits.Granted) for each in info["limits"])
@@ -417,7 +403,7 @@ class Inspection:
         }
 
     def _view(self, what: str) -> NDArray[Any]:
-        import numpy
+        from fast_litellm_shm._shared.dependencies import numpy
 
         g = self._geometry
         memory = ffi.buffer(ffi.cast("char *", g.base), g.size)
@@ -436,7 +422,7 @@ class Inspection:
         return numpy.frombuffer(memory, numpy.dtype(dtype), count, offset)
 
     def _read_counts(self) -> Counts:
-        import numpy
+        from fast_litellm_shm._shared.dependencies import numpy
 
         who = self._view("cells")["who"].copy()
         ledger, columns = self._read_ledger()
@@ -456,9 +442,10 @@ class Inspection:
         return Counts(cells, owner[cells], who, meta, admitted, denied)
 
     def _read_ledger(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """The ledger and the columns, as of one moment as far as that goes: what a process carried
-        from its column to the ledger meanwhile may be in neither, so those cells are read again."""
-        import numpy
+        """The key statistics and the per-process counters, as of one moment. A process may move
+        counts from the latter to the former meanwhile, so that neither copy has them: those slots
+        are read again, up to _TRIES times."""
+        from fast_litellm_shm._shared.dependencies import numpy
 
         slots = numpy.flatnonzero(self._view("processes")["pid"])  # that were ever used
         used = (int(slots[-1]) + 1 if slots.size else 0) * self._geometry.process_stats_entries
@@ -479,18 +466,18 @@ class Inspection:
 
 
 def _cell_of(columns: NDArray[Any]) -> NDArray[Any]:
-    """The cell that each entry counts for; -1: it is not used."""
-    import numpy
+    """The slot that each entry counts for; -1: it is not used."""
+    from fast_litellm_shm._shared.dependencies import numpy
 
     cells: NDArray[Any] = (columns["key"] >> numpy.uint64(32)).astype(numpy.int64) - 1
     return cells
 
 
 def _most(limit: limits.LimitSpec | limits.InFlight) -> int:
-    """What remains of a limit for a key that has consumed nothing."""
+    """How much the limit admits at once to a key that has consumed nothing."""
     return limit.burst if isinstance(limit, limits.TokenBucket) else limit.n
 
 
 def is_cut(name: str, raw: bytes) -> bool:
-    """Of what Inspection.name() tells: the key goes on."""
+    """Whether a name that Inspection.name() returned is only the beginning of a key."""
     return name.endswith("…") and not raw.endswith("…".encode())

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import time
 from typing import Any, NoReturn
 
 from fast_litellm_shm import exceptions, limits
-from fast_litellm_shm._shared import performance
+from fast_litellm_shm._shared import log, performance
 from fast_litellm_shm._shared.native import Core, address, ffi, lib, owned
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.limits import Granted, InFlight, LimitSpec
@@ -22,6 +20,8 @@ def _default_name(found: tuple[LimitSpec | InFlight, ...]) -> str:
     """A name made of the limits: equal limits, equal names."""
     name = " + ".join(limits.describe(limit) for limit in found)
     if len(name) > lib.FSHM_MAX_LIMITER_NAME:
+        import hashlib
+
         name = f"limits {hashlib.blake2s(name.encode(), digest_size=16).hexdigest()}"
     return name
 
@@ -138,7 +138,7 @@ class SharedLimits(Core):
         if now - _told.get(which, -_TELL_SECONDS) < _TELL_SECONDS:
             return
         _told[which] = now
-        logging.getLogger("fast_litellm_shm").warning(
+        log.warning(
             "limiter %r in segment %r: new keys find no room and share counters, so honest ones "
             "among them may be denied. Either a client makes keys up (limit by something that it "
             "cannot choose), or the segment is too small: `fast-shm inspect` tells",

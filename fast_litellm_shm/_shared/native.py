@@ -1,5 +1,4 @@
-"""The one place that touches the extension module: loads it, and turns its statuses into
-exceptions."""
+"""Loads the extension module, and turns its statuses into exceptions. No other module does."""
 
 from __future__ import annotations
 
@@ -33,13 +32,14 @@ Use = _native.Use
 
 
 def owned(pointer: Any, close: Callable[[Any], object], *needs: object) -> Any:
-    """A pointer that is closed when nobody refers to it any more. needs: kept until then.
+    """A pointer that is closed with its last reference. needs: objects that live until then.
 
-    ``ffi.gc`` alone closes it when the garbage collector *finds* a cycle that refers to it, before
-    ``__del__`` methods of that cycle have run, which may use it. So the collector is not told of
-    it: it lives as long as its last reference. It refers to nothing that could refer to it.
+    ``ffi.gc`` alone closes a pointer when the garbage collector *finds* a cycle that refers to it.
+    The ``__del__`` methods of that cycle run later, and may use the pointer. So the collector does
+    not track it. That is safe: the pointer refers to nothing that could refer back to it.
 
-    close: no Python, in whose first instruction a signal handler could raise: it would not run."""
+    close: a C function. A signal handler can raise in the first instruction of a Python function,
+    which then would not close."""
     closing = functools.partial(close)
     closing.needs = needs  # type: ignore[attr-defined]
     found = ffi.gc(pointer, closing)
@@ -48,8 +48,7 @@ def owned(pointer: Any, close: Callable[[Any], object], *needs: object) -> Any:
 
 
 def address(handle: Any) -> int:
-    """Where it points to, for the native types, which are given the handle too: it is theirs to
-    keep."""
+    """The address of a handle, for the native types; they keep the handle itself too."""
     return int(ffi.cast("uintptr_t", handle))
 
 
@@ -97,7 +96,8 @@ def _why_not_permitted(error: Any, path: str, directory: str, system: str) -> st
     return (
         f"permission denied{system}: it belongs to uid {found.st_uid}, gid {found.st_gid}, with "
         f"mode {found.st_mode & 0o7777:04o}, and you are uid {uid}; run as the user that made it, "
-        "or make it with a mode that admits you (FAST_LITELLM_SHM_MODE=0660)"
+        "or make it with FAST_LITELLM_SHM_MODE=0660 and a group that both users have, and set "
+        "FAST_LITELLM_SHM_ALLOW_OTHER_OWNER=true here"
     )
 
 
@@ -169,7 +169,8 @@ def raise_segment_error(error: Any, doing: str) -> NoReturn:
         lib.FSHM_E_OWNER: (
             exceptions.SegmentOwnerError,
             f"it belongs to uid {found}, and you are uid {wanted}; use another name "
-            "(FAST_LITELLM_SHM_NAME), or allow_other_owner=True if you trust them",
+            "(FAST_LITELLM_SHM_NAME), or if you trust that user, allow_other_owner=True "
+            "(FAST_LITELLM_SHM_ALLOW_OTHER_OWNER=true)",
         ),
         lib.FSHM_E_DAMAGED: (
             exceptions.SegmentDamagedError,
@@ -183,12 +184,12 @@ def raise_segment_error(error: Any, doing: str) -> NoReturn:
         ),
         lib.FSHM_E_CAPACITY: (
             exceptions.SegmentCapacityError,
-            f"it exists with a capacity of {found} keys, but {wanted} was asked for; ask for "
-            f"{found}, leave the capacity out, or {remove}",
+            f"it exists with a capacity of {found} keys, and {wanted} was wanted; set {found}, "
+            f"leave the capacity out, or {remove}",
         ),
         lib.FSHM_E_BOOT: (
             exceptions.SegmentClockError,
-            f"{_why_another_clock(error)}; its times mean nothing here; {remove}",
+            f"{_why_another_clock(error)}, so its times are of another clock; {remove}",
         ),
         lib.FSHM_E_MEMORY: (exceptions.SegmentError, _why_no_memory(error, system)),
     }

@@ -1,9 +1,10 @@
-"""How long things take, summed over all workers of the host.
+"""Durations of calls, summed over all workers of the host.
 
-:func:`record_performance` adds one call to the sums of (component, operation); the library adds its
-own calls, one in a hundred of them with that weight (``monitoring.sample_rate`` in the file that
-``FAST_LITELLM_FEATURE_CONFIG`` names; ``monitoring.enabled: false`` switches that off). Sums are
-exact while no worker is killed; quantiles are within 5 %, from 64 ns to 18 minutes.
+:func:`record_performance` adds one call to the sums of (component, operation). The library adds its
+own calls: it measures one in a hundred, and counts it a hundred times. The file that
+``FAST_LITELLM_FEATURE_CONFIG`` names may set ``monitoring.sample_rate``, or switch that off with
+``monitoring.enabled: false``. Sums are exact while no worker is killed; quantiles are within 5 %,
+from 64 ns to 18 minutes.
 
     >>> record_performance("rust_routing", "pick", 0.4)
     >>> record_performance("python_routing", "pick", 1.2, success=False)
@@ -15,9 +16,6 @@ exact while no worker is killed; quantiles are within 5 %, from 64 ns to 18 minu
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import os
 import time
 from typing import Any
@@ -27,7 +25,7 @@ from fast_litellm_shm._shared import settings
 from fast_litellm_shm._shared.native import Recorder, address, ffi, lib
 from fast_litellm_shm._shared.segment import Segment
 
-# Of a component, or of one of its operations.
+# The statistics of a component, or of one of its operations.
 FIELDS = (
     "total_calls",
     "average_duration_ms",
@@ -43,14 +41,13 @@ FIELDS = (
     "total_output_size",
 )
 
-
 # Bytes of a component's name that the segment keeps: metric.c.
 _KEPT = len(ffi.new("fshm_metric_info *").name) // 2 - 1
 
 
 class _DefaultRecorder(Recorder):
-    """Records in the default segment, which it opens when it is first called. Where there is none
-    to be had, what is recorded is dropped, with one warning: nothing depends on it."""
+    """Records in the default segment, which it opens at the first call. Where that fails, it drops
+    what it is given, with one warning: nothing depends on these sums."""
 
     _segment: Segment | None = None
     _again = 0.0  # when to try once more
@@ -65,7 +62,7 @@ class _DefaultRecorder(Recorder):
             settings.warn_once(f"nothing is recorded by record_performance(): {error}")
 
     def bind(self, segment: Segment | None) -> None:
-        """Record there from now on; None: find the default segment at the next call."""
+        """Record in this segment from now on; None: in the default one, found at the next call."""
         if segment is self._segment and segment is not None:
             return
         self._segment, self._again = segment, 0.0
@@ -76,15 +73,14 @@ class _DefaultRecorder(Recorder):
 _recorder = _DefaultRecorder()
 record_performance = _recorder.record
 
-
-# By component and operation: failures that no segment has counted yet. (Of two threads that fail at
-# the same moment one may be missed.)
+# By component and operation: failures that no segment has counted yet. (If two threads fail at the
+# same moment, one failure may be missed.)
 _kept: dict[tuple[str, str], int] = {}
 os.register_at_fork(after_in_child=_kept.clear)  # the parent counts them
 
 
 def record_failure(component: str, operation: str) -> None:
-    """A failure that is not to be missed: where no segment is to be had, this process keeps it for
+    """Count a failure. Where no segment can be opened, this process keeps it for
     :func:`count_kept`."""
     record_performance(component, operation, 0.0, success=False)
     if _recorder._segment is None:
@@ -101,7 +97,7 @@ def count_kept(segment: Segment) -> None:
     while _kept:
         try:
             (component, operation), n = _kept.popitem()
-        except KeyError:  # another thread was quicker
+        except KeyError:  # another thread has counted it
             return
         first, second = component.encode(), operation.encode()
         handle = segment._handle
@@ -110,7 +106,7 @@ def count_kept(segment: Segment) -> None:
 
 
 def _sample_every() -> int:
-    """One of how many of the library's own calls is measured; 0: none."""
+    """n, where one of n of the library's own calls is measured; 0: none."""
     path, config = settings.config_or_warning()
     found = config.get("monitoring", {})
     where = f"{path}: monitoring"
@@ -135,8 +131,8 @@ def _sample_every() -> int:
 
 
 def measured(component: str, operation: str, segment: Segment | None = None) -> tuple[int, int]:
-    """For the native types that measure themselves: the number of the metric in the segment (the
-    default one), and one of how many calls to record. (-1, 0): none."""
+    """For the native types, which measure themselves: the number of the metric in the segment
+    (default: Segment.default()), and n, where one of n calls is recorded. (-1, 0): none."""
     every = _sample_every()
     if not every:
         return -1, 0
@@ -146,7 +142,7 @@ def measured(component: str, operation: str, segment: Segment | None = None) -> 
 
 
 def measured_by(component: str, operation: str, segment: Segment) -> tuple[int, int, int]:
-    """What a native type's _measure() wants: the segment's address, and measured()."""
+    """The arguments of a native type's _measure(): the segment's address, and measured()."""
     return address(segment._handle), *measured(component, operation, segment)
 
 
@@ -174,10 +170,10 @@ def _as_kept(component: str) -> str:
 
 
 def segment_stats(segment: Segment, component: str | None = None) -> dict[str, dict[str, Any]]:
-    """:func:`get_performance_stats` of another segment than the default one."""
+    """:func:`get_performance_stats` of this segment."""
     info, handle = ffi.new("fshm_metric_info *"), segment._handle
     wanted = None if component is None else _as_kept(component)
-    numbers: dict[str, dict[str, list[int]]] = {}  # several, where names are alike as they are kept
+    numbers: dict[str, dict[str, list[int]]] = {}  # several, where cut names are the same
     number = 0
     while (status := lib.fshm_metric_at(handle, number, info)) >= 0:
         number += 1
@@ -206,12 +202,13 @@ def get_performance_stats(component: str | None = None) -> dict[str, dict[str, A
     """By component, over all workers: total_calls, average_duration_ms, success_rate (0..1),
     error_count, min_duration_ms, max_duration_ms, total_duration_ms, p50_duration_ms,
     p95_duration_ms, p99_duration_ms, total_input_size, total_output_size, and the same by operation
-    under ``operations``. ``component``: only that one; {} where it has no data. Names are shown by
-    their first 51 bytes (of an operation: 52), and what is alike in them is summed.
+    under ``operations``. ``component``: only that one; {} where it has no data. The segment keeps
+    the first 51 bytes of a component's name and 52 of an operation's; the calls of names that are
+    the same in these are summed.
 
-    Components of the library itself are sampled: their calls are estimates, and their least and
-    greatest durations are those that were measured. Raises SegmentError where no segment is to be
-    had, TypeError for a component that is no str.
+    Components of the library itself are sampled: their numbers of calls are estimates, and their
+    minima and maxima are those of the measured calls. Raises SegmentError where no segment can be
+    opened, TypeError for a component that is no str.
     """
     if component is not None and not isinstance(component, str):
         raise TypeError(f"component must be a str or None, not {component!r}")
@@ -221,9 +218,8 @@ def get_performance_stats(component: str | None = None) -> dict[str, dict[str, A
 
 
 def compare_implementations(rust_component: str, python_component: str) -> dict[str, Any]:
-    """Two components beside each other: rust, python (their statistics), rust_avg_ms,
-    python_avg_ms, speedup (python / rust), improvement_percentage, recommendation. {} where either
-    has no data."""
+    """Compare two components: rust, python (their statistics), rust_avg_ms, python_avg_ms, speedup
+    (python / rust), improvement_percentage, recommendation. {} where either has no data."""
     for name, given in (("rust_component", rust_component), ("python_component", python_component)):
         if not isinstance(given, str):
             raise TypeError(f"{name} must be a str, not {given!r}")
@@ -234,7 +230,7 @@ def compare_implementations(rust_component: str, python_component: str) -> dict[
     ours, theirs = rust["average_duration_ms"], python["average_duration_ms"]
     speedup = theirs / ours if ours else None
     if speedup is None:
-        advice = f"{rust_component} took no measurable time: the two cannot be compared."
+        advice = f"{rust_component} took no time that can be measured: no comparison is possible."
     elif speedup >= 1.05:
         advice = f"Use {rust_component}: it is {speedup:.2f} times as fast."
     elif speedup <= 1 / 1.05:
@@ -256,9 +252,13 @@ def compare_implementations(rust_component: str, python_component: str) -> dict[
 
 
 def export_performance_data(component: str | None = None, format: str | None = "json") -> str:
-    """What :func:`get_performance_stats` gives, as text. ``"json"``: the same object. ``"csv"``: a
-    row for each component (operation empty) and one for each of its operations. Raises ValueError
-    for another format."""
+    """:func:`get_performance_stats` as text. ``"json"``: the same object. ``"csv"``: a row for each
+    component (operation empty) and one for each of its operations. Raises ValueError for another
+    format."""
+    import csv
+    import io
+    import json
+
     if format is None:  # as fast-litellm has it
         format = "json"
     if format not in ("json", "csv"):

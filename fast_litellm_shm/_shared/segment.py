@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import time
 import weakref
 from typing import Any
 
 from fast_litellm_shm import exceptions
-from fast_litellm_shm._shared import settings
+from fast_litellm_shm._shared import log, settings
 from fast_litellm_shm._shared.native import ffi, lib, owned, raise_segment_error, why_no_descriptor
 
 _default: dict[str, Segment] = {}
-_open: weakref.WeakSet[Segment] = weakref.WeakSet()  # of this process, for diagnostics
+_open: weakref.WeakSet[Segment] = weakref.WeakSet()  # of this process, for health_check()
 
 
 def _check_name(name: object) -> str:
     if not isinstance(name, str):
         raise TypeError(f"segment name must be a str, not {name!r}")
-    out = ffi.new("char[256]")  # C would read a name to its first NUL only
+    out = ffi.new("char[256]")  # C would read a name up to its first NUL
     if "\0" in name or lib.fshm_path(name.encode("utf-8", "replace"), out, 256) != lib.FSHM_OK:
         raise ValueError(
             f"segment name must be 1 to {lib.FSHM_MAX_NAME} characters of A-Z a-z 0-9 . _ - and "
@@ -30,37 +29,40 @@ def _check_name(name: object) -> str:
 
 
 def path_of(name: str) -> str:
-    """The file that a segment name stands for."""
+    """The file of a segment name."""
     out = ffi.new("char[256]")
     lib.fshm_path(_check_name(name).encode(), out, 256)
     return str(ffi.string(out).decode())
 
 
 def opened(name: str) -> list[Segment]:
-    """The segments of that name that this process has open, the removed ones among them."""
+    """The segments of that name that this process has open, removed ones included."""
     return [found for found in list(_open) if found.name == name]
 
 
 def _damage(kind: int, index: int) -> str:
     return {
-        lib.FSHM_DAMAGE_SIZE: f"its file has {index} bytes, which is not what it was made with",
+        lib.FSHM_DAMAGE_SIZE: f"its file has {index} bytes, not the size it was made with",
         lib.FSHM_DAMAGE_HEADER: f"its header was written over, at byte {index}",
         lib.FSHM_DAMAGE_LIMITS: f"the limits of limiter number {index} do not add up",
         lib.FSHM_DAMAGE_NAME: f"the name of limiter number {index} was written over",
-        lib.FSHM_DAMAGE_SLOT: f"cell {index} holds what nobody writes",
+        lib.FSHM_DAMAGE_SLOT: f"slot {index} holds a value that the library never writes",
     }[kind]
 
 
 class Segment:
-    """One shared-memory segment: made where there is none, else attached to.
+    """One shared-memory segment. The constructor makes it, or attaches to it where it exists.
 
     name: 1 to 64 characters of ``A-Z a-z 0-9 . _ -``; default: FAST_LITELLM_SHM_NAME, else a name
-    for each user id. capacity: how many keys it must hold, 1 .. 2**31 (a key takes one place for
-    each limit of its limiter); default: FAST_LITELLM_SHM_CAPACITY, else 200,000 (13 MB) where it is
-    made, and whatever it has where it exists. mode: permission bits; default FAST_LITELLM_SHM_MODE,
-    else 0o600. names: ``"plain"`` keeps key names for ``fast-shm inspect``, ``"hashed"`` shows
-    keyed hashes, ``"off"`` keeps nothing of single keys; decided by whoever makes the segment.
-    create=False attaches only, to any capacity.
+    for each user id. All programs of a user share that one: two unrelated programs with a limiter
+    of the same name count together, so give each program a FAST_LITELLM_SHM_NAME of its own.
+    capacity: how many keys it must hold, 1 .. 2**31 (a key takes one slot for each limit of its
+    limiter); default: FAST_LITELLM_SHM_CAPACITY, else 200,000 (13 MB) for a new segment, and the
+    capacity it has for an existing one. mode: permission bits of a new segment; default
+    FAST_LITELLM_SHM_MODE, else 0o600. names: ``"plain"`` keeps key names for ``fast-shm inspect``,
+    ``"hashed"`` shows keyed hashes, ``"off"`` keeps nothing of single keys; the process that makes
+    the segment decides. create=False: attach only, to any capacity. allow_other_owner: use a
+    segment that another user made; default: FAST_LITELLM_SHM_ALLOW_OTHER_OWNER, else False.
 
     It outlives its processes, so limits survive a restart; :meth:`remove` deletes it. A forked
     child may go on using it.
@@ -76,7 +78,7 @@ class Segment:
         mode: int | None = None,
         names: str | None = None,
         create: bool = True,
-        allow_other_owner: bool = False,
+        allow_other_owner: bool | None = None,
         _read_only: bool = False,
     ) -> None:
         self._name = _check_name(settings.segment_name() if name is None else name)
@@ -88,12 +90,14 @@ class Segment:
             or not 1 <= capacity <= 2**31
         ):
             raise ValueError(f"capacity must be an int between 1 and 2**31 keys, not {capacity!r}")
-        mode = settings.segment_mode() if mode is None else mode
-        if not isinstance(mode, int) or not 0 <= mode <= 0o777 or mode & 0o600 != 0o600:
-            raise ValueError(f"mode must be permission bits such as 0o600 or 0o660, not {mode!r}")
+        if mode is None:
+            mode = settings.segment_mode()
+        else:
+            settings.check_mode("mode", mode, oct(mode) if isinstance(mode, int) else repr(mode))
+        allowed = settings.allow_other_owner() if allow_other_owner is None else allow_other_owner
         flags = settings.names_flag(settings.segment_names() if names is None else names)
         flags |= lib.FSHM_OPEN_CREATE if create and not _read_only else 0
-        flags |= lib.FSHM_OPEN_OTHER_OWNER if allow_other_owner else 0
+        flags |= lib.FSHM_OPEN_OTHER_OWNER if allowed else 0
         flags |= lib.FSHM_OPEN_READ_ONLY if _read_only else 0
         out, error = ffi.new("fshm_segment **"), ffi.new("fshm_error *")
         if (
@@ -102,15 +106,19 @@ class Segment:
         ):
             raise_segment_error(error, "open")
         self._handle: Any = owned(out[0], lib.fshm_close)
-        self._told: str | None = None  # of liveness_unknown, in the log
-        self._arguments = {"capacity": capacity, "allow_other_owner": allow_other_owner}
+        self._logged: set[str] = set()  # what is wrong with it, each once
+        self._read_only = _read_only
+        self._arguments = {
+            "capacity": capacity,
+            "allow_other_owner": allowed or allow_other_owner,  # where a copy has another setting
+        }
         _open.add(self)
 
     @classmethod
     def default(cls) -> Segment:
-        """The segment that limiters use when they are given none; opened once for each process.
+        """The segment that limiters use when they are given none; opened once in a process.
 
-        Where it was removed since (``fast-shm rm``), a new one is made.
+        If it was removed since (``fast-shm rm``), a new one is made, and a warning is logged.
         """
         name = settings.segment_name()
         known = _default.get(name)
@@ -130,21 +138,34 @@ class Segment:
 
     @property
     def unlinked(self) -> bool:
-        """True where the name was removed or belongs to another segment by now: new processes will
-        not meet this one, and count apart. Restart the processes that are attached."""
-        return bool(lib.fshm_unlinked(self._handle))
+        """True if its file was removed, or its name belongs to another segment by now: new
+        processes do not find this one, and count apart. Restart the processes that are attached.
+        The first time that a process finds this out, it logs a warning."""
+        found = bool(lib.fshm_unlinked(self._handle))
+        if found:
+            self._log_once(self._removed())
+        return found
+
+    def _removed(self) -> str:
+        return (
+            f"segment {self.path} was removed; restart the processes that are attached to it: they "
+            "count apart from new ones"
+        )
+
+    def _log_once(self, what: str) -> None:
+        if what not in self._logged and not self._read_only:
+            self._logged.add(what)
+            log.warning("segment %r: %s", self._name, what)
 
     @property
     def liveness_unknown(self) -> str | None:
-        """None where all is well; else why it cannot be told which processes are alive (the lock
-        file was deleted, say), and what to do. Until then nothing is taken from anybody, processes
-        that come new get no permits, and rates go on being limited."""
+        """None where all is well; else why the library cannot tell which processes are alive (for
+        example: the lock file was deleted), and what to do. Until then it takes nothing from any
+        process, new processes get no permits, and rates go on being limited."""
         found = self._liveness()
         if found is None:
             return None
-        if found[1] != self._told:  # once, however often somebody asks
-            self._told = found[1]
-            logging.getLogger("fast_litellm_shm").warning("segment %r: %s", self._name, found[1])
+        self._log_once(found[1])
         return found[1]
 
     def _liveness(self) -> tuple[type[exceptions.SegmentError], str] | None:
@@ -153,10 +174,7 @@ class Segment:
             return None
         path = ffi.string(error.path).decode("utf-8", "replace")
         if error.code == lib.FSHM_E_NOT_FOUND:
-            return (
-                exceptions.SegmentNotFoundError,
-                f"segment {path} was removed; restart the processes that are attached to it",
-            )
+            return exceptions.SegmentNotFoundError, self._removed()
         renew = (
             f"stop the workers, `fast-shm rm --name {self._name}`, and start them; rates go on "
             "being limited until then, permits of dead processes do not come back"
@@ -165,19 +183,18 @@ class Segment:
         cases: dict[int, tuple[type[exceptions.SegmentError], str]] = {
             errno.ENOENT: (
                 exceptions.SegmentDamagedError,
-                f"its lock file {path} was deleted, so nobody can be asked who is alive; {renew}",
+                f"its lock file {path} was deleted, so it cannot tell who is alive; {renew}",
             ),
             errno.ESTALE: (
                 exceptions.SegmentDamagedError,
                 f"its lock file {path} is not the one that its processes hold (inode "
-                f"{error.found}, not {error.wanted}), so nobody can be asked who is alive; {renew}",
+                f"{error.found}, not {error.wanted}), so it cannot tell who is alive; {renew}",
             ),
             errno.EBADF: (
                 exceptions.SegmentError,
-                f"this process (pid {os.getpid()}) has lost its lock on {path} while it lived "
+                f"this process (pid {os.getpid()}) has lost its lock on {path} "
                 "(something closed a descriptor of that file), and others may have taken what it "
-                "held; restart it, and have it open the segment after it has closed its "
-                "descriptors",
+                "held; restart it, and open the segment after the code that closes descriptors",
             ),
             errno.EINVAL: (
                 exceptions.SegmentError,
@@ -192,12 +209,12 @@ class Segment:
             errno.EPERM: (
                 exceptions.SegmentOwnerError,
                 f"its lock file {path} was made by a user who may not write the segment, so it "
-                "tells nothing of who is alive; find out who made it, and remove it",
+                "cannot tell who is alive; find out who made it, and remove it",
             ),
             errno.EACCES: (
                 exceptions.SegmentPermissionError,
-                f"its lock file {path} cannot be opened by uid {os.geteuid()} ({system}), "
-                "which is for who may write the segment; give it the segment's owner and group",
+                f"its lock file {path} cannot be opened by uid {os.geteuid()} ({system}); give it "
+                "the owner and the group of the segment",
             ),
         }
         other = why_no_descriptor(error.sys_errno) or system
@@ -208,11 +225,10 @@ class Segment:
 
     @property
     def damaged(self) -> str | None:
-        """What is damaged and what to do, in a sentence; None where nothing is known to be.
+        """What is damaged and what to do, in a sentence; None where no damage is known.
 
-        Something wrote over it, and some process came upon it since; it stays so until the segment
-        is removed. Only what is certain is told, so None is no proof that all is well.
-        :meth:`stats` looks at everything.
+        A program wrote over the segment, and a process noticed it. It stays so until the segment is
+        removed. None is no proof that all is well; :meth:`stats` checks the whole segment.
         """
         return self._damaged(lib.fshm_damage)
 
@@ -227,7 +243,8 @@ class Segment:
         )
 
     def _check(self) -> str | None:
-        """damaged, after a look at everything. Raises where not even that may be touched."""
+        """``damaged``, after a check of the whole segment. Raises SegmentDamagedError where the
+        file has lost bytes, so that reading it would end the process."""
         said = self._damaged(lib.fshm_check)
         if said is not None and lib.fshm_damage(self._handle, ffi.new("uint64_t *")) == (
             lib.FSHM_DAMAGE_SIZE
@@ -245,8 +262,8 @@ class Segment:
         """The living processes attached to it: pid, attached_seconds, admitted, denied."""
         geometry, found = self.geometry(), []
         out = ffi.new("fshm_process_info *")
-        for slot in range(geometry.processes):
-            if lib.fshm_process_at(self._handle, slot, out) == lib.FSHM_OK and out.alive:
+        for index in range(geometry.processes):
+            if lib.fshm_process_at(self._handle, index, out) == lib.FSHM_OK and out.alive:
                 found.append(
                     {
                         "pid": out.pid,
@@ -291,8 +308,9 @@ class Segment:
         }
 
     def remove(self) -> None:
-        """Delete the segment. Processes that are attached keep counting in what they have, apart
-        from new ones, until they are restarted. Removing it twice is harmless."""
+        """Delete the segment. Attached processes keep counting in it, apart from new ones, until
+        they are restarted. Removing it twice is harmless."""
+        self._logged.add(self._removed())  # this process knows
         if self.unlinked:
             return
         error = ffi.new("fshm_error *")

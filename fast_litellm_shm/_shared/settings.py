@@ -1,14 +1,11 @@
-"""Settings from the environment. Read when they are needed, never at import."""
+"""Settings from the environment. Each is read when it is needed, never at import."""
 
 from __future__ import annotations
 
-import json
-import logging
 import os
-import warnings
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from fast_litellm_shm._shared import log
 from fast_litellm_shm._shared.native import lib
 
 _warned: set[str] = set()
@@ -36,15 +33,38 @@ def segment_mode() -> int:
     """FAST_LITELLM_SHM_MODE: permission bits in octal, 0600 by default."""
     text = os.environ.get("FAST_LITELLM_SHM_MODE") or "0600"
     try:
-        mode = int(text, 8)
+        mode: object = int(text, 8)
     except ValueError:
-        mode = -1
-    if not 0o600 <= mode <= 0o777 or mode & 0o600 != 0o600:
+        mode = text
+    return check_mode("FAST_LITELLM_SHM_MODE", mode, repr(text))
+
+
+def check_mode(what: str, mode: object, shown: str) -> int:
+    """The permission bits of a segment. Raises ValueError, which calls them ``what``."""
+    if not isinstance(mode, int) or not 0 <= mode <= 0o777 or mode & 0o600 != 0o600:
         raise ValueError(
-            f"FAST_LITELLM_SHM_MODE must be octal permission bits that let the owner read and "
-            f"write, such as 0600 or 0660, not {text!r}"
+            f"{what} must be octal permission bits that let the owner read and write, such as 0600 "
+            f"or 0660, not {shown}"
+        )
+    if mode & 0o002:
+        raise ValueError(
+            f"{what} must not let all users write the segment, as {shown} does: they could change "
+            "every limit; use 0660, and a group that the processes share"
         )
     return mode
+
+
+def allow_other_owner() -> bool:
+    """FAST_LITELLM_SHM_ALLOW_OTHER_OWNER: whether to use a segment that another user made; false
+    by default."""
+    return _boolean("FAST_LITELLM_SHM_ALLOW_OTHER_OWNER", False)
+
+
+def _boolean(variable: str, default: bool) -> bool:
+    text = os.environ.get(variable) or str(default)
+    if text.lower() not in ("true", "false"):
+        raise ValueError(f"{variable} must be true or false, not {text!r}")
+    return text.lower() == "true"
 
 
 def segment_names() -> str:
@@ -66,13 +86,13 @@ def cluster_url() -> str | None:
 
 
 def names_server(given: object) -> bool:
-    """Whether limits are to hold over many hosts, by an argument ``cluster`` or by the variable."""
+    """Whether limits hold over many hosts, by an argument ``cluster`` or by the variable."""
     return given is not False and (given is not None or cluster_url() is not None)
 
 
 def warn_not_shared(what: str, chosen: str | None) -> None:
-    """Where limits are to hold over many hosts, say once that these do not. chosen: the server that
-    a setting names beside the variable."""
+    """Warn once that ``what`` counts on this host alone, if the user has set a server. chosen: the
+    server that another setting than the variable names."""
     if chosen is not None or cluster_url() is not None:
         name = "FAST_LITELLM_SHM_CLUSTER" if chosen is None else "cluster"
         warn_once(f"{name} is set, and {what} counts on this host alone: see docs/cluster.md")
@@ -90,8 +110,9 @@ def cluster_timeout() -> float | None:
 
 
 def cluster_password() -> str | None:
-    """FAST_LITELLM_SHM_CLUSTER_PASSWORD, or what is in the file that
-    FAST_LITELLM_SHM_CLUSTER_PASSWORD_FILE names: for a URL that has none. None: neither is set."""
+    """FAST_LITELLM_SHM_CLUSTER_PASSWORD, or the contents of the file that
+    FAST_LITELLM_SHM_CLUSTER_PASSWORD_FILE names: for a URL without a password. None: neither is
+    set."""
     given = os.environ.get("FAST_LITELLM_SHM_CLUSTER_PASSWORD")
     path = os.environ.get("FAST_LITELLM_SHM_CLUSTER_PASSWORD_FILE")
     if given and path:
@@ -114,9 +135,8 @@ def cluster_password() -> str | None:
     return found
 
 
-@dataclass(frozen=True)
-class PoolDefaults:
-    """What a connection pool is limited to where its constructor says nothing."""
+class PoolDefaults(NamedTuple):
+    """The limits of a connection pool whose constructor is given none."""
 
     max_per_endpoint: int = 10
     max_total: int = 100
@@ -134,7 +154,10 @@ def _number(source: str, value: Any, whole: bool) -> Any:
 
 
 def feature_config() -> tuple[str, dict[str, Any]]:
-    """The file that FAST_LITELLM_FEATURE_CONFIG names, and what is in it; ("", {}) without one."""
+    """The path of the file that FAST_LITELLM_FEATURE_CONFIG names, and its JSON object; ("", {})
+    where none is set."""
+    import json
+
     path = os.environ.get("FAST_LITELLM_FEATURE_CONFIG")
     if not path:
         return "", {}
@@ -151,17 +174,19 @@ def feature_config() -> tuple[str, dict[str, Any]]:
 
 
 def warn_once(message: str) -> None:
-    """Say it by warnings and in the log, once in a process: what goes wrong in a setting must be
-    seen, and must not stop a worker."""
+    """Log it and warn, once in a process: a wrong setting must be seen, and must not stop a
+    worker."""
     if message in _warned:
         return
+    import warnings
+
     _warned.add(message)
-    logging.getLogger("fast_litellm_shm").warning("%s", message)
+    log.warning("%s", message)
     warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def config_or_warning() -> tuple[str, dict[str, Any]]:
-    """:func:`feature_config`; where that file is broken, a warning, and as if there were none."""
+    """:func:`feature_config`. A file that cannot be read is a warning, and counts as none."""
     try:
         return feature_config()
     except ValueError as error:
@@ -174,9 +199,7 @@ def pool_defaults() -> PoolDefaults:
     else 10 to an endpoint, 100 in all, 300 s idle."""
     path, config = feature_config()
     where = "features.rust_connection_pool.config"
-    inner: Any = config
-    for part in where.split("."):
-        inner = inner.get(part, {}) if isinstance(inner, dict) else {}
+    inner = _part(config, where)
     found: dict[str, Any] = {}
     for field, suffix, key, whole in (
         ("max_per_endpoint", "MAX_PER_ENDPOINT", "max_connections_per_endpoint", True),
@@ -186,15 +209,22 @@ def pool_defaults() -> PoolDefaults:
         variable = f"FAST_LITELLM_POOL_{suffix}"
         if os.environ.get(variable):
             found[field] = _number(variable, os.environ[variable], whole)
-        elif isinstance(inner, dict) and key in inner:
+        elif key in inner:
             found[field] = _number(f"{path}: {where}.{key}", inner[key], whole)
     return PoolDefaults(**found)
 
 
-@dataclass(frozen=True)
-class RateDefaults:
-    """What :func:`fast_litellm_shm.check_rate_limit` limits a key to, beside 10 a second and 10,000
-    an hour."""
+def _part(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """The JSON object at a path such as ``features.rust_routing``; {} where there is none."""
+    inner: Any = config
+    for part in where.split("."):
+        inner = inner.get(part) if isinstance(inner, dict) else None
+    return inner if isinstance(inner, dict) else {}
+
+
+class RateDefaults(NamedTuple):
+    """The limits of :func:`fast_litellm_shm.check_rate_limit`, beside 10 a second and 10,000 an
+    hour."""
 
     requests_per_minute: int = 600
     burst_size: int = 20
@@ -205,16 +235,14 @@ _MOST_REQUESTS = 1_000_000
 
 def rate_defaults() -> RateDefaults:
     """From the config file (``features.rust_rate_limiting.config``), else 600 a minute and a burst
-    of 20. What is wrong is told by a warning, once, and counts as not given: a broken file must
-    not stop requests."""
+    of 20. A wrong value is a warning, once, and counts as not given: a broken file must not stop
+    requests."""
     path, config = config_or_warning()
     where = "features.rust_rate_limiting.config"
-    inner: Any = config
-    for part in where.split("."):
-        inner = inner.get(part, {}) if isinstance(inner, dict) else {}
+    inner = _part(config, where)
     found: dict[str, int] = {}
-    for key in ("requests_per_minute", "burst_size"):
-        if not isinstance(inner, dict) or key not in inner:
+    for key in RateDefaults._fields:
+        if key not in inner:
             continue
         value = inner[key]
         whole = isinstance(value, int) and not isinstance(value, bool)
@@ -223,13 +251,13 @@ def rate_defaults() -> RateDefaults:
         else:
             warn_once(
                 f"{path}: {where}.{key} must be a whole number from 1 to {_MOST_REQUESTS}, not "
-                f"{value!r}; {getattr(RateDefaults, key)} is used"
+                f"{value!r}; {RateDefaults._field_defaults[key]} is used"
             )
     return RateDefaults(**found)
 
 
 def all_enabled() -> bool:
-    """FAST_LITELLM_ENABLED: false switches off whatever only makes things faster."""
+    """FAST_LITELLM_ENABLED: false switches off what only makes things faster."""
     word = os.environ.get("FAST_LITELLM_ENABLED", "").strip().lower()
     return word not in ("false", "disabled", "off", "no", "0")
 
@@ -240,9 +268,6 @@ def prices_file() -> str | None:
 
 
 def tokenizer_download() -> bool:
-    """FAST_LITELLM_TOKENIZER_DOWNLOAD: whether tiktoken may download an encoding's file that is not
-    on this machine; true by default."""
-    text = os.environ.get("FAST_LITELLM_TOKENIZER_DOWNLOAD") or "true"
-    if text.lower() not in ("true", "false"):
-        raise ValueError(f"FAST_LITELLM_TOKENIZER_DOWNLOAD must be true or false, not {text!r}")
-    return text.lower() == "true"
+    """FAST_LITELLM_TOKENIZER_DOWNLOAD: whether tiktoken may download the file of an encoding that
+    is not on this machine; true by default."""
+    return _boolean("FAST_LITELLM_TOKENIZER_DOWNLOAD", True)

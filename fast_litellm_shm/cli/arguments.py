@@ -291,13 +291,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             wrong("say what to reset: a KEY, --limiter L, or --all")
     if args.verb == "release" and args.force and args.dead:
         wrong("--force is for a living process: it goes with --pid")
-    if args.verb != "ls":
-        from fast_litellm_shm._shared import segment, settings
+    from fast_litellm_shm._shared import segment, settings
 
-        if args.name is None:
-            args.name = settings.segment_name()
-        try:
+    try:
+        settings.allow_other_owner()
+        if args.verb != "ls":
+            if args.name is None:
+                args.name = settings.segment_name()
             segment.path_of(args.name)
-        except ValueError as error:
-            wrong(str(error))
+    except ValueError as error:
+        wrong(str(error))
     return args

@@ -128,6 +128,7 @@ def waiting(retry_after: float | None) -> str:
 def console() -> Console:
     """Standard output. Colours only on a terminal, and not with NO_COLOR; in a pipe, rows are not
     cut."""
+    from fast_litellm_shm._shared.dependencies import rich  # noqa: F401, I001 - may be missing
     from rich.console import Console
 
     class Output(Console):

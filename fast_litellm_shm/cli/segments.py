@@ -144,7 +144,7 @@ def open_for_writing(name: str, allow_other_owner: bool) -> Segment:
 def processes_of(segment: Segment) -> list[dict[str, Any]]:
     """The living processes, each with its command and memory; both are None if the system does not
     tell (the process is in another pid namespace, or another user's)."""
-    import psutil
+    from fast_litellm_shm._shared.dependencies import psutil
 
     out: list[dict[str, Any]] = []
     for process in segment.processes():

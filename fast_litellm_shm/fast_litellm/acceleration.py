@@ -1,16 +1,16 @@
-"""The shared memo under ``litellm.token_counter``: the same numbers, types and exceptions, sooner.
+"""The shared memo behind ``litellm.token_counter``: the same numbers, types and exceptions, sooner.
 
-Patched is one function of litellm's, ``_get_exact_count_function`` of
+This module replaces one function of litellm: ``_get_exact_count_function`` of
 ``litellm.litellm_core_utils.token_counter``, which makes the function that counts the tokens of one
-text. What it makes is put behind the memo where it is one of those known here, with a tokenizer
-that litellm itself chose; else it is passed on as it is. All else of litellm, its Router too, stays
-untouched. A litellm without that function (1.102.0 and later have it) is left alone, and
-``get_patch_status()`` says so.
+text. The replacement puts the memo before a function that it knows, if litellm itself chose the
+tokenizer; it returns all others as they are. The rest of litellm stays as it is, the Router too. A
+litellm without that function (1.102.0 and later have it) is left alone, and ``get_patch_status()``
+says so.
 
-The clients of LiteLLM's proxy are strangers to each other, and how long a count takes would tell
-one what others have sent. So in the proxy's process a text is remembered for the key that sent it
-alone, as the plugin (:mod:`fast_litellm_shm.integrations.litellm`) says; where nobody says whose it
-is, it is counted anew.
+The clients of LiteLLM's proxy do not trust each other, and the time of a count would tell a client
+what others have sent. So in the proxy's process, the memo keeps a text for the key that sent it
+alone: the plugin (:mod:`fast_litellm_shm.integrations.litellm`) names that key. Where it names
+none, the text is counted without the memo.
 """
 
 from __future__ import annotations
@@ -18,53 +18,54 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
-import logging
 import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from importlib.machinery import ModuleSpec
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
-from fast_litellm_shm._shared import features, settings
+from fast_litellm_shm._shared import features, log, settings
 from fast_litellm_shm._shared.native import Memo
 from fast_litellm_shm._shared.segment import Segment
+from fast_litellm_shm.fast_litellm import import_hook
 from fast_litellm_shm.tokens import counter as tokens
 
-_PROXY = "litellm.proxy.proxy_server"
-_MODULE = "litellm.litellm_core_utils.token_counter"
+_PROXY, _MODULE = "litellm.proxy.proxy_server", import_hook.MODULE
 _FUNCTION = "_get_exact_count_function"
 _FEATURE, _COMPONENT = "rust_token_counting", "token_counting"
 _SINCE = "1.102.0"  # the first litellm with that function
-_MOST_MEMOS = 64  # tokenizers of one process; more are counted without
+_MOST_MEMOS = 64  # tokenizers of one process; texts of further ones are counted without a memo
+_NOT_YET = "litellm is not imported yet"
 
 CountFunction = Callable[[str], int]
 
 _lock = threading.RLock()  # renewed in a forked child: _renew_lock()
-_original: Any = None  # what we replaced, and by what
-_replacement: Any = None
-_reason: str | None = "litellm is not imported yet"  # why it is not applied
-_free_ids: dict[int, tuple[Any, int]] = {}  # by tokenizer: itself, and its first unused token id
-_memos: dict[tuple[Any, ...], tuple[Memo, Any]] = {}  # and what keeps its ids in use
+_original: Any = None  # litellm's function
+_replacement: Any = None  # ours
+_reason: str | None = _NOT_YET  # why the replacement is not in place
+_free_ids: dict[int, tuple[Any, int]] = {}  # by id(tokenizer): the tokenizer, its first unused id
+# By _describe()'s key: the memo, and the object whose id() is in that key (kept, so that the id
+# stays its own).
+_memos: dict[tuple[Any, ...], tuple[Memo, Any]] = {}
 
 
 # which functions are known -----------------------------------------------------------------------
 
 
 def _free(function: Any) -> dict[str, Any]:
-    """What a closure has closed over, by name."""
+    """The variables of a closure, by name."""
     cells: tuple[CellType, ...] = function.__closure__ or ()
     try:
         contents = [cell.cell_contents for cell in cells]
         return dict(zip(function.__code__.co_freevars, contents, strict=True))
-    except ValueError:  # a cell that is empty still
+    except ValueError:  # a variable that has no value yet
         return {}
 
 
 def _code(code: CodeType) -> bytes:
-    """What a function does, for telling litellm's versions apart in a segment they share."""
+    """A hash of what a function does: litellm's versions may share a segment."""
     parts = [code.co_code, repr(code.co_names).encode()]
     parts += [_code(c) if isinstance(c, CodeType) else repr(c).encode() for c in code.co_consts]
     return hashlib.blake2b(b"\0".join(parts), digest_size=16).digest()
@@ -80,7 +81,7 @@ def _version(package: str) -> str:
 
 
 def _is_encoding(found: object) -> bool:
-    """tiktoken's, or the one of the same name in litellm's Rust part: both cannot be changed."""
+    """Whether it is tiktoken's Encoding, or the one of litellm's Rust part. Both never change."""
     kind = type(found)
     where = (kind.__module__, kind.__name__)
     return where in (
@@ -90,7 +91,7 @@ def _is_encoding(found: object) -> bool:
 
 
 def _state(tokenizer: Any) -> tuple[Any, ...] | None:
-    """Of a Hugging Face tokenizer: what is cheap to see and changes its counts; None for others."""
+    """Of a Hugging Face tokenizer, what changes its counts and is cheap to read; else None."""
     kind = type(tokenizer)
     if (kind.__module__, kind.__name__) not in (
         ("tokenizers", "Tokenizer"),
@@ -105,14 +106,14 @@ def _state(tokenizer: Any) -> tuple[Any, ...] | None:
         added = tokenizer.id_to_token(known[1])  # the next token that is added has that id
         special = tokenizer.encode_special_tokens
     except AttributeError:
-        return None  # a release of theirs that is not known here
+        return None  # an unknown release of tokenizers
     parts = ("normalizer", "pre_tokenizer", "post_processor", "padding", "truncation")
     return added, special, *(repr(getattr(tokenizer, part, None)) for part in parts)
 
 
 def _describe(exact: Any) -> tuple[tuple[Any, ...], Callable[[], str], Any] | None:
     """Of a function that litellm made: its key in this process, its name in the segment (slow to
-    find), and what keeps the key's ids in use. None where it is none of those known."""
+    compute), and the object whose id() is in the key. None for an unknown function."""
     if not isinstance(exact, FunctionType) or exact.__module__ != _MODULE:
         return None
     free = _free(exact)
@@ -152,17 +153,17 @@ def _json_hash(tokenizer: Any) -> str:
     return hashlib.blake2b(tokenizer.to_str().encode(), digest_size=16).hexdigest()
 
 
-# putting the memo in front -----------------------------------------------------------------------
+# the replacement ---------------------------------------------------------------------------------
 
 
 def _memoized(exact: Any) -> Any:
-    """The function with the memo in front, or the function itself."""
+    """The function behind the memo, or the function itself."""
     described = _describe(exact)
     if described is None:
         return exact
     tenant = tokens.tenant_of_context.get()
     if tenant is None and _PROXY in sys.modules:
-        return exact  # of whom, nobody says: how long it takes must tell nothing of other clients
+        return exact  # the client is unknown: the time of a count must tell it nothing of others
     key, name, held = described
     found = _memos.get(key)
     if found is None:
@@ -184,11 +185,11 @@ def _make_replacement(original: Any) -> Any:
     ) -> Any:
         exact = original(model, custom_tokenizer, *args, **kwargs)
         if custom_tokenizer or _replacement is not _get_exact_count_function:
-            return exact  # a tokenizer of the caller's may count anything; or we were removed
+            return exact  # the caller's own tokenizer may count anything; or this was removed
         try:
             return _memoized(exact) if features.is_enabled(_FEATURE) else exact
         except Exception as error:
-            with suppress(Exception):  # a warning that was made an error, say
+            with suppress(Exception):  # for example a warning that the program turns into an error
                 features.record_error(_FEATURE, error)
             return exact
 
@@ -196,7 +197,7 @@ def _make_replacement(original: Any) -> Any:
 
 
 def _patch(module: ModuleType) -> bool:
-    """Replace the function in litellm's module, if it is what we know."""
+    """Replace the function in litellm's module, if that function is known."""
     global _original, _replacement, _reason
     with _lock:
         if _replacement is not None and getattr(module, _FUNCTION, None) is _replacement:
@@ -204,7 +205,7 @@ def _patch(module: ModuleType) -> bool:
         original = getattr(module, _FUNCTION, None)
         if not isinstance(original, FunctionType) or original.__module__ != _MODULE:
             _reason = _unsupported()
-            logging.getLogger("fast_litellm_shm").warning("%s", _reason)
+            log.warning("%s", _reason)
             return False
         _original, _replacement = original, _make_replacement(original)
         setattr(module, _FUNCTION, _replacement)
@@ -212,65 +213,17 @@ def _patch(module: ModuleType) -> bool:
         return True
 
 
-# when litellm is imported later ------------------------------------------------------------------
-
-
-class _Finder:
-    """Patches the module when it is imported: finds it as all others do, and has its own loader go
-    on to apply_acceleration(). Only for this one name, and until then."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name != _MODULE:
-            return None
-        others = [finder for finder in sys.meta_path if finder is not self]
-        found = (finder.find_spec(name, path, target) for finder in others)
-        spec = next((spec for spec in found if spec is not None), None)
-        loader: Any = spec.loader if spec is not None else None
-        run = getattr(loader, "exec_module", None)
-        if run is None:
-            return spec
-
-        def exec_module(module: ModuleType) -> None:
-            del loader.exec_module
-            run(module)
-            _disarm()
-            try:
-                apply_acceleration()
-            except Exception:  # litellm's import must not fail for our sake
-                logging.getLogger("fast_litellm_shm").exception("cannot accelerate litellm")
-
-        try:
-            loader.exec_module = exec_module
-        except AttributeError:
-            logging.getLogger("fast_litellm_shm").warning(
-                "litellm is not accelerated: its loader %r cannot be followed", loader
-            )
-        return spec
-
-
-_finder: Any = _Finder()
-
-
-def _arm() -> None:
-    if _finder not in sys.meta_path:
-        sys.meta_path.insert(0, _finder)
-
-
-def _disarm() -> None:
-    if _finder in sys.meta_path:
-        sys.meta_path.remove(_finder)
-
-
 # the API -----------------------------------------------------------------------------------------
 
 
 def apply_acceleration() -> bool:
-    """Put the shared memo under ``litellm.token_counter``: now, or as soon as litellm is imported,
-    which this does not do: it looks into litellm's source. True if so; False where litellm is not
-    installed, FAST_LITELLM_ENABLED is false, or this litellm is none that is known (1.102.0 and
-    later are); ``get_patch_status()["reason"]`` says which.
+    """Put the shared memo behind ``litellm.token_counter``: now, or when the program imports
+    litellm. This function does not import litellm, it reads litellm's source.
 
-    Called on import of fast_litellm_shm. Calling it again is harmless.
+    Returns True if it did, or will. False where litellm is not installed, FAST_LITELLM_ENABLED is
+    false, or this litellm has another function (1.102.0 and later have the right one);
+    ``get_patch_status()["reason"]`` says which. Calling it again is harmless. Importing
+    fast_litellm_shm does the same.
     """
     global _reason
     with _lock:
@@ -280,18 +233,18 @@ def apply_acceleration() -> bool:
         module = sys.modules.get(_MODULE)
         if module is not None:
             return _patch(module)
-        _arm()
+        import_hook.install()
         missing = _missing()
-        _reason = missing or "litellm is not imported yet"
+        _reason = missing or _NOT_YET
         return missing is None
 
 
 def remove_acceleration() -> None:
-    """Put back the very object that was there. Where somebody has replaced it after us, theirs
-    stays, and ours in it passes everything on. Calling it again is harmless."""
+    """Put litellm's own function back. Where another library has replaced ours since, its function
+    stays; if that one calls ours, ours passes everything on. Calling it again is harmless."""
     global _original, _replacement, _reason
     with _lock:
-        _disarm()
+        import_hook.remove()
         module = sys.modules.get(_MODULE)
         if _replacement is not None and getattr(module, _FUNCTION, None) is _replacement:
             setattr(module, _FUNCTION, _original)
@@ -302,15 +255,20 @@ def remove_acceleration() -> None:
 
 
 def get_patch_status() -> dict[str, Any]:
-    """applied (whether litellm is patched now), components (which parts: ``token_counting``), and
-    reason (None, or why it is not)."""
+    """``applied``: whether litellm is patched now; ``components``: which parts are
+    (``token_counting``); ``reason``: why it is not, or None."""
     module = sys.modules.get(_MODULE)
     applied = _replacement is not None and getattr(module, _FUNCTION, None) is _replacement
     reason = _reason
     if not applied and reason is None:
-        reason = f"somebody else has replaced {_MODULE}.{_FUNCTION}"
+        reason = f"another library has replaced {_MODULE}.{_FUNCTION}"
     elif not settings.all_enabled():
         reason = "FAST_LITELLM_ENABLED is false"
+    elif reason == _NOT_YET and not import_hook.installed():
+        reason = (
+            "FAST_LITELLM_ENABLED was false when fast_litellm_shm was imported: call "
+            "apply_acceleration()"
+        )
     elif not applied and _MODULE not in sys.modules:
         reason = _missing() or reason
     return {"applied": applied, "components": [_COMPONENT] if applied else [], "reason": reason}
@@ -324,8 +282,9 @@ def _unsupported() -> str:
 
 
 def _missing() -> str | None:
-    """What the litellm that would be imported lacks. Read in its source, since an import takes
-    seconds, and a version is only a number; None where the source is no file that can be read."""
+    """Why the litellm that the program would import cannot be accelerated; None where it can, or
+    where its source cannot be read. Read in the source: an import takes seconds, and a version
+    number does not tell what a release has."""
     try:
         spec = importlib.util.find_spec("litellm")
     except (ImportError, ValueError):
@@ -346,20 +305,8 @@ def _missing() -> str | None:
 
 def _renew_lock() -> None:
     global _lock
-    _lock = threading.RLock()  # whoever held it does not live in the child
+    _lock = threading.RLock()  # the thread that held it does not live in the child
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
-
-
-def on_import() -> None:
-    """apply_acceleration(), without a look at the disk: what the package does when it is imported.
-    The settings are read when litellm is imported."""
-    try:
-        if _MODULE in sys.modules:
-            apply_acceleration()
-        else:
-            _arm()
-    except Exception:  # importing this package must not fail for litellm's sake
-        logging.getLogger("fast_litellm_shm").exception("cannot accelerate litellm")

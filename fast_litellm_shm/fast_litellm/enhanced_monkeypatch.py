@@ -1,8 +1,7 @@
-"""``fast_litellm.enhanced_monkeypatch``: the acceleration of litellm, by the names and in the shape
-of that module. Loaded when it is asked for.
+"""``fast_litellm.enhanced_monkeypatch``: the acceleration of litellm, in the shape of that module.
 
-This package patches one function of litellm's, and nothing else: what replaces others there
-(``enhanced_patch_function``, ``PerformanceWrapper`` and their kin) is not here.
+This package replaces one function of litellm. What that module has to replace others
+(``enhanced_patch_function``, ``PerformanceWrapper`` and so on) is not here.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ __all__ = ["enhanced_apply_acceleration", "get_patch_status", "remove_enhanced_a
 
 
 def enhanced_apply_acceleration(rust_extensions_module: object) -> bool:
-    """As :func:`fast_litellm_shm.apply_acceleration`; False where the module has no true
+    """:func:`fast_litellm_shm.apply_acceleration`; False if the given module has no true
     RUST_ACCELERATION_AVAILABLE."""
     if not getattr(rust_extensions_module, "RUST_ACCELERATION_AVAILABLE", False):
         return False
@@ -23,13 +22,13 @@ def enhanced_apply_acceleration(rust_extensions_module: object) -> bool:
 
 
 def remove_enhanced_acceleration() -> None:
-    """As :func:`fast_litellm_shm.remove_acceleration`."""
+    """:func:`fast_litellm_shm.remove_acceleration`."""
     acceleration.remove_acceleration()
 
 
 def get_patch_status() -> dict[str, Any]:
-    """``patched_functions`` (by the name of what is patched: feature_flag, enabled, has_original,
-    has_rust), ``feature_flags`` (as feature_flags.get_status()), total_patches."""
+    """``patched_functions`` (by name of the function: feature_flag, enabled, has_original,
+    has_rust), ``feature_flags`` (feature_flags.get_status()), total_patches."""
     patched = {}
     if acceleration.get_patch_status()["applied"]:
         patched[f"{acceleration._MODULE}.{acceleration._FUNCTION}"] = {

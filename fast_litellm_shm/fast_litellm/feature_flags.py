@@ -1,8 +1,7 @@
-"""``fast_litellm.feature_flags``: the features of this package, by the names and in the shape of
-that module. Loaded when it is asked for.
+"""``fast_litellm.feature_flags``: the feature flags of this package, in the shape of that module.
 
-The states are the host's, and set as docs/performance.md says: there is no manager of a process's
-own (``FeatureFlagManager``, ``FeatureConfig``).
+The states are those of the host; docs/performance.md says how to set them. So a process has no
+manager of its own (``FeatureFlagManager``, ``FeatureConfig``).
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ __all__ = [
     "reset_errors",
 ]
 
-_OPERATION = "call"  # as which record_performance() counts
+_OPERATION = "call"  # which record_performance() counts
 
 
 class FeatureState(Enum):
-    """States of a feature, as get_status() names them. None is ever ``shadow`` here."""
+    """The states of a feature in get_status(). No feature here is ever ``shadow``."""
 
     DISABLED = "disabled"
     ENABLED = "enabled"
@@ -45,22 +44,22 @@ _STATES = {
 
 
 def record_performance(feature_name: str, duration_ms: float) -> None:
-    """Count a call of a feature, for the host. A slow one switches nothing off."""
+    """Count a call of a feature, for the host. Slow calls do not switch it off."""
     performance.record_performance(feature_name, _OPERATION, duration_ms)
 
 
 def get_status() -> dict[str, Any]:
-    """``features``: state, rollout_percentage, error_count, avg_performance_ms (of what
-    record_performance() was told), dependencies (none), by name. ``global_status``: total_features,
+    """``features``: by name, state, rollout_percentage, error_count, avg_performance_ms (of the
+    calls given to record_performance()), dependencies (none). ``global_status``: total_features,
     enabled_features, error_count."""
     found = features.get_feature_status()
-    told = performance.get_performance_stats()
+    recorded = performance.get_performance_stats()
     by_name = {
         name: {
             "state": _STATES[one["state"]].value,
             "rollout_percentage": one["rollout_percentage"],
             "error_count": one["error_count"],
-            "avg_performance_ms": told.get(name, {}).get("average_duration_ms", 0.0),
+            "avg_performance_ms": recorded.get(name, {}).get("average_duration_ms", 0.0),
             "dependencies": [],
         }
         for name, one in found.items()

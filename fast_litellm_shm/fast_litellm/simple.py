@@ -1,5 +1,4 @@
-"""The drop-in part: the rate limiting API of the PyPI package fast-litellm, shared by all
-workers."""
+"""The rate limiting API of the PyPI package fast-litellm, with limits that all workers share."""
 
 from __future__ import annotations
 
@@ -13,15 +12,15 @@ from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.limiters.rate import RateLimiter
 from fast_litellm_shm.limits import Granted, InFlight, LimitSpec, SlidingWindow, TokenBucket
 
-# For a key that nobody configured. The minute and the burst: settings.rate_defaults().
+# The fixed limits of check_rate_limit(); settings.rate_defaults() has the others.
 _PER_SECOND, _PER_HOUR = 10, 10_000
 _TOTALS = ("total_checks", "allowed_count", "denied_count")
 
 
 class RateLimitStats(dict[str, Any]):
     """Statistics by key. The totals over all keys (total_checks, allowed_count, denied_count) are
-    read like keys, but do not count as such: iteration gives keys only, and a key of that name
-    wins."""
+    read like keys. Iteration and len() have the keys alone, and a key of such a name hides the
+    total."""
 
     totals: dict[str, int]
 
@@ -31,7 +30,7 @@ class RateLimitStats(dict[str, Any]):
         raise KeyError(name)
 
     def get(self, name: str, default: Any = None) -> Any:
-        """As dict.get(); knows the totals."""
+        """As dict.get(), with the totals."""
         return self[name] if name in self else default  # noqa: SIM401 - dict.get would call itself
 
     def __contains__(self, name: object) -> bool:
@@ -78,12 +77,14 @@ class SimpleRateLimiter(RateLimiter):
     together.
 
     requests_per_minute: 1 or more. burst: how many at one instant; default requests_per_minute /
-    10, rounded up. Limiters of equal settings share, in all processes; others do not; ``name`` sets
-    equal ones apart. A key nobody has seen has ``burst`` requests at once, then one every 60 /
+    10, rounded up. A new key may make ``burst`` requests at once, then one every 60 /
     (requests_per_minute - burst + 1) seconds.
 
-    Raises ValueError or TypeError for bad arguments, SegmentError where there is no segment to be
-    had.
+    name: limiters of one name count together. Without a name, those of equal settings do: in all
+    processes, also of unrelated programs of the same user. So name them, or give each program a
+    FAST_LITELLM_SHM_NAME.
+
+    Raises ValueError or TypeError for bad arguments, SegmentError where no segment can be opened.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class SimpleRateLimiter(RateLimiter):
         super().__init__(limit, name=name, segment=segment, on_full=on_full)
 
     def get_stats(self) -> RateLimitStats:
-        """Statistics by key, as :func:`get_rate_limit_stats`, of this limiter's keys."""
+        """Statistics of this limiter by key, as :func:`get_rate_limit_stats` has them."""
         limit = self.limits[0]
         config = {
             "requests_per_second": -(-limit.n // 60),
@@ -119,8 +120,7 @@ class SimpleRateLimiter(RateLimiter):
 
 
 class _DefaultLimiter(RateLimiter):
-    """10 a second with a burst of 20 is a bucket of 20 every 2 seconds; people know it as the
-    former."""
+    """Its bucket is 20 every 2 seconds: 10 a second with a burst of 20. check() says "second"."""
 
     @staticmethod
     def _reasons(found: tuple[LimitSpec | InFlight | Granted, ...]) -> tuple[str, ...]:
@@ -146,8 +146,9 @@ def _limiter() -> RateLimiter:
 
 def check_rate_limit(key: str | bytes) -> dict[str, Any]:
     """Check a key against 10 a second (burst 20), 600 a minute and 10,000 an hour, over all
-    workers. The file that FAST_LITELLM_FEATURE_CONFIG names may hold another ``burst_size`` and
-    ``requests_per_minute``, under ``features.rust_rate_limiting.config``.
+    workers: all programs of the user that share a segment. The file that
+    FAST_LITELLM_FEATURE_CONFIG names may have another ``burst_size`` and ``requests_per_minute``,
+    under ``features.rust_rate_limiting.config``.
 
     Returns a dict: allowed, reason, remaining_requests, and retry_after_ms when denied.
     """

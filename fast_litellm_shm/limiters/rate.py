@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -178,7 +177,7 @@ class RateLimiter(SharedLimits):
 
         Returns numpy arrays: allowed, remaining, retry_after (seconds; inf: never).
         """
-        import numpy
+        from fast_litellm_shm._shared.dependencies import numpy
 
         keys = tuple(keys)
         costs: int | list[int] = list(cost) if isinstance(cost, Iterable) else cost
@@ -242,6 +241,8 @@ class RateLimiter(SharedLimits):
     ) -> Decision:
         """wait() for asyncio. Cancelling it gives the reservation back, if it is the last in the
         queue; else its instant passes unused, since those behind it keep theirs."""
+        import asyncio  # here: it takes 20 ms, and a program without it need not wait
+
         deadline = deadline_ns(timeout)
         while True:
             if self._wallet is None:

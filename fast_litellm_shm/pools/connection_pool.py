@@ -1,4 +1,4 @@
-"""The connection pool of the PyPI package fast-litellm, with limits that hold over all workers."""
+"""The connection pool of the PyPI package fast-litellm, with limits that all workers share."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.limiters.rate import deadline_ns
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.")
-# A place that is closed rings; an idle connection that is returned here, or room in the pool, does
-# not.
+# A waiter is woken when a connection to its endpoint is closed. An idle connection that is returned
+# here, or room in the whole pool, wakes none: it looks for those.
 _TRY_AGAIN_NS = 50_000_000
 
 _pools: WeakSet[SimpleConnectionPool] = WeakSet()
@@ -55,19 +55,19 @@ def _check_id(connection_id: object) -> str:
 
 
 class SimpleConnectionPool(PoolCore):
-    """At most so many connections to an endpoint, and in all, over all workers together.
+    """A limit on the connections to each endpoint, and in all, over all workers together.
 
-    pool_name: pools of one name share their limits in all processes; others do not.
-    max_per_endpoint, max_total: 1 .. 100,000, idle ones count. idle_timeout: seconds after which an
-    idle connection is closed rather than used again. Defaults: 10, 100 and 300 s; or
-    FAST_LITELLM_POOL_MAX_PER_ENDPOINT, FAST_LITELLM_POOL_MAX_TOTAL, FAST_LITELLM_POOL_IDLE_TIMEOUT;
-    or ``max_connections_per_endpoint`` and ``idle_timeout_seconds`` in the file that
-    FAST_LITELLM_FEATURE_CONFIG names.
+    pool_name: pools of one name share their limits in all processes, also of unrelated programs of
+    the same user. max_per_endpoint, max_total: 1 .. 100,000; idle connections count. idle_timeout:
+    seconds after which an idle connection is closed and not used again. Defaults: 10, 100 and
+    300 s; or FAST_LITELLM_POOL_MAX_PER_ENDPOINT, FAST_LITELLM_POOL_MAX_TOTAL,
+    FAST_LITELLM_POOL_IDLE_TIMEOUT; or ``max_connections_per_endpoint``, ``max_total_connections``
+    and ``idle_timeout_seconds`` in the file that FAST_LITELLM_FEATURE_CONFIG names.
 
-    A connection belongs to the process that opened it, which alone uses it again. A dead process's
-    are gone from the counts. A forked child begins with none. Ids are unique for ever.
+    A connection belongs to the process that opened it; no other process uses it. Those of a dead
+    process do not count. A forked child begins without connections. Ids are never used again.
 
-    :meth:`bind` gives ids a real connection object to carry.
+    :meth:`bind` gives each id a real connection object.
     """
 
     def __init__(
@@ -123,44 +123,45 @@ class SimpleConnectionPool(PoolCore):
         close: Callable[[Any], object] | None = None,
         is_healthy: Callable[[Any], bool] | None = None,
     ) -> None:
-        """Let ids carry real connections: ``connect(endpoint)`` opens one, ``close(object)`` closes
-        it, ``is_healthy(object)`` says whether it can be used again. Called in this process
-        only."""
+        """Give each id a real connection: ``connect(endpoint)`` opens it, ``close(object)`` closes
+        it, ``is_healthy(object)`` says whether it can be used again. They are called in this
+        process only."""
         for name, value in (("connect", connect), ("close", close), ("is_healthy", is_healthy)):
             if not callable(value) and not (value is None and name != "connect"):
                 raise TypeError(f"bind: {name} must be callable, not {value!r}")
         self._connect, self._close, self._is_healthy = connect, close, is_healthy
 
     def object_of(self, connection_id: str) -> Any:
-        """What connect() returned for this id; None without bind(). KeyError for an unknown id."""
+        """The object that connect() returned for this id; None without bind(). Raises KeyError for
+        an unknown id."""
         found = self._lookup(connection_id)
         if found is None:
             raise KeyError(connection_id)
         return found.object
 
     def health_check(self, connection_id: str) -> bool:
-        """Whether the connection can be used: known here, its place not taken back by an operator,
-        not idle for too long, and healthy by the bound is_healthy(). (That is asked here and by
-        cleanup(), not at every get_connection().)"""
+        """Whether the connection can be used: this process has it, no operator has released its
+        permit, it is not idle for too long, and the bound is_healthy() says so. (is_healthy() is
+        called here and by cleanup(), not by get_connection().)"""
         found = self._lookup(_check_id(connection_id))
         if found is None or not found.held or found.idle_seconds > self._idle:
             return False
         return self._is_healthy is None or bool(self._is_healthy(found.object))
 
     def remove_connection(self, connection_id: str) -> None:
-        """Close it and give its place back. Unknown ids, and twice, are harmless."""
+        """Close it and release its permit. An unknown id, or a second call, is harmless."""
         self._shut(self._drop(_check_id(connection_id)))
 
     def cleanup(self) -> int:
-        """Close this process's connections that have been idle for too long or are not healthy, and
-        give back what dead processes held. Returns how many were closed."""
+        """Close this process's connections that are idle for too long or not healthy, and release
+        the permits of dead processes. Returns how many were closed."""
         closed = self._close_stale(None)
         lib.fshm_reap(self._segment._handle, 0)
         return closed
 
     def close(self) -> None:
-        """Close all connections of this process. Where closing some raises, the rest are closed
-        too, and the first exception is raised."""
+        """Close all connections of this process. If closing one raises, the others are closed too;
+        then the first exception is raised."""
         self._shut_all([self._drop(connection_id) for connection_id in self._connections()])
 
     def get_stats(self) -> dict[str, Any]:
@@ -192,17 +193,17 @@ class SimpleConnectionPool(PoolCore):
         }
 
     def connection(self, endpoint: str, timeout: float | None = 0) -> Use:
-        """``with pool.connection(endpoint) as conn:`` the bound object (the id, without bind()).
-        Waits up to ``timeout`` seconds for a place (None: for ever), then raises
-        PermitTimeoutError. One whose use raised is closed, since nobody knows its state. As a
-        decorator, it holds one during each call of the function.
+        """``with pool.connection(endpoint) as conn:`` the bound object (without bind(), the id).
+        Waits up to ``timeout`` seconds for a permit (None: for ever), then raises
+        PermitTimeoutError. A connection whose block raised is closed, since its state is unknown.
+        As a decorator, it holds a connection during each call of the function.
 
-        Exceptions out of signal handlers leak no connection from it, wherever they strike; an id of
-        get_connection() they may, before whoever asked for it knows it."""
+        An exception from a signal handler never leaks a connection here, at whatever point it
+        strikes. It can with get_connection(): before the caller has the id."""
         return self._use(endpoint, timeout)
 
     def connection_async(self, endpoint: str, timeout: float | None = 0) -> _AsyncUse:
-        """connection() for asyncio: waits, and connects, in a thread."""
+        """connection() for asyncio: a thread waits and connects."""
         return _AsyncUse(self, endpoint, timeout)
 
     def _around(self, endpoint: str, timeout: float | None, function: Any) -> Any:
@@ -218,8 +219,7 @@ class SimpleConnectionPool(PoolCore):
     _deadline = staticmethod(deadline_ns)
 
     def _sleep(self, endpoint: str, deadline: int, timeout: float | None) -> None:
-        """Until somebody closes a connection to the endpoint, or returns one here; a second at
-        most."""
+        """Sleep until a connection to the endpoint is closed, at most _TRY_AGAIN_NS."""
         left = deadline - time.monotonic_ns()
         if left <= 0:
             raise exceptions.PermitTimeoutError(
@@ -232,15 +232,15 @@ class SimpleConnectionPool(PoolCore):
         greenlets.bell_wait(self._slots._handle, raw, armed, min(left, _TRY_AGAIN_NS))
 
     def _forget(self) -> None:
-        """Begin without connections; in a forked child they are the parent's."""
+        """Begin without connections: those of before a fork belong to the parent."""
         slots, totals = self._slots._handle, self._totals._handle
         idle_ns = int(self._idle * 1e9)
         self._bind_core((slots, totals), address(slots), address(totals), idle_ns)
         self._measure(*performance.measured_by("connection_pool", "get_connection", self._segment))
 
     def _open(self, endpoint: object) -> Connection | None:
-        """Called by the native part when no idle connection may be used: a new one, which is no
-        part of the pool yet."""
+        """Called by the native part when there is no idle connection to use: a new one, which is
+        not in the pool yet; None at the limits."""
         endpoint = _check_endpoint(endpoint)
         connection_id = f"conn-{self._prefix}-{lib.fshm_unique(self._segment._handle)}"
         found = self._add(connection_id, endpoint)
@@ -262,7 +262,8 @@ class SimpleConnectionPool(PoolCore):
         return found
 
     def _make_room(self, connection_id: str, endpoint: str) -> Connection | str:
-        """The pool is full: close this process's idle connections, the longest idle first."""
+        """The pool is full: close this process's idle connections, longest idle first, until there
+        is room for this one."""
         idle = sorted(
             (found for found in self._connections().values() if found.idle),
             key=lambda found: -found.idle_seconds,
@@ -274,8 +275,8 @@ class SimpleConnectionPool(PoolCore):
         return "pool"
 
     def _close_stale(self, endpoint: str | None) -> int:
-        """Close idle connections (to the endpoint) that may not be used again. Returns how many.
-        One that another thread takes meanwhile is left to it."""
+        """Close idle connections (to the endpoint; None: all) that may not be used again. Returns
+        how many. A connection that another thread takes meanwhile stays open."""
         stale = [
             self._drop_idle(found.id)
             for found in self._connections().values()
@@ -284,16 +285,16 @@ class SimpleConnectionPool(PoolCore):
         return self._shut_all(stale)
 
     def _odd(self, connection_id: object) -> None:
-        """Called by return_connection() for an id that is not in use here: unknown, another
-        process's, or returned already. Harmless; counts stay as they are. One whose place an
-        operator took back is closed."""
+        """Called by return_connection() for an id that is not in use here: unknown, of another
+        process, or returned already. The counts do not change. A connection whose permit an
+        operator has released is closed."""
         found = self._lookup(_check_id(connection_id))
         if found is not None and not found.idle and not found.held:
             self.remove_connection(found.id)
 
     def _shut(self, found: Connection | None, made: object = None) -> None:
-        """Close the object of a connection that is out of the pool, then give its places back: not
-        before, or the endpoint would see more than the limit."""
+        """Close the object of a connection that has left the pool, then release its permits. In
+        this order, or the endpoint would have more connections than the limit."""
         if found is None:
             return
         inner = found.object if found.object is not None else made
@@ -316,7 +317,7 @@ class SimpleConnectionPool(PoolCore):
         return count
 
     def __del__(self) -> None:
-        """A pool that is dropped closes what it has."""
+        """Close the connections of a pool that is garbage."""
         if hasattr(self, "_prefix"):
             with suppress(Exception):
                 self.close()
@@ -326,7 +327,7 @@ class SimpleConnectionPool(PoolCore):
 
 
 class _AsyncUse(AsyncContextDecorator):
-    """Use for asyncio. Cancelled while a thread connects: what that yet opens is idle then."""
+    """Use for asyncio. If it is cancelled while a thread connects, the connection becomes idle."""
 
     def __init__(self, pool: SimpleConnectionPool, endpoint: str, timeout: float | None) -> None:
         self._pool, self._endpoint, self._timeout = pool, endpoint, timeout
@@ -367,7 +368,7 @@ _making = threading.Lock()
 
 def _renew_lock() -> None:
     global _making
-    _making = threading.Lock()  # whoever held it does not live in the child
+    _making = threading.Lock()  # the thread that held it does not live in the child
 
 
 os.register_at_fork(after_in_child=_renew_lock)

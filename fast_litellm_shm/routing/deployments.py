@@ -1,5 +1,5 @@
-"""Model lists as LiteLLM has them: which entries are of a model, who each is, what it weighs and
-costs. What is wrong in one is told with its position and its field."""
+"""LiteLLM's model lists: the entries of a model, and each one's name, weight and price. An error
+names the position and the field."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 from fast_litellm_shm._shared.native import lib
 
 COST_UNIT = 1e9
-_WEIGHTS = ("weight", "rpm", "tpm")  # the first that any deployment has is the measure
+_WEIGHTS = ("weight", "rpm", "tpm")  # the first of these that any deployment has is used
 _PRICES = ("input_cost_per_token", "output_cost_per_token")
 
 
 def number(where: str, field: str, value: object) -> float | None:
-    """0 or more; None where it is not given. A number as text is one too: YAML reads 1e-6 so."""
+    """A number of 0 or more, or None. Text such as "1e-6" is accepted: YAML reads 1e-6 as text."""
     if value is None:
         return None
     try:
@@ -39,7 +39,7 @@ def _mapping(where: str, field: str, value: object) -> Mapping[str, Any]:
 def _text(where: str, field: str, found: Mapping[str, Any], key: str) -> str:
     value = found.get(key)
     if isinstance(value, str):
-        return str.__str__(value)  # of a subclass: what it holds, as a str
+        return str.__str__(value)  # a subclass becomes a plain str
     if value is None:
         raise ValueError(f"{where}: {field} is missing")
     raise TypeError(f"{where}: {field} must be a str, not {value!r}")
@@ -50,7 +50,7 @@ def name_of_model(where: str, deployment: object) -> str:
 
 
 class Deployment:
-    """One entry of a model list, checked. where: what errors call it."""
+    """One entry of a model list, checked. where: its name in errors."""
 
     __slots__ = ("identity", "info", "model", "model_name", "params", "where")
 
@@ -60,7 +60,7 @@ class Deployment:
     def __init__(self, where: str, deployment: Mapping[str, Any], model_name: str) -> None:
         self.where, self.model_name = where, model_name
         params, info = deployment.get("litellm_params"), deployment.get("model_info")
-        if type(params) is not dict:  # a quicker question than the general one
+        if type(params) is not dict:  # faster than isinstance(params, Mapping)
             if "litellm_params" not in deployment:
                 raise ValueError(f"{where}: litellm_params is missing")
             params = _mapping(where, "litellm_params", params)
@@ -80,7 +80,7 @@ class Deployment:
         self.identity: str | None = identity
 
     def names(self) -> tuple[str, ...]:
-        """What it may be blocked by."""
+        """The names in blocked_models that block it."""
         if self.identity is None:
             return self.model_name, self.model
         return self.model_name, self.model, self.identity
@@ -89,7 +89,7 @@ class Deployment:
         return number(self.where, f"litellm_params.{field}", self.params.get(field)) or 0.0
 
     def price(self) -> float:
-        """Of an input and an output token together, in 1e-9; -1: unknown."""
+        """The price of an input and an output token together, in 1e-9; -1: unknown."""
         for place, found in (("litellm_params", self.params), ("model_info", self.info)):
             prices = [number(self.where, f"{place}.{f}", found.get(f)) for f in _PRICES]
             if any(price is not None for price in prices):
@@ -97,8 +97,8 @@ class Deployment:
         return -1.0
 
     def name(self, handle: Any) -> str:
-        """model_info.id, else the model and a hash of all parameters, which nobody can turn back
-        into them (they hold API keys) without the segment."""
+        """model_info.id, else the model and a keyed hash of all parameters. They contain API keys:
+        the hash does not reveal them without the segment, which has its secret."""
         if self.identity is not None:
             return self.identity
         try:
@@ -109,15 +109,14 @@ class Deployment:
             )
         except (TypeError, ValueError) as error:
             raise TypeError(
-                f"{self.where}: litellm_params cannot be told from others' ({error}); give it a "
-                "model_info.id"
+                f"{self.where}: litellm_params cannot be hashed ({error}); give it a model_info.id"
             ) from None
         raw = text.encode()
         return f"{self.model}#{lib.fshm_deployment_id(handle, raw, len(raw)):016x}"
 
 
 def those_of(model_list: list[Any], model: str) -> list[tuple[int, Deployment]]:
-    """The deployments of a model, with their positions. Of the others only the name is checked."""
+    """The deployments of a model, with their positions. Other entries: only the name is checked."""
     out = []
     for position, deployment in enumerate(model_list):
         name = deployment.get("model_name") if type(deployment) is dict else None
@@ -145,7 +144,7 @@ def _names(blocked: Iterable[Any]) -> Iterator[str]:
 
 
 def choose_plainly(model_list: Any, model: str, blocked: Any) -> Any:
-    """Any one that fits and is not blocked, by no statistics. Raises as the native part does."""
+    """A deployment of the model that is not blocked, at random. Raises as the native part does."""
     if not isinstance(model, str):
         raise TypeError(f"model must be a str, not {model!r}")
     if isinstance(model_list, (str, bytes, dict)) or not isinstance(model_list, Iterable):

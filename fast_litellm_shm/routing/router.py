@@ -1,7 +1,7 @@
-"""Routing by what all workers of the host know: requests in flight, latency, failures, cost.
+"""Routing by the statistics of all workers: requests in flight, latency, failures, cost.
 
-A router picks one of the deployments of a model. It knows what it is told: wrap each request in
-:meth:`AdvancedRouter.track`, or call :meth:`AdvancedRouter.record` when it has ended.
+A router picks one of the deployments of a model. It has the statistics that the program gives it:
+wrap each request in :meth:`AdvancedRouter.track`, or call :meth:`AdvancedRouter.record` after it.
 
     >>> deployments = [
     ...     {"model_name": "gpt", "litellm_params": {"model": f"openai/gpt-{i}"},
@@ -49,8 +49,8 @@ STRATEGIES = {
 }
 _SETTINGS = ("strategy", "allowed_fails", "cooldown_seconds")
 _UNKNOWN = 2**64 - 1
-_NO_PLACE = 2**32 - 1  # no statistics
-_MOST_NAMES = 4096  # of deployments that a router remembers
+_NO_INDEX = 2**32 - 1  # of a deployment without statistics
+_MOST_NAMES = 4096  # deployments whose ids a router keeps
 _MOST_ROUTERS = 64  # that get_available_deployment() keeps
 
 
@@ -58,8 +58,8 @@ _MOST_ROUTERS = 64  # that get_available_deployment() keeps
 
 
 class Tracked:
-    """One request to a deployment, while the ``with`` or ``async with`` block runs. Set ``cost`` in
-    it to have the cost recorded."""
+    """One request to a deployment, while the ``with`` or ``async with`` block runs. To record its
+    cost, set ``cost`` in the block."""
 
     __slots__ = ("_begun", "_flight", "_name", "_router", "cost")
 
@@ -73,11 +73,11 @@ class Tracked:
         if self._flight is not None:
             raise RuntimeError("this request is tracked already: call track() for each request")
         router = self._router
-        # Where the block is left without its end, the flight's own end ends it.
+        # If __exit__ never runs, the request in flight ends with the last reference to it.
         end = functools.partial(lib.fshm_request_end, router._handle)
         self._flight = owned(ffi.new("fshm_request *"), end)
-        # 0: counted nowhere (the process table is full); what comes of it is recorded all the same
-        lib.fshm_request_begin(router._handle, router._place(self._name), 0, self._flight)
+        # owner 0: not in flight (the process table is full); its result is recorded all the same
+        lib.fshm_request_begin(router._handle, router._index(self._name), 0, self._flight)
         self._begun = time.perf_counter_ns()
         return self
 
@@ -88,15 +88,15 @@ class Tracked:
         took = time.perf_counter_ns() - begun
         counted = self._flight.owner != 0
         if counted and not lib.fshm_request_end(self._router._handle, self._flight):
-            return  # a forked child: the request is its parent's
+            return  # in a forked child: the request belongs to the parent
         if kind is not None and not issubclass(kind, Exception):
             return
         try:
             self._router._record(self._name, took, kind is None, self.cost)
-        except (TypeError, ValueError):  # a cost that is none
+        except (TypeError, ValueError):  # cost is not a valid number
             if kind is None:
                 raise
-            self._router._record(self._name, took, False, None)  # the block's own error passes on
+            self._router._record(self._name, took, False, None)  # and the block's error goes on
 
     async def __aenter__(self) -> Tracked:
         return self.__enter__()
@@ -127,34 +127,34 @@ def _checked_cooldown(
 
 
 class AdvancedRouter(RouterCore):
-    """Picks one of a model's deployments; all routers of a name share what they know, in all
-    workers.
+    """Picks one of a model's deployments. Routers of one name share statistics, in all workers.
 
     strategy:
 
-    - ``simple_shuffle``: at random, in proportion to ``litellm_params.weight``, or where no
-      deployment has one to ``rpm``, or ``tpm``; else all alike;
-    - ``least_busy``: fewest requests in flight, over all workers; a dead worker's vanish within
-      half a second;
-    - ``latency_based``: the lowest decaying mean of successful requests. A deployment that nobody
-      has tried, or not for a minute, is tried first, by one request at a time (of those that are
-      tracked: what :meth:`record` alone tells of is not seen before it ends); one that has only
-      failed comes last;
-    - ``cost_based``: the lowest mean of recorded costs. One that has none is judged by its
-      ``input_cost_per_token`` and ``output_cost_per_token`` (in litellm_params or model_info); one
-      of which nothing is known comes last.
+    - ``simple_shuffle``: at random, in proportion to ``litellm_params.weight``; where no
+      deployment has one, to ``rpm``; else to ``tpm``; else with equal chances;
+    - ``least_busy``: the fewest requests in flight, over all workers. Those of a dead worker end
+      within half a second;
+    - ``latency_based``: the lowest decaying mean latency of successful requests. A deployment
+      without a request in the last minute is tried first, by one request at a time (counting
+      requests in :meth:`track`; :meth:`record` reports a request only after its end). A deployment
+      with failures alone comes last;
+    - ``cost_based``: the lowest mean of recorded costs. A deployment without one is ranked by its
+      ``input_cost_per_token`` and ``output_cost_per_token`` (in litellm_params or model_info). One
+      without a price comes last.
 
-    Ties are broken at random. After more than ``allowed_fails`` failures in a minute of the clock a
-    deployment is left out for ``cooldown_seconds`` (0: never), by every strategy, in all workers.
-    Deployments are known by ``model_info.id``, else by a keyed hash of their parameters. A segment
-    keeps about 200 that are in use; beyond that, the one that was idle for longest is forgotten.
+    Ties are broken at random. After more than ``allowed_fails`` failures in a minute of the clock,
+    no strategy in any worker picks the deployment for ``cooldown_seconds`` (0: it is never left
+    out). A deployment is identified by ``model_info.id``, else by a keyed hash of its parameters. A
+    segment keeps statistics of about 200; beyond that, the one idle for longest loses its own.
 
-    ``FAST_LITELLM_RUST_ROUTING=false`` makes it pick plainly at random (seen within 0.1 s).
+    name: routers of one name share. The default is the same in all programs of the user.
+    ``FAST_LITELLM_RUST_ROUTING=false`` makes it pick at random (seen within 0.1 s).
 
-    Raises ValueError or TypeError for bad arguments, SegmentError where no segment is to be had.
+    Raises ValueError or TypeError for bad arguments, SegmentError where no segment can be opened.
     """
 
-    _asks = True  # whether the feature flag is asked
+    _checks_flag = True  # of the feature rust_routing
     _name: str
 
     def __init__(
@@ -203,10 +203,10 @@ class AdvancedRouter(RouterCore):
 
     def track(self, deployment: Mapping[str, Any] | str) -> Tracked:
         """Count a request as in flight while a ``with`` or ``async with`` block runs, and record
-        its latency and success at the end. An exception of the block counts as a failure of the
-        deployment, and passes on. One that is no Exception (asyncio.CancelledError, GeneratorExit,
-        KeyboardInterrupt) is nobody's failure: nothing is recorded. A forked child does not end
-        what its parent began."""
+        its latency and success at the end. An Exception in the block counts as a failure of the
+        deployment, and goes on. Another BaseException (asyncio.CancelledError, GeneratorExit,
+        KeyboardInterrupt) is no failure: nothing is recorded. A forked child does not end a request
+        of its parent."""
         return Tracked(self, self._name_of(deployment))
 
     def record(
@@ -216,20 +216,21 @@ class AdvancedRouter(RouterCore):
         success: bool = True,
         cost: float | None = None,
     ) -> None:
-        """A request has ended. deployment: of the model list, or its name. latency_ms: of a failure
-        it is not used, since failures are often quick. cost: in the unit of the prices."""
+        """Record a request that has ended. deployment: an entry of the model list, or its name.
+        latency_ms: not used for a failure, since failures are often fast. cost: in the unit of the
+        prices."""
         took = number("record", "latency_ms", latency_ms)
         self._record(
             self._name_of(deployment), None if took is None else took * 1e6, bool(success), cost
         )
 
     def get_stats(self) -> dict[str, dict[str, Any]]:
-        """By name, of the deployments that this object has met: in_flight, latency_ms (None: not
+        """By name, the deployments that this object has used: in_flight, latency_ms (None: not
         known), success_rate (0..1), cost (None: not known), cooldown_seconds (left), requests."""
         names = list(self._ids)
-        places = [self._place(name) for name in names]
+        indices = [self._index(name) for name in names]
         found = ffi.new("fshm_deployment_info[]", max(len(names), 1))
-        lib.fshm_deployment_look(self._handle, places, len(names), 0, 1, found)
+        lib.fshm_deployment_look(self._handle, indices, len(names), 0, 1, found)
         return {
             name: {
                 "in_flight": info.in_flight,
@@ -246,7 +247,7 @@ class AdvancedRouter(RouterCore):
         paid = number("record", "cost", cost)
         lib.fshm_deployment_record(
             self._handle,
-            self._place(name),
+            self._index(name),
             _UNKNOWN if took_ns is None else int(min(took_ns, 2**62)),  # it may be infinite
             success,
             _UNKNOWN if paid is None else round(min(paid * COST_UNIT, 2**43)),
@@ -261,8 +262,9 @@ class AdvancedRouter(RouterCore):
         model_name = name_of_model("deployment", deployment)
         return Deployment("deployment", deployment, model_name).name(self._handle)
 
-    def _place(self, name: str) -> int:
-        """Where its statistics are; they may be forgotten at any time, so it is asked each time."""
+    def _index(self, name: str) -> int:
+        """The index of its statistics. It may change at any time, when another deployment takes
+        it."""
         known = self._ids.get(name)
         if known is None:
             raw = f"{self._name}\0{name}".encode("utf-8", "surrogatepass")
@@ -270,13 +272,15 @@ class AdvancedRouter(RouterCore):
             if len(self._ids) >= _MOST_NAMES:
                 self._ids.clear()
             self._ids[name] = known
-        place = lib.fshm_deployment_open(self._handle, known, 0)
-        return place if place >= 0 else _NO_PLACE
+        index = lib.fshm_deployment_open(self._handle, known, 0)
+        return index if index >= 0 else _NO_INDEX
+
+    _place = _index  # its former name
 
     def _plan(self, model_list: list[Any], model: str) -> Any:
-        """Called by the native part: a row for each deployment that fits, as a list to be kept for
-        0.1 s or a tuple for this call only; None where routing is switched off."""
-        share = features.share_of("rust_routing") if self._asks else 100.0
+        """Called by the native part: a row for each deployment that fits, as a list to keep for
+        0.1 s, or as a tuple for this call only; None where the feature is off."""
+        share = features.share_of("rust_routing") if self._checks_flag else 100.0
         if share < 100 and random.random() * 100 >= share:
             return None
         found = those_of(model_list, model)
@@ -284,7 +288,7 @@ class AdvancedRouter(RouterCore):
         rows = [
             (
                 position,
-                self._place(deployment.name(self._handle)),
+                self._index(deployment.name(self._handle)),
                 weight,
                 deployment.price() if priced else -1.0,
                 deployment.names(),
@@ -297,7 +301,7 @@ class AdvancedRouter(RouterCore):
 
     @staticmethod
     def _plain(model_list: list[Any], model: str, blocked: Any) -> Any:
-        """Called by the native part where routing is switched off."""
+        """Called by the native part where the feature is off."""
         return choose_plainly(model_list, model, blocked)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -317,20 +321,20 @@ def _remake(kind: type[AdvancedRouter], strategy: str, arguments: dict[str, Any]
     return kind(strategy, **arguments)
 
 
-class _Decided(AdvancedRouter):
-    """For the function below, which has asked the feature flag."""
+class _Unflagged(AdvancedRouter):
+    """For get_available_deployment(), which checks the feature flag itself."""
 
-    _asks = False
-
-
-_routers: dict[tuple[Any, ...], _Decided] = {}
+    _checks_flag = False
 
 
-def _router(chosen: dict[str, Any]) -> _Decided:
+_routers: dict[tuple[Any, ...], _Unflagged] = {}
+
+
+def _router(chosen: dict[str, Any]) -> _Unflagged:
     key = tuple(sorted(chosen.items()))
     router = _routers.get(key)
     if router is None:
-        router = _Decided(**chosen)
+        router = _Unflagged(**chosen)
         if len(_routers) >= _MOST_ROUTERS:
             _routers.clear()
         _routers[key] = router
@@ -345,12 +349,12 @@ def get_available_deployment(
     settings: Mapping[str, Any] | None = None,
 ) -> Any:
     """One of the deployments of ``model``, as :meth:`AdvancedRouter.get_available_deployment`; None
-    where there is none to be used.
+    where none can be used.
 
-    blocked_models: names not to use. context: of it ``request_id`` is used, where the feature
-    ``rust_routing`` is rolled out to a share of the requests. settings: strategy (default
-    ``simple_shuffle``), allowed_fails and cooldown_seconds, as for :class:`AdvancedRouter`; it
-    shares what the routers named ``default`` know. Where no segment is to be had, it picks plainly
+    blocked_models: names not to use. context: its ``request_id`` decides, where the feature
+    ``rust_routing`` is on for a share of the requests. settings: strategy (default
+    ``simple_shuffle``), allowed_fails and cooldown_seconds, as for :class:`AdvancedRouter`; the
+    statistics are those of the routers named ``default``. Where no segment can be opened, it picks
     at random, with one warning.
     """
     if context is not None and not isinstance(context, Mapping):

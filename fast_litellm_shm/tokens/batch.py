@@ -1,14 +1,14 @@
-"""Many new texts at once, on all cores, where that pays; else the caller counts one after another.
+"""Count many new texts on all cores, where that is faster; else one after another.
 
-Threads run without the GIL, but those that share one tiktoken encoding wait for each other's
-regular expressions, and together are hardly faster than one. So each helping thread has an encoding
-of its own: 20 to 45 MB. To make one takes 40 to 80 ms, in which tiktoken holds the GIL, so that the
-whole process stands still. They are made one by one, in a thread of the pool, when a process has
-spent as much time in large batches; until then it counts as if there were no threads.
+tiktoken runs without the GIL. But threads that share an encoding wait for each other's regular
+expressions, and together are hardly faster than one. So each helping thread has an encoding of its
+own: 20 to 45 MB. Making one takes 40 to 80 ms; tiktoken holds the GIL meanwhile, so the whole
+process stands still. So helpers are made one by one, each in a thread of the pool, when the process
+has spent as much time in large batches. Until then it counts without threads.
 
-Helped, short texts are encoded in one call, with a special token between them: tiktoken cuts there
-before it does anything else, so each is encoded as if alone, and no thread has to come back for the
-GIL after each of them.
+With helpers, several short texts are encoded in one call, with a special token between them.
+tiktoken splits there first, so it encodes each text as if it were alone, and a thread takes the GIL
+once for many texts.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from typing import Any
 
 from fast_litellm_shm.tokens import encoding
 
-_LEAST = 100_000  # characters, about 2 ms: fewer are not worth waking a thread
-_LEAST_MEAN = 50  # characters a text: of shorter ones a fifth or more of the work cannot be shared
-_PART = 2_000_000  # characters counted at once: helpers that come meanwhile help with the next
-_SHORT = 4_000  # characters of a text that is joined with others
-_UNIT = 20_000  # characters that a thread takes at once, about 0.5 ms
-_SECONDS_PER_HELPER = 0.1  # spent in large batches so far, for each helper that is made
+_LEAST = 100_000  # characters, about 2 ms: for fewer, waking a thread costs more than it saves
+_LEAST_MEAN = 50  # characters a text: with shorter ones, a fifth or more of the work is serial
+_PART = 2_000_000  # characters in one round: helpers that are made meanwhile join the next round
+_SHORT = 4_000  # characters: shorter texts are joined with others
+_UNIT = 20_000  # characters that a thread takes at a time, about 0.5 ms
+_SECONDS_PER_HELPER = 0.1  # of large batches, for each helper
 _MOST_HELPERS = 7
-_GAIN = 1.2  # times as fast as alone: less, and the other cores have other things to do
-_ALONE_SECONDS = 0.25  # then nobody helps for so long
+_GAIN = 1.2  # times as fast as one thread: below that, the other cores are busy
+_ALONE_SECONDS = 0.25  # then this process counts without helpers for so long
 
 _executor: ThreadPoolExecutor | None = None
 _lock = threading.Lock()
@@ -56,7 +56,8 @@ def _threads() -> ThreadPoolExecutor:
 
 
 def _forget_threads() -> None:
-    """In a forked child, where they do not live: what they had in hand is made anew."""
+    """In a forked child, which has no threads: helpers that were borrowed or in the making are
+    made again."""
     global _executor, _lock
     _executor, _lock = None, threading.Lock()
     for counter in _counters:
@@ -68,13 +69,13 @@ if hasattr(os, "register_at_fork"):
 
 
 def is_large(texts: int, chars: int) -> bool:
-    """Whether helpers, where there are any, would make a batch of so many texts quicker."""
+    """Whether helpers would make a batch of so many texts and characters faster."""
     return chars >= _LEAST and chars >= texts * _LEAST_MEAN
 
 
 def parts(texts: list[str], chars: int) -> Iterator[tuple[list[str], int]]:
-    """The texts in order, so many at a time as are counted at once, and their characters. chars: of
-    all of them."""
+    """The texts in rounds of at most _PART characters (or one text), in order, each with its number
+    of characters. chars: of all texts together."""
     if chars <= _PART:
         yield texts, chars
         return
@@ -87,7 +88,7 @@ def parts(texts: list[str], chars: int) -> Iterator[tuple[list[str], int]]:
 
 
 class _Encoder:
-    """Counts lists of texts by an encoding that one thread uses at a time."""
+    """Counts lists of texts with one encoding. One thread uses it at a time."""
 
     def __init__(self, found: Any) -> None:
         self._encode = found.encode_ordinary
@@ -96,38 +97,38 @@ class _Encoder:
         self._between = found.decode([self._end]) if self._to_numpy else ""
 
     def count(self, texts: list[str]) -> list[int]:
-        """The tokens of each. None of several texts holds the token that goes between them."""
+        """The tokens of each text. Of several texts, none may contain the separating token."""
         if len(texts) > 1 and self._to_numpy is not None:
             try:
                 return self._count_joined(texts)
             except UnicodeEncodeError:
-                pass  # lone surrogates, which encode_ordinary() mends
+                pass  # lone surrogates, which encode_ordinary() replaces
         return [len(self._encode(text)) for text in texts]
 
     def _count_joined(self, texts: list[str]) -> list[int]:
-        import numpy as np
+        from fast_litellm_shm._shared.dependencies import numpy
 
         assert self._to_numpy is not None
         between = self._between
         tokens = self._to_numpy(
             between.join(texts), allowed_special={between}, disallowed_special=()
         )
-        ends = np.flatnonzero(tokens == self._end)
-        counts: list[int] = (np.diff(ends, prepend=-1, append=len(tokens)) - 1).tolist()
+        ends = numpy.flatnonzero(tokens == self._end)
+        counts: list[int] = (numpy.diff(ends, prepend=-1, append=len(tokens)) - 1).tolist()
         return counts
 
     def may_be_joined(self, text: str) -> bool:
-        """Whether it is short, and does not hold what goes between."""
+        """Whether it is short, and does not contain the separating token."""
         return len(text) < _SHORT and self._to_numpy is not None and self._between not in text
 
 
 class BatchCounter:
-    """Counts texts in one encoding, with helping threads. Used by any number of threads."""
+    """Counts texts in one encoding, with helping threads. Safe from any thread."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._first = _Encoder(encoding.load(name))
-        self._idle: list[_Encoder] = []  # helpers' encodings that nobody uses now
+        self._idle: list[_Encoder] = []  # encodings of helpers that are free
         self._made = 0
         self._making = False
         self._spent = 0.0  # seconds
@@ -135,12 +136,12 @@ class BatchCounter:
         _counters.add(self)
 
     def may_help(self, texts: int, chars: int) -> bool:
-        """Whether count() will be quicker than one text after another, as far as is known."""
+        """Whether count() is expected to be faster than one text after another."""
         rested = time.monotonic() >= self._alone_until
         return is_large(texts, chars) and bool(self._idle) and rested
 
     def count(self, texts: list[str]) -> dict[str, int]:
-        """The tokens of different texts. Raises what tiktoken raises, in whichever thread."""
+        """The tokens of different texts, by text. Raises what tiktoken raises in any thread."""
         found: dict[str, int] = {}
         units, chars = self._units(texts)
         worked: list[float] = []  # seconds of a processor, by thread
@@ -149,7 +150,7 @@ class BatchCounter:
             begun = time.thread_time()
             while True:
                 try:
-                    unit = units.pop()  # each thread another one
+                    unit = units.pop()  # atomic: no two threads get the same unit
                 except IndexError:
                     break
                 found.update(zip(unit, encoder.count(unit), strict=True))
@@ -159,12 +160,12 @@ class BatchCounter:
         helpers = self._borrow(min(len(units), chars // _UNIT) - 1)
         started: list[Future[None]] = []
         try:
-            with suppress(RuntimeError):  # no thread is to be had, or Python ends: this one counts
+            with suppress(RuntimeError):  # no thread can be started, or Python is ending
                 for helper in helpers:
                     started.append(_threads().submit(work, helper))
             work(self._first)
         finally:
-            units.clear()  # nothing is left, or this thread has failed and the rest is not wanted
+            units.clear()  # empty, or this thread has failed: then the others stop
             running = [future for future in started if not future.cancel()]
             wait(running)
             self._idle.extend(helpers)
@@ -177,8 +178,8 @@ class BatchCounter:
         return found
 
     def _units(self, texts: list[str]) -> tuple[list[list[str]], int]:
-        """What a thread takes at once: one long text, or several short ones; and all characters.
-        The longest are last, where they are taken first, so that all threads end together."""
+        """Units of work (one long text, or several short ones), and the sum of their characters.
+        Threads pop from the end: the longest come first, so that all threads end together."""
         units: list[list[str]] = []
         short: list[str] = []
         chars = size = 0
@@ -206,7 +207,7 @@ class BatchCounter:
         return out
 
     def spend(self, seconds: float) -> None:
-        """So long a large batch took: sooner or later another helper is worth it."""
+        """Add the seconds of a large batch; make another helper when the sum is worth it."""
         with _lock:
             self._spent += seconds
             worth = min(_cores() - 1, _MOST_HELPERS, int(self._spent / _SECONDS_PER_HELPER))
@@ -214,15 +215,15 @@ class BatchCounter:
                 return
             self._making = True
             self._made += 1
-        with suppress(RuntimeError):  # no thread is to be had, or Python ends
+        with suppress(RuntimeError):  # no thread can be started, or Python is ending
             _threads().submit(self._make)
 
     def _make(self) -> None:
-        """Another helper. One that cannot be made is not tried again."""
-        time.sleep(0.01)  # the batch that it was the last straw of returns first
+        """Make another helper. Where that fails, it is not tried again."""
+        time.sleep(0.01)  # the batch that asked for it returns first
         try:
-            import numpy  # noqa: F401 (here, and not in a batch)
-            import tiktoken
+            # numpy: imported here, and not in a batch
+            from fast_litellm_shm._shared.dependencies import numpy, tiktoken  # noqa: F401
 
             found = encoding.load(self._name)
             parts: dict[str, Any] = {  # as tiktoken's documentation makes one from another

@@ -1,15 +1,14 @@
-"""Token counts by tiktoken, of which a text that any worker has counted costs only a hash."""
+"""Token counts by tiktoken. A text that any worker has counted before costs only a hash."""
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from itertools import chain
 from typing import Any
 
-from fast_litellm_shm._shared import features, performance
+from fast_litellm_shm._shared import features, log, performance
 from fast_litellm_shm._shared.native import Memo, address, lib
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.exceptions import SegmentError
@@ -18,18 +17,19 @@ from fast_litellm_shm.tokens import encoding, prices
 from fast_litellm_shm.tokens.batch import BatchCounter
 
 _FEATURE, _BATCH_FEATURE = "rust_token_counting", "batch_token_counting"
-_MOST_MODELS = 1024  # whose encoding is remembered: names may come with requests
+_MOST_MODELS = 1024  # whose encoding is remembered: clients may choose the names
 
-# Whose texts litellm counts in this context (acceleration.py); set by who serves several tenants.
+# The tenant whose texts litellm counts in this context (acceleration.py). A program that serves
+# several tenants sets it.
 tenant_of_context: ContextVar[str | None] = ContextVar("fast_litellm_shm_tenant", default=None)
 
 
 def _enabled() -> bool:
-    """Never raises: the caller may be litellm's, who has not asked for our warnings as errors."""
+    """Never raises, not even a warning that the program turns into an error: litellm may call."""
     try:
         return features.is_enabled(_FEATURE)
     except Exception as error:
-        logging.getLogger("fast_litellm_shm").warning("%s", error)
+        log.warning("%s", error)
         return False
 
 
@@ -41,10 +41,10 @@ def make_memo(
     encode: Callable[[str], list[int]] | None = None,
     enabled: Callable[[], bool] | None = None,
 ) -> Memo:
-    """``compute`` behind the segment's memo. ``name`` says everything the count depends on.
-    ``encode`` may give the tokens themselves, sooner, of any str that has a UTF-8. ``enabled`` says
-    whether to use the memo, and is asked at every 32nd call: that takes longer than to remember.
-    None: whoever calls has asked already."""
+    """``compute`` behind the memo of the segment. ``name`` names all that the count depends on.
+    ``encode``: a faster function that returns the tokens of a str without lone surrogates.
+    ``enabled``: whether to use the memo; called at every 32nd count, since it takes longer than a
+    look into the memo. None: the caller has checked."""
     text = name.encode()
     number = lib.fshm_memo_encoding(segment._handle, text, len(text))
     metric, every = performance.measured("token_counting", operation, segment)
@@ -63,8 +63,8 @@ def _check_tenant(tenant: object) -> None:
 
 
 def _plain(name: str) -> Callable[[Any], int]:
-    """A function that counts by tiktoken alone. encode_ordinary() is
-    encode(text, disallowed_special=()), without the search for special tokens."""
+    """A function that counts with tiktoken alone. encode_ordinary() is encode(text,
+    disallowed_special=()) without the search for special tokens."""
     encode = encoding.load(name).encode_ordinary
 
     def count(text: Any) -> int:
@@ -79,14 +79,14 @@ class _Counting:
     """One encoding's counting function, plain and with the memo."""
 
     def __init__(self, name: str, segment: Segment | None) -> None:
-        import tiktoken
+        from fast_litellm_shm._shared.dependencies import tiktoken
 
         self.plain = _plain(name)
         self.batch = BatchCounter(name)
         self.memo: Memo | None = None
         if segment is not None:
             found = encoding.load(name)
-            # What encode_ordinary() calls; itself it also mends surrogates, which we know are none.
+            # What encode_ordinary() calls, without its care for surrogates: the memo finds those.
             core = getattr(getattr(found, "_core_bpe", None), "encode_ordinary", None)
             self.memo = make_memo(
                 segment,
@@ -99,30 +99,31 @@ class _Counting:
         self.count: Callable[[Any], int] = self.memo.count if self.memo else self.plain
 
     def count_of(self, tenant: str | bytes) -> Callable[[Any], int]:
-        """count(), with what is remembered for this tenant."""
+        """count() for this tenant, with what the memo keeps for it."""
         memo = self.memo
         return self.plain if memo is None else lambda text: memo.count_for(text, tenant)
 
 
 class SimpleTokenCounter:
-    """Counts tokens exactly as tiktoken does; what one worker has counted, all others know.
+    """Counts tokens exactly as tiktoken does. All workers share a memo of what any has counted.
 
-    model_max_tokens: 1 or more; the limit of models that the price map does not know. Texts are
+    model_max_tokens: 1 or more; the limit of models that the price map does not have. Texts are
     counted in the model's own encoding, by tiktoken's table; provider and region prefixes
-    (``azure/eu/gpt-4o``) are understood. default_encoding: for no model and for models that the
-    table does not know (Claude, Llama, ...): ``cl100k_base``, as in litellm; the count of such a
-    model is an estimate. segment: where counts are remembered, by default :meth:`Segment.default`;
-    where that is not to be had, tokens are counted without, and a warning says so.
+    (``azure/eu/gpt-4o``) are ignored. default_encoding: for no model, and for models that the table
+    does not have (Claude, Llama, ...): ``cl100k_base``, as in litellm; the count of such a model is
+    an estimate. segment: where the memo is, by default :meth:`Segment.default`; if that cannot be
+    opened, tokens are counted without a memo, and a warning is logged.
 
     A count depends on nothing but the text: it is ``len(encoding.encode(text,
-    disallowed_special=()))``. Texts themselves are not kept, only keyed hashes of them.
+    disallowed_special=()))``. The memo keeps keyed hashes, no texts.
 
-    How long a count takes tells whether the text was counted before. Where that must not be told to
-    others, because several tenants use one segment, give each count a ``tenant``: what was counted
-    for one tenant is remembered for this one alone. Without, all who give none share.
+    The time of a count tells whether the text was counted before. Where several tenants use one
+    segment and must not learn that of each other, give each count a ``tenant``: the memo then keeps
+    the text for this tenant alone. Counts without a tenant share what they keep.
 
-    Encodings and prices are loaded when they are first needed. Raises TypeError or ValueError for
-    bad arguments; EncodingUnavailableError where an encoding's file is not to be had.
+    Encodings and prices are loaded when they are first used. Raises TypeError or ValueError for bad
+    arguments, EncodingUnavailableError where the file of an encoding cannot be had, and
+    MissingPackageError where tiktoken is not installed.
     """
 
     def __init__(
@@ -152,7 +153,7 @@ class SimpleTokenCounter:
 
     @property
     def model_max_tokens(self) -> int:
-        """As given: the limit of models that the price map does not know."""
+        """The limit of models that the price map does not have."""
         return self._model_max_tokens
 
     def encoding_name(self, model: str | None = None) -> str:
@@ -162,10 +163,10 @@ class SimpleTokenCounter:
     def count_tokens(
         self, text: str, model: str | None = None, *, tenant: str | bytes | None = None
     ) -> int:
-        """How many tokens the text has, in the model's encoding.
+        """The number of tokens of the text, in the model's encoding.
 
-        A text that any worker on this host has counted (for this tenant) costs a hash of it. Lone
-        surrogates count as tiktoken counts them, and text that spells a special token as ordinary
+        A text that any worker of this host has counted (for this tenant) costs a hash of it. Lone
+        surrogates count as tiktoken counts them. The text of a special token counts as ordinary
         text.
         """
         if tenant is not None:
@@ -190,7 +191,8 @@ class SimpleTokenCounter:
         return count
 
     def _count_again(self, text: str, model: str | None, failure: Exception) -> int:
-        """After a count that failed: of a model that is new here, of what is no str, or truly."""
+        """After a count that failed: the model is new here, the text is no str, or it is an
+        error."""
         if not isinstance(failure, (KeyError, TypeError)) or self._is_known(model):
             count = self._prepare(model).plain(text)  # raises what is tiktoken's, or the caller's
             features.record_error(_FEATURE, failure)
@@ -208,15 +210,15 @@ class SimpleTokenCounter:
         *,
         tenant: str | bytes | None = None,
     ) -> list[int]:
-        """The tokens of each text, in order: as quick as a loop over them, and quicker where there
-        are many new ones and cores to spare.
+        """The tokens of each text, in order: as fast as a loop, and faster where many texts are new
+        and cores are free.
 
-        A large batch has 100,000 characters or more, 50 or more a text. A process that has spent
-        0.1 s in large ones gets a helping thread for those that come later, and another for each
-        further 0.1 s, up to one for each other core, and 7. Each has an encoding of its own (20 to
-        45 MB). To make one takes 40 to 80 ms, in which the whole process stands still. Where the
-        cores have other things to do, nobody helps. ``FAST_LITELLM_BATCH_TOKEN_COUNTING=false``:
-        there are no such threads. Raises as :meth:`count_tokens` does.
+        A large batch has 100,000 characters or more, and 50 or more a text. For each 0.1 s that a
+        process has spent in large batches, it gets a helping thread for later ones: at most one for
+        each other core, and 7. Each has an encoding of its own (20 to 45 MB). Making one takes 40
+        to 80 ms, in which the whole process stands still. Helpers are not used while the other
+        cores are busy. ``FAST_LITELLM_BATCH_TOKEN_COUNTING=false``: no such threads. Raises as
+        :meth:`count_tokens` does.
         """
         if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
             raise TypeError(f"texts must be a list of str, not {_shown(texts)}")
@@ -236,7 +238,7 @@ class SimpleTokenCounter:
             return list(map(count, texts))
         except Exception as error:
             failure = error
-        for i, text in enumerate(texts):  # only now: with what is no str, all of the above fails
+        for i, text in enumerate(texts):  # checked only now: the counts above fail for such a text
             if not isinstance(text, str):
                 raise TypeError(f"texts[{i}] must be a str, not {_shown(text)}")
         counts = list(map(self._prepare(model).plain, texts))  # raises what is tiktoken's
@@ -277,14 +279,14 @@ class SimpleTokenCounter:
         ]
 
     def estimate_cost(self, input_tokens: int, output_tokens: int, model: str) -> float:
-        """Dollars for so many tokens: :func:`fast_litellm_shm.tokens.prices.estimate_cost`. Raises
-        UnknownModelError where the price is not known."""
+        """The cost in dollars: :func:`fast_litellm_shm.tokens.prices.estimate_cost`. Raises
+        UnknownModelError for a model without a known price."""
         return prices.estimate_cost(input_tokens, output_tokens, model)
 
     def get_model_limits(self, model: str) -> dict[str, int | None]:
         """``context_window``, ``max_input_tokens`` and ``max_output_tokens`` of a model, in tokens,
-        from the price map; each ``model_max_tokens`` for a model that the map does not know.
-        max_output_tokens is None where the map knows the model and does not say (embeddings)."""
+        from the price map. Each is ``model_max_tokens`` for a model that the map does not have.
+        max_output_tokens is None where the map has the model without it (embeddings)."""
         found = prices.limits(model)
         if found is None:
             names = ("context_window", "max_input_tokens", "max_output_tokens")
@@ -295,8 +297,7 @@ class SimpleTokenCounter:
         return found
 
     def validate_input(self, text: str, model: str, *, tenant: str | bytes | None = None) -> bool:
-        """True where the text fits the model's input. Raises ValueError where it does not, with
-        both numbers."""
+        """True if the text fits the model's input; else ValueError, with both numbers."""
         most = self.get_model_limits(model)["max_input_tokens"] or 0
         tokens = self.count_tokens(text, model, tenant=tenant)
         if tokens > most:
@@ -304,7 +305,7 @@ class SimpleTokenCounter:
         return True
 
     def _prepare(self, model: str | None) -> _Counting:
-        """The counting function of a model, loaded if need be."""
+        """The counting function of a model; loads its encoding the first time."""
         name = self.encoding_name(model)
         counting = self._by_encoding.get(name)
         if counting is None:
@@ -321,9 +322,7 @@ class SimpleTokenCounter:
             return _Counting(name, self._segment)
         except SegmentError as error:
             features.record_error(_FEATURE, error)
-            logging.getLogger("fast_litellm_shm").warning(
-                "tokens are counted without the shared memo: %s", error
-            )
+            log.warning("tokens are counted without the shared memo: %s", error)
             return _Counting(name, None)
 
     def __reduce__(self) -> tuple[Any, ...]:

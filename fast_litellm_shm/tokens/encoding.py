@@ -1,4 +1,4 @@
-"""Which tiktoken encoding a model has, and where its file is. Loaded when it is first used."""
+"""The tiktoken encoding of a model, and the file of an encoding. Each is loaded at first use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 DEFAULT = "cl100k_base"
 
-# Members of families that tiktoken's table may be too old to know: all have had o200k_base so far.
+# Models that an older tiktoken's table does not have. All of these families have o200k_base so far.
 _NEWER = re.compile(r"(chatgpt-4o|gpt-4o|gpt-4\.[1-9]|gpt-([5-9]|[1-9]\d)|o[1-9]\d?)([.-]|$)")
 _CACHE_SETTINGS = ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")  # in tiktoken's order
 _PROBE_SECONDS = 3.0
@@ -28,14 +28,14 @@ _RETRY_SECONDS = 30.0
 
 _lock = greenlets.Lock()  # held over a download
 _loaded: dict[str, tiktoken.Encoding] = {}
-_failed: dict[str, tuple[float, str]] = {}  # when, and what the error said
+_failed: dict[str, tuple[float, str]] = {}  # the time of a failed load, and its error
 
 
 def litellm_folder() -> str | None:
-    """Where litellm is installed, without importing it; None where it is not."""
+    """The folder of litellm, found without importing it; None where it is not installed."""
     try:
         spec = importlib.util.find_spec("litellm")
-    except (ImportError, ValueError):  # a module in sys.modules that says nothing of its origin
+    except (ImportError, ValueError):  # a module in sys.modules without a spec
         return None
     return next(iter(spec.submodule_search_locations or ()), None) if spec else None
 
@@ -44,21 +44,21 @@ def litellm_folder() -> str | None:
 
 
 def _from_table(name: str) -> str | None:
-    from tiktoken.model import encoding_name_for_model
+    from fast_litellm_shm._shared.dependencies import tiktoken
 
     try:
-        return encoding_name_for_model(name)
+        return tiktoken.model.encoding_name_for_model(name)
     except KeyError:
         return "o200k_base" if _NEWER.match(name) else None
 
 
 def name_of(model: str | None, default: str = DEFAULT) -> str:
-    """A model's encoding by tiktoken's own table; ``default`` where the table does not know it.
+    """A model's encoding by tiktoken's own table; ``default`` where the table does not have it.
 
-    Prefixes of providers and regions are left out (``azure/eu/gpt-4o``, ``openai.gpt-oss-120b``),
-    and a fine-tuned model has its base model's encoding (``ft:gpt-4.1:team::id``). gpt-4o, gpt-4.1
-    and later, and the o-series are o200k_base, also where the table is too old to list them. The
-    name of an encoding stands for itself.
+    Prefixes of providers and regions are ignored (``azure/eu/gpt-4o``, ``openai.gpt-oss-120b``). A
+    fine-tuned model has the encoding of its base model (``ft:gpt-4.1:team::id``). gpt-4o, gpt-4.1
+    and later, and the o-series are o200k_base, even where the table is too old to have them. The
+    name of an encoding may stand in place of a model.
     """
     if model is None:
         return default
@@ -72,8 +72,8 @@ def name_of(model: str | None, default: str = DEFAULT) -> str:
 
 
 def names() -> list[str]:
-    """All encodings that tiktoken knows."""
-    import tiktoken
+    """All encodings that tiktoken has."""
+    from fast_litellm_shm._shared.dependencies import tiktoken
 
     return tiktoken.list_encoding_names()
 
@@ -82,7 +82,7 @@ def names() -> list[str]:
 
 
 def _cache_folder() -> str:
-    """Where tiktoken looks; "" where it keeps nothing."""
+    """The folder of tiktoken's cache; "" where it keeps no files."""
     for setting in _CACHE_SETTINGS:
         if setting in os.environ:
             return os.environ[setting]
@@ -92,7 +92,8 @@ def _cache_folder() -> str:
 
 
 def _read(folder: str | None, url: str, expected_hash: str | None) -> bytes | None:
-    """A file of tiktoken's, undamaged, from a folder that holds it under tiktoken's name for it."""
+    """A file of tiktoken's from a folder with tiktoken's names; None where it is not there, or
+    damaged."""
     if not folder:
         return None
     try:
@@ -121,7 +122,7 @@ def _missing(url: str, why: str) -> EncodingUnavailableError:
 
 
 def _check_download(url: str) -> None:
-    """That tiktoken, which waits without limit, will be able to download it."""
+    """Raises where tiktoken's download would fail: tiktoken itself waits without limit."""
     if not settings.tokenizer_download():
         raise _missing(url, "FAST_LITELLM_TOKENIZER_DOWNLOAD is false")
     import urllib.request
@@ -134,7 +135,7 @@ def _check_download(url: str) -> None:
 
 
 def _patched(originals: dict[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
-    """tiktoken's two readers, with litellm's folder before the download."""
+    """tiktoken's two functions that read files, but with litellm's folder before the download."""
 
     def load_tiktoken_bpe(url: str, expected_hash: str | None = None) -> dict[bytes, int]:
         if _read(_cache_folder(), url, expected_hash) is None:
@@ -166,10 +167,10 @@ def _patched(originals: dict[str, Callable[..., Any]]) -> dict[str, Callable[...
 
 
 def _load(name: str) -> tiktoken.Encoding:
-    """Through tiktoken's own registry, so that a process holds each encoding once. Only for the
-    time of the load, its readers know of litellm's folder too: other threads that load meanwhile
-    read the same files, and the environment stays as it is."""
-    import tiktoken
+    """Load through tiktoken's own registry, so that a process has each encoding once. tiktoken's
+    readers are replaced during the load alone. Another thread that loads meanwhile reads the same
+    files, and the environment does not change."""
+    from fast_litellm_shm._shared.dependencies import tiktoken
 
     if name not in names():
         raise ValueError(f"there is no encoding {name!r}; there are {', '.join(sorted(names()))}")
@@ -186,12 +187,12 @@ def _load(name: str) -> tiktoken.Encoding:
 
 
 def load(name: str) -> tiktoken.Encoding:
-    """The encoding of that name; loaded at the first call, which takes 0.1 to 1 s.
+    """The encoding of that name. The first call loads it, which takes 0.1 to 1 s.
 
-    Its file is looked for in TIKTOKEN_CACHE_DIR (or tiktoken's other caches), then in litellm's
-    wheel, which is not imported; then tiktoken downloads it, unless FAST_LITELLM_TOKENIZER_DOWNLOAD
-    is false. Raises EncodingUnavailableError where it is not to be had (remembered for 30 s), and
-    ValueError for a name that is no encoding's.
+    Its file comes from TIKTOKEN_CACHE_DIR (or tiktoken's other caches), else from litellm's wheel
+    (litellm is not imported), else tiktoken downloads it, unless FAST_LITELLM_TOKENIZER_DOWNLOAD is
+    false. Raises EncodingUnavailableError where it cannot be had (remembered for 30 s), and
+    ValueError for a name that is no encoding.
     """
     found = _loaded.get(name)
     if found is not None:
@@ -207,7 +208,7 @@ def load(name: str) -> tiktoken.Encoding:
         except EncodingUnavailableError as error:
             _failed[name] = time.monotonic(), str(error)
             raise
-        except OSError as error:  # tiktoken's download, and what it may throw
+        except OSError as error:  # of tiktoken's download
             text = f"cannot load the encoding {name}: {error}"
             _failed[name] = time.monotonic(), text
             raise EncodingUnavailableError(text) from error
@@ -217,7 +218,7 @@ def load(name: str) -> tiktoken.Encoding:
 
 def _renew_lock() -> None:
     global _lock
-    _lock = greenlets.Lock()  # whoever held it does not live in the child
+    _lock = greenlets.Lock()  # the thread that held it does not live in the child
 
 
 if hasattr(os, "register_at_fork"):

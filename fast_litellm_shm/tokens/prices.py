@@ -1,8 +1,8 @@
-"""Prices and limits of models, from litellm's price map and the user's own file. Nothing is
-invented: a model that neither knows has no price.
+"""Prices and limits of models, from litellm's price map and the user's own file. A model that is in
+neither has no price.
 
-litellm's map is read from its file where litellm is installed; litellm is not imported. The file
-that FAST_LITELLM_PRICES names is a JSON object of the same form, and its models win:
+litellm's map is read from its file, if litellm is installed; litellm is not imported. The file that
+FAST_LITELLM_PRICES names is a JSON object of the same form. Its models replace those of litellm:
 
     {"my-model": {"input_cost_per_token": 2e-6, "output_cost_per_token": 8e-6,
                   "max_input_tokens": 32000, "max_output_tokens": 4096}}
@@ -11,29 +11,26 @@ that FAST_LITELLM_PRICES names is a JSON object of the same form, and its models
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from fast_litellm_shm._shared import settings
+from fast_litellm_shm._shared import log, settings
 from fast_litellm_shm.exceptions import PriceFileError, UnknownModelError
 from fast_litellm_shm.tokens import encoding
 
 _FILE = "model_prices_and_context_window_backup.json"
-_NO_MODEL = "sample_spec"  # what litellm's map says of itself
+_NO_MODEL = "sample_spec"  # the entry of litellm's map that documents it
 _ABOVE = re.compile(r"input_cost_per_token_above_(\d+)(k?)_tokens")
-_INCLUSIVE = ("xai",)  # providers that bill the higher price from the threshold on, not above it
+_INCLUSIVE = ("xai",)  # providers whose higher price begins at the threshold, not above it
 
 Entry = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class _Map:
-    user_file: str | None  # as it was set when this was read
+class _Map(NamedTuple):
+    user_file: str | None  # FAST_LITELLM_PRICES when this was read
     models: Mapping[str, Entry]
     source: str | None
     error: str | None = None
@@ -65,8 +62,8 @@ def _read(path: str) -> dict[str, Entry]:
 
 
 def _follow_aliases(models: dict[str, Entry]) -> None:
-    """Other names of a model: entries that only say whose (``alias_of``), and lists of ``aliases``.
-    A name that leads nowhere is no model."""
+    """Resolve the other names of models: entries with ``alias_of``, and lists of ``aliases``. A
+    name whose model is missing is dropped."""
     for model, entry in list(models.items()):
         target = entry.get("alias_of")
         if target is not None:
@@ -92,7 +89,7 @@ def _load(user_file: str | None) -> _Map:
             sources.append(path)
         except PriceFileError as found:
             error = str(found)
-            logging.getLogger("fast_litellm_shm").warning("%s; it is left out", error)
+            log.warning("%s; it is left out", error)
     if user_file:
         try:
             models.update(_read(user_file))
@@ -104,7 +101,7 @@ def _load(user_file: str | None) -> _Map:
 
 
 def _loaded() -> _Map:
-    """Read at the first use, and again when FAST_LITELLM_PRICES has changed."""
+    """The price map: read at the first use, and again when FAST_LITELLM_PRICES has changed."""
     global _map
     user_file = settings.prices_file()
     found = _map
@@ -127,7 +124,7 @@ def _prices() -> _Map:
 
 
 def _of_provider(entry: Entry, prefix: str) -> bool:
-    """Whether the entry is what that provider asks: `azure/x` has not the price of OpenAI's `x`."""
+    """Whether the entry is of that provider: `azure/x` does not have the price of OpenAI's `x`."""
     provider = str(entry.get("litellm_provider", ""))
     return (
         provider == prefix
@@ -137,8 +134,8 @@ def _of_provider(entry: Entry, prefix: str) -> bool:
 
 
 def find(model: str) -> Entry | None:
-    """The map's entry of a model, or None: by its whole name, else without the provider that the
-    entry itself names (``openai/gpt-4o``), else as the fine-tuned model of its base."""
+    """The entry of a model, or None. Found by its whole name, else without its provider if the
+    entry is of that provider (``openai/gpt-4o``), else by the base of a fine-tuned model."""
     if not isinstance(model, str):
         raise TypeError(f"model must be a str, not {model!r}")
     models = _prices().models
@@ -165,7 +162,7 @@ def _known(model: str) -> Entry:
         where = (
             f"is not in {source}; name its price in a file"
             if source
-            else "has no known price: install litellm, which brings prices, or name it in a file"
+            else "has no known price: install litellm, which has prices, or name it in a file"
         )
         raise UnknownModelError(
             f"the model {model!r} {where}, and set FAST_LITELLM_PRICES to that file"
@@ -186,7 +183,7 @@ def _price(model: str, entry: Entry, field: str) -> float | None:
 
 
 def _range(model: str, tier: Any) -> tuple[float, float] | None:
-    """From how many tokens on, and up to how many, a tier applies; None where it does not say."""
+    """The tokens above which, and up to which, a tier applies; None where it does not say."""
     if not isinstance(tier, dict) or "range" in tier:
         bounds: Any = tier["range"] if isinstance(tier, dict) else None
         numbers = isinstance(bounds, list) and all(type(each) in (int, float) for each in bounds)
@@ -200,7 +197,7 @@ def _range(model: str, tier: Any) -> tuple[float, float] | None:
 
 
 def _tier(model: str, entry: Entry, input_tokens: int) -> Entry:
-    """Where the price of a token depends on how many there are: the part that applies."""
+    """The entry with the price that applies to so many tokens, where it has tiers."""
     tiers = entry.get("tiered_pricing")
     if isinstance(tiers, list) and input_tokens > 0:
         found_ranges = ((_range(model, tier), tier) for tier in tiers)
@@ -239,11 +236,11 @@ def _check_tokens(name: str, value: object) -> None:
 
 
 def estimate_cost(input_tokens: int, output_tokens: int, model: str) -> float:
-    """What a request costs, in dollars, at the model's standard price: without discounts for cached
-    input, batches or hours, with the higher price of long input where the model has one.
+    """The cost of a request in dollars, at the model's standard price: with the higher price of
+    long input where the model has one, without discounts for cached input, batches or hours.
 
-    Raises UnknownModelError for a model without a known price, ValueError or TypeError for other
-    than whole numbers of 0 or more, PriceFileError for a price file that cannot be read.
+    Raises UnknownModelError for a model without a known price, ValueError or TypeError for tokens
+    that are not whole numbers of 0 or more, PriceFileError for a price file that cannot be read.
     """
     _check_tokens("input_tokens", input_tokens)
     _check_tokens("output_tokens", output_tokens)
@@ -255,14 +252,14 @@ def estimate_cost(input_tokens: int, output_tokens: int, model: str) -> float:
             total += tokens * price
         elif tokens:
             raise UnknownModelError(
-                f"{_prices().source} knows {model!r}, but no price per token of its {what}"
+                f"{_prices().source} has {model!r}, but no price per token of its {what}"
             )
     return total
 
 
 def limits(model: str) -> dict[str, int | None] | None:
     """``context_window``, ``max_input_tokens``, ``max_output_tokens`` of a model, each None where
-    the map does not say; None for a model that it does not know."""
+    the map does not say; None for a model that is not in it."""
     global _lookup_failures
     entry = find(model)
     if entry is None:
@@ -281,9 +278,9 @@ def limits(model: str) -> dict[str, int | None] | None:
 
 
 def get_pricing_status() -> dict[str, Any]:
-    """json_loaded (whether there is a price map; it is read now, if it was not before),
-    models_loaded, lookup_failures (models asked for in this process and not found), source (the
-    files), error (None, or why a file could not be read)."""
+    """json_loaded (whether there is a price map; this call reads it if need be), models_loaded,
+    lookup_failures (look-ups in this process that found no model), source (the files), error (why a
+    file could not be read, or None)."""
     found = _loaded()
     return {
         "json_loaded": bool(found.models),
@@ -296,7 +293,7 @@ def get_pricing_status() -> dict[str, Any]:
 
 def _renew_lock() -> None:
     global _lock
-    _lock = threading.Lock()  # whoever held it does not live in the child
+    _lock = threading.Lock()  # the thread that held it does not live in the child
 
 
 if hasattr(os, "register_at_fork"):

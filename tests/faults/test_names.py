@@ -120,8 +120,8 @@ def _plant_hard_link(path: str) -> None:
     [
         (_plant_link, "is a symbolic link, which is never followed"),
         (os.mkdir, "cannot be opened: Is a directory"),
-        (os.mkfifo, "nobody can be asked who is alive|is not the one"),
-        (_plant_hard_link, "nobody can be asked who is alive|is not the one"),
+        (os.mkfifo, "cannot tell who is alive|is not the one"),
+        (_plant_hard_link, "cannot tell who is alive|is not the one"),
     ],
 )
 def test_planted_at_the_lock_files_name(segment: Segment, plant: Any, says: str) -> None:

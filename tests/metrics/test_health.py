@@ -98,7 +98,7 @@ def test_damage_is_told() -> None:
     write_word(segment, segment.geometry().slots_offset + 16 * 7 + 8, 99)
     found = health_check()
     assert found["segment"]["damaged"] == found["status"]
-    assert "was damaged: cell 7 holds what nobody writes" in found["status"]
+    assert "was damaged: slot 7 holds a value that the library" in found["status"]
 
 
 def test_a_lock_file_that_was_deleted_is_told() -> None:

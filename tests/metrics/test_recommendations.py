@@ -189,7 +189,7 @@ def test_damage_and_a_deleted_lock_file() -> None:
         found = by_type()
     damaged, unknown = found["segment_damaged"], found["segment_liveness_unknown"]
     assert damaged["priority"] == unknown["priority"] == "high"
-    assert "cell 7 holds what nobody writes" in damaged["description"]
+    assert "slot 7 holds a value that the library" in damaged["description"]
     assert f"its lock file {lock} was deleted" in unknown["description"]
     assert damaged["suggestion"].startswith("Stop the workers")
     assert unknown["suggestion"].startswith("Stop the workers")

@@ -124,7 +124,7 @@ def test_a_cell(segment: Segment) -> None:
     write_word(segment, segment.geometry().slots_offset + 16 * 7 + 8, 99)
     assert not segment.damaged
     said = segment.stats()["damaged"]
-    assert f"segment {segment.name!r} was damaged: cell 7 holds what nobody writes" in said
+    assert f"segment {segment.name!r} was damaged: slot 7 holds a value that the library" in said
     assert segment.damaged == said
 
 

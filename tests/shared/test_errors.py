@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import pickle
 import shutil
 import struct
 import subprocess
@@ -124,7 +125,7 @@ def test_another_capacity(unused: str) -> None:
     fails(
         unused,
         fls.SegmentCapacityError,
-        "a capacity of 100 keys, but 101 was asked for",
+        "a capacity of 100 keys, and 101 was wanted",
         "ask for 100",
         capacity=101,
     )
@@ -157,12 +158,18 @@ def test_a_pipe(segment_name: str) -> None:
 
 
 @pytest.mark.skipif(not ROOT, reason="only root can give a file away")
-def test_another_owner(unused: str) -> None:
+def test_another_owner(unused: str, monkeypatch: pytest.MonkeyPatch) -> None:
     os.chown(path_of(unused), NOBODY, -1)
     fails(
         unused, fls.SegmentOwnerError, f"uid {NOBODY}, and you are uid 0", "FAST_LITELLM_SHM_NAME"
     )
     assert Segment(unused, allow_other_owner=True).stats()["capacity"] == 100
+    monkeypatch.setenv("FAST_LITELLM_SHM_ALLOW_OTHER_OWNER", "true")
+    copy = pickle.dumps(Segment(unused))
+    with pytest.raises(fls.SegmentOwnerError):
+        Segment(unused, allow_other_owner=False)
+    monkeypatch.delenv("FAST_LITELLM_SHM_ALLOW_OTHER_OWNER")
+    assert pickle.loads(copy).stats()["capacity"] == 100
 
 
 def _as_nobody(name: str) -> str:
@@ -184,10 +191,10 @@ def test_no_permission(unused: str) -> None:
 
 @pytest.mark.skipif(not ROOT, reason="only root can become another user")
 def test_readable_for_all_and_still_another_owners(segment_name: str) -> None:
-    Segment(segment_name, capacity=100, mode=0o666)
+    os.chmod(Segment(segment_name, capacity=100).path, 0o666)
     said = run_one(_as_nobody, segment_name, method="fork")
     assert said.startswith("SegmentOwnerError: ")
-    assert "allow_other_owner=True" in said
+    assert "allow_other_owner=True (FAST_LITELLM_SHM_ALLOW_OTHER_OWNER=true)" in said
 
 
 FULL = """

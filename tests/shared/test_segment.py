@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from support.children import run, run_one
-from support.names import left_over
+from support.names import left_over, remove
 
 from fast_litellm_shm import (
     Limit,
@@ -93,7 +93,13 @@ def test_a_bad_capacity(segment_name: str, capacity: Any) -> None:
 
 @pytest.mark.parametrize("mode", [0o400, 0, 0o1600, -1, "0600", 6.0])
 def test_a_bad_mode(segment_name: str, mode: Any) -> None:
-    with pytest.raises(ValueError, match="mode must be permission bits such as 0o600"):
+    with pytest.raises(ValueError, match="mode must be octal permission bits that let the owner"):
+        Segment(segment_name, mode=mode)
+
+
+@pytest.mark.parametrize("mode", [0o666, 0o602, 0o777])
+def test_a_mode_that_lets_all_users_write(segment_name: str, mode: int) -> None:
+    with pytest.raises(ValueError, match=f"mode must not let all users write .* as {mode:#o} does"):
         Segment(segment_name, mode=mode)
 
 
@@ -139,6 +145,28 @@ def test_default_is_made_anew_after_removal() -> None:
     assert not second.unlinked
     assert RateLimiter(Window(1, 3600), name="t").acquire("k")
     assert not limiter.acquire("k")  # keeps counting in what it has
+
+
+def test_a_removal_by_another_process_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    first = Segment.default()
+    remove(first.name)
+    for _ in range(3):
+        assert first.unlinked
+        assert Segment.default() is not first
+        first.stats()
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        f"segment {first.name!r}: segment {first.path} was removed; restart the processes that are "
+        "attached to it: they count apart from new ones"
+    ]
+
+
+def test_the_process_that_removes_it_logs_nothing(
+    segment: Segment, caplog: pytest.LogCaptureFixture
+) -> None:
+    segment.remove()
+    assert segment.unlinked and segment.stats()["liveness_unknown"]
+    assert caplog.records == []
 
 
 def test_remove(segment: Segment) -> None:

@@ -74,6 +74,20 @@ def test_bad_mode(monkeypatch: pytest.MonkeyPatch, segment_name: str, bad: str) 
     assert repr(bad) in str(caught.value)
 
 
+def test_a_mode_that_lets_all_users_write(
+    monkeypatch: pytest.MonkeyPatch, segment_name: str
+) -> None:
+    monkeypatch.setenv("FAST_LITELLM_SHM_MODE", "0666")
+    with pytest.raises(ValueError, match="FAST_LITELLM_SHM_MODE must not let all users write"):
+        Segment(segment_name)
+
+
+def test_bad_allow_other_owner(monkeypatch: pytest.MonkeyPatch, segment_name: str) -> None:
+    monkeypatch.setenv("FAST_LITELLM_SHM_ALLOW_OTHER_OWNER", "yes")
+    with pytest.raises(ValueError, match="ALLOW_OTHER_OWNER must be true or false, not 'yes'"):
+        Segment(segment_name)
+
+
 @pytest.mark.parametrize("names", ["plain", "hashed", "off"])
 def test_names(monkeypatch: pytest.MonkeyPatch, segment_name: str, names: str) -> None:
     monkeypatch.setenv("FAST_LITELLM_SHM_NAMES", names)

@@ -1,0 +1,29 @@
+"""The side limiters of a limiter over many hosts: each keeps one thing more for each of its keys.
+
+A side limiter has the name of its limiter and one of these suffixes: ``api (wallet)`` is one of
+``api``. A limiter that a user calls ``api (local)`` is one too, if ``api`` has leases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+HELD = " (wallet)"  # token leases: what the server granted to this host, and is not used yet
+LEASED = " (leases)"  # permit leases, likewise
+REFUSED = " (refused)"  # back-off after a denial by the server
+ASKING = " (asking)"  # single flight: one process asks for a key
+LOCAL = " (local)"  # the limits during an outage, by this host's share
+TOLD = " (told)"  # what was reported of a sliding window
+NOTE = "(cluster)"  # of no single limiter: the number of hosts
+
+
+def is_side_limiter(name: str, names: Container[str]) -> bool:
+    """Whether a limiter is hidden in lists, among ``names``: all but the token leases, which show
+    what this host may use."""
+    if name == NOTE:
+        return True
+    for suffix in (LEASED, REFUSED, ASKING, LOCAL, TOLD):
+        base = name.removesuffix(suffix)
+        if name.endswith(suffix) and base in names:
+            return base + HELD in names or base + LEASED in names
+    return False
