@@ -107,10 +107,11 @@ def run(settings: Settings) -> Result:
     custom_logger = peers.need("litellm.integrations.custom_logger")
     with peers.Place() as place:
         os.environ["FAST_LITELLM_SHM_NAME"] = place.segment_name
-        from fast_litellm_shm.integrations.litellm import limiter, takeover
+        from fast_litellm_shm.integrations.litellm import limiter
+        from fast_litellm_shm.integrations.litellm.builtin_limiter import replacement
         from fast_litellm_shm.integrations.litellm.limiter import found_for
 
-        theirs = takeover._quieter(Theirs, found_for)()
+        theirs = replacement._quieter(Theirs, found_for)()
         litellm.fast_litellm_shm = {"deployment_limits": True}
         hooks = {
             name: getattr(custom_logger.CustomLogger, name)

@@ -82,7 +82,7 @@ def test_the_storage_of_limits(request: pytest.FixtureRequest) -> None:
 
 def test_windows_of_litellms_own_limiter(segment: Segment) -> None:
     pytest.importorskip("litellm")
-    from fast_litellm_shm.integrations.litellm.native_windows import Windows
+    from fast_litellm_shm.integrations.litellm.builtin_limiter.windows import Windows
 
     windows = Windows(segment)
     assert [windows.take("key", "requests", 60, 1, 2)[:2] for _ in range(3)] == [
@@ -96,7 +96,7 @@ def test_windows_of_litellms_own_limiter(segment: Segment) -> None:
 
 def test_state_of_litellms_routers(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("litellm")
-    from fast_litellm_shm.integrations.litellm.statistics import Statistics
+    from fast_litellm_shm.integrations.litellm.router.deployments import Statistics
 
     monkeypatch.setenv("FAST_LITELLM_SHM_NAME", segment.name)
     statistics = Statistics()

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fast_litellm_shm.integrations.litellm import router_state, takeover
+from fast_litellm_shm.integrations.litellm.builtin_limiter import replacement
 from fast_litellm_shm.integrations.litellm.limiter import SharedLimiter, found_for, limiter
+from fast_litellm_shm.integrations.litellm.router import sharing
 
 __all__ = ["SharedLimiter", "limiter", "share", "unshare"]
 
@@ -29,17 +30,17 @@ def share(router: Any, *, limits: bool = True, state: bool = True) -> None:
     ``rpm`` and ``tpm``, where the router has ``optional_pre_call_checks=
     ["enforce_model_rate_limits"]`` or ``litellm.fast_litellm_shm = {"deployment_limits": True}`` is
     set. state: it picks deployments by what all workers know: cooldowns, requests in flight,
-    latencies and usage (:mod:`.router_state` has the details).
+    latencies and usage (:mod:`.router.sharing` has the details).
 
     Call it in each worker, or before they fork; again is harmless. Needs no segment yet, and never
     raises: what cannot be shared is told in the log, and stays with each worker.
     """
-    router_state.share(router, limiter, limits=limits, state=state)
+    sharing.share(router, limiter, limits=limits, state=state)
 
 
 def unshare(router: Any) -> None:
     """Undo :func:`share`: the router has the very objects back that it had."""
-    router_state.unshare(router)
+    sharing.unshare(router)
 
 
-takeover.install(found_for)
+replacement.install(found_for)

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeAlias
 
 from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared import keyed
-from fast_litellm_shm.integrations.litellm import guard, settings, usage
+from fast_litellm_shm.integrations.litellm import failures, settings, usage
 from fast_litellm_shm.integrations.litellm.subjects import Limits, Subject
 from fast_litellm_shm.limiters.quota import Admission, Quota
 
@@ -56,7 +56,7 @@ def _over_hosts(limits: Limits) -> Quota | None:
     try:
         return Quota(*limits, name=name, on_full="raise", cluster=server)
     except exceptions.SegmentFullError as error:
-        guard.failed("keeping limits over many hosts", error, "they are " + _ALONE)
+        failures.failed("keeping limits over many hosts", error, "they are " + _ALONE)
         return None
 
 

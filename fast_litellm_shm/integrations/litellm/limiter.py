@@ -12,7 +12,7 @@
 ===========================================  =====================================================
 
 LiteLLM calls ``async_pre_call_hook`` only where the class itself has it. What a hook of ours cannot
-do is told by :mod:`.guard`, and ``fail_open`` decides about the request.
+do is told by :mod:`.failures`, and ``fail_open`` decides about the request.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from typing import Any, Literal
 from litellm.integrations.custom_logger import CustomLogger
 
 from fast_litellm_shm.integrations.litellm import (
-    answers,
+    failures,
     attempts,
     calls,
-    guard,
     settings,
-    takeover,
+    responses,
     usage,
 )
+from fast_litellm_shm.integrations.litellm.builtin_limiter import replacement
 from fast_litellm_shm.integrations.litellm.calls import Attempt, Call, Held
-from fast_litellm_shm.integrations.litellm.router_state import routers
+from fast_litellm_shm.integrations.litellm.router.sharing import routers
 from fast_litellm_shm.integrations.litellm.subjects import Subject, of_calls, subjects
 from fast_litellm_shm.tokens import counter as tokens
 
@@ -174,19 +174,19 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
             router = router_of_proxy()
             if router is not None:
                 routers.attach(router)
-        if takeover.native_serves() or call_type in _OURS_NOT or user_api_key_dict is None:
+        if replacement.native_serves() or call_type in _OURS_NOT or user_api_key_dict is None:
             return
         try:
             denial = await self._admit(user_api_key_dict, data, call_type)
         except Exception as error:
             if chosen.fail_open:
-                takeover.judged.set(False)
-                guard.failed("judging a request", error, "it passes (fail_open)")
+                replacement.judged.set(False)
+                failures.failed("judging a request", error, "it passes (fail_open)")
                 return
-            guard.failed("judging a request", error, "it is refused (fail_open is false)")
-            raise answers.not_judged(error) from error
+            failures.failed("judging a request", error, "it is refused (fail_open is false)")
+            raise responses.not_judged(error) from error
         if denial is not None:
-            raise answers.too_many(denial, data.get("model"))
+            raise responses.too_many(denial, data.get("model"))
 
     async def _admit(self, auth: Any, data: dict[str, Any], call_type: str) -> calls.Denial | None:
         within = _call.get() or None
@@ -201,7 +201,7 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
                 within.cancel()
                 within = None
         _call.set(False)
-        takeover.judged.set(True)
+        replacement.judged.set(True)
         made = usage.made(data, call_type)
         found = subjects_of(auth, data, made.models)
         id = _id_of(data)
@@ -212,7 +212,7 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
         wanted = 0 if least is None else guess.within(least)
         admitted = await calls.admit_async(found, wanted)
         if found:
-            guard.judged()
+            failures.judged()
         if isinstance(admitted, calls.Denial):
             return admitted
         call = Call(str(id), Held(found, admitted), guess, auth, within)
@@ -238,7 +238,7 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
         try:
             return do(*args)
         except Exception as error:
-            guard.failed(doing, error, "what it held may count until this worker ends")
+            failures.failed(doing, error, "what it held may count until this worker ends")
             return None
 
     def _find(self, of: Mapping[str, Any]) -> Call | None:
@@ -301,7 +301,7 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
         if call is None or not call.held.subjects:
             return None
         found = self._guarded("telling what is left", call.held.remaining)
-        return answers.headers_of(found) if found else None
+        return responses.headers_of(found) if found else None
 
     # attempts at deployments ----------------------------------------------------------------------
 
@@ -342,10 +342,10 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
     ) -> dict[str, Any]:
         attempts.judged(deployment, True)
         if found is not None:
-            guard.judged()
+            failures.judged()
         if isinstance(found, calls.Denial):
             model = str((deployment.get("litellm_params") or {}).get("model"))
-            raise answers.too_many_for(model, found)
+            raise responses.too_many_for(model, found)
         if found is not None:
             begun.append(found)
         return deployment
@@ -353,11 +353,11 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
     def _not_judged(self, deployment: Mapping[str, Any], error: Exception) -> None:
         if settings.current().fail_open:
             attempts.judged(deployment, False)
-            guard.failed("judging an attempt", error, "it is made (fail_open)")
+            failures.failed("judging an attempt", error, "it is made (fail_open)")
             return
-        guard.failed("judging an attempt", error, "it is refused (fail_open is false)")
+        failures.failed("judging an attempt", error, "it is refused (fail_open is false)")
         model = str((deployment.get("litellm_params") or {}).get("model"))
-        raise answers.refused(error, model) from error
+        raise responses.refused(error, model) from error
 
     def log_pre_api_call(self, model: Any, messages: Any, kwargs: dict[str, Any]) -> None:
         begun = _attempt.get(None)

@@ -28,11 +28,11 @@ from fast_litellm_shm._shared.inspection import Inspection
 from fast_litellm_shm.integrations.litellm import (
     attempts,
     calls,
-    guard,
+    failures,
     settings,
-    takeover,
     usage,
 )
+from fast_litellm_shm.integrations.litellm.builtin_limiter import replacement
 from fast_litellm_shm.integrations.litellm.limiter import SharedLimiter, found_for
 from fast_litellm_shm.integrations.litellm.subjects import Limits, Subject
 from fast_litellm_shm.metrics.health import PLUGIN
@@ -48,7 +48,7 @@ def _fresh() -> Iterator[None]:
     calls._quotas.clear()
     attempts._unjudged.clear()
     usage._beyond.clear()
-    guard.forget()
+    failures.forget()
     yield
     calls._quotas.clear()
     attempts._unjudged.clear()
@@ -439,7 +439,7 @@ def test_what_could_not_be_judged_is_left_to_litellms_limiter(
             limited = {"requests_per_unit": 1, "tokens_per_unit": None}
             return [{"key": "api_key", "value": "k", "rate_limit": limited}]
 
-    theirs = takeover._quieter(Theirs, found_for)()
+    theirs = replacement._quieter(Theirs, found_for)()
 
     async def keeps(call_type: str = "acompletion") -> bool:
         user = auth(rpm_limit=1)
@@ -490,7 +490,7 @@ def test_a_window_of_litellms_that_is_not_ours(
         def __init__(self, internal_usage_cache: Any) -> None:
             self.window_size = seconds  # LITELLM_RATE_LIMIT_WINDOW_SIZE
 
-    takeover._maker(Theirs, found_for)(None)
+    replacement._maker(Theirs, found_for)(None)
     assert ("LITELLM_RATE_LIMIT_WINDOW_SIZE is 30" in caplog.text) == warned
 
 
@@ -835,14 +835,14 @@ def test_what_no_segment_could_count(
 
 def test_what_a_worker_keeps_is_told_with_the_segments() -> None:
     Segment.default()
-    guard.failed("a", ValueError("b"), "c")
-    monitoring._kept[PLUGIN, guard.OPERATION] = 4
+    failures.failed("a", ValueError("b"), "c")
+    monitoring._kept[PLUGIN, failures.OPERATION] = 4
     assert health_check()["litellm"] == {"could_not_judge": 5}
     assert get_performance_stats(PLUGIN)[PLUGIN]["error_count"] == 5
 
 
 def test_a_fork_leaves_what_is_kept_to_its_parent() -> None:
-    monitoring._kept[PLUGIN, guard.OPERATION] = 4
+    monitoring._kept[PLUGIN, failures.OPERATION] = 4
     assert run(monitoring.kept, [(PLUGIN,)], "fork") == [0]
     assert monitoring.kept(PLUGIN) == 4
 

@@ -19,7 +19,7 @@ from support.names import remove, unique_name
 from support.waiting import PATIENCE, wait_until_async
 
 from fast_litellm_shm import Quota, Segment, health_check
-from fast_litellm_shm.integrations.litellm import calls, guard, settings
+from fast_litellm_shm.integrations.litellm import calls, failures, settings
 from fast_litellm_shm.integrations.litellm.limiter import SharedLimiter
 from fast_litellm_shm.integrations.litellm.subjects import Limits
 
@@ -38,7 +38,7 @@ def server() -> Iterator[servers.Server]:
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     calls._quotas.clear()
-    guard.forget()
+    failures.forget()
     monkeypatch.setenv("FAST_LITELLM_SHM_CLUSTER_TIMEOUT", "30")  # which nothing here reaches
     yield
     calls._quotas.clear()

@@ -19,10 +19,11 @@ from litellm.types.router import RouterRateLimitError
 from support.litellm_workers import GROUP, Caller, Worker, Workers, router
 
 from fast_litellm_shm import Segment, exceptions
-from fast_litellm_shm.integrations.litellm import cooldowns, guard
-from fast_litellm_shm.integrations.litellm.cooldowns import SharedCooldowns
-from fast_litellm_shm.integrations.litellm.router_state import RouterState
-from fast_litellm_shm.integrations.litellm.statistics import Statistics
+from fast_litellm_shm.integrations.litellm import failures
+from fast_litellm_shm.integrations.litellm.router import cooldowns
+from fast_litellm_shm.integrations.litellm.router.cooldowns import SharedCooldowns
+from fast_litellm_shm.integrations.litellm.router.sharing import RouterState
+from fast_litellm_shm.integrations.litellm.router.deployments import Statistics
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # LiteLLM's own
 
@@ -182,9 +183,9 @@ def value(seconds: float) -> dict[str, Any]:
 @pytest.fixture
 def stores() -> Iterator[list[SharedCooldowns]]:
     """Those of two workers."""
-    guard.forget()
+    failures.forget()
     yield [SharedCooldowns(Own(), Statistics()) for _ in range(2)]
-    guard.forget()
+    failures.forget()
 
 
 def test_what_is_read_of_another_workers_cooldown(stores: list[SharedCooldowns]) -> None:

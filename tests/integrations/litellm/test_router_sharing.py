@@ -19,11 +19,12 @@ from litellm.redis.stores.router_cooldowns import RouterCooldownStore
 from support.litellm_workers import GROUP, Caller, Workers, router
 
 from fast_litellm_shm import exceptions
-from fast_litellm_shm.integrations.litellm import guard, router_state
-from fast_litellm_shm.integrations.litellm.cooldowns import SharedCooldowns
-from fast_litellm_shm.integrations.litellm.router_state import RouterState, share, unshare
-from fast_litellm_shm.integrations.litellm.routing_cache import SharedRoutingCache
-from fast_litellm_shm.integrations.litellm.statistics import Statistics
+from fast_litellm_shm.integrations.litellm import failures
+from fast_litellm_shm.integrations.litellm.router import sharing
+from fast_litellm_shm.integrations.litellm.router.cooldowns import SharedCooldowns
+from fast_litellm_shm.integrations.litellm.router.sharing import RouterState, share, unshare
+from fast_litellm_shm.integrations.litellm.router.cache import SharedRoutingCache
+from fast_litellm_shm.integrations.litellm.router.deployments import Statistics
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # LiteLLM's own
 
@@ -43,13 +44,13 @@ class Limiter(CustomLogger):  # type: ignore[misc]
 
 @pytest.fixture(autouse=True)
 def _callbacks() -> Iterator[None]:
-    guard.forget()
+    failures.forget()
     before = {name: list(getattr(litellm, name)) for name in LISTS}
     yield
     for name, found in before.items():
         setattr(litellm, name, found)
-    router_state._added = None
-    guard.forget()
+    sharing._added = None
+    failures.forget()
 
 
 def stores(made: Any) -> tuple[Any, Any]:

@@ -29,8 +29,9 @@ from support.litellm_workers import (
     router,
 )
 
-from fast_litellm_shm.integrations.litellm import guard, numbers
-from fast_litellm_shm.integrations.litellm.router_state import RouterState
+from fast_litellm_shm.integrations.litellm import failures
+from fast_litellm_shm.integrations.litellm.router import cache_values
+from fast_litellm_shm.integrations.litellm.router.sharing import RouterState
 
 # LiteLLM warns, of its own code and of event loops that it leaves open.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -41,7 +42,7 @@ state = RouterState()
 @pytest.fixture(autouse=True)
 def _as_if_new() -> Iterator[None]:
     """No callbacks of another test's router are left, and no fault was told in this minute."""
-    guard.forget()
+    failures.forget()
     yield
     for name in ("callbacks", "input_callback", "success_callback", "failure_callback"):
         setattr(litellm, name, [])
@@ -50,7 +51,7 @@ def _as_if_new() -> Iterator[None]:
 @pytest.fixture
 def noon(monkeypatch: pytest.MonkeyPatch) -> None:
     """No minute of the clock ends."""
-    for module in (lowest_tpm_rpm, lowest_latency, numbers):
+    for module in (lowest_tpm_rpm, lowest_latency, cache_values):
         monkeypatch.setattr(module, "datetime", NoonDatetime)
     monkeypatch.setattr(lowest_tpm_rpm_v2, "get_utc_datetime", NoonDatetime.now)
     check: Any = ModelRateLimitingCheck.__init__  # its clock is an argument
@@ -416,7 +417,7 @@ def test_faults_leave_a_worker_with_its_own_numbers(
         def broken(*_: Any) -> Any:
             raise RuntimeError("broken")
 
-        patch.setattr(numbers.Numbers, "of", broken)
+        patch.setattr(cache_values.Numbers, "of", broken)
         assert cache.increment_cache(key, 1) == 1
         assert cache.get_cache(key) == 1
         assert cache.batch_get_cache([key]) == [1]

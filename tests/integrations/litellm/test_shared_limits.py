@@ -21,11 +21,11 @@ from fast_litellm_shm import health_check
 from fast_litellm_shm.integrations.litellm import (
     attempts,
     calls,
-    guard,
-    router_state,
+    failures,
     share,
     unshare,
 )
+from fast_litellm_shm.integrations.litellm.router import sharing
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # LiteLLM's own
 
@@ -59,9 +59,9 @@ def _fresh() -> Iterator[None]:
     def forget() -> None:
         attempts.give_back()
         attempts._unjudged.clear()
-        router_state._limited.clear()
+        sharing._limited.clear()
         calls._quotas.clear()
-        guard.forget()
+        failures.forget()
 
     before = {name: list(getattr(litellm, name)) for name in CALLBACKS}
     forget()
@@ -70,7 +70,7 @@ def _fresh() -> Iterator[None]:
     yield
     for name, found in before.items():
         setattr(litellm, name, found)
-    router_state._added = None
+    sharing._added = None
     forget()
 
 
@@ -198,7 +198,7 @@ def test_without_a_segment_litellm_keeps_them(
     assert admitted(made) == 4
     assert health_check()["litellm"]["could_not_judge"] >= 4
     monkeypatch.delenv("FAST_LITELLM_SHM_CAPACITY")
-    guard.forget()
+    failures.forget()
     # the shared count begins, while LiteLLM's own is used up
     assert admitted(made) == (4 if ours == "first" else 0)
     assert attempts._unjudged == (set() if ours == "first" else {"d"})

@@ -8,8 +8,8 @@ from typing import Any
 
 from litellm.caching.in_memory_cache import InMemoryCache
 
-from fast_litellm_shm.integrations.litellm import guard
-from fast_litellm_shm.integrations.litellm.numbers import Numbers
+from fast_litellm_shm.integrations.litellm import failures
+from fast_litellm_shm.integrations.litellm.router.cache_values import Numbers
 
 _CONSEQUENCE = "this worker's own is used"
 
@@ -18,7 +18,7 @@ _all: weakref.WeakSet[SharedRoutingCache] = weakref.WeakSet()
 
 class SharedRoutingCache(InMemoryCache):  # type: ignore[misc]
     """The same cache as ``own``: it keeps what it holds in the very dictionaries of that. Only the
-    numbers that :mod:`fast_litellm_shm.integrations.litellm.numbers` names are read and written in
+    numbers that :mod:`fast_litellm_shm.integrations.litellm.router.cache_values` names are read and written in
     the segment besides. All other methods of a cache come back to these."""
 
     __slots__ = ("own", "numbers")
@@ -34,7 +34,7 @@ class SharedRoutingCache(InMemoryCache):  # type: ignore[misc]
             if number is not None:
                 return number.read()
         except Exception as error:
-            guard.failed("reading a router's number", error, _CONSEQUENCE)
+            failures.failed("reading a router's number", error, _CONSEQUENCE)
         return super().get_cache(key, **kwargs)
 
     def batch_get_cache(self, keys: Any, **kwargs: Any) -> Any:
@@ -43,7 +43,7 @@ class SharedRoutingCache(InMemoryCache):  # type: ignore[misc]
             if found is not None:
                 return found
         except Exception as error:
-            guard.failed("reading a router's numbers", error, _CONSEQUENCE)
+            failures.failed("reading a router's numbers", error, _CONSEQUENCE)
         return super().batch_get_cache(keys, **kwargs)
 
     def increment_cache(self, key: Any, value: float, **kwargs: Any) -> Any:
@@ -53,7 +53,7 @@ class SharedRoutingCache(InMemoryCache):  # type: ignore[misc]
             if number is not None:
                 return number.added(value)
         except Exception as error:
-            guard.failed("counting a router's number", error, _CONSEQUENCE)
+            failures.failed("counting a router's number", error, _CONSEQUENCE)
         return own
 
     def set_cache(self, key: Any, value: Any, **kwargs: Any) -> None:
@@ -63,7 +63,7 @@ class SharedRoutingCache(InMemoryCache):  # type: ignore[misc]
             if number is not None:
                 number.wrote(value)
         except Exception as error:
-            guard.failed("writing a router's number", error, "the other workers do not know it")
+            failures.failed("writing a router's number", error, "the other workers do not know it")
 
 
 def _forked() -> None:

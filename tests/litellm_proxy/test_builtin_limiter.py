@@ -21,12 +21,10 @@ from support.workers import meet
 
 from fast_litellm_shm import Segment, exceptions, health_check
 from fast_litellm_shm.integrations.litellm import (
-    guard,
-    native,
-    native_slots,
-    native_windows,
+    failures,
     settings,
 )
+from fast_litellm_shm.integrations.litellm.builtin_limiter import segment_limiter, slots, windows
 
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 with warnings.catch_warnings():
@@ -50,14 +48,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:nothing is recorded by record_performance:RuntimeWarning"),
 ]
 # As LiteLLM's own table is before the plugin is imported in a proxy.
-TABLE = {native.HOOK: v3.PROXY_MaxParallelRequestsHandler_v3}
+TABLE = {segment_limiter.HOOK: v3.PROXY_MaxParallelRequestsHandler_v3}
 PROCESSES = 4
 KEY = "88dc28d0f030c55ed4ab77ed8faf098196cb1c05df778539800c9f1243fe6b4b"
 
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
-    guard.forget()
+    failures.forget()
     yield
     if hasattr(litellm, settings.ATTRIBUTE):
         delattr(litellm, settings.ATTRIBUTE)
@@ -66,8 +64,8 @@ def _fresh() -> Iterator[None]:
 def make() -> Any:
     """As the proxy makes it: by the names of the arguments that it finds."""
     hooks = dict(TABLE)
-    assert native.install(hooks) is None
-    found = hooks[native.HOOK]
+    assert segment_limiter.install(hooks) is None
+    found = hooks[segment_limiter.HOOK]
     assert "internal_usage_cache" in inspect.getfullargspec(found).args
     assert "async_pre_call_hook" in vars(found)
     return found(internal_usage_cache=InternalUsageCache(litellm.DualCache()))
@@ -472,11 +470,11 @@ def test_a_full_segment(fail_open: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     def refuse(*_: Any) -> Any:
         raise full
 
-    monkeypatch.setattr(native_windows.Windows, "open", refuse)
-    monkeypatch.setattr(native_slots.Slots, "acquire", refuse)
+    monkeypatch.setattr(windows.Windows, "open", refuse)
+    monkeypatch.setattr(slots.Slots, "acquire", refuse)
     limiter = make()
     for key in (auth(rpm_limit=4), auth(max_parallel_requests=4), auth(tpm_limit=10_000)):
-        guard.forget()
+        failures.forget()
         limits = key.rpm_limit or key.max_parallel_requests
         if fail_open:  # in memory, with LiteLLM's estimate of what an answer takes
             found = asyncio.run(in_turn(limiter, key, 20, max_tokens=1992))
@@ -501,9 +499,9 @@ def test_every_request_that_could_not_be_judged_is_counted(monkeypatch: pytest.M
 
 
 def sentence(hooks: dict[str, Any] | None = None) -> str:
-    before = {native.HOOK: v3.PROXY_MaxParallelRequestsHandler_v3} if hooks is None else hooks
+    before = {segment_limiter.HOOK: v3.PROXY_MaxParallelRequestsHandler_v3} if hooks is None else hooks
     given = dict(before)
-    found = native.install(given)
+    found = segment_limiter.install(given)
     assert given == before, "the table was changed"
     assert found is not None
     return found
@@ -511,23 +509,23 @@ def sentence(hooks: dict[str, Any] | None = None) -> str:
 
 def test_it_can_be_installed_twice() -> None:
     hooks = dict(TABLE)
-    assert native.install(hooks) is None
-    once = hooks[native.HOOK]
-    assert native.install(hooks) is None and hooks[native.HOOK] is once
+    assert segment_limiter.install(hooks) is None
+    once = hooks[segment_limiter.HOOK]
+    assert segment_limiter.install(hooks) is None and hooks[segment_limiter.HOOK] is once
 
 
 def test_it_says_that_it_counts_on_one_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAST_LITELLM_SHM_CLUSTER", "redis://127.0.0.1:1")
     said = r"own limiter \(mode native\) counts on this host alone"
     with pytest.warns(RuntimeWarning, match=said):
-        assert native.install(dict(TABLE)) is None
+        assert segment_limiter.install(dict(TABLE)) is None
 
 
 def test_another_limiter_of_the_proxy_is_left_alone() -> None:
     class Older:
         pass
 
-    assert "LEGACY_MULTI_INSTANCE_RATE_LIMITING" in sentence({native.HOOK: Older})
+    assert "LEGACY_MULTI_INSTANCE_RATE_LIMITING" in sentence({segment_limiter.HOOK: Older})
     assert "is None" in sentence({})
 
 
@@ -540,7 +538,7 @@ def test_a_limiter_that_takes_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_litellm_without_the_limiter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_LIMITER", "litellm.proxy.hooks.parallel_request_limiter_v9")
+    monkeypatch.setattr(segment_limiter, "_LIMITER", "litellm.proxy.hooks.parallel_request_limiter_v9")
     assert "no limiter with a store of its own" in sentence()
 
 

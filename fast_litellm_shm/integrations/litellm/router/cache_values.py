@@ -34,7 +34,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any, TypeAlias
 
-from fast_litellm_shm.integrations.litellm.statistics import Statistics
+from fast_litellm_shm.integrations.litellm.router.deployments import Statistics
 from fast_litellm_shm.limiters.rate import RateLimiter
 from fast_litellm_shm.limits import FixedWindow
 

@@ -19,8 +19,8 @@ from functools import cache
 from typing import Any
 
 from fast_litellm_shm._shared.settings import warn_not_shared
-from fast_litellm_shm.integrations.litellm import guard, settings
-from fast_litellm_shm.integrations.litellm.native_store import Handle
+from fast_litellm_shm.integrations.litellm import failures, settings
+from fast_litellm_shm.integrations.litellm.builtin_limiter.store import Handle
 
 HOOK = "parallel_request_limiter"
 _LIMITER = "litellm.proxy.hooks.parallel_request_limiter_v3"
@@ -114,7 +114,7 @@ def make_handler() -> Any:
             if error is not None:
                 refused = refuses()
                 consequence = "it is refused with 503" if refused else "this worker counts alone"
-                guard.failed("judging a request", error, consequence)
+                failures.failed("judging a request", error, consequence)
                 if refused:
                     raise http_exception(503, detail={"error": _REFUSED})
             try:

@@ -15,9 +15,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared.segment import Segment
-from fast_litellm_shm.integrations.litellm import guard, settings
-from fast_litellm_shm.integrations.litellm.native_slots import Refused, Slots
-from fast_litellm_shm.integrations.litellm.native_windows import OpenWindow, Taken, Windows
+from fast_litellm_shm.integrations.litellm import failures, settings
+from fast_litellm_shm.integrations.litellm.builtin_limiter.slots import Refused, Slots
+from fast_litellm_shm.integrations.litellm.builtin_limiter.windows import OpenWindow, Taken, Windows
 
 T = TypeVar("T")
 
@@ -105,7 +105,7 @@ class Handle:
             except Exception as error:
                 self._set_apart(scopes)
                 policy = "counts alone" if settings.current().fail_open else "refuses it with 503"
-                guard.failed("LiteLLM's limiter", error, f"this worker {policy}")
+                failures.failed("LiteLLM's limiter", error, f"this worker {policy}")
                 raise
 
         return Script(attempt)

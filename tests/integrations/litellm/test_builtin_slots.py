@@ -14,7 +14,7 @@ from support.waiting import PATIENCE
 from support.workers import meet
 
 from fast_litellm_shm import Segment
-from fast_litellm_shm.integrations.litellm.native_slots import Refused, Slots
+from fast_litellm_shm.integrations.litellm.builtin_limiter.slots import Refused, Slots
 
 PROCESSES, LIMIT, TTL = 4, 4, 3600.0
 A, B = "{api_key:a}", "{team:b}"

@@ -11,7 +11,7 @@ from support.waiting import wait_until
 from support.workers import meet
 
 from fast_litellm_shm import Segment, exceptions
-from fast_litellm_shm.integrations.litellm.native_windows import MOST, OpenWindow, Windows
+from fast_litellm_shm.integrations.litellm.builtin_limiter.windows import MOST, OpenWindow, Windows
 
 PROCESSES = 4
 SCOPE = "{api_key:k}"

@@ -90,10 +90,12 @@ def _maker(base: Any, found_for: Any) -> Any:
     def make(internal_usage_cache: Any) -> Any:  # the proxy gives it by that name
         global _native
         if settings.current().mode == "native":
-            from fast_litellm_shm.integrations.litellm import native
+            from fast_litellm_shm.integrations.litellm.builtin_limiter import (
+                segment_limiter,
+            )
 
             table: dict[str, Any] = {_HOOK: base}
-            lacking = native.install(table)
+            lacking = segment_limiter.install(table)
             if lacking is None:
                 _native = True
                 return table[_HOOK](internal_usage_cache=internal_usage_cache)

@@ -12,8 +12,8 @@ import time
 from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from typing import Any
 
-from fast_litellm_shm.integrations.litellm import guard
-from fast_litellm_shm.integrations.litellm.statistics import Statistics
+from fast_litellm_shm.integrations.litellm import failures
+from fast_litellm_shm.integrations.litellm.router.deployments import Statistics
 from fast_litellm_shm.limiters.rate import RateLimiter
 from fast_litellm_shm.limits import FixedWindow
 
@@ -76,7 +76,7 @@ class SharedCooldowns:
             if not self.own.has_redis:
                 self._statistics.cool(model_id, ttl)
         except Exception as error:
-            guard.failed("sharing a cooldown", error, "the other workers do not know of it")
+            failures.failed("sharing a cooldown", error, "the other workers do not know of it")
 
     def increment_allowed_fails(self, model_id: str, suffix: str | None, ttl: float) -> int:
         shared = self._count_failure(model_id, suffix, ttl)
@@ -102,7 +102,7 @@ class SharedCooldowns:
             key = model_id if suffix is None else f"{model_id}:{suffix}"
             return _MOST_FAILS - limiter.charge(key, 1).remaining
         except Exception as error:
-            guard.failed("counting a deployment's failure", error, _OWN)
+            failures.failed("counting a deployment's failure", error, _OWN)
             return None
 
     def _limiter(self, ttl: float) -> RateLimiter | None:
@@ -155,7 +155,7 @@ class SharedCooldowns:
                     found.append((model_id, _value((until - now) / 1e9, wall)))
             return found
         except Exception as error:
-            guard.failed("reading the cooldowns of other workers", error, _OWN)
+            failures.failed("reading the cooldowns of other workers", error, _OWN)
             return []
 
 

@@ -31,11 +31,11 @@ from typing import Any
 import litellm
 from litellm.caching.in_memory_cache import InMemoryCache
 
-from fast_litellm_shm.integrations.litellm import attempts, guard
-from fast_litellm_shm.integrations.litellm.cooldowns import PROTOCOL, SharedCooldowns
-from fast_litellm_shm.integrations.litellm.numbers import Numbers
-from fast_litellm_shm.integrations.litellm.routing_cache import SharedRoutingCache
-from fast_litellm_shm.integrations.litellm.statistics import Statistics
+from fast_litellm_shm.integrations.litellm import attempts, failures
+from fast_litellm_shm.integrations.litellm.router.cooldowns import PROTOCOL, SharedCooldowns
+from fast_litellm_shm.integrations.litellm.router.cache_values import Numbers
+from fast_litellm_shm.integrations.litellm.router.cache import SharedRoutingCache
+from fast_litellm_shm.integrations.litellm.router.deployments import Statistics
 
 _PAUSE = 1.0  # seconds between two tries, where there is no segment, say
 
@@ -66,7 +66,7 @@ class RouterState:
             self._last = weakref.ref(router)
         except Exception as error:
             self._again = time.monotonic() + _PAUSE
-            guard.failed("sharing a router's state", error, "it stays with each worker")
+            failures.failed("sharing a router's state", error, "it stays with each worker")
 
     def detach(self, router: Any) -> None:
         """Give the router the very objects back that it had."""

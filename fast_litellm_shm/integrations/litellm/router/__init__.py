@@ -1,0 +1,1 @@
+"""What workers share of a ``litellm.Router``'s state, for its own routing strategies."""
