@@ -10,13 +10,13 @@ from fast_litellm_shm._shared.inspection import LOCAL
 from fast_litellm_shm._shared.named_limiter import SharedLimits
 from fast_litellm_shm._shared.native import ffi, lib
 from fast_litellm_shm._shared.settings import warn_once
-from fast_litellm_shm.cluster import agent
-from fast_litellm_shm.cluster.asking import open_limiter
-from fast_litellm_shm.cluster.script import Request, Rule
+from fast_litellm_shm.cluster import background
+from fast_litellm_shm.cluster.single_flight import open_limiter
+from fast_litellm_shm.cluster.algorithms import Request, Rule
 from fast_litellm_shm.limits import LimitSpec, TokenBucket
 
 if TYPE_CHECKING:
-    from fast_litellm_shm.cluster.wallet import Told, Wallet
+    from fast_litellm_shm.cluster.token_lease import Told, TokenLeases
 
 _MOST_OWED = 100_000  # keys
 
@@ -77,7 +77,7 @@ class Outage:
     """Of one limiter. What it admits meanwhile is charged at the server when that is back, as far
     as the limit has room then: nothing is admitted a second time."""
 
-    def __init__(self, shared: SharedLimits, wallet: Wallet) -> None:
+    def __init__(self, shared: SharedLimits, wallet: TokenLeases) -> None:
         self._shared, self._wallet = shared, wallet
         self._share: tuple[Any, Any] | None = None  # what it was made for, and the limiter
         self._owed: dict[bytes, tuple[Debt, ...]] = {}
@@ -124,7 +124,7 @@ class Outage:
         return self._told(told)
 
     def _limiter(self) -> Any:
-        hosts = agent.hosts(self._shared.segment)
+        hosts = host_count(self._shared.segment)
         if not hosts:
             warn_once(
                 f"{self._wallet.cluster.shown} has never answered here, so it is not known how "

@@ -8,8 +8,8 @@ from typing import Any
 from fast_litellm_shm._shared.named_limiter import key_bytes
 from fast_litellm_shm._shared.native import Decision, Permit, ffi, lib
 from fast_litellm_shm._shared.segment import Segment
-from fast_litellm_shm.cluster.asking import MOST_NAME
-from fast_litellm_shm.cluster.booking import Booked
+from fast_litellm_shm.cluster.single_flight import MOST_NAME
+from fast_litellm_shm.cluster.settlement import Settlement
 from fast_litellm_shm.cluster.loops import off_loop
 from fast_litellm_shm.cluster.settings import Cluster
 from fast_litellm_shm.limiters.concurrency import ConcurrencyLimiter
@@ -61,7 +61,7 @@ class Granted:
         return bool(self._permit)
 
 
-class Parts:
+class ClusterQuota:
     """The permits first, then the rates: a denial gives the permit back and consumes nothing.
 
     settles: what a call was charged is booked when it is over, so its windows must be remembered;
@@ -207,7 +207,7 @@ class Parts:
         )
         if any(more) or any(less):
             wallet = self.rates._wallet
-            wallet.book(Booked(wallet, key_bytes(key), more, less, tuple(ends)), later)
+            wallet.book(Settlement(wallet, key_bytes(key), more, less, tuple(ends)), later)
 
     def in_flight(self, key: str | bytes) -> int:
         return self.permits.in_flight(key) if self.permits is not None else 0

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from fast_litellm_shm._shared.inspection import TOLD
 from fast_litellm_shm._shared.native import ffi, lib
-from fast_litellm_shm.cluster.asking import open_limiter
+from fast_litellm_shm.cluster.single_flight import open_limiter
 from fast_litellm_shm.limits import FixedWindow
 
 if TYPE_CHECKING:
     from fast_litellm_shm._shared.named_limiter import SharedLimits
-    from fast_litellm_shm.cluster.script import Answer, Rule
+    from fast_litellm_shm.cluster.algorithms import Answer, Rule
 
 KIND = 2  # of script.Rule
 _BITS = 16

@@ -19,7 +19,7 @@ from fast_litellm_shm.limiters.rate import deadline_ns
 
 if TYPE_CHECKING:
     from fast_litellm_shm.cluster import Cluster
-    from fast_litellm_shm.cluster.lease import Leases
+    from fast_litellm_shm.cluster.permit_lease import PermitLeases
 
 _LOOK_NS = 1_000_000_000  # a waiter looks for the dead itself, once a second
 _ASK_NS = 60_000_000  # and one that must ask a server, after as long as a refusal is remembered
@@ -67,7 +67,7 @@ class ConcurrencyLimiter:
     """acquire(key) -> Permit: true when admitted; else false, and ``in_flight`` says how many are
     held. Release it with ``permit.release()`` or ``with permit:``."""
 
-    _leases: Leases | None = None
+    _leases: PermitLeases | None = None
     _here: Literal[False] | None  # what a copy is to be given, where there are no leases
 
     def __init__(
@@ -104,7 +104,7 @@ class ConcurrencyLimiter:
         if found is None:
             self._shared = SharedLimits((limit,), **given)
         else:
-            from fast_litellm_shm.cluster.lease import LeasedLimits
+            from fast_litellm_shm.cluster.permit_lease import LeasedLimits
 
             shared = LeasedLimits((limit,), **given)
             self._shared, self._leases = shared, shared.join(found)

@@ -14,7 +14,7 @@ from fast_litellm_shm.limits import FixedWindow, InFlight, LimitSpec
 
 if TYPE_CHECKING:
     from fast_litellm_shm.cluster import Cluster
-    from fast_litellm_shm.cluster.quota import Granted, Parts
+    from fast_litellm_shm.cluster.quota import Granted, ClusterQuota
 
 # Where the limits are those of many hosts, what holds a permit and knows what was charged.
 Held: TypeAlias = "Permit | Granted"
@@ -190,7 +190,7 @@ class Quota:
         self._tpm = names.index("tpm") if tpm is not None else -1
         self._ones = (1,) * len(names)
         self._rest = self._ones[self._tpm + 1 :]
-        self._parts: Parts | None = None
+        self._parts: ClusterQuota | None = None
         self._checked: Any = None  # the limits whose kinds are known to be ours
         if not _numbered and settings.names_server(cluster):
             self._join(tuple(found), name, segment, on_full, cluster)
@@ -218,11 +218,11 @@ class Quota:
         cluster: Cluster | str | Literal[False] | None,
     ) -> None:
         from fast_litellm_shm.cluster import settings as cluster_settings
-        from fast_litellm_shm.cluster.quota import Parts
+        from fast_litellm_shm.cluster.quota import ClusterQuota
 
         server = cluster_settings.found(cluster)
         if server is not None:
-            self._parts = Parts(found, name, segment, on_full, server)
+            self._parts = ClusterQuota(found, name, segment, on_full, server)
 
     @property
     def name(self) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fast_litellm_shm.cluster import Cluster
-    from fast_litellm_shm.cluster.wallet import Wallet
+    from fast_litellm_shm.cluster.token_lease import TokenLeases
 
 Cost: TypeAlias = int | tuple[int, ...] | list[int]
 
@@ -92,7 +92,7 @@ class RateLimiter(SharedLimits):
         super().__init__(limits.checked(limits_), name=name, segment=segment, on_full=on_full)
         self._join(cluster)
 
-    _wallet: Wallet | None = None
+    _wallet: TokenLeases | None = None
     _here: Literal[False] | None = None  # what a copy is to be given, where there is no wallet
 
     def _join(self, cluster: Cluster | str | Literal[False] | None) -> None:
@@ -101,10 +101,10 @@ class RateLimiter(SharedLimits):
             self._here = False if cluster is False else None
             return
         from fast_litellm_shm.cluster import settings as cluster_settings
-        from fast_litellm_shm.cluster.wallet import Wallet
+        from fast_litellm_shm.cluster.token_lease import TokenLeases
 
         found = cluster_settings.found(cluster)
-        self._wallet = Wallet(self, found) if found else None
+        self._wallet = TokenLeases(self, found) if found else None
 
     def _ask(self, op: int, key: str | bytes, cost: object) -> tuple[int, int, int, int, int]:
         """Called by the native part for what this host was not granted."""

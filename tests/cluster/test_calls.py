@@ -22,7 +22,7 @@ from fast_litellm_shm import (
     Window,
 )
 from fast_litellm_shm.cluster import Cluster
-from fast_litellm_shm.cluster.link import Link, Question
+from fast_litellm_shm.cluster.connection import Connection, Question
 
 HOUR = 3600
 
@@ -158,13 +158,13 @@ def test_acquire_many_asks_for_many_keys_at_once(
     hosts: list[RateLimiter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    call = Link.call
+    call = Connection.call
 
-    def counted(link: Link, requests: Sequence[Question]) -> list[Any]:
+    def counted(link: Connection, requests: Sequence[Question]) -> list[Any]:
         sizes.append(len(requests))
         return call(link, requests)
 
-    monkeypatch.setattr(Link, "call", counted)
+    monkeypatch.setattr(Connection, "call", counted)
     keys = [f"user {i}" for i in range(300)]
     assert hosts[0].acquire_many(keys).allowed.all()
     assert sizes == [200, 100]

@@ -11,7 +11,8 @@ from support import servers
 from support.waiting import wait_until
 
 from fast_litellm_shm import Limit, RateLimiter, Segment, SlidingWindow, Window
-from fast_litellm_shm.cluster import Cluster, agent, link
+from fast_litellm_shm.cluster import Cluster, connection
+from fast_litellm_shm.cluster.hosts import host_count
 from fast_litellm_shm.cluster.outage import Debt, Outage
 from fast_litellm_shm.limits import LimitSpec
 
@@ -68,7 +69,7 @@ def limiter_of(
     return RateLimiter(limit, name="api", segment=segment, cluster=cluster)
 
 
-def link_of(limiter: RateLimiter) -> link.Link:
+def link_of(limiter: RateLimiter) -> connection.Connection:
     assert limiter._wallet is not None
     return limiter._wallet.link
 
@@ -80,7 +81,7 @@ def outage_of(limiter: RateLimiter) -> Outage:
 
 def lost(server: servers.Server, limiter: RateLimiter, how: str) -> None:
     assert limiter.acquire("warm")
-    wait_until("it is known how many hosts there are", lambda: agent.hosts(limiter.segment) == 1)
+    wait_until("it is known how many hosts there are", lambda: host_count(limiter.segment) == 1)
     if how == "read-only":  # it answers, but not as it should
         with server.client() as client:
             client.replicaof("127.0.0.1", servers.free_port())

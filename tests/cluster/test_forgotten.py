@@ -10,7 +10,7 @@ from support.waiting import wait_until
 
 from fast_litellm_shm import RateLimiter, Segment, SlidingWindow, Window
 from fast_litellm_shm._shared.inspection import Inspection, is_beside
-from fast_litellm_shm.cluster import script, sliding
+from fast_litellm_shm.cluster import algorithms, sliding
 
 __all__ = ["meter"]  # the fixture
 
@@ -94,7 +94,7 @@ def test_what_a_host_was_told_is_kept_apart(server: servers.Server, segment: Seg
     wallet = limiter._wallet
     assert wallet is not None
 
-    def known() -> script.Request:
+    def known() -> algorithms.Request:
         return wallet.request("look", b"key", (0, 0))[0]
 
     first = known()

@@ -18,7 +18,8 @@ from support.waiting import wait_until
 from fast_litellm_shm import ConcurrencyLimiter, Limit, RateLimiter, Segment, SlidingWindow, Window
 from fast_litellm_shm._shared import performance as monitoring
 from fast_litellm_shm._shared.inspection import Inspection
-from fast_litellm_shm.cluster import Cluster, agent
+from fast_litellm_shm.cluster import Cluster
+from fast_litellm_shm.cluster.hosts import host_count
 from fast_litellm_shm.limits import LimitSpec
 
 __all__ = ["meter"]  # the fixture
@@ -278,7 +279,7 @@ def test_junk_among_the_hosts(
         client.set("fast-shm:hosts", "junk")
         limiter = RateLimiter(Window(100, HOUR), name="api", segment=segment, cluster=cluster)
         assert limiter.acquire("key")
-        wait_until("the host is known", lambda: agent.hosts(segment) == 1)
+        wait_until("the host is known", lambda: host_count(segment) == 1)
         for i in range(50):
             client.zadd("fast-shm:hosts", {f"host {i}": 2**60})
         wait_until("they are forgotten", lambda: admin.zcard("fast-shm:hosts") == 1)
@@ -306,7 +307,7 @@ def test_junk_that_is_told_to_hosts(
         for each in (segment, other)
     )
     assert one.acquire("key")
-    wait_until("both are heard", lambda: two.acquire("x") and agent.hosts(other) == 2)
+    wait_until("both are heard", lambda: two.acquire("x") and host_count(other) == 2)
     with hostile(limits_server) as client, caplog.at_level(logging.WARNING, "fast_litellm_shm"):
         heard = _connections(limits_server)
         for each in JUNK_MESSAGES * 20:
@@ -332,7 +333,7 @@ def test_limiters_that_are_not_over_hosts_are_recalled(
     RateLimiter(Window(1000, HOUR), name="alone", segment=segment, cluster=False)
     ConcurrencyLimiter(3, name="gpu", segment=segment, cluster=False)
     assert api.acquire("key") and api.acquire("spare")
-    wait_until("it is heard", lambda: agent.hosts(segment) == 1)
+    wait_until("it is heard", lambda: host_count(segment) == 1)
     before = {each["name"] for each in Inspection(segment).limiters()}
     heard = _connections(limits_server)
     with hostile(limits_server) as client, caplog.at_level(logging.WARNING, "fast_litellm_shm"):

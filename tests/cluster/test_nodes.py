@@ -16,7 +16,8 @@ from support.flights import Flights
 from support.waiting import wait_until
 
 from fast_litellm_shm import RateLimiter, Segment, Window
-from fast_litellm_shm.cluster import Cluster, agent, link
+from fast_litellm_shm.cluster import Cluster, connection
+from fast_litellm_shm.cluster.hosts import host_count
 
 HOUR = 3600
 SLOTS = 16384
@@ -123,12 +124,12 @@ def test_a_node_that_does_not_answer_is_asked_once(
     limiter = limiter_of(nodes, segment)
     key = key_on(limiter, 2)
     assert limiter._wallet is not None
-    alone = link.Link(limiter._wallet.cluster, segment)  # no thread of which tries it again
+    alone = connection.Connection(limiter._wallet.cluster, segment)  # no thread of which tries it again
     request, _ = limiter._wallet.request("single", key.encode(), (10,))
     assert alone.call([request])[0].admitted
     looked = [_counted(node, "cluster|slots") for node in nodes[:2]]
     nodes[2].freeze()
-    with pytest.raises(link.AwayError, match="TimeoutError"):
+    with pytest.raises(connection.UnreachableError, match="TimeoutError"):
         alone.call([request])
     assert [_counted(node, "cluster|slots") for node in nodes[:2]] == looked
     nodes[2].thaw()
@@ -143,14 +144,14 @@ def test_a_node_that_is_away(
 ) -> None:
     """All keys go by the policy until it is back, however often the others answer meanwhile; and
     that is told once each way."""
-    probe, tries = link.Link.probe, 0
+    probe, tries = connection.Connection.probe, 0
 
-    def counted(given: link.Link) -> None:
+    def counted(given: connection.Connection) -> None:
         nonlocal tries
         probe(given)
         tries += 1
 
-    monkeypatch.setattr(link.Link, "probe", counted)
+    monkeypatch.setattr(connection.Connection, "probe", counted)
     limiter = limiter_of(nodes, segment)
     keys = [key_on(limiter, node) for node in range(3)]
     assert all(limiter.acquire(key, 60) for key in keys)
@@ -237,7 +238,7 @@ def test_a_replica_is_told_what_was_admitted_meanwhile(
     limiter = limiter_of(replicated, segment, "local")
     key = key_on(limiter, 2)
     assert limiter.acquire(key_on(limiter, 2, "other"))
-    wait_until("it is known how many hosts there are", lambda: agent.hosts(segment) == 1)
+    wait_until("it is known how many hosts there are", lambda: host_count(segment) == 1)
     replicated[2].freeze()
     assert limiter.acquire(key, 30)
     assert limiter._wallet is not None

@@ -21,7 +21,8 @@ from support.waiting import wait_until
 
 from fast_litellm_shm import ConcurrencyLimiter, RateLimiter, Segment, Window, cli
 from fast_litellm_shm._shared.native import lib
-from fast_litellm_shm.cluster import Cluster, agent
+from fast_litellm_shm.cluster import Cluster
+from fast_litellm_shm.cluster.hosts import host_count
 from fast_litellm_shm.exceptions import PermitTimeoutError
 
 MOST = 100
@@ -414,7 +415,7 @@ def test_while_the_server_is_away(server: servers.Server, policy: str) -> None:
         flights.want(4, 2, 3, 0)
         flights.until(lambda: flights.total == 9, "some are held")
         segments = [Segment(name, create=False) for name in flights.names]
-        flights.until(lambda: all(agent.hosts(each) == 2 for each in segments), "they are known")
+        flights.until(lambda: all(host_count(each) == 2 for each in segments), "they are known")
         server.kill()
         time.sleep(12)
         flights.want(20, 20, 20, 20)

@@ -23,9 +23,10 @@ from support.waiting import PATIENCE, ticking, wait_until, wait_until_async
 from fast_litellm_shm import Quota, RateLimiter, Segment, Window
 from fast_litellm_shm._shared import performance as monitoring
 from fast_litellm_shm._shared.native import lib
-from fast_litellm_shm.cluster import Cluster, agent
-from fast_litellm_shm.cluster.booking import Booked
-from fast_litellm_shm.cluster.link import Link
+from fast_litellm_shm.cluster import Cluster, background
+from fast_litellm_shm.cluster.hosts import host_count
+from fast_litellm_shm.cluster.settlement import Settlement
+from fast_litellm_shm.cluster.connection import Connection
 from fast_litellm_shm.limiters.quota import Admission
 
 HOSTS, WORKERS, CALLERS = 2, 2, 8
@@ -39,7 +40,7 @@ def quota_of(segment: Segment, url: str, **cluster: Any) -> Quota:
     return Quota(rpm=10, tpm=1000, max_parallel=3, name="api", segment=segment, cluster=server)
 
 
-def told(quota: Quota) -> Link:
+def told(quota: Quota) -> Connection:
     """The connection that its server hears of it by."""
     assert quota._parts is not None and quota._parts.rates is not None
     assert quota._parts.rates._wallet is not None
@@ -285,7 +286,7 @@ def test_nothing_is_given_back_to_the_window_after(
 
     end = used_up()
     used_up()
-    wallet.book(Booked(wallet, b"key", (0,), (50,), (end,)), False)  # over, as this host knows
+    wallet.book(Settlement(wallet, b"key", (0,), (50,), (end,)), False)  # over, as this host knows
     request, _ = wallet.request("refund", b"key", (50,))
     late = request._replace(left=(1,))  # sent when there was 1 us left
     wallet.link.call([late])
@@ -319,7 +320,7 @@ def test_the_collector_comes_upon_a_call_at_any_line(hosts: tuple[Quota, Quota])
 
     admission = asyncio.run(scenario())
     link = told(quota)
-    with agent._lock, agent.ensure(link)._busy, link._lock:
+    with background._lock, background.ensure(link)._busy, link._lock:
         admission.settle(900)  # as from a finalizer
         admission.settle(50)
         assert len(link.booked) == 2
@@ -416,7 +417,7 @@ def test_outages(server: servers.Server, segment: Segment, policy: str, admitted
         async with await quota.admit_async("other") as admission:
             assert admission
         await wait_until_async(
-            "the leader has told how many hosts are", lambda: agent.hosts(segment) == 1
+            "the leader has told how many hosts are", lambda: host_count(segment) == 1
         )
         server.kill()
         found = 0

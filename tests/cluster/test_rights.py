@@ -14,7 +14,8 @@ from support import servers
 from support.waiting import wait_until
 
 from fast_litellm_shm import ConcurrencyLimiter, RateLimiter, Segment, Window
-from fast_litellm_shm.cluster import Cluster, agent
+from fast_litellm_shm.cluster import Cluster
+from fast_litellm_shm.cluster.hosts import host_count
 
 HOUR = 3600
 DOCS = (Path(__file__).parents[2] / "docs" / "cluster.md").read_text("utf-8")
@@ -85,7 +86,7 @@ def test_what_is_documented_is_enough(
             for each in (segment, other)
         )
         assert one.acquire("key") and two.acquire("key")
-        wait_until("both hosts are known", lambda: agent.hosts(segment) == agent.hosts(other) == 2)
+        wait_until("both hosts are known", lambda: host_count(segment) == host_count(other) == 2)
         # What one was granted and does not use comes back.
         assert sum(map(one.is_allowed, ["key"] * 300)) == 300
         rest = 0

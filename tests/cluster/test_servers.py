@@ -15,7 +15,8 @@ from support.flights import Flights
 from support.waiting import wait_until
 
 from fast_litellm_shm import ConcurrencyLimiter, RateLimiter, Segment, Window
-from fast_litellm_shm.cluster import Cluster, agent
+from fast_litellm_shm.cluster import Cluster
+from fast_litellm_shm.cluster.hosts import host_count
 
 HOUR = 3600
 
@@ -202,7 +203,7 @@ def test_tls(kind: str, certificate: Path, segment: Segment) -> None:
         )
         limiter = RateLimiter(Window(100), name="api", segment=segment, cluster=cluster)
         assert [bool(limiter.acquire("key")) for _ in range(101)] == [True] * 100 + [False]
-        wait_until("the leader is heard", lambda: agent.hosts(segment) == 1)
+        wait_until("the leader is heard", lambda: host_count(segment) == 1)
         with pytest.raises(redis.ConnectionError, match="CERTIFICATE_VERIFY_FAILED"):
             Cluster(url).client().ping()
     gc.collect()  # while the warning is ignored: the library leaves the socket to the collector

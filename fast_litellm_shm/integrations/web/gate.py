@@ -22,8 +22,8 @@ from fast_litellm_shm.limits import InFlight, LimitSpec
 
 if TYPE_CHECKING:
     from fast_litellm_shm.cluster import Cluster
-    from fast_litellm_shm.cluster.quota import Granted, Parts
-    from fast_litellm_shm.cluster.wallet import Wallet
+    from fast_litellm_shm.cluster.quota import Granted, ClusterQuota
+    from fast_litellm_shm.cluster.token_lease import TokenLeases
 
 MARK = "fast_litellm_shm.rate_limit"  # in the ASGI scope or the WSGI environ: the Outcome
 _log = logging.getLogger("fast_litellm_shm")
@@ -162,9 +162,9 @@ class Outcome:
 class _Opened:
     """A rule and its limits in the segment; with a cluster, those that its server keeps."""
 
-    _parts: Parts | None = None
+    _parts: ClusterQuota | None = None
     _rates: SharedLimits | None  # None: it has permits alone, over many hosts
-    _wallet: Wallet | None = None
+    _wallet: TokenLeases | None = None
 
     def __init__(
         self, rule: Rule, app: str, segment: Segment | None, cluster: Cluster | None
@@ -172,7 +172,7 @@ class _Opened:
         self.rule = rule
         name, most = f"{app}: {rule.name}", lib.FSHM_MAX_LIMITER_NAME
         if cluster is not None:
-            from fast_litellm_shm.cluster.quota import Parts, most_name
+            from fast_litellm_shm.cluster.quota import ClusterQuota, most_name
 
             most = most_name(rule.limits)
         if len(name.encode("utf-8", "replace")) > most:
@@ -184,7 +184,7 @@ class _Opened:
         # counter, so there a full segment is told as an error, which is logged.
         on_full = "raise" if rule.in_flight is not None else "share"
         if cluster is not None:
-            self._parts = Parts(rule.limits, name, segment, "raise", cluster, settles=False)
+            self._parts = ClusterQuota(rule.limits, name, segment, "raise", cluster, settles=False)
             rates = self._rates = self._parts.rates
             self._wallet = rates._wallet if rates is not None else None
         else:

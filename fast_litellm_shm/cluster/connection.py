@@ -20,7 +20,7 @@ from fast_litellm_shm.cluster import names
 from fast_litellm_shm.cluster.settings import OUTAGE, Cluster, library
 
 if TYPE_CHECKING:
-    from fast_litellm_shm.cluster.booking import Booked
+    from fast_litellm_shm.cluster.settlement import Settlement
 
 _log = logging.getLogger("fast_litellm_shm")
 
@@ -44,7 +44,7 @@ _PROBED = 1000  # keys that are looked at, to find one of each node
 _REFUSED = ("no permissions", "the user executing the script can't")
 
 
-class AwayError(exceptions.ClusterError):
+class UnreachableError(exceptions.ClusterError):
     """The server does not answer, or not as it should."""
 
 
@@ -82,7 +82,7 @@ class Owing(Protocol):
         """In a child: what the parent owes it tells itself."""
 
 
-class Link:
+class Connection:
     """All limiters of a process that share a server and a segment talk over one."""
 
     def __init__(self, cluster: Cluster, segment: Segment) -> None:
@@ -100,7 +100,7 @@ class Link:
         self.away: str | None = None  # why
         self.on_lost: Callable[[], None] = lambda: None
         self.owing: weakref.WeakSet[Owing] = weakref.WeakSet()
-        self.booked: deque[Booked] = deque()  # to be told by a thread
+        self.booked: deque[Settlement] = deque()  # to be told by a thread
         self._metrics: dict[tuple[str, str], int] = {}
 
     def client(self) -> Any:
@@ -114,7 +114,7 @@ class Link:
             return self._client
 
     def call(self, requests: Sequence[Question]) -> list[Any]:
-        """One round trip for all of them. Raises AwayError, at once while it is away."""
+        """One round trip for all of them. Raises UnreachableError, at once while it is away."""
         self.check()
         return self._call(requests)
 
@@ -128,7 +128,7 @@ class Link:
             if not _is_outage(error):
                 raise
             self._lost(error, time.monotonic_ns() - began)
-            raise AwayError(self.away) from self.cluster.scrubbed_cause(error)
+            raise UnreachableError(self.away) from self.cluster.scrubbed_cause(error)
         self._record(requests, answers, began)
         for request, found in zip(requests, answers, strict=True):
             if found.junk:
@@ -197,7 +197,7 @@ class Link:
             )  # fmt: skip
 
     def names(self, start: bytes) -> list[bytes]:
-        """Keys at the server that begin so. Raises AwayError."""
+        """Keys at the server that begin so. Raises UnreachableError."""
         self.check()
         began = time.monotonic_ns()
         pattern = b"".join(b"\\" + bytes([c]) if c in b"*?[]^\\" else bytes([c]) for c in start)
@@ -208,14 +208,14 @@ class Link:
             if not _is_outage(error):
                 raise
             self._lost(error, time.monotonic_ns() - began)
-            raise AwayError(self.away) from self.cluster.scrubbed_cause(error)
+            raise UnreachableError(self.away) from self.cluster.scrubbed_cause(error)
 
     # outages
 
     def check(self) -> None:
-        """Raises AwayError while it is away."""
+        """Raises UnreachableError while it is away."""
         if self.away is not None:
-            raise AwayError(self.away)
+            raise UnreachableError(self.away)
 
     def _lost(self, error: Exception, took: int) -> None:
         """took: ns until it was noticed."""
@@ -257,7 +257,7 @@ class Link:
             self._try()
             for limiter in list(self.owing):
                 self._repay(limiter)
-        except AwayError:
+        except UnreachableError:
             return
         except Exception as error:
             self._lost(error, time.monotonic_ns() - began)
@@ -297,7 +297,7 @@ class Link:
         while requests:
             try:
                 self._call(requests[:_MOST])
-            except AwayError:
+            except UnreachableError:
                 limiter.put_back(requests)
                 raise
             requests = requests[_MOST:]
@@ -346,16 +346,16 @@ def is_refusal(error: Exception) -> bool:
     return any(each in str(error).lower() for each in _REFUSED)
 
 
-_links: dict[tuple[Cluster, int], Link] = {}
+_links: dict[tuple[Cluster, int], Connection] = {}
 _links_lock = threading.Lock()
 
 
-def of(cluster: Cluster, segment: Segment) -> Link:
+def of(cluster: Cluster, segment: Segment) -> Connection:
     """The link of this process to a server, for a segment."""
     place = (cluster, segment.geometry().instance)
     with _links_lock:
         if place not in _links:
-            _links[place] = Link(cluster, segment)
+            _links[place] = Connection(cluster, segment)
         return _links[place]
 
 

@@ -11,17 +11,8 @@ from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared.inspection import HELD, REFUSED
 from fast_litellm_shm._shared.named_limiter import SharedLimits, key_bytes
 from fast_litellm_shm._shared.native import address, ffi, lib
-from fast_litellm_shm.cluster import (
-    agent,
-    booking,
-    link,
-    loops,
-    names,
-    outage,
-    script,
-    sliding,
-)
-from fast_litellm_shm.cluster.asking import Asking, open_limiter
+from fast_litellm_shm.cluster import background, settlement, connection, loops, names, outage, algorithms, sliding
+from fast_litellm_shm.cluster.single_flight import SingleFlight, open_limiter
 from fast_litellm_shm.cluster.settings import Cluster
 from fast_litellm_shm.limits import Granted, LimitSpec, TokenBucket
 
@@ -32,7 +23,7 @@ _MOST = 200  # keys in one pipeline
 _LARGEST = 2**52  # a cost that no limit of a server admits
 
 
-class Wallet:
+class TokenLeases:
     """What a limiter needs beside its own limits: what was granted, what was refused of late, and
     who of this host is asking for a key just now."""
 
@@ -41,23 +32,23 @@ class Wallet:
         self.cluster = cluster
         self._shared = shared
         self._limits: tuple[LimitSpec, ...] = ()
-        self._rules: tuple[script.Rule, ...] = ()
+        self._rules: tuple[algorithms.Rule, ...] = ()
         self._told: sliding.Told | None = None
         self.rules()  # or an error that names what a server cannot count
         self.limiter = shared.name.encode("utf-8", "surrogatepass")
-        self.link = link.of(cluster, shared.segment)
+        self.link = connection.of(cluster, shared.segment)
         count = len(shared.limits)
         self.purse = open_limiter(shared, HELD, [Granted()] * count)
         self._refused = open_limiter(shared, REFUSED, [Granted()] * count)
-        self.asking = Asking(shared, cluster.timeout)
+        self.asking = SingleFlight(shared, cluster.timeout)
         self._outage = outage.Outage(shared, self)
         shared._bind_cluster(self.purse, address(self.purse), self._refused, address(self._refused))
 
-    def rules(self) -> tuple[script.Rule, ...]:
+    def rules(self) -> tuple[algorithms.Rule, ...]:
         """Of the limits in force: they may change at run time."""
         found = self._shared.limits
         if found != self._limits:
-            self._rules = tuple(script.rule(each) for each in found)
+            self._rules = tuple(algorithms.rule(each) for each in found)
             if self._told is None and any(each.kind == sliding.KIND for each in self._rules):
                 self._told = sliding.Told(self._shared)
             self._limits = found
@@ -86,7 +77,7 @@ class Wallet:
 
     def refill(self, key: str | bytes, cost: object) -> None:
         """Have the next batch fetched, in a thread."""
-        agent.refill(self, key_bytes(key), self.costs(cost))
+        background.refill(self, key_bytes(key), self.costs(cost))
 
     def prepare(self, keys: Sequence[str | bytes], costs: int | Sequence[int]) -> None:
         """Have batches fetched for all of these keys that the host cannot answer for, many in one
@@ -100,13 +91,13 @@ class Wallet:
             if not self.has(raw, cost):
                 due[raw] = self.costs(cost)
         if len(due) > 1:
-            agent.fetch(self, due)
+            background.fetch(self, due)
 
     # calls that the host cannot answer by itself
 
     def ask(self, op: int, key: str | bytes, cost: object) -> Told:
         raw, costs = key_bytes(key), self.costs(cost)
-        agent.ensure(self.link)
+        background.ensure(self.link)
         try:
             if op == lib.FSHM_ACQUIRE:
                 return self._acquire(raw, costs)
@@ -116,7 +107,7 @@ class Wallet:
                 return self._book("charge", raw, costs)
             if op == lib.FSHM_REFUND:
                 return self._book("refund", raw, costs)
-        except link.AwayError:
+        except connection.UnreachableError:
             return self._outage.decide(op, raw, costs)
         raise exceptions.ClusterError(f"limiter {self._shared.name!r}: no operation {op}")
 
@@ -171,15 +162,15 @@ class Wallet:
         index, left = self._left(found, self.look(raw)[0])
         return (int(left > 0), index, left, told.retry_after_ns, self._reset_ns(found))
 
-    def book(self, booked: booking.Booked, later: bool) -> None:
+    def book(self, booked: settlement.Settlement, later: bool) -> None:
         """What a call has used beside what it was charged. later: told by a thread, for callers
         that may not wait."""
         if later:
             self.link.booked.append(booked)
-            agent.ensure(self.link).wake()
+            background.ensure(self.link).wake()
             return
-        with contextlib.suppress(link.AwayError):  # it is owed
-            booking.tell(self.link, [booked])
+        with contextlib.suppress(connection.UnreachableError):  # it is owed
+            settlement.tell(self.link, [booked])
 
     def owe(self, raw: bytes, costs: Sequence[int]) -> None:
         """To be charged when the server is back."""
@@ -222,8 +213,8 @@ class Wallet:
         try:
             self.link.check()  # before anything is done here
             yield
-        except link.AwayError as error:
-            agent.ensure(self.link)  # who tries it again
+        except connection.UnreachableError as error:
+            background.ensure(self.link)  # who tries it again
             raise exceptions.ClusterError(
                 f"limiter {self._shared.name!r}: nothing was {what}, since {self.cluster.shown} "
                 f"does not answer ({error}): try again when it does"
@@ -242,7 +233,7 @@ class Wallet:
         costs: Sequence[int],
         given: Sequence[int] = _NONE,
         ends: Sequence[int] | None = None,
-    ) -> tuple[script.Request, int]:
+    ) -> tuple[algorithms.Request, int]:
         """And the segment's time before it is sent: whatever the server says was so after it.
         ends: of the windows that it is about (ns), where they may not be those that are known."""
         used, left = ffi.new("uint64_t[4]"), ffi.new("uint64_t[4]")
@@ -262,12 +253,12 @@ class Wallet:
         before: tuple[int, ...] = _NONE
         if self._told is not None:
             used, before, known = self._told.recall(raw, rules, used, known)
-        request = script.Request(
+        request = algorithms.Request(
             operation, self.limiter, raw, rules, costs, kept, given, tuple(used), before, known
         )
         return request, sent
 
-    def learn(self, request: script.Request, found: script.Answer, sent: int) -> None:
+    def learn(self, request: algorithms.Request, found: algorithms.Answer, sent: int) -> None:
         """Put what was granted into the wallet, and what was told into the limits' own cells."""
         raw, handle = request.key, self._shared._handle
         used = ffi.new("uint64_t[4]", [each.used for each in found.limits])
@@ -315,7 +306,7 @@ class Wallet:
         if status < 0:
             self._shared._failed(status)
         if low[0]:
-            agent.refill(self, raw, costs)
+            background.refill(self, raw, costs)
         return (status, out.limit_index, out.remaining, out.retry_after_ns, out.reset_after_ns)
 
     def _apply(self, handle: Any, op: int, raw: bytes, costs: Sequence[int]) -> Any:
@@ -323,7 +314,7 @@ class Wallet:
         lib.fshm_apply(handle, op, raw, len(raw), ffi.new("uint64_t[4]", costs), 0, 0, out)
         return out
 
-    def _left(self, found: script.Answer, have: Sequence[int]) -> tuple[int, int]:
+    def _left(self, found: algorithms.Answer, have: Sequence[int]) -> tuple[int, int]:
         """The limit with least left, and how much that is: at the server, and in the wallet."""
         most = [each.burst if isinstance(each, TokenBucket) else each.n for each in self._limits]
         left = [
@@ -334,7 +325,7 @@ class Wallet:
         return left.index(least), least
 
     @staticmethod
-    def _reset_ns(found: script.Answer) -> int:
+    def _reset_ns(found: algorithms.Answer) -> int:
         return max(each.left_ns for each in found.limits)
 
 

@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, NamedTuple
 from fast_litellm_shm._shared.native import lib
 
 if TYPE_CHECKING:
-    from fast_litellm_shm.cluster.link import Link
-    from fast_litellm_shm.cluster.script import Request
-    from fast_litellm_shm.cluster.wallet import Wallet
+    from fast_litellm_shm.cluster.connection import Connection
+    from fast_litellm_shm.cluster.algorithms import Request
+    from fast_litellm_shm.cluster.token_lease import TokenLeases
 
 _MOST = 200  # in one pipeline
 _NOTHING = (0, 0, 0, 0)
 
 
-class Booked(NamedTuple):
+class Settlement(NamedTuple):
     """Of one call, by limit; all are windows. ``ends``: of the windows that ``less`` was charged
     in, segment time, ns."""
 
-    wallet: Wallet
+    wallet: TokenLeases
     raw: bytes
     more: tuple[int, ...]
     less: tuple[int, ...]
@@ -37,11 +37,11 @@ def _sum(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...]:
     return tuple(a + b for a, b in zip(one, other, strict=False))
 
 
-def tell(link: Link, booked: Sequence[Booked]) -> None:
-    """One call of the server for each key and kind, many in a round trip. Raises AwayError; what
+def tell(link: Connection, booked: Sequence[Settlement]) -> None:
+    """One call of the server for each key and kind, many in a round trip. Raises UnreachableError; what
     could not be charged then is owed, and what could not be given back stays used."""
-    charges: dict[tuple[Wallet, bytes], tuple[int, ...]] = {}
-    refunds: dict[tuple[Wallet, bytes, tuple[int, ...]], tuple[int, ...]] = {}
+    charges: dict[tuple[TokenLeases, bytes], tuple[int, ...]] = {}
+    refunds: dict[tuple[TokenLeases, bytes, tuple[int, ...]], tuple[int, ...]] = {}
     for each in booked:
         if any(each.more):
             place = each.wallet, each.raw
@@ -70,7 +70,7 @@ def tell(link: Link, booked: Sequence[Booked]) -> None:
         _call(link, back[start : start + _MOST])
 
 
-def _call(link: Link, asked: Sequence[tuple[Wallet, Request, int]]) -> None:
+def _call(link: Connection, asked: Sequence[tuple[TokenLeases, Request, int]]) -> None:
     answers = link.call([request for _, request, _ in asked])
     for (wallet, request, sent), answer in zip(asked, answers, strict=True):
         wallet.learn(request, answer, sent)
@@ -78,15 +78,15 @@ def _call(link: Link, asked: Sequence[tuple[Wallet, Request, int]]) -> None:
             wallet.unrefuse(request.key)
 
 
-def taken(link: Link) -> list[Booked]:
+def taken(link: Connection) -> list[Settlement]:
     """What was left to a thread since this was last asked."""
-    found: list[Booked] = []
+    found: list[Settlement] = []
     while link.booked and len(found) < _MOST:
         found.append(link.booked.popleft())
     return found
 
 
-def owe(link: Link) -> None:
+def owe(link: Connection) -> None:
     """While the server is away: what is to be charged is owed."""
     while booked := taken(link):
         for each in booked:

@@ -1,4 +1,4 @@
-"""What is said to the server and what it answers: the arguments of meter.lua."""
+"""What is said to the server and what it answers: the arguments of algorithms.lua."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 from fast_litellm_shm.cluster import names
 from fast_litellm_shm.limits import LimitSpec, SlidingWindow, TokenBucket
 
-SOURCE = names.source("meter.lua")
+SOURCE = names.source("algorithms.lua")
 _KIND = {True: 2, False: 1}
 _MOST_LEASE_US = 1_000_000
 _LARGEST = 2**53 - 1
@@ -17,7 +17,7 @@ COARSE = 2**20  # ns: as in csrc/limits/meter.h
 
 
 class Rule(NamedTuple):
-    """A limit, as meter.lua takes it: numbers below 2**53."""
+    """A limit, as algorithms.lua takes it: numbers below 2**53."""
 
     kind: int
     n: int

@@ -36,7 +36,7 @@ def open_limiter(shared: SharedLimits, suffix: str, limits: Sequence[Any]) -> An
     return owned(out[0], lib.fshm_limiter_close, handle)
 
 
-class Asking:
+class SingleFlight:
     """A permit for each key, that the one holds who asks. Of a dead process it is nobody's."""
 
     def __init__(self, shared: SharedLimits, timeout: float) -> None:

@@ -11,8 +11,8 @@ from fast_litellm_shm._shared.inspection import LEASED, REFUSED
 from fast_litellm_shm._shared.named_limiter import SharedLimits, key_bytes
 from fast_litellm_shm._shared.native import address, ffi, lib
 from fast_litellm_shm._shared.settings import warn_once
-from fast_litellm_shm.cluster import agent, beat, link, loops, permits
-from fast_litellm_shm.cluster.asking import Asking, open_limiter
+from fast_litellm_shm.cluster import background, heartbeat, connection, loops, permits
+from fast_litellm_shm.cluster.single_flight import SingleFlight, open_limiter
 from fast_litellm_shm.cluster.settings import Cluster
 
 _LOOK_AGAIN = 0
@@ -41,10 +41,10 @@ class Lease(NamedTuple):
 class LeasedLimits(SharedLimits):
     """The permits of a name, of which the host has what the server grants."""
 
-    _leases: Leases
+    _leases: PermitLeases
 
-    def join(self, cluster: Cluster) -> Leases:
-        self._leases = Leases(self, cluster)
+    def join(self, cluster: Cluster) -> PermitLeases:
+        self._leases = PermitLeases(self, cluster)
         return self._leases
 
     def _note(self, key: str | bytes) -> None:
@@ -61,13 +61,13 @@ class LeasedLimits(SharedLimits):
         return found
 
 
-class Leases:
+class PermitLeases:
     """Of one limiter, in one process."""
 
     def __init__(self, shared: LeasedLimits, cluster: Cluster) -> None:
         cluster.check()
         self.cluster, self.limiter = cluster, shared.name.encode("utf-8", "surrogatepass")
-        self.link = link.of(cluster, shared.segment)
+        self.link = connection.of(cluster, shared.segment)
         self._permits, self._segment, self._shared_name = (
             shared._handle,
             shared.segment,
@@ -76,7 +76,7 @@ class Leases:
         self._most: Any = lambda: int(shared.limits[0].n)
         self._allowances = open_limiter(shared, LEASED, [limits.Granted()])
         self._refused = open_limiter(shared, REFUSED, [limits.Granted()])
-        self._asking = Asking(shared, cluster.timeout)
+        self._asking = SingleFlight(shared, cluster.timeout)
         # Keys whose permits this process may hold: how often in a row nothing was held of them.
         self.keys: dict[str | bytes, int] = {}
         # What all hosts have too much of, since the limit was lowered: a fair share, and how much.
@@ -94,8 +94,8 @@ class Leases:
 
     def note(self, key: str | bytes) -> None:
         self.keys.setdefault(key, 0)
-        agent.ensure(self.link)
-        beat.ensure(self.link).add(self)
+        background.ensure(self.link)
+        heartbeat.ensure(self.link).add(self)
 
     def grant(self, key: str | bytes, tries: int) -> int:
         raw = key_bytes(key)
@@ -111,7 +111,7 @@ class Leases:
                     return _LOOK_AGAIN
                 if not self._ask(raw, 1):
                     return _NO_ROOM
-        except link.AwayError:
+        except connection.UnreachableError:
             return self._alone()
         return _LOOK_AGAIN
 
@@ -124,7 +124,7 @@ class Leases:
     def _alone(self) -> int:
         policy, denied = self.cluster.on_outage, -self.link.retry_after_ns
         if policy == "local":
-            hosts = agent.hosts(self._segment)
+            hosts = host_count(self._segment)
             if not hosts:
                 warn_once(
                     f"{self.cluster.shown} has never answered here, so it is not known how many "

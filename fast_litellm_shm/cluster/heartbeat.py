@@ -15,24 +15,24 @@ from fast_litellm_shm._shared import greenlets
 from fast_litellm_shm._shared.inspection import LEASED, held_permits, is_cut, stored_name
 from fast_litellm_shm._shared.native import ffi, lib
 from fast_litellm_shm._shared.segment import Segment
-from fast_litellm_shm.cluster import link as links
+from fast_litellm_shm.cluster import connection as links
 
 if TYPE_CHECKING:
-    from fast_litellm_shm.cluster.lease import Leases
+    from fast_litellm_shm.cluster.permit_lease import PermitLeases
 
 _BEAT = 1.0  # seconds
 _MOST = 200  # keys in one pipeline
 
 
-class Beat:
+class Heartbeat:
     """Of one link, in one process."""
 
-    def __init__(self, link: links.Link) -> None:
+    def __init__(self, link: links.Connection) -> None:
         self._link = link
-        self._leases: weakref.WeakSet[Leases] = weakref.WeakSet()
+        self._leases: weakref.WeakSet[PermitLeases] = weakref.WeakSet()
         threading.Thread(target=self._run, name="fast-shm-cluster-beat", daemon=True).start()
 
-    def add(self, leases: Leases) -> None:
+    def add(self, leases: PermitLeases) -> None:
         self._leases.add(leases)
 
     def _run(self) -> None:
@@ -41,7 +41,7 @@ class Beat:
             try:
                 if self._link.away is None:
                     self._say()
-            except links.AwayError:
+            except links.UnreachableError:
                 pass  # what is held is told before anything is asked again
             except Exception:
                 links._log.exception("telling the server what is held failed")
@@ -58,7 +58,7 @@ class Beat:
                         leases.put(request, lease, answer)
 
 
-def renew(link: links.Link, leases_of: Callable[[bytes], Leases | None]) -> None:
+def renew(link: links.Connection, leases_of: Callable[[bytes], PermitLeases | None]) -> None:
     """By the leader of a host: tell of what is held here and was not told for long. What the host
     may hold is looked at as always; where a name is not kept, or is wrong, nothing is found."""
     late = []
@@ -96,18 +96,18 @@ def _in_flight(segment: Segment) -> Iterator[tuple[bytes, bytes]]:
             yield leased[permit.limiter], name[1]
 
 
-_beats: dict[int, Beat] = {}
+_beats: dict[int, Heartbeat] = {}
 _lock = greenlets.Lock()  # to start a thread lets other greenlets run
 
 
-def ensure(link: links.Link) -> Beat:
+def ensure(link: links.Connection) -> Heartbeat:
     """The heartbeat of a link in this process."""
     known = _beats.get(id(link))
     if known is None:
         with _lock:
             known = _beats.get(id(link))
             if known is None:
-                known = _beats[id(link)] = Beat(link)
+                known = _beats[id(link)] = Heartbeat(link)
     return known
 
 

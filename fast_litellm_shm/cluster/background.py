@@ -14,18 +14,17 @@ from multiprocessing import util
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fast_litellm_shm._shared import greenlets
-from fast_litellm_shm._shared.inspection import HELD, LEASED, NOTE
+from fast_litellm_shm._shared.inspection import HELD, LEASED
 from fast_litellm_shm._shared.named_limiter import SharedLimits
-from fast_litellm_shm._shared.native import ffi, lib, owned
-from fast_litellm_shm._shared.segment import Segment
-from fast_litellm_shm.cluster import booking
-from fast_litellm_shm.cluster import link as links
-from fast_litellm_shm.cluster.beat import renew
-from fast_litellm_shm.limits import Granted
+from fast_litellm_shm._shared.native import ffi, lib
+from fast_litellm_shm.cluster import settlement
+from fast_litellm_shm.cluster import connection as links
+from fast_litellm_shm.cluster.heartbeat import renew
+from fast_litellm_shm.cluster.hosts import host_count, keep_host_count
 
 if TYPE_CHECKING:
-    from fast_litellm_shm.cluster.lease import Leases
-    from fast_litellm_shm.cluster.wallet import Wallet
+    from fast_litellm_shm.cluster.permit_lease import PermitLeases
+    from fast_litellm_shm.cluster.token_lease import TokenLeases
 
 AnyShared = TypeVar("AnyShared", bound=SharedLimits)
 
@@ -51,42 +50,14 @@ redis.call('PEXPIRE', KEYS[1], {_HOST_FORGOTTEN_US // 1000})
 return redis.call('ZCARD', KEYS[1])
 """
 
-_NAME, _KEY = NOTE.encode(), b"hosts"
-
-
-def _note(segment: Segment) -> Any:
-    """A limiter as a place for one number: how many hosts there are."""
-    out, limit = ffi.new("fshm_limiter **"), ffi.new("fshm_limit[]", [Granted()._raw()])
-    status = lib.fshm_limiter_open_beside(segment._handle, _NAME, len(_NAME), limit, 1, out)
-    if status != lib.FSHM_OK:
-        return None
-    return owned(out[0], lib.fshm_limiter_close, segment._handle)
-
-
-def hosts(segment: Segment) -> int:
-    """How many hosts share the limits, as the leader of this one last heard; 0: never."""
-    note = _note(segment)
-    left, ns = ffi.new("uint64_t[4]"), ffi.new("uint64_t[4]")
-    if note is not None:
-        lib.fshm_wallet_look(note, _KEY, len(_KEY), 0, 0, left, ns)
-    return int(left[0])
-
-
-def _keep_hosts(segment: Segment, count: int) -> None:
-    note = _note(segment)
-    if note is not None:
-        number = ffi.new("uint64_t[4]", [count])
-        lib.fshm_wallet_refuse(note, _KEY, len(_KEY), number, 30 * 86_400 * 10**9, 0)
-
-
 class Agent:
     """Of one link."""
 
-    def __init__(self, link: links.Link) -> None:
+    def __init__(self, link: links.Connection) -> None:
         self.link = link
-        self._wallets: dict[bytes, Wallet] = {}  # of whatever limiter of the host
-        self._leases: dict[bytes, Leases] = {}
-        self._due: queue.SimpleQueue[tuple[Wallet, bytes, tuple[int, ...]] | None]
+        self._wallets: dict[bytes, TokenLeases] = {}  # of whatever limiter of the host
+        self._leases: dict[bytes, PermitLeases] = {}
+        self._due: queue.SimpleQueue[tuple[TokenLeases, bytes, tuple[int, ...]] | None]
         self._due = queue.SimpleQueue()
         link.on_lost = self.wake  # to be tried, until it is back
         self._busy = threading.Lock()
@@ -102,7 +73,7 @@ class Agent:
     def wake(self) -> None:
         self._due.put(None)
 
-    def refill(self, wallet: Wallet, raw: bytes, costs: tuple[int, ...]) -> None:
+    def refill(self, wallet: TokenLeases, raw: bytes, costs: tuple[int, ...]) -> None:
         self._due.put((wallet, raw, costs))
 
     def _refill(self) -> None:
@@ -118,7 +89,7 @@ class Agent:
                 with self._busy:
                     self._tell()
                     self._ask_ahead({(id(each[0]), each[1]): each for each in due}.values())
-            except links.AwayError:
+            except links.UnreachableError:
                 pass  # who finds the wallet empty goes by the policy
             except Exception:
                 links._log.exception("booking, or refilling in advance, failed")
@@ -126,18 +97,18 @@ class Agent:
     def _try_again(self) -> None:
         while not self._due.empty():
             self._due.get()  # nothing is asked for in advance
-        booking.owe(self.link)
+        settlement.owe(self.link)
         self.link.probe()
 
     def finish(self) -> None:
         """Let nothing be lost that is on its way: a process that ends takes its threads along."""
         if self._busy.acquire(timeout=2 * self.link.cluster.timeout):
-            with contextlib.suppress(links.AwayError):
+            with contextlib.suppress(links.UnreachableError):
                 self._tell()
 
     def _tell(self) -> None:
-        while booked := booking.taken(self.link):
-            booking.tell(self.link, booked)
+        while booked := settlement.taken(self.link):
+            settlement.tell(self.link, booked)
 
     def _ask_ahead(self, due: Any) -> None:
         asked = []
@@ -167,7 +138,7 @@ class Agent:
                 self._serve()
             except Exception as error:
                 said = f"{type(error).__name__}: {error}"
-                outage = isinstance(error, links.AwayError) or links._is_outage(error)
+                outage = isinstance(error, links.UnreachableError) or links._is_outage(error)
                 if said != told and not outage:  # it tries again and again
                     links._log.exception("leading this host failed")
                 elif said != told and links.is_refusal(error) and self.link.away is None:
@@ -183,7 +154,7 @@ class Agent:
         inbox = client.pubsub(ignore_subscribe_messages=True)
         # A host that has gone is counted for a time anyway; those that have not been heard since
         # the server was emptied must not be forgotten: each host would take their share too.
-        seen = {time.monotonic(): hosts(self.link.segment)}
+        seen = {time.monotonic(): host_count(self.link.segment)}
         try:
             inbox.subscribe(self.link.channel)
             due = 0.0
@@ -192,7 +163,7 @@ class Agent:
                 if now >= due:
                     seen[now] = int(beat([hosts_key], [self.link.host]))
                     seen = {at: count for at, count in seen.items() if now - at < 3 * _BEAT}
-                    _keep_hosts(self.link.segment, max(seen.values()))
+                    keep_host_count(self.link.segment, max(seen.values()))
                     due = now + _BEAT * random.uniform(0.9, 1.1)
                     if self.link.away is None:
                         renew(self.link, self._leases_of)
@@ -238,19 +209,19 @@ class Agent:
     # Wallets and leases have an agent, and the agent of a leader has those that others use: so it
     # imports them when it needs them.
 
-    def _wallet_of(self, limiter: bytes) -> Wallet | None:
-        from fast_litellm_shm.cluster.wallet import Wallet
+    def _wallet_of(self, limiter: bytes) -> TokenLeases | None:
+        from fast_litellm_shm.cluster.token_lease import TokenLeases
 
         if limiter not in self._wallets:
             # A name of a limiter that counts here alone makes no wallet: any host can tell it.
             if not self._has(limiter + HELD.encode()):
                 return None
             shared = self._shared(SharedLimits, limiter)
-            self._wallets[limiter] = Wallet(shared, self.link.cluster)
+            self._wallets[limiter] = TokenLeases(shared, self.link.cluster)
         return self._wallets[limiter]
 
-    def _leases_of(self, limiter: bytes) -> Leases | None:
-        from fast_litellm_shm.cluster.lease import LeasedLimits
+    def _leases_of(self, limiter: bytes) -> PermitLeases | None:
+        from fast_litellm_shm.cluster.permit_lease import LeasedLimits
 
         if limiter not in self._leases:
             if not self._has(limiter + LEASED.encode()):
@@ -306,7 +277,7 @@ _agents: dict[int, Agent] = {}
 _lock = threading.RLock()  # the collector may come upon a call in here that has to be booked
 
 
-def ensure(link: links.Link) -> Agent:
+def ensure(link: links.Connection) -> Agent:
     """The agent of a link in this process: threads do not survive a fork, and are started anew."""
     known = _agents.get(id(link))
     if known is None:
@@ -326,18 +297,18 @@ def ensure(link: links.Link) -> Agent:
     return known
 
 
-def refill(wallet: Wallet, raw: bytes, costs: tuple[int, ...]) -> None:
+def refill(wallet: TokenLeases, raw: bytes, costs: tuple[int, ...]) -> None:
     found = ensure(wallet.link)
     found.refill(wallet, raw, costs)
 
 
-def fetch(wallet: Wallet, due: Mapping[bytes, tuple[int, ...]]) -> None:
+def fetch(wallet: TokenLeases, due: Mapping[bytes, tuple[int, ...]]) -> None:
     """As refill(), in this thread, and done when it returns; nothing while the server is away."""
     found, asked = ensure(wallet.link), list(due.items())
     try:
         for at in range(0, len(asked), _MOST):
             found._ask_ahead([(wallet, raw, costs) for raw, costs in asked[at : at + _MOST]])
-    except links.AwayError:
+    except links.UnreachableError:
         pass  # each key goes by the policy
 
 
