@@ -26,14 +26,14 @@ def reset_all(segment: Segment, limiter: str) -> int:
 
 def _wallet(segment: Segment, limiter: str) -> TokenLeases:
     from fast_litellm_shm.cluster import settings
-    from fast_litellm_shm.cluster.token_lease import TokenLeases
+    from fast_litellm_shm.cluster.grantor import token_leases
 
     where = f"limiter {limiter!r} in segment {segment.name!r}"
     try:
         server = settings.found(None)
         if server is not None:
             shared = SharedLimits((), name=limiter, segment=segment, on_full="deny", keep=True)
-            return TokenLeases(shared, server)
+            return token_leases(shared, server)
     except (ImportError, ValueError) as error:
         raise exceptions.ClusterError(f"{where} was not reset: {error}") from error
     raise exceptions.ClusterError(

@@ -125,18 +125,18 @@ class Answer(NamedTuple):
     admitted: bool
     batch: int
     retry_after_ns: int  # -1: never
-    calm_ns: int
+    back_off_ns: int
     refused: int
     limits: tuple[Known, ...]
     junk: bool = False
 
 
 def answer(raw: Sequence[int], rules: Sequence[Rule]) -> Answer:
-    admitted, batch, wait, calm, refused, junk, *rest = (int(each) for each in raw)
+    admitted, batch, wait, back_off, refused, junk, *rest = (int(each) for each in raw)
     known = []
     for i, each in enumerate(rules):
         used, left, lease, redated, current, previous = rest[6 * i : 6 * i + 6]
         left_ns = left if each.kind == 0 else left * 1000
         known.append(Known(used, left_ns, lease * 1000, bool(redated), current, previous))
     retry = -1 if wait < 0 else wait * 1000
-    return Answer(bool(admitted), batch, retry, calm * 1000, refused, tuple(known), bool(junk))
+    return Answer(bool(admitted), batch, retry, back_off * 1000, refused, tuple(known), bool(junk))

@@ -1,41 +1,36 @@
-"""How many hosts share the limits: the leader of a host hears it from the server every 2 s, and keeps
-it in the segment, where all processes of the host read it.
+"""How many hosts share the limits. The server tells the leader of a host every 2 s, which keeps the
+number in the segment, for all processes of the host.
 
-The segment has no word for it, so it is the state of one key of a limiter of its own, "(cluster)".
+The segment has no word for it: it is the state of one key of a limiter of its own, "(cluster)".
 """
 
 from __future__ import annotations
 
-from typing import Any
-
+from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared.inspection import NOTE
-from fast_litellm_shm._shared.native import ffi, lib, owned
 from fast_litellm_shm._shared.segment import Segment
+from fast_litellm_shm._shared.states import States, open_beside
 from fast_litellm_shm.limits import Granted
 
-_NAME, _KEY = NOTE.encode(), b"hosts"
-
-
-def _note(segment: Segment) -> Any:
-    """A limiter as a place for one number: how many hosts there are."""
-    out, limit = ffi.new("fshm_limiter **"), ffi.new("fshm_limit[]", [Granted()._raw()])
-    status = lib.fshm_limiter_open_beside(segment._handle, _NAME, len(_NAME), limit, 1, out)
-    if status != lib.FSHM_OK:
-        return None
-    return owned(out[0], lib.fshm_limiter_close, segment._handle)
+_KEY = b"hosts"
+_KEPT_NS = 30 * 86_400 * 10**9
 
 
 def host_count(segment: Segment) -> int:
-    """How many hosts share the limits, as the leader of this one last heard; 0: never."""
-    note = _note(segment)
-    left, ns = ffi.new("uint64_t[4]"), ffi.new("uint64_t[4]")
-    if note is not None:
-        lib.fshm_wallet_look(note, _KEY, len(_KEY), 0, 0, left, ns)
-    return int(left[0])
+    """As the leader of this host last heard; 0: never."""
+    states = _states(segment)
+    return 0 if states is None else states.leased(_KEY)[0][0]
 
 
 def keep_host_count(segment: Segment, count: int) -> None:
-    note = _note(segment)
-    if note is not None:
-        number = ffi.new("uint64_t[4]", [count])
-        lib.fshm_wallet_refuse(note, _KEY, len(_KEY), number, 30 * 86_400 * 10**9, 0)
+    states = _states(segment)
+    if states is not None:
+        states.refuse(_KEY, (count,), _KEPT_NS)
+
+
+def _states(segment: Segment) -> States | None:
+    """None: there is no room for it."""
+    try:
+        return open_beside(segment, NOTE, [Granted()])
+    except exceptions.FastShmError:
+        return None

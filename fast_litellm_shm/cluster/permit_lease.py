@@ -1,5 +1,5 @@
-"""A limiter of permits that a server grants to each host. Nearly all its calls are answered by
-csrc/leasing/allowance.c within what this host was granted; here is the rest."""
+"""Permit leases: how many permits of a key this host may hold, as a server grants them. Nearly all
+calls are answered within them by csrc/leasing/allowance.c. This module does the rest."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ from typing import Any, NamedTuple
 
 from fast_litellm_shm import limits
 from fast_litellm_shm._shared.inspection import LEASED, REFUSED
-from fast_litellm_shm._shared.named_limiter import SharedLimits, key_bytes
-from fast_litellm_shm._shared.native import address, ffi, lib
-from fast_litellm_shm._shared.settings import warn_once
-from fast_litellm_shm.cluster import background, heartbeat, connection, loops, permits
-from fast_litellm_shm.cluster.single_flight import SingleFlight, open_limiter
-from fast_litellm_shm.cluster.settings import Cluster
+from fast_litellm_shm._shared.named_limiter import InnerLimits, key_bytes, lease_from, states_of
+from fast_litellm_shm._shared.native import ffi, lib
+from fast_litellm_shm.cluster import background, heartbeat, permits
+from fast_litellm_shm.cluster.connection import Connection, UnreachableError
+from fast_litellm_shm.cluster.outage import known_hosts
+from fast_litellm_shm.cluster.single_flight import SingleFlight, beside
+from fast_litellm_shm.limiters.waiting import may_wait
 
 _LOOK_AGAIN = 0
-_NO_ROOM = -1_000_000_000  # denied, and worth another call in a second: as one host alone has it
-_TRIES = 4  # of a question that was overtaken by another one's answer
+_NO_ROOM = -1_000_000_000  # denied; try again in a second: as one host alone has it
+_TRIES = 4  # of a request whose answer came after another one's
 _RENEW_NS = 5_000_000_000  # with less than that left
-_OVERDUE_NS = 3_500_000_000  # those who should have told had more than a second for it
-_RESTS_NS = 700_000_000  # since the last question, before what is unused goes back
+_OVERDUE_NS = 3_500_000_000  # the processes that hold them had more than a second to report them
+_RESTS_NS = 700_000_000  # since the last request, before unused permits go back
 
 
-class Lease(NamedTuple):
-    """``fshm_allowance``."""
+class PermitLease(NamedTuple):
+    """``fshm_allowance``, of a key. version: of the lease; the server compares it."""
 
-    word: int
+    version: int
     allowance: int
     held: int
-    told: int
+    reported: int
     left_ns: int
     now_ns: int
 
@@ -38,107 +39,78 @@ class Lease(NamedTuple):
         return max(self.allowance - self.held, 0)
 
 
-class LeasedLimits(SharedLimits):
-    """The permits of a name, of which the host has what the server grants."""
-
-    _leases: PermitLeases
-
-    def join(self, cluster: Cluster) -> PermitLeases:
-        self._leases = PermitLeases(self, cluster)
-        return self._leases
-
-    def _note(self, key: str | bytes) -> None:
-        """Called by the native part for a key that this process has not used of late."""
-        self._leases.note(key)
-
-    def _grant(self, key: str | bytes, tries: int) -> int:
-        """Called by the native part where the host's allowance is used up: 0: look again; less: it
-        is denied, for so many ns (-1: until a holder lets go); else how many may be held without
-        the server."""
-        found = self._leases.grant(key, tries)
-        if found == _NO_ROOM and self._on_full == "raise":
-            self._failed(lib.FSHM_FULL)
-        return found
-
-
 class PermitLeases:
     """Of one limiter, in one process."""
 
-    def __init__(self, shared: LeasedLimits, cluster: Cluster) -> None:
-        cluster.check()
-        self.cluster, self.limiter = cluster, shared.name.encode("utf-8", "surrogatepass")
-        self.link = connection.of(cluster, shared.segment)
-        self._permits, self._segment, self._shared_name = (
-            shared._handle,
-            shared.segment,
-            shared.name,
-        )
-        self._most: Any = lambda: int(shared.limits[0].n)
-        self._allowances = open_limiter(shared, LEASED, [limits.Granted()])
-        self._refused = open_limiter(shared, REFUSED, [limits.Granted()])
-        self._asking = SingleFlight(shared, cluster.timeout)
-        # Keys whose permits this process may hold: how often in a row nothing was held of them.
+    def __init__(self, limiter: InnerLimits, connection: Connection) -> None:
+        self.connection, self.cluster = connection, connection.cluster
+        self.name = limiter.name.encode("utf-8", "surrogatepass")
+        self.limiter, self.states = limiter, states_of(limiter)
+        self._leased = beside(limiter, LEASED, [limits.Granted()])
+        self._refused = beside(limiter, REFUSED, [limits.Granted()])
+        self._single_flight = SingleFlight(limiter, self.cluster.timeout)
+        # Keys whose permits this process may hold: how many looks in a row found none held.
         self.keys: dict[str | bytes, int] = {}
-        # What all hosts have too much of, since the limit was lowered: a fair share, and how much.
+        # What all hosts hold too much, since the limit was lowered: a fair share, and how much.
         self._crowded: dict[bytes, tuple[int, int]] = {}
-        shared._bind_cluster(
-            self._allowances,
-            address(self._allowances),
-            self._refused,
-            address(self._refused),
-            self.keys,
+        lease_from(
+            limiter, self._leased, self._refused, self.keys, _note=self.note, _grant=self.grant
         )
-        self.link.owing.add(self)
+        connection.unreported.add(self)
 
     # for the native part
 
     def note(self, key: str | bytes) -> None:
+        """For a key that this process has not used of late."""
         self.keys.setdefault(key, 0)
-        background.ensure(self.link)
-        heartbeat.ensure(self.link).add(self)
+        background.ensure(self.connection)
+        heartbeat.ensure(self.connection).leases.add(self)
 
     def grant(self, key: str | bytes, tries: int) -> int:
+        """Where this host holds all that it may. 0: retry. -1: denied until a release. Below -1:
+        denied for that many ns. Above 0: how many may be held without the server."""
         raw = key_bytes(key)
         self.note(key)
-        if not self.look(raw, begin=True).word:
-            return _NO_ROOM  # in the segment: what the server granted could not be put in
+        if not self.look(raw, begin=True).version:  # no place for what the server would grant
+            return self._no_room()
         try:
-            self.link.check()
-            loops.may_wait()
-            with self._asking.turn(raw) as (_, waited):
-                # Somebody else has asked meanwhile. (After some tries: others take what it got.)
+            self.connection.check()
+            may_wait()
+            with self._single_flight.turn(raw) as (_, waited):
+                # Another process has asked meanwhile. (After some tries: others take what it got.)
                 if waited and tries < _TRIES and self.answers(raw):
                     return _LOOK_AGAIN
                 if not self._ask(raw, 1):
-                    return _NO_ROOM
-        except connection.UnreachableError:
+                    return self._no_room()
+        except UnreachableError:
             return self._alone()
         return _LOOK_AGAIN
 
+    def _no_room(self) -> int:
+        if self.limiter.on_full == "raise":
+            self.states.fail(lib.FSHM_FULL)
+        return _NO_ROOM
+
     def answers(self, raw: bytes) -> bool:
-        """Can acquire() be answered without the server, as things are now?"""
-        left, ns = ffi.new("uint64_t[4]"), ffi.new("uint64_t[4]")
-        lib.fshm_wallet_look(self._refused, raw, len(raw), 0, 0, left, ns)
-        return bool(ns[0]) or self.look(raw).unused > 0
+        """Can acquire() be answered without the server now?"""
+        return self._refused.leased(raw)[1][0] > 0 or self.look(raw).unused > 0
 
     def _alone(self) -> int:
-        policy, denied = self.cluster.on_outage, -self.link.retry_after_ns
+        policy, denied = self.cluster.on_outage, -self.connection.retry_after_ns
         if policy == "local":
-            hosts = host_count(self._segment)
-            if not hosts:
-                warn_once(
-                    f"{self.cluster.shown} has never answered here, so it is not known how many "
-                    "hosts share the limits: requests are denied until it does"
-                )
-                return denied
-            return self._most() // hosts or denied
-        return self._most() if policy == "allow" else denied
+            hosts = known_hosts(self.connection)
+            return (self._most // hosts if hosts else 0) or denied
+        return self._most if policy == "allow" else denied
+
+    @property
+    def _most(self) -> int:
+        return int(self.limiter.limits[0].n)
 
     # for the heartbeat and the leader
 
-    def due(self, key: str | bytes) -> tuple[permits.Request, Lease] | None:
-        """What is to be said of a key, once a second. Forgets it where that is nothing."""
-        # Out of the keys first: whoever takes a permit after the look finds it missing, notes it.
+    def due(self, key: str | bytes) -> tuple[permits.Request, PermitLease] | None:
+        """What to report of a key, once a second. Forgets the key where that is nothing."""
+        # Out of the keys first: a taker that comes after the look finds it missing, and notes it.
         rests = self.keys.pop(key, None)
         if rests is None:
             return None
@@ -149,49 +121,49 @@ class PermitLeases:
             return None
         self.keys[key] = 0 if found.held else rests + 1
         if crowded is not None:
-            return self._told(raw, self.lower(raw, self._keep(found, *crowded)), 0)
+            return self._report(raw, self.lower(raw, self._keep(found, *crowded)), 0)
         if found.left_ns < _RENEW_NS:
             return self._question(raw, 0)
         if found.unused and found.left_ns < permits.USED_NS - _RESTS_NS:
             all_of_it = found.unused == 1 or (not found.held and rests > 0)
             keep = found.held if all_of_it else found.allowance - (found.unused + 1) // 2
-            return self._told(raw, self.lower(raw, keep), 0)
+            return self._report(raw, self.lower(raw, keep), 0)
         return None
 
-    def overdue(self, raw: bytes) -> tuple[permits.Request, Lease] | None:
-        """What is to be said of a key that some are held of, where nobody has said it in time."""
+    def overdue(self, raw: bytes) -> tuple[permits.Request, PermitLease] | None:
+        """What to report of a key with permits held that no process has reported in time."""
         found = self.look(raw)
         return self._question(raw, 0) if found.held and found.left_ns < _OVERDUE_NS else None
 
     def recalled(self, raw: bytes, share: int, need: int) -> None:
-        """Others want permits: give back what is unused; where that is too little, and more is held
-        than a fair share, let as many go as are wanted."""
+        """Others want permits: give back the unused ones. Where these are too few, and more are
+        held than a fair share, give up as many of the held ones as are wanted, when they end."""
         found = self.look(raw)
         if not found.left_ns and not found.held:
             return  # no key of this host
-        keep, unclean = self._keep(found, share, need), not found.word & 1
-        if found.allowance > keep or unclean:  # or fewer are held than was told
-            request, found = self._told(raw, self.lower(raw, keep), 0)
-            (answer,) = self.link.call([request])
+        keep, unclean = self._keep(found, share, need), not found.version & 1
+        if found.allowance > keep or unclean:  # or fewer are held than was reported
+            request, found = self._report(raw, self.lower(raw, keep), 0)
+            (answer,) = self.connection.call([request])
             self.put(request, found, answer)
-            self._crowded.pop(raw, None)  # those whose key it is see to that
+            self._crowded.pop(raw, None)  # the processes that hold them see to that
 
     @staticmethod
-    def _keep(found: Lease, share: int, need: int) -> int:
+    def _keep(found: PermitLease, share: int, need: int) -> int:
         if found.unused >= need or found.held <= share:
             return found.held
         return max(share, found.held - need)
 
-    def owed(self) -> list[permits.Request]:
-        """What is held, before anything is asked of a server that was away."""
+    def take_unreported(self) -> list[permits.Request]:
+        """What is held, before anything is asked after an outage."""
         asked = [self._question(key_bytes(key), 0) for key in list(self.keys)]
-        return [request for request, found in asked if found.told]
+        return [request for request, found in asked if found.reported]
 
     def put_back(self, requests: Sequence[Any]) -> None:
-        """It is looked at anew."""
+        """The next take_unreported() looks again."""
 
     def forked(self) -> None:
-        """What is held is told by who holds it."""
+        """The process that holds permits reports them."""
 
     # the server
 
@@ -199,31 +171,32 @@ class PermitLeases:
         """Whether another look is worth it: not where the segment has no room for the key."""
         for _ in range(_TRIES):
             request, found = self._question(raw, want)
-            if not found.word:
+            if not found.version:
                 return False
-            (answer,) = self.link.call([request])
+            (answer,) = self.connection.call([request])
             if self.put(request, found, answer):
                 break
         return True
 
-    def _question(self, raw: bytes, want: int) -> tuple[permits.Request, Lease]:
-        return self._told(raw, self.look(raw, begin=True), want)
+    def _question(self, raw: bytes, want: int) -> tuple[permits.Request, PermitLease]:
+        return self._report(raw, self.look(raw, begin=True), want)
 
-    def _told(self, raw: bytes, found: Lease, want: int) -> tuple[permits.Request, Lease]:
-        told = (found.word, found.told, want)
-        return permits.Request(self.limiter, raw, self._most(), *told), found
+    def _report(
+        self, raw: bytes, found: PermitLease, want: int
+    ) -> tuple[permits.Request, PermitLease]:
+        numbers = self._most, found.version, found.reported, want
+        return permits.Request(self.name, raw, *numbers), found
 
-    def put(self, request: permits.Request, found: Lease, answer: permits.Answer) -> bool:
-        """Use the answer; False: the word is another by now, ask again."""
+    def put(self, request: permits.Request, found: PermitLease, answer: permits.Answer) -> bool:
+        """Use the answer. False: the lease has another version by now, ask again."""
         raw = request.key
         allowance = answer.allowance if request.want else min(answer.allowance, found.allowance)
         done = answer.known and lib.fshm_allowance_put(
-            self._permits, self._allowances, raw, len(raw), request.word, allowance,
+            self.states.handle, self._leased.handle, raw, len(raw), request.version, allowance,
             found.now_ns + permits.USED_NS, 0,
         ) == lib.FSHM_OK  # fmt: skip
-        if done and answer.calm_ns:
-            one = ffi.new("uint64_t[4]", (1, 1, 1, 1))
-            lib.fshm_wallet_refuse(self._refused, raw, len(raw), one, answer.calm_ns, 0)
+        if done and answer.back_off_ns:
+            self._refused.refuse(raw, (1, 1, 1, 1), answer.back_off_ns)
         if done and answer.total > request.n:
             share = max(request.n // answer.hosts, 1)
             self._crowded[raw] = share, answer.total - request.n
@@ -231,12 +204,13 @@ class PermitLeases:
 
     # the segment
 
-    def look(self, raw: bytes, begin: bool = False) -> Lease:
-        out = ffi.new("fshm_allowance *")
-        lib.fshm_allowance_look(self._permits, self._allowances, raw, len(raw), begin, 0, out)
-        return Lease(out.word, out.allowance, out.held, out.told, out.left_ns, out.now_ns)
+    def look(self, raw: bytes, begin: bool = False) -> PermitLease:
+        return self._call(lib.fshm_allowance_look, raw, begin)
 
-    def lower(self, raw: bytes, to: int) -> Lease:
+    def lower(self, raw: bytes, to: int) -> PermitLease:
+        return self._call(lib.fshm_allowance_lower, raw, to)
+
+    def _call(self, call: Any, raw: bytes, argument: int) -> PermitLease:
         out = ffi.new("fshm_allowance *")
-        lib.fshm_allowance_lower(self._permits, self._allowances, raw, len(raw), to, 0, out)
-        return Lease(out.word, out.allowance, out.held, out.told, out.left_ns, out.now_ns)
+        call(self.states.handle, self._leased.handle, raw, len(raw), argument, 0, out)
+        return PermitLease(out.word, out.allowance, out.held, out.told, out.left_ns, out.now_ns)

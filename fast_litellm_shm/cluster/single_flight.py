@@ -1,5 +1,5 @@
-"""Limiters beside another one, for what is known of the same keys; and who of a host asks the
-server about a key just now."""
+"""Single flight: one process of a host asks the server about a key, and the others wait for its
+answer. And the names of the limiters that keep something beside another one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from fast_litellm_shm._shared import greenlets
 from fast_litellm_shm._shared.inspection import ASKING, HELD, LEASED, LOCAL, REFUSED, TOLD
 from fast_litellm_shm._shared.named_limiter import SharedLimits
 from fast_litellm_shm._shared.native import ffi, lib, owned
+from fast_litellm_shm._shared.states import Spec, States, open_beside
 from fast_litellm_shm.limits import InFlight
 
 MOST_NAME = lib.FSHM_MAX_LIMITER_NAME - max(
@@ -20,57 +21,55 @@ MOST_NAME = lib.FSHM_MAX_LIMITER_NAME - max(
 )  # bytes
 
 
-def open_limiter(shared: SharedLimits, suffix: str, limits: Sequence[Any]) -> Any:
-    """A limiter beside another one: what it does is no call of its own, and counted nowhere."""
-    name = (shared.name + suffix).encode("utf-8", "surrogatepass")
-    if len(name) > lib.FSHM_MAX_LIMITER_NAME:
+def beside(limiter: SharedLimits, suffix: str, specs: Sequence[Spec]) -> States:
+    """The states of a limiter of the name ``limiter.name + suffix``. Raises ValueError: that is too
+    long."""
+    name = limiter.name + suffix
+    if len(name.encode("utf-8", "surrogatepass")) > lib.FSHM_MAX_LIMITER_NAME:
         raise ValueError(
             f"name must be at most {MOST_NAME} bytes for limits over many hosts, not "
-            f"{shared.name!r}"
+            f"{limiter.name!r}"
         )
-    raw, out = ffi.new("fshm_limit[]", [each._raw() for each in limits]), ffi.new("fshm_limiter **")
-    handle = shared.segment._handle
-    status = lib.fshm_limiter_open_beside(handle, name, len(name), raw, len(limits), out)
-    if status != lib.FSHM_OK:
-        shared._failed(status)
-    return owned(out[0], lib.fshm_limiter_close, handle)
+    return open_beside(limiter.segment, name, specs, limiter.name)
 
 
 class SingleFlight:
-    """A permit for each key, that the one holds who asks. Of a dead process it is nobody's."""
+    """A permit for each key, held by the process that asks. It ends with the process."""
 
-    def __init__(self, shared: SharedLimits, timeout: float) -> None:
-        self._limiter, self._timeout = open_limiter(shared, ASKING, [InFlight(1)]), timeout
+    def __init__(self, limiter: SharedLimits, timeout: float) -> None:
+        self._states, self._timeout = beside(limiter, ASKING, [InFlight(1)]), timeout
 
     def begin(self, raw: bytes) -> Any:
-        """A permit, or None: somebody else asks."""
+        """A permit, or None: another process asks."""
         return self._try(raw)[1]
 
     def _try(self, raw: bytes) -> tuple[int, Any]:
-        told, held = ffi.new("fshm_decision *"), ffi.new("uint32_t *")
+        limiter = self._states.handle
+        decision, held = ffi.new("fshm_decision *"), ffi.new("uint32_t *")
         # Its end gives it back, where an exception strikes before end() can.
-        give_back = functools.partial(lib.fshm_permit_release, self._limiter)
+        give_back = functools.partial(lib.fshm_permit_release, limiter)
         permit = owned(ffi.new("fshm_permit *"), give_back)
-        lib.fshm_admit(self._limiter, raw, len(raw), ffi.NULL, 0, permit, told, held)
-        return told.status, permit if told.status == lib.FSHM_ALLOWED else None
+        lib.fshm_admit(limiter, raw, len(raw), ffi.NULL, 0, permit, decision, held)
+        return decision.status, permit if decision.status == lib.FSHM_ALLOWED else None
 
     def end(self, permit: Any) -> None:
-        lib.fshm_permit_release(self._limiter, permit)
+        lib.fshm_permit_release(self._states.handle, permit)
 
     @contextmanager
     def turn(self, raw: bytes) -> Iterator[tuple[bool, bool]]:
-        """Whether this caller asks for the host, and whether it has waited for another one. Who
-        waits in vain asks for itself alone: a process that is stopped holds up nobody longer. So
-        does at once who finds no room in the segment to say that it asks."""
+        """Whether this caller asks for the whole host, and whether it has waited for another
+        process. A caller that waits longer than the time-out asks for itself alone, so a stopped
+        process delays the others no longer than that. So does a caller for whose permit the segment
+        has no room."""
         deadline, waited = time.monotonic_ns() + round(self._timeout * 1e9), False
         while True:
-            armed = lib.fshm_bell_arm(self._limiter, raw, len(raw)) if waited else 0
+            armed = self._states.arm(raw) if waited else 0
             status, permit = self._try(raw)
             left = deadline - time.monotonic_ns()
             if status != lib.FSHM_DENIED or left <= 0:
                 break
             if waited:
-                greenlets.bell_wait(self._limiter, raw, armed, left)
+                greenlets.bell_wait(self._states.handle, raw, armed, left)
             waited = True
         try:
             yield permit is not None, waited

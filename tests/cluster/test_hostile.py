@@ -13,6 +13,7 @@ import pytest
 from cluster.test_meter import Meter, meter, new_key
 from cluster.test_rights import documented, granting, url_of
 from support import servers
+from support.leases import connection_of, permits_of, tokens_of
 from support.waiting import wait_until
 
 from fast_litellm_shm import ConcurrencyLimiter, Limit, RateLimiter, Segment, SlidingWindow, Window
@@ -218,7 +219,7 @@ def test_junk_is_its_keys_problem_alone(
             client.set(name, value)
             assert not two.acquire("key") or i
         for each in (one, two):
-            assert each._wallet is not None and each._wallet.link.away is None
+            assert connection_of(each).outage is None
     told = [
         each.getMessage() for each in caplog.records if "not a value of ours" in each.getMessage()
     ]
@@ -236,8 +237,7 @@ def test_junk_for_permits(limits_server: servers.Server, segment: Segment, other
         ConcurrencyLimiter(4, name="api", segment=each, cluster=cluster)
         for each in (segment, other)
     )
-    leases = two._leases
-    assert leases is not None
+    leases = permits_of(two)
     held = [one.acquire("key") for _ in range(4)]
     assert all(held)
     with hostile(limits_server) as client:
@@ -342,8 +342,7 @@ def test_limiters_that_are_not_over_hosts_are_recalled(
             client.publish("fast-shm:recall", packed(["p", name, "key", "1", "1"]))
         # in order: who has heard this has heard those before
         client.publish("fast-shm:recall", packed(["m", "api", "spare"]))
-        wallet = api._wallet
-        assert wallet is not None
+        wallet = tokens_of(api)
         wait_until("it gives back", lambda: not any(wallet.look(b"spare")[0]))
         assert _connections(limits_server) - heard < 3
     assert {each["name"] for each in Inspection(segment).limiters()} == before

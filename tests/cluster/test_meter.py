@@ -1,4 +1,5 @@
-"""algorithms.lua at given times: against the models of csrc's meters, and many hosts by brute force."""
+"""algorithms.lua at given times: against the models of csrc's algorithms, and many hosts by brute
+force."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from meters.driver import Rule as ModelRule
 from support import servers
 
 from fast_litellm_shm import Limit, SlidingWindow, Window
-from fast_litellm_shm.cluster import names, algorithms
+from fast_litellm_shm.cluster import algorithms, names
 from fast_litellm_shm.limits import LimitSpec
 
 US = 1000  # ns
@@ -512,9 +513,9 @@ def test_others_are_asked_to_give_back(meter: Meter) -> None:
     while meter(at, "b", "single", key, [limit], costs=1).admitted:
         pass
     refused = meter(at, "b", "single", key, [limit], costs=1)
-    assert refused.calm_ns < 100 * 10**6  # a sees to it now
+    assert refused.back_off_ns < 100 * 10**6  # a sees to it now
     meter(at, "a", "give", key, [limit], given=held.batch)
     for _ in range(held.batch):
         assert meter(at, "b", "single", key, [limit], costs=1).admitted
     refused = meter(at, "b", "single", key, [limit], costs=1)
-    assert refused.calm_ns == 10**9  # nobody has anything: no use in asking soon
+    assert refused.back_off_ns == 10**9  # nobody has anything: no use in asking soon

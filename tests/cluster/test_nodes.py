@@ -13,6 +13,7 @@ from support import green, servers
 from support.children import run_one
 from support.fleet import Fleet
 from support.flights import Flights
+from support.leases import connection_of, tokens_of
 from support.waiting import wait_until
 
 from fast_litellm_shm import RateLimiter, Segment, Window
@@ -70,10 +71,9 @@ def limiter_of(nodes: list[servers.Server], segment: Segment, policy: str = "den
 
 
 def slot_of(limiter: RateLimiter, key: str) -> int:
-    assert limiter._wallet is not None
-    request, _ = limiter._wallet.request("look", key.encode(), (0,))
-    client = limiter._wallet.link.client()
-    return int(client.keyslot(request.state_key(limiter._wallet.cluster.prefix)))
+    request, _ = tokens_of(limiter).request("look", key.encode(), (0,))
+    client = connection_of(limiter).client()
+    return int(client.keyslot(request.state_key(tokens_of(limiter).cluster.prefix)))
 
 
 def key_on(limiter: RateLimiter, node: int, start: str = "key") -> str:
@@ -123,9 +123,10 @@ def test_a_node_that_does_not_answer_is_asked_once(
     that came too late, it did once."""
     limiter = limiter_of(nodes, segment)
     key = key_on(limiter, 2)
-    assert limiter._wallet is not None
-    alone = connection.Connection(limiter._wallet.cluster, segment)  # no thread of which tries it again
-    request, _ = limiter._wallet.request("single", key.encode(), (10,))
+    alone = connection.Connection(
+        tokens_of(limiter).cluster, segment
+    )  # no thread tries it again
+    request, _ = tokens_of(limiter).request("single", key.encode(), (10,))
     assert alone.call([request])[0].admitted
     looked = [_counted(node, "cluster|slots") for node in nodes[:2]]
     nodes[2].freeze()
@@ -164,7 +165,7 @@ def test_a_node_that_is_away(
             "it is tried again and again",
             lambda: (list(map(limiter.is_allowed, others)), tries > since + 8)[1],
         )
-        assert limiter._wallet is not None and limiter._wallet.link.away is not None
+        assert connection_of(limiter).outage is not None
         nodes[2].thaw()
         wait_until("it is back", lambda: all(limiter.acquire(key) for key in keys))
     said = [record.getMessage() for record in caplog.records]
@@ -192,7 +193,7 @@ def test_a_key_that_moves(nodes: list[servers.Server], segment: Segment) -> None
         with node.client() as client:
             client.execute_command("CLUSTER", "SETSLOT", slot, "NODE", ids[1])
     assert limiter.acquire(key, 40)  # MOVED
-    assert limiter._wallet is not None and limiter._wallet.link.away is None
+    assert connection_of(limiter).outage is None
     with nodes[1].client() as client:
         assert client.execute_command("CLUSTER", "COUNTKEYSINSLOT", slot) == 1
 
@@ -241,10 +242,9 @@ def test_a_replica_is_told_what_was_admitted_meanwhile(
     wait_until("it is known how many hosts there are", lambda: host_count(segment) == 1)
     replicated[2].freeze()
     assert limiter.acquire(key, 30)
-    assert limiter._wallet is not None
-    found = limiter._wallet.link
-    assert found.away is not None
-    wait_until("it takes over", lambda: found.away is None)
+    found = connection_of(limiter)
+    assert found.outage is not None
+    wait_until("it takes over", lambda: found.outage is None)
     with replicated[3].client() as client:
         assert client.info("replication")["role"] == "master"
     # (Less, where what the host knew of the key was not what the server did: both are told.)

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from support import servers
 from support.fleet import Fleet
+from support.leases import tokens_of
 from support.waiting import wait_until
 
 from fast_litellm_shm import Limit, RateLimiter, Segment, Window
-from fast_litellm_shm.cluster import Cluster, settlement, connection
+from fast_litellm_shm.cluster import Cluster, connection, settlement
 from fast_litellm_shm.cluster.hosts import host_count
 
 HOUR = 3600
@@ -63,9 +64,7 @@ def test_local_is_a_share(server: servers.Server, segment: Segment, segment_name
     limiter = limiter_of(server, segment, "local")
     assert limiter.acquire("key")
     with server.client() as client:
-        wait_until(
-            "the leader has told how many hosts there are", lambda: host_count(segment) == 1
-        )
+        wait_until("the leader has told how many hosts there are", lambda: host_count(segment) == 1)
         client.zadd("fast-shm:hosts", {"another": time.time() * 1e6, "third": time.time() * 1e6})
         client.zadd("fast-shm:hosts", {"fourth": time.time() * 1e6})
         wait_until("and again", lambda: host_count(segment) == 4)
@@ -107,9 +106,7 @@ def test_local_denies_what_is_known_to_be_used(server: servers.Server, segment: 
     assert exhausted(limiter, "key") == 100
     wait_until("the leader has told how many hosts there are", lambda: host_count(segment) == 1)
     server.kill()
-    wait_until(
-        "calm", lambda: limiter._wallet is not None and not limiter._wallet._is_refused(b"key")
-    )
+    wait_until("calm", lambda: not tokens_of(limiter).is_refused(b"key"))
     assert exhausted(limiter, "key") == 0
 
 
@@ -159,8 +156,7 @@ def known(fleet: Fleet, server: servers.Server) -> list[int]:
     for name in fleet.names:
         segment = Segment(name, create=False)
         limiter = RateLimiter(Window(1000, HOUR), name="fleet", segment=segment, cluster=server.url)
-        assert limiter._wallet is not None
-        request, _ = limiter._wallet.request("look", b"key", (0,))
+        request, _ = tokens_of(limiter).request("look", b"key", (0,))
         found.append(request.used[0])
     return found
 
@@ -234,7 +230,7 @@ def test_trying_again_goes_on_whatever_went_wrong(
 ) -> None:
     limiter = limiter_of(server, segment, "deny")
     assert limiter.acquire("key")
-    owe, tries = settlement.owe, 0
+    owe, tries = settlement.keep, 0
 
     def fails_at_first(given: connection.Connection) -> Any:
         nonlocal tries
@@ -243,10 +239,10 @@ def test_trying_again_goes_on_whatever_went_wrong(
             raise MemoryError
         return owe(given)
 
-    monkeypatch.setattr(booking, "owe", fails_at_first)
+    monkeypatch.setattr(settlement, "keep", fails_at_first)
     server.kill()
     assert exhausted(limiter, "key") < 20
     wait_until("it was tried", lambda: tries > 3)
-    assert "booking, or refilling in advance, failed" in caplog.text
+    assert "settling, or refilling in advance, failed" in caplog.text
     server.start()
     wait_until("it is admitted again", lambda: limiter.acquire("key"))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from support import servers
+from support.leases import connection_of
 from support.names import remove, unique_name
 from support.waiting import wait_until
 
@@ -44,8 +45,7 @@ def hosts(server: servers.Server, names: list[str], per: float) -> list[RateLimi
 
 
 def is_away(limiter: RateLimiter) -> bool:
-    assert limiter._wallet is not None
-    return limiter._wallet.link.away is not None
+    return connection_of(limiter).outage is not None
 
 
 def exhausted(limiters: list[RateLimiter]) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from support import servers
 from support.flights import Flights
+from support.leases import permits_of
 from support.names import remove, unique_name
 from support.permits import Holder
 from support.relay import Relay
@@ -134,7 +135,7 @@ def test_pickle_and_the_variable(
     monkeypatch.setenv("FAST_LITELLM_SHM_CLUSTER", server.url)
     assert taken() == [5, 0]
     copy = pickle.loads(pickle.dumps(_limiter(segment, server.url)))
-    assert copy._leases.cluster.url == server.url
+    assert permits_of(copy).cluster.url == server.url
     held = [take(copy) for _ in range(5)]
     assert all(held) and not take(_limiter(other, server.url))
 

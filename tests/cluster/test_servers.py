@@ -12,6 +12,7 @@ import pytest
 import redis
 from support import servers
 from support.flights import Flights
+from support.leases import tokens_of
 from support.waiting import wait_until
 
 from fast_litellm_shm import ConcurrencyLimiter, RateLimiter, Segment, Window
@@ -138,8 +139,7 @@ def test_a_failover_to_a_replica_that_lags(
 
 def used(limiter: RateLimiter) -> int:
     """How much of the key's limit the host has been told to be used."""
-    assert limiter._wallet is not None
-    request, _ = limiter._wallet.request("look", b"key", (0,))
+    request, _ = tokens_of(limiter).request("look", b"key", (0,))
     return request.used[0]
 
 
@@ -265,9 +265,8 @@ def test_other_settings_that_are_wrong(monkeypatch: pytest.MonkeyPatch, segment:
         RateLimiter(Window(1), segment=segment)
     monkeypatch.setenv("FAST_LITELLM_SHM_CLUSTER_TIMEOUT", "0.5")
     limiter = RateLimiter(Window(1), segment=segment)
-    assert limiter._wallet is not None
-    assert limiter._wallet.cluster == Cluster("redis://user:secret@host", "deny", 0.5)
-    assert limiter._wallet.cluster.shown == "redis://user:***@host"
+    assert tokens_of(limiter).cluster == Cluster("redis://user:secret@host", "deny", 0.5)
+    assert tokens_of(limiter).cluster.shown == "redis://user:***@host"
 
 
 def test_no_password_is_shown() -> None:

@@ -251,7 +251,9 @@ def _httpx(segment: Segment) -> Block:
 
 def _asking(segment: Segment) -> Block:
     """Who asks the server of a cluster for the host."""
-    asking = SingleFlight(SharedLimits((Limit(1, per=1),), name="n", segment=segment, on_full="deny"), 1)
+    asking = SingleFlight(
+        SharedLimits((Limit(1, per=1),), name="n", segment=segment, on_full="deny"), 1
+    )
 
     def run() -> None:
         with asking.turn(b"k"):
