@@ -1,4 +1,4 @@
-/* py_permit.c - Permit: one request in flight. True while held; a denial is one that never was.
+/* py_permit.c - Permit: one request in flight. True when admitted, also after its release.
  *
  * A permit that Python drops without release() is given back, with a ResourceWarning: it was a bug, and
  * exceptions that skip a release should not cost a slot until the process dies. */
@@ -9,6 +9,7 @@ typedef struct {
   PyObject *handle; /* owns the limiter */
   fshm_limiter *limiter;
   fshm_permit permit;
+  int granted; /* it was held, and may be released by now */
   uint32_t in_flight; /* seen, when denied */
   PyObject *decision; /* of the meters and permits together */
 } Permit;
@@ -30,6 +31,7 @@ static PyObject *make_permit(PyObject *handle, fshm_limiter *limiter, const fshm
   o->handle = handle;
   o->limiter = limiter;
   o->permit = *permit;
+  o->granted = permit->held != 0;
   o->in_flight = in_flight;
   o->decision = decision;
   return (PyObject *)o;
@@ -60,7 +62,13 @@ static PyObject *permit_exit(PyObject *o, PyObject *args) {
   Py_RETURN_NONE;
 }
 
-static int permit_bool(PyObject *o) { return ((Permit *)o)->permit.held != 0; }
+static int permit_bool(PyObject *o) { return ((Permit *)o)->granted; }
+
+static PyObject *permit_get_released(PyObject *o, void *unused) {
+  (void)unused;
+  Permit *self = (Permit *)o;
+  return PyBool_FromLong(self->granted && !self->permit.held);
+}
 
 static PyObject *permit_get_in_flight(PyObject *o, void *unused) {
   (void)unused;
@@ -82,7 +90,7 @@ static PyObject *permit_address(PyObject *o, void *unused) {
 static PyObject *permit_repr(PyObject *o) {
   Permit *self = (Permit *)o;
   if (self->permit.held) return PyUnicode_FromString("Permit(held)");
-  if (self->permit.who) return PyUnicode_FromString("Permit(released)");
+  if (self->granted) return PyUnicode_FromString("Permit(released)");
   return PyUnicode_FromFormat("Permit(denied, in_flight=%u)", self->in_flight);
 }
 
@@ -115,11 +123,12 @@ static PyMethodDef permit_methods[] = {
 static PyGetSetDef permit_getset[] = {
     {"in_flight", permit_get_in_flight, NULL, "When denied: how many permits of the key were held.",
      NULL},
+    {"released", permit_get_released, NULL, "Whether it was admitted, and is given back.", NULL},
     {"_address", permit_address, NULL, NULL, NULL},
     {"decision", permit_get_decision, NULL, "The Decision behind it.", NULL},
     {NULL, NULL, NULL, NULL, NULL}};
 
-static char permit_doc[] = "One request in flight. True while held.";
+static char permit_doc[] = "One request in flight. True when admitted, also after its release.";
 static PyType_Slot permit_slots[] = {{Py_tp_dealloc, (void *)permit_dealloc},
                                      {Py_tp_methods, permit_methods},
                                      {Py_tp_getset, permit_getset},

@@ -1,14 +1,17 @@
-"""The part that all limiters share: a name in a segment, and its limits, which may change."""
+"""SharedLimits: the part that all limiters share: a name in a segment, and its limits, which may
+change."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from fast_litellm_shm import exceptions, limits
 from fast_litellm_shm._shared import log, performance
 from fast_litellm_shm._shared.native import Core, address, ffi, lib, owned
 from fast_litellm_shm._shared.segment import Segment
+from fast_litellm_shm._shared.states import States, failure
 from fast_litellm_shm.limits import Granted, InFlight, LimitSpec
 
 _ON_FULL = {"deny": 0, "allow": 1, "raise": 2, "share": 3}
@@ -152,48 +155,41 @@ class SharedLimits(Core):
         return tuple(limits.reason(limit) for limit in found)
 
     def _failed(self, status: int) -> NoReturn:
-        """Called by the native part when a call ends neither admitted nor denied."""
-        where = f"limiter {self._shown!r} in segment {self._segment.name!r}"
-        if status == lib.FSHM_E_LIMITERS:
-            raise exceptions.SegmentFullError(
-                f"{where}: the segment's table of limiters is full "
-                f"({self._segment.geometry().limiters}); use fewer names, or a larger capacity"
-            )
-        if status == lib.FSHM_E_PROCESSES:
-            geometry, living = self._segment.geometry(), len(self._segment.processes())
-            if living < geometry.processes // 2:  # and not that some have joined or gone meanwhile
-                raise exceptions.SegmentFullError(
-                    f"{where}: no place in the segment's process table is free, though {living} of "
-                    f"{geometry.processes} are living processes, and a permit needs an owner in "
-                    f"it; something else has locked {self._segment.path}."
-                    f"{geometry.instance:016x}.lock: `lslocks` tells what, end that"
-                )
-            raise exceptions.SegmentFullError(
-                f"{where}: the segment's process table is full "
-                f"({geometry.processes} living processes), and a permit needs "
-                "an owner in it; use fewer processes for one segment"
-            )
-        if status == lib.FSHM_E_LOCK_FILE:
-            kind, why = self._segment._liveness() or (exceptions.SegmentError, "try again")
-            raise kind(f"{where}: no permit can be owned by this process: {why}")
-        if status in (lib.FSHM_FULL, lib.FSHM_CONTENDED):
-            capacity = self._segment.geometry().capacity
-            raise exceptions.SegmentFullError(
-                f"{where}: no room for another key (capacity {capacity}); remove the segment and "
-                "make it with a larger FAST_LITELLM_SHM_CAPACITY, or use shorter periods"
-            )
-        if status == lib.FSHM_E_DAMAGED:
-            known = self._segment.damaged or (
-                "its limits could not be read; if it happens again, stop the workers and remove "
-                "the segment with `fast-shm rm`"
-            )
-            raise exceptions.SegmentDamagedError(f"{where} cannot be used: {known}")
-        if status == lib.FSHM_E_ARGUMENT:
-            raise exceptions.SegmentError(
-                f"{where}: another process gave this name a limit of calls in flight alone; give "
-                "all workers the same limits, or another name"
-            )
-        raise exceptions.SegmentError(f"{where}: unexpected error {status}")
+        """Called by the native part when a call neither admits nor denies."""
+        raise failure(status, self._shown, self._segment)
+
+
+class InnerLimits(SharedLimits):
+    """Limits that a part of the package holds, and no user."""
+
+    admit = Core._admit
+
+    @property
+    def on_full(self) -> str:
+        return self._on_full
+
+
+reserve, acquire_many = Core._reserve, Core._acquire_many
+
+
+def states_of(limiter: SharedLimits) -> States:
+    """The states of its keys, for the package's own modules."""
+    return States(limiter._handle, limiter._segment, limiter._shown)
+
+
+def lease_from(
+    limiter: SharedLimits,
+    leased: States,
+    refused: States,
+    *keys: dict[Any, int],
+    **hooks: Callable[..., Any],
+) -> None:
+    """From now on a server grants, and the limiter spends what this host has leased of it. keys:
+    with permits in use. hooks: what the native part calls, by name (csrc/python/py_cluster.h)."""
+    for name, hook in hooks.items():
+        setattr(limiter, name, hook)
+    handles = leased.handle, refused.handle
+    limiter._bind_cluster(handles[0], address(handles[0]), handles[1], address(handles[1]), *keys)
 
 
 def key_bytes(key: object) -> bytes:

@@ -12,7 +12,7 @@ from fast_litellm_shm._shared.named_limiter import SharedLimits
 from fast_litellm_shm._shared.segment import Segment
 
 if TYPE_CHECKING:
-    from fast_litellm_shm.cluster.wallet import Wallet
+    from fast_litellm_shm.cluster.token_lease import TokenLeases
 
 
 def reset(segment: Segment, limiter: str, key: bytes) -> bool:
@@ -26,16 +26,16 @@ def reset_all(segment: Segment, limiter: str) -> int:
     return _wallet(segment, limiter).reset_all()
 
 
-def _wallet(segment: Segment, limiter: str) -> Wallet:
+def _wallet(segment: Segment, limiter: str) -> TokenLeases:
     from fast_litellm_shm.cluster import settings
-    from fast_litellm_shm.cluster.wallet import Wallet
+    from fast_litellm_shm.cluster.grantor import token_leases
 
     where = f"limiter {limiter!r} in segment {segment.name!r}"
     try:
         server = settings.found(None)
         if server is not None:
             shared = SharedLimits((), name=limiter, segment=segment, on_full="deny", keep=True)
-            return Wallet(shared, server)
+            return token_leases(shared, server)
     except (ImportError, ValueError) as error:
         raise exceptions.ClusterError(f"{where} was not reset: {error}") from error
     raise exceptions.ClusterError(

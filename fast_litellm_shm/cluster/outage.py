@@ -3,22 +3,43 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 from fast_litellm_shm._shared.inspection import LOCAL
-from fast_litellm_shm._shared.named_limiter import SharedLimits
-from fast_litellm_shm._shared.native import ffi, lib
+from fast_litellm_shm._shared.named_limiter import SharedLimits, states_of
+from fast_litellm_shm._shared.native import lib
 from fast_litellm_shm._shared.settings import warn_once
-from fast_litellm_shm.cluster import agent
-from fast_litellm_shm.cluster.asking import open_limiter
-from fast_litellm_shm.cluster.script import Request, Rule
+from fast_litellm_shm._shared.states import States
+from fast_litellm_shm.cluster.algorithms import Request, Rule
+from fast_litellm_shm.cluster.connection import Connection
+from fast_litellm_shm.cluster.hosts import host_count
+from fast_litellm_shm.cluster.single_flight import beside
 from fast_litellm_shm.limits import LimitSpec, TokenBucket
 
-if TYPE_CHECKING:
-    from fast_litellm_shm.cluster.wallet import Told, Wallet
+# status, limit_index, remaining, retry_after_ns, reset_after_ns
+Decided: TypeAlias = tuple[int, int, int, int, int]
 
-_MOST_OWED = 100_000  # keys
+_MOST_KEYS = 100_000  # with unreported usage
+
+
+def decided(found: Any) -> Decided:
+    """Of a ``fshm_decision``."""
+    return (
+        found.status, found.limit_index, found.remaining, found.retry_after_ns,
+        found.reset_after_ns,
+    )  # fmt: skip
+
+
+def known_hosts(connection: Connection) -> int:
+    """How many hosts share the limits; 0: not known, which is logged."""
+    hosts = host_count(connection.segment)
+    if not hosts:
+        warn_once(
+            f"{connection.cluster.shown} has never answered here, so it is not known how many "
+            "hosts share the limits: requests are denied until it does"
+        )
+    return hosts
 
 
 def share(limit: LimitSpec, hosts: int) -> LimitSpec | None:
@@ -32,168 +53,161 @@ def share(limit: LimitSpec, hosts: int) -> LimitSpec | None:
     return type(limit)(n, limit.per)
 
 
-class Debt(NamedTuple):
-    """Of a key and one limit: tokens that were admitted here, and are over at ``end`` (segment
-    time, ns) or a ``life`` later; ``older`` ones at ``end``.
+class Usage(NamedTuple):
+    """Unreported usage of a key, of one limit: ``cost`` tokens expire at ``end`` (segment time, ns)
+    or one ``memory`` later, ``older`` ones at ``end``.
 
-    A window has no life: what was admitted in it is over with it, exactly. Of the other limits,
-    tokens are charged for one life at least, and for less than three: a sliding window's until it
-    has slid past them (``per``), a bucket's until it has refilled from empty. So what is charged
-    may be over in part, and what is not charged is over.
+    A fixed window has no memory: its tokens expire exactly with the window. Of the other limits,
+    tokens are reported for one memory at least, and for less than three. A sliding window's memory
+    is ``per``; a bucket's is the time in which it refills from empty. So what is reported may have
+    expired in part, and what is not reported has expired.
     """
 
     end: int
     cost: int
     older: int = 0
 
-    def left(self, life: int, now: int) -> int:
-        """Tokens that are not over."""
+    def left(self, memory: int, now: int) -> int:
+        """Tokens that have not expired."""
         if now < self.end:
             return self.cost + self.older
-        return self.cost if now < self.end + life else 0
+        return self.cost if now < self.end + memory else 0
 
-    def joined(self, other: Debt, life: int, now: int) -> Debt:
-        """Both of them. Where both go on, they are over with the first to be, and a life later;
-        windows with the last."""
+    def joined(self, other: Usage, memory: int, now: int) -> Usage:
+        """Both of them. Where neither has expired, they expire with the first of them, and one
+        memory later; in fixed windows with the last."""
         first, last = sorted((self, other))
         if now >= first.end:
-            older = first.left(life, now)
-            end = min(last.end, first.end + life) if older and not last.older else last.end
-            return Debt(end, last.cost, last.older + older)
-        end = first.end if life else last.end
-        return Debt(end, first.cost + last.cost, first.older + last.older)
+            older = first.left(memory, now)
+            end = min(last.end, first.end + memory) if older and not last.older else last.end
+            return Usage(end, last.cost, last.older + older)
+        end = first.end if memory else last.end
+        return Usage(end, first.cost + last.cost, first.older + last.older)
 
 
-_NONE = (Debt(0, 0),) * 4
+_NONE = (Usage(0, 0),) * 4
 
 
-def _life(rule: Rule) -> int:
+def _memory(rule: Rule) -> int:
     if rule.kind == 0:
         return rule.burst * rule.num // rule.den + 1
     return rule.per_us * 1000 if rule.kind == 2 else 0
 
 
 class Outage:
-    """Of one limiter. What it admits meanwhile is charged at the server when that is back, as far
-    as the limit has room then: nothing is admitted a second time."""
+    """Of one limiter. What it admits meanwhile is charged at the server after the outage, as far as
+    the limit has room then: nothing is admitted a second time. rules: of the limits in force.
+    request: TokenLeases.request()."""
 
-    def __init__(self, shared: SharedLimits, wallet: Wallet) -> None:
-        self._shared, self._wallet = shared, wallet
-        self._share: tuple[Any, Any] | None = None  # what it was made for, and the limiter
-        self._owed: dict[bytes, tuple[Debt, ...]] = {}
-        self._told_now: dict[bytes, tuple[Debt, ...]] = {}  # being told, and not known to be
+    def __init__(
+        self,
+        limiter: SharedLimits,
+        connection: Connection,
+        rules: Callable[[], tuple[Rule, ...]],
+        request: Callable[[str, bytes, Sequence[int]], tuple[Request, int]],
+    ) -> None:
+        self._limiter, self._states = limiter, states_of(limiter)
+        self._connection, self._rules, self._request = connection, rules, request
+        self._share: tuple[Any, States | None] | None = None  # what it was made for, and its states
+        self._usage: dict[bytes, tuple[Usage, ...]] = {}
+        self._reporting: dict[bytes, tuple[Usage, ...]] = {}  # on its way to the server
         self._lock = threading.Lock()
-        wallet.link.owing.add(self)
+        connection.unreported.add(self)
 
-    def decide(self, op: int, raw: bytes, costs: tuple[int, ...]) -> Told:
-        """Whoever acquires is counted once, by what is decided: here, or by the limiter's own
-        meter, which counts what it denies, and what it admits."""
-        policy, link = self._wallet.cluster.on_outage, self._wallet.link
-        handle, apply = self._shared._handle, self._wallet._apply
+    def decide(self, op: int, raw: bytes, costs: tuple[int, ...]) -> Decided:
+        """The statistics of the key count an acquire once: here, or in the limiter's own state,
+        which counts what it denies, and what it admits."""
+        policy, states = self._connection.cluster.on_outage, self._states
         if op in (lib.FSHM_CHARGE, lib.FSHM_REFUND):
-            told = apply(handle, op, raw, costs)
+            found = states.apply(op, raw, costs)
             if op == lib.FSHM_CHARGE:
-                self._owe(raw, costs, handle)
-            return self._told(told)
-        calls = op == lib.FSHM_ACQUIRE
+                self._keep(raw, costs, states)
+            return decided(found)
+        acquires = op == lib.FSHM_ACQUIRE
         if policy == "allow":
-            if calls:
-                self._owe(raw, costs, None)
-                self._wallet.count(raw, lib.FSHM_ALLOWED)
+            if acquires:
+                self._keep(raw, costs, None)
+                states.count(raw, lib.FSHM_ALLOWED)
             return (1, 0, 0, 0, 0)
-        mine = self._limiter() if policy == "local" else None
+        mine = self._of_share() if policy == "local" else None
         if mine is None:
-            if calls:
-                self._wallet.count(raw, lib.FSHM_DENIED)
-            return (0, 0, 0, link.retry_after_ns, 0)
-        if not calls:
-            return self._told(apply(mine, op, raw, costs))
+            if acquires:
+                states.count(raw, lib.FSHM_DENIED)
+            return (0, 0, 0, self._connection.retry_after_ns, 0)
+        if not acquires:
+            return decided(mine.apply(op, raw, costs))
         # by what was last known of all hosts, and by the share
-        known = apply(handle, lib.FSHM_PROBE, raw, costs)
+        known = states.apply(lib.FSHM_PROBE, raw, costs)
         if known.status != lib.FSHM_ALLOWED:
-            return self._told(known)
-        told = apply(mine, lib.FSHM_ACQUIRE, raw, costs)
-        if told.status != lib.FSHM_ALLOWED:
-            self._wallet.count(raw, told.status)
-            return self._told(told)
-        known = apply(handle, lib.FSHM_ACQUIRE, raw, costs)
-        if known.status != lib.FSHM_ALLOWED:  # somebody was faster
-            apply(mine, lib.FSHM_REFUND, raw, costs)
-            return self._told(known)
-        self._owe(raw, costs, mine)
-        return self._told(told)
+            return decided(known)
+        found = mine.apply(lib.FSHM_ACQUIRE, raw, costs)
+        if found.status != lib.FSHM_ALLOWED:
+            states.count(raw, found.status)
+            return decided(found)
+        known = states.apply(lib.FSHM_ACQUIRE, raw, costs)
+        if known.status != lib.FSHM_ALLOWED:  # another call was faster
+            mine.apply(lib.FSHM_REFUND, raw, costs)
+            return decided(known)
+        self._keep(raw, costs, mine)
+        return decided(found)
 
-    def _limiter(self) -> Any:
-        hosts = agent.hosts(self._shared.segment)
+    def _of_share(self) -> States | None:
+        """This host's share of the limits; None: it has none."""
+        hosts = known_hosts(self._connection)
         if not hosts:
-            warn_once(
-                f"{self._wallet.cluster.shown} has never answered here, so it is not known how "
-                "many hosts share the limits: requests are denied until it does"
-            )
             return None
-        wanted = (hosts, self._shared.limits)
+        wanted = (hosts, self._limiter.limits)
         if self._share is None or self._share[0] != wanted:
-            parts = [share(each, hosts) for each in self._shared.limits]
-            made = None if None in parts else open_limiter(self._shared, LOCAL, parts)
-            self._share = (wanted, made)
+            parts = [part for each in wanted[1] if (part := share(each, hosts))]
+            whole = len(parts) == len(wanted[1])
+            self._share = (wanted, beside(self._limiter, LOCAL, parts) if whole else None)
         return self._share[1]
 
-    @staticmethod
-    def _told(told: Any) -> Told:
-        return (
-            told.status, told.limit_index, told.remaining, told.retry_after_ns, told.reset_after_ns,
-        )  # fmt: skip
-
-    def _owe(self, raw: bytes, costs: tuple[int, ...], meter: Any) -> None:
-        """meter: the limiter by which it was admitted, whose windows it is in; None: by none, and
-        then windows are this process's own, which begin with what it first owes."""
-        rules, now = self._wallet.rules(), self._now()
-        left = ffi.new("uint64_t[4]")
-        if meter is not None:
-            lib.fshm_known(meter, raw, len(raw), 0, ffi.new("uint64_t[4]"), left)
+    def _keep(self, raw: bytes, costs: tuple[int, ...], by: States | None) -> None:
+        """by: the states that admitted it, in whose windows it is; None: none did, and then windows
+        are this process's own, which begin with the first unreported usage."""
+        rules, now = self._rules(), self._states.now()
+        left = (0, 0, 0, 0) if by is None else by.known(raw)[1]
         with self._lock:
-            known = self._owed.get(raw)
-            if known is None and len(self._owed) >= _MOST_OWED:
+            known = self._usage.get(raw)
+            if known is None and len(self._usage) >= _MOST_KEYS:
                 return
-            begun = known or self._told_now.get(raw, _NONE)
-            debts = list(known or _NONE)
+            begun = known or self._reporting.get(raw, _NONE)
+            usage = list(known or _NONE)
             for i, (rule, cost) in enumerate(zip(rules, costs, strict=False)):
-                life = _life(rule)
-                if life:
-                    end = now + life
-                elif meter is not None:
-                    end = now + int(left[i])
+                memory = _memory(rule)
+                if memory:
+                    end = now + memory
+                elif by is not None:
+                    end = now + left[i]
                 else:
                     end = begun[i].end if now < begun[i].end else now + rule.per_us * 1000
-                debts[i] = debts[i].joined(Debt(end, cost), life, now)
-            self._owed[raw] = tuple(debts)
+                usage[i] = usage[i].joined(Usage(end, cost), memory, now)
+            self._usage[raw] = tuple(usage)
 
-    def _now(self) -> int:
-        return int(lib.fshm_now(self._shared.segment._handle))
-
-    def owed(self) -> list[Request]:
-        lives, now = [_life(each) for each in self._wallet.rules()], self._now()
+    def take_unreported(self) -> list[Request]:
+        memories, now = [_memory(each) for each in self._rules()], self._states.now()
         with self._lock:
-            self._told_now, self._owed = self._owed, {}
-            told = list(self._told_now.items())
+            self._reporting, self._usage = self._usage, {}
+            taken = list(self._reporting.items())
         found = []
-        for key, debts in told:
-            costs = [each.left(life, now) for each, life in zip(debts, lives, strict=False)]
+        for raw, usage in taken:
+            costs = [each.left(memory, now) for each, memory in zip(usage, memories, strict=False)]
             if any(costs):
-                found.append(self._wallet.request("fill", key, costs)[0])
+                found.append(self._request("fill", raw, costs)[0])
         return found
 
     def put_back(self, requests: Sequence[Request]) -> None:
-        """As it was: when it is over depends on when it was admitted."""
-        lives, now = [_life(each) for each in self._wallet.rules()], self._now()
-        lives += [0] * (4 - len(lives))
+        """With the ends that it had: those depend on when it was admitted."""
+        memories, now = [_memory(each) for each in self._rules()], self._states.now()
+        memories += [0] * (4 - len(memories))
         with self._lock:
             for each in requests:
-                debts = zip(
-                    self._told_now[each.key], self._owed.get(each.key, _NONE), lives, strict=True
+                both = self._reporting[each.key], self._usage.get(each.key, _NONE)
+                self._usage[each.key] = tuple(
+                    a.joined(b, memory, now) for a, b, memory in zip(*both, memories, strict=True)
                 )
-                self._owed[each.key] = tuple(a.joined(b, life, now) for a, b, life in debts)
-            self._told_now = {}
+            self._reporting = {}
 
     def forked(self) -> None:
-        self._owed, self._told_now, self._lock = {}, {}, threading.Lock()
+        self._usage, self._reporting, self._lock = {}, {}, threading.Lock()

@@ -1,5 +1,5 @@
-"""What is said to the server about permits in flight and what it answers: the arguments of
-permits.lua, and how long a host may use what it was given."""
+"""Requests about permits in flight and their answers: the arguments of permits.lua, and how long a
+host may use its permit leases."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from fast_litellm_shm._shared.native import lib
 from fast_litellm_shm.cluster import names
 
 SOURCE = names.source("permits.lua")
-# The server counts a host for 10 s after it was last heard (TTL of permits.lua). The host uses what
+# The server counts a host for 10 s after its last contact (TTL of permits.lua). The host uses what
 # it has for 8 s after it asked, and fshm_permit_lease_put() may round that up by a second.
 USED_NS = 8_000_000_000
 
 
 class Answer(NamedTuple):
-    """``known``: the word was the newest; else nothing was done. ``allowance``: of the host, from
-    when it asked. ``total``: of all hosts. ``calm_ns``: refused, and for how long that is worth no
-    other question; 0: not refused. ``junk``: the value at the server was none of ours, so none is
-    granted more for ten seconds."""
+    """``known``: the version was the newest; else nothing was done. ``allowance``: of the host,
+    since it asked. ``total``: of all hosts. ``back_off_ns``: refused, and how long not to ask again;
+    0: not refused. ``junk``: the value at the server was not ours, so no host is granted more for
+    ten seconds."""
 
     known: bool
     allowance: int
     total: int
     hosts: int
-    calm_ns: int
+    back_off_ns: int
     junk: bool = False
 
 
 class Request(NamedTuple):
-    """One call of the script. ``told``: the host's allowance, or what it holds where that is more.
-    ``want``: permits beyond it; 0: renew, or give back."""
+    """One call of the script. ``version``: of the permit lease. ``reported``: the host's allowance,
+    or what it holds where that is more. ``want``: permits beyond that; 0: renew, or give back."""
 
     limiter: bytes
     key: bytes
     n: int
-    word: int
-    told: int
+    version: int
+    reported: int
     want: int
 
     @property
@@ -55,20 +55,20 @@ class Request(NamedTuple):
     def arguments(
         self, host: bytes, channel: str, sealed: bytes | None = None
     ) -> list[bytes | str | int]:
-        end = self.word >> lib.FSHM_PERMIT_LEASE_BITS & (1 << (57 - lib.FSHM_PERMIT_LEASE_BITS)) - 1
-        low = self.word & (1 << lib.FSHM_PERMIT_LEASE_BITS) - 1
+        end = self.version >> lib.FSHM_PERMIT_LEASE_BITS & (1 << (57 - lib.FSHM_PERMIT_LEASE_BITS)) - 1
+        low = self.version & (1 << lib.FSHM_PERMIT_LEASE_BITS) - 1
         name = self.key if sealed is None else sealed
         return [
-            host, channel, self.limiter, name, int(sealed is not None), self.n, end, low, self.told,
-            self.want,
+            host, channel, self.limiter, name, int(sealed is not None), self.n, end, low,
+            self.reported, self.want,
         ]  # fmt: skip
 
     def state_key(self, prefix: str) -> bytes:
         return names.state_key(prefix, names.PERMITS, self.limiter, self.key)
 
     def answer(self, raw: Sequence[int]) -> Answer:
-        known, allowance, total, hosts, calm, junk = (int(each) for each in raw)
-        return Answer(bool(known), allowance, total, hosts, calm * 1000, bool(junk))
+        known, allowance, total, hosts, back_off, junk = (int(each) for each in raw)
+        return Answer(bool(known), allowance, total, hosts, back_off * 1000, bool(junk))
 
     def granted(self, found: Answer) -> int:
-        return max(found.allowance - self.told, 0) if found.known else 0
+        return max(found.allowance - self.reported, 0) if found.known else 0

@@ -1,23 +1,20 @@
-"""What the server last said of a key's sliding windows: the two counts apart, since the previous
-one fades, and the present one stays. A server that has lost its state is told them again."""
+"""What the server last said of a key's sliding windows. The two counts are kept apart, since the
+previous one fades and the present one stays. A server that has lost its state gets them back."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from fast_litellm_shm._shared.inspection import TOLD
-from fast_litellm_shm._shared.native import ffi, lib
-from fast_litellm_shm.cluster.asking import open_limiter
+from fast_litellm_shm._shared.named_limiter import SharedLimits
+from fast_litellm_shm._shared.native import lib
+from fast_litellm_shm.cluster.algorithms import Answer, Rule
+from fast_litellm_shm.cluster.single_flight import beside
 from fast_litellm_shm.limits import FixedWindow
 
-if TYPE_CHECKING:
-    from fast_litellm_shm._shared.named_limiter import SharedLimits
-    from fast_litellm_shm.cluster.script import Answer, Rule
-
-KIND = 2  # of script.Rule
+KIND = 2  # of a Rule
 _BITS = 16
-_MOST = 2**20 - 1  # the end of a window that counts so far is kept in units of 2**20 ns
+_MOST = 2**20 - 1  # a window that counts to this keeps its end in units of 2**20 ns
 _PREVIOUS, _PRESENT = b"p", b"c"
 
 
@@ -35,30 +32,26 @@ def unpacked(code: int) -> int:
     return (code - (power << _BITS)) << power
 
 
-class Told:
+class SlidingCounts:
     """Of one limiter. Two keys for each of its keys: one has the previous count, until the present
-    window ends, the other the present one, until it has faded, a ``per`` later. No admission of
+    window ends; the other has the present one, until it has faded, a ``per`` later. No admission of
     this host reads them."""
 
-    def __init__(self, shared: SharedLimits) -> None:
-        self._segment = shared.segment
-        self._limiter = open_limiter(shared, TOLD, [FixedWindow(_MOST)] * lib.FSHM_MAX_LIMITS)
+    def __init__(self, limiter: SharedLimits) -> None:
+        self._states = beside(limiter, TOLD, [FixedWindow(_MOST)] * lib.FSHM_MAX_LIMITS)
 
     def keep(self, raw: bytes, rules: Sequence[Rule], found: Answer, sent: int) -> None:
-        """The previous count first: who reads the old present one beside it takes that, which is
-        the same, for the previous one."""
-        told = list(zip(rules, found.limits, strict=True))
-        previous = [(each.previous, each.left_ns) for _, each in told]
-        present = [(each.current, each.left_ns + rule.per_us * 1000) for rule, each in told]
+        """The previous count first: a reader that sees the old present count beside it takes that
+        one, which is the same, for the previous one."""
+        both = list(zip(rules, found.limits, strict=True))
+        previous = [(each.previous, each.left_ns) for _, each in both]
+        present = [(each.current, each.left_ns + rule.per_us * 1000) for rule, each in both]
         for prefix, counts in ((_PREVIOUS, previous), (_PRESENT, present)):
             used = [
                 packed(count) if rule.kind == KIND else 0
                 for rule, (count, _) in zip(rules, counts, strict=True)
             ]
-            left = ffi.new("uint64_t[4]", [left for _, left in counts])
-            key = prefix + raw
-            numbers = ffi.new("uint64_t[4]", used)
-            lib.fshm_learn(self._limiter, key, len(key), numbers, left, sent)
+            self._states.learn(prefix + raw, used, [left for _, left in counts], sent)
 
     def recall(
         self, raw: bytes, rules: Sequence[Rule], used: Sequence[int], left: Sequence[int]
@@ -80,6 +73,5 @@ class Told:
         return tuple(counts), tuple(before), tuple(lefts)
 
     def _known(self, key: bytes) -> tuple[list[int], list[int]]:
-        used, left = ffi.new("uint64_t[4]"), ffi.new("uint64_t[4]")
-        lib.fshm_known(self._limiter, key, len(key), 0, used, left)
-        return [unpacked(each) for each in used], [int(each) // 1000 for each in left]
+        used, left = self._states.known(key)
+        return [unpacked(each) for each in used], [each // 1000 for each in left]

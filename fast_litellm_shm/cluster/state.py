@@ -8,7 +8,7 @@ from fast_litellm_shm._shared import performance
 from fast_litellm_shm._shared.inspection import HELD, LEASED, NOTE, Inspection
 from fast_litellm_shm._shared.native import ffi, lib
 from fast_litellm_shm._shared.segment import Segment
-from fast_litellm_shm.cluster.link import COMPONENT, OUTAGES, noted
+from fast_litellm_shm.cluster.connection import COMPONENT, OUTAGES, noted
 
 
 def cluster_state(segment: Segment, inspection: Inspection | None = None) -> dict[str, Any] | None:

@@ -2,46 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import AsyncContextDecorator, ContextDecorator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from fast_litellm_shm import exceptions, limits
-from fast_litellm_shm._shared import greenlets, settings
-from fast_litellm_shm._shared.named_limiter import SharedLimits, key_bytes
+from fast_litellm_shm._shared.named_limiter import key_bytes, states_of
 from fast_litellm_shm._shared.native import Permit, Slot, ffi, lib
 from fast_litellm_shm._shared.segment import Segment
+from fast_litellm_shm.limiters import grantors
+from fast_litellm_shm.limiters.grantors import ClusterArgument
 from fast_litellm_shm.limiters.rate import deadline_ns
-
-if TYPE_CHECKING:
-    from fast_litellm_shm.cluster import Cluster
-    from fast_litellm_shm.cluster.lease import Leases
-
-_LOOK_NS = 1_000_000_000  # a waiter looks for the dead itself, once a second
-_ASK_NS = 60_000_000  # and one that must ask a server, after as long as a refusal is remembered
-_SLEEPERS = 64  # threads that asyncio's waiters sleep in; more look once a second
-
-_sleepers: ThreadPoolExecutor | None = None
-
-
-def _executor() -> ThreadPoolExecutor:
-    global _sleepers
-    if _sleepers is None:
-        _sleepers = ThreadPoolExecutor(_SLEEPERS, "fast-shm-wait")
-    return _sleepers
-
-
-def _forget_executor() -> None:
-    """Its threads stay behind in the parent."""
-    global _sleepers
-    _sleepers = None
-
-
-os.register_at_fork(after_in_child=_forget_executor)
+from fast_litellm_shm.limiters.waiting import (
+    ASYNCIO,
+    BLOCKING,
+    Steps,
+    Waits,
+    off_loop,
+    run,
+    run_async,
+)
 
 
 class ConcurrencyLimiter:
@@ -63,12 +45,9 @@ class ConcurrencyLimiter:
     is full.
     """
 
-    acquire: Any
+    acquire: Callable[[str | bytes], Permit]
     """acquire(key) -> Permit: true when admitted; else false, and ``in_flight`` says how many are
     held. Release it with ``permit.release()`` or ``with permit:``."""
-
-    _leases: Leases | None = None
-    _here: Literal[False] | None  # what a copy is to be given, where there are no leases
 
     def __init__(
         self,
@@ -76,51 +55,31 @@ class ConcurrencyLimiter:
         *,
         name: str,
         segment: Segment | None = None,
-        cluster: Cluster | str | Literal[False] | None = None,
-        _shown: str | None = None,
-        _on_full: str = "deny",
+        cluster: ClusterArgument = None,
     ) -> None:
         limit = limits.in_flight("ConcurrencyLimiter", "max_in_flight", max_in_flight)
-        self._open(limit, name, segment, cluster, keep=False, shown=_shown, on_full=_on_full)
+        self._open(limit, name, segment, cluster, keep=False)
 
     def _open(
         self,
         limit: limits.InFlight,
         name: str,
         segment: Segment | None,
-        cluster: Cluster | str | Literal[False] | None,
+        cluster: ClusterArgument,
         keep: bool,
-        shown: str | None = None,
-        on_full: str = "deny",
     ) -> None:
-        given: dict[str, Any] = {"name": name, "segment": segment, "on_full": on_full, "keep": keep}
-        given["shown"] = shown
-        found = None
-        self._here = False if cluster is False else None
-        if settings.names_server(cluster):
-            from fast_litellm_shm.cluster import settings as cluster_settings
-
-            found = cluster_settings.found(cluster)
-        if found is None:
-            self._shared = SharedLimits((limit,), **given)
-        else:
-            from fast_litellm_shm.cluster.lease import LeasedLimits
-
-            shared = LeasedLimits((limit,), **given)
-            self._shared, self._leases = shared, shared.join(found)
-        self._handle = self._shared._handle
-        self.acquire = self._shared._admit
+        grantor = grantors.chosen(cluster)
+        self._cluster = grantor.argument
+        self._grantor = grantor.permits(
+            limit, name=name, segment=segment, on_full="deny", keep=keep
+        )
+        self._shared = self._grantor.limits
+        self._states = states_of(self._shared)
+        self.acquire = self._shared.admit
 
     async def acquire_async(self, key: str | bytes) -> Permit:
-        """acquire() for asyncio: where the limit is that of many hosts and the server must be
-        asked, that is done in a thread; else it is acquire()."""
-        if self._leases is None:
-            permit: Permit = self.acquire(key)
-            return permit
-        from fast_litellm_shm.cluster.loops import off_loop
-
-        taken: Permit = await off_loop(lambda: self.acquire(key), lambda late: late.release())
-        return taken
+        """acquire() for asyncio: where a server has to be asked, a thread does that."""
+        return await off_loop(lambda: self.acquire(key), lambda late: late.release())
 
     @property
     def name(self) -> str:
@@ -139,62 +98,39 @@ class ConcurrencyLimiter:
 
     def in_flight(self, key: str | bytes) -> int:
         """How many permits of the key living processes hold. Frees those of dead ones."""
-        raw = key_bytes(key)
-        return int(lib.fshm_in_flight(self._handle, raw, len(raw)))
-
-    @property
-    def _look_ns(self) -> int:
-        """How long a waiter sleeps at most: nobody wakes it for what another host releases."""
-        return _LOOK_NS if self._leases is None else _ASK_NS
+        return self._states.in_flight(key_bytes(key))
 
     def wait(self, key: str | bytes, timeout: float | None = None) -> Permit:
         """acquire(), waiting for a permit at most ``timeout`` seconds; false when there was none.
 
-        Sleeps in the kernel (futex) and is woken by a release, in order of arrival unless somebody
-        comes by just then. Looks for dead holders once a second.
+        Sleeps in the kernel (futex). A release wakes waiters in order of arrival; a caller that
+        comes just then may be faster. Looks for dead holders once a second.
         """
-        permit: Permit = self.acquire(key)
-        if permit:
-            return permit
-        raw, deadline = key_bytes(key), deadline_ns(timeout)
-        try:
-            while True:
-                armed = lib.fshm_wakeup_arm(self._handle, raw, len(raw))
-                permit = self.acquire(key)
-                left = deadline - time.monotonic_ns()
-                if permit or left <= 0:
-                    return permit
-                greenlets.bell_wait(self._handle, raw, armed, min(left, self._look_ns))
-        except BaseException:  # interrupted: a ring that was meant for us goes to the next
-            permit.release()  # the traceback may keep it
-            lib.fshm_wakeup_send(self._handle, raw, len(raw))
-            raise
+        return self.acquire(key) or run(self._wait(BLOCKING, key, timeout))
 
     async def wait_async(self, key: str | bytes, timeout: float | None = None) -> Permit:
         """wait() for asyncio: sleeps in a thread of its own pool, not in the event loop."""
-        permit = await self.acquire_async(key)
-        if permit:
-            return permit
-        raw, deadline = key_bytes(key), deadline_ns(timeout)
-        while True:
-            armed = lib.fshm_wakeup_arm(self._handle, raw, len(raw))
-            permit = await self.acquire_async(key)
-            left = deadline - time.monotonic_ns()
-            if permit or left <= 0:
-                return permit
-            left = min(left, self._look_ns)
-            rung = _executor().submit(greenlets.bell_wait, self._handle, raw, armed, left)
-            try:
-                await asyncio.wait({asyncio.wrap_future(rung)}, timeout=left / 1e9 + 0.01)
-            finally:
-                # Left alone (cancelled, or late), the thread may yet be rung: then that goes to the
-                # next.
-                if not rung.done() and not rung.cancel():
-                    rung.add_done_callback(lambda late: self._pass_on(late.result(), raw))
+        return await self.acquire_async(key) or await run_async(self._wait(ASYNCIO, key, timeout))
 
-    def _pass_on(self, rung: int, raw: bytes) -> None:
-        if rung:
-            lib.fshm_wakeup_send(self._handle, raw, len(raw))
+    def _wait(self, waits: Waits, key: str | bytes, timeout: float | None) -> Steps[Permit]:
+        raw, deadline = key_bytes(key), deadline_ns(timeout)
+        permit: Permit | None = None
+        try:
+            while True:
+                armed = self._states.arm(raw)
+                permit = yield from waits.ask(
+                    lambda: self.acquire(key), lambda late: late.release()
+                )
+                left = deadline - time.monotonic_ns()
+                if permit or left <= 0:
+                    return permit
+                ns = min(left, self._grantor.wake_ns)
+                yield from waits.until_woken(self._states, raw, armed, ns)
+        except BaseException:  # interrupted: a wake-up that was for this waiter goes to the next
+            if permit is not None:
+                permit.release()  # the traceback may keep it
+            self._states.wake(raw)
+            raise
 
     def slot(self, key: str | bytes, timeout: float | None = None) -> _Slot:
         """``with limiter.slot(key, timeout=5):`` hold a permit. Raises PermitTimeoutError."""
@@ -212,23 +148,13 @@ class ConcurrencyLimiter:
         if not permit:
             raise exceptions.PermitTimeoutError(
                 f"limiter {self.name!r}: no permit for key {key!r} within {timeout} s, "
-                f"{self._held(permit)}; wait longer, or raise the limit"
+                f"{self._grantor.held(permit)}; wait longer, or raise the limit"
             )
         return permit
 
-    def _held(self, permit: Permit) -> str:
-        most, leases = self.max_in_flight, self._leases
-        if leases is None:
-            return f"{permit.in_flight} of {most} are held"
-        here = f"of {most} over all hosts this one holds {permit.in_flight}"
-        cluster, away = leases.cluster, leases.link.away
-        if away is None:
-            return here
-        return f"{here}, and {cluster.shown} does not answer ({away}): {cluster.on_outage!r}"
-
     def __reduce__(self) -> tuple[Any, ...]:
-        cluster = self._leases.cluster if self._leases is not None else self._here
-        return (_rebuild, (type(self), self.max_in_flight, self.name, self.segment, cluster))
+        given = (self.max_in_flight, self.name, self.segment, self._cluster)
+        return (_rebuild, (type(self), *given))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.max_in_flight}, name={self.name!r})"
@@ -280,7 +206,7 @@ def _rebuild(
     max_in_flight: int,
     name: str,
     segment: Segment,
-    cluster: Cluster | Literal[False] | None,
+    cluster: grantors.Replayed,
 ) -> ConcurrencyLimiter:
     limiter = cls.__new__(cls)
     limiter._open(limits.InFlight(max_in_flight), name, segment, cluster, keep=True)

@@ -9,7 +9,8 @@ from typing import Any, TypeVar, cast
 
 from fast_litellm_shm._shared.native import Decision
 from fast_litellm_shm.exceptions import RateLimitExceeded
-from fast_litellm_shm.limiters.rate import Cost, RateLimiter, deadline_ns
+from fast_litellm_shm.limiters.grantors import Cost
+from fast_litellm_shm.limiters.rate import RateLimiter, deadline_ns
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Key = str | bytes

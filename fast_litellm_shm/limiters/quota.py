@@ -3,24 +3,16 @@ parallel."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any
 
 from fast_litellm_shm import exceptions, limits
-from fast_litellm_shm._shared import keyed, settings
-from fast_litellm_shm._shared.named_limiter import SharedLimits, key_bytes
-from fast_litellm_shm._shared.native import Decision, Permit, ffi, lib
+from fast_litellm_shm._shared import keyed
+from fast_litellm_shm._shared.named_limiter import InnerLimits
+from fast_litellm_shm._shared.native import Decision
 from fast_litellm_shm._shared.segment import Segment
+from fast_litellm_shm.limiters import grantors
+from fast_litellm_shm.limiters.grantors import ClusterArgument, Held
 from fast_litellm_shm.limits import FixedWindow, InFlight, LimitSpec
-
-if TYPE_CHECKING:
-    from fast_litellm_shm.cluster import Cluster
-    from fast_litellm_shm.cluster.quota import Granted, Parts
-
-# Where the limits are those of many hosts, what holds a permit and knows what was charged.
-Held: TypeAlias = "Permit | Granted"
-
-_NUMBERS, _PERMIT = ffi.typeof("uint64_t[4]"), ffi.typeof("fshm_permit *")
-
 
 _MOST_A_MINUTE, _MOST_PARALLEL = 2**31 - 1, 100_000
 
@@ -43,7 +35,7 @@ def _check_tokens(where: str, tokens: object) -> None:
 
 
 class Admission:
-    """The answer of :meth:`Quota.admit`: true when admitted, until it is released.
+    """The answer of :meth:`Quota.admit`: true when admitted.
 
     When false: ``reason`` says which limit, ``retry_after`` when to come back (seconds; None:
     never; 0.0: when a call in flight ends), ``in_flight`` how many there are.
@@ -117,8 +109,14 @@ class Admission:
         self._released = True  # after it: an exception may strike in between
         return given_back or "max_parallel" not in self._quota._names
 
+    @property
+    def released(self) -> bool:
+        """Whether it was admitted, and is over."""
+        return self.allowed and self._released
+
     def __bool__(self) -> bool:
-        return not self._released
+        """Whether it was admitted, also when it is released."""
+        return self.allowed
 
     def __enter__(self) -> Admission:
         return self
@@ -133,7 +131,7 @@ class Admission:
         self.release()
 
     def __repr__(self) -> str:
-        state = "admitted" if self else "released" if self.allowed else f"denied by {self.reason}"
+        state = "released" if self.released else "admitted" if self else f"denied by {self.reason}"
         return f"Admission({state}, key={self._key!r})"
 
 
@@ -166,7 +164,7 @@ class Quota:
         name: str,
         segment: Segment | None = None,
         on_full: str = "share",
-        cluster: Cluster | str | Literal[False] | None = None,
+        cluster: ClusterArgument = None,
         # For the LiteLLM plugin: quotas of one name may differ in their numbers, not in which of
         # them they have. Keys of different numbers are different keys. On this host alone.
         _numbered: bool = False,
@@ -190,39 +188,21 @@ class Quota:
         self._tpm = names.index("tpm") if tpm is not None else -1
         self._ones = (1,) * len(names)
         self._rest = self._ones[self._tpm + 1 :]
-        self._parts: Parts | None = None
         self._checked: Any = None  # the limits whose kinds are known to be ours
-        if not _numbered and settings.names_server(cluster):
-            self._join(tuple(found), name, segment, on_full, cluster)
-        if self._parts is None:
-            own = tuple(found)
-            self._shared = SharedLimits(
-                tuple(map(_most, own)) if _numbered else own,
-                name=name,
-                segment=segment,
-                on_full=on_full,
-                numbered=own if _numbered else None,
-            )
+        own = tuple(found)
+        if _numbered:
+            tail = keyed.tail_of(names, (each.n for each in own)).encode()
+            most = tuple(map(_most, own))
+            given: dict[str, Any] = {"name": name, "segment": segment, "on_full": on_full}
+            shared = InnerLimits(most, **given, numbered=own)
+            self._cluster: grantors.Replayed = False
+            self._grantor: grantors.QuotaGrantor = grantors.HostQuota(shared, tail)
+        else:
+            grantor = grantors.chosen(cluster)
+            self._cluster = grantor.argument
+            self._grantor = grantor.quota(own, name=name, segment=segment, on_full=on_full)
         self._numbered = _numbered
-        numbers = (each.n for each in found)
-        self._tail = keyed.tail_of(names, numbers).encode() if _numbered else b""
-        self._here: Literal[False] | None = False if cluster is False else None
         self._arguments = (rpm, tpm, max_parallel, name, on_full)
-
-    def _join(
-        self,
-        found: tuple[LimitSpec | InFlight, ...],
-        name: str,
-        segment: Segment | None,
-        on_full: str,
-        cluster: Cluster | str | Literal[False] | None,
-    ) -> None:
-        from fast_litellm_shm.cluster import settings as cluster_settings
-        from fast_litellm_shm.cluster.quota import Parts
-
-        server = cluster_settings.found(cluster)
-        if server is not None:
-            self._parts = Parts(found, name, segment, on_full, server)
 
     @property
     def name(self) -> str:
@@ -232,12 +212,12 @@ class Quota:
     @property
     def segment(self) -> Segment:
         """The segment it lives in."""
-        return self._shared.segment if self._parts is None else self._parts.segment
+        return self._grantor.segment
 
     @property
     def over_hosts(self) -> bool:
-        """Whether its limits are those of many hosts."""
-        return self._parts is not None
+        """Whether a server grants its limits, for many hosts."""
+        return self._grantor.may_wait
 
     def admit(self, key: str | bytes, tokens: int = 0) -> Admission:
         """Admit a call that is estimated at ``tokens`` tokens, or say why not."""
@@ -246,11 +226,8 @@ class Quota:
 
     def _admit(self, key: str | bytes, tokens: int, requests: int) -> Admission:
         """The same, of a call that counts as so many requests, and one parallel slot."""
-        costs = self._costs(tokens, requests)
-        if self._parts is not None:
-            return Admission(self, key, self._parts.admit(key, costs), tokens, requests)
-        counted = self._raw(key) if self._tail else key
-        return Admission(self, key, self._shared._admit(counted, costs), tokens, requests)
+        permit = self._grantor.admit(key, self._costs(tokens, requests))
+        return Admission(self, key, permit, tokens, requests)
 
     async def admit_async(self, key: str | bytes, tokens: int = 0) -> Admission:
         """:meth:`admit` for asyncio: where the limits are those of many hosts and the server must
@@ -263,52 +240,32 @@ class Quota:
         _check_tokens("admit_async", tokens)
         return await self._admit_async(key, tokens, 1)
 
-    def _raw(self, key: str | bytes) -> bytes:
-        """As which the segment knows it."""
-        return key_bytes(key) + self._tail
-
     async def _admit_async(self, key: str | bytes, tokens: int, requests: int) -> Admission:
-        if self._parts is None:
-            return self._admit(key, tokens, requests)
-        costs = self._costs(tokens, requests)
-        permit = await self._parts.admit_async(key, costs)
+        permit = await self._grantor.admit_async(key, self._costs(tokens, requests))
         return Admission(self, key, permit, tokens, requests)
 
     def in_flight(self, key: str | bytes) -> int:
         """Calls of the key in flight, of living processes of this host."""
-        raw = self._raw(key)
-        if self._parts is not None:
-            return self._parts.in_flight(raw)
-        return int(lib.fshm_in_flight(self._shared._handle, raw, len(raw)))
+        return self._grantor.in_flight(key)
 
     def remaining(self, key: str | bytes) -> dict[str, int]:
         """What is left of each limit now, by name: rpm, tpm, max_parallel. Over many hosts the
         server is asked where that is needed."""
         out = self._left(key, ask=True)
         if "max_parallel" in self._names:
-            most = self._limits[-1].n
+            most = self._grantor.limits[-1].n
             out["max_parallel"] = max(most - self.in_flight(key), 0)
         return out
 
     def _left(self, key: str | bytes, ask: bool = False) -> dict[str, int]:
-        """remaining() without max_parallel, which has to look at each of its slots. ask: where
-        this host does not know, else it is what it has last heard."""
-        raw, left = self._raw(key), ffi.new(_NUMBERS)
+        """remaining() without max_parallel, whose permits must be counted. ask: the server, where
+        this host does not know; else it is what the server has last said."""
         self._check_kinds()  # or the numbers would be those of other limits
-        if self._parts is not None:
-            return dict(zip(self._names, self._parts.left(key, ask), strict=False))
-        count = lib.fshm_remaining(self._shared._handle, raw, len(raw), 0, left)
-        if count < 0:
-            self._shared._failed(count)
-        return dict(zip(self._names[:count], left, strict=False))
-
-    @property
-    def _limits(self) -> tuple[Any, ...]:
-        return self._shared.limits if self._parts is None else self._parts.limits
+        return dict(zip(self._names, self._grantor.left(key, ask=ask), strict=False))
 
     def _check_kinds(self) -> None:
         """Of the limits as they are now: other ones are another tuple."""
-        found = self._limits
+        found = self._grantor.limits
         if len(found) != len(self._names):
             raise exceptions.SegmentError(
                 f"Quota {self.name!r}: another process gave this name other kinds of limits than "
@@ -317,7 +274,7 @@ class Quota:
         self._checked = found
 
     def _costs(self, tokens: int, requests: int = 1) -> tuple[int, ...]:
-        if self._parts is not None or self._shared.limits is not self._checked:
+        if self._grantor.limits is not self._checked:
             self._check_kinds()
         if requests != 1:
             cost = {"rpm": requests, "tpm": tokens, "max_parallel": 1}
@@ -333,26 +290,17 @@ class Quota:
     def _book(
         self, key: str | bytes, charged: tuple[int, ...], actual: tuple[int, ...], permit: Held
     ) -> None:
-        if self._parts is not None:
-            self._parts.book(key, charged, actual, permit)  # type: ignore[arg-type]
-            return
-        raw = self._raw(key)
-        before, after = ffi.new(_NUMBERS, charged), ffi.new(_NUMBERS, actual)
-        held = ffi.cast(_PERMIT, permit._address)  # type: ignore[union-attr]
-        status = lib.fshm_settle(self._shared._handle, raw, len(raw), before, after, held, 0)
-        if status != lib.FSHM_ALLOWED:
-            self._shared._failed(status)
+        self._grantor.settle(key, charged, actual, permit)
 
     def _limit_name(self, permit: Held) -> str:
         index = getattr(permit, "index", permit.decision.limit_index)
         return self._names[index] if index < len(self._names) else "limit"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        cluster = self._parts.cluster if self._parts is not None else self._here
-        return (_rebuild, (*self._arguments, self.segment, cluster, self._numbered))
+        return (_rebuild, (*self._arguments, self.segment, self._cluster, self._numbered))
 
     def __repr__(self) -> str:
-        shown = ", ".join(limits.describe(limit) for limit in self._limits)
+        shown = ", ".join(limits.describe(limit) for limit in self._grantor.limits)
         return f"Quota({shown}, name={self.name!r})"
 
 
@@ -363,7 +311,7 @@ def _rebuild(
     name: str,
     on_full: str,
     segment: Segment,
-    cluster: Cluster | Literal[False] | None,
+    cluster: grantors.Replayed,
     numbered: bool = False,
 ) -> Quota:
     limits_ = (rpm, tpm, max_parallel)

@@ -24,7 +24,8 @@ from fast_litellm_shm import (
     Window,
     health_check,
 )
-from fast_litellm_shm.cluster import Cluster, agent
+from fast_litellm_shm.cluster import Cluster
+from fast_litellm_shm.cluster.hosts import host_count
 from fast_litellm_shm.cluster.state import cluster_state
 from fast_litellm_shm.metrics.source import Source
 
@@ -34,7 +35,7 @@ NOBODY = "unix:///nonexistent/server"
 
 
 def known_hosts(segment: Segment) -> None:
-    wait_until("it is known how many hosts there are", lambda: agent.hosts(segment) == 1)
+    wait_until("it is known how many hosts there are", lambda: host_count(segment) == 1)
 
 
 def counted(segment: Segment, name: str) -> tuple[int, int, int]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from support import servers
+from support.leases import tokens_of
 
 from fast_litellm_shm import (
     Limit,
@@ -22,7 +23,7 @@ from fast_litellm_shm import (
     Window,
 )
 from fast_litellm_shm.cluster import Cluster
-from fast_litellm_shm.cluster.link import Link, Question
+from fast_litellm_shm.cluster.connection import Connection, Question
 
 HOUR = 3600
 
@@ -158,13 +159,13 @@ def test_acquire_many_asks_for_many_keys_at_once(
     hosts: list[RateLimiter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    call = Link.call
+    call = Connection.call
 
-    def counted(link: Link, requests: Sequence[Question]) -> list[Any]:
+    def counted(link: Connection, requests: Sequence[Question]) -> list[Any]:
         sizes.append(len(requests))
         return call(link, requests)
 
-    monkeypatch.setattr(Link, "call", counted)
+    monkeypatch.setattr(Connection, "call", counted)
     keys = [f"user {i}" for i in range(300)]
     assert hosts[0].acquire_many(keys).allowed.all()
     assert sizes == [200, 100]
@@ -207,7 +208,7 @@ def test_pickle(hosts: list[RateLimiter]) -> None:
     assert hosts[0].acquire("key", 100)
     copy = pickle.loads(pickle.dumps(hosts[0]))
     assert not copy.acquire("key")
-    assert copy._wallet.cluster == hosts[0]._wallet.cluster  # type: ignore[union-attr]
+    assert tokens_of(copy).cluster == tokens_of(hosts[0]).cluster
 
 
 def test_the_variable_alone(
@@ -245,8 +246,7 @@ def test_limits_change_at_run_time(server: servers.Server, segment: Segment) -> 
     second = limiter(Window(150, HOUR))
     second.reset("other")
     assert first.limits == second.limits
-    assert first._wallet is not None
-    first._wallet.unrefuse(b"key")
+    tokens_of(first).unrefuse(b"key")
     assert first.acquire("key", 50) and not first.acquire("key")
     bucket = limiter(Limit(100, HOUR))
     assert bucket.acquire("bucket", 100)
@@ -258,13 +258,12 @@ def test_limits_change_at_run_time(server: servers.Server, segment: Segment) -> 
 def test_limits_that_become_more_during_a_call(server: servers.Server, segment: Segment) -> None:
     """What the call has counted already is for those that there were."""
     first = RateLimiter(Window(100, HOUR), name="api", segment=segment, cluster=server.url)
-    wallet = first._wallet
-    assert wallet is not None
+    wallet = tokens_of(first)
     before, have = wallet.costs(7), wallet.look(b"key", take=True)[0]
     RateLimiter(Window(100, HOUR), Limit(5), name="api", segment=segment, cluster=server.url)
     assert not first.acquire("other", 200)  # it has met them
     request, _ = wallet.request("take", b"key", before, have)
-    (found,) = wallet.link.call([request])
+    (found,) = wallet.connection.call([request])
     assert found.admitted and [each.used >= 7 for each in found.limits] == [True, False]
 
 

@@ -1,4 +1,4 @@
-"""meter.lua while the limits change: random stories against references that count tokens."""
+"""algorithms.lua while the limits change: random stories against references that count tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from fast_litellm_shm import Limit, SlidingWindow, Window
-from fast_litellm_shm.cluster import script
+from fast_litellm_shm.cluster import algorithms
 from fast_litellm_shm.limits import LimitSpec
 
 __all__ = ["meter"]  # the fixture
@@ -57,7 +57,7 @@ class WindowModel:
 
     def over(self, limit: Window) -> int:
         debt = max(self.tokens - limit.n, 0)
-        return self.end - (-debt * script.rule(limit).per_us // limit.n)
+        return self.end - (-debt * algorithms.rule(limit).per_us // limit.n)
 
     def look(self, at: int, limit: Window) -> None:
         if self.over(self.label) <= at or self.over(limit) <= at:
@@ -69,7 +69,7 @@ class WindowModel:
         if self.tokens <= limit.n:
             self.label = limit
         if cost:
-            self.end = self.end or at + script.rule(limit).per_us
+            self.end = self.end or at + algorithms.rule(limit).per_us
             self.tokens += cost
 
     def refund(self, at: int, limit: Window, cost: int) -> None:
@@ -118,7 +118,7 @@ class BucketModel:
     @staticmethod
     def rate(limit: Limit) -> Fraction:
         """Tokens a us."""
-        rule = script.rule(limit)
+        rule = algorithms.rule(limit)
         return Fraction(rule.den * NS, rule.num)
 
     def look(self, at: int, limit: Limit) -> None:
@@ -223,7 +223,7 @@ def test_hosts_keep_the_bound_of_the_most_generous(
     times = sorted(world.admitted)
     n, burst = max(each.n for each in ever), max(most(each) for each in ever)
     rate = max(BucketModel.rate(each) if isinstance(each, Limit) else Fraction(0) for each in ever)
-    lease = script.rule(ever[0]).lease_us
+    lease = algorithms.rule(ever[0]).lease_us
     for i, start in enumerate(times):
         for k in range(i, len(times)):
             span, count = times[k] - start, k - i + 1

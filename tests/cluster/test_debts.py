@@ -8,11 +8,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import servers
+from support.leases import connection_of, tokens_of
 from support.waiting import wait_until
 
 from fast_litellm_shm import Limit, RateLimiter, Segment, SlidingWindow, Window
-from fast_litellm_shm.cluster import Cluster, agent, link
-from fast_litellm_shm.cluster.outage import Debt, Outage
+from fast_litellm_shm.cluster import Cluster
+from fast_litellm_shm.cluster.hosts import host_count
+from fast_litellm_shm.cluster.outage import Outage, Usage
 from fast_litellm_shm.limits import LimitSpec
 
 # What takes long says that the machine is busy.
@@ -29,15 +31,15 @@ def test_of_a_window_what_is_over_is_over(
 ) -> None:
     """However often it could not be told in between: exactly what the window that goes on has."""
     now, end, used = 0, 0, 0
-    owed, told = Debt(0, 0), Debt(0, 0)
+    owed, told = Usage(0, 0), Usage(0, 0)
     for wait, cost in taken:
         now += wait
         if now >= end:
             end, used = now + PER, 0
         used += cost
-        owed = owed.joined(Debt(end, cost), 0, now)
+        owed = owed.joined(Usage(end, cost), 0, now)
         if chance.random() < 0.5:  # as a probe does: told has no more than the window before it
-            told, owed = told.joined(owed, 0, now), Debt(0, 0)
+            told, owed = told.joined(owed, 0, now), Usage(0, 0)
     now += pause
     assert told.joined(owed, 0, now).left(0, now) == (used if now < end else 0)
 
@@ -48,13 +50,13 @@ def test_of_other_limits_nothing_young_is_forgotten_and_all_that_is_old(
     taken: list[tuple[int, int]], pause: int, chance: random.Random
 ) -> None:
     now, costs = 0, []
-    owed, told = Debt(0, 0), Debt(0, 0)
+    owed, told = Usage(0, 0), Usage(0, 0)
     for wait, cost in taken:
         now += wait
         costs.append((now, cost))
-        owed = owed.joined(Debt(now + PER, cost), PER, now)
+        owed = owed.joined(Usage(now + PER, cost), PER, now)
         if chance.random() < 0.5:
-            told, owed = told.joined(owed, PER, now), Debt(0, 0)
+            told, owed = told.joined(owed, PER, now), Usage(0, 0)
     now += pause
     left = told.joined(owed, PER, now).left(PER, now)
     assert left >= sum(cost for at, cost in costs if now < at + PER)
@@ -68,25 +70,19 @@ def limiter_of(
     return RateLimiter(limit, name="api", segment=segment, cluster=cluster)
 
 
-def link_of(limiter: RateLimiter) -> link.Link:
-    assert limiter._wallet is not None
-    return limiter._wallet.link
-
-
 def outage_of(limiter: RateLimiter) -> Outage:
-    assert limiter._wallet is not None
-    return limiter._wallet._outage
+    return tokens_of(limiter)._outage
 
 
 def lost(server: servers.Server, limiter: RateLimiter, how: str) -> None:
     assert limiter.acquire("warm")
-    wait_until("it is known how many hosts there are", lambda: agent.hosts(limiter.segment) == 1)
+    wait_until("it is known how many hosts there are", lambda: host_count(limiter.segment) == 1)
     if how == "read-only":  # it answers, but not as it should
         with server.client() as client:
             client.replicaof("127.0.0.1", servers.free_port())
     else:
         server.kill() if how == "killed" else server.freeze()
-    while link_of(limiter).away is None:
+    while connection_of(limiter).outage is None:
         limiter.acquire("notices")
 
 
@@ -96,7 +92,7 @@ def back(server: servers.Server, limiter: RateLimiter, how: str) -> None:
             client.replicaof("NO", "ONE")
     else:
         server.start() if how == "killed" else server.thaw()
-    wait_until("it is back", lambda: link_of(limiter).away is None)
+    wait_until("it is back", lambda: connection_of(limiter).outage is None)
 
 
 @pytest.mark.parametrize("how", ["killed", "frozen", "read-only"])
@@ -110,8 +106,8 @@ def test_a_window_that_is_over_is_not_charged_to_the_next(
     assert sum(limiter.is_allowed("key") for _ in range(10)) == 10
     outage = outage_of(limiter)
     with outage._lock:
-        owed, *_ = outage._owed.get(b"key") or outage._told_now[b"key"]
-    wait_until("its window is over", lambda: owed.end < outage._now())
+        owed, *_ = outage._usage.get(b"key") or outage._reporting[b"key"]
+    wait_until("its window is over", lambda: owed.end < outage._states.now())
     back(server, limiter, how)
     assert limiter.acquire("key").remaining == 9
 
@@ -133,14 +129,14 @@ def test_what_counts_is_charged_once_however_often_it_could_not_be_told(
     limiter = limiter_of(server, segment, limit, policy, 0.5)
     assert limiter.peek("key").remaining == 100
     lost(server, limiter, how)
-    tries, probe = 0, link_of(limiter).probe
+    tries, probe = 0, connection_of(limiter).probe
 
     def counted() -> None:
         nonlocal tries
         tries += 1
         probe()
 
-    monkeypatch.setattr(link_of(limiter), "probe", counted)
+    monkeypatch.setattr(connection_of(limiter), "probe", counted)
     for _ in range(7):
         if policy == "deny":  # calls that were admitted before use more than they were charged
             limiter.charge("key", 1)
@@ -156,10 +152,10 @@ def test_each_process_tells_its_own_part(server: servers.Server, segment: Segmen
     two = [
         limiter_of(server, segment, Window(100, 3600), "local", timeout) for timeout in (0.5, 0.6)
     ]
-    assert link_of(two[0]) is not link_of(two[1])  # as two processes have it
+    assert connection_of(two[0]) is not connection_of(two[1])  # as two processes have it
     lost(server, two[0], "killed")
     for limiter in two:
         assert all(limiter.is_allowed("key") for _ in range(7))
     server.start()
-    wait_until("it is back", lambda: all(link_of(each).away is None for each in two))
+    wait_until("it is back", lambda: all(connection_of(each).outage is None for each in two))
     assert [limiter.peek("key").remaining for limiter in two] == [86, 86]

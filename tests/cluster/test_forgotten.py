@@ -6,11 +6,12 @@ import time
 
 from cluster.test_meter import Meter, meter, new_key
 from support import servers
+from support.leases import tokens_of
 from support.waiting import wait_until
 
 from fast_litellm_shm import RateLimiter, Segment, SlidingWindow, Window
 from fast_litellm_shm._shared.inspection import Inspection, is_beside
-from fast_litellm_shm.cluster import script, sliding
+from fast_litellm_shm.cluster import algorithms, sliding
 
 __all__ = ["meter"]  # the fixture
 
@@ -91,10 +92,9 @@ def test_what_a_host_was_told_is_kept_apart(server: servers.Server, segment: Seg
         Window(1000, 60), SlidingWindow(100, PER), name="api", segment=segment, cluster=server.url
     )
     assert limiter.acquire("key", 10)
-    wallet = limiter._wallet
-    assert wallet is not None
+    wallet = tokens_of(limiter)
 
-    def known() -> script.Request:
+    def known() -> algorithms.Request:
         return wallet.request("look", b"key", (0, 0))[0]
 
     first = known()

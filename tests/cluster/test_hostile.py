@@ -13,12 +13,14 @@ import pytest
 from cluster.test_meter import Meter, meter, new_key
 from cluster.test_rights import documented, granting, url_of
 from support import servers
+from support.leases import connection_of, permits_of, tokens_of
 from support.waiting import wait_until
 
 from fast_litellm_shm import ConcurrencyLimiter, Limit, RateLimiter, Segment, SlidingWindow, Window
 from fast_litellm_shm._shared import performance as monitoring
 from fast_litellm_shm._shared.inspection import Inspection
-from fast_litellm_shm.cluster import Cluster, agent
+from fast_litellm_shm.cluster import Cluster
+from fast_litellm_shm.cluster.hosts import host_count
 from fast_litellm_shm.limits import LimitSpec
 
 __all__ = ["meter"]  # the fixture
@@ -217,7 +219,7 @@ def test_junk_is_its_keys_problem_alone(
             client.set(name, value)
             assert not two.acquire("key") or i
         for each in (one, two):
-            assert each._wallet is not None and each._wallet.link.away is None
+            assert connection_of(each).outage is None
     told = [
         each.getMessage() for each in caplog.records if "not a value of ours" in each.getMessage()
     ]
@@ -235,8 +237,7 @@ def test_junk_for_permits(limits_server: servers.Server, segment: Segment, other
         ConcurrencyLimiter(4, name="api", segment=each, cluster=cluster)
         for each in (segment, other)
     )
-    leases = two._leases
-    assert leases is not None
+    leases = permits_of(two)
     held = [one.acquire("key") for _ in range(4)]
     assert all(held)
     with hostile(limits_server) as client:
@@ -278,7 +279,7 @@ def test_junk_among_the_hosts(
         client.set("fast-shm:hosts", "junk")
         limiter = RateLimiter(Window(100, HOUR), name="api", segment=segment, cluster=cluster)
         assert limiter.acquire("key")
-        wait_until("the host is known", lambda: agent.hosts(segment) == 1)
+        wait_until("the host is known", lambda: host_count(segment) == 1)
         for i in range(50):
             client.zadd("fast-shm:hosts", {f"host {i}": 2**60})
         wait_until("they are forgotten", lambda: admin.zcard("fast-shm:hosts") == 1)
@@ -306,7 +307,7 @@ def test_junk_that_is_told_to_hosts(
         for each in (segment, other)
     )
     assert one.acquire("key")
-    wait_until("both are heard", lambda: two.acquire("x") and agent.hosts(other) == 2)
+    wait_until("both are heard", lambda: two.acquire("x") and host_count(other) == 2)
     with hostile(limits_server) as client, caplog.at_level(logging.WARNING, "fast_litellm_shm"):
         heard = _connections(limits_server)
         for each in JUNK_MESSAGES * 20:
@@ -332,7 +333,7 @@ def test_limiters_that_are_not_over_hosts_are_recalled(
     RateLimiter(Window(1000, HOUR), name="alone", segment=segment, cluster=False)
     ConcurrencyLimiter(3, name="gpu", segment=segment, cluster=False)
     assert api.acquire("key") and api.acquire("spare")
-    wait_until("it is heard", lambda: agent.hosts(segment) == 1)
+    wait_until("it is heard", lambda: host_count(segment) == 1)
     before = {each["name"] for each in Inspection(segment).limiters()}
     heard = _connections(limits_server)
     with hostile(limits_server) as client, caplog.at_level(logging.WARNING, "fast_litellm_shm"):
@@ -341,8 +342,7 @@ def test_limiters_that_are_not_over_hosts_are_recalled(
             client.publish("fast-shm:recall", packed(["p", name, "key", "1", "1"]))
         # in order: who has heard this has heard those before
         client.publish("fast-shm:recall", packed(["m", "api", "spare"]))
-        wallet = api._wallet
-        assert wallet is not None
+        wallet = tokens_of(api)
         wait_until("it gives back", lambda: not any(wallet.look(b"spare")[0]))
         assert _connections(limits_server) - heard < 3
     assert {each["name"] for each in Inspection(segment).limiters()} == before

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from support import servers
 from support.fleet import Fleet
+from support.leases import tokens_of
 from support.waiting import wait_until
 
 from fast_litellm_shm import RateLimiter, Segment, Window
@@ -61,8 +62,7 @@ def test_a_killed_host_loses_what_it_held_and_no_more(server: servers.Server) ->
 
 def held_by(segment: Segment, server: servers.Server) -> int:
     limiter = RateLimiter(Window(LIMIT, HOUR), name="fleet", segment=segment, cluster=server.url)
-    assert limiter._wallet is not None
-    return limiter._wallet.look(b"key")[0][0]
+    return tokens_of(limiter).look(b"key")[0][0]
 
 
 def test_the_leader_is_succeeded(server: servers.Server) -> None:

@@ -1,4 +1,5 @@
-"""meter.lua at given times: against the models of csrc's meters, and many hosts by brute force."""
+"""algorithms.lua at given times: against the models of csrc's algorithms, and many hosts by brute
+force."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from meters.driver import Rule as ModelRule
 from support import servers
 
 from fast_litellm_shm import Limit, SlidingWindow, Window
-from fast_litellm_shm.cluster import names, script
+from fast_litellm_shm.cluster import algorithms, names
 from fast_litellm_shm.limits import LimitSpec
 
 US = 1000  # ns
@@ -44,8 +45,8 @@ class Meter:
     """The script, told what time it is."""
 
     def __init__(self, client: Any) -> None:
-        source = script.SOURCE.replace("redis.call('TIME')", "{ARGV[#ARGV - 1], ARGV[#ARGV]}")
-        assert source != script.SOURCE
+        source = algorithms.SOURCE.replace("redis.call('TIME')", "{ARGV[#ARGV - 1], ARGV[#ARGV]}")
+        assert source != algorithms.SOURCE
         # The server forgets by its own clock, which has nothing to do with these times.
         kept = source.replace("'PX', ceil(life / 1000) + 1000", "'PX', 3600000")
         assert kept != source
@@ -71,20 +72,20 @@ class Meter:
         key: bytes,
         limits: list[LimitSpec],
         **given: Any,
-    ) -> script.Answer:
-        rules = [script.rule(each) for each in limits]
+    ) -> algorithms.Answer:
+        rules = [algorithms.rule(each) for each in limits]
         numbers = {"costs": 0, "kept": 0, "given": 0, "used": 0, "previous": 0, "left": 0} | given
         columns = [
             tuple(value) if isinstance(value, (tuple, list)) else (value,) * len(rules)
             for value in numbers.values()
         ]
         costs, kept, given_back, used, previous, left = columns
-        request = script.Request(
+        request = algorithms.Request(
             operation, b"l", key, rules, costs, kept, given_back, used, previous, left
         )
         arguments = request.arguments(host.encode(), "channel")
         arguments += [at_us // 1_000_000, at_us % 1_000_000]
-        return script.answer(self._script([request.state_key("t")], arguments), rules)
+        return algorithms.answer(self._script([request.state_key("t")], arguments), rules)
 
 
 def new_key() -> bytes:
@@ -273,13 +274,13 @@ class World:
         self._call(host, "ahead", costs=1, kept=host.has(self.at))
         host.left, host.until = before
 
-    def _call(self, host: Host, operation: str, kept: int = 0, **given: int) -> script.Answer:
+    def _call(self, host: Host, operation: str, kept: int = 0, **given: int) -> algorithms.Answer:
         sent, self.at = self.at, self.at + self.delay
         found = self.meter(
             self.at, host.name, operation, self.key, [self.limit], kept=kept, **given
         )
         (known,) = found.limits
-        if known.used and known.left_ns == script.rule(self.limit).per_us * US:
+        if known.used and known.left_ns == algorithms.rule(self.limit).per_us * US:
             self.begun.append(self.at)
         until, left = sent + known.lease_ns // US, host.has(self.at)
         if left > (kept if known.redated else 0):
@@ -324,7 +325,7 @@ def test_hosts_keep_the_bound(meter: Meter, kind: str, data: st.DataObject) -> N
         limit = Limit(n, per / 1e6, burst=burst, strict=kind == "strict")
     else:
         limit = (Window if kind == "window" else SlidingWindow)(n, per / 1e6)
-    lease = script.rule(limit).lease_us
+    lease = algorithms.rule(limit).lease_us
     world = World(meter, limit, data.draw(st.integers(0, lease // 10)))
     for what, pause, which, _ in data.draw(histories(per, kind == "window")):
         world.at += pause
@@ -341,14 +342,14 @@ def test_hosts_keep_the_bound(meter: Meter, kind: str, data: st.DataObject) -> N
 @pytest.mark.parametrize("kind", ["bucket", "strict", "window", "sliding"])
 @pytest.mark.parametrize("late", [0, 1, 30, 60, 90, 100])
 def test_the_worst_hosts(meter: Meter, kind: str, late: int) -> None:
-    """Each way to have more than the limit, were it not for what meter.lua does about it."""
+    """Each way to have more than the limit, were it not for what algorithms.lua does about it."""
     n, per, burst = 100, 1_000_000, 100 if kind != "strict" else 50
     limit: LimitSpec
     if kind in ("bucket", "strict"):
         limit = Limit(n, per / 1e6, burst=burst, strict=kind == "strict")
     else:
         limit = (Window if kind == "window" else SlidingWindow)(n, per / 1e6)
-    pause = (script.rule(limit).lease_us or per) * late // 100
+    pause = (algorithms.rule(limit).lease_us or per) * late // 100
 
     def last_instant(world: World, a: Host, b: Host) -> None:
         world.hoard(a)
@@ -419,7 +420,7 @@ def test_the_worst_hosts(meter: Meter, kind: str, late: int) -> None:
 
 
 def check_bound(world: World, kind: str, burst: int) -> None:
-    rule, times = script.rule(world.limit), sorted(world.admitted)
+    rule, times = algorithms.rule(world.limit), sorted(world.admitted)
     n, per = rule.n, rule.per_us
     for i, start in enumerate(times):
         for k in range(i, len(times)):
@@ -512,9 +513,9 @@ def test_others_are_asked_to_give_back(meter: Meter) -> None:
     while meter(at, "b", "single", key, [limit], costs=1).admitted:
         pass
     refused = meter(at, "b", "single", key, [limit], costs=1)
-    assert refused.calm_ns < 100 * 10**6  # a sees to it now
+    assert refused.back_off_ns < 100 * 10**6  # a sees to it now
     meter(at, "a", "give", key, [limit], given=held.batch)
     for _ in range(held.batch):
         assert meter(at, "b", "single", key, [limit], costs=1).admitted
     refused = meter(at, "b", "single", key, [limit], costs=1)
-    assert refused.calm_ns == 10**9  # nobody has anything: no use in asking soon
+    assert refused.back_off_ns == 10**9  # nobody has anything: no use in asking soon

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from redis.crc import key_slot
 from support import servers
+from support.leases import connection_of, tokens_of
 from support.names import remove, unique_name
 from support.waiting import wait_until
 
@@ -75,7 +76,7 @@ def test_a_prefix_that_was_the_permits_own(
         assert limiter.acquire("key")
         with permits.acquire("key") as held:
             assert held
-    assert limiter._wallet is not None and limiter._wallet.link.away is None
+    assert connection_of(limiter).outage is None
 
 
 @contextmanager
@@ -140,7 +141,7 @@ def test_no_name_stands_there(
         wait_until("all of it was heard", lambda: len(said) > 10)
     assert len(stored) >= 2
     assert "s3cr3t" not in repr(stored) + repr(said) + repr(slow)
-    assert two._wallet is not None and two._wallet.reset_all() == 1
+    assert tokens_of(two).reset_all() == 1
     assert one.acquire(key) and two.acquire(key)
 
 

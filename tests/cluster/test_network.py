@@ -13,7 +13,8 @@ from support.fleet import Fleet
 from support.network import Network, why_not
 
 from fast_litellm_shm import Segment, Window
-from fast_litellm_shm.cluster import Cluster, agent
+from fast_litellm_shm.cluster import Cluster
+from fast_litellm_shm.cluster.hosts import host_count
 
 HOSTS, PORT = 3, 6379
 LIMIT = 15_000
@@ -71,7 +72,7 @@ def go_down(network: Network, fleet: Fleet, policy: str) -> tuple[int, int]:
     """The first host's line, for some seconds. How often it has asked in the second half of them,
     and how often it was admitted."""
     segments = [Segment(name, create=False) for name in fleet.names]
-    fleet.until(lambda: all(agent.hosts(each) == HOSTS for each in segments), "all are known")
+    fleet.until(lambda: all(host_count(each) == HOSTS for each in segments), "all are known")
     network.cut(0)
     since = time.monotonic()
     fleet.until(lambda: time.monotonic() - since > DOWN / 2, "it has noticed")

@@ -13,10 +13,12 @@ from support import green, servers
 from support.children import run_one
 from support.fleet import Fleet
 from support.flights import Flights
+from support.leases import connection_of, tokens_of
 from support.waiting import wait_until
 
 from fast_litellm_shm import RateLimiter, Segment, Window
-from fast_litellm_shm.cluster import Cluster, agent, link
+from fast_litellm_shm.cluster import Cluster, connection
+from fast_litellm_shm.cluster.hosts import host_count
 
 HOUR = 3600
 SLOTS = 16384
@@ -69,10 +71,9 @@ def limiter_of(nodes: list[servers.Server], segment: Segment, policy: str = "den
 
 
 def slot_of(limiter: RateLimiter, key: str) -> int:
-    assert limiter._wallet is not None
-    request, _ = limiter._wallet.request("look", key.encode(), (0,))
-    client = limiter._wallet.link.client()
-    return int(client.keyslot(request.state_key(limiter._wallet.cluster.prefix)))
+    request, _ = tokens_of(limiter).request("look", key.encode(), (0,))
+    client = connection_of(limiter).client()
+    return int(client.keyslot(request.state_key(tokens_of(limiter).cluster.prefix)))
 
 
 def key_on(limiter: RateLimiter, node: int, start: str = "key") -> str:
@@ -122,13 +123,14 @@ def test_a_node_that_does_not_answer_is_asked_once(
     that came too late, it did once."""
     limiter = limiter_of(nodes, segment)
     key = key_on(limiter, 2)
-    assert limiter._wallet is not None
-    alone = link.Link(limiter._wallet.cluster, segment)  # no thread of which tries it again
-    request, _ = limiter._wallet.request("single", key.encode(), (10,))
+    alone = connection.Connection(
+        tokens_of(limiter).cluster, segment
+    )  # no thread tries it again
+    request, _ = tokens_of(limiter).request("single", key.encode(), (10,))
     assert alone.call([request])[0].admitted
     looked = [_counted(node, "cluster|slots") for node in nodes[:2]]
     nodes[2].freeze()
-    with pytest.raises(link.AwayError, match="TimeoutError"):
+    with pytest.raises(connection.UnreachableError, match="TimeoutError"):
         alone.call([request])
     assert [_counted(node, "cluster|slots") for node in nodes[:2]] == looked
     nodes[2].thaw()
@@ -143,14 +145,14 @@ def test_a_node_that_is_away(
 ) -> None:
     """All keys go by the policy until it is back, however often the others answer meanwhile; and
     that is told once each way."""
-    probe, tries = link.Link.probe, 0
+    probe, tries = connection.Connection.probe, 0
 
-    def counted(given: link.Link) -> None:
+    def counted(given: connection.Connection) -> None:
         nonlocal tries
         probe(given)
         tries += 1
 
-    monkeypatch.setattr(link.Link, "probe", counted)
+    monkeypatch.setattr(connection.Connection, "probe", counted)
     limiter = limiter_of(nodes, segment)
     keys = [key_on(limiter, node) for node in range(3)]
     assert all(limiter.acquire(key, 60) for key in keys)
@@ -163,7 +165,7 @@ def test_a_node_that_is_away(
             "it is tried again and again",
             lambda: (list(map(limiter.is_allowed, others)), tries > since + 8)[1],
         )
-        assert limiter._wallet is not None and limiter._wallet.link.away is not None
+        assert connection_of(limiter).outage is not None
         nodes[2].thaw()
         wait_until("it is back", lambda: all(limiter.acquire(key) for key in keys))
     said = [record.getMessage() for record in caplog.records]
@@ -191,7 +193,7 @@ def test_a_key_that_moves(nodes: list[servers.Server], segment: Segment) -> None
         with node.client() as client:
             client.execute_command("CLUSTER", "SETSLOT", slot, "NODE", ids[1])
     assert limiter.acquire(key, 40)  # MOVED
-    assert limiter._wallet is not None and limiter._wallet.link.away is None
+    assert connection_of(limiter).outage is None
     with nodes[1].client() as client:
         assert client.execute_command("CLUSTER", "COUNTKEYSINSLOT", slot) == 1
 
@@ -237,13 +239,12 @@ def test_a_replica_is_told_what_was_admitted_meanwhile(
     limiter = limiter_of(replicated, segment, "local")
     key = key_on(limiter, 2)
     assert limiter.acquire(key_on(limiter, 2, "other"))
-    wait_until("it is known how many hosts there are", lambda: agent.hosts(segment) == 1)
+    wait_until("it is known how many hosts there are", lambda: host_count(segment) == 1)
     replicated[2].freeze()
     assert limiter.acquire(key, 30)
-    assert limiter._wallet is not None
-    found = limiter._wallet.link
-    assert found.away is not None
-    wait_until("it takes over", lambda: found.away is None)
+    found = connection_of(limiter)
+    assert found.outage is not None
+    wait_until("it takes over", lambda: found.outage is None)
     with replicated[3].client() as client:
         assert client.info("replication")["role"] == "master"
     # (Less, where what the host knew of the key was not what the server did: both are told.)

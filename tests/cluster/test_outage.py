@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from support import servers
 from support.fleet import Fleet
+from support.leases import tokens_of
 from support.waiting import wait_until
 
 from fast_litellm_shm import Limit, RateLimiter, Segment, Window
-from fast_litellm_shm.cluster import Cluster, agent, booking, link
+from fast_litellm_shm.cluster import Cluster, connection, settlement
+from fast_litellm_shm.cluster.hosts import host_count
 
 HOUR = 3600
 
@@ -62,12 +64,10 @@ def test_local_is_a_share(server: servers.Server, segment: Segment, segment_name
     limiter = limiter_of(server, segment, "local")
     assert limiter.acquire("key")
     with server.client() as client:
-        wait_until(
-            "the leader has told how many hosts there are", lambda: agent.hosts(segment) == 1
-        )
+        wait_until("the leader has told how many hosts there are", lambda: host_count(segment) == 1)
         client.zadd("fast-shm:hosts", {"another": time.time() * 1e6, "third": time.time() * 1e6})
         client.zadd("fast-shm:hosts", {"fourth": time.time() * 1e6})
-        wait_until("and again", lambda: agent.hosts(segment) == 4)
+        wait_until("and again", lambda: host_count(segment) == 4)
     server.freeze()
     assert exhausted(limiter, "fresh") == 25
     denied = limiter.acquire("fresh")
@@ -89,7 +89,7 @@ def test_other_hosts_are_not_forgotten_with_the_server(
     assert limiter_of(server, segment, "local").acquire("key")
     with server.client() as client:
         client.zadd("fast-shm:hosts", {"another": time.time() * 1e6, "third": time.time() * 1e6})
-        wait_until("they are known", lambda: agent.hosts(segment) == 3)
+        wait_until("they are known", lambda: host_count(segment) == 3)
         client.delete("fast-shm:hosts")
         wait_until("this one has told", lambda: client.zcard("fast-shm:hosts") == 1)
         told = client.zrange("fast-shm:hosts", 0, -1, withscores=True)
@@ -97,18 +97,16 @@ def test_other_hosts_are_not_forgotten_with_the_server(
             "and once more, so that what it heard is kept by now",
             lambda: client.zrange("fast-shm:hosts", 0, -1, withscores=True) != told,
         )
-        assert agent.hosts(segment) == 3
-        wait_until("they are gone", lambda: agent.hosts(segment) == 1)
+        assert host_count(segment) == 3
+        wait_until("they are gone", lambda: host_count(segment) == 1)
 
 
 def test_local_denies_what_is_known_to_be_used(server: servers.Server, segment: Segment) -> None:
     limiter = limiter_of(server, segment, "local")
     assert exhausted(limiter, "key") == 100
-    wait_until("the leader has told how many hosts there are", lambda: agent.hosts(segment) == 1)
+    wait_until("the leader has told how many hosts there are", lambda: host_count(segment) == 1)
     server.kill()
-    wait_until(
-        "calm", lambda: limiter._wallet is not None and not limiter._wallet._is_refused(b"key")
-    )
+    wait_until("calm", lambda: not tokens_of(limiter).is_refused(b"key"))
     assert exhausted(limiter, "key") == 0
 
 
@@ -158,8 +156,7 @@ def known(fleet: Fleet, server: servers.Server) -> list[int]:
     for name in fleet.names:
         segment = Segment(name, create=False)
         limiter = RateLimiter(Window(1000, HOUR), name="fleet", segment=segment, cluster=server.url)
-        assert limiter._wallet is not None
-        request, _ = limiter._wallet.request("look", b"key", (0,))
+        request, _ = tokens_of(limiter).request("look", b"key", (0,))
         found.append(request.used[0])
     return found
 
@@ -179,14 +176,14 @@ def test_a_read_only_server_is_away(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """For as long as it is, though it answers: told once each way."""
-    probe, tries = link.Link.probe, 0
+    probe, tries = connection.Connection.probe, 0
 
-    def counted(given: link.Link) -> None:
+    def counted(given: connection.Connection) -> None:
         nonlocal tries
         probe(given)
         tries += 1
 
-    monkeypatch.setattr(link.Link, "probe", counted)
+    monkeypatch.setattr(connection.Connection, "probe", counted)
     limiter = limiter_of(server, segment, "deny")
     with caplog.at_level(logging.WARNING, "fast_litellm_shm"):
         with server.client() as client:
@@ -233,19 +230,19 @@ def test_trying_again_goes_on_whatever_went_wrong(
 ) -> None:
     limiter = limiter_of(server, segment, "deny")
     assert limiter.acquire("key")
-    owe, tries = booking.owe, 0
+    owe, tries = settlement.keep, 0
 
-    def fails_at_first(given: link.Link) -> Any:
+    def fails_at_first(given: connection.Connection) -> Any:
         nonlocal tries
         tries += 1
         if tries < 3:
             raise MemoryError
         return owe(given)
 
-    monkeypatch.setattr(booking, "owe", fails_at_first)
+    monkeypatch.setattr(settlement, "keep", fails_at_first)
     server.kill()
     assert exhausted(limiter, "key") < 20
     wait_until("it was tried", lambda: tries > 3)
-    assert "booking, or refilling in advance, failed" in caplog.text
+    assert "settling, or refilling in advance, failed" in caplog.text
     server.start()
     wait_until("it is admitted again", lambda: limiter.acquire("key"))

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 
 import pytest
 from support import servers
+from support.leases import connection_of
 from support.names import remove, unique_name
 from support.waiting import wait_until
 
 from fast_litellm_shm import RateLimiter, Segment, Window
-from fast_litellm_shm.cluster import Cluster, agent
+from fast_litellm_shm.cluster import Cluster
+from fast_litellm_shm.cluster.hosts import host_count
 
 HOSTS = 3
 N = 90
@@ -38,13 +40,12 @@ def hosts(server: servers.Server, names: list[str], per: float) -> list[RateLimi
     ]
     for each in found:
         assert each.acquire("other")
-    wait_until("all hosts are known", lambda: all(agent.hosts(each) == HOSTS for each in segments))
+    wait_until("all hosts are known", lambda: all(host_count(each) == HOSTS for each in segments))
     return found
 
 
 def is_away(limiter: RateLimiter) -> bool:
-    assert limiter._wallet is not None
-    return limiter._wallet.link.away is not None
+    return connection_of(limiter).outage is not None
 
 
 def exhausted(limiters: list[RateLimiter]) -> int:

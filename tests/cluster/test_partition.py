@@ -8,7 +8,8 @@ from support.fleet import Fleet
 from support.relay import Relay
 
 from fast_litellm_shm import Segment, Window
-from fast_litellm_shm.cluster import Cluster, agent
+from fast_litellm_shm.cluster import Cluster
+from fast_litellm_shm.cluster.hosts import host_count
 
 LIMIT = 2000
 HOUR = 3600
@@ -25,7 +26,7 @@ def test_a_host_that_is_cut_off_and_joined_again(server: servers.Server, policy:
         ]
         with Fleet(clusters, [Window(LIMIT, HOUR)], hosts=3, pause=0.05) as fleet:
             segments = [Segment(name, create=False) for name in fleet.names]
-            fleet.until(lambda: agent.hosts(segments[0]) == 3, "all hosts are known")
+            fleet.until(lambda: host_count(segments[0]) == 3, "all hosts are known")
             relay.cut()
             fleet.pause(0.002)
             fleet.until(lambda: fleet.total >= LIMIT * 2 // 3, "the others go on")

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from support import servers
 from support.flights import Flights
+from support.leases import permits_of
 from support.names import remove, unique_name
 from support.permits import Holder
 from support.relay import Relay
@@ -21,7 +22,8 @@ from support.waiting import wait_until
 
 from fast_litellm_shm import ConcurrencyLimiter, RateLimiter, Segment, Window, cli
 from fast_litellm_shm._shared.native import lib
-from fast_litellm_shm.cluster import Cluster, agent
+from fast_litellm_shm.cluster import Cluster
+from fast_litellm_shm.cluster.hosts import host_count
 from fast_litellm_shm.exceptions import PermitTimeoutError
 
 MOST = 100
@@ -133,7 +135,7 @@ def test_pickle_and_the_variable(
     monkeypatch.setenv("FAST_LITELLM_SHM_CLUSTER", server.url)
     assert taken() == [5, 0]
     copy = pickle.loads(pickle.dumps(_limiter(segment, server.url)))
-    assert copy._leases.cluster.url == server.url
+    assert permits_of(copy).cluster.url == server.url
     held = [take(copy) for _ in range(5)]
     assert all(held) and not take(_limiter(other, server.url))
 
@@ -414,7 +416,7 @@ def test_while_the_server_is_away(server: servers.Server, policy: str) -> None:
         flights.want(4, 2, 3, 0)
         flights.until(lambda: flights.total == 9, "some are held")
         segments = [Segment(name, create=False) for name in flights.names]
-        flights.until(lambda: all(agent.hosts(each) == 2 for each in segments), "they are known")
+        flights.until(lambda: all(host_count(each) == 2 for each in segments), "they are known")
         server.kill()
         time.sleep(12)
         flights.want(20, 20, 20, 20)

@@ -85,7 +85,7 @@ def test_settle_and_cancel(hosts: tuple[Quota, Quota]) -> None:
     admission.settle(100)
     admitted(second, 800).release()
     admission.cancel()
-    assert not admission.release() and not admission
+    assert not admission.release() and admission.released
     wait_until("it is given back", lambda: first.remaining("key")["tpm"] == 200)
     wait_until("the request too", lambda: first.remaining("key")["rpm"] == 9)
 

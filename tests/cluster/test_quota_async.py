@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from support import servers
+from support.leases import connection_of, tokens_of
 from support.names import remove, unique_name
 from support.permits import most_at_once
 from support.waiting import PATIENCE, ticking, wait_until, wait_until_async
@@ -23,9 +24,9 @@ from support.waiting import PATIENCE, ticking, wait_until, wait_until_async
 from fast_litellm_shm import Quota, RateLimiter, Segment, Window
 from fast_litellm_shm._shared import performance as monitoring
 from fast_litellm_shm._shared.native import lib
-from fast_litellm_shm.cluster import Cluster, agent
-from fast_litellm_shm.cluster.booking import Booked
-from fast_litellm_shm.cluster.link import Link
+from fast_litellm_shm.cluster import Cluster, background
+from fast_litellm_shm.cluster.hosts import host_count
+from fast_litellm_shm.cluster.settlement import Settlement
 from fast_litellm_shm.limiters.quota import Admission
 
 HOSTS, WORKERS, CALLERS = 2, 2, 8
@@ -37,13 +38,6 @@ _context = multiprocessing.get_context("fork")
 def quota_of(segment: Segment, url: str, **cluster: Any) -> Quota:
     server = Cluster(url, **({"timeout": LONG} | cluster))
     return Quota(rpm=10, tpm=1000, max_parallel=3, name="api", segment=segment, cluster=server)
-
-
-def told(quota: Quota) -> Link:
-    """The connection that its server hears of it by."""
-    assert quota._parts is not None and quota._parts.rates is not None
-    assert quota._parts.rates._wallet is not None
-    return quota._parts.rates._wallet.link
 
 
 @pytest.fixture
@@ -224,7 +218,7 @@ def test_what_is_done_after_it_asks_nobody(
     held[1].settle(50)
     held[1].cancel()
     assert held[0].release()
-    assert told(first).away is None  # nobody has waited in vain
+    assert connection_of(first).outage is None  # nobody has waited in vain
     server.thaw()
 
     async def scenario() -> None:
@@ -261,7 +255,7 @@ def test_what_is_given_back_pays_debts_first(hosts: tuple[Quota, Quota]) -> None
         less.settle(100)
         for each in (more, less):
             each.release()
-        await wait_until_async("both are told", lambda: not told(first).booked)
+        await wait_until_async("both are told", lambda: not connection_of(first).settlements)
         for quota in hosts:
             denied = await quota.admit_async("key", 1)
             assert not denied and (denied.retry_after or 99) <= MINUTE
@@ -275,8 +269,7 @@ def test_nothing_is_given_back_to_the_window_after(
     """Of what was charged in a window that is over, and is told when the next one is used up."""
     cluster = Cluster(server.url, timeout=LONG)
     limiter = RateLimiter(Window(100, 1), name="short", segment=segment, cluster=cluster)
-    wallet = limiter._wallet
-    assert wallet is not None
+    wallet = tokens_of(limiter)
 
     def used_up() -> int:
         """All of a window that has just begun; when it ends."""
@@ -285,10 +278,12 @@ def test_nothing_is_given_back_to_the_window_after(
 
     end = used_up()
     used_up()
-    wallet.book(Booked(wallet, b"key", (0,), (50,), (end,)), False)  # over, as this host knows
+    wallet.settle(
+        Settlement(wallet, b"key", (0,), (50,), (end,)), False
+    )  # over, as this host knows
     request, _ = wallet.request("refund", b"key", (50,))
     late = request._replace(left=(1,))  # sent when there was 1 us left
-    wallet.link.call([late])
+    wallet.connection.call([late])
     assert not limiter.acquire("key", 1)
 
 
@@ -318,11 +313,11 @@ def test_the_collector_comes_upon_a_call_at_any_line(hosts: tuple[Quota, Quota])
         return await quota.admit_async("key", 100)
 
     admission = asyncio.run(scenario())
-    link = told(quota)
-    with agent._lock, agent.ensure(link)._busy, link._lock:
+    link = connection_of(quota)
+    with background.lock, background.ensure(link).reporting, link._lock:
         admission.settle(900)  # as from a finalizer
         admission.settle(50)
-        assert len(link.booked) == 2
+        assert len(link.settlements) == 2
     wait_until("it is told", lambda: quota.remaining("key")["tpm"] == 950)
     admission.release()
 
@@ -416,7 +411,7 @@ def test_outages(server: servers.Server, segment: Segment, policy: str, admitted
         async with await quota.admit_async("other") as admission:
             assert admission
         await wait_until_async(
-            "the leader has told how many hosts are", lambda: agent.hosts(segment) == 1
+            "the leader has told how many hosts are", lambda: host_count(segment) == 1
         )
         server.kill()
         found = 0

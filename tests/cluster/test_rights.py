@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 from support import servers
+from support.leases import connection_of
 from support.waiting import wait_until
 
 from fast_litellm_shm import ConcurrencyLimiter, RateLimiter, Segment, Window
-from fast_litellm_shm.cluster import Cluster, agent
+from fast_litellm_shm.cluster import Cluster
+from fast_litellm_shm.cluster.hosts import host_count
 
 HOUR = 3600
 DOCS = (Path(__file__).parents[2] / "docs" / "cluster.md").read_text("utf-8")
@@ -85,7 +87,7 @@ def test_what_is_documented_is_enough(
             for each in (segment, other)
         )
         assert one.acquire("key") and two.acquire("key")
-        wait_until("both hosts are known", lambda: agent.hosts(segment) == agent.hosts(other) == 2)
+        wait_until("both hosts are known", lambda: host_count(segment) == host_count(other) == 2)
         # What one was granted and does not use comes back.
         assert sum(map(one.is_allowed, ["key"] * 300)) == 300
         rest = 0
@@ -112,7 +114,7 @@ def test_what_is_documented_is_enough(
             each.release()
         wait_until("the other gets one", lambda: permits[1].acquire("key"), every=0.01).release()
         for limiter in (one, two):
-            assert limiter._wallet is not None and limiter._wallet.link.away is None
+            assert connection_of(limiter).outage is None
         with server.client() as client:
             assert not missed(client)
 
@@ -130,17 +132,16 @@ def test_a_channel_that_is_not_granted(
                 RateLimiter(Window(100, HOUR), name="api", segment=each, cluster=cluster)
                 for each in (segment, other)
             )
-            assert limiter._wallet is not None
-            link = limiter._wallet.link
+            link = connection_of(limiter)
             assert holder.acquire("key", 30)  # and is granted as many again
             # Who gets too little has others asked to give something back, over the channel.
-            wait_until("it is away", lambda: (limiter.acquire("key"), link.away is not None)[1])
+            wait_until("it is away", lambda: (limiter.acquire("key"), link.outage is not None)[1])
             seen = sum(missed(client).values())
             wait_until(
                 "it is tried again and again",
                 lambda: (limiter.acquire("key"), sum(missed(client).values()) > seen + 20)[1],
             )
-            assert link.away is not None
+            assert link.outage is not None
             client.execute_command("ACL", "SETUSER", "limits", f"&{cluster.prefix}:*")
             wait_until("it is admitted again", lambda: limiter.acquire("other"))
             assert holder.acquire("fresh", 30)

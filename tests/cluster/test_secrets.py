@@ -19,6 +19,7 @@ import pytest
 import redis
 from support import servers
 from support.children import PATIENCE, run_one
+from support.leases import connection_of, tokens_of
 from support.waiting import wait_until
 
 from fast_litellm_shm import ConcurrencyLimiter, Quota, RateLimiter, Segment, Window
@@ -81,7 +82,7 @@ def url_of(server: servers.Server, password: str = WRITTEN) -> str:
         ("redis://[::1/0", "cannot be read as a URL"),
     ],
 )
-def test_what_is_not_understood_is_refused(url: str, complaint: str) -> None:
+def test_what_is_not_understoodis_refused(url: str, complaint: str) -> None:
     """And never ignored: who wrote it would send a password in clear."""
     with pytest.raises(ValueError, match=complaint):
         Cluster(url)
@@ -239,8 +240,8 @@ def _failures(limiter: RateLimiter, permits: ConcurrencyLimiter) -> list[BaseExc
     calls: list[Callable[[], Any]] = [
         lambda: limiter.reset("key"),
         limiter.reset,
-        lambda: limiter._wallet.cluster.client().ping(),  # type: ignore[union-attr]
-        lambda: limiter._wallet.link.call([]),  # type: ignore[union-attr]
+        lambda: tokens_of(limiter).cluster.client().ping(),
+        lambda: connection_of(limiter).call([]),
     ]
     for call in calls:
         try:
@@ -284,16 +285,15 @@ def test_no_password_where_it_fails(
         limiter = RateLimiter(Window(9), name="api", segment=segment, cluster=url)
         permits = ConcurrencyLimiter(2, name="calls", segment=segment, cluster=url)
         assert not limiter.acquire("key") and not permits.acquire("key")
-        assert limiter._wallet is not None
-        link = limiter._wallet.link
-        wait_until("it is missed", lambda: (limiter.acquire("x"), link.away is not None)[1])
+        link = connection_of(limiter)
+        wait_until("it is missed", lambda: (limiter.acquire("x"), link.outage is not None)[1])
         raised = _failures(limiter, permits)
         told = [each for each in raised if not isinstance(each, redis.RedisError)]
         assert len(told) >= 3
         for each in told:
             assert_hidden(repr(each), each.args, "".join(traceback.format_exception(each)))
         wait_until("it is tried again", lambda: len(caplog.records) > 0)
-        assert_hidden(_all_that_is_said(segment), link.away, link, limiter, permits)
+        assert_hidden(_all_that_is_said(segment), link.outage, link, limiter, permits)
     out, err = capfd.readouterr()
     assert_hidden(caplog.text, out, err)
     for record in caplog.records:
@@ -377,8 +377,7 @@ def test_a_cluster_of_nodes_over_tls(kind: str, certificate: Path, segment: Segm
             Cluster(url).client()  # who is told of none to trust
         with pytest.raises(redis.exceptions.RedisClusterException):  # nor is it served in clear
             Cluster(url.replace("rediss", "redis")).client()
-        assert limiter._wallet is not None
-        limiter._wallet.link.client().close()
+        connection_of(limiter).client().close()
     gc.collect()  # while the warning is ignored: the library leaves the socket to the collector
 
 

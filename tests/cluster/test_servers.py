@@ -12,10 +12,12 @@ import pytest
 import redis
 from support import servers
 from support.flights import Flights
+from support.leases import tokens_of
 from support.waiting import wait_until
 
 from fast_litellm_shm import ConcurrencyLimiter, RateLimiter, Segment, Window
-from fast_litellm_shm.cluster import Cluster, agent
+from fast_litellm_shm.cluster import Cluster
+from fast_litellm_shm.cluster.hosts import host_count
 
 HOUR = 3600
 
@@ -137,8 +139,7 @@ def test_a_failover_to_a_replica_that_lags(
 
 def used(limiter: RateLimiter) -> int:
     """How much of the key's limit the host has been told to be used."""
-    assert limiter._wallet is not None
-    request, _ = limiter._wallet.request("look", b"key", (0,))
+    request, _ = tokens_of(limiter).request("look", b"key", (0,))
     return request.used[0]
 
 
@@ -202,7 +203,7 @@ def test_tls(kind: str, certificate: Path, segment: Segment) -> None:
         )
         limiter = RateLimiter(Window(100), name="api", segment=segment, cluster=cluster)
         assert [bool(limiter.acquire("key")) for _ in range(101)] == [True] * 100 + [False]
-        wait_until("the leader is heard", lambda: agent.hosts(segment) == 1)
+        wait_until("the leader is heard", lambda: host_count(segment) == 1)
         with pytest.raises(redis.ConnectionError, match="CERTIFICATE_VERIFY_FAILED"):
             Cluster(url).client().ping()
     gc.collect()  # while the warning is ignored: the library leaves the socket to the collector
@@ -264,9 +265,8 @@ def test_other_settings_that_are_wrong(monkeypatch: pytest.MonkeyPatch, segment:
         RateLimiter(Window(1), segment=segment)
     monkeypatch.setenv("FAST_LITELLM_SHM_CLUSTER_TIMEOUT", "0.5")
     limiter = RateLimiter(Window(1), segment=segment)
-    assert limiter._wallet is not None
-    assert limiter._wallet.cluster == Cluster("redis://user:secret@host", "deny", 0.5)
-    assert limiter._wallet.cluster.shown == "redis://user:***@host"
+    assert tokens_of(limiter).cluster == Cluster("redis://user:secret@host", "deny", 0.5)
+    assert tokens_of(limiter).cluster.shown == "redis://user:***@host"
 
 
 def test_no_password_is_shown() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from support import servers
 from support.fleet import Fleet
+from support.leases import permits_of
 
 from fast_litellm_shm import ConcurrencyLimiter, RateLimiter, Segment, Window, health_check
 from fast_litellm_shm._shared.inspection import Inspection
@@ -57,8 +58,7 @@ def test_permits_are_told(server: servers.Server, segment: Segment) -> None:
     told = cluster_state(segment)
     assert told is not None and told["permits"]["keys"] == 2 and told["granted"] == 0
     assert told["permits"]["round_trips"] == 2
-    leases = limiter._leases
-    assert leases is not None
+    leases = permits_of(limiter)
     allowed = [leases.look(key).allowance for key in (b"a", b"b")]
     assert told["permits"]["allowed"] == sum(allowed) >= 3
     shown = inspect(segment.name)

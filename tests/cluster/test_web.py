@@ -31,7 +31,8 @@ from fast_litellm_shm import (
     Window,
     limited,
 )
-from fast_litellm_shm.cluster import Cluster, agent
+from fast_litellm_shm.cluster import Cluster
+from fast_litellm_shm.cluster.hosts import host_count
 from fast_litellm_shm.exceptions import SegmentFullError
 from fast_litellm_shm.integrations import asgi, wsgi
 from fast_litellm_shm.integrations.fastapi import RateLimit
@@ -417,7 +418,7 @@ def test_outages(server: servers.Server, segment: Segment, policy: str) -> None:
     rule = Rule(Window(10, 3600), Limit(100, 3600), in_flight=3)
     rules = gate(segment, server.url, rule, cluster=cluster, on_error="allow")
     asked(rules, client="other").release()
-    wait_until("the leader has told how many hosts are", lambda: agent.hosts(segment) == 1)
+    wait_until("the leader has told how many hosts are", lambda: host_count(segment) == 1)
     server.kill()
 
     async def scenario() -> list[Outcome]:

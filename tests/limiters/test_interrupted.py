@@ -27,7 +27,7 @@ from fast_litellm_shm import (
     limited,
 )
 from fast_litellm_shm._shared.named_limiter import SharedLimits
-from fast_litellm_shm.cluster.asking import Asking
+from fast_litellm_shm.cluster.single_flight import SingleFlight
 from fast_litellm_shm.integrations.asgi import RateLimitMiddleware as AsgiLimit
 from fast_litellm_shm.integrations.httpx import SharedLimitTransport
 from fast_litellm_shm.integrations.wsgi import RateLimitMiddleware, Rule
@@ -251,7 +251,9 @@ def _httpx(segment: Segment) -> Block:
 
 def _asking(segment: Segment) -> Block:
     """Who asks the server of a cluster for the host."""
-    asking = Asking(SharedLimits((Limit(1, per=1),), name="n", segment=segment, on_full="deny"), 1)
+    asking = SingleFlight(
+        SharedLimits((Limit(1, per=1),), name="n", segment=segment, on_full="deny"), 1
+    )
 
     def run() -> None:
         with asking.turn(b"k"):

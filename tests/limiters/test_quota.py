@@ -85,8 +85,8 @@ def test_it_admits_and_says_so(segment: Segment) -> None:
         assert (admission.reason, admission.retry_after) == ("Request allowed", 0.0)
         assert quota.remaining("k") == {"rpm": 9, "tpm": 70, "max_parallel": 1}
         assert quota.in_flight("k") == 1
-    assert not admission  # released
-    assert admission.allowed  # but it was
+    assert admission.released
+    assert admission and admission.allowed  # it was
     assert not admission.release()
     assert quota.remaining("k") == {"rpm": 9, "tpm": 70, "max_parallel": 2}
     assert left(quota, "other") == (10, 100, 2)
@@ -221,7 +221,7 @@ def test_cancelling_gives_the_slot_back_also_where_the_rest_cannot_be(
     with monkeypatch.context() as broken, pytest.raises(SegmentError):
         broken.setattr(quota, "_undo", fails)
         admission.cancel()
-    assert quota.in_flight("key") == 0 and not admission
+    assert quota.in_flight("key") == 0 and admission.released
     admission.cancel()  # harmless
     assert quota.remaining("key") == {"rpm": 4, "max_parallel": 1}
 

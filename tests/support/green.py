@@ -24,7 +24,7 @@ from fast_litellm_shm import (
     Window,
 )
 from fast_litellm_shm._shared import greenlets
-from fast_litellm_shm.cluster.asking import Asking
+from fast_litellm_shm.cluster.single_flight import SingleFlight
 from fast_litellm_shm.limiters import concurrency
 from fast_litellm_shm.tokens import encoding
 from support.permits import Span
@@ -233,7 +233,7 @@ def tasks(hub: str, name: str, count: int) -> int:
 def asks(hub: str, name: str) -> list[tuple[bool, bool]]:
     """One greenlet asks the server for all others of the host, and is answered while they wait."""
     limiter = RateLimiter(Window(1, 60), name="asks", segment=Segment(name))
-    asking = Asking(limiter, timeout=3600.0)
+    asking = SingleFlight(limiter, timeout=3600.0)
     library = patch(hub)
 
     def ask() -> tuple[bool, bool]:

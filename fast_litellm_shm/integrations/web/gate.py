@@ -6,24 +6,20 @@ import inspect
 import logging
 import time
 from collections.abc import Awaitable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from fast_litellm_shm import limits
-from fast_litellm_shm._shared import settings
-from fast_litellm_shm._shared.named_limiter import SharedLimits, key_bytes
-from fast_litellm_shm._shared.native import Decision, Permit, ffi, lib
+from fast_litellm_shm._shared.named_limiter import key_bytes
+from fast_litellm_shm._shared.native import Decision
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.exceptions import FastShmError, SegmentFullError
 from fast_litellm_shm.integrations.web import answers
 from fast_litellm_shm.integrations.web.keys import client_address
 from fast_litellm_shm.integrations.web.request import Request
 from fast_litellm_shm.integrations.web.rules import Cost, Rule
-from fast_litellm_shm.limits import InFlight, LimitSpec
-
-if TYPE_CHECKING:
-    from fast_litellm_shm.cluster import Cluster
-    from fast_litellm_shm.cluster.quota import Granted, Parts
-    from fast_litellm_shm.cluster.wallet import Wallet
+from fast_litellm_shm.limiters import grantors
+from fast_litellm_shm.limiters.grantors import ClusterArgument, Grantor, Held
+from fast_litellm_shm.limits import InFlight
 
 MARK = "fast_litellm_shm.rate_limit"  # in the ASGI scope or the WSGI environ: the Outcome
 _log = logging.getLogger("fast_litellm_shm")
@@ -62,7 +58,7 @@ class Outcome:
         self,
         rule: Rule,
         key: str | bytes,
-        permit: Permit | Granted | None,
+        permit: Held | None,
         policies: tuple[str, ...],
         policy: str,
         denied: bool,
@@ -160,21 +156,11 @@ class Outcome:
 
 
 class _Opened:
-    """A rule and its limits in the segment; with a cluster, those that its server keeps."""
+    """A rule and what grants its limits."""
 
-    _parts: Parts | None = None
-    _rates: SharedLimits | None  # None: it has permits alone, over many hosts
-    _wallet: Wallet | None = None
-
-    def __init__(
-        self, rule: Rule, app: str, segment: Segment | None, cluster: Cluster | None
-    ) -> None:
+    def __init__(self, rule: Rule, app: str, segment: Segment | None, grantor: Grantor) -> None:
         self.rule = rule
-        name, most = f"{app}: {rule.name}", lib.FSHM_MAX_LIMITER_NAME
-        if cluster is not None:
-            from fast_litellm_shm.cluster.quota import Parts, most_name
-
-            most = most_name(rule.limits)
+        name, most = f"{app}: {rule.name}", grantor.longest_name(rule.limits)
         if len(name.encode("utf-8", "replace")) > most:
             raise ValueError(
                 f"{name!r}, the name of the application and of a rule, has more than {most} bytes; "
@@ -183,47 +169,34 @@ class _Opened:
         # In a flood of new keys those without room are limited together; permits have no such
         # counter, so there a full segment is told as an error, which is logged.
         on_full = "raise" if rule.in_flight is not None else "share"
-        if cluster is not None:
-            self._parts = Parts(rule.limits, name, segment, "raise", cluster, settles=False)
-            rates = self._rates = self._parts.rates
-            self._wallet = rates._wallet if rates is not None else None
-        else:
-            self._rates = SharedLimits(rule.limits, name=name, segment=segment, on_full=on_full)
+        self._grantor = grantor.quota(
+            rule.limits, name=name, segment=segment, on_full=on_full, settles=False
+        )
         self._described: tuple[Any, tuple[str, ...], str] | None = None
-
-    @property
-    def _limits(self) -> tuple[LimitSpec | InFlight, ...]:
-        """Those in force, which may be changed."""
-        if self._parts is not None:
-            return self._parts.limits
-        assert self._rates is not None
-        found: tuple[LimitSpec | InFlight, ...] = self._rates.limits
-        return found
 
     def described(self) -> tuple[tuple[str, ...], str]:
         """Names of the limits, and RateLimit-Policy: of those in force."""
-        found = self._limits
+        found = self._grantor.limits  # those in force, which may be changed
         if self._described is None or self._described[0] != found:
             names = answers.policy_names(self.rule.name, found)
             self._described = (found, names, answers.policy(names, found))
         return self._described[1:]
 
     def admit(self, key: str | bytes, cost: Cost) -> Outcome:
-        if self._parts is not None:
-            return self._outcome(key, self._parts.admit(key, cost))
-        assert self._rates is not None
-        if isinstance(cost, tuple) and self.rule.in_flight is not None:
-            cost = (*cost, 1)
-        return self._outcome(key, self._rates._admit(key, cost))
+        return self._outcome(key, self._grantor.admit(key, self._costs(cost)))
 
     async def admit_async(self, key: str | bytes, cost: Cost) -> Outcome:
-        """admit() for asyncio: where the server must be asked, that is done in a thread; else
-        nothing is awaited. Cancelled, it holds nothing; what it was granted is consumed."""
-        if self._parts is None:
-            return self.admit(key, cost)
-        return self._outcome(key, await self._parts.admit_async(key, cost))
+        """admit() for asyncio: where a server must be asked, a thread does that. Cancelled, it
+        holds nothing; what it was granted is consumed."""
+        return self._outcome(key, await self._grantor.admit_async(key, self._costs(cost)))
 
-    def _outcome(self, key: str | bytes, permit: Permit | Granted) -> Outcome:
+    def _costs(self, cost: Cost) -> Cost:
+        """With one for the permit."""
+        if isinstance(cost, tuple) and self.rule.in_flight is not None:
+            return (*cost, 1)
+        return cost
+
+    def _outcome(self, key: str | bytes, permit: Held) -> Outcome:
         decision, described = permit.decision, self.described()
         left = self._left(key, decision, len(described[0]))
         return Outcome(self.rule, key, permit, *described, not decision.allowed, left)
@@ -231,23 +204,11 @@ class _Opened:
     def _left(self, key: str | bytes, decision: Decision, count: int) -> tuple[int, float]:
         """Of the limit that the decision names: what is left, and seconds until that is all.
         A decision itself tells the least and the longest of all its limits, so where there are
-        several it is looked up, by what this host knows. While a server is away, a decision tells
-        of this host's share."""
-        left, until, index = decision.remaining, decision.reset_after, decision.limit_index
+        several it is looked up, by what this host knows."""
         count -= self.rule.in_flight is not None
-        if self._rates is None or count < 2 or index >= count or self.rule.dry_run:
-            return left, until
-        raw, found, unused = key_bytes(key), ffi.new("uint64_t[4]"), ffi.new("uint64_t[4]")
-        place = self._rates._handle, raw, len(raw), 0
-        wallet = self._wallet
-        if not decision.allowed if wallet is None else wallet.link.away is None:
-            lib.fshm_remaining(*place, found)
-            mine = () if wallet is None else wallet.look(raw)[0]
-            left = int(found[index]) + sum(mine[index : index + 1])
-        if decision.allowed:
-            lib.fshm_known(*place, unused, found)
-            until = found[index] / 1e9
-        return left, until
+        if count < 2 or decision.limit_index >= count or self.rule.dry_run:
+            return decision.remaining, decision.reset_after
+        return self._grantor.of_limit(key, decision)
 
     def unasked(self, key: str | bytes, denied: bool, status: int = 503) -> Outcome:
         return Outcome(self.rule, key, None, *self.described(), denied, unasked=status)
@@ -272,7 +233,7 @@ class Gate:
         on_error: str = "deny",
         on_cost_error: str = "deny",
         ambiguous_paths: str = "count",
-        cluster: Cluster | str | Literal[False] | None = None,
+        cluster: ClusterArgument = None,
     ) -> None:
         _one_of("on_error", on_error, _ON_ERROR)
         _one_of("on_cost_error", on_cost_error, _ON_COST_ERROR)
@@ -290,13 +251,9 @@ class Gate:
         self._refuses = Rule(name="ambiguous path") if ambiguous_paths == "refuse" else None
         self._reported: dict[str, float] = {}
         self._dry_runs: dict[str, tuple[float, int]] = {}  # when last told, how many not since
-        server: Cluster | None = None
-        if settings.names_server(cluster):
-            from fast_litellm_shm.cluster import settings as cluster_settings
-
-            server = cluster_settings.found(cluster)
+        grantor = grantors.chosen(cluster)
         self._rules: list[tuple[Rule, _Opened | None]] = [
-            (rule, _Opened(rule, name, segment, server) if rule.limits else None) for rule in found
+            (rule, _Opened(rule, name, segment, grantor) if rule.limits else None) for rule in found
         ]
 
     def check(self, request: Request) -> Outcome | None:

@@ -1,4 +1,4 @@
-"""The connection of one process to the server: calls, time-outs, and what is known of an outage."""
+"""The connection of one process to the server: calls, time-outs, and whether there is an outage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared import greenlets
@@ -19,32 +19,29 @@ from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.cluster import names
 from fast_litellm_shm.cluster.settings import OUTAGE, Cluster, library
 
-if TYPE_CHECKING:
-    from fast_litellm_shm.cluster.booking import Booked
+log = logging.getLogger("fast_litellm_shm")
 
-_log = logging.getLogger("fast_litellm_shm")
-
-PROBE = 0.2  # seconds between two tries while it is away
-# Seconds that it must have answered before it is asked again: by then all processes of all hosts
-# have noticed, and have told it what they admitted meanwhile.
+PROBE = 0.2  # seconds between two tries during an outage
+# Seconds that the server must have answered before an outage is over: by then all processes of all
+# hosts have noticed, and have reported what they admitted meanwhile.
 PROBATION = 1.0
 _MOST = 500  # requests in one pipeline
-# As which round trips, outages, and what others wrote or told that is none of ours are measured.
+# Components of the metrics: round trips, outages, and values and messages that are not ours.
 COMPONENT, OUTAGES, VALUES = "cluster", "cluster_outage", "cluster_values"
 
-# It answers again when it does what calls need: one that is full, or read-only, or refuses the
-# channel, answers a PING. (The channel hears an empty message, which leaders pass over.)
+# A server that is full, or read-only, or refuses the channel, answers a PING: so the probe does
+# what calls need. (Leaders ignore the empty message.)
 _PROBE = """
 redis.call('SET', KEYS[1], '', 'PX', 1000)
 redis.call('PUBLISH', ARGV[1], '')
 return redis.call('GET', KEYS[1])
 """
-_PROBED = 1000  # keys that are looked at, to find one of each node
-# As servers have it; the latter those before 7, of what a script does.
+_PROBED = 1000  # keys that are tried, to find one of each node
+# What servers say; the second: those before 7, about a call in a script.
 _REFUSED = ("no permissions", "the user executing the script can't")
 
 
-class AwayError(exceptions.ClusterError):
+class UnreachableError(exceptions.ClusterError):
     """The server does not answer, or not as it should."""
 
 
@@ -69,42 +66,51 @@ class Question(Protocol):
     def answer(self, raw: Sequence[int]) -> Any: ...
 
 
-class Owing(Protocol):
-    """What a limiter admitted while the server was away."""
+class Unreported(Protocol):
+    """What one limiter admitted during an outage."""
 
-    def owed(self) -> list[Any]:
-        """To be told now; they are no longer owed, unless they are put back."""
+    def take_unreported(self) -> list[Any]:
+        """Requests that report it. They are this caller's now, unless it puts them back."""
 
     def put_back(self, requests: Sequence[Any]) -> None:
-        """They could not be told."""
+        """They could not be sent."""
 
     def forked(self) -> None:
-        """In a child: what the parent owes it tells itself."""
+        """In a child: the parent reports its own."""
 
 
-class Link:
-    """All limiters of a process that share a server and a segment talk over one."""
+class Connection:
+    """Of all limiters of a process that share a server and a segment. lead: what the thread that
+    may lead this host runs (leader.py); None: there is no such thread."""
 
-    def __init__(self, cluster: Cluster, segment: Segment) -> None:
-        self.cluster, self.segment = cluster, segment
+    def __init__(
+        self,
+        cluster: Cluster,
+        segment: Segment,
+        lead: Callable[[Connection], None] | None = None,
+    ) -> None:
+        self.cluster, self.segment, self.lead = cluster, segment, lead
         self.host = b"%016x" % segment.geometry().instance
         self.channel = f"{cluster.prefix}:recall"
         self.seal = names.Seal(segment) if segment.geometry().names else None
-        self._junk: set[str] = set()  # of which it was told
+        self._junk: set[str] = set()  # limiters whose junk was logged
         self._client: Any = None
         self._scripts: dict[str, Any] = {}  # by source
-        self._elsewhere: tuple[type[Exception], ...] = ()  # of a node: another one may have the key
+        self._elsewhere: tuple[
+            type[Exception], ...
+        ] = ()  # errors by which another node has the key
         self._lock = greenlets.Lock()
         self._since = self._answers_since = 0.0
         self._since_ns = 0  # segment time
-        self.away: str | None = None  # why
+        self.outage: str | None = None  # the error, during an outage
         self.on_lost: Callable[[], None] = lambda: None
-        self.owing: weakref.WeakSet[Owing] = weakref.WeakSet()
-        self.booked: deque[Booked] = deque()  # to be told by a thread
+        self.unreported: weakref.WeakSet[Unreported] = weakref.WeakSet()
+        self.settlements = deque[Any]()  # settlement.Settlement, left to a thread
         self._metrics: dict[tuple[str, str], int] = {}
 
     def client(self) -> Any:
-        """Made when it is first needed: in a worker, not in whoever forks it."""
+        """Of the redis library. Made at the first use: in a worker, not in the process that forks
+        it."""
         with self._lock:
             if self._client is None:
                 errors = library("redis").exceptions
@@ -114,7 +120,7 @@ class Link:
             return self._client
 
     def call(self, requests: Sequence[Question]) -> list[Any]:
-        """One round trip for all of them. Raises AwayError, at once while it is away."""
+        """One round trip for all of them. Raises UnreachableError, at once during an outage."""
         self.check()
         return self._call(requests)
 
@@ -125,10 +131,10 @@ class Link:
             answers = [request.answer(each) for each, request in zip(raw, requests, strict=True)]
         except Exception as error:
             self._record(requests, [], began)
-            if not _is_outage(error):
+            if not is_outage(error):
                 raise
             self._lost(error, time.monotonic_ns() - began)
-            raise AwayError(self.away) from self.cluster.scrubbed_cause(error)
+            raise UnreachableError(self.outage) from self.cluster.scrubbed_cause(error)
         self._record(requests, answers, began)
         for request, found in zip(requests, answers, strict=True):
             if found.junk:
@@ -148,9 +154,9 @@ class Link:
         return found
 
     def _run_on_node(self, client: Any, each: Question) -> Any:
-        """Asked of the node itself: where that does not answer, the library would look for the
-        key's new one among all nodes, and wait for each that does not answer either. That is for
-        probe(), but where a node says at once that it is another's (or is gone)."""
+        """Asks the node itself. Where that does not answer, the library would look for the key's
+        new node among all nodes, and wait for each that does not answer. That is for probe(),
+        unless the node says at once that the key is another's, or is gone."""
         node = client.get_node_from_key(each.state_key(self.cluster.prefix))
         try:
             return self._run(client.get_redis_connection(node), each)
@@ -170,13 +176,13 @@ class Link:
         return known
 
     def _tell_junk(self, request: Question) -> None:
-        """Once for each limiter: whoever writes that, can do it all the time."""
+        """Once for each limiter: a host that writes junk can do it all the time."""
         self._measured(VALUES, "junk", 0, ok=False)
         limiter = request.limiter.decode("utf-8", "backslashreplace")
         if limiter in self._junk:
             return
         self._junk.add(limiter)
-        _log.warning(
+        log.warning(
             "%s: not a value of ours stood at %r, a key of limiter %r: it counts as used up until "
             "its limits have passed, or are reset. Another program or a broken host writes there; "
             "give each program a user of its own. More of this limiter are only counted, in the "
@@ -186,62 +192,66 @@ class Link:
             limiter,
         )
 
-    def heard_junk(self) -> None:
-        """A message that no host sends: it is passed over."""
+    def note_junk_message(self) -> None:
+        """A message that no host of ours sends was ignored."""
         self._measured(VALUES, "message", 0, ok=False)
         if "" not in self._junk:
             self._junk.add("")
-            _log.warning(
+            log.warning(
                 "%s: not a message of ours came over the channel %r, and is ignored; more of them "
                 "are only counted, in the metrics", self.cluster.shown, self.channel,
             )  # fmt: skip
 
     def names(self, start: bytes) -> list[bytes]:
-        """Keys at the server that begin so. Raises AwayError."""
+        """The server's keys that begin with ``start``. Raises UnreachableError."""
         self.check()
         began = time.monotonic_ns()
         pattern = b"".join(b"\\" + bytes([c]) if c in b"*?[]^\\" else bytes([c]) for c in start)
         try:
             found = self.client().scan_iter(match=pattern + b"*", count=1000)
-            return list({bytes(name) for name in found})  # SCAN may tell one twice
+            return list({bytes(name) for name in found})  # SCAN may return one twice
         except Exception as error:
-            if not _is_outage(error):
+            if not is_outage(error):
                 raise
             self._lost(error, time.monotonic_ns() - began)
-            raise AwayError(self.away) from self.cluster.scrubbed_cause(error)
+            raise UnreachableError(self.outage) from self.cluster.scrubbed_cause(error)
 
     # outages
 
     def check(self) -> None:
-        """Raises AwayError while it is away."""
-        if self.away is not None:
-            raise AwayError(self.away)
+        """Raises UnreachableError during an outage."""
+        if self.outage is not None:
+            raise UnreachableError(self.outage)
+
+    def now(self) -> int:
+        """Segment time, ns."""
+        return int(lib.fshm_now(self.segment._handle))
 
     def _lost(self, error: Exception, took: int) -> None:
-        """took: ns until it was noticed."""
+        """took: ns until the call failed."""
         with self._lock:
-            first = self.away is None
-            self.away = self.cluster.scrubbed(f"{type(error).__name__}: {error}")
+            first = self.outage is None
+            self.outage = self.cluster.scrubbed(f"{type(error).__name__}: {error}")
             self._answers_since = 0.0
             if first:
                 self._since = time.monotonic()
-                self._since_ns = int(lib.fshm_now(self.segment._handle))
-        _note(self.segment)  # each time: a child that was forked meanwhile has told nobody yet
+                self._since_ns = self.now()
+        _note(self.segment)  # each time: a child that was forked meanwhile has noted nothing yet
         if not first:
             return
         self._measured(OUTAGES, "lost", took)
         if is_refusal(error):
             self.tell_refusal(error)
         else:
-            _log.warning(
+            log.warning(
                 "%s does not answer (%s); limits over many hosts go by on_outage=%r until it does",
-                self.cluster.shown, self.away, self.cluster.on_outage,
+                self.cluster.shown, self.outage, self.cluster.on_outage,
             )  # fmt: skip
         self.on_lost()
 
     def tell_refusal(self, error: Exception) -> None:
-        """What is missing, and how to grant it."""
-        _log.warning(
+        """Log which rights are missing, and how to grant them."""
+        log.warning(
             "%s refuses what limits over many hosts need (%s); they go by on_outage=%r until its "
             "user is granted it: ACL SETUSER %s %s",
             self.cluster.shown, self.cluster.scrubbed(str(error)), self.cluster.on_outage,
@@ -250,14 +260,14 @@ class Link:
         )  # fmt: skip
 
     def probe(self) -> None:
-        """Try it, while it is away: by the agent. Before anything is asked of it again, it is told
-        what was admitted meanwhile, when it answers: that takes a look at each key."""
+        """Try the server, during an outage. When it answers, report what was admitted meanwhile,
+        before anything else is asked."""
         began = time.monotonic_ns()
         try:
             self._try()
-            for limiter in list(self.owing):
-                self._repay(limiter)
-        except AwayError:
+            for limiter in list(self.unreported):
+                self._report(limiter)
+        except UnreachableError:
             return
         except Exception as error:
             self._lost(error, time.monotonic_ns() - began)
@@ -266,20 +276,20 @@ class Link:
         self._answers_since = self._answers_since or now
         if now - self._answers_since < PROBATION:
             return
-        self.away = None
+        self.outage = None
         _note(self.segment)
         self._measured(OUTAGES, "away", round((now - self._since) * 1e9))
-        _log.warning("%s answers again, after %.1f s", self.cluster.shown, now - self._since)
+        log.warning("%s answers again, after %.1f s", self.cluster.shown, now - self._since)
 
     def _try(self) -> None:
-        """Of a cluster each node, through the library, which then finds what has taken the place of
-        one that is gone."""
+        """Of a Redis Cluster each node, through the library, which then finds the replica that has
+        replaced a node."""
         client = self.client()
         for key in self._probe_keys(client):
             self._script(_PROBE)([key], [self.channel], client=client)
 
     def _probe_keys(self, client: Any) -> list[str]:
-        """One that each node keeps; not of a node with so few that none is found."""
+        """One key of each node, but of a node that has so few slots that none is found."""
         start = f"{self.cluster.prefix}:probe"
         if not self.cluster.of_nodes:
             return [start]
@@ -292,22 +302,22 @@ class Link:
                 break
         return list(found.values())
 
-    def _repay(self, limiter: Owing) -> None:
-        requests = limiter.owed()
+    def _report(self, limiter: Unreported) -> None:
+        requests = limiter.take_unreported()
         while requests:
             try:
                 self._call(requests[:_MOST])
-            except AwayError:
+            except UnreachableError:
                 limiter.put_back(requests)
                 raise
             requests = requests[_MOST:]
 
     @property
     def retry_after_ns(self) -> int:
-        """How long it will be away at least."""
+        """How long the outage will last at least."""
         return round((PROBATION + PROBE) * 1e9)
 
-    # what people look at
+    # metrics and logs
 
     def _measured(
         self, component: str, operation: str, ns: int, ok: bool = True, asked: int = 0, got: int = 0
@@ -321,7 +331,7 @@ class Link:
         lib.fshm_metric_record(handle, known, ns, 1, ok, asked, got)
 
     def _record(self, requests: Sequence[Question], answers: Sequence[Any], began: int) -> None:
-        """A round trip, as a metric: sizes are tokens asked for or given back, and granted."""
+        """Measure a round trip: its sizes are tokens asked for or given back, and granted."""
         asked = sum(each.asked for each in requests)
         granted = sum(
             request.granted(found) for request, found in zip(requests, answers, strict=False)
@@ -332,9 +342,10 @@ class Link:
         self._measured(COMPONENT, operation, took, bool(answers), asked, granted)
 
 
-def _is_outage(error: Exception) -> bool:
-    # Who has raised an error of the library has imported it; and to import it here could raise
-    # where a thread is told what went wrong.
+def is_outage(error: Exception) -> bool:
+    """Whether limits go by ``on_outage`` for it."""
+    # Not imported here: that could raise where a thread handles an error. An error of the library
+    # means that it is imported.
     redis = sys.modules.get("redis")
     if redis is None:
         return isinstance(error, OSError)
@@ -346,51 +357,53 @@ def is_refusal(error: Exception) -> bool:
     return any(each in str(error).lower() for each in _REFUSED)
 
 
-_links: dict[tuple[Cluster, int], Link] = {}
-_links_lock = threading.Lock()
+_connections: dict[tuple[Cluster, int], Connection] = {}
+_connections_lock = threading.Lock()
 
 
-def of(cluster: Cluster, segment: Segment) -> Link:
-    """The link of this process to a server, for a segment."""
-    place = (cluster, segment.geometry().instance)
-    with _links_lock:
-        if place not in _links:
-            _links[place] = Link(cluster, segment)
-        return _links[place]
+def of(cluster: Cluster, segment: Segment, lead: Callable[[Connection], None] | None) -> Connection:
+    """The connection of this process to a server, for a segment."""
+    which = (cluster, segment.geometry().instance)
+    with _connections_lock:
+        if which not in _connections:
+            _connections[which] = Connection(cluster, segment, lead)
+        return _connections[which]
 
 
 def _note(segment: Segment) -> None:
-    """Have others see whether the server is away for this process: since when (of several servers,
-    the first that is), and by which policies it goes."""
+    """Note in the process table, for others to read, whether this process has an outage: since when
+    (of several servers: the first), and its ``on_outage``."""
     instance = segment.geometry().instance
-    with _links_lock:
-        away = [
-            link for (_, of), link in _links.items() if of == instance and link.away is not None
+    with _connections_lock:
+        lost = [
+            each
+            for (_, of), each in _connections.items()
+            if of == instance and each.outage is not None
         ]
         note = 0
-        if away:
-            note = min(link._since_ns for link in away) // 10**9 << len(OUTAGE)
-            for link in away:
-                note |= 1 << OUTAGE.index(link.cluster.on_outage)
+        if lost:
+            note = min(each._since_ns for each in lost) // 10**9 << len(OUTAGE)
+            for each in lost:
+                note |= 1 << OUTAGE.index(each.cluster.on_outage)
         lib.fshm_process_note(segment._handle, note)
 
 
 def noted(note: int) -> tuple[int, tuple[str, ...]]:
-    """What a process has told so: since when, in seconds of segment time, and its policies; none:
-    no server is away for it."""
+    """What a process has noted: since when, in seconds of segment time, and its policies; none: it
+    has no outage."""
     return note >> len(OUTAGE), tuple(policy for i, policy in enumerate(OUTAGE) if note >> i & 1)
 
 
 def _forked() -> None:
-    """Locks that other threads held in the parent stay locked; the redis library makes connections
-    of its own in a child."""
-    global _links_lock
-    _links_lock = threading.Lock()
-    for link in _links.values():
-        link._lock = greenlets.Lock()
-        link._client = None
-        link.booked.clear()
-        for limiter in link.owing:
+    """Locks that other threads held in the parent would stay locked. The redis library makes new
+    sockets in a child."""
+    global _connections_lock
+    _connections_lock = threading.Lock()
+    for each in _connections.values():
+        each._lock = greenlets.Lock()
+        each._client = None
+        each.settlements.clear()
+        for limiter in each.unreported:
             limiter.forked()
 
 

@@ -1,4 +1,4 @@
-"""What is said to the server and what it answers: the arguments of meter.lua."""
+"""What is said to the server and what it answers: the arguments of algorithms.lua."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 from fast_litellm_shm.cluster import names
 from fast_litellm_shm.limits import LimitSpec, SlidingWindow, TokenBucket
 
-SOURCE = names.source("meter.lua")
+SOURCE = names.source("algorithms.lua")
 _KIND = {True: 2, False: 1}
 _MOST_LEASE_US = 1_000_000
 _LARGEST = 2**53 - 1
@@ -17,7 +17,7 @@ COARSE = 2**20  # ns: as in csrc/limits/meter.h
 
 
 class Rule(NamedTuple):
-    """A limit, as meter.lua takes it: numbers below 2**53."""
+    """A limit, as algorithms.lua takes it: numbers below 2**53."""
 
     kind: int
     n: int
@@ -125,18 +125,18 @@ class Answer(NamedTuple):
     admitted: bool
     batch: int
     retry_after_ns: int  # -1: never
-    calm_ns: int
+    back_off_ns: int
     refused: int
     limits: tuple[Known, ...]
     junk: bool = False
 
 
 def answer(raw: Sequence[int], rules: Sequence[Rule]) -> Answer:
-    admitted, batch, wait, calm, refused, junk, *rest = (int(each) for each in raw)
+    admitted, batch, wait, back_off, refused, junk, *rest = (int(each) for each in raw)
     known = []
     for i, each in enumerate(rules):
         used, left, lease, redated, current, previous = rest[6 * i : 6 * i + 6]
         left_ns = left if each.kind == 0 else left * 1000
         known.append(Known(used, left_ns, lease * 1000, bool(redated), current, previous))
     retry = -1 if wait < 0 else wait * 1000
-    return Answer(bool(admitted), batch, retry, calm * 1000, refused, tuple(known), bool(junk))
+    return Answer(bool(admitted), batch, retry, back_off * 1000, refused, tuple(known), bool(junk))

@@ -1,0 +1,137 @@
+"""The threads of a process that talk to the server, so that calls do not have to: for batches of
+tokens that run low, and settlements; and the thread that may lead the host (leader.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from multiprocessing import util
+from typing import TypeAlias
+
+from fast_litellm_shm.cluster import settlement
+from fast_litellm_shm.cluster.connection import PROBE, Connection, UnreachableError, log
+from fast_litellm_shm.cluster.settlement import Leases
+
+Due: TypeAlias = tuple[Leases, bytes, tuple[int, ...]]  # a key that needs a batch, and the costs
+
+_MOST = 200  # keys in one pipeline
+
+
+class Background:
+    """Of one connection."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._due: queue.SimpleQueue[Due | None] = queue.SimpleQueue()
+        self.reporting = threading.Lock()
+        connection.on_lost = self.wake  # to try the server, until it is back
+
+    def start(self) -> None:
+        works = {"refill": self._refill}
+        if self._connection.lead is not None:
+            works["lead"] = self._lead
+        for name, work in works.items():
+            threading.Thread(target=work, name=f"fast-shm-cluster_{name}", daemon=True).start()
+
+    def _lead(self) -> None:
+        assert self._connection.lead is not None
+        self._connection.lead(self._connection)
+
+    def wake(self) -> None:
+        self._due.put(None)
+
+    def refill(self, leases: Leases, raw: bytes, costs: tuple[int, ...]) -> None:
+        self._due.put((leases, raw, costs))
+
+    def _refill(self) -> None:
+        while True:
+            try:
+                while self._connection.outage is not None:
+                    time.sleep(PROBE)
+                    self._try_again()
+                got = [self._due.get()]
+                while len(got) < _MOST and not self._due.empty():
+                    got.append(self._due.get())
+                due = [each for each in got if each is not None]
+                with self.reporting:
+                    self._report()
+                    self._ask_ahead({(id(each[0]), each[1]): each for each in due}.values())
+            except UnreachableError:
+                pass  # a call that finds no leased tokens goes by the policy
+            except Exception:
+                log.exception("settling, or refilling in advance, failed")
+
+    def _try_again(self) -> None:
+        while not self._due.empty():
+            self._due.get()  # no batch is asked for in advance
+        settlement.keep(self._connection)
+        self._connection.probe()
+
+    def finish(self) -> None:
+        """Report what is left: a process that ends takes its threads along."""
+        if self.reporting.acquire(timeout=2 * self._connection.cluster.timeout):
+            with contextlib.suppress(UnreachableError):
+                self._report()
+
+    def _report(self) -> None:
+        while settlements := settlement.taken(self._connection):
+            settlement.report(self._connection, settlements)
+
+    def fetch(self, due: Sequence[Due]) -> None:
+        """As refill(), in this thread; it is done when this returns. Nothing during an outage."""
+        with contextlib.suppress(UnreachableError):  # each key goes by the policy
+            for at in range(0, len(due), _MOST):
+                self._ask_ahead(due[at : at + _MOST])
+
+    def _ask_ahead(self, due: Iterable[Due]) -> None:
+        asked = []
+        try:
+            for leases, raw, costs in due:
+                permit = leases.single_flight.begin(raw)
+                if permit is not None:  # else another process asks for it
+                    asked.append((leases, raw, permit, *leases.request("ahead", raw, costs)))
+            if asked:
+                found = self._connection.call([each[3] for each in asked])
+                for (leases, _, _, request, sent), answer in zip(asked, found, strict=True):
+                    leases.learn(request, answer, sent)
+        finally:
+            for leases, _, permit, *_ in asked:
+                leases.single_flight.end(permit)
+
+
+_all: dict[int, Background] = {}
+lock = threading.RLock()  # the collector may run in here, and find a call to settle
+
+
+def ensure(connection: Connection) -> Background:
+    """The threads of a connection in this process. They do not survive a fork, and are started
+    anew."""
+    known = _all.get(id(connection))
+    if known is None:
+        with lock:
+            known = _all.get(id(connection))
+            if known is None:
+                # Known before its threads start: meanwhile other greenlets run and come here, and
+                # a lock that was made before the program was patched does not keep them out.
+                known = _all[id(connection)] = Background(connection)
+                try:
+                    known.start()
+                except BaseException:
+                    del _all[id(connection)]
+                    raise
+                # also where a child of multiprocessing ends, which runs no atexit
+                util.Finalize(None, known.finish, exitpriority=0)
+    return known
+
+
+def _forked() -> None:
+    global lock
+    lock = threading.RLock()
+    _all.clear()
+
+
+os.register_at_fork(after_in_child=_forked)

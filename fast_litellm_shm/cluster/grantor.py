@@ -1,0 +1,153 @@
+"""Server: the grantor of limits over many hosts (fast_litellm_shm/limiters/grantors.py)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from fast_litellm_shm._shared.named_limiter import InnerLimits, SharedLimits
+from fast_litellm_shm._shared.native import Permit
+from fast_litellm_shm._shared.segment import Segment
+from fast_litellm_shm.cluster import connection, leader
+from fast_litellm_shm.cluster.permit_lease import PermitLeases
+from fast_litellm_shm.cluster.quota import ClusterQuota, longest_name, permits_name
+from fast_litellm_shm.cluster.settings import Cluster
+from fast_litellm_shm.cluster.token_lease import TokenLeases
+from fast_litellm_shm.limiters.grantors import (
+    Answers,
+    Cost,
+    Key,
+    Next,
+    PermitGrantor,
+    QuotaGrantor,
+    RateGrantor,
+    Replayed,
+    cannot_block,
+    ns_until,
+)
+from fast_litellm_shm.limiters.waiting import Steps, Waits
+from fast_litellm_shm.limits import InFlight, LimitSpec, TokenBucket
+
+_SOONEST = 1_000_000  # ns: between two tries of a waiter
+_WAKE_NS = 60_000_000  # a waiter asks again after as long as a refusal is remembered
+
+
+def token_leases(limiter: SharedLimits, cluster: Cluster) -> TokenLeases:
+    return TokenLeases(limiter, _connection(cluster, limiter.segment))
+
+
+def permit_leases(limiter: InnerLimits, cluster: Cluster) -> PermitLeases:
+    return PermitLeases(limiter, _connection(cluster, limiter.segment))
+
+
+def _connection(cluster: Cluster, segment: Segment) -> connection.Connection:
+    cluster.check()
+    return connection.of(cluster, segment, leader.lead)
+
+
+class Server:
+    """The grantor of limiters whose argument, or FAST_LITELLM_SHM_CLUSTER, names a server."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self.argument: Replayed = cluster
+
+    def rates(self, limiter: SharedLimits) -> RateGrantor:
+        return ServerRates(token_leases(limiter, self._cluster))
+
+    def permits(self, limit: InFlight, **given: Any) -> PermitGrantor:
+        return ServerPermits(InnerLimits((limit,), **given), self._cluster)
+
+    def quota(
+        self,
+        found: tuple[LimitSpec | InFlight, ...],
+        *,
+        name: str,
+        segment: Segment | None,
+        on_full: str,
+        settles: bool = True,
+    ) -> QuotaGrantor:
+        if not settles:
+            on_full = "raise"  # keys without room do not share counters: a server has the counts
+        rates = tuple(each for each in found if not isinstance(each, InFlight))
+        last, tokens, permits = found[-1], None, None
+        own = permits_name(found, name)
+        if rates:
+            tokens = token_leases(
+                InnerLimits(rates, name=name, segment=segment, on_full=on_full), self._cluster
+            )
+        if isinstance(last, InFlight):
+            full = "raise" if on_full == "raise" else "deny"
+            permits = permit_leases(
+                InnerLimits((last,), name=own, segment=segment, on_full=full, shown=name),
+                self._cluster,
+            )
+        return ClusterQuota(tokens, permits, settles=settles)
+
+    def longest_name(self, found: Sequence[LimitSpec | InFlight]) -> int:
+        return longest_name(found)
+
+
+class _Nothing:
+    """What is reserved where nothing is."""
+
+    def keep(self) -> None: ...
+
+    def cancel(self) -> int:
+        return 0
+
+
+_NOTHING: Any = _Nothing()
+
+
+class ServerRates:
+    def __init__(self, leases: TokenLeases) -> None:
+        self.leases = leases
+
+    def acquire_many(
+        self, limiter: SharedLimits, keys: tuple[Key, ...], costs: int | list[int], out: Answers
+    ) -> None:
+        self.leases.prepare(keys, costs)
+        allowed, remaining, retry = out
+        left, wait = memoryview(remaining).cast("Q"), memoryview(retry).cast("d")
+        for i, key in enumerate(keys):
+            found = limiter.acquire(key, costs[i] if isinstance(costs, list) else costs)
+            allowed[i], left[i] = found.allowed, found.remaining
+            wait[i] = math.inf if found.retry_after is None else found.retry_after
+
+    def reserve(
+        self, waits: Waits, limiter: SharedLimits, key: Key, cost: Cost, deadline: int
+    ) -> Steps[Next]:
+        """Nothing is reserved: the first that asks when there is room is admitted."""
+        decision = yield from waits.ask(lambda: limiter.acquire(key, cost), lambda _: None)
+        retry = decision.retry_after_ns
+        if decision or retry is None or retry > ns_until(deadline):
+            return decision, 0, _NOTHING
+        return decision, max(retry, _SOONEST), _NOTHING
+
+    def block(self, limiter: SharedLimits, raw: bytes, ns: int) -> None:
+        if not any(isinstance(each, TokenBucket) for each in limiter.limits):
+            raise cannot_block(limiter)
+        self.leases.block(raw, ns)
+
+    def reset(self, limiter: SharedLimits, raw: bytes | None) -> None:
+        if raw is None:
+            self.leases.reset_all()
+        else:
+            self.leases.reset(raw)
+
+
+class ServerPermits:
+    wake_ns = _WAKE_NS
+
+    def __init__(self, limits: InnerLimits, cluster: Cluster) -> None:
+        self.limits, self.leases = limits, permit_leases(limits, cluster)
+
+    def held(self, permit: Permit) -> str:
+        most, outage = self.limits.limits[0].n, self.leases.connection.outage
+        here = f"of {most} over all hosts this one holds {permit.in_flight}"
+        if outage is None:
+            return here
+        cluster = self.leases.cluster
+        return f"{here}, and {cluster.shown} does not answer ({outage}): {cluster.on_outage!r}"

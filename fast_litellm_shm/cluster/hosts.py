@@ -1,0 +1,36 @@
+"""How many hosts share the limits. The server tells the leader of a host every 2 s, which keeps the
+number in the segment, for all processes of the host.
+
+The segment has no word for it: it is the state of one key of a limiter of its own, "(cluster)".
+"""
+
+from __future__ import annotations
+
+from fast_litellm_shm import exceptions
+from fast_litellm_shm._shared.inspection import NOTE
+from fast_litellm_shm._shared.segment import Segment
+from fast_litellm_shm._shared.states import States, open_beside
+from fast_litellm_shm.limits import Granted
+
+_KEY = b"hosts"
+_KEPT_NS = 30 * 86_400 * 10**9
+
+
+def host_count(segment: Segment) -> int:
+    """As the leader of this host last heard; 0: never."""
+    states = _states(segment)
+    return 0 if states is None else states.leased(_KEY)[0][0]
+
+
+def keep_host_count(segment: Segment, count: int) -> None:
+    states = _states(segment)
+    if states is not None:
+        states.refuse(_KEY, (count,), _KEPT_NS)
+
+
+def _states(segment: Segment) -> States | None:
+    """None: there is no room for it."""
+    try:
+        return open_beside(segment, NOTE, [Granted()])
+    except exceptions.FastShmError:
+        return None

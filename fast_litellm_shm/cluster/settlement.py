@@ -1,0 +1,110 @@
+"""Settlement: the actual minus the estimated usage of a call, known when the call is over. More is
+charged at the server, into debt if need be; less is given back there, as long as its window lasts.
+
+A caller that may not wait for the server (an event loop, the garbage collector) leaves it to a
+thread: in ``connection.settlements``, a deque, since the collector may run at any line, also at one
+that holds a lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+from fast_litellm_shm.cluster.algorithms import Answer, Request
+from fast_litellm_shm.cluster.connection import Connection
+
+_MOST = 200  # requests in one pipeline
+_NOTHING = (0, 0, 0, 0)
+
+
+class Leases(Protocol):
+    """TokenLeases, as the modules below it use them."""
+
+    single_flight: Any
+
+    def request(
+        self,
+        operation: str,
+        raw: bytes,
+        costs: Sequence[int],
+        given: Sequence[int] = ...,
+        ends: Sequence[int] | None = ...,
+    ) -> tuple[Request, int]: ...
+    def learn(self, request: Request, found: Answer, sent: int) -> None: ...
+    def unrefuse(self, raw: bytes) -> None: ...
+    def charge_later(self, raw: bytes, costs: Sequence[int]) -> None: ...
+
+
+class Settlement(NamedTuple):
+    """Of one call: tokens by limit; all limits are windows. ``ends``: of the windows that ``less``
+    was charged in, segment time, ns."""
+
+    leases: Leases
+    raw: bytes
+    more: tuple[int, ...]
+    less: tuple[int, ...]
+    ends: tuple[int, ...]
+
+
+def _sum(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...]:
+    return tuple(a + b for a, b in zip(one, other, strict=False))
+
+
+def report(connection: Connection, settlements: Sequence[Settlement]) -> None:
+    """One call of the server for each key and kind, many in a round trip. Raises UnreachableError:
+    what could not be charged is charged later, what could not be given back stays used."""
+    charges: dict[tuple[Leases, bytes], tuple[int, ...]] = {}
+    refunds: dict[tuple[Leases, bytes, tuple[int, ...]], tuple[int, ...]] = {}
+    for each in settlements:
+        if any(each.more):
+            key = each.leases, each.raw
+            charges[key] = _sum(charges.get(key, _NOTHING), each.more)
+        if any(each.less):
+            window = each.leases, each.raw, each.ends
+            refunds[window] = _sum(refunds.get(window, _NOTHING), each.less)
+    due = list(charges.items())
+    try:
+        while due:
+            part = due[:_MOST]
+            _call(
+                connection,
+                [(key[0], *key[0].request("charge", key[1], costs)) for key, costs in part],
+            )
+            del due[:_MOST]
+    except BaseException:
+        for (leases, raw), costs in due:
+            leases.charge_later(raw, costs)
+        raise
+    now = connection.now()
+    back = [
+        (leases, *leases.request("refund", raw, costs, ends=ends))
+        for (leases, raw, ends), costs in refunds.items()
+        if any(end > now for end in ends)
+    ]
+    for start in range(0, len(back), _MOST):
+        _call(connection, back[start : start + _MOST])
+
+
+def _call(connection: Connection, asked: Sequence[tuple[Leases, Request, int]]) -> None:
+    answers = connection.call([request for _, request, _ in asked])
+    for (leases, request, sent), answer in zip(asked, answers, strict=True):
+        leases.learn(request, answer, sent)
+        if request.operation == "refund":
+            leases.unrefuse(request.key)
+
+
+def taken(connection: Connection) -> list[Settlement]:
+    """The next settlements that were left to the thread, at most 200."""
+    found: list[Settlement] = []
+    while connection.settlements and len(found) < _MOST:
+        found.append(connection.settlements.popleft())
+    return found
+
+
+def keep(connection: Connection) -> None:
+    """During an outage: what is to be charged is charged when the server is back."""
+    while settlements := taken(connection):
+        for each in settlements:
+            if any(each.more):
+                each.leases.charge_later(each.raw, each.more)

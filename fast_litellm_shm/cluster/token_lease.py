@@ -1,0 +1,310 @@
+"""Token leases: the tokens that a server has leased to this host, in batches. Nearly all calls of a
+limiter are answered from them by csrc/leasing/wallet.c. This module does the rest."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from fast_litellm_shm import exceptions
+from fast_litellm_shm._shared.inspection import HELD, REFUSED
+from fast_litellm_shm._shared.named_limiter import SharedLimits, key_bytes, lease_from, states_of
+from fast_litellm_shm._shared.native import ffi, lib
+from fast_litellm_shm.cluster import algorithms, background, names, settlement
+from fast_litellm_shm.cluster.connection import Connection, UnreachableError
+from fast_litellm_shm.cluster.outage import Decided, Outage, decided
+from fast_litellm_shm.cluster.single_flight import SingleFlight, beside
+from fast_litellm_shm.cluster.sliding import KIND, SlidingCounts
+from fast_litellm_shm.limiters.waiting import may_wait
+from fast_litellm_shm.limits import Granted, LimitSpec, TokenBucket
+
+_NONE = (0, 0, 0, 0)
+_ONES = (1, 1, 1, 1)
+_MOST = 200  # keys in one pipeline
+_LARGEST = 2**52  # a cost that no limit of a server admits
+
+
+class TokenLeases:
+    """Of one limiter: the tokens that are leased, what was refused of late, and which process asks
+    the server about a key just now."""
+
+    def __init__(self, limiter: SharedLimits, connection: Connection) -> None:
+        self.connection, self.cluster = connection, connection.cluster
+        self.limiter, self.states = limiter, states_of(limiter)
+        self._limits: tuple[LimitSpec, ...] = ()
+        self._rules: tuple[algorithms.Rule, ...] = ()
+        self._sliding: SlidingCounts | None = None
+        self.rules()  # or an error that names what a server cannot count
+        self.name = limiter.name.encode("utf-8", "surrogatepass")
+        granted = [Granted()] * len(limiter.limits)
+        self._leased = beside(limiter, HELD, granted)
+        self._refused = beside(limiter, REFUSED, granted)
+        self.single_flight = SingleFlight(limiter, self.cluster.timeout)
+        self._outage = Outage(limiter, connection, self.rules, self.request)
+        lease_from(limiter, self._leased, self._refused, _ask=self.ask, _low=self.refill)
+
+    def rules(self) -> tuple[algorithms.Rule, ...]:
+        """Of the limits in force: they may change at run time."""
+        found = self.limiter.limits
+        if found != self._limits:
+            self._rules = tuple(algorithms.rule(each) for each in found)
+            if self._sliding is None and any(each.kind == KIND for each in self._rules):
+                self._sliding = SlidingCounts(self.limiter)
+            self._limits = found
+        return self._rules
+
+    def costs(self, cost: object) -> tuple[int, ...]:
+        """One for each limit."""
+        count = len(self.limiter.limits)
+        if cost is None:
+            return (1,) * count
+        if isinstance(cost, (tuple, list)):
+            return tuple(int(each) for each in cost)
+        return (int(cost),) * count  # type: ignore[call-overload]
+
+    def has(self, key: str | bytes, cost: object) -> bool:
+        """Can acquire() be answered without the server now?"""
+        raw, costs = key_bytes(key), self.costs(cost)
+        if all(c <= left for c, left in zip(costs, self.look(raw)[0], strict=True)):
+            return True
+        return self.is_refused(raw)
+
+    def is_refused(self, raw: bytes) -> bool:
+        return self._refused.leased(raw)[1][0] > 0
+
+    def refill(self, key: str | bytes, cost: object) -> None:
+        """Have a thread ask for the next batch. Called by the native part when a call has brought
+        the key's leased tokens to a low."""
+        raw, costs = key_bytes(key), self.costs(cost)
+        background.ensure(self.connection).refill(self, raw, costs)
+
+    def prepare(self, keys: Sequence[str | bytes], costs: int | Sequence[int]) -> None:
+        """Ask for batches of all these keys that this host cannot answer, many in one round trip.
+        Keys that were granted none (near a limit), and invalid costs, are left to ask()."""
+        each = costs if isinstance(costs, Sequence) else [costs] * len(keys)
+        due: dict[bytes, tuple[int, ...]] = {}
+        for key, cost in zip(keys, each, strict=True):
+            raw = key_bytes(key)
+            if raw in due or type(cost) is not int or not 0 < cost < _LARGEST:
+                continue
+            if not self.has(raw, cost):
+                due[raw] = self.costs(cost)
+        if len(due) > 1:
+            asked = [(self, raw, costs) for raw, costs in due.items()]
+            background.ensure(self.connection).fetch(asked)
+
+    # calls that the host cannot answer by itself
+
+    def ask(self, op: int, key: str | bytes, cost: object) -> Decided:
+        """Called by the native part."""
+        raw, costs = key_bytes(key), self.costs(cost)
+        background.ensure(self.connection)
+        try:
+            if op == lib.FSHM_ACQUIRE:
+                return self._acquire(raw, costs)
+            if op == lib.FSHM_PEEK:
+                return self._peek(raw, costs)
+            if op == lib.FSHM_CHARGE:
+                return self._adjust("charge", raw, costs)
+            if op == lib.FSHM_REFUND:
+                return self._adjust("refund", raw, costs)
+        except UnreachableError:
+            return self._outage.decide(op, raw, costs)
+        raise exceptions.ClusterError(f"limiter {self.limiter.name!r}: no operation {op}")
+
+    def _acquire(self, raw: bytes, costs: tuple[int, ...]) -> Decided:
+        if any(each >= _LARGEST for each in costs):
+            self.states.count(raw, lib.FSHM_DENIED)
+            return (0, 0, 0, lib.FSHM_NEVER, 0)
+        self.connection.check()
+        may_wait()
+        with self.single_flight.turn(raw) as (for_all, waited):
+            if waited:  # another process has asked meanwhile
+                found = self._spend(raw, costs)
+                if found is not None:
+                    return found
+            # Tokens that are left and do not suffice go back, and count as the server's. A caller
+            # that asks for itself alone leaves them to others.
+            have = self.look(raw, take=True)[0] if for_all else _NONE
+            answer = self._call("take" if for_all else "single", raw, costs, have)
+        if answer.admitted:
+            # for the statistics of the key: these tokens were granted, not spent from a lease
+            self._spend(raw, _NONE)
+            if answer.back_off_ns:
+                self._refused.refuse(raw, costs, answer.back_off_ns)
+            return (1, *self._left(answer, self.look(raw)[0]), 0, _reset_ns(answer))
+        self.states.count(raw, lib.FSHM_DENIED)
+        self._refused.refuse(raw, costs, answer.back_off_ns)
+        left = self._left(answer, self.look(raw)[0])[1]
+        return (0, answer.refused, left, answer.retry_after_ns, _reset_ns(answer))
+
+    def _peek(self, raw: bytes, costs: tuple[int, ...]) -> Decided:
+        have, _ = self.look(raw)
+        if any(costs) and all(cost <= left for cost, left in zip(costs, have, strict=True)):
+            found = self.states.apply(lib.FSHM_PEEK, raw, costs)
+            return (1, found.limit_index, found.remaining + min(have), 0, found.reset_after_ns)
+        answer = self._call("look", raw, costs)
+        index, left = self._left(answer, have)
+        index = index if answer.admitted else answer.refused
+        return (int(answer.admitted), index, left, answer.retry_after_ns, _reset_ns(answer))
+
+    def _adjust(self, operation: str, raw: bytes, costs: tuple[int, ...]) -> Decided:
+        """Charge or refund after the fact."""
+        answer = self._call(operation, raw, costs)
+        if operation == "refund":
+            self.unrefuse(raw)
+        found = self.states.apply(lib.FSHM_PEEK, raw, _ONES)
+        index, left = self._left(answer, self.look(raw)[0])
+        return (int(left > 0), index, left, found.retry_after_ns, _reset_ns(answer))
+
+    def settle(self, settled: settlement.Settlement, later: bool) -> None:
+        """later: a thread reports it, for callers that may not wait."""
+        if later:
+            self.connection.settlements.append(settled)
+            background.ensure(self.connection).wake()
+            return
+        with contextlib.suppress(UnreachableError):  # it is charged later
+            settlement.report(self.connection, [settled])
+
+    def charge_later(self, raw: bytes, costs: Sequence[int]) -> None:
+        """Charge it when the server is back."""
+        self._outage.decide(lib.FSHM_CHARGE, raw, tuple(costs))
+
+    # what changes a key at the server, and raises ClusterError during an outage
+
+    def block(self, raw: bytes, ns: int) -> None:
+        """Deny a key for so long. What other hosts have leased before, they may spend."""
+        with self._needed("blocked"):
+            have = self.look(raw, take=True)[0]
+            self._call("block", raw, (ns,) * len(self._rules), have)
+
+    def reset(self, raw: bytes) -> bool:
+        """Forget what a key has consumed, at the server and in this host. Returns whether the
+        server knew of any. What other hosts have leased before, they may spend."""
+        with self._needed("reset"):
+            self.look(raw, take=True)
+            self.states.reset(raw)
+            self.unrefuse(raw)
+            asked = [self.request(operation, raw, _NONE)[0] for operation in ("look", "reset")]
+            before, _ = self.connection.call(asked)
+        return any(each.used for each in before.limits)
+
+    def reset_all(self) -> int:
+        """reset() of each key that the server knows of this limiter. Returns how many."""
+        with self._needed("reset"):
+            start = names.start(self.cluster.prefix, names.RATES, self.name)
+            found = self.connection.names(start)
+            for states in (self._leased, self.states, self._refused):
+                states.reset()
+            request, _ = self.request("reset", b"", _NONE)
+            for at in range(0, len(found), _MOST):
+                part = [request._replace(at=name) for name in found[at : at + _MOST]]
+                self.connection.call(part)
+        return len(found)
+
+    @contextlib.contextmanager
+    def _needed(self, what: str) -> Iterator[None]:
+        try:
+            self.connection.check()  # before anything is done here
+            yield
+        except UnreachableError as error:
+            background.ensure(self.connection)  # whose thread tries the server again
+            raise exceptions.ClusterError(
+                f"limiter {self.limiter.name!r}: nothing was {what}, since {self.cluster.shown} "
+                f"does not answer ({error}): try again when it does"
+            ) from error
+
+    # requests and answers
+
+    def request(
+        self,
+        operation: str,
+        raw: bytes,
+        costs: Sequence[int],
+        given: Sequence[int] = _NONE,
+        ends: Sequence[int] | None = None,
+    ) -> tuple[algorithms.Request, int]:
+        """And the segment's time before it is sent: the answer is about a later instant. ends: of
+        the windows that it is about (ns), where these may not be the known ones."""
+        rules = self.rules()
+        used, left = self.states.known(raw)
+        kept = self.look(raw)[0] if operation == "ahead" else _NONE
+        # The limits may have become more since these were counted: a new one is asked for nothing.
+        costs, given = ((*each, *_NONE)[: len(rules)] for each in (costs, given))
+        known = tuple(
+            ns if rule.kind == 0 else ns // 1000 for rule, ns in zip(rules, left, strict=False)
+        )
+        sent = self.states.now()
+        if ends is not None:
+            ends = (*ends, *_NONE)[: len(rules)]
+            known = tuple(max((end - sent) // 1000, 0) for end in ends)
+            costs = tuple(cost if left else 0 for cost, left in zip(costs, known, strict=True))
+        before: tuple[int, ...] = _NONE
+        if self._sliding is not None:
+            used, before, known = self._sliding.recall(raw, rules, used, known)
+        request = algorithms.Request(
+            operation, self.name, raw, rules, costs, kept, given, used, before, known
+        )
+        return request, sent
+
+    def _call(
+        self, operation: str, raw: bytes, costs: Sequence[int], given: Sequence[int] = _NONE
+    ) -> algorithms.Answer:
+        request, sent = self.request(operation, raw, costs, given)
+        (found,) = self.connection.call([request])
+        answer: algorithms.Answer = found
+        self.learn(request, answer, sent)
+        return answer
+
+    def learn(self, request: algorithms.Request, found: algorithms.Answer, sent: int) -> None:
+        """Put granted tokens into the lease, and what the server says into the limiter's states."""
+        raw = request.key
+        used, left = [each.used for each in found.limits], [each.left_ns for each in found.limits]
+        self.states.learn(raw, used, left, sent)
+        if self._sliding is not None:
+            self._sliding.keep(raw, request.rules, found, sent)
+        if request.operation not in ("take", "ahead"):
+            return
+        leases = ffi.new("fshm_token_lease[4]")
+        for i, each in enumerate(found.limits):
+            kept = request.kept[i] if each.redated else 0
+            tokens = found.batch * request.costs[i]
+            leases[i] = {"tokens": tokens, "kept": kept, "until_ns": sent + each.lease_ns}
+        lib.fshm_token_lease_put(self._leased.handle, raw, len(raw), leases, 0)
+
+    def look(self, raw: bytes, take: bool = False) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Leased tokens that are left, and for how many ns, by limit. take: and take them out."""
+        left, ns = self._leased.leased(raw, take)
+        count = len(self._rules)
+        return left[:count], ns[:count]
+
+    def unrefuse(self, raw: bytes) -> None:
+        self._refused.refuse(raw, _NONE, 0)
+
+    def _spend(self, raw: bytes, costs: tuple[int, ...]) -> Decided | None:
+        """As the native part does: None where the server must be asked."""
+        out, low = ffi.new("fshm_decision *"), ffi.new("uint32_t *")
+        numbers = ffi.new("uint64_t[4]", costs)
+        handles = self._leased.handle, self._refused.handle, self.states.handle
+        status = lib.fshm_spend(*handles, raw, len(raw), numbers, 0, out, low)
+        if status == lib.FSHM_ASK:
+            return None
+        if status < 0:
+            self.states.fail(status)
+        if low[0]:
+            background.ensure(self.connection).refill(self, raw, costs)
+        return (status, *decided(out)[1:])
+
+    def _left(self, answer: algorithms.Answer, have: Sequence[int]) -> tuple[int, int]:
+        """The limit with least left, and how much that is: at the server, and leased."""
+        most = [each.burst if isinstance(each, TokenBucket) else each.n for each in self._limits]
+        left = [
+            max(n - each.used, 0) + mine
+            for n, each, mine in zip(most, answer.limits, have, strict=False)
+        ]
+        least = min(left)
+        return left.index(least), least
+
+
+def _reset_ns(answer: algorithms.Answer) -> int:
+    return max(each.left_ns for each in answer.limits)

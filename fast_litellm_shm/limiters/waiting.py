@@ -1,0 +1,141 @@
+"""How a call waits: in its thread (:data:`BLOCKING`), or on an event loop (:data:`ASYNCIO`).
+
+A call that may wait is written once, as a generator of steps over one of the two. :func:`run` and
+:func:`run_async` make the call of it::
+
+    def _twice(self, waits: Waits) -> Steps[int]:
+        yield from waits.sleep(0.1)
+        return (yield from waits.ask(self._ask, undo))
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+import types
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol, TypeAlias, TypeVar
+
+from fast_litellm_shm._shared import greenlets
+from fast_litellm_shm._shared.states import States
+
+T = TypeVar("T")
+Steps: TypeAlias = Generator[Any, Any, T]
+
+_executors: dict[str, ThreadPoolExecutor] = {}
+os.register_at_fork(after_in_child=_executors.clear)  # their threads stay behind in the parent
+_this = threading.local()
+
+
+class Waits(Protocol):
+    def ask(self, call: Callable[[], T], undo: Callable[[T], object]) -> Steps[T]:
+        """What ``call()`` returns, which may wait for a server. undo: takes back what a call finds
+        whose caller was cancelled meanwhile."""
+
+    def sleep(self, seconds: float) -> Steps[None]: ...
+
+    def until_woken(self, states: States, raw: bytes, armed: int, ns: int) -> Steps[None]:
+        """Sleep until a permit of the key is released since ``states.arm()`` returned ``armed``, or
+        for so many ns."""
+
+
+class _Blocking:
+    def ask(self, call: Callable[[], T], undo: Callable[[T], object]) -> Steps[T]:
+        yield from ()
+        return call()
+
+    def sleep(self, seconds: float) -> Steps[None]:
+        yield from ()
+        time.sleep(seconds)
+
+    def until_woken(self, states: States, raw: bytes, armed: int, ns: int) -> Steps[None]:
+        yield from ()
+        greenlets.bell_wait(states.handle, raw, armed, ns)
+
+
+class _Asyncio:
+    def ask(self, call: Callable[[], T], undo: Callable[[T], object]) -> Steps[T]:
+        return (yield from off_loop(call, undo).__await__())
+
+    def sleep(self, seconds: float) -> Steps[None]:
+        yield from asyncio.sleep(seconds).__await__()
+
+    def until_woken(self, states: States, raw: bytes, armed: int, ns: int) -> Steps[None]:
+        woken = _executor("fast-shm-wait").submit(
+            greenlets.bell_wait, states.handle, raw, armed, ns
+        )
+        try:
+            late = asyncio.wait({asyncio.wrap_future(woken)}, timeout=ns / 1e9 + 0.01)
+            yield from late.__await__()
+        finally:
+            # Cancelled, or late: the thread may be woken yet. That wake-up is for the next waiter.
+            if not woken.done() and not woken.cancel():
+                woken.add_done_callback(lambda done: states.wake(raw) if done.result() else None)
+
+
+BLOCKING: Waits = _Blocking()
+ASYNCIO: Waits = _Asyncio()
+
+
+def run(steps: Steps[T]) -> T:
+    """The call whose steps these are, over BLOCKING."""
+    try:
+        next(steps)
+    except StopIteration as done:
+        found: T = done.value
+        return found
+    raise RuntimeError("a step that blocks has yielded")
+
+
+@types.coroutine
+def run_async(steps: Steps[T]) -> Steps[T]:
+    """The call whose steps these are, over ASYNCIO: to be awaited."""
+    return (yield from steps)
+
+
+class MustAskError(BlockingIOError):  # as such the native part knows it: it is no failure
+    """The call has to ask a server, and is one that may not wait here."""
+
+
+def may_wait() -> None:
+    """To be called before a server is asked, or another caller is waited for. Raises MustAskError
+    in a call that is made on an event loop."""
+    if getattr(_this, "on_loop", False):
+        raise MustAskError
+
+
+def _executor(name: str) -> ThreadPoolExecutor:
+    """Of 64 threads; calls beyond that queue up."""
+    found = _executors.get(name)
+    if found is None:
+        found = _executors[name] = ThreadPoolExecutor(64, name)
+    return found
+
+
+async def off_loop(call: Callable[[], T], undo: Callable[[T], object] = lambda _: None) -> T:
+    """What ``call()`` returns. On the event loop it is answered by this host, at once. Where it
+    raises MustAskError it has done nothing yet, and is made again in a thread. A thread cannot be
+    cancelled: what it finds for a caller that was cancelled is given to ``undo``, once, which must
+    not wait."""
+    _this.on_loop = True
+    try:
+        return call()
+    except MustAskError:
+        pass
+    finally:
+        _this.on_loop = False
+    asked = _executor("fast-shm-ask").submit(call)
+    try:
+        return await asyncio.wrap_future(asked)
+    except BaseException:
+        if not asked.cancel():
+            asked.add_done_callback(lambda done: _undo(done, undo))
+        raise
+
+
+def _undo(done: Future[T], undo: Callable[[T], object]) -> None:
+    if not done.cancelled() and done.exception() is None:
+        undo(done.result())
