@@ -10,17 +10,19 @@ A call that may wait is written once, as a generator of steps over one of the tw
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
 import time
 import types
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 from fast_litellm_shm._shared import greenlets
 from fast_litellm_shm._shared.states import States
+
+# asyncio and concurrent.futures take 20 ms to import: the functions that use them do.
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 T = TypeVar("T")
 Steps: TypeAlias = Generator[Any, Any, T]
@@ -61,9 +63,13 @@ class _Asyncio:
         return (yield from off_loop(call, undo).__await__())
 
     def sleep(self, seconds: float) -> Steps[None]:
+        import asyncio
+
         yield from asyncio.sleep(seconds).__await__()
 
     def until_woken(self, states: States, raw: bytes, armed: int, ns: int) -> Steps[None]:
+        import asyncio
+
         woken = _executor("fast-shm-wait").submit(
             greenlets.bell_wait, states.handle, raw, armed, ns
         )
@@ -111,6 +117,8 @@ def _executor(name: str) -> ThreadPoolExecutor:
     """Of 64 threads; calls beyond that queue up."""
     found = _executors.get(name)
     if found is None:
+        from concurrent.futures import ThreadPoolExecutor
+
         found = _executors[name] = ThreadPoolExecutor(64, name)
     return found
 
@@ -127,6 +135,8 @@ async def off_loop(call: Callable[[], T], undo: Callable[[T], object] = lambda _
         pass
     finally:
         _this.on_loop = False
+    import asyncio
+
     asked = _executor("fast-shm-ask").submit(call)
     try:
         return await asyncio.wrap_future(asked)
