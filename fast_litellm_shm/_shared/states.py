@@ -58,16 +58,6 @@ class States:
     def in_flight(self, raw: bytes) -> int:
         return int(lib.fshm_in_flight(self.handle, raw, len(raw)))
 
-    def settle(
-        self, raw: bytes, charged: Sequence[int], actual: Sequence[int], permit: int
-    ) -> None:
-        """permit: the address of the one that the charge came with."""
-        numbers = ffi.new(_NUMBERS, charged), ffi.new(_NUMBERS, actual)
-        held = ffi.cast("fshm_permit *", permit)
-        status = lib.fshm_settle(self.handle, raw, len(raw), *numbers, held, 0)
-        if status != lib.FSHM_ALLOWED:
-            self.fail(status)
-
     def reset(self, raw: bytes | None = None) -> None:
         """None: all keys."""
         if raw is None:

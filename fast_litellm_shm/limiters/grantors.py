@@ -253,19 +253,19 @@ class HostQuota:
         self, key: Key, charged: tuple[int, ...], actual: tuple[int, ...], held: Held
     ) -> None:
         assert isinstance(held, Permit)
-        self._states.settle(key_bytes(key) + self._tail, charged, actual, held._address)
+        self._shared._settle(key_bytes(key) + self._tail, charged, actual, held)
 
     def in_flight(self, key: Key) -> int:
         return self._states.in_flight(key_bytes(key) + self._tail)
 
     def left(self, key: Key, *, ask: bool = False) -> tuple[int, ...]:
-        return self._states.remaining(key_bytes(key) + self._tail)
+        return self._shared._remaining(key_bytes(key) + self._tail)
 
     def of_limit(self, key: Key, decision: Decision) -> tuple[int, float]:
         raw, index = key_bytes(key), decision.limit_index
         if decision.allowed:
             return decision.remaining, self._states.known(raw)[1][index] / 1e9
-        left = dict(enumerate(self._states.remaining(raw)))  # the limits may have changed
+        left = dict(enumerate(self._shared._remaining(raw)))  # the limits may have changed
         return left.get(index, decision.remaining), decision.reset_after
 
 
