@@ -99,6 +99,14 @@ async def begin_async(
     return _begun(subject, await calls.admit_async([subject], _tokens(subject, call)), call)
 
 
+def counts_alone(deployment: Mapping[str, Any], call: Call) -> bool:
+    """Whether an attempt counts for its deployment only: :func:`also_counts` has nothing to do then
+    but to count it."""
+    model = deployment.get("model_name")
+    named = model in call.guess.made.models or not isinstance(model, str) or call.by is None
+    return named and call.free is None
+
+
 async def also_counts(
     deployment: Mapping[str, Any], call: Call, group_of: Callable[[str], str | None]
 ) -> Denial | None:

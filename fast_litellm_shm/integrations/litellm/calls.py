@@ -102,15 +102,25 @@ def admit(subjects: Sequence[Subject], tokens: int) -> Admitted:
     have booked is given back: it can have denied another call in between, and can never have let
     too many pass. tokens: of one call. Over many hosts this waits for the server where it has to be
     asked."""
+    return _admit(subjects, [_quota(subject) for subject in subjects], tokens)
+
+
+def _quota(subject: Subject) -> Quota | None:
+    """None: its limits admit nothing."""
+    return quota_of(subject.limits) if subject.limits.nothing is None else None
+
+
+def _admit(subjects: Sequence[Subject], quotas: Sequence[Quota | None], tokens: int) -> Admitted:
     admitted: list[list[Admission]] = []
     try:
-        for subject in subjects:
-            if subject.limits.nothing is not None:
+        for subject, quota in zip(subjects, quotas, strict=True):
+            if quota is None:
                 return _refused(subject, None, admitted)
-            quota, key = quota_of(subject.limits), _key(subject)
-            admission = quota._admit(key, _tokens(subject, tokens), subject.calls)
+            key, several = _key(subject), subject.calls
+            each = tokens if several == 1 else _tokens(subject, tokens)
+            admission = quota._admit(key, each, several)
             admitted.append([admission])
-            for _ in range(_more_slots(subject)):
+            for _ in range(0 if several == 1 else _more_slots(subject)):
                 if not admission.allowed:
                     break
                 admission = quota._admit(key, 0, 0)
@@ -125,14 +135,18 @@ def admit(subjects: Sequence[Subject], tokens: int) -> Admitted:
 
 async def admit_async(subjects: Sequence[Subject], tokens: int) -> Admitted:
     """admit(), which never makes an event loop wait. Cancelled, it has admitted none of them."""
-    if all(not quota_of(s.limits).over_hosts for s in subjects if s.limits.nothing is None):
-        return admit(subjects, tokens)  # which waits for nobody, and costs less
+    quotas = [_quota(subject) for subject in subjects]
+    for quota in quotas:
+        if quota is not None and quota.over_hosts:
+            break
+    else:
+        return _admit(subjects, quotas, tokens)  # which waits for nobody, and costs less
     admitted: list[list[Admission]] = []
     try:
-        for subject in subjects:
-            if subject.limits.nothing is not None:
+        for subject, quota in zip(subjects, quotas, strict=True):
+            if quota is None:
                 return _refused(subject, None, admitted)
-            quota, key = quota_of(subject.limits), _key(subject)
+            key = _key(subject)
             admission = await quota._admit_async(key, _tokens(subject, tokens), subject.calls)
             admitted.append([admission])
             for _ in range(_more_slots(subject)):
@@ -196,9 +210,9 @@ class Held:
         """All calls used so many tokens. Of several such reports the last one holds. Who was
         counted for some of the calls only is charged that part."""
         self._settled = True
-        for subject, (admission, *_) in zip(self.subjects, self._admitted, strict=True):
+        for subject, of_subject in zip(self.subjects, self._admitted, strict=True):
             part = tokens if subject.calls >= calls else -(-tokens * subject.calls // calls)
-            admission.settle(part)
+            of_subject[0].settle(part)
 
     def count_try(self) -> Denial | None:
         """Count another try of a call as another request; or who has none left for it. Nothing is

@@ -48,6 +48,7 @@ _TRIES = (
 )
 # Its body may have them in here too; what a key's or team's own router settings say stands there.
 _OVERRIDE = "router_settings_override"
+_ABOUT_TRIES = frozenset((*_TRIES, _OVERRIDE))
 _OURS_NOT = frozenset({"acreate_batch", "create_batch"})  # LiteLLM counts the requests in its file
 
 # The call of a request; False where it was denied: its hooks must not find another call of its id.
@@ -96,6 +97,8 @@ def _count_tries(call: Call, data: dict[str, Any]) -> None:
     """Where the client has a say in how often each call is tried: tries that the router would not
     make by itself count as requests, and it may ask for as many as it has left. (LiteLLM waits
     between tries: one that is denied would not end the request.)"""
+    if _ABOUT_TRIES.isdisjoint(data):
+        return
     override = data.get(_OVERRIDE)
     asked = [data, dict(override)] if isinstance(override, Mapping) else [data]
     if not any(name in each for each in asked for name in _TRIES):
@@ -314,7 +317,10 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
         found: Attempt | calls.Denial | None = None
         try:
             if call is not None and not call.finished:
-                found = await attempts.also_counts(deployment, call, _group)
+                if attempts.counts_alone(deployment, call):
+                    call.tries += 1
+                else:
+                    found = await attempts.also_counts(deployment, call, _group)
             if found is None:
                 found = await attempts.begin_async(deployment, self._per_minute(), call)
         except Exception as error:

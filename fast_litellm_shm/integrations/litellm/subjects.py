@@ -229,15 +229,10 @@ def _least(one: Limits, other: Limits) -> Limits:
 
 
 def _first(deployment: Mapping[str, Any], field: str) -> Any:
-    for place in (
-        deployment,
-        deployment.get("litellm_params") or {},
-        deployment.get("model_info") or {},
-    ):
-        value = place.get(field)
-        if value is not None:
-            return value
-    return None
+    value = deployment.get(field)
+    if value is None:
+        value = (deployment.get("litellm_params") or {}).get(field)
+    return (deployment.get("model_info") or {}).get(field) if value is None else value
 
 
 def of_deployment(deployment: Mapping[str, Any], per_minute: bool) -> tuple[str, Limits] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections import Counter, OrderedDict
@@ -16,9 +17,11 @@ _MOST_BODY = 2**20  # characters of an answer that is read once more
 _MOST = 2**62  # what a request counts as that cannot be read: all that its limit has
 _OTHER_TEXTS = ("system", "instructions", "query", "documents")  # besides messages, prompt, input
 _CAPS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+_CHOICES = frozenset(("n", "best_of", "prompt"))
 _SHARE_OF_NEWEST = 0.2  # in the mean of a model's outputs
 _SHARE_OF_LIMIT = 4  # a guessed output is at most a quarter of the limit
 _MOST_LEARNERS, _MOST_MODELS = 4096, 16
+_LONG = 256  # characters: a longer name is not remembered
 
 # Of each key, by model and kind, what an answer had beyond the guessed input: a decaying mean, in
 # this process. What one key's answers are like says nothing of another's. Who learnt least recently
@@ -42,6 +45,11 @@ class Made(NamedTuple):
 _ONE = Made({})
 
 
+@functools.lru_cache(maxsize=256)  # each request brings one of a few names
+def _one(model: str) -> Made:
+    return Made({model: 1})
+
+
 def made(data: Mapping[str, Any], call_type: str) -> Made:
     """LiteLLM takes a chat's ``"model": "a,b"`` for a list, and makes a call to each; of a list of
     conversations, a call for each of them too."""
@@ -49,7 +57,7 @@ def made(data: Mapping[str, Any], call_type: str) -> Made:
     if not isinstance(model, str) or not model:
         return _ONE
     if "," not in model or call_type != "acompletion" or "api_key" in data or "api_base" in data:
-        return Made({model: 1})
+        return _one(model) if len(model) <= _LONG else Made({model: 1})
     models, rows = Counter(each.strip() for each in model.split(",")), data.get("messages")
     if data.get("fastest_response", False):
         return Made(models, 1, True)
@@ -104,21 +112,32 @@ def _input(data: Mapping[str, Any]) -> int:
 
 def _output(data: Mapping[str, Any]) -> int | None:
     """The most that it asks for: of several caps the largest, for which one holds is not known."""
-    caps = [data[name] for name in _CAPS if isinstance(data.get(name), int)]
-    found = max(caps, default=-1)
-    return None if found < 0 else found  # -1, as some take for "unlimited"
+    found = -1  # as some say "unlimited"
+    for name in _CAPS:
+        cap = data.get(name)
+        if cap is not None and isinstance(cap, int) and cap > found:
+            found = cap
+    return None if found < 0 else found
 
 
 def _choices(data: Mapping[str, Any]) -> int:
     """How many outputs one call has: ``n`` (or ``best_of``) for each prompt of a list."""
+    if _CHOICES.isdisjoint(data):
+        return 1
     wanted = (data.get("n"), data.get("best_of"))
-    found = min(
-        max((n for n in wanted if isinstance(n, int)), default=1), _MOST
-    )  # no float is more
+    # no float is more
+    found = min(max((n for n in wanted if isinstance(n, int)), default=1), _MOST)
     prompts = data.get("prompt")
     if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int):
         return max(found, 1) * len(prompts)
     return max(found, 1)
+
+
+@functools.lru_cache(maxsize=256)
+def _without_text(call_type: str) -> bool:
+    """Whether its answers are none of text."""
+    kinds = ("embedding", "video", "rerank", "moderation", "speech")
+    return any(kind in call_type for kind in kinds)
 
 
 class Guess:
@@ -153,8 +172,7 @@ class Guess:
 
     def _ask(self) -> None:
         self._asked = True
-        kinds = ("embedding", "video", "rerank", "moderation", "speech")  # none of text
-        without = self.kind == "input" or any(kind in self.call_type for kind in kinds)
+        without = self.kind == "input" or _without_text(self.call_type)
         try:
             if self.kind != "output":
                 self._input = -(-_input(self._data) // self.made.rows)
@@ -182,14 +200,17 @@ class Guess:
         if not self._asked:
             return  # nobody counts this model's
         beyond = max(used / self.made.calls - self._input, 0) / self._choices
-        answers, mine = (self.model, self.kind), _beyond.pop(self.who, {})
+        answers, mine = (self.model, self.kind), _beyond.get(self.who)
+        if mine is None:
+            if len(_beyond) >= _MOST_LEARNERS:
+                _beyond.popitem(last=False)
+            mine = _beyond[self.who] = {}
+        else:
+            _beyond.move_to_end(self.who)
         known = mine.pop(answers, beyond)
         if len(mine) >= _MOST_MODELS:
             del mine[next(iter(mine))]
         mine[answers] = known + (beyond - known) * _SHARE_OF_NEWEST
-        if len(_beyond) >= _MOST_LEARNERS:
-            _beyond.popitem(last=False)
-        _beyond[self.who] = mine
 
 
 def kind() -> str:
