@@ -244,7 +244,8 @@ static UNGUARDED Connection *take_measured(PyObject *o, PyObject *endpoint) {
 }
 
 /* get_connection(endpoint): the id of a connection in use; None at the limits. */
-static UNGUARDED PyObject *pool_get(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kwnames) {
+static UNGUARDED PyObject *pool_get(PyObject *o, PyObject *const *args, Py_ssize_t n,
+                                    PyObject *kwnames) {
   PyObject *endpoint = n == 1 && !kwnames ? args[0] : NULL;
   static const char *const names[] = {"endpoint"};
   if (!endpoint && parse("get_connection", args, n, kwnames, names, &endpoint, 1, 1)) return NULL;

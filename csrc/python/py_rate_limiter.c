@@ -18,6 +18,8 @@ typedef struct {
                      * permits in it, may still call us */
   PyObject *limits; /* tuple of Limit, Window, SlidingWindow. It may be replaced: limits_of() */
   PyObject *reasons; /* tuple of str: what check() says when this limit denies */
+  PyObject
+      *tail; /* bytes that each key ends in, for calls that take a permit or settle; NULL: none */
   uint64_t version; /* of limits and reasons */
   int on_full;
   uint64_t warned; /* clock: when the log was last told of shared counters */
@@ -324,6 +326,36 @@ static PyObject *core_check(PyObject *self, PyObject *const *args, Py_ssize_t n,
   MEASURED(self, check(self, args, n, kw));
 }
 
+/* A key, with the tail that this object's keys have. */
+static int get_own_key(const Core *self, PyObject *key, key_arg *k) {
+  key_arg tail;
+  if (get_key(key, k)) return -1;
+  if (likely(!self->tail)) return 0;
+  char *start = NULL;
+  PyObject *whole = NULL;
+  if (!get_bytes(self->tail, &tail) &&
+      (whole = PyBytes_FromStringAndSize(NULL, k->length + tail.length)) &&
+      (start = PyBytes_AsString(whole))) {
+    memcpy(start, k->bytes, (size_t)k->length);
+    memcpy(start + k->length, tail.bytes, (size_t)tail.length);
+  }
+  Py_XDECREF(k->held);
+  k->held = whole;
+  return start ? get_bytes(whole, k) : -1;
+}
+
+/* _end_keys_in(tail): once, before the object is used. */
+static PyObject *core_end_keys_in(PyObject *o, PyObject *tail) {
+  Core *self = (Core *)o;
+  if (!PyBytes_Check(tail) || self->tail) {
+    PyErr_SetString(PyExc_TypeError, "_end_keys_in() takes bytes, once");
+    return NULL;
+  }
+  Py_INCREF(tail);
+  self->tail = tail;
+  Py_RETURN_NONE;
+}
+
 /* _admit(key, cost=1) -> Permit: a permit and all other limits, or a false one. */
 static PyObject *core_admit(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
   Core *self = (Core *)o;
@@ -336,7 +368,7 @@ static PyObject *core_admit(PyObject *o, PyObject *const *args, Py_ssize_t n, Py
   if (parse("acquire", args, n, kw, key_cost, in, 2, 1)) return NULL;
   if (bound(self)) return NULL;
   if (in[1] && get_costs(limit_count(self), in[1], costs)) return NULL;
-  if (get_key(in[0], &k)) return NULL;
+  if (get_own_key(self, in[0], &k)) return NULL;
   int failed = 0;
   if (self->cluster.keys)
     failed = cluster_admit(o, &self->cluster, self->limiter, in[0], &k, &permit, &d, &in_flight);
@@ -357,7 +389,7 @@ static PyObject *core_remaining(PyObject *o, PyObject *key) {
   Core *self = (Core *)o;
   key_arg k;
   uint64_t left[FSHM_MAX_LIMITS];
-  if (bound(self) || get_key(key, &k)) return NULL;
+  if (bound(self) || get_own_key(self, key, &k)) return NULL;
   int count = fshm_remaining(self->limiter, k.bytes, (uint64_t)k.length, 0, left);
   Py_XDECREF(k.held);
   if (count < 0) return PyObject_CallMethod(o, "_failed", "i", count);
@@ -383,7 +415,7 @@ static PyObject *core_settle(PyObject *o, PyObject *const *args, Py_ssize_t n) {
     return NULL;
   }
   if (bound(self) || get_costs(PyTuple_Size(args[1]), args[1], charged) ||
-      get_costs(PyTuple_Size(args[1]), args[2], actual) || get_key(args[0], &k))
+      get_costs(PyTuple_Size(args[1]), args[2], actual) || get_own_key(self, args[0], &k))
     return NULL;
   int status = fshm_settle(self->limiter, k.bytes, (uint64_t)k.length, charged, actual,
                            &((Permit *)args[3])->permit, 0);
@@ -583,6 +615,7 @@ static void core_dealloc(PyObject *o) {
   PyObject_GC_UnTrack(o);
   Py_XDECREF(self->limits);
   Py_XDECREF(self->reasons);
+  Py_XDECREF(self->tail);
   Py_XDECREF(self->cluster.keys);
   Py_XDECREF(self->cluster.leases_handle);
   Py_XDECREF(self->cluster.refused_handle);
@@ -614,6 +647,7 @@ static PyMethodDef core_methods[] = {
      "get_remaining(key=None)\n--\n\nHow many requests would be admitted right now."},
     {"_reserve", FAST(core_reserve), FLAGS, NULL},
     {"_admit", FAST(core_admit), FLAGS, NULL},
+    {"_end_keys_in", core_end_keys_in, METH_O, NULL},
     {"_remaining", core_remaining, METH_O, NULL},
     {"_settle", FAST(core_settle), METH_FASTCALL, NULL},
     {"_acquire_many", FAST(core_acquire_many), FLAGS, NULL},

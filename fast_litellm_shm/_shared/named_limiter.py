@@ -162,7 +162,12 @@ class SharedLimits(Core):
 class InnerLimits(SharedLimits):
     """Limits that a part of the package holds, and no user."""
 
-    admit = Core._admit
+    admit, settle, remaining, end_keys_in = (
+        Core._admit,
+        Core._settle,
+        Core._remaining,
+        Core._end_keys_in,
+    )
 
     @property
     def on_full(self) -> str:

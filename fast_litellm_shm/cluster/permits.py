@@ -55,7 +55,10 @@ class Request(NamedTuple):
     def arguments(
         self, host: bytes, channel: str, sealed: bytes | None = None
     ) -> list[bytes | str | int]:
-        end = self.version >> lib.FSHM_PERMIT_LEASE_BITS & (1 << (57 - lib.FSHM_PERMIT_LEASE_BITS)) - 1
+        end = (
+            self.version >> lib.FSHM_PERMIT_LEASE_BITS
+            & (1 << (57 - lib.FSHM_PERMIT_LEASE_BITS)) - 1
+        )
         low = self.version & (1 << lib.FSHM_PERMIT_LEASE_BITS) - 1
         name = self.key if sealed is None else sealed
         return [

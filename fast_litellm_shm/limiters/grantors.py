@@ -240,7 +240,7 @@ class HostQuota:
         self.segment = shared.segment
         self.admit: Callable[[Key, Cost], Held] = shared.admit
         if tail:
-            self.admit = functools.partial(_admit_numbered, shared.admit, tail)
+            shared.end_keys_in(tail)
         self.admit_async: Callable[[Key, Cost], Awaitable[Held]] = functools.partial(
             _at_once, self.admit
         )
@@ -253,26 +253,20 @@ class HostQuota:
         self, key: Key, charged: tuple[int, ...], actual: tuple[int, ...], held: Held
     ) -> None:
         assert isinstance(held, Permit)
-        self._shared._settle(key_bytes(key) + self._tail, charged, actual, held)
+        self._shared.settle(key, charged, actual, held)
 
     def in_flight(self, key: Key) -> int:
         return self._states.in_flight(key_bytes(key) + self._tail)
 
     def left(self, key: Key, *, ask: bool = False) -> tuple[int, ...]:
-        return self._shared._remaining(key_bytes(key) + self._tail)
+        return self._shared.remaining(key)
 
     def of_limit(self, key: Key, decision: Decision) -> tuple[int, float]:
         raw, index = key_bytes(key), decision.limit_index
         if decision.allowed:
             return decision.remaining, self._states.known(raw)[1][index] / 1e9
-        left = dict(enumerate(self._shared._remaining(raw)))  # the limits may have changed
+        left = dict(enumerate(self._shared.remaining(raw)))  # the limits may have changed
         return left.get(index, decision.remaining), decision.reset_after
-
-
-def _admit_numbered(
-    admit: Callable[[Key, Cost], Permit], tail: bytes, key: Key, cost: Cost
-) -> Permit:
-    return admit(key_bytes(key) + tail, cost)
 
 
 async def _at_once(admit: Callable[[Key, Cost], Held], key: Key, cost: Cost) -> Held:

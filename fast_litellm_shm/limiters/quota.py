@@ -48,8 +48,8 @@ class Admission:
     ) -> None:
         self._quota, self._key, self._permit = quota, key, permit
         self._charged, self._requests = tokens, requests
-        self.allowed = self._permit.decision.allowed
-        self._released = not self.allowed
+        self.allowed = allowed = permit.decision.allowed
+        self._released = not allowed
 
     @property
     def decision(self) -> Decision:
@@ -187,7 +187,7 @@ class Quota:
         self._names = tuple(names)
         self._tpm = names.index("tpm") if tpm is not None else -1
         self._ones = (1,) * len(names)
-        self._rest = self._ones[self._tpm + 1 :]
+        self._before, self._after = self._ones[: max(self._tpm, 0)], self._ones[self._tpm + 1 :]
         self._checked: Any = None  # the limits whose kinds are known to be ours
         own = tuple(found)
         if _numbered:
@@ -274,15 +274,19 @@ class Quota:
         self._checked = found
 
     def _costs(self, tokens: int, requests: int = 1) -> tuple[int, ...]:
+        """One for each limit, of limits of these kinds."""
         if self._grantor.limits is not self._checked:
             self._check_kinds()
+        return self._numbers(tokens, requests)
+
+    def _numbers(self, tokens: int, requests: int = 1) -> tuple[int, ...]:
         if requests != 1:
             cost = {"rpm": requests, "tpm": tokens, "max_parallel": 1}
             return tuple(cost[name] for name in self._names)
-        return self._ones if self._tpm < 0 else (*self._ones[: self._tpm], tokens, *self._rest)
+        return self._ones if self._tpm < 0 else self._before + (tokens,) + self._after
 
     def _settle(self, key: str | bytes, charged: int, actual: int, permit: Held) -> None:
-        self._book(key, self._costs(charged), self._costs(actual), permit)
+        self._grantor.settle(key, self._costs(charged), self._numbers(actual), permit)
 
     def _undo(self, key: str | bytes, tokens: int, requests: int, permit: Held) -> None:
         self._book(key, self._costs(tokens, requests), (0,) * len(self._names), permit)

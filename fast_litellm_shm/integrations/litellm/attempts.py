@@ -83,20 +83,10 @@ def begin(
     """Admit an attempt. call: of which it is one, if that is known; else it counts as one token
     until its tokens are known, so that it passes while the deployment has any left, as with
     LiteLLM's own check. None where the deployment has no limits."""
-    subject = _subject(deployment, per_minute)
+    subject = subject_of(deployment, per_minute)
     if subject is None:
         return None
-    return _begun(subject, calls.admit([subject], _tokens(subject, call)), call)
-
-
-async def begin_async(
-    deployment: Mapping[str, Any], per_minute: bool, call: Call | None
-) -> Attempt | Denial | None:
-    """begin(), which never makes an event loop wait."""
-    subject = _subject(deployment, per_minute)
-    if subject is None:
-        return None
-    return _begun(subject, await calls.admit_async([subject], _tokens(subject, call)), call)
+    return begun(subject, calls.admit([subject], tokens_of(subject, call)), call)
 
 
 def counts_alone(deployment: Mapping[str, Any], call: Call) -> bool:
@@ -133,19 +123,19 @@ async def also_counts(
     return None
 
 
-def _subject(deployment: Mapping[str, Any], per_minute: bool) -> Subject | None:
+def subject_of(deployment: Mapping[str, Any], per_minute: bool) -> Subject | None:
     found = of_deployment(deployment, per_minute)
     return None if found is None else Subject("deployment", *found)
 
 
-def _tokens(subject: Subject, call: Call | None) -> int:
+def tokens_of(subject: Subject, call: Call | None) -> int:
     limit = subject.limits.tpm
     if not limit:
         return 0
     return 1 if call is None else call.guess.within(limit)
 
 
-def _begun(subject: Subject, admitted: calls.Admitted, call: Call | None) -> Attempt | Denial:
+def begun(subject: Subject, admitted: calls.Admitted, call: Call | None) -> Attempt | Denial:
     if isinstance(admitted, Denial):
         return admitted
     attempt = Attempt(subject.value, Held([subject], admitted))

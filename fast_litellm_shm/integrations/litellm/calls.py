@@ -77,9 +77,9 @@ def _denial(subject: Subject, name: str, remaining: int, retry_after: float | No
     return Denial(subject, _TYPES[name], getattr(subject.limits, name), remaining, seconds)
 
 
-# For each subject: what the call was charged, and of a request that makes several calls, what holds
-# the parallel slots of the others.
-Admitted: TypeAlias = "list[list[Admission]] | Denial"
+# What the call was charged, one for each subject; behind these, of a request that makes several
+# calls, what holds the parallel slots of the others.
+Admitted: TypeAlias = "list[Admission] | Denial"
 
 
 def _key(subject: Subject) -> str:
@@ -102,67 +102,77 @@ def admit(subjects: Sequence[Subject], tokens: int) -> Admitted:
     have booked is given back: it can have denied another call in between, and can never have let
     too many pass. tokens: of one call. Over many hosts this waits for the server where it has to be
     asked."""
-    return _admit(subjects, [_quota(subject) for subject in subjects], tokens)
+    return _admit(subjects, _quotas_of(subjects), tokens)
 
 
-def _quota(subject: Subject) -> Quota | None:
-    """None: its limits admit nothing."""
-    return quota_of(subject.limits) if subject.limits.nothing is None else None
+def _quotas_of(subjects: Sequence[Subject]) -> list[Quota | None]:
+    """Of each; None: its limits admit nothing."""
+    chosen, known = settings.current().cluster, _quotas.get
+    return [
+        known((s.limits, chosen)) or (quota_of(s.limits) if s.limits.nothing is None else None)
+        for s in subjects
+    ]
 
 
 def _admit(subjects: Sequence[Subject], quotas: Sequence[Quota | None], tokens: int) -> Admitted:
-    admitted: list[list[Admission]] = []
+    admitted: list[Admission] = []
+    others: list[Admission] = []
     try:
         for subject, quota in zip(subjects, quotas, strict=True):
             if quota is None:
-                return _refused(subject, None, admitted)
+                return _refused(subject, None, admitted + others)
             key, several = _key(subject), subject.calls
             each = tokens if several == 1 else _tokens(subject, tokens)
             admission = quota._admit(key, each, several)
-            admitted.append([admission])
+            admitted.append(admission)
             for _ in range(0 if several == 1 else _more_slots(subject)):
                 if not admission.allowed:
                     break
                 admission = quota._admit(key, 0, 0)
-                admitted[-1].append(admission)
+                others.append(admission)
             if not admission.allowed:
-                return _refused(subject, admission, admitted)
+                return _refused(subject, admission, admitted + others)
     except BaseException:
-        _cancel(admitted)
+        _cancel(admitted + others)
         raise
-    return admitted
+    return admitted + others if others else admitted
+
+
+def admit_here(subjects: Sequence[Subject], tokens: int) -> Admitted | None:
+    """admit(), where no server has to be asked; else None, and nothing is charged."""
+    quotas = _quotas_of(subjects)
+    for quota in quotas:
+        if quota is not None and quota.over_hosts:
+            return None
+    return _admit(subjects, quotas, tokens)
 
 
 async def admit_async(subjects: Sequence[Subject], tokens: int) -> Admitted:
     """admit(), which never makes an event loop wait. Cancelled, it has admitted none of them."""
-    quotas = [_quota(subject) for subject in subjects]
-    for quota in quotas:
-        if quota is not None and quota.over_hosts:
-            break
-    else:
-        return _admit(subjects, quotas, tokens)  # which waits for nobody, and costs less
-    admitted: list[list[Admission]] = []
+    quotas = _quotas_of(subjects)
+    admitted: list[Admission] = []
+    others: list[Admission] = []
     try:
         for subject, quota in zip(subjects, quotas, strict=True):
             if quota is None:
-                return _refused(subject, None, admitted)
+                return _refused(subject, None, admitted + others)
             key = _key(subject)
             admission = await quota._admit_async(key, _tokens(subject, tokens), subject.calls)
-            admitted.append([admission])
+            admitted.append(admission)
             for _ in range(_more_slots(subject)):
                 if not admission.allowed:
                     break
                 admission = await quota._admit_async(key, 0, 0)
-                admitted[-1].append(admission)
+                others.append(admission)
             if not admission.allowed:
-                return _refused(subject, admission, admitted)
+                return _refused(subject, admission, admitted + others)
     except BaseException:
-        _cancel(admitted)
+        _cancel(admitted + others)
         raise
-    return admitted
+    return admitted + others
 
 
-def _refused(subject: Subject, by: Admission | None, admitted: list[list[Admission]]) -> Denial:
+def _refused(subject: Subject, by: Admission | None, admitted: list[Admission]) -> Denial:
     """by: None: its limit is 0."""
     _cancel(admitted)
     if by is None:
@@ -172,10 +182,9 @@ def _refused(subject: Subject, by: Admission | None, admitted: list[list[Admissi
     return _denial(subject, by.reason, left, by.retry_after)
 
 
-def _cancel(admitted: list[list[Admission]]) -> None:
-    for of_subject in admitted:
-        for admission in of_subject:
-            admission.cancel()
+def _cancel(admitted: list[Admission]) -> None:
+    for admission in admitted:
+        admission.cancel()
 
 
 class Held:
@@ -184,7 +193,7 @@ class Held:
 
     __slots__ = ("_admitted", "_settled", "subjects")
 
-    def __init__(self, subjects: Sequence[Subject], admitted: list[list[Admission]]) -> None:
+    def __init__(self, subjects: Sequence[Subject], admitted: list[Admission]) -> None:
         self.subjects, self._admitted = subjects, admitted
         self._settled = False
 
@@ -202,24 +211,23 @@ class Held:
 
     def over(self) -> None:
         """It is over: others may have its slots."""
-        for of_subject in self._admitted:
-            for admission in of_subject:
-                admission.release()
+        for admission in self._admitted:
+            admission.release()
 
     def settle(self, tokens: int, calls: int = 1) -> None:
         """All calls used so many tokens. Of several such reports the last one holds. Who was
         counted for some of the calls only is charged that part."""
         self._settled = True
-        for subject, of_subject in zip(self.subjects, self._admitted, strict=True):
+        for subject, admission in zip(self.subjects, self._admitted, strict=False):
             part = tokens if subject.calls >= calls else -(-tokens * subject.calls // calls)
-            of_subject[0].settle(part)
+            admission.settle(part)
 
     def count_try(self) -> Denial | None:
         """Count another try of a call as another request; or who has none left for it. Nothing is
         asked of a server: over many hosts that is what this one has last heard."""
         limited = [
             (subject, admission)
-            for subject, (admission, *_) in zip(self.subjects, self._admitted, strict=True)
+            for subject, admission in zip(self.subjects, self._admitted, strict=False)
             if subject.limits.rpm is not None
         ]
         for subject, admission in limited:
@@ -237,7 +245,7 @@ class Held:
         """What each of those it counts for has left now, by ``rpm`` and ``tpm``."""
         return [
             (subject, admission._quota._left(admission._key))
-            for subject, (admission, *_) in zip(self.subjects, self._admitted, strict=True)
+            for subject, admission in zip(self.subjects, self._admitted, strict=False)
         ]
 
     @property

@@ -27,11 +27,11 @@ from typing import Any, Literal
 from litellm.integrations.custom_logger import CustomLogger
 
 from fast_litellm_shm.integrations.litellm import (
-    failures,
     attempts,
     calls,
-    settings,
+    failures,
     responses,
+    settings,
     usage,
 )
 from fast_litellm_shm.integrations.litellm.builtin_limiter import replacement
@@ -134,6 +134,16 @@ def _who(auth: Any, found: Sequence[Subject]) -> Hashable:
     return auth.api_key or tuple(subject[:2] for subject in found)
 
 
+def _least_tokens(found: Sequence[Subject]) -> int:
+    """The smallest limit of tokens among them; 0: there is none."""
+    least = 0
+    for subject in found:
+        limit = subject.limits.tpm
+        if limit and (not least or limit < least):
+            least = limit
+    return least
+
+
 def found_for(auth: Any, data: Mapping[str, Any]) -> Sequence[Subject]:
     """subjects_of() a request that is being made: those that our hook has found, where it was asked
     about the same in this context."""
@@ -211,9 +221,11 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
         if id is None:
             id = data["litellm_call_id"] = str(uuid.uuid4())
         guess = usage.Guess(data, call_type, usage.kind(), made, _who(auth, found))
-        least = min((s.limits.tpm for s in found if s.limits.tpm), default=None)
-        wanted = 0 if least is None else guess.within(least)
-        admitted = await calls.admit_async(found, wanted)
+        least = _least_tokens(found)
+        wanted = guess.within(least) if least else 0
+        admitted = calls.admit_here(found, wanted)
+        if admitted is None:
+            admitted = await calls.admit_async(found, wanted)
         if found:
             failures.judged()
         if isinstance(admitted, calls.Denial):
@@ -321,8 +333,14 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
                     call.tries += 1
                 else:
                     found = await attempts.also_counts(deployment, call, _group)
-            if found is None:
-                found = await attempts.begin_async(deployment, self._per_minute(), call)
+            if found is None:  # attempts.begin(), which never makes an event loop wait
+                subject = attempts.subject_of(deployment, self._per_minute())
+                if subject is not None:
+                    estimate = attempts.tokens_of(subject, call)
+                    admitted = calls.admit_here([subject], estimate)
+                    if admitted is None:
+                        admitted = await calls.admit_async([subject], estimate)
+                    found = attempts.begun(subject, admitted, call)
         except Exception as error:
             self._not_judged(deployment, error)
             return deployment

@@ -159,7 +159,8 @@ def subjects(
     if limited is not None and auth.api_key:
         found.append(Subject("api_key", auth.api_key, limited))
     for kind, which, rpm, tpm in _KINDS:
-        limited = limits(getattr(auth, rpm, None), getattr(auth, tpm, None))
+        requests, tokens = getattr(auth, rpm, None), getattr(auth, tpm, None)
+        limited = None if requests is None and tokens is None else limits(requests, tokens)
         if limited is None:
             continue
         who = getattr(auth, which, None)

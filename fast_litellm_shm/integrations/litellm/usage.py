@@ -30,16 +30,14 @@ _beyond: OrderedDict[Hashable, dict[tuple[Any, str], float]] = OrderedDict()
 
 
 class Made(NamedTuple):
-    """The calls that a request makes. models: how many to each. rows: of a list of conversations,
-    how many. fastest: the first answer of them is the request's, and the others are left."""
+    """The calls that a request makes. models: how many to each. calls: how many. rows: of a list of
+    conversations, how many. fastest: the first answer of them is the request's, and the others are
+    left."""
 
     models: Mapping[str, int]
+    calls: int = 1
     rows: int = 1
     fastest: bool = False
-
-    @property
-    def calls(self) -> int:
-        return max(sum(self.models.values()), 1)
 
 
 _ONE = Made({})
@@ -60,10 +58,11 @@ def made(data: Mapping[str, Any], call_type: str) -> Made:
         return _one(model) if len(model) <= _LONG else Made({model: 1})
     models, rows = Counter(each.strip() for each in model.split(",")), data.get("messages")
     if data.get("fastest_response", False):
-        return Made(models, 1, True)
+        return Made(models, models.total(), 1, True)
     if isinstance(rows, list) and len(rows) > 1 and all(isinstance(row, list) for row in rows):
-        return Made({each: n * len(rows) for each, n in models.items()}, len(rows))
-    return Made(models)
+        several = {each: n * len(rows) for each, n in models.items()}
+        return Made(several, models.total() * len(rows), len(rows))
+    return Made(models, models.total())
 
 
 def _characters(value: Any) -> tuple[int, int]:

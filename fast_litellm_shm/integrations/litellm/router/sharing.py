@@ -32,9 +32,9 @@ import litellm
 from litellm.caching.in_memory_cache import InMemoryCache
 
 from fast_litellm_shm.integrations.litellm import attempts, failures
-from fast_litellm_shm.integrations.litellm.router.cooldowns import PROTOCOL, SharedCooldowns
-from fast_litellm_shm.integrations.litellm.router.cache_values import Numbers
 from fast_litellm_shm.integrations.litellm.router.cache import SharedRoutingCache
+from fast_litellm_shm.integrations.litellm.router.cache_values import Numbers
+from fast_litellm_shm.integrations.litellm.router.cooldowns import PROTOCOL, SharedCooldowns
 from fast_litellm_shm.integrations.litellm.router.deployments import Statistics
 
 _PAUSE = 1.0  # seconds between two tries, where there is no segment, say
