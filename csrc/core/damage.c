@@ -5,6 +5,8 @@
  */
 #include <sys/stat.h>
 
+#include "../limits/limits.h"
+#include "../limits/shared_counters.h"
 #include "internal.h"
 
 #define DAMAGE_INDEX ((UINT64_C(1) << 56) - 1)

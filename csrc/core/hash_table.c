@@ -6,29 +6,10 @@
  *
  * A limiter takes slots of a probe window up to its share of it only ("Shares" in DESIGN.md).
  */
-#include "internal.h"
+#include "hash_table.h"
 
 #define ROUNDS 64 /* of one claim: each lost round means that another process made progress */
 static_assert(2 * PROBE_LINES * SLOTS_PER_LINE - 1 <= ROUNDS, "a swap for each other candidate");
-
-static inline uint64_t scale(uint32_t part, uint64_t lines) {
-  return ((uint64_t)part * lines) >> 32;
-}
-
-/* A key's probe windows: how many, of how many lines, and in which line the key begins to look. */
-static inline unsigned probe_windows(const fshm_segment *s) {
-  return s->lines <= 2 * PROBE_LINES ? 1 : 2;
-}
-static inline uint64_t probe_lines(const fshm_segment *s) {
-  return s->lines <= 2 * PROBE_LINES ? s->lines : PROBE_LINES;
-}
-static inline uint64_t probe_start(const fshm_segment *s, uint64_t hash, unsigned window) {
-  return scale((uint32_t)(window ? hash : hash >> 32), s->lines);
-}
-static inline uint64_t line_after(const fshm_segment *s,
-                                  uint64_t line) { /* of the same probe window */
-  return line ^ (((line + 1) ^ line) & s->probe_mask);
-}
 
 /* The i-th candidate slot of a hash, i < table_probe_count(s): for those who walk them from outside. */
 uint64_t table_probe_count(const fshm_segment *s) {
@@ -41,25 +22,6 @@ uint64_t table_probe(const fshm_segment *s, uint64_t hash, uint64_t i) {
   return line * SLOTS_PER_LINE + i % SLOTS_PER_LINE;
 }
 
-/* May a slot of this line be the key's? Each is looked at once, in any order; and all in one branch, since
- * a look through all candidates is mostly a look at other keys'. */
-static inline unsigned is_at(const fshm_segment *s, uint64_t slot, uint64_t who) {
-  return same_key(load_relaxed(&s->slots[slot].who), who);
-}
-static inline bool line_has(const fshm_segment *s, uint64_t first, uint64_t who) {
-  static_assert(SLOTS_PER_LINE == 4, "four are looked at");
-  return is_at(s, first, who) | is_at(s, first + 1, who) | is_at(s, first + 2, who) |
-         is_at(s, first + 3, who);
-}
-
-/* Pairs: acquire, with the swap that wrote the slot. `who` alone is a hint: the pair decides. */
-static inline HOT bool confirmed_at(const fshm_segment *s, uint64_t slot, uint64_t who,
-                                    pair_t *pair) {
-  if (load_relaxed(&s->slots[slot].who) != who) return false;
-  *pair = likely(!s->read_only) ? pair_load(&s->slots[slot]) : pair_peek(&s->slots[slot]);
-  return pair->who == who && !IS_PENDING(pair->when);
-}
-
 /* The same, whatever rule the state was written under. */
 static inline bool confirmed_for(const fshm_segment *s, uint64_t slot, uint64_t who, pair_t *pair) {
   if (!is_at(s, slot, who)) return false;
@@ -68,8 +30,8 @@ static inline bool confirmed_for(const fshm_segment *s, uint64_t slot, uint64_t 
 }
 
 /* Beyond the home line: another line of the home probe window, or the second one; or nowhere. */
-static __attribute__((noinline)) void find_further(const fshm_segment *s, uint64_t hash,
-                                                   uint64_t who, found_t *f) {
+__attribute__((noinline)) void table_find_further(const fshm_segment *s, uint64_t hash,
+                                                  uint64_t who, found_t *f) {
   if (probe_windows(s) == 2)
     __builtin_prefetch(&s->slots[probe_start(s, hash, 1) * SLOTS_PER_LINE], 1);
   for (unsigned window = 0; window < probe_windows(s); window++) {
@@ -88,24 +50,13 @@ static __attribute__((noinline)) void find_further(const fshm_segment *s, uint64
   f->pair.who = 0;
 }
 
-static inline HOT void table_find_inline(const fshm_segment *s, uint64_t hash, uint64_t who,
-                                         found_t *f) {
-  uint64_t first = probe_start(s, hash, 0) * SLOTS_PER_LINE;
-  for (unsigned k = 0; k < SLOTS_PER_LINE; k++) {
-    if (likely(confirmed_at(s, first + k, who, &f->pair))) {
-      f->slot = first + k;
-      return;
-    }
-  }
-  find_further(s, hash, who, f);
-}
 void table_find(const fshm_segment *s, uint64_t hash, uint64_t who, found_t *f) {
   table_find_inline(s, hash, who, f);
 }
 
 /* A slot of the key whose other slot this one is, for who does not know its hash: near that slot. f->pair.who = 0: there
  * is none, or it is in the other probe window. */
-static COLD void table_near(const fshm_segment *s, uint64_t slot, uint64_t who, found_t *f) {
+COLD void table_near(const fshm_segment *s, uint64_t slot, uint64_t who, found_t *f) {
   uint64_t line = slot / SLOTS_PER_LINE;
   for (uint64_t n = probe_lines(s); n--; line = line_after(s, line)) {
     for (unsigned k = 0; k < SLOTS_PER_LINE; k++) {
@@ -114,15 +65,6 @@ static COLD void table_near(const fshm_segment *s, uint64_t slot, uint64_t who, 
     }
   }
   f->pair.who = 0;
-}
-
-/* The line where the key most likely is. */
-static inline void table_prefetch(const fshm_segment *s, uint64_t hash) {
-  __builtin_prefetch(&s->slots[probe_start(s, hash, 0) * SLOTS_PER_LINE], 1);
-}
-/* The call will count its key there: that line on its way while the slots are looked at. */
-static inline void table_prefetch_stats(const fshm_segment *s, uint64_t hash) {
-  __builtin_prefetch(&s->key_stats[probe_start(s, hash, 0) * SLOTS_PER_LINE], 1);
 }
 
 typedef struct {

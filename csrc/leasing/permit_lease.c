@@ -1,7 +1,10 @@
 /* permit_lease.c - permits that somebody else grants to this host: how many its processes may hold together.
  * Argued in DESIGN.md, "Permits over many hosts". Taking one within it is semaphore.c's.
  */
-#include "../core/internal.h"
+#include "../limits/per_call.h"
+#include "../permits/semaphore.h"
+#include "../stats/key_stats.h"
+#include "token_lease.h"
 
 static uint64_t first_word(void *context) {
   /* As of an instant after the look, as all first states: so it ends later than any word before it did. */

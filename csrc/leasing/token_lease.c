@@ -3,7 +3,11 @@
  * A token lease is a slot like any other, and spending from it a charge like any other (limiter.c). Here is what is
  * particular: putting a batch in, taking what is left out, and remembering what was refused.
  */
-#include "../core/internal.h"
+#include "../core/hash_table.h"
+#include "../limits/limiter.h"
+#include "../limits/limits.h"
+#include "../stats/counters.h"
+#include "token_lease.h"
 
 static uint64_t change_put(const void *context, uint32_t i, const rule_t *r, uint64_t state,
                            uint64_t now) {

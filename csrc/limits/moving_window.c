@@ -11,7 +11,7 @@
  */
 #include <stdlib.h>
 
-#include "../core/internal.h"
+#include "per_call.h"
 
 #define MOST_TURNS \
   (UINT64_C(1) << 22) /* a turn is kept in 22 bits: the head's end in units of 4 ms */

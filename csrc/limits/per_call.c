@@ -4,7 +4,10 @@
  * key alone later. So the limiter is no more than a name here: whose keys these are, and when they were
  * reset. A window's state tells its count and its end without any limit.
  */
-#include "../core/internal.h"
+#include "../permits/semaphore.h"
+#include "../stats/counters.h"
+#include "../stats/key_stats.h"
+#include "per_call.h"
 
 /* FSHM_OK, FSHM_E_ARGUMENT: the limiter is of another kind, or FSHM_E_DAMAGED. */
 int keyed_begin(keyed_t *k, const fshm_limiter *l, uint32_t kind, const void *key, uint64_t length,

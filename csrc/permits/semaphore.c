@@ -8,7 +8,11 @@
  * when = 7 (3 bits) | permit (17) | owner: process index (8) and its incarnation (18) | idle (1) |
  *        taken, in seconds of segment time (17)
  */
-#include "../core/internal.h"
+#include "../limits/limiter.h"
+#include "../limits/limits.h"
+#include "../stats/key_stats.h"
+#include "semaphore.h"
+#include "wakeup.h"
 
 #define PERMIT_BIT 2048U /* of the limiter index in key_stats_t.meta */
 #define PERMIT_NUMBER(w) ((uint32_t)((w) >> 44) & 0x1ffff)

@@ -14,7 +14,7 @@
 #include <unistd.h>
 #endif
 
-#include "../core/internal.h"
+#include "wakeup.h"
 
 #define SENDS UINT32_C(0xfffe)
 static uint32_t class_of(uint32_t wakeup) { return UINT32_C(1) << (wakeup / WAKEUPS % 32); }

@@ -5,7 +5,8 @@
  * sums are exact at any time, however processes are killed or stopped, and who sums twice never sees less
  * the second time, which is what a counter must do that somebody takes rates of. DESIGN.md, "Counters".
  */
-#include "../core/internal.h"
+#include "counters.h"
+#include "key_stats.h"
 
 static void add_counters(const limiter_counters_t *t, fshm_counters *out) {
   out->admitted += load_relaxed(&t->admitted);

@@ -155,4 +155,7 @@ static inline int64_t route_pick(uint32_t strategy, const fshm_deployment_info *
   return best;
 }
 
+/* deployments.c: empty the per-process statistics of a process index that is ours from now on. */
+void requests_join(fshm_segment *s, uint32_t process, uint64_t incarnation);
+
 #endif

@@ -6,7 +6,7 @@
  * Names live in a ring that the newest overwrite; a key in use writes its name again before that
  * (every 4,096 calls it looks how far the ring has come).
  */
-#include "../core/internal.h"
+#include "key_stats.h"
 
 #define NAME_STORED KEY_STORED /* bytes of a longer name that are kept */
 
