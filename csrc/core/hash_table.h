@@ -1,4 +1,4 @@
-/* hash_table.h - the table of slots: what other files call, and the part of a look-up that is inlined into each call */
+/* hash_table.h - the hash table: its calls, and the part of a look-up that is inlined into each call. */
 #ifndef FSHM_HASH_TABLE_H
 #define FSHM_HASH_TABLE_H
 
@@ -6,13 +6,17 @@
 
 typedef struct {
   uint64_t slot;
-  pair_t pair; /* as seen; who = 0: there is no slot of this key */
+  pair_t pair; /* as read; who = 0: the key has no slot */
 } found_t;
 
-enum { CLAIMED = 1, CLAIM_LOST = 0 /* somebody else has it now: look again */, CLAIM_FULL = -1 };
+enum {
+  CLAIMED = 1,
+  CLAIM_LOST = 0 /* another process changed the slot: look again */,
+  CLAIM_FULL = -1
+};
 
 void table_find(const fshm_segment *s, uint64_t hash, uint64_t who, found_t *f);
-/* Computes the state a new slot begins with, as of now; NO_STATE: it must not be claimed by what the caller knows. */
+/* Computes the first state of a new slot, as of now. NO_STATE: the slot must not be claimed on what the caller knows. */
 typedef uint64_t first_state_t(void *context);
 
 int table_claim(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now, first_state_t *first,
@@ -23,8 +27,8 @@ void table_clear(fshm_segment *s, uint64_t slot, uint64_t who);
 uint64_t table_probe_count(const fshm_segment *s);
 uint64_t table_probe(const fshm_segment *s, uint64_t hash, uint64_t i);
 
-/* A key can have many slots: one for each permit in flight, or for each hit in a moving window. The n-th has a hash and a
- * fingerprint of its own. Numbers 4k .. 4k+3 share a home line. hash, key_who: of the key. */
+/* A key can have many slots: one for each permit, or for each token in a moving window. The n-th has its own hash and
+ * fingerprint. Numbers 4k .. 4k+3 have the same home line. hash, key_who: of the key. */
 #define NTH_STEP UINT64_C(0xa24baed4963ee407)
 static inline uint64_t spread(uint64_t x) { /* murmur3's finaliser */
   x = (x ^ x >> 33) * UINT64_C(0xff51afd7ed558ccd);
@@ -43,7 +47,7 @@ static inline uint64_t scale(uint32_t part, uint64_t lines) {
   return ((uint64_t)part * lines) >> 32;
 }
 
-/* A key's probe windows: how many, of how many lines, and in which line the key begins to look. */
+/* The probe windows of a key: their number, their length in lines, and the line where each begins. */
 static inline unsigned probe_windows(const fshm_segment *s) {
   return s->lines <= 2 * PROBE_LINES ? 1 : 2;
 }
@@ -58,8 +62,8 @@ static inline uint64_t line_after(const fshm_segment *s,
   return line ^ (((line + 1) ^ line) & s->probe_mask);
 }
 
-/* May a slot of this line be the key's? Each is looked at once, in any order; and all in one branch, since
- * a look through all candidates is mostly a look at other keys'. */
+/* May a slot of this line be the key's? Each slot is read once, in any order, without a branch for each: most slots that a
+ * look-up reads belong to other keys. */
 static inline unsigned is_at(const fshm_segment *s, uint64_t slot, uint64_t who) {
   return same_key(load_relaxed(&s->slots[slot].who), who);
 }
@@ -69,7 +73,7 @@ static inline bool line_has(const fshm_segment *s, uint64_t first, uint64_t who)
          is_at(s, first + 3, who);
 }
 
-/* Pairs: acquire, with the swap that wrote the slot. `who` alone is a hint: the pair decides. */
+/* acquire: pairs with the swap that wrote the slot. `who` alone is a hint; the pair decides. */
 static inline HOT bool confirmed_at(const fshm_segment *s, uint64_t slot, uint64_t who,
                                     pair_t *pair) {
   if (load_relaxed(&s->slots[slot].who) != who) return false;
@@ -92,11 +96,11 @@ static inline HOT void table_find_inline(const fshm_segment *s, uint64_t hash, u
   table_find_further(s, hash, who, f);
 }
 
-/* The line where the key most likely is. */
+/* Prefetch the key's home line, where most keys are. */
 static inline void table_prefetch(const fshm_segment *s, uint64_t hash) {
   __builtin_prefetch(&s->slots[probe_start(s, hash, 0) * SLOTS_PER_LINE], 1);
 }
-/* The call will count its key there: that line on its way while the slots are looked at. */
+/* Prefetch the line of its key statistics, for the end of the call. */
 static inline void table_prefetch_stats(const fshm_segment *s, uint64_t hash) {
   __builtin_prefetch(&s->key_stats[probe_start(s, hash, 0) * SLOTS_PER_LINE], 1);
 }

@@ -13,15 +13,15 @@
 #define likely(x) __builtin_expect(!!(x), 1)
 #define unlikely(x) __builtin_expect(!!(x), 0)
 
-/* Called seldom: kept out of the hot path, and out of what the compiler thinks may be inlined there. */
+/* Rarely called: kept out of the hot path, and of the compiler's inlining decisions there. */
 #define COLD __attribute__((noinline, cold))
 
-/* Part of the hot path: inlined whatever the compiler thinks of its size. (With `inline`.) */
+/* Part of the hot path: always inlined, whatever its size. (Use with `inline`.) */
 #define HOT __attribute__((always_inline))
 
-/* On the hot path, and built without the check of its stack frame that csrc/hardening asks of all others: that takes
- * 6 to 40 instructions of a call. Its arrays hold numbers, one for each of at most FSHM_MAX_LIMITS limits or a pair of
- * words; no text and no length of a caller's or of the segment's is written there. */
+/* On the hot path, and compiled without the stack check that csrc/hardening asks of all other functions: it costs 6 to 40
+ * instructions of a call. The arrays of such a function hold numbers, one for each of at most FSHM_MAX_LIMITS limits, or a
+ * pair of words. No text, and no length from a caller or the segment, is written into them. */
 #if __has_attribute(no_stack_protector)
 #define UNGUARDED __attribute__((no_stack_protector))
 #else
@@ -32,19 +32,19 @@
 #define store_relaxed(p, v) atomic_store_explicit((p), (v), memory_order_relaxed)
 #define add_relaxed(p, v) atomic_fetch_add_explicit((p), (v), memory_order_relaxed)
 
-/* Between a swap and a load that must come after it. x86's locked swap is a full barrier by itself. */
+/* A barrier between a swap and a later load. On x86 the locked swap is a full barrier already. */
 #if defined(__x86_64__)
 #define after_swap() atomic_signal_fence(memory_order_seq_cst)
 #else
 #define after_swap() atomic_thread_fence(memory_order_seq_cst)
 #endif
 
-/* Nothing may loop for ever on a word that somebody else can write (I6). */
+/* No loop may depend without bound on a word that another process can write (I6). */
 #define MAX_TRIES 20000
-/* A lost claim counts as so many lost swaps: it has looked at all candidates as often (ROUNDS of hash_table.c). Honest
- * processes cannot make a call lose 300 claims: whoever wins one leaves a slot that the next look finds. */
+/* A lost claim counts as so many lost swaps: it has looked at the whole probe windows as often (ROUNDS of hash_table.c). Honest
+ * processes cannot make a call lose 300 claims: the winner of a claim leaves a slot that the next look finds. */
 #define CLAIM_TRIES 64
-/* What a call may still lose before it gives up, where it walks many slots: over all of them. */
+/* The lost swaps and claims that a call may still have before it gives up, over all the slots that it visits. */
 typedef struct {
   int64_t swaps, claims;
 } patience_t;
@@ -54,18 +54,18 @@ static inline patience_t patience(uint64_t swaps) {
 static inline bool patient(const patience_t *p) { return p->swaps > 0 && p->claims > 0; }
 
 #define NO_PROCESS UINT32_MAX
-#define CLOCKS_DIFFER 30000 /* ns, by which two processes' clocks may differ at most (clock.c) */
+#define CLOCKS_DIFFER 30000 /* ns: two processes' clocks differ by less (clock.c) */
 
-/* Wiped to zero in a forked child (MADV_WIPEONFORK), which thereby sees that it has not joined. */
+/* The kernel wipes this page in a forked child (MADV_WIPEONFORK): so the child sees that it has not joined. */
 typedef struct {
   _Atomic uint32_t
-      joined; /* 0 = not yet; process index + 1; or NO_PROCESS: counts straight into the key statistics */
+      joined; /* 0 = not yet; process index + 1; NO_PROCESS: none was free, calls count in the key statistics directly */
   _Atomic uint32_t joining;
   _Atomic uint32_t token; /* where the kernel cannot wipe: compare with process_token() */
-  _Atomic uint64_t incarnation; /* of the process index, while it is ours */
-  _Atomic uintptr_t hold; /* where the description that has our locks is mapped; 0 = it is not */
-  _Atomic uint32_t lost; /* our locks were dropped while we lived */
-  _Atomic int kept; /* then it is this descriptor (+ 1) that has them */
+  _Atomic uint64_t incarnation; /* of our process index */
+  _Atomic uintptr_t hold; /* the mapping that keeps the description with our locks open; 0 = none */
+  _Atomic uint32_t lost; /* our locks were dropped although we live */
+  _Atomic int kept; /* no mapping keeps our locks: this descriptor (+ 1) does */
 } fork_page_t;
 
 struct fshm_segment {
@@ -85,47 +85,48 @@ struct fshm_segment {
   counters_t *counters;
   uint64_t memo_lines;
   uint64_t lines, slot_count, names_words, size, epoch;
-  uint64_t probe_mask; /* lines of a probe window, less one: a power of two, less one */
+  uint64_t probe_mask; /* cache lines of a probe window - 1: a power of two - 1 */
   uint64_t capacity, created_realtime_ns, instance, secret[2];
-  unsigned char verified[offsetof(header_t, damage)]; /* the header as it was when we attached */
-  _Atomic uint64_t damage; /* as header_t.damage, for mappings that cannot be written */
+  unsigned char verified[offsetof(header_t, damage)]; /* the header when this process attached */
+  _Atomic uint64_t damage; /* as header_t.damage, for read-only mappings */
   uint32_t limiter_count, names_mode;
   fork_page_t *fork_page;
   bool read_only;
-  bool wiped; /* the kernel wipes fork_page in a child; else the pid is compared */
-  _Atomic int lock_fd; /* of the lock file, to ask by; -1 = not open */
+  bool wiped; /* the kernel wipes fork_page in a child; else compare fork_page->token */
+  _Atomic int lock_fd; /* the descriptor for liveness checks; -1 = not open */
   _Atomic uint64_t lock_dev, lock_ino;
   _Atomic uint32_t lock_opener; /* threads_lock() around the opening */
-  _Atomic uint32_t keeper; /* threads_lock() around taking lost locks again */
+  _Atomic uint32_t keeper; /* threads_lock() around retaking lost locks */
   _Atomic uint32_t
-      unmapped; /* here a mapping does not keep a description: its descriptor must be kept */
-  _Atomic uint64_t looked[PROCESSES]; /* process.c: what /proc said last */
-  _Atomic int lock_errno; /* why it could not be had when it was last wanted; 0 = it was */
+      unmapped; /* on this system a mapping does not keep a description open: its descriptor must stay open */
+  _Atomic uint64_t looked[PROCESSES]; /* liveness.c: the last answers of /proc */
+  _Atomic int lock_errno; /* why the lock file could not be opened the last time; 0 = it could */
   uint64_t dev, ino;
   uint32_t users; /* handles on this mapping in this process */
   char path[256];
   struct fshm_segment *next;
 };
 
-/* A limiter's limits as they stood at one instant: copied out of the segment for one call. */
+/* A limiter's limits at one instant: copied out of the segment for one call. */
 typedef struct {
   uint64_t current; /* the word that named them */
-  uint32_t count; /* of meters; rules[count] is the limit of permits, where there is one */
-  uint32_t permits; /* in flight at most; 0 = no such limit */
-  uint64_t salt; /* of the key's hash: another one after each reset */
-  uint64_t tail[FSHM_MAX_LIMITS]; /* the low bits of limit i's slots */
+  uint32_t
+      count; /* of limits with a state; rules[count] is the limit of permits, if there is one */
+  uint32_t permits; /* held at most; 0 = no such limit */
+  uint64_t salt; /* mixed into the key's hash; each reset changes it */
+  uint64_t tail[FSHM_MAX_LIMITS]; /* the low bits of `who` in limit i's slots */
   rule_t rules[FSHM_MAX_LIMITS];
 } snapshot_t;
 
-/* Whose slot it is: slot_t.who. Of a limiter's limits:
+/* The owner of a slot: slot_t.who. For a limiter's limits:
  *
  *   fingerprint (42) | limiter (11) | place of the rule (3) | label (4) | epoch (3) | 1
  *
- * Label and epoch say which rule the state was written under, and may differ for one and the same key: the label is the
- * number of the rule's process index, the epoch counts the sweeps that free process indexes (limits.c). The fingerprint and the slot's line
- * together tell keys apart: a line is 10 bits or more of the hash in any table of some size.
- * All others (windows whose limit comes with the call, tokens and heads of moving windows, leases' words, permits) end
- * in 0, and have the lowest seven bits of the limiter's number above that, where label and epoch are. */
+ * Label and epoch say which rule the state was written under; they may differ for the same key. The label is the rule index.
+ * The epoch counts the sweeps that free rule indexes (limit_changes.c). The fingerprint and the slot's line identify the
+ * key: in a table of some size the line is 10 bits or more of the hash.
+ * All other owners (windows whose limit comes with the call, tokens and heads of moving windows, words of permit leases,
+ * permits) end in 0, and have the lowest seven bits of the limiter's number where label and epoch are. */
 #define WHO_BITS 22
 #define WHO_LABELS UINT64_C(0xfe) /* label and epoch */
 #define WHO_OF(limiter, place, label, epoch)                                     \
@@ -138,18 +139,18 @@ typedef struct {
 
 static inline bool same_key(uint64_t a, uint64_t b) { return ((a ^ b) & ~WHO_LABELS) == 0; }
 #define WHO_TAIL ((UINT64_C(1) << WHO_BITS) - 1)
-/* The fingerprint is the top of a product, so that it is independent of the lines that the hash names: two keys whose
- * lower halves are the same, and with them the second probe window, never have the same one. */
+/* The fingerprint is the top of a product, so that it does not depend on the lines that the hash names: two keys with the same
+ * lower halves, and so the same second probe window, never have the same fingerprint. */
 static inline uint64_t snapshot_who(const snapshot_t *p, uint32_t i, uint64_t hash) {
   return ((hash ^ p->salt) * UINT64_C(0x9e3779b97f4a7c15) & ~WHO_TAIL) | p->tail[i];
 }
-/* The slot of a key of a limiter whose limit comes with the call. */
+/* The `who` of a key whose limit comes with the call. */
 #define WHO_TAG_OF(limiter) ((uint64_t)(limiter) << 1 & WHO_LABELS)
 static inline uint64_t side_who(uint64_t hash, uint32_t limiter) {
   uint64_t rest = hash & ~(WHO_LABELS | 1);
   return (rest ? rest : WHO_LABELS + 2) | WHO_TAG_OF(limiter);
 }
-/* After each reset of the limiter another one. */
+/* Each reset of the limiter changes it. */
 static inline uint64_t side_salted(uint64_t hash, uint64_t salt) {
   return hash ^ (salt & ~(WHO_LABELS | 1));
 }
@@ -157,16 +158,16 @@ static inline uint64_t side_salted(uint64_t hash, uint64_t salt) {
 struct fshm_limiter {
   fshm_segment *segment;
   uint32_t index; /* in the table of limiters */
-  uint16_t counters; /* which counters its calls count in; COUNTERS: none */
-  uint16_t share; /* keys without room share counters: fshm_limiter_share() */
+  uint16_t counters; /* index of its counters; COUNTERS: its calls are not counted */
+  uint16_t share; /* keys without a slot use shared counters: fshm_limiter_share() */
   uint64_t key[2]; /* SipHash key of this limiter */
   const uint64_t *numbers; /* NULL, or `numbered`: the n of each limit, in place of the name's */
   uint64_t numbered[FSHM_MAX_LIMITS];
   _Atomic uint32_t
-      released; /* process index + 1 that this process released last: likely free; 0 = none */
-  _Atomic uint32_t frontier; /* where this process goes on looking for a free process index */
+      released; /* 1 + number of the permit that this process released last: probably free; 0 = none */
+  _Atomic uint32_t frontier; /* the permit number where this process looks for a free one next */
   _Atomic uint64_t
-      beyond; /* segment ns: when this process last looked for permits beyond a lowered limit */
+      beyond; /* segment ns of this process's last look for permits beyond a lowered limit */
 };
 
 /* hash.c */
@@ -190,7 +191,7 @@ int damage_limits(fshm_segment *s, uint32_t index);
 /* clock.c */
 uint64_t fshm_clock(void);
 
-/* Segment time of now. Never 0; saturates (header comment of algorithms.h). */
+/* The segment time now. Never 0; saturates (see algorithms.h). */
 static inline uint64_t segment_now(const fshm_segment *s) {
   uint64_t clock = fshm_clock();
   return unlikely(clock <= s->epoch) ? 1 : min_u64(clock - s->epoch, TIME_MAX - 1);

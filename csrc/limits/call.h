@@ -11,31 +11,30 @@
 /* One call, as its helpers see it. */
 typedef struct {
   fshm_segment *s;
-  uint32_t index; /* of the limiter; this and the next two as in fshm_limiter */
+  uint32_t index; /* of the limiter; this field and the next two as in fshm_limiter */
   uint16_t counters, share;
   const uint64_t *numbers; /* of the handle: limits_number() */
   snapshot_t snapshot;
-  bool stale; /* met a state of newer limits than the snapshot's: load it again, and look again */
+  bool stale; /* a state of newer limits was found: load the snapshot again, and look again */
   bool met_shared; /* a shared counter has decided */
-  uint8_t in_shared; /* a set: the limits that are charged to a shared counter by this call */
+  uint8_t in_shared; /* the set of limits that this call charges to a shared counter */
   bool fixed; /* the caller gave the time */
-  bool peeks; /* nothing is written, so states stay under the rules that they have */
+  bool peeks; /* the call writes nothing, so states stay under their rules */
   int tries; /* lost swaps so far, of at most MAX_TRIES */
   uint64_t hash;
-  uint64_t now, at; /* at: the instant it is charged for; later than now where a waiter reserves */
+  uint64_t now, at; /* at: the instant of the charge; later than now for a reservation */
   uint64_t max_wait;
   const uint64_t *costs;
   const fshm_charged *put; /* of a refund: the charges; NULL = not known */
 } call_t;
 
-/* What a look at one limit found. */
+/* The result of a look at one limit. */
 typedef struct {
   found_t slot;
   verdict_t verdict;
-  uint64_t who; /* to be written with the next state: whose, and under which rule */
-  uint64_t
-      moved; /* of a denial: the state under the present rule, to be kept; 0 = it is kept as it is */
-  bool stays; /* denied, and the state lives on under an earlier rule */
+  uint64_t who; /* the owner to write with the next state: key and rule */
+  uint64_t moved; /* denied: the state under the present rule, to be written; 0 = none */
+  bool stays; /* denied, and the state stays under its former rule */
 } look_t;
 
 static inline bool again(call_t *c) { return c->tries++ < MAX_TRIES; }
@@ -44,31 +43,31 @@ static inline uint64_t fingerprint(const call_t *c, uint32_t i) {
   return snapshot_who(&c->snapshot, i, c->hash);
 }
 
-/* Have the limits changed since they were loaded? Asked after a slot was read (which acquires): then its label is not
- * newer than the snapshot, and a rule index that the snapshot names has not been given to another rule. Pairs with publish() and
- * sweep(), which change `current` first. */
+/* Have the limits changed since they were loaded? Asked after a slot was read (which acquires): if not, its label is not newer
+ * than the snapshot, and no rule index of the snapshot was given to another rule. Pairs with publish() and sweep(), which
+ * change `current` first. */
 static inline bool outdated(const call_t *c) {
   return unlikely(entry_current(c->s, c->index) != c->snapshot.current);
 }
 
-/* How to read a state: in which terms, by which rule, and what to write as its owner. */
+/* How to read a state: the state in the terms of a rule, that rule, and the owner to write. */
 typedef struct {
   uint64_t state, who;
   const rule_t *rule;
   rule_t old;
 } met_t;
 
-/* The first state of a new slot: what the call would do to a key never seen, as of now. */
+/* Context of the first state of a new slot: what the call would do to a key never seen, as of now. */
 typedef struct {
   call_t *c;
-  uint32_t i, op; /* op: FSHM_CHARGE and FSHM_BLOCK, room or not; FROM_SHARED; any other takes */
+  uint32_t i, op; /* op: FSHM_CHARGE and FSHM_BLOCK do not check; FROM_SHARED; any other takes */
   verdict_t *verdict;
-  bool refused; /* what it may have consumed of a shared counter does not fit the present limits */
+  bool refused; /* the state of the shared counter does not fit the present limits */
 } first_t;
-enum { FROM_SHARED = 100 }; /* the state of the shared counter, and no more */
+enum { FROM_SHARED = 100 }; /* copy the state of the shared counter, charge nothing */
 
-/* May shared counters be in use? Of a claim, asked after the look of confirm(), which follows a fence. Keys with numbers of
- * their own have no part in them: others' use would be debt under a smaller n. */
+/* May shared counters be in use? A claim asks after the look of confirm(), which follows a fence. Keys with their own numbers do
+ * not use them: other keys' consumption would be debt under a smaller n. */
 static inline bool shares(const call_t *c, uint64_t now) {
   return load_relaxed(&c->s->limiters[c->index].shared) > now && !c->numbers;
 }

@@ -1,23 +1,23 @@
 /* limit_changes.c - changing the limits of a name at run time. Argued in DESIGN.md, "Limits that change".
  *
- * A rule is written into a rule index of the limiter's table that its writer owns; then one swap of (current, set) makes the
- * rules the present ones. A rule keeps its index while a key's state refers to it; a sweep over the table finds out.
+ * A process takes a rule index of the limiter's table and writes its rule there; then one swap of (current, set) makes the rules
+ * the present ones. A rule keeps its index while a key's state refers to it; a sweep over the hash table finds out.
  */
 #include "limits.h"
 #include "shared_counters.h"
 
 #define SWEEPS \
-  64 /* of one publication: each that frees nothing means that another has changed the limits */
+  64 /* of one publication; a sweep that frees nothing means that another process has changed the limits */
 
 static bool owner_lives(fshm_segment *s, uint64_t owner) {
   uint64_t process = (owner & 0xffff) - 1;
   if (process >= PROCESSES)
-    return true; /* has no place in the process table: cannot be asked after */
+    return true; /* not in the process table: no liveness check is possible */
   return load_relaxed(&s->processes[process].incarnation) == owner >> 16 &&
          process_alive(s, (uint32_t)process);
 }
 
-/* A rule index that no state refers to and nobody alive is filling becomes ours. */
+/* Take a rule index that no state refers to and no living process is filling. */
 static int take_rule(fshm_segment *s, limiter_entry_t *e, uint64_t owner) {
   for (unsigned i = 0; i < RULES; i++) {
     uint64_t holder = load_relaxed(&e->owners[i]);
@@ -31,7 +31,7 @@ static int take_rule(fshm_segment *s, limiter_entry_t *e, uint64_t owner) {
   return -1;
 }
 
-/* The rule index that has this very rule, named once more: its owner word says in which version. */
+/* Find the index that has this rule, and mark it as named in `version`. */
 static int find_rule(limiter_entry_t *e, const rule_t *rule, uint64_t version) {
   rule_t found;
   uint64_t owner;
@@ -53,10 +53,10 @@ static void fill_rule(limiter_entry_t *e, unsigned rule_index, const rule_t *rul
   atomic_store_explicit(&e->owners[rule_index], RULE_USED | version, memory_order_release);
 }
 
-/* Which slot of a key each rule counts in: its place. What a limit has consumed goes to the limit that takes its place,
- * so the same limits keep theirs: first those of the same kind and period, also such as were there before; then by
- * order. Others are new. No present limit is left without an heir for the sake of one that was there before: what it has
- * consumed would count no more. */
+/* Give each rule a place: the slot of a key in which it counts. A new limit takes over what the limit at its place has consumed,
+ * so equal limits keep their place: first those of the same kind and period, former ones included, then by order. Other
+ * limits get a new place. A present limit is not left without an heir in favour of a former one: its consumption would be
+ * lost. */
 static void place_rules(const limiter_entry_t *e, const rule_t *present, uint32_t has,
                         rule_t *rules, uint32_t count) {
   unsigned taken = 0, there = 0, ever = 0, left = 0; /* sets of places; of rules without one */
@@ -102,7 +102,7 @@ static void place_rules(const limiter_entry_t *e, const rule_t *present, uint32_
   }
 }
 
-/* Sweeps: all slots of a limiter are brought under few rules, so that the rule indexes of the others can be given to new ones.
+/* Sweeps: bring all states of a limiter under few rules, so that the indexes of the other rules can be given to new ones.
  * DESIGN.md, "Limits that change". */
 typedef struct {
   fshm_segment *s;
@@ -110,12 +110,12 @@ typedef struct {
   uint64_t now;
   bool fixed; /* the caller gave the time */
   snapshot_t snapshot;
-  int victim; /* a label that is to go, whatever rule takes its slots; -1: none */
-  uint32_t labels[RULES]; /* slots of each, after the sweep */
-  unsigned places; /* that have slots: a set */
+  int victim; /* the label to empty, whichever rule takes its states; -1: none */
+  uint32_t labels[RULES]; /* states of each label, after the sweep */
+  unsigned places; /* places that have states: a set */
 } sweep_t;
 
-/* Where a state of this label should live: under the present rule of its place, or as it is. */
+/* The pair that a state of this label becomes: under the present rule of its place, or as it is. */
 static COLD pair_t swept(const sweep_t *w, pair_t pair, unsigned place) {
   rule_t old, rule;
   pair_t to = pair;
@@ -123,12 +123,12 @@ static COLD pair_t swept(const sweep_t *w, pair_t pair, unsigned place) {
   uint64_t best = 0;
   unsigned label = WHO_LABEL(pair.who);
   to.who = (pair.who & ~WHO_LABELS) | WHO_OF(0, 0, label, CURRENT_EPOCH(w->snapshot.current));
-  if (!limits_rule(w->s, w->index, label, &old)) return to; /* nobody has written this */
+  if (!limits_rule(w->s, w->index, label, &old)) return to; /* no call has written this */
   for (uint32_t i = 0; i < w->snapshot.count; i++) {
     const rule_t *r = &w->snapshot.rules[i];
     uint64_t state;
     if (r->place != place) continue;
-    /* Only where it is over no later, for the key has not been asked: limits of a moment slow nothing down. */
+    /* Only if it does not end later, since the key was not asked: limits in force for a moment slow nothing down. */
     state = rule_convert(r, &old, pair.when, w->now);
     if (rule_over(r, state) > rule_over(&old, pair.when)) continue;
     return (pair_t){(pair.who & ~WHO_LABELS) | (w->snapshot.tail[i] & WHO_LABELS), state};
@@ -136,7 +136,7 @@ static COLD pair_t swept(const sweep_t *w, pair_t pair, unsigned place) {
   if ((int)label != w->victim) return to;
   for (
       unsigned rule_index = 0; rule_index < RULES;
-      rule_index++) { /* the earliest that is not before its own end; if there is none, the slowest */
+      rule_index++) { /* choose the earliest end that is not before its own; if there is none, the slowest */
     uint64_t owner;
     const limiter_entry_t *e = &w->s->limiters[w->index];
     if ((int)rule_index == w->victim || !read_used(e, rule_index, &rule, &owner) ||
@@ -146,7 +146,7 @@ static COLD pair_t swept(const sweep_t *w, pair_t pair, unsigned place) {
     uint64_t over = rule_over(&rule, state), mine = rule_over(&old, pair.when);
     if (state == NO_STATE) continue;
     if (found && (best < mine ? over <= best : over < mine || over >= best)) continue;
-    /* In use from now on, for whoever has counted its slots before: free_rules(). */
+    /* In use from now on, also for a process that counted its states before: free_rules(). */
     const uint64_t later = RULE_USED | CURRENT_VERSION(CURRENT_VERSION(w->snapshot.current) + 1);
     if (owner < later && !atomic_compare_exchange_strong(
                              &w->s->limiters[w->index].owners[rule_index], &owner, later))
@@ -158,14 +158,14 @@ static COLD pair_t swept(const sweep_t *w, pair_t pair, unsigned place) {
   return to;
 }
 
-/* Is it a slot of this limiter's meters? Of a shared counter, its index says so; one that was never used is changed too,
- * since a call may be about to begin it. */
+/* Does this slot hold a state of this limiter? A shared counter's index says so. Counters that were never used are changed too,
+ * since a call may be about to begin one. */
 static inline bool state_slot_of(const fshm_segment *s, uint32_t index, uint64_t slot,
                                  uint64_t who) {
   return slot >= s->slot_count || ((who & 1) && WHO_LIMITER(who) == index);
 }
 
-/* One slot. False: it could not be changed, since others change it all the time. */
+/* Sweep one slot. False: other processes change it all the time. */
 static COLD bool sweep_slot(sweep_t *w, uint64_t slot) {
   fshm_segment *s = w->s;
   const bool shared = slot >= s->slot_count;
@@ -176,13 +176,13 @@ static COLD bool sweep_slot(sweep_t *w, uint64_t slot) {
     if (!state_slot_of(s, w->index, slot, pair.who) || IS_PERMIT(pair.when)) return true;
     const unsigned place =
         shared ? (unsigned)(slot - s->slot_count) % SHARED_PLACES : WHO_PLACE(pair.who);
-    /* As a call does it (limiter.c: outdated()): by limits that are in force after the slot was read. Others may have
-     * changed them, swept, and given the rule indexes of ours to other rules. */
+    /* As in a call (outdated()): by limits in force after the slot was read. Another process may have changed the limits, swept, and
+     * given our rule indexes to other rules. */
     if (entry_current(w->s, w->index) != w->snapshot.current) {
       if (!limits_load(w->s, w->index, &w->snapshot)) return false;
       if (!w->fixed)
-        w->now =
-            segment_now(s); /* after they were published: states drain at their pace from then on */
+        w->now = segment_now(
+            s); /* after they were published: from then on states drain at most at their pace */
       continue;
     }
     bool over = IS_PENDING(pair.when) || state_expires(pair.when) <= minus(w->now, CLOCKS_DIFFER);
@@ -191,7 +191,7 @@ static COLD bool sweep_slot(sweep_t *w, uint64_t slot) {
     if (!over) to = swept(w, pair, place);
     if (!to.when) to.who = 0;
     if (shared) to.who = shared_who(pair.who, w->snapshot.current, to.who | 1);
-    /* A pending slot too is emptied: its claimer may go by limits of before. */
+    /* A pending slot is emptied too: its claimer may go by earlier limits. */
     if (to.who != pair.who && !pair_cas(&s->slots[slot], &seen, to)) continue;
     if (to.when) {
       w->labels[WHO_LABEL(to.who)]++;
@@ -210,7 +210,7 @@ static COLD bool sweep_slots(sweep_t *w) {
   return true;
 }
 
-/* The last rule of each place that has slots: which limit their tokens belong to, should it come back. A set of rule indexes. */
+/* The last rule of each place that has states: the limit that their tokens belong to, should it come back. A set of indexes. */
 static COLD unsigned last_rules(const sweep_t *w) {
   unsigned last[PLACES] = {0}, rules = 0;
   uint64_t when[PLACES] = {0}, owner;
@@ -227,8 +227,9 @@ static COLD unsigned last_rules(const sweep_t *w) {
   return rules;
 }
 
-/* A rule is to be freed that buckets may have drained by: charges of before may be given back later (limits_pace_since).
- * Killed in between: a pace that is said, of a rule that is still there. False: others write these words all the time. */
+/* Record the pace of a bucket's rule that is about to be freed: charges under it may be given back later (limits_pace_since).
+ * Killed in between: the pace is recorded, and the rule is still there. False: other processes write these words all the
+ * time. */
 static COLD bool note_freed(limiter_entry_t *e, unsigned rule_index, uint64_t version) {
   rule_t rule;
   uint64_t owner;
@@ -253,18 +254,18 @@ uint64_t limits_pace_since(const fshm_segment *s, uint32_t index, unsigned place
   for (unsigned rule_index = 0; rule_index < RULES; rule_index++) {
     if (!read_used(e, rule_index, &rule, &owner) || rule.kind != FSHM_BUCKET || rule.place != place)
       continue;
-    if (!rule_sane(&rule)) continue; /* nobody has set this */
+    if (!rule_sane(&rule)) continue; /* no call has set this */
     if ((owner & ~RULE_USED) > version) fastest = min_u64(fastest, bucket_pace(&rule));
   }
-  /* After the rule indexes: who has found one free, or with another rule, finds what note_freed() said of it. Pairs with the
-   * release of free_rules(), and of fill_rule() by whoever took the rule index after that. */
+  /* After the indexes: a caller that found one free, or with another rule, now finds what note_freed() recorded of it. Pairs with
+   * the release of free_rules(), and of fill_rule() by the next owner of the index. */
   atomic_thread_fence(memory_order_acquire);
   const uint64_t freed = load_relaxed(&e->freed_pace);
   if (freed && load_relaxed(&e->freed_version) > version) fastest = min_u64(fastest, freed);
   return fastest;
 }
 
-/* The rule indexes of rules that no state refers to, and that were not named since `version`. How many were freed. */
+/* Free the indexes of rules that no state refers to and that were not named since `version`. Returns how many. */
 static COLD unsigned free_rules(const sweep_t *w, uint64_t set, uint64_t version) {
   limiter_entry_t *e = &w->s->limiters[w->index];
   unsigned freed = 0, named = last_rules(w);
@@ -285,10 +286,10 @@ static COLD bool sweep(fshm_segment *s, uint32_t index, uint64_t now) {
   limiter_entry_t *e = &s->limiters[index];
   sweep_t w = {.s = s, .index = index, .victim = -1};
   const uint64_t epochs = UINT64_C(7) << VERSION_BITS;
-  /* A new epoch first: whoever goes by what was before finds another `current`, or another slot. */
+  /* A new epoch first: a call that goes by earlier limits then finds another `current`, or another slot. */
   uint64_t current = atomic_load_explicit(&e->current, memory_order_acquire);
   pair_t seen = {current, load_relaxed(&e->set)};
-  /* And a new version: rule indexes that were named for the next one by a writer that was killed are not newer than it. */
+  /* And a new version: indexes that a killed process named for the next version are not newer than it. */
   uint64_t version = CURRENT_VERSION(CURRENT_VERSION(current) + 1);
   version += !version;
   uint64_t rest = current & ~epochs & ~CURRENT_VERSION(UINT64_MAX);
@@ -299,9 +300,9 @@ static COLD bool sweep(fshm_segment *s, uint32_t index, uint64_t now) {
   w.now = now ? now : segment_now(s);
   if (!sweep_slots(&w)) return false;
   if (free_rules(&w, next.when, version)) return true;
-  /* Each rule still has keys that have used more than the present one admits: of those that are not the last of their
-   * place, and not present, the one with the fewest goes. Its slots have counted as slots of the place, so that the
-   * place's last rule is kept, and can take them. All that is kept, and a new set, have room: such a rule can be found. */
+  /* Each rule still has keys that have used more than the present one admits. Of the rules that are neither present nor the last
+   * of their place, the one with the fewest states goes. Its states count as states of the place, so the last rule of the
+   * place is kept and can take them. The kept rules and a new set fit into the table, so there is such a rule. */
   unsigned kept = last_rules(&w);
   for (uint32_t i = 0; i < SET_COUNT(next.when); i++) kept |= 1U << SET_RULE(next.when, i);
   static_assert(PLACES + 2 * FSHM_MAX_LIMITS <= RULES, "the last of each place, two sets");
@@ -322,7 +323,7 @@ static COLD bool sweep(fshm_segment *s, uint32_t index, uint64_t now) {
   return free_rules(&w, next.when, version) > 0;
 }
 
-/* Give up rule indexes that were filled or taken for a set that was not published. */
+/* Give up indexes that were filled or taken for a set that was not published. */
 static void give_up(limiter_entry_t *e, const int *mine, uint64_t owner) {
   for (uint32_t i = 0; i < FSHM_MAX_LIMITS; i++) {
     uint64_t seen = owner;
@@ -330,12 +331,12 @@ static void give_up(limiter_entry_t *e, const int *mine, uint64_t owner) {
   }
 }
 
-/* Make these rules the present limits of the entry. now: of a sweep; 0 = ask the clock. */
+/* Make these rules the present limits of the entry. now: for a sweep; 0 = read the clock. */
 int publish(fshm_segment *s, uint32_t index, rule_t *rules, uint32_t count, uint64_t now) {
   limiter_entry_t *e = &s->limiters[index];
   uint32_t me;
   uint64_t incarnation, owner;
-  int mine[FSHM_MAX_LIMITS] = {-1, -1, -1, -1}; /* rule indexes that we own */
+  int mine[FSHM_MAX_LIMITS] = {-1, -1, -1, -1}; /* indexes that we own */
   if (process_identity(s, &me, &incarnation))
     owner = (incarnation << 16 | (me + 1)) & ~RULE_USED;
   else
@@ -372,12 +373,12 @@ int publish(fshm_segment *s, uint32_t index, rule_t *rules, uint32_t count, uint
       if (indexes[i] < 0) fill_rule(e, (unsigned)mine[i], &rules[i], version);
       next_set |= (uint64_t)(indexes[i] < 0 ? mine[i] : indexes[i]) << (4 + 4 * i);
     }
-    /* The rules are complete before they are named (pairs with the acquire of limits_load()), and counted as in use:
-     * killed in between, we leave rules that the next sweep frees. */
+    /* The rules are complete before they are named (pairs with the acquire of limits_load()), and marked as in use. Killed in
+     * between, we leave rules that the next sweep frees. */
     pair_t seen = {current, set};
     pair_t next = {(current & ~CURRENT_VERSION(UINT64_MAX)) | version, next_set};
     bool ok = pair_cas(&e->current, &seen, next);
-    /* Not ours again, where the swap has failed: whoever has set the same rule meanwhile has found it there. */
+    /* If the swap failed, they are not ours again: another process may have found and named the same rule there. */
     for (uint32_t i = 0; i < count; i++)
       if (indexes[i] < 0) mine[i] = -1;
     if (!ok) continue;
@@ -385,5 +386,5 @@ int publish(fshm_segment *s, uint32_t index, rule_t *rules, uint32_t count, uint
     return FSHM_OK;
   }
   give_up(e, mine, owner);
-  return FSHM_CONTENDED; /* others alive are changing this name right now */
+  return FSHM_CONTENDED; /* other processes are changing this name right now */
 }

@@ -1,8 +1,6 @@
-/* limits.c - the table of limiters: names, their limits, and changing them at run time.
+/* limits.c - the table of limiters: their names, and the limits in force.
  *
- * The limits of a name belong to the name: whoever sets them last sets them for all processes. A rule is written into a
- * rule index of the limiter's table that its writer owns; then one swap of (current, set) makes the rules the present ones. A
- * rule stays in its rule index while a key's state refers to it; a sweep over the table of slots finds out.
+ * The limits belong to the name: the last process that sets them sets them for all (limit_changes.c).
  */
 #include <stdlib.h>
 #include <unistd.h>
@@ -24,7 +22,7 @@ bool limits_load(const fshm_segment *s, uint32_t index, snapshot_t *p) {
   return limits_load_inline(s, index, p);
 }
 
-/* numbers: NULL, or those of a handle (fshm_limiter_number), never more than the name's own. */
+/* Apply the numbers of a handle (fshm_limiter_number(); NULL: none), which are never above the name's own. */
 void limits_number(const uint64_t *numbers, snapshot_t *p) {
   if (likely(!numbers)) return;
   for (uint32_t i = 0; i < p->count; i++)
@@ -54,12 +52,12 @@ int fshm_limiter_number(fshm_limiter *l, const uint64_t *numbers, uint32_t count
   return FSHM_OK;
 }
 
-/* The rule that a state with this label was written under: for a caller that makes sure afterwards that the slot has
- * not changed, since a rule index is not given to another rule while a state refers to it. */
+/* The rule that a state with this label was written under. The caller checks afterwards that the slot has not changed: a rule
+ * index is not given to another rule while a state refers to it. */
 bool limits_rule(const fshm_segment *s, uint32_t index, unsigned label, rule_t *out) {
   read_rule(&s->limiters[index], label, out);
   atomic_thread_fence(memory_order_acquire); /* the copy, before the second look at the slot */
-  return rule_sane(out) && out->kind != FSHM_PERMITS; /* which labels no state */
+  return rule_sane(out) && out->kind != FSHM_PERMITS; /* no state has its label */
 }
 
 static COLD bool set_wrong(const limiter_entry_t *e, uint64_t set) {
@@ -75,7 +73,7 @@ static COLD bool set_wrong(const limiter_entry_t *e, uint64_t set) {
   return !count;
 }
 
-/* A rule that states may refer to, copied out. False: there is none in the rule index, or it went to another. */
+/* Copy out a rule that states may refer to. False: the index has none, or was given to another rule meanwhile. */
 COLD bool read_used(const limiter_entry_t *e, unsigned rule_index, rule_t *out, uint64_t *owner) {
   *owner = atomic_load_explicit(&e->owners[rule_index], memory_order_acquire); /* with publish() */
   if (!(*owner & RULE_USED)) return false;
@@ -84,8 +82,8 @@ COLD bool read_used(const limiter_entry_t *e, unsigned rule_index, rule_t *out, 
   return load_relaxed(&e->owners[rule_index]) == *owner;
 }
 
-/* Are these limits such as nobody has set? Certain: rules are complete before they are named, and do not change while
- * they are. published: we have seen limits of this name; else it may have none yet. */
+/* Are these limits ones that no call sets? Certain: rules are complete before they are named, and do not change while they are
+ * named. published: the caller has seen limits of this name; else it may have none yet. */
 COLD bool limits_wrong(const fshm_segment *s, uint32_t index, bool published) {
   const limiter_entry_t *e = &s->limiters[index];
   rule_t rule;
@@ -102,8 +100,8 @@ COLD bool limits_wrong(const fshm_segment *s, uint32_t index, bool published) {
   return false; /* always being changed: nothing is certain */
 }
 
-/* An id is a hash of the name, without BESIDE, and that bit where the limiter is there for another one's sake:
- * its calls have no counters. So whoever sees an entry claimed knows which it is. */
+/* An id is a hash of the name without the bit BESIDE; that bit is set for an auxiliary limiter (fshm_limiter_open_beside()), whose
+ * calls are not counted. So every process that sees a claimed entry knows this. */
 #define BESIDE UINT64_C(1)
 
 static COLD uint64_t name_id(const fshm_segment *s, const char *name, uint64_t length) {
@@ -111,8 +109,8 @@ static COLD uint64_t name_id(const fshm_segment *s, const char *name, uint64_t l
   return id ? id : 2 * BESIDE;
 }
 
-/* Which counters an entry's calls count in; COUNTERS: none. Entries are claimed in order and never given back, so
- * this is the same for all processes, at any time. */
+/* The index of an entry's counters; COUNTERS: its calls are not counted. Entries are claimed in order and never given back, so
+ * all processes compute the same index at any time. */
 static COLD uint32_t counters_of(const fshm_segment *s, uint32_t index) {
   uint32_t before = 0;
   if (load_relaxed(&s->limiters[index].id) & BESIDE) return COUNTERS;
@@ -127,8 +125,8 @@ uint64_t read_name(const limiter_entry_t *e, char *out) {
   return length;
 }
 
-/* Do a name and its id differ? Certain once limits are published: whoever publishes them has written both
- * before. (Killed before, it leaves an id without a name, for the next to complete.) */
+/* Do a name and its id differ? Certain once limits are published: the publisher has written both before. (A process killed
+ * before that leaves an id without a name; the next one completes it.) */
 COLD bool limits_name_wrong(const fshm_segment *s, uint32_t index) {
   const limiter_entry_t *e = &s->limiters[index];
   char name[FSHM_MAX_LIMITER_NAME];
@@ -139,8 +137,7 @@ COLD bool limits_name_wrong(const fshm_segment *s, uint32_t index) {
   return (load_relaxed(&e->id) & ~BESIDE) != name_id(s, name, length);
 }
 
-/* How many permits may be held, and the changes of that number: read before `current`, and before any count that
- * limits_lower_most() is to stand on. */
+/* How many permits may be held, and a count of its changes: read it before `current`, and before a count for limits_lower_most(). */
 #define MOST_BITS 17
 #define MOST_OF(most) ((uint32_t)((most) & ((1U << MOST_BITS) - 1)))
 uint64_t limits_most(const fshm_segment *s, uint32_t index) {
@@ -148,15 +145,15 @@ uint64_t limits_most(const fshm_segment *s, uint32_t index) {
                               memory_order_acquire); /* with raise_most() */
 }
 
-/* Permits up to this number may be held: the largest limit of permits that this name ever had, until a count
- * has found nothing held beyond the present one. */
+/* Permits below this number may be held: the largest permit limit that this name ever had, until a count found no permit beyond
+ * the present limit. */
 uint32_t limits_most_permits(uint64_t most, const snapshot_t *p) {
   uint32_t permits = MOST_OF(most) > MAX_PERMITS ? MAX_PERMITS : MOST_OF(most);
   return permits > p->permits ? permits : p->permits;
 }
 
-/* A look at all keys that began after `most` was read has found nothing held beyond the present limit. Where limits were
- * published since, or a permit there was taken by older ones, the word has changed, whatever its number is. */
+/* A look at all keys, begun after `most` was read, found no permit beyond the present limit: lower `most`. If limits were published
+ * since, or an older call took such a permit, the word has changed, even if its number is the same. */
 void limits_lower_most(fshm_segment *s, uint32_t index, const snapshot_t *p, uint64_t most) {
   uint64_t lower = most >> MOST_BITS << MOST_BITS | p->permits;
   if (MOST_OF(most) > p->permits)
@@ -168,7 +165,7 @@ uint32_t permits_in(const rule_t *rules, uint32_t count) {
   return any ? (uint32_t)min_u64(rules[count - 1].n, MAX_PERMITS) : 0;
 }
 
-/* Before anybody can see a set, and whatever the number was: each publication is a change. */
+/* Called before a set is published, even where the number stays: each publication counts as a change. */
 bool raise_most(limiter_entry_t *e, uint32_t n) {
   uint64_t seen = load_relaxed(&e->most);
   for (int i = 0; n && i < MAX_TRIES; i++) {
@@ -181,26 +178,27 @@ bool limits_raise_most(fshm_segment *s, uint32_t index, uint32_t permits) {
   return raise_most(&s->limiters[index], permits);
 }
 
-/* Is this entry's id not what it was: does it have our name under another, or limits without any? */
+/* Was this entry's id changed: does it have our name under another id, or limits without an id? */
 static COLD bool entry_wrong(fshm_segment *s, uint32_t index, const char *name, uint64_t length) {
   char found[FSHM_MAX_LIMITER_NAME];
   if (!limits_name_wrong(s, index)) return false;
   const limiter_entry_t *e = &s->limiters[index];
   bool ours = read_name(e, found) == length && !memcmp(found, name, length);
-  if (!ours && load_relaxed(&e->id)) return false; /* another's, which it may find for itself */
+  if (!ours && load_relaxed(&e->id))
+    return false; /* another name's entry: the process that opens that name reports it */
   damage_note(s, FSHM_DAMAGE_NAME, index);
   return true;
 }
 
-/* Find the entry of a name, or claim one, with these bits in its id. Entries are claimed in order and stay: two
- * processes that claim for one name contend for the same entry, and the loser finds the winner's. */
+/* Find the entry of a name, or claim one, with these bits in its id. Entries are claimed in order and stay. Two processes that
+ * claim the same name contend for the same entry, and the loser finds the winner's. */
 static int entry_of(fshm_segment *s, const char *name, uint64_t length, bool claim, uint64_t bits,
                     uint32_t *index) {
   uint64_t id = name_id(s, name, length);
   for (uint32_t i = 0; i < s->limiter_count; i++) {
     uint64_t seen = load_relaxed(&s->limiters[i].id);
-    /* Passing by an entry with another id and our name, or taking one that is free but has limits, would
-     * count apart from those who opened it before it was written over. */
+    /* If this call passed an entry with our name under another id, or took a free one that has limits, it would count apart
+     * from processes that opened the name before it was written over. */
     if ((seen & ~BESIDE) != id && entry_wrong(s, i, name, length)) return FSHM_E_DAMAGED;
     if (!seen && !claim) return FSHM_E_NOT_FOUND;
     if (!seen &&
@@ -292,10 +290,11 @@ void fshm_limiter_close(fshm_limiter *l) { free(l); }
 
 void fshm_limiter_share(fshm_limiter *l, int share) { l->share = share != 0; }
 
-/* limits_load(), for those who show limits: only such as somebody has set. */
+/* limits_load(), for inspection: only limits that a call can have set. */
 static bool load_genuine(const fshm_segment *s, uint32_t index, snapshot_t *p) {
   if (limits_wrong(s, index, true) || !limits_load(s, index, p)) return false;
-  for (uint32_t i = 0; i < p->count; i++) /* the copy: it may have been written over since */
+  for (uint32_t i = 0; i < p->count;
+       i++) /* check the copy: the segment may have been written over since */
     if (!rule_genuine(&p->rules[i])) return false;
   return true;
 }
@@ -309,7 +308,7 @@ static void describe_limits(const snapshot_t *p, fshm_limit *out) {
   if (p->permits) out[p->count] = (fshm_limit){p->permits, 0, 0, FSHM_PERMITS, 0};
 }
 
-/* The limits in force: how many, 0 = damaged. */
+/* The limits in force. Returns their number; 0 = damaged. */
 int fshm_limiter_limits(fshm_limiter *l, fshm_limit *out, uint64_t *version) {
   snapshot_t p;
   if (!load_genuine(l->segment, l->index, &p)) {
@@ -321,8 +320,8 @@ int fshm_limiter_limits(fshm_limiter *l, fshm_limit *out, uint64_t *version) {
   return (int)(p.count + (p.permits > 0));
 }
 
-/* Forget all keys of the limiter. One swap: from then on nobody finds the old slots. They expire by themselves; those
- * of the epoch before are freed at once. */
+/* Forget all keys of the limiter. One swap: afterwards no call finds the old slots. They expire by themselves; those of the
+ * epoch before are freed at once. */
 int fshm_reset_all(fshm_limiter *l) {
   fshm_segment *s = l->segment;
   limiter_entry_t *e = &s->limiters[l->index];
@@ -341,12 +340,12 @@ int fshm_reset_all(fshm_limiter *l) {
   for (uint64_t i = s->slot_count; i < state_slot_end(s); i++) {
     const uint64_t slot = state_slot_at(s, l->index, i);
     pair_t pair = pair_load(&s->slots[slot]);
-    if (pair.who && !shared_is_of(pair.who, next.who)) /* lost: somebody has begun it anew */
+    if (pair.who && !shared_is_of(pair.who, next.who)) /* lost: another call has begun it anew */
       (void)pair_cas(&s->slots[slot], &pair, (pair_t){shared_who(pair.who, before.current, 1), 0});
   }
   for (uint64_t slot = 0; slot < s->slot_count; slot++) {
     pair_t pair = {load_relaxed(&s->slots[slot].who), 0}, empty = {0, 0};
-    if (pair.who & 1) { /* of a permit, whose hash can be anything: it is left alone */
+    if (pair.who & 1) { /* a permit's hash can end in 1 too: it is left alone */
       if (WHO_LIMITER(pair.who) != l->index) continue;
       pair = pair_load(&s->slots[slot]);
       if (!(pair.who & 1) || WHO_LIMITER(pair.who) != l->index || IS_PERMIT(pair.when)) continue;
@@ -354,7 +353,7 @@ int fshm_reset_all(fshm_limiter *l) {
         (void)pair_cas(&s->slots[slot], &pair, empty);
     } else if (pair.who &&
                load_relaxed(&s->key_stats[slot].meta) == key_stats_meta(l->index, pair.who)) {
-      found_t f; /* a key whose limit comes with the call, where the old salt leads to it */
+      found_t f; /* a key whose limit comes with the call, if the old salt leads to it */
       table_find(s, side_salted(pair.who, before.salt), pair.who, &f);
       if (f.pair.who) table_clear(s, f.slot, f.pair.who);
     }

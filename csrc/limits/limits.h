@@ -1,4 +1,4 @@
-/* limits.h - the table of limiters: how a name's limits are read */
+/* limits.h - the table of limiters: reading the limits of a name, inlined into each call. */
 #ifndef FSHM_LIMITS_H
 #define FSHM_LIMITS_H
 
@@ -23,12 +23,12 @@ static inline uint64_t mix(uint64_t x) { /* splitmix64's finaliser */
   return x ^ x >> 31;
 }
 
-/* Copy a rule out. The caller makes sure afterwards that its rule index was not given to another one. */
+/* Copy a rule out. The caller checks afterwards that its rule index was not given to another rule. */
 static inline HOT void read_rule(const limiter_entry_t *e, unsigned rule_index, rule_t *out) {
   for (unsigned k = 0; k < RULE_WORDS; k++) out->words[k] = load_relaxed(&e->rules[rule_index][k]);
 }
 
-/* The same for a set: the caller makes sure that `current` has not changed. How many rules, 0 = no such set. */
+/* The same for a set; the caller checks that `current` has not changed. Returns the number of rules; 0 = no such set. */
 static inline HOT uint32_t read_set(const limiter_entry_t *e, uint64_t set, rule_t *out) {
   uint32_t count = SET_COUNT(set);
   if (count < 1 || count > FSHM_MAX_LIMITS) return 0;
@@ -36,14 +36,14 @@ static inline HOT uint32_t read_set(const limiter_entry_t *e, uint64_t set, rule
   return count;
 }
 
-/* Every reset gives another salt: what was there is nobody's from then on. */
+/* Each reset changes the salt: afterwards no key finds its former slots. */
 static inline uint64_t salt_of(const fshm_segment *s, uint64_t current) {
   uint64_t resets = CURRENT_RESETS(current);
   return likely(!resets) ? 0 : mix(s->secret[0] ^ mix(resets)) & ~UINT64_C(1);
 }
 
-/* The limits as they stand now. False: none, or damaged; then the snapshot has no limit at all, so that whoever
- * goes on with it divides by nothing (rule_sane). */
+/* Load the present limits. False: none, or damaged; then the snapshot has no limits, so that a caller that goes on never divides
+ * by zero (rule_sane). */
 static inline HOT bool limits_load_inline(const fshm_segment *s, uint32_t index, snapshot_t *p) {
   const limiter_entry_t *e = &s->limiters[index];
   for (int tries = 0; tries < MAX_TRIES; tries++) {
@@ -93,11 +93,11 @@ uint32_t limits_most_permits(uint64_t most, const snapshot_t *p);
 void limits_lower_most(fshm_segment *s, uint32_t index, const snapshot_t *p, uint64_t most);
 bool limits_raise_most(fshm_segment *s, uint32_t index, uint32_t permits);
 bool limits_rule(const fshm_segment *s, uint32_t index, unsigned label, rule_t *out);
-/* The fastest pace (bucket_pace()) that a bucket of this place can have drained at since the limits had this version.
- * UINT64_MAX: none was in force since. */
+/* The fastest pace (bucket_pace()) at which a bucket of this place can have drained since the limits had this version.
+ * UINT64_MAX: no bucket's limit was in force since. */
 uint64_t limits_pace_since(const fshm_segment *s, uint32_t index, unsigned place, uint64_t version);
 
-/* The slots that a limiter's meters can be in: those of keys, then those of its shared counters. */
+/* The slots that can hold states of a limiter: those of keys, then those of its shared counters. */
 static inline uint64_t state_slot_end(const fshm_segment *s) {
   return s->slot_count + UINT64_C(1) * SHARED * SHARED_PLACES;
 }

@@ -1,4 +1,4 @@
-/* per_call.h - a key of a limiter, for calls that bring the limit along */
+/* per_call.h - a key of a limiter, for calls that pass their limit. */
 #ifndef FSHM_PER_CALL_H
 #define FSHM_PER_CALL_H
 

@@ -1,7 +1,7 @@
-/* shared_counters.c - the counters that keys without a slot of their own share. Argued in DESIGN.md, "Shared counters". */
+/* shared_counters.c - shared counters: keys without a slot of their own charge one together. DESIGN.md, "Shared counters". */
 #include "call.h"
 
-/* The counter that the key has part in while it has no slot; pair.who = 0: it was not used since the last reset. */
+/* Read the shared counter of a key without a slot. pair.who = 0: not used since the last reset. */
 static COLD void find_shared(const call_t *c, uint32_t i, found_t *f) {
   const fshm_segment *s = c->s;
   f->slot = shared_slot(s, c->index, c->hash, c->snapshot.rules[i].place);
@@ -11,7 +11,7 @@ static inline bool shared_used(const call_t *c, const found_t *f) {
   return shared_is_of(f->pair.who, c->snapshot.current) && state_expires(f->pair.when) > c->now;
 }
 
-/* What a look at a counter found: of a state that was written under this rule or a former one. */
+/* Check the cost against a counter's state, which was written under this rule or a former one. */
 static COLD void look_at_shared(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
   const rule_t *r = &c->snapshot.rules[i];
   uint64_t state = shared_used(c, &l->slot) ? l->slot.pair.when : 0;
@@ -30,14 +30,14 @@ static COLD void look_at_shared(call_t *c, uint32_t i, uint64_t cost, look_t *l)
   l->verdict = rule_take(r, state, c->now, c->at, cost);
 }
 
-/* May a key that is denied get a slot with the counter's state? Not of a window that has room for less: the end is
- * another one than that of the window which the key would begin with its first hit. */
+/* May a denied key get a slot with the counter's state? Not for a window with room for less: it ends at another time than the
+ * window that the key would begin with its first hit. */
 static inline bool may_begin_denied(const rule_t *r, uint64_t used) {
   return r->kind != FSHM_WINDOW || used >= r->n;
 }
 
-/* A key without a slot: it may have consumed what the counter says. Denied by it, it is to get a slot of its own, where
- * there is room for one. */
+/* A key without a slot may have consumed what the counter says. If that denies it, it gets a slot of its own, if there is a free
+ * one. */
 static __attribute__((noinline, cold)) void look_shared(call_t *c, uint32_t i, uint64_t cost,
                                                         look_t *l) {
   find_shared(c, i, &l->slot);
@@ -51,7 +51,7 @@ static __attribute__((noinline, cold)) void look_shared(call_t *c, uint32_t i, u
     l->moved = l->slot.pair.when;
 }
 
-/* A counter's window ends no earlier than the window of any key that is admitted by it does, whenever that began. */
+/* A counter's window ends no earlier than the window of any key that it admits, whenever that window began. */
 static uint64_t window_lasts(const rule_t *r, uint64_t state, uint64_t now) {
   window_t w = window_open(r, state, now);
   if (r->kind != FSHM_WINDOW || !w.count) return state;
@@ -59,8 +59,8 @@ static uint64_t window_lasts(const rule_t *r, uint64_t state, uint64_t now) {
   return window_state(r, w);
 }
 
-/* What a key may have consumed that gets a slot. The counter is written to, though its state stays: whoever is about to
- * charge it for this key has looked for this slot before it was there, and fails (put_shared()). */
+/* What a key that now gets a slot may have consumed. This writes to the counter, though its state stays: another call that is about
+ * to charge the counter for this key, and looked for the slot before it existed, then fails (put_shared()). */
 static COLD uint64_t leave_shared(call_t *c, uint32_t i, uint64_t now, bool *former) {
   const rule_t *r = &c->snapshot.rules[i];
   found_t f;
@@ -91,30 +91,30 @@ static COLD uint64_t first_shared(first_t *f, uint64_t now) {
     return state && may_begin_denied(r, window_read(state, now).count) ? state : NO_STATE;
   if (f->op >= FSHM_CHARGE) return window_lasts(r, forced(c, f->op, f->i, r, state, now), now);
   verdict_t v = rule_take(r, state, now, max_u64(c->at, now), c->costs[f->i]);
-  if (v.retry > f->verdict->retry) return NO_STATE; /* it was charged since; or rounded up twice */
+  if (v.retry > f->verdict->retry)
+    return NO_STATE; /* charged since the look; or rounded up twice */
   v.retry = f->verdict->retry;
   v.next = window_lasts(r, v.next, now);
   *f->verdict = v;
   return v.next;
 }
 
-/* No room for the key: charge the counter that its limiter's keys without a slot share. CLAIMED, or CLAIM_LOST: look
- * again. DESIGN.md, "Shared counters". */
+/* No free slot for the key: charge its shared counter. CLAIMED, or CLAIM_LOST: look again. DESIGN.md, "Shared counters". */
 static COLD int put_shared(call_t *c, uint32_t i, look_t *l, uint32_t op) {
   _Atomic uint64_t *word = &c->s->limiters[c->index].shared;
   look_t shared;
   uint64_t needed = 0;
   while (again(c)) {
     uint64_t until = load_relaxed(word);
-    if (until < needed) { /* seldom: a second ahead, since keys without a slot read this line */
+    if (until < needed) { /* rarely, so a second ahead: keys without a slot read this line */
       uint64_t more = plus_time(needed, UINT64_C(1000000000));
       if (!atomic_compare_exchange_strong_explicit(word, &until, more, memory_order_relaxed,
                                                    memory_order_relaxed))
         continue;
       until = more;
     }
-    /* Said, before the key's slot is looked for. Pairs with the fence of confirm(): whoever publishes one that we do not
-     * see finds the word, and writes to the counter after we have read it. */
+    /* `shared` is raised before we look for the key's slot. Pairs with the fence of confirm(): a claimer whose slot we do not see
+     * sees `shared`, and writes to the counter after we read it. */
     atomic_thread_fence(memory_order_seq_cst);
     find_shared(c, i, &shared.slot);
     if (table_has(c->s, c->hash, fingerprint(c, i))) return CLAIM_LOST;
@@ -136,7 +136,7 @@ static COLD int put_shared(call_t *c, uint32_t i, look_t *l, uint32_t op) {
     needed = plus_time(state_expires(next.when), CLOCKS_DIFFER);
     if (until < needed) continue;
     next.who = shared_who(seen.who, c->snapshot.current, next.who);
-    /* Fails where the state has changed, or a key of this counter has got a slot since we looked. */
+    /* Fails if the state changed, or if a key of this counter got a slot since we looked. */
     if (!pair_cas(&c->s->slots[f->slot], &seen, next)) continue;
     if (op < FSHM_CHARGE) {
       shared.verdict.retry = l->verdict.retry;
@@ -150,7 +150,7 @@ static COLD int put_shared(call_t *c, uint32_t i, look_t *l, uint32_t op) {
   return CLAIM_LOST;
 }
 
-/* The status, and that a shared counter has decided. */
+/* The status of a call that a shared counter decided. */
 static COLD int tell_shared(const call_t *c, uint32_t process, int status, bool counts,
                             fshm_decision *out) {
   if (counts && c->counters < COUNTERS)

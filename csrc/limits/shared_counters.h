@@ -1,10 +1,10 @@
-/* shared_counters.h - the counters that keys without a slot share */
+/* shared_counters.h - shared counters: their slots, and the words in them. */
 #ifndef FSHM_SHARED_COUNTERS_H
 #define FSHM_SHARED_COUNTERS_H
 
 #include "limits.h"
 
-/* A counter's slot, by its limiter, the key's hash and the place of the rule: its index, as of other slots. */
+/* The slot of a counter, by limiter, hash of the key and place of the rule. */
 static inline uint64_t shared_slot(const fshm_segment *s, uint32_t index, uint64_t hash,
                                    unsigned place) {
   return s->slot_count + ((uint64_t)index * SHARED + hash % SHARED) * SHARED_PLACES + place;
@@ -13,7 +13,7 @@ static inline uint64_t shared_slot(const fshm_segment *s, uint32_t index, uint64
 static inline bool shared_is_of(uint64_t who, uint64_t current) {
   return (who & 1) && !((who >> 8 ^ CURRENT_RESETS(current)) & 255);
 }
-/* The next `who`: of this reset, with this label and epoch. */
+/* The next `who` of a counter: of this reset, with this label and epoch. */
 static inline uint64_t shared_who(uint64_t who, uint64_t current, uint64_t labels) {
   return ((who | (SHARED_WRITE - 1)) + 1) | (CURRENT_RESETS(current) & 255) << 8 |
          (labels & (WHO_LABELS | 1));
