@@ -4,11 +4,11 @@
 
 #include "internal.h"
 
-/* Who speaks for the host: header_t.leader, while that process lives. Its threads lead together. */
+/* The leader is the process that header_t.leader names, while it lives. All its threads lead together. */
 #define LEADS(process, incarnation) ((incarnation) << 16 | ((process) + 1))
 #define LOOK_FOR_LEADER_NS 250000000
 
-/* The process index of the living process that the word names, or NO_PROCESS. */
+/* The index of the living process that the word names, or NO_PROCESS. */
 static uint32_t leader_index(fshm_segment *s, uint64_t word) {
   uint32_t process = (uint32_t)(word & 0xffff) - 1;
   if (process >= PROCESSES) return NO_PROCESS;
@@ -25,13 +25,13 @@ int fshm_lead(fshm_segment *s, int wait) {
     if (process_identity(s, &process, &incarnation)) {
       uint64_t seen = load_relaxed(&s->header->leader), mine = LEADS(process, incarnation);
       if (seen == mine) return 1;
-      /* From nobody, or a dead process, to us: one swap. It leads to no other memory: relaxed would do. */
+      /* From none, or a dead process, to us: one swap. No other memory depends on it: relaxed would do. */
       if (leader_index(s, seen) == NO_PROCESS &&
           (atomic_compare_exchange_strong(&s->header->leader, &seen, mine) || seen == mine))
         return 1; /* or another thread of ours was first */
     } else if (process_refusal(s) == FSHM_E_LOCK_FILE) {
       return FSHM_E_LOCK_FILE;
-    } /* else the process table is full: it does not lead, until there is a place */
+    } /* the process table is full: this process does not lead until an index is free */
     struct timespec pause = {0, LOOK_FOR_LEADER_NS};
     if (!wait || nanosleep(&pause, NULL)) return 0; /* a signal */
   }

@@ -1,4 +1,4 @@
-/* liveness.c - what /proc says of a process whose lock cannot be relied on, and fshm_liveness(). DESIGN.md, "Processes". */
+/* liveness.c - liveness checks by /proc, where a lock does not suffice; and fshm_liveness(). DESIGN.md, "Processes". */
 #include <errno.h>
 #include <signal.h>
 #include <stdio.h>
@@ -8,7 +8,7 @@
 #include "lock_file.h"
 
 #if defined(__linux__)
-/* Read a small file whole. "" where it cannot be read. */
+/* Read a small file whole. "": it cannot be read. */
 static void read_proc(const char *path, char *out, size_t room) {
   size_t length = 0;
   int fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -20,8 +20,8 @@ static void read_proc(const char *path, char *out, size_t room) {
   out[length] = 0;
 }
 
-/* The start of a process in ticks since boot, the lower 32 bits, as /proc/PID/stat has it; its state, and how many
- * threads it has. False: not to be had. */
+/* From /proc/PID/stat: the start of the process, in ticks since boot (the lower 32 bits), its state, and its number of threads. False: not
+ * available. */
 static bool read_stat(const char *path, uint32_t *start, char *state, long *threads) {
   char text[1024], *end;
   read_proc(path, text, sizeof text);
@@ -39,7 +39,7 @@ static bool read_stat(const char *path, uint32_t *start, char *state, long *thre
   return true;
 }
 
-/* The inode of this process's pid namespace, if /proc is that namespace's. 0: it is not, or there is none. */
+/* The inode of this process's pid namespace; 0: /proc belongs to another namespace, or there is none. */
 static uint32_t pid_namespace(void) {
   struct stat st;
   char self[32] = {0};
@@ -68,9 +68,8 @@ static bool dumps_core(const char *path) {
 uint64_t own_birth(void) { return 0; }
 #endif
 
-/* What the system says of the process itself, where its pid is one of our namespace. `thorough`: its pid may be
- * another process's by now (while its byte is locked, it is not, or it does not matter). ENDED is certain: a process
- * that dumps core runs no line of its program any more. */
+/* What the system says of a process whose pid is of our namespace. `thorough`: another process may have its pid by now (while its byte is
+ * locked, that is not so, or does not matter). ENDED is certain: a process that dumps core executes no more of its program. */
 int look_at_process(const process_t *p, bool thorough) {
   pid_t pid =
       (pid_t)atomic_load_explicit(&p->pid, memory_order_acquire); /* pairs with process_join() */
@@ -87,7 +86,7 @@ int look_at_process(const process_t *p, bool thorough) {
     if (!read_stat(path, &start, &state, &threads)) return UNSEEN;
     if (start != (uint32_t)born) return ENDED;
     if (strchr("ZX", state) && threads <= 1)
-      return ENDED; /* not where a thread outlives the first */
+      return ENDED; /* not if a thread outlives the first one */
   }
   (void)snprintf(path, sizeof path, "/proc/%d/status", (int)pid);
   return dumps_core(path) ? ENDED : RUNS;
@@ -97,8 +96,8 @@ int look_at_process(const process_t *p, bool thorough) {
 #endif
 }
 
-/* Has the process index's owner ended, though its byte is locked, or we may not ask for the byte? Asked of the system twice a
- * second at most, by each process. looked[process index]: incarnation (32 bits) | ended (1) | when, in ms (31). */
+/* Has the owner of the index ended, though its byte is locked, or we may not test the byte? Each process asks the system at most twice a
+ * second. looked[index]: incarnation (32 bits) | ended (1) | time, in ms (31). */
 #define ENDED_BIT (UINT64_C(1) << 31)
 #define LOOKED_MS (ENDED_BIT - 1)
 
@@ -109,13 +108,13 @@ bool has_ended(fshm_segment *s, uint32_t process, bool thorough) {
   if (known >> 32 == (uint32_t)incarnation && (known & ENDED_BIT)) return true;
   if (known >> 32 == (uint32_t)incarnation && ((now - known) & LOOKED_MS) < 500) return false;
   bool ended = look_at_process(p, thorough) == ENDED;
-  /* The pid that was looked at is that of another incarnation's owner? Then nothing is known. */
+  /* The incarnation changed: the pid may be another owner's, and nothing is known. */
   if (atomic_load_explicit(&p->incarnation, memory_order_acquire) != incarnation) return false;
   store_relaxed(&s->looked[process], incarnation << 32 | (ended ? ENDED_BIT : 0) | now);
   return ended;
 }
 
-/* Can a reader that may not open the lock file see of every process whether it lives? */
+/* Can a reader that may not open the lock file check all processes by /proc? */
 static bool all_seen(const fshm_segment *s) {
   for (uint32_t process = 0; process < PROCESSES; process++)
     if (load_relaxed(&s->processes[process].pid) &&
@@ -139,19 +138,19 @@ int fshm_liveness(fshm_segment *s, fshm_error *e) {
   errno = load_relaxed(&s->lock_errno);
   if (!known)
     return errno && !s->read_only ? image_fail(e, FSHM_E_LOCK_FILE)
-                                  : FSHM_OK; /* nobody has joined yet */
+                                  : FSHM_OK; /* no process has joined yet */
   if (lstat(path, &st)) return image_fail(e, FSHM_E_LOCK_FILE);
   e->found = st.st_ino;
   e->wanted = known;
   errno = ESTALE;
   if (st.st_ino != known) return image_fail(e, FSHM_E_LOCK_FILE);
   bool ready = lock_file_ready(s);
-  errno = EBADF; /* the lock that said that we live was dropped */
+  errno = EBADF; /* our own lock was dropped */
   if (load_relaxed(&s->fork_page->lost) ||
       (member && ready && !byte_held(load_relaxed(&s->lock_fd), ALIVE(joined - 1))))
     return image_fail(e, FSHM_E_LOCK_FILE);
   errno = load_relaxed(&s->lock_errno);
   if (ready && !(errno && joined == NO_PROCESS)) return FSHM_OK;
-  if (errno == EACCES && s->read_only && all_seen(s)) return FSHM_OK; /* /proc tells a reader */
+  if (errno == EACCES && s->read_only && all_seen(s)) return FSHM_OK; /* a reader can use /proc */
   return image_fail(e, FSHM_E_LOCK_FILE);
 }

@@ -1,4 +1,4 @@
-/* lock_file.h - the lock file, for process.c, liveness.c and leader.c */
+/* lock_file.h - the lock file and /proc, for process.c, liveness.c and leader.c. */
 #ifndef FSHM_LOCK_FILE_H
 #define FSHM_LOCK_FILE_H
 
@@ -11,7 +11,7 @@
 #define F_OFD_GETLK 92
 #endif
 
-/* The bytes of a process index. */
+/* The bytes of a process index in the lock file. */
 #define OWNED(process) (process)
 #define ALIVE(process) ((process) + PROCESSES)
 

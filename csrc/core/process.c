@@ -1,13 +1,11 @@
-/* process.c - who is alive, and which per-process statistics is whose. Argued in DESIGN.md, "Processes".
+/* process.c - the process table: joining, leaving, liveness. Argued in DESIGN.md, "Processes".
  *
- * A process owns process index i while byte i of the lock file is locked for it. When the owner has counted the process index's
- * incarnation up, it locks byte PROCESSES + i too: "the owner of this incarnation lives". That is the one that
- * others ask about.
- * The locks are those of an open file description of the process's own (F_OFD_SETLK). On Linux the process maps
- * that description into its memory, where a fork does not inherit it, and closes the descriptor. So the locks last
- * as long as the process's memory: whatever descriptors it opens and closes, however it forks, and until it dies
- * or runs another program. The kernel drops them late in one case: a process that dumps core is asked about in
- * /proc.
+ * A process owns process index i while it holds the lock on byte i of the lock file. Once it has raised the index's incarnation, it
+ * also locks byte PROCESSES + i: "the owner of this incarnation lives". Liveness checks test this byte.
+ * The locks belong to an open file description of the process's own (F_OFD_SETLK). On Linux the process maps the description into
+ * its memory, where a fork does not inherit it, and closes the descriptor. So the locks last as long as the process's
+ * memory, whatever descriptors it opens and closes, and however it forks, until it dies or runs another program. In one case
+ * the kernel drops them late: liveness.c asks /proc about a process that dumps core.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -26,20 +24,21 @@
 #include "internal.h"
 #include "lock_file.h"
 
-/* What a thread has in its hands while its process takes locks: a fork in that instant must not keep them. */
+/* The descriptor and mapping of a thread that takes locks for its process: a child forked at that instant must not keep them. */
 typedef struct {
   _Atomic int fd; /* + 1; 0 = none, -1 = being written */
   _Atomic uint64_t dev, ino;
   _Atomic uintptr_t map;
 } grip_t;
-/* One for each segment that this process is just joining, or whose descriptor it must keep. Where there are more:
- * a fork in that instant is told by its parent's pid alone. */
+/* One for each segment that this process is joining, or whose descriptor it must keep. If there are more, a child forked at that
+ * instant knows only by its parent's pid that it is a child. */
 #define GRIPS 64
 static grip_t grips[GRIPS], no_grip;
 
-static _Atomic uint32_t forks; /* from the first process of this memory to this one */
+static _Atomic uint32_t
+    forks; /* the number of forks from the first process with this memory to this one */
 
-/* In a forked child: what its parent's life hangs on is not for the child to keep. */
+/* In a forked child: close what holds its parent's locks. */
 static void in_child(void) {
   (void)add_relaxed(&forks, 1);
   for (int i = 0; i < GRIPS; i++) {
@@ -55,28 +54,28 @@ __attribute__((constructor)) static void watch_forks(void) {
   (void)pthread_atfork(NULL, NULL, in_child);
 }
 
-/* This process, among those that its memory was copied to: in a pid namespace of its own a child may have its
- * parent's pid. (Pids have 22 bits.) */
+/* A number that tells this process from all others with a copy of its memory. In a new pid namespace a child may have its parent's
+ * pid. (Pids have 22 bits.) */
 uint32_t process_token(void) { return (uint32_t)getpid() | load_relaxed(&forks) << 22; }
 
 COLD bool process_forked(const fshm_segment *s) {
   return load_relaxed(&s->fork_page->token) != process_token();
 }
 
-/* Why this process has no process index. */
+/* The error of a process without a process index. */
 int process_refusal(const fshm_segment *s) {
   return load_relaxed(&s->lock_errno) ? FSHM_E_LOCK_FILE : FSHM_E_PROCESSES;
 }
 
-/* What this process takes and keeps its locks by. */
+/* The description that has this process's locks. */
 typedef struct {
   int fd, command; /* -1: none. F_OFD_SETLK or F_SETLK */
   grip_t *grip;
 } description_t;
 
-/* One that only this process has. Where none can be had (its user may not open the file, and has it from its
- * parent): the descriptor to ask by, and POSIX locks, which are the process's, and which the close of any
- * descriptor of the file drops. A child does not inherit those. */
+/* A description that only this process has. If there can be none (its user may not open the file, and has it from its parent): the
+ * descriptor for liveness checks, with POSIX locks. Those belong to the process; closing any descriptor of the file drops
+ * them, and a child does not inherit them. */
 static description_t open_description(const fshm_segment *s) {
   char paths[2][sizeof s->path + 32];
   int asks = load_relaxed(&s->lock_fd);
@@ -113,7 +112,7 @@ static void close_description(const fshm_segment *s, const description_t *d) {
   if (d->grip != &no_grip) grip_end(d->grip);
 }
 
-/* The one whose descriptor is kept (fork_page_t.kept). */
+/* The description whose descriptor is kept (fork_page_t.kept). */
 static description_t kept_description(const fshm_segment *s) {
   int kept = load_relaxed(&s->fork_page->kept);
   for (int i = 0; i < GRIPS; i++)
@@ -123,10 +122,10 @@ static description_t kept_description(const fshm_segment *s) {
                          &no_grip};
 }
 
-/* Map the description, where no fork inherits it. NULL: that cannot be done here. */
+/* Map the description, so that no fork inherits it. NULL: not possible on this system. */
 static void *map_description(grip_t *g, int fd) {
 #if defined(__linux__)
-  /* Its address first, so that a fork at any instant finds it in `grips`. */
+  /* Its address first, so that a child forked at any instant finds it in `grips`. */
   void *at = mmap(NULL, 1, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (at == MAP_FAILED) return NULL;
   store_relaxed(&g->map, (uintptr_t)at);
@@ -140,8 +139,8 @@ static void *map_description(grip_t *g, int fd) {
   return NULL;
 }
 
-/* The description has both bytes of the process index. See to it that they stay locked while we live. False: they were
- * dropped; from now on, descriptors are kept. */
+/* The description has locked both bytes of the index. Make the locks last as long as we live. False: they were dropped; from now on,
+ * descriptors are kept open. */
 static bool hold_locks(fshm_segment *s, uint32_t process, const description_t *d) {
   fork_page_t *page = s->fork_page;
   void *at = NULL;
@@ -161,7 +160,7 @@ static bool hold_locks(fshm_segment *s, uint32_t process, const description_t *d
   return false;
 }
 
-/* Give up the process index that this process has, if it has one. (A child that has not joined has none.) */
+/* Give up this process's index, if it has one. (A child that has not joined has none.) */
 static void drop_locks(fshm_segment *s) {
   fork_page_t *page = s->fork_page;
   if (load_relaxed(&page->hold)) (void)munmap((void *)load_relaxed(&page->hold), 1);
@@ -179,14 +178,14 @@ void process_leave(fshm_segment *s) {
   if (process_lock_open(s)) (void)close(load_relaxed(&s->lock_fd));
 }
 
-/* Permits carry 18 bits of their owner's incarnation. Before these come round for a process index, what its former owners left
- * goes. Killed in here, the next to join begins again, since the incarnation was not counted up; nobody else can be an
- * owner of the process index meanwhile, since we have its lock. */
+/* Permits have 18 bits of their owner's incarnation. Before these repeat for an index, free all permits of its former owners. Killed in
+ * here, the next process to join begins again, since the incarnation was not raised; no other process can own the index
+ * meanwhile, since we have its lock. */
 #define COMES_ROUND(incarnation) (((incarnation) & 0x3ffff) == 0)
 
-/* Take a process index for this process. Called once in each process (the page is wiped by a fork), by its
- * first call on the segment; a second thread that comes meanwhile counts into the key statistics directly
- * instead of waiting. Where no process index is left, so does the whole process. */
+/* Take a process index for this process. Called once in each process (a fork wipes the page), by its first call on the segment. A second
+ * thread that comes meanwhile does not wait: its calls count in the key statistics directly. So do all calls of the process
+ * if no index is free. */
 COLD uint32_t process_join(fshm_segment *s) {
   fork_page_t *page = s->fork_page;
   if (s->read_only) return NO_PROCESS;
@@ -207,7 +206,8 @@ COLD uint32_t process_join(fshm_segment *s) {
   }
   drop_locks(s);
   description_t d = open_description(s);
-  uint32_t start = pid * 2654435761U % PROCESSES; /* spread, so that a probe seldom meets a lock */
+  uint32_t start =
+      pid * 2654435761U % PROCESSES; /* spread, so that the first probe is usually free */
   for (uint32_t i = 0; i < PROCESSES; i++) {
     uint32_t process = (start + i) % PROCESSES;
     if (byte_lock(d.fd, d.command, F_WRLCK, OWNED(process))) {
@@ -217,13 +217,13 @@ COLD uint32_t process_join(fshm_segment *s) {
     }
     process_t *p = &s->processes[process];
     if (COMES_ROUND(load_relaxed(&p->incarnation) + 1)) (void)fshm_reap(s, 0);
-    /* A pid that is seen with the next incarnation must not be the former owner's. */
+    /* A pid that is read together with the next incarnation must not be the former owner's. */
     store_relaxed(&p->pid, 0);
-    /* First of all: from here on, what an earlier owner of the process index held is a dead process's. Only then
-     * the byte that says that the owner lives: stopped in between, we do not keep it held. */
+    /* First raise the incarnation: from here on, permits of earlier owners belong to dead processes. Then lock the byte that says that
+     * the owner lives: if we are stopped in between, we do not keep it locked for an earlier owner. */
     store_relaxed(&page->incarnation, atomic_fetch_add(&p->incarnation, 1) + 1);
     if (byte_lock(d.fd, d.command, F_WRLCK,
-                  ALIVE(process))) { /* a dead owner's is just being dropped */
+                  ALIVE(process))) { /* the kernel is just dropping a dead owner's lock */
       (void)byte_lock(d.fd, d.command, F_UNLCK, OWNED(process));
       continue;
     }
@@ -231,8 +231,8 @@ COLD uint32_t process_join(fshm_segment *s) {
       d = open_description(s);
       continue;
     }
-    /* The process index is ours alone: fold in what a dead owner left. Killed in between, the next owner goes
-     * on; counts of keys may be lost then, and nothing decides by them. */
+    /* The index is ours alone: flush what a dead owner left. Killed in between, the next owner goes on; counts of keys may be lost
+     * then, and no decision reads them. */
     key_stats_flush_process(s, process);
     fshm_counters so_far;
     counters_of_process(s, process, &so_far);
@@ -242,7 +242,7 @@ COLD uint32_t process_join(fshm_segment *s) {
     store_relaxed(&p->outage, 0);
     store_relaxed(&p->attached, segment_now(s));
     store_relaxed(&p->born, own_birth());
-    /* release: whoever sees the pid sees when it was born, and its incarnation (look_at_process) */
+    /* release: a reader that sees the pid sees its birth and its incarnation (look_at_process) */
     atomic_store_explicit(&p->pid, pid, memory_order_release);
     requests_join(s, process, load_relaxed(&page->incarnation));
     /* release: other threads that see the process index see its incarnation (process_identity) */
@@ -254,18 +254,19 @@ COLD uint32_t process_join(fshm_segment *s) {
   return NO_PROCESS;
 }
 
-/* Our locks hang on a descriptor, which somebody may have closed. Take them again: with the same incarnation where
- * nobody had the process index meanwhile. False: it is another's by now, and this process must join anew. */
+/* Our locks depend on a descriptor that the program may have closed. Take them again, with the same incarnation if no other process had
+ * the index meanwhile. False: another process has it, and this one must join anew. */
 static COLD bool keep_index(fshm_segment *s, uint32_t process, uint64_t incarnation) {
   fork_page_t *page = s->fork_page;
   const process_t *p = &s->processes[process];
   bool ours = load_relaxed(&p->incarnation) == incarnation;
-  if (!lock_file_ready(s)) return ours; /* nobody can be asked, and nobody else asks */
+  if (!lock_file_ready(s))
+    return ours; /* no liveness check is possible, here or in another process */
   if (ours && byte_held(load_relaxed(&s->lock_fd), ALIVE(process))) return true;
   threads_lock(&s->keeper);
   if (load_relaxed(&page->joined) != process + 1 ||
       load_relaxed(&page->incarnation) != incarnation) {
-    ours = false; /* another thread has seen to it */
+    ours = false; /* another thread has done it */
   } else if (!byte_held(load_relaxed(&s->lock_fd), ALIVE(process)) ||
              load_relaxed(&p->incarnation) != incarnation) {
     store_relaxed(&page->lost, 1);
@@ -285,8 +286,8 @@ static COLD bool keep_index(fshm_segment *s, uint32_t process, uint64_t incarnat
   return ours;
 }
 
-/* This process as the owner of something: its process index and incarnation. Another thread may just be joining
- * (microseconds, once); a process that found no process index earlier tries again. */
+/* This process as an owner: its index and incarnation. Waits while another thread is joining (microseconds, once). A process that found
+ * no free index earlier tries again. */
 UNGUARDED bool process_identity(fshm_segment *s, uint32_t *process, uint64_t *incarnation) {
   struct timespec pause = {0, 50000};
   for (int tries = 0; tries < 20000; tries++) { /* a second */
@@ -302,7 +303,7 @@ UNGUARDED bool process_identity(fshm_segment *s, uint32_t *process, uint64_t *in
     if (s->read_only) return false; /* it never joins */
     if (joined == NO_PROCESS) {
       if (tries) return false;
-      /* One thread makes way for another try: a second would undo what has been joined since. */
+      /* Only one thread resets `joined`: a second would undo a new join. */
       if (atomic_compare_exchange_strong(&s->fork_page->joined, &joined, 0))
         store_relaxed(&s->fork_page->joining, 0);
       continue;
@@ -313,13 +314,13 @@ UNGUARDED bool process_identity(fshm_segment *s, uint32_t *process, uint64_t *in
 }
 
 bool process_alive(fshm_segment *s, uint32_t process) {
-  /* Ours, unless our locks were dropped, and another process has the process index since: then the kernel knows.
-   * acquire: the incarnation was stored before. */
+  /* Our own index, unless our locks were dropped and another process took it: then the kernel knows. acquire: the incarnation was
+   * stored before. */
   if (!s->read_only &&
       atomic_load_explicit(&s->fork_page->joined, memory_order_acquire) == process + 1 &&
       load_relaxed(&s->processes[process].incarnation) == load_relaxed(&s->fork_page->incarnation))
     return true;
-  /* Cannot tell: nobody is declared dead on a guess. A reader may go by /proc alone: it takes nothing. */
+  /* Unknown: no process is declared dead on a guess. A reader may go by /proc alone, since it frees nothing. */
   if (!lock_file_ready(s)) return !s->read_only || !has_ended(s, process, true);
   return byte_held(load_relaxed(&s->lock_fd), ALIVE(process)) && !has_ended(s, process, false);
 }

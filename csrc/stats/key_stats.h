@@ -1,4 +1,4 @@
-/* key_stats.h - how a call is counted for its key */
+/* key_stats.h - counting a call of a key. */
 #ifndef FSHM_KEY_STATS_H
 #define FSHM_KEY_STATS_H
 
@@ -12,8 +12,8 @@ void key_stats_flush_process(fshm_segment *s, uint32_t process);
 void key_stats_remember(fshm_segment *s, uint64_t slot, uint32_t meta, const void *key,
                         uint64_t length);
 
-/* Count one call for the key in `slot`: in this process's own per-process statistics; out of it only when another
- * key needs the entry, or every 4,096th time, to keep the name in the ring. */
+/* Count one call for the key in `slot`, in this process's own statistics. The slow path: another key has the entry, or, every 4,096th
+ * time, the key's name is checked in the ring buffer. */
 static inline void key_stats_count(fshm_segment *s, uint32_t process, uint64_t slot, uint32_t meta,
                                    const void *key, uint64_t length, bool admitted) {
   if (likely(process < PROCESSES)) {
