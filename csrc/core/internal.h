@@ -58,8 +58,7 @@ static inline bool patient(const patience_t *p) { return p->swaps > 0 && p->clai
 
 /* The kernel wipes this page in a forked child (MADV_WIPEONFORK): so the child sees that it has not joined. */
 typedef struct {
-  _Atomic uint32_t
-      joined; /* 0 = not yet; process index + 1; NO_PROCESS: none was free, calls count in the key statistics directly */
+  _Atomic uint32_t joined; /* 0 = not yet; process index + 1; NO_PROCESS: none was free */
   _Atomic uint32_t joining;
   _Atomic uint32_t token; /* where the kernel cannot wipe: compare with process_token() */
   _Atomic uint64_t incarnation; /* of our process index */
@@ -97,8 +96,7 @@ struct fshm_segment {
   _Atomic uint64_t lock_dev, lock_ino;
   _Atomic uint32_t lock_opener; /* threads_lock() around the opening */
   _Atomic uint32_t keeper; /* threads_lock() around retaking lost locks */
-  _Atomic uint32_t
-      unmapped; /* on this system a mapping does not keep a description open: its descriptor must stay open */
+  _Atomic uint32_t unmapped; /* here a mapping keeps no description: descriptors stay open */
   _Atomic uint64_t looked[PROCESSES]; /* liveness.c: the last answers of /proc */
   _Atomic int lock_errno; /* why the lock file could not be opened the last time; 0 = it could */
   uint64_t dev, ino;
@@ -110,8 +108,7 @@ struct fshm_segment {
 /* A limiter's limits at one instant: copied out of the segment for one call. */
 typedef struct {
   uint64_t current; /* the word that named them */
-  uint32_t
-      count; /* of limits with a state; rules[count] is the limit of permits, if there is one */
+  uint32_t count; /* limits with a state; rules[count]: that of permits, if any */
   uint32_t permits; /* held at most; 0 = no such limit */
   uint64_t salt; /* mixed into the key's hash; each reset changes it */
   uint64_t tail[FSHM_MAX_LIMITS]; /* the low bits of `who` in limit i's slots */
@@ -163,11 +160,9 @@ struct fshm_limiter {
   uint64_t key[2]; /* SipHash key of this limiter */
   const uint64_t *numbers; /* NULL, or `numbered`: the n of each limit, in place of the name's */
   uint64_t numbered[FSHM_MAX_LIMITS];
-  _Atomic uint32_t
-      released; /* 1 + number of the permit that this process released last: probably free; 0 = none */
+  _Atomic uint32_t released; /* 1 + the permit number released last; 0 = none */
   _Atomic uint32_t frontier; /* the permit number where this process looks for a free one next */
-  _Atomic uint64_t
-      beyond; /* segment ns of this process's last look for permits beyond a lowered limit */
+  _Atomic uint64_t beyond; /* segment ns of the last look beyond a lowered limit */
 };
 
 /* hash.c */

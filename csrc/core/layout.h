@@ -100,8 +100,7 @@ typedef struct {
   _Atomic uint64_t id; /* keyed hash of the names; 0 = free; one compare-and-swap */
   _Atomic uint32_t name_length; /* bytes of both and the zero between; 0 = not written yet */
   _Atomic uint32_t component_length;
-  _Atomic unsigned char
-      name[METRIC_NAME]; /* any process that knows the name writes it: always the same bytes */
+  _Atomic unsigned char name[METRIC_NAME]; /* written by any process: always the same bytes */
 } metric_t;
 
 /* The sums of one metric in one shard. Any process adds to them, relaxed. A crash may leave a record out, or half in (counted,
@@ -139,8 +138,7 @@ typedef struct {
   /* 0 = never used. The owner sets it to 0 before it raises `incarnation`, and writes it (release) after `born`: a reader that
    * finds it set (acquire) and `incarnation` unchanged has the pid of that incarnation. */
   _Alignas(LINE) _Atomic uint32_t pid;
-  _Atomic uint32_t
-      outage; /* fshm_process_note(). The owner writes it, relaxed; shown while the owner lives */
+  _Atomic uint32_t outage; /* fshm_process_note(). The owner writes it, relaxed */
   _Atomic uint64_t attached; /* segment time, ns */
   /* The sums of the index's counters when its owner joined; the rest of the sums are the owner's calls. The owner writes them,
    * relaxed. Killed in between, a dead process shows too many calls. */
@@ -176,8 +174,7 @@ typedef struct {
    * set: count (4 bits) | index of each rule (4 bits each), in the caller's order. */
   _Alignas(16) _Atomic uint64_t current;
   _Atomic uint64_t set;
-  _Atomic uint32_t
-      name_length; /* bytes; any process that knows the name writes it: always the same value */
+  _Atomic uint32_t name_length; /* bytes; written by any process: always the same value */
   uint32_t unused;
   _Atomic unsigned char name[104];
   _Atomic uint64_t owners[RULES];
@@ -217,8 +214,7 @@ typedef struct {
   _Atomic uint64_t damage;
   unsigned char unused[LINE - 16];
   _Alignas(LINE) _Atomic uint64_t ticket; /* next pending ticket; fetch-add, relaxed */
-  _Alignas(LINE) _Atomic uint64_t
-      names_head; /* words ever reserved in the ring buffer of names; fetch-add */
+  _Alignas(LINE) _Atomic uint64_t names_head; /* words ever reserved in the names; fetch-add */
   /* The inode of the lock file; 0 = none yet. The first process that has the file open sets it by one compare-and-swap; constant
    * afterwards. Relaxed: it is only compared. After a crash: 0, or the inode. */
   _Alignas(LINE) _Atomic uint64_t lock_file;

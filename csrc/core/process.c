@@ -35,8 +35,7 @@ typedef struct {
 #define GRIPS 64
 static grip_t grips[GRIPS], no_grip;
 
-static _Atomic uint32_t
-    forks; /* the number of forks from the first process with this memory to this one */
+static _Atomic uint32_t forks; /* since the first process with this memory */
 
 /* In a forked child: close what holds its parent's locks. */
 static void in_child(void) {

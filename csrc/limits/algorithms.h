@@ -54,8 +54,7 @@ typedef union {
   struct {
     uint32_t kind;
     uint16_t strict;
-    uint16_t
-        place; /* which of a key's slots it counts in (limit_changes.c); PLACE_NONE: a permit limit */
+    uint16_t place; /* the slot of a key in which it counts; PLACE_NONE: of permits */
     uint64_t n, per;
     uint64_t burst;
     uint64_t num, den; /* bucket: emission interval num/den ns */
