@@ -1,0 +1,1 @@
+"""Each algorithm, through the public C API with explicit times, against a model of its definition."""
