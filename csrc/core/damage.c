@@ -80,8 +80,7 @@ static COLD void look_at_slots(fshm_segment *s) {
 
 COLD int fshm_check(fshm_segment *s, uint64_t *index) {
   int kind = fshm_damage(s, index);
-  if (kind == FSHM_DAMAGE_SIZE)
-    return kind; /* a read beyond the end of the file would kill us (SIGBUS) */
+  if (kind == FSHM_DAMAGE_SIZE) return kind; /* a read beyond the end means SIGBUS */
   for (uint32_t i = 0; i < s->limiter_count; i++) {
     if (limits_name_wrong(s, i)) damage_note(s, FSHM_DAMAGE_NAME, i);
     if (limits_wrong(s, i, false) || (load_relaxed(&s->limiters[i].most) & 0x1ffff) > MAX_PERMITS)

@@ -1,1 +1,1 @@
-"""Each algorithm, through the public C API with explicit times, against a model of its definition."""
+"""Each algorithm, through the C API with explicit times, against a model of its definition."""

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from fast_litellm_shm import Segment
 from algorithms.driver import BUCKET, LATEST, NEVER, SLIDING, WINDOW, OneKey, Rule
 from algorithms.models import EXACT, Sliding, Window, model_of
+from fast_litellm_shm import Segment
 
 exact = settings(
     max_examples=150,

@@ -208,7 +208,12 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "a taker that gives up does not say how many are held",
         "permits/semaphore.c",
-        (("  *held = 1; /* our own permit, which is given back;", "  /* ours, that is given back;"),),
+        (
+            (
+                "  *held = 1; /* our own permit, which is given back;",
+                "  /* ours, that is given back;",
+            ),
+        ),
         "test_turns",
     ),
 )

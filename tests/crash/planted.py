@@ -365,7 +365,9 @@ FAULTS = [
             (
                 "  return " + LEARN,
                 "  while (atomic_exchange(&l->segment->header->wakeups[255], 1)) continue;\n"
-                "  int status = " + LEARN + "  atomic_store(&l->segment->header->wakeups[255], 0);\n"
+                "  int status = "
+                + LEARN
+                + "  atomic_store(&l->segment->header->wakeups[255], 0);\n"
                 "  return status;\n",
             ),
         ),
@@ -485,7 +487,12 @@ FAULTS = [
     Fault(
         "a sweep by the limits that it began with",
         "limits/limit_changes.c",
-        (("    if (entry_current(w->s, w->index) != w->snapshot.current) {\n", "    if (false) {\n"),),
+        (
+            (
+                "    if (entry_current(w->s, w->index) != w->snapshot.current) {\n",
+                "    if (false) {\n",
+            ),
+        ),
         "change-sweeps",
         "slot is free",
     ),
