@@ -11,11 +11,6 @@
 
 #define DAMAGE_INDEX ((UINT64_C(1) << 56) - 1)
 
-/* Without a secret key: it detects accidents, not forgery. */
-COLD uint64_t header_check(const header_t *h) {
-  return fshm_siphash(FSHM_MAGIC, FSHM_LAYOUT_VERSION, h, offsetof(header_t, check));
-}
-
 /* Only the first damage is kept. */
 COLD void damage_note(fshm_segment *s, unsigned kind, uint64_t index) {
   uint64_t word = (uint64_t)kind << 56 | (index & DAMAGE_INDEX), none = 0;
