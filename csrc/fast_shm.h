@@ -130,9 +130,7 @@ typedef struct {
 typedef struct {
   int32_t code; /* enum fshm_status */
   int32_t sys_errno;
-  uint64_t
-      found; /* the segment's capacity, version, uid or time namespace, or the bytes free in the
-                   * file system */
+  uint64_t found; /* capacity, version, uid, time namespace, or bytes free, as they are */
   uint64_t wanted; /* the value that the caller asked for or needs */
   char path[256];
 } fshm_error;
@@ -274,8 +272,7 @@ int fshm_moving_clear(fshm_limiter *limiter, const void *key, uint64_t key_lengt
 /* A batch, for fshm_token_lease_put(): one for each limit. */
 typedef struct {
   uint64_t tokens;
-  uint64_t
-      kept; /* if at most so many tokens are left, they too end at until_ns; else all end as those do */
+  uint64_t kept; /* of more tokens left, all end as those do; else all end at until_ns */
   uint64_t until_ns; /* segment time */
 } fshm_token_lease;
 /* Charge the token lease. If it has too few tokens: FSHM_DENIED if `refused` (a limiter of FSHM_LEASE limits too, or NULL)

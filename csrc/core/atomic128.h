@@ -1,14 +1,14 @@
-/* atomic128.h - the one 16-byte atomic that the table of slots stands on: load and compare-and-swap.
+/* atomic128.h - the 16-byte atomic of the hash table: load and compare-and-swap.
  *
  * x86-64: lock cmpxchg16b, a full barrier. A plain 16-byte SSE load of an aligned address is atomic
  *   on every processor that has AVX (Intel SDM vol. 3A 9.1.1, AMD64 APM vol. 2 7.3.2); without AVX
  *   the load is a compare-and-swap of zero with zero.
- * aarch64: ldaxp/stlxp. A pair load alone is not single-copy atomic before ARMv8.4, so the load
- *   writes back what it read and thereby proves it.
+ * aarch64: ldaxp/stlxp. Before ARMv8.4 a pair load alone is not single-copy atomic, so the load
+ *   writes back what it read, and so proves it.
  * elsewhere: not supported (the compiler's 16-byte builtins may take a lock in libatomic).
- * under the thread sanitizer: those builtins, whatever the processor. It instruments what the compiler
- *   knows to be atomic; inline assembly it does not see: neither a race with it, nor what it orders. Its
- *   runtime may emulate 16 bytes under a lock of its own: for the threads of one process only.
+ * under the thread sanitizer: those builtins, on any processor. The sanitizer does not see inline assembly:
+ *   neither races with it, nor what it orders. Its runtime may emulate 16 bytes under a lock of its own: good
+ *   for the threads of one process only.
  */
 #ifndef FSHM_ATOMIC128_H
 #define FSHM_ATOMIC128_H
@@ -108,8 +108,7 @@ static inline pair_t pair_load(const void *slot) {
 #error "fast_litellm_shm needs a 16-byte compare-and-swap: x86-64 or aarch64"
 #endif
 
-/* For looking only: two plain loads, on mappings that cannot be written. May be torn under constant
- * change; nothing is decided by it. */
+/* For inspection only: two plain loads, on read-only mappings. May be torn under constant change; no decision reads it. */
 static inline pair_t pair_peek(const void *slot) {
   const volatile pair_t *p = slot;
   pair_t out = {p->who, p->when};

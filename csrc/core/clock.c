@@ -1,33 +1,32 @@
-/* clock.c - the time, in ns since boot, cheaper than the kernel's own call.
+/* clock.c - the time in ns since boot, cheaper than the kernel's own call.
  *
- * Asking the kernel (vDSO) costs 24 ns, reading the processor's time stamp counter 10. So a process
- * asks the kernel at most once in WINDOW_NS and adds what the counter says since, where the kernel
- * itself trusts the counter as its clock source (x86-64, current_clocksource = tsc).
+ * Asking the kernel (vDSO) takes 24 ns, reading the processor's time stamp counter 10 ns. So a process asks the kernel at most once
+ * in WINDOW_NS, and adds the counter's advance since. It does so only where the kernel itself uses the counter as its clock
+ * source (x86-64, current_clocksource = tsc).
  *
- * How far off. "Earlier" is as if the call had been preempted so long between reading the clock and charging,
- * which every bound allows for; "later" is a bound's own error (DESIGN.md, "The instant of a decision").
- * - While the kernel's rate changes by less than 0.1 % (NTP's frequency: 0.05 % at most): never later than the
- *   kernel's clock, and at most 0.3 us earlier. Not later: `time` was read before `ticks`, and ticks are
- *   converted at a rate 0.1 % slower than measured; the error of the measurement is below 0.02 %. Not much
- *   earlier: a reading is only kept if the counter advanced by less than 0.2 us around it.
- * - Somebody slews the clock by percents (chrony: up to 8.3 %; the kernel allows 11 %): the rate is that of up
- *   to seconds ago, so the error is the change of the rate in WINDOW_NS: at most 4 us later, 5.3 us earlier.
- *   The rate can change at any instant, so only a short window bounds that.
- * - The counter jumps, stops or is set (suspend, migration to another host): a difference outside the window
- *   asks the kernel, so the time is never later than the kernel's clock by more than WINDOW_NS. A rate is
- *   believed once two measurements agree as well as any slew lets them: one across a jump does not, or it is
- *   off by so little that the time is at most 12 us earlier, for a second.
- * - The kernel gives the counter up: its answer then takes a system call, longer than 0.2 us; no reading is
- *   kept, and each call asks.
- * So two processes' clocks differ by less than CLOCKS_DIFFER (hash_table.c), and time goes backwards for a caller
- * by no more than that. tests/c/test_clock.c runs all this against a simulated kernel and counter.
+ * The error. "Earlier" is as if the call had been preempted for so long between reading the clock and charging, which every bound
+ * allows for. "Later" adds to the error of a bound (DESIGN.md, "The instant of a decision").
+ * - The kernel's rate changes by less than 0.1 % (NTP changes it by 0.05 % at most): never later than the kernel's clock, and at
+ *   most 0.3 us earlier. Not later: `time` is read before `ticks`, and ticks are converted at a rate 0.1 % slower than
+ *   measured; the error of the measurement is below 0.02 %. Not much earlier: a reading is only kept if the counter advanced
+ *   by less than 0.2 us around it.
+ * - The clock is slewed by percents (chrony: up to 8.3 %; the kernel allows 11 %): our rate is up to seconds old, so the error is
+ *   the change of the rate in WINDOW_NS: at most 4 us later, 5.3 us earlier. The rate can change at any instant, so only a short
+ *   window bounds the error.
+ * - The counter jumps, stops or is set (suspend, migration to another host): if it is outside the window, we ask the kernel, so the
+ *   time is never later than the kernel's clock by more than WINDOW_NS. A rate is used only once two measurements agree within
+ *   what any slew allows. A measurement across a jump does not agree, or it is off by so little that the time is at most 12 us
+ *   earlier, for a second.
+ * - The kernel gives up the counter: its answer then takes a system call, longer than 0.2 us. No reading is kept, and each call asks.
+ * So the clocks of two processes differ by less than CLOCKS_DIFFER (hash_table.c), and a caller's time goes backwards by no more
+ * than that. tests/c/test_clock.c runs all this against a simulated kernel and counter.
  */
 #include <stdio.h>
 #include <time.h>
 
 #include "internal.h"
 
-/* Time goes on while the machine sleeps, so a minute's limit is a minute for people. */
+/* This clock includes sleep, so a limit's minute is a minute of real time. */
 #if defined(CLOCK_BOOTTIME)
 #define THE_CLOCK CLOCK_BOOTTIME
 #else
@@ -65,7 +64,7 @@ __attribute__((constructor)) static void clock_detect(void) {
 
 static void store_reading(pair_t *to, pair_t value) {
   pair_t seen = pair_load(to);
-  (void)pair_cas(to, &seen, value); /* another thread's reading is as good */
+  (void)pair_cas(to, &seen, value); /* lost: another thread's reading is as good */
 }
 
 static void measure_rate(pair_t reading) {
@@ -88,7 +87,7 @@ static void measure_rate(pair_t reading) {
   store_relaxed(&rate, fits ? window << 32 | slower : 0);
 }
 
-/* Ask the kernel, and keep the answer if nothing came between. */
+/* Ask the kernel, and keep the answer if it came quickly. */
 static UNGUARDED __attribute__((noinline)) uint64_t read_clock(void) {
   uint64_t before = __rdtsc(), time = kernel_clock(), after = __rdtsc();
   uint64_t window = load_relaxed(&rate) >> 32;
@@ -103,7 +102,7 @@ UNGUARDED uint64_t fshm_clock(void) {
   if (unlikely(!counter_trusted)) return kernel_clock();
   uint64_t r = load_relaxed(&rate);
   pair_t last = pair_load(&last_reading);
-  uint64_t ticks = __rdtsc() - last.who; /* wraps to a large number where the counter went back */
+  uint64_t ticks = __rdtsc() - last.who; /* wraps to a large number if the counter went back */
   if (unlikely(ticks >= r >> 32)) return read_clock();
   return last.when + ((ticks * (r & UINT32_MAX)) >> 32);
 }

@@ -1,20 +1,17 @@
-/* damage.c - telling that a segment was written over, where that is certain, and remembering it.
+/* damage.c - detects and remembers that a segment was written over, where that is certain.
  *
- * Told for people: no decision reads it. Certain means: no use of this library leads there, with any
- * number of processes, killed at any instruction; argued in DESIGN.md, "Hostile contents".
+ * For people; no decision reads it. Certain means: no use of this library leads to such contents, with any number of processes,
+ * killed at any instruction. Argued in DESIGN.md, "Hostile contents".
  */
 #include <sys/stat.h>
 
+#include "../limits/limits.h"
+#include "../limits/shared_counters.h"
 #include "internal.h"
 
 #define DAMAGE_INDEX ((UINT64_C(1) << 56) - 1)
 
-/* Keyed by nothing secret: it tells accidents, not forgers. */
-COLD uint64_t header_check(const header_t *h) {
-  return fshm_siphash(FSHM_MAGIC, FSHM_LAYOUT_VERSION, h, offsetof(header_t, check));
-}
-
-/* The first that was found stays. */
+/* Only the first damage is kept. */
 COLD void damage_note(fshm_segment *s, unsigned kind, uint64_t index) {
   uint64_t word = (uint64_t)kind << 56 | (index & DAMAGE_INDEX), none = 0;
   (void)atomic_compare_exchange_strong_explicit(&s->damage, &none, word, memory_order_relaxed,
@@ -25,14 +22,13 @@ COLD void damage_note(fshm_segment *s, unsigned kind, uint64_t index) {
                                                 memory_order_relaxed, memory_order_relaxed);
 }
 
-/* Called where the limits of a limiter that has some could not be used. They may have been replaced by
- * good ones since: then nothing is noted. */
+/* Called when the limits of a limiter could not be used. If they were replaced by good ones since, nothing is noted. */
 COLD int damage_limits(fshm_segment *s, uint32_t index) {
   if (limits_wrong(s, index, true)) damage_note(s, FSHM_DAMAGE_LIMITS, index);
   return FSHM_E_DAMAGED;
 }
 
-/* The words that never change. */
+/* The constant words of the header. */
 static COLD void look_at_header(fshm_segment *s) {
   for (uint64_t at = 0; at < sizeof s->verified; at += 8) {
     uint64_t is = *(const volatile uint64_t *)(const void *)(s->map + at), was;
@@ -43,7 +39,7 @@ static COLD void look_at_header(fshm_segment *s) {
 
 COLD int fshm_damage(fshm_segment *s, uint64_t *index) {
   struct stat st;
-  /* No descriptor is kept: the size of a segment that lost its name is not known. */
+  /* No descriptor is kept, so the size of a segment without its name is not known. */
   bool known = !lstat(s->path, &st) && (uint64_t)st.st_dev == s->dev && st.st_ino == s->ino;
   if (known && (uint64_t)st.st_size != s->size) {
     damage_note(s, FSHM_DAMAGE_SIZE, (uint64_t)st.st_size);
@@ -55,7 +51,9 @@ COLD int fshm_damage(fshm_segment *s, uint64_t *index) {
   if (word &&
       (word >> 56 < FSHM_DAMAGE_SIZE || word >> 56 > FSHM_DAMAGE_SLOT)) /* written over itself */
     word = (uint64_t)FSHM_DAMAGE_HEADER << 56 | offsetof(header_t, damage);
-  if (word) damage_note(s, (unsigned)(word >> 56), word); /* ours to keep, if it is lost there */
+  if (word)
+    damage_note(s, (unsigned)(word >> 56),
+                word); /* kept in this process, if the segment loses it */
   if (!word) word = load_relaxed(&s->damage);
   *index = word & DAMAGE_INDEX;
   return (int)(word >> 56);
@@ -63,7 +61,8 @@ COLD int fshm_damage(fshm_segment *s, uint64_t *index) {
 
 static COLD void look_at_slots(fshm_segment *s) {
 #if defined(__x86_64__)
-  if (s->read_only && !fshm_wide_loads) return; /* two halves of a slot may not be of one instant */
+  if (s->read_only && !fshm_wide_loads)
+    return; /* the two halves of a slot may be of different instants */
 #else
   if (s->read_only) return;
 #endif
@@ -76,7 +75,7 @@ static COLD void look_at_slots(fshm_segment *s) {
 
 COLD int fshm_check(fshm_segment *s, uint64_t *index) {
   int kind = fshm_damage(s, index);
-  if (kind == FSHM_DAMAGE_SIZE) return kind; /* a look beyond the end would be the last */
+  if (kind == FSHM_DAMAGE_SIZE) return kind; /* a read beyond the end means SIGBUS */
   for (uint32_t i = 0; i < s->limiter_count; i++) {
     if (limits_name_wrong(s, i)) damage_note(s, FSHM_DAMAGE_NAME, i);
     if (limits_wrong(s, i, false) || (load_relaxed(&s->limiters[i].most) & 0x1ffff) > MAX_PERMITS)

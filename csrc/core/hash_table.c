@@ -1,36 +1,17 @@
-/* hash_table.c - the keyed table of slots: find, claim, reuse. Lock-free; argued in DESIGN.md.
+/* hash_table.c - the hash table of slots: find, claim, reuse. Lock-free; argued in DESIGN.md.
  *
- * The table is made of probe windows of PROBE_LINES cache lines. A key's candidates are the slots of two of them, those of
- * the two lines that its hash names (all lines, in a table of up to two probe windows). A key is looked for in all of them,
- * from its home line on; there is no early stop at an empty slot, since slots empty themselves by time.
+ * A probe window is a run of PROBE_LINES cache lines. The hash of a key names two lines, and the key may be in the slots of the
+ * probe windows of both (in a table of up to two windows: in any slot). A look-up reads both windows whole, from the home line
+ * on. It does not stop at an empty slot, since slots become empty by time.
  *
- * A limiter takes slots of a probe window up to its share of it only ("Shares" in DESIGN.md).
+ * A limiter takes only its share of the slots of a probe window ("Shares" in DESIGN.md).
  */
-#include "internal.h"
+#include "hash_table.h"
 
-#define ROUNDS 64 /* of one claim: each lost round means that another process made progress */
-static_assert(2 * PROBE_LINES * SLOTS_PER_LINE - 1 <= ROUNDS, "a swap for each other candidate");
+#define ROUNDS 64 /* of one claim; in each lost round another process made progress */
+static_assert(2 * PROBE_LINES * SLOTS_PER_LINE - 1 <= ROUNDS, "a swap for each other slot");
 
-static inline uint64_t scale(uint32_t part, uint64_t lines) {
-  return ((uint64_t)part * lines) >> 32;
-}
-
-/* A key's probe windows: how many, of how many lines, and in which line the key begins to look. */
-static inline unsigned probe_windows(const fshm_segment *s) {
-  return s->lines <= 2 * PROBE_LINES ? 1 : 2;
-}
-static inline uint64_t probe_lines(const fshm_segment *s) {
-  return s->lines <= 2 * PROBE_LINES ? s->lines : PROBE_LINES;
-}
-static inline uint64_t probe_start(const fshm_segment *s, uint64_t hash, unsigned window) {
-  return scale((uint32_t)(window ? hash : hash >> 32), s->lines);
-}
-static inline uint64_t line_after(const fshm_segment *s,
-                                  uint64_t line) { /* of the same probe window */
-  return line ^ (((line + 1) ^ line) & s->probe_mask);
-}
-
-/* The i-th candidate slot of a hash, i < table_probe_count(s): for those who walk them from outside. */
+/* The i-th slot of a hash's probe windows, i < table_probe_count(s): for callers that visit all of them. */
 uint64_t table_probe_count(const fshm_segment *s) {
   return probe_windows(s) * probe_lines(s) * SLOTS_PER_LINE;
 }
@@ -41,35 +22,16 @@ uint64_t table_probe(const fshm_segment *s, uint64_t hash, uint64_t i) {
   return line * SLOTS_PER_LINE + i % SLOTS_PER_LINE;
 }
 
-/* May a slot of this line be the key's? Each is looked at once, in any order; and all in one branch, since
- * a look through all candidates is mostly a look at other keys'. */
-static inline unsigned is_at(const fshm_segment *s, uint64_t slot, uint64_t who) {
-  return same_key(load_relaxed(&s->slots[slot].who), who);
-}
-static inline bool line_has(const fshm_segment *s, uint64_t first, uint64_t who) {
-  static_assert(SLOTS_PER_LINE == 4, "four are looked at");
-  return is_at(s, first, who) | is_at(s, first + 1, who) | is_at(s, first + 2, who) |
-         is_at(s, first + 3, who);
-}
-
-/* Pairs: acquire, with the swap that wrote the slot. `who` alone is a hint: the pair decides. */
-static inline HOT bool confirmed_at(const fshm_segment *s, uint64_t slot, uint64_t who,
-                                    pair_t *pair) {
-  if (load_relaxed(&s->slots[slot].who) != who) return false;
-  *pair = likely(!s->read_only) ? pair_load(&s->slots[slot]) : pair_peek(&s->slots[slot]);
-  return pair->who == who && !IS_PENDING(pair->when);
-}
-
-/* The same, whatever rule the state was written under. */
+/* The same, under whichever rule the state was written. */
 static inline bool confirmed_for(const fshm_segment *s, uint64_t slot, uint64_t who, pair_t *pair) {
   if (!is_at(s, slot, who)) return false;
   *pair = likely(!s->read_only) ? pair_load(&s->slots[slot]) : pair_peek(&s->slots[slot]);
   return same_key(pair->who, who) && !IS_PENDING(pair->when);
 }
 
-/* Beyond the home line: another line of the home probe window, or the second one; or nowhere. */
-static __attribute__((noinline)) void find_further(const fshm_segment *s, uint64_t hash,
-                                                   uint64_t who, found_t *f) {
+/* The key is not in its home line: look in the rest of both windows. */
+__attribute__((noinline)) void table_find_further(const fshm_segment *s, uint64_t hash,
+                                                  uint64_t who, found_t *f) {
   if (probe_windows(s) == 2)
     __builtin_prefetch(&s->slots[probe_start(s, hash, 1) * SLOTS_PER_LINE], 1);
   for (unsigned window = 0; window < probe_windows(s); window++) {
@@ -88,24 +50,13 @@ static __attribute__((noinline)) void find_further(const fshm_segment *s, uint64
   f->pair.who = 0;
 }
 
-static inline HOT void table_find_inline(const fshm_segment *s, uint64_t hash, uint64_t who,
-                                         found_t *f) {
-  uint64_t first = probe_start(s, hash, 0) * SLOTS_PER_LINE;
-  for (unsigned k = 0; k < SLOTS_PER_LINE; k++) {
-    if (likely(confirmed_at(s, first + k, who, &f->pair))) {
-      f->slot = first + k;
-      return;
-    }
-  }
-  find_further(s, hash, who, f);
-}
 void table_find(const fshm_segment *s, uint64_t hash, uint64_t who, found_t *f) {
   table_find_inline(s, hash, who, f);
 }
 
-/* A slot of the key whose other slot this one is, for who does not know its hash: near that slot. f->pair.who = 0: there
- * is none, or it is in the other probe window. */
-static COLD void table_near(const fshm_segment *s, uint64_t slot, uint64_t who, found_t *f) {
+/* Find another slot of a key, near its slot `slot`, for a caller that does not know the hash. f->pair.who = 0: there is none, or
+ * it is in the other probe window. */
+COLD void table_near(const fshm_segment *s, uint64_t slot, uint64_t who, found_t *f) {
   uint64_t line = slot / SLOTS_PER_LINE;
   for (uint64_t n = probe_lines(s); n--; line = line_after(s, line)) {
     for (unsigned k = 0; k < SLOTS_PER_LINE; k++) {
@@ -116,37 +67,29 @@ static COLD void table_near(const fshm_segment *s, uint64_t slot, uint64_t who, 
   f->pair.who = 0;
 }
 
-/* The line where the key most likely is. */
-static inline void table_prefetch(const fshm_segment *s, uint64_t hash) {
-  __builtin_prefetch(&s->slots[probe_start(s, hash, 0) * SLOTS_PER_LINE], 1);
-}
-/* The call will count its key there: that line on its way while the slots are looked at. */
-static inline void table_prefetch_stats(const fshm_segment *s, uint64_t hash) {
-  __builtin_prefetch(&s->key_stats[probe_start(s, hash, 0) * SLOTS_PER_LINE], 1);
-}
-
 typedef struct {
   bool confirmed, pending;
-  found_t match;    /* the lowest pending match */
+  found_t match;    /* our key's pending slot with the lowest index */
   found_t free;     /* the slot to take */
   bool has_free, has_stale;
   found_t stale;    /* another key's pending slot: the last resort */
 } survey_t;
 
-/* May the limiter of this key take another slot of a probe window, where so many are left? Each that is left doubles what it
- * may have there: the last one is for who has none, the one before for who has two at most, then six, then 14. So a
- * flood on one limiter leaves four slots of 32 to others. A look that decides by what is there: DESIGN.md, "Shares". */
+/* May the limiter of this key take another slot of a probe window in which `room` are left? The fewer are left, the fewer the
+ * limiter may have: the last one is for a limiter with none, the one before for one with at most two, then six, then 14. So
+ * a flood on one limiter leaves four of 32 slots to others. The check uses what it reads: DESIGN.md, "Shares". */
 #define SCARCE 4
 static_assert(SLOTS_PER_LINE * PROBE_LINES - SCARCE < 2U << SCARCE, "with more left, all may");
 static COLD bool in_share(const fshm_segment *s, uint64_t line, uint64_t who, unsigned room,
                           uint64_t over) {
-  /* The bits of `who` that name a limiter: of slots that end in 0, the lowest seven of its number. */
+  /* The bits of `who` that name the limiter; of a `who` that ends in 0, the lowest seven of its number. */
   const uint64_t owner =
       who & 1 ? WHO_OF(MAX_LIMITERS - 1, 0, 0, 0) : WHO_TAG_OF(MAX_LIMITERS - 1) | 1;
   unsigned its = 0;
   for (uint64_t n = probe_lines(s); n--; line = line_after(s, line)) {
     const slot_t *slot = &s->slots[line * SLOTS_PER_LINE];
-    for (unsigned k = 0; k < SLOTS_PER_LINE; k++) { /* halves of two pairs: counted wrong by one */
+    for (unsigned k = 0; k < SLOTS_PER_LINE;
+         k++) { /* the halves may be of two pairs: the count may be wrong by one */
       uint64_t when = load_relaxed(&slot[k].when);
       bool live = !IS_PENDING(when) && state_expires(when) > over;
       its += live && ((load_relaxed(&slot[k].who) ^ who) & owner) == 0;
@@ -155,9 +98,9 @@ static COLD bool in_share(const fshm_segment *s, uint64_t line, uint64_t who, un
   return its + 1 < 1U << room;
 }
 
-/* Look at all candidates once. Prefers the home probe window until it is three quarters full, then the
- * emptier one: below half load 98 % of keys lie in their home line, and a table filled to its
- * capacity refuses fewer than one key in 100,000 (simulated; tests/c/test_hash_table.c fills one). */
+/* Read all slots of both windows once. Prefers the home window until it is three quarters full, then the emptier one. Below
+ * half load 98 % of keys are in their home line, and a table filled to its capacity refuses fewer than one key in 100,000
+ * (simulated; tests/c/test_hash_table.c fills one). */
 static survey_t survey(const fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now) {
   survey_t v;
   memset(&v, 0, sizeof v);
@@ -171,7 +114,7 @@ static survey_t survey(const fshm_segment *s, uint64_t hash, uint64_t who, uint6
     for (uint64_t n = probe_lines(s); n--; line = line_after(s, line)) {
       uint64_t slot = line * SLOTS_PER_LINE;
       for (unsigned k = 0; k < SLOTS_PER_LINE; k++) {
-        if (room && !load_relaxed(&s->slots[slot + k].who)) { /* one more that is empty */
+        if (room && !load_relaxed(&s->slots[slot + k].who)) { /* another empty slot */
           room++;
           continue;
         }
@@ -195,7 +138,7 @@ static survey_t survey(const fshm_segment *s, uint64_t hash, uint64_t who, uint6
         }
       }
     }
-    /* A slot that somebody is taking is not taken yet. In a table of one probe window there is nothing to share. */
+    /* A pending slot counts as free here. A table of one window has no shares. */
     if (unlikely(room + stale <= SCARCE) && probe_windows(s) == 2 &&
         !in_share(s, line, who, room + stale, over))
       continue;
@@ -211,17 +154,16 @@ static survey_t survey(const fshm_segment *s, uint64_t hash, uint64_t who, uint6
   return v;
 }
 
-/* Steps 2 and 3 of the protocol, for the pending pair `mine`, which is ours or one that we help:
- * look again at all candidates, then confirm. Returns CLAIMED, CLAIM_LOST, or CLAIM_NOT: not with what the caller
- * knows. */
+/* Steps 2 and 3 of the protocol, for the pending pair `mine`, which is ours or one that we help: look again at all slots of
+ * both windows, then confirm. Returns CLAIMED, CLAIM_LOST, or CLAIM_NOT: not on what the caller knows. */
 enum { CLAIM_NOT = -2 };
 static int confirm(fshm_segment *s, uint64_t hash, uint64_t who, found_t mine, first_state_t *first,
                    void *context, uint64_t *where) {
   pair_t empty = {0, 0}, pair, expect;
   int budget = ROUNDS;
 again:
-  /* Pairs with the same fence in every other claimer: of two published pendings of one key, the
-   * later publisher's look comes after both publications. (x86's swap is a full barrier already.) */
+  /* Pairs with the same fence in every other claimer: if two pending pairs of one key are published, the later publisher looks
+   * after both publications. (x86's swap is a full barrier already.) */
   atomic_thread_fence(memory_order_seq_cst);
   for (unsigned window = 0; window < probe_windows(s); window++) {
     uint64_t line = probe_start(s, hash, window);
@@ -235,24 +177,24 @@ again:
           if (!same_key(pair.who, who)) break;
           if (budget-- <= 0) return CLAIM_LOST;
           expect = mine.pair;
-          if (!IS_PENDING(pair.when)) { /* confirmed elsewhere: that one counts */
+          if (!IS_PENDING(pair.when)) { /* confirmed in another slot: that one counts */
             (void)pair_cas(&s->slots[mine.slot], &expect, empty);
             return CLAIM_LOST;
           }
-          if (slot + k < mine.slot) { /* the lower place wins: help it */
+          if (slot + k < mine.slot) { /* the lower index wins: help that claim */
             (void)pair_cas(&s->slots[mine.slot], &expect, empty);
             mine = (found_t){slot + k, pair};
             goto again;
           }
-          expect = pair; /* a higher place: out; if it changed meanwhile, look at it again */
+          expect = pair; /* a higher index: evict it; if it changed meanwhile, read it again */
           if (pair_cas(&s->slots[slot + k], &expect, empty)) break;
         }
       }
     }
   }
-  /* The first state is as of an instant after the look: had we been stopped before it, the key might
-   * have been charged, have expired and lost its slot meanwhile, and a state of before would forget
-   * that. From the look on, nobody else can confirm a slot of this key without changing ours. */
+  /* The first state is computed after the look. If we were stopped in between, the key might have been charged, have expired and
+   * lost its slot, and a state computed earlier would forget that. After the look no other process can confirm a slot of
+   * this key without changing ours. */
   expect = mine.pair;
   pair_t confirmed = {who, first(context)};
   if (unlikely(confirmed.when == NO_STATE)) {
@@ -274,7 +216,7 @@ int table_claim(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now, firs
       if (!v.has_free && !v.has_stale) return CLAIM_FULL;
       v.match = v.has_free ? v.free : v.stale;
       pair_t mine = {who, PENDING(add_relaxed(&s->header->ticket, 1))};
-      /* step 1: publish. Fails where the slot changed since: look for another. */
+      /* step 1: publish. Fails if the slot has changed: look for another one. */
       if (!pair_cas(&s->slots[v.match.slot], &v.match.pair, mine)) continue;
       v.match.pair = mine;
     }
@@ -285,7 +227,7 @@ int table_claim(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now, firs
   return CLAIM_LOST;
 }
 
-/* Has the key a slot, confirmed or pending? */
+/* Does the key have a slot, confirmed or pending? */
 bool table_has(const fshm_segment *s, uint64_t hash, uint64_t who) {
   for (unsigned window = 0; window < probe_windows(s); window++) {
     uint64_t line = probe_start(s, hash, window);
@@ -295,13 +237,13 @@ bool table_has(const fshm_segment *s, uint64_t hash, uint64_t who) {
   return false;
 }
 
-/* Is there, after all, a slot that the key could have, or has? For a caller whose claim found none. */
+/* Is there now a slot for the key, or one that it has? For a caller whose claim found none. */
 bool table_room(const fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now) {
   survey_t v = survey(s, hash, who, now);
   return v.confirmed || v.pending || v.has_free || v.has_stale;
 }
 
-/* Forget the key in this slot, if it is still its, under whatever rule. One swap. */
+/* Empty the slot if it still belongs to the key, under whichever rule. One swap. */
 void table_clear(fshm_segment *s, uint64_t slot, uint64_t who) {
   pair_t empty = {0, 0};
   for (int i = 0; i < MAX_TRIES; i++) {

@@ -1,8 +1,7 @@
 /* image.c - the segment as a file: name, layout, creation, verification, removal.
  *
- * A segment is created whole or not at all: built as an unnamed file, filled, then linked to its name
- * (the loser of a race attaches to the winner's). Verification works on a private copy of the header,
- * and recomputes the layout rather than believing it.
+ * A segment is created whole or not at all: built as an unnamed file, filled, then linked to its name. The loser of a race attaches
+ * to the winner's. Verification works on a private copy of the header, and recomputes the layout instead of trusting it.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -78,7 +77,7 @@ void image_lock_path(const char *path, uint64_t instance, char *out, size_t size
   (void)snprintf(out, size, "%s.%016llx.lock", path, (unsigned long long)instance);
 }
 
-/* Where everything lies, from the capacity alone. */
+/* The layout, from the capacity alone. */
 static uint64_t aligned(uint64_t at, uint64_t to) { return (at + to - 1) / to * to; }
 
 static void lay_out(header_t *h, uint64_t capacity) {
@@ -123,7 +122,7 @@ uint64_t fshm_size_for(uint64_t capacity) {
   return h.size;
 }
 
-/* Clocks of another boot, or of another time namespace, are not ours. */
+/* Identify the clock: clocks of another boot, or of another time namespace, differ. */
 static void identify_clock(header_t *h) {
   h->boot[0] = h->boot[1] = h->time_namespace = 0;
 #if defined(__linux__)
@@ -146,7 +145,7 @@ static void randomise(void *out, size_t size) {
 #if defined(__linux__)
   if (getrandom(out, size, 0) == (ssize_t)size) return;
   uint64_t seed[2] = {fshm_clock(),
-                      (uint64_t)getpid()}; /* no entropy to be had: better than none */
+                      (uint64_t)getpid()}; /* no entropy available: better than none */
   for (size_t i = 0; i < size / 8; i++)
     ((uint64_t *)out)[i] = fshm_siphash(seed[0], seed[1], &i, sizeof i);
 #else
@@ -154,7 +153,7 @@ static void randomise(void *out, size_t size) {
 #endif
 }
 
-/* Says how much is needed and how much there is, not counting what `fd` (-1: none) has taken of it. */
+/* Report the bytes needed and the bytes available, without what `fd` (-1: none) has taken of them. */
 static int no_space(int fd, uint64_t size, fshm_error *e) {
   int saved = errno;
   struct statvfs all;
@@ -166,8 +165,7 @@ static int no_space(int fd, uint64_t size, fshm_error *e) {
   return image_fail_errno(e);
 }
 
-/* All pages now: a file that grew by ftruncate alone dies of SIGBUS on a full file system. Returns an
- * errno value. */
+/* Allocate all pages now: with a file that only grew by ftruncate, a full file system means SIGBUS. Returns an errno value. */
 static int allocate(int fd, uint64_t size) {
   struct statvfs all;
   if (ftruncate(fd, (off_t)size)) return errno;
@@ -175,13 +173,13 @@ static int allocate(int fd, uint64_t size) {
   (void)all;
   return 0;
 #else
-  /* Not even begun where it cannot succeed: it would take the host's memory until it fails. (No blocks
-   * at all: a tmpfs without a limit.) */
+  /* Do not begin if it cannot succeed: it would take the host's memory until it fails. (No blocks at all: a tmpfs without a
+   * limit.) */
   if (!fstatvfs(fd, &all) && all.f_blocks && (uint64_t)all.f_bfree * all.f_frsize < size)
     return ENOSPC;
   for (uint64_t at = 0; at < size; at += CHUNK) {
-    /* A signal makes the kernel give up and undo it (EINTR), each time anew in a program with a fast
-     * timer: none between, and those that come are served after each chunk. */
+    /* A signal makes the kernel stop and undo the allocation (EINTR), again and again in a program with a fast timer. So signals are
+     * blocked during a chunk, and served after it. */
     sigset_t every, before;
     (void)sigfillset(&every);
     (void)pthread_sigmask(SIG_SETMASK, &every, &before);
@@ -191,6 +189,11 @@ static int allocate(int fd, uint64_t size) {
   }
   return 0;
 #endif
+}
+
+/* Without a secret key: it detects accidents, not forgery. */
+COLD uint64_t header_check(const header_t *h) {
+  return fshm_siphash(FSHM_MAGIC, FSHM_LAYOUT_VERSION, h, offsetof(header_t, check));
 }
 
 static int fill(int fd, uint64_t capacity, uint32_t mode, uint32_t flags, fshm_error *e) {
@@ -206,7 +209,7 @@ static int fill(int fd, uint64_t capacity, uint32_t mode, uint32_t flags, fshm_e
   h.epoch = fshm_clock();
   h.names_mode = flags & (FSHM_NAMES_HASHED | FSHM_NAMES_OFF);
   h.check = header_check(&h);
-  /* Asked before, since growing beyond it is answered by SIGXFSZ, which ends the program. */
+  /* Checked before, since growing beyond the limit raises SIGXFSZ, which ends the program. */
   struct rlimit most;
   if (!getrlimit(RLIMIT_FSIZE, &most) && most.rlim_cur < h.size) {
     errno = EFBIG;
@@ -258,9 +261,9 @@ static int create_by(bool unnamed, const char *path, uint64_t capacity, uint32_t
   if (fd < 0) return no_space(-1, fshm_size_for(capacity), e);
   int status = fill(fd, capacity, mode, flags, e);
   if (status == FSHM_OK && publish_file(fd, unnamed ? NULL : temporary, path) && errno != EEXIST)
-    status = image_fail_errno(e); /* EEXIST: somebody was faster; attach to theirs */
+    status = image_fail_errno(e); /* EEXIST: another process was faster; attach to its file */
   int saved = errno;
-  if (!unnamed) (void)unlink(temporary); /* gone already, where it was renamed */
+  if (!unnamed) (void)unlink(temporary); /* gone already if it was renamed */
   (void)close(fd);
   errno = saved;
   return status;
@@ -275,7 +278,7 @@ int image_create(const char *path, uint64_t capacity, uint32_t mode, uint32_t fl
   return status;
 }
 
-/* Everything that can be wrong with a file of that name. */
+/* Check everything that can be wrong with a file of that name. */
 int image_verify(int fd, header_t *h, uint32_t flags, fshm_error *e) {
   struct stat st;
   errno = 0;
@@ -321,12 +324,12 @@ int image_verify(int fd, header_t *h, uint32_t flags, fshm_error *e) {
   if (should.boot[0] != h->boot[0] || should.boot[1] != h->boot[1] ||
       should.time_namespace != h->time_namespace || h->epoch > fshm_clock())
     return image_fail(e, FSHM_E_BOOT);
-  /* The rest of the header decides who counts with whom: processes with another secret count apart. */
+  /* The rest of the header: with another secret, for example, processes would count apart. */
   if (h->check != header_check(h)) return image_fail(e, FSHM_E_DAMAGED);
   return FSHM_OK;
 }
 
-/* Remove the name. Processes that are attached keep what they have; see fshm_unlinked(). */
+/* Remove the name. Attached processes keep the segment; see fshm_unlinked(). */
 int fshm_remove(const char *name, fshm_error *e) {
   struct stat st;
   header_t h;

@@ -1,7 +1,7 @@
 /* segment.c - the segment as a mapping of this process: open, close, describe.
  *
- * Each segment is mapped once in a process, however often it is opened. Handles use the numbers of the
- * verified copy of the header, never the mapping's.
+ * A process maps each segment once, however often it opens it. Handles use the numbers of the verified copy of the header, never
+ * those of the mapping.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -30,8 +30,8 @@ void fshm_keyed_hash(fshm_segment *s, const void *data, uint64_t length, uint64_
   fshm_siphash128(s->secret[0], s->secret[1] ^ 10, data, length, out);
 }
 
-/* A lock among the threads of this process. It holds its holder's token: a thread that stayed in the
- * parent at a fork cannot keep it from the child. No hot call takes one. */
+/* A lock among the threads of this process. It holds its holder's token: a thread that stayed in the parent at a fork cannot keep the lock
+ * from the child. No hot call takes one. */
 void threads_lock(_Atomic uint32_t *lock) {
   const uint32_t me = process_token();
   for (;;) {
@@ -44,7 +44,7 @@ void threads_lock(_Atomic uint32_t *lock) {
 }
 void threads_unlock(_Atomic uint32_t *lock) { atomic_store(lock, 0); }
 
-/* Segments open in this process, so that each is mapped once and joined once. */
+/* The segments open in this process: each is mapped once and joined once. */
 static fshm_segment *open_segments;
 static _Atomic uint32_t list_holder;
 
@@ -154,13 +154,13 @@ int fshm_open(const char *name, uint64_t capacity, uint32_t mode, uint32_t flags
       status = image_fail(e, FSHM_E_CAPACITY);
     }
     if (status == FSHM_OK) status = attach(fd, &h, e->path, flags, out, e);
-    /* The mapping needs it no more. Kept, it would be closed by whoever daemonises, and its number
-     * would then be another file's. */
+    /* The mapping does not need the descriptor. If we kept it, a daemonising program might close it, and its number would then be
+     * another file's. */
     (void)close(fd);
     break;
   }
   threads_unlock(&list_holder);
-  if (status == FSHM_OK && !*out) { /* it vanished each time it was made */
+  if (status == FSHM_OK && !*out) { /* it was removed each time we created it */
     errno = ENOENT;
     status = image_fail(e, FSHM_E_NOT_FOUND);
   }
@@ -185,7 +185,7 @@ void fshm_close(fshm_segment *s) {
 }
 
 int fshm_unlinked(fshm_segment *s) {
-  struct stat named; /* our inode's number is not given to another file while it is mapped */
+  struct stat named; /* no other file gets our inode number while it is mapped */
   if (lstat(s->path, &named)) return errno == ENOENT || errno == ENOTDIR;
   return named.st_ino != s->ino || (uint64_t)named.st_dev != s->dev;
 }
@@ -212,7 +212,7 @@ void fshm_describe(fshm_segment *s, fshm_geometry *out) {
   out->read_only = s->read_only;
 }
 
-/* Mark the slots that are in use: live[i] = 1. Returns how many; live may be NULL. */
+/* Mark the slots in use: live[i] = 1. Returns their number; live may be NULL. */
 uint64_t fshm_live_slots(fshm_segment *s, uint8_t *live, uint64_t now) {
   uint64_t count = 0;
   if (!now) now = segment_now(s);

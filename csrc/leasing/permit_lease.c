@@ -1,15 +1,18 @@
-/* permit_lease.c - permits that somebody else grants to this host: how many its processes may hold together.
- * Argued in DESIGN.md, "Permits over many hosts". Taking one within it is semaphore.c's.
+/* permit_lease.c - permit leases: a server grants this host's processes a number of permits to hold together. Argued in DESIGN.md,
+ * "Permits over many hosts". semaphore.c takes a permit within the lease.
  */
-#include "../core/internal.h"
+#include "../limits/per_call.h"
+#include "../permits/semaphore.h"
+#include "../stats/key_stats.h"
+#include "token_lease.h"
 
 static uint64_t first_word(void *context) {
-  /* As of an instant after the look, as all first states: so it ends later than any word before it did. */
+  /* Computed after the look, like all first states: so it ends later than any earlier word did. */
   const keyed_t *k = context;
   return permit_lease_word(0, true, plus_time(keyed_now(k), PERMIT_LEASE_OPEN));
 }
 
-/* The slot of the key's word. f->pair.who = 0: there is none. FSHM_OK, or an error. tries: of the whole call. */
+/* Find the slot of the key's word. f->pair.who = 0: there is none. FSHM_OK, or an error. tries: of the whole call. */
 static COLD int word_find(keyed_t *k, bool open, int *tries, found_t *f) {
   for (; *tries < MAX_TRIES; *tries += CLAIM_TRIES) {
     table_find(k->s, k->hash, k->who, f);
@@ -21,7 +24,7 @@ static COLD int word_find(keyed_t *k, bool open, int *tries, found_t *f) {
 
 typedef uint64_t change_word_t(uint64_t word, uint64_t with);
 
-/* Change the word in one swap, and tell what it is then. */
+/* Change the word in one swap. *word: its value afterwards. */
 static COLD int word_change(keyed_t *k, bool open, change_word_t *change, uint64_t with,
                             uint64_t *word) {
   for (int tries = 0; tries < MAX_TRIES; tries++) {
@@ -56,8 +59,8 @@ static COLD int word_reported(fshm_limiter *permits, fshm_limiter *leases, const
   int status = keyed_begin(&k, leases, FSHM_LEASE, key, length, now);
   if (status == FSHM_OK) status = word_change(&k, open, change, with, &out->word);
   if (status != FSHM_OK) return status;
-  /* The word, then the permits. Pairs with after_swap() in stands_granted(): of a taker whose permit we do not
-   * see, the word that it judges by is this one or a newer. */
+  /* Read the word, then the permits. Pairs with after_swap() in stands_granted(): a taker whose permit we do not see goes by this word
+   * or a newer one. */
   atomic_thread_fence(memory_order_seq_cst);
   out->now_ns = keyed_now(&k);
   out->leased = permit_lease_at(out->word, out->now_ns);
@@ -78,15 +81,15 @@ int fshm_permit_lease_lower(fshm_limiter *permits, fshm_limiter *leases, const v
   return word_reported(permits, leases, key, length, false, permit_lease_lowered, to, now, out);
 }
 
-/* Do all that stand, and all that will by this word, hold permits below the next permit lease? */
+/* Do all permits that are valid by this word, now or later, have numbers below the next lease? */
 static COLD bool next_is_clean(fshm_limiter *permits, const void *key, uint64_t length,
                                uint64_t word, uint64_t leased) {
   uint64_t before = permit_lease_of(word);
-  if (leased < before) return false; /* those below `before` go on standing by this word */
+  if (leased < before) return false; /* permits below `before` stay valid by this word */
   if (permit_lease_clean(word) && before) return true;
   if (!permit_lease_clean(word) && !before)
-    return false; /* somebody may take without an permit lease */
-  /* By this word, nobody whose permit we do not see stands beyond it. Pairs as in word_reported(). */
+    return false; /* a process may take permits without a lease */
+  /* By this word, no permit that we do not see is valid beyond the lease. Pairs as in word_reported(). */
   atomic_thread_fence(memory_order_seq_cst);
   return semaphore_count(permits, key, length, leased) == 0;
 }
@@ -112,7 +115,7 @@ COLD int fshm_permit_lease_put(fshm_limiter *permits, fshm_limiter *leases, cons
   return FSHM_OK;
 }
 
-/* Nothing of the permit lease is left, or all is held. */
+/* No permit of the lease is free. */
 static COLD int not_granted(keyed_t *k, fshm_limiter *permits, const fshm_limiter *refused,
                             const void *key, uint64_t length, const granted_t *g, int status,
                             uint32_t *in_flight) {
@@ -125,7 +128,7 @@ static COLD int not_granted(keyed_t *k, fshm_limiter *permits, const fshm_limite
   return status;
 }
 
-/* Cold for the compiler's sake: as one more hot caller of what it calls, it changes what is inlined into a check. */
+/* Cold for the compiler: one more hot caller of these functions would change what is inlined into a check. */
 COLD int fshm_permit_lease_admit(fshm_limiter *permits, fshm_limiter *leases, fshm_limiter *refused,
                                  const void *key, uint64_t length, uint32_t alone, uint64_t now,
                                  fshm_permit *permit, fshm_decision *out, uint32_t *in_flight) {
@@ -140,7 +143,7 @@ COLD int fshm_permit_lease_admit(fshm_limiter *permits, fshm_limiter *leases, fs
     status =
         semaphore_take_granted(permits, key, length, &g, now, permit, &out->version, in_flight);
   if (status == FSHM_ALLOWED)
-    out->remaining = INT64_MAX; /* as fshm_admit() says of permits alone */
+    out->remaining = INT64_MAX; /* as fshm_admit() returns for a permit limit alone */
   else
     status = not_granted(&k, permits, refused, key, length, &g, status, in_flight);
   out->status = status;

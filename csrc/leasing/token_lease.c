@@ -1,9 +1,13 @@
-/* token_lease.c - quota that somebody else grants in batches, spent by the processes of this host. DESIGN.md.
+/* token_lease.c - token leases: a server grants tokens in batches, and the processes of this host spend them. DESIGN.md.
  *
- * A token lease is a slot like any other, and spending from it a charge like any other (limiter.c). Here is what is
- * particular: putting a batch in, taking what is left out, and remembering what was refused.
+ * A token lease is a slot of the table, and spending from it is a charge (limiter.c). This file has the rest: adding a batch,
+ * taking out what is left, and remembering refusals.
  */
-#include "../core/internal.h"
+#include "../core/hash_table.h"
+#include "../limits/limiter.h"
+#include "../limits/limits.h"
+#include "../stats/counters.h"
+#include "token_lease.h"
 
 static uint64_t change_put(const void *context, uint32_t i, const rule_t *r, uint64_t state,
                            uint64_t now) {
@@ -42,7 +46,7 @@ int fshm_token_lease_look(fshm_limiter *leases, const void *key, uint64_t key_le
   return status;
 }
 
-/* What was refused of late is kept as a token lease is: the least cost that was, and until when it is. */
+/* A recent refusal is stored like a token lease: the least cost that was refused, and until when it is. */
 typedef struct {
   const uint64_t *costs;
   uint64_t ns;
@@ -53,10 +57,10 @@ static uint64_t change_refuse(const void *context, uint32_t i, const rule_t *r, 
   const refusal_t *refusal = context;
   (void)r, (void)state;
   if (!refusal->ns) return 0;
-  /* a cost of 0 counts as one: it was not what was refused, and is none that will be denied */
+  /* a cost of 0 counts as one: no refusal concerns a cost of 0 */
   uint64_t least = min_u64(refusal->costs[i], TOKEN_LEASE_MOST);
   uint64_t unit =
-      UINT64_C(1) << bit_length(least + 1); /* that the state's end is rounded down to */
+      UINT64_C(1) << bit_length(least + 1); /* the state's end is rounded down to a multiple */
   return token_lease_state(plus_time(now, refusal->ns) + unit, least);
 }
 
@@ -115,7 +119,7 @@ int fshm_known(fshm_limiter *l, const void *key, uint64_t key_length, uint64_t n
   return limiter_change(l, key, key_length, now, change_tell, &knows, NULL, &at);
 }
 
-/* For how long these costs are refused, since no smaller ones fitted of late; 0: they are not. */
+/* For how many ns these costs are refused, since the server refused as much; 0: they are not. */
 uint64_t token_lease_refused_ns(const fshm_limiter *l, uint64_t hash, const uint64_t *costs,
                                 uint64_t now) {
   snapshot_t snapshot;
@@ -171,7 +175,8 @@ int fshm_spend(fshm_limiter *leases, fshm_limiter *refused, fshm_limiter *limits
   fshm_decision shown;
   fshm_apply(limits, FSHM_PROBE, key, key_length, costs, 0, now, &shown);
   if (shown.status < 0) return shown.status;
-  if (shown.status == FSHM_ALLOWED) { /* room has come since by the meter, but must be asked for */
+  if (shown.status ==
+      FSHM_ALLOWED) { /* by the stored state there is room now, but only the server may grant it */
     shown.status = FSHM_DENIED;
     shown.retry_after_ns = (int64_t)wait;
     counters_add(leases->segment, process_index(leases->segment), limits->counters, shown.status);

@@ -1,26 +1,25 @@
-/* algorithms.h - the arithmetic of each algorithm: (rule, state, now, cost) -> (new state, verdict).
+/* algorithms.h - the arithmetic of each rate-limit algorithm: (rule, state, now, cost) -> (new state, verdict).
  *
- * Pure: no clock, no memory, no side effect. Everything in the segment that decides anything goes
- * through these functions. Any bit pattern is a legal state (a hostile segment may hold it).
+ * Pure: no clock, no memory, no side effect. Every decision on a limit goes through these functions. Any bit pattern is a
+ * legal state (a hostile segment may hold it).
  *
- * Time is nanoseconds since the segment's epoch, 1 .. TIME_MAX (4.5 years); what would lie beyond
- * saturates there: such a key stays denied, and the segment must be made anew (fshm_now never gives
- * 0, which means "never"). A state is 64 bits; the two highest say how to read the rest:
+ * Time is nanoseconds since the segment's epoch, 1 .. TIME_MAX (4.5 years). Later times saturate: such a key stays denied,
+ * and the segment must be made anew. (fshm_now() never returns 0, which means "never".) A state has 64 bits; the two
+ * highest say how to read the rest:
  *
  *   0  token bucket   0 (5) | theoretical arrival time (57)
  *   1  window         shift s (5) | end >> s (57 - s) | tokens used (s)
- *   1  token lease         the same; count: tokens left + 1
+ *   1  token lease    the same; count: tokens left + 1
  *   2  sliding        class p (5) | end of the next window >> P (57 - P) | previous (12) | count (P - 12)
  *   3  0 pending      ticket (61): a slot being claimed (hash_table.c)
  *   3  1 permit       held by a process (semaphore.c)
  *
- * The state 0 is "never seen". Without knowing the limit, anybody can read off when a state comes to
- * equal "never seen": state_expires(). All else is read by the rule that the state was written under, which the
- * slot names (internal.h). When the limits have changed since, rule_convert() says the same tokens in the present
- * rule's terms; DESIGN.md, "Limits that change", says when that is done.
+ * The state 0 is "never seen". state_expires() says when a state becomes equal to "never seen"; it needs no limit. All else is
+ * read by the rule that the state was written under, which the slot names (internal.h). If the limits have changed since,
+ * rule_convert() expresses the same tokens under the present rule; DESIGN.md, "Limits that change", says when.
  *
- * Sources: GCRA: ITU-T I.371 (virtual scheduling); sliding window counter: the estimate of a window
- * from two fixed ones, "Counting things, a lot of different things" (Cloudflare, 2017).
+ * Sources: GCRA: ITU-T I.371 (virtual scheduling). Sliding window counter, an estimate from two fixed windows: "Counting
+ * things, a lot of different things" (Cloudflare, 2017).
  */
 #ifndef FSHM_ALGORITHMS_H
 #define FSHM_ALGORITHMS_H
@@ -39,7 +38,7 @@ __extension__ typedef unsigned __int128 wide_t;
 #define PENDING(ticket) ((UINT64_C(6) << 61) | ((ticket) & ((UINT64_C(1) << 61) - 1)))
 #define IS_PENDING(state) ((state) >> 61 == 6)
 #define IS_PERMIT(state) ((state) >> 61 == 7)
-#define NO_STATE UINT64_MAX /* nobody writes it: a permit with a number that no permit has */
+#define NO_STATE UINT64_MAX /* never written: a permit with a number that no permit has */
 #define MAX_PERMITS 100000 /* of one key: below 2^17 */
 #define WINDOW_MAX_N ((UINT64_C(1) << 31) - 1)
 #define TOKEN_LEASE_MOST \
@@ -50,13 +49,12 @@ __extension__ typedef unsigned __int128 wide_t;
 #define PLACES 7 /* of a limiter's rules; 3 bits, the last says that it has none */
 #define PLACE_NONE 7
 
-/* A limit, made ready. 64 bytes; lies in the segment as it is (limiter_entry_t), and is copied out and
- * checked (rule_sane) before it is used. */
+/* A limit, prepared. 64 bytes, stored in the segment as it is (limiter_entry_t); copied out and checked (rule_sane) before use. */
 typedef union {
   struct {
     uint32_t kind;
     uint16_t strict;
-    uint16_t place; /* which of a key's slots it counts in (limits.c); PLACE_NONE: of permits */
+    uint16_t place; /* the slot of a key in which it counts; PLACE_NONE: of permits */
     uint64_t n, per;
     uint64_t burst;
     uint64_t num, den; /* bucket: emission interval num/den ns */
@@ -68,10 +66,10 @@ typedef union {
 
 typedef struct {
   uint64_t next; /* the state to swap in, if allowed */
-  uint64_t retry; /* ns until allowed; 0 = is allowed; UINT64_MAX = never */
+  uint64_t retry; /* ns until allowed; 0 = allowed; UINT64_MAX = never */
   uint64_t used_before,
       used_after; /* bucket: ns; others: tokens (rounded up). For verdict_remaining */
-  uint64_t reset; /* ns until nothing is consumed, as things are after the call */
+  uint64_t reset; /* ns until all tokens are back, after the call */
 } verdict_t;
 
 static inline uint64_t min_u64(uint64_t a, uint64_t b) { return a < b ? a : b; }
@@ -106,7 +104,7 @@ static inline bool limit_valid(const fshm_limit *l) {
   if (l->n < 1 || l->n > limit_largest_n(l->kind, l->per_ns)) return false;
   if (l->kind != FSHM_BUCKET) return true;
   if (l->burst < 1 || l->burst > l->n) return false;
-  /* an emptied bucket must be full again before the end of time */
+  /* an empty bucket must be full again before the end of time */
   uint64_t steps = l->strict ? l->n - l->burst + 1 : l->n;
   return (wide_t)l->burst * (l->per_ns + steps) / steps <= TIME_MAX / 2;
 }
@@ -146,16 +144,15 @@ static inline rule_t rule_make(const fshm_limit *l) {
   return r;
 }
 
-/* Whatever these numbers are, the arithmetic below is defined (no division by zero, no overflow). A kind
- * that is none, between the others, counts as a sliding window's. */
+/* May the arithmetic below use these numbers (no division by zero, no overflow)? A kind between the others that does not exist
+ * counts as a sliding window. */
 static inline bool rule_sane(const rule_t *r) {
   return r->kind <= FSHM_LEASE && r->n && r->num && r->den && r->per >= 1000 &&
          r->per <= BUCKET_MAX_PER && r->burst <= r->n && r->place <= PLACE_NONE &&
          (r->num | r->den | r->unit | r->room | r->n) <= TIME_MAX;
 }
 
-/* Is it what rule_make() makes of a valid limit? Every rule that was ever published is. (Its place comes from
- * limits.c.) */
+/* Is it a rule that rule_make() makes of a valid limit? Every published rule is. (Its place comes from limit_changes.c.) */
 static inline bool rule_genuine(const rule_t *r) {
   const fshm_limit l = {r->n, kind_has_period(r->kind) ? r->per : 0, r->burst, r->kind, r->strict};
   if (!rule_sane(r) || !limit_valid(&l)) return false;
@@ -164,7 +161,7 @@ static inline bool rule_genuine(const rule_t *r) {
   return !memcmp(made.words, r->words, sizeof made.words);
 }
 
-/* When this state comes to equal "never seen"; a pending slot never does. */
+/* When this state becomes equal to "never seen"; a pending slot never does. */
 static inline uint64_t state_expires(uint64_t s) {
   unsigned shift;
   switch (TAG(s)) {
@@ -181,7 +178,7 @@ static inline uint64_t state_expires(uint64_t s) {
   }
 }
 
-/* Can this have been written: by a meter (whose limit is not known here), a claim or a permit? */
+/* Can a limit (which is not known here), a claim or a permit have written this state? */
 static inline bool state_possible(uint64_t s) {
   unsigned shift = (unsigned)(s >> 57) & 31;
   switch (s ? TAG(s) : 4) {
@@ -192,7 +189,7 @@ static inline bool state_possible(uint64_t s) {
     case FSHM_SLIDING: /* 2^14 <= class; something counted in either window */
       return shift >= 4 && state_expires(s) && (s & ((UINT64_C(1) << (shift + 10)) - 1));
     case FSHM_PERMITS:
-      return IS_PENDING(s) || (s >> 44 & 0x1ffff) < MAX_PERMITS; /* semaphore.c: the slot */
+      return IS_PENDING(s) || (s >> 44 & 0x1ffff) < MAX_PERMITS; /* semaphore.c: the number */
     default:
       return true; /* never seen */
   }
@@ -208,14 +205,13 @@ static inline uint64_t bucket_increment(const rule_t *r, uint64_t cost) {
   return saturate((product + r->den - 1) / r->den);
 }
 
-/* A charge, for who gives some of it back later: the state that it wrote, and the numbers of the rule that it was
- * charged by (fshm_charged of fast_shm.h). */
+/* A charge (fshm_charged of fast_shm.h), to give some of it back later: the state written, and the numbers of its rule. */
 static inline fshm_charged charged_by(const rule_t *r, uint64_t state, uint64_t now,
                                       uint64_t version) {
   bool bucket = r->kind == FSHM_BUCKET;
   return (fshm_charged){state, bucket ? r->num : r->per, bucket ? r->den : 1, now, version};
 }
-/* Can the charge be found again in states of this rule? Not where the limit is of another kind by now. */
+/* Can states of this rule hold the charge? Not if the limit is now of another kind. */
 static inline bool charged_alike(const rule_t *r, const fshm_charged *put) {
   return TAG(put->state) == (r->kind & 3) && put->num && put->den;
 }
@@ -225,7 +221,7 @@ static inline uint64_t bucket_pace(const rule_t *r) {
   return max_u64(saturate(((wide_t)r->num << 10) / r->den), 1);
 }
 
-/* A bucket's charge, as what is left of it if it has drained at this pace since then, or at its own if that is faster. */
+/* What is left of a bucket's charge that has drained at this pace since, or at its own if that is faster. */
 static inline fshm_charged charge_left(const fshm_charged *put, uint64_t pace, uint64_t now) {
   fshm_charged left = *put;
   if (TAG(put->state) != FSHM_BUCKET || !put->den) return left;
@@ -246,7 +242,7 @@ static inline uint64_t bucket_room(const rule_t *r, uint64_t cost) {
   return saturate(r->den == 1 ? product : product / r->den);
 }
 
-/* `at`: the instant it is charged for: now, or a later one that a waiter reserves. */
+/* `at`: the instant of the charge: now, or later for a reservation. */
 static inline verdict_t bucket_take(const rule_t *r, uint64_t state, uint64_t now, uint64_t at,
                                     uint64_t cost) {
   verdict_t v = {0};
@@ -256,7 +252,8 @@ static inline verdict_t bucket_take(const rule_t *r, uint64_t state, uint64_t no
   v.used_after = next - now;
   v.next = increment ? next : state;
   v.reset = v.used_after;
-  if (cost > r->burst || (next == TIME_MAX && increment)) { /* or the end of time: charge nothing */
+  if (cost > r->burst ||
+      (next == TIME_MAX && increment)) { /* or at the end of time: charge nothing */
     v.retry = UINT64_MAX;
     return v;
   }
@@ -271,8 +268,8 @@ static inline uint64_t bucket_charge(const rule_t *r, uint64_t state, uint64_t n
   return plus_time(max_u64(state & TIME_MAX, now), increment);
 }
 
-/* put: the charge to undo, or NULL. What has drained of it since then cannot be given back: it belongs to later
- * requests. Where the rate has changed since, that is reckoned in tokens, by the faster of both rates. */
+/* put: the charge to undo, or NULL. What has drained of it cannot be given back: later requests have it. If the rate changed since,
+ * that is computed in tokens, by the faster of both rates. */
 static inline uint64_t bucket_refund(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost,
                                      const fshm_charged *put) {
   uint64_t tat = state & TIME_MAX, back = bucket_increment(r, cost);
@@ -293,8 +290,8 @@ static inline uint64_t bucket_refund(const rule_t *r, uint64_t state, uint64_t n
   return tat > now && back ? max_u64(minus(tat, back), now) : state;
 }
 
-/* Nothing that costs before `until`, and one token then. A maximum and no sum: however many say so, and in
- * whatever order, it is the latest of their instants. */
+/* Nothing that costs before `until`, then one token. This is a maximum, not a sum: of several blocks, in any order, the latest
+ * instant counts. */
 static inline uint64_t bucket_block(const rule_t *r, uint64_t state, uint64_t until) {
   return max_u64(state & TIME_MAX, plus_time(until, r->room));
 }
@@ -318,13 +315,12 @@ static inline uint64_t bucket_convert(const rule_t *r, const rule_t *old, uint64
 
 /* window: begins at the first hit ------------------------------------------------------------- */
 
-/* A state as it is kept: `count` is all that was taken and charged, less what was given back, and `end` the end with
- * debt. Debt is what exceeds the n of the rule that the state was written under: it is waited out at the window's own
- * pace, so the full window lasts per/n longer for each token of it. Two numbers that no change of limits touches are
- * behind that: the tokens, and the end without debt. */
+/* A window's state. `count`: all tokens charged, less those given back. `end`: the end, including debt. Debt is what exceeds the n of
+ * the state's rule. It is waited out at the window's own pace: the full window lasts per/n longer for each token of debt.
+ * The tokens, and the end without debt, do not depend on later changes of the limits. */
 typedef struct {
   uint64_t end, count; /* end 0 = no window open */
-  unsigned shift; /* s, of the units that its end is kept in; 0 = it is not kept yet */
+  unsigned shift; /* s: the end is kept in units of 2^s ns; 0 = not kept yet */
 } window_t;
 
 static inline window_t window_read(uint64_t state, uint64_t now) {
@@ -334,8 +330,8 @@ static inline window_t window_read(uint64_t state, uint64_t now) {
   return w;
 }
 
-/* How much longer the window lasts for its debt, in units of 2^s ns, rounded up: so that the end without debt can be
- * read back exactly. */
+/* How much longer the window lasts for its debt, in units of 2^s ns, rounded up, so that the end without debt can be read back
+ * exactly. */
 static inline uint64_t window_debt(const rule_t *r, uint64_t count, unsigned s) {
   if (count <= r->n) return 0;
   const wide_t unit = UINT64_C(1) << s;
@@ -343,17 +339,17 @@ static inline uint64_t window_debt(const rule_t *r, uint64_t count, unsigned s) 
   return saturate((ns + unit - 1) & ~(unit - 1));
 }
 
-/* The same with the end without debt, by the rule that the state was written under. */
+/* The same, with the end without debt, under the rule that the state was written under. */
 static inline window_t window_open(const rule_t *r, uint64_t state, uint64_t now) {
   window_t w = window_read(state, now);
   w.end = minus(w.end, window_debt(r, w.count, (unsigned)(state >> 57) & 31));
   return w;
 }
 
-/* The state of a window with this end without debt. Ends are kept in units of 2^s ns, s the bits that n needs when the
- * window begins, or more where the count needs them, rounded up: a window may last up to 2 * max(n, count) ns longer than
- * `per`, never shorter. The units stay, so they tell how far the end can have moved since it began. Tokens beyond
- * WINDOW_MAX_N, and debt that would be waited out after the end of time, are not counted. */
+/* The state of a window with this end without debt. Ends are kept in units of 2^s ns, rounded up; s is the number of bits of n when
+ * the window begins, or more if the count needs them. So a window may last up to 2 * max(n, count) ns longer than `per`,
+ * never shorter. The units stay, so they say how far the end can have moved since the window began. Tokens beyond
+ * WINDOW_MAX_N, and debt that would end after the end of time, are not counted. */
 static inline uint64_t window_state(const rule_t *r, window_t w) {
   uint64_t count = min_u64(w.count, WINDOW_MAX_N);
   if (!count) return 0;
@@ -375,7 +371,7 @@ static inline verdict_t window_take(const rule_t *r, uint64_t state, uint64_t no
     v.retry = UINT64_MAX;
   } else if (cost > minus(r->n, w.count)) {
     v.retry = w.end - now;
-  } else if (cost) { /* so there is no debt */
+  } else if (cost) { /* then there is no debt */
     w.count += cost;
     if (!w.end) w.end = plus_time(now, r->per);
     v.used_after = w.count;
@@ -386,9 +382,9 @@ static inline verdict_t window_take(const rule_t *r, uint64_t state, uint64_t no
   return v;
 }
 
-/* For limits that come with the call: the end is kept as finely as the count allows, not as n would have
- * it, since a count without a limit (n = 2^31 - 1) would have an end in units of 2 s. Each time the count
- * needs a bit more, the end is rounded up anew: in all by less than 2^(s + 1) <= max(512, 4 * count) ns. */
+/* For limits that come with the call: the end is kept as exactly as the count allows, not as n allows: a count without a limit
+ * (n = 2^31 - 1) would have its end in units of 2 s. Each time the count needs one bit more, the end is rounded up anew: in
+ * all by less than 2^(s + 1) <= max(512, 4 * count) ns. */
 static inline verdict_t window_count(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost) {
   rule_t fine = *r;
   uint64_t total = window_read(state, now).count;
@@ -406,8 +402,8 @@ static inline uint64_t window_charge(const rule_t *r, uint64_t state, uint64_t n
   return window_state(r, w);
 }
 
-/* put: the charge to undo, or NULL; it was no debt, so its end is that of its window. Nothing comes back once another
- * window has begun. */
+/* put: the charge to undo, or NULL. It was no debt, so its end is that of its window. Nothing is given back once another window has
+ * begun. */
 static inline uint64_t window_refund(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost,
                                      const fshm_charged *put) {
   window_t w = window_open(r, state, now);
@@ -462,10 +458,10 @@ static inline sliding_t sliding_read(const rule_t *r, uint64_t state, uint64_t n
   index = index > 2 ? index - 2 : 0;
   wide_t end = ((wide_t)(index + 2) * r->per + unit - 1) & ~(wide_t)(unit - 1);
   if (p != sliding_class(r->per) || gone != end || index > s.index + 1) {
-    s.count = count + previous; /* nobody has written this: all of it counts as recent */
+    s.count = count + previous; /* no call has written this: all of it counts as recent */
     return s;
   }
-  if (index > s.index) { /* written by a later clock than ours: as if at its beginning */
+  if (index > s.index) { /* written by a clock ahead of ours: treated as the start of its window */
     s.index = index;
     s.left = r->per;
   }
@@ -478,8 +474,8 @@ static inline sliding_t sliding_read(const rule_t *r, uint64_t state, uint64_t n
   return s;
 }
 
-/* True of each state whose window begins more than a whole one after that of `now`: then `now` is old: its reader was
- * stopped since. Whoever meets one reads the clock again. */
+/* Is `now` old? True if the state's window begins more than one window after that of `now`: the caller was stopped since it read the
+ * clock, and must read it again. */
 static inline bool sliding_is_later(const rule_t *r, uint64_t state, uint64_t now) {
   return TAG(state) == FSHM_SLIDING && state_expires(state) > now + 3 * r->per;
 }
@@ -514,9 +510,9 @@ static inline verdict_t sliding_take(const rule_t *r, uint64_t state, uint64_t n
     v.retry = UINT64_MAX;
   } else if (cost > minus(r->n, used)) {
     uint64_t begun = minus(window_end, r->per);
-    if (s.count + cost <= r->n) /* room comes in this window, as the one before it fades */
+    if (s.count + cost <= r->n) /* in this window, as the one before it fades */
       v.retry = minus(begun + sliding_room_at(r, s.previous, r->n - s.count - cost), now);
-    else /* in the next one, as this one fades; or, in debt, at the latest at its end */
+    else /* in the next window, as this one fades; in debt, at the latest at its end */
       v.retry = minus(window_end, now) + sliding_room_at(r, s.count, r->n - cost);
     if (!v.retry) v.retry = 1;
   } else if (cost) {
@@ -524,7 +520,7 @@ static inline verdict_t sliding_take(const rule_t *r, uint64_t state, uint64_t n
     v.used_after = used + cost;
     v.next = sliding_state(r, s);
     if (state_expires(v.next) < (wide_t)(s.index + 2) * r->per)
-      v.retry = UINT64_MAX; /* the end of time: a state that would read as another window's */
+      v.retry = UINT64_MAX; /* the end of time: the state would be read as another window's */
   }
   if (s.count)
     v.reset = minus(plus_time(window_end, r->per), now);
@@ -533,14 +529,14 @@ static inline verdict_t sliding_take(const rule_t *r, uint64_t state, uint64_t n
   return v;
 }
 
-/* For limits that come with the call: the estimate rounded down, as PyPI's `limits` has it. */
+/* For limits that come with the call: the estimate is rounded down, as in PyPI's `limits`. */
 static inline verdict_t sliding_count(const rule_t *r, uint64_t state, uint64_t now,
                                       uint64_t cost) {
   sliding_t s = sliding_read(r, state, now);
   uint64_t used = s.count + (uint64_t)((wide_t)s.previous * s.left / r->per);
   verdict_t v = {state, 0, used, used, 0};
   if (cost > minus(r->n, used)) {
-    v.retry = UINT64_MAX; /* who wants to know when has the counts */
+    v.retry = UINT64_MAX; /* the caller computes the time from the counts */
   } else if (cost) {
     s.count += cost;
     v.used_after = used + cost;
@@ -559,8 +555,8 @@ static inline uint64_t sliding_charge(const rule_t *r, uint64_t state, uint64_t 
   return sliding_state(r, s);
 }
 
-/* put: the charge to undo, or NULL: it is taken from the window that it was charged to. Where `per` has changed since,
- * what it weighs by now in its own windows comes back. */
+/* put: the charge to undo, or NULL. It is taken from the window that it was charged to. If `per` changed since, its present weight in
+ * its own windows is given back. */
 static inline uint64_t sliding_refund(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost,
                                       const fshm_charged *put) {
   sliding_t s = sliding_read(r, state, now);
@@ -588,9 +584,9 @@ static inline uint64_t sliding_refund(const rule_t *r, uint64_t state, uint64_t 
 
 /* token lease -------------------------------------------------------------------------------------- */
 
-/* Tokens that were granted to this host, to be spent until the end. A state is a window's, with left + 1 as
- * its count, so that an empty token lease still tells how large its batch was; the end is rounded down. The shift
- * stays while it is spent from: with the count it tells when a new batch is due. */
+/* Tokens granted to this host, to be spent until the end. A state is a window's, with left + 1 as its count, so that an empty lease
+ * still has the size of its batch; the end is rounded down. Spending keeps the shift: with the count it says when a new
+ * batch is due. */
 static __attribute__((noinline)) uint64_t token_lease_left(uint64_t state, uint64_t now) {
   return minus(window_read(state, now).count, 1);
 }
@@ -606,12 +602,12 @@ static inline verdict_t token_lease_take(const rule_t *r, uint64_t state, uint64
                                          uint64_t cost) {
   uint64_t left = token_lease_left(state, now), used = minus(r->n, left);
   uint64_t spent = cost > left ? 0 : cost;
-  /* The count is in the lowest bits, and larger than the cost. retry: whoever grants knows when. */
+  /* The count is in the lowest bits, and larger than the cost. retry: only the server knows it. */
   return (verdict_t){state - spent, cost > left, used, used + spent,
                      minus(state_expires(state), now)};
 }
 
-/* The batch is due where this call has brought what is left below a quarter of 2^s, s the shift. */
+/* A new batch is due if this call brings the tokens left below a quarter of 2^s, s the shift. */
 static inline bool token_lease_low(uint64_t state, uint64_t cost) {
   unsigned s = (unsigned)(state >> 57) & 31;
   uint64_t left = minus(state & ((UINT64_C(1) << s) - 1), 1), line = (UINT64_C(1) << s) / 4;
@@ -630,7 +626,7 @@ static inline uint64_t token_lease_put(uint64_t state, uint64_t now, uint64_t to
                                     : left + tokens);
 }
 
-/* Of a charge that is undone: the lease that it was taken from is the one that counts. */
+/* Undo a charge: the lease that it was taken from counts. */
 static inline uint64_t token_lease_refund(uint64_t state, uint64_t now, uint64_t cost,
                                           const fshm_charged *put) {
   return cost && put ? token_lease_put(state, now, cost, 0, state_expires(put->state)) : state;
@@ -638,15 +634,15 @@ static inline uint64_t token_lease_refund(uint64_t state, uint64_t now, uint64_t
 
 /* any kind ------------------------------------------------------------------------------------ */
 
-/* A state of another kind than the rule's (or a pending one) reads as "never seen". */
+/* A state of another kind than the rule's (or a pending one) is read as "never seen". */
 static inline bool state_is_of(const rule_t *r, uint64_t state) {
-  return TAG(state) == (r->kind & 3); /* a token lease's are windows */
+  return TAG(state) == (r->kind & 3); /* a token lease is a window */
 }
 static inline uint64_t state_for(const rule_t *r, uint64_t state) {
   return state_is_of(r, state) ? state : 0;
 }
 
-/* Inline: a call for each of several limits costs more than they do (35 instructions each). */
+/* Inline: with several limits, a function call for each costs more than the arithmetic (35 instructions each). */
 static inline __attribute__((always_inline)) verdict_t rule_take(const rule_t *r, uint64_t state,
                                                                  uint64_t now, uint64_t at,
                                                                  uint64_t cost) {
@@ -674,7 +670,7 @@ static inline uint64_t rule_refund(const rule_t *r, uint64_t state, uint64_t now
   return sliding_refund(r, state, now, cost, put);
 }
 
-/* The most that the limit admits at one instant. */
+/* The most tokens that the limit admits at one instant. */
 static inline uint64_t rule_capacity(const rule_t *r) {
   return r->kind == FSHM_BUCKET ? r->burst : r->n;
 }
@@ -699,11 +695,12 @@ static inline uint64_t rule_used(const rule_t *r, uint64_t state, uint64_t now) 
   return s.count + sliding_weight(r, s.previous, s.left);
 }
 
-/* The limits have changed: a state of `old`, with the same tokens, under `r`. NO_STATE: it does not hold so many (which is
- * more than it admits). */
+/* After a change of the limits: the state under `r` with the same tokens as `state` under `old`. NO_STATE: `r` cannot hold so many (more
+ * than it admits). */
 static inline uint64_t rule_convert(const rule_t *r, const rule_t *old, uint64_t state,
                                     uint64_t now) {
-  if (r->kind == FSHM_LEASE || old->kind == FSHM_LEASE) /* tokens left, to which no use belongs */
+  if (r->kind == FSHM_LEASE ||
+      old->kind == FSHM_LEASE) /* tokens left say nothing about tokens used */
     return r->kind == old->kind ? state_for(r, state) : 0;
   state = state_for(old, state);
   if (!state || state_expires(state) <= now) return 0;
@@ -721,15 +718,15 @@ static inline uint64_t rule_convert(const rule_t *r, const rule_t *old, uint64_t
   return sliding_state(r, s);
 }
 
-/* When all of a state is gone. (state_expires() rounds the end of a sliding window up, by up to `per`.) */
+/* When all tokens of a state are back. (state_expires() rounds the end of a sliding window up, by up to `per`.) */
 static inline uint64_t rule_over(const rule_t *r, uint64_t state) {
   uint64_t expires = state_expires(state);
   return TAG(state) == FSHM_SLIDING && r->kind == FSHM_SLIDING ? expires / r->per * r->per
                                                                : expires;
 }
 
-/* Should a state of `old` live on under `r`? Where what is used fits, or is over no later: so that old use is never debt.
- * Else it stays under the rule that it was written under. DESIGN.md, "Limits that change". */
+/* Should a state of `old` go on under `r`? If the tokens used fit, or end no later: so old use never becomes debt. Else it stays
+ * under its own rule. DESIGN.md, "Limits that change". */
 static inline bool rule_settles(const rule_t *r, const rule_t *old, uint64_t state, uint64_t now,
                                 uint64_t *converted) {
   *converted = rule_convert(r, old, state, now);
@@ -737,7 +734,7 @@ static inline bool rule_settles(const rule_t *r, const rule_t *old, uint64_t sta
          rule_over(r, *converted) <= rule_over(old, state);
 }
 
-/* Tokens that fit now, given what is used (verdict_t.used_*). */
+/* The tokens that fit now, given the tokens used (verdict_t.used_*). */
 static inline uint64_t verdict_remaining(const rule_t *r, uint64_t used) {
   if (r->kind != FSHM_BUCKET) return minus(r->n, used);
   if (!used) return r->burst;

@@ -1,35 +1,8 @@
-/* limiter.c - the calls: find the key's slots, ask the meters, swap. Several limits: all or nothing. */
-#include "../core/internal.h"
-
-/* One call, as its helpers see it. */
-typedef struct {
-  fshm_segment *s;
-  uint32_t index; /* of the limiter; this and the next two as in fshm_limiter */
-  uint16_t counters, share;
-  const uint64_t *numbers; /* of the handle: limits_number() */
-  snapshot_t snapshot;
-  bool stale; /* met a state of newer limits than the snapshot's: load it again, and look again */
-  bool met_shared; /* a shared counter has decided */
-  uint8_t in_shared; /* a set: the limits that are charged to a shared counter by this call */
-  bool fixed; /* the caller gave the time */
-  bool peeks; /* nothing is written, so states stay under the rules that they have */
-  int tries; /* lost swaps so far, of at most MAX_TRIES */
-  uint64_t hash;
-  uint64_t now, at; /* at: the instant it is charged for; later than now where a waiter reserves */
-  uint64_t max_wait;
-  const uint64_t *costs;
-  const fshm_charged *put; /* of a refund: the charges; NULL = not known */
-} call_t;
-
-/* What a look at one limit found. */
-typedef struct {
-  found_t slot;
-  verdict_t verdict;
-  uint64_t who; /* to be written with the next state: whose, and under which rule */
-  uint64_t
-      moved; /* of a denial: the state under the present rule, to be kept; 0 = it is kept as it is */
-  bool stays; /* denied, and the state lives on under an earlier rule */
-} look_t;
+/* limiter.c - the calls: find the key's slots, check the limits, swap. With several limits: all or nothing. */
+#include "../permits/semaphore.h"
+#include "../stats/counters.h"
+#include "../stats/key_stats.h"
+#include "call.h"
 
 static const uint64_t ones[FSHM_MAX_LIMITS] = {1, 1, 1, 1};
 
@@ -38,30 +11,10 @@ static_assert(offsetof(call_t, share) - offsetof(call_t, index) ==
                   offsetof(call_t, share) - offsetof(call_t, index) == 6,
               "copied as one word: begin_hashed()");
 
-static inline bool again(call_t *c) { return c->tries++ < MAX_TRIES; }
-
-static inline uint64_t fingerprint(const call_t *c, uint32_t i) {
-  return snapshot_who(&c->snapshot, i, c->hash);
-}
-
-/* The time now, for what must not be computed from the time that the call began with. */
+/* The time now, where the time at the start of the call is too old. */
 static uint64_t fresh_now(const call_t *c) {
   return c->fixed ? c->now : max_u64(segment_now(c->s), c->now);
 }
-
-/* Have the limits changed since they were loaded? Asked after a slot was read (which acquires): then its label is not
- * newer than the snapshot, and a rule index that the snapshot names has not been given to another rule. Pairs with publish() and
- * sweep(), which change `current` first. */
-static inline bool outdated(const call_t *c) {
-  return unlikely(entry_current(c->s, c->index) != c->snapshot.current);
-}
-
-/* How to read a state: in which terms, by which rule, and what to write as its owner. */
-typedef struct {
-  uint64_t state, who;
-  const rule_t *rule;
-  rule_t old;
-} met_t;
 
 static inline void met_present(const call_t *c, uint32_t i, uint64_t state, met_t *m) {
   m->state = state;
@@ -75,31 +28,32 @@ static COLD void read_clock_again(call_t *c) {
   c->now = now;
 }
 
-/* The rule that the state in this slot was written under. False: the limits or the slot have changed; look again. */
+/* The rule that the state in this slot was written under. False: the limits or the slot changed; look again. */
 static bool former_rule(call_t *c, uint32_t i, const found_t *f, rule_t *old) {
   bool sane = limits_rule(c->s, c->index, WHO_LABEL(f->pair.who), old);
   const pair_t now =
       c->s->read_only ? pair_peek(&c->s->slots[f->slot]) : pair_load(&c->s->slots[f->slot]);
   c->stale |= now.who != f->pair.who || now.when != f->pair.when || outdated(c);
-  if (unlikely(!sane)) *old = c->snapshot.rules[i]; /* written over by somebody: as good as any */
+  if (unlikely(!sane))
+    *old = c->snapshot.rules[i]; /* written over by a stray write: any rule will do */
   if (unlikely(c->numbers && c->numbers[i] && old->kind == FSHM_WINDOW))
     old->n = min_u64(old->n, c->numbers[i]);
   return !c->stale;
 }
 
-/* Whose state it stays: under the label that it has, in the present epoch. */
+/* The owner of a state that stays under its rule: the same label, in the present epoch. */
 static uint64_t staying(const call_t *c, uint32_t i, uint64_t who) {
   const uint64_t label = WHO_OF(0, 0, RULES - 1, 0) & ~UINT64_C(1);
   return (fingerprint(c, i) & ~label) | (who & label);
 }
 
-/* For what is done whatever the state is: a charge, a refund, a block. */
+/* For a charge, a refund or a block, which need no check. */
 static void state_met(call_t *c, uint32_t i, const found_t *f, met_t *m) {
   uint64_t state = f->pair.who ? f->pair.when : 0;
   met_present(c, i, state, m);
   if (outdated(c)) c->stale = true;
   if (!f->pair.who || c->stale) return;
-  /* of a shared counter, the upper bits are other ones */
+  /* the upper bits of a shared counter's `who` differ */
   bool former = unlikely(f->slot < c->s->slot_count ? f->pair.who != m->who
                                                     : ((f->pair.who ^ m->who) & WHO_LABELS) != 0);
   if (former && !former_rule(c, i, f, &m->old)) return;
@@ -114,14 +68,14 @@ static void state_met(call_t *c, uint32_t i, const found_t *f, met_t *m) {
   }
 }
 
-/* A look at a state that was written under other limits. Allowed: by the present ones, with the same tokens. Denied: the
- * state that expires earlier counts, the one that is there or the same tokens under the present limits. */
+/* Check a state that was written under other limits. It is admitted if the present limits admit it with the same tokens. If not,
+ * it is denied by the state that expires earlier: the one in the slot, or the same tokens under the present limits. */
 static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
   const rule_t *r = &c->snapshot.rules[i];
   rule_t old;
   if (!former_rule(c, i, &l->slot, &old)) return;
   const uint64_t state = state_for(&old, l->slot.pair.when);
-  if (!state) { /* written over by somebody: no state of its rule, and some of those never expire */
+  if (!state) { /* written over: no state of its rule, and some of those never expire */
     l->verdict = rule_take(r, 0, c->now, c->at, cost);
     return;
   }
@@ -133,12 +87,12 @@ static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_
   }
   uint64_t used = rule_used(&old, state, c->now);
   if (r->kind == FSHM_BUCKET && cost <= minus(r->burst, used)) {
-    /* It fits to the token: rounded up once for both, not once for each. */
+    /* It just fits: round up once for both, not once for each. */
     l->verdict = bucket_take(r, 0, c->now, c->at, used + cost);
     l->verdict.used_before = min_u64(bucket_increment(r, used), TIME_MAX);
     return;
   }
-  /* A token lease's tokens are what is left, not what is used: n alone has changed. */
+  /* A token lease counts tokens left, not tokens used: only n has changed. */
   if (r->kind == FSHM_LEASE || (!c->peeks && rule_over(r, moved) <= rule_over(&old, state))) {
     l->moved = moved;
     return;
@@ -157,62 +111,6 @@ static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_
 static COLD void look_later(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
   read_clock_again(c);
   l->verdict = rule_take(&c->snapshot.rules[i], l->slot.pair.when, c->now, c->at, cost);
-}
-
-/* The counter that the key has part in while it has no slot; pair.who = 0: it was not used since the last reset. */
-static COLD void find_shared(const call_t *c, uint32_t i, found_t *f) {
-  const fshm_segment *s = c->s;
-  f->slot = shared_slot(s, c->index, c->hash, c->snapshot.rules[i].place);
-  f->pair = s->read_only ? pair_peek(&s->slots[f->slot]) : pair_load(&s->slots[f->slot]);
-}
-static inline bool shared_used(const call_t *c, const found_t *f) {
-  return shared_is_of(f->pair.who, c->snapshot.current) && state_expires(f->pair.when) > c->now;
-}
-
-/* May shared counters be in use? Of a claim, asked after the look of confirm(), which follows a fence. Keys with numbers of
- * their own have no part in them: others' use would be debt under a smaller n. */
-static inline bool shares(const call_t *c, uint64_t now) {
-  return load_relaxed(&c->s->limiters[c->index].shared) > now && !c->numbers;
-}
-
-/* What a look at a counter found: of a state that was written under this rule or a former one. */
-static COLD void look_at_shared(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
-  const rule_t *r = &c->snapshot.rules[i];
-  uint64_t state = shared_used(c, &l->slot) ? l->slot.pair.when : 0;
-  l->who = fingerprint(c, i);
-  l->moved = 0;
-  l->stays = false;
-  if (outdated(c)) {
-    c->stale = true;
-    return;
-  }
-  if (state && ((l->slot.pair.who ^ l->who) & WHO_LABELS)) {
-    look_former(c, i, cost, l);
-    return;
-  }
-  if (sliding_is_later(r, state, c->now)) read_clock_again(c);
-  l->verdict = rule_take(r, state, c->now, c->at, cost);
-}
-
-/* May a key that is denied get a slot with the counter's state? Not of a window that has room for less: the end is
- * another one than that of the window which the key would begin with its first hit. */
-static inline bool may_begin_denied(const rule_t *r, uint64_t used) {
-  return r->kind != FSHM_WINDOW || used >= r->n;
-}
-
-/* A key without a slot: it may have consumed what the counter says. Denied by it, it is to get a slot of its own, where
- * there is room for one. */
-static __attribute__((noinline, cold)) void look_shared(call_t *c, uint32_t i, uint64_t cost,
-                                                        look_t *l) {
-  find_shared(c, i, &l->slot);
-  const bool used = shared_used(c, &l->slot);
-  look_at_shared(c, i, cost, l);
-  l->slot.pair.who = l->moved = 0;
-  if (c->stale || !l->verdict.retry || !used) return;
-  c->met_shared = true;
-  if (!l->stays && l->verdict.retry != UINT64_MAX &&
-      may_begin_denied(&c->snapshot.rules[i], l->verdict.used_before))
-    l->moved = l->slot.pair.when;
 }
 
 static inline HOT void look_found(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
@@ -253,29 +151,20 @@ static inline void look(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
   look_inline(c, i, cost, l);
 }
 
-/* Called between two looks. FSHM_OK; FSHM_E_ARGUMENT: the name has permits alone by now; or
- * FSHM_E_DAMAGED. Where it fails, the snapshot has no limits. */
+/* Load the limits again, between two looks. FSHM_OK; FSHM_E_ARGUMENT: the name has only a permit limit now; or FSHM_E_DAMAGED. If it
+ * fails, the snapshot has no limits. */
 static COLD int renew(call_t *c) {
   c->stale = false;
   if (!limits_load(c->s, c->index, &c->snapshot)) return damage_limits(c->s, c->index);
   limits_number(c->numbers, &c->snapshot);
   read_clock_again(
-      c); /* after these limits were published: states drain at their pace from then on at most */
+      c); /* after these limits were published: from then on states drain at most at their pace */
   return c->snapshot.count ? FSHM_OK : FSHM_E_ARGUMENT;
 }
 static inline int renewed(call_t *c) { return likely(!c->stale) ? FSHM_OK : renew(c); }
 
-/* The first state of a new slot: what the call would do to a key never seen, as of now. */
-typedef struct {
-  call_t *c;
-  uint32_t i, op; /* op: FSHM_CHARGE and FSHM_BLOCK, room or not; FROM_SHARED; any other takes */
-  verdict_t *verdict;
-  bool refused; /* what it may have consumed of a shared counter does not fit the present limits */
-} first_t;
-enum { FROM_SHARED = 100 }; /* the state of the shared counter, and no more */
-
-/* A charge to limit i, as what can be left of it now. Where the limits have changed since, a bucket may have drained at
- * a faster pace meanwhile, also if the present limits are those of the charge again. */
+/* What can be left now of a charge to limit i. If the limits changed since, a bucket may have drained at a faster pace in between,
+ * even if the present limits are those of the charge again. */
 static COLD fshm_charged charge_now(const call_t *c, uint32_t i, const fshm_charged *put,
                                     uint64_t now) {
   if (!put->version || put->version == CURRENT_VERSION(c->snapshot.current)) return *put;
@@ -283,7 +172,7 @@ static COLD fshm_charged charge_now(const call_t *c, uint32_t i, const fshm_char
       put, limits_pace_since(c->s, c->index, c->snapshot.rules[i].place, put->version), now);
 }
 
-/* The state after a charge, a block or a refund, whatever it was: by the rule that it lives under. */
+/* The state after a charge, a block or a refund, under its own rule. */
 static COLD uint64_t forced(const call_t *c, uint32_t op, uint32_t i, const rule_t *r,
                             uint64_t state, uint64_t now) {
   uint64_t cost = c->costs[i];
@@ -298,59 +187,12 @@ static COLD uint64_t forced(const call_t *c, uint32_t op, uint32_t i, const rule
   return bucket_block(&capped, state_for(r, state), plus_time(now, cost));
 }
 
-/* A counter's window ends no earlier than the window of any key that is admitted by it does, whenever that began. */
-static uint64_t window_lasts(const rule_t *r, uint64_t state, uint64_t now) {
-  window_t w = window_open(r, state, now);
-  if (r->kind != FSHM_WINDOW || !w.count) return state;
-  w.end = max_u64(w.end, plus_time(now, r->per));
-  return window_state(r, w);
-}
-
-/* What a key may have consumed that gets a slot. The counter is written to, though its state stays: whoever is about to
- * charge it for this key has looked for this slot before it was there, and fails (put_shared()). */
-static COLD uint64_t leave_shared(call_t *c, uint32_t i, uint64_t now, bool *former) {
-  const rule_t *r = &c->snapshot.rules[i];
-  found_t f;
-  rule_t old;
-  uint64_t state;
-  do {
-    if (!again(c)) return NO_STATE;
-    find_shared(c, i, &f);
-    pair_t seen = f.pair;
-    bool ours = shared_is_of(seen.who, c->snapshot.current);
-    f.pair.who = shared_who(seen.who, c->snapshot.current, ours ? seen.who : fingerprint(c, i));
-    if (!ours) f.pair.when = 0;
-    if (pair_cas(&c->s->slots[f.slot], &seen, f.pair)) break;
-  } while (true);
-  state = state_expires(f.pair.when) <= now ? 0 : f.pair.when;
-  if (!state || !((f.pair.who ^ fingerprint(c, i)) & WHO_LABELS)) return state_for(r, state);
-  if (!former_rule(c, i, &f, &old)) return NO_STATE;
-  *former = true;
-  return rule_settles(r, &old, state, now, &state) ? state : NO_STATE;
-}
-
-static COLD uint64_t first_shared(first_t *f, uint64_t now) {
-  call_t *c = f->c;
-  const rule_t *r = &c->snapshot.rules[f->i];
-  uint64_t state = leave_shared(c, f->i, now, &f->refused);
-  if (state == NO_STATE) return NO_STATE;
-  if (f->op == FROM_SHARED)
-    return state && may_begin_denied(r, window_read(state, now).count) ? state : NO_STATE;
-  if (f->op >= FSHM_CHARGE) return window_lasts(r, forced(c, f->op, f->i, r, state, now), now);
-  verdict_t v = rule_take(r, state, now, max_u64(c->at, now), c->costs[f->i]);
-  if (v.retry > f->verdict->retry) return NO_STATE; /* it was charged since; or rounded up twice */
-  v.retry = f->verdict->retry;
-  v.next = window_lasts(r, v.next, now);
-  *f->verdict = v;
-  return v.next;
-}
-
 static uint64_t first_state(void *context) {
   first_t *f = context;
   call_t *c = f->c;
   const rule_t *r = &c->snapshot.rules[f->i];
   uint64_t now = fresh_now(c), cost = c->costs[f->i];
-  /* After the claim was published: whoever changes the limits from now on empties it, or finds the state. */
+  /* The claim is published: a process that changes the limits from now on empties it, or finds the state. */
   if (outdated(c)) {
     c->stale = true;
     return NO_STATE;
@@ -362,63 +204,6 @@ static uint64_t first_state(void *context) {
   v.retry = f->verdict->retry;
   *f->verdict = v;
   return v.next;
-}
-
-/* No room for the key: charge the counter that its limiter's keys without a slot share. CLAIMED, or CLAIM_LOST: look
- * again. DESIGN.md, "Shared counters". */
-static COLD int put_shared(call_t *c, uint32_t i, look_t *l, uint32_t op) {
-  _Atomic uint64_t *word = &c->s->limiters[c->index].shared;
-  look_t shared;
-  uint64_t needed = 0;
-  while (again(c)) {
-    uint64_t until = load_relaxed(word);
-    if (until < needed) { /* seldom: a second ahead, since keys without a slot read this line */
-      uint64_t more = plus_time(needed, UINT64_C(1000000000));
-      if (!atomic_compare_exchange_strong_explicit(word, &until, more, memory_order_relaxed,
-                                                   memory_order_relaxed))
-        continue;
-      until = more;
-    }
-    /* Said, before the key's slot is looked for. Pairs with the fence of confirm(): whoever publishes one that we do not
-     * see finds the word, and writes to the counter after we have read it. */
-    atomic_thread_fence(memory_order_seq_cst);
-    find_shared(c, i, &shared.slot);
-    if (table_has(c->s, c->hash, fingerprint(c, i))) return CLAIM_LOST;
-    read_clock_again(c);
-    found_t *f = &shared.slot;
-    pair_t seen = f->pair, next;
-    if (!shared_is_of(seen.who, c->snapshot.current)) f->pair = (pair_t){0, 0};
-    if (op >= FSHM_CHARGE) {
-      met_t m;
-      state_met(c, i, f, &m);
-      if (c->stale) return CLAIM_LOST;
-      next = (pair_t){m.who, forced(c, op, i, m.rule, m.state, c->now)};
-      next.when = window_lasts(m.rule, next.when, c->now);
-    } else {
-      look_at_shared(c, i, c->costs[i], &shared);
-      if (c->stale || shared.verdict.retry > l->verdict.retry) return CLAIM_LOST;
-      next = (pair_t){shared.who, window_lasts(&c->snapshot.rules[i], shared.verdict.next, c->now)};
-    }
-    needed = plus_time(state_expires(next.when), CLOCKS_DIFFER);
-    if (until < needed) continue;
-    next.who = shared_who(seen.who, c->snapshot.current, next.who);
-    /* Fails where the state has changed, or a key of this counter has got a slot since we looked. */
-    if (!pair_cas(&c->s->slots[f->slot], &seen, next)) continue;
-    if (op < FSHM_CHARGE) {
-      shared.verdict.retry = l->verdict.retry;
-      shared.verdict.next = next.when;
-      l->verdict = shared.verdict;
-    }
-    c->in_shared |= (uint8_t)(1U << i);
-    c->met_shared = true;
-    return CLAIMED;
-  }
-  return CLAIM_LOST;
-}
-
-static inline bool may_share(const call_t *c, uint32_t i, uint32_t op) {
-  return c->share && !c->numbers && op != FSHM_BLOCK && op != FROM_SHARED &&
-         c->snapshot.rules[i].kind != FSHM_LEASE;
 }
 
 static __attribute__((noinline)) int put_first(call_t *c, uint32_t i, look_t *l, uint32_t op) {
@@ -442,15 +227,15 @@ static inline HOT int put(call_t *c, uint32_t i, look_t *l, uint64_t next, uint3
   if (likely(f->pair.who)) {
     pair_t seen = f->pair, to = {l->who, next};
     if (next == seen.when && l->who == seen.who) return CLAIMED;
-    /* Fails where the state changed, or the slot went to another key. Pairs with every other swap of
-     * this slot; the loads before it need no order, since it compares all 16 bytes. */
+    /* Fails if the state changed, or the slot went to another key. Pairs with every other swap of this slot. The loads before it
+     * need no order, since it compares all 16 bytes. */
     return pair_cas(&c->s->slots[f->slot], &seen, to) ? CLAIMED : CLAIM_LOST;
   }
   if (state_expires(next) <= c->now) return CLAIMED; /* equals "never seen": needs no slot */
   return put_first(c, i, l, op);
 }
 
-/* The first state of a new slot that somebody else has decided about. */
+/* Context of the first state of a new slot, for a change that was decided elsewhere. */
 typedef struct {
   call_t *c;
   change_t *change;
@@ -478,7 +263,7 @@ static int put_changed(call_t *c, uint32_t i, look_t *l, uint64_t next, changed_
 
 static inline bool looks_only(uint32_t op) { return op == FSHM_PEEK || op == FSHM_PROBE; }
 
-/* Charge, block or refund one limit, whatever its state. */
+/* Charge, block or refund one limit, without a check. */
 static int force(call_t *c, uint32_t op, uint32_t i, look_t *l) {
   while (again(c)) {
     int fresh = renewed(c);
@@ -496,7 +281,7 @@ static int force(call_t *c, uint32_t op, uint32_t i, look_t *l) {
   return FSHM_CONTENDED;
 }
 
-/* How things are, for a cost of 1; by limits that are not older than any state that is met. */
+/* Check a cost of 1 against all limits, by limits that are not older than any state found. */
 static int look_all(call_t *c, look_t *looks) {
   do {
     int fresh = renewed(c);
@@ -506,21 +291,9 @@ static int look_all(call_t *c, look_t *looks) {
   return FSHM_OK;
 }
 
-/* Where the limits have changed at every try, the last looks found nothing that could be told. */
+/* The limits changed at every try: the last looks found nothing to report. */
 static inline void drop_stale(const call_t *c, look_t *looks) {
   if (unlikely(c->stale)) memset(looks, 0, FSHM_MAX_LIMITS * sizeof *looks);
-}
-
-/* The status, and that a shared counter has decided. */
-static COLD int tell_shared(const call_t *c, uint32_t process, int status, bool counts,
-                            fshm_decision *out) {
-  if (counts && c->counters < COUNTERS)
-    (void)add_relaxed(
-        &c->s->counters[process < PROCESSES ? process : PROCESSES].of[c->counters].shared, 1);
-  if (!out)
-    return status == FSHM_ALLOWED ? SHARED_ALLOWED : status == FSHM_DENIED ? SHARED_DENIED : status;
-  out->shared = 1;
-  return status;
 }
 
 static int force_all(call_t *c, uint32_t op, look_t *looks) {
@@ -528,7 +301,7 @@ static int force_all(call_t *c, uint32_t op, look_t *looks) {
   bool buckets = false;
   for (uint32_t i = 0; i < c->snapshot.count; i++)
     buckets |= c->snapshot.rules[i].kind == FSHM_BUCKET;
-  if (op == FSHM_BLOCK && !buckets) worst = FSHM_E_ARGUMENT; /* there is nothing to be done */
+  if (op == FSHM_BLOCK && !buckets) worst = FSHM_E_ARGUMENT; /* no limit can be blocked */
   looks[0].slot = (found_t){0, {0, 0}};
   for (uint32_t i = 0; i < c->snapshot.count; i++) {
     int status = force(c, op, i, &looks[i]);
@@ -536,27 +309,27 @@ static int force_all(call_t *c, uint32_t op, look_t *looks) {
   }
   c->now = c->at = fresh_now(c);
   found_t first =
-      looks[0].slot; /* for its name in the key statistics, also where nothing is left in it */
+      looks[0].slot; /* to store its name in the key statistics, even if its state is gone */
   int fresh = look_all(c, looks);
   if (unlikely(fresh != FSHM_OK)) return fresh;
   if (!looks[0].slot.pair.who) looks[0].slot = first;
   return worst;
 }
 
-/* May a limit that is denied be charged ahead? Only a bucket has an instant to reserve. */
+/* May a denied limit be charged ahead? Only a bucket has an instant to reserve. */
 static inline bool may_wait(const call_t *c, uint32_t op, uint32_t i, const look_t *l) {
   return op == FSHM_RESERVE && c->snapshot.rules[i].kind == FSHM_BUCKET &&
          l->verdict.retry <= c->max_wait && l->verdict.retry != UINT64_MAX && !l->stays;
 }
 
-/* A denied state that is over sooner under the present limits goes on under them. False: look again. */
+/* Write a denied state that ends sooner under the present limits. False: look again. */
 static COLD bool keep_moved(call_t *c, uint32_t i, look_t *l) {
-  if (!l->slot.pair.who) /* where it has got a slot: it tells when it may come back */
+  if (!l->slot.pair.who) /* gets a slot, so that the next answer says when to come back */
     return put_first(c, i, l, FROM_SHARED) == CLAIM_FULL;
   return put(c, i, l, l->moved, FSHM_ACQUIRE) != CLAIM_LOST;
 }
 
-enum { RESHAPED = -100 }; /* of take_one: there are several limits now */
+enum { RESHAPED = -100 }; /* returned by take_one(): there are several limits now */
 
 static inline HOT int take_one(call_t *c, uint32_t op, look_t *l) {
   while (likely(again(c))) {
@@ -580,8 +353,8 @@ static inline HOT int take_one(call_t *c, uint32_t op, look_t *l) {
   return FSHM_CONTENDED;
 }
 
-/* Take back a charge. Where nobody touched the slot since, exactly; else what has not drained yet. The
- * limits may have changed meanwhile: it is the same limit that has the same place. */
+/* Take back a charge: exactly, if the slot was not changed since; else what has not drained yet. The limits may have changed
+ * meanwhile: the limit with the same place is the same limit. */
 static void undo(call_t *c, uint32_t i, const look_t *l, pair_t before) {
   call_t later = *c;
   const fshm_charged put_there = charged_by(&c->snapshot.rules[i], l->verdict.next, c->now,
@@ -593,7 +366,7 @@ static void undo(call_t *c, uint32_t i, const look_t *l, pair_t before) {
     while (k < later.snapshot.count && later.snapshot.rules[k].place != c->snapshot.rules[i].place)
       k++;
     if (k == later.snapshot.count || later.snapshot.salt != c->snapshot.salt)
-      return; /* it is no limit of this name any more, or was reset */
+      return; /* the limit was removed, or the limiter was reset */
     met_t m;
     const bool shared = c->in_shared >> i & 1;
     later.now = fresh_now(c);
@@ -609,11 +382,13 @@ static void undo(call_t *c, uint32_t i, const look_t *l, pair_t before) {
     if (!shared && ours && (before.who == l->who || !before.who)) {
       found.who = l->who;
       next = before.when;
-    } else { /* also where it was under an earlier rule: nothing says that this one is kept any more */
+    } else { /* also if it was under an earlier rule: that rule may be gone */
       bool alike = m.rule->kind == c->snapshot.rules[i].kind;
       found.who = m.who;
       alike &=
-          !shared || m.rule->kind != FSHM_WINDOW; /* whose end others move: it is the same window */
+          !shared ||
+          m.rule->kind !=
+              FSHM_WINDOW; /* other calls move the end of a counter's window: it is the same window */
       const fshm_charged charge = charge_now(&later, k, &put_there, later.now);
       next = rule_refund(m.rule, m.state, later.now, c->costs[i], alike ? &charge : NULL);
     }
@@ -627,7 +402,7 @@ static void undo(call_t *c, uint32_t i, const look_t *l, pair_t before) {
   }
 }
 
-/* Charge limit i of several. FSHM_DENIED: its room went since the look. */
+/* Charge limit i of several. FSHM_DENIED: it has no room any more. */
 static int charge_looked(call_t *c, uint32_t i, look_t *l, pair_t *before) {
   c->in_shared &= (uint8_t)~(1U << i);
   for (bool lost = false; again(c); lost = true) {
@@ -640,9 +415,8 @@ static int charge_looked(call_t *c, uint32_t i, look_t *l, pair_t *before) {
   return FSHM_CONTENDED;
 }
 
-/* Several limits: look at all before charging any; undo on denial. Killed in between, some may stay
- * charged, never the reverse. A reservation is charged everywhere as of the latest instant that any
- * limit asks for, since that is when it will be used. */
+/* Several limits: check all, then charge each; undo on denial. Killed in between, some may stay charged, never the reverse. A
+ * reservation charges all limits as of the latest instant that any of them needs, since it is used then. */
 static UNGUARDED int take_all(call_t *c, uint32_t op, look_t *looks) {
   while (again(c)) {
     int fresh = renewed(c);
@@ -659,7 +433,7 @@ static UNGUARDED int take_all(call_t *c, uint32_t op, look_t *looks) {
       buckets &= c->snapshot.rules[i].kind == FSHM_BUCKET;
     }
     if (c->stale) continue;
-    if (!may || (wait > c->at - c->now && !buckets)) { /* no instant to charge for */
+    if (!may || (wait > c->at - c->now && !buckets)) { /* there is no instant to charge for */
       bool kept = true;
       for (uint32_t i = 0; i < count && op != FSHM_PEEK; i++)
         kept &= likely(!looks[i].moved) || keep_moved(c, i, &looks[i]);
@@ -678,12 +452,12 @@ static UNGUARDED int take_all(call_t *c, uint32_t op, look_t *looks) {
     if (status == FSHM_ALLOWED) return FSHM_ALLOWED;
     for (uint32_t k = i - 1; k-- > 0;) undo(c, k, &looks[k], before[k]);
     if (status != FSHM_DENIED) return status;
-    /* Somebody took the room between our look and our charge: look again, and tell from that. */
+    /* Another call took the room between our look and our charge: look again, and report that. */
   }
   return FSHM_CONTENDED;
 }
 
-/* Fill a decision from what the looks found. `charged`: tell what is left after the charge. */
+/* Fill a decision from the looks. `charged`: report what is left after the charge. */
 static inline void report(const call_t *c, const look_t *looks, bool allowed, bool charged,
                           fshm_decision *out) {
   uint64_t longest = allowed && charged ? c->at - c->now : 0, reset = 0, tightest = UINT64_MAX;
@@ -701,14 +475,14 @@ static inline void report(const call_t *c, const look_t *looks, bool allowed, bo
   }
   out->remaining = tightest;
   out->retry_after_ns = longest == UINT64_MAX ? FSHM_NEVER : (int64_t)longest;
-  /* At most TIME_MAX: a meter reads what its rule cannot have written as "never seen" (state_for). */
+  /* At most TIME_MAX: a state that its rule cannot have written is read as "never seen" (state_for). */
   out->reset_after_ns = (int64_t)reset;
 }
 
 static inline void count_call(const call_t *c, uint32_t process, const look_t *l, int status,
                               const void *key, uint64_t length) {
   if (likely(c->snapshot.rules[0].kind !=
-             FSHM_LEASE)) /* fshm_spend() counts it for whose token lease it is */
+             FSHM_LEASE)) /* fshm_spend() counts it for the limiter of the lease */
     counters_add(c->s, process, c->counters, status);
   if (likely(l->slot.pair.who && !(c->s->names_mode & FSHM_NAMES_OFF)))
     key_stats_count(c->s, process, l->slot.slot, key_stats_meta(c->index, l->slot.pair.who), key,
@@ -737,8 +511,8 @@ static inline void begin(call_t *c, fshm_limiter *l, const void *key, uint64_t l
   begin_hashed(c, l, key_hash(l, key, length), now);
 }
 
-/* What a call does that has begun, with limits. `out` NULL: the caller only wants to know whether it was
- * admitted. `charges`, or NULL: for each limit, what was charged. */
+/* The call, once the limits are loaded. `out` NULL: the caller only needs the status. `charges`, or NULL: the charge of each
+ * limit. */
 static inline HOT int apply_begun(call_t *c, uint32_t op, const void *key, uint64_t key_length,
                                   fshm_decision *out, fshm_charged *charges) {
   look_t looks[FSHM_MAX_LIMITS];
@@ -757,7 +531,7 @@ static inline HOT int apply_begun(call_t *c, uint32_t op, const void *key, uint6
     charges[i] = charged_by(&c->snapshot.rules[i], looks[i].verdict.next, c->now,
                             CURRENT_VERSION(c->snapshot.current));
   bool counts = likely(op == FSHM_ACQUIRE || op == FSHM_RESERVE);
-  if (status == FSHM_DENIED) /* an empty token lease is no denial yet */
+  if (status == FSHM_DENIED) /* an empty token lease is not a denial yet */
     counts = (counts || op == FSHM_PROBE) && c->snapshot.rules[0].kind != FSHM_LEASE;
   if (counts)
     count_call(c, process, looks, status, key, key_length);
@@ -769,18 +543,19 @@ static inline HOT int apply_begun(call_t *c, uint32_t op, const void *key, uint6
   return status;
 }
 
-/* The whole call. hash: NULL, or what the caller has hashed already. */
+/* The whole call. hash: NULL, or the hash of the key. */
 static inline HOT int apply(fshm_limiter *l, const uint64_t *hash, uint32_t op, const void *key,
                             uint64_t key_length, const uint64_t *costs, uint64_t max_wait,
                             uint64_t now, fshm_decision *out, fshm_charged *charges) {
   call_t c;
   bool readable = limits_load_inline(l->segment, l->index, &c.snapshot);
-  if (unlikely(!readable || !c.snapshot.count)) { /* none: a limiter of permits, for fshm_admit() */
+  if (unlikely(!readable ||
+               !c.snapshot.count)) { /* no such limits: a limiter of permits, for fshm_admit() */
     if (out) memset(out, 0, sizeof *out);
     return readable ? FSHM_E_ARGUMENT : damage_limits(l->segment, l->index);
   }
   uint64_t hashed = hash ? *hash : key_hash(l, key, key_length);
-  if (!hash) { /* before the clock is read, which takes about as long as a line does to come */
+  if (!hash) { /* before the clock is read, which takes about as long as fetching a line */
     table_prefetch(l->segment, hashed);
     table_prefetch_stats(l->segment, hashed);
   }
@@ -797,7 +572,7 @@ UNGUARDED void fshm_apply(fshm_limiter *l, uint32_t op, const void *key, uint64_
   out->status = status;
 }
 
-/* Of many keys, in two steps: hash one and have its lines fetched, some keys before it is asked for. */
+/* For many keys, in two steps: hash a key and prefetch its lines, some keys ahead; then check it. */
 uint64_t limiter_fetch(const fshm_limiter *l, const void *key, uint64_t length) {
   uint64_t hash = key_hash(l, key, length);
   table_prefetch(l->segment, hash);
@@ -809,8 +584,8 @@ UNGUARDED void limiter_acquire_fetched(fshm_limiter *l, uint64_t hash, const voi
   out->status = apply(l, &hash, FSHM_ACQUIRE, key, length, costs, 0, 0, out, NULL);
 }
 
-/* For fshm_admit(), which has loaded the limits (at least one) and hashed the key: it asks twice, and a call
- * may go by the limits that it found when it began. */
+/* For fshm_admit(), which has loaded the limits (at least one) and hashed the key. It calls this twice; each call may go by the
+ * limits that it found at its start. */
 UNGUARDED int limiter_take(fshm_limiter *l, const snapshot_t *snapshot, uint64_t hash, uint32_t op,
                            const void *key, uint64_t key_length, const uint64_t *costs,
                            uint64_t now, fshm_decision *out, fshm_charged *charges) {
@@ -837,8 +612,8 @@ void fshm_reserve(fshm_limiter *l, const void *key, uint64_t key_length, const u
   out->status = apply(l, NULL, FSHM_RESERVE, key, key_length, costs, max_wait, now, out, reserved);
 }
 
-/* Only where the reservation is still the last: those who reserved after it count on their instants, and
- * what lies between would be given away twice. */
+/* Only if the reservation is still the last one: later reservations count on their instants, and what lies between would be given
+ * away twice. */
 int fshm_cancel(fshm_limiter *l, const void *key, uint64_t key_length, const uint64_t *costs,
                 const fshm_charged *reserved, uint64_t now) {
   call_t c;
@@ -852,11 +627,11 @@ int fshm_cancel(fshm_limiter *l, const void *key, uint64_t key_length, const uin
     table_find(c.s, c.hash, fingerprint(&c, i), &found.slot);
     if (!found.slot.pair.who || found.slot.pair.when != reserved[i].state) continue;
     state_met(&c, i, &found.slot, &m);
-    if (c.stale) continue; /* the limits change at this moment: its instant passes unused */
+    if (c.stale) continue; /* the limits are changing: its instant passes unused */
     found.who = m.who;
     uint64_t next = rule_refund(m.rule, m.state, c.now, c.costs[i], &reserved[i]);
-    given_back +=
-        put(&c, i, &found, next, FSHM_ACQUIRE) == CLAIMED; /* lost: it is not the last any more */
+    given_back += put(&c, i, &found, next, FSHM_ACQUIRE) ==
+                  CLAIMED; /* lost: it is not the last one any more */
   }
   return given_back;
 }
@@ -870,8 +645,8 @@ void fshm_count_call(fshm_limiter *l, const void *key, uint64_t key_length, int3
   count_call(&c, process_index(c.s), &first, status, key, key_length);
 }
 
-/* Somebody else has decided: each limit's state becomes what `change` makes of it. before: what they were, or NULL;
- * at: the time that it was asked at. */
+/* A change decided elsewhere: `change` computes the next state of each limit. before: the states found, or NULL; at: the time of
+ * the change. */
 int limiter_change(fshm_limiter *l, const void *key, uint64_t length, uint64_t now,
                    change_t *change, const void *context, uint64_t *before, uint64_t *at) {
   call_t c;
@@ -890,7 +665,7 @@ int limiter_change(fshm_limiter *l, const void *key, uint64_t length, uint64_t n
       table_find(c.s, c.hash, fingerprint(&c, i), &found.slot);
       state_met(&c, i, &found.slot, &m);
       if (c.stale) continue;
-      /* What is decided elsewhere is told in the present limits' terms, whatever the state was. */
+      /* `change` gets a state in the terms of the present limits, whatever it was. */
       if (m.rule != &c.snapshot.rules[i])
         m.state = rule_convert(&c.snapshot.rules[i], m.rule, m.state, c.now);
       if (m.state == NO_STATE) m.state = 0;
@@ -899,7 +674,7 @@ int limiter_change(fshm_limiter *l, const void *key, uint64_t length, uint64_t n
       uint64_t next = change(context, i, m.rule, m.state, c.now);
       if (before) before[i] = m.state;
       changed_t first = {&c, change, context, i};
-      /* A look writes nothing: for who goes by an earlier time, what is over by ours may not be over. */
+      /* A look writes nothing: a state that has expired by our time may not have for a call with an earlier time. */
       status = next == m.state ? CLAIMED : put_changed(&c, i, &found, next, &first);
       if (status == CLAIMED && found.slot.pair.who && !(c.s->names_mode & FSHM_NAMES_OFF))
         key_stats_remember(c.s, found.slot.slot, key_stats_meta(c.index, found.slot.pair.who), key,
@@ -951,14 +726,14 @@ int fshm_reset_key(fshm_limiter *l, const void *key, uint64_t key_length) {
     table_find(c.s, c.hash, fingerprint(&c, i), &f);
     if (f.pair.who) table_clear(c.s, f.slot, f.pair.who);
   }
-  /* or one whose limit comes with the call (per_call.c) */
+  /* and a key whose limit comes with the call (per_call.c) */
   uint64_t hash = side_who(c.hash, c.index);
   table_find(c.s, hash, side_who(side_salted(hash, c.snapshot.salt), c.index), &f);
   if (f.pair.who) table_clear(c.s, f.slot, f.pair.who);
   return FSHM_OK;
 }
 
-/* The hash of the key in a slot, by its name, where that is known whole. */
+/* The hash of the key in a slot, computed from its name, if that is known whole. */
 static COLD bool key_hash_of(fshm_segment *s, uint32_t index, uint64_t slot, uint64_t *hash) {
   char key[256], name[FSHM_MAX_LIMITER_NAME];
   uint64_t length, named = read_name(&s->limiters[index], name);
@@ -969,7 +744,7 @@ static COLD bool key_hash_of(fshm_segment *s, uint32_t index, uint64_t slot, uin
   return true;
 }
 
-/* Looking in, from a slot back to its key's decision. 0: not a slot that the key statistics knows. */
+/* Inspection: the decision for the key in a slot. 0: the key statistics do not know the key. */
 int fshm_peek_slot(fshm_segment *s, uint64_t slot, uint64_t now, fshm_decision *out) {
   return fshm_peek_numbered(s, slot, NULL, now, out);
 }
@@ -989,7 +764,7 @@ int fshm_peek_numbered(fshm_segment *s, uint64_t slot, const uint64_t *numbers, 
   c.peeks = true;
   bool allowed = true;
   if (!(who &
-        1)) { /* an permit lease's word, which is kept as a token lease's; others have no limit here */
+        1)) { /* a word of a permit lease is shown as a token lease; others have no limit here */
     const pair_t pair = s->read_only ? pair_peek(&s->slots[slot]) : pair_load(&s->slots[slot]);
     if (c.snapshot.rules[0].kind != FSHM_LEASE || pair.who != who) return 0;
     c.snapshot.count = 1;
@@ -1006,7 +781,7 @@ int fshm_peek_numbered(fshm_segment *s, uint64_t slot, const uint64_t *numbers, 
       table_near(s, slot, (who & ~WHO_TAIL) | c.snapshot.tail[i], &looks[i].slot);
     if (named || looks[i].slot.pair.who)
       look_found(&c, i, 1, &looks[i]);
-    else /* which shared counter it would be cannot be told */
+    else /* the key's shared counter is not known */
       looks[i] = (look_t){.verdict = rule_take(&c.snapshot.rules[i], 0, c.now, c.now, 1)};
     if (c.stale) return 0;
     allowed &= looks[i].verdict.retry == 0;

@@ -1,17 +1,16 @@
 /* moving_window.c - moving windows: exact, in bounded memory. Argued in DESIGN.md.
  *
- * At most n tokens in any interval of `per`: the key has n positions, each a slot of the table like any other,
- * which a token takes for `per` (a window of 1). What decides is the positions alone. Two tokens in one position are
- * at least `per` apart, so no interval holds more than n; and a hit is denied only after each position was seen
- * taken.
+ * At most n tokens in any interval of `per`: the key has n positions, each a slot of the table. A token takes a position for
+ * `per` (a window of 1). The positions alone decide. Two tokens in one position are at least `per` apart, so no interval
+ * holds more than n. A hit is denied only after each position was seen taken.
  *
- * The head, a slot of the key itself, makes that cheap. It says which position comes next (so that positions are
- * taken in a ring, and the next one is the oldest), and which have been taken at all: none from `turn` on,
- * in the first round. It is moved on before a position is taken, and outlives all that were taken.
+ * The head, a slot of the key itself, makes this cheap: the positions are a ring buffer, and the head says which position comes
+ * next (the oldest) and, in the first round, which were ever taken (none from `turn` on). It is moved on before a position
+ * is taken, and outlives all that were taken.
  */
 #include <stdlib.h>
 
-#include "../core/internal.h"
+#include "per_call.h"
 
 #define MOST_TURNS \
   (UINT64_C(1) << 22) /* a turn is kept in 22 bits: the head's end in units of 4 ms */
@@ -48,14 +47,14 @@ static inline uint64_t next_position(const moving_t *m, uint64_t turn) {
   return turn < m->n ? turn : turn % m->n;
 }
 
-/* The position is the `ahead`th after next_position(). */
+/* The turn after the `ahead`th position from next_position() is taken. */
 static inline uint64_t turn_after(const moving_t *m, uint64_t turn, uint64_t ahead) {
   uint64_t next = next_position(m, turn) + ahead + 1;
   if (turn >= m->n) next += m->n;
   return next < 2 * m->n ? next : m->n + next % m->n;
 }
 
-/* How many positions can have a token in them: 0 .. that. */
+/* How many positions, from 0 on, can have a token in them. */
 static inline uint64_t positions_begun(const moving_t *m, uint64_t turn) {
   return min_u64(turn, m->n);
 }
@@ -80,8 +79,8 @@ typedef struct {
 } head_claim_t;
 typedef struct {
   const moving_t *m;
-  uint64_t position, state; /* state: as it was written */
-  patience_t *left; /* of the whole call */
+  uint64_t position, state; /* state: the one written */
+  patience_t *left; /* for the whole call */
 } token_claim_t;
 
 static uint64_t first_head(void *context) {
@@ -89,8 +88,8 @@ static uint64_t first_head(void *context) {
   return head_state(f->turn, token_end(f->m, keyed_now(&f->m->k)));
 }
 
-/* A lost attempt may have looked at all n positions, and taken all but one: with MAX_TRIES alone, who scribbles on the
- * slots could hold us up for hours (I6). So each look counts, as each swap does. */
+/* A lost attempt may have looked at all n positions and taken all but one. With MAX_TRIES alone, a process that scribbles on the
+ * slots could hold a call up for hours (I6). So each look counts, as each swap does. */
 static inline uint64_t most_looks(const moving_t *m) {
   return MAX_TRIES + min_u64(32 * m->n, 10000000);
 }
@@ -101,8 +100,8 @@ static int head_put(const moving_t *m, head_t *h, uint64_t turn) {
   return keyed_put(&m->k, m->k.hash, &h->slot, m->k.who, next, first_head, &first);
 }
 
-/* A token is about to be written with a later time than the head was: the head must outlive it, and know
- * its position. False: there is no head any more. */
+/* A token is about to be written with a later time than the head's: the head must outlive it, and include its position. False: the
+ * head is gone. */
 static bool head_cover(const moving_t *m, uint64_t position, uint64_t end, patience_t *left) {
   fshm_segment *s = m->k.s;
   for (; patient(left); left->swaps--) {
@@ -116,7 +115,7 @@ static bool head_cover(const moving_t *m, uint64_t position, uint64_t end, patie
   return false;
 }
 
-/* 0, which equals "never seen", where it has come too late for its head. */
+/* 0 ("never seen") if the head could not be extended for it. */
 static uint64_t first_token(void *context) {
   token_claim_t *f = context;
   uint64_t now = keyed_now(&f->m->k);
@@ -126,7 +125,7 @@ static uint64_t first_token(void *context) {
   return f->state;
 }
 
-/* A line of its own, unlike a permit's position: with four to a line, a long window finds its candidates full in a
+/* Each position has its own home line, unlike permits: with four to a line, a long window would find its probe windows full in a
  * table that is half empty. */
 static inline uint64_t token_hash(const moving_t *m, uint64_t position) {
   return nth_hash(m->k.hash, (uint32_t)position * SLOTS_PER_LINE);
@@ -136,7 +135,7 @@ static inline uint64_t token_who(const moving_t *m, uint64_t position) {
   return side_who(nth_who(m->k.who, (uint32_t)position), m->k.index);
 }
 
-/* Until when the position is taken; 0 = it is free. */
+/* The end of the token in this position; 0 = it is free. */
 static inline uint64_t position_look(const moving_t *m, uint64_t position, found_t *f) {
   uint64_t home = token_hash(m, position);
   table_find(m->k.s, home, token_who(m, position), f);
@@ -155,7 +154,7 @@ static int position_put(const moving_t *m, uint64_t position, found_t *f, token_
   return status == CLAIMED && !first.state ? CLAIM_LOST : status;
 }
 
-/* Exactly what was put there, or nothing. */
+/* Remove exactly these tokens. */
 static void return_tokens(const moving_t *m, const token_t *tokens, uint64_t count) {
   fshm_segment *s = m->k.s;
   for (uint64_t i = 0; i < count; i++) {
@@ -164,7 +163,7 @@ static void return_tokens(const moving_t *m, const token_t *tokens, uint64_t cou
   }
 }
 
-/* Are `cost` positions free, in the order of the ring? ahead: of the first and the last of them; f: the last. */
+/* Are `cost` positions free, in the order of the ring buffer? ahead: how far the first and the last of them are; f: the last. */
 static bool find_room(const moving_t *m, const head_t *h, uint64_t cost, uint64_t ahead[2],
                       found_t *f, patience_t *left) {
   uint64_t from = next_position(m, h->turn), found = 0;
@@ -175,7 +174,7 @@ static bool find_room(const moving_t *m, const head_t *h, uint64_t cost, uint64_
     if (!found++) ahead[0] = i;
     ahead[1] = i;
     if (found == cost) return true;
-    if (h->turn < m->n && h->turn + i + cost <= m->n) { /* nobody has been there yet */
+    if (h->turn < m->n && h->turn + i + cost <= m->n) { /* never taken yet */
       ahead[1] = i + cost - 1;
       return true;
     }
@@ -224,7 +223,7 @@ static int moving_hit(const moving_t *m, head_t *h, uint64_t cost) {
   return status;
 }
 
-/* The tokens in the window, and when the first and the last of them will have left it (0: there are none). */
+/* The number of tokens in the window, and when the first and the last of them leave it (0: there are none). */
 typedef struct {
   uint64_t count, first, last;
 } tokens_t;
@@ -283,7 +282,7 @@ COLD int fshm_peek_counted(fshm_segment *s, uint64_t slot, const fshm_limit *lim
   return FSHM_OK;
 }
 
-/* The head last: killed midway, the rest can still be found. */
+/* The head last: if we are killed midway, the next call still finds the rest. */
 int fshm_moving_clear(fshm_limiter *l, const void *key, uint64_t key_length) {
   moving_t m = {.n = FSHM_MAX_MOVING, .per = 0};
   found_t f;
@@ -294,7 +293,7 @@ int fshm_moving_clear(fshm_limiter *l, const void *key, uint64_t key_length) {
     pair_t empty = {0, 0};
     fshm_segment *s = m.k.s;
     (void)position_look(&m, position, &f);
-    /* Once: a lost swap means a token that somebody has just taken, which is none of those to forget. */
+    /* One try: a lost swap means that another call has just taken a token, which is not to be forgotten. */
     if (f.pair.who) (void)pair_cas(&s->slots[f.slot], &f.pair, empty);
   }
   if (h.slot.pair.who) table_clear(m.k.s, h.slot.slot, h.slot.pair.who);

@@ -1,12 +1,15 @@
 /* per_call.c - windows whose limit comes with the call. Argued in DESIGN.md.
  *
- * A storage of another library is given a key, its limit and its period at each hit, and asked about the
- * key alone later. So the limiter is no more than a name here: whose keys these are, and when they were
- * reset. A window's state tells its count and its end without any limit.
+ * A storage of another library gets a key, its limit and its period with each hit, and later only the key. So the limiter here
+ * is only a name: it says whose keys these are, and when they were reset. A window's state has its count and its end,
+ * without any limit.
  */
-#include "../core/internal.h"
+#include "../permits/semaphore.h"
+#include "../stats/counters.h"
+#include "../stats/key_stats.h"
+#include "per_call.h"
 
-/* FSHM_OK, FSHM_E_ARGUMENT: the limiter is of another kind, or FSHM_E_DAMAGED. */
+/* FSHM_OK; FSHM_E_ARGUMENT: the limiter is of another kind; or FSHM_E_DAMAGED. */
 int keyed_begin(keyed_t *k, const fshm_limiter *l, uint32_t kind, const void *key, uint64_t length,
                 uint64_t now) {
   snapshot_t snapshot;
@@ -22,7 +25,7 @@ int keyed_begin(keyed_t *k, const fshm_limiter *l, uint32_t kind, const void *ke
   return FSHM_OK;
 }
 
-/* The key in a slot: FSHM_OK, or 0: the key statistics knows none there, or its limiter is of another kind. */
+/* The key in a slot. FSHM_OK; 0: the key statistics do not know it, or its limiter is of another kind. */
 COLD int keyed_at(keyed_t *k, fshm_segment *s, uint64_t slot, uint32_t kind, uint64_t now) {
   snapshot_t snapshot;
   if (slot >= s->slot_count) return 0;
@@ -33,7 +36,7 @@ COLD int keyed_at(keyed_t *k, fshm_segment *s, uint64_t slot, uint32_t kind, uin
     return 0;
   k->s = s;
   k->index = index;
-  k->counters = COUNTERS; /* a look is no call */
+  k->counters = COUNTERS; /* inspection is not a call */
   k->hash = side_salted(who, snapshot.salt);
   k->who = who;
   k->fixed = now != 0;
@@ -41,13 +44,12 @@ COLD int keyed_at(keyed_t *k, fshm_segment *s, uint64_t slot, uint32_t kind, uin
   return FSHM_OK;
 }
 
-/* The time now, for what must not be computed from the time that the call began with. */
+/* The time now, where the time at the start of the call is too old. */
 uint64_t keyed_now(const keyed_t *k) {
   return k->fixed ? k->now : max_u64(segment_now(k->s), k->now);
 }
 
-/* Swap in the next state, or claim a slot with the first one: CLAIMED, CLAIM_LOST (look again) or
- * CLAIM_FULL. */
+/* Swap in the next state, or claim a slot with the first one. CLAIMED, CLAIM_LOST (look again) or CLAIM_FULL. */
 int keyed_put(const keyed_t *k, uint64_t home, found_t *f, uint64_t who, uint64_t next,
               first_state_t *first, void *context) {
   if (likely(f->pair.who)) {
@@ -61,7 +63,7 @@ int keyed_put(const keyed_t *k, uint64_t home, found_t *f, uint64_t who, uint64_
   return status;
 }
 
-/* Count the call for people to look at. */
+/* Count the call. */
 void keyed_tell(const keyed_t *k, const found_t *f, const void *key, uint64_t length, int status) {
   uint32_t process = process_index(k->s);
   counters_add(k->s, process, k->counters, status);
@@ -74,7 +76,7 @@ typedef struct {
   const keyed_t *k;
   rule_t rule;
   uint64_t cost;
-  uint64_t ahead; /* ns that are added to segment time: what windows are aligned to */
+  uint64_t ahead; /* ns added to segment time, to align the windows */
   verdict_t verdict;
   uint64_t next; /* the state after the call */
 } counted_t;
@@ -122,7 +124,7 @@ void fshm_count(fshm_limiter *l, const void *key, uint64_t key_length, const fsh
     table_find(k.s, k.hash, k.who, &f);
     uint64_t state = f.pair.who ? f.pair.when : 0;
     if (unlikely(c.rule.kind == FSHM_SLIDING && sliding_is_later(&c.rule, state, k.now + c.ahead)))
-      k.now = keyed_now(&k); /* stopped since it was read */
+      k.now = keyed_now(&k); /* we were stopped since the clock was read */
     counted_take(&c, state, k.now);
     out->status = c.verdict.retry ? FSHM_DENIED : FSHM_ALLOWED;
     if (!cost || c.verdict.retry) break;
@@ -135,8 +137,8 @@ void fshm_count(fshm_limiter *l, const void *key, uint64_t key_length, const fsh
   if (out->status >= 0) counted_tell(&c, k.now, out);
 }
 
-/* What a hit of 1 would be told, without it: for people. Of a sliding counter, the times are those of the
- * meter that rounds the estimate up: a hit fits by then, at the latest. */
+/* The answer to a hit of 1, without the hit: for people. For a sliding counter, the times are those of the algorithm that rounds the
+ * estimate up: a hit fits then at the latest. */
 COLD void counted_peek(const keyed_t *k, const fshm_limit *limit, fshm_decision *out) {
   found_t f;
   counted_t c = {.k = k, .rule = rule_make(limit)};

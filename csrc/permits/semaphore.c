@@ -1,14 +1,17 @@
-/* semaphore.c - what is held: requests in flight, pooled connections. Argued in DESIGN.md.
+/* semaphore.c - counting semaphores: permits held, for requests in flight or pooled connections. Argued in DESIGN.md.
  *
- * A key that may have n permits has n permits. A permit is a slot of the table like any other, with the
- * fingerprint of (limiter, key, permit): taking it is one swap from free to held-by-me, or a claim where
- * the permit has no slot yet. A free permit equals "never seen", so its slot can be reused by any key. The
- * count is what the slots say; there is no second number.
+ * A key with n permits has permit numbers 0 .. n-1. A permit is a slot of the hash table, with the fingerprint of (limiter,
+ * key, number). Taking it is one swap from free to held-by-me, or a claim if the permit has no slot yet. A free permit
+ * equals "never seen", so any key can reuse its slot. The slots are the count; there is no second number.
  *
- * when = 7 (3 bits) | permit (17) | owner: process index (8) and its incarnation (18) | idle (1) |
+ * when = 7 (3 bits) | number (17) | owner: process index (8) and its incarnation (18) | idle (1) |
  *        taken, in seconds of segment time (17)
  */
-#include "../core/internal.h"
+#include "../limits/limiter.h"
+#include "../limits/limits.h"
+#include "../stats/key_stats.h"
+#include "semaphore.h"
+#include "wakeup.h"
 
 #define PERMIT_BIT 2048U /* of the limiter index in key_stats_t.meta */
 #define PERMIT_NUMBER(w) ((uint32_t)((w) >> 44) & 0x1ffff)
@@ -18,12 +21,12 @@
 #define TAKEN_OF(w) ((w) & 0x1ffff)
 
 static_assert(PROCESSES <= 256, "an owner is 8 bits");
-static_assert(MAX_PERMITS < 1 << 17, "a slot is 17 bits");
+static_assert(MAX_PERMITS < 1 << 17, "a permit number has 17 bits");
 
-/* Which processes are alive, asked once in each call: a question is a system call. */
+/* The results of liveness checks: each process is checked once in a call, since a check is a system call. */
 typedef struct {
-  uint8_t known[PROCESSES];       /* 0 = not asked, 1 = alive, 2 = dead */
-  uint64_t incarnation[PROCESSES]; /* that was asked for: the index may get a new owner meanwhile */
+  uint8_t known[PROCESSES]; /* 0 = not checked, 1 = alive, 2 = dead */
+  uint64_t incarnation[PROCESSES]; /* that was checked: the index may get a new owner meanwhile */
 } liveness_t;
 
 static void liveness_begin(liveness_t *liveness) { memset(liveness, 0, sizeof *liveness); }
@@ -32,7 +35,7 @@ static bool owner_alive(fshm_segment *s, uint64_t when, liveness_t *liveness) {
   uint32_t owner = OWNER_OF(when);
   uint64_t incarnation =
       atomic_load_explicit(&s->processes[owner].incarnation, memory_order_acquire);
-  if ((incarnation & 0x3ffff) != INCARNATION_OF(when)) return false; /* an earlier owner's */
+  if ((incarnation & 0x3ffff) != INCARNATION_OF(when)) return false; /* of an earlier owner */
   if (!liveness->known[owner] || liveness->incarnation[owner] != incarnation) {
     liveness->incarnation[owner] = incarnation;
     liveness->known[owner] = process_alive(s, owner) ? 1 : 2;
@@ -40,7 +43,7 @@ static bool owner_alive(fshm_segment *s, uint64_t when, liveness_t *liveness) {
   return liveness->known[owner] == 1;
 }
 
-/* This process as an owner; false where the process table is full. */
+/* This process as an owner. False: the process table is full. */
 static bool own_identity(fshm_segment *s, uint64_t *identity) {
   uint32_t process;
   uint64_t incarnation;
@@ -51,8 +54,8 @@ static bool own_identity(fshm_segment *s, uint64_t *identity) {
 
 #define IDENTITY_MASK (UINT64_C(0x3ffffff) << 18)
 
-/* Whose permit it is: hash of key and permit (52 bits) | limiter (11) | 0. From a held one, whose permit is known, the key's
- * bits can be read back. */
+/* The owner of a permit's slot: hash of key and number (52 bits) | limiter (11) | 0. The key's bits can be read back from a held
+ * permit, whose number is known. */
 static inline uint64_t permit_bits(uint32_t number) { return spread(NTH_STEP * (number + 1)); }
 static inline uint64_t permit_who(uint32_t limiter, uint64_t hash, uint32_t number) {
   uint64_t who = (hash ^ permit_bits(number)) << 12 | (uint64_t)limiter << 1;
@@ -88,8 +91,8 @@ static uint64_t held_by_me(void *context) { return *(uint64_t *)context; }
 static bool free_dead(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now,
                       liveness_t *liveness);
 
-/* Try one permit. With a liveness check, a dead process's permit is taken over. left: for the whole call;
- * with as many tries for each permit, who scribbles on the key's slots could hold us up for hours (I6). */
+/* Try one permit. With `liveness`, a dead process's permit is taken over. left: for the whole call; with as many tries for each
+ * permit, a process that scribbles on the key's slots could hold us up for hours (I6). */
 static int try_permit(const holder_t *h, uint32_t number, liveness_t *liveness, patience_t *left,
                       fshm_permit *out) {
   uint64_t home = nth_hash(h->hash, number);
@@ -101,7 +104,7 @@ static int try_permit(const holder_t *h, uint32_t number, liveness_t *liveness, 
     table_find(h->s, home, who, &f);
     if (!f.pair.who) {
       int status = table_claim(h->s, home, who, h->now, held_by_me, &mine.when, &f.slot);
-      /* Only with a liveness check: one for each permit would ask the kernel n times for each process. */
+      /* Only with `liveness`: without the shared results we would ask the kernel n times for each process. */
       if (status == CLAIM_FULL && !(liveness && free_dead(h->s, home, who, h->now, liveness)))
         return PERMIT_FULL;
       if (status != CLAIMED) {
@@ -111,12 +114,12 @@ static int try_permit(const holder_t *h, uint32_t number, liveness_t *liveness, 
     } else {
       if (IS_PERMIT(f.pair.when) && (!liveness || owner_alive(h->s, f.pair.when, liveness)))
         return PERMIT_HELD;
-      /* From free, or from a dead owner, to mine: one swap. Pairs with every other taker's, and with
-       * the release: whoever fails sees a permit that somebody else has just taken. */
+      /* From free, or from a dead owner, to mine: one swap. Pairs with every other taker's swap, and with the release: the loser sees
+       * that another process has just taken the permit. */
       pair_t seen = f.pair;
       if (!pair_cas(&h->s->slots[f.slot], &seen, mine)) continue;
     }
-    out->slot = f.slot; /* and what was charged stays as it is */
+    out->slot = f.slot; /* out->put stays as it is */
     out->who = who;
     out->when = mine.when;
     out->wakeup = wakeup_of(h->hash);
@@ -126,7 +129,7 @@ static int try_permit(const holder_t *h, uint32_t number, liveness_t *liveness, 
   return PERMIT_CONTENDED;
 }
 
-/* Count the key's held permits from .. to-1; free those of dead processes on the way. */
+/* Count the key's held permits with numbers from .. to-1. Frees those of dead processes. */
 static uint32_t count_held_from(const holder_t *h, uint32_t from, uint32_t to,
                                 liveness_t *liveness) {
   uint32_t held = 0;
@@ -139,7 +142,7 @@ static uint32_t count_held_from(const holder_t *h, uint32_t from, uint32_t to,
       held++;
     else
       (void)pair_cas(&h->s->slots[f.slot], &seen,
-                     idle); /* lost: somebody took it over or freed it */
+                     idle); /* lost: another process took it over or freed it */
   }
   return held;
 }
@@ -153,7 +156,7 @@ static int give_back(holder_t *h, const fshm_permit *p) {
   return p->slot < h->s->slot_count && pair_cas(&h->s->slots[p->slot], &seen, idle);
 }
 
-/* Up to which permit permits of a key may be held. */
+/* Permits of a key may be held with numbers below this. */
 static uint32_t permit_bound(const fshm_limiter *l, const snapshot_t *snapshot) {
   if (l->numbers) return snapshot->permits;
   return limits_most_permits(limits_most(l->segment, l->index), snapshot);
@@ -161,8 +164,8 @@ static uint32_t permit_bound(const fshm_limiter *l, const snapshot_t *snapshot) 
 
 #define BEYOND_NS UINT64_C(1000000000)
 
-/* Does any key of the limiter hold permits beyond the present limit? Frees those of dead processes. A look at the whole
- * table, so a process does it once a second at most; until one has found none, each taker counts all held permits. */
+/* Does no key of the limiter hold permits beyond the present limit? Frees those of dead processes. This looks at the whole table, so
+ * a process does it at most once a second. Until it has found none, each taker counts all held permits. */
 static COLD bool none_beyond(const holder_t *h, const snapshot_t *snapshot, liveness_t *liveness) {
   fshm_segment *s = h->s;
   uint64_t last = load_relaxed(&h->limiter->beyond);
@@ -180,13 +183,12 @@ static COLD bool none_beyond(const holder_t *h, const snapshot_t *snapshot, live
   return true;
 }
 
-/* A permit of the key is ours. Does it stand? Not where more than n are held: the limit was lowered, by now
- * or earlier, and permits beyond it are still held. Ours is published: of any set of holders the last to
- * publish counts all others, so they never exceed n. */
+/* We hold a permit of the key. Is it valid? Not if more than n are held: the limit was lowered, and permits beyond it are still
+ * held. Ours is published: of any set of holders the last one to publish counts all others, so they never exceed n. */
 static bool stands(holder_t *h, snapshot_t *snapshot, uint32_t number, uint32_t *held) {
   const limiter_entry_t *e = &h->s->limiters[h->limiter->index];
   bool said = false;
-  /* All who ask for this key bring the same number, so no permit beyond it was ever taken. */
+  /* All calls for this key have the same number, so no permit beyond it was ever taken. */
   if (unlikely(h->limiter->numbers != NULL)) return true;
   after_swap(); /* pairs with publish(): it sees our permit, or we see its limits */
   for (int tries = 0; tries < MAX_TRIES; tries++) {
@@ -194,8 +196,8 @@ static bool stands(holder_t *h, snapshot_t *snapshot, uint32_t number, uint32_t 
         limits_most(h->s, h->limiter->index); /* before `current`, and before the count */
     uint32_t most = limits_most_permits(seen, snapshot);
     bool same = load_relaxed(&e->current) == snapshot->current;
-    /* A permit of earlier limits: said in the word after our swap, so whoever has looked for such permits before it cannot
-     * lower the word any more, and whoever comes looks up to here. Pairs with limits_lower_most(). */
+    /* A permit of earlier limits: raise `most` after our swap. A process that looked for such permits before our swap can then no
+     * longer lower it, and later ones look up to here. Pairs with limits_lower_most(). */
     if (unlikely(number >= snapshot->permits && !said)) {
       if (!limits_raise_most(h->s, h->limiter->index, number + 1)) break;
       said = true;
@@ -204,12 +206,12 @@ static bool stands(holder_t *h, snapshot_t *snapshot, uint32_t number, uint32_t 
     if (likely(same && most <= snapshot->permits)) return true;
     if (!same) {
       if (!limits_load(h->s, h->limiter->index, snapshot) || !snapshot->permits) return true;
-      continue; /* count by the limits as they are now */
+      continue; /* count by the present limits */
     }
     liveness_t liveness;
     liveness_begin(&liveness);
     *held = count_held(h, most, &liveness);
-    /* By limits that were in force all the while: what was given back after a change made no room before it. Pairs with
+    /* The count is by limits that were in force throughout: a permit released after a change made no room before it. Pairs with
      * publish(). */
     atomic_thread_fence(memory_order_acquire);
     if (load_relaxed(&e->current) != snapshot->current) continue;
@@ -219,20 +221,20 @@ static bool stands(holder_t *h, snapshot_t *snapshot, uint32_t number, uint32_t 
       limits_lower_most(h->s, h->limiter->index, snapshot, seen);
     return true;
   }
-  *held = 1; /* ours, that is given back; others change the limits all the time */
+  *held = 1; /* our own permit, which is given back; others change the limits all the time */
   return false;
 }
 
-/* And within what was granted to this host? Of those who stand, each permit is below the permit lease, or all were
- * counted: DESIGN.md, "Permits over many hosts". */
+/* Is it also within the permit lease of this host? Each valid permit has a number below the lease, or all were counted: DESIGN.md,
+ * "Permits over many hosts". */
 static __attribute__((noinline)) bool stands_granted(const holder_t *h, const snapshot_t *snapshot,
                                                      const granted_t *g, uint32_t number,
                                                      uint32_t *held) {
-  after_swap(); /* pairs with the swap and the scan of permit_lease.c: it sees our permit, or we its word */
+  after_swap(); /* pairs with the swap and the scan of permit_lease.c: it sees our permit, or we see its word */
   uint64_t word = granted_word(h->s, g);
   uint64_t most = g->alone;
   if (g->alone) {
-    if (word != g->dropped) return false; /* it is granted again */
+    if (word != g->dropped) return false; /* the server grants again */
   } else {
     most = permit_lease_at(word,
                            h->fixed ? h->now : segment_now(h->s)); /* the word before the clock */
@@ -246,8 +248,8 @@ static __attribute__((noinline)) bool stands_granted(const holder_t *h, const sn
   return *held <= most;
 }
 
-/* Take one of the key's first n permits: FSHM_ALLOWED, FSHM_DENIED (*held says how many are), FSHM_FULL,
- * FSHM_CONTENDED; FSHM_ASK: it does not stand, by what is granted (NULL: this host's limit alone counts). */
+/* Take one of the key's first n permits. FSHM_ALLOWED, FSHM_DENIED (*held: how many are held), FSHM_FULL, FSHM_CONTENDED; FSHM_ASK: not
+ * within the lease (granted NULL: there is no lease, this host's limit alone counts). */
 static UNGUARDED int take_permit(holder_t *h, snapshot_t *snapshot, uint32_t n,
                                  const granted_t *granted, fshm_permit *out, uint32_t *held) {
   uint32_t start = load_relaxed(&h->limiter->frontier) % n;
@@ -255,7 +257,7 @@ static UNGUARDED int take_permit(holder_t *h, snapshot_t *snapshot, uint32_t n,
   liveness_t liveness;
   bool full = false;
   patience_t left =
-      patience(MAX_TRIES + 2 * (uint64_t)n); /* one a permit and pass: honest takers */
+      patience(MAX_TRIES + 2 * (uint64_t)n); /* one for each permit and pass: honest takers */
   for (int pass = 0; pass < 2; pass++) { /* the second asks who is dead */
     if (pass) liveness_begin(&liveness);
     for (uint32_t i = likely_free && !pass ? 0 : 1; i <= n; i++) {
@@ -268,11 +270,12 @@ static UNGUARDED int take_permit(holder_t *h, snapshot_t *snapshot, uint32_t n,
       key_stats_remember(h->s, out->slot, key_stats_meta(h->limiter->index | PERMIT_BIT, out->who),
                          h->key, h->key_length);
       if (pass)
-        wakeup_send(h->s, out->wakeup); /* a dead process may have held more: the next may look */
+        wakeup_send(h->s,
+                    out->wakeup); /* a dead process may have held more: let the next waiter look */
       bool fits = stands(h, snapshot, number, held);
       if (likely(fits && (!granted || stands_granted(h, snapshot, granted, number, held))))
         return FSHM_ALLOWED;
-      (void)give_back(h, out); /* without a ring: nobody else may have it either */
+      (void)give_back(h, out); /* without a wake-up: no other waiter may have it either */
       out->held = 0;
       if (fits) return FSHM_ASK;
       *held -= 1;
@@ -284,7 +287,7 @@ static UNGUARDED int take_permit(holder_t *h, snapshot_t *snapshot, uint32_t n,
   return full ? FSHM_FULL : FSHM_DENIED;
 }
 
-#define GRANTED_TRIES 3 /* of a taker whose permit does not stand since the word has changed */
+#define GRANTED_TRIES 3 /* tries of a taker whose permit is not valid because the word changed */
 
 int semaphore_take_granted(fshm_limiter *l, const void *key, uint64_t length, const granted_t *g,
                            uint64_t now, fshm_permit *out, uint64_t *version, uint32_t *held) {
@@ -322,9 +325,8 @@ uint32_t semaphore_count(fshm_limiter *l, const void *key, uint64_t length, uint
   return count_held_from(&h, (uint32_t)min_u64(from, most), most, &liveness);
 }
 
-/* The slots that a key could use are all taken: free those whose permits are dead processes'. Nobody
- * asked for those keys since, so nobody else has noticed. Where somebody else has noticed at the same time, there
- * may be nothing left to free, but room all the same. */
+/* The key's probe windows are full: free the permits of dead processes in them. No call has come for those keys since, so they were
+ * not noticed. If another process frees them at the same time, there is nothing left to free, but there is room. */
 static bool free_dead(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now,
                       liveness_t *liveness) {
   bool any = false;
@@ -348,7 +350,7 @@ UNGUARDED int fshm_permit_release(fshm_limiter *l, fshm_permit *p) {
   holder_t h = {.s = l->segment, .limiter = l};
   if (!p->held) return 0;
   p->held = 0;
-  /* A forked child has an identity of its own and cannot free what is its parent's. */
+  /* A forked child has its own identity, and cannot free its parent's permit. */
   if (!own_identity(h.s, &h.identity) || (p->when & IDENTITY_MASK) != h.identity) return 0;
   if (!give_back(&h, p)) return 0;
   wakeup_send(h.s, p->wakeup);
@@ -378,9 +380,9 @@ uint32_t fshm_in_flight(fshm_limiter *l, const void *key, uint64_t length) {
   return semaphore_count(l, key, length, 0);
 }
 
-/* Permit and meters together: look at the meters, take the permit, charge the meters; give the permit
- * back if they have lost their room meanwhile. Killed after the permit, it is a dead process's and comes
- * back by itself; killed after the charge, rates stay charged. */
+/* A permit and rate limits together: check the limits, take the permit, charge the limits; give the permit back if they have no room
+ * any more. Killed after taking the permit, it is a dead process's permit and comes back by itself; killed after the charge,
+ * the limits stay charged. */
 UNGUARDED void fshm_admit(fshm_limiter *l, const void *key, uint64_t key_length,
                           const uint64_t *costs, uint64_t now, fshm_permit *permit,
                           fshm_decision *out, uint32_t *in_flight) {
@@ -411,7 +413,7 @@ UNGUARDED void fshm_admit(fshm_limiter *l, const void *key, uint64_t key_length,
       out->status = status;
       out->limit_index = (uint16_t)snapshot.count;
       out->remaining = 0;
-      out->retry_after_ns = 0; /* nobody knows when a holder lets go */
+      out->retry_after_ns = 0; /* it is not known when a holder releases */
       return;
     }
   }
@@ -422,7 +424,7 @@ UNGUARDED void fshm_admit(fshm_limiter *l, const void *key, uint64_t key_length,
   }
 }
 
-/* looking in ------------------------------------------------------------------------------------ */
+/* inspection ------------------------------------------------------------------------------------ */
 
 static int permit_at(fshm_segment *s, uint64_t slot, liveness_t *liveness, fshm_permit_info *out) {
   memset(out, 0, sizeof *out);
@@ -434,7 +436,7 @@ static int permit_at(fshm_segment *s, uint64_t slot, liveness_t *liveness, fshm_
   out->limiter = known ? limiter : UINT32_MAX;
   out->pid = load_relaxed(&s->processes[OWNER_OF(pair.when)].pid);
   out->alive = owner_alive(s, pair.when, liveness);
-  if (!out->alive) out->pid = 0; /* the index may be another process's by now */
+  if (!out->alive) out->pid = 0; /* the index may have another owner by now */
   out->idle = (pair.when & IDLE) != 0;
   out->number = PERMIT_NUMBER(pair.when);
   out->key_hash = PERMIT_KEY(pair.who, PERMIT_NUMBER(pair.when));
@@ -451,7 +453,7 @@ int fshm_permit_at(fshm_segment *s, uint64_t slot, fshm_permit_info *out) {
 }
 
 uint64_t fshm_permits(fshm_segment *s, fshm_permit_info *out, uint64_t room) {
-  liveness_t liveness; /* one for all: the kernel is asked once about each process */
+  liveness_t liveness; /* one for all permits: each process is checked once */
   uint64_t found = 0;
   liveness_begin(&liveness);
   for (uint64_t slot = 0; slot < s->slot_count; slot++) {

@@ -1,9 +1,9 @@
-/* wakeup.c - sleeping until a permit is given back, and waking one who does. Argued in DESIGN.md, with leases.
+/* wakeup.c - waiting for a permit, and waking a waiter. Argued in DESIGN.md, "Permits".
  *
- * A wake-up word is shared by the keys that hash to it. 32 classes of keys on a wake-up word are told apart by the futex's
- * bit set; keys of one class by a tag, which the word carries:
- *   tag of the key that rang last (16 bits) | rings (15) | somebody may sleep (1)
- * `wake-up word`: 32 bits of the key's hash: the word's number, the class, and the tag.
+ * Keys share the futex words by their hash. On one word, the futex's bit set separates 32 classes of keys; a tag in the word
+ * separates the keys of a class:
+ *   tag of the key of the last wake-up (16 bits) | wake-ups (15) | there may be waiters (1)
+ * `wakeup`, 32 bits of the key's hash, gives the number of the word, the class, and the tag.
  */
 #include <errno.h>
 #include <time.h>
@@ -14,7 +14,7 @@
 #include <unistd.h>
 #endif
 
-#include "../core/internal.h"
+#include "wakeup.h"
 
 #define SENDS UINT32_C(0xfffe)
 static uint32_t class_of(uint32_t wakeup) { return UINT32_C(1) << (wakeup / WAKEUPS % 32); }
@@ -28,9 +28,9 @@ static long futex(_Atomic uint32_t *word, int op, uint32_t value, const struct t
 }
 #endif
 
-/* Wake one sleeper of the class, if somebody may sleep. The caller's swap came before the load (a full
- * barrier), the sleeper's arming before its own look at the permits: one of the two sees the other. Where
- * nobody of the class sleeps, the bit is cleared, and whoever else sleeps on this wake-up word sets it again. */
+/* Wake one waiter of the class, if there may be one. The caller's swap comes before this load (a full barrier), and a waiter arms
+ * before it looks at the permits: one of the two sees the other. If no waiter of the class sleeps, the bit is cleared; other
+ * waiters on this word set it again. */
 void wakeup_send(fshm_segment *s, uint32_t wakeup) {
   _Atomic uint32_t *b = &s->header->wakeups[wakeup % WAKEUPS];
   after_swap();
@@ -51,7 +51,7 @@ void wakeup_send_all(fshm_segment *s) {
   for (uint32_t wakeup = 0; wakeup < WAKEUPS; wakeup++) {
     _Atomic uint32_t *b = &s->header->wakeups[wakeup];
     if (!(load_relaxed(b) & 1)) continue;
-    (void)atomic_fetch_xor(b, 2); /* so that nobody falls asleep on the old value */
+    (void)atomic_fetch_xor(b, 2); /* so that no waiter falls asleep on the old value */
 #if defined(__linux__)
     (void)futex(b, FUTEX_WAKE_BITSET, INT32_MAX, NULL, UINT32_MAX);
 #endif
@@ -70,7 +70,7 @@ void fshm_wakeup_send(fshm_limiter *l, const void *key, uint64_t length) {
   wakeup_send(l->segment, key_wakeup(l, key, length));
 }
 
-/* 1: rung (or changed since arming); 0: time is up, or a signal came. */
+/* 1: woken (or the word changed since arming). 0: the time is up, or a signal came. */
 int fshm_wakeup_wait(fshm_limiter *l, const void *key, uint64_t length, uint32_t armed,
                      uint64_t timeout) {
   uint32_t wakeup = key_wakeup(l, key, length);
@@ -82,8 +82,8 @@ int fshm_wakeup_wait(fshm_limiter *l, const void *key, uint64_t length, uint32_t
   until.tv_sec += (time_t)(timeout / 1000000000);
   until.tv_nsec = (long)(timeout % 1000000000);
   if (futex(b, FUTEX_WAIT_BITSET, armed, &until, class_of(wakeup))) return errno == EAGAIN;
-  /* Woken by another key's ring: on to the next sleeper of the class. Those who slept before that ring are
-   * ahead of those who armed after it, who find the word as they armed it and end the chain. */
+  /* Woken by another key's wake-up: pass it on to the next waiter of the class. Waiters that slept before it are ahead of those that
+   * armed after it; these find the word as they armed it, and end the chain. */
   uint32_t now = load_relaxed(b);
   if (now != armed && tag_of(now) != tag_of(wakeup))
     (void)futex(b, FUTEX_WAKE_BITSET, 1, NULL, class_of(wakeup));

@@ -1,5 +1,5 @@
-/* py_cluster.h - calls of a limiter whose quota is granted by a server: fshm_spend() answers nearly all of
- * them, and Python the rest. Included by py_rate_limiter.c. */
+/* py_cluster.h - calls of a limiter whose quota a server grants: fshm_spend() answers nearly all of them, and Python the rest. Included
+ * by py_rate_limiter.c. */
 #ifndef FSHM_PY_CLUSTER_H
 #define FSHM_PY_CLUSTER_H
 
@@ -7,10 +7,9 @@
 
 /* Set once, by _bind_cluster(). */
 typedef struct {
-  fshm_limiter *leases, *refused; /* NULL: it is a limiter of this host alone */
+  fshm_limiter *leases, *refused; /* token or permit leases; NULL: a limiter of this host alone */
   PyObject *leases_handle, *refused_handle; /* own them */
-  PyObject *
-      keys; /* of a limiter of permits, whose `token lease` has permit leases: dict of those in use */
+  PyObject *keys; /* of a limiter of permits: dict of the keys in use, else NULL */
 } cluster_t;
 
 /* _ask(op, key, cost) -> (status, limit_index, remaining, retry_after_ns, reset_after_ns). cost None: 1. */
@@ -33,7 +32,7 @@ static int cluster_ask(PyObject *self, uint32_t op, PyObject *key, PyObject *cos
   return 0;
 }
 
-/* out NULL: only the status is wanted. Returns it, or FSHM_ASK after an exception. */
+/* out NULL: only the status. Returns it, or FSHM_ASK after an exception. */
 static int cluster_decide(PyObject *self, const cluster_t *c, fshm_limiter *limits, uint32_t op,
                           PyObject *key, const key_arg *k, PyObject *cost, const uint64_t *costs,
                           fshm_decision *out, uint64_t version) {
@@ -57,7 +56,7 @@ static int cluster_decide(PyObject *self, const cluster_t *c, fshm_limiter *limi
   return status;
 }
 
-/* Whoever holds a permit must be known to those who tell the server that it does: _note(key). */
+/* The agent that reports to the server must know each key whose permits are held: _note(key). */
 static int cluster_note(PyObject *self, const cluster_t *c, PyObject *key) {
   int known = PyDict_Contains(c->keys, key);
   if (likely(known > 0)) return 0;
@@ -66,8 +65,8 @@ static int cluster_note(PyObject *self, const cluster_t *c, PyObject *key) {
   return r ? 0 : -1;
 }
 
-/* _grant(key, tries) -> permits that may be held without the server's word; 0: look again; less: denied, and
- * worth a question again after so many ns. */
+/* _grant(key, tries). More than 0: the permits that may be held without the server. 0: retry. -1: denied until a release. Below -1: denied
+ * for that many ns. */
 static int cluster_grant(PyObject *self, PyObject *key, int tries, long *alone) {
   PyObject *r = PyObject_CallMethod(self, "_grant", "Oi", key, tries);
   if (!r) return -1;
@@ -76,10 +75,10 @@ static int cluster_grant(PyObject *self, PyObject *key, int tries, long *alone) 
   return *alone == -1 && PyErr_Occurred() ? -1 : 0;
 }
 
-#define GRANT_TRIES 6 /* whoever is granted one may find that another has taken it */
+#define GRANT_TRIES 6 /* another process may take a permit just granted */
 
-/* 0, or -1: an exception. The key is noted before the permit is taken: a look at the keys in use may come
- * between, and a key whose permits nobody holds is forgotten by whoever looks. So it is noted again after. */
+/* 0, or -1: an exception. The key is noted before the permit is taken, and again afterwards: in between, the agent may look at the keys in use
+ * and forget a key without permits held. */
 static int cluster_admit(PyObject *self, const cluster_t *c, fshm_limiter *limits, PyObject *key,
                          const key_arg *k, fshm_permit *permit, fshm_decision *d,
                          uint32_t *in_flight) {
@@ -95,7 +94,7 @@ static int cluster_admit(PyObject *self, const cluster_t *c, fshm_limiter *limit
       return -1;
     if (alone >= 0) continue;
     d->status = FSHM_DENIED;
-    d->retry_after_ns = alone < -1 ? -(int64_t)alone : 0; /* 0: when a holder lets go */
+    d->retry_after_ns = alone < -1 ? -(int64_t)alone : 0; /* 0: when a holder releases */
     *in_flight = fshm_in_flight(limits, k->bytes, (uint64_t)k->length);
     break;
   }

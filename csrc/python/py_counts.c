@@ -1,5 +1,5 @@
-/* py_counts.c - limits that come with the call, as PyPI's `limits` calls its storages: a key that names its
- * own limit, a period in seconds, an amount. The base class of integrations/limits.py. */
+/* py_counts.c - Counts: limits that come with the call, as PyPI's `limits` calls its storages (a key that names its own limit, a period
+ * in seconds, an amount). The base class of the storage in integrations/limits.py. */
 #include "py_args.h"
 
 enum { COUNT_FIXED, COUNT_SLIDING, COUNT_MOVING, COUNT_KINDS };
@@ -7,7 +7,7 @@ enum { COUNT_FIXED, COUNT_SLIDING, COUNT_MOVING, COUNT_KINDS };
 typedef struct {
   PyObject_HEAD
   fshm_limiter *limiters[COUNT_KINDS]; /* set once, by _bind() */
-  PyObject *handles; /* tuple: own them, until we are freed */
+  PyObject *handles; /* tuple of their owners, until we are freed */
 } Counts;
 
 /* limits' key_for() ends a key with /amount/multiples/granularity, and 60 is a minute wherever it says so. */
@@ -31,8 +31,8 @@ static int number_before(const char *bytes, Py_ssize_t *end, uint64_t *out) {
   return 1;
 }
 
-/* The limit that the key says it has, where it says the same period as the call; else none: UINT64_MAX.
- * Of a foreign key this may be a coincidence only if it ends in just such three words. */
+/* The limit that the key names, if it names the same period as the call; else none: UINT64_MAX. For a key of another origin this can only be a
+ * coincidence, if it ends in three such words. */
 static uint64_t limit_in(const key_arg *k, uint64_t period_ns) {
   uint64_t multiples, amount;
   for (size_t i = 0; i < sizeof granularities / sizeof *granularities; i++) {
@@ -55,7 +55,7 @@ static int get_period(PyObject *value, uint64_t *ns) {
   return 0; /* 0, and whatever else is out of range: fshm_count() says so */
 }
 
-/* (key, limit, expiry, amount), of which `limit` and `amount` may not be asked for: NULL. */
+/* (key, limit, expiry, amount). NULL for `limit` or `amount`: the call has none. */
 typedef struct {
   fshm_limiter *limiter;
   key_arg key;
@@ -81,7 +81,7 @@ static int begin_call(PyObject *o, int which, PyObject *key, PyObject *limit, Py
   return get_key(key, &c->key);
 }
 
-/* Ends the call. -1: an exception was set, by the Python method that knows the words. */
+/* End the call. -1: an exception was set, by the Python method that has the messages. */
 static int end_call(PyObject *o, counted_call *c, const fshm_counted *found) {
   Py_XDECREF(c->key.held);
   if (found->status >= 0) return 0;
@@ -99,7 +99,7 @@ static int count_args(const char *name, Py_ssize_t n, Py_ssize_t wanted) {
   return -1;
 }
 
-/* incr(key, expiry, amount): what the count is, or, where that is more than the key's own limit, would be. */
+/* incr(key, expiry, amount): the count; or, if it would exceed the key's own limit, the count that it would be. */
 static PyObject *counts_incr(PyObject *o, PyObject *const *args, Py_ssize_t n) {
   counted_call c;
   fshm_counted found;
@@ -161,7 +161,7 @@ static PyObject *acquire_counted(PyObject *o, int which, PyObject *const *args) 
   counted_call c;
   fshm_counted found;
   if (begin_call(o, which, args[0], args[1], args[2], args[3], &c)) return NULL;
-  if (c.amount > c.limit.n) { /* of whatever limit, also of 0 */
+  if (c.amount > c.limit.n) { /* under any limit, also 0 */
     Py_XDECREF(c.key.held);
     Py_RETURN_FALSE;
   }
@@ -180,7 +180,7 @@ static PyObject *counts_acquire_moving(PyObject *o, PyObject *const *args, Py_ss
   return count_args("acquire_moving", n, 4) ? NULL : acquire_counted(o, COUNT_MOVING, args);
 }
 
-/* _bind(handles, fixed, sliding, moving): a tuple of what owns the limiters, and addresses. */
+/* _bind(handles, fixed, sliding, moving): a tuple of the owners of the limiters, and their addresses. */
 static PyObject *counts_bind(PyObject *o, PyObject *args) {
   unsigned long long at[COUNT_KINDS];
   PyObject *handles;

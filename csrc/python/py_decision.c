@@ -1,5 +1,4 @@
-/* py_decision.c - Decision: what a limiter answers. Made at every acquire(), so its fields are turned into
- * Python objects only when they are read. */
+/* py_decision.c - Decision: the result of a check. Each acquire() makes one, so its fields become Python objects only when read. */
 #include "py_args.h"
 
 typedef struct {

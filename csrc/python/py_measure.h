@@ -10,7 +10,7 @@
 typedef struct {
   fshm_segment *segment;
   uint32_t metric;
-  uint32_t every, left; /* every 0: nothing is measured */
+  uint32_t every, left; /* every 0: no call is measured */
 } measure_t;
 
 static inline void measure_init(measure_t *m, fshm_segment *segment, int metric, uint64_t every) {
@@ -22,12 +22,12 @@ static inline void measure_init(measure_t *m, fshm_segment *segment, int metric,
 /* The time, if this call is one to measure; else 0. */
 static inline uint64_t measure_begin(measure_t *m) {
   if (likely(!m->every)) return 0;
-  uint32_t left = RELAXED_GET(m->left); /* of two threads at once one may go uncounted */
+  uint32_t left = RELAXED_GET(m->left); /* of two concurrent threads one may go uncounted */
   RELAXED_SET(m->left, left > 1 ? left - 1 : m->every);
   return left > 1 ? 0 : fshm_clock();
 }
 
-/* (segment, metric, every), as a type's _measure() is given them. 0: done. */
+/* (segment, metric, every): the arguments of a type's _measure(). 0: done. */
 static inline int measure_args(measure_t *m, PyObject *args) {
   unsigned long long segment, every;
   int metric;
@@ -36,7 +36,7 @@ static inline int measure_args(measure_t *m, PyObject *args) {
   return 0;
 }
 
-/* Seldom called, and kept out of the calls that are measured. */
+/* Rarely called: kept out of the calls that are measured. */
 static __attribute__((cold, noinline)) void measure_end(const measure_t *m, uint64_t begun,
                                                         int success, uint64_t size) {
   uint64_t ended = fshm_clock();
@@ -44,13 +44,13 @@ static __attribute__((cold, noinline)) void measure_end(const measure_t *m, uint
                      size, 0);
 }
 
-/* One that would have made an event loop wait (MustAskError of cluster/loops.py) is no call: it is made again
- * in a thread, and counts there. */
+/* A call that would block an event loop (MustAskError of cluster/loops.py) does not count: it is made again in a thread, and counts
+ * there. */
 static inline int measure_counts(const PyObject *result) {
   return result || !PyErr_ExceptionMatches(PyExc_BlockingIOError);
 }
 
-/* Return what the call gives, and record its time if it is one to measure. A denial is no failure. */
+/* Return the result of the call, and record its time if it is one to measure. A denial is not a failure. */
 #define RETURN_MEASURED(measure, call)                                                     \
   uint64_t begun = measure_begin(measure);                                                 \
   PyObject *result = call;                                                                 \

@@ -1,27 +1,27 @@
-/* py_memo.c - Memo: a counting function with the segment's memo in front. Limited API 3.10.
+/* py_memo.c - Memo: a function that counts tokens, with the segment's memo in front. Limited API 3.10.
  *
- * memo(text) is compute(text) for one encoding, but a text that any process has counted costs a hash. With a
- * tenant, a text that any process has counted for this tenant.
- * What is no str (a subclass may say other things of itself than its UTF-8 does), or has no UTF-8 (lone
- * surrogates), goes to compute as it is.
+ * memo(text) is compute(text) for one encoding, but a text that any process has counted takes only a hash. With a tenant: a text
+ * that any process has counted for this tenant.
+ * An object that is not a plain str (a subclass may differ from its UTF-8), or a str without UTF-8 (lone surrogates), goes to
+ * compute as it is.
  */
 #include "py_args.h"
 #include "py_measure.h"
 
-#define REPORT_EVERY 64 /* hits and misses go to the shared sums by so many */
-#define ASK_EVERY 32 /* calls: how often `enabled` is asked */
-#define LONG_TEXT 65536 /* bytes; hashing takes 30 us, so other threads may run meanwhile */
+#define REPORT_EVERY 64 /* hits and misses are added to the shared sums in batches of so many */
+#define ASK_EVERY 32 /* `enabled` is asked once in so many calls */
+#define LONG_TEXT 65536 /* bytes; hashing takes 30 us, so other threads run meanwhile */
 
 typedef struct {
   PyObject_HEAD
   fshm_segment *segment;
-  PyObject *owner; /* keeps the segment open: until we are freed, and reported */
+  PyObject *owner; /* keeps the segment open until we are freed and our counts are reported */
   uint64_t encoding;
   PyObject *compute; /* NULL: __init__ was not called */
-  PyObject *encode; /* NULL, or gives a list for a text that has UTF-8, whose length is the count */
+  PyObject *encode; /* NULL, or returns a list for a text with UTF-8; its length is the count */
   PyObject *enabled; /* NULL, or says whether to use the memo */
-  int off; /* what it said last */
-  uint32_t asked; /* calls until it is asked again */
+  int off; /* its last answer */
+  uint32_t asked; /* calls until the next question */
   uint32_t hits, misses; /* not reported yet */
   measure_t measure;
 } Memo;
@@ -33,7 +33,7 @@ static void report_counts(Memo *self) {
 
 /* NOLINTNEXTLINE(readability-non-const-parameter): it is stored to */
 static void count_one(Memo *self, uint32_t *which) {
-  uint32_t now = RELAXED_GET(*which) + 1; /* of two threads at once one may go uncounted */
+  uint32_t now = RELAXED_GET(*which) + 1; /* of two concurrent threads one may go uncounted */
   RELAXED_SET(*which, now);
   if (now >= REPORT_EVERY) report_counts(self);
 }
@@ -43,7 +43,7 @@ static int memo_ready(const Memo *self) {
   return self->compute != NULL;
 }
 
-/* The UTF-8 (cached in the str), or NULL, and no exception: a text that is not for the memo. */
+/* The UTF-8 (cached in the str). NULL, without an exception: the memo cannot have this text. */
 static const char *memo_bytes(PyObject *text, Py_ssize_t *length) {
   const char *bytes = PyUnicode_CheckExact(text) ? PyUnicode_AsUTF8AndSize(text, length) : NULL;
   if (!bytes) PyErr_Clear();
@@ -61,7 +61,7 @@ static int64_t memo_known(const Memo *self, uint64_t encoding, const char *bytes
   return fshm_memo_known(self->segment, hash);
 }
 
-/* The encoding as a tenant has it: of all who name the tenant. None, or NULL: of all who name none. */
+/* The number of the encoding for a tenant. None, or NULL: for all callers without a tenant. */
 static int memo_encoding(const Memo *self, PyObject *tenant, uint64_t *encoding) {
   key_arg k;
   *encoding = self->encoding;
@@ -92,19 +92,19 @@ static int memo_enabled(Memo *self) {
   return !RELAXED_GET(self->off);
 }
 
-/* A new reference, and the count where it is one to remember; else -1. */
+/* Returns a new reference; *count: the count if it can be stored, else -1. */
 static PyObject *memo_compute(const Memo *self, PyObject *text, long long *count) {
   PyObject *found =
       PyObject_CallFunctionObjArgs(self->encode ? self->encode : self->compute, text, NULL);
   *count = -1;
   if (!found) return NULL;
   if (self->encode) {
-    *count = PyList_Size(found); /* raises where it is no list */
+    *count = PyList_Size(found); /* raises if it is not a list */
     Py_DECREF(found);
     return *count < 0 ? NULL : PyLong_FromLongLong(*count);
   }
   if (PyLong_CheckExact(found)) *count = PyLong_AsLongLong(found);
-  PyErr_Clear(); /* a number beyond 63 bits is no count to remember */
+  PyErr_Clear(); /* a number beyond 63 bits is not stored */
   return found;
 }
 
@@ -150,7 +150,7 @@ static PyObject *memo_count_for(PyObject *o, PyObject *const *args, Py_ssize_t n
   return count_text(self, args[0], encoding);
 }
 
-/* Is it known? For those who count many at once: the count, or None. */
+/* For callers that count many texts: the count if it is known, or None. */
 static PyObject *get_text(Memo *self, PyObject *text, uint64_t encoding) {
   Py_ssize_t length;
   uint64_t hash[2];
@@ -173,7 +173,7 @@ static PyObject *memo_get_for(PyObject *o, PyObject *const *args, Py_ssize_t n) 
   return get_text(self, args[0], encoding);
 }
 
-/* For what memo_get() did not know. */
+/* For a text that memo_get() did not know. */
 static PyObject *memo_put(PyObject *o, PyObject *args) {
   Memo *self = (Memo *)o;
   PyObject *text, *tenant = NULL;
@@ -246,7 +246,7 @@ static void memo_dealloc(PyObject *o) {
   Py_XDECREF(self->compute);
   Py_XDECREF(self->encode);
   Py_XDECREF(self->enabled);
-  Py_XDECREF(self->owner); /* last: it keeps the segment */
+  Py_XDECREF(self->owner); /* last: it keeps the segment open */
   freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
   release(o);
   Py_DECREF(type);

@@ -1,4 +1,4 @@
-/* py_module.c - the hand-written types, put into the module that cffi makes. */
+/* py_module.c - adds the hand-written types to the module that cffi makes. */
 #include "py_decision.c"
 #include "py_permit.c"
 #include "py_rate_limiter.c"
@@ -8,8 +8,8 @@
 #include "py_router.c"
 #include "py_counts.c"
 
-/* _untrack(object): the garbage collector leaves it alone from now on: its references count for it as those of
- * somebody outside. For what refers to nothing that could refer to it (native.py, owned()). */
+/* _untrack(object): the garbage collector ignores it from now on, and counts its references as references from outside. For objects that
+ * cannot be part of a cycle (_shared/native.py, owned()). */
 static PyObject *module_untrack(PyObject *module, PyObject *o) {
   (void)module;
   if (PyObject_GC_IsTracked(o)) PyObject_GC_UnTrack(o);
@@ -29,7 +29,7 @@ static int install(PyObject *module) {
          install_counts(module);
 }
 
-/* Called once through cffi, which drops the GIL around it. `module`: the extension module's address. */
+/* Called once through cffi, which drops the GIL around it. `module`: the address of the extension module. */
 int fshm_py_install(void *module) {
   PyGILState_STATE state = PyGILState_Ensure();
   int failed = install((PyObject *)module);

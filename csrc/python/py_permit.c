@@ -1,7 +1,7 @@
-/* py_permit.c - Permit: one request in flight. True when admitted, also after its release.
+/* py_permit.c - Permit: one request in flight. True when it was admitted, also after its release.
  *
- * A permit that Python drops without release() is given back, with a ResourceWarning: it was a bug, and
- * exceptions that skip a release should not cost a slot until the process dies. */
+ * If Python drops a held permit without release(), it is released, with a ResourceWarning: it was a bug, but an exception that skips
+ * a release should not cost a permit until the process dies. */
 #include "py_args.h"
 
 typedef struct {
@@ -11,7 +11,7 @@ typedef struct {
   fshm_permit permit;
   int granted; /* it was held, and may be released by now */
   uint32_t in_flight; /* seen, when denied */
-  PyObject *decision; /* of the meters and permits together */
+  PyObject *decision; /* of the rate limits and the permits together */
 } Permit;
 
 static PyTypeObject *permit_type;
@@ -99,7 +99,7 @@ static void permit_dealloc(PyObject *o) {
   PyTypeObject *type = Py_TYPE(o);
   if (self->permit.held && give_back_permit(self)) {
     PyObject *error, *value, *trace;
-    PyErr_Fetch(&error, &value, &trace); /* an exception may be on its way through us */
+    PyErr_Fetch(&error, &value, &trace); /* an exception may be passing through us */
     if (PyErr_ResourceWarning(NULL, 1,
                               "a permit was dropped without release(); it has been given back. Use "
                               "`with limiter.slot(key):`, or call release()"))
@@ -141,9 +141,9 @@ static PyType_Spec permit_spec = {"fast_litellm_shm._native.Permit", sizeof(Perm
                                   Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
                                   permit_slots};
 
-/* Slot(limiter, key, timeout): limiter._slot(key, timeout) when a block is entered, until it is left. No
- * instruction of Python is between the grant and whoever gives it back: an exception out of a signal handler
- * meets it held here, and the end of the block, or of this object, gives it back. */
+/* Slot(limiter, key, timeout): calls limiter._slot(key, timeout) when a block is entered, and releases the permit when the block ends. No
+ * Python instruction runs between the grant and this object: an exception out of a signal handler finds the permit held here,
+ * and the end of the block, or of this object, releases it. */
 typedef struct {
   PyObject_HEAD
   PyObject *limiter, *key, *timeout;

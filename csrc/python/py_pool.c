@@ -1,12 +1,11 @@
-/* py_pool.c - the hot half of SimpleConnectionPool: take an idle connection of this process, and put it
- * back. Opening, closing and limits are pool.py's business (and semaphore.c's); ids map to connections here.
+/* py_pool.c - PoolCore, the hot half of SimpleConnectionPool: take an idle connection of this process, and put it back.
+ * pools/connection_pool.py opens and closes connections; semaphore.c has the limits; this file maps ids to connections.
  *
- * Idle connections of an endpoint are a stack: the one used last is taken first. All under the GIL, else
- * alone with the pool. Ids and endpoints are exact strs here: looking them up runs no Python.
+ * The idle connections of an endpoint are a stack: the one used last is taken first. All code runs under the GIL, or with the pool
+ * locked. Ids and endpoints are exact strs here, so comparing them runs no Python.
  *
- * Whatever is taken is an object's from then on, and that gives it back when it is freed: the places of a
- * connection are the Connection's, a connection in use is the Use's. So an exception between any two
- * instructions of Python, out of a signal handler, leaks neither. */
+ * Each thing taken belongs to an object that gives it back when it is freed: a Connection has its permits, a Use has a connection
+ * in use. So an exception between any two instructions of Python, out of a signal handler, leaks neither. */
 #include "../core/internal.h"
 #include "py_args.h"
 #include "py_measure.h"
@@ -15,14 +14,14 @@ typedef struct Connection {
   PyObject_HEAD
   PyObject *id; /* str */
   PyObject *endpoint; /* str */
-  PyObject *object; /* what the user bound to it, or None */
+  PyObject *object; /* the object that connect() returned, or None */
   PyObject *handles; /* own the limiters */
   fshm_limiter *permits, *totals; /* of the pool */
   fshm_permit permit; /* of the endpoint */
   fshm_permit total; /* of the whole pool */
   uint64_t used_ns; /* fshm_clock() when last returned */
   int idle;
-  struct Connection *below; /* in the idle stack; owned by it */
+  struct Connection *below; /* it is in the idle stack, which owns it */
   struct Stack *stack; /* of its endpoint, borrowed: by_id has us only while `stacks` has it */
 } Connection;
 
@@ -30,9 +29,9 @@ typedef struct {
   PyObject_HEAD
   PyObject *by_id; /* dict: id -> Connection, idle and in use */
   PyObject *stacks; /* dict: endpoint -> Stack */
-  PyObject *handles; /* tuple: own the limiters, until we are freed */
+  PyObject *handles; /* tuple of the owners of the limiters, until we are freed */
   fshm_limiter *permits, *totals;
-  uint64_t idle_ns; /* how long an idle connection may be used again */
+  uint64_t idle_ns; /* an idle connection may be used again for so long */
   measure_t measure; /* get_connection() */
 } PoolCore;
 
@@ -64,8 +63,8 @@ static void connection_dealloc(PyObject *o) {
   Py_DECREF(type);
 }
 
-/* Traversed, so that a pool is collected that its own connections refer to. None has a tp_clear: their dicts
- * break the cycles, and what a __del__() finds must work. */
+/* Traversed, so that a pool whose connections refer to it is collected. None has a tp_clear: their dicts break the cycles, and a __del__()
+ * must find working objects. */
 static int connection_traverse(PyObject *o, visitproc visit, void *arg) {
   Py_VISIT(Py_TYPE(o));
   Py_VISIT(((Connection *)o)->object);
@@ -135,7 +134,7 @@ static int unbound(const PoolCore *self) {
   return 1;
 }
 
-/* An exact str, whose comparison runs no Python; NULL without an exception: it is no str. */
+/* An exact str, whose comparison runs no Python. NULL without an exception: it is not a str. */
 static PyObject *exact(PyObject *text) {
   if (likely(Py_TYPE(text) == &PyUnicode_Type)) {
     Py_INCREF(text);
@@ -144,7 +143,7 @@ static PyObject *exact(PyObject *text) {
   return PyUnicode_Check(text) ? PyUnicode_FromObject(text) : NULL;
 }
 
-/* Take the connection on top of an endpoint's stack, if it may still be used; else *stale. The caller's. */
+/* Take the connection on top of an endpoint's stack, if it may still be used; else set *stale. The caller owns it. */
 static UNGUARDED Connection *pop(PoolCore *self, PyObject *endpoint, int *stale) {
   Connection *c = NULL;
   *stale = 0;
@@ -152,7 +151,7 @@ static UNGUARDED Connection *pop(PoolCore *self, PyObject *endpoint, int *stale)
   /* Borrowed: the pool's dicts change only under its own lock, or the GIL. */
   Stack *stack = (Stack *)PyDict_GetItemWithError(self->stacks, endpoint);
   Connection *top = stack ? stack->top : NULL;
-  /* Not idle: the parent's, after a fork, or an operator released it by force. */
+  /* Not idle: it is the parent's, after a fork, or an operator released it by force. */
   if (top && fshm_clock() - top->used_ns <= self->idle_ns &&
       fshm_permit_idle(top->permits, &top->permit, 0)) {
     stack->top = top->below; /* its reference moves to the stack, and the stack's to the caller */
@@ -166,8 +165,7 @@ static UNGUARDED Connection *pop(PoolCore *self, PyObject *endpoint, int *stale)
   return c;
 }
 
-/* The connection that the pool has by this id is idle again. 0: it is not the one that is meant (NULL: any), or
- * idle already. */
+/* Mark the pool's connection of this id as idle. 0: it is not `meant` (NULL: any will do), or it is idle already. */
 static int put_back(PoolCore *self, PyObject *id, const Connection *meant) {
   int done = 0;
   ALONE_BEGIN(self);
@@ -184,7 +182,7 @@ static int put_back(PoolCore *self, PyObject *id, const Connection *meant) {
   return done;
 }
 
-/* A connection that was opened is the pool's. */
+/* Add an opened connection to the pool. */
 static int add_opened(PoolCore *self, Connection *c) {
   int failed;
   ALONE_BEGIN(self);
@@ -204,8 +202,8 @@ static int add_opened(PoolCore *self, Connection *c) {
   return failed ? -1 : 0;
 }
 
-/* A connection in use, the caller's: an idle one, else what self._open(endpoint) opened. NULL without an
- * exception: there is no place for it. */
+/* Get a connection for the caller: an idle one, else one that self._open(endpoint) opens. NULL without an exception:
+ * no permit is free. */
 static UNGUARDED Connection *take(PyObject *o, PyObject *endpoint) {
   PoolCore *self = (PoolCore *)o;
   PyObject *text = exact(endpoint), *r;
@@ -286,9 +284,8 @@ static PyObject *refusal(int status, const char *limit) {
   return PyUnicode_FromString(status == FSHM_DENIED ? limit : "full");
 }
 
-/* _add(id, endpoint): a Connection that has both its places, and is the pool's when it is opened; or the
- * name of the limit that was reached: "endpoint" or "pool"; "full" where the segment has no room;
- * "damaged". */
+/* _add(id, endpoint): a Connection with both its permits, to be added to the pool once opened; or the name of the limit that was reached
+ * ("endpoint" or "pool"); "full": the segment has no free slot; "damaged". */
 static PyObject *pool_add(PyObject *o, PyObject *args) {
   PoolCore *self = (PoolCore *)o;
   PyObject *id, *endpoint;
@@ -330,7 +327,7 @@ static Connection *checked_connection(PyObject *o) {
   return NULL;
 }
 
-/* _set_object(connection, object): what connect() returned. */
+/* _set_object(connection, object): the object that connect() returned. */
 static PyObject *pool_set_object(PyObject *o, PyObject *args) {
   PyObject *connection, *object, *old;
   (void)o;
@@ -358,8 +355,8 @@ static void unstack(PoolCore *self, Connection *c) {
   Py_XDECREF((PyObject *)stack);
 }
 
-/* Take a connection out of the pool; its places stay taken until _release(), so that it can be closed
- * first. NULL without an exception: there is no such id, or it is another's than `only`'s. */
+/* Take a connection out of the pool. Its permits stay held until _release(), so that it can be closed first. NULL without an exception: there
+ * is no such id, or the connection is not `only`. */
 static PyObject *forget(PoolCore *self, PyObject *id, const Connection *only, int only_idle) {
   Connection *c = NULL;
   PyObject *text = self->by_id ? exact(id) : NULL;
@@ -398,7 +395,7 @@ static PyObject *pool_drop_idle(PyObject *o, PyObject *id) {
   return or_none(forget((PoolCore *)o, id, NULL, 1));
 }
 
-/* _release(connection): give its places back. */
+/* _release(connection): release its permits. */
 static PyObject *pool_release(PyObject *o, PyObject *connection) {
   (void)o;
   Connection *c = checked_connection(connection);
@@ -419,8 +416,8 @@ static PyObject *pool_lookup(PyObject *o, PyObject *id) {
   return or_none(c);
 }
 
-/* _bind_core(handles, slots address, totals address, idle_ns): also forgets all connections (a forked
- * child's are its parent's). handles: a tuple of what owns the limiters. */
+/* _bind_core(handles, permits address, totals address, idle_ns): also forgets all connections (in a forked child they are the parent's).
+ * handles: a tuple of the owners of the limiters. */
 static PyObject *pool_bind(PyObject *o, PyObject *args) {
   PoolCore *self = (PoolCore *)o;
   unsigned long long permits, totals, idle_ns;
@@ -447,7 +444,7 @@ static PyObject *pool_bind(PyObject *o, PyObject *args) {
     self->idle_ns = idle_ns;
   }
   ALONE_END();
-  Py_XDECREF(old[0]); /* last: what they held may call the pool as it goes */
+  Py_XDECREF(old[0]); /* last: the objects in them may call the pool */
   Py_XDECREF(old[1]);
   Py_RETURN_NONE;
 }

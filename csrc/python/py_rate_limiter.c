@@ -1,8 +1,7 @@
-/* py_rate_limiter.c - the hot calls, as CPython methods written by hand: cffi's wrappers cost 100 ns more and
- * drop the GIL at every call. Limited API 3.10. Everything else goes through cffi.
+/* py_rate_limiter.c - Core, the base class of RateLimiter and SimpleRateLimiter: the hot calls, as CPython methods written by hand. cffi's
+ * wrappers take 100 ns more, and drop the GIL at every call. Limited API 3.10. Everything else goes through cffi.
  *
- * Core is the base class of RateLimiter and SimpleRateLimiter.
- * No rule lives here: arguments in, fshm_apply(), objects out.
+ * There is no logic of limits here: arguments in, fshm_apply(), objects out.
  */
 #include "py_args.h"
 #include "py_cluster.h"
@@ -14,7 +13,7 @@ typedef struct {
   PyObject_HEAD
   fshm_limiter *limiter; /* set once, by _bind() */
   PyObject *
-      handle; /* owns it (native.py, owned()), until we are freed: __del__()s of a garbage cycle, and
+      handle; /* owns it (_shared/native.py, owned()), until we are freed: __del__()s of a garbage cycle, and
                      * permits in it, may still call us */
   PyObject *limits; /* tuple of Limit, Window, SlidingWindow. It may be replaced: limits_of() */
   PyObject *reasons; /* tuple of str: what check() says when this limit denies */
@@ -22,7 +21,7 @@ typedef struct {
       *tail; /* bytes that each key ends in, for calls that take a permit or settle; NULL: none */
   uint64_t version; /* of limits and reasons */
   int on_full;
-  uint64_t warned; /* clock: when the log was last told of shared counters */
+  uint64_t warned; /* clock: the time of the last warning about shared counters */
   cluster_t cluster;
   measure_t measure; /* is_allowed(), check(), acquire() */
 } Core;
@@ -32,7 +31,7 @@ static PyObject *check_allowed, *check_denied; /* dicts to copy */
 
 /* the call ------------------------------------------------------------------------------------- */
 
-/* A new reference to the limits, as they are now. */
+/* A new reference to the present limits. */
 static PyObject *limits_of(Core *self) {
   PyObject *limits;
   ALONE_BEGIN(self);
@@ -63,8 +62,8 @@ static int warn_of_shared(Core *self) {
   return call_void((PyObject *)self, "_shares", 0);
 }
 
-/* Turn statuses that are neither yes nor no into the policy's answer or an exception, and notice
- * limits that changed. The Python methods named here live in limiter.py. */
+/* Turn other statuses than allowed and denied into the policy's answer or an exception, and notice limits that changed. The Python methods
+ * named here are in limiters/rate.py. */
 static int settle(Core *self, fshm_decision *d) {
   if (d->shared && warn_of_shared(self)) return -1;
   if (d->status < 0) {
@@ -148,8 +147,8 @@ static PyObject *core_refund(PyObject *self, PyObject *const *args, Py_ssize_t n
   return core_force(self, FSHM_REFUND, "refund", args, n, kw);
 }
 
-/* A place in a bucket's queue. Who waits keeps it when its turn has come; whatever else ends the wait, an
- * exception between any two instructions too, drops it, and with that gives it back. */
+/* Reservation: a place in a bucket's queue. A waiter keeps it when its turn comes. If the wait ends in another way, even by an exception between
+ * two instructions, the object is dropped and gives the place back. */
 typedef struct {
   PyObject_HEAD
   PyObject *handle; /* owns the limiter */
@@ -157,12 +156,12 @@ typedef struct {
   PyObject *key; /* bytes */
   uint64_t costs[FSHM_MAX_LIMITS];
   fshm_charged reserved[FSHM_MAX_LIMITS];
-  int held; /* not kept, and not given back */
+  int held; /* neither used nor given back */
 } Reservation;
 
 static PyTypeObject *reservation_type;
 
-/* In how many limits; elsewhere somebody has reserved after it. */
+/* In how many limits it was given back; in the others there is a later reservation. */
 static int reservation_end(Reservation *self, int keep) {
   int held;
   ALONE_BEGIN(self);
@@ -314,7 +313,7 @@ static PyObject *check(PyObject *self, PyObject *const *args, Py_ssize_t n, PyOb
     Py_DECREF(reasons);
     if (!failed && d.retry_after_ns == FSHM_NEVER)
       failed = PyDict_SetItem(out, s_retry, Py_None);
-    else if (!failed) /* rounded up: after that many milliseconds it fits */
+    else if (!failed) /* rounded up: after so many milliseconds it fits */
       failed = set_item(out, s_retry, PyLong_FromLongLong((d.retry_after_ns + 999999) / 1000000));
   }
   if (!failed) return out;
@@ -424,15 +423,15 @@ static PyObject *core_settle(PyObject *o, PyObject *const *args, Py_ssize_t n) {
   Py_RETURN_NONE;
 }
 
-#define AHEAD 8 /* keys: enough to cover a miss, and few enough to be still there */
+#define AHEAD 8 /* keys: enough to cover a cache miss, and few enough to be still in the cache */
 
 typedef struct {
-  key_arg key; /* bytes NULL: is looked at in its turn */
+  key_arg key; /* bytes NULL: read when it is its turn */
   fshm_limiter *limiter; /* whose hash it is */
   uint64_t hash;
 } fetched_key;
 
-/* Hash a key and have its lines fetched, where that takes no more than a look at it. */
+/* Hash a key and prefetch its lines, if reading the key runs no Python. */
 static void fetch(const Core *self, PyObject *key, fetched_key *k) {
   k->key = (key_arg){NULL, 0, NULL};
   k->limiter = self->limiter;
@@ -446,7 +445,7 @@ static void fetch(const Core *self, PyObject *key, fetched_key *k) {
     PyErr_Clear();
 }
 
-/* One of many. What a change of limits, or __index__() of a cost, has made of the limiter counts. */
+/* One key of many, by the limiter's present state: a change of the limits, or a cost's __index__(), may have changed it. */
 static int decide_fetched(Core *self, PyObject *key, fetched_key *k, const uint64_t *costs,
                           fshm_decision *d) {
   bool other = k->limiter != self->limiter || !k->key.bytes;
@@ -459,16 +458,15 @@ static int decide_fetched(Core *self, PyObject *key, fetched_key *k, const uint6
   return odd(self, d) ? settle(self, d) : 0;
 }
 
-/* Where to write the next answers; anew for each, since __index__() of a cost may have changed the bytearray. */
+/* Where to write the next answers; computed for each, since a cost's __index__() may have resized the bytearray. */
 static void *answers(PyObject *array, Py_ssize_t size) {
   if (PyByteArray_Size(array) == size) return PyByteArray_AsString(array);
   PyErr_SetString(PyExc_ValueError, "keys and costs differ in length");
   return NULL;
 }
 
-/* _acquire_many(keys, costs, allowed, remaining, retry): charge key by key in order; three bytearrays
- * to fill, of n, 8n and 8n bytes. costs: an int, or a list of n. Where keys are many, most of a call is
- * waiting for their memory: it is fetched some keys ahead. */
+/* _acquire_many(keys, costs, allowed, remaining, retry): charge key by key, in order, and fill three bytearrays of n, 8n and 8n bytes. costs: an
+ * int, or a list of n. With many keys, most of a call is waiting for memory, so their lines are prefetched some keys ahead. */
 static PyObject *core_acquire_many(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
   Core *self = (Core *)o;
   if (n != 5 || kw) {
@@ -519,7 +517,7 @@ failed:
   return NULL;
 }
 
-/* _bind(handle, address, limits, reasons, version, on_full). handle: what owns the limiter. */
+/* _bind(handle, address, limits, reasons, version, on_full). handle: the owner of the limiter. */
 static PyObject *core_bind(PyObject *o, PyObject *args) {
   Core *self = (Core *)o;
   PyObject *handle, *limits, *reasons;
@@ -554,8 +552,8 @@ static PyObject *core_bind(PyObject *o, PyObject *args) {
   Py_RETURN_NONE;
 }
 
-/* _bind_cluster(token lease, address, refused, address, keys=None): what owns the limiters, and of permits a
- * dict. */
+/* _bind_cluster(leases, address, refused, address, keys=None): the owners of the limiters and their addresses; for permits, also the dict of
+ * the keys in use. */
 static PyObject *core_bind_cluster(PyObject *o, PyObject *args) {
   unsigned long long leases, refused;
   PyObject *keys = NULL, *leases_handle, *refused_handle;
@@ -575,7 +573,7 @@ static PyObject *core_bind_cluster(PyObject *o, PyObject *args) {
   c->refused_handle = refused_handle;
   c->refused = (fshm_limiter *)(uintptr_t)refused;
   c->leases = (fshm_limiter *)(uintptr_t)leases;
-  fshm_limiter_share(((Core *)o)->limiter, 0); /* its meters are the server's */
+  fshm_limiter_share(((Core *)o)->limiter, 0); /* the server has its states */
   Py_RETURN_NONE;
 }
 
@@ -590,7 +588,7 @@ static PyObject *core_get_limits(PyObject *o, void *unused) {
   Core *self = (Core *)o;
   uint64_t version;
   if (!self->limiter) Py_RETURN_NONE;
-  fshm_limit now[FSHM_MAX_LIMITS]; /* somebody may have changed them */
+  fshm_limit now[FSHM_MAX_LIMITS]; /* another process may have changed them */
   if (fshm_limiter_limits(self->limiter, now, &version) > 0 &&
       version != RELAXED_GET(self->version)) {
     RELAXED_SET(self->version, version);
@@ -599,7 +597,7 @@ static PyObject *core_get_limits(PyObject *o, void *unused) {
   return limits_of(self);
 }
 
-/* No tp_clear: what a __del__() finds must work, and others break the cycles (dicts do). */
+/* No tp_clear: a __del__() must find a working object, and dicts break the cycles. */
 static int core_traverse(PyObject *o, visitproc visit, void *arg) {
   Core *self = (Core *)o;
   Py_VISIT(Py_TYPE(o));

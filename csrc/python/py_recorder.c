@@ -1,11 +1,11 @@
-/* py_recorder.c - Recorder: record(component, operation, duration_ms, ...) without a frame of Python.
+/* py_recorder.c - Recorder: record(component, operation, duration_ms, ...) without a Python frame.
  *
- * It finds its segment when it is first called: the Python subclass has _bind(), which calls _set().
+ * The first call finds the segment: it calls _bind() of the Python subclass, which calls _set().
  */
 #include "../core/layout.h"
 #include "py_args.h"
 
-/* What _set() sets. A call holds what it uses, since another may set it meanwhile. */
+/* The values of _set(). A call holds references to them, since another thread may replace them meanwhile. */
 typedef struct {
   fshm_segment *segment; /* NULL = not bound yet */
   PyObject *handle; /* owns it */
@@ -20,9 +20,8 @@ typedef struct {
 static const char *const record_names[] = {"component",  "operation",   "duration_ms", "success",
                                            "input_size", "output_size", "metadata"};
 
-/* The number of (component, operation), from the dicts, else from the segment. Only exact strs are
- * looked up: their comparison runs no Python, which could take the dicts away. What is summed as
- * "(other)" is not kept, so that names without end take no memory. */
+/* The index of (component, operation), from the dicts, else from the segment. Only exact strs are looked up: comparing them runs no Python,
+ * which could replace the dicts. Names that are summed as "(other)" are not kept, so that endless names take no memory. */
 static long metric_number(const bound_t *b, PyObject *component, PyObject *operation) {
   PyObject *by_operation = NULL, *number = NULL;
   int exact = PyUnicode_CheckExact(component) && PyUnicode_CheckExact(operation);
@@ -67,12 +66,11 @@ static void end_bound(const bound_t *b) {
   Py_XDECREF(b->metrics);
 }
 
-/* Sums have 64 bits: they hold 18,000 calls of the longest duration (11 days), and 2,000 of the
- * greatest size. */
+/* Sums have 64 bits: room for 18,000 calls of the longest duration (11 days), and 2,000 of the largest size. */
 #define LONGEST_MS 1e9
 #define GREATEST_SIZE 0x1p53
 
-/* A number of 0 or more and below `most`: not NaN, no str. */
+/* A number of 0 or more and below `most`; not NaN, not a str. */
 static int get_number(const char *name, PyObject *value, double most, double *out) {
   *out = PyFloat_AsDouble(value);
   if (*out >= 0 && *out < most) return 0;
@@ -122,7 +120,7 @@ static PyObject *recorder_record(PyObject *o, PyObject *const *args, Py_ssize_t 
     b = get_bound(self);
   }
   long metric = 0;
-  if (b.segment) { /* else there is none to be had, which _bind() has told */
+  if (b.segment) { /* else there is none, and _bind() has reported it */
     metric = metric_number(&b, in[0], in[1]);
     if (metric >= 0)
       fshm_metric_record(b.segment, (uint32_t)metric, (uint64_t)(ms * 1e6), 1, success, sizes[0],
@@ -133,7 +131,7 @@ static PyObject *recorder_record(PyObject *o, PyObject *const *args, Py_ssize_t 
   Py_RETURN_NONE;
 }
 
-/* _set(handle, address): the segment to record in, and what owns it; None, 0: ask _bind() again. */
+/* _set(handle, address): the owner of the segment, and its address. None, 0: call _bind() again. */
 static PyObject *recorder_set(PyObject *o, PyObject *args) {
   Recorder *self = (Recorder *)o;
   unsigned long long address;

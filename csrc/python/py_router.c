@@ -1,19 +1,18 @@
 /* py_router.c - RouterCore: picks a deployment. Limited API 3.10.
  *
- * What a list of deployments means (which fit the model, where their statistics are, weights, prices,
- * names) is found out by the Python subclass, _plan(), and kept here for PLAN_NS. A kept plan is used
- * where the model is equal and the list holds the same objects; what somebody changed inside them is
- * noticed when the plan is made anew.
+ * _plan() of the Python subclass reads a list of deployments (which ones fit the model, the index of their statistics, weights,
+ * prices, names). The result, a plan, is kept here for PLAN_NS. A plan is used for an equal model and a list of the same objects. A
+ * change inside the objects is noticed when the next plan is made.
  */
 #include "py_args.h"
 #include "py_measure.h"
 
-#define PLANS 8 /* kept; a router has a few models */
+#define PLANS 8 /* plans kept; a router has a few models */
 #define PLAN_NS UINT64_C(100000000)
 #define FEW 4 /* blocked names that are compared one by one */
 
-/* What _plan() found of one list and model. Holds references to all that it compares by address. A call
- * that uses it holds it too: comparing names may run any Python, which may replace the plan. */
+/* The plan of one list and model. Holds references to all objects that it compares by address. A call holds the plan that it uses: comparing
+ * names may run any Python, which may replace the plan. */
 typedef struct {
   uint32_t users;
   uint64_t made; /* fshm_clock() */
@@ -23,8 +22,8 @@ typedef struct {
   Py_ssize_t *at; /* [count] in the list */
   uint32_t *deployments; /* [count] fshm_deployment_open() */
   double *weights, *prices; /* [count] */
-  PyObject **names; /* [count] tuples of str: by any of them it may be blocked */
-  unsigned char *blocked; /* [count] room for this call's */
+  PyObject **names; /* [count] tuples of str: names by which it may be blocked */
+  unsigned char *blocked; /* [count] room for a call */
   fshm_deployment_info *found; /* [count] room for a look */
 } plan_of_list;
 
@@ -113,7 +112,7 @@ static int plan_fits(const plan_of_list *p, PyObject *list, PyObject *model, Py_
   return 1;
 }
 
-/* splitmix64; the time goes in, so that forked workers do not pick in step. */
+/* splitmix64, with the time mixed in, so that forked workers do not pick in step. */
 static uint64_t random_bits(RouterCore *self, uint64_t now) {
   uint64_t x = self->random += UINT64_C(0x9e3779b97f4a7c15) ^ now;
   x = (x ^ x >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
@@ -121,7 +120,7 @@ static uint64_t random_bits(RouterCore *self, uint64_t now) {
   return x ^ x >> 31;
 }
 
-/* Marks the candidates that are blocked. blocked: a list, or a frozenset of the same. */
+/* Mark the blocked deployments. blocked: a list, or a frozenset of the same. */
 static int mark_blocked(plan_of_list *p, PyObject *blocked) {
   for (Py_ssize_t i = 0; i < p->count; i++) {
     int found = 0;
@@ -149,8 +148,8 @@ static PyObject *pick(RouterCore *self, plan_of_list *p, PyObject *blocked, uint
   return picked;
 }
 
-/* A plan made by Python, with one user more: the caller. NULL without an error: routing is switched off.
- * A plan of a list is kept, one of a tuple is for this call. */
+/* Have Python make a plan; the caller is its first user. NULL without an error: routing is switched off. The plan of a list is kept; that of a
+ * tuple is for this call. */
 static plan_of_list *make_plan(RouterCore *self, PyObject *list, PyObject *model, uint64_t now) {
   PyObject *rows = PyObject_CallMethod((PyObject *)self, "_plan", "OO", list, model);
   plan_of_list *p = NULL;
@@ -159,7 +158,7 @@ static plan_of_list *make_plan(RouterCore *self, PyObject *list, PyObject *model
     plan_of_list *old;
     ALONE_BEGIN(self);
     plan_of_list **kept = &self->plans[self->next++ % PLANS];
-    for (int i = 0; i < PLANS; i++) /* rather that which this one replaces */
+    for (int i = 0; i < PLANS; i++) /* preferably the plan that this one replaces */
       if (self->plans[i] && plan_fits(self->plans[i], list, model, p->length, self->plans[i]->made))
         kept = &self->plans[i];
     old = *kept;
@@ -173,8 +172,8 @@ static plan_of_list *make_plan(RouterCore *self, PyObject *list, PyObject *model
   return p;
 }
 
-/* The names as a list or frozenset of exact strs, whose comparison runs no Python: two threads share a
- * plan's room. *out NULL where there are none. */
+/* The names as a list or frozenset of exact strs, whose comparison runs no Python: two threads share the plan's room. *out NULL: there are
+ * none. */
 static int get_blocked(PyObject *given, PyObject **out) {
   *out = NULL;
   if (!given || given == Py_None) return 0;
@@ -211,7 +210,7 @@ static PyObject *route(RouterCore *self, PyObject *list, PyObject *model, PyObje
   if (p) p->users++;
   ALONE_END();
   if (!p) {
-    PyObject *copy = PyList_GetSlice(list, 0, length); /* nobody changes it under us */
+    PyObject *copy = PyList_GetSlice(list, 0, length); /* no other thread can change it */
     p = copy ? make_plan(self, copy, model, now) : NULL;
     PyObject *plain = NULL;
     if (!p && copy && !PyErr_Occurred())
@@ -264,7 +263,7 @@ static PyObject *router_pick(PyObject *o, PyObject *const *args, Py_ssize_t n, P
   return picked;
 }
 
-/* _set(handle, segment, strategy, seed, metric, every). handle: what owns the segment. */
+/* _set(handle, segment, strategy, seed, metric, every). handle: the owner of the segment. */
 static PyObject *router_set(PyObject *o, PyObject *args) {
   RouterCore *self = (RouterCore *)o;
   unsigned long long segment, seed, every;

@@ -1,9 +1,8 @@
-/* py_threads.h - objects that several threads share, where no GIL keeps them apart (free-threaded builds).
+/* py_threads.h - objects that several threads share without a GIL (free-threaded builds).
  *
- * What is between ALONE_BEGIN(o) and ALONE_END() one thread does at a time for an object: each struct here
- * that changes after it was made is read and written there, or word by word with RELAXED_GET and RELAXED_SET
- * where any of two values will do. No Python runs in between: that could let another thread in. With a GIL
- * both are nothing. */
+ * Only one thread at a time is between ALONE_BEGIN(o) and ALONE_END() of an object. Each struct here that changes after it was made is read
+ * and written there, or word by word with RELAXED_GET and RELAXED_SET where any of two values will do. No Python runs in
+ * between, since it could let another thread in. With a GIL both are empty. */
 #ifndef FSHM_PY_THREADS_H
 #define FSHM_PY_THREADS_H
 
@@ -24,7 +23,7 @@
 #define RELAXED_GET(word) __atomic_load_n(&(word), __ATOMIC_RELAXED)
 #define RELAXED_SET(word, value) __atomic_store_n(&(word), (value), __ATOMIC_RELAXED)
 
-/* A dict's value, which is the caller's; NULL where there is none, or after an exception. */
+/* A new reference to a dict's value. NULL: there is none, or an exception. */
 static inline PyObject *dict_get(PyObject *dict, PyObject *key) {
   PyObject *found;
 #ifdef Py_GIL_DISABLED

@@ -1,7 +1,7 @@
-/* py_use.h - Use: a connection while a `with pool.connection()` block runs. Included by py_pool.c.
+/* py_use.h - Use: a connection during a `with pool.connection()` block. Included by py_pool.c.
  *
- * The block's end gives it back, or closes it after an exception. Where the block never begins, or its end is
- * never reached, the end of the Use does so. */
+ * The end of the block gives the connection back, or closes it after an exception. If the block never begins, or its end is never
+ * reached, the end of the Use does this. */
 #ifndef FSHM_PY_USE_H
 #define FSHM_PY_USE_H
 
@@ -10,14 +10,14 @@
 typedef struct {
   PyObject_HEAD
   PyObject *pool, *endpoint, *timeout;
-  Connection *connection; /* in use by us; NULL: none */
-  int entered; /* the block may have begun: nobody knows the connection's state */
-  int over; /* nobody waits for us any more: what a thread yet finds goes back at once */
+  Connection *connection; /* our connection in use; NULL: none */
+  int entered; /* the block may have begun: the connection's state is unknown */
+  int over; /* no caller waits any more: a connection that a thread still finds is given back at once */
 } Use;
 
 static PyTypeObject *use_type;
 
-/* _use(endpoint, timeout) -> a Use, which holds nothing yet. */
+/* _use(endpoint, timeout) -> a Use, without a connection yet. */
 static PyObject *pool_use(PyObject *o, PyObject *args) {
   PyObject *endpoint, *timeout;
   if (unbound((PoolCore *)o) || !PyArg_ParseTuple(args, "OO", &endpoint, &timeout)) return NULL;
@@ -35,8 +35,7 @@ static PyObject *pool_use(PyObject *o, PyObject *args) {
   return (PyObject *)self;
 }
 
-/* Give the connection back; failed: take it out of the pool, and close it. A failure to close it is not told:
- * it is not the exception that matters. */
+/* Give the connection back. failed: take it out of the pool, and close it; an error of closing is not raised, so as not to hide the first one. */
 static int use_leave(Use *self, int failed) {
   PyObject *r = NULL, *found = NULL;
   PoolCore *pool = (PoolCore *)self->pool;
@@ -78,7 +77,7 @@ static int use_hold(Use *self, Connection *c) {
   return 0;
 }
 
-/* The block begins: what it is given, the bound object, or the id where there is none. */
+/* The block begins: returns the bound object, or the id if there is none. */
 static PyObject *use_begin(PyObject *o, PyObject *unused) {
   (void)unused;
   Use *self = (Use *)o;
@@ -130,7 +129,7 @@ static PyObject *use_exit(PyObject *o, PyObject *args) {
   Py_RETURN_NONE;
 }
 
-/* As a decorator: each call of the function is a block of its own. */
+/* As a decorator: each call of the function is a block. */
 static PyObject *use_call(PyObject *o, PyObject *args, PyObject *kw) {
   Use *self = (Use *)o;
   PyObject *function;
@@ -142,8 +141,7 @@ static PyObject *use_call(PyObject *o, PyObject *args, PyObject *kw) {
   return PyObject_CallMethod(self->pool, "_around", "OOO", self->endpoint, self->timeout, function);
 }
 
-/* For asyncio. _idle(): is there an idle one? _take(): is there one, after what has to be waited for? It may be
- * called in a thread. */
+/* For asyncio. _idle(): is there an idle connection? _take(): get one, after any wait; may be called in a thread. */
 static PyObject *use_idle(PyObject *o, PyObject *unused) {
   (void)unused;
   Use *self = (Use *)o;
@@ -164,7 +162,7 @@ static PyObject *use_take(PyObject *o, PyObject *unused) {
   return PyBool_FromLong(c && use_hold(self, c));
 }
 
-/* _over(): nobody waits for it any more. */
+/* _over(): the caller does not wait any more. */
 static PyObject *use_over(PyObject *o, PyObject *unused) {
   (void)unused;
   Use *self = (Use *)o;
@@ -191,7 +189,7 @@ static void use_dealloc(PyObject *o) {
   PyObject_GC_UnTrack(o);
   if (self->connection) {
     PyObject *error, *value, *trace;
-    PyErr_Fetch(&error, &value, &trace); /* an exception may be on its way through us */
+    PyErr_Fetch(&error, &value, &trace); /* an exception may be passing through us */
     if (use_leave(self, self->entered)) PyErr_WriteUnraisable(NULL);
     PyErr_Restore(error, value, trace);
   }

@@ -1,11 +1,11 @@
-/* counters.c - how many calls were admitted, denied and refused: by limiter, and in all. For people and their
- * monitoring; nothing decides by them.
+/* counters.c - the numbers of admitted, denied and refused calls, by limiter and in all. For monitoring; no decision reads them.
  *
- * Each call is one relaxed add to a word that is never set back, whoever owns the process index. So the
- * sums are exact at any time, however processes are killed or stopped, and who sums twice never sees less
- * the second time, which is what a counter must do that somebody takes rates of. DESIGN.md, "Counters".
+ * Each call is one relaxed add to a word that is never reset, whichever process owns the index. So the sums are exact at any
+ * time, however processes are killed or stopped, and a later sum is never less than an earlier one: tools that compute rates
+ * need that. DESIGN.md, "Counters".
  */
-#include "../core/internal.h"
+#include "counters.h"
+#include "key_stats.h"
 
 static void add_counters(const limiter_counters_t *t, fshm_counters *out) {
   out->admitted += load_relaxed(&t->admitted);
@@ -25,7 +25,7 @@ void fshm_counters_all(const fshm_segment *s, fshm_counters *out) {
     for (uint32_t i = 0; i < COUNTERS; i++) add_counters(&s->counters[process].of[i], &out[i]);
 }
 
-/* A slot counts for its key's limiter where the key statistics knows it. */
+/* A slot counts for its key's limiter if the key statistics know the key. */
 uint64_t fshm_used(const fshm_segment *s, uint64_t now, uint64_t *keys) {
   uint64_t used = 0;
   if (!now) now = segment_now(s);

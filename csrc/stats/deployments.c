@@ -1,18 +1,18 @@
-/* deployments.c - what routers know of deployments, shared by all processes: requests in flight, latency,
- * success, cost, cooldown. Statistics, not limits: each word is right by itself. Argued in DESIGN.md,
- * "Deployments".
+/* deployments.c - what routers know of deployments, shared by all processes: requests in flight, latency, success, cost,
+ * cooldown. Statistics, not limits: each word is valid by itself. Argued in DESIGN.md, "Deployments".
  *
- * In flight: each process counts its own, in a per-process statistics of its process index. A per-process statistics counts while its
- * owner lives; the sum over per-process statistics is the number in flight, and there is no other. So a dead process's
- * requests vanish whole, as soon as somebody has asked the kernel about it: at most LIVENESS_NS later.
+ * Requests in flight: each process counts its own, at its process index (requests_t). They count while the process lives; the
+ * sum over all processes is the number in flight, and there is no other. So all requests of a dead process vanish with the
+ * next liveness check, at most LIVENESS_NS later.
  */
 #include "../core/internal.h"
 #include "deployments.h"
 
 #define LIVENESS_NS UINT64_C(500000000)
-#define PROBES 64 /* places where a deployment may stand: 200 find room (with 8, not even 120) */
+#define PROBES \
+  64 /* indexes where a deployment may be: 200 deployments find room (with 8, not even 120) */
 #define MOST_IN_FLIGHT \
-  60000 /* of one process and deployment: below 2^16 by more threads than there are */
+  60000 /* of one process and deployment: below 2^16, with a margin for concurrent threads */
 
 uint64_t fshm_deployment_id(fshm_segment *s, const char *name, uint64_t length) {
   uint64_t id = fshm_siphash(s->header->secret[0], s->header->secret[1] ^ 9, name, length);
@@ -21,14 +21,14 @@ uint64_t fshm_deployment_id(fshm_segment *s, const char *name, uint64_t length) 
 
 static inline uint32_t probe(uint64_t id, uint32_t i) { return (uint32_t)(id + i) % DEPLOYMENTS; }
 
-/* Where it stands: of several places the first, as everybody sees it; NULL: nowhere. */
+/* Find a deployment: the first of several entries, in the order that all processes see. NULL: there is none. */
 static deployment_t *find_deployment(fshm_segment *s, uint64_t id) {
   for (uint32_t i = 0; i < PROBES; i++)
     if (load_relaxed(&s->deployments[probe(id, i)].id) == id) return &s->deployments[probe(id, i)];
   return NULL;
 }
 
-/* The same, and nobody keeps another: what was recorded there is forgotten. */
+/* The same, and free all other entries of the id: their records are lost. */
 static deployment_t *keep_first(fshm_segment *s, uint64_t id) {
   deployment_t *first = find_deployment(s, id);
   for (uint32_t i = 0; first && i < PROBES; i++) {
@@ -40,7 +40,7 @@ static deployment_t *keep_first(fshm_segment *s, uint64_t id) {
   return first;
 }
 
-/* A free place, else that of the one that has been idle for longest. */
+/* A free entry, else the one that has been idle for longest. */
 static deployment_t *choose_deployment(fshm_segment *s, uint64_t id) {
   deployment_t *oldest = NULL;
   uint64_t unused_since = UINT64_MAX;
@@ -55,12 +55,11 @@ static deployment_t *choose_deployment(fshm_segment *s, uint64_t id) {
   return oldest;
 }
 
-/* Where the deployment stands; a new one takes a free place, else that of the one among its PROBES that
- * has been idle for longest, whose statistics are forgotten. One swap of the id; what it knew is then
- * cleared word by word, and a record that comes in between counts for the newcomer: harmless. Two that open
- * it at once may take two places: whoever took one looks again (a full barrier between, in the swap), and
- * only the first of them stays. Who was stopped or killed before that leaves one that nobody finds, and
- * that is the next to go. */
+/* Find the index of a deployment. A new one takes a free entry, else the one among its PROBES that has been idle for longest, whose
+ * statistics are lost. The id is swapped in; then the old statistics are cleared word by word. A record that comes in
+ * between counts for the new deployment, which is harmless. Two processes that open a deployment at the same time may take
+ * two entries: each looks again after its swap (a full barrier), and only the first entry stays. A process stopped or
+ * killed before that leaves an entry that no look-up finds; it becomes the oldest and is reused first. */
 int fshm_deployment_open(fshm_segment *s, uint64_t id, uint64_t now) {
   deployment_t *d = find_deployment(s, id);
   if (!d && s->read_only) return FSHM_E_NOT_FOUND;
@@ -79,7 +78,7 @@ int fshm_deployment_open(fshm_segment *s, uint64_t id, uint64_t now) {
     store_relaxed(&d->failures, 0);
     store_relaxed(&d->cooldown, 0);
     store_relaxed(&d->used, now);
-    after_swap(); /* pairs with that of whoever else opens it */
+    after_swap(); /* pairs with the same barrier of another process that opens it */
     d = keep_first(s, id);
   }
   return d ? (int)(d - s->deployments) : FSHM_FULL;
@@ -87,8 +86,8 @@ int fshm_deployment_open(fshm_segment *s, uint64_t id, uint64_t now) {
 
 /* in flight ------------------------------------------------------------------------------------ */
 
-/* Called by a process that has just got its process index, before it shows its incarnation to its own threads:
- * nobody else writes the per-process statistics. Until the last store the per-process statistics's incarnation is an earlier owner's. */
+/* Called by a process that has just taken its process index, before its other threads can see its incarnation: no other thread writes
+ * these words. Until the last store, `incarnation` is an earlier owner's. */
 void requests_join(fshm_segment *s, uint32_t process, uint64_t incarnation) {
   requests_t *f = &s->requests[process];
   store_relaxed(&f->incarnation, 0);
@@ -99,7 +98,7 @@ void requests_join(fshm_segment *s, uint32_t process, uint64_t incarnation) {
                                  memory_order_relaxed);
 }
 
-/* 1: counted; end it with fshm_request_end(). 0: this process has no place in the process table. */
+/* 1: counted; end it with fshm_request_end(). 0: this process is not in the process table. */
 int fshm_request_begin(fshm_segment *s, uint32_t deployment, uint64_t now, fshm_request *out) {
   memset(out, 0, sizeof *out);
   uint32_t process;
@@ -113,7 +112,7 @@ int fshm_request_begin(fshm_segment *s, uint32_t deployment, uint64_t now, fshm_
   return 1;
 }
 
-/* Once. A forked child is another process: what its parent began is not its to end. */
+/* Call it once. A forked child is another process, and cannot end its parent's requests. */
 int fshm_request_end(fshm_segment *s, fshm_request *request) {
   uint32_t process, mine = request->owner;
   uint64_t incarnation;
@@ -127,8 +126,8 @@ int fshm_request_end(fshm_segment *s, fshm_request *request) {
   return 1;
 }
 
-/* Ask the kernel which owners of process indexes are dead. Truth that stays true: a incarnation that is dead
- * does not come back, so it does not matter who writes it, nor how late. */
+/* Liveness check of all process indexes. A dead incarnation does not come back, so it does not matter which process stores the result,
+ * nor how late. */
 static void look_for_dead(fshm_segment *s) {
   for (uint32_t process = 0; process < PROCESSES; process++) {
     if (!(load_relaxed(&s->header->joined[process / 64]) >> (process % 64) & 1)) continue;
@@ -139,7 +138,7 @@ static void look_for_dead(fshm_segment *s) {
   }
 }
 
-/* One process of the host at a time, every half second, when somebody routes. */
+/* One process of the host at a time makes the check, every half second, while requests are routed. */
 static void heartbeat(fshm_segment *s, uint64_t now) {
   uint64_t last = load_relaxed(&s->header->liveness);
   if (likely(now < last + LIVENESS_NS && now >= last)) return;
@@ -147,7 +146,7 @@ static void heartbeat(fshm_segment *s, uint64_t now) {
   if (!s->read_only) look_for_dead(s);
 }
 
-/* ask: whether each process lives, for one that may not write what it found. */
+/* ask: check each process now, for a reader that may not store the results. */
 static void add_requests(fshm_segment *s, const uint32_t *deployments, uint32_t count, bool ask,
                          fshm_deployment_info *out) {
   for (uint32_t word = 0; word < PROCESSES / 64; word++) {
@@ -168,7 +167,7 @@ static void add_requests(fshm_segment *s, const uint32_t *deployments, uint32_t 
   }
 }
 
-/* All but the requests in flight. A place that is none: nothing is known. */
+/* All but the requests in flight. An index that does not exist has no statistics. */
 static void read_words(const fshm_segment *s, const uint32_t *deployments, uint32_t count,
                        uint64_t now, fshm_deployment_info *out) {
   for (uint32_t i = 0; i < count; i++) {
@@ -186,8 +185,7 @@ static void read_words(const fshm_segment *s, const uint32_t *deployments, uint3
   }
 }
 
-/* What is known of these deployments (places, as fshm_deployment_open() gave them). `fresh`: ask about
- * dead processes now, however lately that was done. */
+/* The statistics of these deployments, by index. `fresh`: make a liveness check now, however recent the last one is. */
 void fshm_deployment_look(fshm_segment *s, const uint32_t *deployments, uint32_t count,
                           uint64_t now, int fresh, fshm_deployment_info *out) {
   if (!now) now = segment_now(s);
@@ -199,7 +197,7 @@ void fshm_deployment_look(fshm_segment *s, const uint32_t *deployments, uint32_t
   add_requests(s, deployments, count, fresh && s->read_only, out);
 }
 
-/* Which of these a strategy picks: an index into the arrays, or -1. See route_pick(). */
+/* Pick by a strategy: an index into the arrays, or -1. See route_pick(). */
 int64_t fshm_deployment_pick(fshm_segment *s, uint32_t strategy, const uint32_t *deployments,
                              const double *weights, const double *prices,
                              const unsigned char *blocked, uint32_t count, uint64_t random,
@@ -215,7 +213,7 @@ int64_t fshm_deployment_pick(fshm_segment *s, uint32_t strategy, const uint32_t 
 
 /* records -------------------------------------------------------------------------------------- */
 
-/* The word that it put there. */
+/* Replace the word by next(word, value). Returns the new word. */
 static uint64_t update(_Atomic uint64_t *word, uint64_t (*next)(uint64_t, uint64_t),
                        uint64_t value) {
   uint64_t seen = load_relaxed(word), written = next(seen, value);
@@ -228,8 +226,8 @@ static uint64_t update(_Atomic uint64_t *word, uint64_t (*next)(uint64_t, uint64
   return written;
 }
 
-/* A request has ended. latency_ns, cost: UINT64_MAX = not known. Each word by a swap of its own: a kill
- * in between leaves the later ones as they were, which is a record less of them. */
+/* Record the end of a request. latency_ns, cost: UINT64_MAX = not known. Each word is swapped by itself: if the process is killed in
+ * between, the later words miss this record. */
 void fshm_deployment_record(fshm_segment *s, uint32_t deployment, uint64_t latency_ns, int success,
                             uint64_t cost, uint32_t allowed_fails, uint64_t cooldown_ns,
                             uint64_t now) {
@@ -239,7 +237,7 @@ void fshm_deployment_record(fshm_segment *s, uint32_t deployment, uint64_t laten
   store_relaxed(&d->used, now);
   update(&d->success, next_rate, success != 0);
   if (cost != UINT64_MAX) update(&d->cost, next_mean, cost);
-  if (success) { /* a failure is often quick: its time says nothing */
+  if (success) { /* the time of a failure is not recorded: failures are often quick */
     if (latency_ns != UINT64_MAX) update(&d->latency, next_mean, latency_ns / LATENCY_UNIT);
     return;
   }

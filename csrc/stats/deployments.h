@@ -1,8 +1,7 @@
 /* deployments.h - the rules of routing: decaying means, failures, and which deployment a strategy picks. Pure.
  *
- * Sources: the strategies are those of LiteLLM's router, by their names; the mean is an exponential
- * moving average with weight 1/10, after a plain mean of the first ten.
- * Costs are in units of 1e-9, whatever the currency.
+ * The strategies are those of LiteLLM's router, under the same names. The mean is an exponential moving average with weight
+ * 1/10, after a plain mean of the first ten. Costs are in units of 1e-9 of any currency.
  */
 #ifndef FSHM_ROUTE_H
 #define FSHM_ROUTE_H
@@ -12,12 +11,12 @@
 #include "../core/layout.h"
 
 #define LATENCY_UNIT 64 /* ns */
-#define DECAY 10 /* a mean's newest record weighs 1/10 */
+#define DECAY 10 /* the newest record of a mean weighs 1/10 */
 #define RECORDS_BITS 20
 #define RECORDS_MASK ((UINT64_C(1) << RECORDS_BITS) - 1)
 #define MEAN_MAX ((UINT64_C(1) << (64 - RECORDS_BITS)) - 1)
 #define STALE_NS \
-  UINT64_C(60000000000) /* a latency that nobody renewed for so long is unknown again */
+  UINT64_C(60000000000) /* a latency without a new record for so long counts as unknown */
 
 /* word: mean (44 bits) | records (20, saturating). */
 static inline uint64_t next_mean(uint64_t word, uint64_t value) {
@@ -66,12 +65,12 @@ static inline fshm_deployment_info deployment_read(const deployment_words_t *w, 
 }
 
 /* Scores above any latency (2^50 ns) and any cost (2^44). */
-#define ASKED 1e18 /* unknown, but somebody is finding out */
+#define ASKED 1e18 /* unknown, and a request in flight is measuring it */
 #define FAILING 1e30
 #define UNKNOWN 1e300
 
-/* The mean of successes. One that nobody has tried, or not for a minute, is tried first, by one request
- * at a time; one that has only failed comes last. */
+/* The mean latency of successful requests. A deployment without one, or with none for a minute, is tried first, by one request at a
+ * time. One that has only failed comes last. */
 static inline double latency_score(const fshm_deployment_info *d) {
   bool known = d->latency_ns != UINT64_MAX, stale = d->idle_ns > STALE_NS;
   if (known && (!stale || d->in_flight)) return (double)d->latency_ns;
@@ -79,8 +78,8 @@ static inline double latency_score(const fshm_deployment_info *d) {
   return ASKED * (double)d->in_flight;
 }
 
-/* How many tokens a request has, as those tell of which both the cost and the price are known: by it a
- * price becomes a cost. Nobody has a cost: 1, prices are compared. -1: the two cannot be compared. */
+/* The tokens of a request, estimated from the deployments whose cost and price are both known; it converts a price to a cost. No
+ * deployment has a cost: 1, and prices are compared. -1: costs and prices cannot be compared. */
 static inline double tokens_of_request(const fshm_deployment_info *d, const double *prices,
                                        uint32_t count) {
   double sum = 0;
@@ -95,7 +94,7 @@ static inline double tokens_of_request(const fshm_deployment_info *d, const doub
   return both ? sum / both : costs ? -1 : 1;
 }
 
-/* The mean of what requests cost, else what they will by the price; unknown comes last. */
+/* The mean cost of a request, else the cost by its price; unknown comes last. */
 static inline double cost_score(const fshm_deployment_info *d, double price, double tokens) {
   if (d->cost != UINT64_MAX) return (double)d->cost;
   if (price <= 0) return price < 0 ? UNKNOWN : 0;
@@ -107,7 +106,7 @@ static inline bool route_out(const fshm_deployment_info *d, const unsigned char 
   return d[i].cooldown_ns || (blocked && blocked[i]);
 }
 
-/* In proportion to the weights, which are 0 or more; all 0 among those that are left: all alike. */
+/* Pick in proportion to the weights (0 or more). If all that are left have weight 0, each is equally likely. */
 static inline int64_t shuffle_pick(const fshm_deployment_info *d, const double *weights,
                                    const unsigned char *blocked, uint32_t count, uint64_t random) {
   int64_t best = -1;
@@ -130,9 +129,8 @@ static inline int64_t shuffle_pick(const fshm_deployment_info *d, const double *
   return best;
 }
 
-/* Which of `count` candidates: a place in the arrays, or -1 where all of them cool down or are blocked.
- * prices: of a token, in the unit of costs; below 0: unknown. blocked: NULL, or 1 for those to leave out.
- * random: 64 random bits, by which ties are broken. */
+/* Pick one of `count` deployments: an index into the arrays, or -1 if all cool down or are blocked. prices: of a token, in the unit of
+ * costs; below 0: unknown. blocked: NULL, or 1 for those to leave out. random: 64 random bits, to break ties. */
 static inline int64_t route_pick(uint32_t strategy, const fshm_deployment_info *d,
                                  const double *weights, const double *prices,
                                  const unsigned char *blocked, uint32_t count, uint64_t random) {
@@ -148,11 +146,14 @@ static inline int64_t route_pick(uint32_t strategy, const fshm_deployment_info *
     if (best >= 0 && score > least) continue;
     ties = best >= 0 && score >= least ? ties + 1 : 1;
     least = score;
-    /* of n equals the n-th replaces the one before it with a chance of 1/n: all are equally likely */
+    /* the n-th of n equal ones replaces the pick with probability 1/n: all are equally likely */
     if (ties == 1 || (double)(random >> 11) * 0x1p-53 * ties < 1) best = i;
     if (ties > 1) random = random * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
   }
   return best;
 }
+
+/* Empty the requests in flight of a process index that this process has just taken. */
+void requests_join(fshm_segment *s, uint32_t process, uint64_t incarnation);
 
 #endif

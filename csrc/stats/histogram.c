@@ -1,8 +1,8 @@
-/* histogram.c - how long things took, summed over all processes of the host. Nothing decides by it.
+/* histogram.c - durations of operations, summed over all processes of the host. No decision reads them.
  *
- * A metric is a (component, operation). Its sums lie in METRIC_SHARDS shards; a process adds to the one
- * that its process index names, so that workers seldom touch the same line. Only relaxed adds: sums are exact
- * while nobody is killed; a kill in the middle leaves out a part of one record. DESIGN.md, "Metrics".
+ * A metric is a pair (component, operation). Its sums are in METRIC_SHARDS shards. A process adds to the shard of its process
+ * index, so that workers seldom write the same cache line. There are only relaxed adds: the sums are exact unless a process
+ * is killed in the middle of a record, which then is in part lost. DESIGN.md, "Metrics".
  */
 #include "histogram.h"
 #include "../core/internal.h"
@@ -21,7 +21,7 @@ static int metric_claim(fshm_segment *s, uint32_t index, uint64_t id, const char
   if (load_relaxed(&m->name_length)) return 1;
   for (uint64_t i = 0; i < length; i++) store_relaxed(&m->name[i], (unsigned char)name[i]);
   store_relaxed(&m->component_length, (uint32_t)component_length);
-  /* release: whoever sees the length sees the name. Pairs with the acquire in fshm_metric_at(). */
+  /* release: a reader that sees the length sees the name. Pairs with the acquire in fshm_metric_at(). */
   atomic_store_explicit(&m->name_length, (uint32_t)length, memory_order_release);
   return 1;
 }
@@ -30,7 +30,7 @@ int fshm_metric_open(fshm_segment *s, const char *component, uint64_t component_
                      const char *operation, uint64_t operation_length) {
   char name[METRIC_NAME];
   uint64_t hash[2];
-  /* Known by all of both names; shown by what fits. */
+  /* The whole names identify a metric; the part that fits is shown. */
   hash[0] =
       fshm_siphash(s->header->secret[0], s->header->secret[1] ^ 6, component, component_length);
   hash[1] =
@@ -55,7 +55,7 @@ static void raise_to(_Atomic uint64_t *word, uint64_t to) {
       return;
 }
 
-/* weight: how many calls this one stands for, where only some are measured. */
+/* weight: how many calls this one stands for, if only some are measured. */
 void fshm_metric_record(fshm_segment *s, uint32_t metric, uint64_t ns, uint64_t weight, int success,
                         uint64_t size_in, uint64_t size_out) {
   if (metric >= METRICS || s->read_only) return;
@@ -70,7 +70,7 @@ void fshm_metric_record(fshm_segment *s, uint32_t metric, uint64_t ns, uint64_t 
   if (unlikely(~ns > load_relaxed(&h->least))) raise_to(&h->least, ~ns);
 }
 
-/* Several metrics as if they were one, all but the names. Numbers that no metric has are left out. */
+/* Several metrics added up, without the names. Indexes of no metric are ignored. */
 void fshm_metric_sum(fshm_segment *s, const uint32_t *metrics, uint32_t count,
                      fshm_metric_info *out) {
   uint64_t buckets[DURATIONS] = {0}, least = 0;

@@ -1,8 +1,8 @@
-/* histogram.h - a histogram of durations: which bucket, and which duration a quantile is. Pure.
+/* histogram.h - a histogram of durations: the bucket of a duration, and the duration of a quantile. Pure.
  *
- * Seven buckets an octave, from 64 ns to 1,100 s: bounds 2^(k/7) apart, so that a bucket's middle is off
- * by less than 5 % of any duration in it: (r-1)/(r+1) with r = 2^(1/7). (Log-linear buckets would need
- * ten an octave for that.) Source of the idea: Masson, Rim and Lee, "DDSketch", VLDB 2019.
+ * Seven buckets an octave, from 64 ns to 1,100 s. Their bounds are 2^(k/7) apart, so the middle of a bucket is within 5 % of any
+ * duration in it: (r-1)/(r+1) with r = 2^(1/7). (Log-linear buckets would need ten an octave for that.) Source of the idea:
+ * Masson, Rim and Lee, "DDSketch", VLDB 2019.
  */
 #ifndef FSHM_METRIC_H
 #define FSHM_METRIC_H
@@ -22,7 +22,7 @@ static inline uint32_t duration_bucket(uint64_t ns) {
   unsigned bits = bit_length(ns);
   if (bits <= SHORTEST_BITS) return 0;
   uint32_t mantissa = (uint32_t)(ns << (64 - bits) >> 32), k = AN_OCTAVE - 1;
-  while (mantissa < octave_bounds[k]) k--; /* bounds[0] is what a mantissa has at least */
+  while (mantissa < octave_bounds[k]) k--; /* bounds[0] is the least mantissa */
   uint32_t bucket = (bits - SHORTEST_BITS - 1) * AN_OCTAVE + k;
   return bucket < DURATIONS ? bucket : DURATIONS - 1;
 }
@@ -33,7 +33,7 @@ static inline double bucket_begins(uint32_t bucket) {
          (double)(UINT64_C(1) << (SHORTEST_BITS + bucket / AN_OCTAVE));
 }
 
-/* The duration (ns) that a share q of the calls did not exceed; 0 where there are none. */
+/* The duration (ns) that a share q of the calls did not exceed; 0 if there are no calls. */
 static inline double duration_quantile(const uint64_t *buckets, uint64_t calls, double least,
                                        double most, double q) {
   double rank = q * (double)calls;

@@ -1,12 +1,12 @@
-/* key_stats.c - what people look at: key names and counts. Lossy by design; no decision reads it.
+/* key_stats.c - key statistics: names and counts of keys, for people. Lossy by design; no decision reads them.
  *
- * Counts of a hot key live in each process's per-process statistics, a small direct-mapped cache of (slot, counts),
- * and go to the key statistics when another key needs the entry. Readers sum the key statistics and all per-process statistics. (Sums over
- * keys are counted apart from all this, exactly: counters.c.)
- * Names live in a ring that the newest overwrite; a key in use writes its name again before that
- * (every 4,096 calls it looks how far the ring has come).
+ * Each process has a small direct-mapped cache of (slot, counts), its process statistics: the counts of a hot key are there, and
+ * move to the key statistics when another key needs the entry. Readers add up the key statistics and the process statistics
+ * of all processes. (Sums over keys are counted separately and exactly: counters.c.)
+ * Names are in a ring buffer, where new names overwrite old ones. A key in use writes its name again before that: every 4,096
+ * calls it checks how far the ring buffer has come.
  */
-#include "../core/internal.h"
+#include "key_stats.h"
 
 #define NAME_STORED KEY_STORED /* bytes of a longer name that are kept */
 
@@ -25,7 +25,7 @@ static void add_saturating(_Atomic uint32_t *count, uint32_t more) {
   }
 }
 
-/* The owner's entry: into the key statistics of the key, if it still has the slot. */
+/* Move the counts of the owner's entry to the key statistics, if the key still has the slot. */
 static void flush_entry(fshm_segment *s, process_stat_t *e) {
   uint64_t key = load_relaxed(&e->key);
   uint64_t slot = (key >> 32) - 1;
@@ -51,7 +51,7 @@ static uint32_t name_check(uint64_t meta, const void *name, uint64_t length) {
   return (uint32_t)fshm_siphash(meta, length, name, length);
 }
 
-/* A record: a word of check (32) | slot-free flags (16) | stored length (16), then the bytes. */
+/* A record: a word of check (32) | 1: the name was cut (16) | stored length (16), then the bytes. */
 static void name_write(fshm_segment *s, key_stats_t *l, uint32_t meta, const void *key,
                        uint64_t length) {
   uint64_t stored = min_u64(length, NAME_STORED), words = 1 + (stored + 7) / 8;
@@ -68,7 +68,7 @@ static void name_write(fshm_segment *s, key_stats_t *l, uint32_t meta, const voi
   store_relaxed(&l->name, (uint32_t)at);
 }
 
-/* How many words ago the name was written; UINT64_MAX where it has been overwritten. */
+/* How many words ago the name was written; UINT64_MAX: it was overwritten. */
 static uint64_t name_age(const fshm_segment *s, const key_stats_t *l) {
   uint64_t age =
       (uint32_t)((uint32_t)load_relaxed(&s->header->names_head) - load_relaxed(&l->name));
@@ -88,7 +88,7 @@ void key_stats_remember(fshm_segment *s, uint64_t slot, uint32_t meta, const voi
   }
 }
 
-/* The key is not in the per-process statistics, or its name is due for a look. */
+/* The key has no entry in the process statistics, or its name is due for a check. */
 void key_stats_miss(fshm_segment *s, uint32_t process, uint64_t slot, uint32_t meta,
                     const void *key, uint64_t length, bool admitted) {
   key_stats_remember(s, slot, meta, key, length);
@@ -98,7 +98,7 @@ void key_stats_miss(fshm_segment *s, uint32_t process, uint64_t slot, uint32_t m
   }
   process_stat_t *e = &s->process_stats[process].entries[slot & (PROCESS_STATS - 1)];
   uint64_t mine = (slot + 1) << 32 | meta;
-  if (load_relaxed(&e->key) == mine) { /* counted by the caller already; keep far from overflow */
+  if (load_relaxed(&e->key) == mine) { /* the caller has counted it; keep far from overflow */
     if (load_relaxed(&e->admitted) >> 31 || load_relaxed(&e->denied) >> 31) flush_entry(s, e);
     return;
   }
@@ -107,8 +107,8 @@ void key_stats_miss(fshm_segment *s, uint32_t process, uint64_t slot, uint32_t m
   (void)add_relaxed(admitted ? &e->admitted : &e->denied, 1);
 }
 
-/* The name of the key in a slot. Returns 1, or 0 where it is not known (any more). *length is the
- * stored length; one more than NAME_STORED where the name was cut. */
+/* The name of the key in a slot. Returns 1; 0: it is not known, or not any more. *length is the stored length, or NAME_STORED + 1 if the
+ * name was cut. */
 int fshm_key_name(fshm_segment *s, uint64_t slot, char *out, uint64_t size, uint64_t *length) {
   if (slot >= s->slot_count || s->names_mode || s->names_words < 2) return 0;
   const key_stats_t *l = &s->key_stats[slot];

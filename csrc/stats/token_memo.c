@@ -1,16 +1,15 @@
-/* token_memo.c - token counts of texts that any process has counted. A cache: forgetting is always right.
+/* token_memo.c - a cache of the token counts of texts, for all processes. It may forget any entry at any time.
  *
- * A text is known by a 128-bit hash under the segment's secret, so nobody can prepare a text that is
- * taken for another. Of it, 104 bits stand in the entry and the rest chooses the line (two texts of
- * one line that agree in 104 bits: never, at 2^52 texts). An entry is 16 bytes and is swapped whole: it
- * is either there or not, never torn. Argued in DESIGN.md, "The memo".
+ * A text is identified by a 128-bit hash under the segment's secret, so a text that passes for another one cannot be prepared. 104
+ * bits of the hash are in the entry, and the rest chooses the line (two texts of one line that agree in 104 bits: never, at
+ * 2^52 texts). An entry has 16 bytes and is swapped whole: it is there or not, never torn. Argued in DESIGN.md, "The memo".
  */
 #include "../core/internal.h"
 
 #define COUNT_BITS 24
 #define COUNT_MASK ((UINT64_C(1) << COUNT_BITS) - 1)
 
-/* Where a text of this encoding may lie, and what its entry says. */
+/* The line where a text may be, and the words of its entry. */
 typedef struct {
   memo_t *line;
   uint64_t who, when; /* `when` with a count of 0 */
@@ -26,12 +25,12 @@ static inline pair_t entry_at(const fshm_segment *s, const memo_t *entry) {
   return likely(!s->read_only) ? pair_load(entry) : pair_peek(entry);
 }
 
-/* The encoding's name as a number, for the calls below. */
+/* The name of an encoding as a number, for the calls below. */
 uint64_t fshm_memo_encoding(fshm_segment *s, const char *name, uint64_t length) {
   return fshm_siphash(s->header->secret[0], s->header->secret[1] ^ 5, name, length);
 }
 
-/* Keyed, so that nobody can name a tenant whose number is another one's. */
+/* Keyed, so that a tenant cannot choose a name with another tenant's number. */
 uint64_t fshm_memo_tenant(fshm_segment *s, uint64_t encoding, const void *tenant, uint64_t length) {
   return fshm_siphash(s->header->secret[0] ^ encoding, s->header->secret[1] ^ 10, tenant, length);
 }
@@ -52,8 +51,8 @@ int64_t fshm_memo_known(fshm_segment *s, const uint64_t hash[2]) {
   return -1;
 }
 
-/* One swap into an empty place, else over one of the four, which those that lie there choose: as good
- * as by chance. A lost swap is not tried again: somebody else's text is as good. */
+/* One swap into an empty entry, else over one of the four entries of the line, chosen by their contents, which is as good as random. A
+ * lost swap is not tried again: another text took the entry, which is as useful. */
 void fshm_memo_keep(fshm_segment *s, const uint64_t hash[2], uint64_t count) {
   if (count > COUNT_MASK || s->read_only) return;
   memo_line_t p = line_of(s, hash);

@@ -1,4 +1,4 @@
-/* test_admit.c - permits together with meters, settling, waiting at a wake-up word, marks and resets. */
+/* test_admit.c - permits together with rate limits; settlement, waiting and wake-ups, idle marks, resets. */
 #include "../../csrc/unity.c"
 
 #include "check.h"
@@ -33,7 +33,7 @@ static bool slots_are(const fshm_segment *s, pair_t *copy) {
   return same;
 }
 
-/* Whichever denies, a meter or the permits: no bit of any slot changes. */
+/* If a rate limit or the permits deny, no bit of any slot changes. */
 static void test_all_or_nothing(void) {
   fshm_segment *s = fresh_segment(100);
   const fshm_limit limits[4] = {bucket, window, sliding, two_permits};
@@ -58,7 +58,8 @@ static void test_all_or_nothing(void) {
     CHECK(slots_are(s, before));
     CHECK_EQ(fshm_in_flight(l, "k", 1), 1);
   }
-  CHECK_EQ(apply_at(l, FSHM_ACQUIRE, "k", 1, NOW).status, FSHM_ALLOWED); /* the meters, no permit */
+  CHECK_EQ(apply_at(l, FSHM_ACQUIRE, "k", 1, NOW).status,
+           FSHM_ALLOWED); /* the rate limits, no permit */
   CHECK_EQ(fshm_in_flight(l, "k", 1), 1);
   fshm_limiter_close(l);
   fshm_close(s);

@@ -1,4 +1,4 @@
-/* test_algorithm_change.c - meters: what is given back, what is owed, and limits that change. */
+/* test_algorithm_change.c - the algorithms: refunds, debt, and limits that change. */
 #include "../../csrc/unity.c"
 
 #include "check.h"

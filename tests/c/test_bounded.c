@@ -157,7 +157,7 @@ static void test_moving_clear(void) {
 }
 
 static void test_token_lease(void) {
-  fshm_limiter *l = limiter_of("wallet", FSHM_LEASE, 1000);
+  fshm_limiter *l = limiter_of("lease", FSHM_LEASE, 1000);
   fshm_token_lease lease = {.tokens = 10, .until_ns = 3600 * SECOND};
   for (unsigned how = CHANGE; how < WAYS; how++) {
     forget_slots();

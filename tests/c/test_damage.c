@@ -148,7 +148,7 @@ static void test_half_made_limiters(void) {
   fshm_close(s);
 }
 
-/* Whatever the meters write, for whatever limits and times, is told to be possible. */
+/* Each state that an algorithm writes, for any limits and times, counts as possible. */
 static void test_states_that_are_written(void) {
   const fshm_limit first = {10, 1000000, 5, FSHM_BUCKET, 0};
   rule_t last = rule_make(&first);

@@ -321,7 +321,7 @@ static void test_indexes_used_again(void) {
 
 /* A slot's next owner cannot end what the one before it began, though the slot is the same. */
 static void test_another_incarnation(fshm_segment *s) {
-  uint32_t index = index_of_name(s, "generation");
+  uint32_t index = index_of_name(s, "incarnation");
   fshm_request request;
   CHECK_EQ(fshm_request_begin(s, index, 0, &request), 1);
   fshm_request older = request, elsewhere = request;

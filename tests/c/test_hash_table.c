@@ -17,7 +17,7 @@ static uint64_t state_found(fshm_segment *s, key_id k) {
   return f.pair.who ? f.pair.when : 0;
 }
 
-/* Cells that carry this fingerprint: confirmed, or pending. */
+/* Slots with this fingerprint, confirmed or pending. */
 static unsigned count_slots(const fshm_segment *s, uint64_t who, bool pending) {
   unsigned n = 0;
   for (uint64_t i = 0; i < s->slot_count; i++) {

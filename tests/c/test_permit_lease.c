@@ -19,7 +19,7 @@ typedef struct {
 
 static void open_limiters(world_t *w) {
   w->permits = fresh_limiter(w->s, "permits", &most, 1);
-  w->permit_leases = fresh_limiter(w->s, "allowances", &account, 1);
+  w->permit_leases = fresh_limiter(w->s, "leases", &account, 1);
   w->refused = fresh_limiter(w->s, "refused", &account, 1);
 }
 

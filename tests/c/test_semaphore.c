@@ -268,7 +268,7 @@ static void test_crowd(uint64_t n, uint64_t lowered) {
   fshm_close(s);
 }
 
-/* Permits and a meter at once: the meter admits its n exactly, and no permit is left behind. */
+/* Permits together with a rate limit: the limit admits exactly n, and no permit is left behind. */
 static void admit_all(int me, void *with) {
   crowd_t *c = with;
   const uint64_t costs[FSHM_MAX_LIMITS] = {1, 1, 1, 1};
@@ -278,7 +278,7 @@ static void admit_all(int me, void *with) {
   (void)me;
   for (;;) {
     fshm_admit(c->limiter, "k", 1, costs, NOW, &p, &d, &held);
-    if (d.status == FSHM_DENIED && d.limit_index == 0) return; /* the meter is used up */
+    if (d.status == FSHM_DENIED && d.limit_index == 0) return; /* the limit is used up */
     if (d.status != FSHM_ALLOWED) continue;
     CHECK_OP(atomic_fetch_add(&c->holders, 1) + 1, <=, 2);
     atomic_fetch_add(&c->admitted, 1);

@@ -17,7 +17,7 @@ typedef struct {
 
 static world_t make_world(void) {
   world_t w = {.s = fresh_segment(1000)};
-  w.token_leases = fresh_limiter(w.s, "wallet", &account, 1);
+  w.token_leases = fresh_limiter(w.s, "lease", &account, 1);
   w.refused = fresh_limiter(w.s, "refused", &account, 1);
   w.limits = fresh_limiter(w.s, "limits", &window, 1);
   return w;
@@ -139,13 +139,13 @@ static void test_refusals_of_any_cost(void) {
   leave(&w);
 }
 
-/* Each denial is counted once, for whose token lease it is: also where by the meter room has come since. */
+/* Each denial is counted once, for the limiter of the lease, even if the stored state has room again. */
 static void test_denials_are_counted(void) {
   world_t w = make_world();
   const uint64_t ten[FSHM_MAX_LIMITS] = {10}, rest[FSHM_MAX_LIMITS] = {5000 * MS};
   uint32_t low;
   for (uint64_t used = 0, denials = 0; used <= 1000;
-       used += 1000) { /* by the meter, ten fit; not */
+       used += 1000) { /* by the stored state ten fit; not */
     const uint64_t now_used[FSHM_MAX_LIMITS] = {used};
     CHECK_EQ(fshm_learn(w.limits, KEY, now_used, rest, NOW), FSHM_OK);
     CHECK_EQ(fshm_token_lease_refuse(w.refused, KEY, ten, 50 * MS, NOW), FSHM_OK);
@@ -160,7 +160,7 @@ static void test_denials_are_counted(void) {
   leave(&w);
 }
 
-/* What is told of a meter is what is known of it, whatever kind it is. */
+/* fshm_known() returns what fshm_learn() stored, for each kind of limit. */
 static void test_learnt(void) {
   fshm_segment *s = fresh_segment(1000);
   const fshm_limit kinds[] = {{1000, 60000 * MS, 1000, FSHM_BUCKET, 0},
@@ -198,7 +198,7 @@ static void test_look_after_a_change(void) {
   smaller.n = 100;
   grant(&w, 5, 0, 2 * NOW, NOW);
   CHECK_EQ(spend(&w, 5, NOW, &low), FSHM_ALLOWED);
-  CHECK_EQ(fshm_limiter_open(w.s, "wallet", 6, &smaller, 1, &again), FSHM_OK);
+  CHECK_EQ(fshm_limiter_open(w.s, "lease", 5, &smaller, 1, &again), FSHM_OK);
   const fshm_decision d = apply_at(again, FSHM_PEEK, "k", 1, NOW);
   CHECK_EQ(d.status, FSHM_DENIED);
   CHECK_EQ(d.remaining, 0);
@@ -259,7 +259,7 @@ static void race(int i, void *with) {
   world_t w = {0};
   uint32_t low;
   CHECK_EQ(fshm_open(r->name, 0, 0600, 0, &w.s, &e), FSHM_OK);
-  w.token_leases = fresh_limiter(w.s, "wallet", &account, 1);
+  w.token_leases = fresh_limiter(w.s, "lease", &account, 1);
   for (int n = 0; !i && n < BATCHES; n++)
     grant(&w, BATCH, UINT64_MAX, fshm_now(w.s) + 60000 * MS, 0);
   if (!i) r->done = 1;

@@ -23,11 +23,11 @@ static void grants_begin(grants_t *g, fshm_segment *s) {
   const fshm_token_lease leases[FSHM_MAX_LIMITS] = {{GRANTED, 0, TIME_MAX / 2},
                                                     {GRANTED, 0, TIME_MAX / 2}};
   fshm_permit_lease a;
-  g->token_leases = fresh_limiter(s, "wallet", token_lease_limits, 2);
+  g->token_leases = fresh_limiter(s, "token-leases", token_lease_limits, 2);
   g->refused = fresh_limiter(s, "refused", token_lease_limits, 2);
   g->rates = fresh_limiter(s, "rates", rates_limits, 2);
   g->permits = fresh_limiter(s, "granted", granted_permits, 1);
-  g->permit_leases = fresh_limiter(s, "allowances", token_lease_limits, 1);
+  g->permit_leases = fresh_limiter(s, "permit-leases", token_lease_limits, 1);
   CHECK_EQ(fshm_token_lease_put(g->token_leases, "lasting", 7, leases, 0), FSHM_OK);
   CHECK_EQ(fshm_permit_lease_look(g->permits, g->permit_leases, "lasting", 7, 1, 0, &a), FSHM_OK);
   CHECK_EQ(fshm_permit_lease_put(g->permits, g->permit_leases, "lasting", 7, a.word, ALLOWED,

@@ -92,7 +92,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "finding 2: a rule's slot is given away while states refer to it",
-        "limits/limits.c",
+        "limits/limit_changes.c",
         (
             (
                 "    if (named >> rule_index & 1 || w->labels[rule_index]) continue;\n",
@@ -117,7 +117,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "a limit goes on from one that was there before, and the one it replaces has no heir",
-        "limits/limits.c",
+        "limits/limit_changes.c",
         (
             (
                 "__builtin_popcount(left) <= __builtin_popcount(there & ~taken)",
@@ -138,7 +138,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "a refund forgets that a faster rule was in force between",
-        "limits/limits.c",
+        "limits/limit_changes.c",
         (
             (
                 "fastest = min_u64(fastest, bucket_pace(&rule));\n",
@@ -148,7 +148,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "a sweep frees a fast rule and does not say so",
-        "limits/limits.c",
+        "limits/limit_changes.c",
         (("    if (!note_freed(e, rule_index, version)) continue;\n", ""),),
         "test_limits",
     ),
@@ -172,7 +172,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "a rule is named for an earlier version than it was",
-        "limits/limits.c",
+        "limits/limit_changes.c",
         (
             (
                 "    if (owner >= (RULE_USED | version) ||\n",
@@ -183,13 +183,13 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "a sweep goes by the time that it began at, and by newer limits",
-        "limits/limits.c",
+        "limits/limit_changes.c",
         (("      if (!w->fixed)\n", "      if (false)\n"),),
         "test_turns",
     ),
     Fault(
         "a sweep of the version of who was killed",
-        "limits/limits.c",
+        "limits/limit_changes.c",
         (
             (
                 "  uint64_t version = CURRENT_VERSION(CURRENT_VERSION(current) + 1);\n"
@@ -201,14 +201,19 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "the last rule of a limit that is there no more may go",
-        "limits/limits.c",
+        "limits/limit_changes.c",
         (("  unsigned kept = last_rules(&w);\n", "  unsigned kept = 0;\n"),),
         "test_limits",
     ),
     Fault(
         "a taker that gives up does not say how many are held",
         "permits/semaphore.c",
-        (("  *held = 1; /* ours, that is given back;", "  /* ours, that is given back;"),),
+        (
+            (
+                "  *held = 1; /* our own permit, which is given back;",
+                "  /* ours, that is given back;",
+            ),
+        ),
         "test_turns",
     ),
 )

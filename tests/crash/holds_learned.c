@@ -1,4 +1,4 @@
-/* holds_learned.c - what must hold of what is put over whatever was there: what the grantor told of a key's meters,
+/* holds_learned.c - what must hold of what is put over whatever was there: what the server reported of a key's limits,
  * what was refused of late, and that a feature's errors are forgotten. Each limit's is as before or as after it,
  * in order, and whoever comes next can put there what it knows. */
 #include "crash.h"

@@ -15,7 +15,7 @@ static fshm_permit_lease lease_now(bool open) {
   fshm_permit_lease a;
   if (fshm_permit_lease_look(world.l, world.permit_leases, KEY, strlen(KEY), open, world.now, &a) !=
       FSHM_OK)
-    broken("the allowance cannot be read");
+    broken("the lease cannot be read");
   return a;
 }
 

@@ -38,7 +38,7 @@ static uint64_t known_left(void) {
   return least;
 }
 
-/* What a spender is told of the meters that it knows: all is used, but what the token lease has. */
+/* What a spender reports of the stored states: all is used, but the tokens of the lease. */
 static void check_told_of(const outcome_t *out) {
   const fshm_decision *d = &out->decision;
   if (!world.known) return;

@@ -3,11 +3,11 @@
 
 #define MOST_NUMBERED 8 /* of a key, in all operations */
 
-/* Cells that no operation under test may touch (I7). */
+/* Slots that no operation under test may touch (I7). */
 static pair_t protected_slots[4096];
 static size_t protected_count;
 
-/* Note all live slots but those of the key's meters, and permits of the dead. */
+/* Note all live slots but those of the key's limits, and permits of the dead. */
 static void protect_others(void) {
   uint64_t own[FSHM_MAX_LIMITS] = {0}, word = 0; /* word: of what the key is granted */
   call_t c;

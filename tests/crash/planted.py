@@ -108,7 +108,7 @@ FAULTS = [
     ),
     Fault(
         "limits that are named before they are written",
-        "limits/limits.c",
+        "limits/limit_changes.c",
         (
             (FILL, ""),
             (
@@ -147,7 +147,7 @@ FAULTS = [
     ),
     Fault(
         "who leaves a shared counter does not write it",
-        "limits/limiter.c",
+        "limits/shared_counters.c",
         (
             (
                 "if (pair_cas(&c->s->slots[f.slot], &seen, f.pair)) break;",
@@ -159,7 +159,7 @@ FAULTS = [
     ),
     Fault(
         "a shared counter is charged without a look for the key's cell",
-        "limits/limiter.c",
+        "limits/shared_counters.c",
         (("if (table_has(c->s, c->hash, fingerprint(c, i))) return CLAIM_LOST;", ""),),
         "pair-shared-leave",
         "one token: they are answered 1 and 1",
@@ -191,7 +191,7 @@ FAULTS = [
     ),
     Fault(
         "a lock file that is announced before it is named",
-        "core/process.c",
+        "core/lock_file.c",
         (
             ("&s->header->lock_file, &known, st->st_ino,\n", "&s->header->lock_file, &known, 1,\n"),
             (
@@ -212,21 +212,21 @@ FAULTS = [
     ),
     Fault(
         "a leader that is not asked whether it lives",
-        "core/process.c",
+        "core/leader.c",
         (("word && process_alive(s, process) ? process", "word ? slot"),),
         "lead-after-dead",
         "somebody leads at the beginning",
     ),
     Fault(
         "limits of permits that are set before it is said how many may be held",
-        "limits/limits.c",
+        "limits/limit_changes.c",
         MOST_AFTER_SWAP,
         "permits-lower",
         "can be taken, not 0",
     ),
     Fault(
         "the same beside a taker",
-        "limits/limits.c",
+        "limits/limit_changes.c",
         MOST_AFTER_SWAP,
         "pair-publish-admit",
         "more than the limit that it has seen",
@@ -365,7 +365,9 @@ FAULTS = [
             (
                 "  return " + LEARN,
                 "  while (atomic_exchange(&l->segment->header->wakeups[255], 1)) continue;\n"
-                "  int status = " + LEARN + "  atomic_store(&l->segment->header->wakeups[255], 0);\n"
+                "  int status = "
+                + LEARN
+                + "  atomic_store(&l->segment->header->wakeups[255], 0);\n"
                 "  return status;\n",
             ),
         ),
@@ -436,7 +438,7 @@ FAULTS = [
     ),
     Fault(
         "the limits are not looked at after the cell",
-        "limits/limiter.c",
+        "limits/call.h",
         (
             (
                 "  return unlikely(entry_current(c->s, c->index) != c->snapshot.current);\n",
@@ -448,7 +450,7 @@ FAULTS = [
     ),
     Fault(
         "a sweep that leaves pending cells",
-        "limits/limits.c",
+        "limits/limit_changes.c",
         (
             (
                 "    bool over = IS_PENDING(pair.when) || ",
@@ -460,7 +462,7 @@ FAULTS = [
     ),
     Fault(
         "a sweep in the same epoch",
-        "limits/limits.c",
+        "limits/limit_changes.c",
         (
             (
                 "{rest | ((current + (UINT64_C(1) << VERSION_BITS)) & epochs) | version",
@@ -472,7 +474,7 @@ FAULTS = [
     ),
     Fault(
         "a rule's slot is freed though a state refers to it",
-        "limits/limits.c",
+        "limits/limit_changes.c",
         (
             (
                 "if (named >> rule_index & 1 || w->labels[rule_index]) continue;",
@@ -484,21 +486,26 @@ FAULTS = [
     ),
     Fault(
         "a sweep by the limits that it began with",
-        "limits/limits.c",
-        (("    if (entry_current(w->s, w->index) != w->snapshot.current) {\n", "    if (false) {\n"),),
+        "limits/limit_changes.c",
+        (
+            (
+                "    if (entry_current(w->s, w->index) != w->snapshot.current) {\n",
+                "    if (false) {\n",
+            ),
+        ),
         "change-sweeps",
         "slot is free",
     ),
     Fault(
         "a rule that takes another's cells does not count as in use",
-        "limits/limits.c",
+        "limits/limit_changes.c",
         (("if (owner < later &&", "if (!later &&"),),
         "change-sweeps-none-fits",
         "key 0",
     ),
     Fault(
         "a rule is taken back though another has named it",
-        "limits/limits.c",
+        "limits/limit_changes.c",
         (
             (
                 NOT_OURS,

@@ -25,7 +25,7 @@ PATIENCE = 60.0  # seconds, for all kept inputs; they take two; the program ends
 FAULTS: dict[str, list[tuple[str, str, str]]] = {
     "a count of rules is not checked": [
         (
-            "limits/limits.c",
+            "limits/limits.h",
             "if (count < 1 || count > FSHM_MAX_LIMITS) return 0;",
             "if (!count) return 0;",
         )
@@ -56,7 +56,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ),
     ],
     "permits without end": [
-        ("limits/limits.c", "i + 1 != has || r->n > MAX_PERMITS", "i + 1 != has")
+        ("limits/limits.h", "i + 1 != has || r->n > MAX_PERMITS", "i + 1 != has")
     ],
     "the header is believed": [("core/image.c", "should.names_words != h->names_words ||", "")],
     "the mapping is believed": [

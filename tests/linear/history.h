@@ -47,7 +47,7 @@ enum op_kind {
   OP_TAKE, /* what is left out of it */
   OP_SET, /* change the limits, so many times in a row */
   OP_SETTLE, /* the reservation that this lane made last */
-  OP_ADMIT, /* a permit, and a charge of the meters where there are any */
+  OP_ADMIT, /* a permit, and a charge of the rate limits, if there are any */
   OP_RELEASE, /* the permit of this lane that was taken first */
   OP_IN_FLIGHT,
   OP_DEATH, /* a process was killed: between the stamps */
@@ -201,7 +201,7 @@ static inline void print_op(const history_t *h, const op_t *op, uint64_t origin,
 
 static inline void print_rule(const rule_t *r, FILE *out) {
   if (r->kind == FSHM_LEASE) {
-    (void)fprintf(out, " wallet");
+    (void)fprintf(out, " token lease");
     return;
   }
   static const char *const kinds[] = {"bucket", "window", "sliding", "permits"};

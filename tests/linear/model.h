@@ -1,6 +1,6 @@
 /* model.h - the sequential model: what each operation does and answers when nothing else runs.
  *
- * A meter's arithmetic is algorithms.h itself (pure functions, which tests/meters/ holds against definitions by
+ * The arithmetic of a limit is algorithms.h itself (pure functions, which tests/algorithms/ holds against definitions by
  * logs and fractions); a key's state is one word, however and wherever the table keeps it. So what is
  * checked here is everything between: look, swap, claim, reuse, undo, conversion, permits.
  *
@@ -9,15 +9,15 @@
  *
  * advance() makes one step. Most operations are one step. These are several, each at an instant of its own
  * within the operation (csrc/DESIGN.md, "Several limits", "Permits"):
- * - A limiter of several limits is several meters. An admission charges one after the other, each where it
- *   has room; a denial is one meter without room at one instant; other operations go through the meters one
+ * - A limiter of several limits has several states. An admission charges one after the other, each where it
+ *   has room; a denial is one limit without room at one instant; other operations go through the limits one
  *   by one. (Where history_t.at_once is set, an admission must be explained as one step for all.)
  * - charge and refund act, and then look, to tell what is left.
  * - An admission with a permit takes the permit, then charges.
  * Level 1 (and 2, with more of it: see CYCLES) allows what csrc/DESIGN.md names as exceptions, in just this form:
  * - Several limits: an admission that has charged some of its limits, and finds the next without room, undoes
  *   what it charged, in later steps. In between others see the charge. Nothing else may hold one.
- * - A permit that was taken for an admission whose meters then have no room, likewise.
+ * - A permit that was taken for an admission whose limits then have no room, likewise.
  * - A full table: the number of other keys that may have had a slot by then, not those live at one instant.
  * - Limits that are changed meanwhile: an operation may go by limits that it loaded earlier.
  * - Permits are counted slot by slot, each slot at an instant of its own, in order. */
@@ -36,7 +36,7 @@ typedef struct {
   uint8_t phase[LANES]; /* steps made of the next one */
   uint8_t seen_held[LANES]; /* slots that it saw held */
   /* Where limits change (model_changes.h): the number of changes so far, and which variant it is; what a lane's
-   * operation goes by, and what it saw; how often each meter was empty. */
+   * operation goes by, and what it saw; how often each state was empty. */
   uint8_t changes, variant, snapshot[LANES], loaded[LANES], seen[LANES][LIMITS], born[STATES];
   uint8_t charged[LANES][LIMITS]; /* born, at the lane's last reservation; 255 = none */
   uint8_t stands; /* permits that were granted: slots, one bit each */
@@ -64,10 +64,10 @@ static inline bool stepped(config_t *c, int lane, uint32_t of) {
   return true;
 }
 
-/* How a meter is seen: 0: as it is, at the operation's first time. v > 0: as never seen, at its v-th time.
+/* How a state is seen: 0: as it is, at the operation's first time. v > 0: as never seen, at its v-th time.
  * That is so where nothing has been charged, or where it has all expired: then the slot may have gone to
  * another key, or is claimed anew. An admission with a permit reads the clock anew for the permit, for a
- * look at the meters, and to charge them: views below its number of readings are as it is, the others as
+ * look at the limits, and to charge them: views below its number of readings are as it is, the others as
  * never seen. */
 static inline unsigned views(const op_t *op) {
   unsigned count = 2;

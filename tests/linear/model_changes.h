@@ -107,25 +107,25 @@ static inline bool told_left(const history_t *h, const config_t *c, int lane, co
          version_is(h, op->version, snapshot_of(c, lane) - 1);
 }
 
-static inline void add_tokens(config_t *c, uint32_t meter, uint64_t tokens) {
-  if (!c->state[meter] && tokens) c->born[meter]++;
-  c->state[meter] += tokens;
+static inline void add_tokens(config_t *c, uint32_t which, uint64_t tokens) {
+  if (!c->state[which] && tokens) c->born[which]++;
+  c->state[which] += tokens;
 }
 
 static inline bool acquire_changing(const history_t *h, int level, config_t *c, int lane,
                                     const op_t *op, unsigned branch) {
-  uint32_t i = c->phase[lane], count = h->counts[loaded(c, lane)], meter = op->key * h->limits + i;
+  uint32_t i = c->phase[lane], count = h->counts[loaded(c, lane)], which = op->key * h->limits + i;
   bool denied = !op_open(op) && op->status != FSHM_ALLOWED, ends = i + 1 == count;
-  uint64_t *used = &c->state[meter];
+  uint64_t *used = &c->state[which];
   if (branch == EFFECT) {
     if (denied && (!level || ends)) return false;
     if (!goes_by(c, level, lane, i, *used)) return false;
     if (!fits(h, c, lane, i, *used, op->cost[i])) return false;
     if (!told_left(h, c, lane, op, *used + op->cost[i])) return false;
     if (!i && !c->snapshot[lane] && count > 1) pin(h, c, lane, op);
-    add_tokens(c, meter, op->cost[i]);
+    add_tokens(c, which, op->cost[i]);
     if (c->snapshot[lane]) c->seen[lane][i] = (uint8_t)*used;
-    if (op->kind == OP_RESERVE) c->charged[lane][i] = op->cost[i] ? c->born[meter] : 255;
+    if (op->kind == OP_RESERVE) c->charged[lane][i] = op->cost[i] ? c->born[which] : 255;
     if (ends || level) return stepped(c, lane, count);
     c->phase[lane]++; /* all at once */
     return acquire_changing(h, level, c, lane, op, branch);
@@ -145,7 +145,7 @@ static inline bool acquire_changing(const history_t *h, int level, config_t *c, 
   if (branch != BACK || !level || i != 1 || c->seen_held[lane] == 2) return false;
   if (snapshot_of(c, lane) == c->changes + 1u && fits(h, c, lane, i, *used, op->cost[i]))
     return false;
-  c->state[meter - 1] = minus(c->state[meter - 1], op->cost[0]);
+  c->state[which - 1] = minus(c->state[which - 1], op->cost[0]);
   c->phase[lane] = 0;
   unpin(c, lane);
   c->seen_held[lane]++;
@@ -155,7 +155,7 @@ static inline bool acquire_changing(const history_t *h, int level, config_t *c, 
 /* A charge, a refund or a settlement: limit by limit, and then, with one limit, a look. */
 static inline bool force_changing(const history_t *h, int level, config_t *c, int lane,
                                   const op_t *op, unsigned branch) {
-  uint32_t i = c->phase[lane], count = h->counts[loaded(c, lane)], meter = op->key * h->limits + i;
+  uint32_t i = c->phase[lane], count = h->counts[loaded(c, lane)], which = op->key * h->limits + i;
   if (branch != EFFECT && (branch != OTHERWISE || op->kind != OP_SETTLE)) return false;
   if (!op_open(op) && op->status != FSHM_ALLOWED) return false;
   if (i >= count || i == LOOK) { /* fewer by now; or the look */
@@ -163,18 +163,18 @@ static inline bool force_changing(const history_t *h, int level, config_t *c, in
     if (branch != EFFECT || !goes_by(c, level, lane, 0, used)) return false;
     return (op->kind == OP_SETTLE || told_left(h, c, lane, op, used)) && finish(c, lane);
   }
-  uint64_t *used = &c->state[meter], more = op->kind == OP_REFUND ? 0 : op->cost[i];
+  uint64_t *used = &c->state[which], more = op->kind == OP_REFUND ? 0 : op->cost[i];
   uint64_t less = op->kind == OP_REFUND ? op->cost[i] : 0;
   if (op->kind == OP_SETTLE) { /* remaining: what was charged before */
     less = minus(op->remaining[i], op->cost[i]);
     more = minus(op->cost[i], op->remaining[i]);
     /* What was given back whole since, and begun anew, may be another window. */
-    bool another = c->charged[lane][i] != c->born[meter];
+    bool another = c->charged[lane][i] != c->born[which];
     if (branch == OTHERWISE && !another) return false;
     if (branch == OTHERWISE) less = 0;
   }
   if (!goes_by(c, level, lane, i, *used)) return false;
-  if (more) add_tokens(c, meter, more);
+  if (more) add_tokens(c, which, more);
   *used = minus(*used, less);
   unpin(c, lane); /* each limit by itself */
   c->phase[lane] = i + 1 < count ? (uint8_t)(i + 1) : LOOK;

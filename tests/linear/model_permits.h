@@ -13,7 +13,7 @@ static inline unsigned permits_held(const history_t *h, const config_t *c) {
   return held;
 }
 
-/* A permit, then the meters. counters: the slot that was taken, plus 1. */
+/* A permit, then the rate limits. seen_held: the permit that was taken, plus 1. */
 static inline bool admit(const history_t *h, int level, config_t *c, int lane, const op_t *op,
                          unsigned branch, unsigned view) {
   uint8_t *phase = &c->phase[lane], *seen_held = &c->seen_held[lane];
@@ -42,7 +42,7 @@ static inline bool admit(const history_t *h, int level, config_t *c, int lane, c
       if ((*seen_held | permits_held(h, c)) == *seen_held) return false;
       *seen_held |= (uint8_t)permits_held(h, c);
       return *seen_held == all ? finish(c, lane) : true;
-    case 3: /* no room in the meter: before it took a permit, or since */
+    case 3: /* no room in the rate limit: before it took a permit, or since */
       if (!h->limits || by_permits || *phase == LOST || (!denied && !op_open(op))) return false;
       if (!no_room(h, c, op, 0, view)) return false;
       if (*phase == SEARCHING) return finish(c, lane);

@@ -1,5 +1,5 @@
 /* model_token_lease.h - the part of model.h about token leases: what is put in, looked at and taken out. (A spend is an
- * acquire() of meters of their kind.) */
+ * acquire() of limits of their kind.) */
 #ifndef MODEL_TOKEN_LEASE_H
 #define MODEL_TOKEN_LEASE_H
 

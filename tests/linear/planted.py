@@ -32,7 +32,7 @@ class Fault:
     file: str
     old: str
     new: str
-    also: tuple[str, str] | None = None  # a second text of the file
+    also: tuple[str, str, str] | None = None  # a second one: file, text, what it becomes
 
 
 SWAP = "    return pair_cas(&c->s->slots[f->slot], &seen, to) ? CLAIMED : CLAIM_LOST;\n"
@@ -178,7 +178,7 @@ FAULTS = (
     Fault(
         "a rule's slot goes to another without a sweep",
         "changes-bucket",
-        "limits/limits.c",
+        "limits/limit_changes.c",
         "    if ((holder & RULE_USED) || (holder && owner_lives(s, holder))) continue;\n",
         "    bool named = false;\n"
         "    const uint64_t set = load_relaxed(&e->set);\n"
@@ -188,7 +188,7 @@ FAULTS = (
     Fault(
         "the limits are not looked at after the cell",
         "changes-bucket",
-        "limits/limiter.c",
+        "limits/call.h",
         OUTDATED,
         "  (void)c;\n  return false;\n",
     ),
@@ -198,7 +198,11 @@ FAULTS = (
         "limits/limiter.c",
         LOAD,
         LOAD_SELDOM,
-        (OUTDATED, "  return (entry_current(c->s, c->index) ^ c->snapshot.current) >> VERSION_BITS;\n"),
+        (
+            "limits/call.h",
+            OUTDATED,
+            "  return (entry_current(c->s, c->index) ^ c->snapshot.current) >> VERSION_BITS;\n",
+        ),
     ),
     Fault(
         "a decision tells the version of the last one by the same limits",
@@ -213,7 +217,7 @@ FAULTS = (
     Fault(
         "a sweep by the limits that it began with",
         "changes-sweeps",
-        "limits/limits.c",
+        "limits/limit_changes.c",
         "    if (entry_current(w->s, w->index) != w->snapshot.current) {\n",
         "    if (false) {\n",
     ),
@@ -251,13 +255,12 @@ FAULTS = (
 
 def plant(fault: Fault, folder: pathlib.Path) -> None:
     shutil.copytree(ROOT / "csrc", folder)
-    path = folder / fault.file
-    text = path.read_text()
-    for old, new in ((fault.old, fault.new), *([fault.also] if fault.also else [])):
+    first = (fault.file, fault.old, fault.new)
+    for file, old, new in (first, *([fault.also] if fault.also else [])):
+        text = (folder / file).read_text()
         if text.count(old) != 1:
             raise SystemExit(f"{fault.name}: its text occurs {text.count(old)} times, not once")
-        text = text.replace(old, new)
-    path.write_text(text)
+        (folder / file).write_text(text.replace(old, new))
 
 
 def caught(fault: Fault) -> str:

@@ -51,12 +51,12 @@ inline begin_call(me) {
  * limiter.c take_one: if (unlikely(c->stale)) continue; -- as above
  * limiter.c look_inline: table_find_inline(c->s, c->hash, fingerprint(c, i), &l->slot);
  * -- one candidate a step, from the home of the key, all of them
- * hash_table.c find_further: if (likely(!line_has(s, slot, who))) continue;
+ * hash_table.c table_find_further: if (likely(!line_has(s, slot, who))) continue;
  * -- a line is passed by where a look at each of its slots found another key: the same look, of four
  * candidates in any order. Else each is looked at again, and that is the look that counts here
- * hash_table.c confirmed_at: if (load_relaxed(&s->slots[slot].who) != who) return false;
+ * hash_table.h confirmed_at: if (load_relaxed(&s->slots[slot].who) != who) return false;
  * -- with the next in one step, unless HINTS is defined
- * hash_table.c confirmed_at: *pair = likely(!s->read_only) ? pair_load(&s->slots[slot]) : pair_peek(&s->slots[slot]);
+ * hash_table.h confirmed_at: *pair = likely(!s->read_only) ? pair_load(&s->slots[slot]) : pair_peek(&s->slots[slot]);
  * return pair->who == who && !IS_PENDING(pair->when); */
 #if defined(HINTS)
 #define IS_THE_PAIR(step) (p[me].pc == step)

@@ -13,7 +13,7 @@ QUOTE = re.compile(r"\b(\w+\.[ch]) (\w+): ")
 
 # Every statement of these is quoted: a new one must be modelled, or be said not to matter.
 COMPLETE = [
-    ("hash_table.c", "confirmed_at"),
+    ("hash_table.h", "confirmed_at"),
     ("hash_table.c", "survey"),
     ("hash_table.c", "confirm"),
     ("hash_table.c", "table_claim"),

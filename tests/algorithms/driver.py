@@ -1,4 +1,4 @@
-"""The C API as the tests of meters call it: one key, explicit times."""
+"""The C API as these tests call it: one key, explicit times."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Rule:
         return self.n, self.per, self.burst, self.kind, self.strict
 
 
-class Meter:
+class OneKey:
     """One key of one limiter. A new key for each instance, so that examples do not meet."""
 
     def __init__(self, segment: Segment, *rules: Rule) -> None:
@@ -40,7 +40,7 @@ class Meter:
         out = ffi.new("fshm_limiter **")
         raw = ffi.new("fshm_limit[]", [rule.raw() for rule in rules])
         status = lib.fshm_limiter_open_at(
-            self._segment._handle, b"meter", 5, raw, len(rules), now, out
+            self._segment._handle, b"limiter", 7, raw, len(rules), now, out
         )
         assert status == lib.FSHM_OK, (status, rules)
         self._limiter = ffi.gc(out[0], lib.fshm_limiter_close)

@@ -1,4 +1,4 @@
-"""Every answer of every meter is the model's: never more (I1), never less (I2)."""
+"""Each answer of each algorithm is the model's: never more (I1), never less (I2)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from algorithms.driver import BUCKET, LATEST, NEVER, SLIDING, WINDOW, OneKey, Rule
+from algorithms.models import EXACT, Sliding, Window, model_of
 from fast_litellm_shm import Segment
-from meters.driver import BUCKET, LATEST, NEVER, SLIDING, WINDOW, Meter, Rule
-from meters.models import EXACT, Sliding, Window, model_of
 
 exact = settings(
     max_examples=150,
@@ -43,13 +43,13 @@ def steps(draw: st.DrawFn, per: int, n: int) -> list[tuple[str, int, int]]:
     return draw(st.lists(st.tuples(what, pause, cost), min_size=1, max_size=40))
 
 
-def check_retry(meter: Meter, now: int, costs: int | tuple[int, ...], denied: Any) -> None:
+def check_retry(limiter: OneKey, now: int, costs: int | tuple[int, ...], denied: Any) -> None:
     """Denied until the nanosecond before, admitted from that on."""
     retry = denied.retry_after_ns
     assert retry > 0
     if now + retry <= LATEST:
-        assert not meter.peek(now + retry - 1, costs).status
-        assert meter.peek(now + retry, costs).status
+        assert not limiter.peek(now + retry - 1, costs).status
+        assert limiter.peek(now + retry, costs).status
 
 
 @pytest.mark.parametrize("kind", ["bucket", "window", "sliding"])
@@ -58,20 +58,20 @@ def check_retry(meter: Meter, now: int, costs: int | tuple[int, ...], denied: An
 def test_one_limit(segment: Segment, kind: str, data: st.DataObject) -> None:
     rule = data.draw(rules(kind))
     now = data.draw(BEGIN)
-    meter, model = Meter(segment, rule), model_of(rule)
+    limiter, model = OneKey(segment, rule), model_of(rule)
     for what, pause, cost in data.draw(steps(rule.per, rule.n)):
         now += pause
         model.to(now)
         if what == "charge":
             if isinstance(model, Sliding) and model.count + cost > EXACT:
                 continue
-            meter.charge(now, cost)
+            limiter.charge(now, cost)
             model.charge(cost)
         elif what == "refund":
-            meter.refund(now, cost)
+            limiter.refund(now, cost)
             model.refund(cost)
         else:
-            peeked = meter.peek(now, cost)
+            peeked = limiter.peek(now, cost)
             admitted = bool(peeked.status)
             assert not admitted or model.may(cost)
             assert admitted or not model.must(cost)
@@ -79,9 +79,9 @@ def test_one_limit(segment: Segment, kind: str, data: st.DataObject) -> None:
                 assert not model.fits(cost)
             elif not admitted:
                 assert model.fits(cost)
-                check_retry(meter, now, cost, peeked)
+                check_retry(limiter, now, cost, peeked)
             if what == "acquire":
-                assert meter.acquire(now, cost) == admitted
+                assert limiter.acquire(now, cost) == admitted
                 if admitted:
                     model.charge(cost)
         if isinstance(model, Window):
@@ -95,18 +95,18 @@ def test_one_limit(segment: Segment, kind: str, data: st.DataObject) -> None:
 def test_remaining_is_what_fits(segment: Segment, kind: str, data: st.DataObject) -> None:
     rule = data.draw(rules(kind))
     now = data.draw(BEGIN)
-    meter = Meter(segment, rule)
-    assert meter.remaining(now) == [rule.burst or rule.n]
+    limiter = OneKey(segment, rule)
+    assert limiter.remaining(now) == [rule.burst or rule.n]
     for what, pause, cost in data.draw(steps(rule.per, rule.n)):
         now += pause
         if what == "charge":
-            meter.charge(now, cost)
+            limiter.charge(now, cost)
         else:
-            meter.acquire(now, cost)
-        (left,) = meter.remaining(now)
-        assert meter.peek(now, 0).remaining == left
-        assert left == 0 or meter.peek(now, left).status
-        assert not meter.peek(now, left + 1).status
+            limiter.acquire(now, cost)
+        (left,) = limiter.remaining(now)
+        assert limiter.peek(now, 0).remaining == left
+        assert left == 0 or limiter.peek(now, left).status
+        assert not limiter.peek(now, left + 1).status
 
 
 @exact
@@ -115,10 +115,10 @@ def test_bucket_bound(segment: Segment, data: st.DataObject) -> None:
     """burst + rate x interval, for every pair of admissions; an instant is a nanosecond long."""
     rule = data.draw(rules("bucket"))
     now = data.draw(BEGIN)
-    meter, log = Meter(segment, rule), []
+    limiter, log = OneKey(segment, rule), []
     for _, pause, cost in data.draw(steps(rule.per, rule.n)):
         now += pause
-        if meter.acquire(now, cost):
+        if limiter.acquire(now, cost):
             log.append((now, cost))
     for i in range(len(log)):
         tokens = 0
@@ -135,13 +135,13 @@ def test_strict_bound(segment: Segment, data: st.DataObject) -> None:
     """At most n in any closed interval of length per, asked as often as may help."""
     rule = data.draw(rules("strict"))
     now = data.draw(BEGIN)
-    meter, log = Meter(segment, rule), []
+    limiter, log = OneKey(segment, rule), []
     for _, pause, cost in data.draw(steps(rule.per, rule.n)):
         now += pause
-        denied = meter.peek(now, cost)
+        denied = limiter.peek(now, cost)
         if not denied.status and denied.retry_after_ns != NEVER:
             now += denied.retry_after_ns  # at the earliest instant
-        if meter.acquire(now, cost):
+        if limiter.acquire(now, cost):
             log.append((now, cost))
     for i in range(len(log)):
         assert sum(cost for at, cost in log[i:] if at <= log[i][0] + rule.per) <= rule.n
@@ -153,9 +153,9 @@ def test_strict_is_not_slower_than_it_must_be(segment: Segment, data: st.DataObj
     """Sustained, n - burst + 1 in `per`: what a stretched interval leaves, within its rounding."""
     rule = data.draw(rules("strict", coarse=True))
     now = data.draw(BEGIN)
-    meter = Meter(segment, rule)
-    assert [meter.acquire(now) for _ in range(rule.burst + 1)] == [True] * rule.burst + [False]
-    assert meter.acquire(now + rule.per // (rule.n - rule.burst + 1) + 1)
+    limiter = OneKey(segment, rule)
+    assert [limiter.acquire(now) for _ in range(rule.burst + 1)] == [True] * rule.burst + [False]
+    assert limiter.acquire(now + rule.per // (rule.n - rule.burst + 1) + 1)
 
 
 @exact
@@ -167,14 +167,14 @@ def test_several_limits(segment: Segment, data: st.DataObject) -> None:
     )
     these = [data.draw(rules(kind, coarse=True)) for kind in kinds]
     now = data.draw(BEGIN)
-    meter, models = Meter(segment, *these), [model_of(rule) for rule in these]
+    limiter, models = OneKey(segment, *these), [model_of(rule) for rule in these]
     for what, pause, cost in data.draw(steps(min(r.per for r in these), min(r.n for r in these))):
         now += pause
         costs = tuple(data.draw(st.sampled_from([cost, 1, 0])) for _ in these)
         for model in models:
             model.to(now)
-        before = meter.remaining(now)
-        peeked = meter.peek(now, costs)
+        before = limiter.remaining(now)
+        peeked = limiter.peek(now, costs)
         admitted = bool(peeked.status)
         assert not admitted or all(m.may(c) for m, c in zip(models, costs, strict=True))
         assert admitted or not all(m.must(c) for m, c in zip(models, costs, strict=True))
@@ -184,15 +184,15 @@ def test_several_limits(segment: Segment, data: st.DataObject) -> None:
             if peeked.retry_after_ns == NEVER:
                 assert not models[guilty].fits(costs[guilty])
             else:
-                check_retry(meter, now, costs, peeked)
+                check_retry(limiter, now, costs, peeked)
         if what == "peek":
             continue
-        assert meter.acquire(now, costs) == admitted
+        assert limiter.acquire(now, costs) == admitted
         if admitted:
             for model, each in zip(models, costs, strict=True):
                 model.charge(each)
         else:
-            assert meter.remaining(now) == before
+            assert limiter.remaining(now) == before
 
 
 @exact
@@ -202,15 +202,15 @@ def test_reserve(segment: Segment, data: st.DataObject) -> None:
     nobody waits longer than the slowest of them asks for."""
     these = data.draw(st.lists(rules("bucket", coarse=True), min_size=1, max_size=3))
     now = data.draw(BEGIN)
-    meter, log = Meter(segment, *these), []
+    limiter, log = OneKey(segment, *these), []
     most = min(rule.burst for rule in these)
     for _ in range(data.draw(st.integers(2, 12))):
         now += data.draw(st.integers(0, min(rule.per for rule in these)))
         cost = data.draw(st.integers(1, most))
-        wait = meter.peek(now, cost).retry_after_ns
+        wait = limiter.peek(now, cost).retry_after_ns
         if wait:
-            assert not meter.reserve(now, cost, wait - 1).status
-        got = meter.reserve(now, cost, wait)
+            assert not limiter.reserve(now, cost, wait - 1).status
+        got = limiter.reserve(now, cost, wait)
         assert got.status and got.retry_after_ns == wait
         log.append((now + wait, cost))
     for rule in these:
@@ -229,16 +229,16 @@ def test_block(segment: Segment, kind: str, data: st.DataObject) -> None:
     later of that and what the limit itself says. A block of nothing changes nothing."""
     rule = data.draw(rules(kind))
     now = data.draw(BEGIN)
-    meter, until = Meter(segment, rule), 0
+    limiter, until = OneKey(segment, rule), 0
     for what, pause, cost in data.draw(steps(rule.per, rule.n)):
         now += pause
         if what in ("charge", "refund"):
-            before = meter.peek(now).retry_after_ns
+            before = limiter.peek(now).retry_after_ns
             for_ns = data.draw(st.sampled_from([0, 1, pause, rule.per * cost]))
-            meter.block(now, for_ns)
+            limiter.block(now, for_ns)
             until = max(until, now + for_ns)
-            assert meter.peek(now).retry_after_ns == max(before, for_ns)
-        elif meter.acquire(now, max(cost, 1)):
+            assert limiter.peek(now).retry_after_ns == max(before, for_ns)
+        elif limiter.acquire(now, max(cost, 1)):
             assert now >= until
 
 
@@ -249,15 +249,15 @@ def test_change_at_run_time(segment: Segment, data: st.DataObject) -> None:
     rule = data.draw(rules("bucket", coarse=True))
     rule = Rule(BUCKET, rule.n, rule.n * (rule.per // rule.n), rule.burst)
     now = data.draw(BEGIN)
-    meter = Meter(segment, rule)
+    limiter = OneKey(segment, rule)
     used = data.draw(st.integers(1, rule.burst))
-    assert meter.acquire(now, used)
+    assert limiter.acquire(now, used)
     for _ in range(data.draw(st.integers(1, 40))):
         n = data.draw(st.integers(1, 100))
         rule = Rule(BUCKET, n, n * data.draw(st.integers(1 << 20, 1 << 40)), n)
-        meter.change(rule, now=now)
-        assert meter.remaining(now) == [max(n - used, 0)]
+        limiter.change(rule, now=now)
+        assert limiter.remaining(now) == [max(n - used, 0)]
         if n > used:
-            assert not meter.acquire(now, n - used + 1)
-            assert meter.acquire(now, 1)
+            assert not limiter.acquire(now, n - used + 1)
+            assert limiter.acquire(now, 1)
             used += 1

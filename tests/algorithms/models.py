@@ -12,7 +12,7 @@ from math import ceil, floor
 
 from hypothesis import assume
 
-from meters.driver import BUCKET, SLIDING, WINDOW, Rule
+from algorithms.driver import BUCKET, SLIDING, WINDOW, Rule
 
 EXACT = 255
 COARSE = 1 << 20  # ns: from there up the interval of a bucket is whole nanoseconds

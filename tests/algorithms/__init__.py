@@ -1,0 +1,1 @@
+"""Each algorithm, through the C API with explicit times, against a model of its definition."""

@@ -1,1 +1,0 @@
-"""Each meter, through the public C API with explicit times, against a model of its definition."""
