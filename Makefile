@@ -49,7 +49,7 @@ CHECK_C  = $(filter-out $(addprefix test_,stories turns threads flood older boun
 CHECK_PY = $(addprefix tests/,test_limits.py test_api_names.py test_docstrings.py limiters/test_rate.py limiters/test_quota.py \
   limiters/test_concurrency.py limiters/test_batch.py limiters/test_decorators.py limiters/test_block.py pools/test_pool.py \
   routing/test_routing.py shared/test_segment.py shared/test_errors.py shared/test_settings.py shared/test_features.py \
-  shared/test_inspection.py cli/test_cli_inspect.py cli/test_cli_listing.py metrics/test_snapshot.py metrics/test_exposition.py \
+  shared/test_inspection.py cli/test_inspect.py cli/test_ls.py metrics/test_snapshot.py metrics/test_prometheus_text.py \
   integrations/web/test_gate.py integrations/web/test_keys.py integrations/web/test_paths.py packaging/test_docs.py)
 check: lint check-c check-py ## start: what a first change needs, in about 2 minutes: lint, the fast C and Python tests
 

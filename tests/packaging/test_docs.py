@@ -20,6 +20,7 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
     ROOT / ".github" / "pull_request_template.md",
     ROOT / "csrc" / "DESIGN.md",
+    ROOT / "examples" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 FOLDERS = r"(?:tests|csrc|docs|bench|examples|scripts|fast_litellm_shm|\.github|\.ci)"

@@ -35,6 +35,7 @@ def test_block_runs(page: pathlib.Path, code: str, segment_name: str) -> None:
         env={
             **os.environ,
             "FAST_LITELLM_SHM_NAME": segment_name,
+            "FAST_LITELLM_TOKENIZER_DOWNLOAD": "false",  # no block waits for a network
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         },
         capture_output=True,
