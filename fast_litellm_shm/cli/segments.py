@@ -90,9 +90,9 @@ def said_of_removed(pids: list[int], name: str) -> str:
     """What to do about :func:`removed_users`, in a sentence."""
     listed = ", ".join(map(str, pids))
     return (
-        f"a removed segment {name!r} is still in use by {len(pids)} process"
-        f"{'es' * (len(pids) != 1)} (pids: {listed}): their limits count apart from those of new "
-        "processes. Restart them"
+        f"a removed segment {name!r} is still in use by {render.counted(len(pids), 'process')} "
+        f"(pids: {listed}), apart from new processes: each side has limits of its own. Restart "
+        f"{'it' if len(pids) == 1 else 'them'}"
     )
 
 

@@ -105,7 +105,7 @@ def test_dead_holder(
     assert str(dead) not in fast_shm("inspect", "--name", segment_name).stdout.split()
     done = fast_shm("release", "--name", segment_name, "--dead")
     # a pooled connection is two: of its endpoint, and of the pool
-    assert (done.returncode, done.stderr) == (0, "") and "Gave back 6 permit(s)" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "") and "Gave back 6 permits of" in done.stdout
     assert all(row.pid == alive for row in Inspection(segment).permits())
     done = fast_shm("release", "--name", segment_name, "--dead")
     assert done.returncode == 0 and "Nothing to give back" in done.stdout

@@ -146,7 +146,7 @@ def test_rm_where_others_left_files(fast_shm: Command, segment_name: str) -> Non
         assert f"cannot remove {folder}: Is a directory" in done.stderr
         assert not os.path.exists(path) and not os.path.exists(later)
         done = fast_shm("rm", "--name", segment_name)
-        assert "removed 0 left-over file(s)" in done.stdout and folder in done.stderr
+        assert "removed 0 left-over files" in done.stdout and folder in done.stderr
     finally:
         os.rmdir(folder)
 
