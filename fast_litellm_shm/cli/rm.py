@@ -60,7 +60,10 @@ def _is_confirmed(name: str, users: list[dict[str, Any]], unknown: str | None) -
     if unknown:
         print(f"Cannot tell which processes use it: {unknown}.", file=sys.stderr)
     else:
-        print(f"{render.counted(len(users), 'process')} in segment {name!r}:", file=sys.stderr)
+        print(
+            f"segment {name!r} is in use by {render.counted(len(users), 'process')}:",
+            file=sys.stderr,
+        )
     for process in users:
         print(f"  {process['pid']:>7}  {render.command(process['command'])}", file=sys.stderr)
     print("They would go on counting in it, apart from new processes.", file=sys.stderr)
