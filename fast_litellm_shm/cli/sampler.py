@@ -6,9 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
-
-import psutil
+from typing import TYPE_CHECKING, Any
 
 from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared.inspection import Inspection, open_for_reading
@@ -19,6 +17,9 @@ from fast_litellm_shm.cli.key_table import KeyTable, NameCache
 from fast_litellm_shm.cli.rates import KeyCounter, KeyRates, Series
 from fast_litellm_shm.metrics import health
 from fast_litellm_shm.metrics.snapshot import UNKNOWN, deployments_of
+
+if TYPE_CHECKING:
+    import psutil
 
 _ANNOUNCED = 10.0  # seconds for which a new segment is announced
 _REMOVED_EVERY = 10.0  # seconds: looking for users of removed segments reads much of /proc
@@ -248,6 +249,8 @@ class Sampler:
         return self._removed_users[1]
 
     def _workers(self, attached: list[dict[str, Any]]) -> list[Worker]:
+        import psutil
+
         known = self._system
         self._system = {}
         out = []
