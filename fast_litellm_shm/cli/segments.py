@@ -116,7 +116,7 @@ def hint(name: str) -> str:
 def _hint(name: str) -> str:
     names = [each.name for each in found() if each.layout == lib.FSHM_LAYOUT_VERSION]
     if not os.path.isdir(directory()):
-        return "No segment can be made before there is."
+        return "Until then no worker can make a segment."
     told = []
     if pids := removed_users(name):
         said = said_of_removed(pids, name)
