@@ -179,6 +179,7 @@ def test_no_descriptors_left(segment: Segment) -> None:
         idle = [socket.create_connection(("127.0.0.1", dashboard.port)) for _ in range(12)]
         while "cannot accept another connection" not in said:
             said = dashboard.said()
+            assert said, "it has ended"
         for each in idle:
             each.close()
         until(dashboard, lambda found: found["problem"] is None)
