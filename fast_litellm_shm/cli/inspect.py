@@ -60,11 +60,11 @@ def _labelled(lines: Iterable[tuple[str, str]]) -> list[RenderableType]:
 
 
 def _cluster_lines(cluster: dict[str, Any]) -> list[RenderableType]:
-    hosts = "1 host" if cluster["hosts"] == 1 else f"{cluster['hosts'] or '?'} hosts"
+    hosts = render.counted(cluster["hosts"], "host") if cluster["hosts"] else "? hosts"
     leader = f"pid {cluster['leader']}" if cluster["leader"] else "no process"
     rate = cluster.get("round_trips_per_second")
     second = f"{rate:,.1f} a second, " if rate is not None else ""
-    times = f"{cluster['lost']:,} time{'s' * (cluster['lost'] != 1)}"
+    times = render.counted(cluster["lost"], "time")
     lost = f"; the server was lost {times}" if cluster["lost"] else ""
     lines = [
         (
@@ -85,8 +85,8 @@ def _cluster_lines(cluster: dict[str, Any]) -> list[RenderableType]:
         lines.append(
             (
                 "",
-                f"this host may hold {allowed:,} permit{'s' * (allowed != 1)}, "
-                f"of {keys:,} key{'s' * (keys != 1)}",
+                f"this host may hold {render.counted(allowed, 'permit')}, "
+                f"of {render.counted(keys, 'key')}",
             )
         )
     return _labelled(lines)

@@ -19,7 +19,7 @@ def _release_dead(segment: Segment) -> int:
         )
     freed = release_process(segment, 0)
     if freed:
-        print(f"Gave back {freed:,} permit(s) of dead processes.")
+        print(f"Gave back {render.counted(freed, 'permit')} of dead processes.")
     else:
         print("Nothing to give back: no dead process holds a permit.")
     return 0
@@ -47,5 +47,7 @@ def run(args: argparse.Namespace) -> int:
         )
         return 1
     freed = release_process(segment, pid)
-    print(f"Gave back {freed:,} permit(s) of process {pid} ({shown}), which is alive.")
+    print(
+        f"Gave back {render.counted(freed, 'permit')} of process {pid} ({shown}), which is alive."
+    )
     return 0

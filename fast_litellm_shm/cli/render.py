@@ -48,6 +48,12 @@ def command(text: str | None) -> str:
     return "? (not visible from here)" if text is None else escaped(text)
 
 
+def counted(count: int, noun: str) -> str:
+    """``1 permit``, ``2,000 permits``, ``3 processes``."""
+    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{ending}"
+
+
 def size(count: float) -> str:
     """Bytes for people: ``10.9 MiB``."""
     for unit in _UNITS:

@@ -60,7 +60,10 @@ def _is_confirmed(name: str, users: list[dict[str, Any]], unknown: str | None) -
     if unknown:
         print(f"Cannot tell which processes use it: {unknown}.", file=sys.stderr)
     else:
-        print(f"{len(users)} process(es) use segment {name!r}:", file=sys.stderr)
+        print(
+            f"segment {name!r} is in use by {render.counted(len(users), 'process')}:",
+            file=sys.stderr,
+        )
     for process in users:
         print(f"  {process['pid']:>7}  {render.command(process['command'])}", file=sys.stderr)
     print("They would go on counting in it, apart from new processes.", file=sys.stderr)
@@ -84,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
     except exceptions.SegmentNotFoundError:
         if not left_over:
             raise
-        print(f"There is no segment {path}; removed {_unlink(left_over)} left-over file(s) of it.")
+        removed = render.counted(_unlink(left_over), "left-over file")
+        print(f"There is no segment {path}; removed {removed} of it.")
         return 0
     if (users or unknown) and not args.yes and not _is_confirmed(args.name, users, unknown):
         return 1

@@ -61,16 +61,21 @@ def found() -> list[Found]:
 
 
 def removed() -> list[Found]:
-    """The segments that were removed while processes use them, by name. Two that had one name are
-    two. Shows only processes whose ``/proc/PID/maps`` this user may read: the user's own."""
+    """The segments that were removed while processes use them, by name; if two had the same name,
+    both. Knows only processes whose ``/proc/PID/maps`` this user may read: the user's own."""
     pids: dict[tuple[str, str], set[int]] = {}
+    if not os.path.isdir(directory()):
+        return []
+    device = os.stat(directory()).st_dev  # a container has a directory of its own
+    here = f"{os.major(device):02x}:{os.minor(device):02x} "
     for pid in filter(str.isdigit, _entries("/proc")):
         with (
             contextlib.suppress(OSError),  # ended since, or another user's
             open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as maps,
         ):
             for line in maps:
-                if "fast_litellm_shm" in line and (parts := _DELETED.match(line)):
+                parts = _DELETED.match(line) if "fast_litellm_shm" in line else None
+                if parts and parts[1].startswith(here):
                     pids.setdefault((parts[2], parts[1]), set()).add(int(pid))
     all_of_them = (_parsed(path, tuple(sorted(its))) for (path, _), its in sorted(pids.items()))
     return [each for each in all_of_them if each is not None]
@@ -85,9 +90,9 @@ def said_of_removed(pids: list[int], name: str) -> str:
     """What to do about :func:`removed_users`, in a sentence."""
     listed = ", ".join(map(str, pids))
     return (
-        f"a removed segment {name!r} is still in use by {len(pids)} process"
-        f"{'es' * (len(pids) != 1)} (pids: {listed}): their limits count apart from those of new "
-        "processes. Restart them"
+        f"a removed segment {name!r} is still in use by {render.counted(len(pids), 'process')} "
+        f"(pids: {listed}), apart from new processes: each side has limits of its own. Restart "
+        f"{'it' if len(pids) == 1 else 'them'}"
     )
 
 
@@ -111,7 +116,7 @@ def hint(name: str) -> str:
 def _hint(name: str) -> str:
     names = [each.name for each in found() if each.layout == lib.FSHM_LAYOUT_VERSION]
     if not os.path.isdir(directory()):
-        return "No segment can be made before there is."
+        return "Until then no worker can make a segment."
     told = []
     if pids := removed_users(name):
         said = said_of_removed(pids, name)

@@ -71,7 +71,7 @@ def test_usage(fast_shm: Command, arguments: list[str]) -> None:
 
 
 def test_usage_is_that_of_the_verb(fast_shm: Command) -> None:
-    """What argparse cannot check is told like what it checks: with the options of the verb."""
+    """Errors that argparse cannot find show the options of the verb, too."""
     for arguments in (["reset"], ["release", "--dead", "--force"], ["rm", "--name", "a/b"]):
         done = fast_shm(*arguments)
         assert done.stderr.startswith(f"usage: fast-shm {arguments[0]} ")

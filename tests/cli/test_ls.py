@@ -50,7 +50,7 @@ def test_name_that_ends_like_a_lock_file(fast_shm: Command, segment_name: str) -
 
 
 def test_a_layout_that_is_no_number_of_ours(fast_shm: Command, segment_name: str) -> None:
-    """A file of anybody's made the table hundreds of columns wide."""
+    """Any user can put such a file there. It made the table hundreds of columns wide."""
     path = path_of(segment_name).replace(f".{LAYOUT}.", f".{'9' * 150}.", 1)
     with open(path, "wb"):
         pass

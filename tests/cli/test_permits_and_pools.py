@@ -1,4 +1,4 @@
-"""What processes hold: in fast-shm inspect, and given back by fast-shm release."""
+"""What processes hold: fast-shm inspect shows it, fast-shm release gives it back."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _releases(holder: Holder) -> bytes:
 def test_json(fast_shm: Command, holders: list[Holder], segment_name: str) -> None:
     found, pids = _inspect(fast_shm, segment_name), sorted(each.pid for each in holders)
     permits = {row["limiter"]: row for row in found["permits"]}
-    assert set(permits) == {"gpu", "gpt"}  # those of the pool are told as a pool
+    assert set(permits) == {"gpu", "gpt"}  # permits of the pool are in "pools"
     assert all(row.pop("oldest_seconds") >= 0 for row in permits.values())
     assert permits["gpu"] == {
         **{"limiter": "gpu", "key": "a", "pids": pids, "dead": 0},
@@ -105,7 +105,7 @@ def test_dead_holder(
     assert str(dead) not in fast_shm("inspect", "--name", segment_name).stdout.split()
     done = fast_shm("release", "--name", segment_name, "--dead")
     # a pooled connection is two: of its endpoint, and of the pool
-    assert (done.returncode, done.stderr) == (0, "") and "Gave back 6 permit(s)" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "") and "Gave back 6 permits of" in done.stdout
     assert all(row.pid == alive for row in Inspection(segment).permits())
     done = fast_shm("release", "--name", segment_name, "--dead")
     assert done.returncode == 0 and "Nothing to give back" in done.stdout

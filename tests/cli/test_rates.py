@@ -1,4 +1,4 @@
-"""From counts to rates: what falls, what is new, what goes to another key."""
+"""Rates from counts that fall, that are new, and whose slot goes to another key."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fast_litellm_shm.cli.rates import HISTORY, KeyCounter, KeyRates, Series
 
 
 def counts(*cells: tuple[int, int, int], meta: int | None = None) -> Counts:
-    """Of each cell: whose it is (0: nobody's), admitted, denied. meta: whose the counts are, where
-    that is somebody else."""
+    """Counts with one slot for each triple: the key (0: none), admitted, denied. meta: the key that
+    the counts belong to, if it is another one."""
     who = numpy.array([who for who, _, _ in cells], numpy.uint64)
     known = numpy.flatnonzero(who)
     return Counts(

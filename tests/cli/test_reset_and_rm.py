@@ -125,7 +125,7 @@ def test_rm_of_an_unused_segment(fast_shm: Command, segment_name: str) -> None:
     os.utime(old, (time.time() - 3600,) * 2)
     done = fast_shm("rm", "--name", segment_name)
     assert (done.returncode, done.stderr) == (0, "")
-    assert left_over(segment_name) == [fresh]  # somebody may be making a segment of it
+    assert left_over(segment_name) == [fresh]  # a process may be creating a segment with it
     os.utime(fresh, (time.time() - 3600,) * 2)
     done = fast_shm("rm", "--name", segment_name)
     assert done.returncode == 0 and "left-over" in done.stdout
@@ -146,7 +146,7 @@ def test_rm_where_others_left_files(fast_shm: Command, segment_name: str) -> Non
         assert f"cannot remove {folder}: Is a directory" in done.stderr
         assert not os.path.exists(path) and not os.path.exists(later)
         done = fast_shm("rm", "--name", segment_name)
-        assert "removed 0 left-over file(s)" in done.stdout and folder in done.stderr
+        assert "removed 0 left-over files" in done.stdout and folder in done.stderr
     finally:
         os.rmdir(folder)
 

@@ -17,7 +17,7 @@ from fast_litellm_shm.cli.sampler import Sampler, Snapshot
 
 
 class Clock:
-    """Time that goes on when it is told to."""
+    """A clock that a test sets."""
 
     def __init__(self) -> None:
         self.now = 1000.0

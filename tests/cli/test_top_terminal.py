@@ -46,7 +46,7 @@ class Terminal:
         return done.stdout
 
     def run(self, *arguments: str) -> None:
-        """Type the command; ``sees_end`` tells of its end."""
+        """Type the command; it prints its exit code at its end."""
         self.type("clear; " + shlex.join([*COMMAND, *arguments]) + "; echo status=$?")
         self.press("Enter")
 

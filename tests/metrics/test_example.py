@@ -1,4 +1,4 @@
-"""examples/prometheus under four workers: one scrape of any tells the sums of all, exactly."""
+"""examples/prometheus under four workers: a scrape of any one has the exact sums of all."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_one_worker_tells_the_sums_of_four(segment_name: str) -> None:
         answers = ask_of_several(path, "/", REQUESTS, LIMIT // 2)
         assert Counter(status for status, *_ in answers) == {200: LIMIT, 429: REQUESTS - LIMIT}
         assert len({body for _, body, _ in answers}) > 1, "one worker alone has answered"
-        scrapes = [_scrape(path) for _ in range(8)]  # whoever answers
+        scrapes = [_scrape(path) for _ in range(8)]  # any worker may answer
         for found in scrapes:
             assert _value(found, "fast_shm_up") == 1
             assert _value(found, "fast_shm_processes") == WORKERS

@@ -1,4 +1,4 @@
-"""health_check tells the truth, and never raises."""
+"""health_check reports what is so, and never raises."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_dead_processes_and_their_permits() -> None:
     assert found["segment"]["permits_of_dead"] == found["segment"]["permits"] == 3
     assert found["segment"]["processes_dead"] == 1
     assert found["segment"]["limiters"] == 1
-    assert found["status"] == "ok"  # they are given back when somebody needs one
+    assert found["status"] == "ok"  # they are given back when a caller needs one
     permit = ConcurrencyLimiter(1, name="other").acquire("k")
     assert health_check()["segment"]["processes_alive"] == 1
     permit.release()
@@ -122,7 +122,7 @@ def test_features_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert found["features_off"] == ["rust_routing", "rust_token_counting"]
     features.reset_errors()
-    assert health_check()["status"] == "ok"  # what somebody switched off is as it should be
+    assert health_check()["status"] == "ok"  # a feature that was switched off is no problem
 
 
 def _without(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def _points(line: str) -> dict[str, list[Any]]:
 
 
 def _exports(folder: pathlib.Path) -> dict[int, list[dict[str, list[Any]]]]:
-    """What each worker has told, by its pid; without those that told nothing."""
+    """What each worker has exported, by its pid; without those that exported nothing."""
     found = {}
     for path in folder.iterdir():
         *lines, _ = path.read_text(encoding="utf-8").split("\n")  # the last one is being written
@@ -59,7 +59,7 @@ def test_one_of_four_workers_exports_the_sums(segment_name: str, tmp_path: pathl
         assert Counter(status for status, *_ in answers) == {200: LIMIT, 429: REQUESTS - LIMIT}
         assert len({body for _, body, _ in answers}) > 1, "one worker alone has answered"
         reporter = wait_until("one has exported the sums", lambda: _told_all(tmp_path))
-        assert set(_exports(tmp_path)) == {reporter}, "two have told what all have done"
+        assert set(_exports(tmp_path)) == {reporter}, "two workers have exported the sums of all"
         os.kill(reporter, signal.SIGKILL)
         heir = wait_until("another one goes on", lambda: _told_all(tmp_path, but=reporter))
         exports = _exports(tmp_path)

@@ -65,7 +65,7 @@ def test_ours_and_the_library_s_are_the_same(scene: Scene) -> None:
 
 
 def test_every_family_has_samples(scene: Scene) -> None:
-    """So that nothing is promised that is never told; and each has help, a type and our prefix."""
+    """No family is without rows, and each has help, a type and our prefix."""
     families = {
         family.name: family for family in parse(_ours(Source(scene.segment, keys=5).read()))
     }

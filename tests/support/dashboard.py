@@ -80,7 +80,7 @@ class Dashboard:
             connection.close()
 
     def snapshot(self, **query: str) -> dict[str, Any]:
-        """What the page is told."""
+        """The JSON that the page gets."""
         status, _, body = self.ask(f"/api/snapshot?{urlencode(query)}")
         assert status == 200, body
         found: dict[str, Any] = json.loads(body)

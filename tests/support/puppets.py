@@ -1,4 +1,4 @@
-"""Worker processes that make exactly the calls that a test tells them to."""
+"""Worker processes that make the calls that a test orders."""
 
 from __future__ import annotations
 
