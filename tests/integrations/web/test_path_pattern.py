@@ -25,7 +25,7 @@ def expression(pattern: str, name: str) -> re.Pattern[str]:
     return re.compile("".join(wildcards.get(p, re.escape(p)) for p in parts), re.DOTALL)
 
 
-@settings(deadline=None, max_examples=1000)
+@settings(deadline=None, max_examples=300)
 @given(st.sampled_from("/*"), st.lists(PARTS, max_size=8).map("".join), CHARACTERS)
 @example("*", "{a}-{b}*", "/x/a-/-b")
 @example("/", "{a}e*x", "/-e-e-x")
@@ -73,6 +73,6 @@ def test_a_long_path_takes_few_steps(pattern: str, text: str) -> None:
     """A client chooses the path. A regular expression took 12 s for the first of them."""
     found = PathPattern(pattern)
     parts = len(pattern)
-    for length in (100, 20_000):
+    for length in (100, 3_000):
         path = "/" + (text * length)[:length] + "/"
         assert steps(found, path) <= parts * (8 * len(path) + 20)
