@@ -1,6 +1,6 @@
-"""ASGI middleware: limits for Starlette, FastAPI, Litestar, Quart, whatever is ASGI.
+"""ASGI middleware: limits for Starlette, FastAPI, Litestar, Quart and every other ASGI application.
 
-Pure ASGI, and needs no extra package. All workers of the host count together::
+It is pure ASGI and needs no extra package. All workers of the host count together::
 
     from fast_litellm_shm import TokenBucket
     from fast_litellm_shm.integrations.asgi import RateLimitMiddleware, Rule
@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.integrations.web import (
+    MARK,
+    Middleware,
     Outcome,
     Request,
     Rule,
@@ -27,16 +29,15 @@ from fast_litellm_shm.integrations.web import (
     forwarded_for,
     header,
 )
-from fast_litellm_shm.integrations.web.answers import (
-    LISTS,
+from fast_litellm_shm.integrations.web.cancellation import run_cancellable
+from fast_litellm_shm.integrations.web.request import AsgiRequest
+from fast_litellm_shm.integrations.web.responses import (
     PROBLEM_TYPE,
     TRY_LATER,
+    Headers,
     answers_handshake,
     problem,
 )
-from fast_litellm_shm.integrations.web.gate import MARK, Gate
-from fast_litellm_shm.integrations.web.request import AsgiRequest
-from fast_litellm_shm.integrations.web.watch import watched
 
 if TYPE_CHECKING:
     from fast_litellm_shm.cluster import Cluster
@@ -60,38 +61,27 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 RawHeaders: TypeAlias = list[tuple[bytes, bytes]]
 
-#: The messages that may end a body: two of them are extensions, for files.
+#: The messages that may end a body. Two of them are extensions, for files.
 _ENDS_BODY = ("http.response.body", "http.response.pathsend", "http.response.zerocopysend")
 
 
-class RateLimitMiddleware:
-    """Stands before ``app``. rules: the first that matches a request is asked; a request that none
-    matches is not limited. name: of the application; whatever has the same name in the same segment
-    shares its counts. segment: default ``Segment.default()``. on_error: ``"deny"`` or ``"allow"``
-    what cannot be checked, because the segment is full or cannot be used. on_cost_error: ``"deny"``
-    requests whose cost function fails, with 503, or ``"count"`` them as 1, for the client's
-    address. ambiguous_paths: ``"count"`` a request under each rule that its path may mean, or
-    ``"refuse"`` it with 400; see "How a path is read" in ``docs/web.md``. root_path: where the
-    application says itself that it is; default: what the server tells, and FastAPI(root_path=...).
-    websockets: whether their handshakes are asked about as well; an accepted one holds a permit
-    until its application has ended.
+class RateLimitMiddleware(Middleware[App]):
+    """Checks each request before ``app`` gets it. The arguments are those of :class:`Middleware`,
+    and:
 
-    cluster: a URL (``redis://host:6379/0``) or a :class:`~fast_litellm_shm.cluster.Cluster`: the
-    limits hold over all hosts that name the same server; False: this host alone; default: what
-    FAST_LITELLM_SHM_CLUSTER says, else this host alone. See ``docs/cluster.md``. The event loop,
-    which must be asyncio's then, never waits for the server.
-
+    root_path: where the application says itself that it is mounted; default: what the server says,
+    and ``FastAPI(root_path=...)``.
+    websockets: whether handshakes are checked too; an accepted websocket holds its permit until its
+    application has ended.
     in_flight_cancel: cancel the application when the client of a request that holds a permit of
-    ``in_flight`` has gone; else the permit is held until the application ends.
-    in_flight_seconds: for how long a request may hold one: then the application is cancelled, and
-    the client is answered 503, or its answer is cut off where it has begun. Both run the
+    ``in_flight`` has gone. Otherwise the permit is held until the application ends.
+    in_flight_seconds: how long a request may hold such a permit. Then the application is cancelled,
+    and the client gets 503, or an incomplete response where one has begun. These two run the
     application in a task of its own, and need asyncio. See "Streaming" in ``docs/web.md``.
 
-    A refused request is answered with 429 (or 503) and a JSON body. What became of a request is in
-    ``scope["fast_litellm_shm.rate_limit"]``, an :class:`Outcome`. Safe before and after a fork.
-
-    Raises ValueError or TypeError for bad arguments, SegmentError where there is no segment,
-    ImportError where a cluster is named and the library for it is missing.
+    A refused request is answered with 429 (or 503) and a JSON body. The result of a check is in
+    ``scope["fast_litellm_shm.rate_limit"]``, an :class:`Outcome`. With a cluster, the event loop
+    must be one of asyncio; it never waits for the server. Safe before and after a fork.
     """
 
     def __init__(
@@ -110,7 +100,6 @@ class RateLimitMiddleware:
         in_flight_cancel: bool = False,
         in_flight_seconds: float | None = None,
     ) -> None:
-        self.app = app
         if in_flight_seconds is not None and (
             isinstance(in_flight_seconds, bool)
             or not isinstance(in_flight_seconds, (int, float))
@@ -120,11 +109,10 @@ class RateLimitMiddleware:
                 f"in_flight_seconds must be a number of seconds above 0, or None, not "
                 f"{in_flight_seconds!r}"
             )
-        self._cancel, self._seconds = bool(in_flight_cancel), in_flight_seconds
         if root_path is not None and not isinstance(root_path, str):
             raise TypeError(f"root_path must be a str or None, not {root_path!r}")
-        self._root_path = _root_path_of(app) if root_path is None else root_path
-        self._gate = Gate(
+        super().__init__(
+            app,
             rules,
             name=name,
             segment=segment,
@@ -133,9 +121,10 @@ class RateLimitMiddleware:
             ambiguous_paths=ambiguous_paths,
             cluster=cluster,
         )
-        if (in_flight_cancel or in_flight_seconds is not None) and not any(
-            rule.in_flight for rule in self._gate.rules
-        ):
+        self._cancel, self._seconds = bool(in_flight_cancel), in_flight_seconds
+        self._cancels = self._cancel or in_flight_seconds is not None
+        self._root_path = _root_path_of(app) if root_path is None else root_path
+        if self._cancels and not any(rule.in_flight for rule in self._gate.rules):
             raise ValueError(
                 "in_flight_cancel and in_flight_seconds are for requests of rules with in_flight, "
                 "and there is none; add Rule(in_flight=...), or leave them out"
@@ -144,8 +133,8 @@ class RateLimitMiddleware:
         for rule in () if websockets else self._gate.rules:
             if rule.websockets_only:
                 raise ValueError(
-                    f"rule {rule.name!r} is for WEBSOCKET, and handshakes are not asked about "
-                    "without RateLimitMiddleware(..., websockets=True)"
+                    f"rule {rule.name!r} is for WEBSOCKET, and handshakes are not checked without "
+                    "RateLimitMiddleware(..., websockets=True)"
                 )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -160,42 +149,44 @@ class RateLimitMiddleware:
             scope[MARK] = outcome
             if outcome.refused:
                 await _refuse(outcome, scope, receive, send)
+                return
+            response = _Response(outcome, send)
+            if self._cancels and outcome.holds and not outcome.rule.dry_run:
+                await self._run_cancellable(scope, receive, response)
             else:
-                answer = _Answer(outcome, send)
-                ends = self._cancel or self._seconds is not None
-                if ends and outcome.holds and not outcome.rule.dry_run:
-                    await self._watched(scope, receive, answer)
-                else:
-                    await self.app(scope, receive, answer.send)
+                await self.app(scope, receive, response.send)
         finally:  # the app failed, was cancelled, or sent no end of its body
             outcome.release()
 
-    async def _watched(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
-        in_time = await watched(
-            lambda receive: self.app(scope, receive, answer.send),
+    async def _run_cancellable(self, scope: Scope, receive: Receive, response: _Response) -> None:
+        in_time = await run_cancellable(
+            lambda receive: self.app(scope, receive, response.send),
             receive,
-            lambda: not answer.ended,
+            lambda: not response.ended,
             cancel=self._cancel,
             seconds=self._seconds,
         )
-        if not in_time and not answer.begun and scope["type"] == "http":
-            await answer.give_up(scope, self._seconds)
+        if not in_time and not response.begun and scope["type"] == "http":
+            detail = f"The request was given up after {self._seconds:g} s."
+            body = problem(503, None, detail, None)
+            fields = [("Content-Type", PROBLEM_TYPE), ("Content-Length", str(len(body)))]
+            await _respond(response.send, scope, "http", 503, fields, body)
 
 
-def _root_path_of(app: Any) -> str:
-    """What FastAPI(root_path=...) writes into the scope, where that stands further in. (Others have
-    such an attribute too: Quart's is a folder.)"""
-    known: Any = sys.modules.get("fastapi")
-    for _ in range(0 if known is None else 100):
-        if isinstance(app, known.FastAPI):
+def _root_path_of(app: object) -> str:
+    """The ``root_path`` that FastAPI writes into the scope, of a FastAPI within ``app``. (Others
+    have an attribute of that name too: Quart's is a folder.)"""
+    fastapi: Any = sys.modules.get("fastapi")
+    for _ in range(0 if fastapi is None else 100):
+        if isinstance(app, fastapi.FastAPI):
             return str(app.root_path)
-        app = getattr(app, "app", None)  # as which middlewares keep what they are around
+        app = getattr(app, "app", None)  # where a middleware keeps the application that it wraps
     return ""
 
 
-class _Answer:
-    """Adds the headers where the app's answer begins, and lets go of the permit where it ends. Not
-    where the client leaves: what the app does for it then may go on, in a thread say."""
+class _Response:
+    """Adds the headers where the application's response begins, and releases the permit where it
+    ends. A client that leaves releases nothing: the application may go on, in a thread say."""
 
     def __init__(self, outcome: Outcome, send: Send) -> None:
         self._outcome, self._send = outcome, send
@@ -205,38 +196,20 @@ class _Answer:
         kind = message["type"]
         if kind == "http.response.start":
             present: RawHeaders = list(message.get("headers", ()))
-            message = {**message, "headers": present + _missing(self._outcome, present)}
+            added = self._outcome.headers_beside(name.decode("latin-1") for name, _ in present)
+            message = {**message, "headers": present + _raw(added)}
             self.begun = True
         await self._send(message)
         if kind in _ENDS_BODY and not message.get("more_body", False):
             self.ended = True
             self._outcome.release()
 
-    async def give_up(self, scope: Scope, seconds: float | None) -> None:
-        """Answer for an application whose time was up."""
-        detail = f"The request was given up after {seconds:g} s."
-        body = problem(503, None, detail, None)
-        fixed = [(b"content-type", PROBLEM_TYPE.encode()), (b"content-length", b"%d" % len(body))]
-        await self.send({"type": "http.response.start", "status": 503, "headers": fixed})
-        body = b"" if scope.get("method") == "HEAD" else body
-        await self.send({"type": "http.response.body", "body": body})
 
-
-def _missing(outcome: Outcome, present: RawHeaders) -> RawHeaders:
-    """The headers to add. Those that are a list may come twice, from a limit further in; of the
-    others the inner one's stands, and so does what the app says itself."""
-    there = {name.lower() for name, _ in present}
-    found = []
-    for name, value in outcome.headers():
-        raw = name.lower().encode()
-        if name.lower() in LISTS or raw not in there:
-            found.append((raw, value.encode()))
-    return found
+def _raw(headers: Headers) -> RawHeaders:
+    return [(name.lower().encode(), value.encode()) for name, value in headers]
 
 
 async def _refuse(outcome: Outcome, scope: Scope, receive: Receive, send: Send) -> None:
-    status, headers, body = outcome.refusal()
-    raw = [(name.lower().encode(), value.encode()) for name, value in headers]
     prefix = "http"
     if scope["type"] == "websocket":
         await receive()  # websocket.connect
@@ -244,7 +217,12 @@ async def _refuse(outcome: Outcome, scope: Scope, receive: Receive, send: Send) 
             await send({"type": "websocket.close", "code": TRY_LATER, "reason": "rate limit"})
             return
         prefix = "websocket.http"
-    await send({"type": f"{prefix}.response.start", "status": status, "headers": raw})
-    if scope.get("method") == "HEAD":
-        body = b""
+    await _respond(send, scope, prefix, *outcome.refusal())
+
+
+async def _respond(
+    send: Send, scope: Scope, prefix: str, status: int, headers: Headers, body: bytes
+) -> None:
+    await send({"type": f"{prefix}.response.start", "status": status, "headers": _raw(headers)})
+    body = b"" if scope.get("method") == "HEAD" else body
     await send({"type": f"{prefix}.response.body", "body": body})

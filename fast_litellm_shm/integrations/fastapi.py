@@ -10,7 +10,7 @@
     @app.get("/search", dependencies=[Depends(RateLimit(TokenBucket(20, per=60)))])
     async def search(q: str) -> list[str]: ...
 
-For whole applications, for streaming answers and for limits by path there is the middleware:
+For whole applications, streaming responses and limits by path, use the middleware:
 :mod:`fast_litellm_shm.integrations.asgi`.
 """
 
@@ -34,6 +34,7 @@ except ImportError as error:
 from fast_litellm_shm._shared.named_limiter import key_bytes
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.integrations.web import (
+    MARK,
     Outcome,
     Rule,
     client_address,
@@ -41,11 +42,11 @@ from fast_litellm_shm.integrations.web import (
     forwarded_for,
     header,
 )
-from fast_litellm_shm.integrations.web.answers import LISTS, TRY_LATER, answers_handshake
-from fast_litellm_shm.integrations.web.gate import MARK, Gate
+from fast_litellm_shm.integrations.web.gate import Gate
 from fast_litellm_shm.integrations.web.keys import Key, KeyFunction
 from fast_litellm_shm.integrations.web.request import AsgiRequest
 from fast_litellm_shm.integrations.web.request import Request as WebRequest
+from fast_litellm_shm.integrations.web.responses import LISTS, TRY_LATER, answers_handshake
 from fast_litellm_shm.integrations.web.rules import Cost, CostFunction
 from fast_litellm_shm.limits import LimitSpec, describe
 
@@ -63,24 +64,25 @@ __all__ = [
 ]
 
 _MOST_ROUTES = 10_000  # whose mount points one dependency keeps
-_LONGEST = 75  # characters of a name, such that it fits the segment, and a server's limits
+_LONGEST = 75  # characters of a name: it fits into the segment, and into the names of a cluster
 
 
 class RateLimit:
-    """``Depends(RateLimit(TokenBucket(20, per=60)))``: sets the headers on the answer, and raises
-    HTTPException 429 with them where the request is denied (503 where it cannot be checked, with
-    ``on_error="deny"``).
+    """``Depends(RateLimit(TokenBucket(20, per=60)))``: sets the headers on the response. Raises
+    HTTPException 429 with them where the request is denied, and 503 where it cannot be checked,
+    with ``on_error="deny"``.
 
     limits: 1 to 4. key, cost: functions of a :class:`fast_litellm_shm.integrations.web.Request`,
-    whose ``raw`` is FastAPI's; they may be async. name: routes that are given the same name share
-    their counts; default: each route counts apart, by its path as the program has it: in a
-    sub-application that is mounted at ``/t/{tenant}``, ``/search`` is one route for all tenants.
+    whose ``raw`` is FastAPI's; they may be async. If the key is None, the request is not limited.
+    name: routes with the same name share their counts. By default each route has counts of its own,
+    by its path as the program has it: in a sub-application that is mounted at ``/t/{tenant}``,
+    ``/search`` is one route for all tenants. Without a name the headers say ``default``.
     exempt, dry_run, segment, on_error, on_cost_error, cluster: as in the middleware.
 
-    FastAPI adds headers of a dependency only to answers that it makes itself: a route that returns
-    a Response of its own has none of them, and is limited all the same. Of a websocket the
-    handshake is limited: refused with the same 429 where the server can answer one, else closed
-    with code 1013.
+    FastAPI adds the headers of a dependency only to responses that it makes itself: a route that
+    returns a Response of its own has none of them, and is limited all the same. Of a websocket the
+    handshake is limited: it is refused with the same 429 where the server can answer one, else
+    closed with code 1013.
 
     Raises ValueError or TypeError for bad arguments, SegmentError where there is no segment,
     ImportError where a cluster is named and the library for it is missing.
@@ -104,11 +106,13 @@ class RateLimit:
         self._key, self._exempt = key, frozenset(map(key_bytes, exempt))
         self._each_route = name is None
         self._mounts: dict[tuple[int, int], tuple[Any, Any, list[tuple[Mount, ...]]]] = {}
-        if name is None:  # those of other limits must not have the same one
+        if name is None:  # in the segment: the limits, since dependencies with others count apart
             name = " + ".join(["each route", *map(describe, limits)])
             if len(name) > _LONGEST:
                 name = f"each route {hashlib.blake2s(name.encode(), digest_size=16).hexdigest()}"
         rule = Rule(*limits, key=self._key_of, cost=cost, dry_run=dry_run, name=name)
+        if self._each_route:
+            rule.public_name = "default"
         self._gate = Gate(
             [rule],
             name="fastapi",
@@ -133,13 +137,13 @@ class RateLimit:
 
     def _mounted_at(self, scope: Mapping[str, Any]) -> str:
         """Where the route's application is mounted, as the program has it: ``/t/{tenant}``, not
-        what the client wrote there."""
+        what the client wrote for it."""
         above = scope.get("app_root_path")  # set by a mount
         if above is None:
             return ""
         router, route = scope.get("router"), scope.get("route")
         known = id(router), id(route)
-        if known not in self._mounts:  # kept with the two, so that no others get their ids
+        if known not in self._mounts:  # it keeps the two, so that no other objects get their ids
             if len(self._mounts) >= _MOST_ROUTES:
                 self._mounts.clear()
             chains = list(_mounts_above(getattr(router, "routes", ()), route))
@@ -164,24 +168,24 @@ class RateLimit:
         for name, value in outcome.headers():
             if name.lower() in LISTS:
                 response.headers.append(name, value)
-            else:  # of several dependencies the last, which is the route's own
+            else:  # of several dependencies, the last is the route's own
                 response.headers[name] = value
         return outcome
 
 
 def _route(scope: Mapping[str, Any]) -> Any:
-    """The route; where its router was included, as it is there, with its prefix."""
+    """The route; of an included router, with the prefix that it is included at."""
     route = scope.get("route")
     included = (scope.get("fastapi") or {}).get("effective_route_context")
     return included if getattr(included, "original_route", None) is route is not None else route
 
 
 def _mounts_above(routes: Iterable[Any], route: Any) -> Iterator[tuple[Mount, ...]]:
-    """Each chain of mount points, one below the other, that leads to a route."""
+    """The chains of mount points, from the outermost, that lead to a route."""
     for each in routes:
         if each is route:
             yield ()
-        elif hasattr(each, "effective_route_contexts"):  # FastAPI keeps an included router as one
+        elif hasattr(each, "effective_route_contexts"):  # an included router
             contexts = each.effective_route_contexts()
             yield from _mounts_above(
                 (c.starlette_route or c.original_route for c in contexts), route
@@ -192,7 +196,7 @@ def _mounts_above(routes: Iterable[Any], route: Any) -> Iterator[tuple[Mount, ..
 
 
 def _leads(chain: tuple[Mount, ...], text: str) -> bool:
-    """Is it this chain that a request passed? text: what the client wrote for it."""
+    """Did the request pass this chain? text: what the client wrote for it."""
     for mount in chain:
         match = mount.path_regex.match(text)
         if match is None:

@@ -11,27 +11,31 @@ segment). Options, in the query or as keyword arguments of the storage: ``capaci
 window of n takes up to n + 1), ``mode`` (octal: ``0660``), ``names`` (``plain``, ``hashed``,
 ``off``), ``allow_other_owner`` (``true``, ``false``); see :class:`fast_litellm_shm.Segment`.
 
-All three strategies. Each counts apart from the others, as in ``memory://``. What differs from
-other storages, all for the better:
+It has all three strategies. Each counts apart from the others, as in ``memory://``. The differences
+to other storages:
 
 - A hit that is denied consumes nothing, in the fixed window too: where the key names its limit, as
-  those of ``limits`` do, ``incr`` beyond that tells what the count would be, and leaves it.
+  the keys of ``limits`` do, ``incr`` beyond the limit returns what the count would be, and leaves
+  it as it is.
 - The sliding window counter and the moving window are exact under any number of workers.
 - A cost with a fraction takes the next whole number: 7.5 takes 8.
 
 Ranges: a fixed window counts up to 2,147,483,647; a moving window holds up to 1,048,576 hits and
-needs a place for each; a sliding window counter counts up to 131,071 for a period of a second and
-twice that whenever the period doubles; periods go up to 416 days. Beyond: ConfigurationError.
+needs a slot for each; a sliding window counter counts up to 131,071 for a period of a second and
+twice as much for each doubling of the period; a period lasts up to 416 days. Beyond that:
+ConfigurationError.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 import urllib.parse
+from collections.abc import Callable, Coroutine
 from decimal import Decimal
 from numbers import Real
-from typing import Any, NoReturn
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 from limits.aio.storage import MovingWindowSupport as AsyncMovingWindowSupport
 from limits.aio.storage import SlidingWindowCounterSupport as AsyncSlidingWindowCounterSupport
@@ -49,7 +53,9 @@ from fast_litellm_shm.exceptions import FastShmError, SegmentError
 from fast_litellm_shm.limiters.rate import RateLimiter
 from fast_litellm_shm.limits import FixedWindow, SlidingWindow
 
-_DAYS = 400 * 86_400  # the limiters are no more than names: the limits come with the calls
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_DAYS = 400 * 86_400  # of the limiters' limits, which are never used: each call brings its own
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -100,9 +106,9 @@ def open_segment(uri: str, options: dict[str, Any]) -> Segment:
 
 
 def _whole_cost(cost: Any) -> Any:
-    """``limits`` says that a cost is an int, and ``memory://`` takes fractions all the same. Here
-    they are rounded up, so that no more is admitted. What is no number is left to the native part,
-    which says so."""
+    """``limits`` says that a cost is an int, but ``memory://`` takes fractions. Here they are
+    rounded up, so that no more is admitted than the limit. The native part refuses what is no
+    number."""
     if hasattr(cost, "__index__") or not isinstance(cost, (Real, Decimal)):
         return cost
     if not math.isfinite(cost) or cost < 0:
@@ -111,7 +117,7 @@ def _whole_cost(cost: Any) -> Any:
 
 
 class _Windows(Counts):
-    """What all storages of a segment share. The native part has the calls for one key."""
+    """The counts of a segment, for both storages. The native part has the calls for one key."""
 
     def __init__(self, segment: Segment) -> None:
         self.segment = segment
@@ -137,14 +143,15 @@ class _Windows(Counts):
                 f"a {kind} of {n} in {per_ns / 1e9:g} seconds cannot be kept in shm://: {found}"
             )
         raise SegmentError(
-            f"limiter {self._names[which].name!r} in segment {self.segment.name!r}: somebody gave "
-            "this name, which shm:// counts under, limits of another kind; give that limiter "
-            "another name, then restart this program, which takes the name back"
+            f"limiter {self._names[which].name!r} in segment {self.segment.name!r} has limits of "
+            "another kind than those of shm://, which counts under this name: a program made a "
+            "limiter with it; give that limiter another name, then restart this program, which "
+            "takes the name back"
         )
 
     @staticmethod
     def _out_of_range(which: int, n: int, per_ns: int) -> str | None:
-        """What must be otherwise; None: it can be kept."""
+        """Which argument is out of its range; None: none is."""
         largest = ffi.new("uint64_t *")
         raw = ffi.new("fshm_limit *", (1, per_ns, 0, lib.FSHM_SLIDING, 0))
         if lib.fshm_limit_check(raw, largest) != lib.FSHM_OK:
@@ -176,43 +183,22 @@ class _Windows(Counts):
             each.reset()
         return None if self.segment.stats()["names"] == "off" else sum(keys)
 
-    def check(self) -> bool:
-        return not self.segment.unlinked and self.segment.damaged is None
 
-    def expiry_of(self, key: str) -> float:
-        return time.time() + self.left(key)
+class _Base:
+    """What both storages are."""
 
-    def sliding_window(self, key: str, expiry: int) -> tuple[int, float, int, float]:
-        previous, current, left = self.sliding(key, expiry)
-        return previous, left if previous else 0.0, current, left + expiry
-
-    def moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
-        count, left = self.moving(key, limit, expiry)
-        now = time.time()
-        return (now + left - expiry if count else now), count
-
-
-class ShmStorage(
-    Storage, MovingWindowSupport, SlidingWindowCounterSupport, TimestampedSlidingWindow
-):
-    """``shm://name``. Safe from any thread; a fork needs no care.
-
-    wrap_exceptions: raise limits' StorageError instead of what is in
-    :mod:`fast_litellm_shm.exceptions`, SegmentFullError for instance.
-    """
-
-    STORAGE_SCHEME = ["shm"]
+    STORAGE_SCHEME: list[str]
 
     def __init__(
         self, uri: str | None = None, wrap_exceptions: bool = False, **options: Any
     ) -> None:
-        super().__init__(uri, wrap_exceptions=wrap_exceptions)
-        self._made_by = (uri or "shm://", wrap_exceptions, options)
+        super().__init__(uri, wrap_exceptions=wrap_exceptions)  # type: ignore[call-arg]
+        self._made_by = (uri or f"{self.STORAGE_SCHEME[0]}://", wrap_exceptions, options)
         self._windows = _Windows(open_segment(self._made_by[0], options))
 
     @property
     def segment(self) -> Segment:
-        """Where it counts."""
+        """The segment that it counts in."""
         return self._windows.segment
 
     @property
@@ -224,6 +210,13 @@ class ShmStorage(
     def base_exceptions(self) -> type[Exception] | tuple[type[Exception], ...]:
         return FastShmError
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), *self._made_by)
+
+
+class _Calls(_Base):
+    """What both storages do."""
+
     def incr(self, key: str, expiry: int, amount: int = 1) -> int:
         """The count with ``amount``. More than the limit that the key names: nothing is counted."""
         if type(amount) is not int:
@@ -234,11 +227,12 @@ class ShmStorage(
         return self._windows.get(key)
 
     def get_expiry(self, key: str) -> float:
-        return self._windows.expiry_of(key)
+        return time.time() + self._windows.left(key)
 
     def check(self) -> bool:
         """False where the segment was removed under this process, or is damaged."""
-        return self._windows.check()
+        segment = self._windows.segment
+        return not segment.unlinked and segment.damaged is None
 
     def reset(self) -> int | None:
         """Forgets all keys; returns how many there were (None with ``names=off``)."""
@@ -253,7 +247,9 @@ class ShmStorage(
         return self._windows.acquire_moving(key, limit, expiry, amount)
 
     def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
-        return self._windows.moving_window(key, limit, expiry)
+        count, left = self._windows.moving(key, limit, expiry)
+        now = time.time()
+        return (now + left - expiry if count else now), count
 
     def acquire_sliding_window_entry(
         self, key: str, limit: int, expiry: int, amount: int = 1
@@ -263,95 +259,58 @@ class ShmStorage(
         return self._windows.acquire_sliding(key, limit, expiry, amount)
 
     def get_sliding_window(self, key: str, expiry: int) -> tuple[int, float, int, float]:
-        return self._windows.sliding_window(key, expiry)
+        previous, current, left = self._windows.sliding(key, expiry)
+        return previous, left if previous else 0.0, current, left + expiry
 
     def clear_sliding_window(self, key: str, expiry: int) -> None:
         self._windows.clear_sliding(key)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), *self._made_by)
+
+class ShmStorage(
+    _Calls, Storage, MovingWindowSupport, SlidingWindowCounterSupport, TimestampedSlidingWindow
+):
+    """``shm://name``. Safe from any thread, and before and after a fork.
+
+    wrap_exceptions: raise limits' StorageError in place of the errors of
+    :mod:`fast_litellm_shm.exceptions`, SegmentFullError for instance.
+    """
+
+    STORAGE_SCHEME = ["shm"]
+
+
+def _coroutine(
+    call: Callable[Concatenate[Any, _P], _R],
+) -> Callable[Concatenate[Any, _P], Coroutine[Any, Any, _R]]:
+    @functools.wraps(call)
+    async def method(self: _Base, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        return call(self, *args, **kwargs)
+
+    return method
 
 
 class AsyncShmStorage(
+    _Base,
     AsyncStorage,
     AsyncMovingWindowSupport,
     AsyncSlidingWindowCounterSupport,
     TimestampedSlidingWindow,
 ):
-    """``async+shm://name``: the same counts as ``shm://name``. Nothing in it ever waits."""
+    """``async+shm://name``: the same counts as ``shm://name``. No call ever waits."""
 
     STORAGE_SCHEME = ["async+shm"]
 
-    def __init__(
-        self, uri: str | None = None, wrap_exceptions: bool = False, **options: Any
-    ) -> None:
-        super().__init__(uri, wrap_exceptions=wrap_exceptions)
-        self._made_by = (uri or "async+shm://", wrap_exceptions, options)
-        self._windows = _Windows(open_segment(self._made_by[0], options))
-
-    @property
-    def segment(self) -> Segment:
-        """Where it counts."""
-        return self._windows.segment
-
-    @property
-    def storage(self) -> Segment:
-        """The same. limits' own storages have the name, and ``flask limiter config`` shows it."""
-        return self._windows.segment
-
-    @property
-    def base_exceptions(self) -> type[Exception] | tuple[type[Exception], ...]:
-        return FastShmError
-
-    async def incr(self, key: str, expiry: int, amount: int = 1) -> int:
-        """The count with ``amount``. More than the limit that the key names: nothing is counted."""
-        if type(amount) is not int:
-            amount = _whole_cost(amount)
-        return self._windows.incr(key, expiry, amount)
-
-    async def get(self, key: str) -> int:
-        return self._windows.get(key)
-
-    async def get_expiry(self, key: str) -> float:
-        return self._windows.expiry_of(key)
-
-    async def check(self) -> bool:
-        """False where the segment was removed under this process, or is damaged."""
-        return self._windows.check()
-
-    async def reset(self) -> int | None:
-        """Forgets all keys; returns how many there were (None with ``names=off``)."""
-        return self._windows.reset()
-
-    async def clear(self, key: str) -> None:
-        self._windows.clear(key)
-
-    async def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
-        if type(amount) is not int:
-            amount = _whole_cost(amount)
-        return self._windows.acquire_moving(key, limit, expiry, amount)
-
-    async def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
-        return self._windows.moving_window(key, limit, expiry)
-
-    async def acquire_sliding_window_entry(
-        self, key: str, limit: int, expiry: int, amount: int = 1
-    ) -> bool:
-        if type(amount) is not int:
-            amount = _whole_cost(amount)
-        return self._windows.acquire_sliding(key, limit, expiry, amount)
-
-    async def get_sliding_window(self, key: str, expiry: int) -> tuple[int, float, int, float]:
-        return self._windows.sliding_window(key, expiry)
-
-    async def clear_sliding_window(self, key: str, expiry: int) -> None:
-        self._windows.clear_sliding(key)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), *self._made_by)
+    incr = _coroutine(_Calls.incr)
+    get = _coroutine(_Calls.get)
+    get_expiry = _coroutine(_Calls.get_expiry)
+    check = _coroutine(_Calls.check)
+    reset = _coroutine(_Calls.reset)
+    clear = _coroutine(_Calls.clear)
+    acquire_entry = _coroutine(_Calls.acquire_entry)
+    get_moving_window = _coroutine(_Calls.get_moving_window)
+    acquire_sliding_window_entry = _coroutine(_Calls.acquire_sliding_window_entry)
+    get_sliding_window = _coroutine(_Calls.get_sliding_window)
+    clear_sliding_window = _coroutine(_Calls.clear_sliding_window)
 
 
-def _rebuild(
-    cls: type[ShmStorage] | type[AsyncShmStorage], uri: str, wrap: bool, options: dict[str, Any]
-) -> ShmStorage | AsyncShmStorage:
+def _rebuild(cls: type[_Base], uri: str, wrap: bool, options: dict[str, Any]) -> _Base:
     return cls(uri, wrap, **options)

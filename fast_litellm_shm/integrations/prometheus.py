@@ -3,9 +3,9 @@
     from fast_litellm_shm.integrations import prometheus
     prometheus.register()
 
-and ``/metrics`` has them, however the application serves it. PROMETHEUS_MULTIPROC_DIR is not needed
-for them: the numbers are read from the segment at each scrape. Scrape one worker, whichever answers
-(or ``max by`` over several): each tells all of it. docs/metrics.md has the list.
+Then ``/metrics`` has them, however the application serves it. They do not need
+PROMETHEUS_MULTIPROC_DIR: each scrape reads the segment. Scrape one worker, whichever answers (or
+use ``max by`` over several): each shows the numbers of all. docs/metrics.md has the list.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class FastShmCollector(Collector):
     """The numbers of one segment, or of several, at each scrape.
 
     segment: a Segment, a name, several of either, or None for the default segment. It need not
-    exist yet: ``fast_shm_up`` is 0 until it does. A segment that was removed and made anew is
-    followed. registry: where it registers itself, or None: nowhere yet.
+    exist yet: ``fast_shm_up`` is 0 until it does. If it is removed and created again, the new one
+    is read. registry: where it registers itself; None: nowhere yet.
 
-    keys: 0 .. 1000, so many of the busiest keys get series of their own, named by key. Every key
-    that ever was among them is a series that Prometheus keeps, and a scrape then takes the
-    interpreter's lock for longer: docs/metrics.md. deployments: names of deployments by name of
-    their router, to be shown in place of hashes.
+    keys: 0 .. 1000; so many of the busiest keys get series of their own, named by key. Prometheus
+    keeps a series for every key that ever was among them, and a scrape then holds the GIL for
+    longer: docs/metrics.md. deployments: by the name of their router, the names of deployments,
+    which are shown in place of hashes.
 
     A scrape never raises. Raises ValueError or TypeError for bad arguments.
     """
@@ -65,7 +65,7 @@ class FastShmCollector(Collector):
         return self._sources.names
 
     def describe(self) -> Iterator[Metric]:
-        """The names alone, so that registering reads nothing."""
+        """The names alone, so that a registration reads no segment."""
         for family, _ in collected(()):
             yield _metric(family, [])
 
@@ -82,9 +82,9 @@ def register(
     keys: int = 0,
     deployments: Mapping[str, Iterable[str]] | None = None,
 ) -> FastShmCollector:
-    """A :class:`FastShmCollector` in prometheus_client's default registry, or another. Once for
-    each registry: to read several segments, name them all. Raises ValueError where the registry has
-    one already."""
+    """Register a :class:`FastShmCollector`, by default in prometheus_client's own registry. Call it
+    once for each registry: to read several segments, name them all. Raises ValueError where the
+    registry has one already."""
     return FastShmCollector(segment, registry, keys=keys, deployments=deployments)
 
 

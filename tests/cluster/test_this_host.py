@@ -46,7 +46,7 @@ def test_a_quota_that_is_told_so(segment: Segment) -> None:
 
 
 def test_pauses_of_an_upstream(segment: Segment) -> None:
-    from fast_litellm_shm.integrations.upstream import Upstream
+    from fast_litellm_shm.integrations._httpx_upstream import Upstream
 
     upstream = Upstream((), None, 60.0, "up", segment)
     assert upstream.enter("http://a", 0.0) is None

@@ -1,158 +1,28 @@
-"""Gate: asks the first rule that matches a request, and says how to go on. No framework here."""
+"""Gate: checks a request against the first rule that matches it. It knows no framework."""
 
 from __future__ import annotations
 
 import inspect
-import logging
-import time
-from collections.abc import Awaitable, Iterable, Sequence
-from typing import Any
+from collections.abc import Coroutine, Iterable, Sequence
+from typing import Any, NoReturn
 
-from fast_litellm_shm import limits
 from fast_litellm_shm._shared.named_limiter import key_bytes
 from fast_litellm_shm._shared.native import Decision
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.exceptions import FastShmError, SegmentFullError
-from fast_litellm_shm.integrations.web import answers
+from fast_litellm_shm.integrations.web import responses
 from fast_litellm_shm.integrations.web.keys import client_address
+from fast_litellm_shm.integrations.web.log import Log
+from fast_litellm_shm.integrations.web.outcome import Outcome, combined
 from fast_litellm_shm.integrations.web.request import Request
 from fast_litellm_shm.integrations.web.rules import Cost, Rule
 from fast_litellm_shm.limiters import grantors
 from fast_litellm_shm.limiters.grantors import ClusterArgument, Grantor, Held
-from fast_litellm_shm.limits import InFlight
 
-MARK = "fast_litellm_shm.rate_limit"  # in the ASGI scope or the WSGI environ: the Outcome
-_log = logging.getLogger("fast_litellm_shm")
-_DRY_RUN_SILENCE, _SHOWN = 1.0, 100  # s; characters of what a client sent
-_SILENCE = 10.0  # s between two reports of one kind of failure: clients can cause them at will
 _ON_ERROR = ("deny", "allow")
 _ON_COST_ERROR = ("deny", "count")
 _AMBIGUOUS = ("count", "refuse")
-_NO_COST = (TypeError, ValueError, OverflowError)  # what a cost that cannot be charged raises
-
-
-class Outcome:
-    """What became of a request. In ``scope[MARK]`` or ``environ[MARK]`` for whoever comes after.
-
-    rule: the one that matched. key: whom it counted for. decision: None where the limiter could
-    not be asked. denied: one of the limits said no. refused: and so it is answered with ``status``;
-    not with ``dry_run``.
-    """
-
-    __slots__ = (
-        "_index",
-        "_left",
-        "_others",
-        "_permit",
-        "_policies",
-        "_policy",
-        "_unasked",
-        "decision",
-        "denied",
-        "key",
-        "refused",
-        "rule",
-    )
-
-    def __init__(
-        self,
-        rule: Rule,
-        key: str | bytes,
-        permit: Held | None,
-        policies: tuple[str, ...],
-        policy: str,
-        denied: bool,
-        left: tuple[int, float] = (0, 0.0),
-        unasked: int = 503,
-    ) -> None:
-        self.rule, self.key, self.denied, self._unasked = rule, key, denied, unasked
-        self.refused = denied and not rule.dry_run
-        self.decision: Decision | None = None if permit is None else permit.decision
-        self._policies, self._policy, self._left = policies, policy, left
-        self._permit = permit if permit else None  # false: it holds none
-        self._others: tuple[Outcome, ...] = ()  # of more rules, where the path may mean several
-        self._index = len(policies)  # of the limit that it is about; beyond them: none
-        if self.decision is not None:
-            last = isinstance(self.decision.limit, InFlight)  # of many hosts, it is the first
-            self._index = len(policies) - 1 if last else self.decision.limit_index
-
-    @property
-    def holds(self) -> bool:
-        """Is a permit held, until release()?"""
-        return self._permit is not None or any(each.holds for each in self._others)
-
-    def release(self) -> None:
-        """The answer has been sent, or will not be. Twice is harmless."""
-        permit, self._permit = self._permit, None
-        try:
-            if permit is not None:
-                permit.release()
-        finally:
-            for each in self._others:
-                each.release()
-
-    @property
-    def violated(self) -> str | None:
-        """The name of the limit that said no."""
-        if self.decision is None or not self.denied:
-            return None
-        known = self._index < len(self._policies)
-        return self._policies[self._index] if known else self.rule.name
-
-    @property
-    def status(self) -> int:
-        """Of the refusal: 429, or as busy_status; where the limiter could not be asked 503, or 429
-        if the segment is full; 400 for a path that may mean several, where those are refused."""
-        if self.decision is None:
-            return self._unasked
-        return self.rule.busy_status if isinstance(self.decision.limit, InFlight) else 429
-
-    def headers(self) -> answers.Headers:
-        """For the answer, whoever gives it."""
-        if self.rule.dry_run:
-            return [("X-RateLimit-Dry-Run", "denied")] if self.denied else []
-        if self.decision is None:
-            told = self.denied and self._unasked != 400
-            return [("Retry-After", str(answers.BUSY_RETRY))] if told else []
-        found = [("RateLimit-Policy", self._policy)]
-        permits_alone = self.decision.limit is None or (
-            isinstance(self.decision.limit, InFlight) and not self.denied
-        )
-        if not permits_alone and self._index < len(self._policies):
-            found += answers.rate_limit(self._policies[self._index], self.decision, *self._left)
-        if self.denied:
-            retry = answers.retry_after(self.decision)
-            if retry is not None:
-                found.append(("Retry-After", str(retry)))
-        return found
-
-    @property
-    def retry_after(self) -> int | None:
-        """Of a refusal: whole seconds; None: coming back does not help."""
-        if self.decision is None:
-            return None if self._unasked == 400 else answers.BUSY_RETRY
-        return answers.retry_after(self.decision)
-
-    @property
-    def detail(self) -> str:
-        """Of a refusal: which limit, and what to do."""
-        if self.decision is None and self._unasked == 400:
-            return (
-                "The path may mean several: write it without repeated slashes, dots and the like."
-            )
-        if self.decision is None:
-            return "The rate limit cannot be checked at the moment."
-        limit, retry = self.decision.limit, self.retry_after
-        told = self.rule.name if limit is None else limits.describe(limit)
-        if retry is None:
-            return f"The limit is {told}. This request is larger than that: it never fits."
-        return f"The limit is {told}. Try again in {retry} s."
-
-    def refusal(self) -> tuple[int, answers.Headers, bytes]:
-        """Status, headers and body for a refused request."""
-        body = answers.problem(self.status, self.violated, self.detail, self.retry_after)
-        fixed = [("Content-Type", answers.PROBLEM_TYPE), ("Content-Length", str(len(body)))]
-        return self.status, [*self.headers(), *fixed], body
+_BAD_COST = (TypeError, ValueError, OverflowError)  # what a limiter raises for one
 
 
 class _Opened:
@@ -178,8 +48,8 @@ class _Opened:
         """Names of the limits, and RateLimit-Policy: of those in force."""
         found = self._grantor.limits  # those in force, which may be changed
         if self._described is None or self._described[0] != found:
-            names = answers.policy_names(self.rule.name, found)
-            self._described = (found, names, answers.policy(names, found))
+            names = responses.policy_names(self.rule.public_name, found)
+            self._described = (found, names, responses.policy(names, found))
         return self._described[1:]
 
     def admit(self, key: str | bytes, cost: Cost) -> Outcome:
@@ -210,19 +80,14 @@ class _Opened:
             return decision.remaining, decision.reset_after
         return self._grantor.of_limit(key, decision)
 
-    def unasked(self, key: str | bytes, denied: bool, status: int = 503) -> Outcome:
-        return Outcome(self.rule, key, None, *self.described(), denied, unasked=status)
+    def unchecked(self, key: str | bytes, denied: bool, status: int = 503) -> Outcome:
+        """The outcome where the limits cannot be checked. status: of a refusal."""
+        return Outcome(self.rule, key, None, *self.described(), denied, error_status=status)
 
 
 class Gate:
-    """rules: the first that matches a request is asked; a request that none matches is not limited.
-    name: of the application; gates of the same name in the same segment share their counts.
-    segment: default ``Segment.default()``. on_error: ``"deny"`` (503, or 429 where the segment is
-    full) or ``"allow"`` what cannot be checked. on_cost_error, ambiguous_paths, cluster: as of the
-    middleware.
-
-    Raises ValueError or TypeError for bad arguments, SegmentError where there is no segment.
-    """
+    """Checks requests against the first of ``rules`` that matches; a request that no rule matches
+    is not limited. The arguments are those of ``integrations.web.Middleware``."""
 
     def __init__(
         self,
@@ -249,109 +114,95 @@ class Gate:
         _different_names(found)
         self.rules, self._on_error, self._on_cost_error = found, on_error, on_cost_error
         self._refuses = Rule(name="ambiguous path") if ambiguous_paths == "refuse" else None
-        self._reported: dict[str, float] = {}
-        self._dry_runs: dict[str, tuple[float, int]] = {}  # when last told, how many not since
+        self._log = Log()
         grantor = grantors.chosen(cluster)
         self._rules: list[tuple[Rule, _Opened | None]] = [
             (rule, _Opened(rule, name, segment, grantor) if rule.limits else None) for rule in found
         ]
 
     def check(self, request: Request) -> Outcome | None:
-        """Ask. None: not limited. Never raises what a key or cost function raises. Over many hosts
-        it may wait for the server."""
+        """Check a request. None: it is not limited. Does not raise what a key or cost function
+        raises. With a cluster it may wait for the server."""
+        try:
+            self._check(request, may_await=False).send(None)
+        except StopIteration as done:
+            outcome: Outcome | None = done.value
+            return outcome
+        raise AssertionError("a synchronous check awaited something")
+
+    def check_async(self, request: Request) -> Coroutine[Any, Any, Outcome | None]:
+        """check() for asyncio, where the key and cost functions may be async. It waits by await
+        alone."""
+        return self._check(request, may_await=True)
+
+    async def _check(self, request: Request, may_await: bool) -> Outcome | None:
+        """may_await: else nothing here suspends, so that check() can run it without an event
+        loop."""
         if self._refuses is not None and len(request.readings.routed) > 1:
-            return Outcome(self._refuses, "", None, (), "", True, unasked=400)
+            return Outcome(self._refuses, "", None, (), "", True, error_status=400)
         outcomes: list[Outcome] = []
         try:
             for opened in self._find(request):
-                outcome = self._check(opened, request)
+                outcome = await self._check_rule(opened, request, may_await)
                 if outcome is not None:
                     outcomes.append(outcome)
                     if outcome.refused:
                         break
-        except BaseException:
-            _together(outcomes, refused=True)
+        except BaseException:  # a cancellation, for example
+            combined(outcomes, failed=True)
             raise
-        return _together(outcomes)
+        return combined(outcomes)
 
-    async def check_async(self, request: Request) -> Outcome | None:
-        """check() where the key and cost functions may be async. Waits for nobody but by await."""
-        if self._refuses is not None and len(request.readings.routed) > 1:
-            return Outcome(self._refuses, "", None, (), "", True, unasked=400)
-        outcomes: list[Outcome] = []
-        try:
-            for opened in self._find(request):
-                outcome = await self._check_async(opened, request)
-                if outcome is not None:
-                    outcomes.append(outcome)
-                    if outcome.refused:
-                        break
-        except BaseException:  # cancelled, for one
-            _together(outcomes, refused=True)
-            raise
-        return _together(outcomes)
-
-    def _check(self, opened: _Opened, request: Request) -> Outcome | None:
+    async def _check_rule(
+        self, opened: _Opened, request: Request, may_await: bool
+    ) -> Outcome | None:
+        rule = opened.rule
         key: Any
         try:
-            key = _now(opened.rule.key(request), "key")
+            key = rule.key(request)
+            if inspect.isawaitable(key):
+                key = await key if may_await else _refuse_async(key, "key")
+            if key is not None and not isinstance(key, (str, bytes)):
+                raise TypeError(f"the key function gave {key!r}, which is no str, bytes or None")
         except Exception as error:
-            key = self._no_key(opened, request, error)
-        key = self._checked(opened, request, key)
-        if key is None:
+            self._log.failure(
+                f"rule {rule.name!r}: its key function failed; such requests count for the "
+                "client's address",
+                error,
+            )
+            key = client_address(request)
+        if key is None or (rule.exempt and key_bytes(key) in rule.exempt):
             return None
-        cost = opened.rule.cost
+        cost: Any = rule.cost
         try:
             if callable(cost):
-                cost = _now(cost(request), "cost")
+                cost = cost(request)
+                if inspect.isawaitable(cost):
+                    cost = await cost if may_await else _refuse_async(cost, "cost")
         except Exception as error:
-            if self._no_cost(opened, error):
-                return opened.unasked(key, True)
+            if self._refuses_cost(rule, error):
+                return opened.unchecked(key, True)
             key, cost = client_address(request), 1
         try:
             try:
-                outcome = opened.admit(key, cost)
-            except _NO_COST as error:
-                if self._no_cost(opened, error):
-                    return opened.unasked(key, True)
-                outcome = opened.admit(client_address(request), 1)
+                outcome = await _admit(opened, key, cost, may_await)
+            except _BAD_COST as error:
+                if self._refuses_cost(rule, error):
+                    return opened.unchecked(key, True)
+                outcome = await _admit(opened, client_address(request), 1, may_await)
         except FastShmError as error:
-            return self._unasked(opened, key, error)
-        return self._told(outcome, request)
-
-    async def _check_async(self, opened: _Opened, request: Request) -> Outcome | None:
-        key: Any
-        try:
-            found = opened.rule.key(request)
-            key = await found if inspect.isawaitable(found) else found
-        except Exception as error:
-            key = self._no_key(opened, request, error)
-        key = self._checked(opened, request, key)
-        if key is None:
-            return None
-        cost = opened.rule.cost
-        try:
-            if callable(cost):
-                charged = cost(request)
-                cost = await charged if inspect.isawaitable(charged) else charged
-        except Exception as error:
-            if self._no_cost(opened, error):
-                return opened.unasked(key, True)
-            key, cost = client_address(request), 1
-        try:
-            try:
-                outcome = await opened.admit_async(key, cost)
-            except _NO_COST as error:
-                if self._no_cost(opened, error):
-                    return opened.unasked(key, True)
-                outcome = await opened.admit_async(client_address(request), 1)
-        except FastShmError as error:
-            return self._unasked(opened, key, error)
-        return self._told(outcome, request)
+            denied = self._on_error == "deny"
+            shown = "refused" if denied else "let through, uncounted"
+            self._log.failure(f"rule {rule.name!r} cannot be checked; requests are {shown}", error)
+            full = isinstance(error, SegmentFullError)
+            return opened.unchecked(key, denied, 429 if full else 503)
+        if outcome.denied and rule.dry_run:
+            self._log.dry_run(outcome, request)
+        return outcome
 
     def _find(self, request: Request) -> list[_Opened]:
-        """The first rule of each path by which the request may be routed; and before it those with
-        limits that know that path by another name."""
+        """The first rule that matches each path by which the request may be routed; and before it
+        the rules with limits that match another name of that path."""
         routed, aliases = request.readings.routed, request.readings.aliases
         found = []
         for rule, opened in self._rules:
@@ -367,65 +218,24 @@ class Gate:
                 break
         return found
 
-    def _checked(self, opened: _Opened, request: Request, key: Any) -> str | bytes | None:
-        """Whom to ask for, by what the function gave; None: the key is not limited."""
-        if key is not None and not isinstance(key, (str, bytes)):
-            error = TypeError(f"the key function gave {key!r}, which is no str, bytes or None")
-            key = self._no_key(opened, request, error)
-        if key is not None and opened.rule.exempt and key_bytes(key) in opened.rule.exempt:
-            key = None
-        found: str | bytes | None = key
-        return found
-
-    def _unasked(self, opened: _Opened, key: str | bytes, error: FastShmError) -> Outcome:
-        denied = self._on_error == "deny"
-        told = "refused" if denied else "let through, uncounted"
-        self._report(f"rule {opened.rule.name!r} cannot be checked; requests are {told}", error)
-        return opened.unasked(key, denied, 429 if isinstance(error, SegmentFullError) else 503)
-
-    def _no_key(self, opened: _Opened, request: Request, error: Exception) -> str:
-        """A key function failed: the request counts for the client's address."""
-        self._report(
-            f"rule {opened.rule.name!r}: its key function failed; such requests count for the "
-            "client's address",
-            error,
-        )
-        return client_address(request)
-
-    def _no_cost(self, opened: _Opened, error: Exception) -> bool:
-        """A cost function failed, or gave what cannot be charged. Is the request refused for it?"""
+    def _refuses_cost(self, rule: Rule, error: Exception) -> bool:
+        """A cost function raised, or returned what is no cost. Is the request refused?"""
         denied = self._on_cost_error == "deny"
-        told = "are refused" if denied else "count as 1, for the client's address"
-        self._report(
-            f"rule {opened.rule.name!r}: its cost function failed; such requests {told}", error
+        shown = "are refused" if denied else "count as 1, for the client's address"
+        self._log.failure(
+            f"rule {rule.name!r}: its cost function failed; such requests {shown}", error
         )
         return denied
 
-    def _report(self, what: str, error: Exception) -> None:
-        now = time.monotonic()
-        if now - self._reported.get(what, -_SILENCE) >= _SILENCE:
-            self._reported[what] = now
-            _log.error("%s", what, exc_info=error)
 
-    def _told(self, outcome: Outcome, request: Request) -> Outcome:
-        """The log says whom a dry run would have refused: of each rule one a second, and how many
-        more there were. Clients cause such lines at will, and choose what is in them."""
-        if outcome.denied and outcome.rule.dry_run:
-            now, rule = time.monotonic(), outcome.rule.name
-            last, more = self._dry_runs.get(rule, (-_DRY_RUN_SILENCE, 0))
-            if now - last < _DRY_RUN_SILENCE:
-                self._dry_runs[rule] = last, more + 1
-                return outcome
-            self._dry_runs[rule] = now, 0
-            _log.info(
-                "dry run: rule %r would have refused %s for key %s (%s)%s",
-                rule,
-                _cut(str(request)),
-                _cut(repr(outcome.key)),
-                outcome.violated,
-                f"; and {more} more since the last such line" if more else "",
-            )
-        return outcome
+async def _admit(opened: _Opened, key: str | bytes, cost: Cost, may_await: bool) -> Outcome:
+    return await opened.admit_async(key, cost) if may_await else opened.admit(key, cost)
+
+
+def _refuse_async(value: Any, what: str) -> NoReturn:
+    if inspect.iscoroutine(value):
+        value.close()
+    raise TypeError(f"the {what} function is async, which only the ASGI middleware can await")
 
 
 def _one_of(argument: str, value: object, known: tuple[str, str]) -> None:
@@ -433,39 +243,12 @@ def _one_of(argument: str, value: object, known: tuple[str, str]) -> None:
         raise ValueError(f"{argument} must be {known[0]!r} or {known[1]!r}, not {value!r}")
 
 
-def _together(outcomes: list[Outcome], refused: bool = False) -> Outcome | None:
-    """One outcome for a request that counts under several rules: that of the rule which denied,
-    else of the first. Where it is refused, what the others hold is released; what they charged
-    stays charged."""
-    if not outcomes:
-        return None
-    told = next((each for each in reversed(outcomes) if each.denied), outcomes[0])
-    if refused or told.refused:
-        for each in outcomes:
-            each.release()
-    elif len(outcomes) > 1:
-        told._others = tuple(each for each in outcomes if each is not told)
-    return told
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-
-
 def _different_names(rules: Sequence[Rule]) -> None:
     seen: set[str] = set()
     for rule in rules:
         if rule.limits and rule.name in seen:
             raise ValueError(
-                f"two rules have the name {rule.name!r}, by which they are known in the segment; "
+                f"two rules have the name {rule.name!r}, which names their limits in the segment; "
                 "give one of them another: Rule(..., name=...)"
             )
         seen.add(rule.name)
-
-
-def _now(value: Any, what: str) -> Any:
-    if isinstance(value, Awaitable):
-        if inspect.iscoroutine(value):
-            value.close()
-        raise TypeError(f"the {what} function is async, which only the ASGI middleware can await")
-    return value

@@ -1,7 +1,7 @@
 """Key functions: whom a request counts for.
 
-A key function is given a :class:`Request` and returns a ``str`` or ``bytes``, or None where the
-request is not limited. In ASGI it may be ``async``.
+A key function takes a :class:`Request` and returns a ``str`` or ``bytes``; or None, and the request
+is not limited, by later rules neither. In ASGI it may be ``async``.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ KeyFunction: TypeAlias = Callable[[Request], Key | Awaitable[Key]]
 _Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 _Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-_IPV6_PREFIX = 64  # bits. Whoever has one IPv6 address commonly has all of its /64
-_LONGEST = 100  # characters of an address. What clients can write is not to fill the memory
-_LEAST_TRUSTED = {4: 8, 6: 16}  # bits of a network that somebody may own: below, it is "everybody"
+_IPV6_PREFIX = 64  # bits: a client with one IPv6 address commonly has all of its /64
+_LONGEST = 100  # characters of an address: clients can write them, and must not fill the memory
+_LEAST_TRUSTED = {4: 8, 6: 16}  # bits: no organization owns a larger network
 _UNIX = "unix:"
 NOBODY = "unknown"
 
@@ -32,7 +32,7 @@ _PAIR = rf'({_TOKEN})=({_TOKEN}|"(?:[^"\\]|\\.)*")'
 _FORWARDED_PAIR = re.compile(rf"[ \t]*(?:{_PAIR}[ \t]*)?(;|,|\Z)", re.DOTALL)
 
 
-@functools.lru_cache(4096)  # reading an address takes longer than counting it
+@functools.lru_cache(4096)  # to parse an address takes longer than to check a limit
 def _read(text: str) -> _Address | None:
     bare = text.strip().strip('"')
     if bare.startswith("["):  # [::1]:1234
@@ -49,7 +49,7 @@ def _read(text: str) -> _Address | None:
 
 
 def _address(text: str) -> _Address | None:
-    """An address, without its port and zone; None: it is none."""
+    """An address, without its port and zone; None: the text is no address."""
     return _read(text) if len(text) <= _LONGEST else None
 
 
@@ -73,22 +73,22 @@ def _prefix(function: str, bits: int) -> int:
 
 
 def client_address(request: Request) -> str:
-    """The address of whoever holds the connection; of IPv6 its /64, since one client has many.
+    """The address of the connection's peer; of IPv6 its /64, since one client has many addresses.
     (:func:`client_network` takes another length.)
 
-    Behind a proxy that is the proxy, and all its clients are one: use :func:`forwarded_for` with
-    the addresses of your proxies. A server may also put the client's address there, told the same
-    (``uvicorn --forwarded-allow-ips 10.0.0.5``). It must never be told ``*``, which believes
-    whatever a client writes into ``X-Forwarded-For``. Where the server knows no address, on a Unix
-    socket, all count as ``unknown``.
+    Behind a proxy, the peer is the proxy, and all its clients count as one: use
+    :func:`forwarded_for` with the addresses of your proxies. Some servers can set the client's
+    address themselves, from the same addresses (``uvicorn --forwarded-allow-ips 10.0.0.5``). Never
+    give them ``*``: a client may then write any address into ``X-Forwarded-For``. Where the server
+    knows no address, on a Unix socket, all clients count as ``unknown``.
     """
     return _connected(request, _IPV6_PREFIX)
 
 
 def client_network(*, ipv6_prefix: int) -> Callable[[Request], str]:
-    """A key function: as :func:`client_address`, of IPv6 the network of so many bits. A second
-    limit by /48, which is what an organization or a tunnel commonly has (65,536 of /64), stops who
-    goes through them; give it room for many clients."""
+    """A key function: as :func:`client_address`, with so many bits of an IPv6 address. An
+    organization or a tunnel commonly has a /48, which is 65,536 of /64. A second limit by /48 stops
+    a client that uses them in turn; give it room for many clients."""
     bits = _prefix("client_network", ipv6_prefix)
     return lambda request: _connected(request, bits)
 
@@ -96,8 +96,8 @@ def client_network(*, ipv6_prefix: int) -> Callable[[Request], str]:
 def _connected(request: Request, bits: int) -> str:
     if request.client is None:
         settings.warn_once(
-            "rate limits by client_address: the server tells no address (it listens on a Unix "
-            "socket?), so all clients count as one; use forwarded_for() behind a proxy, or "
+            "rate limits by client_address: the server knows no address (it listens on a "
+            "Unix socket?), so all clients count as one; use forwarded_for() behind a proxy, or "
             "another key function"
         )
         return NOBODY
@@ -114,22 +114,21 @@ def forwarded_for(
     """A key function: the client's address as the outermost of your own proxies saw it.
 
     trusted_proxies: addresses and networks of your proxies, such as ``["10.0.0.5",
-    "2001:db8:7::/64"]``, ``"unix:"`` for one on a Unix socket. Each proxy adds to the header the
-    address it was reached from, so the client's is the **rightmost that is none of them**; whatever
-    stands further left came from the client, who may write there what he likes. The header of a
-    connection that does not come from one of them is not read at all. What is no address, such as
-    ``unknown``, counts for the proxy that wrote it.
+    "2001:db8:7::/64"]``, ``"unix:"`` for one on a Unix socket. Each proxy appends to the header
+    the address of its peer, so the client's address is the **rightmost that is none of them**. The
+    client may have written anything further left. The header of a connection that does not come
+    from one of them is ignored. A hop that is no address, such as ``unknown``, counts for the proxy
+    that wrote it.
 
     Or a number of proxies, 1 or more, that every request passes: then the client's address is that
-    many from the right. Who reaches the application past them writes the header himself: prefer
-    addresses.
+    many from the right. A client that reaches the application without them writes the header
+    itself: prefer addresses.
 
-    name: the header: ``X-Forwarded-For``, one that is written in the same way, or ``Forwarded``
-    (RFC 7239). Name the one that your proxies write: they may pass on another as the client wrote
-    it.
+    name: the header that your proxies write: ``X-Forwarded-For``, one of the same format, or
+    ``Forwarded`` (RFC 7239). They may pass on any other header as the client wrote it.
     ipv6_prefix: bits of an IPv6 address that are one client.
 
-    Raises ValueError for networks that are everybody's (``*``, ``0.0.0.0/0``).
+    Raises ValueError for networks that no organization owns (``*``, ``0.0.0.0/0``).
     """
     bits = _prefix("forwarded_for", ipv6_prefix)
     hops_of = _forwarded if name.lower() == "forwarded" else _listed
@@ -183,7 +182,7 @@ def _by_network(
 
 
 def _trusted(proxies: str | Iterable[str]) -> tuple[bool, list[_Network]]:
-    """Whether Unix sockets are, and the networks that are."""
+    """Whether proxies on Unix sockets are trusted, and the networks that are."""
     if not isinstance(proxies, Iterable):
         raise TypeError(
             "forwarded_for: trusted_proxies must be addresses and networks, or a number of "
@@ -203,8 +202,8 @@ def _trusted(proxies: str | Iterable[str]) -> tuple[bool, list[_Network]]:
             ) from None
         if network.prefixlen < _LEAST_TRUSTED[network.version]:
             raise ValueError(
-                f"forwarded_for: {each!r} in trusted_proxies is everybody, who then writes the "
-                "header as he likes; name the networks of your proxies"
+                f"forwarded_for: {each!r} in trusted_proxies is everybody: any client could "
+                "write the header; name the networks of your proxies"
             )
         networks.append(network)
     if not listed:
@@ -219,8 +218,8 @@ def _listed(value: str) -> list[str]:
 
 
 def _forwarded(value: str) -> list[str]:
-    """The ``for=`` of each element, empty where it has none. No element at all where the whole is
-    not as RFC 7239 has it: a quote that a client left open would swallow what proxies wrote."""
+    """The ``for=`` of each element, empty where it has none. No element at all where the header is
+    not valid (RFC 7239): a quote that a client left open would swallow what proxies wrote."""
     hops, found, at = [], "", 0
     while True:
         match = _FORWARDED_PAIR.match(value, at)
@@ -246,21 +245,21 @@ def header(
 ) -> Callable[[Request], Key | Awaitable[Key]]:
     """A key function: the value of a header, such as an API key.
 
-    secret: keep a keyed hash of the value (128 bits of BLAKE2) in the segment, where ``fast-shm
-    inspect`` and exports would show it: the same secret in all workers and hosts, 16 bytes or more,
-    from where you keep others. hashed: keep a hash of it; without a secret whoever sees that can
-    try out guesses. missing: the key function of requests without the header. A header of several
-    lines (ASGI) counts for the client's address: frameworks read one of them, not always the same.
+    secret: 16 bytes or more, the same in all workers and hosts. The segment, which ``fast-shm
+    inspect`` and exports show, then has a keyed hash of the value (128 bits of BLAKE2). hashed: it
+    has a hash; without a secret, a reader of the hash can try out guesses. missing: the key
+    function of requests without the header. A header of several lines (ASGI) counts for the
+    client's address: frameworks read one of them, not always the same.
 
-    Only for headers that something before the limit has checked: a client that may send any value
-    gets a fresh limit with each. For API keys that your own code checks, see "Keys" in docs/web.md.
+    Use it only for headers that are checked before the limit: a client that may send any value gets
+    a fresh limit with each. For API keys that your own code checks, see "Keys" in docs/web.md.
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f"header: name must be the name of a header, not {name!r}")
     code = b""
     if secret is not None:
         if not isinstance(secret, (str, bytes)):
-            raise TypeError("header: secret must be a str or bytes")  # and is not shown
+            raise TypeError("header: secret must be a str or bytes")  # without its value
         raw = secret.encode("utf-8", "surrogatepass") if isinstance(secret, str) else secret
         if len(raw) < 16:
             raise ValueError(
@@ -270,8 +269,8 @@ def header(
         code = hashlib.blake2b(raw, digest_size=32, person=b"fast-shm header").digest()
     elif hashed:
         settings.warn_once(
-            f"header({name!r}, hashed=True) without a secret: whoever sees the hashes can try out "
-            "guesses; say header(..., secret=...), the same in all workers"
+            f"header({name!r}, hashed=True) without a secret: a reader of the hashes can try out "
+            "guesses; use header(..., secret=...), the same in all workers"
         )
     hashed = hashed or secret is not None
 
@@ -279,11 +278,11 @@ def header(
         value = request.header(name)
         if not value:
             return missing(request)
-        if request.repeats(name):  # one that was checked, say, and one that is new each time
+        if request.repeats(name):  # perhaps one that was checked, and one that is new each time
             return client_address(request)
         if hashed:
             raw = value.encode("utf-8", "surrogatepass")
             value = hashlib.blake2b(raw, digest_size=16, key=code).hexdigest()
-        return f"{name.lower()}={value}"  # never to be taken for an address
+        return f"{name.lower()}={value}"  # cannot equal an address
 
     return key

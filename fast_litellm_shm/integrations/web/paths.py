@@ -1,9 +1,9 @@
-"""How a path is read: what a request may mean to whatever routes it. Pure functions.
+"""How a path is read: which paths a router may take it for. Pure functions.
 
 Servers and frameworks differ: Werkzeug takes ``//login`` for ``/login``, Litestar ``/login/`` too,
 Quart ``http://x/login;y``, Starlette ``/login%0A``, Bottle ``/lo%FFgin`` (docs/web.md has a table).
-A limit that knows one spelling of them is none. So a path has readings, and a request counts under
-the rules of each.
+A client could evade a limit that knows one spelling only. So a path has several readings, and a
+request counts under the rules of each.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import NamedTuple
 from urllib.parse import unquote, urlparse
 
 _SLASHES = re.compile("//+")
-#: What nobody could decode: a framework may leave it out (Bottle does).
+#: Characters that could not be decoded: a framework may leave them out (Bottle does).
 _UNDECODABLE = re.compile("[\ufffd\ud800-\udfff]")
 #: A path in which none of these is found has one reading: itself.
 _ODD = re.compile(r"//|/\.\.?(?![^/])|%[0-9A-Fa-f]{2}|\n\Z|\A(?!/)|[\ufffd\ud800-\udfff]")
-_DECODED = 3  # times more than the server has: beyond that it is nothing that anybody does
-_LONGEST_KEPT = 200  # characters. What clients write is not to fill the memory
+_DECODED = 3  # more times than the server did: no known software decodes more often
+_LONGEST_KEPT = 200  # characters: clients choose them, and must not fill the memory
 
 
 class Readings(NamedTuple):
-    """path: in the canonical form, below the mount point: ``/login``. routed: each path that may be
-    the one by which the request is routed, the one that the server gave first; a request whose
-    spelling is plain has one. aliases: other names of theirs, by which a rule may know them: with
-    the mount point, and with a slash at the end or without."""
+    """path: in the canonical form, below the mount point: ``/login``. routed: the paths by which a
+    framework may route the request; the server's own is the first; a plain path is the only one.
+    aliases: other names of these, which a rule may use: with the mount point, and with a slash at
+    the end or without."""
 
     path: str
     routed: tuple[str, ...]
@@ -36,10 +36,10 @@ class Readings(NamedTuple):
 def read(path: str, mount: str = "", within: str | None = None, raw: str = "") -> Readings:
     """The readings of a path, decoded once, as servers do it.
 
-    mount: where the application is, as ``SCRIPT_NAME`` or ``root_path`` tell. within: the path
-    below it where the server tells that (``PATH_INFO``: frameworks go by that alone); None: it is
-    part of ``path``, and frameworks differ in how they take it away. raw: as it was before it was
-    decoded, where the server tells it."""
+    mount: where the application is mounted, by ``SCRIPT_NAME`` or ``root_path``. within: the path
+    below it, where the server has it (``PATH_INFO``: frameworks route by that alone); None: it is
+    part of ``path``, and frameworks differ in how they remove the mount point. raw: the path before
+    it was decoded, where the server has it."""
     if len(path) + len(mount) + len(raw) > _LONGEST_KEPT:
         return _read(path, mount, within, raw)
     return _read_kept(path, mount, within, raw)
@@ -50,7 +50,7 @@ def _read(path: str, mount: str, within: str | None, raw: str) -> Readings:
     own = [path] if within is None else [within]
     if within is None and mount:
         own = _below(path, mount)
-    if "%2f" in raw.lower():  # to a router that goes by the raw path this is no slash
+    if "%2f" in raw.lower():  # no slash to a router that uses the raw path
         kept = unquote(re.sub("%2[fF]", "%252F", raw))
         own += _below(kept, mount) if within is None and mount else [kept]
     routed = dict.fromkeys(own)
@@ -74,18 +74,18 @@ _read_kept = functools.lru_cache(1024)(_read)
 
 
 def _below(path: str, mount: str) -> list[str]:
-    """What is left below the mount point; several where frameworks differ."""
+    """The path below the mount point; several where frameworks differ."""
     rest = path[len(mount) :]
     if path.startswith(mount) and (not rest or rest.startswith("/")):
         return [rest or "/"]
-    if mount in path:  # Quart and Django mind no boundary; Litestar takes it away from anywhere
+    if mount in path:  # Quart and Django cut within a segment, Litestar anywhere in the path
         return [path, path.split(mount, 1)[1] or "/"]
-    return [path]  # written without it: Starlette takes both for the same
+    return [path]  # written without the mount point: Starlette routes it alike
 
 
 def _spellings(path: str) -> list[str]:
-    """The path, and what it is to frameworks: after each step alone, and after each with those
-    before it. At last what none does that we know, but a proxy or another server may."""
+    """The path, and what frameworks make of it: after each step alone, and after each with those
+    before it. No known framework makes the last ones, but a proxy or server may."""
     if not _ODD.search(path):
         return [path]
     found, whole = [path], path
@@ -108,13 +108,13 @@ def _canonical(path: str) -> str:
 
 
 def _absolute(path: str) -> str:
-    """``GET http://x/login``: the absolute form, as Python's own parser has it (which Quart uses):
-    it also ends the path at ``;``, ``?`` and ``#``, and leaves out blanks before it."""
+    """``GET http://x/login``: the absolute form, as Python's parser reads it (Quart uses that): it
+    also ends the path at ``;``, ``?`` and ``#``, and drops blanks before it."""
     if path.startswith("/"):
         return path
     try:
         return urlparse(path).path or "/"
-    except ValueError:  # an IPv6 address that is none
+    except ValueError:  # an invalid IPv6 address
         return path
 
 
@@ -157,6 +157,6 @@ def resolved(path: str) -> str:
 
 
 def _toggled(path: str) -> str:
-    """With a slash at its end, or without: to Litestar, and to others where they are told so, it
-    is the same."""
+    """With a slash at its end, or without: Litestar takes both for the same, and others can be
+    configured to."""
     return path.rstrip("/") or "/" if path.endswith("/") else f"{path}/"

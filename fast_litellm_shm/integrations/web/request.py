@@ -1,4 +1,4 @@
-"""What a key or cost function is given: a request, the same for ASGI and WSGI."""
+"""Request: the argument of key and cost functions, the same for ASGI and WSGI."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _WITHOUT_PREFIX = ("CONTENT_TYPE", "CONTENT_LENGTH")  # of the headers in a WSGI
 
 
 def _verb(said: str) -> str:
-    """A client may call a method of its own WEBSOCKET: it is none to rules for websockets."""
+    """A client may send a method WEBSOCKET: rules for websockets must not match it."""
     found = said.upper()
     return found.lower() if found == _SOCKET else found
 
 
 class Request:
     """method: in capitals; of a websocket ``WEBSOCKET``. path: in its canonical form, below the
-    mount point: ``/login``, however the client wrote that. mount: where the application is
-    (``root_path``, ``SCRIPT_NAME``). client: the address of whoever holds the connection, None
-    where the server knows none (a Unix socket). raw: the ASGI scope, the WSGI environ, or FastAPI's
-    Request. readings: all that the path may mean, by which rules match."""
+    mount point: ``/login``, however the client wrote it. mount: where the application is mounted
+    (``root_path``, ``SCRIPT_NAME``). client: the address of the connection's peer, None where the
+    server knows none (a Unix socket). raw: the ASGI scope, the WSGI environ, or FastAPI's Request.
+    readings: all that the path may mean; rules match these."""
 
     __slots__ = ("client", "method", "mount", "path", "raw", "readings")
 
@@ -42,12 +42,12 @@ class Request:
         self.path = self.readings.path
 
     def header(self, name: str) -> str | None:
-        """The header's value; of several lines all, joined by ``, ``; None: there is none."""
+        """The header's value; several lines are joined by ``, ``; None: there is none."""
         raise NotImplementedError
 
     def repeats(self, name: str) -> bool:
-        """Does the header have several lines, of which who reads it may take any? In WSGI never:
-        the server has made one of them."""
+        """Does the header have several lines, of which a framework may read any? In WSGI never: the
+        server has joined them."""
         return False
 
     def __repr__(self) -> str:
@@ -55,8 +55,8 @@ class Request:
 
 
 class AsgiRequest(Request):
-    """Of a scope of type ``http`` or ``websocket``. root_path: of an application further in, which
-    sets it itself."""
+    """Of a scope of type ``http`` or ``websocket``. root_path: of an inner application, which sets
+    it itself."""
 
     __slots__ = ("_headers",)
 

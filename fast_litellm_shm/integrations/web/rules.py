@@ -1,61 +1,41 @@
-"""Rule: which requests, whom they count for, what they cost, and their limits."""
+"""Rule: the limits of some requests, whom these count for, and what they cost."""
 
 from __future__ import annotations
 
-import itertools
+import functools
 import re
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import TypeAlias
 
 from fast_litellm_shm import limits
 from fast_litellm_shm._shared.named_limiter import key_bytes
 from fast_litellm_shm._shared.native import lib
 from fast_litellm_shm.integrations.web.keys import KeyFunction, client_address
+from fast_litellm_shm.integrations.web.path_pattern import PathPattern
 from fast_litellm_shm.integrations.web.request import Request
 from fast_litellm_shm.limits import InFlight, LimitSpec
 
 Cost: TypeAlias = int | tuple[int, ...]
 CostFunction: TypeAlias = Callable[[Request], Cost | Awaitable[Cost]]
+_Matcher: TypeAlias = Callable[[str], object]
 
-_NAME = re.compile(r"\{\w*\}")
-_PERHAPS_EMPTY = "[^/]*?"  # Falcon routes /users/ to /users/{id}
 _BUSY = (429, 503)
 
 
-def pattern(path: str, name: str = "[^/]+?") -> re.Pattern[str]:
-    """``{name}`` stands for one segment of the path, ``*`` for anything; all else for itself."""
-    if not path.startswith(("/", "*")):
-        raise ValueError(f"Rule: path must begin with '/', not {path!r}")
-    if set("{}<>") & set(_NAME.sub("", path)):  # else it would match nothing, and limit nobody
-        raise ValueError(
-            f"Rule: path {path!r} has braces that are no {{name}}; write {{name}} for one segment, "
-            "* for anything, or give a compiled regular expression"
-        )
-    numbers = itertools.count(1)
-    first, *others = (_piece(each, name, numbers) for each in re.sub(r"\*+", "*", path).split("*"))
-    if not others:
-        return re.compile(first)
-    *middle, last = others
-    fixed = (_once(".*?" + each, numbers) for each in middle)
-    return re.compile("".join([first, *fixed, ".*", last]), re.DOTALL)
+def _matchers(path: str | re.Pattern[str] | None) -> tuple[_Matcher, _Matcher]:
+    """The functions that match a path, and the same where a ``{name}`` may be empty."""
+    if path is None:
+        return _every, _every
+    if not isinstance(path, str):
+        return path.fullmatch, path.fullmatch
+    pattern = PathPattern(path)
+    if not pattern.has_names:
+        return pattern.matches, pattern.matches
+    return pattern.matches, functools.partial(pattern.matches, empty_names=True)
 
 
-def _once(expression: str, numbers: Iterator[int]) -> str:
-    """Matches at the first end that it finds, and never tries another: here that could gain
-    nothing, and takes a power of the length of a path that a client chooses. It is an atomic group,
-    in the way that Python 3.10 has them."""
-    name = f"_{next(numbers)}"
-    return f"(?=(?P<{name}>{expression}))(?P={name})"
-
-
-def _piece(text: str, name: str, numbers: Iterator[int]) -> str:
-    """What stands between two stars."""
-    first, *others = _NAME.split(text)
-    out = [re.escape(first)]
-    for left, each in zip(range(len(others) - 1, -1, -1), others, strict=True):
-        part = name + re.escape(each)
-        out.append(_once(part, numbers) if left and "/" not in each else part)
-    return "".join(out)
+def _every(path: str) -> bool:
+    return True
 
 
 def _printable(name: str) -> bool:
@@ -67,20 +47,26 @@ class Rule:
 
         Rule(TokenBucket(20, per=60), path="/v1/chat/*", methods={"POST"}, key=header("X-Api-Key"))
 
-    limits: 0 to 4 of TokenBucket, FixedWindow, SlidingWindow; a request is admitted when all have
-    room. path: ``{name}`` stands for one segment, ``*`` for anything, or a compiled regular
-    expression that must match the whole; None: every path. methods: names of methods, GET standing
-    for HEAD too; of a websocket's handshake it is ``WEBSOCKET``; None: all. key: whom a request
-    counts for, see :mod:`fast_litellm_shm.integrations.web.keys`. cost: what a request charges, 0
-    or more; or a function of the request; or a tuple with one for each limit. in_flight: at most so
-    many requests of a key are answered at once, until their bodies are sent; counts as one limit.
-    busy_status: how those beyond are answered, 429 or 503. exempt: keys that are not limited.
-    dry_run: count and mark, and refuse nobody. name: what the limits are called in the segment and
-    in the headers; printable ASCII; default: made of methods and path, or ``default``.
+    limits: 0 to 4 of TokenBucket, FixedWindow, SlidingWindow. A request is admitted when all of
+    them have room.
+    path: a pattern, in which ``{name}`` stands for one segment and ``*`` for anything; or a
+    compiled regular expression, which must match the whole path; None: every path.
+    methods: names of methods; GET includes HEAD; a websocket handshake is ``WEBSOCKET``; None: all.
+    key: a function that says whom a request counts for, see
+    :mod:`fast_litellm_shm.integrations.web.keys`. If it returns None, the request is **not
+    limited**: the rules after this one are not checked either.
+    cost: what a request consumes, 0 or more; or a tuple with one cost for each limit; or a function
+    of the request that returns either.
+    in_flight: how many requests of a key may be in flight, until their bodies are sent; it counts
+    as one limit. busy_status: the status of requests beyond that, 429 or 503.
+    exempt: keys that are not limited, as the key function returns them.
+    dry_run: count and log, but refuse no request.
+    name: names the limits in the segment and in the headers; printable ASCII; default: the methods
+    and the path, or ``default``.
 
     A rule without limits and without in_flight exempts its requests.
 
-    Raises ValueError or TypeError naming the argument.
+    Raises ValueError or TypeError, which name the argument.
     """
 
     def __init__(
@@ -121,10 +107,7 @@ class Rule:
                 f"{len(chosen)}"
             )
         verbs = None if methods is None else frozenset(each.upper() for each in methods)
-        compiled = path if isinstance(path, re.Pattern) or path is None else pattern(path)
-        loose = compiled
-        if isinstance(path, str) and _NAME.search(path):
-            loose = pattern(path, _PERHAPS_EMPTY)
+        self._matches, self._may_match = _matchers(path)
         if name is None:
             shown = path.pattern if isinstance(path, re.Pattern) else path
             name = " ".join([*sorted(verbs or ()), *([shown] if shown else [])]) or "default"
@@ -132,17 +115,16 @@ class Rule:
         if not isinstance(name, str) or not name or not _printable(name):
             raise ValueError(f"Rule: name must be printable ASCII, not {name!r}")
         self.limits, self.name = chosen, name
+        self.public_name = name  # in the headers
         self.key, self.cost = key, cost
         self.in_flight, self.busy_status = in_flight, busy_status
         self.exempt = frozenset(map(key_bytes, exempt))
         self.dry_run = bool(dry_run)
-        self._matches = None if compiled is None else compiled.fullmatch
-        self._may_match = None if loose is None else loose.fullmatch
         self._methods = verbs if verbs is None or "GET" not in verbs else verbs | {"HEAD"}
 
     def matches(self, request: Request) -> bool:
-        """Is the request one of its? Where the path may mean several, a rule with limits takes
-        each of them; one that exempts wants all."""
+        """Does the rule apply to the request? Where the path has several readings, a rule with
+        limits applies if one of them matches; a rule that exempts, only if all do."""
         if not self.takes(request.method):
             return False
         readings = request.readings
@@ -151,20 +133,20 @@ class Rule:
         return any(map(self.may_have, readings.routed)) or any(map(self.has, readings.aliases))
 
     def takes(self, method: str) -> bool:
-        """Is it for this method?"""
+        """Does the rule apply to the method?"""
         return self._methods is None or method in self._methods
 
     def has(self, path: str) -> bool:
-        """Is it for this path, one reading of a request's?"""
-        return self._matches is None or self._matches(path) is not None
+        """Does the rule apply to the path, which is one reading of a request's path?"""
+        return bool(self._matches(path))
 
     def may_have(self, path: str) -> bool:
-        """The same to a router to which ``{name}`` may be empty."""
-        return self._may_match is None or self._may_match(path) is not None
+        """The same, where a ``{name}`` may be empty: to Falcon, ``/users/`` is ``/users/{id}``."""
+        return bool(self._may_match(path))
 
     @property
     def websockets_only(self) -> bool:
-        """Is it for handshakes of websockets, and for nothing else?"""
+        """Does the rule apply to websocket handshakes alone?"""
         return self._methods == frozenset({"WEBSOCKET"})
 
     def __repr__(self) -> str:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from fast_litellm_shm.integrations.upstream import retry_after
+from fast_litellm_shm.integrations._httpx_upstream import retry_after
 
 DATE = "Sun, 06 Nov 1994 08:49:37 GMT"
 VALUES = {

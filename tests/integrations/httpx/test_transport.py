@@ -195,6 +195,23 @@ def test_a_failing_request_gives_back(ask: Ask, segment: Segment, server: Upstre
     assert transport.upstream.in_flight(gone) == 0  # it has no such limit
 
 
+def test_a_client_of_httpx2(segment: Segment, server: UpstreamServer) -> None:
+    """OpenAI's SDK uses it. It accepts no streams and responses but its own."""
+    httpx2 = pytest.importorskip("httpx2", reason="not every release of OpenAI's SDK brings it")
+    options: dict[str, Any] = {"name": "httpx2", "segment": segment, "max_in_flight": 1}
+    transport = SharedLimitTransport(httpx2.HTTPTransport(), **options)
+    with httpx2.Client(transport=transport) as client:
+        assert [client.get(server.origin).text for _ in range(2)] == ["1234567890"] * 2
+
+    async def scenario() -> list[str]:
+        limited = AsyncSharedLimitTransport(httpx2.AsyncHTTPTransport(), **options)
+        async with httpx2.AsyncClient(transport=limited) as client:
+            return [(await client.get(server.origin)).text for _ in range(2)]
+
+    assert asyncio.run(scenario()) == ["1234567890"] * 2
+    assert transport.upstream.in_flight(server.origin) == 0
+
+
 def test_a_cancelled_request_gives_back(segment: Segment, server: UpstreamServer) -> None:
     async def scenario() -> None:
         transport = AsyncSharedLimitTransport(

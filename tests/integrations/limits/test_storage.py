@@ -349,7 +349,7 @@ def test_a_name_that_was_given_other_limits(
     with pytest.raises(SegmentError) as caught:
         call(storage)
     where = f"limiter '{name}' in segment '{segment_name}'"
-    assert str(caught.value).startswith(f"{where}: somebody gave this name")
+    assert str(caught.value).startswith(f"{where} has limits of another kind")
     call(of(segment_name))  # which takes the name back, as the error says
     call(storage)
 

@@ -24,6 +24,6 @@ def test_what_is_missing_is_said(module: str) -> None:
     assert f'pip install "fast-litellm-shm[{module}]"' in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("module", ["asgi", "wsgi", "web", "upstream"])
+@pytest.mark.parametrize("module", ["asgi", "wsgi", "web", "_httpx_upstream"])
 def test_what_needs_nothing(module: str) -> None:
     assert imported(module).returncode == 0

@@ -81,6 +81,21 @@ def test_a_key_that_was_checked_and_another_line_of_its_header(segment: Segment)
     assert [ask("good") for _ in range(3)] == [200, 200, 429]
 
 
+def test_headers_show_no_name_of_the_segment(segment: Segment) -> None:
+    """Without a name of its own, a dependency once told clients ``each route + 2/60s window``."""
+    app = FastAPI()
+    limits = RateLimit(Window(2, 60), Limit(9, 60), segment=segment)
+
+    @app.get("/search", dependencies=[Depends(limits)])
+    async def search() -> str:
+        return "found"
+
+    (answer,) = asked(app, "GET /search")
+    names = '"default 2/60s window";q=2;w=60, "default 9/60s";q=9;w=60'
+    assert answer.headers["RateLimit-Policy"] == names
+    assert "route" not in str(answer.headers)
+
+
 def test_each_route_counts_apart_or_not(segment: Segment) -> None:
     app, router = FastAPI(), APIRouter(prefix="/api")
     shared = Depends(RateLimit(Limit(1, 60), name="shared", segment=segment))
@@ -257,7 +272,7 @@ def test_the_outcome_is_the_dependency(segment: Segment) -> None:
 
 
 def test_without_limits() -> None:
-    with pytest.raises(ValueError, match="at least one limit, such as Limit"):
+    with pytest.raises(ValueError, match="at least one limit, such as TokenBucket"):
         RateLimit()
 
 

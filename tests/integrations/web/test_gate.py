@@ -156,7 +156,7 @@ def test_names_that_are_taken_twice(segment: Segment) -> None:
 
 
 def test_bad_arguments(segment: Segment) -> None:
-    with pytest.raises(TypeError, match="rules must be Rule objects, not Limit"):
+    with pytest.raises(TypeError, match="rules must be Rule objects, not TokenBucket"):
         Gate([Limit(5)], name="web")  # type: ignore[list-item]
     with pytest.raises(TypeError, match="rules must be a list of Rule objects, not Rule"):
         Gate(Rule(Limit(5)), name="web")  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ from fast_litellm_shm.integrations.asgi import (
     Scope,
     Send,
 )
-from fast_litellm_shm.integrations.web import watch
+from fast_litellm_shm.integrations.web import cancellation
 from fast_litellm_shm.limits import InFlight
 
 HERE = pathlib.Path(__file__).parent
@@ -197,7 +197,7 @@ def test_the_application_gets_all_that_was_read_ahead(segment: Segment) -> None:
         await soon("it reads ahead", lambda: server.asked > 1)
         for _ in range(100):
             await asyncio.sleep(0)
-        assert server.asked <= watch._MOST // len(BODY["body"]) + 1
+        assert server.asked <= cancellation._MOST // len(BODY["body"]) + 1
         started.set()
         await asking
 

@@ -235,7 +235,7 @@ def test_header() -> None:
     assert key(asgi(x_api_key="k1")) == "x-api-key=k1"
     assert key(asgi(x_api_key="192.0.2.7")) != key(asgi()) == "192.0.2.7"
     assert header("X-Api-Key", missing=lambda request: None)(asgi()) is None
-    with pytest.warns(RuntimeWarning, match="without a secret: whoever sees the hashes"):
+    with pytest.warns(RuntimeWarning, match="without a secret: a reader of the hashes"):
         hashed = header("Authorization", hashed=True)(asgi(authorization="Bearer secret"))
     assert re.fullmatch("authorization=[0-9a-f]{32}", str(hashed))
 

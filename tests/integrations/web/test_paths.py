@@ -137,7 +137,9 @@ def test_any_path_has_few_readings(path: str, mount: str) -> None:
     below = paths.read(mount + path, mount, path)
     assert below.routed == paths.read(path).routed
     canonical = paths.read(path).path
-    assert paths.read(canonical).path == canonical or "%" in canonical
+    # One newline is cut, as `$` does; of two, the first stays.
+    stable = "%" not in canonical and not canonical.endswith("\n")
+    assert paths.read(canonical).path == canonical or not stable
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Watch: ends an ASGI application when its client has gone, or after a time. asyncio alone."""
+"""Cancellation of an ASGI application whose client has gone, or whose time is up. asyncio alone."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 
 GONE = ("http.disconnect", "websocket.disconnect")
-_MOST = 65_536  # bytes of a body that are read before the application asks for them
+_MOST = 65_536  # bytes of a body that are read before the application receives them
 _EACH = 1024  # bytes that a message counts for beside its body
 
 
-class Ahead:
-    """Receives for the application before it asks: so it is known that the client has gone, also
-    where the application does not listen. It stops at 64 KiB that nobody has asked for."""
+class ReadAhead:
+    """Receives messages before the application does, so that it learns that the client has gone
+    where the application does not listen. It stops at 64 KiB that the application has not yet
+    received."""
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
@@ -27,11 +28,11 @@ class Ahead:
         self._changed = asyncio.Condition()
 
     async def until_gone(self) -> None:
-        """Returns when the client has gone; never, where the server fails to tell."""
+        """Returns when the client has gone; never, if the server's receive() fails."""
         while not self._ended:
             try:
                 message = await self._receive()
-            except Exception as error:  # the application's, when it asks
+            except Exception as error:  # for the application, when it receives
                 self._error, self._ended = error, True
             else:
                 self._ended = message["type"] in GONE
@@ -44,7 +45,7 @@ class Ahead:
             await asyncio.get_running_loop().create_future()
 
     async def receive(self) -> Message:
-        """As the server's own."""
+        """For the application, in place of the server's."""
         async with self._changed:
             await self._changed.wait_for(lambda: bool(self._read) or self._ended)
             if self._read:
@@ -54,7 +55,7 @@ class Ahead:
                 return message
         if self._error is not None:
             raise self._error
-        return await self._receive()  # again, after the end: the server knows what it answers
+        return await self._receive()  # once more after the end: the server defines what it returns
 
 
 def _size(message: Message) -> int:
@@ -62,7 +63,7 @@ def _size(message: Message) -> int:
     return len(body) + _EACH
 
 
-async def watched(
+async def run_cancellable(
     app: Callable[[Receive], Awaitable[None]],
     receive: Receive,
     busy: Callable[[], bool],
@@ -70,10 +71,10 @@ async def watched(
     cancel: bool,
     seconds: float | None,
 ) -> bool:
-    """Run the application, and cancel it when its client has gone (with ``cancel``) or so many
-    seconds have passed, unless it is not ``busy`` any more: its answer has been sent. False: its
-    time was up. It returns when the application has ended, however long that takes."""
-    ahead = Ahead(receive) if cancel else None
+    """Run the application. Cancel it when its client has gone (with ``cancel``) or so many seconds
+    have passed, if it is still ``busy``: its response has not been sent. False: its time was up.
+    Returns when the application has ended, however long that takes."""
+    ahead = ReadAhead(receive) if cancel else None
     running = asyncio.ensure_future(app(receive if ahead is None else ahead.receive))
     tasks = [running]
     if ahead is not None:
@@ -81,9 +82,9 @@ async def watched(
     try:
         done, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         ended = running not in done and busy() and running.cancel()
-        await asyncio.wait({running})  # here the server may cancel us, as anywhere
+        await asyncio.wait({running})  # the server may cancel us here, as at any await
         if not (ended and running.cancelled()):
-            running.result()  # what it raised
+            running.result()  # raises what the application raised
         return not ended or bool(done)
     finally:
         for task in tasks:

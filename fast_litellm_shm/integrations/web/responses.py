@@ -1,10 +1,10 @@
-"""What a client is told: header fields and the body of a refusal.
+"""What responses say about limits: header fields, and the body of a refusal.
 
-- ``RateLimit-Policy`` and ``RateLimit``: draft-ietf-httpapi-ratelimit-headers-11, which writes them
-  as lists of structured fields (RFC 9651).
-- ``X-RateLimit-Limit``, ``-Remaining``, ``-Reset`` (Unix time): what most clients know today.
+- ``RateLimit-Policy`` and ``RateLimit``: draft-ietf-httpapi-ratelimit-headers-11, as lists of
+  structured fields (RFC 9651).
+- ``X-RateLimit-Limit``, ``-Remaining``, ``-Reset`` (Unix time): what most clients read.
 - ``Retry-After``: whole seconds, rounded up (RFC 9110).
-- The body: a problem, RFC 9457, of the type that the draft registers.
+- The body: a problem (RFC 9457), of the type that the draft registers.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from fast_litellm_shm.limits import InFlight, LimitSpec
 PROBLEM_TYPE = "application/problem+json"
 _REGISTRY = "https://iana.org/assignments/http-problem-types#"
 _LARGEST = 999_999_999_999_999  # of an Integer in a structured field
-#: Fields that are lists: they may come twice, from a limit further in.
+#: Fields that are lists: an inner middleware may have added its own.
 LISTS = frozenset({"ratelimit", "ratelimit-policy"})
 TRY_LATER = 1013  # closes a websocket: Try Again Later, of RFC 6455's registry
-BUSY_RETRY = 1  # s: nobody knows when a request in flight ends
+BUSY_RETRY = 1  # s: when a request in flight ends is not known
 
 Headers = list[tuple[str, str]]
 
 
 def answers_handshake(scope: Mapping[str, Any]) -> bool:
-    """Can this server answer a websocket's handshake as it answers a request?"""
+    """Can this server answer a websocket handshake with a status and headers?"""
     return "websocket.http.response" in (scope.get("extensions") or {})
 
 
 def policy_names(rule: str, found: Iterable[LimitSpec | InFlight]) -> tuple[str, ...]:
-    """A name for each limit of a rule; what the draft's two fields know it by."""
+    """A name for each limit of a rule, which both RateLimit fields use."""
     chosen = tuple(found)
     if len(chosen) == 1:
         return (rule,)
@@ -64,13 +64,13 @@ def policy(names: Iterable[str], found: Iterable[LimitSpec | InFlight]) -> str:
 
 
 def seconds(value: float) -> int:
-    """In whole seconds, rounded up, at least 1: so that nobody comes too early."""
+    """In whole seconds, rounded up, at least 1: a client must not retry too early."""
     return max(math.ceil(value), 1)
 
 
 def rate_limit(name: str, decision: Decision, left: int, until_all: float) -> Headers:
-    """RateLimit and X-RateLimit-*, of the limit that denied or that has least left. left: what that
-    one has; until_all: seconds until it has all."""
+    """RateLimit and X-RateLimit-*, of the limit that denied or that has least left. left: how much;
+    until_all: seconds until nothing of it is used."""
     limit: LimitSpec | InFlight = decision.limit
     left = min(left, _LARGEST)
     if isinstance(limit, InFlight):
@@ -89,7 +89,7 @@ def rate_limit(name: str, decision: Decision, left: int, until_all: float) -> He
 
 
 def retry_after(decision: Decision) -> int | None:
-    """Whole seconds; None: coming back does not help."""
+    """Whole seconds; None: a later request is denied too."""
     if isinstance(decision.limit, InFlight):
         return BUSY_RETRY
     retry = decision.retry_after
@@ -97,7 +97,8 @@ def retry_after(decision: Decision) -> int | None:
 
 
 def problem(status: int, violated: str | None, detail: str, retry: int | None) -> bytes:
-    """A problem as JSON. violated: the name of the policy that denied; None: it was none."""
+    """A problem as JSON. violated: the name of the policy that denied the request; None: no policy
+    did."""
     kind = "about:blank"
     title = responses[status]
     if violated is not None:
