@@ -8,7 +8,9 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("name", ["diagnostics", "features", "monitoring", "routing"])
+@pytest.mark.parametrize(
+    "name", ["_shared.features", "_shared.performance", "metrics.health", "routing.router"]
+)
 def test_examples(name: str) -> None:
     module = importlib.import_module(f"fast_litellm_shm.{name}")
     failed, attempted = doctest.testmod(module)

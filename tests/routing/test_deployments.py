@@ -142,7 +142,7 @@ BAD_LISTS: list[tuple[Any, type[Exception], str]] = [
     (
         [{"model_name": "m", "litellm_params": {"model": "x", 1: 2, "a": 3}}],
         TypeError,
-        r"\[0\]: litellm_params cannot be told from others'.*give it a model_info.id",
+        r"\[0\]: litellm_params cannot be hashed.*give it a model_info.id",
     ),
 ]
 

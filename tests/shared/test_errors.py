@@ -17,6 +17,7 @@ from support.names import left_over, remove
 
 import fast_litellm_shm as fls
 from fast_litellm_shm import Limit, RateLimiter, Segment, SegmentError, Window
+from fast_litellm_shm._shared.native import ffi
 from fast_litellm_shm._shared.segment import path_of
 
 ROOT = os.geteuid() == 0
@@ -126,7 +127,7 @@ def test_another_capacity(unused: str) -> None:
         unused,
         fls.SegmentCapacityError,
         "a capacity of 100 keys, and 101 was wanted",
-        "ask for 100",
+        "set 100",
         capacity=101,
     )
 
@@ -278,7 +279,7 @@ def test_a_failed_open_leaks_nothing(unused: str) -> None:
 def test_limits_that_were_written_over(segment: Segment) -> None:
     limiter = RateLimiter(Window(5, 3600), name="t", segment=segment)
     geometry = segment.geometry()
-    address = int(fls.native.ffi.cast("uintptr_t", geometry.base)) + geometry.limiters_offset
+    address = int(ffi.cast("uintptr_t", geometry.base)) + geometry.limiters_offset
     ctypes.memset(address + 128, 0xFF, 1664)  # all its sets of limits
     with pytest.raises(
         fls.SegmentDamagedError, match="limiter number 0 do not add up.*fast-shm rm"
