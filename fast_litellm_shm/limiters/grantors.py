@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from fast_litellm_shm._shared import settings
@@ -29,56 +29,86 @@ from fast_litellm_shm.limits import InFlight, LimitSpec
 
 if TYPE_CHECKING:
     from fast_litellm_shm.cluster import Cluster
-    from fast_litellm_shm.cluster.quota import ClusterPermit
 
 Key: TypeAlias = str | bytes
 Cost: TypeAlias = int | tuple[int, ...] | list[int]
 Answers: TypeAlias = tuple[bytearray, bytearray, bytearray]  # allowed, remaining, retry_after
-Next: TypeAlias = tuple[Decision, int, Reservation]
-# What a call of a quota holds, and what was charged for it.
-Held: TypeAlias = "Permit | ClusterPermit"
+Limits: TypeAlias = tuple[LimitSpec | InFlight, ...]
 # The argument `cluster` of all limiters; and what a limiter is given when it is unpickled.
 ClusterArgument: TypeAlias = "Cluster | str | Literal[False] | None"
 Replayed: TypeAlias = "Cluster | Literal[False] | None"
 
 _FOREVER = 2**62  # ns
-_WAKE_NS = 1_000_000_000  # a waiter looks for dead holders itself, once a second
 
 
-class RateGrantor(Protocol):
-    """Of a RateLimiter, beside the calls that Core answers. limiter: the one that asks."""
+class Held(Protocol):
+    """What a call of a quota holds: a Permit, or what another grantor has for one."""
+
+    @property
+    def decision(self) -> Decision: ...
+    @property
+    def in_flight(self) -> int: ...
+    def release(self) -> bool: ...
+    def __bool__(self) -> bool:
+        """Whether a permit was granted."""
+
+
+def ns_until(deadline: int) -> int:
+    """deadline: of time.monotonic_ns()."""
+    return max(deadline - time.monotonic_ns(), 0)
+
+
+class Rates:
+    """Grants what a RateLimiter, ``limiter``, asks for beside the native calls. (It holds no
+    limiter, so a limiter of this host is in no garbage cycle.)"""
 
     def acquire_many(
         self, limiter: SharedLimits, keys: tuple[Key, ...], costs: int | list[int], out: Answers
     ) -> None:
         """acquire() for each key. out: of 1, 8 and 8 bytes for each, to be filled."""
+        acquire_many(limiter, keys, costs, *out)
 
     def reserve(
         self, waits: Waits, limiter: SharedLimits, key: Key, cost: Cost, deadline: int
-    ) -> Steps[Next]:
+    ) -> Steps[tuple[Decision, int, Reservation]]:
         """One step of a wait: the decision, ns to sleep, and what is reserved until then. After the
         sleep an admitted decision is the caller's (it was charged ahead), a denied one is to be
         asked again. 0 ns: it is final. deadline: of time.monotonic_ns()."""
+        yield from ()
+        left = ns_until(deadline)
+        decision, pause, reserved = reserve(limiter, key, cost, min(left, _FOREVER))
+        if not decision:
+            retry = decision.retry_after_ns
+            pause = retry if retry is not None and retry <= left else 0
+        return decision, pause, reserved
 
     def block(self, limiter: SharedLimits, raw: bytes, ns: int) -> None:
-        """Deny the key for so long. Raises ValueError: none of the limits is a TokenBucket."""
+        """Deny the key for so long. RateLimiter.block() has checked the arguments."""
+        status = states_of(limiter).apply(lib.FSHM_BLOCK, raw, (ns,) * 4).status
+        if status != lib.FSHM_ALLOWED:
+            states_of(limiter).fail(status)
 
     def reset(self, limiter: SharedLimits, raw: bytes | None) -> None:
         """Forget what the key, or what all keys, have consumed."""
+        states_of(limiter).reset(raw)
 
 
-class PermitGrantor(Protocol):
-    """Of a ConcurrencyLimiter."""
+class Permits:
+    """Grants what a ConcurrencyLimiter asks for. ``limits.admit`` is its ``acquire``."""
 
-    limits: InnerLimits  # whose ``admit`` is the limiter's ``acquire``
-    wake_ns: int  # how long a waiter sleeps at most before it asks again
+    wake_ns = 1_000_000_000  # a waiter sleeps no longer before it looks for dead holders itself
+
+    def __init__(self, limits: InnerLimits) -> None:
+        self.limits = limits
 
     def held(self, permit: Permit) -> str:
         """How many are held, for the message of a PermitTimeoutError."""
+        return f"{permit.in_flight} of {self.limits.limits[0].n} are held"
 
 
-class QuotaGrantor(Protocol):
-    """Of a Quota, or of a rule for web requests: rates and calls in flight, admitted together."""
+class Quotas(Protocol):
+    """Grants what a Quota, or a rule for web requests, asks for: rates and calls in flight,
+    admitted together."""
 
     segment: Segment
     may_wait: bool  # whether admit() may have to wait for a server
@@ -89,13 +119,12 @@ class QuotaGrantor(Protocol):
 
     @property
     def admit_async(self) -> Callable[[Key, Cost], Awaitable[Held]]: ...
-
     @property
     def limits(self) -> tuple[Any, ...]:
         """Those in force."""
 
     def settle(
-        self, key: Key, charged: tuple[int, ...], actual: tuple[int, ...], held: Held
+        self, key: Key, charged: tuple[int, ...], actual: tuple[int, ...], held: Any
     ) -> None:
         """Charge what was used beyond the estimate, into debt if need be; give back what was not
         used, as long as its window lasts."""
@@ -111,39 +140,30 @@ class QuotaGrantor(Protocol):
         decision's own are the least and the longest of all its limits.)"""
 
 
-class Grantor(Protocol):
-    argument: Replayed
+class Grantor:
+    """The segment of this host. A grantor of another kind overrides what it does otherwise.
+    argument: the ``cluster=`` of a limiter that is unpickled."""
 
-    def rates(self, limiter: SharedLimits) -> RateGrantor: ...
+    def __init__(self, argument: Replayed = None) -> None:
+        self.argument = argument
 
-    def permits(self, limit: InFlight, **given: Any) -> PermitGrantor:
+    def rates(self, limiter: SharedLimits) -> Rates:
+        return _RATES
+
+    def permits(self, limit: InFlight, **given: Any) -> Permits:
         """given: as SharedLimits takes it."""
+        return Permits(InnerLimits((limit,), **given))
 
-    def quota(
-        self,
-        found: tuple[LimitSpec | InFlight, ...],
-        *,
-        name: str,
-        segment: Segment | None,
-        on_full: str,
-        settles: bool = True,
-    ) -> QuotaGrantor:
+    def quota(self, limits: Limits, *, settles: bool = True, **given: Any) -> Quotas:
         """settles: of_limit() is not called; else settle() and left() are not."""
+        return HostQuota(InnerLimits(limits, **given))
 
-    def longest_name(self, found: Sequence[LimitSpec | InFlight]) -> int:
+    def longest_name(self, limits: Limits) -> int:
         """How many bytes the name of a quota of these limits may have."""
+        return int(lib.FSHM_MAX_LIMITER_NAME)
 
 
-def ns_until(deadline: int) -> int:
-    """deadline: of time.monotonic_ns()."""
-    return max(deadline - time.monotonic_ns(), 0)
-
-
-def cannot_block(limiter: SharedLimits) -> ValueError:
-    return ValueError(
-        f"limiter {limiter.name!r} cannot block a key: none of its limits is a TokenBucket; add "
-        "one, or use a limiter of its own for it"
-    )
+_RATES = Rates()
 
 
 def chosen(cluster: ClusterArgument) -> Grantor:
@@ -155,78 +175,7 @@ def chosen(cluster: ClusterArgument) -> Grantor:
         server = found(cluster)
         if server is not None:
             return grantor.Server(server)
-    return Host(False if cluster is False else None)
-
-
-class Host:
-    """The segment of this host."""
-
-    def __init__(self, argument: Literal[False] | None = None) -> None:
-        self.argument: Replayed = argument
-
-    def rates(self, limiter: SharedLimits) -> RateGrantor:
-        return _RATES
-
-    def permits(self, limit: InFlight, **given: Any) -> PermitGrantor:
-        return HostPermits(InnerLimits((limit,), **given))
-
-    def quota(
-        self,
-        found: tuple[LimitSpec | InFlight, ...],
-        *,
-        name: str,
-        segment: Segment | None,
-        on_full: str,
-        settles: bool = True,
-    ) -> QuotaGrantor:
-        return HostQuota(InnerLimits(found, name=name, segment=segment, on_full=on_full))
-
-    def longest_name(self, found: Sequence[LimitSpec | InFlight]) -> int:
-        return int(lib.FSHM_MAX_LIMITER_NAME)
-
-
-class HostRates:
-    """Knows nothing of its own: so a limiter of this host is in no garbage cycle."""
-
-    def acquire_many(
-        self, limiter: SharedLimits, keys: tuple[Key, ...], costs: int | list[int], out: Answers
-    ) -> None:
-        acquire_many(limiter, keys, costs, *out)
-
-    def reserve(
-        self, waits: Waits, limiter: SharedLimits, key: Key, cost: Cost, deadline: int
-    ) -> Steps[Next]:
-        yield from ()
-        left = ns_until(deadline)
-        decision, pause, reserved = reserve(limiter, key, cost, min(left, _FOREVER))
-        if not decision:
-            retry = decision.retry_after_ns
-            pause = retry if retry is not None and retry <= left else 0
-        return decision, pause, reserved
-
-    def block(self, limiter: SharedLimits, raw: bytes, ns: int) -> None:
-        states = states_of(limiter)
-        status = states.apply(lib.FSHM_BLOCK, raw, (ns,) * 4).status
-        if status == lib.FSHM_E_ARGUMENT:
-            raise cannot_block(limiter)
-        if status != lib.FSHM_ALLOWED:
-            states.fail(status)
-
-    def reset(self, limiter: SharedLimits, raw: bytes | None) -> None:
-        states_of(limiter).reset(raw)
-
-
-_RATES = HostRates()
-
-
-class HostPermits:
-    wake_ns = _WAKE_NS
-
-    def __init__(self, limits: InnerLimits) -> None:
-        self.limits = limits
-
-    def held(self, permit: Permit) -> str:
-        return f"{permit.in_flight} of {self.limits.limits[0].n} are held"
+    return Grantor(False if cluster is False else None)
 
 
 class HostQuota:
@@ -250,9 +199,8 @@ class HostQuota:
         return self._shared.limits
 
     def settle(
-        self, key: Key, charged: tuple[int, ...], actual: tuple[int, ...], held: Held
+        self, key: Key, charged: tuple[int, ...], actual: tuple[int, ...], held: Permit
     ) -> None:
-        assert isinstance(held, Permit)
         self._states.settle(key_bytes(key) + self._tail, charged, actual, held._address)
 
     def in_flight(self, key: Key) -> int:

@@ -22,7 +22,7 @@ from fast_litellm_shm.limiters.waiting import (
     run,
     run_async,
 )
-from fast_litellm_shm.limits import LimitSpec
+from fast_litellm_shm.limits import LimitSpec, TokenBucket
 
 if TYPE_CHECKING:
     import numpy
@@ -113,6 +113,11 @@ class RateLimiter(SharedLimits):
             raise TypeError(f"seconds must be a number, not {seconds!r}")
         if not 0 <= seconds <= _MOST_BLOCKED:
             raise ValueError(f"seconds must be between 0 and {_MOST_BLOCKED}, not {seconds!r}")
+        if not any(isinstance(each, TokenBucket) for each in self.limits):
+            raise ValueError(
+                f"limiter {self.name!r} cannot block a key: none of its limits is a "
+                "TokenBucket; add one, or use a limiter of its own for it"
+            )
         self._grantor.block(self, raw, round(seconds * 1e9))
 
     def acquire_many(self, keys: Sequence[str | bytes], cost: int | Sequence[int] = 1) -> Batch:
