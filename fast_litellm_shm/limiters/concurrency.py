@@ -1,4 +1,4 @@
-"""ConcurrencyLimiter: at most so many requests in flight, over all processes, crash or no crash."""
+"""ConcurrencyLimiter: at most so many requests in flight, over all processes, crashes included."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from fast_litellm_shm.limiters.waiting import (
 class ConcurrencyLimiter:
     """At most ``max_in_flight`` permits for each key, over all processes of the host together.
 
-    max_in_flight: 1 .. 100,000. name: processes that use the same name share; whoever sets
-    max_in_flight last sets it for all. segment: default ``Segment.default()``.
+    max_in_flight: 1 .. 100,000. name: processes that use the same name share; the last process that
+    sets max_in_flight sets it for all. segment: default ``Segment.default()``.
 
     cluster: a URL (``redis://host:6379/0``) or a :class:`~fast_litellm_shm.cluster.Cluster`: the
     limit holds over all hosts that name the same server, which grants permits to each host;
     False: this host alone; default: what FAST_LITELLM_SHM_CLUSTER says, else this host alone. See
     ``docs/cluster.md``.
 
-    A permit belongs to its process. One that is killed or crashes gives its permits back by itself:
-    at once to whoever then finds no other, within a second to whoever waits. One that is merely
-    stopped keeps them. Each permit takes one key's room in the segment.
+    A permit belongs to its process. The permits of a process that was killed or has crashed are
+    free again: at once for a call that finds no other, within a second for a waiter. A process that
+    is stopped keeps its permits. Each permit takes one key's room in the segment.
 
     Raises ValueError or TypeError for bad arguments, SegmentFullError where the process table (256)
     is full.
@@ -97,7 +97,7 @@ class ConcurrencyLimiter:
         return self._shared.limits[0].n
 
     def in_flight(self, key: str | bytes) -> int:
-        """How many permits of the key living processes hold. Frees those of dead ones."""
+        """How many permits of the key living processes hold. Frees those of dead processes."""
         return self._states.in_flight(key_bytes(key))
 
     def wait(self, key: str | bytes, timeout: float | None = None) -> Permit:
@@ -161,7 +161,7 @@ class ConcurrencyLimiter:
 
 
 class _Slot(Slot, ContextDecorator):
-    """What slot() returns: as a decorator, each call has a slot of its own."""
+    """Of slot(). As a decorator: each call has a slot of its own."""
 
     def __init__(
         self, limiter: ConcurrencyLimiter, key: str | bytes, timeout: float | None
@@ -214,5 +214,5 @@ def _rebuild(
 
 
 def release_process(segment: Segment, pid: int) -> int:
-    """Give back all permits of a process (0: of all dead ones). For operators; returns how many."""
+    """Give back all permits of a process (0: of all dead ones), for operators. Returns how many."""
     return int(lib.fshm_reap(segment._handle, ffi.cast("uint32_t", pid)))
