@@ -34,10 +34,6 @@ def token_leases(limiter: SharedLimits, cluster: Cluster) -> TokenLeases:
     return TokenLeases(limiter, _connection(cluster, limiter.segment))
 
 
-def permit_leases(limiter: InnerLimits, cluster: Cluster) -> PermitLeases:
-    return PermitLeases(limiter, _connection(cluster, limiter.segment))
-
-
 def _connection(cluster: Cluster, segment: Segment) -> connection.Connection:
     cluster.check()
     return connection.of(cluster, segment, leader.lead)
@@ -54,7 +50,7 @@ class Server(Grantor):
         return ServerRates(token_leases(limiter, self._cluster))
 
     def permits(self, limit: InFlight, **given: Any) -> Permits:
-        return ServerPermits(InnerLimits((limit,), **given), self._cluster)
+        return ServerPermits(self._permit_leases(InnerLimits((limit,), **given)))
 
     def quota(self, limits: Limits, *, settles: bool = True, **given: Any) -> Quotas:
         if not settles:
@@ -67,23 +63,14 @@ class Server(Grantor):
         if isinstance(last, InFlight):
             full = "raise" if given["on_full"] == "raise" else "deny"
             given |= {"name": own, "shown": name, "on_full": full}
-            permits = permit_leases(InnerLimits((last,), **given), self._cluster)
+            permits = self._permit_leases(InnerLimits((last,), **given))
         return ClusterQuota(tokens, permits, settles=settles)
+
+    def _permit_leases(self, limits: InnerLimits) -> PermitLeases:
+        return PermitLeases(limits, _connection(self._cluster, limits.segment))
 
     def longest_name(self, limits: Limits) -> int:
         return longest_name(limits)
-
-
-class _Nothing:
-    """What is reserved where nothing is."""
-
-    def keep(self) -> None: ...
-
-    def cancel(self) -> int:
-        return 0
-
-
-_NOTHING: Any = _Nothing()
 
 
 class ServerRates(Rates):
@@ -103,13 +90,13 @@ class ServerRates(Rates):
 
     def reserve(
         self, waits: Waits, limiter: SharedLimits, key: Key, cost: Cost, deadline: int
-    ) -> Steps[tuple[Decision, int, Reservation]]:
+    ) -> Steps[tuple[Decision, int, Reservation | None]]:
         """Nothing is reserved: the first that asks when there is room is admitted."""
         decision = yield from waits.ask(lambda: limiter.acquire(key, cost), lambda _: None)
         retry = decision.retry_after_ns
         if decision or retry is None or retry > ns_until(deadline):
-            return decision, 0, _NOTHING
-        return decision, max(retry, _SOONEST), _NOTHING
+            return decision, 0, None
+        return decision, max(retry, _SOONEST), None
 
     def block(self, limiter: SharedLimits, raw: bytes, ns: int) -> None:
         self.leases.block(raw, ns)
@@ -124,9 +111,9 @@ class ServerRates(Rates):
 class ServerPermits(Permits):
     wake_ns = 60_000_000  # a waiter asks again after as long as a refusal is remembered
 
-    def __init__(self, limits: InnerLimits, cluster: Cluster) -> None:
-        super().__init__(limits)
-        self.leases = permit_leases(limits, cluster)
+    def __init__(self, leases: PermitLeases) -> None:
+        super().__init__(leases.limiter)
+        self.leases = leases
 
     def held(self, permit: Permit) -> str:
         most, outage = self.limits.limits[0].n, self.leases.connection.outage

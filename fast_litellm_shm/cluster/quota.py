@@ -12,7 +12,7 @@ from fast_litellm_shm.cluster.permit_lease import PermitLeases
 from fast_litellm_shm.cluster.settlement import Settlement
 from fast_litellm_shm.cluster.single_flight import MOST_NAME
 from fast_litellm_shm.cluster.token_lease import TokenLeases
-from fast_litellm_shm.limiters.grantors import Cost, Key
+from fast_litellm_shm.limiters.grantors import Cost, Key, Quotas
 from fast_litellm_shm.limiters.waiting import ASYNCIO, BLOCKING, Steps, Waits, run, run_async
 from fast_litellm_shm.limits import InFlight, LimitSpec
 
@@ -70,7 +70,7 @@ class ClusterPermit:
         return bool(self.permit)
 
 
-class ClusterQuota:
+class ClusterQuota(Quotas):
     """The permit first, then the rates: where these deny, the permit is given back, and nothing is
     consumed. At least one of the two.
 

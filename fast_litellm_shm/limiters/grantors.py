@@ -8,9 +8,7 @@ protocols below name, and never asks which grantor it has. The native calls of t
 
 from __future__ import annotations
 
-import functools
 import time
-from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from fast_litellm_shm._shared import settings
@@ -23,7 +21,6 @@ from fast_litellm_shm._shared.named_limiter import (
     states_of,
 )
 from fast_litellm_shm._shared.native import Decision, Permit, Reservation, lib
-from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.limiters.waiting import Steps, Waits
 from fast_litellm_shm.limits import InFlight, LimitSpec
 
@@ -70,7 +67,7 @@ class Rates:
 
     def reserve(
         self, waits: Waits, limiter: SharedLimits, key: Key, cost: Cost, deadline: int
-    ) -> Steps[tuple[Decision, int, Reservation]]:
+    ) -> Steps[tuple[Decision, int, Reservation | None]]:
         """One step of a wait: the decision, ns to sleep, and what is reserved until then. After the
         sleep an admitted decision is the caller's (it was charged ahead), a denied one is to be
         asked again. 0 ns: it is final. deadline: of time.monotonic_ns()."""
@@ -106,38 +103,55 @@ class Permits:
         return f"{permit.in_flight} of {self.limits.limits[0].n} are held"
 
 
-class Quotas(Protocol):
+class Quotas:
     """Grants what a Quota, or a rule for web requests, asks for: rates and calls in flight,
-    admitted together."""
+    admitted together. tail: after each key, where quotas of one name differ in their numbers (the
+    plugin for LiteLLM)."""
 
-    segment: Segment
-    may_wait: bool  # whether admit() may have to wait for a server
+    may_wait = False  # whether admit() may have to wait for a server
 
-    @property
-    def admit(self) -> Callable[[Key, Cost], Held]:
-        """Admit, or deny and consume nothing. costs: one for each limit, or one for all."""
+    def __init__(self, limits: InnerLimits, tail: bytes = b"") -> None:
+        self._shared, self._states, self._tail = limits, states_of(limits), tail
+        self.segment = limits.segment
 
-    @property
-    def admit_async(self) -> Callable[[Key, Cost], Awaitable[Held]]: ...
     @property
     def limits(self) -> tuple[Any, ...]:
         """Those in force."""
+        return self._shared.limits
+
+    def _raw(self, key: Key) -> bytes:
+        return key_bytes(key) + self._tail
+
+    def admit(self, key: Key, costs: Cost) -> Held:
+        """Admit, or deny and consume nothing. costs: one for each limit, or one for all."""
+        return self._shared.admit(self._raw(key) if self._tail else key, costs)
+
+    async def admit_async(self, key: Key, costs: Cost) -> Held:
+        return self.admit(key, costs)
 
     def settle(
         self, key: Key, charged: tuple[int, ...], actual: tuple[int, ...], held: Any
     ) -> None:
         """Charge what was used beyond the estimate, into debt if need be; give back what was not
-        used, as long as its window lasts."""
+        used, as long as its window lasts. held: of admit()."""
+        self._states.settle(self._raw(key), charged, actual, held._address)
 
     def in_flight(self, key: Key) -> int:
         """Calls of the key in flight on this host."""
+        return self._states.in_flight(self._raw(key))
 
     def left(self, key: Key, *, ask: bool = False) -> tuple[int, ...]:
         """Tokens left of each rate. ask: a server, where this host does not know."""
+        return self._states.remaining(self._raw(key))
 
     def of_limit(self, key: Key, decision: Decision) -> tuple[int, float]:
         """``remaining`` and ``reset_after`` of the limit that the decision names alone. (The
         decision's own are the least and the longest of all its limits.)"""
+        raw, index = self._raw(key), decision.limit_index
+        if decision.allowed:
+            return decision.remaining, self._states.known(raw)[1][index] / 1e9
+        left = dict(enumerate(self._states.remaining(raw)))  # the limits may have changed
+        return left.get(index, decision.remaining), decision.reset_after
 
 
 class Grantor:
@@ -156,7 +170,7 @@ class Grantor:
 
     def quota(self, limits: Limits, *, settles: bool = True, **given: Any) -> Quotas:
         """settles: of_limit() is not called; else settle() and left() are not."""
-        return HostQuota(InnerLimits(limits, **given))
+        return Quotas(InnerLimits(limits, **given))
 
     def longest_name(self, limits: Limits) -> int:
         """How many bytes the name of a quota of these limits may have."""
@@ -176,52 +190,3 @@ def chosen(cluster: ClusterArgument) -> Grantor:
         if server is not None:
             return grantor.Server(server)
     return Grantor(False if cluster is False else None)
-
-
-class HostQuota:
-    """tail: after each key: what keys of limits with these numbers end in, where quotas of one name
-    differ in their numbers (the plugin for LiteLLM)."""
-
-    may_wait = False
-
-    def __init__(self, shared: InnerLimits, tail: bytes = b"") -> None:
-        self._shared, self._states, self._tail = shared, states_of(shared), tail
-        self.segment = shared.segment
-        self.admit: Callable[[Key, Cost], Held] = shared.admit
-        if tail:
-            self.admit = functools.partial(_admit_numbered, shared.admit, tail)
-        self.admit_async: Callable[[Key, Cost], Awaitable[Held]] = functools.partial(
-            _at_once, self.admit
-        )
-
-    @property
-    def limits(self) -> tuple[Any, ...]:
-        return self._shared.limits
-
-    def settle(
-        self, key: Key, charged: tuple[int, ...], actual: tuple[int, ...], held: Permit
-    ) -> None:
-        self._states.settle(key_bytes(key) + self._tail, charged, actual, held._address)
-
-    def in_flight(self, key: Key) -> int:
-        return self._states.in_flight(key_bytes(key) + self._tail)
-
-    def left(self, key: Key, *, ask: bool = False) -> tuple[int, ...]:
-        return self._states.remaining(key_bytes(key) + self._tail)
-
-    def of_limit(self, key: Key, decision: Decision) -> tuple[int, float]:
-        raw, index = key_bytes(key), decision.limit_index
-        if decision.allowed:
-            return decision.remaining, self._states.known(raw)[1][index] / 1e9
-        left = dict(enumerate(self._states.remaining(raw)))  # the limits may have changed
-        return left.get(index, decision.remaining), decision.reset_after
-
-
-def _admit_numbered(
-    admit: Callable[[Key, Cost], Permit], tail: bytes, key: Key, cost: Cost
-) -> Permit:
-    return admit(key_bytes(key) + tail, cost)
-
-
-async def _at_once(admit: Callable[[Key, Cost], Held], key: Key, cost: Cost) -> Held:
-    return admit(key, cost)

@@ -197,7 +197,7 @@ class Quota:
             given: dict[str, Any] = {"name": name, "segment": segment, "on_full": on_full}
             shared = InnerLimits(most, **given, numbered=own)
             self._cluster: grantors.Replayed = False
-            self._grantor: grantors.Quotas = grantors.HostQuota(shared, tail)
+            self._grantor: grantors.Quotas = grantors.Quotas(shared, tail)
         else:
             grantor = grantors.chosen(cluster)
             self._cluster = grantor.argument

@@ -171,10 +171,12 @@ class RateLimiter(SharedLimits):
                 try:
                     yield from waits.sleep(pause / 1e9)
                 except BaseException:
-                    reserved.cancel()
+                    if reserved is not None:
+                        reserved.cancel()
                     raise
             if not pause or (decision and time.monotonic_ns() - due < _LATE):
-                reserved.keep()
+                if reserved is not None:
+                    reserved.keep()
                 return decision
 
     def __reduce__(self) -> tuple[Any, ...]:
