@@ -117,7 +117,7 @@ class Connection:
         self._threads: dict[Any, Any] = {}
 
     def ensure(self, kind: Callable[[Connection], AnyThreads]) -> AnyThreads:
-        """The threads of a kind, in this process. They do not survive a fork, and are started anew."""
+        """The threads of a kind. They do not survive a fork, and are started anew in a child."""
         known: AnyThreads | None = self._threads.get(kind)
         if known is None:
             with starting:

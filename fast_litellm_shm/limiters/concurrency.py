@@ -13,6 +13,7 @@ from fast_litellm_shm._shared.named_limiter import key_bytes, states_of
 from fast_litellm_shm._shared.native import Permit, Slot, ffi, lib
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.limiters import grantors
+from fast_litellm_shm.limiters.choice import chosen
 from fast_litellm_shm.limiters.grantors import ClusterArgument
 from fast_litellm_shm.limiters.rate import deadline_ns
 from fast_litellm_shm.limiters.waiting import (
@@ -68,7 +69,7 @@ class ConcurrencyLimiter:
         cluster: ClusterArgument,
         keep: bool,
     ) -> None:
-        grantor = grantors.chosen(cluster)
+        grantor = chosen(cluster)
         self._cluster = grantor.argument
         self._grantor = grantor.permits(
             limit, name=name, segment=segment, on_full="deny", keep=keep

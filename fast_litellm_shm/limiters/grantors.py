@@ -1,8 +1,8 @@
 """Grantors: who grants what a limiter asks for. The host's own segment (here), or a server for many
 hosts (:mod:`fast_litellm_shm.cluster.grantor`).
 
-A limiter chooses its grantor once, when it is made (:func:`chosen`). From then on it calls what the
-protocols below name, and never asks which grantor it has. The native calls of the segment
+A limiter chooses its grantor once, when it is made (choice.py). From then on it calls the methods
+of the classes below, and never asks which grantor it has. The native calls of the segment
 (``acquire``, ``is_allowed``) do not pass here: they cost the same as without a grantor.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
-from fast_litellm_shm._shared import settings
 from fast_litellm_shm._shared.named_limiter import (
     InnerLimits,
     SharedLimits,
@@ -178,15 +177,3 @@ class Grantor:
 
 
 _RATES = Rates()
-
-
-def chosen(cluster: ClusterArgument) -> Grantor:
-    """The grantor that a limiter's argument names, or FAST_LITELLM_SHM_CLUSTER."""
-    if settings.names_server(cluster):
-        from fast_litellm_shm.cluster import grantor
-        from fast_litellm_shm.cluster.settings import found
-
-        server = found(cluster)
-        if server is not None:
-            return grantor.Server(server)
-    return Grantor(False if cluster is False else None)

@@ -11,6 +11,7 @@ from fast_litellm_shm._shared.named_limiter import InnerLimits
 from fast_litellm_shm._shared.native import Decision
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.limiters import grantors
+from fast_litellm_shm.limiters.choice import chosen
 from fast_litellm_shm.limiters.grantors import ClusterArgument, Held
 from fast_litellm_shm.limits import FixedWindow, InFlight, LimitSpec
 
@@ -199,7 +200,7 @@ class Quota:
             self._cluster: grantors.Replayed = False
             self._grantor: grantors.Quotas = grantors.Quotas(shared, tail)
         else:
-            grantor = grantors.chosen(cluster)
+            grantor = chosen(cluster)
             self._cluster = grantor.argument
             self._grantor = grantor.quota(own, name=name, segment=segment, on_full=on_full)
         self._numbered = _numbered

@@ -12,6 +12,7 @@ from fast_litellm_shm._shared.named_limiter import SharedLimits, key_bytes
 from fast_litellm_shm._shared.native import Decision
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.limiters import grantors
+from fast_litellm_shm.limiters.choice import chosen
 from fast_litellm_shm.limiters.grantors import ClusterArgument, Cost
 from fast_litellm_shm.limiters.waiting import (
     ASYNCIO,
@@ -84,7 +85,7 @@ class RateLimiter(SharedLimits):
         self._choose(cluster)
 
     def _choose(self, cluster: ClusterArgument) -> None:
-        grantor = grantors.chosen(cluster)
+        grantor = chosen(cluster)
         self._cluster, self._grantor = grantor.argument, grantor.rates(self)
 
     async def acquire_async(self, key: str | bytes, cost: Cost = 1) -> Decision:

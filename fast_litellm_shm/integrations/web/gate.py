@@ -17,7 +17,7 @@ from fast_litellm_shm.integrations.web import answers
 from fast_litellm_shm.integrations.web.keys import client_address
 from fast_litellm_shm.integrations.web.request import Request
 from fast_litellm_shm.integrations.web.rules import Cost, Rule
-from fast_litellm_shm.limiters import grantors
+from fast_litellm_shm.limiters.choice import chosen
 from fast_litellm_shm.limiters.grantors import ClusterArgument, Grantor, Held
 from fast_litellm_shm.limits import InFlight
 
@@ -251,7 +251,7 @@ class Gate:
         self._refuses = Rule(name="ambiguous path") if ambiguous_paths == "refuse" else None
         self._reported: dict[str, float] = {}
         self._dry_runs: dict[str, tuple[float, int]] = {}  # when last told, how many not since
-        grantor = grantors.chosen(cluster)
+        grantor = chosen(cluster)
         self._rules: list[tuple[Rule, _Opened | None]] = [
             (rule, _Opened(rule, name, segment, grantor) if rule.limits else None) for rule in found
         ]
