@@ -45,7 +45,7 @@ def use(segment: Segment) -> None:
     print(allowed, retry, left, reset, limit, waited, total, answer, also, stats, size)
 
 def hold(limiter: ConcurrencyLimiter, quota: Quota) -> None:
-    permit: Permit = limiter.acquire("k")
+    permit: Permit = limiter.acquire(key="k")
     over: bool = permit.released or bool(permit)
     held: int = permit.in_flight
     back: bool = permit.release()

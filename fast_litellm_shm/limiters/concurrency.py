@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import AsyncContextDecorator, ContextDecorator
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fast_litellm_shm import exceptions, limits
 from fast_litellm_shm._shared.named_limiter import key_bytes, states_of
@@ -46,9 +45,11 @@ class ConcurrencyLimiter:
     is full.
     """
 
-    acquire: Callable[[str | bytes], Permit]
-    """acquire(key) -> Permit: true when admitted; else false, and ``in_flight`` says how many are
-    held. Release it with ``permit.release()`` or ``with permit:``."""
+    if TYPE_CHECKING:  # else the native method, of each object
+
+        def acquire(self, key: str | bytes) -> Permit:
+            """True when admitted; else false, and ``in_flight`` says how many are held. Release it
+            with ``permit.release()`` or ``with permit:``."""
 
     def __init__(
         self,
@@ -76,7 +77,7 @@ class ConcurrencyLimiter:
         )
         self._shared = self._grantor.limits
         self._states = states_of(self._shared)
-        self.acquire = self._shared.admit
+        self.acquire = self._shared.admit  # type: ignore[method-assign]
 
     async def acquire_async(self, key: str | bytes) -> Permit:
         """acquire() for asyncio: where a server has to be asked, a thread does that."""
