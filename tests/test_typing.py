@@ -15,8 +15,8 @@ GOOD = """
 from typing import Any
 import fast_litellm_shm as fls
 from fast_litellm_shm import (
-    Batch, Decision, Limit, RateLimiter, Segment, SegmentError, SimpleRateLimiter, SlidingWindow,
-    Window,
+    Admission, Batch, ConcurrencyLimiter, Decision, Limit, Permit, Quota, RateLimiter, Segment,
+    SegmentError, SimpleRateLimiter, SlidingWindow, Window,
 )
 
 def use(segment: Segment) -> None:
@@ -43,6 +43,30 @@ def use(segment: Segment) -> None:
     stats: dict[str, Any] = fls.get_rate_limit_stats()
     size: dict[str, Any] = Segment.default().stats()
     print(allowed, retry, left, reset, limit, waited, total, answer, also, stats, size)
+
+def hold(limiter: ConcurrencyLimiter, quota: Quota) -> None:
+    permit: Permit = limiter.acquire(key="k")
+    over: bool = permit.released or bool(permit)
+    held: int = permit.in_flight
+    back: bool = permit.release()
+    waited: Permit = limiter.wait(b"k", timeout=1)
+    with limiter.slot("k", timeout=None) as slot:
+        mine: Permit = slot
+    with quota.admit("k", tokens=5) as admission:
+        admission.settle(7)
+    ended: bool = admission.released or admission.allowed
+    left: dict[str, int] = quota.remaining("k")
+    limit: Limit | Window | SlidingWindow = admission.decision.limit
+    print(over, held, back, waited, mine, ended, left, limit, limiter.in_flight("k"))
+
+async def hold_later(limiter: ConcurrencyLimiter, quota: Quota) -> None:
+    permit: Permit = await limiter.acquire_async("k")
+    waited: Permit = await limiter.wait_async("k", timeout=1)
+    async with limiter.slot_async("k") as slot:
+        mine: Permit = slot
+    admission: Admission = await quota.admit_async("k", 5)
+    decision: Decision = await RateLimiter(Limit(5)).acquire_async("k", cost=2)
+    print(permit, waited, mine, admission, decision)
 
 @fls.limited(RateLimiter(Limit(5)), key=lambda n: str(n), cost=2, wait=1.5)
 def doubled(n: int) -> int:
@@ -73,7 +97,7 @@ async def later(limiter: RateLimiter) -> bool:
         return False
 """
 
-NAMES = "from fast_litellm_shm import Limit, RateLimiter, SimpleConnectionPool, limited"
+NAMES = "from fast_litellm_shm import *"
 BAD = {
     "RateLimiter(Limit(5)).acquire(5)": "arg-type",
     'RateLimiter(Limit("5"))': "arg-type",
@@ -83,6 +107,10 @@ BAD = {
     "limited(Limit(5))": "arg-type",
     'limited(RateLimiter(Limit(5)))(len)("a", "b")': "call-arg",
     'SimpleConnectionPool("p").connection("https://host")(len)("a", "b")': "call-arg",
+    'ConcurrencyLimiter(5, name="n").acquire(5)': "arg-type",
+    'ConcurrencyLimiter(5, name="n").acquire("k").released()': "operator",
+    'Quota(rpm=5, name="n").admit("k", tokens="5")': "arg-type",
+    "RateLimiter(Limit(5), cluster=5)": "arg-type",
     "Limit(5, 60, 10)": "call-arg",
     'RateLimiter(Limit(5)).acquire_many("k", cost="1")': "arg-type",
 }

@@ -47,8 +47,8 @@ class SharedLimits(Core):
         on_full: str,
         keep: bool = False,  # where the name exists, leave its limits as they are
         shown: str | None = None,  # what errors call it, where the user gave another name
-        # The limits of this object's keys, where those of the name are only the most that there can
-        # be: of the same kinds. A key must keep to one such set.
+        # The limits of this object's keys; those of the name are upper bounds of the same kinds. A
+        # key must keep to one such set.
         numbered: tuple[LimitSpec | InFlight, ...] | None = None,
     ) -> None:
         if name is None:
@@ -122,7 +122,7 @@ class SharedLimits(Core):
             self._failed(lib.FSHM_E_DAMAGED)
         try:
             found = tuple(limits.from_raw(raw[i]) for i in range(count))
-        except ValueError:  # numbers that nobody can have set
+        except ValueError:  # numbers that no program can have set
             self._failed(lib.FSHM_E_DAMAGED)
         if self._numbered is not None and len(found) == len(self._numbered):
             found = self._numbered

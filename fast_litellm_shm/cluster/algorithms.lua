@@ -1,4 +1,4 @@
--- meter.lua - the global meter of one key, for all hosts. The arithmetic is that of csrc/meter.h.
+-- algorithms.lua - the rate-limit algorithms of one key, for all hosts. The arithmetic is that of csrc/limits/meter.h.
 --
 -- KEYS[1]: the state of the key, packed by cmsgpack. It lives as long as anything in it counts.
 -- ARGV: operation, host, channel, limiter, key, whether that is sealed (1, 0), how many limits; then thirteen numbers
@@ -7,34 +7,34 @@
 --   previous (of a sliding window, which has only the present one in `used`), left (us or ns ahead)
 -- Operations:
 --   take    give back `given`, then charge the cost if it fits every limit, and a batch of as much more for
---           the host's wallet, which is empty until then
---   single  the same without a batch, for a host that cannot keep one
---   ahead   the batch alone, since the host's wallet runs low
+--           the host's token lease, which is empty until then
+--   single  the same without a batch, for a caller that asks for itself alone
+--   ahead   the batch alone, since the host's token lease runs low
 --   look    nothing is charged
---   give    give back `given` tokens of the host's wallet; nothing is charged
+--   give    give back `given` leased tokens; nothing is charged
 --   charge  charge the cost, room or not; fill: the same, but never beyond the limit
 --   refund  give the cost back; of a window that has `left` us left for the host: of no later one
 --   block   give back `given`, and deny for so many ns as the cost says, or longer: buckets
 --   reset   forget what was consumed
 -- Answer: admitted (1, 0), how many times the cost the batch holds, us until the cost fits (0; -1 never),
---   us for which the host need not ask again (also where it was admitted), the limit that refused, whether the
---   value was none of ours (1, 0); then six numbers for each limit: tokens used, left (as above), us that the lease lasts, whether `kept` was dated anew,
+--   us of back-off (also where it was admitted), the limit that refused, whether the value was not ours (1, 0); then
+--   six numbers for each limit: tokens used, left (as above), us that the lease lasts, whether `kept` was dated anew,
 --   and of a sliding window its two counts: this window's, the previous one's.
 --
 -- State: t (us, when it was written), l (limits), h (hosts), x (it was reset). All times in it are spans from
--- t on, so that a clock of the server that jumps back costs nobody anything.
+-- t on, so a jump of the server's clock back changes nothing.
 --   limit  k: kind; r: n, per, of a bucket burst, num, den of its label, the limit that wrote it; o: which of the
 --          limits of the last call it is for, if any; f, q: kind and per of that, where they are not its label's.
 --          Bucket: a: ns that the arrival time is ahead. Window: w: us until its end without debt (0 or less
 --          while debt is waited out); c: tokens used in all; s: serial number of the window. Sliding: and p:
---          those of the previous one; g, h: how many of c, p were told by `fill`.
+--          those of the previous one; g, h: how many of c, p were reported by `fill`.
 --   host   t: us, when it last called; g: when it was last granted something; b: batches it was granted then;
 --          p: for each limit, bucket: -1 - a after that grant, and in i the ns of a token; else s at that grant;
 --          r: when it was asked to give back; o: whether it may hold tokens; k: the key as it calls it, if sealed.
 --
--- A value that is no such state (values.lua) was written by a host that is broken, or means harm. What it was is not
--- known. So all limits of the call count as used up, as of now: that is what whoever wrote it could have done by
--- charging, too, and gives nobody anything. `reset` ends it.
+-- A value that is no such state (values.lua) was written by a broken or hostile host. What it was is not known. So all
+-- limits of the call count as used up, as of now: that host could have done the same by charging, and no host gains by
+-- it. `reset` ends it.
 --
 -- Limits that change: a state stays under its label until the present limit leaves room for it, or would have it
 -- empty sooner. So a window that is lowered and raised again has what it had, debt is only what exceeded the limit
@@ -44,15 +44,15 @@
 
 local FIELDS, HEAD = 13, 7
 local PACE = 250000 -- us that a batch should last: several times what a thread may wait for its interpreter
-local CALM = 60000 -- us after a refusal before the host asks again, at least
+local BACK_OFF = 60000 -- us after a refusal before the host asks again, at least
 local VERIFY = 1000000 -- and at most
 local RECALL = 500000 -- us within which a host gives back what it is asked for, or never will
-local REPEAT = 5000000 -- but it is asked again: it may not have heard
-local ACTIVE = 1000000 -- us since its last call for which a host counts as one of those who want a share
+local REPEAT = 5000000 -- us until it is asked again: the message may have been lost
+local ACTIVE = 1000000 -- us since its last call for which a host counts as one that wants a share
 local FORGET = 600000000 -- us after which a host that holds nothing is forgotten, where hosts are many
-local MOST = 16777214 -- tokens in a wallet: WALLET_MOST of meter.h
+local MOST = 16777214 -- tokens of a token lease: WALLET_MOST of meter.h
 local USED = 2147483647 -- tokens of a window: WINDOW_MAX_N of meter.h
-local PLACES = 12 -- limits that a key's state has at most, those that are taken away included
+local PLACES = 12 -- limits that a key's state has at most, with those that were taken away
 
 local floor, ceil, min, max = math.floor, math.ceil, math.min, math.max
 local op, host, channel, limiter, name = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
@@ -154,7 +154,7 @@ local function under(r, label, m)
   if label.kind ~= r.kind or (r.kind == 2 and label.per ~= r.per) then
     local tokens = used(label, m)
     if r.kind == 0 then u.a = min(increment(r, tokens), BIG) elseif tokens > 0 then u.c, u.w = tokens, r.per end
-    if label.kind ~= r.kind then u.s = m.s + 1 end -- what was granted before is nobody's
+    if label.kind ~= r.kind then u.s = m.s + 1 end -- earlier grants are not given back
   elseif r.kind == 0 then
     u.a = m.a
     if r.num * label.den ~= label.num * r.den then -- what is no whole token is rounded up
@@ -269,8 +269,8 @@ for j, m in ipairs(state.l) do
   advance(known[j], m, span)
 end
 
--- Which state belongs to which limit: one of its kind and period, else the next of those that were in force, else,
--- since it is a new limit, one that is empty. One that was in force has a limit that goes on from it, as long as there
+-- Which state belongs to which limit: one of its kind and period, else the next of those that were in force, else
+-- (it is a new limit) an empty one. One that was in force has a limit that goes on from it, as long as there
 -- are enough: a limit of its kind and period that was there before does not go ahead of it.
 local place, taken = {}, {}
 local function alike(r, m) return (m.f or m.k) == r.kind and (m.q or m.r[2]) == r.per end
@@ -361,11 +361,10 @@ if others > 64 then
 end
 hosts = hosts + 1
 
--- A host that this state has never seen, and that knows more than is in it: the state was lost (a restart
--- without persistence, a failover). What the hosts know last is what it was, so it grows together again. That
--- has what a host admitted while the server was away, of all its processes: while these tell of it, each its own
--- part, it would count twice. So a host is not seen by that. (It may also be a host that was forgotten: then all
--- that it knows is in the state, or was given back.)
+-- A host that is not in this state, and knows more than is in it: the state was lost (a restart without persistence,
+-- a failover). It is restored from what the hosts knew last. That includes what all processes of a host admitted
+-- during an outage: while each process reports its own part, by `fill`, it would count twice. So `fill` does not add
+-- the host. (It may also be a host that was forgotten: then all that it knows is in the state, or was given back.)
 local me = state.h[host]
 if not me then
   me = {t = now, g = now, b = 0}
@@ -382,12 +381,12 @@ if not me then
         local c, p, left = r.used, r.previous, min(r.left, r.per)
         if m.w <= 0 and m.c == 0 then
           m.w, m.s = left, m.s + 1
-        elseif r.kind == 2 and left < m.w - r.per / 2 then -- told on the way into this window
+        elseif r.kind == 2 and left < m.w - r.per / 2 then -- sent before this window began
           c, p = 0, c
         elseif r.kind == 2 and left > m.w + r.per / 2 then
           m.p, m.c, m.w, m.s, m.h, m.g = m.c, 0, left, m.s + 1, m.g, nil
         end
-        -- what was admitted without the server is not among what hosts know of a sliding window
+        -- what hosts know of a sliding window does not include what they admitted during an outage
         m.c = max(m.c, c + (m.g or 0))
         if r.kind == 2 then m.p = max(m.p, p + (m.h or 0)) end
         if r.kind == 1 and m.c > label.n and m.c == c then -- it was not under this limit that it was used
@@ -399,7 +398,7 @@ if not me then
   end
 end
 
--- Give back what the host was granted and has not spent. What has drained since belongs to others by now.
+-- Give back what the host was granted and has not spent, less what has drained since.
 local function give_back(i, tokens)
   local r, m, at = labels[i], meters[i], me.p and me.p[place[i]]
   if tokens == 0 or not at then return end
@@ -422,7 +421,7 @@ end
 
 -- operations ----------------------------------------------------------------------------------------
 
-local admitted, batch, wait, calm, refused = 1, 0, 0, 0, 0
+local admitted, batch, wait, back_off, refused = 1, 0, 0, 0, 0
 local redated = {}
 
 -- Do all limits have room for `times` of the cost?
@@ -446,21 +445,21 @@ local function charge_all(n)
   end
 end
 
--- Ask the others to give back what they hold, and tell for how long it pays to ask again soon.
+-- Ask the other hosts to give back what they hold. Returns whether some may do so soon.
 local function recall()
   local hope, ask = false, false
-  local told = {sealed and 'M' or 'm', limiter, sealed and '' or name}
-  -- and each host that seals names, with its own for the key
+  local message = {sealed and 'M' or 'm', limiter, sealed and '' or name}
+  -- and each host that seals names, with its own name of the key
   for id, h in pairs(state.h) do
     if id ~= host and h.o then
       if not h.r or now - h.r > REPEAT then
         h.r, ask = now, true
-        if h.k then told[#told + 1], told[#told + 2] = id, h.k end
+        if h.k then message[#message + 1], message[#message + 2] = id, h.k end
       end
       hope = hope or now - h.r < RECALL
     end
   end
-  if ask then redis.call('PUBLISH', channel, cmsgpack.pack(told)) end
+  if ask then redis.call('PUBLISH', channel, cmsgpack.pack(message)) end
   return hope
 end
 
@@ -493,8 +492,8 @@ elseif op == 'take' or op == 'single' or op == 'ahead' then
   if op == 'take' then
     for i, r in ipairs(rules) do give_back(i, r.given) end
   end
-  -- Tokens of a bucket that lie in the wallet still are given back and taken again, as of now, so that their
-  -- lease can begin anew with the batch's; where that does not fit, they end as they would have.
+  -- Leased tokens of a bucket are given back and taken again, as of now, so that their lease begins anew with the
+  -- batch's. Where that does not fit, they end as they would have.
   local before, whole = {}, op ~= 'single'
   for i, r in ipairs(rules) do
     if r.kind == 0 and labels[i].kind == 0 and r.kept > 0 and whole then
@@ -537,12 +536,12 @@ elseif op == 'take' or op == 'single' or op == 'ahead' then
       end
       if batch > 0 then me.r = nil end
     end
-    -- That was the last: what comes back is worth a question when some of it has come.
+    -- Those were the last tokens: the next request is worth it when some have come back.
     if once > 0 and batch == 0 and not fits(1) then
       for i, r in ipairs(rules) do
         if r.kind ~= 1 then
           local some = r.kind == 0 and r.burst * r.num / r.den / 2000 or r.per / 20
-          calm = max(calm, min(CALM, max(retry(i, r.cost), floor(some))))
+          back_off = max(back_off, min(BACK_OFF, max(retry(i, r.cost), floor(some))))
         end
       end
     end
@@ -555,7 +554,7 @@ elseif op == 'take' or op == 'single' or op == 'ahead' then
       end
     end
     local hope = recall()
-    calm = wait == -1 and VERIFY or hope and CALM or min(max(wait, CALM), VERIFY)
+    back_off = wait == -1 and VERIFY or hope and BACK_OFF or min(max(wait, BACK_OFF), VERIFY)
     me.b = floor(me.b / 2)
   end
 elseif op == 'look' then
@@ -603,7 +602,7 @@ elseif op == 'refund' then
   end
 elseif op == 'reset' then
   for j, m in ipairs(state.l) do
-    state.l[j] = fresh(known[j], m.s + 1) -- what was granted before is nobody's
+    state.l[j] = fresh(known[j], m.s + 1) -- earlier grants are not given back
   end
   for i, r in ipairs(rules) do adopt(i, fresh(r, state.l[place[i]].s)) end
   state.h = {}
@@ -625,12 +624,12 @@ for j, m in ipairs(state.l) do
 end
 for i, r in ipairs(rules) do
   life = max(life, r.lease, ceil(over(labels[i], meters[i])))
-  if state.x then life = max(life, 2 * r.per) end -- longer than anybody's knowledge of before
+  if state.x then life = max(life, 2 * r.per) end -- longer than what any host knows of before
 end
 life = min(life, BIG / 2)
 redis.call('SET', KEYS[1], cmsgpack.pack(state), 'PX', ceil(life / 1000) + 1000)
 
-local answer = {admitted, batch, wait, calm, refused, junk and 1 or 0}
+local answer = {admitted, batch, wait, back_off, refused, junk and 1 or 0}
 for i, r in ipairs(rules) do
   local u, left = seen(i)
   if r.kind == 0 then left = u.a elseif r.kind == 1 then left = over(r, u) else left = u.w end

@@ -1,4 +1,4 @@
-"""What is said to the server and what it answers: the arguments of algorithms.lua."""
+"""Requests about rates and their answers: the arguments of algorithms.lua."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Rule(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def rule(limit: LimitSpec) -> Rule:
-    """How the server meters a limit.
+    """How the server counts a limit.
 
     A bucket's tokens are leased for a second or a twentieth of ``per``, whichever is less, so that
     at most ``burst + rate * (t + lease)`` are admitted in t seconds. A strict bucket refills more
@@ -70,7 +70,7 @@ class Request(NamedTuple):
     used: Sequence[int]
     previous: Sequence[int]  # of a sliding window; `used` has the present one alone
     left: Sequence[int]  # us; of a bucket ns
-    at: bytes | None = None  # what the server calls it, where `key` is not known
+    at: bytes | None = None  # the server's key, where `key` is not known
 
     @property
     def source(self) -> str:
@@ -78,7 +78,7 @@ class Request(NamedTuple):
 
     @property
     def asked(self) -> int:
-        """Tokens, asked for or given back: for people."""
+        """Tokens, asked for or given back: for the metrics."""
         return max(self.costs) + max(self.given)
 
     def granted(self, found: Answer) -> int:
@@ -108,7 +108,7 @@ class Request(NamedTuple):
 
 
 class Known(NamedTuple):
-    """Of one limit, what the server says of its meter."""
+    """What the server says of the state of one limit."""
 
     used: int  # tokens
     left_ns: int
@@ -120,7 +120,7 @@ class Known(NamedTuple):
 
 class Answer(NamedTuple):
     """``batch``: how many times the cost was granted beyond it. ``junk``: the value at the server
-    was none of ours, so the key counts as used up."""
+    was not ours, so the key counts as used up."""
 
     admitted: bool
     batch: int

@@ -4,7 +4,6 @@ tokens that run low, and settlements; and the thread that may lead the host (lea
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import threading
 import time
@@ -36,6 +35,8 @@ class Background:
             works["lead"] = self._lead
         for name, work in works.items():
             threading.Thread(target=work, name=f"fast-shm-cluster_{name}", daemon=True).start()
+        # also where a child of multiprocessing ends, which runs no atexit
+        util.Finalize(None, self.finish, exitpriority=0)
 
     def _lead(self) -> None:
         assert self._connection.lead is not None
@@ -101,37 +102,3 @@ class Background:
         finally:
             for leases, _, permit, *_ in asked:
                 leases.single_flight.end(permit)
-
-
-_all: dict[int, Background] = {}
-lock = threading.RLock()  # the collector may run in here, and find a call to settle
-
-
-def ensure(connection: Connection) -> Background:
-    """The threads of a connection in this process. They do not survive a fork, and are started
-    anew."""
-    known = _all.get(id(connection))
-    if known is None:
-        with lock:
-            known = _all.get(id(connection))
-            if known is None:
-                # Known before its threads start: meanwhile other greenlets run and come here, and
-                # a lock that was made before the program was patched does not keep them out.
-                known = _all[id(connection)] = Background(connection)
-                try:
-                    known.start()
-                except BaseException:
-                    del _all[id(connection)]
-                    raise
-                # also where a child of multiprocessing ends, which runs no atexit
-                util.Finalize(None, known.finish, exitpriority=0)
-    return known
-
-
-def _forked() -> None:
-    global lock
-    lock = threading.RLock()
-    _all.clear()
-
-
-os.register_at_fork(after_in_child=_forked)

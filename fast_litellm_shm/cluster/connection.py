@@ -10,7 +10,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared import greenlets
@@ -79,6 +79,13 @@ class Unreported(Protocol):
         """In a child: the parent reports its own."""
 
 
+class Threads(Protocol):
+    def start(self) -> None: ...
+
+
+AnyThreads = TypeVar("AnyThreads", bound=Threads)
+
+
 class Connection:
     """Of all limiters of a process that share a server and a segment. lead: what the thread that
     may lead this host runs (leader.py); None: there is no such thread."""
@@ -107,6 +114,24 @@ class Connection:
         self.unreported: weakref.WeakSet[Unreported] = weakref.WeakSet()
         self.settlements = deque[Any]()  # settlement.Settlement, left to a thread
         self._metrics: dict[tuple[str, str], int] = {}
+        self._threads: dict[Any, Any] = {}
+
+    def ensure(self, kind: Callable[[Connection], AnyThreads]) -> AnyThreads:
+        """The threads of a kind. They do not survive a fork, and are started anew in a child."""
+        known: AnyThreads | None = self._threads.get(kind)
+        if known is None:
+            with starting:
+                known = self._threads.get(kind)
+                if known is None:
+                    # Known before they start: meanwhile other greenlets run and come here, and a
+                    # lock that was made before the program was patched does not keep them out.
+                    known = self._threads[kind] = kind(self)
+                    try:
+                        known.start()
+                    except BaseException:
+                        del self._threads[kind]
+                        raise
+        return known
 
     def client(self) -> Any:
         """Of the redis library. Made at the first use: in a worker, not in the process that forks
@@ -359,6 +384,7 @@ def is_refusal(error: Exception) -> bool:
 
 _connections: dict[tuple[Cluster, int], Connection] = {}
 _connections_lock = threading.Lock()
+starting = threading.RLock()  # the collector may run in ensure(), and find a call to settle
 
 
 def of(cluster: Cluster, segment: Segment, lead: Callable[[Connection], None] | None) -> Connection:
@@ -397,11 +423,12 @@ def noted(note: int) -> tuple[int, tuple[str, ...]]:
 def _forked() -> None:
     """Locks that other threads held in the parent would stay locked. The redis library makes new
     sockets in a child."""
-    global _connections_lock
-    _connections_lock = threading.Lock()
+    global _connections_lock, starting
+    _connections_lock, starting = threading.Lock(), threading.RLock()
     for each in _connections.values():
         each._lock = greenlets.Lock()
         each._client = None
+        each._threads.clear()
         each.settlements.clear()
         for limiter in each.unreported:
             limiter.forked()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from fast_litellm_shm._shared.named_limiter import InnerLimits, SharedLimits
-from fast_litellm_shm._shared.native import Permit
+from fast_litellm_shm._shared.native import Decision, Permit, Reservation
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.cluster import connection, leader
 from fast_litellm_shm.cluster.permit_lease import PermitLeases
@@ -17,28 +16,22 @@ from fast_litellm_shm.cluster.token_lease import TokenLeases
 from fast_litellm_shm.limiters.grantors import (
     Answers,
     Cost,
+    Grantor,
     Key,
-    Next,
-    PermitGrantor,
-    QuotaGrantor,
-    RateGrantor,
-    Replayed,
-    cannot_block,
+    Limits,
+    Permits,
+    Quotas,
+    Rates,
     ns_until,
 )
 from fast_litellm_shm.limiters.waiting import Steps, Waits
-from fast_litellm_shm.limits import InFlight, LimitSpec, TokenBucket
+from fast_litellm_shm.limits import InFlight
 
 _SOONEST = 1_000_000  # ns: between two tries of a waiter
-_WAKE_NS = 60_000_000  # a waiter asks again after as long as a refusal is remembered
 
 
 def token_leases(limiter: SharedLimits, cluster: Cluster) -> TokenLeases:
     return TokenLeases(limiter, _connection(cluster, limiter.segment))
-
-
-def permit_leases(limiter: InnerLimits, cluster: Cluster) -> PermitLeases:
-    return PermitLeases(limiter, _connection(cluster, limiter.segment))
 
 
 def _connection(cluster: Cluster, segment: Segment) -> connection.Connection:
@@ -46,62 +39,41 @@ def _connection(cluster: Cluster, segment: Segment) -> connection.Connection:
     return connection.of(cluster, segment, leader.lead)
 
 
-class Server:
-    """The grantor of limiters whose argument, or FAST_LITELLM_SHM_CLUSTER, names a server."""
+class Server(Grantor):
+    """Of limiters whose argument, or FAST_LITELLM_SHM_CLUSTER, names a server."""
 
     def __init__(self, cluster: Cluster) -> None:
+        super().__init__(cluster)
         self._cluster = cluster
-        self.argument: Replayed = cluster
 
-    def rates(self, limiter: SharedLimits) -> RateGrantor:
+    def rates(self, limiter: SharedLimits) -> Rates:
         return ServerRates(token_leases(limiter, self._cluster))
 
-    def permits(self, limit: InFlight, **given: Any) -> PermitGrantor:
-        return ServerPermits(InnerLimits((limit,), **given), self._cluster)
+    def permits(self, limit: InFlight, **given: Any) -> Permits:
+        return ServerPermits(self._permit_leases(InnerLimits((limit,), **given)))
 
-    def quota(
-        self,
-        found: tuple[LimitSpec | InFlight, ...],
-        *,
-        name: str,
-        segment: Segment | None,
-        on_full: str,
-        settles: bool = True,
-    ) -> QuotaGrantor:
+    def quota(self, limits: Limits, *, settles: bool = True, **given: Any) -> Quotas:
         if not settles:
-            on_full = "raise"  # keys without room do not share counters: a server has the counts
-        rates = tuple(each for each in found if not isinstance(each, InFlight))
-        last, tokens, permits = found[-1], None, None
-        own = permits_name(found, name)
+            given["on_full"] = "raise"  # keys without room share no counters: a server has them
+        rates = tuple(each for each in limits if not isinstance(each, InFlight))
+        last, name, tokens, permits = limits[-1], given["name"], None, None
+        own = permits_name(limits, name)
         if rates:
-            tokens = token_leases(
-                InnerLimits(rates, name=name, segment=segment, on_full=on_full), self._cluster
-            )
+            tokens = token_leases(InnerLimits(rates, **given), self._cluster)
         if isinstance(last, InFlight):
-            full = "raise" if on_full == "raise" else "deny"
-            permits = permit_leases(
-                InnerLimits((last,), name=own, segment=segment, on_full=full, shown=name),
-                self._cluster,
-            )
+            full = "raise" if given["on_full"] == "raise" else "deny"
+            given |= {"name": own, "shown": name, "on_full": full}
+            permits = self._permit_leases(InnerLimits((last,), **given))
         return ClusterQuota(tokens, permits, settles=settles)
 
-    def longest_name(self, found: Sequence[LimitSpec | InFlight]) -> int:
-        return longest_name(found)
+    def _permit_leases(self, limits: InnerLimits) -> PermitLeases:
+        return PermitLeases(limits, _connection(self._cluster, limits.segment))
+
+    def longest_name(self, limits: Limits) -> int:
+        return longest_name(limits)
 
 
-class _Nothing:
-    """What is reserved where nothing is."""
-
-    def keep(self) -> None: ...
-
-    def cancel(self) -> int:
-        return 0
-
-
-_NOTHING: Any = _Nothing()
-
-
-class ServerRates:
+class ServerRates(Rates):
     def __init__(self, leases: TokenLeases) -> None:
         self.leases = leases
 
@@ -118,17 +90,15 @@ class ServerRates:
 
     def reserve(
         self, waits: Waits, limiter: SharedLimits, key: Key, cost: Cost, deadline: int
-    ) -> Steps[Next]:
+    ) -> Steps[tuple[Decision, int, Reservation | None]]:
         """Nothing is reserved: the first that asks when there is room is admitted."""
         decision = yield from waits.ask(lambda: limiter.acquire(key, cost), lambda _: None)
         retry = decision.retry_after_ns
         if decision or retry is None or retry > ns_until(deadline):
-            return decision, 0, _NOTHING
-        return decision, max(retry, _SOONEST), _NOTHING
+            return decision, 0, None
+        return decision, max(retry, _SOONEST), None
 
     def block(self, limiter: SharedLimits, raw: bytes, ns: int) -> None:
-        if not any(isinstance(each, TokenBucket) for each in limiter.limits):
-            raise cannot_block(limiter)
         self.leases.block(raw, ns)
 
     def reset(self, limiter: SharedLimits, raw: bytes | None) -> None:
@@ -138,11 +108,12 @@ class ServerRates:
             self.leases.reset(raw)
 
 
-class ServerPermits:
-    wake_ns = _WAKE_NS
+class ServerPermits(Permits):
+    wake_ns = 60_000_000  # a waiter asks again after as long as a refusal is remembered
 
-    def __init__(self, limits: InnerLimits, cluster: Cluster) -> None:
-        self.limits, self.leases = limits, permit_leases(limits, cluster)
+    def __init__(self, leases: PermitLeases) -> None:
+        super().__init__(leases.limiter)
+        self.leases = leases
 
     def held(self, permit: Permit) -> str:
         most, outage = self.limits.limits[0].n, self.leases.connection.outage

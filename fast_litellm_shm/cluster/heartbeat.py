@@ -3,13 +3,11 @@ seconds, and gives back unused ones. A host that reports nothing loses what it w
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import weakref
 from typing import Any, Protocol
 
-from fast_litellm_shm._shared import greenlets
 from fast_litellm_shm.cluster.connection import Connection, UnreachableError, log
 
 _SECONDS = 1.0
@@ -31,6 +29,8 @@ class Heartbeat:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self.leases: weakref.WeakSet[Leases] = weakref.WeakSet()
+
+    def start(self) -> None:
         threading.Thread(target=self._run, name="fast-shm-cluster-beat", daemon=True).start()
 
     def _run(self) -> None:
@@ -54,31 +54,3 @@ class Heartbeat:
                     answers = self._connection.call([request for request, _ in due])
                     for (request, lease), answer in zip(due, answers, strict=True):
                         leases.put(request, lease, answer)
-
-
-_all: dict[int, Heartbeat] = {}
-_lock = greenlets.Lock()  # to start a thread lets other greenlets run
-
-
-def ensure(connection: Connection) -> Heartbeat:
-    """The heartbeat of a connection in this process."""
-    known = _all.get(id(connection))
-    if known is None:
-        with _lock:
-            known = _all.get(id(connection))
-            if known is None:
-                known = _all[id(connection)] = Heartbeat(connection)
-    return known
-
-
-def _forked() -> None:
-    """A child holds nothing yet: its parent's permits are its parent's."""
-    global _lock
-    _lock = greenlets.Lock()
-    for each in _all.values():
-        for leases in list(each.leases):
-            leases.keys.clear()
-    _all.clear()
-
-
-os.register_at_fork(after_in_child=_forked)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
+from typing import Any, TypeVar
 
 from fast_litellm_shm._shared import greenlets
 from fast_litellm_shm._shared.inspection import HELD, LEASED, held_permits, is_cut, stored_name
@@ -22,6 +23,8 @@ from fast_litellm_shm.cluster.connection import (
 from fast_litellm_shm.cluster.hosts import host_count, keep_host_count
 from fast_litellm_shm.cluster.permit_lease import PermitLeases
 from fast_litellm_shm.cluster.token_lease import TokenLeases
+
+AnyLeases = TypeVar("AnyLeases", TokenLeases, PermitLeases)
 
 _HEARTBEAT = 2.0  # seconds between two heartbeats of a host
 _MOST = 200  # keys in one pipeline
@@ -72,8 +75,7 @@ class Leader:
 
     def __init__(self, connection: Connection) -> None:
         self._connection, self._segment = connection, connection.segment
-        self._token_leases: dict[bytes, TokenLeases] = {}  # by limiter, of any process of the host
-        self._permit_leases: dict[bytes, PermitLeases] = {}
+        self._known: dict[Any, Any] = {}  # leases of limiters of any process of the host
 
     def serve(self) -> None:
         """Until the connection is lost."""
@@ -122,14 +124,14 @@ class Leader:
         if name is None:
             return  # it is for other hosts
         if permits:
-            leases = self._permit_leases_of(limiter)
+            leases = self._leases_of(PermitLeases, limiter)
             if leases is not None:
                 leases.recalled(name, share, need)
         else:
             self._give_back_tokens(limiter, name)
 
     def _give_back_tokens(self, limiter: bytes, raw: bytes) -> None:
-        leases = self._token_leases_of(limiter)
+        leases = self._leases_of(TokenLeases, limiter)
         if leases is None:
             return
         taken, _ = leases.look(raw, take=True)
@@ -142,7 +144,7 @@ class Leader:
         looked at as always; where a key's name is not kept, or is wrong, nothing is found."""
         late = []
         for limiter, raw in _keys_in_flight(self._segment):
-            leases = self._permit_leases_of(limiter)
+            leases = self._leases_of(PermitLeases, limiter)
             found = leases.overdue(raw) if leases is not None else None
             if leases is not None and found is not None:
                 late.append((leases, *found))
@@ -152,20 +154,15 @@ class Leader:
             for (leases, request, lease), answer in zip(part, answers, strict=True):
                 leases.put(request, lease, answer)
 
-    def _token_leases_of(self, limiter: bytes) -> TokenLeases | None:
+    def _leases_of(self, kind: type[AnyLeases], limiter: bytes) -> AnyLeases | None:
         """None: the limiter counts on this host alone, or is not there. Any host can name it."""
-        if limiter not in self._token_leases:
-            if not self._has(limiter + HELD.encode()):
-                return None
-            self._token_leases[limiter] = TokenLeases(self._limits(limiter), self._connection)
-        return self._token_leases[limiter]
-
-    def _permit_leases_of(self, limiter: bytes) -> PermitLeases | None:
-        if limiter not in self._permit_leases:
-            if not self._has(limiter + LEASED.encode()):
-                return None
-            self._permit_leases[limiter] = PermitLeases(self._limits(limiter), self._connection)
-        return self._permit_leases[limiter]
+        known: AnyLeases | None = self._known.get((kind, limiter))
+        suffix = HELD if kind is TokenLeases else LEASED
+        if known is None and self._has(limiter + suffix.encode()):
+            name = limiter.decode("utf-8", "surrogatepass")
+            limits = InnerLimits((), name=name, segment=self._segment, on_full="deny", keep=True)
+            known = self._known[kind, limiter] = kind(limits, self._connection)
+        return known
 
     def _has(self, limiter: bytes) -> bool:
         """Whether this host has a limiter of that name."""
@@ -175,10 +172,6 @@ class Leader:
             return False
         lib.fshm_limiter_close(out[0])
         return True
-
-    def _limits(self, limiter: bytes) -> InnerLimits:
-        name = limiter.decode("utf-8", "surrogatepass")
-        return InnerLimits((), name=name, segment=self._segment, on_full="deny", keep=True)
 
 
 def _keys_in_flight(segment: Segment) -> Iterator[tuple[bytes, bytes]]:

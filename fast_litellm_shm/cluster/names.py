@@ -1,4 +1,4 @@
-"""What keys are called at the server, and how a host that keeps no names speaks of them there."""
+"""The server's keys: their names, and the sealed names of hosts that keep no names of keys."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ _LONGEST = 512  # a sealed name stands in the state of a key, once for each host
 
 
 def source(script: str) -> str:
-    """A script of this folder, after what all of them need."""
+    """The text of a script of this folder, with what all of them need before it."""
     folder = importlib.resources.files(__package__)
     return "".join(folder.joinpath(each).read_text("utf-8") for each in ("values.lua", script))
 
 
 def start(prefix: str, kind: bytes, limiter: bytes) -> bytes:
-    """What the names of all keys of a limiter begin with, and those of no other. In the limiter's
-    name ``:`` and braces are written ``%3A``, ``%7B``, ``%7D``: so the parts can be told apart from
-    the right, whatever the prefix is."""
+    """The prefix of all keys of this limiter, and of no other. In the limiter's name ``:`` and
+    braces are written ``%3A``, ``%7B``, ``%7D``, so a name can be split from the right, whatever
+    the prefix is."""
     escaped = re.sub(rb"[%:{}]", lambda found: b"%%%02X" % found[0][0], limiter)
     return b"%b:%b:%b:{" % (prefix.encode(), kind, escaped)
 
 
 def state_key(prefix: str, kind: bytes, limiter: bytes, key: bytes) -> bytes:
-    """Of a Redis Cluster, the text in braces decides the slot. It is a hash, so no client chooses
-    it by how its key is spelled; and no client's key stands there. The prefix is part of it: with
-    one that clients do not know, they cannot look for keys of one slot either."""
-    told = b"%d:%b:%b" % (len(limiter), limiter, key)
-    tag = hashlib.blake2b(told, digest_size=_TAG, key=_fitting(prefix.encode())).hexdigest()
+    """In a Redis Cluster, the text in braces decides the slot. It is a hash, so no client chooses
+    the slot by how its key is spelled, and the server does not learn the key. The hash includes the
+    prefix: clients that do not know it cannot search for keys of one slot."""
+    hashed = b"%d:%b:%b" % (len(limiter), limiter, key)
+    tag = hashlib.blake2b(hashed, digest_size=_TAG, key=_fitting(prefix.encode())).hexdigest()
     return b"%b%b}" % (start(prefix, kind, limiter), tag.encode())
 
 
@@ -42,9 +42,9 @@ def _fitting(key: bytes) -> bytes:
 
 
 class Seal:
-    """Names that a host is told again by the server when others want something back, and that
-    nobody else can read: of segments that keep no names (``names=hashed|off``). Under a secret of
-    the segment, so all processes of the host read them. The same name is sealed the same."""
+    """Encrypts names of keys for hosts whose segment keeps none (``names=hashed|off``). The server
+    sends such a name back when other hosts want something back. The secret is the segment's, so all
+    processes of the host can read it, and no other program. Equal names are sealed the same."""
 
     def __init__(self, segment: Segment) -> None:
         halves = []
@@ -55,14 +55,14 @@ class Seal:
         self._secret = b"".join(halves)
 
     def seal(self, name: bytes) -> bytes:
-        """Empty: it is too long, and what the host has of it is not asked for."""
+        """Empty: the name is too long, and other hosts cannot ask for what this host has of it."""
         if len(name) > _LONGEST:
             return b""
         iv = hashlib.blake2b(name, digest_size=_IV, key=self._secret).digest()
         return iv + self._masked(iv, name)
 
     def unseal(self, sealed: bytes) -> bytes | None:
-        """None: it was not sealed here."""
+        """None: it was not sealed by this host."""
         name = self._masked(sealed[:_IV], sealed[_IV:])
         return name if self.seal(name) == sealed else None
 

@@ -10,8 +10,10 @@ from fast_litellm_shm import limits
 from fast_litellm_shm._shared.inspection import LEASED, REFUSED
 from fast_litellm_shm._shared.named_limiter import InnerLimits, key_bytes, lease_from, states_of
 from fast_litellm_shm._shared.native import ffi, lib
-from fast_litellm_shm.cluster import background, heartbeat, permits
+from fast_litellm_shm.cluster import permits
+from fast_litellm_shm.cluster.background import Background
 from fast_litellm_shm.cluster.connection import Connection, UnreachableError
+from fast_litellm_shm.cluster.heartbeat import Heartbeat
 from fast_litellm_shm.cluster.outage import known_hosts
 from fast_litellm_shm.cluster.single_flight import SingleFlight, beside
 from fast_litellm_shm.limiters.waiting import may_wait
@@ -63,8 +65,8 @@ class PermitLeases:
     def note(self, key: str | bytes) -> None:
         """For a key that this process has not used of late."""
         self.keys.setdefault(key, 0)
-        background.ensure(self.connection)
-        heartbeat.ensure(self.connection).leases.add(self)
+        self.connection.ensure(Background)
+        self.connection.ensure(Heartbeat).leases.add(self)
 
     def grant(self, key: str | bytes, tries: int) -> int:
         """Where this host holds all that it may. 0: retry. -1: denied until a release. Below -1:
@@ -163,7 +165,8 @@ class PermitLeases:
         """The next take_unreported() looks again."""
 
     def forked(self) -> None:
-        """The process that holds permits reports them."""
+        """A child holds nothing yet: its parent's permits are its parent's."""
+        self.keys.clear()
 
     # the server
 

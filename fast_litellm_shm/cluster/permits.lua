@@ -1,25 +1,27 @@
--- permits.lua - how many permits of one key each host may hold: its allowance. At most n, all hosts together.
+-- permits.lua - permit leases: how many permits of one key each host may hold, its allowance. All hosts together hold
+-- at most n.
 -- Argued in csrc/DESIGN.md, "Permits over many hosts".
 --
 -- KEYS[1]: the state of the key, packed by cmsgpack. It lives as long as a host's allowance does.
--- ARGV: host, channel, limiter, key, whether that is sealed (1, 0), n; then the word that the host has for the key, as two numbers that say
---   which of two is newer (its end; and under the same end what only falls), told (its allowance, or what it
---   holds where that is more), want (permits more than that; 0: to renew or to give back)
--- Answer: whether the word was the newest (0: nothing was done, look and ask again), the host's allowance, what
---   all hosts have, how many hosts have or want some, us for which a refused host need not ask again (0: it
---   was not refused), whether the value was none of ours (1, 0).
+-- ARGV: host, channel, limiter, key, whether that is sealed (1, 0), n; then the version of the host's lease, as two
+--   numbers by which two versions are ordered (its end; and under the same end a number that only falls); reported
+--   (its allowance, or the permits that it holds where these are more); want (permits beyond that; 0: to renew or to
+--   give back)
+-- Answer: whether the version was the newest (0: nothing was done, look and ask again), the host's allowance, what
+--   all hosts have, how many hosts have or want some, us of back-off for a host that was refused (0: it was not),
+--   whether the value was not ours (1, 0).
 --
 -- State: t (us, when it was written), r (when hosts were last asked to give back), h (hosts), q (until then none is
 -- granted more).
---   host   a: what it counts with, never less than any answer that can still be put in; e, l: the word that the
---          last answer is for; t: us, until when it counts; w: when it was last refused (0: it wants none);
---          s: since when it is refused; k: the key as it calls it, if sealed
--- Instants move along where the server's clock jumps back, so that what is left of them stays the same.
--- A value that is no such state (values.lua) was written by a host that is broken, or means harm. What hosts hold is
--- not known then, so for as long as a host counts that was heard of, nobody is granted more: by then all have told.
+--   host   a: the permits that it counts with, never less than any answer that can still be put in; e, l: the
+--          version that the last answer is for; t: us, until when it counts; w: when it was last refused (0: it wants
+--          none); s: since when it is refused; k: the key as it calls it, if sealed
+-- Where the server's clock jumps back, instants move along: what is left of them stays the same.
+-- A value that is no such state (values.lua) was written by a broken or hostile host. What hosts hold is not known
+-- then, so no host is granted more for TTL: by then all have reported.
 
-local TTL = 10000000 -- us that a host counts after it was last heard. Hosts use what they have for 8 s: permits.py
-local CALM = 60000 -- us after a refusal before the host asks again
+local TTL = 10000000 -- us that a host counts after its last contact. Hosts use what they have for 8 s: permits.py
+local BACK_OFF = 60000 -- us after a refusal before the host asks again
 local WAITS = 200000 -- us after a refusal for which a host counts as one that wants more
 local RECALL = 200000 -- us between two calls to give back
 
@@ -27,7 +29,7 @@ local floor, min, max = math.floor, math.min, math.max
 local host, channel, limiter, name = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local sealed = ARGV[5] == '1'
 local n, e, l = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
-local told, want = tonumber(ARGV[9]), tonumber(ARGV[10])
+local reported, want = tonumber(ARGV[9]), tonumber(ARGV[10])
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 
@@ -61,7 +63,7 @@ for id, h in pairs(state.h) do
   elseif id ~= host then
     others = others + h.a
     if h.k and h.a > 0 then named[#named + 1], named[#named + 2] = id, h.k end
-    -- Who has none and wants none is heard of, but gets no share.
+    -- A host that has none and wants none gets no share.
     if h.a > 0 or waits then hosts = hosts + 1 end
     if waits then
       waiting, least = true, min(least or h.a, h.a)
@@ -72,21 +74,21 @@ end
 
 local me = state.h[host]
 if me and (e < me.e or (e == me.e and l > me.l)) then
-  return {0, 0, min(others + me.a, BIG), hosts, 0, 0} -- since then the host has told of a newer one
+  return {0, 0, min(others + me.a, BIG), hosts, 0, 0} -- since then the host has reported a newer version
 end
 if not me then
-  me = {a = told, w = 0, s = 0}
+  me = {a = reported, w = 0, s = 0}
 elseif e == me.e and l == me.l then
-  me.a = max(me.a, told) -- an answer for this word may be put in yet: never less than that
+  me.a = max(me.a, reported) -- an answer for this version may be put in yet: never less than that
 else
-  me.a = told -- answers for an older word are nobody's: no put can find it
+  me.a = reported -- answers for an older version can no more be put in
 end
 state.h[host] = me
 me.e, me.l, me.t, me.k = e, l, now + TTL, sealed and name or nil
 
 local room = max(0, n - others)
 local share = max(1, floor(n / hosts))
-local lack = waits_for_all and 0 or told + want - me.a
+local lack = waits_for_all and 0 or reported + want - me.a
 if lack > 0 then
   local free = max(0, room - me.a)
   local extra = 0
@@ -94,7 +96,7 @@ if lack > 0 then
     extra = max(0, min(floor((free - lack) / (hosts + 1)), max(3, floor(me.a / 2))))
   elseif least < share then
     free = min(free, max(0, share - me.a)) -- others come first, up to their share
-    if n < hosts then -- there is not one for each: those without any are served in order
+    if n < hosts then -- fewer than one for each: hosts without any are served in order
       for _, s in ipairs(since) do
         if me.s == 0 or s < me.s then free = free - 1 end
       end
@@ -103,18 +105,18 @@ if lack > 0 then
   end
   me.a = me.a + min(free, lack + extra)
 end
--- What was told may be more than there is room for: told late, or held without having been granted. It
--- counts, and the host is allowed no more than the room.
-local allowance, calm = min(me.a, room), 0
+-- More may be reported than there is room for: late, or held without a grant. It counts, and the host is allowed no
+-- more than the room.
+local allowance, back_off = min(me.a, room), 0
 if want > 0 then
   me.w = 0
-  if allowance >= told + want then me.s = 0 end
-  if allowance < told + want then
-    me.w, calm = now, CALM
+  if allowance >= reported + want then me.s = 0 end
+  if allowance < reported + want then
+    me.w, back_off = now, BACK_OFF
     if me.s == 0 then me.s = now end
     if others > 0 and now - state.r >= RECALL then
       state.r = now
-      -- Fewer than hosts: nobody may keep taking back the one that it releases.
+      -- Fewer permits than hosts: no host may keep taking back the one that it releases.
       local fair = n < hosts and 0 or share
       local need = max(want, min(floor(me.a / 2), share - me.a)) -- so that it has its share in few rounds
       local message = {sealed and 'P' or 'p', limiter, sealed and '' or name}
@@ -128,4 +130,4 @@ end
 local life = 0
 for _, h in pairs(state.h) do life = min(max(life, h.t - now), BIG / 2) end
 redis.call('SET', KEYS[1], cmsgpack.pack(state), 'PX', floor(life / 1000) + 1000)
-return {1, allowance, min(others + me.a, BIG), hosts, calm, junk and 1 or 0}
+return {1, allowance, min(others + me.a, BIG), hosts, back_off, junk and 1 or 0}

@@ -17,9 +17,9 @@ USED_NS = 8_000_000_000
 
 class Answer(NamedTuple):
     """``known``: the version was the newest; else nothing was done. ``allowance``: of the host,
-    since it asked. ``total``: of all hosts. ``back_off_ns``: refused, and how long not to ask again;
-    0: not refused. ``junk``: the value at the server was not ours, so no host is granted more for
-    ten seconds."""
+    since it asked. ``total``: of all hosts. ``back_off_ns``: refused, and not to ask
+    again for so long; 0: not refused. ``junk``: the value at the server was not ours, so no host is
+    granted more for ten seconds."""
 
     known: bool
     allowance: int

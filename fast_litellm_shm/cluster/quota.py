@@ -12,7 +12,7 @@ from fast_litellm_shm.cluster.permit_lease import PermitLeases
 from fast_litellm_shm.cluster.settlement import Settlement
 from fast_litellm_shm.cluster.single_flight import MOST_NAME
 from fast_litellm_shm.cluster.token_lease import TokenLeases
-from fast_litellm_shm.limiters.grantors import Cost, Held, Key
+from fast_litellm_shm.limiters.grantors import Cost, Key, Quotas
 from fast_litellm_shm.limiters.waiting import ASYNCIO, BLOCKING, Steps, Waits, run, run_async
 from fast_litellm_shm.limits import InFlight, LimitSpec
 
@@ -70,7 +70,7 @@ class ClusterPermit:
         return bool(self.permit)
 
 
-class ClusterQuota:
+class ClusterQuota(Quotas):
     """The permit first, then the rates: where these deny, the permit is given back, and nothing is
     consumed. At least one of the two.
 
@@ -99,12 +99,11 @@ class ClusterQuota:
         found = (self.token_leases, self.permit_leases)
         return tuple(each for leases in found if leases for each in leases.limiter.limits)
 
-    def admit(self, key: Key, costs: Cost) -> Held:
+    def admit(self, key: Key, costs: Cost) -> ClusterPermit:
         return run(self._admit(BLOCKING, key, costs))
 
-    async def admit_async(self, key: Key, costs: Cost) -> Held:
-        """Cancelled, it gives back what it has and what a thread gets later: the permit, and what can
-        be settled."""
+    async def admit_async(self, key: Key, costs: Cost) -> ClusterPermit:
+        """Cancelled, it gives back what it has, and what a thread gets later."""
         return await run_async(self._admit(ASYNCIO, key, costs))
 
     def _admit(self, waits: Waits, key: Key, costs: Cost) -> Steps[ClusterPermit]:
@@ -154,10 +153,9 @@ class ClusterQuota:
             self._settle(key, costs, (0,) * len(costs), ends, later=True)
 
     def settle(
-        self, key: Key, charged: tuple[int, ...], actual: tuple[int, ...], held: Held
+        self, key: Key, charged: tuple[int, ...], actual: tuple[int, ...], held: ClusterPermit
     ) -> None:
         """A call that was admitted on an event loop does not wait: a thread tells the server."""
-        assert isinstance(held, ClusterPermit)
         if self.token_leases is not None:
             self._settle(key, charged, actual, held.ends, held.on_loop)
 

@@ -1,4 +1,4 @@
-"""Where the limits of all hosts are kept, and how they are asked for: :class:`Cluster`."""
+"""Cluster: the server that keeps limits for many hosts, and how it is used."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class Cluster:
     url: ``redis://host:6379/0``, ``unix:///path?db=0``, ``redis+cluster://host:7000`` (a Redis
     Cluster; more nodes after commas), ``redis+sentinel://host:26379,host/service/0``; over TLS
     ``rediss://``, ``rediss+cluster://``, ``rediss+sentinel://``. User and password as in
-    ``redis://user:password@host``, or the password apart: password. What else a URL may say,
-    ``docs/cluster.md`` tells; anything else is refused.
+    ``redis://user:password@host``, or the password apart: password. ``docs/cluster.md`` lists what
+    else a URL may contain; anything else is refused.
 
     on_outage: what hosts do while it does not answer: ``"local"`` (each admits its share: the limit
-    divided by the number of hosts that were last seen), ``"deny"`` or ``"allow"``. timeout: seconds
-    that a call waits for the server at most, 0.001 .. 60. prefix: of its keys there; hosts with
-    another one count apart.
+    divided by the number of hosts last seen), ``"deny"`` or ``"allow"``. timeout: seconds that a
+    call waits for the server at most, 0.001 .. 60. prefix: of the server's keys; hosts with
+    different prefixes count apart.
 
-    No password is shown by repr(), in messages, or kept in a pickle: a copy looks for its own where
-    it is made (:func:`restored`). Raises ValueError or TypeError for bad arguments.
+    repr(), messages and pickles contain no password: a copy finds its own where it is unpickled
+    (:func:`restored`). Raises ValueError or TypeError for bad arguments.
     """
 
     url: str
@@ -93,14 +93,14 @@ class Cluster:
         return [*self._parsed.secrets, *([self.password] if self.password else [])]
 
     def scrubbed(self, text: str) -> str:
-        """Without its passwords: a server that does not know AUTH says what it was told."""
+        """The text without passwords: a server that does not know AUTH repeats what it received."""
         for secret in sorted(self.secrets, key=len, reverse=True):
             for each in {secret, repr(secret)[1:-1], quote(secret, safe="")}:
                 text = text.replace(each, "***")
         return text
 
     def scrubbed_cause(self, error: BaseException) -> BaseException | None:
-        """An error to raise another one from; None where its text has a password in it."""
+        """The error, to raise another one from; None: its text contains a password."""
         seen: BaseException | None = error
         while seen is not None:
             if self.scrubbed(said := f"{seen} {seen.args}") != said:
@@ -110,12 +110,12 @@ class Cluster:
 
     @property
     def user(self) -> str:
-        """As whom it is asked there."""
+        """The server's user."""
         return str(self._parsed.options.get("username") or "default")
 
     @property
     def rights(self) -> str:
-        """What its user there must be granted, as ACL SETUSER takes it."""
+        """What that user must be granted, as ACL SETUSER takes it."""
         commands = _COMMANDS
         if self.of_nodes:
             commands += f" {_COMMANDS_OF_A_CLUSTER}"
@@ -123,7 +123,7 @@ class Cluster:
         return f"~{self.prefix}:* &{self.prefix}:* {granted}"
 
     def keys_of(self, limiter: str, key: str | bytes) -> tuple[str, str]:
-        """What the server calls a key of a limiter: as a rate, and as permits."""
+        """The server's keys for a key of a limiter: of its rates, and of its permits."""
         from fast_litellm_shm._shared.named_limiter import key_bytes
         from fast_litellm_shm.cluster import names
 
@@ -138,8 +138,8 @@ class Cluster:
         return self._parsed.kind == urls.NODES
 
     def check(self) -> None:
-        """Raises ImportError where the redis library is missing or too old, ValueError where it
-        cannot use the URL. Connects to nobody."""
+        """Raises ImportError: the redis library is missing or too old; ValueError: it cannot use
+        the URL. Does not connect."""
         check_library()
         if self._parsed.kind in (urls.NODES, urls.SENTINEL):
             return  # these connect as they are made
@@ -163,10 +163,10 @@ class Cluster:
         if self.of_nodes:
             cluster = library("redis.cluster")
             nodes = [cluster.ClusterNode(*address) for address in parts.addresses]
-            # Its retries would wait between them, and try again what took too long.
+            # The library's retries would wait in between, and repeat calls that timed out.
             return cluster.RedisCluster(startup_nodes=nodes, retry=retry(at_once, 0), **options)
-        # A connection that the server has closed is only seen when it is used: try once more. But
-        # not what took too long, which the server may yet do.
+        # A connection that the server has closed is noticed at its next use: so one retry. None
+        # after a time-out: the server may yet do what it was asked.
         options["retry"] = retry(at_once, 1, (redis.exceptions.ConnectionError,))
         if parts.kind == urls.SENTINEL:
             sentinel = library("redis.sentinel").Sentinel(
@@ -184,10 +184,10 @@ _with_secrets: dict[str, tuple[str, str | None]] = {}
 
 
 def restored(url: str, on_outage: str, timeout: float, prefix: str, secret: bool) -> Cluster:
-    """A copy of a Cluster: pickled, it has no password. That is looked for among those of this
-    process, then in FAST_LITELLM_SHM_CLUSTER, if that names the same server, and last where
-    :func:`~fast_litellm_shm._shared.settings.cluster_password` finds one. Raises ClusterError:
-    there is none."""
+    """A Cluster that is unpickled, without its password. Looks for one among the Clusters of this
+    process, then in FAST_LITELLM_SHM_CLUSTER if that names the same server, then by
+    :func:`~fast_litellm_shm._shared.settings.cluster_password`. Raises ClusterError: there is
+    none."""
     options = (on_outage, timeout, prefix)
     if not secret:
         return Cluster(url, *options)
@@ -238,8 +238,8 @@ def _made(url: str, on_outage: str | None, timeout: float | None, password: str 
 
 
 def found(given: Cluster | str | Literal[False] | None) -> Cluster | None:
-    """The cluster that a limiter was given, or that the environment names; None: neither, or
-    False was given."""
+    """The Cluster that a limiter was given, or that the environment names; None: there is neither,
+    or False was given."""
     if given is False:
         return None
     if isinstance(given, Cluster):

@@ -1,4 +1,4 @@
-"""What people look at: how this host fares with limits that are kept for many hosts."""
+"""The state of limits over many hosts on this host, for the command line and health checks."""
 
 from __future__ import annotations
 
@@ -12,33 +12,31 @@ from fast_litellm_shm.cluster.connection import COMPONENT, OUTAGES, noted
 
 
 def cluster_state(segment: Segment, inspection: Inspection | None = None) -> dict[str, Any] | None:
-    """None: no limiter here is kept for many hosts. Else: hosts (how many there are, as last heard;
-    None: never), leader (the pid that speaks for this one; None: nobody), round_trips and failed
-    (since the segment was made), granted and given_back (tokens; since
-    others wanted them), admitted (calls that were
-    answered from what was granted), calls_saved (round trips that one for each call would have
-    taken, less those that were made), permits (of limits of calls in flight: keys that this host
-    has an allowance for, how many permits it may hold by them, and round trips about them),
-    lag_p50_ms and lag_p99_ms (of a round trip), away (None: no process takes the server for away;
-    else processes, which do, of how many, seconds, since the first did, and on_outage, a list: by
-    what they go), lost (how often a process has lost the server)."""
+    """None: no limiter here is kept for many hosts. Else a dict. hosts: how many there are, by the
+    last heartbeat; None: there was none. leader: pid of the process that leads this host, or None.
+    round_trips, failed: since the segment was made. granted, given_back: tokens. admitted: calls
+    that were answered from token leases. calls_saved: round trips that one for each call would have
+    taken, less those that were made. permits: keys with a permit lease, how many permits these
+    allow, and round trips about them. lag_p50_ms, lag_p99_ms: of a round trip. away: None, or how
+    many processes have an outage, of how many, for how many seconds, and their on_outage, a list.
+    lost: how often a process has lost the server."""
     stats = performance.segment_stats(segment, COMPONENT).get(COMPONENT)
     if stats is None:
         return None
     inspection = inspection or Inspection(segment)
     hosts = [row.remaining for row in inspection.keys(limiter=NOTE)]
     names = {limiter["name"] for limiter in inspection.limiters()}
-    wallets = {name for name in names if name.endswith(HELD) and name.removesuffix(HELD) in names}
-    limits = {name.removesuffix(HELD) for name in wallets}
+    leasing = {name for name in names if name.endswith(HELD) and name.removesuffix(HELD) in names}
+    limits = {name.removesuffix(HELD) for name in leasing}
     admitted = denied = 0
     for row in inspection.keys():  # noqa: SIM118 - no dict
-        admitted += row.admitted if row.limiter in wallets else 0
+        admitted += row.admitted if row.limiter in leasing else 0
         denied += row.denied if row.limiter in limits else 0
     operations = stats["operations"]
     leases = operations.get("permits", {})
     calls, granted = leases.get("total_calls", 0), leases.get("total_output_size", 0)
-    allowed = [
-        (row.remaining + 1) // 2 - 1  # as csrc/leasing/allowance.h has it, in a wallet's form
+    allowed = [  # as csrc/leasing/allowance.h writes it, in the form of a token lease
+        (row.remaining + 1) // 2 - 1
         for name in inspection.leased
         for row in inspection.keys(limiter=name + LEASED)
         if row.remaining
@@ -61,7 +59,7 @@ def cluster_state(segment: Segment, inspection: Inspection | None = None) -> dic
 
 
 def away_state(segment: Segment) -> dict[str, Any] | None:
-    """By what each living process says: where one cannot reach the server, others may."""
+    """By what each living process has noted: one may have an outage while others have none."""
     info, geometry = ffi.new("fshm_process_info *"), segment.geometry()
     living, since, policies = 0, [], set[str]()
     for slot in range(geometry.processes):
@@ -86,7 +84,7 @@ def _times_lost(segment: Segment) -> int:
 
 
 def problem(away: dict[str, Any]) -> str:
-    """What away_state() tells, in a sentence."""
+    """away_state() as a sentence."""
     policies = " or ".join(f"on_outage={each!r}" for each in away["on_outage"])
     who = f"{away['processes']} of {away['of']} processes"
     return (

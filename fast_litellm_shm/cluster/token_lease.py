@@ -10,7 +10,8 @@ from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared.inspection import HELD, REFUSED
 from fast_litellm_shm._shared.named_limiter import SharedLimits, key_bytes, lease_from, states_of
 from fast_litellm_shm._shared.native import ffi, lib
-from fast_litellm_shm.cluster import algorithms, background, names, settlement
+from fast_litellm_shm.cluster import algorithms, names, settlement
+from fast_litellm_shm.cluster.background import Background
 from fast_litellm_shm.cluster.connection import Connection, UnreachableError
 from fast_litellm_shm.cluster.outage import Decided, Outage, decided
 from fast_litellm_shm.cluster.single_flight import SingleFlight, beside
@@ -76,7 +77,7 @@ class TokenLeases:
         """Have a thread ask for the next batch. Called by the native part when a call has brought
         the key's leased tokens to a low."""
         raw, costs = key_bytes(key), self.costs(cost)
-        background.ensure(self.connection).refill(self, raw, costs)
+        self.connection.ensure(Background).refill(self, raw, costs)
 
     def prepare(self, keys: Sequence[str | bytes], costs: int | Sequence[int]) -> None:
         """Ask for batches of all these keys that this host cannot answer, many in one round trip.
@@ -91,14 +92,14 @@ class TokenLeases:
                 due[raw] = self.costs(cost)
         if len(due) > 1:
             asked = [(self, raw, costs) for raw, costs in due.items()]
-            background.ensure(self.connection).fetch(asked)
+            self.connection.ensure(Background).fetch(asked)
 
     # calls that the host cannot answer by itself
 
     def ask(self, op: int, key: str | bytes, cost: object) -> Decided:
         """Called by the native part."""
         raw, costs = key_bytes(key), self.costs(cost)
-        background.ensure(self.connection)
+        self.connection.ensure(Background)
         try:
             if op == lib.FSHM_ACQUIRE:
                 return self._acquire(raw, costs)
@@ -161,7 +162,7 @@ class TokenLeases:
         """later: a thread reports it, for callers that may not wait."""
         if later:
             self.connection.settlements.append(settled)
-            background.ensure(self.connection).wake()
+            self.connection.ensure(Background).wake()
             return
         with contextlib.suppress(UnreachableError):  # it is charged later
             settlement.report(self.connection, [settled])
@@ -208,7 +209,7 @@ class TokenLeases:
             self.connection.check()  # before anything is done here
             yield
         except UnreachableError as error:
-            background.ensure(self.connection)  # whose thread tries the server again
+            self.connection.ensure(Background)  # whose thread tries the server again
             raise exceptions.ClusterError(
                 f"limiter {self.limiter.name!r}: nothing was {what}, since {self.cluster.shown} "
                 f"does not answer ({error}): try again when it does"
@@ -292,7 +293,7 @@ class TokenLeases:
         if status < 0:
             self.states.fail(status)
         if low[0]:
-            background.ensure(self.connection).refill(self, raw, costs)
+            self.connection.ensure(Background).refill(self, raw, costs)
         return (status, *decided(out)[1:])
 
     def _left(self, answer: algorithms.Answer, have: Sequence[int]) -> tuple[int, int]:

@@ -1,5 +1,5 @@
-"""The URL of a server: what it may say, how the redis library is told so, and how it is shown
-without its passwords."""
+"""The URL of a server: what it may contain, as arguments of the redis library, and without its
+passwords."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 SERVER, SOCKET, NODES, SENTINEL = "server", "socket", "nodes", "sentinel"
-# What is at the other end, and whether the line to it is encrypted.
+# What the server is, and whether the connection is encrypted.
 SCHEMES = {
     "redis": (SERVER, False),
     "rediss": (SERVER, True),

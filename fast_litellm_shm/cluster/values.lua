@@ -1,15 +1,15 @@
--- values.lua - stands before meter.lua and permits.lua: what a key's value must be like. Whoever has the password can
--- write anything there. It is looked at before it is used, so that no value makes a script fail: a host that gets an
--- error takes the whole server for away.
+-- values.lua - is put before algorithms.lua and permits.lua: checks a key's value before it is used. A host with the
+-- password can write any value. None may make a script fail: a host that gets an error has an outage of the whole
+-- server.
 
 local BIG = 9007199254740991 -- 2^53 - 1
 local LARGEST = 4194304 -- bytes of a value: some thousands of hosts
 
--- Is a number in this range? NaN is in none. Raises an error for what is no number, which state_at() catches.
+-- Is a number in this range? NaN is in none. Raises an error for another type, which state_at() catches.
 local function within(x, low, high) return x >= low and x <= high end
 
--- The state at a key; nil: there is none; false: what stands there is none. is_state: of what is unpacked; it may
--- raise, and need not look at fields that nobody uses (another release's, say).
+-- The state at a key; nil: there is no value; false: the value is no state. is_state checks what is unpacked. It may
+-- raise, and need not check fields that are not used (another release's, say).
 local function state_at(key, is_state)
   local packed = redis.pcall('GET', key)
   if not packed then return nil end

@@ -1,18 +1,18 @@
-"""ConcurrencyLimiter: at most so many requests in flight, over all processes, crash or no crash."""
+"""ConcurrencyLimiter: at most so many requests in flight, over all processes, crashes included."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import AsyncContextDecorator, ContextDecorator
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fast_litellm_shm import exceptions, limits
 from fast_litellm_shm._shared.named_limiter import key_bytes, states_of
 from fast_litellm_shm._shared.native import Permit, Slot, ffi, lib
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.limiters import grantors
+from fast_litellm_shm.limiters.choice import chosen
 from fast_litellm_shm.limiters.grantors import ClusterArgument
 from fast_litellm_shm.limiters.rate import deadline_ns
 from fast_litellm_shm.limiters.waiting import (
@@ -29,25 +29,27 @@ from fast_litellm_shm.limiters.waiting import (
 class ConcurrencyLimiter:
     """At most ``max_in_flight`` permits for each key, over all processes of the host together.
 
-    max_in_flight: 1 .. 100,000. name: processes that use the same name share; whoever sets
-    max_in_flight last sets it for all. segment: default ``Segment.default()``.
+    max_in_flight: 1 .. 100,000. name: processes that use the same name share; the last process that
+    sets max_in_flight sets it for all. segment: default ``Segment.default()``.
 
     cluster: a URL (``redis://host:6379/0``) or a :class:`~fast_litellm_shm.cluster.Cluster`: the
     limit holds over all hosts that name the same server, which grants permits to each host;
     False: this host alone; default: what FAST_LITELLM_SHM_CLUSTER says, else this host alone. See
     ``docs/cluster.md``.
 
-    A permit belongs to its process. One that is killed or crashes gives its permits back by itself:
-    at once to whoever then finds no other, within a second to whoever waits. One that is merely
-    stopped keeps them. Each permit takes one key's room in the segment.
+    A permit belongs to its process. The permits of a process that was killed or has crashed are
+    free again: at once for a call that finds no other, within a second for a waiter. A process that
+    is stopped keeps its permits. Each permit takes one key's room in the segment.
 
     Raises ValueError or TypeError for bad arguments, SegmentFullError where the process table (256)
     is full.
     """
 
-    acquire: Callable[[str | bytes], Permit]
-    """acquire(key) -> Permit: true when admitted; else false, and ``in_flight`` says how many are
-    held. Release it with ``permit.release()`` or ``with permit:``."""
+    if TYPE_CHECKING:  # else the native method, of each object
+
+        def acquire(self, key: str | bytes) -> Permit:
+            """True when admitted; else false, and ``in_flight`` says how many are held. Release it
+            with ``permit.release()`` or ``with permit:``."""
 
     def __init__(
         self,
@@ -68,14 +70,14 @@ class ConcurrencyLimiter:
         cluster: ClusterArgument,
         keep: bool,
     ) -> None:
-        grantor = grantors.chosen(cluster)
+        grantor = chosen(cluster)
         self._cluster = grantor.argument
         self._grantor = grantor.permits(
             limit, name=name, segment=segment, on_full="deny", keep=keep
         )
         self._shared = self._grantor.limits
         self._states = states_of(self._shared)
-        self.acquire = self._shared.admit
+        self.acquire = self._shared.admit  # type: ignore[method-assign]
 
     async def acquire_async(self, key: str | bytes) -> Permit:
         """acquire() for asyncio: where a server has to be asked, a thread does that."""
@@ -97,7 +99,7 @@ class ConcurrencyLimiter:
         return self._shared.limits[0].n
 
     def in_flight(self, key: str | bytes) -> int:
-        """How many permits of the key living processes hold. Frees those of dead ones."""
+        """How many permits of the key living processes hold. Frees those of dead processes."""
         return self._states.in_flight(key_bytes(key))
 
     def wait(self, key: str | bytes, timeout: float | None = None) -> Permit:
@@ -161,7 +163,7 @@ class ConcurrencyLimiter:
 
 
 class _Slot(Slot, ContextDecorator):
-    """What slot() returns: as a decorator, each call has a slot of its own."""
+    """Of slot(). As a decorator: each call has a slot of its own."""
 
     def __init__(
         self, limiter: ConcurrencyLimiter, key: str | bytes, timeout: float | None
@@ -214,5 +216,5 @@ def _rebuild(
 
 
 def release_process(segment: Segment, pid: int) -> int:
-    """Give back all permits of a process (0: of all dead ones). For operators; returns how many."""
+    """Give back all permits of a process (0: of all dead ones), for operators. Returns how many."""
     return int(lib.fshm_reap(segment._handle, ffi.cast("uint32_t", pid)))

@@ -29,12 +29,12 @@ def limited(
         async def translate(user: str, text: str) -> str: ...
 
     key: the key, or a function of the call's arguments that gives it; where that gives None, the
-    call is not limited. cost: what a call charges, or a function of its arguments likewise. wait:
-    how many seconds a call may wait for its turn; 0: not at all, None: as long as it takes.
+    call is not limited. cost: what a call charges, or a function of its arguments. wait: how many
+    seconds a call may wait for its turn; 0: not at all, None: without an end.
 
-    The function is called only when admitted; else RateLimitExceeded is raised, and nothing is
-    consumed. What key and cost raise, the call raises. A generator is limited where it is made, not
-    where it is read.
+    The function is called only when admitted. Otherwise the call raises RateLimitExceeded and
+    consumes nothing. Exceptions of key and cost pass through. A generator is limited where it is
+    made, not where it is read.
     """
     if not isinstance(limiter, RateLimiter):
         raise TypeError(f"limited: limiter must be a RateLimiter, not {limiter!r}")

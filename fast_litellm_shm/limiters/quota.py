@@ -11,6 +11,7 @@ from fast_litellm_shm._shared.named_limiter import InnerLimits
 from fast_litellm_shm._shared.native import Decision
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.limiters import grantors
+from fast_litellm_shm.limiters.choice import chosen
 from fast_litellm_shm.limiters.grantors import ClusterArgument, Held
 from fast_litellm_shm.limits import FixedWindow, InFlight, LimitSpec
 
@@ -35,10 +36,10 @@ def _check_tokens(where: str, tokens: object) -> None:
 
 
 class Admission:
-    """The answer of :meth:`Quota.admit`: true when admitted.
+    """The answer of :meth:`Quota.admit`: true when admitted, also after its release.
 
-    When false: ``reason`` says which limit, ``retry_after`` when to come back (seconds; None:
-    never; 0.0: when a call in flight ends), ``in_flight`` how many there are.
+    When false: ``reason`` says which limit denied, ``retry_after`` when to try again (seconds;
+    None: never; 0.0: when a call in flight ends), ``in_flight`` how many calls there are.
     """
 
     __slots__ = ("_charged", "_key", "_permit", "_quota", "_released", "_requests", "allowed")
@@ -58,7 +59,7 @@ class Admission:
 
     @property
     def retry_after(self) -> float | None:
-        """Seconds until it would be admitted; 0.0 where that hangs on a call in flight."""
+        """Seconds until it would be admitted; None: never; 0.0: when a call in flight ends."""
         return self._permit.decision.retry_after
 
     @property
@@ -67,55 +68,57 @@ class Admission:
         return self._permit.in_flight
 
     @property
+    def released(self) -> bool:
+        """Whether it was admitted, and is over."""
+        return self.allowed and self._released
+
+    @property
     def reason(self) -> str:
         """ "Request allowed", or which limit denied: "rpm", "tpm" or "max_parallel"."""
         return "Request allowed" if self.allowed else self._quota._limit_name(self._permit)
 
     def settle(self, tokens: int) -> None:
-        """Book the true number of tokens: more than estimated is charged, and may go into debt,
-        which the next requests wait out; less is given back, as long as its minute lasts. Can be
-        called again, with a later number."""
+        """Settle the actual number of tokens. Those beyond the estimate are charged, into debt if
+        need be, which the next requests wait out. Unused ones are given back, as long as their
+        minute lasts. It can be called again, with a later number."""
         _check_tokens("settle", tokens)
         if self.allowed and tokens != self._charged and self._quota._tpm >= 0:
-            self._quota._settle(self._key, self._charged, tokens, self._permit)
+            quota = self._quota
+            before = quota._costs(self._charged)
+            quota._grantor.settle(self._key, before, quota._numbers(tokens), self._permit)
             self._charged = tokens
 
     def _count_request(self) -> None:
-        """It was one request more, which may go into debt."""
+        """Charge one request more, into debt if need be."""
         if self.allowed and self._quota._names[0] == "rpm":
             before = self._quota._costs(self._charged, self._requests)
             after = self._quota._costs(self._charged, self._requests + 1)
-            self._quota._book(self._key, before, after, self._permit)
+            self._quota._settle(self._key, before, after, self._permit)
             self._requests += 1
 
     def cancel(self) -> None:
-        """The call will not be made after all: give back the request, the tokens and the parallel
-        slot, as long as their minute lasts. Harmless after a release, and twice."""
+        """The call will not be made: give back the permit, and the request and the tokens, as long
+        as their minute lasts. Harmless after a release, and twice."""
         if self._released:
             return
         try:
             tokens, self._charged = self._charged, 0  # once, wherever an exception strikes
             requests, self._requests = self._requests, 0
-            self._quota._undo(self._key, tokens, requests, self._permit)
-        finally:  # a slot that is kept for what failed would be kept for good
+            charged = self._quota._costs(tokens, requests)
+            self._quota._settle(self._key, charged, (0,) * len(charged), self._permit)
+        finally:  # else the permit would be kept for good
             self.release()
 
     def release(self) -> bool:
-        """The call is over: give the parallel slot back. Twice is harmless. False where there was
-        nothing to give back any more."""
+        """The call is over: give the permit back. Twice is harmless. False: there was none to give
+        back any more."""
         if self._released:
             return False
         given_back = self._permit.release()
         self._released = True  # after it: an exception may strike in between
         return given_back or "max_parallel" not in self._quota._names
 
-    @property
-    def released(self) -> bool:
-        """Whether it was admitted, and is over."""
-        return self.allowed and self._released
-
     def __bool__(self) -> bool:
-        """Whether it was admitted, also when it is released."""
         return self.allowed
 
     def __enter__(self) -> Admission:
@@ -145,8 +148,8 @@ class Quota:
     three hold over all hosts that name the same server; False: this host alone; default: what
     FAST_LITELLM_SHM_CLUSTER says, else this host alone. See ``docs/cluster.md``.
 
-    A denial consumes nothing of any of the three. A worker that dies gives its parallel slots back,
-    and leaves what it charged charged. The gateway's way of use::
+    A denial consumes nothing of any of the three. A worker that dies gives its permits back; what
+    it charged stays charged. In a gateway::
 
         with quota.admit(key, tokens=estimate) as admission:
             if not admission:
@@ -196,9 +199,9 @@ class Quota:
             given: dict[str, Any] = {"name": name, "segment": segment, "on_full": on_full}
             shared = InnerLimits(most, **given, numbered=own)
             self._cluster: grantors.Replayed = False
-            self._grantor: grantors.QuotaGrantor = grantors.HostQuota(shared, tail)
+            self._grantor: grantors.Quotas = grantors.Quotas(shared, tail)
         else:
-            grantor = grantors.chosen(cluster)
+            grantor = chosen(cluster)
             self._cluster = grantor.argument
             self._grantor = grantor.quota(own, name=name, segment=segment, on_full=on_full)
         self._numbered = _numbered
@@ -225,15 +228,14 @@ class Quota:
         return self._admit(key, tokens, 1)
 
     def _admit(self, key: str | bytes, tokens: int, requests: int) -> Admission:
-        """The same, of a call that counts as so many requests, and one parallel slot."""
+        """The same, of a call that counts as so many requests, and one permit."""
         permit = self._grantor.admit(key, self._costs(tokens, requests))
         return Admission(self, key, permit, tokens, requests)
 
     async def admit_async(self, key: str | bytes, tokens: int = 0) -> Admission:
-        """:meth:`admit` for asyncio: where the limits are those of many hosts and the server must
-        be asked, that is done in a thread; else nothing is awaited. Cancelled, it consumes nothing
-        and holds nothing. What is done with the Admission waits for nobody, so that an event loop
-        can do it::
+        """:meth:`admit` for asyncio: where a server must be asked, a thread does that. Cancelled,
+        it consumes and holds nothing. No method of the Admission waits, so an event loop can call
+        them::
 
             async with await quota.admit_async(key, tokens=estimate) as admission:
         """
@@ -249,8 +251,8 @@ class Quota:
         return self._grantor.in_flight(key)
 
     def remaining(self, key: str | bytes) -> dict[str, int]:
-        """What is left of each limit now, by name: rpm, tpm, max_parallel. Over many hosts the
-        server is asked where that is needed."""
+        """What is left of each limit now, by name: rpm, tpm, max_parallel. Over many hosts it asks
+        the server where this host does not know."""
         out = self._left(key, ask=True)
         if "max_parallel" in self._names:
             most = self._grantor.limits[-1].n
@@ -264,7 +266,7 @@ class Quota:
         return dict(zip(self._names, self._grantor.left(key, ask=ask), strict=False))
 
     def _check_kinds(self) -> None:
-        """Of the limits as they are now: other ones are another tuple."""
+        """Of the limits in force: when they change, they are another tuple."""
         found = self._grantor.limits
         if len(found) != len(self._names):
             raise exceptions.SegmentError(
@@ -285,13 +287,7 @@ class Quota:
             return tuple(cost[name] for name in self._names)
         return self._ones if self._tpm < 0 else self._before + (tokens,) + self._after
 
-    def _settle(self, key: str | bytes, charged: int, actual: int, permit: Held) -> None:
-        self._grantor.settle(key, self._costs(charged), self._numbers(actual), permit)
-
-    def _undo(self, key: str | bytes, tokens: int, requests: int, permit: Held) -> None:
-        self._book(key, self._costs(tokens, requests), (0,) * len(self._names), permit)
-
-    def _book(
+    def _settle(
         self, key: str | bytes, charged: tuple[int, ...], actual: tuple[int, ...], permit: Held
     ) -> None:
         self._grantor.settle(key, charged, actual, permit)

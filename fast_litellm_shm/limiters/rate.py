@@ -12,6 +12,7 @@ from fast_litellm_shm._shared.named_limiter import SharedLimits, key_bytes
 from fast_litellm_shm._shared.native import Decision
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.limiters import grantors
+from fast_litellm_shm.limiters.choice import chosen
 from fast_litellm_shm.limiters.grantors import ClusterArgument, Cost
 from fast_litellm_shm.limiters.waiting import (
     ASYNCIO,
@@ -22,7 +23,7 @@ from fast_litellm_shm.limiters.waiting import (
     run,
     run_async,
 )
-from fast_litellm_shm.limits import LimitSpec
+from fast_litellm_shm.limits import LimitSpec, TokenBucket
 
 if TYPE_CHECKING:
     import numpy
@@ -34,7 +35,7 @@ _LATE = 1_000_000_000  # ns: a waiter that wakes this late has lost its turn
 
 
 class Batch(NamedTuple):
-    """The answers of :meth:`RateLimiter.acquire_many`, one element for each key."""
+    """The answers of :meth:`RateLimiter.acquire_many`: one element for each key."""
 
     allowed: NDArray[numpy.bool_]
     remaining: NDArray[numpy.uint64]
@@ -68,8 +69,8 @@ class RateLimiter(SharedLimits):
     ``docs/cluster.md``.
 
     Keys are ``str`` or ``bytes`` of any length; a str is the same key as its UTF-8 bytes. A cost is
-    an int of 0 or more, or one int for each limit. Safe from any thread and any process; a fork
-    needs no care.
+    an int of 0 or more, or one int for each limit. Safe in any thread and any process, also after a
+    fork.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class RateLimiter(SharedLimits):
         self._choose(cluster)
 
     def _choose(self, cluster: ClusterArgument) -> None:
-        grantor = grantors.chosen(cluster)
+        grantor = chosen(cluster)
         self._cluster, self._grantor = grantor.argument, grantor.rates(self)
 
     async def acquire_async(self, key: str | bytes, cost: Cost = 1) -> Decision:
@@ -94,25 +95,29 @@ class RateLimiter(SharedLimits):
 
     def reset(self, key: str | bytes | None = None) -> None:
         """Forget what a key has consumed; None: what all keys of this limiter have. Over many hosts
-        it raises ClusterError during an outage, as block() does."""
+        it raises ClusterError during an outage; so does block()."""
         self._grantor.reset(self, None if key is None else key_bytes(key))
 
     def block(self, key: str | bytes, seconds: float) -> None:
-        """Deny the key, from now on for so many seconds, for all processes: what an upstream that
-        answers ``Retry-After`` asks for. Of several blocks the one that ends last stands. Then one
-        token fits, and the rest flows back at the limit's rate. ``reset(key)`` ends it. A block is
+        """Deny the key for so many seconds, for all processes: for an upstream that answers
+        ``Retry-After``. Of several blocks, the one that ends last counts. Then one token fits, and
+        the rest flows back at the limit's rate. ``reset(key)`` ends it. A block is
         kept as consumed tokens, so a change of the limits changes how long it lasts: give a limiter
         that is for blocking limits of its own.
 
-        seconds: 0 .. 416 days. At least one of the limits must be a TokenBucket; windows beside it
-        stay as they are. Raises ValueError otherwise, and SegmentFullError where there is no room
-        for the key, whatever ``on_full`` says.
+        seconds: 0 .. 416 days. Windows stay as they are. Raises ValueError: none of the limits is a
+        TokenBucket; SegmentFullError: there is no room for the key, whatever ``on_full`` says.
         """
         raw = key_bytes(key)
         if not isinstance(seconds, (int, float)) or isinstance(seconds, bool):
             raise TypeError(f"seconds must be a number, not {seconds!r}")
         if not 0 <= seconds <= _MOST_BLOCKED:
             raise ValueError(f"seconds must be between 0 and {_MOST_BLOCKED}, not {seconds!r}")
+        if not any(isinstance(each, TokenBucket) for each in self.limits):
+            raise ValueError(
+                f"limiter {self.name!r} cannot block a key: none of its limits is a "
+                "TokenBucket; add one, or use a limiter of its own for it"
+            )
         self._grantor.block(self, raw, round(seconds * 1e9))
 
     def acquire_many(self, keys: Sequence[str | bytes], cost: int | Sequence[int] = 1) -> Batch:
@@ -167,10 +172,12 @@ class RateLimiter(SharedLimits):
                 try:
                     yield from waits.sleep(pause / 1e9)
                 except BaseException:
-                    reserved.cancel()
+                    if reserved is not None:
+                        reserved.cancel()
                     raise
             if not pause or (decision and time.monotonic_ns() - due < _LATE):
-                reserved.keep()
+                if reserved is not None:
+                    reserved.keep()
                 return decision
 
     def __reduce__(self) -> tuple[Any, ...]:

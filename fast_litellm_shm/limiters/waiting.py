@@ -15,7 +15,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from fast_litellm_shm._shared import greenlets
 from fast_litellm_shm._shared.states import States
@@ -32,20 +32,12 @@ os.register_at_fork(after_in_child=_executors.clear)  # their threads stay behin
 _this = threading.local()
 
 
-class Waits(Protocol):
+class Waits:
+    """In the caller's thread."""
+
     def ask(self, call: Callable[[], T], undo: Callable[[T], object]) -> Steps[T]:
         """What ``call()`` returns, which may wait for a server. undo: takes back what a call finds
         whose caller was cancelled meanwhile."""
-
-    def sleep(self, seconds: float) -> Steps[None]: ...
-
-    def until_woken(self, states: States, raw: bytes, armed: int, ns: int) -> Steps[None]:
-        """Sleep until a permit of the key is released since ``states.arm()`` returned ``armed``, or
-        for so many ns."""
-
-
-class _Blocking:
-    def ask(self, call: Callable[[], T], undo: Callable[[T], object]) -> Steps[T]:
         yield from ()
         return call()
 
@@ -54,11 +46,13 @@ class _Blocking:
         time.sleep(seconds)
 
     def until_woken(self, states: States, raw: bytes, armed: int, ns: int) -> Steps[None]:
+        """Sleep until a permit of the key is released since ``states.arm()`` returned ``armed``, or
+        for so many ns."""
         yield from ()
         greenlets.bell_wait(states.handle, raw, armed, ns)
 
 
-class _Asyncio:
+class _Asyncio(Waits):
     def ask(self, call: Callable[[], T], undo: Callable[[T], object]) -> Steps[T]:
         return (yield from off_loop(call, undo).__await__())
 
@@ -82,8 +76,7 @@ class _Asyncio:
                 woken.add_done_callback(lambda done: states.wake(raw) if done.result() else None)
 
 
-BLOCKING: Waits = _Blocking()
-ASYNCIO: Waits = _Asyncio()
+BLOCKING, ASYNCIO = Waits(), _Asyncio()
 
 
 def run(steps: Steps[T]) -> T:

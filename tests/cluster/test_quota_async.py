@@ -24,7 +24,8 @@ from support.waiting import PATIENCE, ticking, wait_until, wait_until_async
 from fast_litellm_shm import Quota, RateLimiter, Segment, Window
 from fast_litellm_shm._shared import performance as monitoring
 from fast_litellm_shm._shared.native import lib
-from fast_litellm_shm.cluster import Cluster, background
+from fast_litellm_shm.cluster import Cluster, connection
+from fast_litellm_shm.cluster.background import Background
 from fast_litellm_shm.cluster.hosts import host_count
 from fast_litellm_shm.cluster.settlement import Settlement
 from fast_litellm_shm.limiters.quota import Admission
@@ -314,7 +315,7 @@ def test_the_collector_comes_upon_a_call_at_any_line(hosts: tuple[Quota, Quota])
 
     admission = asyncio.run(scenario())
     link = connection_of(quota)
-    with background.lock, background.ensure(link).reporting, link._lock:
+    with connection.starting, link.ensure(Background).reporting, link._lock:
         admission.settle(900)  # as from a finalizer
         admission.settle(50)
         assert len(link.settlements) == 2

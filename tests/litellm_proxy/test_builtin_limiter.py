@@ -499,7 +499,9 @@ def test_every_request_that_could_not_be_judged_is_counted(monkeypatch: pytest.M
 
 
 def sentence(hooks: dict[str, Any] | None = None) -> str:
-    before = {segment_limiter.HOOK: v3.PROXY_MaxParallelRequestsHandler_v3} if hooks is None else hooks
+    before = (
+        {segment_limiter.HOOK: v3.PROXY_MaxParallelRequestsHandler_v3} if hooks is None else hooks
+    )
     given = dict(before)
     found = segment_limiter.install(given)
     assert given == before, "the table was changed"
@@ -538,7 +540,9 @@ def test_a_limiter_that_takes_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_litellm_without_the_limiter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segment_limiter, "_LIMITER", "litellm.proxy.hooks.parallel_request_limiter_v9")
+    monkeypatch.setattr(
+        segment_limiter, "_LIMITER", "litellm.proxy.hooks.parallel_request_limiter_v9"
+    )
     assert "no limiter with a store of its own" in sentence()
 
 

@@ -41,7 +41,7 @@ def _blocks(page: pathlib.Path, *languages: str) -> list[str]:
     return [code for language, code in found if language in languages]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _anchors(page: pathlib.Path) -> set[str]:
     """Of its headings, as GitHub makes them."""
     text = BLOCK.sub("", page.read_text(encoding="utf-8"))

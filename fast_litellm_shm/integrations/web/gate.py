@@ -16,7 +16,7 @@ from fast_litellm_shm.integrations.web.log import Log
 from fast_litellm_shm.integrations.web.outcome import Outcome, combined
 from fast_litellm_shm.integrations.web.request import Request
 from fast_litellm_shm.integrations.web.rules import Cost, Rule
-from fast_litellm_shm.limiters import grantors
+from fast_litellm_shm.limiters.choice import chosen
 from fast_litellm_shm.limiters.grantors import ClusterArgument, Grantor, Held
 
 _ON_ERROR = ("deny", "allow")
@@ -115,7 +115,7 @@ class Gate:
         self.rules, self._on_error, self._on_cost_error = found, on_error, on_cost_error
         self._refuses = Rule(name="ambiguous path") if ambiguous_paths == "refuse" else None
         self._log = Log()
-        grantor = grantors.chosen(cluster)
+        grantor = chosen(cluster)
         self._rules: list[tuple[Rule, _Opened | None]] = [
             (rule, _Opened(rule, name, segment, grantor) if rule.limits else None) for rule in found
         ]

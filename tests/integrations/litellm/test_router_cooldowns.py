@@ -22,8 +22,8 @@ from fast_litellm_shm import Segment, exceptions
 from fast_litellm_shm.integrations.litellm import failures
 from fast_litellm_shm.integrations.litellm.router import cooldowns
 from fast_litellm_shm.integrations.litellm.router.cooldowns import SharedCooldowns
-from fast_litellm_shm.integrations.litellm.router.sharing import RouterState
 from fast_litellm_shm.integrations.litellm.router.deployments import Statistics
+from fast_litellm_shm.integrations.litellm.router.sharing import RouterState
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # LiteLLM's own
 

@@ -21,10 +21,10 @@ from support.litellm_workers import GROUP, Caller, Workers, router
 from fast_litellm_shm import exceptions
 from fast_litellm_shm.integrations.litellm import failures
 from fast_litellm_shm.integrations.litellm.router import sharing
-from fast_litellm_shm.integrations.litellm.router.cooldowns import SharedCooldowns
-from fast_litellm_shm.integrations.litellm.router.sharing import RouterState, share, unshare
 from fast_litellm_shm.integrations.litellm.router.cache import SharedRoutingCache
+from fast_litellm_shm.integrations.litellm.router.cooldowns import SharedCooldowns
 from fast_litellm_shm.integrations.litellm.router.deployments import Statistics
+from fast_litellm_shm.integrations.litellm.router.sharing import RouterState, share, unshare
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # LiteLLM's own
 
