@@ -18,6 +18,7 @@ from fast_litellm_shm import (
     SimpleRateLimiter,
     Window,
 )
+from fast_litellm_shm.fast_litellm import simple
 
 
 def test_the_guides_two_limiters_in_one_process() -> None:
@@ -179,7 +180,7 @@ def test_check_rate_limit_by_a_bad_file(
 
 
 def test_check_rate_limit_names_its_periods() -> None:
-    limiter = fast_litellm.simple._limiter()
+    limiter = simple._limiter()
     for costs, period in (
         ((20, 0, 0), "second"),
         ((0, 600, 0), "minute"),

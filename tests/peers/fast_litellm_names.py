@@ -118,4 +118,5 @@ def test_arguments(theirs: Any, module: str) -> None:
 def test_modules_are_reached_as_there() -> None:
     assert pathlib.Path(os.environ["FAST_LITELLM"], "fast_litellm").is_dir()
     for module in MODULES[1:]:
-        assert getattr(fast_litellm_shm, module).__name__ == f"fast_litellm_shm.{module}"
+        found = importlib.import_module(f"fast_litellm_shm.{module}")
+        assert getattr(fast_litellm_shm, module) is found

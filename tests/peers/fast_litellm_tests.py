@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 import fast_litellm_shm
-from fast_litellm_shm.fast_litellm import _rust
 
 sys.modules["fast_litellm"] = fast_litellm_shm
-sys.modules["fast_litellm._rust"] = _rust
+sys.modules["fast_litellm._rust"] = fast_litellm_shm.fast_litellm
