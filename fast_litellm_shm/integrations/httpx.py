@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, ClassVar, Generic, TypeVar
@@ -95,7 +95,7 @@ def _body_type(stream: type) -> Any:
 class _Limited(Generic[_Transport]):
     """What both transports have."""
 
-    _default: ClassVar[Callable[[], Any]]
+    _default: ClassVar[type]
 
     def __init__(
         self,
@@ -152,7 +152,8 @@ class _Limited(Generic[_Transport]):
             if response.is_closed:  # read already, as a MockTransport's: it is not closed again
                 permit.release()
             else:
-                response.stream = _body_type(type(response.stream))(response.stream, permit)
+                stream: Any = response.stream
+                response.stream = _body_type(stream.__class__)(stream, permit)
         return response
 
 

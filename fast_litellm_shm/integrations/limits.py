@@ -282,7 +282,7 @@ def _coroutine(
     call: Callable[Concatenate[Any, _P], _R],
 ) -> Callable[Concatenate[Any, _P], Coroutine[Any, Any, _R]]:
     @functools.wraps(call)
-    async def method(self: _Base, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+    async def method(self: Any, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         return call(self, *args, **kwargs)
 
     return method
