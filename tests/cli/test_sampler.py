@@ -282,7 +282,7 @@ def test_no_descriptors_left(segment: Segment) -> None:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
     try:
-        told = look()
+        told = look(60)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert told.problem is not None and "add up" not in told.problem
