@@ -40,7 +40,7 @@
 -- empty sooner. So a window that is lowered and raised again has what it had, debt is only what exceeded the limit
 -- that it was written under, and a bucket drains as it did until what is in it fits. Another kind takes the
 -- tokens over.
--- Numbers are doubles: every integer below is less than 2^53. (cluster/script.py refuses larger limits.)
+-- Numbers are doubles: every integer below is less than 2^53. (cluster/algorithms.py refuses larger limits.)
 
 local FIELDS, HEAD = 13, 7
 local PACE = 250000 -- us that a batch should last: several times what a thread may wait for its interpreter

@@ -46,7 +46,7 @@ class UnreachableError(exceptions.ClusterError):
 
 
 class Question(Protocol):
-    """One call of a script: of meter.lua (script.py) or permits.lua (permits.py)."""
+    """One call of a script: algorithms.lua (algorithms.py) or permits.lua (permits.py)."""
 
     @property
     def source(self) -> str: ...
