@@ -1,5 +1,5 @@
 /* holds_first.c - what must hold of the first join of a segment, which makes its lock file: there is none, or
- * it is the one that the header names; and whoever comes next joins, holds permits, and sees who lives. */
+ * it is the one that the header names; and the next process joins, holds permits, and sees which processes live. */
 #include "crash.h"
 
 static bool attach_here(void) {

@@ -1,4 +1,4 @@
-/* invariants.c - what must hold of a segment at any instant that nobody works on it. */
+/* invariants.c - what must hold of a segment at any instant when no process works on it. */
 #include "crash.h"
 
 #define MOST_NUMBERED 8 /* of a key, in all operations */
@@ -136,7 +136,7 @@ static void check_looking_in(void) {
   }
 }
 
-/* alone: nobody but S lives. */
+/* alone: only S lives. */
 static void check_invariants(bool alone) {
   if (!world.s) return;
   check_slots();
