@@ -158,7 +158,7 @@ FAULTS = [
         "one token: they are answered 1 and 1",
     ),
     Fault(
-        "a shared counter is charged without a look for the key's cell",
+        "a shared counter is charged without a look for the key's slot",
         "limits/shared_counters.c",
         (("if (table_has(c->s, c->hash, fingerprint(c, i))) return CLAIM_LOST;", ""),),
         "pair-shared-leave",
@@ -437,7 +437,7 @@ FAULTS = [
         "3 are held, and the last was granted under 2",
     ),
     Fault(
-        "the limits are not looked at after the cell",
+        "the limits are not looked at after the slot",
         "limits/call.h",
         (
             (
@@ -449,7 +449,7 @@ FAULTS = [
         "T is answered 1, and it does not fit",
     ),
     Fault(
-        "a sweep that leaves pending cells",
+        "a sweep that leaves pending slots",
         "limits/limit_changes.c",
         (
             (
@@ -473,7 +473,7 @@ FAULTS = [
         "key 0",
     ),
     Fault(
-        "a rule's slot is freed though a state refers to it",
+        "a rule's index is freed though a state refers to it",
         "limits/limit_changes.c",
         (
             (
@@ -497,7 +497,7 @@ FAULTS = [
         "slot is free",
     ),
     Fault(
-        "a rule that takes another's cells does not count as in use",
+        "a rule that takes another's slots does not count as in use",
         "limits/limit_changes.c",
         (("if (owner < later &&", "if (!later &&"),),
         "change-sweeps-none-fits",
