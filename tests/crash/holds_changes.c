@@ -367,7 +367,7 @@ static void sweep_begin(void) {
   consumed_before = consumed_now();
   for (uint32_t k = 0; k < RULES; k++)
     if (!consumed_before.of[k][0] && keys[k]) broken("key %u has consumed nothing", k);
-  if (count_free_rules()) broken("%u slots are free to begin with", count_free_rules());
+  if (count_free_rules()) broken("%u rule indexes are free to begin with", count_free_rules());
 }
 
 /* added: to KEY, what was taken from the next. */

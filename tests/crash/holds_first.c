@@ -144,7 +144,7 @@ static void first_survive(void) {
 static void first_raced(const outcome_t *mine) {
   if (told->status != FSHM_OK || mine->status != FSHM_OK)
     broken("T and S are answered %d and %d", told->status, mine->status);
-  if (told->number == mine->number) broken("T and S have the same slot");
+  if (told->number == mine->number) broken("T and S have the same index");
   t_lives = true;
   check_next();
   close_opened();

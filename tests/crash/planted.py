@@ -120,7 +120,7 @@ FAULTS = [
         "limits",
     ),
     Fault(
-        "a process that takes a slot without a new generation",
+        "a process that takes an index without a new incarnation",
         "core/process.c",
         (
             (
@@ -204,7 +204,7 @@ FAULTS = [
         "the next to come cannot join",
     ),
     Fault(
-        "who owns a slot counts as the owner of what it held before",
+        "the owner of an index counts as the owner of what it held before",
         "core/process.c",
         (("ALIVE(process)) && !has_ended(", "OWNED(process)) && !has_ended("),),
         "join-after-holder",
@@ -261,7 +261,7 @@ FAULTS = [
         "are not on the recorded path",
     ),
     Fault(
-        "a slot that is taken before the head knows it",
+        "a position that is taken before the head knows it",
         "limits/moving_window.c",
         (
             (
@@ -286,7 +286,7 @@ FAULTS = [
         "tokens",
     ),
     Fault(
-        "a token is put over whatever the slot holds",
+        "a token is put over whatever the position holds",
         "limits/moving_window.c",
         (
             (
@@ -333,14 +333,14 @@ FAULTS = [
         "are left",
     ),
     Fault(
-        "a slot beyond what was lowered stands, since few are held",
+        "a permit beyond the lowered lease stands, since few are held",
         "permits/semaphore.c",
         (("    if (number >= most) return false;\n", ""),),
         "pair-lease-shrink",
         "more than is allowed",
     ),
     Fault(
-        "slots are not looked at before an allowance is clean again",
+        "permits are not looked at before a lease is clean again",
         "leasing/permit_lease.c",
         (
             (
@@ -425,7 +425,7 @@ FAULTS = [
         "are in flight, and",
     ),
     Fault(
-        "a slot beyond the present limit stands uncounted",
+        "a permit beyond the present limit stands uncounted",
         "permits/semaphore.c",
         (
             (
@@ -494,7 +494,7 @@ FAULTS = [
             ),
         ),
         "change-sweeps",
-        "slot is free",
+        "index is free",
     ),
     Fault(
         "a rule that takes another's slots does not count as in use",
@@ -522,7 +522,7 @@ FAULTS = [
             ),
         ),
         "limits-change",
-        "its slot is not in use",
+        "its index is not in use",
     ),
     Fault(
         "a token of a moving window is given back under another name",

@@ -222,7 +222,7 @@ FAULTS = (
         "    if (false) {\n",
     ),
     Fault(
-        "a slot beyond the present limit stands uncounted",
+        "a permit beyond the present limit stands uncounted",
         "changes-permits",
         "permits/semaphore.c",
         "    if (unlikely(number >= snapshot->permits && !said)) {\n",
