@@ -23,7 +23,7 @@
 /* ns after its end for which a lease is still reported to the server: clocks differ by less */
 #define PERMIT_LEASE_OVER UINT64_C(1000000)
 
-static_assert(2 * (MAX_PERMITS + 1) + 1 < 1 << FSHM_PERMIT_LEASE_BITS, "an allowance has 17 bits");
+static_assert(2 * (MAX_PERMITS + 1) + 1 < 1 << FSHM_PERMIT_LEASE_BITS, "a lease has 17 bits");
 
 static inline uint64_t permit_lease_word(uint64_t leased, bool clean, uint64_t end) {
   leased = min_u64(leased, MAX_PERMITS);

@@ -47,7 +47,7 @@ static int find_rule(limiter_entry_t *e, const rule_t *rule, uint64_t version) {
 
 static void fill_rule(limiter_entry_t *e, unsigned rule_index, const rule_t *rule,
                       uint64_t version) {
-  /* Pairs with the fence of limits_rule(): whoever reads a word of this rule finds the slot changed. */
+  /* Pairs with the fence of limits_rule(): a caller that reads a word of this rule finds the slot changed. */
   atomic_thread_fence(memory_order_release);
   for (unsigned k = 0; k < RULE_WORDS; k++) store_relaxed(&e->rules[rule_index][k], rule->words[k]);
   atomic_store_explicit(&e->owners[rule_index], RULE_USED | version, memory_order_release);

@@ -470,8 +470,8 @@ static inline void report(const call_t *c, const look_t *looks, bool allowed, bo
     if (allowed ? left < tightest : v->retry > longest) out->limit_index = (uint16_t)i;
     tightest = min_u64(tightest, left);
     if (!allowed) longest = max_u64(longest, v->retry);
-    bool told = charged || r->kind != FSHM_BUCKET || looks[i].stays;
-    reset = max_u64(reset, told ? v->reset : v->used_before);
+    bool after = charged || r->kind != FSHM_BUCKET || looks[i].stays;
+    reset = max_u64(reset, after ? v->reset : v->used_before);
   }
   out->remaining = tightest;
   out->retry_after_ns = longest == UINT64_MAX ? FSHM_NEVER : (int64_t)longest;
