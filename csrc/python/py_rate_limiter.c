@@ -3,6 +3,7 @@
  *
  * There is no logic of limits here: arguments in, fshm_apply(), objects out.
  */
+#include "../limits/limiter.h"
 #include "py_args.h"
 #include "py_cluster.h"
 #include "py_measure.h"
