@@ -346,7 +346,7 @@ int fshm_reset_all(fshm_limiter *l) {
   }
   for (uint64_t slot = 0; slot < s->slot_count; slot++) {
     pair_t pair = {load_relaxed(&s->slots[slot].who), 0}, empty = {0, 0};
-    if (pair.who & 1) { /* a permit's hash can end in 1 too: it is left alone */
+    if (pair.who & 1) { /* a limit's state; a permit is left alone */
       if (WHO_LIMITER(pair.who) != l->index) continue;
       pair = pair_load(&s->slots[slot]);
       if (!(pair.who & 1) || WHO_LIMITER(pair.who) != l->index || IS_PERMIT(pair.when)) continue;
