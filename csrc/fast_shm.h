@@ -1,19 +1,19 @@
 /* fast_shm.h - rate limits that all processes of a host share, without a server.
  *
- * A segment is one POSIX shared-memory object. It holds limiters, each under a name. All processes that open the same
- * segment and the same limiter name share its limits. All calls are lock-free and safe from any thread and any process.
- * Design and proofs: DESIGN.md.
+ * A segment is one POSIX shared-memory object. It holds limiters, each under a name. All processes that open the
+ * same segment and the same limiter name share its limits. All calls are lock-free and safe from any thread and any
+ * process. Design and proofs: DESIGN.md.
  *
  * Caveats
- * - Symptom: FSHM_E_LOCK_FILE with EBADF. Cause: this process lost the kernel lock that says that it is alive. Not on Linux;
- *   elsewhere, the program closed all descriptors, the library's among them. Cure: open the segment after daemonising. (A
- *   fork needs no care: the child joins by itself.)
- * - Symptom: FSHM_E_LOCK_FILE after it worked. Cause: the lock file beside the segment was deleted. Cure: stop the workers,
- *   run `fast-shm rm`, start them. Rate limits work until then.
- * - Symptom: processes count apart after `fast-shm rm`. Cause: attached processes keep the removed segment, and new ones make
- *   a new one. Cure: restart them. fshm_unlinked() says whether a process has a removed segment.
- * - Symptom: FSHM_FULL although there are old keys. Cause: those are all live, and a live key is never forgotten (I7). Cure:
- *   a larger capacity, shorter periods, or fshm_limiter_share().
+ * - Symptom: FSHM_E_LOCK_FILE with EBADF. Cause: this process lost the kernel lock that says that it is alive. Not
+ *   on Linux; elsewhere, the program closed all descriptors, the library's among them. Cure: open the segment after
+ *   daemonising. (A fork needs no care: the child joins by itself.)
+ * - Symptom: FSHM_E_LOCK_FILE after it worked. Cause: the lock file beside the segment was deleted. Cure: stop the
+ *   workers, run `fast-shm rm`, start them. Rate limits work until then.
+ * - Symptom: processes count apart after `fast-shm rm`. Cause: attached processes keep the removed segment, and new
+ *   ones make a new one. Cure: restart them. fshm_unlinked() says whether a process has a removed segment.
+ * - Symptom: FSHM_FULL although there are old keys. Cause: those are all live, and a live key is never forgotten
+ *   (I7). Cure: a larger capacity, shorter periods, or fshm_limiter_share().
  *
  * The text between the two marks is also the cffi cdef: keep it plain declarations.
  */
@@ -121,8 +121,8 @@ typedef struct {
   int64_t reset_after_ns; /* until all tokens are back */
 } fshm_decision;
 
-/* A charge of one limit, to give it back later: the state that it wrote, the numbers of its rule, the time, and the version
- * of the limits (0: not known). */
+/* A charge of one limit, to give it back later: the state that it wrote, the numbers of its rule, the time, and the
+ * version of the limits (0: not known). */
 typedef struct {
   uint64_t state, num, den, at, version;
 } fshm_charged;
@@ -185,9 +185,9 @@ void fshm_describe(fshm_segment *segment, fshm_geometry *out);
 uint64_t fshm_now(fshm_segment *segment);
 /* A 128-bit hash of `data` under a secret of the segment: a process that cannot read the segment cannot compute it. */
 void fshm_keyed_hash(fshm_segment *segment, const void *data, uint64_t length, uint64_t out[2]);
-/* The first damage that any process found in this segment: enum fshm_damage_kind. It stays until the segment is removed.
- * fshm_damage() looks at the file's size and the header, fshm_check() at all limiters and slots too. Both report only what
- * is certain: some damage cannot be detected. */
+/* The first damage that any process found in this segment: enum fshm_damage_kind. It stays until the segment is
+ * removed. fshm_damage() looks at the file's size and the header, fshm_check() at all limiters and slots too. Both
+ * report only what is certain: some damage cannot be detected. */
 int fshm_damage(fshm_segment *segment, uint64_t *index);
 int fshm_check(fshm_segment *segment, uint64_t *index);
 
@@ -199,18 +199,18 @@ int fshm_limiter_open(fshm_segment *segment, const char *name, uint64_t name_len
 int fshm_limiter_open_at(fshm_segment *segment, const char *name, uint64_t name_length,
                          const fshm_limit *limits, uint32_t count, uint64_t now_ns,
                          fshm_limiter **out);
-/* The same, for an auxiliary limiter of another one: its calls are not counted. The first process that opens a name decides
- * this. */
+/* The same, for an auxiliary limiter of another one: its calls are not counted. The first process that opens a name
+ * decides this. */
 int fshm_limiter_open_beside(fshm_segment *segment, const char *name, uint64_t name_length,
                              const fshm_limit *limits, uint32_t count, fshm_limiter **out);
 /* Open an existing limiter, with the limits that it has. FSHM_E_NOT_FOUND: it does not exist. */
 int fshm_limiter_find(fshm_segment *segment, const char *name, uint64_t name_length,
                       fshm_limiter **out);
 void fshm_limiter_close(fshm_limiter *limiter);
-/* share: from now on, calls by this handle charge a key that finds no free slot to one of 8 shared counters, under the same
- * limits, instead of returning FSHM_FULL. Such a key is never admitted more often than its limits say, but it shares them
- * with other keys. This does not apply to token leases, permits, blocks, and limits that come with the call. No charge of
- * a shared counter is given back. */
+/* share: from now on, calls by this handle charge a key that finds no free slot to one of 8 shared counters, under
+ * the same limits, instead of returning FSHM_FULL. Such a key is never admitted more often than its limits say, but
+ * it shares them with other keys. This does not apply to token leases, permits, blocks, and limits that come with
+ * the call. No charge of a shared counter is given back. */
 void fshm_limiter_share(fshm_limiter *limiter, int share);
 int fshm_limiter_limits(fshm_limiter *limiter, fshm_limit *out, uint64_t *version);
 /* Arrays with one value for each limit (costs, reserved, remaining, charged, actual) must have room for FSHM_MAX_LIMITS
@@ -228,21 +228,23 @@ void fshm_reserve(fshm_limiter *limiter, const void *key, uint64_t key_length,
  * number of limits. */
 int fshm_cancel(fshm_limiter *limiter, const void *key, uint64_t key_length, const uint64_t *costs,
                 const fshm_charged *reserved, uint64_t now_ns);
-/* The tokens that each limit still admits for this key now: remaining[i]. Returns the number of limits, or FSHM_E_DAMAGED. */
+/* The tokens that each limit still admits for this key now: remaining[i]. Returns the number of limits, or
+ * FSHM_E_DAMAGED. */
 int fshm_remaining(fshm_limiter *limiter, const void *key, uint64_t key_length, uint64_t now_ns,
                    uint64_t *remaining);
 int fshm_reset_key(fshm_limiter *limiter, const void *key, uint64_t key_length);
 int fshm_reset_all(fshm_limiter *limiter);
 
-/* Give this handle its own n, one for each limit of the name. The limits must be windows or permits with at least as large
- * an n. So one name serves any number of different limits. A key must always be used with the same numbers: make them part of
- * the key. Only fshm_admit(), fshm_settle(), fshm_remaining() and fshm_in_flight() use these numbers; all other calls use
- * those of the name. Call it once, before the handle is used. FSHM_OK or FSHM_E_ARGUMENT. */
+/* Give this handle its own n, one for each limit of the name. The limits must be windows or permits with at least as
+ * large an n. So one name serves any number of different limits. A key must always be used with the same numbers:
+ * make them part of the key. Only fshm_admit(), fshm_settle(), fshm_remaining() and fshm_in_flight() use these
+ * numbers; all other calls use those of the name. Call it once, before the handle is used. FSHM_OK or
+ * FSHM_E_ARGUMENT. */
 int fshm_limiter_number(fshm_limiter *limiter, const uint64_t *numbers, uint32_t count);
 
 /* Limits that come with the call ----------------------------------------------------------- */
-/* For storages of other libraries (PyPI's `limits`): each hit passes its limit, and later questions about the key pass none.
- * The limiter is only a name; the kind of its first limit must be that of `limit`. */
+/* For storages of other libraries (PyPI's `limits`): each hit passes its limit, and later questions about the key
+ * pass none. The limiter is only a name; the kind of its first limit must be that of `limit`. */
 typedef struct {
   int32_t status; /* enum fshm_status */
   int32_t unused;
@@ -250,35 +252,35 @@ typedef struct {
   uint64_t previous; /* sliding: tokens in the window before */
   int64_t left_ns; /* until the present window ends; moving: until its oldest hit leaves it */
 } fshm_counted;
-/* Charge cost if the count stays within limit->n, else charge nothing. cost 0: only look. A look reports the count and the
- * end of a FSHM_WINDOW, whatever limit it was counted under.
- * FSHM_WINDOW: begins at the first hit, and lasts up to 4 * count ns longer than the per_ns of that hit.
- * FSHM_SLIDING: windows begin at multiples of per_ns of the wall clock at the creation of the segment;
- * previous * left_ns / per_ns is rounded down. */
+/* Charge cost if the count stays within limit->n, else charge nothing. cost 0: only look. A look reports the count
+ * and the end of a FSHM_WINDOW, whatever limit it was counted under. FSHM_WINDOW: begins at the first hit, and lasts
+ * up to 4 * count ns longer than the per_ns of that hit. FSHM_SLIDING: windows begin at multiples of per_ns of the
+ * wall clock at the creation of the segment; previous * left_ns / per_ns is rounded down. */
 void fshm_count(fshm_limiter *limiter, const void *key, uint64_t key_length,
                 const fshm_limit *limit, uint64_t cost, uint64_t now_ns, fshm_counted *out);
 #define FSHM_MAX_MOVING 1048576 /* n of a moving window */
-/* Moving window: at most n tokens in any interval of per_ns; a hit is denied only if they are in it. Each token takes a slot
- * of the table. limit: FSHM_WINDOW, n up to FSHM_MAX_MOVING; always the same for a key. cost 0: only look; only then count
- * and left_ns are set. FSHM_E_MEMORY: possible where cost > 32. */
+/* Moving window: at most n tokens in any interval of per_ns; a hit is denied only if they are in it. Each token
+ * takes a slot of the table. limit: FSHM_WINDOW, n up to FSHM_MAX_MOVING; always the same for a key. cost 0: only
+ * look; only then count and left_ns are set. FSHM_E_MEMORY: possible where cost > 32. */
 void fshm_moving(fshm_limiter *limiter, const void *key, uint64_t key_length,
                  const fshm_limit *limit, uint64_t cost, uint64_t now_ns, fshm_counted *out);
 int fshm_moving_clear(fshm_limiter *limiter, const void *key, uint64_t key_length);
 
 /* Token leases: a server grants tokens to this host in batches -------------------------------- */
-/* For limits over many hosts. The server charges a batch of tokens to the limit; this host adds it to the key's lease, and
- * its processes spend it until the lease ends. A limiter of FSHM_LEASE limits, one for each limit, holds the leases: each
- * slot says how many tokens are left until when. Together the processes never spend more. */
+/* For limits over many hosts. The server charges a batch of tokens to the limit; this host adds it to the key's
+ * lease, and its processes spend it until the lease ends. A limiter of FSHM_LEASE limits, one for each limit, holds
+ * the leases: each slot says how many tokens are left until when. Together the processes never spend more. */
 /* A batch, for fshm_token_lease_put(): one for each limit. */
 typedef struct {
   uint64_t tokens;
   uint64_t kept; /* of more tokens left, all end as those do; else all end at until_ns */
   uint64_t until_ns; /* segment time */
 } fshm_token_lease;
-/* Charge the token lease. If it has too few tokens: FSHM_DENIED if `refused` (a limiter of FSHM_LEASE limits too, or NULL)
- * remembers a recent refusal of as much, else FSHM_ASK. `limits`: the limiter with the limits themselves; its slots hold what
- * the server last reported (fshm_learn()). *out is computed from these, and out->remaining includes the tokens left of the
- * lease. *low: 1 for the one call that brings the lease below a quarter to a half of its batch. out NULL: only the status. */
+/* Charge the token lease. If it has too few tokens: FSHM_DENIED if `refused` (a limiter of FSHM_LEASE limits too, or
+ * NULL) remembers a recent refusal of as much, else FSHM_ASK. `limits`: the limiter with the limits themselves; its
+ * slots hold what the server last reported (fshm_learn()). *out is computed from these, and out->remaining includes
+ * the tokens left of the lease. *low: 1 for the one call that brings the lease below a quarter to a half of its
+ * batch. out NULL: only the status. */
 int fshm_spend(fshm_limiter *leases, fshm_limiter *refused, fshm_limiter *limits, const void *key,
                uint64_t key_length, const uint64_t *costs, uint64_t now_ns, fshm_decision *out,
                uint32_t *low);
@@ -299,12 +301,14 @@ int fshm_learn(fshm_limiter *limits, const void *key, uint64_t key_length, const
 int fshm_known(fshm_limiter *limits, const void *key, uint64_t key_length, uint64_t now_ns,
                uint64_t *used, uint64_t *left_ns);
 /* Leader election among the processes of the host. 1: this process leads until it dies. 0: another one leads. Or
- * FSHM_E_LOCK_FILE. wait: block until this process leads; when a leader dies, the next one follows within half a second. */
+ * FSHM_E_LOCK_FILE. wait: block until this process leads; when a leader dies, the next one follows within half a
+ * second. */
 int fshm_lead(fshm_segment *segment, int wait);
 int fshm_lead_end(fshm_segment *segment);
 uint32_t fshm_leader(fshm_segment *segment); /* its pid; 0: there is none */
 
-/* The number of the limiter's keys that have consumed something, as far as the key statistics know (0 with FSHM_NAMES_OFF). */
+/* The number of the limiter's keys that have consumed something, as far as the key statistics know (0 with
+ * FSHM_NAMES_OFF). */
 uint64_t fshm_live_keys(fshm_limiter *limiter, uint64_t now_ns);
 
 /* Permits: at most n held at a time -------------------------------------------------------------- */
@@ -328,8 +332,8 @@ void fshm_admit(fshm_limiter *limiter, const void *key, uint64_t key_length, con
                 uint64_t now_ns, fshm_permit *permit, fshm_decision *out, uint32_t *in_flight);
 /* Count a call that was decided elsewhere: FSHM_ALLOWED as admitted, FSHM_DENIED as denied, less than 0 as refused. */
 void fshm_count_call(fshm_limiter *limiter, const void *key, uint64_t key_length, int32_t status);
-/* Settlement: replace the charged costs by the actual ones (one for each limit but the permits). More may go into debt; less
- * is given back, as far as the charge still counts. */
+/* Settlement: replace the charged costs by the actual ones (one for each limit but the permits). More may go into
+ * debt; less is given back, as far as the charge still counts. */
 int fshm_settle(fshm_limiter *limiter, const void *key, uint64_t key_length,
                 const uint64_t *charged, const uint64_t *actual, const fshm_permit *permit,
                 uint64_t now_ns);
@@ -355,8 +359,8 @@ uint64_t fshm_reap(fshm_segment *segment, uint32_t pid);
 uint64_t fshm_unique(fshm_segment *segment); /* a number that no other call gets */
 
 /* Permit leases: a server grants permits to this host ---------------------------------------- */
-/* For limits over many hosts. The server lets the processes of this host hold a number of a key's permits together, until an
- * end. A limiter of one FSHM_LEASE limit holds the leases: one word, in a slot of the table, for each key. */
+/* For limits over many hosts. The server lets the processes of this host hold a number of a key's permits together,
+ * until an end. A limiter of one FSHM_LEASE limit holds the leases: one word, in a slot of the table, for each key. */
 #define FSHM_PERMIT_LEASE_BITS 18 /* low bits of a word; above them its end, in units of 2^18 ns */
 typedef struct {
   uint64_t word; /* as it was read: pass it to fshm_permit_lease_put() */
@@ -366,8 +370,8 @@ typedef struct {
   uint64_t left_ns; /* until the end */
   uint64_t now_ns; /* segment time after the word was read */
 } fshm_permit_lease;
-/* The key's permit lease, and the number of permits held. open: if there is no word yet, create one that allows no permits,
- * so that there is a word to report. FSHM_OK, or an error. */
+/* The key's permit lease, and the number of permits held. open: if there is no word yet, create one that allows no
+ * permits, so that there is a word to report. FSHM_OK, or an error. */
 int fshm_permit_lease_look(fshm_limiter *permits, fshm_limiter *leases, const void *key,
                            uint64_t key_length, int open, uint64_t now_ns, fshm_permit_lease *out);
 /* Allow at most `to` permits from now on. Permits held beyond stay held, and are reported. */
@@ -379,9 +383,9 @@ int fshm_permit_lease_lower(fshm_limiter *permits, fshm_limiter *leases, const v
 int fshm_permit_lease_put(fshm_limiter *permits, fshm_limiter *leases, const void *key,
                           uint64_t key_length, uint64_t word, uint64_t leased, uint64_t until_ns,
                           uint64_t now_ns);
-/* Take a permit within the lease. FSHM_ASK: none is left, ask the server. FSHM_DENIED: `refused` remembers a recent refusal
- * (fshm_token_lease_refuse() of cost 1). alone: the server is unreachable; whatever the lease says, at most so many permits
- * are held on this host. 0: within the lease. */
+/* Take a permit within the lease. FSHM_ASK: none is left, ask the server. FSHM_DENIED: `refused` remembers a recent
+ * refusal (fshm_token_lease_refuse() of cost 1). alone: the server is unreachable; whatever the lease says, at most
+ * so many permits are held on this host. 0: within the lease. */
 int fshm_permit_lease_admit(fshm_limiter *permits, fshm_limiter *leases, fshm_limiter *refused,
                             const void *key, uint64_t key_length, uint32_t alone, uint64_t now_ns,
                             fshm_permit *permit, fshm_decision *out, uint32_t *in_flight);
@@ -390,8 +394,8 @@ int fshm_permit_lease_admit(fshm_limiter *permits, fshm_limiter *leases, fshm_li
 /* FSHM_OK; 0: no limiter has this index; or FSHM_E_DAMAGED. */
 int fshm_limiter_at(fshm_segment *segment, uint32_t index, fshm_limiter_info *out);
 int fshm_process_at(fshm_segment *segment, uint32_t index, fshm_process_info *out);
-/* Set fshm_process_info.outage of this process. The caller defines its meaning. It is 0 at first, and again in a forked child.
- * No effect if the process table is full. */
+/* Set fshm_process_info.outage of this process. The caller defines its meaning. It is 0 at first, and again in a
+ * forked child. No effect if the process table is full. */
 void fshm_process_note(fshm_segment *segment, uint32_t outage);
 uint64_t fshm_live_slots(fshm_segment *segment, uint8_t *live, uint64_t now_ns);
 /* Slots in use. keys[i] (an array of fshm_geometry.limiters): how many keys of limiter i have consumed something; 0 with
@@ -460,8 +464,8 @@ int fshm_metric_at(fshm_segment *segment, uint32_t metric, fshm_metric_info *out
 void fshm_metric_sum(fshm_segment *segment, const uint32_t *metrics, uint32_t count,
                      fshm_metric_info *out);
 #define FSHM_OCTAVES 34
-/* Calls by duration: calls[i] took less than 128 ns * 2^i, and at least 128 ns * 2^(i - 1). The last one has all that took
- * longer. They never fall. */
+/* Calls by duration: calls[i] took less than 128 ns * 2^i, and at least 128 ns * 2^(i - 1). The last one has all
+ * that took longer. They never fall. */
 void fshm_metric_octaves(fshm_segment *segment, const uint32_t *metrics, uint32_t count,
                          uint64_t *calls);
 
@@ -497,17 +501,17 @@ int fshm_deployment_open(fshm_segment *segment, uint64_t id, uint64_t now_ns);
 int fshm_request_begin(fshm_segment *segment, uint32_t deployment, uint64_t now_ns,
                        fshm_request *out);
 int fshm_request_end(fshm_segment *segment, fshm_request *request);
-/* latency_ns, cost (1e-9): UINT64_MAX = not known. After more than allowed_fails failures in a minute, the deployment is not
- * picked for cooldown_ns. */
+/* latency_ns, cost (1e-9): UINT64_MAX = not known. After more than allowed_fails failures in a minute, the
+ * deployment is not picked for cooldown_ns. */
 void fshm_deployment_record(fshm_segment *segment, uint32_t deployment, uint64_t latency_ns,
                             int success, uint64_t cost, uint32_t allowed_fails,
                             uint64_t cooldown_ns, uint64_t now_ns);
 /* fresh: check now which processes are dead; else the last liveness check may be half a second old. */
 void fshm_deployment_look(fshm_segment *segment, const uint32_t *deployments, uint32_t count,
                           uint64_t now_ns, int fresh, fshm_deployment_info *out);
-/* Pick by a strategy (enum fshm_route): returns an index into the arrays, or -1 if all cool down or are blocked. weights: 0 or
- * more (shuffle). prices: of a token, 1e-9; below 0: unknown (cost). blocked: NULL, or one byte for each. found: room for
- * `count`. */
+/* Pick by a strategy (enum fshm_route): returns an index into the arrays, or -1 if all cool down or are blocked.
+ * weights: 0 or more (shuffle). prices: of a token, 1e-9; below 0: unknown (cost). blocked: NULL, or one byte for
+ * each. found: room for `count`. */
 int64_t fshm_deployment_pick(fshm_segment *segment, uint32_t strategy, const uint32_t *deployments,
                              const double *weights, const double *prices,
                              const unsigned char *blocked, uint32_t count, uint64_t random,
@@ -518,10 +522,10 @@ int fshm_py_install(void *module);
 /* [cdef end] */
 
 /* Former names ------------------------------------------------------------------------------ */
-/* For programs that were written against them. Fields that have another name now: fshm_limiter_info.counters (tally),
- * fshm_process_info.outage (away), fshm_permit.slot and wakeup (cell, bell), fshm_permit_info.number and table_slot (slot,
- * cell), fshm_permit_lease.leased and reported (allowance, told), fshm_memo_info.entries (places), fshm_request.incarnation
- * (generation). */
+/* For programs that were written against them. Fields that have another name now: fshm_limiter_info.counters
+ * (tally), fshm_process_info.outage (away), fshm_permit.slot and wakeup (cell, bell), fshm_permit_info.number and
+ * table_slot (slot, cell), fshm_permit_lease.leased and reported (allowance, told), fshm_memo_info.entries (places),
+ * fshm_request.incarnation (generation). */
 #define FSHM_TALLIES FSHM_COUNTERS
 #define fshm_tally fshm_counters
 #define fshm_tally_all fshm_counters_all

@@ -56,14 +56,14 @@ def test_per_out_of_range_names_the_range(kind: Any, per: float) -> None:
 def test_burst_out_of_range(burst: int) -> None:
     with pytest.raises(ValueError) as caught:
         Limit(10, burst=burst)
-    assert str(caught.value) == f"Limit: burst must be between 1 and n = 10, not {burst}"
+    assert str(caught.value) == f"TokenBucket: burst must be between 1 and n = 10, not {burst}"
 
 
 @pytest.mark.parametrize("burst", [1.5, "2", True])
 def test_burst_not_an_int(burst: Any) -> None:
     with pytest.raises(TypeError) as caught:
         Limit(10, burst=burst)
-    assert str(caught.value) == f"Limit: burst must be an int, not {burst!r}"
+    assert str(caught.value) == f"TokenBucket: burst must be an int, not {burst!r}"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -108,7 +108,8 @@ static inline pair_t pair_load(const void *slot) {
 #error "fast_litellm_shm needs a 16-byte compare-and-swap: x86-64 or aarch64"
 #endif
 
-/* For inspection only: two plain loads, on read-only mappings. May be torn under constant change; no decision reads it. */
+/* For inspection only: two plain loads, on read-only mappings. May be torn under constant change; no decision reads
+ * it. */
 static inline pair_t pair_peek(const void *slot) {
   const volatile pair_t *p = slot;
   pair_t out = {p->who, p->when};

@@ -1,25 +1,26 @@
 /* clock.c - the time in ns since boot, cheaper than the kernel's own call.
  *
- * Asking the kernel (vDSO) takes 24 ns, reading the processor's time stamp counter 10 ns. So a process asks the kernel at most once
- * in WINDOW_NS, and adds the counter's advance since. It does so only where the kernel itself uses the counter as its clock
- * source (x86-64, current_clocksource = tsc).
+ * Asking the kernel (vDSO) takes 24 ns, reading the processor's time stamp counter 10 ns. So a process asks the
+ * kernel at most once in WINDOW_NS, and adds the counter's advance since. It does so only where the kernel itself
+ * uses the counter as its clock source (x86-64, current_clocksource = tsc).
  *
- * The error. "Earlier" is as if the call had been preempted for so long between reading the clock and charging, which every bound
- * allows for. "Later" adds to the error of a bound (DESIGN.md, "The instant of a decision").
- * - The kernel's rate changes by less than 0.1 % (NTP changes it by 0.05 % at most): never later than the kernel's clock, and at
- *   most 0.3 us earlier. Not later: `time` is read before `ticks`, and ticks are converted at a rate 0.1 % slower than
- *   measured; the error of the measurement is below 0.02 %. Not much earlier: a reading is only kept if the counter advanced
- *   by less than 0.2 us around it.
- * - The clock is slewed by percents (chrony: up to 8.3 %; the kernel allows 11 %): our rate is up to seconds old, so the error is
- *   the change of the rate in WINDOW_NS: at most 4 us later, 5.3 us earlier. The rate can change at any instant, so only a short
- *   window bounds the error.
- * - The counter jumps, stops or is set (suspend, migration to another host): if it is outside the window, we ask the kernel, so the
- *   time is never later than the kernel's clock by more than WINDOW_NS. A rate is used only once two measurements agree within
- *   what any slew allows. A measurement across a jump does not agree, or it is off by so little that the time is at most 12 us
- *   earlier, for a second.
- * - The kernel gives up the counter: its answer then takes a system call, longer than 0.2 us. No reading is kept, and each call asks.
- * So the clocks of two processes differ by less than CLOCKS_DIFFER (hash_table.c), and a caller's time goes backwards by no more
- * than that. tests/c/test_clock.c runs all this against a simulated kernel and counter.
+ * The error. "Earlier" is as if the call had been preempted for so long between reading the clock and charging,
+ * which every bound allows for. "Later" adds to the error of a bound (DESIGN.md, "The instant of a decision").
+ * - The kernel's rate changes by less than 0.1 % (NTP changes it by 0.05 % at most): never later than the kernel's
+ *   clock, and at most 0.3 us earlier. Not later: `time` is read before `ticks`, and ticks are converted at a rate
+ *   0.1 % slower than measured; the error of the measurement is below 0.02 %. Not much earlier: a reading is only
+ *   kept if the counter advanced by less than 0.2 us around it.
+ * - The clock is slewed by percents (chrony: up to 8.3 %; the kernel allows 11 %): our rate is up to seconds old, so
+ *   the error is the change of the rate in WINDOW_NS: at most 4 us later, 5.3 us earlier. The rate can change at any
+ *   instant, so only a short window bounds the error.
+ * - The counter jumps, stops or is set (suspend, migration to another host): if it is outside the window, we ask the
+ *   kernel, so the time is never later than the kernel's clock by more than WINDOW_NS. A rate is used only once two
+ *   measurements agree within what any slew allows. A measurement across a jump does not agree, or it is off by so
+ *   little that the time is at most 12 us earlier, for a second.
+ * - The kernel gives up the counter: its answer then takes a system call, longer than 0.2 us. No reading is kept,
+ *   and each call asks.
+ * So the clocks of two processes differ by less than CLOCKS_DIFFER (hash_table.c), and a caller's time goes backwards
+ * by no more than that. tests/c/test_clock.c runs all this against a simulated kernel and counter.
  */
 #include <stdio.h>
 #include <time.h>

@@ -1,7 +1,7 @@
 /* damage.c - detects and remembers that a segment was written over, where that is certain.
  *
- * For people; no decision reads it. Certain means: no use of this library leads to such contents, with any number of processes,
- * killed at any instruction. Argued in DESIGN.md, "Hostile contents".
+ * For people; no decision reads it. Certain means: no use of this library leads to such contents, with any number of
+ * processes, killed at any instruction. Argued in DESIGN.md, "Hostile contents".
  */
 #include <sys/stat.h>
 

@@ -1,8 +1,8 @@
 /* hash_table.c - the hash table of slots: find, claim, reuse. Lock-free; argued in DESIGN.md.
  *
- * A probe window is a run of PROBE_LINES cache lines. The hash of a key names two lines, and the key may be in the slots of the
- * probe windows of both (in a table of up to two windows: in any slot). A look-up reads both windows whole, from the home line
- * on. It does not stop at an empty slot, since slots become empty by time.
+ * A probe window is a run of PROBE_LINES cache lines. The hash of a key names two lines, and the key may be in the
+ * slots of the probe windows of both (in a table of up to two windows: in any slot). A look-up reads both windows
+ * whole, from the home line on. It does not stop at an empty slot, since slots become empty by time.
  *
  * A limiter takes only its share of the slots of a probe window ("Shares" in DESIGN.md).
  */
@@ -54,8 +54,8 @@ void table_find(const fshm_segment *s, uint64_t hash, uint64_t who, found_t *f) 
   table_find_inline(s, hash, who, f);
 }
 
-/* Find another slot of a key, near its slot `slot`, for a caller that does not know the hash. f->pair.who = 0: there is none, or
- * it is in the other probe window. */
+/* Find another slot of a key, near its slot `slot`, for a caller that does not know the hash. f->pair.who = 0: there
+ * is none, or it is in the other probe window. */
 COLD void table_near(const fshm_segment *s, uint64_t slot, uint64_t who, found_t *f) {
   uint64_t line = slot / SLOTS_PER_LINE;
   for (uint64_t n = probe_lines(s); n--; line = line_after(s, line)) {
@@ -75,9 +75,10 @@ typedef struct {
   found_t stale;    /* another key's pending slot: the last resort */
 } survey_t;
 
-/* May the limiter of this key take another slot of a probe window in which `room` are left? The fewer are left, the fewer the
- * limiter may have: the last one is for a limiter with none, the one before for one with at most two, then six, then 14. So
- * a flood on one limiter leaves four of 32 slots to others. The check uses what it reads: DESIGN.md, "Shares". */
+/* May the limiter of this key take another slot of a probe window in which `room` are left? The fewer are left, the
+ * fewer the limiter may have: the last one is for a limiter with none, the one before for one with at most two, then
+ * six, then 14. So a flood on one limiter leaves four of 32 slots to others. The check uses what it reads:
+ * DESIGN.md, "Shares". */
 #define SCARCE 4
 static_assert(SLOTS_PER_LINE * PROBE_LINES - SCARCE < 2U << SCARCE, "with more left, all may");
 static COLD bool in_share(const fshm_segment *s, uint64_t line, uint64_t who, unsigned room,
@@ -98,9 +99,9 @@ static COLD bool in_share(const fshm_segment *s, uint64_t line, uint64_t who, un
   return its + 1 < 1U << room;
 }
 
-/* Read all slots of both windows once. Prefers the home window until it is three quarters full, then the emptier one. Below
- * half load 98 % of keys are in their home line, and a table filled to its capacity refuses fewer than one key in 100,000
- * (simulated; tests/c/test_hash_table.c fills one). */
+/* Read all slots of both windows once. Prefers the home window until it is three quarters full, then the emptier
+ * one. Below half load 98 % of keys are in their home line, and a table filled to its capacity refuses fewer than
+ * one key in 100,000 (simulated; tests/c/test_hash_table.c fills one). */
 static survey_t survey(const fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now) {
   survey_t v;
   memset(&v, 0, sizeof v);
@@ -154,16 +155,16 @@ static survey_t survey(const fshm_segment *s, uint64_t hash, uint64_t who, uint6
   return v;
 }
 
-/* Steps 2 and 3 of the protocol, for the pending pair `mine`, which is ours or one that we help: look again at all slots of
- * both windows, then confirm. Returns CLAIMED, CLAIM_LOST, or CLAIM_NOT: not on what the caller knows. */
+/* Steps 2 and 3 of the protocol, for the pending pair `mine`, which is ours or one that we help: look again at all
+ * slots of both windows, then confirm. Returns CLAIMED, CLAIM_LOST, or CLAIM_NOT: not on what the caller knows. */
 enum { CLAIM_NOT = -2 };
 static int confirm(fshm_segment *s, uint64_t hash, uint64_t who, found_t mine, first_state_t *first,
                    void *context, uint64_t *where) {
   pair_t empty = {0, 0}, pair, expect;
   int budget = ROUNDS;
 again:
-  /* Pairs with the same fence in every other claimer: if two pending pairs of one key are published, the later publisher looks
-   * after both publications. (x86's swap is a full barrier already.) */
+  /* Pairs with the same fence in every other claimer: if two pending pairs of one key are published, the later
+   * publisher looks after both publications. (x86's swap is a full barrier already.) */
   atomic_thread_fence(memory_order_seq_cst);
   for (unsigned window = 0; window < probe_windows(s); window++) {
     uint64_t line = probe_start(s, hash, window);
@@ -192,9 +193,9 @@ again:
       }
     }
   }
-  /* The first state is computed after the look. If we were stopped in between, the key might have been charged, have expired and
-   * lost its slot, and a state computed earlier would forget that. After the look no other process can confirm a slot of
-   * this key without changing ours. */
+  /* The first state is computed after the look. If we were stopped in between, the key might have been charged, have
+   * expired and lost its slot, and a state computed earlier would forget that. After the look no other process can
+   * confirm a slot of this key without changing ours. */
   expect = mine.pair;
   pair_t confirmed = {who, first(context)};
   if (unlikely(confirmed.when == NO_STATE)) {

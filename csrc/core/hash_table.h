@@ -62,8 +62,8 @@ static inline uint64_t line_after(const fshm_segment *s,
   return line ^ (((line + 1) ^ line) & s->probe_mask);
 }
 
-/* May a slot of this line be the key's? Each slot is read once, in any order, without a branch for each: most slots that a
- * look-up reads belong to other keys. */
+/* May a slot of this line be the key's? Each slot is read once, in any order, without a branch for each: most slots
+ * that a look-up reads belong to other keys. */
 static inline unsigned is_at(const fshm_segment *s, uint64_t slot, uint64_t who) {
   return same_key(load_relaxed(&s->slots[slot].who), who);
 }

@@ -1,7 +1,8 @@
 /* image.c - the segment as a file: name, layout, creation, verification, removal.
  *
- * A segment is created whole or not at all: built as an unnamed file, filled, then linked to its name. The loser of a race attaches
- * to the winner's. Verification works on a private copy of the header, and recomputes the layout instead of trusting it.
+ * A segment is created whole or not at all: built as an unnamed file, filled, then linked to its name. The loser of
+ * a race attaches to the winner's. Verification works on a private copy of the header, and recomputes the layout
+ * instead of trusting it.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -86,7 +87,8 @@ static void lay_out(header_t *h, uint64_t capacity) {
   h->version = FSHM_LAYOUT_VERSION;
   h->byte_order = FSHM_BYTE_ORDER;
   h->capacity = capacity;
-  /* 1.3 slots for each key, so that a table filled to its capacity still finds room; whole probe windows (hash_table.c) */
+  /* 1.3 slots for each key, so that a table filled to its capacity still finds room; whole probe windows
+   * (hash_table.c) */
   h->lines = (capacity * 13 + 39) / 40;
   if (h->lines > 2 * PROBE_LINES)
     h->lines = aligned(h->lines, PROBE_LINES);
@@ -165,7 +167,8 @@ static int no_space(int fd, uint64_t size, fshm_error *e) {
   return image_fail_errno(e);
 }
 
-/* Allocate all pages now: with a file that only grew by ftruncate, a full file system means SIGBUS. Returns an errno value. */
+/* Allocate all pages now: with a file that only grew by ftruncate, a full file system means SIGBUS. Returns an errno
+ * value. */
 static int allocate(int fd, uint64_t size) {
   struct statvfs all;
   if (ftruncate(fd, (off_t)size)) return errno;
@@ -173,13 +176,13 @@ static int allocate(int fd, uint64_t size) {
   (void)all;
   return 0;
 #else
-  /* Do not begin if it cannot succeed: it would take the host's memory until it fails. (No blocks at all: a tmpfs without a
-   * limit.) */
+  /* Do not begin if it cannot succeed: it would take the host's memory until it fails. (No blocks at all: a tmpfs
+   * without a limit.) */
   if (!fstatvfs(fd, &all) && all.f_blocks && (uint64_t)all.f_bfree * all.f_frsize < size)
     return ENOSPC;
   for (uint64_t at = 0; at < size; at += CHUNK) {
-    /* A signal makes the kernel stop and undo the allocation (EINTR), again and again in a program with a fast timer. So signals are
-     * blocked during a chunk, and served after it. */
+    /* A signal makes the kernel stop and undo the allocation (EINTR), again and again in a program with a fast
+     * timer. So signals are blocked during a chunk, and served after it. */
     sigset_t every, before;
     (void)sigfillset(&every);
     (void)pthread_sigmask(SIG_SETMASK, &every, &before);

@@ -19,9 +19,9 @@
 /* Part of the hot path: always inlined, whatever its size. (Use with `inline`.) */
 #define HOT __attribute__((always_inline))
 
-/* On the hot path, and compiled without the stack check that csrc/hardening asks of all other functions: it costs 6 to 40
- * instructions of a call. The arrays of such a function hold numbers, one for each of at most FSHM_MAX_LIMITS limits, or a
- * pair of words. No text, and no length from a caller or the segment, is written into them. */
+/* On the hot path, and compiled without the stack check that csrc/hardening asks of all other functions: it costs 6
+ * to 40 instructions of a call. The arrays of such a function hold numbers, one for each of at most FSHM_MAX_LIMITS
+ * limits, or a pair of words. No text, and no length from a caller or the segment, is written into them. */
 #if __has_attribute(no_stack_protector)
 #define UNGUARDED __attribute__((no_stack_protector))
 #else
@@ -41,8 +41,9 @@
 
 /* No loop may depend without bound on a word that another process can write (I6). */
 #define MAX_TRIES 20000
-/* A lost claim counts as so many lost swaps: it has looked at the whole probe windows as often (ROUNDS of hash_table.c). Honest
- * processes cannot make a call lose 300 claims: the winner of a claim leaves a slot that the next look finds. */
+/* A lost claim counts as so many lost swaps: it has looked at the whole probe windows as often (ROUNDS of
+ * hash_table.c). Honest processes cannot make a call lose 300 claims: the winner of a claim leaves a slot that the
+ * next look finds. */
 #define CLAIM_TRIES 64
 /* The lost swaps and claims that a call may still have before it gives up, over all the slots that it visits. */
 typedef struct {
@@ -119,11 +120,11 @@ typedef struct {
  *
  *   fingerprint (42) | limiter (11) | place of the rule (3) | label (4) | epoch (3) | 1
  *
- * Label and epoch say which rule the state was written under; they may differ for the same key. The label is the rule index.
- * The epoch counts the sweeps that free rule indexes (limit_changes.c). The fingerprint and the slot's line identify the
- * key: in a table of some size the line is 10 bits or more of the hash.
- * All other owners (windows whose limit comes with the call, tokens and heads of moving windows, words of permit leases,
- * permits) end in 0, and have the lowest seven bits of the limiter's number where label and epoch are. */
+ * Label and epoch say which rule the state was written under; they may differ for the same key. The label is the
+ * rule index. The epoch counts the sweeps that free rule indexes (limit_changes.c). The fingerprint and the slot's
+ * line identify the key: in a table of some size the line is 10 bits or more of the hash. All other owners (windows
+ * whose limit comes with the call, tokens and heads of moving windows, words of permit leases, permits) end in 0,
+ * and have the lowest seven bits of the limiter's number where label and epoch are. */
 #define WHO_BITS 22
 #define WHO_LABELS UINT64_C(0xfe) /* label and epoch */
 #define WHO_OF(limiter, place, label, epoch)                                     \
@@ -136,8 +137,8 @@ typedef struct {
 
 static inline bool same_key(uint64_t a, uint64_t b) { return ((a ^ b) & ~WHO_LABELS) == 0; }
 #define WHO_TAIL ((UINT64_C(1) << WHO_BITS) - 1)
-/* The fingerprint is the top of a product, so that it does not depend on the lines that the hash names: two keys with the same
- * lower halves, and so the same second probe window, never have the same fingerprint. */
+/* The fingerprint is the top of a product, so that it does not depend on the lines that the hash names: two keys
+ * with the same lower halves, and so the same second probe window, never have the same fingerprint. */
 static inline uint64_t snapshot_who(const snapshot_t *p, uint32_t i, uint64_t hash) {
   return ((hash ^ p->salt) * UINT64_C(0x9e3779b97f4a7c15) & ~WHO_TAIL) | p->tail[i];
 }

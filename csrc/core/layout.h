@@ -1,5 +1,5 @@
-/* layout.h - every struct in the segment. There are no pointers; every index read from here is masked or checked before use.
- * All words are native-endian; the header says which byte order.
+/* layout.h - every struct in the segment. There are no pointers; every index read from here is masked or checked
+ * before use. All words are native-endian; the header says which byte order.
  *
  * For each field: unit; who writes it; memory order; its value after a crash.
  */
@@ -41,15 +41,15 @@
 #define MAX_CAPACITY (UINT64_C(1) << 31)
 #define DEFAULT_CAPACITY UINT64_C(200000)
 
-/* A slot of the hash table: the state of one key's limit. Any process swaps it whole, by a 16-byte compare-and-swap: a crash
- * leaves the old value or the new one. (0, 0) is empty; algorithms.h describes `when`, internal.h `who`. */
+/* A slot of the hash table: the state of one key's limit. Any process swaps it whole, by a 16-byte compare-and-swap:
+ * a crash leaves the old value or the new one. (0, 0) is empty; algorithms.h describes `when`, internal.h `who`. */
 typedef struct {
   _Alignas(16) _Atomic uint64_t who;
   _Atomic uint64_t when;
 } slot_t;
 
-/* After the slots of keys lie the slots of the limiters' shared counters: SHARED * SHARED_PLACES for each limiter, in order.
- * They have no key statistics. Their `who`:
+/* After the slots of keys lie the slots of the limiters' shared counters: SHARED * SHARED_PLACES for each limiter,
+ * in order. They have no key statistics. Their `who`:
  *
  *   writes (48) | resets of the limiter, the lowest 8 bits | label (4) | epoch (3) | 1
  *
@@ -75,9 +75,9 @@ typedef struct {
   process_stat_t entries[PROCESS_STATS];
 } process_stats_t;
 
-/* Call counters of one limiter and one process index, for all its owners, one after the other. Each call is one relaxed add.
- * No counter is ever lowered, moved or summed up elsewhere, so no reader sees a sum fall. A crash leaves the call counted
- * or not. */
+/* Call counters of one limiter and one process index, for all its owners, one after the other. Each call is one
+ * relaxed add. No counter is ever lowered, moved or summed up elsewhere, so no reader sees a sum fall. A crash
+ * leaves the call counted or not. */
 typedef struct {
   _Atomic uint64_t admitted;
   _Atomic uint64_t denied; /* includes refused */
@@ -103,8 +103,8 @@ typedef struct {
   _Atomic unsigned char name[METRIC_NAME]; /* written by any process: always the same bytes */
 } metric_t;
 
-/* The sums of one metric in one shard. Any process adds to them, relaxed. A crash may leave a record out, or half in (counted,
- * but not in the sum). */
+/* The sums of one metric in one shard. Any process adds to them, relaxed. A crash may leave a record out, or half in
+ * (counted, but not in the sum). */
 typedef struct {
   _Alignas(LINE) _Atomic uint64_t errors; /* calls */
   _Atomic uint64_t sum; /* ns */
@@ -125,40 +125,40 @@ typedef struct {
   _Atomic uint64_t used; /* segment ns of the last record or start of a request */
 } deployment_t;
 
-/* One process's requests in flight, by deployment. Only its threads write them. They count only while `incarnation` is that of
- * the process index and its owner lives, so all requests of a dead process vanish at once. */
+/* One process's requests in flight, by deployment. Only its threads write them. They count only while `incarnation`
+ * is that of the process index and its owner lives, so all requests of a dead process vanish at once. */
 typedef struct {
   _Alignas(LINE) _Atomic uint64_t incarnation;
   _Atomic uint16_t in_flight[DEPLOYMENTS];
 } requests_t;
 
-/* Process index i belongs to the process that holds byte lock i of the lock file. The kernel drops the lock when the process
- * dies; the fields below then describe a dead process until another one takes the index. */
+/* Process index i belongs to the process that holds byte lock i of the lock file. The kernel drops the lock when the
+ * process dies; the fields below then describe a dead process until another one takes the index. */
 typedef struct {
-  /* 0 = never used. The owner sets it to 0 before it raises `incarnation`, and writes it (release) after `born`: a reader that
-   * finds it set (acquire) and `incarnation` unchanged has the pid of that incarnation. */
+  /* 0 = never used. The owner sets it to 0 before it raises `incarnation`, and writes it (release) after `born`: a
+   * reader that finds it set (acquire) and `incarnation` unchanged has the pid of that incarnation. */
   _Alignas(LINE) _Atomic uint32_t pid;
   _Atomic uint32_t outage; /* fshm_process_note(). The owner writes it, relaxed */
   _Atomic uint64_t attached; /* segment time, ns */
-  /* The sums of the index's counters when its owner joined; the rest of the sums are the owner's calls. The owner writes them,
-   * relaxed. Killed in between, a dead process shows too many calls. */
+  /* The sums of the index's counters when its owner joined; the rest of the sums are the owner's calls. The owner
+   * writes them, relaxed. Killed in between, a dead process shows too many calls. */
   _Atomic uint64_t before[3]; /* admitted, denied, refused */
-  /* Counts the owners of the index. A permit of an earlier incarnation belongs to a dead process. The owner adds 1 once it has
-   * the lock (release); readers acquire. A crash leaves it as it is. */
+  /* Counts the owners of the index. A permit of an earlier incarnation belongs to a dead process. The owner adds 1
+   * once it has the lock (release); readers acquire. A crash leaves it as it is. */
   _Atomic uint64_t incarnation;
   /* An incarnation whose owner is known to be dead. Any process that asked the kernel writes it (deployments.c). */
   _Atomic uint64_t dead;
-  /* The inode of the pid namespace (32 bits) | start of the process, in ticks since boot (32). 0 = not known. The owner writes it,
-   * before pid. */
+  /* The inode of the pid namespace (32 bits) | start of the process, in ticks since boot (32). 0 = not known. The
+   * owner writes it, before pid. */
   _Atomic uint64_t born;
 } process_t;
 
-/* The limits of a name are rules (rule_t, as relaxed words), each at an index of its limiter's table. Only the process that owns
- * a rule index writes the rule, before `set` names it. The rule does not change while a state may refer to it: the state of
- * a key has the rule index (its label) of the rule that it was written under. */
+/* The limits of a name are rules (rule_t, as relaxed words), each at an index of its limiter's table. Only the
+ * process that owns a rule index writes the rule, before `set` names it. The rule does not change while a state may
+ * refer to it: the state of a key has the rule index (its label) of the rule that it was written under. */
 #define RULE_WORDS 8
-/* Owners of rule indexes. 0: free. RULE_USED | version: in use, and last named in that version of the limits. Else the owner:
- * incarnation << 16 | process index + 1. */
+/* Owners of rule indexes. 0: free. RULE_USED | version: in use, and last named in that version of the limits. Else
+ * the owner: incarnation << 16 | process index + 1. */
 #define RULE_USED (UINT64_C(1) << 63)
 
 /* A limiter's name and limits. Entries are claimed in order and never given back. */
@@ -168,21 +168,22 @@ typedef struct {
   /* changes (47 bits) | permits (17): permits below this number may be held. Raised before limits are published. Each
    * publication adds 1 to the changes, so that two words with the same number differ. */
   _Atomic uint64_t most;
-  /* The limits: two words, changed together by one 16-byte compare-and-swap (release). Each change of `set` also changes the
-   * version, so a reader of current (acquire), set, and the same current again has read one pair.
-   * current: version (37 bits; 0 = no limits published yet) | epoch (3) | resets (20).
-   * set: count (4 bits) | index of each rule (4 bits each), in the caller's order. */
+  /* The limits: two words, changed together by one 16-byte compare-and-swap (release). Each change of `set` also
+   * changes the version, so a reader of current (acquire), set, and the same current again has read one pair.
+   * current: version (37 bits; 0 = no limits published yet) | epoch (3) | resets (20). set: count (4 bits) | index
+   * of each rule (4 bits each), in the caller's order. */
   _Alignas(16) _Atomic uint64_t current;
   _Atomic uint64_t set;
   _Atomic uint32_t name_length; /* bytes; written by any process: always the same value */
   uint32_t unused;
   _Atomic unsigned char name[104];
   _Atomic uint64_t owners[RULES];
-  /* Of the rules that sweeps have freed: the fastest pace of a bucket (1024ths of a ns for a token; 0 = none), only lowered;
-   * and the version of the last sweep that freed one, only raised. Both are written before the rule index is free (release). */
+  /* Of the rules that sweeps have freed: the fastest pace of a bucket (1024ths of a ns for a token; 0 = none), only
+   * lowered; and the version of the last sweep that freed one, only raised. Both are written before the rule index
+   * is free (release). */
   _Atomic uint64_t freed_pace, freed_version;
-  /* Segment ns: until then, shared counters may be in use (shared_counters.c: put_shared). Only raised, relaxed, before one is
-   * charged. After a crash: at worst too late. */
+  /* Segment ns: until then, shared counters may be in use (shared_counters.c: put_shared). Only raised, relaxed,
+   * before one is charged. After a crash: at worst too late. */
   _Atomic uint64_t shared;
   _Alignas(LINE) _Atomic uint64_t rules[RULES][RULE_WORDS];
 } limiter_entry_t;
@@ -209,20 +210,20 @@ typedef struct {
   uint64_t secret[2]; /* SipHash key */
   uint64_t instance; /* random; part of the lock file's name */
   uint64_t check; /* hash of all words above: header_check() */
-  /* The first damage found: kind (8 bits) | index (56); 0 = none. The process that finds it sets it by one compare-and-swap
-   * (relaxed). It is never cleared, and no decision reads it. */
+  /* The first damage found: kind (8 bits) | index (56); 0 = none. The process that finds it sets it by one
+   * compare-and-swap (relaxed). It is never cleared, and no decision reads it. */
   _Atomic uint64_t damage;
   unsigned char unused[LINE - 16];
   _Alignas(LINE) _Atomic uint64_t ticket; /* next pending ticket; fetch-add, relaxed */
   _Alignas(LINE) _Atomic uint64_t names_head; /* words ever reserved in the names; fetch-add */
-  /* The inode of the lock file; 0 = none yet. The first process that has the file open sets it by one compare-and-swap; constant
-   * afterwards. Relaxed: it is only compared. After a crash: 0, or the inode. */
+  /* The inode of the lock file; 0 = none yet. The first process that has the file open sets it by one
+   * compare-and-swap; constant afterwards. Relaxed: it is only compared. After a crash: 0, or the inode. */
   _Alignas(LINE) _Atomic uint64_t lock_file;
-  /* The leader: incarnation (48 bits) | process index + 1 (16). 0 = none. A process that finds no living leader sets it, by one
-   * compare-and-swap. */
+  /* The leader: incarnation (48 bits) | process index + 1 (16). 0 = none. A process that finds no living leader sets
+   * it, by one compare-and-swap. */
   _Atomic uint64_t leader;
-  /* Futex words for callers that wait for permits, by the hash of the key: wakeup.c. After a crash: at worst a needless wake-up,
-   * or a waiter that looks again after a second. */
+  /* Futex words for callers that wait for permits, by the hash of the key: wakeup.c. After a crash: at worst a
+   * needless wake-up, or a waiter that looks again after a second. */
   _Alignas(LINE) _Atomic uint32_t wakeups[WAKEUPS];
   /* Errors of each feature on this host since the last reset. The caller defines the features. One add each. */
   _Alignas(LINE) _Atomic uint64_t feature_errors[FEATURES];

@@ -20,8 +20,8 @@ static void read_proc(const char *path, char *out, size_t room) {
   out[length] = 0;
 }
 
-/* From /proc/PID/stat: the start of the process, in ticks since boot (the lower 32 bits), its state, and its number of threads. False: not
- * available. */
+/* From /proc/PID/stat: the start of the process, in ticks since boot (the lower 32 bits), its state, and its number
+ * of threads. False: not available. */
 static bool read_stat(const char *path, uint32_t *start, char *state, long *threads) {
   char text[1024], *end;
   read_proc(path, text, sizeof text);
@@ -68,8 +68,9 @@ static bool dumps_core(const char *path) {
 uint64_t own_birth(void) { return 0; }
 #endif
 
-/* What the system says of a process whose pid is of our namespace. `thorough`: another process may have its pid by now (while its byte is
- * locked, that is not so, or does not matter). ENDED is certain: a process that dumps core executes no more of its program. */
+/* What the system says of a process whose pid is of our namespace. `thorough`: another process may have its pid by
+ * now (while its byte is locked, that is not so, or does not matter). ENDED is certain: a process that dumps core
+ * executes no more of its program. */
 int look_at_process(const process_t *p, bool thorough) {
   pid_t pid =
       (pid_t)atomic_load_explicit(&p->pid, memory_order_acquire); /* pairs with process_join() */
@@ -96,8 +97,8 @@ int look_at_process(const process_t *p, bool thorough) {
 #endif
 }
 
-/* Has the owner of the index ended, though its byte is locked, or we may not test the byte? Each process asks the system at most twice a
- * second. looked[index]: incarnation (32 bits) | ended (1) | time, in ms (31). */
+/* Has the owner of the index ended, though its byte is locked, or we may not test the byte? Each process asks the
+ * system at most twice a second. looked[index]: incarnation (32 bits) | ended (1) | time, in ms (31). */
 #define ENDED_BIT (UINT64_C(1) << 31)
 #define LOOKED_MS (ENDED_BIT - 1)
 

@@ -20,15 +20,16 @@ bool byte_held(int fd, uint32_t byte) {
   return fcntl(fd, F_OFD_GETLK, &lock) || lock.l_type != F_UNLCK;
 }
 
-/* Is our descriptor still that of the lock file? A daemonising program may have closed it, and its number may now be another file's. */
+/* Is our descriptor still that of the lock file? A daemonising program may have closed it, and its number may now be
+ * another file's. */
 bool process_lock_open(const fshm_segment *s) {
   int fd = atomic_load_explicit(&s->lock_fd, memory_order_acquire); /* with lock_file_ready() */
   return is_file(fd, load_relaxed(&s->lock_dev), load_relaxed(&s->lock_ino));
 }
 
-/* A user that may write the segment may use its lock file: the same owner, group and mode, as far as we may set them. A user that may
- * only read the segment may not even read the lock file: a read lock on all bytes would keep every process out of the table.
- * Not at open: umask would interfere. */
+/* A user that may write the segment may use its lock file: the same owner, group and mode, as far as we may set
+ * them. A user that may only read the segment may not even read the lock file: a read lock on all bytes would keep
+ * every process out of the table. Not at open: umask would interfere. */
 static void admit_same_users(const fshm_segment *s, int fd, const struct stat *lock) {
   struct stat segment;
   if (stat(s->path, &segment) || (lock->st_uid != geteuid() && geteuid())) return;
@@ -38,8 +39,9 @@ static void admit_same_users(const fshm_segment *s, int fd, const struct stat *l
   if ((lock->st_mode & 07777) != mode) (void)fchmod(fd, mode);
 }
 
-/* May the owner of this file write the segment? A user that may only read the segment knows the file's name, and can create it before any
- * member does; its locks would then be believed. (Only a member of a group can give a file to the group.) */
+/* May the owner of this file write the segment? A user that may only read the segment knows the file's name, and can
+ * create it before any member does; its locks would then be believed. (Only a member of a group can give a file to
+ * the group.) */
 static bool by_a_writer(const fshm_segment *s, const struct stat *lock) {
   struct stat segment;
   if (lock->st_uid == geteuid() || !lock->st_uid) return true;
@@ -48,8 +50,8 @@ static bool by_a_writer(const fshm_segment *s, const struct stat *lock) {
          ((segment.st_mode & 0020) && lock->st_gid == segment.st_gid);
 }
 
-/* Create an empty lock file that already has its owner and mode when it gets its name: a creator that is killed locks no user out. Without
- * unnamed files, it is created under its name. -1: it exists. */
+/* Create an empty lock file that already has its owner and mode when it gets its name: a creator that is killed
+ * locks no user out. Without unnamed files, it is created under its name. -1: it exists. */
 static int make_lock_file(const fshm_segment *s, const char *path, int flags) {
   struct stat st;
 #if defined(O_TMPFILE)
@@ -65,10 +67,10 @@ static int make_lock_file(const fshm_segment *s, const char *path, int flags) {
   return open(path, flags | O_CREAT, 0600);
 }
 
-/* Open the lock file of this instance of the segment. Its name has the instance, so a removed and remade segment never shares it. The first
- * process creates it, once: its inode is written into the header before any process locks a byte. Another file of that name
- * says nothing about living processes, so it is refused; and if the file was deleted, no new one is made (DESIGN.md,
- * "Processes"). Returns -1 with errno. */
+/* Open the lock file of this instance of the segment. Its name has the instance, so a removed and remade segment
+ * never shares it. The first process creates it, once: its inode is written into the header before any process locks
+ * a byte. Another file of that name says nothing about living processes, so it is refused; and if the file was
+ * deleted, no new one is made (DESIGN.md, "Processes"). Returns -1 with errno. */
 static int open_lock_file(fshm_segment *s, struct stat *st) {
   char path[sizeof s->path + 32];
   image_lock_path(s->path, s->instance, path, sizeof path);
@@ -83,8 +85,8 @@ static int open_lock_file(fshm_segment *s, struct stat *st) {
   if (fd < 0 && errno == ENOENT && !known) fd = make_lock_file(s, path, flags);
   if (fd < 0 && errno == EEXIST) fd = open(path, flags); /* another process was faster */
   int wrong = fd < 0 || fstat(fd, st) ? errno : 0;
-  /* The segment was removed since the caller looked: the file may be a new one, which the members do not lock, and which no other process
-   * would remove. */
+  /* The segment was removed since the caller looked: the file may be a new one, which the members do not lock, and
+   * which no other process would remove. */
   if (!s->read_only && fshm_unlinked(s)) {
     (void)unlink(path);
     wrong = ENOENT;

@@ -1,11 +1,12 @@
 /* process.c - the process table: joining, leaving, liveness. Argued in DESIGN.md, "Processes".
  *
- * A process owns process index i while it holds the lock on byte i of the lock file. Once it has raised the index's incarnation, it
- * also locks byte PROCESSES + i: "the owner of this incarnation lives". Liveness checks test this byte.
- * The locks belong to an open file description of the process's own (F_OFD_SETLK). On Linux the process maps the description into
- * its memory, where a fork does not inherit it, and closes the descriptor. So the locks last as long as the process's
- * memory, whatever descriptors it opens and closes, and however it forks, until it dies or runs another program. In one case
- * the kernel drops them late: liveness.c asks /proc about a process that dumps core.
+ * A process owns process index i while it holds the lock on byte i of the lock file. Once it has raised the index's
+ * incarnation, it also locks byte PROCESSES + i: "the owner of this incarnation lives". Liveness checks test this
+ * byte. The locks belong to an open file description of the process's own (F_OFD_SETLK). On Linux the process maps
+ * the description into its memory, where a fork does not inherit it, and closes the descriptor. So the locks last as
+ * long as the process's memory, whatever descriptors it opens and closes, and however it forks, until it dies or
+ * runs another program. In one case the kernel drops them late: liveness.c asks /proc about a process that dumps
+ * core.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -24,14 +25,15 @@
 #include "internal.h"
 #include "lock_file.h"
 
-/* The descriptor and mapping of a thread that takes locks for its process: a child forked at that instant must not keep them. */
+/* The descriptor and mapping of a thread that takes locks for its process: a child forked at that instant must not
+ * keep them. */
 typedef struct {
   _Atomic int fd; /* + 1; 0 = none, -1 = being written */
   _Atomic uint64_t dev, ino;
   _Atomic uintptr_t map;
 } grip_t;
-/* One for each segment that this process is joining, or whose descriptor it must keep. If there are more, a child forked at that
- * instant knows only by its parent's pid that it is a child. */
+/* One for each segment that this process is joining, or whose descriptor it must keep. If there are more, a child
+ * forked at that instant knows only by its parent's pid that it is a child. */
 #define GRIPS 64
 static grip_t grips[GRIPS], no_grip;
 
@@ -53,8 +55,8 @@ __attribute__((constructor)) static void watch_forks(void) {
   (void)pthread_atfork(NULL, NULL, in_child);
 }
 
-/* A number that tells this process from all others with a copy of its memory. In a new pid namespace a child may have its parent's
- * pid. (Pids have 22 bits.) */
+/* A number that tells this process from all others with a copy of its memory. In a new pid namespace a child may
+ * have its parent's pid. (Pids have 22 bits.) */
 uint32_t process_token(void) { return (uint32_t)getpid() | load_relaxed(&forks) << 22; }
 
 COLD bool process_forked(const fshm_segment *s) {
@@ -72,9 +74,9 @@ typedef struct {
   grip_t *grip;
 } description_t;
 
-/* A description that only this process has. If there can be none (its user may not open the file, and has it from its parent): the
- * descriptor for liveness checks, with POSIX locks. Those belong to the process; closing any descriptor of the file drops
- * them, and a child does not inherit them. */
+/* A description that only this process has. If there can be none (its user may not open the file, and has it from
+ * its parent): the descriptor for liveness checks, with POSIX locks. Those belong to the process; closing any
+ * descriptor of the file drops them, and a child does not inherit them. */
 static description_t open_description(const fshm_segment *s) {
   char paths[2][sizeof s->path + 32];
   int asks = load_relaxed(&s->lock_fd);
@@ -138,8 +140,8 @@ static void *map_description(grip_t *g, int fd) {
   return NULL;
 }
 
-/* The description has locked both bytes of the index. Make the locks last as long as we live. False: they were dropped; from now on,
- * descriptors are kept open. */
+/* The description has locked both bytes of the index. Make the locks last as long as we live. False: they were
+ * dropped; from now on, descriptors are kept open. */
 static bool hold_locks(fshm_segment *s, uint32_t process, const description_t *d) {
   fork_page_t *page = s->fork_page;
   void *at = NULL;
@@ -177,14 +179,14 @@ void process_leave(fshm_segment *s) {
   if (process_lock_open(s)) (void)close(load_relaxed(&s->lock_fd));
 }
 
-/* Permits have 18 bits of their owner's incarnation. Before these repeat for an index, free all permits of its former owners. Killed in
- * here, the next process to join begins again, since the incarnation was not raised; no other process can own the index
- * meanwhile, since we have its lock. */
+/* Permits have 18 bits of their owner's incarnation. Before these repeat for an index, free all permits of its
+ * former owners. Killed in here, the next process to join begins again, since the incarnation was not raised; no
+ * other process can own the index meanwhile, since we have its lock. */
 #define COMES_ROUND(incarnation) (((incarnation) & 0x3ffff) == 0)
 
-/* Take a process index for this process. Called once in each process (a fork wipes the page), by its first call on the segment. A second
- * thread that comes meanwhile does not wait: its calls count in the key statistics directly. So do all calls of the process
- * if no index is free. */
+/* Take a process index for this process. Called once in each process (a fork wipes the page), by its first call on
+ * the segment. A second thread that comes meanwhile does not wait: its calls count in the key statistics directly.
+ * So do all calls of the process if no index is free. */
 COLD uint32_t process_join(fshm_segment *s) {
   fork_page_t *page = s->fork_page;
   if (s->read_only) return NO_PROCESS;
@@ -218,8 +220,9 @@ COLD uint32_t process_join(fshm_segment *s) {
     if (COMES_ROUND(load_relaxed(&p->incarnation) + 1)) (void)fshm_reap(s, 0);
     /* A pid that is read together with the next incarnation must not be the former owner's. */
     store_relaxed(&p->pid, 0);
-    /* First raise the incarnation: from here on, permits of earlier owners belong to dead processes. Then lock the byte that says that
-     * the owner lives: if we are stopped in between, we do not keep it locked for an earlier owner. */
+    /* First raise the incarnation: from here on, permits of earlier owners belong to dead processes. Then lock the
+     * byte that says that the owner lives: if we are stopped in between, we do not keep it locked for an earlier
+     * owner. */
     store_relaxed(&page->incarnation, atomic_fetch_add(&p->incarnation, 1) + 1);
     if (byte_lock(d.fd, d.command, F_WRLCK,
                   ALIVE(process))) { /* the kernel is just dropping a dead owner's lock */
@@ -230,8 +233,8 @@ COLD uint32_t process_join(fshm_segment *s) {
       d = open_description(s);
       continue;
     }
-    /* The index is ours alone: flush what a dead owner left. Killed in between, the next owner goes on; counts of keys may be lost
-     * then, and no decision reads them. */
+    /* The index is ours alone: flush what a dead owner left. Killed in between, the next owner goes on; counts of
+     * keys may be lost then, and no decision reads them. */
     key_stats_flush_process(s, process);
     fshm_counters so_far;
     counters_of_process(s, process, &so_far);
@@ -253,8 +256,8 @@ COLD uint32_t process_join(fshm_segment *s) {
   return NO_PROCESS;
 }
 
-/* Our locks depend on a descriptor that the program may have closed. Take them again, with the same incarnation if no other process had
- * the index meanwhile. False: another process has it, and this one must join anew. */
+/* Our locks depend on a descriptor that the program may have closed. Take them again, with the same incarnation if
+ * no other process had the index meanwhile. False: another process has it, and this one must join anew. */
 static COLD bool keep_index(fshm_segment *s, uint32_t process, uint64_t incarnation) {
   fork_page_t *page = s->fork_page;
   const process_t *p = &s->processes[process];
@@ -285,8 +288,8 @@ static COLD bool keep_index(fshm_segment *s, uint32_t process, uint64_t incarnat
   return ours;
 }
 
-/* This process as an owner: its index and incarnation. Waits while another thread is joining (microseconds, once). A process that found
- * no free index earlier tries again. */
+/* This process as an owner: its index and incarnation. Waits while another thread is joining (microseconds, once). A
+ * process that found no free index earlier tries again. */
 UNGUARDED bool process_identity(fshm_segment *s, uint32_t *process, uint64_t *incarnation) {
   struct timespec pause = {0, 50000};
   for (int tries = 0; tries < 20000; tries++) { /* a second */
@@ -313,8 +316,8 @@ UNGUARDED bool process_identity(fshm_segment *s, uint32_t *process, uint64_t *in
 }
 
 bool process_alive(fshm_segment *s, uint32_t process) {
-  /* Our own index, unless our locks were dropped and another process took it: then the kernel knows. acquire: the incarnation was
-   * stored before. */
+  /* Our own index, unless our locks were dropped and another process took it: then the kernel knows. acquire: the
+   * incarnation was stored before. */
   if (!s->read_only &&
       atomic_load_explicit(&s->fork_page->joined, memory_order_acquire) == process + 1 &&
       load_relaxed(&s->processes[process].incarnation) == load_relaxed(&s->fork_page->incarnation))

@@ -1,7 +1,7 @@
 /* segment.c - the segment as a mapping of this process: open, close, describe.
  *
- * A process maps each segment once, however often it opens it. Handles use the numbers of the verified copy of the header, never
- * those of the mapping.
+ * A process maps each segment once, however often it opens it. Handles use the numbers of the verified copy of the
+ * header, never those of the mapping.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -30,8 +30,8 @@ void fshm_keyed_hash(fshm_segment *s, const void *data, uint64_t length, uint64_
   fshm_siphash128(s->secret[0], s->secret[1] ^ 10, data, length, out);
 }
 
-/* A lock among the threads of this process. It holds its holder's token: a thread that stayed in the parent at a fork cannot keep the lock
- * from the child. No hot call takes one. */
+/* A lock among the threads of this process. It holds its holder's token: a thread that stayed in the parent at a
+ * fork cannot keep the lock from the child. No hot call takes one. */
 void threads_lock(_Atomic uint32_t *lock) {
   const uint32_t me = process_token();
   for (;;) {
@@ -154,8 +154,8 @@ int fshm_open(const char *name, uint64_t capacity, uint32_t mode, uint32_t flags
       status = image_fail(e, FSHM_E_CAPACITY);
     }
     if (status == FSHM_OK) status = attach(fd, &h, e->path, flags, out, e);
-    /* The mapping does not need the descriptor. If we kept it, a daemonising program might close it, and its number would then be
-     * another file's. */
+    /* The mapping does not need the descriptor. If we kept it, a daemonising program might close it, and its number
+     * would then be another file's. */
     (void)close(fd);
     break;
   }

@@ -1,5 +1,5 @@
-/* permit_lease.c - permit leases: a server grants this host's processes a number of permits to hold together. Argued in DESIGN.md,
- * "Permits over many hosts". semaphore.c takes a permit within the lease.
+/* permit_lease.c - permit leases: a server grants this host's processes a number of permits to hold together. Argued
+ * in DESIGN.md, "Permits over many hosts". semaphore.c takes a permit within the lease.
  */
 #include "../limits/per_call.h"
 #include "../permits/semaphore.h"
@@ -59,8 +59,8 @@ static COLD int word_reported(fshm_limiter *permits, fshm_limiter *leases, const
   int status = keyed_begin(&k, leases, FSHM_LEASE, key, length, now);
   if (status == FSHM_OK) status = word_change(&k, open, change, with, &out->word);
   if (status != FSHM_OK) return status;
-  /* Read the word, then the permits. Pairs with after_swap() in stands_granted(): a taker whose permit we do not see goes by this word
-   * or a newer one. */
+  /* Read the word, then the permits. Pairs with after_swap() in stands_granted(): a taker whose permit we do not see
+   * goes by this word or a newer one. */
   atomic_thread_fence(memory_order_seq_cst);
   out->now_ns = keyed_now(&k);
   out->leased = permit_lease_at(out->word, out->now_ns);

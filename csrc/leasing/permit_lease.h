@@ -1,13 +1,14 @@
-/* permit_lease.h - the word of a permit lease: how many permits of a key this host's processes may hold together, and until when. The
- * word is the state of a slot. Pure, like algorithms.h. Argued in DESIGN.md, "Permits over many hosts".
+/* permit_lease.h - the word of a permit lease: how many permits of a key this host's processes may hold together,
+ * and until when. The word is the state of a slot. Pure, like algorithms.h. Argued in DESIGN.md, "Permits over many
+ * hosts".
  *
  *   1 (2 bits) | 18 (5) | end >> 18 (39) | permits leased + 1 (17) | clean (1)
  *
- * It is a window's state with a fixed shift, so state_expires() can read its end; the end is rounded down. While the word is
- * clean, all valid permits have numbers below the lease; else they have to be counted.
+ * It is a window's state with a fixed shift, so state_expires() can read its end; the end is rounded down. While the
+ * word is clean, all valid permits have numbers below the lease; else they have to be counted.
  *
- * Words of a key never recur. A word is newer than another if its end is later, or, with the same end, if its last 18 bits are
- * less: with the same end a lease is only lowered, and becomes unclean by that.
+ * Words of a key never recur. A word is newer than another if its end is later, or, with the same end, if its last
+ * 18 bits are less: with the same end a lease is only lowered, and becomes unclean by that.
  */
 #ifndef FSHM_PERMIT_LEASE_H
 #define FSHM_PERMIT_LEASE_H
@@ -23,7 +24,7 @@
 /* ns after its end for which a lease is still reported to the server: clocks differ by less */
 #define PERMIT_LEASE_OVER UINT64_C(1000000)
 
-static_assert(2 * (MAX_PERMITS + 1) + 1 < 1 << FSHM_PERMIT_LEASE_BITS, "an allowance has 17 bits");
+static_assert(2 * (MAX_PERMITS + 1) + 1 < 1 << FSHM_PERMIT_LEASE_BITS, "a lease has 17 bits");
 
 static inline uint64_t permit_lease_word(uint64_t leased, bool clean, uint64_t end) {
   leased = min_u64(leased, MAX_PERMITS);

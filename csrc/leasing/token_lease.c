@@ -1,7 +1,8 @@
-/* token_lease.c - token leases: a server grants tokens in batches, and the processes of this host spend them. DESIGN.md.
+/* token_lease.c - token leases: a server grants tokens in batches, and the processes of this host spend them.
+ * DESIGN.md.
  *
- * A token lease is a slot of the table, and spending from it is a charge (limiter.c). This file has the rest: adding a batch,
- * taking out what is left, and remembering refusals.
+ * A token lease is a slot of the table, and spending from it is a charge (limiter.c). This file has the rest: adding
+ * a batch, taking out what is left, and remembering refusals.
  */
 #include "../core/hash_table.h"
 #include "../limits/limiter.h"

@@ -1,11 +1,11 @@
 /* algorithms.h - the arithmetic of each rate-limit algorithm: (rule, state, now, cost) -> (new state, verdict).
  *
- * Pure: no clock, no memory, no side effect. Every decision on a limit goes through these functions. Any bit pattern is a
- * legal state (a hostile segment may hold it).
+ * Pure: no clock, no memory, no side effect. Every decision on a limit goes through these functions. Any bit pattern
+ * is a legal state (a hostile segment may hold it).
  *
- * Time is nanoseconds since the segment's epoch, 1 .. TIME_MAX (4.5 years). Later times saturate: such a key stays denied,
- * and the segment must be made anew. (fshm_now() never returns 0, which means "never".) A state has 64 bits; the two
- * highest say how to read the rest:
+ * Time is nanoseconds since the segment's epoch, 1 .. TIME_MAX (4.5 years). Later times saturate: such a key stays
+ * denied, and the segment must be made anew. (fshm_now() never returns 0, which means "never".) A state has 64 bits;
+ * the two highest say how to read the rest:
  *
  *   0  token bucket   0 (5) | theoretical arrival time (57)
  *   1  window         shift s (5) | end >> s (57 - s) | tokens used (s)
@@ -14,12 +14,13 @@
  *   3  0 pending      ticket (61): a slot being claimed (hash_table.c)
  *   3  1 permit       held by a process (semaphore.c)
  *
- * The state 0 is "never seen". state_expires() says when a state becomes equal to "never seen"; it needs no limit. All else is
- * read by the rule that the state was written under, which the slot names (internal.h). If the limits have changed since,
- * rule_convert() expresses the same tokens under the present rule; DESIGN.md, "Limits that change", says when.
+ * The state 0 is "never seen". state_expires() says when a state becomes equal to "never seen"; it needs no limit.
+ * All else is read by the rule that the state was written under, which the slot names (internal.h). If the limits
+ * have changed since, rule_convert() expresses the same tokens under the present rule; DESIGN.md, "Limits that
+ * change", says when.
  *
- * Sources: GCRA: ITU-T I.371 (virtual scheduling). Sliding window counter, an estimate from two fixed windows: "Counting
- * things, a lot of different things" (Cloudflare, 2017).
+ * Sources: GCRA: ITU-T I.371 (virtual scheduling). Sliding window counter, an estimate from two fixed windows:
+ * "Counting things, a lot of different things" (Cloudflare, 2017).
  */
 #ifndef FSHM_ALGORITHMS_H
 #define FSHM_ALGORITHMS_H
@@ -49,7 +50,8 @@ __extension__ typedef unsigned __int128 wide_t;
 #define PLACES 7 /* of a limiter's rules; 3 bits, the last says that it has none */
 #define PLACE_NONE 7
 
-/* A limit, prepared. 64 bytes, stored in the segment as it is (limiter_entry_t); copied out and checked (rule_sane) before use. */
+/* A limit, prepared. 64 bytes, stored in the segment as it is (limiter_entry_t); copied out and checked (rule_sane)
+ * before use. */
 typedef union {
   struct {
     uint32_t kind;
@@ -144,15 +146,16 @@ static inline rule_t rule_make(const fshm_limit *l) {
   return r;
 }
 
-/* May the arithmetic below use these numbers (no division by zero, no overflow)? A kind between the others that does not exist
- * counts as a sliding window. */
+/* May the arithmetic below use these numbers (no division by zero, no overflow)? A kind between the others that does
+ * not exist counts as a sliding window. */
 static inline bool rule_sane(const rule_t *r) {
   return r->kind <= FSHM_LEASE && r->n && r->num && r->den && r->per >= 1000 &&
          r->per <= BUCKET_MAX_PER && r->burst <= r->n && r->place <= PLACE_NONE &&
          (r->num | r->den | r->unit | r->room | r->n) <= TIME_MAX;
 }
 
-/* Is it a rule that rule_make() makes of a valid limit? Every published rule is. (Its place comes from limit_changes.c.) */
+/* Is it a rule that rule_make() makes of a valid limit? Every published rule is. (Its place comes from
+ * limit_changes.c.) */
 static inline bool rule_genuine(const rule_t *r) {
   const fshm_limit l = {r->n, kind_has_period(r->kind) ? r->per : 0, r->burst, r->kind, r->strict};
   if (!rule_sane(r) || !limit_valid(&l)) return false;
@@ -205,7 +208,8 @@ static inline uint64_t bucket_increment(const rule_t *r, uint64_t cost) {
   return saturate((product + r->den - 1) / r->den);
 }
 
-/* A charge (fshm_charged of fast_shm.h), to give some of it back later: the state written, and the numbers of its rule. */
+/* A charge (fshm_charged of fast_shm.h), to give some of it back later: the state written, and the numbers of its
+ * rule. */
 static inline fshm_charged charged_by(const rule_t *r, uint64_t state, uint64_t now,
                                       uint64_t version) {
   bool bucket = r->kind == FSHM_BUCKET;
@@ -268,8 +272,8 @@ static inline uint64_t bucket_charge(const rule_t *r, uint64_t state, uint64_t n
   return plus_time(max_u64(state & TIME_MAX, now), increment);
 }
 
-/* put: the charge to undo, or NULL. What has drained of it cannot be given back: later requests have it. If the rate changed since,
- * that is computed in tokens, by the faster of both rates. */
+/* put: the charge to undo, or NULL. What has drained of it cannot be given back: later requests have it. If the rate
+ * changed since, that is computed in tokens, by the faster of both rates. */
 static inline uint64_t bucket_refund(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost,
                                      const fshm_charged *put) {
   uint64_t tat = state & TIME_MAX, back = bucket_increment(r, cost);
@@ -290,8 +294,8 @@ static inline uint64_t bucket_refund(const rule_t *r, uint64_t state, uint64_t n
   return tat > now && back ? max_u64(minus(tat, back), now) : state;
 }
 
-/* Nothing that costs before `until`, then one token. This is a maximum, not a sum: of several blocks, in any order, the latest
- * instant counts. */
+/* Nothing that costs before `until`, then one token. This is a maximum, not a sum: of several blocks, in any order,
+ * the latest instant counts. */
 static inline uint64_t bucket_block(const rule_t *r, uint64_t state, uint64_t until) {
   return max_u64(state & TIME_MAX, plus_time(until, r->room));
 }
@@ -315,9 +319,9 @@ static inline uint64_t bucket_convert(const rule_t *r, const rule_t *old, uint64
 
 /* window: begins at the first hit ------------------------------------------------------------- */
 
-/* A window's state. `count`: all tokens charged, less those given back. `end`: the end, including debt. Debt is what exceeds the n of
- * the state's rule. It is waited out at the window's own pace: the full window lasts per/n longer for each token of debt.
- * The tokens, and the end without debt, do not depend on later changes of the limits. */
+/* A window's state. `count`: all tokens charged, less those given back. `end`: the end, including debt. Debt is what
+ * exceeds the n of the state's rule. It is waited out at the window's own pace: the full window lasts per/n longer
+ * for each token of debt. The tokens, and the end without debt, do not depend on later changes of the limits. */
 typedef struct {
   uint64_t end, count; /* end 0 = no window open */
   unsigned shift; /* s: the end is kept in units of 2^s ns; 0 = not kept yet */
@@ -330,8 +334,8 @@ static inline window_t window_read(uint64_t state, uint64_t now) {
   return w;
 }
 
-/* How much longer the window lasts for its debt, in units of 2^s ns, rounded up, so that the end without debt can be read back
- * exactly. */
+/* How much longer the window lasts for its debt, in units of 2^s ns, rounded up, so that the end without debt can be
+ * read back exactly. */
 static inline uint64_t window_debt(const rule_t *r, uint64_t count, unsigned s) {
   if (count <= r->n) return 0;
   const wide_t unit = UINT64_C(1) << s;
@@ -346,10 +350,10 @@ static inline window_t window_open(const rule_t *r, uint64_t state, uint64_t now
   return w;
 }
 
-/* The state of a window with this end without debt. Ends are kept in units of 2^s ns, rounded up; s is the number of bits of n when
- * the window begins, or more if the count needs them. So a window may last up to 2 * max(n, count) ns longer than `per`,
- * never shorter. The units stay, so they say how far the end can have moved since the window began. Tokens beyond
- * WINDOW_MAX_N, and debt that would end after the end of time, are not counted. */
+/* The state of a window with this end without debt. Ends are kept in units of 2^s ns, rounded up; s is the number of
+ * bits of n when the window begins, or more if the count needs them. So a window may last up to 2 * max(n, count) ns
+ * longer than `per`, never shorter. The units stay, so they say how far the end can have moved since the window
+ * began. Tokens beyond WINDOW_MAX_N, and debt that would end after the end of time, are not counted. */
 static inline uint64_t window_state(const rule_t *r, window_t w) {
   uint64_t count = min_u64(w.count, WINDOW_MAX_N);
   if (!count) return 0;
@@ -382,9 +386,9 @@ static inline verdict_t window_take(const rule_t *r, uint64_t state, uint64_t no
   return v;
 }
 
-/* For limits that come with the call: the end is kept as exactly as the count allows, not as n allows: a count without a limit
- * (n = 2^31 - 1) would have its end in units of 2 s. Each time the count needs one bit more, the end is rounded up anew: in
- * all by less than 2^(s + 1) <= max(512, 4 * count) ns. */
+/* For limits that come with the call: the end is kept as exactly as the count allows, not as n allows: a count
+ * without a limit (n = 2^31 - 1) would have its end in units of 2 s. Each time the count needs one bit more, the end
+ * is rounded up anew: in all by less than 2^(s + 1) <= max(512, 4 * count) ns. */
 static inline verdict_t window_count(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost) {
   rule_t fine = *r;
   uint64_t total = window_read(state, now).count;
@@ -402,8 +406,8 @@ static inline uint64_t window_charge(const rule_t *r, uint64_t state, uint64_t n
   return window_state(r, w);
 }
 
-/* put: the charge to undo, or NULL. It was no debt, so its end is that of its window. Nothing is given back once another window has
- * begun. */
+/* put: the charge to undo, or NULL. It was no debt, so its end is that of its window. Nothing is given back once
+ * another window has begun. */
 static inline uint64_t window_refund(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost,
                                      const fshm_charged *put) {
   window_t w = window_open(r, state, now);
@@ -474,8 +478,8 @@ static inline sliding_t sliding_read(const rule_t *r, uint64_t state, uint64_t n
   return s;
 }
 
-/* Is `now` old? True if the state's window begins more than one window after that of `now`: the caller was stopped since it read the
- * clock, and must read it again. */
+/* Is `now` old? True if the state's window begins more than one window after that of `now`: the caller was stopped
+ * since it read the clock, and must read it again. */
 static inline bool sliding_is_later(const rule_t *r, uint64_t state, uint64_t now) {
   return TAG(state) == FSHM_SLIDING && state_expires(state) > now + 3 * r->per;
 }
@@ -555,8 +559,8 @@ static inline uint64_t sliding_charge(const rule_t *r, uint64_t state, uint64_t 
   return sliding_state(r, s);
 }
 
-/* put: the charge to undo, or NULL. It is taken from the window that it was charged to. If `per` changed since, its present weight in
- * its own windows is given back. */
+/* put: the charge to undo, or NULL. It is taken from the window that it was charged to. If `per` changed since, its
+ * present weight in its own windows is given back. */
 static inline uint64_t sliding_refund(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost,
                                       const fshm_charged *put) {
   sliding_t s = sliding_read(r, state, now);
@@ -584,9 +588,9 @@ static inline uint64_t sliding_refund(const rule_t *r, uint64_t state, uint64_t 
 
 /* token lease -------------------------------------------------------------------------------------- */
 
-/* Tokens granted to this host, to be spent until the end. A state is a window's, with left + 1 as its count, so that an empty lease
- * still has the size of its batch; the end is rounded down. Spending keeps the shift: with the count it says when a new
- * batch is due. */
+/* Tokens granted to this host, to be spent until the end. A state is a window's, with left + 1 as its count, so that
+ * an empty lease still has the size of its batch; the end is rounded down. Spending keeps the shift: with the count
+ * it says when a new batch is due. */
 static __attribute__((noinline)) uint64_t token_lease_left(uint64_t state, uint64_t now) {
   return minus(window_read(state, now).count, 1);
 }
@@ -695,8 +699,8 @@ static inline uint64_t rule_used(const rule_t *r, uint64_t state, uint64_t now) 
   return s.count + sliding_weight(r, s.previous, s.left);
 }
 
-/* After a change of the limits: the state under `r` with the same tokens as `state` under `old`. NO_STATE: `r` cannot hold so many (more
- * than it admits). */
+/* After a change of the limits: the state under `r` with the same tokens as `state` under `old`. NO_STATE: `r`
+ * cannot hold so many (more than it admits). */
 static inline uint64_t rule_convert(const rule_t *r, const rule_t *old, uint64_t state,
                                     uint64_t now) {
   if (r->kind == FSHM_LEASE ||
@@ -725,8 +729,8 @@ static inline uint64_t rule_over(const rule_t *r, uint64_t state) {
                                                                : expires;
 }
 
-/* Should a state of `old` go on under `r`? If the tokens used fit, or end no later: so old use never becomes debt. Else it stays
- * under its own rule. DESIGN.md, "Limits that change". */
+/* Should a state of `old` go on under `r`? If the tokens used fit, or end no later: so old use never becomes debt.
+ * Else it stays under its own rule. DESIGN.md, "Limits that change". */
 static inline bool rule_settles(const rule_t *r, const rule_t *old, uint64_t state, uint64_t now,
                                 uint64_t *converted) {
   *converted = rule_convert(r, old, state, now);

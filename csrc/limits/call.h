@@ -1,5 +1,5 @@
-/* call.h - one call of a limiter, as limiter.c and shared_counters.c see it. Their functions are static: unity.c is the only
- * translation unit, and the compiler inlines them as if they were in one file. */
+/* call.h - one call of a limiter, as limiter.c and shared_counters.c see it. Their functions are static: unity.c is
+ * the only translation unit, and the compiler inlines them as if they were in one file. */
 #ifndef FSHM_CALL_H
 #define FSHM_CALL_H
 
@@ -43,9 +43,9 @@ static inline uint64_t fingerprint(const call_t *c, uint32_t i) {
   return snapshot_who(&c->snapshot, i, c->hash);
 }
 
-/* Have the limits changed since they were loaded? Asked after a slot was read (which acquires): if not, its label is not newer
- * than the snapshot, and no rule index of the snapshot was given to another rule. Pairs with publish() and sweep(), which
- * change `current` first. */
+/* Have the limits changed since they were loaded? Asked after a slot was read (which acquires): if not, its label is
+ * not newer than the snapshot, and no rule index of the snapshot was given to another rule. Pairs with publish() and
+ * sweep(), which change `current` first. */
 static inline bool outdated(const call_t *c) {
   return unlikely(entry_current(c->s, c->index) != c->snapshot.current);
 }
@@ -66,8 +66,8 @@ typedef struct {
 } first_t;
 enum { FROM_SHARED = 100 }; /* copy the state of the shared counter, charge nothing */
 
-/* May shared counters be in use? A claim asks after the look of confirm(), which follows a fence. Keys with their own numbers do
- * not use them: other keys' consumption would be debt under a smaller n. */
+/* May shared counters be in use? A claim asks after the look of confirm(), which follows a fence. Keys with their
+ * own numbers do not use them: other keys' consumption would be debt under a smaller n. */
 static inline bool shares(const call_t *c, uint64_t now) {
   return load_relaxed(&c->s->limiters[c->index].shared) > now && !c->numbers;
 }

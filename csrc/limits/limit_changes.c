@@ -1,7 +1,8 @@
 /* limit_changes.c - changing the limits of a name at run time. Argued in DESIGN.md, "Limits that change".
  *
- * A process takes a rule index of the limiter's table and writes its rule there; then one swap of (current, set) makes the rules
- * the present ones. A rule keeps its index while a key's state refers to it; a sweep over the hash table finds out.
+ * A process takes a rule index of the limiter's table and writes its rule there; then one swap of (current, set)
+ * makes the rules the present ones. A rule keeps its index while a key's state refers to it; a sweep over the hash
+ * table finds out.
  */
 #include "limits.h"
 #include "shared_counters.h"
@@ -47,16 +48,16 @@ static int find_rule(limiter_entry_t *e, const rule_t *rule, uint64_t version) {
 
 static void fill_rule(limiter_entry_t *e, unsigned rule_index, const rule_t *rule,
                       uint64_t version) {
-  /* Pairs with the fence of limits_rule(): whoever reads a word of this rule finds the slot changed. */
+  /* Pairs with the fence of limits_rule(): a caller that reads a word of this rule finds the slot changed. */
   atomic_thread_fence(memory_order_release);
   for (unsigned k = 0; k < RULE_WORDS; k++) store_relaxed(&e->rules[rule_index][k], rule->words[k]);
   atomic_store_explicit(&e->owners[rule_index], RULE_USED | version, memory_order_release);
 }
 
-/* Give each rule a place: the slot of a key in which it counts. A new limit takes over what the limit at its place has consumed,
- * so equal limits keep their place: first those of the same kind and period, former ones included, then by order. Other
- * limits get a new place. A present limit is not left without an heir in favour of a former one: its consumption would be
- * lost. */
+/* Give each rule a place: the slot of a key in which it counts. A new limit takes over what the limit at its place
+ * has consumed, so equal limits keep their place: first those of the same kind and period, former ones included,
+ * then by order. Other limits get a new place. A present limit is not left without an heir in favour of a former
+ * one: its consumption would be lost. */
 static void place_rules(const limiter_entry_t *e, const rule_t *present, uint32_t has,
                         rule_t *rules, uint32_t count) {
   unsigned taken = 0, there = 0, ever = 0, left = 0; /* sets of places; of rules without one */
@@ -158,8 +159,8 @@ static COLD pair_t swept(const sweep_t *w, pair_t pair, unsigned place) {
   return to;
 }
 
-/* Does this slot hold a state of this limiter? A shared counter's index says so. Counters that were never used are changed too,
- * since a call may be about to begin one. */
+/* Does this slot hold a state of this limiter? A shared counter's index says so. Counters that were never used are
+ * changed too, since a call may be about to begin one. */
 static inline bool state_slot_of(const fshm_segment *s, uint32_t index, uint64_t slot,
                                  uint64_t who) {
   return slot >= s->slot_count || ((who & 1) && WHO_LIMITER(who) == index);
@@ -176,8 +177,8 @@ static COLD bool sweep_slot(sweep_t *w, uint64_t slot) {
     if (!state_slot_of(s, w->index, slot, pair.who) || IS_PERMIT(pair.when)) return true;
     const unsigned place =
         shared ? (unsigned)(slot - s->slot_count) % SHARED_PLACES : WHO_PLACE(pair.who);
-    /* As in a call (outdated()): by limits in force after the slot was read. Another process may have changed the limits, swept, and
-     * given our rule indexes to other rules. */
+    /* As in a call (outdated()): by limits in force after the slot was read. Another process may have changed the
+     * limits, swept, and given our rule indexes to other rules. */
     if (entry_current(w->s, w->index) != w->snapshot.current) {
       if (!limits_load(w->s, w->index, &w->snapshot)) return false;
       if (!w->fixed)
@@ -210,7 +211,8 @@ static COLD bool sweep_slots(sweep_t *w) {
   return true;
 }
 
-/* The last rule of each place that has states: the limit that their tokens belong to, should it come back. A set of indexes. */
+/* The last rule of each place that has states: the limit that their tokens belong to, should it come back. A set of
+ * indexes. */
 static COLD unsigned last_rules(const sweep_t *w) {
   unsigned last[PLACES] = {0}, rules = 0;
   uint64_t when[PLACES] = {0}, owner;
@@ -227,9 +229,9 @@ static COLD unsigned last_rules(const sweep_t *w) {
   return rules;
 }
 
-/* Record the pace of a bucket's rule that is about to be freed: charges under it may be given back later (limits_pace_since).
- * Killed in between: the pace is recorded, and the rule is still there. False: other processes write these words all the
- * time. */
+/* Record the pace of a bucket's rule that is about to be freed: charges under it may be given back later
+ * (limits_pace_since). Killed in between: the pace is recorded, and the rule is still there. False: other processes
+ * write these words all the time. */
 static COLD bool note_freed(limiter_entry_t *e, unsigned rule_index, uint64_t version) {
   rule_t rule;
   uint64_t owner;
@@ -257,8 +259,8 @@ uint64_t limits_pace_since(const fshm_segment *s, uint32_t index, unsigned place
     if (!rule_sane(&rule)) continue; /* no call has set this */
     if ((owner & ~RULE_USED) > version) fastest = min_u64(fastest, bucket_pace(&rule));
   }
-  /* After the indexes: a caller that found one free, or with another rule, now finds what note_freed() recorded of it. Pairs with
-   * the release of free_rules(), and of fill_rule() by the next owner of the index. */
+  /* After the indexes: a caller that found one free, or with another rule, now finds what note_freed() recorded of
+   * it. Pairs with the release of free_rules(), and of fill_rule() by the next owner of the index. */
   atomic_thread_fence(memory_order_acquire);
   const uint64_t freed = load_relaxed(&e->freed_pace);
   if (freed && load_relaxed(&e->freed_version) > version) fastest = min_u64(fastest, freed);
@@ -300,9 +302,10 @@ static COLD bool sweep(fshm_segment *s, uint32_t index, uint64_t now) {
   w.now = now ? now : segment_now(s);
   if (!sweep_slots(&w)) return false;
   if (free_rules(&w, next.when, version)) return true;
-  /* Each rule still has keys that have used more than the present one admits. Of the rules that are neither present nor the last
-   * of their place, the one with the fewest states goes. Its states count as states of the place, so the last rule of the
-   * place is kept and can take them. The kept rules and a new set fit into the table, so there is such a rule. */
+  /* Each rule still has keys that have used more than the present one admits. Of the rules that are neither present
+   * nor the last of their place, the one with the fewest states goes. Its states count as states of the place, so
+   * the last rule of the place is kept and can take them. The kept rules and a new set fit into the table, so there
+   * is such a rule. */
   unsigned kept = last_rules(&w);
   for (uint32_t i = 0; i < SET_COUNT(next.when); i++) kept |= 1U << SET_RULE(next.when, i);
   static_assert(PLACES + 2 * FSHM_MAX_LIMITS <= RULES, "the last of each place, two sets");
@@ -373,8 +376,8 @@ int publish(fshm_segment *s, uint32_t index, rule_t *rules, uint32_t count, uint
       if (indexes[i] < 0) fill_rule(e, (unsigned)mine[i], &rules[i], version);
       next_set |= (uint64_t)(indexes[i] < 0 ? mine[i] : indexes[i]) << (4 + 4 * i);
     }
-    /* The rules are complete before they are named (pairs with the acquire of limits_load()), and marked as in use. Killed in
-     * between, we leave rules that the next sweep frees. */
+    /* The rules are complete before they are named (pairs with the acquire of limits_load()), and marked as in use.
+     * Killed in between, we leave rules that the next sweep frees. */
     pair_t seen = {current, set};
     pair_t next = {(current & ~CURRENT_VERSION(UINT64_MAX)) | version, next_set};
     bool ok = pair_cas(&e->current, &seen, next);

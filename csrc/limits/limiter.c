@@ -68,8 +68,9 @@ static void state_met(call_t *c, uint32_t i, const found_t *f, met_t *m) {
   }
 }
 
-/* Check a state that was written under other limits. It is admitted if the present limits admit it with the same tokens. If not,
- * it is denied by the state that expires earlier: the one in the slot, or the same tokens under the present limits. */
+/* Check a state that was written under other limits. It is admitted if the present limits admit it with the same
+ * tokens. If not, it is denied by the state that expires earlier: the one in the slot, or the same tokens under the
+ * present limits. */
 static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
   const rule_t *r = &c->snapshot.rules[i];
   rule_t old;
@@ -151,8 +152,8 @@ static inline void look(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
   look_inline(c, i, cost, l);
 }
 
-/* Load the limits again, between two looks. FSHM_OK; FSHM_E_ARGUMENT: the name has only a permit limit now; or FSHM_E_DAMAGED. If it
- * fails, the snapshot has no limits. */
+/* Load the limits again, between two looks. FSHM_OK; FSHM_E_ARGUMENT: the name has only a permit limit now; or
+ * FSHM_E_DAMAGED. If it fails, the snapshot has no limits. */
 static COLD int renew(call_t *c) {
   c->stale = false;
   if (!limits_load(c->s, c->index, &c->snapshot)) return damage_limits(c->s, c->index);
@@ -163,8 +164,8 @@ static COLD int renew(call_t *c) {
 }
 static inline int renewed(call_t *c) { return likely(!c->stale) ? FSHM_OK : renew(c); }
 
-/* What can be left now of a charge to limit i. If the limits changed since, a bucket may have drained at a faster pace in between,
- * even if the present limits are those of the charge again. */
+/* What can be left now of a charge to limit i. If the limits changed since, a bucket may have drained at a faster
+ * pace in between, even if the present limits are those of the charge again. */
 static COLD fshm_charged charge_now(const call_t *c, uint32_t i, const fshm_charged *put,
                                     uint64_t now) {
   if (!put->version || put->version == CURRENT_VERSION(c->snapshot.current)) return *put;
@@ -227,8 +228,8 @@ static inline HOT int put(call_t *c, uint32_t i, look_t *l, uint64_t next, uint3
   if (likely(f->pair.who)) {
     pair_t seen = f->pair, to = {l->who, next};
     if (next == seen.when && l->who == seen.who) return CLAIMED;
-    /* Fails if the state changed, or the slot went to another key. Pairs with every other swap of this slot. The loads before it
-     * need no order, since it compares all 16 bytes. */
+    /* Fails if the state changed, or the slot went to another key. Pairs with every other swap of this slot. The
+     * loads before it need no order, since it compares all 16 bytes. */
     return pair_cas(&c->s->slots[f->slot], &seen, to) ? CLAIMED : CLAIM_LOST;
   }
   if (state_expires(next) <= c->now) return CLAIMED; /* equals "never seen": needs no slot */
@@ -353,8 +354,8 @@ static inline HOT int take_one(call_t *c, uint32_t op, look_t *l) {
   return FSHM_CONTENDED;
 }
 
-/* Take back a charge: exactly, if the slot was not changed since; else what has not drained yet. The limits may have changed
- * meanwhile: the limit with the same place is the same limit. */
+/* Take back a charge: exactly, if the slot was not changed since; else what has not drained yet. The limits may have
+ * changed meanwhile: the limit with the same place is the same limit. */
 static void undo(call_t *c, uint32_t i, const look_t *l, pair_t before) {
   call_t later = *c;
   const fshm_charged put_there = charged_by(&c->snapshot.rules[i], l->verdict.next, c->now,
@@ -415,8 +416,8 @@ static int charge_looked(call_t *c, uint32_t i, look_t *l, pair_t *before) {
   return FSHM_CONTENDED;
 }
 
-/* Several limits: check all, then charge each; undo on denial. Killed in between, some may stay charged, never the reverse. A
- * reservation charges all limits as of the latest instant that any of them needs, since it is used then. */
+/* Several limits: check all, then charge each; undo on denial. Killed in between, some may stay charged, never the
+ * reverse. A reservation charges all limits as of the latest instant that any of them needs, since it is used then. */
 static UNGUARDED int take_all(call_t *c, uint32_t op, look_t *looks) {
   while (again(c)) {
     int fresh = renewed(c);
@@ -470,8 +471,8 @@ static inline void report(const call_t *c, const look_t *looks, bool allowed, bo
     if (allowed ? left < tightest : v->retry > longest) out->limit_index = (uint16_t)i;
     tightest = min_u64(tightest, left);
     if (!allowed) longest = max_u64(longest, v->retry);
-    bool told = charged || r->kind != FSHM_BUCKET || looks[i].stays;
-    reset = max_u64(reset, told ? v->reset : v->used_before);
+    bool after = charged || r->kind != FSHM_BUCKET || looks[i].stays;
+    reset = max_u64(reset, after ? v->reset : v->used_before);
   }
   out->remaining = tightest;
   out->retry_after_ns = longest == UINT64_MAX ? FSHM_NEVER : (int64_t)longest;
@@ -511,8 +512,8 @@ static inline void begin(call_t *c, fshm_limiter *l, const void *key, uint64_t l
   begin_hashed(c, l, key_hash(l, key, length), now);
 }
 
-/* The call, once the limits are loaded. `out` NULL: the caller only needs the status. `charges`, or NULL: the charge of each
- * limit. */
+/* The call, once the limits are loaded. `out` NULL: the caller only needs the status. `charges`, or NULL: the charge
+ * of each limit. */
 static inline HOT int apply_begun(call_t *c, uint32_t op, const void *key, uint64_t key_length,
                                   fshm_decision *out, fshm_charged *charges) {
   look_t looks[FSHM_MAX_LIMITS];
@@ -584,8 +585,8 @@ UNGUARDED void limiter_acquire_fetched(fshm_limiter *l, uint64_t hash, const voi
   out->status = apply(l, &hash, FSHM_ACQUIRE, key, length, costs, 0, 0, out, NULL);
 }
 
-/* For fshm_admit(), which has loaded the limits (at least one) and hashed the key. It calls this twice; each call may go by the
- * limits that it found at its start. */
+/* For fshm_admit(), which has loaded the limits (at least one) and hashed the key. It calls this twice; each call
+ * may go by the limits that it found at its start. */
 UNGUARDED int limiter_take(fshm_limiter *l, const snapshot_t *snapshot, uint64_t hash, uint32_t op,
                            const void *key, uint64_t key_length, const uint64_t *costs,
                            uint64_t now, fshm_decision *out, fshm_charged *charges) {
@@ -612,8 +613,8 @@ void fshm_reserve(fshm_limiter *l, const void *key, uint64_t key_length, const u
   out->status = apply(l, NULL, FSHM_RESERVE, key, key_length, costs, max_wait, now, out, reserved);
 }
 
-/* Only if the reservation is still the last one: later reservations count on their instants, and what lies between would be given
- * away twice. */
+/* Only if the reservation is still the last one: later reservations count on their instants, and what lies between
+ * would be given away twice. */
 int fshm_cancel(fshm_limiter *l, const void *key, uint64_t key_length, const uint64_t *costs,
                 const fshm_charged *reserved, uint64_t now) {
   call_t c;
@@ -645,8 +646,8 @@ void fshm_count_call(fshm_limiter *l, const void *key, uint64_t key_length, int3
   count_call(&c, process_index(c.s), &first, status, key, key_length);
 }
 
-/* A change decided elsewhere: `change` computes the next state of each limit. before: the states found, or NULL; at: the time of
- * the change. */
+/* A change decided elsewhere: `change` computes the next state of each limit. before: the states found, or NULL; at:
+ * the time of the change. */
 int limiter_change(fshm_limiter *l, const void *key, uint64_t length, uint64_t now,
                    change_t *change, const void *context, uint64_t *before, uint64_t *at) {
   call_t c;

@@ -52,8 +52,8 @@ int fshm_limiter_number(fshm_limiter *l, const uint64_t *numbers, uint32_t count
   return FSHM_OK;
 }
 
-/* The rule that a state with this label was written under. The caller checks afterwards that the slot has not changed: a rule
- * index is not given to another rule while a state refers to it. */
+/* The rule that a state with this label was written under. The caller checks afterwards that the slot has not
+ * changed: a rule index is not given to another rule while a state refers to it. */
 bool limits_rule(const fshm_segment *s, uint32_t index, unsigned label, rule_t *out) {
   read_rule(&s->limiters[index], label, out);
   atomic_thread_fence(memory_order_acquire); /* the copy, before the second look at the slot */
@@ -82,8 +82,8 @@ COLD bool read_used(const limiter_entry_t *e, unsigned rule_index, rule_t *out, 
   return load_relaxed(&e->owners[rule_index]) == *owner;
 }
 
-/* Are these limits ones that no call sets? Certain: rules are complete before they are named, and do not change while they are
- * named. published: the caller has seen limits of this name; else it may have none yet. */
+/* Are these limits ones that no call sets? Certain: rules are complete before they are named, and do not change
+ * while they are named. published: the caller has seen limits of this name; else it may have none yet. */
 COLD bool limits_wrong(const fshm_segment *s, uint32_t index, bool published) {
   const limiter_entry_t *e = &s->limiters[index];
   rule_t rule;
@@ -100,8 +100,8 @@ COLD bool limits_wrong(const fshm_segment *s, uint32_t index, bool published) {
   return false; /* always being changed: nothing is certain */
 }
 
-/* An id is a hash of the name without the bit BESIDE; that bit is set for an auxiliary limiter (fshm_limiter_open_beside()), whose
- * calls are not counted. So every process that sees a claimed entry knows this. */
+/* An id is a hash of the name without the bit BESIDE; that bit is set for an auxiliary limiter
+ * (fshm_limiter_open_beside()), whose calls are not counted. So every process that sees a claimed entry knows this. */
 #define BESIDE UINT64_C(1)
 
 static COLD uint64_t name_id(const fshm_segment *s, const char *name, uint64_t length) {
@@ -109,8 +109,8 @@ static COLD uint64_t name_id(const fshm_segment *s, const char *name, uint64_t l
   return id ? id : 2 * BESIDE;
 }
 
-/* The index of an entry's counters; COUNTERS: its calls are not counted. Entries are claimed in order and never given back, so
- * all processes compute the same index at any time. */
+/* The index of an entry's counters; COUNTERS: its calls are not counted. Entries are claimed in order and never
+ * given back, so all processes compute the same index at any time. */
 static COLD uint32_t counters_of(const fshm_segment *s, uint32_t index) {
   uint32_t before = 0;
   if (load_relaxed(&s->limiters[index].id) & BESIDE) return COUNTERS;
@@ -125,8 +125,8 @@ uint64_t read_name(const limiter_entry_t *e, char *out) {
   return length;
 }
 
-/* Do a name and its id differ? Certain once limits are published: the publisher has written both before. (A process killed
- * before that leaves an id without a name; the next one completes it.) */
+/* Do a name and its id differ? Certain once limits are published: the publisher has written both before. (A process
+ * killed before that leaves an id without a name; the next one completes it.) */
 COLD bool limits_name_wrong(const fshm_segment *s, uint32_t index) {
   const limiter_entry_t *e = &s->limiters[index];
   char name[FSHM_MAX_LIMITER_NAME];
@@ -137,7 +137,8 @@ COLD bool limits_name_wrong(const fshm_segment *s, uint32_t index) {
   return (load_relaxed(&e->id) & ~BESIDE) != name_id(s, name, length);
 }
 
-/* How many permits may be held, and a count of its changes: read it before `current`, and before a count for limits_lower_most(). */
+/* How many permits may be held, and a count of its changes: read it before `current`, and before a count for
+ * limits_lower_most(). */
 #define MOST_BITS 17
 #define MOST_OF(most) ((uint32_t)((most) & ((1U << MOST_BITS) - 1)))
 uint64_t limits_most(const fshm_segment *s, uint32_t index) {
@@ -145,15 +146,15 @@ uint64_t limits_most(const fshm_segment *s, uint32_t index) {
                               memory_order_acquire); /* with raise_most() */
 }
 
-/* Permits below this number may be held: the largest permit limit that this name ever had, until a count found no permit beyond
- * the present limit. */
+/* Permits below this number may be held: the largest permit limit that this name ever had, until a count found no
+ * permit beyond the present limit. */
 uint32_t limits_most_permits(uint64_t most, const snapshot_t *p) {
   uint32_t permits = MOST_OF(most) > MAX_PERMITS ? MAX_PERMITS : MOST_OF(most);
   return permits > p->permits ? permits : p->permits;
 }
 
-/* A look at all keys, begun after `most` was read, found no permit beyond the present limit: lower `most`. If limits were published
- * since, or an older call took such a permit, the word has changed, even if its number is the same. */
+/* A look at all keys, begun after `most` was read, found no permit beyond the present limit: lower `most`. If limits
+ * were published since, or an older call took such a permit, the word has changed, even if its number is the same. */
 void limits_lower_most(fshm_segment *s, uint32_t index, const snapshot_t *p, uint64_t most) {
   uint64_t lower = most >> MOST_BITS << MOST_BITS | p->permits;
   if (MOST_OF(most) > p->permits)
@@ -190,15 +191,15 @@ static COLD bool entry_wrong(fshm_segment *s, uint32_t index, const char *name, 
   return true;
 }
 
-/* Find the entry of a name, or claim one, with these bits in its id. Entries are claimed in order and stay. Two processes that
- * claim the same name contend for the same entry, and the loser finds the winner's. */
+/* Find the entry of a name, or claim one, with these bits in its id. Entries are claimed in order and stay. Two
+ * processes that claim the same name contend for the same entry, and the loser finds the winner's. */
 static int entry_of(fshm_segment *s, const char *name, uint64_t length, bool claim, uint64_t bits,
                     uint32_t *index) {
   uint64_t id = name_id(s, name, length);
   for (uint32_t i = 0; i < s->limiter_count; i++) {
     uint64_t seen = load_relaxed(&s->limiters[i].id);
-    /* If this call passed an entry with our name under another id, or took a free one that has limits, it would count apart
-     * from processes that opened the name before it was written over. */
+    /* If this call passed an entry with our name under another id, or took a free one that has limits, it would
+     * count apart from processes that opened the name before it was written over. */
     if ((seen & ~BESIDE) != id && entry_wrong(s, i, name, length)) return FSHM_E_DAMAGED;
     if (!seen && !claim) return FSHM_E_NOT_FOUND;
     if (!seen &&
@@ -320,8 +321,8 @@ int fshm_limiter_limits(fshm_limiter *l, fshm_limit *out, uint64_t *version) {
   return (int)(p.count + (p.permits > 0));
 }
 
-/* Forget all keys of the limiter. One swap: afterwards no call finds the old slots. They expire by themselves; those of the
- * epoch before are freed at once. */
+/* Forget all keys of the limiter. One swap: afterwards no call finds the old slots. They expire by themselves; those
+ * of the epoch before are freed at once. */
 int fshm_reset_all(fshm_limiter *l) {
   fshm_segment *s = l->segment;
   limiter_entry_t *e = &s->limiters[l->index];
@@ -345,7 +346,7 @@ int fshm_reset_all(fshm_limiter *l) {
   }
   for (uint64_t slot = 0; slot < s->slot_count; slot++) {
     pair_t pair = {load_relaxed(&s->slots[slot].who), 0}, empty = {0, 0};
-    if (pair.who & 1) { /* a permit's hash can end in 1 too: it is left alone */
+    if (pair.who & 1) { /* a limit's state; a permit is left alone */
       if (WHO_LIMITER(pair.who) != l->index) continue;
       pair = pair_load(&s->slots[slot]);
       if (!(pair.who & 1) || WHO_LIMITER(pair.who) != l->index || IS_PERMIT(pair.when)) continue;

@@ -42,8 +42,8 @@ static inline uint64_t salt_of(const fshm_segment *s, uint64_t current) {
   return likely(!resets) ? 0 : mix(s->secret[0] ^ mix(resets)) & ~UINT64_C(1);
 }
 
-/* Load the present limits. False: none, or damaged; then the snapshot has no limits, so that a caller that goes on never divides
- * by zero (rule_sane). */
+/* Load the present limits. False: none, or damaged; then the snapshot has no limits, so that a caller that goes on
+ * never divides by zero (rule_sane). */
 static inline HOT bool limits_load_inline(const fshm_segment *s, uint32_t index, snapshot_t *p) {
   const limiter_entry_t *e = &s->limiters[index];
   for (int tries = 0; tries < MAX_TRIES; tries++) {

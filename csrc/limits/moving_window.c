@@ -1,12 +1,12 @@
 /* moving_window.c - moving windows: exact, in bounded memory. Argued in DESIGN.md.
  *
- * At most n tokens in any interval of `per`: the key has n positions, each a slot of the table. A token takes a position for
- * `per` (a window of 1). The positions alone decide. Two tokens in one position are at least `per` apart, so no interval
- * holds more than n. A hit is denied only after each position was seen taken.
+ * At most n tokens in any interval of `per`: the key has n positions, each a slot of the table. A token takes a
+ * position for `per` (a window of 1). The positions alone decide. Two tokens in one position are at least `per`
+ * apart, so no interval holds more than n. A hit is denied only after each position was seen taken.
  *
- * The head, a slot of the key itself, makes this cheap: the positions are a ring buffer, and the head says which position comes
- * next (the oldest) and, in the first round, which were ever taken (none from `turn` on). It is moved on before a position
- * is taken, and outlives all that were taken.
+ * The head, a slot of the key itself, makes this cheap: the positions are a ring buffer, and the head says which
+ * position comes next (the oldest) and, in the first round, which were ever taken (none from `turn` on). It is moved
+ * on before a position is taken, and outlives all that were taken.
  */
 #include <stdlib.h>
 
@@ -88,8 +88,8 @@ static uint64_t first_head(void *context) {
   return head_state(f->turn, token_end(f->m, keyed_now(&f->m->k)));
 }
 
-/* A lost attempt may have looked at all n positions and taken all but one. With MAX_TRIES alone, a process that scribbles on the
- * slots could hold a call up for hours (I6). So each look counts, as each swap does. */
+/* A lost attempt may have looked at all n positions and taken all but one. With MAX_TRIES alone, a process that
+ * scribbles on the slots could hold a call up for hours (I6). So each look counts, as each swap does. */
 static inline uint64_t most_looks(const moving_t *m) {
   return MAX_TRIES + min_u64(32 * m->n, 10000000);
 }
@@ -100,8 +100,8 @@ static int head_put(const moving_t *m, head_t *h, uint64_t turn) {
   return keyed_put(&m->k, m->k.hash, &h->slot, m->k.who, next, first_head, &first);
 }
 
-/* A token is about to be written with a later time than the head's: the head must outlive it, and include its position. False: the
- * head is gone. */
+/* A token is about to be written with a later time than the head's: the head must outlive it, and include its
+ * position. False: the head is gone. */
 static bool head_cover(const moving_t *m, uint64_t position, uint64_t end, patience_t *left) {
   fshm_segment *s = m->k.s;
   for (; patient(left); left->swaps--) {
@@ -125,8 +125,8 @@ static uint64_t first_token(void *context) {
   return f->state;
 }
 
-/* Each position has its own home line, unlike permits: with four to a line, a long window would find its probe windows full in a
- * table that is half empty. */
+/* Each position has its own home line, unlike permits: with four to a line, a long window would find its probe
+ * windows full in a table that is half empty. */
 static inline uint64_t token_hash(const moving_t *m, uint64_t position) {
   return nth_hash(m->k.hash, (uint32_t)position * SLOTS_PER_LINE);
 }
@@ -163,7 +163,8 @@ static void return_tokens(const moving_t *m, const token_t *tokens, uint64_t cou
   }
 }
 
-/* Are `cost` positions free, in the order of the ring buffer? ahead: how far the first and the last of them are; f: the last. */
+/* Are `cost` positions free, in the order of the ring buffer? ahead: how far the first and the last of them are; f:
+ * the last. */
 static bool find_room(const moving_t *m, const head_t *h, uint64_t cost, uint64_t ahead[2],
                       found_t *f, patience_t *left) {
   uint64_t from = next_position(m, h->turn), found = 0;

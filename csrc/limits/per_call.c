@@ -1,8 +1,8 @@
 /* per_call.c - windows whose limit comes with the call. Argued in DESIGN.md.
  *
- * A storage of another library gets a key, its limit and its period with each hit, and later only the key. So the limiter here
- * is only a name: it says whose keys these are, and when they were reset. A window's state has its count and its end,
- * without any limit.
+ * A storage of another library gets a key, its limit and its period with each hit, and later only the key. So the
+ * limiter here is only a name: it says whose keys these are, and when they were reset. A window's state has its
+ * count and its end, without any limit.
  */
 #include "../permits/semaphore.h"
 #include "../stats/counters.h"
@@ -137,8 +137,8 @@ void fshm_count(fshm_limiter *l, const void *key, uint64_t key_length, const fsh
   if (out->status >= 0) counted_tell(&c, k.now, out);
 }
 
-/* The answer to a hit of 1, without the hit: for people. For a sliding counter, the times are those of the algorithm that rounds the
- * estimate up: a hit fits then at the latest. */
+/* The answer to a hit of 1, without the hit: for people. For a sliding counter, the times are those of the algorithm
+ * that rounds the estimate up: a hit fits then at the latest. */
 COLD void counted_peek(const keyed_t *k, const fshm_limit *limit, fshm_decision *out) {
   found_t f;
   counted_t c = {.k = k, .rule = rule_make(limit)};

@@ -1,4 +1,5 @@
-/* shared_counters.c - shared counters: keys without a slot of their own charge one together. DESIGN.md, "Shared counters". */
+/* shared_counters.c - shared counters: keys without a slot of their own charge one together. DESIGN.md, "Shared
+ * counters". */
 #include "call.h"
 
 /* Read the shared counter of a key without a slot. pair.who = 0: not used since the last reset. */
@@ -30,14 +31,14 @@ static COLD void look_at_shared(call_t *c, uint32_t i, uint64_t cost, look_t *l)
   l->verdict = rule_take(r, state, c->now, c->at, cost);
 }
 
-/* May a denied key get a slot with the counter's state? Not for a window with room for less: it ends at another time than the
- * window that the key would begin with its first hit. */
+/* May a denied key get a slot with the counter's state? Not for a window with room for less: it ends at another time
+ * than the window that the key would begin with its first hit. */
 static inline bool may_begin_denied(const rule_t *r, uint64_t used) {
   return r->kind != FSHM_WINDOW || used >= r->n;
 }
 
-/* A key without a slot may have consumed what the counter says. If that denies it, it gets a slot of its own, if there is a free
- * one. */
+/* A key without a slot may have consumed what the counter says. If that denies it, it gets a slot of its own, if
+ * there is a free one. */
 static __attribute__((noinline, cold)) void look_shared(call_t *c, uint32_t i, uint64_t cost,
                                                         look_t *l) {
   find_shared(c, i, &l->slot);
@@ -59,8 +60,9 @@ static uint64_t window_lasts(const rule_t *r, uint64_t state, uint64_t now) {
   return window_state(r, w);
 }
 
-/* What a key that now gets a slot may have consumed. This writes to the counter, though its state stays: another call that is about
- * to charge the counter for this key, and looked for the slot before it existed, then fails (put_shared()). */
+/* What a key that now gets a slot may have consumed. This writes to the counter, though its state stays: another
+ * call that is about to charge the counter for this key, and looked for the slot before it existed, then fails
+ * (put_shared()). */
 static COLD uint64_t leave_shared(call_t *c, uint32_t i, uint64_t now, bool *former) {
   const rule_t *r = &c->snapshot.rules[i];
   found_t f;
@@ -99,7 +101,8 @@ static COLD uint64_t first_shared(first_t *f, uint64_t now) {
   return v.next;
 }
 
-/* No free slot for the key: charge its shared counter. CLAIMED, or CLAIM_LOST: look again. DESIGN.md, "Shared counters". */
+/* No free slot for the key: charge its shared counter. CLAIMED, or CLAIM_LOST: look again. DESIGN.md, "Shared
+ * counters". */
 static COLD int put_shared(call_t *c, uint32_t i, look_t *l, uint32_t op) {
   _Atomic uint64_t *word = &c->s->limiters[c->index].shared;
   look_t shared;
@@ -113,8 +116,8 @@ static COLD int put_shared(call_t *c, uint32_t i, look_t *l, uint32_t op) {
         continue;
       until = more;
     }
-    /* `shared` is raised before we look for the key's slot. Pairs with the fence of confirm(): a claimer whose slot we do not see
-     * sees `shared`, and writes to the counter after we read it. */
+    /* `shared` is raised before we look for the key's slot. Pairs with the fence of confirm(): a claimer whose slot
+     * we do not see sees `shared`, and writes to the counter after we read it. */
     atomic_thread_fence(memory_order_seq_cst);
     find_shared(c, i, &shared.slot);
     if (table_has(c->s, c->hash, fingerprint(c, i))) return CLAIM_LOST;

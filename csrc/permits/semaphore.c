@@ -1,8 +1,10 @@
-/* semaphore.c - counting semaphores: permits held, for requests in flight or pooled connections. Argued in DESIGN.md.
+/* semaphore.c - counting semaphores: permits held, for requests in flight or pooled connections. Argued in
+ * DESIGN.md.
  *
- * A key with n permits has permit numbers 0 .. n-1. A permit is a slot of the hash table, with the fingerprint of (limiter,
- * key, number). Taking it is one swap from free to held-by-me, or a claim if the permit has no slot yet. A free permit
- * equals "never seen", so any key can reuse its slot. The slots are the count; there is no second number.
+ * A key with n permits has permit numbers 0 .. n-1. A permit is a slot of the hash table, with the fingerprint of
+ * (limiter, key, number). Taking it is one swap from free to held-by-me, or a claim if the permit has no slot yet. A
+ * free permit equals "never seen", so any key can reuse its slot. The slots are the count; there is no second
+ * number.
  *
  * when = 7 (3 bits) | number (17) | owner: process index (8) and its incarnation (18) | idle (1) |
  *        taken, in seconds of segment time (17)
@@ -54,8 +56,8 @@ static bool own_identity(fshm_segment *s, uint64_t *identity) {
 
 #define IDENTITY_MASK (UINT64_C(0x3ffffff) << 18)
 
-/* The owner of a permit's slot: hash of key and number (52 bits) | limiter (11) | 0. The key's bits can be read back from a held
- * permit, whose number is known. */
+/* The owner of a permit's slot: hash of key and number (52 bits) | limiter (11) | 0. The key's bits can be read back
+ * from a held permit, whose number is known. */
 static inline uint64_t permit_bits(uint32_t number) { return spread(NTH_STEP * (number + 1)); }
 static inline uint64_t permit_who(uint32_t limiter, uint64_t hash, uint32_t number) {
   uint64_t who = (hash ^ permit_bits(number)) << 12 | (uint64_t)limiter << 1;
@@ -91,8 +93,8 @@ static uint64_t held_by_me(void *context) { return *(uint64_t *)context; }
 static bool free_dead(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now,
                       liveness_t *liveness);
 
-/* Try one permit. With `liveness`, a dead process's permit is taken over. left: for the whole call; with as many tries for each
- * permit, a process that scribbles on the key's slots could hold us up for hours (I6). */
+/* Try one permit. With `liveness`, a dead process's permit is taken over. left: for the whole call; with as many
+ * tries for each permit, a process that scribbles on the key's slots could hold us up for hours (I6). */
 static int try_permit(const holder_t *h, uint32_t number, liveness_t *liveness, patience_t *left,
                       fshm_permit *out) {
   uint64_t home = nth_hash(h->hash, number);
@@ -114,8 +116,8 @@ static int try_permit(const holder_t *h, uint32_t number, liveness_t *liveness, 
     } else {
       if (IS_PERMIT(f.pair.when) && (!liveness || owner_alive(h->s, f.pair.when, liveness)))
         return PERMIT_HELD;
-      /* From free, or from a dead owner, to mine: one swap. Pairs with every other taker's swap, and with the release: the loser sees
-       * that another process has just taken the permit. */
+      /* From free, or from a dead owner, to mine: one swap. Pairs with every other taker's swap, and with the
+       * release: the loser sees that another process has just taken the permit. */
       pair_t seen = f.pair;
       if (!pair_cas(&h->s->slots[f.slot], &seen, mine)) continue;
     }
@@ -164,8 +166,9 @@ static uint32_t permit_bound(const fshm_limiter *l, const snapshot_t *snapshot) 
 
 #define BEYOND_NS UINT64_C(1000000000)
 
-/* Does no key of the limiter hold permits beyond the present limit? Frees those of dead processes. This looks at the whole table, so
- * a process does it at most once a second. Until it has found none, each taker counts all held permits. */
+/* Does no key of the limiter hold permits beyond the present limit? Frees those of dead processes. This looks at the
+ * whole table, so a process does it at most once a second. Until it has found none, each taker counts all held
+ * permits. */
 static COLD bool none_beyond(const holder_t *h, const snapshot_t *snapshot, liveness_t *liveness) {
   fshm_segment *s = h->s;
   uint64_t last = load_relaxed(&h->limiter->beyond);
@@ -183,8 +186,9 @@ static COLD bool none_beyond(const holder_t *h, const snapshot_t *snapshot, live
   return true;
 }
 
-/* We hold a permit of the key. Is it valid? Not if more than n are held: the limit was lowered, and permits beyond it are still
- * held. Ours is published: of any set of holders the last one to publish counts all others, so they never exceed n. */
+/* We hold a permit of the key. Is it valid? Not if more than n are held: the limit was lowered, and permits beyond
+ * it are still held. Ours is published: of any set of holders the last one to publish counts all others, so they
+ * never exceed n. */
 static bool stands(holder_t *h, snapshot_t *snapshot, uint32_t number, uint32_t *held) {
   const limiter_entry_t *e = &h->s->limiters[h->limiter->index];
   bool said = false;
@@ -196,8 +200,8 @@ static bool stands(holder_t *h, snapshot_t *snapshot, uint32_t number, uint32_t 
         limits_most(h->s, h->limiter->index); /* before `current`, and before the count */
     uint32_t most = limits_most_permits(seen, snapshot);
     bool same = load_relaxed(&e->current) == snapshot->current;
-    /* A permit of earlier limits: raise `most` after our swap. A process that looked for such permits before our swap can then no
-     * longer lower it, and later ones look up to here. Pairs with limits_lower_most(). */
+    /* A permit of earlier limits: raise `most` after our swap. A process that looked for such permits before our
+     * swap can then no longer lower it, and later ones look up to here. Pairs with limits_lower_most(). */
     if (unlikely(number >= snapshot->permits && !said)) {
       if (!limits_raise_most(h->s, h->limiter->index, number + 1)) break;
       said = true;
@@ -211,8 +215,8 @@ static bool stands(holder_t *h, snapshot_t *snapshot, uint32_t number, uint32_t 
     liveness_t liveness;
     liveness_begin(&liveness);
     *held = count_held(h, most, &liveness);
-    /* The count is by limits that were in force throughout: a permit released after a change made no room before it. Pairs with
-     * publish(). */
+    /* The count is by limits that were in force throughout: a permit released after a change made no room before it.
+     * Pairs with publish(). */
     atomic_thread_fence(memory_order_acquire);
     if (load_relaxed(&e->current) != snapshot->current) continue;
     if (*held > snapshot->permits) return false;
@@ -225,8 +229,8 @@ static bool stands(holder_t *h, snapshot_t *snapshot, uint32_t number, uint32_t 
   return false;
 }
 
-/* Is it also within the permit lease of this host? Each valid permit has a number below the lease, or all were counted: DESIGN.md,
- * "Permits over many hosts". */
+/* Is it also within the permit lease of this host? Each valid permit has a number below the lease, or all were
+ * counted: DESIGN.md, "Permits over many hosts". */
 static __attribute__((noinline)) bool stands_granted(const holder_t *h, const snapshot_t *snapshot,
                                                      const granted_t *g, uint32_t number,
                                                      uint32_t *held) {
@@ -248,8 +252,8 @@ static __attribute__((noinline)) bool stands_granted(const holder_t *h, const sn
   return *held <= most;
 }
 
-/* Take one of the key's first n permits. FSHM_ALLOWED, FSHM_DENIED (*held: how many are held), FSHM_FULL, FSHM_CONTENDED; FSHM_ASK: not
- * within the lease (granted NULL: there is no lease, this host's limit alone counts). */
+/* Take one of the key's first n permits. FSHM_ALLOWED, FSHM_DENIED (*held: how many are held), FSHM_FULL,
+ * FSHM_CONTENDED; FSHM_ASK: not within the lease (granted NULL: there is no lease, this host's limit alone counts). */
 static UNGUARDED int take_permit(holder_t *h, snapshot_t *snapshot, uint32_t n,
                                  const granted_t *granted, fshm_permit *out, uint32_t *held) {
   uint32_t start = load_relaxed(&h->limiter->frontier) % n;
@@ -325,8 +329,9 @@ uint32_t semaphore_count(fshm_limiter *l, const void *key, uint64_t length, uint
   return count_held_from(&h, (uint32_t)min_u64(from, most), most, &liveness);
 }
 
-/* The key's probe windows are full: free the permits of dead processes in them. No call has come for those keys since, so they were
- * not noticed. If another process frees them at the same time, there is nothing left to free, but there is room. */
+/* The key's probe windows are full: free the permits of dead processes in them. No call has come for those keys
+ * since, so they were not noticed. If another process frees them at the same time, there is nothing left to free,
+ * but there is room. */
 static bool free_dead(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now,
                       liveness_t *liveness) {
   bool any = false;
@@ -380,9 +385,9 @@ uint32_t fshm_in_flight(fshm_limiter *l, const void *key, uint64_t length) {
   return semaphore_count(l, key, length, 0);
 }
 
-/* A permit and rate limits together: check the limits, take the permit, charge the limits; give the permit back if they have no room
- * any more. Killed after taking the permit, it is a dead process's permit and comes back by itself; killed after the charge,
- * the limits stay charged. */
+/* A permit and rate limits together: check the limits, take the permit, charge the limits; give the permit back if
+ * they have no room any more. Killed after taking the permit, it is a dead process's permit and comes back by
+ * itself; killed after the charge, the limits stay charged. */
 UNGUARDED void fshm_admit(fshm_limiter *l, const void *key, uint64_t key_length,
                           const uint64_t *costs, uint64_t now, fshm_permit *permit,
                           fshm_decision *out, uint32_t *in_flight) {

@@ -1,7 +1,7 @@
 /* wakeup.c - waiting for a permit, and waking a waiter. Argued in DESIGN.md, "Permits".
  *
- * Keys share the futex words by their hash. On one word, the futex's bit set separates 32 classes of keys; a tag in the word
- * separates the keys of a class:
+ * Keys share the futex words by their hash. On one word, the futex's bit set separates 32 classes of keys; a tag in
+ * the word separates the keys of a class:
  *   tag of the key of the last wake-up (16 bits) | wake-ups (15) | there may be waiters (1)
  * `wakeup`, 32 bits of the key's hash, gives the number of the word, the class, and the tag.
  */
@@ -28,9 +28,9 @@ static long futex(_Atomic uint32_t *word, int op, uint32_t value, const struct t
 }
 #endif
 
-/* Wake one waiter of the class, if there may be one. The caller's swap comes before this load (a full barrier), and a waiter arms
- * before it looks at the permits: one of the two sees the other. If no waiter of the class sleeps, the bit is cleared; other
- * waiters on this word set it again. */
+/* Wake one waiter of the class, if there may be one. The caller's swap comes before this load (a full barrier), and
+ * a waiter arms before it looks at the permits: one of the two sees the other. If no waiter of the class sleeps, the
+ * bit is cleared; other waiters on this word set it again. */
 void wakeup_send(fshm_segment *s, uint32_t wakeup) {
   _Atomic uint32_t *b = &s->header->wakeups[wakeup % WAKEUPS];
   after_swap();
@@ -82,8 +82,8 @@ int fshm_wakeup_wait(fshm_limiter *l, const void *key, uint64_t length, uint32_t
   until.tv_sec += (time_t)(timeout / 1000000000);
   until.tv_nsec = (long)(timeout % 1000000000);
   if (futex(b, FUTEX_WAIT_BITSET, armed, &until, class_of(wakeup))) return errno == EAGAIN;
-  /* Woken by another key's wake-up: pass it on to the next waiter of the class. Waiters that slept before it are ahead of those that
-   * armed after it; these find the word as they armed it, and end the chain. */
+  /* Woken by another key's wake-up: pass it on to the next waiter of the class. Waiters that slept before it are
+   * ahead of those that armed after it; these find the word as they armed it, and end the chain. */
   uint32_t now = load_relaxed(b);
   if (now != armed && tag_of(now) != tag_of(wakeup))
     (void)futex(b, FUTEX_WAKE_BITSET, 1, NULL, class_of(wakeup));

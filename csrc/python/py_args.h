@@ -109,4 +109,9 @@ static int parse(const char *name, PyObject *const *args, Py_ssize_t n, PyObject
 
 static const char *const key_cost[] = {"key", "cost", "max_wait_ns"};
 
+/* py_decision.c and py_permit.c, for the other types. Both take over the reference to limits. */
+static PyObject *make_decision(PyObject *limits, const fshm_decision *d);
+static PyObject *make_permit(PyObject *handle, fshm_limiter *limiter, const fshm_permit *permit,
+                             uint32_t in_flight, PyObject *limits, const fshm_decision *d);
+
 #endif

@@ -1,5 +1,5 @@
-/* py_cluster.h - calls of a limiter whose quota a server grants: fshm_spend() answers nearly all of them, and Python the rest. Included
- * by py_rate_limiter.c. */
+/* py_cluster.h - calls of a limiter whose quota a server grants: fshm_spend() answers nearly all of them, and Python
+ * the rest. Included by py_rate_limiter.c. */
 #ifndef FSHM_PY_CLUSTER_H
 #define FSHM_PY_CLUSTER_H
 
@@ -65,8 +65,8 @@ static int cluster_note(PyObject *self, const cluster_t *c, PyObject *key) {
   return r ? 0 : -1;
 }
 
-/* _grant(key, tries). More than 0: the permits that may be held without the server. 0: retry. -1: denied until a release. Below -1: denied
- * for that many ns. */
+/* _grant(key, tries). More than 0: the permits that may be held without the server. 0: retry. -1: denied until a
+ * release. Below -1: denied for that many ns. */
 static int cluster_grant(PyObject *self, PyObject *key, int tries, long *alone) {
   PyObject *r = PyObject_CallMethod(self, "_grant", "Oi", key, tries);
   if (!r) return -1;
@@ -77,8 +77,8 @@ static int cluster_grant(PyObject *self, PyObject *key, int tries, long *alone) 
 
 #define GRANT_TRIES 6 /* another process may take a permit just granted */
 
-/* 0, or -1: an exception. The key is noted before the permit is taken, and again afterwards: in between, the agent may look at the keys in use
- * and forget a key without permits held. */
+/* 0, or -1: an exception. The key is noted before the permit is taken, and again afterwards: in between, the agent
+ * may look at the keys in use and forget a key without permits held. */
 static int cluster_admit(PyObject *self, const cluster_t *c, fshm_limiter *limits, PyObject *key,
                          const key_arg *k, fshm_permit *permit, fshm_decision *d,
                          uint32_t *in_flight) {

@@ -1,5 +1,5 @@
-/* py_counts.c - Counts: limits that come with the call, as PyPI's `limits` calls its storages (a key that names its own limit, a period
- * in seconds, an amount). The base class of the storage in integrations/limits.py. */
+/* py_counts.c - Counts: limits that come with the call, as PyPI's `limits` calls its storages (a key that names its
+ * own limit, a period in seconds, an amount). The base class of the storage in integrations/limits.py. */
 #include "py_args.h"
 
 enum { COUNT_FIXED, COUNT_SLIDING, COUNT_MOVING, COUNT_KINDS };
@@ -31,8 +31,8 @@ static int number_before(const char *bytes, Py_ssize_t *end, uint64_t *out) {
   return 1;
 }
 
-/* The limit that the key names, if it names the same period as the call; else none: UINT64_MAX. For a key of another origin this can only be a
- * coincidence, if it ends in three such words. */
+/* The limit that the key names, if it names the same period as the call; else none: UINT64_MAX. For a key of another
+ * origin this can only be a coincidence, if it ends in three such words. */
 static uint64_t limit_in(const key_arg *k, uint64_t period_ns) {
   uint64_t multiples, amount;
   for (size_t i = 0; i < sizeof granularities / sizeof *granularities; i++) {

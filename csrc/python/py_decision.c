@@ -1,4 +1,5 @@
-/* py_decision.c - Decision: the result of a check. Each acquire() makes one, so its fields become Python objects only when read. */
+/* py_decision.c - Decision: the result of a check. Each acquire() makes one, so its fields become Python objects
+ * only when read. */
 #include "py_args.h"
 
 typedef struct {

@@ -1,9 +1,8 @@
 /* py_memo.c - Memo: a function that counts tokens, with the segment's memo in front. Limited API 3.10.
  *
- * memo(text) is compute(text) for one encoding, but a text that any process has counted takes only a hash. With a tenant: a text
- * that any process has counted for this tenant.
- * An object that is not a plain str (a subclass may differ from its UTF-8), or a str without UTF-8 (lone surrogates), goes to
- * compute as it is.
+ * memo(text) is compute(text) for one encoding, but a text that any process has counted takes only a hash. With a
+ * tenant: a text that any process has counted for this tenant. An object that is not a plain str (a subclass may
+ * differ from its UTF-8), or a str without UTF-8 (lone surrogates), goes to compute as it is.
  */
 #include "py_args.h"
 #include "py_measure.h"

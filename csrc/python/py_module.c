@@ -8,8 +8,8 @@
 #include "py_router.c"
 #include "py_counts.c"
 
-/* _untrack(object): the garbage collector ignores it from now on, and counts its references as references from outside. For objects that
- * cannot be part of a cycle (_shared/native.py, owned()). */
+/* _untrack(object): the garbage collector ignores it from now on, and counts its references as references from
+ * outside. For objects that cannot be part of a cycle (_shared/native.py, owned()). */
 static PyObject *module_untrack(PyObject *module, PyObject *o) {
   (void)module;
   if (PyObject_GC_IsTracked(o)) PyObject_GC_UnTrack(o);

@@ -1,7 +1,7 @@
 /* py_permit.c - Permit: one request in flight. True when it was admitted, also after its release.
  *
- * If Python drops a held permit without release(), it is released, with a ResourceWarning: it was a bug, but an exception that skips
- * a release should not cost a permit until the process dies. */
+ * If Python drops a held permit without release(), it is released, with a ResourceWarning: it was a bug, but an
+ * exception that skips a release should not cost a permit until the process dies. */
 #include "py_args.h"
 
 typedef struct {
@@ -141,9 +141,9 @@ static PyType_Spec permit_spec = {"fast_litellm_shm._native.Permit", sizeof(Perm
                                   Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
                                   permit_slots};
 
-/* Slot(limiter, key, timeout): calls limiter._slot(key, timeout) when a block is entered, and releases the permit when the block ends. No
- * Python instruction runs between the grant and this object: an exception out of a signal handler finds the permit held here,
- * and the end of the block, or of this object, releases it. */
+/* Slot(limiter, key, timeout): calls limiter._slot(key, timeout) when a block is entered, and releases the permit
+ * when the block ends. No Python instruction runs between the grant and this object: an exception out of a signal
+ * handler finds the permit held here, and the end of the block, or of this object, releases it. */
 typedef struct {
   PyObject_HEAD
   PyObject *limiter, *key, *timeout;

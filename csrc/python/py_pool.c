@@ -1,11 +1,13 @@
-/* py_pool.c - PoolCore, the hot half of SimpleConnectionPool: take an idle connection of this process, and put it back.
- * pools/connection_pool.py opens and closes connections; semaphore.c has the limits; this file maps ids to connections.
+/* py_pool.c - PoolCore, the hot half of SimpleConnectionPool: take an idle connection of this process, and put it
+ * back. pools/connection_pool.py opens and closes connections; semaphore.c has the limits; this file maps ids to
+ * connections.
  *
- * The idle connections of an endpoint are a stack: the one used last is taken first. All code runs under the GIL, or with the pool
- * locked. Ids and endpoints are exact strs here, so comparing them runs no Python.
+ * The idle connections of an endpoint are a stack: the one used last is taken first. All code runs under the GIL, or
+ * with the pool locked. Ids and endpoints are exact strs here, so comparing them runs no Python.
  *
- * Each thing taken belongs to an object that gives it back when it is freed: a Connection has its permits, a Use has a connection
- * in use. So an exception between any two instructions of Python, out of a signal handler, leaks neither. */
+ * Each thing taken belongs to an object that gives it back when it is freed: a Connection has its permits, a Use has
+ * a connection in use. So an exception between any two instructions of Python, out of a signal handler, leaks
+ * neither. */
 #include "../core/internal.h"
 #include "py_args.h"
 #include "py_measure.h"
@@ -63,8 +65,8 @@ static void connection_dealloc(PyObject *o) {
   Py_DECREF(type);
 }
 
-/* Traversed, so that a pool whose connections refer to it is collected. None has a tp_clear: their dicts break the cycles, and a __del__()
- * must find working objects. */
+/* Traversed, so that a pool whose connections refer to it is collected. None has a tp_clear: their dicts break the
+ * cycles, and a __del__() must find working objects. */
 static int connection_traverse(PyObject *o, visitproc visit, void *arg) {
   Py_VISIT(Py_TYPE(o));
   Py_VISIT(((Connection *)o)->object);
@@ -284,8 +286,8 @@ static PyObject *refusal(int status, const char *limit) {
   return PyUnicode_FromString(status == FSHM_DENIED ? limit : "full");
 }
 
-/* _add(id, endpoint): a Connection with both its permits, to be added to the pool once opened; or the name of the limit that was reached
- * ("endpoint" or "pool"); "full": the segment has no free slot; "damaged". */
+/* _add(id, endpoint): a Connection with both its permits, to be added to the pool once opened; or the name of the
+ * limit that was reached ("endpoint" or "pool"); "full": the segment has no free slot; "damaged". */
 static PyObject *pool_add(PyObject *o, PyObject *args) {
   PoolCore *self = (PoolCore *)o;
   PyObject *id, *endpoint;
@@ -355,8 +357,8 @@ static void unstack(PoolCore *self, Connection *c) {
   Py_XDECREF((PyObject *)stack);
 }
 
-/* Take a connection out of the pool. Its permits stay held until _release(), so that it can be closed first. NULL without an exception: there
- * is no such id, or the connection is not `only`. */
+/* Take a connection out of the pool. Its permits stay held until _release(), so that it can be closed first. NULL
+ * without an exception: there is no such id, or the connection is not `only`. */
 static PyObject *forget(PoolCore *self, PyObject *id, const Connection *only, int only_idle) {
   Connection *c = NULL;
   PyObject *text = self->by_id ? exact(id) : NULL;
@@ -416,8 +418,8 @@ static PyObject *pool_lookup(PyObject *o, PyObject *id) {
   return or_none(c);
 }
 
-/* _bind_core(handles, permits address, totals address, idle_ns): also forgets all connections (in a forked child they are the parent's).
- * handles: a tuple of the owners of the limiters. */
+/* _bind_core(handles, permits address, totals address, idle_ns): also forgets all connections (in a forked child
+ * they are the parent's). handles: a tuple of the owners of the limiters. */
 static PyObject *pool_bind(PyObject *o, PyObject *args) {
   PoolCore *self = (PoolCore *)o;
   unsigned long long permits, totals, idle_ns;

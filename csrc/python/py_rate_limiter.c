@@ -1,8 +1,10 @@
-/* py_rate_limiter.c - Core, the base class of RateLimiter and SimpleRateLimiter: the hot calls, as CPython methods written by hand. cffi's
- * wrappers take 100 ns more, and drop the GIL at every call. Limited API 3.10. Everything else goes through cffi.
+/* py_rate_limiter.c - Core, the base class of RateLimiter and SimpleRateLimiter: the hot calls, as CPython methods
+ * written by hand. cffi's wrappers take 100 ns more, and drop the GIL at every call. Limited API 3.10. Everything
+ * else goes through cffi.
  *
  * There is no logic of limits here: arguments in, fshm_apply(), objects out.
  */
+#include "../limits/limiter.h"
 #include "py_args.h"
 #include "py_cluster.h"
 #include "py_measure.h"
@@ -62,8 +64,8 @@ static int warn_of_shared(Core *self) {
   return call_void((PyObject *)self, "_shares", 0);
 }
 
-/* Turn other statuses than allowed and denied into the policy's answer or an exception, and notice limits that changed. The Python methods
- * named here are in limiters/rate.py. */
+/* Turn other statuses than allowed and denied into the policy's answer or an exception, and notice limits that
+ * changed. The Python methods named here are in limiters/rate.py. */
 static int settle(Core *self, fshm_decision *d) {
   if (d->shared && warn_of_shared(self)) return -1;
   if (d->status < 0) {
@@ -147,8 +149,8 @@ static PyObject *core_refund(PyObject *self, PyObject *const *args, Py_ssize_t n
   return core_force(self, FSHM_REFUND, "refund", args, n, kw);
 }
 
-/* Reservation: a place in a bucket's queue. A waiter keeps it when its turn comes. If the wait ends in another way, even by an exception between
- * two instructions, the object is dropped and gives the place back. */
+/* Reservation: a place in a bucket's queue. A waiter keeps it when its turn comes. If the wait ends in another way,
+ * even by an exception between two instructions, the object is dropped and gives the place back. */
 typedef struct {
   PyObject_HEAD
   PyObject *handle; /* owns the limiter */
@@ -445,7 +447,8 @@ static void fetch(const Core *self, PyObject *key, fetched_key *k) {
     PyErr_Clear();
 }
 
-/* One key of many, by the limiter's present state: a change of the limits, or a cost's __index__(), may have changed it. */
+/* One key of many, by the limiter's present state: a change of the limits, or a cost's __index__(), may have changed
+ * it. */
 static int decide_fetched(Core *self, PyObject *key, fetched_key *k, const uint64_t *costs,
                           fshm_decision *d) {
   bool other = k->limiter != self->limiter || !k->key.bytes;
@@ -465,8 +468,9 @@ static void *answers(PyObject *array, Py_ssize_t size) {
   return NULL;
 }
 
-/* _acquire_many(keys, costs, allowed, remaining, retry): charge key by key, in order, and fill three bytearrays of n, 8n and 8n bytes. costs: an
- * int, or a list of n. With many keys, most of a call is waiting for memory, so their lines are prefetched some keys ahead. */
+/* _acquire_many(keys, costs, allowed, remaining, retry): charge key by key, in order, and fill three bytearrays of
+ * n, 8n and 8n bytes. costs: an int, or a list of n. With many keys, most of a call is waiting for memory, so their
+ * lines are prefetched some keys ahead. */
 static PyObject *core_acquire_many(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
   Core *self = (Core *)o;
   if (n != 5 || kw) {
@@ -552,8 +556,8 @@ static PyObject *core_bind(PyObject *o, PyObject *args) {
   Py_RETURN_NONE;
 }
 
-/* _bind_cluster(leases, address, refused, address, keys=None): the owners of the limiters and their addresses; for permits, also the dict of
- * the keys in use. */
+/* _bind_cluster(leases, address, refused, address, keys=None): the owners of the limiters and their addresses; for
+ * permits, also the dict of the keys in use. */
 static PyObject *core_bind_cluster(PyObject *o, PyObject *args) {
   unsigned long long leases, refused;
   PyObject *keys = NULL, *leases_handle, *refused_handle;

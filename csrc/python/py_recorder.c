@@ -20,8 +20,9 @@ typedef struct {
 static const char *const record_names[] = {"component",  "operation",   "duration_ms", "success",
                                            "input_size", "output_size", "metadata"};
 
-/* The index of (component, operation), from the dicts, else from the segment. Only exact strs are looked up: comparing them runs no Python,
- * which could replace the dicts. Names that are summed as "(other)" are not kept, so that endless names take no memory. */
+/* The index of (component, operation), from the dicts, else from the segment. Only exact strs are looked up:
+ * comparing them runs no Python, which could replace the dicts. Names that are summed as "(other)" are not kept, so
+ * that endless names take no memory. */
 static long metric_number(const bound_t *b, PyObject *component, PyObject *operation) {
   PyObject *by_operation = NULL, *number = NULL;
   int exact = PyUnicode_CheckExact(component) && PyUnicode_CheckExact(operation);

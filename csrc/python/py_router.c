@@ -1,8 +1,8 @@
 /* py_router.c - RouterCore: picks a deployment. Limited API 3.10.
  *
- * _plan() of the Python subclass reads a list of deployments (which ones fit the model, the index of their statistics, weights,
- * prices, names). The result, a plan, is kept here for PLAN_NS. A plan is used for an equal model and a list of the same objects. A
- * change inside the objects is noticed when the next plan is made.
+ * _plan() of the Python subclass reads a list of deployments (which ones fit the model, the index of their
+ * statistics, weights, prices, names). The result, a plan, is kept here for PLAN_NS. A plan is used for an equal
+ * model and a list of the same objects. A change inside the objects is noticed when the next plan is made.
  */
 #include "py_args.h"
 #include "py_measure.h"
@@ -11,8 +11,8 @@
 #define PLAN_NS UINT64_C(100000000)
 #define FEW 4 /* blocked names that are compared one by one */
 
-/* The plan of one list and model. Holds references to all objects that it compares by address. A call holds the plan that it uses: comparing
- * names may run any Python, which may replace the plan. */
+/* The plan of one list and model. Holds references to all objects that it compares by address. A call holds the plan
+ * that it uses: comparing names may run any Python, which may replace the plan. */
 typedef struct {
   uint32_t users;
   uint64_t made; /* fshm_clock() */
@@ -148,8 +148,8 @@ static PyObject *pick(RouterCore *self, plan_of_list *p, PyObject *blocked, uint
   return picked;
 }
 
-/* Have Python make a plan; the caller is its first user. NULL without an error: routing is switched off. The plan of a list is kept; that of a
- * tuple is for this call. */
+/* Have Python make a plan; the caller is its first user. NULL without an error: routing is switched off. The plan of
+ * a list is kept; that of a tuple is for this call. */
 static plan_of_list *make_plan(RouterCore *self, PyObject *list, PyObject *model, uint64_t now) {
   PyObject *rows = PyObject_CallMethod((PyObject *)self, "_plan", "OO", list, model);
   plan_of_list *p = NULL;
@@ -172,8 +172,8 @@ static plan_of_list *make_plan(RouterCore *self, PyObject *list, PyObject *model
   return p;
 }
 
-/* The names as a list or frozenset of exact strs, whose comparison runs no Python: two threads share the plan's room. *out NULL: there are
- * none. */
+/* The names as a list or frozenset of exact strs, whose comparison runs no Python: two threads share the plan's
+ * room. *out NULL: there are none. */
 static int get_blocked(PyObject *given, PyObject **out) {
   *out = NULL;
   if (!given || given == Py_None) return 0;

@@ -1,8 +1,8 @@
 /* py_threads.h - objects that several threads share without a GIL (free-threaded builds).
  *
- * Only one thread at a time is between ALONE_BEGIN(o) and ALONE_END() of an object. Each struct here that changes after it was made is read
- * and written there, or word by word with RELAXED_GET and RELAXED_SET where any of two values will do. No Python runs in
- * between, since it could let another thread in. With a GIL both are empty. */
+ * Only one thread at a time is between ALONE_BEGIN(o) and ALONE_END() of an object. Each struct here that changes
+ * after it was made is read and written there, or word by word with RELAXED_GET and RELAXED_SET where any of two
+ * values will do. No Python runs in between, since it could let another thread in. With a GIL both are empty. */
 #ifndef FSHM_PY_THREADS_H
 #define FSHM_PY_THREADS_H
 

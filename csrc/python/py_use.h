@@ -1,7 +1,7 @@
 /* py_use.h - Use: a connection during a `with pool.connection()` block. Included by py_pool.c.
  *
- * The end of the block gives the connection back, or closes it after an exception. If the block never begins, or its end is never
- * reached, the end of the Use does this. */
+ * The end of the block gives the connection back, or closes it after an exception. If the block never begins, or its
+ * end is never reached, the end of the Use does this. */
 #ifndef FSHM_PY_USE_H
 #define FSHM_PY_USE_H
 
@@ -35,7 +35,8 @@ static PyObject *pool_use(PyObject *o, PyObject *args) {
   return (PyObject *)self;
 }
 
-/* Give the connection back. failed: take it out of the pool, and close it; an error of closing is not raised, so as not to hide the first one. */
+/* Give the connection back. failed: take it out of the pool, and close it; an error of closing is not raised, so as
+ * not to hide the first one. */
 static int use_leave(Use *self, int failed) {
   PyObject *r = NULL, *found = NULL;
   PoolCore *pool = (PoolCore *)self->pool;

@@ -1,8 +1,9 @@
-/* counters.c - the numbers of admitted, denied and refused calls, by limiter and in all. For monitoring; no decision reads them.
+/* counters.c - the numbers of admitted, denied and refused calls, by limiter and in all. For monitoring; no decision
+ * reads them.
  *
- * Each call is one relaxed add to a word that is never reset, whichever process owns the index. So the sums are exact at any
- * time, however processes are killed or stopped, and a later sum is never less than an earlier one: tools that compute rates
- * need that. DESIGN.md, "Counters".
+ * Each call is one relaxed add to a word that is never reset, whichever process owns the index. So the sums are
+ * exact at any time, however processes are killed or stopped, and a later sum is never less than an earlier one:
+ * tools that compute rates need that. DESIGN.md, "Counters".
  */
 #include "counters.h"
 #include "key_stats.h"

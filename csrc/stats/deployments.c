@@ -1,9 +1,9 @@
-/* deployments.c - what routers know of deployments, shared by all processes: requests in flight, latency, success, cost,
- * cooldown. Statistics, not limits: each word is valid by itself. Argued in DESIGN.md, "Deployments".
+/* deployments.c - what routers know of deployments, shared by all processes: requests in flight, latency, success,
+ * cost, cooldown. Statistics, not limits: each word is valid by itself. Argued in DESIGN.md, "Deployments".
  *
- * Requests in flight: each process counts its own, at its process index (requests_t). They count while the process lives; the
- * sum over all processes is the number in flight, and there is no other. So all requests of a dead process vanish with the
- * next liveness check, at most LIVENESS_NS later.
+ * Requests in flight: each process counts its own, at its process index (requests_t). They count while the process
+ * lives; the sum over all processes is the number in flight, and there is no other. So all requests of a dead
+ * process vanish with the next liveness check, at most LIVENESS_NS later.
  */
 #include "../core/internal.h"
 #include "deployments.h"
@@ -55,11 +55,12 @@ static deployment_t *choose_deployment(fshm_segment *s, uint64_t id) {
   return oldest;
 }
 
-/* Find the index of a deployment. A new one takes a free entry, else the one among its PROBES that has been idle for longest, whose
- * statistics are lost. The id is swapped in; then the old statistics are cleared word by word. A record that comes in
- * between counts for the new deployment, which is harmless. Two processes that open a deployment at the same time may take
- * two entries: each looks again after its swap (a full barrier), and only the first entry stays. A process stopped or
- * killed before that leaves an entry that no look-up finds; it becomes the oldest and is reused first. */
+/* Find the index of a deployment. A new one takes a free entry, else the one among its PROBES that has been idle for
+ * longest, whose statistics are lost. The id is swapped in; then the old statistics are cleared word by word. A
+ * record that comes in between counts for the new deployment, which is harmless. Two processes that open a
+ * deployment at the same time may take two entries: each looks again after its swap (a full barrier), and only the
+ * first entry stays. A process stopped or killed before that leaves an entry that no look-up finds; it becomes the
+ * oldest and is reused first. */
 int fshm_deployment_open(fshm_segment *s, uint64_t id, uint64_t now) {
   deployment_t *d = find_deployment(s, id);
   if (!d && s->read_only) return FSHM_E_NOT_FOUND;
@@ -86,8 +87,8 @@ int fshm_deployment_open(fshm_segment *s, uint64_t id, uint64_t now) {
 
 /* in flight ------------------------------------------------------------------------------------ */
 
-/* Called by a process that has just taken its process index, before its other threads can see its incarnation: no other thread writes
- * these words. Until the last store, `incarnation` is an earlier owner's. */
+/* Called by a process that has just taken its process index, before its other threads can see its incarnation: no
+ * other thread writes these words. Until the last store, `incarnation` is an earlier owner's. */
 void requests_join(fshm_segment *s, uint32_t process, uint64_t incarnation) {
   requests_t *f = &s->requests[process];
   store_relaxed(&f->incarnation, 0);
@@ -126,8 +127,8 @@ int fshm_request_end(fshm_segment *s, fshm_request *request) {
   return 1;
 }
 
-/* Liveness check of all process indexes. A dead incarnation does not come back, so it does not matter which process stores the result,
- * nor how late. */
+/* Liveness check of all process indexes. A dead incarnation does not come back, so it does not matter which process
+ * stores the result, nor how late. */
 static void look_for_dead(fshm_segment *s) {
   for (uint32_t process = 0; process < PROCESSES; process++) {
     if (!(load_relaxed(&s->header->joined[process / 64]) >> (process % 64) & 1)) continue;
@@ -226,8 +227,8 @@ static uint64_t update(_Atomic uint64_t *word, uint64_t (*next)(uint64_t, uint64
   return written;
 }
 
-/* Record the end of a request. latency_ns, cost: UINT64_MAX = not known. Each word is swapped by itself: if the process is killed in
- * between, the later words miss this record. */
+/* Record the end of a request. latency_ns, cost: UINT64_MAX = not known. Each word is swapped by itself: if the
+ * process is killed in between, the later words miss this record. */
 void fshm_deployment_record(fshm_segment *s, uint32_t deployment, uint64_t latency_ns, int success,
                             uint64_t cost, uint32_t allowed_fails, uint64_t cooldown_ns,
                             uint64_t now) {

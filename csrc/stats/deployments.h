@@ -1,7 +1,7 @@
 /* deployments.h - the rules of routing: decaying means, failures, and which deployment a strategy picks. Pure.
  *
- * The strategies are those of LiteLLM's router, under the same names. The mean is an exponential moving average with weight
- * 1/10, after a plain mean of the first ten. Costs are in units of 1e-9 of any currency.
+ * The strategies are those of LiteLLM's router, under the same names. The mean is an exponential moving average with
+ * weight 1/10, after a plain mean of the first ten. Costs are in units of 1e-9 of any currency.
  */
 #ifndef FSHM_ROUTE_H
 #define FSHM_ROUTE_H
@@ -69,8 +69,8 @@ static inline fshm_deployment_info deployment_read(const deployment_words_t *w, 
 #define FAILING 1e30
 #define UNKNOWN 1e300
 
-/* The mean latency of successful requests. A deployment without one, or with none for a minute, is tried first, by one request at a
- * time. One that has only failed comes last. */
+/* The mean latency of successful requests. A deployment without one, or with none for a minute, is tried first, by
+ * one request at a time. One that has only failed comes last. */
 static inline double latency_score(const fshm_deployment_info *d) {
   bool known = d->latency_ns != UINT64_MAX, stale = d->idle_ns > STALE_NS;
   if (known && (!stale || d->in_flight)) return (double)d->latency_ns;
@@ -78,8 +78,8 @@ static inline double latency_score(const fshm_deployment_info *d) {
   return ASKED * (double)d->in_flight;
 }
 
-/* The tokens of a request, estimated from the deployments whose cost and price are both known; it converts a price to a cost. No
- * deployment has a cost: 1, and prices are compared. -1: costs and prices cannot be compared. */
+/* The tokens of a request, estimated from the deployments whose cost and price are both known; it converts a price
+ * to a cost. No deployment has a cost: 1, and prices are compared. -1: costs and prices cannot be compared. */
 static inline double tokens_of_request(const fshm_deployment_info *d, const double *prices,
                                        uint32_t count) {
   double sum = 0;
@@ -129,8 +129,9 @@ static inline int64_t shuffle_pick(const fshm_deployment_info *d, const double *
   return best;
 }
 
-/* Pick one of `count` deployments: an index into the arrays, or -1 if all cool down or are blocked. prices: of a token, in the unit of
- * costs; below 0: unknown. blocked: NULL, or 1 for those to leave out. random: 64 random bits, to break ties. */
+/* Pick one of `count` deployments: an index into the arrays, or -1 if all cool down or are blocked. prices: of a
+ * token, in the unit of costs; below 0: unknown. blocked: NULL, or 1 for those to leave out. random: 64 random bits,
+ * to break ties. */
 static inline int64_t route_pick(uint32_t strategy, const fshm_deployment_info *d,
                                  const double *weights, const double *prices,
                                  const unsigned char *blocked, uint32_t count, uint64_t random) {

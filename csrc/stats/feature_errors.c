@@ -1,5 +1,5 @@
-/* feature_errors.c - counts of the errors of each feature on the host. The caller defines what a feature is and how many errors are too
- * many. One word each: a kill leaves an error counted or not. */
+/* feature_errors.c - counts of the errors of each feature on the host. The caller defines what a feature is and how
+ * many errors are too many. One word each: a kill leaves an error counted or not. */
 #include "../core/internal.h"
 
 /* Count an error. Returns the number of errors; 0: there is no such feature, or the segment is read-only. */

@@ -1,8 +1,8 @@
 /* histogram.h - a histogram of durations: the bucket of a duration, and the duration of a quantile. Pure.
  *
- * Seven buckets an octave, from 64 ns to 1,100 s. Their bounds are 2^(k/7) apart, so the middle of a bucket is within 5 % of any
- * duration in it: (r-1)/(r+1) with r = 2^(1/7). (Log-linear buckets would need ten an octave for that.) Source of the idea:
- * Masson, Rim and Lee, "DDSketch", VLDB 2019.
+ * Seven buckets an octave, from 64 ns to 1,100 s. Their bounds are 2^(k/7) apart, so the middle of a bucket is
+ * within 5 % of any duration in it: (r-1)/(r+1) with r = 2^(1/7). (Log-linear buckets would need ten an octave for
+ * that.) Source of the idea: Masson, Rim and Lee, "DDSketch", VLDB 2019.
  */
 #ifndef FSHM_METRIC_H
 #define FSHM_METRIC_H

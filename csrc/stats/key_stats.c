@@ -1,10 +1,10 @@
 /* key_stats.c - key statistics: names and counts of keys, for people. Lossy by design; no decision reads them.
  *
- * Each process has a small direct-mapped cache of (slot, counts), its process statistics: the counts of a hot key are there, and
- * move to the key statistics when another key needs the entry. Readers add up the key statistics and the process statistics
- * of all processes. (Sums over keys are counted separately and exactly: counters.c.)
- * Names are in a ring buffer, where new names overwrite old ones. A key in use writes its name again before that: every 4,096
- * calls it checks how far the ring buffer has come.
+ * Each process has a small direct-mapped cache of (slot, counts), its process statistics: the counts of a hot key
+ * are there, and move to the key statistics when another key needs the entry. Readers add up the key statistics and
+ * the process statistics of all processes. (Sums over keys are counted separately and exactly: counters.c.) Names
+ * are in a ring buffer, where new names overwrite old ones. A key in use writes its name again before that: every
+ * 4,096 calls it checks how far the ring buffer has come.
  */
 #include "key_stats.h"
 
@@ -107,8 +107,8 @@ void key_stats_miss(fshm_segment *s, uint32_t process, uint64_t slot, uint32_t m
   (void)add_relaxed(admitted ? &e->admitted : &e->denied, 1);
 }
 
-/* The name of the key in a slot. Returns 1; 0: it is not known, or not any more. *length is the stored length, or NAME_STORED + 1 if the
- * name was cut. */
+/* The name of the key in a slot. Returns 1; 0: it is not known, or not any more. *length is the stored length, or
+ * NAME_STORED + 1 if the name was cut. */
 int fshm_key_name(fshm_segment *s, uint64_t slot, char *out, uint64_t size, uint64_t *length) {
   if (slot >= s->slot_count || s->names_mode || s->names_words < 2) return 0;
   const key_stats_t *l = &s->key_stats[slot];

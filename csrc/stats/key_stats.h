@@ -12,8 +12,8 @@ void key_stats_flush_process(fshm_segment *s, uint32_t process);
 void key_stats_remember(fshm_segment *s, uint64_t slot, uint32_t meta, const void *key,
                         uint64_t length);
 
-/* Count one call for the key in `slot`, in this process's own statistics. The slow path: another key has the entry, or, every 4,096th
- * time, the key's name is checked in the ring buffer. */
+/* Count one call for the key in `slot`, in this process's own statistics. The slow path: another key has the entry,
+ * or, every 4,096th time, the key's name is checked in the ring buffer. */
 static inline void key_stats_count(fshm_segment *s, uint32_t process, uint64_t slot, uint32_t meta,
                                    const void *key, uint64_t length, bool admitted) {
   if (likely(process < PROCESSES)) {

@@ -1,8 +1,9 @@
 /* token_memo.c - a cache of the token counts of texts, for all processes. It may forget any entry at any time.
  *
- * A text is identified by a 128-bit hash under the segment's secret, so a text that passes for another one cannot be prepared. 104
- * bits of the hash are in the entry, and the rest chooses the line (two texts of one line that agree in 104 bits: never, at
- * 2^52 texts). An entry has 16 bytes and is swapped whole: it is there or not, never torn. Argued in DESIGN.md, "The memo".
+ * A text is identified by a 128-bit hash under the segment's secret, so a text that passes for another one cannot be
+ * prepared. 104 bits of the hash are in the entry, and the rest chooses the line (two texts of one line that agree
+ * in 104 bits: never, at 2^52 texts). An entry has 16 bytes and is swapped whole: it is there or not, never torn.
+ * Argued in DESIGN.md, "The memo".
  */
 #include "../core/internal.h"
 
@@ -51,8 +52,8 @@ int64_t fshm_memo_known(fshm_segment *s, const uint64_t hash[2]) {
   return -1;
 }
 
-/* One swap into an empty entry, else over one of the four entries of the line, chosen by their contents, which is as good as random. A
- * lost swap is not tried again: another text took the entry, which is as useful. */
+/* One swap into an empty entry, else over one of the four entries of the line, chosen by their contents, which is as
+ * good as random. A lost swap is not tried again: another text took the entry, which is as useful. */
 void fshm_memo_keep(fshm_segment *s, const uint64_t hash[2], uint64_t count) {
   if (count > COUNT_MASK || s->read_only) return;
   memo_line_t p = line_of(s, hash);

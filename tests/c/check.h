@@ -73,7 +73,7 @@ static inline void interrupted(int number) {
   (void)raise(number);
 }
 
-/* A name that nobody else uses; whatever stands under it at the end is removed. */
+/* A name of its own; the segment of that name is removed at the end. */
 static inline const char *fresh_name(void) {
   if (!tester) {
     const int fatal[] = {SIGINT, SIGTERM, SIGALRM, SIGSEGV, SIGABRT, SIGBUS};

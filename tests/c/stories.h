@@ -171,7 +171,7 @@ static void random_story(story_t *t, uint64_t seed, uint64_t number) {
   for (uint32_t i = 0; i < t->steps_n; i++) random_step(t, &t->steps[i]);
 }
 
-/* Told ------------------------------------------------------------------------------------------ */
+/* Printed ------------------------------------------------------------------------------------------ */
 
 static void tell_limit(FILE *f, const fshm_limit *l) {
   static const char *const kinds[] = {"Limit", "Window", "SlidingWindow", "InFlight"};

@@ -44,7 +44,7 @@ static void test_all_or_nothing(void) {
   fshm_decision d = admit(l, NULL, NOW, &none);
   CHECK_EQ(d.status, FSHM_DENIED);
   CHECK_EQ(d.limit_index, 3);
-  CHECK_EQ(d.retry_after_ns, 0); /* nobody knows */
+  CHECK_EQ(d.retry_after_ns, 0); /* not known */
   CHECK(slots_are(s, before));
   CHECK_EQ(fshm_permit_release(l, &p[0]), 1);
   for (uint32_t which = 0; which < 3; which++) {
@@ -139,7 +139,7 @@ static void test_idle_mark(void) {
   fshm_close(s);
 }
 
-/* A reset forgets what was counted; it never gives away what somebody holds. */
+/* A reset forgets what was counted; it never frees a permit that is held. */
 static void test_reset_leaves_permits(void) {
   fshm_segment *s = fresh_segment(100);
   const fshm_limit limits[2] = {window, two_permits};
@@ -195,7 +195,7 @@ static void test_wakeup(void) {
   const fshm_limit one = {1, 0, 0, FSHM_PERMITS, 0};
   fshm_limiter *l = w->limiter = fresh_limiter(s, "a", &one, 1);
   uint32_t armed = fshm_wakeup_arm(l, "k", 1);
-  CHECK_EQ(fshm_wakeup_wait(l, "k", 1, armed, 1000), 0); /* nobody rings */
+  CHECK_EQ(fshm_wakeup_wait(l, "k", 1, armed, 1000), 0); /* no wake-up */
   fshm_wakeup_send(l, "k", 1);
   CHECK_EQ(fshm_wakeup_wait(l, "k", 1, armed, 200 * SECOND), 1); /* rung since it was armed */
   armed = fshm_wakeup_arm(l, "k", 1);

@@ -1,4 +1,4 @@
-/* test_bounded.c - somebody writes over each slot just before a call swaps it: every call gives up soon (I6).
+/* test_bounded.c - a scribbler writes over each slot just before a call swaps it: every call gives up soon (I6).
  *
  * Nothing in the library is changed: the swap of 16 bytes is wrapped where it is declared, and loads are counted. A
  * scribbler as fast as this one does not exist; what is bounded here is bounded against any. */

@@ -202,7 +202,7 @@ static void test_slewed(void) {
 }
 
 /* Suspend: the kernel's clock goes on; the counter does too, or begins anew, or stood still, or was set to any
- * value. Nobody runs for some ms before and after it. */
+ * value. No process runs for some ms before and after it. */
 static void test_suspended(void) {
   for (int i = 0; i < fewer(3000); i++) {
     begin_world(speeds[random_below(SPEEDS)], random_below(2) ? 495 : 110000, 4 * SECOND);

@@ -1,5 +1,5 @@
-/* test_counters.c - sums of calls: exact whoever is killed, and never less than they were; and what else a look at the
- * whole segment tells. */
+/* test_counters.c - sums of calls: exact whichever process is killed, and never less than before; and what else an
+ * inspection of the whole segment shows. */
 #include "../../csrc/unity.c"
 
 #include "check.h"
@@ -38,8 +38,8 @@ static __attribute__((noreturn)) void count_without_end(int me, void *with) {
   }
 }
 
-/* Killed anywhere, and their slots taken by others: whoever sums sees no less than before, and in the end what
- * was called. */
+/* Processes killed anywhere, and their indexes taken by others: no sum is less than before, and the last one is that of
+ * all calls. */
 static void test_never_falls(void) {
   fshm_segment *s = fresh_segment(2000);
   count_t *count = shared_memory(sizeof *count);
@@ -138,7 +138,7 @@ static void test_beside(void) {
   fshm_close(s);
 }
 
-/* What somebody else has decided counts as any other call, once; nothing is consumed. */
+/* A call that was decided elsewhere counts as any other call, once; nothing is consumed. */
 static void test_counted_for_others(void) {
   fshm_segment *s = fresh_segment(100);
   fshm_counters all[FSHM_COUNTERS];

@@ -1,4 +1,4 @@
-/* test_damage.c - what is told to be damaged, and that honest use never is (damage.c). */
+/* test_damage.c - damage is detected, and honest use is never reported as damage (damage.c). */
 #include "../../csrc/unity.c"
 
 #include "check.h"
@@ -193,7 +193,7 @@ static void test_states_that_are_written(void) {
 
 /* damage --------------------------------------------------------------------------------------- */
 
-/* Write a word at an address, and see what is told: by the writer, then by a reader who finds it without
+/* Write a word at an address, and see what is reported: by the writer, then by a reader that finds it without
  * the note. Then all is put back as it was. */
 static void told(fshm_segment *s, void *address, uint64_t word, int kind, uint64_t which) {
   uint64_t *at = address, was = *at, index;
@@ -238,7 +238,7 @@ static void test_told(void) {
   told(s, &e->current, current & ~CURRENT_VERSION(UINT64_MAX), FSHM_DAMAGE_LIMITS, 0);
   told(s, &e->set, set & ~UINT64_C(15), FSHM_DAMAGE_LIMITS, 0);
   told(s, &e->set, (set & ~UINT64_C(15)) | 5, FSHM_DAMAGE_LIMITS, 0);
-  told(s, &e->set, set | UINT64_C(15) << 4, FSHM_DAMAGE_LIMITS, 0); /* a rule that nobody wrote */
+  told(s, &e->set, set | UINT64_C(15) << 4, FSHM_DAMAGE_LIMITS, 0); /* a rule that no call wrote */
   told(s, &e->set, (set & ~(UINT64_C(15) << 8)) | (set << 4 & UINT64_C(15) << 8),
        FSHM_DAMAGE_LIMITS, 0); /* one twice */
   told(s, &e->owners[RULES - 1], RULE_USED | 1, FSHM_DAMAGE_LIMITS, 0);
@@ -275,7 +275,7 @@ static void test_told(void) {
   fshm_close(s);
 }
 
-/* Whoever meets damage gets an answer of its own, and leaves the note; the first one stays. */
+/* Each process that meets damage gets an answer of its own, and leaves the note; the first one stays. */
 static void test_met(void) {
   fshm_segment *s = fresh_segment(100);
   (void)change(s, "first", kinds, 1);

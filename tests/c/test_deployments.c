@@ -127,10 +127,10 @@ static void test_latency(void) {
   int counts[4];
   d[0].latency_ns = 300, d[1].latency_ns = 100, d[2].latency_ns = 200;
   draw(FSHM_ROUTE_LATENCY, d, none, none, NULL, 4, counts);
-  CHECK_EQ(counts[3], DRAWS); /* nobody has tried it */
+  CHECK_EQ(counts[3], DRAWS); /* not tried yet */
   d[3].in_flight = 1;
   draw(FSHM_ROUTE_LATENCY, d, none, none, NULL, 4, counts);
-  CHECK_EQ(counts[1], DRAWS); /* somebody is trying it */
+  CHECK_EQ(counts[1], DRAWS); /* a request is trying it */
   d[2].idle_ns = STALE_NS + 1;
   draw(FSHM_ROUTE_LATENCY, d, none, none, NULL, 4, counts);
   CHECK_EQ(counts[2], DRAWS); /* not tried for a minute */
@@ -160,7 +160,7 @@ static void test_cost(void) {
   CHECK_EQ(counts[1], DRAWS);
   draw(FSHM_ROUTE_COST, d, none, (double[]){30, 12, -1, -1}, NULL, 4, counts);
   CHECK_EQ(counts[3], DRAWS);
-  /* nobody has both: a price says nothing beside a cost */
+  /* none has both: a price says nothing beside a cost */
   draw(FSHM_ROUTE_COST, d, none, (double[]){-1, 1, -1, -1}, NULL, 4, counts);
   CHECK_EQ(counts[3], DRAWS);
   draw(FSHM_ROUTE_COST, d, none, (double[]){-1, 0, -1, -1}, NULL, 4, counts);
@@ -289,7 +289,7 @@ static void test_death(fshm_segment *s) {
     left -= (uint64_t)i + 1;
     CHECK_EQ(known_of(s, index).in_flight, left);
   }
-  /* Without being told to ask, a router does so by itself, half a second after the last time. */
+  /* A router makes a liveness check by itself, half a second after the last one. */
   pids[0] = start_child(hold, 0, ready);
   while (atomic_load(ready) < PARTIES + 1) sched_yield();
   fshm_deployment_info info;

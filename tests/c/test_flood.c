@@ -129,7 +129,7 @@ static fshm_decision ask(fshm_limiter *l, uint32_t op, uint64_t key, uint64_t co
 }
 
 /* Of a limit of n: all keys together are admitted n times for each counter, no key more often than that, and a denied one
- * is told when it will be admitted. */
+ * gets the time when it will be admitted. */
 static void test_counters(const fshm_limit *limit) {
   fshm_segment *s;
   fshm_limiter *filler, *l = crowded(limit, 1, &s, &filler);
@@ -203,7 +203,7 @@ static void test_calls(void) {
   leave(l, filler, s);
 }
 
-/* A key that gets a slot begins with what its counter says, whoever was charged there; denied, it gets one too. */
+/* A key that gets a slot begins with what its counter says, whichever keys were charged there; denied, it gets one too. */
 static void test_leaving(void) {
   fshm_segment *s;
   fshm_limiter *filler, *l = crowded(&bucket, 1, &s, &filler);
@@ -311,7 +311,7 @@ static void racer(int me, void *with) {
     meet(&race->arrivals, race->racers, ++met);
     for (int i = 0; i < 200; i++) {
       uint64_t key = random_below(RACE_KEYS);
-      if (random_below(8) == 0) { /* a slot for somebody, perhaps */
+      if (random_below(8) == 0) { /* perhaps another key gets a slot */
         named(name, "f", random_below(4));
         (void)fshm_reset_key(race->filler, name, strlen(name));
       } else if (random_below(8) == 0) {

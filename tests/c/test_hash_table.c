@@ -171,7 +171,7 @@ typedef struct {
   fshm_segment *s;
   key_id key;
   uint64_t now, asked;
-  bool steal; /* somebody else claims the key, it expires, and its slot goes to another key */
+  bool steal; /* another process claims the key, it expires, and its slot goes to another key */
 } stopped_t;
 
 static uint64_t while_stopped(void *context) {
@@ -187,12 +187,12 @@ static uint64_t while_stopped(void *context) {
 }
 
 /* The first state is asked for after the look, once for each try to confirm; and a state that was
- * computed before the key got a slot from somebody else is never put, though that slot is gone. */
+ * computed before the key got a slot from another process is never put, though that slot is gone. */
 static void test_first_state_is_of_after_the_look(void) {
   fshm_segment *s = fresh_segment(1);
   uint64_t slot;
   stopped_t t = {.s = s, .key = some_key(), .now = 1000};
-  set_slot(s, 1, t.key.who, LIVES(t.now + 500)); /* it has a slot: nobody asks */
+  set_slot(s, 1, t.key.who, LIVES(t.now + 500)); /* it has a slot: not asked for */
   CHECK_EQ(table_claim(s, t.key.hash, t.key.who, t.now, while_stopped, &t, &slot), CLAIM_LOST);
   CHECK_EQ(t.asked, 0);
   table_clear(s, 1, t.key.who);

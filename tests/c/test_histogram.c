@@ -169,11 +169,11 @@ static void test_full_table(void) {
   CHECK_EQ(fshm_metric_at(s, METRICS - 1, &info), FSHM_OK);
   CHECK_EQ(memcmp(info.name, "(other)\0(other)", 15), 0);
   CHECK_EQ(info.calls, 1);
-  fshm_metric_record(s, METRICS, 1000, 1, 1, 0, 0); /* nobody's: dropped */
+  fshm_metric_record(s, METRICS, 1000, 1, 1, 0, 0); /* of no metric: dropped */
   fshm_metric_record(s, UINT32_MAX, 1000, 1, 1, 0, 0);
   fshm_close(s);
 
-  s = fresh_segment(10); /* long names are cut, and told apart by all of them */
+  s = fresh_segment(10); /* long names are cut, and the whole names tell them apart */
   memset(name, 'x', sizeof name);
   int first = fshm_metric_open(s, name, 300, name, 300);
   int second = fshm_metric_open(s, name, 299, name, 300);

@@ -77,7 +77,7 @@ static void test_undo(void) {
       pair_t *slots = all_slots(s);
       look(&c, i, 2, &looked);
       CHECK_EQ(charge_looked(&c, i, &looked, &before), FSHM_ALLOWED);
-      if (other) /* somebody charges one more in between: that one stays */
+      if (other) /* another call charges one more in between: that one stays */
         CHECK_EQ(apply_costs(l, FSHM_ACQUIRE, NULL, 0, NOW, &d), FSHM_ALLOWED);
       undo(&c, i, &looked, before);
       if (other) {
@@ -254,7 +254,7 @@ static void test_first_state_is_of_now(void) {
   fshm_close(s);
 }
 
-/* Limits that change at run time, whoever changes them: what was consumed stays consumed. */
+/* Limits that change at run time, by any process: consumed tokens stay consumed. */
 static void test_change(void) {
   fshm_segment *s = fresh_segment(100);
   fshm_limit l = {100, 100000 * MS, 100, FSHM_BUCKET, 0};

@@ -102,7 +102,7 @@ static void changer(int me, void *with) {
     fshm_limit l[FSHM_MAX_LIMITS];
     uint32_t count = 1 + (uint32_t)(n % FSHM_MAX_LIMITS);
     for (uint32_t k = 0; k < count; k++) l[k] = bucket(n);
-    /* With more changers at once than there are rule indexes to write in, one is told to come again. */
+    /* With more changers at once than there are rule indexes to write in, one has to come again. */
     int status = me < CHANGERS ? change(s, "busy", l, count) : FSHM_OK;
     CHECK(status == FSHM_OK || status == FSHM_CONTENDED);
     snapshot_t p;
@@ -164,8 +164,8 @@ static void test_dead_publisher(void) {
   fshm_close(s);
 }
 
-/* Slots whose owner is dead are free, also where its place in the process table has a new owner; and those that somebody
- * alive is filling are not. */
+/* Rule indexes whose owner is dead are free, even if its process index has a new owner; those that a living process is
+ * filling are not. */
 static void test_dead_owners(void) {
   fshm_segment *s = fresh_segment(100);
   fshm_limit l = bucket(1);
@@ -330,7 +330,7 @@ static void test_pace_since(void) {
     uint64_t left[FSHM_MAX_LIMITS];
     CHECK_EQ(fshm_remaining(l, "k", 1, hour + (fast ? second : 0), left), 1);
     CHECK_EQ(left[0], fast ? 0 : 10);
-    /* Whatever somebody has written over the rules: some pace, and no division by zero. */
+    /* Whatever was written over the rules: some pace, and no division by zero. */
     for (unsigned k = 0; k < RULES; k++) store_relaxed(&s->limiters[0].rules[k][5], 0);
     CHECK_OP(limits_pace_since(s, 0, 0, version), >, 0);
     CHECK(fshm_limiter_open_at(s, "a", 1, &other, 1, hour, &again) < FSHM_DENIED);
@@ -403,7 +403,7 @@ static void test_damaged(void) {
 }
 
 /* A call that has loaded the limits, and meets a state that was written under newer ones, has to load them
- * again before it tells what is left: by the old ones it could not read the state at all. */
+ * again before it reports what is left: by the old ones it could not read the state at all. */
 static void test_changed_meanwhile(void) {
   fshm_segment *s = fresh_segment(100);
   fshm_limit before = bucket(10), after = bucket(20);
@@ -457,7 +457,7 @@ static void test_undo_by_changed_limits(void) {
   const fshm_limit before[3][2] = {{window, slow}, {slow, window}, {sliding, slow}};
   const fshm_limit after[3][2] = {{window, fast}, {window, fast}, {fast, sliding}};
   for (int order = 0; order < 3; order++) {
-    for (int meanwhile = 0; meanwhile < 2; meanwhile++) { /* does somebody charge it too? */
+    for (int meanwhile = 0; meanwhile < 2; meanwhile++) { /* does another call charge it too? */
       fshm_segment *s = fresh_segment(100);
       fshm_limiter *l = fresh_limiter(s, "a", before[order], 2);
       const uint64_t now = 1000000;

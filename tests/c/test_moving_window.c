@@ -367,7 +367,7 @@ static void test_races(void) {
   (void)munmap(r, sizeof *r);
 }
 
-/* What people are told of a key: the same as whoever asks with the key and its limit. */
+/* Inspection of a key shows the same as a call with the key and its limit. */
 static fshm_decision peeked(fshm_limiter *l, const char *key, const fshm_limit *limit, int moving,
                             uint64_t now) {
   keyed_t k;

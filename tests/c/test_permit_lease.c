@@ -135,7 +135,7 @@ static void test_take_within(void) {
   leave(&w);
 }
 
-/* An answer to another word is nobody's. */
+/* An answer to another word is obsolete. */
 static void test_put_of_another_word(void) {
   world_t w = make_world();
   uint64_t first = known(&w, NOW).word;
@@ -155,7 +155,7 @@ static void test_put_of_another_word(void) {
   leave(&w);
 }
 
-/* Lowered below what is held: all of it is told, and none is taken until fewer are held. */
+/* Lowered below what is held: all of it is reported, and none is taken until fewer are held. */
 static void test_lower(void) {
   world_t w = make_world();
   fshm_permit p[8], one;
@@ -220,7 +220,7 @@ static void test_refused(void) {
   leave(&w);
 }
 
-/* Whoever holds all that the name allows needs not ask. */
+/* A host that holds all that the name allows does not ask. */
 static void test_all_are_here(void) {
   world_t w = make_world();
   fshm_permit p[20], one;
@@ -241,17 +241,18 @@ static void test_alone(void) {
   uint64_t word = known(&w, NOW).word;
   CHECK_EQ(known(&w, NOW).reported, 3);
   CHECK_EQ(answer(&w, word, 4, NOW + 8 * SECOND, NOW), FSHM_OK);
-  CHECK(!permit_lease_clean(known(&w, NOW).word)); /* somebody may have taken one meanwhile */
+  CHECK(
+      !permit_lease_clean(known(&w, NOW).word)); /* another process may have taken one meanwhile */
   CHECK_EQ(take(&w, 0, NOW, &p[3]), FSHM_ALLOWED);
   CHECK_EQ(take(&w, 0, NOW, &one), FSHM_ASK);
-  CHECK_EQ(take(&w, 5, NOW, &p[4]), FSHM_ALLOWED); /* away again: what was allowed is dropped */
+  CHECK_EQ(take(&w, 5, NOW, &p[4]), FSHM_ALLOWED); /* unreachable again: the lease is dropped */
   CHECK_EQ(known(&w, NOW).leased, 0);
   CHECK_EQ(known(&w, NOW).reported, 5);
   for (int i = 0; i < 5; i++) release(&w, &p[i]);
   leave(&w);
 }
 
-/* races: takers stand on nothing but what was allowed or told */
+/* races: permits are valid only by what was allowed or reported */
 
 enum { TAKERS = 3, ROUNDS_PUT = 4000 };
 typedef struct {

@@ -231,7 +231,7 @@ static void lock_path(const fshm_segment *s, char *out, size_t size) {
   (void)snprintf(out, size, "%s.%016llx.lock", s->path, (unsigned long long)s->header->instance);
 }
 
-/* Where nobody can be asked, nobody is dead: their permits and process indexes stay theirs. */
+/* Where no liveness check is possible, no process is dead: their permits and process indexes stay theirs. */
 static void test_unknown_counts_as_alive(void) {
   fshm_segment *s, *looking;
   fshm_error e;
@@ -252,7 +252,7 @@ static void test_unknown_counts_as_alive(void) {
   (void)munmap(stage, sizeof *stage);
 }
 
-/* Nobody would remove the lock file that a latecomer to a removed segment made. */
+/* No process would remove the lock file that a latecomer to a removed segment made. */
 static void test_removed_segment_gets_no_lock_file(void) {
   fshm_segment *s = fresh_segment(100);
   fshm_error e;
@@ -290,7 +290,7 @@ static void test_deleted_lock_file(void) {
   const char *name = fresh_name();
   fshm_segment *s;
   CHECK_EQ(fshm_open(name, 100, 0600, FSHM_OPEN_CREATE, &s, &e), FSHM_OK);
-  CHECK_EQ(fshm_liveness(s, &e), FSHM_OK); /* nobody has joined: there is none yet */
+  CHECK_EQ(fshm_liveness(s, &e), FSHM_OK); /* no process has joined: there is none yet */
   lock_path(s, path, sizeof path);
   lock_path(s, kept, sizeof kept - 8);
   (void)strcat(kept, ".kept");
@@ -320,7 +320,7 @@ static void test_deleted_lock_file(void) {
   stage->leave = 1;
   end_child(pid);
   CHECK(!process_alive(
-      s, stage->process[0])); /* by the descriptor of the first file, all can be told */
+      s, stage->process[0])); /* by the descriptor of the first file, all can be checked */
   CHECK_EQ(rename(kept, path), 0);
   CHECK_EQ(fshm_liveness(s, &e), FSHM_OK);
   (void)munmap(stage, sizeof *stage);
@@ -372,7 +372,7 @@ static void lives_through_all(int mode, void *with) {
   CHECK_EQ(s->fork_page->hold != 0, mode == MAPPED);
   CHECK_EQ(s->fork_page->kept == s->lock_fd + 1, mode == POSIX_LOCKS);
   end_child(start_child(is_seen, (int)mine, s));
-  /* Somebody reads it. */
+  /* A process reads it. */
   (void)close(dup(s->lock_fd));
   if (mode == POSIX_LOCKS) { /* that loses them, unnoticed by the kernel: by us, at the next call */
     end_child(start_child(is_not_seen, (int)mine, s));
@@ -414,7 +414,7 @@ static void stays_with_a_child(int mode, void *with) {
   stage_t *stage = with;
   if (mode == KEPT) stage->s->unmapped = 1;
   stage->process[0] = process_index(stage->s);
-  if (!fork()) { /* who never calls the library, and whom nobody tells to */
+  if (!fork()) { /* it never calls the library, and no process makes it */
     atomic_fetch_add(&stage->joined, 1);
     while (!atomic_load(&stage->leave)) (void)usleep(2000);
     atomic_fetch_add(&stage->joined, 1);
@@ -624,7 +624,7 @@ static void *join(void *with) {
   return NULL;
 }
 
-/* Removed while a process joins: the lock file goes too, whoever comes first. */
+/* Removed while a process joins: the lock file goes too, whichever comes first. */
 static void test_removed_while_joining(void) {
   for (int round = 0; round < fewer(500); round++) {
     fshm_segment *s = fresh_segment(10);

@@ -1,4 +1,4 @@
-/* test_semaphore.c - permits: at most n in flight, whoever dies, forks, lowers the limit or waits. */
+/* test_semaphore.c - permits: at most n held, whichever process dies, forks, lowers the limit or waits. */
 #include "../../csrc/unity.c"
 
 #include "check.h"
@@ -53,7 +53,7 @@ static void test_exactly_n(void) {
       }
       CHECK_EQ(in_flight(l), 0);
     }
-    CHECK_EQ(fshm_live_slots(s, NULL, 0), 0); /* free permits are nobody's slots */
+    CHECK_EQ(fshm_live_slots(s, NULL, 0), 0); /* free permits leave free slots */
     fshm_limiter_close(l);
   }
   fshm_close(s);
@@ -236,7 +236,7 @@ static void come_and_go(int me, void *with) {
   }
 }
 
-/* Until each has come at least twice: whoever began before has ended. */
+/* Until each has come at least twice: those that began before have ended. */
 static void let_all_turn(crowd_t *c) {
   for (int i = 0; i < CROWD; i++) {
     uint64_t seen = atomic_load(&c->turns[i]);
@@ -317,7 +317,7 @@ static void test_table_full(void) {
   fshm_close(s);
 }
 
-/* Whoever finds the table full of dead permits, and is overtaken by one who frees them, must look again. */
+/* A call that finds the table full of dead permits, and is overtaken by one that frees them, must look again. */
 static void test_freed_meanwhile(void) {
   fshm_segment *s = fresh_segment(1);
   fshm_limiter *l = permit_limiter(s, "a", 10);
@@ -335,7 +335,7 @@ static void test_freed_meanwhile(void) {
   fshm_close(s);
 }
 
-/* A process that joins after the segment was removed can own nothing, and is told so. */
+/* A process that joins after the segment was removed can own nothing, and gets an error. */
 static void test_removed(void) {
   fshm_segment *s = fresh_segment(100);
   fshm_error e;

@@ -7,7 +7,7 @@
  * reference says (stories_model.h): who is admitted, what is left, and for how long a denial lasts. A story
  * that fails is made as short as it can be, and printed. SEED and FIRST repeat it. SETS: at most so many sets
  * of limits in a story (1: they never change). STORIES and STORIES_SEED may come from the environment; without,
- * it goes on for 10 s. STORIES_LONG: a story that fails is told as it is. */
+ * it goes on for 10 s. STORIES_LONG: a story that fails is printed as it is. */
 #include "unity.c"
 
 #include <inttypes.h>
@@ -22,7 +22,7 @@
 #define MOST_WAS 8 /* kinds and periods that one has had */
 #define STARTS 64 /* of intervals in which admissions are added up */
 
-/* Told -------------------------------------------------------------------------------------------- */
+/* Printed -------------------------------------------------------------------------------------------- */
 
 static void tell_states(char *out, size_t size, const states_t *in) {
   size_t used = 0;
@@ -50,7 +50,7 @@ static void tell_states(char *out, size_t size, const states_t *in) {
 
 /* One story, on the library and on the reference ----------------------------------------------- */
 
-static FILE *tell; /* where the story is told as it goes on, or NULL */
+static FILE *tell; /* where the story is printed as it goes on, or NULL */
 static char why[4096]; /* it failed; "": it did not */
 static uint64_t steps_done, stories_left; /* left: gave up */
 
@@ -215,7 +215,7 @@ static void partners(const set_t *to) {
       for (uint32_t k = 0; k < next_rates; k++) heirs += !found[k];
       if (pass == 1 && !found[i] && heirs > without) {
         uint32_t n = 0, before = there_before(&to->limits[i], next_place, found, next_rates, &n);
-        gave_up |= n > 1 || (n && !is_alive(before)); /* of what is dead, nobody need know */
+        gave_up |= n > 1 || (n && !is_alive(before)); /* dead permits need not be known */
         if (n) {
           found[i] = true;
           next_place[i] = before;

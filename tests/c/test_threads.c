@@ -117,7 +117,7 @@ static void hold_place(scene_t *scene) {
   CHECK_EQ(fshm_permit_held(scene->places, &permit), 1);
   CHECK_EQ(fshm_permit_idle(scene->places, &permit, 1), 1);
   CHECK_OP(fshm_in_flight(scene->places, keys[k], length), <=, PERMITS);
-  CHECK_EQ(fshm_reap(scene->s, 0), 0); /* nobody has died */
+  CHECK_EQ(fshm_reap(scene->s, 0), 0); /* no process has died */
   CHECK_EQ(fshm_permit_idle(scene->places, &permit, 0), 1);
   CHECK_EQ(fshm_settle(scene->places, keys[k], length, charged, actual, &permit, 0), FSHM_OK);
   (void)atomic_fetch_sub(&scene->holders[k], 1);
@@ -210,7 +210,7 @@ static void inspect(scene_t *scene) {
 }
 
 /* The mapping that all share, opened once more; and one that is mapped, joined, removed and unmapped by
- * whoever comes first and last. */
+ * the thread that comes first or last. */
 static void open_and_close(scene_t *scene) {
   fshm_segment *s;
   fshm_limiter *l, *beside;
@@ -228,7 +228,7 @@ static void open_and_close(scene_t *scene) {
     fshm_decision d;
     uint32_t in_flight;
     fshm_admit(l, "k", 1, NULL, 0, &permit, &d, &in_flight);
-    /* Nobody can own a permit in a segment that was removed before this process had joined it. */
+    /* No permit can be owned in a segment that was removed before this process joined it. */
     if (d.status != FSHM_E_LOCK_FILE || !fshm_unlinked(s)) check_known(d.status);
     if (permit.held) CHECK_EQ(fshm_permit_release(l, &permit), 1);
     fshm_count_call(l, "k", 1, FSHM_DENIED);

@@ -82,7 +82,7 @@ static void test_account(void) {
   leave(&w);
 }
 
-/* One call is told that the token lease runs low, and at a quarter to a half of the batch. */
+/* One call learns that the token lease runs low, at a quarter to a half of the batch. */
 static void test_low_once(void) {
   world_t w = make_world();
   for (uint64_t batch = 1; batch < 5000; batch += 1 + batch / 7) {
@@ -189,7 +189,7 @@ static void test_learnt(void) {
   fshm_close(s);
 }
 
-/* Whoever only looks finds what is left, also where the token lease's limit has changed since it was filled. */
+/* A look finds what is left, even if the limit of the lease changed since it was filled. */
 static void test_look_after_a_change(void) {
   world_t w = make_world();
   fshm_limit smaller = account;

@@ -94,7 +94,7 @@ static void test_undo_beside_a_sweep(void) {
 }
 
 /* A writer is stopped before it names a rule that is there; another one names it for a later version, while a third frees
- * rule indexes that nobody has named lately. */
+ * rule indexes that were not named lately. */
 static unsigned rule_named;
 static int written_by[ROLES];
 static bool of_that_rule(const volatile void *at, bool swap) {

@@ -1,5 +1,5 @@
-/* threads_grants.h - what threads do with limits over many hosts: token leases, what the grantor told and refused,
- * permit leases, and the lead. Part of test_threads.c. */
+/* threads_grants.h - what threads do with limits over many hosts: token leases, what the server reported and refused,
+ * permit leases, and the leader. Part of test_threads.c. */
 #ifndef THREADS_GRANTS_H
 #define THREADS_GRANTS_H
 
@@ -44,7 +44,7 @@ static void grants_end(grants_t *g) {
   for (size_t i = 0; i < sizeof all / sizeof *all; i++) fshm_limiter_close(all[i]);
 }
 
-/* A token lease that is filled once; and some that are filled, emptied, told of and refused all the time. */
+/* A token lease that is filled once; and some that are filled, emptied, reported and refused all the time. */
 static void use_token_leases(grants_t *g, const char *key) {
   const uint64_t length = strlen(key), cost = 1 + random_below(3);
   const uint64_t costs[FSHM_MAX_LIMITS] = {cost, cost},

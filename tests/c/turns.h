@@ -1,4 +1,4 @@
-/* turns.h - threads that take turns: each stops before an access of the limits or of a slot, and goes on when it is told.
+/* turns.h - threads that take turns: each stops before an access of the limits or of a slot, and goes on when its turn comes.
  *
  * A schedule says before which of its accesses each stops. So a race of two or three callers, of which one is stopped for
  * as long as the others like, is the same in every run, and all of them are tried within seconds. The library is the real
@@ -155,7 +155,7 @@ static void put_back_state(void) {
 /* Every schedule of these steps: in each, a role goes on for some accesses and stops. Then they go to their ends, in the
  * order of `ends`. False: a check has failed. */
 static uint64_t schedules;
-static void (*always)(void); /* checked when somebody has stopped, or ended; or NULL */
+static void (*always)(void); /* checked when a thread has stopped or ended; or NULL */
 static bool every_schedule(const char *steps, const char *ends, void (*verify)(void)) {
   const size_t count = strlen(steps);
   const uint64_t failures = failed;

@@ -91,7 +91,7 @@ FAULTS: tuple[Fault, ...] = (
         ),
     ),
     Fault(
-        "finding 2: a rule's slot is given away while states refer to it",
+        "finding 2: a rule's index is given away while states refer to it",
         "limits/limit_changes.c",
         (
             (

@@ -55,12 +55,12 @@ enum {
   FILES = 16384, /* about the segment as a file: S has not opened it; made anew for each boundary */
   PREDECESSOR = 32768, /* what dead processes hold, the last owner of T's process index held */
   FREED = 65536, /* the permits that S does not hold have slots, which are free */
-  ARMED = 1 << 17, /* somebody may sleep on the key's wake-up word */
+  ARMED = 1 << 17, /* a waiter may sleep on the key's futex word */
   DEAD_OWNERS = 1 << 18, /* the spare slots of limits are owned by dead processes */
   LOW_FREED = 1 << 19, /* as FREED, but S holds the highest of all */
   UNCHANGED = 1 << 20, /* the limits are not changed to `next` yet: the operation does that */
   REFUSES = 1
-      << 22, /* of a token lease: what the grantor told is known, and that it refused the cost */
+      << 22, /* of a token lease: the server's report is stored, and its refusal of the cost */
   SLOW = 1 << 24, /* S changes to limits that nothing fits */
   HELD_BACK = 1
       << 23, /* the key lives under limits of before, since it has consumed more than the present ones admit */
@@ -116,7 +116,7 @@ enum {
 typedef struct operation {
   const char *name;
   void (*make)(void); /* the starting state, by S */
-  void (*prepare)(void); /* in whoever will do the operation */
+  void (*prepare)(void); /* in the process that will do the operation */
   void (*run)(outcome_t *out); /* the operation: the same code in T and S */
   const holds_t *holds;
   void (*overtake)(void); /* what S does while T is stopped, in place of the same; NULL: the same */

@@ -1,6 +1,6 @@
 /* holds_changes.c - what must hold while the limits change under a call, and while they are changed: time stands still,
  * so a key has consumed a number of tokens, whatever its limits were, are and become. Each call adds to it or takes from
- * it what it says, no change does; and whoever comes next can change the limits as often as they like. */
+ * it what it says, no change does; and the next process can change the limits as often as it likes. */
 #include "crash.h"
 
 #define PLENTY 1000 /* no key consumes as much */
@@ -258,7 +258,7 @@ static void raise_take_lower(void) { raise_limit_to(RAISED); }
 /* No higher than it ever was. */
 static void raise_as_before(void) { raise_limit_to((uint32_t)op->limits[0].n); }
 
-/* The limit is lowered, and what is left of it taken: whoever has it is counted. */
+/* The limit is lowered, and the rest of it taken: each holder is counted. */
 static void lower_take(void) {
   fshm_decision d;
   uint32_t held;
@@ -367,7 +367,7 @@ static void sweep_begin(void) {
   consumed_before = consumed_now();
   for (uint32_t k = 0; k < RULES; k++)
     if (!consumed_before.of[k][0] && keys[k]) broken("key %u has consumed nothing", k);
-  if (count_free_rules()) broken("%u slots are free to begin with", count_free_rules());
+  if (count_free_rules()) broken("%u rule indexes are free to begin with", count_free_rules());
 }
 
 /* added: to KEY, what was taken from the next. */
@@ -388,7 +388,7 @@ static void sweep_end(void) {
   check_swept("after it");
 }
 
-/* What others do while somebody sweeps: they charge, change the limits, for which they sweep, and give back, under
+/* What others do during a sweep: they charge, change the limits, for which they sweep, and give back, under
  * limits that have room: so that a key leaves a rule that another one has just come under. */
 static void meddle_with_sweep(void) {
   fshm_limit limits[FSHM_MAX_LIMITS];

@@ -1,5 +1,5 @@
 /* holds_files.c - what must hold of the segment as a file: its name is absent, or the file is complete; and
- * whoever comes next can open it, or make it. */
+ * the next process can open it, or create it. */
 #include <dirent.h>
 
 #include "crash.h"
@@ -47,7 +47,7 @@ static int use(uint32_t flags, uint64_t *instance) {
   return FSHM_OK;
 }
 
-/* A segment that nobody has joined. Its instance has all its digits, so that to print the lock file's name is
+/* A segment that no process has joined. Its instance has all its digits, so that to print the lock file's name is
  * the same path each time. */
 static void make_segment(void) {
   fshm_error e;

@@ -1,5 +1,5 @@
 /* holds_first.c - what must hold of the first join of a segment, which makes its lock file: there is none, or
- * it is the one that the header names; and whoever comes next joins, holds permits, and sees who lives. */
+ * it is the one that the header names; and the next process joins, holds permits, and sees which processes live. */
 #include "crash.h"
 
 static bool attach_here(void) {
@@ -144,7 +144,7 @@ static void first_survive(void) {
 static void first_raced(const outcome_t *mine) {
   if (told->status != FSHM_OK || mine->status != FSHM_OK)
     broken("T and S are answered %d and %d", told->status, mine->status);
-  if (told->number == mine->number) broken("T and S have the same slot");
+  if (told->number == mine->number) broken("T and S have the same index");
   t_lives = true;
   check_next();
   close_opened();

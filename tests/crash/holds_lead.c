@@ -1,4 +1,4 @@
-/* holds_lead.c - what must hold of who leads the host: never two, and always somebody, whoever was killed where. */
+/* holds_lead.c - what must hold of who leads the host: never two, and always one, whichever process was killed where. */
 #include "crash.h"
 
 static void run_lead(outcome_t *out) { out->status = fshm_lead(world.s, 0); }

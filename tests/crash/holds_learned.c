@@ -1,6 +1,6 @@
-/* holds_learned.c - what must hold of what is put over whatever was there: what the server reported of a key's limits,
+/* holds_learned.c - what must hold of calls that overwrite a state: what the server reported of a key's limits,
  * what was refused of late, and that a feature's errors are forgotten. Each limit's is as before or as after it,
- * in order, and whoever comes next can put there what it knows. */
+ * in order, and the next process can store what it knows. */
 #include "crash.h"
 
 /* Of each limit: tokens used, or the least cost that was refused; and for how long, ns. */

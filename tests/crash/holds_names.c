@@ -1,5 +1,5 @@
-/* holds_names.c - what must hold of a name and its limits: the old set or the new one, whole; and whoever
- * comes next can set them, as often as they like. */
+/* holds_names.c - what must hold of a name and its limits: the old set or the new one, whole; and the
+ * next process can set them, as often as it likes. */
 #include "crash.h"
 
 #define NAME "names"

@@ -1,5 +1,5 @@
-/* holds_permit_leases.c - what must hold of permits that were granted to this host: those that stand are no more than
- * were allowed or told, and all that are allowed can be taken, whoever dies or stops where. */
+/* holds_permit_leases.c - what must hold of permits that were granted to this host: the valid ones are no more than
+ * were allowed or reported, and all that are allowed can be taken, whichever process dies or stops where. */
 #include "crash.h"
 
 #define ALONE 3 /* permits that this host may hold without the grantor */
@@ -57,7 +57,7 @@ static void run_lease_put(outcome_t *out) {
   out->status = fshm_permit_lease_put(world.l, world.permit_leases, KEY, strlen(KEY), a.word,
                                       op->cost, NOW + 2 * PER, world.now);
 }
-/* Lowered, told, and put again: clean, where nobody stands beyond it. */
+/* Lowered, reported, and stored again: clean, if no valid permit is beyond it. */
 static void run_lease_shrink(outcome_t *out) {
   fshm_permit_lease a;
   (void)fshm_permit_lease_lower(world.l, world.permit_leases, KEY, strlen(KEY), op->cost, world.now,

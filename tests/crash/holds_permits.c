@@ -73,7 +73,7 @@ static void contend_for_the_rest(uint32_t held) {
     if (!fshm_permit_release(world.l, &permits[i])) broken("a permit cannot be released");
 }
 
-/* What T has told of its permit does not make it S's. */
+/* T's description of its permit does not make it S's. */
 static void check_not_mine(const fshm_permit *theirs, fshm_limiter *l) {
   fshm_permit copy = *theirs;
   if (!told->done || !copy.held) return;

@@ -1,5 +1,5 @@
-/* holds_stats.c - what must hold of statistics: a record is there or not, whole; a stopped process holds up
- * nobody; and a dead process's requests are not in flight. */
+/* holds_stats.c - what must hold of statistics: a record is there or not, whole; a stopped process blocks
+ * no other; and a dead process's requests are not in flight. */
 #include "crash.h"
 
 #define TEXT "a text that is counted"

@@ -1,4 +1,4 @@
-/* holds_token_leases.c - what must hold of token leases: nothing is spent that was not granted, whoever dies or stops
+/* holds_token_leases.c - what must hold of token leases: nothing is spent that was not granted, whichever process dies or stops
  * where; what was taken out to be given back is not spent as well; a lease that is over is over. */
 #include "crash.h"
 

@@ -1,4 +1,4 @@
-/* invariants.c - what must hold of a segment at any instant that nobody works on it. */
+/* invariants.c - what must hold of a segment at any instant when no process works on it. */
 #include "crash.h"
 
 #define MOST_NUMBERED 8 /* of a key, in all operations */
@@ -86,12 +86,12 @@ static void check_names(bool alone) {
     for (unsigned k = 0; alone && k < RULES; k++) {
       uint64_t owner = load_relaxed(&e->owners[k]);
       if (owner && !(owner & RULE_USED) && owner_lives(world.s, owner))
-        broken("a slot of a rule has a living owner");
+        broken("a rule index has a living owner");
     }
     uint64_t set = load_relaxed(&e->set);
     for (uint32_t k = 0; load_relaxed(&e->current) && k < SET_COUNT(set); k++)
       if (!(load_relaxed(&e->owners[SET_RULE(set, k)]) & RULE_USED))
-        broken("a rule is named, and its slot is not in use");
+        broken("a rule is named, and its index is not in use");
   }
 }
 
@@ -108,7 +108,7 @@ static void check_labels(void) {
     if (WHO_LIMITER(pair.who) >= world.s->limiter_count)
       broken("slot %d is of limiter %u", (int)i, WHO_LIMITER(pair.who));
     else if (!read_used(e, label, &rule, &owner))
-      broken("slot %d is under rule %u, whose slot is free", (int)i, label);
+      broken("slot %d is under rule %u, whose index is free", (int)i, label);
     else if (rule.place != place)
       broken("slot %d is of place %u, under rule %u of place %u", (int)i, place, label, rule.place);
   }
@@ -132,11 +132,11 @@ static void check_looking_in(void) {
   for (uint32_t i = 0; i < PROCESSES; i++) {
     const process_t *p = &world.s->processes[i];
     if (!load_relaxed(&p->pid) && !load_relaxed(&p->incarnation)) continue;
-    if (fshm_process_at(world.s, i, &process) != FSHM_OK) broken("a process slot is unreadable");
+    if (fshm_process_at(world.s, i, &process) != FSHM_OK) broken("a process index is unreadable");
   }
 }
 
-/* alone: nobody but S lives. */
+/* alone: only S lives. */
 static void check_invariants(bool alone) {
   if (!world.s) return;
   check_slots();

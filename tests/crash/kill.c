@@ -5,7 +5,7 @@
 #define STRAYED_MOST 20 /* boundaries; or 1 %, if that is more */
 #define WARM_UP 10 /* boundaries; the C library keeps up to 7 free pieces of each size apart */
 
-/* The path to where S meddles, and the path after it (the only one, where nobody meddles). */
+/* The path to where S meddles, and the path after it (the only one, if S does not meddle). */
 static recording_t path_to, path;
 
 static void traced(void) {

@@ -59,7 +59,7 @@ static uint64_t remaining_of(const char *key) {
   return least_remaining(&l);
 }
 
-/* One token is left: one has it, the other is told that there is none. */
+/* One token is left: one has it, the other learns that there is none. */
 static void verify_last_token(const outcome_t out[2]) {
   expect(admitted(out) == 1, out, "one token");
   expect(out[0].status + out[1].status == FSHM_ALLOWED + FSHM_DENIED, out, "one token");
@@ -81,7 +81,7 @@ static void verify_both_charged(const outcome_t out[2]) {
   expect(remaining_of(KEY) == op->limits[0].n - op->prior - 2, out, "both are charged");
 }
 
-/* Two keys, one slot: the other is told that the table is full. */
+/* Two keys, one slot: the other learns that the table is full. */
 static void verify_one_slot(const outcome_t out[2]) {
   expect(admitted(out) == 1, out, "one slot");
   expect(out[0].status + out[1].status == FSHM_ALLOWED + FSHM_FULL, out, "one slot");
@@ -124,7 +124,7 @@ static void verify_raised_and_lowered(const outcome_t out[2]) {
   expect(mine.status == FSHM_DENIED, out, "one more is admitted");
 }
 
-/* Whoever stands, and whoever may by what is allowed now, are no more than was told or is allowed. */
+/* The permits that are valid, and those that may be taken now, are no more than was reported or is allowed. */
 static void verify_granted(const outcome_t out[2]) {
   uint64_t most = max_u64(lease_now(false).leased, out[1].number);
   expect(held_alive(world.l, KEY) == op->prior + (out[0].status == FSHM_ALLOWED), out, "held");

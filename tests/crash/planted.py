@@ -120,7 +120,7 @@ FAULTS = [
         "limits",
     ),
     Fault(
-        "a process that takes a slot without a new generation",
+        "a process that takes an index without a new incarnation",
         "core/process.c",
         (
             (
@@ -158,7 +158,7 @@ FAULTS = [
         "one token: they are answered 1 and 1",
     ),
     Fault(
-        "a shared counter is charged without a look for the key's cell",
+        "a shared counter is charged without a look for the key's slot",
         "limits/shared_counters.c",
         (("if (table_has(c->s, c->hash, fingerprint(c, i))) return CLAIM_LOST;", ""),),
         "pair-shared-leave",
@@ -204,7 +204,7 @@ FAULTS = [
         "the next to come cannot join",
     ),
     Fault(
-        "who owns a slot counts as the owner of what it held before",
+        "the owner of an index counts as the owner of what it held before",
         "core/process.c",
         (("ALIVE(process)) && !has_ended(", "OWNED(process)) && !has_ended("),),
         "join-after-holder",
@@ -261,7 +261,7 @@ FAULTS = [
         "are not on the recorded path",
     ),
     Fault(
-        "a slot that is taken before the head knows it",
+        "a position that is taken before the head knows it",
         "limits/moving_window.c",
         (
             (
@@ -286,7 +286,7 @@ FAULTS = [
         "tokens",
     ),
     Fault(
-        "a token is put over whatever the slot holds",
+        "a token is put over whatever the position holds",
         "limits/moving_window.c",
         (
             (
@@ -333,14 +333,14 @@ FAULTS = [
         "are left",
     ),
     Fault(
-        "a slot beyond what was lowered stands, since few are held",
+        "a permit beyond the lowered lease stands, since few are held",
         "permits/semaphore.c",
         (("    if (number >= most) return false;\n", ""),),
         "pair-lease-shrink",
         "more than is allowed",
     ),
     Fault(
-        "slots are not looked at before an allowance is clean again",
+        "permits are not looked at before a lease is clean again",
         "leasing/permit_lease.c",
         (
             (
@@ -425,7 +425,7 @@ FAULTS = [
         "are in flight, and",
     ),
     Fault(
-        "a slot beyond the present limit stands uncounted",
+        "a permit beyond the present limit stands uncounted",
         "permits/semaphore.c",
         (
             (
@@ -437,7 +437,7 @@ FAULTS = [
         "3 are held, and the last was granted under 2",
     ),
     Fault(
-        "the limits are not looked at after the cell",
+        "the limits are not looked at after the slot",
         "limits/call.h",
         (
             (
@@ -449,7 +449,7 @@ FAULTS = [
         "T is answered 1, and it does not fit",
     ),
     Fault(
-        "a sweep that leaves pending cells",
+        "a sweep that leaves pending slots",
         "limits/limit_changes.c",
         (
             (
@@ -473,7 +473,7 @@ FAULTS = [
         "key 0",
     ),
     Fault(
-        "a rule's slot is freed though a state refers to it",
+        "a rule's index is freed though a state refers to it",
         "limits/limit_changes.c",
         (
             (
@@ -494,10 +494,10 @@ FAULTS = [
             ),
         ),
         "change-sweeps",
-        "slot is free",
+        "index is free",
     ),
     Fault(
-        "a rule that takes another's cells does not count as in use",
+        "a rule that takes another's slots does not count as in use",
         "limits/limit_changes.c",
         (("if (owner < later &&", "if (!later &&"),),
         "change-sweeps-none-fits",
@@ -522,7 +522,7 @@ FAULTS = [
             ),
         ),
         "limits-change",
-        "its slot is not in use",
+        "its index is not in use",
     ),
     Fault(
         "a token of a moving window is given back under another name",

@@ -55,7 +55,7 @@ static void describe_place(uint64_t pc, char *out, size_t size) {
                  (unsigned long long)pc);
 }
 
-/* Something does not hold: told once for each boundary, with how to repeat it. */
+/* Something does not hold: printed once for each boundary, with how to repeat it. */
 __attribute__((format(printf, 1, 2))) static void broken(const char *format, ...) {
   char what[256], place[320];
   va_list arguments;
@@ -132,7 +132,7 @@ static void segment_save(unsigned char **to) {
   copy_differences(*to, world.s->map, world.s->size);
 }
 
-/* Put the segment's bytes back, and what this process had. Nobody else may be at work. */
+/* Put the segment's bytes back, and what this process had. No other process may be at work. */
 static void segment_restore(const unsigned char *from) {
   if (!world.s) return;
   copy_differences(world.s->map, from, world.s->size);

@@ -145,7 +145,8 @@ static void image_make(image_t *image, uint64_t capacity, uint32_t names) {
   MUST(!u.damaged);
   close_user(&u);
   MUST(pread(file, image->bytes, image->size, 0) == (ssize_t)image->size);
-  h->lock_file = 0; /* as long as nobody has joined: whoever opens a copy of the image can join */
+  h->lock_file =
+      0; /* as long as no process has joined: a process that opens a copy of the image can join */
 }
 
 /* The first that process_join() tries, and it is free unless an edit has taken it: a closed segment keeps no slot. */
@@ -286,10 +287,10 @@ static void run(const uint8_t *data, size_t size) {
     }
     (void)munmap(map, u.s->size);
     every_call(&u);
-    /* else edits of what is this process's go to what is nobody's, and nothing says so */
+    /* else edits of this process's words go to unused words, unnoticed */
     if (!edited && !u.s->read_only)
       MUST(load_relaxed(&u.s->fork_page->joined) == own_process() + 1);
-    /* cut under our feet: told, before anything is touched */
+    /* the file was cut: reported before anything is touched */
     if (flags & TRUNCATE) {
       uint64_t index;
       MUST(!ftruncate(file, 100) && fshm_check(u.s, &index) == FSHM_DAMAGE_SIZE);

@@ -1,5 +1,5 @@
-/* grants.h - the calls for limits over many hosts: token leases, what a grantor has told and refused, permit leases, and
- * the process that speaks for the host. Part of calls.h. */
+/* grants.h - the calls for limits over many hosts: token leases, what a server reported and refused, permit leases, and
+ * the leader. Part of calls.h. */
 #ifndef GRANTS_H
 #define GRANTS_H
 

@@ -31,13 +31,13 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         )
     ],
     "a divisor may be zero": [("limits/algorithms.h", "r->num && r->den &&", "r->num &&")],
-    "a column's cell is not checked": [
+    "a slot in the process statistics is not checked": [
         ("stats/key_stats.c", " || slot >= s->slot_count) return;", ") return;")
     ],
-    "a ledger's limiter is not checked": [
+    "a limiter in the key statistics is not checked": [
         ("limits/limiter.c", "index >= s->limiter_count || ", "")
     ],
-    "a ledger's limiter is not checked where keys are counted": [
+    "a limiter in the key statistics is not checked where keys are counted": [
         ("stats/counters.c", "limiter < s->limiter_count && ", "")
     ],
     "a stored length is not checked": [

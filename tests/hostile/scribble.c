@@ -5,7 +5,7 @@
  * Rounds of a fresh segment each: WORKERS processes make every call of fast_shm.h (calls.h), and join anew,
  * while one writes over everything: words, bytes, bits, lines, copies, nothing and all ones. Wrong answers
  * are allowed. A worker that ends by itself or by a signal, a call that takes longer than DEADLINE, and an
- * answer out of range (MUST) are faults; they are told with the seed, which repeats the round as far as
+ * answer out of range (MUST) are faults; they are printed with the seed, which repeats the round as far as
  * the scheduler lets it.
  */
 #include <stdint.h>

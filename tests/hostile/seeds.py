@@ -14,22 +14,22 @@ CORPUS = pathlib.Path(__file__).parent / "corpus"
 # Flags, targets and kinds of edits, calls and limiters: fuzz.c and calls.h.
 RAW, LARGE, READ_ONLY, TRUNCATE, FIX_CHECK, REMOVE = 1, 2, 4, 8, 16, 32
 HASHED, OFF = 64, 128
-(HEADER, ENTRY, PRESENT_RULES, WHOLE_ENTRY, PROCESS, COLUMN) = range(6)
-(USED_CELL, CELL, LEDGER, NAMES, CHANGING_HEADER, ANYWHERE) = range(6, 12)
-DEPLOYMENT, MEMO, METRIC, FLIGHTS = range(12, 16)
+(HEADER, ENTRY, PRESENT_RULES, WHOLE_ENTRY, PROCESS, PROCESS_STATS) = range(6)
+(USED_SLOT, SLOT, KEY_STATS, NAMES, CHANGING_HEADER, ANYWHERE) = range(6, 12)
+DEPLOYMENT, MEMO, METRIC, REQUESTS = range(12, 16)
 SET, XOR, ADD, BYTE, COPY, LINE = range(6)
 OPEN, LOOK, APPLY_COSTS, APPLY, IS_ALLOWED, RESERVE, ADMIT, _, REMAINING, RESET_KEY = range(10)
-RESET_ALL, LIMITS, IN_FLIGHT, REAP, BELL, CLOSE = range(10, 16)
-TOLD, PICK = 19, 24
+RESET_ALL, LIMITS, IN_FLIGHT, REAP, WAKEUP, CLOSE = range(10, 16)
+LEARN, PICK = 19, 24
 BUCKET, WINDOW, SLIDING, THREE, QUOTA, PERMITS = range(6)
-# Words: of an entry; of a rule; of a process slot; of the header.
+# Words: of an entry; of a rule; of a process; of the header.
 ID, MOST, CURRENT, SET_OF, NAME_LENGTH, NAME, OWNERS = 0, 1, 2, 3, 4, 5, 18
 KIND, N, PER, BURST, NUM, DEN, UNIT, ROOM = range(8)
 RULES, RULE_USED = 16, 1 << 63
 CAPACITY, NAMES_WORDS, CONSTANT = 3, 17, 30
 NAMES_HEAD = 8  # of the part that changes
 PENDING, HELD = 6 << 61, 7 << 61
-CELLS = 12  # of the small image
+SLOTS = 12  # of the small image
 METRIC_WORDS = 15  # of each; the second: the lengths of its name, and of the component in it
 
 
@@ -58,9 +58,9 @@ def while_open(limiter: int, *records: bytes, flags: int = 0) -> bytes:
     return image(call(OPEN, limiter, 16), *records, flags=flags)
 
 
-def cells(*values: int, how: int = SET) -> bytes:
-    """The state of every cell in use."""
-    return b"".join(edit(USED_CELL, 4 * i + 1, how, values[i % len(values)]) for i in range(CELLS))
+def slots(*values: int, how: int = SET) -> bytes:
+    """The state of every slot in use."""
+    return b"".join(edit(USED_SLOT, 4 * i + 1, how, values[i % len(values)]) for i in range(SLOTS))
 
 
 SEEDS = {
@@ -82,7 +82,7 @@ SEEDS = {
         flags=FIX_CHECK,
     ),
     "header-while-open": while_open(BUCKET, *(edit(HEADER, w, SET, 0) for w in range(CONSTANT))),
-    "limits-slot-9": image(edit(ENTRY, in_entry(BUCKET, SET_OF), XOR, 9 << 4)),
+    "limits-rule-9": image(edit(ENTRY, in_entry(BUCKET, SET_OF), XOR, 9 << 4)),
     "limits-none": while_open(THREE, edit(ENTRY, in_entry(THREE, CURRENT), SET, 0)),
     "limits-count": image(edit(ENTRY, in_entry(THREE, SET_OF), SET, 0xFFF)),
     "limits-one-rule-thrice": while_open(THREE, edit(ENTRY, in_entry(THREE, SET_OF), SET, 0x3)),
@@ -120,11 +120,11 @@ SEEDS = {
         *(call(OPEN, THREE, v) for v in range(16)),
     ),
     "labels": image(
-        *(edit(USED_CELL, 4 * i, XOR, (i % 15 + 1) << 4) for i in range(CELLS)),
+        *(edit(USED_SLOT, 4 * i, XOR, (i % 15 + 1) << 4) for i in range(SLOTS)),
         *(call(OPEN, THREE, v) for v in range(16)),
     ),
     "labels-epochs-places": image(
-        *(edit(USED_CELL, 4 * i, XOR, 0x7FE >> i % 4) for i in range(CELLS)),
+        *(edit(USED_SLOT, 4 * i, XOR, 0x7FE >> i % 4) for i in range(SLOTS)),
         *(call(OPEN, THREE, v) for v in range(16)),
     ),
     "limits-zero-divisor": while_open(
@@ -132,7 +132,7 @@ SEEDS = {
         edit(PRESENT_RULES, in_entry(BUCKET, DEN), SET, 0),
         call(APPLY_COSTS, BUCKET, 0, 3),
     ),
-    "limits-sane-but-nobodys": image(edit(PRESENT_RULES, in_entry(WINDOW, N), SET, 2**40)),
+    "limits-sane-but-never-set": image(edit(PRESENT_RULES, in_entry(WINDOW, N), SET, 2**40)),
     "limits-largest": while_open(
         THREE, *(edit(PRESENT_RULES, in_entry(THREE, w), SET, 2**57 - 1) for w in range(N, 8))
     ),
@@ -145,23 +145,23 @@ SEEDS = {
     "name-length": image(edit(ENTRY, in_entry(WINDOW, NAME_LENGTH), SET, 30000)),
     "name-other": image(edit(ENTRY, in_entry(WINDOW, NAME), XOR, 32)),
     "id-lost": image(edit(ENTRY, in_entry(BUCKET, ID), SET, 0)),
-    "process-generation": image(*(edit(PROCESS, 64 * i + 5, ADD, 1) for i in range(3))),
+    "process-incarnation": image(*(edit(PROCESS, 64 * i + 5, ADD, 1) for i in range(3))),
     # from 64 KB to 32 GB beyond: some of that is mapped to nothing, wherever the segment lies
-    "column-cell": image(
-        *(edit(COLUMN, 8 * i, LINE, (1 << (12 + i * 20 // 32)) << 32) for i in range(32))
+    "process-stats-slot": image(
+        *(edit(PROCESS_STATS, 8 * i, LINE, (1 << (12 + i * 20 // 32)) << 32) for i in range(32))
     ),
-    "cells-pending": image(cells(PENDING | 5)),
-    "cells-permits": image(cells(*(HELD | i << 44 | i << 36 for i in range(CELLS)))),
-    "cells-permits-full": while_open(
+    "slots-pending": image(slots(PENDING | 5)),
+    "slots-permits": image(slots(*(HELD | i << 44 | i << 36 for i in range(SLOTS)))),
+    "slots-permits-full": while_open(
         PERMITS,
-        *(edit(CELL, 2 * i, SET, i + 1) for i in range(CELLS)),
-        *(edit(CELL, 2 * i + 1, SET, HELD | i << 44 | i << 36) for i in range(CELLS)),
+        *(edit(SLOT, 2 * i, SET, i + 1) for i in range(SLOTS)),
+        *(edit(SLOT, 2 * i + 1, SET, HELD | i << 44 | i << 36) for i in range(SLOTS)),
     ),
-    "cells-late": image(cells(2**57 - 1, 1 << 62 | 2**62 - 1, 2 << 62 | 2**62 - 1)),
-    "cells-of-other-kinds": image(cells(1 << 62, how=ADD)),
-    "cells-twice": image(*(edit(CELL, i, COPY, 0) for i in range(2 * CELLS))),
-    "ledger-limiter": image(*(edit(LEDGER, 2 * i, XOR, 0x7FF << 20) for i in range(CELLS))),
-    "ledger-names": image(*(edit(LEDGER, 2 * i + 1, SET, 2**64 - 1) for i in range(CELLS))),
+    "slots-late": image(slots(2**57 - 1, 1 << 62 | 2**62 - 1, 2 << 62 | 2**62 - 1)),
+    "slots-of-other-kinds": image(slots(1 << 62, how=ADD)),
+    "slots-twice": image(*(edit(SLOT, i, COPY, 0) for i in range(2 * SLOTS))),
+    "key-stats-limiter": image(*(edit(KEY_STATS, 2 * i, XOR, 0x7FF << 20) for i in range(SLOTS))),
+    "key-stats-names": image(*(edit(KEY_STATS, 2 * i + 1, SET, 2**64 - 1) for i in range(SLOTS))),
     "names-long": image(*(edit(NAMES, 8 * i, LINE, 0xFFFF) for i in range(64))),
     "metric-names-long": image(
         *(edit(METRIC, METRIC_WORDS * i + 1, SET, 3 << 32 | 3000) for i in range(9))
@@ -169,20 +169,20 @@ SEEDS = {
     "metric-components-long": image(
         *(edit(METRIC, METRIC_WORDS * i + 1, SET, 9 << 32 | 9) for i in range(9))
     ),
-    "metric-names-of-nobody": image(
+    "metric-names-of-none": image(
         *(edit(METRIC, METRIC_WORDS * i + 1, SET, 2**32 - 1) for i in range(32))
     ),
     "deployments": image(*(edit(DEPLOYMENT, 8 * i, LINE, 2**64 - 1) for i in range(256))),
     "deployments-nowhere": image(*(call(PICK, 0, 8 * i + 4, 251) for i in range(32))),
     "deployments-one-id": image(*(edit(DEPLOYMENT, 8 * i, SET, 5) for i in range(256))),
-    "flights": image(*(edit(FLIGHTS, 8 * i, LINE, 2**64 - 1) for i in range(9))),
+    "requests": image(*(edit(REQUESTS, 8 * i, LINE, 2**64 - 1) for i in range(9))),
     "memo": image(*(edit(MEMO, 8 * i, LINE, 2**64 - 1) for i in range(64)), flags=LARGE),
-    "refused-most": while_open(BUCKET, *(call(TOLD, BUCKET, what, 251) for what in (2, 66))),
-    "wallets-and-allowances": image(
-        *(edit(CELL, 2 * i + 1, SET, 1 << 62 | 31 << 57 | 2**57 - 1) for i in range(200)),
+    "refused-most": while_open(BUCKET, *(call(LEARN, BUCKET, what, 251) for what in (2, 66))),
+    "token-and-permit-leases": image(
+        *(edit(SLOT, 2 * i + 1, SET, 1 << 62 | 31 << 57 | 2**57 - 1) for i in range(200)),
         flags=LARGE,
     ),
-    "bells": while_open(
+    "wakeups": while_open(
         QUOTA, *(edit(CHANGING_HEADER, 24 + 8 * i, LINE, 2**64 - 1) for i in range(16))
     ),
 }

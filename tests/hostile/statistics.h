@@ -24,7 +24,7 @@ static void use_request(user_t *u, uint64_t n, uint64_t now, unsigned what) {
     MUST(request.deployment < DEPLOYMENTS && request.owner && request.owner <= PROCESSES);
     if (what & 7) MUST(fshm_request_end(u->s, &request) <= 1 && !request.owner);
   }
-  request = (fshm_request){n, deployment_of_any(n, 1), what}; /* nobody's */
+  request = (fshm_request){n, deployment_of_any(n, 1), what}; /* of none */
   MUST(fshm_request_end(u->s, &request) <= 1);
 }
 

@@ -73,7 +73,7 @@ static inline const op_t *next_op(const history_t *h, const config_t *c, int lan
   return c->at[lane] < h->count[lane] ? &h->ops[lane][c->at[lane]] : NULL;
 }
 
-/* What whoever has begun may have seen by now; and states that have expired for all that is left are all the
+/* What operations that have begun may have seen by now; and states that have expired for all that is left are all the
  * same (not with one limit: a cancellation compares them). */
 static inline void settle(const history_t *h, config_t *c) {
   uint64_t bound = UINT64_MAX, earliest = UINT64_MAX;

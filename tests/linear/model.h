@@ -105,8 +105,8 @@ static inline bool look_at(const history_t *h, config_t *c, const op_t *op, uint
   return look_when(h, c, op, limit, unseen, op->read[reading], v);
 }
 
-/* Whoever charges anew does so as of a time when all has expired; whoever only looks may go by an older one,
- * once all has expired in fact. */
+/* A new charge is as of a time when all has expired; a look may go by an older time, once all has expired in
+ * fact. */
 static inline bool too_early(const view_t *v, uint64_t cost) {
   return cost && !v->state && state_expires(*v->slot) > v->now;
 }
@@ -115,11 +115,11 @@ static inline verdict_t verdict_of(const view_t *v, uint64_t cost) {
   return rule_take(v->rule, v->state, v->now, v->now, cost);
 }
 
-/* Is this the decision that was told? (limiter.c: report(), of one limit) */
+/* Is this the decision that was returned? (limiter.c: report(), of one limit) */
 static inline bool told(const history_t *h, const op_t *op, const view_t *v,
                         const verdict_t *verdict, bool allowed, bool charged) {
   if (op_open(op) || op->kind == OP_IS_ALLOWED || h->limits != 1) return true;
-  if (op->kind == OP_SPEND) /* who runs low is told so, and nobody else */
+  if (op->kind == OP_SPEND) /* only the call that brings the lease low learns it */
     return op->low == (charged && token_lease_low(verdict->next, op->cost[0]));
   uint64_t retry = allowed && !charged ? 0 : verdict->retry;
   int64_t wait = retry == UINT64_MAX ? FSHM_NEVER : (int64_t)retry;

@@ -99,7 +99,7 @@ static inline bool fits_not(const history_t *h, const config_t *c, int lane, uin
   return (cost || bucket) && used + cost > most_of(h, c, lane, i);
 }
 
-/* With one limit, what is left is told as of the instant of the operation. */
+/* With one limit, what is left is reported as of the instant of the operation. */
 static inline bool told_left(const history_t *h, const config_t *c, int lane, const op_t *op,
                              uint64_t used) {
   if (op_open(op) || op->kind == OP_IS_ALLOWED || h->counts[loaded(c, lane)] != 1) return true;

@@ -105,7 +105,7 @@ FAULTS = (
         "      if (slot + k <= s->slot_count) continue;\n",
     ),
     Fault(
-        "a live key's cell is given away",
+        "a live key's slot is given away",
         "keys",
         "core/hash_table.c",
         FREE,
@@ -140,7 +140,7 @@ FAULTS = (
         "true",
     ),
     Fault(
-        "a permit is kept when the meters have no room",
+        "a permit is kept when the rate limits have no room",
         "admit",
         "permits/semaphore.c",
         "if (out->status != FSHM_ALLOWED && permit->held) (void)fshm_permit_release(l, permit);",
@@ -161,7 +161,7 @@ FAULTS = (
         "      if (before && c.tries == 1) before[i] = m.state;\n",
     ),
     Fault(
-        "a wallet is spent after its lease",
+        "a token lease is spent after its end",
         "token-lease",
         "leasing/token_lease.c",
         "key, key_length, costs, now, &spent, put);\n",
@@ -176,7 +176,7 @@ FAULTS = (
         "  uint64_t count = min_u64(w.count, (UINT64_C(1) << bit_length(r->n)) - 1);\n",
     ),
     Fault(
-        "a rule's slot goes to another without a sweep",
+        "a rule's index goes to another without a sweep",
         "changes-bucket",
         "limits/limit_changes.c",
         "    if ((holder & RULE_USED) || (holder && owner_lives(s, holder))) continue;\n",
@@ -186,7 +186,7 @@ FAULTS = (
         "    if (named || (!(holder & RULE_USED) && holder && owner_lives(s, holder))) continue;\n",
     ),
     Fault(
-        "the limits are not looked at after the cell",
+        "the limits are not looked at after the slot",
         "changes-bucket",
         "limits/call.h",
         OUTDATED,
@@ -222,7 +222,7 @@ FAULTS = (
         "    if (false) {\n",
     ),
     Fault(
-        "a slot beyond the present limit stands uncounted",
+        "a permit beyond the present limit stands uncounted",
         "changes-permits",
         "permits/semaphore.c",
         "    if (unlikely(number >= snapshot->permits && !said)) {\n",
@@ -242,9 +242,15 @@ FAULTS = (
         LOST,
         LOST_TWICE,
     ),
-    Fault("a spend of several wallets is not undone", "token-leases", "limits/limiter.c", UNDO, ""),
     Fault(
-        "a cell that went to another wallet is written to",
+        "a spend of several token leases is not undone",
+        "token-leases",
+        "limits/limiter.c",
+        UNDO,
+        "",
+    ),
+    Fault(
+        "a slot that went to another token lease is written to",
         "token-lease-keys",
         "limits/limiter.c",
         "    pair_t seen = f->pair, to = {l->who, next};\n",

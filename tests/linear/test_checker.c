@@ -54,7 +54,7 @@ static op_t *add(history_t *h, int lane, int kind, uint64_t from, uint64_t to, u
   return op;
 }
 
-/* With one limit: what is left, as told; the rest follows. used: by then, this operation included. */
+/* With one limit: what is left, as reported; the rest follows. used: by then, this operation included. */
 static void tell(const history_t *h, op_t *op, uint64_t used) {
   rule_t r = h->rules[0][0];
   bool charged = op->status == FSHM_ALLOWED && op->kind == OP_ACQUIRE;
@@ -101,7 +101,7 @@ static void test_one_limit(void) {
   acquire_op(&h, 1, 2, 3, FSHM_ALLOWED, 1);
   CHECK_EQ(verdict(&h, 1), NOT_LINEARISABLE);
 
-  h = windows(5, 0); /* lost update, told by the end alone */
+  h = windows(5, 0); /* lost update, seen by the end alone */
   add(&h, 0, OP_IS_ALLOWED, 1, 4, 1, FSHM_ALLOWED);
   add(&h, 1, OP_IS_ALLOWED, 2, 3, 1, FSHM_ALLOWED);
   left_op(&h, 5, 4);
@@ -112,7 +112,7 @@ static void test_one_limit(void) {
   add(&h, 1, OP_IS_ALLOWED, 2, 3, 1, FSHM_ALLOWED);
   CHECK_EQ(verdict(&h, 1), NOT_LINEARISABLE);
 
-  h = windows(1, 0); /* nobody has it, yet one is denied */
+  h = windows(1, 0); /* it is free, yet one is denied */
   add(&h, 0, OP_IS_ALLOWED, 1, 2, 1, FSHM_DENIED);
   add(&h, 1, OP_IS_ALLOWED, 3, 4, 1, FSHM_ALLOWED);
   CHECK_EQ(verdict(&h, 1), NOT_LINEARISABLE);
@@ -159,7 +159,7 @@ static void test_killed(void) {
   CHECK_EQ(verdict(&h, 1), NOT_LINEARISABLE);
 }
 
-/* Two limits, one of them exhausted. The only exception: what somebody charged and is about to undo. */
+/* Two limits, one of them exhausted. The only exception: a charge that is about to be undone. */
 static void test_several(void) {
   history_t h = windows(1, 1);
   add(&h, 0, OP_ACQUIRE, 1, 2, 1, FSHM_ALLOWED); /* all of both */
@@ -181,11 +181,12 @@ static void test_several(void) {
   end->remaining[0] = 0; /* not undone */
   CHECK_EQ(verdict(&h, 2), NOT_LINEARISABLE);
   end->remaining[0] = 1;
-  victim->invoked = 13, victim->responded = 14; /* afterwards there is nobody to blame */
+  victim->invoked = 13,
+  victim->responded = 14; /* afterwards there is no other operation to blame */
   end->invoked = 15, end->responded = 16;
   CHECK_EQ(verdict(&h, 2), NOT_LINEARISABLE);
   victim->invoked = 3, victim->responded = 8;
-  h.ops[1][0].status = FSHM_DENIED; /* nobody took the second: no reason to undo */
+  h.ops[1][0].status = FSHM_DENIED; /* the second was not taken: no reason to undo */
   end->remaining[1] = 1;
   CHECK_EQ(verdict(&h, 2), NOT_LINEARISABLE);
 
@@ -275,7 +276,7 @@ static history_t a_token_lease(void) {
   return h;
 }
 
-/* A change to another period, for which there was a sweep: only the version tells by which limits was decided. */
+/* A change to another period, for which there was a sweep: only the version says which limits decided. */
 static void test_versions(void) {
   for (uint64_t told = 0; told < 5; told++) {
     history_t h = windows(5, 0);

@@ -65,7 +65,7 @@ static void die(void) {
   for (;;) (void)pause();
 }
 
-/* As if it were stopped: whatever others do, they do it meanwhile. Nobody waits for it, so they come to their ends. */
+/* As if it were stopped: whatever others do, they do it meanwhile. No other process waits for it, so they come to their ends. */
 static void wait_for_others(void) {
   const uint64_t until = atomic_load(&arena->stamp) + arena->waits_for;
   const uint64_t deadline = kernel_clock() + 100 * UINT64_C(1000000);
