@@ -22,14 +22,14 @@ from support.workers import meet
 
 from fast_litellm_shm import ConcurrencyLimiter, PermitTimeoutError, Segment
 from fast_litellm_shm._shared.native import lib
-from fast_litellm_shm.limiters import grantors
+from fast_litellm_shm.limiters.grantors import Permits
 
 
 @pytest.fixture(autouse=True)
 def _only_when_woken() -> Iterator[None]:
-    before, grantors.Permits.wake_ns = grantors.Permits.wake_ns, 3600 * 10**9
+    before, Permits.wake_ns = Permits.wake_ns, 3600 * 10**9
     yield
-    grantors.Permits.wake_ns = before
+    Permits.wake_ns = before
 
 
 def make(segment: Segment, most: int = 1) -> ConcurrencyLimiter:
@@ -73,7 +73,7 @@ def test_a_killed_waiter_holds_up_nobody(segment: Segment) -> None:
 
 def test_a_stopped_waiter_holds_up_nobody_for_more_than_a_look(segment: Segment) -> None:
     """It may be woken first and not move; the next then looks by itself."""
-    grantors.Permits.wake_ns = 10**9
+    Permits.wake_ns = 10**9
     limiter = make(segment)
     with limiter.slot("k"):
         first, second = _forked_waiter(limiter), _forked_waiter(limiter)
@@ -84,7 +84,7 @@ def test_a_stopped_waiter_holds_up_nobody_for_more_than_a_look(segment: Segment)
 
 
 def _take_turns(name: str, turns: int, parties: int, most: int) -> int:
-    grantors.Permits.wake_ns = 3600 * 10**9
+    Permits.wake_ns = 3600 * 10**9
     meet(name, parties)
     limiter = make(Segment(name), most)
     for _ in range(turns):
@@ -147,7 +147,7 @@ def test_one_keys_release_is_not_lost_on_another_keys_waiter(segment: Segment) -
 
 
 def test_a_raised_limit_is_seen_at_the_next_look(segment: Segment) -> None:
-    grantors.Permits.wake_ns = 10**9
+    Permits.wake_ns = 10**9
     limiter = make(segment)
     with limiter.slot("k"):
         pid = _forked_waiter(limiter)
@@ -188,8 +188,8 @@ def test_a_signal_handler_runs_while_it_waits(segment: Segment) -> None:
 def _ring(limiter: ConcurrencyLimiter, times: int) -> None:
     """End the sleep of threads that nobody waits for any more."""
     for _ in range(times):
-        lib.fshm_wakeup_arm(limiter._states.handle, b"k", 1)
-        lib.fshm_wakeup_send(limiter._states.handle, b"k", 1)
+        lib.fshm_bell_arm(limiter._states.handle, b"k", 1)
+        lib.fshm_bell_ring(limiter._states.handle, b"k", 1)
 
 
 def test_asyncio_waiters_get_through_and_the_loop_goes_on(segment: Segment) -> None:

@@ -25,7 +25,7 @@ from fast_litellm_shm import (
 )
 from fast_litellm_shm._shared import greenlets
 from fast_litellm_shm.cluster.single_flight import SingleFlight
-from fast_litellm_shm.limiters import grantors
+from fast_litellm_shm.limiters.grantors import Permits
 from fast_litellm_shm.tokens import encoding
 from support.permits import Span
 from support.workers import meet
@@ -37,7 +37,7 @@ ORIGIN = "http://example.com"
 def patch(hub: str) -> Any:
     """The module gevent or eventlet. Nobody looks by itself once a second here: who goes on was
     woken."""
-    grantors.Permits.wake_ns = 3600 * 10**9
+    Permits.wake_ns = 3600 * 10**9
     library = importlib.import_module(hub)
     if hub == "gevent":
         importlib.import_module("gevent.monkey").patch_all()
