@@ -141,9 +141,7 @@ class Outcome:
     def detail(self) -> str:
         """Of a refusal: which limit it is, and what to do."""
         if self.decision is None and self._error_status == 400:
-            return (
-                "The path may mean several: write it without repeated slashes, dots and the like."
-            )
+            return "The path has several readings: write it without repeated slashes and dots."
         if self.decision is None:
             return "The rate limit cannot be checked at the moment."
         limit, retry = self.decision.limit, self.retry_after

@@ -1,1 +1,0 @@
-"""The httpx transports, against a real upstream."""
