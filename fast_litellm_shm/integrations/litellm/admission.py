@@ -82,7 +82,7 @@ def _cancel(admitted: Sequence[Sequence[Admission]]) -> None:
 
 class Admissions:
     """What a request, or one attempt of it at a deployment, was admitted with. ``release()`` gives
-    the parallel slots back, ``settle()`` books the tokens that were used. Either may come first,
+    the parallel slots back, ``settle()`` charges the tokens that were used. Either may come first,
     more than once, or never. Nothing is given back twice.
 
     admitted: for each subject the admission that carries the charge; then, of a request that makes

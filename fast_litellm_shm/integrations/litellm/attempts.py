@@ -15,7 +15,7 @@ from typing import Any
 
 import litellm
 
-from fast_litellm_shm.integrations.litellm import admission
+from fast_litellm_shm.integrations.litellm import admission, settings
 from fast_litellm_shm.integrations.litellm.admission import Admissions, Denial
 from fast_litellm_shm.integrations.litellm.calls import Attempt, Call
 from fast_litellm_shm.integrations.litellm.subjects import (
@@ -33,11 +33,12 @@ _unchecked: set[str] = set()
 _MOST_UNCHECKED = 4096
 
 
-def keeps_per_minute(chosen: bool | None) -> bool:
-    """Whether rpm and tpm of deployments are limits. chosen: the setting ``deployment_limits``;
-    None: they are where ``optional_pre_call_checks`` has ``enforce_model_rate_limits``. LiteLLM's
-    check then leaves them to the plugin: it counts in each worker, by minutes of the clock, and
-    would deny what the host has room for."""
+def _keeps_per_minute() -> bool:
+    """Whether rpm and tpm of deployments are limits, by the setting ``deployment_limits``; None:
+    where ``optional_pre_call_checks`` has ``enforce_model_rate_limits``. LiteLLM's check then
+    leaves them to the plugin: it counts in each worker, by minutes of the clock, and would deny
+    what the host has room for."""
+    chosen = settings.current().deployment_limits
     check = next(
         (cb for cb in litellm.callbacks if type(cb).__name__ == "ModelRateLimitingCheck"), None
     )
@@ -83,23 +84,19 @@ def note(deployment: Mapping[str, Any], checked: bool) -> None:
         _unchecked.discard(id_of_deployment(deployment))
 
 
-def begin(
-    deployment: Mapping[str, Any], per_minute: bool, call: Call | None
-) -> Attempt | Denial | None:
+def begin(deployment: Mapping[str, Any], call: Call | None) -> Attempt | Denial | None:
     """Admit an attempt; None where the deployment has no limits. call: the request that makes it,
     where that is known. Else the attempt is charged one token until its usage is known: it passes
     while the deployment has any left, as with LiteLLM's own check."""
-    subject = of_deployment(deployment, per_minute)
+    subject = of_deployment(deployment, _keeps_per_minute())
     if subject is None:
         return None
     return _begun(subject, admission.admit([subject], _tokens(subject, call)), call)
 
 
-async def begin_async(
-    deployment: Mapping[str, Any], per_minute: bool, call: Call | None
-) -> Attempt | Denial | None:
+async def begin_async(deployment: Mapping[str, Any], call: Call | None) -> Attempt | Denial | None:
     """:func:`begin`, which never blocks the event loop."""
-    subject = of_deployment(deployment, per_minute)
+    subject = of_deployment(deployment, _keeps_per_minute())
     if subject is None:
         return None
     return _begun(subject, await admission.admit_async([subject], _tokens(subject, call)), call)

@@ -22,6 +22,7 @@ import sys
 import uuid
 from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from litellm.integrations.custom_logger import CustomLogger
@@ -57,8 +58,8 @@ _NOT_OURS = frozenset({"acreate_batch", "create_batch"})  # LiteLLM counts the r
 # The call of a request. False: it was denied, so that its hooks find no other call of its id.
 _call: ContextVar[Call | Literal[False] | None] = ContextVar("fast_litellm_shm_call", default=None)
 # The attempt of a context, until log_pre_api_call() moves it into the kwargs of its log events. A
-# context lives as long as any task or stream that began in it: if it kept the attempt, then one that
-# is cancelled without an event, or a stream that is not read to its end, would keep its slot.
+# context lives as long as any task or stream that began in it. If it kept the attempt, one that is
+# cancelled without an event, or a stream that is not read to its end, would keep its slot.
 _attempt: ContextVar[list[Attempt]] = ContextVar("fast_litellm_shm_attempt")
 _ATTEMPT = "fast_litellm_shm_attempt"  # in the kwargs of log events: streams end in another context
 
@@ -82,7 +83,7 @@ def _group_of(model: str) -> str | None:
 def subjects_of(
     auth: Any, data: Mapping[str, Any], models: Mapping[str, int] | None = None
 ) -> list[Subject]:
-    """The subjects of a request to the proxy. models: those of its calls; None: the one it names."""
+    """The subjects of a request to the proxy. models: those of its calls; None: as it names."""
     found = data.get("model")
     model = found if isinstance(found, str) else None
     if models and models.get(model or "") != 1:
@@ -167,6 +168,17 @@ def _guarded(doing: str, do: Callable[P, T], *args: P.args, **kwargs: P.kwargs) 
         return None
 
 
+def _pass_or_refuse(
+    doing: str, error: Exception, refusal: Callable[[Exception], Exception]
+) -> None:
+    """What could not be checked passes where fail_open is set; else the refusal is raised."""
+    if settings.current().fail_open:
+        failures.report(doing, error, "it passes (fail_open)")
+        return
+    failures.report(doing, error, "it is refused (fail_open is false)")
+    raise refusal(error) from error
+
+
 class SharedLimiter(CustomLogger):  # type: ignore[misc]
     """Keeps LiteLLM's limits over all workers of the host, or of many hosts. One object,
     ``limiter``, is enough."""
@@ -187,12 +199,9 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
         try:
             denial = await self._admit(user_api_key_dict, data, call_type)
         except Exception as error:
-            if chosen.fail_open:
-                replacement.checked.set(False)
-                failures.report("checking a request", error, "it passes (fail_open)")
-                return
-            failures.report("checking a request", error, "it is refused (fail_open is false)")
-            raise responses.unchecked(error) from error
+            _pass_or_refuse("checking a request", error, responses.unchecked)
+            replacement.checked.set(False)
+            return
         if denial is not None:
             raise responses.too_many(denial, data.get("model"))
 
@@ -306,38 +315,30 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
     async def async_pre_call_check(
         self, deployment: dict[str, Any], parent_otel_span: Any = None
     ) -> dict[str, Any] | None:
-        begun: list[Attempt] = []
-        _attempt.set(begun)
+        _attempt.set([])
         call = _call.get() or None
         found: Attempt | Denial | None = None
         try:
             if call is not None and not call.finished:
                 found = await attempts.charge_request(deployment, call, _group_of)
             if found is None:
-                found = await attempts.begin_async(deployment, self._per_minute(), call)
+                found = await attempts.begin_async(deployment, call)
         except Exception as error:
             self._not_checked(deployment, error)
             return deployment
-        return self._begun(deployment, found, begun)
+        return self._begun(deployment, found)
 
     def pre_call_check(self, deployment: dict[str, Any]) -> dict[str, Any] | None:
-        begun: list[Attempt] = []
-        _attempt.set(begun)
+        _attempt.set([])
         try:
-            found = attempts.begin(deployment, self._per_minute(), _call.get() or None)
+            found = attempts.begin(deployment, _call.get() or None)
         except Exception as error:
             self._not_checked(deployment, error)
             return deployment
-        return self._begun(deployment, found, begun)
+        return self._begun(deployment, found)
 
     @staticmethod
-    def _per_minute() -> bool:
-        return attempts.keeps_per_minute(settings.current().deployment_limits)
-
-    @staticmethod
-    def _begun(
-        deployment: dict[str, Any], found: Attempt | Denial | None, begun: list[Attempt]
-    ) -> dict[str, Any]:
+    def _begun(deployment: dict[str, Any], found: Attempt | Denial | None) -> dict[str, Any]:
         attempts.note(deployment, checked=True)
         if found is not None:
             failures.flush()
@@ -345,18 +346,14 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
             model = str((deployment.get("litellm_params") or {}).get("model"))
             raise responses.too_many_for(model, found)
         if found is not None:
-            begun.append(found)
+            _attempt.get().append(found)
         return deployment
 
     @staticmethod
     def _not_checked(deployment: Mapping[str, Any], error: Exception) -> None:
-        if settings.current().fail_open:
-            attempts.note(deployment, checked=False)
-            failures.report("checking an attempt", error, "it is made (fail_open)")
-            return
-        failures.report("checking an attempt", error, "it is refused (fail_open is false)")
         model = str((deployment.get("litellm_params") or {}).get("model"))
-        raise responses.unchecked_for(model, error) from error
+        _pass_or_refuse("checking an attempt", error, partial(responses.unchecked_for, model))
+        attempts.note(deployment, checked=False)
 
     def log_pre_api_call(self, model: Any, messages: Any, kwargs: dict[str, Any]) -> None:
         begun = _attempt.get(None)

@@ -1,4 +1,4 @@
-"""The subjects that a request counts for (its key, user, team, ...), and the limits of each, as read
+"""The subjects that a request counts for (its key, user, team, ...), and the limits of each, read
 from LiteLLM's own objects: ``UserAPIKeyAuth`` and deployments."""
 
 from __future__ import annotations
@@ -63,24 +63,15 @@ def _whole(value: Any, most: int) -> int | None:
     return None if number > most else max(number, 0)
 
 
+@functools.lru_cache(maxsize=1024)  # each request brings the limits of its key and team again
 def limits(rpm: Any = None, tpm: Any = None, max_parallel: Any = None) -> Limits | None:
     """None where nothing is limited. Raises ValueError or TypeError for what is not a number."""
-    if rpm is None and tpm is None and max_parallel is None:
-        return None
-    return _read(rpm, tpm, max_parallel)
-
-
-@functools.lru_cache(maxsize=1024)  # each request brings the limits of its key and team again
-def _read(rpm: Any, tpm: Any, max_parallel: Any) -> Limits | None:
     found = Limits(
         _whole(rpm, _MOST_A_MINUTE),
         _whole(tpm, _MOST_A_MINUTE),
         _whole(max_parallel, _MOST_PARALLEL),
     )
-    return None if found == _UNLIMITED else found
-
-
-_UNLIMITED = Limits()
+    return None if found == Limits() else found
 
 
 def _key_limits(auth: Any) -> Limits | None:
@@ -180,9 +171,7 @@ def of_model(auth: Any, requested: str, group_of: GroupOf = _no_group) -> list[S
     return _merged(found)
 
 
-def of_calls(
-    auth: Any, models: Mapping[str, int], group_of: GroupOf = _no_group
-) -> list[Subject]:
+def of_calls(auth: Any, models: Mapping[str, int], group_of: GroupOf = _no_group) -> list[Subject]:
     """:func:`subjects` of a request that makes several calls. models: how many to each."""
     several = sum(models.values())
     found = [subject._replace(calls=several) for subject in subjects(auth, None)]
@@ -201,10 +190,14 @@ def _merged(found: Iterable[Subject], add_calls: bool = False) -> list[Subject]:
     out: dict[tuple[str, str], Subject] = {}
     for subject in found:
         known = out.get(subject[:2])
-        if known is not None:
-            calls = known.calls + subject.calls if add_calls else subject.calls
-            subject = subject._replace(limits=_least(known.limits, subject.limits), calls=calls)
-        out[subject[:2]] = subject
+        out[subject[:2]] = (
+            subject
+            if known is None
+            else subject._replace(
+                limits=_least(known.limits, subject.limits),
+                calls=known.calls + subject.calls if add_calls else subject.calls,
+            )
+        )
     return list(out.values())
 
 

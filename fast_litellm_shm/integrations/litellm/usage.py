@@ -30,7 +30,7 @@ _mean_outputs: OrderedDict[Hashable, dict[tuple[Any, str], float]] = OrderedDict
 
 class ModelCalls(NamedTuple):
     """The calls that a request makes. models: how many to each. rows: the number of conversations,
-    of a list of them. fastest: the first answer is the request's, and the other calls are dropped."""
+    of a list of them. fastest: the first answer is the request's, the other calls are dropped."""
 
     models: Mapping[str, int]
     rows: int = 1

@@ -2,8 +2,8 @@
 
 The built-in limiter counts in each worker, in windows of its own, and it also counts requests that
 the plugin denies. Kept for the same limits, it would admit less than is configured. So in ``mode:
-hooks`` it keeps only the limits that the plugin does not keep; ``found_for`` (:mod:`..limiter`) tells
-it which those are. In ``mode: native`` it keeps all of them, in the segment, and the plugin none.
+hooks`` it keeps only the limits that the plugin does not keep (:func:`.limiter.found_for`). In
+``mode: native`` it keeps all limits, in the segment, and the plugin keeps none.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fast_litellm_shm.integrations.litellm.subjects import Limits, Subject
 
 FoundFor: TypeAlias = Callable[[Any, Mapping[str, Any]], Sequence[Subject]]
 
-# Each turn of such a connection is limited by the built-in limiter alone: no hook of ours is called.
+# The call type of a turn of such a connection. LiteLLM calls none of our hooks for it.
 _TURN = "_aresponses_websocket"
 # Whether our hook could check the request of this context. Where it could not, the built-in limiter
 # keeps all limits of it, in each worker: so no request is unlimited. (Its hook runs after ours.)
@@ -47,15 +47,9 @@ def without(descriptors: list[Any], ours: Mapping[tuple[str, str], Limits]) -> l
         if kept is None or not limited:
             out.append(descriptor)
             continue
-        left = dict(limited)
-        some = False
-        for theirs, field in _FIELDS:
-            if left.get(theirs) is not None:
-                if getattr(kept, field) is None:
-                    some = True
-                else:
-                    left[theirs] = None
-        if some:
+        taken = {theirs for theirs, field in _FIELDS if getattr(kept, field) is not None}
+        left = {name: None if name in taken else value for name, value in limited.items()}
+        if any(left.get(theirs) is not None for theirs, _ in _FIELDS):
             out.append({**descriptor, "rate_limit": left})
     return out
 
@@ -114,8 +108,8 @@ def _maker(base: Any, found_for: FoundFor) -> Callable[[Any], Any]:
         seconds = getattr(made, "window_size", _MINUTE)
         if seconds != _MINUTE:
             _log.warning(
-                "LITELLM_RATE_LIMIT_WINDOW_SIZE is %s, which only LiteLLM's built-in limiter obeys: "
-                "the plugin limits requests and tokens by %s seconds. With mode native the "
+                "LITELLM_RATE_LIMIT_WINDOW_SIZE is %s, which only LiteLLM's built-in limiter "
+                "obeys: the plugin limits requests and tokens by %s seconds. With mode native the "
                 "variable applies to all limits",
                 seconds,
                 _MINUTE,

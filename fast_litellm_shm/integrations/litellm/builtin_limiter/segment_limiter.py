@@ -26,12 +26,8 @@ from fast_litellm_shm.integrations.litellm.builtin_limiter.store import Handle
 _LIMITER = "litellm.proxy.hooks.parallel_request_limiter_v3"
 _STORE = "litellm.redis.stores.rate_limits"
 _REPLIES = (
-    "WindowCount",
-    "AtomicApplied",
-    "AtomicOverLimit",
-    "GuardedReply",
-    "GaugesAcquired",
-    "GaugeOverLimit",
+    *("WindowCount", "AtomicApplied", "AtomicOverLimit", "GuardedReply"),
+    *("GaugesAcquired", "GaugeOverLimit"),
 )
 _ARGUMENTS = ("internal_usage_cache", "rate_limit_store", "fail_closed_resolver")
 _REFUSED = (

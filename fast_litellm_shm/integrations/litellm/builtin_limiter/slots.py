@@ -1,7 +1,7 @@
 """The requests in flight of LiteLLM's built-in limiter, in the segment.
 
 LiteLLM names the slot of a request by an id, and gives it back by that id in the worker that took
-it. A slot is a permit of that worker's process: when the worker dies, its slots are free at once.
+it. A slot is a permit of that worker's process: when the worker dies, its slots are free.
 """
 
 from __future__ import annotations

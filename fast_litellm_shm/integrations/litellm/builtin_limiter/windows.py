@@ -120,8 +120,8 @@ class Windows:
 
     def add(self, window: OpenWindow, scope: str, kind: str, cost: int) -> int:
         """Count ``cost`` (0 or more) in the window, whatever is counted there. Returns the count
-        after it: each of a thousand that add 1 at once gets another number. Where it would exceed
-        ``MOST`` nothing is added, and it returns what the count would have been."""
+        after it: each of a thousand concurrent increments of 1 gets another number. Where it would
+        exceed ``MOST`` nothing is added, and it returns what the count would have been."""
         return self._of(window.size)[1].add_within(_key(window, scope, kind), cost)
 
     def take(self, scope: str, kind: str, size: int, cost: int, limit: int) -> Taken:

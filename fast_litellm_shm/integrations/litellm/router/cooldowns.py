@@ -18,18 +18,9 @@ from fast_litellm_shm.integrations.litellm.window_counter import WindowCounter
 
 #: What a store must have to be wrapped: litellm.redis.stores.router_cooldowns.RouterCooldowns.
 PROTOCOL = (
-    "attach_redis",
-    "has_redis",
-    "flush_local_counters",
-    "put",
-    "increment_allowed_fails",
-    "async_put",
-    "async_increment_allowed_fails",
-    "active",
-    "active_sync",
-    "minimum",
-    "evict_local",
-    "snapshot",
+    *("attach_redis", "has_redis", "flush_local_counters", "evict_local", "snapshot"),
+    *("put", "async_put", "increment_allowed_fails", "async_increment_allowed_fails"),
+    *("active", "active_sync", "minimum"),
 )
 
 _MOST_FAILS = 2**20 - 1  # so large a window keeps its end to 2 ms

@@ -73,7 +73,8 @@ class Deployments:
         for router, seconds in ((self._router, latency), (self._first_tokens, first_token)):
             if seconds is not None:
                 router.record(deployment_id, max(seconds, 0.0) * 1e3)
-        if first_token is not None and self.hash_of(deployment_id, FIRST_TOKEN) not in self._entry_of:
+        hashed = self.hash_of(deployment_id, FIRST_TOKEN)
+        if first_token is not None and hashed not in self._entry_of:
             self._look_at_all_again = 0.0
 
     def latencies(self, deployment_ids: Sequence[str]) -> list[tuple[float | None, float | None]]:

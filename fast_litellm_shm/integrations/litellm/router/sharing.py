@@ -12,9 +12,9 @@ host:
 - usage-based-routing, usage-based-routing-v2 and ``enforce_model_rate_limits``: tokens and requests
   of the minute, so that limits of a deployment hold for all workers together.
 
-Each worker keeps to itself: the share of failed requests by which LiteLLM cools down without
-``allowed_fails``, usage in cost-based routing, affinities and budgets; and, in latency-based-routing
-and usage-based-routing, what is known of a team's own model names.
+Each worker keeps to itself: the share of failed requests that cools a deployment down without
+``allowed_fails``, usage in cost-based routing, affinities, budgets; and what is known of a team's
+own model names in latency-based-routing and usage-based-routing.
 
 A router that has Redis, or gets it later, is left alone: it shares through Redis, over all hosts.
 """
@@ -38,6 +38,11 @@ from fast_litellm_shm.integrations.litellm.router.cooldowns import PROTOCOL, Sha
 from fast_litellm_shm.integrations.litellm.router.deployments import Deployments
 
 _RETRY_SECONDS = 1.0  # between two attempts, where there is no segment for example
+
+_CALLBACKS = (
+    *("callbacks", "input_callback", "success_callback", "failure_callback"),
+    *("_async_success_callback", "_async_failure_callback"),
+)
 
 _log = logging.getLogger("fast_litellm_shm")
 
@@ -155,9 +160,7 @@ _limited: weakref.WeakSet[Any] = weakref.WeakSet()  # routers
 _added: CustomLogger | None = None  # the limiter, where it was added to litellm.callbacks here
 
 
-def share(
-    router: Any, limiter: CustomLogger, *, limits: bool = True, state: bool = True
-) -> None:
+def share(router: Any, limiter: CustomLogger, *, limits: bool = True, state: bool = True) -> None:
     """:func:`fast_litellm_shm.integrations.litellm.share`, with the CustomLogger that enforces the
     limits."""
     global _added
@@ -177,6 +180,7 @@ def unshare(router: Any) -> None:
     routers.detach(router)
     _limited.discard(router)
     if _added is not None and not _limited:
-        litellm.logging_callback_manager.drop_callbacks([_added])
+        for name in _CALLBACKS:  # LiteLLM copies a callback to the other lists
+            setattr(litellm, name, [each for each in getattr(litellm, name) if each is not _added])
         _added = None
         attempts.restore_check()
