@@ -111,7 +111,7 @@ def run(settings: Settings) -> Result:
         from fast_litellm_shm.integrations.litellm.builtin_limiter import replacement
         from fast_litellm_shm.integrations.litellm.limiter import found_for
 
-        theirs = replacement._quieter(Theirs, found_for)()
+        theirs = replacement._reduced(Theirs, found_for)()
         litellm.fast_litellm_shm = {"deployment_limits": True}
         hooks = {
             name: getattr(custom_logger.CustomLogger, name)

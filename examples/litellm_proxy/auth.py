@@ -1,4 +1,4 @@
-"""Keys and their limits, where a deployment of yours would have LiteLLM's database."""
+"""Keys of clients and their limits. A deployment of yours has LiteLLM's database instead."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KEYS: dict[str, dict[str, Any]] = {
 
 
 async def user_api_key_auth(request: object, api_key: str) -> UserAPIKeyAuth:
-    """What LiteLLM asks for each request: ``general_settings.custom_auth``."""
+    """LiteLLM calls this for each request: ``general_settings.custom_auth``."""
     if api_key not in KEYS:
-        raise ValueError(f"there is no key {api_key[:6]}...")
+        raise ValueError(f"unknown key {api_key[:6]}...; the keys are in auth.py")
     return UserAPIKeyAuth(api_key=api_key, **KEYS[api_key])

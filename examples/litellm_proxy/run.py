@@ -1,7 +1,8 @@
 """make demo-litellm: LiteLLM's real proxy with four workers, without the plugin and with it.
 
-Every answer is a mock and nothing leaves this machine. Exits with status 1 where the proxy with the
-plugin admits another number than is configured.
+Every answer is a mock, and nothing leaves this machine. Each proxy gets a new random
+LITELLM_MASTER_KEY, since LiteLLM does not start without one. Exits with status 1 where the proxy
+with the plugin admits another number than is configured.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ console = Console(highlight=False)
 
 
 class Case(NamedTuple):
-    """requests to a model with a key, so many at a time, started so many seconds apart. per_answer:
-    what one answer counts."""
+    """requests: to the model, with the key; at_once of them at a time, begun ``apart`` seconds
+    apart. per_answer: what one answer counts."""
 
     what: str
     configured: int
@@ -58,7 +59,7 @@ CASES = (
 
 
 class ProxyError(Exception):
-    """It did not start, or answered something else than 200 and 429."""
+    """The proxy did not start, or answered with a status other than 200 and 429."""
 
 
 def ask(url: str, key: str, model: str) -> int:
@@ -69,7 +70,7 @@ def ask(url: str, key: str, model: str) -> int:
         json={"model": model, "messages": [{"role": "user", "content": "hi"}]},
         timeout=60,
         trust_env=False,
-        verify=False,  # it is plain HTTP: reading the authorities takes longer than the request
+        verify=False,  # plain HTTP: reading the authorities takes longer than the request
     ).status_code
 
 
@@ -142,12 +143,12 @@ def _until_started(process: subprocess.Popen[bytes], url: str, log: Path) -> Non
             if log.read_text(errors="replace").count("Application startup complete") >= WORKERS:
                 return
         time.sleep(0.2)
-    raise ProxyError(f"it did not start within {STARTS_WITHIN:.0f} s:\n{log.read_text()[-3000:]}")
+    raise ProxyError(f"no start within {STARTS_WITHIN:.0f} s:\n{log.read_text()[-3000:]}")
 
 
 def run(segment: str, plugin: bool) -> list[int]:
     console.print(
-        f"starting LiteLLM's proxy with {WORKERS} workers, "
+        f"starting LiteLLM's proxy with {WORKERS} workers and a random LITELLM_MASTER_KEY, "
         f"{'with' if plugin else 'without'} the plugin (10 to 40 s)"
     )
     with proxy(segment, plugin) as url:
@@ -183,7 +184,7 @@ def main() -> int:
         console.print("interrupted; the proxy is stopped and the segment removed")
         return 130
     finally:
-        with contextlib.suppress(SegmentNotFoundError):  # the proxy failed before it made it
+        with contextlib.suppress(SegmentNotFoundError):  # the proxy failed before
             Segment(segment, create=False).remove()
 
 

@@ -96,9 +96,9 @@ def test_windows_of_litellms_own_limiter(segment: Segment) -> None:
 
 def test_state_of_litellms_routers(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("litellm")
-    from fast_litellm_shm.integrations.litellm.router.deployments import Statistics
+    from fast_litellm_shm.integrations.litellm.router.deployments import Deployments
 
     monkeypatch.setenv("FAST_LITELLM_SHM_NAME", segment.name)
-    statistics = Statistics()
-    statistics.cool("deployment", 30)
-    assert Statistics().cooling()
+    deployments = Deployments()
+    deployments.cool("deployment", 30)
+    assert Deployments().cooling()

@@ -188,8 +188,8 @@ def test_a_signal_handler_runs_while_it_waits(segment: Segment) -> None:
 def _ring(limiter: ConcurrencyLimiter, times: int) -> None:
     """End the sleep of threads that nobody waits for any more."""
     for _ in range(times):
-        lib.fshm_bell_arm(limiter._states.handle, b"k", 1)
-        lib.fshm_bell_ring(limiter._states.handle, b"k", 1)
+        lib.fshm_wakeup_arm(limiter._states.handle, b"k", 1)
+        lib.fshm_wakeup_send(limiter._states.handle, b"k", 1)
 
 
 def test_asyncio_waiters_get_through_and_the_loop_goes_on(segment: Segment) -> None:

@@ -1,4 +1,4 @@
-"""``mode: native``: LiteLLM's own limiter over the segment, driven directly, without a proxy."""
+"""``mode: native``: LiteLLM's built-in limiter over the segment, called without a proxy."""
 
 from __future__ import annotations
 
@@ -20,10 +20,7 @@ from support.waiting import wait_until
 from support.workers import meet
 
 from fast_litellm_shm import Segment, exceptions, health_check
-from fast_litellm_shm.integrations.litellm import (
-    failures,
-    settings,
-)
+from fast_litellm_shm.integrations.litellm import failures, settings
 from fast_litellm_shm.integrations.litellm.builtin_limiter import segment_limiter, slots, windows
 
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
@@ -262,7 +259,7 @@ def test_what_comes_back_late_is_not_taken_from_the_next_window(
         assert shared is not None
         scope = f"{{api_key:{KEY}}}"
         wait_until("the window is over", lambda: shared.windows.opened(scope, 1) is None)
-        assert shared.windows.take(scope, "tokens", 1, 500, 1000).allowed  # somebody else's
+        assert shared.windows.take(scope, "tokens", 1, 500, 1000).allowed  # another request's
 
     async def one() -> Any:
         await call(limiter, key, 30, roll_over)
@@ -371,7 +368,7 @@ def test_slots_by_the_store() -> None:
     asyncio.run(body())
 
 
-def test_a_script_that_nobody_awaits_counts_nothing() -> None:
+def test_a_script_that_is_not_awaited_counts_nothing() -> None:
     async def body() -> None:
         rates = store()
         rates.sliding_window([counter()], 0, 60, batch=NONE)
@@ -486,7 +483,7 @@ def test_a_full_segment(fail_open: bool, monkeypatch: pytest.MonkeyPatch) -> Non
             assert "fail_open is false" in refused.value.detail["error"]
 
 
-def test_every_request_that_could_not_be_judged_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_request_that_could_not_be_checked_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     limiter, key = make(), auth(rpm_limit=2)
     Segment.default()
     monkeypatch.setattr(limiter.shared_memory, "_retry_at", time.monotonic() + PATIENCE)
@@ -499,9 +496,7 @@ def test_every_request_that_could_not_be_judged_is_counted(monkeypatch: pytest.M
 
 
 def sentence(hooks: dict[str, Any] | None = None) -> str:
-    before = (
-        {segment_limiter.HOOK: v3.PROXY_MaxParallelRequestsHandler_v3} if hooks is None else hooks
-    )
+    before = TABLE if hooks is None else hooks
     given = dict(before)
     found = segment_limiter.install(given)
     assert given == before, "the table was changed"
@@ -518,7 +513,7 @@ def test_it_can_be_installed_twice() -> None:
 
 def test_it_says_that_it_counts_on_one_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAST_LITELLM_SHM_CLUSTER", "redis://127.0.0.1:1")
-    said = r"own limiter \(mode native\) counts on this host alone"
+    said = r"built-in limiter \(mode native\) counts on this host alone"
     with pytest.warns(RuntimeWarning, match=said):
         assert segment_limiter.install(dict(TABLE)) is None
 
@@ -540,9 +535,7 @@ def test_a_limiter_that_takes_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_litellm_without_the_limiter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        segment_limiter, "_LIMITER", "litellm.proxy.hooks.parallel_request_limiter_v9"
-    )
+    monkeypatch.setattr(segment_limiter, "_LIMITER", "litellm.proxy.hooks.no_such_limiter")
     assert "no limiter with a store of its own" in sentence()
 
 
@@ -555,7 +548,7 @@ def test_a_store_that_asks_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
         decay = method
 
     monkeypatch.setattr(module, "RateLimitsHandle", More)
-    assert "asks for decay()" in sentence()
+    assert "needs decay()" in sentence()
 
     class Other(module.RateLimitsHandle):  # type: ignore[misc, name-defined]
         sliding_window = method

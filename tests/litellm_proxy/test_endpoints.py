@@ -1,5 +1,5 @@
 """Each endpoint of LiteLLM's real proxy that calls a model: whose requests are limited, and which
-tokens are told. The table of docs/litellm.md says the same."""
+tokens the answer reports. The table of docs/litellm.md says the same."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ TOKENS = 30  # of each answer
 
 
 class Endpoint(NamedTuple):
-    """limited: its requests count. tokens: which are booked for an answer; None: 30, as told."""
+    """limited: its requests count. tokens: those booked for an answer; None: the 30 it reports."""
 
     path: str
     body: dict[str, Any] | None  # None: GET
@@ -249,8 +249,8 @@ def test_tokens_of_a_realtime_session(served: Proxy) -> None:
 
 
 def test_what_one_key_has_sent_tells_another_nothing(served: Proxy) -> None:
-    """LiteLLM counts the tokens of a stream, where nobody tells them. How long that takes must not
-    tell one client what another has sent: each text is remembered for its key alone."""
+    """LiteLLM counts the tokens of a stream where the provider reports none. How long that takes
+    must not show one client what another has sent: each text is remembered for its key alone."""
 
     def remembered(key: str) -> int:
         """How many texts are new in the memo."""

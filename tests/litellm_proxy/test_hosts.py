@@ -98,7 +98,7 @@ def test_requests_of_a_key(hosts: list[Proxy]) -> None:
 
 
 def test_tokens_of_a_key(hosts: list[Proxy]) -> None:
-    """A mock answer has 30, and these requests are guessed at 30: a limit of 600 is 20 of them."""
+    """A mock answer has 30, as the estimate of these requests: a limit of 600 is 20 of them."""
     admits_exactly(hosts, 20, "sk-2-tpm=600-parallel=50", max_tokens=22)
 
 
@@ -112,7 +112,7 @@ def test_requests_of_a_deployment(hosts: list[Proxy]) -> None:
 
 
 def test_tokens_that_were_not_used_are_the_hosts_again(hosts: list[Proxy]) -> None:
-    """Each is guessed at 1,000 and uses 30: more than three pass."""
+    """Each is estimated at 1,000 tokens and uses 30: more than three pass."""
     key, found = "sk-5-tpm=3000", Counter[int]()
 
     def ask() -> int:

@@ -75,7 +75,7 @@ def test_the_routers_state_is_shared(served: Proxy) -> None:
     assert "offers no way" not in log
 
 
-def test_it_is_litellms_own_limiter_that_answers(served: Proxy) -> None:
+def test_it_is_the_built_in_limiter_that_answers(served: Proxy) -> None:
     answer = served.ask("sk-5-rpm=10")
     assert answer.headers["x-ratelimit-api_key-remaining-requests"] == "9"
     assert "x-ratelimit-remaining-requests" not in answer.headers

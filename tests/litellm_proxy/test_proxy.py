@@ -226,7 +226,7 @@ def test_clients_that_choose_the_same_call_id(served: Proxy) -> None:
 
 
 def test_a_stranger_that_knows_a_call_id(served: Proxy) -> None:
-    """A request that is refused before it is judged gives nobody's slots back."""
+    """A request that is refused before it is checked gives back no other request's slots."""
     key = key_of("parallel=1")
     text, headers = f"hello: {key}", {"x-litellm-call-id": key}
     with held(text) as gate, _stream(served, key, "upstream", text, headers) as answer:
@@ -391,7 +391,7 @@ def test_a_worker_that_is_killed(served: Proxy) -> None:
         os.kill(pid, signal.SIGKILL)
     for pid in owners:
         wait_until_dead(pid)
-    assert comes_true(lambda: permits(served) == 0, 1.0), "somebody holds them"
+    assert comes_true(lambda: permits(served) == 0, 1.0), "slots of dead workers are still held"
     for holder in holders:
         holder.join()
     assert len(failed) == 3

@@ -84,7 +84,7 @@ def test_long_answers_of_one_key_are_not_expected_of_another(served: Proxy) -> N
 
 
 def test_a_key_that_has_long_answers_still_begins_several(served: Proxy) -> None:
-    """A guess is at most a quarter of the limit."""
+    """An estimated output is at most a quarter of the limit."""
     key = key_of("tpm=300000")
     answer = served.ask(key, model="upstream", messages=says(f"long: {key}"))
     assert answer.status_code == 200
@@ -92,7 +92,7 @@ def test_a_key_that_has_long_answers_still_begins_several(served: Proxy) -> None
     assert statuses(served.ask_many(2, key, at_once=2, model="upstream", messages=slow)) == {200: 2}
 
 
-# what is told of a request ------------------------------------------------------------------------
+# usage of a request ------------------------------------------------------------------------------
 
 
 def test_a_stream_that_asks_not_to_be_logged(served: Proxy) -> None:
@@ -109,8 +109,8 @@ def test_a_stream_that_asks_not_to_be_logged(served: Proxy) -> None:
 
 
 def test_a_number_of_choices_beyond_any(served: Proxy) -> None:
-    """It is guessed from what was learnt, which is a float: beyond any, the guess failed, and what
-    could not be judged passed."""
+    """The estimate multiplies it by a float. Beyond any float that failed, and a request that could
+    not be checked passed."""
     key = key_of("rpm=2-tpm=100000")
     text = f"hello: {key}"
     for _ in range(8):  # either worker learns
@@ -246,7 +246,7 @@ def test_a_model_that_a_request_falls_back_to_has_its_limit(served: Proxy) -> No
 
 
 def test_choices_are_tokens(served: Proxy) -> None:
-    """``n`` is one request; its tokens are guessed for each choice, and booked as they are told."""
+    """``n`` is one request. Its estimate is for each choice; then the reported usage counts."""
     key = key_of("tpm=1000-rpm=10")
     assert served.ask(key, model="upstream", n=4, max_tokens=400).status_code == 200
     assert left(served, key, "tokens") == 1000 - 30 - 30
@@ -262,4 +262,4 @@ def test_sets_of_limits_do_not_run_out(served: Proxy) -> None:
         assert served.ask(key_of(f"rpm={n}-tpm={10**6 + n}")).status_code == 200
     key = key_of("rpm=7")
     assert statuses(served.ask_many(20, key)) == {200: 7, 429: 13}
-    assert "judging a request failed" not in served.log()
+    assert "checking a request failed" not in served.log()

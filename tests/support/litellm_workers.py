@@ -21,6 +21,14 @@ from litellm.router import Router
 
 from support.children import PATIENCE
 
+CALLBACKS = (  # LiteLLM's lists of them
+    "callbacks",
+    "input_callback",
+    "success_callback",
+    "failure_callback",
+    "_async_success_callback",
+    "_async_failure_callback",
+)
 GROUP = "group"
 MESSAGES = [{"role": "user", "content": "x"}]
 TOKENS = 7

@@ -1,15 +1,15 @@
-"""LiteLLM on many workers without Redis: one line of its configuration makes every limit what it
-says, over all workers of the host::
+"""The LiteLLM plugin: LiteLLM's limits hold over all workers of a host, without Redis::
 
     litellm_settings:
       callbacks: fast_litellm_shm.integrations.litellm.limiter
 
-Limits of keys, users, teams, team members, end users, organizations and of their models (requests
-and tokens a minute, and parallel requests of a key), as LiteLLM's own settings give them, and of
-deployments. With FAST_LITELLM_SHM_CLUSTER, over all hosts. What else can be set:
+This covers the limits in LiteLLM's own settings: requests and tokens a minute, and parallel
+requests, of keys, users, teams, team members, end users, organizations, of their models, and of
+deployments. With FAST_LITELLM_SHM_CLUSTER, they hold over all hosts. Other settings:
 :mod:`fast_litellm_shm.integrations.litellm.settings`. For operators: docs/litellm.md.
 
-Without the proxy, :func:`share` does it for a ``litellm.Router`` in workers of any app.
+Without the proxy, :func:`share` does the same for a ``litellm.Router`` in the workers of any
+application.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ __all__ = ["SharedLimiter", "limiter", "share", "unshare"]
 
 
 def share(router: Any, *, limits: bool = True, state: bool = True) -> None:
-    """Have a ``litellm.Router`` share what it counts with those of other workers of the host.
+    """Have a ``litellm.Router`` share what it counts with other workers of the host.
 
-    limits: ``max_parallel_requests`` of its deployments hold for all workers together; so do
-    ``rpm`` and ``tpm``, where the router has ``optional_pre_call_checks=
-    ["enforce_model_rate_limits"]`` or ``litellm.fast_litellm_shm = {"deployment_limits": True}`` is
-    set. state: it picks deployments by what all workers know: cooldowns, requests in flight,
-    latencies and usage (:mod:`.router.sharing` has the details).
+    limits: ``max_parallel_requests`` of its deployments hold for all workers together. So do
+    ``rpm`` and ``tpm``, if the router has ``optional_pre_call_checks=
+    ["enforce_model_rate_limits"]``, or ``litellm.fast_litellm_shm = {"deployment_limits": True}``
+    is set. state: it picks deployments by what all workers know: cooldowns, requests in flight,
+    latencies and usage (details: :mod:`.router.sharing`).
 
-    Call it in each worker, or before they fork; again is harmless. Needs no segment yet, and never
-    raises: what cannot be shared is told in the log, and stays with each worker.
+    Call it in each worker, or before they fork; a second call is harmless. It needs no segment yet,
+    and never raises: what cannot be shared is logged, and each worker keeps it to itself.
     """
     sharing.share(router, limiter, limits=limits, state=state)
 

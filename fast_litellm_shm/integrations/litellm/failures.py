@@ -1,8 +1,8 @@
-"""What happens where a request cannot be judged: no segment, a full one, or a fault of ours.
+"""Requests whose limits could not be checked: no segment, a full one, or a fault of the plugin.
 
-Each such request is counted for the host (``get_performance_stats("litellm_plugin")``, and
-``health_check()["litellm"]``; while there is no segment, in the worker), and told in the log once a
-minute.
+Each is counted for the host (``get_performance_stats("litellm_plugin")`` and
+``health_check()["litellm"]``), and logged at most once a minute. While there is no segment, the
+worker keeps the count, and :func:`flush` adds it to the segment later.
 """
 
 from __future__ import annotations
@@ -16,36 +16,37 @@ from fast_litellm_shm._shared import performance
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.metrics.health import PLUGIN
 
-OPERATION = "could_not_judge"
-_QUIET_SECONDS = 60.0
+OPERATION = "could_not_judge"  # a key of health_check()'s JSON
+_LOG_SECONDS = 60.0
 
-_told = -_QUIET_SECONDS
-_untold = 0
+_logged_at = -_LOG_SECONDS
+_not_logged = 0
 
 
-def failed(doing: str, error: BaseException, consequence: str) -> None:
-    """Count it and log it. doing: "judging a request", say. consequence: what becomes of it."""
-    global _told, _untold
+def report(doing: str, error: BaseException, consequence: str) -> None:
+    """Count a failure and log it. doing: "checking a request", for example. consequence: what
+    happens to the request now."""
+    global _logged_at, _not_logged
     performance.record_failure(PLUGIN, OPERATION)
     now = time.monotonic()
-    if now - _told < _QUIET_SECONDS:
-        _untold += 1
+    if now - _logged_at < _LOG_SECONDS:
+        _not_logged += 1
         return
-    since = f" ({_untold} more like it in the last minutes)" if _untold else ""
-    _told, _untold = now, 0
+    since = f" ({_not_logged} more like it in the last minutes)" if _not_logged else ""
+    _logged_at, _not_logged = now, 0
     logging.getLogger("fast_litellm_shm").error(
         "%s failed: %s: %s; %s%s", doing, type(error).__name__, error, consequence, since
     )
 
 
-def judged() -> None:
-    """One was judged, by limits that are in the segment: what was kept for it is counted there."""
+def flush() -> None:
+    """The segment is reachable: add the failures that this worker has kept."""
     if performance.kept(PLUGIN):
-        with contextlib.suppress(exceptions.FastShmError, OSError):  # it may have gone again
+        with contextlib.suppress(exceptions.FastShmError, OSError):  # it may be gone again
             performance.count_kept(Segment.default())
 
 
 def forget() -> None:
     """For tests: the next failure is logged again."""
-    global _told, _untold
-    _told, _untold = -_QUIET_SECONDS, 0
+    global _logged_at, _not_logged
+    _logged_at, _not_logged = -_LOG_SECONDS, 0

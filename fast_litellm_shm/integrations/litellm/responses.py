@@ -1,5 +1,5 @@
-"""What clients are told, in LiteLLM's own form: the 429 and its headers, what is left, and the 503
-where nothing could be judged."""
+"""What clients receive, in LiteLLM's own form: the 429 of a denial and its headers, the headers of
+an answer, and the 503 where nothing could be checked."""
 
 from __future__ import annotations
 
@@ -11,25 +11,24 @@ from typing import Any
 import httpx
 import litellm
 
-from fast_litellm_shm.integrations.litellm.calls import Denial
+from fast_litellm_shm.integrations.litellm.admission import NAMES, Denial
 from fast_litellm_shm.integrations.litellm.subjects import Subject
 
-_NAMES = {"rpm": "requests", "tpm": "tokens", "max_parallel": "max_parallel_requests"}
 
-
-@functools.cache  # nine kinds, of three each
+@functools.cache  # ten kinds, of three each
 def _headers_of_kind(kind: str, what: str) -> tuple[str, str]:
     return f"x-ratelimit-{kind}-remaining-{what}", f"x-ratelimit-{kind}-limit-{what}"
 
 
 def headers_of(remaining: Iterable[tuple[Subject, dict[str, int]]]) -> dict[str, str]:
-    """``x-ratelimit-remaining-requests`` and ``-tokens``, of whoever has least left, their limits,
-    and the same of each (``x-ratelimit-api_key-remaining-requests``, as LiteLLM names them)."""
+    """For each subject ``x-ratelimit-api_key-remaining-requests``, ``-tokens`` and the limits, as
+    LiteLLM names them; and ``x-ratelimit-remaining-requests`` and so on, of the subject that has
+    least left."""
     out: dict[str, str] = {}
     least: dict[str, tuple[int, int]] = {}
     for subject, left in remaining:
         for name, n in left.items():
-            limit, what = getattr(subject.limits, name), _NAMES[name]
+            limit, what = getattr(subject.limits, name), NAMES[name]
             of_rest, of_limit = _headers_of_kind(subject.kind, what)
             out[of_rest], out[of_limit] = str(n), str(limit)
             if what not in least or n < least[what][0]:
@@ -40,24 +39,22 @@ def headers_of(remaining: Iterable[tuple[Subject, dict[str, int]]]) -> dict[str,
     return out
 
 
-def _headers(denial: Denial, resets: str) -> dict[str, str]:
-    left = {name: denial.remaining for name, what in _NAMES.items() if what == denial.type}
-    return {
+def _message(denial: Denial) -> tuple[str, dict[str, str]]:
+    """Text and headers."""
+    then = time.gmtime(time.time() + denial.retry_after)
+    resets = time.strftime("%Y-%m-%d %H:%M:%S UTC", then)
+    left = {name: denial.remaining for name, what in NAMES.items() if what == denial.type}
+    headers = {
         "retry-after": str(denial.retry_after),
         "rate_limit_type": denial.type,
         "reset_at": resets,
         **headers_of([(denial.subject, left)]),
     }
-
-
-def _told(denial: Denial) -> tuple[str, dict[str, str]]:
-    then = time.gmtime(time.time() + denial.retry_after)
-    resets = time.strftime("%Y-%m-%d %H:%M:%S UTC", then)
     return (
         f"Rate limit exceeded for {denial.subject.kind}: {denial.subject.value}. "
         f"Limit type: {denial.type}. Current limit: {denial.limit}, "
         f"Remaining: {denial.remaining}. Limit resets at: {resets}"
-    ), _headers(denial, resets)
+    ), headers
 
 
 def _rate_limit_error(detail: str, headers: dict[str, str], model: str, **more: Any) -> Exception:
@@ -74,7 +71,7 @@ def _rate_limit_error(detail: str, headers: dict[str, str], model: str, **more: 
 
 def too_many(denial: Denial, model: str | None) -> Exception:
     """The 429 of a request to the proxy."""
-    detail, headers = _told(denial)
+    detail, headers = _message(denial)
     try:
         from litellm.proxy.common_utils import proxy_rate_limit_error as theirs
     except ImportError:  # a release that has none, or no proxy
@@ -90,15 +87,15 @@ def too_many(denial: Denial, model: str | None) -> Exception:
 
 
 def too_many_for(model: str, denial: Denial) -> Exception:
-    """The 429 of one attempt at a deployment. Not tried again where it is over its minute, as with
-    LiteLLM's own check; another deployment may have a free slot."""
-    detail, headers = _told(denial)
+    """The 429 of one attempt at a deployment. LiteLLM does not try again where the minute is used
+    up, as with its own check; where slots are used up, another deployment may have a free one."""
+    detail, headers = _message(denial)
     more: dict[str, Any] = {} if denial.type == "max_parallel_requests" else {"num_retries": 0}
     return _rate_limit_error(f"Model rate limit exceeded. {detail}", headers, model, **more)
 
 
-def not_judged(error: BaseException) -> Exception:
-    """The 503 where ``fail_open`` is false."""
+def unchecked(error: BaseException) -> Exception:
+    """The 503 of a request to the proxy, where ``fail_open`` is false."""
     from fastapi import HTTPException
 
     found: Exception = HTTPException(
@@ -110,8 +107,8 @@ def not_judged(error: BaseException) -> Exception:
     return found
 
 
-def refused(error: BaseException, model: str) -> Exception:
-    """The same for an attempt at a deployment."""
+def unchecked_for(model: str, error: BaseException) -> Exception:
+    """The 503 of one attempt at a deployment, where ``fail_open`` is false."""
     found: Exception = litellm.ServiceUnavailableError(
         message=f"the limits of this deployment could not be checked ({type(error).__name__})",
         llm_provider="",

@@ -1,33 +1,34 @@
-"""Whom a request counts for, and what each of them may: LiteLLM's own settings, read from its own
-objects (``UserAPIKeyAuth``, deployments)."""
+"""The subjects that a request counts for (its key, user, team, ...), and the limits of each, read
+from LiteLLM's own objects: ``UserAPIKeyAuth`` and deployments."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+GroupOf: TypeAlias = Callable[[str], "str | None"]  # a model's name -> what it is an alias of
 
 
 def _itself(model: str) -> tuple[str, ...]:
     return (model,)
 
 
-# A model, and what a "-latest" of LiteLLM's price table stands for.
-_meant: Callable[[str], tuple[str, ...]] = _itself
-with contextlib.suppress(ImportError):  # by a release that has none
+# A model, and the model that a "-latest" name of LiteLLM's price table stands for.
+_expand_latest: Callable[[str], tuple[str, ...]] = _itself
+with contextlib.suppress(ImportError):  # a release of LiteLLM that has no such names
     from litellm.litellm_core_utils import model_latest_aliases
 
-    _meant = model_latest_aliases.expand_model_latest_alias
+    _expand_latest = model_latest_aliases.expand_model_latest_alias
 
-# Beyond these a limit cannot be reached within a minute, or by one host: people write them for
-# "unlimited".
+# A larger number means "unlimited": one host reaches none of these.
 _MOST_A_MINUTE = 2**31 - 1
 _MOST_PARALLEL = 100_000
 
 
 class Limits(NamedTuple):
-    """Requests and tokens a minute, and calls in parallel; None: no limit, 0: nothing is
+    """Requests and tokens a minute, and calls in parallel. None: no limit; 0: nothing is
     admitted."""
 
     rpm: int | None = None
@@ -35,8 +36,8 @@ class Limits(NamedTuple):
     max_parallel: int | None = None
 
     @property
-    def nothing(self) -> str | None:
-        """The name of a limit of 0."""
+    def zero(self) -> str | None:
+        """The name of the first limit of 0; None where there is none."""
         if 0 not in self:
             return None
         return next((name for name in self._fields if getattr(self, name) == 0), None)
@@ -45,8 +46,8 @@ class Limits(NamedTuple):
 class Subject(NamedTuple):
     """kind: LiteLLM's name of it, as in its headers: ``api_key``, ``user``, ``team``,
     ``team_member``, ``end_user``, ``organization``, ``model_per_key``, ``model_per_team``,
-    ``model_per_organization``. value: which one. calls: how many calls of the request count for
-    it."""
+    ``model_per_organization``; or ``deployment``. value: its id. calls: how many calls of the
+    request count for it."""
 
     kind: str
     value: str
@@ -55,36 +56,27 @@ class Subject(NamedTuple):
 
 
 def _whole(value: Any, most: int) -> int | None:
-    """A limit as it may be written: a number, or a number as text. None where it is none."""
+    """A limit, which may be written as text. None: unlimited."""
     if value is None:
         return None
     number = int(value)
     return None if number > most else max(number, 0)
 
 
+@functools.lru_cache(maxsize=1024)  # each request brings the limits of its key and team again
 def limits(rpm: Any = None, tpm: Any = None, max_parallel: Any = None) -> Limits | None:
-    """None where nothing is limited. Raises ValueError or TypeError for what is no number."""
-    if rpm is None and tpm is None and max_parallel is None:
-        return None
-    return _read(rpm, tpm, max_parallel)
-
-
-@functools.lru_cache(maxsize=1024)  # each request brings those of its key and team again
-def _read(rpm: Any, tpm: Any, max_parallel: Any) -> Limits | None:
+    """None where nothing is limited. Raises ValueError or TypeError for what is not a number."""
     found = Limits(
         _whole(rpm, _MOST_A_MINUTE),
         _whole(tpm, _MOST_A_MINUTE),
         _whole(max_parallel, _MOST_PARALLEL),
     )
-    return None if found == _UNLIMITED else found
-
-
-_UNLIMITED = Limits()
+    return None if found == Limits() else found
 
 
 def _key_limits(auth: Any) -> Limits | None:
-    """Of the key itself, throttled where its budget says so. What is of the type ``dynamic`` is
-    left to LiteLLM, which lets such a key exceed it while the model has no failures."""
+    """Of the key itself, reduced where its budget throttles it. A limit of the type ``dynamic`` is
+    left to LiteLLM, which lets the key exceed it while the model has no failures."""
     rpm, tpm = auth.rpm_limit, auth.tpm_limit
     share = getattr(auth, "budget_throttle_pct", None)
     if share is not None:
@@ -97,11 +89,9 @@ def _key_limits(auth: Any) -> Limits | None:
     )
 
 
-def _of_model(names: tuple[str, str], *sources: Any) -> list[Any]:
-    """Of each source (a dict by model), what it says of the requested name, else of its group."""
-    return [
-        None if not source else source.get(names[0], source.get(names[1])) for source in sources
-    ]
+def _of_name(names: tuple[str, str], source: Any) -> Any:
+    """What a dict by model says of the requested name, else of its group."""
+    return None if not source else source.get(names[0], source.get(names[1]))
 
 
 def _budgeted(auth: Any, field: str) -> dict[str, Any]:
@@ -116,26 +106,23 @@ def _budgeted(auth: Any, field: str) -> dict[str, Any]:
 def _models(
     auth: Any, key: Any, team: Any, organization: Any, names: tuple[str, str]
 ) -> Iterator[tuple[str, Any, Limits | None]]:
-    """Limits of a model, of a key (else of its team) and of its organization, by their metadata.
-    names: as it is requested, and its group."""
-    of_key, of_team = [], []
+    """The limits of a model, for a key (else for its team) and for its organization, from the
+    metadata of each. names: the requested name, and its group."""
+    of_key, of_team, of_organization = [], [], []
     for field in ("model_rpm_limit", "model_tpm_limit"):
-        own = key.get(field) or _budgeted(auth, field.removeprefix("model_"))
-        (mine,) = _of_model(names, own)
-        (theirs,) = _of_model(names, team.get(field))
-        of_key.append(mine)
-        of_team.append(theirs if mine is None else None)
+        own = _of_name(names, key.get(field) or _budgeted(auth, field.removeprefix("model_")))
+        of_key.append(own)
+        of_team.append(_of_name(names, team.get(field)) if own is None else None)
+        of_organization.append(_of_name(names, organization.get(field)))
     yield "model_per_key", auth.api_key, limits(*of_key)
     yield "model_per_team", auth.team_id, limits(*of_team)
-    fields = ("model_rpm_limit", "model_tpm_limit")
-    of_organization = _of_model(names, *(organization.get(field) for field in fields))
     yield "model_per_organization", getattr(auth, "org_id", None), limits(*of_organization)
 
 
-# Kinds of subjects besides the key, and their fields: which one, requests and tokens a minute.
+# The kinds of subjects besides the key, and their fields: id, requests and tokens a minute.
 _KINDS = tuple(
-    (kind, who, f"{prefix}_rpm_limit", f"{prefix}_tpm_limit")
-    for kind, who, prefix in (
+    (kind, id_field, f"{prefix}_rpm_limit", f"{prefix}_tpm_limit")
+    for kind, id_field, prefix in (
         ("user", "user_id", "user"),
         ("team", "team_id", "team"),
         ("team_member", "user_id", "team_member"),
@@ -149,75 +136,69 @@ def _no_group(model: str) -> None:
     return None
 
 
-def subjects(
-    auth: Any, requested: str | None, group_of: Callable[[str], str | None] = _no_group
-) -> list[Subject]:
-    """All that a request of this ``UserAPIKeyAuth`` counts for. requested: the model's name in the
-    request. group_of: what a name is an alias of, if it is one; asked where models have limits."""
+def subjects(auth: Any, requested: str | None, group_of: GroupOf = _no_group) -> list[Subject]:
+    """All subjects with limits that a request of this ``UserAPIKeyAuth`` counts for. requested: the
+    model's name in the request. group_of is called only where a model has limits."""
     found = []
     limited = _key_limits(auth)
     if limited is not None and auth.api_key:
         found.append(Subject("api_key", auth.api_key, limited))
-    for kind, which, rpm, tpm in _KINDS:
-        requests, tokens = getattr(auth, rpm, None), getattr(auth, tpm, None)
-        limited = None if requests is None and tokens is None else limits(requests, tokens)
+    for kind, id_field, rpm, tpm in _KINDS:
+        limited = limits(getattr(auth, rpm, None), getattr(auth, tpm, None))
         if limited is None:
             continue
-        who = getattr(auth, which, None)
-        if who:
-            value = f"{auth.team_id}:{who}" if kind == "team_member" else who
+        identity = getattr(auth, id_field, None)
+        if identity:
+            value = f"{auth.team_id}:{identity}" if kind == "team_member" else identity
             found.append(Subject(kind, value, limited))
     return found + of_model(auth, requested, group_of) if requested else found
 
 
-def of_model(
-    auth: Any, requested: str, group_of: Callable[[str], str | None] = _no_group
-) -> list[Subject]:
-    """What a call to this model counts for besides."""
+def of_model(auth: Any, requested: str, group_of: GroupOf = _no_group) -> list[Subject]:
+    """The subjects of a call to this model alone: model_per_key, model_per_team,
+    model_per_organization. "-latest" names count for themselves and for the model that they stand
+    for. Several names of one group: the smallest limits hold, as with LiteLLM."""
     key, team = auth.metadata or {}, auth.team_metadata or {}
     organization = getattr(auth, "organization_metadata", None) or {}
-    if key or team or organization or getattr(auth, "model_max_budget", None):
-        return _of_models(auth, key, team, organization, requested, group_of)
-    return []
+    if not (key or team or organization or getattr(auth, "model_max_budget", None)):
+        return []
+    found: list[Subject] = []
+    for name in _expand_latest(requested):
+        group = group_of(name) or name
+        for kind, identity, limited in _models(auth, key, team, organization, (name, group)):
+            if identity and limited is not None:
+                found.append(Subject(kind, f"{identity}:{group}", limited))
+    return _merged(found)
 
 
-def of_calls(
-    auth: Any, models: Mapping[str, int], group_of: Callable[[str], str | None] = _no_group
-) -> list[Subject]:
-    """subjects() of a request that makes several calls. models: how many to each."""
+def of_calls(auth: Any, models: Mapping[str, int], group_of: GroupOf = _no_group) -> list[Subject]:
+    """:func:`subjects` of a request that makes several calls. models: how many to each."""
     several = sum(models.values())
     found = [subject._replace(calls=several) for subject in subjects(auth, None)]
-    of_models: dict[tuple[str, str], Subject] = {}
-    for model, calls in models.items():
-        for subject in of_model(auth, model, group_of):
-            known = of_models.get(subject[:2])
-            counted = subject._replace(calls=calls)
-            if known is not None:  # two names of one group
-                both = _least(known.limits, subject.limits)
-                counted = subject._replace(calls=calls + known.calls, limits=both)
-            of_models[subject[:2]] = counted
-    return found + list(of_models.values())
+    return found + _merged(
+        (
+            subject._replace(calls=calls)
+            for model, calls in models.items()
+            for subject in of_model(auth, model, group_of)
+        ),
+        add_calls=True,
+    )
 
 
-def _of_models(
-    auth: Any,
-    key: Any,
-    team: Any,
-    organization: Any,
-    requested: str,
-    group_of: Callable[[str], str | None],
-) -> list[Subject]:
-    """Limits of the requested model and of what it stands for; of each group the least, as with
-    LiteLLM."""
-    found: dict[tuple[str, str], Limits] = {}
-    for name in _meant(requested):
-        group = group_of(name) or name
-        for kind, who, limited in _models(auth, key, team, organization, (name, group)):
-            if who and limited is not None:
-                identity = kind, f"{who}:{group}"
-                known = found.get(identity)
-                found[identity] = limited if known is None else _least(known, limited)
-    return [Subject(kind, value, limited) for (kind, value), limited in found.items()]
+def _merged(found: Iterable[Subject], add_calls: bool = False) -> list[Subject]:
+    """Each subject once, with the smallest of its limits."""
+    out: dict[tuple[str, str], Subject] = {}
+    for subject in found:
+        known = out.get(subject[:2])
+        out[subject[:2]] = (
+            subject
+            if known is None
+            else subject._replace(
+                limits=_least(known.limits, subject.limits),
+                calls=known.calls + subject.calls if add_calls else subject.calls,
+            )
+        )
+    return list(out.values())
 
 
 def _least(one: Limits, other: Limits) -> Limits:
@@ -230,20 +211,29 @@ def _least(one: Limits, other: Limits) -> Limits:
 
 
 def _first(deployment: Mapping[str, Any], field: str) -> Any:
-    value = deployment.get(field)
-    if value is None:
-        value = (deployment.get("litellm_params") or {}).get(field)
-    return (deployment.get("model_info") or {}).get(field) if value is None else value
+    for place in (
+        deployment,
+        deployment.get("litellm_params") or {},
+        deployment.get("model_info") or {},
+    ):
+        value = place.get(field)
+        if value is not None:
+            return value
+    return None
 
 
-def of_deployment(deployment: Mapping[str, Any], per_minute: bool) -> tuple[str, Limits] | None:
-    """The id of a deployment and its limits, as LiteLLM looks for them; None where it has none.
-    per_minute: whether its rpm and tpm are to be kept, which LiteLLM else takes for weights."""
-    params = deployment.get("litellm_params") or {}
+def id_of_deployment(deployment: Mapping[str, Any]) -> str:
+    return str((deployment.get("model_info") or {}).get("id"))
+
+
+def of_deployment(deployment: Mapping[str, Any], per_minute: bool) -> Subject | None:
+    """A deployment as a subject; None where it has no limits, or no id. per_minute: whether its rpm
+    and tpm are limits; else they are LiteLLM's weights for routing."""
     found = limits(
         _first(deployment, "rpm") if per_minute else None,
         _first(deployment, "tpm") if per_minute else None,
-        params.get("max_parallel_requests"),
+        (deployment.get("litellm_params") or {}).get("max_parallel_requests"),
     )
-    identity = (deployment.get("model_info") or {}).get("id")
-    return (str(identity), found) if found is not None and identity else None
+    if found is None or not (deployment.get("model_info") or {}).get("id"):
+        return None
+    return Subject("deployment", id_of_deployment(deployment), found)

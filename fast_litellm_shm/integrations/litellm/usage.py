@@ -1,82 +1,75 @@
-"""How many tokens a request will use, guessed before it, and how many it used, read after it."""
+"""The tokens of a request: estimated before its calls, and read from its answers."""
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, NamedTuple
+
+from fast_litellm_shm.integrations.litellm.subjects import Subject
 
 CHARACTERS_PER_TOKEN = 4  # LiteLLM's own estimate, for its own limits
 _TOKENS_OF_OTHER_PARTS = 300  # a picture or a sound, roughly
 _TOKENS_OF_MESSAGE, _TOKENS_OF_REPLY = 4, 3  # besides their text, in OpenAI's chat format
-_MOST_UNKNOWN = 1024
-_MOST_BODY = 2**20  # characters of an answer that is read once more
-_MOST = 2**62  # what a request counts as that cannot be read: all that its limit has
+_UNKNOWN_OUTPUT = 1024
+_MOST_BODY = 2**20  # characters of an answer that is parsed once more
+_MOST = 2**62  # of a request that cannot be read: the whole limit
 _OTHER_TEXTS = ("system", "instructions", "query", "documents")  # besides messages, prompt, input
 _CAPS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
-_CHOICES = frozenset(("n", "best_of", "prompt"))
-_SHARE_OF_NEWEST = 0.2  # in the mean of a model's outputs
-_SHARE_OF_LIMIT = 4  # a guessed output is at most a quarter of the limit
+_WEIGHT_OF_NEWEST = 0.2  # in the mean of a model's outputs
+_PART_OF_LIMIT = 4  # an estimated output is at most a quarter of the limit
 _MOST_LEARNERS, _MOST_MODELS = 4096, 16
-_LONG = 256  # characters: a longer name is not remembered
 
-# Of each key, by model and kind, what an answer had beyond the guessed input: a decaying mean, in
-# this process. What one key's answers are like says nothing of another's. Who learnt least recently
-# is forgotten first, and begins anew.
-_beyond: OrderedDict[Hashable, dict[tuple[Any, str], float]] = OrderedDict()
+# For each key, by model and kind: the mean output of its answers, decaying, in this process. (The
+# output is what an answer used beyond the estimated input.) The answers of one key say nothing of
+# another's. The key that learned least recently is forgotten first.
+_mean_outputs: OrderedDict[Hashable, dict[tuple[Any, str], float]] = OrderedDict()
 
 
-class Made(NamedTuple):
-    """The calls that a request makes. models: how many to each. calls: how many. rows: of a list of
-    conversations, how many. fastest: the first answer of them is the request's, and the others are
-    left."""
+class ModelCalls(NamedTuple):
+    """The calls that a request makes. models: how many to each. rows: the number of conversations,
+    of a list of them. fastest: the first answer is the request's, the other calls are dropped."""
 
     models: Mapping[str, int]
-    calls: int = 1
     rows: int = 1
     fastest: bool = False
 
-
-_ONE = Made({})
-
-
-@functools.lru_cache(maxsize=256)  # each request brings one of a few names
-def _one(model: str) -> Made:
-    return Made({model: 1})
+    @property
+    def total(self) -> int:
+        return max(sum(self.models.values()), 1)
 
 
-def made(data: Mapping[str, Any], call_type: str) -> Made:
-    """LiteLLM takes a chat's ``"model": "a,b"`` for a list, and makes a call to each; of a list of
+_ONE = ModelCalls({})
+
+
+def calls_of(data: Mapping[str, Any], call_type: str) -> ModelCalls:
+    """LiteLLM takes ``"model": "a,b"`` of a chat for a list, and makes a call to each; of a list of
     conversations, a call for each of them too."""
     model = data.get("model")
     if not isinstance(model, str) or not model:
         return _ONE
     if "," not in model or call_type != "acompletion" or "api_key" in data or "api_base" in data:
-        return _one(model) if len(model) <= _LONG else Made({model: 1})
+        return ModelCalls({model: 1})
     models, rows = Counter(each.strip() for each in model.split(",")), data.get("messages")
     if data.get("fastest_response", False):
-        return Made(models, models.total(), 1, True)
+        return ModelCalls(models, 1, True)
     if isinstance(rows, list) and len(rows) > 1 and all(isinstance(row, list) for row in rows):
-        several = {each: n * len(rows) for each, n in models.items()}
-        return Made(several, models.total() * len(rows), len(rows))
-    return Made(models, models.total())
+        return ModelCalls({each: n * len(rows) for each, n in models.items()}, len(rows))
+    return ModelCalls(models)
 
 
 def _characters(value: Any) -> tuple[int, int]:
-    """Of a prompt, messages or input: characters of text, and parts that are none."""
+    """Of a prompt, messages or input: characters of text, and the number of parts without text."""
     if isinstance(value, str):
         return len(value), 0
-    if isinstance(value, int):  # of a prompt that is tokens already
+    if isinstance(value, int):  # a token of a prompt that is a list of tokens
         return CHARACTERS_PER_TOKEN, 0
-    text = others = 0
     if isinstance(value, Mapping):
         found = value.get("content", value.get("text"))
-        if found is None and "type" in value:
-            return 0, 1
-        return _characters(found)
+        return (0, 1) if found is None and "type" in value else _characters(found)
+    text = others = 0
     if isinstance(value, (list, tuple)):
         for part in value:
             more_text, more_others = _characters(part)
@@ -85,72 +78,54 @@ def _characters(value: Any) -> tuple[int, int]:
 
 
 def _input(data: Mapping[str, Any]) -> int:
-    text = others = 0
-    for name in _OTHER_TEXTS:
-        if name in data:
-            more_text, more_others = _characters(data[name])
-            text, others = text + more_text, others + more_others
+    text, others = _characters([data.get(name) for name in _OTHER_TEXTS])
     tools = data.get("tools") or data.get("functions")
     if tools:
         text += len(str(tools))
-    messages = data.get("messages")
+    messages, overhead = data.get("messages"), 0
     if not isinstance(messages, list) or not messages:
-        more_text, more_others = _characters(data.get("prompt") or data.get("input"))
-        text, others = text + more_text, others + more_others
-        return -(-text // CHARACTERS_PER_TOKEN) + others * _TOKENS_OF_OTHER_PARTS
+        messages = [data.get("prompt") or data.get("input")]
+    else:
+        overhead = len(messages) * _TOKENS_OF_MESSAGE + _TOKENS_OF_REPLY
     for message in messages:
-        content = message.get("content") if type(message) is dict else message
+        content = message.get("content") if overhead and type(message) is dict else message
         if type(content) is str:  # nearly all of them, and chats are long
             text += len(content)
         else:
             more_text, more_others = _characters(content)
             text, others = text + more_text, others + more_others
-    tokens = -(-text // CHARACTERS_PER_TOKEN) + others * _TOKENS_OF_OTHER_PARTS
-    return tokens + len(messages) * _TOKENS_OF_MESSAGE + _TOKENS_OF_REPLY
+    return -(-text // CHARACTERS_PER_TOKEN) + others * _TOKENS_OF_OTHER_PARTS + overhead
 
 
 def _output(data: Mapping[str, Any]) -> int | None:
-    """The most that it asks for: of several caps the largest, for which one holds is not known."""
-    found = -1  # as some say "unlimited"
-    for name in _CAPS:
-        cap = data.get(name)
-        if cap is not None and isinstance(cap, int) and cap > found:
-            found = cap
+    """The most that it asks for. Of several caps the largest: which of them the model obeys is not
+    known. None: no cap, or -1, which some clients send for "unlimited"."""
+    found = max((data[name] for name in _CAPS if isinstance(data.get(name), int)), default=-1)
     return None if found < 0 else found
 
 
 def _choices(data: Mapping[str, Any]) -> int:
-    """How many outputs one call has: ``n`` (or ``best_of``) for each prompt of a list."""
-    if _CHOICES.isdisjoint(data):
-        return 1
-    wanted = (data.get("n"), data.get("best_of"))
-    # no float is more
-    found = min(max((n for n in wanted if isinstance(n, int)), default=1), _MOST)
+    """The outputs of one call: ``n`` (or ``best_of``) for each prompt of a list."""
+    wanted = (n for n in (data.get("n"), data.get("best_of")) if isinstance(n, int))
+    found = max(min(max(wanted, default=1), _MOST), 1)  # no larger than a float can be
     prompts = data.get("prompt")
     if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int):
-        return max(found, 1) * len(prompts)
-    return max(found, 1)
+        return found * len(prompts)
+    return found
 
 
-@functools.lru_cache(maxsize=256)
-def _without_text(call_type: str) -> bool:
-    """Whether its answers are none of text."""
-    kinds = ("embedding", "video", "rerank", "moderation", "speech")
-    return any(kind in call_type for kind in kinds)
+class Estimate:
+    """The tokens that one call of a request is charged with before it is made. kind: "total",
+    "input" or "output", as LiteLLM's ``token_rate_limit_type``. key: whose answers it learns from.
+    Nothing is counted before the estimate is asked for.
 
-
-class Guess:
-    """Tokens that one call of a request will count with. kind: "total", "input" or "output", as
-    LiteLLM's ``token_rate_limit_type``. who: whose answers it learns from. Nothing is counted
-    before it is asked.
-
-    Its input is a quarter of its characters. Its output is the most that it asks for; else what
-    that model's answers to this key had in the mean beyond the guessed input, and before the first
-    of them 1,024, but a quarter of the limit at most: one guess leaves room for other calls."""
+    Input: a quarter of the characters. Output: the most that the request asks for; else the mean
+    output of that model's answers to this key, and 1,024 before the first of them, but at most a
+    quarter of the limit, so that one estimate leaves room for other calls."""
 
     __slots__ = (
-        *("_asked", "_choices", "_data", "_input", "_output"),
-        *("call_type", "kind", "made", "model", "who"),
+        *("_choices", "_data", "_estimated", "_input", "_output"),
+        *("call_type", "calls", "key", "kind", "model"),
     )
 
     def __init__(
@@ -158,58 +133,61 @@ class Guess:
         data: Mapping[str, Any],
         call_type: str,
         kind: str,
-        made: Made = _ONE,
-        who: Hashable = None,
+        calls: ModelCalls = _ONE,
+        key: Hashable = None,
     ) -> None:
         self._data, self.call_type, self.kind = data, call_type, kind
-        self.made, self.who = made, who
+        self.calls, self.key = calls, key
         model = data.get("model")  # of a pass-through, whatever the client sends
         self.model = model if isinstance(model, str) else None
-        self._asked = False
+        self._estimated = False
         self._input, self._choices = 0, 1
         self._output: int | None = None
 
-    def _ask(self) -> None:
-        self._asked = True
-        without = self.kind == "input" or _without_text(self.call_type)
+    def _estimate(self) -> None:
+        self._estimated = True
+        kinds = ("embedding", "video", "rerank", "moderation", "speech")  # whose output is no text
+        without = self.kind == "input" or any(kind in self.call_type for kind in kinds)
         try:
             if self.kind != "output":
-                self._input = -(-_input(self._data) // self.made.rows)
+                self._input = -(-_input(self._data) // self.calls.rows)
             self._choices = _choices(self._data)
             self._output = 0 if without else _output(self._data)
-        except Exception:  # RecursionError, say: the client's own doing must not let it pass
+        except Exception:  # for example RecursionError: no client gets past a limit by its body
             self._input = _MOST
-        self._data = {}  # which may be large: it is guessed once
+        self._data = {}  # it may be large, and is not needed again
 
-    def within(self, least_limit: int) -> int:
-        """least_limit: the smallest limit of tokens that it is subject to. A request that is larger
-        passes where nothing else was used yet, or it never could."""
-        if not self._asked:
-            self._ask()
+    def for_subjects(self, subjects: Iterable[Subject]) -> int:
+        """For the smallest limit of tokens among the subjects'; 0 where they have none."""
+        least = min((s.limits.tpm for s in subjects if s.limits.tpm), default=None)
+        return 0 if least is None else self.within(least)
+
+    def within(self, limit: int) -> int:
+        """limit: tokens a minute. A request that is larger than the limit is charged the whole
+        limit: so it is admitted where nothing else was used yet."""
+        if not self._estimated:
+            self._estimate()
         output = self._output
         if output is None:
-            known = _beyond.get(self.who, {}).get((self.model, self.kind), _MOST_UNKNOWN)
-            output = min(round(known * self._choices), least_limit // _SHARE_OF_LIMIT)
+            known = _mean_outputs.get(self.key, {}).get((self.model, self.kind), _UNKNOWN_OUTPUT)
+            output = min(round(known * self._choices), limit // _PART_OF_LIMIT)
         else:
             output *= self._choices
-        return min(max(self._input + output, 1), least_limit)
+        return min(max(self._input + output, 1), limit)
 
     def learn(self, used: int) -> None:
-        """All its calls used so many."""
-        if not self._asked:
-            return  # nobody counts this model's
-        beyond = max(used / self.made.calls - self._input, 0) / self._choices
-        answers, mine = (self.model, self.kind), _beyond.get(self.who)
-        if mine is None:
-            if len(_beyond) >= _MOST_LEARNERS:
-                _beyond.popitem(last=False)
-            mine = _beyond[self.who] = {}
-        else:
-            _beyond.move_to_end(self.who)
-        known = mine.pop(answers, beyond)
+        """All calls of the request together used so many tokens."""
+        if not self._estimated:
+            return  # no subject limits the tokens of this model
+        output = max(used / self.calls.total - self._input, 0) / self._choices
+        answers, mine = (self.model, self.kind), _mean_outputs.pop(self.key, {})
+        mean = mine.pop(answers, output)
         if len(mine) >= _MOST_MODELS:
             del mine[next(iter(mine))]
-        mine[answers] = known + (beyond - known) * _SHARE_OF_NEWEST
+        mine[answers] = mean + (output - mean) * _WEIGHT_OF_NEWEST
+        if len(_mean_outputs) >= _MOST_LEARNERS:
+            _mean_outputs.popitem(last=False)
+        _mean_outputs[self.key] = mine
 
 
 def kind() -> str:
@@ -220,15 +198,15 @@ def kind() -> str:
 
 
 def _reader(of: Any) -> Callable[[str], Any]:
-    """What gives its fields by name, None where it has none of that name."""
-    if type(of) is dict or isinstance(of, Mapping):  # the first is told in a tenth of the time
+    """Returns a field by its name, None where it is missing. of: a mapping or an object."""
+    if type(of) is dict or isinstance(of, Mapping):  # the first test takes a tenth of the time
         return of.get
     return lambda name: getattr(of, name, None)
 
 
-class Used:
-    """input, output and total tokens of one answer. What the provider had cached counts in none of
-    them, as in LiteLLM's own limits; what it has put into its cache does."""
+class Usage:
+    """Input, output and total tokens of one answer. Tokens that the provider read from its cache
+    count in none of them, as in LiteLLM's own limits; tokens that it wrote to its cache do."""
 
     __slots__ = ("input", "output", "total")
 
@@ -236,12 +214,12 @@ class Used:
         field = _reader(usage)
         self.input = int(field("prompt_tokens") or 0)
         self.output = int(field("completion_tokens") or field("output_tokens") or 0)
-        if not self.input and not self.output:  # as Google says it
+        if not self.input and not self.output:  # Google's names
             self.input = int(field("promptTokenCount") or 0)
             self.input -= min(int(field("cachedContentTokenCount") or 0), self.input)
             self.output = int(field("candidatesTokenCount") or 0)
             self.output += int(field("thoughtsTokenCount") or 0)
-        if not self.input:  # as the Responses API says it, or Anthropic, whose input has no cached
+        if not self.input:  # of the Responses API, or Anthropic's, whose input is without its cache
             self.input = int(field("input_tokens") or 0)
             self.input += int(field("cache_creation_input_tokens") or 0)
         self.total = int(field("total_tokens") or 0) or self.input + self.output
@@ -253,37 +231,37 @@ class Used:
                 self.total = max(self.total - cached, 0)
                 break
 
-    def add(self, other: Used) -> None:
+    def add(self, other: Usage) -> None:
         """Of another answer to the same request."""
         self.input += other.input
         self.output += other.output
         self.total += other.total
 
     def of_kind(self, kind: str) -> int:
-        """Tokens that count for limits of the kind. Where only a total is known, it is that."""
+        """The tokens that count for limits of the kind; the total, where only that is known."""
         if not self.input and not self.output:
             return self.total
         return {"input": self.input, "output": self.output}.get(kind, self.total)
 
 
-def _in_body(body: str) -> Used | None:
-    """What the answer to a pass-through says, where it is JSON and says it as the others do."""
+def _in_body(body: str) -> Usage | None:
+    """Of the answer to a pass-through, where it is JSON with a field ``usage``."""
     if "usage" not in body or len(body) > _MOST_BODY:
         return None
     try:
         found = json.loads(body)
-    except (ValueError, RecursionError):  # a stream's events, say
+    except (ValueError, RecursionError):  # for example the events of a stream
         return None
-    return used(found) if isinstance(found, dict) and "response" not in found else None
+    return usage_of(found) if isinstance(found, dict) and "response" not in found else None
 
 
-def used(response: Any) -> Used | None:
-    """Of an answer of LiteLLM's, or of several (it answers a list of models with a list), or a
-    standard_logging_object; None where none is told."""
+def usage_of(response: Any) -> Usage | None:
+    """Of LiteLLM's answer, of several (it answers a list of models with a list), or of a
+    standard_logging_object. None where it says nothing of tokens."""
     if isinstance(response, list):
-        total: Used | None = None
+        total: Usage | None = None
         for one in response:
-            found = used(one)
+            found = usage_of(one)
             if total is None:
                 total = found
             elif found is not None:
@@ -297,5 +275,5 @@ def used(response: Any) -> Used | None:
             return _in_body(response["response"])
     else:
         usage = getattr(response, "usage", None)
-    found = None if usage is None else Used(usage)
+    found = None if usage is None else Usage(usage)
     return found if found is not None and (found.total or found.input or found.output) else None

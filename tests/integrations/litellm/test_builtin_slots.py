@@ -74,7 +74,7 @@ def _release(name: str, slot_id: str) -> int:
     return count
 
 
-def test_a_slot_is_given_back_by_its_id_once_and_by_nobody_else(segment: Segment) -> None:
+def test_a_slot_is_given_back_by_its_id_once_and_only_in_its_process(segment: Segment) -> None:
     slots = Slots(segment)
     slots.acquire([(A, LIMIT)], "one", TTL)
     slots.acquire([(A, LIMIT)], "two", TTL)

@@ -1,4 +1,5 @@
-"""Windows and counters in the segment: no count is lost or given twice, whoever counts at once."""
+"""Windows and counters in the segment: processes that count at once lose no count, and get none
+twice."""
 
 from __future__ import annotations
 
@@ -132,7 +133,7 @@ def test_windows_are_found_by_their_start_and_without_their_size(segment: Segmen
     assert windows.find(SCOPE) == day == windows.find(SCOPE, 60, str(day.start))
     assert windows.find(SCOPE, None, str(day.start - 86400)) is None
     assert windows.find("{api_key:other}") is None
-    assert Windows(segment).find(SCOPE, 86400) is not None  # another process, told the size
+    assert Windows(segment).find(SCOPE, 86400) is not None  # another process, which knows the size
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_a_second_more_or_less_is_the_same_window(size: int, start: str, same: b
 
 
 def test_only_admissions_are_counted_as_calls(segment: Segment) -> None:
-    """What operators see: looks are no calls, and a full counter is nobody's denial."""
+    """In what operators see, a look is not a call, and a full counter is not a denial."""
     windows = Windows(segment)
     for _ in range(5):
         windows.open(SCOPE, 60)

@@ -26,8 +26,8 @@ from fast_litellm_shm import Segment, exceptions, get_performance_stats, health_
 from fast_litellm_shm._shared import performance as monitoring
 from fast_litellm_shm._shared.inspection import Inspection
 from fast_litellm_shm.integrations.litellm import (
+    admission,
     attempts,
-    calls,
     failures,
     settings,
     usage,
@@ -45,13 +45,13 @@ USAGE = {"usage": {"prompt_tokens": 10, "completion_tokens": 20, "total_tokens":
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
-    calls._quotas.clear()
-    attempts._unjudged.clear()
-    usage._beyond.clear()
+    admission._quotas.clear()
+    attempts._unchecked.clear()
+    usage._mean_outputs.clear()
     failures.forget()
     yield
-    calls._quotas.clear()
-    attempts._unjudged.clear()
+    admission._quotas.clear()
+    attempts._unchecked.clear()
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def set_up(monkeypatch: pytest.MonkeyPatch, **chosen: Any) -> None:
 
 def left(**limits: int) -> dict[str, int]:
     """What the key has left of limits."""
-    return calls.quota_of(Limits(**limits)).remaining("api_key:k")
+    return admission.quota_of(Limits(**limits)).remaining("api_key:k")
 
 
 def data(id: str = "c", **more: Any) -> dict[str, Any]:
@@ -256,7 +256,7 @@ def test_a_hook_of_a_request_that_was_not_admitted(limiter: SharedLimiter) -> No
     asyncio.run(scenario())
 
 
-def test_a_request_that_is_judged_again(
+def test_a_request_that_is_checked_again(
     limiter: SharedLimiter, unfinished: Callable[[], int]
 ) -> None:
     """A later callback has denied it, and LiteLLM asks for a fallback of its model."""
@@ -335,7 +335,7 @@ def test_who_is_counted_for_some_calls_of_a_list_is_charged_that_part(
         body = data(model="m,n,n", max_tokens=40)
         await limiter.async_pre_call_hook(user, None, body, "acompletion")
         await limiter.async_post_call_success_hook(data(), auth(), [USAGE] * 3)
-        of_model = calls.quota_of(Limits(tpm=500)).remaining("model_per_key:k:m")
+        of_model = admission.quota_of(Limits(tpm=500)).remaining("model_per_key:k:m")
         assert (left(tpm=1000)["tpm"], of_model["tpm"]) == (910, 470)
 
     asyncio.run(scenario())
@@ -429,7 +429,7 @@ def test_a_body_is_not_kept(limiter: SharedLimiter) -> None:
     assert asyncio.run(kept()) is None
 
 
-def test_what_could_not_be_judged_is_left_to_litellms_limiter(
+def test_what_could_not_be_checked_is_left_to_litellms_limiter(
     limiter: SharedLimiter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Theirs:
@@ -439,7 +439,7 @@ def test_what_could_not_be_judged_is_left_to_litellms_limiter(
             limited = {"requests_per_unit": 1, "tokens_per_unit": None}
             return [{"key": "api_key", "value": "k", "rate_limit": limited}]
 
-    theirs = replacement._quieter(Theirs, found_for)()
+    theirs = replacement._reduced(Theirs, found_for)()
 
     async def keeps(call_type: str = "acompletion") -> bool:
         user = auth(rpm_limit=1)
@@ -450,7 +450,7 @@ def test_what_could_not_be_judged_is_left_to_litellms_limiter(
         assert not await keeps()
         assert await keeps("_aresponses_websocket")  # a turn of it, which passes no hook of ours
         with monkeypatch.context() as broken:
-            broken.setattr(calls, "_quotas_of", _broken)
+            broken.setattr(admission, "quota_of", _broken)
             assert await ask(limiter, rpm=1)
             assert await keeps()
         assert not await ask(limiter, rpm=1)
@@ -693,20 +693,20 @@ def test_attempts(limiter: SharedLimiter, monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(litellm.RateLimitError, match="deployment: d") as raised:
             await asyncio.create_task(attempt())
         assert raised.value.num_retries == 0
-        quota = calls.quota_of(Limits(2, None, 1))
+        quota = admission.quota_of(Limits(2, None, 1))
         assert quota.remaining("deployment:d") == {"rpm": 0, "max_parallel": 1}
 
     asyncio.run(scenario())
 
 
 def test_tokens_of_a_deployment(limiter: SharedLimiter, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a request's attempt they are guessed as the request's are; of any other, it is one until
+    """An attempt of a request is charged the request's estimate; any other, one token until
     they are known."""
     set_up(monkeypatch, deployment_limits=True)
     there = deployment(tpm=1000)
 
     def tokens_left() -> int:
-        return calls.quota_of(Limits(tpm=1000)).remaining("deployment:d")["tpm"]
+        return admission.quota_of(Limits(tpm=1000)).remaining("deployment:d")["tpm"]
 
     async def of_a_request() -> None:
         assert await ask(limiter, tpm=10**6)
@@ -752,11 +752,11 @@ def test_attempts_at_once(limiter: SharedLimiter) -> None:
     asyncio.run(scenario())
 
 
-def test_an_attempt_that_nobody_ends(limiter: SharedLimiter) -> None:
+def test_an_attempt_without_an_event(limiter: SharedLimiter) -> None:
     """It is cancelled, or its stream is not read to its end: the slot comes back with what LiteLLM
     kept of it, though contexts that were copied in it live on."""
     narrow = deployment(max_parallel_requests=2)
-    quota = calls.quota_of(Limits(None, None, 2))
+    quota = admission.quota_of(Limits(None, None, 2))
 
     async def scenario() -> None:
         contexts = []
@@ -797,7 +797,7 @@ def _broken(*_: Any, **__: Any) -> Any:
 def test_it_fails_open(
     limiter: SharedLimiter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(calls, "_quotas_of", _broken)
+    monkeypatch.setattr(admission, "quota_of", _broken)
 
     async def scenario() -> None:
         for i in range(5):
@@ -833,9 +833,9 @@ def test_what_no_segment_could_count(
     assert health_check()["litellm"] == {"could_not_judge": 3}
 
 
-def test_what_a_worker_keeps_is_told_with_the_segments() -> None:
+def test_what_a_worker_keeps_is_shown_with_the_segments_count() -> None:
     Segment.default()
-    failures.failed("a", ValueError("b"), "c")
+    failures.report("a", ValueError("b"), "c")
     monitoring._kept[PLUGIN, failures.OPERATION] = 4
     assert health_check()["litellm"] == {"could_not_judge": 5}
     assert get_performance_stats(PLUGIN)[PLUGIN]["error_count"] == 5
@@ -849,7 +849,7 @@ def test_a_fork_leaves_what_is_kept_to_its_parent() -> None:
 
 def test_it_fails_closed(limiter: SharedLimiter, monkeypatch: pytest.MonkeyPatch) -> None:
     set_up(monkeypatch, fail_open=False)
-    monkeypatch.setattr(calls, "_quotas_of", _broken)
+    monkeypatch.setattr(admission, "quota_of", _broken)
     pytest.importorskip("fastapi", reason="the proxy is not installed")
 
     async def scenario() -> None:
@@ -868,7 +868,7 @@ def test_what_gives_back_never_fails_the_request(
 ) -> None:
     async def scenario() -> None:
         assert await ask(limiter, **LIMITS)
-        monkeypatch.setattr(calls.Held, "settle", _broken)
+        monkeypatch.setattr(admission.Admissions, "settle", _broken)
         assert await limiter.async_post_call_success_hook(data(), auth(), USAGE) is USAGE
         assert left(**LIMITS)["max_parallel"] == 2
 
@@ -888,7 +888,7 @@ def test_settings_that_are_wrong(monkeypatch: pytest.MonkeyPatch, given: Any, sa
     monkeypatch.setattr(litellm, settings.ATTRIBUTE, given, raising=False)
     with pytest.warns(RuntimeWarning, match=said):
         assert settings.current() == settings.Settings()
-    assert settings.current() == settings.Settings()  # told once
+    assert settings.current() == settings.Settings()  # warned once
 
 
 def test_a_fork_leaves_the_calls_to_its_parent(limiter: SharedLimiter) -> None:

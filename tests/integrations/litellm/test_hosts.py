@@ -14,13 +14,12 @@ pytest.importorskip("litellm")
 
 import litellm
 from support import servers
-from support.leases import connection_of
 from support.litellm_auth import auth
 from support.names import remove, unique_name
 from support.waiting import PATIENCE, wait_until_async
 
 from fast_litellm_shm import Quota, Segment, health_check
-from fast_litellm_shm.integrations.litellm import calls, failures, settings
+from fast_litellm_shm.integrations.litellm import admission, failures, settings
 from fast_litellm_shm.integrations.litellm.limiter import SharedLimiter
 from fast_litellm_shm.integrations.litellm.subjects import Limits
 
@@ -38,11 +37,11 @@ def server() -> Iterator[servers.Server]:
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    calls._quotas.clear()
+    admission._quotas.clear()
     failures.forget()
     monkeypatch.setenv("FAST_LITELLM_SHM_CLUSTER_TIMEOUT", "30")  # which nothing here reaches
     yield
-    calls._quotas.clear()
+    admission._quotas.clear()
 
 
 @pytest.fixture(params=["variable", "setting"])
@@ -70,7 +69,7 @@ def limiter() -> SharedLimiter:
 def beside(other: Segment, url: str, **limits: int) -> Quota:
     """The quota of another host's plugin."""
     found = Limits(**limits)
-    return Quota(*found, name=calls.quota_of(found).name, segment=other, cluster=url)
+    return Quota(*found, name=admission.quota_of(found).name, segment=other, cluster=url)
 
 
 def data(id: str = "c") -> dict[str, Any]:
@@ -126,7 +125,7 @@ def test_sets_that_have_no_room_are_kept_on_this_host(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A set takes up to nine places of the segment's table. Nobody passes because it is full, no
-    worker counts alone, and it is told."""
+    worker counts alone, and the log says so."""
     monkeypatch.setenv("FAST_LITELLM_SHM_CAPACITY", "1000")  # 32 places
     monkeypatch.setenv("FAST_LITELLM_SHM_CLUSTER", server.url)
 
@@ -139,7 +138,7 @@ def test_sets_that_have_no_room_are_kept_on_this_host(
             assert found == [True] * n + [False]
 
     asyncio.run(scenario())
-    over_hosts = [quota.over_hosts for quota in calls._quotas.values()]
+    over_hosts = [quota.over_hosts for quota in admission._quotas.values()]
     assert over_hosts[0] and not over_hosts[-1]
     assert "they are limits of this host alone, not over many" in caplog.text
     assert health_check()["litellm"]["could_not_judge"] >= 1
@@ -185,7 +184,7 @@ def test_the_loop_goes_on_and_a_client_that_leaves_takes_nothing(
             ticks += 1
 
     async def scenario() -> None:
-        quota = calls.quota_of(Limits(max_parallel=1))
+        quota = admission.quota_of(Limits(max_parallel=1))
         quota.admit("api_key:k").release()  # granted to this host
         server.freeze()
         beating = asyncio.create_task(tick())
@@ -211,7 +210,7 @@ def test_the_loop_goes_on_and_a_client_that_leaves_takes_nothing(
 
 
 @pytest.mark.usefixtures("chosen")
-def test_what_comes_after_the_answer_asks_nobody(
+def test_what_comes_after_the_answer_asks_no_server(
     limiter: SharedLimiter, server: servers.Server, unfinished: Callable[[], int]
 ) -> None:
     """The hooks of an answer, of a failure, and the headers, while the server does not answer."""
@@ -232,13 +231,15 @@ def test_what_comes_after_the_answer_asks_nobody(
 
     async def scenario() -> None:
         tasks = [asyncio.create_task(request(id)) for id in ("1", "2")]
-        quota = calls.quota_of(Limits(10, 1000, 3))
+        quota = admission.quota_of(Limits(10, 1000, 3))
         await wait_until_async("both are admitted", lambda: quota.in_flight("api_key:k") == 2)
         await wait_until_async("and said so", lambda: unfinished() == 2)
         server.freeze()
         go_on.set()
         await asyncio.gather(*tasks)
-        assert connection_of(quota).outage is None  # nobody has waited in vain
+        assert quota._parts is not None and quota._parts.rates is not None
+        wallet = quota._parts.rates._wallet
+        assert wallet is not None and wallet.link.away is None  # no call has timed out
         server.thaw()
         await wait_until_async("it is booked", lambda: quota.remaining("api_key:k")["tpm"] == 970)
 
@@ -284,7 +285,7 @@ def test_outages_go_by_the_clusters_policy(
     policy: str,
     passes: bool,
 ) -> None:
-    """fail_open is for what cannot be judged: this is."""
+    """fail_open is for requests that cannot be checked: these can."""
     monkeypatch.setenv("FAST_LITELLM_SHM_CLUSTER", server.url)
     monkeypatch.setenv("FAST_LITELLM_SHM_CLUSTER_OUTAGE", policy)
     monkeypatch.setattr(litellm, settings.ATTRIBUTE, {"fail_open": not passes}, raising=False)
@@ -300,9 +301,9 @@ def test_outages_go_by_the_clusters_policy(
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (True, "cluster must be a URL, not True; what FAST_LITELLM_SHM_CLUSTER says applies"),
+        (True, "cluster must be a URL, not True; FAST_LITELLM_SHM_CLUSTER applies"),
         ("http://h", "cluster: Cluster: url must begin with one of redis://"),
-        ("http://u:secret@h", r"not 'http://u:\*\*\*@h'; what"),
+        ("http://u:secret@h", r"not 'http://u:\*\*\*@h'; FAST"),
     ],
 )
 def test_a_setting_that_is_wrong(monkeypatch: pytest.MonkeyPatch, given: Any, said: str) -> None:
@@ -314,7 +315,7 @@ def test_a_setting_that_is_wrong(monkeypatch: pytest.MonkeyPatch, given: Any, sa
 @pytest.mark.parametrize(
     ("url", "missing"), [("nonsense", False), ("redis://h?x=1", False), ("redis://h", True)]
 )
-def test_a_server_that_cannot_be_used_lets_nobody_pass(
+def test_a_server_that_cannot_be_used_lets_no_request_pass(
     segment: Segment,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -334,5 +335,5 @@ def test_a_server_that_cannot_be_used_lets_nobody_pass(
     with pytest.warns(RuntimeWarning, match="on this host alone"):
         found = asyncio.run(scenario())
     assert found == [True] * 3 + [False] * 2
-    told = [each.message for each in caplog.records if "on this host alone" in each.message]
-    assert len(told) == 1
+    logged = [each.message for each in caplog.records if "on this host alone" in each.message]
+    assert len(logged) == 1

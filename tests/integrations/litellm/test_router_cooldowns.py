@@ -22,7 +22,7 @@ from fast_litellm_shm import Segment, exceptions
 from fast_litellm_shm.integrations.litellm import failures
 from fast_litellm_shm.integrations.litellm.router import cooldowns
 from fast_litellm_shm.integrations.litellm.router.cooldowns import SharedCooldowns
-from fast_litellm_shm.integrations.litellm.router.deployments import Statistics
+from fast_litellm_shm.integrations.litellm.router.deployments import Deployments
 from fast_litellm_shm.integrations.litellm.router.sharing import RouterState
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # LiteLLM's own
@@ -184,7 +184,7 @@ def value(seconds: float) -> dict[str, Any]:
 def stores() -> Iterator[list[SharedCooldowns]]:
     """Those of two workers."""
     failures.forget()
-    yield [SharedCooldowns(Own(), Statistics()) for _ in range(2)]
+    yield [SharedCooldowns(Own(), Deployments()) for _ in range(2)]
     failures.forget()
 
 
@@ -274,7 +274,7 @@ def test_with_redis_nothing_is_shared_besides(stores: list[SharedCooldowns]) -> 
     assert two.active_sync(["a"]) == ()
 
 
-def test_a_read_that_nobody_awaits_says_nothing(stores: list[SharedCooldowns]) -> None:
+def test_a_read_that_is_not_awaited_warns_of_nothing(stores: list[SharedCooldowns]) -> None:
     async def ready() -> Any:
         return ()
 
@@ -296,8 +296,8 @@ def test_faults_leave_a_worker_with_its_own(
 
     one, _ = stores
     for name in ("cool", "cooling"):
-        monkeypatch.setattr(Statistics, name, broken)
-    monkeypatch.setattr(SharedCooldowns, "_limiter", broken)
+        monkeypatch.setattr(Deployments, name, broken)
+    monkeypatch.setattr(SharedCooldowns, "_counter", broken)
     one.put("a", value(LONG), LONG)
     assert one.active_sync(["a"]) == (("a", value(LONG)),)
     assert one.minimum(["a"], 1.0) == LONG

@@ -16,26 +16,17 @@ import litellm
 from litellm.caching.in_memory_cache import InMemoryCache
 from litellm.integrations.custom_logger import CustomLogger
 from litellm.redis.stores.router_cooldowns import RouterCooldownStore
-from support.litellm_workers import GROUP, Caller, Workers, router
+from support.litellm_workers import CALLBACKS, GROUP, Caller, Workers, router
 
 from fast_litellm_shm import exceptions
 from fast_litellm_shm.integrations.litellm import failures
 from fast_litellm_shm.integrations.litellm.router import sharing
 from fast_litellm_shm.integrations.litellm.router.cache import SharedRoutingCache
 from fast_litellm_shm.integrations.litellm.router.cooldowns import SharedCooldowns
-from fast_litellm_shm.integrations.litellm.router.deployments import Statistics
+from fast_litellm_shm.integrations.litellm.router.deployments import Deployments
 from fast_litellm_shm.integrations.litellm.router.sharing import RouterState, share, unshare
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # LiteLLM's own
-
-LISTS = (
-    "callbacks",
-    "input_callback",
-    "success_callback",
-    "failure_callback",
-    "_async_success_callback",
-    "_async_failure_callback",
-)
 
 
 class Limiter(CustomLogger):  # type: ignore[misc]
@@ -45,7 +36,7 @@ class Limiter(CustomLogger):  # type: ignore[misc]
 @pytest.fixture(autouse=True)
 def _callbacks() -> Iterator[None]:
     failures.forget()
-    before = {name: list(getattr(litellm, name)) for name in LISTS}
+    before = {name: list(getattr(litellm, name)) for name in CALLBACKS}
     yield
     for name, found in before.items():
         setattr(litellm, name, found)
@@ -74,7 +65,7 @@ def test_both_stores_are_stood_before_and_given_back() -> None:
     unshare(made)
     assert all(now is then for now, then in zip(stores(made), before, strict=True))
     assert before[0].get_cache("x") == 1  # nothing is lost
-    assert not any(limiter in getattr(litellm, name) for name in LISTS)
+    assert not any(limiter in getattr(litellm, name) for name in CALLBACKS)
     share(made, limiter)
     assert type(stores(made)[0]) is SharedRoutingCache
     unshare(made)
@@ -110,7 +101,7 @@ def test_a_limiter_that_the_user_put_there_stays() -> None:
     assert litellm.callbacks == [limiter]
 
 
-def test_what_somebody_else_has_put_there_since_stays() -> None:
+def test_an_object_that_was_put_there_since_stays() -> None:
     made = router("a")
     share(made, Limiter(), limits=False)
     other = made.health().store.in_memory_cache = InMemoryCache()
@@ -222,9 +213,9 @@ def test_one_sentence_where_litellm_offers_no_way(
     one, two = made(), made()
     for each in (one, two, one):
         state.attach(each)
-    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(told) == len(sentences)
-    for text, what in zip(told, sentences, strict=True):
+    logged = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(logged) == len(sentences)
+    for text, what in zip(logged, sentences, strict=True):
         assert f"offers no way to share {what} of its router" in text
     state.detach(one)
 
@@ -240,13 +231,13 @@ def test_no_segment_never_breaks_a_router(
 
     state, made = RouterState(), router("a")
     with monkeypatch.context() as patch:
-        patch.setattr(Statistics, "__init__", broken)
+        patch.setattr(Deployments, "__init__", broken)
         for _ in range(3):
             state.attach(made)
         assert len(tries) == 1  # not with every request
         assert "no segment to be had" in caplog.text
         assert type(stores(made)[0]) is InMemoryCache
-    state._again = 0.0
+    state._retry_at = 0.0
     state.attach(made)
     assert type(stores(made)[0]) is SharedRoutingCache
 

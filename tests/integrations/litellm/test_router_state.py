@@ -1,4 +1,5 @@
-"""What LiteLLM's routing strategies go by, over several processes with a real Router each."""
+"""The values that LiteLLM's routing strategies pick by, over several processes with a real Router
+each."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -29,8 +31,10 @@ from support.litellm_workers import (
     router,
 )
 
+from fast_litellm_shm._shared.native import ffi
 from fast_litellm_shm.integrations.litellm import failures
 from fast_litellm_shm.integrations.litellm.router import cache_values
+from fast_litellm_shm.integrations.litellm.router.deployments import Deployments
 from fast_litellm_shm.integrations.litellm.router.sharing import RouterState
 
 # LiteLLM warns, of its own code and of event loops that it leaves open.
@@ -41,7 +45,7 @@ state = RouterState()
 
 @pytest.fixture(autouse=True)
 def _as_if_new() -> Iterator[None]:
-    """No callbacks of another test's router are left, and no fault was told in this minute."""
+    """No callbacks of another test's router are left, and no failure was logged in this minute."""
     failures.forget()
     yield
     for name in ("callbacks", "input_callback", "success_callback", "failure_callback"):
@@ -78,7 +82,7 @@ def in_flight(caller: Caller) -> dict[str, int]:
 
 
 def until(worker: Worker, name: str, expected: Any) -> None:
-    """Ask until the answer is what is expected: what somebody else does, some time."""
+    """Ask until the answer is what is expected: another worker brings it about, some time."""
     wait_until(
         lambda: f"{name}: {worker.do(name)}, not {expected}", lambda: worker.do(name) == expected
     )
@@ -148,18 +152,19 @@ def test_a_routing_group_with_a_strategy_of_its_own() -> None:
         assert sorted(worker.do("hold") for worker in workers) == ["a", "b", "c", "d"]
 
 
-def test_deployments_behind_a_wildcard_and_an_alias() -> None:
-    def wildcard() -> Any:
-        made = Router(
-            model_list=[deployment(i, group="openai/*") for i in "abcd"],
-            model_group_alias={GROUP: "openai/some"},
-            routing_strategy="least-busy",
-            num_retries=0,
-        )
-        state.attach(made)
-        return made
+def behind_a_wildcard(ids: str, strategy: str) -> Any:
+    made = Router(
+        model_list=[deployment(i, group="openai/*") for i in ids],
+        model_group_alias={GROUP: "openai/some"},
+        routing_strategy=strategy,
+        num_retries=0,
+    )
+    state.attach(made)
+    return made
 
-    with Workers(4, wildcard) as workers:
+
+def test_deployments_behind_a_wildcard_and_an_alias() -> None:
+    with Workers(4, partial(behind_a_wildcard, "abcd", "least-busy")) as workers:
         assert sorted(worker.do("hold") for worker in workers) == ["a", "b", "c", "d"]
 
 
@@ -272,7 +277,21 @@ def test_streams_go_by_the_time_to_the_first_token() -> None:
         assert two.do("picks", False) == {"b": 12}
 
 
-def test_a_deployment_that_nobody_has_called_is_tried_first() -> None:
+def test_a_time_to_the_first_token_is_no_cost() -> None:
+    """fast-shm top shows costs in dollars."""
+    deployments = Deployments()
+    deployments.record("a", 0.2, 0.1)
+    assert deployments.latencies(["a", "b"]) == [
+        (pytest.approx(0.2, abs=1e-6), pytest.approx(0.1, abs=1e-6)),
+        (None, None),
+    ]
+    entries = deployments._look(list(range(256)))
+    infos = [info for info in ffi.from_buffer("fshm_deployment_info[]", entries) if info.id]
+    assert {info.cost for info in infos} == {2**64 - 1}
+    assert len(infos) == 3  # reading takes an entry of "b", but none for its first tokens
+
+
+def test_a_deployment_that_was_never_called_is_tried_first() -> None:
     with Workers(2, by_latency, [took, picks]) as (one, two):
         one.do("took", "a", 0.1, None)
         assert two.do("picks", False) == {"b": 12}
@@ -291,17 +310,8 @@ def test_arguments_of_the_strategy_hold() -> None:
 
 
 def test_latency_of_deployments_behind_a_wildcard() -> None:
-    def wildcard() -> Any:
-        made = Router(
-            model_list=[deployment(i, group="openai/*") for i in "ab"],
-            model_group_alias={GROUP: "openai/some"},
-            routing_strategy="latency-based-routing",
-            num_retries=0,
-        )
-        state.attach(made)
-        return made
-
-    with Workers(2, wildcard, [took]) as (one, two):
+    made = partial(behind_a_wildcard, "ab", "latency-based-routing")
+    with Workers(2, made, [took]) as (one, two):
         one.do("took", "a", 200.0, None, "openai/some")  # calls may be slow here
         one.do("took", "b", 100.0, None, "openai/some")
         assert {two.do("call") for _ in range(6)} == {"b"}
@@ -364,7 +374,7 @@ def test_litellms_own_deployment_limit_holds_for_all_workers(noon: None) -> None
 
 
 def test_usage_within_the_latency_strategy(noon: None) -> None:
-    """It respects limits by numbers of its own."""
+    """It has usage counters of its own for the limits."""
 
     def limited() -> Any:
         strategy = "latency-based-routing"
@@ -405,7 +415,7 @@ def test_counters_as_litellm_uses_them(noon: None) -> None:
     assert caches[1].in_memory_cache.own.get_cache(key) == 1
 
 
-def test_faults_leave_a_worker_with_its_own_numbers(
+def test_faults_leave_a_worker_with_its_own_values(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = shared("a", routing_strategy="least-busy")
@@ -417,7 +427,7 @@ def test_faults_leave_a_worker_with_its_own_numbers(
         def broken(*_: Any) -> Any:
             raise RuntimeError("broken")
 
-        patch.setattr(cache_values.Numbers, "of", broken)
+        patch.setattr(cache_values.SharedValues, "of", broken)
         assert cache.increment_cache(key, 1) == 1
         assert cache.get_cache(key) == 1
         assert cache.batch_get_cache([key]) == [1]

@@ -15,12 +15,12 @@ pytest.importorskip("litellm")
 import litellm
 from litellm.integrations.custom_logger import CustomLogger
 from support.children import PATIENCE
-from support.litellm_workers import GROUP, MESSAGES, router
+from support.litellm_workers import CALLBACKS, GROUP, MESSAGES, router
 
 from fast_litellm_shm import health_check
 from fast_litellm_shm.integrations.litellm import (
+    admission,
     attempts,
-    calls,
     failures,
     share,
     unshare,
@@ -32,14 +32,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # LiteLLM's own
 # A mock answer has 30 tokens, 10 in and 20 out: of 100 tokens a minute the fourth is the last.
 LIMITS: list[dict[str, int]] = [{"rpm": 4}, {"tpm": 100}]
 NO_SEGMENT = str(2**31)  # of a capacity: larger than any /dev/shm
-CALLBACKS = (
-    "callbacks",
-    "input_callback",
-    "success_callback",
-    "failure_callback",
-    "_async_success_callback",
-    "_async_failure_callback",
-)
 
 
 class Told(CustomLogger):  # type: ignore[misc]
@@ -57,10 +49,10 @@ class Told(CustomLogger):  # type: ignore[misc]
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     def forget() -> None:
-        attempts.give_back()
-        attempts._unjudged.clear()
+        attempts.restore_check()
+        attempts._unchecked.clear()
         sharing._limited.clear()
-        calls._quotas.clear()
+        admission._quotas.clear()
         failures.forget()
 
     before = {name: list(getattr(litellm, name)) for name in CALLBACKS}
@@ -201,4 +193,4 @@ def test_without_a_segment_litellm_keeps_them(
     failures.forget()
     # the shared count begins, while LiteLLM's own is used up
     assert admitted(made) == (4 if ours == "first" else 0)
-    assert attempts._unjudged == (set() if ours == "first" else {"d"})
+    assert attempts._unchecked == (set() if ours == "first" else {"d"})

@@ -1,4 +1,4 @@
-"""Whom a request counts for, by LiteLLM's own objects; and what it is guessed and told to use."""
+"""The subjects of a request, from LiteLLM's own objects; its estimate and its usage."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_an_alias_counts_as_what_it_stands_for() -> None:
 
 def test_a_latest_model_counts_as_the_model_that_it_is() -> None:
     """Of what LiteLLM calls "-latest", the limits of its name and of that model hold, as in
-    LiteLLM's own limiter; of one group the least."""
+    LiteLLM's built-in limiter; of one group the least."""
     aliases = pytest.importorskip("litellm.litellm_core_utils.model_latest_aliases")
     latest, model = aliases.expand_model_latest_alias("claude-sonnet-latest")
     assert subjects(auth(metadata={"model_rpm_limit": {model: 3}}), latest) == [
@@ -132,13 +132,16 @@ def test_a_limit_that_is_no_number() -> None:
 
 
 def test_of_a_deployment() -> None:
+    def of(*limits: int | None) -> Subject:
+        return Subject("deployment", "d", Limits(*limits))
+
     params = {"model": "openai/x", "rpm": 5, "max_parallel_requests": 3}
     deployment = {"litellm_params": params, "model_info": {"id": "d", "tpm": 70}}
-    assert of_deployment(deployment, per_minute=True) == ("d", Limits(5, 70, 3))
-    assert of_deployment(deployment, per_minute=False) == ("d", Limits(None, None, 3))
+    assert of_deployment(deployment, per_minute=True) == of(5, 70, 3)
+    assert of_deployment(deployment, per_minute=False) == of(None, None, 3)
     assert of_deployment({"litellm_params": {"rpm": 5}}, per_minute=True) is None  # no id
     assert of_deployment({"model_info": {"id": "d"}}, per_minute=True) is None  # no limits
-    assert of_deployment({**deployment, "rpm": 9}, True) == ("d", Limits(9, 70, 3))
+    assert of_deployment({**deployment, "rpm": 9}, True) == of(9, 70, 3)
 
 
 MESSAGES = [{"role": "user", "content": "x" * 400}]  # 100, 4 for the message, 3 for the reply
@@ -174,48 +177,48 @@ MESSAGES = [{"role": "user", "content": "x" * 400}]  # 100, 4 for the message, 3
         ({"messages": None, "max_tokens": "many", "n": None}, "acompletion", "input", 1),
     ],
 )
-def test_guess(data: dict[str, Any], call_type: str, kind: str, tokens: int) -> None:
-    assert usage.Guess(data, call_type, kind).within(4000) == tokens
+def test_estimate(data: dict[str, Any], call_type: str, kind: str, tokens: int) -> None:
+    assert usage.Estimate(data, call_type, kind).within(4000) == tokens
 
 
 @pytest.fixture
 def nothing_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(usage, "_beyond", type(usage._beyond)())
+    monkeypatch.setattr(usage, "_mean_outputs", type(usage._mean_outputs)())
 
 
-def guess_of(who: str, model: str = "m", **more: Any) -> usage.Guess:
+def estimate_of(who: str, model: str = "m", **more: Any) -> usage.Estimate:
     data = {"model": model, "messages": MESSAGES, **more}
-    return usage.Guess(data, "acompletion", "total", usage.made(data, "acompletion"), who)
+    return usage.Estimate(data, "acompletion", "total", usage.calls_of(data, "acompletion"), who)
 
 
 def learn(who: str, used: int, model: str = "m", **more: Any) -> None:
-    guess = guess_of(who, model, **more)
-    guess.within(1)
-    guess.learn(used)
+    estimate = estimate_of(who, model, **more)
+    estimate.within(1)
+    estimate.learn(used)
 
 
 @pytest.mark.usefixtures("nothing_learnt")
-def test_a_guess_learns_from_its_own_key() -> None:
+def test_an_estimate_learns_from_its_own_key() -> None:
     learn("a", 100_000)
-    assert guess_of("a").within(10**6) == 100_000
-    assert guess_of("b").within(10**6) == 107 + 1024
-    assert guess_of("a", "another").within(10**6) == 107 + 1024
+    assert estimate_of("a").within(10**6) == 100_000
+    assert estimate_of("b").within(10**6) == 107 + 1024
+    assert estimate_of("a", "another").within(10**6) == 107 + 1024
 
 
 @pytest.mark.usefixtures("nothing_learnt")
-def test_a_guessed_output_is_at_most_a_quarter_of_the_limit() -> None:
+def test_an_estimated_output_is_at_most_a_quarter_of_the_limit() -> None:
     learn("a", 100_000)
-    assert guess_of("a").within(20_000) == 107 + 5000
-    assert guess_of("a", max_tokens=50_000).within(20_000) == 20_000  # which it asks for
+    assert estimate_of("a").within(20_000) == 107 + 5000
+    assert estimate_of("a", max_tokens=50_000).within(20_000) == 20_000  # which it asks for
 
 
 @pytest.mark.usefixtures("nothing_learnt")
-def test_a_guess_is_of_each_choice_and_of_each_call() -> None:
+def test_an_estimate_is_of_each_choice_and_of_each_call() -> None:
     learn("a", 107 + 4 * 50, n=4)
-    assert guess_of("a").within(10**6) == 107 + 50
-    assert guess_of("a", n=10).within(10**6) == 107 + 500
+    assert estimate_of("a").within(10**6) == 107 + 50
+    assert estimate_of("a", n=10).within(10**6) == 107 + 500
     learn("b", 3 * (107 + 70), "m,m,m")
-    assert guess_of("b", "m,m,m").within(10**6) == 107 + 70
+    assert estimate_of("b", "m,m,m").within(10**6) == 107 + 70
 
 
 @pytest.mark.usefixtures("nothing_learnt")
@@ -228,9 +231,9 @@ def test_who_learns_much_makes_others_forget_little() -> None:
     learn("a", 100_000)
     for i in range(10 * usage._MOST_MODELS):
         learn("flood 0", 10, f"model {i}")
-    assert guess_of("a").within(10**6) == 100_000
-    assert len(usage._beyond) <= usage._MOST_LEARNERS
-    assert len(usage._beyond["flood 0"]) <= usage._MOST_MODELS
+    assert estimate_of("a").within(10**6) == 100_000
+    assert len(usage._mean_outputs) <= usage._MOST_LEARNERS
+    assert len(usage._mean_outputs["flood 0"]) <= usage._MOST_MODELS
 
 
 @pytest.mark.parametrize(
@@ -256,9 +259,9 @@ def test_who_learns_much_makes_others_forget_little() -> None:
 def test_calls_that_a_request_makes(
     given: dict[str, Any], call_type: str, models: dict[str, int], rows: int
 ) -> None:
-    found = usage.made({"messages": MESSAGES, **given}, call_type)
+    found = usage.calls_of({"messages": MESSAGES, **given}, call_type)
     assert (dict(found.models), found.rows) == (models, rows)
-    assert found.calls == max(sum(models.values()), 1)
+    assert found.total == max(sum(models.values()), 1)
 
 
 def test_a_list_counts_for_each_model() -> None:
@@ -273,20 +276,20 @@ def test_a_list_counts_for_each_model() -> None:
 
 
 @pytest.mark.usefixtures("nothing_learnt")
-def test_a_guess_learns() -> None:
-    guess = usage.Guess({"model": "m", "messages": MESSAGES}, "acompletion", "total")
-    assert guess.within(4000) == 1107
-    guess.learn(130)
-    assert guess.within(4000) == 130
+def test_an_estimate_learns() -> None:
+    estimate = usage.Estimate({"model": "m", "messages": MESSAGES}, "acompletion", "total")
+    assert estimate.within(4000) == 1107
+    estimate.learn(130)
+    assert estimate.within(4000) == 130
     for _ in range(100):
-        guess.learn(170)
-    assert guess.within(4000) == 170
-    longer = usage.Guess({"model": "m", "messages": MESSAGES * 2}, "acompletion", "total")
+        estimate.learn(170)
+    assert estimate.within(4000) == 170
+    longer = usage.Estimate({"model": "m", "messages": MESSAGES * 2}, "acompletion", "total")
     assert longer.within(4000) == 274  # its own input, and what answers had beyond theirs
 
 
 @pytest.mark.parametrize(
-    ("told", "total", "input_", "output"),
+    ("reported", "total", "input_", "output"),
     [
         ({"prompt_tokens": 10, "completion_tokens": 20, "total_tokens": 30}, 30, 10, 20),
         ({"input_tokens": 10, "output_tokens": 20}, 30, 10, 20),
@@ -326,14 +329,15 @@ def test_a_guess_learns() -> None:
         ),
     ],
 )
-def test_used(told: dict[str, Any], total: int, input_: int, output: int) -> None:
-    for found in (usage.used({"usage": told}), usage.used(SimpleNamespace(usage=told))):
+def test_usage(reported: dict[str, Any], total: int, input_: int, output: int) -> None:
+    for answer in ({"usage": reported}, SimpleNamespace(usage=reported)):
+        found = usage.usage_of(answer)
         assert found is not None
         assert found.of_kind("total") == total
         assert found.of_kind("input") == input_
         assert found.of_kind("output") == output
 
 
-@pytest.mark.parametrize("told", [None, {}, {"usage": None}, {"total_tokens": 0}, "text", 3])
-def test_nothing_is_told(told: Any) -> None:
-    assert usage.used(told) is None
+@pytest.mark.parametrize("reported", [None, {}, {"usage": None}, {"total_tokens": 0}, "text", 3])
+def test_no_usage_is_reported(reported: Any) -> None:
+    assert usage.usage_of(reported) is None

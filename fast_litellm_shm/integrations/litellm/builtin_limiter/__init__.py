@@ -1,2 +1,2 @@
-"""LiteLLM's built-in limiter of requests, version 3 (``parallel_request_limiter_v3``): what replaces
-it in the proxy, and its store in the segment (``mode: native``)."""
+"""LiteLLM's built-in limiter, ``parallel_request_limiter_v3``: what stands in its place in the
+proxy (:mod:`.replacement`), and in ``mode: native`` the store that it counts in: the segment."""

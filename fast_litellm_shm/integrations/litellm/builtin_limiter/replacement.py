@@ -1,8 +1,9 @@
-"""LiteLLM's own limiter beside ours: it keeps what we do not, and leaves to us what we keep.
+"""What the proxy makes in place of LiteLLM's built-in limiter.
 
-It counts in each worker, in windows of its own, and charges what we deny: in front of ours it would
-let less pass than is configured. So each limit is kept by one of the two. Which one, LiteLLM's
-limiter asks :func:`limiter.found_for`, as ours has found it.
+The built-in limiter counts in each worker, in windows of its own, and it also counts requests that
+the plugin denies. Kept for the same limits, it would admit less than is configured. So in ``mode:
+hooks`` it keeps only the limits that the plugin does not keep (:func:`.limiter.found_for`). In
+``mode: native`` it keeps all limits, in the segment, and the plugin keeps none.
 """
 
 from __future__ import annotations
@@ -10,18 +11,22 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeAlias
 
 from fast_litellm_shm.integrations.litellm import settings
+from fast_litellm_shm.integrations.litellm.subjects import Limits, Subject
 
-# Each turn of such a connection is judged by LiteLLM's limiter alone: it passes no hook of ours.
+FoundFor: TypeAlias = Callable[[Any, Mapping[str, Any]], Sequence[Subject]]
+
+# The call type of a turn of such a connection. LiteLLM calls none of our hooks for it.
 _TURN = "_aresponses_websocket"
-# Whether our hook has judged the request of this context. Where it could not, LiteLLM's limiter
-# does, which comes later: as many workers, as many times the limit, but no request is unlimited.
-judged: ContextVar[bool] = ContextVar("fast_litellm_shm_judged", default=True)
+# Whether our hook could check the request of this context. Where it could not, the built-in limiter
+# keeps all limits of it, in each worker: so no request is unlimited. (Its hook runs after ours.)
+checked: ContextVar[bool] = ContextVar("fast_litellm_shm_checked", default=True)
 _MINUTE = 60
-_HOOK = "parallel_request_limiter"
+HOOK = "parallel_request_limiter"
 _CLASS = "_PROXY_MaxParallelRequestsHandler_v3"
 _FIELDS = (
     ("requests_per_unit", "rpm"),
@@ -29,9 +34,12 @@ _FIELDS = (
     ("max_parallel_requests", "max_parallel"),
 )
 
+_log = logging.getLogger("fast_litellm_shm")
 
-def without(descriptors: list[Any], ours: dict[tuple[str, str], Any]) -> list[Any]:
-    """Their descriptors without the limits that we keep. ours: our limits by kind and value."""
+
+def without(descriptors: list[Any], ours: Mapping[tuple[str, str], Limits]) -> list[Any]:
+    """LiteLLM's descriptors without the limits that the plugin keeps. ours: those, by kind and
+    value."""
     out = []
     for descriptor in descriptors:
         kept = ours.get((descriptor["key"], descriptor["value"]))
@@ -39,23 +47,20 @@ def without(descriptors: list[Any], ours: dict[tuple[str, str], Any]) -> list[An
         if kept is None or not limited:
             out.append(descriptor)
             continue
-        left = dict(limited)
-        some = False
-        for theirs, field in _FIELDS:
-            if left.get(theirs) is not None:
-                if getattr(kept, field) is None:
-                    some = True
-                else:
-                    left[theirs] = None
-        if some:
+        taken = {theirs for theirs, field in _FIELDS if getattr(kept, field) is not None}
+        left = {name: None if name in taken else value for name, value in limited.items()}
+        if any(left.get(theirs) is not None for theirs, _ in _FIELDS):
             out.append({**descriptor, "rate_limit": left})
     return out
 
 
-def _quieter(base: Any, found_for: Any) -> Any:
-    class SharedParallelRequestLimiter(base):  # type: ignore[misc]
-        """LiteLLM's limiter, for what the shared one does not keep."""
+def _reduced(base: Any, found_for: FoundFor) -> Any:
+    """The class of ``mode: hooks``."""
 
+    class SharedParallelRequestLimiter(base):  # type: ignore[misc]
+        """The built-in limiter, for the limits that the plugin does not keep."""
+
+        # LiteLLM calls only hooks that the class itself defines.
         async def async_pre_call_hook(self, *args: Any, **kwargs: Any) -> Any:
             return await super().async_pre_call_hook(*args, **kwargs)
 
@@ -65,49 +70,47 @@ def _quieter(base: Any, found_for: Any) -> Any:
             found = await super()._build_request_rate_limit_descriptors(
                 user_api_key_dict, data, call_type
             )
-            if not found or call_type is None or call_type == _TURN or not judged.get():
-                return found  # also asked for by what passes no hook of ours
+            if not found or call_type is None or call_type == _TURN or not checked.get():
+                return found  # call_type is None where LiteLLM calls it outside of our hook
             try:
                 ours = {(s.kind, s.value): s.limits for s in found_for(user_api_key_dict, data)}
-            except Exception:  # our own hook says it; theirs keeps what it can
+            except Exception:  # our own hook reports it
                 return found
             return without(found, ours)
 
     return SharedParallelRequestLimiter
 
 
-_native = False
+_builtin_serves = False
 
 
-def native_serves() -> bool:
-    """Whether LiteLLM's own limiter counts in the segment (``mode: native``), and ours not."""
-    return _native
+def builtin_serves() -> bool:
+    """Whether the built-in limiter counts in the segment (``mode: native``), and the plugin not."""
+    return _builtin_serves
 
 
-def _maker(base: Any, found_for: Any) -> Any:
-    quieter = _quieter(base, found_for)
+def _maker(base: Any, found_for: FoundFor) -> Callable[[Any], Any]:
+    reduced = _reduced(base, found_for)
 
-    def make(internal_usage_cache: Any) -> Any:  # the proxy gives it by that name
-        global _native
+    def make(internal_usage_cache: Any) -> Any:  # the proxy passes it by this name
+        global _builtin_serves
+        _builtin_serves = False
         if settings.current().mode == "native":
-            from fast_litellm_shm.integrations.litellm.builtin_limiter import (
-                segment_limiter,
-            )
+            from fast_litellm_shm.integrations.litellm.builtin_limiter import segment_limiter
 
-            table: dict[str, Any] = {_HOOK: base}
+            table: dict[str, Any] = {HOOK: base}
             lacking = segment_limiter.install(table)
             if lacking is None:
-                _native = True
-                return table[_HOOK](internal_usage_cache=internal_usage_cache)
-            logging.getLogger("fast_litellm_shm").warning("%s; mode hooks applies", lacking)
-        _native = False
-        made = quieter(internal_usage_cache=internal_usage_cache)
+                _builtin_serves = True
+                return table[HOOK](internal_usage_cache=internal_usage_cache)
+            _log.warning("%s; mode hooks applies", lacking)
+        made = reduced(internal_usage_cache=internal_usage_cache)
         seconds = getattr(made, "window_size", _MINUTE)
         if seconds != _MINUTE:
-            logging.getLogger("fast_litellm_shm").warning(
-                "LITELLM_RATE_LIMIT_WINDOW_SIZE is %s: requests and tokens are limited by %s "
-                "seconds all the same, except for what LiteLLM's own limiter keeps; with mode "
-                "native it holds for all",
+            _log.warning(
+                "LITELLM_RATE_LIMIT_WINDOW_SIZE is %s, which only LiteLLM's built-in limiter "
+                "obeys: the plugin limits requests and tokens by %s seconds. With mode native the "
+                "variable applies to all limits",
                 seconds,
                 _MINUTE,
             )
@@ -116,27 +119,27 @@ def _maker(base: Any, found_for: Any) -> Any:
     return make
 
 
-def install(found_for: Any) -> None:
-    """Before the proxy makes its hooks, which it does after it has read its whole configuration.
-    Outside of the proxy there is nothing to do. Where this LiteLLM offers no way, the log says so.
+def install(found_for: FoundFor) -> None:
+    """Replace the built-in limiter in LiteLLM's table of hooks. The proxy makes its hooks after it
+    has read its whole configuration, so after the plugin was imported. Outside of the proxy this
+    does nothing. Where this LiteLLM has no such table, one log line says so.
     """
     if "litellm.proxy.proxy_server" not in sys.modules:
         return
-    log = logging.getLogger("fast_litellm_shm")
     try:
         from litellm.proxy import hooks
         from litellm.proxy.hooks import parallel_request_limiter_v3 as v3
 
         base = getattr(v3, _CLASS)
         inspect.signature(base._build_request_rate_limit_descriptors).bind(None, None, None, None)
-        current = hooks.PROXY_HOOKS[_HOOK]
+        current = hooks.PROXY_HOOKS[HOOK]
     except (ImportError, AttributeError, KeyError, TypeError) as error:
-        log.warning(
-            "this LiteLLM's own limiter cannot be told what is kept for it (%s): it counts "
-            "besides, in each worker, and can deny what all workers together have room for; "
-            "there is no mode native",
+        _log.warning(
+            "the built-in limiter of this litellm cannot be replaced (%s): it counts besides the "
+            "plugin, in each worker, and may deny what all workers together have room for; mode "
+            "native is not available. See docs/litellm.md for the versions that are supported",
             error,
         )
         return
     if isinstance(current, type) and issubclass(current, base):
-        hooks.PROXY_HOOKS[_HOOK] = _maker(base, found_for)
+        hooks.PROXY_HOOKS[HOOK] = _maker(base, found_for)

@@ -1,14 +1,14 @@
-"""``mode: native``: LiteLLM's own limiter (its third version), over the segment instead of Redis.
+"""``mode: native``: LiteLLM's built-in limiter, which counts in the segment instead of in Redis.
 
-All that LiteLLM limits with it, it limits over all workers of the host then: keys, users, teams,
-projects, organisations, tags, agents, end users, MCP servers, batches. What it answers (codes,
-headers, messages) is LiteLLM's own. Its store is not a public interface of LiteLLM, so what this
-module needs of it is looked for first, and where something is missing :func:`install` says what.
+All that LiteLLM limits with it then holds over all workers of the host: keys, users, teams,
+projects, organisations, tags, agents, end users, MCP servers, batches. Codes, headers and messages
+are LiteLLM's own. The limiter's store is not a public interface of LiteLLM: :func:`install` first
+looks for what is needed of it, and returns what is missing.
 
-It counts for one host, whatever else is set: it knows no server but LiteLLM's Redis.
+It counts for one host, whatever else is set: the only server that it knows is LiteLLM's Redis.
 
 Not shared: ``dynamic_rate_limiter_v3``, which makes a limiter of its own. Where LiteLLM has a Redis
-configured, its limiter does not use it any more: the limits hold for each host.
+configured, this limiter does not use it any more: the limits hold for each host.
 """
 
 from __future__ import annotations
@@ -20,23 +20,19 @@ from typing import Any
 
 from fast_litellm_shm._shared.settings import warn_not_shared
 from fast_litellm_shm.integrations.litellm import failures, settings
+from fast_litellm_shm.integrations.litellm.builtin_limiter.replacement import HOOK
 from fast_litellm_shm.integrations.litellm.builtin_limiter.store import Handle
 
-HOOK = "parallel_request_limiter"
 _LIMITER = "litellm.proxy.hooks.parallel_request_limiter_v3"
 _STORE = "litellm.redis.stores.rate_limits"
 _REPLIES = (
-    "WindowCount",
-    "AtomicApplied",
-    "AtomicOverLimit",
-    "GuardedReply",
-    "GaugesAcquired",
-    "GaugeOverLimit",
+    *("WindowCount", "AtomicApplied", "AtomicOverLimit", "GuardedReply"),
+    *("GaugesAcquired", "GaugeOverLimit"),
 )
 _ARGUMENTS = ("internal_usage_cache", "rate_limit_store", "fail_closed_resolver")
 _REFUSED = (
-    "The request could not be counted, since the shared memory of the rate limits is not to be "
-    "had, and fail_open is false. The log of the proxy says why."
+    "The request could not be counted, since the shared memory of the rate limits is not "
+    "available, and fail_open is false. The log of the proxy says why."
 )
 
 
@@ -44,7 +40,7 @@ def _arguments(function: Any) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(function).parameters)
 
 
-def _why_not() -> str | None:
+def _missing() -> str | None:
     """What the installed litellm lacks; None where it has everything."""
     try:
         limiter: Any = importlib.import_module(_LIMITER)
@@ -67,7 +63,7 @@ def _why_not() -> str | None:
             continue
         ours = getattr(Handle, name, None)
         if ours is None:
-            return f"its store asks for {name}(), which is not known here"
+            return f"its store needs {name}(), which this package does not have"
         if inspect.isfunction(wanted) and list(_arguments(ours)) != list(_arguments(wanted)):
             return f"its store's {name}() takes other arguments: {', '.join(_arguments(wanted))}"
     return None
@@ -86,15 +82,15 @@ def make_handler() -> Any:
     of_litellm = _arguments(base.__init__)["fail_closed_resolver"].default
     unverifiable: Any = getattr(limiter, "RateLimitUnverifiableError", ())
 
-    def refuses() -> bool:
-        """By our policy, or by LiteLLM's ``fail_closed_rate_limit_enforcement``."""
+    def fails_closed() -> bool:
+        """By our ``fail_open``, or by LiteLLM's ``fail_closed_rate_limit_enforcement``."""
         return not settings.current().fail_open or bool(of_litellm())
 
     class SharedMemoryLimiter(base):  # type: ignore[misc]
-        """LiteLLM's limiter; what it counts lies in the segment."""
+        """LiteLLM's limiter, with the segment as its store."""
 
-        # The proxy passes arguments by their names here, and calls only hooks that a class has in
-        # its own body: an inherited async_pre_call_hook would never run.
+        # The proxy passes arguments by their names here, and calls only hooks that the class itself
+        # defines: an inherited async_pre_call_hook would never run.
         def __init__(self, internal_usage_cache: Any) -> None:
             memory = connect(None).rate_limits(
                 internal_usage_cache.dual_cache.default_in_memory_ttl
@@ -103,7 +99,7 @@ def make_handler() -> Any:
             super().__init__(
                 internal_usage_cache=internal_usage_cache,
                 rate_limit_store=store.RateLimitStore(self.shared_memory),
-                fail_closed_resolver=refuses,
+                fail_closed_resolver=fails_closed,
             )
             self.shared_memory.window_size = int(self.window_size)
 
@@ -112,9 +108,9 @@ def make_handler() -> Any:
         ) -> Any:
             error = self.shared_memory.missing()
             if error is not None:
-                refused = refuses()
+                refused = fails_closed()
                 consequence = "it is refused with 503" if refused else "this worker counts alone"
-                failures.failed("judging a request", error, consequence)
+                failures.report("checking a request", error, consequence)
                 if refused:
                     raise http_exception(503, detail={"error": _REFUSED})
             try:
@@ -128,21 +124,22 @@ def make_handler() -> Any:
 
 
 def install(hooks: dict[str, Any]) -> str | None:
-    """Put it into LiteLLM's table of hooks (``litellm.proxy.hooks.PROXY_HOOKS``), from which the
-    proxy makes its limiter as it starts, after it has imported the callbacks.
+    """Put the class into LiteLLM's table of hooks (``litellm.proxy.hooks.PROXY_HOOKS``). The proxy
+    makes its limiter from the table when it starts, after it has imported the callbacks.
 
-    Returns None, or one sentence that says why not; the table is as it was then. Opens no segment.
+    Returns None; or one sentence that says why not, and leaves the table as it was. Opens no
+    segment.
     """
-    lacking = _why_not()
+    lacking = _missing()
     if lacking is not None:
-        return f"mode native cannot be had with the installed litellm: {lacking}"
+        return f"mode native is not available with the installed litellm: {lacking}"
     base = importlib.import_module(_LIMITER).PROXY_MaxParallelRequestsHandler_v3
     present = hooks.get(HOOK)
     if not (isinstance(present, type) and issubclass(present, base)):
         return (
-            f"mode native cannot be had: the proxy's {HOOK} is {present!r}, not LiteLLM's third "
-            "(LEGACY_MULTI_INSTANCE_RATE_LIMITING chooses an older one)"
+            f"mode native is not available: the proxy's {HOOK} is {present!r}, not LiteLLM's "
+            "version 3 (LEGACY_MULTI_INSTANCE_RATE_LIMITING chooses an older one)"
         )
     hooks[HOOK] = make_handler()
-    warn_not_shared("LiteLLM's own limiter (mode native)", settings.current().cluster)
+    warn_not_shared("LiteLLM's built-in limiter (mode native)", settings.current().cluster)
     return None

@@ -1,7 +1,7 @@
-"""The requests in flight of LiteLLM's own limiter, in the segment.
+"""The requests in flight of LiteLLM's built-in limiter, in the segment.
 
-LiteLLM names each request's slot by an id, and gives it back by that id, in the worker that took
-it. A slot is a permit of that worker's process: a worker that dies gives its slots back at once.
+LiteLLM names the slot of a request by an id, and gives it back by that id in the worker that took
+it. A slot is a permit of that worker's process: when the worker dies, its slots are free.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.limiters.quota import Admission, Quota
 
 MOST = 100_000  # a larger limit is this one
-_MOST_QUOTAS = 1024  # that this process keeps at hand
-_COUNTED = 1000  # a limit whose slots are counted to be shown: 50 us on the event loop
-_REMEMBERED = 100_000  # scopes whose limits are kept in mind
+_MOST_QUOTAS = 1024  # that this process keeps open
+_COUNTED = 1000  # the largest limit whose slots are counted for display: 50 us on the event loop
+_MOST_SCOPES = 100_000  # whose limits are remembered
 
 
 class Refused(NamedTuple):
-    """which: of the scopes had no slot left. in_flight: how many it has in use."""
+    """which: the index of the scope that had no free slot. in_flight: its slots in use."""
 
     which: int
     in_flight: int
 
 
 class Slots:
-    """All slots of one segment, as this process takes and gives them.
+    """The slots of one segment that this process takes and gives back.
 
-    Permits of each limit are counted apart, so a limit that changes begins anew. Those in flight
-    under a scope's earlier limits count too, in every worker that has seen them.
+    The permits of each limit are counted apart. When a scope's limit changes, those in flight under
+    its earlier limits count too, in every worker that has seen these limits.
     """
 
     def __init__(self, segment: Segment) -> None:
@@ -56,9 +56,9 @@ class Slots:
     def acquire(
         self, gauges: Sequence[tuple[str, int]], slot_id: str, ttl: float
     ) -> list[int] | Refused:
-        """Take one slot of every (scope, limit), or none. How many each has in use then.
+        """Take one slot of every (scope, limit), or none. Returns how many each then has in use.
 
-        A slot that this process has held for ``ttl`` seconds was forgotten: it is given back.
+        A slot that this process has held for ``ttl`` seconds was forgotten, and is given back.
         """
         self._expire(ttl)
         taken: dict[str, Admission] = {}
@@ -79,7 +79,7 @@ class Slots:
         return counts
 
     def _take(self, scope: str, limit: int, taken: dict[str, Admission]) -> int | None:
-        """Into ``taken``; or how many are in use, where there is none."""
+        """Put a slot into ``taken``. Where none is free: return how many are in use."""
         if limit < 1:
             return self.count(scope)
         limit = min(limit, MOST)
@@ -87,7 +87,8 @@ class Slots:
         admission = self._quota(limit).admit(scope)
         if not admission:
             return admission.in_flight + earlier
-        # Ours is taken before the others are counted: of all who do so the last one sees them all.
+        # Take first, then count the others: of several processes that do so, the last one to count
+        # sees them all.
         if earlier and (others := self._exact(scope) - 1) >= limit:
             admission.release()
             return others
@@ -96,18 +97,18 @@ class Slots:
         return None
 
     def _earlier(self, scope: str, limit: int) -> int:
-        """How many are in flight under earlier limits of the scope; remembers the present one."""
+        """Slots in flight under earlier limits of the scope. Remembers the present limit."""
         known = self._limits.get(scope, ())
         if known[:1] == (limit,) and len(known) == 1:
             return 0
         counts = {old: self._quota(old).in_flight(scope) for old in known if old != limit}
         self._limits[scope] = (limit, *(old for old, count in counts.items() if count))
-        if len(self._limits) > _REMEMBERED:
+        if len(self._limits) > _MOST_SCOPES:
             del self._limits[next(iter(self._limits))]
         return sum(counts.values())
 
     def release(self, scopes: Sequence[str], slot_id: str) -> None:
-        """Give the slots of that id back, once. One that this process does not hold: nothing."""
+        """Give the slots of that id back. Where this process does not hold them, do nothing."""
         held = self._held.get(slot_id)
         if held is None:
             return
@@ -116,9 +117,9 @@ class Slots:
             del self._held[slot_id]
 
     def count(self, scope: str) -> int:
-        """How many of the scope are in flight, to be shown, by the limits that this process knows
-        it by: one that has taken none yet says 0. With a limit above 1,000: how many of them are
-        this process's own. Admission does not go by this number."""
+        """Slots of the scope in flight, for display, under the limits of it that this process has
+        met (0 before it has taken one). Under a limit above 1,000: only those of this process.
+        Admission does not use this number."""
         if max(self._limits.get(scope, (0,))) > _COUNTED:
             return self._own[scope]
         return self._exact(scope)
@@ -127,7 +128,7 @@ class Slots:
         return sum(self._quota(limit).in_flight(scope) for limit in self._limits.get(scope, ()))
 
     def __del__(self) -> None:
-        """Nobody can give them back any more."""
+        """No caller can give them back any more."""
         self._expire(-math.inf)
 
     def _expire(self, ttl: float) -> None:

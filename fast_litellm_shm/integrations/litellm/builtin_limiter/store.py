@@ -1,40 +1,41 @@
-"""The store that LiteLLM's own limiter asks (its ``RateLimitsHandle``), over the segment.
+"""The store of LiteLLM's built-in limiter (its ``RateLimitsHandle``), in the segment.
 
-It stands where LiteLLM has its Redis client, and behaves as LiteLLM's Lua scripts do. What is in
-the segment is at hand, so nothing is sent in batches or after the answer, and the memory of each
-worker, where LiteLLM mirrors Redis, is only used while the segment is not to be had.
+It stands in the place of LiteLLM's Redis client, and behaves as LiteLLM's Lua scripts do. The
+segment needs no round trip, so nothing is sent in batches or after the answer. The memory of each
+worker, where LiteLLM mirrors Redis, is used only while the segment is not available.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.integrations.litellm import failures, settings
 from fast_litellm_shm.integrations.litellm.builtin_limiter.slots import Refused, Slots
-from fast_litellm_shm.integrations.litellm.builtin_limiter.windows import OpenWindow, Taken, Windows
+from fast_litellm_shm.integrations.litellm.builtin_limiter.windows import OpenWindow, Windows
 
 T = TypeVar("T")
 
 _GAUGE = "max_parallel_requests"  # the suffixes of LiteLLM's entries
 _WINDOW = "window"
+_SLOT_SECONDS = 3600.0  # LiteLLM's PARALLEL_REQUEST_SLOT_TTL_SECONDS
 _RETRY_SECONDS = 1.0  # between two attempts to open the segment
-_MOST_APART = 10_000
+_MOST_SCOPES = 10_000  # that are remembered as counted in memory
 
-# The windows that this request has reserved in. LiteLLM's settlement of a reservation says only by
-# how much it was too large; what comes back belongs to the window that it was taken from.
-_reserved: ContextVar[dict[tuple[str, str], OpenWindow] | None] = ContextVar(
-    "fast_litellm_shm_reserved", default=None
-)
+# The windows in which this request has reserved tokens, by scope and kind. When LiteLLM settles a
+# reservation, it says only by how much it was too large: that is given back to its own window.
+_Reserved: TypeAlias = "dict[tuple[str, str], OpenWindow]"
+_reserved: ContextVar[_Reserved | None] = ContextVar("fast_litellm_shm_reserved", default=None)
 
 
 class Script(Generic[T]):
-    """A declared script: it runs when it is awaited, in one go, and may be awaited once."""
+    """Like a declared Redis script: it runs when it is awaited, without a pause, once."""
 
     __slots__ = ("_run",)
 
@@ -57,18 +58,18 @@ class _Shared(NamedTuple):
 
 
 def _scope(scope: Any) -> str:
-    """As LiteLLM writes it in Redis, so that operators find it again."""
+    """As LiteLLM writes it in Redis: operators know it by that."""
     return f"{{{scope.descriptor_key}:{scope.descriptor_value}}}"
 
 
 class Handle:
-    """See the module. memory: LiteLLM's own handle without Redis. replies: the module with the
-    types of the answers. window_size: seconds of windows that come without their size.
+    """memory: LiteLLM's own handle without Redis. replies: LiteLLM's module with the types of the
+    answers. window_size: seconds of windows that come without their size.
 
-    The segment is opened at the first use, since a server that preloads forks after it has made
-    this object, and a worker must not die of a segment. Where it cannot be opened, the next attempt
-    is a second later, and until then :attr:`has_redis` is false (LiteLLM counts in its memory), or,
-    where ``fail_open`` is false, every script raises (LiteLLM refuses).
+    The segment is opened at the first use: a server that preloads makes this object before it
+    forks, and a worker must not die of a segment. After a failure, the next attempt is a second
+    later. Until then :attr:`has_redis` is false, and LiteLLM counts in its memory; if ``fail_open``
+    is false, every script raises instead, and LiteLLM refuses.
     """
 
     def __init__(self, memory: Any, replies: ModuleType, window_size: int = 60) -> None:
@@ -77,7 +78,8 @@ class Handle:
         self._opened: _Shared | None = None
         self._why: Exception | None = None
         self._retry_at = 0.0
-        self._apart: dict[str, float] = {}  # scopes that the segment failed for, and until when
+        # Scopes that LiteLLM counts in memory, since the segment failed; and until when.
+        self._in_memory: dict[str, float] = {}
 
     def missing(self) -> Exception | None:
         """Why there is no segment; None where there is one."""
@@ -88,13 +90,13 @@ class Handle:
             try:
                 segment = Segment.default()
                 self._opened = _Shared(Windows(segment, self.window_size), Slots(segment))
-            except Exception as error:  # whatever it is, the policy says what becomes of requests
+            except Exception as error:  # of any kind: fail_open decides
                 self._why, self._retry_at = error, time.monotonic() + _RETRY_SECONDS
         return self._opened
 
     def _script(self, scopes: Sequence[str], run: Callable[[_Shared], T]) -> Script[T]:
-        """LiteLLM takes what a script raises for Redis being away: by ``fail_closed`` it refuses,
-        else it counts the request in this worker's memory."""
+        """LiteLLM takes an exception of a script for an outage of Redis: by ``fail_closed`` it
+        refuses the request, else it counts it in this worker's memory."""
 
         def attempt() -> T:
             try:
@@ -103,49 +105,49 @@ class Handle:
                     raise exceptions.SegmentError(str(self._why))
                 return run(shared)
             except Exception as error:
-                self._set_apart(scopes)
+                self._count_in_memory(scopes)
                 policy = "counts alone" if settings.current().fail_open else "refuses it with 503"
-                failures.failed("LiteLLM's limiter", error, f"this worker {policy}")
+                failures.report("LiteLLM's limiter", error, f"this worker {policy}")
                 raise
 
         return Script(attempt)
 
     # What LiteLLM keeps in the worker ---------------------------------------------------------
 
-    def _set_apart(self, scopes: Sequence[str]) -> None:
-        """LiteLLM counts these in memory now: for a window's length it is asked there."""
-        if len(self._apart) > _MOST_APART:
-            self._apart.clear()
-        self._apart.update(dict.fromkeys(scopes, time.monotonic() + self.window_size))
+    def _count_in_memory(self, scopes: Sequence[str]) -> None:
+        """LiteLLM counts these in memory now: so for a window's length they are read there."""
+        if len(self._in_memory) > _MOST_SCOPES:
+            self._in_memory.clear()
+        self._in_memory.update(dict.fromkeys(scopes, time.monotonic() + self.window_size))
 
-    def _counts_alone(self, scope: str) -> bool:
-        if self._apart and time.monotonic() >= self._apart.get(scope, 0.0):
-            self._apart.pop(scope, None)
-        return scope in self._apart or self._shared() is None
+    def _counts_in_memory(self, scope: str) -> bool:
+        if self._in_memory and time.monotonic() >= self._in_memory.get(scope, 0.0):
+            self._in_memory.pop(scope, None)
+        return scope in self._in_memory or self._shared() is None
 
     @property
     def has_redis(self) -> bool:
         return self._shared() is not None or not settings.current().fail_open
 
     def slot_groups(self, scopes: Sequence[Any], force: bool) -> Any:
-        """One group: there is no cluster whose servers would each hold some of them."""
+        """One group: no Redis Cluster spreads the scopes over servers."""
         return self._memory.slot_groups(scopes, False)
 
     def get_local(self, entry: Any) -> Any:
-        """LiteLLM asks here first, and turns away what is over its limit without counting it. It is
-        told what the segment says. Slots are decided by the segment alone."""
+        """LiteLLM reads here first, and denies what is over its limit without counting it. So this
+        returns the segment's counts. Slots: only the segment decides, when they are acquired."""
         scope = _scope(entry.scope)
-        if entry.suffix == _GAUGE or self._counts_alone(scope):
+        if entry.suffix == _GAUGE or self._counts_in_memory(scope):
             return self._memory.get_local(entry)
         try:
             return None if entry.suffix == _WINDOW else self._value(entry)
-        except Exception:  # the script that follows says it, and what becomes of the request
+        except Exception:  # the script that follows reports it
             return None
 
     def set_local(self, entry: Any, value: Any, ttl_seconds: float | None) -> None:
-        """Mirrors of what the segment holds are dropped; a dict is LiteLLM's own register of slots,
+        """Mirrors of the segment's counts are dropped. A dict is LiteLLM's own register of slots,
         which it keeps where the segment failed."""
-        alone = self._counts_alone(_scope(entry.scope))
+        alone = self._counts_in_memory(_scope(entry.scope))
         if isinstance(value, dict) or (alone if entry.suffix != _GAUGE else self._opened is None):
             self._memory.set_local(entry, value, ttl_seconds)
 
@@ -187,45 +189,45 @@ class Handle:
     def sliding_window(
         self, counters: Sequence[Any], now: int, window_size: int, send: Any
     ) -> Script[list[Any]]:
-        """Count 1 in each, over its limit or not. ``now`` is the worker's clock; the segment's is
-        used, which all workers have in common."""
+        """Count 1 in each, over its limit or not. ``now``, the worker's clock, is not used: all
+        workers go by the segment's clock."""
 
         def run(shared: _Shared) -> list[Any]:
-            windows, counted, found = shared.windows, _Undo(shared.windows), []
-            with counted:
+            windows, found = shared.windows, []
+            with contextlib.ExitStack() as undo:
                 for counter in counters:
-                    scope = _scope(counter.scope)
+                    scope, kind = _scope(counter.scope), counter.suffix
                     window = windows.open(scope, window_size)
-                    count = windows.add(window, scope, counter.suffix, 1)
-                    counted.done(window, scope, counter.suffix, 1)
+                    count = windows.add(window, scope, kind, 1)
+                    undo.callback(windows.give_back, window, scope, kind, 1)
                     found.append(self._replies.WindowCount(str(window.start), count))
+                undo.pop_all()  # nothing failed
             return found
 
         return self._script(_scopes(counters), run)
 
     def check_and_increment(self, counters: Sequence[Any], send: Any) -> Script[Any]:
-        """Count all, or none where one has no room: never more than its limit in any of them."""
+        """Count all; or none, where one has no room. No counter ever exceeds its limit."""
         reserved = _reserved.get()
-        if reserved is None:  # here, and not where it runs, which may be a task of its own
+        if reserved is None:  # set here: the script may run in a task of its own
             reserved = {}
             _reserved.set(reserved)
 
         def run(shared: _Shared) -> Any:
-            counted, found = _Undo(shared.windows), []
-            with counted:
+            windows, found = shared.windows, []
+            taken_in: _Reserved = {}
+            with contextlib.ExitStack() as undo:
                 for index, each in enumerate(counters):
                     scope, kind = _scope(each.counter.scope), each.counter.suffix
-                    taken: Taken = shared.windows.take(
-                        scope, kind, each.window_size, each.increment, each.limit
-                    )
-                    if not taken.allowed:
-                        counted.undo()
-                        return self._replies.AtomicOverLimit(index, taken.total, each.limit)
+                    taken = windows.take(scope, kind, each.window_size, each.increment, each.limit)
                     window = taken.window
-                    assert window is not None  # there is none only where there is no room
-                    counted.done(window, scope, kind, each.increment)
+                    if not taken.allowed or window is None:
+                        return self._replies.AtomicOverLimit(index, taken.total, each.limit)
+                    undo.callback(windows.give_back, window, scope, kind, each.increment)
+                    taken_in[scope, kind] = window
                     found.append((taken.total, window.start))
-            reserved.update(counted.windows())
+                undo.pop_all()  # all are counted
+            reserved.update(taken_in)
             return self._replies.AtomicApplied(found)
 
         return self._script([_scope(each.counter.scope) for each in counters], run)
@@ -238,7 +240,7 @@ class Handle:
         ttl_seconds: int | None,
         send: Any,
     ) -> Script[Any]:
-        """Count (or give back) where the window that began then is still open."""
+        """Count, or give back, where the window that began at that time is still open."""
 
         def run(shared: _Shared) -> Any:
             scope, windows = _scope(counter.scope), shared.windows
@@ -259,13 +261,13 @@ class Handle:
         )
 
     def token_increment_post_call(self, request: Any, increments: Sequence[Any]) -> bool:
-        """False: not kept for later, LiteLLM does it at once."""
+        """False: it was not queued, so LiteLLM does it now."""
         return False
 
     async def increment(self, increment: Any) -> int | float:
         try:
             return (await self.token_increment([increment], None))[0]
-        except Exception:  # told already; as LiteLLM does without Redis
+        except Exception:  # reported already; LiteLLM does the same without Redis
             return await self._memory.increment(increment)  # type: ignore[no-any-return]
 
     async def increment_many(self, increments: Sequence[Any]) -> None:
@@ -304,7 +306,7 @@ class Handle:
         def run(shared: _Shared) -> list[int]:
             named = [_scope(scope) for scope in gauges]
             shared.slots.release(named, slot_id)
-            for scope in gauges:  # or it was taken in memory, while the segment had failed
+            for scope in gauges:  # or the slot was taken in memory, while the segment had failed
                 kept = self._memory.get_local(scope.gauge)
                 if isinstance(kept, dict) and kept.pop(slot_id, None) is not None:
                     self._memory.set_local(scope.gauge, kept, _SLOT_SECONDS)
@@ -313,7 +315,7 @@ class Handle:
         return self._script([_scope(scope) for scope in gauges], run)
 
     def parallel_release_post_call(self, request: Any, gauges: Sequence[Any], slot_id: str) -> bool:
-        """False: not kept for later, LiteLLM does it at once."""
+        """False: it was not queued, so LiteLLM does it now."""
         return False
 
     def parallel_count(
@@ -323,15 +325,12 @@ class Handle:
         return self._script(named, lambda shared: [shared.slots.count(scope) for scope in named])
 
 
-_SLOT_SECONDS = 3600.0  # LiteLLM's PARALLEL_REQUEST_SLOT_TTL_SECONDS
-
-
 def _scopes(counters: Sequence[Any]) -> list[str]:
     return [_scope(counter.scope) for counter in counters]
 
 
 def _add(windows: Windows, window: OpenWindow, scope: str, kind: str, amount: float) -> int:
-    """Amounts are tokens; where LiteLLM weighs them (PTU shares) they have fractions."""
+    """amount: tokens, with a fraction where LiteLLM weighs them (PTU shares); < 0: give back."""
     whole = round(amount)
     if whole >= 0:
         return windows.add(window, scope, kind, whole)
@@ -340,33 +339,8 @@ def _add(windows: Windows, window: OpenWindow, scope: str, kind: str, amount: fl
 
 
 def _increment(windows: Windows, increment: Any) -> float:
-    """Where no window is open nothing is counted: the next one begins at 0, in Redis too."""
+    """Where no window is open nothing is counted. The next one begins at 0, as in Redis."""
     scope, kind = _scope(increment.counter.scope), increment.counter.suffix
     window = (_reserved.get() or {}).get((scope, kind)) if increment.amount < 0 else None
     window = window or windows.find(scope, increment.ttl)
     return float(_add(windows, window, scope, kind, increment.amount)) if window else 0.0
-
-
-class _Undo:
-    """What a script has counted so far; given back where it ends in an exception."""
-
-    def __init__(self, windows: Windows) -> None:
-        self._windows = windows
-        self._done: list[tuple[OpenWindow, str, str, int]] = []
-
-    def done(self, window: OpenWindow, scope: str, kind: str, cost: int) -> None:
-        self._done.append((window, scope, kind, cost))
-
-    def windows(self) -> dict[tuple[str, str], OpenWindow]:
-        return {(scope, kind): window for window, scope, kind, _ in self._done}
-
-    def undo(self) -> None:
-        while self._done:
-            self._windows.give_back(*self._done.pop())
-
-    def __enter__(self) -> _Undo:
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is not None:
-            self.undo()

@@ -1,57 +1,47 @@
 """A router's store of cooldowns, shared by all workers of the host.
 
-LiteLLM's router core asks its store for everything it knows of cooldowns and allowed failures
-(``litellm/router_rust/routing_stores.py``); this one stands before the router's own. A deployment
-that any worker cools down is left out by all, as with Redis, and failures are counted over all
-workers.
+LiteLLM's router core reads and writes cooldowns and allowed failures through its store
+(``litellm/router_rust/routing_stores.py``). :class:`SharedCooldowns` wraps the router's own store:
+every worker leaves out a deployment that any worker cools down, as with Redis, and failures are
+counted over all workers.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from fast_litellm_shm.integrations.litellm import failures
-from fast_litellm_shm.integrations.litellm.router.deployments import Statistics
-from fast_litellm_shm.limiters.rate import RateLimiter
-from fast_litellm_shm.limits import FixedWindow
+from fast_litellm_shm.integrations.litellm.router.deployments import Deployments
+from fast_litellm_shm.integrations.litellm.window_counter import WindowCounter
 
-#: What a store must have to be stood before: litellm.redis.stores.router_cooldowns.RouterCooldowns.
+#: What a store must have to be wrapped: litellm.redis.stores.router_cooldowns.RouterCooldowns.
 PROTOCOL = (
-    "attach_redis",
-    "has_redis",
-    "flush_local_counters",
-    "put",
-    "increment_allowed_fails",
-    "async_put",
-    "async_increment_allowed_fails",
-    "active",
-    "active_sync",
-    "minimum",
-    "evict_local",
-    "snapshot",
+    *("attach_redis", "has_redis", "flush_local_counters", "evict_local", "snapshot"),
+    *("put", "async_put", "increment_allowed_fails", "async_increment_allowed_fails"),
+    *("active", "active_sync", "minimum"),
 )
 
-_MOST_FAILS = 2**20 - 1  # the end of such a window is kept to 2 ms
-_MOST_PERIODS = 16  # lengths of windows of failures; each takes a limiter
+_MOST_FAILS = 2**20 - 1  # so large a window keeps its end to 2 ms
+_MOST_PERIODS = 16  # lengths of windows of failures; each takes a limiter of the segment
 _NONE = float("inf")
-_OWN = "this worker's own are used"
+_OWN = "this worker goes by its own"
 _REASON = "another worker of this host cooled it down"
 
-Active = Sequence[tuple[str, Any]]
+Active: TypeAlias = Sequence[tuple[str, Any]]  # (deployment id, LiteLLM's CooldownCacheValue)
 
 
 class SharedCooldowns:
-    """Stands before ``own``, a router's own store. Where that has Redis, it does nothing besides:
-    Redis reaches more than one host. on_redis is called when the router gets Redis."""
+    """Wraps ``own``, a router's own store. While ``own`` has Redis, it only passes calls on: Redis
+    reaches more than one host. on_redis is called when the router gets Redis."""
 
     def __init__(
-        self, own: Any, statistics: Statistics, on_redis: Callable[[], None] = lambda: None
+        self, own: Any, deployments: Deployments, on_redis: Callable[[], None] = lambda: None
     ) -> None:
         self.own = own
-        self._statistics, self._on_redis = statistics, on_redis
-        self._fails: dict[float, RateLimiter] = {}
+        self._deployments, self._on_redis = deployments, on_redis
+        self._fails: dict[float, WindowCounter] = {}  # by the length of the window
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.own, name)
@@ -74,9 +64,9 @@ class SharedCooldowns:
     def _share(self, model_id: str, ttl: float) -> None:
         try:
             if not self.own.has_redis:
-                self._statistics.cool(model_id, ttl)
+                self._deployments.cool(model_id, ttl)
         except Exception as error:
-            failures.failed("sharing a cooldown", error, "the other workers do not know of it")
+            failures.report("sharing a cooldown", error, "the other workers do not know of it")
 
     def increment_allowed_fails(self, model_id: str, suffix: str | None, ttl: float) -> int:
         shared = self._count_failure(model_id, suffix, ttl)
@@ -93,28 +83,21 @@ class SharedCooldowns:
         return int(await self.own.async_increment_allowed_fails(model_id, suffix, ttl))
 
     def _count_failure(self, model_id: str, suffix: str | None, ttl: float) -> int | None:
-        """As Redis' INCR with an expiry: how many there are since the first of them, at most ttl
-        seconds ago. None: the router's own store is to count."""
+        """Like INCR of Redis on a key that expires: the failures since the first of them, which was
+        at most ttl seconds ago. None: the router's own store must count."""
         try:
-            limiter = None if self.own.has_redis else self._limiter(ttl)
-            if limiter is None:
+            counter = None if self.own.has_redis else self._counter(ttl)
+            if counter is None:
                 return None
-            key = model_id if suffix is None else f"{model_id}:{suffix}"
-            return _MOST_FAILS - limiter.charge(key, 1).remaining
+            return counter.add(model_id if suffix is None else f"{model_id}:{suffix}", 1)
         except Exception as error:
-            failures.failed("counting a deployment's failure", error, _OWN)
+            failures.report("counting a deployment's failure", error, _OWN)
             return None
 
-    def _limiter(self, ttl: float) -> RateLimiter | None:
+    def _counter(self, ttl: float) -> WindowCounter | None:
         known = self._fails.get(ttl)
         if known is None and ttl > 0 and len(self._fails) < _MOST_PERIODS:
-            known = RateLimiter(
-                FixedWindow(_MOST_FAILS, per=ttl),
-                name=f"litellm fails {ttl:g} s",
-                on_full="raise",
-                cluster=False,
-            )
-            self._fails[ttl] = known
+            known = self._fails[ttl] = WindowCounter(f"litellm fails {ttl:g} s", _MOST_FAILS, ttl)
         return known
 
     # reading --------------------------------------------------------------------------------------
@@ -126,7 +109,7 @@ class SharedCooldowns:
         return self._merged(model_ids, self.own.active_sync(model_ids))
 
     def minimum(self, model_ids: Sequence[str], default: float) -> float:
-        """Seconds; default where none of them cools down."""
+        """Seconds until the first of them may be used again; default where none cools down."""
         known = {model_id for model_id, _ in self.own.active_sync(model_ids)}
         others = (value["cooldown_time"] for _, value in self._of_others(model_ids, known))
         own = self.own.minimum(model_ids, _NONE)
@@ -135,32 +118,32 @@ class SharedCooldowns:
 
     def snapshot(self) -> dict[str, Any]:
         own = dict(self.own.snapshot())
-        return {**dict(self._of_others(list(self._statistics._hashes), own)), **own}
+        return {**dict(self._of_others(self._deployments.known_ids(), own)), **own}
 
     def _merged(self, model_ids: Sequence[str], own: Active) -> Active:
         others = self._of_others(model_ids, {model_id for model_id, _ in own})
         return (*own, *others) if others else own
 
     def _of_others(self, model_ids: Iterable[str], known: Any) -> list[tuple[str, Any]]:
-        """Those among model_ids that other workers cooled down, but for the known ones."""
+        """Those of model_ids that other workers cooled down, except the known ones."""
         try:
-            cooling = {} if self.own.has_redis else self._statistics.cooling()
+            cooling = {} if self.own.has_redis else self._deployments.cooling()
             if not cooling:
                 return []
             now, wall = time.monotonic_ns(), time.time()
             found = []
             for model_id in model_ids:
-                until = cooling.get(self._statistics.hash_of(model_id), 0)
+                until = cooling.get(self._deployments.hash_of(model_id), 0)
                 if until > now and model_id not in known:
                     found.append((model_id, _value((until - now) / 1e9, wall)))
             return found
         except Exception as error:
-            failures.failed("reading the cooldowns of other workers", error, _OWN)
+            failures.report("reading the cooldowns of other workers", error, _OWN)
             return []
 
 
 class _Merged:
-    """An awaitable that can be left without a warning, as LiteLLM's own."""
+    """An awaitable that may be dropped without a warning, as LiteLLM's own may."""
 
     def __init__(self, store: SharedCooldowns, ids: Sequence[str], own: Awaitable[Active]) -> None:
         self._store, self._ids, self._own = store, ids, own
@@ -171,7 +154,8 @@ class _Merged:
 
 
 def _value(left: float, now: float) -> dict[str, Any]:
-    """In LiteLLM's form (CooldownCacheValue); what else it holds is the other worker's own."""
+    """A CooldownCacheValue of LiteLLM. The exception and its status are known only to the worker
+    that met them."""
     return {
         "exception_received": _REASON,
         "status_code": "",

@@ -1,0 +1,221 @@
+"""Admits a request for all of its subjects, or for none; and what it then holds in the segment."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Generator, Iterator, Sequence
+from typing import NamedTuple
+
+from fast_litellm_shm import exceptions
+from fast_litellm_shm._shared import keyed
+from fast_litellm_shm.integrations.litellm import failures, settings
+from fast_litellm_shm.integrations.litellm.subjects import Limits, Subject
+from fast_litellm_shm.limiters.quota import Admission, Quota
+
+NAMES = {"rpm": "requests", "tpm": "tokens", "max_parallel": "max_parallel_requests"}  # LiteLLM's
+_MOST_QUOTAS = 1024  # that this process keeps open
+
+_quotas: dict[tuple[Limits, str | None], Quota] = {}
+
+
+def quota_of(limits: Limits) -> Quota:
+    """The quota of these limits. A key whose limits change begins anew.
+
+    On one host, sets of limits that differ only in their numbers share one limiter of the segment,
+    so there may be any number of sets. Over many hosts each set takes up to nine entries of the
+    segment's table of limiters. Where the table is full, the set is kept on this host alone, and
+    :mod:`.failures` reports that."""
+    server = settings.current().cluster
+    found = _quotas.get((limits, server))
+    if found is None:
+        if len(_quotas) >= _MOST_QUOTAS:
+            _quotas.clear()  # calls in flight keep the quotas that they use
+        found = _quotas[limits, server] = _over_hosts(limits) or _on_this_host(limits)
+    return found
+
+
+def _on_this_host(limits: Limits) -> Quota:
+    name = keyed.name_for(unit for unit, n in zip(limits._fields, limits, strict=True) if n)
+    return Quota(*limits, name=name, on_full="raise", cluster=False, _numbered=True)
+
+
+def _over_hosts(limits: Limits) -> Quota | None:
+    server = settings.cluster()
+    if server is False:
+        return None
+    parts = (f"{n} {name}" for name, n in zip(limits._fields, limits, strict=True) if n)
+    name = f"litellm {' '.join(parts)}"
+    if not _quotas:  # before sets can fill the table: all limiters that this host alone may need
+        for units in itertools.product((1, None), repeat=3):
+            if any(units):
+                _on_this_host(Limits(*units))
+    try:
+        return Quota(*limits, name=name, on_full="raise", cluster=server)
+    except exceptions.SegmentFullError as error:
+        alone = "they are limits of this host alone, not over many"
+        failures.report("keeping limits over many hosts", error, alone)
+        return None
+
+
+class Denial(NamedTuple):
+    """Which limit of which subject denied the request. type: ``requests``, ``tokens`` or
+    ``max_parallel_requests``, LiteLLM's names. remaining: what is left of the limit; of tokens
+    there may be some, but too few. retry_after: seconds, at least 1."""
+
+    subject: Subject
+    type: str
+    limit: int
+    remaining: int
+    retry_after: int
+
+
+def _denial(subject: Subject, name: str, remaining: int, retry_after: float | None) -> Denial:
+    seconds = 60 if retry_after is None else max(1, -int(-retry_after // 1))
+    return Denial(subject, NAMES[name], getattr(subject.limits, name), remaining, seconds)
+
+
+def _cancel(admitted: Sequence[Sequence[Admission]]) -> None:
+    for of_subject in admitted:
+        for admission in of_subject:
+            admission.cancel()
+
+
+class Admissions:
+    """What a request, or one attempt of it at a deployment, was admitted with. ``release()`` gives
+    the parallel slots back, ``settle()`` charges the tokens that were used. Either may come first,
+    more than once, or never. Nothing is given back twice.
+
+    admitted: for each subject the admission that carries the charge; then, of a request that makes
+    several calls, those that hold the parallel slots of the other calls."""
+
+    __slots__ = ("_admitted", "settled", "subjects")
+
+    def __init__(
+        self, subjects: Sequence[Subject], admitted: Sequence[Sequence[Admission]]
+    ) -> None:
+        self.subjects, self._admitted = subjects, admitted
+        self.settled = False  # whether the tokens that were used are known
+
+    def __del__(self) -> None:  # no hook can reach them any more
+        self.release()
+
+    def cancel(self) -> None:
+        """The calls will not be made: the requests and tokens are given back too."""
+        _cancel(self._admitted)
+
+    def release(self) -> None:
+        """The calls are over: other requests may have the slots."""
+        for of_subject in self._admitted:
+            for admission in of_subject:
+                admission.release()
+
+    def _charges(self) -> Iterator[tuple[Subject, Admission]]:
+        for subject, (admission, *_) in zip(self.subjects, self._admitted, strict=True):
+            yield subject, admission
+
+    def settle(self, tokens: int, calls: int = 1) -> None:
+        """The calls of the request together used so many tokens. Of several reports the last one
+        holds. A subject that only some of the calls count for is charged their part."""
+        self.settled = True
+        for subject, admission in self._charges():
+            part = tokens if subject.calls >= calls else -(-tokens * subject.calls // calls)
+            admission.settle(part)
+
+    def count_try(self) -> Denial | None:
+        """Count another try of a call as another request; or say which subject has none left. No
+        server is asked: over many hosts this goes by what it has last reported to this host."""
+        limited = [each for each in self._charges() if each[0].limits.rpm is not None]
+        for subject, admission in limited:
+            if admission._quota._left(admission._key)["rpm"] < 1:
+                return _denial(subject, "rpm", 0, None)
+        for _, admission in limited:
+            admission._count_request()
+        return None
+
+    def requests_left(self) -> int | None:
+        """The fewest that a subject has left; None where none limits requests."""
+        return min((left["rpm"] for _, left in self.remaining() if "rpm" in left), default=None)
+
+    def remaining(self) -> list[tuple[Subject, dict[str, int]]]:
+        """What each subject has left now, by ``rpm`` and ``tpm``."""
+        return [
+            (subject, admission._quota._left(admission._key))
+            for subject, admission in self._charges()
+        ]
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether a subject limits tokens."""
+        return any(subject.limits.tpm is not None for subject in self.subjects)
+
+
+class _Step(NamedTuple):
+    """One admission that a request needs. requests: how many it counts as."""
+
+    quota: Quota
+    key: str
+    tokens: int
+    requests: int
+
+
+def _steps(
+    subjects: Sequence[Subject], tokens: int
+) -> Generator[_Step, Admission, Admissions | Denial]:
+    """Yields each admission that is needed, is sent the answer, and returns the result. Where it is
+    denied, or closed by an exception of its caller, it gives back what it was sent."""
+    admitted: list[list[Admission]] = []
+    done = False
+    try:
+        for subject in subjects:
+            limits = subject.limits
+            if limits.zero is not None:
+                return _denial(subject, limits.zero, 0, None)
+            quota, key = quota_of(limits), f"{subject.kind}:{subject.value}"
+            charge = tokens if subject.calls == 1 else min(tokens * subject.calls, limits.tpm or 0)
+            more_slots = subject.calls - 1 if limits.max_parallel else 0  # one for each call
+            admitted.append([])
+            for step in itertools.chain(
+                [_Step(quota, key, charge, subject.calls)],
+                itertools.repeat(_Step(quota, key, 0, 0), more_slots),
+            ):
+                admission = yield step
+                admitted[-1].append(admission)
+                if not admission.allowed:
+                    # the decision's own remaining is of the limit that has least, maybe requests
+                    left = quota._left(key)["tpm"] if admission.reason == "tpm" else 0
+                    return _denial(subject, admission.reason, left, admission.retry_after)
+        done = True
+        return Admissions(subjects, admitted)
+    finally:
+        if not done:
+            _cancel(admitted)
+
+
+def admit(subjects: Sequence[Subject], tokens: int) -> Admissions | Denial:
+    """Admit a request for all subjects, or for none. tokens: the estimate of one call. Where one
+    subject denies, the charges of those before it are given back: meanwhile they may have denied
+    another request, but never admitted too many. Over many hosts this blocks where the server must
+    be asked."""
+    steps = _steps(subjects, tokens)
+    try:
+        step = next(steps)
+        while True:
+            step = steps.send(step.quota._admit(step.key, step.tokens, step.requests))
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+    finally:
+        steps.close()
+
+
+async def admit_async(subjects: Sequence[Subject], tokens: int) -> Admissions | Denial:
+    """:func:`admit`, which never blocks the event loop. Cancelled, it has admitted nothing."""
+    steps = _steps(subjects, tokens)
+    try:
+        step = next(steps)
+        while True:
+            answer = await step.quota._admit_async(step.key, step.tokens, step.requests)
+            step = steps.send(answer)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+    finally:
+        steps.close()
