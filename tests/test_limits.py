@@ -116,7 +116,10 @@ def test_a_limiter_needs_limits() -> None:
 def test_only_limits_are_limits(other: Any) -> None:
     with pytest.raises(TypeError) as caught:
         RateLimiter(other)
-    assert str(caught.value) == f"limits must be TokenBucket, FixedWindow or SlidingWindow, not {other!r}"
+    assert (
+        str(caught.value)
+        == f"limits must be TokenBucket, FixedWindow or SlidingWindow, not {other!r}"
+    )
 
 
 def test_checked_keeps_the_order() -> None:

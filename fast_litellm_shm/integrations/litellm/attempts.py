@@ -11,7 +11,7 @@ not be checked.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import litellm
 
@@ -26,6 +26,7 @@ from fast_litellm_shm.integrations.litellm.subjects import (
     of_model,
 )
 
+MUST_ASK: Literal["must ask"] = "must ask"
 _silenced: Any = None  # LiteLLM's check, where the plugin keeps its limits
 # Ids of deployments whose newest attempt could not be checked. By deployment, not by context:
 # LiteLLM's check may be called before ours.
@@ -94,6 +95,17 @@ def begin(deployment: Mapping[str, Any], call: Call | None) -> Attempt | Denial 
     return _begun(subject, admission.admit([subject], _tokens(subject, call)), call)
 
 
+def begin_here(
+    deployment: Mapping[str, Any], call: Call | None
+) -> Attempt | Denial | Literal["must ask"] | None:
+    """:func:`begin`, where no server has to be asked; else MUST_ASK, and nothing is charged."""
+    subject = of_deployment(deployment, _keeps_per_minute())
+    if subject is None:
+        return None
+    admitted = admission.admit_here([subject], _tokens(subject, call))
+    return MUST_ASK if admitted is None else _begun(subject, admitted, call)
+
+
 async def begin_async(deployment: Mapping[str, Any], call: Call | None) -> Attempt | Denial | None:
     """:func:`begin`, which never blocks the event loop."""
     subject = of_deployment(deployment, _keeps_per_minute())
@@ -102,13 +114,21 @@ async def begin_async(deployment: Mapping[str, Any], call: Call | None) -> Attem
     return _begun(subject, await admission.admit_async([subject], _tokens(subject, call)), call)
 
 
+def is_charged(deployment: Mapping[str, Any], call: Call) -> bool:
+    """Whether an attempt adds nothing to its request: it is at a model that the request named, and
+    no try of the request is charged apart."""
+    model = deployment.get("model_name")
+    if call.free_tries is not None:
+        return False
+    return model in call.estimate.calls.models or not isinstance(model, str) or call.auth is None
+
+
 async def charge_request(
     deployment: Mapping[str, Any], call: Call, group_of: GroupOf
 ) -> Denial | None:
     """Charge what an attempt adds to its request: a model that the request did not name, but falls
     back to, has limits of its own; and where the client asks for more tries than the router makes,
     each of them is another request."""
-    call.tries += 1
     if call.free_tries is not None and call.tries > call.free_tries:
         denial = call.admissions.count_try()
         if denial is not None:

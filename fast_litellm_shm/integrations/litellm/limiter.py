@@ -53,6 +53,7 @@ _TRIES = (
 )
 # The body may have them in here too. LiteLLM puts the router settings of a key or team here.
 _OVERRIDE = "router_settings_override"
+_ABOUT_TRIES = frozenset((*_TRIES, _OVERRIDE))
 _NOT_OURS = frozenset({"acreate_batch", "create_batch"})  # LiteLLM counts the requests of its file
 
 # The call of a request. False: it was denied, so that its hooks find no other call of its id.
@@ -95,6 +96,8 @@ def _limit_tries(call: Call, data: dict[str, Any]) -> None:
     """Where the client asks for retries or fallbacks: each try that the router would not make by
     itself counts as a request, and the client gets at most as many as it has requests left. (They
     are limited before the call, since LiteLLM waits between tries: a denial would not end it.)"""
+    if _ABOUT_TRIES.isdisjoint(data):
+        return
     override = data.get(_OVERRIDE)
     asked = [data, dict(override)] if isinstance(override, Mapping) else [data]
     if not any(name in each for each in asked for name in _TRIES):
@@ -225,7 +228,10 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
         if id is None:
             id = data["litellm_call_id"] = str(uuid.uuid4())
         estimate = usage.Estimate(data, call_type, usage.kind(), calls, _learner(auth, found))
-        admitted = await admission.admit_async(found, estimate.for_subjects(found))
+        charge = estimate.for_subjects(found)
+        admitted = admission.admit_here(found, charge)
+        if admitted is None:
+            admitted = await admission.admit_async(found, charge)
         if found:
             failures.flush()
         if isinstance(admitted, Denial):
@@ -320,9 +326,15 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
         found: Attempt | Denial | None = None
         try:
             if call is not None and not call.finished:
-                found = await attempts.charge_request(deployment, call, _group_of)
+                call.tries += 1
+                if not attempts.is_charged(deployment, call):
+                    found = await attempts.charge_request(deployment, call, _group_of)
             if found is None:
-                found = await attempts.begin_async(deployment, call)
+                at_once = attempts.begin_here(deployment, call)
+                if at_once == attempts.MUST_ASK:
+                    found = await attempts.begin_async(deployment, call)
+                else:
+                    found = at_once
         except Exception as error:
             self._not_checked(deployment, error)
             return deployment

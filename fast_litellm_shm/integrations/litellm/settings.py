@@ -46,6 +46,7 @@ class Settings:
 
 
 _DEFAULTS = Settings()
+_of_litellm = vars(litellm)
 _read: tuple[Any, Settings] = (None, _DEFAULTS)
 
 
@@ -54,7 +55,7 @@ def current() -> Settings:
     default applies: a worker must not die of a setting."""
     global _read
     # not getattr(): what litellm does not have, it looks for among its lazy imports each time
-    given = vars(litellm).get(ATTRIBUTE)
+    given = _of_litellm.get(ATTRIBUTE)
     if given is not _read[0]:
         _read = given, _checked(given)
     return _read[1]

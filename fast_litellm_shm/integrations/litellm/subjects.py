@@ -144,7 +144,8 @@ def subjects(auth: Any, requested: str | None, group_of: GroupOf = _no_group) ->
     if limited is not None and auth.api_key:
         found.append(Subject("api_key", auth.api_key, limited))
     for kind, id_field, rpm, tpm in _KINDS:
-        limited = limits(getattr(auth, rpm, None), getattr(auth, tpm, None))
+        requests, tokens = getattr(auth, rpm, None), getattr(auth, tpm, None)
+        limited = None if requests is None and tokens is None else limits(requests, tokens)
         if limited is None:
             continue
         identity = getattr(auth, id_field, None)
@@ -211,15 +212,10 @@ def _least(one: Limits, other: Limits) -> Limits:
 
 
 def _first(deployment: Mapping[str, Any], field: str) -> Any:
-    for place in (
-        deployment,
-        deployment.get("litellm_params") or {},
-        deployment.get("model_info") or {},
-    ):
-        value = place.get(field)
-        if value is not None:
-            return value
-    return None
+    value = deployment.get(field)
+    if value is None:
+        value = (deployment.get("litellm_params") or {}).get(field)
+    return (deployment.get("model_info") or {}).get(field) if value is None else value
 
 
 def id_of_deployment(deployment: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections import Counter, OrderedDict
@@ -16,11 +17,14 @@ _TOKENS_OF_MESSAGE, _TOKENS_OF_REPLY = 4, 3  # besides their text, in OpenAI's c
 _UNKNOWN_OUTPUT = 1024
 _MOST_BODY = 2**20  # characters of an answer that is parsed once more
 _MOST = 2**62  # of a request that cannot be read: the whole limit
-_OTHER_TEXTS = ("system", "instructions", "query", "documents")  # besides messages, prompt, input
+# besides messages, prompt, input
+_OTHER_TEXTS = frozenset(("system", "instructions", "query", "documents"))
 _CAPS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 _WEIGHT_OF_NEWEST = 0.2  # in the mean of a model's outputs
 _PART_OF_LIMIT = 4  # an estimated output is at most a quarter of the limit
+_ABOUT_CHOICES = frozenset(("n", "best_of", "prompt"))
 _MOST_LEARNERS, _MOST_MODELS = 4096, 16
+_LONG = 256  # characters of a model's name: a longer one is not remembered
 
 # For each key, by model and kind: the mean output of its answers, decaying, in this process. (The
 # output is what an answer used beyond the estimated input.) The answers of one key say nothing of
@@ -29,19 +33,22 @@ _mean_outputs: OrderedDict[Hashable, dict[tuple[Any, str], float]] = OrderedDict
 
 
 class ModelCalls(NamedTuple):
-    """The calls that a request makes. models: how many to each. rows: the number of conversations,
-    of a list of them. fastest: the first answer is the request's, the other calls are dropped."""
+    """The calls that a request makes. models: how many to each. total: of all. rows: the number of
+    conversations, of a list of them. fastest: the first answer is the request's, the other calls
+    are dropped."""
 
     models: Mapping[str, int]
+    total: int = 1
     rows: int = 1
     fastest: bool = False
 
-    @property
-    def total(self) -> int:
-        return max(sum(self.models.values()), 1)
-
 
 _ONE = ModelCalls({})
+
+
+@functools.lru_cache(maxsize=256)  # requests name few models
+def _one_call(model: str) -> ModelCalls:
+    return ModelCalls({model: 1})
 
 
 def calls_of(data: Mapping[str, Any], call_type: str) -> ModelCalls:
@@ -51,13 +58,14 @@ def calls_of(data: Mapping[str, Any], call_type: str) -> ModelCalls:
     if not isinstance(model, str) or not model:
         return _ONE
     if "," not in model or call_type != "acompletion" or "api_key" in data or "api_base" in data:
-        return ModelCalls({model: 1})
+        return _one_call(model) if len(model) <= _LONG else ModelCalls({model: 1})
     models, rows = Counter(each.strip() for each in model.split(",")), data.get("messages")
     if data.get("fastest_response", False):
-        return ModelCalls(models, 1, True)
+        return ModelCalls(models, models.total(), 1, True)
     if isinstance(rows, list) and len(rows) > 1 and all(isinstance(row, list) for row in rows):
-        return ModelCalls({each: n * len(rows) for each, n in models.items()}, len(rows))
-    return ModelCalls(models)
+        several = {each: n * len(rows) for each, n in models.items()}
+        return ModelCalls(several, models.total() * len(rows), len(rows))
+    return ModelCalls(models, models.total())
 
 
 def _characters(value: Any) -> tuple[int, int]:
@@ -78,7 +86,9 @@ def _characters(value: Any) -> tuple[int, int]:
 
 
 def _input(data: Mapping[str, Any]) -> int:
-    text, others = _characters([data.get(name) for name in _OTHER_TEXTS])
+    text = others = 0
+    if not _OTHER_TEXTS.isdisjoint(data):
+        text, others = _characters([data.get(name) for name in _OTHER_TEXTS])
     tools = data.get("tools") or data.get("functions")
     if tools:
         text += len(str(tools))
@@ -100,18 +110,31 @@ def _input(data: Mapping[str, Any]) -> int:
 def _output(data: Mapping[str, Any]) -> int | None:
     """The most that it asks for. Of several caps the largest: which of them the model obeys is not
     known. None: no cap, or -1, which some clients send for "unlimited"."""
-    found = max((data[name] for name in _CAPS if isinstance(data.get(name), int)), default=-1)
+    found = -1
+    for name in _CAPS:
+        cap = data.get(name)
+        if isinstance(cap, int) and cap > found:
+            found = cap
     return None if found < 0 else found
 
 
 def _choices(data: Mapping[str, Any]) -> int:
     """The outputs of one call: ``n`` (or ``best_of``) for each prompt of a list."""
+    if _ABOUT_CHOICES.isdisjoint(data):
+        return 1
     wanted = (n for n in (data.get("n"), data.get("best_of")) if isinstance(n, int))
     found = max(min(max(wanted, default=1), _MOST), 1)  # no larger than a float can be
     prompts = data.get("prompt")
     if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int):
         return found * len(prompts)
     return found
+
+
+@functools.lru_cache(maxsize=256)
+def _has_no_text(call_type: str) -> bool:
+    """Whether the output of such a call is no text."""
+    kinds = ("embedding", "video", "rerank", "moderation", "speech")
+    return any(kind in call_type for kind in kinds)
 
 
 class Estimate:
@@ -146,8 +169,7 @@ class Estimate:
 
     def _estimate(self) -> None:
         self._estimated = True
-        kinds = ("embedding", "video", "rerank", "moderation", "speech")  # whose output is no text
-        without = self.kind == "input" or any(kind in self.call_type for kind in kinds)
+        without = self.kind == "input" or _has_no_text(self.call_type)
         try:
             if self.kind != "output":
                 self._input = -(-_input(self._data) // self.calls.rows)
@@ -159,8 +181,12 @@ class Estimate:
 
     def for_subjects(self, subjects: Iterable[Subject]) -> int:
         """For the smallest limit of tokens among the subjects'; 0 where they have none."""
-        least = min((s.limits.tpm for s in subjects if s.limits.tpm), default=None)
-        return 0 if least is None else self.within(least)
+        least = 0
+        for subject in subjects:
+            limit = subject.limits.tpm
+            if limit and (not least or limit < least):
+                least = limit
+        return self.within(least) if least else 0
 
     def within(self, limit: int) -> int:
         """limit: tokens a minute. A request that is larger than the limit is charged the whole
@@ -180,14 +206,18 @@ class Estimate:
         if not self._estimated:
             return  # no subject limits the tokens of this model
         output = max(used / self.calls.total - self._input, 0) / self._choices
-        answers, mine = (self.model, self.kind), _mean_outputs.pop(self.key, {})
+        mine = _mean_outputs.get(self.key)
+        if mine is not None:
+            _mean_outputs.move_to_end(self.key)
+        else:
+            if len(_mean_outputs) >= _MOST_LEARNERS:
+                _mean_outputs.popitem(last=False)
+            mine = _mean_outputs[self.key] = {}
+        answers = self.model, self.kind
         mean = mine.pop(answers, output)
         if len(mine) >= _MOST_MODELS:
             del mine[next(iter(mine))]
         mine[answers] = mean + (output - mean) * _WEIGHT_OF_NEWEST
-        if len(_mean_outputs) >= _MOST_LEARNERS:
-            _mean_outputs.popitem(last=False)
-        _mean_outputs[self.key] = mine
 
 
 def kind() -> str:

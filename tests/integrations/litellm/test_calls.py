@@ -450,7 +450,7 @@ def test_what_could_not_be_checked_is_left_to_litellms_limiter(
         assert not await keeps()
         assert await keeps("_aresponses_websocket")  # a turn of it, which passes no hook of ours
         with monkeypatch.context() as broken:
-            broken.setattr(admission, "quota_of", _broken)
+            broken.setattr(admission, "admit_here", _broken)
             assert await ask(limiter, rpm=1)
             assert await keeps()
         assert not await ask(limiter, rpm=1)
@@ -797,7 +797,7 @@ def _broken(*_: Any, **__: Any) -> Any:
 def test_it_fails_open(
     limiter: SharedLimiter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(admission, "quota_of", _broken)
+    monkeypatch.setattr(admission, "admit_here", _broken)
 
     async def scenario() -> None:
         for i in range(5):
@@ -849,7 +849,7 @@ def test_a_fork_leaves_what_is_kept_to_its_parent() -> None:
 
 def test_it_fails_closed(limiter: SharedLimiter, monkeypatch: pytest.MonkeyPatch) -> None:
     set_up(monkeypatch, fail_open=False)
-    monkeypatch.setattr(admission, "quota_of", _broken)
+    monkeypatch.setattr(admission, "admit_here", _broken)
     pytest.importorskip("fastapi", reason="the proxy is not installed")
 
     async def scenario() -> None:

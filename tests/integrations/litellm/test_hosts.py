@@ -14,6 +14,7 @@ pytest.importorskip("litellm")
 
 import litellm
 from support import servers
+from support.leases import connection_of
 from support.litellm_auth import auth
 from support.names import remove, unique_name
 from support.waiting import PATIENCE, wait_until_async
@@ -237,9 +238,7 @@ def test_what_comes_after_the_answer_asks_no_server(
         server.freeze()
         go_on.set()
         await asyncio.gather(*tasks)
-        assert quota._parts is not None and quota._parts.rates is not None
-        wallet = quota._parts.rates._wallet
-        assert wallet is not None and wallet.link.away is None  # no call has timed out
+        assert connection_of(quota).outage is None  # no call has timed out
         server.thaw()
         await wait_until_async("it is booked", lambda: quota.remaining("api_key:k")["tpm"] == 970)
 

@@ -47,9 +47,14 @@ def without(descriptors: list[Any], ours: Mapping[tuple[str, str], Limits]) -> l
         if kept is None or not limited:
             out.append(descriptor)
             continue
-        taken = {theirs for theirs, field in _FIELDS if getattr(kept, field) is not None}
-        left = {name: None if name in taken else value for name, value in limited.items()}
-        if any(left.get(theirs) is not None for theirs, _ in _FIELDS):
+        left, some = dict(limited), False
+        for theirs, field in _FIELDS:
+            if left.get(theirs) is not None:
+                if getattr(kept, field) is None:
+                    some = True
+                else:
+                    left[theirs] = None
+        if some:
             out.append({**descriptor, "rate_limit": left})
     return out
 
