@@ -11,11 +11,11 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
+from algorithms import models
+from algorithms.driver import BUCKET, WINDOW
+from algorithms.driver import Rule as ModelRule
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from meters import models
-from meters.driver import BUCKET, WINDOW
-from meters.driver import Rule as ModelRule
 from support import servers
 
 from fast_litellm_shm import Limit, SlidingWindow, Window

@@ -132,8 +132,8 @@ def test_no_name_stands_there(
         ]
         held = [permits[0].acquire(key) for _ in range(4)]
         assert all(held) and not permits[1].acquire(key)
-        for each in held:
-            each.release()
+        for permit in held:
+            permit.release()
         wait_until("the other gets one", lambda: permits[1].acquire(key), every=0.01).release()
         with server.client() as client:
             stored = [(name, client.dump(name)) for name in client.scan_iter()]
