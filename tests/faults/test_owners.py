@@ -33,10 +33,10 @@ def _made_under(mask: int, name: str, mode: int) -> list[int]:
 
 
 @pytest.mark.parametrize("mask", [0o077, 0, 0o777])
-@pytest.mark.parametrize("mode", [0o600, 0o660, 0o664])
-def test_umask(segment_name: str, mask: int, mode: int) -> None:
-    """The mode is what was asked for, of the segment and of its lock file."""
-    assert world.in_child(_made_under, mask, segment_name, mode) == [mode, mode]
+@pytest.mark.parametrize(("mode", "lock"), [(0o600, 0o600), (0o660, 0o660), (0o664, 0o660)])
+def test_umask(segment_name: str, mask: int, mode: int, lock: int) -> None:
+    """The mode is the given one. The lock file is for those who may write the segment."""
+    assert world.in_child(_made_under, mask, segment_name, mode) == [mode, lock]
 
 
 def _as(uid: int, groups: tuple[int, ...], task: Callable[..., Any], *arguments: Any) -> Any:
