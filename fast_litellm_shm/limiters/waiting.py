@@ -81,12 +81,17 @@ BLOCKING, ASYNCIO = Waits(), _Asyncio()
 
 def run(steps: Steps[T]) -> T:
     """The call whose steps these are, over BLOCKING."""
-    try:
-        next(steps)
-    except StopIteration as done:
-        found: T = done.value
-        return found
-    raise RuntimeError("a step that blocks has yielded")
+    # Into a list. A StopIteration that is caught by name is in a cycle with this frame, where an
+    # exception of a signal handler strikes: what was granted would be held until the next
+    # collection.
+    out: list[T] = []
+    for _ in _into(out, steps):
+        raise RuntimeError("a step that blocks has yielded")
+    return out.pop()
+
+
+def _into(out: list[T], steps: Steps[T]) -> Steps[None]:
+    out.append((yield from steps))
 
 
 @types.coroutine

@@ -123,12 +123,16 @@ class Gate:
     def check(self, request: Request) -> Outcome | None:
         """Check a request. None: it is not limited. Does not raise what a key or cost function
         raises. With a cluster it may wait for the server."""
-        try:
-            self._check(request, may_await=False).send(None)
-        except StopIteration as done:
-            outcome: Outcome | None = done.value
-            return outcome
-        raise AssertionError("a synchronous check awaited something")
+        # Into a list. A StopIteration that is caught by name is in a cycle with this frame, where
+        # an exception of a signal handler strikes: the permit would be held until the next
+        # collection.
+        out: list[Outcome | None] = []
+        for _ in self._check_into(out, request).__await__():
+            raise AssertionError("a synchronous check awaited something")
+        return out.pop()
+
+    async def _check_into(self, out: list[Outcome | None], request: Request) -> None:
+        out.append(await self._check(request, may_await=False))
 
     def check_async(self, request: Request) -> Coroutine[Any, Any, Outcome | None]:
         """check() for asyncio, where the key and cost functions may be async. It waits by await
