@@ -20,6 +20,7 @@ LIGHT = {
     "_native",
     "_native.lib",
     "_shared",
+    "_shared.greenlets",
     "_shared.later",
     "_shared.log",
     "_shared.named_limiter",
@@ -27,11 +28,15 @@ LIGHT = {
     "_shared.performance",
     "_shared.segment",
     "_shared.settings",
+    "_shared.states",
     "exceptions",
     "fast_litellm",
     "fast_litellm.import_hook",
     "limiters",
+    "limiters.choice",
+    "limiters.grantors",
     "limiters.rate",
+    "limiters.waiting",
     "limits",
 }
 HEAVY = {"asyncio", "concurrent", "csv", "hashlib", "json", "litellm", "logging", "random"} | {
@@ -169,7 +174,7 @@ NEEDING = {
     "get_rate_limit_stats": ("numpy", "get_rate_limit_stats()"),
     "get_connection_pool_stats": ("numpy", "get_connection_pool_stats()"),
     "count_tokens": ("tiktoken", 'SimpleTokenCounter().count_tokens("a text", "gpt-4o")'),
-    "inspect": ("psutil", "cli.inspect.processes_of(Segment.default())"),
+    "inspect": ("psutil", "cli.segments.processes_of(Segment.default())"),
     "console": ("rich", "cli.render.console()"),
 }
 

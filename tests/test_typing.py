@@ -97,7 +97,7 @@ async def later(limiter: RateLimiter) -> bool:
         return False
 """
 
-NAMES = "from fast_litellm_shm import *"
+NAMES = "from fast_litellm_shm import *; from fast_litellm_shm import SimpleConnectionPool"
 BAD = {
     "RateLimiter(Limit(5)).acquire(5)": "arg-type",
     'RateLimiter(Limit("5"))': "arg-type",

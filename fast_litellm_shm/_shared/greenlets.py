@@ -10,7 +10,6 @@ the kernel.
 from __future__ import annotations
 
 import os
-import random
 import sys
 import threading
 import time
@@ -22,7 +21,6 @@ from fast_litellm_shm._shared.native import lib
 # greenlet that waits. So there are at most 20,000 looks a second in all.
 _FIRST, _LONGEST, _EACH = 0.001, 0.008, 50e-6
 
-_chance = random.Random().random  # not the program's generator, which it may have seeded
 _waiting: set[object] = set()
 os.register_at_fork(after_in_child=_waiting.clear)
 
@@ -51,7 +49,7 @@ def bell_wait(limiter: Any, raw: bytes, armed: int, ns: int) -> int:
     try:
         while (left := end - time.monotonic_ns()) > 0:
             # random, so that those that began to wait together do not look together
-            chosen = (pause + _EACH * len(_waiting)) * (0.5 + _chance())
+            chosen = (pause + _EACH * len(_waiting)) * (0.5 + os.urandom(1)[0] / 256)
             time.sleep(min(chosen, left / 1e9))
             if lib.fshm_wakeup_arm(limiter, raw, len(raw)) != armed:
                 return 1

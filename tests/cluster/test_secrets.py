@@ -82,7 +82,7 @@ def url_of(server: servers.Server, password: str = WRITTEN) -> str:
         ("redis://[::1/0", "cannot be read as a URL"),
     ],
 )
-def test_what_is_not_understoodis_refused(url: str, complaint: str) -> None:
+def test_what_is_not_understood_is_refused(url: str, complaint: str) -> None:
     """And never ignored: who wrote it would send a password in clear."""
     with pytest.raises(ValueError, match=complaint):
         Cluster(url)
