@@ -93,7 +93,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
 RACES: dict[str, list[tuple[str, str, str]]] = {
     "a count is read twice": [
         (
-            "limits/limits.c",
+            "limits/limits.h",
             "i < count; i++) read_rule(e, SET_RULE(set, i), &out[i]);",
             "i < SET_COUNT(load_relaxed(&e->set)); i++)\n"
             "    read_rule(e, SET_RULE(load_relaxed(&e->set), i), &out[i]);",
