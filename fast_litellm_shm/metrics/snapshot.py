@@ -156,7 +156,9 @@ def _limiter_rows(
     for name, limiter in known.items():
         if (beyond and name == OTHERS) or is_beside(name, known):
             continue
-        yield row(name, limiter, None if last in limiter.tallies else limiter.tallies)
+        # No calls of its own: they are counted with those of others, or not at all (token leases).
+        apart = all(index < last for index in limiter.tallies)
+        yield row(name, limiter, limiter.tallies if apart else None)
     if beyond:
         # A limiter may be called "(other)", too. Two series of one name would fail a scrape.
         limiter = known.get(OTHERS, _Limiter())

@@ -30,7 +30,7 @@ def documented() -> list[str]:
 
 def of_a_cluster() -> list[str]:
     """What its nodes ask for beside that."""
-    (found,) = re.findall(r"^On each node of a Redis Cluster `([^`]+)` too", DOCS, re.MULTILINE)
+    (found,) = re.findall(r"^On each node of a Redis Cluster also `([^`]+)`", DOCS, re.MULTILINE)
     return str(found).split()
 
 
