@@ -29,11 +29,20 @@ static int install(PyObject *module) {
          install_counts(module);
 }
 
-/* Called once through cffi, which drops the GIL around it. `module`: the address of the extension module. */
-int fshm_py_install(void *module) {
-  PyGILState_STATE state = PyGILState_Ensure();
-  int failed = install((PyObject *)module);
-  if (failed) PyErr_Print();
-  PyGILState_Release(state);
-  return failed ? FSHM_E_MEMORY : FSHM_OK;
+/* Python calls PyInit__native() on import. The code that cffi generates after this file defines it too: the macros
+ * below make that definition the static function cffi_module(), which returns the module with `ffi` and `lib`. */
+static PyObject *cffi_module(void);
+
+PyMODINIT_FUNC PyInit__native(void);
+PyMODINIT_FUNC PyInit__native(void) {
+  PyObject *module = cffi_module();
+  if (module && install(module)) {
+    Py_DECREF(module);
+    return NULL;
+  }
+  return module;
 }
+
+#undef PyMODINIT_FUNC
+#define PyMODINIT_FUNC static PyObject *
+#define PyInit__native cffi_module
