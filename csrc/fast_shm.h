@@ -517,8 +517,6 @@ int64_t fshm_deployment_pick(fshm_segment *segment, uint32_t strategy, const uin
                              const unsigned char *blocked, uint32_t count, uint64_t random,
                              fshm_deployment_info *found);
 
-int fshm_py_install(void *module);
-
 /* [cdef end] */
 
 /* Former names ------------------------------------------------------------------------------ */

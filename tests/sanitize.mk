@@ -104,7 +104,7 @@ CLANG_IN_TESTS = -Wno-bad-function-cast -Wno-float-equal -Wno-comma -Wno-atomic-
 $(ANALYSED): tests/sanitize.mk
 	@mkdir -p $(@D)
 	@printf '%s\n' '#define Py_LIMITED_API 0x030A0000' '#include <Python.h>' '#include "unity.c"' \
-	  '#include "python/py_module.c"' >$@
+	  '#include "python/py_module.c"' 'PyMODINIT_FUNC PyInit__native(void) { return NULL; }' >$@
 
 # -Wno-analyzer-malloc-leak: it loses track of what is freed by its last user (plan_drop); make sanitize-py
 # looks for leaks.

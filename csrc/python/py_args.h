@@ -6,6 +6,7 @@
 
 #include "../fast_shm.h"
 #include "py_threads.h"
+#include "py_types.h"
 
 #define FAST(f) ((PyCFunction)(void (*)(void))(f))
 #define FLAGS (METH_FASTCALL | METH_KEYWORDS)
@@ -78,6 +79,18 @@ static int get_costs(Py_ssize_t count, PyObject *value, uint64_t *costs) {
     if (failed) return -1;
   }
   return 0;
+}
+
+static int count_args(const char *name, Py_ssize_t n, Py_ssize_t wanted) {
+  if (n == wanted) return 0;
+  PyErr_Format(PyExc_TypeError, "%s() takes %zd arguments (%zd given)", name, wanted, n);
+  return -1;
+}
+
+static int no_keywords(const char *name, PyObject *kwargs) {
+  if (!kwargs || !PyDict_Size(kwargs)) return 0;
+  PyErr_Format(PyExc_TypeError, "%s() takes no keyword arguments", name);
+  return -1;
 }
 
 /* name(key, cost=1): positions or keywords, without the cost of a format string. */

@@ -49,9 +49,7 @@ static int cluster_decide(PyObject *self, const cluster_t *c, fshm_limiter *limi
     return asked.status;
   }
   if (low) {
-    PyObject *r = PyObject_CallMethod(self, "_low", "OO", key, cost ? cost : Py_None);
-    Py_XDECREF(r);
-    if (!r) return FSHM_ASK;
+    if (done(PyObject_CallMethod(self, "_low", "OO", key, cost ? cost : Py_None))) return FSHM_ASK;
   }
   return status;
 }
@@ -60,9 +58,7 @@ static int cluster_decide(PyObject *self, const cluster_t *c, fshm_limiter *limi
 static int cluster_note(PyObject *self, const cluster_t *c, PyObject *key) {
   int known = PyDict_Contains(c->keys, key);
   if (likely(known > 0)) return 0;
-  PyObject *r = known ? NULL : PyObject_CallMethod(self, "_note", "O", key);
-  Py_XDECREF(r);
-  return r ? 0 : -1;
+  return known ? -1 : done(PyObject_CallMethod(self, "_note", "O", key));
 }
 
 /* _grant(key, tries). More than 0: the permits that may be held without the server. 0: retry. -1: denied until a

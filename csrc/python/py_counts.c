@@ -85,17 +85,10 @@ static int begin_call(PyObject *o, int which, PyObject *key, PyObject *limit, Py
 static int end_call(PyObject *o, counted_call *c, const fshm_counted *found) {
   Py_XDECREF(c->key.held);
   if (found->status >= 0) return 0;
-  PyObject *r =
-      PyObject_CallMethod(o, "_refused", "iiKK", c->which, found->status,
-                          (unsigned long long)c->limit.n, (unsigned long long)c->limit.per_ns);
-  Py_XDECREF(r);
-  if (r) PyErr_SetString(PyExc_SystemError, "_refused() must raise");
-  return -1;
-}
-
-static int count_args(const char *name, Py_ssize_t n, Py_ssize_t wanted) {
-  if (n == wanted) return 0;
-  PyErr_Format(PyExc_TypeError, "%s() takes %zd arguments (%zd given)", name, wanted, n);
+  if (!done(PyObject_CallMethod(o, "_refused", "iiKK", c->which, found->status,
+                                (unsigned long long)c->limit.n,
+                                (unsigned long long)c->limit.per_ns)))
+    PyErr_SetString(PyExc_SystemError, "_refused() must raise");
   return -1;
 }
 
@@ -186,23 +179,17 @@ static PyObject *counts_bind(PyObject *o, PyObject *args) {
   PyObject *handles;
   if (!PyArg_ParseTuple(args, "O!KKK", &PyTuple_Type, &handles, &at[0], &at[1], &at[2]))
     return NULL;
-  if (((Counts *)o)->handles) {
-    PyErr_SetString(PyExc_RuntimeError, "a storage is bound once"); /* a call may be inside it */
-    return NULL;
-  }
-  Py_INCREF(handles);
-  ((Counts *)o)->handles = handles;
+  if (((Counts *)o)->handles) /* a call may be inside it */
+    return PyErr_Format(PyExc_RuntimeError, "a storage is bound once");
+  ((Counts *)o)->handles = Py_NewRef(handles);
   for (int i = 0; i < COUNT_KINDS; i++)
     ((Counts *)o)->limiters[i] = (fshm_limiter *)(uintptr_t)at[i];
   Py_RETURN_NONE;
 }
 
 static void counts_dealloc(PyObject *o) {
-  PyTypeObject *type = Py_TYPE(o);
   Py_XDECREF(((Counts *)o)->handles);
-  freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
-  release(o);
-  Py_DECREF(type);
+  end_derived(o);
 }
 
 static PyMethodDef counts_methods[] = {
@@ -221,10 +208,4 @@ static PyType_Slot counts_slots[] = {{Py_tp_dealloc, (void *)counts_dealloc},
                                      {Py_tp_new, (void *)PyType_GenericNew},
                                      {0, NULL}};
 
-static PyType_Spec counts_spec = {"fast_litellm_shm._native.Counts", sizeof(Counts), 0,
-                                  Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, counts_slots};
-
-static int install_counts(PyObject *module) {
-  PyObject *type = PyType_FromSpec(&counts_spec);
-  return type ? PyObject_SetAttrString(module, "Counts", type) : -1;
-}
+static PyType_Spec counts_spec = TYPE_SPEC(Counts, counts_slots, BASE);

@@ -24,44 +24,35 @@ static PyObject *make_decision(PyObject *limits, const fshm_decision *d) {
 
 static PyObject *seconds(int64_t ns) { return PyFloat_FromDouble((double)ns / 1e9); }
 
-static PyObject *decision_allowed(PyObject *o, void *unused) {
-  (void)unused;
+static PyObject *decision_allowed(PyObject *o, UNUSED void *unused) {
   return PyBool_FromLong(((Decision *)o)->d.status == FSHM_ALLOWED);
 }
-static PyObject *decision_remaining(PyObject *o, void *unused) {
-  (void)unused;
+static PyObject *decision_remaining(PyObject *o, UNUSED void *unused) {
   return PyLong_FromUnsignedLongLong(((Decision *)o)->d.remaining);
 }
-static PyObject *decision_retry_after(PyObject *o, void *unused) {
-  (void)unused;
+static PyObject *decision_retry_after(PyObject *o, UNUSED void *unused) {
   int64_t ns = ((Decision *)o)->d.retry_after_ns;
   if (ns == FSHM_NEVER) Py_RETURN_NONE;
   return seconds(ns);
 }
-static PyObject *decision_retry_after_ns(PyObject *o, void *unused) {
-  (void)unused;
+static PyObject *decision_retry_after_ns(PyObject *o, UNUSED void *unused) {
   int64_t ns = ((Decision *)o)->d.retry_after_ns;
   if (ns == FSHM_NEVER) Py_RETURN_NONE;
   return PyLong_FromLongLong(ns);
 }
-static PyObject *decision_reset_after(PyObject *o, void *unused) {
-  (void)unused;
+static PyObject *decision_reset_after(PyObject *o, UNUSED void *unused) {
   return seconds(((Decision *)o)->d.reset_after_ns);
 }
-static PyObject *decision_limit(PyObject *o, void *unused) {
-  (void)unused;
+static PyObject *decision_limit(PyObject *o, UNUSED void *unused) {
   Decision *d = (Decision *)o;
   Py_ssize_t i = (Py_ssize_t)d->d.limit_index;
   PyObject *limit = i < PyTuple_Size(d->limits) ? PyTuple_GetItem(d->limits, i) : Py_None;
-  Py_XINCREF(limit);
-  return limit;
+  return Py_XNewRef(limit);
 }
-static PyObject *decision_limit_index(PyObject *o, void *unused) {
-  (void)unused;
+static PyObject *decision_limit_index(PyObject *o, UNUSED void *unused) {
   return PyLong_FromUnsignedLong(((Decision *)o)->d.limit_index);
 }
-static PyObject *decision_shared(PyObject *o, void *unused) {
-  (void)unused;
+static PyObject *decision_shared(PyObject *o, UNUSED void *unused) {
   return PyBool_FromLong(((Decision *)o)->d.shared);
 }
 static int decision_bool(PyObject *o) { return ((Decision *)o)->d.status == FSHM_ALLOWED; }
@@ -81,10 +72,8 @@ static PyObject *decision_repr(PyObject *o) {
 }
 
 static void decision_dealloc(PyObject *o) {
-  PyTypeObject *type = Py_TYPE(o);
   Py_XDECREF(((Decision *)o)->limits);
-  PyObject_Free(o);
-  Py_DECREF(type);
+  end_object(o, PyObject_Free);
 }
 
 static PyGetSetDef decision_getset[] = {
@@ -110,11 +99,4 @@ static PyType_Slot decision_slots[] = {{Py_tp_dealloc, (void *)decision_dealloc}
                                        {Py_tp_doc, decision_doc},
                                        {0, NULL}};
 
-static PyType_Spec decision_spec = {"fast_litellm_shm._native.Decision", sizeof(Decision), 0,
-                                    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
-                                    decision_slots};
-
-static int install_decision(PyObject *module) {
-  decision_type = (PyTypeObject *)PyType_FromSpec(&decision_spec);
-  return decision_type ? PyObject_SetAttrString(module, "Decision", (PyObject *)decision_type) : -1;
-}
+static PyType_Spec decision_spec = TYPE_SPEC(Decision, decision_slots, INTERNAL);

@@ -27,13 +27,13 @@ static inline uint64_t measure_begin(measure_t *m) {
   return left > 1 ? 0 : fshm_clock();
 }
 
-/* (segment, metric, every): the arguments of a type's _measure(). 0: done. */
-static inline int measure_args(measure_t *m, PyObject *args) {
+/* A type's _measure(segment, metric, every): how often to record a call, and as what. */
+static inline PyObject *measure_set(measure_t *m, PyObject *args) {
   unsigned long long segment, every;
   int metric;
-  if (!PyArg_ParseTuple(args, "KiK", &segment, &metric, &every)) return -1;
+  if (!PyArg_ParseTuple(args, "KiK", &segment, &metric, &every)) return NULL;
   measure_init(m, (fshm_segment *)(uintptr_t)segment, metric, every);
-  return 0;
+  Py_RETURN_NONE;
 }
 
 /* Rarely called: kept out of the calls that are measured. */

@@ -136,10 +136,8 @@ static PyObject *memo_count(PyObject *o, PyObject *text) {
 /* (text, tenant): the tenant's encoding, or -1. */
 static int memo_pair(const Memo *self, const char *name, PyObject *const *args, Py_ssize_t n,
                      uint64_t *encoding) {
-  if (!memo_ready(self)) return -1;
-  if (n == 2) return memo_encoding(self, args[1], encoding);
-  PyErr_Format(PyExc_TypeError, "%s() takes 2 arguments (%zd given)", name, n);
-  return -1;
+  if (!memo_ready(self) || count_args(name, n, 2)) return -1;
+  return memo_encoding(self, args[1], encoding);
 }
 
 static PyObject *memo_count_for(PyObject *o, PyObject *const *args, Py_ssize_t n) {
@@ -202,25 +200,18 @@ static int memo_init(PyObject *o, PyObject *args, PyObject *kwargs) {
   unsigned long long segment, encoding, every = 0;
   int metric = -1;
   PyObject *owner, *compute, *encode = Py_None, *enabled = Py_None;
-  if (kwargs && PyDict_Size(kwargs)) {
-    PyErr_SetString(PyExc_TypeError, "Memo() takes no keyword arguments");
-    return -1;
-  }
-  if (!PyArg_ParseTuple(args, "OKKO|iKOO", &owner, &segment, &encoding, &compute, &metric, &every,
+  if (no_keywords("Memo", kwargs) ||
+      !PyArg_ParseTuple(args, "OKKO|iKOO", &owner, &segment, &encoding, &compute, &metric, &every,
                         &encode, &enabled))
     return -1;
   if (self->compute) {
     PyErr_SetString(PyExc_RuntimeError, "a memo is made once"); /* a call may be inside it */
     return -1;
   }
-  Py_INCREF(owner);
-  Py_INCREF(compute);
-  Py_INCREF(encode);
-  Py_INCREF(enabled);
-  self->owner = owner;
-  self->compute = compute;
-  self->encode = encode == Py_None ? NULL : encode; /* None is never freed */
-  self->enabled = enabled == Py_None ? NULL : enabled;
+  self->owner = Py_NewRef(owner);
+  self->compute = Py_NewRef(compute);
+  self->encode = Py_XNewRef(encode == Py_None ? NULL : encode);
+  self->enabled = Py_XNewRef(enabled == Py_None ? NULL : enabled);
   self->segment = (fshm_segment *)(uintptr_t)segment;
   self->encoding = encoding;
   measure_init(&self->measure, self->segment, metric, every);
@@ -239,16 +230,13 @@ static int memo_traverse(PyObject *o, visitproc visit, void *arg) {
 
 static void memo_dealloc(PyObject *o) {
   Memo *self = (Memo *)o;
-  PyTypeObject *type = Py_TYPE(o);
   PyObject_GC_UnTrack(o);
   if (self->compute && (self->hits || self->misses)) report_counts(self);
   Py_XDECREF(self->compute);
   Py_XDECREF(self->encode);
   Py_XDECREF(self->enabled);
   Py_XDECREF(self->owner); /* last: it keeps the segment open */
-  freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
-  release(o);
-  Py_DECREF(type);
+  end_derived(o);
 }
 
 static PyMethodDef memo_methods[] = {
@@ -269,11 +257,4 @@ static PyType_Slot memo_slots[] = {{Py_tp_init, (void *)memo_init},
                                    {Py_tp_traverse, (void *)memo_traverse},
                                    {0, NULL}};
 
-static PyType_Spec memo_spec = {"fast_litellm_shm._native.Memo", sizeof(Memo), 0,
-                                Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
-                                memo_slots};
-
-static int install_memo(PyObject *module) {
-  PyObject *type = PyType_FromSpec(&memo_spec);
-  return type ? PyObject_SetAttrString(module, "Memo", type) : -1;
-}
+static PyType_Spec memo_spec = TYPE_SPEC(Memo, memo_slots, BASE | Py_TPFLAGS_HAVE_GC);

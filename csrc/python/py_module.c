@@ -1,4 +1,5 @@
 /* py_module.c - adds the hand-written types to the module that cffi makes. */
+#include "py_types.h"
 #include "py_decision.c"
 #include "py_permit.c"
 #include "py_rate_limiter.c"
@@ -10,8 +11,7 @@
 
 /* _untrack(object): the garbage collector ignores it from now on, and counts its references as references from
  * outside. For objects that cannot be part of a cycle (_shared/native.py, owned()). */
-static PyObject *module_untrack(PyObject *module, PyObject *o) {
-  (void)module;
+static PyObject *module_untrack(UNUSED PyObject *module, PyObject *o) {
   if (PyObject_GC_IsTracked(o)) PyObject_GC_UnTrack(o);
   Py_RETURN_NONE;
 }
@@ -19,21 +19,57 @@ static PyObject *module_untrack(PyObject *module, PyObject *o) {
 static PyMethodDef module_methods[] = {{"_untrack", module_untrack, METH_O, NULL},
                                        {NULL, NULL, 0, NULL}};
 
+/* kept: where C has the type, to make or to check objects of it; NULL: nowhere. */
+static const struct {
+  PyType_Spec *spec;
+  PyTypeObject **kept;
+} types[] = {{&decision_spec, &decision_type},
+             {&permit_spec, &permit_type},
+             {&slot_spec, NULL},
+             {&core_spec, NULL},
+             {&reservation_spec, &reservation_type},
+             {&pool_spec, NULL},
+             {&connection_spec, &connection_type},
+             {&stack_spec, &stack_type},
+             {&use_spec, &use_type},
+             {&memo_spec, NULL},
+             {&recorder_spec, NULL},
+             {&router_spec, NULL},
+             {&counts_spec, NULL}};
+
+static int add_types(PyObject *module) {
+  for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
+    PyTypeObject *type = (PyTypeObject *)PyType_FromSpec(types[i].spec);
+    if (!type || PyModule_AddType(module, type)) return -1;
+    if (types[i].kept)
+      *types[i].kept = type;
+    else
+      Py_DECREF((PyObject *)type);
+  }
+  return 0;
+}
+
 static int install(PyObject *module) {
 #ifdef Py_GIL_DISABLED
   if (PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED)) return -1;
 #endif
-  return PyModule_AddFunctions(module, module_methods) || install_decision(module) ||
-         install_permit(module) || install_rate_limiter(module) || install_pool(module) ||
-         install_memo(module) || install_recorder(module) || install_router(module) ||
-         install_counts(module);
+  return PyModule_AddFunctions(module, module_methods) || make_constants() || add_types(module);
 }
 
-/* Called once through cffi, which drops the GIL around it. `module`: the address of the extension module. */
-int fshm_py_install(void *module) {
-  PyGILState_STATE state = PyGILState_Ensure();
-  int failed = install((PyObject *)module);
-  if (failed) PyErr_Print();
-  PyGILState_Release(state);
-  return failed ? FSHM_E_MEMORY : FSHM_OK;
+/* Python calls PyInit__native() on import. The code that cffi generates after this file defines it too: the macros
+ * below make that definition the static function cffi_module(), which returns the module with `ffi` and `lib`. */
+static PyObject *cffi_module(void);
+
+PyMODINIT_FUNC PyInit__native(void);
+PyMODINIT_FUNC PyInit__native(void) {
+  PyObject *module = cffi_module();
+  if (module && install(module)) {
+    Py_DECREF(module);
+    return NULL;
+  }
+  return module;
 }
+
+#undef PyMODINIT_FUNC
+#define PyMODINIT_FUNC static PyObject *
+#define PyInit__native cffi_module

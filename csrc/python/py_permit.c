@@ -27,8 +27,7 @@ static PyObject *make_permit(PyObject *handle, fshm_limiter *limiter, const fshm
     Py_XDECREF(decision);
     return NULL;
   }
-  Py_INCREF(handle);
-  o->handle = handle;
+  o->handle = Py_NewRef(handle);
   o->limiter = limiter;
   o->permit = *permit;
   o->granted = permit->held != 0;
@@ -45,45 +44,33 @@ static int give_back_permit(Permit *self) {
   return given_back;
 }
 
-static PyObject *permit_release(PyObject *o, PyObject *unused) {
-  (void)unused;
+static PyObject *permit_release(PyObject *o, UNUSED PyObject *unused) {
   return PyBool_FromLong(give_back_permit((Permit *)o));
 }
 
-static PyObject *permit_enter(PyObject *o, PyObject *unused) {
-  (void)unused;
-  Py_INCREF(o);
-  return o;
-}
+static PyObject *permit_enter(PyObject *o, UNUSED PyObject *unused) { return Py_NewRef(o); }
 
-static PyObject *permit_exit(PyObject *o, PyObject *args) {
-  (void)args;
+static PyObject *permit_exit(PyObject *o, UNUSED PyObject *args) {
   (void)give_back_permit((Permit *)o);
   Py_RETURN_NONE;
 }
 
 static int permit_bool(PyObject *o) { return ((Permit *)o)->granted; }
 
-static PyObject *permit_get_released(PyObject *o, void *unused) {
-  (void)unused;
+static PyObject *permit_get_released(PyObject *o, UNUSED void *unused) {
   Permit *self = (Permit *)o;
   return PyBool_FromLong(self->granted && !self->permit.held);
 }
 
-static PyObject *permit_get_in_flight(PyObject *o, void *unused) {
-  (void)unused;
+static PyObject *permit_get_in_flight(PyObject *o, UNUSED void *unused) {
   return PyLong_FromUnsignedLong(((Permit *)o)->in_flight);
 }
 
-static PyObject *permit_get_decision(PyObject *o, void *unused) {
-  (void)unused;
-  PyObject *d = ((Permit *)o)->decision;
-  Py_INCREF(d);
-  return d;
+static PyObject *permit_get_decision(PyObject *o, UNUSED void *unused) {
+  return Py_NewRef(((Permit *)o)->decision);
 }
 
-static PyObject *permit_address(PyObject *o, void *unused) {
-  (void)unused;
+static PyObject *permit_address(PyObject *o, UNUSED void *unused) {
   return PyLong_FromVoidPtr(&((Permit *)o)->permit);
 }
 
@@ -96,7 +83,6 @@ static PyObject *permit_repr(PyObject *o) {
 
 static void permit_dealloc(PyObject *o) {
   Permit *self = (Permit *)o;
-  PyTypeObject *type = Py_TYPE(o);
   if (self->permit.held && give_back_permit(self)) {
     PyObject *error, *value, *trace;
     PyErr_Fetch(&error, &value, &trace); /* an exception may be passing through us */
@@ -108,8 +94,7 @@ static void permit_dealloc(PyObject *o) {
   }
   Py_XDECREF(self->decision);
   Py_XDECREF(self->handle); /* last: it owns the limiter */
-  PyObject_Free(o);
-  Py_DECREF(type);
+  end_object(o, PyObject_Free);
 }
 
 static PyMethodDef permit_methods[] = {
@@ -137,9 +122,7 @@ static PyType_Slot permit_slots[] = {{Py_tp_dealloc, (void *)permit_dealloc},
                                      {Py_tp_doc, permit_doc},
                                      {0, NULL}};
 
-static PyType_Spec permit_spec = {"fast_litellm_shm._native.Permit", sizeof(Permit), 0,
-                                  Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
-                                  permit_slots};
+static PyType_Spec permit_spec = TYPE_SPEC(Permit, permit_slots, INTERNAL);
 
 /* Slot(limiter, key, timeout): calls limiter._slot(key, timeout) when a block is entered, and releases the permit
  * when the block ends. No Python instruction runs between the grant and this object: an exception out of a signal
@@ -153,33 +136,24 @@ typedef struct {
 static int slot_init(PyObject *o, PyObject *args, PyObject *kwargs) {
   Slot *self = (Slot *)o;
   PyObject *limiter, *key, *timeout;
-  if (kwargs && PyDict_Size(kwargs)) {
-    PyErr_SetString(PyExc_TypeError, "Slot() takes no keyword arguments");
+  if (no_keywords("Slot", kwargs) || !PyArg_ParseTuple(args, "OOO", &limiter, &key, &timeout))
     return -1;
-  }
-  if (!PyArg_ParseTuple(args, "OOO", &limiter, &key, &timeout)) return -1;
   if (self->limiter) {
     PyErr_SetString(PyExc_RuntimeError, "a slot is made once");
     return -1;
   }
-  Py_INCREF(limiter);
-  Py_INCREF(key);
-  Py_INCREF(timeout);
-  self->key = key;
-  self->timeout = timeout;
-  self->limiter = limiter;
+  self->key = Py_NewRef(key);
+  self->timeout = Py_NewRef(timeout);
+  self->limiter = Py_NewRef(limiter);
   return 0;
 }
 
-static PyObject *slot_enter(PyObject *o, PyObject *unused) {
-  (void)unused;
+static PyObject *slot_enter(PyObject *o, UNUSED PyObject *unused) {
   Slot *self = (Slot *)o;
-  if (!self->limiter || self->permit) {
-    PyErr_SetString(PyExc_RuntimeError, self->limiter
-                                            ? "the slot is held: call slot() for each block"
-                                            : "the slot's __init__ was not called");
-    return NULL;
-  }
+  if (!self->limiter || self->permit)
+    return PyErr_Format(PyExc_RuntimeError, self->limiter
+                                                ? "the slot is held: call slot() for each block"
+                                                : "the slot's __init__ was not called");
   PyObject *got = PyObject_CallMethod(self->limiter, "_slot", "OO", self->key, self->timeout);
   if (!got) return NULL;
   Permit *mine = Py_TYPE(got) == permit_type ? (Permit *)got : NULL;
@@ -194,8 +168,7 @@ static PyObject *slot_enter(PyObject *o, PyObject *unused) {
     Py_DECREF(got);
     return NULL;
   }
-  Py_INCREF(got);
-  return got;
+  return Py_NewRef(got);
 }
 
 static void slot_leave(Slot *self) {
@@ -209,8 +182,7 @@ static void slot_leave(Slot *self) {
   Py_DECREF((PyObject *)permit);
 }
 
-static PyObject *slot_exit(PyObject *o, PyObject *args) {
-  (void)args;
+static PyObject *slot_exit(PyObject *o, UNUSED PyObject *args) {
   slot_leave((Slot *)o);
   Py_RETURN_NONE;
 }
@@ -224,15 +196,12 @@ static int slot_traverse(PyObject *o, visitproc visit, void *arg) {
 
 static void slot_dealloc(PyObject *o) {
   Slot *self = (Slot *)o;
-  PyTypeObject *type = Py_TYPE(o);
   PyObject_GC_UnTrack(o);
   slot_leave(self);
   Py_XDECREF(self->limiter);
   Py_XDECREF(self->key);
   Py_XDECREF(self->timeout);
-  freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
-  release(o);
-  Py_DECREF(type);
+  end_derived(o);
 }
 
 static PyMethodDef slot_methods[] = {{"__enter__", slot_enter, METH_NOARGS, NULL},
@@ -242,14 +211,4 @@ static PyType_Slot slot_slots[] = {
     {Py_tp_dealloc, (void *)slot_dealloc},  {Py_tp_traverse, (void *)slot_traverse},
     {Py_tp_methods, slot_methods},          {Py_tp_init, (void *)slot_init},
     {Py_tp_new, (void *)PyType_GenericNew}, {0, NULL}};
-static PyType_Spec slot_spec = {"fast_litellm_shm._native.Slot", sizeof(Slot), 0,
-                                Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
-                                slot_slots};
-
-static int install_permit(PyObject *module) {
-  permit_type = (PyTypeObject *)PyType_FromSpec(&permit_spec);
-  PyObject *slot = PyType_FromSpec(&slot_spec);
-  return !permit_type || !slot ||
-         PyObject_SetAttrString(module, "Permit", (PyObject *)permit_type) ||
-         PyObject_SetAttrString(module, "Slot", slot);
-}
+static PyType_Spec slot_spec = TYPE_SPEC(Slot, slot_slots, BASE | Py_TPFLAGS_HAVE_GC);

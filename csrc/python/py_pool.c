@@ -53,7 +53,6 @@ static void give_places_back(Connection *c) {
 
 static void connection_dealloc(PyObject *o) {
   Connection *c = (Connection *)o;
-  PyTypeObject *type = Py_TYPE(o);
   PyObject_GC_UnTrack(o);
   Py_XDECREF(c->object); /* first: or the endpoint would see more than the limit */
   give_places_back(c);
@@ -61,8 +60,7 @@ static void connection_dealloc(PyObject *o) {
   Py_XDECREF(c->endpoint);
   Py_XDECREF((PyObject *)c->below);
   Py_XDECREF(c->handles);
-  PyObject_GC_Del(o);
-  Py_DECREF(type);
+  end_object(o, PyObject_GC_Del);
 }
 
 /* Traversed, so that a pool whose connections refer to it is collected. None has a tp_clear: their dicts break the
@@ -75,15 +73,13 @@ static int connection_traverse(PyObject *o, visitproc visit, void *arg) {
 }
 
 static void stack_dealloc(PyObject *o) {
-  PyTypeObject *type = Py_TYPE(o);
   PyObject_GC_UnTrack(o);
   for (Connection *c = ((Stack *)o)->top, *below; c; c = below) { /* not by recursion */
     below = c->below;
     c->below = NULL;
     Py_DECREF((PyObject *)c);
   }
-  PyObject_GC_Del(o);
-  Py_DECREF(type);
+  end_object(o, PyObject_GC_Del);
 }
 
 static int stack_traverse(PyObject *o, visitproc visit, void *arg) {
@@ -97,25 +93,21 @@ static PyObject *connection_get(PyObject *o, void *which) {
   PyObject *out;
   ALONE_BEGIN(o); /* the object is set once it is there */
   PyObject *fields[] = {c->id, c->endpoint, c->object};
-  out = fields[(uintptr_t)which];
-  Py_INCREF(out);
+  out = Py_NewRef(fields[(uintptr_t)which]);
   ALONE_END();
   return out;
 }
-static PyObject *connection_idle(PyObject *o, void *unused) {
-  (void)unused;
+static PyObject *connection_idle(PyObject *o, UNUSED void *unused) {
   return PyBool_FromLong(RELAXED_GET(((Connection *)o)->idle));
 }
-static PyObject *connection_held(PyObject *o, void *unused) {
-  (void)unused;
+static PyObject *connection_held(PyObject *o, UNUSED void *unused) {
   int held;
   ALONE_BEGIN(o);
   held = fshm_permit_held(((Connection *)o)->permits, &((Connection *)o)->permit);
   ALONE_END();
   return PyBool_FromLong(held);
 }
-static PyObject *connection_idle_seconds(PyObject *o, void *unused) {
-  (void)unused;
+static PyObject *connection_idle_seconds(PyObject *o, UNUSED void *unused) {
   Connection *c = (Connection *)o;
   uint64_t used = RELAXED_GET(c->used_ns);
   return PyFloat_FromDouble(RELAXED_GET(c->idle) ? (double)(fshm_clock() - used) * 1e-9 : 0.0);
@@ -138,10 +130,7 @@ static int unbound(const PoolCore *self) {
 
 /* An exact str, whose comparison runs no Python. NULL without an exception: it is not a str. */
 static PyObject *exact(PyObject *text) {
-  if (likely(Py_TYPE(text) == &PyUnicode_Type)) {
-    Py_INCREF(text);
-    return text;
-  }
+  if (likely(Py_TYPE(text) == &PyUnicode_Type)) return Py_NewRef(text);
   return PyUnicode_Check(text) ? PyUnicode_FromObject(text) : NULL;
 }
 
@@ -255,16 +244,13 @@ static UNGUARDED PyObject *pool_get(PyObject *o, PyObject *const *args, Py_ssize
     if (PyErr_Occurred()) return NULL;
     Py_RETURN_NONE;
   }
-  PyObject *id = c->id;
-  Py_INCREF(id);
+  PyObject *id = Py_NewRef(c->id);
   Py_DECREF((PyObject *)c); /* by_id holds another */
   return id;
 }
 
-/* _measure(segment, metric, every): how often to record a call, and as what. */
 static PyObject *pool_measure(PyObject *o, PyObject *args) {
-  if (measure_args(&((PoolCore *)o)->measure, args)) return NULL;
-  Py_RETURN_NONE;
+  return measure_set(&((PoolCore *)o)->measure, args);
 }
 
 /* return_connection(id): idle again. Unknown, foreign or returned ids: self._odd(id). */
@@ -300,10 +286,8 @@ static PyObject *pool_add(PyObject *o, PyObject *args) {
   memset((char *)c + sizeof(PyObject), 0, sizeof *c - sizeof(PyObject));
   c->permits = self->permits;
   c->totals = self->totals;
-  c->handles = self->handles;
-  c->object = Py_None;
-  Py_INCREF(c->handles);
-  Py_INCREF(c->object);
+  c->handles = Py_NewRef(self->handles);
+  c->object = Py_NewRef(Py_None);
   PyObject_GC_Track((PyObject *)c);
   c->id = exact(id);
   c->endpoint = exact(endpoint);
@@ -330,16 +314,14 @@ static Connection *checked_connection(PyObject *o) {
 }
 
 /* _set_object(connection, object): the object that connect() returned. */
-static PyObject *pool_set_object(PyObject *o, PyObject *args) {
+static PyObject *pool_set_object(UNUSED PyObject *o, PyObject *args) {
   PyObject *connection, *object, *old;
-  (void)o;
   if (!PyArg_ParseTuple(args, "OO", &connection, &object)) return NULL;
   Connection *c = checked_connection(connection);
   if (!c) return NULL;
-  Py_INCREF(object);
   ALONE_BEGIN(c);
   old = c->object;
-  c->object = object;
+  c->object = Py_NewRef(object);
   ALONE_END();
   Py_DECREF(old);
   Py_RETURN_NONE;
@@ -398,8 +380,7 @@ static PyObject *pool_drop_idle(PyObject *o, PyObject *id) {
 }
 
 /* _release(connection): release its permits. */
-static PyObject *pool_release(PyObject *o, PyObject *connection) {
-  (void)o;
+static PyObject *pool_release(UNUSED PyObject *o, PyObject *connection) {
   Connection *c = checked_connection(connection);
   if (!c) return NULL;
   give_places_back(c);
@@ -439,8 +420,7 @@ static PyObject *pool_bind(PyObject *o, PyObject *args) {
   self->by_id = by_id;
   self->stacks = stacks;
   if (!self->handles) { /* a call may be inside them: they stay */
-    Py_INCREF(handles);
-    self->handles = handles;
+    self->handles = Py_NewRef(handles);
     self->permits = (fshm_limiter *)(uintptr_t)permits;
     self->totals = (fshm_limiter *)(uintptr_t)totals;
     self->idle_ns = idle_ns;
@@ -451,8 +431,7 @@ static PyObject *pool_bind(PyObject *o, PyObject *args) {
   Py_RETURN_NONE;
 }
 
-static PyObject *pool_connections(PyObject *o, PyObject *unused) {
-  (void)unused;
+static PyObject *pool_connections(PyObject *o, UNUSED PyObject *unused) {
   PoolCore *self = (PoolCore *)o;
   PyObject *copy;
   ALONE_BEGIN(self);
@@ -472,14 +451,11 @@ static int pool_traverse(PyObject *o, visitproc visit, void *arg) {
 
 static void pool_dealloc(PyObject *o) {
   PoolCore *self = (PoolCore *)o;
-  PyTypeObject *type = Py_TYPE(o);
   PyObject_GC_UnTrack(o);
   Py_XDECREF(self->by_id);
   Py_XDECREF(self->stacks);
   Py_XDECREF(self->handles);
-  freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
-  release(o);
-  Py_DECREF(type);
+  end_derived(o);
 }
 
 static PyMethodDef pool_methods[] = {
@@ -506,9 +482,7 @@ static PyType_Slot pool_slots[] = {{Py_tp_dealloc, (void *)pool_dealloc},
                                    {Py_tp_methods, pool_methods},
                                    {Py_tp_doc, pool_doc},
                                    {0, NULL}};
-static PyType_Spec pool_spec = {"fast_litellm_shm._native.PoolCore", sizeof(PoolCore), 0,
-                                Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
-                                pool_slots};
+static PyType_Spec pool_spec = TYPE_SPEC(PoolCore, pool_slots, BASE | Py_TPFLAGS_HAVE_GC);
 
 static char connection_doc[] = "A pooled connection.";
 static PyType_Slot connection_slots[] = {{Py_tp_dealloc, (void *)connection_dealloc},
@@ -516,25 +490,9 @@ static PyType_Slot connection_slots[] = {{Py_tp_dealloc, (void *)connection_deal
                                          {Py_tp_getset, connection_getset},
                                          {Py_tp_doc, connection_doc},
                                          {0, NULL}};
-static PyType_Spec connection_spec = {
-    "fast_litellm_shm._native.Connection", sizeof(Connection), 0,
-    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION, connection_slots};
+static PyType_Spec connection_spec =
+    TYPE_SPEC(Connection, connection_slots, INTERNAL | Py_TPFLAGS_HAVE_GC);
 
 static PyType_Slot stack_slots[] = {
     {Py_tp_dealloc, (void *)stack_dealloc}, {Py_tp_traverse, (void *)stack_traverse}, {0, NULL}};
-static PyType_Spec stack_spec = {
-    "fast_litellm_shm._native.Stack", sizeof(Stack), 0,
-    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION, stack_slots};
-
-static int install_pool(PyObject *module) {
-  PyObject *pool = PyType_FromSpec(&pool_spec);
-  connection_type = (PyTypeObject *)PyType_FromSpec(&connection_spec);
-  stack_type = (PyTypeObject *)PyType_FromSpec(&stack_spec);
-  use_type = (PyTypeObject *)PyType_FromSpec(&use_spec);
-  if (!pool || !connection_type || !stack_type || !use_type) return -1;
-  int failed = PyObject_SetAttrString(module, "PoolCore", pool) ||
-               PyObject_SetAttrString(module, "Connection", (PyObject *)connection_type) ||
-               PyObject_SetAttrString(module, "Use", (PyObject *)use_type);
-  Py_DECREF(pool);
-  return failed;
-}
+static PyType_Spec stack_spec = TYPE_SPEC(Stack, stack_slots, INTERNAL | Py_TPFLAGS_HAVE_GC);

@@ -28,7 +28,7 @@ typedef struct {
   measure_t measure; /* is_allowed(), check(), acquire() */
 } Core;
 
-static PyObject *s_allowed, *s_reason, *s_remaining, *s_retry, *s_default, *s_ok, *s_full;
+static PyObject *s_allowed, *s_reason, *s_remaining, *s_retry, *s_default, *s_full;
 static PyObject *check_allowed, *check_denied; /* dicts to copy */
 
 /* the call ------------------------------------------------------------------------------------- */
@@ -37,8 +37,7 @@ static PyObject *check_allowed, *check_denied; /* dicts to copy */
 static PyObject *limits_of(Core *self) {
   PyObject *limits;
   ALONE_BEGIN(self);
-  limits = self->limits;
-  Py_INCREF(limits);
+  limits = Py_NewRef(self->limits);
   ALONE_END();
   return limits;
 }
@@ -51,9 +50,7 @@ static Py_ssize_t limit_count(Core *self) {
 }
 
 static int call_void(PyObject *self, const char *method, int status) {
-  PyObject *r = PyObject_CallMethod(self, method, "i", status);
-  Py_XDECREF(r);
-  return r ? 0 : -1;
+  return done(PyObject_CallMethod(self, method, "i", status));
 }
 
 #define WARN_NS UINT64_C(60000000000)
@@ -175,25 +172,21 @@ static int reservation_end(Reservation *self, int keep) {
                      self->costs, self->reserved, 0);
 }
 
-static PyObject *reservation_keep(PyObject *o, PyObject *unused) {
-  (void)unused;
+static PyObject *reservation_keep(PyObject *o, UNUSED PyObject *unused) {
   (void)reservation_end((Reservation *)o, 1);
   Py_RETURN_NONE;
 }
 
-static PyObject *reservation_cancel(PyObject *o, PyObject *unused) {
-  (void)unused;
+static PyObject *reservation_cancel(PyObject *o, UNUSED PyObject *unused) {
   return PyLong_FromLong(reservation_end((Reservation *)o, 0));
 }
 
 static void reservation_dealloc(PyObject *o) {
   Reservation *self = (Reservation *)o;
-  PyTypeObject *type = Py_TYPE(o);
   (void)reservation_end(self, 0);
   Py_XDECREF(self->key);
   Py_XDECREF(self->handle);
-  PyObject_Free(o);
-  Py_DECREF(type);
+  end_object(o, PyObject_Free);
 }
 
 static PyMethodDef reservation_methods[] = {{"keep", reservation_keep, METH_NOARGS, NULL},
@@ -201,9 +194,7 @@ static PyMethodDef reservation_methods[] = {{"keep", reservation_keep, METH_NOAR
                                             {NULL, NULL, 0, NULL}};
 static PyType_Slot reservation_slots[] = {
     {Py_tp_dealloc, (void *)reservation_dealloc}, {Py_tp_methods, reservation_methods}, {0, NULL}};
-static PyType_Spec reservation_spec = {"fast_litellm_shm._native.Reservation", sizeof(Reservation),
-                                       0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
-                                       reservation_slots};
+static PyType_Spec reservation_spec = TYPE_SPEC(Reservation, reservation_slots, INTERNAL);
 
 /* _reserve(key, cost, max_wait_ns) -> (decision, ns to wait until it is ours, the Reservation). */
 static PyObject *core_reserve(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
@@ -222,9 +213,8 @@ static PyObject *core_reserve(PyObject *o, PyObject *const *args, Py_ssize_t n, 
     return NULL;
   }
   r->key = PyBytes_FromStringAndSize(k.bytes, k.length);
-  r->handle = self->handle;
+  r->handle = Py_NewRef(self->handle);
   r->limiter = self->limiter;
-  Py_INCREF(r->handle);
   if (r->key)
     fshm_reserve(self->limiter, k.bytes, (uint64_t)k.length, r->costs, most, 0, &d, r->reserved);
   r->held = r->key && d.status == FSHM_ALLOWED;
@@ -262,8 +252,7 @@ static inline PyObject *is_allowed(PyObject *self, PyObject *const *args, Py_ssi
     if (status == FSHM_ASK) return NULL;
     if (status >= 0) {
       PyObject *out = status == FSHM_ALLOWED ? Py_True : Py_False;
-      Py_INCREF(out);
-      return out;
+      return Py_NewRef(out);
     }
     fshm_decision failed = {status, 0, 0, RELAXED_GET(core->version), 0, 0, 0};
     if (status <= SHARED_DENIED) {
@@ -306,8 +295,7 @@ static PyObject *check(PyObject *self, PyObject *const *args, Py_ssize_t n, PyOb
   if (!failed && !allowed) {
     PyObject *reasons;
     ALONE_BEGIN(self);
-    reasons = ((Core *)self)->reasons;
-    Py_INCREF(reasons);
+    reasons = Py_NewRef(((Core *)self)->reasons);
     ALONE_END();
     int known = (Py_ssize_t)d.limit_index < PyTuple_Size(reasons);
     failed =
@@ -348,12 +336,9 @@ static int get_own_key(const Core *self, PyObject *key, key_arg *k) {
 /* _end_keys_in(tail): once, before the object is used. */
 static PyObject *core_end_keys_in(PyObject *o, PyObject *tail) {
   Core *self = (Core *)o;
-  if (!PyBytes_Check(tail) || self->tail) {
-    PyErr_SetString(PyExc_TypeError, "_end_keys_in() takes bytes, once");
-    return NULL;
-  }
-  Py_INCREF(tail);
-  self->tail = tail;
+  if (!PyBytes_Check(tail) || self->tail)
+    return PyErr_Format(PyExc_TypeError, "_end_keys_in() takes bytes, once");
+  self->tail = Py_NewRef(tail);
   Py_RETURN_NONE;
 }
 
@@ -411,10 +396,8 @@ static PyObject *core_settle(PyObject *o, PyObject *const *args, Py_ssize_t n) {
   key_arg k;
   uint64_t charged[FSHM_MAX_LIMITS], actual[FSHM_MAX_LIMITS];
   if (n != 4 || Py_TYPE(args[3]) != permit_type || !PyTuple_Check(args[1]) ||
-      !PyTuple_Check(args[2])) {
-    PyErr_SetString(PyExc_TypeError, "_settle() takes a key, two tuples and a Permit");
-    return NULL;
-  }
+      !PyTuple_Check(args[2]))
+    return PyErr_Format(PyExc_TypeError, "_settle() takes a key, two tuples and a Permit");
   if (bound(self) || get_costs(PyTuple_Size(args[1]), args[1], charged) ||
       get_costs(PyTuple_Size(args[1]), args[2], actual) || get_own_key(self, args[0], &k))
     return NULL;
@@ -473,10 +456,7 @@ static void *answers(PyObject *array, Py_ssize_t size) {
  * lines are prefetched some keys ahead. */
 static PyObject *core_acquire_many(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
   Core *self = (Core *)o;
-  if (n != 5 || kw) {
-    PyErr_SetString(PyExc_TypeError, "_acquire_many() takes 5 arguments");
-    return NULL;
-  }
+  if (n != 5 || kw) return PyErr_Format(PyExc_TypeError, "_acquire_many() takes 5 arguments");
   if (bound(self)) return NULL;
   PyObject *keys = PySequence_Tuple(args[0]);
   if (!keys) return NULL;
@@ -530,21 +510,16 @@ static PyObject *core_bind(PyObject *o, PyObject *args) {
   if (!PyArg_ParseTuple(args, "OKO!O!Ki", &handle, &address, &PyTuple_Type, &limits, &PyTuple_Type,
                         &reasons, &version, &on_full))
     return NULL;
-  if (self->handle && self->handle != handle) {
-    PyErr_SetString(PyExc_RuntimeError, "a limiter is bound once"); /* a call may be inside it */
-    return NULL;
-  }
+  if (self->handle && self->handle != handle) /* a call may be inside it */
+    return PyErr_Format(PyExc_RuntimeError, "a limiter is bound once");
   PyObject *old_limits, *old_reasons;
-  Py_INCREF(limits);
-  Py_INCREF(reasons);
   ALONE_BEGIN(self);
   old_limits = self->limits;
   old_reasons = self->reasons;
-  self->limits = limits;
-  self->reasons = reasons;
+  self->limits = Py_NewRef(limits);
+  self->reasons = Py_NewRef(reasons);
   if (!self->handle) {
-    Py_INCREF(handle);
-    self->handle = handle;
+    self->handle = Py_NewRef(handle);
     self->limiter = (fshm_limiter *)(uintptr_t)address;
     self->on_full = on_full;
     if (on_full == ON_FULL_SHARE) fshm_limiter_share(self->limiter, 1);
@@ -565,30 +540,21 @@ static PyObject *core_bind_cluster(PyObject *o, PyObject *args) {
   if (!PyArg_ParseTuple(args, "OKOK|O!", &leases_handle, &leases, &refused_handle, &refused,
                         &PyDict_Type, &keys))
     return NULL;
-  if (c->leases) {
-    PyErr_SetString(PyExc_RuntimeError, "a limiter is bound once");
-    return NULL;
-  }
-  Py_INCREF(leases_handle);
-  Py_INCREF(refused_handle);
-  Py_XINCREF(keys);
-  c->keys = keys;
-  c->leases_handle = leases_handle;
-  c->refused_handle = refused_handle;
+  if (c->leases) return PyErr_Format(PyExc_RuntimeError, "a limiter is bound once");
+  c->keys = Py_XNewRef(keys);
+  c->leases_handle = Py_NewRef(leases_handle);
+  c->refused_handle = Py_NewRef(refused_handle);
   c->refused = (fshm_limiter *)(uintptr_t)refused;
   c->leases = (fshm_limiter *)(uintptr_t)leases;
   fshm_limiter_share(((Core *)o)->limiter, 0); /* the server has its states */
   Py_RETURN_NONE;
 }
 
-/* _measure(segment, metric, every): how often to record a call, and as what. */
 static PyObject *core_measure(PyObject *o, PyObject *args) {
-  if (measure_args(&((Core *)o)->measure, args)) return NULL;
-  Py_RETURN_NONE;
+  return measure_set(&((Core *)o)->measure, args);
 }
 
-static PyObject *core_get_limits(PyObject *o, void *unused) {
-  (void)unused;
+static PyObject *core_get_limits(PyObject *o, UNUSED void *unused) {
   Core *self = (Core *)o;
   uint64_t version;
   if (!self->limiter) Py_RETURN_NONE;
@@ -613,7 +579,6 @@ static int core_traverse(PyObject *o, visitproc visit, void *arg) {
 
 static void core_dealloc(PyObject *o) {
   Core *self = (Core *)o;
-  PyTypeObject *type = Py_TYPE(o);
   PyObject_GC_UnTrack(o);
   Py_XDECREF(self->limits);
   Py_XDECREF(self->reasons);
@@ -622,9 +587,7 @@ static void core_dealloc(PyObject *o) {
   Py_XDECREF(self->cluster.leases_handle);
   Py_XDECREF(self->cluster.refused_handle);
   Py_XDECREF(self->handle);
-  freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
-  release(o);
-  Py_DECREF(type);
+  end_derived(o);
 }
 
 /* types ---------------------------------------------------------------------------------------- */
@@ -670,33 +633,19 @@ static PyType_Slot core_slots[] = {{Py_tp_dealloc, (void *)core_dealloc},
                                    {Py_tp_doc, core_doc},
                                    {0, NULL}};
 
-static PyType_Spec core_spec = {"fast_litellm_shm._native.Core", sizeof(Core), 0,
-                                Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
-                                core_slots};
+static PyType_Spec core_spec = TYPE_SPEC(Core, core_slots, BASE | Py_TPFLAGS_HAVE_GC);
 
-static int install_rate_limiter(PyObject *module) {
+static int make_constants(void) {
   s_allowed = PyUnicode_InternFromString("allowed");
   s_reason = PyUnicode_InternFromString("reason");
   s_remaining = PyUnicode_InternFromString("remaining_requests");
   s_retry = PyUnicode_InternFromString("retry_after_ms");
   s_default = PyUnicode_InternFromString("default");
-  s_ok = PyUnicode_InternFromString("Request allowed");
   s_full = PyUnicode_InternFromString("Rate limit exceeded");
-  check_allowed = PyDict_New();
-  check_denied = PyDict_New();
-  if (!s_full || !check_allowed || !check_denied) return -1;
-  if (PyDict_SetItem(check_allowed, s_allowed, Py_True) ||
-      PyDict_SetItem(check_allowed, s_reason, s_ok) ||
-      PyDict_SetItem(check_allowed, s_remaining, Py_None) ||
-      PyDict_SetItem(check_denied, s_allowed, Py_False) ||
-      PyDict_SetItem(check_denied, s_reason, s_full) ||
-      PyDict_SetItem(check_denied, s_remaining, Py_None))
-    return -1;
-  PyObject *core = PyType_FromSpec(&core_spec);
-  reservation_type = (PyTypeObject *)PyType_FromSpec(&reservation_spec);
-  if (!core || !reservation_type) return -1;
-  int failed = PyObject_SetAttrString(module, "Core", core) ||
-               PyObject_SetAttrString(module, "Reservation", (PyObject *)reservation_type);
-  Py_DECREF(core);
-  return failed ? -1 : 0;
+  if (!s_allowed || !s_reason || !s_remaining || !s_retry || !s_default || !s_full) return -1;
+  check_allowed = Py_BuildValue("{OOOsOO}", s_allowed, Py_True, s_reason, "Request allowed",
+                                s_remaining, Py_None);
+  check_denied =
+      Py_BuildValue("{OOOOOO}", s_allowed, Py_False, s_reason, s_full, s_remaining, Py_None);
+  return check_allowed && check_denied ? 0 : -1;
 }

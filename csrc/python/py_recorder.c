@@ -115,9 +115,7 @@ static PyObject *recorder_record(PyObject *o, PyObject *const *args, Py_ssize_t 
   bound_t b = get_bound(self);
   if (!b.segment) {
     end_bound(&b);
-    PyObject *bound = PyObject_CallMethod(o, "_bind", NULL);
-    Py_XDECREF(bound);
-    if (!bound) return NULL;
+    if (done(PyObject_CallMethod(o, "_bind", NULL))) return NULL;
     b = get_bound(self);
   }
   long metric = 0;
@@ -151,11 +149,8 @@ static PyObject *recorder_set(PyObject *o, PyObject *args) {
 }
 
 static void recorder_dealloc(PyObject *o) {
-  PyTypeObject *type = Py_TYPE(o);
   end_bound(&((Recorder *)o)->bound);
-  freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
-  release(o);
-  Py_DECREF(type);
+  end_derived(o);
 }
 
 static PyMethodDef recorder_methods[] = {
@@ -173,10 +168,4 @@ static PyType_Slot recorder_slots[] = {{Py_tp_dealloc, (void *)recorder_dealloc}
                                        {Py_tp_new, (void *)PyType_GenericNew},
                                        {0, NULL}};
 
-static PyType_Spec recorder_spec = {"fast_litellm_shm._native.Recorder", sizeof(Recorder), 0,
-                                    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, recorder_slots};
-
-static int install_recorder(PyObject *module) {
-  PyObject *type = PyType_FromSpec(&recorder_spec);
-  return type ? PyObject_SetAttrString(module, "Recorder", type) : -1;
-}
+static PyType_Spec recorder_spec = TYPE_SPEC(Recorder, recorder_slots, BASE);

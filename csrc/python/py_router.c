@@ -84,8 +84,7 @@ static plan_of_list *plan_of(PyObject *list, PyObject *model, PyObject *rows) {
     Py_XINCREF(p->items[i]);
     p->length = i + 1;
   }
-  Py_INCREF(model);
-  p->model = model;
+  p->model = Py_NewRef(model);
   for (Py_ssize_t i = 0; i < count; i++) {
     PyObject *row = PySequence_GetItem(rows, i), *names = NULL;
     int ok = row && PyTuple_Check(row) &&
@@ -144,8 +143,7 @@ static PyObject *pick(RouterCore *self, plan_of_list *p, PyObject *blocked, uint
                                       p->prices, blocked ? p->blocked : NULL, (uint32_t)p->count,
                                       random_bits(self, now), p->found);
   PyObject *picked = best < 0 ? Py_None : p->items[p->at[best]];
-  Py_INCREF(picked);
-  return picked;
+  return Py_NewRef(picked);
 }
 
 /* Have Python make a plan; the caller is its first user. NULL without an error: routing is switched off. The plan of
@@ -233,14 +231,10 @@ static PyObject *router_pick(PyObject *o, PyObject *const *args, Py_ssize_t n, P
   RouterCore *self = (RouterCore *)o;
   PyObject *in[3] = {NULL}, *blocked;
   if (parse("get_available_deployment", args, n, kwnames, pick_names, in, 3, 2)) return NULL;
-  if (!self->segment) {
-    PyErr_SetString(PyExc_RuntimeError, "the router's __init__ was not called");
-    return NULL;
-  }
-  if (!PyUnicode_Check(in[1])) {
-    PyErr_Format(PyExc_TypeError, "model must be a str, not %R", in[1]);
-    return NULL;
-  }
+  if (!self->segment)
+    return PyErr_Format(PyExc_RuntimeError, "the router's __init__ was not called");
+  if (!PyUnicode_Check(in[1]))
+    return PyErr_Format(PyExc_TypeError, "model must be a str, not %R", in[1]);
   uint64_t begun = measure_begin(&self->measure);
   int odd = PyUnicode_Check(in[0]) || PyBytes_Check(in[0]) || PyDict_Check(in[0]);
   PyObject *list = odd ? NULL : in[0], *model = PyUnicode_FromObject(in[1]); /* an exact str */
@@ -272,12 +266,9 @@ static PyObject *router_set(PyObject *o, PyObject *args) {
   PyObject *handle;
   if (!PyArg_ParseTuple(args, "OKIKiK", &handle, &segment, &strategy, &seed, &metric, &every))
     return NULL;
-  if (self->handle) {
-    PyErr_SetString(PyExc_RuntimeError, "a router is bound once"); /* a call may be inside it */
-    return NULL;
-  }
-  Py_INCREF(handle);
-  self->handle = handle;
+  if (self->handle)
+    return PyErr_Format(PyExc_RuntimeError, "a router is bound once"); /* a call may be inside it */
+  self->handle = Py_NewRef(handle);
   self->strategy = strategy;
   self->segment = (fshm_segment *)(uintptr_t)segment;
   self->random = seed;
@@ -297,13 +288,10 @@ static int router_traverse(PyObject *o, visitproc visit, void *arg) {
 
 static void router_dealloc(PyObject *o) {
   RouterCore *self = (RouterCore *)o;
-  PyTypeObject *type = Py_TYPE(o);
   PyObject_GC_UnTrack(o);
   for (int i = 0; i < PLANS; i++) plan_drop(self->plans[i]);
   Py_XDECREF(self->handle);
-  freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
-  release(o);
-  Py_DECREF(type);
+  end_derived(o);
 }
 
 static PyMethodDef router_methods[] = {
@@ -325,11 +313,4 @@ static PyType_Slot router_slots[] = {
     {Py_tp_doc, (void *)(uintptr_t)"Native base of AdvancedRouter."},
     {0, NULL}};
 
-static PyType_Spec router_spec = {"fast_litellm_shm._native.RouterCore", sizeof(RouterCore), 0,
-                                  Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
-                                  router_slots};
-
-static int install_router(PyObject *module) {
-  PyObject *type = PyType_FromSpec(&router_spec);
-  return type ? PyObject_SetAttrString(module, "RouterCore", type) : -1;
-}
+static PyType_Spec router_spec = TYPE_SPEC(RouterCore, router_slots, BASE | Py_TPFLAGS_HAVE_GC);

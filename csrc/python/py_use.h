@@ -23,12 +23,9 @@ static PyObject *pool_use(PyObject *o, PyObject *args) {
   if (unbound((PoolCore *)o) || !PyArg_ParseTuple(args, "OO", &endpoint, &timeout)) return NULL;
   Use *self = PyObject_GC_New(Use, use_type);
   if (!self) return NULL;
-  Py_INCREF(o);
-  Py_INCREF(endpoint);
-  Py_INCREF(timeout);
-  self->pool = o;
-  self->endpoint = endpoint;
-  self->timeout = timeout;
+  self->pool = Py_NewRef(o);
+  self->endpoint = Py_NewRef(endpoint);
+  self->timeout = Py_NewRef(timeout);
   self->connection = NULL;
   self->entered = self->over = 0;
   PyObject_GC_Track((PyObject *)self);
@@ -38,7 +35,7 @@ static PyObject *pool_use(PyObject *o, PyObject *args) {
 /* Give the connection back. failed: take it out of the pool, and close it; an error of closing is not raised, so as
  * not to hide the first one. */
 static int use_leave(Use *self, int failed) {
-  PyObject *r = NULL, *found = NULL;
+  PyObject *found = NULL;
   PoolCore *pool = (PoolCore *)self->pool;
   Connection *c;
   ALONE_BEGIN(self);
@@ -50,16 +47,14 @@ static int use_leave(Use *self, int failed) {
   if (failed) {
     found = forget(pool, c->id, c, 0);
     if (found) {
-      r = PyObject_CallMethod(self->pool, "_shut", "O", found);
+      (void)done(PyObject_CallMethod(self->pool, "_shut", "O", found));
       give_places_back((Connection *)found);
     }
     if (PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_Exception)) PyErr_Clear();
     ok = !PyErr_Occurred();
   } else if (!put_back(pool, c->id, c)) {
-    r = PyObject_CallMethod(self->pool, "_odd", "O", c->id);
-    ok = r != NULL;
+    ok = !done(PyObject_CallMethod(self->pool, "_odd", "O", c->id));
   }
-  Py_XDECREF(r);
   Py_XDECREF(found);
   Py_DECREF((PyObject *)c);
   return ok ? 0 : -1;
@@ -79,8 +74,7 @@ static int use_hold(Use *self, Connection *c) {
 }
 
 /* The block begins: returns the bound object, or the id if there is none. */
-static PyObject *use_begin(PyObject *o, PyObject *unused) {
-  (void)unused;
+static PyObject *use_begin(PyObject *o, UNUSED PyObject *unused) {
   Use *self = (Use *)o;
   Connection *c = NULL;
   PyObject *value = NULL, *connect = PyObject_GetAttrString(self->pool, "_connect");
@@ -88,8 +82,7 @@ static PyObject *use_begin(PyObject *o, PyObject *unused) {
   ALONE_BEGIN(self);
   if ((c = self->connection)) {
     self->entered = 1;
-    value = connect == Py_None ? c->id : c->object;
-    Py_INCREF(value);
+    value = Py_NewRef(connect == Py_None ? c->id : c->object);
   }
   ALONE_END();
   Py_DECREF(connect);
@@ -106,7 +99,7 @@ static int use_fresh(const Use *self) {
 static PyObject *use_enter(PyObject *o, PyObject *unused) {
   Use *self = (Use *)o;
   if (!use_fresh(self)) return NULL;
-  PyObject *deadline = PyObject_CallMethod(self->pool, "_deadline", "O", self->timeout), *r;
+  PyObject *deadline = PyObject_CallMethod(self->pool, "_deadline", "O", self->timeout);
   while (deadline) {
     Connection *c = take_measured(self->pool, self->endpoint);
     if (c) {
@@ -115,9 +108,9 @@ static PyObject *use_enter(PyObject *o, PyObject *unused) {
       break;
     }
     if (PyErr_Occurred()) break;
-    r = PyObject_CallMethod(self->pool, "_sleep", "OOO", self->endpoint, deadline, self->timeout);
-    Py_XDECREF(r);
-    if (!r) break;
+    if (done(PyObject_CallMethod(self->pool, "_sleep", "OOO", self->endpoint, deadline,
+                                 self->timeout)))
+      break;
   }
   Py_XDECREF(deadline);
   return PyErr_Occurred() ? NULL : use_begin(o, unused);
@@ -134,17 +127,14 @@ static PyObject *use_exit(PyObject *o, PyObject *args) {
 static PyObject *use_call(PyObject *o, PyObject *args, PyObject *kw) {
   Use *self = (Use *)o;
   PyObject *function;
-  if (kw && PyDict_Size(kw)) {
-    PyErr_SetString(PyExc_TypeError, "connection() takes a function, and nothing by name");
-    return NULL;
-  }
+  if (kw && PyDict_Size(kw))
+    return PyErr_Format(PyExc_TypeError, "connection() takes a function, and nothing by name");
   if (!PyArg_ParseTuple(args, "O", &function)) return NULL;
   return PyObject_CallMethod(self->pool, "_around", "OOO", self->endpoint, self->timeout, function);
 }
 
 /* For asyncio. _idle(): is there an idle connection? _take(): get one, after any wait; may be called in a thread. */
-static PyObject *use_idle(PyObject *o, PyObject *unused) {
-  (void)unused;
+static PyObject *use_idle(PyObject *o, UNUSED PyObject *unused) {
   Use *self = (Use *)o;
   int stale;
   if (!use_fresh(self)) return NULL;
@@ -155,8 +145,7 @@ static PyObject *use_idle(PyObject *o, PyObject *unused) {
   return PyBool_FromLong(c && use_hold(self, c));
 }
 
-static PyObject *use_take(PyObject *o, PyObject *unused) {
-  (void)unused;
+static PyObject *use_take(PyObject *o, UNUSED PyObject *unused) {
   Use *self = (Use *)o;
   Connection *c = take_measured(self->pool, self->endpoint);
   if (!c && PyErr_Occurred()) return NULL;
@@ -164,8 +153,7 @@ static PyObject *use_take(PyObject *o, PyObject *unused) {
 }
 
 /* _over(): the caller does not wait any more. */
-static PyObject *use_over(PyObject *o, PyObject *unused) {
-  (void)unused;
+static PyObject *use_over(PyObject *o, UNUSED PyObject *unused) {
   Use *self = (Use *)o;
   int entered;
   ALONE_BEGIN(self);
@@ -186,7 +174,6 @@ static int use_traverse(PyObject *o, visitproc visit, void *arg) {
 
 static void use_dealloc(PyObject *o) {
   Use *self = (Use *)o;
-  PyTypeObject *type = Py_TYPE(o);
   PyObject_GC_UnTrack(o);
   if (self->connection) {
     PyObject *error, *value, *trace;
@@ -197,8 +184,7 @@ static void use_dealloc(PyObject *o) {
   Py_DECREF(self->pool);
   Py_DECREF(self->endpoint);
   Py_DECREF(self->timeout);
-  PyObject_GC_Del(o);
-  Py_DECREF(type);
+  end_object(o, PyObject_GC_Del);
 }
 
 static PyMethodDef use_methods[] = {{"__enter__", use_enter, METH_NOARGS, NULL},
@@ -213,8 +199,6 @@ static PyType_Slot use_slots[] = {{Py_tp_dealloc, (void *)use_dealloc},
                                   {Py_tp_call, (void *)use_call},
                                   {Py_tp_methods, use_methods},
                                   {0, NULL}};
-static PyType_Spec use_spec = {
-    "fast_litellm_shm._native.Use", sizeof(Use), 0,
-    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION, use_slots};
+static PyType_Spec use_spec = TYPE_SPEC(Use, use_slots, INTERNAL | Py_TPFLAGS_HAVE_GC);
 
 #endif

@@ -14,9 +14,6 @@ from fast_litellm_shm import _native, exceptions
 ffi: Any = _native.ffi
 lib: Any = _native.lib
 
-if not hasattr(_native, "Core"):
-    lib.fshm_py_install(ffi.cast("void *", id(_native)))
-
 Core = _native.Core
 Decision = _native.Decision
 Permit = _native.Permit
