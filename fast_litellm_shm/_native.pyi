@@ -160,8 +160,8 @@ class Core:
     ) -> None: ...
     def _bind_cluster(
         self,
-        wallet: Any,
-        wallet_address: int,
+        leased: Any,
+        leased_address: int,
         refused: Any,
         refused_address: int,
         keys: dict[Any, int] = ...,

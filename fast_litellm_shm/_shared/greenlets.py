@@ -38,7 +38,7 @@ def must_yield() -> bool:
     return False
 
 
-def bell_wait(limiter: Any, raw: bytes, armed: int, ns: int) -> int:
+def wakeup_wait(limiter: Any, raw: bytes, armed: int, ns: int) -> int:
     """``fshm_wakeup_wait()``: returns 1 if a permit of the key may have been released since
     ``fshm_wakeup_arm()`` returned ``armed``; 0 after ``ns``. A greenlet that is killed meanwhile
     loses no wake-up: all greenlets that wait see a release, unlike sleepers in the kernel."""

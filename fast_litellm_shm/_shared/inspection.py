@@ -21,11 +21,6 @@ if TYPE_CHECKING:
     import numpy
     from numpy.typing import NDArray
 
-# By their former names here, until no module imports them.
-HELD, LEASED, REFUSED = side_limiters.HELD, side_limiters.LEASED, side_limiters.REFUSED
-ASKING, LOCAL, TOLD = side_limiters.ASKING, side_limiters.LOCAL, side_limiters.TOLD
-NOTE, is_beside = side_limiters.NOTE, side_limiters.is_side_limiter
-
 SORTS = ("busiest", "admitted", "denied", "key")
 # A pool is two limiters, whose names begin so: one of its endpoints, and one of the whole.
 POOL, POOL_TOTAL = "pool ", "pool-total "
@@ -124,10 +119,10 @@ class Counts:
     """The counts of all slots of the hash table, as of one reading.
 
     who, meta, admitted, denied: arrays over all slots. A slot's counts belong to one key as long as
-    its meta stays the same. cells: the slots that have key statistics, in order; owner: the index
+    its meta stays the same. slots: the slots that have key statistics, in order; owner: the index
     of the limiter of each of them."""
 
-    cells: NDArray[numpy.int64]
+    slots: NDArray[numpy.int64]
     owner: NDArray[numpy.int64]
     who: NDArray[numpy.uint64]
     meta: NDArray[numpy.uint32]
@@ -169,7 +164,7 @@ class Inspection:
     @property
     def keys_total(self) -> int:
         """How many keys have statistics."""
-        return int(self.counts.cells.size)
+        return int(self.counts.slots.size)
 
     def limiter_names(self) -> dict[int, str]:
         """By index, the one in counts.owner."""
@@ -212,14 +207,14 @@ class Inspection:
         if sort not in SORTS:
             raise ValueError(f"sort must be one of {', '.join(SORTS)}, not {sort!r}")
         counts = self.counts
-        chosen = counts.cells
+        chosen = counts.slots
         if limiter is not None:
             wanted = [i for i, info in self._limiters.items() if info["name"] == limiter]
             chosen = chosen[numpy.isin(counts.owner, wanted)]
         elif self._beside:
             chosen = chosen[~numpy.isin(counts.owner, list(self._beside))]
         if sort == "key":
-            order = iter(sorted(chosen.tolist(), key=lambda cell: self.name(cell)[0]))
+            order = iter(sorted(chosen.tolist(), key=lambda slot: self.name(slot)[0]))
         else:
             weight = {
                 "busiest": counts.admitted + counts.denied,
@@ -231,21 +226,21 @@ class Inspection:
                 weight = weight[numpy.argpartition(-weight.astype(numpy.int64), top)[:top]]
             order = iter(chosen[numpy.argsort(-weight.astype(numpy.int64), kind="stable")].tolist())
         shown = 0
-        for cell in order:
+        for slot in order:
             if top is not None and shown >= top:
                 return
-            row = self.row(cell, match)
+            row = self.row(slot, match)
             if row is not None:
                 shown += 1
                 yield row
 
     def permits(self, *, limiter: str | None = None) -> Iterator[PermitRow]:
         """All permits that are held, in no order. limiter: only the permits of this one."""
-        for cell, info in held_permits(self.segment):
+        for slot, info in held_permits(self.segment):
             known = self._limiters.get(info.limiter)
             name = known["name"] if known else "?"
             if limiter is None or name == limiter:
-                stored = stored_name(self.segment, cell)
+                stored = stored_name(self.segment, slot)
                 yield PermitRow(
                     limiter=name,
                     key=f"#{info.key_hash:016x}" if stored is None else stored[0],
@@ -295,24 +290,24 @@ class Inspection:
             entry["pids"] = sorted(entry["pids"])
         return sorted(found.values(), key=lambda entry: -entry["in_flight"])
 
-    def row(self, cell: int, match: str | None = None) -> KeyRow | None:
-        """The key in one of counts.cells. None: its name does not match, or another key has taken
+    def row(self, slot: int, match: str | None = None) -> KeyRow | None:
+        """The key in one of counts.slots. None: its name does not match, or another key has taken
         the slot since. Counts are those of the last reading; the rest is read now."""
-        name, raw = self.name(cell)
+        name, raw = self.name(slot)
         if match is not None and not fnmatch.fnmatchcase(name, match):
             return None
-        info = self._limiters[int(self.counts.meta[cell]) >> 20]
+        info = self._limiters[int(self.counts.meta[slot]) >> 20]
         decision = ffi.new("fshm_decision *")
-        known = self._peek(cell, info, name, raw, decision)
-        if known is None or self._who_now(cell) != int(self.counts.who[cell]):
+        known = self._peek(slot, info, name, raw, decision)
+        if known is None or self._who_now(slot) != int(self.counts.who[slot]):
             return None  # name and limit may be those of the next key
         retry = decision.retry_after_ns
         never = retry == lib.FSHM_NEVER
         return KeyRow(
             key=name,
             limiter=info["name"],
-            admitted=int(self.counts.admitted[cell]),
-            denied=int(self.counts.denied[cell]),
+            admitted=int(self.counts.admitted[slot]),
+            denied=int(self.counts.denied[slot]),
             remaining=decision.remaining if known else None,
             limit=_most(known) if known else None,
             retry_after=retry / 1e9 if known and not never else None,
@@ -321,15 +316,15 @@ class Inspection:
         )
 
     def _peek(
-        self, cell: int, info: dict[str, Any], name: str, raw: bytes, decision: Any
+        self, slot: int, info: dict[str, Any], name: str, raw: bytes, decision: Any
     ) -> limits.LimitSpec | limits.InFlight | None | Literal[False]:
         """Fill in the decision; returns its limit. False: that is not known. None: another key has
         taken the slot."""
         units = key_grammar.units_of(info["name"])
         if units:
-            return self._peek_numbered(cell, info, units, name, raw, decision)
+            return self._peek_numbered(slot, info, units, name, raw, decision)
         if info["name"] not in key_grammar.NAMES and info["limits"]:
-            if lib.fshm_peek_slot(self._handle, cell, 0, decision) != lib.FSHM_OK:
+            if lib.fshm_peek_slot(self._handle, slot, 0, decision) != lib.FSHM_OK:
                 return None
             index = min(decision.limit_index, len(info["limits"]) - 1)
             found: limits.LimitSpec | limits.InFlight = info["limits"][index]
@@ -339,12 +334,12 @@ class Inspection:
         if own is None or (moving and own.n > _MOST_HITS):
             return False
         limit = ffi.new("fshm_limit *", own._raw())
-        status = lib.fshm_peek_counted(self._handle, cell, limit, moving, 0, decision)
+        status = lib.fshm_peek_counted(self._handle, slot, limit, moving, 0, decision)
         return own if status == lib.FSHM_OK else None
 
     def _peek_numbered(
         self,
-        cell: int,
+        slot: int,
         info: dict[str, Any],
         units: tuple[str, ...],
         name: str,
@@ -356,18 +351,18 @@ class Inspection:
         if numbers is None or len(info["limits"]) != len(units):
             return False
         four = ffi.new("uint64_t[4]", numbers)
-        if lib.fshm_peek_numbered(self._handle, cell, four, 0, decision) != lib.FSHM_OK:
+        if lib.fshm_peek_numbered(self._handle, slot, four, 0, decision) != lib.FSHM_OK:
             return None
         return limits.FixedWindow(max(numbers[decision.limit_index], 1), per=60)
 
-    def _who_now(self, cell: int) -> int:
+    def _who_now(self, slot: int) -> int:
         base = ffi.cast("char *", self._geometry.base) + self._geometry.slots_offset
-        return int(ffi.cast("uint64_t *", base)[2 * cell])
+        return int(ffi.cast("uint64_t *", base)[2 * slot])
 
-    def name(self, cell: int) -> tuple[str, bytes]:
+    def name(self, slot: int) -> tuple[str, bytes]:
         """The name of the key in a slot, and its bytes; ``#`` and its keyed hash where the segment
         does not keep the name."""
-        return stored_name(self.segment, cell) or (f"#{int(self.counts.who[cell]):016x}", b"")
+        return stored_name(self.segment, slot) or (f"#{int(self.counts.who[slot]):016x}", b"")
 
     def _read_limiters(self) -> dict[int, dict[str, Any]]:
         found, info = {}, ffi.new("fshm_limiter_info *")
@@ -388,7 +383,7 @@ class Inspection:
     def leased(self) -> list[str]:
         """The limiters whose permits a server grants."""
         names = {info["name"] for info in self._limiters.values()}
-        return sorted(name for name in names if name + LEASED in names)
+        return sorted(name for name in names if name + side_limiters.PERMIT_LEASES in names)
 
     def _read_beside(self) -> set[int]:
         names = {info["name"] for info in self._limiters.values()}
@@ -397,7 +392,7 @@ class Inspection:
             for index, info in self._limiters.items()
             if side_limiters.is_side_limiter(info["name"], names)
             and (
-                info["name"] != NOTE
+                info["name"] != side_limiters.NOTE
                 or all(isinstance(each, limits.Granted) for each in info["limits"])
             )
         }
@@ -408,9 +403,9 @@ class Inspection:
         g = self._geometry
         memory = ffi.buffer(ffi.cast("char *", g.base), g.size)
         dtype: list[tuple[str, str]]
-        if what == "cells":
+        if what == "slots":
             dtype, offset, count = [("who", "=u8"), ("when", "=u8")], g.slots_offset, g.slots
-        elif what == "ledger":
+        elif what == "key_stats":
             dtype = [("meta", "=u4"), ("admitted", "=u4"), ("denied", "=u4"), ("name", "=u4")]
             offset, count = g.key_stats_offset, g.slots
         elif what == "processes":
@@ -424,53 +419,53 @@ class Inspection:
     def _read_counts(self) -> Counts:
         from fast_litellm_shm._shared.dependencies import numpy
 
-        who = self._view("cells")["who"].copy()
-        ledger, columns = self._read_ledger()
-        meta = ledger["meta"].copy()
+        who = self._view("slots")["who"].copy()
+        key_stats, counters = self._read_key_stats()
+        meta = key_stats["meta"].copy()
         owner = (meta >> 20).astype(numpy.int64)
         known = (who != 0) & ((meta & 0xFFFFF) == (who >> numpy.uint64(44)))
         known &= numpy.isin(owner, list(self._limiters))
-        cells = numpy.flatnonzero(known)
-        admitted = ledger["admitted"].astype(numpy.uint64)
-        denied = ledger["denied"].astype(numpy.uint64)
-        cell = _cell_of(columns)
-        fits = (cell >= 0) & (cell < who.size)
-        columns, cell = columns[fits], cell[fits]
-        same = (columns["key"] & numpy.uint64(0xFFFFFFFF)) == meta[cell]
-        numpy.add.at(admitted, cell[same], columns["admitted"][same])
-        numpy.add.at(denied, cell[same], columns["denied"][same])
-        return Counts(cells, owner[cells], who, meta, admitted, denied)
+        slots = numpy.flatnonzero(known)
+        admitted = key_stats["admitted"].astype(numpy.uint64)
+        denied = key_stats["denied"].astype(numpy.uint64)
+        slot = _slot_of(counters)
+        fits = (slot >= 0) & (slot < who.size)
+        counters, slot = counters[fits], slot[fits]
+        same = (counters["key"] & numpy.uint64(0xFFFFFFFF)) == meta[slot]
+        numpy.add.at(admitted, slot[same], counters["admitted"][same])
+        numpy.add.at(denied, slot[same], counters["denied"][same])
+        return Counts(slots, owner[slots], who, meta, admitted, denied)
 
-    def _read_ledger(self) -> tuple[NDArray[Any], NDArray[Any]]:
+    def _read_key_stats(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """The key statistics and the per-process counters, as of one moment. A process may move
         counts from the latter to the former meanwhile, so that neither copy has them: those slots
         are read again, up to _TRIES times."""
         from fast_litellm_shm._shared.dependencies import numpy
 
-        slots = numpy.flatnonzero(self._view("processes")["pid"])  # that were ever used
-        used = (int(slots[-1]) + 1 if slots.size else 0) * self._geometry.process_stats_entries
-        shared, columns = self._view("ledger"), self._view("columns")[:used]
-        before = columns.copy()
-        ledger = shared.copy()
+        entries = numpy.flatnonzero(self._view("processes")["pid"])  # that were ever used
+        used = (int(entries[-1]) + 1 if entries.size else 0) * self._geometry.process_stats_entries
+        shared, counters = self._view("key_stats"), self._view("process_stats")[:used]
+        before = counters.copy()
+        key_stats = shared.copy()
         for _ in range(_TRIES):
-            after = columns.copy()
+            after = counters.copy()
             moved = (before["key"] != after["key"]) | (after["admitted"] < before["admitted"])
             moved |= after["denied"] < before["denied"]
-            cells = _cell_of(before[moved])
-            cells = cells[(cells >= 0) & (cells < ledger.size)]
-            if not cells.size:
+            slots = _slot_of(before[moved])
+            slots = slots[(slots >= 0) & (slots < key_stats.size)]
+            if not slots.size:
                 break
             before = after
-            ledger[cells] = shared[cells]
-        return ledger, after
+            key_stats[slots] = shared[slots]
+        return key_stats, after
 
 
-def _cell_of(columns: NDArray[Any]) -> NDArray[Any]:
+def _slot_of(counters: NDArray[Any]) -> NDArray[Any]:
     """The slot that each entry counts for; -1: it is not used."""
     from fast_litellm_shm._shared.dependencies import numpy
 
-    cells: NDArray[Any] = (columns["key"] >> numpy.uint64(32)).astype(numpy.int64) - 1
-    return cells
+    slots: NDArray[Any] = (counters["key"] >> numpy.uint64(32)).astype(numpy.int64) - 1
+    return slots
 
 
 def _most(limit: limits.LimitSpec | limits.InFlight) -> int:

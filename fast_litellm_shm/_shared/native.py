@@ -103,7 +103,7 @@ def _why_another_clock(error: Any) -> str:
     if not error.wanted:
         return f"{said}: this process cannot tell which, since it cannot read /proc; mount it"
     if not error.found:
-        return f"{said}: its maker could not read /proc, so that cannot be told; mount it there"
+        return f"{said}: its maker could not read /proc, so which one is unknown; mount it there"
     if error.found != error.wanted:
         return f"{said} (time:[{error.found}], and this process is in time:[{error.wanted}])"
     return said

@@ -282,8 +282,8 @@ class Segment:
         damaged = self._check()
         geometry = self.geometry()
         used = lib.fshm_live_slots(self._handle, ffi.NULL, 0)
-        tallies = ffi.new("fshm_counters[]", lib.FSHM_COUNTERS)
-        lib.fshm_counters_all(self._handle, tallies)
+        counters = ffi.new("fshm_counters[]", lib.FSHM_COUNTERS)
+        lib.fshm_counters_all(self._handle, counters)
         limiter, limiters = ffi.new("fshm_limiter_info *"), 0
         for index in range(geometry.limiters):
             limiters += lib.fshm_limiter_at(self._handle, index, limiter) == lib.FSHM_OK
@@ -297,8 +297,8 @@ class Segment:
             "occupancy": used / geometry.capacity,
             "limiters": limiters,
             "processes": len(self.processes()),
-            "admitted": sum(tally.admitted for tally in tallies),
-            "denied": sum(tally.denied for tally in tallies),
+            "admitted": sum(each.admitted for each in counters),
+            "denied": sum(each.denied for each in counters),
             "age_seconds": max(time.time() - geometry.created_realtime_ns / 1e9, 0.0),
             "layout_version": geometry.layout_version,
             "names": names,

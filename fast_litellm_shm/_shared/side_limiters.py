@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Container
 
-HELD = " (wallet)"  # token leases: what the server granted to this host, and is not used yet
-LEASED = " (leases)"  # permit leases, likewise
+TOKEN_LEASES = (
+    " (wallet)"  # token leases: what the server granted to this host, and is not used yet
+)
+PERMIT_LEASES = " (leases)"  # permit leases, likewise
 REFUSED = " (refused)"  # back-off after a denial by the server
-ASKING = " (asking)"  # single flight: one process asks for a key
+SINGLE_FLIGHT = " (asking)"  # single flight: one process asks for a key
 LOCAL = " (local)"  # the limits during an outage, by this host's share
-TOLD = " (told)"  # what was reported of a sliding window
+REPORTED = " (told)"  # what was reported of a sliding window
 NOTE = "(cluster)"  # of no single limiter: the number of hosts
 
 
@@ -22,8 +24,8 @@ def is_side_limiter(name: str, names: Container[str]) -> bool:
     what this host may use."""
     if name == NOTE:
         return True
-    for suffix in (LEASED, REFUSED, ASKING, LOCAL, TOLD):
+    for suffix in (PERMIT_LEASES, REFUSED, SINGLE_FLIGHT, LOCAL, REPORTED):
         base = name.removesuffix(suffix)
         if name.endswith(suffix) and base in names:
-            return base + HELD in names or base + LEASED in names
+            return base + TOKEN_LEASES in names or base + PERMIT_LEASES in names
     return False

@@ -69,7 +69,7 @@ class NameCache:
         self._sorted: tuple[int, list[int]] = (0, [])
 
     def read(self, inspection: Inspection) -> NDArray[Any]:
-        """The name of each slot. Only slots in ``inspection.counts.cells`` have one."""
+        """The name of each slot. Only slots in ``inspection.counts.slots`` have one."""
         import numpy
 
         counts = inspection.counts
@@ -79,7 +79,7 @@ class NameCache:
             self._known = numpy.zeros(counts.who.size, bool)
             self._calls = numpy.zeros_like(counts.who)
             self._fits = numpy.zeros(counts.who.size, numpy.int8)
-        slots = counts.cells
+        slots = counts.slots
         calls = counts.admitted[slots] + counts.denied[slots]
         fresh = ~self._known[slots] & (calls != self._calls[slots])
         fresh |= counts.who[slots] != self._who[slots]
@@ -95,7 +95,7 @@ class NameCache:
 
     def fitting(self, inspection: Inspection, pattern: str) -> NDArray[numpy.int64]:
         """The slots with a key that matches, by its name or by that of its limiter."""
-        names, slots = self.read(inspection), inspection.counts.cells
+        names, slots = self.read(inspection), inspection.counts.slots
         if pattern != self._pattern:
             self._pattern = pattern
             self._fits[:] = 0
@@ -132,7 +132,7 @@ class KeyTable:
         limiter, or a glob; case does not matter. Raises ValueError for another sort."""
         if sort not in SORTS:
             raise ValueError(f"sort must be one of {', '.join(SORTS)}, not {sort!r}")
-        slots = self._inspection.counts.cells
+        slots = self._inspection.counts.slots
         if match:
             slots = self._names.fitting(self._inspection, match)
         descending = (sort not in _ASCENDING) != reverse

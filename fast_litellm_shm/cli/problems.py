@@ -7,7 +7,7 @@ from typing import Any
 from fast_litellm_shm._shared.native import ffi, lib
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.cli import render, segments
-from fast_litellm_shm.cluster.state import away_state, problem
+from fast_litellm_shm.cluster.state import outage_state, problem
 
 _WARN_AT = 0.8  # of capacity
 
@@ -24,9 +24,9 @@ def warnings_of(
     stats: ``segment.stats()``. processes, limiters: those of the segment. removed_users: pids of
     processes that use a removed segment of this name."""
     out = []
-    away = away_state(segment)
-    if away is not None:
-        out.append(problem(away))
+    outage = outage_state(segment)
+    if outage is not None:
+        out.append(problem(outage))
     if stats["damaged"]:
         out.append(f"{stats['damaged']}. What is shown may be wrong")
     if stats["unlinked"]:

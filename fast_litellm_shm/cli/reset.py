@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from fast_litellm_shm import exceptions
-from fast_litellm_shm._shared import keyed
-from fast_litellm_shm._shared.inspection import HELD, Inspection, is_beside
+from fast_litellm_shm._shared import key_grammar
+from fast_litellm_shm._shared.inspection import Inspection
 from fast_litellm_shm._shared.native import ffi, lib, owned
 from fast_litellm_shm._shared.segment import Segment
+from fast_litellm_shm._shared.side_limiters import TOKEN_LEASES, is_side_limiter
 from fast_litellm_shm.cli import render, reset_cluster, segments
 
 
@@ -44,19 +45,19 @@ def _limiters(segment: Segment, wanted: str | None) -> list[_Limiter]:
         info = ffi.new("fshm_limiter_info *")
         if lib.fshm_limiter_at(segment._handle, index, info) == lib.FSHM_OK and info.name_length:
             infos.append(info)
-    # Token leases (NAME + HELD) and the state beside them stay. Without that the server would take
+    # Token leases (NAME + TOKEN_LEASES) and the state beside them stay. Without that the server would take
     # the next requests of this host for old ones, and would grant it no permit for seconds.
     names = {_name(info) for info in infos}
-    leases = {name + HELD for name in names}
+    leases = {name + TOKEN_LEASES for name in names}
     found = {
         name: info
         for info in infos
-        if (name := _name(info)) not in leases and not is_beside(name, names)
+        if (name := _name(info)) not in leases and not is_side_limiter(name, names)
     }
     if wanted is not None and wanted not in found:
         raise segments.no_such_limiter(wanted, segment, list(found))
     opened = [
-        _open_limiter(segment, info, name + HELD in names)
+        _open_limiter(segment, info, name + TOKEN_LEASES in names)
         for name, info in found.items()
         if wanted in (None, name)
     ]
@@ -71,7 +72,7 @@ def _failed(status: int, limiter: _Limiter) -> exceptions.SegmentError:
 
 
 def _has_consumed(limiter: _Limiter, key: bytes) -> bool:
-    if limiter.name in keyed.NAMES:
+    if limiter.name in key_grammar.NAMES:
         return _has_counted(limiter, key)
     limits, version = ffi.new("fshm_limit[]", lib.FSHM_MAX_LIMITS), ffi.new("uint64_t *")
     remaining = ffi.new("uint64_t[]", lib.FSHM_MAX_LIMITS)
@@ -85,11 +86,11 @@ def _has_consumed(limiter: _Limiter, key: bytes) -> bool:
 
 def _has_counted(limiter: _Limiter, key: bytes) -> bool:
     """The same for a limiter whose limits are given with each call."""
-    limit = keyed.limit_of(limiter.name, key)
+    limit = key_grammar.limit_of(limiter.name, key)
     if limit is None:
         return False
     found, look = ffi.new("fshm_counted *"), lib.fshm_count
-    if limiter.name == keyed.MOVING:
+    if limiter.name == key_grammar.MOVING:
         look = lib.fshm_moving
     look(limiter.handle, key, len(key), ffi.new("fshm_limit *", limit._raw()), 0, 0, found)
     return bool(found.count or found.previous)
@@ -108,7 +109,7 @@ def _reset_key(segment: Segment, limiter: _Limiter, key: bytes) -> bool:
         return reset_cluster.reset(segment, limiter.name, key)
     consumed = _has_consumed(limiter, key)
     forget = lib.fshm_reset_key
-    if limiter.name == keyed.MOVING:
+    if limiter.name == key_grammar.MOVING:
         forget = lib.fshm_moving_clear  # its hits are in slots of their own
     status = forget(limiter.handle, key, len(key))
     if status != lib.FSHM_OK:

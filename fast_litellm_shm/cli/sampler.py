@@ -311,7 +311,7 @@ def _limiters(inspection: Inspection, rates: KeyRates) -> list[LimiterRow]:
     by_index = list(inspection.limiter_names())
     sums = [
         numpy.bincount(
-            counts.owner, weights=of[counts.cells], minlength=max(by_index, default=0) + 1
+            counts.owner, weights=of[counts.slots], minlength=max(by_index, default=0) + 1
         )
         for of in (rates.admitted, rates.denied)
     ]

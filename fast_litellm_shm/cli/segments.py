@@ -117,17 +117,17 @@ def _hint(name: str) -> str:
     names = [each.name for each in found() if each.layout == lib.FSHM_LAYOUT_VERSION]
     if not os.path.isdir(directory()):
         return "Until then no worker can make a segment."
-    told = []
+    sentences = []
     if pids := removed_users(name):
         said = said_of_removed(pids, name)
-        told.append(f"{said[0].upper()}{said[1:]}.")
+        sentences.append(f"{said[0].upper()}{said[1:]}.")
     shown = ", ".join(render.escaped(each) for each in names[:_MOST_NAMED])
     more = len(names) - _MOST_NAMED
     if names:
-        told.append(f"There are: {shown}" + (f" and {more} more." if more > 0 else "."))
+        sentences.append(f"There are: {shown}" + (f" and {more} more." if more > 0 else "."))
     elif not pids:
-        told.append("There is none at all: the first worker that uses a limiter makes one.")
-    return " ".join(told)
+        sentences.append("There is none at all: the first worker that uses a limiter makes one.")
+    return " ".join(sentences)
 
 
 def no_such_limiter(name: str, segment: Segment, names: list[str]) -> exceptions.FastShmError:

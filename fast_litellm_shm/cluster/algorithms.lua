@@ -1,4 +1,4 @@
--- algorithms.lua - the rate-limit algorithms of one key, for all hosts. The arithmetic is that of csrc/limits/meter.h.
+-- algorithms.lua - the rate-limit algorithms of one key, for all hosts. The arithmetic is that of csrc/limits/algorithms.h.
 --
 -- KEYS[1]: the state of the key, packed by cmsgpack. It lives as long as anything in it counts.
 -- ARGV: operation, host, channel, limiter, key, whether that is sealed (1, 0), how many limits; then thirteen numbers
@@ -50,8 +50,8 @@ local RECALL = 500000 -- us within which a host gives back what it is asked for,
 local REPEAT = 5000000 -- us until it is asked again: the message may have been lost
 local ACTIVE = 1000000 -- us since its last call for which a host counts as one that wants a share
 local FORGET = 600000000 -- us after which a host that holds nothing is forgotten, where hosts are many
-local MOST = 16777214 -- tokens of a token lease: WALLET_MOST of meter.h
-local USED = 2147483647 -- tokens of a window: WINDOW_MAX_N of meter.h
+local MOST = 16777214 -- tokens of a token lease: TOKEN_LEASE_MOST of algorithms.h
+local USED = 2147483647 -- tokens of a window: WINDOW_MAX_N of algorithms.h
 local PLACES = 12 -- limits that a key's state has at most, with those that were taken away
 
 local floor, ceil, min, max = math.floor, math.ceil, math.min, math.max
@@ -314,18 +314,18 @@ if not as_before then
 end
 
 -- Of each limit, its state and the label of that.
-local meters, labels = {}, {}
+local states, labels = {}, {}
 -- Its state under the present limit.
 local function seen(i)
-  return labels[i] == rules[i] and meters[i] or under(rules[i], labels[i], meters[i])
+  return labels[i] == rules[i] and states[i] or under(rules[i], labels[i], states[i])
 end
 local function adopt(i, u)
-  meters[i], labels[i], state.l[place[i]] = u, rules[i], u
+  states[i], labels[i], state.l[place[i]] = u, rules[i], u
 end
 for i, r in ipairs(rules) do
   local m = state.l[place[i]]
   local label = known[place[i]]
-  meters[i], labels[i] = m, label
+  states[i], labels[i] = m, label
   if is_label(r, m) then
     labels[i] = r
   else
@@ -346,7 +346,7 @@ local function retry(i, cost)
   if cost > most(r) then return -1 end
   local wait = until_room(r, seen(i), cost, most(r))
   if labels[i] == r then return wait end
-  return min(wait, until_room(labels[i], meters[i], cost, most(r)))
+  return min(wait, until_room(labels[i], states[i], cost, most(r)))
 end
 
 local hosts, others, idle = 0, 0, {}
@@ -371,7 +371,7 @@ if not me then
   if op ~= 'fill' then state.h[host] = me end
   if not state.x and op ~= 'fill' then
     for i, r in ipairs(rules) do
-      local m, label = meters[i], labels[i]
+      local m, label = states[i], labels[i]
       if label.kind ~= r.kind then
         -- what it knows is in terms of another kind
       elseif r.kind == 0 then
@@ -400,7 +400,7 @@ end
 
 -- Give back what the host was granted and has not spent, less what has drained since.
 local function give_back(i, tokens)
-  local r, m, at = labels[i], meters[i], me.p and me.p[place[i]]
+  local r, m, at = labels[i], states[i], me.p and me.p[place[i]]
   if tokens == 0 or not at then return end
   if r.kind == 0 then
     local was, pace = at < 0 and me.i and me.i[place[i]], r.num / r.den
@@ -440,7 +440,7 @@ local function charge_all(n)
   for i, r in ipairs(rules) do
     if n * r.cost > 0 then
       adopt(i, seen(i))
-      charge(r, meters[i], n * r.cost)
+      charge(r, states[i], n * r.cost)
     end
   end
 end
@@ -497,7 +497,7 @@ elseif op == 'take' or op == 'single' or op == 'ahead' then
   local before, whole = {}, op ~= 'single'
   for i, r in ipairs(rules) do
     if r.kind == 0 and labels[i].kind == 0 and r.kept > 0 and whole then
-      before[i] = meters[i].a
+      before[i] = states[i].a
       give_back(i, r.kept)
       local fit = r.kept + once * r.cost
       whole = fit <= r.burst and available(r, seen(i)) >= fit
@@ -506,10 +506,10 @@ elseif op == 'take' or op == 'single' or op == 'ahead' then
   for i, r in pairs(before) do
     if whole then
       adopt(i, seen(i))
-      charge(rules[i], meters[i], rules[i].kept)
+      charge(rules[i], states[i], rules[i].kept)
       redated[i] = true
     else
-      meters[i].a = r
+      states[i].a = r
     end
   end
   if fits(once) then
@@ -522,9 +522,9 @@ elseif op == 'take' or op == 'single' or op == 'ahead' then
         local j = place[i]
         if label.kind == 0 then
           me.i = me.i or {}
-          me.p[j], me.i[j] = -1 - meters[i].a, label.num / label.den
+          me.p[j], me.i[j] = -1 - states[i].a, label.num / label.den
         else
-          me.p[j] = meters[i].s
+          me.p[j] = states[i].s
         end
       end
     end
@@ -568,7 +568,7 @@ elseif op == 'look' then
 elseif op == 'charge' or op == 'fill' then
   for i, r in ipairs(rules) do
     adopt_fitting(i)
-    local cost, m = r.cost, meters[i]
+    local cost, m = r.cost, states[i]
     if op == 'fill' then
       cost = min(cost, available(r, seen(i)))
       m.g = labels[i].kind == 2 and (m.g or 0) + cost or nil
@@ -580,14 +580,14 @@ elseif op == 'block' then
     give_back(i, r.given)
     if r.kind == 0 and r.cost > 0 then
       if labels[i].kind ~= 0 then adopt(i, seen(i)) else adopt_fitting(i) end
-      meters[i].a = min(max(meters[i].a, r.cost + times(labels[i], r.burst - 1, floor)), BIG)
+      states[i].a = min(max(states[i].a, r.cost + times(labels[i], r.burst - 1, floor)), BIG)
     end
   end
   me.o = nil
 elseif op == 'refund' then
   for i, r in ipairs(rules) do
     adopt_fitting(i)
-    local label, m = labels[i], meters[i]
+    local label, m = labels[i], states[i]
     if label.kind == 0 then
       m.a = max(0, m.a - increment(label, r.cost))
     elseif label.kind == 1 then
@@ -613,7 +613,7 @@ for _, m in ipairs(state.l) do
   m.o, m.a, m.w, m.c, m.p = nil, min(m.a, BIG), min(m.w, BIG), min(m.c, USED), min(m.p, USED)
 end
 for i, r in ipairs(rules) do
-  local m, other = meters[i], labels[i] ~= r
+  local m, other = states[i], labels[i] ~= r
   m.o, m.f, m.q = i, other and r.kind or nil, other and r.per or nil
 end
 
@@ -623,7 +623,7 @@ for j, m in ipairs(state.l) do
   if not taken[j] then life = max(life, ceil(over(known[j], m))) end
 end
 for i, r in ipairs(rules) do
-  life = max(life, r.lease, ceil(over(labels[i], meters[i])))
+  life = max(life, r.lease, ceil(over(labels[i], states[i])))
   if state.x then life = max(life, 2 * r.per) end -- longer than what any host knows of before
 end
 life = min(life, BIG / 2)
@@ -636,7 +636,7 @@ for i, r in ipairs(rules) do
   if labels[i] ~= r and r.kind == 0 then
     left = min(left, retry(i, 1) * 1000 + room(r, 1))
   elseif labels[i] ~= r and r.kind == 1 then
-    left = min(left, ceil(over(labels[i], meters[i])))
+    left = min(left, ceil(over(labels[i], states[i])))
   end
   answer[#answer + 1] = r.kind == 0 and r.burst - available(r, u) or used(r, u)
   answer[#answer + 1] = left

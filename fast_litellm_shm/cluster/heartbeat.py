@@ -31,7 +31,7 @@ class Heartbeat:
         self.leases: weakref.WeakSet[Leases] = weakref.WeakSet()
 
     def start(self) -> None:
-        threading.Thread(target=self._run, name="fast-shm-cluster-beat", daemon=True).start()
+        threading.Thread(target=self._run, name="fast-shm-cluster-heartbeat", daemon=True).start()
 
     def _run(self) -> None:
         while True:

@@ -7,8 +7,8 @@ The segment has no word for it: it is the state of one key of a limiter of its o
 from __future__ import annotations
 
 from fast_litellm_shm import exceptions
-from fast_litellm_shm._shared.inspection import NOTE
 from fast_litellm_shm._shared.segment import Segment
+from fast_litellm_shm._shared.side_limiters import NOTE
 from fast_litellm_shm._shared.states import States, open_beside
 from fast_litellm_shm.limits import Granted
 
@@ -17,7 +17,7 @@ _KEPT_NS = 30 * 86_400 * 10**9
 
 
 def host_count(segment: Segment) -> int:
-    """As the leader of this host last heard; 0: never."""
+    """By the answer to the last heartbeat of this host's leader; 0: there was none."""
     states = _states(segment)
     return 0 if states is None else states.leased(_KEY)[0][0]
 

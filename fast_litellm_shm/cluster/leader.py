@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from fast_litellm_shm._shared import greenlets
-from fast_litellm_shm._shared.inspection import HELD, LEASED, held_permits, is_cut, stored_name
+from fast_litellm_shm._shared.inspection import held_permits, is_cut, stored_name
 from fast_litellm_shm._shared.named_limiter import InnerLimits
 from fast_litellm_shm._shared.native import ffi, lib
 from fast_litellm_shm._shared.segment import Segment
+from fast_litellm_shm._shared.side_limiters import PERMIT_LEASES, TOKEN_LEASES
 from fast_litellm_shm.cluster.connection import (
     Connection,
     UnreachableError,
@@ -157,7 +158,7 @@ class Leader:
     def _leases_of(self, kind: type[AnyLeases], limiter: bytes) -> AnyLeases | None:
         """None: the limiter counts on this host alone, or is not there. Any host can name it."""
         known: AnyLeases | None = self._known.get((kind, limiter))
-        suffix = HELD if kind is TokenLeases else LEASED
+        suffix = TOKEN_LEASES if kind is TokenLeases else PERMIT_LEASES
         if known is None and self._has(limiter + suffix.encode()):
             name = limiter.decode("utf-8", "surrogatepass")
             limits = InnerLimits((), name=name, segment=self._segment, on_full="deny", keep=True)
@@ -181,16 +182,18 @@ def _keys_in_flight(segment: Segment) -> Iterator[tuple[bytes, bytes]]:
         if lib.fshm_limiter_at(segment._handle, index, info) == lib.FSHM_OK:
             names[index] = ffi.buffer(info.name, info.name_length)[:]
     leased = {
-        index: name for index, name in names.items() if name + LEASED.encode() in names.values()
+        index: name
+        for index, name in names.items()
+        if name + PERMIT_LEASES.encode() in names.values()
     }
     if not leased:
         return
     seen = set()
-    for cell, permit in held_permits(segment):
+    for slot, permit in held_permits(segment):
         key = permit.limiter, permit.key_hash
         if permit.limiter not in leased or not permit.alive or key in seen:
             continue
-        name = stored_name(segment, cell)
+        name = stored_name(segment, slot)
         if name is not None and not is_cut(*name):
             seen.add(key)
             yield leased[permit.limiter], name[1]

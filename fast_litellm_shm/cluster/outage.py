@@ -6,10 +6,10 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from fast_litellm_shm._shared.inspection import LOCAL
 from fast_litellm_shm._shared.named_limiter import SharedLimits, states_of
 from fast_litellm_shm._shared.native import lib
 from fast_litellm_shm._shared.settings import warn_once
+from fast_litellm_shm._shared.side_limiters import LOCAL
 from fast_litellm_shm._shared.states import States
 from fast_litellm_shm.cluster.algorithms import Request, Rule
 from fast_litellm_shm.cluster.connection import Connection

@@ -1,5 +1,5 @@
 """Permit leases: how many permits of a key this host may hold, as a server grants them. Nearly all
-calls are answered within them by csrc/leasing/allowance.c. This module does the rest."""
+calls are answered within them by csrc/leasing/permit_lease.c. This module does the rest."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fast_litellm_shm import limits
-from fast_litellm_shm._shared.inspection import LEASED, REFUSED
 from fast_litellm_shm._shared.named_limiter import InnerLimits, key_bytes, lease_from, states_of
 from fast_litellm_shm._shared.native import ffi, lib
+from fast_litellm_shm._shared.side_limiters import PERMIT_LEASES, REFUSED
 from fast_litellm_shm.cluster import permits
 from fast_litellm_shm.cluster.background import Background
 from fast_litellm_shm.cluster.connection import Connection, UnreachableError
@@ -30,7 +30,7 @@ class PermitLease(NamedTuple):
     """``fshm_permit_lease``, of a key. version: of the lease; the server compares it."""
 
     version: int
-    allowance: int
+    leased: int
     held: int
     reported: int
     left_ns: int
@@ -38,7 +38,7 @@ class PermitLease(NamedTuple):
 
     @property
     def unused(self) -> int:
-        return max(self.allowance - self.held, 0)
+        return max(self.leased - self.held, 0)
 
 
 class PermitLeases:
@@ -48,7 +48,7 @@ class PermitLeases:
         self.connection, self.cluster = connection, connection.cluster
         self.name = limiter.name.encode("utf-8", "surrogatepass")
         self.limiter, self.states = limiter, states_of(limiter)
-        self._leased = beside(limiter, LEASED, [limits.Granted()])
+        self._leased = beside(limiter, PERMIT_LEASES, [limits.Granted()])
         self._refused = beside(limiter, REFUSED, [limits.Granted()])
         self._single_flight = SingleFlight(limiter, self.cluster.timeout)
         # Keys whose permits this process may hold: how many looks in a row found none held.
@@ -119,7 +119,7 @@ class PermitLeases:
         raw = key_bytes(key)
         crowded = self._crowded.pop(raw, None)
         found = self.look(raw)
-        if not found.allowance and not found.held:
+        if not found.leased and not found.held:
             return None
         self.keys[key] = 0 if found.held else rests + 1
         if crowded is not None:
@@ -128,7 +128,7 @@ class PermitLeases:
             return self._question(raw, 0)
         if found.unused and found.left_ns < permits.USED_NS - _RESTS_NS:
             all_of_it = found.unused == 1 or (not found.held and rests > 0)
-            keep = found.held if all_of_it else found.allowance - (found.unused + 1) // 2
+            keep = found.held if all_of_it else found.leased - (found.unused + 1) // 2
             return self._report(raw, self.lower(raw, keep), 0)
         return None
 
@@ -144,7 +144,7 @@ class PermitLeases:
         if not found.left_ns and not found.held:
             return  # no key of this host
         keep, unclean = self._keep(found, share, need), not found.version & 1
-        if found.allowance > keep or unclean:  # or fewer are held than was reported
+        if found.leased > keep or unclean:  # or fewer are held than was reported
             request, found = self._report(raw, self.lower(raw, keep), 0)
             (answer,) = self.connection.call([request])
             self.put(request, found, answer)
@@ -193,9 +193,9 @@ class PermitLeases:
     def put(self, request: permits.Request, found: PermitLease, answer: permits.Answer) -> bool:
         """Use the answer. False: the lease has another version by now, ask again."""
         raw = request.key
-        allowance = answer.allowance if request.want else min(answer.allowance, found.allowance)
+        leased = answer.leased if request.want else min(answer.leased, found.leased)
         done = answer.known and lib.fshm_permit_lease_put(
-            self.states.handle, self._leased.handle, raw, len(raw), request.version, allowance,
+            self.states.handle, self._leased.handle, raw, len(raw), request.version, leased,
             found.now_ns + permits.USED_NS, 0,
         ) == lib.FSHM_OK  # fmt: skip
         if done and answer.back_off_ns:

@@ -1,14 +1,14 @@
--- permits.lua - permit leases: how many permits of one key each host may hold, its allowance. All hosts together hold
+-- permits.lua - permit leases: how many permits of one key each host may hold. All hosts together hold
 -- at most n.
 -- Argued in csrc/DESIGN.md, "Permits over many hosts".
 --
--- KEYS[1]: the state of the key, packed by cmsgpack. It lives as long as a host's allowance does.
+-- KEYS[1]: the state of the key, packed by cmsgpack. It lives as long as a host's lease does.
 -- ARGV: host, channel, limiter, key, whether that is sealed (1, 0), n; then the version of the host's lease, as two
 --   numbers by which two versions are ordered (its end; and under the same end a number that only falls); reported
---   (its allowance, or the permits that it holds where these are more); want (permits beyond that; 0: to renew or to
+--   (the permits leased to it, or those that it holds where these are more); want (permits beyond that; 0: to renew or to
 --   give back)
--- Answer: whether the version was the newest (0: nothing was done, look and ask again), the host's allowance, what
---   all hosts have, how many hosts have or want some, us of back-off for a host that was refused (0: it was not),
+-- Answer: whether the version was the newest (0: nothing was done, look and ask again), the permits leased to the
+--   host, what all hosts have, how many hosts have or want some, us of back-off for a host that was refused (0: it was not),
 --   whether the value was not ours (1, 0).
 --
 -- State: t (us, when it was written), r (when hosts were last asked to give back), h (hosts), q (until then none is
@@ -107,11 +107,11 @@ if lack > 0 then
 end
 -- More may be reported than there is room for: late, or held without a grant. It counts, and the host is allowed no
 -- more than the room.
-local allowance, back_off = min(me.a, room), 0
+local leased, back_off = min(me.a, room), 0
 if want > 0 then
   me.w = 0
-  if allowance >= reported + want then me.s = 0 end
-  if allowance < reported + want then
+  if leased >= reported + want then me.s = 0 end
+  if leased < reported + want then
     me.w, back_off = now, BACK_OFF
     if me.s == 0 then me.s = now end
     if others > 0 and now - state.r >= RECALL then
@@ -130,4 +130,4 @@ end
 local life = 0
 for _, h in pairs(state.h) do life = min(max(life, h.t - now), BIG / 2) end
 redis.call('SET', KEYS[1], cmsgpack.pack(state), 'PX', floor(life / 1000) + 1000)
-return {1, allowance, min(others + me.a, BIG), hosts, back_off, junk and 1 or 0}
+return {1, leased, min(others + me.a, BIG), hosts, back_off, junk and 1 or 0}

@@ -16,13 +16,13 @@ USED_NS = 8_000_000_000
 
 
 class Answer(NamedTuple):
-    """``known``: the version was the newest; else nothing was done. ``allowance``: of the host,
-    since it asked. ``total``: of all hosts. ``back_off_ns``: refused, and not to ask
+    """``known``: the version was the newest; else nothing was done. ``leased``: how many permits
+    the host has since it asked. ``total``: of all hosts. ``back_off_ns``: refused, and not to ask
     again for so long; 0: not refused. ``junk``: the value at the server was not ours, so no host is
     granted more for ten seconds."""
 
     known: bool
-    allowance: int
+    leased: int
     total: int
     hosts: int
     back_off_ns: int
@@ -30,8 +30,8 @@ class Answer(NamedTuple):
 
 
 class Request(NamedTuple):
-    """One call of the script. ``version``: of the permit lease. ``reported``: the host's allowance,
-    or what it holds where that is more. ``want``: permits beyond that; 0: renew, or give back."""
+    """One call of the script. ``version``: of the permit lease. ``reported``: the permits leased to
+    the host, or what it holds where that is more. ``want``: permits beyond that; 0: renew, or give back."""
 
     limiter: bytes
     key: bytes
@@ -70,8 +70,8 @@ class Request(NamedTuple):
         return names.state_key(prefix, names.PERMITS, self.limiter, self.key)
 
     def answer(self, raw: Sequence[int]) -> Answer:
-        known, allowance, total, hosts, back_off, junk = (int(each) for each in raw)
-        return Answer(bool(known), allowance, total, hosts, back_off * 1000, bool(junk))
+        known, leased, total, hosts, back_off, junk = (int(each) for each in raw)
+        return Answer(bool(known), leased, total, hosts, back_off * 1000, bool(junk))
 
     def granted(self, found: Answer) -> int:
-        return max(found.allowance - self.reported, 0) if found.known else 0
+        return max(found.leased - self.reported, 0) if found.known else 0

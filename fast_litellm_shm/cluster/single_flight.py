@@ -10,14 +10,21 @@ from contextlib import contextmanager
 from typing import Any
 
 from fast_litellm_shm._shared import greenlets
-from fast_litellm_shm._shared.inspection import ASKING, HELD, LEASED, LOCAL, REFUSED, TOLD
 from fast_litellm_shm._shared.named_limiter import SharedLimits
 from fast_litellm_shm._shared.native import ffi, lib, owned
+from fast_litellm_shm._shared.side_limiters import (
+    LOCAL,
+    PERMIT_LEASES,
+    REFUSED,
+    REPORTED,
+    SINGLE_FLIGHT,
+    TOKEN_LEASES,
+)
 from fast_litellm_shm._shared.states import Spec, States, open_beside
 from fast_litellm_shm.limits import InFlight
 
 MOST_NAME = lib.FSHM_MAX_LIMITER_NAME - max(
-    len(suffix) for suffix in (HELD, LEASED, REFUSED, ASKING, LOCAL, TOLD)
+    len(suffix) for suffix in (TOKEN_LEASES, PERMIT_LEASES, REFUSED, SINGLE_FLIGHT, LOCAL, REPORTED)
 )  # bytes
 
 
@@ -37,7 +44,7 @@ class SingleFlight:
     """A permit for each key, held by the process that asks. It ends with the process."""
 
     def __init__(self, limiter: SharedLimits, timeout: float) -> None:
-        self._states, self._timeout = beside(limiter, ASKING, [InFlight(1)]), timeout
+        self._states, self._timeout = beside(limiter, SINGLE_FLIGHT, [InFlight(1)]), timeout
 
     def begin(self, raw: bytes) -> Any:
         """A permit, or None: another process asks."""
@@ -69,7 +76,7 @@ class SingleFlight:
             if status != lib.FSHM_DENIED or left <= 0:
                 break
             if waited:
-                greenlets.bell_wait(self._states.handle, raw, armed, left)
+                greenlets.wakeup_wait(self._states.handle, raw, armed, left)
             waited = True
         try:
             yield permit is not None, waited

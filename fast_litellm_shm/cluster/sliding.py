@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fast_litellm_shm._shared.inspection import TOLD
 from fast_litellm_shm._shared.named_limiter import SharedLimits
 from fast_litellm_shm._shared.native import lib
+from fast_litellm_shm._shared.side_limiters import REPORTED
 from fast_litellm_shm.cluster.algorithms import Answer, Rule
 from fast_litellm_shm.cluster.single_flight import beside
 from fast_litellm_shm.limits import FixedWindow
@@ -38,7 +38,7 @@ class SlidingCounts:
     this host reads them."""
 
     def __init__(self, limiter: SharedLimits) -> None:
-        self._states = beside(limiter, TOLD, [FixedWindow(_MOST)] * lib.FSHM_MAX_LIMITS)
+        self._states = beside(limiter, REPORTED, [FixedWindow(_MOST)] * lib.FSHM_MAX_LIMITS)
 
     def keep(self, raw: bytes, rules: Sequence[Rule], found: Answer, sent: int) -> None:
         """The previous count first: a reader that sees the old present count beside it takes that

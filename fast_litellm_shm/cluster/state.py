@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from fast_litellm_shm._shared import performance
-from fast_litellm_shm._shared.inspection import HELD, LEASED, NOTE, Inspection
+from fast_litellm_shm._shared.inspection import Inspection
 from fast_litellm_shm._shared.native import ffi, lib
 from fast_litellm_shm._shared.segment import Segment
+from fast_litellm_shm._shared.side_limiters import NOTE, PERMIT_LEASES, TOKEN_LEASES
 from fast_litellm_shm.cluster.connection import COMPONENT, OUTAGES, noted
 
 
@@ -26,8 +27,12 @@ def cluster_state(segment: Segment, inspection: Inspection | None = None) -> dic
     inspection = inspection or Inspection(segment)
     hosts = [row.remaining for row in inspection.keys(limiter=NOTE)]
     names = {limiter["name"] for limiter in inspection.limiters()}
-    leasing = {name for name in names if name.endswith(HELD) and name.removesuffix(HELD) in names}
-    limits = {name.removesuffix(HELD) for name in leasing}
+    leasing = {
+        name
+        for name in names
+        if name.endswith(TOKEN_LEASES) and name.removesuffix(TOKEN_LEASES) in names
+    }
+    limits = {name.removesuffix(TOKEN_LEASES) for name in leasing}
     admitted = denied = 0
     for row in inspection.keys():  # noqa: SIM118 - no dict
         admitted += row.admitted if row.limiter in leasing else 0
@@ -35,10 +40,10 @@ def cluster_state(segment: Segment, inspection: Inspection | None = None) -> dic
     operations = stats["operations"]
     leases = operations.get("permits", {})
     calls, granted = leases.get("total_calls", 0), leases.get("total_output_size", 0)
-    allowed = [  # as csrc/leasing/allowance.h writes it, in the form of a token lease
+    allowed = [  # as csrc/leasing/permit_lease.h writes it, in the form of a token lease
         (row.remaining + 1) // 2 - 1
         for name in inspection.leased
-        for row in inspection.keys(limiter=name + LEASED)
+        for row in inspection.keys(limiter=name + PERMIT_LEASES)
         if row.remaining
     ]
     return {
@@ -53,12 +58,12 @@ def cluster_state(segment: Segment, inspection: Inspection | None = None) -> dic
         "permits": {"keys": len(allowed), "allowed": sum(allowed), "round_trips": calls},
         "lag_p50_ms": stats["p50_duration_ms"],
         "lag_p99_ms": stats["p99_duration_ms"],
-        "away": away_state(segment),
+        "away": outage_state(segment),
         "lost": _times_lost(segment),
     }
 
 
-def away_state(segment: Segment) -> dict[str, Any] | None:
+def outage_state(segment: Segment) -> dict[str, Any] | None:
     """By what each living process has noted: one may have an outage while others have none."""
     info, geometry = ffi.new("fshm_process_info *"), segment.geometry()
     living, since, policies = 0, [], set[str]()
@@ -83,11 +88,11 @@ def _times_lost(segment: Segment) -> int:
     return int(found.get("operations", {}).get("lost", {}).get("total_calls", 0))
 
 
-def problem(away: dict[str, Any]) -> str:
-    """away_state() as a sentence."""
-    policies = " or ".join(f"on_outage={each!r}" for each in away["on_outage"])
-    who = f"{away['processes']} of {away['of']} processes"
+def problem(outage: dict[str, Any]) -> str:
+    """outage_state() as a sentence."""
+    policies = " or ".join(f"on_outage={each!r}" for each in outage["on_outage"])
+    who = f"{outage['processes']} of {outage['of']} processes"
     return (
-        f"the server of the limits over many hosts has not answered {who} for {away['seconds']} s: "
+        f"the server of the limits over many hosts has not answered {who} for {outage['seconds']} s: "
         f"they go by {policies}; see that it runs and can be reached, the log says what is wrong"
     )

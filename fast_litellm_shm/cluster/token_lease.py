@@ -1,5 +1,5 @@
 """Token leases: the tokens that a server has leased to this host, in batches. Nearly all calls of a
-limiter are answered from them by csrc/leasing/wallet.c. This module does the rest."""
+limiter are answered from them by csrc/leasing/token_lease.c. This module does the rest."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 from fast_litellm_shm import exceptions
-from fast_litellm_shm._shared.inspection import HELD, REFUSED
 from fast_litellm_shm._shared.named_limiter import SharedLimits, key_bytes, lease_from, states_of
 from fast_litellm_shm._shared.native import ffi, lib
+from fast_litellm_shm._shared.side_limiters import REFUSED, TOKEN_LEASES
 from fast_litellm_shm.cluster import algorithms, names, settlement
 from fast_litellm_shm.cluster.background import Background
 from fast_litellm_shm.cluster.connection import Connection, UnreachableError
@@ -38,7 +38,7 @@ class TokenLeases:
         self.rules()  # or an error that names what a server cannot count
         self.name = limiter.name.encode("utf-8", "surrogatepass")
         granted = [Granted()] * len(limiter.limits)
-        self._leased = beside(limiter, HELD, granted)
+        self._leased = beside(limiter, TOKEN_LEASES, granted)
         self._refused = beside(limiter, REFUSED, granted)
         self.single_flight = SingleFlight(limiter, self.cluster.timeout)
         self._outage = Outage(limiter, connection, self.rules, self.request)

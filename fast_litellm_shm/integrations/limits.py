@@ -44,7 +44,7 @@ from limits.errors import ConfigurationError
 from limits.storage import MovingWindowSupport, SlidingWindowCounterSupport, Storage
 from limits.storage.base import TimestampedSlidingWindow
 
-from fast_litellm_shm._shared import keyed
+from fast_litellm_shm._shared import key_grammar
 from fast_litellm_shm._shared.named_limiter import key_bytes
 from fast_litellm_shm._shared.native import Counts, address, ffi, lib
 from fast_litellm_shm._shared.segment import Segment
@@ -125,9 +125,9 @@ class _Windows(Counts):
         options: Any = {"segment": segment, "on_full": "raise", "cluster": False}
         most_sliding = 2**29 - 1
         self._names = (
-            RateLimiter(FixedWindow(2**31 - 1, _DAYS), name=keyed.FIXED, **options),
-            RateLimiter(SlidingWindow(most_sliding, _DAYS), name=keyed.SLIDING, **options),
-            RateLimiter(FixedWindow(2**31 - 1, _DAYS), name=keyed.MOVING, **options),
+            RateLimiter(FixedWindow(2**31 - 1, _DAYS), name=key_grammar.FIXED, **options),
+            RateLimiter(SlidingWindow(most_sliding, _DAYS), name=key_grammar.SLIDING, **options),
+            RateLimiter(FixedWindow(2**31 - 1, _DAYS), name=key_grammar.MOVING, **options),
         )
         handles = tuple(each._handle for each in self._names)
         self._bind(handles, *map(address, handles))

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from fast_litellm_shm import exceptions, limits
-from fast_litellm_shm._shared import keyed
+from fast_litellm_shm._shared import key_grammar
 from fast_litellm_shm._shared.named_limiter import InnerLimits
 from fast_litellm_shm._shared.native import Decision
 from fast_litellm_shm._shared.segment import Segment
@@ -194,7 +194,7 @@ class Quota:
         self._checked: Any = None  # the limits whose kinds are known to be ours
         own = tuple(found)
         if _numbered:
-            tail = keyed.tail_of(names, (each.n for each in own)).encode()
+            tail = key_grammar.tail_of(names, (each.n for each in own)).encode()
             most = tuple(map(_most, own))
             given: dict[str, Any] = {"name": name, "segment": segment, "on_full": on_full}
             shared = InnerLimits(most, **given, numbered=own)

@@ -49,7 +49,7 @@ class Waits:
         """Sleep until a permit of the key is released since ``states.arm()`` returned ``armed``, or
         for so many ns."""
         yield from ()
-        greenlets.bell_wait(states.handle, raw, armed, ns)
+        greenlets.wakeup_wait(states.handle, raw, armed, ns)
 
 
 class _Asyncio(Waits):
@@ -65,7 +65,7 @@ class _Asyncio(Waits):
         import asyncio
 
         woken = _executor("fast-shm-wait").submit(
-            greenlets.bell_wait, states.handle, raw, armed, ns
+            greenlets.wakeup_wait, states.handle, raw, armed, ns
         )
         try:
             late = asyncio.wait({asyncio.wrap_future(woken)}, timeout=ns / 1e9 + 0.01)

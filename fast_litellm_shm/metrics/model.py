@@ -5,7 +5,7 @@ Prometheus, OpenTelemetry and ``fast-shm export`` all show these numbers. ``sour
 takes long runs without the interpreter's lock.
 
 Calls and durations are counters: they begin at 0 with the segment and never fall, even if a process
-is killed (``csrc/DESIGN.md``, "Tallies"). All other numbers are as of the moment.
+is killed (``csrc/DESIGN.md``, "Counters"). All other numbers are as of the moment.
 """
 
 from __future__ import annotations

@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fast_litellm_shm import limits
-from fast_litellm_shm._shared import features, keyed
+from fast_litellm_shm._shared import features, key_grammar
 from fast_litellm_shm._shared.inspection import (
     POOL,
     POOL_TOTAL,
     Inspection,
-    is_beside,
     pools_among,
     stored_name,
 )
 from fast_litellm_shm._shared.native import ffi, lib
 from fast_litellm_shm._shared.segment import Segment, opened
+from fast_litellm_shm._shared.side_limiters import is_side_limiter
 from fast_litellm_shm.metrics.health import memo_state
 from fast_litellm_shm.metrics.model import (
     OTHERS,
@@ -42,7 +42,7 @@ class _Limiter:
     """One limiter, or several whose names are shown alike: limiter indices, and their counters."""
 
     indices: list[int] = field(default_factory=list)
-    tallies: list[int] = field(default_factory=list)
+    counters: list[int] = field(default_factory=list)
     limits: list[limits.LimitSpec | limits.InFlight | limits.Granted] = field(default_factory=list)
 
     @property
@@ -79,13 +79,13 @@ def snapshot(
     geometry = of.geometry()
     keys_of = ffi.new("uint64_t[]", geometry.limiters)
     used = lib.fshm_used(of._handle, 0, keys_of)
-    tallies = ffi.new("fshm_counters[]", lib.FSHM_COUNTERS)
-    lib.fshm_counters_all(of._handle, tallies)
+    counters = ffi.new("fshm_counters[]", lib.FSHM_COUNTERS)
+    lib.fshm_counters_all(of._handle, counters)
     known = _limiters(of, geometry.limiters)
     permits, pools = _held(of, geometry, known)
     plain = geometry.names != lib.FSHM_NAMES_OFF
     return Snapshot(
-        limiters=tuple(_limiter_rows(known, tallies, keys_of if plain else None)),
+        limiters=tuple(_limiter_rows(known, counters, keys_of if plain else None)),
         permits=permits,
         pools=pools,
         keys=_busiest(of, keys) if keys and plain else (),
@@ -104,10 +104,10 @@ def snapshot(
             used=used,
             utilization=used / geometry.capacity,
             processes=len(of.processes()),
-            admitted=sum(tally.admitted for tally in tallies),
-            denied=sum(tally.denied for tally in tallies),
-            refused=sum(tally.refused for tally in tallies),
-            shared=sum(tally.shared for tally in tallies),
+            admitted=sum(each.admitted for each in counters),
+            denied=sum(each.denied for each in counters),
+            refused=sum(each.refused for each in counters),
+            shared=sum(each.shared for each in counters),
             damaged=damaged,
             unlinked=of.unlinked or any(each.unlinked for each in opened(of.name)),
             liveness_unknown=of.liveness_unknown,
@@ -126,21 +126,21 @@ def _limiters(of: Segment, count: int) -> dict[str, _Limiter]:
         name = raw.decode("utf-8", "replace")
         limiter = found.setdefault(name, _Limiter())
         limiter.indices.append(index)
-        limiter.tallies.append(info.counters)
-        if keyed.units_of(name):
+        limiter.counters.append(info.counters)
+        if key_grammar.units_of(name):
             continue  # each key has its own limits
         limiter.limits.extend(limits.from_raw(info.limits[i]) for i in range(info.limits_count))
     return found
 
 
 def _limiter_rows(
-    known: Mapping[str, _Limiter], tallies: Any, keys: Any | None
+    known: Mapping[str, _Limiter], counters: Any, keys: Any | None
 ) -> Iterator[LimiterMetrics]:
     last = lib.FSHM_COUNTERS - 1  # counts for all limiters beyond the first
 
     def row(name: str, limiter: _Limiter, counted: list[int] | None) -> LimiterMetrics:
         calls = {
-            field: None if counted is None else sum(getattr(tallies[i], field) for i in counted)
+            field: None if counted is None else sum(getattr(counters[i], field) for i in counted)
             for field in ("admitted", "denied", "refused", "shared")
         }
         return LimiterMetrics(
@@ -152,17 +152,17 @@ def _limiter_rows(
             **calls,
         )
 
-    beyond = any(last in limiter.tallies for limiter in known.values())
+    beyond = any(last in limiter.counters for limiter in known.values())
     for name, limiter in known.items():
-        if (beyond and name == OTHERS) or is_beside(name, known):
+        if (beyond and name == OTHERS) or is_side_limiter(name, known):
             continue
         # No calls of its own: they are counted with those of others, or not at all (token leases).
-        apart = all(index < last for index in limiter.tallies)
-        yield row(name, limiter, limiter.tallies if apart else None)
+        apart = all(index < last for index in limiter.counters)
+        yield row(name, limiter, limiter.counters if apart else None)
     if beyond:
         # A limiter may be called "(other)", too. Two series of one name would fail a scrape.
         limiter = known.get(OTHERS, _Limiter())
-        yield row(OTHERS, limiter, sorted({*limiter.tallies, last}))
+        yield row(OTHERS, limiter, sorted({*limiter.counters, last}))
 
 
 # permits and connections --------------------------------------------------------------------------
@@ -172,10 +172,10 @@ def _permits(of: Segment, most: int) -> Any:
     """All permits, as an array of fshm_permit_info."""
     import numpy
 
-    fields = ("limiter", "pid", "alive", "idle", "slot", "_")
+    fields = ("limiter", "pid", "alive", "idle", "number", "_")
     dtype = numpy.dtype(
         [(name, "=u4") for name in fields]
-        + [(name, "=u8") for name in ("age_seconds", "key_hash", "cell")]
+        + [(name, "=u8") for name in ("age_seconds", "key_hash", "table_slot")]
     )
     assert dtype.itemsize == ffi.sizeof("fshm_permit_info")
     room, count = 0, lib.fshm_permits(of._handle, ffi.NULL, 0)
@@ -197,7 +197,7 @@ def _held(
     pools = pools_among(known)
     permits, endpoints = [], list[_Endpoint]()
     for name, limiter in known.items():
-        if limiter.max_per_key is None or is_beside(name, known):
+        if limiter.max_per_key is None or is_side_limiter(name, known):
             continue
         mine = found[numpy.isin(found["limiter"], limiter.indices)]
         if name in pools:
@@ -230,7 +230,7 @@ def _endpoints(pool: str, most: int, mine: Any) -> Iterator[_Endpoint]:
     living, waiting = mine["alive"] == 1, mine["idle"] == 1
     active, idle, dead = count(living & ~waiting), count(living & waiting), count(~living)
     ends = numpy.bincount(which, minlength=hashes.size).cumsum().tolist()
-    slots = mine["cell"][numpy.argsort(which, kind="stable")]
+    slots = mine["table_slot"][numpy.argsort(which, kind="stable")]
     for number, key_hash in enumerate(hashes.tolist()):
         its = slots[ends[number - 1] if number else 0 : ends[number]]
         yield _Endpoint(pool, key_hash, most, active[number], idle[number], dead[number], its)

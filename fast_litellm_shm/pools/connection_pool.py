@@ -229,7 +229,7 @@ class SimpleConnectionPool(PoolCore):
             )
         raw = endpoint.encode("utf-8", "surrogatepass")
         armed = lib.fshm_wakeup_arm(self._slots._handle, raw, len(raw))
-        greenlets.bell_wait(self._slots._handle, raw, armed, min(left, _TRY_AGAIN_NS))
+        greenlets.wakeup_wait(self._slots._handle, raw, armed, min(left, _TRY_AGAIN_NS))
 
     def _forget(self) -> None:
         """Begin without connections: those of before a fork belong to the parent."""

@@ -61,23 +61,23 @@ class Tracked:
     """One request to a deployment, while the ``with`` or ``async with`` block runs. To record its
     cost, set ``cost`` in the block."""
 
-    __slots__ = ("_begun", "_flight", "_name", "_router", "cost")
+    __slots__ = ("_begun", "_request", "_name", "_router", "cost")
 
     def __init__(self, router: AdvancedRouter, name: str) -> None:
         self._router, self._name = router, name
-        self._flight: Any = None
+        self._request: Any = None
         self._begun = 0
         self.cost: float | None = None
 
     def __enter__(self) -> Tracked:
-        if self._flight is not None:
+        if self._request is not None:
             raise RuntimeError("this request is tracked already: call track() for each request")
         router = self._router
         # If __exit__ never runs, the request in flight ends with the last reference to it.
         end = functools.partial(lib.fshm_request_end, router._handle)
-        self._flight = owned(ffi.new("fshm_request *"), end)
+        self._request = owned(ffi.new("fshm_request *"), end)
         # owner 0: not in flight (the process table is full); its result is recorded all the same
-        lib.fshm_request_begin(router._handle, router._index(self._name), 0, self._flight)
+        lib.fshm_request_begin(router._handle, router._index(self._name), 0, self._request)
         self._begun = time.perf_counter_ns()
         return self
 
@@ -86,8 +86,8 @@ class Tracked:
         if not begun:
             return  # ended already
         took = time.perf_counter_ns() - begun
-        counted = self._flight.owner != 0
-        if counted and not lib.fshm_request_end(self._router._handle, self._flight):
+        counted = self._request.owner != 0
+        if counted and not lib.fshm_request_end(self._router._handle, self._request):
             return  # in a forked child: the request belongs to the parent
         if kind is not None and not issubclass(kind, Exception):
             return
@@ -274,8 +274,6 @@ class AdvancedRouter(RouterCore):
             self._ids[name] = known
         index = lib.fshm_deployment_open(self._handle, known, 0)
         return index if index >= 0 else _NO_INDEX
-
-    _place = _index  # its former name
 
     def _plan(self, model_list: list[Any], model: str) -> Any:
         """Called by the native part: a row for each deployment that fits, as a list to keep for

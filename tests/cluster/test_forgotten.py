@@ -10,7 +10,8 @@ from support.leases import tokens_of
 from support.waiting import wait_until
 
 from fast_litellm_shm import RateLimiter, Segment, SlidingWindow, Window
-from fast_litellm_shm._shared.inspection import Inspection, is_beside
+from fast_litellm_shm._shared.inspection import Inspection
+from fast_litellm_shm._shared.side_limiters import is_side_limiter
 from fast_litellm_shm.cluster import algorithms, sliding
 
 __all__ = ["meter"]  # the fixture
@@ -106,7 +107,7 @@ def test_what_a_host_was_told_is_kept_apart(server: servers.Server, segment: Seg
     shown = Inspection(segment)
     assert {row.limiter for row in shown.keys()} <= {"api", "api (wallet)"}  # noqa: SIM118
     names = {each["name"] for each in shown.limiters()}
-    assert "api (told)" not in names or is_beside("api (told)", names)
+    assert "api (told)" not in names or is_side_limiter("api (told)", names)
 
 
 def test_counts_are_kept_to_a_few_bits() -> None:

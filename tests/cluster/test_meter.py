@@ -195,7 +195,7 @@ def test_retry_is_the_first_instant_that_fits(meter: Meter) -> None:
 
 @dataclass
 class Host:
-    """A wallet, as csrc/leasing/wallet.c keeps it; times in us."""
+    """A token lease, as csrc/leasing/token_lease.c keeps it; times in us."""
 
     name: str
     left: int = 0
@@ -259,7 +259,7 @@ class World:
             self.spend(host)
 
     def hoard(self, host: Host) -> None:
-        """Fill the wallet and spend nothing."""
+        """Fill the token lease and spend nothing."""
         for _ in range(12):
             self._call(host, "ahead", costs=1, kept=host.has(self.at))
 

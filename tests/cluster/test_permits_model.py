@@ -32,16 +32,16 @@ def script() -> Iterator[Script]:
 
 @dataclass(frozen=True)
 class Word:
-    """A host's allowance (csrc/leasing/allowance.h): two are the same, or one is newer."""
+    """A host's permit lease (csrc/leasing/permit_lease.h): two are the same, or one is newer."""
 
     end: int  # us
-    allowance: int = 0
+    leased: int = 0
     dirty: bool = False
 
     @property
     def packed(self) -> int:
         """Numbers that order as csrc's do."""
-        return self.end << 18 | 2 * (self.allowance + 1) + (not self.dirty)
+        return self.end << 18 | 2 * (self.leased + 1) + (not self.dirty)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Message:
     host: int
     word: Word
     sent: int
-    told: int
+    reported: int
     want: int
     n: int
 
@@ -83,7 +83,7 @@ class Script:
 
     @staticmethod
     def _request(key: bytes, m: Message) -> permits.Request:
-        return permits.Request(b"l", key, m.n, m.word.packed, m.told, m.want)
+        return permits.Request(b"l", key, m.n, m.word.packed, m.reported, m.want)
 
 
 @dataclass
@@ -93,11 +93,11 @@ class Host:
     word: Word
     held: int = 0
 
-    def allowance(self, at: int) -> int:
-        return self.word.allowance if at < self.word.end else 0
+    def leased(self, at: int) -> int:
+        return self.word.leased if at < self.word.end else 0
 
     def could_hold(self, at: int) -> int:
-        return max(self.allowance(at), self.held)
+        return max(self.leased(at), self.held)
 
 
 @dataclass
@@ -128,7 +128,7 @@ class World:
 
     def take(self, i: int) -> None:
         host = self.hosts[i]
-        if host.held < host.allowance(self.at):
+        if host.held < host.leased(self.at):
             host.held += 1
 
     def release(self, i: int) -> None:
@@ -138,14 +138,14 @@ class World:
     def ask(self, i: int, want: int) -> None:
         self.open(i)
         host = self.hosts[i]
-        told = host.could_hold(self.at)
-        self.questions.append(Message(i, host.word, self.at, told, want, self.n))
+        reported = host.could_hold(self.at)
+        self.questions.append(Message(i, host.word, self.at, reported, want, self.n))
 
     def lower(self, i: int) -> None:
         host = self.hosts[i]
-        to = self.chance.randint(0, host.word.allowance)
-        if to < host.word.allowance:
-            host.word = replace(host.word, allowance=to, dirty=True)
+        to = self.chance.randint(0, host.word.leased)
+        if to < host.word.leased:
+            host.word = replace(host.word, leased=to, dirty=True)
         self.ask(i, 0)
 
     # what the network does: any message at any time, more than once, or never
@@ -176,7 +176,11 @@ class World:
     def deliver(self, message: Message) -> permits.Answer:
         found = self.script(self.at + self.ahead, self.key, message)
         host = self.hosts[message.host]
-        if found.known and message.word == host.word and message.told >= host.could_hold(self.at):
+        if (
+            found.known
+            and message.word == host.word
+            and message.reported >= host.could_hold(self.at)
+        ):
             self.cut_off.discard(message.host)  # the server knows how things are
         return found
 
@@ -185,9 +189,9 @@ class World:
         if not found.known or host.word != message.word or end <= host.word.end:
             return
         # A host may put in less than it was given.
-        less = self.chance.randint(0, found.allowance) if self.chance.random() < 0.2 else 10**6
-        host.word = Word(end, min(found.allowance, less), self.chance.random() < 0.5)
-        self.granted += message.want > 0 and host.allowance(self.at) > message.told
+        less = self.chance.randint(0, found.leased) if self.chance.random() < 0.2 else 10**6
+        host.word = Word(end, min(found.leased, less), self.chance.random() < 0.5)
+        self.granted += message.want > 0 and host.leased(self.at) > message.reported
 
     def lose(self) -> None:
         if self.questions and self.chance.random() < 0.3:
@@ -199,7 +203,7 @@ class World:
         records = self.script.records(self.at + self.ahead, self.key)
         for i, host in enumerate(self.hosts):
             if i not in records:
-                assert host.allowance(self.at) == 0, (i, host)
+                assert host.leased(self.at) == 0, (i, host)
                 if host.held:
                     self.cut_off.add(i)
             else:
@@ -208,7 +212,7 @@ class World:
         self.lapsed |= bool(self.cut_off)
         if not self.lapsed:
             assert sum(host.could_hold(self.at) for host in self.hosts) <= self.n
-        assert sum(host.allowance(self.at) for host in self.hosts) <= self.n
+        assert sum(host.leased(self.at) for host in self.hosts) <= self.n
 
     def step(self, longest: int, heartbeats: bool = True) -> None:
         i = self.chance.randrange(len(self.hosts))
@@ -261,17 +265,17 @@ def test_hosts_that_are_cut_off(script: Script, seed: int) -> None:
 def test_a_vanished_host_gives_back_in_time(script: Script, back: int) -> None:
     """Also where the server's clock jumps back meanwhile."""
     world = World(script, 5, 1, ahead=10**10)
-    while world.hosts[0].word.allowance < 5:
+    while world.hosts[0].word.leased < 5:
         world.talk(0, 5)
         world.at += 1
     world.ahead -= back
     world.talk(1, 1)
     world.at += _TTL - 2 * S
     world.talk(1, 1)
-    assert world.hosts[1].word.allowance == 0
+    assert world.hosts[1].word.leased == 0
     world.at += 2 * S
     world.talk(1, 1)
-    assert world.hosts[1].word.allowance >= 1
+    assert world.hosts[1].word.leased >= 1
 
 
 def test_a_clock_that_jumps_back_lets_nobody_hold_more(script: Script) -> None:
@@ -289,19 +293,19 @@ def test_who_waits_comes_first_up_to_a_fair_share(script: Script) -> None:
     the next."""
     world = World(script, 10, 1)
     busy = world.hosts[0]
-    while busy.word.allowance < 10:
+    while busy.word.leased < 10:
         world.talk(0, 10)
         world.at += 1
     busy.held = 10
     world.talk(1, 1)
-    assert world.hosts[1].word.allowance == 0
-    busy.word, busy.held = replace(busy.word, allowance=9, dirty=True), 9
+    assert world.hosts[1].word.leased == 0
+    busy.word, busy.held = replace(busy.word, leased=9, dirty=True), 9
     world.at += 1
     world.talk(0, 1)
-    assert busy.allowance(world.at) == 9
+    assert busy.leased(world.at) == 9
     world.at += 60_000
     world.talk(1, 1)
-    assert world.hosts[1].word.allowance == 1
+    assert world.hosts[1].word.leased == 1
 
 
 def test_all_of_them_are_granted(script: Script) -> None:
@@ -311,7 +315,7 @@ def test_all_of_them_are_granted(script: Script) -> None:
         for k in itertools.count():
             world.talk(k % len(world.hosts), 1)
             for host in world.hosts:
-                host.held = host.word.allowance
+                host.held = host.word.leased
             world.at += 1000
             before, found = found, sum(host.held for host in world.hosts)
             if found == n or (found == before and k % len(world.hosts) == 0 and k > 10_000):

@@ -59,7 +59,7 @@ def test_permits_are_told(server: servers.Server, segment: Segment) -> None:
     assert told is not None and told["permits"]["keys"] == 2 and told["granted"] == 0
     assert told["permits"]["round_trips"] == 2
     leases = permits_of(limiter)
-    allowed = [leases.look(key).allowance for key in (b"a", b"b")]
+    allowed = [leases.look(key).leased for key in (b"a", b"b")]
     assert told["permits"]["allowed"] == sum(allowed) >= 3
     shown = inspect(segment.name)
     assert [row["name"] for row in shown["limiters"]] == ["permits"]

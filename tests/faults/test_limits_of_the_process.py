@@ -212,7 +212,7 @@ def test_no_proc(segment: Segment) -> None:
         assert said.startswith("SegmentClockError: ")
         assert "this process cannot tell which, since it cannot read /proc; mount it" in said
         said = world.failure(Segment, made)
-        assert "its maker could not read /proc, so that cannot be told; mount it there" in said
+        assert "its maker could not read /proc, so which one is unknown; mount it there" in said
     finally:
         world.fast_shm("rm", "--name", made, "--yes")
 

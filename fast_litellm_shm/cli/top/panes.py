@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.cells import cell_len
 
-from fast_litellm_shm._shared import keyed
+from fast_litellm_shm._shared import key_grammar
 from fast_litellm_shm.cli import render
 from fast_litellm_shm.cli.key_table import LiveKey, matcher
 from fast_litellm_shm.cli.sampler import DeploymentRow, Snapshot, Worker
@@ -37,9 +37,9 @@ def _key(key: LiveKey, width: int) -> Cell:
     """If the name does not fit and ends in the key's limit, that end is left out: the column "left"
     shows the limit, too."""
     name = key.name
-    own = key.row.limiter in keyed.NAMES or keyed.units_of(key.row.limiter)
+    own = key.row.limiter in key_grammar.NAMES or key_grammar.units_of(key.row.limiter)
     if own and cell_len(name) > width:
-        name = keyed.without_limit(name) + "…"
+        name = key_grammar.without_limit(name) + "…"
     return [(name, NAME)]
 
 

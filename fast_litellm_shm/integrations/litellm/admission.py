@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterable, Sequence
 from typing import NamedTuple
 
 from fast_litellm_shm import exceptions
-from fast_litellm_shm._shared import keyed
+from fast_litellm_shm._shared import key_grammar
 from fast_litellm_shm.integrations.litellm import failures, settings
 from fast_litellm_shm.integrations.litellm.subjects import Limits, Subject
 from fast_litellm_shm.limiters.quota import Admission, Quota
@@ -35,7 +35,7 @@ def quota_of(limits: Limits) -> Quota:
 
 
 def _on_this_host(limits: Limits) -> Quota:
-    name = keyed.name_for(unit for unit, n in zip(limits._fields, limits, strict=True) if n)
+    name = key_grammar.name_for(unit for unit, n in zip(limits._fields, limits, strict=True) if n)
     return Quota(*limits, name=name, on_full="raise", cluster=False, _numbered=True)
 
 

@@ -37,7 +37,7 @@ class _Opened:
                 "give the rule a shorter: Rule(..., name=...)"
             )
         # In a flood of new keys those without room are limited together; permits have no such
-        # counter, so there a full segment is told as an error, which is logged.
+        # counter, so there a full segment raises an error, which is logged.
         on_full = "raise" if rule.in_flight is not None else "share"
         self._grantor = grantor.quota(
             rule.limits, name=name, segment=segment, on_full=on_full, settles=False

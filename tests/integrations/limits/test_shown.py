@@ -20,13 +20,13 @@ from limits.strategies import (  # noqa: E402
 
 import fast_litellm_shm.integrations.limits  # noqa: E402, F401 - registers shm://
 from fast_litellm_shm import RateLimiter, Segment, Window  # noqa: E402
-from fast_litellm_shm._shared import keyed  # noqa: E402
+from fast_litellm_shm._shared import key_grammar  # noqa: E402
 from fast_litellm_shm._shared.inspection import Inspection, KeyRow  # noqa: E402
 
 STRATEGIES: dict[str, Any] = {
-    keyed.FIXED: FixedWindowRateLimiter,
-    keyed.SLIDING: SlidingWindowCounterRateLimiter,
-    keyed.MOVING: MovingWindowRateLimiter,
+    key_grammar.FIXED: FixedWindowRateLimiter,
+    key_grammar.SLIDING: SlidingWindowCounterRateLimiter,
+    key_grammar.MOVING: MovingWindowRateLimiter,
 }
 
 
@@ -85,14 +85,14 @@ def test_where_the_limit_is_not_known(segment: Segment) -> None:
 
 def test_hashed_names(segment_name: str) -> None:
     segment = Segment(segment_name, capacity=100, names="hashed")
-    strategy_of(keyed.FIXED, segment).hit(parse("5/hour"), "secret")
+    strategy_of(key_grammar.FIXED, segment).hit(parse("5/hour"), "secret")
     (row,) = shown(segment)
     assert row.remaining is None and row.key.startswith("#")
 
 
 @pytest.mark.parametrize("ending", ["5/1/hour", "/5/1/hours", "/0/1/hour", "/5/999999999/year"])
 def test_endings_that_are_none(ending: str, segment: Segment) -> None:
-    assert keyed.limit_of(keyed.FIXED, b"x" + ending.encode()) is None
+    assert key_grammar.limit_of(key_grammar.FIXED, b"x" + ending.encode()) is None
 
 
 def test_another_limiter_of_such_a_key(segment: Segment) -> None:

@@ -29,7 +29,7 @@ from limits.strategies import (
 )
 
 from fast_litellm_shm import Limit, RateLimiter, Segment, SegmentError, SegmentFullError
-from fast_litellm_shm._shared import keyed
+from fast_litellm_shm._shared import key_grammar
 from fast_litellm_shm._shared.inspection import Inspection
 from fast_litellm_shm.integrations.limits import AsyncShmStorage, ShmStorage
 
@@ -331,14 +331,14 @@ def test_out_of_range(storage: ShmStorage, call: Callable[[ShmStorage], object],
 @pytest.mark.parametrize(
     ("name", "call"),
     [
-        (keyed.FIXED, lambda storage: storage.incr("k/5/1/minute", 60)),
-        (keyed.FIXED, lambda storage: storage.get("k")),
-        (keyed.FIXED, lambda storage: storage.get_expiry("k")),
-        (keyed.SLIDING, lambda storage: storage.acquire_sliding_window_entry("k", 5, 60)),
-        (keyed.SLIDING, lambda storage: storage.get_sliding_window("k", 60)),
-        (keyed.MOVING, lambda storage: storage.acquire_entry("k", 5, 60)),
-        (keyed.MOVING, lambda storage: storage.get_moving_window("k", 5, 60)),
-        (keyed.MOVING, lambda storage: storage.clear("k")),
+        (key_grammar.FIXED, lambda storage: storage.incr("k/5/1/minute", 60)),
+        (key_grammar.FIXED, lambda storage: storage.get("k")),
+        (key_grammar.FIXED, lambda storage: storage.get_expiry("k")),
+        (key_grammar.SLIDING, lambda storage: storage.acquire_sliding_window_entry("k", 5, 60)),
+        (key_grammar.SLIDING, lambda storage: storage.get_sliding_window("k", 60)),
+        (key_grammar.MOVING, lambda storage: storage.acquire_entry("k", 5, 60)),
+        (key_grammar.MOVING, lambda storage: storage.get_moving_window("k", 5, 60)),
+        (key_grammar.MOVING, lambda storage: storage.clear("k")),
     ],
 )
 def test_a_name_that_was_given_other_limits(

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from fast_litellm_shm._shared import keyed
+from fast_litellm_shm._shared import key_grammar
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.limiters.quota import Admission, Quota
 
@@ -49,7 +49,7 @@ class Slots:
             if len(self._quotas) >= _MOST_QUOTAS:
                 self._quotas.clear()
             options: Any = {"segment": self._segment, "on_full": "raise", "cluster": False}
-            found = Quota(max_parallel=limit, name=keyed.NATIVE, **options, _numbered=True)
+            found = Quota(max_parallel=limit, name=key_grammar.NATIVE, **options, _numbered=True)
             self._quotas[limit] = found
         return found
 

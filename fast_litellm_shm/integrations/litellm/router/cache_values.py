@@ -154,12 +154,12 @@ class SharedValues:
 class DeploymentInFlight:
     """Requests in flight to a deployment."""
 
-    __slots__ = ("_deployments", "_flights", "_values", "deployment_id", "uncounted")
+    __slots__ = ("_deployments", "_requests", "_values", "deployment_id", "uncounted")
 
     def __init__(self, values: SharedValues, deployment_id: str) -> None:
         self._values, self._deployments = values, values.deployments
         self.deployment_id = deployment_id
-        self._flights: deque[tuple[float, Any]] = deque()  # that this process began
+        self._requests: deque[tuple[float, Any]] = deque()  # that this process began
         # Those of them that only this process sees, since the segment's process table is full.
         self.uncounted = 0
 
@@ -169,34 +169,34 @@ class DeploymentInFlight:
     def increment(self, by: Any) -> int:
         """A request has begun (by > 0) or ended (by < 0). One whose end LiteLLM has not reported is
         given up after an hour. Returns the requests of this process."""
-        flights, now = self._flights, time.monotonic()
+        requests, now = self._requests, time.monotonic()
         if by > 0 and self._values.counts(DeploymentInFlight, None, self.deployment_id):
-            flight = self._deployments.begin(self.deployment_id)
-            self.uncounted += flight is None
-            flights.append((now, flight))
+            request = self._deployments.begin(self.deployment_id)
+            self.uncounted += request is None
+            requests.append((now, request))
         with contextlib.suppress(IndexError):  # empty, or another thread took the last one
             if by < 0:
-                self._end(flights.pop()[1])
-            while flights[0][0] < now - _HOUR:
-                self._end(flights.popleft()[1])
-        return len(flights)
+                self._end(requests.pop()[1])
+            while requests[0][0] < now - _HOUR:
+                self._end(requests.popleft()[1])
+        return len(requests)
 
-    def _end(self, flight: Any) -> None:
-        if flight is None:
+    def _end(self, request: Any) -> None:
+        if request is None:
             self.uncounted -= 1
         else:
-            self._deployments.end(flight)
+            self._deployments.end(request)
 
     def write(self, value: Any) -> None:
         """LiteLLM writes 0 where its own count fell below 0: there is nothing to end."""
 
     def retire(self) -> None:
-        while self._flights:
-            self._end(self._flights.pop()[1])
+        while self._requests:
+            self._end(self._requests.pop()[1])
 
     def forget(self) -> None:
         """In a forked child: the requests in flight are its parent's."""
-        self._flights.clear()
+        self._requests.clear()
         self.uncounted = 0
 
 

@@ -22,7 +22,7 @@ _UNKNOWN = 2**64 - 1
 _ENTRIES = 256  # csrc/core/layout.h, DEPLOYMENTS
 _NO_ENTRY = 2**32 - 1  # reads as an entry that is not used
 _LOOK_SECONDS = 1.0  # between two looks for new entries of FIRST_TOKEN
-_INFOS, _FLIGHT = ffi.typeof("fshm_deployment_info[]"), ffi.typeof("fshm_request *")
+_INFOS, _REQUEST = ffi.typeof("fshm_deployment_info[]"), ffi.typeof("fshm_request *")
 _ID, _IN_FLIGHT, _LATENCY, _COOLDOWN, _IDLE, _WORDS = 0, 1, 3, 5, 6, 8  # of an info
 _MOST_IDS = 4096  # whose hashes are kept
 _MOST_NS = 2**62
@@ -52,13 +52,13 @@ class Deployments:
     def begin(self, deployment_id: str) -> Any:
         """Count a request of this process as in flight, until :meth:`end` or the death of the
         process. None where it cannot be counted: the segment's process table is full."""
-        flight = ffi.new(_FLIGHT)
-        entry = self._router._place(deployment_id)
-        return flight if lib.fshm_request_begin(self._handle, entry, 0, flight) else None
+        request = ffi.new(_REQUEST)
+        entry = self._router._index(deployment_id)
+        return request if lib.fshm_request_begin(self._handle, entry, 0, request) else None
 
-    def end(self, flight: Any) -> None:
+    def end(self, request: Any) -> None:
         """Once. A forked child cannot end what its parent began."""
-        lib.fshm_request_end(self._handle, flight)
+        lib.fshm_request_end(self._handle, request)
 
     def in_flight(self, deployment_ids: Sequence[str]) -> list[int]:
         """Requests in flight to each, of all living processes. Those of a dead process vanish
@@ -99,7 +99,7 @@ class Deployments:
         ]
 
     def _entries(self, deployment_ids: Sequence[str]) -> list[int]:
-        return [self._router._place(each) for each in deployment_ids]
+        return [self._router._index(each) for each in deployment_ids]
 
     def _look(self, entries: list[int]) -> memoryview:
         """The words of an fshm_deployment_info for each."""
@@ -115,7 +115,7 @@ class Deployments:
         lasts = min(int(seconds * 1e9), _MOST_NS)
         if lasts <= 0:
             return
-        entry = self._router._place(deployment_id)
+        entry = self._router._index(deployment_id)
         lib.fshm_deployment_record(self._handle, entry, _UNKNOWN, 0, _UNKNOWN, 0, lasts, 0)
         self._cooldowns.add("changes", 1)
 
