@@ -135,23 +135,15 @@ typedef struct {
   char path[256];
 } fshm_error;
 
-/* Offsets for readers of the raw mapping (the structs: layout.h). The second name in a union is a former
- * one. */
-/* clang-format off */
+/* Offsets for readers of the raw mapping (the structs: layout.h). */
 typedef struct {
   const void *base;
-  uint64_t size, capacity;
-  union { uint64_t slots, cells; };
+  uint64_t size, capacity, slots;
   uint64_t created_realtime_ns, time_ns, instance;
-  union { uint64_t slots_offset, cells_offset; };
-  union { uint64_t key_stats_offset, ledger_offset; };
-  uint64_t limiters_offset, processes_offset;
-  union { uint64_t process_stats_offset, columns_offset; };
-  uint32_t limiters, processes;
-  union { uint32_t process_stats_entries, column_entries; };
+  uint64_t slots_offset, key_stats_offset, limiters_offset, processes_offset, process_stats_offset;
+  uint32_t limiters, processes, process_stats_entries;
   uint32_t layout_version, names, read_only;
 } fshm_geometry;
-/* clang-format on */
 
 typedef struct {
   char name[128];
@@ -518,34 +510,5 @@ int64_t fshm_deployment_pick(fshm_segment *segment, uint32_t strategy, const uin
                              fshm_deployment_info *found);
 
 /* [cdef end] */
-
-/* Former names ------------------------------------------------------------------------------ */
-/* For programs that were written against them. Fields that have another name now: fshm_limiter_info.counters
- * (tally), fshm_process_info.outage (away), fshm_permit.slot and wakeup (cell, bell), fshm_permit_info.number and
- * table_slot (slot, cell), fshm_permit_lease.leased and reported (allowance, told), fshm_memo_info.entries (places),
- * fshm_request.incarnation (generation). */
-#define FSHM_TALLIES FSHM_COUNTERS
-#define fshm_tally fshm_counters
-#define fshm_tally_all fshm_counters_all
-#define FSHM_DAMAGE_CELL FSHM_DAMAGE_SLOT
-#define FSHM_WALLET FSHM_LEASE
-#define fshm_live_cells fshm_live_slots
-#define fshm_peek_cell fshm_peek_slot
-#define fshm_allowance fshm_permit_lease
-#define fshm_allowance_admit fshm_permit_lease_admit
-#define FSHM_ALLOWANCE_BITS FSHM_PERMIT_LEASE_BITS
-#define fshm_allowance_look fshm_permit_lease_look
-#define fshm_allowance_lower fshm_permit_lease_lower
-#define fshm_allowance_put fshm_permit_lease_put
-#define fshm_flight fshm_request
-#define fshm_flight_begin fshm_request_begin
-#define fshm_flight_end fshm_request_end
-#define fshm_lease fshm_token_lease
-#define fshm_wallet_look fshm_token_lease_look
-#define fshm_wallet_put fshm_token_lease_put
-#define fshm_wallet_refuse fshm_token_lease_refuse
-#define fshm_bell_arm fshm_wakeup_arm
-#define fshm_bell_ring fshm_wakeup_send
-#define fshm_bell_wait fshm_wakeup_wait
 
 #endif

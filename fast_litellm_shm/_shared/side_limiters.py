@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Container
 
-TOKEN_LEASES = (
-    " (wallet)"  # token leases: what the server granted to this host, and is not used yet
-)
-PERMIT_LEASES = " (leases)"  # permit leases, likewise
+# The suffixes are part of names in the segment, which workers of other versions use, too.
+TOKEN_LEASES = " (wallet)"  # tokens that the server granted to this host, and are not used yet
+PERMIT_LEASES = " (leases)"  # permits, likewise
 REFUSED = " (refused)"  # back-off after a denial by the server
-SINGLE_FLIGHT = " (asking)"  # single flight: one process asks for a key
+SINGLE_FLIGHT = " (asking)"  # one process asks the server for a key
 LOCAL = " (local)"  # the limits during an outage, by this host's share
 REPORTED = " (told)"  # what was reported of a sliding window
 NOTE = "(cluster)"  # of no single limiter: the number of hosts

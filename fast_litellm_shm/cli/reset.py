@@ -45,8 +45,9 @@ def _limiters(segment: Segment, wanted: str | None) -> list[_Limiter]:
         info = ffi.new("fshm_limiter_info *")
         if lib.fshm_limiter_at(segment._handle, index, info) == lib.FSHM_OK and info.name_length:
             infos.append(info)
-    # Token leases (NAME + TOKEN_LEASES) and the state beside them stay. Without that the server would take
-    # the next requests of this host for old ones, and would grant it no permit for seconds.
+    # Token leases (NAME + TOKEN_LEASES) and the state beside them stay. Without that the server
+    # would take the next requests of this host for old ones, and would grant it no permit for
+    # seconds.
     names = {_name(info) for info in infos}
     leases = {name + TOKEN_LEASES for name in names}
     found = {

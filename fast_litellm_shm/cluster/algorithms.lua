@@ -1,4 +1,4 @@
--- algorithms.lua - the rate-limit algorithms of one key, for all hosts. The arithmetic is that of csrc/limits/algorithms.h.
+-- algorithms.lua - the rate-limit algorithms of one key, for all hosts. The arithmetic: csrc/limits/algorithms.h.
 --
 -- KEYS[1]: the state of the key, packed by cmsgpack. It lives as long as anything in it counts.
 -- ARGV: operation, host, channel, limiter, key, whether that is sealed (1, 0), how many limits; then thirteen numbers

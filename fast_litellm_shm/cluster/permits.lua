@@ -1,15 +1,14 @@
--- permits.lua - permit leases: how many permits of one key each host may hold. All hosts together hold
--- at most n.
+-- permits.lua - permit leases: how many permits of one key each host may hold. All hosts together hold at most n.
 -- Argued in csrc/DESIGN.md, "Permits over many hosts".
 --
 -- KEYS[1]: the state of the key, packed by cmsgpack. It lives as long as a host's lease does.
 -- ARGV: host, channel, limiter, key, whether that is sealed (1, 0), n; then the version of the host's lease, as two
 --   numbers by which two versions are ordered (its end; and under the same end a number that only falls); reported
---   (the permits leased to it, or those that it holds where these are more); want (permits beyond that; 0: to renew or to
---   give back)
+--   (the permits leased to it, or those that it holds where these are more); want (permits beyond that; 0: to renew or
+--   to give back)
 -- Answer: whether the version was the newest (0: nothing was done, look and ask again), the permits leased to the
---   host, what all hosts have, how many hosts have or want some, us of back-off for a host that was refused (0: it was not),
---   whether the value was not ours (1, 0).
+--   host, what all hosts have, how many hosts have or want some, us of back-off for a host that was refused (0: it was
+--   not), whether the value was not ours (1, 0).
 --
 -- State: t (us, when it was written), r (when hosts were last asked to give back), h (hosts), q (until then none is
 -- granted more).

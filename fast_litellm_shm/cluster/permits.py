@@ -31,7 +31,8 @@ class Answer(NamedTuple):
 
 class Request(NamedTuple):
     """One call of the script. ``version``: of the permit lease. ``reported``: the permits leased to
-    the host, or what it holds where that is more. ``want``: permits beyond that; 0: renew, or give back."""
+    the host, or what it holds where that is more. ``want``: permits beyond that; 0: renew, or
+    give back."""
 
     limiter: bytes
     key: bytes

@@ -93,6 +93,7 @@ def problem(outage: dict[str, Any]) -> str:
     policies = " or ".join(f"on_outage={each!r}" for each in outage["on_outage"])
     who = f"{outage['processes']} of {outage['of']} processes"
     return (
-        f"the server of the limits over many hosts has not answered {who} for {outage['seconds']} s: "
-        f"they go by {policies}; see that it runs and can be reached, the log says what is wrong"
+        f"the server of the limits over many hosts has not answered {who} for "
+        f"{outage['seconds']} s: they go by {policies}; see that it runs and can be reached, "
+        "the log says what is wrong"
     )
