@@ -11,23 +11,23 @@ from fast_litellm_shm._shared.inspection import Counts
 from fast_litellm_shm.cli.rates import HISTORY, KeyCounter, KeyRates, Series
 
 
-def counts(*cells: tuple[int, int, int], meta: int | None = None) -> Counts:
+def counts(*slots: tuple[int, int, int], meta: int | None = None) -> Counts:
     """Counts with one slot for each triple: the key (0: none), admitted, denied. meta: the key that
     the counts belong to, if it is another one."""
-    who = numpy.array([who for who, _, _ in cells], numpy.uint64)
+    who = numpy.array([who for who, _, _ in slots], numpy.uint64)
     known = numpy.flatnonzero(who)
     return Counts(
-        cells=known,
+        slots=known,
         owner=numpy.zeros(known.size, numpy.int64),
         who=who,
         meta=who.astype(numpy.uint32) if meta is None else numpy.array([meta], numpy.uint32),
-        admitted=numpy.array([admitted for _, admitted, _ in cells], numpy.uint64),
-        denied=numpy.array([denied for _, _, denied in cells], numpy.uint64),
+        admitted=numpy.array([admitted for _, admitted, _ in slots], numpy.uint64),
+        denied=numpy.array([denied for _, _, denied in slots], numpy.uint64),
     )
 
 
-def histories(rates: KeyRates, cell: int) -> tuple[list[float], list[float]]:
-    admitted, denied = rates.history([cell])
+def histories(rates: KeyRates, slot: int) -> tuple[list[float], list[float]]:
+    admitted, denied = rates.history([slot])
     return admitted[0].tolist(), denied[0].tolist()
 
 
