@@ -1,4 +1,4 @@
--- algorithms.lua - the rate-limit algorithms of one key, for all hosts. The arithmetic is that of csrc/limits/meter.h.
+-- algorithms.lua - the rate-limit algorithms of one key, for all hosts. The arithmetic is that of csrc/limits/algorithms.h.
 --
 -- KEYS[1]: the state of the key, packed by cmsgpack. It lives as long as anything in it counts.
 -- ARGV: operation, host, channel, limiter, key, whether that is sealed (1, 0), how many limits; then thirteen numbers
@@ -50,8 +50,8 @@ local RECALL = 500000 -- us within which a host gives back what it is asked for,
 local REPEAT = 5000000 -- us until it is asked again: the message may have been lost
 local ACTIVE = 1000000 -- us since its last call for which a host counts as one that wants a share
 local FORGET = 600000000 -- us after which a host that holds nothing is forgotten, where hosts are many
-local MOST = 16777214 -- tokens of a token lease: WALLET_MOST of meter.h
-local USED = 2147483647 -- tokens of a window: WINDOW_MAX_N of meter.h
+local MOST = 16777214 -- tokens of a token lease: TOKEN_LEASE_MOST of algorithms.h
+local USED = 2147483647 -- tokens of a window: WINDOW_MAX_N of algorithms.h
 local PLACES = 12 -- limits that a key's state has at most, with those that were taken away
 
 local floor, ceil, min, max = math.floor, math.ceil, math.min, math.max

@@ -13,7 +13,7 @@ SOURCE = names.source("algorithms.lua")
 _KIND = {True: 2, False: 1}
 _MOST_LEASE_US = 1_000_000
 _LARGEST = 2**53 - 1
-COARSE = 2**20  # ns: as in csrc/limits/meter.h
+COARSE = 2**20  # ns: as in csrc/limits/algorithms.h
 
 
 class Rule(NamedTuple):

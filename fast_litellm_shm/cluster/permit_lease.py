@@ -1,5 +1,5 @@
 """Permit leases: how many permits of a key this host may hold, as a server grants them. Nearly all
-calls are answered within them by csrc/leasing/allowance.c. This module does the rest."""
+calls are answered within them by csrc/leasing/permit_lease.c. This module does the rest."""
 
 from __future__ import annotations
 

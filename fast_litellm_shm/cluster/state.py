@@ -35,7 +35,7 @@ def cluster_state(segment: Segment, inspection: Inspection | None = None) -> dic
     operations = stats["operations"]
     leases = operations.get("permits", {})
     calls, granted = leases.get("total_calls", 0), leases.get("total_output_size", 0)
-    allowed = [  # as csrc/leasing/allowance.h writes it, in the form of a token lease
+    allowed = [  # as csrc/leasing/permit_lease.h writes it, in the form of a token lease
         (row.remaining + 1) // 2 - 1
         for name in inspection.leased
         for row in inspection.keys(limiter=name + LEASED)

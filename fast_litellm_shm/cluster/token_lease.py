@@ -1,5 +1,5 @@
 """Token leases: the tokens that a server has leased to this host, in batches. Nearly all calls of a
-limiter are answered from them by csrc/leasing/wallet.c. This module does the rest."""
+limiter are answered from them by csrc/leasing/token_lease.c. This module does the rest."""
 
 from __future__ import annotations
 
