@@ -56,7 +56,7 @@ def ns_until(deadline: int) -> int:
 
 class Rates:
     """Grants what a RateLimiter asks for beside the native calls. Each method gets the limiter as
-    an argument: an object that held the limiter would be a reference cycle."""
+    an argument: an object that held the limiter would make a reference cycle."""
 
     def acquire_many(
         self, limiter: SharedLimits, keys: tuple[Key, ...], costs: int | list[int], out: Answers

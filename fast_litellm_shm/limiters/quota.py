@@ -267,8 +267,8 @@ class Quota:
         return dict(zip(self._names, self._grantor.left(key, ask=ask), strict=False))
 
     def _check_kinds(self) -> None:
-        """Find the kinds of the limits in force again, if the limits have changed (then they are
-        another tuple)."""
+        """Check the kinds of the limits in force, and remember these limits: when the limits
+        change, they are another tuple."""
         found = self._grantor.limits
         if len(found) != len(self._names):
             raise exceptions.SegmentError(

@@ -16,7 +16,7 @@ MARK = "fast_litellm_shm.rate_limit"  # in the ASGI scope or the WSGI environ: t
 
 class _Admission(Protocol):
     """What a limiter returns: a decision and, if the rule has ``in_flight``, a permit. It is false
-    if there is no permit."""
+    if that permit is missing."""
 
     @property
     def decision(self) -> Decision: ...
