@@ -5,9 +5,9 @@
  * process. Design and proofs: DESIGN.md.
  *
  * Caveats
- * - Symptom: FSHM_E_LOCK_FILE with EBADF. Cause: this process lost the kernel lock that says that it is alive. Not
- *   on Linux; elsewhere, the program closed all descriptors, the library's among them. Cure: open the segment after
- *   daemonising. (A fork needs no care: the child joins by itself.)
+ * - Symptom: FSHM_E_LOCK_FILE with EBADF. Cause: this process lost the kernel lock that says that it is alive. This
+ *   does not happen on Linux. Elsewhere, the program has closed all its descriptors, also the library's. Cure: open the
+ *   segment after daemonising. (After a fork there is nothing to do: the child joins by itself.)
  * - Symptom: FSHM_E_LOCK_FILE after it worked. Cause: the lock file beside the segment was deleted. Cure: stop the
  *   workers, run `fast-shm rm`, start them. Rate limits work until then.
  * - Symptom: processes count apart after `fast-shm rm`. Cause: attached processes keep the removed segment, and new
@@ -70,12 +70,12 @@ enum fshm_kind {
 enum fshm_op {
   FSHM_ACQUIRE = 0, /* charge if every limit has room */
   FSHM_PEEK = 1, /* would it be admitted? charges and counts nothing */
-  FSHM_PROBE = 2, /* the same, but counts a denial */
+  FSHM_PROBE = 2, /* as FSHM_PEEK, but counts a denial */
   FSHM_RESERVE = 3, /* charge ahead, at most max_wait_ns (token buckets) */
   FSHM_CHARGE = 4, /* charge without a check: may go into debt */
   FSHM_REFUND = 5, /* give tokens back */
   FSHM_BLOCK =
-      6 /* deny for costs[i] ns, or longer where it does already; then one token fits. Changes
+      6 /* deny for costs[i] ns (an earlier block that ends later stays); then one token fits. Changes
                   * token buckets only. FSHM_E_ARGUMENT: no limit is a token bucket */
 };
 #define FSHM_ASK 2 /* of fshm_spend(): not decided here; ask the server that grants */
@@ -187,12 +187,12 @@ int fshm_check(fshm_segment *segment, uint64_t *index);
 int fshm_limit_check(const fshm_limit *limit, uint64_t *largest_n);
 int fshm_limiter_open(fshm_segment *segment, const char *name, uint64_t name_length,
                       const fshm_limit *limits, uint32_t count, fshm_limiter **out);
-/* The same, at a given segment time: for states that must be converted from earlier limits. */
+/* fshm_limiter_open() at a given segment time: for states that must be converted from earlier limits. */
 int fshm_limiter_open_at(fshm_segment *segment, const char *name, uint64_t name_length,
                          const fshm_limit *limits, uint32_t count, uint64_t now_ns,
                          fshm_limiter **out);
-/* The same, for an auxiliary limiter of another one: its calls are not counted. The first process that opens a name
- * decides this. */
+/* fshm_limiter_open() for an auxiliary limiter of another one: its calls are not counted. The first process that opens
+ * a name decides this. */
 int fshm_limiter_open_beside(fshm_segment *segment, const char *name, uint64_t name_length,
                              const fshm_limit *limits, uint32_t count, fshm_limiter **out);
 /* Open an existing limiter, with the limits that it has. FSHM_E_NOT_FOUND: it does not exist. */
@@ -202,7 +202,7 @@ void fshm_limiter_close(fshm_limiter *limiter);
 /* share: from now on, calls by this handle charge a key that finds no free slot to one of 8 shared counters, under
  * the same limits, instead of returning FSHM_FULL. Such a key is never admitted more often than its limits say, but
  * it shares them with other keys. This does not apply to token leases, permits, blocks, and limits that come with
- * the call. No charge of a shared counter is given back. */
+ * the call. A charge of a shared counter is never given back. */
 void fshm_limiter_share(fshm_limiter *limiter, int share);
 int fshm_limiter_limits(fshm_limiter *limiter, fshm_limit *out, uint64_t *version);
 /* Arrays with one value for each limit (costs, reserved, remaining, charged, actual) must have room for FSHM_MAX_LIMITS
@@ -216,8 +216,8 @@ int fshm_is_allowed(fshm_limiter *limiter, const void *key, uint64_t key_length)
 void fshm_reserve(fshm_limiter *limiter, const void *key, uint64_t key_length,
                   const uint64_t *costs, uint64_t max_wait_ns, uint64_t now_ns, fshm_decision *out,
                   fshm_charged *reserved);
-/* Give a reservation back, in each limit where it is still the last one. Elsewhere its instant passes unused. Returns the
- * number of limits. */
+/* Give a reservation back, in each limit where it is still the last one. In the other limits its turn passes unused.
+ * Returns the number of limits. */
 int fshm_cancel(fshm_limiter *limiter, const void *key, uint64_t key_length, const uint64_t *costs,
                 const fshm_charged *reserved, uint64_t now_ns);
 /* The tokens that each limit still admits for this key now: remaining[i]. Returns the number of limits, or
@@ -227,10 +227,10 @@ int fshm_remaining(fshm_limiter *limiter, const void *key, uint64_t key_length, 
 int fshm_reset_key(fshm_limiter *limiter, const void *key, uint64_t key_length);
 int fshm_reset_all(fshm_limiter *limiter);
 
-/* Give this handle its own n, one for each limit of the name. The limits must be windows or permits with at least as
- * large an n. So one name serves any number of different limits. A key must always be used with the same numbers:
- * make them part of the key. Only fshm_admit(), fshm_settle(), fshm_remaining() and fshm_in_flight() use these
- * numbers; all other calls use those of the name. Call it once, before the handle is used. FSHM_OK or
+/* Give this handle its own n, one for each limit of the name. The limits of the name must be windows or permits, and
+ * their n must not be smaller. So one name serves any number of different limits. A key must always be used with the
+ * same numbers: make them part of the key. Only fshm_admit(), fshm_settle(), fshm_remaining() and fshm_in_flight()
+ * use these numbers; all other calls use those of the name. Call it once, before the handle is used. FSHM_OK or
  * FSHM_E_ARGUMENT. */
 int fshm_limiter_number(fshm_limiter *limiter, const uint64_t *numbers, uint32_t count);
 
@@ -265,14 +265,14 @@ int fshm_moving_clear(fshm_limiter *limiter, const void *key, uint64_t key_lengt
 /* A batch, for fshm_token_lease_put(): one for each limit. */
 typedef struct {
   uint64_t tokens;
-  uint64_t kept; /* of more tokens left, all end as those do; else all end at until_ns */
+  uint64_t kept; /* if more tokens are left, all keep the old end, if it is earlier */
   uint64_t until_ns; /* segment time */
 } fshm_token_lease;
-/* Charge the token lease. If it has too few tokens: FSHM_DENIED if `refused` (a limiter of FSHM_LEASE limits too, or
- * NULL) remembers a recent refusal of as much, else FSHM_ASK. `limits`: the limiter with the limits themselves; its
- * slots hold what the server last reported (fshm_learn()). *out is computed from these, and out->remaining includes
- * the tokens left of the lease. *low: 1 for the one call that brings the lease below a quarter to a half of its
- * batch. out NULL: only the status. */
+/* Charge the token lease. If it has too few tokens: FSHM_DENIED if `refused` remembers that the server has just
+ * refused this cost or a smaller one, else FSHM_ASK. `refused`: a limiter of FSHM_LEASE limits too, or NULL.
+ * `limits`: the limiter with the limits themselves; its slots hold what the server last reported (fshm_learn()). *out
+ * is computed from these, and out->remaining includes the tokens left of the lease. *low: 1 for the one call that
+ * brings the lease below a mark, which is a quarter to a half of its batch. out NULL: only the status. */
 int fshm_spend(fshm_limiter *leases, fshm_limiter *refused, fshm_limiter *limits, const void *key,
                uint64_t key_length, const uint64_t *costs, uint64_t now_ns, fshm_decision *out,
                uint32_t *low);
@@ -376,8 +376,8 @@ int fshm_permit_lease_put(fshm_limiter *permits, fshm_limiter *leases, const voi
                           uint64_t key_length, uint64_t word, uint64_t leased, uint64_t until_ns,
                           uint64_t now_ns);
 /* Take a permit within the lease. FSHM_ASK: none is left, ask the server. FSHM_DENIED: `refused` remembers a recent
- * refusal (fshm_token_lease_refuse() of cost 1). alone: the server is unreachable; whatever the lease says, at most
- * so many permits are held on this host. 0: within the lease. */
+ * refusal (fshm_token_lease_refuse() of cost 1). alone: 0, normally. Else the server is unreachable: this host holds
+ * at most `alone` permits, whatever the lease says. */
 int fshm_permit_lease_admit(fshm_limiter *permits, fshm_limiter *leases, fshm_limiter *refused,
                             const void *key, uint64_t key_length, uint32_t alone, uint64_t now_ns,
                             fshm_permit *permit, fshm_decision *out, uint32_t *in_flight);
@@ -395,11 +395,12 @@ uint64_t fshm_live_slots(fshm_segment *segment, uint8_t *live, uint64_t now_ns);
 uint64_t fshm_used(const fshm_segment *segment, uint64_t now_ns, uint64_t *keys);
 int fshm_key_name(fshm_segment *segment, uint64_t slot, char *out, uint64_t size, uint64_t *length);
 int fshm_peek_slot(fshm_segment *segment, uint64_t slot, uint64_t now_ns, fshm_decision *out);
-/* The same, for a key that is used with these numbers (fshm_limiter_number()): an array of 4; 0 = the name's. */
+/* fshm_peek_slot() for a key that is used with these numbers (fshm_limiter_number()): an array
+ * of 4; 0 = the name's. */
 int fshm_peek_numbered(fshm_segment *segment, uint64_t slot, const uint64_t *numbers,
                        uint64_t now_ns, fshm_decision *out);
-/* The same, for a key whose limit comes with the call. moving: the key has a moving window, and the call looks at up to
- * limit->n other slots. FSHM_OK; 0: the key statistics know no key of a limiter of this kind in the slot; or
+/* fshm_peek_slot() for a key whose limit comes with the call. moving: the key has a moving window, and the call looks
+ * at up to limit->n other slots. FSHM_OK; 0: the key statistics know no key of a limiter of this kind in the slot; or
  * FSHM_E_ARGUMENT. */
 int fshm_peek_counted(fshm_segment *segment, uint64_t slot, const fshm_limit *limit, int moving,
                       uint64_t now_ns, fshm_decision *out);
@@ -452,7 +453,7 @@ void fshm_metric_record(fshm_segment *segment, uint32_t metric, uint64_t ns, uin
                         int success, uint64_t size_in, uint64_t size_out);
 /* FSHM_OK; 0: no such metric yet; FSHM_E_ARGUMENT: no metric can have this index. */
 int fshm_metric_at(fshm_segment *segment, uint32_t metric, fshm_metric_info *out);
-/* Several metrics added up, quantiles too. The names in *out stay as they are. */
+/* The sum of several metrics, and the quantiles of all their calls. The names in *out stay as they are. */
 void fshm_metric_sum(fshm_segment *segment, const uint32_t *metrics, uint32_t count,
                      fshm_metric_info *out);
 #define FSHM_OCTAVES 34

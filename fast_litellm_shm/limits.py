@@ -76,8 +76,8 @@ class TokenBucket:
     ``strict=True`` the bucket refills more slowly, at ``(n - burst + 1) / per``, so that **any**
     interval of ``per`` seconds admits at most ``n``.
 
-    n: at least 1, at most one a nanosecond. per: seconds (or a timedelta), 1 µs .. 416 days. burst:
-    1 .. n, default n. Algorithm: GCRA, ITU-T I.371.
+    n: at least 1, and at most one token a nanosecond. per: seconds (or a timedelta), 1 µs .. 416
+    days. burst: 1 .. n, default n. Algorithm: GCRA, ITU-T I.371.
 
     Raises ValueError or TypeError naming the argument, its value and what is allowed.
     """
@@ -140,12 +140,12 @@ class FixedWindow(_Counted):
 
 @dataclass(frozen=True)
 class SlidingWindow(_Counted):
-    """A sliding window counter: the previous window counts in proportion to its part that lies
-    within the last ``per`` seconds.
+    """A sliding window counter: of the previous window's count, it counts the part that lies within
+    the last ``per`` seconds.
 
     ``current + previous * (that part, 0 .. 1) <= n``. n: up to about 120,000 a second (a
     TokenBucket can count more). per: seconds, 16.4 µs .. 416 days. The previous count is exact up
-    to 255, and rounded up by at most 0.8 % above.
+    to 255. A larger one is rounded up, by at most 0.8 %.
     """
 
     @staticmethod
@@ -167,7 +167,7 @@ class InFlight:
 @dataclass(frozen=True)
 class Granted:
     """The token leases of a limit over many hosts (cluster/): what the server granted to this host.
-    ``n``: the most that one key can have."""
+    ``n``: the most tokens that one key's lease can hold."""
 
     n: int = 2**24 - 2
 

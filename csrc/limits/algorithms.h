@@ -699,6 +699,14 @@ static inline uint64_t rule_used(const rule_t *r, uint64_t state, uint64_t now) 
   return s.count + sliding_weight(r, s.previous, s.left);
 }
 
+/* A state of a window that has just begun, or of a sliding one, with so many tokens. */
+static inline uint64_t rule_begun(const rule_t *r, uint64_t used, uint64_t now) {
+  if (r->kind == FSHM_WINDOW) return window_state(r, (window_t){plus_time(now, r->per), used, 0});
+  sliding_t s = sliding_read(r, 0, now);
+  s.count = used;
+  return sliding_state(r, s);
+}
+
 /* After a change of the limits: the state under `r` with the same tokens as `state` under `old`. NO_STATE: `r`
  * cannot hold so many (more than it admits). */
 static inline uint64_t rule_convert(const rule_t *r, const rule_t *old, uint64_t state,
@@ -715,11 +723,8 @@ static inline uint64_t rule_convert(const rule_t *r, const rule_t *old, uint64_t
   }
   uint64_t used = rule_used(old, state, now);
   if (r->kind != FSHM_BUCKET && used > limit_largest_n(r->kind, r->per)) return NO_STATE;
-  if (r->kind == FSHM_BUCKET) return plus_time(now, bucket_increment(r, used));
-  if (r->kind == FSHM_WINDOW) return window_state(r, (window_t){plus_time(now, r->per), used, 0});
-  sliding_t s = sliding_read(r, 0, now);
-  s.count = used;
-  return sliding_state(r, s);
+  return r->kind == FSHM_BUCKET ? plus_time(now, bucket_increment(r, used))
+                                : rule_begun(r, used, now);
 }
 
 /* When all tokens of a state are back. (state_expires() rounds the end of a sliding window up, by up to `per`.) */

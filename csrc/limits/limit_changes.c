@@ -135,27 +135,30 @@ static COLD pair_t swept(const sweep_t *w, pair_t pair, unsigned place) {
     return (pair_t){(pair.who & ~WHO_LABELS) | (w->snapshot.tail[i] & WHO_LABELS), state};
   }
   if ((int)label != w->victim) return to;
-  for (
-      unsigned rule_index = 0; rule_index < RULES;
-      rule_index++) { /* choose the earliest end that is not before its own; if there is none, the slowest */
-    uint64_t owner;
-    const limiter_entry_t *e = &w->s->limiters[w->index];
-    if ((int)rule_index == w->victim || !read_used(e, rule_index, &rule, &owner) ||
-        rule.place != place)
-      continue;
-    uint64_t state = rule_convert(&rule, &old, pair.when, w->now);
-    uint64_t over = rule_over(&rule, state), mine = rule_over(&old, pair.when);
-    if (state == NO_STATE) continue;
-    if (found && (best < mine ? over <= best : over < mine || over >= best)) continue;
-    /* In use from now on, also for a process that counted its states before: free_rules(). */
-    const uint64_t later = RULE_USED | CURRENT_VERSION(CURRENT_VERSION(w->snapshot.current) + 1);
-    if (owner < later && !atomic_compare_exchange_strong(
-                             &w->s->limiters[w->index].owners[rule_index], &owner, later))
-      continue;
-    to = (pair_t){(to.who & ~WHO_OF(0, 0, RULES - 1, 0)) | WHO_OF(0, 0, rule_index, 0), state};
-    best = over;
-    found = true;
-  }
+  /* Choose the earliest end that is not before its own; if there is none, the slowest. If no rule can hold so many
+   * tokens, then the second round: the most that a rule can hold, which it denies as it would deny more. */
+  for (unsigned round = 0; round < 2 && !found; round++)
+    for (unsigned rule_index = 0; rule_index < RULES; rule_index++) {
+      uint64_t owner;
+      const limiter_entry_t *e = &w->s->limiters[w->index];
+      if ((int)rule_index == w->victim || !read_used(e, rule_index, &rule, &owner) ||
+          rule.place != place)
+        continue;
+      uint64_t state = rule_convert(&rule, &old, pair.when, w->now);
+      if (state == NO_STATE && round)
+        state = rule_begun(&rule, limit_largest_n(rule.kind, rule.per), w->now);
+      if (state == NO_STATE) continue;
+      uint64_t over = rule_over(&rule, state), mine = rule_over(&old, pair.when);
+      if (found && (best < mine ? over <= best : over < mine || over >= best)) continue;
+      /* In use from now on, also for a process that counted its states before: free_rules(). */
+      const uint64_t later = RULE_USED | CURRENT_VERSION(CURRENT_VERSION(w->snapshot.current) + 1);
+      if (owner < later && !atomic_compare_exchange_strong(
+                               &w->s->limiters[w->index].owners[rule_index], &owner, later))
+        continue;
+      to = (pair_t){(to.who & ~WHO_OF(0, 0, RULES - 1, 0)) | WHO_OF(0, 0, rule_index, 0), state};
+      best = over;
+      found = true;
+    }
   return to;
 }
 

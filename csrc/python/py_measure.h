@@ -44,7 +44,7 @@ static __attribute__((cold, noinline)) void measure_end(const measure_t *m, uint
                      size, 0);
 }
 
-/* A call that would block an event loop (MustAskError of cluster/loops.py) does not count: it is made again in a
+/* A call that would block an event loop (MustAskError of limiters/waiting.py) does not count: it is made again in a
  * thread, and counts there. */
 static inline int measure_counts(const PyObject *result) {
   return result || !PyErr_ExceptionMatches(PyExc_BlockingIOError);

@@ -41,7 +41,7 @@ FIELDS = (
     "total_output_size",
 )
 
-# Bytes of a component's name that the segment keeps: metric.c.
+# Bytes of a component's name that the segment keeps: csrc/stats/histogram.c.
 _KEPT = len(ffi.new("fshm_metric_info *").name) // 2 - 1
 
 

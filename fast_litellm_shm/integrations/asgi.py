@@ -69,8 +69,8 @@ class RateLimitMiddleware(Middleware[App]):
     """Checks each request before ``app`` gets it. The arguments are those of :class:`Middleware`,
     and:
 
-    root_path: where the application says itself that it is mounted; default: what the server says,
-    and ``FastAPI(root_path=...)``.
+    root_path: the mount point, for an application that sets it itself; default: what the server
+    says, and ``FastAPI(root_path=...)``.
     websockets: whether handshakes are checked too; an accepted websocket holds its permit until its
     application has ended.
     in_flight_cancel: cancel the application when the client of a request that holds a permit of

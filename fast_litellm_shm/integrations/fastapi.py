@@ -80,9 +80,9 @@ class RateLimit:
     exempt, dry_run, segment, on_error, on_cost_error, cluster: as in the middleware.
 
     FastAPI adds the headers of a dependency only to responses that it makes itself: a route that
-    returns a Response of its own has none of them, and is limited all the same. Of a websocket the
-    handshake is limited: it is refused with the same 429 where the server can answer one, else
-    closed with code 1013.
+    returns a Response of its own has no such headers, but is limited all the same. For a websocket,
+    the handshake is limited. If it is refused, it gets the same 429 if the server can answer a
+    handshake so, else it is closed with code 1013.
 
     Raises ValueError or TypeError for bad arguments, SegmentError where there is no segment,
     ImportError where a cluster is named and the library for it is missing.

@@ -58,8 +58,8 @@ class RateLimitMiddleware(Middleware[App]):
     A refused request is answered with 429 (or 503) and a JSON body. The result of a check is in
     ``environ["fast_litellm_shm.rate_limit"]``, an :class:`Outcome`. A permit is held until the
     server closes the response body, which it does also when the client has gone. With a cluster, a
-    request may wait for the server, at most as long as the cluster's timeout. Safe before and
-    after a fork.
+    request may wait for the server: see "Over many hosts" in ``docs/web.md``. Safe before and after
+    a fork.
     """
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:

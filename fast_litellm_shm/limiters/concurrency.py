@@ -27,7 +27,8 @@ from fast_litellm_shm.limiters.waiting import (
 
 
 class ConcurrencyLimiter:
-    """At most ``max_in_flight`` permits for each key, over all processes of the host together.
+    """Grants at most ``max_in_flight`` permits for each key, over all processes of the host
+    together.
 
     max_in_flight: 1 .. 100,000. name: processes that use the same name share; the last process that
     sets max_in_flight sets it for all. segment: default ``Segment.default()``.
@@ -37,9 +38,10 @@ class ConcurrencyLimiter:
     False: this host alone; default: what FAST_LITELLM_SHM_CLUSTER says, else this host alone. See
     ``docs/cluster.md``.
 
-    A permit belongs to its process. The permits of a process that was killed or has crashed are
-    free again: at once for a call that finds no other, within a second for a waiter. A process that
-    is stopped keeps its permits. Each permit takes one key's room in the segment.
+    A permit belongs to its process. When a process is killed or crashes, its permits are free
+    again: at once for a call that finds no other permit, within a second for a call that waits. A
+    process that is stopped keeps its permits. Each permit takes one slot of the segment, like a key
+    of one limit.
 
     Raises ValueError or TypeError for bad arguments, SegmentFullError where the process table (256)
     is full.
@@ -103,10 +105,10 @@ class ConcurrencyLimiter:
         return self._states.in_flight(key_bytes(key))
 
     def wait(self, key: str | bytes, timeout: float | None = None) -> Permit:
-        """acquire(), waiting for a permit at most ``timeout`` seconds; false when there was none.
+        """acquire(), but waits for a permit, at most ``timeout`` seconds; false if it got none.
 
-        Sleeps in the kernel (futex). A release wakes waiters in order of arrival; a caller that
-        comes just then may be faster. Looks for dead holders once a second.
+        Sleeps in the kernel (futex). A release wakes the waiters in the order in which they came. A
+        new caller may still take the permit first. Looks for dead holders once a second.
         """
         return self.acquire(key) or run(self._wait(BLOCKING, key, timeout))
 

@@ -33,8 +33,8 @@ def limited(
     seconds a call may wait for its turn; 0: not at all, None: without an end.
 
     The function is called only when admitted. Otherwise the call raises RateLimitExceeded and
-    consumes nothing. Exceptions of key and cost pass through. A generator is limited where it is
-    made, not where it is read.
+    consumes nothing. Exceptions of key and cost pass through. A generator function is limited when
+    it is called, not while its values are read.
     """
     if not isinstance(limiter, RateLimiter):
         raise TypeError(f"limited: limiter must be a RateLimiter, not {limiter!r}")

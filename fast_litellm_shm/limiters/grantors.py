@@ -55,21 +55,23 @@ def ns_until(deadline: int) -> int:
 
 
 class Rates:
-    """Grants what a RateLimiter, ``limiter``, asks for beside the native calls. (It holds no
-    limiter, so a limiter of this host is in no garbage cycle.)"""
+    """Grants what a RateLimiter asks for beside the native calls. Each method gets the limiter as
+    an argument: an object that held the limiter would make a reference cycle."""
 
     def acquire_many(
         self, limiter: SharedLimits, keys: tuple[Key, ...], costs: int | list[int], out: Answers
     ) -> None:
-        """acquire() for each key. out: of 1, 8 and 8 bytes for each, to be filled."""
+        """acquire() for each key. out: three arrays to be filled, with 1, 8 and 8 bytes for each
+        key."""
         acquire_many(limiter, keys, costs, *out)
 
     def reserve(
         self, waits: Waits, limiter: SharedLimits, key: Key, cost: Cost, deadline: int
     ) -> Steps[tuple[Decision, int, Reservation | None]]:
-        """One step of a wait: the decision, ns to sleep, and what is reserved until then. After the
-        sleep an admitted decision is the caller's (it was charged ahead), a denied one is to be
-        asked again. 0 ns: it is final. deadline: of time.monotonic_ns()."""
+        """One step of a wait. Returns the decision, how many ns to sleep, and what is reserved
+        until then. If the decision is admitted, the caller is admitted after the sleep (it was
+        charged ahead). If it is denied, ask again after the sleep. 0 ns: the decision is final.
+        deadline: of time.monotonic_ns()."""
         yield from ()
         left = ns_until(deadline)
         decision, pause, reserved = reserve(limiter, key, cost, min(left, _FOREVER))
@@ -104,8 +106,8 @@ class Permits:
 
 class Quotas:
     """Grants what a Quota, or a rule for web requests, asks for: rates and calls in flight,
-    admitted together. tail: after each key, where quotas of one name differ in their numbers (the
-    plugin for LiteLLM)."""
+    admitted together. tail: bytes that are added to each key; for quotas of one name with different
+    numbers (the plugin for LiteLLM)."""
 
     may_wait = False  # whether admit() may have to wait for a server
 
@@ -142,12 +144,13 @@ class Quotas:
         return self._states.in_flight(self._raw(key))
 
     def left(self, key: Key, *, ask: bool = False) -> tuple[int, ...]:
-        """Tokens left of each rate. ask: a server, where this host does not know."""
+        """Tokens left of each rate. ask: if this host does not know, ask the server."""
         return self._shared.remaining(key)
 
     def of_limit(self, key: Key, decision: Decision) -> tuple[int, float]:
-        """``remaining`` and ``reset_after`` of the limit that the decision names alone. (The
-        decision's own are the least and the longest of all its limits.)"""
+        """``remaining`` and ``reset_after`` of one limit, the one that the decision names. (The
+        decision itself has the least ``remaining`` and the longest ``reset_after`` of all
+        limits.)"""
         index = decision.limit_index
         if decision.allowed:
             return decision.remaining, self._states.known(self._raw(key))[1][index] / 1e9
@@ -156,7 +159,7 @@ class Quotas:
 
 
 class Grantor:
-    """The segment of this host. A grantor of another kind overrides what it does otherwise.
+    """The segment of this host. A grantor of another kind overrides the methods that differ.
     argument: the ``cluster=`` of a limiter that is unpickled."""
 
     def __init__(self, argument: Replayed = None) -> None:
@@ -170,7 +173,8 @@ class Grantor:
         return Permits(InnerLimits((limit,), **given))
 
     def quota(self, limits: Limits, *, settles: bool = True, **given: Any) -> Quotas:
-        """settles: of_limit() is not called; else settle() and left() are not."""
+        """settles: True: of_limit() is never called. False: settle() and left() are never
+        called."""
         return Quotas(InnerLimits(limits, **given))
 
     def longest_name(self, limits: Limits) -> int:

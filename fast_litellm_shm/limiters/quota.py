@@ -69,7 +69,7 @@ class Admission:
 
     @property
     def released(self) -> bool:
-        """Whether it was admitted, and is over."""
+        """True: the call was admitted, and its permit has been released."""
         return self.allowed and self._released
 
     @property
@@ -78,9 +78,10 @@ class Admission:
         return "Request allowed" if self.allowed else self._quota._limit_name(self._permit)
 
     def settle(self, tokens: int) -> None:
-        """Settle the actual number of tokens. Those beyond the estimate are charged, into debt if
-        need be, which the next requests wait out. Unused ones are given back, as long as their
-        minute lasts. It can be called again, with a later number."""
+        """Settle the actual number of tokens. Tokens beyond the estimate are charged. If they
+        exceed the limit, the key is in debt, and its next requests are denied until the debt is
+        paid. Unused tokens are given back, as long as their minute lasts. It can be called again,
+        with a later number."""
         _check_tokens("settle", tokens)
         if self.allowed and tokens != self._charged and self._quota._tpm >= 0:
             quota = self._quota
@@ -97,8 +98,8 @@ class Admission:
             self._requests += 1
 
     def cancel(self) -> None:
-        """The call will not be made: give back the permit, and the request and the tokens, as long
-        as their minute lasts. Harmless after a release, and twice."""
+        """The call will not be made: give back the permit, and (as long as their minute lasts) the
+        request and the tokens. After a release, or a second time, it does no harm."""
         if self._released:
             return
         try:
@@ -110,8 +111,8 @@ class Admission:
             self.release()
 
     def release(self) -> bool:
-        """The call is over: give the permit back. Twice is harmless. False: there was none to give
-        back any more."""
+        """The call is over: give the permit back. A second call does no harm. False: there was no
+        permit left to give back."""
         if self._released:
             return False
         given_back = self._permit.release()
@@ -228,7 +229,7 @@ class Quota:
         return self._admit(key, tokens, 1)
 
     def _admit(self, key: str | bytes, tokens: int, requests: int) -> Admission:
-        """The same, of a call that counts as so many requests, and one permit."""
+        """The same, for a call that counts as ``requests`` requests and takes one permit."""
         permit = self._grantor.admit(key, self._costs(tokens, requests))
         return Admission(self, key, permit, tokens, requests)
 
@@ -260,13 +261,14 @@ class Quota:
         return out
 
     def _left(self, key: str | bytes, ask: bool = False) -> dict[str, int]:
-        """remaining() without max_parallel, whose permits must be counted. ask: the server, where
-        this host does not know; else it is what the server has last said."""
+        """remaining() without max_parallel, for which the permits would have to be counted. ask: if
+        this host does not know, ask the server; else use what the server said last."""
         self._check_kinds()  # or the numbers would be those of other limits
         return dict(zip(self._names, self._grantor.left(key, ask=ask), strict=False))
 
     def _check_kinds(self) -> None:
-        """Of the limits in force: when they change, they are another tuple."""
+        """Check the kinds of the limits in force, and remember these limits: when the limits
+        change, they are another tuple."""
         found = self._grantor.limits
         if len(found) != len(self._names):
             raise exceptions.SegmentError(
@@ -276,7 +278,7 @@ class Quota:
         self._checked = found
 
     def _costs(self, tokens: int, requests: int = 1) -> tuple[int, ...]:
-        """One for each limit, of limits of these kinds."""
+        """The costs, one for each limit, in the order of these kinds."""
         if self._grantor.limits is not self._checked:
             self._check_kinds()
         return self._numbers(tokens, requests)

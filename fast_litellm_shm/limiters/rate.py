@@ -100,13 +100,14 @@ class RateLimiter(SharedLimits):
 
     def block(self, key: str | bytes, seconds: float) -> None:
         """Deny the key for so many seconds, for all processes: for an upstream that answers
-        ``Retry-After``. Of several blocks, the one that ends last counts. Then one token fits, and
-        the rest flows back at the limit's rate. ``reset(key)`` ends it. A block is
-        kept as consumed tokens, so a change of the limits changes how long it lasts: give a limiter
-        that is for blocking limits of its own.
+        ``Retry-After``. Of several blocks, the one that ends last counts. When the block ends, one
+        token fits, and the other tokens come back at the limit's rate. ``reset(key)`` ends it. A
+        block is stored as consumed tokens, so a change of the limits changes how long it lasts. If
+        that matters, block keys by a separate limiter whose limits never change.
 
-        seconds: 0 .. 416 days. Windows stay as they are. Raises ValueError: none of the limits is a
-        TokenBucket; SegmentFullError: there is no room for the key, whatever ``on_full`` says.
+        seconds: 0 .. 416 days. Windows stay as they are. Raises ValueError if none of the limits is
+        a TokenBucket, and SegmentFullError if there is no room for the key, whatever ``on_full``
+        says.
         """
         raw = key_bytes(key)
         if not isinstance(seconds, (int, float)) or isinstance(seconds, bool):
@@ -145,18 +146,19 @@ class RateLimiter(SharedLimits):
     def wait(self, key: str | bytes, cost: Cost = 1, timeout: float | None = None) -> Decision:
         """Block until admitted; at most ``timeout`` seconds.
 
-        On token buckets the waiter reserves its instant at once, so waiters are served in order,
-        and sleeps until then. Denied at once where its turn would come after the deadline, or
-        never. An interrupt gives the reservation back, if no other has been made after it. With a
-        window, and over many hosts, it sleeps until there is room and tries again.
+        With token buckets, the waiter reserves its turn at once and sleeps until then, so waiters
+        are served in order. If its turn would come after the deadline, or never, it is denied at
+        once. An interrupt gives the reservation back, unless another one has been made after it.
+        With a window, and over many hosts, it sleeps until there is room and tries again.
         """
         return run(self._wait(BLOCKING, key, cost, timeout))
 
     async def wait_async(
         self, key: str | bytes, cost: Cost = 1, timeout: float | None = None
     ) -> Decision:
-        """wait() for asyncio. Cancelling it gives the reservation back, if it is the last in the
-        queue; else its instant passes unused, since those behind it keep theirs."""
+        """wait() for asyncio. If it is cancelled, it gives its reservation back, if that is the
+        last in the queue. Otherwise its turn passes unused, because the waiters behind it keep
+        their turns."""
         return await run_async(self._wait(ASYNCIO, key, cost, timeout))
 
     def _wait(

@@ -36,8 +36,8 @@ class Waits:
     """In the caller's thread."""
 
     def ask(self, call: Callable[[], T], undo: Callable[[T], object]) -> Steps[T]:
-        """What ``call()`` returns, which may wait for a server. undo: takes back what a call finds
-        whose caller was cancelled meanwhile."""
+        """What ``call()`` returns; it may wait for a server. undo: takes back the result, if the
+        caller was cancelled meanwhile."""
         yield from ()
         return call()
 
@@ -80,7 +80,7 @@ BLOCKING, ASYNCIO = Waits(), _Asyncio()
 
 
 def run(steps: Steps[T]) -> T:
-    """The call whose steps these are, over BLOCKING."""
+    """Run the steps of a call to their end, over BLOCKING, and return its result."""
     # Into a list. A StopIteration that is caught by name is in a cycle with this frame, where an
     # exception of a signal handler strikes: what was granted would be held until the next
     # collection.
@@ -96,7 +96,7 @@ def _into(out: list[T], steps: Steps[T]) -> Steps[None]:
 
 @types.coroutine
 def run_async(steps: Steps[T]) -> Steps[T]:
-    """The call whose steps these are, over ASYNCIO: to be awaited."""
+    """Run the steps of a call to their end, over ASYNCIO, and return its result."""
     return (yield from steps)
 
 
@@ -112,7 +112,7 @@ def may_wait() -> None:
 
 
 def _executor(name: str) -> ThreadPoolExecutor:
-    """Of 64 threads; calls beyond that queue up."""
+    """An executor of 64 threads; calls beyond that wait in a queue."""
     found = _executors.get(name)
     if found is None:
         from concurrent.futures import ThreadPoolExecutor
@@ -122,10 +122,10 @@ def _executor(name: str) -> ThreadPoolExecutor:
 
 
 async def off_loop(call: Callable[[], T], undo: Callable[[T], object] = lambda _: None) -> T:
-    """What ``call()`` returns. On the event loop it is answered by this host, at once. Where it
-    raises MustAskError it has done nothing yet, and is made again in a thread. A thread cannot be
-    cancelled: what it finds for a caller that was cancelled is given to ``undo``, once, which must
-    not wait."""
+    """What ``call()`` returns. It is first made on the event loop, where this host alone answers,
+    at once. If it raises MustAskError, it has done nothing yet, and is made again in a thread. A
+    thread cannot be cancelled: if its caller was cancelled meanwhile, ``undo`` gets what the thread
+    found, once. ``undo`` must not wait."""
     _this.on_loop = True
     try:
         return call()

@@ -55,7 +55,7 @@ def _check_id(connection_id: object) -> str:
 
 
 class SimpleConnectionPool(PoolCore):
-    """A limit on the connections to each endpoint, and in all, over all workers together.
+    """Limits the connections to each endpoint, and of the pool in all, over all workers together.
 
     pool_name: pools of one name share their limits in all processes, also of unrelated programs of
     the same user. max_per_endpoint, max_total: 1 .. 100,000; idle connections count. idle_timeout:
@@ -64,8 +64,8 @@ class SimpleConnectionPool(PoolCore):
     FAST_LITELLM_POOL_IDLE_TIMEOUT; or ``max_connections_per_endpoint``, ``max_total_connections``
     and ``idle_timeout_seconds`` in the file that FAST_LITELLM_FEATURE_CONFIG names.
 
-    A connection belongs to the process that opened it; no other process uses it. Those of a dead
-    process do not count. A forked child begins without connections. Ids are never used again.
+    A connection belongs to the process that opened it; no other process uses it. Connections of a
+    dead process do not count. A forked child begins without connections. Ids are never used again.
 
     :meth:`bind` gives each id a real connection object.
     """
@@ -198,8 +198,8 @@ class SimpleConnectionPool(PoolCore):
         PermitTimeoutError. A connection whose block raised is closed, since its state is unknown.
         As a decorator, it holds a connection during each call of the function.
 
-        An exception from a signal handler never leaks a connection here, at whatever point it
-        strikes. It can with get_connection(): before the caller has the id."""
+        An exception from a signal handler never leaks a connection here, wherever it is raised.
+        With get_connection() it can: if it is raised before the caller has the id."""
         return self._use(endpoint, timeout)
 
     def connection_async(self, endpoint: str, timeout: float | None = 0) -> _AsyncUse:

@@ -486,8 +486,39 @@ static void test_undo_by_changed_limits(void) {
   }
 }
 
+/* Sixteen rules have states, and the one to be given up has a debt of more tokens than any other rule can hold. */
+static void test_a_debt_that_no_window_holds(void) {
+  fshm_segment *s = fresh_segment(1000);
+  const uint64_t second = UINT64_C(1000000000), now = 3600 * second;
+  const fshm_limit slow = {1, second, 1, FSHM_BUCKET, 0};
+  fshm_limiter *l;
+  fshm_decision d;
+  uint64_t cost = UINT64_C(1) << 24;
+  CHECK_EQ(fshm_limiter_open_at(s, "a", 1, &slow, 1, now, &l), FSHM_OK);
+  fshm_apply(l, FSHM_CHARGE, "debtor", 6, &cost, 0, now, &d);
+  CHECK_EQ(d.status, FSHM_ALLOWED);
+  fshm_limiter_close(l);
+  for (uint64_t i = 0; i < 64; i++) {
+    const fshm_limit window = {5, second + i * second / 100, 0, FSHM_SLIDING, 0};
+    CHECK_EQ(fshm_limiter_open_at(s, "a", 1, &window, 1, now, &l), FSHM_OK);
+    cost = 20;
+    for (int key = 0; key < 3; key++) { /* more states than the debtor's rule has */
+      char name[16];
+      const int length = snprintf(name, sizeof name, "%d %d", (int)i, key);
+      fshm_apply(l, FSHM_CHARGE, name, (uint64_t)length, &cost, 0, now, &d);
+      CHECK_EQ(d.status, FSHM_ALLOWED);
+    }
+    cost = 1;
+    fshm_apply(l, FSHM_ACQUIRE, "debtor", 6, &cost, 0, now, &d);
+    CHECK_EQ(d.status, FSHM_DENIED);
+    fshm_limiter_close(l);
+  }
+  fshm_close(s);
+}
+
 int main(void) {
   test_versions();
+  test_a_debt_that_no_window_holds();
   test_arguments();
   test_table_full();
   test_many_change_and_read();

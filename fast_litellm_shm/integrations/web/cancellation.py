@@ -16,9 +16,9 @@ _EACH = 1024  # bytes that a message counts for beside its body
 
 
 class ReadAhead:
-    """Receives messages before the application does, so that it learns that the client has gone
-    where the application does not listen. It stops at 64 KiB that the application has not yet
-    received."""
+    """Receives messages before the application does. So it learns that the client has gone, even if
+    the application does not call receive(). It stops when 64 KiB are waiting for the
+    application."""
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
@@ -71,9 +71,9 @@ async def run_cancellable(
     cancel: bool,
     seconds: float | None,
 ) -> bool:
-    """Run the application. Cancel it when its client has gone (with ``cancel``) or so many seconds
-    have passed, if it is still ``busy``: its response has not been sent. False: its time was up.
-    Returns when the application has ended, however long that takes."""
+    """Run the application. Cancel it when its client has gone (with ``cancel``), or when
+    ``seconds`` have passed, if it is still ``busy``: its response has not been sent to the end.
+    False: its time was up. Returns when the application has ended, however long that takes."""
     ahead = ReadAhead(receive) if cancel else None
     running = asyncio.ensure_future(app(receive if ahead is None else ahead.receive))
     tasks = [running]

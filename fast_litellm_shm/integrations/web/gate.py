@@ -61,7 +61,7 @@ class _Opened:
         return self._outcome(key, await self._grantor.admit_async(key, self._costs(cost)))
 
     def _costs(self, cost: Cost) -> Cost:
-        """With one for the permit."""
+        """The costs, with one more for the permit."""
         if isinstance(cost, tuple) and self.rule.in_flight is not None:
             return (*cost, 1)
         return cost
@@ -72,9 +72,9 @@ class _Opened:
         return Outcome(self.rule, key, permit, *described, not decision.allowed, left)
 
     def _left(self, key: str | bytes, decision: Decision, count: int) -> tuple[int, float]:
-        """Of the limit that the decision names: what is left, and seconds until that is all.
-        A decision itself tells the least and the longest of all its limits, so where there are
-        several it is looked up, by what this host knows."""
+        """Of the limit that the decision names: what is left, and the seconds until nothing of it
+        is used. A decision itself has the least and the longest of all its limits. So if there are
+        several limits, these numbers are looked up, from what this host knows."""
         count -= self.rule.in_flight is not None
         if count < 2 or decision.limit_index >= count or self.rule.dry_run:
             return decision.remaining, decision.reset_after
@@ -140,7 +140,7 @@ class Gate:
         return self._check(request, may_await=True)
 
     async def _check(self, request: Request, may_await: bool) -> Outcome | None:
-        """may_await: else nothing here suspends, so that check() can run it without an event
+        """may_await: if False, nothing here suspends, so that check() can run it without an event
         loop."""
         if self._refuses is not None and len(request.readings.routed) > 1:
             return Outcome(self._refuses, "", None, (), "", True, error_status=400)
@@ -205,8 +205,8 @@ class Gate:
         return outcome
 
     def _find(self, request: Request) -> list[_Opened]:
-        """The first rule that matches each path by which the request may be routed; and before it
-        the rules with limits that match another name of that path."""
+        """For each path by which the request may be routed: the first rule that matches it, and the
+        rules with limits before it that match another name of that path."""
         routed, aliases = request.readings.routed, request.readings.aliases
         found = []
         for rule, opened in self._rules:
@@ -223,7 +223,8 @@ class Gate:
         return found
 
     def _refuses_cost(self, rule: Rule, error: Exception) -> bool:
-        """A cost function raised, or returned what is no cost. Is the request refused?"""
+        """A cost function raised, or returned a value that cannot be a cost. Is the request
+        refused?"""
         denied = self._on_cost_error == "deny"
         shown = "are refused" if denied else "count as 1, for the client's address"
         self._log.failure(

@@ -1,7 +1,7 @@
 """Key functions: whom a request counts for.
 
-A key function takes a :class:`Request` and returns a ``str`` or ``bytes``; or None, and the request
-is not limited, by later rules neither. In ASGI it may be ``async``.
+A key function takes a :class:`Request` and returns a ``str`` or ``bytes``; or None: then the
+request is not limited, not even by later rules. In ASGI it may be ``async``.
 """
 
 from __future__ import annotations
@@ -73,22 +73,22 @@ def _prefix(function: str, bits: int) -> int:
 
 
 def client_address(request: Request) -> str:
-    """The address of the connection's peer; of IPv6 its /64, since one client has many addresses.
-    (:func:`client_network` takes another length.)
+    """The address of the connection's peer; for an IPv6 address its /64, because one client has
+    many addresses. (:func:`client_network` takes another length.)
 
     Behind a proxy, the peer is the proxy, and all its clients count as one: use
     :func:`forwarded_for` with the addresses of your proxies. Some servers can set the client's
     address themselves, from the same addresses (``uvicorn --forwarded-allow-ips 10.0.0.5``). Never
-    give them ``*``: a client may then write any address into ``X-Forwarded-For``. Where the server
-    knows no address, on a Unix socket, all clients count as ``unknown``.
+    give them ``*``: a client may then write any address into ``X-Forwarded-For``. If the server
+    knows no address (on a Unix socket), all clients count as ``unknown``.
     """
     return _connected(request, _IPV6_PREFIX)
 
 
 def client_network(*, ipv6_prefix: int) -> Callable[[Request], str]:
-    """A key function: as :func:`client_address`, with so many bits of an IPv6 address. An
-    organization or a tunnel commonly has a /48, which is 65,536 of /64. A second limit by /48 stops
-    a client that uses them in turn; give it room for many clients."""
+    """A key function: as :func:`client_address`, but with ``ipv6_prefix`` bits of an IPv6 address.
+    An organization or a tunnel commonly has a /48, that is 65,536 networks of /64. A second limit,
+    by /48, stops a client that uses them in turn. Make it large enough for many clients."""
     bits = _prefix("client_network", ipv6_prefix)
     return lambda request: _connected(request, bits)
 
@@ -120,8 +120,8 @@ def forwarded_for(
     from one of them is ignored. A hop that is no address, such as ``unknown``, counts for the proxy
     that wrote it.
 
-    Or a number of proxies, 1 or more, that every request passes: then the client's address is that
-    many from the right. A client that reaches the application without them writes the header
+    Or a number of proxies, 1 or more, that every request passes. With 2, the client's address is
+    the second from the right. A client that reaches the application without them writes the header
     itself: prefer addresses.
 
     name: the header that your proxies write: ``X-Forwarded-For``, one of the same format, or
@@ -246,10 +246,10 @@ def header(
     """A key function: the value of a header, such as an API key.
 
     secret: 16 bytes or more, the same in all workers and hosts. The segment, which ``fast-shm
-    inspect`` and exports show, then has a keyed hash of the value (128 bits of BLAKE2). hashed: it
-    has a hash; without a secret, a reader of the hash can try out guesses. missing: the key
-    function of requests without the header. A header of several lines (ASGI) counts for the
-    client's address: frameworks read one of them, not always the same.
+    inspect`` and exports show, then has a keyed hash of the value (128 bits of BLAKE2). hashed: the
+    same without a secret; a reader of such a hash can try out guesses. missing: the key function of
+    requests without the header. A request that has several lines of the header (ASGI) counts for
+    the client's address, because each framework reads one of them, and not all read the same one.
 
     Use it only for headers that are checked before the limit: a client that may send any value gets
     a fresh limit with each. For API keys that your own code checks, see "Keys" in docs/web.md.

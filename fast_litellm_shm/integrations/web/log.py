@@ -1,5 +1,5 @@
-"""Log: what a gate logs. Clients can cause these lines at will, and choose what is in them: so each
-kind of line is written once in a while, and cut."""
+"""Log: what a gate logs. Clients can cause these lines at will, and choose what is in them. So each
+kind of line is written at most once in some seconds, and long values are cut."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ MARK = "fast_litellm_shm.rate_limit"  # in the ASGI scope or the WSGI environ: t
 
 
 class _Admission(Protocol):
-    """What a limiter returns: a decision, and perhaps a permit, without which it is false."""
+    """What a limiter returns: a decision and, if the rule has ``in_flight``, a permit. It is false
+    if that permit is missing."""
 
     @property
     def decision(self) -> Decision: ...
@@ -105,7 +106,7 @@ class Outcome:
         return self.rule.busy_status if isinstance(self.decision.limit, InFlight) else 429
 
     def headers(self) -> responses.Headers:
-        """For the response, from the application or not."""
+        """The headers for the response, whether the application or the middleware made it."""
         if self.rule.dry_run:
             return [("X-RateLimit-Dry-Run", "denied")] if self.denied else []
         retry = self.retry_after if self.denied else None
@@ -121,8 +122,8 @@ class Outcome:
         return found + retry_fields
 
     def headers_beside(self, present: Iterable[str]) -> responses.Headers:
-        """The headers to add to a response that has those in ``present``. Those stand, and only
-        lists are continued, which an inner middleware may have begun."""
+        """The headers to add to a response that has those in ``present``. Headers that are present
+        stay as they are. Only lists get more elements: an inner middleware may have begun them."""
         names = {name.lower() for name in present}
         return [
             (name, value)
@@ -158,9 +159,9 @@ class Outcome:
 
 
 def combined(outcomes: list[Outcome], failed: bool = False) -> Outcome | None:
-    """One outcome for a request that counts under several rules: that of the rule which denied it,
-    else the first. If the request is refused, or could not be checked to the end (failed), all
-    permits are released; what was consumed stays consumed."""
+    """One outcome for a request that counts under several rules: the outcome of the rule that
+    denied it, else the first one. If the request is refused, or could not be checked to the end
+    (failed), all permits are released. What was consumed stays consumed."""
     if not outcomes:
         return None
     shown = next((each for each in reversed(outcomes) if each.denied), outcomes[0])

@@ -1,4 +1,5 @@
-"""PathPattern: ``/users/{id}/*``, matched in a time that grows with the length of the path alone.
+"""PathPattern: ``/users/{id}/*``, matched in a time that grows in proportion to the length of the
+path.
 
 A client chooses the path, and a regular expression that backtracks takes the square of its length:
 ``*{a}-{b}*`` took 12 s for 20,000 characters. So a pattern runs as an automaton with all its states

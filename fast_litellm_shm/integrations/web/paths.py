@@ -84,8 +84,9 @@ def _below(path: str, mount: str) -> list[str]:
 
 
 def _spellings(path: str) -> list[str]:
-    """The path, and what frameworks make of it: after each step alone, and after each with those
-    before it. No known framework makes the last ones, but a proxy or server may."""
+    """The path, and what frameworks make of it: after each step alone, and after each step together
+    with the steps before it. No known framework combines steps, but a proxy or server before it
+    may."""
     if not _ODD.search(path):
         return [path]
     found, whole = [path], path

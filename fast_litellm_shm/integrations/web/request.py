@@ -12,7 +12,8 @@ _WITHOUT_PREFIX = ("CONTENT_TYPE", "CONTENT_LENGTH")  # of the headers in a WSGI
 
 
 def _verb(said: str) -> str:
-    """A client may send a method WEBSOCKET: rules for websockets must not match it."""
+    """The method, but never ``WEBSOCKET``: a client may send that word as its method, and rules for
+    websockets must not match it."""
     found = said.upper()
     return found.lower() if found == _SOCKET else found
 
@@ -55,8 +56,8 @@ class Request:
 
 
 class AsgiRequest(Request):
-    """Of a scope of type ``http`` or ``websocket``. root_path: of an inner application, which sets
-    it itself."""
+    """Of a scope of type ``http`` or ``websocket``. root_path: given where an inner application
+    sets it itself."""
 
     __slots__ = ("_headers",)
 

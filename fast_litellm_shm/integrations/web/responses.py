@@ -64,7 +64,7 @@ def policy(names: Iterable[str], found: Iterable[LimitSpec | InFlight]) -> str:
 
 
 def seconds(value: float) -> int:
-    """In whole seconds, rounded up, at least 1: a client must not retry too early."""
+    """Whole seconds, rounded up, at least 1: a client must not retry too early."""
     return max(math.ceil(value), 1)
 
 

@@ -57,8 +57,9 @@ class Rule:
     limited**: the rules after this one are not checked either.
     cost: what a request consumes, 0 or more; or a tuple with one cost for each limit; or a function
     of the request that returns either.
-    in_flight: how many requests of a key may be in flight, until their bodies are sent; it counts
-    as one limit. busy_status: the status of requests beyond that, 429 or 503.
+    in_flight: how many requests of a key may be in flight at the same time; a request is in flight
+    until its body is sent. It counts as one limit. busy_status: the status of requests beyond that,
+    429 or 503.
     exempt: keys that are not limited, as the key function returns them.
     dry_run: count and log, but refuse no request.
     name: names the limits in the segment and in the headers; printable ASCII; default: the methods
