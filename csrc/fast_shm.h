@@ -512,4 +512,33 @@ int64_t fshm_deployment_pick(fshm_segment *segment, uint32_t strategy, const uin
 
 /* [cdef end] */
 
+/* Former names ------------------------------------------------------------------------------ */
+/* For programs that were written against them. Fields that have another name now: fshm_limiter_info.counters
+ * (tally), fshm_process_info.outage (away), fshm_permit.slot and wakeup (cell, bell), fshm_permit_info.number and
+ * table_slot (slot, cell), fshm_permit_lease.leased and reported (allowance, told), fshm_memo_info.entries (places),
+ * fshm_request.incarnation (generation). */
+#define FSHM_TALLIES FSHM_COUNTERS
+#define fshm_tally fshm_counters
+#define fshm_tally_all fshm_counters_all
+#define FSHM_DAMAGE_CELL FSHM_DAMAGE_SLOT
+#define FSHM_WALLET FSHM_LEASE
+#define fshm_live_cells fshm_live_slots
+#define fshm_peek_cell fshm_peek_slot
+#define fshm_allowance fshm_permit_lease
+#define fshm_allowance_admit fshm_permit_lease_admit
+#define FSHM_ALLOWANCE_BITS FSHM_PERMIT_LEASE_BITS
+#define fshm_allowance_look fshm_permit_lease_look
+#define fshm_allowance_lower fshm_permit_lease_lower
+#define fshm_allowance_put fshm_permit_lease_put
+#define fshm_flight fshm_request
+#define fshm_flight_begin fshm_request_begin
+#define fshm_flight_end fshm_request_end
+#define fshm_lease fshm_token_lease
+#define fshm_wallet_look fshm_token_lease_look
+#define fshm_wallet_put fshm_token_lease_put
+#define fshm_wallet_refuse fshm_token_lease_refuse
+#define fshm_bell_arm fshm_wakeup_arm
+#define fshm_bell_ring fshm_wakeup_send
+#define fshm_bell_wait fshm_wakeup_wait
+
 #endif
