@@ -86,7 +86,7 @@ def test_rates_of_several_processes(puppets: list[Puppet], segment: Segment) -> 
     assert "-c" in (workers[one.pid].command or "")
     limiters = {limiter.name: limiter for limiter in third.limiters}
     assert (limiters["chat"].rate, limiters["chat"].denied_rate) == (3.5, 1.0)
-    assert (limiters["wide"].limits, limiters["wide"].keys) == ("1000000/3600s", 2)
+    assert (limiters["wide"].limits, limiters["wide"].keys) == ("1000000/3600000s", 2)
 
 
 def test_everything_else(puppets: list[Puppet], segment: Segment) -> None:

@@ -17,7 +17,7 @@ from fast_litellm_shm import SimpleConnectionPool, Window
 
 segment = Segment(sys.argv[1])
 chat = RateLimiter(Window(10, 3600), name="chat", segment=segment)
-wide = RateLimiter(Limit(1_000_000, 3600), name="wide", segment=segment)
+wide = RateLimiter(Limit(1_000_000, 3_600_000), name="wide", segment=segment)
 gpu = ConcurrencyLimiter(3, name="gpu", segment=segment)
 pool = SimpleConnectionPool("web", segment=segment)
 router = AdvancedRouter("least_busy", segment=segment)
