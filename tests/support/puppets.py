@@ -54,8 +54,8 @@ for line in sys.stdin:
 
 
 class Puppet:
-    """One process, attached to a segment. Limiters: chat (a window of 10 an hour), wide (a million in
-    1,000 hours), gpu (3 permits); pool web; a router; a memo."""
+    """One process, attached to a segment. Limiters: chat (a window of 10 an hour), wide (a million
+    in 1,000 hours), gpu (3 permits); pool web; a router; a memo."""
 
     def __init__(self, segment: str) -> None:
         self._process = subprocess.Popen(
