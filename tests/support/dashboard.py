@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -55,6 +56,8 @@ class Dashboard:
     def said(self) -> str:
         """The next line on its stderr, which is then not in ``errors``."""
         assert self._process.stderr is not None
+        if not select.select([self._process.stderr], [], [], PATIENCE)[0]:
+            raise AssertionError("it says nothing")
         return self._process.stderr.readline()
 
     def end(self) -> int:
