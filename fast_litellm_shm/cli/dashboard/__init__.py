@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     config = uvicorn.Config(
         make_app(poller, args.allow_host),
         backlog=_BACKLOG,
-        loop="asyncio",  # uvloop closes a connection that it has no descriptor for, and says nothing
+        loop="asyncio",  # uvloop says nothing when it has no descriptor for a connection
         log_level="warning",
         access_log=False,
         server_header=False,
