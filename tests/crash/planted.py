@@ -213,7 +213,7 @@ FAULTS = [
     Fault(
         "a leader that is not asked whether it lives",
         "core/leader.c",
-        (("word && process_alive(s, process) ? process", "word ? slot"),),
+        (("word && process_alive(s, process) ? process", "word ? process"),),
         "lead-after-dead",
         "somebody leads at the beginning",
     ),
