@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import pytest
 from integrations.httpx.server import UpstreamServer, upstream_server
 
-import httpx
 from fast_litellm_shm import Limit, RateLimiter, RateLimitExceeded, Segment, Window
 from fast_litellm_shm.integrations.httpx import (
     AsyncSharedLimitTransport,
