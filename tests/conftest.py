@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +19,11 @@ from fast_litellm_shm.routing import router as routing
 
 # eventlet imports dnspython, that imports trio where it is installed, and that cannot be patched.
 os.environ["EVENTLET_NO_GREENDNS"] = "yes"
+
+# A shell without job control starts background jobs with SIGINT ignored, and children inherit that:
+# tests of Ctrl-C would wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SETTINGS = (
     "FAST_LITELLM_SHM_NAME",
