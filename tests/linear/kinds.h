@@ -300,7 +300,8 @@ static void draw_history(const kind_t *k, fshm_limiter *const *limiters, uint64_
     draw_op(k, limits, &h->ops[TESTER][h->count[TESTER]++], k->before, false);
   /* Many lanes, or long ones: the search grows with both. */
   uint32_t changes = 0;
-  uint32_t most = arena->workers == 4 || k->keys > 2 || k->count > 2 ? 6 : 8;
+  bool several = k->changes && h->limits > 1;
+  uint32_t most = several || arena->workers == 4 || k->keys > 2 || k->count > 2 ? 6 : 8;
   for (uint32_t lane = 0; lane < arena->workers; lane++) {
     h->count[lane] = 4 + (uint32_t)random_below(most - 3);
     if (k->sweeps) h->count[lane] = 2 + (uint32_t)random_below(2); /* each row is many steps */
@@ -309,6 +310,7 @@ static void draw_history(const kind_t *k, fshm_limiter *const *limiters, uint64_
       draw_op(k, limits, op, k->ops, with_time);
       if (k->changes) op->max_wait = 0;
       if (op->kind != OP_SET) continue;
+      if (several) op->times = 1 + op->times % 4;
       if (changes + op->times >= SETS / 2) op->times = 1;
       changes += op->times;
     }

@@ -56,6 +56,18 @@ static inline bool may_change(const history_t *h, const config_t *c, int lane, c
   return false;
 }
 
+/* May a process be at changing the limits now? */
+static inline bool change_begun(const history_t *h, const config_t *c) {
+  uint64_t bound = UINT64_MAX, first = UINT64_MAX;
+  for (int lane = 0; lane < LANES; lane++) {
+    if (c->at[lane] >= h->count[lane]) continue;
+    const op_t *op = &h->ops[lane][c->at[lane]];
+    if (!op_open(op)) bound = min_u64(bound, op->responded);
+    if (op->kind == OP_SET) first = min_u64(first, op->invoked);
+  }
+  return first < bound;
+}
+
 static inline bool load_limits(const history_t *h, int level, config_t *c, int lane,
                                const op_t *op) {
   bool looks = op->kind == OP_PEEK || op->kind == OP_REMAINING;
@@ -140,15 +152,23 @@ static inline bool acquire_changing(const history_t *h, int level, config_t *c, 
     }
     return false;
   }
-  /* Of two limits, the first was charged; the second had no room, or the limits have changed: that is undone, and it
-   * begins anew. */
+  /* Of two limits, the first was charged; the second had no room, or the limits have changed (or a sweep for a change
+   * has been): that is undone, and it begins anew. What it found, and what it undoes, are instants of their own: others
+   * may act in between. */
   if (branch != BACK || !level || i != 1 || c->seen_held[lane] == 2) return false;
-  if (snapshot_of(c, lane) == c->changes + 1u && fits(h, c, lane, i, *used, op->cost[i]))
-    return false;
-  c->state[which - 1] = minus(c->state[which - 1], op->cost[0]);
+  bool changed = snapshot_of(c, lane) != c->changes + 1u || change_begun(h, c);
+  if (!changed && fits(h, c, lane, i, *used, op->cost[i])) return false;
+  c->phase[lane] = UNDOING;
+  c->seen_held[lane]++;
+  return true;
+}
+
+/* What its first limit was charged is given back, whatever became of it. */
+static inline bool undo_changing(const history_t *h, config_t *c, int lane, const op_t *op) {
+  uint64_t *used = &c->state[op->key * h->limits];
+  *used = minus(*used, op->cost[0]);
   c->phase[lane] = 0;
   unpin(c, lane);
-  c->seen_held[lane]++;
   return true;
 }
 
@@ -158,7 +178,12 @@ static inline bool force_changing(const history_t *h, int level, config_t *c, in
   uint32_t i = c->phase[lane], count = h->counts[loaded(c, lane)], which = op->key * h->limits + i;
   if (branch != EFFECT && (branch != OTHERWISE || op->kind != OP_SETTLE)) return false;
   if (!op_open(op) && op->status != FSHM_ALLOWED) return false;
-  if (i >= count || i == LOOK) { /* fewer by now; or the look */
+  if (i >= count && i != LOOK) { /* fewer by now */
+    c->phase[lane] = LOOK;
+    unpin(c, lane);
+    return branch == EFFECT;
+  }
+  if (i == LOOK) {
     uint64_t used = c->state[op->key * h->limits];
     if (branch != EFFECT || !goes_by(c, level, lane, 0, used)) return false;
     return (op->kind == OP_SETTLE || told_left(h, c, lane, op, used)) && finish(c, lane);
@@ -249,6 +274,7 @@ static inline bool changing(const history_t *h, int level, config_t *c, int lane
     case OP_ACQUIRE:
     case OP_IS_ALLOWED:
     case OP_RESERVE:
+      if (c->phase[lane] == UNDOING) return branch == BACK && undo_changing(h, c, lane, op);
       return acquire_changing(h, level, c, lane, op, branch);
     case OP_CHARGE:
     case OP_REFUND:

@@ -308,6 +308,60 @@ static void test_versions(void) {
   CHECK_EQ(decided_by_old_limits(&h, &op), true);
 }
 
+/* Two limits: the first charged 3, the second found no room because of a charge; a reset took both away; 1 was charged;
+ * and the undo takes it. Without the reset, or with it after the undo, none may be missing. */
+static void test_undo_after_reset(void) {
+  history_t h = windows(12, 4);
+  h.changes = 1;
+  for (unsigned v = 0; v < VARIANTS; v++) h.counts[v] = 2;
+  op_t *both = add(&h, 0, OP_ACQUIRE, 1, 20, 3, FSHM_ALLOWED);
+  both->cost[1] = 1;
+  add(&h, 1, OP_CHARGE, 2, 3, 5, FSHM_ALLOWED)->cost[0] = 2;
+  op_t *reset = add(&h, 1, OP_RESET, 4, 5, 0, 1);
+  add(&h, 1, OP_ACQUIRE, 6, 7, 1, FSHM_ALLOWED)->cost[1] = 2;
+  left_op(&h, 30, 9);
+  op_t *left = &h.ops[TESTER][0];
+  left->remaining[1] = 1;
+  left->status = 2;
+  CHECK_EQ(verdict(&h, 0), NOT_LINEARISABLE);
+  CHECK_EQ(verdict(&h, 1), LINEARISABLE);
+  left->remaining[0] = 8; /* or nothing was undone */
+  CHECK_EQ(verdict(&h, 0), LINEARISABLE);
+  left->remaining[0] = 9;
+  h.ops[1][0].cost[1] = 1; /* the second had room: nothing to undo */
+  CHECK_EQ(verdict(&h, 1), NOT_LINEARISABLE);
+  h.ops[1][0].cost[1] = 5;
+  reset->kind = OP_REMAINING; /* nothing was taken away */
+  reset->status = 2;
+  reset->remaining[0] = 10, reset->remaining[1] = 0;
+  CHECK_EQ(verdict(&h, 1), NOT_LINEARISABLE);
+}
+
+/* Charged in the first limit; then there is one limit only, for a while: the second is not charged. */
+static void test_charge_of_fewer(void) {
+  history_t h = windows(6, 3);
+  h.changes = 1;
+  for (unsigned v = 0; v < VARIANTS; v++) h.counts[v] = v == 1 ? 1 : 2;
+  add(&h, 0, OP_CHARGE, 1, 20, 2, FSHM_ALLOWED);
+  op_t *before = add(&h, 1, OP_REMAINING, 2, 3, 0, 2);
+  before->remaining[0] = 4, before->remaining[1] = 3;
+  for (uint8_t v = 1; v < 3; v++) {
+    op_t *set = add(&h, 1, OP_SET, v * UINT64_C(5), v * UINT64_C(5) + 1, 0, FSHM_OK);
+    set->who = v;
+    set->times = 1;
+  }
+  left_op(&h, 30, 4);
+  op_t *left = &h.ops[TESTER][0];
+  left->status = 2;
+  left->remaining[1] = 3;
+  CHECK_EQ(verdict(&h, 0), LINEARISABLE);
+  left->remaining[1] = 1;
+  CHECK_EQ(verdict(&h, 0), LINEARISABLE);
+  left->remaining[1] = 3;
+  h.ops[0][0].responded = 4;
+  CHECK_EQ(verdict(&h, 1), NOT_LINEARISABLE);
+}
+
 /* Taken by limits of before, counted by those that came then, given back after others: denied, if these are few. */
 static void test_permits_that_change(void) {
   for (uint32_t lowest = 1; lowest < 5; lowest++) {
@@ -461,6 +515,8 @@ int main(void) {
   test_several();
   test_permits();
   test_versions();
+  test_undo_after_reset();
+  test_charge_of_fewer();
   test_permits_that_change();
   test_token_leases();
   test_full_and_forgotten();
