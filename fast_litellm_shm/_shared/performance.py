@@ -108,20 +108,10 @@ def count_kept(segment: Segment) -> None:
 def _sample_every() -> int:
     """n, where one of n of the library's own calls is measured; 0: none."""
     path, config = settings.config_or_warning()
-    found = config.get("monitoring", {})
     where = f"{path}: monitoring"
-    if not isinstance(found, dict):
-        settings.warn_once(f"{where} must be a JSON object, not {found!r}; it is ignored")
-        found = {}
-    for name in found:
-        if name not in ("enabled", "sample_rate"):
-            settings.warn_once(
-                f"{where}: there is no {name!r}, it is ignored; known are enabled, sample_rate"
-            )
-    enabled, rate = found.get("enabled", True), found.get("sample_rate", 0.01)
-    if not isinstance(enabled, bool):
-        settings.warn_once(f"{where}.enabled must be true or false, not {enabled!r}; it is ignored")
-        enabled = True
+    found = settings.known_keys(where, config.get("monitoring", {}), ("enabled", "sample_rate"))
+    enabled = settings.switch(where, found, "enabled")
+    rate = found.get("sample_rate", 0.01)
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
         settings.warn_once(
             f"{where}.sample_rate must be a number from 0 to 1, not {rate!r}; 0.01 is used"
