@@ -25,22 +25,6 @@ from fast_litellm_shm._shared import settings
 from fast_litellm_shm._shared.native import Recorder, address, ffi, lib
 from fast_litellm_shm._shared.segment import Segment
 
-# The statistics of a component, or of one of its operations.
-FIELDS = (
-    "total_calls",
-    "average_duration_ms",
-    "success_rate",
-    "error_count",
-    "min_duration_ms",
-    "max_duration_ms",
-    "total_duration_ms",
-    "p50_duration_ms",
-    "p95_duration_ms",
-    "p99_duration_ms",
-    "total_input_size",
-    "total_output_size",
-)
-
 # Bytes of a component's name that the segment keeps: csrc/stats/histogram.c.
 _KEPT = len(ffi.new("fshm_metric_info *").name) // 2 - 1
 
@@ -137,6 +121,7 @@ def measured_by(component: str, operation: str, segment: Segment) -> tuple[int, 
 
 
 def _fields(info: Any) -> dict[str, Any]:
+    """The statistics of a component, or of one of its operations."""
     calls = info.calls
     return {
         "total_calls": calls,
@@ -152,6 +137,9 @@ def _fields(info: Any) -> dict[str, Any]:
         "total_input_size": info.size_in,
         "total_output_size": info.size_out,
     }
+
+
+FIELDS = tuple(_fields(ffi.new("fshm_metric_info *")))  # their names
 
 
 def _as_kept(component: str) -> str:
