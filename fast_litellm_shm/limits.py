@@ -24,6 +24,16 @@ def _whole(owner: str, name: str, value: object) -> int:
         raise TypeError(f"{owner}: {name} must be an int, not {value!r}") from None
 
 
+def check_tokens(name: str, value: object) -> None:
+    """Raises TypeError or ValueError for what is no number of tokens."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, not {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must be 0 or more, not {value!r}")
+    if value >= 2**63:
+        raise ValueError(f"{name} must be below 2**63, not {value!r}")
+
+
 def _seconds(owner: str, value: object) -> float:
     if isinstance(value, timedelta):
         value = value.total_seconds()

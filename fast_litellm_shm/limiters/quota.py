@@ -25,14 +25,8 @@ def _most(limit: LimitSpec | InFlight) -> LimitSpec | InFlight:
 
 
 def _check_tokens(where: str, tokens: object) -> None:
-    if type(tokens) is int and 0 <= tokens < 2**63:
-        return
-    if isinstance(tokens, bool) or not isinstance(tokens, int):
-        raise TypeError(f"{where}: tokens must be an int, not {tokens!r}")
-    if tokens < 0:
-        raise ValueError(f"{where}: tokens must be 0 or more, not {tokens}")
-    if tokens >= 2**63:
-        raise ValueError(f"{where}: tokens must be below 2**63, not {tokens}")
+    if type(tokens) is not int or not 0 <= tokens < 2**63:
+        limits.check_tokens(f"{where}: tokens", tokens)
 
 
 class Admission:
