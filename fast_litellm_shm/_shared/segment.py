@@ -319,5 +319,22 @@ class Segment:
         return f"Segment({self._name!r}, capacity={self.geometry().capacity})"
 
 
+class InSegment:
+    """A part of the package that processes share by a name, in a segment."""
+
+    _name: str
+    _segment: Segment
+
+    @property
+    def name(self) -> str:
+        """The name that processes share by."""
+        return self._name
+
+    @property
+    def segment(self) -> Segment:
+        """The segment it lives in."""
+        return self._segment
+
+
 def _reopen(name: str, arguments: dict[str, Any]) -> Segment:
     return Segment(name, **arguments)

@@ -9,7 +9,7 @@ from fast_litellm_shm import exceptions, limits
 from fast_litellm_shm._shared import key_grammar
 from fast_litellm_shm._shared.named_limiter import InnerLimits
 from fast_litellm_shm._shared.native import Decision
-from fast_litellm_shm._shared.segment import Segment
+from fast_litellm_shm._shared.segment import InSegment, Segment
 from fast_litellm_shm.limiters import grantors
 from fast_litellm_shm.limiters.choice import chosen
 from fast_litellm_shm.limiters.grantors import ClusterArgument, Held
@@ -133,7 +133,7 @@ class Admission:
         return f"Admission({state}, key={self._key!r})"
 
 
-class Quota:
+class Quota(InSegment):
     """Requests a minute, tokens a minute and calls in parallel, for each key, over all workers.
 
     rpm, tpm: windows of 60 seconds that begin at a key's first request; 1 .. 2,147,483,647.
@@ -199,18 +199,9 @@ class Quota:
             grantor = chosen(cluster)
             self._cluster = grantor.argument
             self._grantor = grantor.quota(own, name=name, segment=segment, on_full=on_full)
-        self._numbered = _numbered
-        self._arguments = (rpm, tpm, max_parallel, name, on_full)
-
-    @property
-    def name(self) -> str:
-        """The name that processes share by."""
-        return self._arguments[3]
-
-    @property
-    def segment(self) -> Segment:
-        """The segment it lives in."""
-        return self._grantor.segment
+        self._name, self._segment = name, self._grantor.segment
+        self._given = (rpm, tpm, max_parallel)
+        self._options = {"name": name, "on_full": on_full, "_numbered": _numbered}
 
     @property
     def over_hosts(self) -> bool:
@@ -293,23 +284,13 @@ class Quota:
         return self._names[index] if index < len(self._names) else "limit"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_rebuild, (*self._arguments, self.segment, self._cluster, self._numbered))
+        options = {**self._options, "segment": self.segment, "cluster": self._cluster}
+        return (_rebuild, (self._given, options))
 
     def __repr__(self) -> str:
         shown = ", ".join(limits.describe(limit) for limit in self._grantor.limits)
         return f"Quota({shown}, name={self.name!r})"
 
 
-def _rebuild(
-    rpm: int | None,
-    tpm: int | None,
-    max_parallel: int | None,
-    name: str,
-    on_full: str,
-    segment: Segment,
-    cluster: grantors.Replayed,
-    numbered: bool = False,
-) -> Quota:
-    limits_ = (rpm, tpm, max_parallel)
-    given: dict[str, Any] = {"name": name, "segment": segment, "on_full": on_full}
-    return Quota(*limits_, **given, cluster=cluster, _numbered=numbered)
+def _rebuild(given: tuple[int | None, ...], options: dict[str, Any]) -> Quota:
+    return Quota(*given, **options)
