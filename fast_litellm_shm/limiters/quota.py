@@ -88,7 +88,7 @@ class Admission:
         if self.allowed and self._quota._names[0] == "rpm":
             before = self._quota._costs(self._charged, self._requests)
             after = self._quota._costs(self._charged, self._requests + 1)
-            self._quota._settle(self._key, before, after, self._permit)
+            self._quota._grantor.settle(self._key, before, after, self._permit)
             self._requests += 1
 
     def cancel(self) -> None:
@@ -100,7 +100,8 @@ class Admission:
             tokens, self._charged = self._charged, 0  # once, wherever an exception strikes
             requests, self._requests = self._requests, 0
             charged = self._quota._costs(tokens, requests)
-            self._quota._settle(self._key, charged, (0,) * len(charged), self._permit)
+            none = (0,) * len(charged)
+            self._quota._grantor.settle(self._key, charged, none, self._permit)
         finally:  # else the permit would be kept for good
             self.release()
 
@@ -273,11 +274,6 @@ class Quota(InSegment):
             cost = {"rpm": requests, "tpm": tokens, "max_parallel": 1}
             return tuple(cost[name] for name in self._names)
         return self._ones if self._tpm < 0 else self._before + (tokens,) + self._after
-
-    def _settle(
-        self, key: str | bytes, charged: tuple[int, ...], actual: tuple[int, ...], permit: Held
-    ) -> None:
-        self._grantor.settle(key, charged, actual, permit)
 
     def _limit_name(self, permit: Held) -> str:
         index = getattr(permit, "index", permit.decision.limit_index)
