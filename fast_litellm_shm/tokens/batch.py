@@ -64,8 +64,7 @@ def _forget_threads() -> None:
         counter._made, counter._making = len(counter._idle), False
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_threads)
+os.register_at_fork(after_in_child=_forget_threads)
 
 
 def is_large(texts: int, chars: int) -> bool:
