@@ -151,12 +151,10 @@ class SharedLimits(Core, InSegment):
 class InnerLimits(SharedLimits):
     """Limits that a part of the package holds, and no user."""
 
-    admit, settle, remaining, end_keys_in = (
-        Core._admit,
-        Core._settle,
-        Core._remaining,
-        Core._end_keys_in,
-    )
+    admit = Core._admit
+    settle = Core._settle
+    remaining = Core._remaining
+    end_keys_in = Core._end_keys_in
 
     @property
     def on_full(self) -> str:

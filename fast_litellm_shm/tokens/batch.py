@@ -198,11 +198,9 @@ class BatchCounter:
 
     def _borrow(self, wanted: int) -> list[_Encoder]:
         out: list[_Encoder] = []
-        while len(out) < wanted:
-            try:
+        with suppress(IndexError):  # no more are free
+            while len(out) < wanted:
                 out.append(self._idle.pop())
-            except IndexError:
-                break
         return out
 
     def spend(self, seconds: float) -> None:

@@ -263,9 +263,8 @@ def limits(model: str) -> dict[str, int | None] | None:
         whole = isinstance(value, (int, float)) and value == value // 1 and value >= 0
         found[field] = int(value) if whole and value is not None else None
     most = found.pop("max_tokens")
-    found["max_input_tokens"] = (
-        most if found["max_input_tokens"] is None else found["max_input_tokens"]
-    )
+    if found["max_input_tokens"] is None:
+        found["max_input_tokens"] = most
     return {"context_window": found["max_input_tokens"], **found}
 
 
