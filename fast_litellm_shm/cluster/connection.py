@@ -10,15 +10,16 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared import greenlets
 from fast_litellm_shm._shared.native import lib
 from fast_litellm_shm._shared.segment import Segment
-from fast_litellm_shm.cluster import names
+from fast_litellm_shm.cluster import algorithms, names, permits
 from fast_litellm_shm.cluster.settings import OUTAGE, Cluster, library
 
+Question: TypeAlias = algorithms.Request | permits.Request  # one call of a script
 log = logging.getLogger("fast_litellm_shm")
 
 PROBE = 0.2  # seconds between two tries during an outage
@@ -44,26 +45,6 @@ _REFUSED = ("no permissions", "the user executing the script can't")
 class UnreachableError(exceptions.ClusterError):
     """The server does not answer, or not as it should."""
 
-
-class Question(Protocol):
-    """One call of a script: algorithms.lua (algorithms.py) or permits.lua (permits.py)."""
-
-    @property
-    def source(self) -> str: ...
-    @property
-    def operation(self) -> str: ...
-    @property
-    def limiter(self) -> bytes: ...
-    @property
-    def key(self) -> bytes: ...
-    @property
-    def asked(self) -> int: ...
-    def granted(self, found: Any) -> int: ...
-    def state_key(self, prefix: str) -> bytes: ...
-    def arguments(
-        self, host: bytes, channel: str, sealed: bytes | None = None
-    ) -> list[bytes | str | int]: ...
-    def answer(self, raw: Sequence[int]) -> Any: ...
 
 
 class Unreported(Protocol):
@@ -190,9 +171,9 @@ class Connection:
 
     def _run(self, client: Any, each: Question) -> Any:
         keys = [each.state_key(self.cluster.prefix)]
-        sealed = None if self.seal is None else self.seal.seal(each.key)
-        arguments = each.arguments(self.host, self.channel, sealed)
-        return self._script(each.source)(keys, arguments, client=client)
+        name = each.key if self.seal is None else self.seal.seal(each.key)
+        head = (self.host, self.channel, each.limiter, name, int(self.seal is not None))
+        return self._script(each.source)(keys, [*head, *each.arguments()], client=client)
 
     def _script(self, source: str) -> Any:
         known = self._scripts.get(source)
