@@ -4,6 +4,7 @@ tokens that run low, and settlements; and the thread that may lead the host (lea
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 import threading
 import time
@@ -30,17 +31,12 @@ class Background:
         connection.on_lost = self.wake  # to try the server, until it is back
 
     def start(self) -> None:
-        works = {"refill": self._refill}
-        if self._connection.lead is not None:
-            works["lead"] = self._lead
-        for name, work in works.items():
+        lead = functools.partial(self._connection.lead, self._connection)
+        for name, work in (("refill", self._refill), ("lead", lead)):
             threading.Thread(target=work, name=f"fast-shm-cluster_{name}", daemon=True).start()
         # also where a child of multiprocessing ends, which runs no atexit
         util.Finalize(None, self.finish, exitpriority=0)
 
-    def _lead(self) -> None:
-        assert self._connection.lead is not None
-        self._connection.lead(self._connection)
 
     def wake(self) -> None:
         self._due.put(None)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from fast_litellm_shm._shared import greenlets
-from fast_litellm_shm._shared.inspection import held_permits, is_cut, stored_name
+from fast_litellm_shm._shared.inspection import held_permits, is_cut, limiters_in, stored_name
 from fast_litellm_shm._shared.named_limiter import InnerLimits
 from fast_litellm_shm._shared.native import ffi, lib
 from fast_litellm_shm._shared.segment import Segment
@@ -177,10 +177,7 @@ class Leader:
 
 def _keys_in_flight(segment: Segment) -> Iterator[tuple[bytes, bytes]]:
     """Limiters whose permits a server grants, and their keys with some in flight."""
-    names, info = {}, ffi.new("fshm_limiter_info *")
-    for index in range(segment.geometry().limiters):
-        if lib.fshm_limiter_at(segment._handle, index, info) == lib.FSHM_OK:
-            names[index] = ffi.buffer(info.name, info.name_length)[:]
+    names = {index: name for index, name, _ in limiters_in(segment)}
     leased = {
         index: name
         for index, name in names.items()

@@ -76,7 +76,7 @@ def report(connection: Connection, settlements: Sequence[Settlement]) -> None:
         for (leases, raw), costs in due:
             leases.charge_later(raw, costs)
         raise
-    now = connection.now()
+    now = connection.segment.geometry().time_ns
     back = [
         (leases, *leases.request("refund", raw, costs, ends=ends))
         for (leases, raw, ends), costs in refunds.items()
