@@ -37,7 +37,6 @@ class Background:
         # also where a child of multiprocessing ends, which runs no atexit
         util.Finalize(None, self.finish, exitpriority=0)
 
-
     def wake(self) -> None:
         self._due.put(None)
 
@@ -86,15 +85,10 @@ class Background:
 
     def _ask_ahead(self, due: Iterable[Due]) -> None:
         asked = []
-        try:
+        with contextlib.ExitStack() as flights:
             for leases, raw, costs in due:
                 permit = leases.single_flight.begin(raw)
                 if permit is not None:  # else another process asks for it
-                    asked.append((leases, raw, permit, *leases.request("ahead", raw, costs)))
-            if asked:
-                found = self._connection.call([each[3] for each in asked])
-                for (leases, _, _, request, sent), answer in zip(asked, found, strict=True):
-                    leases.learn(request, answer, sent)
-        finally:
-            for leases, _, permit, *_ in asked:
-                leases.single_flight.end(permit)
+                    flights.callback(leases.single_flight.end, permit)
+                    asked.append((leases, *leases.request("ahead", raw, costs)))
+            self._connection.call_all(asked)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-
+import itertools
 import logging
 import os
 import sys
@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, Protocol, TypeAlias, TypeVar
 
 from fast_litellm_shm import exceptions
@@ -28,7 +28,7 @@ PROBE = 0.2  # seconds between two tries during an outage
 # Seconds that the server must have answered before an outage is over: by then all processes of all
 # hosts have noticed, and have reported what they admitted meanwhile.
 PROBATION = 1.0
-_MOST = 500  # requests in one pipeline
+_MOST, _MOST_REPORTED = 200, 500  # requests in one pipeline; at the end of an outage
 # Components of the metrics: round trips, outages, and values and messages that are not ours.
 COMPONENT, OUTAGES, VALUES = "cluster", "cluster_outage", "cluster_values"
 
@@ -47,6 +47,12 @@ _REFUSED = ("no permissions", "the user executing the script can't")
 class UnreachableError(exceptions.ClusterError):
     """The server does not answer, or not as it should."""
 
+
+class Learner(Protocol):
+    """TokenLeases or PermitLeases, which learn from answers."""
+
+    def learn(self, request: Any, answer: Any, noted: Any, /) -> object:
+        """noted: what they noted when they made the request."""
 
 
 class Unreported(Protocol):
@@ -128,6 +134,14 @@ class Connection:
         self.check()
         return self._call(requests)
 
+    def call_all(self, asked: Iterable[tuple[Learner, Question, Any]]) -> None:
+        """Call for each request, many in one round trip: its leases learn from the answer, with
+        what they noted. Raises UnreachableError."""
+        asked = iter(asked)
+        while part := list(itertools.islice(asked, _MOST)):
+            answers = self.call([request for _, request, _ in part])
+            for (leases, request, noted), answer in zip(part, answers, strict=True):
+                leases.learn(request, answer, noted)
 
     def _call(self, requests: Sequence[Question]) -> list[Any]:
         began = time.monotonic_ns()
@@ -302,11 +316,11 @@ class Connection:
         requests = limiter.take_unreported()
         while requests:
             try:
-                self._call(requests[:_MOST])
+                self._call(requests[:_MOST_REPORTED])
             except UnreachableError:
                 limiter.put_back(requests)
                 raise
-            requests = requests[_MOST:]
+            requests = requests[_MOST_REPORTED:]
 
     @property
     def retry_after_ns(self) -> int:

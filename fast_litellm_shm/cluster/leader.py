@@ -28,7 +28,7 @@ from fast_litellm_shm.cluster.token_lease import TokenLeases
 AnyLeases = TypeVar("AnyLeases", TokenLeases, PermitLeases)
 
 _HEARTBEAT = 2.0  # seconds between two heartbeats of a host
-_MOST = 200  # keys in one pipeline
+
 _AGAIN = 0.5  # seconds after an error
 _HOST_FORGOTTEN_US = 10_000_000
 
@@ -146,14 +146,9 @@ class Leader:
         late = []
         for limiter, raw in _keys_in_flight(self._segment):
             leases = self._leases_of(PermitLeases, limiter)
-            found = leases.overdue(raw) if leases is not None else None
-            if leases is not None and found is not None:
+            if leases is not None and (found := leases.overdue(raw)) is not None:
                 late.append((leases, *found))
-        for start in range(0, len(late), _MOST):
-            part = late[start : start + _MOST]
-            answers = self._connection.call([request for _, request, _ in part])
-            for (leases, request, lease), answer in zip(part, answers, strict=True):
-                leases.put(request, lease, answer)
+        self._connection.call_all(late)
 
     def _leases_of(self, kind: type[AnyLeases], limiter: bytes) -> AnyLeases | None:
         """None: the limiter counts on this host alone, or is not there. Any host can name it."""
