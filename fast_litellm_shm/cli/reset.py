@@ -13,7 +13,8 @@ from fast_litellm_shm._shared.inspection import Inspection
 from fast_litellm_shm._shared.native import ffi, lib, owned
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm._shared.side_limiters import TOKEN_LEASES, is_side_limiter
-from fast_litellm_shm.cli import render, reset_cluster, segments
+from fast_litellm_shm.cli import render, segments
+from fast_litellm_shm.cli.reset_cluster import token_leases_of
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def _holds_only(limiter: _Limiter) -> bool:
 def _reset_key(segment: Segment, limiter: _Limiter, key: bytes) -> bool:
     """Returns whether the key had consumed anything."""
     if limiter.over_hosts:
-        return reset_cluster.reset(segment, limiter.name, key)
+        return token_leases_of(segment, limiter.name).reset(key)
     consumed = _has_consumed(limiter, key)
     forget = lib.fshm_reset_key
     if limiter.name == key_grammar.MOVING:
@@ -139,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
                 print(f"Left limiter '{name}' alone: it counts permits (see fast-shm release).")
                 continue
             if limiter.over_hosts:
-                count = reset_cluster.reset_all(segment, limiter.name)
+                count = token_leases_of(segment, limiter.name).reset_all()
             else:
                 status = lib.fshm_reset_all(limiter.handle)
                 if status != lib.FSHM_OK:

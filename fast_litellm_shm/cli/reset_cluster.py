@@ -15,18 +15,8 @@ if TYPE_CHECKING:
     from fast_litellm_shm.cluster.token_lease import TokenLeases
 
 
-def reset(segment: Segment, limiter: str, key: bytes) -> bool:
-    """Forget what a key has consumed, at the server and on this host. Returns whether it was
-    anything. Raises FastShmError."""
-    return _token_leases(segment, limiter).reset(key)
-
-
-def reset_all(segment: Segment, limiter: str) -> int:
-    """Do so for each key that the server knows. Returns how many. Raises FastShmError."""
-    return _token_leases(segment, limiter).reset_all()
-
-
-def _token_leases(segment: Segment, limiter: str) -> TokenLeases:
+def token_leases_of(segment: Segment, limiter: str) -> TokenLeases:
+    """What resets keys of a limiter at the server and on this host. Raises FastShmError."""
     from fast_litellm_shm.cluster import settings
     from fast_litellm_shm.cluster.grantor import token_leases
 

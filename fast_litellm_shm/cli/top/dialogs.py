@@ -44,18 +44,23 @@ def key_in_full(key: LiveKey) -> Text:
         (key.name, "bold cyan"),
         ("\nof limiter ", FAINT),
         render.escaped(row.limiter),
-        (f"\n\nadmitted  {row.admitted:,}\ndenied    {row.denied:,}", ""),
-        (f"\nleft      {left} of {limit}", ""),
-        (f"\nwait      {wait if row.remaining is not None else 'not known'}", ""),
-        ("\nreset     ", ""),
-        "not known" if row.reset_after is None else render.brief(row.reset_after),
+        f"\n\nadmitted  {row.admitted:,}\ndenied    {row.denied:,}"
+        f"\nleft      {left} of {limit}"
+        f"\nwait      {wait if row.remaining is not None else 'not known'}"
+        f"\nreset     {'not known' if row.reset_after is None else render.brief(row.reset_after)}",
         "\n\n",
         *bars(key.admitted_history, key.denied_history, 60),
         ("\ncalls per second, the last 60 samples", FAINT),
     )
 
 
-class Notice(ModalScreen[None]):
+class _Box(ModalScreen[bool]):
+    def __init__(self, title: str, text: Text) -> None:
+        super().__init__()
+        self._title, self._text = title, text
+
+
+class Notice(_Box):
     """A text, until a key closes it."""
 
     CSS = """
@@ -72,10 +77,6 @@ class Notice(ModalScreen[None]):
         Binding("down,j", "scroll(1)", show=False),
     ]
 
-    def __init__(self, title: str, text: Text) -> None:
-        super().__init__()
-        self._title, self._text = title, text
-
     def compose(self) -> ComposeResult:
         """A box in the middle."""
         with VerticalScroll() as box:
@@ -88,7 +89,7 @@ class Notice(ModalScreen[None]):
         self.query_one(VerticalScroll).scroll_relative(y=by, animate=False)
 
 
-class Question(ModalScreen[bool]):
+class Question(_Box):
     """Yes or no; anything but ``y`` is no."""
 
     CSS = """
@@ -98,10 +99,6 @@ class Question(ModalScreen[bool]):
         border: round $warning; padding: 0 1; background: $background;
     }
     """
-
-    def __init__(self, title: str, text: Text) -> None:
-        super().__init__()
-        self._title, self._text = title, text
 
     def compose(self) -> ComposeResult:
         """A box in the middle."""

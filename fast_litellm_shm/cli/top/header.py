@@ -22,15 +22,8 @@ _LABEL = 9
 def _padded(text: Text, width: int) -> Text:
     """Cut or padded to a width."""
     text = text.copy()
-    text.truncate(width, overflow="ellipsis")
-    text.append(" " * (width - cell_len(text.plain)))
+    text.truncate(width, overflow="ellipsis", pad=True)
     return text
-
-
-def _beside(left: Text, right: Text, width: int) -> Text:
-    """One text at the left margin, one at the right."""
-    room = width - cell_len(right.plain)
-    return Text.assemble(_padded(left, max(room, 0)), right)
 
 
 def occupancy_bar(occupancy: float, width: int) -> Text:
@@ -121,7 +114,7 @@ def _title(snapshot: Snapshot, frozen: bool, width: int) -> Text:
         age = render.brief(snapshot.stats["age_seconds"])
         count = len(snapshot.workers)
         left.append(f"  {count} worker{'s' * (count != 1)}  made {age} ago", style=FAINT)
-    return _beside(left, Text(clock, style=FAINT), width)
+    return Text.assemble(_padded(left, max(width - len(clock), 0)), (clock, FAINT))
 
 
 def lines_of(snapshot: Snapshot, frozen: bool, width: int, lines: int = LINES) -> list[Text]:
