@@ -200,8 +200,7 @@ class Top(App[None]):
         ):
             out.append(key, style="bold cyan")
             out.append(f" {what}  ", style=columns.FAINT)
-        room = width - len(where) - 1
-        out.truncate(room, pad=True)
+        out.truncate(width - len(where), pad=True)
         out.append(where, style=columns.FAINT)
         return out
 

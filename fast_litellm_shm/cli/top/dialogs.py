@@ -15,23 +15,25 @@ from fast_litellm_shm.cli.key_table import LiveKey
 from fast_litellm_shm.cli.top.columns import FAINT, bars
 
 HELP = """\
- Tab  1 .. 6   panes                    <  >  or ← →   sort by the next column
- ↑ ↓  PgUp ..  move                     i              reverse the order
- Home          back to the top          r d k l f      sort by calls/s, denied/s,
- Enter         a key in full                           key, limiter, share left
- /             filter (Esc: no more)    space          freeze, and resume
- x             reset the key            w              warnings in full
- q  Ctrl-C     quit                     ?              this help
+ Tab  1 .. 6   panes                   <  >  ← →  sort by the next column
+ ↑ ↓  PgUp ..  move                    i          reverse the order
+ Home          back to the top         r d k l f  sort by calls/s, denied/s,
+ Enter         a key in full                      key, limiter, share left
+ /             filter (Esc: no more)   space      freeze, and resume
+ x             reset the key           w          warnings in full
+ q  Ctrl-C     quit                    ?          this help
 
- Rates are means of the last 5 seconds. Bars are the last 60 samples: green;
- yellow if some calls were denied, red if most were.
+ Rates are means of the last 5 seconds. Bars are the last 60 samples:
+ green; yellow if some calls were denied, red if most were.
 
- A filter is part of a name of a key or limiter, or a glob (user-*). It ignores
- case. A list shows its first 1,000 rows; sorted by what is left, it has the
- 2,000 busiest keys only.
+ A filter is part of a name of a key or limiter, or a glob (user-*). It
+ ignores case. A list shows its first 1,000 rows; sorted by what is left,
+ it has the 2,000 busiest keys only.
 
- left: what is admitted now, of the limit.   reset: until nothing is consumed.
- The cursor stays in the first row until you move it; then it follows its row."""
+ left: what is admitted now, of the limit.
+ reset: until nothing is consumed.
+ The cursor stays in the first row until you move it; then it follows
+ its row."""
 
 
 def key_in_full(key: LiveKey) -> Text:

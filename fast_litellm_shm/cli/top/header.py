@@ -15,7 +15,7 @@ from fast_litellm_shm.cli.top.table import fitted
 
 LINES = 6
 _FULL, _NEARLY_FULL = 0.95, 0.8
-_LEFT, _RIGHT = 46, 34  # columns of the bars, and of the workers beside them
+_LEFT, _RIGHT = 47, 33  # columns of the bars, and of the workers beside them
 _LABEL = 9
 
 
@@ -53,13 +53,13 @@ def _rate_line(label: str, rate: Rate, style: str, width: int) -> Text:
 def _memo_line(snapshot: Snapshot) -> Text:
     """The token memo: the share of lookups that hit, now or (if none is known) ever."""
     memo = snapshot.memo
-    out = Text(f"{'memo':{_LABEL}}", style=FAINT)
+    label = (f"{'memo':{_LABEL}}", FAINT)
     if memo is None or memo.hit_rate_ever is None:
-        return out.append("     -")
+        return Text.assemble(label, ("     -", FAINT))
     share, when = memo.hit_rate, f" hit, {render.compact(memo.lookups.now or 0)}/s"
     if share is None:
         share, when = memo.hit_rate_ever, " hit since the start"
-    return out.append(f"{share:>6.1%}", style="").append(when)
+    return Text.assemble(label, f"{share:>6.1%}", (when, FAINT))
 
 
 def _held_line(snapshot: Snapshot) -> Text:

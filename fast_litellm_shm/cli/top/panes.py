@@ -143,7 +143,9 @@ def _named(field: str) -> Callable[[Any], str]:
 
 
 def _oldest(row: Any, _: int) -> Cell:
-    return [(render.brief(row["oldest_seconds"]) if row["in_flight"] else "-", "")]
+    if not row["in_flight"]:
+        return NONE
+    return [(render.brief(row["oldest_seconds"]) if row["oldest_seconds"] else "<1s", "")]
 
 
 def _dead(row: Any, _: int) -> Cell:
