@@ -83,13 +83,9 @@ def _workers(snapshot: Snapshot, lines: int) -> list[Text]:
     shown = workers if len(workers) <= room else workers[: room - 1]
     out = [head]
     for worker in shown:
-        calls, cpu, memory = "-", "-", "?"
-        if worker.rate is not None:
-            calls = render.compact(worker.rate)
-        if worker.cpu_percent is not None:
-            cpu = f"{worker.cpu_percent:.0f}%"
-        if worker.memory_bytes is not None:
-            memory = render.size(worker.memory_bytes)
+        calls = "-" if worker.rate is None else render.compact(worker.rate)
+        cpu = "-" if worker.cpu_percent is None else f"{worker.cpu_percent:.0f}%"
+        memory = "?" if worker.memory_bytes is None else render.size(worker.memory_bytes)
         out.append(Text(f"{worker.pid:>8} {calls:>8} {cpu:>5} {memory:>9}"))
     if len(shown) < len(workers):
         out.append(Text(f"{'':8} and {len(workers) - len(shown)} more: press 2", style=FAINT))

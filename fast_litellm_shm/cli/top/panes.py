@@ -53,9 +53,7 @@ def _left(key: LiveKey, _: int) -> Cell:
 
 def _reset(key: LiveKey, _: int) -> Cell:
     after = key.row.reset_after
-    if after is None:
-        return UNKNOWN
-    return [(render.brief(after) if after else "-", "")]
+    return UNKNOWN if after is None else [(render.brief(after) if after else "-", "")]
 
 
 def _wait(key: LiveKey, _: int) -> Cell:
