@@ -27,8 +27,8 @@ except ImportError as error:
     ) from error
 
 from fast_litellm_shm._shared.segment import Segment, path_of
+from fast_litellm_shm.metrics import Snapshot
 from fast_litellm_shm.metrics.families import Family, Histogram, Row, Value, collected
-from fast_litellm_shm.metrics.model import Snapshot
 from fast_litellm_shm.metrics.source import Sources
 
 _SCOPE = "fast_shm"  # of the meter, and what attributes begin with
