@@ -89,6 +89,13 @@ class Admission:
             quota._grantor.settle(self._key, before, quota._numbers(tokens), self._permit)
             self._charged = tokens
 
+    def _left(self) -> dict[str, int]:
+        """What its key has left of rpm and tpm now, by name; over many hosts, what the server said
+        last. (For max_parallel the permits would have to be counted.)"""
+        quota = self._quota
+        quota._check_kinds()  # or the numbers would be those of other limits
+        return dict(zip(quota._names, quota._grantor.left(self._key), strict=False))
+
     def _count_request(self) -> None:
         """Charge one request more, into debt if need be."""
         if self.allowed and self._quota._names[0] == "rpm":
@@ -159,6 +166,8 @@ class Quota:
             admission.settle(tokens=answer.usage.total_tokens)
     """
 
+    _numbered = False  # True: a NumberedQuota
+
     def __init__(
         self,
         rpm: int | None = None,
@@ -169,9 +178,6 @@ class Quota:
         segment: Segment | None = None,
         on_full: str = "share",
         cluster: ClusterArgument = None,
-        # For the LiteLLM plugin: quotas of one name may differ in their numbers, not in which of
-        # them they have. Keys of different numbers are different keys. On this host alone.
-        _numbered: bool = False,
     ) -> None:
         found: list[LimitSpec | InFlight] = []
         names = []
@@ -194,7 +200,7 @@ class Quota:
         self._before, self._after = self._ones[: max(self._tpm, 0)], self._ones[self._tpm + 1 :]
         self._checked: Any = None  # the limits whose kinds are known to be ours
         own = tuple(found)
-        if _numbered:
+        if self._numbered:
             tail = key_grammar.tail_of(names, (each.n for each in own)).encode()
             most = tuple(map(_most, own))
             given: dict[str, Any] = {"name": name, "segment": segment, "on_full": on_full}
@@ -205,7 +211,6 @@ class Quota:
             grantor = chosen(cluster)
             self._cluster = grantor.argument
             self._grantor = grantor.quota(own, name=name, segment=segment, on_full=on_full)
-        self._numbered = _numbered
         self._arguments = (rpm, tpm, max_parallel, name, on_full)
 
     @property
@@ -254,17 +259,12 @@ class Quota:
     def remaining(self, key: str | bytes) -> dict[str, int]:
         """What is left of each limit now, by name: rpm, tpm, max_parallel. Over many hosts it asks
         the server where this host does not know."""
-        out = self._left(key, ask=True)
+        self._check_kinds()
+        out = dict(zip(self._names, self._grantor.left(key, ask=True), strict=False))
         if "max_parallel" in self._names:
             most = self._grantor.limits[-1].n
             out["max_parallel"] = max(most - self.in_flight(key), 0)
         return out
-
-    def _left(self, key: str | bytes, ask: bool = False) -> dict[str, int]:
-        """remaining() without max_parallel, for which the permits would have to be counted. ask: if
-        this host does not know, ask the server; else use what the server said last."""
-        self._check_kinds()  # or the numbers would be those of other limits
-        return dict(zip(self._names, self._grantor.left(key, ask=ask), strict=False))
 
     def _check_kinds(self) -> None:
         """Check the kinds of the limits in force, and remember these limits: when the limits
@@ -299,14 +299,27 @@ class Quota:
         return self._names[index] if index < len(self._names) else "limit"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_rebuild, (*self._arguments, self.segment, self._cluster, self._numbered))
+        return (_rebuild, (type(self), *self._arguments, self.segment, self._cluster))
 
     def __repr__(self) -> str:
         shown = ", ".join(limits.describe(limit) for limit in self._grantor.limits)
         return f"Quota({shown}, name={self.name!r})"
 
 
+class NumberedQuota(Quota):
+    """For the LiteLLM plugin: quotas of one name may differ in their numbers, not in which of them
+    they have. Keys of different numbers are different keys. On this host alone."""
+
+    _numbered = True
+
+
+# For the LiteLLM plugin, too.
+admit_calls, admit_calls_async = Quota._admit, Quota._admit_async
+count_request, left_of = Admission._count_request, Admission._left
+
+
 def _rebuild(
+    cls: type[Quota],
     rpm: int | None,
     tpm: int | None,
     max_parallel: int | None,
@@ -314,8 +327,7 @@ def _rebuild(
     on_full: str,
     segment: Segment,
     cluster: grantors.Replayed,
-    numbered: bool = False,
 ) -> Quota:
     limits_ = (rpm, tpm, max_parallel)
     given: dict[str, Any] = {"name": name, "segment": segment, "on_full": on_full}
-    return Quota(*limits_, **given, cluster=cluster, _numbered=numbered)
+    return cls(*limits_, **given, cluster=cluster)

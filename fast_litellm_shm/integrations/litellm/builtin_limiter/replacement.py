@@ -47,14 +47,9 @@ def without(descriptors: list[Any], ours: Mapping[tuple[str, str], Limits]) -> l
         if kept is None or not limited:
             out.append(descriptor)
             continue
-        left, some = dict(limited), False
-        for theirs, field in _FIELDS:
-            if left.get(theirs) is not None:
-                if getattr(kept, field) is None:
-                    some = True
-                else:
-                    left[theirs] = None
-        if some:
+        mine = {theirs for theirs, field in _FIELDS if getattr(kept, field) is not None}
+        left = {name: None if name in mine else n for name, n in limited.items()}
+        if any(left.get(theirs) is not None for theirs, _ in _FIELDS):
             out.append({**descriptor, "rate_limit": left})
     return out
 
@@ -86,27 +81,23 @@ def _reduced(base: Any, found_for: FoundFor) -> Any:
     return SharedParallelRequestLimiter
 
 
-_builtin_serves = False
-
-
-def builtin_serves() -> bool:
-    """Whether the built-in limiter counts in the segment (``mode: native``), and the plugin not."""
-    return _builtin_serves
+# Whether the built-in limiter counts in the segment (``mode: native``), and the plugin not.
+builtin_serves = False
 
 
 def _maker(base: Any, found_for: FoundFor) -> Callable[[Any], Any]:
     reduced = _reduced(base, found_for)
 
     def make(internal_usage_cache: Any) -> Any:  # the proxy passes it by this name
-        global _builtin_serves
-        _builtin_serves = False
+        global builtin_serves
+        builtin_serves = False
         if settings.current().mode == "native":
             from fast_litellm_shm.integrations.litellm.builtin_limiter import segment_limiter
 
             table: dict[str, Any] = {HOOK: base}
             lacking = segment_limiter.install(table)
             if lacking is None:
-                _builtin_serves = True
+                builtin_serves = True
                 return table[HOOK](internal_usage_cache=internal_usage_cache)
             _log.warning("%s; mode hooks applies", lacking)
         made = reduced(internal_usage_cache=internal_usage_cache)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from fast_litellm_shm._shared import key_grammar
 from fast_litellm_shm._shared.segment import Segment
-from fast_litellm_shm.limiters.quota import Admission, Quota
+from fast_litellm_shm.limiters.quota import Admission, NumberedQuota
 
 MOST = 100_000  # a larger limit is this one
 _MOST_QUOTAS = 1024  # that this process keeps open
@@ -38,18 +38,18 @@ class Slots:
 
     def __init__(self, segment: Segment) -> None:
         self._segment = segment
-        self._quotas: dict[int, Quota] = {}
+        self._quotas: dict[int, NumberedQuota] = {}
         self._held: dict[str, tuple[float, dict[str, Admission]]] = {}  # by id, oldest first
         self._limits: dict[str, tuple[int, ...]] = {}  # of a scope: the present one, earlier ones
         self._own: Counter[str] = Counter()  # slots of a scope that this process holds
 
-    def _quota(self, limit: int) -> Quota:
+    def _quota(self, limit: int) -> NumberedQuota:
         found = self._quotas.get(limit)
         if found is None:
             if len(self._quotas) >= _MOST_QUOTAS:
                 self._quotas.clear()
             options: Any = {"segment": self._segment, "on_full": "raise", "cluster": False}
-            found = Quota(max_parallel=limit, name=key_grammar.NATIVE, **options, _numbered=True)
+            found = NumberedQuota(max_parallel=limit, name=key_grammar.NATIVE, **options)
             self._quotas[limit] = found
         return found
 
