@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.integrations.web import (
@@ -38,9 +38,7 @@ from fast_litellm_shm.integrations.web.responses import (
     answers_handshake,
     problem,
 )
-
-if TYPE_CHECKING:
-    from fast_litellm_shm.cluster import Cluster
+from fast_litellm_shm.limiters.grantors import ClusterArgument
 
 __all__ = [
     "MARK",
@@ -95,7 +93,7 @@ class RateLimitMiddleware(Middleware[App]):
         on_cost_error: str = "deny",
         ambiguous_paths: str = "count",
         root_path: str | None = None,
-        cluster: Cluster | str | Literal[False] | None = None,
+        cluster: ClusterArgument = None,
         websockets: bool = False,
         in_flight_cancel: bool = False,
         in_flight_seconds: float | None = None,
@@ -138,10 +136,9 @@ class RateLimitMiddleware(Middleware[App]):
                 )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in self._types:
-            await self.app(scope, receive, send)
-            return
-        outcome = await self._gate.check_async(AsgiRequest(scope, None, self._root_path))
+        outcome = None
+        if scope["type"] in self._types:
+            outcome = await self._gate.check_async(AsgiRequest(scope, None, self._root_path))
         if outcome is None:
             await self.app(scope, receive, send)
             return

@@ -17,7 +17,8 @@ from fast_litellm_shm.integrations.web.outcome import Outcome, combined
 from fast_litellm_shm.integrations.web.request import Request
 from fast_litellm_shm.integrations.web.rules import Cost, Rule
 from fast_litellm_shm.limiters.choice import chosen
-from fast_litellm_shm.limiters.grantors import ClusterArgument, Grantor, Held
+from fast_litellm_shm.limiters.grantors import ClusterArgument, Grantor
+from fast_litellm_shm.limiters.waiting import run
 
 _ON_ERROR = ("deny", "allow")
 _ON_COST_ERROR = ("deny", "count")
@@ -52,21 +53,13 @@ class _Opened:
             self._described = (found, names, responses.policy(names, found))
         return self._described[1:]
 
-    def admit(self, key: str | bytes, cost: Cost) -> Outcome:
-        return self._outcome(key, self._grantor.admit(key, self._costs(cost)))
-
-    async def admit_async(self, key: str | bytes, cost: Cost) -> Outcome:
-        """admit() for asyncio: where a server must be asked, a thread does that. Cancelled, it
-        holds nothing; what it was granted is consumed."""
-        return self._outcome(key, await self._grantor.admit_async(key, self._costs(cost)))
-
-    def _costs(self, cost: Cost) -> Cost:
-        """The costs, with one more for the permit."""
+    async def admit(self, key: str | bytes, cost: Cost, may_await: bool) -> Outcome:
+        """may_await: where a server must be asked, a thread does that. Cancelled, it holds nothing;
+        what it was granted is consumed."""
         if isinstance(cost, tuple) and self.rule.in_flight is not None:
-            return (*cost, 1)
-        return cost
-
-    def _outcome(self, key: str | bytes, permit: Held) -> Outcome:
+            cost = (*cost, 1)  # for the permit
+        grantor = self._grantor
+        permit = await grantor.admit_async(key, cost) if may_await else grantor.admit(key, cost)
         decision, described = permit.decision, self.described()
         left = self._left(key, decision, len(described[0]))
         return Outcome(self.rule, key, permit, *described, not decision.allowed, left)
@@ -123,16 +116,7 @@ class Gate:
     def check(self, request: Request) -> Outcome | None:
         """Check a request. None: it is not limited. Does not raise what a key or cost function
         raises. With a cluster it may wait for the server."""
-        # Into a list. A StopIteration that is caught by name is in a cycle with this frame, where
-        # an exception of a signal handler strikes: the permit would be held until the next
-        # collection.
-        out: list[Outcome | None] = []
-        for _ in self._check_into(out, request).__await__():
-            raise AssertionError("a synchronous check awaited something")
-        return out.pop()
-
-    async def _check_into(self, out: list[Outcome | None], request: Request) -> None:
-        out.append(await self._check(request, may_await=False))
+        return run(self._check(request, may_await=False).__await__())
 
     def check_async(self, request: Request) -> Coroutine[Any, Any, Outcome | None]:
         """check() for asyncio, where the key and cost functions may be async. It waits by await
@@ -189,11 +173,11 @@ class Gate:
             key, cost = client_address(request), 1
         try:
             try:
-                outcome = await _admit(opened, key, cost, may_await)
+                outcome = await opened.admit(key, cost, may_await)
             except _BAD_COST as error:
                 if self._refuses_cost(rule, error):
                     return opened.unchecked(key, True)
-                outcome = await _admit(opened, client_address(request), 1, may_await)
+                outcome = await opened.admit(client_address(request), 1, may_await)
         except FastShmError as error:
             denied = self._on_error == "deny"
             shown = "refused" if denied else "let through, uncounted"
@@ -231,10 +215,6 @@ class Gate:
             f"rule {rule.name!r}: its cost function failed; such requests {shown}", error
         )
         return denied
-
-
-async def _admit(opened: _Opened, key: str | bytes, cost: Cost, may_await: bool) -> Outcome:
-    return await opened.admit_async(key, cost) if may_await else opened.admit(key, cost)
 
 
 def _refuse_async(value: Any, what: str) -> NoReturn:

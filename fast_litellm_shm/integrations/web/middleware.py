@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+from typing import Generic, TypeVar
 
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.integrations.web.gate import Gate
 from fast_litellm_shm.integrations.web.rules import Rule
-
-if TYPE_CHECKING:
-    from fast_litellm_shm.cluster import Cluster
+from fast_litellm_shm.limiters.grantors import ClusterArgument
 
 _App = TypeVar("_App")
 
@@ -26,7 +24,7 @@ class Middleware(Generic[_App]):
         on_error: str = "deny",
         on_cost_error: str = "deny",
         ambiguous_paths: str = "count",
-        cluster: Cluster | str | Literal[False] | None = None,
+        cluster: ClusterArgument = None,
     ) -> None:
         """Limits the requests to ``app``.
 
