@@ -25,6 +25,7 @@ import importlib.metadata
 import logging
 import time
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import litellm
@@ -94,7 +95,7 @@ class RouterState:
         deployments = Deployments()
         try:
             if type(own_cache) is InMemoryCache:
-                replaced.values = SharedValues(deployments, _Ids(router))
+                replaced.values = SharedValues(deployments, _ids_of(router))
                 shared = SharedRoutingCache(own_cache, replaced.values)
                 replaced.put(cache, "in_memory_cache", shared)
             else:
@@ -141,17 +142,16 @@ class _Replaced:
             self.values.retire()
 
 
-class _Ids:
-    """Called with a model group, the deployment ids of that group; with None, those of all."""
+def _ids_of(router: Any) -> Callable[[str | None], frozenset[str]]:
+    """Returns the deployment ids of a model group; for None, those of all."""
+    names = router.registry().names  # of the router's core: it holds no reference to router
 
-    def __init__(self, router: Any) -> None:
-        self._registry = router.registry()  # of the router's core: it holds no reference to router
-
-    def __call__(self, group: str | None) -> frozenset[str]:
+    def ids(group: str | None) -> frozenset[str]:
         if group is None:
-            return frozenset(self._registry.names(kind="ids"))
-        found = self._registry.names(group, kind="ids")
-        return frozenset(found or self._registry.names(group, kind="route_candidates"))
+            return frozenset(names(kind="ids"))
+        return frozenset(names(group, kind="ids") or names(group, kind="route_candidates"))
+
+    return ids
 
 
 routers = RouterState()
