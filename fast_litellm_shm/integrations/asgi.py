@@ -32,7 +32,6 @@ from fast_litellm_shm.integrations.web import (
 from fast_litellm_shm.integrations.web.cancellation import run_cancellable
 from fast_litellm_shm.integrations.web.request import AsgiRequest
 from fast_litellm_shm.integrations.web.responses import (
-    PROBLEM_TYPE,
     TRY_LATER,
     Headers,
     answers_handshake,
@@ -122,13 +121,13 @@ class RateLimitMiddleware(Middleware[App]):
         self._cancel, self._seconds = bool(in_flight_cancel), in_flight_seconds
         self._cancels = self._cancel or in_flight_seconds is not None
         self._root_path = _root_path_of(app) if root_path is None else root_path
-        if self._cancels and not any(rule.in_flight for rule in self._gate.rules):
+        if self._cancels and not any(rule.in_flight for rule in self.rules):
             raise ValueError(
                 "in_flight_cancel and in_flight_seconds are for requests of rules with in_flight, "
                 "and there is none; add Rule(in_flight=...), or leave them out"
             )
         self._types = ("http", "websocket") if websockets else ("http",)
-        for rule in () if websockets else self._gate.rules:
+        for rule in () if websockets else self.rules:
             if rule.websockets_only:
                 raise ValueError(
                     f"rule {rule.name!r} is for WEBSOCKET, and handshakes are not checked without "
@@ -138,7 +137,7 @@ class RateLimitMiddleware(Middleware[App]):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         outcome = None
         if scope["type"] in self._types:
-            outcome = await self._gate.check_async(AsgiRequest(scope, None, self._root_path))
+            outcome = await self.check_async(AsgiRequest(scope, None, self._root_path))
         if outcome is None:
             await self.app(scope, receive, send)
             return
@@ -165,9 +164,7 @@ class RateLimitMiddleware(Middleware[App]):
         )
         if not in_time and not response.begun and scope["type"] == "http":
             detail = f"The request was given up after {self._seconds:g} s."
-            body = problem(503, None, detail, None)
-            fields = [("Content-Type", PROBLEM_TYPE), ("Content-Length", str(len(body)))]
-            await _respond(response.send, scope, "http", 503, fields, body)
+            await _respond(response.send, scope, 503, *problem(503, None, detail, None))
 
 
 def _root_path_of(app: object) -> str:
@@ -207,19 +204,16 @@ def _raw(headers: Headers) -> RawHeaders:
 
 
 async def _refuse(outcome: Outcome, scope: Scope, receive: Receive, send: Send) -> None:
-    prefix = "http"
     if scope["type"] == "websocket":
         await receive()  # websocket.connect
         if not answers_handshake(scope):
             await send({"type": "websocket.close", "code": TRY_LATER, "reason": "rate limit"})
             return
-        prefix = "websocket.http"
-    await _respond(send, scope, prefix, *outcome.refusal())
+    await _respond(send, scope, *outcome.refusal())
 
 
-async def _respond(
-    send: Send, scope: Scope, prefix: str, status: int, headers: Headers, body: bytes
-) -> None:
+async def _respond(send: Send, scope: Scope, status: int, headers: Headers, body: bytes) -> None:
+    prefix = "websocket.http" if scope["type"] == "websocket" else "http"
     await send({"type": f"{prefix}.response.start", "status": status, "headers": _raw(headers)})
     body = b"" if scope.get("method") == "HEAD" else body
     await send({"type": f"{prefix}.response.body", "body": body})

@@ -112,6 +112,7 @@ class RateLimit:
         if self._each_route:
             rule.public_name = "default"
         self._gate = Gate(
+            None,
             [rule],
             name="fastapi",
             segment=segment,

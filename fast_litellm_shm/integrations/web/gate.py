@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Coroutine, Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any, Generic, NoReturn, TypeVar
 
 from fast_litellm_shm._shared.named_limiter import key_bytes
 from fast_litellm_shm._shared.native import Decision
@@ -20,9 +20,7 @@ from fast_litellm_shm.limiters.choice import chosen
 from fast_litellm_shm.limiters.grantors import ClusterArgument, Grantor
 from fast_litellm_shm.limiters.waiting import run
 
-_ON_ERROR = ("deny", "allow")
-_ON_COST_ERROR = ("deny", "count")
-_AMBIGUOUS = ("count", "refuse")
+_App = TypeVar("_App")
 _BAD_COST = (TypeError, ValueError, OverflowError)  # what a limiter raises for one
 
 
@@ -78,12 +76,13 @@ class _Opened:
         return Outcome(self.rule, key, None, *self.described(), denied, error_status=status)
 
 
-class Gate:
-    """Checks requests against the first of ``rules`` that matches; a request that no rule matches
-    is not limited. The arguments are those of ``integrations.web.Middleware``."""
+class Gate(Generic[_App]):
+    """Checks requests against the first of ``rules`` that matches. The ASGI and the WSGI middleware
+    derive from it."""
 
     def __init__(
         self,
+        app: _App,
         rules: Iterable[Rule],
         *,
         name: str,
@@ -93,9 +92,29 @@ class Gate:
         ambiguous_paths: str = "count",
         cluster: ClusterArgument = None,
     ) -> None:
-        _one_of("on_error", on_error, _ON_ERROR)
-        _one_of("on_cost_error", on_cost_error, _ON_COST_ERROR)
-        _one_of("ambiguous_paths", ambiguous_paths, _AMBIGUOUS)
+        """Limits the requests to ``app``, the application; None: to what the caller serves itself.
+
+        rules: a request is checked against the first rule that matches it; a request that no rule
+        matches is not limited.
+        name: of the application. Middlewares of the same name in the same segment share their
+        counts.
+        segment: default ``Segment.default()``.
+        on_error: ``"deny"`` or ``"allow"`` requests that cannot be checked, because the segment is
+        full (429) or cannot be used (503).
+        on_cost_error: ``"deny"`` requests whose cost function fails, with 503, or ``"count"`` them
+        as 1, for the client's address.
+        ambiguous_paths: ``"count"`` a request under each rule that its path may mean, or
+        ``"refuse"`` it with 400; see "How a path is read" in ``docs/web.md``.
+        cluster: a URL (``redis://host:6379/0``) or a :class:`~fast_litellm_shm.cluster.Cluster`:
+        the limits hold over all hosts that name the same server; False: over this host alone;
+        default: what FAST_LITELLM_SHM_CLUSTER says, else this host alone. See ``docs/cluster.md``.
+
+        Raises ValueError or TypeError for bad arguments, SegmentError where there is no segment,
+        ImportError where a cluster is named and the library for it is missing.
+        """
+        _one_of("on_error", on_error, "deny", "allow")
+        _one_of("on_cost_error", on_cost_error, "deny", "count")
+        _one_of("ambiguous_paths", ambiguous_paths, "count", "refuse")
         if not isinstance(name, str):
             raise TypeError(f"name must be a str, not {name!r}")
         if not isinstance(rules, Iterable):
@@ -105,6 +124,7 @@ class Gate:
             if not isinstance(rule, Rule):
                 raise TypeError(f"rules must be Rule objects, not {rule!r}")
         _different_names(found)
+        self.app = app
         self.rules, self._on_error, self._on_cost_error = found, on_error, on_cost_error
         self._refuses = Rule(name="ambiguous path") if ambiguous_paths == "refuse" else None
         self._log = Log()
@@ -223,9 +243,9 @@ def _refuse_async(value: Any, what: str) -> NoReturn:
     raise TypeError(f"the {what} function is async, which only the ASGI middleware can await")
 
 
-def _one_of(argument: str, value: object, known: tuple[str, str]) -> None:
-    if value not in known:
-        raise ValueError(f"{argument} must be {known[0]!r} or {known[1]!r}, not {value!r}")
+def _one_of(argument: str, value: object, one: str, other: str) -> None:
+    if value not in (one, other):
+        raise ValueError(f"{argument} must be {one!r} or {other!r}, not {value!r}")
 
 
 def _different_names(rules: Sequence[Rule]) -> None:

@@ -141,9 +141,9 @@ class Outcome:
 
     def refusal(self) -> tuple[int, responses.Headers, bytes]:
         """Status, headers and body of the response to a refused request."""
-        body = responses.problem(self.status, self.violated, self.detail, self.retry_after)
-        fixed = [("Content-Type", responses.PROBLEM_TYPE), ("Content-Length", str(len(body)))]
-        return self.status, [*self.headers(), *fixed], body
+        status = self.status
+        fields, body = responses.problem(status, self.violated, self.detail, self.retry_after)
+        return status, [*self.headers(), *fields], body
 
 
 def combined(outcomes: list[Outcome], failed: bool = False) -> Outcome | None:
