@@ -3,6 +3,7 @@ parallel."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from fast_litellm_shm import exceptions, limits
@@ -166,8 +167,6 @@ class Quota:
             admission.settle(tokens=answer.usage.total_tokens)
     """
 
-    _numbered = False  # True: a NumberedQuota
-
     def __init__(
         self,
         rpm: int | None = None,
@@ -178,6 +177,7 @@ class Quota:
         segment: Segment | None = None,
         on_full: str = "share",
         cluster: ClusterArgument = None,
+        _numbered: bool = False,  # see numbered_quota
     ) -> None:
         found: list[LimitSpec | InFlight] = []
         names = []
@@ -200,7 +200,7 @@ class Quota:
         self._before, self._after = self._ones[: max(self._tpm, 0)], self._ones[self._tpm + 1 :]
         self._checked: Any = None  # the limits whose kinds are known to be ours
         own = tuple(found)
-        if self._numbered:
+        if _numbered:
             tail = key_grammar.tail_of(names, (each.n for each in own)).encode()
             most = tuple(map(_most, own))
             given: dict[str, Any] = {"name": name, "segment": segment, "on_full": on_full}
@@ -211,6 +211,7 @@ class Quota:
             grantor = chosen(cluster)
             self._cluster = grantor.argument
             self._grantor = grantor.quota(own, name=name, segment=segment, on_full=on_full)
+        self._numbered = _numbered
         self._arguments = (rpm, tpm, max_parallel, name, on_full)
 
     @property
@@ -299,27 +300,22 @@ class Quota:
         return self._names[index] if index < len(self._names) else "limit"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_rebuild, (type(self), *self._arguments, self.segment, self._cluster))
+        return (_rebuild, (*self._arguments, self.segment, self._cluster, self._numbered))
 
     def __repr__(self) -> str:
         shown = ", ".join(limits.describe(limit) for limit in self._grantor.limits)
         return f"Quota({shown}, name={self.name!r})"
 
 
-class NumberedQuota(Quota):
-    """For the LiteLLM plugin: quotas of one name may differ in their numbers, not in which of them
-    they have. Keys of different numbers are different keys. On this host alone."""
-
-    _numbered = True
-
-
-# For the LiteLLM plugin, too.
+# For the LiteLLM plugin. Quotas of one name that may differ in their numbers, not in which of them
+# they have: keys of different numbers are different keys. On this host alone.
+numbered_quota = functools.partial(Quota, cluster=False, _numbered=True)
+# admit() of several requests, without a check of the tokens.
 admit_calls, admit_calls_async = Quota._admit, Quota._admit_async
 count_request, left_of = Admission._count_request, Admission._left
 
 
 def _rebuild(
-    cls: type[Quota],
     rpm: int | None,
     tpm: int | None,
     max_parallel: int | None,
@@ -327,7 +323,8 @@ def _rebuild(
     on_full: str,
     segment: Segment,
     cluster: grantors.Replayed,
+    numbered: bool = False,
 ) -> Quota:
     limits_ = (rpm, tpm, max_parallel)
     given: dict[str, Any] = {"name": name, "segment": segment, "on_full": on_full}
-    return cls(*limits_, **given, cluster=cluster)
+    return Quota(*limits_, **given, cluster=cluster, _numbered=numbered)

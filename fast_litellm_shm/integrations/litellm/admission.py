@@ -10,15 +10,8 @@ from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared import key_grammar
 from fast_litellm_shm.integrations.litellm import failures, settings
 from fast_litellm_shm.integrations.litellm.subjects import Limits, Subject
-from fast_litellm_shm.limiters.quota import (
-    Admission,
-    NumberedQuota,
-    Quota,
-    admit_calls,
-    admit_calls_async,
-    count_request,
-    left_of,
-)
+from fast_litellm_shm.limiters import quota as inner
+from fast_litellm_shm.limiters.quota import Admission, Quota
 from fast_litellm_shm.limiters.waiting import run
 
 NAMES = {"rpm": "requests", "tpm": "tokens", "max_parallel": "max_parallel_requests"}  # LiteLLM's
@@ -45,7 +38,7 @@ def quota_of(limits: Limits) -> Quota:
 
 def _on_this_host(limits: Limits) -> Quota:
     name = key_grammar.name_for(unit for unit, n in zip(limits._fields, limits, strict=True) if n)
-    return NumberedQuota(*limits, name=name, on_full="raise")
+    return inner.numbered_quota(*limits, name=name, on_full="raise")
 
 
 def _over_hosts(limits: Limits) -> Quota | None:
@@ -135,10 +128,10 @@ class Admissions:
         charges = zip(self.subjects, self._charges, strict=True)
         limited = [each for each in charges if each[0].limits.rpm is not None]
         for subject, admission in limited:
-            if left_of(admission)["rpm"] < 1:
+            if inner.left_of(admission)["rpm"] < 1:
                 return _denial(subject, "rpm", 0, None)
         for _, admission in limited:
-            count_request(admission)
+            inner.count_request(admission)
         return None
 
     def requests_left(self) -> int | None:
@@ -148,7 +141,7 @@ class Admissions:
     def remaining(self) -> list[tuple[Subject, dict[str, int]]]:
         """What each subject has left now, by ``rpm`` and ``tpm``."""
         charges = zip(self.subjects, self._charges, strict=True)
-        return [(subject, left_of(admission)) for subject, admission in charges]
+        return [(subject, inner.left_of(admission)) for subject, admission in charges]
 
     @property
     def counts_tokens(self) -> bool:
@@ -190,7 +183,7 @@ async def _admit(subjects: Sequence[Subject], tokens: int, ask: _Ask) -> Admissi
 
 def _denied(subject: Subject, by: Admission) -> Denial:
     # the decision's own remaining is of the limit that has least, maybe requests
-    left = left_of(by)["tpm"] if by.reason == "tpm" else 0
+    left = inner.left_of(by)["tpm"] if by.reason == "tpm" else 0
     return _denial(subject, by.reason, left, by.retry_after)
 
 
@@ -207,7 +200,7 @@ def admit_here(subjects: Sequence[Subject], tokens: int) -> Admissions | Denial 
     done = False
     try:
         for subject, quota in zip(subjects, quotas, strict=True):
-            admission = admit_calls(quota, f"{subject.kind}:{subject.value}", tokens, 1)
+            admission = inner.admit_calls(quota, f"{subject.kind}:{subject.value}", tokens, 1)
             charges.append(admission)
             if not admission.allowed:
                 return _denied(subject, admission)
@@ -227,9 +220,9 @@ def admit(subjects: Sequence[Subject], tokens: int) -> Admissions | Denial:
 
 
 async def _ask_here(quota: Quota, key: str, tokens: int, requests: int) -> Admission:
-    return admit_calls(quota, key, tokens, requests)
+    return inner.admit_calls(quota, key, tokens, requests)
 
 
 async def admit_async(subjects: Sequence[Subject], tokens: int) -> Admissions | Denial:
     """:func:`admit`, which never blocks the event loop. Cancelled, it has admitted nothing."""
-    return await _admit(subjects, tokens, admit_calls_async)
+    return await _admit(subjects, tokens, inner.admit_calls_async)

@@ -89,13 +89,10 @@ def subject_of(deployment: Mapping[str, Any]) -> Subject | None:
     return of_deployment(deployment, _keeps_per_minute())
 
 
-def is_charged(deployment: Mapping[str, Any], call: Call) -> bool:
-    """Whether an attempt adds nothing to its request: it is at a model that the request named, and
-    no try of the request is charged apart."""
+def is_named(deployment: Mapping[str, Any], call: Call) -> bool:
+    """Whether an attempt is at a model that its request named, and is charged for."""
     model = deployment.get("model_name")
-    if call.free_tries is not None:
-        return False
-    return model in call.estimate.calls.models or not isinstance(model, str) or call.auth is None
+    return not isinstance(model, str) or model in call.estimate.calls.models or call.auth is None
 
 
 async def charge_request(
@@ -108,11 +105,10 @@ async def charge_request(
         denial = call.admissions.count_try()
         if denial is not None:
             return denial
-    model = deployment.get("model_name")
-    if not isinstance(model, str) or model in call.estimate.calls.models or call.auth is None:
+    if is_named(deployment, call):
         return None
-    known = call.counts_for()
-    more = [s for s in of_model(call.auth, model, group_of) if s[:2] not in known]
+    known, found = call.counts_for(), of_model(call.auth, deployment["model_name"], group_of)
+    more = [subject for subject in found if subject[:2] not in known]
     if not more:
         return None
     admitted = await admission.admit_async(more, call.estimate.for_subjects(more))

@@ -327,7 +327,7 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
         try:
             if call is not None and not call.finished:
                 call.tries += 1
-                if not attempts.is_charged(deployment, call):
+                if call.free_tries is not None or not attempts.is_named(deployment, call):
                     found = await attempts.charge_request(deployment, call, _group_of)
             subject = attempts.subject_of(deployment) if found is None else None
             if subject is not None:

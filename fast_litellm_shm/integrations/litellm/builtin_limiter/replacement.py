@@ -9,12 +9,12 @@ hooks`` it keeps only the limits that the plugin does not keep (:func:`.limiter.
 from __future__ import annotations
 
 import inspect
-import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, TypeAlias
 
+from fast_litellm_shm._shared import log
 from fast_litellm_shm.integrations.litellm import settings
 from fast_litellm_shm.integrations.litellm.subjects import Limits, Subject
 
@@ -27,14 +27,11 @@ _TURN = "_aresponses_websocket"
 checked: ContextVar[bool] = ContextVar("fast_litellm_shm_checked", default=True)
 _MINUTE = 60
 HOOK = "parallel_request_limiter"
-_CLASS = "_PROXY_MaxParallelRequestsHandler_v3"
 _FIELDS = (
     ("requests_per_unit", "rpm"),
     ("tokens_per_unit", "tpm"),
     ("max_parallel_requests", "max_parallel"),
 )
-
-_log = logging.getLogger("fast_litellm_shm")
 
 
 def without(descriptors: list[Any], ours: Mapping[tuple[str, str], Limits]) -> list[Any]:
@@ -99,11 +96,11 @@ def _maker(base: Any, found_for: FoundFor) -> Callable[[Any], Any]:
             if lacking is None:
                 builtin_serves = True
                 return table[HOOK](internal_usage_cache=internal_usage_cache)
-            _log.warning("%s; mode hooks applies", lacking)
+            log.warning("%s; mode hooks applies", lacking)
         made = reduced(internal_usage_cache=internal_usage_cache)
         seconds = getattr(made, "window_size", _MINUTE)
         if seconds != _MINUTE:
-            _log.warning(
+            log.warning(
                 "LITELLM_RATE_LIMIT_WINDOW_SIZE is %s, which only LiteLLM's built-in limiter "
                 "obeys: the plugin limits requests and tokens by %s seconds. With mode native the "
                 "variable applies to all limits",
@@ -126,11 +123,11 @@ def install(found_for: FoundFor) -> None:
         from litellm.proxy import hooks
         from litellm.proxy.hooks import parallel_request_limiter_v3 as v3
 
-        base = getattr(v3, _CLASS)
+        base = v3._PROXY_MaxParallelRequestsHandler_v3
         inspect.signature(base._build_request_rate_limit_descriptors).bind(None, None, None, None)
         current = hooks.PROXY_HOOKS[HOOK]
     except (ImportError, AttributeError, KeyError, TypeError) as error:
-        _log.warning(
+        log.warning(
             "the built-in limiter of this litellm cannot be replaced (%s): it counts besides the "
             "plugin, in each worker, and may deny what all workers together have room for; mode "
             "native is not available. See docs/litellm.md for the versions that are supported",

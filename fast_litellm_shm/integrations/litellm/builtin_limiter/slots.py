@@ -10,11 +10,11 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fast_litellm_shm._shared import key_grammar
 from fast_litellm_shm._shared.segment import Segment
-from fast_litellm_shm.limiters.quota import Admission, NumberedQuota
+from fast_litellm_shm.limiters.quota import Admission, Quota, numbered_quota
 
 MOST = 100_000  # a larger limit is this one
 _MOST_QUOTAS = 1024  # that this process keeps open
@@ -38,19 +38,19 @@ class Slots:
 
     def __init__(self, segment: Segment) -> None:
         self._segment = segment
-        self._quotas: dict[int, NumberedQuota] = {}
+        self._quotas: dict[int, Quota] = {}
         self._held: dict[str, tuple[float, dict[str, Admission]]] = {}  # by id, oldest first
         self._limits: dict[str, tuple[int, ...]] = {}  # of a scope: the present one, earlier ones
         self._own: Counter[str] = Counter()  # slots of a scope that this process holds
 
-    def _quota(self, limit: int) -> NumberedQuota:
+    def _quota(self, limit: int) -> Quota:
         found = self._quotas.get(limit)
         if found is None:
             if len(self._quotas) >= _MOST_QUOTAS:
                 self._quotas.clear()
-            options: Any = {"segment": self._segment, "on_full": "raise", "cluster": False}
-            found = NumberedQuota(max_parallel=limit, name=key_grammar.NATIVE, **options)
-            self._quotas[limit] = found
+            found = self._quotas[limit] = numbered_quota(
+                max_parallel=limit, name=key_grammar.NATIVE, segment=self._segment, on_full="raise"
+            )
         return found
 
     def acquire(

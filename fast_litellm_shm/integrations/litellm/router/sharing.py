@@ -22,7 +22,6 @@ A router that has Redis, or gets it later, is left alone: it shares through Redi
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 import time
 import weakref
 from collections.abc import Callable
@@ -32,6 +31,7 @@ import litellm
 from litellm.caching.in_memory_cache import InMemoryCache
 from litellm.integrations.custom_logger import CustomLogger
 
+from fast_litellm_shm._shared import log
 from fast_litellm_shm.integrations.litellm import attempts, failures
 from fast_litellm_shm.integrations.litellm.router.cache import SharedRoutingCache
 from fast_litellm_shm.integrations.litellm.router.cache_values import SharedValues
@@ -44,8 +44,6 @@ _CALLBACKS = (
     *("callbacks", "input_callback", "success_callback", "failure_callback"),
     *("_async_success_callback", "_async_failure_callback"),
 )
-
-_log = logging.getLogger("fast_litellm_shm")
 
 
 class RouterState:
@@ -113,7 +111,7 @@ class RouterState:
     def _log_missing(self, what: str) -> None:
         if what not in self._logged:
             self._logged.add(what)
-            _log.warning(
+            log.warning(
                 "litellm %s offers no way to share %s of its router: each worker keeps them to "
                 "itself. See docs/litellm.md for the versions of LiteLLM that are supported",
                 importlib.metadata.version("litellm"),
@@ -174,8 +172,9 @@ def share(router: Any, limiter: CustomLogger, *, limits: bool = True, state: boo
 
 
 def unshare(router: Any) -> None:
-    """The router has its own objects again. With the last router that :func:`share` added the
-    limiter for, the limiter leaves LiteLLM's callbacks, and LiteLLM keeps the limits again."""
+    """Undo :func:`share`: the router has the very objects back that it had. With the last router
+    that :func:`share` added the limiter for, the limiter leaves LiteLLM's callbacks, and LiteLLM
+    keeps the limits again."""
     global _added
     routers.detach(router)
     _limited.discard(router)
