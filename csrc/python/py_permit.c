@@ -99,8 +99,8 @@ static void permit_dealloc(PyObject *o) {
 
 static PyMethodDef permit_methods[] = {
     {"release", permit_release, METH_NOARGS,
-     "release()\n--\n\nGive the permit back. True if it was held; twice is harmless, and so is a "
-     "forked child, which cannot free what is its parent's."},
+     "release()\n--\n\nGive the permit back. True if it was held. A second call does nothing, and "
+     "so does a call in a forked child: the permit is its parent's."},
     {"__enter__", permit_enter, METH_NOARGS, NULL},
     {"__exit__", permit_exit, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL}};
@@ -108,7 +108,7 @@ static PyMethodDef permit_methods[] = {
 static PyGetSetDef permit_getset[] = {
     {"in_flight", permit_get_in_flight, NULL, "When denied: how many permits of the key were held.",
      NULL},
-    {"released", permit_get_released, NULL, "Whether it was admitted, and is given back.", NULL},
+    {"released", permit_get_released, NULL, "True: it was admitted, and has been released.", NULL},
     {"_address", permit_address, NULL, NULL, NULL},
     {"decision", permit_get_decision, NULL, "The Decision behind it.", NULL},
     {NULL, NULL, NULL, NULL, NULL}};

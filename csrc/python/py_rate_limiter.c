@@ -599,10 +599,10 @@ static PyMethodDef core_methods[] = {
     {"peek", FAST(core_peek), FLAGS,
      "peek(key, cost=1)\n--\n\nWhat acquire() would answer now. Charges nothing."},
     {"charge", FAST(core_charge), FLAGS,
-     "charge(key, cost)\n--\n\nCharge after the fact, room or not. May go into debt, which the next "
-     "requests wait out. Returns how things are after it."},
+     "charge(key, cost)\n--\n\nCharge without a check, for example when the actual cost is known. "
+     "The key may go into debt: it is denied until that is paid. Returns the Decision after it."},
     {"refund", FAST(core_refund), FLAGS,
-     "refund(key, cost)\n--\n\nGive back tokens that were charged. Never below \"nothing consumed\"."},
+     "refund(key, cost)\n--\n\nGive back tokens that were charged, at most all that is consumed."},
     {"is_allowed", FAST(core_is_allowed), FLAGS,
      "is_allowed(key=None)\n--\n\nacquire(key) as a bool. None is the key \"default\"."},
     {"check", FAST(core_check), FLAGS,

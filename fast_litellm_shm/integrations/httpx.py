@@ -47,9 +47,9 @@ _Async = TypeVar("_Async", bound="AsyncSharedLimitTransport")
 
 
 class SharedLimitTimeout(RateLimitExceeded, httpx.PoolTimeout):
-    """The request was not sent, since it may not wait long enough: too many requests are in flight,
-    or in the period, or its origin asked for a pause. ``retry_after``: seconds until it could be
-    sent; 0.0: when another request ends; None: never. For httpx it is a PoolTimeout."""
+    """The request was not sent, because it would wait longer than it may: too many requests are in
+    flight, or in the period, or its origin asked for a pause. ``retry_after``: seconds until it
+    could be sent; 0.0: when another request ends; None: never. For httpx it is a PoolTimeout."""
 
     def __init__(self, message: str, retry_after: float | None, request: httpx.Request) -> None:
         httpx.PoolTimeout.__init__(self, message, request=request)

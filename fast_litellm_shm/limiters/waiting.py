@@ -33,11 +33,11 @@ _this = threading.local()
 
 
 class Waits:
-    """In the caller's thread."""
+    """How a call waits in its own thread."""
 
     def ask(self, call: Callable[[], T], undo: Callable[[T], object]) -> Steps[T]:
-        """What ``call()`` returns; it may wait for a server. undo: takes back the result, if the
-        caller was cancelled meanwhile."""
+        """Return ``call()``, which may wait for a server. undo: takes the result back if the caller
+        was cancelled meanwhile."""
         yield from ()
         return call()
 
@@ -46,8 +46,8 @@ class Waits:
         time.sleep(seconds)
 
     def until_woken(self, states: States, raw: bytes, armed: int, ns: int) -> Steps[None]:
-        """Sleep until a permit of the key is released since ``states.arm()`` returned ``armed``, or
-        for so many ns."""
+        """Sleep until a permit of the key is released, at most ``ns`` nanoseconds. A release since
+        ``states.arm()`` returned ``armed`` counts."""
         yield from ()
         greenlets.wakeup_wait(states.handle, raw, armed, ns)
 
@@ -100,7 +100,7 @@ def run_async(steps: Steps[T]) -> Steps[T]:
     return (yield from steps)
 
 
-class MustAskError(BlockingIOError):  # as such the native part knows it: it is no failure
+class MustAskError(BlockingIOError):  # the native part knows this base class: no failure
     """The call has to ask a server, and is one that may not wait here."""
 
 
@@ -122,10 +122,10 @@ def _executor(name: str) -> ThreadPoolExecutor:
 
 
 async def off_loop(call: Callable[[], T], undo: Callable[[T], object] = lambda _: None) -> T:
-    """What ``call()`` returns. It is first made on the event loop, where this host alone answers,
-    at once. If it raises MustAskError, it has done nothing yet, and is made again in a thread. A
-    thread cannot be cancelled: if its caller was cancelled meanwhile, ``undo`` gets what the thread
-    found, once. ``undo`` must not wait."""
+    """Return ``call()``. It is first called on the event loop: if this host alone decides, that is
+    all. If it raises MustAskError, it has done nothing yet, and a thread calls it again. A thread
+    cannot be cancelled: if the caller was cancelled meanwhile, ``undo`` gets the thread's result,
+    once. ``undo`` must not wait."""
     _this.on_loop = True
     try:
         return call()
