@@ -207,5 +207,3 @@ static PyType_Slot counts_slots[] = {{Py_tp_dealloc, (void *)counts_dealloc},
                                      {Py_tp_methods, counts_methods},
                                      {Py_tp_new, (void *)PyType_GenericNew},
                                      {0, NULL}};
-
-static PyType_Spec counts_spec = TYPE_SPEC(Counts, counts_slots, BASE);

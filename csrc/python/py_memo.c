@@ -256,5 +256,3 @@ static PyType_Slot memo_slots[] = {{Py_tp_init, (void *)memo_init},
                                    {Py_tp_new, (void *)PyType_GenericNew},
                                    {Py_tp_traverse, (void *)memo_traverse},
                                    {0, NULL}};
-
-static PyType_Spec memo_spec = TYPE_SPEC(Memo, memo_slots, BASE | Py_TPFLAGS_HAVE_GC);

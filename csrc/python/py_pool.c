@@ -476,23 +476,17 @@ static PyMethodDef pool_methods[] = {
     {"_connections", pool_connections, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL}};
 
-static char pool_doc[] = "Native base of SimpleConnectionPool.";
 static PyType_Slot pool_slots[] = {{Py_tp_dealloc, (void *)pool_dealloc},
                                    {Py_tp_traverse, (void *)pool_traverse},
                                    {Py_tp_methods, pool_methods},
-                                   {Py_tp_doc, pool_doc},
+                                   {Py_tp_doc, DOC("Native base of SimpleConnectionPool.")},
                                    {0, NULL}};
-static PyType_Spec pool_spec = TYPE_SPEC(PoolCore, pool_slots, BASE | Py_TPFLAGS_HAVE_GC);
 
-static char connection_doc[] = "A pooled connection.";
 static PyType_Slot connection_slots[] = {{Py_tp_dealloc, (void *)connection_dealloc},
                                          {Py_tp_traverse, (void *)connection_traverse},
                                          {Py_tp_getset, connection_getset},
-                                         {Py_tp_doc, connection_doc},
+                                         {Py_tp_doc, DOC("A pooled connection.")},
                                          {0, NULL}};
-static PyType_Spec connection_spec =
-    TYPE_SPEC(Connection, connection_slots, INTERNAL | Py_TPFLAGS_HAVE_GC);
 
 static PyType_Slot stack_slots[] = {
     {Py_tp_dealloc, (void *)stack_dealloc}, {Py_tp_traverse, (void *)stack_traverse}, {0, NULL}};
-static PyType_Spec stack_spec = TYPE_SPEC(Stack, stack_slots, INTERNAL | Py_TPFLAGS_HAVE_GC);

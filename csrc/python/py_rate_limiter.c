@@ -194,7 +194,6 @@ static PyMethodDef reservation_methods[] = {{"keep", reservation_keep, METH_NOAR
                                             {NULL, NULL, 0, NULL}};
 static PyType_Slot reservation_slots[] = {
     {Py_tp_dealloc, (void *)reservation_dealloc}, {Py_tp_methods, reservation_methods}, {0, NULL}};
-static PyType_Spec reservation_spec = TYPE_SPEC(Reservation, reservation_slots, INTERNAL);
 
 /* _reserve(key, cost, max_wait_ns) -> (decision, ns to wait until it is ours, the Reservation). */
 static PyObject *core_reserve(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
@@ -625,15 +624,12 @@ static PyGetSetDef core_getset[] = {
     {"limits", core_get_limits, NULL, "The limits in force, as a tuple.", NULL},
     {NULL, NULL, NULL, NULL, NULL}};
 
-static char core_doc[] = "Native base of the limiters.";
 static PyType_Slot core_slots[] = {{Py_tp_dealloc, (void *)core_dealloc},
                                    {Py_tp_traverse, (void *)core_traverse},
                                    {Py_tp_methods, core_methods},
                                    {Py_tp_getset, core_getset},
-                                   {Py_tp_doc, core_doc},
+                                   {Py_tp_doc, DOC("Native base of the limiters.")},
                                    {0, NULL}};
-
-static PyType_Spec core_spec = TYPE_SPEC(Core, core_slots, BASE | Py_TPFLAGS_HAVE_GC);
 
 static int make_constants(void) {
   s_allowed = PyUnicode_InternFromString("allowed");

@@ -167,5 +167,3 @@ static PyType_Slot recorder_slots[] = {{Py_tp_dealloc, (void *)recorder_dealloc}
                                        {Py_tp_methods, recorder_methods},
                                        {Py_tp_new, (void *)PyType_GenericNew},
                                        {0, NULL}};
-
-static PyType_Spec recorder_spec = TYPE_SPEC(Recorder, recorder_slots, BASE);

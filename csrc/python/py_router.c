@@ -305,12 +305,9 @@ static PyMethodDef router_methods[] = {
     {"_set", router_set, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL}};
 
-static PyType_Slot router_slots[] = {
-    {Py_tp_dealloc, (void *)router_dealloc},
-    {Py_tp_traverse, (void *)router_traverse},
-    {Py_tp_methods, router_methods},
-    {Py_tp_new, (void *)PyType_GenericNew},
-    {Py_tp_doc, (void *)(uintptr_t)"Native base of AdvancedRouter."},
-    {0, NULL}};
-
-static PyType_Spec router_spec = TYPE_SPEC(RouterCore, router_slots, BASE | Py_TPFLAGS_HAVE_GC);
+static PyType_Slot router_slots[] = {{Py_tp_dealloc, (void *)router_dealloc},
+                                     {Py_tp_traverse, (void *)router_traverse},
+                                     {Py_tp_methods, router_methods},
+                                     {Py_tp_new, (void *)PyType_GenericNew},
+                                     {Py_tp_doc, DOC("Native base of AdvancedRouter.")},
+                                     {0, NULL}};

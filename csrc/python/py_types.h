@@ -1,4 +1,4 @@
-/* py_types.h - what the native types share: their specs, the end of their objects, the results of calls. */
+/* py_types.h - what the native types share: their docstrings, the end of their objects, the results of calls. */
 #ifndef FSHM_PY_TYPES_H
 #define FSHM_PY_TYPES_H
 
@@ -6,13 +6,8 @@
 
 #define UNUSED __attribute__((unused))
 
-/* Flags of a type: only C makes objects of it; or Python derives a class from it. */
-#define INTERNAL (Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION)
-#define BASE (Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE)
-
-/* PyModule_AddType() adds the type to the module by its name. */
-#define TYPE_SPEC(type, slots, flags) \
-  {"fast_litellm_shm._native." #type, sizeof(type), 0, flags, slots}
+/* A docstring, as the value of Py_tp_doc. */
+#define DOC(text) ((void *)(uintptr_t)(text))
 
 /* The last step of a tp_dealloc. release: PyObject_Free, or PyObject_GC_Del. */
 static inline void end_object(PyObject *o, freefunc release) {

@@ -199,6 +199,5 @@ static PyType_Slot use_slots[] = {{Py_tp_dealloc, (void *)use_dealloc},
                                   {Py_tp_call, (void *)use_call},
                                   {Py_tp_methods, use_methods},
                                   {0, NULL}};
-static PyType_Spec use_spec = TYPE_SPEC(Use, use_slots, INTERNAL | Py_TPFLAGS_HAVE_GC);
 
 #endif
