@@ -71,10 +71,7 @@ static int begin_call(PyObject *o, int which, PyObject *key, PyObject *limit, Py
   c->limit = (fshm_limit){FSHM_MAX_MOVING, 1000000000, 0, FSHM_WINDOW, 0};
   c->limit.kind = which == COUNT_SLIDING ? FSHM_SLIDING : FSHM_WINDOW;
   c->amount = 0;
-  if (!c->limiter) {
-    PyErr_SetString(PyExc_RuntimeError, "_bind() was not called");
-    return -1;
-  }
+  if (!c->limiter) return fail(PyExc_RuntimeError, "_bind() was not called");
   if (limit && get_cost(limit, &c->limit.n)) return -1;
   if (expiry && get_period(expiry, &c->limit.per_ns)) return -1;
   if (amount && get_cost(amount, &c->amount)) return -1;

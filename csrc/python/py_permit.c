@@ -136,10 +136,7 @@ static int slot_init(PyObject *o, PyObject *args, PyObject *kwargs) {
   PyObject *limiter, *key, *timeout;
   if (no_keywords("Slot", kwargs) || !PyArg_ParseTuple(args, "OOO", &limiter, &key, &timeout))
     return -1;
-  if (self->limiter) {
-    PyErr_SetString(PyExc_RuntimeError, "a slot is made once");
-    return -1;
-  }
+  if (self->limiter) return fail(PyExc_RuntimeError, "a slot is made once");
   self->key = Py_NewRef(key);
   self->timeout = Py_NewRef(timeout);
   self->limiter = Py_NewRef(limiter);

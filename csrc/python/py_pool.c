@@ -124,8 +124,7 @@ static PyGetSetDef connection_getset[] = {
 
 static int unbound(const PoolCore *self) {
   if (self->by_id && self->stacks && self->permits) return 0;
-  PyErr_SetString(PyExc_RuntimeError, "the pool's __init__ was not called");
-  return 1;
+  return fail(PyExc_RuntimeError, "the pool's __init__ was not called");
 }
 
 /* An exact str, whose comparison runs no Python. NULL without an exception: it is not a str. */

@@ -86,8 +86,7 @@ static inline int odd(Core *self, const fshm_decision *d) {
 
 static int bound(const Core *self) {
   if (self->limiter) return 0;
-  PyErr_SetString(PyExc_RuntimeError, "the limiter's __init__ was not called");
-  return -1;
+  return fail(PyExc_RuntimeError, "the limiter's __init__ was not called");
 }
 
 static int decide(Core *self, uint32_t op, PyObject *key, PyObject *cost, uint64_t max_wait,
@@ -446,8 +445,7 @@ static int decide_fetched(Core *self, PyObject *key, fetched_key *k, const uint6
 /* Where to write the next answers; computed for each, since a cost's __index__() may have resized the bytearray. */
 static void *answers(PyObject *array, Py_ssize_t size) {
   if (PyByteArray_Size(array) == size) return PyByteArray_AsString(array);
-  PyErr_SetString(PyExc_ValueError, "keys and costs differ in length");
-  return NULL;
+  return PyErr_Format(PyExc_ValueError, "keys and costs differ in length");
 }
 
 /* _acquire_many(keys, costs, allowed, remaining, retry): charge key by key, in order, and fill three bytearrays of

@@ -176,8 +176,9 @@ static int get_blocked(PyObject *given, PyObject **out) {
   *out = NULL;
   if (!given || given == Py_None) return 0;
   PyObject *list = PyUnicode_Check(given) || PyBytes_Check(given) ? NULL : PySequence_List(given);
-  Py_ssize_t count = list ? PyList_Size(list) : 0;
-  for (Py_ssize_t i = 0; list && i < count; i++) {
+  if (!list) return fail(PyExc_TypeError, "blocked_models must be a list of names, not %R", given);
+  Py_ssize_t count = PyList_Size(list);
+  for (Py_ssize_t i = 0; i < count; i++) {
     PyObject *name = PyList_GetItem(list, i), *exact = NULL;
     if (PyUnicode_CheckExact(name)) continue;
     if (PyUnicode_Check(name))
@@ -186,11 +187,6 @@ static int get_blocked(PyObject *given, PyObject **out) {
       PyErr_Format(PyExc_TypeError, "blocked_models[%zd] must be a str, not %R", i, name);
     if (exact && !PyList_SetItem(list, i, exact)) continue;
     Py_DECREF(list);
-    return -1;
-  }
-  if (!list) {
-    PyErr_Clear();
-    PyErr_Format(PyExc_TypeError, "blocked_models must be a list of names, not %R", given);
     return -1;
   }
   *out = count > FEW ? PyFrozenSet_New(list) : count ? list : NULL;
@@ -242,10 +238,8 @@ static PyObject *router_pick(PyObject *o, PyObject *const *args, Py_ssize_t n, P
     Py_INCREF(list);
   else if (list)
     list = PySequence_List(list);
-  if (!list) {
-    PyErr_Clear();
+  if (!list)
     PyErr_Format(PyExc_TypeError, "model_list must be a list of deployments, not %R", in[0]);
-  }
   PyObject *picked = NULL;
   if (list && model && !get_blocked(in[2], &blocked)) {
     picked = route(self, list, model, blocked);

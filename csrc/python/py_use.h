@@ -90,15 +90,14 @@ static PyObject *use_begin(PyObject *o, UNUSED PyObject *unused) {
   return value;
 }
 
-static int use_fresh(const Use *self) {
-  if (!self->entered && !self->connection && !self->over) return 1;
-  PyErr_SetString(PyExc_RuntimeError, "call connection() for each block");
-  return 0;
+static int use_once(const Use *self) {
+  if (!self->entered && !self->connection && !self->over) return 0;
+  return fail(PyExc_RuntimeError, "call connection() for each block");
 }
 
 static PyObject *use_enter(PyObject *o, PyObject *unused) {
   Use *self = (Use *)o;
-  if (!use_fresh(self)) return NULL;
+  if (use_once(self)) return NULL;
   PyObject *deadline = PyObject_CallMethod(self->pool, "_deadline", "O", self->timeout);
   while (deadline) {
     Connection *c = take_measured(self->pool, self->endpoint);
@@ -137,7 +136,7 @@ static PyObject *use_call(PyObject *o, PyObject *args, PyObject *kw) {
 static PyObject *use_idle(PyObject *o, UNUSED PyObject *unused) {
   Use *self = (Use *)o;
   int stale;
-  if (!use_fresh(self)) return NULL;
+  if (use_once(self)) return NULL;
   PyObject *text = exact(self->endpoint);
   Connection *c = text ? pop((PoolCore *)self->pool, text, &stale) : NULL;
   Py_XDECREF(text);
