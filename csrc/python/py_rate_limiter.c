@@ -112,11 +112,10 @@ static PyObject *decision_call(PyObject *self, uint32_t op, const char *name, Py
                                Py_ssize_t n, PyObject *kwnames, Py_ssize_t least) {
   PyObject *in[2] = {NULL, NULL};
   fshm_decision d;
-  if (n == 1 && !kwnames)
+  if (n == 1 && !kwnames && least == 1)
     in[0] = args[0];
   else if (parse(name, args, n, kwnames, key_cost, in, 2, least))
     return NULL;
-  if (least == 2 && !in[1]) return NULL;
   if (decide((Core *)self, op, in[0], in[1], 0, &d)) return NULL;
   return make_decision(limits_of((Core *)self), &d);
 }
@@ -129,20 +128,11 @@ static PyObject *core_acquire(PyObject *self, PyObject *const *args, Py_ssize_t 
 static PyObject *core_peek(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
   return decision_call(self, FSHM_PEEK, "peek", args, n, kw, 1);
 }
-
-static PyObject *core_force(PyObject *self, uint32_t op, const char *name, PyObject *const *args,
-                            Py_ssize_t n, PyObject *kw) {
-  PyObject *in[2] = {NULL, NULL};
-  fshm_decision d;
-  if (parse(name, args, n, kw, key_cost, in, 2, 2)) return NULL;
-  if (decide((Core *)self, op, in[0], in[1], 0, &d)) return NULL;
-  return make_decision(limits_of((Core *)self), &d);
-}
 static PyObject *core_charge(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
-  return core_force(self, FSHM_CHARGE, "charge", args, n, kw);
+  return decision_call(self, FSHM_CHARGE, "charge", args, n, kw, 2);
 }
 static PyObject *core_refund(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
-  return core_force(self, FSHM_REFUND, "refund", args, n, kw);
+  return decision_call(self, FSHM_REFUND, "refund", args, n, kw, 2);
 }
 
 /* Reservation: a place in a bucket's queue. A waiter keeps it when its turn comes. If the wait ends in another way,
