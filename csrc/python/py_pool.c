@@ -197,22 +197,14 @@ static int add_opened(PoolCore *self, Connection *c) {
 static UNGUARDED Connection *take(PyObject *o, PyObject *endpoint) {
   PoolCore *self = (PoolCore *)o;
   PyObject *text = exact(endpoint), *r;
-  for (int stale = 0, closed = 1; text && closed > 0;) {
-    Connection *c = pop(self, text, &stale);
-    if (!c && stale) { /* there may be others beneath */
-      r = PyObject_CallMethod(o, "_close_stale", "O", text);
-      closed = r ? PyObject_IsTrue(r) : -1;
-      Py_XDECREF(r);
-      if (closed > 0) continue;
-    }
-    if (c || closed < 0) {
-      Py_DECREF(text);
-      return c;
-    }
-    closed = 0;
+  Connection *c = NULL;
+  for (int more = text != NULL; more > 0 && !(c = pop(self, text, &more)) && more;) {
+    r = PyObject_CallMethod(o, "_close_stale", "O", text);
+    more = r ? PyObject_IsTrue(r) : -1; /* there may be others beneath */
+    Py_XDECREF(r);
   }
   Py_XDECREF(text);
-  if (PyErr_Occurred()) return NULL;
+  if (c || PyErr_Occurred()) return c;
   r = PyObject_CallMethod(o, "_open", "O", endpoint);
   if (!r || Py_TYPE(r) != connection_type) {
     Py_XDECREF(r);
