@@ -438,29 +438,20 @@ static void *answers(PyObject *array, Py_ssize_t size) {
   return PyErr_Format(PyExc_ValueError, "keys and costs differ in length");
 }
 
-/* _acquire_many(keys, costs, allowed, remaining, retry): charge key by key, in order, and fill three bytearrays of
- * n, 8n and 8n bytes. costs: an int, or a list of n. With many keys, most of a call is waiting for memory, so their
- * lines are prefetched some keys ahead. */
-static PyObject *core_acquire_many(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
-  Core *self = (Core *)o;
-  if (n != 5 || kw) return PyErr_Format(PyExc_TypeError, "_acquire_many() takes 5 arguments");
-  if (bound(self)) return NULL;
-  PyObject *keys = PySequence_Tuple(args[0]);
-  if (!keys) return NULL;
+/* keys: a tuple; args: as of _acquire_many(). With many keys, most of a call is waiting for memory, so their lines are
+ * prefetched some keys ahead. */
+static int acquire_many(Core *self, PyObject *keys, PyObject *const *args) {
   Py_ssize_t count = PyTuple_Size(keys), ahead = 0;
   int each = PyList_Check(args[1]);
   uint64_t costs[FSHM_MAX_LIMITS];
   fetched_key ring[AHEAD];
-  for (int i = 2; i < 5; i++) {
-    if (PyByteArray_Check(args[i])) continue;
-    PyErr_SetString(PyExc_TypeError, "_acquire_many() fills bytearrays");
-    goto failed;
-  }
-  if ((each && PyList_Size(args[1]) != count) || !answers(args[2], count) ||
-      !answers(args[3], 8 * count) || !answers(args[4], 8 * count)) {
-    if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "keys and costs differ in length");
-    goto failed;
-  }
+  for (int i = 2; i < 5; i++)
+    if (!PyByteArray_Check(args[i]))
+      return fail(PyExc_TypeError, "_acquire_many() fills bytearrays");
+  if (each && PyList_Size(args[1]) != count)
+    return fail(PyExc_ValueError, "keys and costs differ in length");
+  if (!answers(args[2], count) || !answers(args[3], 8 * count) || !answers(args[4], 8 * count))
+    return -1;
   for (Py_ssize_t i = 0; i < count; i++) {
     fshm_decision d;
     for (; ahead < count && ahead < i + AHEAD; ahead++)
@@ -470,22 +461,31 @@ static PyObject *core_acquire_many(PyObject *o, PyObject *const *args, Py_ssize_
       if (!each) Py_INCREF(cost);
       int wrong = !cost || get_costs(limit_count(self), cost, costs);
       Py_XDECREF(cost);
-      if (wrong) goto failed;
+      if (wrong) return -1;
     }
-    if (decide_fetched(self, PyTuple_GetItem(keys, i), &ring[i % AHEAD], costs, &d)) goto failed;
+    if (decide_fetched(self, PyTuple_GetItem(keys, i), &ring[i % AHEAD], costs, &d)) return -1;
     char *allowed = answers(args[2], count);
     uint64_t *remaining = answers(args[3], 8 * count);
     double *retry = answers(args[4], 8 * count);
-    if (!allowed || !remaining || !retry) goto failed;
+    if (!allowed || !remaining || !retry) return -1;
     allowed[i] = (char)(d.status == FSHM_ALLOWED);
     remaining[i] = d.remaining;
     retry[i] = d.retry_after_ns == FSHM_NEVER ? Py_HUGE_VAL : (double)d.retry_after_ns / 1e9;
   }
-  Py_DECREF(keys);
+  return 0;
+}
+
+/* _acquire_many(keys, costs, allowed, remaining, retry): charge key by key, in order, and fill three bytearrays of
+ * n, 8n and 8n bytes. costs: an int, or a list of n. */
+static PyObject *core_acquire_many(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
+  Core *self = (Core *)o;
+  if (n != 5 || kw) return PyErr_Format(PyExc_TypeError, "_acquire_many() takes 5 arguments");
+  if (bound(self)) return NULL;
+  PyObject *keys = PySequence_Tuple(args[0]);
+  int failed = !keys || acquire_many(self, keys, args);
+  Py_XDECREF(keys);
+  if (failed) return NULL;
   Py_RETURN_NONE;
-failed:
-  Py_DECREF(keys);
-  return NULL;
 }
 
 /* _bind(handle, address, limits, reasons, version, on_full). handle: the owner of the limiter. */
