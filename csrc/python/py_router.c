@@ -39,39 +39,30 @@ typedef struct {
 
 static void plan_drop(plan_of_list *p) {
   if (!p || --p->users) return;
-  for (Py_ssize_t i = 0; i < p->length && p->items; i++) Py_XDECREF(p->items[i]);
-  for (Py_ssize_t i = 0; i < p->count && p->names; i++) Py_XDECREF(p->names[i]);
+  for (Py_ssize_t i = 0; i < p->length; i++) Py_XDECREF(p->items[i]);
+  for (Py_ssize_t i = 0; i < p->count; i++) Py_XDECREF(p->names[i]);
   Py_XDECREF(p->model);
-  free(p->items);
-  free(p->at);
-  free(p->deployments);
-  free(p->weights);
-  free(p->prices);
-  free(p->names);
-  free(p->blocked);
-  free(p->found);
   free(p);
 }
 
+/* A plan without contents. Its arrays follow it in the same allocation, those of 8-byte words first. */
 static plan_of_list *plan_room(size_t length, size_t count) {
-  plan_of_list *p = calloc(1, sizeof *p);
-  if (p) {
-    p->users = 1;
-    p->items = calloc(length + 1, sizeof(PyObject *));
-    p->at = calloc(count + 1, sizeof *p->at);
-    p->deployments = calloc(count + 1, sizeof *p->deployments);
-    p->weights = calloc(count + 1, sizeof *p->weights);
-    p->prices = calloc(count + 1, sizeof *p->prices);
-    p->names = calloc(count + 1, sizeof(PyObject *));
-    p->blocked = calloc(count + 1, sizeof *p->blocked);
-    p->found = calloc(count + 1, sizeof *p->found);
-    if (p->items && p->at && p->deployments && p->weights && p->prices && p->names && p->blocked &&
-        p->found)
-      return p;
-    plan_drop(p);
-  }
-  PyErr_NoMemory();
-  return NULL;
+  plan_of_list *p;
+  const size_t candidate = sizeof *p->names + sizeof *p->found + sizeof *p->at +
+                           sizeof *p->weights + sizeof *p->prices + sizeof *p->deployments +
+                           sizeof *p->blocked;
+  p = calloc(1, sizeof *p + length * sizeof *p->items + count * candidate);
+  if (!p) return (void *)PyErr_NoMemory();
+  p->users = 1;
+  p->items = (PyObject **)(p + 1);
+  p->names = p->items + length;
+  p->found = (fshm_deployment_info *)(p->names + count);
+  p->at = (Py_ssize_t *)(p->found + count);
+  p->weights = (double *)(p->at + count);
+  p->prices = p->weights + count;
+  p->deployments = (uint32_t *)(p->prices + count);
+  p->blocked = (unsigned char *)(p->deployments + count);
+  return p;
 }
 
 /* rows: list or tuple of (position, place, weight, price, names) */
