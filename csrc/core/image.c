@@ -78,9 +78,9 @@ void image_lock_path(const char *path, uint64_t instance, char *out, size_t size
   (void)snprintf(out, size, "%s.%016llx.lock", path, (unsigned long long)instance);
 }
 
-/* The layout, from the capacity alone. */
 static uint64_t aligned(uint64_t at, uint64_t to) { return (at + to - 1) / to * to; }
 
+/* The layout, from the capacity alone: all words of the header before names_mode. */
 static void lay_out(header_t *h, uint64_t capacity) {
   uint64_t limiters = capacity / 800;
   h->magic = FSHM_MAGIC;
@@ -308,18 +308,8 @@ int image_verify(int fd, header_t *h, uint32_t flags, fshm_error *e) {
     return image_fail(e, FSHM_E_DAMAGED);
   lay_out(&should, h->capacity);
   e->wanted = should.size;
-  if (should.size != (uint64_t)st.st_size || should.size != h->size || should.lines != h->lines ||
-      should.limiters != h->limiters || should.processes != h->processes ||
-      should.process_stats_entries != h->process_stats_entries ||
-      should.names_words != h->names_words || should.limiters_offset != h->limiters_offset ||
-      should.processes_offset != h->processes_offset ||
-      should.process_stats_offset != h->process_stats_offset ||
-      should.key_stats_offset != h->key_stats_offset || should.names_offset != h->names_offset ||
-      should.slots_offset != h->slots_offset || should.memo_lines != h->memo_lines ||
-      should.memo_offset != h->memo_offset || should.metrics_offset != h->metrics_offset ||
-      should.histograms_offset != h->histograms_offset ||
-      should.deployments_offset != h->deployments_offset ||
-      should.requests_offset != h->requests_offset || should.counters_offset != h->counters_offset)
+  if (should.size != (uint64_t)st.st_size ||
+      memcmp(h, &should, offsetof(header_t, names_mode)) != 0)
     return image_fail(e, FSHM_E_DAMAGED);
   identify_clock(&should);
   e->found = h->time_namespace;

@@ -248,6 +248,7 @@ static_assert(sizeof(requests_t) == 576, "requests in flight");
 static_assert(sizeof(rule_t) == UINT64_C(8) * RULE_WORDS, "rule");
 static_assert(sizeof(limiter_entry_t) == 1344, "limiter entry");
 static_assert(offsetof(limiter_entry_t, current) == 16, "swapped as 16 bytes");
+static_assert(offsetof(header_t, names_mode) == 164, "without padding: compared as bytes");
 static_assert(offsetof(header_t, damage) == 240, "the constant words end at 240");
 static_assert(offsetof(header_t, ticket) == 320, "the changing lines start at 320");
 static_assert(sizeof(header_t) == 1792, "header");
