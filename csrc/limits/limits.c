@@ -216,14 +216,27 @@ static int entry_of(fshm_segment *s, const char *name, uint64_t length, bool cla
   return claim ? FSHM_E_LIMITERS : FSHM_E_NOT_FOUND;
 }
 
-static fshm_limiter *make_handle(fshm_segment *s, const char *name, uint64_t length) {
+/* A handle of the limiter. rules: what its limits become. NULL: it exists, and keeps its limits. */
+static int open_handle(fshm_segment *s, const char *name, uint64_t length, rule_t *rules,
+                       uint32_t count, uint64_t bits, uint64_t now, fshm_limiter **out) {
   fshm_limiter *l = calloc(1, sizeof *l);
-  if (!l) return NULL;
+  if (!l) return FSHM_E_MEMORY;
   l->segment = s;
   store_relaxed(&l->frontier, (uint32_t)getpid() * 2654435761U); /* processes begin apart */
   l->key[0] = fshm_siphash(s->secret[0], s->secret[1] ^ 1, name, length);
   l->key[1] = fshm_siphash(s->secret[0], s->secret[1] ^ 2, name, length);
-  return l;
+  int status = entry_of(s, name, length, rules != NULL, bits, &l->index);
+  if (status == FSHM_OK && !rules && !load_relaxed(&s->limiters[l->index].current))
+    status = FSHM_E_NOT_FOUND;
+  if (status == FSHM_OK && limits_wrong(s, l->index, false)) status = damage_limits(s, l->index);
+  if (status == FSHM_OK && rules) status = publish(s, l->index, rules, count, now);
+  if (status != FSHM_OK) {
+    free(l);
+    return status;
+  }
+  l->counters = (uint16_t)counters_of(s, l->index);
+  *out = l;
+  return FSHM_OK;
 }
 
 static int limiter_open(fshm_segment *s, const char *name, uint64_t name_length,
@@ -240,18 +253,7 @@ static int limiter_open(fshm_segment *s, const char *name, uint64_t name_length,
     if (!limit_valid(&limits[i]) || (permits && i + 1 != count)) return FSHM_E_ARGUMENT;
     rules[i] = rule_make(&limits[i]);
   }
-  fshm_limiter *l = make_handle(s, name, name_length);
-  if (!l) return FSHM_E_MEMORY;
-  int status = entry_of(s, name, name_length, true, bits, &l->index);
-  if (status == FSHM_OK && limits_wrong(s, l->index, false)) status = damage_limits(s, l->index);
-  if (status == FSHM_OK) status = publish(s, l->index, rules, count, now);
-  if (status != FSHM_OK) {
-    free(l);
-    return status;
-  }
-  l->counters = (uint16_t)counters_of(s, l->index);
-  *out = l;
-  return FSHM_OK;
+  return open_handle(s, name, name_length, rules, count, bits, now, out);
 }
 
 int fshm_limiter_open(fshm_segment *s, const char *name, uint64_t name_length,
@@ -273,18 +275,7 @@ int fshm_limiter_open_beside(fshm_segment *s, const char *name, uint64_t name_le
 int fshm_limiter_find(fshm_segment *s, const char *name, uint64_t name_length, fshm_limiter **out) {
   *out = NULL;
   if (s->read_only) return FSHM_E_READ_ONLY;
-  fshm_limiter *l = make_handle(s, name, name_length);
-  if (!l) return FSHM_E_MEMORY;
-  int status = entry_of(s, name, name_length, false, 0, &l->index);
-  if (status == FSHM_OK && !load_relaxed(&s->limiters[l->index].current)) status = FSHM_E_NOT_FOUND;
-  if (status == FSHM_OK && limits_wrong(s, l->index, false)) status = damage_limits(s, l->index);
-  if (status != FSHM_OK) {
-    free(l);
-    return status;
-  }
-  l->counters = (uint16_t)counters_of(s, l->index);
-  *out = l;
-  return FSHM_OK;
+  return open_handle(s, name, name_length, NULL, 0, 0, 0, out);
 }
 
 void fshm_limiter_close(fshm_limiter *l) { free(l); }
