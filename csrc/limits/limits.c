@@ -175,9 +175,6 @@ bool raise_most(limiter_entry_t *e, uint32_t n) {
   }
   return !n;
 }
-bool limits_raise_most(fshm_segment *s, uint32_t index, uint32_t permits) {
-  return raise_most(&s->limiters[index], permits);
-}
 
 /* Was this entry's id changed: does it have our name under another id, or limits without an id? */
 static COLD bool entry_wrong(fshm_segment *s, uint32_t index, const char *name, uint64_t length) {

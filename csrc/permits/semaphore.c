@@ -203,7 +203,7 @@ static bool stands(holder_t *h, snapshot_t *snapshot, uint32_t number, uint32_t 
     /* A permit of earlier limits: raise `most` after our swap. A process that looked for such permits before our
      * swap can then no longer lower it, and later ones look up to here. Pairs with limits_lower_most(). */
     if (unlikely(number >= snapshot->permits && !said)) {
-      if (!limits_raise_most(h->s, h->limiter->index, number + 1)) break;
+      if (!raise_most(&h->s->limiters[h->limiter->index], number + 1)) break;
       said = true;
       continue;
     }
