@@ -154,10 +154,15 @@ static inline bool rule_sane(const rule_t *r) {
          (r->num | r->den | r->unit | r->room | r->n) <= TIME_MAX;
 }
 
+/* The limit that a rule was made of. */
+static inline fshm_limit rule_limit(const rule_t *r) {
+  return (fshm_limit){r->n, kind_has_period(r->kind) ? r->per : 0, r->burst, r->kind, r->strict};
+}
+
 /* Is it a rule that rule_make() makes of a valid limit? Every published rule is. (Its place comes from
  * limit_changes.c.) */
 static inline bool rule_genuine(const rule_t *r) {
-  const fshm_limit l = {r->n, kind_has_period(r->kind) ? r->per : 0, r->burst, r->kind, r->strict};
+  const fshm_limit l = rule_limit(r);
   if (!rule_sane(r) || !limit_valid(&l)) return false;
   rule_t made = rule_make(&l);
   made.place = r->place;

@@ -289,11 +289,7 @@ static bool load_genuine(const fshm_segment *s, uint32_t index, snapshot_t *p) {
 }
 
 static void describe_limits(const snapshot_t *p, fshm_limit *out) {
-  for (uint32_t i = 0; i < p->count; i++) {
-    const rule_t *r = &p->rules[i];
-    out[i] =
-        (fshm_limit){r->n, kind_has_period(r->kind) ? r->per : 0, r->burst, r->kind, r->strict};
-  }
+  for (uint32_t i = 0; i < p->count; i++) out[i] = rule_limit(&p->rules[i]);
   if (p->permits) out[p->count] = (fshm_limit){p->permits, 0, 0, FSHM_PERMITS, 0};
 }
 
