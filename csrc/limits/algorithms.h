@@ -84,6 +84,12 @@ static inline unsigned bit_length(uint64_t v) { return v ? 64U - (unsigned)__bui
 
 static inline uint64_t saturate(wide_t v) { return v > UINT64_MAX ? UINT64_MAX : (uint64_t)v; }
 
+/* The class p of a sliding window: 2^P <= per. */
+static inline unsigned sliding_class(uint64_t per) {
+  unsigned p = bit_length(per) - 1;
+  return p > 41 ? 41 : p < 14 ? 14 : p;
+}
+
 /* The largest n that this kind can count in `per`. */
 static inline uint64_t limit_largest_n(uint32_t kind, uint64_t per) {
   if (kind == FSHM_PERMITS) return MAX_PERMITS;
@@ -91,9 +97,7 @@ static inline uint64_t limit_largest_n(uint32_t kind, uint64_t per) {
   if (kind == FSHM_BUCKET) return per; /* one a nanosecond */
   if (kind == FSHM_WINDOW) return WINDOW_MAX_N;
   if (per < SLIDING_MIN_PER) return 0;
-  unsigned p = bit_length(per) - 1;
-  p = p > 41 ? 41 : p;
-  return (UINT64_C(1) << (p - 12)) - 1;
+  return (UINT64_C(1) << (sliding_class(per) - 12)) - 1;
 }
 
 static inline bool kind_has_period(uint32_t kind) { return kind <= FSHM_SLIDING; }
@@ -450,11 +454,6 @@ static inline uint64_t float12_up(uint64_t v) {
 static inline uint64_t float12_read(uint64_t f) {
   uint64_t e = (f >> 7) & 31, m = f & 127;
   return e ? (128 + m) << (e - 1) : m;
-}
-
-static inline unsigned sliding_class(uint64_t per) { /* 2^P <= per */
-  unsigned p = bit_length(per) - 1;
-  return p > 41 ? 41 : p < 14 ? 14 : p;
 }
 
 static inline sliding_t sliding_read(const rule_t *r, uint64_t state, uint64_t now) {
