@@ -511,6 +511,14 @@ static inline uint64_t sliding_room_at(const rule_t *r, uint64_t full, uint64_t 
   return r->per - (uint64_t)((wide_t)room * r->per / full);
 }
 
+static inline void sliding_add(const rule_t *r, sliding_t *s, uint64_t cost, verdict_t *v) {
+  s->count += cost;
+  v->used_after = v->used_before + cost;
+  v->next = sliding_state(r, *s);
+  if (state_expires(v->next) < (wide_t)(s->index + 2) * r->per)
+    v->retry = UINT64_MAX; /* the end of time: the state would be read as another window's */
+}
+
 static inline verdict_t sliding_take(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost) {
   sliding_t s = sliding_read(r, state, now);
   uint64_t used = s.count + sliding_weight(r, s.previous, s.left);
@@ -526,11 +534,7 @@ static inline verdict_t sliding_take(const rule_t *r, uint64_t state, uint64_t n
       v.retry = minus(window_end, now) + sliding_room_at(r, s.count, r->n - cost);
     if (!v.retry) v.retry = 1;
   } else if (cost) {
-    s.count += cost;
-    v.used_after = used + cost;
-    v.next = sliding_state(r, s);
-    if (state_expires(v.next) < (wide_t)(s.index + 2) * r->per)
-      v.retry = UINT64_MAX; /* the end of time: the state would be read as another window's */
+    sliding_add(r, &s, cost, &v);
   }
   if (s.count)
     v.reset = minus(plus_time(window_end, r->per), now);
@@ -548,11 +552,7 @@ static inline verdict_t sliding_count(const rule_t *r, uint64_t state, uint64_t 
   if (cost > minus(r->n, used)) {
     v.retry = UINT64_MAX; /* the caller computes the time from the counts */
   } else if (cost) {
-    s.count += cost;
-    v.used_after = used + cost;
-    v.next = sliding_state(r, s);
-    if (state_expires(v.next) < (wide_t)(s.index + 2) * r->per)
-      v.retry = UINT64_MAX; /* the end of time, as in sliding_take() */
+    sliding_add(r, &s, cost, &v);
   }
   return v;
 }
