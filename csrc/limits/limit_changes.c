@@ -207,8 +207,6 @@ static COLD bool sweep_slot(sweep_t *w, uint64_t slot) {
 }
 
 static COLD bool sweep_slots(sweep_t *w) {
-  memset(w->labels, 0, sizeof w->labels);
-  w->places = 0;
   for (uint64_t i = 0; i < state_slot_end(w->s); i++)
     if (!sweep_slot(w, state_slot_at(w->s, w->index, i))) return false;
   return true;
@@ -317,8 +315,7 @@ static COLD bool sweep(fshm_segment *s, uint32_t index, uint64_t now) {
     if (w.victim < 0 || w.labels[rule_index] < w.labels[w.victim]) w.victim = (int)rule_index;
   }
   if (w.victim < 0) return false;
-  for (uint64_t i = 0; i < state_slot_end(s); i++)
-    if (!sweep_slot(&w, state_slot_at(s, index, i))) return false;
+  if (!sweep_slots(&w)) return false; /* counts again: a label that had states keeps a count */
   uint32_t left = 0;
   for (uint64_t i = 0; i < state_slot_end(s); i++) {
     uint64_t slot = state_slot_at(s, index, i), who = load_relaxed(&s->slots[slot].who);
