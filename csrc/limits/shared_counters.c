@@ -39,8 +39,7 @@ static inline bool may_begin_denied(const rule_t *r, uint64_t used) {
 
 /* A key without a slot may have consumed what the counter says. If that denies it, it gets a slot of its own, if
  * there is a free one. */
-static __attribute__((noinline, cold)) void look_shared(call_t *c, uint32_t i, uint64_t cost,
-                                                        look_t *l) {
+static COLD void look_shared(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
   find_shared(c, i, &l->slot);
   const bool used = shared_used(c, &l->slot);
   look_at_shared(c, i, cost, l);
