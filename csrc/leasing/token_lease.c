@@ -85,10 +85,7 @@ static uint64_t change_learn(const void *context, uint32_t i, const rule_t *r, u
   if (r->kind == FSHM_WINDOW)
     return window_state(
         r, (window_t){plus_time(now, known->left_ns[i]), min_u64(known->used[i], r->n), 0});
-  if (r->kind != FSHM_SLIDING) return 0;
-  sliding_t s = sliding_read(r, 0, now);
-  s.count = known->used[i];
-  return sliding_state(r, s);
+  return r->kind == FSHM_SLIDING ? rule_begun(r, known->used[i], now) : 0;
 }
 
 int fshm_learn(fshm_limiter *l, const void *key, uint64_t key_length, const uint64_t *used,
