@@ -737,7 +737,7 @@ int fshm_reset_key(fshm_limiter *l, const void *key, uint64_t key_length) {
 static COLD bool key_hash_of(fshm_segment *s, uint32_t index, uint64_t slot, uint64_t *hash) {
   char key[256], name[FSHM_MAX_LIMITER_NAME];
   uint64_t length, named = read_name(&s->limiters[index], name);
-  if (!fshm_key_name(s, slot, key, sizeof key, &length) || length > KEY_STORED) return false;
+  if (!fshm_key_name(s, slot, key, sizeof key, &length) || length > NAME_STORED) return false;
   uint64_t k0 = fshm_siphash(s->secret[0], s->secret[1] ^ 1, name, named);
   uint64_t k1 = fshm_siphash(s->secret[0], s->secret[1] ^ 2, name, named);
   *hash = fshm_siphash(k0, k1, key, length);
