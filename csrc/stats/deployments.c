@@ -243,11 +243,6 @@ void fshm_deployment_record(fshm_segment *s, uint32_t deployment, uint64_t laten
     return;
   }
   uint64_t minute = now / 60000000000U, next = update(&d->failures, next_failures, minute);
-  if (cooldown_ns && failures_of(next) > allowed_fails) {
-    uint64_t until = plus_time(now, cooldown_ns), old = load_relaxed(&d->cooldown);
-    for (int i = 0; old < until && i < MAX_TRIES; i++)
-      if (atomic_compare_exchange_weak_explicit(&d->cooldown, &old, until, memory_order_relaxed,
-                                                memory_order_relaxed))
-        return;
-  }
+  if (cooldown_ns && failures_of(next) > allowed_fails)
+    raise_to(&d->cooldown, plus_time(now, cooldown_ns));
 }

@@ -47,14 +47,6 @@ int fshm_metric_open(fshm_segment *s, const char *component, uint64_t component_
   return METRICS - 1;
 }
 
-static void raise_to(_Atomic uint64_t *word, uint64_t to) {
-  uint64_t seen = load_relaxed(word);
-  for (int i = 0; seen < to && i < MAX_TRIES; i++)
-    if (atomic_compare_exchange_weak_explicit(word, &seen, to, memory_order_relaxed,
-                                              memory_order_relaxed))
-      return;
-}
-
 /* weight: how many calls this one stands for, if only some are measured. */
 void fshm_metric_record(fshm_segment *s, uint32_t metric, uint64_t ns, uint64_t weight, int success,
                         uint64_t size_in, uint64_t size_out) {
