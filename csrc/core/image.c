@@ -146,8 +146,8 @@ static void identify_clock(header_t *h) {
 static void randomise(void *out, size_t size) {
 #if defined(__linux__)
   if (getrandom(out, size, 0) == (ssize_t)size) return;
-  uint64_t seed[2] = {fshm_clock(),
-                      (uint64_t)getpid()}; /* no entropy available: better than none */
+  /* No entropy is available: better than none. */
+  uint64_t seed[2] = {fshm_clock(), (uint64_t)getpid()};
   for (size_t i = 0; i < size / 8; i++)
     ((uint64_t *)out)[i] = fshm_siphash(seed[0], seed[1], &i, sizeof i);
 #else

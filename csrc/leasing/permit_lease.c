@@ -76,8 +76,8 @@ static COLD bool next_is_clean(fshm_limiter *permits, const void *key, uint64_t 
   uint64_t before = permit_lease_of(word);
   if (leased < before) return false; /* permits below `before` stay valid by this word */
   if (permit_lease_clean(word) && before) return true;
-  if (!permit_lease_clean(word) && !before)
-    return false; /* a process may take permits without a lease */
+  /* A process may take permits without a lease. */
+  if (!permit_lease_clean(word) && !before) return false;
   /* By this word, no permit that we do not see is valid beyond the lease. Pairs as in word_reported(). */
   atomic_thread_fence(memory_order_seq_cst);
   return semaphore_count(permits, key, length, leased) == 0;

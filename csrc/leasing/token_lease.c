@@ -60,8 +60,8 @@ static uint64_t change_refuse(const void *context, uint32_t i, const rule_t *r, 
   if (!refusal->ns) return 0;
   /* a cost of 0 counts as one: no refusal concerns a cost of 0 */
   uint64_t least = min_u64(refusal->costs[i], TOKEN_LEASE_MOST);
-  uint64_t unit =
-      UINT64_C(1) << bit_length(least + 1); /* the state's end is rounded down to a multiple */
+  /* The state's end is rounded down to a multiple. */
+  uint64_t unit = UINT64_C(1) << bit_length(least + 1);
   return token_lease_state(plus_time(now, refusal->ns) + unit, least);
 }
 
@@ -173,8 +173,8 @@ int fshm_spend(fshm_limiter *leases, fshm_limiter *refused, fshm_limiter *limits
   fshm_decision shown;
   fshm_apply(limits, FSHM_PROBE, key, key_length, costs, 0, now, &shown);
   if (shown.status < 0) return shown.status;
-  if (shown.status ==
-      FSHM_ALLOWED) { /* by the stored state there is room now, but only the server may grant it */
+  /* By the stored state there is room now, but only the server may grant it. */
+  if (shown.status == FSHM_ALLOWED) {
     shown.status = FSHM_DENIED;
     shown.retry_after_ns = (int64_t)wait;
     counters_add(leases->segment, process_index(leases->segment), limits->counters, shown.status);

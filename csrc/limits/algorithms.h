@@ -42,8 +42,8 @@ __extension__ typedef unsigned __int128 wide_t;
 #define NO_STATE UINT64_MAX /* never written: a permit with a number that no permit has */
 #define MAX_PERMITS 100000 /* of one key: below 2^17 */
 #define WINDOW_MAX_N ((UINT64_C(1) << 31) - 1)
-#define TOKEN_LEASE_MOST \
-  ((UINT64_C(1) << 24) - 2) /* tokens in it: its end is in units of up to 2^24 ns */
+/* Tokens in a token lease: its end is in units of up to 2^24 ns. */
+#define TOKEN_LEASE_MOST ((UINT64_C(1) << 24) - 2)
 #define BUCKET_MAX_PER (UINT64_C(1) << 55) /* 416 days */
 #define SLIDING_MIN_PER (UINT64_C(1) << 14)
 #define COARSE UINT64_C(1048576) /* ns; see rule_make */
@@ -69,8 +69,8 @@ typedef union {
 typedef struct {
   uint64_t next; /* the state to swap in, if allowed */
   uint64_t retry; /* ns until allowed; 0 = allowed; UINT64_MAX = never */
-  uint64_t used_before,
-      used_after; /* bucket: ns; others: tokens (rounded up). For verdict_remaining */
+  /* bucket: ns; others: tokens (rounded up). For verdict_remaining */
+  uint64_t used_before, used_after;
   uint64_t reset; /* ns until all tokens are back, after the call */
 } verdict_t;
 
@@ -267,8 +267,8 @@ static inline __attribute__((always_inline)) verdict_t bucket_take(const rule_t 
   v.used_after = next - now;
   v.next = increment ? next : state;
   v.reset = v.used_after;
-  if (cost > r->burst ||
-      (next == TIME_MAX && increment)) { /* or at the end of time: charge nothing */
+  /* Too much, or at the end of time: charge nothing. */
+  if (cost > r->burst || (next == TIME_MAX && increment)) {
     v.retry = UINT64_MAX;
     return v;
   }
@@ -291,8 +291,8 @@ static inline uint64_t bucket_refund(const rule_t *r, uint64_t state, uint64_t n
   if (put) {
     if (!charged_alike(r, put)) return state;
     uint64_t left = minus(put->state & TIME_MAX, now);
-    if (put->num != r->num ||
-        put->den != r->den) { /* the same tokens at the present rate, rounded down */
+    /* The same tokens at the present rate, rounded down. */
+    if (put->num != r->num || put->den != r->den) {
       const bool faster = (wide_t)r->num * put->den < (wide_t)put->num * r->den;
       const uint64_t from = faster ? put->at : now, since = minus(now, from);
       wide_t scaled = (wide_t)minus(put->state & TIME_MAX, from) * put->den;
@@ -717,8 +717,8 @@ static inline uint64_t rule_begun(const rule_t *r, uint64_t used, uint64_t now) 
  * cannot hold so many (more than it admits). */
 static inline uint64_t rule_convert(const rule_t *r, const rule_t *old, uint64_t state,
                                     uint64_t now) {
-  if (r->kind == FSHM_LEASE ||
-      old->kind == FSHM_LEASE) /* tokens left say nothing about tokens used */
+  /* Tokens left say nothing about tokens used. */
+  if (r->kind == FSHM_LEASE || old->kind == FSHM_LEASE)
     return r->kind == old->kind ? state_for(r, state) : 0;
   state = state_for(old, state);
   if (!state || state_expires(state) <= now) return 0;

@@ -7,13 +7,13 @@
 #include "limits.h"
 #include "shared_counters.h"
 
-#define SWEEPS \
-  64 /* of one publication; a sweep that frees nothing means that another process has changed the limits */
+/* Of one publication. A sweep that frees nothing means that another process has changed the limits. */
+#define SWEEPS 64
 
 static bool owner_lives(fshm_segment *s, uint64_t owner) {
   uint64_t process = (owner & 0xffff) - 1;
-  if (process >= PROCESSES)
-    return true; /* not in the process table: no liveness check is possible */
+  /* Not in the process table: no liveness check is possible. */
+  if (process >= PROCESSES) return true;
   return load_relaxed(&s->processes[process].incarnation) == owner >> 16 &&
          process_alive(s, (uint32_t)process);
 }
@@ -184,9 +184,8 @@ static COLD bool sweep_slot(sweep_t *w, uint64_t slot) {
      * limits, swept, and given our rule indexes to other rules. */
     if (entry_current(w->s, w->index) != w->snapshot.current) {
       if (!limits_load(w->s, w->index, &w->snapshot)) return false;
-      if (!w->fixed)
-        w->now = segment_now(
-            s); /* after they were published: from then on states drain at most at their pace */
+      /* After they were published: from then on states drain at most at their pace. */
+      if (!w->fixed) w->now = segment_now(s);
       continue;
     }
     bool over = IS_PENDING(pair.when) || state_expires(pair.when) <= minus(w->now, CLOCKS_DIFFER);

@@ -142,8 +142,8 @@ COLD bool limits_name_wrong(const fshm_segment *s, uint32_t index) {
 #define MOST_BITS 17
 #define MOST_OF(most) ((uint32_t)((most) & ((1U << MOST_BITS) - 1)))
 uint64_t limits_most(const fshm_segment *s, uint32_t index) {
-  return atomic_load_explicit(&s->limiters[index].most,
-                              memory_order_acquire); /* with raise_most() */
+  /* With raise_most(). */
+  return atomic_load_explicit(&s->limiters[index].most, memory_order_acquire);
 }
 
 /* Permits below this number may be held: the largest permit limit that this name ever had, until a count found no
@@ -182,8 +182,8 @@ static COLD bool entry_wrong(fshm_segment *s, uint32_t index, const char *name, 
   if (!limits_name_wrong(s, index)) return false;
   const limiter_entry_t *e = &s->limiters[index];
   bool ours = read_name(e, found) == length && !memcmp(found, name, length);
-  if (!ours && load_relaxed(&e->id))
-    return false; /* another name's entry: the process that opens that name reports it */
+  /* Another name's entry: the process that opens that name reports it. */
+  if (!ours && load_relaxed(&e->id)) return false;
   damage_note(s, FSHM_DAMAGE_NAME, index);
   return true;
 }
@@ -282,8 +282,8 @@ void fshm_limiter_share(fshm_limiter *l, int share) { l->share = share != 0; }
 /* limits_load(), for inspection: only limits that a call can have set. */
 static bool load_genuine(const fshm_segment *s, uint32_t index, snapshot_t *p) {
   if (limits_wrong(s, index, true) || !limits_load(s, index, p)) return false;
-  for (uint32_t i = 0; i < p->count;
-       i++) /* check the copy: the segment may have been written over since */
+  /* Check the copy: the segment may have been written over since. */
+  for (uint32_t i = 0; i < p->count; i++)
     if (!rule_genuine(&p->rules[i])) return false;
   return true;
 }

@@ -12,8 +12,8 @@
 
 #include "per_call.h"
 
-#define MOST_TURNS \
-  (UINT64_C(1) << 22) /* a turn is kept in 22 bits: the head's end in units of 4 ms */
+/* A turn is kept in 22 bits: the head's end in units of 4 ms. */
+#define MOST_TURNS (UINT64_C(1) << 22)
 static_assert(MOST_TURNS > 2 * (uint64_t)FSHM_MAX_MOVING, "a turn is below 2n");
 
 typedef struct {

@@ -92,8 +92,8 @@ static COLD uint64_t first_shared(first_t *f, uint64_t now) {
     return state && may_begin_denied(r, window_read(state, now).count) ? state : NO_STATE;
   if (f->op >= FSHM_CHARGE) return window_lasts(r, forced(c, f->op, f->i, r, state, now), now);
   verdict_t v = rule_take(r, state, now, max_u64(c->at, now), c->costs[f->i]);
-  if (v.retry > f->verdict->retry)
-    return NO_STATE; /* charged since the look; or rounded up twice */
+  /* Charged since the look; or rounded up twice. */
+  if (v.retry > f->verdict->retry) return NO_STATE;
   v.retry = f->verdict->retry;
   v.next = window_lasts(r, v.next, now);
   *f->verdict = v;

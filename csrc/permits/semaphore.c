@@ -139,9 +139,8 @@ static uint32_t count_held(const holder_t *h, uint32_t from, uint32_t to, livene
     pair_t seen = f.pair, idle = {f.pair.who, 0};
     if (owner_alive(h->s, f.pair.when, liveness))
       held++;
-    else
-      (void)pair_cas(&h->s->slots[f.slot], &seen,
-                     idle); /* lost: another process took it over or freed it */
+    else /* lost: another process took it over or freed it */
+      (void)pair_cas(&h->s->slots[f.slot], &seen, idle);
   }
   return held;
 }
@@ -189,8 +188,8 @@ static bool stands(holder_t *h, snapshot_t *snapshot, uint32_t number, uint32_t 
   if (unlikely(h->limiter->numbers != NULL)) return true;
   after_swap(); /* pairs with publish(): it sees our permit, or we see its limits */
   for (int tries = 0; tries < MAX_TRIES; tries++) {
-    uint64_t seen =
-        limits_most(h->s, h->limiter->index); /* before `current`, and before the count */
+    /* Before `current`, and before the count. */
+    uint64_t seen = limits_most(h->s, h->limiter->index);
     uint32_t most = limits_most_permits(seen, snapshot);
     bool same = load_relaxed(&e->current) == snapshot->current;
     /* A permit of earlier limits: raise `most` after our swap. A process that looked for such permits before our
@@ -232,8 +231,8 @@ static __attribute__((noinline)) bool stands_granted(const holder_t *h, const sn
   if (g->alone) {
     if (word != g->dropped) return false; /* the server grants again */
   } else {
-    most = permit_lease_at(word,
-                           h->fixed ? h->now : segment_now(h->s)); /* the word before the clock */
+    /* The word before the clock. */
+    most = permit_lease_at(word, h->fixed ? h->now : segment_now(h->s));
     if (number >= most) return false;
     if (likely(permit_lease_clean(word))) return true;
   }
@@ -251,8 +250,8 @@ static UNGUARDED int take_permit(holder_t *h, snapshot_t *snapshot, uint32_t n,
   uint32_t likely_free = atomic_exchange_explicit(&h->limiter->released, 0, memory_order_relaxed);
   liveness_t liveness;
   bool full = false;
-  patience_t left =
-      patience(MAX_TRIES + 2 * (uint64_t)n); /* one for each permit and pass: honest takers */
+  /* One for each permit and pass: honest takers. */
+  patience_t left = patience(MAX_TRIES + 2 * (uint64_t)n);
   for (int pass = 0; pass < 2; pass++) { /* the second asks who is dead */
     if (pass) memset(&liveness, 0, sizeof liveness);
     for (uint32_t i = likely_free && !pass ? 0 : 1; i <= n; i++) {
@@ -264,9 +263,8 @@ static UNGUARDED int take_permit(holder_t *h, snapshot_t *snapshot, uint32_t n,
       if (i) store_relaxed(&h->limiter->frontier, number + 1);
       key_stats_remember(h->s, out->slot, key_stats_meta(h->limiter->index | PERMIT_BIT, out->who),
                          h->key, h->key_length);
-      if (pass)
-        wakeup_send(h->s,
-                    out->wakeup); /* a dead process may have held more: let the next waiter look */
+      /* A dead process may have held more: let the next waiter look. */
+      if (pass) wakeup_send(h->s, out->wakeup);
       bool fits = stands(h, snapshot, number, held);
       if (likely(fits && (!granted || stands_granted(h, snapshot, granted, number, held))))
         return FSHM_ALLOWED;

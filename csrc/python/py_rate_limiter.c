@@ -14,13 +14,13 @@ enum { ON_FULL_DENY = 0, ON_FULL_ALLOW = 1, ON_FULL_RAISE = 2, ON_FULL_SHARE = 3
 typedef struct {
   PyObject_HEAD
   fshm_limiter *limiter; /* set once, by _bind() */
-  PyObject *
-      handle; /* owns it (_shared/native.py, owned()), until we are freed: __del__()s of a garbage cycle, and
-                     * permits in it, may still call us */
+  /* Owns it (_shared/native.py, owned()), until we are freed: __del__()s of a garbage cycle, and permits in it, may
+   * still call us. */
+  PyObject *handle;
   PyObject *limits; /* tuple of Limit, Window, SlidingWindow. It may be replaced: limits_of() */
   PyObject *reasons; /* tuple of str: what check() says when this limit denies */
-  PyObject
-      *tail; /* bytes that each key ends in, for calls that take a permit or settle; NULL: none */
+  /* Bytes that each key ends in, for calls that take a permit or settle; NULL: none. */
+  PyObject *tail;
   uint64_t version; /* of limits and reasons */
   int on_full;
   uint64_t warned; /* clock: the time of the last warning about shared counters */

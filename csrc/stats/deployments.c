@@ -9,10 +9,10 @@
 #include "deployments.h"
 
 #define LIVENESS_NS UINT64_C(500000000)
-#define PROBES \
-  64 /* indexes where a deployment may be: 200 deployments find room (with 8, not even 120) */
-#define MOST_IN_FLIGHT \
-  60000 /* of one process and deployment: below 2^16, with a margin for concurrent threads */
+/* Indexes where a deployment may be: 200 deployments find room (with 8, not even 120). */
+#define PROBES 64
+/* Of one process and deployment: below 2^16, with a margin for concurrent threads. */
+#define MOST_IN_FLIGHT 60000
 
 uint64_t fshm_deployment_id(fshm_segment *s, const char *name, uint64_t length) {
   uint64_t id = fshm_siphash(s->header->secret[0], s->header->secret[1] ^ 9, name, length);

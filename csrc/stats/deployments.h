@@ -15,8 +15,8 @@
 #define RECORDS_BITS 20
 #define RECORDS_MASK ((UINT64_C(1) << RECORDS_BITS) - 1)
 #define MEAN_MAX ((UINT64_C(1) << (64 - RECORDS_BITS)) - 1)
-#define STALE_NS \
-  UINT64_C(60000000000) /* a latency without a new record for so long counts as unknown */
+/* A latency without a new record for so long counts as unknown. */
+#define STALE_NS UINT64_C(60000000000)
 
 /* A mean of `weight` values, with the next one in place of one of them. more: rounds the change, below `weight`. */
 static inline uint64_t mean_with(uint64_t mean, uint64_t value, uint64_t weight, uint64_t more) {
