@@ -54,11 +54,6 @@ static inline uint64_t turn_after(const moving_t *m, uint64_t turn, uint64_t ahe
   return next < 2 * m->n ? next : m->n + next % m->n;
 }
 
-/* How many positions, from 0 on, can have a token in them. */
-static inline uint64_t positions_begun(const moving_t *m, uint64_t turn) {
-  return min_u64(turn, m->n);
-}
-
 /* A token blocks its position until the instant after `per`, so that a closed interval holds n at most. */
 static inline uint64_t token_end(const moving_t *m, uint64_t now) {
   return plus_time(now, m->per + 1);
@@ -88,12 +83,6 @@ static uint64_t first_head(void *context) {
   return head_state(f->turn, token_end(f->m, keyed_now(&f->m->k)));
 }
 
-/* A lost attempt may have looked at all n positions and taken all but one. With MAX_TRIES alone, a process that
- * scribbles on the slots could hold a call up for hours (I6). So each look counts, as each swap does. */
-static inline uint64_t most_looks(const moving_t *m) {
-  return MAX_TRIES + min_u64(32 * m->n, 10000000);
-}
-
 static int head_put(const moving_t *m, head_t *h, uint64_t turn) {
   head_claim_t first = {m, turn};
   uint64_t next = head_state(turn, max_u64(h->end, token_end(m, m->k.now)));
@@ -103,14 +92,13 @@ static int head_put(const moving_t *m, head_t *h, uint64_t turn) {
 /* A token is about to be written with a later time than the head's: the head must outlive it, and include its
  * position. False: the head is gone. */
 static bool head_cover(const moving_t *m, uint64_t position, uint64_t end, patience_t *left) {
-  fshm_segment *s = m->k.s;
   for (; patient(left); left->swaps--) {
     head_t h = head_look(m);
     if (!h.turn) return false;
     uint64_t turn = h.turn < m->n ? max_u64(h.turn, position + 1) : h.turn;
     if (turn == h.turn && h.end >= end) return true;
     pair_t seen = h.slot.pair, to = {seen.who, head_state(turn, max_u64(h.end, end))};
-    if (pair_cas(&s->slots[h.slot.slot], &seen, to)) return true;
+    if (pair_cas(&m->k.s->slots[h.slot.slot], &seen, to)) return true;
   }
   return false;
 }
@@ -156,10 +144,9 @@ static int position_put(const moving_t *m, uint64_t position, found_t *f, token_
 
 /* Remove exactly these tokens. */
 static void return_tokens(const moving_t *m, const token_t *tokens, uint64_t count) {
-  fshm_segment *s = m->k.s;
   for (uint64_t i = 0; i < count; i++) {
     pair_t mine = {token_who(m, tokens[i].position), tokens[i].state}, empty = {0, 0};
-    (void)pair_cas(&s->slots[tokens[i].slot], &mine, empty);
+    (void)pair_cas(&m->k.s->slots[tokens[i].slot], &mine, empty);
   }
 }
 
@@ -210,7 +197,9 @@ static int take_tokens(const moving_t *m, head_t *h, uint64_t cost, token_t *tok
 static int moving_hit(const moving_t *m, head_t *h, uint64_t cost) {
   token_t few[32], *tokens = few;
   uint64_t count;
-  patience_t left = patience(most_looks(m));
+  /* A lost attempt may have looked at all n positions and taken all but one. With MAX_TRIES alone, a process that
+   * scribbles on the slots could hold a call up for hours (I6). So each look counts, as each swap does. */
+  patience_t left = patience(MAX_TRIES + min_u64(32 * m->n, 10000000));
   int status = FSHM_CONTENDED;
   if (cost > m->n) return FSHM_DENIED;
   if (token_end(m, m->k.now) == TIME_MAX) return FSHM_DENIED; /* the end of time */
@@ -232,7 +221,8 @@ typedef struct {
 static COLD tokens_t moving_look(const moving_t *m, const head_t *h) {
   tokens_t t = {0, 0, 0};
   found_t f;
-  for (uint64_t position = 0; position < positions_begun(m, h->turn); position++) {
+  /* From the turn on, none can have a token in it. */
+  for (uint64_t position = 0; position < min_u64(h->turn, m->n); position++) {
     uint64_t end = position_look(m, position, &f);
     if (!end) continue;
     t.count++;
@@ -290,12 +280,11 @@ int fshm_moving_clear(fshm_limiter *l, const void *key, uint64_t key_length) {
   int status = keyed_begin(&m.k, l, FSHM_WINDOW, key, key_length, 0);
   if (status != FSHM_OK) return status;
   head_t h = head_look(&m);
-  for (uint64_t position = 0; position < positions_begun(&m, h.turn); position++) {
+  for (uint64_t position = 0; position < min_u64(h.turn, m.n); position++) {
     pair_t empty = {0, 0};
-    fshm_segment *s = m.k.s;
     (void)position_look(&m, position, &f);
     /* One try: a lost swap means that another call has just taken a token, which is not to be forgotten. */
-    if (f.pair.who) (void)pair_cas(&s->slots[f.slot], &f.pair, empty);
+    if (f.pair.who) (void)pair_cas(&m.k.s->slots[f.slot], &f.pair, empty);
   }
   if (h.slot.pair.who) table_clear(m.k.s, h.slot.slot, h.slot.pair.who);
   return FSHM_OK;
