@@ -40,10 +40,6 @@ static inline uint64_t nth_who(uint64_t key_who, uint32_t n) {
   return who + !who;
 }
 
-static inline uint64_t scale(uint32_t part, uint64_t lines) {
-  return ((uint64_t)part * lines) >> 32;
-}
-
 /* The probe windows of a key: their number, their length in lines, and the line where each begins. */
 static inline unsigned probe_windows(const fshm_segment *s) {
   return s->lines <= 2 * PROBE_LINES ? 1 : 2;
@@ -52,7 +48,7 @@ static inline uint64_t probe_lines(const fshm_segment *s) {
   return s->lines <= 2 * PROBE_LINES ? s->lines : PROBE_LINES;
 }
 static inline uint64_t probe_start(const fshm_segment *s, uint64_t hash, unsigned window) {
-  return scale((uint32_t)(window ? hash : hash >> 32), s->lines);
+  return ((window ? hash & UINT32_MAX : hash >> 32) * s->lines) >> 32;
 }
 /* The next line of the same probe window. */
 static inline uint64_t line_after(const fshm_segment *s, uint64_t line) {
