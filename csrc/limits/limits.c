@@ -8,7 +8,6 @@
 #include "../core/hash_table.h"
 #include "../stats/key_stats.h"
 #include "limits.h"
-#include "per_call.h"
 #include "shared_counters.h"
 
 int fshm_limit_check(const fshm_limit *l, uint64_t *largest_n) {
