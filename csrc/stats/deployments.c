@@ -15,7 +15,7 @@
 #define MOST_IN_FLIGHT 60000
 
 uint64_t fshm_deployment_id(fshm_segment *s, const char *name, uint64_t length) {
-  uint64_t id = fshm_siphash(s->header->secret[0], s->header->secret[1] ^ 9, name, length);
+  uint64_t id = fshm_siphash(s->secret[0], s->secret[1] ^ 9, name, length);
   return id + !id;
 }
 
