@@ -254,9 +254,9 @@ uint64_t limits_pace_since(const fshm_segment *s, uint32_t index, unsigned place
   uint64_t fastest = UINT64_MAX, owner;
   rule_t rule;
   for (unsigned rule_index = 0; rule_index < RULES; rule_index++) {
-    if (!read_used(e, rule_index, &rule, &owner) || rule.kind != FSHM_BUCKET || rule.place != place)
+    if (!read_used(e, rule_index, &rule, &owner) || rule.kind != FSHM_BUCKET ||
+        rule.place != place || !rule_sane(&rule)) /* not sane: no call has set this */
       continue;
-    if (!rule_sane(&rule)) continue; /* no call has set this */
     if ((owner & ~RULE_USED) > version) fastest = min_u64(fastest, bucket_pace(&rule));
   }
   /* After the indexes: a caller that found one free, or with another rule, now finds what note_freed() recorded of
