@@ -334,25 +334,21 @@ static void unstack(PoolCore *self, Connection *c) {
  * without an exception: there is no such id, or the connection is not `only`. */
 static PyObject *forget(PoolCore *self, PyObject *id, const Connection *only, int only_idle) {
   Connection *c = NULL;
+  int gone = 0;
   PyObject *text = self->by_id ? exact(id) : NULL;
   if (!text) return NULL;
   ALONE_BEGIN(self);
   c = (Connection *)dict_get(self->by_id, text);
-  if (c && ((only && c != only) || (only_idle && !c->idle))) {
-    Py_DECREF((PyObject *)c);
-    c = NULL;
-  }
-  if (c) {
+  if (c && (!only || c == only) && (!only_idle || c->idle)) {
     unstack(self, c);
     RELAXED_SET(c->idle, 0);
-    if (PyDict_DelItem(self->by_id, text)) {
-      Py_DECREF((PyObject *)c);
-      c = NULL;
-    }
+    gone = !PyDict_DelItem(self->by_id, text);
   }
   ALONE_END();
   Py_DECREF(text);
-  return (PyObject *)c;
+  if (gone) return (PyObject *)c;
+  Py_XDECREF((PyObject *)c);
+  return NULL;
 }
 
 static PyObject *or_none(PyObject *found) {

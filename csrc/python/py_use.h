@@ -101,13 +101,10 @@ static PyObject *use_enter(PyObject *o, PyObject *unused) {
   PyObject *deadline = PyObject_CallMethod(self->pool, "_deadline", "O", self->timeout);
   while (deadline) {
     Connection *c = take_measured(self->pool, self->endpoint);
-    if (c) {
-      if (!use_hold(self, c))
-        PyErr_SetString(PyExc_RuntimeError, "call connection() for each block");
-      break;
-    }
-    if (PyErr_Occurred()) break;
-    if (done(PyObject_CallMethod(self->pool, "_sleep", "OOO", self->endpoint, deadline,
+    if (c && !use_hold(self, c))
+      PyErr_SetString(PyExc_RuntimeError, "call connection() for each block");
+    if (c || PyErr_Occurred() ||
+        done(PyObject_CallMethod(self->pool, "_sleep", "OOO", self->endpoint, deadline,
                                  self->timeout)))
       break;
   }
