@@ -1,4 +1,5 @@
-/* py_args.h - arguments of the hand-written methods: keys, costs, names. */
+/* py_args.h - what the hand-written types share: their docstrings, errors, the arguments of their methods (keys, costs,
+ * names), the end of their objects. */
 #ifndef FSHM_PY_ARGS_H
 #define FSHM_PY_ARGS_H
 
@@ -7,10 +8,32 @@
 
 #include "../fast_shm.h"
 #include "py_threads.h"
-#include "py_types.h"
+
+#define UNUSED __attribute__((unused))
+
+/* A docstring, as the value of Py_tp_doc. */
+#define DOC(text) ((void *)(uintptr_t)(text))
 
 #define FAST(f) ((PyCFunction)(void (*)(void))(f))
 #define FLAGS (METH_FASTCALL | METH_KEYWORDS)
+
+/* The last step of a tp_dealloc. release: PyObject_Free, or PyObject_GC_Del. */
+static inline void end_object(PyObject *o, freefunc release) {
+  PyTypeObject *type = Py_TYPE(o);
+  release(o);
+  Py_DECREF(type);
+}
+
+/* The same, where the object may be of a derived class, which has a tp_free of its own. */
+static void end_derived(PyObject *o) {
+  end_object(o, (freefunc)PyType_GetSlot(Py_TYPE(o), Py_tp_free));
+}
+
+/* The end of a call whose result does not matter. 0, or -1: it raised. */
+static inline int done(PyObject *result) {
+  Py_XDECREF(result);
+  return result ? 0 : -1;
+}
 
 /* PyErr_Format(), for calls that return an int: -1. */
 static int fail(PyObject *kind, const char *format, ...) {

@@ -1,5 +1,4 @@
 /* py_module.c - adds the hand-written types to the module that cffi makes. */
-#include "py_types.h"
 #include "py_decision.c"
 #include "py_permit.c"
 #include "py_rate_limiter.c"
