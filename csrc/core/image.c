@@ -117,9 +117,8 @@ static void lay_out(header_t *h, uint64_t capacity) {
 }
 
 uint64_t fshm_size_for(uint64_t capacity) {
-  header_t h;
+  header_t h = {0};
   if (capacity < MIN_CAPACITY || capacity > MAX_CAPACITY) return 0;
-  memset(&h, 0, sizeof h);
   lay_out(&h, capacity);
   return h.size;
 }
@@ -302,8 +301,7 @@ int image_verify(int fd, header_t *h, uint32_t flags, fshm_error *e) {
     e->wanted = FSHM_LAYOUT_VERSION;
     return image_fail(e, FSHM_E_LAYOUT);
   }
-  header_t should;
-  memset(&should, 0, sizeof should);
+  header_t should = {0};
   if (h->capacity < MIN_CAPACITY || h->capacity > MAX_CAPACITY)
     return image_fail(e, FSHM_E_DAMAGED);
   lay_out(&should, h->capacity);
@@ -325,9 +323,8 @@ int image_verify(int fd, header_t *h, uint32_t flags, fshm_error *e) {
 /* Remove the name. Attached processes keep the segment; see fshm_unlinked(). */
 int fshm_remove(const char *name, fshm_error *e) {
   struct stat st;
-  header_t h;
+  header_t h = {0};
   memset(e, 0, sizeof *e);
-  memset(&h, 0, sizeof h);
   if (fshm_path(name, e->path, sizeof e->path) != FSHM_OK) return image_fail(e, FSHM_E_ARGUMENT);
   if (lstat(e->path, &st)) return image_fail_errno(e);
   int fd = S_ISREG(st.st_mode) ? open(e->path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK) : -1;
