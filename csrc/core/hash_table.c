@@ -25,7 +25,7 @@ uint64_t table_probe(const fshm_segment *s, uint64_t hash, uint64_t i) {
 /* The same, under whichever rule the state was written. */
 static inline bool confirmed_for(const fshm_segment *s, uint64_t slot, uint64_t who, pair_t *pair) {
   if (!is_at(s, slot, who)) return false;
-  *pair = slot_read(s, slot);
+  *pair = likely(!s->read_only) ? pair_load(&s->slots[slot]) : pair_peek(&s->slots[slot]);
   return same_key(pair->who, who) && !IS_PENDING(pair->when);
 }
 

@@ -66,16 +66,11 @@ static inline bool line_has(const fshm_segment *s, uint64_t first, uint64_t who)
          is_at(s, first + 3, who);
 }
 
-/* Whole, if this process may write. acquire: pairs with the swap that wrote the slot. */
-static inline HOT pair_t slot_read(const fshm_segment *s, uint64_t slot) {
-  return likely(!s->read_only) ? pair_load(&s->slots[slot]) : pair_peek(&s->slots[slot]);
-}
-
-/* `who` alone is a hint; the pair decides. */
+/* acquire: pairs with the swap that wrote the slot. `who` alone is a hint; the pair decides. */
 static inline HOT bool confirmed_at(const fshm_segment *s, uint64_t slot, uint64_t who,
                                     pair_t *pair) {
   if (load_relaxed(&s->slots[slot].who) != who) return false;
-  *pair = slot_read(s, slot);
+  *pair = likely(!s->read_only) ? pair_load(&s->slots[slot]) : pair_peek(&s->slots[slot]);
   return pair->who == who && !IS_PENDING(pair->when);
 }
 

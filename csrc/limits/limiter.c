@@ -31,7 +31,8 @@ static COLD void read_clock_again(call_t *c) {
 /* The rule that the state in this slot was written under. False: the limits or the slot changed; look again. */
 static bool former_rule(call_t *c, uint32_t i, const found_t *f, rule_t *old) {
   bool sane = limits_rule(c->s, c->index, WHO_LABEL(f->pair.who), old);
-  const pair_t now = slot_read(c->s, f->slot);
+  const pair_t now =
+      c->s->read_only ? pair_peek(&c->s->slots[f->slot]) : pair_load(&c->s->slots[f->slot]);
   c->stale |= now.who != f->pair.who || now.when != f->pair.when || outdated(c);
   /* Written over by a stray write: any rule will do. */
   if (unlikely(!sane)) *old = c->snapshot.rules[i];
@@ -763,7 +764,7 @@ int fshm_peek_numbered(fshm_segment *s, uint64_t slot, const uint64_t *numbers, 
   bool allowed = true;
   /* A word of a permit lease is shown as a token lease; others have no limit here. */
   if (!(who & 1)) {
-    const pair_t pair = slot_read(s, slot);
+    const pair_t pair = s->read_only ? pair_peek(&s->slots[slot]) : pair_load(&s->slots[slot]);
     if (c.snapshot.rules[0].kind != FSHM_LEASE || pair.who != who) return 0;
     c.snapshot.count = 1;
     looks[0] = (look_t){.verdict = rule_take(&c.snapshot.rules[0], pair.when, c.now, c.now, 1)};

@@ -6,7 +6,7 @@
 static COLD void find_shared(const call_t *c, uint32_t i, found_t *f) {
   const fshm_segment *s = c->s;
   f->slot = shared_slot(s, c->index, c->hash, c->snapshot.rules[i].place);
-  f->pair = slot_read(s, f->slot);
+  f->pair = s->read_only ? pair_peek(&s->slots[f->slot]) : pair_load(&s->slots[f->slot]);
 }
 static inline bool shared_used(const call_t *c, const found_t *f) {
   return shared_is_of(f->pair.who, c->snapshot.current) && state_expires(f->pair.when) > c->now;
