@@ -92,13 +92,14 @@ static int head_put(const moving_t *m, head_t *h, uint64_t turn) {
 /* A token is about to be written with a later time than the head's: the head must outlive it, and include its
  * position. False: the head is gone. */
 static bool head_cover(const moving_t *m, uint64_t position, uint64_t end, patience_t *left) {
+  fshm_segment *s = m->k.s;
   for (; patient(left); left->swaps--) {
     head_t h = head_look(m);
     if (!h.turn) return false;
     uint64_t turn = h.turn < m->n ? max_u64(h.turn, position + 1) : h.turn;
     if (turn == h.turn && h.end >= end) return true;
     pair_t seen = h.slot.pair, to = {seen.who, head_state(turn, max_u64(h.end, end))};
-    if (pair_cas(&m->k.s->slots[h.slot.slot], &seen, to)) return true;
+    if (pair_cas(&s->slots[h.slot.slot], &seen, to)) return true;
   }
   return false;
 }
@@ -144,9 +145,10 @@ static int position_put(const moving_t *m, uint64_t position, found_t *f, token_
 
 /* Remove exactly these tokens. */
 static void return_tokens(const moving_t *m, const token_t *tokens, uint64_t count) {
+  fshm_segment *s = m->k.s;
   for (uint64_t i = 0; i < count; i++) {
     pair_t mine = {token_who(m, tokens[i].position), tokens[i].state}, empty = {0, 0};
-    (void)pair_cas(&m->k.s->slots[tokens[i].slot], &mine, empty);
+    (void)pair_cas(&s->slots[tokens[i].slot], &mine, empty);
   }
 }
 
@@ -282,9 +284,10 @@ int fshm_moving_clear(fshm_limiter *l, const void *key, uint64_t key_length) {
   head_t h = head_look(&m);
   for (uint64_t position = 0; position < min_u64(h.turn, m.n); position++) {
     pair_t empty = {0, 0};
+    fshm_segment *s = m.k.s;
     (void)position_look(&m, position, &f);
     /* One try: a lost swap means that another call has just taken a token, which is not to be forgotten. */
-    if (f.pair.who) (void)pair_cas(&m.k.s->slots[f.slot], &f.pair, empty);
+    if (f.pair.who) (void)pair_cas(&s->slots[f.slot], &f.pair, empty);
   }
   if (h.slot.pair.who) table_clear(m.k.s, h.slot.slot, h.slot.pair.who);
   return FSHM_OK;
