@@ -17,8 +17,8 @@ from fast_litellm_shm.integrations.litellm.subjects import Subject
 
 @functools.cache  # ten kinds and "", of three each
 def _headers_of_kind(kind: str, name: str) -> tuple[str, str]:
-    what = NAMES[name]
-    return f"x-ratelimit-{kind}remaining-{what}", f"x-ratelimit-{kind}limit-{what}"
+    what, of = NAMES[name], f"x-ratelimit-{kind}-" if kind else "x-ratelimit-"
+    return f"{of}remaining-{what}", f"{of}limit-{what}"
 
 
 def headers_of(remaining: Iterable[tuple[Subject, dict[str, int]]]) -> dict[str, str]:
@@ -29,7 +29,7 @@ def headers_of(remaining: Iterable[tuple[Subject, dict[str, int]]]) -> dict[str,
     least: dict[str, tuple[int, str, str]] = {}
     for (kind, _, limits, _), left in remaining:
         for name, n in left.items():
-            of_rest, of_limit = _headers_of_kind(f"{kind}-", name)
+            of_rest, of_limit = _headers_of_kind(kind, name)
             out[of_rest], out[of_limit] = rest, limit = str(n), str(getattr(limits, name))
             if name not in least or n < least[name][0]:
                 least[name] = n, rest, limit
