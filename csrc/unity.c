@@ -29,3 +29,6 @@
 #include "stats/histogram.c"
 #include "stats/deployments.c"
 #include "stats/feature_errors.c"
+#include "tokens/vocabulary.c"
+#include "tokens/builder.c"
+#include "tokens/counting.c"

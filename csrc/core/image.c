@@ -142,7 +142,7 @@ static void identify_clock(header_t *h) {
 #endif
 }
 
-static void randomise(void *out, size_t size) {
+void image_random(void *out, size_t size) {
 #if defined(__linux__)
   if (getrandom(out, size, 0) == (ssize_t)size) return;
   /* No entropy is available: better than none. */
@@ -203,8 +203,8 @@ static int fill(int fd, uint64_t capacity, uint32_t mode, uint32_t flags, fshm_e
   memset(&h, 0, sizeof h);
   lay_out(&h, capacity);
   identify_clock(&h);
-  randomise(h.secret, sizeof h.secret);
-  randomise(&h.instance, sizeof h.instance);
+  image_random(h.secret, sizeof h.secret);
+  image_random(&h.instance, sizeof h.instance);
   struct timespec wall;
   (void)clock_gettime(CLOCK_REALTIME, &wall);
   h.created_realtime_ns = (uint64_t)wall.tv_sec * UINT64_C(1000000000) + (uint64_t)wall.tv_nsec;
@@ -256,7 +256,7 @@ static int create_by(bool unnamed, const char *path, uint64_t capacity, uint32_t
 #endif
   if (!unnamed) {
     uint64_t nonce;
-    randomise(&nonce, sizeof nonce);
+    image_random(&nonce, sizeof nonce);
     (void)snprintf(temporary, sizeof temporary, "%s.%016llx.tmp", path, (unsigned long long)nonce);
     fd = open(temporary, O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC | O_NOFOLLOW, 0600);
   }

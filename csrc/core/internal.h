@@ -186,6 +186,7 @@ int image_fail_errno(fshm_error *e);
 void image_lock_path(const char *path, uint64_t instance, char *out, size_t size);
 int image_create(const char *path, uint64_t capacity, uint32_t mode, uint32_t flags, fshm_error *e);
 int image_link(int fd, const char *path);
+void image_random(void *out, size_t size);
 uint64_t header_check(const header_t *h);
 int image_verify(int fd, header_t *header, uint32_t flags, fshm_error *e);
 

@@ -1,0 +1,372 @@
+/* counting.c - walks over the pieces of a text: counts, encodes, truncates; and decodes.
+ *
+ * Most pieces are a word of ASCII and a token: for those there is a short way here, from 16 bytes of text to one entry
+ * of the hash table, without a loop. Everything else goes through scanner.h, and a piece that is no token through
+ * merging.h. Argued in DESIGN.md, "Counting tokens".
+ */
+#include "merging.h"
+#include "scanner.h"
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#define NEAR_END 32 /* bytes: a text is copied when fewer are left, so that the short way may read beyond its end */
+
+/* The short way ----------------------------------------------------------------------------- */
+
+/* Bit i: byte i of 16 is between first and last, two letters of ASCII of the same case. */
+static inline unsigned between(const uint8_t *p, uint8_t first, uint8_t last, bool any_case) {
+#if defined(__SSE2__)
+  __m128i bytes = _mm_loadu_si128((const __m128i *)(const void *)p);
+  if (any_case) bytes = _mm_or_si128(bytes, _mm_set1_epi8(0x20));
+  __m128i in = _mm_and_si128(_mm_cmpgt_epi8(bytes, _mm_set1_epi8((char)(first - 1))),
+                             _mm_cmpgt_epi8(_mm_set1_epi8((char)(last + 1)), bytes));
+  return (unsigned)_mm_movemask_epi8(in);
+#else
+  const uint64_t ones = UINT64_C(0x0101010101010101), high = ones << 7;
+  unsigned out = 0;
+  for (int half = 0; half < 2; half++) {
+    uint64_t word;
+    memcpy(&word, p + 8 * half, 8);
+    uint64_t low = (any_case ? word | ones << 5 : word) & ~high;
+    uint64_t in = (low + ones * (0x80U - first)) & ~(low + ones * (0x7fU - last)) & ~word & high;
+    out |= (unsigned)((in >> 7) * UINT64_C(0x0102040810204080) >> 56) << 8 * half;
+  }
+  return out;
+#endif
+}
+
+#define DIGIT(byte) ((unsigned)(byte) - '0' < 10)
+
+/* What a byte of ASCII may be at the beginning of a piece. */
+enum { IS_LETTER = 1, NO_PREFIX = 2, IS_DIGIT = 4 };
+
+static inline unsigned first_byte(unsigned pattern, unsigned c) {
+  unsigned class = c < 0x80 ? class_blocks[c] : CLASS_NUMBER;
+  if (class == CLASS_UPPER || class == CLASS_LOWER) return IS_LETTER;
+  if (c >= 0x80 || class == CLASS_NEWLINE) return NO_PREFIX;
+  if (class == CLASS_NUMBER) return NO_PREFIX | IS_DIGIT;
+  if (pattern == FSHM_PATTERN_R50K ? c != ' ' : c == '\'' && pattern != FSHM_PATTERN_O200K)
+    return NO_PREFIX; /* of a contraction, it may be */
+  return 0;
+}
+
+/* The end of the piece that begins at p: 16 bytes from any place before `end` can be read. */
+static inline HOT const uint8_t *next_end(unsigned pattern, const uint8_t *p, const uint8_t *end) {
+  unsigned first = first_byte(pattern, *p), start = first != IS_LETTER, length;
+  if (pattern == FSHM_PATTERN_O200K) {
+    unsigned upper = between(p, 'A', 'Z', false), lower = between(p, 'a', 'z', false);
+    length = start + (unsigned)__builtin_ctz(~(upper >> start));
+    length += (unsigned)__builtin_ctz(~(lower >> length));
+  } else {
+    length = start + (unsigned)__builtin_ctz(~(between(p, 'a', 'z', true) >> start));
+  }
+  if (likely(!(first & NO_PREFIX) && length > start && length <= SHORT_PIECE && p[length] < 0x80)) {
+    if (pattern == FSHM_PATTERN_O200K && unlikely(p[length] == '\''))
+      return p + length + contraction(p + length, end, true);
+    return p + length;
+  }
+  if (first & IS_DIGIT && pattern != FSHM_PATTERN_R50K && p[1] < 0x80 && p[2] < 0x80)
+    return p + 1 + (DIGIT(p[1]) ? 1 + DIGIT(p[2]) : 0);
+  return piece_end(pattern, p, end);
+}
+
+/* The key of a piece of up to SHORT_PIECE bytes, of which 16 can be read. */
+static inline piece_key_t piece_key(const uint8_t *p, size_t length) {
+  static const uint64_t kept[SHORT_PIECE + 1] = {
+      0,
+      UINT64_C(0xff),
+      UINT64_C(0xffff),
+      UINT64_C(0xffffff),
+      UINT64_C(0xffffffff),
+      UINT64_C(0xffffffffff),
+      UINT64_C(0xffffffffffff),
+      UINT64_C(0xffffffffffffff),
+      UINT64_MAX,
+      UINT64_MAX,
+      UINT64_MAX,
+      UINT64_MAX,
+      UINT64_MAX,
+      UINT64_MAX,
+      UINT64_MAX,
+      UINT64_MAX,
+  };
+  piece_key_t k;
+  memcpy(&k.low, p, 8);
+  memcpy(&k.high, p + 8, 8);
+  k.low &= kept[length];
+  k.high &= length > 8 ? kept[length - 8] : 0;
+  k.high |= (uint64_t)length << 56;
+  return k;
+}
+
+/* The entry of a key, or UINT64_MAX. */
+static inline HOT uint64_t key_entry(const fshm_vocabulary *v, piece_key_t k, uint64_t hash) {
+  uint64_t at = hash >> (64 - v->header.key_bits);
+  const uint64_t *entry = &v->keys[2 * at];
+  if (likely(entry[0] == k.low && entry[1] == k.high)) return at;
+  uint64_t mask = (UINT64_C(1) << v->header.key_bits) - 1;
+  for (int i = 1; i < PROBES && entry[1]; i++) {
+    at = (at + 1) & mask;
+    entry = &v->keys[2 * at];
+    if (entry[0] == k.low && entry[1] == k.high) return at;
+  }
+  return UINT64_MAX;
+}
+
+/* Pieces that are no token ------------------------------------------------------------------ */
+
+/* The counts of such pieces are kept, each in an entry of 16 bytes that is swapped whole, as in the memo of texts: it is
+ * there or not, never torn. A lost swap is not tried again. Of a piece of up to SHORT_PIECE bytes, the entry is its key,
+ * whose last byte has room for the count beside the length. Of a longer one, it is 112 bits of a hash under a secret of
+ * this process, and the count. */
+#define LONG_CACHED 512 /* bytes: longer pieces hardly come twice */
+#define LONG_COUNT UINT64_C(0xffff)
+
+static inline cached_t *cached_short(const fshm_vocabulary *v, uint64_t hash) {
+  return &v->cache[hash >> (64 - CACHE_BITS)];
+}
+
+static inline cached_t *cached_long(const fshm_vocabulary *v, const uint64_t hash[2]) {
+  return &v->cache[(hash[1] >> (64 - CACHE_BITS)) | UINT64_C(1) << CACHE_BITS];
+}
+
+/* The tokens of a piece by a search, each with its length in the upper 8 bits; see merging.h. */
+typedef struct {
+  search_t search;
+  uint32_t near[NEAR_LENGTH];
+  uint8_t near_bits[NEAR_LENGTH / 8 + 1];
+  void *far; /* to be freed, or NULL */
+} merged_t;
+
+/* Returns their number; 0: there is no memory. */
+static size_t find_tokens(const fshm_vocabulary *v, const uint8_t *p, size_t length,
+                          merged_t *found) {
+  size_t bits = length / 8 + 1;
+  found->far = NULL;
+  found->search = (search_t){found->near, found->near_bits};
+  if (length > NEAR_LENGTH) {
+    found->far = malloc(length * sizeof *found->near + bits);
+    if (!found->far) return 0;
+    found->search.found = found->far;
+    found->search.given_up = (uint8_t *)(found->search.found + length);
+  }
+  uint32_t whole = whole_token(v, p, length);
+  if (whole != NO_TOKEN) {
+    found->search.found[0] = (uint32_t)length << 24 | whole;
+    return 1;
+  }
+  memset(found->search.given_up, 0, bits);
+  size_t n = search_tokens(v, p, length, longest_match(v, p, p + length), &found->search);
+  if (likely(n)) return n;
+  for (size_t i = 0; i < length; i++) found->search.found[i] = 1U << 24; /* damaged: as bytes */
+  return length;
+}
+
+static int64_t count_by_search(const fshm_vocabulary *v, const uint8_t *p, size_t length) {
+  merged_t found;
+  size_t n = find_tokens(v, p, length, &found);
+  free(found.far);
+  return n ? (int64_t)n : FSHM_E_MEMORY;
+}
+
+static __attribute__((noinline)) int64_t count_short(const fshm_vocabulary *v, const uint8_t *p,
+                                                     size_t length, piece_key_t k, uint64_t hash) {
+  if (!v->cache) return count_by_search(v, p, length);
+  cached_t *entry = cached_short(v, hash);
+  pair_t seen = pair_load(entry); /* pairs with the swap below */
+  if (seen.who == k.low && (seen.when & UINT64_MAX >> 4) == k.high)
+    return (int64_t)(seen.when >> 60);
+  int64_t count = count_by_search(v, p, length);
+  if (count > 0) (void)pair_cas(entry, &seen, (pair_t){k.low, k.high | (uint64_t)count << 60});
+  return count;
+}
+
+static __attribute__((noinline)) int64_t count_long(const fshm_vocabulary *v, const uint8_t *p,
+                                                    size_t length) {
+  if (whole_token(v, p, length) != NO_TOKEN) return 1;
+  if (!v->cache || length > LONG_CACHED) return count_by_search(v, p, length);
+  uint64_t hash[2];
+  fshm_siphash128(v->secret[0], v->secret[1], p, length, hash);
+  cached_t *entry = cached_long(v, hash);
+  pair_t seen = pair_load(entry); /* pairs with the swap below */
+  if (seen.who == hash[0] && ((seen.when ^ hash[1]) & ~LONG_COUNT) == 0 && seen.when & LONG_COUNT)
+    return (int64_t)(seen.when & LONG_COUNT);
+  int64_t count = count_by_search(v, p, length);
+  if (count > 0)
+    (void)pair_cas(entry, &seen, (pair_t){hash[0], (hash[1] & ~LONG_COUNT) | (uint64_t)count});
+  return count;
+}
+
+/* Walks ------------------------------------------------------------------------------------- */
+
+/* Where a walk is. */
+typedef struct {
+  fshm_vocabulary *v;
+  const uint8_t *at; /* a piece begins here */
+  uint64_t count, most;
+  int64_t failed; /* FSHM_E_MEMORY, or 0 */
+} walk_t;
+
+/* Count the pieces that begin before `until`; ones that end beyond it are counted too. */
+static inline HOT void count_pieces(walk_t *w, unsigned pattern, const uint8_t *until,
+                                    const uint8_t *end) {
+  const fshm_vocabulary *v = w->v;
+  const uint8_t *p = w->at;
+  uint64_t count = w->count;
+  while (p < until && count <= w->most) {
+    const uint8_t *next = next_end(pattern, p, end);
+    size_t length = (size_t)(next - p);
+    int64_t more = 1;
+    if (likely(length <= SHORT_PIECE)) {
+      piece_key_t k = piece_key(p, length);
+      uint64_t hash = piece_hash(k);
+      if (unlikely(key_entry(v, k, hash) == UINT64_MAX)) more = count_short(v, p, length, k, hash);
+    } else {
+      more = count_long(v, p, length);
+    }
+    if (unlikely(more < 0)) {
+      w->failed = more;
+      break;
+    }
+    count += (uint64_t)more;
+    p = next;
+  }
+  w->at = p;
+  w->count = count;
+}
+
+static void count_with(walk_t *w, const uint8_t *until, const uint8_t *end) {
+  switch (w->v->header.pattern) { /* a loop for each pattern */
+    case FSHM_PATTERN_R50K:
+      count_pieces(w, FSHM_PATTERN_R50K, until, end);
+      break;
+    case FSHM_PATTERN_CL100K:
+      count_pieces(w, FSHM_PATTERN_CL100K, until, end);
+      break;
+    case FSHM_PATTERN_O200K:
+      count_pieces(w, FSHM_PATTERN_O200K, until, end);
+      break;
+    default:
+      count_pieces(w, FSHM_PATTERN_CL100K_OLD, until, end);
+      break;
+  }
+}
+
+int64_t fshm_tokens_count(fshm_vocabulary *v, const void *text, uint64_t length, uint64_t most) {
+  const uint8_t *from = text, *end = from + length;
+  walk_t w = {v, from, 0, most, 0};
+  if (length >= NEAR_END) count_with(&w, end - NEAR_END + 1, end);
+  if (w.at != end && !w.failed && w.count <= most) {
+    uint8_t tail[NEAR_END + SHORT_PIECE + 1] = {0};
+    size_t left = (size_t)(end - w.at);
+    memcpy(tail, w.at, left);
+    w.at = tail;
+    count_with(&w, tail + left, tail + left);
+  }
+  return w.failed ? w.failed : (int64_t)w.count;
+}
+
+/* The same for tokens themselves: the pieces in order, each with its tokens. */
+static size_t piece_tokens(const fshm_vocabulary *v, const uint8_t *p, size_t length,
+                           merged_t *found) {
+  if (length > SHORT_PIECE) return find_tokens(v, p, length, found);
+  uint8_t copy[SHORT_PIECE + 1] = {0};
+  memcpy(copy, p, length);
+  piece_key_t k = piece_key(copy, length);
+  uint64_t entry = key_entry(v, k, piece_hash(k));
+  uint32_t token = entry == UINT64_MAX ? NO_TOKEN : WORD(&v->key_ids[entry]);
+  if (token >= v->header.tokens) return find_tokens(v, p, length, found);
+  found->far = NULL;
+  found->search.found = found->near;
+  found->near[0] = (uint32_t)length << 24 | token;
+  return 1;
+}
+
+int64_t fshm_tokens_encode(fshm_vocabulary *v, const void *text, uint64_t length, uint32_t *out) {
+  const uint8_t *p = text, *end = p + length;
+  uint64_t count = 0;
+  merged_t found;
+  while (p != end) {
+    const uint8_t *next = piece_end(v->header.pattern, p, end);
+    size_t n = piece_tokens(v, p, (size_t)(next - p), &found);
+    for (size_t i = 0; i < n; i++) out[count++] = v->ranks[FOUND_TOKEN(found.search.found[i])];
+    free(found.far);
+    if (!n) return FSHM_E_MEMORY;
+    p = next;
+  }
+  return (int64_t)count;
+}
+
+/* The end of the last of the first `most` tokens that ends where a character does; NULL: there is no memory. */
+static const uint8_t *cut_at(const fshm_vocabulary *v, const uint8_t *p, const uint8_t *end,
+                             uint64_t most) {
+  merged_t found;
+  while (p != end && most) {
+    const uint8_t *next = piece_end(v->header.pattern, p, end);
+    size_t n = piece_tokens(v, p, (size_t)(next - p), &found);
+    const uint8_t *at = p, *cut = p;
+    for (size_t i = 0; i < n && i < most; i++) {
+      at += FOUND_LENGTH(found.search.found[i]);
+      if (at == next || (*at & 0xc0) != 0x80) cut = at;
+    }
+    free(found.far);
+    if (!n) return NULL;
+    if (n > most) return cut;
+    most -= n;
+    p = next;
+  }
+  return p;
+}
+
+int64_t fshm_tokens_truncate(fshm_vocabulary *v, const void *text, uint64_t length, uint64_t most) {
+  const uint8_t *from = text, *end = from + length;
+  if (length <= most) return (int64_t)length; /* a token has a byte at least */
+  for (uint64_t tokens = most;; tokens--) {
+    const uint8_t *cut = cut_at(v, from, end, tokens);
+    if (!cut) return FSHM_E_MEMORY;
+    /* What remains is split without what followed it, so it may have more tokens than it had there. */
+    int64_t count = fshm_tokens_count(v, from, (uint64_t)(cut - from), most);
+    if (count < 0) return count;
+    if ((uint64_t)count <= most || !tokens) return cut - from;
+  }
+}
+
+/* Decoding ---------------------------------------------------------------------------------- */
+
+/* Where a rank is in a rising sequence, or UINT64_MAX. */
+static uint64_t place_of(const uint32_t *ranks, uint64_t count, uint32_t rank) {
+  if (rank < count && WORD(&ranks[rank]) == rank) return rank;
+  uint64_t low = 0, high = count;
+  while (low < high) {
+    uint64_t middle = (low + high) / 2;
+    if (WORD(&ranks[middle]) < rank)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low < count && WORD(&ranks[low]) == rank ? low : UINT64_MAX;
+}
+
+int64_t fshm_tokens_decode(const fshm_vocabulary *v, const uint32_t *ranks, uint64_t count,
+                           void *out, uint64_t room, uint64_t *bad) {
+  const vocabulary_header_t *h = &v->header;
+  uint64_t length = 0;
+  for (uint64_t i = 0; i < count; i++) {
+    uint64_t at = place_of(v->ranks, h->tokens, ranks[i]);
+    if (at == UINT64_MAX) {
+      at = place_of(v->special, h->special, ranks[i]);
+      if (at != UINT64_MAX) at += h->tokens;
+    }
+    uint64_t from = at == UINT64_MAX ? 1 : WORD(&v->offsets[at]);
+    uint64_t to = at == UINT64_MAX ? 0 : WORD(&v->offsets[at + 1]);
+    if (from > to || to > h->bytes) {
+      *bad = i;
+      return FSHM_E_ARGUMENT;
+    }
+    if (length + (to - from) <= room) memcpy((uint8_t *)out + length, v->bytes + from, to - from);
+    length += to - from;
+  }
+  return (int64_t)length;
+}

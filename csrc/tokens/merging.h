@@ -1,0 +1,148 @@
+/* merging.h - the tokens of a piece that is no token itself: what merging its bytes by rank ends with, without doing
+ * the merges. DESIGN.md, "Merging", proves that a sequence of tokens is that result if and only if each token is the
+ * result of its own bytes, and each two neighbours stay apart by themselves. So tokens are tried from left to right,
+ * the longest first; a token that does not fit its left neighbour is replaced by the next shorter one.
+ */
+#ifndef FSHM_MERGING_H
+#define FSHM_MERGING_H
+
+#include <stdlib.h>
+
+#include "vocabulary.h"
+
+/* Steps back that a search may take for each byte of its piece. Only a damaged file needs more. */
+#define SEARCH_STEPS 4096
+
+/* A word of the file, read once: it may change between two reads. */
+#define WORD(at) __atomic_load_n((at), __ATOMIC_RELAXED)
+
+static inline uint64_t cell_of(const fshm_vocabulary *v, uint32_t at) {
+  return likely(at < v->header.cells) ? WORD(&v->nodes[at]) : 0;
+}
+
+typedef struct {
+  uint32_t token, length; /* the longest token that merging can yield; NO_TOKEN: the file is damaged */
+} match_t;
+
+/* What the text [p, end) begins with. */
+static inline match_t longest_match(const fshm_vocabulary *v, const uint8_t *p,
+                                    const uint8_t *end) {
+  match_t out = {NO_TOKEN, 0};
+  uint32_t base = v->header.root;
+  const uint8_t *at = p;
+  uint64_t cell = 0;
+  for (; at != end && at - p < FSHM_MAX_TOKEN_LENGTH; at++) {
+    cell = cell_of(v, base ^ *at);
+    if ((cell & 0x1ff) != (NODE_USED | *at)) return out;
+    base = NODE_BASE(cell);
+    uint32_t token = NODE_TOKEN(cell);
+    if (token && token <= v->header.tokens && !(cell & NODE_WHOLE_ONLY)) {
+      out.token = token - 1;
+      out.length = (uint32_t)(at - p) + 1;
+    }
+  }
+  return out;
+}
+
+/* The token that is the whole piece, also one that merging cannot yield; NO_TOKEN: there is none. */
+static inline uint32_t whole_token(const fshm_vocabulary *v, const uint8_t *p, size_t length) {
+  uint32_t base = v->header.root;
+  uint64_t cell = 0;
+  if (length > v->header.most_length) return NO_TOKEN;
+  for (size_t i = 0; i < length; i++) {
+    cell = cell_of(v, base ^ p[i]);
+    if ((cell & 0x1ff) != (NODE_USED | p[i])) return NO_TOKEN;
+    base = NODE_BASE(cell);
+  }
+  uint32_t token = NODE_TOKEN(cell);
+  return token && token <= v->header.tokens ? token - 1 : NO_TOKEN;
+}
+
+/* What two neighbours merge to; NO_TOKEN: nothing. */
+static inline uint32_t merged_pair(const fshm_vocabulary *v, uint32_t left, uint32_t right) {
+  uint64_t pair = (uint64_t)left << 20 | right, mask = (UINT64_C(1) << v->header.pair_bits) - 1;
+  uint64_t at = pair_hash(pair) >> (64 - v->header.pair_bits);
+  for (int i = 0; i < PROBES; i++, at = (at + 1) & mask) {
+    uint64_t seen = WORD(&v->pairs[at]);
+    if (seen >> 24 == pair) return (uint32_t)seen & 0xffffff;
+    if (seen == PAIR_EMPTY) break;
+  }
+  return NO_TOKEN;
+}
+
+/* Whether merging the bytes of both, side by side, ends with these two. It runs the merges backwards: at each step,
+ * left and right are the parts beside the border, and *_until the merge that takes each of them away. */
+static inline bool stay_apart(const fshm_vocabulary *v, uint32_t left, uint32_t right,
+                              uint64_t *patience) {
+  uint32_t left_until = NO_TOKEN, right_until = NO_TOKEN;
+  for (int i = 0; i < 2 * FSHM_MAX_TOKEN_LENGTH && *patience; i++, (*patience)--) {
+    uint32_t merged = merged_pair(v, left, right);
+    if (merged < left_until && merged <= right_until && merged != NO_TOKEN) return false;
+    if ((left | right) < 256) return true; /* single bytes */
+    if (left > right) { /* the later merge is undone first; of two equal ones, that on the right */
+      left_until = left;
+      left = WORD(&v->merges[left].right);
+    } else {
+      right_until = right;
+      right = WORD(&v->merges[right].left);
+    }
+    if (unlikely(left >= v->header.tokens || right >= v->header.tokens)) return true;
+  }
+  return false;
+}
+
+/* The memory of a search: the tokens so far, each with its length in the upper 8 bits, and for each place in the piece
+ * whether it was given up. */
+#define NEAR_LENGTH 4096 /* bytes of a piece whose search needs no allocation */
+#define FOUND_TOKEN(found) ((found) & 0xffffff)
+#define FOUND_LENGTH(found) ((found) >> 24)
+
+typedef struct {
+  uint32_t *found;
+  uint8_t *given_up; /* a bit for each place */
+} search_t;
+
+/* The next shorter token that this one starts with, or NO_TOKEN. */
+static inline uint32_t shorter(const fshm_vocabulary *v, uint32_t token, uint32_t *length) {
+  uint32_t next = WORD(&v->merges[token].prefix);
+  if (next >= v->header.tokens) return NO_TOKEN;
+  uint32_t size = WORD(&v->merges[next].length);
+  if (unlikely(!size || size >= *length)) return NO_TOKEN; /* damaged */
+  *length = size;
+  return next;
+}
+
+/* Returns the number of tokens in s->found. 0: there are none, which only a damaged file can be the cause of. */
+static inline size_t search_tokens(const fshm_vocabulary *v, const uint8_t *p, size_t length,
+                                   match_t first, search_t *s) {
+  size_t n = 0, place = 0;
+  uint32_t token = first.token, size = first.length;
+  uint64_t patience = SEARCH_STEPS * ((uint64_t)length + 1);
+  for (;;) {
+    while (token != NO_TOKEN) {
+      /* A place that was given up is never right: the tokens before it are the only ones that fit, and nothing fitted
+       * behind them. So each place is tried once. */
+      if (!(s->given_up[(place + size) / 8] >> ((place + size) % 8) & 1) &&
+          (!n || stay_apart(v, FOUND_TOKEN(s->found[n - 1]), token, &patience)))
+        break;
+      token = shorter(v, token, &size);
+    }
+    if (token != NO_TOKEN) {
+      s->found[n++] = size << 24 | token;
+      place += size;
+      if (place == length) return n;
+      match_t next = longest_match(v, p + place, p + length);
+      token = next.token;
+      size = next.length;
+      continue;
+    }
+    if (!n || !patience) return 0;
+    s->given_up[place / 8] |= (uint8_t)(1U << (place % 8));
+    uint32_t last = s->found[--n];
+    size = FOUND_LENGTH(last);
+    place -= size;
+    token = shorter(v, FOUND_TOKEN(last), &size);
+  }
+}
+
+#endif

@@ -1,0 +1,110 @@
+/* vocabulary.h - the file of a vocabulary, and the handle that a process has of it.
+ *
+ * In the file, a token is a number: its place in the order of ranks. So numbers compare as ranks do, and the 256
+ * single bytes have the numbers 0 to 255 (the builder refuses other vocabularies).
+ *
+ * Sections, one behind the other, each aligned to a cache line:
+ *   keys      2^key_bits * 16 bytes: the tokens of up to 15 bytes, a hash table with linear probing. The bytes
+ *             themselves, zeros, and the length in the last byte; an empty entry is all zeros
+ *   key_ids   2^key_bits * 4: the number of the token in the same entry of keys
+ *   nodes     cells * 8: a trie of all tokens, as a double array: see NODE_* below
+ *   merges    tokens * 16: what each token is merged from
+ *   pairs     2^pair_bits * 8: which two tokens merge to which, a hash table with linear probing
+ *   ranks     tokens * 4: the rank of each number, rising
+ *   offsets   (tokens + special + 1) * 4: where the bytes of each token begin, and end
+ *   special   special * 4: the ranks of the special tokens, rising
+ *   bytes     of all tokens, then of the special ones
+ *
+ * A reader trusts none of it beyond the header, which it has copied: each number is compared with its bound or masked
+ * before it is an index, and read once (cell_of() and the like), since the file may change under it; each walk has
+ * fewer steps than a token can have bytes.
+ */
+#ifndef FSHM_VOCABULARY_H
+#define FSHM_VOCABULARY_H
+
+#include "../core/internal.h"
+#include "tokens.h"
+
+#define TOKENS_MAGIC UINT64_C(0x736e656b6f742d66) /* "f-tokens" */
+#define NO_TOKEN UINT32_MAX
+#define SHORT_PIECE 15 /* bytes of the longest piece that is its own key */
+#define PROBES 64 /* of a hash table of the file, at most: the builder takes a larger one rather */
+
+/* A cell of the trie: label (8 bits), used (1), base (24), 1 + number of the token that ends here (21), and whether it
+ * is only found as a whole piece (1). The child for a byte c is the cell base ^ c, if its label is c. No two nodes
+ * have the same base. */
+#define NODE_USED UINT64_C(0x100)
+#define NODE_BASE(cell) ((uint32_t)((cell) >> 9) & 0xffffff)
+#define NODE_TOKEN(cell) ((uint32_t)((cell) >> 33) & 0x1fffff)
+#define NODE_WHOLE_ONLY (UINT64_C(1) << 54)
+#define MAX_CELLS (UINT64_C(1) << 24)
+
+/* left, right: the two tokens that are merged last; NO_TOKEN where merging its bytes does not end with this token. Of
+ * a single byte: both are itself. prefix: the longest other token that it starts with, which merging can yield. */
+typedef struct {
+  uint32_t left, right, prefix, length;
+} merge_t;
+
+/* An entry of `pairs`: left (20 bits), right (20), the merged token (24); all ones: empty. */
+#define PAIR_EMPTY UINT64_MAX
+
+typedef struct {
+  uint64_t magic;
+  uint32_t version, byte_order;
+  uint64_t size;
+  uint32_t pattern, tokens, special, most_length;
+  uint32_t key_bits, pair_bits, cells, root; /* root: the base of the trie's root */
+  uint64_t bytes; /* of the last section */
+  uint64_t identity[2];
+  uint64_t checksum; /* of everything behind the header */
+  uint64_t check; /* of the header before it */
+} vocabulary_header_t;
+
+typedef struct {
+  uint64_t keys, key_ids, nodes, merges, pairs, ranks, offsets, special, bytes, size;
+} vocabulary_layout_t;
+
+/* The counts of pieces that took merges: like the memo of texts, lossy and of a fixed size (counting.c). */
+#define CACHE_BITS 14
+typedef struct {
+  _Alignas(16) uint64_t who, when;
+} cached_t;
+
+struct fshm_vocabulary {
+  const uint64_t *keys;
+  const uint32_t *key_ids;
+  const uint64_t *nodes;
+  const merge_t *merges;
+  const uint64_t *pairs;
+  const uint32_t *ranks, *offsets, *special;
+  const uint8_t *bytes;
+  cached_t *cache; /* two halves: of short pieces, and of longer ones; NULL: no memory for it */
+  uint64_t secret[2];
+  vocabulary_header_t header; /* the verified copy */
+  const unsigned char *map;
+  bool mapped;
+};
+
+/* vocabulary.c */
+vocabulary_layout_t vocabulary_layout(const vocabulary_header_t *h);
+uint64_t vocabulary_checksum(const void *data, uint64_t length);
+uint64_t vocabulary_header_check(const vocabulary_header_t *h);
+int vocabulary_adopt(const unsigned char *map, const vocabulary_header_t *h, bool mapped,
+                     fshm_vocabulary **out, fshm_error *e);
+
+/* The key of a piece of up to SHORT_PIECE bytes, and where its probing begins. */
+typedef struct {
+  uint64_t low, high;
+} piece_key_t;
+
+static inline uint64_t piece_hash(piece_key_t k) {
+  uint64_t mixed = (k.low ^ (k.high >> 29)) * UINT64_C(0x9e3779b97f4a7c15) +
+                   k.high * UINT64_C(0xc2b2ae3d27d4eb4f);
+  return mixed;
+}
+
+static inline uint64_t pair_hash(uint64_t pair) {
+  return (pair ^ pair >> 23) * UINT64_C(0x9e3779b97f4a7c15);
+}
+
+#endif
