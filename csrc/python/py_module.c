@@ -7,6 +7,7 @@
 #include "py_recorder.c"
 #include "py_router.c"
 #include "py_counts.c"
+#include "py_tokens.c"
 
 /* _untrack(object): the garbage collector ignores it from now on, and counts its references as references from
  * outside. For objects that cannot be part of a cycle (_shared/native.py, owned()). */
@@ -16,6 +17,8 @@ static PyObject *module_untrack(UNUSED PyObject *module, PyObject *o) {
 }
 
 static PyMethodDef module_methods[] = {{"_untrack", module_untrack, METH_O, NULL},
+                                       {"open_vocabulary", vocabulary_open, METH_O, NULL},
+                                       {"build_vocabulary", vocabulary_build, METH_VARARGS, NULL},
                                        {NULL, NULL, 0, NULL}};
 
 /* Flags of a type: only C makes objects of it; or Python derives a class from it. */
@@ -41,7 +44,8 @@ static struct {
              {SPEC(Memo, memo_slots, BASE | Py_TPFLAGS_HAVE_GC), NULL},
              {SPEC(Recorder, recorder_slots, BASE), NULL},
              {SPEC(RouterCore, router_slots, BASE | Py_TPFLAGS_HAVE_GC), NULL},
-             {SPEC(Counts, counts_slots, BASE), NULL}};
+             {SPEC(Counts, counts_slots, BASE), NULL},
+             {SPEC(Vocabulary, vocabulary_slots, INTERNAL), &vocabulary_type}};
 
 static int add_types(PyObject *module) {
   for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
@@ -59,7 +63,8 @@ static int install(PyObject *module) {
 #ifdef Py_GIL_DISABLED
   if (PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED)) return -1;
 #endif
-  return PyModule_AddFunctions(module, module_methods) || make_constants() || add_types(module);
+  return PyModule_AddFunctions(module, module_methods) || make_constants() || find_is_ascii() ||
+         add_types(module);
 }
 
 /* Python calls PyInit__native() on import. The code that cffi generates after this file defines it too: the macros
