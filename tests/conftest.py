@@ -41,6 +41,7 @@ SETTINGS = (
     "FAST_LITELLM_ENABLED",
     "FAST_LITELLM_PRICES",
     "FAST_LITELLM_TOKENIZER_DOWNLOAD",
+    "FAST_LITELLM_SHM_CACHE",
     *(f"FAST_LITELLM_{name.upper()}" for name in features.FEATURES),
 )
 

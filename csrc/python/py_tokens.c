@@ -264,16 +264,17 @@ static PyObject *vocabulary_open(UNUSED PyObject *module, PyObject *path) {
 
 /* build_vocabulary(ranks, special, pattern): bytes as fshm_vocabulary_build() takes them. */
 static PyObject *vocabulary_build(UNUSED PyObject *module, PyObject *args) {
-  const char *ranks, *special;
-  Py_ssize_t length, special_length;
+  PyObject *objects[2];
+  key_arg ranks, special;
   int pattern;
   fshm_vocabulary *v = NULL;
   fshm_error e;
-  if (!PyArg_ParseTuple(args, "y#y#i", &ranks, &length, &special, &special_length, &pattern))
+  if (!PyArg_ParseTuple(args, "SSi", &objects[0], &objects[1], &pattern) ||
+      get_bytes(objects[0], &ranks) || get_bytes(objects[1], &special))
     return NULL;
   Py_BEGIN_ALLOW_THREADS(void)
-      fshm_vocabulary_build(ranks, (uint64_t)length, special, (uint64_t)special_length,
-                            (uint32_t)pattern, &v, &e);
+      fshm_vocabulary_build(ranks.bytes, (uint64_t)ranks.length, special.bytes,
+                            (uint64_t)special.length, (uint32_t)pattern, &v, &e);
   Py_END_ALLOW_THREADS return v ? make_vocabulary(v) : file_error(&e, Py_None);
 }
 

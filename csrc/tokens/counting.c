@@ -245,11 +245,8 @@ static void count_with(walk_t *w, const uint8_t *until, const uint8_t *end) {
     case FSHM_PATTERN_CL100K:
       count_pieces(w, FSHM_PATTERN_CL100K, until, end);
       break;
-    case FSHM_PATTERN_O200K:
-      count_pieces(w, FSHM_PATTERN_O200K, until, end);
-      break;
     default:
-      count_pieces(w, FSHM_PATTERN_CL100K_OLD, until, end);
+      count_pieces(w, FSHM_PATTERN_O200K, until, end);
       break;
   }
 }

@@ -114,7 +114,7 @@ static inline const uint8_t *scan_r50k(const uint8_t *p, const uint8_t *end) {
   return spaces_end(p, end, false, true);
 }
 
-static inline const uint8_t *scan_cl100k(const uint8_t *p, const uint8_t *end, bool whole_end) {
+static inline const uint8_t *scan_cl100k(const uint8_t *p, const uint8_t *end) {
   unsigned length = contraction(p, end, true);
   if (length) return p + length;
   character_t c = character_at(p, end);
@@ -125,7 +125,7 @@ static inline const uint8_t *scan_cl100k(const uint8_t *p, const uint8_t *end, b
     if (to != word) return to;
   }
   const uint8_t *to = symbols_end(p, end);
-  if (to == p) return spaces_end(p, end, true, whole_end);
+  if (to == p) return spaces_end(p, end, true, true);
   while (to != end && (*to == '\r' || *to == '\n')) to++;
   return to;
 }
@@ -172,7 +172,7 @@ static inline const uint8_t *scan_o200k(const uint8_t *p, const uint8_t *end) {
 static inline const uint8_t *piece_end(unsigned pattern, const uint8_t *p, const uint8_t *end) {
   if (pattern == FSHM_PATTERN_R50K) return scan_r50k(p, end);
   if (pattern == FSHM_PATTERN_O200K) return scan_o200k(p, end);
-  return scan_cl100k(p, end, pattern == FSHM_PATTERN_CL100K);
+  return scan_cl100k(p, end);
 }
 
 #endif

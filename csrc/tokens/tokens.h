@@ -26,9 +26,8 @@ typedef struct fshm_vocabulary fshm_vocabulary;
 /* The patterns there are scanners for, under the names of the encodings that brought them. */
 enum fshm_pattern {
   FSHM_PATTERN_R50K = 1, /* r50k_base, p50k_base, p50k_edit, gpt2 */
-  FSHM_PATTERN_CL100K = 2, /* cl100k_base; the spaces at the end of a text are one piece */
-  FSHM_PATTERN_CL100K_OLD = 3, /* the same before tiktoken 0.10; at the end as elsewhere */
-  FSHM_PATTERN_O200K = 4 /* o200k_base, o200k_harmony */
+  FSHM_PATTERN_CL100K = 2, /* cl100k_base */
+  FSHM_PATTERN_O200K = 3 /* o200k_base, o200k_harmony */
 };
 
 #define FSHM_TOKENS_VERSION 1 /* of the file */

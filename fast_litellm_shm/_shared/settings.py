@@ -295,6 +295,19 @@ def prices_file() -> str | None:
     return os.environ.get("FAST_LITELLM_PRICES") or None
 
 
+def cache_folder() -> str:
+    """FAST_LITELLM_SHM_CACHE: where files lie that are made once for a host; else the folder
+    fast_litellm_shm in the user's cache (XDG_CACHE_HOME, else ~/.cache)."""
+    chosen = os.environ.get("FAST_LITELLM_SHM_CACHE")
+    if chosen:
+        return chosen
+    # The specification ignores a relative XDG_CACHE_HOME.
+    users = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(users):
+        users = os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(users, "fast_litellm_shm")
+
+
 def tokenizer_download() -> bool:
     """FAST_LITELLM_TOKENIZER_DOWNLOAD: whether tiktoken may download the file of an encoding that
     is not on this machine; true by default."""

@@ -1,0 +1,174 @@
+"""The vocabulary file of an encoding: the tables that the engine in C counts with.
+
+It is compiled from tiktoken's own ranks and pattern, once for a host, into the cache folder
+(FAST_LITELLM_SHM_CACHE). Each process maps it. So a worker that finds it needs neither tiktoken nor
+memory of its own for the tables.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import struct
+from typing import TYPE_CHECKING
+
+from fast_litellm_shm import _native
+from fast_litellm_shm._shared import greenlets, log, settings
+from fast_litellm_shm._shared.native import lib
+from fast_litellm_shm.tokens import encoding
+
+if TYPE_CHECKING:
+    import tiktoken
+
+FILE_VERSION = 1  # FSHM_TOKENS_VERSION of csrc/tokens/tokens.h
+UNICODE_VERSION = (16, 0)  # of csrc/tokens/unicode_classes.h
+
+# The patterns that the engine has a scanner for (enum fshm_pattern), as tiktoken spells them. They
+# are the same from 0.8 on. With any other, tiktoken counts.
+PATTERNS = {
+    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""": 1,
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"""
+    r"""|\s++$|\s*[\r\n]|\s+(?!\S)|\s""": 2,
+    r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"""
+    r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
+    r"""|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"""
+    r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
+    r"""|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+""": 3,
+}
+
+_lock = greenlets.Lock()  # held over a download
+_opened: dict[str, _native.Vocabulary | None] = {}
+_warned: set[str] = set()
+
+
+def _installed_version() -> str:
+    """The version of tiktoken, without importing it or importlib.metadata, which takes longer than
+    to open a vocabulary. "" where it cannot be told."""
+    try:
+        spec = importlib.util.find_spec("tiktoken")
+    except (ImportError, ValueError):
+        spec = None
+    for package in (spec and spec.submodule_search_locations) or ():
+        for entry in os.listdir(os.path.dirname(package)):
+            if entry.startswith("tiktoken-") and entry.endswith(".dist-info"):
+                return entry.removeprefix("tiktoken-").removesuffix(".dist-info")
+    return ""
+
+
+def path_of(name: str) -> str | None:
+    """Where the file of an encoding lies. None where the version of tiktoken cannot be told: then
+    there is no file."""
+    version = _installed_version()
+    if not version:
+        return None
+    return os.path.join(settings.cache_folder(), f"{name}-{version}-{FILE_VERSION}.vocabulary")
+
+
+def _records(tokens: dict[bytes, int]) -> bytes:
+    """What fshm_vocabulary_build() takes: for each token its length, its bytes and its rank."""
+    return b"".join(
+        b"%c%b%b" % (len(token), token, struct.pack("<I", rank)) for token, rank in tokens.items()
+    )
+
+
+def _knows_unicode(major: int, minor: int) -> bool:
+    from fast_litellm_shm._shared.dependencies import tiktoken
+
+    ranks = {bytes([i]): i for i in range(256)}
+    pattern = rf"\p{{Age={major}.{minor}}}"
+    try:
+        tiktoken.Encoding("probe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    except ValueError:
+        return False
+    return True
+
+
+def compile_encoding(found: tiktoken.Encoding) -> _native.Vocabulary | None:
+    """The vocabulary of an encoding, in memory of this process; takes 1 to 3 s. None where the
+    engine cannot count exactly as tiktoken does: the pattern, the ranks or the installed tiktoken's
+    version of Unicode are others than those it knows."""
+    pattern = PATTERNS.get(found._pat_str)
+    major, minor = UNICODE_VERSION
+    if pattern is None or not _knows_unicode(major, minor) or _knows_unicode(major + 1, 0):
+        return None
+    special = {text.encode(): rank for text, rank in found._special_tokens.items()}
+    try:
+        return _native.build_vocabulary(
+            _records(found._mergeable_ranks), _records(special), pattern
+        )
+    except (ValueError, struct.error):  # of the engine; a token of more than 255 bytes, or a rank
+        return None
+
+
+def _save(vocabulary: _native.Vocabulary, path: str) -> _native.Vocabulary:
+    """Write the file, and map it in place of the memory. Where that cannot be done, the vocabulary
+    stays as it is, with one warning."""
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        vocabulary.save(path)
+        return _native.open_vocabulary(path)
+    except (OSError, ValueError) as error:
+        folder = os.path.dirname(path)
+        if folder not in _warned:
+            _warned.add(folder)
+            log.warning(
+                "the tables for counting tokens cannot be shared: no file can be kept in %s (%s); "
+                "each worker compiles its own, which takes 1 to 3 s and %d MB; set "
+                "FAST_LITELLM_SHM_CACHE to a folder that this user may write",
+                folder,
+                error,
+                vocabulary.size >> 20,
+            )
+        return vocabulary
+
+
+def _open(path: str) -> _native.Vocabulary | None:
+    """The file, if it is there and whole; else None: it is built again, over what is there."""
+    try:
+        return _native.open_vocabulary(path)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        status = error.args[0]
+        why = {
+            lib.FSHM_E_OWNER: "it belongs to another user, or others may write it",
+            lib.FSHM_E_KIND: "it is not a regular file",
+            lib.FSHM_E_LAYOUT: "it is of another version or byte order",
+        }.get(status, "it is damaged")
+        log.warning("%s is not used: %s; it is built again", path, why)
+        return None
+    except OSError as error:
+        log.warning("%s is not used: %s; it is built again", path, error)
+        return None
+
+
+def _load(name: str) -> _native.Vocabulary | None:
+    path = path_of(name)
+    found = _open(path) if path else None
+    if found is not None:
+        return found
+    compiled = compile_encoding(encoding.load(name))
+    return compiled if compiled is None or path is None else _save(compiled, path)
+
+
+def load(name: str) -> _native.Vocabulary | None:
+    """The vocabulary of an encoding. Maps its file; builds it first where there is none. None where
+    tiktoken itself must count: see :func:`compile_encoding`.
+
+    Raises what encoding.load() raises, where there is no file yet."""
+    try:
+        return _opened[name]
+    except KeyError:
+        pass
+    with _lock:
+        if name not in _opened:
+            _opened[name] = _load(name)
+        return _opened[name]
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = greenlets.Lock()  # the thread that held it does not live in the child
+
+
+os.register_at_fork(after_in_child=_renew_lock)

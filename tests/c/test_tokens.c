@@ -1,0 +1,337 @@
+/* test_tokens.c - the engine that counts tokens, against merging done byte by byte, on vocabularies of its own. */
+#include "../../csrc/unity.c"
+
+#include "check.h"
+#include "tokens.h"
+
+static vocabulary_t fresh_vocabulary(uint32_t pattern, unsigned alphabet, unsigned merges) {
+  vocabulary_t t = make_vocabulary(alphabet, merges);
+  fshm_error e;
+  t.pattern = pattern;
+  CHECK_EQ(fshm_vocabulary_build(t.records, t.length, special_records, sizeof special_records - 1,
+                                 pattern, &t.v, &e),
+           FSHM_OK);
+  return t;
+}
+
+static void free_vocabulary(vocabulary_t *t) {
+  fshm_vocabulary_close(t->v);
+  free(t->records);
+}
+
+/* Count, encode, fits and truncate agree with the reference on one text. */
+static void check_text(vocabulary_t *t, const uint8_t *text, size_t length) {
+  static uint32_t got[1 << 16], want[1 << 16];
+  CHECK_OP(length, <, sizeof got / sizeof *got);
+  size_t n = reference_encode(t, text, length, want);
+  CHECK_EQ(fshm_tokens_encode(t->v, text, length, got), (int64_t)n);
+  CHECK_EQ(memcmp(got, want, n * sizeof *got), 0);
+  CHECK_EQ(fshm_tokens_count(t->v, text, length, UINT64_MAX), (int64_t)n);
+  CHECK_EQ(fshm_tokens_count(t->v, text, length, UINT64_MAX), (int64_t)n); /* from the cache */
+  uint64_t most = random_below(n + 2);
+  int64_t counted = fshm_tokens_count(t->v, text, length, most);
+  CHECK_EQ(counted > (int64_t)most, n > most);
+  int64_t cut = fshm_tokens_truncate(t->v, text, length, most);
+  CHECK_OP(cut, >=, 0);
+  CHECK_OP(cut, <=, (int64_t)length);
+  CHECK_OP(fshm_tokens_count(t->v, text, (uint64_t)cut, UINT64_MAX), <=, (int64_t)most);
+  uint64_t bad = 0;
+  static uint8_t back[sizeof got];
+  CHECK_EQ(fshm_tokens_decode(t->v, got, n, back, sizeof back, &bad), (int64_t)length);
+  CHECK_EQ(memcmp(back, text, length), 0);
+}
+
+/* Letters of a small alphabet: long pieces, with many merges that compete. */
+static void test_merging(void) {
+  static uint8_t text[600];
+  for (unsigned alphabet = 1; alphabet <= 4; alphabet++) {
+    for (int round = 0; round < 6; round++) {
+      vocabulary_t t =
+          fresh_vocabulary(FSHM_PATTERN_CL100K, alphabet, 1 + (unsigned)random_below(200));
+      for (int i = 0; i < 300; i++) {
+        size_t length = random_below(i % 100 ? 40 : sizeof text);
+        for (size_t at = 0; at < length; at++)
+          text[at] = (uint8_t)('a' + random_below(alphabet));
+        check_text(&t, text, length);
+      }
+      free_vocabulary(&t);
+    }
+  }
+}
+
+/* Any bytes, also such as are no UTF-8: each byte belongs to one piece. */
+static void test_any_bytes(void) {
+  static uint8_t text[600];
+  for (uint32_t pattern = FSHM_PATTERN_R50K; pattern <= FSHM_PATTERN_O200K; pattern++) {
+    vocabulary_t t = fresh_vocabulary(pattern, 4, 100);
+    for (int i = 0; i < 3000; i++) {
+      size_t length = random_below(i % 10 ? 40 : sizeof text);
+      for (size_t at = 0; at < length; at++) text[at] = (uint8_t)random_u64();
+      check_text(&t, text, length);
+    }
+    free_vocabulary(&t);
+  }
+}
+
+typedef struct {
+  uint32_t pattern;
+  const char *text, *pieces; /* with | between them */
+} split_t;
+
+static void test_pieces(void) {
+  static const split_t splits[] = {
+      {1, "it's 123456 'tis\n\n  x  ", "it|'s| 123456| '|tis|\n\n | x|  "},
+      {1, "IT'S", "IT|'|S"},
+      {2, "IT'S 1234567 a\r\n\n  b\n  ", "IT|'S| |123|456|7| a|\r\n\n| | b|\n  "},
+      {2, "x'\u017f!\n\n/y", "x|'\u017f|!\n\n|/y"},
+      {2, "\u00a0\u00e9t\u00e9 \u4e2d\u6587\u3002", "\u00a0\u00e9t\u00e9| \u4e2d\u6587|\u3002"},
+      {3, "HTTPServer's iPhone", "HTTPServer's| i|Phone"},
+      {3, "\u4e2dABC d", "\u4e2d|ABC| d"},
+      {3, "\u0301ABC", "\u0301|ABC"},
+      {3, "!\u0301a //\n/x\n  ", "!\u0301a| //\n/|x|\n|  "},
+      {3, "don'T '\u017f 12345", "don'T| '|\u017f| |123|45"},
+  };
+  for (size_t i = 0; i < sizeof splits / sizeof *splits; i++) {
+    const uint8_t *p = (const uint8_t *)splits[i].text, *end = p + strlen(splits[i].text);
+    char got[200];
+    size_t at = 0;
+    while (p != end) {
+      const uint8_t *next = piece_end(splits[i].pattern, p, end);
+      CHECK_OP(next, >, p);
+      if (next <= p) break;
+      if (at) got[at++] = '|';
+      memcpy(got + at, p, (size_t)(next - p));
+      at += (size_t)(next - p);
+      p = next;
+    }
+    got[at] = 0;
+    CHECK_EQ(strcmp(got, splits[i].pieces), 0);
+    if (strcmp(got, splits[i].pieces) != 0) (void)fprintf(stderr, "got %s\n", got);
+  }
+}
+
+/* A vocabulary that the engine could not count exactly with is refused. */
+static void test_refused(void) {
+  static const struct {
+    const char *extra;
+    uint32_t length;
+  } bad[] = {
+      {"\2ab\0\1\0", 6}, /* cut off */
+      {"\0\0\1\0\0", 5}, /* an empty token */
+      {"\2ab\0\1\0\0\2ab\1\1\0\0", 14}, /* a token twice */
+      {"\2ab\0\1\0\0\2bc\0\1\0\0", 14}, /* a rank twice */
+      {"\1a\0\1\0\0", 6}, /* a byte twice */
+      {"\3abc\0\1\0\0\2ab\1\1\0\0", 15}, /* abc ranks before ab, of which it is merged */
+      {"\2ab\1\0\0\0", 7}, /* the rank of a byte */
+      {"\2ab\xff\xff\xff\xff", 7}, /* a rank that is none */
+  };
+  fshm_error e;
+  fshm_vocabulary *v;
+  for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+    vocabulary_t t = make_vocabulary(0, 0);
+    memcpy(t.records + t.length, bad[i].extra, bad[i].length);
+    int status =
+        fshm_vocabulary_build(t.records, t.length + bad[i].length, "", 0, FSHM_PATTERN_R50K, &v, &e);
+    CHECK_EQ(status, FSHM_E_ARGUMENT);
+    fshm_vocabulary_close(v);
+    free(t.records);
+  }
+  vocabulary_t t = make_vocabulary(0, 0);
+  CHECK_EQ(fshm_vocabulary_build(t.records, t.length - 6, "", 0, 1, &v, &e), FSHM_E_ARGUMENT);
+  CHECK_EQ(fshm_vocabulary_build(t.records, t.length, "", 0, 0, &v, &e), FSHM_E_ARGUMENT);
+  CHECK_EQ(fshm_vocabulary_build(t.records, t.length, "", 0, 4, &v, &e), FSHM_E_ARGUMENT);
+  free(t.records);
+}
+
+static void test_special(void) {
+  vocabulary_t t = fresh_vocabulary(FSHM_PATTERN_O200K, 2, 10);
+  uint32_t rank = 0, length = 0, ranks[3] = {100000, 'a', 200000};
+  const void *bytes = NULL;
+  uint64_t bad = 9;
+  uint8_t out[64];
+  CHECK_EQ(fshm_vocabulary_special(t.v, 0, &rank, &bytes, &length), FSHM_OK);
+  CHECK_EQ(rank, 100000);
+  CHECK_EQ(length, 7);
+  CHECK_EQ(memcmp(bytes, "<|end|>", 7), 0);
+  CHECK_EQ(fshm_vocabulary_special(t.v, 2, &rank, &bytes, &length), FSHM_E_ARGUMENT);
+  CHECK_EQ(fshm_tokens_decode(t.v, ranks, 2, out, sizeof out, &bad), 8);
+  CHECK_EQ(memcmp(out, "<|end|>a", 8), 0);
+  CHECK_EQ(fshm_tokens_decode(t.v, ranks, 2, out, 3, &bad), 8); /* its length, where it does not fit */
+  CHECK_EQ(fshm_tokens_decode(t.v, ranks, 3, out, sizeof out, &bad), FSHM_E_ARGUMENT);
+  CHECK_EQ(bad, 2);
+  free_vocabulary(&t);
+}
+
+/* Files ------------------------------------------------------------------------------------- */
+
+static char file_path[64];
+
+static int open_status(void) {
+  fshm_vocabulary *v = NULL;
+  fshm_error e;
+  int status = fshm_vocabulary_open(file_path, &v, &e);
+  CHECK_EQ(v != NULL, status == FSHM_OK);
+  fshm_vocabulary_close(v);
+  return status;
+}
+
+static void write_at(uint64_t at, const void *bytes, size_t length) {
+  int fd = open(file_path, O_WRONLY | O_CLOEXEC);
+  CHECK_OP(fd, >=, 0);
+  CHECK_EQ(pwrite(fd, bytes, length, (off_t)at), (ssize_t)length);
+  (void)close(fd);
+}
+
+static vocabulary_t saved_vocabulary(void) {
+  vocabulary_t t = fresh_vocabulary(FSHM_PATTERN_CL100K, 3, 50);
+  fshm_error e;
+  CHECK_EQ(fshm_vocabulary_save(t.v, file_path, &e), FSHM_OK);
+  return t;
+}
+
+static void test_file(void) {
+  vocabulary_t t = saved_vocabulary();
+  fshm_vocabulary *mapped = NULL, *built = t.v;
+  fshm_vocabulary_info a, b;
+  fshm_error e;
+  CHECK_EQ(fshm_vocabulary_open(file_path, &mapped, &e), FSHM_OK);
+  fshm_vocabulary_describe(built, &a);
+  fshm_vocabulary_describe(mapped, &b);
+  CHECK_EQ(a.mapped, 0);
+  CHECK_EQ(b.mapped, 1);
+  CHECK_EQ(a.identity[0], b.identity[0]);
+  CHECK_EQ(b.pattern, FSHM_PATTERN_CL100K);
+  CHECK_EQ(b.special, 2);
+  t.v = mapped;
+  check_text(&t, (const uint8_t *)"abcabcaabbcc aab", 16);
+  /* Written anew, and removed: who has it mapped keeps it. */
+  CHECK_EQ(fshm_vocabulary_save(built, file_path, &e), FSHM_OK);
+  CHECK_EQ(unlink(file_path), 0);
+  check_text(&t, (const uint8_t *)"abcabcaabbcc aab", 16);
+  CHECK_EQ(open_status(), FSHM_E_NOT_FOUND);
+  CHECK_EQ(fshm_vocabulary_save(built, "/nowhere/at/all", &e), FSHM_E_NOT_FOUND);
+  fshm_vocabulary_close(built);
+  free_vocabulary(&t);
+}
+
+/* Each byte of the header, and some of the contents, with another value. */
+static void test_damaged(void) {
+  vocabulary_t t = saved_vocabulary();
+  uint64_t size = t.v->header.size;
+  for (uint64_t i = 0; i < sizeof(vocabulary_header_t) + 300; i++) {
+    uint64_t at = i < sizeof(vocabulary_header_t) ? i : random_below(size);
+    uint8_t was = t.v->map[at], other = (uint8_t)(was ^ (1 + random_below(255)));
+    bool padding = at >= sizeof(vocabulary_header_t) && at < in_lines(sizeof(vocabulary_header_t));
+    write_at(at, &other, 1);
+    int status = open_status();
+    bool said = status == FSHM_E_DAMAGED || status == FSHM_E_LAYOUT || (padding && status == FSHM_OK);
+    if (!said) CHECK_EQ(at, UINT64_MAX);
+    write_at(at, &was, 1);
+  }
+  CHECK_EQ(open_status(), FSHM_OK);
+  CHECK_EQ(truncate(file_path, (off_t)size - 64), 0);
+  CHECK_EQ(open_status(), FSHM_E_DAMAGED);
+  CHECK_EQ(truncate(file_path, 10), 0);
+  CHECK_EQ(open_status(), FSHM_E_DAMAGED);
+  CHECK_EQ(unlink(file_path), 0);
+  free_vocabulary(&t);
+}
+
+static void test_foreign(void) {
+  vocabulary_t t = saved_vocabulary();
+  CHECK_EQ(chmod(file_path, 0664), 0);
+  CHECK_EQ(open_status(), FSHM_E_OWNER);
+  CHECK_EQ(chmod(file_path, 0646), 0);
+  CHECK_EQ(open_status(), FSHM_E_OWNER);
+  CHECK_EQ(unlink(file_path), 0);
+  CHECK_EQ(symlink("/dev/zero", file_path), 0);
+  CHECK_EQ(open_status(), FSHM_E_LINK);
+  CHECK_EQ(unlink(file_path), 0);
+  CHECK_EQ(mkfifo(file_path, 0600), 0);
+  CHECK_EQ(open_status(), FSHM_E_KIND);
+  CHECK_EQ(unlink(file_path), 0);
+  free_vocabulary(&t);
+}
+
+/* A file with a good header and checksum, and anything in it: no crash, no hang, some count. */
+static void test_hostile(void) {
+  static uint8_t text[400];
+  vocabulary_t t = saved_vocabulary();
+  uint64_t size = t.v->header.size, begin = vocabulary_layout(&t.v->header).keys;
+  static uint32_t out[sizeof text];
+  static uint8_t back[1 << 16];
+  for (int round = 0; round < 200; round++) {
+    unsigned char *map = aligned_alloc(LINE, size);
+    memcpy(map, t.v->map, size);
+    uint64_t changes = random_below(4) ? random_below(200) : size / 16;
+    for (uint64_t i = 0; i < changes; i++) {
+      uint64_t word = random_below(3) ? random_u64() : random_below(2) ? UINT64_MAX : random_below(512);
+      memcpy(map + begin + random_below((size - begin) / 4) * 4, &word, 4);
+    }
+    fshm_vocabulary *v;
+    fshm_error e;
+    CHECK_EQ(vocabulary_adopt(map, &t.v->header, false, &v, &e), FSHM_OK);
+    for (int i = 0; i < 20; i++) {
+      size_t length = random_below(sizeof text);
+      for (size_t at = 0; at < length; at++)
+        text[at] = i % 2 ? (uint8_t)('a' + random_below(3)) : (uint8_t)random_u64();
+      int64_t n = fshm_tokens_count(v, text, length, UINT64_MAX);
+      CHECK_OP(n, >=, 0);
+      CHECK_OP(n, <=, (int64_t)length);
+      n = fshm_tokens_encode(v, text, length, out);
+      CHECK_OP(n, <=, (int64_t)length);
+      int64_t cut = fshm_tokens_truncate(v, text, length, random_below(length + 1));
+      CHECK_OP(cut, <=, (int64_t)length);
+      uint64_t bad;
+      (void)fshm_tokens_decode(v, out, (uint64_t)n, back, sizeof back, &bad);
+    }
+    fshm_vocabulary_close(v);
+  }
+  CHECK_EQ(unlink(file_path), 0);
+  free_vocabulary(&t);
+}
+
+/* Threads --------------------------------------------------------------------------------- */
+
+#define WORKERS 4
+static vocabulary_t shared_vocabulary;
+
+/* All count texts that fall on few entries of the cache: each count is right. */
+static void *count_texts(void *with) {
+  uint8_t text[24];
+  uint32_t want[sizeof text];
+  uint64_t state = (uint64_t)(uintptr_t)with;
+  for (int i = 0; i < 30000; i++) {
+    state = state * UINT64_C(6364136223846793005) + 1442695040888963407U;
+    size_t length = 4 + (state >> 60);
+    for (size_t at = 0; at < length; at++) text[at] = (uint8_t)('a' + (state >> (at + 20)) % 2);
+    size_t n = reference_encode(&shared_vocabulary, text, length, want);
+    if (fshm_tokens_count(shared_vocabulary.v, text, length, UINT64_MAX) != (int64_t)n)
+      CHECK_EQ(i, -1);
+  }
+  return NULL;
+}
+
+static void test_threads(void) {
+  pthread_t threads[WORKERS];
+  shared_vocabulary = fresh_vocabulary(FSHM_PATTERN_CL100K, 2, 6);
+  for (uintptr_t i = 0; i < WORKERS; i++)
+    CHECK_EQ(pthread_create(&threads[i], NULL, count_texts, (void *)(i + 1)), 0);
+  for (int i = 0; i < WORKERS; i++) CHECK_EQ(pthread_join(threads[i], NULL), 0);
+  free_vocabulary(&shared_vocabulary);
+}
+
+int main(void) {
+  (void)snprintf(file_path, sizeof file_path, "/tmp/test_tokens.%d", (int)getpid());
+  test_merging();
+  test_any_bytes();
+  test_pieces();
+  test_refused();
+  test_special();
+  test_file();
+  test_damaged();
+  test_foreign();
+  test_hostile();
+  test_threads();
+  return done();
+}
