@@ -22,7 +22,8 @@ typedef struct {
   uint64_t count, special_count;
   uint32_t *by_bytes; /* hash table of numbers; NO_TOKEN: empty */
   uint64_t mask;
-  merge_t *merges;
+  halves_t *halves;
+  uint32_t *prefixes;
   uint32_t *sorted; /* the numbers, in the order of their bytes */
   /* The trie. */
   uint64_t *cells;
@@ -32,15 +33,15 @@ typedef struct {
   pending_t *pending;
   uint64_t pending_count, pending_room;
   /* The hash tables. */
-  uint64_t *keys, *pairs;
+  uint64_t *keys, *pairs, *filter;
   uint32_t *key_ids;
   uint32_t key_bits, pair_bits;
 } builder_t;
 
 static void builder_free(builder_t *b) {
-  void *all[] = {b->tokens, b->special,  b->by_bytes,  b->merges,  b->sorted, b->cells,
-                 b->next,   b->previous, b->base_used, b->pending, b->keys,   b->pairs,
-                 b->key_ids};
+  void *all[] = {b->tokens, b->special, b->by_bytes, b->halves,    b->prefixes,
+                 b->sorted, b->cells,   b->next,     b->previous,  b->base_used,
+                 b->pending, b->keys,   b->pairs,    b->filter,    b->key_ids};
   for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 
@@ -105,7 +106,7 @@ static int index_bytes(builder_t *b) {
 /* Merges ------------------------------------------------------------------------------------ */
 
 /* Merge the bytes of a token by rank, as tiktoken does, and keep which two parts it is merged from last. */
-static void merge_by_rank(const builder_t *b, uint32_t token, merge_t *out) {
+static void merge_by_rank(const builder_t *b, uint32_t token, halves_t *out) {
   const record_t *r = &b->tokens[token];
   uint32_t starts[FSHM_MAX_TOKEN_LENGTH + 1], ranks[FSHM_MAX_TOKEN_LENGTH + 1], n = r->length;
   for (uint32_t i = 0; i <= n; i++) starts[i] = i;
@@ -126,17 +127,14 @@ static void merge_by_rank(const builder_t *b, uint32_t token, merge_t *out) {
 }
 
 static int find_merges(builder_t *b) {
-  b->merges = calloc(b->count, sizeof *b->merges);
-  if (!b->merges) return FSHM_E_MEMORY;
+  b->halves = malloc(b->count * sizeof *b->halves);
+  if (!b->halves) return FSHM_E_MEMORY;
   for (uint32_t i = 0; i < b->count; i++) {
-    b->merges[i] = (merge_t){NO_TOKEN, NO_TOKEN, NO_TOKEN, b->tokens[i].length};
-    if (i < 256)
-      b->merges[i].left = b->merges[i].right = i;
-    else
-      merge_by_rank(b, i, &b->merges[i]);
+    b->halves[i] = i < 256 ? (halves_t){i, i} : (halves_t){NO_TOKEN, NO_TOKEN};
+    if (i >= 256) merge_by_rank(b, i, &b->halves[i]);
   }
   for (uint32_t i = 256; i < b->count; i++) {
-    const merge_t *m = &b->merges[i];
+    const halves_t *m = &b->halves[i];
     if (m->left != NO_TOKEN && (i < m->left || i < m->right)) return FSHM_E_ARGUMENT;
   }
   return FSHM_OK;
@@ -221,9 +219,9 @@ static int place_children(builder_t *b, pending_t node) {
   uint64_t token = 0;
   if (b->tokens[b->sorted[node.from]].length == node.depth) { /* the shortest comes first */
     uint32_t id = b->sorted[node.from++];
-    bool whole_only = b->merges[id].left == NO_TOKEN;
+    bool whole_only = b->halves[id].left == NO_TOKEN;
     token = (uint64_t)(id + 1) << 33 | (whole_only ? NODE_WHOLE_ONLY : 0);
-    b->merges[id].prefix = node.prefix;
+    b->prefixes[id] = b->tokens[id].length << 24 | (node.prefix & NO_PREFIX_TOKEN);
     if (!whole_only) node.prefix = id;
   }
   for (uint32_t i = node.from; i < node.to; i++) {
@@ -258,7 +256,8 @@ static int by_bytes(const void *a, const void *b) {
 
 static int build_trie(builder_t *b) {
   b->sorted = malloc(b->count * sizeof *b->sorted);
-  if (!b->sorted) return FSHM_E_MEMORY;
+  b->prefixes = malloc(b->count * sizeof *b->prefixes);
+  if (!b->sorted || !b->prefixes) return FSHM_E_MEMORY;
   for (uint32_t i = 0; i < b->count; i++) b->sorted[i] = i;
   sorted_tokens = b->tokens;
   qsort(b->sorted, b->count, sizeof *b->sorted, by_bytes);
@@ -293,8 +292,10 @@ static bool insert_key(builder_t *b, uint32_t token) {
 }
 
 static bool insert_pair(builder_t *b, uint32_t token) {
-  uint64_t pair = (uint64_t)b->merges[token].left << 20 | b->merges[token].right;
-  uint64_t at = pair_hash(pair) >> (64 - b->pair_bits), mask = (UINT64_C(1) << b->pair_bits) - 1;
+  uint64_t pair = (uint64_t)b->halves[token].left << 20 | b->halves[token].right;
+  uint64_t hash = pair_hash(pair), bit = hash >> (62 - b->pair_bits);
+  uint64_t at = hash >> (64 - b->pair_bits), mask = (UINT64_C(1) << b->pair_bits) - 1;
+  b->filter[bit / 64] |= UINT64_C(1) << (bit % 64);
   for (int i = 0; i < PROBES; i++, at = (at + 1) & mask) {
     if (b->pairs[at] != PAIR_EMPTY) continue;
     b->pairs[at] = pair << 24 | token;
@@ -303,13 +304,16 @@ static bool insert_pair(builder_t *b, uint32_t token) {
   return false;
 }
 
+#define FILTER_BYTES(b) (UINT64_C(1) << ((b)->pair_bits + 2 - 3))
+
 /* The most frequent tokens rank lowest and are entered first: those lie where their probing begins. */
 static bool fill_tables(builder_t *b) {
   memset(b->keys, 0, UINT64_C(16) << b->key_bits);
   memset(b->pairs, 0xff, UINT64_C(8) << b->pair_bits);
+  memset(b->filter, 0, FILTER_BYTES(b));
   for (uint32_t i = 0; i < b->count; i++) {
     if (b->tokens[i].length <= SHORT_PIECE && !insert_key(b, i)) return false;
-    if (i >= 256 && b->merges[i].left != NO_TOKEN && !insert_pair(b, i)) return false;
+    if (i >= 256 && b->halves[i].left != NO_TOKEN && !insert_pair(b, i)) return false;
   }
   return true;
 }
@@ -321,10 +325,12 @@ static int build_tables(builder_t *b) {
     free(b->keys);
     free(b->key_ids);
     free(b->pairs);
+    free(b->filter);
     b->keys = malloc(UINT64_C(16) << b->key_bits);
     b->key_ids = calloc(UINT64_C(1) << b->key_bits, sizeof *b->key_ids);
     b->pairs = malloc(UINT64_C(8) << b->pair_bits);
-    if (!b->keys || !b->key_ids || !b->pairs) return FSHM_E_MEMORY;
+    b->filter = malloc(FILTER_BYTES(b));
+    if (!b->keys || !b->key_ids || !b->pairs || !b->filter) return FSHM_E_MEMORY;
     if (fill_tables(b)) return FSHM_OK;
   }
   return FSHM_E_ARGUMENT;
@@ -375,8 +381,10 @@ static int make_image(const builder_t *b, vocabulary_header_t *h, fshm_vocabular
   memcpy(map + l.keys, b->keys, UINT64_C(16) << b->key_bits);
   memcpy(map + l.key_ids, b->key_ids, UINT64_C(4) << b->key_bits);
   memcpy(map + l.nodes, b->cells, UINT64_C(8) * b->cell_count);
-  memcpy(map + l.merges, b->merges, sizeof *b->merges * b->count);
+  memcpy(map + l.halves, b->halves, sizeof *b->halves * b->count);
+  memcpy(map + l.prefixes, b->prefixes, sizeof *b->prefixes * b->count);
   memcpy(map + l.pairs, b->pairs, UINT64_C(8) << b->pair_bits);
+  memcpy(map + l.filter, b->filter, FILTER_BYTES(b));
   put_tokens(b, map, &l);
   h->checksum = vocabulary_checksum(map + l.keys, l.size - l.keys);
   h->check = vocabulary_header_check(h);

@@ -60,8 +60,11 @@ static inline uint32_t whole_token(const fshm_vocabulary *v, const uint8_t *p, s
 
 /* What two neighbours merge to; NO_TOKEN: nothing. */
 static inline uint32_t merged_pair(const fshm_vocabulary *v, uint32_t left, uint32_t right) {
-  uint64_t pair = (uint64_t)left << 20 | right, mask = (UINT64_C(1) << v->header.pair_bits) - 1;
-  uint64_t at = pair_hash(pair) >> (64 - v->header.pair_bits);
+  uint64_t pair = (uint64_t)left << 20 | right, hash = pair_hash(pair);
+  uint64_t bit = hash >> (62 - v->header.pair_bits);
+  if (likely(!(WORD(&v->filter[bit / 64]) >> (bit % 64) & 1))) return NO_TOKEN;
+  uint64_t mask = (UINT64_C(1) << v->header.pair_bits) - 1;
+  uint64_t at = hash >> (64 - v->header.pair_bits);
   for (int i = 0; i < PROBES; i++, at = (at + 1) & mask) {
     uint64_t seen = WORD(&v->pairs[at]);
     if (seen >> 24 == pair) return (uint32_t)seen & 0xffffff;
@@ -81,10 +84,10 @@ static inline bool stay_apart(const fshm_vocabulary *v, uint32_t left, uint32_t 
     if ((left | right) < 256) return true; /* single bytes */
     if (left > right) { /* the later merge is undone first; of two equal ones, that on the right */
       left_until = left;
-      left = WORD(&v->merges[left].right);
+      left = WORD(&v->halves[left].right);
     } else {
       right_until = right;
-      right = WORD(&v->merges[right].left);
+      right = WORD(&v->halves[right].left);
     }
     if (unlikely(left >= v->header.tokens || right >= v->header.tokens)) return true;
   }
@@ -104,9 +107,9 @@ typedef struct {
 
 /* The next shorter token that this one starts with, or NO_TOKEN. */
 static inline uint32_t shorter(const fshm_vocabulary *v, uint32_t token, uint32_t *length) {
-  uint32_t next = WORD(&v->merges[token].prefix);
+  uint32_t next = PREFIX_OF(WORD(&v->prefixes[token]));
   if (next >= v->header.tokens) return NO_TOKEN;
-  uint32_t size = WORD(&v->merges[next].length);
+  uint32_t size = LENGTH_OF(WORD(&v->prefixes[next]));
   if (unlikely(!size || size >= *length)) return NO_TOKEN; /* damaged */
   *length = size;
   return next;

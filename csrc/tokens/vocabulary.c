@@ -22,9 +22,11 @@ vocabulary_layout_t vocabulary_layout(const vocabulary_header_t *h) {
   l.keys = in_lines(sizeof *h);
   l.key_ids = l.keys + (UINT64_C(16) << h->key_bits);
   l.nodes = l.key_ids + in_lines(UINT64_C(4) << h->key_bits);
-  l.merges = l.nodes + in_lines(UINT64_C(8) * h->cells);
-  l.pairs = l.merges + in_lines(sizeof(merge_t) * h->tokens);
-  l.ranks = l.pairs + in_lines(UINT64_C(8) << h->pair_bits);
+  l.halves = l.nodes + in_lines(UINT64_C(8) * h->cells);
+  l.prefixes = l.halves + in_lines(sizeof(halves_t) * h->tokens);
+  l.pairs = l.prefixes + in_lines(UINT64_C(4) * h->tokens);
+  l.filter = l.pairs + in_lines(UINT64_C(8) << h->pair_bits);
+  l.ranks = l.filter + in_lines(UINT64_C(1) << (h->pair_bits + 2 - 3));
   l.offsets = l.ranks + in_lines(UINT64_C(4) * h->tokens);
   l.special = l.offsets + in_lines(UINT64_C(4) * (h->tokens + h->special + 1));
   l.bytes = l.special + in_lines(UINT64_C(4) * h->special);
@@ -65,7 +67,9 @@ int vocabulary_adopt(const unsigned char *map, const vocabulary_header_t *h, boo
   v->keys = (const uint64_t *)(const void *)(map + l.keys);
   v->key_ids = (const uint32_t *)(const void *)(map + l.key_ids);
   v->nodes = (const uint64_t *)(const void *)(map + l.nodes);
-  v->merges = (const merge_t *)(const void *)(map + l.merges);
+  v->halves = (const halves_t *)(const void *)(map + l.halves);
+  v->prefixes = (const uint32_t *)(const void *)(map + l.prefixes);
+  v->filter = (const uint64_t *)(const void *)(map + l.filter);
   v->pairs = (const uint64_t *)(const void *)(map + l.pairs);
   v->ranks = (const uint32_t *)(const void *)(map + l.ranks);
   v->offsets = (const uint32_t *)(const void *)(map + l.offsets);

@@ -8,8 +8,11 @@
  *             themselves, zeros, and the length in the last byte; an empty entry is all zeros
  *   key_ids   2^key_bits * 4: the number of the token in the same entry of keys
  *   nodes     cells * 8: a trie of all tokens, as a double array: see NODE_* below
- *   merges    tokens * 16: what each token is merged from
+ *   halves    tokens * 8: what each token is merged from
+ *   prefixes  tokens * 4: the length of each token, and the longest other one that it begins with
  *   pairs     2^pair_bits * 8: which two tokens merge to which, a hash table with linear probing
+ *   filter    2^(pair_bits + 2) bits: set where a pair that merges has its hash. Most pairs do not merge, and this is
+ *             all that is read for them: it stays in the second-level cache
  *   ranks     tokens * 4: the rank of each number, rising
  *   offsets   (tokens + special + 1) * 4: where the bytes of each token begin, and end
  *   special   special * 4: the ranks of the special tokens, rising
@@ -39,11 +42,17 @@
 #define NODE_WHOLE_ONLY (UINT64_C(1) << 54)
 #define MAX_CELLS (UINT64_C(1) << 24)
 
-/* left, right: the two tokens that are merged last; NO_TOKEN where merging its bytes does not end with this token. Of
- * a single byte: both are itself. prefix: the longest other token that it starts with, which merging can yield. */
+/* The two tokens that are merged last; NO_TOKEN where merging its bytes does not end with this token. Of a single
+ * byte: both are itself. */
 typedef struct {
-  uint32_t left, right, prefix, length;
-} merge_t;
+  uint32_t left, right;
+} halves_t;
+
+/* An entry of `prefixes`: the length (8 bits), and the longest other token that it begins with and that merging can
+ * yield (24; all ones: none). */
+#define PREFIX_OF(entry) ((entry) & 0xffffff)
+#define LENGTH_OF(entry) ((entry) >> 24)
+#define NO_PREFIX_TOKEN 0xffffff
 
 /* An entry of `pairs`: left (20 bits), right (20), the merged token (24); all ones: empty. */
 #define PAIR_EMPTY UINT64_MAX
@@ -61,7 +70,7 @@ typedef struct {
 } vocabulary_header_t;
 
 typedef struct {
-  uint64_t keys, key_ids, nodes, merges, pairs, ranks, offsets, special, bytes, size;
+  uint64_t keys, key_ids, nodes, halves, prefixes, pairs, filter, ranks, offsets, special, bytes, size;
 } vocabulary_layout_t;
 
 /* The counts of pieces that took merges: like the memo of texts, lossy and of a fixed size (counting.c). */
@@ -74,8 +83,9 @@ struct fshm_vocabulary {
   const uint64_t *keys;
   const uint32_t *key_ids;
   const uint64_t *nodes;
-  const merge_t *merges;
-  const uint64_t *pairs;
+  const halves_t *halves;
+  const uint32_t *prefixes;
+  const uint64_t *pairs, *filter;
   const uint32_t *ranks, *offsets, *special;
   const uint8_t *bytes;
   cached_t *cache; /* two halves: of short pieces, and of longer ones; NULL: no memory for it */
