@@ -158,7 +158,7 @@ static size_t find_tokens(const fshm_vocabulary *v, const uint8_t *p, size_t len
     return 1;
   }
   memset(found->search.given_up, 0, bits);
-  size_t n = search_tokens(v, p, length, longest_match(v, p, p + length), &found->search);
+  size_t n = search_tokens(v, p, length, &found->search);
   if (likely(n)) return n;
   for (size_t i = 0; i < length; i++) found->search.found[i] = 1U << 24; /* damaged: as bytes */
   return length;

@@ -105,46 +105,62 @@ typedef struct {
   uint8_t *given_up; /* a bit for each place */
 } search_t;
 
-/* The next shorter token that this one starts with, or NO_TOKEN. */
-static inline uint32_t shorter(const fshm_vocabulary *v, uint32_t token, uint32_t *length) {
-  uint32_t next = PREFIX_OF(WORD(&v->prefixes[token]));
-  if (next >= v->header.tokens) return NO_TOKEN;
-  uint32_t size = LENGTH_OF(WORD(&v->prefixes[next]));
-  if (unlikely(!size || size >= *length)) return NO_TOKEN; /* damaged */
-  *length = size;
-  return next;
+/* The next shorter token that this one starts with. */
+static inline match_t shorter(const fshm_vocabulary *v, match_t than) {
+  uint32_t token = PREFIX_OF(WORD(&v->prefixes[than.token]));
+  if (token >= v->header.tokens) return (match_t){NO_TOKEN, 0};
+  uint32_t length = LENGTH_OF(WORD(&v->prefixes[token]));
+  if (unlikely(!length || length >= than.length)) return (match_t){NO_TOKEN, 0}; /* damaged */
+  return (match_t){token, length};
 }
 
-/* Returns the number of tokens in s->found. 0: there are none, which only a damaged file can be the cause of. */
+/* What to try at `place` after `tried`. before: the token before it, which was tried first if it was tried. */
+static inline match_t next_candidate(const fshm_vocabulary *v, const uint8_t *p, size_t place,
+                                     size_t length, uint32_t before, match_t tried) {
+  match_t next =
+      tried.token == before ? longest_match(v, p + place, p + length) : shorter(v, tried);
+  return next.token == before && before != NO_TOKEN ? shorter(v, next) : next;
+}
+
+/* Whether the token before `place` comes a second time there. */
+static inline bool comes_again(const uint8_t *p, size_t place, size_t length, uint32_t size) {
+  return p[place] == p[place - size] && length - place >= size &&
+         !memcmp(p + place, p + place - size, size);
+}
+
+/* Returns the number of tokens in s->found. 0: there are none, which only a damaged file can be the cause of.
+ *
+ * At each place the token before it is tried first, where it comes again: so long runs of one character are fast, in
+ * which many tokens fit for a while. Then all others, the longest first. */
 static inline size_t search_tokens(const fshm_vocabulary *v, const uint8_t *p, size_t length,
-                                   match_t first, search_t *s) {
+                                   search_t *s) {
   size_t n = 0, place = 0;
-  uint32_t token = first.token, size = first.length;
   uint64_t patience = SEARCH_STEPS * ((uint64_t)length + 1);
+  match_t next = longest_match(v, p, p + length);
   for (;;) {
-    while (token != NO_TOKEN) {
+    uint32_t before = n ? FOUND_TOKEN(s->found[n - 1]) : NO_TOKEN;
+    while (next.token != NO_TOKEN) {
       /* A place that was given up is never right: the tokens before it are the only ones that fit, and nothing fitted
        * behind them. So each place is tried once. */
-      if (!(s->given_up[(place + size) / 8] >> ((place + size) % 8) & 1) &&
-          (!n || stay_apart(v, FOUND_TOKEN(s->found[n - 1]), token, &patience)))
+      size_t to = place + next.length;
+      if (!(s->given_up[to / 8] >> (to % 8) & 1) &&
+          (!n || stay_apart(v, before, next.token, &patience)))
         break;
-      token = shorter(v, token, &size);
+      next = next_candidate(v, p, place, length, before, next);
     }
-    if (token != NO_TOKEN) {
-      s->found[n++] = size << 24 | token;
-      place += size;
+    if (next.token != NO_TOKEN) {
+      s->found[n++] = next.length << 24 | next.token;
+      place += next.length;
       if (place == length) return n;
-      match_t next = longest_match(v, p + place, p + length);
-      token = next.token;
-      size = next.length;
+      if (!comes_again(p, place, length, next.length)) next = longest_match(v, p + place, p + length);
       continue;
     }
     if (!n || !patience) return 0;
     s->given_up[place / 8] |= (uint8_t)(1U << (place % 8));
-    uint32_t last = s->found[--n];
-    size = FOUND_LENGTH(last);
-    place -= size;
-    token = shorter(v, FOUND_TOKEN(last), &size);
+    next = (match_t){before, FOUND_LENGTH(s->found[--n])};
+    place -= next.length;
+    before = n ? FOUND_TOKEN(s->found[n - 1]) : NO_TOKEN;
+    next = next_candidate(v, p, place, length, before, next);
   }
 }
 
