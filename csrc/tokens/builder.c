@@ -52,7 +52,9 @@ static int by_rank(const void *a, const void *b) {
   return (x > y) - (x < y);
 }
 
-static int parse_records(const uint8_t *from, uint64_t length, record_t **out, uint64_t *count) {
+/* Two special tokens may have one rank, as in o200k_harmony. */
+static int parse_records(const uint8_t *from, uint64_t length, bool special, record_t **out,
+                         uint64_t *count) {
   uint64_t n = 0, at = 0;
   for (; at < length; n++) {
     if (!from[at] || length - at < from[at] + UINT64_C(5)) return FSHM_E_ARGUMENT;
@@ -72,7 +74,7 @@ static int parse_records(const uint8_t *from, uint64_t length, record_t **out, u
   }
   qsort(*out, n, sizeof **out, by_rank);
   for (uint64_t i = 0; i < n; i++) {
-    if ((*out)[i].rank > FSHM_MAX_RANK || (i && (*out)[i].rank == (*out)[i - 1].rank))
+    if ((*out)[i].rank > FSHM_MAX_RANK || (i && !special && (*out)[i].rank == (*out)[i - 1].rank))
       return FSHM_E_ARGUMENT;
   }
   return FSHM_OK;
@@ -406,9 +408,9 @@ int fshm_vocabulary_build(const void *ranks, uint64_t length, const void *specia
   if (pattern < FSHM_PATTERN_R50K || pattern > FSHM_PATTERN_O200K)
     return image_fail(e, FSHM_E_ARGUMENT);
   threads_lock(&build_lock);
-  int status = parse_records(ranks, length, &b.tokens, &b.count);
+  int status = parse_records(ranks, length, false, &b.tokens, &b.count);
   if (status == FSHM_OK)
-    status = parse_records(special, special_length, &b.special, &b.special_count);
+    status = parse_records(special, special_length, true, &b.special, &b.special_count);
   if (status == FSHM_OK) status = index_bytes(&b);
   if (status == FSHM_OK) status = find_merges(&b);
   if (status == FSHM_OK) status = build_trie(&b);

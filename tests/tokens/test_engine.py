@@ -1,0 +1,256 @@
+"""The engine that counts tokens, against tiktoken: code points, corpora, texts at random, and what
+else the engine does. TOKENS_THOROUGH=1: every code point, and more of the rest; some minutes."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import threading
+import unicodedata
+from pathlib import Path
+
+import pytest
+from support import texts
+from tokens import engine
+
+THOROUGH = os.environ.get("TOKENS_THOROUGH") == "1"
+needs_real = pytest.mark.skipif(not engine.at_hand(), reason=texts.WHY_NOT)
+REAL = engine.at_hand() or [pytest.param("none", marks=needs_real)]
+
+# {0}: the code point. Whatever a scanner may do with one: alone, beside each class, doubled, where a
+# piece begins, in the middle, where it ends, and beside what needs a second look.
+CONTEXTS = (
+    "{0}|a{0}|{0}a|A{0}a|a{0}A|A{0}B| {0}|{0} |1{0}|{0}1|12{0}3|!{0}|{0}!|\n{0}|{0}\n|'{0}|{0}'s|"
+    "a'{0}|a{0}b|  {0}|{0}  a|x \n{0} a|中{0}A|A中{0}b|{0}{0}|é{0}|{0}é|\u0301{0}B|{0}\u0301B|"
+    "A{0}\u0301|'{0}e|!{0}\n/| {0}\r\n  x|\t{0}\t{0}"
+).split("|")
+AT_THE_END = "{0}|\n {0}|a\n{0}|{0}\n  |{0}'|{0} ".split("|")
+_BETWEEN = " ;\n"
+
+
+def _code_points() -> list[int]:
+    """All that this Python knows, and of the others one of 97; or all there are."""
+    every = (c for c in range(0x110000) if not 0xD800 <= c < 0xE000)
+    if THOROUGH:
+        return list(every)
+    return [c for c in every if c % 97 == 0 or unicodedata.category(chr(c)) not in ("Cn", "Co")]
+
+
+def _differing(parts: list[str], pair: tuple[engine.tiktoken.Encoding, engine._native.Vocabulary]) -> list[str]:
+    """The texts, of many, for which the two differ."""
+    found, compiled = pair
+    text = _BETWEEN.join(parts)
+    if found.encode_ordinary(text) == compiled.encode(text):
+        return []
+    if len(parts) == 1:
+        return parts
+    middle = len(parts) // 2
+    return _differing(parts[:middle], pair) + _differing(parts[middle:], pair)
+
+
+@pytest.mark.parametrize("pattern", engine.PATTERNS, ids=["r50k", "cl100k", "o200k"])
+def test_every_code_point(pattern: str) -> None:
+    pair = engine.pairs(pattern)
+    points, bad = _code_points(), []
+    for at in range(0, len(points), 256):
+        block = list(map(chr, points[at : at + 256]))
+        bad += _differing([context.format(c) for c in block for context in CONTEXTS], pair)
+        for c in block if THOROUGH else block[::16]:
+            for context in AT_THE_END:
+                bad += _differing([context.format(c)], pair)
+        assert not bad, ascii(bad[:20])
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("kind", texts.CORPUS)
+def test_corpus(name: str, kind: str) -> None:
+    text = texts.CORPUS[kind]
+    engine.assert_equal(text, *engine.real(name))
+    engine.assert_equal(text + text[::-1], *engine.real(name))
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_random_texts(name: str) -> None:
+    found, compiled = engine.real(name)
+    for seed in range(2000 if THOROUGH else 100):
+        engine.assert_equal(texts.random_text(seed, 1000), found, compiled, f"seed {seed}: ")
+
+
+_ALPHABETS = ["ab", "aAé中 \u0301", "'sStTlLrReEvVdDmM\u017f\u212a ", " \n\r\t\u00a0\u2028x", "0½٣1 a", "/\n !.x"]
+
+
+@pytest.mark.parametrize("pattern", engine.PATTERNS, ids=["r50k", "cl100k", "o200k"])
+@pytest.mark.parametrize("alphabet", _ALPHABETS, ids=ascii)
+def test_few_characters(pattern: str, alphabet: str) -> None:
+    """Short texts of few characters: every decision of the scanner, close together."""
+    rng, pair = random.Random(7), engine.pairs(pattern)
+    for _ in range(20_000 if THOROUGH else 2000):
+        text = "".join(rng.choices(alphabet, k=rng.randrange(1, 12)))
+        assert not _differing([text], pair), ascii(text)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_sources(name: str) -> None:
+    """What lies on the machine: Python's own library, in parts as long as they come."""
+    found, compiled = engine.real(name)
+    files = sorted(Path(os.__file__).parent.glob("*.py"))
+    for file in files if THOROUGH else files[::10]:
+        text = file.read_text(encoding="utf-8", errors="replace")
+        engine.assert_equal(text, found, compiled, f"{file}: ")
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_long_pieces(name: str) -> None:
+    """One piece of many thousand bytes, which needs memory, and steps back."""
+    found, compiled = engine.real(name)
+    rng = random.Random(3)
+    for text in (
+        "a" * 20_001,
+        " " * 20_000 + "x",
+        "=" * 20_003,
+        "\u0301" * 10_000,
+        "ab" * 10_000,
+        "".join(rng.choices("abcdefgh", k=20_000)),
+        "".join(chr(rng.randrange(0x4E00, 0x9FA5)) for _ in range(6_000)),
+    ):
+        engine.assert_equal(text, found, compiled)
+
+
+@pytest.mark.parametrize("length", range(70))
+def test_every_length(length: int) -> None:
+    """The end of a text is copied: texts around that length, of each kind."""
+    pair = engine.pairs(engine.PATTERNS[2])
+    for text in ("a" * 70, "Ab 12'S " * 9, "é" * 70, " \n" * 35, "0" * 70, "中a" * 35):
+        engine.assert_equal(text[:length], *pair)
+
+
+# lone surrogates, kinds of str --------------------------------------------------------------------
+
+
+class Text(str):
+    def isascii(self) -> bool:
+        raise AssertionError("the engine looks into the str itself")
+
+
+def test_kinds_of_str() -> None:
+    found, compiled = engine.pairs(engine.PATTERNS[1])
+    for text in ("plain", "\xe9\xe8", "\u4e2d", "\U0001f600", "\ud800 x \udc00\ud800", "\ud83d\ude00", ""):
+        engine.assert_equal(text, found, compiled)
+        engine.assert_equal(Text(text), found, compiled)
+    for wrong in (b"bytes", None, 3, ["text"]):
+        with pytest.raises(TypeError, match="text must be a str"):
+            compiled.count(wrong)  # type: ignore[arg-type]
+
+
+def test_no_copy_stays() -> None:
+    """PyUnicode_AsUTF8AndSize() would keep the UTF-8 in the str."""
+    compiled = engine.pairs(engine.PATTERNS[1])[1]
+    for text in ("".join(map(chr, range(200, 900))), "a" * 5000):
+        before = sys.getsizeof(text)
+        compiled.count(text)
+        compiled.encode(text)
+        compiled.truncate(text, 3)
+        assert sys.getsizeof(text) == before
+
+
+def test_batch() -> None:
+    found, compiled = engine.pairs(engine.PATTERNS[0])
+    many = list(texts.CORPUS.values())
+    assert compiled.count_batch(many) == [len(found.encode_ordinary(text)) for text in many]
+    assert compiled.count_batch([]) == []
+    with pytest.raises(TypeError, match=r"texts\[1\] must be a str"):
+        compiled.count_batch(["a", b"b"])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="texts must be a list"):
+        compiled.count_batch("ab")  # type: ignore[arg-type]
+
+
+# decode, fits, truncate ---------------------------------------------------------------------------
+
+
+def _replaced(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_decode(name: str) -> None:
+    found, compiled = engine.real(name)
+    for text in texts.CORPUS.values():
+        assert compiled.decode(compiled.encode(text)) == _replaced(text).encode()
+    special = found._special_tokens
+    assert compiled.special_tokens() == special
+    for token in special.values():  # two of o200k_harmony's are one token
+        assert special[compiled.decode([token]).decode()] == token
+    tokens = [t for t in range(found.max_token_value + 1) if t % 7 == 0]
+    for token in set(tokens).difference(special.values()):
+        try:
+            expected = found.decode_single_token_bytes(token)
+        except KeyError:
+            with pytest.raises(ValueError, match=rf"tokens\[0\] is {token}, which is no token"):
+                compiled.decode([token])
+        else:
+            assert compiled.decode([token]) == expected
+    for wrong in (-1, 2**32 - 1, 2**32, 2**70):
+        with pytest.raises(ValueError, match=r"tokens\[1\] is"):
+            compiled.decode([1, wrong])
+    with pytest.raises(TypeError):
+        compiled.decode(["a"])  # type: ignore[list-item]
+
+
+def _longest_start(text: str, tokens: list[bytes], most: int) -> str:
+    """What truncate() should yield where a start of the text has no more tokens than in the text."""
+    for kept in range(min(most, len(tokens)), -1, -1):
+        start = b"".join(tokens[:kept])
+        try:
+            return start.decode()
+        except UnicodeDecodeError:
+            continue
+    raise AssertionError(text)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_fits_and_truncate(name: str) -> None:
+    found, compiled = engine.real(name)
+    shorter = 0
+    for text in map(_replaced, texts.CORPUS.values()):
+        text = text[:300]
+        tokens = found.decode_tokens_bytes(found.encode_ordinary(text))
+        for most in (0, 1, 2, 3, 5, len(tokens) // 2, len(tokens) - 1, len(tokens), len(tokens) + 1):
+            if most < 0:
+                continue
+            assert compiled.fits(text, most) == (len(tokens) <= most)
+            start = compiled.truncate(text, most)
+            expected = _longest_start(text, tokens, most)
+            if len(found.encode_ordinary(expected)) <= most:
+                assert start == expected, (ascii(text), most)
+            else:
+                shorter += 1
+                assert expected.startswith(start)
+            assert len(found.encode_ordinary(start)) <= most
+            assert (start is text) == (len(tokens) <= most)
+    assert shorter < 20
+    assert compiled.fits("x" * 1000, 2**80)
+    with pytest.raises(ValueError, match="max_tokens must be 0 or more"):
+        compiled.fits("x", -1)
+    with pytest.raises(TypeError):
+        compiled.truncate("x", "1")  # type: ignore[arg-type]
+
+
+def test_threads() -> None:
+    """Long texts are counted without the GIL, by threads that share the cache."""
+    found, compiled = engine.pairs(engine.PATTERNS[2])
+    many = [texts.random_text(seed, 6000) for seed in range(8)]
+    expected = [len(found.encode_ordinary(text)) for text in many]
+    wrong: list[int] = []
+
+    def work() -> None:
+        for i, text in enumerate(many * 5):
+            if compiled.count(text) != expected[i % 8]:
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
