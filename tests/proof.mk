@@ -1,6 +1,6 @@
 # Proofs: what docs/reliability.md tells of, one target each. Part of the Makefile.
 
-.PHONY: crash crash-planted stories stories-planted model linearize linearize-planted fuzz fuzz-planted scribble scribble-py faults
+.PHONY: crash crash-planted stories stories-planted model linearize linearize-planted fuzz fuzz-tokens fuzz-planted scribble scribble-py faults
 .PRECIOUS: $(BUILD)/linear/%
 
 need = @command -v $(1) >/dev/null || { echo "needs $(1): apt-get install $(2)"; exit 1; }
@@ -73,6 +73,15 @@ fuzz: $(BUILD)/hostile/fuzz ## proofs: libFuzzer over segment images, after the 
 	@mkdir -p $(BUILD)/hostile/found
 	$< -timeout=25 -runs=0 tests/hostile/corpus
 	$< $(FUZZ_FLAGS) -max_total_time=$(FUZZ_SECONDS) $(BUILD)/hostile/found tests/hostile/corpus
+
+$(BUILD)/hostile/fuzz_tokens: $(HOSTILE) $(wildcard tests/c/*.h)
+	$(HAVE_CLANG)
+	@mkdir -p $(@D)
+	clang -std=c11 -D_GNU_SOURCE $(C_WARNINGS) $(SANITIZED) -fsanitize=fuzzer tests/hostile/fuzz_tokens.c -o $@ -pthread
+
+fuzz-tokens: $(BUILD)/hostile/fuzz_tokens ## proofs: libFuzzer over the engine that counts tokens, beside a plain reference (FUZZ_SECONDS=30)
+	@mkdir -p $(BUILD)/hostile/found-tokens
+	$< $(FUZZ_FLAGS) -max_total_time=$(FUZZ_SECONDS) $(BUILD)/hostile/found-tokens
 
 fuzz-planted: ## proofs: does `fuzz` find the faults that are planted into copies of csrc/?
 	$(HAVE_CLANG)

@@ -1,6 +1,6 @@
 /* tokens.h - a plain reference for the engine that counts tokens, and vocabularies made at random. Slow and simple on
  * purpose: the patterns are matched as a regular expression is, with backtracking, and bytes are merged one pair at a
- * time. */
+ * time. Includes nothing: check.h comes before it. */
 #ifndef TEST_TOKENS_H
 #define TEST_TOKENS_H
 
@@ -20,6 +20,7 @@ static const char special_records[] = "\7<|end|>\xa0\x86\1\0\5<|x|>\xa1\x86\1\0"
 enum { BLANK = 1 << 8, SLASH = 1 << 9, ANY = (1 << 10) - 1 }; /* beside the classes, for ' ' and '/' */
 enum { IN_SET, POSSESSIVE, CONTRACTION, NOT_BEFORE_TEXT, AT_END, MATCHED };
 #define MANY 1000000
+#define LONGEST_TEXT 4096 /* bytes */
 
 typedef struct {
   int kind;
@@ -174,8 +175,8 @@ static size_t reference_merge(const vocabulary_t *t, const uint8_t *p, size_t le
 
 static size_t reference_encode(const vocabulary_t *t, const uint8_t *p, size_t length,
                                uint32_t *out) {
-  static _Thread_local letter_t text[1 << 12];
-  static _Thread_local uint32_t ends[1 << 12];
+  static _Thread_local letter_t text[LONGEST_TEXT + 1];
+  static _Thread_local uint32_t ends[LONGEST_TEXT];
   size_t count = 0;
   int n = reference_letters(p, length, text);
   for (int i = 0; i < n;) {
@@ -227,6 +228,44 @@ static vocabulary_t make_vocabulary(unsigned alphabet, unsigned merges) {
   }
   if (merges && reference_rank(&t, text, 7) == UINT32_MAX) add_token(&t, text, 7);
   return t;
+}
+
+/* Checks ------------------------------------------------------------------------------------ */
+
+static inline vocabulary_t fresh_vocabulary(uint32_t pattern, unsigned alphabet, unsigned merges) {
+  vocabulary_t t = make_vocabulary(alphabet, merges);
+  fshm_error e;
+  t.pattern = pattern;
+  CHECK_EQ(fshm_vocabulary_build(t.records, t.length, special_records, sizeof special_records - 1,
+                                 pattern, &t.v, &e),
+           FSHM_OK);
+  return t;
+}
+
+static inline void free_vocabulary(vocabulary_t *t) {
+  fshm_vocabulary_close(t->v);
+  free(t->records);
+}
+
+/* Count, encode, fits, truncate and decode agree with the reference on one text. most: tokens. */
+static inline void check_text(vocabulary_t *t, const uint8_t *text, size_t length, uint64_t most) {
+  static uint32_t got[LONGEST_TEXT], want[LONGEST_TEXT];
+  CHECK_OP(length, <, LONGEST_TEXT);
+  size_t n = reference_encode(t, text, length, want);
+  CHECK_EQ(fshm_tokens_encode(t->v, text, length, got), (int64_t)n);
+  CHECK_EQ(memcmp(got, want, n * sizeof *got), 0);
+  CHECK_EQ(fshm_tokens_count(t->v, text, length, UINT64_MAX), (int64_t)n);
+  CHECK_EQ(fshm_tokens_count(t->v, text, length, UINT64_MAX), (int64_t)n); /* from the cache */
+  int64_t counted = fshm_tokens_count(t->v, text, length, most);
+  CHECK_EQ(counted > (int64_t)most, n > most);
+  int64_t cut = fshm_tokens_truncate(t->v, text, length, most);
+  CHECK_OP(cut, >=, 0);
+  CHECK_OP(cut, <=, (int64_t)length);
+  CHECK_OP(fshm_tokens_count(t->v, text, (uint64_t)cut, UINT64_MAX), <=, (int64_t)most);
+  uint64_t bad = 0;
+  static uint8_t back[LONGEST_TEXT];
+  CHECK_EQ(fshm_tokens_decode(t->v, got, n, back, sizeof back, &bad), (int64_t)length);
+  CHECK_EQ(memcmp(back, text, length), 0);
 }
 
 #endif
