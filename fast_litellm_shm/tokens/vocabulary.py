@@ -96,7 +96,7 @@ def compile_encoding(found: tiktoken.Encoding) -> _native.Vocabulary | None:
         return _native.build_vocabulary(
             _records(found._mergeable_ranks), _records(special), pattern
         )
-    except (ValueError, struct.error):  # of the engine; a token of more than 255 bytes, or a rank
+    except (ValueError, OverflowError, struct.error):  # also a token of more than 255 bytes
         return None
 
 
