@@ -15,7 +15,7 @@
 
 /* The short way ----------------------------------------------------------------------------- */
 
-/* Bit i: byte i of 16 is between first and last, two letters of ASCII of the same case. */
+/* Bit i: byte i of 16 is between first and last, of ASCII. any_case: two small letters, and capitals count too. */
 static inline unsigned between(const uint8_t *p, uint8_t first, uint8_t last, bool any_case) {
 #if defined(__SSE2__)
   __m128i bytes = _mm_loadu_si128((const __m128i *)(const void *)p);
@@ -37,6 +37,24 @@ static inline unsigned between(const uint8_t *p, uint8_t first, uint8_t last, bo
 #endif
 }
 
+/* Bit i: byte i of 16 is not ASCII. */
+static inline unsigned above_ascii(const uint8_t *p) {
+#if defined(__SSE2__)
+  return (unsigned)_mm_movemask_epi8(_mm_loadu_si128((const __m128i *)(const void *)p));
+#else
+  uint64_t word;
+  unsigned out = 0;
+  for (int half = 0; half < 2; half++) {
+    memcpy(&word, p + 8 * half, 8);
+    word = word >> 7 & UINT64_C(0x0101010101010101);
+    out |= (unsigned)(word * UINT64_C(0x0102040810204080) >> 56) << 8 * half;
+  }
+  return out;
+#endif
+}
+
+#define ONES_FROM(bits, i) ((unsigned)__builtin_ctz(~((bits) >> (i)))) /* set bits from bit i on */
+
 #define DIGIT(byte) ((unsigned)(byte) - '0' < 10)
 
 /* What a byte of ASCII may be at the beginning of a piece. */
@@ -52,24 +70,56 @@ static inline unsigned first_byte(unsigned pattern, unsigned c) {
   return 0;
 }
 
+/* The end of a piece that begins with a blank, a line end or a symbol of ASCII, and is no word; NULL: look closer. */
+static inline const uint8_t *blank_or_symbols(unsigned pattern, const uint8_t *p,
+                                              const uint8_t *end) {
+  unsigned newlines = between(p, '\n', '\n', false) | between(p, '\r', '\r', false);
+  unsigned spaces = between(p, '\t', '\r', false) | between(p, ' ', ' ', false);
+  unsigned above = above_ascii(p);
+  unsigned symbols = ~(between(p, 'a', 'z', true) | between(p, '0', '9', false) | spaces | above);
+  unsigned blank = *p == ' ', length = blank + ONES_FROM(symbols & 0xffff, blank);
+  if (length > blank) {
+    unsigned after = pattern == FSHM_PATTERN_R50K    ? 0
+                     : pattern == FSHM_PATTERN_O200K ? newlines | between(p, '/', '/', false)
+                                                     : newlines;
+    length += ONES_FROM(after, length);
+    if (length > SHORT_PIECE || above >> length & 1) return NULL;
+    return (size_t)(end - p) < length ? end : p + length; /* behind the end are zeros, as symbols */
+  }
+  length = ONES_FROM(spaces, 0);
+  if (!length || length > SHORT_PIECE || above >> length & 1 || (size_t)(end - p) <= length)
+    return NULL;
+  if (pattern == FSHM_PATTERN_R50K) {
+    if (length == 1 && blank && DIGIT(p[1])) return NULL;
+  } else if (newlines & ((1U << length) - 1)) {
+    return p + 32 - __builtin_clz(newlines & ((1U << length) - 1));
+  }
+  return p + length - (length > 1);
+}
+
 /* The end of the piece that begins at p: 16 bytes from any place before `end` can be read. */
 static inline HOT const uint8_t *next_end(unsigned pattern, const uint8_t *p, const uint8_t *end) {
   unsigned first = first_byte(pattern, *p), start = first != IS_LETTER, length;
   if (pattern == FSHM_PATTERN_O200K) {
-    unsigned upper = between(p, 'A', 'Z', false), lower = between(p, 'a', 'z', false);
-    length = start + (unsigned)__builtin_ctz(~(upper >> start));
-    length += (unsigned)__builtin_ctz(~(lower >> length));
+    length = start + ONES_FROM(between(p, 'A', 'Z', false), start);
+    length += ONES_FROM(between(p, 'a', 'z', false), length);
   } else {
-    length = start + (unsigned)__builtin_ctz(~(between(p, 'a', 'z', true) >> start));
+    length = start + ONES_FROM(between(p, 'a', 'z', true), start);
   }
-  if (likely(!(first & NO_PREFIX) && length > start && length <= SHORT_PIECE && p[length] < 0x80)) {
+  if (!(first & NO_PREFIX) && length > start) {
+    if (unlikely(length > SHORT_PIECE || p[length] >= 0x80)) return piece_end(pattern, p, end);
     if (pattern == FSHM_PATTERN_O200K && unlikely(p[length] == '\''))
       return p + length + contraction(p + length, end, true);
     return p + length;
   }
-  if (first & IS_DIGIT && pattern != FSHM_PATTERN_R50K && p[1] < 0x80 && p[2] < 0x80)
-    return p + 1 + (DIGIT(p[1]) ? 1 + DIGIT(p[2]) : 0);
-  return piece_end(pattern, p, end);
+  const uint8_t *to = NULL;
+  if (first & IS_DIGIT) {
+    if (pattern != FSHM_PATTERN_R50K && p[1] < 0x80 && p[2] < 0x80)
+      to = p + 1 + (DIGIT(p[1]) ? 1 + DIGIT(p[2]) : 0);
+  } else if (*p < 0x80 && (*p != '\'' || pattern == FSHM_PATTERN_O200K)) {
+    to = blank_or_symbols(pattern, p, end);
+  }
+  return to ? to : piece_end(pattern, p, end);
 }
 
 /* The key of a piece of up to SHORT_PIECE bytes, of which 16 can be read. */
