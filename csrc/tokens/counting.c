@@ -57,18 +57,21 @@ static inline unsigned above_ascii(const uint8_t *p) {
 
 #define DIGIT(byte) ((unsigned)(byte) - '0' < 10)
 
-/* What a byte of ASCII may be at the beginning of a piece. */
-enum { IS_LETTER = 1, NO_PREFIX = 2, IS_DIGIT = 4 };
-
-static inline unsigned first_byte(unsigned pattern, unsigned c) {
-  unsigned class = c < 0x80 ? class_blocks[c] : CLASS_NUMBER;
-  if (class == CLASS_UPPER || class == CLASS_LOWER) return IS_LETTER;
-  if (c >= 0x80 || class == CLASS_NEWLINE) return NO_PREFIX;
-  if (class == CLASS_NUMBER) return NO_PREFIX | IS_DIGIT;
-  if (pattern == FSHM_PATTERN_R50K ? c != ' ' : c == '\'' && pattern != FSHM_PATTERN_O200K)
-    return NO_PREFIX; /* of a contraction, it may be */
-  return 0;
-}
+/* What a byte may be at the beginning of a piece: a table, since these are the branches that a processor cannot foresee.
+ * IN_...: no word begins with it and a letter, in that pattern (or one may, but look closer: an apostrophe may
+ * begin a contraction, and what is not ASCII anything). */
+enum { IS_LETTER = 1, IS_DIGIT = 2, IN_R50K = 4, IN_CL100K = 8, IN_O200K = 16, IN_ALL = 28 };
+#define FIRST(c)                                                                              \
+  (((c) >= 'a' && (c) <= 'z') || ((c) >= 'A' && (c) <= 'Z') ? IS_LETTER                       \
+   : (c) >= '0' && (c) <= '9'                               ? IS_DIGIT | IN_ALL               \
+   : (c) >= 0x80 || (c) == '\n' || (c) == '\r'              ? IN_ALL                         \
+   : (c) == '\''                                            ? IN_R50K | IN_CL100K            \
+   : (c) == ' '                                             ? 0                               \
+                                                            : IN_R50K)
+#define FIRST4(c) FIRST(c), FIRST((c) + 1), FIRST((c) + 2), FIRST((c) + 3)
+#define FIRST16(c) FIRST4(c), FIRST4((c) + 4), FIRST4((c) + 8), FIRST4((c) + 12)
+#define FIRST64(c) FIRST16(c), FIRST16((c) + 16), FIRST16((c) + 32), FIRST16((c) + 48)
+static const uint8_t first_byte[256] = {FIRST64(0), FIRST64(64), FIRST64(128), FIRST64(192)};
 
 /* The end of a piece that begins with a blank, a line end or a symbol of ASCII, and is no word; NULL: look closer. */
 static inline const uint8_t *blank_or_symbols(unsigned pattern, const uint8_t *p,
@@ -99,14 +102,17 @@ static inline const uint8_t *blank_or_symbols(unsigned pattern, const uint8_t *p
 
 /* The end of the piece that begins at p: 16 bytes from any place before `end` can be read. */
 static inline HOT const uint8_t *next_end(unsigned pattern, const uint8_t *p, const uint8_t *end) {
-  unsigned first = first_byte(pattern, *p), start = first != IS_LETTER, length;
+  const unsigned not_before = pattern == FSHM_PATTERN_R50K     ? IN_R50K
+                              : pattern == FSHM_PATTERN_CL100K ? IN_CL100K
+                                                               : IN_O200K;
+  unsigned first = first_byte[*p], start = ~first & IS_LETTER, length;
   if (pattern == FSHM_PATTERN_O200K) {
     length = start + ONES_FROM(between(p, 'A', 'Z', false), start);
     length += ONES_FROM(between(p, 'a', 'z', false), length);
   } else {
     length = start + ONES_FROM(between(p, 'a', 'z', true), start);
   }
-  if (!(first & NO_PREFIX) && length > start) {
+  if (!(first & not_before) && length > start) {
     if (unlikely(length > SHORT_PIECE || p[length] >= 0x80)) return piece_end(pattern, p, end);
     if (pattern == FSHM_PATTERN_O200K && unlikely(p[length] == '\''))
       return p + length + contraction(p + length, end, true);
