@@ -75,8 +75,7 @@ static int no_memory(int64_t result) {
 
 static int64_t count_bytes(const Vocabulary *self, const key_arg *k, uint64_t most) {
   int64_t count;
-  if (k->length < LONG_WORK)
-    return fshm_tokens_count(self->v, k->bytes, (uint64_t)k->length, most);
+  if (k->length < LONG_WORK) return fshm_tokens_count(self->v, k->bytes, (uint64_t)k->length, most);
   Py_BEGIN_ALLOW_THREADS count = fshm_tokens_count(self->v, k->bytes, (uint64_t)k->length, most);
   Py_END_ALLOW_THREADS return count;
 }
@@ -153,8 +152,7 @@ static PyObject *tokens_encode(PyObject *o, PyObject *text) {
   uint32_t *ranks = PyMem_Malloc(((size_t)k.length + 1) * sizeof *ranks);
   int64_t count = -1;
   if (ranks) {
-    Py_BEGIN_ALLOW_THREADS count =
-        fshm_tokens_encode(self->v, k.bytes, (uint64_t)k.length, ranks);
+    Py_BEGIN_ALLOW_THREADS count = fshm_tokens_encode(self->v, k.bytes, (uint64_t)k.length, ranks);
     Py_END_ALLOW_THREADS
   }
   PyObject *out = no_memory(count) ? NULL : list_of(ranks, count);
@@ -199,8 +197,8 @@ static PyObject *tokens_decode(PyObject *o, PyObject *tokens) {
     else
       out = PyBytes_FromStringAndSize(NULL, length);
     if (out)
-      (void)fshm_tokens_decode(self->v, ranks, (uint64_t)n, PyBytes_AsString(out),
-                               (uint64_t)length, &bad);
+      (void)fshm_tokens_decode(self->v, ranks, (uint64_t)n, PyBytes_AsString(out), (uint64_t)length,
+                               &bad);
   }
   PyMem_Free(ranks);
   Py_XDECREF(list);
@@ -234,8 +232,8 @@ static PyObject *file_error(const fshm_error *e, PyObject *path) {
     errno = e->sys_errno;
     return PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, path);
   }
-  PyObject *values = Py_BuildValue("iKK", e->code, (unsigned long long)e->found,
-                                   (unsigned long long)e->wanted);
+  PyObject *values =
+      Py_BuildValue("iKK", e->code, (unsigned long long)e->found, (unsigned long long)e->wanted);
   if (values) PyErr_SetObject(PyExc_ValueError, values);
   Py_XDECREF(values);
   return NULL;
@@ -352,5 +350,6 @@ static PyType_Slot vocabulary_slots[] = {
     {Py_tp_dealloc, (void *)tokens_dealloc},
     {Py_tp_methods, tokens_methods},
     {Py_tp_getset, tokens_getset},
-    {Py_tp_doc, DOC("The tables of one encoding. Made by open_vocabulary() or build_vocabulary().")},
+    {Py_tp_doc,
+     DOC("The tables of one encoding. Made by open_vocabulary() or build_vocabulary().")},
     {0, NULL}};

@@ -39,9 +39,9 @@ typedef struct {
 } builder_t;
 
 static void builder_free(builder_t *b) {
-  void *all[] = {b->tokens, b->special, b->by_bytes, b->halves,    b->prefixes,
-                 b->sorted, b->cells,   b->next,     b->previous,  b->base_used,
-                 b->pending, b->keys,   b->pairs,    b->filter,    b->key_ids};
+  void *all[] = {b->tokens,  b->special, b->by_bytes, b->halves,   b->prefixes,
+                 b->sorted,  b->cells,   b->next,     b->previous, b->base_used,
+                 b->pending, b->keys,    b->pairs,    b->filter,   b->key_ids};
   for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 
@@ -240,8 +240,8 @@ static int place_children(builder_t *b, pending_t node) {
   b->cells[node.cell] |= token | (uint64_t)base << 9;
   for (unsigned i = 0; i < n && status == FSHM_OK; i++) {
     take_cell(b, base ^ labels[i], labels[i]);
-    status = later(b, (pending_t){base ^ labels[i], starts[i], starts[i + 1], node.depth + 1,
-                                  node.prefix});
+    status = later(
+        b, (pending_t){base ^ labels[i], starts[i], starts[i + 1], node.depth + 1, node.prefix});
   }
   return status;
 }

@@ -11,7 +11,8 @@
 #include <emmintrin.h>
 #endif
 
-#define NEAR_END 32 /* bytes: a text is copied when fewer are left, so that the short way may read beyond its end */
+#define NEAR_END \
+  32 /* bytes: a text is copied when fewer are left, so that the short way may read beyond its end */
 
 /* The short way ----------------------------------------------------------------------------- */
 
@@ -61,12 +62,12 @@ static inline unsigned above_ascii(const uint8_t *p) {
  * IN_...: no word begins with it and a letter, in that pattern (or one may, but look closer: an apostrophe may
  * begin a contraction, and what is not ASCII anything). */
 enum { IS_LETTER = 1, IS_DIGIT = 2, IN_R50K = 4, IN_CL100K = 8, IN_O200K = 16, IN_ALL = 28 };
-#define FIRST(c)                                                                              \
-  (((c) >= 'a' && (c) <= 'z') || ((c) >= 'A' && (c) <= 'Z') ? IS_LETTER                       \
-   : (c) >= '0' && (c) <= '9'                               ? IS_DIGIT | IN_ALL               \
-   : (c) >= 0x80 || (c) == '\n' || (c) == '\r'              ? IN_ALL                         \
-   : (c) == '\''                                            ? IN_R50K | IN_CL100K            \
-   : (c) == ' '                                             ? 0                               \
+#define FIRST(c)                                                                  \
+  (((c) >= 'a' && (c) <= 'z') || ((c) >= 'A' && (c) <= 'Z') ? IS_LETTER           \
+   : (c) >= '0' && (c) <= '9'                               ? IS_DIGIT | IN_ALL   \
+   : (c) >= 0x80 || (c) == '\n' || (c) == '\r'              ? IN_ALL              \
+   : (c) == '\''                                            ? IN_R50K | IN_CL100K \
+   : (c) == ' '                                             ? 0                   \
                                                             : IN_R50K)
 #define FIRST4(c) FIRST(c), FIRST((c) + 1), FIRST((c) + 2), FIRST((c) + 3)
 #define FIRST16(c) FIRST4(c), FIRST4((c) + 4), FIRST4((c) + 8), FIRST4((c) + 12)

@@ -21,7 +21,8 @@ static inline uint64_t cell_of(const fshm_vocabulary *v, uint32_t at) {
 }
 
 typedef struct {
-  uint32_t token, length; /* the longest token that merging can yield; NO_TOKEN: the file is damaged */
+  uint32_t token,
+      length; /* the longest token that merging can yield; NO_TOKEN: the file is damaged */
 } match_t;
 
 /* What the text [p, end) begins with. */
@@ -152,7 +153,8 @@ static inline size_t search_tokens(const fshm_vocabulary *v, const uint8_t *p, s
       s->found[n++] = next.length << 24 | next.token;
       place += next.length;
       if (place == length) return n;
-      if (!comes_again(p, place, length, next.length)) next = longest_match(v, p + place, p + length);
+      if (!comes_again(p, place, length, next.length))
+        next = longest_match(v, p + place, p + length);
       continue;
     }
     if (!n || !patience) return 0;

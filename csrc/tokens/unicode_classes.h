@@ -1,4 +1,4 @@
-/* unicode_classes.h - the class of every code point, of Unicode 16.0. Made by unicode_classes.py: do not edit. */
+/* unicode_classes.h - classes of code points, Unicode 16.0. Made by unicode_classes.py. */
 #ifndef FSHM_UNICODE_CLASSES_H
 #define FSHM_UNICODE_CLASSES_H
 

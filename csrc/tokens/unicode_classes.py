@@ -1,7 +1,7 @@
-"""Makes unicode_classes.h: the class of every code point, as tiktoken's own regular expressions see it.
+"""Makes unicode_classes.h: the class of every code point, as tiktoken's regular expressions see it.
 
-tiktoken's regex crate brings its own Unicode tables, of a version that no file of Python has to match. So the
-classes are asked of tiktoken: an encoding with the pattern \\p{Lu} yields tokens for the upper-case letters alone.
+tiktoken's regex crate brings Unicode tables of its own, of a version that need not be Python's. So
+the classes are asked of tiktoken: with the pattern \\p{Lu}, capital letters alone yield tokens.
 
     python csrc/tokens/unicode_classes.py > csrc/tokens/unicode_classes.h
 
@@ -72,7 +72,7 @@ def header(table: bytes, version: str) -> str:
     names = "".join(f"  CLASS_{name}, /* {what} */\n" for name, what in CLASSES.items())
     cells = [number for block in blocks for number in block]
     return f"""\
-/* unicode_classes.h - the class of every code point, of Unicode {version}. Made by unicode_classes.py: do not edit. */
+/* unicode_classes.h - classes of code points, Unicode {version}. Made by unicode_classes.py. */
 #ifndef FSHM_UNICODE_CLASSES_H
 #define FSHM_UNICODE_CLASSES_H
 

@@ -70,7 +70,8 @@ typedef struct {
 } vocabulary_header_t;
 
 typedef struct {
-  uint64_t keys, key_ids, nodes, halves, prefixes, pairs, filter, ranks, offsets, special, bytes, size;
+  uint64_t keys, key_ids, nodes, halves, prefixes, pairs, filter, ranks, offsets, special, bytes,
+      size;
 } vocabulary_layout_t;
 
 /* The counts of pieces that took merges: like the memo of texts, lossy and of a fixed size (counting.c). */

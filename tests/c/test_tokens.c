@@ -13,8 +13,7 @@ static void test_merging(void) {
           fresh_vocabulary(FSHM_PATTERN_CL100K, alphabet, 1 + (unsigned)random_below(200));
       for (int i = 0; i < 300; i++) {
         size_t length = random_below(i % 100 ? 40 : sizeof text);
-        for (size_t at = 0; at < length; at++)
-          text[at] = (uint8_t)('a' + random_below(alphabet));
+        for (size_t at = 0; at < length; at++) text[at] = (uint8_t)('a' + random_below(alphabet));
         check_text(&t, text, length, random_below(length + 2));
       }
       free_vocabulary(&t);
@@ -93,8 +92,8 @@ static void test_refused(void) {
   for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
     vocabulary_t t = make_vocabulary(0, 0);
     memcpy(t.records + t.length, bad[i].extra, bad[i].length);
-    int status =
-        fshm_vocabulary_build(t.records, t.length + bad[i].length, "", 0, FSHM_PATTERN_R50K, &v, &e);
+    int status = fshm_vocabulary_build(t.records, t.length + bad[i].length, "", 0,
+                                       FSHM_PATTERN_R50K, &v, &e);
     CHECK_EQ(status, FSHM_E_ARGUMENT);
     fshm_vocabulary_close(v);
     free(t.records);
@@ -119,7 +118,8 @@ static void test_special(void) {
   CHECK_EQ(fshm_vocabulary_special(t.v, 2, &rank, &bytes, &length), FSHM_E_ARGUMENT);
   CHECK_EQ(fshm_tokens_decode(t.v, ranks, 2, out, sizeof out, &bad), 8);
   CHECK_EQ(memcmp(out, "<|end|>a", 8), 0);
-  CHECK_EQ(fshm_tokens_decode(t.v, ranks, 2, out, 3, &bad), 8); /* its length, where it does not fit */
+  CHECK_EQ(fshm_tokens_decode(t.v, ranks, 2, out, 3, &bad),
+           8); /* its length, where it does not fit */
   CHECK_EQ(fshm_tokens_decode(t.v, ranks, 3, out, sizeof out, &bad), FSHM_E_ARGUMENT);
   CHECK_EQ(bad, 2);
   free_vocabulary(&t);
@@ -187,7 +187,8 @@ static void test_damaged(void) {
     bool padding = at >= sizeof(vocabulary_header_t) && at < in_lines(sizeof(vocabulary_header_t));
     write_at(at, &other, 1);
     int status = open_status();
-    bool said = status == FSHM_E_DAMAGED || status == FSHM_E_LAYOUT || (padding && status == FSHM_OK);
+    bool said =
+        status == FSHM_E_DAMAGED || status == FSHM_E_LAYOUT || (padding && status == FSHM_OK);
     if (!said) CHECK_EQ(at, UINT64_MAX);
     write_at(at, &was, 1);
   }
@@ -228,7 +229,9 @@ static void test_hostile(void) {
     memcpy(map, t.v->map, size);
     uint64_t changes = random_below(4) ? random_below(200) : size / 16;
     for (uint64_t i = 0; i < changes; i++) {
-      uint64_t word = random_below(3) ? random_u64() : random_below(2) ? UINT64_MAX : random_below(512);
+      uint64_t word = random_below(3)   ? random_u64()
+                      : random_below(2) ? UINT64_MAX
+                                        : random_below(512);
       memcpy(map + begin + random_below((size - begin) / 4) * 4, &word, 4);
     }
     fshm_vocabulary *v;

@@ -13,11 +13,16 @@ typedef struct {
   fshm_vocabulary *v;
 } vocabulary_t;
 
-static const char special_records[] = "\7<|end|>\xa0\x86\1\0\5<|x|>\xa1\x86\1\0"; /* 100000, 100001 */
+static const char special_records[] =
+    "\7<|end|>\xa0\x86\1\0\5<|x|>\xa1\x86\1\0"; /* 100000, 100001 */
 
 /* Patterns ---------------------------------------------------------------------------------- */
 
-enum { BLANK = 1 << 8, SLASH = 1 << 9, ANY = (1 << 10) - 1 }; /* beside the classes, for ' ' and '/' */
+enum {
+  BLANK = 1 << 8,
+  SLASH = 1 << 9,
+  ANY = (1 << 10) - 1
+}; /* beside the classes, for ' ' and '/' */
 enum { IN_SET, POSSESSIVE, CONTRACTION, NOT_BEFORE_TEXT, AT_END, MATCHED };
 #define MANY 1000000
 #define LONGEST_TEXT 4096 /* bytes */
@@ -33,13 +38,12 @@ typedef struct {
 } letter_t;
 
 #define NEITHER (ANY & ~(LETTERS | SET(NUMBER) | SET(NEWLINE)))
-#define MATCH_SYMBOLS (SYMBOLS)
 
 static const atom_t r50k[][6] = {
     {{CONTRACTION, 0, 1, 0}, {MATCHED, 0, 0, 0}},
     {{IN_SET, BLANK, 0, 1}, {POSSESSIVE, LETTERS, 1, MANY}, {MATCHED, 0, 0, 0}},
     {{IN_SET, BLANK, 0, 1}, {POSSESSIVE, SET(NUMBER), 1, MANY}, {MATCHED, 0, 0, 0}},
-    {{IN_SET, BLANK, 0, 1}, {POSSESSIVE, MATCH_SYMBOLS, 1, MANY}, {MATCHED, 0, 0, 0}},
+    {{IN_SET, BLANK, 0, 1}, {POSSESSIVE, SYMBOLS, 1, MANY}, {MATCHED, 0, 0, 0}},
     {{POSSESSIVE, SPACES, 1, MANY}, {AT_END, 0, 0, 0}, {MATCHED, 0, 0, 0}},
     {{IN_SET, SPACES, 1, MANY}, {NOT_BEFORE_TEXT, 0, 0, 0}, {MATCHED, 0, 0, 0}},
     {{IN_SET, SPACES, 1, 1}, {MATCHED, 0, 0, 0}}};
@@ -48,7 +52,7 @@ static const atom_t cl100k[][6] = {
     {{POSSESSIVE, NEITHER, 0, 1}, {POSSESSIVE, LETTERS, 1, MANY}, {MATCHED, 0, 0, 0}},
     {{POSSESSIVE, SET(NUMBER), 1, 3}, {MATCHED, 0, 0, 0}},
     {{IN_SET, BLANK, 0, 1},
-     {POSSESSIVE, MATCH_SYMBOLS, 1, MANY},
+     {POSSESSIVE, SYMBOLS, 1, MANY},
      {POSSESSIVE, SET(NEWLINE), 0, MANY},
      {MATCHED, 0, 0, 0}},
     {{POSSESSIVE, SPACES, 1, MANY}, {AT_END, 0, 0, 0}, {MATCHED, 0, 0, 0}},
@@ -68,7 +72,7 @@ static const atom_t o200k[][6] = {
      {MATCHED, 0, 0, 0}},
     {{IN_SET, SET(NUMBER), 1, 3}, {MATCHED, 0, 0, 0}},
     {{IN_SET, BLANK, 0, 1},
-     {IN_SET, MATCH_SYMBOLS, 1, MANY},
+     {IN_SET, SYMBOLS, 1, MANY},
      {IN_SET, SET(NEWLINE) | SLASH, 0, MANY},
      {MATCHED, 0, 0, 0}},
     {{IN_SET, SPACES, 0, MANY}, {IN_SET, SET(NEWLINE), 1, MANY}, {MATCHED, 0, 0, 0}},
@@ -86,8 +90,7 @@ static int reference_contraction(const letter_t *text, int i, int n, bool any_ca
   static const char *const all[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
   for (size_t k = 0; k < sizeof all / sizeof *all; k++) {
     int length = (int)strlen(all[k]), same = 0;
-    while (same < length && i + same < n &&
-           folded(text[i + same].code, any_case) == all[k][same])
+    while (same < length && i + same < n && folded(text[i + same].code, any_case) == all[k][same])
       same++;
     if (same == length) return length;
   }

@@ -1,4 +1,4 @@
-"""Vocabularies for the tests of the engine that counts tokens: each with tiktoken's own encoding."""
+"""Vocabularies for the tests of the engine that counts tokens, each beside tiktoken's encoding."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from support import texts
 from fast_litellm_shm import _native
 from fast_litellm_shm.tokens import encoding, vocabulary
 
+Pair = tuple[tiktoken.Encoding, _native.Vocabulary]
 PATTERNS = list(vocabulary.PATTERNS)  # r50k, cl100k, o200k
-NAMES = {1: "p50k_base", 2: "cl100k_base", 3: "o200k_base"}
 
 
-def make(pattern: str, ranks: dict[bytes, int]) -> tuple[tiktoken.Encoding, _native.Vocabulary]:
+def make(pattern: str, ranks: dict[bytes, int]) -> Pair:
     """An encoding by tiktoken, and the same for the engine."""
     found = tiktoken.Encoding(
         "test", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|end|>": 1_000_000}
@@ -27,9 +27,9 @@ def make(pattern: str, ranks: dict[bytes, int]) -> tuple[tiktoken.Encoding, _nat
 
 
 @functools.cache
-def pairs(pattern: str) -> tuple[tiktoken.Encoding, _native.Vocabulary]:
-    """All pairs of bytes are tokens, ranked at random: so nearly every other end of a piece shows in
-    its tokens. Needs no file of tiktoken's."""
+def pairs(pattern: str) -> Pair:
+    """All pairs of bytes are tokens, ranked at random, so that another end of a piece shows in its
+    tokens. Needs no file of tiktoken's."""
     both = [bytes(pair) for pair in itertools.product(range(256), repeat=2)]
     random.Random(1).shuffle(both)
     ranks = {bytes([byte]): byte for byte in range(256)}
@@ -38,7 +38,7 @@ def pairs(pattern: str) -> tuple[tiktoken.Encoding, _native.Vocabulary]:
 
 
 @functools.cache
-def real(name: str) -> tuple[tiktoken.Encoding, _native.Vocabulary]:
+def real(name: str) -> Pair:
     """One of tiktoken's own."""
     found = encoding.load(name)
     compiled = vocabulary.compile_encoding(found)

@@ -9,6 +9,7 @@ import sys
 import threading
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import texts
@@ -16,16 +17,19 @@ from tokens import engine
 
 THOROUGH = os.environ.get("TOKENS_THOROUGH") == "1"
 needs_real = pytest.mark.skipif(not engine.at_hand(), reason=texts.WHY_NOT)
-REAL = engine.at_hand() or [pytest.param("none", marks=needs_real)]
+REAL: list[Any] = engine.at_hand() or [pytest.param("none", marks=needs_real)]
 
-# {0}: the code point. Whatever a scanner may do with one: alone, beside each class, doubled, where a
-# piece begins, in the middle, where it ends, and beside what needs a second look.
-CONTEXTS = (
-    "{0}|a{0}|{0}a|A{0}a|a{0}A|A{0}B| {0}|{0} |1{0}|{0}1|12{0}3|!{0}|{0}!|\n{0}|{0}\n|'{0}|{0}'s|"
-    "a'{0}|a{0}b|  {0}|{0}  a|x \n{0} a|中{0}A|A中{0}b|{0}{0}|é{0}|{0}é|\u0301{0}B|{0}\u0301B|"
-    "A{0}\u0301|'{0}e|!{0}\n/| {0}\r\n  x|\t{0}\t{0}"
-).split("|")
-AT_THE_END = "{0}|\n {0}|a\n{0}|{0}\n  |{0}'|{0} ".split("|")
+# {0}: the code point. Whatever a scanner may do with one: alone, beside each class, doubled, where
+# a piece begins, in the middle, where it ends, and beside what needs a second look.
+# fmt: off
+CONTEXTS = [
+    "{0}", "a{0}", "{0}a", "A{0}a", "a{0}A", "A{0}B", " {0}", "{0} ", "1{0}", "{0}1", "12{0}3",
+    "!{0}", "{0}!", "\n{0}", "{0}\n", "'{0}", "{0}'s", "a'{0}", "a{0}b", "  {0}", "{0}  a",
+    "x \n{0} a", "中{0}A", "A中{0}b", "{0}{0}", "é{0}", "{0}é", "\u0301{0}B", "{0}\u0301B",
+    "A{0}\u0301", "'{0}e", "!{0}\n/", " {0}\r\n  x", "\t{0}\t{0}",
+]
+AT_THE_END = ["{0}", "\n {0}", "a\n{0}", "{0}\n  ", "{0}'", "{0} "]
+# fmt: on
 _BETWEEN = " ;\n"
 
 
@@ -37,7 +41,7 @@ def _code_points() -> list[int]:
     return [c for c in every if c % 97 == 0 or unicodedata.category(chr(c)) not in ("Cn", "Co")]
 
 
-def _differing(parts: list[str], pair: tuple[engine.tiktoken.Encoding, engine._native.Vocabulary]) -> list[str]:
+def _differing(parts: list[str], pair: engine.Pair) -> list[str]:
     """The texts, of many, for which the two differ."""
     found, compiled = pair
     text = _BETWEEN.join(parts)
@@ -77,7 +81,14 @@ def test_random_texts(name: str) -> None:
         engine.assert_equal(texts.random_text(seed, 1000), found, compiled, f"seed {seed}: ")
 
 
-_ALPHABETS = ["ab", "aAé中 \u0301", "'sStTlLrReEvVdDmM\u017f\u212a ", " \n\r\t\u00a0\u2028x", "0½٣1 a", "/\n !.x"]
+_ALPHABETS = [
+    "ab",
+    "aAé中 \u0301",
+    "'sStTlLrReEvVdDmM\u017f\u212a ",
+    " \n\r\t\u00a0\u2028x",
+    "0½٣1 a",
+    "/\n !.x",
+]
 
 
 @pytest.mark.parametrize("pattern", engine.PATTERNS, ids=["r50k", "cl100k", "o200k"])
@@ -135,7 +146,15 @@ class Text(str):
 
 def test_kinds_of_str() -> None:
     found, compiled = engine.pairs(engine.PATTERNS[1])
-    for text in ("plain", "\xe9\xe8", "\u4e2d", "\U0001f600", "\ud800 x \udc00\ud800", "\ud83d\ude00", ""):
+    for text in (
+        "plain",
+        "\xe9\xe8",
+        "\u4e2d",
+        "\U0001f600",
+        "\ud800 x \udc00\ud800",
+        "\ud83d\ude00",
+        "",
+    ):
         engine.assert_equal(text, found, compiled)
         engine.assert_equal(Text(text), found, compiled)
     for wrong in (b"bytes", None, 3, ["text"]):
@@ -198,7 +217,7 @@ def test_decode(name: str) -> None:
 
 
 def _longest_start(text: str, tokens: list[bytes], most: int) -> str:
-    """What truncate() should yield where a start of the text has no more tokens than in the text."""
+    """What truncate() yields where a start of the text has as many tokens as in the text."""
     for kept in range(min(most, len(tokens)), -1, -1):
         start = b"".join(tokens[:kept])
         try:
@@ -212,10 +231,19 @@ def _longest_start(text: str, tokens: list[bytes], most: int) -> str:
 def test_fits_and_truncate(name: str) -> None:
     found, compiled = engine.real(name)
     shorter = 0
-    for text in map(_replaced, texts.CORPUS.values()):
-        text = text[:300]
+    for text in (_replaced(whole)[:300] for whole in texts.CORPUS.values()):
         tokens = found.decode_tokens_bytes(found.encode_ordinary(text))
-        for most in (0, 1, 2, 3, 5, len(tokens) // 2, len(tokens) - 1, len(tokens), len(tokens) + 1):
+        for most in (
+            0,
+            1,
+            2,
+            3,
+            5,
+            len(tokens) // 2,
+            len(tokens) - 1,
+            len(tokens),
+            len(tokens) + 1,
+        ):
             if most < 0:
                 continue
             assert compiled.fits(text, most) == (len(tokens) <= most)

@@ -23,8 +23,8 @@ def _generator() -> ModuleType:
 
 
 def test_the_table_is_tiktokens(generator: ModuleType) -> None:
-    """Fails where tiktoken's regular expressions got newer tables: make unicode_classes.h again, and
-    raise UNICODE_VERSION of vocabulary.py and FSHM_TOKENS_VERSION."""
+    """Fails where tiktoken's regular expressions got newer tables: make unicode_classes.h again,
+    and raise UNICODE_VERSION of vocabulary.py and FSHM_TOKENS_VERSION."""
     made = generator.header(generator.classes(), generator.unicode_version())
     assert (_FOLDER / "unicode_classes.h").read_text(encoding="utf-8") == made + "\n"
 
