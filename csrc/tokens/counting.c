@@ -345,9 +345,9 @@ int64_t fshm_tokens_encode(fshm_vocabulary *v, const void *text, uint64_t length
   while (p != end) {
     const uint8_t *next = piece_end(v->header.pattern, p, end);
     size_t n = piece_tokens(v, p, (size_t)(next - p), &found);
+    if (!n) return FSHM_E_MEMORY; /* there is nothing to free */
     for (size_t i = 0; i < n; i++) out[count++] = v->ranks[FOUND_TOKEN(found.search.found[i])];
     free(found.far);
-    if (!n) return FSHM_E_MEMORY;
     p = next;
   }
   return (int64_t)count;
@@ -361,12 +361,12 @@ static const uint8_t *cut_at(const fshm_vocabulary *v, const uint8_t *p, const u
     const uint8_t *next = piece_end(v->header.pattern, p, end);
     size_t n = piece_tokens(v, p, (size_t)(next - p), &found);
     const uint8_t *at = p, *cut = p;
+    if (!n) return NULL; /* there is nothing to free */
     for (size_t i = 0; i < n && i < most; i++) {
       at += FOUND_LENGTH(found.search.found[i]);
       if (at == next || (*at & 0xc0) != 0x80) cut = at;
     }
     free(found.far);
-    if (!n) return NULL;
     if (n > most) return cut;
     most -= n;
     p = next;
@@ -419,7 +419,8 @@ int64_t fshm_tokens_decode(const fshm_vocabulary *v, const uint32_t *ranks, uint
       *bad = i;
       return FSHM_E_ARGUMENT;
     }
-    if (length + (to - from) <= room) memcpy((uint8_t *)out + length, v->bytes + from, to - from);
+    if (out && length + (to - from) <= room)
+      memcpy((uint8_t *)out + length, v->bytes + from, to - from);
     length += to - from;
   }
   return (int64_t)length;

@@ -134,10 +134,10 @@ static int reference_letters(const uint8_t *p, size_t length, letter_t *out) {
     if (width > length - at) width = 1;
     unsigned code = p[at];
     if (width > 1) code &= 0x7fU >> width;
-    for (unsigned i = 1; i < width; i++) code = code << 6 | (p[at + i] & 63);
-    unsigned class = code < 0x110000 && (width > 1 || code < 0x80)
-                         ? class_blocks[class_block[code / 64] * 64 + code % 64]
-                         : CLASS_OTHER;
+    for (unsigned i = 1; i < width; i++) code = code << 6 | (p[at + i] & 63U);
+    unsigned class = CLASS_OTHER;
+    if (code < 0x110000 && (width > 1 || code < 0x80))
+      class = class_blocks[class_block[code / 64] * 64U + code % 64];
     out[n] = (letter_t){1U << class | (code == ' ' && width == 1 ? BLANK : 0) |
                             (code == '/' && width == 1 ? SLASH : 0),
                         width == 1 && code >= 0x80 ? 0xfffd : code, (unsigned)at};
