@@ -25,7 +25,7 @@
 
 /* [cdef begin] */
 
-#define FSHM_LAYOUT_VERSION 2
+#define FSHM_LAYOUT_VERSION 3
 #define FSHM_ALIVE_BY_LOCK \
   2     /* the lock is held; whether it dumps core cannot be seen (another pid namespace) */
 #define FSHM_MAX_LIMITS 4        /* limits of one limiter */
@@ -307,7 +307,7 @@ uint64_t fshm_live_keys(fshm_limiter *limiter, uint64_t now_ns);
 /* A permit held by this process. Copy it freely; release it once. */
 typedef struct {
   uint64_t slot, who, when;
-  uint32_t wakeup, held;
+  uint32_t held, unused;
   fshm_charged put[4]; /* the charge of each other limit */
 } fshm_permit;
 
@@ -337,11 +337,78 @@ int fshm_permit_idle(fshm_limiter *limiter, fshm_permit *permit, int idle);
 int fshm_permit_held(const fshm_limiter *limiter, const fshm_permit *permit);
 /* The number of the key's permits that living processes hold. Frees those of dead processes. */
 uint32_t fshm_in_flight(fshm_limiter *limiter, const void *key, uint64_t key_length);
-/* To wait for a permit: arm, try to take one, and wait if that failed. A wake-up since arm() ends the wait at once. */
+/* To wait for what another call finds out: arm, look, and wait if it is not there. A wake-up since arm() ends the wait
+ * at once. */
 uint32_t fshm_wakeup_arm(fshm_limiter *limiter, const void *key, uint64_t key_length);
 int fshm_wakeup_wait(fshm_limiter *limiter, const void *key, uint64_t key_length, uint32_t armed,
                      uint64_t timeout_ns);
 void fshm_wakeup_send(fshm_limiter *limiter, const void *key, uint64_t key_length);
+
+/* Waiting for a key ------------------------------------------------------------------------ */
+/* Callers that wait for a permit, or for tokens, stand in one queue for each key, over all processes. The queue says
+ * which of them may try; what it tries is any call of the limiter. A place is of one caller (a thread), or of several
+ * that take turns (tasks of an event loop). Its owner calls fshm_wait_turn() at least every FSHM_WAIT_BEAT_NS; a place
+ * whose owner does not (it is dead, or stopped) is passed over within a second:
+ *
+ *   fshm_wait_join(...);
+ *   while (!fshm_wait_turn(l, &place, 0, &turn) || !try()) fshm_wait_sleep(l, &place, turn.armed, ns);
+ *   fshm_wait_served(...); fshm_wait_leave(l, &place);
+ */
+#define FSHM_WAIT_BEAT_NS 200000000
+typedef struct {
+  uint64_t
+      tenant; /* hash of its name; 0 = none. Tenants get equal service, in proportion to their weights */
+  uint32_t weight; /* thousandths; 0 = 1000 */
+  int32_t priority; /* -100 .. 100; higher is first; one more for each 10 s of waiting */
+  int32_t
+      fd; /* to be written to at a wake-up: an eventfd or a pipe of an event loop; -1: a thread sleeps */
+} fshm_waiter;
+typedef struct {
+  uint64_t key, owner, tenant;
+  uint64_t since; /* segment ns: when its first caller came */
+  uint32_t entry, weight, woken, shared;
+  uint32_t callers; /* that wait in it */
+  int32_t priority, fd;
+} fshm_place;
+typedef struct {
+  uint32_t armed; /* pass it to fshm_wait_sleep() */
+  uint32_t ahead; /* callers that are before this place */
+  uint32_t callers; /* that wait for the key, this place's included */
+} fshm_turn;
+typedef struct {
+  uint64_t key_hash; /* 52 bits, as in fshm_permit_info */
+  uint64_t tenant, waited_ns;
+  uint32_t limiter, pid, callers, stale;
+  int32_t priority;
+} fshm_waiter_info;
+/* Join the queue. 1; 0: it has no room for more places (4,096 on a host): then the caller goes by no order, but may
+ * try. now_ns: 0 = now. */
+int fshm_wait_join(fshm_limiter *limiter, const void *key, uint64_t key_length,
+                   const fshm_waiter *waiter, uint64_t now_ns, fshm_place *place);
+/* 1: the place is next: try. 0: sleep. */
+int fshm_wait_turn(fshm_limiter *limiter, fshm_place *place, uint64_t now_ns, fshm_turn *out);
+/* Sleep until the place is woken, at most FSHM_WAIT_BEAT_NS. 1: it was woken. */
+int fshm_wait_sleep(fshm_limiter *limiter, const fshm_place *place, uint32_t armed, uint64_t ns);
+/* The place's caller was admitted, with a cost in tokens: counts as service of its tenant. */
+void fshm_wait_served(fshm_limiter *limiter, fshm_place *place, uint64_t cost, uint64_t now_ns);
+/* So many tokens more, or fewer, were used in the end. */
+void fshm_wait_correct(fshm_limiter *limiter, const fshm_place *place, int64_t tokens,
+                       uint64_t now_ns);
+/* For a place of several callers: its first caller has gone, the next one came at `since`. Wakes whichever place is
+ * next. (When only the number of callers changes, set place->callers.) */
+void fshm_wait_requeue(fshm_limiter *limiter, fshm_place *place, uint64_t since_ns,
+                       uint32_t callers, uint64_t now_ns);
+/* Leave the queue, and wake the next. No effect the second time. */
+void fshm_wait_leave(fshm_limiter *limiter, fshm_place *place);
+/* There may be room for a caller of the key. (A release of a permit does this by itself.) */
+void fshm_wait_wake(fshm_limiter *limiter, const void *key, uint64_t key_length);
+/* How many callers wait for the key (tenant: of this one only): out->callers. */
+void fshm_waiting(fshm_limiter *limiter, const void *key, uint64_t key_length,
+                  const uint64_t *tenant, uint64_t now_ns, fshm_turn *out);
+/* Pass the wake-ups of other processes on to the event loops of this one, for so long: a thread of its own. */
+void fshm_wait_watch(fshm_segment *segment, uint64_t ns);
+/* The place of this number, below 4,096. 1; 0: it is free. */
+int fshm_waiter_at(fshm_segment *segment, uint32_t index, fshm_waiter_info *out);
 /* The permit in a slot of the table: 1, or 0 if there is none. */
 int fshm_permit_at(fshm_segment *segment, uint64_t slot, fshm_permit_info *out);
 /* All permits; the first `room` of them go into out. Returns the number of all. */

@@ -113,7 +113,9 @@ static void lay_out(header_t *h, uint64_t capacity) {
   h->deployments_offset = h->histograms_offset + sizeof(histogram_t) * METRICS * METRIC_SHARDS;
   h->requests_offset = h->deployments_offset + DEPLOYMENTS * sizeof(deployment_t);
   h->counters_offset = h->requests_offset + PROCESSES * sizeof(requests_t);
-  h->size = aligned(h->counters_offset + (PROCESSES + 1) * sizeof(counters_t), PAGE);
+  h->waiters_offset = aligned(h->counters_offset + (PROCESSES + 1) * sizeof(counters_t), PAGE);
+  h->size =
+      aligned(h->waiters_offset + WAITERS * sizeof(waiter_t) + PROCESSES * sizeof(uint32_t), PAGE);
 }
 
 uint64_t fshm_size_for(uint64_t capacity) {
@@ -319,7 +321,8 @@ int image_verify(int fd, header_t *h, uint32_t flags, fshm_error *e) {
       should.memo_offset != h->memo_offset || should.metrics_offset != h->metrics_offset ||
       should.histograms_offset != h->histograms_offset ||
       should.deployments_offset != h->deployments_offset ||
-      should.requests_offset != h->requests_offset || should.counters_offset != h->counters_offset)
+      should.requests_offset != h->requests_offset ||
+      should.counters_offset != h->counters_offset || should.waiters_offset != h->waiters_offset)
     return image_fail(e, FSHM_E_DAMAGED);
   identify_clock(&should);
   e->found = h->time_namespace;

@@ -83,6 +83,8 @@ struct fshm_segment {
   deployment_t *deployments;
   requests_t *requests;
   counters_t *counters;
+  waiter_t *waiters;
+  _Atomic uint32_t *watchers; /* of each process, a futex word: wake-ups << 1 | a thread watches */
   uint64_t memo_lines;
   uint64_t lines, slot_count, names_words, size, epoch;
   uint64_t probe_mask; /* cache lines of a probe window - 1: a power of two - 1 */
@@ -101,6 +103,9 @@ struct fshm_segment {
   _Atomic uint64_t looked[PROCESSES]; /* liveness.c: the last answers of /proc */
   _Atomic int lock_errno; /* why the lock file could not be opened the last time; 0 = it could */
   uint64_t dev, ino;
+  _Atomic int
+      wait_fds[WAITERS]; /* of places of this process: 1 + what its event loop polls; 0 = none */
+  _Atomic uint32_t wait_heard[WAITERS]; /* wake-ups that fshm_wait_watch() has passed on */
   uint32_t users; /* handles on this mapping in this process */
   char path[256];
   struct fshm_segment *next;

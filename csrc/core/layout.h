@@ -28,6 +28,8 @@
 #define SHARED 8 /* shared counters of a limiter, for keys without a slot: a power of two */
 #define SHARED_PLACES 8 /* slots of a shared counter: one for each place of a rule */
 #define WAKEUPS 256 /* futex words on which callers wait for permits */
+#define WAITERS 4096 /* places of callers that wait, over all keys: a power of two */
+#define WAIT_GROUPS 256 /* where the places of a key begin */
 #define MEMO_WAYS 4 /* entries where a text can be in the memo: one line */
 #define METRICS 32 /* (component, operation) pairs that are measured */
 #ifndef METRIC_SHARDS /* the crash harness has one, so that any two processes meet in it */
@@ -153,6 +155,24 @@ typedef struct {
   _Atomic uint64_t born;
 } process_t;
 
+/* A place of callers of one process that wait for a key: wait_queue.c. Only its owner writes it, but for `wake`. After
+ * a crash: it is not written any more, and soon does not count. */
+typedef struct {
+  /* 0 = free. A number that no other owner has had; taken and freed by compare-and-swap. */
+  _Alignas(LINE) _Atomic uint64_t owner;
+  _Atomic uint64_t published; /* the owner that has written the fields below (release) */
+  _Atomic uint64_t key; /* wait_queue.h: wait_key() */
+  _Atomic uint64_t tenant; /* hash of its name; 0 = none */
+  _Atomic uint64_t since; /* segment ns: when its first caller came */
+  _Atomic uint64_t seen; /* segment ns: when its owner wrote it last */
+  _Atomic uint32_t wake; /* wake-ups: a futex word. Any process adds 1 */
+  _Atomic uint32_t callers; /* that wait in it */
+  _Atomic uint16_t process; /* index + 1 */
+  _Atomic uint8_t polled; /* an event loop waits, not a thread */
+  _Atomic int8_t priority;
+  uint32_t unused;
+} waiter_t;
+
 /* The limits of a name are rules (rule_t, as relaxed words), each at an index of its limiter's table. Only the
  * process that owns a rule index writes the rule, before `set` names it. The rule does not change while a state may
  * refer to it: the state of a key has the rule index (its label) of the rule that it was written under. */
@@ -201,7 +221,7 @@ typedef struct {
       requests_offset; /* bytes from the start */
   uint64_t memo_lines;
   uint64_t names_words; /* of the ring buffer of key names */
-  uint64_t counters_offset;
+  uint64_t counters_offset, waiters_offset;
   uint32_t limiters, processes, process_stats_entries, names_mode;
   uint64_t boot[2]; /* the kernel's boot id */
   uint64_t time_namespace; /* inode; 0 = unknown */
@@ -213,7 +233,7 @@ typedef struct {
   /* The first damage found: kind (8 bits) | index (56); 0 = none. The process that finds it sets it by one
    * compare-and-swap (relaxed). It is never cleared, and no decision reads it. */
   _Atomic uint64_t damage;
-  unsigned char unused[LINE - 16];
+  unsigned char unused[LINE - 24];
   _Alignas(LINE) _Atomic uint64_t ticket; /* next pending ticket; fetch-add, relaxed */
   _Alignas(LINE) _Atomic uint64_t names_head; /* words ever reserved in the names; fetch-add */
   /* The inode of the lock file; 0 = none yet. The first process that has the file open sets it by one
@@ -232,6 +252,8 @@ typedef struct {
   /* Process indexes that were ever used: bits, only set. */
   _Alignas(LINE) _Atomic uint64_t joined[PROCESSES / 64];
   _Atomic uint64_t liveness; /* segment ns of the last liveness check; one compare-and-swap */
+  /* For each group of keys: changes (32 bits) | how many entries of `waiters` may be in use (32). wait_queue.c */
+  _Alignas(LINE) _Atomic uint64_t queues[WAIT_GROUPS];
 } header_t;
 
 static_assert(sizeof(slot_t) == 16, "a slot is swapped as 16 bytes");
@@ -241,6 +263,7 @@ static_assert(sizeof(process_stat_t) == 16, "process statistics: an entry");
 static_assert(sizeof(process_stats_t) == 2048, "process statistics");
 static_assert(sizeof(counters_t) == 512, "counters");
 static_assert(sizeof(process_t) == 64, "process");
+static_assert(sizeof(waiter_t) == 64, "waiter");
 static_assert(sizeof(metric_t) == 120, "metric");
 static_assert(sizeof(histogram_t) == 1984, "histogram");
 static_assert(sizeof(deployment_t) == 64, "deployment");
@@ -248,9 +271,9 @@ static_assert(sizeof(requests_t) == 576, "requests in flight");
 static_assert(sizeof(rule_t) == UINT64_C(8) * RULE_WORDS, "rule");
 static_assert(sizeof(limiter_entry_t) == 1344, "limiter entry");
 static_assert(offsetof(limiter_entry_t, current) == 16, "swapped as 16 bytes");
-static_assert(offsetof(header_t, damage) == 240, "the constant words end at 240");
+static_assert(offsetof(header_t, damage) == 248, "the constant words end at 248");
 static_assert(offsetof(header_t, ticket) == 320, "the changing lines start at 320");
-static_assert(sizeof(header_t) == 1792, "header");
+static_assert(sizeof(header_t) == 3840, "header");
 static_assert(sizeof(_Atomic uint64_t) == 8, "atomics are plain words");
 
 #endif

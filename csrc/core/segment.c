@@ -112,6 +112,8 @@ static int attach(int fd, const header_t *h, const char *path, uint32_t flags, f
   s->deployments = (deployment_t *)(void *)(s->map + h->deployments_offset);
   s->requests = (requests_t *)(void *)(s->map + h->requests_offset);
   s->counters = (counters_t *)(void *)(s->map + h->counters_offset);
+  s->waiters = (waiter_t *)(void *)(s->map + h->waiters_offset);
+  s->watchers = (_Atomic uint32_t *)(void *)(s->waiters + WAITERS);
   s->dev = (uint64_t)st.st_dev;
   s->ino = st.st_ino;
   store_relaxed(&s->lock_fd, -1);

@@ -13,7 +13,7 @@
 #include "../limits/limits.h"
 #include "../stats/key_stats.h"
 #include "semaphore.h"
-#include "wakeup.h"
+#include "wait_queue.h"
 
 #define PERMIT_BIT 2048U /* of the limiter index in key_stats_t.meta */
 #define PERMIT_NUMBER(w) ((uint32_t)((w) >> 44) & 0x1ffff)
@@ -65,6 +65,11 @@ static inline uint64_t permit_who(uint32_t limiter, uint64_t hash, uint32_t numb
 }
 #define PERMIT_LIMITER(who) ((uint32_t)((who) >> 1) & (MAX_LIMITERS - 1))
 #define PERMIT_KEY(who, number) ((((who) >> 12) ^ permit_bits(number)) & (UINT64_MAX >> 12))
+
+/* The key of the queue of those that wait for such a permit. */
+static inline uint64_t wait_key_of(const fshm_permit *p) {
+  return wait_key(PERMIT_KEY(p->who, PERMIT_NUMBER(p->when)), PERMIT_LIMITER(p->who));
+}
 
 typedef struct {
   fshm_segment *s;
@@ -124,7 +129,6 @@ static int try_permit(const holder_t *h, uint32_t number, liveness_t *liveness, 
     out->slot = f.slot; /* out->put stays as it is */
     out->who = who;
     out->when = mine.when;
-    out->wakeup = wakeup_of(h->hash);
     out->held = 1;
     return PERMIT_TAKEN;
   }
@@ -274,8 +278,8 @@ static UNGUARDED int take_permit(holder_t *h, snapshot_t *snapshot, uint32_t n,
       key_stats_remember(h->s, out->slot, key_stats_meta(h->limiter->index | PERMIT_BIT, out->who),
                          h->key, h->key_length);
       if (pass)
-        wakeup_send(h->s,
-                    out->wakeup); /* a dead process may have held more: let the next waiter look */
+        wait_wake(h->s,
+                  wait_key_of(out)); /* a dead process may have held more: let the next look */
       bool fits = stands(h, snapshot, number, held);
       if (likely(fits && (!granted || stands_granted(h, snapshot, granted, number, held))))
         return FSHM_ALLOWED;
@@ -358,7 +362,7 @@ UNGUARDED int fshm_permit_release(fshm_limiter *l, fshm_permit *p) {
   /* A forked child has its own identity, and cannot free its parent's permit. */
   if (!own_identity(h.s, &h.identity) || (p->when & IDENTITY_MASK) != h.identity) return 0;
   if (!give_back(&h, p)) return 0;
-  wakeup_send(h.s, p->wakeup);
+  wait_wake(h.s, wait_key_of(p));
   store_relaxed(&l->released, PERMIT_NUMBER(p->when) + 1);
   return 1;
 }
@@ -394,7 +398,7 @@ UNGUARDED void fshm_admit(fshm_limiter *l, const void *key, uint64_t key_length,
   holder_t h;
   snapshot_t snapshot;
   permit->slot = permit->who = permit->when = 0;
-  permit->wakeup = permit->held = 0;
+  permit->held = 0;
   for (uint32_t i = 0; i < FSHM_MAX_LIMITS; i++) permit->put[i].den = 0; /* nothing was charged */
   memset(out, 0, sizeof *out);
   *in_flight = 0;
@@ -486,7 +490,7 @@ uint64_t fshm_reap(fshm_segment *s, uint32_t pid) {
     pair_t idle = {seen.who, 0};
     if (pair_cas(&s->slots[slot], &seen, idle)) freed++;
   }
-  if (freed) wakeup_send_all(s);
+  if (freed) wait_wake_all(s);
   return freed;
 }
 

@@ -1,4 +1,5 @@
-/* wakeup.c - waiting for a permit, and waking a waiter. Argued in DESIGN.md, "Permits".
+/* wakeup.c - waiting for what another call of the host finds out, and waking a waiter (single flight). Argued in
+ * DESIGN.md, "Wake-ups".
  *
  * Keys share the futex words by their hash. On one word, the futex's bit set separates 32 classes of keys; a tag in
  * the word separates the keys of a class:
@@ -45,17 +46,6 @@ void wakeup_send(fshm_segment *s, uint32_t wakeup) {
   if (atomic_compare_exchange_strong(b, &rung, rung & ~1U))
     (void)futex(b, FUTEX_WAKE_BITSET, INT32_MAX, NULL, UINT32_MAX);
 #endif
-}
-
-void wakeup_send_all(fshm_segment *s) {
-  for (uint32_t wakeup = 0; wakeup < WAKEUPS; wakeup++) {
-    _Atomic uint32_t *b = &s->header->wakeups[wakeup];
-    if (!(load_relaxed(b) & 1)) continue;
-    (void)atomic_fetch_xor(b, 2); /* so that no waiter falls asleep on the old value */
-#if defined(__linux__)
-    (void)futex(b, FUTEX_WAKE_BITSET, INT32_MAX, NULL, UINT32_MAX);
-#endif
-  }
 }
 
 static uint32_t key_wakeup(const fshm_limiter *l, const void *key, uint64_t length) {

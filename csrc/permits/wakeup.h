@@ -1,4 +1,4 @@
-/* wakeup.h - wake-ups of callers that wait for a permit. */
+/* wakeup.h - wake-ups of callers that wait for the answer to another call. */
 #ifndef FSHM_WAKEUP_H
 #define FSHM_WAKEUP_H
 
@@ -7,6 +7,5 @@
 /* Wake one waiter of this key (wakeup: the upper half of its hash), or all waiters. */
 static inline uint32_t wakeup_of(uint64_t hash) { return (uint32_t)(hash >> 32); }
 void wakeup_send(fshm_segment *s, uint32_t wakeup);
-void wakeup_send_all(fshm_segment *s);
 
 #endif

@@ -1,0 +1,440 @@
+/* wait_queue.c - the queue of callers that wait for a key. Argued in DESIGN.md, "The wait queue".
+ *
+ * The queue only says which caller may try. A caller that is next takes its permit, or its tokens, by the same call as
+ * any other. So no damage to the queue, and no kill, admits more than the limit.
+ *
+ * A place is an entry of a table that all keys share. Its group says where a key's places begin; `queues` says how many
+ * entries from there on may be in use (reach, the lower half), and how often that changed (the upper half). The owner
+ * of a place writes to it at least every FSHM_WAIT_BEAT_NS. A place that has not been written for LATE_NS does not
+ * count: its process is dead or stopped. After ABANDONED_NS any process may take it.
+ */
+#include <errno.h>
+#include <time.h>
+#include <unistd.h>
+
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#endif
+
+#include "../limits/limiter.h"
+#include "../limits/limits.h"
+#include "wait_order.h"
+#include "wait_queue.h"
+
+#define LATE_NS UINT64_C(700000000)
+#define ABANDONED_NS UINT64_C(10000000000)
+#define SERVICE_NS UINT64_C(60000000000) /* a tenant without service for so long begins anew */
+#define LAST_SERVED UINT64_MAX /* as a tenant: the service of the one that was served last */
+#define REACH(word) ((uint32_t)(word))
+#define CHANGED (UINT64_C(1) << 32)
+
+static_assert(FSHM_WAIT_BEAT_NS * 3 <= LATE_NS, "two beats may be lost");
+
+static waiter_t *place_at(const fshm_segment *s, uint32_t group, uint32_t nth) {
+  return &s->waiters[(group * (WAITERS / WAIT_GROUPS) + nth) % WAITERS];
+}
+
+static uint32_t reach_of(const fshm_segment *s, uint32_t group) {
+  /* acquire: pairs with raise_reach(); the entries below it are seen */
+  uint32_t reach = REACH(atomic_load_explicit(&s->header->queues[group], memory_order_acquire));
+  return reach > WAITERS ? WAITERS : reach;
+}
+
+/* seq_cst: a full barrier between the publication of the place and its owner's look at the limits (wait_wake). Each
+ * call changes the word, so that no scan that has missed our entry can lower it (lower_reach). */
+static void raise_reach(fshm_segment *s, uint32_t group, uint32_t to) {
+  _Atomic uint64_t *word = &s->header->queues[group];
+  uint64_t seen = load_relaxed(word);
+  for (int tries = 0; tries < MAX_TRIES; tries++) {
+    uint32_t reach = REACH(seen) > to ? REACH(seen) : to;
+    if (atomic_compare_exchange_strong(word, &seen, ((seen >> 32) + 1) << 32 | reach)) return;
+  }
+}
+
+/* None of the group's entries was in use, as of `seen`. */
+static void lower_reach(fshm_segment *s, uint32_t group, uint64_t seen) {
+  if (REACH(seen))
+    (void)atomic_compare_exchange_strong(&s->header->queues[group], &seen,
+                                         ((seen >> 32) + 1) << 32);
+}
+
+/* service --------------------------------------------------------------------------------------- */
+
+/* Of a tenant of a key: a window's state in the hash table, whose count is the service (never 0: 0 is "never seen"). */
+static uint64_t service_hash(uint64_t key, uint64_t tenant) {
+  return spread(key ^ tenant * UINT64_C(0x9e3779b97f4a7c15));
+}
+static uint64_t service_who(uint64_t key, uint64_t tenant) {
+  return side_who(service_hash(key, tenant), (uint32_t)(key >> 1) & (MAX_LIMITERS - 1));
+}
+static uint64_t service_state(uint64_t service, uint64_t now) {
+  static const rule_t rule = {.kind = FSHM_WINDOW, .n = SERVICE_MASK, .per = SERVICE_NS};
+  window_t w = {plus_time(now, SERVICE_NS), service & SERVICE_MASK, 0};
+  if (!w.count) w.count = 1;
+  return window_state(&rule, w);
+}
+static uint64_t service_read(const fshm_segment *s, uint64_t key, uint64_t tenant, uint64_t now,
+                             found_t *f) {
+  table_find(s, service_hash(key, tenant), service_who(key, tenant), f);
+  return f->pair.who ? window_read(f->pair.when, now).count : 0;
+}
+static uint64_t service_of(const fshm_segment *s, uint64_t key, uint64_t tenant, uint64_t now) {
+  found_t f;
+  uint64_t last = service_read(s, key, LAST_SERVED, now, &f);
+  uint64_t own = service_read(s, key, tenant, now, &f);
+  return own ? service_lifted(own, last) : last;
+}
+
+static uint64_t first_service(void *context) { return *(uint64_t *)context; }
+
+/* Write a service, at least `least`, plus `more`. No room in the table: the tenant is as one that came just now. */
+static void service_add(fshm_segment *s, uint64_t key, uint64_t tenant, uint64_t least,
+                        uint64_t more, uint64_t now) {
+  for (int tries = 0; tries < MAX_TRIES / CLAIM_TRIES; tries++) {
+    found_t f;
+    uint64_t own = service_read(s, key, tenant, now, &f);
+    uint64_t next = service_state((own ? service_lifted(own, least) : least) + more, now);
+    if (!f.pair.who) {
+      int status = table_claim(s, service_hash(key, tenant), service_who(key, tenant), now,
+                               first_service, &next, &f.slot);
+      if (status != CLAIM_LOST) return;
+      continue;
+    }
+    pair_t seen = f.pair, to = {seen.who, next};
+    /* Pairs with the swaps of other callers of the tenant: each adds its own. */
+    if (pair_cas(&s->slots[f.slot], &seen, to)) return;
+  }
+}
+
+/* places ---------------------------------------------------------------------------------------- */
+
+/* What an entry says. False: it is free, or is just being taken. */
+static bool read_entry(const waiter_t *e, uint64_t *owner, uint64_t *key, uint64_t *seen,
+                       waiting_t *w) {
+  /* acquire: pairs with publish_place(); `published` is written last */
+  *owner = atomic_load_explicit(&e->published, memory_order_acquire);
+  if (!*owner || load_relaxed(&e->owner) != *owner) return false;
+  *key = load_relaxed(&e->key);
+  *seen = load_relaxed(&e->seen);
+  *w = (waiting_t){.since = load_relaxed(&e->since),
+                   .tenant = load_relaxed(&e->tenant),
+                   .id = *owner,
+                   .priority = load_relaxed(&e->priority)};
+  return true;
+}
+
+static bool is_late(uint64_t seen, uint64_t now) { return now > seen && now - seen > LATE_NS; }
+
+static bool abandoned(const waiter_t *e, uint64_t now) {
+  uint64_t seen = load_relaxed(&e->seen);
+  return now > seen && now - seen > ABANDONED_NS;
+}
+
+static void beat(waiter_t *e, const fshm_place *p, uint64_t now) {
+  store_relaxed(&e->since, p->since);
+  store_relaxed(&e->callers, p->callers);
+  store_relaxed(&e->seen, now);
+}
+
+static bool is_ours(const waiter_t *e, const fshm_place *p) {
+  return p->owner && load_relaxed(&e->owner) == p->owner;
+}
+
+/* Take an entry of the key's group. False: all are in use. */
+static bool take_entry(fshm_segment *s, fshm_place *p, uint64_t now) {
+  uint32_t group = wait_group(p->key);
+  uint64_t mine = add_relaxed(&s->header->ticket, 1) + 1;
+  for (uint32_t nth = 0; nth < WAITERS; nth++) {
+    waiter_t *e = place_at(s, group, nth);
+    uint64_t owner = load_relaxed(&e->owner);
+    if (owner && !abandoned(e, now)) continue;
+    /* From free, or from an owner that has not been seen for long, to mine. Pairs with every other taker's swap. No
+     * number comes twice, so an owner that goes on sees that it has lost the place. */
+    if (!atomic_compare_exchange_strong(&e->owner, &owner, mine)) continue;
+    p->owner = mine;
+    p->entry = (uint32_t)(e - s->waiters);
+    store_relaxed(&e->key, p->key);
+    store_relaxed(&e->tenant, p->tenant);
+    store_relaxed(&e->priority, (int8_t)p->priority);
+    store_relaxed(&e->process, (uint16_t)(process_index(s) + 1)); /* 0: it has none */
+    store_relaxed(&e->polled, p->fd >= 0);
+    store_relaxed(&s->wait_fds[p->entry], p->fd >= 0 ? p->fd + 1 : 0);
+    p->woken = load_relaxed(&e->wake);
+    store_relaxed(&s->wait_heard[p->entry], p->woken);
+    beat(e, p, now);
+    /* release: pairs with read_entry() */
+    atomic_store_explicit(&e->published, mine, memory_order_release);
+    raise_reach(s, group, nth + 1);
+    return true;
+  }
+  p->owner = 0;
+  return false;
+}
+
+static uint64_t now_of(const fshm_segment *s, uint64_t now) {
+  return now ? min_u64(now, TIME_MAX - 1) : segment_now(s);
+}
+
+int fshm_wait_join(fshm_limiter *l, const void *key, uint64_t length, const fshm_waiter *w,
+                   uint64_t now, fshm_place *p) {
+  fshm_segment *s = l->segment;
+  memset(p, 0, sizeof *p);
+  p->key = wait_key(fshm_siphash(l->key[0], l->key[1], key, length), l->index);
+  p->tenant = w->tenant == LAST_SERVED ? 1 : w->tenant;
+  p->priority = w->priority > MOST_PRIORITY    ? MOST_PRIORITY
+                : w->priority < -MOST_PRIORITY ? -MOST_PRIORITY
+                                               : w->priority;
+  p->weight = w->weight ? w->weight : 1000;
+  p->callers = 1;
+  p->fd = w->fd;
+  now = now_of(s, now);
+  p->since = now;
+  return !s->read_only && take_entry(s, p, now);
+}
+
+/* The place of the caller that is next. NULL: none waits. */
+static waiter_t *next_of(fshm_segment *s, uint64_t key, uint64_t now) {
+  uint32_t group = wait_group(key);
+  uint64_t word = atomic_load_explicit(&s->header->queues[group], memory_order_acquire);
+  uint32_t reach = REACH(word) > WAITERS ? WAITERS : REACH(word);
+  waiter_t *best = NULL;
+  waiting_t first = {0}, w;
+  bool any = false;
+  for (uint32_t nth = 0; nth < reach; nth++) {
+    waiter_t *e = place_at(s, group, nth);
+    uint64_t owner = load_relaxed(&e->owner), of, seen;
+    if (owner && abandoned(e, now))
+      (void)atomic_compare_exchange_strong(&e->owner, &owner, 0);
+    else
+      any |= owner != 0;
+    if (!read_entry(e, &owner, &of, &seen, &w) || of != key || is_late(seen, now)) continue;
+    if (best && w.tenant != first.tenant) {
+      first.service = service_of(s, key, first.tenant, now);
+      w.service = service_of(s, key, w.tenant, now);
+    }
+    if (!best || is_before(&w, &first, now)) best = e, first = w;
+  }
+  if (!any) lower_reach(s, group, word);
+  return best;
+}
+
+int fshm_wait_turn(fshm_limiter *l, fshm_place *p, uint64_t now, fshm_turn *out) {
+  fshm_segment *s = l->segment;
+  memset(out, 0, sizeof *out);
+  now = now_of(s, now);
+  if (!p->owner || !is_ours(&s->waiters[p->entry], p)) {
+    /* No place, or one that was lost: this process was stopped for long. It keeps its time of arrival. */
+    if (s->read_only || !take_entry(s, p, now)) {
+      out->armed = 0;
+      return 1; /* it goes by no order: all places are in use */
+    }
+  }
+  waiter_t *mine = &s->waiters[p->entry];
+  beat(mine, p, now);
+  /* seq_cst: before the look at the limits. A release after that look changes the word. */
+  out->armed = atomic_load(&mine->wake);
+  out->callers = p->callers;
+  uint32_t group = wait_group(p->key), reach = reach_of(s, group);
+  waiting_t me = {p->since, p->tenant, 0, p->owner, p->priority}, w;
+  bool known = false, first = true;
+  for (uint32_t nth = 0; nth < reach; nth++) {
+    waiter_t *e = place_at(s, group, nth);
+    uint64_t owner, of, seen;
+    if (e == mine || !read_entry(e, &owner, &of, &seen, &w)) continue;
+    if (of != p->key || is_late(seen, now)) continue;
+    if (w.tenant != me.tenant) {
+      p->shared = 1; /* the key has several tenants */
+      if (!known) me.service = service_of(s, p->key, me.tenant, now);
+      known = true;
+      w.service = service_of(s, p->key, w.tenant, now);
+    } else {
+      w.service = me.service;
+    }
+    uint32_t callers = load_relaxed(&e->callers);
+    out->callers += callers;
+    if (!is_before(&w, &me, now)) continue;
+    first = false;
+    out->ahead += callers;
+  }
+  /* Woken, but another is first by now: the wake-up was meant for that one. */
+  if (!first && out->armed != p->woken) wait_wake(s, p->key);
+  p->woken = out->armed;
+  return first;
+}
+
+void fshm_wait_served(fshm_limiter *l, fshm_place *p, uint64_t cost, uint64_t now) {
+  fshm_segment *s = l->segment;
+  if (!p->tenant && !p->shared) return; /* all are of one tenant */
+  now = now_of(s, now);
+  uint64_t before = service_of(s, p->key, p->tenant, now);
+  service_add(s, p->key, LAST_SERVED, before, 0, now);
+  service_add(s, p->key, p->tenant, before, service_units(cost, p->weight), now);
+}
+
+void fshm_wait_correct(fshm_limiter *l, const fshm_place *p, int64_t tokens, uint64_t now) {
+  fshm_segment *s = l->segment;
+  if (!tokens || (!p->tenant && !p->shared)) return;
+  now = now_of(s, now);
+  uint64_t before = service_of(s, p->key, p->tenant, now);
+  uint64_t cost = tokens < 0 ? 0 - (uint64_t)tokens : (uint64_t)tokens;
+  uint64_t units = service_units(cost, p->weight);
+  service_add(s, p->key, p->tenant, before, tokens < 0 ? 0 - units : units, now);
+}
+
+void fshm_wait_requeue(fshm_limiter *l, fshm_place *p, uint64_t since, uint32_t callers,
+                       uint64_t now) {
+  fshm_segment *s = l->segment;
+  p->since = since;
+  p->callers = callers;
+  if (!p->owner || !is_ours(&s->waiters[p->entry], p)) return; /* the next turn takes another place */
+  beat(&s->waiters[p->entry], p, now_of(s, now));
+  wait_wake(s, p->key); /* another may be first by now, and there may be room for more */
+}
+
+void fshm_wait_leave(fshm_limiter *l, fshm_place *p) {
+  fshm_segment *s = l->segment;
+  if (!p->owner) return;
+  waiter_t *e = &s->waiters[p->entry];
+  uint64_t owner = p->owner;
+  p->owner = 0;
+  store_relaxed(&s->wait_fds[p->entry], 0);
+  /* From mine to free; release, so that the next owner's stores come after. Lost: another process has the place. */
+  if (!atomic_compare_exchange_strong(&e->owner, &owner, 0)) return;
+  wait_wake(
+      s,
+      p->key); /* whatever woke us may be for the next; and there may be room for more than one */
+}
+
+/* Of the key; `tenant`: only of this one. */
+void fshm_waiting(fshm_limiter *l, const void *key, uint64_t length, const uint64_t *tenant,
+                  uint64_t now, fshm_turn *out) {
+  fshm_segment *s = l->segment;
+  uint64_t of, seen, owner,
+      wanted = wait_key(fshm_siphash(l->key[0], l->key[1], key, length), l->index);
+  uint32_t group = wait_group(wanted), reach = reach_of(s, group);
+  waiting_t w;
+  memset(out, 0, sizeof *out);
+  now = now_of(s, now);
+  for (uint32_t nth = 0; nth < reach; nth++) {
+    const waiter_t *e = place_at(s, group, nth);
+    if (!read_entry(e, &owner, &of, &seen, &w) || of != wanted || is_late(seen, now)) continue;
+    if (!tenant || *tenant == w.tenant) out->callers += load_relaxed(&e->callers);
+  }
+}
+
+int fshm_waiter_at(fshm_segment *s, uint32_t index, fshm_waiter_info *out) {
+  uint64_t key, seen, owner, now = segment_now(s);
+  waiting_t w;
+  memset(out, 0, sizeof *out);
+  if (index >= WAITERS || !read_entry(&s->waiters[index], &owner, &key, &seen, &w)) return 0;
+  uint32_t process = (uint32_t)load_relaxed(&s->waiters[index].process) - 1;
+  out->key_hash = key >> 12;
+  out->limiter = (uint32_t)(key >> 1) & (MAX_LIMITERS - 1);
+  out->tenant = w.tenant;
+  out->priority = w.priority;
+  out->callers = load_relaxed(&s->waiters[index].callers);
+  out->pid = process < PROCESSES ? load_relaxed(&s->processes[process].pid) : 0;
+  out->waited_ns = minus(now, w.since);
+  out->stale = is_late(seen, now);
+  return 1;
+}
+
+/* waking ---------------------------------------------------------------------------------------- */
+
+static void wake_sleeper(_Atomic uint32_t *word) {
+#if defined(__linux__)
+  (void)syscall(SYS_futex, word, FUTEX_WAKE, 1, NULL, NULL, 0); /* not private: it is shared */
+#else
+  (void)word; /* sleep_on() looks every 0.5 ms */
+#endif
+}
+
+/* An event loop of this process waits for a byte: eight, if it is an eventfd. A full pipe has woken it already. */
+static void wake_fd(int fd) {
+  const uint64_t one = 1;
+  int kept = errno;
+  (void)!write(fd, &one, sizeof one);
+  errno = kept;
+}
+
+static void wake_place(fshm_segment *s, waiter_t *e) {
+  uint32_t process = (uint32_t)load_relaxed(&e->process) - 1;
+  (void)atomic_fetch_add(&e->wake, 1);
+  if (!load_relaxed(&e->polled)) {
+    wake_sleeper(&e->wake);
+    return;
+  }
+  int fd = load_relaxed(&s->wait_fds[e - s->waiters]);
+  if (fd && process == process_index(s)) {
+    wake_fd(fd - 1);
+  } else if (process < PROCESSES) { /* its watcher, if one sleeps */
+    if (atomic_fetch_add(&s->watchers[process], 2) & 1) wake_sleeper(&s->watchers[process]);
+  }
+}
+
+void wait_wake_next(fshm_segment *s, uint64_t key) {
+  waiter_t *e = next_of(s, key, segment_now(s));
+  if (e) wake_place(s, e);
+}
+
+void wait_wake_all(fshm_segment *s) {
+  for (uint32_t group = 0; group < WAIT_GROUPS; group++)
+    for (uint32_t nth = 0, reach = reach_of(s, group); nth < reach; nth++) {
+      waiter_t *e = place_at(s, group, nth);
+      if (load_relaxed(&e->owner)) wake_place(s, e);
+    }
+}
+
+void fshm_wait_wake(fshm_limiter *l, const void *key, uint64_t length) {
+  wait_wake(l->segment, wait_key(fshm_siphash(l->key[0], l->key[1], key, length), l->index));
+}
+
+/* Sleep until the word is no longer `seen`, at most so long. 1: it changed. 0: the time is up, or a signal came. */
+static int sleep_on(_Atomic uint32_t *word, uint32_t seen, uint64_t ns) {
+#if defined(__linux__)
+  struct timespec left = {(time_t)(ns / 1000000000), (long)(ns % 1000000000)};
+  if (syscall(SYS_futex, word, FUTEX_WAIT, seen, &left, NULL, 0)) return errno == EAGAIN;
+  return 1;
+#else
+  struct timespec slice = {0, 500000};
+  for (uint64_t slept = 0; slept < ns; slept += 500000) {
+    if (load_relaxed(word) != seen) return 1;
+    (void)nanosleep(&slice, NULL);
+  }
+  return 0;
+#endif
+}
+
+int fshm_wait_sleep(fshm_limiter *l, const fshm_place *p, uint32_t armed, uint64_t ns) {
+  if (ns > FSHM_WAIT_BEAT_NS) ns = FSHM_WAIT_BEAT_NS;
+  if (p->owner) return sleep_on(&l->segment->waiters[p->entry].wake, armed, ns);
+  struct timespec pause = {0, (long)min_u64(ns, 5000000)};
+  (void)nanosleep(&pause, NULL);
+  return 0;
+}
+
+/* Wake the event loops of this process whose places other processes have woken, until the time is up. */
+void fshm_wait_watch(fshm_segment *s, uint64_t ns) {
+  uint32_t process = process_index(s);
+  if (process >= PROCESSES) {
+    struct timespec pause = {0, (long)min_u64(ns, 5000000)};
+    (void)nanosleep(&pause, NULL);
+    return;
+  }
+  _Atomic uint32_t *word = &s->watchers[process];
+  uint64_t end = fshm_clock() + ns, now;
+  do {
+    /* seq_cst: before the look at the places. A wake-up after that look changes the word. */
+    uint32_t seen = atomic_fetch_or(word, 1) | 1;
+    for (uint32_t i = 0; i < WAITERS; i++) {
+      int fd = load_relaxed(&s->wait_fds[i]);
+      uint32_t wake = load_relaxed(&s->waiters[i].wake);
+      if (!fd || wake == load_relaxed(&s->wait_heard[i])) continue;
+      store_relaxed(&s->wait_heard[i], wake);
+      wake_fd(fd - 1);
+    }
+    now = fshm_clock();
+    if (now < end) (void)sleep_on(word, seen, end - now);
+  } while (now < end);
+}

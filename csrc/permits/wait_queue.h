@@ -1,0 +1,24 @@
+/* wait_queue.h - callers that wait for a key, for other files. */
+#ifndef FSHM_WAIT_QUEUE_H
+#define FSHM_WAIT_QUEUE_H
+
+#include "../core/internal.h"
+
+/* The key of a queue: hash of the key (52 bits) | limiter (11) | 1. Never 0. */
+static inline uint64_t wait_key(uint64_t hash, uint32_t limiter) {
+  return hash << 12 | (uint64_t)limiter << 1 | 1;
+}
+static inline uint32_t wait_group(uint64_t key) { return (uint32_t)(key >> 32) % WAIT_GROUPS; }
+
+void wait_wake_next(fshm_segment *s, uint64_t key);
+
+/* A permit of the key was released, after whose swap this is called: wake the caller that is next, if any waits. Pairs
+ * with fshm_wait_join(), which raises the reach (a full barrier) before its caller looks at the permits: one of the two
+ * sees the other. */
+static inline void wait_wake(fshm_segment *s, uint64_t key) {
+  after_swap();
+  if (unlikely((uint32_t)load_relaxed(&s->header->queues[wait_group(key)]))) wait_wake_next(s, key);
+}
+void wait_wake_all(fshm_segment *s);
+
+#endif

@@ -1,0 +1,368 @@
+/* test_wait_queue.c - the queue of callers that wait: its order, who may try, wake-ups over processes, and what is left
+ * of callers that were killed, stopped, or went away. */
+#include "../../csrc/unity.c"
+
+#include "check.h"
+
+#define SECOND UINT64_C(1000000000)
+#define NOW (100000 * SECOND)
+#define KEY "k", 1
+
+static fshm_limiter *permit_limiter(fshm_segment *s, uint64_t n) {
+  const fshm_limit l = {n, 0, 0, FSHM_PERMITS, 0};
+  return fresh_limiter(s, "permits", &l, 1);
+}
+
+static fshm_place join(fshm_limiter *l, uint64_t tenant, int32_t priority, uint64_t now) {
+  const fshm_waiter w = {.tenant = tenant, .priority = priority, .fd = -1};
+  fshm_place p;
+  CHECK_EQ(fshm_wait_join(l, KEY, &w, now, &p), 1);
+  return p;
+}
+
+static int turn(fshm_limiter *l, fshm_place *p, uint64_t now) {
+  fshm_turn t;
+  int first = fshm_wait_turn(l, p, now, &t);
+  CHECK_OP(t.ahead, <, t.callers);
+  CHECK_EQ(first, t.ahead == 0);
+  return first;
+}
+
+static void test_order(void) {
+  for (int i = 0; i < 200000; i++) {
+    waiting_t w[3];
+    uint64_t now = NOW + random_below(100 * SECOND);
+    for (uint64_t k = 0; k < 3; k++)
+      w[k] = (waiting_t){.since = NOW + random_below(3) * 20 * SECOND,
+                         .tenant = random_below(3),
+                         .id = k + 1,
+                         .priority = (int32_t)random_below(5) - 2};
+    uint64_t base = random_below(SERVICE_MASK + 1); /* also where it comes round */
+    uint64_t of[3] = {base, (base + random_below(3)) & SERVICE_MASK, (base + 9) & SERVICE_MASK};
+    for (int k = 0; k < 3; k++) w[k].service = of[w[k].tenant];
+    for (int k = 0; k < 3; k++) CHECK(!is_before(&w[k], &w[k], now));
+    CHECK(is_before(&w[0], &w[1], now) != is_before(&w[1], &w[0], now));
+    if (is_before(&w[0], &w[1], now) && is_before(&w[1], &w[2], now))
+      CHECK(is_before(&w[0], &w[2], now));
+  }
+  waiting_t low = {.since = NOW, .id = 1, .priority = -100}, high = {.id = 2, .priority = 100};
+  for (uint64_t waited = 0; waited < 300; waited += 10) { /* no band waits for ever */
+    high.since = NOW + waited * SECOND;
+    CHECK_EQ(is_before(&low, &high, high.since + 5 * SECOND), waited * SECOND / AGE_NS > 200);
+  }
+  low.since -= 201 * AGE_NS;
+  CHECK(is_before(&low, &high, NOW + 300 * SECOND));
+}
+
+static void test_first_come(void) {
+  fshm_segment *s = fresh_segment(1000);
+  fshm_limiter *l = permit_limiter(s, 1);
+  fshm_place a = join(l, 0, 0, NOW), b = join(l, 0, 0, NOW + 1), c = join(l, 0, 1, NOW + 2);
+  CHECK_EQ(turn(l, &a, NOW + 3), 0);
+  CHECK_EQ(turn(l, &b, NOW + 3), 0);
+  CHECK_EQ(turn(l, &c, NOW + 3), 1); /* the higher priority */
+  fshm_turn t;
+  CHECK_EQ(fshm_wait_turn(l, &b, NOW + 3, &t), 0);
+  CHECK_EQ(t.ahead, 2);
+  CHECK_EQ(t.callers, 3);
+  fshm_wait_leave(l, &c);
+  fshm_wait_leave(l, &c); /* once more is harmless */
+  CHECK_EQ(turn(l, &a, NOW + 4), 1);
+  CHECK_EQ(turn(l, &b, NOW + 4), 0);
+  fshm_wait_leave(l, &a);
+  CHECK_EQ(turn(l, &b, NOW + 5), 1);
+  fshm_wait_leave(l, &b);
+  const fshm_waiter other = {.fd = -1};
+  fshm_place x, y;
+  CHECK_EQ(fshm_wait_join(l, "x", 1, &other, NOW, &x), 1); /* another key is no concern of ours */
+  CHECK_EQ(fshm_wait_join(l, "y", 1, &other, NOW, &y), 1);
+  CHECK_EQ(fshm_wait_turn(l, &x, NOW, &t) + fshm_wait_turn(l, &y, NOW, &t), 2);
+  fshm_wait_leave(l, &x);
+  fshm_wait_leave(l, &y);
+  uint64_t used = 0;
+  fshm_wait_wake(l, KEY);
+  fshm_wait_wake(l, "x", 1);
+  fshm_wait_wake(l, "y", 1);
+  for (uint32_t g = 0; g < WAIT_GROUPS; g++) used += REACH(s->header->queues[g]);
+  CHECK_EQ(used, 0); /* a release has nothing to look at again */
+  fshm_limiter_close(l);
+  fshm_close(s);
+}
+
+static void test_late(void) {
+  fshm_segment *s = fresh_segment(1000);
+  fshm_limiter *l = permit_limiter(s, 1);
+  fshm_place a = join(l, 0, 0, NOW), b = join(l, 0, 0, NOW + 1), c;
+  CHECK_EQ(turn(l, &b, NOW + LATE_NS), 0);
+  CHECK_EQ(turn(l, &b, NOW + LATE_NS + 1), 1); /* a is stopped, or dead */
+  CHECK_EQ(turn(l, &a, NOW + LATE_NS + 2), 1); /* and goes on: it came first */
+  CHECK_EQ(turn(l, &b, NOW + LATE_NS + 3), 0);
+  uint64_t later = NOW + LATE_NS + 2 + ABANDONED_NS;
+  CHECK_EQ(turn(l, &b, later), 1);
+  CHECK(a.owner == load_relaxed(&s->waiters[a.entry].owner));
+  c = join(l, 0, 0, later + 1);
+  CHECK_EQ(c.entry, a.entry); /* its place is taken */
+  CHECK_EQ(turn(l, &a, later + 2), 1); /* it gets another, and is first: it came first */
+  CHECK_OP(a.entry, !=, c.entry);
+  CHECK_EQ(turn(l, &b, later + 3), 0);
+  fshm_place lost = a;
+  fshm_wait_leave(l, &a);
+  fshm_wait_leave(l, &lost); /* the place is no longer its own */
+  CHECK_EQ(turn(l, &b, later + 4), 1);
+  CHECK_EQ(turn(l, &c, later + 4), 0);
+  fshm_wait_leave(l, &b);
+  fshm_wait_leave(l, &c);
+  fshm_limiter_close(l);
+  fshm_close(s);
+}
+
+/* Tenants with always something to do, each in one to three places: what they were served, per weight, differs by no
+ * more than two of the largest requests. One that was away gets no credit for it. */
+static void test_tenants(void) {
+  for (int round = 0; round < fewer(60); round++) {
+    fshm_segment *s = fresh_segment(1000);
+    fshm_limiter *l = permit_limiter(s, 1);
+    enum { MOST = 9 };
+    fshm_place places[MOST];
+    uint64_t owner[MOST], cost[MOST], count = 0, now = NOW, tenants = 2 + random_below(2);
+    uint64_t largest = 1 + random_below(2000);
+    uint32_t weight[3];
+    double served[3] = {0, 0, 0};
+    for (uint64_t t = 0; t < tenants; t++) {
+      weight[t] = (uint32_t)(500 * (1 + random_below(6)));
+      for (uint64_t k = 1 + random_below(3); k--; count++) {
+        const fshm_waiter w = {.tenant = t + 1, .weight = weight[t], .fd = -1};
+        CHECK_EQ(fshm_wait_join(l, KEY, &w, now, &places[count]), 1);
+        owner[count] = t;
+        cost[count] = 1 + random_below(largest);
+      }
+    }
+    uint64_t from = random_below(300), alone = 200 + random_below(200);
+    for (uint64_t i = 0; i < 2000; i++) {
+      now += SECOND / 1000;
+      bool away = i >= from && i < from + alone; /* the first tenant alone */
+      if (i == from + alone) memset(served, 0, sizeof served);
+      if (i == from || i == from + alone)
+        for (uint64_t k = 0; k < count; k++) {
+          if (!owner[k]) continue;
+          const fshm_waiter w = {.tenant = owner[k] + 1, .weight = weight[owner[k]], .fd = -1};
+          if (i == from) fshm_wait_leave(l, &places[k]);
+          if (i != from) CHECK_EQ(fshm_wait_join(l, KEY, &w, now, &places[k]), 1);
+        }
+      int firsts = 0;
+      for (uint64_t k = 0; k < count; k++) {
+        if ((away && owner[k]) || !turn(l, &places[k], now)) continue;
+        firsts++;
+        fshm_wait_served(l, &places[k], cost[k], now);
+        served[owner[k]] += (double)cost[k] * 1000 / weight[owner[k]];
+        fshm_wait_requeue(l, &places[k], now, 1, now);
+        cost[k] = 1 + random_below(largest);
+        break;
+      }
+      CHECK_EQ(firsts, 1); /* one is always next: nothing is left idle */
+      for (uint64_t t = 1; t < tenants && !away; t++) {
+        double bound = 2.0 * (double)largest * 1000 / (weight[0] < weight[t] ? weight[0] : weight[t]);
+        double differ = served[0] - served[t];
+        CHECK(differ <= bound + 1 && -differ <= bound + 1);
+      }
+    }
+    fshm_limiter_close(l);
+    fshm_close(s);
+    remove_segments();
+    segments_made = 0;
+  }
+}
+
+static void test_full(void) {
+  fshm_segment *s = fresh_segment(1000);
+  fshm_limiter *l = permit_limiter(s, 1);
+  const fshm_waiter w = {.fd = -1};
+  fshm_place *p = calloc(WAITERS + 1, sizeof *p);
+  fshm_turn t;
+  for (uint32_t i = 0; i < WAITERS; i++) CHECK_EQ(fshm_wait_join(l, KEY, &w, NOW + i, &p[i]), 1);
+  CHECK_EQ(fshm_wait_join(l, KEY, &w, NOW, &p[WAITERS]), 0);
+  CHECK_EQ(fshm_wait_turn(l, &p[WAITERS], NOW, &t), 1); /* by no order, but it may try */
+  CHECK_EQ(fshm_wait_sleep(l, &p[WAITERS], t.armed, 1000), 0);
+  fshm_waiting(l, KEY, NULL, NOW, &t);
+  CHECK_EQ(t.callers, WAITERS);
+  fshm_wait_leave(l, &p[77]);
+  CHECK_EQ(fshm_wait_turn(l, &p[WAITERS], NOW + WAITERS, &t), 0); /* there is a place for it now */
+  for (uint32_t i = 0; i <= WAITERS; i++) fshm_wait_leave(l, &p[i]);
+  fshm_waiting(l, KEY, NULL, NOW, &t);
+  CHECK_EQ(t.callers, 0);
+  free(p);
+  fshm_limiter_close(l);
+  fshm_close(s);
+}
+
+typedef struct {
+  fshm_segment *s;
+  fshm_limiter *l;
+  uint32_t permits;
+  _Atomic int held, most;
+  _Atomic uint64_t served[64];
+  _Atomic int stop;
+} crowd_t;
+
+/* A blocking call, as the library makes it. False: the time is up. */
+static bool take(fshm_limiter *l, fshm_permit *permit, uint64_t ns) {
+  const fshm_waiter w = {.fd = -1};
+  uint64_t end = fshm_clock() + ns;
+  fshm_place p;
+  fshm_turn t;
+  bool got = false;
+  (void)fshm_wait_join(l, KEY, &w, 0, &p);
+  while (!got) {
+    fshm_decision d;
+    uint32_t in_flight;
+    if (fshm_wait_turn(l, &p, 0, &t)) {
+      fshm_admit(l, KEY, NULL, 0, permit, &d, &in_flight);
+      if ((got = d.status == FSHM_ALLOWED)) break;
+    }
+    uint64_t now = fshm_clock();
+    if (now >= end) break;
+    (void)fshm_wait_sleep(l, &p, t.armed, end - now);
+  }
+  fshm_wait_leave(l, &p);
+  return got;
+}
+
+static void crowd_member(int i, void *with) {
+  crowd_t *c = with;
+  fshm_permit permit;
+  while (!atomic_load(&c->stop)) {
+    if (!take(c->l, &permit, 20 * SECOND)) {
+      failed++;
+      return;
+    }
+    int held = atomic_fetch_add(&c->held, 1) + 1;
+    if (held > (int)c->permits) failed++;
+    if (random_below(4) == 0) sched_yield();
+    atomic_fetch_sub(&c->held, 1);
+    atomic_fetch_add(&c->served[i], 1);
+    fshm_permit_release(c->l, &permit);
+  }
+}
+
+static void test_crowd(void) {
+  crowd_t *c = shared_memory(sizeof *c);
+  c->s = fresh_segment(1000);
+  c->permits = 2;
+  c->l = permit_limiter(c->s, c->permits);
+  pid_t pids[8];
+  for (int i = 0; i < 8; i++) pids[i] = start_child(crowd_member, i, c);
+  uint64_t least = 0;
+  for (int tries = 0; least < 200 && tries < 20000; tries++) { /* all of them are served */
+    (void)usleep(2000);
+    least = UINT64_MAX;
+    for (int i = 0; i < 8; i++) least = min_u64(least, atomic_load(&c->served[i]));
+  }
+  CHECK_OP(least, >=, 200);
+  atomic_store(&c->stop, 1);
+  for (int i = 0; i < 8; i++) end_child(pids[i]);
+  CHECK_EQ(fshm_in_flight(c->l, KEY), 0);
+  fshm_limiter_close(c->l);
+  fshm_close(c->s);
+}
+
+static void waits_for_ever(int i, void *with) {
+  crowd_t *c = with;
+  fshm_permit permit;
+  (void)i;
+  atomic_fetch_add(&c->held, 1);
+  (void)take(c->l, &permit, 600 * SECOND);
+}
+
+/* 20 waiters are killed, or stopped; the one behind them is admitted. */
+static void test_killed(int number) {
+  crowd_t *c = shared_memory(sizeof *c);
+  fshm_permit mine, theirs;
+  pid_t pids[20];
+  fshm_turn t;
+  c->s = fresh_segment(1000);
+  c->l = permit_limiter(c->s, 1);
+  CHECK(take(c->l, &mine, SECOND));
+  for (int i = 0; i < 20; i++) pids[i] = start_child(waits_for_ever, i, c);
+  do {
+    (void)usleep(1000);
+    fshm_waiting(c->l, KEY, NULL, 0, &t);
+  } while (t.callers < 20);
+  for (int i = 0; i < 20; i++) CHECK_EQ(kill(pids[i], number), 0);
+  CHECK_EQ(fshm_permit_release(c->l, &mine), 1);
+  CHECK(take(c->l, &theirs, 100 * SECOND));
+  CHECK_EQ(fshm_permit_release(c->l, &theirs), 1);
+  for (int i = 0; i < 20; i++) {
+    (void)kill(pids[i], SIGKILL);
+    CHECK_EQ(waitpid(pids[i], NULL, 0), pids[i]);
+  }
+  fshm_limiter_close(c->l);
+  fshm_close(c->s);
+}
+
+static void *watch(void *with) {
+  crowd_t *c = with;
+  while (!atomic_load(&c->stop)) fshm_wait_watch(c->s, SECOND / 20);
+  return NULL;
+}
+
+static void releases(int i, void *with) {
+  crowd_t *c = with;
+  fshm_permit permit;
+  (void)i;
+  CHECK(take(c->l, &permit, SECOND));
+  atomic_store(&c->held, 1);
+  while (!atomic_load(&c->most)) (void)usleep(100);
+  CHECK_EQ(fshm_permit_release(c->l, &permit), 1);
+}
+
+/* A place that an event loop polls is written to: by a release here, and by one of another process. */
+static void test_polled(void) {
+  crowd_t *c = shared_memory(sizeof *c);
+  c->s = fresh_segment(1000);
+  c->l = permit_limiter(c->s, 1);
+  int ends[2];
+  pthread_t watcher;
+  CHECK_EQ(pipe(ends), 0);
+  CHECK_EQ(pthread_create(&watcher, NULL, watch, c), 0);
+  for (int elsewhere = 0; elsewhere < 2; elsewhere++) {
+    const fshm_waiter w = {.fd = ends[1]};
+    fshm_permit permit;
+    fshm_place p;
+    fshm_turn t;
+    uint64_t byte = 0;
+    pid_t pid = 0;
+    if (elsewhere) {
+      pid = start_child(releases, 0, c);
+      while (!atomic_load(&c->held)) (void)usleep(100);
+    } else {
+      CHECK(take(c->l, &permit, SECOND));
+    }
+    CHECK_EQ(fshm_wait_join(c->l, KEY, &w, 0, &p), 1);
+    CHECK_EQ(fshm_wait_turn(c->l, &p, 0, &t), 1);
+    atomic_store(&c->most, elsewhere);
+    if (!elsewhere) CHECK_EQ(fshm_permit_release(c->l, &permit), 1);
+    CHECK_EQ(read(ends[0], &byte, sizeof byte), sizeof byte);
+    CHECK_EQ(byte, 1);
+    fshm_wait_leave(c->l, &p);
+    if (pid) end_child(pid);
+  }
+  atomic_store(&c->stop, 1);
+  CHECK_EQ(pthread_join(watcher, NULL), 0);
+  (void)close(ends[0]);
+  (void)close(ends[1]);
+  fshm_limiter_close(c->l);
+  fshm_close(c->s);
+}
+
+int main(void) {
+  test_order();
+  test_first_come();
+  test_late();
+  test_tenants();
+  test_full();
+  test_crowd();
+  test_killed(SIGKILL);
+  test_killed(SIGSTOP);
+  test_polled();
+  return done();
+}
