@@ -337,12 +337,6 @@ int fshm_permit_idle(fshm_limiter *limiter, fshm_permit *permit, int idle);
 int fshm_permit_held(const fshm_limiter *limiter, const fshm_permit *permit);
 /* The number of the key's permits that living processes hold. Frees those of dead processes. */
 uint32_t fshm_in_flight(fshm_limiter *limiter, const void *key, uint64_t key_length);
-/* To wait for what another call finds out: arm, look, and wait if it is not there. A wake-up since arm() ends the wait
- * at once. */
-uint32_t fshm_wakeup_arm(fshm_limiter *limiter, const void *key, uint64_t key_length);
-int fshm_wakeup_wait(fshm_limiter *limiter, const void *key, uint64_t key_length, uint32_t armed,
-                     uint64_t timeout_ns);
-void fshm_wakeup_send(fshm_limiter *limiter, const void *key, uint64_t key_length);
 
 /* Waiting for a key ------------------------------------------------------------------------ */
 /* Callers that wait for a permit, or for tokens, stand in one queue for each key, over all processes. The queue says
@@ -366,7 +360,7 @@ typedef struct {
 typedef struct {
   uint64_t key, owner, tenant;
   uint64_t since; /* segment ns: when its first caller came */
-  uint32_t entry, weight, woken, shared;
+  uint32_t entry, weight, woken, shared, pid;
   uint32_t callers; /* that wait in it */
   int32_t priority, fd;
 } fshm_place;
@@ -402,6 +396,8 @@ void fshm_wait_requeue(fshm_limiter *limiter, fshm_place *place, uint64_t since_
 void fshm_wait_leave(fshm_limiter *limiter, fshm_place *place);
 /* There may be room for a caller of the key. (A release of a permit does this by itself.) */
 void fshm_wait_wake(fshm_limiter *limiter, const void *key, uint64_t key_length);
+/* 0: no caller waits for the key. 1: some may. One look. */
+int fshm_is_waited_for(fshm_limiter *limiter, const void *key, uint64_t key_length);
 /* How many callers wait for the key (tenant: of this one only): out->callers. */
 void fshm_waiting(fshm_limiter *limiter, const void *key, uint64_t key_length,
                   const uint64_t *tenant, uint64_t now_ns, fshm_turn *out);
@@ -604,8 +600,5 @@ int64_t fshm_deployment_pick(fshm_segment *segment, uint32_t strategy, const uin
 #define fshm_wallet_look fshm_token_lease_look
 #define fshm_wallet_put fshm_token_lease_put
 #define fshm_wallet_refuse fshm_token_lease_refuse
-#define fshm_bell_arm fshm_wakeup_arm
-#define fshm_bell_ring fshm_wakeup_send
-#define fshm_bell_wait fshm_wakeup_wait
 
 #endif

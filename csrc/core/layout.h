@@ -27,7 +27,6 @@
 #define MAX_LIMITERS 2048 /* 11 bits of key_stats_t.meta */
 #define SHARED 8 /* shared counters of a limiter, for keys without a slot: a power of two */
 #define SHARED_PLACES 8 /* slots of a shared counter: one for each place of a rule */
-#define WAKEUPS 256 /* futex words on which callers wait for permits */
 #define WAITERS 4096 /* places of callers that wait, over all keys: a power of two */
 #define WAIT_GROUPS 256 /* where the places of a key begin */
 #define MEMO_WAYS 4 /* entries where a text can be in the memo: one line */
@@ -242,9 +241,6 @@ typedef struct {
   /* The leader: incarnation (48 bits) | process index + 1 (16). 0 = none. A process that finds no living leader sets
    * it, by one compare-and-swap. */
   _Atomic uint64_t leader;
-  /* Futex words for callers that wait for permits, by the hash of the key: wakeup.c. After a crash: at worst a
-   * needless wake-up, or a waiter that looks again after a second. */
-  _Alignas(LINE) _Atomic uint32_t wakeups[WAKEUPS];
   /* Errors of each feature on this host since the last reset. The caller defines the features. One add each. */
   _Alignas(LINE) _Atomic uint64_t feature_errors[FEATURES];
   _Alignas(LINE) _Atomic uint64_t memo_hits,
@@ -273,7 +269,7 @@ static_assert(sizeof(limiter_entry_t) == 1344, "limiter entry");
 static_assert(offsetof(limiter_entry_t, current) == 16, "swapped as 16 bytes");
 static_assert(offsetof(header_t, damage) == 248, "the constant words end at 248");
 static_assert(offsetof(header_t, ticket) == 320, "the changing lines start at 320");
-static_assert(sizeof(header_t) == 3840, "header");
+static_assert(sizeof(header_t) == 2816, "header");
 static_assert(sizeof(_Atomic uint64_t) == 8, "atomics are plain words");
 
 #endif

@@ -153,6 +153,7 @@ static bool take_entry(fshm_segment *s, fshm_place *p, uint64_t now) {
      * number comes twice, so an owner that goes on sees that it has lost the place. */
     if (!atomic_compare_exchange_strong(&e->owner, &owner, mine)) continue;
     p->owner = mine;
+    p->pid = (uint32_t)getpid();
     p->entry = (uint32_t)(e - s->waiters);
     store_relaxed(&e->key, p->key);
     store_relaxed(&e->tenant, p->tenant);
@@ -294,7 +295,7 @@ void fshm_wait_requeue(fshm_limiter *l, fshm_place *p, uint64_t since, uint32_t 
 
 void fshm_wait_leave(fshm_limiter *l, fshm_place *p) {
   fshm_segment *s = l->segment;
-  if (!p->owner) return;
+  if (!p->owner || p->pid != (uint32_t)getpid()) return; /* after a fork: it is the parent's */
   waiter_t *e = &s->waiters[p->entry];
   uint64_t owner = p->owner;
   p->owner = 0;
@@ -304,6 +305,11 @@ void fshm_wait_leave(fshm_limiter *l, fshm_place *p) {
   wait_wake(
       s,
       p->key); /* whatever woke us may be for the next; and there may be room for more than one */
+}
+
+int fshm_is_waited_for(fshm_limiter *l, const void *key, uint64_t length) {
+  uint64_t of = wait_key(fshm_siphash(l->key[0], l->key[1], key, length), l->index);
+  return REACH(load_relaxed(&l->segment->header->queues[wait_group(of)])) != 0;
 }
 
 /* Of the key; `tenant`: only of this one. */
@@ -350,11 +356,11 @@ static void wake_sleeper(_Atomic uint32_t *word) {
 #endif
 }
 
-/* An event loop of this process waits for a byte: eight, if it is an eventfd. A full pipe has woken it already. */
-static void wake_fd(int fd) {
-  const uint64_t one = 1;
+/* An event loop of this process reads the number of the place. A full pipe has woken it already: then it looks at all
+ * its places. */
+static void wake_fd(int fd, uint64_t entry) {
   int kept = errno;
-  (void)!write(fd, &one, sizeof one);
+  (void)!write(fd, &entry, sizeof entry);
   errno = kept;
 }
 
@@ -365,9 +371,10 @@ static void wake_place(fshm_segment *s, waiter_t *e) {
     wake_sleeper(&e->wake);
     return;
   }
-  int fd = load_relaxed(&s->wait_fds[e - s->waiters]);
+  uint64_t entry = (uint64_t)(e - s->waiters);
+  int fd = load_relaxed(&s->wait_fds[entry]);
   if (fd && process == process_index(s)) {
-    wake_fd(fd - 1);
+    wake_fd(fd - 1, entry);
   } else if (process < PROCESSES) { /* its watcher, if one sleeps */
     if (atomic_fetch_add(&s->watchers[process], 2) & 1) wake_sleeper(&s->watchers[process]);
   }
@@ -432,7 +439,7 @@ void fshm_wait_watch(fshm_segment *s, uint64_t ns) {
       uint32_t wake = load_relaxed(&s->waiters[i].wake);
       if (!fd || wake == load_relaxed(&s->wait_heard[i])) continue;
       store_relaxed(&s->wait_heard[i], wake);
-      wake_fd(fd - 1);
+      wake_fd(fd - 1, i);
     }
     now = fshm_clock();
     if (now < end) (void)sleep_on(word, seen, end - now);

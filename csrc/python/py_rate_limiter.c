@@ -370,6 +370,35 @@ static PyObject *core_admit(PyObject *o, PyObject *const *args, Py_ssize_t n, Py
   return make_permit(self->handle, self->limiter, &permit, in_flight, limits_of(self), &d);
 }
 
+/* The answer to a caller that waited, and whose turn has not come: denied, whatever room there is.
+ * _refused(key, cost) -> Decision, _refused_permit(key, cost) -> Permit. */
+static PyObject *core_refused(PyObject *o, PyObject *args) {
+  PyObject *key, *cost;
+  fshm_decision d;
+  if (!PyArg_ParseTuple(args, "OO", &key, &cost)) return NULL;
+  if (decide((Core *)o, FSHM_PEEK, key, cost, 0, &d)) return NULL;
+  d.status = FSHM_DENIED;
+  return make_decision(limits_of((Core *)o), &d);
+}
+static PyObject *core_refused_permit(PyObject *o, PyObject *args) {
+  Core *self = (Core *)o;
+  PyObject *key, *cost;
+  uint64_t costs[FSHM_MAX_LIMITS];
+  key_arg k;
+  if (!PyArg_ParseTuple(args, "OO", &key, &cost) || bound(self) ||
+      get_costs(limit_count(self), cost, costs) || get_own_key(self, key, &k))
+    return NULL;
+  fshm_permit none;
+  fshm_decision d;
+  memset(&none, 0, sizeof none);
+  fshm_apply(self->limiter, FSHM_PEEK, k.bytes, (uint64_t)k.length, costs, 0, 0, &d);
+  uint32_t in_flight = fshm_in_flight(self->limiter, k.bytes, (uint64_t)k.length);
+  Py_XDECREF(k.held);
+  if (odd(self, &d) && settle(self, &d)) return NULL;
+  d.status = FSHM_DENIED;
+  return make_permit(self->handle, self->limiter, &none, in_flight, limits_of(self), &d);
+}
+
 /* _remaining(key) -> tuple: what each limit still admits of the key now. */
 static PyObject *core_remaining(PyObject *o, PyObject *key) {
   Core *self = (Core *)o;
@@ -613,6 +642,8 @@ static PyMethodDef core_methods[] = {
     {"_reserve", FAST(core_reserve), FLAGS, NULL},
     {"_admit", FAST(core_admit), FLAGS, NULL},
     {"_end_keys_in", core_end_keys_in, METH_O, NULL},
+    {"_refused", core_refused, METH_VARARGS, NULL},
+    {"_refused_permit", core_refused_permit, METH_VARARGS, NULL},
     {"_remaining", core_remaining, METH_O, NULL},
     {"_settle", FAST(core_settle), METH_FASTCALL, NULL},
     {"_acquire_many", FAST(core_acquire_many), FLAGS, NULL},

@@ -162,11 +162,12 @@ class SharedLimits(Core):
 class InnerLimits(SharedLimits):
     """Limits that a part of the package holds, and no user."""
 
-    admit, settle, remaining, end_keys_in = (
+    admit, settle, remaining, end_keys_in, refused = (
         Core._admit,
         Core._settle,
         Core._remaining,
         Core._end_keys_in,
+        Core._refused_permit,
     )
 
     @property
@@ -174,7 +175,7 @@ class InnerLimits(SharedLimits):
         return self._on_full
 
 
-reserve, acquire_many = Core._reserve, Core._acquire_many
+reserve, acquire_many, refused = Core._reserve, Core._acquire_many, Core._refused
 
 
 def states_of(limiter: SharedLimits) -> States:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import AsyncContextDecorator, ContextDecorator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from fast_litellm_shm.limiters.waiting import (
     BLOCKING,
     Steps,
     Waits,
+    in_turn,
     off_loop,
     run,
     run_async,
@@ -107,33 +107,43 @@ class ConcurrencyLimiter:
     def wait(self, key: str | bytes, timeout: float | None = None) -> Permit:
         """acquire(), but waits for a permit, at most ``timeout`` seconds; false if it got none.
 
-        Sleeps in the kernel (futex). A release wakes the waiters in the order in which they came. A
-        new caller may still take the permit first. Looks for dead holders once a second.
+        Callers that wait for a key are served in the order in which they came, over all processes.
+        acquire() does not wait, and may take a permit before them.
         """
-        return self.acquire(key) or run(self._wait(BLOCKING, key, timeout))
+        if not self._states.waited_for(key_bytes(key)):
+            permit = self.acquire(key)
+            if permit or timeout == 0:
+                return permit
+        return run(self._wait(BLOCKING, key, timeout))
 
     async def wait_async(self, key: str | bytes, timeout: float | None = None) -> Permit:
-        """wait() for asyncio: sleeps in a thread of its own pool, not in the event loop."""
-        return await self.acquire_async(key) or await run_async(self._wait(ASYNCIO, key, timeout))
+        """wait() for asyncio. It needs no thread."""
+        if not self._states.waited_for(key_bytes(key)):
+            permit = await self.acquire_async(key)
+            if permit or timeout == 0:
+                return permit
+        return await run_async(self._wait(ASYNCIO, key, timeout))
 
     def _wait(self, waits: Waits, key: str | bytes, timeout: float | None) -> Steps[Permit]:
-        raw, deadline = key_bytes(key), deadline_ns(timeout)
-        permit: Permit | None = None
+        deadline = deadline_ns(timeout)
+
+        def attempt() -> Steps[tuple[Permit, int | None]]:
+            permit = yield from waits.ask(lambda: self.acquire(key), lambda late: late.release())
+            if permit:
+                granted.append(permit)
+                place.served(1)
+            return permit, None if permit else self._grantor.wake_ns
+
+        def refused() -> Permit:
+            return self._shared.refused(key, 0)
+
+        granted: list[Permit] = []
+        place = waits.place(self._states, key_bytes(key))
         try:
-            while True:
-                armed = self._states.arm(raw)
-                permit = yield from waits.ask(
-                    lambda: self.acquire(key), lambda late: late.release()
-                )
-                left = deadline - time.monotonic_ns()
-                if permit or left <= 0:
-                    return permit
-                ns = min(left, self._grantor.wake_ns)
-                yield from waits.until_woken(self._states, raw, armed, ns)
-        except BaseException:  # interrupted: a wake-up that was for this waiter goes to the next
-            if permit is not None:
+            return (yield from in_turn(waits, place, attempt, refused, deadline))
+        except BaseException:
+            for permit in granted:
                 permit.release()  # the traceback may keep it
-            self._states.wake(raw)
             raise
 
     def slot(self, key: str | bytes, timeout: float | None = None) -> _Slot:

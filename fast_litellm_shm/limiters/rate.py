@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from fast_litellm_shm import limits
-from fast_litellm_shm._shared.named_limiter import SharedLimits, key_bytes
-from fast_litellm_shm._shared.native import Decision
+from fast_litellm_shm._shared.named_limiter import SharedLimits, key_bytes, refused, states_of
+from fast_litellm_shm._shared.native import Decision, Reservation
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.limiters import grantors
 from fast_litellm_shm.limiters.choice import chosen
-from fast_litellm_shm.limiters.grantors import ClusterArgument, Cost
+from fast_litellm_shm.limiters.grantors import ClusterArgument, Cost, ns_until
 from fast_litellm_shm.limiters.waiting import (
     ASYNCIO,
     BLOCKING,
     Steps,
     Waits,
+    in_turn,
     off_loop,
     run,
     run_async,
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
 _NEVER = 2**63  # ns
 _MOST_BLOCKED = 2**55 // 10**9  # s, 416 days
 _LATE = 1_000_000_000  # ns: a waiter that wakes this late has lost its turn
+_AHEAD = 50_000_000  # ns: a bucket is charged at most so long before the instant
+_SOON = 200_000  # ns: between two attempts
+
+_Found: TypeAlias = "tuple[Decision, int, Reservation | None]"
 
 
 class Batch(NamedTuple):
@@ -87,6 +92,7 @@ class RateLimiter(SharedLimits):
     def _choose(self, cluster: ClusterArgument) -> None:
         grantor = chosen(cluster)
         self._cluster, self._grantor = grantor.argument, grantor.rates(self)
+        self._states = states_of(self)
 
     async def acquire_async(self, key: str | bytes, cost: Cost = 1) -> Decision:
         """acquire() for asyncio: where a server has to be asked, a thread does that. Cancelled
@@ -146,29 +152,50 @@ class RateLimiter(SharedLimits):
     def wait(self, key: str | bytes, cost: Cost = 1, timeout: float | None = None) -> Decision:
         """Block until admitted; at most ``timeout`` seconds.
 
-        With token buckets, the waiter reserves its turn at once and sleeps until then, so waiters
-        are served in order. If its turn would come after the deadline, or never, it is denied at
-        once. An interrupt gives the reservation back, unless another one has been made after it.
-        With a window, and over many hosts, it sleeps until there is room and tries again.
+        Callers that wait for a key are served in the order in which they came, over all processes.
+        A caller that is next and cannot be admitted before its deadline, or ever, is denied at
+        once. Nothing is charged for a caller that waits, but in the last 50 ms before its instant
+        (token buckets); if it is interrupted then, that is given back unless another call has
+        charged the key since.
         """
         return run(self._wait(BLOCKING, key, cost, timeout))
 
     async def wait_async(
         self, key: str | bytes, cost: Cost = 1, timeout: float | None = None
     ) -> Decision:
-        """wait() for asyncio. If it is cancelled, it gives its reservation back, if that is the
-        last in the queue. Otherwise its turn passes unused, because the waiters behind it keep
-        their turns."""
+        """wait() for asyncio. It needs no thread."""
         return await run_async(self._wait(ASYNCIO, key, cost, timeout))
 
     def _wait(
         self, waits: Waits, key: str | bytes, cost: Cost, timeout: float | None
     ) -> Steps[Decision]:
-        deadline = deadline_ns(timeout)
+        deadline, raw = deadline_ns(timeout), key_bytes(key)
+        tokens = cost if isinstance(cost, int) else max(cost)
+        place = None
+
+        def attempt() -> Steps[tuple[_Found, int | None]]:
+            soon = min(deadline, time.monotonic_ns() + _AHEAD)
+            found = yield from self._grantor.reserve(waits, self, key, cost, soon)
+            if found[0]:
+                if place is not None:
+                    place.served(tokens)
+                return found, None
+            retry, left = found[0].retry_after_ns, ns_until(deadline)
+            if retry is None or retry > left:
+                return (found[0], 0, None), None
+            return (found[0], 0, None), max(retry - _AHEAD // 2 if retry > _AHEAD else retry, _SOON)
+
+        def turned_away() -> _Found:
+            return refused(self, key, cost), 0, None
+
         while True:
-            decision, pause, reserved = yield from self._grantor.reserve(
-                waits, self, key, cost, deadline
-            )
+            found, again = None, None
+            if not self._states.waited_for(raw):
+                found, again = yield from attempt()
+            if found is None or again is not None:
+                place = waits.place(self._states, raw)
+                found = yield from in_turn(waits, place, attempt, turned_away, deadline)
+            decision, pause, reserved = found
             due = time.monotonic_ns() + pause
             if pause:
                 try:
@@ -177,7 +204,7 @@ class RateLimiter(SharedLimits):
                     if reserved is not None:
                         reserved.cancel()
                     raise
-            if not pause or (decision and time.monotonic_ns() - due < _LATE):
+            if not pause or time.monotonic_ns() - due < _LATE:
                 if reserved is not None:
                     reserved.keep()
                 return decision

@@ -17,8 +17,8 @@ import types
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from fast_litellm_shm._shared import greenlets
-from fast_litellm_shm._shared.states import States
+from fast_litellm_shm._shared import wait_queue
+from fast_litellm_shm._shared.wait_queue import Place
 
 # asyncio and concurrent.futures take 20 ms to import: the functions that use them do.
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ Steps: TypeAlias = Generator[Any, Any, T]
 _executors: dict[str, ThreadPoolExecutor] = {}
 os.register_at_fork(after_in_child=_executors.clear)  # their threads stay behind in the parent
 _this = threading.local()
+
+NEVER = 2**62  # ns
 
 
 class Waits:
@@ -45,11 +47,7 @@ class Waits:
         yield from ()
         time.sleep(seconds)
 
-    def until_woken(self, states: States, raw: bytes, armed: int, ns: int) -> Steps[None]:
-        """Sleep until a permit of the key is released since ``states.arm()`` returned ``armed``, or
-        for so many ns."""
-        yield from ()
-        greenlets.wakeup_wait(states.handle, raw, armed, ns)
+    place = staticmethod(wait_queue.place_of_thread)
 
 
 class _Asyncio(Waits):
@@ -61,22 +59,41 @@ class _Asyncio(Waits):
 
         yield from asyncio.sleep(seconds).__await__()
 
-    def until_woken(self, states: States, raw: bytes, armed: int, ns: int) -> Steps[None]:
-        import asyncio
-
-        woken = _executor("fast-shm-wait").submit(
-            greenlets.wakeup_wait, states.handle, raw, armed, ns
-        )
-        try:
-            late = asyncio.wait({asyncio.wrap_future(woken)}, timeout=ns / 1e9 + 0.01)
-            yield from late.__await__()
-        finally:
-            # Cancelled, or late: the thread may be woken yet. That wake-up is for the next waiter.
-            if not woken.done() and not woken.cancel():
-                woken.add_done_callback(lambda done: states.wake(raw) if done.result() else None)
+    place = staticmethod(wait_queue.place_of_task)
 
 
 BLOCKING, ASYNCIO = Waits(), _Asyncio()
+
+
+def _drop(_: object) -> None: ...
+
+
+def in_turn(
+    waits: Waits,
+    place: Place,
+    attempt: Callable[[], Steps[tuple[T, int | None]]],
+    refused: Callable[[], T],
+    deadline: int,
+) -> Steps[T]:
+    """Wait in the place until it is the caller's turn, and attempt then, until an attempt says that
+    its result is final. attempt: the steps of one; returns its result, and for how many ns at most
+    to wait for the next one (None: the result is final). refused: the result of a caller whose turn
+    has not come by the deadline (of time.monotonic_ns())."""
+    try:
+        place.join()
+        while True:
+            result, pause = None, NEVER
+            if place.turn():
+                result, again = yield from attempt()
+                if again is None:
+                    return result
+                pause = again
+            left = deadline - time.monotonic_ns()
+            if left <= 0:
+                return (yield from waits.ask(refused, _drop)) if result is None else result
+            yield from place.sleep(min(left, pause))
+    finally:
+        place.leave()
 
 
 def run(steps: Steps[T]) -> T:

@@ -15,12 +15,13 @@ from typing import Any
 from weakref import WeakSet
 
 from fast_litellm_shm import exceptions, limits
-from fast_litellm_shm._shared import greenlets, performance, settings
+from fast_litellm_shm._shared import performance, settings
 from fast_litellm_shm._shared.inspection import Inspection
-from fast_litellm_shm._shared.named_limiter import SharedLimits
+from fast_litellm_shm._shared.named_limiter import SharedLimits, states_of
 from fast_litellm_shm._shared.native import Connection, PoolCore, Use, address, lib
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.limiters.rate import deadline_ns
+from fast_litellm_shm.limiters.waiting import BLOCKING, run
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.")
 # A waiter is woken when a connection to its endpoint is closed. An idle connection that is returned
@@ -227,9 +228,13 @@ class SimpleConnectionPool(PoolCore):
                 f"{self._slots.limits[0].n} to an endpoint, {self._totals.limits[0].n} in all; "
                 "wait longer, or raise the limits"
             )
-        raw = endpoint.encode("utf-8", "surrogatepass")
-        armed = lib.fshm_wakeup_arm(self._slots._handle, raw, len(raw))
-        greenlets.wakeup_wait(self._slots._handle, raw, armed, min(left, _TRY_AGAIN_NS))
+        place = BLOCKING.place(states_of(self._slots), endpoint.encode("utf-8", "surrogatepass"))
+        try:
+            place.join()
+            place.turn()
+            run(place.sleep(min(left, _TRY_AGAIN_NS)))
+        finally:
+            place.leave()
 
     def _forget(self) -> None:
         """Begin without connections: those of before a fork belong to the parent."""

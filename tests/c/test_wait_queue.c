@@ -329,7 +329,7 @@ static void test_polled(void) {
     fshm_permit permit;
     fshm_place p;
     fshm_turn t;
-    uint64_t byte = 0;
+    uint64_t entry = WAITERS;
     pid_t pid = 0;
     if (elsewhere) {
       pid = start_child(releases, 0, c);
@@ -341,8 +341,8 @@ static void test_polled(void) {
     CHECK_EQ(fshm_wait_turn(c->l, &p, 0, &t), 1);
     atomic_store(&c->most, elsewhere);
     if (!elsewhere) CHECK_EQ(fshm_permit_release(c->l, &permit), 1);
-    CHECK_EQ(read(ends[0], &byte, sizeof byte), sizeof byte);
-    CHECK_EQ(byte, 1);
+    CHECK_EQ(read(ends[0], &entry, sizeof entry), sizeof entry);
+    CHECK_EQ(entry, p.entry);
     fshm_wait_leave(c->l, &p);
     if (pid) end_child(pid);
   }
