@@ -9,31 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-from fast_litellm_shm import fast_litellm
+from fast_litellm_shm import exceptions, fast_litellm
 from fast_litellm_shm._shared.later import loader
 from fast_litellm_shm._shared.native import Decision, Permit
 from fast_litellm_shm._shared.segment import Segment
-from fast_litellm_shm.exceptions import (
-    ClusterError,
-    EncodingUnavailableError,
-    FastShmError,
-    MissingPackageError,
-    PermitTimeoutError,
-    PriceFileError,
-    RateLimitExceeded,
-    SegmentCapacityError,
-    SegmentClockError,
-    SegmentDamagedError,
-    SegmentError,
-    SegmentFullError,
-    SegmentLayoutError,
-    SegmentLinkError,
-    SegmentNotFoundError,
-    SegmentOwnerError,
-    SegmentPermissionError,
-    SegmentSpaceError,
-    UnknownModelError,
-)
+from fast_litellm_shm.exceptions import *  # noqa: F403
 from fast_litellm_shm.fast_litellm import import_hook
 from fast_litellm_shm.limiters.rate import Batch, RateLimiter
 from fast_litellm_shm.limits import FixedWindow, Limit, SlidingWindow, TokenBucket, Window
@@ -62,27 +42,8 @@ __all__ = [
     "Permit",
     "Admission",
     "Batch",
-    # errors
-    "FastShmError",
-    "RateLimitExceeded",
-    "PermitTimeoutError",
-    "ClusterError",
-    "SegmentError",
-    "SegmentCapacityError",
-    "SegmentClockError",
-    "SegmentDamagedError",
-    "SegmentFullError",
-    "SegmentLayoutError",
-    "SegmentLinkError",
-    "SegmentNotFoundError",
-    "SegmentOwnerError",
-    "SegmentPermissionError",
-    "SegmentSpaceError",
-    "EncodingUnavailableError",
-    "MissingPackageError",
-    "PriceFileError",
-    "UnknownModelError",
 ]
+__all__ += exceptions.__all__
 __all__ += fast_litellm.__all__  # tokens, pools and routing among them
 
 if not TYPE_CHECKING:  # with it, a type checker would accept every name

@@ -2,6 +2,28 @@
 
 from __future__ import annotations
 
+__all__ = [
+    "FastShmError",
+    "RateLimitExceeded",
+    "PermitTimeoutError",
+    "ClusterError",
+    "SegmentError",
+    "SegmentCapacityError",
+    "SegmentClockError",
+    "SegmentDamagedError",
+    "SegmentFullError",
+    "SegmentLayoutError",
+    "SegmentLinkError",
+    "SegmentNotFoundError",
+    "SegmentOwnerError",
+    "SegmentPermissionError",
+    "SegmentSpaceError",
+    "EncodingUnavailableError",
+    "MissingPackageError",
+    "PriceFileError",
+    "UnknownModelError",
+]
+
 
 class FastShmError(Exception):
     """Base of all errors of this package, except ValueError and TypeError for bad arguments."""

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from fast_litellm_shm._shared.native import ffi, lib
 
@@ -22,6 +22,16 @@ def _whole(owner: str, name: str, value: object) -> int:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"{owner}: {name} must be an int, not {value!r}") from None
+
+
+def check_tokens(name: str, value: object) -> None:
+    """Raises TypeError or ValueError for what is no number of tokens."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, not {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must be 0 or more, not {value!r}")
+    if value >= 2**63:
+        raise ValueError(f"{name} must be below 2**63, not {value!r}")
 
 
 def _seconds(owner: str, value: object) -> float:
@@ -92,12 +102,9 @@ class TokenBucket:
         n = _whole("TokenBucket", "n", self.n)
         per = _seconds("TokenBucket", self.per)
         burst = n if self.burst is None else _whole("TokenBucket", "burst", self.burst)
-        object.__setattr__(self, "n", n)
-        object.__setattr__(self, "per", per)
-        object.__setattr__(self, "burst", burst)
-        object.__setattr__(self, "strict", bool(self.strict))
-        checked = _check("TokenBucket", lib.FSHM_BUCKET, n, per, burst, self.strict)
-        object.__setattr__(self, "_per_ns", checked)
+        strict = bool(self.strict)
+        per_ns = _check("TokenBucket", lib.FSHM_BUCKET, n, per, burst, strict)
+        vars(self).update(n=n, per=per, burst=burst, strict=strict, _per_ns=per_ns)  # it is frozen
 
     def _raw(self) -> tuple[int, int, int, int, int]:
         return (self.n, self._per_ns, self.burst, lib.FSHM_BUCKET, int(self.strict))
@@ -105,6 +112,8 @@ class TokenBucket:
 
 @dataclass(frozen=True)
 class _Counted:
+    _KIND: ClassVar[int]
+
     n: int
     per: float = 60.0
     _per_ns: int = field(init=False, repr=False, compare=False)
@@ -112,16 +121,11 @@ class _Counted:
     def __post_init__(self) -> None:
         owner = type(self).__name__
         n, per = _whole(owner, "n", self.n), _seconds(owner, self.per)
-        object.__setattr__(self, "n", n)
-        object.__setattr__(self, "per", per)
-        object.__setattr__(self, "_per_ns", _check(owner, self._kind(), n, per, 0, False))
-
-    @staticmethod
-    def _kind() -> int:
-        raise NotImplementedError
+        per_ns = _check(owner, self._KIND, n, per, 0, False)
+        vars(self).update(n=n, per=per, _per_ns=per_ns)
 
     def _raw(self) -> tuple[int, int, int, int, int]:
-        return (self.n, self._per_ns, 0, self._kind(), 0)
+        return (self.n, self._per_ns, 0, self._KIND, 0)
 
 
 @dataclass(frozen=True)
@@ -133,9 +137,7 @@ class FixedWindow(_Counted):
     up, by at most 2n nanoseconds.
     """
 
-    @staticmethod
-    def _kind() -> int:
-        return int(lib.FSHM_WINDOW)
+    _KIND = lib.FSHM_WINDOW
 
 
 @dataclass(frozen=True)
@@ -148,9 +150,7 @@ class SlidingWindow(_Counted):
     to 255. A larger one is rounded up, by at most 0.8 %.
     """
 
-    @staticmethod
-    def _kind() -> int:
-        return int(lib.FSHM_SLIDING)
+    _KIND = lib.FSHM_SLIDING
 
 
 @dataclass(frozen=True)

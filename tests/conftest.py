@@ -64,7 +64,8 @@ def _nothing_left() -> Iterator[None]:
 def _forget() -> None:
     """What the package keeps of the default segment and the environment."""
     segment._default.clear()
-    simple._default_limiter = pool._default = None
+    simple._limiter.cache_clear()
+    pool._default = None
     monitoring._recorder.bind(None)
     monitoring._kept.clear()
     routing._routers.clear()

@@ -64,12 +64,8 @@ _WORDS = {"true": ENABLED, "enabled": ENABLED, "on": ENABLED, "yes": ENABLED, "1
 _CHOICES = "true, false, canary:N or rollout:N with N from 0 to 100"
 # The keys of `config` in the file, which settings.rate_defaults() and pool_defaults() read.
 _CONFIG_OF = {
-    "rust_rate_limiting": ("requests_per_minute", "burst_size"),
-    "rust_connection_pool": (
-        "max_connections_per_endpoint",
-        "max_total_connections",
-        "idle_timeout_seconds",
-    ),
+    "rust_rate_limiting": settings.RateDefaults._fields,
+    "rust_connection_pool": settings.POOL_KEYS,
 }
 _NEVER = sys.maxsize  # a number of errors that is never reached
 _KEPT = 5  # error messages of each feature, in this process
@@ -134,33 +130,17 @@ def _all_enabled(text: str) -> bool:
     return word != DISABLED
 
 
-def _check_known(where: str, found: object, known: tuple[str, ...]) -> dict[str, Any]:
-    """The JSON object without unknown keys, and a warning for each; {} for what is no object."""
-    if not isinstance(found, dict):
-        settings.warn_once(f"{where} must be a JSON object, not {found!r}; it is ignored")
-        return {}
-    for name in found:
-        if name not in known:
-            settings.warn_once(
-                f"{where}: there is no {name!r}, it is ignored; known are "
-                f"{', '.join(known) or 'none'}"
-            )
-    return {name: value for name, value in found.items() if name in known}
-
-
 def _from_file(path: str, features: object, name: str) -> tuple[str, float] | None:
     where = f"{path}: features"
-    known = _check_known(where, features, FEATURES)
+    known = settings.known_keys(where, features, FEATURES)
     if name not in known:
         return None
     where = f"{where}.{name}"
-    entry = _check_known(where, known[name], ("enabled", "rollout_percentage", "config"))
+    entry = settings.known_keys(where, known[name], ("enabled", "rollout_percentage", "config"))
     if "config" in entry:
-        _check_known(f"{where}.config", entry["config"], _CONFIG_OF.get(name, ()))
-    enabled, percent = entry.get("enabled", True), entry.get("rollout_percentage", 100)
-    if not isinstance(enabled, bool):
-        settings.warn_once(f"{where}.enabled must be true or false, not {enabled!r}; it is ignored")
-        enabled = True
+        settings.known_keys(f"{where}.config", entry["config"], _CONFIG_OF.get(name, ()))
+    enabled = settings.switch(where, entry, "enabled")
+    percent = entry.get("rollout_percentage", 100)
     share = _number(percent) if isinstance(percent, (int, float)) else -1.0
     if share < 0:
         settings.warn_once(
@@ -175,17 +155,9 @@ def _from_file(path: str, features: object, name: str) -> tuple[str, float] | No
 
 def _threshold(path: str, config: dict[str, Any]) -> int:
     where = f"{path}: fallback"
-    fallback = _check_known(
-        where,
-        config.get("fallback", {}),
-        ("auto_disable_on_errors", "max_errors_before_disable"),
-    )
-    auto = fallback.get("auto_disable_on_errors", True)
-    if not isinstance(auto, bool):
-        settings.warn_once(
-            f"{where}.auto_disable_on_errors must be true or false, not {auto!r}; it is ignored"
-        )
-        auto = True
+    known = ("auto_disable_on_errors", "max_errors_before_disable")
+    fallback = settings.known_keys(where, config.get("fallback", {}), known)
+    auto = settings.switch(where, fallback, "auto_disable_on_errors")
     most = fallback.get("max_errors_before_disable", 10)
     if isinstance(most, bool) or not isinstance(most, int) or most < 1:
         settings.warn_once(
@@ -203,7 +175,7 @@ def _load(name: str) -> _Flag:
     seen = (_look(_ENABLED), _look(raw), _look(_CONFIG))
     path, config = settings.config_or_warning()
     if path:
-        config = _check_known(path, config, ("features", "monitoring", "fallback"))
+        config = settings.known_keys(path, config, ("features", "monitoring", "fallback"))
     found = (DISABLED, 0.0) if seen[0] and not _all_enabled(os.fsdecode(seen[0])) else None
     if found is None and seen[1]:
         found = _from_environment(variable, os.fsdecode(seen[1]))

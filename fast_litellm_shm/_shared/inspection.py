@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import fnmatch
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -67,10 +68,8 @@ def held_permits(segment: Segment) -> Iterator[tuple[int, Any]]:
     """The slot of each permit that is held, and its ``fshm_permit_info``, valid until the next."""
     from fast_litellm_shm._shared.dependencies import numpy
 
-    g, info = segment.geometry(), ffi.new("fshm_permit_info *")
-    memory = ffi.buffer(ffi.cast("char *", g.base), g.size)
-    words = numpy.frombuffer(memory, numpy.dtype("=u8"), 2 * g.slots, g.slots_offset)
-    for slot in numpy.flatnonzero((words[1::2] >> numpy.uint64(61)) == 7).tolist():
+    info, when = ffi.new("fshm_permit_info *"), _view(segment.geometry(), "slots")["when"]
+    for slot in numpy.flatnonzero((when >> numpy.uint64(61)) == 7).tolist():
         if lib.fshm_permit_at(segment._handle, slot, info) == 1:  # not released since
             yield slot, info
 
@@ -214,25 +213,20 @@ class Inspection:
         elif self._beside:
             chosen = chosen[~numpy.isin(counts.owner, list(self._beside))]
         if sort == "key":
-            order = iter(sorted(chosen.tolist(), key=lambda slot: self.name(slot)[0]))
+            order = sorted(chosen.tolist(), key=lambda slot: self.name(slot)[0])
         else:
             weight = {
                 "busiest": counts.admitted + counts.denied,
                 "admitted": counts.admitted,
                 "denied": counts.denied,
             }[sort][chosen]
+            rank = -weight.astype(numpy.int64)
             if top is not None and match is None and top < chosen.size:
-                chosen = chosen[numpy.argpartition(-weight.astype(numpy.int64), top)[:top]]
-                weight = weight[numpy.argpartition(-weight.astype(numpy.int64), top)[:top]]
-            order = iter(chosen[numpy.argsort(-weight.astype(numpy.int64), kind="stable")].tolist())
-        shown = 0
-        for slot in order:
-            if top is not None and shown >= top:
-                return
-            row = self.row(slot, match)
-            if row is not None:
-                shown += 1
-                yield row
+                first = numpy.argpartition(rank, top)[:top]
+                chosen, rank = chosen[first], rank[first]
+            order = chosen[numpy.argsort(rank, kind="stable")].tolist()
+        rows = (self.row(slot, match) for slot in order)
+        yield from itertools.islice((row for row in rows if row is not None), top)
 
     def permits(self, *, limiter: str | None = None) -> Iterator[PermitRow]:
         """All permits that are held, in no order. limiter: only the permits of this one."""
@@ -397,29 +391,10 @@ class Inspection:
             )
         }
 
-    def _view(self, what: str) -> NDArray[Any]:
-        from fast_litellm_shm._shared.dependencies import numpy
-
-        g = self._geometry
-        memory = ffi.buffer(ffi.cast("char *", g.base), g.size)
-        dtype: list[tuple[str, str]]
-        if what == "slots":
-            dtype, offset, count = [("who", "=u8"), ("when", "=u8")], g.slots_offset, g.slots
-        elif what == "key_stats":
-            dtype = [("meta", "=u4"), ("admitted", "=u4"), ("denied", "=u4"), ("name", "=u4")]
-            offset, count = g.key_stats_offset, g.slots
-        elif what == "processes":
-            dtype = [("pid", "=u4"), ("", "V60")]
-            offset, count = g.processes_offset, g.processes
-        else:
-            dtype = [("key", "=u8"), ("admitted", "=u4"), ("denied", "=u4")]
-            offset, count = g.process_stats_offset, g.processes * g.process_stats_entries
-        return numpy.frombuffer(memory, numpy.dtype(dtype), count, offset)
-
     def _read_counts(self) -> Counts:
         from fast_litellm_shm._shared.dependencies import numpy
 
-        who = self._view("slots")["who"].copy()
+        who = _view(self._geometry, "slots")["who"].copy()
         key_stats, counters = self._read_key_stats()
         meta = key_stats["meta"].copy()
         owner = (meta >> 20).astype(numpy.int64)
@@ -442,9 +417,10 @@ class Inspection:
         are read again, up to _TRIES times."""
         from fast_litellm_shm._shared.dependencies import numpy
 
-        entries = numpy.flatnonzero(self._view("processes")["pid"])  # that were ever used
-        used = (int(entries[-1]) + 1 if entries.size else 0) * self._geometry.process_stats_entries
-        shared, counters = self._view("key_stats"), self._view("process_stats")[:used]
+        g = self._geometry
+        entries = numpy.flatnonzero(_view(g, "processes")["pid"])  # that were ever used
+        used = (int(entries[-1]) + 1 if entries.size else 0) * g.process_stats_entries
+        shared, counters = _view(g, "key_stats"), _view(g, "process_stats")[:used]
         before = counters.copy()
         key_stats = shared.copy()
         for _ in range(_TRIES):
@@ -458,6 +434,25 @@ class Inspection:
             before = after
             key_stats[slots] = shared[slots]
         return key_stats, after
+
+
+# The arrays of a segment: their fields, as csrc/core/layout.h has them.
+_ARRAYS = {
+    "slots": [("who", "=u8"), ("when", "=u8")],
+    "key_stats": [("meta", "=u4"), ("admitted", "=u4"), ("denied", "=u4"), ("name", "=u4")],
+    "processes": [("pid", "=u4"), ("", "V60")],
+    "process_stats": [("key", "=u8"), ("admitted", "=u4"), ("denied", "=u4")],
+}
+
+
+def _view(g: Any, what: str) -> NDArray[Any]:
+    """One of the arrays, in place. g: Segment.geometry()."""
+    from fast_litellm_shm._shared.dependencies import numpy
+
+    memory = ffi.buffer(ffi.cast("char *", g.base), g.size)
+    count = {"processes": g.processes, "process_stats": g.processes * g.process_stats_entries}
+    dtype, offset = numpy.dtype(_ARRAYS[what]), getattr(g, f"{what}_offset")
+    return numpy.frombuffer(memory, dtype, count.get(what, g.slots), offset)
 
 
 def _slot_of(counters: NDArray[Any]) -> NDArray[Any]:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from fast_litellm_shm import exceptions, limits
 from fast_litellm_shm._shared import log, performance
 from fast_litellm_shm._shared.native import Core, address, ffi, lib, owned
-from fast_litellm_shm._shared.segment import Segment
+from fast_litellm_shm._shared.segment import InSegment, Segment
 from fast_litellm_shm._shared.states import States, failure
 from fast_litellm_shm.limits import Granted, InFlight, LimitSpec
 
@@ -29,13 +29,12 @@ def _default_name(found: tuple[LimitSpec | InFlight, ...]) -> str:
     return name
 
 
-class SharedLimits(Core):
+class SharedLimits(Core, InSegment):
     """Opens a limiter by name, and keeps its Python objects in step with the segment.
 
     The methods that begin with an underscore and take a status are called by the native part.
     """
 
-    _name: str
     _component = "rate_limiter"  # as which its calls are measured
 
     def __init__(
@@ -93,16 +92,6 @@ class SharedLimits(Core):
             self._number([limit.n for limit in numbered])
         self._limits_changed()
         self._measure(*performance.measured_by(self._component, "acquire", self._segment))
-
-    @property
-    def name(self) -> str:
-        """The name that processes share by."""
-        return self._name
-
-    @property
-    def segment(self) -> Segment:
-        """The segment it lives in."""
-        return self._segment
 
     def _number(self, numbers: list[int]) -> None:
         status = lib.fshm_limiter_number(self._handle, numbers, len(numbers))
@@ -162,13 +151,11 @@ class SharedLimits(Core):
 class InnerLimits(SharedLimits):
     """Limits that a part of the package holds, and no user."""
 
-    admit, settle, remaining, end_keys_in, refused = (
-        Core._admit,
-        Core._settle,
-        Core._remaining,
-        Core._end_keys_in,
-        Core._refused_permit,
-    )
+    admit = Core._admit
+    refused = Core._refused_permit
+    settle = Core._settle
+    remaining = Core._remaining
+    end_keys_in = Core._end_keys_in
 
     @property
     def on_full(self) -> str:

@@ -25,22 +25,6 @@ from fast_litellm_shm._shared import settings
 from fast_litellm_shm._shared.native import Recorder, address, ffi, lib
 from fast_litellm_shm._shared.segment import Segment
 
-# The statistics of a component, or of one of its operations.
-FIELDS = (
-    "total_calls",
-    "average_duration_ms",
-    "success_rate",
-    "error_count",
-    "min_duration_ms",
-    "max_duration_ms",
-    "total_duration_ms",
-    "p50_duration_ms",
-    "p95_duration_ms",
-    "p99_duration_ms",
-    "total_input_size",
-    "total_output_size",
-)
-
 # Bytes of a component's name that the segment keeps: csrc/stats/histogram.c.
 _KEPT = len(ffi.new("fshm_metric_info *").name) // 2 - 1
 
@@ -108,20 +92,10 @@ def count_kept(segment: Segment) -> None:
 def _sample_every() -> int:
     """n, where one of n of the library's own calls is measured; 0: none."""
     path, config = settings.config_or_warning()
-    found = config.get("monitoring", {})
     where = f"{path}: monitoring"
-    if not isinstance(found, dict):
-        settings.warn_once(f"{where} must be a JSON object, not {found!r}; it is ignored")
-        found = {}
-    for name in found:
-        if name not in ("enabled", "sample_rate"):
-            settings.warn_once(
-                f"{where}: there is no {name!r}, it is ignored; known are enabled, sample_rate"
-            )
-    enabled, rate = found.get("enabled", True), found.get("sample_rate", 0.01)
-    if not isinstance(enabled, bool):
-        settings.warn_once(f"{where}.enabled must be true or false, not {enabled!r}; it is ignored")
-        enabled = True
+    found = settings.known_keys(where, config.get("monitoring", {}), ("enabled", "sample_rate"))
+    enabled = settings.switch(where, found, "enabled")
+    rate = found.get("sample_rate", 0.01)
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
         settings.warn_once(
             f"{where}.sample_rate must be a number from 0 to 1, not {rate!r}; 0.01 is used"
@@ -147,6 +121,7 @@ def measured_by(component: str, operation: str, segment: Segment) -> tuple[int, 
 
 
 def _fields(info: Any) -> dict[str, Any]:
+    """The statistics of a component, or of one of its operations."""
     calls = info.calls
     return {
         "total_calls": calls,
@@ -162,6 +137,9 @@ def _fields(info: Any) -> dict[str, Any]:
         "total_input_size": info.size_in,
         "total_output_size": info.size_out,
     }
+
+
+FIELDS = tuple(_fields(ffi.new("fshm_metric_info *")))  # their names
 
 
 def _as_kept(component: str) -> str:

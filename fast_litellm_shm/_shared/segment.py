@@ -16,7 +16,8 @@ _default: dict[str, Segment] = {}
 _open: weakref.WeakSet[Segment] = weakref.WeakSet()  # of this process, for health_check()
 
 
-def _check_name(name: object) -> str:
+def path_of(name: object) -> str:
+    """The file of a segment name. Raises TypeError or ValueError for what is no such name."""
     if not isinstance(name, str):
         raise TypeError(f"segment name must be a str, not {name!r}")
     out = ffi.new("char[256]")  # C would read a name up to its first NUL
@@ -25,13 +26,6 @@ def _check_name(name: object) -> str:
             f"segment name must be 1 to {lib.FSHM_MAX_NAME} characters of A-Z a-z 0-9 . _ - and "
             f"not begin with a dot, not {name!r}"
         )
-    return name
-
-
-def path_of(name: str) -> str:
-    """The file of a segment name."""
-    out = ffi.new("char[256]")
-    lib.fshm_path(_check_name(name).encode(), out, 256)
     return str(ffi.string(out).decode())
 
 
@@ -81,7 +75,8 @@ class Segment:
         allow_other_owner: bool | None = None,
         _read_only: bool = False,
     ) -> None:
-        self._name = _check_name(settings.segment_name() if name is None else name)
+        self._name = settings.segment_name() if name is None else name
+        path_of(self._name)  # raises for a bad name
         if capacity is None and create and not _read_only:
             capacity = settings.segment_capacity()
         if capacity is not None and (
@@ -322,6 +317,23 @@ class Segment:
 
     def __repr__(self) -> str:
         return f"Segment({self._name!r}, capacity={self.geometry().capacity})"
+
+
+class InSegment:
+    """A part of the package that processes share by a name, in a segment."""
+
+    _name: str
+    _segment: Segment
+
+    @property
+    def name(self) -> str:
+        """The name that processes share by."""
+        return self._name
+
+    @property
+    def segment(self) -> Segment:
+        """The segment it lives in."""
+        return self._segment
 
 
 def _reopen(name: str, arguments: dict[str, Any]) -> Segment:

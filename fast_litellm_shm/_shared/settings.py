@@ -194,6 +194,38 @@ def config_or_warning() -> tuple[str, dict[str, Any]]:
         return "", {}
 
 
+def known_keys(where: str, found: object, known: tuple[str, ...]) -> dict[str, Any]:
+    """The JSON object without unknown keys, and a warning for each; {} for what is no object."""
+    if not isinstance(found, dict):
+        warn_once(f"{where} must be a JSON object, not {found!r}; it is ignored")
+        return {}
+    for name in found:
+        if name not in known:
+            warn_once(
+                f"{where}: there is no {name!r}, it is ignored; known are "
+                f"{', '.join(known) or 'none'}"
+            )
+    return {name: value for name, value in found.items() if name in known}
+
+
+def switch(where: str, found: dict[str, Any], name: str) -> bool:
+    """A key that is true or false, true by default; another value is a warning, and ignored."""
+    value = found.get(name, True)
+    if isinstance(value, bool):
+        return value
+    warn_once(f"{where}.{name} must be true or false, not {value!r}; it is ignored")
+    return True
+
+
+# The fields of PoolDefaults: each one's variable, its key in the config file, whether it is whole.
+_POOL = {
+    "max_per_endpoint": ("MAX_PER_ENDPOINT", "max_connections_per_endpoint", True),
+    "max_total": ("MAX_TOTAL", "max_total_connections", True),
+    "idle_timeout": ("IDLE_TIMEOUT", "idle_timeout_seconds", False),
+}
+POOL_KEYS = tuple(key for _, key, _ in _POOL.values())
+
+
 def pool_defaults() -> PoolDefaults:
     """From the environment, else from the config file (``features.rust_connection_pool.config``),
     else 10 to an endpoint, 100 in all, 300 s idle."""
@@ -201,11 +233,7 @@ def pool_defaults() -> PoolDefaults:
     where = "features.rust_connection_pool.config"
     inner = _part(config, where)
     found: dict[str, Any] = {}
-    for field, suffix, key, whole in (
-        ("max_per_endpoint", "MAX_PER_ENDPOINT", "max_connections_per_endpoint", True),
-        ("max_total", "MAX_TOTAL", "max_total_connections", True),
-        ("idle_timeout", "IDLE_TIMEOUT", "idle_timeout_seconds", False),
-    ):
+    for field, (suffix, key, whole) in _POOL.items():
         variable = f"FAST_LITELLM_POOL_{suffix}"
         if os.environ.get(variable):
             found[field] = _number(variable, os.environ[variable], whole)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 import os
 import sys
 import threading
@@ -31,6 +30,7 @@ from fast_litellm_shm._shared.native import Memo
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.fast_litellm import import_hook
 from fast_litellm_shm.tokens import counter as tokens
+from fast_litellm_shm.tokens import encoding
 
 _PROXY, _MODULE = "litellm.proxy.proxy_server", import_hook.MODULE
 _FUNCTION = "_get_exact_count_function"
@@ -38,8 +38,6 @@ _FEATURE, _COMPONENT = "rust_token_counting", "token_counting"
 _SINCE = "1.102.0"  # the first litellm with that function
 _MOST_MEMOS = 64  # tokenizers of one process; texts of further ones are counted without a memo
 _NOT_YET = "litellm is not imported yet"
-
-CountFunction = Callable[[str], int]
 
 _lock = threading.RLock()  # renewed in a forked child: _renew_lock()
 _original: Any = None  # litellm's function
@@ -285,22 +283,17 @@ def _missing() -> str | None:
     """Why the litellm that the program would import cannot be accelerated; None where it can, or
     where its source cannot be read. Read in the source: an import takes seconds, and a version
     number does not tell what a release has."""
-    try:
-        spec = importlib.util.find_spec("litellm")
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None:
+    folder = encoding.litellm_folder()
+    if folder is None:
         return "litellm is not installed"
-    for folder in spec.submodule_search_locations or ():
-        source = os.path.join(folder, *_MODULE.split(".")[1:]) + ".py"
-        try:
-            with open(source, encoding="utf-8") as file:
-                return None if f"def {_FUNCTION}(" in file.read() else _unsupported()
-        except FileNotFoundError:
-            return _unsupported()
-        except (OSError, ValueError):
-            break
-    return None
+    source = os.path.join(folder, *_MODULE.split(".")[1:]) + ".py"
+    try:
+        with open(source, encoding="utf-8") as file:
+            return None if f"def {_FUNCTION}(" in file.read() else _unsupported()
+    except FileNotFoundError:
+        return _unsupported()
+    except (OSError, ValueError):
+        return None
 
 
 def _renew_lock() -> None:
@@ -308,5 +301,4 @@ def _renew_lock() -> None:
     _lock = threading.RLock()  # the thread that held it does not live in the child
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
+os.register_at_fork(after_in_child=_renew_lock)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,7 +41,7 @@ class RateLimitStats(dict[str, Any]):
         return super().__iter__()
 
 
-def _stats(limiter: RateLimiter, config: dict[str, int], strict_n: int | None) -> RateLimitStats:
+def _stats(limiter: RateLimiter, config: dict[str, int], strict: bool) -> RateLimitStats:
     out = RateLimitStats()
     out.totals = dict.fromkeys(_TOTALS, 0)
     per_minute, per_hour = config["requests_per_minute"], config["requests_per_hour"]
@@ -48,10 +49,7 @@ def _stats(limiter: RateLimiter, config: dict[str, int], strict_n: int | None) -
     for row in Inspection(limiter.segment).keys(limiter=limiter.name):
         left = row.remaining or 0  # never None: the limits are the limiter's own
         raw = row.raw or row.key.encode("utf-8", "surrogatepass")
-        if (
-            strict_n is None
-            and lib.fshm_remaining(limiter._handle, raw, len(raw), 0, remaining) == 3
-        ):
+        if not strict and lib.fshm_remaining(limiter._handle, raw, len(raw), 0, remaining) == 3:
             bucket, minute, hour = remaining[0], remaining[1], remaining[2]
         else:
             bucket = left
@@ -116,7 +114,7 @@ class SimpleRateLimiter(RateLimiter):
             "requests_per_hour": limit.n * 60,
             "burst_size": limit.burst if isinstance(limit, TokenBucket) else limit.n,
         }
-        return _stats(self, config, limit.n)
+        return _stats(self, config, True)
 
 
 class _DefaultLimiter(RateLimiter):
@@ -128,20 +126,15 @@ class _DefaultLimiter(RateLimiter):
         return tuple(f"Rate limit exceeded (requests per {period})" for period in periods)
 
 
-_default_limiter: RateLimiter | None = None
-
-
+@functools.cache
 def _limiter() -> RateLimiter:
-    global _default_limiter
-    if _default_limiter is None:
-        chosen = settings.rate_defaults()
-        _default_limiter = _DefaultLimiter(
-            TokenBucket(chosen.burst_size, per=chosen.burst_size / _PER_SECOND),
-            SlidingWindow(chosen.requests_per_minute, per=60),
-            SlidingWindow(_PER_HOUR, per=3600),
-            name="check_rate_limit",
-        )
-    return _default_limiter
+    chosen = settings.rate_defaults()
+    return _DefaultLimiter(
+        TokenBucket(chosen.burst_size, per=chosen.burst_size / _PER_SECOND),
+        SlidingWindow(chosen.requests_per_minute, per=60),
+        SlidingWindow(_PER_HOUR, per=3600),
+        name="check_rate_limit",
+    )
 
 
 def check_rate_limit(key: str | bytes) -> dict[str, Any]:
@@ -167,4 +160,4 @@ def get_rate_limit_stats() -> RateLimitStats:
         "requests_per_hour": hour,
         "burst_size": burst,
     }
-    return _stats(limiter, config, None)
+    return _stats(limiter, config, False)

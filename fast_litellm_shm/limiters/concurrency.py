@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from contextlib import AsyncContextDecorator, ContextDecorator
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from fast_litellm_shm import exceptions, limits
 from fast_litellm_shm._shared.named_limiter import key_bytes, states_of
 from fast_litellm_shm._shared.native import Permit, Slot, ffi, lib
-from fast_litellm_shm._shared.segment import Segment
-from fast_litellm_shm.limiters import grantors
+from fast_litellm_shm._shared.segment import InSegment, Segment
 from fast_litellm_shm.limiters.choice import chosen
 from fast_litellm_shm.limiters.grantors import ClusterArgument
 from fast_litellm_shm.limiters.rate import deadline_ns
@@ -26,7 +24,7 @@ from fast_litellm_shm.limiters.waiting import (
 )
 
 
-class ConcurrencyLimiter:
+class ConcurrencyLimiter(InSegment):
     """Grants at most ``max_in_flight`` permits for each key, over all processes of the host
     together.
 
@@ -60,40 +58,22 @@ class ConcurrencyLimiter:
         name: str,
         segment: Segment | None = None,
         cluster: ClusterArgument = None,
+        _keep: bool = False,  # where the name exists, leave its limit as it is
     ) -> None:
         limit = limits.in_flight("ConcurrencyLimiter", "max_in_flight", max_in_flight)
-        self._open(limit, name, segment, cluster, keep=False)
-
-    def _open(
-        self,
-        limit: limits.InFlight,
-        name: str,
-        segment: Segment | None,
-        cluster: ClusterArgument,
-        keep: bool,
-    ) -> None:
         grantor = chosen(cluster)
         self._cluster = grantor.argument
         self._grantor = grantor.permits(
-            limit, name=name, segment=segment, on_full="deny", keep=keep
+            limit, name=name, segment=segment, on_full="deny", keep=_keep
         )
         self._shared = self._grantor.limits
+        self._name, self._segment = self._shared.name, self._shared.segment
         self._states = states_of(self._shared)
         self.acquire = self._shared.admit  # type: ignore[method-assign]
 
     async def acquire_async(self, key: str | bytes) -> Permit:
         """acquire() for asyncio: where a server has to be asked, a thread does that."""
         return await off_loop(lambda: self.acquire(key), lambda late: late.release())
-
-    @property
-    def name(self) -> str:
-        """The name that processes share by."""
-        return self._shared.name
-
-    @property
-    def segment(self) -> Segment:
-        """The segment it lives in."""
-        return self._shared.segment
 
     @property
     def max_in_flight(self) -> int:
@@ -167,8 +147,8 @@ class ConcurrencyLimiter:
         return permit
 
     def __reduce__(self) -> tuple[Any, ...]:
-        given = (self.max_in_flight, self.name, self.segment, self._cluster)
-        return (_rebuild, (type(self), *given))
+        options = {"name": self.name, "segment": self.segment, "cluster": self._cluster}
+        return (_rebuild, (type(self), self.max_in_flight, options))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.max_in_flight}, name={self.name!r})"
@@ -204,26 +184,17 @@ class _AsyncSlot(AsyncContextDecorator):
         self._permit = limiter._or_raise(await limiter.wait_async(key, timeout), key, timeout)
         return self._permit
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc: object) -> None:
         permit, self._permit = self._permit, None
         if permit is not None:
             permit.release()
 
 
 def _rebuild(
-    cls: type[ConcurrencyLimiter],
-    max_in_flight: int,
-    name: str,
-    segment: Segment,
-    cluster: grantors.Replayed,
+    cls: type[ConcurrencyLimiter], max_in_flight: int, options: dict[str, Any]
 ) -> ConcurrencyLimiter:
     limiter = cls.__new__(cls)
-    limiter._open(limits.InFlight(max_in_flight), name, segment, cluster, keep=True)
+    ConcurrencyLimiter.__init__(limiter, max_in_flight, **options, _keep=True)
     return limiter
 
 

@@ -9,7 +9,7 @@ from fast_litellm_shm import exceptions, limits
 from fast_litellm_shm._shared import key_grammar
 from fast_litellm_shm._shared.named_limiter import InnerLimits
 from fast_litellm_shm._shared.native import Decision
-from fast_litellm_shm._shared.segment import Segment
+from fast_litellm_shm._shared.segment import InSegment, Segment
 from fast_litellm_shm.limiters import grantors
 from fast_litellm_shm.limiters.choice import chosen
 from fast_litellm_shm.limiters.grantors import ClusterArgument, Held
@@ -25,14 +25,8 @@ def _most(limit: LimitSpec | InFlight) -> LimitSpec | InFlight:
 
 
 def _check_tokens(where: str, tokens: object) -> None:
-    if type(tokens) is int and 0 <= tokens < 2**63:
-        return
-    if isinstance(tokens, bool) or not isinstance(tokens, int):
-        raise TypeError(f"{where}: tokens must be an int, not {tokens!r}")
-    if tokens < 0:
-        raise ValueError(f"{where}: tokens must be 0 or more, not {tokens}")
-    if tokens >= 2**63:
-        raise ValueError(f"{where}: tokens must be below 2**63, not {tokens}")
+    if type(tokens) is not int or not 0 <= tokens < 2**63:
+        limits.check_tokens(f"{where}: tokens", tokens)
 
 
 class Admission:
@@ -94,7 +88,7 @@ class Admission:
         if self.allowed and self._quota._names[0] == "rpm":
             before = self._quota._costs(self._charged, self._requests)
             after = self._quota._costs(self._charged, self._requests + 1)
-            self._quota._settle(self._key, before, after, self._permit)
+            self._quota._grantor.settle(self._key, before, after, self._permit)
             self._requests += 1
 
     def cancel(self) -> None:
@@ -106,7 +100,8 @@ class Admission:
             tokens, self._charged = self._charged, 0  # once, wherever an exception strikes
             requests, self._requests = self._requests, 0
             charged = self._quota._costs(tokens, requests)
-            self._quota._settle(self._key, charged, (0,) * len(charged), self._permit)
+            none = (0,) * len(charged)
+            self._quota._grantor.settle(self._key, charged, none, self._permit)
         finally:  # else the permit would be kept for good
             self.release()
 
@@ -139,7 +134,7 @@ class Admission:
         return f"Admission({state}, key={self._key!r})"
 
 
-class Quota:
+class Quota(InSegment):
     """Requests a minute, tokens a minute and calls in parallel, for each key, over all workers.
 
     rpm, tpm: windows of 60 seconds that begin at a key's first request; 1 .. 2,147,483,647.
@@ -205,18 +200,9 @@ class Quota:
             grantor = chosen(cluster)
             self._cluster = grantor.argument
             self._grantor = grantor.quota(own, name=name, segment=segment, on_full=on_full)
-        self._numbered = _numbered
-        self._arguments = (rpm, tpm, max_parallel, name, on_full)
-
-    @property
-    def name(self) -> str:
-        """The name that processes share by."""
-        return self._arguments[3]
-
-    @property
-    def segment(self) -> Segment:
-        """The segment it lives in."""
-        return self._grantor.segment
+        self._name, self._segment = name, self._grantor.segment
+        self._given = (rpm, tpm, max_parallel)
+        self._options = {"name": name, "on_full": on_full, "_numbered": _numbered}
 
     @property
     def over_hosts(self) -> bool:
@@ -289,33 +275,18 @@ class Quota:
             return tuple(cost[name] for name in self._names)
         return self._ones if self._tpm < 0 else self._before + (tokens,) + self._after
 
-    def _settle(
-        self, key: str | bytes, charged: tuple[int, ...], actual: tuple[int, ...], permit: Held
-    ) -> None:
-        self._grantor.settle(key, charged, actual, permit)
-
     def _limit_name(self, permit: Held) -> str:
         index = getattr(permit, "index", permit.decision.limit_index)
         return self._names[index] if index < len(self._names) else "limit"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_rebuild, (*self._arguments, self.segment, self._cluster, self._numbered))
+        options = {**self._options, "segment": self.segment, "cluster": self._cluster}
+        return (_rebuild, (self._given, options))
 
     def __repr__(self) -> str:
         shown = ", ".join(limits.describe(limit) for limit in self._grantor.limits)
         return f"Quota({shown}, name={self.name!r})"
 
 
-def _rebuild(
-    rpm: int | None,
-    tpm: int | None,
-    max_parallel: int | None,
-    name: str,
-    on_full: str,
-    segment: Segment,
-    cluster: grantors.Replayed,
-    numbered: bool = False,
-) -> Quota:
-    limits_ = (rpm, tpm, max_parallel)
-    given: dict[str, Any] = {"name": name, "segment": segment, "on_full": on_full}
-    return Quota(*limits_, **given, cluster=cluster, _numbered=numbered)
+def _rebuild(given: tuple[int | None, ...], options: dict[str, Any]) -> Quota:
+    return Quota(*given, **options)

@@ -210,8 +210,8 @@ class RateLimiter(SharedLimits):
                 return decision
 
     def __reduce__(self) -> tuple[Any, ...]:
-        given = (self.limits, self._name, self._segment, self._on_full, self._cluster)
-        return (_rebuild, (type(self), *given))
+        options = {"name": self._name, "segment": self._segment, "on_full": self._on_full}
+        return (_rebuild, (type(self), self.limits, options, self._cluster))
 
     def __repr__(self) -> str:
         shown = ", ".join(repr(limit) for limit in self.limits)
@@ -221,12 +221,10 @@ class RateLimiter(SharedLimits):
 def _rebuild(
     cls: type[RateLimiter],
     found: tuple[LimitSpec, ...],
-    name: str,
-    segment: Segment,
-    on_full: str,
+    options: dict[str, Any],
     cluster: grantors.Replayed,
 ) -> RateLimiter:
     limiter = cls.__new__(cls)
-    SharedLimits.__init__(limiter, found, name=name, segment=segment, on_full=on_full, keep=True)
+    SharedLimits.__init__(limiter, found, **options, keep=True)
     limiter._choose(cluster)
     return limiter

@@ -8,6 +8,7 @@ import os
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AsyncContextDecorator, suppress
 from types import TracebackType
@@ -168,28 +169,25 @@ class SimpleConnectionPool(PoolCore):
     def get_stats(self) -> dict[str, Any]:
         """Sums over all processes: active_connections, idle_connections, total_connections,
         max_total_connections, and endpoints: {endpoint: available_connections, max_connections}."""
-        counts: dict[int, list[int]] = {}
         names: dict[int, str] = {}
+        total, idle = 0, Counter[int]()
         for row in Inspection(self._segment).permits(limiter=self._slots.name):
             if row.pid is not None:
-                counts.setdefault(row.key_hash, [0, 0])[row.idle] += 1
+                total += 1
+                idle[row.key_hash] += row.idle
                 if names.get(row.key_hash, "#").startswith("#"):
                     names[row.key_hash] = row.key
-        active = sum(count[0] for count in counts.values())
-        idle = sum(count[1] for count in counts.values())
         return {
-            "active_connections": active,
-            "idle_connections": idle,
-            "total_connections": active + idle,
+            "active_connections": total - idle.total(),
+            "idle_connections": idle.total(),
+            "total_connections": total,
             "max_total_connections": self._totals.limits[0].n,
             "endpoints": {
-                names[endpoint]: {
-                    "available_connections": idle_here,
+                name: {
+                    "available_connections": idle[key_hash],
                     "max_connections": self._slots.limits[0].n,
                 }
-                for endpoint, (_, idle_here) in sorted(
-                    counts.items(), key=lambda item: names[item[0]]
-                )
+                for key_hash, name in sorted(names.items(), key=lambda item: item[1])
             },
         }
 

@@ -30,7 +30,7 @@ from typing import Any
 from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared import features, performance, settings
 from fast_litellm_shm._shared.native import RouterCore, address, ffi, lib, owned
-from fast_litellm_shm._shared.segment import Segment
+from fast_litellm_shm._shared.segment import InSegment, Segment
 from fast_litellm_shm.routing.deployments import (
     COST_UNIT,
     Deployment,
@@ -126,7 +126,7 @@ def _checked_cooldown(
     return cooldown
 
 
-class AdvancedRouter(RouterCore):
+class AdvancedRouter(RouterCore, InSegment):
     """Picks one of a model's deployments. Routers of one name share statistics, in all workers.
 
     strategy:
@@ -155,7 +155,6 @@ class AdvancedRouter(RouterCore):
     """
 
     _checks_flag = True  # of the feature rust_routing
-    _name: str
 
     def __init__(
         self,
@@ -190,16 +189,6 @@ class AdvancedRouter(RouterCore):
     def strategy(self) -> str:
         """The strategy it was made with."""
         return self._strategy
-
-    @property
-    def name(self) -> str:
-        """The name that processes share by."""
-        return self._name
-
-    @property
-    def segment(self) -> Segment:
-        """The segment it lives in."""
-        return self._segment
 
     def track(self, deployment: Mapping[str, Any] | str) -> Tracked:
         """Count a request as in flight while a ``with`` or ``async with`` block runs, and record

@@ -64,8 +64,7 @@ def _forget_threads() -> None:
         counter._made, counter._making = len(counter._idle), False
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_threads)
+os.register_at_fork(after_in_child=_forget_threads)
 
 
 def is_large(texts: int, chars: int) -> bool:
@@ -199,11 +198,9 @@ class BatchCounter:
 
     def _borrow(self, wanted: int) -> list[_Encoder]:
         out: list[_Encoder] = []
-        while len(out) < wanted:
-            try:
+        with suppress(IndexError):  # no more are free
+            while len(out) < wanted:
                 out.append(self._idle.pop())
-            except IndexError:
-                break
         return out
 
     def spend(self, seconds: float) -> None:

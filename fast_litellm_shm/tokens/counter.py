@@ -267,16 +267,13 @@ class SimpleTokenCounter:
             known = [memo.get_for(text, tenant) for text in texts]
         if None not in known:
             return known
-        pairs = zip(texts, known, strict=True)
+        pairs = list(zip(texts, known, strict=True))
         new = dict.fromkeys(text for text, tokens in pairs if tokens is None)
         found = counting.batch.count(list(new))
         if memo is not None:
             for text, tokens in found.items():
                 memo.put(text, tokens, tenant)
-        return [
-            found[text] if tokens is None else tokens
-            for text, tokens in zip(texts, known, strict=True)
-        ]
+        return [found[text] if tokens is None else tokens for text, tokens in pairs]
 
     def estimate_cost(self, input_tokens: int, output_tokens: int, model: str) -> float:
         """The cost in dollars: :func:`fast_litellm_shm.tokens.prices.estimate_cost`. Raises

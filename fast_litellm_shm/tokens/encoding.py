@@ -221,5 +221,4 @@ def _renew_lock() -> None:
     _lock = greenlets.Lock()  # the thread that held it does not live in the child
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
+os.register_at_fork(after_in_child=_renew_lock)

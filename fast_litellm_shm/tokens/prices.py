@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from fast_litellm_shm._shared import log, settings
 from fast_litellm_shm.exceptions import PriceFileError, UnknownModelError
+from fast_litellm_shm.limits import check_tokens
 from fast_litellm_shm.tokens import encoding
 
 _FILE = "model_prices_and_context_window_backup.json"
@@ -226,15 +227,6 @@ def _tier(model: str, entry: Entry, input_tokens: int) -> Entry:
     return found
 
 
-def _check_tokens(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, not {value!r}")
-    if value < 0:
-        raise ValueError(f"{name} must be 0 or more, not {value!r}")
-    if value >= 2**63:
-        raise ValueError(f"{name} must be below 2**63, not {value!r}")
-
-
 def estimate_cost(input_tokens: int, output_tokens: int, model: str) -> float:
     """The cost of a request in dollars, at the model's standard price: with the higher price of
     long input where the model has one, without discounts for cached input, batches or hours.
@@ -242,8 +234,8 @@ def estimate_cost(input_tokens: int, output_tokens: int, model: str) -> float:
     Raises UnknownModelError for a model without a known price, ValueError or TypeError for tokens
     that are not whole numbers of 0 or more, PriceFileError for a price file that cannot be read.
     """
-    _check_tokens("input_tokens", input_tokens)
-    _check_tokens("output_tokens", output_tokens)
+    check_tokens("input_tokens", input_tokens)
+    check_tokens("output_tokens", output_tokens)
     entry = _tier(model, _known(model), input_tokens)
     total = 0.0
     for what, tokens in (("input", input_tokens), ("output", output_tokens)):
@@ -271,9 +263,8 @@ def limits(model: str) -> dict[str, int | None] | None:
         whole = isinstance(value, (int, float)) and value == value // 1 and value >= 0
         found[field] = int(value) if whole and value is not None else None
     most = found.pop("max_tokens")
-    found["max_input_tokens"] = (
-        most if found["max_input_tokens"] is None else found["max_input_tokens"]
-    )
+    if found["max_input_tokens"] is None:
+        found["max_input_tokens"] = most
     return {"context_window": found["max_input_tokens"], **found}
 
 
@@ -296,5 +287,4 @@ def _renew_lock() -> None:
     _lock = threading.Lock()  # the thread that held it does not live in the child
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
+os.register_at_fork(after_in_child=_renew_lock)

@@ -219,7 +219,7 @@ def test_cancelling_gives_the_slot_back_also_where_the_rest_cannot_be(
         raise SegmentError("damaged")
 
     with monkeypatch.context() as broken, pytest.raises(SegmentError):
-        broken.setattr(quota, "_settle", fails)
+        broken.setattr(quota._grantor, "settle", fails)
         admission.cancel()
     assert quota.in_flight("key") == 0 and admission.released
     admission.cancel()  # harmless
