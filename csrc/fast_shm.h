@@ -26,8 +26,8 @@
 /* [cdef begin] */
 
 #define FSHM_LAYOUT_VERSION 3
-#define FSHM_ALIVE_BY_LOCK \
-  2     /* the lock is held; whether it dumps core cannot be seen (another pid namespace) */
+/* The lock is held; whether it dumps core cannot be seen (another pid namespace). */
+#define FSHM_ALIVE_BY_LOCK 2
 #define FSHM_MAX_LIMITS 4        /* limits of one limiter */
 #define FSHM_MAX_NAME 64         /* bytes of a segment name: A-Z a-z 0-9 . _ - */
 #define FSHM_MAX_LIMITER_NAME 96 /* bytes of a limiter name */
@@ -74,9 +74,9 @@ enum fshm_op {
   FSHM_RESERVE = 3, /* charge ahead, at most max_wait_ns (token buckets) */
   FSHM_CHARGE = 4, /* charge without a check: may go into debt */
   FSHM_REFUND = 5, /* give tokens back */
-  FSHM_BLOCK =
-      6 /* deny for costs[i] ns (an earlier block that ends later stays); then one token fits. Changes
-                  * token buckets only. FSHM_E_ARGUMENT: no limit is a token bucket */
+  /* Deny for costs[i] ns (an earlier block that ends later stays); then one token fits. Changes token buckets only.
+   * FSHM_E_ARGUMENT: no limit is a token bucket. */
+  FSHM_BLOCK = 6
 };
 #define FSHM_ASK 2 /* of fshm_spend(): not decided here; ask the server that grants */
 
@@ -469,16 +469,16 @@ int fshm_peek_counted(fshm_segment *segment, uint64_t slot, const fshm_limit *li
                       uint64_t now_ns, fshm_decision *out);
 
 /* Counters: calls of each limiter, by all processes, dead ones too. They never fall ------------ */
-#define FSHM_COUNTERS \
-  16 /* the first 15 limiters have one set each, all others share the last one */
+/* The first 15 limiters have one set each, all others share the last one. */
+#define FSHM_COUNTERS 16
 typedef struct {
   uint64_t admitted;
   uint64_t denied; /* includes refused */
   uint64_t refused; /* the table was full */
   uint64_t shared; /* admitted or denied by a shared counter */
 } fshm_counters;
-void fshm_counters_all(const fshm_segment *segment,
-                       fshm_counters *out); /* out: FSHM_COUNTERS of them */
+/* out: FSHM_COUNTERS of them. */
+void fshm_counters_all(const fshm_segment *segment, fshm_counters *out);
 
 /* Memo: a cache of the token counts of texts ----------------------------------------------------- */
 typedef struct {

@@ -1,9 +1,7 @@
 /* unity.c - the whole library as one translation unit, so that the hot path is inlined without
  * depending on link-time optimisation. `make lib` and the Python extension compile this file. */
-#if defined(__linux__)
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
-#endif
 #endif
 #include "core/hash.c"
 #include "core/clock.c"

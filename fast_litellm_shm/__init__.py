@@ -1,7 +1,7 @@
 """Rate limits that all worker processes of a host share, in shared memory, with no server.
 
-The limits, RateLimiter, Segment and the exceptions are loaded at import; every other name, and what
-it needs, when it is first used.
+The limits, RateLimiter, Segment and the exceptions are loaded at import, all other names at their
+first use.
 """
 
 import importlib

@@ -48,12 +48,11 @@ COLD int fshm_damage(fshm_segment *s, uint64_t *index) {
   }
   look_at_header(s);
   uint64_t word = load_relaxed(&s->header->damage);
-  if (word &&
-      (word >> 56 < FSHM_DAMAGE_SIZE || word >> 56 > FSHM_DAMAGE_SLOT)) /* written over itself */
+  /* Written over itself. */
+  if (word && (word >> 56 < FSHM_DAMAGE_SIZE || word >> 56 > FSHM_DAMAGE_SLOT))
     word = (uint64_t)FSHM_DAMAGE_HEADER << 56 | offsetof(header_t, damage);
-  if (word)
-    damage_note(s, (unsigned)(word >> 56),
-                word); /* kept in this process, if the segment loses it */
+  /* Kept in this process, if the segment loses it. */
+  if (word) damage_note(s, (unsigned)(word >> 56), word);
   if (!word) word = load_relaxed(&s->damage);
   *index = word & DAMAGE_INDEX;
   return (int)(word >> 56);
@@ -61,8 +60,8 @@ COLD int fshm_damage(fshm_segment *s, uint64_t *index) {
 
 static COLD void look_at_slots(fshm_segment *s) {
 #if defined(__x86_64__)
-  if (s->read_only && !fshm_wide_loads)
-    return; /* the two halves of a slot may be of different instants */
+  /* The two halves of a slot may be of different instants. */
+  if (s->read_only && !fshm_wide_loads) return;
 #else
   if (s->read_only) return;
 #endif

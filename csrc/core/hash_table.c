@@ -89,8 +89,8 @@ static COLD bool in_share(const fshm_segment *s, uint64_t line, uint64_t who, un
   unsigned its = 0;
   for (uint64_t n = probe_lines(s); n--; line = line_after(s, line)) {
     const slot_t *slot = &s->slots[line * SLOTS_PER_LINE];
-    for (unsigned k = 0; k < SLOTS_PER_LINE;
-         k++) { /* the halves may be of two pairs: the count may be wrong by one */
+    /* The halves may be of two pairs: the count may be wrong by one. */
+    for (unsigned k = 0; k < SLOTS_PER_LINE; k++) {
       uint64_t when = load_relaxed(&slot[k].when);
       bool live = !IS_PENDING(when) && state_expires(when) > over;
       its += live && ((load_relaxed(&slot[k].who) ^ who) & owner) == 0;

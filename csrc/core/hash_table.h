@@ -9,11 +9,8 @@ typedef struct {
   pair_t pair; /* as read; who = 0: the key has no slot */
 } found_t;
 
-enum {
-  CLAIMED = 1,
-  CLAIM_LOST = 0 /* another process changed the slot: look again */,
-  CLAIM_FULL = -1
-};
+/* CLAIM_LOST: another process changed the slot, look again. */
+enum { CLAIMED = 1, CLAIM_LOST = 0, CLAIM_FULL = -1 };
 
 void table_find(const fshm_segment *s, uint64_t hash, uint64_t who, found_t *f);
 /* Computes the first state of a new slot, as of now. NO_STATE: the slot must not be claimed on what the caller knows. */
@@ -43,10 +40,6 @@ static inline uint64_t nth_who(uint64_t key_who, uint32_t n) {
   return who + !who;
 }
 
-static inline uint64_t scale(uint32_t part, uint64_t lines) {
-  return ((uint64_t)part * lines) >> 32;
-}
-
 /* The probe windows of a key: their number, their length in lines, and the line where each begins. */
 static inline unsigned probe_windows(const fshm_segment *s) {
   return s->lines <= 2 * PROBE_LINES ? 1 : 2;
@@ -55,10 +48,10 @@ static inline uint64_t probe_lines(const fshm_segment *s) {
   return s->lines <= 2 * PROBE_LINES ? s->lines : PROBE_LINES;
 }
 static inline uint64_t probe_start(const fshm_segment *s, uint64_t hash, unsigned window) {
-  return scale((uint32_t)(window ? hash : hash >> 32), s->lines);
+  return ((window ? hash & UINT32_MAX : hash >> 32) * s->lines) >> 32;
 }
-static inline uint64_t line_after(const fshm_segment *s,
-                                  uint64_t line) { /* of the same probe window */
+/* The next line of the same probe window. */
+static inline uint64_t line_after(const fshm_segment *s, uint64_t line) {
   return line ^ (((line + 1) ^ line) & s->probe_mask);
 }
 

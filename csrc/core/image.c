@@ -78,9 +78,9 @@ void image_lock_path(const char *path, uint64_t instance, char *out, size_t size
   (void)snprintf(out, size, "%s.%016llx.lock", path, (unsigned long long)instance);
 }
 
-/* The layout, from the capacity alone. */
 static uint64_t aligned(uint64_t at, uint64_t to) { return (at + to - 1) / to * to; }
 
+/* The layout, from the capacity alone: all words of the header before names_mode. */
 static void lay_out(header_t *h, uint64_t capacity) {
   uint64_t limiters = capacity / 800;
   h->magic = FSHM_MAGIC;
@@ -119,9 +119,8 @@ static void lay_out(header_t *h, uint64_t capacity) {
 }
 
 uint64_t fshm_size_for(uint64_t capacity) {
-  header_t h;
+  header_t h = {0};
   if (capacity < MIN_CAPACITY || capacity > MAX_CAPACITY) return 0;
-  memset(&h, 0, sizeof h);
   lay_out(&h, capacity);
   return h.size;
 }
@@ -148,8 +147,8 @@ static void identify_clock(header_t *h) {
 static void randomise(void *out, size_t size) {
 #if defined(__linux__)
   if (getrandom(out, size, 0) == (ssize_t)size) return;
-  uint64_t seed[2] = {fshm_clock(),
-                      (uint64_t)getpid()}; /* no entropy available: better than none */
+  /* No entropy is available: better than none. */
+  uint64_t seed[2] = {fshm_clock(), (uint64_t)getpid()};
   for (size_t i = 0; i < size / 8; i++)
     ((uint64_t *)out)[i] = fshm_siphash(seed[0], seed[1], &i, sizeof i);
 #else
@@ -304,25 +303,13 @@ int image_verify(int fd, header_t *h, uint32_t flags, fshm_error *e) {
     e->wanted = FSHM_LAYOUT_VERSION;
     return image_fail(e, FSHM_E_LAYOUT);
   }
-  header_t should;
-  memset(&should, 0, sizeof should);
+  header_t should = {0};
   if (h->capacity < MIN_CAPACITY || h->capacity > MAX_CAPACITY)
     return image_fail(e, FSHM_E_DAMAGED);
   lay_out(&should, h->capacity);
   e->wanted = should.size;
-  if (should.size != (uint64_t)st.st_size || should.size != h->size || should.lines != h->lines ||
-      should.limiters != h->limiters || should.processes != h->processes ||
-      should.process_stats_entries != h->process_stats_entries ||
-      should.names_words != h->names_words || should.limiters_offset != h->limiters_offset ||
-      should.processes_offset != h->processes_offset ||
-      should.process_stats_offset != h->process_stats_offset ||
-      should.key_stats_offset != h->key_stats_offset || should.names_offset != h->names_offset ||
-      should.slots_offset != h->slots_offset || should.memo_lines != h->memo_lines ||
-      should.memo_offset != h->memo_offset || should.metrics_offset != h->metrics_offset ||
-      should.histograms_offset != h->histograms_offset ||
-      should.deployments_offset != h->deployments_offset ||
-      should.requests_offset != h->requests_offset ||
-      should.counters_offset != h->counters_offset || should.waiters_offset != h->waiters_offset)
+  if (should.size != (uint64_t)st.st_size ||
+      memcmp(h, &should, offsetof(header_t, names_mode)) != 0)
     return image_fail(e, FSHM_E_DAMAGED);
   identify_clock(&should);
   e->found = h->time_namespace;
@@ -338,9 +325,8 @@ int image_verify(int fd, header_t *h, uint32_t flags, fshm_error *e) {
 /* Remove the name. Attached processes keep the segment; see fshm_unlinked(). */
 int fshm_remove(const char *name, fshm_error *e) {
   struct stat st;
-  header_t h;
+  header_t h = {0};
   memset(e, 0, sizeof *e);
-  memset(&h, 0, sizeof h);
   if (fshm_path(name, e->path, sizeof e->path) != FSHM_OK) return image_fail(e, FSHM_E_ARGUMENT);
   if (lstat(e->path, &st)) return image_fail_errno(e);
   int fd = S_ISREG(st.st_mode) ? open(e->path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK) : -1;

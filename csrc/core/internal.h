@@ -54,6 +54,15 @@ static inline patience_t patience(uint64_t swaps) {
 }
 static inline bool patient(const patience_t *p) { return p->swaps > 0 && p->claims > 0; }
 
+/* A word that only rises, for statistics. */
+static inline void raise_to(_Atomic uint64_t *word, uint64_t to) {
+  uint64_t seen = load_relaxed(word);
+  for (int i = 0; seen < to && i < MAX_TRIES; i++)
+    if (atomic_compare_exchange_weak_explicit(word, &seen, to, memory_order_relaxed,
+                                              memory_order_relaxed))
+      return;
+}
+
 #define NO_PROCESS UINT32_MAX
 #define CLOCKS_DIFFER 30000 /* ns: two processes' clocks differ by less (clock.c) */
 

@@ -22,8 +22,8 @@
 #define PROCESSES 256 /* process table, fixed: 256 x (64 + 2048 + 1536) bytes */
 #define PROCESS_STATS 128 /* entries of one process: a power of two */
 #define COUNTERS FSHM_COUNTERS /* sets of call counters of a process index */
-#define RULES \
-  16 /* rules that a limiter can keep: the present ones, and those that states in the table use */
+/* Rules that a limiter can keep: the present ones, and those that states in the table use. */
+#define RULES 16
 #define MAX_LIMITERS 2048 /* 11 bits of key_stats_t.meta */
 #define SHARED 8 /* shared counters of a limiter, for keys without a slot: a power of two */
 #define SHARED_PLACES 8 /* slots of a shared counter: one for each place of a rule */
@@ -243,8 +243,8 @@ typedef struct {
   _Atomic uint64_t leader;
   /* Errors of each feature on this host since the last reset. The caller defines the features. One add each. */
   _Alignas(LINE) _Atomic uint64_t feature_errors[FEATURES];
-  _Alignas(LINE) _Atomic uint64_t memo_hits,
-      memo_misses; /* added in batches, relaxed: token_memo.c */
+  /* Added in batches, relaxed: token_memo.c. */
+  _Alignas(LINE) _Atomic uint64_t memo_hits, memo_misses;
   /* Process indexes that were ever used: bits, only set. */
   _Alignas(LINE) _Atomic uint64_t joined[PROCESSES / 64];
   _Atomic uint64_t liveness; /* segment ns of the last liveness check; one compare-and-swap */
@@ -267,6 +267,7 @@ static_assert(sizeof(requests_t) == 576, "requests in flight");
 static_assert(sizeof(rule_t) == UINT64_C(8) * RULE_WORDS, "rule");
 static_assert(sizeof(limiter_entry_t) == 1344, "limiter entry");
 static_assert(offsetof(limiter_entry_t, current) == 16, "swapped as 16 bytes");
+static_assert(offsetof(header_t, names_mode) == 172, "without padding: compared as bytes");
 static_assert(offsetof(header_t, damage) == 248, "the constant words end at 248");
 static_assert(offsetof(header_t, ticket) == 320, "the changing lines start at 320");
 static_assert(sizeof(header_t) == 2816, "header");

@@ -1,5 +1,4 @@
 /* leader.c - leader election among the processes of a host. DESIGN.md, "Processes". */
-#include <errno.h>
 #include <time.h>
 
 #include "internal.h"

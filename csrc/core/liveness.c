@@ -72,8 +72,8 @@ uint64_t own_birth(void) { return 0; }
  * now (while its byte is locked, that is not so, or does not matter). ENDED is certain: a process that dumps core
  * executes no more of its program. */
 int look_at_process(const process_t *p, bool thorough) {
-  pid_t pid =
-      (pid_t)atomic_load_explicit(&p->pid, memory_order_acquire); /* pairs with process_join() */
+  /* Pairs with process_join(). */
+  pid_t pid = (pid_t)atomic_load_explicit(&p->pid, memory_order_acquire);
   uint64_t born = load_relaxed(&p->born);
   if (pid <= 0 || !born) return UNSEEN;
 #if defined(__linux__)
@@ -86,8 +86,8 @@ int look_at_process(const process_t *p, bool thorough) {
     (void)snprintf(path, sizeof path, "/proc/%d/stat", (int)pid);
     if (!read_stat(path, &start, &state, &threads)) return UNSEEN;
     if (start != (uint32_t)born) return ENDED;
-    if (strchr("ZX", state) && threads <= 1)
-      return ENDED; /* not if a thread outlives the first one */
+    /* Not if a thread outlives the first one. */
+    if (strchr("ZX", state) && threads <= 1) return ENDED;
   }
   (void)snprintf(path, sizeof path, "/proc/%d/status", (int)pid);
   return dumps_core(path) ? ENDED : RUNS;
@@ -137,9 +137,8 @@ int fshm_liveness(fshm_segment *s, fshm_error *e) {
   uint32_t joined = load_relaxed(&s->fork_page->joined);
   bool member = !s->read_only && !process_forked(s) && joined && joined != NO_PROCESS;
   errno = load_relaxed(&s->lock_errno);
-  if (!known)
-    return errno && !s->read_only ? image_fail(e, FSHM_E_LOCK_FILE)
-                                  : FSHM_OK; /* no process has joined yet */
+  if (!known) /* no process has joined yet */
+    return errno && !s->read_only ? image_fail(e, FSHM_E_LOCK_FILE) : FSHM_OK;
   if (lstat(path, &st)) return image_fail(e, FSHM_E_LOCK_FILE);
   e->found = st.st_ino;
   e->wanted = known;

@@ -75,8 +75,8 @@ static int open_lock_file(fshm_segment *s, struct stat *st) {
   char path[sizeof s->path + 32];
   image_lock_path(s->path, s->instance, path, sizeof path);
   uint64_t known = load_relaxed(&s->header->lock_file);
-  if (!known &&
-      s->read_only) { /* no process has joined yet, and a reader does not choose the file */
+  /* No process has joined yet, and a reader does not choose the file. */
+  if (!known && s->read_only) {
     errno = ENOENT;
     return -1;
   }

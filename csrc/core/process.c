@@ -11,11 +11,8 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -224,8 +221,8 @@ COLD uint32_t process_join(fshm_segment *s) {
      * byte that says that the owner lives: if we are stopped in between, we do not keep it locked for an earlier
      * owner. */
     store_relaxed(&page->incarnation, atomic_fetch_add(&p->incarnation, 1) + 1);
-    if (byte_lock(d.fd, d.command, F_WRLCK,
-                  ALIVE(process))) { /* the kernel is just dropping a dead owner's lock */
+    /* It fails while the kernel is just dropping a dead owner's lock. */
+    if (byte_lock(d.fd, d.command, F_WRLCK, ALIVE(process))) {
       (void)byte_lock(d.fd, d.command, F_UNLCK, OWNED(process));
       continue;
     }
@@ -262,8 +259,8 @@ static COLD bool keep_index(fshm_segment *s, uint32_t process, uint64_t incarnat
   fork_page_t *page = s->fork_page;
   const process_t *p = &s->processes[process];
   bool ours = load_relaxed(&p->incarnation) == incarnation;
-  if (!lock_file_ready(s))
-    return ours; /* no liveness check is possible, here or in another process */
+  /* No liveness check is possible, here or in another process. */
+  if (!lock_file_ready(s)) return ours;
   if (ours && byte_held(load_relaxed(&s->lock_fd), ALIVE(process))) return true;
   threads_lock(&s->keeper);
   if (load_relaxed(&page->joined) != process + 1 ||

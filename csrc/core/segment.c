@@ -127,9 +127,8 @@ static int attach(int fd, const header_t *h, const char *path, uint32_t flags, f
 
 int fshm_open(const char *name, uint64_t capacity, uint32_t mode, uint32_t flags,
               fshm_segment **out, fshm_error *e) {
-  header_t h;
+  header_t h = {0};
   memset(e, 0, sizeof *e);
-  memset(&h, 0, sizeof h);
   *out = NULL;
   errno = 0;
   if (fshm_path(name, e->path, sizeof e->path) != FSHM_OK || (mode & ~0777U) ||
@@ -173,11 +172,9 @@ void fshm_close(fshm_segment *s) {
   if (!s) return;
   threads_lock(&list_holder);
   if (--s->users == 0) {
-    for (fshm_segment **at = &open_segments; *at; at = &(*at)->next) {
-      if (*at != s) continue;
-      *at = s->next;
-      break;
-    }
+    fshm_segment **at = &open_segments;
+    while (*at != s) at = &(*at)->next;
+    *at = s->next;
     process_leave(s);
     (void)munmap(s->map, s->size);
     (void)munmap(s->fork_page, sizeof *s->fork_page);

@@ -22,42 +22,31 @@ static COLD int word_find(keyed_t *k, bool open, int *tries, found_t *f) {
   return FSHM_CONTENDED;
 }
 
-typedef uint64_t change_word_t(uint64_t word, uint64_t with);
-
-/* Change the word in one swap. *word: its value afterwards. */
-static COLD int word_change(keyed_t *k, bool open, change_word_t *change, uint64_t with,
-                            uint64_t *word) {
+/* Allow at most `to` permits from now on, in one swap; drop: none, and processes may take some without a lease. *word:
+ * its value afterwards. */
+static COLD int word_lower(keyed_t *k, bool open, uint64_t to, bool drop, uint64_t *word) {
   for (int tries = 0; tries < MAX_TRIES; tries++) {
     found_t f;
     int status = word_find(k, open, &tries, &f);
     if (status != FSHM_OK) return status;
     *word = f.pair.who ? f.pair.when : 0;
-    uint64_t next = f.pair.who ? change(*word, with) : 0;
-    if (next == *word) return FSHM_OK;
-    pair_t seen = f.pair, to = {f.pair.who, next};
-    if (!pair_cas(&k->s->slots[f.slot], &seen, to)) continue;
+    uint64_t next = drop ? permit_lease_dropped(*word) : permit_lease_lowered(*word, to);
+    if (!f.pair.who || next == *word) return FSHM_OK;
+    pair_t seen = f.pair, lower = {f.pair.who, next};
+    if (!pair_cas(&k->s->slots[f.slot], &seen, lower)) continue;
     *word = next;
     return FSHM_OK;
   }
   return FSHM_CONTENDED;
 }
 
-static uint64_t word_kept(uint64_t word, uint64_t with) {
-  (void)with;
-  return word;
-}
-static uint64_t word_dropped(uint64_t word, uint64_t with) {
-  (void)with;
-  return permit_lease_dropped(word);
-}
-
 static COLD int word_reported(fshm_limiter *permits, fshm_limiter *leases, const void *key,
-                              uint64_t length, bool open, change_word_t *change, uint64_t with,
-                              uint64_t now, fshm_permit_lease *out) {
+                              uint64_t length, bool open, uint64_t to, uint64_t now,
+                              fshm_permit_lease *out) {
   keyed_t k = {.s = NULL};
   memset(out, 0, sizeof *out);
   int status = keyed_begin(&k, leases, FSHM_LEASE, key, length, now);
-  if (status == FSHM_OK) status = word_change(&k, open, change, with, &out->word);
+  if (status == FSHM_OK) status = word_lower(&k, open, to, false, &out->word);
   if (status != FSHM_OK) return status;
   /* Read the word, then the permits. Pairs with after_swap() in stands_granted(): a taker whose permit we do not see
    * goes by this word or a newer one. */
@@ -73,12 +62,12 @@ static COLD int word_reported(fshm_limiter *permits, fshm_limiter *leases, const
 
 int fshm_permit_lease_look(fshm_limiter *permits, fshm_limiter *leases, const void *key,
                            uint64_t length, int open, uint64_t now, fshm_permit_lease *out) {
-  return word_reported(permits, leases, key, length, open != 0, word_kept, 0, now, out);
+  return word_reported(permits, leases, key, length, open != 0, MAX_PERMITS, now, out);
 }
 
 int fshm_permit_lease_lower(fshm_limiter *permits, fshm_limiter *leases, const void *key,
                             uint64_t length, uint64_t to, uint64_t now, fshm_permit_lease *out) {
-  return word_reported(permits, leases, key, length, false, permit_lease_lowered, to, now, out);
+  return word_reported(permits, leases, key, length, false, to, now, out);
 }
 
 /* Do all permits that are valid by this word, now or later, have numbers below the next lease? */
@@ -87,8 +76,8 @@ static COLD bool next_is_clean(fshm_limiter *permits, const void *key, uint64_t 
   uint64_t before = permit_lease_of(word);
   if (leased < before) return false; /* permits below `before` stay valid by this word */
   if (permit_lease_clean(word) && before) return true;
-  if (!permit_lease_clean(word) && !before)
-    return false; /* a process may take permits without a lease */
+  /* A process may take permits without a lease. */
+  if (!permit_lease_clean(word) && !before) return false;
   /* By this word, no permit that we do not see is valid beyond the lease. Pairs as in word_reported(). */
   atomic_thread_fence(memory_order_seq_cst);
   return semaphore_count(permits, key, length, leased) == 0;
@@ -138,7 +127,7 @@ COLD int fshm_permit_lease_admit(fshm_limiter *permits, fshm_limiter *leases, fs
   *in_flight = 0;
   int status = keyed_begin(&k, leases, FSHM_LEASE, key, length, now);
   granted_t g = {k.hash, k.who, 0, alone};
-  if (status == FSHM_OK && alone) status = word_change(&k, true, word_dropped, 0, &g.dropped);
+  if (status == FSHM_OK && alone) status = word_lower(&k, true, 0, true, &g.dropped);
   if (status == FSHM_OK)
     status =
         semaphore_take_granted(permits, key, length, &g, now, permit, &out->version, in_flight);

@@ -20,7 +20,7 @@
 #define PERMIT_LEASE_UNIT (UINT64_C(1) << FSHM_PERMIT_LEASE_BITS) /* ns: 0.26 ms */
 #define PERMIT_LEASE_SLACK UINT64_C(1000000000) /* ns: an end may be rounded up by so much */
 #define PERMIT_LEASE_OPEN \
-  UINT64_C(4000000000) /* ns: the life of a first word, which allows no permits */
+  UINT64_C(4000000000) /* ns: life of a first word, which allows no permits */
 /* ns after its end for which a lease is still reported to the server: clocks differ by less */
 #define PERMIT_LEASE_OVER UINT64_C(1000000)
 

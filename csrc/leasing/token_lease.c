@@ -60,8 +60,8 @@ static uint64_t change_refuse(const void *context, uint32_t i, const rule_t *r, 
   if (!refusal->ns) return 0;
   /* a cost of 0 counts as one: no refusal concerns a cost of 0 */
   uint64_t least = min_u64(refusal->costs[i], TOKEN_LEASE_MOST);
-  uint64_t unit =
-      UINT64_C(1) << bit_length(least + 1); /* the state's end is rounded down to a multiple */
+  /* The state's end is rounded down to a multiple. */
+  uint64_t unit = UINT64_C(1) << bit_length(least + 1);
   return token_lease_state(plus_time(now, refusal->ns) + unit, least);
 }
 
@@ -85,10 +85,7 @@ static uint64_t change_learn(const void *context, uint32_t i, const rule_t *r, u
   if (r->kind == FSHM_WINDOW)
     return window_state(
         r, (window_t){plus_time(now, known->left_ns[i]), min_u64(known->used[i], r->n), 0});
-  if (r->kind != FSHM_SLIDING) return 0;
-  sliding_t s = sliding_read(r, 0, now);
-  s.count = known->used[i];
-  return sliding_state(r, s);
+  return r->kind == FSHM_SLIDING ? rule_begun(r, known->used[i], now) : 0;
 }
 
 int fshm_learn(fshm_limiter *l, const void *key, uint64_t key_length, const uint64_t *used,
@@ -176,8 +173,8 @@ int fshm_spend(fshm_limiter *leases, fshm_limiter *refused, fshm_limiter *limits
   fshm_decision shown;
   fshm_apply(limits, FSHM_PROBE, key, key_length, costs, 0, now, &shown);
   if (shown.status < 0) return shown.status;
-  if (shown.status ==
-      FSHM_ALLOWED) { /* by the stored state there is room now, but only the server may grant it */
+  /* By the stored state there is room now, but only the server may grant it. */
+  if (shown.status == FSHM_ALLOWED) {
     shown.status = FSHM_DENIED;
     shown.retry_after_ns = (int64_t)wait;
     counters_add(leases->segment, process_index(leases->segment), limits->counters, shown.status);

@@ -42,8 +42,8 @@ __extension__ typedef unsigned __int128 wide_t;
 #define NO_STATE UINT64_MAX /* never written: a permit with a number that no permit has */
 #define MAX_PERMITS 100000 /* of one key: below 2^17 */
 #define WINDOW_MAX_N ((UINT64_C(1) << 31) - 1)
-#define TOKEN_LEASE_MOST \
-  ((UINT64_C(1) << 24) - 2) /* tokens in it: its end is in units of up to 2^24 ns */
+/* Tokens in a token lease: its end is in units of up to 2^24 ns. */
+#define TOKEN_LEASE_MOST ((UINT64_C(1) << 24) - 2)
 #define BUCKET_MAX_PER (UINT64_C(1) << 55) /* 416 days */
 #define SLIDING_MIN_PER (UINT64_C(1) << 14)
 #define COARSE UINT64_C(1048576) /* ns; see rule_make */
@@ -69,8 +69,8 @@ typedef union {
 typedef struct {
   uint64_t next; /* the state to swap in, if allowed */
   uint64_t retry; /* ns until allowed; 0 = allowed; UINT64_MAX = never */
-  uint64_t used_before,
-      used_after; /* bucket: ns; others: tokens (rounded up). For verdict_remaining */
+  /* bucket: ns; others: tokens (rounded up). For verdict_remaining */
+  uint64_t used_before, used_after;
   uint64_t reset; /* ns until all tokens are back, after the call */
 } verdict_t;
 
@@ -84,6 +84,12 @@ static inline unsigned bit_length(uint64_t v) { return v ? 64U - (unsigned)__bui
 
 static inline uint64_t saturate(wide_t v) { return v > UINT64_MAX ? UINT64_MAX : (uint64_t)v; }
 
+/* The class p of a sliding window: 2^P <= per. */
+static inline unsigned sliding_class(uint64_t per) {
+  unsigned p = bit_length(per) - 1;
+  return p > 41 ? 41 : p < 14 ? 14 : p;
+}
+
 /* The largest n that this kind can count in `per`. */
 static inline uint64_t limit_largest_n(uint32_t kind, uint64_t per) {
   if (kind == FSHM_PERMITS) return MAX_PERMITS;
@@ -91,9 +97,7 @@ static inline uint64_t limit_largest_n(uint32_t kind, uint64_t per) {
   if (kind == FSHM_BUCKET) return per; /* one a nanosecond */
   if (kind == FSHM_WINDOW) return WINDOW_MAX_N;
   if (per < SLIDING_MIN_PER) return 0;
-  unsigned p = bit_length(per) - 1;
-  p = p > 41 ? 41 : p;
-  return (UINT64_C(1) << (p - 12)) - 1;
+  return (UINT64_C(1) << (sliding_class(per) - 12)) - 1;
 }
 
 static inline bool kind_has_period(uint32_t kind) { return kind <= FSHM_SLIDING; }
@@ -154,10 +158,15 @@ static inline bool rule_sane(const rule_t *r) {
          (r->num | r->den | r->unit | r->room | r->n) <= TIME_MAX;
 }
 
+/* The limit that a rule was made of. */
+static inline fshm_limit rule_limit(const rule_t *r) {
+  return (fshm_limit){r->n, kind_has_period(r->kind) ? r->per : 0, r->burst, r->kind, r->strict};
+}
+
 /* Is it a rule that rule_make() makes of a valid limit? Every published rule is. (Its place comes from
  * limit_changes.c.) */
 static inline bool rule_genuine(const rule_t *r) {
-  const fshm_limit l = {r->n, kind_has_period(r->kind) ? r->per : 0, r->burst, r->kind, r->strict};
+  const fshm_limit l = rule_limit(r);
   if (!rule_sane(r) || !limit_valid(&l)) return false;
   rule_t made = rule_make(&l);
   made.place = r->place;
@@ -246,9 +255,11 @@ static inline uint64_t bucket_room(const rule_t *r, uint64_t cost) {
   return saturate(r->den == 1 ? product : product / r->den);
 }
 
-/* `at`: the instant of the charge: now, or later for a reservation. */
-static inline verdict_t bucket_take(const rule_t *r, uint64_t state, uint64_t now, uint64_t at,
-                                    uint64_t cost) {
+/* `at`: the instant of the charge: now, or later for a reservation. Inlined for the same reason as rule_take(), and not
+ * by the compiler's choice: that changes with code that has nothing to do with it. */
+static inline __attribute__((always_inline)) verdict_t bucket_take(const rule_t *r, uint64_t state,
+                                                                   uint64_t now, uint64_t at,
+                                                                   uint64_t cost) {
   verdict_t v = {0};
   uint64_t tat = max_u64(state & TIME_MAX, at), increment = bucket_increment(r, cost);
   uint64_t next = plus_time(tat, increment);
@@ -256,8 +267,8 @@ static inline verdict_t bucket_take(const rule_t *r, uint64_t state, uint64_t no
   v.used_after = next - now;
   v.next = increment ? next : state;
   v.reset = v.used_after;
-  if (cost > r->burst ||
-      (next == TIME_MAX && increment)) { /* or at the end of time: charge nothing */
+  /* Too much, or at the end of time: charge nothing. */
+  if (cost > r->burst || (next == TIME_MAX && increment)) {
     v.retry = UINT64_MAX;
     return v;
   }
@@ -280,8 +291,8 @@ static inline uint64_t bucket_refund(const rule_t *r, uint64_t state, uint64_t n
   if (put) {
     if (!charged_alike(r, put)) return state;
     uint64_t left = minus(put->state & TIME_MAX, now);
-    if (put->num != r->num ||
-        put->den != r->den) { /* the same tokens at the present rate, rounded down */
+    /* The same tokens at the present rate, rounded down. */
+    if (put->num != r->num || put->den != r->den) {
       const bool faster = (wide_t)r->num * put->den < (wide_t)put->num * r->den;
       const uint64_t from = faster ? put->at : now, since = minus(now, from);
       wide_t scaled = (wide_t)minus(put->state & TIME_MAX, from) * put->den;
@@ -445,11 +456,6 @@ static inline uint64_t float12_read(uint64_t f) {
   return e ? (128 + m) << (e - 1) : m;
 }
 
-static inline unsigned sliding_class(uint64_t per) { /* 2^P <= per */
-  unsigned p = bit_length(per) - 1;
-  return p > 41 ? 41 : p < 14 ? 14 : p;
-}
-
 static inline sliding_t sliding_read(const rule_t *r, uint64_t state, uint64_t now) {
   sliding_t s = {now / r->per, 0, 0, 0};
   s.left = r->per - now % r->per;
@@ -505,6 +511,14 @@ static inline uint64_t sliding_room_at(const rule_t *r, uint64_t full, uint64_t 
   return r->per - (uint64_t)((wide_t)room * r->per / full);
 }
 
+static inline void sliding_add(const rule_t *r, sliding_t *s, uint64_t cost, verdict_t *v) {
+  s->count += cost;
+  v->used_after = v->used_before + cost;
+  v->next = sliding_state(r, *s);
+  if (state_expires(v->next) < (wide_t)(s->index + 2) * r->per)
+    v->retry = UINT64_MAX; /* the end of time: the state would be read as another window's */
+}
+
 static inline verdict_t sliding_take(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost) {
   sliding_t s = sliding_read(r, state, now);
   uint64_t used = s.count + sliding_weight(r, s.previous, s.left);
@@ -520,11 +534,7 @@ static inline verdict_t sliding_take(const rule_t *r, uint64_t state, uint64_t n
       v.retry = minus(window_end, now) + sliding_room_at(r, s.count, r->n - cost);
     if (!v.retry) v.retry = 1;
   } else if (cost) {
-    s.count += cost;
-    v.used_after = used + cost;
-    v.next = sliding_state(r, s);
-    if (state_expires(v.next) < (wide_t)(s.index + 2) * r->per)
-      v.retry = UINT64_MAX; /* the end of time: the state would be read as another window's */
+    sliding_add(r, &s, cost, &v);
   }
   if (s.count)
     v.reset = minus(plus_time(window_end, r->per), now);
@@ -542,11 +552,7 @@ static inline verdict_t sliding_count(const rule_t *r, uint64_t state, uint64_t 
   if (cost > minus(r->n, used)) {
     v.retry = UINT64_MAX; /* the caller computes the time from the counts */
   } else if (cost) {
-    s.count += cost;
-    v.used_after = used + cost;
-    v.next = sliding_state(r, s);
-    if (state_expires(v.next) < (wide_t)(s.index + 2) * r->per)
-      v.retry = UINT64_MAX; /* the end of time, as in sliding_take() */
+    sliding_add(r, &s, cost, &v);
   }
   return v;
 }
@@ -711,8 +717,8 @@ static inline uint64_t rule_begun(const rule_t *r, uint64_t used, uint64_t now) 
  * cannot hold so many (more than it admits). */
 static inline uint64_t rule_convert(const rule_t *r, const rule_t *old, uint64_t state,
                                     uint64_t now) {
-  if (r->kind == FSHM_LEASE ||
-      old->kind == FSHM_LEASE) /* tokens left say nothing about tokens used */
+  /* Tokens left say nothing about tokens used. */
+  if (r->kind == FSHM_LEASE || old->kind == FSHM_LEASE)
     return r->kind == old->kind ? state_for(r, state) : 0;
   state = state_for(old, state);
   if (!state || state_expires(state) <= now) return 0;

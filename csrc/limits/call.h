@@ -77,22 +77,12 @@ static inline bool may_share(const call_t *c, uint32_t i, uint32_t op) {
          c->snapshot.rules[i].kind != FSHM_LEASE;
 }
 
-/* limiter.c */
-static uint64_t fresh_now(const call_t *c);
+/* limiter.c, for shared_counters.c, which comes before it in unity.c */
 static COLD void read_clock_again(call_t *c);
 static bool former_rule(call_t *c, uint32_t i, const found_t *f, rule_t *old);
 static void state_met(call_t *c, uint32_t i, const found_t *f, met_t *m);
 static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_t cost, look_t *l);
 static COLD uint64_t forced(const call_t *c, uint32_t op, uint32_t i, const rule_t *r,
                             uint64_t state, uint64_t now);
-
-/* shared_counters.c */
-static COLD void find_shared(const call_t *c, uint32_t i, found_t *f);
-static __attribute__((noinline, cold)) void look_shared(call_t *c, uint32_t i, uint64_t cost,
-                                                        look_t *l);
-static COLD uint64_t first_shared(first_t *f, uint64_t now);
-static COLD int put_shared(call_t *c, uint32_t i, look_t *l, uint32_t op);
-static COLD int tell_shared(const call_t *c, uint32_t process, int status, bool counts,
-                            fshm_decision *out);
 
 #endif

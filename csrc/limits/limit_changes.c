@@ -7,13 +7,13 @@
 #include "limits.h"
 #include "shared_counters.h"
 
-#define SWEEPS \
-  64 /* of one publication; a sweep that frees nothing means that another process has changed the limits */
+/* Of one publication. A sweep that frees nothing means that another process has changed the limits. */
+#define SWEEPS 64
 
 static bool owner_lives(fshm_segment *s, uint64_t owner) {
   uint64_t process = (owner & 0xffff) - 1;
-  if (process >= PROCESSES)
-    return true; /* not in the process table: no liveness check is possible */
+  /* Not in the process table: no liveness check is possible. */
+  if (process >= PROCESSES) return true;
   return load_relaxed(&s->processes[process].incarnation) == owner >> 16 &&
          process_alive(s, (uint32_t)process);
 }
@@ -184,9 +184,8 @@ static COLD bool sweep_slot(sweep_t *w, uint64_t slot) {
      * limits, swept, and given our rule indexes to other rules. */
     if (entry_current(w->s, w->index) != w->snapshot.current) {
       if (!limits_load(w->s, w->index, &w->snapshot)) return false;
-      if (!w->fixed)
-        w->now = segment_now(
-            s); /* after they were published: from then on states drain at most at their pace */
+      /* After they were published: from then on states drain at most at their pace. */
+      if (!w->fixed) w->now = segment_now(s);
       continue;
     }
     bool over = IS_PENDING(pair.when) || state_expires(pair.when) <= minus(w->now, CLOCKS_DIFFER);
@@ -207,8 +206,6 @@ static COLD bool sweep_slot(sweep_t *w, uint64_t slot) {
 }
 
 static COLD bool sweep_slots(sweep_t *w) {
-  memset(w->labels, 0, sizeof w->labels);
-  w->places = 0;
   for (uint64_t i = 0; i < state_slot_end(w->s); i++)
     if (!sweep_slot(w, state_slot_at(w->s, w->index, i))) return false;
   return true;
@@ -257,9 +254,9 @@ uint64_t limits_pace_since(const fshm_segment *s, uint32_t index, unsigned place
   uint64_t fastest = UINT64_MAX, owner;
   rule_t rule;
   for (unsigned rule_index = 0; rule_index < RULES; rule_index++) {
-    if (!read_used(e, rule_index, &rule, &owner) || rule.kind != FSHM_BUCKET || rule.place != place)
+    if (!read_used(e, rule_index, &rule, &owner) || rule.kind != FSHM_BUCKET ||
+        rule.place != place || !rule_sane(&rule)) /* not sane: no call has set this */
       continue;
-    if (!rule_sane(&rule)) continue; /* no call has set this */
     if ((owner & ~RULE_USED) > version) fastest = min_u64(fastest, bucket_pace(&rule));
   }
   /* After the indexes: a caller that found one free, or with another rule, now finds what note_freed() recorded of
@@ -317,8 +314,7 @@ static COLD bool sweep(fshm_segment *s, uint32_t index, uint64_t now) {
     if (w.victim < 0 || w.labels[rule_index] < w.labels[w.victim]) w.victim = (int)rule_index;
   }
   if (w.victim < 0) return false;
-  for (uint64_t i = 0; i < state_slot_end(s); i++)
-    if (!sweep_slot(&w, state_slot_at(s, index, i))) return false;
+  if (!sweep_slots(&w)) return false; /* counts again: a label that had states keeps a count */
   uint32_t left = 0;
   for (uint64_t i = 0; i < state_slot_end(s); i++) {
     uint64_t slot = state_slot_at(s, index, i), who = load_relaxed(&s->slots[slot].who);

@@ -34,8 +34,8 @@ static bool former_rule(call_t *c, uint32_t i, const found_t *f, rule_t *old) {
   const pair_t now =
       c->s->read_only ? pair_peek(&c->s->slots[f->slot]) : pair_load(&c->s->slots[f->slot]);
   c->stale |= now.who != f->pair.who || now.when != f->pair.when || outdated(c);
-  if (unlikely(!sane))
-    *old = c->snapshot.rules[i]; /* written over by a stray write: any rule will do */
+  /* Written over by a stray write: any rule will do. */
+  if (unlikely(!sane)) *old = c->snapshot.rules[i];
   if (unlikely(c->numbers && c->numbers[i] && old->kind == FSHM_WINDOW))
     old->n = min_u64(old->n, c->numbers[i]);
   return !c->stale;
@@ -158,8 +158,8 @@ static COLD int renew(call_t *c) {
   c->stale = false;
   if (!limits_load(c->s, c->index, &c->snapshot)) return damage_limits(c->s, c->index);
   limits_number(c->numbers, &c->snapshot);
-  read_clock_again(
-      c); /* after these limits were published: from then on states drain at most at their pace */
+  /* After these limits were published: from then on states drain at most at their pace. */
+  read_clock_again(c);
   return c->snapshot.count ? FSHM_OK : FSHM_E_ARGUMENT;
 }
 static inline int renewed(call_t *c) { return likely(!c->stale) ? FSHM_OK : renew(c); }
@@ -309,8 +309,8 @@ static int force_all(call_t *c, uint32_t op, look_t *looks) {
     if (status != FSHM_ALLOWED) worst = status;
   }
   c->now = c->at = fresh_now(c);
-  found_t first =
-      looks[0].slot; /* to store its name in the key statistics, even if its state is gone */
+  /* To store its name in the key statistics, even if its state is gone. */
+  found_t first = looks[0].slot;
   int fresh = look_all(c, looks);
   if (unlikely(fresh != FSHM_OK)) return fresh;
   if (!looks[0].slot.pair.who) looks[0].slot = first;
@@ -386,10 +386,8 @@ static void undo(call_t *c, uint32_t i, const look_t *l, pair_t before) {
     } else { /* also if it was under an earlier rule: that rule may be gone */
       bool alike = m.rule->kind == c->snapshot.rules[i].kind;
       found.who = m.who;
-      alike &=
-          !shared ||
-          m.rule->kind !=
-              FSHM_WINDOW; /* other calls move the end of a counter's window: it is the same window */
+      /* Other calls move the end of a counter's window: it is the same window. */
+      alike &= !shared || m.rule->kind != FSHM_WINDOW;
       const fshm_charged charge = charge_now(&later, k, &put_there, later.now);
       next = rule_refund(m.rule, m.state, later.now, c->costs[i], alike ? &charge : NULL);
     }
@@ -482,8 +480,8 @@ static inline void report(const call_t *c, const look_t *looks, bool allowed, bo
 
 static inline void count_call(const call_t *c, uint32_t process, const look_t *l, int status,
                               const void *key, uint64_t length) {
-  if (likely(c->snapshot.rules[0].kind !=
-             FSHM_LEASE)) /* fshm_spend() counts it for the limiter of the lease */
+  /* Of a lease, fshm_spend() counts it for the limiter of the lease. */
+  if (likely(c->snapshot.rules[0].kind != FSHM_LEASE))
     counters_add(c->s, process, c->counters, status);
   if (likely(l->slot.pair.who && !(c->s->names_mode & FSHM_NAMES_OFF)))
     key_stats_count(c->s, process, l->slot.slot, key_stats_meta(c->index, l->slot.pair.who), key,
@@ -550,8 +548,8 @@ static inline HOT int apply(fshm_limiter *l, const uint64_t *hash, uint32_t op, 
                             uint64_t now, fshm_decision *out, fshm_charged *charges) {
   call_t c;
   bool readable = limits_load_inline(l->segment, l->index, &c.snapshot);
-  if (unlikely(!readable ||
-               !c.snapshot.count)) { /* no such limits: a limiter of permits, for fshm_admit() */
+  /* No limits: a limiter of permits, for fshm_admit(). */
+  if (unlikely(!readable || !c.snapshot.count)) {
     if (out) memset(out, 0, sizeof *out);
     return readable ? FSHM_E_ARGUMENT : damage_limits(l->segment, l->index);
   }
@@ -631,8 +629,8 @@ int fshm_cancel(fshm_limiter *l, const void *key, uint64_t key_length, const uin
     if (c.stale) continue; /* the limits are changing: its instant passes unused */
     found.who = m.who;
     uint64_t next = rule_refund(m.rule, m.state, c.now, c.costs[i], &reserved[i]);
-    given_back += put(&c, i, &found, next, FSHM_ACQUIRE) ==
-                  CLAIMED; /* lost: it is not the last one any more */
+    /* Lost: it is not the last one any more. */
+    given_back += put(&c, i, &found, next, FSHM_ACQUIRE) == CLAIMED;
   }
   return given_back;
 }
@@ -738,7 +736,7 @@ int fshm_reset_key(fshm_limiter *l, const void *key, uint64_t key_length) {
 static COLD bool key_hash_of(fshm_segment *s, uint32_t index, uint64_t slot, uint64_t *hash) {
   char key[256], name[FSHM_MAX_LIMITER_NAME];
   uint64_t length, named = read_name(&s->limiters[index], name);
-  if (!fshm_key_name(s, slot, key, sizeof key, &length) || length > KEY_STORED) return false;
+  if (!fshm_key_name(s, slot, key, sizeof key, &length) || length > NAME_STORED) return false;
   uint64_t k0 = fshm_siphash(s->secret[0], s->secret[1] ^ 1, name, named);
   uint64_t k1 = fshm_siphash(s->secret[0], s->secret[1] ^ 2, name, named);
   *hash = fshm_siphash(k0, k1, key, length);
@@ -764,8 +762,8 @@ int fshm_peek_numbered(fshm_segment *s, uint64_t slot, const uint64_t *numbers, 
   begin(&c, &any, "", 0, now);
   c.peeks = true;
   bool allowed = true;
-  if (!(who &
-        1)) { /* a word of a permit lease is shown as a token lease; others have no limit here */
+  /* A word of a permit lease is shown as a token lease; others have no limit here. */
+  if (!(who & 1)) {
     const pair_t pair = s->read_only ? pair_peek(&s->slots[slot]) : pair_load(&s->slots[slot]);
     if (c.snapshot.rules[0].kind != FSHM_LEASE || pair.who != who) return 0;
     c.snapshot.count = 1;

@@ -8,7 +8,6 @@
 #include "../core/hash_table.h"
 #include "../stats/key_stats.h"
 #include "limits.h"
-#include "per_call.h"
 #include "shared_counters.h"
 
 int fshm_limit_check(const fshm_limit *l, uint64_t *largest_n) {
@@ -142,8 +141,8 @@ COLD bool limits_name_wrong(const fshm_segment *s, uint32_t index) {
 #define MOST_BITS 17
 #define MOST_OF(most) ((uint32_t)((most) & ((1U << MOST_BITS) - 1)))
 uint64_t limits_most(const fshm_segment *s, uint32_t index) {
-  return atomic_load_explicit(&s->limiters[index].most,
-                              memory_order_acquire); /* with raise_most() */
+  /* With raise_most(). */
+  return atomic_load_explicit(&s->limiters[index].most, memory_order_acquire);
 }
 
 /* Permits below this number may be held: the largest permit limit that this name ever had, until a count found no
@@ -175,9 +174,6 @@ bool raise_most(limiter_entry_t *e, uint32_t n) {
   }
   return !n;
 }
-bool limits_raise_most(fshm_segment *s, uint32_t index, uint32_t permits) {
-  return raise_most(&s->limiters[index], permits);
-}
 
 /* Was this entry's id changed: does it have our name under another id, or limits without an id? */
 static COLD bool entry_wrong(fshm_segment *s, uint32_t index, const char *name, uint64_t length) {
@@ -185,8 +181,8 @@ static COLD bool entry_wrong(fshm_segment *s, uint32_t index, const char *name, 
   if (!limits_name_wrong(s, index)) return false;
   const limiter_entry_t *e = &s->limiters[index];
   bool ours = read_name(e, found) == length && !memcmp(found, name, length);
-  if (!ours && load_relaxed(&e->id))
-    return false; /* another name's entry: the process that opens that name reports it */
+  /* Another name's entry: the process that opens that name reports it. */
+  if (!ours && load_relaxed(&e->id)) return false;
   damage_note(s, FSHM_DAMAGE_NAME, index);
   return true;
 }
@@ -216,14 +212,27 @@ static int entry_of(fshm_segment *s, const char *name, uint64_t length, bool cla
   return claim ? FSHM_E_LIMITERS : FSHM_E_NOT_FOUND;
 }
 
-static fshm_limiter *make_handle(fshm_segment *s, const char *name, uint64_t length) {
+/* A handle of the limiter. rules: what its limits become. NULL: it exists, and keeps its limits. */
+static int open_handle(fshm_segment *s, const char *name, uint64_t length, rule_t *rules,
+                       uint32_t count, uint64_t bits, uint64_t now, fshm_limiter **out) {
   fshm_limiter *l = calloc(1, sizeof *l);
-  if (!l) return NULL;
+  if (!l) return FSHM_E_MEMORY;
   l->segment = s;
   store_relaxed(&l->frontier, (uint32_t)getpid() * 2654435761U); /* processes begin apart */
   l->key[0] = fshm_siphash(s->secret[0], s->secret[1] ^ 1, name, length);
   l->key[1] = fshm_siphash(s->secret[0], s->secret[1] ^ 2, name, length);
-  return l;
+  int status = entry_of(s, name, length, rules != NULL, bits, &l->index);
+  if (status == FSHM_OK && !rules && !load_relaxed(&s->limiters[l->index].current))
+    status = FSHM_E_NOT_FOUND;
+  if (status == FSHM_OK && limits_wrong(s, l->index, false)) status = damage_limits(s, l->index);
+  if (status == FSHM_OK && rules) status = publish(s, l->index, rules, count, now);
+  if (status != FSHM_OK) {
+    free(l);
+    return status;
+  }
+  l->counters = (uint16_t)counters_of(s, l->index);
+  *out = l;
+  return FSHM_OK;
 }
 
 static int limiter_open(fshm_segment *s, const char *name, uint64_t name_length,
@@ -240,18 +249,7 @@ static int limiter_open(fshm_segment *s, const char *name, uint64_t name_length,
     if (!limit_valid(&limits[i]) || (permits && i + 1 != count)) return FSHM_E_ARGUMENT;
     rules[i] = rule_make(&limits[i]);
   }
-  fshm_limiter *l = make_handle(s, name, name_length);
-  if (!l) return FSHM_E_MEMORY;
-  int status = entry_of(s, name, name_length, true, bits, &l->index);
-  if (status == FSHM_OK && limits_wrong(s, l->index, false)) status = damage_limits(s, l->index);
-  if (status == FSHM_OK) status = publish(s, l->index, rules, count, now);
-  if (status != FSHM_OK) {
-    free(l);
-    return status;
-  }
-  l->counters = (uint16_t)counters_of(s, l->index);
-  *out = l;
-  return FSHM_OK;
+  return open_handle(s, name, name_length, rules, count, bits, now, out);
 }
 
 int fshm_limiter_open(fshm_segment *s, const char *name, uint64_t name_length,
@@ -273,18 +271,7 @@ int fshm_limiter_open_beside(fshm_segment *s, const char *name, uint64_t name_le
 int fshm_limiter_find(fshm_segment *s, const char *name, uint64_t name_length, fshm_limiter **out) {
   *out = NULL;
   if (s->read_only) return FSHM_E_READ_ONLY;
-  fshm_limiter *l = make_handle(s, name, name_length);
-  if (!l) return FSHM_E_MEMORY;
-  int status = entry_of(s, name, name_length, false, 0, &l->index);
-  if (status == FSHM_OK && !load_relaxed(&s->limiters[l->index].current)) status = FSHM_E_NOT_FOUND;
-  if (status == FSHM_OK && limits_wrong(s, l->index, false)) status = damage_limits(s, l->index);
-  if (status != FSHM_OK) {
-    free(l);
-    return status;
-  }
-  l->counters = (uint16_t)counters_of(s, l->index);
-  *out = l;
-  return FSHM_OK;
+  return open_handle(s, name, name_length, NULL, 0, 0, 0, out);
 }
 
 void fshm_limiter_close(fshm_limiter *l) { free(l); }
@@ -294,18 +281,14 @@ void fshm_limiter_share(fshm_limiter *l, int share) { l->share = share != 0; }
 /* limits_load(), for inspection: only limits that a call can have set. */
 static bool load_genuine(const fshm_segment *s, uint32_t index, snapshot_t *p) {
   if (limits_wrong(s, index, true) || !limits_load(s, index, p)) return false;
-  for (uint32_t i = 0; i < p->count;
-       i++) /* check the copy: the segment may have been written over since */
+  /* Check the copy: the segment may have been written over since. */
+  for (uint32_t i = 0; i < p->count; i++)
     if (!rule_genuine(&p->rules[i])) return false;
   return true;
 }
 
 static void describe_limits(const snapshot_t *p, fshm_limit *out) {
-  for (uint32_t i = 0; i < p->count; i++) {
-    const rule_t *r = &p->rules[i];
-    out[i] =
-        (fshm_limit){r->n, kind_has_period(r->kind) ? r->per : 0, r->burst, r->kind, r->strict};
-  }
+  for (uint32_t i = 0; i < p->count; i++) out[i] = rule_limit(&p->rules[i]);
   if (p->permits) out[p->count] = (fshm_limit){p->permits, 0, 0, FSHM_PERMITS, 0};
 }
 

@@ -91,7 +91,6 @@ bool limits_name_wrong(const fshm_segment *s, uint32_t index);
 uint64_t limits_most(const fshm_segment *s, uint32_t index);
 uint32_t limits_most_permits(uint64_t most, const snapshot_t *p);
 void limits_lower_most(fshm_segment *s, uint32_t index, const snapshot_t *p, uint64_t most);
-bool limits_raise_most(fshm_segment *s, uint32_t index, uint32_t permits);
 bool limits_rule(const fshm_segment *s, uint32_t index, unsigned label, rule_t *out);
 /* The fastest pace (bucket_pace()) at which a bucket of this place can have drained since the limits had this version.
  * UINT64_MAX: no bucket's limit was in force since. */

@@ -12,8 +12,8 @@
 
 #include "per_call.h"
 
-#define MOST_TURNS \
-  (UINT64_C(1) << 22) /* a turn is kept in 22 bits: the head's end in units of 4 ms */
+/* A turn is kept in 22 bits: the head's end in units of 4 ms. */
+#define MOST_TURNS (UINT64_C(1) << 22)
 static_assert(MOST_TURNS > 2 * (uint64_t)FSHM_MAX_MOVING, "a turn is below 2n");
 
 typedef struct {
@@ -54,11 +54,6 @@ static inline uint64_t turn_after(const moving_t *m, uint64_t turn, uint64_t ahe
   return next < 2 * m->n ? next : m->n + next % m->n;
 }
 
-/* How many positions, from 0 on, can have a token in them. */
-static inline uint64_t positions_begun(const moving_t *m, uint64_t turn) {
-  return min_u64(turn, m->n);
-}
-
 /* A token blocks its position until the instant after `per`, so that a closed interval holds n at most. */
 static inline uint64_t token_end(const moving_t *m, uint64_t now) {
   return plus_time(now, m->per + 1);
@@ -86,12 +81,6 @@ typedef struct {
 static uint64_t first_head(void *context) {
   const head_claim_t *f = context;
   return head_state(f->turn, token_end(f->m, keyed_now(&f->m->k)));
-}
-
-/* A lost attempt may have looked at all n positions and taken all but one. With MAX_TRIES alone, a process that
- * scribbles on the slots could hold a call up for hours (I6). So each look counts, as each swap does. */
-static inline uint64_t most_looks(const moving_t *m) {
-  return MAX_TRIES + min_u64(32 * m->n, 10000000);
 }
 
 static int head_put(const moving_t *m, head_t *h, uint64_t turn) {
@@ -210,7 +199,9 @@ static int take_tokens(const moving_t *m, head_t *h, uint64_t cost, token_t *tok
 static int moving_hit(const moving_t *m, head_t *h, uint64_t cost) {
   token_t few[32], *tokens = few;
   uint64_t count;
-  patience_t left = patience(most_looks(m));
+  /* A lost attempt may have looked at all n positions and taken all but one. With MAX_TRIES alone, a process that
+   * scribbles on the slots could hold a call up for hours (I6). So each look counts, as each swap does. */
+  patience_t left = patience(MAX_TRIES + min_u64(32 * m->n, 10000000));
   int status = FSHM_CONTENDED;
   if (cost > m->n) return FSHM_DENIED;
   if (token_end(m, m->k.now) == TIME_MAX) return FSHM_DENIED; /* the end of time */
@@ -232,7 +223,8 @@ typedef struct {
 static COLD tokens_t moving_look(const moving_t *m, const head_t *h) {
   tokens_t t = {0, 0, 0};
   found_t f;
-  for (uint64_t position = 0; position < positions_begun(m, h->turn); position++) {
+  /* From the turn on, none can have a token in it. */
+  for (uint64_t position = 0; position < min_u64(h->turn, m->n); position++) {
     uint64_t end = position_look(m, position, &f);
     if (!end) continue;
     t.count++;
@@ -290,7 +282,7 @@ int fshm_moving_clear(fshm_limiter *l, const void *key, uint64_t key_length) {
   int status = keyed_begin(&m.k, l, FSHM_WINDOW, key, key_length, 0);
   if (status != FSHM_OK) return status;
   head_t h = head_look(&m);
-  for (uint64_t position = 0; position < positions_begun(&m, h.turn); position++) {
+  for (uint64_t position = 0; position < min_u64(h.turn, m.n); position++) {
     pair_t empty = {0, 0};
     fshm_segment *s = m.k.s;
     (void)position_look(&m, position, &f);

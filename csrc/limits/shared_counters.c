@@ -39,8 +39,7 @@ static inline bool may_begin_denied(const rule_t *r, uint64_t used) {
 
 /* A key without a slot may have consumed what the counter says. If that denies it, it gets a slot of its own, if
  * there is a free one. */
-static __attribute__((noinline, cold)) void look_shared(call_t *c, uint32_t i, uint64_t cost,
-                                                        look_t *l) {
+static COLD void look_shared(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
   find_shared(c, i, &l->slot);
   const bool used = shared_used(c, &l->slot);
   look_at_shared(c, i, cost, l);
@@ -93,8 +92,8 @@ static COLD uint64_t first_shared(first_t *f, uint64_t now) {
     return state && may_begin_denied(r, window_read(state, now).count) ? state : NO_STATE;
   if (f->op >= FSHM_CHARGE) return window_lasts(r, forced(c, f->op, f->i, r, state, now), now);
   verdict_t v = rule_take(r, state, now, max_u64(c->at, now), c->costs[f->i]);
-  if (v.retry > f->verdict->retry)
-    return NO_STATE; /* charged since the look; or rounded up twice */
+  /* Charged since the look; or rounded up twice. */
+  if (v.retry > f->verdict->retry) return NO_STATE;
   v.retry = f->verdict->retry;
   v.next = window_lasts(r, v.next, now);
   *f->verdict = v;

@@ -31,8 +31,6 @@ typedef struct {
   uint64_t incarnation[PROCESSES]; /* that was checked: the index may get a new owner meanwhile */
 } liveness_t;
 
-static void liveness_begin(liveness_t *liveness) { memset(liveness, 0, sizeof *liveness); }
-
 static bool owner_alive(fshm_segment *s, uint64_t when, liveness_t *liveness) {
   uint32_t owner = OWNER_OF(when);
   uint64_t incarnation =
@@ -136,8 +134,7 @@ static int try_permit(const holder_t *h, uint32_t number, liveness_t *liveness, 
 }
 
 /* Count the key's held permits with numbers from .. to-1. Frees those of dead processes. */
-static uint32_t count_held_from(const holder_t *h, uint32_t from, uint32_t to,
-                                liveness_t *liveness) {
+static uint32_t count_held(const holder_t *h, uint32_t from, uint32_t to, liveness_t *liveness) {
   uint32_t held = 0;
   for (uint32_t number = from; number < to; number++) {
     found_t f;
@@ -146,15 +143,10 @@ static uint32_t count_held_from(const holder_t *h, uint32_t from, uint32_t to,
     pair_t seen = f.pair, idle = {f.pair.who, 0};
     if (owner_alive(h->s, f.pair.when, liveness))
       held++;
-    else
-      (void)pair_cas(&h->s->slots[f.slot], &seen,
-                     idle); /* lost: another process took it over or freed it */
+    else /* lost: another process took it over or freed it */
+      (void)pair_cas(&h->s->slots[f.slot], &seen, idle);
   }
   return held;
-}
-
-static uint32_t count_held(const holder_t *h, uint32_t most, liveness_t *liveness) {
-  return count_held_from(h, 0, most, liveness);
 }
 
 static int give_back(holder_t *h, const fshm_permit *p) {
@@ -200,14 +192,14 @@ static bool stands(holder_t *h, snapshot_t *snapshot, uint32_t number, uint32_t 
   if (unlikely(h->limiter->numbers != NULL)) return true;
   after_swap(); /* pairs with publish(): it sees our permit, or we see its limits */
   for (int tries = 0; tries < MAX_TRIES; tries++) {
-    uint64_t seen =
-        limits_most(h->s, h->limiter->index); /* before `current`, and before the count */
+    /* Before `current`, and before the count. */
+    uint64_t seen = limits_most(h->s, h->limiter->index);
     uint32_t most = limits_most_permits(seen, snapshot);
     bool same = load_relaxed(&e->current) == snapshot->current;
     /* A permit of earlier limits: raise `most` after our swap. A process that looked for such permits before our
      * swap can then no longer lower it, and later ones look up to here. Pairs with limits_lower_most(). */
     if (unlikely(number >= snapshot->permits && !said)) {
-      if (!limits_raise_most(h->s, h->limiter->index, number + 1)) break;
+      if (!raise_most(&h->s->limiters[h->limiter->index], number + 1)) break;
       said = true;
       continue;
     }
@@ -216,15 +208,14 @@ static bool stands(holder_t *h, snapshot_t *snapshot, uint32_t number, uint32_t 
       if (!limits_load(h->s, h->limiter->index, snapshot) || !snapshot->permits) return true;
       continue; /* count by the present limits */
     }
-    liveness_t liveness;
-    liveness_begin(&liveness);
-    *held = count_held(h, most, &liveness);
+    liveness_t liveness = {{0}, {0}};
+    *held = count_held(h, 0, most, &liveness);
     /* The count is by limits that were in force throughout: a permit released after a change made no room before it.
      * Pairs with publish(). */
     atomic_thread_fence(memory_order_acquire);
     if (load_relaxed(&e->current) != snapshot->current) continue;
     if (*held > snapshot->permits) return false;
-    if (count_held_from(h, snapshot->permits, most, &liveness) == 0 &&
+    if (count_held(h, snapshot->permits, most, &liveness) == 0 &&
         none_beyond(h, snapshot, &liveness))
       limits_lower_most(h->s, h->limiter->index, snapshot, seen);
     return true;
@@ -244,15 +235,14 @@ static __attribute__((noinline)) bool stands_granted(const holder_t *h, const sn
   if (g->alone) {
     if (word != g->dropped) return false; /* the server grants again */
   } else {
-    most = permit_lease_at(word,
-                           h->fixed ? h->now : segment_now(h->s)); /* the word before the clock */
+    /* The word before the clock. */
+    most = permit_lease_at(word, h->fixed ? h->now : segment_now(h->s));
     if (number >= most) return false;
     if (likely(permit_lease_clean(word))) return true;
   }
-  liveness_t liveness;
-  liveness_begin(&liveness);
-  *held =
-      count_held(h, limits_most_permits(limits_most(h->s, h->limiter->index), snapshot), &liveness);
+  liveness_t liveness = {{0}, {0}};
+  const uint32_t bound = limits_most_permits(limits_most(h->s, h->limiter->index), snapshot);
+  *held = count_held(h, 0, bound, &liveness);
   return *held <= most;
 }
 
@@ -264,10 +254,10 @@ static UNGUARDED int take_permit(holder_t *h, snapshot_t *snapshot, uint32_t n,
   uint32_t likely_free = atomic_exchange_explicit(&h->limiter->released, 0, memory_order_relaxed);
   liveness_t liveness;
   bool full = false;
-  patience_t left =
-      patience(MAX_TRIES + 2 * (uint64_t)n); /* one for each permit and pass: honest takers */
+  /* One for each permit and pass: honest takers. */
+  patience_t left = patience(MAX_TRIES + 2 * (uint64_t)n);
   for (int pass = 0; pass < 2; pass++) { /* the second asks who is dead */
-    if (pass) liveness_begin(&liveness);
+    if (pass) memset(&liveness, 0, sizeof liveness);
     for (uint32_t i = likely_free && !pass ? 0 : 1; i <= n; i++) {
       uint32_t number = i == 0 ? (likely_free - 1) % n : (start + i - 1) % n;
       int status = try_permit(h, number, pass ? &liveness : NULL, &left, out);
@@ -277,9 +267,8 @@ static UNGUARDED int take_permit(holder_t *h, snapshot_t *snapshot, uint32_t n,
       if (i) store_relaxed(&h->limiter->frontier, number + 1);
       key_stats_remember(h->s, out->slot, key_stats_meta(h->limiter->index | PERMIT_BIT, out->who),
                          h->key, h->key_length);
-      if (pass)
-        wait_wake(h->s,
-                  wait_key_of(out)); /* a dead process may have held more: let the next look */
+      /* A dead process may have held more: let the next caller look. */
+      if (pass) wait_wake(h->s, wait_key_of(out));
       bool fits = stands(h, snapshot, number, held);
       if (likely(fits && (!granted || stands_granted(h, snapshot, granted, number, held))))
         return FSHM_ALLOWED;
@@ -291,7 +280,7 @@ static UNGUARDED int take_permit(holder_t *h, snapshot_t *snapshot, uint32_t n,
     }
   }
   uint32_t most = permit_bound(h->limiter, snapshot);
-  *held = full || most > n ? count_held(h, most, &liveness) : n;
+  *held = full || most > n ? count_held(h, 0, most, &liveness) : n;
   return full ? FSHM_FULL : FSHM_DENIED;
 }
 
@@ -321,8 +310,7 @@ int semaphore_take_granted(fshm_limiter *l, const void *key, uint64_t length, co
 uint32_t semaphore_count(fshm_limiter *l, const void *key, uint64_t length, uint64_t from) {
   holder_t h;
   snapshot_t snapshot;
-  liveness_t liveness;
-  liveness_begin(&liveness);
+  liveness_t liveness = {{0}, {0}};
   (void)holder_make(&h, l, key, length, 0);
   if (!limits_load_of(l, &snapshot)) {
     (void)damage_limits(h.s, l->index);
@@ -330,7 +318,7 @@ uint32_t semaphore_count(fshm_limiter *l, const void *key, uint64_t length, uint
   }
   if (!snapshot.permits) return 0;
   uint32_t most = permit_bound(l, &snapshot);
-  return count_held_from(&h, (uint32_t)min_u64(from, most), most, &liveness);
+  return count_held(&h, (uint32_t)min_u64(from, most), most, &liveness);
 }
 
 /* The key's probe windows are full: free the permits of dead processes in them. No call has come for those keys
@@ -350,8 +338,7 @@ static bool free_dead(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now
 }
 
 bool semaphore_free_dead(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now) {
-  liveness_t liveness;
-  liveness_begin(&liveness);
+  liveness_t liveness = {{0}, {0}};
   return free_dead(s, hash, who, now, &liveness);
 }
 
@@ -455,16 +442,14 @@ static int permit_at(fshm_segment *s, uint64_t slot, liveness_t *liveness, fshm_
 }
 
 int fshm_permit_at(fshm_segment *s, uint64_t slot, fshm_permit_info *out) {
-  liveness_t liveness;
-  liveness_begin(&liveness);
+  liveness_t liveness = {{0}, {0}};
   memset(out, 0, sizeof *out);
   return slot < s->slot_count && permit_at(s, slot, &liveness, out);
 }
 
 uint64_t fshm_permits(fshm_segment *s, fshm_permit_info *out, uint64_t room) {
-  liveness_t liveness; /* one for all permits: each process is checked once */
+  liveness_t liveness = {{0}, {0}}; /* one for all permits: each process is checked once */
   uint64_t found = 0;
-  liveness_begin(&liveness);
   for (uint64_t slot = 0; slot < s->slot_count; slot++) {
     fshm_permit_info one;
     if (!IS_PERMIT(load_relaxed(&s->slots[slot].when)) || !permit_at(s, slot, &liveness, &one))
@@ -476,9 +461,8 @@ uint64_t fshm_permits(fshm_segment *s, fshm_permit_info *out, uint64_t room) {
 }
 
 uint64_t fshm_reap(fshm_segment *s, uint32_t pid) {
-  liveness_t liveness;
+  liveness_t liveness = {{0}, {0}};
   uint64_t freed = 0;
-  liveness_begin(&liveness);
   if (s->read_only) return 0;
   for (uint64_t slot = 0; slot < s->slot_count; slot++) {
     if (!IS_PERMIT(load_relaxed(&s->slots[slot].when))) continue;

@@ -1,15 +1,48 @@
-/* py_args.h - arguments of the hand-written methods: keys, costs, names. */
+/* py_args.h - what the hand-written types share: their docstrings, errors, the arguments of their methods (keys, costs,
+ * names), the end of their objects. */
 #ifndef FSHM_PY_ARGS_H
 #define FSHM_PY_ARGS_H
 
 #include <Python.h>
+#include <stdarg.h>
 
 #include "../fast_shm.h"
 #include "py_threads.h"
-#include "py_types.h"
+
+#define UNUSED __attribute__((unused))
+
+/* A docstring, as the value of Py_tp_doc. */
+#define DOC(text) ((void *)(uintptr_t)(text))
 
 #define FAST(f) ((PyCFunction)(void (*)(void))(f))
 #define FLAGS (METH_FASTCALL | METH_KEYWORDS)
+
+/* The last step of a tp_dealloc. release: PyObject_Free, or PyObject_GC_Del. */
+static inline void end_object(PyObject *o, freefunc release) {
+  PyTypeObject *type = Py_TYPE(o);
+  release(o);
+  Py_DECREF(type);
+}
+
+/* The same, where the object may be of a derived class, which has a tp_free of its own. */
+static void end_derived(PyObject *o) {
+  end_object(o, (freefunc)PyType_GetSlot(Py_TYPE(o), Py_tp_free));
+}
+
+/* The end of a call whose result does not matter. 0, or -1: it raised. */
+static inline int done(PyObject *result) {
+  Py_XDECREF(result);
+  return result ? 0 : -1;
+}
+
+/* PyErr_Format(), for calls that return an int: -1. */
+static int fail(PyObject *kind, const char *format, ...) {
+  va_list values;
+  va_start(values, format);
+  (void)PyErr_FormatV(kind, format, values);
+  va_end(values);
+  return -1;
+}
 
 typedef struct {
   const char *bytes;
@@ -36,24 +69,18 @@ static int get_key(PyObject *key, key_arg *k) {
     return get_bytes(k->held, k);
   }
   if (PyBytes_Check(key)) return get_bytes(key, k);
-  PyErr_Format(PyExc_TypeError, "key must be a str or bytes, not %R", key);
-  return -1;
+  return fail(PyExc_TypeError, "key must be a str or bytes, not %R", key);
 }
 
 static int get_cost(PyObject *value, uint64_t *out) {
   PyObject *index = PyNumber_Index(value);
-  if (!index) {
-    PyErr_Clear();
-    PyErr_Format(PyExc_TypeError, "cost must be an int, or one int for each limit, not %R", value);
-    return -1;
-  }
+  if (!index)
+    return fail(PyExc_TypeError, "cost must be an int, or one int for each limit, not %R", value);
   int overflow = 0;
   long long v = PyLong_AsLongLongAndOverflow(index, &overflow);
   Py_DECREF(index);
-  if (v < 0 && !(v == -1 && overflow > 0)) {
-    PyErr_Format(PyExc_ValueError, "cost must be 0 or more, not %R", value);
-    return -1;
-  }
+  if (v < 0 && !(v == -1 && overflow > 0))
+    return fail(PyExc_ValueError, "cost must be 0 or more, not %R", value);
   *out = overflow > 0 ? UINT64_MAX : (uint64_t)v; /* more than can ever fit, either way */
   return 0;
 }
@@ -65,13 +92,11 @@ static int get_costs(Py_ssize_t count, PyObject *value, uint64_t *costs) {
     for (int i = 1; i < FSHM_MAX_LIMITS; i++) costs[i] = costs[0];
     return 0;
   }
-  if (PySequence_Size(value) != count) {
-    PyErr_Format(PyExc_ValueError,
-                 "cost has %zd values, but the limiter has %zd limits: give one "
-                 "int, or one for each limit",
-                 PySequence_Size(value), count);
-    return -1;
-  }
+  if (PySequence_Size(value) != count)
+    return fail(PyExc_ValueError,
+                "cost has %zd values, but the limiter has %zd limits: give one "
+                "int, or one for each limit",
+                PySequence_Size(value), count);
   for (Py_ssize_t i = 0; i < FSHM_MAX_LIMITS; i++) {
     PyObject *item = PySequence_GetItem(value, i < count ? i : count - 1);
     int failed = !item || get_cost(item, &costs[i]);
@@ -83,39 +108,31 @@ static int get_costs(Py_ssize_t count, PyObject *value, uint64_t *costs) {
 
 static int count_args(const char *name, Py_ssize_t n, Py_ssize_t wanted) {
   if (n == wanted) return 0;
-  PyErr_Format(PyExc_TypeError, "%s() takes %zd arguments (%zd given)", name, wanted, n);
-  return -1;
+  return fail(PyExc_TypeError, "%s() takes %zd arguments (%zd given)", name, wanted, n);
 }
 
 static int no_keywords(const char *name, PyObject *kwargs) {
   if (!kwargs || !PyDict_Size(kwargs)) return 0;
-  PyErr_Format(PyExc_TypeError, "%s() takes no keyword arguments", name);
-  return -1;
+  return fail(PyExc_TypeError, "%s() takes no keyword arguments", name);
 }
 
 /* name(key, cost=1): positions or keywords, without the cost of a format string. */
 static int parse(const char *name, PyObject *const *args, Py_ssize_t n, PyObject *kwnames,
                  const char *const *names, PyObject **out, Py_ssize_t most, Py_ssize_t least) {
   Py_ssize_t extra = kwnames ? PyTuple_Size(kwnames) : 0;
-  if (n > most) {
-    PyErr_Format(PyExc_TypeError, "%s() takes at most %zd arguments (%zd given)", name, most, n);
-    return -1;
-  }
+  if (n > most)
+    return fail(PyExc_TypeError, "%s() takes at most %zd arguments (%zd given)", name, most, n);
   for (Py_ssize_t i = 0; i < n; i++) out[i] = args[i];
   for (Py_ssize_t i = 0; i < extra; i++) {
     PyObject *word = PyTuple_GetItem(kwnames, i);
     Py_ssize_t at = 0;
     while (at < most && PyUnicode_CompareWithASCIIString(word, names[at])) at++;
-    if (at == most || out[at]) {
-      PyErr_Format(PyExc_TypeError, "%s() got an unexpected or repeated argument %R", name, word);
-      return -1;
-    }
+    if (at == most || out[at])
+      return fail(PyExc_TypeError, "%s() got an unexpected or repeated argument %R", name, word);
     out[at] = args[n + i];
   }
   for (Py_ssize_t i = 0; i < least; i++) {
-    if (out[i]) continue;
-    PyErr_Format(PyExc_TypeError, "%s() missing the argument '%s'", name, names[i]);
-    return -1;
+    if (!out[i]) return fail(PyExc_TypeError, "%s() missing the argument '%s'", name, names[i]);
   }
   return 0;
 }

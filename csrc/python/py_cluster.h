@@ -48,9 +48,8 @@ static int cluster_decide(PyObject *self, const cluster_t *c, fshm_limiter *limi
     if (out) *out = asked;
     return asked.status;
   }
-  if (low) {
-    if (done(PyObject_CallMethod(self, "_low", "OO", key, cost ? cost : Py_None))) return FSHM_ASK;
-  }
+  if (low && done(PyObject_CallMethod(self, "_low", "OO", key, cost ? cost : Py_None)))
+    return FSHM_ASK;
   return status;
 }
 

@@ -71,18 +71,19 @@ static int begin_call(PyObject *o, int which, PyObject *key, PyObject *limit, Py
   c->limit = (fshm_limit){FSHM_MAX_MOVING, 1000000000, 0, FSHM_WINDOW, 0};
   c->limit.kind = which == COUNT_SLIDING ? FSHM_SLIDING : FSHM_WINDOW;
   c->amount = 0;
-  if (!c->limiter) {
-    PyErr_SetString(PyExc_RuntimeError, "_bind() was not called");
-    return -1;
-  }
+  if (!c->limiter) return fail(PyExc_RuntimeError, "_bind() was not called");
   if (limit && get_cost(limit, &c->limit.n)) return -1;
   if (expiry && get_period(expiry, &c->limit.per_ns)) return -1;
   if (amount && get_cost(amount, &c->amount)) return -1;
   return get_key(key, &c->key);
 }
 
-/* End the call. -1: an exception was set, by the Python method that has the messages. */
-static int end_call(PyObject *o, counted_call *c, const fshm_counted *found) {
+/* Charge `cost`, and end the call. -1: an exception was set, by the Python method that has the messages. */
+static int make_call(PyObject *o, const counted_call *c, uint64_t cost, fshm_counted *found) {
+  if (c->which == COUNT_MOVING)
+    fshm_moving(c->limiter, c->key.bytes, (uint64_t)c->key.length, &c->limit, cost, 0, found);
+  else
+    fshm_count(c->limiter, c->key.bytes, (uint64_t)c->key.length, &c->limit, cost, 0, found);
   Py_XDECREF(c->key.held);
   if (found->status >= 0) return 0;
   if (!done(PyObject_CallMethod(o, "_refused", "iiKK", c->which, found->status,
@@ -105,8 +106,7 @@ static PyObject *counts_incr(PyObject *o, PyObject *const *args, Py_ssize_t n) {
     c.limit.n = 1;
     charge = 0;
   }
-  fshm_count(c.limiter, c.key.bytes, (uint64_t)c.key.length, &c.limit, charge, 0, &found);
-  if (end_call(o, &c, &found)) return NULL;
+  if (make_call(o, &c, charge, &found)) return NULL;
   if (found.status == FSHM_DENIED || !charge) found.count += c.amount;
   return PyLong_FromUnsignedLongLong(found.count);
 }
@@ -116,11 +116,7 @@ static int look_at(PyObject *o, int which, PyObject *key, PyObject *limit, PyObj
   counted_call c;
   if (begin_call(o, which, key, limit, expiry, NULL, &c)) return -1;
   if (which == COUNT_SLIDING) c.limit.n = 1;
-  if (which == COUNT_MOVING)
-    fshm_moving(c.limiter, c.key.bytes, (uint64_t)c.key.length, &c.limit, 0, 0, found);
-  else
-    fshm_count(c.limiter, c.key.bytes, (uint64_t)c.key.length, &c.limit, 0, 0, found);
-  return end_call(o, &c, found);
+  return make_call(o, &c, 0, found);
 }
 
 static PyObject *counts_get(PyObject *o, PyObject *key) {
@@ -158,11 +154,7 @@ static PyObject *acquire_counted(PyObject *o, int which, PyObject *const *args) 
     Py_XDECREF(c.key.held);
     Py_RETURN_FALSE;
   }
-  if (which == COUNT_MOVING)
-    fshm_moving(c.limiter, c.key.bytes, (uint64_t)c.key.length, &c.limit, c.amount, 0, &found);
-  else
-    fshm_count(c.limiter, c.key.bytes, (uint64_t)c.key.length, &c.limit, c.amount, 0, &found);
-  if (end_call(o, &c, &found)) return NULL;
+  if (make_call(o, &c, c.amount, &found)) return NULL;
   return PyBool_FromLong(found.status != FSHM_DENIED);
 }
 
@@ -207,5 +199,3 @@ static PyType_Slot counts_slots[] = {{Py_tp_dealloc, (void *)counts_dealloc},
                                      {Py_tp_methods, counts_methods},
                                      {Py_tp_new, (void *)PyType_GenericNew},
                                      {0, NULL}};
-
-static PyType_Spec counts_spec = TYPE_SPEC(Counts, counts_slots, BASE);

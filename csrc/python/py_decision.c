@@ -91,12 +91,10 @@ static PyGetSetDef decision_getset[] = {
      "True when a counter decided that keys without room in the segment share.", NULL},
     {NULL, NULL, NULL, NULL, NULL}};
 
-static char decision_doc[] = "The answer of a limiter. True when admitted.";
-static PyType_Slot decision_slots[] = {{Py_tp_dealloc, (void *)decision_dealloc},
-                                       {Py_tp_getset, decision_getset},
-                                       {Py_tp_repr, (void *)decision_repr},
-                                       {Py_nb_bool, (void *)decision_bool},
-                                       {Py_tp_doc, decision_doc},
-                                       {0, NULL}};
-
-static PyType_Spec decision_spec = TYPE_SPEC(Decision, decision_slots, INTERNAL);
+static PyType_Slot decision_slots[] = {
+    {Py_tp_dealloc, (void *)decision_dealloc},
+    {Py_tp_getset, decision_getset},
+    {Py_tp_repr, (void *)decision_repr},
+    {Py_nb_bool, (void *)decision_bool},
+    {Py_tp_doc, DOC("The answer of a limiter. True when admitted.")},
+    {0, NULL}};

@@ -37,8 +37,7 @@ static inline PyObject *measure_set(measure_t *m, PyObject *args) {
 }
 
 /* Rarely called: kept out of the calls that are measured. */
-static __attribute__((cold, noinline)) void measure_end(const measure_t *m, uint64_t begun,
-                                                        int success, uint64_t size) {
+static COLD void measure_end(const measure_t *m, uint64_t begun, int success, uint64_t size) {
   uint64_t ended = fshm_clock();
   fshm_metric_record(m->segment, m->metric, ended > begun ? ended - begun : 0, m->every, success,
                      size, 0);

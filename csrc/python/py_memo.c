@@ -65,10 +65,8 @@ static int memo_encoding(const Memo *self, PyObject *tenant, uint64_t *encoding)
   key_arg k;
   *encoding = self->encoding;
   if (!tenant || tenant == Py_None) return 0;
-  if (!PyUnicode_Check(tenant) && !PyBytes_Check(tenant)) {
-    PyErr_Format(PyExc_TypeError, "tenant must be a str, bytes or None, not %R", tenant);
-    return -1;
-  }
+  if (!PyUnicode_Check(tenant) && !PyBytes_Check(tenant))
+    return fail(PyExc_TypeError, "tenant must be a str, bytes or None, not %R", tenant);
   if (get_key(tenant, &k)) return -1;
   *encoding = fshm_memo_tenant(self->segment, self->encoding, k.bytes, (uint64_t)k.length);
   Py_XDECREF(k.held);
@@ -204,10 +202,8 @@ static int memo_init(PyObject *o, PyObject *args, PyObject *kwargs) {
       !PyArg_ParseTuple(args, "OKKO|iKOO", &owner, &segment, &encoding, &compute, &metric, &every,
                         &encode, &enabled))
     return -1;
-  if (self->compute) {
-    PyErr_SetString(PyExc_RuntimeError, "a memo is made once"); /* a call may be inside it */
-    return -1;
-  }
+  if (self->compute) /* a call may be inside it */
+    return fail(PyExc_RuntimeError, "a memo is made once");
   self->owner = Py_NewRef(owner);
   self->compute = Py_NewRef(compute);
   self->encode = Py_XNewRef(encode == Py_None ? NULL : encode);
@@ -256,5 +252,3 @@ static PyType_Slot memo_slots[] = {{Py_tp_init, (void *)memo_init},
                                    {Py_tp_new, (void *)PyType_GenericNew},
                                    {Py_tp_traverse, (void *)memo_traverse},
                                    {0, NULL}};
-
-static PyType_Spec memo_spec = TYPE_SPEC(Memo, memo_slots, BASE | Py_TPFLAGS_HAVE_GC);

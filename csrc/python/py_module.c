@@ -1,5 +1,4 @@
 /* py_module.c - adds the hand-written types to the module that cffi makes. */
-#include "py_types.h"
 #include "py_decision.c"
 #include "py_permit.c"
 #include "py_rate_limiter.c"
@@ -19,27 +18,34 @@ static PyObject *module_untrack(UNUSED PyObject *module, PyObject *o) {
 static PyMethodDef module_methods[] = {{"_untrack", module_untrack, METH_O, NULL},
                                        {NULL, NULL, 0, NULL}};
 
+/* Flags of a type: only C makes objects of it; or Python derives a class from it. */
+#define INTERNAL (Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION)
+#define BASE (Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE)
+
+/* PyModule_AddType() adds the type to the module by its name. */
+#define SPEC(type, slots, flags) {"fast_litellm_shm._native." #type, sizeof(type), 0, flags, slots}
+
 /* kept: where C has the type, to make or to check objects of it; NULL: nowhere. */
-static const struct {
-  PyType_Spec *spec;
+static struct {
+  PyType_Spec spec;
   PyTypeObject **kept;
-} types[] = {{&decision_spec, &decision_type},
-             {&permit_spec, &permit_type},
-             {&slot_spec, NULL},
-             {&core_spec, NULL},
-             {&reservation_spec, &reservation_type},
-             {&pool_spec, NULL},
-             {&connection_spec, &connection_type},
-             {&stack_spec, &stack_type},
-             {&use_spec, &use_type},
-             {&memo_spec, NULL},
-             {&recorder_spec, NULL},
-             {&router_spec, NULL},
-             {&counts_spec, NULL}};
+} types[] = {{SPEC(Decision, decision_slots, INTERNAL), &decision_type},
+             {SPEC(Permit, permit_slots, INTERNAL), &permit_type},
+             {SPEC(Slot, slot_slots, BASE | Py_TPFLAGS_HAVE_GC), NULL},
+             {SPEC(Core, core_slots, BASE | Py_TPFLAGS_HAVE_GC), NULL},
+             {SPEC(Reservation, reservation_slots, INTERNAL), &reservation_type},
+             {SPEC(PoolCore, pool_slots, BASE | Py_TPFLAGS_HAVE_GC), NULL},
+             {SPEC(Connection, connection_slots, INTERNAL | Py_TPFLAGS_HAVE_GC), &connection_type},
+             {SPEC(Stack, stack_slots, INTERNAL | Py_TPFLAGS_HAVE_GC), &stack_type},
+             {SPEC(Use, use_slots, INTERNAL | Py_TPFLAGS_HAVE_GC), &use_type},
+             {SPEC(Memo, memo_slots, BASE | Py_TPFLAGS_HAVE_GC), NULL},
+             {SPEC(Recorder, recorder_slots, BASE), NULL},
+             {SPEC(RouterCore, router_slots, BASE | Py_TPFLAGS_HAVE_GC), NULL},
+             {SPEC(Counts, counts_slots, BASE), NULL}};
 
 static int add_types(PyObject *module) {
   for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
-    PyTypeObject *type = (PyTypeObject *)PyType_FromSpec(types[i].spec);
+    PyTypeObject *type = (PyTypeObject *)PyType_FromSpec(&types[i].spec);
     if (!type || PyModule_AddType(module, type)) return -1;
     if (types[i].kept)
       *types[i].kept = type;

@@ -99,8 +99,8 @@ static void permit_dealloc(PyObject *o) {
 
 static PyMethodDef permit_methods[] = {
     {"release", permit_release, METH_NOARGS,
-     "release()\n--\n\nGive the permit back. True if it was held; twice is harmless, and so is a "
-     "forked child, which cannot free what is its parent's."},
+     "release()\n--\n\nGive the permit back. True if it was held. A second call does nothing, and "
+     "so does a call in a forked child: the permit is its parent's."},
     {"__enter__", permit_enter, METH_NOARGS, NULL},
     {"__exit__", permit_exit, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL}};
@@ -108,21 +108,19 @@ static PyMethodDef permit_methods[] = {
 static PyGetSetDef permit_getset[] = {
     {"in_flight", permit_get_in_flight, NULL, "When denied: how many permits of the key were held.",
      NULL},
-    {"released", permit_get_released, NULL, "Whether it was admitted, and is given back.", NULL},
+    {"released", permit_get_released, NULL, "True: it was admitted, and has been released.", NULL},
     {"_address", permit_address, NULL, NULL, NULL},
     {"decision", permit_get_decision, NULL, "The Decision behind it.", NULL},
     {NULL, NULL, NULL, NULL, NULL}};
 
-static char permit_doc[] = "One request in flight. True when admitted, also after its release.";
-static PyType_Slot permit_slots[] = {{Py_tp_dealloc, (void *)permit_dealloc},
-                                     {Py_tp_methods, permit_methods},
-                                     {Py_tp_getset, permit_getset},
-                                     {Py_tp_repr, (void *)permit_repr},
-                                     {Py_nb_bool, (void *)permit_bool},
-                                     {Py_tp_doc, permit_doc},
-                                     {0, NULL}};
-
-static PyType_Spec permit_spec = TYPE_SPEC(Permit, permit_slots, INTERNAL);
+static PyType_Slot permit_slots[] = {
+    {Py_tp_dealloc, (void *)permit_dealloc},
+    {Py_tp_methods, permit_methods},
+    {Py_tp_getset, permit_getset},
+    {Py_tp_repr, (void *)permit_repr},
+    {Py_nb_bool, (void *)permit_bool},
+    {Py_tp_doc, DOC("One request in flight. True when admitted, also after its release.")},
+    {0, NULL}};
 
 /* Slot(limiter, key, timeout): calls limiter._slot(key, timeout) when a block is entered, and releases the permit
  * when the block ends. No Python instruction runs between the grant and this object: an exception out of a signal
@@ -138,10 +136,7 @@ static int slot_init(PyObject *o, PyObject *args, PyObject *kwargs) {
   PyObject *limiter, *key, *timeout;
   if (no_keywords("Slot", kwargs) || !PyArg_ParseTuple(args, "OOO", &limiter, &key, &timeout))
     return -1;
-  if (self->limiter) {
-    PyErr_SetString(PyExc_RuntimeError, "a slot is made once");
-    return -1;
-  }
+  if (self->limiter) return fail(PyExc_RuntimeError, "a slot is made once");
   self->key = Py_NewRef(key);
   self->timeout = Py_NewRef(timeout);
   self->limiter = Py_NewRef(limiter);
@@ -211,4 +206,3 @@ static PyType_Slot slot_slots[] = {
     {Py_tp_dealloc, (void *)slot_dealloc},  {Py_tp_traverse, (void *)slot_traverse},
     {Py_tp_methods, slot_methods},          {Py_tp_init, (void *)slot_init},
     {Py_tp_new, (void *)PyType_GenericNew}, {0, NULL}};
-static PyType_Spec slot_spec = TYPE_SPEC(Slot, slot_slots, BASE | Py_TPFLAGS_HAVE_GC);

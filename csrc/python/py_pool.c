@@ -124,8 +124,7 @@ static PyGetSetDef connection_getset[] = {
 
 static int unbound(const PoolCore *self) {
   if (self->by_id && self->stacks && self->permits) return 0;
-  PyErr_SetString(PyExc_RuntimeError, "the pool's __init__ was not called");
-  return 1;
+  return fail(PyExc_RuntimeError, "the pool's __init__ was not called");
 }
 
 /* An exact str, whose comparison runs no Python. NULL without an exception: it is not a str. */
@@ -198,22 +197,14 @@ static int add_opened(PoolCore *self, Connection *c) {
 static UNGUARDED Connection *take(PyObject *o, PyObject *endpoint) {
   PoolCore *self = (PoolCore *)o;
   PyObject *text = exact(endpoint), *r;
-  for (int stale = 0, closed = 1; text && closed > 0;) {
-    Connection *c = pop(self, text, &stale);
-    if (!c && stale) { /* there may be others beneath */
-      r = PyObject_CallMethod(o, "_close_stale", "O", text);
-      closed = r ? PyObject_IsTrue(r) : -1;
-      Py_XDECREF(r);
-      if (closed > 0) continue;
-    }
-    if (c || closed < 0) {
-      Py_DECREF(text);
-      return c;
-    }
-    closed = 0;
+  Connection *c = NULL;
+  for (int more = text != NULL; more > 0 && !(c = pop(self, text, &more)) && more;) {
+    r = PyObject_CallMethod(o, "_close_stale", "O", text);
+    more = r ? PyObject_IsTrue(r) : -1; /* there may be others beneath */
+    Py_XDECREF(r);
   }
   Py_XDECREF(text);
-  if (PyErr_Occurred()) return NULL;
+  if (c || PyErr_Occurred()) return c;
   r = PyObject_CallMethod(o, "_open", "O", endpoint);
   if (!r || Py_TYPE(r) != connection_type) {
     Py_XDECREF(r);
@@ -343,25 +334,21 @@ static void unstack(PoolCore *self, Connection *c) {
  * without an exception: there is no such id, or the connection is not `only`. */
 static PyObject *forget(PoolCore *self, PyObject *id, const Connection *only, int only_idle) {
   Connection *c = NULL;
+  int gone = 0;
   PyObject *text = self->by_id ? exact(id) : NULL;
   if (!text) return NULL;
   ALONE_BEGIN(self);
   c = (Connection *)dict_get(self->by_id, text);
-  if (c && ((only && c != only) || (only_idle && !c->idle))) {
-    Py_DECREF((PyObject *)c);
-    c = NULL;
-  }
-  if (c) {
+  if (c && (!only || c == only) && (!only_idle || c->idle)) {
     unstack(self, c);
     RELAXED_SET(c->idle, 0);
-    if (PyDict_DelItem(self->by_id, text)) {
-      Py_DECREF((PyObject *)c);
-      c = NULL;
-    }
+    gone = !PyDict_DelItem(self->by_id, text);
   }
   ALONE_END();
   Py_DECREF(text);
-  return (PyObject *)c;
+  if (gone) return (PyObject *)c;
+  Py_XDECREF((PyObject *)c);
+  return NULL;
 }
 
 static PyObject *or_none(PyObject *found) {
@@ -476,23 +463,17 @@ static PyMethodDef pool_methods[] = {
     {"_connections", pool_connections, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL}};
 
-static char pool_doc[] = "Native base of SimpleConnectionPool.";
 static PyType_Slot pool_slots[] = {{Py_tp_dealloc, (void *)pool_dealloc},
                                    {Py_tp_traverse, (void *)pool_traverse},
                                    {Py_tp_methods, pool_methods},
-                                   {Py_tp_doc, pool_doc},
+                                   {Py_tp_doc, DOC("Native base of SimpleConnectionPool.")},
                                    {0, NULL}};
-static PyType_Spec pool_spec = TYPE_SPEC(PoolCore, pool_slots, BASE | Py_TPFLAGS_HAVE_GC);
 
-static char connection_doc[] = "A pooled connection.";
 static PyType_Slot connection_slots[] = {{Py_tp_dealloc, (void *)connection_dealloc},
                                          {Py_tp_traverse, (void *)connection_traverse},
                                          {Py_tp_getset, connection_getset},
-                                         {Py_tp_doc, connection_doc},
+                                         {Py_tp_doc, DOC("A pooled connection.")},
                                          {0, NULL}};
-static PyType_Spec connection_spec =
-    TYPE_SPEC(Connection, connection_slots, INTERNAL | Py_TPFLAGS_HAVE_GC);
 
 static PyType_Slot stack_slots[] = {
     {Py_tp_dealloc, (void *)stack_dealloc}, {Py_tp_traverse, (void *)stack_traverse}, {0, NULL}};
-static PyType_Spec stack_spec = TYPE_SPEC(Stack, stack_slots, INTERNAL | Py_TPFLAGS_HAVE_GC);

@@ -14,13 +14,13 @@ enum { ON_FULL_DENY = 0, ON_FULL_ALLOW = 1, ON_FULL_RAISE = 2, ON_FULL_SHARE = 3
 typedef struct {
   PyObject_HEAD
   fshm_limiter *limiter; /* set once, by _bind() */
-  PyObject *
-      handle; /* owns it (_shared/native.py, owned()), until we are freed: __del__()s of a garbage cycle, and
-                     * permits in it, may still call us */
+  /* Owns it (_shared/native.py, owned()), until we are freed: __del__()s of a garbage cycle, and permits in it, may
+   * still call us. */
+  PyObject *handle;
   PyObject *limits; /* tuple of Limit, Window, SlidingWindow. It may be replaced: limits_of() */
   PyObject *reasons; /* tuple of str: what check() says when this limit denies */
-  PyObject
-      *tail; /* bytes that each key ends in, for calls that take a permit or settle; NULL: none */
+  /* Bytes that each key ends in, for calls that take a permit or settle; NULL: none. */
+  PyObject *tail;
   uint64_t version; /* of limits and reasons */
   int on_full;
   uint64_t warned; /* clock: the time of the last warning about shared counters */
@@ -86,8 +86,7 @@ static inline int odd(Core *self, const fshm_decision *d) {
 
 static int bound(const Core *self) {
   if (self->limiter) return 0;
-  PyErr_SetString(PyExc_RuntimeError, "the limiter's __init__ was not called");
-  return -1;
+  return fail(PyExc_RuntimeError, "the limiter's __init__ was not called");
 }
 
 static int decide(Core *self, uint32_t op, PyObject *key, PyObject *cost, uint64_t max_wait,
@@ -113,11 +112,10 @@ static PyObject *decision_call(PyObject *self, uint32_t op, const char *name, Py
                                Py_ssize_t n, PyObject *kwnames, Py_ssize_t least) {
   PyObject *in[2] = {NULL, NULL};
   fshm_decision d;
-  if (n == 1 && !kwnames)
+  if (n == 1 && !kwnames && least == 1)
     in[0] = args[0];
   else if (parse(name, args, n, kwnames, key_cost, in, 2, least))
     return NULL;
-  if (least == 2 && !in[1]) return NULL;
   if (decide((Core *)self, op, in[0], in[1], 0, &d)) return NULL;
   return make_decision(limits_of((Core *)self), &d);
 }
@@ -130,20 +128,11 @@ static PyObject *core_acquire(PyObject *self, PyObject *const *args, Py_ssize_t 
 static PyObject *core_peek(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
   return decision_call(self, FSHM_PEEK, "peek", args, n, kw, 1);
 }
-
-static PyObject *core_force(PyObject *self, uint32_t op, const char *name, PyObject *const *args,
-                            Py_ssize_t n, PyObject *kw) {
-  PyObject *in[2] = {NULL, NULL};
-  fshm_decision d;
-  if (parse(name, args, n, kw, key_cost, in, 2, 2)) return NULL;
-  if (decide((Core *)self, op, in[0], in[1], 0, &d)) return NULL;
-  return make_decision(limits_of((Core *)self), &d);
-}
 static PyObject *core_charge(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
-  return core_force(self, FSHM_CHARGE, "charge", args, n, kw);
+  return decision_call(self, FSHM_CHARGE, "charge", args, n, kw, 2);
 }
 static PyObject *core_refund(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
-  return core_force(self, FSHM_REFUND, "refund", args, n, kw);
+  return decision_call(self, FSHM_REFUND, "refund", args, n, kw, 2);
 }
 
 /* Reservation: a place in a bucket's queue. A waiter keeps it when its turn comes. If the wait ends in another way,
@@ -194,7 +183,6 @@ static PyMethodDef reservation_methods[] = {{"keep", reservation_keep, METH_NOAR
                                             {NULL, NULL, 0, NULL}};
 static PyType_Slot reservation_slots[] = {
     {Py_tp_dealloc, (void *)reservation_dealloc}, {Py_tp_methods, reservation_methods}, {0, NULL}};
-static PyType_Spec reservation_spec = TYPE_SPEC(Reservation, reservation_slots, INTERNAL);
 
 /* _reserve(key, cost, max_wait_ns) -> (decision, ns to wait until it is ours, the Reservation). */
 static PyObject *core_reserve(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
@@ -476,33 +464,23 @@ static int decide_fetched(Core *self, PyObject *key, fetched_key *k, const uint6
 /* Where to write the next answers; computed for each, since a cost's __index__() may have resized the bytearray. */
 static void *answers(PyObject *array, Py_ssize_t size) {
   if (PyByteArray_Size(array) == size) return PyByteArray_AsString(array);
-  PyErr_SetString(PyExc_ValueError, "keys and costs differ in length");
-  return NULL;
+  return PyErr_Format(PyExc_ValueError, "keys and costs differ in length");
 }
 
-/* _acquire_many(keys, costs, allowed, remaining, retry): charge key by key, in order, and fill three bytearrays of
- * n, 8n and 8n bytes. costs: an int, or a list of n. With many keys, most of a call is waiting for memory, so their
- * lines are prefetched some keys ahead. */
-static PyObject *core_acquire_many(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
-  Core *self = (Core *)o;
-  if (n != 5 || kw) return PyErr_Format(PyExc_TypeError, "_acquire_many() takes 5 arguments");
-  if (bound(self)) return NULL;
-  PyObject *keys = PySequence_Tuple(args[0]);
-  if (!keys) return NULL;
+/* keys: a tuple; args: as of _acquire_many(). With many keys, most of a call is waiting for memory, so their lines are
+ * prefetched some keys ahead. */
+static int acquire_many(Core *self, PyObject *keys, PyObject *const *args) {
   Py_ssize_t count = PyTuple_Size(keys), ahead = 0;
   int each = PyList_Check(args[1]);
   uint64_t costs[FSHM_MAX_LIMITS];
   fetched_key ring[AHEAD];
-  for (int i = 2; i < 5; i++) {
-    if (PyByteArray_Check(args[i])) continue;
-    PyErr_SetString(PyExc_TypeError, "_acquire_many() fills bytearrays");
-    goto failed;
-  }
-  if ((each && PyList_Size(args[1]) != count) || !answers(args[2], count) ||
-      !answers(args[3], 8 * count) || !answers(args[4], 8 * count)) {
-    if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "keys and costs differ in length");
-    goto failed;
-  }
+  for (int i = 2; i < 5; i++)
+    if (!PyByteArray_Check(args[i]))
+      return fail(PyExc_TypeError, "_acquire_many() fills bytearrays");
+  if (each && PyList_Size(args[1]) != count)
+    return fail(PyExc_ValueError, "keys and costs differ in length");
+  if (!answers(args[2], count) || !answers(args[3], 8 * count) || !answers(args[4], 8 * count))
+    return -1;
   for (Py_ssize_t i = 0; i < count; i++) {
     fshm_decision d;
     for (; ahead < count && ahead < i + AHEAD; ahead++)
@@ -512,22 +490,31 @@ static PyObject *core_acquire_many(PyObject *o, PyObject *const *args, Py_ssize_
       if (!each) Py_INCREF(cost);
       int wrong = !cost || get_costs(limit_count(self), cost, costs);
       Py_XDECREF(cost);
-      if (wrong) goto failed;
+      if (wrong) return -1;
     }
-    if (decide_fetched(self, PyTuple_GetItem(keys, i), &ring[i % AHEAD], costs, &d)) goto failed;
+    if (decide_fetched(self, PyTuple_GetItem(keys, i), &ring[i % AHEAD], costs, &d)) return -1;
     char *allowed = answers(args[2], count);
     uint64_t *remaining = answers(args[3], 8 * count);
     double *retry = answers(args[4], 8 * count);
-    if (!allowed || !remaining || !retry) goto failed;
+    if (!allowed || !remaining || !retry) return -1;
     allowed[i] = (char)(d.status == FSHM_ALLOWED);
     remaining[i] = d.remaining;
     retry[i] = d.retry_after_ns == FSHM_NEVER ? Py_HUGE_VAL : (double)d.retry_after_ns / 1e9;
   }
-  Py_DECREF(keys);
+  return 0;
+}
+
+/* _acquire_many(keys, costs, allowed, remaining, retry): charge key by key, in order, and fill three bytearrays of
+ * n, 8n and 8n bytes. costs: an int, or a list of n. */
+static PyObject *core_acquire_many(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
+  Core *self = (Core *)o;
+  if (n != 5 || kw) return PyErr_Format(PyExc_TypeError, "_acquire_many() takes 5 arguments");
+  if (bound(self)) return NULL;
+  PyObject *keys = PySequence_Tuple(args[0]);
+  int failed = !keys || acquire_many(self, keys, args);
+  Py_XDECREF(keys);
+  if (failed) return NULL;
   Py_RETURN_NONE;
-failed:
-  Py_DECREF(keys);
-  return NULL;
 }
 
 /* _bind(handle, address, limits, reasons, version, on_full). handle: the owner of the limiter. */
@@ -628,10 +615,10 @@ static PyMethodDef core_methods[] = {
     {"peek", FAST(core_peek), FLAGS,
      "peek(key, cost=1)\n--\n\nWhat acquire() would answer now. Charges nothing."},
     {"charge", FAST(core_charge), FLAGS,
-     "charge(key, cost)\n--\n\nCharge after the fact, room or not. May go into debt, which the next "
-     "requests wait out. Returns how things are after it."},
+     "charge(key, cost)\n--\n\nCharge without a check, for example when the actual cost is known. "
+     "The key may go into debt: it is denied until that is paid. Returns the Decision after it."},
     {"refund", FAST(core_refund), FLAGS,
-     "refund(key, cost)\n--\n\nGive back tokens that were charged. Never below \"nothing consumed\"."},
+     "refund(key, cost)\n--\n\nGive back tokens that were charged, at most all that is consumed."},
     {"is_allowed", FAST(core_is_allowed), FLAGS,
      "is_allowed(key=None)\n--\n\nacquire(key) as a bool. None is the key \"default\"."},
     {"check", FAST(core_check), FLAGS,
@@ -656,15 +643,12 @@ static PyGetSetDef core_getset[] = {
     {"limits", core_get_limits, NULL, "The limits in force, as a tuple.", NULL},
     {NULL, NULL, NULL, NULL, NULL}};
 
-static char core_doc[] = "Native base of the limiters.";
 static PyType_Slot core_slots[] = {{Py_tp_dealloc, (void *)core_dealloc},
                                    {Py_tp_traverse, (void *)core_traverse},
                                    {Py_tp_methods, core_methods},
                                    {Py_tp_getset, core_getset},
-                                   {Py_tp_doc, core_doc},
+                                   {Py_tp_doc, DOC("Native base of the limiters.")},
                                    {0, NULL}};
-
-static PyType_Spec core_spec = TYPE_SPEC(Core, core_slots, BASE | Py_TPFLAGS_HAVE_GC);
 
 static int make_constants(void) {
   s_allowed = PyUnicode_InternFromString("allowed");

@@ -26,12 +26,10 @@ static const char *const record_names[] = {"component",  "operation",   "duratio
 static long metric_number(const bound_t *b, PyObject *component, PyObject *operation) {
   PyObject *by_operation = NULL, *number = NULL;
   int exact = PyUnicode_CheckExact(component) && PyUnicode_CheckExact(operation);
-  if (!PyUnicode_Check(component) || !PyUnicode_Check(operation)) {
-    PyObject *wrong = PyUnicode_Check(component) ? operation : component;
-    PyErr_Format(PyExc_TypeError, "%s must be a str, not %R",
-                 wrong == component ? "component" : "operation", wrong);
-    return -1;
-  }
+  if (!PyUnicode_Check(component))
+    return fail(PyExc_TypeError, "component must be a str, not %R", component);
+  if (!PyUnicode_Check(operation))
+    return fail(PyExc_TypeError, "operation must be a str, not %R", operation);
   if (exact) by_operation = dict_get(b->metrics, component);
   if (by_operation) number = dict_get(by_operation, operation);
   long found = number ? PyLong_AsLong(number) : -1;
@@ -81,14 +79,11 @@ static int get_number(const char *name, PyObject *value, double most, double *ou
       kind = PyExc_TypeError;
     else if (!PyErr_ExceptionMatches(PyExc_OverflowError))
       return -1;
-    PyErr_Clear();
   }
   if (*out >= most)
-    PyErr_Format(kind, "%s must be a number of 0 or more, and below %llu, not %R", name,
-                 (unsigned long long)most, value);
-  else
-    PyErr_Format(kind, "%s must be a number of 0 or more, not %R", name, value);
-  return -1;
+    return fail(kind, "%s must be a number of 0 or more, and below %llu, not %R", name,
+                (unsigned long long)most, value);
+  return fail(kind, "%s must be a number of 0 or more, not %R", name, value);
 }
 
 static int get_size(const char *name, PyObject *value, uint64_t *out) {
@@ -167,5 +162,3 @@ static PyType_Slot recorder_slots[] = {{Py_tp_dealloc, (void *)recorder_dealloc}
                                        {Py_tp_methods, recorder_methods},
                                        {Py_tp_new, (void *)PyType_GenericNew},
                                        {0, NULL}};
-
-static PyType_Spec recorder_spec = TYPE_SPEC(Recorder, recorder_slots, BASE);

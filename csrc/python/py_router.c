@@ -39,39 +39,30 @@ typedef struct {
 
 static void plan_drop(plan_of_list *p) {
   if (!p || --p->users) return;
-  for (Py_ssize_t i = 0; i < p->length && p->items; i++) Py_XDECREF(p->items[i]);
-  for (Py_ssize_t i = 0; i < p->count && p->names; i++) Py_XDECREF(p->names[i]);
+  for (Py_ssize_t i = 0; i < p->length; i++) Py_XDECREF(p->items[i]);
+  for (Py_ssize_t i = 0; i < p->count; i++) Py_XDECREF(p->names[i]);
   Py_XDECREF(p->model);
-  free(p->items);
-  free(p->at);
-  free(p->deployments);
-  free(p->weights);
-  free(p->prices);
-  free(p->names);
-  free(p->blocked);
-  free(p->found);
   free(p);
 }
 
+/* A plan without contents. Its arrays follow it in the same allocation, those of 8-byte words first. */
 static plan_of_list *plan_room(size_t length, size_t count) {
-  plan_of_list *p = calloc(1, sizeof *p);
-  if (p) {
-    p->users = 1;
-    p->items = calloc(length + 1, sizeof(PyObject *));
-    p->at = calloc(count + 1, sizeof *p->at);
-    p->deployments = calloc(count + 1, sizeof *p->deployments);
-    p->weights = calloc(count + 1, sizeof *p->weights);
-    p->prices = calloc(count + 1, sizeof *p->prices);
-    p->names = calloc(count + 1, sizeof(PyObject *));
-    p->blocked = calloc(count + 1, sizeof *p->blocked);
-    p->found = calloc(count + 1, sizeof *p->found);
-    if (p->items && p->at && p->deployments && p->weights && p->prices && p->names && p->blocked &&
-        p->found)
-      return p;
-    plan_drop(p);
-  }
-  PyErr_NoMemory();
-  return NULL;
+  plan_of_list *p;
+  const size_t candidate = sizeof *p->names + sizeof *p->found + sizeof *p->at +
+                           sizeof *p->weights + sizeof *p->prices + sizeof *p->deployments +
+                           sizeof *p->blocked;
+  p = calloc(1, sizeof *p + length * sizeof *p->items + count * candidate);
+  if (!p) return (void *)PyErr_NoMemory();
+  p->users = 1;
+  p->items = (PyObject **)(p + 1);
+  p->names = p->items + length;
+  p->found = (fshm_deployment_info *)(p->names + count);
+  p->at = (Py_ssize_t *)(p->found + count);
+  p->weights = (double *)(p->at + count);
+  p->prices = p->weights + count;
+  p->deployments = (uint32_t *)(p->prices + count);
+  p->blocked = (unsigned char *)(p->deployments + count);
+  return p;
 }
 
 /* rows: list or tuple of (position, place, weight, price, names) */
@@ -176,8 +167,9 @@ static int get_blocked(PyObject *given, PyObject **out) {
   *out = NULL;
   if (!given || given == Py_None) return 0;
   PyObject *list = PyUnicode_Check(given) || PyBytes_Check(given) ? NULL : PySequence_List(given);
-  Py_ssize_t count = list ? PyList_Size(list) : 0;
-  for (Py_ssize_t i = 0; list && i < count; i++) {
+  if (!list) return fail(PyExc_TypeError, "blocked_models must be a list of names, not %R", given);
+  Py_ssize_t count = PyList_Size(list);
+  for (Py_ssize_t i = 0; i < count; i++) {
     PyObject *name = PyList_GetItem(list, i), *exact = NULL;
     if (PyUnicode_CheckExact(name)) continue;
     if (PyUnicode_Check(name))
@@ -186,11 +178,6 @@ static int get_blocked(PyObject *given, PyObject **out) {
       PyErr_Format(PyExc_TypeError, "blocked_models[%zd] must be a str, not %R", i, name);
     if (exact && !PyList_SetItem(list, i, exact)) continue;
     Py_DECREF(list);
-    return -1;
-  }
-  if (!list) {
-    PyErr_Clear();
-    PyErr_Format(PyExc_TypeError, "blocked_models must be a list of names, not %R", given);
     return -1;
   }
   *out = count > FEW ? PyFrozenSet_New(list) : count ? list : NULL;
@@ -242,10 +229,8 @@ static PyObject *router_pick(PyObject *o, PyObject *const *args, Py_ssize_t n, P
     Py_INCREF(list);
   else if (list)
     list = PySequence_List(list);
-  if (!list) {
-    PyErr_Clear();
+  if (!list)
     PyErr_Format(PyExc_TypeError, "model_list must be a list of deployments, not %R", in[0]);
-  }
   PyObject *picked = NULL;
   if (list && model && !get_blocked(in[2], &blocked)) {
     picked = route(self, list, model, blocked);
@@ -305,12 +290,9 @@ static PyMethodDef router_methods[] = {
     {"_set", router_set, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL}};
 
-static PyType_Slot router_slots[] = {
-    {Py_tp_dealloc, (void *)router_dealloc},
-    {Py_tp_traverse, (void *)router_traverse},
-    {Py_tp_methods, router_methods},
-    {Py_tp_new, (void *)PyType_GenericNew},
-    {Py_tp_doc, (void *)(uintptr_t)"Native base of AdvancedRouter."},
-    {0, NULL}};
-
-static PyType_Spec router_spec = TYPE_SPEC(RouterCore, router_slots, BASE | Py_TPFLAGS_HAVE_GC);
+static PyType_Slot router_slots[] = {{Py_tp_dealloc, (void *)router_dealloc},
+                                     {Py_tp_traverse, (void *)router_traverse},
+                                     {Py_tp_methods, router_methods},
+                                     {Py_tp_new, (void *)PyType_GenericNew},
+                                     {Py_tp_doc, DOC("Native base of AdvancedRouter.")},
+                                     {0, NULL}};

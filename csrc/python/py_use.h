@@ -90,25 +90,21 @@ static PyObject *use_begin(PyObject *o, UNUSED PyObject *unused) {
   return value;
 }
 
-static int use_fresh(const Use *self) {
-  if (!self->entered && !self->connection && !self->over) return 1;
-  PyErr_SetString(PyExc_RuntimeError, "call connection() for each block");
-  return 0;
+static int use_once(const Use *self) {
+  if (!self->entered && !self->connection && !self->over) return 0;
+  return fail(PyExc_RuntimeError, "call connection() for each block");
 }
 
 static PyObject *use_enter(PyObject *o, PyObject *unused) {
   Use *self = (Use *)o;
-  if (!use_fresh(self)) return NULL;
+  if (use_once(self)) return NULL;
   PyObject *deadline = PyObject_CallMethod(self->pool, "_deadline", "O", self->timeout);
   while (deadline) {
     Connection *c = take_measured(self->pool, self->endpoint);
-    if (c) {
-      if (!use_hold(self, c))
-        PyErr_SetString(PyExc_RuntimeError, "call connection() for each block");
-      break;
-    }
-    if (PyErr_Occurred()) break;
-    if (done(PyObject_CallMethod(self->pool, "_sleep", "OOO", self->endpoint, deadline,
+    if (c && !use_hold(self, c))
+      PyErr_SetString(PyExc_RuntimeError, "call connection() for each block");
+    if (c || PyErr_Occurred() ||
+        done(PyObject_CallMethod(self->pool, "_sleep", "OOO", self->endpoint, deadline,
                                  self->timeout)))
       break;
   }
@@ -137,7 +133,7 @@ static PyObject *use_call(PyObject *o, PyObject *args, PyObject *kw) {
 static PyObject *use_idle(PyObject *o, UNUSED PyObject *unused) {
   Use *self = (Use *)o;
   int stale;
-  if (!use_fresh(self)) return NULL;
+  if (use_once(self)) return NULL;
   PyObject *text = exact(self->endpoint);
   Connection *c = text ? pop((PoolCore *)self->pool, text, &stale) : NULL;
   Py_XDECREF(text);
@@ -199,6 +195,5 @@ static PyType_Slot use_slots[] = {{Py_tp_dealloc, (void *)use_dealloc},
                                   {Py_tp_call, (void *)use_call},
                                   {Py_tp_methods, use_methods},
                                   {0, NULL}};
-static PyType_Spec use_spec = TYPE_SPEC(Use, use_slots, INTERNAL | Py_TPFLAGS_HAVE_GC);
 
 #endif

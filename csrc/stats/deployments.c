@@ -9,13 +9,13 @@
 #include "deployments.h"
 
 #define LIVENESS_NS UINT64_C(500000000)
-#define PROBES \
-  64 /* indexes where a deployment may be: 200 deployments find room (with 8, not even 120) */
-#define MOST_IN_FLIGHT \
-  60000 /* of one process and deployment: below 2^16, with a margin for concurrent threads */
+/* Indexes where a deployment may be: 200 deployments find room (with 8, not even 120). */
+#define PROBES 64
+/* Of one process and deployment: below 2^16, with a margin for concurrent threads. */
+#define MOST_IN_FLIGHT 60000
 
 uint64_t fshm_deployment_id(fshm_segment *s, const char *name, uint64_t length) {
-  uint64_t id = fshm_siphash(s->header->secret[0], s->header->secret[1] ^ 9, name, length);
+  uint64_t id = fshm_siphash(s->secret[0], s->secret[1] ^ 9, name, length);
   return id + !id;
 }
 
@@ -243,11 +243,6 @@ void fshm_deployment_record(fshm_segment *s, uint32_t deployment, uint64_t laten
     return;
   }
   uint64_t minute = now / 60000000000U, next = update(&d->failures, next_failures, minute);
-  if (cooldown_ns && failures_of(next) > allowed_fails) {
-    uint64_t until = plus_time(now, cooldown_ns), old = load_relaxed(&d->cooldown);
-    for (int i = 0; old < until && i < MAX_TRIES; i++)
-      if (atomic_compare_exchange_weak_explicit(&d->cooldown, &old, until, memory_order_relaxed,
-                                                memory_order_relaxed))
-        return;
-  }
+  if (cooldown_ns && failures_of(next) > allowed_fails)
+    raise_to(&d->cooldown, plus_time(now, cooldown_ns));
 }

@@ -15,29 +15,26 @@
 #define RECORDS_BITS 20
 #define RECORDS_MASK ((UINT64_C(1) << RECORDS_BITS) - 1)
 #define MEAN_MAX ((UINT64_C(1) << (64 - RECORDS_BITS)) - 1)
-#define STALE_NS \
-  UINT64_C(60000000000) /* a latency without a new record for so long counts as unknown */
+/* A latency without a new record for so long counts as unknown. */
+#define STALE_NS UINT64_C(60000000000)
+
+/* A mean of `weight` values, with the next one in place of one of them. more: rounds the change, below `weight`. */
+static inline uint64_t mean_with(uint64_t mean, uint64_t value, uint64_t weight, uint64_t more) {
+  if (value >= mean) return mean + (value - mean + more) / weight;
+  return mean - (mean - value + more) / weight;
+}
 
 /* word: mean (44 bits) | records (20, saturating). */
 static inline uint64_t next_mean(uint64_t word, uint64_t value) {
-  uint64_t mean = word >> RECORDS_BITS, records = word & RECORDS_MASK;
-  uint64_t weight = records < DECAY ? records + 1 : DECAY;
-  value = min_u64(value, MEAN_MAX);
-  if (value >= mean)
-    mean += (value - mean + weight / 2) / weight;
-  else
-    mean -= (mean - value + weight / 2) / weight;
+  uint64_t records = word & RECORDS_MASK, weight = records < DECAY ? records + 1 : DECAY;
+  uint64_t mean = mean_with(word >> RECORDS_BITS, min_u64(value, MEAN_MAX), weight, weight / 2);
   return mean << RECORDS_BITS | (records < RECORDS_MASK ? records + 1 : records);
 }
 
 /* word: share of successes in 2^-32 (32 bits; ~0 = all) | records (32, saturating). */
 static inline uint64_t next_rate(uint64_t word, uint64_t success) {
-  uint64_t share = word >> 32, records = word & UINT32_MAX;
-  uint64_t weight = records < DECAY ? records + 1 : DECAY, value = success ? UINT32_MAX : 0;
-  if (value >= share)
-    share += (value - share + weight - 1) / weight;
-  else
-    share -= (share - value + weight - 1) / weight;
+  uint64_t records = word & UINT32_MAX, weight = records < DECAY ? records + 1 : DECAY;
+  uint64_t share = mean_with(word >> 32, success ? UINT32_MAX : 0, weight, weight - 1);
   return share << 32 | (records < UINT32_MAX ? records + 1 : records);
 }
 

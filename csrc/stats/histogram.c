@@ -31,11 +31,9 @@ int fshm_metric_open(fshm_segment *s, const char *component, uint64_t component_
   char name[METRIC_NAME];
   uint64_t hash[2];
   /* The whole names identify a metric; the part that fits is shown. */
-  hash[0] =
-      fshm_siphash(s->header->secret[0], s->header->secret[1] ^ 6, component, component_length);
-  hash[1] =
-      fshm_siphash(s->header->secret[0], s->header->secret[1] ^ 7, operation, operation_length);
-  uint64_t id = fshm_siphash(s->header->secret[0], s->header->secret[1] ^ 8, hash, sizeof hash);
+  hash[0] = fshm_siphash(s->secret[0], s->secret[1] ^ 6, component, component_length);
+  hash[1] = fshm_siphash(s->secret[0], s->secret[1] ^ 7, operation, operation_length);
+  uint64_t id = fshm_siphash(s->secret[0], s->secret[1] ^ 8, hash, sizeof hash);
   uint64_t first = min_u64(component_length, METRIC_NAME / 2 - 1);
   uint64_t second = min_u64(operation_length, METRIC_NAME / 2);
   memcpy(name, component, first);
@@ -45,14 +43,6 @@ int fshm_metric_open(fshm_segment *s, const char *component, uint64_t component_
     if (metric_claim(s, i, id + !id, name, first + 1 + second, first)) return (int)i;
   (void)metric_claim(s, METRICS - 1, 1, full_table, sizeof full_table - 1, 7);
   return METRICS - 1;
-}
-
-static void raise_to(_Atomic uint64_t *word, uint64_t to) {
-  uint64_t seen = load_relaxed(word);
-  for (int i = 0; seen < to && i < MAX_TRIES; i++)
-    if (atomic_compare_exchange_weak_explicit(word, &seen, to, memory_order_relaxed,
-                                              memory_order_relaxed))
-      return;
 }
 
 /* weight: how many calls this one stands for, if only some are measured. */

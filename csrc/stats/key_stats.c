@@ -8,8 +8,6 @@
  */
 #include "key_stats.h"
 
-#define NAME_STORED KEY_STORED /* bytes of a longer name that are kept */
-
 uint32_t key_stats_meta(uint32_t limiter, uint64_t who) {
   /* 4095: index, and the permit bit. The top of `who`: the bits that stay when its label changes. */
   return (limiter & 4095) << 20 | (uint32_t)(who >> 44);

@@ -4,7 +4,7 @@
 
 #include "../core/internal.h"
 
-#define KEY_STORED 200 /* bytes of a key's name that are kept */
+#define NAME_STORED 200 /* bytes of a key's name that are kept */
 uint32_t key_stats_meta(uint32_t limiter, uint64_t who);
 void key_stats_miss(fshm_segment *s, uint32_t process, uint64_t slot, uint32_t meta,
                     const void *key, uint64_t length, bool admitted);

@@ -18,8 +18,7 @@ typedef struct {
 
 static memo_line_t line_of(const fshm_segment *s, const uint64_t hash[2]) {
   uint64_t line = ((hash[1] & UINT32_MAX) * s->memo_lines) >> 32;
-  memo_line_t p = {&s->memo[line * MEMO_WAYS], hash[0] + !hash[0], hash[1] & ~COUNT_MASK};
-  return p;
+  return (memo_line_t){&s->memo[line * MEMO_WAYS], hash[0] + !hash[0], hash[1] & ~COUNT_MASK};
 }
 
 static inline pair_t entry_at(const fshm_segment *s, const memo_t *entry) {
@@ -28,17 +27,17 @@ static inline pair_t entry_at(const fshm_segment *s, const memo_t *entry) {
 
 /* The name of an encoding as a number, for the calls below. */
 uint64_t fshm_memo_encoding(fshm_segment *s, const char *name, uint64_t length) {
-  return fshm_siphash(s->header->secret[0], s->header->secret[1] ^ 5, name, length);
+  return fshm_siphash(s->secret[0], s->secret[1] ^ 5, name, length);
 }
 
 /* Keyed, so that a tenant cannot choose a name with another tenant's number. */
 uint64_t fshm_memo_tenant(fshm_segment *s, uint64_t encoding, const void *tenant, uint64_t length) {
-  return fshm_siphash(s->header->secret[0] ^ encoding, s->header->secret[1] ^ 10, tenant, length);
+  return fshm_siphash(s->secret[0] ^ encoding, s->secret[1] ^ 10, tenant, length);
 }
 
 void fshm_memo_hash(fshm_segment *s, uint64_t encoding, const void *text, uint64_t length,
                     uint64_t hash[2]) {
-  fshm_siphash128(s->header->secret[0] ^ encoding, s->header->secret[1] ^ 4, text, length, hash);
+  fshm_siphash128(s->secret[0] ^ encoding, s->secret[1] ^ 4, text, length, hash);
 }
 
 int64_t fshm_memo_known(fshm_segment *s, const uint64_t hash[2]) {

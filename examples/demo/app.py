@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from fast_litellm_shm import RateLimiter, Window
+from fast_litellm_shm import FixedWindow, RateLimiter
 
-limiter = RateLimiter(Window(int(os.environ["DEMO_LIMIT"]), per=3600), name="demo")
+limiter = RateLimiter(FixedWindow(int(os.environ["DEMO_LIMIT"]), per=3600), name="demo")
 
 
 def admit() -> bool:

@@ -14,16 +14,16 @@ from django.core.wsgi import get_wsgi_application
 from django.http import HttpRequest, HttpResponse
 from django.urls import path
 
-from fast_litellm_shm import Window
+from fast_litellm_shm import FixedWindow
 from fast_litellm_shm.integrations.wsgi import RateLimitMiddleware, Request, Rule, client_address
 
-#: Whose keys they are. A program keeps hashes of them, in its database.
+#: The user of each key. A real program keeps hashes of the keys, in its database.
 API_KEYS = {"key-of-ann": "ann", "key-of-bob": "bob"}
 
 
 def caller(request: Request) -> str:
-    """Who shows a key that is one counts by name, all others by address: a header that nobody
-    checked would be a fresh limit for each value that a client makes up."""
+    """A valid key counts by its user, all other requests by address. If nobody checked the header,
+    a client would get a fresh limit for each value that it makes up."""
     user = API_KEYS.get(request.header("X-Api-Key") or "")
     return f"user={user}" if user else client_address(request)
 
@@ -40,5 +40,5 @@ urlpatterns = [path("", index), path("ready", index)]
 application = RateLimitMiddleware(
     get_wsgi_application(),
     name="django-example",
-    rules=[Rule(path="/ready"), Rule(Window(100, per=3600), key=caller)],
+    rules=[Rule(path="/ready"), Rule(FixedWindow(100, per=3600), key=caller)],
 )

@@ -1,4 +1,4 @@
-"""A Flask app with Flask-Limiter: one limit for all workers, with no server beside them.
+"""A Flask app with Flask-Limiter: one limit for all workers, without a server.
 
     gunicorn --workers 4 app:app
 

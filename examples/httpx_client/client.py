@@ -2,7 +2,7 @@
 
     python client.py http://localhost:8000/ 10        # in as many shells as you like
 
-Prints how many of its requests were answered how, as JSON.
+Prints how many of its requests got each status, as JSON.
 """
 
 import json
@@ -15,8 +15,8 @@ from fast_litellm_shm.integrations.httpx import SharedLimitTimeout, SharedLimitT
 
 
 def ask(url: str, count: int) -> Counter[str]:
-    """So many requests. One at a time is in flight, of all workers together; a pause that the
-    upstream asks for (429 or 503 with Retry-After) is kept by all, and waited out."""
+    """Send ``count`` requests. All workers together have one request in flight. All of them wait if
+    the upstream asks for a pause (429 or 503 with Retry-After)."""
     answers = Counter[str]()
     transport = SharedLimitTransport(max_in_flight=1, max_wait=60, name="httpx-example")
     with httpx.Client(transport=transport, timeout=30) as client:

@@ -2,8 +2,8 @@
 
     uvicorn --workers 4 app:app
 
-Each worker is instrumented, and one at a time tells the sums of all: here as JSON, on the terminal
-or in files of METRICS_FOLDER. Yours would have OTLP's exporter in place of the console's.
+Each worker is instrumented, and one at a time reports the sums of all: here as JSON, on the
+terminal or in files of METRICS_FOLDER. In production, use the OTLP exporter instead.
 """
 
 import os
@@ -14,11 +14,11 @@ from fastapi import FastAPI, Request, Response
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import ConsoleMetricExporter, PeriodicExportingMetricReader
 
-from fast_litellm_shm import Limit, RateLimiter, Segment
+from fast_litellm_shm import RateLimiter, Segment, TokenBucket
 from fast_litellm_shm.integrations import opentelemetry
 
 segment = Segment(os.environ.get("SEGMENT", "otel-example"))
-limiter = RateLimiter(Limit(100, per=3600), name="api", segment=segment)
+limiter = RateLimiter(TokenBucket(100, per=3600), name="api", segment=segment)
 
 out = sys.stdout
 if folder := os.environ.get("METRICS_FOLDER"):

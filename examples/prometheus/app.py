@@ -1,9 +1,9 @@
-"""A FastAPI app with one limit for all workers, and /metrics, where any of them tells of all.
+"""A FastAPI app with one limit for all workers, and /metrics with the sums of all workers.
 
     uvicorn --workers 4 app:app
     prometheus --config.file=prometheus.yml
 
-prometheus.yml scrapes it, alerts.yml is what to be woken for, dashboard.json is for Grafana.
+prometheus.yml scrapes it, alerts.yml has alerting rules, dashboard.json is for Grafana.
 """
 
 import asyncio
@@ -12,14 +12,14 @@ import os
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
-from fast_litellm_shm import ConcurrencyLimiter, Limit, RateLimiter, Segment
+from fast_litellm_shm import ConcurrencyLimiter, RateLimiter, Segment, TokenBucket
 from fast_litellm_shm.integrations.prometheus import FastShmCollector
 
 segment = Segment(os.environ.get("SEGMENT", "prometheus-example"))
-limiter = RateLimiter(Limit(100, per=3600), name="api", segment=segment)
+limiter = RateLimiter(TokenBucket(100, per=3600), name="api", segment=segment)
 work = ConcurrencyLimiter(8, name="work", segment=segment)
 
-# A registry of its own: prometheus_client's default one also tells of the one process that answers.
+# A registry of its own: prometheus_client's default one also reports the one process that answers.
 registry = CollectorRegistry()
 FastShmCollector(segment, registry)
 
@@ -35,7 +35,7 @@ async def index(request: Request, response: Response) -> int:
         response.headers["Retry-After"] = str(int(decision.retry_after or 0) + 1)
         return os.getpid()
     async with work.slot_async("model", timeout=10):
-        await asyncio.sleep(0)  # what takes long
+        await asyncio.sleep(0)  # the slow work
     return os.getpid()
 
 

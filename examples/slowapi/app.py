@@ -1,4 +1,4 @@
-"""A FastAPI app with SlowAPI: one limit for all workers, with no server beside them.
+"""A FastAPI app with SlowAPI: one limit for all workers, without a server.
 
     uvicorn --workers 4 app:app
 

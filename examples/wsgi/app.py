@@ -1,10 +1,10 @@
-"""A Flask app whose limits hold over all its workers, with no server beside them.
+"""A Flask app whose limits hold over all its workers, without a server.
 
     gunicorn --workers 4 --threads 4 app:app
     curl -i localhost:8000/
     curl -i -H 'X-Api-Key: key-of-ann' localhost:8000/
 
-The middleware is plain WSGI: it stands before any other framework in the same way.
+The middleware is plain WSGI: it wraps any other framework in the same way.
 """
 
 import os
@@ -13,16 +13,16 @@ from collections.abc import Iterator
 
 from flask import Flask, Response
 
-from fast_litellm_shm import Limit, Window
+from fast_litellm_shm import FixedWindow, TokenBucket
 from fast_litellm_shm.integrations.wsgi import RateLimitMiddleware, Request, Rule, client_address
 
-#: Whose keys they are. A program keeps hashes of them, in its database.
+#: The user of each key. A real program keeps hashes of the keys, in its database.
 API_KEYS = {"key-of-ann": "ann", "key-of-bob": "bob"}
 
 
 def caller(request: Request) -> str:
-    """Who shows a key that is one counts by name, all others by address: a header that nobody
-    checked would be a fresh limit for each value that a client makes up."""
+    """A valid key counts by its user, all other requests by address. If nobody checked the header,
+    a client would get a fresh limit for each value that it makes up."""
     user = API_KEYS.get(request.header("X-Api-Key") or "")
     return f"user={user}" if user else client_address(request)
 
@@ -31,10 +31,10 @@ app = Flask(__name__)
 app.wsgi_app = RateLimitMiddleware(
     app.wsgi_app,
     name="wsgi-example",
-    rules=[  # the first that matches is asked
+    rules=[  # the first that matches applies
         Rule(path="/ready"),  # no limits: exempt
         Rule(path="/stream", in_flight=3, busy_status=503, key=caller),
-        Rule(Window(100, per=3600), Limit(1000, per=1), key=caller),
+        Rule(FixedWindow(100, per=3600), TokenBucket(1000, per=1), key=caller),
     ],
 )
 

@@ -74,6 +74,14 @@ def held_permits(segment: Segment) -> Iterator[tuple[int, Any]]:
             yield slot, info
 
 
+def limiters_in(segment: Segment) -> Iterator[tuple[int, bytes, Any]]:
+    """The index of each limiter, its name, and its ``fshm_limiter_info``, valid until the next."""
+    info = ffi.new("fshm_limiter_info *")
+    for index in range(segment.geometry().limiters):
+        if lib.fshm_limiter_at(segment._handle, index, info) == lib.FSHM_OK:
+            yield index, ffi.buffer(info.name, info.name_length)[:], info
+
+
 # A moving window of more hits than this is not counted: each hit is one read (30 ns).
 _MOST_HITS = 50_000
 _TRIES = 4  # reads of counts that processes are moving meanwhile
@@ -359,19 +367,16 @@ class Inspection:
         return stored_name(self.segment, slot) or (f"#{int(self.counts.who[slot]):016x}", b"")
 
     def _read_limiters(self) -> dict[int, dict[str, Any]]:
-        found, info = {}, ffi.new("fshm_limiter_info *")
-        for index in range(self._geometry.limiters):
-            if lib.fshm_limiter_at(self._handle, index, info) != lib.FSHM_OK:
-                continue
-            raw: bytes = ffi.buffer(info.name, info.name_length)[:]
-            found[index] = {
+        return {
+            index: {
                 "name": raw.decode("utf-8", "replace"),
                 "limits": [limits.from_raw(info.limits[i]) for i in range(info.limits_count)],
                 "version": info.version,
                 "resets": info.resets,
                 "shared_seconds": info.shared_ns / 1e9,
             }
-        return found
+            for index, raw, info in limiters_in(self.segment)
+        }
 
     @property
     def leased(self) -> list[str]:

@@ -76,6 +76,12 @@ def kept(component: str) -> int:
     return sum(n for (of, _), n in list(_kept.items()) if of == component) if _kept else 0
 
 
+def metric(segment: Segment, component: str, operation: str) -> int:
+    """The number of a metric in the segment. Negative: it has no room for another one."""
+    first, second = component.encode(), operation.encode()
+    return int(lib.fshm_metric_open(segment._handle, first, len(first), second, len(second)))
+
+
 def count_kept(segment: Segment) -> None:
     """Count in the segment what this process has kept."""
     while _kept:
@@ -83,10 +89,8 @@ def count_kept(segment: Segment) -> None:
             (component, operation), n = _kept.popitem()
         except KeyError:  # another thread has counted it
             return
-        first, second = component.encode(), operation.encode()
-        handle = segment._handle
-        metric = lib.fshm_metric_open(handle, first, len(first), second, len(second))
-        lib.fshm_metric_record(handle, metric, 0, n, 0, 0, 0)
+        number = metric(segment, component, operation)
+        lib.fshm_metric_record(segment._handle, number, 0, n, 0, 0, 0)
 
 
 def _sample_every() -> int:
@@ -110,9 +114,7 @@ def measured(component: str, operation: str, segment: Segment | None = None) -> 
     every = _sample_every()
     if not every:
         return -1, 0
-    first, second = component.encode(), operation.encode()
-    where = Segment.default() if segment is None else segment
-    return lib.fshm_metric_open(where._handle, first, len(first), second, len(second)), every
+    return metric(segment or Segment.default(), component, operation), every
 
 
 def measured_by(component: str, operation: str, segment: Segment) -> tuple[int, int, int]:

@@ -17,13 +17,16 @@ LOCAL = " (local)"  # the limits during an outage, by this host's share
 REPORTED = " (told)"  # what was reported of a sliding window
 NOTE = "(cluster)"  # of no single limiter: the number of hosts
 
+_HIDDEN = (PERMIT_LEASES, REFUSED, SINGLE_FLIGHT, LOCAL, REPORTED)
+LONGEST = max(map(len, (TOKEN_LEASES, *_HIDDEN)))  # bytes
+
 
 def is_side_limiter(name: str, names: Container[str]) -> bool:
     """Whether a limiter is hidden in lists, among ``names``: all but the token leases, which show
     what this host may use."""
     if name == NOTE:
         return True
-    for suffix in (PERMIT_LEASES, REFUSED, SINGLE_FLIGHT, LOCAL, REPORTED):
+    for suffix in _HIDDEN:
         base = name.removesuffix(suffix)
         if name.endswith(suffix) and base in names:
             return base + TOKEN_LEASES in names or base + PERMIT_LEASES in names

@@ -12,13 +12,6 @@ import os
 import sys
 
 from fast_litellm_shm.cli import arguments
-from fast_litellm_shm.cli.arguments import (
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_NOT_FOUND,
-    EXIT_OK,
-    EXIT_USAGE,
-)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -32,12 +25,12 @@ def _run(args: argparse.Namespace) -> int:
         from fast_litellm_shm.cli import segments
 
         print(f"fast-shm: {error}. {segments.hint(args.name)}", file=sys.stderr)
-        return EXIT_NOT_FOUND
+        return arguments.EXIT_NOT_FOUND
     except exceptions.SegmentOwnerError as error:
         print(f"fast-shm: {error} (here: --allow-other-owner)", file=sys.stderr)
     except exceptions.FastShmError as error:
         print(f"fast-shm: {error}", file=sys.stderr)
-    return EXIT_FAILED
+    return arguments.EXIT_FAILED
 
 
 def _silence_stdout() -> None:
@@ -55,14 +48,14 @@ def main(argv: list[str] | None = None) -> int:
             args = arguments.parse(argv)
         except SystemExit as end:
             sys.stdout.flush()
-            return end.code if isinstance(end.code, int) else EXIT_USAGE
+            return end.code if isinstance(end.code, int) else arguments.EXIT_USAGE
         return _run(args)
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        return arguments.EXIT_INTERRUPTED
     except BrokenPipeError:
         _silence_stdout()
-        return EXIT_OK
+        return arguments.EXIT_OK
     except OSError as error:
         _silence_stdout()  # a full disk behind stdout would be reported once more at exit
         print(f"fast-shm: {error.strerror or error}", file=sys.stderr)
-        return EXIT_FAILED
+        return arguments.EXIT_FAILED

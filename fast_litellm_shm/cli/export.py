@@ -15,9 +15,9 @@ from dataclasses import asdict
 
 from fast_litellm_shm import exceptions
 from fast_litellm_shm.cli import render
-from fast_litellm_shm.metrics.families import FAMILIES, Histogram, collected
-from fast_litellm_shm.metrics.model import DURATION_BOUNDS, Snapshot
-from fast_litellm_shm.metrics.prometheus_text import BOUNDS, prometheus_text
+from fast_litellm_shm.metrics import DURATION_BOUNDS, Snapshot
+from fast_litellm_shm.metrics.families import FAMILIES, Row, collected
+from fast_litellm_shm.metrics.prometheus_text import prometheus_text, samples
 from fast_litellm_shm.metrics.source import Source
 
 _LABELS = ("segment", *dict.fromkeys(label for each in FAMILIES for label in each.labels), "le")
@@ -45,18 +45,10 @@ def _csv(found: Snapshot) -> str:
     )
     writer.writeheader()
     for family, rows in collected([(found.segment.name, found)]):
-        row = {"metric": family.prometheus, "kind": family.kind, "unit": family.unit}
-        for values, value in rows:
-            row |= dict(zip(("segment", *family.labels), map(_cell, values), strict=True))
-            if not isinstance(value, Histogram):
-                writer.writerow({**row, "value": value})
-                continue
-            for bound, count in zip(BOUNDS, value.counts, strict=True):
-                bucket = {"metric": f"{family.prometheus}_bucket", "le": bound, "value": count}
-                writer.writerow({**row, **bucket})
-            writer.writerow({**row, "metric": f"{family.prometheus}_sum", "value": value.total})
-            count = value.counts[-1]
-            writer.writerow({**row, "metric": f"{family.prometheus}_count", "value": count})
+        safe: list[Row] = [(tuple(map(_cell, values)), value) for values, value in rows]
+        for name, labels, value in samples(family, safe):
+            row = {"metric": name, "kind": family.kind, "unit": family.unit, **labels}
+            writer.writerow({**row, "value": value})
     return out.getvalue()
 
 

@@ -11,11 +11,11 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared.inspection import Inspection, KeyRow, open_for_reading
 from fast_litellm_shm._shared.segment import Segment
-from fast_litellm_shm.cli import key_table, permits_and_pools, problems, render, segments
+from fast_litellm_shm.cli import permits_and_pools, problems, render, segments
 from fast_litellm_shm.cluster.state import cluster_state
+from fast_litellm_shm.metrics.source import newest
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -25,6 +25,8 @@ _CHUNK = 1000  # rows written at a time: a million keys are never held as text
 _ROWS, _ROWS_WATCHED = 50, 8  # of each table above the keys, on a terminal
 _KEYS_WATCHED = 8  # rows of keys that come first, before other tables
 _SORTED = {"busiest": "calls", "admitted": "admitted", "denied": "denied", "key": "name"}
+_PROCESS_COLUMNS = (">pid", ">memory", ">admitted", ">denied", ">attached", "command")
+_LIMITER_COLUMNS = ("limiter", "limits", ">keys")
 _KEY_COLUMNS = ("key", "limiter", ">admitted", ">denied", ">remaining", ">wait")
 
 
@@ -97,50 +99,26 @@ def _clock(age: float) -> str:
 
 
 def _process_cells(process: dict[str, Any]) -> tuple[str, ...]:
-    memory, command = process["memory_bytes"], process["command"]
+    memory = process["memory_bytes"]
     return (
         str(process["pid"]),
         "?" if memory is None else render.size(memory),
         f"{process['admitted']:,}",
         f"{process['denied']:,}",
         render.duration(process["attached_seconds"]),
-        render.command(command),
+        render.command(process["command"]),
     )
 
 
-def _process_table(
-    processes: list[dict[str, Any]], out: Console, most: int | None
-) -> list[RenderableType]:
-    from rich.text import Text
-
-    if not processes:
-        return [Text("No process uses it now."), Text()]
-    columns = (">pid", ">memory", ">admitted", ">denied", ">attached", "command")
-    rows = sorted(processes, key=lambda process: process["pid"])
-    return render.section(f"Processes ({len(rows)})", columns, rows, _process_cells, out, most)
-
-
-def _limiter_table(
-    limiters: list[dict[str, Any]], out: Console, most: int | None
-) -> list[RenderableType]:
-    from rich.text import Text
-
-    if not limiters:
-        return [Text("It has no limiter yet."), Text()]
-
-    def cells(limiter: dict[str, Any]) -> tuple[str, ...]:
-        shared = " (keys share counters)" if limiter["shared_seconds"] else ""
-        name, limits = render.escaped(limiter["name"]) + shared, " + ".join(limiter["limits"])
-        return (name, limits, f"{limiter['keys']:,}")
-
-    rows = sorted(limiters, key=lambda limiter: -limiter["keys"])
-    columns = ("limiter", "limits", ">keys")
-    return render.section(f"Limiters ({len(rows)})", columns, rows, cells, out, most)
+def _limiter_cells(limiter: dict[str, Any]) -> tuple[str, ...]:
+    shared = " (keys share counters)" if limiter["shared_seconds"] else ""
+    name, limits = render.escaped(limiter["name"]) + shared, " + ".join(limiter["limits"])
+    return (name, limits, f"{limiter['keys']:,}")
 
 
 def _key_cells(row: KeyRow) -> tuple[str, ...]:
     return (
-        key_table.shown_name(row.key, row.raw),
+        render.shown_name(row.key, row.raw),
         render.escaped(row.limiter),
         f"{row.admitted:,}",
         f"{row.denied:,}",
@@ -156,8 +134,7 @@ def _key_tables(rows: Iterator[KeyRow], title: str, out: Console) -> Iterator[Re
     widths: list[int] | None = None
     while chunk := [_key_cells(row) for row in itertools.islice(rows, _CHUNK)]:
         made = render.table("" if widths else title, _KEY_COLUMNS, chunk, out, widths)
-        names = [column.lstrip(">") for column in _KEY_COLUMNS]
-        widths = widths or render.column_widths(names, chunk)
+        widths = widths or render.column_widths(_KEY_COLUMNS, chunk)
         for cells, row in zip(chunk, made.rows, strict=True):
             row.style = "" if cells[-1] in ("-", "?") else "red"
         yield made
@@ -177,9 +154,8 @@ class _Sample:
         self.stats = segment.stats()
         self.processes = segments.processes_of(segment)
         self.cluster = cluster_state(segment, self.inspection)
-        then = before.cluster if before is not None else None
-        if self.cluster is not None and before is not None and then is not None:
-            more = self.cluster["round_trips"] - then["round_trips"]
+        if self.cluster and before and before.cluster:
+            more = self.cluster["round_trips"] - before.cluster["round_trips"]
             self.cluster["round_trips_per_second"] = max(more, 0) / (self._at - before._at)
         self.limiters = self.inspection.limiters()
         self.removed_users = segments.removed_users(segment.name)
@@ -214,12 +190,17 @@ class _Sample:
             if self.permits or self.pools:
                 counts += f", {len(self.permits) + len(self.pools)} keys with permits"
             return [*head, Text(f"{counts}: a taller terminal shows them", style="dim"), Text()]
-        return [
-            *head,
-            *_process_table(self.processes, out, most),
-            *_limiter_table(self.limiters, out, most),
-            *permits_and_pools.tables(self.permits, self.pools, out, most),
-        ]
+        processes = sorted(self.processes, key=lambda process: process["pid"])
+        title = f"Processes ({len(processes)})"
+        head += render.section(title, _PROCESS_COLUMNS, processes, _process_cells, out, most)
+        if not processes:
+            head += [Text("No process uses it now."), Text()]
+        limiters = sorted(self.limiters, key=lambda limiter: -limiter["keys"])
+        title = f"Limiters ({len(limiters)})"
+        head += render.section(title, _LIMITER_COLUMNS, limiters, _limiter_cells, out, most)
+        if not limiters:
+            head += [Text("It has no limiter yet."), Text()]
+        return head + permits_and_pools.tables(self.permits, self.pools, out, most)
 
     def key_tables(self, top: int, out: Console) -> Iterator[RenderableType]:
         total, sort = self.inspection.keys_total, self._args.sort
@@ -230,18 +211,16 @@ class _Sample:
         """Top level: segment, removed_users (only if there are any), cluster (only with limits over
         many hosts), limiters, processes, permits, pools, keys. Each key is written as it is
         read."""
+        parts: dict[str, Any] = {"segment": self.stats}
+        if self.removed_users:
+            parts["removed_users"] = self.removed_users
+        if self.cluster is not None:
+            parts["cluster"] = self.cluster
+        for name in ("limiters", "processes", "permits", "pools"):
+            parts[name] = getattr(self, name)
         write = sys.stdout.write
-        for name, value in (
-            ("segment", self.stats),
-            *([("removed_users", self.removed_users)] if self.removed_users else []),
-            *([("cluster", self.cluster)] if self.cluster is not None else []),
-            ("limiters", self.limiters),
-            ("processes", self.processes),
-            ("permits", self.permits),
-            ("pools", self.pools),
-        ):
-            write(f'{"{" if name == "segment" else " "}"{name}": {json.dumps(value)},\n')
-        write(' "keys": [')
+        write("{" + "".join(f'"{name}": {json.dumps(part)},\n ' for name, part in parts.items()))
+        write('"keys": [')
         sys.stdout.flush()
         rows, separator = self.keys(self._args.top), "\n  "
         while chunk := [_key_json(row) for row in itertools.islice(rows, _CHUNK)]:
@@ -283,58 +262,49 @@ def _frame(out: Console, sample: _Sample, top: int) -> RenderableType:
     return Group(head, *sample.key_tables(rows, out), foot)
 
 
-def _newest(segment: Segment, args: argparse.Namespace) -> Segment:
-    """The segment that has the name now. If there is none, the removed one: its processes may still
-    use it."""
-    if not segment.unlinked:
-        return segment
-    try:
-        return open_for_reading(args.name, args.allow_other_owner)
-    except exceptions.SegmentNotFoundError:
-        return segment
+def _samples(segment: Segment, args: argparse.Namespace) -> Iterator[_Sample]:
+    """One sample; with --watch, one after the other."""
+    sample = None
+    while True:
+        sample = _Sample(segment, args, sample)
+        yield sample
+        if args.watch is None:
+            return
+        time.sleep(args.watch)
+        segment = newest(segment, args.name, args.allow_other_owner)
 
 
-def _watch(segment: Segment, args: argparse.Namespace, top: int) -> int:
+def _show(samples: Iterator[_Sample], args: argparse.Namespace) -> None:
+    top = _TOP if args.top is None else args.top
+    if args.json:
+        for sample in samples:
+            sample.write_json()
+        return
+    out = render.console()
+    if args.watch is None or not out.is_terminal or out.is_dumb_terminal:
+        for sample in samples:
+            _print(out, sample, top)
+            if args.watch is not None:
+                out.print()
+                sys.stdout.flush()
+        return
     from rich.live import Live
 
-    out = render.console()
-    try:
-        if args.json or not out.is_terminal or out.is_dumb_terminal:
-            sample = None
-            while True:
-                sample = _Sample(segment, args, sample)
-                if args.json:
-                    sample.write_json()
-                else:
-                    _print(out, sample, top)
-                    out.print()
-                sys.stdout.flush()
-                time.sleep(args.watch)
-                segment = _newest(segment, args)
-        # SIGTERM must not leave the terminal on its alternate screen.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        sample = _Sample(segment, args)
-        first = _frame(out, sample, top)
-        with Live(first, console=out, screen=True, auto_refresh=False) as live:
-            live.refresh()
-            while True:
-                time.sleep(args.watch)
-                segment = _newest(segment, args)
-                sample = _Sample(segment, args, sample)
-                live.update(_frame(out, sample, top), refresh=True)
-    except KeyboardInterrupt:
-        return 0
+    # SIGTERM must not leave the terminal on its alternate screen.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    first = _frame(out, next(samples), top)
+    with Live(first, console=out, screen=True, auto_refresh=False) as live:
+        live.refresh()
+        for sample in samples:
+            live.update(_frame(out, sample, top), refresh=True)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the segment; with --watch, again and again."""
     segment = open_for_reading(args.name, args.allow_other_owner)
-    top = _TOP if args.top is None else args.top
-    if args.watch is not None:
-        return _watch(segment, args, top)
-    sample = _Sample(segment, args)
-    if args.json:
-        sample.write_json()
-    else:
-        _print(render.console(), sample, top)
+    try:
+        _show(_samples(segment, args), args)
+    except KeyboardInterrupt:
+        if args.watch is None:
+            raise
     return 0

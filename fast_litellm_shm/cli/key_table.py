@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fast_litellm_shm._shared.inspection import Inspection, KeyRow, is_cut
+from fast_litellm_shm._shared.dependencies import numpy
+from fast_litellm_shm._shared.inspection import Inspection, KeyRow
 from fast_litellm_shm.cli import render
 from fast_litellm_shm.cli.rates import KeyRates
 
 if TYPE_CHECKING:
-    import numpy
     from numpy.typing import NDArray
 
 #: How keys can be sorted: the greatest first, but names and what is left the smallest first.
@@ -35,13 +35,6 @@ class LiveKey:
     denied_rate: float | None
     admitted_history: list[float]
     denied_history: list[float]
-
-
-def shown_name(name: str, raw: bytes) -> str:
-    """The name of a key, as Inspection.name() returns it, escaped for terminals and readers."""
-    if not raw:
-        return name or "''"  # a hash, or the empty key
-    return render.escaped(raw) + ("…" if is_cut(name, raw) else "")
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:
@@ -66,12 +59,9 @@ class NameCache:
         self._calls: NDArray[numpy.uint64]  # of the key, when its name was read
         self._pattern = ""
         self._fits: NDArray[numpy.int8]  # 0: not tried, 1: matches, -1: does not
-        self._sorted: tuple[int, list[int]] = (0, [])
 
     def read(self, inspection: Inspection) -> NDArray[Any]:
         """The name of each slot. Only slots in ``inspection.counts.slots`` have one."""
-        import numpy
-
         counts = inspection.counts
         if self._who is None or self._who.size != counts.who.size:
             self._who = numpy.zeros_like(counts.who)
@@ -87,7 +77,7 @@ class NameCache:
         self._calls[slots] = calls[fresh]
         for slot in slots.tolist():
             text, raw = inspection.name(slot)
-            self._names[slot] = shown_name(text, raw)
+            self._names[slot] = render.shown_name(text, raw)
             self._known[slot] = bool(raw) or not text
         self._fits[slots] = 0
         self._who[slots] = counts.who[slots]
@@ -153,19 +143,16 @@ class KeyTable:
             owner = (counts.meta[slots] >> 20).tolist()
             weight: NDArray[Any] = calls * -1e-13
             return weight + [rank[index] for index in owner]
-        base = {
-            "rate": lambda: (rates.admitted[slots] + rates.denied[slots]).astype(float),
-            "denied_rate": lambda: rates.denied[slots].astype(float),
-            "admitted": lambda: counts.admitted[slots].astype(float),
-            "denied": lambda: counts.denied[slots].astype(float),
-        }[sort]()
-        weight = base + calls * 1e-13
+        if sort == "rate":
+            counted: NDArray[Any] = rates.admitted[slots] + rates.denied[slots]
+        else:
+            of = {"denied_rate": rates.denied, "admitted": counts.admitted, "denied": counts.denied}
+            counted = numpy.asarray(of[sort])[slots]
+        weight = counted.astype(float) + calls * 1e-13
         return weight
 
     @staticmethod
     def _first(slots: NDArray[Any], weight: NDArray[Any], descending: bool) -> list[int]:
-        import numpy
-
         weight = -weight if descending else weight
         if slots.size > MOST_SHOWN:
             some = numpy.sort(numpy.argpartition(weight, MOST_SHOWN)[:MOST_SHOWN])
@@ -180,8 +167,6 @@ class KeyTable:
 
     def _by_left(self, slots: NDArray[Any], descending: bool) -> list[int]:
         """By the share of the limit that is left; only the busiest keys, since each is read."""
-        import numpy
-
         weight = -self._weight("rate", slots)
         if slots.size > _MOST_PEEKED:
             slots = slots[numpy.argpartition(weight, _MOST_PEEKED)[:_MOST_PEEKED]]
@@ -200,8 +185,6 @@ class KeyTable:
 
     def rows(self, slots: list[int]) -> list[LiveKey | None]:
         """The keys in these slots, in this order; None if the key has left its slot since."""
-        import numpy
-
         rates = self._rates
         admitted, denied = rates.history(slots)
         out: list[LiveKey | None] = []
@@ -214,7 +197,7 @@ class KeyTable:
             out.append(
                 LiveKey(
                     ident=f"{int(self._inspection.counts.who[slot]):016x}",
-                    name=shown_name(row.key, row.raw),
+                    name=render.shown_name(row.key, row.raw),
                     row=row,
                     rate=float(rates.admitted[slot]) + refused if rates.measured else None,
                     denied_rate=refused if rates.measured else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fast_litellm_shm._shared.inspection import POOL, POOL_TOTAL, Inspection, pools_among
@@ -90,17 +91,12 @@ def tables(permits: Rows, pools: Rows, out: Console, most: int | None) -> list[R
             *_dead_and_pids(row, out),
         )
 
-    def is_full(row: dict[str, Any]) -> bool:
-        used, maximum = ("in_flight", "max_in_flight")
-        if "pool" in row:
-            used, maximum = ("active", "max_connections")
-        return bool(row[used] >= (row[maximum] or 1))
+    def is_full(used: str, maximum: str) -> Callable[[dict[str, Any]], bool]:
+        return lambda row: bool(row[used] >= (row[maximum] or 1))
 
-    parts: list[RenderableType] = []
-    if permits:
-        title = f"Permits ({sum(row['in_flight'] for row in permits):,} in flight)"
-        parts += render.section(title, _PERMIT_COLUMNS, permits, permit_cells, out, most, is_full)
-    if pools:
-        title = f"Pools ({sum(row['active'] + row['idle'] for row in pools):,} connections)"
-        parts += render.section(title, _POOL_COLUMNS, pools, pool_cells, out, most, is_full)
-    return parts
+    title = f"Permits ({sum(row['in_flight'] for row in permits):,} in flight)"
+    red = is_full("in_flight", "max_in_flight")
+    parts = render.section(title, _PERMIT_COLUMNS, permits, permit_cells, out, most, red)
+    title = f"Pools ({sum(row['active'] + row['idle'] for row in pools):,} connections)"
+    red = is_full("active", "max_connections")
+    return parts + render.section(title, _POOL_COLUMNS, pools, pool_cells, out, most, red)

@@ -13,10 +13,10 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fast_litellm_shm._shared.dependencies import numpy
 from fast_litellm_shm._shared.inspection import Counts
 
 if TYPE_CHECKING:
-    import numpy
     from numpy.typing import NDArray
 
 WINDOW = 5.0  # seconds: a rate is the mean over these, else the order of rows never rests
@@ -89,8 +89,6 @@ class KeyRates:
 
     def history(self, slots: list[int]) -> tuple[NDArray[Any], NDArray[Any]]:
         """Admitted and denied calls per second: a row for each of these slots, oldest first."""
-        import numpy
-
         wanted = numpy.asarray(slots, dtype=numpy.int64)
         shape = (len(slots), len(self._samples))
         admitted, denied = numpy.zeros(shape), numpy.zeros(shape)
@@ -127,8 +125,6 @@ class KeyCounter:
 
     def add(self, counts: Counts, seconds: float) -> KeyRates:
         """Add the present counts, ``seconds`` after the last ones (ignored for the first)."""
-        import numpy
-
         before, self._before = self._before, counts
         if before is None:
             self._who = counts.who
@@ -162,16 +158,12 @@ class KeyCounter:
         now: NDArray[Any], before: NDArray[Any], high: NDArray[Any], kept: NDArray[Any]
     ) -> tuple[NDArray[Any], NDArray[Any]]:
         """How much was counted since, and the heights from which counts fell."""
-        import numpy
-
         base = numpy.where(now >= high, numpy.maximum(high, before), before)
         base *= kept  # the count of another key began at 0
         fell = now < base
         return numpy.where(fell, 0, now - base), numpy.where(fell, base, 0)
 
     def _rates(self, size: int) -> KeyRates:
-        import numpy
-
         recent = _covering([sample.seconds for sample in self._samples])
         old = len(self._samples) - recent - 1
         if old >= 0 and self._samples[old].slots.size > self.MOST_KEPT:
@@ -190,8 +182,6 @@ class KeyCounter:
         return KeyRates(True, admitted, denied, tuple(self._samples), self._since)
 
     def _thinned(self, sample: _Sample) -> _Sample:
-        import numpy
-
         calls = sample.admitted.astype(numpy.int64) + sample.denied
         most = numpy.sort(numpy.argpartition(-calls, self.MOST_KEPT)[: self.MOST_KEPT])
         return sample._replace(

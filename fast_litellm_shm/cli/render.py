@@ -9,6 +9,8 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fast_litellm_shm._shared.inspection import is_cut
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
@@ -41,6 +43,13 @@ def _escaped(c: str) -> str:
     if code < 0x80:
         return f"\\x{code:02x}"
     return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
+
+
+def shown_name(name: str, raw: bytes) -> str:
+    """The name of a key, as Inspection.name() returns it, escaped for terminals and readers."""
+    if not raw:
+        return name or "''"  # a hash, or the empty key
+    return escaped(raw) + ("…" if is_cut(name, raw) else "")
 
 
 def command(text: str | None) -> str:
@@ -112,16 +121,13 @@ def compact(count: float) -> str:
     return f"{count:.0f}P"
 
 
-def sparkline(values: Sequence[float], width: int, most: float | None = None) -> str:
-    """The last values as bars, the newest at the right. most: the value of a full bar (default: the
-    greatest value). A value above 0 never looks like 0."""
+def sparkline(values: Sequence[float], width: int) -> str:
+    """The last values as bars, the newest at the right. The greatest has a full bar. A value above
+    0 never looks like 0."""
     shown = list(values)[-width:] if width > 0 else []
-    top = max(shown, default=0) if most is None else most
-    bars = "".join(
-        _BARS[0] if value <= 0 else _BARS[min(int(value / top * 6) + 1, 6)] if top else _BARS[0]
-        for value in shown
-    )
-    return bars.rjust(width)
+    top = max(shown, default=0)
+    bars = (_BARS[min(int(value / top * 6) + 1, 6) if value > 0 else 0] for value in shown)
+    return "".join(bars).rjust(width)
 
 
 def waiting(retry_after: float | None) -> str:
@@ -166,9 +172,11 @@ def section(
     is_red: Callable[[Any], bool] = lambda row: False,
 ) -> list[RenderableType]:
     """A table() of the first ``most`` rows (None: all), and a line that says how many more there
-    are."""
+    are. Nothing, if there are no rows."""
     from rich.text import Text
 
+    if not rows:
+        return []
     shown = rows if most is None else rows[:most]
     made = table(title, columns, [cells_of(row) for row in shown], out)
     for line, row in zip(made.rows, shown, strict=True):
@@ -207,7 +215,7 @@ def table(
         show_edge=False,
         show_header=least is None,
     )
-    widths = column_widths(names, rows) if least is None else least
+    widths = column_widths(columns, rows) if least is None else least
     texts = [i for i, name in enumerate(names) if columns[i] == name]
     excess = sum(widths) + _GAP * (len(widths) - 1) - out.width
     cut = list(widths)
@@ -230,9 +238,9 @@ def table(
     return made
 
 
-def column_widths(names: list[str], rows: Sequence[tuple[str, ...]]) -> list[int]:
-    """The width that each column needs."""
+def column_widths(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[int]:
+    """The width that each column of a table() needs."""
     from rich.cells import cell_len
 
-    columns = zip(names, *rows, strict=True)
-    return [max(cell_len(cell) for cell in column) for column in columns]
+    cells = zip((column.lstrip(">") for column in columns), *rows, strict=True)
+    return [max(map(cell_len, column)) for column in cells]

@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared import key_grammar
 from fast_litellm_shm._shared.inspection import Inspection
+from fast_litellm_shm._shared.named_limiter import SharedLimits
 from fast_litellm_shm._shared.native import ffi, lib, owned
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm._shared.side_limiters import TOKEN_LEASES, is_side_limiter
-from fast_litellm_shm.cli import render, reset_cluster, segments
+from fast_litellm_shm.cli import render, segments
+
+if TYPE_CHECKING:
+    from fast_litellm_shm.cluster.token_lease import TokenLeases
 
 
 @dataclass(frozen=True)
@@ -90,9 +94,8 @@ def _has_counted(limiter: _Limiter, key: bytes) -> bool:
     limit = key_grammar.limit_of(limiter.name, key)
     if limit is None:
         return False
-    found, look = ffi.new("fshm_counted *"), lib.fshm_count
-    if limiter.name == key_grammar.MOVING:
-        look = lib.fshm_moving
+    found = ffi.new("fshm_counted *")
+    look = lib.fshm_moving if limiter.name == key_grammar.MOVING else lib.fshm_count
     look(limiter.handle, key, len(key), ffi.new("fshm_limit *", limit._raw()), 0, 0, found)
     return bool(found.count or found.previous)
 
@@ -104,14 +107,33 @@ def _holds_only(limiter: _Limiter) -> bool:
     return bool(count == 1 and limits[0].kind == lib.FSHM_PERMITS)
 
 
+def _token_leases(segment: Segment, limiter: str) -> TokenLeases:
+    """What resets keys of a limiter over many hosts, on this host and at the server that the
+    environment names, as for the workers. Raises FastShmError."""
+    from fast_litellm_shm.cluster import settings
+    from fast_litellm_shm.cluster.grantor import token_leases
+
+    where = f"limiter {limiter!r} in segment {segment.name!r}"
+    try:
+        server = settings.found(None)
+        if server is not None:
+            shared = SharedLimits((), name=limiter, segment=segment, on_full="deny", keep=True)
+            return token_leases(shared, server)
+    except (ImportError, ValueError) as error:
+        raise exceptions.ClusterError(f"{where} was not reset: {error}") from error
+    raise exceptions.ClusterError(
+        f"{where} was not reset: a server keeps it for many hosts, and would go on denying; set "
+        "FAST_LITELLM_SHM_CLUSTER to that server's URL, as it is set for the workers"
+    )
+
+
 def _reset_key(segment: Segment, limiter: _Limiter, key: bytes) -> bool:
     """Returns whether the key had consumed anything."""
     if limiter.over_hosts:
-        return reset_cluster.reset(segment, limiter.name, key)
+        return _token_leases(segment, limiter.name).reset(key)
     consumed = _has_consumed(limiter, key)
-    forget = lib.fshm_reset_key
-    if limiter.name == key_grammar.MOVING:
-        forget = lib.fshm_moving_clear  # its hits are in slots of their own
+    moving = limiter.name == key_grammar.MOVING  # its hits are in slots of their own
+    forget = lib.fshm_moving_clear if moving else lib.fshm_reset_key
     status = forget(limiter.handle, key, len(key))
     if status != lib.FSHM_OK:
         raise _failed(status, limiter)
@@ -139,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
                 print(f"Left limiter '{name}' alone: it counts permits (see fast-shm release).")
                 continue
             if limiter.over_hosts:
-                count = reset_cluster.reset_all(segment, limiter.name)
+                count = _token_leases(segment, limiter.name).reset_all()
             else:
                 status = lib.fshm_reset_all(limiter.handle)
                 if status != lib.FSHM_OK:

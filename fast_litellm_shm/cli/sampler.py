@@ -6,10 +6,11 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fast_litellm_shm import exceptions
-from fast_litellm_shm._shared.inspection import Inspection, open_for_reading
+from fast_litellm_shm._shared.dependencies import numpy, psutil
+from fast_litellm_shm._shared.inspection import Inspection
 from fast_litellm_shm._shared.native import why_no_descriptor
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.cli import permits_and_pools, problems, render, segments
@@ -17,9 +18,7 @@ from fast_litellm_shm.cli.key_table import KeyTable, NameCache
 from fast_litellm_shm.cli.rates import KeyCounter, KeyRates, Series
 from fast_litellm_shm.metrics import health
 from fast_litellm_shm.metrics.snapshot import UNKNOWN, deployments_of
-
-if TYPE_CHECKING:
-    import psutil
+from fast_litellm_shm.metrics.source import newest
 
 _ANNOUNCED = 10.0  # seconds for which a new segment is announced
 _REMOVED_EVERY = 10.0  # seconds: looking for users of removed segments reads much of /proc
@@ -175,16 +174,12 @@ class Sampler:
             return
 
     def _attach(self) -> Segment:
-        """The segment that has the name now, else the one that had it last."""
-        if self._segment is not None and not self._segment.unlinked:
-            return self._segment
-        try:
-            found = open_for_reading(self.name, self.allow_other_owner)
-        except exceptions.SegmentNotFoundError:
-            if self._segment is None or not self._segment.processes():
-                self._segment = None
-                raise
-            return self._segment
+        """The segment that has the name now, else the one that had it last, if it is in use."""
+        found = newest(self._segment, self.name, self.allow_other_owner)
+        if found is self._segment:
+            if found.unlinked and not found.processes():
+                raise exceptions.SegmentNotFoundError(f"segment {self.name!r} was removed")
+            return found
         if self._ever_attached:
             text = "this is a new segment of that name: the old one was removed"
             self._notice = (self._clock(), text)
@@ -249,8 +244,6 @@ class Sampler:
         return self._removed_users[1]
 
     def _workers(self, attached: list[dict[str, Any]]) -> list[Worker]:
-        from fast_litellm_shm._shared.dependencies import psutil
-
         known = self._system
         self._system = {}
         out = []
@@ -305,8 +298,6 @@ class Sampler:
 
 
 def _limiters(inspection: Inspection, rates: KeyRates) -> list[LimiterRow]:
-    import numpy
-
     counts, rows = inspection.counts, inspection.limiters()
     by_index = list(inspection.limiter_names())
     sums = [

@@ -108,17 +108,15 @@ def helpers_of(path: str) -> list[str]:
 
 def hint(name: str) -> str:
     """What to do if no segment has this name: a sentence or two. Does not raise."""
-    with contextlib.suppress(OSError):
-        return _hint(name)
-    return f"{directory()} cannot be listed."
-
-
-def _hint(name: str) -> str:
-    names = [each.name for each in found() if each.layout == lib.FSHM_LAYOUT_VERSION]
+    try:
+        names = [each.name for each in found() if each.layout == lib.FSHM_LAYOUT_VERSION]
+        pids = removed_users(name)
+    except OSError:
+        return f"{directory()} cannot be listed."
     if not os.path.isdir(directory()):
         return "Until then no worker can make a segment."
     sentences = []
-    if pids := removed_users(name):
+    if pids:
         said = said_of_removed(pids, name)
         sentences.append(f"{said[0].upper()}{said[1:]}.")
     shown = ", ".join(render.escaped(each) for each in names[:_MOST_NAMED])

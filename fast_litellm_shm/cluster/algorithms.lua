@@ -1,8 +1,7 @@
 -- algorithms.lua - the rate-limit algorithms of one key, for all hosts. The arithmetic: csrc/limits/algorithms.h.
 --
 -- KEYS[1]: the state of the key, packed by cmsgpack. It lives as long as anything in it counts.
--- ARGV: operation, host, channel, limiter, key, whether that is sealed (1, 0), how many limits; then thirteen numbers
---   for each limit:
+-- ARGV, after those of values.lua: operation, how many limits; then thirteen numbers for each limit:
 --   kind, n, per (us), burst, num, den (ns), lease (us), cost, kept, given, and what the host knows: used,
 --   previous (of a sliding window, which has only the present one in `used`), left (us or ns ahead)
 -- Operations:
@@ -55,10 +54,7 @@ local USED = 2147483647 -- tokens of a window: WINDOW_MAX_N of algorithms.h
 local PLACES = 12 -- limits that a key's state has at most, with those that were taken away
 
 local floor, ceil, min, max = math.floor, math.ceil, math.min, math.max
-local op, host, channel, limiter, name = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-local sealed, count = ARGV[6] == '1', tonumber(ARGV[7])
-local time = redis.call('TIME')
-local now = time[1] * 1000000 + time[2]
+local op, count = ARGV[6], tonumber(ARGV[7])
 
 local rules = {}
 for i = 1, count do

@@ -10,7 +10,7 @@ from fast_litellm_shm.cluster import names
 from fast_litellm_shm.limits import LimitSpec, SlidingWindow, TokenBucket
 
 SOURCE = names.source("algorithms.lua")
-_KIND = {True: 2, False: 1}
+
 _MOST_LEASE_US = 1_000_000
 _LARGEST = 2**53 - 1
 COARSE = 2**20  # ns: as in csrc/limits/algorithms.h
@@ -39,7 +39,8 @@ def rule(limit: LimitSpec) -> Rule:
     """
     per = limit._per_ns
     if not isinstance(limit, TokenBucket):
-        return Rule(_KIND[isinstance(limit, SlidingWindow)], limit.n, -(-per // 1000), 0, 1, 1, 0)
+        kind = 2 if isinstance(limit, SlidingWindow) else 1
+        return Rule(kind, limit.n, -(-per // 1000), 0, 1, 1, 0)
     lease_us = min(_MOST_LEASE_US, per // 20_000)
     if limit.strict:
         per, slots = per + lease_us * 1000, limit.n - limit.burst + 1
@@ -87,16 +88,20 @@ class Request(NamedTuple):
         return max(self.costs) * (found.admitted * (self.operation != "ahead") + found.batch)
 
     def answer(self, raw: Sequence[int]) -> Answer:
-        return answer(raw, self.rules)
+        admitted, batch, wait, back_off, refused, junk, *rest = (int(each) for each in raw)
+        known = []
+        for i, each in enumerate(self.rules):
+            used, left, lease, redated, current, previous = rest[6 * i : 6 * i + 6]
+            left_ns = left if each.kind == 0 else left * 1000
+            known.append(Known(used, left_ns, lease * 1000, bool(redated), current, previous))
+        retry = -1 if wait < 0 else wait * 1000
+        return Answer(
+            bool(admitted), batch, retry, back_off * 1000, refused, tuple(known), bool(junk)
+        )
 
-    def arguments(
-        self, host: bytes, channel: str, sealed: bytes | None = None
-    ) -> list[bytes | str | int]:
-        name = self.key if sealed is None else sealed
-        out: list[bytes | str | int] = [
-            self.operation, host, channel, self.limiter, name, int(sealed is not None),
-            len(self.rules),
-        ]  # fmt: skip
+    def arguments(self) -> list[str | int]:
+        """After those of values.lua."""
+        out: list[str | int] = [self.operation, len(self.rules)]
         for i, each in enumerate(self.rules):
             out += each
             out += (min(self.costs[i], 2**52), self.kept[i], self.given[i])
@@ -129,14 +134,3 @@ class Answer(NamedTuple):
     refused: int
     limits: tuple[Known, ...]
     junk: bool = False
-
-
-def answer(raw: Sequence[int], rules: Sequence[Rule]) -> Answer:
-    admitted, batch, wait, back_off, refused, junk, *rest = (int(each) for each in raw)
-    known = []
-    for i, each in enumerate(rules):
-        used, left, lease, redated, current, previous = rest[6 * i : 6 * i + 6]
-        left_ns = left if each.kind == 0 else left * 1000
-        known.append(Known(used, left_ns, lease * 1000, bool(redated), current, previous))
-    retry = -1 if wait < 0 else wait * 1000
-    return Answer(bool(admitted), batch, retry, back_off * 1000, refused, tuple(known), bool(junk))

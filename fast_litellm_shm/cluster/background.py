@@ -4,6 +4,7 @@ tokens that run low, and settlements; and the thread that may lead the host (lea
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 import threading
 import time
@@ -30,17 +31,11 @@ class Background:
         connection.on_lost = self.wake  # to try the server, until it is back
 
     def start(self) -> None:
-        works = {"refill": self._refill}
-        if self._connection.lead is not None:
-            works["lead"] = self._lead
-        for name, work in works.items():
+        lead = functools.partial(self._connection.lead, self._connection)
+        for name, work in (("refill", self._refill), ("lead", lead)):
             threading.Thread(target=work, name=f"fast-shm-cluster_{name}", daemon=True).start()
         # also where a child of multiprocessing ends, which runs no atexit
         util.Finalize(None, self.finish, exitpriority=0)
-
-    def _lead(self) -> None:
-        assert self._connection.lead is not None
-        self._connection.lead(self._connection)
 
     def wake(self) -> None:
         self._due.put(None)
@@ -90,15 +85,10 @@ class Background:
 
     def _ask_ahead(self, due: Iterable[Due]) -> None:
         asked = []
-        try:
+        with contextlib.ExitStack() as flights:
             for leases, raw, costs in due:
                 permit = leases.single_flight.begin(raw)
                 if permit is not None:  # else another process asks for it
-                    asked.append((leases, raw, permit, *leases.request("ahead", raw, costs)))
-            if asked:
-                found = self._connection.call([each[3] for each in asked])
-                for (leases, _, _, request, sent), answer in zip(asked, found, strict=True):
-                    leases.learn(request, answer, sent)
-        finally:
-            for leases, _, permit, *_ in asked:
-                leases.single_flight.end(permit)
+                    flights.callback(leases.single_flight.end, permit)
+                    asked.append((leases, *leases.request("ahead", raw, costs)))
+            self._connection.call_all(asked)

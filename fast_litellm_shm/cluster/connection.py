@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 import os
 import sys
@@ -9,23 +11,24 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn, Protocol, TypeAlias, TypeVar
 
 from fast_litellm_shm import exceptions
-from fast_litellm_shm._shared import greenlets
+from fast_litellm_shm._shared import greenlets, performance
 from fast_litellm_shm._shared.native import lib
 from fast_litellm_shm._shared.segment import Segment
-from fast_litellm_shm.cluster import names
+from fast_litellm_shm.cluster import algorithms, names, permits
 from fast_litellm_shm.cluster.settings import OUTAGE, Cluster, library
 
+Question: TypeAlias = algorithms.Request | permits.Request  # one call of a script
 log = logging.getLogger("fast_litellm_shm")
 
 PROBE = 0.2  # seconds between two tries during an outage
 # Seconds that the server must have answered before an outage is over: by then all processes of all
 # hosts have noticed, and have reported what they admitted meanwhile.
 PROBATION = 1.0
-_MOST = 500  # requests in one pipeline
+_MOST, _MOST_REPORTED = 200, 500  # requests in one pipeline; at the end of an outage
 # Components of the metrics: round trips, outages, and values and messages that are not ours.
 COMPONENT, OUTAGES, VALUES = "cluster", "cluster_outage", "cluster_values"
 
@@ -45,25 +48,11 @@ class UnreachableError(exceptions.ClusterError):
     """The server does not answer, or not as it should."""
 
 
-class Question(Protocol):
-    """One call of a script: algorithms.lua (algorithms.py) or permits.lua (permits.py)."""
+class Learner(Protocol):
+    """TokenLeases or PermitLeases, which learn from answers."""
 
-    @property
-    def source(self) -> str: ...
-    @property
-    def operation(self) -> str: ...
-    @property
-    def limiter(self) -> bytes: ...
-    @property
-    def key(self) -> bytes: ...
-    @property
-    def asked(self) -> int: ...
-    def granted(self, found: Any) -> int: ...
-    def state_key(self, prefix: str) -> bytes: ...
-    def arguments(
-        self, host: bytes, channel: str, sealed: bytes | None = None
-    ) -> list[bytes | str | int]: ...
-    def answer(self, raw: Sequence[int]) -> Any: ...
+    def learn(self, request: Any, answer: Any, noted: Any, /) -> object:
+        """noted: what they noted when they made the request."""
 
 
 class Unreported(Protocol):
@@ -88,13 +77,10 @@ AnyThreads = TypeVar("AnyThreads", bound=Threads)
 
 class Connection:
     """Of all limiters of a process that share a server and a segment. lead: what the thread that
-    may lead this host runs (leader.py); None: there is no such thread."""
+    may lead this host runs (leader.py)."""
 
     def __init__(
-        self,
-        cluster: Cluster,
-        segment: Segment,
-        lead: Callable[[Connection], None] | None = None,
+        self, cluster: Cluster, segment: Segment, lead: Callable[[Connection], None]
     ) -> None:
         self.cluster, self.segment, self.lead = cluster, segment, lead
         self.host = b"%016x" % segment.geometry().instance
@@ -102,10 +88,9 @@ class Connection:
         self.seal = names.Seal(segment) if segment.geometry().names else None
         self._junk: set[str] = set()  # limiters whose junk was logged
         self._client: Any = None
-        self._scripts: dict[str, Any] = {}  # by source
-        self._elsewhere: tuple[
-            type[Exception], ...
-        ] = ()  # errors by which another node has the key
+        self._script: Any = None  # of a source
+        # errors by which another node has the key
+        self._elsewhere: tuple[type[Exception], ...] = ()
         self._lock = greenlets.Lock()
         self._since = self._answers_since = 0.0
         self._since_ns = 0  # segment time
@@ -113,7 +98,7 @@ class Connection:
         self.on_lost: Callable[[], None] = lambda: None
         self.unreported: weakref.WeakSet[Unreported] = weakref.WeakSet()
         self.settlements = deque[Any]()  # settlement.Settlement, left to a thread
-        self._metrics: dict[tuple[str, str], int] = {}
+        self._metric = functools.cache(functools.partial(performance.metric, segment))
         self._threads: dict[Any, Any] = {}
 
     def ensure(self, kind: Callable[[Connection], AnyThreads]) -> AnyThreads:
@@ -141,13 +126,22 @@ class Connection:
                 errors = library("redis").exceptions
                 self._elsewhere = (errors.AskError, errors.ConnectionError)
                 self._client = self.cluster.client()
-                self._scripts = {}
+                self._script = functools.cache(self._client.register_script)
             return self._client
 
     def call(self, requests: Sequence[Question]) -> list[Any]:
         """One round trip for all of them. Raises UnreachableError, at once during an outage."""
         self.check()
         return self._call(requests)
+
+    def call_all(self, asked: Iterable[tuple[Learner, Question, Any]]) -> None:
+        """Call for each request, many in one round trip: its leases learn from the answer, with
+        what they noted. Raises UnreachableError."""
+        asked = iter(asked)
+        while part := list(itertools.islice(asked, _MOST)):
+            answers = self.call([request for _, request, _ in part])
+            for (leases, request, noted), answer in zip(part, answers, strict=True):
+                leases.learn(request, answer, noted)
 
     def _call(self, requests: Sequence[Question]) -> list[Any]:
         began = time.monotonic_ns()
@@ -156,10 +150,7 @@ class Connection:
             answers = [request.answer(each) for each, request in zip(raw, requests, strict=True)]
         except Exception as error:
             self._record(requests, [], began)
-            if not is_outage(error):
-                raise
-            self._lost(error, time.monotonic_ns() - began)
-            raise UnreachableError(self.outage) from self.cluster.scrubbed_cause(error)
+            self._failed(error, began)
         self._record(requests, answers, began)
         for request, found in zip(requests, answers, strict=True):
             if found.junk:
@@ -190,15 +181,9 @@ class Connection:
 
     def _run(self, client: Any, each: Question) -> Any:
         keys = [each.state_key(self.cluster.prefix)]
-        sealed = None if self.seal is None else self.seal.seal(each.key)
-        arguments = each.arguments(self.host, self.channel, sealed)
-        return self._script(each.source)(keys, arguments, client=client)
-
-    def _script(self, source: str) -> Any:
-        known = self._scripts.get(source)
-        if known is None:
-            known = self._scripts[source] = self._client.register_script(source)
-        return known
+        name = each.key if self.seal is None else self.seal.seal(each.key)
+        head = (self.host, self.channel, each.limiter, name, int(self.seal is not None))
+        return self._script(each.source)(keys, [*head, *each.arguments()], client=client)
 
     def _tell_junk(self, request: Question) -> None:
         """Once for each limiter: a host that writes junk can do it all the time."""
@@ -236,10 +221,14 @@ class Connection:
             found = self.client().scan_iter(match=pattern + b"*", count=1000)
             return list({bytes(name) for name in found})  # SCAN may return one twice
         except Exception as error:
-            if not is_outage(error):
-                raise
-            self._lost(error, time.monotonic_ns() - began)
-            raise UnreachableError(self.outage) from self.cluster.scrubbed_cause(error)
+            self._failed(error, began)
+
+    def _failed(self, error: Exception, began: int) -> NoReturn:
+        """Raises UnreachableError if it is an outage, else the error."""
+        if not is_outage(error):
+            raise error
+        self._lost(error, time.monotonic_ns() - began)
+        raise UnreachableError(self.outage) from self.cluster.scrubbed_cause(error)
 
     # outages
 
@@ -247,10 +236,6 @@ class Connection:
         """Raises UnreachableError during an outage."""
         if self.outage is not None:
             raise UnreachableError(self.outage)
-
-    def now(self) -> int:
-        """Segment time, ns."""
-        return int(lib.fshm_now(self.segment._handle))
 
     def _lost(self, error: Exception, took: int) -> None:
         """took: ns until the call failed."""
@@ -260,7 +245,7 @@ class Connection:
             self._answers_since = 0.0
             if first:
                 self._since = time.monotonic()
-                self._since_ns = self.now()
+                self._since_ns = self.segment.geometry().time_ns
         _note(self.segment)  # each time: a child that was forked meanwhile has noted nothing yet
         if not first:
             return
@@ -331,11 +316,11 @@ class Connection:
         requests = limiter.take_unreported()
         while requests:
             try:
-                self._call(requests[:_MOST])
+                self._call(requests[:_MOST_REPORTED])
             except UnreachableError:
                 limiter.put_back(requests)
                 raise
-            requests = requests[_MOST:]
+            requests = requests[_MOST_REPORTED:]
 
     @property
     def retry_after_ns(self) -> int:
@@ -347,13 +332,8 @@ class Connection:
     def _measured(
         self, component: str, operation: str, ns: int, ok: bool = True, asked: int = 0, got: int = 0
     ) -> None:
-        handle, place = self.segment._handle, (component, operation)
-        known = self._metrics.get(place)
-        if known is None:
-            first, second = component.encode(), operation.encode()
-            known = lib.fshm_metric_open(handle, first, len(first), second, len(second))
-            self._metrics[place] = known
-        lib.fshm_metric_record(handle, known, ns, 1, ok, asked, got)
+        number = self._metric(component, operation)
+        lib.fshm_metric_record(self.segment._handle, number, ns, 1, ok, asked, got)
 
     def _record(self, requests: Sequence[Question], answers: Sequence[Any], began: int) -> None:
         """Measure a round trip: its sizes are tokens asked for or given back, and granted."""
@@ -387,7 +367,7 @@ _connections_lock = threading.Lock()
 starting = threading.RLock()  # the collector may run in ensure(), and find a call to settle
 
 
-def of(cluster: Cluster, segment: Segment, lead: Callable[[Connection], None] | None) -> Connection:
+def of(cluster: Cluster, segment: Segment, lead: Callable[[Connection], None]) -> Connection:
     """The connection of this process to a server, for a segment."""
     which = (cluster, segment.geometry().instance)
     with _connections_lock:

@@ -8,19 +8,17 @@ import time
 import weakref
 from typing import Any, Protocol
 
-from fast_litellm_shm.cluster.connection import Connection, UnreachableError, log
+from fast_litellm_shm.cluster.connection import Connection, Learner, UnreachableError, log
 
 _SECONDS = 1.0
-_MOST = 200  # keys in one pipeline
 
 
-class Leases(Protocol):
+class Leases(Learner, Protocol):
     """PermitLeases, as this module uses them."""
 
     keys: dict[str | bytes, int]
 
     def due(self, key: str | bytes) -> tuple[Any, Any] | None: ...
-    def put(self, request: Any, lease: Any, answer: Any) -> bool: ...
 
 
 class Heartbeat:
@@ -46,11 +44,5 @@ class Heartbeat:
 
     def _report(self) -> None:
         for leases in list(self.leases):
-            keys = list(leases.keys)
-            for start in range(0, len(keys), _MOST):
-                found = [leases.due(key) for key in keys[start : start + _MOST]]
-                due = [each for each in found if each is not None]
-                if due:
-                    answers = self._connection.call([request for request, _ in due])
-                    for (request, lease), answer in zip(due, answers, strict=True):
-                        leases.put(request, lease, answer)
+            due = (leases.due(key) for key in list(leases.keys))
+            self._connection.call_all((leases, *each) for each in due if each is not None)

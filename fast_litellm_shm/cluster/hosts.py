@@ -6,10 +6,12 @@ The segment has no word for it: it is the state of one key of a limiter of its o
 
 from __future__ import annotations
 
+import contextlib
+
 from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm._shared.side_limiters import NOTE
-from fast_litellm_shm._shared.states import States, open_beside
+from fast_litellm_shm._shared.states import open_beside
 from fast_litellm_shm.limits import Granted
 
 _KEY = b"hosts"
@@ -18,19 +20,12 @@ _KEPT_NS = 30 * 86_400 * 10**9
 
 def host_count(segment: Segment) -> int:
     """By the answer to the last heartbeat of this host's leader; 0: there was none."""
-    states = _states(segment)
-    return 0 if states is None else states.leased(_KEY)[0][0]
+    try:
+        return open_beside(segment, NOTE, [Granted()]).leased(_KEY)[0][0]
+    except exceptions.FastShmError:  # there is no room for it
+        return 0
 
 
 def keep_host_count(segment: Segment, count: int) -> None:
-    states = _states(segment)
-    if states is not None:
-        states.refuse(_KEY, (count,), _KEPT_NS)
-
-
-def _states(segment: Segment) -> States | None:
-    """None: there is no room for it."""
-    try:
-        return open_beside(segment, NOTE, [Granted()])
-    except exceptions.FastShmError:
-        return None
+    with contextlib.suppress(exceptions.FastShmError):  # there is no room for it
+        open_beside(segment, NOTE, [Granted()]).refuse(_KEY, (count,), _KEPT_NS)

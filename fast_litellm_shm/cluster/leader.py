@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from fast_litellm_shm._shared import greenlets
-from fast_litellm_shm._shared.inspection import held_permits, is_cut, stored_name
+from fast_litellm_shm._shared.inspection import held_permits, is_cut, limiters_in, stored_name
 from fast_litellm_shm._shared.named_limiter import InnerLimits
 from fast_litellm_shm._shared.native import ffi, lib
 from fast_litellm_shm._shared.segment import Segment
@@ -28,7 +28,7 @@ from fast_litellm_shm.cluster.token_lease import TokenLeases
 AnyLeases = TypeVar("AnyLeases", TokenLeases, PermitLeases)
 
 _HEARTBEAT = 2.0  # seconds between two heartbeats of a host
-_MOST = 200  # keys in one pipeline
+
 _AGAIN = 0.5  # seconds after an error
 _HOST_FORGOTTEN_US = 10_000_000
 
@@ -146,14 +146,9 @@ class Leader:
         late = []
         for limiter, raw in _keys_in_flight(self._segment):
             leases = self._leases_of(PermitLeases, limiter)
-            found = leases.overdue(raw) if leases is not None else None
-            if leases is not None and found is not None:
+            if leases is not None and (found := leases.overdue(raw)) is not None:
                 late.append((leases, *found))
-        for start in range(0, len(late), _MOST):
-            part = late[start : start + _MOST]
-            answers = self._connection.call([request for _, request, _ in part])
-            for (leases, request, lease), answer in zip(part, answers, strict=True):
-                leases.put(request, lease, answer)
+        self._connection.call_all(late)
 
     def _leases_of(self, kind: type[AnyLeases], limiter: bytes) -> AnyLeases | None:
         """None: the limiter counts on this host alone, or is not there. Any host can name it."""
@@ -177,10 +172,7 @@ class Leader:
 
 def _keys_in_flight(segment: Segment) -> Iterator[tuple[bytes, bytes]]:
     """Limiters whose permits a server grants, and their keys with some in flight."""
-    names, info = {}, ffi.new("fshm_limiter_info *")
-    for index in range(segment.geometry().limiters):
-        if lib.fshm_limiter_at(segment._handle, index, info) == lib.FSHM_OK:
-            names[index] = ffi.buffer(info.name, info.name_length)[:]
+    names = {index: name for index, name, _ in limiters_in(segment)}
     leased = {
         index: name
         for index, name in names.items()

@@ -32,13 +32,11 @@ def state_key(prefix: str, kind: bytes, limiter: bytes, key: bytes) -> bytes:
     """In a Redis Cluster, the text in braces decides the slot. It is a hash, so no client chooses
     the slot by how its key is spelled, and the server does not learn the key. The hash includes the
     prefix: clients that do not know it cannot search for keys of one slot."""
-    hashed = b"%d:%b:%b" % (len(limiter), limiter, key)
-    tag = hashlib.blake2b(hashed, digest_size=_TAG, key=_fitting(prefix.encode())).hexdigest()
+    hashed, secret = b"%d:%b:%b" % (len(limiter), limiter, key), prefix.encode()
+    if len(secret) > 64:  # more than a key of BLAKE2 may have
+        secret = hashlib.blake2b(secret).digest()
+    tag = hashlib.blake2b(hashed, digest_size=_TAG, key=secret).hexdigest()
     return b"%b%b}" % (start(prefix, kind, limiter), tag.encode())
-
-
-def _fitting(key: bytes) -> bytes:
-    return key if len(key) <= 64 else hashlib.blake2b(key).digest()
 
 
 class Seal:
@@ -47,12 +45,11 @@ class Seal:
     processes of the host can read it, and no other program. Equal names are sealed the same."""
 
     def __init__(self, segment: Segment) -> None:
-        halves = []
+        self._secret = b""
         for half in (b"names of keys 0", b"names of keys 1"):
             out = ffi.new("uint64_t[2]")
             lib.fshm_keyed_hash(segment._handle, half, len(half), out)
-            halves.append(bytes(ffi.buffer(out)))
-        self._secret = b"".join(halves)
+            self._secret += bytes(ffi.buffer(out))
 
     def seal(self, name: bytes) -> bytes:
         """Empty: the name is too long, and other hosts cannot ask for what this host has of it."""

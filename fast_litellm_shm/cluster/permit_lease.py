@@ -4,7 +4,7 @@ calls are answered within them by csrc/leasing/permit_lease.c. This module does 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from fast_litellm_shm import limits
 from fast_litellm_shm._shared.named_limiter import InnerLimits, key_bytes, lease_from, states_of
@@ -39,6 +39,9 @@ class PermitLease(NamedTuple):
     @property
     def unused(self) -> int:
         return max(self.leased - self.held, 0)
+
+
+Asked: TypeAlias = tuple[permits.Request, PermitLease]  # as the lease was before
 
 
 class PermitLeases:
@@ -110,7 +113,7 @@ class PermitLeases:
 
     # for the heartbeat and the leader
 
-    def due(self, key: str | bytes) -> tuple[permits.Request, PermitLease] | None:
+    def due(self, key: str | bytes) -> Asked | None:
         """What to report of a key, once a second. Forgets the key where that is nothing."""
         # Out of the keys first: a taker that comes after the look finds it missing, and notes it.
         rests = self.keys.pop(key, None)
@@ -132,7 +135,7 @@ class PermitLeases:
             return self._report(raw, self.lower(raw, keep), 0)
         return None
 
-    def overdue(self, raw: bytes) -> tuple[permits.Request, PermitLease] | None:
+    def overdue(self, raw: bytes) -> Asked | None:
         """What to report of a key with permits held that no process has reported in time."""
         found = self.look(raw)
         return self._question(raw, 0) if found.held and found.left_ns < _OVERDUE_NS else None
@@ -145,9 +148,7 @@ class PermitLeases:
             return  # no key of this host
         keep, unclean = self._keep(found, share, need), not found.version & 1
         if found.leased > keep or unclean:  # or fewer are held than was reported
-            request, found = self._report(raw, self.lower(raw, keep), 0)
-            (answer,) = self.connection.call([request])
-            self.put(request, found, answer)
+            self.connection.call_all([(self, *self._report(raw, self.lower(raw, keep), 0))])
             self._crowded.pop(raw, None)  # the processes that hold them see to that
 
     @staticmethod
@@ -177,20 +178,18 @@ class PermitLeases:
             if not found.version:
                 return False
             (answer,) = self.connection.call([request])
-            if self.put(request, found, answer):
+            if self.learn(request, answer, found):
                 break
         return True
 
-    def _question(self, raw: bytes, want: int) -> tuple[permits.Request, PermitLease]:
+    def _question(self, raw: bytes, want: int) -> Asked:
         return self._report(raw, self.look(raw, begin=True), want)
 
-    def _report(
-        self, raw: bytes, found: PermitLease, want: int
-    ) -> tuple[permits.Request, PermitLease]:
+    def _report(self, raw: bytes, found: PermitLease, want: int) -> Asked:
         numbers = self._most, found.version, found.reported, want
         return permits.Request(self.name, raw, *numbers), found
 
-    def put(self, request: permits.Request, found: PermitLease, answer: permits.Answer) -> bool:
+    def learn(self, request: permits.Request, answer: permits.Answer, found: PermitLease) -> bool:
         """Use the answer. False: the lease has another version by now, ask again."""
         raw = request.key
         leased = answer.leased if request.want else min(answer.leased, found.leased)

@@ -2,10 +2,9 @@
 -- Argued in csrc/DESIGN.md, "Permits over many hosts".
 --
 -- KEYS[1]: the state of the key, packed by cmsgpack. It lives as long as a host's lease does.
--- ARGV: host, channel, limiter, key, whether that is sealed (1, 0), n; then the version of the host's lease, as two
---   numbers by which two versions are ordered (its end; and under the same end a number that only falls); reported
---   (the permits leased to it, or those that it holds where these are more); want (permits beyond that; 0: to renew or
---   to give back)
+-- ARGV, after those of values.lua: n; then the version of the host's lease, as two numbers by which two versions are
+--   ordered (its end; and under the same end a number that only falls); reported (the permits leased to it, or those
+--   that it holds where these are more); want (permits beyond that; 0: to renew or to give back)
 -- Answer: whether the version was the newest (0: nothing was done, look and ask again), the permits leased to the
 --   host, what all hosts have, how many hosts have or want some, us of back-off for a host that was refused (0: it was
 --   not), whether the value was not ours (1, 0).
@@ -25,12 +24,8 @@ local WAITS = 200000 -- us after a refusal for which a host counts as one that w
 local RECALL = 200000 -- us between two calls to give back
 
 local floor, min, max = math.floor, math.min, math.max
-local host, channel, limiter, name = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local sealed = ARGV[5] == '1'
 local n, e, l = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
 local reported, want = tonumber(ARGV[9]), tonumber(ARGV[10])
-local time = redis.call('TIME')
-local now = time[1] * 1000000 + time[2]
 
 local state = state_at(KEYS[1], function(found)
   for id, h in pairs(found.h) do

@@ -53,19 +53,12 @@ class Request(NamedTuple):
     def asked(self) -> int:
         return self.want
 
-    def arguments(
-        self, host: bytes, channel: str, sealed: bytes | None = None
-    ) -> list[bytes | str | int]:
-        end = (
-            self.version >> lib.FSHM_PERMIT_LEASE_BITS
-            & (1 << (57 - lib.FSHM_PERMIT_LEASE_BITS)) - 1
-        )
-        low = self.version & (1 << lib.FSHM_PERMIT_LEASE_BITS) - 1
-        name = self.key if sealed is None else sealed
-        return [
-            host, channel, self.limiter, name, int(sealed is not None), self.n, end, low,
-            self.reported, self.want,
-        ]  # fmt: skip
+    def arguments(self) -> list[int]:
+        """After those of values.lua."""
+        bits = lib.FSHM_PERMIT_LEASE_BITS
+        end = self.version >> bits & (1 << (57 - bits)) - 1
+        low = self.version & (1 << bits) - 1
+        return [self.n, end, low, self.reported, self.want]
 
     def state_key(self, prefix: str) -> bytes:
         return names.state_key(prefix, names.PERMITS, self.limiter, self.key)

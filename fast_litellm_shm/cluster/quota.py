@@ -3,6 +3,7 @@ keeps each by itself: token leases, and permit leases."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,9 +29,9 @@ def longest_name(found: Sequence[LimitSpec | InFlight]) -> int:
 
 def permits_name(found: Sequence[LimitSpec | InFlight], name: str) -> str:
     """Raises ValueError: it would be too long."""
-    if len({isinstance(each, InFlight) for each in found}) == 1 or not isinstance(name, str):
-        return name
     most = longest_name(found)
+    if most == MOST_NAME or not isinstance(name, str):
+        return name
     if len(name.encode("utf-8", "surrogatepass")) > most:
         raise ValueError(
             f"name must be at most {most} bytes for rates and max_parallel over many hosts, not "
@@ -39,23 +40,17 @@ def permits_name(found: Sequence[LimitSpec | InFlight], name: str) -> str:
     return name + _PARALLEL
 
 
+@dataclasses.dataclass(slots=True, eq=False, repr=False)
 class ClusterPermit:
     """What a call of the quota holds, as a Permit is for one host. decision: of the rates, or of
     the permits where these deny. ends: of the windows that were charged. on_loop: its settlement
     may not wait for the server."""
 
-    __slots__ = ("decision", "ends", "index", "on_loop", "permit")
-
-    def __init__(
-        self,
-        decision: Decision,
-        index: int,
-        permit: Permit | None,
-        ends: list[int],
-        on_loop: bool = False,
-    ) -> None:
-        self.decision, self.index, self.permit = decision, index, permit
-        self.ends, self.on_loop = ends, on_loop
+    decision: Decision
+    index: int
+    permit: Permit | None
+    ends: list[int]
+    on_loop: bool = False
 
     @property
     def in_flight(self) -> int:
@@ -150,34 +145,25 @@ class ClusterQuota(Quotas):
     def _give_back(self, key: Key, costs: Cost, decision: Decision, ends: list[int]) -> None:
         if decision and self._settles:
             assert isinstance(costs, tuple)
-            self._settle(key, costs, (0,) * len(costs), ends, later=True)
+            held = ClusterPermit(decision, 0, None, ends, on_loop=True)
+            self.settle(key, costs, (0,) * len(costs), held)
 
     def settle(
         self, key: Key, charged: tuple[int, ...], actual: tuple[int, ...], held: ClusterPermit
     ) -> None:
         """A call that was admitted on an event loop does not wait: a thread tells the server."""
-        if self.token_leases is not None:
-            self._settle(key, charged, actual, held.ends, held.on_loop)
-
-    def _settle(
-        self,
-        key: Key,
-        charged: tuple[int, ...],
-        actual: tuple[int, ...],
-        ends: list[int],
-        later: bool,
-    ) -> None:
-        assert self.token_leases is not None
+        if self.token_leases is None:
+            return
         pairs = list(zip(charged, actual, strict=True))[: self._count]
         more = tuple(max(after - before, 0) for before, after in pairs)
-        now = self.connection.now()
+        now = self.token_leases.states.now()
         less = tuple(
             max(before - after, 0) if now < end else 0
-            for (before, after), end in zip(pairs, ends, strict=True)
+            for (before, after), end in zip(pairs, held.ends, strict=True)
         )
         if any(more) or any(less):
-            settled = Settlement(self.token_leases, key_bytes(key), more, less, tuple(ends))
-            self.token_leases.settle(settled, later)
+            settled = Settlement(self.token_leases, key_bytes(key), more, less, tuple(held.ends))
+            self.token_leases.settle(settled, held.on_loop)
 
     def in_flight(self, key: Key) -> int:
         leases = self.permit_leases

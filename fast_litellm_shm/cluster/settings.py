@@ -116,9 +116,7 @@ class Cluster:
     @property
     def rights(self) -> str:
         """What that user must be granted, as ACL SETUSER takes it."""
-        commands = _COMMANDS
-        if self.of_nodes:
-            commands += f" {_COMMANDS_OF_A_CLUSTER}"
+        commands = f"{_COMMANDS} {_COMMANDS_OF_A_CLUSTER}" if self.of_nodes else _COMMANDS
         granted = " ".join(f"+{each}" for each in commands.split())
         return f"~{self.prefix}:* &{self.prefix}:* {granted}"
 
@@ -229,11 +227,9 @@ def check_library() -> None:
 
 @functools.lru_cache(maxsize=64)
 def _made(url: str, on_outage: str | None, timeout: float | None, password: str | None) -> Cluster:
-    if password is not None and "password" not in urls.parsed(url).options:
-        given: dict[str, Any] = {"password": password}
-    else:
-        given = {}
-    given |= {"on_outage": on_outage, "timeout": timeout}
+    if password is not None and "password" in urls.parsed(url).options:
+        password = None
+    given: dict[str, Any] = {"password": password, "on_outage": on_outage, "timeout": timeout}
     return Cluster(url, **{name: value for name, value in given.items() if value is not None})
 
 

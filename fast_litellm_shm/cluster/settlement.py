@@ -11,28 +11,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
-from fast_litellm_shm.cluster.algorithms import Answer, Request
-from fast_litellm_shm.cluster.connection import Connection
+from fast_litellm_shm.cluster.algorithms import Request
+from fast_litellm_shm.cluster.connection import Connection, Learner
 
 _MOST = 200  # requests in one pipeline
 _NOTHING = (0, 0, 0, 0)
 
 
-class Leases(Protocol):
+class Leases(Learner, Protocol):
     """TokenLeases, as the modules below it use them."""
 
     single_flight: Any
 
     def request(
-        self,
-        operation: str,
-        raw: bytes,
-        costs: Sequence[int],
-        given: Sequence[int] = ...,
-        ends: Sequence[int] | None = ...,
+        self, operation: str, raw: bytes, costs: Sequence[int], *, ends: Sequence[int] | None = ...
     ) -> tuple[Request, int]: ...
-    def learn(self, request: Request, found: Answer, sent: int) -> None: ...
-    def unrefuse(self, raw: bytes) -> None: ...
     def charge_later(self, raw: bytes, costs: Sequence[int]) -> None: ...
 
 
@@ -66,32 +59,20 @@ def report(connection: Connection, settlements: Sequence[Settlement]) -> None:
     due = list(charges.items())
     try:
         while due:
-            part = due[:_MOST]
-            _call(
-                connection,
-                [(key[0], *key[0].request("charge", key[1], costs)) for key, costs in part],
-            )
+            part = [(of, *of.request("charge", raw, costs)) for (of, raw), costs in due[:_MOST]]
+            connection.call_all(part)
             del due[:_MOST]
     except BaseException:
         for (leases, raw), costs in due:
             leases.charge_later(raw, costs)
         raise
-    now = connection.now()
+    now = connection.segment.geometry().time_ns
     back = [
         (leases, *leases.request("refund", raw, costs, ends=ends))
         for (leases, raw, ends), costs in refunds.items()
         if any(end > now for end in ends)
     ]
-    for start in range(0, len(back), _MOST):
-        _call(connection, back[start : start + _MOST])
-
-
-def _call(connection: Connection, asked: Sequence[tuple[Leases, Request, int]]) -> None:
-    answers = connection.call([request for _, request, _ in asked])
-    for (leases, request, sent), answer in zip(asked, answers, strict=True):
-        leases.learn(request, answer, sent)
-        if request.operation == "refund":
-            leases.unrefuse(request.key)
+    connection.call_all(back)
 
 
 def taken(connection: Connection) -> list[Settlement]:

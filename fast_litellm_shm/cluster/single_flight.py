@@ -11,21 +11,12 @@ from typing import Any
 
 from fast_litellm_shm._shared.named_limiter import SharedLimits
 from fast_litellm_shm._shared.native import ffi, lib, owned
-from fast_litellm_shm._shared.side_limiters import (
-    LOCAL,
-    PERMIT_LEASES,
-    REFUSED,
-    REPORTED,
-    SINGLE_FLIGHT,
-    TOKEN_LEASES,
-)
+from fast_litellm_shm._shared.side_limiters import LONGEST, SINGLE_FLIGHT
 from fast_litellm_shm._shared.states import Spec, States, open_beside
 from fast_litellm_shm.limiters.waiting import BLOCKING, NEVER, Steps, in_turn, run
 from fast_litellm_shm.limits import InFlight
 
-MOST_NAME = lib.FSHM_MAX_LIMITER_NAME - max(
-    len(suffix) for suffix in (TOKEN_LEASES, PERMIT_LEASES, REFUSED, SINGLE_FLIGHT, LOCAL, REPORTED)
-)  # bytes
+MOST_NAME = lib.FSHM_MAX_LIMITER_NAME - LONGEST  # bytes
 
 
 def beside(limiter: SharedLimits, suffix: str, specs: Sequence[Spec]) -> States:

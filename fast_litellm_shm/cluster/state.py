@@ -27,17 +27,14 @@ def cluster_state(segment: Segment, inspection: Inspection | None = None) -> dic
     inspection = inspection or Inspection(segment)
     hosts = [row.remaining for row in inspection.keys(limiter=NOTE)]
     names = {limiter["name"] for limiter in inspection.limiters()}
-    leasing = {
-        name
-        for name in names
-        if name.endswith(TOKEN_LEASES) and name.removesuffix(TOKEN_LEASES) in names
-    }
-    limits = {name.removesuffix(TOKEN_LEASES) for name in leasing}
+    limits = {name for name in names if name + TOKEN_LEASES in names}
+    leasing = {name + TOKEN_LEASES for name in limits}
     admitted = denied = 0
     for row in inspection.keys():  # noqa: SIM118 - no dict
         admitted += row.admitted if row.limiter in leasing else 0
         denied += row.denied if row.limiter in limits else 0
     operations = stats["operations"]
+    outages = performance.segment_stats(segment, OUTAGES).get(OUTAGES, {}).get("operations", {})
     leases = operations.get("permits", {})
     calls, granted = leases.get("total_calls", 0), leases.get("total_output_size", 0)
     allowed = [  # as csrc/leasing/permit_lease.h writes it, in the form of a token lease
@@ -59,7 +56,7 @@ def cluster_state(segment: Segment, inspection: Inspection | None = None) -> dic
         "lag_p50_ms": stats["p50_duration_ms"],
         "lag_p99_ms": stats["p99_duration_ms"],
         "away": outage_state(segment),
-        "lost": _times_lost(segment),
+        "lost": outages.get("lost", {}).get("total_calls", 0),
     }
 
 
@@ -81,11 +78,6 @@ def outage_state(segment: Segment) -> dict[str, Any] | None:
         "seconds": max(geometry.time_ns // 10**9 - min(since), 0),
         "on_outage": sorted(policies),
     }
-
-
-def _times_lost(segment: Segment) -> int:
-    found = performance.segment_stats(segment, OUTAGES).get(OUTAGES, {})
-    return int(found.get("operations", {}).get("lost", {}).get("total_calls", 0))
 
 
 def problem(outage: dict[str, Any]) -> str:

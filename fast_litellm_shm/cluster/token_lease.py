@@ -63,13 +63,6 @@ class TokenLeases:
             return tuple(int(each) for each in cost)
         return (int(cost),) * count  # type: ignore[call-overload]
 
-    def has(self, key: str | bytes, cost: object) -> bool:
-        """Can acquire() be answered without the server now?"""
-        raw, costs = key_bytes(key), self.costs(cost)
-        if all(c <= left for c, left in zip(costs, self.look(raw)[0], strict=True)):
-            return True
-        return self.is_refused(raw)
-
     def is_refused(self, raw: bytes) -> bool:
         return self._refused.leased(raw)[1][0] > 0
 
@@ -88,8 +81,10 @@ class TokenLeases:
             raw = key_bytes(key)
             if raw in due or type(cost) is not int or not 0 < cost < _LARGEST:
                 continue
-            if not self.has(raw, cost):
-                due[raw] = self.costs(cost)
+            wanted, have = self.costs(cost), self.look(raw)[0]
+            enough = all(c <= left for c, left in zip(wanted, have, strict=True))
+            if not enough and not self.is_refused(raw):
+                due[raw] = wanted
         if len(due) > 1:
             asked = [(self, raw, costs) for raw, costs in due.items()]
             self.connection.ensure(Background).fetch(asked)
@@ -152,8 +147,6 @@ class TokenLeases:
     def _adjust(self, operation: str, raw: bytes, costs: tuple[int, ...]) -> Decided:
         """Charge or refund after the fact."""
         answer = self._call(operation, raw, costs)
-        if operation == "refund":
-            self.unrefuse(raw)
         found = self.states.apply(lib.FSHM_PEEK, raw, _ONES)
         index, left = self._left(answer, self.look(raw)[0])
         return (int(left > 0), index, left, found.retry_after_ns, _reset_ns(answer))
@@ -258,12 +251,15 @@ class TokenLeases:
         return answer
 
     def learn(self, request: algorithms.Request, found: algorithms.Answer, sent: int) -> None:
-        """Put granted tokens into the lease, and what the server says into the limiter's states."""
+        """Put granted tokens into the lease, and what the server says into the limiter's states.
+        sent: of request()."""
         raw = request.key
         used, left = [each.used for each in found.limits], [each.left_ns for each in found.limits]
         self.states.learn(raw, used, left, sent)
         if self._sliding is not None:
             self._sliding.keep(raw, request.rules, found, sent)
+        if request.operation == "refund":
+            self.unrefuse(raw)
         if request.operation not in ("take", "ahead"):
             return
         leases = ffi.new("fshm_token_lease[4]")

@@ -64,10 +64,7 @@ _TLS: dict[str, Callable[[str], Any]] = {
     "ssl_cert_reqs": _verified,
     "ssl_check_hostname": _truth,
 }
-_OF_SENTINEL: dict[str, Callable[[str], Any]] = {
-    "sentinel_username": str,
-    "sentinel_password": str,
-}
+_OF_SENTINEL = {f"sentinel_{name}": read for name, read in _LOGIN.items()}
 _SECRETS = ("password", "ssl_password", "sentinel_password")
 _SHOWN = {*_LOGIN, *_OF_ONE, *_TLS, *_OF_SENTINEL} - {*_SECRETS}
 _HIDDEN = "***"
@@ -117,12 +114,10 @@ def parsed(url: str) -> Url:
     if encrypted:
         options["ssl"] = True
     addresses = [] if kind == SOCKET else _addresses(url, kind, parts.netloc)
-    path = parts.path.strip("/")
+    path = "" if kind == SOCKET else parts.path.strip("/")
     service, _, db = path.partition("/") if kind == SENTINEL else ("", "", path)
     if kind == SENTINEL and not service:
         raise _wrong(url, "must name the service that Sentinel watches, as in host:26379/mymaster")
-    if kind == SOCKET:
-        db = ""
     if db and not (db.isascii() and db.isdecimal()):
         raise _wrong(url, "must end with the number of a database")
     if db and kind != NODES:  # which have only one

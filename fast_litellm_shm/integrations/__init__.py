@@ -1,1 +1,1 @@
-"""What plugs this library into others. Each module imports what it is for: that must be there."""
+"""Adapters for other libraries. Each module imports the library that it adapts to."""

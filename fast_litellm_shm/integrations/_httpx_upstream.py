@@ -47,16 +47,14 @@ class Upstream:
         chosen = tuple(limits_) if isinstance(limits_, Iterable) else (limits_,)
         self._longest = max_retry_after
         self._name = name
-        self._rate = (
-            RateLimiter(*limits.checked(chosen), name=f"{name}: rate", segment=segment)
-            if chosen
-            else None
-        )
-        self._permits = (
-            ConcurrencyLimiter(max_in_flight, name=f"{name}: in flight", segment=segment)
-            if max_in_flight is not None
-            else None
-        )
+        self._rate: RateLimiter | None = None
+        if chosen:
+            found = limits.checked(chosen)
+            self._rate = RateLimiter(*found, name=f"{name}: rate", segment=segment)
+        self._permits: ConcurrencyLimiter | None = None
+        if max_in_flight is not None:
+            in_flight = f"{name}: in flight"
+            self._permits = ConcurrencyLimiter(max_in_flight, name=in_flight, segment=segment)
         # One token, which no call ever consumes: a key that is blocked denies, any other admits.
         # It is never over hosts: each request looks at it, and must not ask a server for that.
         self._pauses = RateLimiter(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.integrations.web import (
@@ -32,15 +32,12 @@ from fast_litellm_shm.integrations.web import (
 from fast_litellm_shm.integrations.web.cancellation import run_cancellable
 from fast_litellm_shm.integrations.web.request import AsgiRequest
 from fast_litellm_shm.integrations.web.responses import (
-    PROBLEM_TYPE,
     TRY_LATER,
     Headers,
     answers_handshake,
     problem,
 )
-
-if TYPE_CHECKING:
-    from fast_litellm_shm.cluster import Cluster
+from fast_litellm_shm.limiters.grantors import ClusterArgument
 
 __all__ = [
     "MARK",
@@ -95,7 +92,7 @@ class RateLimitMiddleware(Middleware[App]):
         on_cost_error: str = "deny",
         ambiguous_paths: str = "count",
         root_path: str | None = None,
-        cluster: Cluster | str | Literal[False] | None = None,
+        cluster: ClusterArgument = None,
         websockets: bool = False,
         in_flight_cancel: bool = False,
         in_flight_seconds: float | None = None,
@@ -124,13 +121,13 @@ class RateLimitMiddleware(Middleware[App]):
         self._cancel, self._seconds = bool(in_flight_cancel), in_flight_seconds
         self._cancels = self._cancel or in_flight_seconds is not None
         self._root_path = _root_path_of(app) if root_path is None else root_path
-        if self._cancels and not any(rule.in_flight for rule in self._gate.rules):
+        if self._cancels and not any(rule.in_flight for rule in self.rules):
             raise ValueError(
                 "in_flight_cancel and in_flight_seconds are for requests of rules with in_flight, "
                 "and there is none; add Rule(in_flight=...), or leave them out"
             )
         self._types = ("http", "websocket") if websockets else ("http",)
-        for rule in () if websockets else self._gate.rules:
+        for rule in () if websockets else self.rules:
             if rule.websockets_only:
                 raise ValueError(
                     f"rule {rule.name!r} is for WEBSOCKET, and handshakes are not checked without "
@@ -138,10 +135,9 @@ class RateLimitMiddleware(Middleware[App]):
                 )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in self._types:
-            await self.app(scope, receive, send)
-            return
-        outcome = await self._gate.check_async(AsgiRequest(scope, None, self._root_path))
+        outcome = None
+        if scope["type"] in self._types:
+            outcome = await self.check_async(AsgiRequest(scope, None, self._root_path))
         if outcome is None:
             await self.app(scope, receive, send)
             return
@@ -168,9 +164,7 @@ class RateLimitMiddleware(Middleware[App]):
         )
         if not in_time and not response.begun and scope["type"] == "http":
             detail = f"The request was given up after {self._seconds:g} s."
-            body = problem(503, None, detail, None)
-            fields = [("Content-Type", PROBLEM_TYPE), ("Content-Length", str(len(body)))]
-            await _respond(response.send, scope, "http", 503, fields, body)
+            await _respond(response.send, scope, 503, *problem(503, None, detail, None))
 
 
 def _root_path_of(app: object) -> str:
@@ -210,19 +204,16 @@ def _raw(headers: Headers) -> RawHeaders:
 
 
 async def _refuse(outcome: Outcome, scope: Scope, receive: Receive, send: Send) -> None:
-    prefix = "http"
     if scope["type"] == "websocket":
         await receive()  # websocket.connect
         if not answers_handshake(scope):
             await send({"type": "websocket.close", "code": TRY_LATER, "reason": "rate limit"})
             return
-        prefix = "websocket.http"
-    await _respond(send, scope, prefix, *outcome.refusal())
+    await _respond(send, scope, *outcome.refusal())
 
 
-async def _respond(
-    send: Send, scope: Scope, prefix: str, status: int, headers: Headers, body: bytes
-) -> None:
+async def _respond(send: Send, scope: Scope, status: int, headers: Headers, body: bytes) -> None:
+    prefix = "websocket.http" if scope["type"] == "websocket" else "http"
     await send({"type": f"{prefix}.response.start", "status": status, "headers": _raw(headers)})
     body = b"" if scope.get("method") == "HEAD" else body
     await send({"type": f"{prefix}.response.body", "body": body})

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 try:
     from fastapi import HTTPException, Response, WebSocketException
@@ -48,10 +48,8 @@ from fast_litellm_shm.integrations.web.request import AsgiRequest
 from fast_litellm_shm.integrations.web.request import Request as WebRequest
 from fast_litellm_shm.integrations.web.responses import LISTS, TRY_LATER, answers_handshake
 from fast_litellm_shm.integrations.web.rules import Cost, CostFunction
+from fast_litellm_shm.limiters.grantors import ClusterArgument
 from fast_litellm_shm.limits import LimitSpec, describe
-
-if TYPE_CHECKING:
-    from fast_litellm_shm.cluster import Cluster
 
 __all__ = [
     "MARK",
@@ -99,7 +97,7 @@ class RateLimit:
         segment: Segment | None = None,
         on_error: str = "deny",
         on_cost_error: str = "deny",
-        cluster: Cluster | str | Literal[False] | None = None,
+        cluster: ClusterArgument = None,
     ) -> None:
         if not limits:
             raise ValueError("RateLimit needs at least one limit, such as TokenBucket(20, per=60)")
@@ -114,6 +112,7 @@ class RateLimit:
         if self._each_route:
             rule.public_name = "default"
         self._gate = Gate(
+            None,
             [rule],
             name="fastapi",
             segment=segment,
@@ -162,9 +161,7 @@ class RateLimit:
         if outcome.refused:
             if request.scope["type"] == "websocket" and not answers_handshake(request.scope):
                 raise WebSocketException(TRY_LATER, "rate limit")
-            status, headers, _ = outcome.refusal()
-            kept = {name: value for name, value in headers if not name.startswith("Content-")}
-            raise HTTPException(status, outcome.detail, headers=kept)
+            raise HTTPException(outcome.status, outcome.detail, headers=dict(outcome.headers()))
         for name, value in outcome.headers():
             if name.lower() in LISTS:
                 response.headers.append(name, value)

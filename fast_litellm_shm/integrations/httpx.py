@@ -22,7 +22,6 @@ import functools
 import logging
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any, ClassVar, Generic, TypeVar
 
 try:
@@ -48,9 +47,9 @@ _Async = TypeVar("_Async", bound="AsyncSharedLimitTransport")
 
 
 class SharedLimitTimeout(RateLimitExceeded, httpx.PoolTimeout):
-    """The request was not sent, since it may not wait long enough: too many requests are in flight,
-    or in the period, or its origin asked for a pause. ``retry_after``: seconds until it could be
-    sent; 0.0: when another request ends; None: never. For httpx it is a PoolTimeout."""
+    """The request was not sent, because it would wait longer than it may: too many requests are in
+    flight, or in the period, or its origin asked for a pause. ``retry_after``: seconds until it
+    could be sent; 0.0: when another request ends; None: never. For httpx it is a PoolTimeout."""
 
     def __init__(self, message: str, retry_after: float | None, request: httpx.Request) -> None:
         httpx.PoolTimeout.__init__(self, message, request=request)
@@ -200,13 +199,8 @@ class SharedLimitTransport(_Limited[httpx.BaseTransport], httpx.BaseTransport):
         self._transport.__enter__()
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None = None,
-        exc_value: BaseException | None = None,
-        traceback: TracebackType | None = None,
-    ) -> None:
-        self._transport.__exit__(exc_type, exc_value, traceback)
+    def __exit__(self, *error: Any) -> None:
+        self._transport.__exit__(*error)
 
     def close(self) -> None:
         self._transport.close()
@@ -229,13 +223,8 @@ class AsyncSharedLimitTransport(_Limited[httpx.AsyncBaseTransport], httpx.AsyncB
         await self._transport.__aenter__()
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None = None,
-        exc_value: BaseException | None = None,
-        traceback: TracebackType | None = None,
-    ) -> None:
-        await self._transport.__aexit__(exc_type, exc_value, traceback)
+    async def __aexit__(self, *error: Any) -> None:
+        await self._transport.__aexit__(*error)
 
     async def aclose(self) -> None:
         await self._transport.aclose()

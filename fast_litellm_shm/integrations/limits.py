@@ -87,9 +87,7 @@ def open_segment(uri: str, options: dict[str, Any]) -> Segment:
             f"{uri!r} has more than a segment's name: write {parsed.scheme}://my-app, and options "
             "as ?capacity=100000"
         )
-    found = dict(options)
-    for name, value in urllib.parse.parse_qsl(parsed.query, keep_blank_values=True):
-        found[name] = value
+    found = {**options, **dict(urllib.parse.parse_qsl(parsed.query, keep_blank_values=True))}
     for name, value in found.items():
         if name not in _OPTIONS:
             raise ConfigurationError(

@@ -27,8 +27,8 @@ except ImportError as error:
     ) from error
 
 from fast_litellm_shm._shared.segment import Segment, path_of
+from fast_litellm_shm.metrics import Snapshot
 from fast_litellm_shm.metrics.families import Family, Histogram, Row, Value, collected
-from fast_litellm_shm.metrics.model import Snapshot
 from fast_litellm_shm.metrics.source import Sources
 
 _SCOPE = "fast_shm"  # of the meter, and what attributes begin with
@@ -144,28 +144,25 @@ def instrument(
         meter = get_meter(_SCOPE)
     sources = Sources(segment, keys=keys, deployments=deployments)
     collections = _Collections(sources, once_per_host=once_per_host)
+    create_counter, create_gauge = meter.create_observable_counter, meter.create_observable_gauge
     for family, _ in collected(()):
-        if family.kind == "gauge":
-            callback = _callback(family, collections)
-            meter.create_observable_gauge(family.name, [callback], family.unit, family.help)
-        elif family.kind == "counter":
-            callback = _callback(family, collections)
-            meter.create_observable_counter(family.name, [callback], family.unit, family.help)
-        else:  # there are no observable histograms: a count and a sum, from which means follow
-            for part, unit in (("count", "{call}"), ("sum", family.unit)):
-                callback = _callback(family, collections, part)
-                name = f"{family.name}.{part}"
-                meter.create_observable_counter(name, [callback], unit, family.help)
+        parts = [("", family.unit)]
+        if family.kind == "histogram":  # none is observable: a count and a sum give the means
+            parts = [(".count", "{call}"), (".sum", family.unit)]
+        create = create_gauge if family.kind == "gauge" else create_counter
+        for part, unit in parts:
+            callback = _callback(family, collections, part)
+            create(f"{family.name}{part}", [callback], unit, family.help)
 
 
 def _number(value: Value, part: str) -> int | float:
     if isinstance(value, Histogram):
-        return value.counts[-1] if part == "count" else value.total
+        return value.counts[-1] if part == ".count" else value.total
     return value
 
 
 def _callback(
-    family: Family, collections: _Collections, part: str = ""
+    family: Family, collections: _Collections, part: str
 ) -> Callable[[CallbackOptions], Iterator[Observation]]:
     names = [f"{_SCOPE}.{label}" for label in ("segment", *family.labels)]
 

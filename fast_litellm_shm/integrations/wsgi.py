@@ -63,7 +63,7 @@ class RateLimitMiddleware(Middleware[App]):
     """
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
-        outcome = self._gate.check(WsgiRequest(environ))
+        outcome = self.check(WsgiRequest(environ))
         if outcome is None:
             return self.app(environ, start_response)
 
@@ -71,10 +71,8 @@ class RateLimitMiddleware(Middleware[App]):
             status: str, headers: list[tuple[str, str]], exc_info: ExcInfo = None
         ) -> Callable[[bytes], object]:
             more = [*headers, *outcome.headers_beside(name for name, _ in headers)]
-            write: Callable[[bytes], object]
-            write = (
-                start_response(status, more, exc_info) if exc_info else start_response(status, more)
-            )
+            given = (status, more, exc_info) if exc_info else (status, more)
+            write: Callable[[bytes], object] = start_response(*given)
             return write
 
         try:

@@ -1,4 +1,4 @@
-"""ConcurrencyLimiter: at most so many requests in flight, over all processes, crashes included."""
+"""ConcurrencyLimiter: at most n permits for each key, over all processes, also after crashes."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class ConcurrencyLimiter(InSegment):
         return _Slot(self, key, timeout)
 
     def slot_async(self, key: str | bytes, timeout: float | None = None) -> _AsyncSlot:
-        """``async with limiter.slot_async(key, timeout=5):`` likewise."""
+        """``async with limiter.slot_async(key, timeout=5):`` slot() for asyncio."""
         return _AsyncSlot(self, key, timeout)
 
     def _slot(self, key: str | bytes, timeout: float | None) -> Permit:

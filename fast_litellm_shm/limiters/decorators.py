@@ -30,7 +30,7 @@ def limited(
 
     key: the key, or a function of the call's arguments that gives it; where that gives None, the
     call is not limited. cost: what a call charges, or a function of its arguments. wait: how many
-    seconds a call may wait for its turn; 0: not at all, None: without an end.
+    seconds a call may wait for its turn; 0: not at all, None: for ever.
 
     The function is called only when admitted. Otherwise the call raises RateLimitExceeded and
     consumes nothing. Exceptions of key and cost pass through. A generator function is limited when

@@ -55,7 +55,7 @@ def ns_until(deadline: int) -> int:
 
 
 class Rates:
-    """Grants what a RateLimiter asks for beside the native calls. Each method gets the limiter as
+    """Grants what a RateLimiter asks for, except in native calls. Each method gets the limiter as
     an argument: an object that held the limiter would make a reference cycle."""
 
     def acquire_many(
@@ -81,7 +81,7 @@ class Rates:
         return decision, pause, reserved
 
     def block(self, limiter: SharedLimits, raw: bytes, ns: int) -> None:
-        """Deny the key for so long. RateLimiter.block() has checked the arguments."""
+        """Deny the key for ``ns`` nanoseconds. RateLimiter.block() has checked the arguments."""
         status = states_of(limiter).apply(lib.FSHM_BLOCK, raw, (ns,) * 4).status
         if status != lib.FSHM_ALLOWED:
             states_of(limiter).fail(status)

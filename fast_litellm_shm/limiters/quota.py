@@ -3,6 +3,7 @@ parallel."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from fast_litellm_shm import exceptions, limits
@@ -82,6 +83,13 @@ class Admission:
             before = quota._costs(self._charged)
             quota._grantor.settle(self._key, before, quota._numbers(tokens), self._permit)
             self._charged = tokens
+
+    def _left(self) -> dict[str, int]:
+        """What its key has left of rpm and tpm now, by name; over many hosts, what the server said
+        last. (For max_parallel the permits would have to be counted.)"""
+        quota = self._quota
+        quota._check_kinds()  # or the numbers would be those of other limits
+        return dict(zip(quota._names, quota._grantor.left(self._key), strict=False))
 
     def _count_request(self) -> None:
         """Charge one request more, into debt if need be."""
@@ -164,9 +172,7 @@ class Quota(InSegment):
         segment: Segment | None = None,
         on_full: str = "share",
         cluster: ClusterArgument = None,
-        # For the LiteLLM plugin: quotas of one name may differ in their numbers, not in which of
-        # them they have. Keys of different numbers are different keys. On this host alone.
-        _numbered: bool = False,
+        _numbered: bool = False,  # see numbered_quota
     ) -> None:
         found: list[LimitSpec | InFlight] = []
         names = []
@@ -240,17 +246,12 @@ class Quota(InSegment):
     def remaining(self, key: str | bytes) -> dict[str, int]:
         """What is left of each limit now, by name: rpm, tpm, max_parallel. Over many hosts it asks
         the server where this host does not know."""
-        out = self._left(key, ask=True)
+        self._check_kinds()
+        out = dict(zip(self._names, self._grantor.left(key, ask=True), strict=False))
         if "max_parallel" in self._names:
             most = self._grantor.limits[-1].n
             out["max_parallel"] = max(most - self.in_flight(key), 0)
         return out
-
-    def _left(self, key: str | bytes, ask: bool = False) -> dict[str, int]:
-        """remaining() without max_parallel, for which the permits would have to be counted. ask: if
-        this host does not know, ask the server; else use what the server said last."""
-        self._check_kinds()  # or the numbers would be those of other limits
-        return dict(zip(self._names, self._grantor.left(key, ask=ask), strict=False))
 
     def _check_kinds(self) -> None:
         """Check the kinds of the limits in force, and remember these limits: when the limits
@@ -286,6 +287,14 @@ class Quota(InSegment):
     def __repr__(self) -> str:
         shown = ", ".join(limits.describe(limit) for limit in self._grantor.limits)
         return f"Quota({shown}, name={self.name!r})"
+
+
+# For the LiteLLM plugin. Quotas of one name that may differ in their numbers, not in which of them
+# they have: keys of different numbers are different keys. On this host alone.
+numbered_quota = functools.partial(Quota, cluster=False, _numbered=True)
+# admit() of several requests, without a check of the tokens.
+admit_calls, admit_calls_async = Quota._admit, Quota._admit_async
+count_request, left_of = Admission._count_request, Admission._left
 
 
 def _rebuild(given: tuple[int | None, ...], options: dict[str, Any]) -> Quota:

@@ -35,11 +35,11 @@ NEVER = 2**62  # ns
 
 
 class Waits:
-    """In the caller's thread."""
+    """How a call waits in its own thread."""
 
     def ask(self, call: Callable[[], T], undo: Callable[[T], object]) -> Steps[T]:
-        """What ``call()`` returns; it may wait for a server. undo: takes back the result, if the
-        caller was cancelled meanwhile."""
+        """Return ``call()``, which may wait for a server. undo: takes the result back if the caller
+        was cancelled meanwhile."""
         yield from ()
         return call()
 
@@ -117,7 +117,7 @@ def run_async(steps: Steps[T]) -> Steps[T]:
     return (yield from steps)
 
 
-class MustAskError(BlockingIOError):  # as such the native part knows it: it is no failure
+class MustAskError(BlockingIOError):  # the native part knows this base class: no failure
     """The call has to ask a server, and is one that may not wait here."""
 
 
@@ -139,10 +139,10 @@ def _executor(name: str) -> ThreadPoolExecutor:
 
 
 async def off_loop(call: Callable[[], T], undo: Callable[[T], object] = lambda _: None) -> T:
-    """What ``call()`` returns. It is first made on the event loop, where this host alone answers,
-    at once. If it raises MustAskError, it has done nothing yet, and is made again in a thread. A
-    thread cannot be cancelled: if its caller was cancelled meanwhile, ``undo`` gets what the thread
-    found, once. ``undo`` must not wait."""
+    """Return ``call()``. It is first called on the event loop: if this host alone decides, that is
+    all. If it raises MustAskError, it has done nothing yet, and a thread calls it again. A thread
+    cannot be cancelled: if the caller was cancelled meanwhile, ``undo`` gets the thread's result,
+    once. ``undo`` must not wait."""
     _this.on_loop = True
     try:
         return call()

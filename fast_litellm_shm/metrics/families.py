@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
-from fast_litellm_shm.metrics.model import Snapshot
+from fast_litellm_shm.metrics import Snapshot
 
 Kind = Literal["counter", "gauge", "histogram"]
 
@@ -55,28 +56,33 @@ def collected(
 ) -> Iterator[tuple[Family, list[Row]]]:
     """Each family with its rows; the labels of a row begin with the segment's name. If a snapshot
     is None (the segment cannot be read), only ``fast_shm.up`` has a row for it: 0."""
-    up = [((name,), int(snapshot is not None)) for name, snapshot in snapshots]
-    yield UP, list[Row](up)
+    yield UP, [((name,), int(snapshot is not None)) for name, snapshot in snapshots]
     for family in FAMILIES:
-        rows: list[Row] = []
-        for name, snapshot in snapshots:
-            if snapshot is not None:
-                rows += (
-                    ((name, *labels), value)
-                    for labels, value in family.rows(snapshot)
-                    if value is not None
-                )
+        rows: list[Row] = [
+            ((name, *labels), value)
+            for name, snapshot in snapshots
+            if snapshot is not None
+            for labels, value in family.rows(snapshot)
+            if value is not None
+        ]
         yield family, rows
 
 
 Rows = Iterator[tuple[tuple[str, ...], Value | None]]
 
 
-def _segment(name: str, kind: Kind, unit: str, text: str, field: str) -> Family:
-    def rows(s: Snapshot) -> Rows:
-        yield (), getattr(s.segment, field)
+class _Each:
+    """Makes families of the entries of a snapshot. labels: the fields that identify an entry."""
 
-    return Family(name, kind, unit, text, (), rows)
+    def __init__(self, entries: Callable[[Snapshot], Iterable[Any]], *labels: str) -> None:
+        self._entries, self._labels = entries, labels
+
+    def __call__(self, name: str, kind: Kind, unit: str, text: str, field: str) -> Family:
+        def rows(s: Snapshot) -> Rows:
+            for each in self._entries(s):
+                yield tuple(getattr(each, label) for label in self._labels), getattr(each, field)
+
+        return Family(name, kind, unit, text, self._labels, rows)
 
 
 def _state(name: str, text: str, field: str) -> Family:
@@ -86,44 +92,20 @@ def _state(name: str, text: str, field: str) -> Family:
     return Family(name, "gauge", "", f"1: {text}. Else 0.", (), rows)
 
 
-def _memo(name: str, kind: Kind, unit: str, text: str, field: str) -> Family:
-    def rows(s: Snapshot) -> Rows:
-        yield (), s.memo[field]
-
-    return Family(name, kind, unit, text, (), rows)
-
-
-class _Each:
-    """Makes families of a list in a snapshot. labels: the fields that identify an entry."""
-
-    def __init__(self, of: str, *labels: str) -> None:
-        self._of, self._labels = of, labels
-
-    def __call__(self, name: str, kind: Kind, unit: str, text: str, field: str) -> Family:
-        def rows(s: Snapshot) -> Rows:
-            for each in getattr(s, self._of):
-                yield tuple(getattr(each, label) for label in self._labels), getattr(each, field)
-
-        return Family(name, kind, unit, text, self._labels, rows)
-
-
 def _durations(s: Snapshot) -> Rows:
     for each in s.operations:
         counts = tuple(accumulate(each.calls_by_duration))
         yield (each.component, each.operation), Histogram(counts, each.seconds)
 
 
-def _feature_errors(s: Snapshot) -> Rows:
-    for name, errors in s.feature_errors.items():
-        yield (name,), errors
-
-
-_limiter = _Each("limiters", "limiter")
-_permit = _Each("permits", "limiter")
-_pool = _Each("pools", "pool", "endpoint")
-_key = _Each("keys", "limiter", "key")
-_deployment = _Each("deployments", "router", "deployment")
-_operation = _Each("operations", "component", "operation")
+_segment = _Each(lambda s: [s.segment])
+_memo = _Each(lambda s: [SimpleNamespace(**s.memo)])
+_limiter = _Each(lambda s: s.limiters, "limiter")
+_permit = _Each(lambda s: s.permits, "limiter")
+_pool = _Each(lambda s: s.pools, "pool", "endpoint")
+_key = _Each(lambda s: s.keys, "limiter", "key")
+_deployment = _Each(lambda s: s.deployments, "router", "deployment")
+_operation = _Each(lambda s: s.operations, "component", "operation")
 
 UP = Family("fast_shm.up", "gauge", "", "1: the segment can be read. Else 0.", (), lambda s: ())
 # fmt: off
@@ -163,11 +145,9 @@ FAMILIES: tuple[Family, ...] = (
     _pool("fast_shm.pool.max", "gauge", "{connection}",
           "Most connections to the endpoint, idle ones included.", "max_connections"),
     _key("fast_shm.key.remembered.admitted", "gauge", "{call}",
-         "Calls of one of the busiest keys admitted since the key has its slot.",
-         "admitted"),
+         "Calls of one of the busiest keys admitted since the key has its slot.", "admitted"),
     _key("fast_shm.key.remembered.denied", "gauge", "{call}",
-         "Calls of one of the busiest keys denied since the key has its slot.",
-         "denied"),
+         "Calls of one of the busiest keys denied since the key has its slot.", "denied"),
     _segment("fast_shm.processes", "gauge", "{process}",
              "Living processes that use the segment.", "processes"),
     _segment("fast_shm.capacity", "gauge", "{place}",
@@ -193,7 +173,8 @@ FAMILIES: tuple[Family, ...] = (
     _memo("fast_shm.memo.places", "gauge", "{text}",
           "Texts that the memo has room for.", "places"),
     Family("fast_shm.feature.errors", "gauge", "{error}",
-           "Errors of the feature since reset_errors().", ("feature",), _feature_errors),
+           "Errors of the feature since reset_errors().", ("feature",),
+           lambda s: [((name,), errors) for name, errors in s.feature_errors.items()]),
     _deployment("fast_shm.deployment.requests", "counter", "{request}",
                 "Requests that have ended.", "requests"),
     _deployment("fast_shm.deployment.in_flight", "gauge", "{request}",

@@ -65,15 +65,9 @@ def segment_state(of: Segment) -> dict[str, Any]:
         lib.fshm_process_at(of._handle, index, process)
         dead += process.pid != 0 and not process.alive
     permits = list(Inspection(of).permits())
+    same = "name path capacity used occupancy unlinked damaged liveness_unknown"
     return {
-        "name": stats["name"],
-        "path": stats["path"],
-        "capacity": stats["capacity"],
-        "used": stats["used"],
-        "occupancy": stats["occupancy"],
-        "unlinked": stats["unlinked"],
-        "damaged": stats["damaged"],
-        "liveness_unknown": stats["liveness_unknown"],
+        **{field: stats[field] for field in same.split()},
         "processes_alive": stats["processes"],
         "processes_dead": dead,
         "permits": len(permits),

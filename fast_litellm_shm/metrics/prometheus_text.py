@@ -6,10 +6,10 @@ that ``fast-shm export`` does not need prometheus_client, whose parser reads it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
+from fast_litellm_shm.metrics import DURATION_BOUNDS, Snapshot
 from fast_litellm_shm.metrics.families import Family, Histogram, Row, collected
-from fast_litellm_shm.metrics.model import DURATION_BOUNDS, Snapshot
 
 _HELP = str.maketrans({"\\": r"\\", "\n": r"\n"})
 _LABEL = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
@@ -21,21 +21,23 @@ def prometheus_text(snapshots: Sequence[tuple[str, Snapshot | None]]) -> str:
     return "".join(line for each in collected(snapshots) for line in _family(*each))
 
 
-def _family(family: Family, rows: list[Row]) -> Iterator[str]:
+def samples(family: Family, rows: list[Row]) -> Iterator[tuple[str, dict[str, str], float]]:
+    """Name, labels and value of each sample; a histogram has many."""
     name = family.prometheus
-    yield f"# HELP {name} {family.help.translate(_HELP)}\n"
-    yield f"# TYPE {name} {family.kind}\n"
     for values, value in rows:
         labels = dict(zip(("segment", *family.labels), values, strict=True))
         if not isinstance(value, Histogram):
-            yield _sample(name, labels, value)
+            yield name, labels, value
             continue
         for bound, count in zip(BOUNDS, value.counts, strict=True):
-            yield _sample(f"{name}_bucket", {**labels, "le": bound}, count)
-        yield _sample(f"{name}_sum", labels, value.total)
-        yield _sample(f"{name}_count", labels, value.counts[-1])
+            yield f"{name}_bucket", {**labels, "le": bound}, count
+        yield f"{name}_sum", labels, value.total
+        yield f"{name}_count", labels, value.counts[-1]
 
 
-def _sample(name: str, labels: Mapping[str, str], value: float) -> str:
-    shown = ",".join(f'{label}="{text.translate(_LABEL)}"' for label, text in labels.items())
-    return f"{name}{{{shown}}} {value!r}\n"
+def _family(family: Family, rows: list[Row]) -> Iterator[str]:
+    yield f"# HELP {family.prometheus} {family.help.translate(_HELP)}\n"
+    yield f"# TYPE {family.prometheus} {family.kind}\n"
+    for name, labels, value in samples(family, rows):
+        shown = ",".join(f'{label}="{text.translate(_LABEL)}"' for label, text in labels.items())
+        yield f"{name}{{{shown}}} {value!r}\n"

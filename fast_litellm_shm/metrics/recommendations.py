@@ -7,7 +7,7 @@ from typing import Any
 
 from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared import features, performance
-from fast_litellm_shm._shared.inspection import Inspection
+from fast_litellm_shm._shared.inspection import POOL, POOL_TOTAL, Inspection
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.metrics import health
 
@@ -114,7 +114,7 @@ def _keys(inspection: Inspection) -> Iterator[dict[str, Any]]:
 def _permits(inspection: Inspection) -> Iterator[dict[str, Any]]:
     shown = 0
     for row in inspection.in_flight():
-        most, pool = row["max_in_flight"], row["limiter"].startswith(("pool ", "pool-total "))
+        most, pool = row["max_in_flight"], row["limiter"].startswith((POOL, POOL_TOTAL))
         used = row["in_flight"] - (row["idle"] if pool else 0)  # idle ones are free for use
         if most is None or used < most or shown >= _SHOWN:
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fast_litellm_shm import limits
@@ -19,8 +19,7 @@ from fast_litellm_shm._shared.inspection import (
 from fast_litellm_shm._shared.native import ffi, lib
 from fast_litellm_shm._shared.segment import Segment, opened
 from fast_litellm_shm._shared.side_limiters import is_side_limiter
-from fast_litellm_shm.metrics.health import memo_state
-from fast_litellm_shm.metrics.model import (
+from fast_litellm_shm.metrics import (
     OTHERS,
     DeploymentMetrics,
     KeyMetrics,
@@ -31,6 +30,7 @@ from fast_litellm_shm.metrics.model import (
     SegmentMetrics,
     Snapshot,
 )
+from fast_litellm_shm.metrics.health import memo_state
 
 UNKNOWN = 2**64 - 1  # a latency or cost that is not known yet
 _MOST_ENDPOINTS = 100  # of all pools together; the rest is summed
@@ -49,19 +49,6 @@ class _Limiter:
     def max_per_key(self) -> int | None:
         found = [limit.n for limit in self.limits if isinstance(limit, limits.InFlight)]
         return max(found) if found else None
-
-
-@dataclass(frozen=True)
-class _Endpoint:
-    """An endpoint of a pool. slots: those of its permits."""
-
-    pool: str
-    key_hash: int
-    most: int
-    active: int
-    idle: int
-    dead: int
-    slots: Any
 
 
 def snapshot(
@@ -195,7 +182,7 @@ def _held(
 
     found = _permits(of, geometry.slots)
     pools = pools_among(known)
-    permits, endpoints = [], list[_Endpoint]()
+    permits, endpoints = [], list[tuple[PoolMetrics, list[int]]]()
     for name, limiter in known.items():
         if limiter.max_per_key is None or is_side_limiter(name, known):
             continue
@@ -218,7 +205,8 @@ def _held(
     return tuple(permits), _pool_rows(of, endpoints)
 
 
-def _endpoints(pool: str, most: int, mine: Any) -> Iterator[_Endpoint]:
+def _endpoints(pool: str, most: int, mine: Any) -> Iterator[tuple[PoolMetrics, list[int]]]:
+    """Each endpoint, by its hash, and the slots of its permits."""
     import numpy
 
     hashes, which = numpy.unique(mine["key_hash"], return_inverse=True)
@@ -230,31 +218,29 @@ def _endpoints(pool: str, most: int, mine: Any) -> Iterator[_Endpoint]:
     living, waiting = mine["alive"] == 1, mine["idle"] == 1
     active, idle, dead = count(living & ~waiting), count(living & waiting), count(~living)
     ends = numpy.bincount(which, minlength=hashes.size).cumsum().tolist()
-    slots = mine["table_slot"][numpy.argsort(which, kind="stable")]
-    for number, key_hash in enumerate(hashes.tolist()):
-        its = slots[ends[number - 1] if number else 0 : ends[number]]
-        yield _Endpoint(pool, key_hash, most, active[number], idle[number], dead[number], its)
+    slots = mine["table_slot"][numpy.argsort(which, kind="stable")].tolist()
+    for at, key_hash in enumerate(hashes.tolist()):
+        row = PoolMetrics(pool, f"#{key_hash:016x}", active[at], idle[at], dead[at], most)
+        yield row, slots[ends[at - 1] if at else 0 : ends[at]]
 
 
-def _pool_rows(of: Segment, found: list[_Endpoint]) -> tuple[PoolMetrics, ...]:
+def _pool_rows(of: Segment, found: list[tuple[PoolMetrics, list[int]]]) -> tuple[PoolMetrics, ...]:
     """The endpoints with the most connections by name; the others of each pool as one row."""
-    found.sort(key=lambda each: -(each.active + each.idle))
+    found.sort(key=lambda each: -(each[0].active + each[0].idle))
     rows: dict[tuple[str, str], PoolMetrics] = {}
-    for number, each in enumerate(found):
-        endpoint, most = OTHERS, None
+    for number, (each, slots) in enumerate(found):
+        row = replace(each, endpoint=OTHERS, max_connections=None)
         if number < _MOST_ENDPOINTS:
-            names = (stored_name(of, slot) for slot in each.slots.tolist())
-            endpoint = next((name[0] for name in names if name), f"#{each.key_hash:016x}")
-            most = each.most
-        before = rows.get((each.pool, endpoint))  # names of two may be shown alike
-        rows[each.pool, endpoint] = PoolMetrics(
-            pool=each.pool,
-            endpoint=endpoint,
-            active=each.active + (before.active if before else 0),
-            idle=each.idle + (before.idle if before else 0),
-            dead=each.dead + (before.dead if before else 0),
-            max_connections=most,
-        )
+            names = (stored_name(of, slot) for slot in slots)
+            row = replace(each, endpoint=next((name[0] for name in names if name), each.endpoint))
+        if before := rows.get((row.pool, row.endpoint)):  # names of two may be shown alike
+            row = replace(
+                row,
+                active=row.active + before.active,
+                idle=row.idle + before.idle,
+                dead=row.dead + before.dead,
+            )
+        rows[row.pool, row.endpoint] = row
     return tuple(rows.values())
 
 

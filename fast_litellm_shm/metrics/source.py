@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import logging
-import os
-import threading
 import time
-import weakref
 from collections.abc import Container, Iterable, Mapping
 
 from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared import settings
 from fast_litellm_shm._shared.inspection import open_for_reading
 from fast_litellm_shm._shared.segment import Segment, path_of
-from fast_litellm_shm.metrics.model import Snapshot
+from fast_litellm_shm.metrics import Snapshot
 from fast_litellm_shm.metrics.snapshot import snapshot
 
 MOST_KEYS = 1000
 
-_sources: weakref.WeakSet[Source] = weakref.WeakSet()
 
-
-def _after_fork() -> None:
-    for source in _sources:
-        source.renew_lock()
-
-
-os.register_at_fork(after_in_child=_after_fork)
+def newest(known: Segment | None, name: str, allow_other_owner: bool) -> Segment:
+    """The segment that has the name now. If there is none, the known one: its processes may still
+    use it. Raises SegmentError if neither can be read."""
+    if known is not None and not known.unlinked:
+        return known
+    try:
+        return open_for_reading(name, allow_other_owner)
+    except exceptions.SegmentNotFoundError:
+        if known is None:
+            raise
+        return known
 
 
 class Source:
@@ -61,32 +61,13 @@ class Source:
         self._keys, self._other_owner = keys, allow_other_owner
         self._deployments = _names_of(deployments)
         self._segment: Segment | None = None
-        self.renew_lock()
-        _sources.add(self)
-
-    def renew_lock(self) -> None:
-        """In a forked child: the thread that held the lock does not exist there."""
-        self._lock = threading.Lock()
 
     def read(self) -> Snapshot:
         """The present numbers. Raises a SegmentError if the segment cannot be read."""
         begun = time.perf_counter()
-        return snapshot(
-            self._current(), keys=self._keys, deployments=self._deployments, begun=begun
-        )
-
-    def _current(self) -> Segment:
-        with self._lock:
-            known = self._segment
-            if known is not None and not known.unlinked:
-                return known
-            try:
-                self._segment = open_for_reading(self.name, self._other_owner)
-            except exceptions.SegmentNotFoundError:
-                if known is None:
-                    raise
-            assert self._segment is not None
-            return self._segment
+        # Of two threads that open a new segment at the same time, each reads its own mapping.
+        found = self._segment = newest(self._segment, self.name, self._other_owner)
+        return snapshot(found, keys=self._keys, deployments=self._deployments, begun=begun)
 
 
 class Sources:

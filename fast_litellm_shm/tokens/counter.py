@@ -1,4 +1,4 @@
-"""Token counts by tiktoken. A text that any worker has counted before costs only a hash."""
+"""Token counts by tiktoken. A text that any worker has counted is looked up by its hash."""
 
 from __future__ import annotations
 
@@ -165,9 +165,9 @@ class SimpleTokenCounter:
     ) -> int:
         """The number of tokens of the text, in the model's encoding.
 
-        A text that any worker of this host has counted (for this tenant) costs a hash of it. Lone
-        surrogates count as tiktoken counts them. The text of a special token counts as ordinary
-        text.
+        A text that any worker of this host has counted (for this tenant) is looked up by its hash.
+        Lone surrogates count as tiktoken counts them. The text of a special token counts as
+        ordinary text.
         """
         if tenant is not None:
             return self._count_for(text, model, tenant)

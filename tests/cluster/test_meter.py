@@ -83,9 +83,10 @@ class Meter:
         request = algorithms.Request(
             operation, b"l", key, rules, costs, kept, given_back, used, previous, left
         )
-        arguments = request.arguments(host.encode(), "channel")
-        arguments += [at_us // 1_000_000, at_us % 1_000_000]
-        return algorithms.answer(self._script([request.state_key("t")], arguments), rules)
+        head = [host.encode(), "channel", request.limiter, key, 0]
+        time = [at_us // 1_000_000, at_us % 1_000_000]
+        arguments = [*head, *request.arguments(), *time]
+        return request.answer(self._script([request.state_key("t")], arguments))
 
 
 def new_key() -> bytes:

@@ -123,7 +123,8 @@ def test_a_node_that_does_not_answer_is_asked_once(
     that came too late, it did once."""
     limiter = limiter_of(nodes, segment)
     key = key_on(limiter, 2)
-    alone = connection.Connection(tokens_of(limiter).cluster, segment)  # no thread tries it again
+    cluster = tokens_of(limiter).cluster
+    alone = connection.Connection(cluster, segment, lambda _: None)  # no thread tries it again
     request, _ = tokens_of(limiter).request("single", key.encode(), (10,))
     assert alone.call([request])[0].admitted
     looked = [_counted(node, "cluster|slots") for node in nodes[:2]]

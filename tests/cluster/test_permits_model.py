@@ -68,8 +68,9 @@ class Script:
 
     def __call__(self, at: int, key: bytes, message: Message) -> permits.Answer:
         request = self._request(key, message)
-        arguments = request.arguments(b"host %d" % message.host, "channel")
-        raw = self._script([request.state_key("t")], [*arguments, at // S, at % S])
+        head = [b"host %d" % message.host, "channel", request.limiter, key, 0]
+        arguments = [*head, *request.arguments(), at // S, at % S]
+        raw = self._script([request.state_key("t")], arguments)
         return request.answer(raw)
 
     def records(self, at: int, key: bytes) -> dict[int, int]:

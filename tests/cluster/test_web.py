@@ -44,18 +44,18 @@ KEY = "192.0.2.7"
 LONG = 30.0  # a time-out that nothing here reaches
 
 
-def gate(segment: Segment, url: str, *rules: Rule, **more: Any) -> Gate:
+def gate(segment: Segment, url: str, *rules: Rule, **more: Any) -> Gate[None]:
     given: dict[str, Any] = {"name": "web", "cluster": Cluster(url, timeout=LONG)}
-    return Gate(rules, segment=segment, **(given | more))
+    return Gate(None, rules, segment=segment, **(given | more))
 
 
-def asked(gate: Gate, path: str = "/", client: str = KEY) -> Outcome:
+def asked(gate: Gate[None], path: str = "/", client: str = KEY) -> Outcome:
     outcome = gate.check(Request("GET", path, client, None))
     assert outcome is not None
     return outcome
 
 
-async def asked_async(gate: Gate, path: str = "/") -> Outcome:
+async def asked_async(gate: Gate[None], path: str = "/") -> Outcome:
     outcome = await gate.check_async(Request("GET", path, KEY, None))
     assert outcome is not None
     return outcome
@@ -288,7 +288,7 @@ def test_a_decorated_function(server: servers.Server, segment: Segment, other: S
 # as on one host ------------------------------------------------------------------------------
 
 
-def admitted(gate: Gate, path: str = "/") -> Outcome:
+def admitted(gate: Gate[None], path: str = "/") -> Outcome:
     """As soon as what another host does not use has come back."""
     found: list[Outcome] = []
 
@@ -511,5 +511,5 @@ def test_servers_that_cannot_be_used(segment: Segment, monkeypatch: pytest.Monke
     monkeypatch.setenv("FAST_LITELLM_SHM_CLUSTER", local)
     monkeypatch.setitem(sys.modules, "redis", None)
     with pytest.raises(ImportError, match="need the redis library: pip install"):
-        Gate([Rule(Limit(5))], name="web", segment=segment)
-    Gate([Rule(path="/free")], name="web", segment=segment)  # it has no limits
+        Gate(None, [Rule(Limit(5))], name="web", segment=segment)
+    Gate(None, [Rule(path="/free")], name="web", segment=segment)  # it has no limits

@@ -404,7 +404,7 @@ FAULTS = [
     Fault(
         "no cooldown is ever set",
         "stats/deployments.c",
-        (("  if (cooldown_ns && failures_of(next) > allowed_fails) {", "  if (false) {"),),
+        (("  if (cooldown_ns && failures_of(next) > allowed_fails)\n", "  if (false)\n"),),
         "deployment-record-failure",
         "cools down for 0 ns",
     ),

@@ -21,8 +21,8 @@ from support.scene import AWKWARD, Scene
 
 from fast_litellm_shm import Segment
 from fast_litellm_shm.integrations.prometheus import FastShmCollector, register
+from fast_litellm_shm.metrics import LimiterMetrics, Snapshot
 from fast_litellm_shm.metrics.families import FAMILIES, UP
-from fast_litellm_shm.metrics.model import LimiterMetrics, Snapshot
 from fast_litellm_shm.metrics.prometheus_text import prometheus_text
 from fast_litellm_shm.metrics.source import Source
 

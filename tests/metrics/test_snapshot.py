@@ -19,7 +19,7 @@ from fast_litellm_shm import (
     SimpleConnectionPool,
 )
 from fast_litellm_shm._shared.native import lib
-from fast_litellm_shm.metrics.model import DURATION_BOUNDS, OTHERS
+from fast_litellm_shm.metrics import DURATION_BOUNDS, OTHERS
 from fast_litellm_shm.metrics.snapshot import snapshot
 from fast_litellm_shm.metrics.source import Source, Sources
 

@@ -140,7 +140,7 @@ const TABLES = {
       { title: "key", type: "text", cell: (p) => say(p.key || "''", "name") },
       { title: "limiter", type: "text", cell: (p) => say(p.limiter) },
       { title: "in flight", cell: (p) => ofMost(p.in_flight, p.max_in_flight) },
-      { title: "oldest", cell: (p) => (p.in_flight ? say(brief(p.oldest_seconds)) : say("–", "zero")) },
+      { title: "oldest", cell: (p) => (p.in_flight ? say(p.oldest_seconds ? brief(p.oldest_seconds) : "<1s") : say("–", "zero")) },
       { title: "dead", cell: (p) => rate(p.dead, "bad") },
       { title: "pids", type: "text", cell: (p) => say(p.pids.join(" ") || "–", "zero") },
     ],

@@ -200,8 +200,7 @@ class Top(App[None]):
         ):
             out.append(key, style="bold cyan")
             out.append(f" {what}  ", style=columns.FAINT)
-        room = width - len(where) - 1
-        out.truncate(room, pad=True)
+        out.truncate(width - len(where), pad=True)
         out.append(where, style=columns.FAINT)
         return out
 
@@ -280,9 +279,7 @@ class Top(App[None]):
         self._moved()
 
     def action_page(self, by: int) -> None:
-        table = self.query_one(Table)
-        table.move(by * table.page())
-        self._moved()
+        self.action_move(by * self.query_one(Table).page())
 
     def action_home(self) -> None:
         """Go to the first row, and stay there."""
@@ -290,9 +287,7 @@ class Top(App[None]):
         self._moved()
 
     def action_end(self) -> None:
-        table = self.query_one(Table)
-        table.move(table.position[1])
-        self._moved()
+        self.action_move(self.query_one(Table).position[1])
 
     def _moved(self) -> None:
         self._message = ""
@@ -312,22 +307,19 @@ class Top(App[None]):
         self._repaint()
 
     def action_filter_keep(self) -> None:
-        self._filter_typed()
+        self.query_one(Filter).display = False
+        self.screen.set_focus(self.query_one(Table))
+        self._repaint()
 
     def action_filter_end(self) -> None:
         """Esc while typing: no filter."""
         self._filter = ""
-        self._filter_typed()
+        self.action_filter_keep()
 
     def action_filter_clear(self) -> None:
         """Esc: no filter, and back to the top."""
         self._filter = self._message = ""
         self.query_one(Table).to_the_top()
-        self._repaint()
-
-    def _filter_typed(self) -> None:
-        self.query_one(Filter).display = False
-        self.screen.set_focus(self.query_one(Table))
         self._repaint()
 
     # One key

@@ -15,23 +15,25 @@ from fast_litellm_shm.cli.key_table import LiveKey
 from fast_litellm_shm.cli.top.columns import FAINT, bars
 
 HELP = """\
- Tab  1 .. 6   panes                    <  >  or ← →   sort by the next column
- ↑ ↓  PgUp ..  move                     i              reverse the order
- Home          back to the top          r d k l f      sort by calls/s, denied/s,
- Enter         a key in full                           key, limiter, share left
- /             filter (Esc: no more)    space          freeze, and resume
- x             reset the key            w              warnings in full
- q  Ctrl-C     quit                     ?              this help
+ Tab  1 .. 6   panes                   <  >  ← →  sort by the next column
+ ↑ ↓  PgUp ..  move                    i          reverse the order
+ Home          back to the top         r d k l f  sort by calls/s, denied/s,
+ Enter         a key in full                      key, limiter, share left
+ /             filter (Esc: no more)   space      freeze, and resume
+ x             reset the key           w          warnings in full
+ q  Ctrl-C     quit                    ?          this help
 
- Rates are means of the last 5 seconds. Bars are the last 60 samples: green;
- yellow if some calls were denied, red if most were.
+ Rates are means of the last 5 seconds. Bars are the last 60 samples:
+ green; yellow if some calls were denied, red if most were.
 
- A filter is part of a name of a key or limiter, or a glob (user-*). It ignores
- case. A list shows its first 1,000 rows; sorted by what is left, it has the
- 2,000 busiest keys only.
+ A filter is part of a name of a key or limiter, or a glob (user-*). It
+ ignores case. A list shows its first 1,000 rows; sorted by what is left,
+ it has the 2,000 busiest keys only.
 
- left: what is admitted now, of the limit.   reset: until nothing is consumed.
- The cursor stays in the first row until you move it; then it follows its row."""
+ left: what is admitted now, of the limit.
+ reset: until nothing is consumed.
+ The cursor stays in the first row until you move it; then it follows
+ its row."""
 
 
 def key_in_full(key: LiveKey) -> Text:
@@ -44,18 +46,23 @@ def key_in_full(key: LiveKey) -> Text:
         (key.name, "bold cyan"),
         ("\nof limiter ", FAINT),
         render.escaped(row.limiter),
-        (f"\n\nadmitted  {row.admitted:,}\ndenied    {row.denied:,}", ""),
-        (f"\nleft      {left} of {limit}", ""),
-        (f"\nwait      {wait if row.remaining is not None else 'not known'}", ""),
-        ("\nreset     ", ""),
-        "not known" if row.reset_after is None else render.brief(row.reset_after),
+        f"\n\nadmitted  {row.admitted:,}\ndenied    {row.denied:,}"
+        f"\nleft      {left} of {limit}"
+        f"\nwait      {wait if row.remaining is not None else 'not known'}"
+        f"\nreset     {'not known' if row.reset_after is None else render.brief(row.reset_after)}",
         "\n\n",
         *bars(key.admitted_history, key.denied_history, 60),
         ("\ncalls per second, the last 60 samples", FAINT),
     )
 
 
-class Notice(ModalScreen[None]):
+class _Box(ModalScreen[bool]):
+    def __init__(self, title: str, text: Text) -> None:
+        super().__init__()
+        self._title, self._text = title, text
+
+
+class Notice(_Box):
     """A text, until a key closes it."""
 
     CSS = """
@@ -72,10 +79,6 @@ class Notice(ModalScreen[None]):
         Binding("down,j", "scroll(1)", show=False),
     ]
 
-    def __init__(self, title: str, text: Text) -> None:
-        super().__init__()
-        self._title, self._text = title, text
-
     def compose(self) -> ComposeResult:
         """A box in the middle."""
         with VerticalScroll() as box:
@@ -88,7 +91,7 @@ class Notice(ModalScreen[None]):
         self.query_one(VerticalScroll).scroll_relative(y=by, animate=False)
 
 
-class Question(ModalScreen[bool]):
+class Question(_Box):
     """Yes or no; anything but ``y`` is no."""
 
     CSS = """
@@ -98,10 +101,6 @@ class Question(ModalScreen[bool]):
         border: round $warning; padding: 0 1; background: $background;
     }
     """
-
-    def __init__(self, title: str, text: Text) -> None:
-        super().__init__()
-        self._title, self._text = title, text
 
     def compose(self) -> ComposeResult:
         """A box in the middle."""

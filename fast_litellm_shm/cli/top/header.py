@@ -15,22 +15,15 @@ from fast_litellm_shm.cli.top.table import fitted
 
 LINES = 6
 _FULL, _NEARLY_FULL = 0.95, 0.8
-_LEFT, _RIGHT = 46, 34  # columns of the bars, and of the workers beside them
+_LEFT, _RIGHT = 47, 33  # columns of the bars, and of the workers beside them
 _LABEL = 9
 
 
 def _padded(text: Text, width: int) -> Text:
     """Cut or padded to a width."""
     text = text.copy()
-    text.truncate(width, overflow="ellipsis")
-    text.append(" " * (width - cell_len(text.plain)))
+    text.truncate(width, overflow="ellipsis", pad=True)
     return text
-
-
-def _beside(left: Text, right: Text, width: int) -> Text:
-    """One text at the left margin, one at the right."""
-    room = width - cell_len(right.plain)
-    return Text.assemble(_padded(left, max(room, 0)), right)
 
 
 def occupancy_bar(occupancy: float, width: int) -> Text:
@@ -60,13 +53,13 @@ def _rate_line(label: str, rate: Rate, style: str, width: int) -> Text:
 def _memo_line(snapshot: Snapshot) -> Text:
     """The token memo: the share of lookups that hit, now or (if none is known) ever."""
     memo = snapshot.memo
-    out = Text(f"{'memo':{_LABEL}}", style=FAINT)
+    label = (f"{'memo':{_LABEL}}", FAINT)
     if memo is None or memo.hit_rate_ever is None:
-        return out.append("     -")
+        return Text.assemble(label, ("     -", FAINT))
     share, when = memo.hit_rate, f" hit, {render.compact(memo.lookups.now or 0)}/s"
     if share is None:
         share, when = memo.hit_rate_ever, " hit since the start"
-    return out.append(f"{share:>6.1%}", style="").append(when)
+    return Text.assemble(label, f"{share:>6.1%}", (when, FAINT))
 
 
 def _held_line(snapshot: Snapshot) -> Text:
@@ -90,13 +83,9 @@ def _workers(snapshot: Snapshot, lines: int) -> list[Text]:
     shown = workers if len(workers) <= room else workers[: room - 1]
     out = [head]
     for worker in shown:
-        calls, cpu, memory = "-", "-", "?"
-        if worker.rate is not None:
-            calls = render.compact(worker.rate)
-        if worker.cpu_percent is not None:
-            cpu = f"{worker.cpu_percent:.0f}%"
-        if worker.memory_bytes is not None:
-            memory = render.size(worker.memory_bytes)
+        calls = "-" if worker.rate is None else render.compact(worker.rate)
+        cpu = "-" if worker.cpu_percent is None else f"{worker.cpu_percent:.0f}%"
+        memory = "?" if worker.memory_bytes is None else render.size(worker.memory_bytes)
         out.append(Text(f"{worker.pid:>8} {calls:>8} {cpu:>5} {memory:>9}"))
     if len(shown) < len(workers):
         out.append(Text(f"{'':8} and {len(workers) - len(shown)} more: press 2", style=FAINT))
@@ -121,7 +110,7 @@ def _title(snapshot: Snapshot, frozen: bool, width: int) -> Text:
         age = render.brief(snapshot.stats["age_seconds"])
         count = len(snapshot.workers)
         left.append(f"  {count} worker{'s' * (count != 1)}  made {age} ago", style=FAINT)
-    return _beside(left, Text(clock, style=FAINT), width)
+    return Text.assemble(_padded(left, max(width - len(clock), 0)), (clock, FAINT))
 
 
 def lines_of(snapshot: Snapshot, frozen: bool, width: int, lines: int = LINES) -> list[Text]:

@@ -53,9 +53,7 @@ def _left(key: LiveKey, _: int) -> Cell:
 
 def _reset(key: LiveKey, _: int) -> Cell:
     after = key.row.reset_after
-    if after is None:
-        return UNKNOWN
-    return [(render.brief(after) if after else "-", "")]
+    return UNKNOWN if after is None else [(render.brief(after) if after else "-", "")]
 
 
 def _wait(key: LiveKey, _: int) -> Cell:
@@ -143,7 +141,9 @@ def _named(field: str) -> Callable[[Any], str]:
 
 
 def _oldest(row: Any, _: int) -> Cell:
-    return [(render.brief(row["oldest_seconds"]) if row["in_flight"] else "-", "")]
+    if not row["in_flight"]:
+        return NONE
+    return [(render.brief(row["oldest_seconds"]) if row["oldest_seconds"] else "<1s", "")]
 
 
 def _dead(row: Any, _: int) -> Cell:

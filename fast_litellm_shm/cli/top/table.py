@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.cells import cell_len, set_cell_size
@@ -62,12 +63,11 @@ class Table(Widget, can_focus=True):
 
     DEFAULT_CSS = "Table { height: 1fr; }"
 
+    @dataclass
     class SortBy(Message):
         """The head of a column was clicked."""
 
-        def __init__(self, column: str) -> None:
-            super().__init__()
-            self.column = column
+        column: str
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,10 +132,12 @@ class Table(Widget, can_focus=True):
         """Rows on the screen."""
         return max(self.size.height - 1, 1)
 
-    def _columns(self) -> list[Column]:
+    def _columns(self) -> list[tuple[Column, int]]:
+        """Those that are shown, each with its width."""
         if self.pane is None:
             return []
-        return [c for c in self.pane.columns if self.size.width >= c.from_width]
+        shown = [c for c in self.pane.columns if self.size.width >= c.from_width]
+        return list(zip(shown, column_widths(shown, self.size.width), strict=True))
 
     def on_resize(self) -> None:
         self._settle()
@@ -154,8 +156,8 @@ class Table(Widget, can_focus=True):
             self._cursor = min(self._first + event.y - 1, len(self._handles) - 1)
             self._settle()
             return
-        at, columns = 0, self._columns()
-        for column, width in zip(columns, column_widths(columns, self.size.width), strict=True):
+        at = 0
+        for column, width in self._columns():
             at += width + _GAP
             if event.x < at:
                 self.post_message(self.SortBy(column.name))
@@ -166,10 +168,9 @@ class Table(Widget, can_focus=True):
         self._rows = {}
         shown = self._handles[self._first : self._first + self.page()]
         columns = self._columns()
-        widths = column_widths(columns, self.size.width)
         for handle, row in zip(shown, self._fetch(shown), strict=True):
             pieces: list[Segment] = []
-            for column, width in zip(columns, widths, strict=True):
+            for column, width in columns:
                 cell = [("", "")] if row is None else column.cell(row, width)
                 pieces += [*fitted(cell, width, column.right), Segment(" " * _GAP)]
             self._rows[handle] = pieces[:-1]
@@ -177,8 +178,7 @@ class Table(Widget, can_focus=True):
 
     def _head(self) -> list[Segment]:
         pieces: list[Segment] = []
-        columns = self._columns()
-        for column, width in zip(columns, column_widths(columns, self.size.width), strict=True):
+        for column, width in self._columns():
             chosen = column.name == self.sort
             arrow = ("▼" if self.descending else "▲") if chosen else ""
             cell = [(arrow + column.title if column.right else column.title + arrow, "")]

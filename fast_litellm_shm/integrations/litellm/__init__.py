@@ -38,9 +38,7 @@ def share(router: Any, *, limits: bool = True, state: bool = True) -> None:
     sharing.share(router, limiter, limits=limits, state=state)
 
 
-def unshare(router: Any) -> None:
-    """Undo :func:`share`: the router has the very objects back that it had."""
-    sharing.unshare(router)
+unshare = sharing.unshare
 
 
 replacement.install(found_for)

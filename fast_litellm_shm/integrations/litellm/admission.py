@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import NamedTuple, TypeAlias
 
 from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared import key_grammar
 from fast_litellm_shm.integrations.litellm import failures, settings
 from fast_litellm_shm.integrations.litellm.subjects import Limits, Subject
+from fast_litellm_shm.limiters import quota as inner
 from fast_litellm_shm.limiters.quota import Admission, Quota
+from fast_litellm_shm.limiters.waiting import run
 
 NAMES = {"rpm": "requests", "tpm": "tokens", "max_parallel": "max_parallel_requests"}  # LiteLLM's
 _MOST_QUOTAS = 1024  # that this process keeps open
@@ -36,7 +38,7 @@ def quota_of(limits: Limits) -> Quota:
 
 def _on_this_host(limits: Limits) -> Quota:
     name = key_grammar.name_for(unit for unit, n in zip(limits._fields, limits, strict=True) if n)
-    return Quota(*limits, name=name, on_full="raise", cluster=False, _numbered=True)
+    return inner.numbered_quota(*limits, name=name, on_full="raise")
 
 
 def _over_hosts(limits: Limits) -> Quota | None:
@@ -126,10 +128,10 @@ class Admissions:
         charges = zip(self.subjects, self._charges, strict=True)
         limited = [each for each in charges if each[0].limits.rpm is not None]
         for subject, admission in limited:
-            if admission._quota._left(admission._key)["rpm"] < 1:
+            if inner.left_of(admission)["rpm"] < 1:
                 return _denial(subject, "rpm", 0, None)
         for _, admission in limited:
-            admission._count_request()
+            inner.count_request(admission)
         return None
 
     def requests_left(self) -> int | None:
@@ -138,10 +140,8 @@ class Admissions:
 
     def remaining(self) -> list[tuple[Subject, dict[str, int]]]:
         """What each subject has left now, by ``rpm`` and ``tpm``."""
-        return [
-            (subject, admission._quota._left(admission._key))
-            for subject, admission in zip(self.subjects, self._charges, strict=True)
-        ]
+        charges = zip(self.subjects, self._charges, strict=True)
+        return [(subject, inner.left_of(admission)) for subject, admission in charges]
 
     @property
     def counts_tokens(self) -> bool:
@@ -149,20 +149,11 @@ class Admissions:
         return any(subject.limits.tpm is not None for subject in self.subjects)
 
 
-class _Step(NamedTuple):
-    """One admission that a request needs. requests: how many it counts as."""
-
-    quota: Quota
-    key: str
-    tokens: int
-    requests: int
+_Ask: TypeAlias = Callable[[Quota, str, int, int], Awaitable[Admission]]
 
 
-def _steps(
-    subjects: Sequence[Subject], tokens: int
-) -> Generator[_Step, Admission, Admissions | Denial]:
-    """Yields each admission that is needed, is sent the answer, and returns the result. Where it is
-    denied, or closed by an exception of its caller, it gives back what it was sent."""
+async def _admit(subjects: Sequence[Subject], tokens: int, ask: _Ask) -> Admissions | Denial:
+    """Where it is denied, or an exception strikes, it gives back what was admitted before."""
     charges: list[Admission] = []
     slots: list[Admission] = []
     done = False
@@ -174,15 +165,15 @@ def _steps(
             quota, key = quota_of(limits), f"{subject.kind}:{subject.value}"
             charge = tokens if subject.calls == 1 else min(tokens * subject.calls, limits.tpm or 0)
             more_slots = subject.calls - 1 if limits.max_parallel else 0  # one for each call
-            admission = yield _Step(quota, key, charge, subject.calls)
+            admission = await ask(quota, key, charge, subject.calls)
             charges.append(admission)
             for _ in range(more_slots if admission.allowed else 0):
-                admission = yield _Step(quota, key, 0, 0)
+                admission = await ask(quota, key, 0, 0)
                 slots.append(admission)
                 if not admission.allowed:
                     break
             if not admission.allowed:
-                return _denied(subject, quota, key, admission)
+                return _denied(subject, admission)
         done = True
         return Admissions(subjects, charges, slots)
     finally:
@@ -190,9 +181,9 @@ def _steps(
             _cancel([*charges, *slots])
 
 
-def _denied(subject: Subject, quota: Quota, key: str, by: Admission) -> Denial:
+def _denied(subject: Subject, by: Admission) -> Denial:
     # the decision's own remaining is of the limit that has least, maybe requests
-    left = quota._left(key)["tpm"] if by.reason == "tpm" else 0
+    left = inner.left_of(by)["tpm"] if by.reason == "tpm" else 0
     return _denial(subject, by.reason, left, by.retry_after)
 
 
@@ -209,11 +200,10 @@ def admit_here(subjects: Sequence[Subject], tokens: int) -> Admissions | Denial 
     done = False
     try:
         for subject, quota in zip(subjects, quotas, strict=True):
-            key = f"{subject.kind}:{subject.value}"
-            admission = quota._admit(key, tokens, 1)
+            admission = inner.admit_calls(quota, f"{subject.kind}:{subject.value}", tokens, 1)
             charges.append(admission)
             if not admission.allowed:
-                return _denied(subject, quota, key, admission)
+                return _denied(subject, admission)
         done = True
         return Admissions(subjects, charges)
     finally:
@@ -226,26 +216,13 @@ def admit(subjects: Sequence[Subject], tokens: int) -> Admissions | Denial:
     subject denies, the charges of those before it are given back: meanwhile they may have denied
     another request, but never admitted too many. Over many hosts this blocks where the server must
     be asked."""
-    steps = _steps(subjects, tokens)
-    try:
-        step = next(steps)
-        while True:
-            step = steps.send(step.quota._admit(step.key, step.tokens, step.requests))
-    except StopIteration as end:
-        return end.value  # type: ignore[no-any-return]
-    finally:
-        steps.close()
+    return run(_admit(subjects, tokens, _ask_here).__await__())
+
+
+async def _ask_here(quota: Quota, key: str, tokens: int, requests: int) -> Admission:
+    return inner.admit_calls(quota, key, tokens, requests)
 
 
 async def admit_async(subjects: Sequence[Subject], tokens: int) -> Admissions | Denial:
     """:func:`admit`, which never blocks the event loop. Cancelled, it has admitted nothing."""
-    steps = _steps(subjects, tokens)
-    try:
-        step = next(steps)
-        while True:
-            answer = await step.quota._admit_async(step.key, step.tokens, step.requests)
-            step = steps.send(answer)
-    except StopIteration as end:
-        return end.value  # type: ignore[no-any-return]
-    finally:
-        steps.close()
+    return await _admit(subjects, tokens, inner.admit_calls_async)

@@ -11,7 +11,7 @@ not be checked.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import litellm
 
@@ -26,7 +26,6 @@ from fast_litellm_shm.integrations.litellm.subjects import (
     of_model,
 )
 
-MUST_ASK: Literal["must ask"] = "must ask"
 _silenced: Any = None  # LiteLLM's check, where the plugin keeps its limits
 # Ids of deployments whose newest attempt could not be checked. By deployment, not by context:
 # LiteLLM's check may be called before ours.
@@ -85,42 +84,15 @@ def note(deployment: Mapping[str, Any], checked: bool) -> None:
         _unchecked.discard(id_of_deployment(deployment))
 
 
-def begin(deployment: Mapping[str, Any], call: Call | None) -> Attempt | Denial | None:
-    """Admit an attempt; None where the deployment has no limits. call: the request that makes it,
-    where that is known. Else the attempt is charged one token until its usage is known: it passes
-    while the deployment has any left, as with LiteLLM's own check."""
-    subject = of_deployment(deployment, _keeps_per_minute())
-    if subject is None:
-        return None
-    return _begun(subject, admission.admit([subject], _tokens(subject, call)), call)
+def subject_of(deployment: Mapping[str, Any]) -> Subject | None:
+    """What an attempt at the deployment counts for; None where that has no limits."""
+    return of_deployment(deployment, _keeps_per_minute())
 
 
-def begin_here(
-    deployment: Mapping[str, Any], call: Call | None
-) -> Attempt | Denial | Literal["must ask"] | None:
-    """:func:`begin`, where no server has to be asked; else MUST_ASK, and nothing is charged."""
-    subject = of_deployment(deployment, _keeps_per_minute())
-    if subject is None:
-        return None
-    admitted = admission.admit_here([subject], _tokens(subject, call))
-    return MUST_ASK if admitted is None else _begun(subject, admitted, call)
-
-
-async def begin_async(deployment: Mapping[str, Any], call: Call | None) -> Attempt | Denial | None:
-    """:func:`begin`, which never blocks the event loop."""
-    subject = of_deployment(deployment, _keeps_per_minute())
-    if subject is None:
-        return None
-    return _begun(subject, await admission.admit_async([subject], _tokens(subject, call)), call)
-
-
-def is_charged(deployment: Mapping[str, Any], call: Call) -> bool:
-    """Whether an attempt adds nothing to its request: it is at a model that the request named, and
-    no try of the request is charged apart."""
+def is_named(deployment: Mapping[str, Any], call: Call) -> bool:
+    """Whether an attempt is at a model that its request named, and is charged for."""
     model = deployment.get("model_name")
-    if call.free_tries is not None:
-        return False
-    return model in call.estimate.calls.models or not isinstance(model, str) or call.auth is None
+    return not isinstance(model, str) or model in call.estimate.calls.models or call.auth is None
 
 
 async def charge_request(
@@ -133,11 +105,10 @@ async def charge_request(
         denial = call.admissions.count_try()
         if denial is not None:
             return denial
-    model = deployment.get("model_name")
-    if not isinstance(model, str) or model in call.estimate.calls.models or call.auth is None:
+    if is_named(deployment, call):
         return None
-    known = call.counts_for()
-    more = [s for s in of_model(call.auth, model, group_of) if s[:2] not in known]
+    known, found = call.counts_for(), of_model(call.auth, deployment["model_name"], group_of)
+    more = [subject for subject in found if subject[:2] not in known]
     if not more:
         return None
     admitted = await admission.admit_async(more, call.estimate.for_subjects(more))
@@ -147,13 +118,17 @@ async def charge_request(
     return None
 
 
-def _tokens(subject: Subject, call: Call | None) -> int:
+def tokens_of(subject: Subject, call: Call | None) -> int:
+    """What an attempt is charged. call: the request that makes it, where that is known. Else it is
+    one token until its usage is known: it passes while the deployment has any left, as with
+    LiteLLM's own check."""
     if call is None:
         return 1 if subject.limits.tpm else 0
     return call.estimate.for_subjects([subject])
 
 
-def _begun(subject: Subject, admitted: Admissions | Denial, call: Call | None) -> Attempt | Denial:
+def begun(subject: Subject, admitted: Admissions | Denial, call: Call | None) -> Attempt | Denial:
+    """The attempt that was admitted, as one of its request."""
     if isinstance(admitted, Denial):
         return admitted
     attempt = Attempt(subject.value, admitted)

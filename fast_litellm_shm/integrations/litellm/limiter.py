@@ -197,7 +197,7 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
             router = router_of_proxy()
             if router is not None:
                 routers.attach(router)
-        if replacement.builtin_serves() or call_type in _NOT_OURS or user_api_key_dict is None:
+        if replacement.builtin_serves or call_type in _NOT_OURS or user_api_key_dict is None:
             return
         try:
             denial = await self._admit(user_api_key_dict, data, call_type)
@@ -327,14 +327,15 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
         try:
             if call is not None and not call.finished:
                 call.tries += 1
-                if not attempts.is_charged(deployment, call):
+                if call.free_tries is not None or not attempts.is_named(deployment, call):
                     found = await attempts.charge_request(deployment, call, _group_of)
-            if found is None:
-                at_once = attempts.begin_here(deployment, call)
-                if at_once == attempts.MUST_ASK:
-                    found = await attempts.begin_async(deployment, call)
-                else:
-                    found = at_once
+            subject = attempts.subject_of(deployment) if found is None else None
+            if subject is not None:
+                charge = attempts.tokens_of(subject, call)
+                admitted = admission.admit_here([subject], charge)
+                if admitted is None:
+                    admitted = await admission.admit_async([subject], charge)
+                found = attempts.begun(subject, admitted, call)
         except Exception as error:
             self._not_checked(deployment, error)
             return deployment
@@ -342,8 +343,13 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
 
     def pre_call_check(self, deployment: dict[str, Any]) -> dict[str, Any] | None:
         _attempt.set([])
+        call = _call.get() or None
+        found: Attempt | Denial | None = None
         try:
-            found = attempts.begin(deployment, _call.get() or None)
+            subject = attempts.subject_of(deployment)
+            if subject is not None:
+                charge = attempts.tokens_of(subject, call)
+                found = attempts.begun(subject, admission.admit([subject], charge), call)
         except Exception as error:
             self._not_checked(deployment, error)
             return deployment

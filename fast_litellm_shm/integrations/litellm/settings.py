@@ -85,22 +85,17 @@ def _checked(given: Any) -> Settings:
     defaults = {field.name: field.default for field in fields(Settings)}
     found: dict[str, Any] = {}
     for name, value in given.items():
+        default = defaults.get(name)
         if name not in defaults:
             warn_once(
                 f"{where}: there is no {name!r}, it is ignored; known are {', '.join(defaults)}"
             )
-            continue
-        default, wanted = defaults[name], None
-        if name == "cluster":
+        elif name == "cluster":
             found[name] = _url(f"{where}.{name}", value)
-            continue
-        if name == "mode":
-            wanted = None if value in MODES else f"one of {', '.join(MODES)}"
-        elif not isinstance(value, bool) and value is not default:
-            wanted = "true or false"
-        if wanted is None:
+        elif value in MODES if name == "mode" else isinstance(value, bool) or value is default:
             found[name] = value
         else:
+            wanted = f"one of {', '.join(MODES)}" if name == "mode" else "true or false"
             warn_once(f"{where}.{name} must be {wanted}, not {value!r}; {default} applies")
     return Settings(**found)
 

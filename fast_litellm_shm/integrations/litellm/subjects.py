@@ -190,25 +190,17 @@ def _merged(found: Iterable[Subject], add_calls: bool = False) -> list[Subject]:
     """Each subject once, with the smallest of its limits."""
     out: dict[tuple[str, str], Subject] = {}
     for subject in found:
-        known = out.get(subject[:2])
-        out[subject[:2]] = (
-            subject
-            if known is None
-            else subject._replace(
-                limits=_least(known.limits, subject.limits),
-                calls=known.calls + subject.calls if add_calls else subject.calls,
-            )
-        )
+        known = out.setdefault(subject[:2], subject)
+        if known is not subject:
+            least = _least(known.limits, subject.limits)
+            calls = known.calls + subject.calls if add_calls else subject.calls
+            out[subject[:2]] = subject._replace(limits=least, calls=calls)
     return list(out.values())
 
 
 def _least(one: Limits, other: Limits) -> Limits:
-    return Limits(
-        *(
-            min((n for n in both if n is not None), default=None)
-            for both in zip(one, other, strict=True)
-        )
-    )
+    given = ([n for n in both if n is not None] for both in zip(one, other, strict=True))
+    return Limits(*(min(both, default=None) for both in given))
 
 
 def _first(deployment: Mapping[str, Any], field: str) -> Any:

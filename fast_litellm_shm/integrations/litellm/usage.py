@@ -289,14 +289,10 @@ def usage_of(response: Any) -> Usage | None:
     """Of LiteLLM's answer, of several (it answers a list of models with a list), or of a
     standard_logging_object. None where it says nothing of tokens."""
     if isinstance(response, list):
-        total: Usage | None = None
-        for one in response:
-            found = usage_of(one)
-            if total is None:
-                total = found
-            elif found is not None:
-                total.add(found)
-        return total
+        known = [found for found in map(usage_of, response) if found is not None]
+        for other in known[1:]:
+            known[0].add(other)
+        return known[0] if known else None
     if type(response) is dict or isinstance(response, Mapping):
         usage = response.get("usage") or response.get("usageMetadata")
         if usage is None and "total_tokens" in response:

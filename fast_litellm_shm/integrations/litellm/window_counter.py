@@ -26,24 +26,24 @@ class WindowCounter:
         on_full: str = "raise",
     ) -> None:
         self.most = most
-        self._limiter = RateLimiter(
+        self.limiter = RateLimiter(
             FixedWindow(most, per), name=name, segment=segment, on_full=on_full, cluster=False
         )
 
     def add(self, key: str, by: int) -> int:
         """Add to the count, or subtract from it (by < 0), at most down to 0. Returns the new
         count."""
-        limiter = self._limiter
+        limiter = self.limiter
         decision = limiter.charge(key, by) if by > 0 else limiter.refund(key, -by)
         return self.most - decision.remaining
 
     def add_within(self, key: str, by: int) -> int:
         """Like :meth:`add`, but nothing is added where the count would exceed ``most``. Returns
         the count as it is, or would have been."""
-        decision = self._limiter.acquire(key, by)
+        decision = self.limiter.acquire(key, by)
         count = self.most - decision.remaining
         return count if decision else count + by
 
     def count(self, key: str) -> int:
         """The count of the window that is open; 0 where none is."""
-        return self.most - self._limiter.peek(key, 0).remaining
+        return self.most - self.limiter.peek(key, 0).remaining

@@ -3,13 +3,13 @@
 It knows no framework and needs no extra: ``integrations.asgi``, ``.wsgi`` and ``.fastapi`` use it.
 """
 
+from fast_litellm_shm.integrations.web.gate import Gate as Middleware
 from fast_litellm_shm.integrations.web.keys import (
     client_address,
     client_network,
     forwarded_for,
     header,
 )
-from fast_litellm_shm.integrations.web.middleware import Middleware
 from fast_litellm_shm.integrations.web.outcome import MARK, Outcome
 from fast_litellm_shm.integrations.web.request import Request
 from fast_litellm_shm.integrations.web.rules import Rule

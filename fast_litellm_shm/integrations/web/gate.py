@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Coroutine, Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any, Generic, NoReturn, TypeVar
 
 from fast_litellm_shm._shared.named_limiter import key_bytes
 from fast_litellm_shm._shared.native import Decision
@@ -17,11 +17,10 @@ from fast_litellm_shm.integrations.web.outcome import Outcome, combined
 from fast_litellm_shm.integrations.web.request import Request
 from fast_litellm_shm.integrations.web.rules import Cost, Rule
 from fast_litellm_shm.limiters.choice import chosen
-from fast_litellm_shm.limiters.grantors import ClusterArgument, Grantor, Held
+from fast_litellm_shm.limiters.grantors import ClusterArgument, Grantor
+from fast_litellm_shm.limiters.waiting import run
 
-_ON_ERROR = ("deny", "allow")
-_ON_COST_ERROR = ("deny", "count")
-_AMBIGUOUS = ("count", "refuse")
+_App = TypeVar("_App")
 _BAD_COST = (TypeError, ValueError, OverflowError)  # what a limiter raises for one
 
 
@@ -52,21 +51,13 @@ class _Opened:
             self._described = (found, names, responses.policy(names, found))
         return self._described[1:]
 
-    def admit(self, key: str | bytes, cost: Cost) -> Outcome:
-        return self._outcome(key, self._grantor.admit(key, self._costs(cost)))
-
-    async def admit_async(self, key: str | bytes, cost: Cost) -> Outcome:
-        """admit() for asyncio: where a server must be asked, a thread does that. Cancelled, it
-        holds nothing; what it was granted is consumed."""
-        return self._outcome(key, await self._grantor.admit_async(key, self._costs(cost)))
-
-    def _costs(self, cost: Cost) -> Cost:
-        """The costs, with one more for the permit."""
+    async def admit(self, key: str | bytes, cost: Cost, may_await: bool) -> Outcome:
+        """may_await: where a server must be asked, a thread does that. Cancelled, it holds nothing;
+        what it was granted is consumed."""
         if isinstance(cost, tuple) and self.rule.in_flight is not None:
-            return (*cost, 1)
-        return cost
-
-    def _outcome(self, key: str | bytes, permit: Held) -> Outcome:
+            cost = (*cost, 1)  # for the permit
+        grantor = self._grantor
+        permit = await grantor.admit_async(key, cost) if may_await else grantor.admit(key, cost)
         decision, described = permit.decision, self.described()
         left = self._left(key, decision, len(described[0]))
         return Outcome(self.rule, key, permit, *described, not decision.allowed, left)
@@ -85,12 +76,13 @@ class _Opened:
         return Outcome(self.rule, key, None, *self.described(), denied, error_status=status)
 
 
-class Gate:
-    """Checks requests against the first of ``rules`` that matches; a request that no rule matches
-    is not limited. The arguments are those of ``integrations.web.Middleware``."""
+class Gate(Generic[_App]):
+    """Checks requests against the first of ``rules`` that matches. The ASGI and the WSGI middleware
+    derive from it."""
 
     def __init__(
         self,
+        app: _App,
         rules: Iterable[Rule],
         *,
         name: str,
@@ -100,9 +92,29 @@ class Gate:
         ambiguous_paths: str = "count",
         cluster: ClusterArgument = None,
     ) -> None:
-        _one_of("on_error", on_error, _ON_ERROR)
-        _one_of("on_cost_error", on_cost_error, _ON_COST_ERROR)
-        _one_of("ambiguous_paths", ambiguous_paths, _AMBIGUOUS)
+        """Limits the requests to ``app``, the application; None: to what the caller serves itself.
+
+        rules: a request is checked against the first rule that matches it; a request that no rule
+        matches is not limited.
+        name: of the application. Middlewares of the same name in the same segment share their
+        counts.
+        segment: default ``Segment.default()``.
+        on_error: ``"deny"`` or ``"allow"`` requests that cannot be checked, because the segment is
+        full (429) or cannot be used (503).
+        on_cost_error: ``"deny"`` requests whose cost function fails, with 503, or ``"count"`` them
+        as 1, for the client's address.
+        ambiguous_paths: ``"count"`` a request under each rule that its path may mean, or
+        ``"refuse"`` it with 400; see "How a path is read" in ``docs/web.md``.
+        cluster: a URL (``redis://host:6379/0``) or a :class:`~fast_litellm_shm.cluster.Cluster`:
+        the limits hold over all hosts that name the same server; False: over this host alone;
+        default: what FAST_LITELLM_SHM_CLUSTER says, else this host alone. See ``docs/cluster.md``.
+
+        Raises ValueError or TypeError for bad arguments, SegmentError where there is no segment,
+        ImportError where a cluster is named and the library for it is missing.
+        """
+        _one_of("on_error", on_error, "deny", "allow")
+        _one_of("on_cost_error", on_cost_error, "deny", "count")
+        _one_of("ambiguous_paths", ambiguous_paths, "count", "refuse")
         if not isinstance(name, str):
             raise TypeError(f"name must be a str, not {name!r}")
         if not isinstance(rules, Iterable):
@@ -112,6 +124,7 @@ class Gate:
             if not isinstance(rule, Rule):
                 raise TypeError(f"rules must be Rule objects, not {rule!r}")
         _different_names(found)
+        self.app = app
         self.rules, self._on_error, self._on_cost_error = found, on_error, on_cost_error
         self._refuses = Rule(name="ambiguous path") if ambiguous_paths == "refuse" else None
         self._log = Log()
@@ -123,16 +136,7 @@ class Gate:
     def check(self, request: Request) -> Outcome | None:
         """Check a request. None: it is not limited. Does not raise what a key or cost function
         raises. With a cluster it may wait for the server."""
-        # Into a list. A StopIteration that is caught by name is in a cycle with this frame, where
-        # an exception of a signal handler strikes: the permit would be held until the next
-        # collection.
-        out: list[Outcome | None] = []
-        for _ in self._check_into(out, request).__await__():
-            raise AssertionError("a synchronous check awaited something")
-        return out.pop()
-
-    async def _check_into(self, out: list[Outcome | None], request: Request) -> None:
-        out.append(await self._check(request, may_await=False))
+        return run(self._check(request, may_await=False).__await__())
 
     def check_async(self, request: Request) -> Coroutine[Any, Any, Outcome | None]:
         """check() for asyncio, where the key and cost functions may be async. It waits by await
@@ -189,11 +193,11 @@ class Gate:
             key, cost = client_address(request), 1
         try:
             try:
-                outcome = await _admit(opened, key, cost, may_await)
+                outcome = await opened.admit(key, cost, may_await)
             except _BAD_COST as error:
                 if self._refuses_cost(rule, error):
                     return opened.unchecked(key, True)
-                outcome = await _admit(opened, client_address(request), 1, may_await)
+                outcome = await opened.admit(client_address(request), 1, may_await)
         except FastShmError as error:
             denied = self._on_error == "deny"
             shown = "refused" if denied else "let through, uncounted"
@@ -233,19 +237,15 @@ class Gate:
         return denied
 
 
-async def _admit(opened: _Opened, key: str | bytes, cost: Cost, may_await: bool) -> Outcome:
-    return await opened.admit_async(key, cost) if may_await else opened.admit(key, cost)
-
-
 def _refuse_async(value: Any, what: str) -> NoReturn:
     if inspect.iscoroutine(value):
         value.close()
     raise TypeError(f"the {what} function is async, which only the ASGI middleware can await")
 
 
-def _one_of(argument: str, value: object, known: tuple[str, str]) -> None:
-    if value not in known:
-        raise ValueError(f"{argument} must be {known[0]!r} or {known[1]!r}, not {value!r}")
+def _one_of(argument: str, value: object, one: str, other: str) -> None:
+    if value not in (one, other):
+        raise ValueError(f"{argument} must be {one!r} or {other!r}, not {value!r}")
 
 
 def _different_names(rules: Sequence[Rule]) -> None:

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
 
 from fast_litellm_shm import limits
 from fast_litellm_shm._shared.native import Decision
 from fast_litellm_shm.integrations.web import responses
 from fast_litellm_shm.integrations.web.rules import Rule
+from fast_litellm_shm.limiters.grantors import Held
 from fast_litellm_shm.limits import InFlight
 
 MARK = "fast_litellm_shm.rate_limit"  # in the ASGI scope or the WSGI environ: the Outcome
-
-
-class _Admission(Protocol):
-    """What a limiter returns: a decision and, if the rule has ``in_flight``, a permit. It is false
-    if that permit is missing."""
-
-    @property
-    def decision(self) -> Decision: ...
-
-    def __bool__(self) -> bool: ...
-
-    def release(self) -> object: ...
 
 
 class Outcome:
@@ -54,7 +42,7 @@ class Outcome:
         self,
         rule: Rule,
         key: str | bytes,
-        admission: _Admission | None,
+        admission: Held | None,
         policies: tuple[str, ...],
         policy: str,
         denied: bool,
@@ -153,9 +141,9 @@ class Outcome:
 
     def refusal(self) -> tuple[int, responses.Headers, bytes]:
         """Status, headers and body of the response to a refused request."""
-        body = responses.problem(self.status, self.violated, self.detail, self.retry_after)
-        fixed = [("Content-Type", responses.PROBLEM_TYPE), ("Content-Length", str(len(body)))]
-        return self.status, [*self.headers(), *fixed], body
+        status = self.status
+        fields, body = responses.problem(status, self.violated, self.detail, self.retry_after)
+        return status, [*self.headers(), *fields], body
 
 
 def combined(outcomes: list[Outcome], failed: bool = False) -> Outcome | None:

@@ -12,10 +12,8 @@ from __future__ import annotations
 import re
 
 _WILDCARD = re.compile(r"(\{\w*\}|\*+)")
-_NAME, _STAR = (
-    b"{",
-    b"*",
-)  # as which wildcards stand among the parts; no literal has these characters
+# As which wildcards stand among the parts; no literal has these characters.
+_NAME, _STAR = b"{", b"*"
 _STARTS = bytes(48 + (byte & 0xC0 != 0x80) for byte in range(256))  # "1": a character begins
 
 

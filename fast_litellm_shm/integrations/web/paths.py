@@ -64,7 +64,7 @@ def _read(path: str, mount: str, within: str | None, raw: str) -> Readings:
     known.update(routed)
     known.update(dict.fromkeys([_toggled(each) for each in known]))
     return Readings(
-        _canonical(own[0]) if odd else own[0],
+        _spellings(own[0])[-1] if odd else own[0],
         tuple(routed),
         tuple(each for each in known if each not in routed),
     )
@@ -86,7 +86,7 @@ def _below(path: str, mount: str) -> list[str]:
 def _spellings(path: str) -> list[str]:
     """The path, and what frameworks make of it: after each step alone, and after each step together
     with the steps before it. No known framework combines steps, but a proxy or server before it
-    may."""
+    may. The last is the canonical form."""
     if not _ODD.search(path):
         return [path]
     found, whole = [path], path
@@ -102,10 +102,6 @@ def _spellings(path: str) -> list[str]:
         whole = resolved(_merged(_cut(_decodable(decoded))))
         found += decoded, whole
     return found
-
-
-def _canonical(path: str) -> str:
-    return _spellings(path)[-1]
 
 
 def _absolute(path: str) -> str:

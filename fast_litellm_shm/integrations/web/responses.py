@@ -22,6 +22,7 @@ from fast_litellm_shm.limits import InFlight, LimitSpec
 
 PROBLEM_TYPE = "application/problem+json"
 _REGISTRY = "https://iana.org/assignments/http-problem-types#"
+_CONCURRENT = 'qu="concurrent-requests"'  # the unit of a limit of requests in flight
 _LARGEST = 999_999_999_999_999  # of an Integer in a structured field
 #: Fields that are lists: an inner middleware may have added its own.
 LISTS = frozenset({"ratelimit", "ratelimit-policy"})
@@ -54,12 +55,8 @@ def policy(names: Iterable[str], found: Iterable[LimitSpec | InFlight]) -> str:
     """The value of RateLimit-Policy."""
     items = []
     for name, limit in zip(names, found, strict=True):
-        item = f"{_string(name)};q={min(limit.n, _LARGEST)}"
-        if isinstance(limit, InFlight):
-            item += ';qu="concurrent-requests"'
-        else:
-            item += f";w={seconds(limit.per)}"
-        items.append(item)
+        unit = _CONCURRENT if isinstance(limit, InFlight) else f"w={seconds(limit.per)}"
+        items.append(f"{_string(name)};q={min(limit.n, _LARGEST)};{unit}")
     return ", ".join(items)
 
 
@@ -96,9 +93,11 @@ def retry_after(decision: Decision) -> int | None:
     return None if retry is None else seconds(retry)
 
 
-def problem(status: int, violated: str | None, detail: str, retry: int | None) -> bytes:
-    """A problem as JSON. violated: the name of the policy that denied the request; None: no policy
-    did."""
+def problem(
+    status: int, violated: str | None, detail: str, retry: int | None
+) -> tuple[Headers, bytes]:
+    """The body of a problem, as JSON, and its headers. violated: the name of the policy that denied
+    the request; None: no policy did."""
     kind = "about:blank"
     title = responses[status]
     if violated is not None:
@@ -113,4 +112,5 @@ def problem(status: int, violated: str | None, detail: str, retry: int | None) -
         found["violated-policies"] = [violated]
     if retry is not None:
         found["retry-after"] = retry
-    return json.dumps(found).encode()
+    body = json.dumps(found).encode()
+    return [("Content-Type", PROBLEM_TYPE), ("Content-Length", str(len(body)))], body

@@ -19,8 +19,6 @@ Cost: TypeAlias = int | tuple[int, ...]
 CostFunction: TypeAlias = Callable[[Request], Cost | Awaitable[Cost]]
 _Matcher: TypeAlias = Callable[[str], object]
 
-_BUSY = (429, 503)
-
 
 def _matchers(path: str | re.Pattern[str] | None) -> tuple[_Matcher, _Matcher]:
     """The functions that match a path, and the same where a ``{name}`` may be empty."""
@@ -95,7 +93,7 @@ class Rule:
                 f"Rule: cost must be an int of 0 or more, one for each limit, or a function, not "
                 f"{cost!r}"
             )
-        if busy_status not in _BUSY:
+        if busy_status not in (429, 503):
             raise ValueError(f"Rule: busy_status must be 429 or 503, not {busy_status!r}")
         chosen: tuple[LimitSpec | InFlight, ...] = limits.checked(limits_) if limits_ else ()
         if isinstance(cost, tuple) and len(cost) != len(chosen):

@@ -23,11 +23,11 @@ def request(path: str = "/", method: str = "GET", client: str = "192.0.2.7") -> 
     return Request(method, path, client, None)
 
 
-def gate(segment: Segment, *rules: Rule, **more: Any) -> Gate:
-    return Gate(rules, segment=segment, **{"name": "web", **more})
+def gate(segment: Segment, *rules: Rule, **more: Any) -> Gate[None]:
+    return Gate(None, rules, segment=segment, **{"name": "web", **more})
 
 
-def asked(gate: Gate, **arguments: str) -> Outcome:
+def asked(gate: Gate[None], **arguments: str) -> Outcome:
     outcome = gate.check(request(**arguments))
     assert outcome is not None
     return outcome
@@ -157,9 +157,9 @@ def test_names_that_are_taken_twice(segment: Segment) -> None:
 
 def test_bad_arguments(segment: Segment) -> None:
     with pytest.raises(TypeError, match="rules must be Rule objects, not TokenBucket"):
-        Gate([Limit(5)], name="web")  # type: ignore[list-item]
+        Gate(None, [Limit(5)], name="web")  # type: ignore[list-item]
     with pytest.raises(TypeError, match="rules must be a list of Rule objects, not Rule"):
-        Gate(Rule(Limit(5)), name="web")  # type: ignore[arg-type]
+        Gate(None, Rule(Limit(5)), name="web")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="on_error must be 'deny' or 'allow', not 'raise'"):
         gate(segment, on_error="raise")
     with pytest.raises(ValueError, match="on_cost_error must be 'deny' or 'count', not 'raise'"):

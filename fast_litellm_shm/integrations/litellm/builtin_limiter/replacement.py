@@ -9,12 +9,12 @@ hooks`` it keeps only the limits that the plugin does not keep (:func:`.limiter.
 from __future__ import annotations
 
 import inspect
-import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, TypeAlias
 
+from fast_litellm_shm._shared import log
 from fast_litellm_shm.integrations.litellm import settings
 from fast_litellm_shm.integrations.litellm.subjects import Limits, Subject
 
@@ -27,14 +27,11 @@ _TURN = "_aresponses_websocket"
 checked: ContextVar[bool] = ContextVar("fast_litellm_shm_checked", default=True)
 _MINUTE = 60
 HOOK = "parallel_request_limiter"
-_CLASS = "_PROXY_MaxParallelRequestsHandler_v3"
 _FIELDS = (
     ("requests_per_unit", "rpm"),
     ("tokens_per_unit", "tpm"),
     ("max_parallel_requests", "max_parallel"),
 )
-
-_log = logging.getLogger("fast_litellm_shm")
 
 
 def without(descriptors: list[Any], ours: Mapping[tuple[str, str], Limits]) -> list[Any]:
@@ -47,14 +44,9 @@ def without(descriptors: list[Any], ours: Mapping[tuple[str, str], Limits]) -> l
         if kept is None or not limited:
             out.append(descriptor)
             continue
-        left, some = dict(limited), False
-        for theirs, field in _FIELDS:
-            if left.get(theirs) is not None:
-                if getattr(kept, field) is None:
-                    some = True
-                else:
-                    left[theirs] = None
-        if some:
+        mine = {theirs for theirs, field in _FIELDS if getattr(kept, field) is not None}
+        left = {name: None if name in mine else n for name, n in limited.items()}
+        if any(left.get(theirs) is not None for theirs, _ in _FIELDS):
             out.append({**descriptor, "rate_limit": left})
     return out
 
@@ -86,33 +78,29 @@ def _reduced(base: Any, found_for: FoundFor) -> Any:
     return SharedParallelRequestLimiter
 
 
-_builtin_serves = False
-
-
-def builtin_serves() -> bool:
-    """Whether the built-in limiter counts in the segment (``mode: native``), and the plugin not."""
-    return _builtin_serves
+# Whether the built-in limiter counts in the segment (``mode: native``), and the plugin not.
+builtin_serves = False
 
 
 def _maker(base: Any, found_for: FoundFor) -> Callable[[Any], Any]:
     reduced = _reduced(base, found_for)
 
     def make(internal_usage_cache: Any) -> Any:  # the proxy passes it by this name
-        global _builtin_serves
-        _builtin_serves = False
+        global builtin_serves
+        builtin_serves = False
         if settings.current().mode == "native":
             from fast_litellm_shm.integrations.litellm.builtin_limiter import segment_limiter
 
             table: dict[str, Any] = {HOOK: base}
             lacking = segment_limiter.install(table)
             if lacking is None:
-                _builtin_serves = True
+                builtin_serves = True
                 return table[HOOK](internal_usage_cache=internal_usage_cache)
-            _log.warning("%s; mode hooks applies", lacking)
+            log.warning("%s; mode hooks applies", lacking)
         made = reduced(internal_usage_cache=internal_usage_cache)
         seconds = getattr(made, "window_size", _MINUTE)
         if seconds != _MINUTE:
-            _log.warning(
+            log.warning(
                 "LITELLM_RATE_LIMIT_WINDOW_SIZE is %s, which only LiteLLM's built-in limiter "
                 "obeys: the plugin limits requests and tokens by %s seconds. With mode native the "
                 "variable applies to all limits",
@@ -135,11 +123,11 @@ def install(found_for: FoundFor) -> None:
         from litellm.proxy import hooks
         from litellm.proxy.hooks import parallel_request_limiter_v3 as v3
 
-        base = getattr(v3, _CLASS)
+        base = v3._PROXY_MaxParallelRequestsHandler_v3
         inspect.signature(base._build_request_rate_limit_descriptors).bind(None, None, None, None)
         current = hooks.PROXY_HOOKS[HOOK]
     except (ImportError, AttributeError, KeyError, TypeError) as error:
-        _log.warning(
+        log.warning(
             "the built-in limiter of this litellm cannot be replaced (%s): it counts besides the "
             "plugin, in each worker, and may deny what all workers together have room for; mode "
             "native is not available. See docs/litellm.md for the versions that are supported",

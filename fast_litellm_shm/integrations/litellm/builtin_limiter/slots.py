@@ -10,11 +10,11 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fast_litellm_shm._shared import key_grammar
 from fast_litellm_shm._shared.segment import Segment
-from fast_litellm_shm.limiters.quota import Admission, Quota
+from fast_litellm_shm.limiters.quota import Admission, Quota, numbered_quota
 
 MOST = 100_000  # a larger limit is this one
 _MOST_QUOTAS = 1024  # that this process keeps open
@@ -48,9 +48,9 @@ class Slots:
         if found is None:
             if len(self._quotas) >= _MOST_QUOTAS:
                 self._quotas.clear()
-            options: Any = {"segment": self._segment, "on_full": "raise", "cluster": False}
-            found = Quota(max_parallel=limit, name=key_grammar.NATIVE, **options, _numbered=True)
-            self._quotas[limit] = found
+            found = self._quotas[limit] = numbered_quota(
+                max_parallel=limit, name=key_grammar.NATIVE, segment=self._segment, on_full="raise"
+            )
         return found
 
     def acquire(

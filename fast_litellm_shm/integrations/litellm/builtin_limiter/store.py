@@ -46,9 +46,7 @@ class Script(Generic[T]):
         return self
 
     def __await__(self) -> Generator[Any, None, T]:
-        return self._answer().__await__()
-
-    async def _answer(self) -> T:
+        yield from ()
         return self._run()
 
 

@@ -20,8 +20,6 @@ from typing import NamedTuple
 from fast_litellm_shm._shared.native import ffi, lib
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.integrations.litellm.window_counter import WindowCounter
-from fast_litellm_shm.limiters.rate import RateLimiter
-from fast_litellm_shm.limits import FixedWindow
 
 MOST = 2**31 - 1
 _SECOND = 1_000_000_000
@@ -62,21 +60,15 @@ class Windows:
     def __init__(self, segment: Segment, size: int = 60) -> None:
         self._segment = segment
         self._epoch_ns = time.time_ns() - int(lib.fshm_now(segment._handle))
-        self._limiters: dict[int, tuple[RateLimiter, WindowCounter]] = {}
+        self._limiters: dict[int, tuple[WindowCounter, WindowCounter]] = {}
         self._of(size)
 
-    def _of(self, size: int) -> tuple[RateLimiter, WindowCounter]:
-        """The limiter that keeps the windows of that size, and the counter in them."""
+    def _of(self, size: int) -> tuple[WindowCounter, WindowCounter]:
+        """The windows of that size, of one hit each, and the counter in them."""
         found = self._limiters.get(size)
         if found is None:
             found = self._limiters[size] = (
-                RateLimiter(
-                    FixedWindow(1, size),
-                    name=f"litellm windows of {size} s",
-                    segment=self._segment,
-                    on_full="raise",
-                    cluster=False,
-                ),
+                WindowCounter(f"litellm windows of {size} s", 1, size, segment=self._segment),
                 WindowCounter(f"litellm counts of {size} s", MOST, size, segment=self._segment),
             )
         return found
@@ -94,7 +86,7 @@ class Windows:
 
     def _hit(self, op: int, scope: str, size: int) -> tuple[OpenWindow, bool]:
         now = int(lib.fshm_now(self._segment._handle))
-        limiter, key = self._of(size)[0], f"{scope}:window".encode("utf-8", "surrogatepass")
+        limiter, key = self._of(size)[0].limiter, f"{scope}:window".encode("utf-8", "surrogatepass")
         found = ffi.new("fshm_decision *")
         lib.fshm_apply(limiter._handle, op, key, len(key), (1, 1, 1, 1), 0, now, found)
         if found.status < 0:

@@ -70,21 +70,17 @@ class SharedCooldowns:
 
     def increment_allowed_fails(self, model_id: str, suffix: str | None, ttl: float) -> int:
         shared = self._count_failure(model_id, suffix, ttl)
-        if shared is not None:
-            return shared
-        return int(self.own.increment_allowed_fails(model_id, suffix, ttl))
+        return shared or int(self.own.increment_allowed_fails(model_id, suffix, ttl))
 
     async def async_increment_allowed_fails(
         self, model_id: str, suffix: str | None, ttl: float
     ) -> int:
         shared = self._count_failure(model_id, suffix, ttl)
-        if shared is not None:
-            return shared
-        return int(await self.own.async_increment_allowed_fails(model_id, suffix, ttl))
+        return shared or int(await self.own.async_increment_allowed_fails(model_id, suffix, ttl))
 
     def _count_failure(self, model_id: str, suffix: str | None, ttl: float) -> int | None:
         """Like INCR of Redis on a key that expires: the failures since the first of them, which was
-        at most ttl seconds ago. None: the router's own store must count."""
+        at most ttl seconds ago, so 1 or more. None: the router's own store must count."""
         try:
             counter = None if self.own.has_redis else self._counter(ttl)
             if counter is None:

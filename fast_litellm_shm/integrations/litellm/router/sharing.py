@@ -22,15 +22,16 @@ A router that has Redis, or gets it later, is left alone: it shares through Redi
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 import time
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import litellm
 from litellm.caching.in_memory_cache import InMemoryCache
 from litellm.integrations.custom_logger import CustomLogger
 
+from fast_litellm_shm._shared import log
 from fast_litellm_shm.integrations.litellm import attempts, failures
 from fast_litellm_shm.integrations.litellm.router.cache import SharedRoutingCache
 from fast_litellm_shm.integrations.litellm.router.cache_values import SharedValues
@@ -43,8 +44,6 @@ _CALLBACKS = (
     *("callbacks", "input_callback", "success_callback", "failure_callback"),
     *("_async_success_callback", "_async_failure_callback"),
 )
-
-_log = logging.getLogger("fast_litellm_shm")
 
 
 class RouterState:
@@ -94,7 +93,7 @@ class RouterState:
         deployments = Deployments()
         try:
             if type(own_cache) is InMemoryCache:
-                replaced.values = SharedValues(deployments, _Ids(router))
+                replaced.values = SharedValues(deployments, _ids_of(router))
                 shared = SharedRoutingCache(own_cache, replaced.values)
                 replaced.put(cache, "in_memory_cache", shared)
             else:
@@ -112,7 +111,7 @@ class RouterState:
     def _log_missing(self, what: str) -> None:
         if what not in self._logged:
             self._logged.add(what)
-            _log.warning(
+            log.warning(
                 "litellm %s offers no way to share %s of its router: each worker keeps them to "
                 "itself. See docs/litellm.md for the versions of LiteLLM that are supported",
                 importlib.metadata.version("litellm"),
@@ -141,17 +140,16 @@ class _Replaced:
             self.values.retire()
 
 
-class _Ids:
-    """Called with a model group, the deployment ids of that group; with None, those of all."""
+def _ids_of(router: Any) -> Callable[[str | None], frozenset[str]]:
+    """Returns the deployment ids of a model group; for None, those of all."""
+    names = router.registry().names  # of the router's core: it holds no reference to router
 
-    def __init__(self, router: Any) -> None:
-        self._registry = router.registry()  # of the router's core: it holds no reference to router
-
-    def __call__(self, group: str | None) -> frozenset[str]:
+    def ids(group: str | None) -> frozenset[str]:
         if group is None:
-            return frozenset(self._registry.names(kind="ids"))
-        found = self._registry.names(group, kind="ids")
-        return frozenset(found or self._registry.names(group, kind="route_candidates"))
+            return frozenset(names(kind="ids"))
+        return frozenset(names(group, kind="ids") or names(group, kind="route_candidates"))
+
+    return ids
 
 
 routers = RouterState()
@@ -174,8 +172,9 @@ def share(router: Any, limiter: CustomLogger, *, limits: bool = True, state: boo
 
 
 def unshare(router: Any) -> None:
-    """The router has its own objects again. With the last router that :func:`share` added the
-    limiter for, the limiter leaves LiteLLM's callbacks, and LiteLLM keeps the limits again."""
+    """Undo :func:`share`: the router has the very objects back that it had. With the last router
+    that :func:`share` added the limiter for, the limiter leaves LiteLLM's callbacks, and LiteLLM
+    keeps the limits again."""
     global _added
     routers.detach(router)
     _limited.discard(router)
