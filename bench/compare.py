@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.report import number
+from bench.result import number
 
 
 def ratios(report: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:

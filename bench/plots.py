@@ -12,8 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from bench.report import number
-from bench.result import OURS, REFERENCE, Plot, Result, Row
+from bench.result import OURS, REFERENCE, Plot, Result, Row, number
 
 ACCENT, INK, REFERENCE_GREY = "#d1480a", "#222222", "#6b7a8f"
 GREYS = ("#4d4d4d", "#8c8c8c", "#6e6e6e", "#a6a6a6", "#5e5e5e", "#999999")

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bench import installing, seed
-from bench.result import OURS, Ratio, Result, Row, Settings
+from bench.result import OURS, Ratio, Result, Row, Settings, number
 
 # The table of targets, in its order; a ratio names the row that it belongs to.
 PROMISES = (
@@ -79,13 +79,6 @@ def as_json(
         "seconds": sum(result.seconds for result in results.values()),
         "questions": {name: result.as_json() for name, result in results.items()},
     }
-
-
-def number(value: float) -> str:
-    """Three digits that mean something, and thousands apart."""
-    if value == int(value) or abs(value) >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.{2 if abs(value) < 10 else 1}f}" if abs(value) >= 0.1 else f"{value:.2g}"
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

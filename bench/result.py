@@ -13,6 +13,13 @@ from typing import Any
 OURS, REFERENCE = "ours", "reference"  # who a row belongs to; else the name of a peer
 
 
+def number(value: float) -> str:
+    """Three digits that mean something, and thousands apart."""
+    if value == int(value) or abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.{2 if abs(value) < 10 else 1}f}" if abs(value) >= 0.1 else f"{value:.2g}"
+
+
 @dataclass(frozen=True)
 class Settings:
     """How much to measure in one pass. rounds: values behind each median, of this pass. passes: how

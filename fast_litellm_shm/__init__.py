@@ -66,4 +66,8 @@ if not TYPE_CHECKING:  # with it, a type checker would accept every name
         return sorted({*globals(), *__all__})
 
 
-import_hook.on_import()
+def _accelerate() -> None:
+    fast_litellm.apply_acceleration()  # loaded now, and not when this module is
+
+
+import_hook.on_import(_accelerate)

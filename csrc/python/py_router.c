@@ -48,10 +48,10 @@ static void plan_drop(plan_of_list *p) {
 /* A plan without contents. Its arrays follow it in the same allocation, those of 8-byte words first. */
 static plan_of_list *plan_room(size_t length, size_t count) {
   plan_of_list *p;
-  const size_t candidate = sizeof *p->names + sizeof *p->found + sizeof *p->at +
+  const size_t candidate = sizeof(PyObject *) + sizeof *p->found + sizeof *p->at +
                            sizeof *p->weights + sizeof *p->prices + sizeof *p->deployments +
                            sizeof *p->blocked;
-  p = calloc(1, sizeof *p + length * sizeof *p->items + count * candidate);
+  p = calloc(1, sizeof *p + length * sizeof(PyObject *) + count * candidate);
   if (!p) return (void *)PyErr_NoMemory();
   p->users = 1;
   p->items = (PyObject **)(p + 1);

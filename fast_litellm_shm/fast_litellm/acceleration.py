@@ -231,7 +231,7 @@ def apply_acceleration() -> bool:
         module = sys.modules.get(_MODULE)
         if module is not None:
             return _patch(module)
-        import_hook.install()
+        import_hook.install(apply_acceleration)
         missing = _missing()
         _reason = missing or _NOT_YET
         return missing is None

@@ -13,23 +13,24 @@ from typing import TYPE_CHECKING, Any
 from fast_litellm_shm._shared import log, settings
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
 MODULE = "litellm.litellm_core_utils.token_counter"
 
 
-def _accelerate() -> None:
+def _call(accelerate: Callable[[], object]) -> None:
     try:
-        from fast_litellm_shm.fast_litellm import acceleration
-
-        acceleration.apply_acceleration()
+        accelerate()
     except Exception:  # an import (of litellm, or of this package) must not fail for it
         log.exception("cannot accelerate litellm")
 
 
 class _Finder:
-    """Finds MODULE by the other finders, and makes its loader call _accelerate() at the end."""
+    """Finds MODULE by the other finders, and makes its loader call accelerate() at the end."""
+
+    accelerate: Callable[[], object]
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != MODULE:
@@ -46,7 +47,7 @@ class _Finder:
             del loader.exec_module
             run(module)
             remove()
-            _accelerate()
+            _call(self.accelerate)
 
         try:
             loader.exec_module = exec_module
@@ -63,8 +64,9 @@ def installed() -> bool:
     return _finder in sys.meta_path
 
 
-def install() -> None:
-    """Wait for MODULE. Calling it again is harmless."""
+def install(accelerate: Callable[[], object]) -> None:
+    """Wait for MODULE, and call accelerate() then. Calling it again is harmless."""
+    _finder.accelerate = accelerate
     if not installed():
         sys.meta_path.insert(0, _finder)
 
@@ -75,11 +77,11 @@ def remove() -> None:
         sys.meta_path.remove(_finder)
 
 
-def on_import() -> None:
+def on_import(accelerate: Callable[[], object]) -> None:
     """Called when fast_litellm_shm is imported."""
     if not settings.all_enabled():
         return
     if MODULE in sys.modules:
-        _accelerate()
+        _call(accelerate)
     else:
-        install()
+        install(accelerate)

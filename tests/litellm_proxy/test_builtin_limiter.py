@@ -22,7 +22,7 @@ from support.workers import meet
 from fast_litellm_shm import Segment, exceptions, health_check
 from fast_litellm_shm.integrations.litellm import failures, settings
 from fast_litellm_shm.integrations.litellm.builtin_limiter import (
-    replacement,
+    HOOK,
     segment_limiter,
     slots,
     windows,
@@ -50,7 +50,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:nothing is recorded by record_performance:RuntimeWarning"),
 ]
 # As LiteLLM's own table is before the plugin is imported in a proxy.
-TABLE = {replacement.HOOK: v3.PROXY_MaxParallelRequestsHandler_v3}
+TABLE = {HOOK: v3.PROXY_MaxParallelRequestsHandler_v3}
 PROCESSES = 4
 KEY = "88dc28d0f030c55ed4ab77ed8faf098196cb1c05df778539800c9f1243fe6b4b"
 
@@ -67,7 +67,7 @@ def make() -> Any:
     """As the proxy makes it: by the names of the arguments that it finds."""
     hooks = dict(TABLE)
     assert segment_limiter.install(hooks) is None
-    found = hooks[replacement.HOOK]
+    found = hooks[HOOK]
     assert "internal_usage_cache" in inspect.getfullargspec(found).args
     assert "async_pre_call_hook" in vars(found)
     return found(internal_usage_cache=InternalUsageCache(litellm.DualCache()))
@@ -512,8 +512,8 @@ def sentence(hooks: dict[str, Any] | None = None) -> str:
 def test_it_can_be_installed_twice() -> None:
     hooks = dict(TABLE)
     assert segment_limiter.install(hooks) is None
-    once = hooks[replacement.HOOK]
-    assert segment_limiter.install(hooks) is None and hooks[replacement.HOOK] is once
+    once = hooks[HOOK]
+    assert segment_limiter.install(hooks) is None and hooks[HOOK] is once
 
 
 def test_it_says_that_it_counts_on_one_host(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -527,7 +527,7 @@ def test_another_limiter_of_the_proxy_is_left_alone() -> None:
     class Older:
         pass
 
-    assert "LEGACY_MULTI_INSTANCE_RATE_LIMITING" in sentence({replacement.HOOK: Older})
+    assert "LEGACY_MULTI_INSTANCE_RATE_LIMITING" in sentence({HOOK: Older})
     assert "is None" in sentence({})
 
 

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 from fast_litellm_shm._shared import log
 from fast_litellm_shm.integrations.litellm import settings
+from fast_litellm_shm.integrations.litellm.builtin_limiter import HOOK
 from fast_litellm_shm.integrations.litellm.subjects import Limits, Subject
 
 FoundFor: TypeAlias = Callable[[Any, Mapping[str, Any]], Sequence[Subject]]
@@ -26,7 +27,6 @@ _TURN = "_aresponses_websocket"
 # keeps all limits of it, in each worker: so no request is unlimited. (Its hook runs after ours.)
 checked: ContextVar[bool] = ContextVar("fast_litellm_shm_checked", default=True)
 _MINUTE = 60
-HOOK = "parallel_request_limiter"
 _FIELDS = (
     ("requests_per_unit", "rpm"),
     ("tokens_per_unit", "tpm"),

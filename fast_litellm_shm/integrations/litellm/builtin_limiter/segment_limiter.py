@@ -20,7 +20,7 @@ from typing import Any
 
 from fast_litellm_shm._shared.settings import warn_not_shared
 from fast_litellm_shm.integrations.litellm import failures, settings
-from fast_litellm_shm.integrations.litellm.builtin_limiter.replacement import HOOK
+from fast_litellm_shm.integrations.litellm.builtin_limiter import HOOK
 from fast_litellm_shm.integrations.litellm.builtin_limiter.store import Handle
 
 _LIMITER = "litellm.proxy.hooks.parallel_request_limiter_v3"
