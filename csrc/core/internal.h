@@ -77,6 +77,15 @@ typedef struct {
   _Atomic int kept; /* no mapping keeps our locks: this descriptor (+ 1) does */
 } fork_page_t;
 
+/* A place of the wait queue that an event loop of this process polls. */
+typedef struct {
+  _Atomic uint64_t owner; /* of the place; 0: no loop polls it */
+  _Atomic uint32_t token; /* process_token() of that process: a forked child has a copy */
+  _Atomic uint32_t lock; /* threads_lock() around a write to fd, and around the fields */
+  _Atomic int fd;
+  _Atomic uint32_t heard; /* wake-ups that fshm_wait_watch() has passed on */
+} polled_t;
+
 struct fshm_segment {
   unsigned char *map;
   header_t *header;
@@ -112,9 +121,7 @@ struct fshm_segment {
   _Atomic uint64_t looked[PROCESSES]; /* liveness.c: the last answers of /proc */
   _Atomic int lock_errno; /* why the lock file could not be opened the last time; 0 = it could */
   uint64_t dev, ino;
-  _Atomic int
-      wait_fds[WAITERS]; /* of places of this process: 1 + what its event loop polls; 0 = none */
-  _Atomic uint32_t wait_heard[WAITERS]; /* wake-ups that fshm_wait_watch() has passed on */
+  polled_t polled[WAITERS];
   uint32_t users; /* handles on this mapping in this process */
   char path[256];
   struct fshm_segment *next;

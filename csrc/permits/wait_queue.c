@@ -24,6 +24,7 @@
 
 #define LATE_NS UINT64_C(700000000)
 #define ABANDONED_NS UINT64_C(10000000000)
+#define AHEAD_NS UINT64_C(3600000000000) /* no owner writes a time so far ahead: it is damage */
 #define SERVICE_NS UINT64_C(60000000000) /* a tenant without service for so long begins anew */
 #define LAST_SERVED UINT64_MAX /* as a tenant: the service of the one that was served last */
 #define REACH(word) ((uint32_t)(word))
@@ -35,21 +36,26 @@ static waiter_t *place_at(const fshm_segment *s, uint32_t group, uint32_t nth) {
   return &s->waiters[(group * (WAITERS / WAIT_GROUPS) + nth) % WAITERS];
 }
 
+static uint32_t nth_of(const fshm_place *p) {
+  return (p->entry - wait_group(p->key) * (WAITERS / WAIT_GROUPS)) % WAITERS;
+}
+
 static uint32_t reach_of(const fshm_segment *s, uint32_t group) {
   /* acquire: pairs with raise_reach(); the entries below it are seen */
   uint32_t reach = REACH(atomic_load_explicit(&s->header->queues[group], memory_order_acquire));
   return reach > WAITERS ? WAITERS : reach;
 }
 
-/* seq_cst: a full barrier between the publication of the place and its owner's look at the limits (wait_wake). Each
- * call changes the word, so that no scan that has missed our entry can lower it (lower_reach). */
+/* A full barrier between the publication of the place and its owner's look at the queue and the limits. Each call
+ * changes the word, so that no scan that has missed our entry can lower it (lower_reach). */
 static void raise_reach(fshm_segment *s, uint32_t group, uint32_t to) {
   _Atomic uint64_t *word = &s->header->queues[group];
   uint64_t seen = load_relaxed(word);
   for (int tries = 0; tries < MAX_TRIES; tries++) {
     uint32_t reach = REACH(seen) > to ? REACH(seen) : to;
-    if (atomic_compare_exchange_strong(word, &seen, ((seen >> 32) + 1) << 32 | reach)) return;
+    if (atomic_compare_exchange_strong(word, &seen, ((seen >> 32) + 1) << 32 | reach)) break;
   }
+  after_swap(); /* pairs with wait_wake(): it sees the place, or its owner sees what was released */
 }
 
 /* None of the group's entries was in use, as of `seen`. */
@@ -82,14 +88,15 @@ static uint64_t service_read(const fshm_segment *s, uint64_t key, uint64_t tenan
 static uint64_t service_of(const fshm_segment *s, uint64_t key, uint64_t tenant, uint64_t now) {
   found_t f;
   uint64_t last = service_read(s, key, LAST_SERVED, now, &f);
+  if (!last) return 0; /* none was served lately, or the table has no room: all are alike */
   uint64_t own = service_read(s, key, tenant, now, &f);
   return own ? service_lifted(own, last) : last;
 }
 
 static uint64_t first_service(void *context) { return *(uint64_t *)context; }
 
-/* Write a service, at least `least`, plus `more`. No room in the table: the tenant is as one that came just now. */
-static void service_add(fshm_segment *s, uint64_t key, uint64_t tenant, uint64_t least,
+/* Write a service: at least `least`, plus `more`. False: the table has no room for it. */
+static bool service_add(fshm_segment *s, uint64_t key, uint64_t tenant, uint64_t least,
                         uint64_t more, uint64_t now) {
   for (int tries = 0; tries < MAX_TRIES / CLAIM_TRIES; tries++) {
     found_t f;
@@ -98,13 +105,14 @@ static void service_add(fshm_segment *s, uint64_t key, uint64_t tenant, uint64_t
     if (!f.pair.who) {
       int status = table_claim(s, service_hash(key, tenant), service_who(key, tenant), now,
                                first_service, &next, &f.slot);
-      if (status != CLAIM_LOST) return;
+      if (status != CLAIM_LOST) return status == CLAIMED;
       continue;
     }
     pair_t seen = f.pair, to = {seen.who, next};
     /* Pairs with the swaps of other callers of the tenant: each adds its own. */
-    if (pair_cas(&s->slots[f.slot], &seen, to)) return;
+    if (pair_cas(&s->slots[f.slot], &seen, to)) return true;
   }
+  return false;
 }
 
 /* places ---------------------------------------------------------------------------------------- */
@@ -112,7 +120,7 @@ static void service_add(fshm_segment *s, uint64_t key, uint64_t tenant, uint64_t
 /* What an entry says. False: it is free, or is just being taken. */
 static bool read_entry(const waiter_t *e, uint64_t *owner, uint64_t *key, uint64_t *seen,
                        waiting_t *w) {
-  /* acquire: pairs with publish_place(); `published` is written last */
+  /* acquire: pairs with take_entry(), which writes `published` last */
   *owner = atomic_load_explicit(&e->published, memory_order_acquire);
   if (!*owner || load_relaxed(&e->owner) != *owner) return false;
   *key = load_relaxed(&e->key);
@@ -121,14 +129,24 @@ static bool read_entry(const waiter_t *e, uint64_t *owner, uint64_t *key, uint64
                    .tenant = load_relaxed(&e->tenant),
                    .id = *owner,
                    .priority = load_relaxed(&e->priority)};
-  return true;
+  /* Pairs with the fence of take_entry(): if a field is of another owner, so is `owner`. */
+  atomic_thread_fence(memory_order_acquire);
+  return load_relaxed(&e->owner) == *owner;
 }
 
-static bool is_late(uint64_t seen, uint64_t now) { return now > seen && now - seen > LATE_NS; }
+static bool is_past(uint64_t seen, uint64_t now, uint64_t ns) {
+  return now > seen ? now - seen > ns : seen - now > AHEAD_NS;
+}
+static bool is_late(uint64_t seen, uint64_t now) { return is_past(seen, now, LATE_NS); }
 
-static bool abandoned(const waiter_t *e, uint64_t now) {
-  uint64_t seen = load_relaxed(&e->seen);
-  return now > seen && now - seen > ABANDONED_NS;
+/* Free a place whose owner has not been seen for long. An owner that goes on sees that it has lost the place. True: the
+ * place is free. */
+static bool free_abandoned(waiter_t *e, uint64_t now) {
+  /* acquire: pairs with take_entry(): `seen` is of this owner, or later */
+  uint64_t owner = atomic_load_explicit(&e->owner, memory_order_acquire);
+  if (!owner) return true;
+  if (!is_past(load_relaxed(&e->seen), now, ABANDONED_NS)) return false;
+  return atomic_compare_exchange_strong(&e->owner, &owner, 0);
 }
 
 static void beat(waiter_t *e, const fshm_place *p, uint64_t now) {
@@ -137,8 +155,53 @@ static void beat(waiter_t *e, const fshm_place *p, uint64_t now) {
   store_relaxed(&e->seen, now);
 }
 
+/* Not so: we were stopped for long, and another has the place; or it was damaged, or half written by one that was
+ * stopped while it took it; or we are a forked child. */
 static bool is_ours(const waiter_t *e, const fshm_place *p) {
-  return p->owner && load_relaxed(&e->owner) == p->owner;
+  return p->owner && load_relaxed(&e->owner) == p->owner &&
+         load_relaxed(&e->published) == p->owner && load_relaxed(&e->key) == p->key &&
+         p->pid == (uint32_t)getpid();
+}
+
+/* The descriptor of an event loop. After poll_end() no thread writes to it: the program may close it. */
+static void poll_begin(fshm_segment *s, const fshm_place *p) {
+  polled_t *mine = &s->polled[p->entry];
+  if (p->fd < 0) return;
+  threads_lock(&mine->lock);
+  store_relaxed(&mine->fd, p->fd);
+  store_relaxed(&mine->token, process_token());
+  store_relaxed(&mine->heard, p->woken);
+  store_relaxed(&mine->owner, p->owner);
+  threads_unlock(&mine->lock);
+}
+static void poll_end(fshm_segment *s, const fshm_place *p) {
+  polled_t *mine = &s->polled[p->entry];
+  if (p->fd < 0) return;
+  threads_lock(&mine->lock);
+  if (load_relaxed(&mine->owner) == p->owner) store_relaxed(&mine->owner, 0);
+  threads_unlock(&mine->lock);
+}
+/* The event loop reads the number of the place. A full pipe has woken it already: then it looks at all its places.
+ * False: no loop of this process polls it. */
+static bool poll_wake(fshm_segment *s, uint64_t entry) {
+  polled_t *mine = &s->polled[entry];
+  if (!load_relaxed(&mine->owner)) return false;
+  int kept = errno;
+  threads_lock(&mine->lock);
+  bool polled = load_relaxed(&mine->owner) && load_relaxed(&mine->token) == process_token();
+  if (polled) (void)!write(load_relaxed(&mine->fd), &entry, sizeof entry);
+  threads_unlock(&mine->lock);
+  errno = kept;
+  return polled;
+}
+
+static void let_go(fshm_segment *s, fshm_place *p) {
+  uint64_t owner = p->owner;
+  if (!owner || p->pid != (uint32_t)getpid()) return; /* after a fork: it is the parent's */
+  poll_end(s, p);
+  p->owner = 0;
+  /* From mine to free; release: the next owner's stores come after. Fails: another has it. */
+  (void)atomic_compare_exchange_strong(&s->waiters[p->entry].owner, &owner, 0);
 }
 
 /* Take an entry of the key's group. False: all are in use. */
@@ -147,11 +210,13 @@ static bool take_entry(fshm_segment *s, fshm_place *p, uint64_t now) {
   uint64_t mine = add_relaxed(&s->header->ticket, 1) + 1;
   for (uint32_t nth = 0; nth < WAITERS; nth++) {
     waiter_t *e = place_at(s, group, nth);
-    uint64_t owner = load_relaxed(&e->owner);
-    if (owner && !abandoned(e, now)) continue;
-    /* From free, or from an owner that has not been seen for long, to mine. Pairs with every other taker's swap. No
-     * number comes twice, so an owner that goes on sees that it has lost the place. */
-    if (!atomic_compare_exchange_strong(&e->owner, &owner, mine)) continue;
+    uint64_t none = 0;
+    if (!free_abandoned(e, now)) continue;
+    /* Before it is ours: else one that looks at it now would find it abandoned, and take it too. */
+    store_relaxed(&e->seen, now);
+    /* From free to mine; pairs with every other taker's swap. No number comes twice. */
+    if (!atomic_compare_exchange_strong(&e->owner, &none, mine)) continue;
+    atomic_thread_fence(memory_order_release); /* pairs with the fence of read_entry() */
     p->owner = mine;
     p->pid = (uint32_t)getpid();
     p->entry = (uint32_t)(e - s->waiters);
@@ -160,9 +225,8 @@ static bool take_entry(fshm_segment *s, fshm_place *p, uint64_t now) {
     store_relaxed(&e->priority, (int8_t)p->priority);
     store_relaxed(&e->process, (uint16_t)(process_index(s) + 1)); /* 0: it has none */
     store_relaxed(&e->polled, p->fd >= 0);
-    store_relaxed(&s->wait_fds[p->entry], p->fd >= 0 ? p->fd + 1 : 0);
     p->woken = load_relaxed(&e->wake);
-    store_relaxed(&s->wait_heard[p->entry], p->woken);
+    poll_begin(s, p);
     beat(e, p, now);
     /* release: pairs with read_entry() */
     atomic_store_explicit(&e->published, mine, memory_order_release);
@@ -204,11 +268,8 @@ static waiter_t *next_of(fshm_segment *s, uint64_t key, uint64_t now) {
   bool any = false;
   for (uint32_t nth = 0; nth < reach; nth++) {
     waiter_t *e = place_at(s, group, nth);
-    uint64_t owner = load_relaxed(&e->owner), of, seen;
-    if (owner && abandoned(e, now))
-      (void)atomic_compare_exchange_strong(&e->owner, &owner, 0);
-    else
-      any |= owner != 0;
+    uint64_t owner, of, seen;
+    any |= !free_abandoned(e, now);
     if (!read_entry(e, &owner, &of, &seen, &w) || of != key || is_late(seen, now)) continue;
     if (best && w.tenant != first.tenant) {
       first.service = service_of(s, key, first.tenant, now);
@@ -225,21 +286,29 @@ int fshm_wait_turn(fshm_limiter *l, fshm_place *p, uint64_t now, fshm_turn *out)
   memset(out, 0, sizeof *out);
   now = now_of(s, now);
   if (!p->owner || !is_ours(&s->waiters[p->entry], p)) {
-    /* No place, or one that was lost: this process was stopped for long. It keeps its time of arrival. */
+    let_go(s, p);
+    p->was_first = 1; /* it may have been woken in the other place */
+    /* It keeps its time of arrival. */
     if (s->read_only || !take_entry(s, p, now)) {
       out->armed = 0;
       return 1; /* it goes by no order: all places are in use */
     }
   }
   waiter_t *mine = &s->waiters[p->entry];
+  uint32_t group = wait_group(p->key), reach = reach_of(s, group), nth = nth_of(p);
+  if (reach <= nth) { /* it was damaged */
+    raise_reach(s, group, nth + 1);
+    reach = reach_of(s, group);
+  }
   beat(mine, p, now);
+  /* Full: a place that was late is seen by wait_wake(), or we see what was released. */
+  atomic_thread_fence(memory_order_seq_cst);
   /* seq_cst: before the look at the limits. A release after that look changes the word. */
   out->armed = atomic_load(&mine->wake);
   out->callers = p->callers;
-  uint32_t group = wait_group(p->key), reach = reach_of(s, group);
   waiting_t me = {p->since, p->tenant, 0, p->owner, p->priority}, w;
   bool known = false, first = true;
-  for (uint32_t nth = 0; nth < reach; nth++) {
+  for (nth = 0; nth < reach; nth++) {
     waiter_t *e = place_at(s, group, nth);
     uint64_t owner, of, seen;
     if (e == mine || !read_entry(e, &owner, &of, &seen, &w)) continue;
@@ -258,29 +327,38 @@ int fshm_wait_turn(fshm_limiter *l, fshm_place *p, uint64_t now, fshm_turn *out)
     first = false;
     out->ahead += callers;
   }
-  /* Woken, but another is first by now: the wake-up was meant for that one. */
-  if (!first && out->armed != p->woken) wait_wake(s, p->key);
+  /* Woken, but another is first by now: the wake-up was meant for that one. Or the order has changed: the one that is
+   * first now may sleep beside room that only we were told of. */
+  if (!first && (out->armed != p->woken || p->was_first)) wait_wake(s, p->key);
   p->woken = out->armed;
+  p->was_first = first;
   return first;
 }
 
 void fshm_wait_served(fshm_limiter *l, fshm_place *p, uint64_t cost, uint64_t now) {
   fshm_segment *s = l->segment;
-  if (!p->tenant && !p->shared) return; /* all are of one tenant */
+  if (s->read_only || (!p->tenant && !p->shared)) return; /* all are of one tenant */
   now = now_of(s, now);
   uint64_t before = service_of(s, p->key, p->tenant, now);
-  service_add(s, p->key, LAST_SERVED, before, 0, now);
-  service_add(s, p->key, p->tenant, before, service_units(cost, p->weight), now);
+  uint64_t units = service_units(cost, p->weight);
+  (void)service_add(s, p->key, LAST_SERVED, before, 0, now);
+  /* No room in the table for its service: as if each tenant had it. Else this tenant would be first for ever. */
+  if (!service_add(s, p->key, p->tenant, before, units, now))
+    (void)service_add(s, p->key, LAST_SERVED, before + units, 0, now);
 }
 
 void fshm_wait_correct(fshm_limiter *l, const fshm_place *p, int64_t tokens, uint64_t now) {
   fshm_segment *s = l->segment;
-  if (!tokens || (!p->tenant && !p->shared)) return;
+  found_t f;
+  if (s->read_only || !tokens || (!p->tenant && !p->shared)) return;
   now = now_of(s, now);
+  uint64_t last = service_read(s, p->key, LAST_SERVED, now, &f);
   uint64_t before = service_of(s, p->key, p->tenant, now);
   uint64_t cost = tokens < 0 ? 0 - (uint64_t)tokens : (uint64_t)tokens;
   uint64_t units = service_units(cost, p->weight);
-  service_add(s, p->key, p->tenant, before, tokens < 0 ? 0 - units : units, now);
+  /* So far behind that its service would come round, and count as little. */
+  if (tokens > 0 && service_ahead(before, last) > (int64_t)(2 * MOST_SERVICE)) return;
+  (void)service_add(s, p->key, p->tenant, before, tokens < 0 ? 0 - units : units, now);
 }
 
 void fshm_wait_requeue(fshm_limiter *l, fshm_place *p, uint64_t since, uint32_t callers,
@@ -290,21 +368,16 @@ void fshm_wait_requeue(fshm_limiter *l, fshm_place *p, uint64_t since, uint32_t 
   p->callers = callers;
   if (!p->owner || !is_ours(&s->waiters[p->entry], p)) return; /* the next turn takes another place */
   beat(&s->waiters[p->entry], p, now_of(s, now));
+  atomic_thread_fence(memory_order_seq_cst); /* wait_wake() comes after a swap elsewhere */
   wait_wake(s, p->key); /* another may be first by now, and there may be room for more */
 }
 
 void fshm_wait_leave(fshm_limiter *l, fshm_place *p) {
   fshm_segment *s = l->segment;
-  if (!p->owner || p->pid != (uint32_t)getpid()) return; /* after a fork: it is the parent's */
-  waiter_t *e = &s->waiters[p->entry];
-  uint64_t owner = p->owner;
-  p->owner = 0;
-  store_relaxed(&s->wait_fds[p->entry], 0);
-  /* From mine to free; release, so that the next owner's stores come after. Lost: another process has the place. */
-  if (!atomic_compare_exchange_strong(&e->owner, &owner, 0)) return;
-  wait_wake(
-      s,
-      p->key); /* whatever woke us may be for the next; and there may be room for more than one */
+  if (!p->owner) return;
+  let_go(s, p);
+  /* Whatever woke us may be for the next; and there may be room for more than one. */
+  if (!p->owner) wait_wake(s, p->key);
 }
 
 int fshm_is_waited_for(fshm_limiter *l, const void *key, uint64_t length) {
@@ -350,18 +423,11 @@ int fshm_waiter_at(fshm_segment *s, uint32_t index, fshm_waiter_info *out) {
 
 static void wake_sleeper(_Atomic uint32_t *word) {
 #if defined(__linux__)
-  (void)syscall(SYS_futex, word, FUTEX_WAKE, 1, NULL, NULL, 0); /* not private: it is shared */
+  /* Not private: it is shared. All: one that has lost the place may sleep there too. */
+  (void)syscall(SYS_futex, word, FUTEX_WAKE, INT32_MAX, NULL, NULL, 0);
 #else
   (void)word; /* sleep_on() looks every 0.5 ms */
 #endif
-}
-
-/* An event loop of this process reads the number of the place. A full pipe has woken it already: then it looks at all
- * its places. */
-static void wake_fd(int fd, uint64_t entry) {
-  int kept = errno;
-  (void)!write(fd, &entry, sizeof entry);
-  errno = kept;
 }
 
 static void wake_place(fshm_segment *s, waiter_t *e) {
@@ -371,11 +437,8 @@ static void wake_place(fshm_segment *s, waiter_t *e) {
     wake_sleeper(&e->wake);
     return;
   }
-  uint64_t entry = (uint64_t)(e - s->waiters);
-  int fd = load_relaxed(&s->wait_fds[entry]);
-  if (fd && process == process_index(s)) {
-    wake_fd(fd - 1, entry);
-  } else if (process < PROCESSES) { /* its watcher, if one sleeps */
+  if (process == process_index(s) && poll_wake(s, (uint64_t)(e - s->waiters))) return;
+  if (process < PROCESSES) { /* its watcher, if one sleeps */
     if (atomic_fetch_add(&s->watchers[process], 2) & 1) wake_sleeper(&s->watchers[process]);
   }
 }
@@ -386,14 +449,14 @@ void wait_wake_next(fshm_segment *s, uint64_t key) {
 }
 
 void wait_wake_all(fshm_segment *s) {
-  for (uint32_t group = 0; group < WAIT_GROUPS; group++)
-    for (uint32_t nth = 0, reach = reach_of(s, group); nth < reach; nth++) {
-      waiter_t *e = place_at(s, group, nth);
-      if (load_relaxed(&e->owner)) wake_place(s, e);
-    }
+  after_swap();
+  for (uint32_t i = 0; i < WAITERS; i++)
+    if (load_relaxed(&s->waiters[i].owner)) wake_place(s, &s->waiters[i]);
 }
 
 void fshm_wait_wake(fshm_limiter *l, const void *key, uint64_t length) {
+  if (l->segment->read_only) return;
+  atomic_thread_fence(memory_order_seq_cst); /* after whatever the caller has changed */
   wait_wake(l->segment, wait_key(fshm_siphash(l->key[0], l->key[1], key, length), l->index));
 }
 
@@ -435,11 +498,11 @@ void fshm_wait_watch(fshm_segment *s, uint64_t ns) {
     /* seq_cst: before the look at the places. A wake-up after that look changes the word. */
     uint32_t seen = atomic_fetch_or(word, 1) | 1;
     for (uint32_t i = 0; i < WAITERS; i++) {
-      int fd = load_relaxed(&s->wait_fds[i]);
+      if (!load_relaxed(&s->polled[i].owner)) continue;
       uint32_t wake = load_relaxed(&s->waiters[i].wake);
-      if (!fd || wake == load_relaxed(&s->wait_heard[i])) continue;
-      store_relaxed(&s->wait_heard[i], wake);
-      wake_fd(fd - 1, i);
+      if (wake == load_relaxed(&s->polled[i].heard)) continue;
+      store_relaxed(&s->polled[i].heard, wake);
+      (void)poll_wake(s, i);
     }
     now = fshm_clock();
     if (now < end) (void)sleep_on(word, seen, end - now);

@@ -5,7 +5,7 @@
 #include "check.h"
 
 #define SECOND UINT64_C(1000000000)
-#define NOW (100000 * SECOND)
+#define NOW (3000 * SECOND)
 #define KEY "k", 1
 
 static fshm_limiter *permit_limiter(fshm_segment *s, uint64_t n) {
@@ -354,6 +354,204 @@ static void test_polled(void) {
   fshm_close(c->s);
 }
 
+/* A pipe that may be closed: nothing is written to it once its place was left, or another has the place, or in a forked
+ * child, which has a copy of all. */
+typedef struct {
+  int ends[2];
+  fshm_segment *s;
+} piped_t;
+static void nothing_is_written(int i, void *with) {
+  const piped_t *of = with;
+  char text[8];
+  struct timespec pause = {0, 2000000};
+  fshm_segment *s = of->s;
+  (void)i;
+  for (uint32_t entry = 0; entry < WAITERS; entry++)
+    if (load_relaxed(&s->waiters[entry].owner)) wake_place(s, &s->waiters[entry]);
+  fshm_wait_watch(s, 1000);
+  (void)nanosleep(&pause, NULL);
+  CHECK_EQ(read(of->ends[0], text, sizeof text), -1);
+}
+static void test_closed_pipes(void) {
+  piped_t of;
+  fshm_segment *s = of.s = fresh_segment(1000);
+  fshm_limiter *l = permit_limiter(s, 1);
+  char text[8];
+  fshm_place a, b;
+  fshm_turn t;
+  CHECK_EQ(pipe(of.ends), 0);
+  (void)fcntl(of.ends[0], F_SETFL, O_NONBLOCK);
+  const fshm_waiter polled = {.fd = of.ends[1]}, thread = {.fd = -1};
+  CHECK_EQ(fshm_wait_join(l, KEY, &polled, 0, &a), 1);
+  end_child(start_child(nothing_is_written, 0, &of)); /* it has woken us, and not through its copy */
+  fshm_wait_watch(s, 1000);
+  CHECK_EQ(read(of.ends[0], text, sizeof text), 8);
+  store_relaxed(&s->waiters[a.entry].seen, 1); /* stopped for long; and b takes the place */
+  uint64_t long_after = fshm_now(s) + 2 * ABANDONED_NS;
+  CHECK_EQ(fshm_wait_join(l, KEY, &thread, long_after, &b), 1);
+  CHECK_EQ(b.entry, a.entry);
+  (void)fshm_wait_turn(l, &a, 0, &t); /* a has another */
+  CHECK_OP(b.entry, !=, a.entry);
+  fshm_wait_leave(l, &a);
+  while (read(of.ends[0], text, sizeof text) > 0) continue;
+  nothing_is_written(0, &of);
+  fshm_wait_leave(l, &b);
+  nothing_is_written(0, &of);
+  (void)close(of.ends[0]);
+  (void)close(of.ends[1]);
+  fshm_limiter_close(l);
+  fshm_close(s);
+}
+
+/* After a fork the place is the parent's; the child takes one of its own. */
+typedef struct {
+  fshm_place p;
+  fshm_limiter *l;
+} forked_t;
+static void turn_as_child(int i, void *with) {
+  const forked_t *of = with;
+  fshm_limiter *l = of->l;
+  fshm_place p = of->p;
+  fshm_turn t;
+  (void)i;
+  CHECK_EQ(fshm_wait_turn(l, &p, 0, &t), 0); /* the parent came first, by its number */
+  CHECK_OP(p.entry, !=, of->p.entry);
+  CHECK_EQ(t.callers, 2);
+  fshm_wait_leave(l, &p);
+}
+static void test_fork(void) {
+  forked_t of;
+  fshm_segment *s = fresh_segment(1000);
+  fshm_limiter *l = of.l = permit_limiter(s, 1);
+  of.p = join(l, 0, 0, 0);
+  end_child(start_child(turn_as_child, 0, &of));
+  CHECK_EQ(turn(l, &of.p, 0), 1);
+  fshm_wait_leave(l, &of.p);
+  fshm_limiter_close(l);
+  fshm_close(s);
+}
+
+/* A handle for reading goes by no order, and writes nothing. */
+static void test_read_only(void) {
+  fshm_segment *s = fresh_segment(1000), *reader;
+  fshm_limiter *l = permit_limiter(s, 1), *r;
+  fshm_place mine = join(l, 0, 0, 0), p;
+  fshm_turn t;
+  fshm_error e;
+  fshm_waiter_info info;
+  const fshm_waiter w = {.tenant = 5, .fd = -1};
+  char name[FSHM_MAX_NAME + 1];
+  (void)snprintf(name, sizeof name, "%s", strchr(strchr(s->path, '.') + 1, '.') + 1);
+  s->dev = ~s->dev; /* else the open one is shared, which may be written to */
+  CHECK_EQ(fshm_open(name, 0, 0, FSHM_OPEN_READ_ONLY, &reader, &e), FSHM_OK);
+  s->dev = ~s->dev;
+  CHECK(reader != s);
+  CHECK_EQ(fshm_limiter_find(reader, "permits", 7, &r), FSHM_E_READ_ONLY);
+  fshm_limiter as_read = *l;
+  as_read.segment = reader;
+  r = &as_read;
+  CHECK_EQ(fshm_wait_join(r, KEY, &w, 0, &p), 0);
+  CHECK_EQ(fshm_wait_turn(r, &p, 0, &t), 1);
+  CHECK_EQ(fshm_wait_sleep(r, &p, t.armed, 1000), 0);
+  fshm_wait_served(r, &p, 10, 0);
+  fshm_wait_correct(r, &p, 10, 0);
+  fshm_wait_requeue(r, &p, 0, 1, 0);
+  fshm_wait_wake(r, KEY);
+  fshm_wait_watch(reader, 1000);
+  fshm_wait_leave(r, &p);
+  CHECK_EQ(fshm_is_waited_for(r, KEY), 1);
+  fshm_waiting(r, KEY, NULL, 0, &t);
+  CHECK_EQ(t.callers, 1);
+  CHECK_EQ(fshm_waiter_at(reader, mine.entry, &info), 1);
+  CHECK_EQ(info.pid, (uint32_t)getpid());
+  fshm_wait_leave(l, &mine);
+  fshm_close(reader);
+  fshm_limiter_close(l);
+  fshm_close(s);
+}
+
+/* Words that no caller writes: nobody waits for ever for a place that is of nobody, and what a caller needs of its own
+ * place is made good at its next turn. */
+static void test_damaged(void) {
+  fshm_segment *s = fresh_segment(1000);
+  fshm_limiter *l = permit_limiter(s, 1);
+  fshm_place a = join(l, 0, 0, NOW), b = join(l, 0, 0, NOW + 1);
+  waiter_t *of_a = &s->waiters[a.entry], *of_b = &s->waiters[b.entry];
+  store_relaxed(&of_a->seen, UINT64_MAX);
+  CHECK_EQ(turn(l, &b, NOW + 2), 1);
+  CHECK_EQ(turn(l, &a, NOW + 2), 1);
+  CHECK_EQ(turn(l, &b, NOW + 2), 0);
+  store_relaxed(&s->header->queues[wait_group(a.key)], 0);
+  CHECK_EQ(turn(l, &a, NOW + 3), 1);
+  CHECK_EQ(turn(l, &b, NOW + 3), 0);
+  CHECK_EQ(REACH(s->header->queues[wait_group(a.key)]), 2);
+  store_relaxed(&of_b->published, 77);
+  CHECK_EQ(turn(l, &b, NOW + 3), 0);
+  CHECK_EQ(load_relaxed(&s->waiters[b.entry].published), b.owner);
+  store_relaxed(&of_b->key, 78);
+  CHECK_EQ(turn(l, &b, NOW + 3), 0);
+  fshm_turn t;
+  fshm_waiting(l, KEY, NULL, NOW + 3, &t);
+  CHECK_EQ(t.callers, 2);
+  fshm_wait_leave(l, &a);
+  fshm_wait_leave(l, &b);
+  for (uint32_t i = 0; i < WAITERS; i++) store_relaxed(&s->waiters[i].owner, i + 1);
+  for (uint32_t i = 0; i < WAITERS; i++) store_relaxed(&s->waiters[i].seen, UINT64_MAX - i);
+  a = join(l, 0, 0, NOW); /* a table of places that are of nobody has room */
+  CHECK_EQ(turn(l, &a, NOW), 1);
+  fshm_wait_leave(l, &a);
+  fshm_limiter_close(l);
+  fshm_close(s);
+}
+
+/* The order changes while all sleep: the one that was first wakes the one that is first now. */
+static void test_order_changes(void) {
+  fshm_segment *s = fresh_segment(1000);
+  fshm_limiter *l = permit_limiter(s, 1);
+  uint64_t now = fshm_now(s);
+  fshm_place a = join(l, 0, 0, now), b = join(l, 0, 0, now + 1);
+  fshm_turn t;
+  CHECK_EQ(turn(l, &a, 0), 1);
+  CHECK_EQ(fshm_wait_turn(l, &b, 0, &t), 0);
+  store_relaxed(&s->waiters[b.entry].priority, 1); /* as if it had waited for longer */
+  CHECK_EQ(turn(l, &a, 0), 0);
+  CHECK_EQ(fshm_wait_sleep(l, &b, t.armed, FSHM_WAIT_BEAT_NS), 1);
+  fshm_wait_leave(l, &a);
+  fshm_wait_leave(l, &b);
+  fshm_limiter_close(l);
+  fshm_close(s);
+}
+
+/* The table has no room for the service of a tenant: it is not first for ever. */
+static void test_no_room_for_service(void) {
+  fshm_segment *s = fresh_segment(1);
+  fshm_limiter *l = permit_limiter(s, 1);
+  fshm_place a = join(l, 1, 0, NOW), b = join(l, 2, 0, NOW + 1);
+  (void)turn(l, &a, NOW + 1);
+  (void)turn(l, &b, NOW + 1);
+  fshm_wait_served(l, &a, 100, NOW + 1); /* takes a slot for it, and one for the last */
+  for (uint64_t i = 0; i < s->slot_count; i++) {
+    pair_t seen = pair_load(&s->slots[i]), other = {i * 4 + 2, TIME_MAX};
+    if (!seen.who) CHECK(pair_cas(&s->slots[i], &seen, other));
+  }
+  int served[2] = {0, 0};
+  for (uint64_t i = 0; i < 100; i++) {
+    uint64_t now = NOW + 2 + i;
+    bool of_b = turn(l, &b, now);
+    CHECK_EQ(turn(l, &a, now), !of_b);
+    fshm_place *first = of_b ? &b : &a;
+    served[of_b]++;
+    fshm_wait_served(l, first, 100, now);
+    fshm_wait_requeue(l, first, now, 1, now);
+  }
+  CHECK_OP(served[0], >=, 30);
+  CHECK_OP(served[1], >=, 30);
+  fshm_wait_leave(l, &a);
+  fshm_wait_leave(l, &b);
+  fshm_limiter_close(l);
+  fshm_close(s);
+}
+
 int main(void) {
   test_order();
   test_first_come();
@@ -364,5 +562,11 @@ int main(void) {
   test_killed(SIGKILL);
   test_killed(SIGSTOP);
   test_polled();
+  test_closed_pipes();
+  test_fork();
+  test_read_only();
+  test_damaged();
+  test_order_changes();
+  test_no_room_for_service();
   return done();
 }
