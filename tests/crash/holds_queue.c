@@ -25,8 +25,7 @@ static bool queue_go_on(void) {
   for (int tries = 0; tries < 20 && !world.waited.held; tries++) {
     first = fshm_wait_turn(world.l, &world.place, 0, &t);
     world.asleep = t.armed;
-    if (first)
-      fshm_admit(world.l, KEY, strlen(KEY), NULL, world.now, &world.waited, &d, &held);
+    if (first) fshm_admit(world.l, KEY, strlen(KEY), NULL, world.now, &world.waited, &d, &held);
     if (world.waited.held) fshm_wait_leave(world.l, &world.place);
     if (!queue_woken()) break;
   }
@@ -159,7 +158,8 @@ static void queue_survive(void) {
     if (!free_abandoned(&world.s->waiters[i], NOW + 2 * ABANDONED_NS))
       broken("place %u is not free in the end", i);
   for (uint32_t g = 0; g < WAIT_GROUPS; g++)
-    if (REACH(load_relaxed(&world.s->header->queues[g]))) broken("the queue has a reach in the end");
+    if (REACH(load_relaxed(&world.s->header->queues[g])))
+      broken("the queue has a reach in the end");
   if (position.k % 16 == 0 && fresh_process(queue_afresh) != 1)
     broken("a new process is not first in an empty queue");
 }
@@ -219,7 +219,8 @@ static void come_first(void) { queue_join(&world.theirs, NOW - 5); }
 static void come_next(void) { queue_join(&world.theirs, NOW + 5); }
 static void come_and_lose(void) {
   come_first();
-  store_relaxed(&world.s->waiters[world.theirs.entry].owner, 0); /* as one that finds it abandoned */
+  store_relaxed(&world.s->waiters[world.theirs.entry].owner,
+                0); /* as one that finds it abandoned */
 }
 static void run_queue_turn(outcome_t *out) {
   fshm_turn t;
