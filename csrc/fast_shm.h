@@ -401,8 +401,24 @@ int fshm_is_waited_for(fshm_limiter *limiter, const void *key, uint64_t key_leng
 /* How many callers wait for the key (tenant: of this one only): out->callers. */
 void fshm_waiting(fshm_limiter *limiter, const void *key, uint64_t key_length,
                   const uint64_t *tenant, uint64_t now_ns, fshm_turn *out);
-/* Pass the wake-ups of other processes on to the event loops of this one, for so long: a thread of its own. */
-void fshm_wait_watch(fshm_segment *segment, uint64_t ns);
+/* Pass the wake-ups of other processes on to the event loops of this one, for so long: a thread of its own. 1, at once:
+ * another process has called fshm_wait_ask(). */
+int fshm_wait_watch(fshm_segment *segment, uint64_t ns);
+/* For what a process keeps while it does not use it, such as an idle connection with its permit. Whoever gives it back
+ * does that first, and releases the permit then.
+ *
+ * Who is next? A caller of this process is woken: it may use what is kept here. For one of another process, give back
+ * something that is kept here. */
+#define FSHM_NEXT_NONE 0
+#define FSHM_NEXT_OURS 1
+#define FSHM_NEXT_OTHER 2
+int fshm_wait_next(fshm_limiter *limiter, const void *key, uint64_t key_length);
+/* The caller of the place, which is next and found no permit, asks the other processes that hold one (idle: one that
+ * is marked as idle) to give one back. They learn it by fshm_wait_watch(). */
+void fshm_wait_ask(fshm_limiter *limiter, const void *key, uint64_t key_length, int idle,
+                   const fshm_place *place);
+/* 1: a caller of another process is next and has asked, and this call is the first to see it: give one back. */
+int fshm_wait_asked(fshm_limiter *limiter, const void *key, uint64_t key_length);
 /* The place of this number, below 4,096. 1; 0: it is free. */
 int fshm_waiter_at(fshm_segment *segment, uint32_t index, fshm_waiter_info *out);
 /* The permit in a slot of the table: 1, or 0 if there is none. */

@@ -102,7 +102,8 @@ struct fshm_segment {
   requests_t *requests;
   counters_t *counters;
   waiter_t *waiters;
-  _Atomic uint32_t *watchers; /* of each process, a futex word: wake-ups << 1 | a thread watches */
+  /* Of each process, a futex word: wake-ups << 2 | another process asks for a connection << 1 | a thread watches */
+  _Atomic uint32_t *watchers;
   uint64_t memo_lines;
   uint64_t lines, slot_count, names_words, size, epoch;
   uint64_t probe_mask; /* cache lines of a probe window - 1: a power of two - 1 */

@@ -154,7 +154,8 @@ typedef struct {
   _Atomic uint64_t born;
 } process_t;
 
-/* A place of callers of one process that wait for a key: wait_queue.c. Only its owner writes it, but for `wake`. After
+/* A place of callers of one process that wait for a key: wait_queue.c. Only its owner writes it, but for `wake` and
+ * `asked`. After
  * a crash: it is not written any more, and soon does not count. */
 typedef struct {
   /* 0 = free. A number that no other owner has had; taken and freed by compare-and-swap. */
@@ -169,7 +170,8 @@ typedef struct {
   _Atomic uint16_t process; /* index + 1 */
   _Atomic uint8_t polled; /* an event loop waits, not a thread */
   _Atomic int8_t priority;
-  uint32_t unused;
+  /* 1: its caller asks other processes to close an idle connection. The owner sets it; who closes one clears it. */
+  _Atomic uint32_t asked;
 } waiter_t;
 
 /* The limits of a name are rules (rule_t, as relaxed words), each at an index of its limiter's table. Only the

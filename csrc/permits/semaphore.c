@@ -69,6 +69,10 @@ static inline uint64_t wait_key_of(const fshm_permit *p) {
   return wait_key(PERMIT_KEY(p->who, PERMIT_NUMBER(p->when)), PERMIT_LIMITER(p->who));
 }
 
+const _Atomic uint64_t *wait_queue_of(const fshm_segment *s, const fshm_permit *p) {
+  return &s->header->queues[wait_group(wait_key_of(p))];
+}
+
 typedef struct {
   fshm_segment *s;
   fshm_limiter *limiter;
@@ -363,6 +367,26 @@ UNGUARDED int fshm_permit_idle(fshm_limiter *l, fshm_permit *p, int idle) {
   if (!pair_cas(&s->slots[p->slot], &seen, next)) return 0;
   p->when = to;
   return 1;
+}
+
+void fshm_wait_ask(fshm_limiter *l, const void *key, uint64_t length, int idle,
+                   const fshm_place *place) {
+  holder_t h;
+  snapshot_t snapshot;
+  uint64_t told[(PROCESSES + 63) / 64] = {0};
+  if (!holder_make(&h, l, key, length, 0) || !limits_load_of(l, &snapshot) || !snapshot.permits)
+    return;
+  if (!place->owner || !wait_place_asks(h.s, place)) return;
+  uint32_t own = OWNER_OF(h.identity), most = permit_bound(l, &snapshot);
+  for (uint32_t number = 0; number < most; number++) {
+    found_t f;
+    table_find(h.s, nth_hash(h.hash, number), permit_who(l->index, h.hash, number), &f);
+    if (!f.pair.who || !IS_PERMIT(f.pair.when) || (idle && !(f.pair.when & IDLE))) continue;
+    uint32_t owner = OWNER_OF(f.pair.when);
+    if (owner == own || told[owner / 64] >> owner % 64 & 1) continue;
+    told[owner / 64] |= UINT64_C(1) << owner % 64;
+    wait_tell(h.s, owner);
+  }
 }
 
 int fshm_permit_held(const fshm_limiter *l, const fshm_permit *p) {

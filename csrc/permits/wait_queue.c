@@ -29,6 +29,10 @@
 #define LAST_SERVED UINT64_MAX /* as a tenant: the service of the one that was served last */
 #define REACH(word) ((uint32_t)(word))
 #define CHANGED (UINT64_C(1) << 32)
+/* Of a word of `watchers`. */
+#define WATCH_SLEEPS 1U
+#define WATCH_ASKED 2U
+#define WATCH_WAKE_UP 4U
 
 static_assert(FSHM_WAIT_BEAT_NS * 3 <= LATE_NS, "two beats may be lost");
 
@@ -226,6 +230,7 @@ static bool take_entry(fshm_segment *s, fshm_place *p, uint64_t now) {
     store_relaxed(&e->priority, (int8_t)p->priority);
     store_relaxed(&e->process, (uint16_t)(process_index(s) + 1)); /* 0: it has none */
     store_relaxed(&e->polled, p->fd >= 0);
+    store_relaxed(&e->asked, 0);
     p->woken = load_relaxed(&e->wake);
     poll_begin(s, p);
     beat(e, p, now);
@@ -441,7 +446,8 @@ static void wake_place(fshm_segment *s, waiter_t *e) {
   }
   if (process == process_index(s) && poll_wake(s, (uint64_t)(e - s->waiters))) return;
   if (process < PROCESSES) { /* its watcher, if one sleeps */
-    if (atomic_fetch_add(&s->watchers[process], 2) & 1) wake_sleeper(&s->watchers[process]);
+    if (atomic_fetch_add(&s->watchers[process], WATCH_WAKE_UP) & WATCH_SLEEPS)
+      wake_sleeper(&s->watchers[process]);
   }
 }
 
@@ -486,19 +492,53 @@ int fshm_wait_sleep(fshm_limiter *l, const fshm_place *p, uint32_t armed, uint64
   return 0;
 }
 
-/* Wake the event loops of this process whose places other processes have woken, until the time is up. */
-void fshm_wait_watch(fshm_segment *s, uint64_t ns) {
+bool wait_place_asks(fshm_segment *s, const fshm_place *p) {
+  if (!is_ours(&s->waiters[p->entry], p)) return false;
+  atomic_store(&s->waiters[p->entry].asked, 1);
+  return true;
+}
+
+void wait_tell(fshm_segment *s, uint32_t process) {
+  if (atomic_fetch_or(&s->watchers[process], WATCH_ASKED) & WATCH_SLEEPS) wake_sleeper(&s->watchers[process]);
+}
+
+int fshm_wait_next(fshm_limiter *l, const void *key, uint64_t length) {
+  fshm_segment *s = l->segment;
+  uint64_t of = wait_key(fshm_siphash(l->key[0], l->key[1], key, length), l->index);
+  waiter_t *e = next_of(s, of, segment_now(s));
+  if (!e) return FSHM_NEXT_NONE;
+  if ((uint32_t)load_relaxed(&e->process) - 1 != process_index(s)) {
+    store_relaxed(&e->asked, 0); /* it gets what our caller closes */
+    return FSHM_NEXT_OTHER;
+  }
+  wake_place(s, e);
+  return FSHM_NEXT_OURS;
+}
+
+int fshm_wait_asked(fshm_limiter *l, const void *key, uint64_t length) {
+  fshm_segment *s = l->segment;
+  uint64_t of = wait_key(fshm_siphash(l->key[0], l->key[1], key, length), l->index);
+  waiter_t *e = next_of(s, of, segment_now(s));
+  if (!e || (uint32_t)load_relaxed(&e->process) - 1 == process_index(s)) return 0;
+  uint32_t asked = 1;
+  /* Pairs with the same swap in other processes: one of them closes a connection. */
+  return atomic_compare_exchange_strong(&e->asked, &asked, 0);
+}
+
+/* Wake the event loops of this process whose places other processes have woken, until the time is up, or another
+ * process asks for a connection. */
+int fshm_wait_watch(fshm_segment *s, uint64_t ns) {
   uint32_t process = process_index(s);
   if (process >= PROCESSES) {
     struct timespec pause = {0, (long)min_u64(ns, 5000000)};
     (void)nanosleep(&pause, NULL);
-    return;
+    return 0;
   }
   _Atomic uint32_t *word = &s->watchers[process];
   uint64_t end = fshm_clock() + ns, now;
   do {
     /* seq_cst: before the look at the places. A wake-up after that look changes the word. */
-    uint32_t seen = atomic_fetch_or(word, 1) | 1;
+    uint32_t seen = atomic_fetch_or(word, WATCH_SLEEPS) | WATCH_SLEEPS;
     for (uint32_t i = 0; i < WAITERS; i++) {
       if (!load_relaxed(&s->polled[i].owner)) continue;
       uint32_t wake = load_relaxed(&s->waiters[i].wake);
@@ -506,7 +546,12 @@ void fshm_wait_watch(fshm_segment *s, uint64_t ns) {
       store_relaxed(&s->polled[i].heard, wake);
       (void)poll_wake(s, i);
     }
+    if (seen & WATCH_ASKED) {
+      (void)atomic_fetch_and(word, ~WATCH_ASKED); /* before the caller's look at who has asked */
+      return 1;
+    }
     now = fshm_clock();
     if (now < end) (void)sleep_on(word, seen, end - now);
   } while (now < end);
+  return 0;
 }

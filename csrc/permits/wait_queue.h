@@ -10,6 +10,9 @@ static inline uint64_t wait_key(uint64_t hash, uint32_t limiter) {
 }
 static inline uint32_t wait_group(uint64_t key) { return (uint32_t)(key >> 32) % WAIT_GROUPS; }
 
+/* Not 0 in its lower half: callers may wait for the key of the permit. */
+const _Atomic uint64_t *wait_queue_of(const fshm_segment *s, const fshm_permit *p);
+
 void wait_wake_next(fshm_segment *s, uint64_t key);
 
 /* A permit of the key was released, after whose swap this is called: wake the caller that is next, if any waits. Pairs
@@ -20,5 +23,10 @@ static inline void wait_wake(fshm_segment *s, uint64_t key) {
   if (unlikely((uint32_t)load_relaxed(&s->header->queues[wait_group(key)]))) wait_wake_next(s, key);
 }
 void wait_wake_all(fshm_segment *s);
+
+/* Set the word `asked` of a place. False: the place was lost. */
+bool wait_place_asks(fshm_segment *s, const fshm_place *p);
+/* Let fshm_wait_watch() of a process return 1. */
+void wait_tell(fshm_segment *s, uint32_t process);
 
 #endif

@@ -23,8 +23,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 from fast_litellm_shm._shared import greenlets
@@ -75,15 +76,20 @@ class _Native:
 
 
 class Place:
-    """Of a thread."""
+    """Of a thread. since: when the caller came, where it has waited for another key before (of
+    :attr:`came`); 0: now."""
 
-    def __init__(self, states: States, raw: bytes, order: Order = ALIKE) -> None:
+    def __init__(self, states: States, raw: bytes, order: Order = ALIKE, since: int = 0) -> None:
         self._given = states, raw, order
         self._native: _Native | None = None
+        self.came = since
 
     def join(self) -> None:
         """Go to the end of the queue."""
-        self._native = _Native(*self._given, -1)
+        native = self._native = _Native(*self._given, -1)
+        if self.came:
+            lib.fshm_wait_requeue(native.limiter, native.place, self.came, 1, 0)
+        self.came = native.place.since
 
     def turn(self) -> bool:
         """Whether the caller is next. Called at least every 0.2 s: a caller that does not call it
@@ -103,6 +109,16 @@ class Place:
         native = self._native
         assert native is not None
         lib.fshm_wait_sleep(native.limiter, native.place, native.looked.armed, ns)
+
+    def ask(self, idle: bool) -> None:
+        """Ask the other processes that hold a permit of the key (idle: an idle one) to give one
+        back: see :func:`watch`."""
+        self._ask(self._native, idle)
+
+    def _ask(self, native: _Native | None, idle: bool) -> None:
+        assert native is not None
+        raw = self._given[1]
+        lib.fshm_wait_ask(native.limiter, raw, len(raw), idle, native.place)
 
     def served(self, cost: int) -> None:
         """The caller was admitted."""
@@ -132,20 +148,26 @@ class _Line:
 class _InLine(Place):
     """Of a task or a greenlet."""
 
-    def __init__(self, events: _Events, states: States, raw: bytes, order: Order) -> None:
-        super().__init__(states, raw, order)
+    def __init__(self, events: _Events, *given: Any) -> None:
+        super().__init__(*given)
         self._events, self._woken, self._asleep = events, False, None
         self.line: _Line | None = None
-        self._since = 0
 
     def join(self) -> None:
-        states = self._given[0]
-        self._since = states.now()
         line = self._events.line(*self._given)
-        line.callers.append(self)
+        native, callers = line.native, line.callers
+        at = len(callers)
+        if self.came:
+            while at and callers[at - 1].came > self.came:
+                at -= 1
+        else:
+            self.came = self._given[0].now()
+        callers.insert(at, self)
         line.count += 1
-        line.native.place.callers = line.count
+        native.place.callers = line.count
         self.line = line
+        if not at and self.came < native.place.since:
+            lib.fshm_wait_requeue(native.limiter, native.place, self.came, line.count, 0)
 
     def turn(self) -> bool:
         line = self.line
@@ -177,6 +199,10 @@ class _InLine(Place):
         finally:
             self._asleep = None
 
+    def ask(self, idle: bool) -> None:
+        if self.line is not None:
+            self._ask(self.line.native, idle)
+
     def wake(self) -> None:
         self._woken = True
         if self._asleep is not None:
@@ -198,7 +224,7 @@ class _InLine(Place):
             self._events.end(line)
         elif was_first:
             native = line.native
-            lib.fshm_wait_requeue(native.limiter, native.place, first._since, line.count, 0)
+            lib.fshm_wait_requeue(native.limiter, native.place, first.came, line.count, 0)
             first.wake()
 
 
@@ -209,6 +235,7 @@ class _Events:
     def __init__(self) -> None:
         self.lines: dict[Any, _Line] = {}
         self.listening: dict[int, _Line] = {}  # by the number of the place
+        self._calls: deque[Callable[[], object]] = deque()
         self._read, self._write = os.pipe()
         os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
@@ -235,6 +262,8 @@ class _Events:
             data = os.read(self._read, _READ)
         except BlockingIOError:
             return
+        while self._calls:
+            self.spawn(self._calls.popleft())
         if len(data) == _READ:  # there may have been more
             woken = list(self.lines.values())
         else:
@@ -246,6 +275,12 @@ class _Events:
             if first is not None:
                 first.wake()
 
+    def call_soon(self, call: Callable[[], object]) -> None:
+        """Have the hub call it, in a greenlet of its own. Called by any thread."""
+        self._calls.append(call)
+        with suppress(BlockingIOError):  # there is something to read
+            os.write(self._write, b"\xff" * _NUMBER)
+
     def __del__(self) -> None:
         for line in self.lines.values():
             line.native.leave()  # from here on nobody writes to the pipe
@@ -253,6 +288,9 @@ class _Events:
         os.close(self._write)
 
     def listen(self, fd: int, call: Callable[..., None]) -> None:
+        raise NotImplementedError
+
+    def spawn(self, call: Callable[[], object]) -> None:
         raise NotImplementedError
 
     def event(self) -> Any:
@@ -297,6 +335,9 @@ class _OfGevent(_Events):
         self._io = sys.modules["gevent"].get_hub().loop.io(fd, 1)
         self._io.start(call)
 
+    def spawn(self, call: Callable[[], object]) -> None:
+        sys.modules["gevent"].spawn(call)
+
     def event(self) -> Any:
         from gevent.event import Event
 
@@ -316,6 +357,9 @@ class _OfEventlet(_Events):
     def listen(self, fd: int, call: Callable[..., None]) -> None:
         hub = sys.modules["eventlet.hubs"].get_hub()
         hub.add("read", fd, call, call, call)
+
+    def spawn(self, call: Callable[[], object]) -> None:
+        sys.modules["eventlet"].spawn_n(call)
 
     def event(self) -> Any:
         from eventlet.event import Event
@@ -351,20 +395,33 @@ def _events_of(owner: Any, kind: type[_Events]) -> _Events:
     return found
 
 
-def place_of_task(states: States, raw: bytes, order: Order = ALIKE) -> Place:
+def _events_of_hub() -> _Events | None:
+    """Where the program is patched."""
+    if not greenlets.must_yield():
+        return None
+    if "gevent.monkey" in sys.modules:
+        return _events_of(sys.modules["gevent"].get_hub(), _OfGevent)
+    return _events_of(sys.modules["eventlet.hubs"].get_hub(), _OfEventlet)
+
+
+def place_of_task(states: States, raw: bytes, order: Order = ALIKE, since: int = 0) -> Place:
     """For a task of the running asyncio event loop."""
-    return _InLine(_events_of(_running_loop(), _OfLoop), states, raw, order)
+    return _InLine(_events_of(_running_loop(), _OfLoop), states, raw, order, since)
 
 
-def place_of_thread(states: States, raw: bytes, order: Order = ALIKE) -> Place:
+def place_of_thread(states: States, raw: bytes, order: Order = ALIKE, since: int = 0) -> Place:
     """For a thread; or for a greenlet, where the program is patched."""
-    if greenlets.must_yield():
-        if "gevent.monkey" in sys.modules:
-            hub, kind = sys.modules["gevent"].get_hub(), _OfGevent
-        else:
-            hub, kind = sys.modules["eventlet.hubs"].get_hub(), _OfEventlet
-        return _InLine(_events_of(hub, kind), states, raw, order)
-    return Place(states, raw, order)
+    events = _events_of_hub()
+    if events is not None:
+        return _InLine(events, states, raw, order, since)
+    return Place(states, raw, order, since)
+
+
+class Keeper(Protocol):
+    """What keeps permits that it does not use."""
+
+    def _asked(self) -> None:
+        """A caller of another process may have asked for one: :meth:`Place.ask`."""
 
 
 class _Watch:
@@ -372,15 +429,27 @@ class _Watch:
 
     def __init__(self) -> None:
         self.lines, self.until = 0, 0.0  # until: of time.monotonic()
+        # With the hub whose greenlets use it.
+        self.keepers: WeakKeyDictionary[Keeper, _Events | None] = WeakKeyDictionary()
+
+    def asked(self) -> None:
+        with _lock:
+            keepers = list(self.keepers.items())
+        for keeper, events in keepers:
+            if events is None:
+                keeper._asked()
+            else:
+                events.call_soon(keeper._asked)
 
 
 _watches: dict[Segment, _Watch] = {}
-_lock = threading.Lock()
+_lock = threading.RLock()  # a collection may end a line
 _KEEP = 5.0  # seconds without a line, after which a thread ends
 
 
-def _count_line(segment: Segment, more: int) -> None:
+def _count_line(segment: Segment, more: int, keeper: Keeper | None = None) -> None:
     """A line has begun, or ended: a thread watches as long as there are any."""
+    events = None if keeper is None else _events_of_hub()
     with _lock:
         watch = _watches.get(segment)
         begun = watch is not None
@@ -390,15 +459,24 @@ def _count_line(segment: Segment, more: int) -> None:
             watch = _watches[segment] = _Watch()
         watch.lines += more
         watch.until = time.monotonic() + _KEEP
+        if keeper is not None:
+            watch.keepers[keeper] = events
     if not begun:
         _start_thread(_watching, (segment, watch))
 
 
+def watch(segment: Segment, keeper: Keeper) -> None:
+    """Call the keeper's ``_asked()``, in a thread or greenlet of its own, as long as the keeper
+    lives."""
+    _count_line(segment, 0, keeper)
+
+
 def _watching(segment: Segment, watch: _Watch) -> None:
     while True:
-        lib.fshm_wait_watch(segment._handle, 1_000_000_000)
+        if lib.fshm_wait_watch(segment._handle, 1_000_000_000):
+            watch.asked()
         with _lock:
-            if watch.lines <= 0 and time.monotonic() > watch.until:
+            if watch.lines <= 0 and not watch.keepers and time.monotonic() > watch.until:
                 if _watches.get(segment) is watch:
                     del _watches[segment]
                 return
@@ -420,7 +498,7 @@ def _start_thread(call: Callable[..., None], args: tuple[Any, ...]) -> None:
 def _after_fork() -> None:
     """The parent's threads, loops and hubs do not run in the child."""
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     _watches.clear()
     for events in list(_events.values()):
         events.lines.clear()

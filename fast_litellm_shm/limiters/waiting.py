@@ -32,6 +32,8 @@ os.register_at_fork(after_in_child=_executors.clear)  # their threads stay behin
 _this = threading.local()
 
 NEVER = 2**62  # ns
+# Threads that connect at once, in a process. A server that does not answer delays no other one.
+_CONNECTING = 1024
 
 
 class Waits:
@@ -47,6 +49,14 @@ class Waits:
         yield from ()
         time.sleep(seconds)
 
+    def connect(
+        self, call: Callable[[], T], late: Callable[[T], object], never: Callable[[], object]
+    ) -> Steps[T]:
+        """Return ``call()``, which blocks. If the caller was cancelled meanwhile, ``late`` gets the
+        result, or ``never`` is called where ``call`` has not begun."""
+        yield from ()
+        return call()
+
     place = staticmethod(wait_queue.place_of_thread)
 
 
@@ -58,6 +68,12 @@ class _Asyncio(Waits):
         import asyncio
 
         yield from asyncio.sleep(seconds).__await__()
+
+    def connect(
+        self, call: Callable[[], T], late: Callable[[T], object], never: Callable[[], object]
+    ) -> Steps[T]:
+        thread = _executor("fast-shm-connect", _CONNECTING).submit(call)
+        return (yield from _result(thread, late, never).__await__())
 
     place = staticmethod(wait_queue.place_of_task)
 
@@ -128,13 +144,13 @@ def may_wait() -> None:
         raise MustAskError
 
 
-def _executor(name: str) -> ThreadPoolExecutor:
-    """An executor of 64 threads; calls beyond that wait in a queue."""
+def _executor(name: str, threads: int = 64) -> ThreadPoolExecutor:
+    """An executor of so many threads at most; calls beyond that wait in a queue."""
     found = _executors.get(name)
     if found is None:
         from concurrent.futures import ThreadPoolExecutor
 
-        found = _executors[name] = ThreadPoolExecutor(64, name)
+        found = _executors[name] = ThreadPoolExecutor(threads, name)
     return found
 
 
@@ -150,14 +166,23 @@ async def off_loop(call: Callable[[], T], undo: Callable[[T], object] = lambda _
         pass
     finally:
         _this.on_loop = False
+    return await _result(_executor("fast-shm-ask").submit(call), undo, lambda: None)
+
+
+async def _result(
+    thread: Future[T], late: Callable[[T], object], never: Callable[[], object]
+) -> T:
+    """What a thread returns. If the caller is cancelled, ``late`` gets it, or ``never`` is called
+    where the thread has not begun."""
     import asyncio
 
-    asked = _executor("fast-shm-ask").submit(call)
     try:
-        return await asyncio.wrap_future(asked)
+        return await asyncio.wrap_future(thread)
     except BaseException:
-        if not asked.cancel():
-            asked.add_done_callback(lambda done: _undo(done, undo))
+        if thread.cancelled() or thread.cancel():
+            never()
+        else:
+            thread.add_done_callback(lambda done: _undo(done, late))
         raise
 
 
