@@ -18,6 +18,7 @@ for one key share one place, in which they stand in a line: ten thousand of them
 from __future__ import annotations
 
 import os
+import posix  # eventlet patches os.read(), and does not let a hub call that
 import sys
 import threading
 import time
@@ -259,9 +260,9 @@ class _Events:
 
     def _readable(self, *_: object) -> None:
         try:
-            data = os.read(self._read, _READ)
+            data = posix.read(self._read, _READ)
         except BlockingIOError:
-            return
+            data = b""
         while self._calls:
             self.spawn(self._calls.popleft())
         if len(data) == _READ:  # there may have been more
@@ -279,7 +280,7 @@ class _Events:
         """Have the hub call it, in a greenlet of its own. Called by any thread."""
         self._calls.append(call)
         with suppress(BlockingIOError):  # there is something to read
-            os.write(self._write, b"\xff" * _NUMBER)
+            posix.write(self._write, b"\xff" * _NUMBER)
 
     def __del__(self) -> None:
         for line in self.lines.values():
@@ -429,6 +430,7 @@ class _Watch:
 
     def __init__(self) -> None:
         self.lines, self.until = 0, 0.0  # until: of time.monotonic()
+        self.runs = False  # set by the thread: who starts it may be interrupted before it is
         # With the hub whose greenlets use it.
         self.keepers: WeakKeyDictionary[Keeper, _Events | None] = WeakKeyDictionary()
 
@@ -452,7 +454,6 @@ def _count_line(segment: Segment, more: int, keeper: Keeper | None = None) -> No
     events = None if keeper is None else _events_of_hub()
     with _lock:
         watch = _watches.get(segment)
-        begun = watch is not None
         if watch is None:
             if more < 0:
                 return  # it was of before a fork
@@ -461,7 +462,7 @@ def _count_line(segment: Segment, more: int, keeper: Keeper | None = None) -> No
         watch.until = time.monotonic() + _KEEP
         if keeper is not None:
             watch.keepers[keeper] = events
-    if not begun:
+    if not watch.runs:
         _start_thread(_watching, (segment, watch))
 
 
@@ -472,6 +473,10 @@ def watch(segment: Segment, keeper: Keeper) -> None:
 
 
 def _watching(segment: Segment, watch: _Watch) -> None:
+    with _lock:
+        if watch.runs:
+            return
+        watch.runs = True
     while True:
         if lib.fshm_wait_watch(segment._handle, 1_000_000_000):
             watch.asked()

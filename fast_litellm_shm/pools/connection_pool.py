@@ -298,13 +298,16 @@ class SimpleConnectionPool(PoolCore):
                 return got
 
     def _opened(self, waits: Waits, use: Use, opening: list[Connection]) -> Steps[None]:
-        """Connect, and let the Use hold the connection."""
-        if self._connect is not None:
-            found = opening[0]
+        """Connect, and let the Use hold the connection. A thread that connects for a caller that is
+        gone keeps the permits: the connection is idle then."""
+        found = opening.pop()
+        if self._connect is None:
+            self._connected(found)
+        else:
             yield from waits.connect(
                 lambda: self._connected(found), use._hold, lambda: self._release(found)
             )
-        use._hold(opening.pop())
+        use._hold(found)
 
     def _returned(self, endpoint: str) -> None:
         """Called by the native part: a connection is idle now, and callers may wait. One of this
@@ -356,6 +359,7 @@ class SimpleConnectionPool(PoolCore):
 
     def _forget(self) -> None:
         """Begin without connections: those of before a fork belong to the parent."""
+        self._watched = False
         slots, totals = self._slots._handle, self._totals._handle
         idle_ns = int(self._idle * 1e9)
         self._bind_core((slots, totals), address(slots), address(totals), idle_ns)
@@ -378,20 +382,20 @@ class SimpleConnectionPool(PoolCore):
                 self._shut(self._drop_idle(each.id))
                 if (found := self._add(connection_id, endpoint)) != "pool":
                     break
-        if isinstance(found, Connection):
-            wait_queue.watch(self._segment, self)
-        elif found == "damaged":
+        if found == "damaged":
             self._slots._failed(lib.FSHM_E_DAMAGED)
         return found
 
     def _connected(self, found: Connection) -> Connection:
         """Open it, with the bound connect()."""
-        if self._connect is None:
-            return found
         made = None
         try:
-            made = self._connect(found.endpoint)
-            self._set_object(found, made)
+            if self._connect is not None:
+                made = self._connect(found.endpoint)
+                self._set_object(found, made)
+            if not self._watched:
+                wait_queue.watch(self._segment, self)  # by now there is a hub, if it needs one
+                self._watched = True
         except BaseException:
             self._shut(found, made)
             raise
