@@ -499,7 +499,8 @@ bool wait_place_asks(fshm_segment *s, const fshm_place *p) {
 }
 
 void wait_tell(fshm_segment *s, uint32_t process) {
-  if (atomic_fetch_or(&s->watchers[process], WATCH_ASKED) & WATCH_SLEEPS) wake_sleeper(&s->watchers[process]);
+  if (atomic_fetch_or(&s->watchers[process], WATCH_ASKED) & WATCH_SLEEPS)
+    wake_sleeper(&s->watchers[process]);
 }
 
 int fshm_wait_next(fshm_limiter *l, const void *key, uint64_t length) {

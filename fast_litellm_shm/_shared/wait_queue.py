@@ -151,7 +151,8 @@ class _InLine(Place):
 
     def __init__(self, events: _Events, *given: Any) -> None:
         super().__init__(*given)
-        self._events, self._woken, self._asleep = events, False, None
+        self._events, self._woken = events, False
+        self._asleep: Any = None  # what it waits for
         self.line: _Line | None = None
 
     def join(self) -> None:

@@ -169,9 +169,7 @@ async def off_loop(call: Callable[[], T], undo: Callable[[T], object] = lambda _
     return await _result(_executor("fast-shm-ask").submit(call), undo, lambda: None)
 
 
-async def _result(
-    thread: Future[T], late: Callable[[T], object], never: Callable[[], object]
-) -> T:
+async def _result(thread: Future[T], late: Callable[[T], object], never: Callable[[], object]) -> T:
     """What a thread returns. If the caller is cancelled, ``late`` gets it, or ``never`` is called
     where the thread has not begun."""
     import asyncio

@@ -686,6 +686,75 @@ static void test_no_room_for_service(void) {
   fshm_close(s);
 }
 
+/* Holds two permits, one of them idle, and gives that one back when it is asked. */
+static void keeps_idle(int i, void *with) {
+  crowd_t *c = with;
+  fshm_permit used, idle;
+  (void)i;
+  CHECK(take(c->l, &used, SECOND));
+  CHECK(take(c->l, &idle, SECOND));
+  CHECK_EQ(fshm_permit_idle(c->l, &idle, 1), 1);
+  CHECK_EQ(fshm_wait_asked(c->l, KEY), 0);
+  CHECK_EQ(fshm_wait_next(c->l, KEY), FSHM_NEXT_NONE);
+  atomic_store(&c->held, 1);
+  while (!fshm_wait_watch(c->s, SECOND)) continue;
+  CHECK_EQ(fshm_wait_asked(c->l, KEY), 1);
+  CHECK_EQ(fshm_wait_asked(c->l, KEY), 0); /* one is enough */
+  CHECK_EQ(fshm_wait_watch(c->s, SECOND / 100), 0);
+  CHECK_EQ(fshm_wait_next(c->l, KEY), FSHM_NEXT_OTHER);
+  CHECK_EQ(fshm_permit_release(c->l, &idle), 1);
+  while (!atomic_load(&c->stop)) (void)usleep(100);
+  CHECK_EQ(fshm_wait_watch(c->s, SECOND / 100), 0); /* it holds no idle one by now */
+  atomic_store(&c->held, 2);
+  while (!fshm_wait_watch(c->s, SECOND)) continue; /* any of its permits will do */
+  CHECK_EQ(fshm_wait_asked(c->l, KEY), 1);
+  CHECK_EQ(fshm_permit_release(c->l, &used), 1);
+}
+
+/* The caller of the place tries until it has a permit. */
+static void take_in(fshm_limiter *l, fshm_place *p, fshm_permit *permit) {
+  fshm_turn t;
+  fshm_decision d;
+  uint32_t held;
+  do {
+    CHECK_EQ(fshm_wait_turn(l, p, 0, &t), 1);
+    fshm_admit(l, KEY, NULL, 0, permit, &d, &held);
+  } while (d.status != FSHM_ALLOWED && !usleep(100));
+}
+
+/* What another process keeps is given back to a caller that waits, and asks for it. */
+static void test_asks(void) {
+  crowd_t *c = shared_memory(sizeof *c);
+  fshm_permit one, two;
+  fshm_turn t;
+  c->s = fresh_segment(1000);
+  c->l = permit_limiter(c->s, 2);
+  pid_t pid = start_child(keeps_idle, 0, c);
+  while (atomic_load(&c->held) != 1) (void)usleep(100);
+  fshm_place p = join(c->l, 0, 0, 0);
+  CHECK_EQ(fshm_wait_turn(c->l, &p, 0, &t), 1);
+  fshm_wait_ask(c->l, KEY, 1, &p);
+  CHECK_EQ(fshm_wait_asked(c->l, KEY), 0); /* not by another process */
+  take_in(c->l, &p, &one);
+  CHECK_EQ(fshm_wait_turn(c->l, &p, 0, &t), 1);
+  CHECK_EQ(fshm_wait_next(c->l, KEY), FSHM_NEXT_OURS);
+  CHECK_EQ(fshm_wait_sleep(c->l, &p, t.armed, SECOND), 1); /* it was woken */
+  CHECK_EQ(fshm_wait_turn(c->l, &p, 0, &t), 1);
+  fshm_wait_ask(c->l, KEY, 1, &p);
+  atomic_store(&c->stop, 1);
+  while (atomic_load(&c->held) != 2) (void)usleep(100);
+  CHECK_EQ(fshm_wait_turn(c->l, &p, 0, &t), 1);
+  fshm_wait_ask(c->l, KEY, 0, &p);
+  take_in(c->l, &p, &two);
+  fshm_wait_leave(c->l, &p);
+  fshm_wait_ask(c->l, KEY, 0, &p); /* without a place: nothing */
+  end_child(pid);
+  CHECK_EQ(fshm_permit_release(c->l, &one), 1);
+  CHECK_EQ(fshm_permit_release(c->l, &two), 1);
+  fshm_limiter_close(c->l);
+  fshm_close(c->s);
+}
+
 int main(void) {
   test_order();
   test_histories();
@@ -698,6 +767,7 @@ int main(void) {
   test_killed(SIGKILL);
   test_killed(SIGSTOP);
   test_polled();
+  test_asks();
   test_closed_pipes();
   test_fork();
   test_read_only();

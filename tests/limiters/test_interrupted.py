@@ -26,7 +26,7 @@ from fast_litellm_shm import (
     SimpleConnectionPool,
     limited,
 )
-from fast_litellm_shm._shared.named_limiter import SharedLimits
+from fast_litellm_shm._shared.named_limiter import SharedLimits, states_of
 from fast_litellm_shm.cluster.single_flight import SingleFlight
 from fast_litellm_shm.integrations.asgi import RateLimitMiddleware as AsgiLimit
 from fast_litellm_shm.integrations.httpx import SharedLimitTransport
@@ -151,6 +151,25 @@ def _bound_connection(segment: Segment) -> Block:
             pass
 
     return Block(run, lambda: pool.get_stats()["total_connections"] + _open(Wire))
+
+
+def _waits_for_a_connection(segment: Segment) -> Block:
+    """In vain: in the queue of the endpoint, and then in that of the whole pool."""
+    pool = SimpleConnectionPool("in vain", max_per_endpoint=1, max_total=2, segment=segment)
+    kept = [pool.get_connection(A), pool.get_connection(f"{A}/b")]
+    turn = [0]
+
+    def run() -> None:
+        turn[0] += 1
+        with suppress(PermitTimeoutError), pool.connection(A if turn[0] % 2 else f"{A}/c", 0.0001):
+            raise AssertionError
+
+    def held() -> int:
+        queues = (pool._slots, A.encode()), (pool._slots, f"{A}/c".encode()), (pool._totals, b"")
+        waiting = sum(states_of(of).waiting(raw) for of, raw in queues)
+        return int(pool.get_stats()["total_connections"]) - len(kept) + waiting
+
+    return Block(run, held)
 
 
 def _full_pool(segment: Segment) -> Block:
@@ -285,8 +304,8 @@ def _tracked(segment: Segment) -> Block:
 
 BLOCKS = [
     _slot, _permit, _waits_in_vain, _admission, _connection, _decorated_by_a_pool,
-    _bound_connection, _full_pool, _reservation, _decorated, _wsgi, _asgi, _httpx, _asking,
-    _tracked,
+    _bound_connection, _waits_for_a_connection, _full_pool, _reservation, _decorated, _wsgi, _asgi,
+    _httpx, _asking, _tracked,
 ]  # fmt: skip
 each_block = pytest.mark.parametrize("make", BLOCKS, ids=lambda make: make.__name__[1:])
 
@@ -306,7 +325,8 @@ def test_exceptions_out_of_a_signal_handler_leak_nothing(
 ) -> None:
     block = make(segment)
     waits = make in (_reservation, _decorated)
-    longest = 1e-3 if waits or make is _waits_in_vain else 150e-6
+    in_vain = make in (_waits_in_vain, _waits_for_a_connection)
+    longest = 1e-3 if waits or in_vain else 150e-6
     # What was reserved is over by itself, a millisecond later: it is looked for after each raise.
     by_signals(block.run, RAISES, longest, block.check if waits else str)
     block.check("after all")
@@ -378,6 +398,25 @@ def _connection_async(segment: Segment) -> tuple[Callable[[], Awaitable[None]], 
     return run, lambda: int(pool.get_stats()["active_connections"])
 
 
+def _waiting_connection(
+    segment: Segment,
+) -> tuple[Callable[[], Awaitable[None]], Callable[[], int]]:
+    pool = SimpleConnectionPool("waiting", max_per_endpoint=1, segment=segment)
+    pool.bind(_Wire, _Wire.close)
+
+    async def run() -> None:
+        async with pool.connection_async(A, 5):
+            inner = asyncio.create_task(waits())
+            await asyncio.sleep(0)
+        await inner
+
+    async def waits() -> None:
+        async with pool.connection_async(A, 5):
+            await asyncio.sleep(0)
+
+    return run, lambda: int(pool.get_stats()["active_connections"])
+
+
 def _reservation_async(segment: Segment) -> tuple[Callable[[], Awaitable[None]], Callable[[], int]]:
     """One that is served, and one that is given up: its instant would come in an hour."""
     served = RateLimiter(Limit(1000, per=1, burst=1), name="served", segment=segment)
@@ -392,7 +431,10 @@ def _reservation_async(segment: Segment) -> tuple[Callable[[], Awaitable[None]],
     return run, lambda: int(given_up.peek("k").retry_after_ns or 0) > 3600 * 10**9
 
 
-TASKS = [_slot_async, _waiting_slot, _admission_async, _connection_async, _reservation_async]
+TASKS = [
+    _slot_async, _waiting_slot, _admission_async, _connection_async, _waiting_connection,
+    _reservation_async,
+]  # fmt: skip
 each_task = pytest.mark.parametrize("make", TASKS, ids=lambda make: make.__name__[1:])
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from support import green
-from support.children import run, run_one
+from support.children import run
 from support.pooled import CountingServer
 from support.pooled import close as close_client
 from support.pooled import connect as connect_client
@@ -139,7 +139,11 @@ def test_tasks_are_served_in_the_order_in_which_they_came(segment: Segment) -> N
 
 
 def test_a_cancelled_crowd_leaks_nothing(segment: Segment) -> None:
-    of, opened, chance = make(segment, max_per_endpoint=3, max_total=4), Opened(0.005), random.Random(1)
+    of, opened, chance = (
+        make(segment, max_per_endpoint=3, max_total=4),
+        Opened(0.005),
+        random.Random(1),
+    )
     of.bind(opened.connect, lambda _: opened.close())
 
     async def use() -> None:
