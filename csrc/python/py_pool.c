@@ -157,6 +157,11 @@ static UNGUARDED Connection *pop(PoolCore *self, PyObject *endpoint, int *stale)
   return c;
 }
 
+/* Does any caller wait for the connection's endpoint, or for room in the pool? */
+static inline int is_waited_for(const Connection *c) {
+  return (uint32_t)(load_relaxed(c->queues[0]) | load_relaxed(c->queues[1])) != 0;
+}
+
 /* Mark the pool's connection of this id as idle. 0: it is not `meant` (NULL: any will do), or it is idle already.
  * *wanted: the endpoint, if a caller may wait for the connection or for its permits; or NULL. */
 static int put_back(PoolCore *self, PyObject *id, const Connection *meant, PyObject **wanted) {
@@ -174,8 +179,7 @@ static int put_back(PoolCore *self, PyObject *id, const Connection *meant, PyObj
     /* After the swap in fshm_permit_idle(). A caller that waits has joined the queue before it looks at the permits, and
      * at this stack under this lock: it sees the idle connection, or we see it in the queue. */
     after_swap();
-    if (unlikely((uint32_t)(load_relaxed(c->queues[0]) | load_relaxed(c->queues[1]))))
-      *wanted = Py_NewRef(c->endpoint);
+    if (unlikely(is_waited_for(c))) *wanted = Py_NewRef(c->endpoint);
   }
   ALONE_END();
   return done;

@@ -100,14 +100,22 @@ static int use_once(const Use *self) {
 
 /* Does any caller wait for a connection to the endpoint, or for room in the pool? */
 static int use_waited(const Use *self) {
-  const PoolCore *pool = (PoolCore *)self->pool;
+  PoolCore *pool = (PoolCore *)self->pool;
   key_arg key;
+  int waited = -1;
+  if (Py_TYPE(self->endpoint) == &PyUnicode_Type) {
+    ALONE_BEGIN(pool);
+    const Stack *stack = (Stack *)PyDict_GetItemWithError(pool->stacks, self->endpoint);
+    if (stack && stack->top) waited = is_waited_for(stack->top);
+    ALONE_END();
+    if (waited >= 0) return waited;
+  }
   if (!PyUnicode_Check(self->endpoint) || get_key(self->endpoint, &key)) {
     PyErr_Clear();
     return 0; /* _open() says what is wrong with it */
   }
-  int waited = fshm_is_waited_for(pool->permits, key.bytes, (uint64_t)key.length) ||
-               fshm_is_waited_for(pool->totals, "", 0);
+  waited = fshm_is_waited_for(pool->permits, key.bytes, (uint64_t)key.length) ||
+           fshm_is_waited_for(pool->totals, "", 0);
   Py_XDECREF(key.held);
   return waited;
 }

@@ -431,10 +431,7 @@ def _reservation_async(segment: Segment) -> tuple[Callable[[], Awaitable[None]],
     return run, lambda: int(given_up.peek("k").retry_after_ns or 0) > 3600 * 10**9
 
 
-TASKS = [
-    _slot_async, _waiting_slot, _admission_async, _connection_async, _waiting_connection,
-    _reservation_async,
-]  # fmt: skip
+TASKS = [_slot_async, _waiting_slot, _admission_async, _connection_async, _reservation_async]
 each_task = pytest.mark.parametrize("make", TASKS, ids=lambda make: make.__name__[1:])
 
 
@@ -447,7 +444,7 @@ async def _until_none(held: Callable[[], int], where: str) -> None:
     assert held() == 0, where
 
 
-@each_task
+@pytest.mark.parametrize("make", [*TASKS, _waiting_connection], ids=lambda make: make.__name__[1:])
 def test_a_task_cancelled_at_each_step_leaks_nothing(segment: Segment, make: Any) -> None:
     run, held = make(segment)
 
