@@ -124,6 +124,9 @@ static void use_queue(user_t *u, fshm_limiter *l, const char *key, uint64_t n, u
   if (what & 4) fshm_wait_correct(l, p, (int64_t)n, now);
   if (what & 8) fshm_wait_requeue(l, p, n, what, now);
   fshm_wait_wake(l, key, 1);
+  fshm_wait_ask(l, key, 1, (int)what & 1, p);
+  MUST((unsigned)fshm_wait_asked(l, key, 1) <= 1);
+  MUST((unsigned)fshm_wait_next(l, key, 1) <= FSHM_NEXT_OTHER);
   MUST((unsigned)fshm_is_waited_for(l, key, 1) <= 1);
   fshm_waiting(l, key, 1, what & 1 ? &n : NULL, now, &t);
   fshm_wait_watch(u->s, 0);
