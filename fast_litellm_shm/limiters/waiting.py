@@ -48,6 +48,7 @@ class Wish(NamedTuple):
 
 
 _PLAIN = Wish()
+_DEFAULTS = (None, 1.0, 0, None, None)
 
 
 def wish(
@@ -58,7 +59,7 @@ def wish(
     on_wait: OnWait | None,
 ) -> Wish:
     """Check the arguments. Raises TypeError or ValueError, which names the wrong one."""
-    if tenant is None and weight == 1 and priority == 0 and max_waiting is None and on_wait is None:
+    if (tenant, weight, priority, max_waiting, on_wait) == _DEFAULTS and weight is not True:
         return _PLAIN
     if isinstance(weight, bool) or not isinstance(weight, (int, float)):
         raise TypeError(f"weight must be a number, not {weight!r}")

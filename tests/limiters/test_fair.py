@@ -167,7 +167,7 @@ def test_threads_and_tasks_in_one_order(segment: Segment) -> None:
 def test_shed(segment: Segment) -> None:
     limiter, got = permits(segment), []
     held = limiter.acquire("k")
-    threads = _threads(3, lambda _: got.append(bool(limiter.wait("k", PATIENCE).release())))
+    threads = _threads(3, lambda _: got.append(limiter.wait("k", PATIENCE).release()))
     wait_until("they wait", lambda: limiter.queue_size("k") == 3)
     assert not limiter.wait("k", max_waiting=3)
     assert not limiter.wait("k", max_waiting=0)
@@ -194,7 +194,7 @@ def test_shed(segment: Segment) -> None:
     held.release()
     for each in threads:
         each.join()
-    assert limiter.wait("k", max_waiting=0)
+    assert limiter.wait("k", max_waiting=0).release()
 
 
 def test_shed_of_rates_and_quotas(segment: Segment) -> None:
@@ -230,11 +230,13 @@ def test_tasks_are_shed_by_their_place_in_the_line(segment: Segment) -> None:
 
 def test_places_are_told(segment: Segment) -> None:
     limiter = permits(segment)
-    told: list[list[tuple[int, float | None]]] = [[], [], []]
+    told: list[list[int]] = [[], [], []]
+    expected: list[float | None] = []
 
     async def one(i: int) -> None:
         def on_wait(place: int, seconds: float | None) -> None:
-            told[i].append((place, seconds))
+            told[i].append(place)
+            expected.append(seconds)
 
         async with limiter.slot_async("k", PATIENCE, on_wait=on_wait):
             await asyncio.sleep(0.01)
@@ -243,13 +245,34 @@ def test_places_are_told(segment: Segment) -> None:
         held = limiter.acquire("k")
         tasks = [asyncio.ensure_future(one(i)) for i in range(3)]
         await asyncio.sleep(0.05)
+        assert told == [[1], [2], [3]]
+        tasks[1].cancel()
+        await wait_until_async("the last is told", lambda: told[2] == [3, 2])
         held.release()
-        await asyncio.gather(*tasks)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert set(expected) == {None}  # none had been served
+        held = limiter.acquire("k")
+        task = asyncio.ensure_future(one(0))
+        await asyncio.sleep(0.05)
+        held.release()
+        await task
+        assert expected[-1] is not None and expected[-1] > 0
 
     asyncio.run(main())
-    assert [each[0] for each in told] == [(1, None), (2, None), (3, None)]
-    assert told[2][-1][0] < 3
-    assert told[2][-1][1] is not None and told[2][-1][1] > 0
+
+
+def test_a_caller_whose_turn_never_comes_is_denied(segment: Segment) -> None:
+    """It stands behind another one when its time is up."""
+    limiter = permits(segment)
+    with limiter.slot("k"):
+        first = _threads(1, lambda _: None if limiter.wait("k", PATIENCE).release() else None)
+        wait_until("the other waits", lambda: limiter.queue_size("k") == 1)
+        assert not limiter.wait("k", 0.01)
+        assert not asyncio.run(limiter.wait_async("k", 0.01))
+        with pytest.raises(PermitTimeoutError), limiter.slot("k", 0.01):
+            raise AssertionError("entered")
+    for each in first:
+        each.join()
 
 
 def test_a_caller_whose_on_wait_raises_leaves(segment: Segment) -> None:
@@ -257,7 +280,7 @@ def test_a_caller_whose_on_wait_raises_leaves(segment: Segment) -> None:
     with limiter.slot("k"), pytest.raises(ZeroDivisionError):
         limiter.wait("k", on_wait=lambda *_: 1 // 0)
     assert limiter.queue_size("k") == 0
-    assert limiter.wait("k", 0)
+    assert limiter.wait("k", 0).release()
 
 
 # Quota -------------------------------------------------------------------------------------------
@@ -294,7 +317,7 @@ def test_a_quota_denies_what_never_fits_and_when_the_time_is_up(segment: Segment
         assert not late and late.reason == "max_parallel"
         assert not asyncio.run(quota.wait_async("k", timeout=0))
     assert quota.in_flight("k") == 0
-    assert quota.wait("k")
+    assert quota.wait("k").release()
 
 
 def test_tenants_of_a_quota_are_served_in_tokens(segment: Segment) -> None:
