@@ -319,7 +319,8 @@ def test_a_caller_that_is_interrupted_holds_up_none_of_its_line(
     run = Run()
 
     def check(where: str) -> None:
-        gc.collect()
+        if (_lines(), _watched()) != (0, 0):
+            gc.collect()
         assert limiter.in_flight("k") == 0, where
         assert limiter.queue_size("k") == 0, where
         assert (_lines(), _watched()) == (0, 0), where
