@@ -1,6 +1,6 @@
-"""Two tenants share 4 permits over 4 processes: the first floods the queue with heavy calls from the
-beginning, the second comes 2 seconds later with light ones. Each gets half of the service from then
-on. Prints what each was served, and with a file name draws it:
+"""Two tenants share 4 permits over 4 processes: the first floods the queue with heavy calls, the
+second comes 2 seconds later with light ones. Each gets half of the service from then on. Prints
+what each was served, and with a file name draws it:
 
     python examples/fair_tenants.py [picture.svg]
 """
