@@ -24,6 +24,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator
 from functools import partial
+from importlib import import_module
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
@@ -223,7 +224,8 @@ class _InLine(Place):
 
     def __init__(self, events: _Events, states: States, raw: bytes, order: Order) -> None:
         super().__init__(states, raw, order)
-        self._events, self._woken, self._asleep = events, False, None
+        self._events, self._woken = events, False
+        self._asleep: Any = None  # an event
         self.line: _Line | None = None
         self.number, self.since, self.at = next(_numbers), 0, 0
 
@@ -388,9 +390,7 @@ class _OfGevent(_Events):
         self._io.stop()
 
     def event(self) -> Any:
-        from gevent.event import Event
-
-        return Event()
+        return import_module("gevent.event").Event()
 
     def set(self, event: Any) -> None:
         event.set()
@@ -408,19 +408,15 @@ class _OfEventlet(_Events):
         hub.add("read", fd, call, call, call)
 
     def event(self) -> Any:
-        from eventlet.event import Event
-
-        return Event()
+        return import_module("eventlet.event").Event()
 
     def set(self, event: Any) -> None:
         if not event.ready():
             event.send(None)
 
     def wait(self, event: Any, seconds: float) -> Generator[Any, Any, None]:
-        from eventlet.timeout import Timeout
-
         yield from ()
-        with Timeout(min(seconds, _FOREVER), False):
+        with import_module("eventlet.timeout").Timeout(min(seconds, _FOREVER), False):
             event.wait()
 
 
@@ -456,10 +452,10 @@ def place_of_thread(states: States, raw: bytes, order: Order = ALIKE) -> Place:
     """For a thread; or for a greenlet, where the program is patched."""
     if greenlets.must_yield():
         if "gevent.monkey" in sys.modules:
-            hub, kind = sys.modules["gevent"].get_hub(), _OfGevent
+            events = _events_of(sys.modules["gevent"].get_hub(), _OfGevent)
         else:
-            hub, kind = sys.modules["eventlet.hubs"].get_hub(), _OfEventlet
-        return _InLine(_events_of(hub, kind), states, raw, order)
+            events = _events_of(sys.modules["eventlet.hubs"].get_hub(), _OfEventlet)
+        return _InLine(events, states, raw, order)
     return Place(states, raw, order)
 
 

@@ -11,6 +11,7 @@ from fast_litellm_shm import limits
 from fast_litellm_shm._shared.named_limiter import SharedLimits, key_bytes, refused, states_of
 from fast_litellm_shm._shared.native import Decision, Reservation
 from fast_litellm_shm._shared.segment import Segment
+from fast_litellm_shm._shared.wait_queue import Place
 from fast_litellm_shm.limiters import grantors
 from fast_litellm_shm.limiters.choice import chosen
 from fast_litellm_shm.limiters.grantors import ClusterArgument, Cost, ns_until
@@ -214,7 +215,7 @@ class RateLimiter(SharedLimits):
     ) -> Steps[Decision]:
         deadline, raw = deadline_ns(timeout), key_bytes(key)
         tokens = cost if isinstance(cost, int) else max(cost)
-        place = None
+        place: Place | None = None
 
         def attempt() -> Steps[tuple[_Found, int | None]]:
             soon = min(deadline, time.monotonic_ns() + _AHEAD)

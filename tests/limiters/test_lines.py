@@ -241,9 +241,9 @@ def _fork_while_tasks_wait(name: str) -> list[str]:
             (await each).release()
         for each in tasks:
             (await each).release()
-        status = await asyncio.to_thread(os.waitpid, pid, 0)
-        if status[1]:
-            wrong.append(f"the child: {os.waitstatus_to_exitcode(status[1])}")
+        _, status = await asyncio.to_thread(lambda: os.waitpid(pid, 0))
+        if status:
+            wrong.append(f"the child: {os.waitstatus_to_exitcode(status)}")
 
     asyncio.run(main())
     return wrong
@@ -334,7 +334,7 @@ def test_a_caller_that_is_interrupted_holds_up_none_of_its_line(
 
 def _collected_in_the_middle(name: str) -> bool:
     limiter = make(Segment(name))
-    signal.signal(signal.SIGUSR1, lambda *_: gc.collect())
+    signal.signal(signal.SIGUSR1, lambda *_: gc.collect(0))
 
     async def main() -> bool:
         found = await _turns(limiter, 30)
