@@ -198,11 +198,12 @@ class _Line:
         if first is None:
             self.end()
             return
-        native = self.open()
-        native.place.callers = len(self.callers)
+        native, waiting = self.native, len(self.callers)
+        if native is not None:
+            native.place.callers = waiting
         if first.number != self.head:
-            waiting = len(self.callers)
-            lib.fshm_wait_requeue(native.limiter, native.place, first.since, waiting, 0)
+            if native is not None:
+                lib.fshm_wait_requeue(native.limiter, native.place, first.since, waiting, 0)
             first.wake()
             self.head = first.number
 
@@ -222,11 +223,12 @@ class _Line:
 class _InLine(Place):
     """Of a task or a greenlet."""
 
+    line: _Line | None = None
+
     def __init__(self, events: _Events, states: States, raw: bytes, order: Order) -> None:
         super().__init__(states, raw, order)
         self._events, self._woken = events, False
         self._asleep: Any = None  # an event
-        self.line: _Line | None = None
         self.number, self.since, self.at = next(_numbers), 0, 0
 
     def join(self) -> None:
@@ -327,7 +329,7 @@ class _Events:
 
     def close(self) -> None:
         """Before the pipe is closed: the core writes to it for the places of these lines."""
-        for line in list(self.lines.values()):
+        for line in list(getattr(self, "lines", {}).values()):  # __init__ may have raised
             line.end()
         fds, self._read, self.fd = (self._read, self.fd), -1, -1
         for fd in fds:
