@@ -535,9 +535,7 @@ def _after_fork() -> None:
     _watches.clear()
     for events in list(_events.values()):
         for line in list(events.lines.values()):
-            line.watch = None
-            if line.native is not None:
-                line.native.leave()  # or the child would write to descriptors of its own
+            line.watch = None  # its place is the parent's: the core knows
         events.lines.clear()
         events.listening.clear()
     _events.clear()
