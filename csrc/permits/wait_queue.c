@@ -376,7 +376,8 @@ void fshm_wait_requeue(fshm_limiter *l, fshm_place *p, uint64_t since, uint32_t 
   fshm_segment *s = l->segment;
   p->since = since;
   p->callers = callers;
-  if (!p->owner || !is_ours(&s->waiters[p->entry], p)) return; /* the next turn takes another place */
+  if (!p->owner || !is_ours(&s->waiters[p->entry], p))
+    return; /* the next turn takes another place */
   beat(&s->waiters[p->entry], p, now_of(s, now));
   atomic_thread_fence(memory_order_seq_cst); /* wait_wake() comes after a swap elsewhere */
   wait_wake(s, p->key); /* another may be first by now, and there may be room for more */
