@@ -100,6 +100,7 @@ def _wait_and_die(name: str, count: int, tasks: bool) -> int:
             asyncio.run(main())
         else:
             limiter.wait("k")
+        signal.pause()  # it had its turn
     finally:
         os._exit(1)
 
