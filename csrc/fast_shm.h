@@ -381,6 +381,9 @@ int fshm_wait_join(fshm_limiter *limiter, const void *key, uint64_t key_length,
                    const fshm_waiter *waiter, uint64_t now_ns, fshm_place *place);
 /* 1: the place is next: try. 0: sleep. */
 int fshm_wait_turn(fshm_limiter *limiter, fshm_place *place, uint64_t now_ns, fshm_turn *out);
+/* How many callers of other places are before a caller that came to this one at `since`. */
+uint32_t fshm_wait_ahead(fshm_limiter *limiter, fshm_place *place, uint64_t since_ns,
+                         uint64_t now_ns);
 /* Sleep until the place is woken, at most FSHM_WAIT_BEAT_NS. 1: it was woken. */
 int fshm_wait_sleep(fshm_limiter *limiter, const fshm_place *place, uint32_t armed, uint64_t ns);
 /* The place's caller was admitted, with a cost in tokens: counts as service of its tenant. */

@@ -287,37 +287,15 @@ static waiter_t *next_of(fshm_segment *s, uint64_t key, uint64_t now) {
   return best;
 }
 
-int fshm_wait_turn(fshm_limiter *l, fshm_place *p, uint64_t now, fshm_turn *out) {
-  fshm_segment *s = l->segment;
-  memset(out, 0, sizeof *out);
-  now = now_of(s, now);
-  if (!p->owner || !is_ours(&s->waiters[p->entry], p)) {
-    let_go(s, p);
-    p->was_first = 1; /* it may have been woken in the other place */
-    /* It keeps its time of arrival. */
-    if (s->read_only || !take_entry(s, p, now)) {
-      out->armed = 0;
-      return 1; /* it goes by no order: all places are in use */
-    }
-  }
-  waiter_t *mine = &s->waiters[p->entry];
-  uint32_t group = wait_group(p->key), reach = reach_of(s, group), nth = nth_of(p);
-  if (reach <= nth) { /* it was damaged */
-    raise_reach(s, group, nth + 1);
-    reach = reach_of(s, group);
-  }
-  beat(mine, p, now);
-  /* Full: a place that was late is seen by wait_wake(), or we see what was released. */
-  atomic_thread_fence(memory_order_seq_cst);
-  /* seq_cst: before the look at the limits. A release after that look changes the word. */
-  out->armed = atomic_load(&mine->wake);
-  out->callers = p->callers;
-  waiting_t me = {p->since, p->tenant, 0, p->owner, p->priority}, w;
+/* Whether no other place of the key is before this one, if its caller came at `since`. */
+static bool is_first(fshm_segment *s, fshm_place *p, uint64_t since, uint64_t now, fshm_turn *out) {
+  uint32_t group = wait_group(p->key), reach = reach_of(s, group);
+  waiting_t me = {since, p->tenant, 0, p->owner, p->priority}, w;
   bool known = false, first = true;
-  for (nth = 0; nth < reach; nth++) {
+  for (uint32_t nth = 0; nth < reach; nth++) {
     waiter_t *e = place_at(s, group, nth);
     uint64_t owner, of, seen;
-    if (e == mine || !read_entry(e, &owner, &of, &seen, &w)) continue;
+    if (!read_entry(e, &owner, &of, &seen, &w) || owner == p->owner) continue;
     if (of != p->key || is_late(seen, now)) continue;
     if (w.tenant != me.tenant) {
       p->shared = 1; /* the key has several tenants */
@@ -333,12 +311,44 @@ int fshm_wait_turn(fshm_limiter *l, fshm_place *p, uint64_t now, fshm_turn *out)
     first = false;
     out->ahead += callers;
   }
+  return first;
+}
+
+int fshm_wait_turn(fshm_limiter *l, fshm_place *p, uint64_t now, fshm_turn *out) {
+  fshm_segment *s = l->segment;
+  memset(out, 0, sizeof *out);
+  now = now_of(s, now);
+  if (!p->owner || !is_ours(&s->waiters[p->entry], p)) {
+    let_go(s, p);
+    p->was_first = 1; /* it may have been woken in the other place */
+    /* It keeps its time of arrival. */
+    if (s->read_only || !take_entry(s, p, now)) {
+      out->armed = 0;
+      return 1; /* it goes by no order: all places are in use */
+    }
+  }
+  waiter_t *mine = &s->waiters[p->entry];
+  uint32_t group = wait_group(p->key), nth = nth_of(p);
+  if (reach_of(s, group) <= nth) raise_reach(s, group, nth + 1); /* it was damaged */
+  beat(mine, p, now);
+  /* Full: a place that was late is seen by wait_wake(), or we see what was released. */
+  atomic_thread_fence(memory_order_seq_cst);
+  /* seq_cst: before the look at the limits. A release after that look changes the word. */
+  out->armed = atomic_load(&mine->wake);
+  out->callers = p->callers;
+  bool first = is_first(s, p, p->since, now, out);
   /* Woken, but another is first by now: the wake-up was meant for that one. Or the order has changed: the one that is
    * first now may sleep beside room that only we were told of. */
   if (!first && (out->armed != p->woken || p->was_first)) wait_wake(s, p->key);
   p->woken = out->armed;
   p->was_first = first;
   return first;
+}
+
+uint32_t fshm_wait_ahead(fshm_limiter *l, fshm_place *p, uint64_t since, uint64_t now) {
+  fshm_turn found = {0};
+  (void)is_first(l->segment, p, since, now_of(l->segment, now), &found);
+  return found.ahead;
 }
 
 void fshm_wait_served(fshm_limiter *l, fshm_place *p, uint64_t cost, uint64_t now) {

@@ -382,7 +382,16 @@ static PyObject *core_refused_permit(PyObject *o, PyObject *args) {
   fshm_apply(self->limiter, FSHM_PEEK, k.bytes, (uint64_t)k.length, costs, 0, 0, &d);
   uint32_t in_flight = fshm_in_flight(self->limiter, k.bytes, (uint64_t)k.length);
   Py_XDECREF(k.held);
-  if (odd(self, &d) && settle(self, &d)) return NULL;
+  uint16_t last = (uint16_t)(limit_count(self) - 1);
+  if (d.status == FSHM_E_ARGUMENT && !last) { /* it has no rates */
+    memset(&d, 0, sizeof d);
+  } else {
+    if (odd(self, &d) && settle(self, &d)) return NULL;
+    if (d.status == FSHM_ALLOWED && in_flight) { /* as fshm_admit() has it */
+      d.limit_index = last;
+      d.remaining = 0;
+    }
+  }
   d.status = FSHM_DENIED;
   return make_permit(self->handle, self->limiter, &none, in_flight, limits_of(self), &d);
 }

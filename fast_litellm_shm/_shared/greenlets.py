@@ -2,8 +2,8 @@
 
 To sleep in the kernel stops the whole thread, and also the greenlet that holds the permit. So where
 ``time.sleep()`` is patched, a greenlet waits by its hub (wait_queue.py). Each wait checks anew
-whether it is patched: gunicorn patches after ``--preload`` has imported this. A thread without a hub
-(of gevent's threadpool, of eventlet's tpool) has no greenlets, and sleeps in the kernel.
+whether it is patched: gunicorn patches after ``--preload`` has imported this. A thread without a
+hub (of gevent's threadpool, of eventlet's tpool) has no greenlets, and sleeps in the kernel.
 """
 
 from __future__ import annotations

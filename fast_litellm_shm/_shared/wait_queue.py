@@ -22,12 +22,14 @@ import posix  # eventlet patches os.read(), and does not let a hub call that
 import sys
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from functools import partial
+from importlib import import_module
+from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from fast_litellm_shm._shared import greenlets
 from fast_litellm_shm._shared.native import ffi, lib, owned
@@ -42,6 +44,9 @@ _BEAT_NS: int = lib.FSHM_WAIT_BEAT_NS
 _NUMBER = 8  # bytes: what a wake-up writes
 _READ = 4096  # bytes: what the smallest pipe holds
 _FOREVER = 1e6  # seconds: no timer for longer
+_COUNTED = 0.1  # seconds: how old a task's position in its line may be
+
+_numbers = count(1)  # of the callers in lines
 
 
 class Order(NamedTuple):
@@ -54,6 +59,18 @@ class Order(NamedTuple):
 
 
 ALIKE = Order()
+
+
+class Service:
+    """What a caller's tenant was served, of a place that may be gone."""
+
+    def __init__(self, native: _Native) -> None:
+        self._limiter = native.limiter
+        self._place = ffi.new("fshm_place *", native.place[0])
+
+    def correct(self, tokens: int) -> None:
+        """So many tokens more, or fewer, were used in the end."""
+        lib.fshm_wait_correct(self._limiter, self._place, tokens, 0)
 
 
 class _Native:
@@ -69,8 +86,9 @@ class _Native:
     def turn(self) -> bool:
         return bool(lib.fshm_wait_turn(self.limiter, self.place, 0, self.looked))
 
-    def served(self, cost: int) -> None:
+    def served(self, cost: int) -> Service:
         lib.fshm_wait_served(self.limiter, self.place, cost, 0)
+        return Service(self)
 
     def leave(self) -> None:
         lib.fshm_wait_leave(self.limiter, self.place)
@@ -100,7 +118,7 @@ class Place:
 
     @property
     def ahead(self) -> int:
-        """Callers that were before this one at the last turn()."""
+        """Callers that were before this one at the last turn(); of an event loop, by 0.2 s ago."""
         assert self._native is not None
         return int(self._native.looked.ahead)
 
@@ -121,10 +139,9 @@ class Place:
         raw = self._given[1]
         lib.fshm_wait_ask(native.limiter, raw, len(raw), idle, native.place)
 
-    def served(self, cost: int) -> None:
+    def served(self, cost: int) -> Service | None:
         """The caller was admitted."""
-        if self._native is not None:
-            self._native.served(cost)
+        return None if self._native is None else self._native.served(cost)
 
     def leave(self) -> None:
         """Leave the queue. It is the next caller's turn then. Twice is harmless."""
@@ -133,43 +150,121 @@ class Place:
 
 
 class _Line:
-    """The callers of one event loop or hub that wait for one key, first come, first served."""
+    """The callers of one event loop or hub that wait for one key, first come, first served.
 
-    def __init__(self, events: _Events, key: Any, native: _Native) -> None:
-        self.events, self.key, self.native = events, key, native
-        self.callers: deque[_InLine] = deque()
-        self.count = 0  # without those that have left and are not first
+    An exception of a signal handler may strike anywhere in here, also in leave(). So the line
+    refers to its callers weakly, and a caller that is deleted leaves once more. Each step of that
+    may be done twice."""
+
+    def __init__(self, events: _Events, key: tuple[States, bytes, Order]) -> None:
+        self.events, self.key = events, key
+        self.callers: OrderedDict[int, ref[_InLine]] = OrderedDict()  # by their numbers
+        self.head: int | None = None  # the number of the caller that was last told that it is first
+        self.native: _Native | None = None
+        self.entry: int | None = None  # in events.listening
+        self.watch: _Watch | None = None
+        self._counted = 0.0
+
+    def open(self) -> _Native:
+        """Its place in the queue."""
+        native = self.native
+        if native is None:
+            native = self.native = _Native(*self.key, self.events.fd)
+            self.head = next(iter(self.callers), None)
+            self.listen()
+        if self.watch is None:
+            _watch(native.segment, self)
+        return native
+
+    def listen(self) -> None:
+        """Be told of the wake-ups of its place, which may be another one by now."""
+        assert self.native is not None
+        place, listening = self.native.place, self.events.listening
+        entry = int(place.entry) if place.owner else None
+        if entry is not None:
+            listening[entry] = self
+        if self.entry not in (None, entry) and listening.get(self.entry) is self:
+            del listening[self.entry]
+        self.entry = entry
 
     def first(self) -> _InLine | None:
-        while self.callers and self.callers[0].line is None:
-            self.callers.popleft()
-        return self.callers[0] if self.callers else None
+        while self.callers:
+            number, caller = next(iter(self.callers.items()))
+            found = caller()
+            if found is not None:
+                return found
+            self.callers.pop(number, None)
+        return None
+
+    def sort(self) -> None:
+        """By the time when they came: one has waited elsewhere before."""
+        found = [(number, caller()) for number, caller in self.callers.items()]
+        living = [(number, each) for number, each in found if each is not None]
+        living.sort(key=lambda one: one[1].came)
+        self.callers = OrderedDict((number, ref(each)) for number, each in living)
+
+    def position(self, caller: _InLine) -> int:
+        """How many are before the caller, _COUNTED ago at most. All are counted at once: if each
+        task of ten thousand counted for itself, they would do nothing else."""
+        now = time.monotonic()
+        if now - self._counted > _COUNTED:
+            for at, each in enumerate(list(self.callers.values())):
+                found = each()
+                if found is not None:
+                    found.at = at
+            self._counted = now
+        return caller.at
+
+    def move_up(self) -> None:
+        """A caller has left. If it was the first, tell the one that is first now."""
+        first = self.first()
+        if first is None:
+            self.end()
+            return
+        native, waiting = self.native, len(self.callers)
+        if native is not None:
+            native.place.callers = waiting
+        if first.number != self.head:
+            if native is not None:
+                lib.fshm_wait_requeue(native.limiter, native.place, first.came, waiting, 0)
+            first.wake()
+            self.head = first.number
+
+    def end(self) -> None:
+        events, native = self.events, self.native
+        if events.lines.get(self.key) is self:
+            del events.lines[self.key]
+        if self.entry is not None and events.listening.get(self.entry) is self:
+            del events.listening[self.entry]
+        if native is not None:
+            native.leave()
+        watch, self.watch = self.watch, None
+        if watch is not None:
+            watch.lines.discard(self)
 
 
 class _InLine(Place):
     """Of a task or a greenlet."""
 
+    line: _Line | None = None
+
     def __init__(self, events: _Events, *given: Any) -> None:
         super().__init__(*given)
         self._events, self._woken = events, False
-        self._asleep: Any = None  # what it waits for
-        self.line: _Line | None = None
+        self._asleep: Any = None  # an event
+        self.number, self.at = next(_numbers), 0
 
     def join(self) -> None:
-        line = self._events.line(*self._given)
-        native, callers = line.native, line.callers
-        at = len(callers)
-        if self.came:
-            while at and callers[at - 1].came > self.came:
-                at -= 1
-        else:
-            self.came = self._given[0].now()
-        callers.insert(at, self)
-        line.count += 1
-        native.place.callers = line.count
-        self.line = line
-        if not at and self.came < native.place.since:
-            lib.fshm_wait_requeue(native.limiter, native.place, self.came, line.count, 0)
+        again, self.came = self.came, self.came or self._given[0].now()
+        line = self.line = self._events.line(self._given)
+        line.callers[self.number] = ref(self)
+        if again:
+            line.sort()
+        self.at = len(line.callers) - 1
+        native = line.open()
+        native.place.callers = len(line.callers)
+        if again and line.first() is self:
+            line.move_up()
 
     def turn(self) -> bool:
         line = self.line
@@ -177,17 +272,17 @@ class _InLine(Place):
         self._woken = False
         if line.first() is not self:
             return False
-        found = line.native.turn()
-        self._events.listening[line.native.place.entry] = line
+        found = line.open().turn()
+        line.listen()
         return found
 
     @property
     def ahead(self) -> int:
         line = self.line
         assert line is not None
-        return int(line.native.looked.ahead) + next(
-            at for at, each in enumerate(e for e in line.callers if e.line) if each is self
-        )
+        native = line.open()
+        others = lib.fshm_wait_ahead(native.limiter, native.place, self.came, 0)
+        return int(others) + line.position(self)
 
     def sleep(self, ns: int) -> Generator[Any, Any, None]:
         assert self.line is not None
@@ -203,63 +298,53 @@ class _InLine(Place):
 
     def ask(self, idle: bool) -> None:
         if self.line is not None:
-            self._ask(self.line.native, idle)
+            self._ask(self.line.open(), idle)
 
     def wake(self) -> None:
         self._woken = True
         if self._asleep is not None:
             self._events.set(self._asleep)
 
-    def served(self, cost: int) -> None:
-        if self.line is not None:
-            self.line.native.served(cost)
+    def served(self, cost: int) -> Service | None:
+        return None if self.line is None else self.line.open().served(cost)
 
     def leave(self) -> None:
-        line, self.line = self.line, None
-        if line is None:
-            return
-        line.count -= 1
-        line.native.place.callers = line.count
-        was_first = line.callers[0] is self
-        first = line.first()
-        if first is None:
-            self._events.end(line)
-        elif was_first:
-            native = line.native
-            lib.fshm_wait_requeue(native.limiter, native.place, first.came, line.count, 0)
-            first.wake()
+        line = self.line
+        if line is not None:
+            line.callers.pop(self.number, None)
+            line.move_up()
+            self.line = None  # last: what an exception cuts short is done again
+
+    def __del__(self) -> None:
+        self.leave()
 
 
 class _Events:
     """What the lines of one event loop or hub have in common: a pipe that wake-ups are written
     to."""
 
+    _read = fd = -1
+
     def __init__(self) -> None:
         self.lines: dict[Any, _Line] = {}
         self.listening: dict[int, _Line] = {}  # by the number of the place
         self._calls: deque[Callable[[], object]] = deque()
-        self._read, self._write = os.pipe()
+        self._pid = os.getpid()
+        self._read, self.fd = os.pipe()
         os.set_blocking(self._read, False)
-        os.set_blocking(self._write, False)
+        os.set_blocking(self.fd, False)
         self.listen(self._read, self._readable)
 
-    def line(self, states: States, raw: bytes, order: Order) -> _Line:
-        key = (states, raw, order)
+    def line(self, key: tuple[States, bytes, Order]) -> _Line:
         found = self.lines.get(key)
         if found is None:
-            native = _Native(states, raw, order, self._write)
-            found = self.lines[key] = _Line(self, key, native)
-            self.listening[native.place.entry] = found
-            _count_line(states.segment, 1)
+            found = self.lines[key] = _Line(self, key)
         return found
 
-    def end(self, line: _Line) -> None:
-        del self.lines[line.key]
-        self.listening.pop(line.native.place.entry, None)
-        line.native.leave()
-        _count_line(line.native.segment, -1)
-
     def _readable(self, *_: object) -> None:
+        if self._pid != os.getpid():  # the child of a fork goes on with its parent's hub
+            self.deaf()
+            return
         try:
             data = posix.read(self._read, _READ)
         except BlockingIOError:
@@ -281,16 +366,25 @@ class _Events:
         """Have the hub call it, in a greenlet of its own. Called by any thread."""
         self._calls.append(call)
         with suppress(BlockingIOError):  # there is something to read
-            posix.write(self._write, b"\xff" * _NUMBER)
+            posix.write(self.fd, b"\xff" * _NUMBER)
+
+    def close(self) -> None:
+        """Before the pipe is closed: the core writes to it for the places of these lines."""
+        for line in list(getattr(self, "lines", {}).values()):  # __init__ may have raised
+            line.end()
+        fds, self._read, self.fd = (self._read, self.fd), -1, -1
+        for fd in fds:
+            if fd >= 0:
+                os.close(fd)
 
     def __del__(self) -> None:
-        for line in self.lines.values():
-            line.native.leave()  # from here on nobody writes to the pipe
-        os.close(self._read)
-        os.close(self._write)
+        self.close()
 
     def listen(self, fd: int, call: Callable[..., None]) -> None:
         raise NotImplementedError
+
+    def deaf(self) -> None:
+        """Listen no longer."""
 
     def spawn(self, call: Callable[[], object]) -> None:
         raise NotImplementedError
@@ -316,7 +410,7 @@ class _OfLoop(_Events):
         return _running_loop().create_future()
 
     def set(self, event: asyncio.Future[None]) -> None:
-        if not event.done():
+        if not event.done() and not event.get_loop().is_closed():
             event.set_result(None)
 
     def wait(self, event: asyncio.Future[None], seconds: float) -> Generator[Any, Any, None]:
@@ -334,16 +428,18 @@ class _OfGevent(_Events):
     """Of a gevent hub."""
 
     def listen(self, fd: int, call: Callable[..., None]) -> None:
-        self._io = sys.modules["gevent"].get_hub().loop.io(fd, 1)
+        # ref: the program may end, or wait for all of its greenlets, while nobody waits here.
+        self._io = sys.modules["gevent"].get_hub().loop.io(fd, 1, ref=False)
         self._io.start(call)
+
+    def deaf(self) -> None:
+        self._io.stop()
 
     def spawn(self, call: Callable[[], object]) -> None:
         sys.modules["gevent"].spawn(call)
 
     def event(self) -> Any:
-        from gevent.event import Event
-
-        return Event()
+        return import_module("gevent.event").Event()
 
     def set(self, event: Any) -> None:
         event.set()
@@ -364,19 +460,15 @@ class _OfEventlet(_Events):
         sys.modules["eventlet"].spawn_n(call)
 
     def event(self) -> Any:
-        from eventlet.event import Event
-
-        return Event()
+        return import_module("eventlet.event").Event()
 
     def set(self, event: Any) -> None:
         if not event.ready():
             event.send(None)
 
     def wait(self, event: Any, seconds: float) -> Generator[Any, Any, None]:
-        from eventlet.timeout import Timeout
-
         yield from ()
-        with Timeout(min(seconds, _FOREVER), False):
+        with import_module("eventlet.timeout").Timeout(min(seconds, _FOREVER), False):
             event.wait()
 
 
@@ -393,6 +485,12 @@ def _running_loop() -> asyncio.AbstractEventLoop:
 def _events_of(owner: Any, kind: type[_Events]) -> _Events:
     found = _events.get(owner)
     if found is None:
+        if kind is _OfLoop:  # a loop that is closed may live on, in a cycle
+            for loop in list(_events):
+                if loop is not owner and getattr(loop, "is_closed", bool)():
+                    closed = _events.pop(loop, None)
+                    if closed is not None:
+                        closed.close()
         found = _events[owner] = kind()
     return found
 
@@ -427,65 +525,96 @@ class Keeper(Protocol):
 
 
 class _Watch:
-    """The thread that passes on the wake-ups of other processes, of one segment."""
+    """The thread that passes on the wake-ups of other processes, of one segment.
+
+    Without locks: the garbage collector may end a line in the middle of any of this, in the same
+    thread."""
 
     def __init__(self) -> None:
-        self.lines, self.until = 0, 0.0  # until: of time.monotonic()
-        self.runs = False  # set by the thread: who starts it may be interrupted before it is
-        # With the hub whose greenlets use it.
-        self.keepers: WeakKeyDictionary[Keeper, _Events | None] = WeakKeyDictionary()
+        self.lines: set[_Line] = set()
+        # By id, with the hub whose greenlets use it.
+        self.keepers: dict[int, tuple[ref[Keeper], _Events | None]] = {}
+        self.until = 0.0  # of time.monotonic()
+        self.begun = self.over = False
+
+    def keep(self, keeper: Keeper, events: _Events | None) -> None:
+        number = id(keeper)
+        gone = self.keepers
+        self.keepers[number] = ref(keeper, lambda _: gone.pop(number, None)), events
 
     def asked(self) -> None:
-        with _lock:
-            keepers = list(self.keepers.items())
-        for keeper, events in keepers:
-            if events is None:
+        for found, events in list(self.keepers.values()):
+            keeper = found()
+            if keeper is not None and events is None:
                 keeper._asked()
-            else:
+            elif keeper is not None and events is not None:
                 events.call_soon(keeper._asked)
 
 
 _watches: dict[Segment, _Watch] = {}
-_lock = threading.RLock()  # a collection may end a line
 _KEEP = 5.0  # seconds without a line, after which a thread ends
 
 
-def _count_line(segment: Segment, more: int, keeper: Keeper | None = None) -> None:
-    """A line has begun, or ended: a thread watches as long as there are any."""
-    events = None if keeper is None else _events_of_hub()
-    with _lock:
-        watch = _watches.get(segment)
-        if watch is None:
-            if more < 0:
-                return  # it was of before a fork
-            watch = _watches[segment] = _Watch()
-        watch.lines += more
-        watch.until = time.monotonic() + _KEEP
-        if keeper is not None:
-            watch.keepers[keeper] = events
-    if not watch.runs:
-        _start_thread(_watching, (segment, watch))
+def _watch(segment: Segment, line: _Line) -> None:
+    """A thread watches as long as there are lines."""
+    while True:
+        found = line.watch = _watches.setdefault(segment, _Watch())
+        found.lines.add(line)
+        if line.watch is not found:  # it has ended meanwhile
+            found.lines.discard(line)
+        if not found.over:  # after the line is in it: pairs with _watching()
+            break
+        _drop_watch(segment, found)
+    _begin(segment, found)
 
 
 def watch(segment: Segment, keeper: Keeper) -> None:
     """Call the keeper's ``_asked()``, in a thread or greenlet of its own, as long as the keeper
     lives."""
-    _count_line(segment, 0, keeper)
-
-
-def _watching(segment: Segment, watch: _Watch) -> None:
-    with _lock:
-        if watch.runs:
-            return
-        watch.runs = True
+    events = _events_of_hub()
     while True:
+        found = _watches.setdefault(segment, _Watch())
+        found.keep(keeper, events)
+        if not found.over:
+            break
+        _drop_watch(segment, found)
+    _begin(segment, found)
+
+
+def _begin(segment: Segment, found: _Watch) -> None:
+    found.until = time.monotonic() + _KEEP
+    if found.begun:
+        return
+    found.begun = True
+    try:
+        _start_thread(_watching, (segment, found))
+    except BaseException as error:
+        found.begun = False  # the next line tries again
+        if not isinstance(error, RuntimeError):
+            raise
+        # No more threads: lines look by themselves, every 0.2 s.
+
+
+def _watching(segment: Segment, found: _Watch) -> None:
+    while not found.over:
         if lib.fshm_wait_watch(segment._handle, 1_000_000_000):
-            watch.asked()
-        with _lock:
-            if watch.lines <= 0 and not watch.keepers and time.monotonic() > watch.until:
-                if _watches.get(segment) is watch:
-                    del _watches[segment]
-                return
+            found.asked()
+        if found.lines or found.keepers or time.monotonic() < found.until:
+            continue
+        found.over = True
+        _drop_watch(segment, found)
+        for line in list(found.lines):  # that came meanwhile
+            if line.watch is found:
+                _watch(segment, line)
+        for each, _ in list(found.keepers.values()):
+            keeper = each()
+            if keeper is not None:
+                watch(segment, keeper)
+
+
+def _drop_watch(segment: Segment, found: _Watch) -> None:
+    if _watches.get(segment) is found:
+        _watches.pop(segment, None)
 
 
 def _start_thread(call: Callable[..., None], args: tuple[Any, ...]) -> None:
@@ -503,10 +632,10 @@ def _start_thread(call: Callable[..., None], args: tuple[Any, ...]) -> None:
 
 def _after_fork() -> None:
     """The parent's threads, loops and hubs do not run in the child."""
-    global _lock
-    _lock = threading.RLock()
     _watches.clear()
     for events in list(_events.values()):
+        for line in list(events.lines.values()):
+            line.watch = None  # its place is the parent's: the core knows
         events.lines.clear()
         events.listening.clear()
     _events.clear()

@@ -15,12 +15,18 @@ from fast_litellm_shm.limiters.rate import deadline_ns
 from fast_litellm_shm.limiters.waiting import (
     ASYNCIO,
     BLOCKING,
+    OnWait,
+    Pace,
+    Shed,
     Steps,
     Waits,
+    Wish,
     in_turn,
     off_loop,
     run,
     run_async,
+    tenant_hash,
+    wish,
 )
 
 
@@ -68,7 +74,7 @@ class ConcurrencyLimiter(InSegment):
         )
         self._shared = self._grantor.limits
         self._name, self._segment = self._shared.name, self._shared.segment
-        self._states = states_of(self._shared)
+        self._states, self._pace = states_of(self._shared), Pace()
         self.acquire = self._shared.admit  # type: ignore[method-assign]
 
     async def acquire_async(self, key: str | bytes) -> Permit:
@@ -84,27 +90,70 @@ class ConcurrencyLimiter(InSegment):
         """How many permits of the key living processes hold. Frees those of dead processes."""
         return self._states.in_flight(key_bytes(key))
 
-    def wait(self, key: str | bytes, timeout: float | None = None) -> Permit:
+    def wait(
+        self,
+        key: str | bytes,
+        timeout: float | None = None,
+        *,
+        tenant: str | None = None,
+        weight: float = 1.0,
+        priority: int = 0,
+        max_waiting: int | None = None,
+        on_wait: OnWait | None = None,
+    ) -> Permit:
         """acquire(), but waits for a permit, at most ``timeout`` seconds; false if it got none.
 
         Callers that wait for a key are served in the order in which they came, over all processes.
         acquire() does not wait, and may take a permit before them.
+
+        priority: -100 .. 100; higher ones are served first; each 10 s of waiting count as one more.
+        tenant: of one priority, the tenant that was served least is next; weight: 0.001 .. 1000, a
+        tenant of weight 2 is served twice as much. max_waiting: false at once, if so many callers
+        would be before this one. on_wait: called with the place in the queue (1: next) and the
+        expected seconds (None: not known yet) when it waits, and when the place changes. See
+        ``docs/waiting.md``.
         """
+        wished = wish(tenant, weight, priority, max_waiting, on_wait)
+        try:
+            return self._enter(key, timeout, wished)
+        except Shed:
+            return self._shared.refused(key, 0)
+
+    async def wait_async(
+        self,
+        key: str | bytes,
+        timeout: float | None = None,
+        *,
+        tenant: str | None = None,
+        weight: float = 1.0,
+        priority: int = 0,
+        max_waiting: int | None = None,
+        on_wait: OnWait | None = None,
+    ) -> Permit:
+        """wait() for asyncio. It needs no thread."""
+        wished = wish(tenant, weight, priority, max_waiting, on_wait)
+        try:
+            return await self._enter_async(key, timeout, wished)
+        except Shed:
+            return self._shared.refused(key, 0)
+
+    def _enter(self, key: str | bytes, timeout: float | None, wished: Wish) -> Permit:
         if not self._states.waited_for(key_bytes(key)):
             permit = self.acquire(key)
             if permit or timeout == 0:
                 return permit
-        return run(self._wait(BLOCKING, key, timeout))
+        return run(self._wait(BLOCKING, key, timeout, wished))
 
-    async def wait_async(self, key: str | bytes, timeout: float | None = None) -> Permit:
-        """wait() for asyncio. It needs no thread."""
+    async def _enter_async(self, key: str | bytes, timeout: float | None, wished: Wish) -> Permit:
         if not self._states.waited_for(key_bytes(key)):
             permit = await self.acquire_async(key)
             if permit or timeout == 0:
                 return permit
-        return await run_async(self._wait(ASYNCIO, key, timeout))
+        return await run_async(self._wait(ASYNCIO, key, timeout, wished))
 
-    def _wait(self, waits: Waits, key: str | bytes, timeout: float | None) -> Steps[Permit]:
+    def _wait(
+        self, waits: Waits, key: str | bytes, timeout: float | None, wished: Wish
+    ) -> Steps[Permit]:
         deadline = deadline_ns(timeout)
 
         def attempt() -> Steps[tuple[Permit, int | None]]:
@@ -118,25 +167,70 @@ class ConcurrencyLimiter(InSegment):
             return self._shared.refused(key, 0)
 
         granted: list[Permit] = []
-        place = waits.place(self._states, key_bytes(key))
+        place = waits.place(self._states, key_bytes(key), wished.order)
         try:
-            return (yield from in_turn(waits, place, attempt, refused, deadline))
+            return (
+                yield from in_turn(waits, place, attempt, refused, deadline, wished, self._pace)
+            )
         except BaseException:
             for permit in granted:
                 permit.release()  # the traceback may keep it
             raise
 
-    def slot(self, key: str | bytes, timeout: float | None = None) -> _Slot:
-        """``with limiter.slot(key, timeout=5):`` hold a permit. Raises PermitTimeoutError."""
-        return _Slot(self, key, timeout)
+    def queue_size(self, key: str | bytes, tenant: str | None = None) -> int:
+        """How many callers of all processes wait for the key; tenant: of this one only. Tasks of
+        other event loops are counted as of 0.2 s ago."""
+        of = None if tenant is None else tenant_hash(tenant)
+        return self._states.waiting(key_bytes(key), of)
 
-    def slot_async(self, key: str | bytes, timeout: float | None = None) -> _AsyncSlot:
+    def slot(
+        self,
+        key: str | bytes,
+        timeout: float | None = None,
+        *,
+        tenant: str | None = None,
+        weight: float = 1.0,
+        priority: int = 0,
+        max_waiting: int | None = None,
+        on_wait: OnWait | None = None,
+    ) -> _Slot:
+        """``with limiter.slot(key, timeout=5):`` hold a permit. Waits as wait() does. Raises
+        PermitTimeoutError; QueueFullError for ``max_waiting``."""
+        wished = wish(tenant, weight, priority, max_waiting, on_wait)
+        return _Slot(self, key, timeout, wished)
+
+    def slot_async(
+        self,
+        key: str | bytes,
+        timeout: float | None = None,
+        *,
+        tenant: str | None = None,
+        weight: float = 1.0,
+        priority: int = 0,
+        max_waiting: int | None = None,
+        on_wait: OnWait | None = None,
+    ) -> _AsyncSlot:
         """``async with limiter.slot_async(key, timeout=5):`` slot() for asyncio."""
-        return _AsyncSlot(self, key, timeout)
+        wished = wish(tenant, weight, priority, max_waiting, on_wait)
+        return _AsyncSlot(self, key, timeout, wished)
 
-    def _slot(self, key: str | bytes, timeout: float | None) -> Permit:
+    def _slot(self, key: str | bytes, given: tuple[float | None, Wish]) -> Permit:
         """Called by the native part."""
-        return self._or_raise(self.wait(key, timeout), key, timeout)
+        timeout, wished = given
+        try:
+            return self._or_raise(self._enter(key, timeout, wished), key, timeout)
+        except Shed as shed:
+            raise self._queue_full(key, shed) from None
+
+    def _queue_full(self, key: str | bytes, shed: Shed) -> exceptions.QueueFullError:
+        expected = self._pace.expected(shed.ahead)
+        retry = 1.0 if expected is None else expected
+        return exceptions.QueueFullError(
+            f"limiter {self.name!r}: {shed.ahead} callers wait for key {key!r} before this one, "
+            f"and it allows no more; try again in {retry:.3g} s, or raise max_waiting",
+            retry,
+            shed.ahead + 1,
+        )
 
     def _or_raise(self, permit: Permit, key: str | bytes, timeout: float | None) -> Permit:
         if not permit:
@@ -158,10 +252,10 @@ class _Slot(Slot, ContextDecorator):
     """Of slot(). As a decorator: each call has a slot of its own."""
 
     def __init__(
-        self, limiter: ConcurrencyLimiter, key: str | bytes, timeout: float | None
+        self, limiter: ConcurrencyLimiter, key: str | bytes, timeout: float | None, wished: Wish
     ) -> None:
-        super().__init__(limiter, key, timeout)
-        self._given = limiter, key, timeout
+        super().__init__(limiter, key, (timeout, wished))
+        self._given = limiter, key, timeout, wished
 
     def _recreate_cm(self) -> _Slot:
         return _Slot(*self._given)
@@ -169,9 +263,9 @@ class _Slot(Slot, ContextDecorator):
 
 class _AsyncSlot(AsyncContextDecorator):
     def __init__(
-        self, limiter: ConcurrencyLimiter, key: str | bytes, timeout: float | None
+        self, limiter: ConcurrencyLimiter, key: str | bytes, timeout: float | None, wished: Wish
     ) -> None:
-        self._given = limiter, key, timeout
+        self._given = limiter, key, timeout, wished
         self._permit: Permit | None = None
 
     def _recreate_cm(self) -> _AsyncSlot:
@@ -180,8 +274,12 @@ class _AsyncSlot(AsyncContextDecorator):
     async def __aenter__(self) -> Permit:
         if self._permit is not None:
             raise RuntimeError("the slot is held: call slot_async() for each block")
-        limiter, key, timeout = self._given
-        self._permit = limiter._or_raise(await limiter.wait_async(key, timeout), key, timeout)
+        limiter, key, timeout, wished = self._given
+        try:
+            found = await limiter._enter_async(key, timeout, wished)
+        except Shed as shed:
+            raise limiter._queue_full(key, shed) from None
+        self._permit = limiter._or_raise(found, key, timeout)
         return self._permit
 
     async def __aexit__(self, *exc: object) -> None:

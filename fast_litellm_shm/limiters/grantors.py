@@ -20,6 +20,7 @@ from fast_litellm_shm._shared.named_limiter import (
     states_of,
 )
 from fast_litellm_shm._shared.native import Decision, Permit, Reservation, lib
+from fast_litellm_shm._shared.states import States
 from fast_litellm_shm.limiters.waiting import Steps, Waits
 from fast_litellm_shm.limits import InFlight, LimitSpec
 
@@ -110,6 +111,7 @@ class Quotas:
     numbers (the plugin for LiteLLM)."""
 
     may_wait = False  # whether admit() may have to wait for a server
+    wake_ns = Permits.wake_ns
 
     def __init__(self, limits: InnerLimits, tail: bytes = b"") -> None:
         self._shared, self._states, self._tail = limits, states_of(limits), tail
@@ -131,6 +133,19 @@ class Quotas:
 
     async def admit_async(self, key: Key, costs: Cost) -> Held:
         return self.admit(key, costs)
+
+    def admitting(self, waits: Waits, key: Key, costs: Cost) -> Steps[Held]:
+        """admit(), as the steps of a call that waits."""
+        yield from ()
+        return self.admit(key, costs)
+
+    def queue(self, key: Key) -> tuple[States, bytes]:
+        """Where callers that wait for the key stand: its states, and the key there."""
+        return self._states, self._raw(key)
+
+    def denied(self, key: Key, costs: Cost) -> Held:
+        """The answer to a caller whose turn has not come."""
+        return self._shared.refused(key, costs)
 
     def settle(
         self, key: Key, charged: tuple[int, ...], actual: tuple[int, ...], held: Any

@@ -11,18 +11,25 @@ from fast_litellm_shm import limits
 from fast_litellm_shm._shared.named_limiter import SharedLimits, key_bytes, refused, states_of
 from fast_litellm_shm._shared.native import Decision, Reservation
 from fast_litellm_shm._shared.segment import Segment
+from fast_litellm_shm._shared.wait_queue import Place
 from fast_litellm_shm.limiters import grantors
 from fast_litellm_shm.limiters.choice import chosen
 from fast_litellm_shm.limiters.grantors import ClusterArgument, Cost, ns_until
 from fast_litellm_shm.limiters.waiting import (
     ASYNCIO,
     BLOCKING,
+    OnWait,
+    Pace,
+    Shed,
     Steps,
     Waits,
+    Wish,
     in_turn,
     off_loop,
     run,
     run_async,
+    tenant_hash,
+    wish,
 )
 from fast_litellm_shm.limits import LimitSpec, TokenBucket
 
@@ -92,7 +99,7 @@ class RateLimiter(SharedLimits):
     def _choose(self, cluster: ClusterArgument) -> None:
         grantor = chosen(cluster)
         self._cluster, self._grantor = grantor.argument, grantor.rates(self)
-        self._states = states_of(self)
+        self._states, self._pace = states_of(self), Pace()
 
     async def acquire_async(self, key: str | bytes, cost: Cost = 1) -> Decision:
         """acquire() for asyncio: where a server has to be asked, a thread does that. Cancelled
@@ -149,7 +156,18 @@ class RateLimiter(SharedLimits):
             numpy.frombuffer(retry, numpy.float64),
         )
 
-    def wait(self, key: str | bytes, cost: Cost = 1, timeout: float | None = None) -> Decision:
+    def wait(
+        self,
+        key: str | bytes,
+        cost: Cost = 1,
+        timeout: float | None = None,
+        *,
+        tenant: str | None = None,
+        weight: float = 1.0,
+        priority: int = 0,
+        max_waiting: int | None = None,
+        on_wait: OnWait | None = None,
+    ) -> Decision:
         """Block until admitted; at most ``timeout`` seconds.
 
         Callers that wait for a key are served in the order in which they came, over all processes.
@@ -157,21 +175,47 @@ class RateLimiter(SharedLimits):
         once. Nothing is charged for a caller that waits, but in the last 50 ms before its instant
         (token buckets); if it is interrupted then, that is given back unless another call has
         charged the key since.
+
+        tenant, weight, priority, max_waiting, on_wait: as of ConcurrencyLimiter.wait(). Tenants are
+        served in tokens, of ``cost``.
         """
-        return run(self._wait(BLOCKING, key, cost, timeout))
+        wished = wish(tenant, weight, priority, max_waiting, on_wait)
+        try:
+            return run(self._wait(BLOCKING, key, cost, timeout, wished))
+        except Shed:
+            return refused(self, key, cost)
 
     async def wait_async(
-        self, key: str | bytes, cost: Cost = 1, timeout: float | None = None
+        self,
+        key: str | bytes,
+        cost: Cost = 1,
+        timeout: float | None = None,
+        *,
+        tenant: str | None = None,
+        weight: float = 1.0,
+        priority: int = 0,
+        max_waiting: int | None = None,
+        on_wait: OnWait | None = None,
     ) -> Decision:
         """wait() for asyncio. It needs no thread."""
-        return await run_async(self._wait(ASYNCIO, key, cost, timeout))
+        wished = wish(tenant, weight, priority, max_waiting, on_wait)
+        try:
+            return await run_async(self._wait(ASYNCIO, key, cost, timeout, wished))
+        except Shed:
+            return await off_loop(lambda: refused(self, key, cost))
+
+    def queue_size(self, key: str | bytes, tenant: str | None = None) -> int:
+        """How many callers of all processes wait for the key; tenant: of this one only. Tasks of
+        other event loops are counted as of 0.2 s ago."""
+        of = None if tenant is None else tenant_hash(tenant)
+        return self._states.waiting(key_bytes(key), of)
 
     def _wait(
-        self, waits: Waits, key: str | bytes, cost: Cost, timeout: float | None
+        self, waits: Waits, key: str | bytes, cost: Cost, timeout: float | None, wished: Wish
     ) -> Steps[Decision]:
         deadline, raw = deadline_ns(timeout), key_bytes(key)
         tokens = cost if isinstance(cost, int) else max(cost)
-        place = None
+        place: Place | None = None
 
         def attempt() -> Steps[tuple[_Found, int | None]]:
             soon = min(deadline, time.monotonic_ns() + _AHEAD)
@@ -193,8 +237,10 @@ class RateLimiter(SharedLimits):
             if not self._states.waited_for(raw):
                 found, again = yield from attempt()
             if found is None or again is not None:
-                place = waits.place(self._states, raw)
-                found = yield from in_turn(waits, place, attempt, turned_away, deadline)
+                place = waits.place(self._states, raw, wished.order)
+                found = yield from in_turn(
+                    waits, place, attempt, turned_away, deadline, wished, self._pace
+                )
             decision, pause, reserved = found
             due = time.monotonic_ns() + pause
             if pause:

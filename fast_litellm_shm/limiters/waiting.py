@@ -15,10 +15,11 @@ import threading
 import time
 import types
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 from fast_litellm_shm._shared import wait_queue
-from fast_litellm_shm._shared.wait_queue import Place
+from fast_litellm_shm._shared.wait_queue import ALIKE, Order, Place
 
 # asyncio and concurrent.futures take 20 ms to import: the functions that use them do.
 if TYPE_CHECKING:
@@ -34,6 +35,91 @@ _this = threading.local()
 NEVER = 2**62  # ns
 # Threads that connect at once, in a process. A server that does not answer delays no other one.
 _CONNECTING = 1024
+_LOOK = 1_000_000_000  # ns: a caller that tells its place looks as often
+_LEAST_WEIGHT, _MOST_WEIGHT, _MOST_PRIORITY, _MOST_WAITING = 0.001, 1000.0, 100, 2**31
+
+OnWait: TypeAlias = Callable[[int, "float | None"], object]
+
+
+class Wish(NamedTuple):
+    """How a caller wants to wait: the arguments of all waiting calls."""
+
+    order: Order = ALIKE
+    max_waiting: int | None = None
+    on_wait: OnWait | None = None
+
+
+_PLAIN = Wish()
+_DEFAULTS = (None, 1.0, 0, None, None)
+
+
+def wish(
+    tenant: str | None,
+    weight: float,
+    priority: int,
+    max_waiting: int | None,
+    on_wait: OnWait | None,
+) -> Wish:
+    """Check the arguments. Raises TypeError or ValueError, which names the wrong one."""
+    if (tenant, weight, priority, max_waiting, on_wait) == _DEFAULTS and weight is not True:
+        return _PLAIN
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        raise TypeError(f"weight must be a number, not {weight!r}")
+    if not _LEAST_WEIGHT <= weight <= _MOST_WEIGHT:
+        raise ValueError(f"weight must be 0.001 to 1000, not {weight!r}")
+    if type(priority) is not int:
+        raise TypeError(f"priority must be an int, not {priority!r}")
+    if not -_MOST_PRIORITY <= priority <= _MOST_PRIORITY:
+        raise ValueError(f"priority must be -100 to 100, not {priority!r}")
+    if max_waiting is not None and type(max_waiting) is not int:
+        raise TypeError(f"max_waiting must be an int or None, not {max_waiting!r}")
+    if max_waiting is not None and not 0 <= max_waiting < _MOST_WAITING:
+        raise ValueError(f"max_waiting must be 0 or more, not {max_waiting!r}")
+    if on_wait is not None and not callable(on_wait):
+        raise TypeError(f"on_wait must be a function or None, not {on_wait!r}")
+    return Wish(Order(tenant_hash(tenant), round(weight * 1000), priority), max_waiting, on_wait)
+
+
+def tenant_hash(tenant: str | None) -> int:
+    """The number that the queue knows a tenant by; 0: none. The same in all processes."""
+    if tenant is None:
+        return 0
+    if not isinstance(tenant, str):
+        raise TypeError(f"tenant must be a str or None, not {tenant!r}")
+    if not tenant:
+        raise ValueError("tenant must not be '': leave it out, or name the tenant")
+    return _hash(tenant)
+
+
+@lru_cache(1024)
+def _hash(tenant: str) -> int:
+    from hashlib import blake2s
+
+    raw = tenant.encode("utf-8", "surrogatepass")
+    return int.from_bytes(blake2s(raw, digest_size=7).digest(), "big") + 1
+
+
+class Shed(Exception):  # noqa: N818 - no error: callers of the package never see it
+    """Refused at once: ``ahead`` callers are before this one, and it wants no more."""
+
+    def __init__(self, ahead: int) -> None:
+        super().__init__(ahead)
+        self.ahead = ahead
+
+
+class Pace:
+    """How fast a limiter's queue moves: seconds for each caller, of those that were measured."""
+
+    seconds: float | None = None
+
+    def passed(self, ns: int, ahead: int) -> None:
+        one, known = ns / 1e9 / (ahead + 1), self.seconds
+        self.seconds = one if known is None else 0.8 * known + 0.2 * one
+
+    def expected(self, ahead: int) -> float | None:
+        """Seconds until a caller with so many before it is served; None: not known yet."""
+        known = self.seconds
+        return None if known is None else known * (ahead + 1)
 
 
 class Waits:
@@ -90,23 +176,41 @@ def in_turn(
     attempt: Callable[[], Steps[tuple[T, int | None]]],
     refused: Callable[[], T],
     deadline: int,
+    wish: Wish = _PLAIN,
+    pace: Pace | None = None,
 ) -> Steps[T]:
     """Wait in the place until it is the caller's turn, and attempt then, until an attempt says that
     its result is final. attempt: the steps of one; returns its result, and for how many ns at most
     to wait for the next one (None: the result is final). refused: the result of a caller whose turn
-    has not come by the deadline (of time.monotonic_ns())."""
+    has not come by the deadline (of time.monotonic_ns()). Raises Shed. pace: is measured, and
+    told to on_wait, by callers that look at their place."""
+    most, on_wait = wish.max_waiting, wish.on_wait
+    looks, came, first, told = most is not None or on_wait is not None, 0, None, -1
     try:
+        if looks:
+            came = time.monotonic_ns()
         place.join()
         while True:
             result, pause = None, NEVER
             if place.turn():
                 result, again = yield from attempt()
                 if again is None:
+                    if first is not None and pace is not None:
+                        pace.passed(time.monotonic_ns() - came, first)
                     return result
                 pause = again
             left = deadline - time.monotonic_ns()
             if left <= 0:
                 return (yield from waits.ask(refused, _drop)) if result is None else result
+            if looks:
+                ahead, pause = place.ahead, min(pause, _LOOK)
+                if first is None:
+                    first = ahead
+                    if most is not None and ahead >= most:
+                        raise Shed(ahead)
+                if on_wait is not None and ahead != told:
+                    told = ahead
+                    on_wait(ahead + 1, None if pace is None else pace.expected(ahead))
             yield from place.sleep(min(left, pause))
     finally:
         place.leave()
