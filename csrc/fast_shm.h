@@ -372,7 +372,8 @@ typedef struct {
 typedef struct {
   uint64_t key_hash; /* 52 bits, as in fshm_permit_info */
   uint64_t tenant, waited_ns;
-  uint64_t table_slot; /* that has the key's name, for fshm_key_name(); UINT64_MAX: it is not known */
+  uint64_t
+      table_slot; /* that has the key's name, for fshm_key_name(); UINT64_MAX: it is not known */
   uint32_t limiter, pid, callers;
   uint32_t stale; /* 1: its owner is stopped or dead, so it does not count */
   int32_t priority;

@@ -161,7 +161,8 @@ static void test_tenants(void) {
       }
       CHECK_EQ(firsts, 1); /* one is always next: nothing is left idle */
       for (uint64_t t = 1; t < tenants && !away; t++) {
-        double bound = 2.0 * (double)largest * 1000 / (weight[0] < weight[t] ? weight[0] : weight[t]);
+        double bound =
+            2.0 * (double)largest * 1000 / (weight[0] < weight[t] ? weight[0] : weight[t]);
         double differ = served[0] - served[t];
         CHECK(differ <= bound + 1 && -differ <= bound + 1);
       }
