@@ -1,4 +1,4 @@
-"""What processes hold (permits of limiters, connections of pools), and which callers wait for it."""
+"""What processes hold: permits of limiters, connections of pools. And who waits for that."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""``make soak``: one application with each class of the library under gunicorn, with gthread, gevent
-and uvicorn workers at the same time, over one segment. Workers are replaced after 2,000 requests,
-and one request in 2,000 kills its worker. It prints what came of it, and exits with 1 if anything
-is held, or anybody waits, when all has ended; or if the application failed."""
+"""``make soak``: one application with each class of the library. gunicorn runs it with gthread,
+gevent and uvicorn workers at the same time, over one segment. Workers are replaced after 2,000
+requests, and one request in 2,000 kills its worker. It prints what came of it. It exits with 1 if
+anything is held, or any caller waits, when all has ended; or if a request failed."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from support.names import remove, unique_name
 
 from fast_litellm_shm import Segment
 from fast_litellm_shm._shared.inspection import Inspection
 from fast_litellm_shm.cli import permits_and_pools
 from soak.app import PATHS, PATIENCE
-from support.names import remove, unique_name
 
 KINDS = {
     "gthread": ("soak.app:app", "--worker-class=gthread", "--threads=8"),
