@@ -55,8 +55,8 @@ def test_formats_tell_the_same(made: Scene, fast_shm: Command, tmp_path: Path) -
     assert denied > 2
     rows = list(csv.DictReader(io.StringIO(exported("csv"), newline="")))
     assert list(rows[0]) == [
-        "metric", "kind", "unit", "segment", "limiter", "pool", "endpoint", "key", "feature",
-        "router", "deployment", "component", "operation", "le", "value",
+        "metric", "kind", "unit", "segment", "limiter", "priority", "pool", "endpoint", "key",
+        "feature", "router", "deployment", "component", "operation", "le", "value",
     ]  # fmt: skip
     others = ("metric", "kind", "unit", "value")
     from_csv = {
