@@ -144,7 +144,7 @@ def everybody(_: object) -> str:
     return KEY
 
 
-RULES = {"in_flight": 4, "busy_status": 503, "key": everybody, "path": "/flight"}
+RULES: dict[str, Any] = {"in_flight": 4, "busy_status": 503, "key": everybody, "path": "/flight"}
 
 
 def _wsgi(environ: dict[str, Any], start: Callable[[str, list[Header]], Any]) -> Iterable[bytes]:

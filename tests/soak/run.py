@@ -107,12 +107,11 @@ async def _request(tally: Tally, kind: str, socket: str, paths: list[str]) -> No
             what = "left"
             return
         tally.kills += kills
-        async with asyncio.timeout(PATIENCE * 2):
-            said = await reader.read()
+        said = await asyncio.wait_for(reader.read(), PATIENCE * 2)
         head, _, body = said.partition(b"\r\n\r\n")
         if head:
             what, pid = _named(int(head.split()[1])), int(body or 0) if body.isdigit() else 0
-    except TimeoutError:
+    except asyncio.TimeoutError:
         what = "no answer"
     except OSError:
         pass
