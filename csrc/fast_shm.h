@@ -372,8 +372,12 @@ typedef struct {
 typedef struct {
   uint64_t key_hash; /* 52 bits, as in fshm_permit_info */
   uint64_t tenant, waited_ns;
-  uint32_t limiter, pid, callers, stale;
+  uint64_t
+      table_slot; /* that has the key's name, for fshm_key_name(); UINT64_MAX: it is not known */
+  uint32_t limiter, pid, callers;
+  uint32_t stale; /* 1: its owner is stopped or dead, so it does not count */
   int32_t priority;
+  uint32_t unused;
 } fshm_waiter_info;
 /* Join the queue. 1; 0: it has no room for more places (4,096 on a host): then the caller goes by no order, but may
  * try. now_ns: 0 = now. */
@@ -422,8 +426,11 @@ void fshm_wait_ask(fshm_limiter *limiter, const void *key, uint64_t key_length, 
                    const fshm_place *place);
 /* 1: a caller of another process is next and has asked, and this call is the first to see it: give one back. */
 int fshm_wait_asked(fshm_limiter *limiter, const void *key, uint64_t key_length);
-/* The place of this number, below 4,096. 1; 0: it is free. */
+/* The place of this number, below 4,096; without the name of its key. 1; 0: it is free. */
 int fshm_waiter_at(fshm_segment *segment, uint32_t index, fshm_waiter_info *out);
+/* All places; the first `room` of them go into out. Returns the number of all. names: also look for the names of their
+ * keys (table_slot), which hashes the names of all keys of their limiters. */
+uint64_t fshm_waiters(fshm_segment *segment, fshm_waiter_info *out, uint64_t room, int names);
 /* The permit in a slot of the table: 1, or 0 if there is none. */
 int fshm_permit_at(fshm_segment *segment, uint64_t slot, fshm_permit_info *out);
 /* All permits; the first `room` of them go into out. Returns the number of all. */

@@ -732,8 +732,7 @@ int fshm_reset_key(fshm_limiter *l, const void *key, uint64_t key_length) {
   return FSHM_OK;
 }
 
-/* The hash of the key in a slot, computed from its name, if that is known whole. */
-static COLD bool key_hash_of(fshm_segment *s, uint32_t index, uint64_t slot, uint64_t *hash) {
+COLD bool limiter_key_hash(fshm_segment *s, uint32_t index, uint64_t slot, uint64_t *hash) {
   char key[256], name[FSHM_MAX_LIMITER_NAME];
   uint64_t length, named = read_name(&s->limiters[index], name);
   if (!fshm_key_name(s, slot, key, sizeof key, &length) || length > NAME_STORED) return false;
@@ -772,7 +771,7 @@ int fshm_peek_numbered(fshm_segment *s, uint64_t slot, const uint64_t *numbers, 
     out->status = looks[0].verdict.retry == 0;
     return FSHM_OK;
   }
-  bool named = key_hash_of(s, index, slot, &c.hash);
+  bool named = limiter_key_hash(s, index, slot, &c.hash);
   for (uint32_t i = 0; i < c.snapshot.count; i++) {
     if (named)
       table_find(s, c.hash, fingerprint(&c, i), &looks[i].slot);

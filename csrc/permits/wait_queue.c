@@ -419,21 +419,76 @@ void fshm_waiting(fshm_limiter *l, const void *key, uint64_t length, const uint6
   }
 }
 
-int fshm_waiter_at(fshm_segment *s, uint32_t index, fshm_waiter_info *out) {
-  uint64_t key, seen, owner, now = segment_now(s);
+/* inspection ------------------------------------------------------------------------------------ */
+
+static bool info_of(const fshm_segment *s, const waiter_t *e, uint64_t now, fshm_waiter_info *out) {
+  uint64_t key, seen, owner;
   waiting_t w;
+  if (!read_entry(e, &owner, &key, &seen, &w)) return false;
+  uint32_t process = (uint32_t)load_relaxed(&e->process) - 1;
+  *out = (fshm_waiter_info){.key_hash = key >> 12,
+                            .tenant = w.tenant,
+                            .waited_ns = minus(now, w.since),
+                            .table_slot = UINT64_MAX,
+                            .limiter = (uint32_t)(key >> 1) & (MAX_LIMITERS - 1),
+                            .callers = load_relaxed(&e->callers),
+                            .stale = is_late(seen, now),
+                            .priority = w.priority};
+  if (process < PROCESSES) out->pid = load_relaxed(&s->processes[process].pid);
+  return true;
+}
+
+int fshm_waiter_at(fshm_segment *s, uint32_t index, fshm_waiter_info *out) {
   memset(out, 0, sizeof *out);
-  if (index >= WAITERS || !read_entry(&s->waiters[index], &owner, &key, &seen, &w)) return 0;
-  uint32_t process = (uint32_t)load_relaxed(&s->waiters[index].process) - 1;
-  out->key_hash = key >> 12;
-  out->limiter = (uint32_t)(key >> 1) & (MAX_LIMITERS - 1);
-  out->tenant = w.tenant;
-  out->priority = w.priority;
-  out->callers = load_relaxed(&s->waiters[index].callers);
-  out->pid = process < PROCESSES ? load_relaxed(&s->processes[process].pid) : 0;
-  out->waited_ns = minus(now, w.since);
-  out->stale = is_late(seen, now);
-  return 1;
+  return index < WAITERS && info_of(s, &s->waiters[index], segment_now(s), out);
+}
+
+/* A hash table of places by their key, for one look: 1 + an index; 0 = free. */
+#define KEYS_WAITED (WAITERS * 2)
+static uint16_t *waited_at(uint16_t *table, const fshm_waiter_info *infos, uint64_t key_hash,
+                           uint32_t limiter) {
+  uint32_t at = (uint32_t)spread(key_hash ^ (uint64_t)limiter << 52) % KEYS_WAITED;
+  for (;; at = (at + 1) % KEYS_WAITED) { /* half of it is free */
+    if (!table[at]) return &table[at];
+    const fshm_waiter_info *i = &infos[table[at] - 1];
+    if (i->key_hash == key_hash && i->limiter == limiter) return &table[at];
+  }
+}
+
+static void find_names(fshm_segment *s, fshm_waiter_info *infos, uint32_t count) {
+  uint16_t table[KEYS_WAITED] = {0};
+  uint64_t limiters[MAX_LIMITERS / 64] = {0};
+  if (s->names_mode) return;
+  for (uint32_t i = 0; i < count; i++) {
+    uint16_t *at = waited_at(table, infos, infos[i].key_hash, infos[i].limiter);
+    if (!*at) *at = (uint16_t)(i + 1);
+    limiters[infos[i].limiter / 64] |= UINT64_C(1) << infos[i].limiter % 64;
+  }
+  for (uint64_t slot = 0; slot < s->slot_count; slot++) {
+    uint32_t limiter = load_relaxed(&s->key_stats[slot].meta) >> 20 & (MAX_LIMITERS - 1);
+    uint64_t hash;
+    if (!(limiters[limiter / 64] >> limiter % 64 & 1) || limiter >= s->limiter_count ||
+        !limiter_key_hash(s, limiter, slot, &hash))
+      continue;
+    uint16_t at = *waited_at(table, infos, hash & (UINT64_MAX >> 12), limiter);
+    if (at) infos[at - 1].table_slot = slot;
+  }
+  for (uint32_t i = 0; i < count; i++)
+    infos[i].table_slot =
+        infos[*waited_at(table, infos, infos[i].key_hash, infos[i].limiter) - 1].table_slot;
+}
+
+uint64_t fshm_waiters(fshm_segment *s, fshm_waiter_info *out, uint64_t room, int names) {
+  uint64_t found = 0, now = segment_now(s);
+  for (uint32_t at = 0; at < WAITERS; at++) {
+    fshm_waiter_info one;
+    if (!info_of(s, &s->waiters[at], now, &one)) continue;
+    if (found < room) out[found] = one;
+    found++;
+  }
+  uint64_t given = min_u64(found, room);
+  if (given && names) find_names(s, out, (uint32_t)given);
+  return found;
 }
 
 /* waking ---------------------------------------------------------------------------------------- */

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from fast_litellm_shm._shared.named_limiter import key_bytes, refused
+from fast_litellm_shm._shared.named_limiter import key_bytes, refused, states_of
 from fast_litellm_shm._shared.native import Decision, Permit
 from fast_litellm_shm._shared.states import States
 from fast_litellm_shm.cluster.permit_lease import PermitLeases
@@ -86,8 +86,9 @@ class ClusterQuota(Quotas):
     ) -> None:
         self.token_leases, self.permit_leases = token_leases, permit_leases
         self._settles = settles
-        leases = token_leases or permit_leases
+        leases = permit_leases or token_leases
         assert leases is not None
+        self._states, self._tail = states_of(leases.limiter), b""  # of those that wait
         self.connection, self.segment = leases.connection, leases.connection.segment
         self._count = 0 if token_leases is None else len(token_leases.limiter.limits)
 

@@ -21,6 +21,7 @@ from fast_litellm_shm._shared.named_limiter import (
 )
 from fast_litellm_shm._shared.native import Decision, Permit, Reservation, lib
 from fast_litellm_shm._shared.states import States
+from fast_litellm_shm._shared.wait_queue import Order, Place
 from fast_litellm_shm.limiters.waiting import Steps, Waits
 from fast_litellm_shm.limits import InFlight, LimitSpec
 
@@ -126,6 +127,14 @@ class Quotas:
 
     def _raw(self, key: Key) -> bytes:
         return key_bytes(key) + self._tail
+
+    def place(self, waits: Waits, key: Key, order: Order) -> Place:
+        """In the queue of the callers of this host that wait for the key."""
+        return waits.place(self._states, self._raw(key), order)
+
+    def waited_for(self, key: Key) -> bool:
+        """Whether any caller may wait for the key."""
+        return self._states.waited_for(self._raw(key))
 
     def admit(self, key: Key, costs: Cost) -> Held:
         """Admit, or deny and consume nothing. costs: one for each limit, or one for all."""

@@ -11,7 +11,7 @@ from fast_litellm_shm._shared import key_grammar
 from fast_litellm_shm._shared.named_limiter import InnerLimits
 from fast_litellm_shm._shared.native import Decision
 from fast_litellm_shm._shared.segment import InSegment, Segment
-from fast_litellm_shm._shared.wait_queue import Service
+from fast_litellm_shm._shared.wait_queue import Order, Place, Service
 from fast_litellm_shm.limiters import grantors
 from fast_litellm_shm.limiters.choice import chosen
 from fast_litellm_shm.limiters.grantors import ClusterArgument, Held
@@ -250,6 +250,12 @@ class Quota(InSegment):
         permit = self._grantor.admit(key, self._costs(tokens, requests))
         return Admission(self, key, permit, tokens, requests)
 
+    def _place(self, waits: Waits, key: str | bytes, order: Order) -> Place:
+        return self._grantor.place(waits, key, order)
+
+    def _waited_for(self, key: str | bytes) -> bool:
+        return self._grantor.waited_for(key)
+
     async def admit_async(self, key: str | bytes, tokens: int = 0) -> Admission:
         """:meth:`admit` for asyncio: where a server must be asked, a thread does that. Cancelled,
         it consumes and holds nothing. No method of the Admission waits, so an event loop can call
@@ -407,6 +413,8 @@ numbered_quota = functools.partial(Quota, cluster=False, _numbered=True)
 # admit() of several requests, without a check of the tokens.
 admit_calls, admit_calls_async = Quota._admit, Quota._admit_async
 count_request, left_of = Admission._count_request, Admission._left
+# How its requests wait: a place in the queue of a key, and whether any caller waits for the key.
+place_of, is_waited_for = Quota._place, Quota._waited_for
 
 
 def _rebuild(given: tuple[int | None, ...], options: dict[str, Any]) -> Quota:

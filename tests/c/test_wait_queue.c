@@ -755,6 +755,71 @@ static void test_asks(void) {
   fshm_close(c->s);
 }
 
+/* What inspection sees: keys by their names, or by their hash alone; places that were left, and those of the dead. */
+static void test_looked_at(void) {
+  fshm_segment *s = fresh_segment(100);
+  fshm_limiter *l = permit_limiter(s, 1);
+  const fshm_limit ten = {10, 3600 * SECOND, 0, FSHM_WINDOW, 0};
+  fshm_limiter *other = fresh_limiter(s, "rates", &ten, 1);
+  fshm_waiter_info found[4];
+  fshm_permit permit;
+  fshm_decision d;
+  uint32_t in_flight;
+  char name[256];
+  uint64_t length;
+  CHECK_EQ(fshm_waiters(s, found, 4, 1), 0);
+  fshm_admit(l, KEY, NULL, 0, &permit, &d, &in_flight);
+  CHECK_EQ(fshm_is_allowed(other, "rated", 5), 1);
+  fshm_place of_key = join(l, 7, -5, 0), second, rated, unnamed;
+  const fshm_waiter w = {.fd = -1};
+  CHECK_EQ(fshm_wait_join(other, "never asked", 11, &w, 0, &unnamed), 1);
+  (void)usleep(LATE_NS / 1000 + 1000);
+  of_key.callers = 12;
+  turn(l, &of_key, 0);
+  second = join(l, 8, 0, 0);
+  CHECK_EQ(fshm_wait_join(other, "rated", 5, &w, 0, &rated), 1);
+  found[2].key_hash = 12345;
+  CHECK_EQ(fshm_waiters(s, found, 2, 0), 4); /* no more than there is room for */
+  CHECK_EQ(found[2].key_hash, 12345);
+  CHECK_EQ(fshm_waiters(s, NULL, 0, 1), 4);
+  CHECK_EQ(fshm_waiters(s, found, 4, 1), 4);
+  int seen = 0;
+  for (int i = 0; i < 4; i++) {
+    const fshm_waiter_info *one = &found[i];
+    bool named = fshm_key_name(s, one->table_slot, name, sizeof name, &length);
+    CHECK_EQ(one->pid, (uint32_t)getpid());
+    if (one->limiter == other->index) {
+      CHECK_EQ(one->stale, !named); /* it has not called since it came */
+      if (named) CHECK(length == 5 && !memcmp(name, "rated", 5));
+      seen |= named ? 1 : 2;
+      continue;
+    }
+    CHECK_EQ(one->limiter, l->index);
+    CHECK(named && length == 1 && *name == 'k');
+    CHECK_EQ(one->stale, 0);
+    if (one->tenant == 7) {
+      CHECK_EQ(one->callers, 12);
+      CHECK_EQ(one->priority, -5);
+      CHECK_OP(one->waited_ns, >, LATE_NS);
+      seen |= 4;
+    } else {
+      CHECK_EQ(one->tenant, 8);
+      CHECK_EQ(one->callers, 1);
+      seen |= 8;
+    }
+  }
+  CHECK_EQ(seen, 15);
+  fshm_wait_leave(l, &of_key);
+  fshm_wait_leave(l, &second);
+  fshm_wait_leave(other, &rated);
+  fshm_wait_leave(other, &unnamed);
+  CHECK_EQ(fshm_waiters(s, found, 4, 1), 0);
+  CHECK_EQ(fshm_permit_release(l, &permit), 1);
+  fshm_limiter_close(other);
+  fshm_limiter_close(l);
+  fshm_close(s);
+}
+
 int main(void) {
   test_order();
   test_histories();
@@ -774,5 +839,6 @@ int main(void) {
   test_damaged();
   test_order_changes();
   test_no_room_for_service();
+  test_looked_at();
   return done();
 }

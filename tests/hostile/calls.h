@@ -232,6 +232,7 @@ static void look_at_all(user_t *u) {
   struct {
     fshm_counters all[FSHM_COUNTERS];
     fshm_permit_info permits[2];
+    fshm_waiter_info waiters[2];
     uint64_t octaves[FSHM_OCTAVES], after;
   } sums = {.after = FENCE};
   uint64_t *keys = malloc((s->limiter_count + 1) * sizeof *keys);
@@ -241,6 +242,7 @@ static void look_at_all(user_t *u) {
   free(keys);
   fshm_counters_all(s, sums.all);
   MUST(fshm_permits(s, sums.permits, 2) <= s->slot_count);
+  MUST(fshm_waiters(s, sums.waiters, 2, 1) <= WAITERS);
   fshm_metric_octaves(s, (uint32_t[]){0, UINT32_MAX}, 2, sums.octaves);
   MUST(sums.after == FENCE);
   int kind = fshm_damage(s, &index), thorough = fshm_check(s, &index);
