@@ -25,7 +25,7 @@
 
 /* [cdef begin] */
 
-#define FSHM_LAYOUT_VERSION 2
+#define FSHM_LAYOUT_VERSION 3
 #define FSHM_ALIVE_BY_LOCK \
   2     /* the lock is held; whether it dumps core cannot be seen (another pid namespace) */
 #define FSHM_MAX_LIMITS 4        /* limits of one limiter */

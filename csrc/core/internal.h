@@ -68,6 +68,13 @@ typedef struct {
   _Atomic int kept; /* no mapping keeps our locks: this descriptor (+ 1) does */
 } fork_page_t;
 
+/* What a process remembers of a look at all permits of a key: semaphore.c. Relaxed words, and a check over them. */
+#define LOOKS 256
+#define LOOK_WORDS 4
+typedef struct {
+  _Atomic uint64_t hash, words[LOOK_WORDS], check;
+} look_entry_t;
+
 struct fshm_segment {
   unsigned char *map;
   header_t *header;
@@ -100,6 +107,7 @@ struct fshm_segment {
   _Atomic uint32_t unmapped; /* here a mapping keeps no description: descriptors stay open */
   _Atomic uint64_t looked[PROCESSES]; /* liveness.c: the last answers of /proc */
   _Atomic int lock_errno; /* why the lock file could not be opened the last time; 0 = it could */
+  look_entry_t looks[LOOKS];
   uint64_t dev, ino;
   uint32_t users; /* handles on this mapping in this process */
   char path[256];

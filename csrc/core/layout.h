@@ -28,6 +28,7 @@
 #define SHARED 8 /* shared counters of a limiter, for keys without a slot: a power of two */
 #define SHARED_PLACES 8 /* slots of a shared counter: one for each place of a rule */
 #define WAKEUPS 256 /* futex words on which callers wait for permits */
+#define CHANGES 512 /* pairs of words that say which permits were freed and taken */
 #define MEMO_WAYS 4 /* entries where a text can be in the memo: one line */
 #define METRICS 32 /* (component, operation) pairs that are measured */
 #ifndef METRIC_SHARDS /* the crash harness has one, so that any two processes meet in it */
@@ -188,6 +189,13 @@ typedef struct {
   _Alignas(LINE) _Atomic uint64_t rules[RULES][RULE_WORDS];
 } limiter_entry_t;
 
+/* Counts of the permits freed and taken, of the keys of one hash, while a process has asked for them: changes.h. Swaps
+ * and adds, seq_cst. After a crash: a release or take that was not counted is found by a look at the permits, within
+ * half a second. */
+typedef struct {
+  _Alignas(16) _Atomic uint64_t freed, taken;
+} changes_t;
+
 /* Written before the segment is published; constant afterwards, except `damage` and the lines from 320 on. */
 typedef struct {
   uint64_t magic;
@@ -232,6 +240,7 @@ typedef struct {
   /* Process indexes that were ever used: bits, only set. */
   _Alignas(LINE) _Atomic uint64_t joined[PROCESSES / 64];
   _Atomic uint64_t liveness; /* segment ns of the last liveness check; one compare-and-swap */
+  _Alignas(LINE) changes_t changes[CHANGES];
 } header_t;
 
 static_assert(sizeof(slot_t) == 16, "a slot is swapped as 16 bytes");
@@ -250,7 +259,7 @@ static_assert(sizeof(limiter_entry_t) == 1344, "limiter entry");
 static_assert(offsetof(limiter_entry_t, current) == 16, "swapped as 16 bytes");
 static_assert(offsetof(header_t, damage) == 240, "the constant words end at 240");
 static_assert(offsetof(header_t, ticket) == 320, "the changing lines start at 320");
-static_assert(sizeof(header_t) == 1792, "header");
+static_assert(sizeof(header_t) == 1792 + CHANGES * sizeof(changes_t), "header");
 static_assert(sizeof(_Atomic uint64_t) == 8, "atomics are plain words");
 
 #endif

@@ -14,6 +14,7 @@
 #include <unistd.h>
 #endif
 
+#include "semaphore.h"
 #include "wakeup.h"
 
 #define SENDS UINT32_C(0xfffe)
@@ -58,8 +59,11 @@ void wakeup_send_all(fshm_segment *s) {
   }
 }
 
+static uint64_t hash_of_key(const fshm_limiter *l, const void *key, uint64_t length) {
+  return fshm_siphash(l->key[0], l->key[1], key, length);
+}
 static uint32_t key_wakeup(const fshm_limiter *l, const void *key, uint64_t length) {
-  return wakeup_of(fshm_siphash(l->key[0], l->key[1], key, length));
+  return wakeup_of(hash_of_key(l, key, length));
 }
 
 uint32_t fshm_wakeup_arm(fshm_limiter *l, const void *key, uint64_t length) {
@@ -70,10 +74,8 @@ void fshm_wakeup_send(fshm_limiter *l, const void *key, uint64_t length) {
   wakeup_send(l->segment, key_wakeup(l, key, length));
 }
 
-/* 1: woken (or the word changed since arming). 0: the time is up, or a signal came. */
-int fshm_wakeup_wait(fshm_limiter *l, const void *key, uint64_t length, uint32_t armed,
-                     uint64_t timeout) {
-  uint32_t wakeup = key_wakeup(l, key, length);
+static int sleep_until_woken(const fshm_limiter *l, uint32_t wakeup, uint32_t armed,
+                             uint64_t timeout) {
   _Atomic uint32_t *b = &l->segment->header->wakeups[wakeup % WAKEUPS];
 #if defined(__linux__)
   struct timespec until; /* FUTEX_WAIT_BITSET takes an instant of CLOCK_MONOTONIC */
@@ -96,4 +98,14 @@ int fshm_wakeup_wait(fshm_limiter *l, const void *key, uint64_t length, uint32_t
   }
   return 0;
 #endif
+}
+
+/* 1: woken (or the word changed since arming). 0: the time is up, or a signal came; then the caller's next look is a
+ * whole one, which finds the dead. */
+int fshm_wakeup_wait(fshm_limiter *l, const void *key, uint64_t length, uint32_t armed,
+                     uint64_t timeout) {
+  const uint64_t hash = hash_of_key(l, key, length);
+  int woken = sleep_until_woken(l, wakeup_of(hash), armed, timeout);
+  if (!woken) semaphore_forget(l->segment, hash);
+  return woken;
 }

@@ -54,7 +54,7 @@ def wakeup_wait(limiter: Any, raw: bytes, armed: int, ns: int) -> int:
             if lib.fshm_wakeup_arm(limiter, raw, len(raw)) != armed:
                 return 1
             pause = min(2 * pause, _LONGEST)
-        return 0
+        return int(lib.fshm_wakeup_wait(limiter, raw, len(raw), armed, 0))  # forgets its last look
     finally:
         _waiting.discard(me)
 
