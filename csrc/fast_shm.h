@@ -143,6 +143,9 @@ typedef struct {
   uint64_t slots_offset, key_stats_offset, limiters_offset, processes_offset, process_stats_offset;
   uint32_t limiters, processes, process_stats_entries;
   uint32_t layout_version, names, read_only;
+  uint32_t
+      processes_joined; /* from this index on, none was ever taken, and nothing is to be read */
+  uint64_t memory; /* bytes of `size` that are allocated */
 } fshm_geometry;
 
 typedef struct {
@@ -167,7 +170,8 @@ void fshm_close(fshm_segment *segment);
 int fshm_remove(const char *name, fshm_error *error);
 int fshm_path(const char *name, char *out, uint64_t size);
 const char *fshm_directory(void);
-uint64_t fshm_size_for(uint64_t capacity);
+uint64_t fshm_size_for(uint64_t capacity); /* of the file */
+uint64_t fshm_memory_for(uint64_t capacity); /* of the file's bytes, so many are allocated */
 int fshm_unlinked(fshm_segment *segment);
 /* Do liveness checks and joins work? FSHM_OK. FSHM_E_NOT_FOUND: the segment was removed. FSHM_E_LOCK_FILE: error has the
  * path of the lock file, and in sys_errno ENOENT (it was deleted), ESTALE (another file lies there), EBADF (this process

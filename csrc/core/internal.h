@@ -89,7 +89,7 @@ struct fshm_segment {
   histogram_t *histograms;
   deployment_t *deployments;
   requests_t *requests;
-  counters_t *counters;
+  counters_t *counters, *outsiders; /* outsiders: of all processes without a process index */
   uint64_t memo_lines;
   uint64_t lines, slot_count, names_words, size, epoch;
   uint64_t probe_mask; /* cache lines of a probe window - 1: a power of two - 1 */
@@ -187,6 +187,8 @@ int image_create(const char *path, uint64_t capacity, uint32_t mode, uint32_t fl
 int image_link(int fd, const char *path);
 uint64_t header_check(const header_t *h);
 int image_verify(int fd, header_t *header, uint32_t flags, fshm_error *e);
+int image_grow(const fshm_segment *s, uint32_t process);
+uint64_t image_row_bytes(void);
 
 /* damage.c */
 void damage_note(fshm_segment *s, unsigned kind, uint64_t index);
@@ -204,6 +206,13 @@ static inline uint64_t segment_now(const fshm_segment *s) {
 /* segment.c: a lock among the threads of this process; no hot call takes one */
 void threads_lock(_Atomic uint32_t *lock);
 void threads_unlock(_Atomic uint32_t *lock);
+
+/* Does the process index have a row that was ever taken? Other rows are not to be touched: their memory may not be
+ * there. Relaxed: who learns of an index by what its owner wrote (acquire) sees the bit. */
+static inline bool process_joined(const fshm_segment *s, uint32_t process) {
+  return process < PROCESSES &&
+         (load_relaxed(&s->header->joined[process / 64]) >> (process % 64) & 1);
+}
 
 /* process.c */
 uint32_t process_join(fshm_segment *s);

@@ -19,7 +19,13 @@
 #define LINE 64
 #define SLOTS_PER_LINE 4
 #define PROBE_LINES UINT64_C(8) /* a key may live in two probe windows of so many cache lines */
-#define PROCESSES 256 /* process table, fixed: 256 x (64 + 2048 + 1536) bytes */
+/* Process table. Of each process index there are 3,200 bytes, in four arrays at the end of the segment. Those of the
+ * first HOME_PROCESSES are allocated with it, the others in blocks, when a process takes an index there. */
+#ifndef PROCESSES /* tests that copy segments, or fill the table, have fewer */
+#define PROCESSES 4096
+#define HOME_PROCESSES 256
+#endif
+#define INCARNATION_BITS 14 /* of the owner of a permit */
 #define PROCESS_STATS 128 /* entries of one process: a power of two */
 #define COUNTERS FSHM_COUNTERS /* sets of call counters of a process index */
 #define RULES \
@@ -87,7 +93,7 @@ typedef struct {
 } limiter_counters_t;
 
 /* The first COUNTERS - 1 limiters that are counted have one set each, all others the last one (limits.c: counters_of).
- * Index PROCESSES: for all processes without a process index. */
+ * One more stands before them: for all processes without a process index. */
 typedef struct {
   _Alignas(LINE) limiter_counters_t of[COUNTERS];
 } counters_t;
@@ -237,7 +243,7 @@ typedef struct {
   _Alignas(LINE) _Atomic uint64_t feature_errors[FEATURES];
   _Alignas(LINE) _Atomic uint64_t memo_hits,
       memo_misses; /* added in batches, relaxed: token_memo.c */
-  /* Process indexes that were ever used: bits, only set. */
+  /* Process indexes whose rows are allocated, and that were ever taken: bits, only set, before the row is used. */
   _Alignas(LINE) _Atomic uint64_t joined[PROCESSES / 64];
   _Atomic uint64_t liveness; /* segment ns of the last liveness check; one compare-and-swap */
   _Alignas(LINE) changes_t changes[CHANGES];
@@ -259,7 +265,10 @@ static_assert(sizeof(limiter_entry_t) == 1344, "limiter entry");
 static_assert(offsetof(limiter_entry_t, current) == 16, "swapped as 16 bytes");
 static_assert(offsetof(header_t, damage) == 240, "the constant words end at 240");
 static_assert(offsetof(header_t, ticket) == 320, "the changing lines start at 320");
-static_assert(sizeof(header_t) == 1792 + CHANGES * sizeof(changes_t), "header");
+static_assert(PROCESSES % 64 == 0 && HOME_PROCESSES % 64 == 0, "blocks of 64");
+static_assert(sizeof(header_t) ==
+                  1728 + (PROCESSES / 64 + 8) / 8 * LINE + CHANGES * sizeof(changes_t),
+              "header");
 static_assert(sizeof(_Atomic uint64_t) == 8, "atomics are plain words");
 
 #endif

@@ -6,7 +6,7 @@
  * free permit equals "never seen", so any key can reuse its slot. The slots are the count; there is no second
  * number.
  *
- * when = 7 (3 bits) | number (17) | owner: process index (8) and its incarnation (18) | idle (1) |
+ * when = 7 (3 bits) | number (17) | owner: process index (12) and its incarnation (14) | idle (1) |
  *        taken, in seconds of segment time (17)
  */
 #include "../limits/limiter.h"
@@ -18,32 +18,42 @@
 
 #define PERMIT_BIT 2048U /* of the limiter index in key_stats_t.meta */
 #define PERMIT_NUMBER(w) ((uint32_t)((w) >> 44) & 0x1ffff)
-#define OWNER_OF(w) ((uint32_t)((w) >> 36) & 0xff)
-#define INCARNATION_OF(w) ((w) >> 18 & 0x3ffff)
+#define OWNER_OF(w) ((uint32_t)((w) >> 32) & 0xfff)
+#define LOW_INCARNATION(incarnation) ((incarnation) & ((1 << INCARNATION_BITS) - 1))
+#define INCARNATION_OF(w) LOW_INCARNATION((w) >> 18)
 #define IDLE (UINT64_C(1) << 17)
 #define TAKEN_OF(w) ((w) & 0x1ffff)
 
-static_assert(PROCESSES <= 256, "an owner is 8 bits");
+static_assert(PROCESSES <= 4096 && 12 + INCARNATION_BITS == 26, "an owner is 12 bits");
 static_assert(MAX_PERMITS < 1 << 17, "a permit number has 17 bits");
 
-/* The results of liveness checks: each process is checked once in a call, since a check is a system call. */
+/* The results of liveness checks: each process is checked once in a call, since a check is a system call. The index
+ * of one that was alive may get a new owner meanwhile, which counts as alive too. Of the dead, the last one is known,
+ * by its incarnation: mostly the next permit is its own too, and a permit of a dead process is met once. */
 typedef struct {
-  uint8_t known[PROCESSES]; /* 0 = not checked, 1 = alive, 2 = dead */
-  uint64_t incarnation[PROCESSES]; /* that was checked: the index may get a new owner meanwhile */
+  uint64_t alive[PROCESSES / 64]; /* bits */
+  uint64_t dead_incarnation;
+  uint32_t dead; /* process index + 1; 0 = none */
 } liveness_t;
 
 static void liveness_begin(liveness_t *liveness) { memset(liveness, 0, sizeof *liveness); }
 
 static bool owner_alive(fshm_segment *s, uint64_t when, liveness_t *liveness) {
   uint32_t owner = OWNER_OF(when);
+  if (unlikely(!process_joined(s, owner))) return false;
   uint64_t incarnation =
       atomic_load_explicit(&s->processes[owner].incarnation, memory_order_acquire);
-  if ((incarnation & 0x3ffff) != INCARNATION_OF(when)) return false; /* of an earlier owner */
-  if (!liveness->known[owner] || liveness->incarnation[owner] != incarnation) {
-    liveness->incarnation[owner] = incarnation;
-    liveness->known[owner] = process_alive(s, owner) ? 1 : 2;
+  if (LOW_INCARNATION(incarnation) != INCARNATION_OF(when)) return false; /* of an earlier owner */
+  uint64_t *alive = &liveness->alive[owner / 64], bit = UINT64_C(1) << (owner % 64);
+  if (*alive & bit) return true;
+  if (liveness->dead == owner + 1 && liveness->dead_incarnation == incarnation) return false;
+  if (process_alive(s, owner)) {
+    *alive |= bit;
+    return true;
   }
-  return liveness->known[owner] == 1;
+  liveness->dead = owner + 1;
+  liveness->dead_incarnation = incarnation;
+  return false;
 }
 
 /* This process as an owner. False: the process table is full. */
@@ -51,7 +61,7 @@ static bool own_identity(fshm_segment *s, uint64_t *identity) {
   uint32_t process;
   uint64_t incarnation;
   if (!process_identity(s, &process, &incarnation)) return false;
-  *identity = (uint64_t)process << 36 | (incarnation & 0x3ffff) << 18;
+  *identity = (uint64_t)process << 32 | LOW_INCARNATION(incarnation) << 18;
   return true;
 }
 
@@ -580,9 +590,8 @@ static int permit_at(fshm_segment *s, uint64_t slot, liveness_t *liveness, fshm_
   if (!IS_PERMIT(pair.when) || !pair.who) return 0;
   bool known = meta == key_stats_meta(limiter | PERMIT_BIT, pair.who) && limiter < s->limiter_count;
   out->limiter = known ? limiter : UINT32_MAX;
-  out->pid = load_relaxed(&s->processes[OWNER_OF(pair.when)].pid);
   out->alive = owner_alive(s, pair.when, liveness);
-  if (!out->alive) out->pid = 0; /* the index may have another owner by now */
+  if (out->alive) out->pid = load_relaxed(&s->processes[OWNER_OF(pair.when)].pid);
   out->idle = (pair.when & IDLE) != 0;
   out->number = PERMIT_NUMBER(pair.when);
   out->key_hash = PERMIT_KEY(pair.who, PERMIT_NUMBER(pair.when));

@@ -95,8 +95,6 @@ void requests_join(fshm_segment *s, uint32_t process, uint64_t incarnation) {
   for (uint32_t i = 0; i < DEPLOYMENTS; i++) store_relaxed(&f->in_flight[i], 0);
   /* release: pairs with the acquire in fshm_deployment_look() */
   atomic_store_explicit(&f->incarnation, incarnation, memory_order_release);
-  (void)atomic_fetch_or_explicit(&s->header->joined[process / 64], UINT64_C(1) << (process % 64),
-                                 memory_order_relaxed);
 }
 
 /* 1: counted; end it with fshm_request_end(). 0: this process is not in the process table. */
@@ -131,7 +129,7 @@ int fshm_request_end(fshm_segment *s, fshm_request *request) {
  * stores the result, nor how late. */
 static void look_for_dead(fshm_segment *s) {
   for (uint32_t process = 0; process < PROCESSES; process++) {
-    if (!(load_relaxed(&s->header->joined[process / 64]) >> (process % 64) & 1)) continue;
+    if (!process_joined(s, process)) continue;
     process_t *p = &s->processes[process];
     uint64_t incarnation = atomic_load_explicit(&p->incarnation, memory_order_acquire);
     if (load_relaxed(&p->dead) == incarnation || process_alive(s, process)) continue;

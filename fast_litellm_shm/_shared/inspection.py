@@ -410,10 +410,10 @@ class Inspection:
             offset, count = g.key_stats_offset, g.slots
         elif what == "processes":
             dtype = [("pid", "=u4"), ("", "V60")]
-            offset, count = g.processes_offset, g.processes
+            offset, count = g.processes_offset, g.processes_joined
         else:
             dtype = [("key", "=u8"), ("admitted", "=u4"), ("denied", "=u4")]
-            offset, count = g.process_stats_offset, g.processes * g.process_stats_entries
+            offset, count = g.process_stats_offset, g.processes_joined * g.process_stats_entries
         return numpy.frombuffer(memory, numpy.dtype(dtype), count, offset)
 
     def _read_counts(self) -> Counts:

@@ -1,4 +1,7 @@
 /* test_deployments.c - deployments: the rules of each strategy, places, requests in flight, cooldown. */
+/* Fewer than a segment has otherwise. */
+#define PROCESSES 320
+#define HOME_PROCESSES 256
 #include "../../csrc/unity.c"
 
 #include "check.h"
