@@ -34,7 +34,7 @@
 #define SHARED 8 /* shared counters of a limiter, for keys without a slot: a power of two */
 #define SHARED_PLACES 8 /* slots of a shared counter: one for each place of a rule */
 #define WAKEUPS 256 /* futex words on which callers wait for permits */
-#define CHANGES 512 /* pairs of words that say which permits were freed and taken */
+#define CHANGE_WORDS 512 /* pairs of words that say which permits were freed and taken */
 #define MEMO_WAYS 4 /* entries where a text can be in the memo: one line */
 #define METRICS 32 /* (component, operation) pairs that are measured */
 #ifndef METRIC_SHARDS /* the crash harness has one, so that any two processes meet in it */
@@ -246,7 +246,7 @@ typedef struct {
   /* Process indexes whose rows are allocated, and that were ever taken: bits, only set, before the row is used. */
   _Alignas(LINE) _Atomic uint64_t joined[PROCESSES / 64];
   _Atomic uint64_t liveness; /* segment ns of the last liveness check; one compare-and-swap */
-  _Alignas(LINE) changes_t changes[CHANGES];
+  _Alignas(LINE) changes_t changes[CHANGE_WORDS];
 } header_t;
 
 static_assert(sizeof(slot_t) == 16, "a slot is swapped as 16 bytes");
@@ -267,7 +267,7 @@ static_assert(offsetof(header_t, damage) == 240, "the constant words end at 240"
 static_assert(offsetof(header_t, ticket) == 320, "the changing lines start at 320");
 static_assert(PROCESSES % 64 == 0 && HOME_PROCESSES % 64 == 0, "blocks of 64");
 static_assert(sizeof(header_t) ==
-                  1728 + (PROCESSES / 64 + 8) / 8 * LINE + CHANGES * sizeof(changes_t),
+                  1728 + (PROCESSES / 64 + 8) / 8 * LINE + CHANGE_WORDS * sizeof(changes_t),
               "header");
 static_assert(sizeof(_Atomic uint64_t) == 8, "atomics are plain words");
 

@@ -16,7 +16,7 @@
 #define FREED_NUMBER(w) ((uint32_t)((w) >> 1) & 0x1ffff)
 
 static inline changes_t *changes_of(const fshm_segment *s, uint32_t wakeup) {
-  return &s->header->changes[wakeup % CHANGES];
+  return &s->header->changes[wakeup % CHANGE_WORDS];
 }
 
 /* More was freed than one number can say: whoever remembers a look has to look again. */

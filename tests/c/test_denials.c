@@ -151,7 +151,7 @@ static void make_keys(stage_t *stage, const fshm_limiter *l) {
   for (int i = 0; made < KEYS; i++) {
     char *key = stage->keys[made];
     (void)snprintf(key, sizeof stage->keys[0], "k%d", i);
-    uint32_t word = wakeup_of(fshm_siphash(l->key[0], l->key[1], key, strlen(key))) % CHANGES;
+    uint32_t word = wakeup_of(fshm_siphash(l->key[0], l->key[1], key, strlen(key))) % CHANGE_WORDS;
     if (!made) first = word;
     if (made == 0 || (made == 1 ? word == first : word != first)) made++;
   }
