@@ -277,7 +277,7 @@ static __attribute__((noinline)) bool stands_granted(const holder_t *h, const sn
  * permits before the look; until when the look counts, since then the dead are looked for again; all permits with
  * numbers below this were held (32 bits) | so many were held (32); of a count, the word of taken permits. */
 enum { LOOK_FREED, LOOK_UNTIL, LOOK_HELD, LOOK_TAKEN };
-#define LOOK_PATIENCE 256 /* looks take a 256th of the time at most */
+#define LOOK_PATIENCE 64 /* looks take a 64th of the time at most */
 #define LOOK_NS UINT64_C(500000000) /* and a dead process's permit is found after that */
 #define LOOK_COUNTED UINT64_C(0x9e3779b97f4a7c15) /* with the key's hash: the entry of a count */
 
