@@ -222,6 +222,8 @@ static void hold_clock(void) {
 
 static void count_all(void) {
   for (size_t p = 0; p < PATHS; p++) {
+    /* They look at all permits again after a time, which is not the same in two runs. */
+    if (paths[p].call == permit_denied || paths[p].call == count_held_permits) continue;
     for (uint64_t i = 0; i < 10; i++) paths[p].call(i);
     hold_clock();
     CALLGRIND_TOGGLE_COLLECT;

@@ -214,6 +214,11 @@ static inline bool process_joined(const fshm_segment *s, uint32_t process) {
          (load_relaxed(&s->header->joined[process / 64]) >> (process % 64) & 1);
 }
 
+/* The blocks of 64 process indexes of which any was ever taken: bits. */
+static inline uint64_t joined_blocks(const fshm_segment *s) {
+  return load_relaxed(&s->header->joined_blocks) & (UINT64_MAX >> (64 - PROCESSES / 64));
+}
+
 /* process.c */
 uint32_t process_join(fshm_segment *s);
 bool process_alive(fshm_segment *s, uint32_t process);

@@ -245,6 +245,7 @@ typedef struct {
       memo_misses; /* added in batches, relaxed: token_memo.c */
   /* Process indexes whose rows are allocated, and that were ever taken: bits, only set, before the row is used. */
   _Alignas(LINE) _Atomic uint64_t joined[PROCESSES / 64];
+  _Atomic uint64_t joined_blocks; /* which words of `joined` are not 0: bits, set after those */
   _Atomic uint64_t liveness; /* segment ns of the last liveness check; one compare-and-swap */
   _Alignas(LINE) changes_t changes[CHANGE_WORDS];
 } header_t;
@@ -265,9 +266,10 @@ static_assert(sizeof(limiter_entry_t) == 1344, "limiter entry");
 static_assert(offsetof(limiter_entry_t, current) == 16, "swapped as 16 bytes");
 static_assert(offsetof(header_t, damage) == 240, "the constant words end at 240");
 static_assert(offsetof(header_t, ticket) == 320, "the changing lines start at 320");
-static_assert(PROCESSES % 64 == 0 && HOME_PROCESSES % 64 == 0, "blocks of 64");
+static_assert(PROCESSES % 64 == 0 && PROCESSES <= 64 * 64 && HOME_PROCESSES % 64 == 0,
+              "blocks of 64, at most 64 of them");
 static_assert(sizeof(header_t) ==
-                  1728 + (PROCESSES / 64 + 8) / 8 * LINE + CHANGE_WORDS * sizeof(changes_t),
+                  1728 + (PROCESSES / 64 + 9) / 8 * LINE + CHANGE_WORDS * sizeof(changes_t),
               "header");
 static_assert(sizeof(_Atomic uint64_t) == 8, "atomics are plain words");
 

@@ -243,6 +243,8 @@ COLD uint32_t process_join(fshm_segment *s) {
     /* Before the row is touched. Killed in between, an index that no process had looks as if one had died in it. */
     (void)atomic_fetch_or_explicit(&s->header->joined[process / 64], UINT64_C(1) << (process % 64),
                                    memory_order_relaxed);
+    (void)atomic_fetch_or_explicit(&s->header->joined_blocks, UINT64_C(1) << (process / 64),
+                                   memory_order_relaxed);
     process_t *p = &s->processes[process];
     if (COMES_ROUND(load_relaxed(&p->incarnation) + 1)) (void)fshm_reap(s, 0);
     /* A pid that is read together with the next incarnation must not be the former owner's. */

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from support import world
+from support.waiting import wait_until
 
 from fast_litellm_shm import ConcurrencyLimiter, RateLimiter, Segment, Window
 from fast_litellm_shm._shared.native import lib
@@ -43,7 +44,7 @@ def _full_in_use() -> dict[str, Any]:
     with world.forked(lambda: permits.acquire("k")) as holder:
         found["held"] = world.takes(permits, "k")
         world.kill(holder)
-    found["back"] = world.takes(permits, "k")
+    found["back"] = wait_until("its permit is back", lambda: world.takes(permits, "k"))
     found["exactly"] = sum(limiter.is_allowed("k") for _ in range(9))
     found["keys"] = sum(limiter.is_allowed(f"key {i}") for i in range(100))
     found["second"] = world.failure(Segment, "second", capacity=100)

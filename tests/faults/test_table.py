@@ -1,4 +1,4 @@
-"""More processes than have rows of the table at first, and those that close all their descriptors."""
+"""More processes than have rows of the table at first; those that close all descriptors."""
 
 from __future__ import annotations
 
