@@ -19,6 +19,7 @@
 
 #include "../limits/limiter.h"
 #include "../limits/limits.h"
+#include "semaphore.h"
 #include "wait_order.h"
 #include "wait_queue.h"
 
@@ -300,6 +301,7 @@ int fshm_wait_turn(fshm_limiter *l, fshm_place *p, uint64_t now, fshm_turn *out)
     raise_reach(s, group, nth + 1);
     reach = reach_of(s, group);
   }
+  bool rested = minus(now, load_relaxed(&mine->seen)) >= FSHM_WAIT_BEAT_NS / 2;
   beat(mine, p, now);
   /* Full: a place that was late is seen by wait_wake(), or we see what was released. */
   atomic_thread_fence(memory_order_seq_cst);
@@ -330,6 +332,8 @@ int fshm_wait_turn(fshm_limiter *l, fshm_place *p, uint64_t now, fshm_turn *out)
   /* Woken, but another is first by now: the wake-up was meant for that one. Or the order has changed: the one that is
    * first now may sleep beside room that only we were told of. */
   if (!first && (out->armed != p->woken || p->was_first)) wait_wake(s, p->key);
+  /* Its sleep ran out: it looks at all permits, and for dead processes. */
+  if (first && rested && out->armed == p->woken) semaphore_forget(s, p->key >> 12);
   p->woken = out->armed;
   p->was_first = first;
   return first;
@@ -366,7 +370,8 @@ void fshm_wait_requeue(fshm_limiter *l, fshm_place *p, uint64_t since, uint32_t 
   fshm_segment *s = l->segment;
   p->since = since;
   p->callers = callers;
-  if (!p->owner || !is_ours(&s->waiters[p->entry], p)) return; /* the next turn takes another place */
+  if (!p->owner || !is_ours(&s->waiters[p->entry], p))
+    return; /* the next turn takes another place */
   beat(&s->waiters[p->entry], p, now_of(s, now));
   atomic_thread_fence(memory_order_seq_cst); /* wait_wake() comes after a swap elsewhere */
   wait_wake(s, p->key); /* another may be first by now, and there may be room for more */
@@ -413,7 +418,7 @@ int fshm_waiter_at(fshm_segment *s, uint32_t index, fshm_waiter_info *out) {
   out->tenant = w.tenant;
   out->priority = w.priority;
   out->callers = load_relaxed(&s->waiters[index].callers);
-  out->pid = process < PROCESSES ? load_relaxed(&s->processes[process].pid) : 0;
+  out->pid = process_joined(s, process) ? load_relaxed(&s->processes[process].pid) : 0;
   out->waited_ns = minus(now, w.since);
   out->stale = is_late(seen, now);
   return 1;

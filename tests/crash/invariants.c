@@ -128,6 +128,7 @@ static void check_looking_in(void) {
     if (fshm_permit_at(world.s, i, &permit) && permit.alive > 1) broken("a permit is odd");
   }
   for (uint32_t i = 0; i < PROCESSES; i++) {
+    if (!process_joined(world.s, i)) continue;
     const process_t *p = &world.s->processes[i];
     if (!load_relaxed(&p->pid) && !load_relaxed(&p->incarnation)) continue;
     if (fshm_process_at(world.s, i, &process) != FSHM_OK) broken("a process index is unreadable");
