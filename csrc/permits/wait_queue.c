@@ -209,6 +209,7 @@ static void let_go(fshm_segment *s, fshm_place *p) {
 static bool take_entry(fshm_segment *s, fshm_place *p, uint64_t now) {
   uint32_t group = wait_group(p->key);
   uint64_t mine = add_relaxed(&s->header->ticket, 1) + 1;
+  mine += !mine; /* only of a damaged word */
   for (uint32_t nth = 0; nth < WAITERS; nth++) {
     waiter_t *e = place_at(s, group, nth);
     uint64_t none = 0;

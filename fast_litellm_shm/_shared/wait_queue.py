@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _BEAT_NS: int = lib.FSHM_WAIT_BEAT_NS
 _NUMBER = 8  # bytes: what a wake-up writes
-_READ = 65536  # bytes: what a pipe holds
+_READ = 4096  # bytes: what the smallest pipe holds
 _FOREVER = 1e6  # seconds: no timer for longer
 
 
@@ -247,6 +247,8 @@ class _Events:
                 first.wake()
 
     def __del__(self) -> None:
+        for line in self.lines.values():
+            line.native.leave()  # from here on nobody writes to the pipe
         os.close(self._read)
         os.close(self._write)
 

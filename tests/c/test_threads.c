@@ -173,8 +173,7 @@ static void take_by_force(scene_t *scene) {
 static void stand_in_the_queue(scene_t *scene) {
   const char *key = any_key();
   uint64_t length = strlen(key);
-  const fshm_waiter w = {
-      .tenant = random_below(3), .priority = (int32_t)random_below(3), .fd = -1};
+  const fshm_waiter w = {.tenant = random_below(3), .priority = (int32_t)random_below(3), .fd = -1};
   fshm_place p;
   fshm_turn turn;
   CHECK_EQ(fshm_wait_join(scene->places, key, length, &w, 0, &p), 1);
@@ -307,9 +306,11 @@ static void measures(scene_t *scene) { measure(&scene->statistics, scene->s, any
 
 static void *work(void *with) {
   static void (*const calls[])(scene_t *) = {
-      admit_fixed,   apply_several, hold_place, reset,          change_limits,  reuse_slots,
-      take_by_force, stand_in_the_queue, inspect,    open_and_close, count_and_move, look_at_all,
-      granted,       allowed,       leads,      routes,         memoizes,       measures};
+      admit_fixed,   apply_several,  hold_place,     reset,
+      change_limits, reuse_slots,    take_by_force,  stand_in_the_queue,
+      inspect,       open_and_close, count_and_move, look_at_all,
+      granted,       allowed,        leads,          routes,
+      memoizes,      measures};
   const worker_t *me = with;
   random_state = me->scene->seed + me->number * 7919;
   for (uint64_t i = 0; i < me->scene->rounds; i++)

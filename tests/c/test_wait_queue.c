@@ -54,6 +54,77 @@ static void test_order(void) {
   CHECK(is_before(&low, &high, NOW + 300 * SECOND));
 }
 
+/* Random histories of a queue, against a reference that sorts: by band, service, arrival. */
+typedef struct {
+  fshm_place place;
+  uint64_t since, tenant;
+  int32_t priority;
+  bool waits;
+} listed_t;
+static uint64_t reference_service[4], reference_last;
+static bool reference_before(const listed_t *a, const listed_t *b, uint64_t now) {
+  uint64_t band_a = 1000 + (uint64_t)a->priority + (now - a->since) / AGE_NS;
+  uint64_t band_b = 1000 + (uint64_t)b->priority + (now - b->since) / AGE_NS;
+  if (band_a != band_b) return band_a > band_b;
+  uint64_t of_a = reference_service[a->tenant], of_b = reference_service[b->tenant];
+  if (of_a < reference_last) of_a = reference_last;
+  if (of_b < reference_last) of_b = reference_last;
+  return of_a != of_b ? of_a < of_b : a->since < b->since;
+}
+static void test_histories(void) {
+  for (int round = 0; round < fewer(100); round++) {
+    fshm_segment *s = fresh_segment(1000);
+    fshm_limiter *l = permit_limiter(s, 1);
+    enum { MOST = 8 };
+    listed_t callers[MOST] = {0};
+    uint64_t now = NOW / 2;
+    memset(reference_service, 0, sizeof reference_service);
+    reference_last = 0;
+    for (int step = 0; step < 200; step++) {
+      listed_t *c = &callers[random_below(MOST)];
+      now += 1 + random_below(SECOND / 5);
+      if (!c->waits) {
+        *c = (listed_t){.since = now,
+                        .tenant = 1 + random_below(3),
+                        .priority = (int32_t)random_below(3) - 1,
+                        .waits = true};
+        c->place = join(l, c->tenant, c->priority, now);
+      } else if (!random_below(4)) {
+        fshm_wait_leave(l, &c->place);
+        c->waits = false;
+      }
+      listed_t *first = NULL, *said = NULL;
+      fshm_turn t;
+      for (int i = 0; i < MOST; i++) /* all beat: none is late */
+        if (callers[i].waits) (void)fshm_wait_turn(l, &callers[i].place, now, &t);
+      for (int i = 0; i < MOST; i++) {
+        listed_t *k = &callers[i];
+        if (!k->waits) continue;
+        if (!first || reference_before(k, first, now)) first = k;
+        if (!turn(l, &k->place, now)) continue;
+        CHECK(!said); /* one is first */
+        said = k;
+      }
+      CHECK(first == said);
+      if (!first || random_below(2)) continue;
+      uint64_t cost = 1 + random_below(100), *service = &reference_service[first->tenant];
+      bool lone = !first->place.tenant && !first->place.shared;
+      CHECK(!lone);
+      if (*service < reference_last) *service = reference_last;
+      reference_last = *service ? *service : 1; /* 0 is "never seen" */
+      *service += cost * SERVICE_UNIT;
+      fshm_wait_served(l, &first->place, cost, now);
+      fshm_wait_leave(l, &first->place);
+      first->waits = false;
+    }
+    for (int i = 0; i < MOST; i++) fshm_wait_leave(l, &callers[i].place);
+    fshm_limiter_close(l);
+    fshm_close(s);
+    remove_segments();
+    segments_made = 0;
+  }
+}
+
 static void test_first_come(void) {
   fshm_segment *s = fresh_segment(1000);
   fshm_limiter *l = permit_limiter(s, 1);
@@ -151,17 +222,17 @@ static void test_tenants(void) {
         }
       int firsts = 0;
       for (uint64_t k = 0; k < count; k++) {
-        if ((away && owner[k]) || !turn(l, &places[k], now)) continue;
+        if ((away && owner[k]) || !turn(l, &places[k], now) || firsts) continue; /* all beat */
         firsts++;
         fshm_wait_served(l, &places[k], cost[k], now);
         served[owner[k]] += (double)cost[k] * 1000 / weight[owner[k]];
         fshm_wait_requeue(l, &places[k], now, 1, now);
         cost[k] = 1 + random_below(largest);
-        break;
       }
       CHECK_EQ(firsts, 1); /* one is always next: nothing is left idle */
       for (uint64_t t = 1; t < tenants && !away; t++) {
-        double bound = 2.0 * (double)largest * 1000 / (weight[0] < weight[t] ? weight[0] : weight[t]);
+        double bound =
+            2.0 * (double)largest * 1000 / (weight[0] < weight[t] ? weight[0] : weight[t]);
         double differ = served[0] - served[t];
         CHECK(differ <= bound + 1 && -differ <= bound + 1);
       }
@@ -271,6 +342,67 @@ static void waits_for_ever(int i, void *with) {
   (void)i;
   atomic_fetch_add(&c->held, 1);
   (void)take(c->l, &permit, 600 * SECOND);
+}
+
+/* Three processes wait again and again, one of them is killed and comes anew; each is served in the order of its arrival.
+ * A caller arrives when it has its place: its number is taken at the join. The permit is held while the order is checked. */
+typedef struct {
+  crowd_t crowd;
+  _Atomic uint64_t since[4]; /* of each that waits: its arrival; 0 = it does not */
+  _Atomic uint64_t wrong, turns;
+} ordered_t;
+static void ordered_member(int i, void *with) {
+  ordered_t *o = with;
+  fshm_limiter *l = o->crowd.l;
+  const fshm_waiter w = {.fd = -1};
+  while (!atomic_load(&o->crowd.stop)) {
+    fshm_permit permit = {0};
+    fshm_place p;
+    fshm_turn t;
+    fshm_decision d;
+    uint32_t in_flight;
+    uint64_t before[4];
+    for (int k = 0; k < 4; k++) before[k] = atomic_load(&o->since[k]);
+    (void)fshm_wait_join(l, KEY, &w, 0, &p);
+    atomic_store(&o->since[i], p.since);
+    while (!permit.held) {
+      if (fshm_wait_turn(l, &p, 0, &t)) fshm_admit(l, KEY, NULL, 0, &permit, &d, &in_flight);
+      if (!permit.held) (void)fshm_wait_sleep(l, &p, t.armed, SECOND);
+    }
+    /* Who was in the queue before we came is served before us, unless it has not been on a processor for long. */
+    for (int k = 0; k < 4; k++)
+      if (k != i && before[k] && atomic_load(&o->since[k]) == before[k] &&
+          before[k] + LATE_NS / 2 > fshm_now(o->crowd.s))
+        atomic_fetch_add(&o->wrong, 1);
+    atomic_store(&o->since[i], 0);
+    fshm_wait_leave(l, &p);
+    atomic_fetch_add(&o->turns, 1);
+    if (random_below(2)) (void)usleep(1000);
+    fshm_permit_release(l, &permit);
+  }
+}
+static void test_order_of_processes(void) {
+  ordered_t *o = shared_memory(sizeof *o);
+  o->crowd.s = fresh_segment(1000);
+  o->crowd.l = permit_limiter(o->crowd.s, 1);
+  pid_t pids[4];
+  for (int i = 0; i < 4; i++) pids[i] = start_child(ordered_member, i, o);
+  for (int kills = 0; kills < 4; kills++) {
+    uint64_t now = atomic_load(&o->turns);
+    for (int tries = 0; atomic_load(&o->turns) < now + 50 && tries < 20000; tries++)
+      (void)usleep(2000);
+    CHECK_OP(atomic_load(&o->turns), >=, now + 50); /* the others go on */
+    CHECK_EQ(kill(pids[3], SIGKILL), 0);
+    CHECK_EQ(waitpid(pids[3], NULL, 0), pids[3]);
+    atomic_store(&o->since[3], 0);
+    pids[3] = start_child(ordered_member, 3, o);
+  }
+  atomic_store(&o->crowd.stop, 1);
+  for (int i = 0; i < 4; i++) end_child(pids[i]);
+  CHECK_EQ(atomic_load(&o->wrong), 0);
+  CHECK_EQ(fshm_in_flight(o->crowd.l, KEY), 0);
+  fshm_limiter_close(o->crowd.l);
+  fshm_close(o->crowd.s);
 }
 
 /* 20 waiters are killed, or stopped; the one behind them is admitted. */
@@ -383,7 +515,8 @@ static void test_closed_pipes(void) {
   (void)fcntl(of.ends[0], F_SETFL, O_NONBLOCK);
   const fshm_waiter polled = {.fd = of.ends[1]}, thread = {.fd = -1};
   CHECK_EQ(fshm_wait_join(l, KEY, &polled, 0, &a), 1);
-  end_child(start_child(nothing_is_written, 0, &of)); /* it has woken us, and not through its copy */
+  end_child(
+      start_child(nothing_is_written, 0, &of)); /* it has woken us, and not through its copy */
   fshm_wait_watch(s, 1000);
   CHECK_EQ(read(of.ends[0], text, sizeof text), 8);
   store_relaxed(&s->waiters[a.entry].seen, 1); /* stopped for long; and b takes the place */
@@ -554,11 +687,13 @@ static void test_no_room_for_service(void) {
 
 int main(void) {
   test_order();
+  test_histories();
   test_first_come();
   test_late();
   test_tenants();
   test_full();
   test_crowd();
+  test_order_of_processes();
   test_killed(SIGKILL);
   test_killed(SIGSTOP);
   test_polled();

@@ -56,7 +56,8 @@ static void join(caller_t *c) {
   c->waits = true;
   CHECK_EQ(fshm_wait_join(l, KEY, &w, 0, &c->place), 1);
 }
-static bool beats; /* one whose place was taken while it went on after a stop sees that at its next beat */
+static bool
+    beats; /* one whose place was taken while it went on after a stop sees that at its next beat */
 static bool is_asleep(const caller_t *c) {
   const waiter_t *e = &s->waiters[c->place.entry];
   return c->waits && load_relaxed(&e->wake) == c->armed &&

@@ -22,6 +22,7 @@ typedef struct {
   uint64_t mapped;
   fshm_decision decision;
   fshm_permit permit, total;
+  fshm_place place;
 } outcome_t;
 
 /* What must hold: for each family of operations a set of checks, which call broken(). T is the process that
@@ -55,7 +56,7 @@ enum {
   FILES = 16384, /* about the segment as a file: S has not opened it; made anew for each boundary */
   PREDECESSOR = 32768, /* what dead processes hold, the last owner of T's process index held */
   FREED = 65536, /* the permits that S does not hold have slots, which are free */
-  ARMED = 1 << 17, /* a waiter may sleep on the key's futex word */
+  ARMED = 1 << 17, /* S sleeps in the queue of the key */
   DEAD_OWNERS = 1 << 18, /* the spare slots of limits are owned by dead processes */
   LOW_FREED = 1 << 19, /* as FREED, but S holds the highest of all */
   UNCHANGED = 1 << 20, /* the limits are not changed to `next` yet: the operation does that */
@@ -84,7 +85,10 @@ enum {
   COUNT_HELD,
   REAP,
   REAP_BY_FORCE,
-  WAKEUP,
+  QUEUE, /* of the wait queue; T is not in it at the end */
+  QUEUE_JOIN, /* T is in it at the end */
+  QUEUE_STAY, /* the same; whatever S does, T is answered as if it were alone */
+  QUEUE_SERVE,
   JOIN,
   LOWER,
   FIRST_JOIN,
@@ -139,8 +143,11 @@ typedef struct {
   fshm_limiter *l, *others, *totals, *permits, *permit_leases;
   fshm_limiter *refused, *known; /* of a token lease, or NULL: fshm_spend() */
   fshm_permit permit, total;
+  fshm_place place, theirs; /* in the wait queue: of S, and of T */
+  fshm_permit waited; /* that S has got in its turn */
   fshm_charged reserved[FSHM_MAX_LIMITS];
-  uint64_t now;
+  uint32_t asleep; /* what S saw of its place before it slept */
+  uint64_t now, clock; /* clock: ns, where time stands; 0 = the system's */
 } world_t;
 
 /* Where we are, for reports. */

@@ -21,6 +21,7 @@
 #include "holds_rate_limits.c"
 #include "starts.c"
 #include "holds_permits.c"
+#include "holds_queue.c"
 #include "holds_names.c"
 #include "holds_changes.c"
 #include "holds_stats.c"

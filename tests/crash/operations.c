@@ -132,14 +132,6 @@ static void run_reap_by_force(outcome_t *out) {
   out->number = fshm_reap(world.s, harness_pid);
   out->status = FSHM_OK;
 }
-static void run_arm(outcome_t *out) {
-  out->number = fshm_wakeup_arm(world.l, KEY, strlen(KEY));
-  out->status = FSHM_OK;
-}
-static void run_ring(outcome_t *out) {
-  fshm_wakeup_send(world.l, KEY, strlen(KEY));
-  out->status = FSHM_OK;
-}
 static void run_join(outcome_t *out) {
   uint32_t process;
   uint64_t incarnation;
@@ -270,6 +262,15 @@ static void run_request_and_back(outcome_t *out) {
 #define LEASE_SETS(function, to) LEASES(function, LEASE_SET, FSHM_OK), .cost = (to)
 #define HOLDING(function, which) \
   .make = start_permits, .holds = &permits, .run = (function), .op = (which)
+#define QUEUES(function, which)                                                            \
+  .make = start_queue, .holds = &queue, .run = (function), .op = (which), ONE(PERMITS(1)), \
+  .prior = 1, .overtake = come_or_look
+#define SERVES(function)                                                                       \
+  .make = start_queue, .holds = &queue, .run = (function), .op = QUEUE_SERVE, ONE(PERMITS(1)), \
+  .status = 1, .overtake = be_served_too, .capacity = 4
+#define RELEASES                                                                          \
+  .make = start_queue, .holds = &queue, .run = run_release, .op = QUEUE, ONE(PERMITS(1)), \
+  .status = 1, .overtake = come_or_look, .prepare = take_one_permit
 #define TAKES(answer) HOLDING(run_admit, TAKE), .status = (answer)
 #define POOL(function, which) \
   .make = start_pool, .holds = &permits, .run = (function), .op = (which)
@@ -629,13 +630,6 @@ static const operation_t operations[] = {
      ONE(PERMITS(3)),
      .prior = 1,
      .prepare = take_one_permit},
-    {.name = "permit-release-armed",
-     HOLDING(run_release, RELEASE),
-     .status = 1,
-     ONE(PERMITS(3)),
-     .prior = 1,
-     .prepare = take_one_permit,
-     .flags = ARMED},
     {.name = "permit-free-counted",
      TAKES(1),
      ONE(PERMITS(3)),
@@ -694,13 +688,46 @@ static const operation_t operations[] = {
      ONE(PERMITS(4)),
      .prior = 2,
      .prepare = take_one_permit},
-    {.name = "wakeup-arm", HOLDING(run_arm, WAKEUP), .status = 1, ONE(PERMITS(3)), .prior = 1},
-    {.name = "wakeup-send",
-     HOLDING(run_ring, WAKEUP),
-     .status = 1,
-     ONE(PERMITS(3)),
-     .prior = 1,
+    /* the wait queue */
+    {.name = "queue-join", QUEUES(run_queue_join, QUEUE_JOIN), .status = 0, .flags = ARMED},
+    {.name = "queue-join-first", QUEUES(run_queue_join, QUEUE_JOIN), .status = 1},
+    {.name = "queue-join-after-dead", QUEUES(run_queue_join, QUEUE_JOIN), .status = 1, .dead = 1},
+    {.name = "queue-turn",
+     QUEUES(run_queue_turn, QUEUE_STAY),
+     .prepare = come_next,
+     .status = 0,
      .flags = ARMED},
+    {.name = "queue-turn-first",
+     QUEUES(run_queue_turn, QUEUE_STAY),
+     .prepare = come_first,
+     .status = 1,
+     .flags = ARMED},
+    {.name = "queue-turn-lost",
+     QUEUES(run_queue_turn, QUEUE_JOIN),
+     .prepare = come_and_lose,
+     .status = 1,
+     .flags = ARMED},
+    {.name = "queue-leave",
+     QUEUES(run_queue_leave, QUEUE),
+     .prepare = come_first,
+     .status = 1,
+     .flags = ARMED},
+    {.name = "queue-leave-last",
+     QUEUES(run_queue_leave, QUEUE),
+     .prepare = come_first,
+     .status = 1},
+    {.name = "queue-requeue",
+     QUEUES(run_queue_requeue, QUEUE_STAY),
+     .prepare = come_first,
+     .status = 1,
+     .flags = ARMED},
+    {.name = "queue-wake", QUEUES(run_queue_wake, QUEUE), .status = 1, .flags = ARMED},
+    {.name = "queue-wake-after-dead", QUEUES(run_queue_wake, QUEUE), .status = 1, .dead = 1},
+    {.name = "queue-release", RELEASES, .flags = ARMED},
+    {.name = "queue-release-none", RELEASES},
+    {.name = "queue-served-first", SERVES(run_queue_served), .prepare = come_to_be_served},
+    {.name = "queue-served", SERVES(run_queue_served), .prepare = come_to_be_served_again},
+    {.name = "queue-correct", SERVES(run_queue_correct), .prepare = come_to_be_served_again},
     {.name = "pool-get",
      POOL(run_pool_get, TAKE),
      .status = 1,

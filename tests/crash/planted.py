@@ -53,6 +53,8 @@ NOT_OURS = (
     "    if (!ok) continue;\n"
 )
 
+GIVEN_BACK = "  if (!give_back(&h, p)) return 0;\n"
+
 FAULTS = [
     Fault(
         "a counter beside the permits",
@@ -60,7 +62,7 @@ FAULTS = [
         (
             (
                 "  for (int pass = 0; pass < 2; pass++) { /* the second asks who is dead */\n",
-                "  _Atomic uint32_t *counter = &h->s->header->wakeups[255];\n"
+                "  _Atomic uint64_t *counter = &h->s->header->queues[255];\n"
                 "  if (atomic_fetch_add(counter, 1) >= n) {\n"
                 "    (void)atomic_fetch_sub(counter, 1);\n"
                 "    *held = n;\n"
@@ -71,11 +73,52 @@ FAULTS = [
             (
                 "  if (!give_back(&h, p)) return 0;\n",
                 "  if (!give_back(&h, p)) return 0;\n"
-                "  (void)atomic_fetch_sub(&h.s->header->wakeups[255], 1);\n",
+                "  (void)atomic_fetch_sub(&h.s->header->queues[255], 1);\n",
             ),
         ),
         "permit-free",
         "can be taken",
+    ),
+    Fault(
+        "a caller that leaves the queue and wakes none",
+        "permits/wait_queue.c",
+        (("  if (!p->owner) wait_wake(s, p->key);\n", ""),),
+        "queue-leave",
+        "a permit is free, and S",
+    ),
+    Fault(
+        "a release that wakes none",
+        "permits/semaphore.c",
+        (("  if (!give_back(&h, p)) return 0;\n  wait_wake(h.s, wait_key_of(p));\n", GIVEN_BACK),),
+        "queue-release",
+        "a permit is free, and S",
+    ),
+    Fault(
+        "a place that counts as abandoned while it is taken",
+        "permits/wait_queue.c",
+        (("    store_relaxed(&e->seen, now);\n    /* From free", "    /* From free"),),
+        "queue-join-after-dead",
+        "T has lost its place",
+    ),
+    Fault(
+        "a dead caller that is before the others",
+        "permits/wait_queue.c",
+        (("  return is_past(seen, now, LATE_NS);", "  return is_past(seen, now, ABANDONED_NS);"),),
+        "queue-turn-first",
+        "a caller that",
+    ),
+    Fault(
+        "a service that is read and written apart",
+        "permits/wait_queue.c",
+        (
+            (
+                "    if (pair_cas(&s->slots[f.slot], &seen, to)) return true;\n",
+                "    seen = pair_load(&s->slots[f.slot]);\n"
+                "    if (pair_cas(&s->slots[f.slot], &seen, to)) return true;\n",
+            ),
+        ),
+        "queue-served",
+        "of two services",
     ),
     Fault(
         "a claim without its second look",
@@ -90,9 +133,9 @@ FAULTS = [
         (
             (
                 "    return pair_cas(&c->s->slots[f->slot], &seen, to) ? CLAIMED : CLAIM_LOST;\n",
-                "    while (atomic_exchange(&c->s->header->wakeups[255], 1)) continue;\n"
+                "    while (atomic_exchange(&c->s->header->queues[255], 1)) continue;\n"
                 "    bool done = pair_cas(&c->s->slots[f->slot], &seen, to);\n"
-                "    atomic_store(&c->s->header->wakeups[255], 0);\n"
+                "    atomic_store(&c->s->header->queues[255], 0);\n"
                 "    return done ? CLAIMED : CLAIM_LOST;\n",
             ),
         ),
@@ -247,7 +290,7 @@ FAULTS = [
     Fault(
         "a release that is not counted for those who remember a look",
         "permits/semaphore.c",
-        (("  (void)changes_freed(h.s, p->wakeup, PERMIT_NUMBER(p->when));\n", ""),),
+        (("  (void)changes_freed(h.s, p->group, PERMIT_NUMBER(p->when));\n", ""),),
         "permit-release-remembered",
         "release is over, and S is denied",
     ),
@@ -371,10 +414,10 @@ FAULTS = [
         (
             (
                 "  return " + LEARN,
-                "  while (atomic_exchange(&l->segment->header->wakeups[255], 1)) continue;\n"
+                "  while (atomic_exchange(&l->segment->header->queues[255], 1)) continue;\n"
                 "  int status = "
                 + LEARN
-                + "  atomic_store(&l->segment->header->wakeups[255], 0);\n"
+                + "  atomic_store(&l->segment->header->queues[255], 0);\n"
                 "  return status;\n",
             ),
         ),

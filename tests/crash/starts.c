@@ -180,7 +180,6 @@ static void start_permits(void) {
       (void)fshm_permit_release(world.l, &permits[i]);
     if (op->prior) world.permit = permits[from ? op->prior - 1 : n - 1];
   }
-  if (op->flags & ARMED) (void)fshm_wakeup_arm(world.l, KEY, strlen(KEY));
   if (op->flags & COUNTED) (void)fshm_in_flight(world.l, KEY, strlen(KEY));
   if (op->flags & (TENANTS | STALE | CROWDED)) fill_rest(0);
   if (op->flags & MOST_BEHIND)

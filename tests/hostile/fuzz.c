@@ -28,7 +28,7 @@ static pid_t one_pid(void) { return 4242; } /* its slot in the process table fol
 #undef getpid
 
 static_assert(offsetof(header_t, capacity) == 8 * 3 && offsetof(header_t, names_words) == 8 * 17 &&
-                  offsetof(header_t, damage) == 8 * 30 &&
+                  offsetof(header_t, damage) == 8 * 31 &&
                   offsetof(header_t, names_head) - offsetof(header_t, ticket) == 8 * 8 &&
                   offsetof(limiter_entry_t, current) == 8 * 2 &&
                   offsetof(limiter_entry_t, name_length) == 8 * 4 &&
@@ -167,7 +167,7 @@ static uint64_t position_in(const unsigned char *bytes, uint64_t size, unsigned 
   const uint64_t set = ((const limiter_entry_t *)(const void *)(bytes + entry))->set;
   const uint64_t process = own_process();
   uint64_t low = position % 256 * 8;
-  switch (target % 16) {
+  switch (target % 17) {
     case 0:
       return low % sizeof(header_t) / 8 * 8;
     case 1:
@@ -206,6 +206,12 @@ static uint64_t position_in(const unsigned char *bytes, uint64_t size, unsigned 
       return h.memo_offset + position * 8 % (h.memo_lines * LINE);
     case 14:
       return h.metrics_offset + position * 8 % (METRICS * sizeof(metric_t));
+    case 16: /* the nth place of the wait queue that is in use */
+      for (uint64_t i = 0, n = position / 8; i < WAITERS; i++) {
+        const uint64_t at = h.waiters_offset + i * sizeof(waiter_t);
+        if (*(const uint64_t *)(const void *)(bytes + at) && !n--) return at + low % LINE;
+      }
+      return h.waiters_offset + position * 8 % (WAITERS * sizeof(waiter_t));
     default: /* the own requests in flight */
       return h.requests_offset + process * sizeof(requests_t) + position * 8 % sizeof(requests_t);
   }
@@ -250,7 +256,7 @@ static void run(const uint8_t *data, size_t size) {
   const image_t *image = &images[flags & LARGE ? 1 : 0][flags / 64];
   const uint8_t *at = size ? data + 1 : data;
   bool edited = flags & RAW;
-  static unsigned char bytes[2 << 20] __attribute__((aligned(LINE)));
+  static unsigned char bytes[4 << 20] __attribute__((aligned(LINE)));
   uint64_t length = image->size;
   MUST(image->size <= sizeof bytes);
   memcpy(bytes, image->bytes, image->size);
