@@ -120,8 +120,8 @@ static bool free_permit(fshm_segment *s, uint64_t slot, pair_t seen) {
 
 /* Try one permit. With `liveness`, a dead process's permit is taken over. left: for the whole call; with as many
  * tries for each permit, a process that scribbles on the key's slots could hold us up for hours (I6). */
-static int try_permit(const holder_t *h, uint32_t number, liveness_t *liveness, patience_t *left,
-                      fshm_permit *out) {
+static inline HOT int try_permit(const holder_t *h, uint32_t number, liveness_t *liveness,
+                                 patience_t *left, fshm_permit *out) {
   uint64_t home = nth_hash(h->hash, number);
   uint64_t who = permit_who(h->limiter->index, h->hash, number);
   pair_t mine = {who, UINT64_C(7) << 61 | (uint64_t)number << 44 | h->identity |
@@ -385,7 +385,11 @@ static UNGUARDED int take_permit(holder_t *h, snapshot_t *snapshot, uint32_t n,
       int status = try_permit(h, number, pass ? &liveness : NULL, &left, out);
       if (status == PERMIT_HELD && !asked) {
         asked = true;
-        status = look_back(h, n, &left, &number, held, out);
+        patience_t rest = left; /* copies, so that the usual path has both in registers */
+        uint32_t freed = number;
+        status = look_back(h, n, &rest, &freed, held, out);
+        left = rest;
+        number = freed;
         if (status == PERMIT_HELD) return FSHM_DENIED;
       }
       if (unlikely(status == PERMIT_CONTENDED)) return FSHM_CONTENDED;
