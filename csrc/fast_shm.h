@@ -143,6 +143,9 @@ typedef struct {
   uint64_t slots_offset, key_stats_offset, limiters_offset, processes_offset, process_stats_offset;
   uint32_t limiters, processes, process_stats_entries;
   uint32_t layout_version, names, read_only;
+  uint32_t
+      processes_joined; /* from this index on, none was ever taken, and nothing is to be read */
+  uint64_t memory; /* bytes of `size` that are allocated */
 } fshm_geometry;
 
 typedef struct {
@@ -167,7 +170,8 @@ void fshm_close(fshm_segment *segment);
 int fshm_remove(const char *name, fshm_error *error);
 int fshm_path(const char *name, char *out, uint64_t size);
 const char *fshm_directory(void);
-uint64_t fshm_size_for(uint64_t capacity);
+uint64_t fshm_size_for(uint64_t capacity); /* of the file */
+uint64_t fshm_memory_for(uint64_t capacity); /* of the file's bytes, so many are allocated */
 int fshm_unlinked(fshm_segment *segment);
 /* Do liveness checks and joins work? FSHM_OK. FSHM_E_NOT_FOUND: the segment was removed. FSHM_E_LOCK_FILE: error has the
  * path of the lock file, and in sys_errno ENOENT (it was deleted), ESTALE (another file lies there), EBADF (this process
@@ -307,7 +311,7 @@ uint64_t fshm_live_keys(fshm_limiter *limiter, uint64_t now_ns);
 /* A permit held by this process. Copy it freely; release it once. */
 typedef struct {
   uint64_t slot, who, when;
-  uint32_t held, unused;
+  uint32_t held, group; /* group: of its key, for those that wait or look */
   fshm_charged put[4]; /* the charge of each other limit */
 } fshm_permit;
 

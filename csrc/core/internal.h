@@ -85,6 +85,12 @@ typedef struct {
   _Atomic int fd;
   _Atomic uint32_t heard; /* wake-ups that fshm_wait_watch() has passed on */
 } polled_t;
+/* What a process remembers of a look at all permits of a key: semaphore.c. Relaxed words, and a check over them. */
+#define LOOKS 256
+#define LOOK_WORDS 4
+typedef struct {
+  _Atomic uint64_t hash, words[LOOK_WORDS], check;
+} look_entry_t;
 
 struct fshm_segment {
   unsigned char *map;
@@ -100,7 +106,7 @@ struct fshm_segment {
   histogram_t *histograms;
   deployment_t *deployments;
   requests_t *requests;
-  counters_t *counters;
+  counters_t *counters, *outsiders; /* outsiders: of all processes without a process index */
   waiter_t *waiters;
   /* Of each process, a futex word: wake-ups << 2 | another process asks for a connection << 1 | a thread watches */
   _Atomic uint32_t *watchers;
@@ -121,6 +127,7 @@ struct fshm_segment {
   _Atomic uint32_t unmapped; /* here a mapping keeps no description: descriptors stay open */
   _Atomic uint64_t looked[PROCESSES]; /* liveness.c: the last answers of /proc */
   _Atomic int lock_errno; /* why the lock file could not be opened the last time; 0 = it could */
+  look_entry_t looks[LOOKS];
   uint64_t dev, ino;
   polled_t polled[WAITERS];
   uint32_t users; /* handles on this mapping in this process */
@@ -201,6 +208,8 @@ int image_create(const char *path, uint64_t capacity, uint32_t mode, uint32_t fl
 int image_link(int fd, const char *path);
 uint64_t header_check(const header_t *h);
 int image_verify(int fd, header_t *header, uint32_t flags, fshm_error *e);
+int image_grow(const fshm_segment *s, uint32_t process);
+uint64_t image_row_bytes(void);
 
 /* damage.c */
 void damage_note(fshm_segment *s, unsigned kind, uint64_t index);
@@ -218,6 +227,18 @@ static inline uint64_t segment_now(const fshm_segment *s) {
 /* segment.c: a lock among the threads of this process; no hot call takes one */
 void threads_lock(_Atomic uint32_t *lock);
 void threads_unlock(_Atomic uint32_t *lock);
+
+/* Does the process index have a row that was ever taken? Other rows are not to be touched: their memory may not be
+ * there. Relaxed: who learns of an index by what its owner wrote (acquire) sees the bit. */
+static inline bool process_joined(const fshm_segment *s, uint32_t process) {
+  return process < PROCESSES &&
+         (load_relaxed(&s->header->joined[process / 64]) >> (process % 64) & 1);
+}
+
+/* The blocks of 64 process indexes of which any was ever taken: bits. */
+static inline uint64_t joined_blocks(const fshm_segment *s) {
+  return load_relaxed(&s->header->joined_blocks) & (UINT64_MAX >> (64 - PROCESSES / 64));
+}
 
 /* process.c */
 uint32_t process_join(fshm_segment *s);

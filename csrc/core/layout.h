@@ -19,7 +19,13 @@
 #define LINE 64
 #define SLOTS_PER_LINE 4
 #define PROBE_LINES UINT64_C(8) /* a key may live in two probe windows of so many cache lines */
-#define PROCESSES 256 /* process table, fixed: 256 x (64 + 2048 + 1536) bytes */
+/* Process table. Of each process index there are 3,200 bytes, in four arrays at the end of the segment. Those of the
+ * first HOME_PROCESSES are allocated with it, the others in blocks, when a process takes an index there. */
+#ifndef PROCESSES /* tests that copy segments, or fill the table, have fewer */
+#define PROCESSES 4096
+#define HOME_PROCESSES 256
+#endif
+#define INCARNATION_BITS 14 /* of the owner of a permit */
 #define PROCESS_STATS 128 /* entries of one process: a power of two */
 #define COUNTERS FSHM_COUNTERS /* sets of call counters of a process index */
 /* Rules that a limiter can keep: the present ones, and those that states in the table use. */
@@ -29,6 +35,7 @@
 #define SHARED_PLACES 8 /* slots of a shared counter: one for each place of a rule */
 #define WAITERS 4096 /* places of callers that wait, over all keys: a power of two */
 #define WAIT_GROUPS 256 /* where the places of a key begin */
+#define CHANGE_WORDS 512 /* pairs of words that say which permits were freed and taken */
 #define MEMO_WAYS 4 /* entries where a text can be in the memo: one line */
 #define METRICS 32 /* (component, operation) pairs that are measured */
 #ifndef METRIC_SHARDS /* the crash harness has one, so that any two processes meet in it */
@@ -87,7 +94,7 @@ typedef struct {
 } limiter_counters_t;
 
 /* The first COUNTERS - 1 limiters that are counted have one set each, all others the last one (limits.c: counters_of).
- * Index PROCESSES: for all processes without a process index. */
+ * One more stands before them: for all processes without a process index. */
 typedef struct {
   _Alignas(LINE) limiter_counters_t of[COUNTERS];
 } counters_t;
@@ -209,6 +216,13 @@ typedef struct {
   _Alignas(LINE) _Atomic uint64_t rules[RULES][RULE_WORDS];
 } limiter_entry_t;
 
+/* Counts of the permits freed and taken, of the keys of one hash, while a process has asked for them: changes.h. Swaps
+ * and adds, seq_cst. After a crash: a release or take that was not counted is found by a look at the permits, within
+ * half a second. */
+typedef struct {
+  _Alignas(16) _Atomic uint64_t freed, taken;
+} changes_t;
+
 /* Written before the segment is published; constant afterwards, except `damage` and the lines from 320 on. */
 typedef struct {
   uint64_t magic;
@@ -247,11 +261,13 @@ typedef struct {
   _Alignas(LINE) _Atomic uint64_t feature_errors[FEATURES];
   /* Added in batches, relaxed: token_memo.c. */
   _Alignas(LINE) _Atomic uint64_t memo_hits, memo_misses;
-  /* Process indexes that were ever used: bits, only set. */
+  /* Process indexes whose rows are allocated, and that were ever taken: bits, only set, before the row is used. */
   _Alignas(LINE) _Atomic uint64_t joined[PROCESSES / 64];
+  _Atomic uint64_t joined_blocks; /* which words of `joined` are not 0: bits, set after those */
   _Atomic uint64_t liveness; /* segment ns of the last liveness check; one compare-and-swap */
   /* For each group of keys: changes (32 bits) | how many entries of `waiters` may be in use (32). wait_queue.c */
   _Alignas(LINE) _Atomic uint64_t queues[WAIT_GROUPS];
+  _Alignas(LINE) changes_t changes[CHANGE_WORDS];
 } header_t;
 
 static_assert(sizeof(slot_t) == 16, "a slot is swapped as 16 bytes");
@@ -272,7 +288,11 @@ static_assert(offsetof(limiter_entry_t, current) == 16, "swapped as 16 bytes");
 static_assert(offsetof(header_t, names_mode) == 172, "without padding: compared as bytes");
 static_assert(offsetof(header_t, damage) == 248, "the constant words end at 248");
 static_assert(offsetof(header_t, ticket) == 320, "the changing lines start at 320");
-static_assert(sizeof(header_t) == 2816, "header");
+static_assert(PROCESSES % 64 == 0 && PROCESSES <= 64 * 64 && HOME_PROCESSES % 64 == 0,
+              "blocks of 64, at most 64 of them");
+static_assert(sizeof(header_t) == 704 + (PROCESSES / 64 + 9) / 8 * LINE + WAIT_GROUPS * 8 +
+                                      CHANGE_WORDS * sizeof(changes_t),
+              "header");
 static_assert(sizeof(_Atomic uint64_t) == 8, "atomics are plain words");
 
 #endif

@@ -14,7 +14,8 @@ static bool owner_lives(fshm_segment *s, uint64_t owner) {
   uint64_t process = (owner & 0xffff) - 1;
   /* Not in the process table: no liveness check is possible. */
   if (process >= PROCESSES) return true;
-  return load_relaxed(&s->processes[process].incarnation) == owner >> 16 &&
+  return process_joined(s, (uint32_t)process) &&
+         load_relaxed(&s->processes[process].incarnation) == owner >> 16 &&
          process_alive(s, (uint32_t)process);
 }
 

@@ -19,6 +19,7 @@
 
 #include "../limits/limiter.h"
 #include "../limits/limits.h"
+#include "semaphore.h"
 #include "wait_order.h"
 #include "wait_queue.h"
 
@@ -330,6 +331,7 @@ int fshm_wait_turn(fshm_limiter *l, fshm_place *p, uint64_t now, fshm_turn *out)
   waiter_t *mine = &s->waiters[p->entry];
   uint32_t group = wait_group(p->key), nth = nth_of(p);
   if (reach_of(s, group) <= nth) raise_reach(s, group, nth + 1); /* it was damaged */
+  bool rested = minus(now, load_relaxed(&mine->seen)) >= FSHM_WAIT_BEAT_NS / 2;
   beat(mine, p, now);
   /* Full: a place that was late is seen by wait_wake(), or we see what was released. */
   atomic_thread_fence(memory_order_seq_cst);
@@ -340,6 +342,8 @@ int fshm_wait_turn(fshm_limiter *l, fshm_place *p, uint64_t now, fshm_turn *out)
   /* Woken, but another is first by now: the wake-up was meant for that one. Or the order has changed: the one that is
    * first now may sleep beside room that only we were told of. */
   if (!first && (out->armed != p->woken || p->was_first)) wait_wake(s, p->key);
+  /* Its sleep ran out: it looks at all permits, and for dead processes. */
+  if (first && rested && out->armed == p->woken) semaphore_forget(s, p->key >> 12);
   p->woken = out->armed;
   p->was_first = first;
   return first;
@@ -434,7 +438,7 @@ static bool info_of(const fshm_segment *s, const waiter_t *e, uint64_t now, fshm
                             .callers = load_relaxed(&e->callers),
                             .stale = is_late(seen, now),
                             .priority = w.priority};
-  if (process < PROCESSES) out->pid = load_relaxed(&s->processes[process].pid);
+  if (process_joined(s, process)) out->pid = load_relaxed(&s->processes[process].pid);
   return true;
 }
 

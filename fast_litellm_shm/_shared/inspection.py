@@ -502,7 +502,8 @@ def _view(g: Any, what: str) -> NDArray[Any]:
     from fast_litellm_shm._shared.dependencies import numpy
 
     memory = ffi.buffer(ffi.cast("char *", g.base), g.size)
-    count = {"processes": g.processes, "process_stats": g.processes * g.process_stats_entries}
+    joined = g.processes_joined
+    count = {"processes": joined, "process_stats": joined * g.process_stats_entries}
     dtype, offset = numpy.dtype(_ARRAYS[what]), getattr(g, f"{what}_offset")
     return numpy.frombuffer(memory, dtype, count.get(what, g.slots), offset)
 

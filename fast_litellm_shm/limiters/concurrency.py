@@ -43,12 +43,12 @@ class ConcurrencyLimiter(InSegment):
     ``docs/cluster.md``.
 
     A permit belongs to its process. When a process is killed or crashes, its permits are free
-    again: at once for a call that finds no other permit, within a second for a call that waits. A
-    process that is stopped keeps its permits. Each permit takes one slot of the segment, like a key
-    of one limit.
+    again: within half a second for a call that finds no other permit, within a second for a call
+    that waits. A process that is stopped keeps its permits. Each permit takes one slot of the
+    segment, like a key of one limit.
 
-    Raises ValueError or TypeError for bad arguments, SegmentFullError where the process table (256)
-    is full.
+    Raises ValueError or TypeError for bad arguments, SegmentFullError where the process table
+    (4,096 entries) is full.
     """
 
     if TYPE_CHECKING:  # else the native method, of each object

@@ -88,7 +88,7 @@ def snapshot(
         operations=tuple(_operations(of)),
         segment=SegmentMetrics(
             name=of.name,
-            size_bytes=geometry.size,
+            size_bytes=geometry.memory,
             created=geometry.created_realtime_ns / 1e9,
             capacity=geometry.capacity,
             used=used,

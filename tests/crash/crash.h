@@ -68,6 +68,8 @@ enum {
   UNUSED_RULE = 1
       << 26, /* no other key lives under the limits: their rule goes with the next sweep */
   SHARING = 1 << 27, /* keys without room share counters; what the key has consumed is in one */
+  COUNTED = 1
+      << 28, /* a process remembers a look at the permits: what is freed and taken is counted */
   COMES_ROUND_NEXT = 1 << 25, /* the incarnation of T's process index comes round with T */
   MOST_BEHIND = 1
       << 21 /* `most` is below what is held, as limits_lower_most() may leave it when the limits

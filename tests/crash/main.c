@@ -6,6 +6,8 @@
  * --only: operations and schedules whose name begins so. --at: only the boundary before instruction K.
  * --every: of operations of more than 2,000 instructions, T is stopped and killed at every Nth boundary only,
  * and at those before an access of the segment or a system call. */
+#define PROCESSES 320 /* a segment is copied for each boundary */
+#define HOME_PROCESSES 256
 #define METRIC_SHARDS 1 /* or T and S would add up apart, and never meet */
 #include "unity.c"
 #include "check.h"

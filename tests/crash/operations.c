@@ -262,13 +262,13 @@ static void run_request_and_back(outcome_t *out) {
 #define LEASE_SETS(function, to) LEASES(function, LEASE_SET, FSHM_OK), .cost = (to)
 #define HOLDING(function, which) \
   .make = start_permits, .holds = &permits, .run = (function), .op = (which)
-#define QUEUES(function, which)                                                          \
+#define QUEUES(function, which)                                                            \
   .make = start_queue, .holds = &queue, .run = (function), .op = (which), ONE(PERMITS(1)), \
   .prior = 1, .overtake = come_or_look
 #define SERVES(function)                                                                       \
   .make = start_queue, .holds = &queue, .run = (function), .op = QUEUE_SERVE, ONE(PERMITS(1)), \
   .status = 1, .overtake = be_served_too, .capacity = 4
-#define RELEASES                                                                         \
+#define RELEASES                                                                          \
   .make = start_queue, .holds = &queue, .run = run_release, .op = QUEUE, ONE(PERMITS(1)), \
   .status = 1, .overtake = come_or_look, .prepare = take_one_permit
 #define TAKES(answer) HOLDING(run_admit, TAKE), .status = (answer)
@@ -630,6 +630,28 @@ static const operation_t operations[] = {
      ONE(PERMITS(3)),
      .prior = 1,
      .prepare = take_one_permit},
+    {.name = "permit-free-counted",
+     TAKES(1),
+     ONE(PERMITS(3)),
+     .prior = 1,
+     .flags = FREED | COUNTED},
+    {.name = "permit-release-counted",
+     HOLDING(run_release, RELEASE),
+     .status = 1,
+     ONE(PERMITS(3)),
+     .prior = 1,
+     .prepare = take_one_permit,
+     .flags = COUNTED},
+    {.name = "permit-release-remembered",
+     .make = start_permits,
+     .holds = &remembered,
+     .run = run_release,
+     .op = RELEASE,
+     .status = 1,
+     ONE(PERMITS(3)),
+     .prior = 2,
+     .prepare = take_one_permit,
+     .flags = COUNTED},
     {.name = "permit-idle",
      HOLDING(run_idle, IDLE_MARK),
      .status = 2,
@@ -690,7 +712,10 @@ static const operation_t operations[] = {
      .prepare = come_first,
      .status = 1,
      .flags = ARMED},
-    {.name = "queue-leave-last", QUEUES(run_queue_leave, QUEUE), .prepare = come_first, .status = 1},
+    {.name = "queue-leave-last",
+     QUEUES(run_queue_leave, QUEUE),
+     .prepare = come_first,
+     .status = 1},
     {.name = "queue-requeue",
      QUEUES(run_queue_requeue, QUEUE_STAY),
      .prepare = come_first,

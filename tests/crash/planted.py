@@ -288,6 +288,13 @@ FAULTS = [
         "a forked child has released its parent's permit",
     ),
     Fault(
+        "a release that is not counted for those who remember a look",
+        "permits/semaphore.c",
+        (("  (void)changes_freed(h.s, p->group, PERMIT_NUMBER(p->when));\n", ""),),
+        "permit-release-remembered",
+        "release is over, and S is denied",
+    ),
+    Fault(
         "a path that goes by the clock",
         "limits/limiter.c",
         (

@@ -136,8 +136,12 @@ static void segment_save(unsigned char **to) {
 }
 
 /* Put the segment's bytes back, and what this process had. No other process may be at work. */
+/* S remembers no look at permits, be it from another boundary or when T lived. */
+static void forget_looks(void) { memset(world.s->looks, 0, sizeof world.s->looks); }
+
 static void segment_restore(const unsigned char *from) {
   if (!world.s) return;
+  forget_looks();
   copy_differences(world.s->map, from, world.s->size);
   world = world_at_start;
   fshm_limiter *handles[] = {world.l, world.others, world.totals};

@@ -19,6 +19,9 @@
 
 static pid_t one_pid(void) { return 4242; } /* its slot in the process table follows from it */
 #define getpid one_pid
+/* Fewer than a segment has otherwise. */
+#define PROCESSES 320
+#define HOME_PROCESSES 256
 #include "../../csrc/unity.c"
 #undef mmap
 #undef munmap
@@ -150,7 +153,7 @@ static void image_make(image_t *image, uint64_t capacity, uint32_t names) {
 }
 
 /* The first that process_join() tries, and it is free unless an edit has taken it: a closed segment keeps no slot. */
-static uint64_t own_process(void) { return (uint32_t)one_pid() * 2654435761u % PROCESSES; }
+static uint64_t own_process(void) { return (uint32_t)one_pid() * 2654435761u % HOME_PROCESSES; }
 
 /* Where an edit goes: `target` says into what, `position` where in it. In whole words. */
 static uint64_t position_in(const unsigned char *bytes, uint64_t size, unsigned target,

@@ -151,11 +151,11 @@ SEEDS = {
         *(edit(PROCESS_STATS, 8 * i, LINE, (1 << (12 + i * 20 // 32)) << 32) for i in range(32))
     ),
     "slots-pending": image(slots(PENDING | 5)),
-    "slots-permits": image(slots(*(HELD | i << 44 | i << 36 for i in range(SLOTS)))),
+    "slots-permits": image(slots(*(HELD | i << 44 | i << 32 for i in range(SLOTS)))),
     "slots-permits-full": while_open(
         PERMITS,
         *(edit(SLOT, 2 * i, SET, i + 1) for i in range(SLOTS)),
-        *(edit(SLOT, 2 * i + 1, SET, HELD | i << 44 | i << 36) for i in range(SLOTS)),
+        *(edit(SLOT, 2 * i + 1, SET, HELD | i << 44 | i << 32) for i in range(SLOTS)),
     ),
     "slots-late": image(slots(2**57 - 1, 1 << 62 | 2**62 - 1, 2 << 62 | 2**62 - 1)),
     "slots-of-other-kinds": image(slots(1 << 62, how=ADD)),
