@@ -364,7 +364,7 @@ typedef struct {
 typedef struct {
   uint64_t key, owner, tenant;
   uint64_t since; /* segment ns: when its first caller came */
-  uint32_t entry, weight, woken, shared, pid, was_first;
+  uint32_t entry, weight, rest, woken, shared, pid, was_first;
   uint32_t callers; /* that wait in it */
   int32_t priority, fd;
 } fshm_place;

@@ -37,12 +37,14 @@ static inline uint64_t service_lifted(uint64_t service, uint64_t last) {
   return service_ahead(service, last) < 0 ? last : service;
 }
 
-/* Units for a cost in tokens and a weight in thousandths. */
-static inline uint64_t service_units(uint64_t cost, uint32_t weight) {
+/* Units for a cost in tokens and a weight in thousandths. rest: what the division has left over, below the weight, for the
+ * next call: or the sum of many small costs would be some percent too large. */
+static inline uint64_t service_units(uint64_t cost, uint32_t weight, uint32_t *rest) {
   if (!weight) weight = 1;
   if (cost > MOST_SERVICE) cost = MOST_SERVICE;
-  uint64_t units = (cost * SERVICE_UNIT * 1000 + weight - 1) / weight;
-  return units > MOST_SERVICE ? MOST_SERVICE : units;
+  uint64_t whole = cost * SERVICE_UNIT * 1000 + *rest % weight;
+  *rest = (uint32_t)(whole % weight);
+  return whole / weight > MOST_SERVICE ? MOST_SERVICE : whole / weight;
 }
 
 static inline int64_t band_of(const waiting_t *w, uint64_t now) {

@@ -262,6 +262,7 @@ int fshm_wait_join(fshm_limiter *l, const void *key, uint64_t length, const fshm
   p->fd = w->fd;
   now = now_of(s, now);
   p->since = now;
+  p->rest = (uint32_t)spread(now ^ p->key) % p->weight; /* any: on average half a unit */
   return !s->read_only && take_entry(s, p, now);
 }
 
@@ -360,7 +361,7 @@ void fshm_wait_served(fshm_limiter *l, fshm_place *p, uint64_t cost, uint64_t no
   if (s->read_only || (!p->tenant && !p->shared)) return; /* all are of one tenant */
   now = now_of(s, now);
   uint64_t before = service_of(s, p->key, p->tenant, now);
-  uint64_t units = service_units(cost, p->weight);
+  uint64_t units = service_units(cost, p->weight, &p->rest);
   (void)service_add(s, p->key, LAST_SERVED, before, 0, now);
   /* No room in the table for its service: as if each tenant had it. Else this tenant would be first for ever. */
   if (!service_add(s, p->key, p->tenant, before, units, now))
@@ -375,7 +376,8 @@ void fshm_wait_correct(fshm_limiter *l, const fshm_place *p, int64_t tokens, uin
   uint64_t last = service_read(s, p->key, LAST_SERVED, now, &f);
   uint64_t before = service_of(s, p->key, p->tenant, now);
   uint64_t cost = tokens < 0 ? 0 - (uint64_t)tokens : (uint64_t)tokens;
-  uint64_t units = service_units(cost, p->weight);
+  uint32_t rest = p->weight / 2;
+  uint64_t units = service_units(cost, p->weight, &rest);
   /* So far behind that its service would come round, and count as little. */
   if (tokens > 0 && service_ahead(before, last) > (int64_t)(2 * MOST_SERVICE)) return;
   (void)service_add(s, p->key, p->tenant, before, tokens < 0 ? 0 - units : units, now);
