@@ -15,6 +15,10 @@
 static inline uint64_t entry_current(const fshm_segment *s, uint32_t index) {
   return load_relaxed(&s->limiters[index].current);
 }
+/* Of the limits in force: a handle that knows this version knows them. */
+static inline uint64_t limiter_version(const fshm_limiter *l) {
+  return CURRENT_VERSION(entry_current(l->segment, l->index));
+}
 
 static inline uint64_t mix(uint64_t x) { /* splitmix64's finaliser */
   x += UINT64_C(0x9e3779b97f4a7c15);

@@ -73,7 +73,7 @@ static int get_key(PyObject *key, key_arg *k) {
 }
 
 static int get_cost(PyObject *value, uint64_t *out) {
-  PyObject *index = PyNumber_Index(value);
+  PyObject *index = Py_TYPE(value) == &PyLong_Type ? Py_NewRef(value) : PyNumber_Index(value);
   if (!index)
     return fail(PyExc_TypeError, "cost must be an int, or one int for each limit, not %R", value);
   int overflow = 0;
@@ -92,17 +92,19 @@ static int get_costs(Py_ssize_t count, PyObject *value, uint64_t *costs) {
     for (int i = 1; i < FSHM_MAX_LIMITS; i++) costs[i] = costs[0];
     return 0;
   }
-  if (PySequence_Size(value) != count)
+  if (count < 1 || count > FSHM_MAX_LIMITS || PySequence_Size(value) != count)
     return fail(PyExc_ValueError,
                 "cost has %zd values, but the limiter has %zd limits: give one "
                 "int, or one for each limit",
                 PySequence_Size(value), count);
-  for (Py_ssize_t i = 0; i < FSHM_MAX_LIMITS; i++) {
-    PyObject *item = PySequence_GetItem(value, i < count ? i : count - 1);
+  for (Py_ssize_t i = 0; i < count; i++) {
+    PyObject *item = PySequence_GetItem(value, i); /* its __index__() may shorten the list */
     int failed = !item || get_cost(item, &costs[i]);
     Py_XDECREF(item);
     if (failed) return -1;
   }
+  /* Another process may have set more limits meanwhile. */
+  for (Py_ssize_t i = count; i < FSHM_MAX_LIMITS; i++) costs[i] = costs[count - 1];
   return 0;
 }
 
@@ -139,9 +141,7 @@ static int parse(const char *name, PyObject *const *args, Py_ssize_t n, PyObject
 
 static const char *const key_cost[] = {"key", "cost", "max_wait_ns"};
 
-/* py_decision.c and py_permit.c, for the other types. Both take over the reference to limits. */
+/* py_decision.c, for the other types. Takes over the reference to limits. */
 static PyObject *make_decision(PyObject *limits, const fshm_decision *d);
-static PyObject *make_permit(PyObject *handle, fshm_limiter *limiter, const fshm_permit *permit,
-                             uint32_t in_flight, PyObject *limits, const fshm_decision *d);
 
 #endif

@@ -11,29 +11,23 @@ typedef struct {
   fshm_permit permit;
   int granted; /* it was held, and may be released by now */
   uint32_t in_flight; /* seen, when denied */
-  PyObject *decision; /* of the rate limits and the permits together */
+  fshm_decision d; /* of the rate limits and the permits together; few callers read it */
+  PyObject *limits; /* of the decision */
 } Permit;
 
 static PyTypeObject *permit_type;
 
-/* Takes over the reference to limits. */
-static PyObject *make_permit(PyObject *handle, fshm_limiter *limiter, const fshm_permit *permit,
-                             uint32_t in_flight, PyObject *limits, const fshm_decision *d) {
-  PyObject *decision = make_decision(limits, d);
-  Permit *o = decision ? PyObject_New(Permit, permit_type) : NULL;
-  if (!o) {
-    fshm_permit lost = *permit;
-    (void)fshm_permit_release(limiter, &lost);
-    Py_XDECREF(decision);
-    return NULL;
-  }
+/* A permit that is not held yet: the caller takes it, and sets the fields that follow. It is made before, since
+ * afterwards it might not be had. */
+static Permit *make_permit(PyObject *handle, fshm_limiter *limiter) {
+  Permit *o = PyObject_New(Permit, permit_type);
+  if (!o) return NULL;
   o->handle = Py_NewRef(handle);
   o->limiter = limiter;
-  o->permit = *permit;
-  o->granted = permit->held != 0;
-  o->in_flight = in_flight;
-  o->decision = decision;
-  return (PyObject *)o;
+  o->permit.held = 0;
+  o->granted = 0;
+  o->limits = NULL;
+  return o;
 }
 
 static int give_back_permit(Permit *self) {
@@ -67,7 +61,12 @@ static PyObject *permit_get_in_flight(PyObject *o, UNUSED void *unused) {
 }
 
 static PyObject *permit_get_decision(PyObject *o, UNUSED void *unused) {
-  return Py_NewRef(((Permit *)o)->decision);
+  Permit *self = (Permit *)o;
+  return make_decision(Py_NewRef(self->limits), &self->d);
+}
+
+static PyObject *permit_get_allowed(PyObject *o, UNUSED void *unused) {
+  return PyBool_FromLong(((Permit *)o)->d.status == FSHM_ALLOWED);
 }
 
 static PyObject *permit_address(PyObject *o, UNUSED void *unused) {
@@ -92,7 +91,7 @@ static void permit_dealloc(PyObject *o) {
       PyErr_WriteUnraisable(NULL);
     PyErr_Restore(error, value, trace);
   }
-  Py_XDECREF(self->decision);
+  Py_XDECREF(self->limits);
   Py_XDECREF(self->handle); /* last: it owns the limiter */
   end_object(o, PyObject_Free);
 }
@@ -110,6 +109,7 @@ static PyGetSetDef permit_getset[] = {
      NULL},
     {"released", permit_get_released, NULL, "True: it was admitted, and has been released.", NULL},
     {"_address", permit_address, NULL, NULL, NULL},
+    {"allowed", permit_get_allowed, NULL, "True: all limits admitted it.", NULL},
     {"decision", permit_get_decision, NULL, "The Decision behind it.", NULL},
     {NULL, NULL, NULL, NULL, NULL}};
 

@@ -5,6 +5,7 @@
  * There is no logic of limits here: arguments in, fshm_apply(), objects out.
  */
 #include "../limits/limiter.h"
+#include "../limits/limits.h"
 #include "py_args.h"
 #include "py_cluster.h"
 #include "py_measure.h"
@@ -336,26 +337,34 @@ static PyObject *core_admit(PyObject *o, PyObject *const *args, Py_ssize_t n, Py
   PyObject *in[2] = {NULL, NULL};
   key_arg k;
   uint64_t costs[FSHM_MAX_LIMITS];
-  fshm_decision d;
-  fshm_permit permit;
-  uint32_t in_flight;
-  if (parse("acquire", args, n, kw, key_cost, in, 2, 1)) return NULL;
+  int failed = 0;
+  if (n == 1 && !kw)
+    in[0] = args[0];
+  else if (parse("acquire", args, n, kw, key_cost, in, 2, 1))
+    return NULL;
   if (bound(self)) return NULL;
   if (in[1] && get_costs(limit_count(self), in[1], costs)) return NULL;
-  if (get_own_key(self, in[0], &k)) return NULL;
-  int failed = 0;
-  if (self->cluster.keys)
-    failed = cluster_admit(o, &self->cluster, self->limiter, in[0], &k, &permit, &d, &in_flight);
-  else
-    fshm_admit(self->limiter, k.bytes, (uint64_t)k.length, in[1] ? costs : NULL, 0, &permit, &d,
-               &in_flight);
-  Py_XDECREF(k.held);
-  if (failed) return NULL;
-  if (odd(self, &d) && settle(self, &d)) {
-    (void)fshm_permit_release(self->limiter, &permit);
+  Permit *p = make_permit(self->handle, self->limiter);
+  if (!p) return NULL;
+  if (get_own_key(self, in[0], &k)) {
+    Py_DECREF((PyObject *)p);
     return NULL;
   }
-  return make_permit(self->handle, self->limiter, &permit, in_flight, limits_of(self), &d);
+  if (self->cluster.keys)
+    failed = cluster_admit(o, &self->cluster, self->limiter, in[0], &k, &p->permit, &p->d,
+                           &p->in_flight);
+  else
+    fshm_admit(self->limiter, k.bytes, (uint64_t)k.length, in[1] ? costs : NULL, 0, &p->permit,
+               &p->d, &p->in_flight);
+  Py_XDECREF(k.held);
+  if (failed || (odd(self, &p->d) && settle(self, &p->d))) {
+    (void)fshm_permit_release(self->limiter, &p->permit);
+    Py_DECREF((PyObject *)p);
+    return NULL;
+  }
+  p->granted = p->permit.held != 0;
+  p->limits = limits_of(self);
+  return (PyObject *)p;
 }
 
 /* The answer to a caller that waited, and whose turn has not come: denied, whatever room there is.
@@ -583,7 +592,8 @@ static PyObject *core_get_limits(PyObject *o, UNUSED void *unused) {
   Core *self = (Core *)o;
   uint64_t version;
   if (!self->limiter) Py_RETURN_NONE;
-  fshm_limit now[FSHM_MAX_LIMITS]; /* another process may have changed them */
+  if (limiter_version(self->limiter) == RELAXED_GET(self->version)) return limits_of(self);
+  fshm_limit now[FSHM_MAX_LIMITS]; /* another process has changed them */
   if (fshm_limiter_limits(self->limiter, now, &version) > 0 &&
       version != RELAXED_GET(self->version)) {
     RELAXED_SET(self->version, version);

@@ -54,6 +54,10 @@ class ClusterPermit:
     on_loop: bool = False
 
     @property
+    def allowed(self) -> bool:
+        return self.decision.allowed
+
+    @property
     def in_flight(self) -> int:
         """When too many were in flight: how many of this host."""
         return self.permit.in_flight if self.permit is not None else 0

@@ -65,7 +65,7 @@ class Admission:
         self._quota, self._key, self._permit = quota, key, permit
         self._charged, self._requests = tokens, requests
         self._service: Service | None = None  # where it waited: what its tenant was served
-        self.allowed = allowed = permit.decision.allowed
+        self.allowed = allowed = permit.allowed
         self._released = not allowed
 
     @property
@@ -111,8 +111,10 @@ class Admission:
         """What its key has left of rpm and tpm now, by name; over many hosts, what the server said
         last. (For max_parallel the permits would have to be counted.)"""
         quota = self._quota
-        quota._check_kinds()  # or the numbers would be those of other limits
-        return dict(zip(quota._names, quota._grantor.left(self._key), strict=False))
+        if quota._grantor.limits is not quota._checked:
+            quota._check_kinds()  # or the numbers would be those of other limits
+        # strict= would take half of the time
+        return dict(zip(quota._names, quota._grantor.left(self._key)))  # noqa: B905
 
     def _count_request(self) -> None:
         """Charge one request more, into debt if need be."""

@@ -646,6 +646,9 @@ def test_planted_fault_is_found(fault: Fault, tmp_path: Path) -> None:
     # What it says about repeating it is so.
     again = re.search(r"CRASH='(--only \S+ --at \d+)'", said)
     if again and "--at 0" not in again[1]:
-        code, said = run(harness, *again[1].split())
+        for _ in range(5):  # the path of a join is some instructions longer for some pids
+            code, said = run(harness, *again[1].split())
+            if code:
+                break
         assert code == 1, said
         assert f"FAILED {fault.operation}" in said

@@ -351,3 +351,13 @@ def _acquire_once(name: str) -> bool:
             return bool(permit)
     except SegmentFullError as error:
         raise AssertionError(f"SegmentFullError: {error}") from None
+
+
+def test_a_permit_tells_its_decision(segment: Segment) -> None:
+    limiter = ConcurrencyLimiter(1, name="told", segment=segment)
+    with limiter.acquire("k") as held:
+        denied = limiter.acquire("k")
+        assert held.allowed and held.decision.allowed
+        assert not denied.allowed and not denied.decision.allowed
+        assert denied.decision.limit == limiter._shared.limits[0]
+    assert held.allowed and held.decision.allowed  # also after its release

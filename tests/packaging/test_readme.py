@@ -31,7 +31,8 @@ def blocks() -> list[ParameterSet]:
 @pytest.mark.parametrize(("page", "code"), blocks())
 def test_block_runs(page: pathlib.Path, code: str, segment_name: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
+        # The name that a page gives a segment, for one that is removed at the end.
+        [sys.executable, "-W", "error", "-c", code.replace("my-app", segment_name)],
         env={
             **os.environ,
             "FAST_LITELLM_SHM_NAME": segment_name,

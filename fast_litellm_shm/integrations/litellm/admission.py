@@ -91,8 +91,10 @@ def key_of(subject: Subject) -> str:
     return f"{subject.kind}:{subject.value}"
 
 
-def _cancel(admitted: Iterable[Admission]) -> None:
-    for admission in admitted:
+def _cancel(charges: Iterable[tuple[Subject, Admission]], slots: Iterable[Admission] = ()) -> None:
+    for _, admission in charges:
+        admission.cancel()
+    for admission in slots:
         admission.cancel()
 
 
@@ -101,47 +103,49 @@ class Admissions:
     the parallel slots back, ``settle()`` charges the tokens that were used. Either may come first,
     more than once, or never. Nothing is given back twice.
 
-    charges: for each subject the admission that carries the charge. slots: of a request that makes
+    charges: each subject, and the admission that carries its charge. slots: of a request that makes
     several calls, those that hold the parallel slots of the other calls."""
 
-    __slots__ = ("_charges", "_slots", "settled", "subjects")
+    __slots__ = ("_charges", "_released", "_slots", "settled", "subjects")
 
     def __init__(
         self,
         subjects: Sequence[Subject],
-        charges: Sequence[Admission],
+        charges: Sequence[tuple[Subject, Admission]],
         slots: Sequence[Admission] = (),
     ) -> None:
         self.subjects, self._charges, self._slots = subjects, charges, slots
         self.settled = False  # whether the tokens that were used are known
-
-    def __del__(self) -> None:  # no hook can reach them any more
-        self.release()
+        self._released = False
 
     def cancel(self) -> None:
         """The calls will not be made: the requests and tokens are given back too."""
-        _cancel([*self._charges, *self._slots])
+        _cancel(self._charges, self._slots)
 
     def release(self) -> None:
         """The calls are over: other requests may have the slots."""
-        for admission in self._charges:
+        if self._released:
+            return
+        for _, admission in self._charges:
             admission.release()
         for admission in self._slots:
             admission.release()
+        self._released = True  # after it: an exception may strike in between
+
+    __del__ = release  # no hook can reach them any more
 
     def settle(self, tokens: int, calls: int = 1) -> None:
         """The calls of the request together used so many tokens. Of several reports the last one
         holds. A subject that only some of the calls count for is charged their part."""
         self.settled = True
-        for subject, admission in zip(self.subjects, self._charges, strict=True):
+        for subject, admission in self._charges:
             part = tokens if subject.calls >= calls else -(-tokens * subject.calls // calls)
             admission.settle(part)
 
     def count_try(self) -> Denial | None:
         """Count another try of a call as another request; or say which subject has none left. No
         server is asked: over many hosts this goes by what it has last reported to this host."""
-        charges = zip(self.subjects, self._charges, strict=True)
-        limited = [each for each in charges if each[0].limits.rpm is not None]
+        limited = [each for each in self._charges if each[0].limits.rpm is not None]
         for subject, admission in limited:
             if inner.left_of(admission)["rpm"] < 1:
                 return _denial(subject, "rpm", 0, None)
@@ -155,13 +159,16 @@ class Admissions:
 
     def remaining(self) -> list[tuple[Subject, dict[str, int]]]:
         """What each subject has left now, by ``rpm`` and ``tpm``."""
-        charges = zip(self.subjects, self._charges, strict=True)
-        return [(subject, inner.left_of(admission)) for subject, admission in charges]
+        return [(subject, inner.left_of(admission)) for subject, admission in self._charges]
 
     @property
     def counts_tokens(self) -> bool:
         """Whether a subject limits tokens."""
-        return any(subject.limits.tpm is not None for subject in self.subjects)
+        # any() takes twice as long
+        for subject in self.subjects:  # noqa: SIM110
+            if subject.limits.tpm is not None:
+                return True
+        return False
 
 
 _Ask: TypeAlias = Callable[[Quota, str, int, int], Awaitable[Admission]]
@@ -169,7 +176,7 @@ _Ask: TypeAlias = Callable[[Quota, str, int, int], Awaitable[Admission]]
 
 async def _admit(subjects: Sequence[Subject], tokens: int, ask: _Ask) -> Admissions | Denial:
     """Where it is denied, or an exception strikes, it gives back what was admitted before."""
-    charges: list[Admission] = []
+    charges: list[tuple[Subject, Admission]] = []
     slots: list[Admission] = []
     done = False
     try:
@@ -181,7 +188,7 @@ async def _admit(subjects: Sequence[Subject], tokens: int, ask: _Ask) -> Admissi
             charge = tokens if subject.calls == 1 else min(tokens * subject.calls, limits.tpm or 0)
             more_slots = subject.calls - 1 if limits.max_parallel else 0  # one for each call
             admission = await ask(quota, key, charge, subject.calls)
-            charges.append(admission)
+            charges.append((subject, admission))
             for _ in range(more_slots if admission.allowed else 0):
                 admission = await ask(quota, key, 0, 0)
                 slots.append(admission)
@@ -193,7 +200,7 @@ async def _admit(subjects: Sequence[Subject], tokens: int, ask: _Ask) -> Admissi
         return Admissions(subjects, charges, slots)
     finally:
         if not done:
-            _cancel([*charges, *slots])
+            _cancel(charges, slots)
 
 
 def _denied(subject: Subject, by: Admission) -> Denial:
@@ -205,18 +212,19 @@ def _denied(subject: Subject, by: Admission) -> Denial:
 def admit_here(subjects: Sequence[Subject], tokens: int) -> Admissions | Denial | None:
     """:func:`admit`, for nearly all requests, at half the cost: they make one call, and no server
     has to be asked. None: the request is another one, and nothing is charged."""
-    server, quotas = settings.current().cluster, []
+    server, asked = settings.current().cluster, []
     for subject in subjects:
-        quota = _quotas.get((subject.limits, server))
-        if quota is None or quota.over_hosts or subject.calls != 1:
+        kind, value, limits, calls = subject
+        quota = _quotas.get((limits, server))
+        if quota is None or quota.over_hosts or calls != 1:
             return None
-        quotas.append(quota)
-    charges: list[Admission] = []
+        asked.append((subject, quota, f"{kind}:{value}"))
+    charges: list[tuple[Subject, Admission]] = []
     done = False
     try:
-        for subject, quota in zip(subjects, quotas, strict=True):
-            admission = inner.admit_calls(quota, f"{subject.kind}:{subject.value}", tokens, 1)
-            charges.append(admission)
+        for subject, quota, key in asked:
+            admission = inner.admit_calls(quota, key, tokens, 1)
+            charges.append((subject, admission))
             if not admission.allowed:
                 return _denied(subject, admission)
         done = True

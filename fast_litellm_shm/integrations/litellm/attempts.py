@@ -39,9 +39,11 @@ def _keeps_per_minute() -> bool:
     leaves them to the plugin: it counts in each worker, by minutes of the clock, and would deny
     what the host has room for."""
     chosen = settings.current().deployment_limits
-    check = next(
-        (cb for cb in litellm.callbacks if type(cb).__name__ == "ModelRateLimitingCheck"), None
-    )
+    check = None
+    for callback in litellm.callbacks:
+        if type(callback).__name__ == "ModelRateLimitingCheck":
+            check = callback
+            break
     keeps = check is not None if chosen is None else chosen
     if _silenced is not (check if keeps else None):
         restore_check()

@@ -17,9 +17,10 @@ from fast_litellm_shm.integrations.litellm.queue import Waited
 from fast_litellm_shm.integrations.litellm.subjects import Subject
 
 
-@functools.cache  # ten kinds, of three each
-def _headers_of_kind(kind: str, what: str) -> tuple[str, str]:
-    return f"x-ratelimit-{kind}-remaining-{what}", f"x-ratelimit-{kind}-limit-{what}"
+@functools.cache  # ten kinds and "", of three each
+def _headers_of_kind(kind: str, name: str) -> tuple[str, str]:
+    what, of = NAMES[name], f"x-ratelimit-{kind}-" if kind else "x-ratelimit-"
+    return f"{of}remaining-{what}", f"{of}limit-{what}"
 
 
 def headers_of(remaining: Iterable[tuple[Subject, dict[str, int]]]) -> dict[str, str]:
@@ -27,17 +28,16 @@ def headers_of(remaining: Iterable[tuple[Subject, dict[str, int]]]) -> dict[str,
     LiteLLM names them; and ``x-ratelimit-remaining-requests`` and so on, of the subject that has
     least left."""
     out: dict[str, str] = {}
-    least: dict[str, tuple[int, int]] = {}
-    for subject, left in remaining:
+    least: dict[str, tuple[int, str, str]] = {}
+    for (kind, _, limits, _), left in remaining:
         for name, n in left.items():
-            limit, what = getattr(subject.limits, name), NAMES[name]
-            of_rest, of_limit = _headers_of_kind(subject.kind, what)
-            out[of_rest], out[of_limit] = str(n), str(limit)
-            if what not in least or n < least[what][0]:
-                least[what] = n, limit
-    for what, (n, limit) in least.items():
-        out[f"x-ratelimit-remaining-{what}"] = str(n)
-        out[f"x-ratelimit-limit-{what}"] = str(limit)
+            of_rest, of_limit = _headers_of_kind(kind, name)
+            out[of_rest], out[of_limit] = rest, limit = str(n), str(getattr(limits, name))
+            if name not in least or n < least[name][0]:
+                least[name] = n, rest, limit
+    for name, (_, rest, limit) in least.items():
+        of_rest, of_limit = _headers_of_kind("", name)
+        out[of_rest], out[of_limit] = rest, limit
     return out
 
 

@@ -271,7 +271,9 @@ class Usage:
         """The tokens that count for limits of the kind; the total, where only that is known."""
         if not self.input and not self.output:
             return self.total
-        return {"input": self.input, "output": self.output}.get(kind, self.total)
+        if kind == "total":
+            return self.total
+        return self.input if kind == "input" else self.output
 
 
 def _in_body(body: str) -> Usage | None:

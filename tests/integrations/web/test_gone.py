@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from support.names import remove
 from support.served import START, ask
@@ -67,8 +68,17 @@ def serving(server: str, name: str, **env: str) -> Iterator[str]:
         wait_until(f"{server} answers", ready)
         yield path
     finally:
+        # hypercorn's worker outlives it. (Its resource tracker ends by itself, and cleans up.)
+        workers = [
+            each
+            for each in psutil.Process(running.pid).children(recursive=True)
+            if "spawn_main" in " ".join(each.cmdline())
+        ]
         running.kill()
+        for each in workers:
+            each.kill()
         running.wait(START)
+        psutil.wait_procs(workers, START)
         pathlib.Path(path).unlink(missing_ok=True)
         remove(name)
 

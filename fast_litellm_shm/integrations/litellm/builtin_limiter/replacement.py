@@ -44,10 +44,16 @@ def without(descriptors: list[Any], ours: Mapping[tuple[str, str], Limits]) -> l
         if kept is None or not limited:
             out.append(descriptor)
             continue
-        mine = {theirs for theirs, field in _FIELDS if getattr(kept, field) is not None}
-        left = {name: None if name in mine else n for name, n in limited.items()}
-        if any(left.get(theirs) is not None for theirs, _ in _FIELDS):
-            out.append({**descriptor, "rate_limit": left})
+        left = [
+            theirs
+            for theirs, field in _FIELDS
+            if limited.get(theirs) is not None and getattr(kept, field) is None
+        ]
+        if left:
+            mine = {
+                theirs: None for theirs, _ in _FIELDS if theirs in limited and theirs not in left
+            }
+            out.append({**descriptor, "rate_limit": {**limited, **mine}})
     return out
 
 
