@@ -427,7 +427,8 @@ void fshm_waiting(fshm_limiter *l, const void *key, uint64_t length, const uint6
 
 /* inspection ------------------------------------------------------------------------------------ */
 
-static bool info_of(const fshm_segment *s, const waiter_t *e, uint64_t now, fshm_waiter_info *out) {
+static bool place_info(const fshm_segment *s, const waiter_t *e, uint64_t now,
+                       fshm_waiter_info *out) {
   uint64_t key, seen, owner;
   waiting_t w;
   if (!read_entry(e, &owner, &key, &seen, &w)) return false;
@@ -446,7 +447,7 @@ static bool info_of(const fshm_segment *s, const waiter_t *e, uint64_t now, fshm
 
 int fshm_waiter_at(fshm_segment *s, uint32_t index, fshm_waiter_info *out) {
   memset(out, 0, sizeof *out);
-  return index < WAITERS && info_of(s, &s->waiters[index], segment_now(s), out);
+  return index < WAITERS && place_info(s, &s->waiters[index], segment_now(s), out);
 }
 
 /* A hash table of places by their key, for one look: 1 + an index; 0 = free. */
@@ -488,7 +489,7 @@ uint64_t fshm_waiters(fshm_segment *s, fshm_waiter_info *out, uint64_t room, int
   uint64_t found = 0, now = segment_now(s);
   for (uint32_t at = 0; at < WAITERS; at++) {
     fshm_waiter_info one;
-    if (!info_of(s, &s->waiters[at], now, &one)) continue;
+    if (!place_info(s, &s->waiters[at], now, &one)) continue;
     if (found < room) out[found] = one;
     found++;
   }

@@ -415,9 +415,7 @@ FAULTS = [
             (
                 "  return " + LEARN,
                 "  while (atomic_exchange(&l->segment->header->queues[255], 1)) continue;\n"
-                "  int status = "
-                + LEARN
-                + "  atomic_store(&l->segment->header->queues[255], 0);\n"
+                "  int status = " + LEARN + "  atomic_store(&l->segment->header->queues[255], 0);\n"
                 "  return status;\n",
             ),
         ),

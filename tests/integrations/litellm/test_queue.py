@@ -20,6 +20,7 @@ from fast_litellm_shm._shared.inspection import Inspection
 from fast_litellm_shm.integrations.litellm import admission, failures, queue, settings
 from fast_litellm_shm.integrations.litellm.limiter import SharedLimiter
 from fast_litellm_shm.integrations.litellm.settings import Queue
+from fast_litellm_shm.integrations.litellm.subjects import Limits
 
 POSITION, SECONDS = "x-ratelimit-queue-position", "x-ratelimit-queue-seconds"
 PATIENT = 3600.0
@@ -163,8 +164,8 @@ def test_another_subject() -> None:
         rows = Inspection(Segment.default()).waiting()
         return [row["key"].split(":")[0] for row in rows if row["callers"]]
 
-    def _key_limits() -> Any:
-        return admission.Limits(None, None, 1)
+    def _key_limits() -> Limits:
+        return Limits(None, None, 1)
 
     asyncio.run(scenario())
 
