@@ -138,8 +138,6 @@ COLD bool limits_name_wrong(const fshm_segment *s, uint32_t index) {
 
 /* How many permits may be held, and a count of its changes: read it before `current`, and before a count for
  * limits_lower_most(). */
-#define MOST_BITS 17
-#define MOST_OF(most) ((uint32_t)((most) & ((1U << MOST_BITS) - 1)))
 uint64_t limits_most(const fshm_segment *s, uint32_t index) {
   /* With raise_most(). */
   return atomic_load_explicit(&s->limiters[index].most, memory_order_acquire);

@@ -12,6 +12,9 @@
 #define SET_COUNT(set) ((unsigned)(set) & 15)
 #define SET_RULE(set, i) ((unsigned)((set) >> (4 + 4 * (i))) & (RULES - 1))
 
+#define MOST_BITS 17
+#define MOST_OF(most) ((uint32_t)((most) & ((1U << MOST_BITS) - 1)))
+
 static inline uint64_t entry_current(const fshm_segment *s, uint32_t index) {
   return load_relaxed(&s->limiters[index].current);
 }
