@@ -32,7 +32,16 @@ static inline uint64_t mix(uint64_t x) { /* splitmix64's finaliser */
 
 /* Copy a rule out. The caller checks afterwards that its rule index was not given to another rule. */
 static inline HOT void read_rule(const limiter_entry_t *e, unsigned rule_index, rule_t *out) {
-  for (unsigned k = 0; k < RULE_WORDS; k++) out->words[k] = load_relaxed(&e->rules[rule_index][k]);
+  static_assert(RULE_WORDS == 8, "eight are copied");
+  const _Atomic uint64_t *from = e->rules[rule_index];
+  out->words[0] = load_relaxed(&from[0]);
+  out->words[1] = load_relaxed(&from[1]);
+  out->words[2] = load_relaxed(&from[2]);
+  out->words[3] = load_relaxed(&from[3]);
+  out->words[4] = load_relaxed(&from[4]);
+  out->words[5] = load_relaxed(&from[5]);
+  out->words[6] = load_relaxed(&from[6]);
+  out->words[7] = load_relaxed(&from[7]);
 }
 
 /* The same for a set; the caller checks that `current` has not changed. Returns the number of rules; 0 = no such set. */
@@ -72,6 +81,12 @@ static inline HOT bool limits_load_inline(const fshm_segment *s, uint32_t index,
     if (likely(has == 1 && p->rules[0].kind != FSHM_PERMITS)) {
       p->tail[0] = tail | WHO_OF(0, p->rules[0].place, SET_RULE(set, 0), 0);
       if (likely(current && rule_sane(&p->rules[0]))) return true;
+      break;
+    }
+    if (likely(has == 1)) { /* permits alone */
+      p->count = 0;
+      p->permits = (uint32_t)p->rules[0].n;
+      if (likely(current && rule_sane(&p->rules[0]) && p->rules[0].n <= MAX_PERMITS)) return true;
       break;
     }
     uint32_t i = 0;
