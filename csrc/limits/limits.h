@@ -15,6 +15,11 @@
 #define MOST_BITS 17
 #define MOST_OF(most) ((uint32_t)((most) & ((1U << MOST_BITS) - 1)))
 
+static inline uint64_t entry_most(const limiter_entry_t *e) {
+  /* With raise_most(). */
+  return atomic_load_explicit(&e->most, memory_order_acquire);
+}
+
 static inline uint64_t entry_current(const fshm_segment *s, uint32_t index) {
   return load_relaxed(&s->limiters[index].current);
 }
@@ -106,8 +111,14 @@ static inline HOT bool limits_load_inline(const fshm_segment *s, uint32_t index,
 }
 
 bool limits_load(const fshm_segment *s, uint32_t index, snapshot_t *out);
-bool limits_load_of(const fshm_limiter *l, snapshot_t *out);
 void limits_number(const uint64_t *numbers, snapshot_t *p);
+/* limits_load(), with the numbers of the handle. */
+static inline HOT bool limits_load_of_inline(const fshm_limiter *l, snapshot_t *p) {
+  bool readable = limits_load_inline(l->segment, l->index, p);
+  if (unlikely(l->numbers != NULL)) limits_number(l->numbers, p);
+  return readable;
+}
+bool limits_load_of(const fshm_limiter *l, snapshot_t *out);
 bool limits_wrong(const fshm_segment *s, uint32_t index, bool published);
 bool limits_name_wrong(const fshm_segment *s, uint32_t index);
 uint64_t limits_most(const fshm_segment *s, uint32_t index);

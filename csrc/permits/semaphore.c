@@ -273,12 +273,12 @@ static COLD bool stands_counted(holder_t *h, snapshot_t *snapshot, uint32_t numb
 
 /* The same, without a count where that is seen at once: the limits are those that we went by, and no permit beyond
  * them may be held. */
-static inline HOT bool stands(holder_t *h, snapshot_t *snapshot, uint32_t number, uint32_t *held) {
-  const limiter_entry_t *e = &h->s->limiters[h->limiter->index];
+static inline HOT bool stands(holder_t *h, const limiter_entry_t *e, snapshot_t *snapshot,
+                              uint32_t number, uint32_t *held) {
   /* All calls for this key have the same number, so no permit beyond it was ever taken. */
   if (unlikely(h->limiter->numbers != NULL)) return true;
   after_swap(); /* pairs with publish(): it sees our permit, or we see its limits */
-  const uint32_t most = MOST_OF(limits_most(h->s, h->limiter->index)); /* before `current` */
+  const uint32_t most = MOST_OF(entry_most(e)); /* before `current` */
   if (likely(most <= snapshot->permits && load_relaxed(&e->current) == snapshot->current))
     return true;
   return stands_counted(h, snapshot, number, held);
@@ -403,12 +403,12 @@ static COLD void refuse_permit(holder_t *h, fshm_permit *p) {
 }
 
 /* We have taken a permit: does it stand? As take_permit() answers. */
-static inline HOT int keep_permit(holder_t *h, snapshot_t *snapshot, const granted_t *granted,
-                            fshm_permit *out, uint32_t *held) {
+static inline HOT int keep_permit(holder_t *h, const limiter_entry_t *e, snapshot_t *snapshot,
+                                  const granted_t *granted, fshm_permit *out, uint32_t *held) {
   const uint32_t number = PERMIT_NUMBER(out->when);
   key_stats_remember(h->s, out->slot, key_stats_meta(h->limiter->index | PERMIT_BIT, out->who),
                      h->key, h->key_length);
-  bool fits = stands(h, snapshot, number, held);
+  bool fits = stands(h, e, snapshot, number, held);
   if (likely(fits && (!granted || stands_granted(h, snapshot, granted, number, held))))
     return FSHM_ALLOWED;
   refuse_permit(h, out);
@@ -448,7 +448,7 @@ static UNGUARDED __attribute__((noinline)) int take_another(holder_t *h, snapsho
         changes_freed_some(h->s, out->group);
         wait_wake(h->s, wait_key_of(out));
       }
-      return keep_permit(h, snapshot, granted, out, held);
+      return keep_permit(h, &h->s->limiters[h->limiter->index], snapshot, granted, out, held);
     }
   }
   uint32_t most = permit_bound(h->limiter, snapshot);
@@ -462,18 +462,20 @@ static UNGUARDED __attribute__((noinline)) int take_another(holder_t *h, snapsho
 static inline HOT int take_permit(holder_t *h, snapshot_t *snapshot, uint32_t n,
                                   const granted_t *granted, fshm_permit *out, uint32_t *held) {
   fshm_limiter *l = h->limiter;
+  const limiter_entry_t *e = &h->s->limiters[l->index];
   /* Where to look first; hints, which threads may overwrite. Without a swap: that costs as much as the take's own. */
   const uint32_t released = load_relaxed(&l->released);
   uint32_t number = released ? released - 1 : load_relaxed(&l->frontier);
   if (released) store_relaxed(&l->released, 0);
   if (unlikely(number >= n)) number %= n;
-  if (unlikely(permit_bound(l, snapshot) > n) && !granted && look_counted(h, n, held))
+  if (unlikely(MOST_OF(entry_most(e)) > n) && permit_bound(l, snapshot) > n && !granted &&
+      look_counted(h, n, held))
     return FSHM_DENIED;
   const int status = try_home(h, number, out);
   if (unlikely(status != PERMIT_TAKEN))
     return take_another(h, snapshot, n, number, status, granted, out, held);
   if (!released) store_relaxed(&l->frontier, number + 1);
-  return keep_permit(h, snapshot, granted, out, held);
+  return keep_permit(h, e, snapshot, granted, out, held);
 }
 
 #define GRANTED_TRIES 3 /* tries of a taker whose permit is not valid because the word changed */
@@ -630,7 +632,7 @@ UNGUARDED void fshm_admit(fshm_limiter *l, const void *key, uint64_t key_length,
   memset(out, 0, sizeof *out);
   *in_flight = 0;
   bool member = holder_make(&h, l, key, key_length, now);
-  if (!limits_load_of(l, &snapshot)) {
+  if (!limits_load_of_inline(l, &snapshot)) {
     out->status = damage_limits(h.s, l->index);
     return;
   }
