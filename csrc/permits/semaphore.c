@@ -122,7 +122,7 @@ static bool free_permit(fshm_segment *s, uint64_t slot, pair_t seen) {
   return true;
 }
 
-static inline pair_t permit_held(const holder_t *h, uint32_t number) {
+static inline pair_t held_pair(const holder_t *h, uint32_t number) {
   return (pair_t){permit_who(h->limiter->index, h->hash, number),
                   UINT64_C(7) << 61 | (uint64_t)number << 44 | h->identity |
                       (h->now / 1000000000 & 0x1ffff)};
@@ -141,7 +141,7 @@ static inline HOT void hold(const holder_t *h, uint64_t slot, pair_t mine, fshm_
 /* Try a permit that has a slot in its home line, as most have: try_permit() without all that is seldom, inlined.
  * PERMIT_UNKNOWN: it has no such slot, or another process has just taken it. */
 static inline HOT int try_home(const holder_t *h, uint32_t number, fshm_permit *out) {
-  const pair_t mine = permit_held(h, number);
+  const pair_t mine = held_pair(h, number);
   found_t f;
   if (unlikely(!table_find_home(h->s, nth_hash(h->hash, number), mine.who, &f)))
     return PERMIT_UNKNOWN;
@@ -156,7 +156,7 @@ static inline HOT int try_home(const holder_t *h, uint32_t number, fshm_permit *
 static int try_permit(const holder_t *h, uint32_t number, liveness_t *liveness, patience_t *left,
                       fshm_permit *out) {
   uint64_t home = nth_hash(h->hash, number);
-  pair_t mine = permit_held(h, number);
+  pair_t mine = held_pair(h, number);
   for (; patient(left); left->swaps--) {
     found_t f;
     table_find(h->s, home, mine.who, &f);
