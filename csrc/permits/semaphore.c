@@ -94,7 +94,7 @@ typedef struct {
 } holder_t;
 
 static inline HOT bool holder_make(holder_t *h, fshm_limiter *l, const void *key, uint64_t length,
-                        uint64_t now) {
+                                   uint64_t now) {
   h->s = l->segment;
   h->limiter = l;
   h->key = key;
@@ -123,9 +123,9 @@ static bool free_permit(fshm_segment *s, uint64_t slot, pair_t seen) {
 }
 
 static inline pair_t held_pair(const holder_t *h, uint32_t number) {
-  return (pair_t){permit_who(h->limiter->index, h->hash, number),
-                  UINT64_C(7) << 61 | (uint64_t)number << 44 | h->identity |
-                      (h->now / 1000000000 & 0x1ffff)};
+  return (pair_t){
+      permit_who(h->limiter->index, h->hash, number),
+      UINT64_C(7) << 61 | (uint64_t)number << 44 | h->identity | (h->now / 1000000000 & 0x1ffff)};
 }
 
 /* Our swap, or our claim, has written the pair `mine` to the slot. */
@@ -420,8 +420,8 @@ static inline HOT int keep_permit(holder_t *h, const limiter_entry_t *e, snapsho
 
 /* The rest of take_permit(), where its first try has not taken the permit `number`. */
 static UNGUARDED __attribute__((noinline)) int take_another(holder_t *h, snapshot_t *snapshot,
-                                                            uint32_t n, uint32_t number,
-                                                            int status, const granted_t *granted,
+                                                            uint32_t n, uint32_t number, int status,
+                                                            const granted_t *granted,
                                                             fshm_permit *out, uint32_t *held) {
   const uint32_t first = number, start = load_relaxed(&h->limiter->frontier) % n;
   liveness_t liveness;

@@ -310,7 +310,7 @@ static void run_lane(int lane) {
   (void)atomic_fetch_add(&arena->lost_swaps, lost_swaps);
 }
 
-static void next_of(uint32_t *round) {
+static void next_number(uint32_t *round) {
   while (atomic_load(&arena->round) == *round) futex_wait(&arena->round, *round, NULL);
   *round = atomic_load(&arena->round);
 }
@@ -325,13 +325,13 @@ static void worker(int lane, uint32_t round) {
   (void)prctl(PR_SET_PDEATHSIG, SIGKILL);
   (void)process_index(segment); /* joins, which reads the clock: not within an operation */
   for (;;) { /* every worker takes part in every round, so that none comes late to the next */
-    next_of(&round);
+    next_number(&round);
     if (arena->stop) _exit(0);
     bool takes_part = (uint32_t)lane < arena->workers;
     if (takes_part) run_lane(lane);
     finish_round();
     /* What it still holds it keeps until all have ended, and the test has looked. */
-    next_of(&round);
+    next_number(&round);
     while (takes_part && permits_released < permits_taken)
       (void)fshm_permit_release(arena->limiter, &my_permits[permits_released++]);
     finish_round();
