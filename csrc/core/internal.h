@@ -256,4 +256,16 @@ static inline uint32_t process_index(fshm_segment *s) {
   return likely(joined) ? joined - (joined != NO_PROCESS) : process_join(s);
 }
 
+/* process_identity(), without a call where this process has joined and nothing but its death drops its locks. */
+static inline HOT bool process_identity_inline(fshm_segment *s, uint32_t *process,
+                                               uint64_t *incarnation) {
+  const fork_page_t *page = s->fork_page;
+  /* acquire: pairs with process_join() */
+  const uint32_t index = atomic_load_explicit(&page->joined, memory_order_acquire) - 1;
+  *incarnation = load_relaxed(&page->incarnation);
+  *process = index;
+  if (likely(index < PROCESSES && s->wiped && !load_relaxed(&page->kept))) return true;
+  return process_identity(s, process, incarnation);
+}
+
 #endif

@@ -157,7 +157,7 @@ static inline void look(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
 static COLD int renew(call_t *c) {
   c->stale = false;
   if (!limits_load(c->s, c->index, &c->snapshot)) return damage_limits(c->s, c->index);
-  limits_number(c->numbers, &c->snapshot);
+  if (unlikely(c->numbers != NULL)) limits_number(c->numbers, &c->snapshot);
   /* After these limits were published: from then on states drain at most at their pace. */
   read_clock_again(c);
   return c->snapshot.count ? FSHM_OK : FSHM_E_ARGUMENT;

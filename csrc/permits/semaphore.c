@@ -55,10 +55,10 @@ static bool owner_alive(fshm_segment *s, uint64_t when, liveness_t *liveness) {
 }
 
 /* This process as an owner. False: the process table is full. */
-static bool own_identity(fshm_segment *s, uint64_t *identity) {
+static inline HOT bool own_identity(fshm_segment *s, uint64_t *identity) {
   uint32_t process;
   uint64_t incarnation;
-  if (!process_identity(s, &process, &incarnation)) return false;
+  if (unlikely(!process_identity_inline(s, &process, &incarnation))) return false;
   *identity = (uint64_t)process << 32 | LOW_INCARNATION(incarnation) << 18;
   return true;
 }
@@ -93,8 +93,8 @@ typedef struct {
   bool fixed; /* the caller gave the time */
 } holder_t;
 
-static bool holder_make(holder_t *h, fshm_limiter *l, const void *key, uint64_t length,
-                        uint64_t now) {
+static inline HOT bool holder_make(holder_t *h, fshm_limiter *l, const void *key, uint64_t length,
+                                   uint64_t now) {
   h->s = l->segment;
   h->limiter = l;
   h->key = key;
@@ -122,21 +122,48 @@ static bool free_permit(fshm_segment *s, uint64_t slot, pair_t seen) {
   return true;
 }
 
+static inline pair_t held_pair(const holder_t *h, uint32_t number) {
+  return (pair_t){
+      permit_who(h->limiter->index, h->hash, number),
+      UINT64_C(7) << 61 | (uint64_t)number << 44 | h->identity | (h->now / 1000000000 & 0x1ffff)};
+}
+
+/* Our swap, or our claim, has written the pair `mine` to the slot. */
+static inline HOT void hold(const holder_t *h, uint64_t slot, pair_t mine, fshm_permit *out) {
+  out->slot = slot; /* out->put stays as it is */
+  out->who = mine.who;
+  out->when = mine.when;
+  out->group = changes_index(h->hash); /* wait_group() is a part of it */
+  out->held = 1;
+  changes_taken(h->s, out->group);
+}
+
+/* Try a permit that has a slot in its home line, as most have: try_permit() without all that is seldom, inlined.
+ * PERMIT_UNKNOWN: it has no such slot, or another process has just taken it. */
+static inline HOT int try_home(const holder_t *h, uint32_t number, fshm_permit *out) {
+  const pair_t mine = held_pair(h, number);
+  found_t f;
+  if (unlikely(!table_find_home(h->s, nth_hash(h->hash, number), mine.who, &f)))
+    return PERMIT_UNKNOWN;
+  if (unlikely(IS_PERMIT(f.pair.when))) return PERMIT_HELD;
+  if (unlikely(!pair_cas(&h->s->slots[f.slot], &f.pair, mine))) return PERMIT_UNKNOWN;
+  hold(h, f.slot, mine, out);
+  return PERMIT_TAKEN;
+}
+
 /* Try one permit. With `liveness`, a dead process's permit is taken over. left: for the whole call; with as many
  * tries for each permit, a process that scribbles on the key's slots could hold us up for hours (I6). */
-static inline HOT int try_permit(const holder_t *h, uint32_t number, liveness_t *liveness,
-                                 patience_t *left, fshm_permit *out) {
+static int try_permit(const holder_t *h, uint32_t number, liveness_t *liveness, patience_t *left,
+                      fshm_permit *out) {
   uint64_t home = nth_hash(h->hash, number);
-  uint64_t who = permit_who(h->limiter->index, h->hash, number);
-  pair_t mine = {who, UINT64_C(7) << 61 | (uint64_t)number << 44 | h->identity |
-                          (h->now / 1000000000 & 0x1ffff)};
+  pair_t mine = held_pair(h, number);
   for (; patient(left); left->swaps--) {
     found_t f;
-    table_find(h->s, home, who, &f);
+    table_find(h->s, home, mine.who, &f);
     if (!f.pair.who) {
-      int status = table_claim(h->s, home, who, h->now, held_by_me, &mine.when, &f.slot);
+      int status = table_claim(h->s, home, mine.who, h->now, held_by_me, &mine.when, &f.slot);
       /* Only with `liveness`: without the shared results we would ask the kernel n times for each process. */
-      if (status == CLAIM_FULL && !(liveness && free_dead(h->s, home, who, h->now, liveness)))
+      if (status == CLAIM_FULL && !(liveness && free_dead(h->s, home, mine.who, h->now, liveness)))
         return PERMIT_FULL;
       if (status != CLAIMED) {
         left->claims--;
@@ -150,12 +177,7 @@ static inline HOT int try_permit(const holder_t *h, uint32_t number, liveness_t 
       pair_t seen = f.pair;
       if (!pair_cas(&h->s->slots[f.slot], &seen, mine)) continue;
     }
-    out->slot = f.slot; /* out->put stays as it is */
-    out->who = who;
-    out->when = mine.when;
-    out->group = changes_index(h->hash); /* wait_group() is a part of it */
-    out->held = 1;
-    changes_taken(h->s, out->group);
+    hold(h, f.slot, mine, out);
     return PERMIT_TAKEN;
   }
   return PERMIT_CONTENDED;
@@ -211,12 +233,10 @@ static COLD bool none_beyond(const holder_t *h, const snapshot_t *snapshot, live
 /* We hold a permit of the key. Is it valid? Not if more than n are held: the limit was lowered, and permits beyond
  * it are still held. Ours is published: of any set of holders the last one to publish counts all others, so they
  * never exceed n. */
-static bool stands(holder_t *h, snapshot_t *snapshot, uint32_t number, uint32_t *held) {
+static COLD bool stands_counted(holder_t *h, snapshot_t *snapshot, uint32_t number,
+                                uint32_t *held) {
   const limiter_entry_t *e = &h->s->limiters[h->limiter->index];
   bool said = false;
-  /* All calls for this key have the same number, so no permit beyond it was ever taken. */
-  if (unlikely(h->limiter->numbers != NULL)) return true;
-  after_swap(); /* pairs with publish(): it sees our permit, or we see its limits */
   for (int tries = 0; tries < MAX_TRIES; tries++) {
     /* Before `current`, and before the count. */
     uint64_t seen = limits_most(h->s, h->limiter->index);
@@ -249,6 +269,19 @@ static bool stands(holder_t *h, snapshot_t *snapshot, uint32_t number, uint32_t 
   }
   *held = 1; /* our own permit, which is given back; others change the limits all the time */
   return false;
+}
+
+/* The same, without a count where that is seen at once: the limits are those that we went by, and no permit beyond
+ * them may be held. */
+static inline HOT bool stands(holder_t *h, const limiter_entry_t *e, snapshot_t *snapshot,
+                              uint32_t number, uint32_t *held) {
+  /* All calls for this key have the same number, so no permit beyond it was ever taken. */
+  if (unlikely(h->limiter->numbers != NULL)) return true;
+  after_swap(); /* pairs with publish(): it sees our permit, or we see its limits */
+  const uint32_t most = MOST_OF(entry_most(e)); /* before `current` */
+  if (likely(most <= snapshot->permits && load_relaxed(&e->current) == snapshot->current))
+    return true;
+  return stands_counted(h, snapshot, number, held);
 }
 
 /* Is it also within the permit lease of this host? Each valid permit has a number below the lease, or all were
@@ -369,57 +402,80 @@ static COLD void refuse_permit(holder_t *h, fshm_permit *p) {
   if (freed && h->seen && changes_between(h->seen, freed) == 1) h->seen = freed;
 }
 
-/* Take one of the key's first n permits. FSHM_ALLOWED, FSHM_DENIED (*held: how many are held), FSHM_FULL,
- * FSHM_CONTENDED; FSHM_ASK: not within the lease (granted NULL: there is no lease, this host's limit alone counts). */
-static UNGUARDED int take_permit(holder_t *h, snapshot_t *snapshot, uint32_t n,
-                                 const granted_t *granted, fshm_permit *out, uint32_t *held) {
-  uint32_t start = load_relaxed(&h->limiter->frontier) % n;
-  uint32_t likely_free = atomic_exchange_explicit(&h->limiter->released, 0, memory_order_relaxed);
+/* We have taken a permit: does it stand? As take_permit() answers. */
+static inline HOT int keep_permit(holder_t *h, const limiter_entry_t *e, snapshot_t *snapshot,
+                                  const granted_t *granted, fshm_permit *out, uint32_t *held) {
+  const uint32_t number = PERMIT_NUMBER(out->when);
+  key_stats_remember(h->s, out->slot, key_stats_meta(h->limiter->index | PERMIT_BIT, out->who),
+                     h->key, h->key_length);
+  bool fits = stands(h, e, snapshot, number, held);
+  if (likely(fits && (!granted || stands_granted(h, snapshot, granted, number, held))))
+    return FSHM_ALLOWED;
+  refuse_permit(h, out);
+  if (fits) return FSHM_ASK;
+  *held -= 1;
+  look_remember(h, h->hash, 0, *held, 0);
+  return FSHM_DENIED;
+}
+
+/* The rest of take_permit(), where its first try has not taken the permit `number`. */
+static UNGUARDED __attribute__((noinline)) int take_another(holder_t *h, snapshot_t *snapshot,
+                                                            uint32_t n, uint32_t number, int status,
+                                                            const granted_t *granted,
+                                                            fshm_permit *out, uint32_t *held) {
+  const uint32_t first = number, start = load_relaxed(&h->limiter->frontier) % n;
   liveness_t liveness;
   bool full = false, asked = false;
   /* One for each permit and pass: honest takers. */
   patience_t left = patience(MAX_TRIES + 2 * (uint64_t)n);
-  if (unlikely(permit_bound(h->limiter, snapshot) > n) && !granted && look_counted(h, n, held))
-    return FSHM_DENIED;
   for (int pass = 0; pass < 2; pass++) { /* the second asks who is dead */
     if (pass) memset(&liveness, 0, sizeof liveness);
     if (pass && !h->fixed) h->seen = changes_arm_freed(h->s, changes_index(h->hash));
-    for (uint32_t i = likely_free && !pass ? 0 : 1; i <= n; i++) {
-      uint32_t number = i == 0 ? (likely_free - 1) % n : (start + i - 1) % n;
-      int status = try_permit(h, number, pass ? &liveness : NULL, &left, out);
+    for (uint32_t i = pass; i <= n; i++) {
+      number = i ? (start + i - 1) % n : first;
+      if (i || status != PERMIT_HELD)
+        status = try_permit(h, number, pass ? &liveness : NULL, &left, out);
       if (status == PERMIT_HELD && !asked) {
         asked = true;
-        patience_t rest = left; /* copies, so that the usual path has both in registers */
-        uint32_t freed = number;
-        status = look_back(h, n, &rest, &freed, held, out);
-        left = rest;
-        number = freed;
+        status = look_back(h, n, &left, &number, held, out);
         if (status == PERMIT_HELD) return FSHM_DENIED;
       }
       if (unlikely(status == PERMIT_CONTENDED)) return FSHM_CONTENDED;
       full |= status == PERMIT_FULL;
       if (status != PERMIT_TAKEN) continue;
-      if (i) store_relaxed(&h->limiter->frontier, number + 1);
-      key_stats_remember(h->s, out->slot, key_stats_meta(h->limiter->index | PERMIT_BIT, out->who),
-                         h->key, h->key_length);
+      if (number != first || first == start) store_relaxed(&h->limiter->frontier, number + 1);
       if (pass) { /* a dead process may have held more: let the next caller look */
         changes_freed_some(h->s, out->group);
         wait_wake(h->s, wait_key_of(out));
       }
-      bool fits = stands(h, snapshot, number, held);
-      if (likely(fits && (!granted || stands_granted(h, snapshot, granted, number, held))))
-        return FSHM_ALLOWED;
-      refuse_permit(h, out);
-      if (fits) return FSHM_ASK;
-      *held -= 1;
-      look_remember(h, h->hash, 0, *held, 0);
-      return FSHM_DENIED;
+      return keep_permit(h, &h->s->limiters[h->limiter->index], snapshot, granted, out, held);
     }
   }
   uint32_t most = permit_bound(h->limiter, snapshot);
   *held = full || most > n ? count_held(h, 0, most, &liveness) : n;
   if (!full) look_remember(h, h->hash, n, *held, 0);
   return full ? FSHM_FULL : FSHM_DENIED;
+}
+
+/* Take one of the key's first n permits. FSHM_ALLOWED, FSHM_DENIED (*held: how many are held), FSHM_FULL,
+ * FSHM_CONTENDED; FSHM_ASK: not within the lease (granted NULL: there is no lease, this host's limit alone counts). */
+static inline HOT int take_permit(holder_t *h, snapshot_t *snapshot, uint32_t n,
+                                  const granted_t *granted, fshm_permit *out, uint32_t *held) {
+  fshm_limiter *l = h->limiter;
+  const limiter_entry_t *e = &h->s->limiters[l->index];
+  /* Where to look first; hints, which threads may overwrite. Without a swap: that costs as much as the take's own. */
+  const uint32_t released = load_relaxed(&l->released);
+  uint32_t number = released ? released - 1 : load_relaxed(&l->frontier);
+  if (released) store_relaxed(&l->released, 0);
+  if (unlikely(number >= n)) number %= n;
+  if (unlikely(MOST_OF(entry_most(e)) > n) && permit_bound(l, snapshot) > n && !granted &&
+      look_counted(h, n, held))
+    return FSHM_DENIED;
+  const int status = try_home(h, number, out);
+  if (unlikely(status != PERMIT_TAKEN))
+    return take_another(h, snapshot, n, number, status, granted, out, held);
+  if (!released) store_relaxed(&l->frontier, number + 1);
+  return keep_permit(h, e, snapshot, granted, out, held);
 }
 
 #define GRANTED_TRIES 3 /* tries of a taker whose permit is not valid because the word changed */
@@ -576,7 +632,7 @@ UNGUARDED void fshm_admit(fshm_limiter *l, const void *key, uint64_t key_length,
   memset(out, 0, sizeof *out);
   *in_flight = 0;
   bool member = holder_make(&h, l, key, key_length, now);
-  if (!limits_load_of(l, &snapshot)) {
+  if (!limits_load_of_inline(l, &snapshot)) {
     out->status = damage_limits(h.s, l->index);
     return;
   }
