@@ -15,14 +15,25 @@ import time
 _PAUSE = 0.008  # seconds between two looks at a lock
 
 
-def must_yield() -> bool:
-    """Whether a call that blocks this thread would hold up greenlets of a patched program."""
+def patched_by() -> str | None:
+    """Which library has patched the program: "gevent" or "eventlet". Either may be imported, and
+    not in use."""
     monkey = sys.modules.get("gevent.monkey")
     if monkey is not None and monkey.is_module_patched("time"):
-        find = getattr(sys.modules.get("gevent._hub_local"), "get_hub_if_exists", None)
-        return find is None or find() is not None
+        return "gevent"
     patcher = sys.modules.get("eventlet.patcher")
     if patcher is not None and patcher.is_monkey_patched("time"):
+        return "eventlet"
+    return None
+
+
+def must_yield() -> bool:
+    """Whether a call that blocks this thread would hold up greenlets of a patched program."""
+    library = patched_by()
+    if library == "gevent":
+        find = getattr(sys.modules.get("gevent._hub_local"), "get_hub_if_exists", None)
+        return find is None or find() is not None
+    if library == "eventlet":
         local = getattr(sys.modules.get("eventlet.hubs"), "_threadlocal", None)
         return local is None or hasattr(local, "hub")
     return False

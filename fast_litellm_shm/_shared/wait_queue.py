@@ -499,7 +499,7 @@ def _events_of_hub() -> _Events | None:
     """Where the program is patched."""
     if not greenlets.must_yield():
         return None
-    if "gevent.monkey" in sys.modules:
+    if greenlets.patched_by() == "gevent":
         return _events_of(sys.modules["gevent"].get_hub(), _OfGevent)
     return _events_of(sys.modules["eventlet.hubs"].get_hub(), _OfEventlet)
 
@@ -619,15 +619,15 @@ def _drop_watch(segment: Segment, found: _Watch) -> None:
 
 def _start_thread(call: Callable[..., None], args: tuple[Any, ...]) -> None:
     """A thread of the system, also where threads are patched to be greenlets."""
-    get_original = getattr(sys.modules.get("gevent.monkey"), "get_original", None)
-    if get_original is not None:
-        get_original("_thread", "start_new_thread")(call, args)
-        return
-    patcher = sys.modules.get("eventlet.patcher")
-    if patcher is not None and greenlets.must_yield():
+    library = greenlets.patched_by()
+    if library == "gevent":
+        monkey = sys.modules["gevent.monkey"]
+        monkey.get_original("_thread", "start_new_thread")(call, args)
+    elif library == "eventlet":
+        patcher = sys.modules["eventlet.patcher"]
         patcher.original("_thread").start_new_thread(call, args)
-        return
-    threading.Thread(target=call, args=args, name="fast-shm-wait", daemon=True).start()
+    else:
+        threading.Thread(target=call, args=args, name="fast-shm-wait", daemon=True).start()
 
 
 def _after_fork() -> None:
