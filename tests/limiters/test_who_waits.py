@@ -14,6 +14,8 @@ from support.waiting import PATIENCE, wait_until_async
 
 from fast_litellm_shm import ConcurrencyLimiter, RateLimiter, Segment, Window, limited
 from fast_litellm_shm.integrations.httpx import AsyncSharedLimitTransport, SharedLimitTransport
+from fast_litellm_shm.integrations.web import Request, Rule
+from fast_litellm_shm.integrations.web.gate import Gate
 
 ORIGIN = "https://a.example:443"
 
@@ -52,7 +54,25 @@ def _transports(segment: Segment) -> tuple[Any, Any, Any, Callable[[], object]]:
     return limiter, call, call_async, limiter.acquire(ORIGIN).release
 
 
-@pytest.mark.parametrize("make", [_decorated, _transports], ids=["limited", "httpx"])
+def _rules(segment: Segment) -> tuple[Any, Any, Any, Callable[[], object]]:
+    rule = Rule(in_flight=1, wait=PATIENCE, key=lambda _: ORIGIN)
+    gate, request = Gate(None, [rule], name="w", segment=segment), Request("GET", "/", None, None)
+    limiter = ConcurrencyLimiter(1, name="w: default", segment=segment)
+
+    def call() -> None:
+        outcome = gate.check(request)
+        assert outcome is not None and outcome.holds
+        outcome.release()
+
+    async def call_async() -> None:
+        outcome = await gate.check_async(request)
+        assert outcome is not None and outcome.holds
+        outcome.release()
+
+    return limiter, call, call_async, limiter.acquire(ORIGIN).release
+
+
+@pytest.mark.parametrize("make", [_decorated, _transports, _rules])
 def test_it_stands_in_the_queue(segment: Segment, make: Any) -> None:
     limiter, call, call_async, release = make(segment)
 
