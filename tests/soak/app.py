@@ -9,7 +9,10 @@ import signal
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+
+from support.holders import Holders
 
 from fast_litellm_shm import (
     ConcurrencyLimiter,
@@ -23,12 +26,9 @@ from fast_litellm_shm import (
 )
 from fast_litellm_shm.integrations import asgi as of_asgi
 from fast_litellm_shm.integrations import wsgi as of_wsgi
+from soak import ENDPOINT, KEY, MOST, PATHS, PATIENCE
 
-PATIENCE = 30.0  # seconds that a request waits for its turn
 WORK = 0.002  # seconds
-ENDPOINT = "http://soak.example"
-KEY = "everybody"
-PATHS = ("/rate", "/permits", "/quota", "/pool", "/limited", "/flight")
 
 Header = tuple[str, str]
 Sent = MutableMapping[str, Any]
@@ -56,10 +56,18 @@ class Connection:
 
 rate = RateLimiter(TokenBucket(400, per=1, burst=20), name="soak rate")
 calls = RateLimiter(TokenBucket(400, per=1, burst=20), name="soak limited")
-permits = ConcurrencyLimiter(4, name="soak permits")
-quota = Quota(rpm=10**6, tpm=10**9, max_parallel=4, name="soak quota")
-pool = SimpleConnectionPool("soak", max_per_endpoint=5)
+permits = ConcurrencyLimiter(MOST["/permits"], name="soak permits")
+quota = Quota(rpm=10**6, tpm=10**9, max_parallel=MOST["/quota"], name="soak quota")
+pool = SimpleConnectionPool("soak", max_per_endpoint=MOST["/pool"])
 pool.bind(lambda _: Connection(), Connection.close)
+
+
+# What is held at once, by the place of the path in PATHS: where somebody wants to know.
+holders = Holders(os.environ["SOAK_HOLDERS"]) if "SOAK_HOLDERS" in os.environ else None
+
+
+def _holding(path: str) -> AbstractContextManager[None]:
+    return nullcontext() if holders is None else holders.holding(PATHS.index(path))
 
 
 def _dies(kill: bool) -> None:
@@ -93,20 +101,25 @@ def answer(path: str, kill: bool) -> int:
         if path == "/rate":
             return work(kill) if rate.wait(KEY, timeout=PATIENCE) else 504
         if path == "/permits":
-            with permits.slot(KEY, timeout=PATIENCE):
+            with permits.slot(KEY, timeout=PATIENCE), _holding(path):
                 return work(kill)
         if path == "/quota":
-            with quota.admit(KEY, tokens=100) as admission:
+            with quota.wait(KEY, tokens=100, timeout=PATIENCE) as admission:
                 if not admission:
-                    return 429
-                status = work(kill)
+                    return 504
+                with _holding(path):
+                    status = work(kill)
                 admission.settle(50)
                 return status
         if path == "/pool":
-            with pool.connection(ENDPOINT, timeout=PATIENCE) as connection, connection:
+            taken = pool.connection(ENDPOINT, timeout=PATIENCE)
+            with taken as connection, connection, _holding(path):
                 return work(kill)
         if path == "/limited":
             return limited_work(kill)
+        if path == "/flight":
+            with _holding(path):
+                return work(kill)
         return work(kill)
     except (PermitTimeoutError, RateLimitExceeded):
         return 504
@@ -120,20 +133,25 @@ async def answer_async(path: str, kill: bool) -> int:
             return await work_async(kill) if admitted else 504
         if path == "/permits":
             async with permits.slot_async(KEY, timeout=PATIENCE):
-                return await work_async(kill)
+                with _holding(path):
+                    return await work_async(kill)
         if path == "/quota":
-            async with await quota.admit_async(KEY, tokens=100) as admission:
+            async with await quota.wait_async(KEY, tokens=100, timeout=PATIENCE) as admission:
                 if not admission:
-                    return 429
-                status = await work_async(kill)
+                    return 504
+                with _holding(path):
+                    status = await work_async(kill)
                 admission.settle(50)
                 return status
         if path == "/pool":
             async with pool.connection_async(ENDPOINT, timeout=PATIENCE) as connection:
-                with connection:
+                with connection, _holding(path):
                     return await work_async(kill)
         if path == "/limited":
             return await limited_work_async(kill)
+        if path == "/flight":
+            with _holding(path):
+                return await work_async(kill)
         return await work_async(kill)
     except (PermitTimeoutError, RateLimitExceeded):
         return 504
@@ -144,7 +162,12 @@ def everybody(_: object) -> str:
     return KEY
 
 
-RULES: dict[str, Any] = {"in_flight": 4, "busy_status": 503, "key": everybody, "path": "/flight"}
+RULES: dict[str, Any] = {
+    "in_flight": MOST["/flight"],
+    "wait": PATIENCE,
+    "key": everybody,
+    "path": "/flight",
+}
 
 
 def _wsgi(environ: dict[str, Any], start: Callable[[str, list[Header]], Any]) -> Iterable[bytes]:

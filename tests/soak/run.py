@@ -26,7 +26,7 @@ from support.names import remove, unique_name
 from fast_litellm_shm import Segment
 from fast_litellm_shm._shared.inspection import Inspection
 from fast_litellm_shm.cli import permits_and_pools
-from soak.app import PATHS, PATIENCE
+from soak import PATHS, PATIENCE
 
 KINDS = {
     "gthread": ("soak.app:app", "--worker-class=gthread", "--threads=8"),
