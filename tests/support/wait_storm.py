@@ -170,13 +170,42 @@ def work(kind: str, segment: Segment, path: str, counts: memoryview, over: memor
     things = Things(segment)
     callers = [Caller(Holders(path), counts, over)]
     callers += [Caller(callers[0]._holders, counts, over) for _ in range(CALLERS - 1)]
+
+    async def all_of_them() -> None:
+        await asyncio.gather(*(each.run_async(things) for each in callers))
+
     calls: list[Callable[[], None]] = [partial(each.run, things) for each in callers]
-    if kind == "tasks":
+    _run_all(library, all_of_them if kind == "tasks" else None, calls)
+    things.pool.close()
+    os._exit(0)
 
-        async def all_of_them() -> None:
-            await asyncio.gather(*(each.run_async(things) for each in callers))
 
-        asyncio.run(all_of_them())
+def wait_once(kind: str, name: str, whiches: tuple[int, ...]) -> None:
+    """A process that waits for some of the things at once, and gives them back."""
+    library = green.patch(kind, looks=True) if kind in green.HUBS else None
+    things = Things(Segment(name))
+
+    def one(which: int) -> None:
+        with things.enter(which, PATIENCE):
+            pass
+
+    async def one_async(which: int) -> None:
+        async with things.enter_async(which, PATIENCE):
+            pass
+
+    async def all_of_them() -> None:
+        await asyncio.gather(*(one_async(which) for which in whiches))
+
+    _run_all(library, all_of_them if kind == "tasks" else None, [partial(one, w) for w in whiches])
+    things.pool.close()
+
+
+def _run_all(
+    library: Any, tasks: Callable[[], Any] | None, calls: list[Callable[[], None]]
+) -> None:
+    """In tasks, if these are given; or in greenlets of the library; or in threads."""
+    if tasks is not None:
+        asyncio.run(tasks())
     elif library is not None:
         green.together(library, calls)
     else:
@@ -185,8 +214,6 @@ def work(kind: str, segment: Segment, path: str, counts: memoryview, over: memor
             each.start()
         for each in threads:
             each.join()
-    things.pool.close()
-    os._exit(0)
 
 
 class Workers:
