@@ -129,7 +129,7 @@ static inline pair_t held_pair(const holder_t *h, uint32_t number) {
 }
 
 /* Our swap, or our claim, has written the pair `mine` to the slot. */
-static inline HOT void hold(const holder_t *h, uint64_t slot, pair_t mine, fshm_permit *out) {
+static inline HOT void set_held(const holder_t *h, uint64_t slot, pair_t mine, fshm_permit *out) {
   out->slot = slot; /* out->put stays as it is */
   out->who = mine.who;
   out->when = mine.when;
@@ -147,7 +147,7 @@ static inline HOT int try_home(const holder_t *h, uint32_t number, fshm_permit *
     return PERMIT_UNKNOWN;
   if (unlikely(IS_PERMIT(f.pair.when))) return PERMIT_HELD;
   if (unlikely(!pair_cas(&h->s->slots[f.slot], &f.pair, mine))) return PERMIT_UNKNOWN;
-  hold(h, f.slot, mine, out);
+  set_held(h, f.slot, mine, out);
   return PERMIT_TAKEN;
 }
 
@@ -177,7 +177,7 @@ static int try_permit(const holder_t *h, uint32_t number, liveness_t *liveness, 
       pair_t seen = f.pair;
       if (!pair_cas(&h->s->slots[f.slot], &seen, mine)) continue;
     }
-    hold(h, f.slot, mine, out);
+    set_held(h, f.slot, mine, out);
     return PERMIT_TAKEN;
   }
   return PERMIT_CONTENDED;
