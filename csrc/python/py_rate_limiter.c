@@ -385,9 +385,7 @@ static PyObject *core_refused_permit(PyObject *o, PyObject *args) {
   if (!PyArg_ParseTuple(args, "OO", &key, &cost) || bound(self) ||
       get_costs(limit_count(self), cost, costs) || get_own_key(self, key, &k))
     return NULL;
-  fshm_permit none;
   fshm_decision d;
-  memset(&none, 0, sizeof none);
   fshm_apply(self->limiter, FSHM_PEEK, k.bytes, (uint64_t)k.length, costs, 0, 0, &d);
   uint32_t in_flight = fshm_in_flight(self->limiter, k.bytes, (uint64_t)k.length);
   Py_XDECREF(k.held);
@@ -402,7 +400,12 @@ static PyObject *core_refused_permit(PyObject *o, PyObject *args) {
     }
   }
   d.status = FSHM_DENIED;
-  return make_permit(self->handle, self->limiter, &none, in_flight, limits_of(self), &d);
+  Permit *p = make_permit(self->handle, self->limiter);
+  if (!p) return NULL;
+  p->in_flight = in_flight;
+  p->limits = limits_of(self);
+  p->d = d;
+  return (PyObject *)p;
 }
 
 /* _remaining(key) -> tuple: what each limit still admits of the key now. */
