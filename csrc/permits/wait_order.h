@@ -62,4 +62,14 @@ static inline bool is_before(const waiting_t *a, const waiting_t *b, uint64_t no
   return a->id < b->id;
 }
 
+/* A process has something idle (a connection) that a caller of another process is first for. To hand it over, it is closed
+ * here and opened anew there: over TLS that takes some ms, and the uses in between may take less. So its own callers may
+ * use it before that one, as long as that one has waited for less than this, or it has been here for less than this. */
+#define STAYS_NS UINT64_C(20000000)
+static inline bool stays_here(const waiting_t *first, const waiting_t *own, uint64_t here_ns,
+                              uint64_t now) {
+  if (own->priority != first->priority || own->tenant != first->tenant) return false;
+  return here_ns < STAYS_NS || now < first->since || now - first->since < STAYS_NS;
+}
+
 #endif
