@@ -421,12 +421,12 @@ int fshm_wait_watch(fshm_segment *segment, uint64_t ns);
  * does that first, and releases the permit then.
  *
  * Who is next? A caller of this process is woken: it may use what is kept here, also where its turn has not come. For one
- * of another process, give back something that is kept here. A caller of this process is next if it is first of all; or
- * if the one that is has waited for less than 20 ms, or here_ns is less: for how long it has been kept here. */
+ * of another process, give back something that is kept here. A caller of this process is next also if it came up to
+ * 20 ms after the first of all. */
 #define FSHM_NEXT_NONE 0
 #define FSHM_NEXT_OURS 1
 #define FSHM_NEXT_OTHER 2
-int fshm_wait_next(fshm_limiter *limiter, const void *key, uint64_t key_length, uint64_t here_ns);
+int fshm_wait_next(fshm_limiter *limiter, const void *key, uint64_t key_length);
 /* The caller of the place, which is next and found no permit, asks the other processes that hold one (idle: one that
  * is marked as idle) to give one back. They learn it by fshm_wait_watch(). */
 void fshm_wait_ask(fshm_limiter *limiter, const void *key, uint64_t key_length, int idle,

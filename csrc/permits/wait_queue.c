@@ -641,7 +641,7 @@ void wait_tell(fshm_segment *s, uint32_t process) {
 }
 
 /* Who is next for something that is idle in this process. OURS: a caller of this process, which is woken. */
-static int next_for(fshm_segment *s, uint64_t key, uint64_t here_ns, waiter_t **first) {
+static int next_for(fshm_segment *s, uint64_t key, waiter_t **first) {
   uint64_t now = segment_now(s);
   waiting_t of_all, own;
   for (int tries = 0; tries < MAX_TRIES; tries++) {
@@ -649,7 +649,7 @@ static int next_for(fshm_segment *s, uint64_t key, uint64_t here_ns, waiter_t **
     if (!*first) return FSHM_NEXT_NONE;
     waiter_t *e = next_of(s, key, true, now, &own);
     if (!is_here(s, *first)) {
-      if (!e || !stays_here(&of_all, &own, here_ns, now)) return FSHM_NEXT_OTHER;
+      if (!e || !stays_here(&of_all, &own)) return FSHM_NEXT_OTHER;
     } else if (!e) {
       e = *first; /* that is coming, and wakes the next */
       own = of_all;
@@ -660,11 +660,11 @@ static int next_for(fshm_segment *s, uint64_t key, uint64_t here_ns, waiter_t **
   return FSHM_NEXT_OURS;
 }
 
-int fshm_wait_next(fshm_limiter *l, const void *key, uint64_t length, uint64_t here_ns) {
+int fshm_wait_next(fshm_limiter *l, const void *key, uint64_t length) {
   fshm_segment *s = l->segment;
   waiter_t *first;
   uint64_t of = wait_key(fshm_siphash(l->key[0], l->key[1], key, length), l->index);
-  int next = next_for(s, of, here_ns, &first);
+  int next = next_for(s, of, &first);
   if (next == FSHM_NEXT_OTHER) store_relaxed(&first->asked, 0); /* it gets what our caller closes */
   return next;
 }
@@ -676,7 +676,7 @@ int fshm_wait_asked(fshm_limiter *l, const void *key, uint64_t length) {
   uint64_t of = wait_key(fshm_siphash(l->key[0], l->key[1], key, length), l->index);
   e = next_of(s, of, false, segment_now(s), &first);
   if (!e || is_here(s, e) || !load_relaxed(&e->asked)) return 0;
-  if (next_for(s, of, UINT64_MAX, &e) != FSHM_NEXT_OTHER) return 0; /* it may ask again */
+  if (next_for(s, of, &e) != FSHM_NEXT_OTHER) return 0; /* it may ask again */
   uint32_t asked = 1;
   /* Pairs with the same swap in other processes: one of them closes a connection. */
   return atomic_compare_exchange_strong(&e->asked, &asked, 0);

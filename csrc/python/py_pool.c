@@ -24,7 +24,6 @@ typedef struct Connection {
   fshm_permit total; /* of the whole pool */
   const _Atomic uint64_t *queues[2]; /* of callers that wait for either permit: wait_queue_of() */
   uint64_t used_ns; /* fshm_clock() when last returned */
-  uint64_t opened_ns;
   int idle;
   struct Connection *below; /* it is in the idle stack, which owns it */
   struct Stack *stack; /* of its endpoint, borrowed: by_id has us only while `stacks` has it */
@@ -192,9 +191,8 @@ static int serve(PyObject *pool, Connection *wanted) {
   key_arg key;
   int failed = get_key(wanted->endpoint, &key);
   if (!failed) {
-    uint64_t here_ns = fshm_clock() - wanted->opened_ns;
-    int next = fshm_wait_next(wanted->permits, key.bytes, (uint64_t)key.length, here_ns);
-    if (next == FSHM_NEXT_NONE) next = fshm_wait_next(wanted->totals, "", 0, 0);
+    int next = fshm_wait_next(wanted->permits, key.bytes, (uint64_t)key.length);
+    if (next == FSHM_NEXT_NONE) next = fshm_wait_next(wanted->totals, "", 0);
     Py_XDECREF(key.held);
     if (next == FSHM_NEXT_OTHER)
       failed = done(PyObject_CallMethod(pool, "_give_up", "O", wanted->endpoint));
@@ -217,7 +215,6 @@ static int add_opened(PoolCore *self, Connection *c) {
     }
   }
   c->stack = stack;
-  c->opened_ns = fshm_clock();
   failed = !stack || PyDict_SetItem(self->by_id, c->id, (PyObject *)c);
   Py_XDECREF((PyObject *)stack);
   ALONE_END();
