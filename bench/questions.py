@@ -25,6 +25,7 @@ QUESTIONS = (
     "import_cost",
     "tails",
     "pool_cost",
+    "pool_waiting",
     "routing",
     "limits_cost",
     "cluster_cost",

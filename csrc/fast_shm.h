@@ -365,6 +365,8 @@ typedef struct {
   uint64_t key, owner, tenant;
   uint64_t since; /* segment ns: when its first caller came */
   uint32_t entry, weight, rest, woken, shared, pid, was_first;
+  uint32_t units, here, more, asked, looked; /* what it was woken for: wait_queue.c */
+  uint32_t took; /* 1: its caller has one permit since its last turn. Set it before the next two calls */
   uint32_t callers; /* that wait in it */
   int32_t priority, fd;
 } fshm_place;
@@ -418,8 +420,9 @@ int fshm_wait_watch(fshm_segment *segment, uint64_t ns);
 /* For what a process keeps while it does not use it, such as an idle connection with its permit. Whoever gives it back
  * does that first, and releases the permit then.
  *
- * Who is next? A caller of this process is woken: it may use what is kept here. For one of another process, give back
- * something that is kept here. */
+ * Who is next? A caller of this process is woken: it may use what is kept here, also where its turn has not come. For one
+ * of another process, give back something that is kept here. A caller of this process is next also if it came up to
+ * 20 ms after the first of all. */
 #define FSHM_NEXT_NONE 0
 #define FSHM_NEXT_OURS 1
 #define FSHM_NEXT_OTHER 2
@@ -427,8 +430,9 @@ int fshm_wait_next(fshm_limiter *limiter, const void *key, uint64_t key_length);
 /* The caller of the place, which is next and found no permit, asks the other processes that hold one (idle: one that
  * is marked as idle) to give one back. They learn it by fshm_wait_watch(). */
 void fshm_wait_ask(fshm_limiter *limiter, const void *key, uint64_t key_length, int idle,
-                   const fshm_place *place);
-/* 1: a caller of another process is next and has asked, and this call is the first to see it: give one back. */
+                   fshm_place *place);
+/* 1: a caller of another process is next and has asked, and this call is the first to see it: give one back. 0: also
+ * where a caller of this process was woken instead, as by fshm_wait_next(). */
 int fshm_wait_asked(fshm_limiter *limiter, const void *key, uint64_t key_length);
 /* The place of this number, below 4,096; without the name of its key. 1; 0: it is free. */
 int fshm_waiter_at(fshm_segment *segment, uint32_t index, fshm_waiter_info *out);

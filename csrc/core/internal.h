@@ -84,6 +84,9 @@ typedef struct {
   _Atomic uint32_t lock; /* threads_lock() around a write to fd, and around the fields */
   _Atomic int fd;
   _Atomic uint32_t heard; /* wake-ups that fshm_wait_watch() has passed on */
+  /* Also of a place where a thread sleeps: its owner (48 bits), and how often it was woken since its last turn for what is
+   * idle in this process (16). */
+  _Atomic uint64_t here;
 } polled_t;
 /* What a process remembers of a look at all permits of a key: semaphore.c. Relaxed words, and a check over them. */
 #define LOOKS 256

@@ -566,13 +566,14 @@ UNGUARDED int fshm_permit_idle(fshm_limiter *l, fshm_permit *p, int idle) {
 }
 
 void fshm_wait_ask(fshm_limiter *l, const void *key, uint64_t length, int idle,
-                   const fshm_place *place) {
+                   fshm_place *place) {
   holder_t h;
   snapshot_t snapshot;
   uint64_t told[(PROCESSES + 63) / 64] = {0};
   if (!holder_make(&h, l, key, length, 0) || !limits_load_of(l, &snapshot) || !snapshot.permits)
     return;
   if (!place->owner || !wait_place_asks(h.s, place)) return;
+  place->asked = 0;
   uint32_t own = OWNER_OF(h.identity), most = permit_bound(l, &snapshot);
   for (uint32_t number = 0; number < most; number++) {
     found_t f;
@@ -582,6 +583,7 @@ void fshm_wait_ask(fshm_limiter *l, const void *key, uint64_t length, int idle,
     if (owner == own || told[owner / 64] >> owner % 64 & 1) continue;
     told[owner / 64] |= UINT64_C(1) << owner % 64;
     wait_tell(h.s, owner);
+    place->asked = 1;
   }
 }
 

@@ -30,6 +30,11 @@
 #define LAST_SERVED UINT64_MAX /* as a tenant: the service of the one that was served last */
 #define REACH(word) ((uint32_t)(word))
 #define CHANGED (UINT64_C(1) << 32)
+/* What a wake-up adds to the word of a place. For one permit that was released: who takes it need not wake the next. Or
+ * there may be room for any number: who takes one wakes the next. */
+#define FOR_ONE 1U
+#define FOR_MORE (1U << 16)
+#define HERE_COUNT UINT64_C(0xffff) /* of a word `here` */
 /* Of a word of `watchers`. */
 #define WATCH_SLEEPS 1U
 #define WATCH_ASKED 2U
@@ -69,6 +74,14 @@ static void lower_reach(fshm_segment *s, uint32_t group, uint64_t seen) {
     (void)atomic_compare_exchange_strong(&s->header->queues[group], &seen,
                                          ((seen >> 32) + 1) << 32);
 }
+
+static void wake_first(fshm_segment *s, uint64_t key, uint32_t what);
+static void wake_for_more(fshm_segment *s, uint64_t key) {
+  if (wait_any(s, wait_group(key))) wake_first(s, key, FOR_MORE);
+}
+
+/* A caller took one of the permits that its place was woken for, and there are no others: so nobody need look for more. */
+static bool took_one(const fshm_place *p) { return p->took && p->units && !p->more && !p->asked; }
 
 /* service --------------------------------------------------------------------------------------- */
 
@@ -226,6 +239,8 @@ static bool take_entry(fshm_segment *s, fshm_place *p, uint64_t now) {
     p->owner = mine;
     p->pid = (uint32_t)getpid();
     p->entry = (uint32_t)(e - s->waiters);
+    p->took = p->asked = p->looked = p->units = p->here = 0;
+    p->more = 1; /* what was released while nobody waited woke nobody */
     store_relaxed(&e->key, p->key);
     store_relaxed(&e->tenant, p->tenant);
     store_relaxed(&e->priority, (int8_t)p->priority);
@@ -266,8 +281,30 @@ int fshm_wait_join(fshm_limiter *l, const void *key, uint64_t length, const fshm
   return !s->read_only && take_entry(s, p, now);
 }
 
-/* The place of the caller that is next. NULL: none waits. */
-static waiter_t *next_of(fshm_segment *s, uint64_t key, uint64_t now) {
+/* Of wake-ups for what is idle in this process: how many the place has not seen yet. */
+static uint32_t here_of(uint64_t word, uint64_t owner) {
+  return word >> 16 == owner << 16 >> 16 ? (uint32_t)(word & HERE_COUNT) : 0;
+}
+/* Each caller of the place was woken for something that is idle in this process, and has not looked yet. */
+static bool are_coming(const fshm_segment *s, const waiter_t *e, uint64_t owner) {
+  return here_of(load_relaxed(&s->polled[e - s->waiters].here), owner) >=
+         load_relaxed(&e->callers);
+}
+static void here_add(fshm_segment *s, const waiter_t *e, uint64_t owner) {
+  _Atomic uint64_t *word = &s->polled[e - s->waiters].here;
+  uint64_t seen = load_relaxed(word), next;
+  do {
+    uint64_t count = here_of(seen, owner) + 1U;
+    next = owner << 16 | (count < HERE_COUNT ? count : HERE_COUNT);
+  } while (!atomic_compare_exchange_weak(word, &seen, next));
+}
+
+static bool is_here(fshm_segment *s, const waiter_t *e) {
+  return (uint32_t)load_relaxed(&e->process) - 1 == process_index(s);
+}
+
+/* The place of the caller that is next; here: of those of this process that are not coming. NULL: none waits. */
+static waiter_t *next_of(fshm_segment *s, uint64_t key, bool here, uint64_t now, waiting_t *out) {
   uint32_t group = wait_group(key);
   uint64_t word = atomic_load_explicit(&s->header->queues[group], memory_order_acquire);
   uint32_t reach = REACH(word) > WAITERS ? WAITERS : REACH(word);
@@ -279,6 +316,7 @@ static waiter_t *next_of(fshm_segment *s, uint64_t key, uint64_t now) {
     uint64_t owner, of, seen;
     any |= !free_abandoned(e, now);
     if (!read_entry(e, &owner, &of, &seen, &w) || of != key || is_late(seen, now)) continue;
+    if (here && (!is_here(s, e) || are_coming(s, e, owner))) continue;
     if (best && w.tenant != first.tenant) {
       first.service = service_of(s, key, first.tenant, now);
       w.service = service_of(s, key, w.tenant, now);
@@ -286,6 +324,7 @@ static waiter_t *next_of(fshm_segment *s, uint64_t key, uint64_t now) {
     if (!best || is_before(&w, &first, now)) best = e, first = w;
   }
   if (!any) lower_reach(s, group, word);
+  *out = first;
   return best;
 }
 
@@ -340,11 +379,22 @@ int fshm_wait_turn(fshm_limiter *l, fshm_place *p, uint64_t now, fshm_turn *out)
   out->armed = atomic_load(&mine->wake);
   out->callers = p->callers;
   bool first = is_first(s, p, p->since, now, out);
+  uint32_t woken = out->armed - p->woken;
+  if (p->looked) p->units = p->here = p->more = 0; /* in vain: there was nothing */
+  p->looked = 1;
+  p->units += woken % FOR_MORE;
+  p->here += here_of(atomic_exchange(&s->polled[p->entry].here, 0), p->owner);
+  p->more |= woken >= FOR_MORE;
   /* Woken, but another is first by now: the wake-up was meant for that one. Or the order has changed: the one that is
    * first now may sleep beside room that only we were told of. */
-  if (!first && (out->armed != p->woken || p->was_first)) wait_wake(s, p->key);
+  if (!first && (p->more || p->units > p->here || p->was_first)) {
+    if (woken || p->units || p->was_first) wake_for_more(s, p->key);
+    p->units = p->here;
+    p->more = 0;
+  }
   /* Its sleep ran out: it looks at all permits, and for dead processes. */
-  if (first && rested && out->armed == p->woken) semaphore_forget(s, p->key >> 12);
+  if (first && rested && !woken) semaphore_forget(s, p->key >> 12);
+  p->took = 0;
   p->woken = out->armed;
   p->was_first = first;
   return first;
@@ -386,21 +436,31 @@ void fshm_wait_correct(fshm_limiter *l, const fshm_place *p, int64_t tokens, uin
 void fshm_wait_requeue(fshm_limiter *l, fshm_place *p, uint64_t since, uint32_t callers,
                        uint64_t now) {
   fshm_segment *s = l->segment;
+  bool more = !took_one(p);
   p->since = since;
   p->callers = callers;
+  p->units = more ? 0 : p->units - 1; /* for the next caller of the place */
+  p->here = more ? 0 : minus(p->here, 1);
+  p->took = p->more = p->asked = p->looked = 0;
   if (!p->owner || !is_ours(&s->waiters[p->entry], p))
     return; /* the next turn takes another place */
   beat(&s->waiters[p->entry], p, now_of(s, now));
   atomic_thread_fence(memory_order_seq_cst); /* wait_wake() comes after a swap elsewhere */
-  wait_wake(s, p->key); /* another may be first by now, and there may be room for more */
+  /* Another may be first by now, and there may be room for more. */
+  if (more)
+    wake_for_more(s, p->key);
+  else
+    p->was_first = 0;
 }
 
 void fshm_wait_leave(fshm_limiter *l, fshm_place *p) {
   fshm_segment *s = l->segment;
   if (!p->owner) return;
+  bool more = !took_one(p) || p->units > 1;
   let_go(s, p);
-  /* Whatever woke us may be for the next; and there may be room for more than one. */
-  if (!p->owner) wait_wake(s, p->key);
+  if (p->owner) return;
+  /* Whatever woke us may be for the next; and there may be room for more than one. seq_cst: pairs with wake_place(). */
+  if (more || atomic_load(&s->waiters[p->entry].wake) != p->woken) wake_for_more(s, p->key);
 }
 
 int fshm_is_waited_for(fshm_limiter *l, const void *key, uint64_t length) {
@@ -509,35 +569,41 @@ static void wake_sleeper(_Atomic uint32_t *word) {
 #endif
 }
 
-static void wake_place(fshm_segment *s, waiter_t *e) {
+/* False: the owner has left meanwhile, and may not have seen it. */
+static bool wake_place(fshm_segment *s, waiter_t *e, uint64_t owner, uint32_t what) {
   uint32_t process = (uint32_t)load_relaxed(&e->process) - 1;
-  (void)atomic_fetch_add(&e->wake, 1);
+  (void)atomic_fetch_add(&e->wake, what);
   if (!load_relaxed(&e->polled)) {
     wake_sleeper(&e->wake);
-    return;
-  }
-  if (process == process_index(s) && poll_wake(s, (uint64_t)(e - s->waiters))) return;
-  if (process < PROCESSES) { /* its watcher, if one sleeps */
-    if (atomic_fetch_add(&s->watchers[process], WATCH_WAKE_UP) & WATCH_SLEEPS)
+  } else if (process != process_index(s) || !poll_wake(s, (uint64_t)(e - s->waiters))) {
+    /* its watcher, if one sleeps */
+    if (process < PROCESSES &&
+        atomic_fetch_add(&s->watchers[process], WATCH_WAKE_UP) & WATCH_SLEEPS)
       wake_sleeper(&s->watchers[process]);
   }
+  /* seq_cst: pairs with fshm_wait_leave(), which frees the place before it looks at `wake`. */
+  return atomic_load(&e->owner) == owner;
 }
 
-void wait_wake_next(fshm_segment *s, uint64_t key) {
-  waiter_t *e = next_of(s, key, segment_now(s));
-  if (e) wake_place(s, e);
+static void wake_first(fshm_segment *s, uint64_t key, uint32_t what) {
+  for (int tries = 0; tries < MAX_TRIES; tries++) {
+    waiting_t first;
+    waiter_t *e = next_of(s, key, false, segment_now(s), &first);
+    if (!e || wake_place(s, e, first.id, what)) break;
+  }
 }
+void wait_wake_next(fshm_segment *s, uint64_t key) { wake_first(s, key, FOR_ONE); }
 
 void wait_wake_all(fshm_segment *s) {
   after_swap();
   for (uint32_t i = 0; i < WAITERS; i++)
-    if (load_relaxed(&s->waiters[i].owner)) wake_place(s, &s->waiters[i]);
+    if (load_relaxed(&s->waiters[i].owner)) (void)wake_place(s, &s->waiters[i], 0, FOR_MORE);
 }
 
 void fshm_wait_wake(fshm_limiter *l, const void *key, uint64_t length) {
   if (l->segment->read_only) return;
   atomic_thread_fence(memory_order_seq_cst); /* after whatever the caller has changed */
-  wait_wake(l->segment, wait_key(fshm_siphash(l->key[0], l->key[1], key, length), l->index));
+  wake_for_more(l->segment, wait_key(fshm_siphash(l->key[0], l->key[1], key, length), l->index));
 }
 
 /* Sleep until the word is no longer `seen`, at most so long. 1: it changed. 0: the time is up, or a signal came. */
@@ -575,24 +641,43 @@ void wait_tell(fshm_segment *s, uint32_t process) {
     wake_sleeper(&s->watchers[process]);
 }
 
+/* Who is next for something that is idle in this process. OURS: a caller of this process, which is woken. */
+static int next_for(fshm_segment *s, uint64_t key, waiter_t **first) {
+  uint64_t now = segment_now(s);
+  waiting_t of_all, own;
+  for (int tries = 0; tries < MAX_TRIES; tries++) {
+    *first = next_of(s, key, false, now, &of_all);
+    if (!*first) return FSHM_NEXT_NONE;
+    waiter_t *e = next_of(s, key, true, now, &own);
+    if (!is_here(s, *first)) {
+      if (!e || !stays_here(&of_all, &own)) return FSHM_NEXT_OTHER;
+    } else if (!e) {
+      e = *first; /* that is coming, and wakes the next */
+      own = of_all;
+    }
+    here_add(s, e, own.id);
+    if (wake_place(s, e, own.id, FOR_ONE)) break;
+  }
+  return FSHM_NEXT_OURS;
+}
+
 int fshm_wait_next(fshm_limiter *l, const void *key, uint64_t length) {
   fshm_segment *s = l->segment;
+  waiter_t *first;
   uint64_t of = wait_key(fshm_siphash(l->key[0], l->key[1], key, length), l->index);
-  waiter_t *e = next_of(s, of, segment_now(s));
-  if (!e) return FSHM_NEXT_NONE;
-  if ((uint32_t)load_relaxed(&e->process) - 1 != process_index(s)) {
-    store_relaxed(&e->asked, 0); /* it gets what our caller closes */
-    return FSHM_NEXT_OTHER;
-  }
-  wake_place(s, e);
-  return FSHM_NEXT_OURS;
+  int next = next_for(s, of, &first);
+  if (next == FSHM_NEXT_OTHER) store_relaxed(&first->asked, 0); /* it gets what our caller closes */
+  return next;
 }
 
 int fshm_wait_asked(fshm_limiter *l, const void *key, uint64_t length) {
   fshm_segment *s = l->segment;
+  waiter_t *e;
+  waiting_t first;
   uint64_t of = wait_key(fshm_siphash(l->key[0], l->key[1], key, length), l->index);
-  waiter_t *e = next_of(s, of, segment_now(s));
-  if (!e || (uint32_t)load_relaxed(&e->process) - 1 == process_index(s)) return 0;
+  e = next_of(s, of, false, segment_now(s), &first);
+  if (!e || is_here(s, e) || !load_relaxed(&e->asked)) return 0;
+  if (next_for(s, of, &e) != FSHM_NEXT_OTHER) return 0; /* it may ask again */
   uint32_t asked = 1;
   /* Pairs with the same swap in other processes: one of them closes a connection. */
   return atomic_compare_exchange_strong(&e->asked, &asked, 0);

@@ -23,7 +23,7 @@ static inline bool wait_any(const fshm_segment *s, uint32_t group) {
   return (uint32_t)load_relaxed(&s->header->queues[group % WAIT_GROUPS]) != 0;
 }
 
-/* Then wake the caller that is next. */
+/* Then wake the caller that is next, for the one permit. */
 static inline void wait_wake(fshm_segment *s, uint64_t key) {
   if (unlikely(wait_any(s, wait_group(key)))) wait_wake_next(s, key);
 }

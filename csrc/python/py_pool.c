@@ -163,8 +163,8 @@ static inline int is_waited_for(const Connection *c) {
 }
 
 /* Mark the pool's connection of this id as idle. 0: it is not `meant` (NULL: any will do), or it is idle already.
- * *wanted: the endpoint, if a caller may wait for the connection or for its permits; or NULL. */
-static int put_back(PoolCore *self, PyObject *id, const Connection *meant, PyObject **wanted) {
+ * *wanted: the connection, if a caller may wait for it or for its permits; or NULL. */
+static int put_back(PoolCore *self, PyObject *id, const Connection *meant, Connection **wanted) {
   int done = 0;
   *wanted = NULL;
   ALONE_BEGIN(self);
@@ -179,17 +179,25 @@ static int put_back(PoolCore *self, PyObject *id, const Connection *meant, PyObj
     /* After the swap in fshm_permit_idle(). A caller that waits has joined the queue before it looks at the permits, and
      * at this stack under this lock: it sees the idle connection, or we see it in the queue. */
     after_swap();
-    if (unlikely(is_waited_for(c))) *wanted = Py_NewRef(c->endpoint);
+    if (unlikely(is_waited_for(c))) *wanted = (Connection *)Py_NewRef((PyObject *)c);
   }
   ALONE_END();
   return done;
 }
 
-/* After put_back(): serve who waits. */
-static int serve(PyObject *pool, PyObject *wanted) {
+/* After put_back(): serve who waits. One of this process is woken. For one of another process, the connection is closed. */
+static int serve(PyObject *pool, Connection *wanted) {
   if (likely(!wanted)) return 0;
-  int failed = done(PyObject_CallMethod(pool, "_returned", "O", wanted));
-  Py_DECREF(wanted);
+  key_arg key;
+  int failed = get_key(wanted->endpoint, &key);
+  if (!failed) {
+    int next = fshm_wait_next(wanted->permits, key.bytes, (uint64_t)key.length);
+    if (next == FSHM_NEXT_NONE) next = fshm_wait_next(wanted->totals, "", 0);
+    Py_XDECREF(key.held);
+    if (next == FSHM_NEXT_OTHER)
+      failed = done(PyObject_CallMethod(pool, "_give_up", "O", wanted->endpoint));
+  }
+  Py_DECREF((PyObject *)wanted);
   return failed;
 }
 
@@ -279,7 +287,8 @@ static PyObject *pool_return(PyObject *o, PyObject *const *args, Py_ssize_t n, P
   static const char *const names[] = {"connection_id"};
   if (!id && parse("return_connection", args, n, kwnames, names, &id, 1, 1)) return NULL;
   if (unbound(self)) return NULL;
-  PyObject *text = exact(id), *wanted = NULL;
+  PyObject *text = exact(id);
+  Connection *wanted = NULL;
   int idle = text && put_back(self, text, NULL, &wanted);
   Py_XDECREF(text);
   if (!idle) return PyErr_Occurred() ? NULL : PyObject_CallMethod(o, "_odd", "O", id);

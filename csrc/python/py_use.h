@@ -35,9 +35,9 @@ static PyObject *pool_use(PyObject *o, PyObject *args) {
 /* Give the connection back. failed: take it out of the pool, and close it; an error of closing is not raised, so as
  * not to hide the first one. */
 static int use_leave(Use *self, int failed) {
-  PyObject *found = NULL, *wanted;
+  PyObject *found = NULL;
   PoolCore *pool = (PoolCore *)self->pool;
-  Connection *c;
+  Connection *c, *wanted;
   ALONE_BEGIN(self);
   c = self->connection;
   self->connection = NULL;
@@ -70,7 +70,7 @@ static int use_hold(Use *self, Connection *c) {
   if (!over) self->connection = c;
   ALONE_END();
   if (!over) return 1;
-  PyObject *wanted;
+  Connection *wanted;
   (void)put_back((PoolCore *)self->pool, c->id, c, &wanted);
   Py_DECREF((PyObject *)c);
   return serve(self->pool, wanted) ? -1 : 0;

@@ -139,6 +139,15 @@ class Place:
         raw = self._given[1]
         lib.fshm_wait_ask(native.limiter, raw, len(raw), idle, native.place)
 
+    def took(self) -> None:
+        """The caller, that leaves now, has one permit. Was it woken for one, nobody need look for
+        more."""
+        self._took(self._native)
+
+    def _took(self, native: _Native | None) -> None:
+        if native is not None:
+            native.place.took = 1
+
     def served(self, cost: int) -> Service | None:
         """The caller was admitted."""
         return None if self._native is None else self._native.served(cost)
@@ -299,6 +308,9 @@ class _InLine(Place):
     def ask(self, idle: bool) -> None:
         if self.line is not None:
             self._ask(self.line.open(), idle)
+
+    def took(self) -> None:
+        self._took(None if self.line is None else self.line.native)
 
     def wake(self) -> None:
         self._woken = True

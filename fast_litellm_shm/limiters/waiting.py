@@ -178,14 +178,17 @@ def in_turn(
     deadline: int,
     wish: Wish = _PLAIN,
     pace: Pace | None = None,
+    passing: Callable[[], T | None] | None = None,
 ) -> Steps[T]:
     """Wait in the place until it is the caller's turn, and attempt then, until an attempt says that
     its result is final. attempt: the steps of one; returns its result, and for how many ns at most
     to wait for the next one (None: the result is final). refused: the result of a caller whose turn
     has not come by the deadline (of time.monotonic_ns()). Raises Shed. pace: is measured, and
-    told to on_wait, by callers that look at their place."""
+    told to on_wait, by callers that look at their place. passing: the result of a caller that was
+    woken before its turn; None: there is none."""
     most, on_wait = wish.max_waiting, wish.on_wait
     looks, came, first, told = most is not None or on_wait is not None, 0, None, -1
+    joined = False
     try:
         if looks:
             came = time.monotonic_ns()
@@ -199,6 +202,11 @@ def in_turn(
                         pace.passed(time.monotonic_ns() - came, first)
                     return result
                 pause = again
+            elif passing is not None and joined:
+                early = passing()
+                if early is not None:
+                    return early
+            joined = True
             left = deadline - time.monotonic_ns()
             if left <= 0:
                 return (yield from waits.ask(refused, _drop)) if result is None else result

@@ -113,6 +113,8 @@ class SimpleConnectionPool(PoolCore):
         self._totals = SharedLimits(
             (self._total,), name=f"pool-total {pool_name}", segment=self._segment, on_full="deny"
         )
+        # Of those that wait, by their queue: tasks that wait for the same stand in one line.
+        self._states = states_of(self._slots), states_of(self._totals)
         self._prefix = f"{self._segment.geometry().instance:016x}"
         self._connect: Callable[[str], Any] | None = None
         self._close: Callable[[Any], object] | None = None
@@ -201,9 +203,10 @@ class SimpleConnectionPool(PoolCore):
     def connection(self, endpoint: str, timeout: float | None = 0) -> Use:
         """``with pool.connection(endpoint) as conn:`` the bound object (without bind(), the id).
         Waits up to ``timeout`` seconds for a connection (None: for ever), then raises
-        PermitTimeoutError. Callers are served in the order in which they came, over all processes;
-        for one that waits, another process closes an idle connection. A connection whose block
-        raised is closed, since its state is unknown.
+        PermitTimeoutError. Callers are served in the order in which they came, over all processes,
+        but for 20 ms: a connection stays in its process for a caller that came up to 20 ms after
+        the first of all. For a caller that waits, another process closes an idle connection. A
+        connection whose block raised is closed, since its state is unknown.
         As a decorator, it holds a connection during each call of the function.
 
         An exception from a signal handler never leaks a connection here, wherever it is raised.
@@ -237,18 +240,27 @@ class SimpleConnectionPool(PoolCore):
         """Wait in the queue of the endpoint, or of the whole pool where the endpoint has room and
         the pool has none. In neither, the caller holds a permit."""
         raw = _check_endpoint(endpoint).encode("utf-8", "surrogatepass")
-        queues = (states_of(self._slots), raw), (states_of(self._totals), b"")
+        queues = (self._states[0], raw), (self._states[1], b"")
         opening: list[Connection] = []
         at, came = 0, 0
 
         def attempt() -> Steps[tuple[str | None, int | None]]:
             yield from ()
             got = tried()
+            if got == _HELD:
+                place.took()
             if got in (_HELD, _MOVE):
                 return got, None
             if deadline > time.monotonic_ns():
                 place.ask(idle=not at)
             return None, NEVER
+
+        def passing() -> str | None:
+            """What is idle in this process may be used, although another's caller is first."""
+            if at or not use._idle():
+                return None
+            place.took()
+            return _HELD
 
         def tried() -> str:
             got = self._attempt(use, endpoint, at)
@@ -263,7 +275,9 @@ class SimpleConnectionPool(PoolCore):
                 found = tried()
             while found != _HELD:
                 place = waits.place(*queues[at], since=came)
-                found = yield from in_turn(waits, place, attempt, lambda: None, deadline)
+                found = yield from in_turn(
+                    waits, place, attempt, lambda: None, deadline, passing=passing
+                )
                 if found != _HELD and deadline <= time.monotonic_ns():
                     raise exceptions.PermitTimeoutError(
                         f"pool {self._name!r}: no connection to {endpoint} within {timeout} s: "
@@ -308,17 +322,6 @@ class SimpleConnectionPool(PoolCore):
                 lambda: self._connected(found), use._hold, lambda: self._release(found)
             )
         use._hold(found)
-
-    def _returned(self, endpoint: str) -> None:
-        """Called by the native part: a connection is idle now, and callers may wait. One of this
-        process is woken. For one of another process, the connection is closed."""
-        raw = endpoint.encode("utf-8", "surrogatepass")
-        for handle, key in ((self._slots._handle, raw), (self._totals._handle, b"")):
-            following = lib.fshm_wait_next(handle, key, len(key))
-            if following == lib.FSHM_NEXT_OTHER:
-                self._give_up(endpoint)
-            if following != lib.FSHM_NEXT_NONE:
-                return
 
     def _asked(self) -> None:
         """Close an idle connection for each caller of another process that has asked for it."""

@@ -17,8 +17,9 @@ typedef struct {
   bool waits, got;
 } caller_t;
 static caller_t callers[CALLERS], callers_then[CALLERS];
-static fshm_permit held; /* by nobody in the queue */
-static fshm_permit held_then;
+static fshm_permit held, also_held; /* by nobody in the queue */
+static fshm_permit held_then, also_held_then;
+static uint32_t most; /* the limit */
 static waiter_t *places_then;
 static uint64_t queues_then[WAIT_GROUPS];
 
@@ -26,13 +27,13 @@ static void put_back_queue(void) {
   memcpy((void *)s->waiters, places_then, WAITERS * sizeof(waiter_t));
   memcpy((void *)s->header->queues, queues_then, sizeof queues_then);
   memcpy(callers, callers_then, sizeof callers);
-  held = held_then;
+  held = held_then, also_held = also_held_then;
 }
 static void keep_all(void) {
   memcpy(places_then, (void *)s->waiters, WAITERS * sizeof(waiter_t));
   memcpy(queues_then, (void *)s->header->queues, sizeof queues_then);
   memcpy(callers_then, callers, sizeof callers);
-  held_then = held;
+  held_then = held, also_held_then = also_held;
   keep_state();
 }
 
@@ -70,6 +71,7 @@ static void go_on_waiting(caller_t *c) {
     c->armed = t.armed;
     if (first) admit(&c->permit);
     if (c->permit.held) {
+      c->place.took = 1; /* it wakes the next only where there may be more */
       fshm_wait_leave(l, &c->place);
       c->waits = false;
       c->got = true;
@@ -96,6 +98,7 @@ static void requeue_0(void) {
   go_on_waiting(&callers[0]);
 }
 static void release(void) { CHECK_EQ(fshm_permit_release(l, &held), 1); }
+static void release_other(void) { CHECK_EQ(fshm_permit_release(l, &also_held), 1); }
 
 /* All have gone as far as they do by themselves. Who has been woken goes on; nobody may sleep beside a free permit; and
  * each that waits is served when the one before it releases. */
@@ -117,16 +120,18 @@ static void verify(void) {
       CHECK_EQ(load_relaxed(&s->waiters[p->entry].key), p->key);
       for (int k = 0; k < i; k++) CHECK(!callers[k].waits || callers[k].place.entry != p->entry);
     }
-    CHECK_EQ(fshm_in_flight(l, KEY), 1); /* else a permit is free beside one that sleeps */
+    CHECK_EQ(fshm_in_flight(l, KEY), most); /* else a permit is free beside one that sleeps */
     for (int i = 0; i < CALLERS; i++)
       if (callers[i].permit.held) (void)fshm_permit_release(l, &callers[i].permit);
     (void)fshm_permit_release(l, &held);
+    (void)fshm_permit_release(l, &also_held);
   }
   for (int i = 0; i < CALLERS; i++) {
     CHECK(!callers[i].waits);
     (void)fshm_permit_release(l, &callers[i].permit);
   }
   (void)fshm_permit_release(l, &held);
+  (void)fshm_permit_release(l, &also_held);
   CHECK_EQ(fshm_in_flight(l, KEY), 0);
   fshm_wait_wake(l, KEY);
   uint64_t left = 0;
@@ -135,18 +140,21 @@ static void verify(void) {
   CHECK_EQ(left, 0);
 }
 
-static void begin_test(void) {
-  const fshm_limit one = {1, 0, 0, FSHM_PERMITS, 0};
+static void begin_test_of(uint32_t permits) {
+  const fshm_limit limit = {permits, 0, 0, FSHM_PERMITS, 0};
+  most = permits;
   s = fresh_segment(1);
-  l = fresh_limiter(s, "a", &one, 1);
+  l = fresh_limiter(s, "a", &limit, 1);
   CHECK_EQ(l->index, 0);
   (void)process_index(s);
   memset(callers, 0, sizeof callers);
   memset(&held, 0, sizeof held);
+  memset(&also_held, 0, sizeof also_held);
   time_is = NOW;
   stops_at = of_the_queue;
   also_put_back = put_back_queue;
 }
+static void begin_test(void) { begin_test_of(1); }
 static void end_test(void) {
   also_put_back = NULL, time_is = 0;
   fshm_limiter_close(l);
@@ -190,6 +198,26 @@ static void test_two_come(void) {
   CHECK(every_schedule("010", "10", verify));
   end_test();
 }
+/* Of two permits: both are free, and nobody has noticed; or both come back, to one that sleeps, and one that comes. */
+static void test_two_permits(void) {
+  begin_test_of(2);
+  roles[0].task = come_0, roles[1].task = come_1, roles[2].task = come_2;
+  keep_all();
+  CHECK(every_schedule("012", "012", verify));
+  end_test();
+  begin_test_of(2);
+  admit(&held), admit(&also_held);
+  come_0(), come_1();
+  CHECK(is_asleep(&callers[0]) && is_asleep(&callers[1]));
+  roles[0].task = go_on_0, roles[1].task = release, roles[2].task = release_other;
+  keep_all();
+  CHECK(every_schedule("12", "120", verify));
+  roles[0].task = come_2;
+  CHECK(every_schedule("102", "120", verify));
+  roles[0].task = give_up_0;
+  CHECK(every_schedule("01", "012", verify));
+  end_test();
+}
 /* Where others stood long ago. */
 static void test_used_places(void) {
   begin_test();
@@ -227,6 +255,7 @@ int main(void) {
   test_first_leaves(give_up_0);
   test_first_leaves(requeue_0);
   test_two_come();
+  test_two_permits();
   test_used_places();
   test_late_one_comes_back();
   end_roles();

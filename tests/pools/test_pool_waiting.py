@@ -24,7 +24,8 @@ from support.waiting import PATIENCE, wait_until, wait_until_async
 from support.workers import meet
 
 from fast_litellm_shm import PermitTimeoutError, Segment, SimpleConnectionPool
-from fast_litellm_shm._shared.named_limiter import states_of
+from fast_litellm_shm._shared.inspection import Inspection
+from fast_litellm_shm._shared.wait_queue import Place, place_of_thread
 
 A, B, C = "https://a.example", "https://b.example", "https://c.example"
 
@@ -41,8 +42,8 @@ def counts(of: SimpleConnectionPool) -> tuple[int, int]:
 def waiting(of: SimpleConnectionPool, endpoint: str | None = A) -> int:
     """How many wait for the endpoint; None: for room in the whole pool."""
     if endpoint is None:
-        return states_of(of._totals).waiting(b"")
-    return states_of(of._slots).waiting(endpoint.encode())
+        return of._states[1].waiting(b"")
+    return of._states[0].waiting(endpoint.encode())
 
 
 class Opened:
@@ -375,6 +376,116 @@ def test_a_connection_that_is_returned_is_closed_for_another_process_that_waits(
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
+@contextmanager
+def _first_of_another_process(of: SimpleConnectionPool) -> Iterator[int]:
+    """A process whose caller waits, and gets a connection in the end: its pid."""
+    pid = os.fork()
+    if not pid:
+        try:
+            with of.connection(A, timeout=PATIENCE):
+                os._exit(0)
+        finally:
+            os._exit(1)
+    wait_until("the child waits", lambda: waiting(of) == 1)
+    yield pid
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def _joined(of: SimpleConnectionPool, later: float) -> Place:
+    """A place of this process, of a caller that came so many seconds after the only one."""
+    (first,) = Inspection(of._segment).waiting()
+    came = of._states[0].now() - int((first["longest_seconds"] - later) * 1e9)
+    place = place_of_thread(of._states[0], A.encode(), since=came)
+    place.join()
+    return place
+
+
+def test_a_connection_stays_for_a_caller_that_came_little_later(segment: Segment) -> None:
+    of = make(segment, max_per_endpoint=1)
+    kept = of.get_connection(A)
+    assert kept is not None
+    with _first_of_another_process(of) as pid:
+        own = _joined(of, 0.01)
+        use = of.connection(A)
+        assert not own.turn()
+        of.return_connection(kept)
+        assert of.health_check(kept)
+        assert not own.turn()  # it is not first, and was woken for what is idle here
+        assert use._idle()
+        own.took()
+        own.leave()
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+        del use  # gives it back: nobody of this process waits
+        assert not of.health_check(kept)
+
+
+def test_a_connection_is_closed_for_a_caller_that_came_much_earlier(segment: Segment) -> None:
+    of = make(segment, max_per_endpoint=1)
+    kept = of.get_connection(A)
+    assert kept is not None
+    with _first_of_another_process(of):
+        own = _joined(of, 0.03)
+        of.return_connection(kept)
+        assert not of.health_check(kept)
+    own.leave()
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_caller_that_was_woken_and_takes_nothing_strands_no_connection(
+    segment: Segment, leaves: bool
+) -> None:
+    """It leaves the queue; or it does nothing at all, as a task of a loop that is blocked."""
+    of = make(segment, max_per_endpoint=1)
+    kept = of.get_connection(A)
+    assert kept is not None
+    with of.connection(B):  # it has begun to listen to other processes
+        pass
+    with _first_of_another_process(of):
+        own = _joined(of, 0.01)
+        of.return_connection(kept)
+        if leaves:
+            own.leave()
+    own.leave()
+    assert not of.health_check(kept)
+
+
+def test_of_two_connections_one_stays_for_the_only_caller_here(segment: Segment) -> None:
+    of = make(segment, max_per_endpoint=2)
+    kept = [of.get_connection(A) or "", of.get_connection(A) or ""]
+    with _first_of_another_process(of):
+        own = _joined(of, 0.01)
+        of.return_connection(kept[0])
+        assert of.health_check(kept[0])
+        of.return_connection(kept[1])
+        assert sum(map(of.health_check, kept)) == 1
+    own.leave()
+
+
+def _dies_having_woken(name: str, parties: int) -> None:
+    of = make(Segment(name), max_per_endpoint=1)
+    kept = of.get_connection(A)
+    meet(name, parties)
+    wait_until("another process waits", lambda: waiting(of) == 1)
+    own = _joined(of, 0.01)
+    of.return_connection(kept or "")
+    if of.health_check(kept or "") and own.came:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_process_of_a_caller_that_was_just_woken_is_killed(segment: Segment) -> None:
+    of = make(segment, max_per_endpoint=1)
+    pid = os.fork()
+    if not pid:
+        try:
+            _dies_having_woken(segment.name, 2)
+        finally:
+            os._exit(1)
+    meet(segment.name, 2)
+    with of.connection(A, timeout=PATIENCE):
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        assert counts(of) == (1, 0)
+
+
 @pytest.mark.parametrize("stopped", [False, True])
 def test_connections_of_an_owner_that_is_killed_while_another_waits(
     segment: Segment, stopped: bool
@@ -424,6 +535,37 @@ def test_a_server_never_sees_more_than_the_limit_when_connections_are_handed_on(
     with CountingServer() as server:
         found = run(_serve_some, [(segment.name, server.url, 3, 3)] * 3, "fork")
         assert found == [30] * 3
+        assert server.most <= 3
+
+
+def _serve_some_on_loops(name: str, url: str, parties: int, loops: int) -> int:
+    meet(name, parties)
+    of, served = make(Segment(name), max_per_endpoint=3), list[bool]()
+    of.bind(connect_client, close_client)
+
+    async def use() -> None:
+        for _ in range(5):
+            async with of.connection_async(url, timeout=PATIENCE) as client:
+                served.append(client.get("/").text == "ok")
+                await asyncio.sleep(0)
+
+    async def main() -> None:
+        await asyncio.gather(*(use() for _ in range(4)))
+
+    started = [threading.Thread(target=asyncio.run, args=(main(),)) for _ in range(loops)]
+    for thread in started:
+        thread.start()
+    for thread in started:
+        thread.join()
+    meet(name, 2 * parties)
+    of.close()
+    return sum(served)
+
+
+def test_tasks_of_several_event_loops_in_several_processes(segment: Segment) -> None:
+    with CountingServer() as server:
+        found = run(_serve_some_on_loops, [(segment.name, server.url, 3, 2)] * 3, "fork")
+        assert found == [40] * 3
         assert server.most <= 3
 
 
