@@ -611,7 +611,7 @@ int64_t fshm_deployment_pick(fshm_segment *segment, uint32_t strategy, const uin
 
 /* Former names ------------------------------------------------------------------------------ */
 /* For programs that were written against them. Fields that have another name now: fshm_limiter_info.counters
- * (tally), fshm_process_info.outage (away), fshm_permit.slot and wakeup (cell, bell), fshm_permit_info.number and
+ * (tally), fshm_process_info.outage (away), fshm_permit.slot (cell), fshm_permit_info.number and
  * table_slot (slot, cell), fshm_permit_lease.leased and reported (allowance, told), fshm_memo_info.entries (places),
  * fshm_request.incarnation (generation). */
 #define FSHM_TALLIES FSHM_COUNTERS

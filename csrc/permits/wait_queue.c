@@ -25,7 +25,9 @@
 
 #define LATE_NS UINT64_C(700000000)
 #define ABANDONED_NS UINT64_C(10000000000)
-#define AHEAD_NS UINT64_C(3600000000000) /* no owner writes a time so far ahead: it is damage */
+/* No owner writes a time so far ahead: it is damage. A place that says so does not count; or is free. */
+#define AHEAD_NS UINT64_C(1000000000)
+#define FAR_AHEAD_NS UINT64_C(3600000000000)
 #define SERVICE_NS UINT64_C(60000000000) /* a tenant without service for so long begins anew */
 #define LAST_SERVED UINT64_MAX /* as a tenant: the service of the one that was served last */
 #define REACH(word) ((uint32_t)(word))
@@ -152,10 +154,10 @@ static bool read_entry(const waiter_t *e, uint64_t *owner, uint64_t *key, uint64
   return load_relaxed(&e->owner) == *owner;
 }
 
-static bool is_past(uint64_t seen, uint64_t now, uint64_t ns) {
-  return now > seen ? now - seen > ns : seen - now > AHEAD_NS;
+static bool is_past(uint64_t seen, uint64_t now, uint64_t ns, uint64_t ahead) {
+  return now > seen ? now - seen > ns : seen - now > ahead;
 }
-static bool is_late(uint64_t seen, uint64_t now) { return is_past(seen, now, LATE_NS); }
+static bool is_late(uint64_t seen, uint64_t now) { return is_past(seen, now, LATE_NS, AHEAD_NS); }
 
 /* Free a place whose owner has not been seen for long. An owner that goes on sees that it has lost the place. True: the
  * place is free. */
@@ -163,7 +165,7 @@ static bool free_abandoned(waiter_t *e, uint64_t now) {
   /* acquire: pairs with take_entry(): `seen` is of this owner, or later */
   uint64_t owner = atomic_load_explicit(&e->owner, memory_order_acquire);
   if (!owner) return true;
-  if (!is_past(load_relaxed(&e->seen), now, ABANDONED_NS)) return false;
+  if (!is_past(load_relaxed(&e->seen), now, ABANDONED_NS, FAR_AHEAD_NS)) return false;
   return atomic_compare_exchange_strong(&e->owner, &owner, 0);
 }
 
@@ -173,12 +175,19 @@ static void beat(waiter_t *e, const fshm_place *p, uint64_t now) {
   store_relaxed(&e->seen, now);
 }
 
+/* 0: it has none. */
+static uint16_t own_process(fshm_segment *s) { return (uint16_t)(process_index(s) + 1); }
+
 /* Not so: we were stopped for long, and another has the place; or it was damaged, or half written by one that was
- * stopped while it took it; or we are a forked child. */
-static bool is_ours(const waiter_t *e, const fshm_place *p) {
+ * stopped while it took it; or we are a forked child, or a process that has joined anew. All that take_entry() writes
+ * is compared: a beat does not write it again. */
+static bool is_ours(fshm_segment *s, const fshm_place *p) {
+  const waiter_t *e = &s->waiters[p->entry];
   return p->owner && load_relaxed(&e->owner) == p->owner &&
          load_relaxed(&e->published) == p->owner && load_relaxed(&e->key) == p->key &&
-         p->pid == (uint32_t)getpid();
+         load_relaxed(&e->tenant) == p->tenant && load_relaxed(&e->priority) == p->priority &&
+         load_relaxed(&e->polled) == (p->fd >= 0) && p->pid == (uint32_t)getpid() &&
+         load_relaxed(&e->process) == own_process(s);
 }
 
 /* The descriptor of an event loop. After poll_end() no thread writes to it: the program may close it. */
@@ -244,7 +253,7 @@ static bool take_entry(fshm_segment *s, fshm_place *p, uint64_t now) {
     store_relaxed(&e->key, p->key);
     store_relaxed(&e->tenant, p->tenant);
     store_relaxed(&e->priority, (int8_t)p->priority);
-    store_relaxed(&e->process, (uint16_t)(process_index(s) + 1)); /* 0: it has none */
+    store_relaxed(&e->process, own_process(s));
     store_relaxed(&e->polled, p->fd >= 0);
     store_relaxed(&e->asked, 0);
     p->woken = load_relaxed(&e->wake);
@@ -359,7 +368,7 @@ int fshm_wait_turn(fshm_limiter *l, fshm_place *p, uint64_t now, fshm_turn *out)
   fshm_segment *s = l->segment;
   memset(out, 0, sizeof *out);
   now = now_of(s, now);
-  if (!p->owner || !is_ours(&s->waiters[p->entry], p)) {
+  if (!p->owner || !is_ours(s, p)) {
     let_go(s, p);
     p->was_first = 1; /* it may have been woken in the other place */
     /* It keeps its time of arrival. */
@@ -442,8 +451,7 @@ void fshm_wait_requeue(fshm_limiter *l, fshm_place *p, uint64_t since, uint32_t 
   p->units = more ? 0 : p->units - 1; /* for the next caller of the place */
   p->here = more ? 0 : minus(p->here, 1);
   p->took = p->more = p->asked = p->looked = 0;
-  if (!p->owner || !is_ours(&s->waiters[p->entry], p))
-    return; /* the next turn takes another place */
+  if (!p->owner || !is_ours(s, p)) return; /* the next turn takes another place */
   beat(&s->waiters[p->entry], p, now_of(s, now));
   atomic_thread_fence(memory_order_seq_cst); /* wait_wake() comes after a swap elsewhere */
   /* Another may be first by now, and there may be room for more. */
@@ -631,7 +639,7 @@ int fshm_wait_sleep(fshm_limiter *l, const fshm_place *p, uint32_t armed, uint64
 }
 
 bool wait_place_asks(fshm_segment *s, const fshm_place *p) {
-  if (!is_ours(&s->waiters[p->entry], p)) return false;
+  if (!is_ours(s, p)) return false;
   atomic_store(&s->waiters[p->entry].asked, 1);
   return true;
 }
@@ -665,6 +673,7 @@ int fshm_wait_next(fshm_limiter *l, const void *key, uint64_t length) {
   fshm_segment *s = l->segment;
   waiter_t *first;
   uint64_t of = wait_key(fshm_siphash(l->key[0], l->key[1], key, length), l->index);
+  if (s->read_only) return FSHM_NEXT_NONE;
   int next = next_for(s, of, &first);
   if (next == FSHM_NEXT_OTHER) store_relaxed(&first->asked, 0); /* it gets what our caller closes */
   return next;
@@ -675,6 +684,7 @@ int fshm_wait_asked(fshm_limiter *l, const void *key, uint64_t length) {
   waiter_t *e;
   waiting_t first;
   uint64_t of = wait_key(fshm_siphash(l->key[0], l->key[1], key, length), l->index);
+  if (s->read_only) return 0;
   e = next_of(s, of, false, segment_now(s), &first);
   if (!e || is_here(s, e) || !load_relaxed(&e->asked)) return 0;
   if (next_for(s, of, &e) != FSHM_NEXT_OTHER) return 0; /* it may ask again */

@@ -520,9 +520,8 @@ static void test_closed_pipes(void) {
       start_child(nothing_is_written, 0, &of)); /* it has woken us, and not through its copy */
   fshm_wait_watch(s, 1000);
   CHECK_EQ(read(of.ends[0], text, sizeof text), 8);
-  store_relaxed(&s->waiters[a.entry].seen, 1); /* stopped for long; and b takes the place */
-  uint64_t long_after = fshm_now(s) + 2 * ABANDONED_NS;
-  CHECK_EQ(fshm_wait_join(l, KEY, &thread, long_after, &b), 1);
+  store_relaxed(&s->waiters[a.entry].seen, UINT64_MAX); /* as if abandoned; and b takes the place */
+  CHECK_EQ(fshm_wait_join(l, KEY, &thread, 0, &b), 1);
   CHECK_EQ(b.entry, a.entry);
   (void)fshm_wait_turn(l, &a, 0, &t); /* a has another */
   CHECK_OP(b.entry, !=, a.entry);
@@ -592,6 +591,10 @@ static void test_read_only(void) {
   fshm_wait_requeue(r, &p, 0, 1, 0);
   fshm_wait_wake(r, KEY);
   fshm_wait_watch(reader, 1000);
+  store_relaxed(&s->waiters[mine.entry].seen, UINT64_MAX); /* a place that others would free */
+  CHECK_EQ(fshm_wait_next(r, KEY), FSHM_NEXT_NONE);
+  CHECK_EQ(fshm_wait_asked(r, KEY), 0);
+  CHECK_EQ(fshm_wait_turn(l, &mine, 0, &t), 1);
   fshm_wait_leave(r, &p);
   CHECK_EQ(fshm_is_waited_for(r, KEY), 1);
   fshm_waiting(r, KEY, NULL, 0, &t);
@@ -613,6 +616,8 @@ static void test_damaged(void) {
   waiter_t *of_a = &s->waiters[a.entry], *of_b = &s->waiters[b.entry];
   store_relaxed(&of_a->seen, UINT64_MAX);
   CHECK_EQ(turn(l, &b, NOW + 2), 1);
+  store_relaxed(&of_a->seen, NOW + 3 * SECOND);
+  CHECK_EQ(turn(l, &b, NOW + 2), 1);
   CHECK_EQ(turn(l, &a, NOW + 2), 1);
   CHECK_EQ(turn(l, &b, NOW + 2), 0);
   store_relaxed(&s->header->queues[wait_group(a.key)], 0);
@@ -624,6 +629,20 @@ static void test_damaged(void) {
   CHECK_EQ(load_relaxed(&s->waiters[b.entry].published), b.owner);
   store_relaxed(&of_b->key, 78);
   CHECK_EQ(turn(l, &b, NOW + 3), 0);
+  for (int which = 0; which < 4; which++) { /* what says how b is woken, and in which order */
+    of_b = &s->waiters[b.entry];
+    if (which == 0) store_relaxed(&of_b->process, 77);
+    if (which == 1) store_relaxed(&of_b->polled, 1);
+    if (which == 2) store_relaxed(&of_b->tenant, 77);
+    if (which == 3) store_relaxed(&of_b->priority, 77);
+    CHECK_EQ(turn(l, &b, NOW + 3), 0);
+    of_b = &s->waiters[b.entry];
+    CHECK_EQ(load_relaxed(&of_b->owner), b.owner);
+    CHECK_EQ(load_relaxed(&of_b->process), process_index(s) + 1);
+    CHECK_EQ(load_relaxed(&of_b->polled), 0);
+    CHECK_EQ(load_relaxed(&of_b->tenant), 0);
+    CHECK_EQ(load_relaxed(&of_b->priority), 0);
+  }
   fshm_turn t;
   fshm_waiting(l, KEY, NULL, NOW + 3, &t);
   CHECK_EQ(t.callers, 2);

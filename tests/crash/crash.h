@@ -89,6 +89,9 @@ enum {
   QUEUE_JOIN, /* T is in it at the end */
   QUEUE_STAY, /* the same; whatever S does, T is answered as if it were alone */
   QUEUE_SERVE,
+  QUEUE_ASK, /* T asks for what S keeps, and is in it at the end */
+  QUEUE_ASKED, /* S asks; T looks who does */
+  QUEUE_WATCH, /* the same, when it was told */
   JOIN,
   LOWER,
   FIRST_JOIN,
@@ -145,6 +148,7 @@ typedef struct {
   fshm_permit permit, total;
   fshm_place place, theirs; /* in the wait queue: of S, and of T */
   fshm_permit waited; /* that S has got in its turn */
+  int ends[2]; /* of the pipe of S's place; 0 = a thread of S sleeps */
   fshm_charged reserved[FSHM_MAX_LIMITS];
   uint32_t asleep; /* what S saw of its place before it slept */
   uint64_t now, clock; /* clock: ns, where time stands; 0 = the system's */

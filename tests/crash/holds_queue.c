@@ -10,7 +10,9 @@ static void queue_time(uint64_t later) { world.clock = world.s->epoch + NOW + la
 
 /* S has world.permit if op->prior, and waits in world.place, asleep, if ARMED. */
 static void queue_join(fshm_place *p, uint64_t since) {
-  const fshm_waiter w = {.tenant = op->op == QUEUE_SERVE ? TENANT : 0, .fd = -1};
+  const bool polled = world.ends[1] && p == &world.place;
+  const fshm_waiter w = {.tenant = op->op == QUEUE_SERVE ? TENANT : 0,
+                         .fd = polled ? world.ends[1] : -1};
   if (!fshm_wait_join(world.l, KEY, strlen(KEY), &w, since, p)) broken("there is no place");
 }
 static bool queue_woken(void) {
@@ -44,11 +46,52 @@ static void start_queue(void) {
     die_after(join_and_die);
   }
   queue_time(0);
+  (void)fshm_wait_watch(world.s, 0); /* a thread of S watches */
   if (!(op->flags & ARMED)) return;
   fshm_turn t;
   queue_join(&world.place, NOW);
   if (!fshm_wait_turn(world.l, &world.place, 0, &t)) broken("S is not the first that waits");
   world.asleep = t.armed;
+}
+
+/* S's place is polled by an event loop; a thread watches for wake-ups of other processes. */
+static uint32_t watched; /* what that thread saw of its word before it slept */
+static void start_queue_polled(void) {
+  if (pipe(world.ends)) broken("no pipe");
+  for (int i = 0; i < 2; i++) (void)fcntl(world.ends[i], F_SETFL, O_NONBLOCK);
+  start_queue();
+}
+static bool loop_woken(void) {
+  uint64_t entries[8];
+  return read(world.ends[0], entries, sizeof entries) > 0;
+}
+static void watch_and_sleep(void) {
+  (void)fshm_wait_watch(world.s, 0);
+  watched = load_relaxed(&world.s->watchers[process_index(world.s)]);
+}
+/* As it was when S fell asleep: what S has in its own memory is not put back with the segment. */
+static void queue_resume(void) {
+  queue_time(0);
+  if (!world.ends[1]) return;
+  (void)loop_woken();
+  poll_begin(world.s, &world.place);
+  watch_and_sleep();
+}
+
+/* S asks the processes that keep what it waits for. */
+static void ask_for_it(void) {
+  if (!wait_place_asks(world.s, &world.place)) broken("S has lost its place");
+}
+static void start_queue_asked(void) {
+  start_queue();
+  ask_for_it();
+}
+/* What T, or a process that comes anew, does when it is told that somebody has asked. */
+static int hears(void) { return fshm_wait_asked(world.l, KEY, strlen(KEY)); }
+static uint32_t heard; /* how often, by S or such a process, at this boundary */
+static void watch_and_hear(void) {
+  while (fshm_wait_watch(world.s, 0))
+    while (hears()) heard++;
 }
 
 static uint32_t queue_callers(void) {
@@ -113,7 +156,11 @@ static void be_served(bool alone) {
 
 static void queue_contend(void) {
   fshm_place another;
-  queue_time(0);
+  queue_resume();
+  if (op->op == QUEUE_ASKED) {
+    ask_for_it();
+    if (fresh_process(hears) != 1) broken("S asks, and a new process does not hear it");
+  }
   if (!world.place.owner) queue_join(&world.place, NOW);
   (void)queue_go_on();
   queue_join(&another, 0);
@@ -142,7 +189,7 @@ static int queue_afresh(void) {
 }
 
 static void queue_survive(void) {
-  queue_time(0);
+  queue_resume();
   if (told->done && told->status != op->status)
     broken("T says %d, not %d", told->status, op->status);
   if (op->op == QUEUE_SERVE) {
@@ -160,14 +207,27 @@ static void queue_survive(void) {
   for (uint32_t g = 0; g < WAIT_GROUPS; g++)
     if (REACH(load_relaxed(&world.s->header->queues[g])))
       broken("the queue has a reach in the end");
+  fshm_place anew[2]; /* in T's place, and in S's */
+  for (int i = 0; i < 2; i++) {
+    queue_join(&anew[i], 0);
+    if (load_relaxed(&world.s->waiters[anew[i].entry].asked)) broken("a new caller has asked");
+  }
+  for (int i = 0; i < 2; i++) fshm_wait_leave(world.l, &anew[i]);
   if (position.k % 16 == 0 && fresh_process(queue_afresh) != 1)
     broken("a new process is not first in an empty queue");
 }
 
 /* S comes, or looks again; of a service: it is served as well. */
 static void queue_overtake(void) {
-  queue_time(0);
+  queue_resume();
+  heard = 0;
   op->overtake();
+}
+static void sleep_on_and_on(void) {}
+static void hear_anew(void) { heard += fresh_process(hears) == 1; }
+static void ask_again(void) {
+  ask_for_it();
+  wait_tell(world.s, told->pid);
 }
 static void come_or_look(void) {
   if (!world.place.owner) queue_join(&world.place, NOW);
@@ -178,13 +238,31 @@ static void be_served_too(void) {
   fshm_wait_served(world.l, &world.place, SERVED, 0);
 }
 
+/* Who asks is heard, once: by S, or T, or a process that came meanwhile; or somebody is still to look. */
+static void check_asked(void) {
+  if (op->op == QUEUE_ASK) {
+    watch_and_hear();
+    if (heard != 1) broken("T has asked, and S hears it %u times", heard);
+  }
+  if (op->op == QUEUE_ASKED && told->status + (int)heard != 1)
+    broken("S has asked, and %d processes hear it", told->status + (int)heard);
+  if (op->op == QUEUE_WATCH && load_relaxed(&world.s->waiters[world.place.entry].asked) &&
+      !(load_relaxed(&world.s->watchers[told->pid]) & WATCH_ASKED))
+    broken("S has asked, and T sleeps");
+}
+
 /* T has gone on to its end, and lives. Who is asleep beside a free permit has missed a wake-up. */
 static void queue_raced(const outcome_t *mine) {
   (void)mine;
   queue_time(0);
-  bool waits = op->op == QUEUE_JOIN || op->op == QUEUE_STAY;
+  bool waits = op->op == QUEUE_JOIN || op->op == QUEUE_STAY || op->op == QUEUE_ASK;
+  if (world.ends[1] && queue_woken() && !loop_woken() &&
+      watched == load_relaxed(&world.s->watchers[process_index(world.s)]))
+    broken("S was woken, and the thread that watches sleeps");
+  check_asked();
   if (op->op != QUEUE_SERVE && queue_woken() && !world.waited.held) (void)queue_go_on();
-  if (op->op != QUEUE_JOIN && told->status != op->status)
+  const bool either = op->op == QUEUE_JOIN || op->op == QUEUE_ASKED;
+  if (!either && told->status != op->status)
     broken("T is answered %d, not %d", told->status, op->status);
   uint64_t more = queue_service() - service_before - 2 * SERVED * SERVICE_UNIT;
   if (op->op == QUEUE_SERVE && more > 1) /* the first service that is counted begins at 1, not 0 */
@@ -196,12 +274,12 @@ static void queue_raced(const outcome_t *mine) {
       broken("T has lost its place");
     if (world.place.owner && world.place.entry == told->place.entry) broken("two have one place");
   }
+  check_places();
   if (op->op != QUEUE_SERVE && queue_callers() != (uint32_t)waits + (world.place.owner != 0))
     broken("%u wait", queue_callers());
   if (op->op != QUEUE_SERVE && !world.waited.held &&
       held_alive(world.l, KEY) < permits_limit(world.l))
     broken("a permit is free, and S sleeps");
-  check_places();
   check_invariants(false);
 }
 
@@ -239,6 +317,36 @@ static void run_queue_requeue(outcome_t *out) {
 static void run_queue_wake(outcome_t *out) {
   fshm_wait_wake(world.l, KEY, strlen(KEY));
   out->status = 1;
+}
+static void run_queue_next(outcome_t *out) {
+  out->status = fshm_wait_next(world.l, KEY, strlen(KEY));
+  out->place = world.theirs;
+}
+static void run_queue_ask(outcome_t *out) {
+  fshm_wait_ask(world.l, KEY, strlen(KEY), 0, &world.theirs);
+  out->place = world.theirs;
+  out->status = 1;
+}
+static void run_queue_asked(outcome_t *out) { out->status = hears(); }
+static void run_queue_watch(outcome_t *out) {
+  out->status = fshm_wait_watch(world.s, 0);
+  if (out->status) out->number = (uint64_t)hears();
+}
+static void be_told(void) {
+  told->pid = process_index(world.s);
+  wait_tell(world.s, told->pid);
+}
+/* T has been woken, for a permit that is free. */
+static void come_and_be_woken(void (*come)(void)) {
+  come();
+  (void)atomic_fetch_add(&world.s->waiters[world.theirs.entry].wake, 1);
+}
+static void come_first_woken(void) { come_and_be_woken(come_first); }
+static void come_next_woken(void) { come_and_be_woken(come_next); }
+/* The reach was damaged. */
+static void come_unreached(void) {
+  come_first();
+  store_relaxed(&world.s->header->queues[wait_group(world.theirs.key)], 0);
 }
 static void run_queue_served(outcome_t *out) {
   fshm_wait_served(world.l, &world.theirs, SERVED, 0);

@@ -271,6 +271,13 @@ static void run_request_and_back(outcome_t *out) {
 #define RELEASES                                                                          \
   .make = start_queue, .holds = &queue, .run = run_release, .op = QUEUE, ONE(PERMITS(1)), \
   .status = 1, .overtake = come_or_look, .prepare = take_one_permit
+/* A permit is free, and S sleeps: T is to wake it. */
+#define WAKES_S(function, which)                                                           \
+  .make = start_queue, .holds = &queue, .run = (function), .op = (which), ONE(PERMITS(1)), \
+  .overtake = sleep_on_and_on, .flags = ARMED
+#define ASKS_FOR(function, which, made)                                                           \
+  .make = (made), .holds = &queue, .run = (function), .op = (which), ONE(PERMITS(1)), .prior = 1, \
+  .status = 1
 #define TAKES(answer) HOLDING(run_admit, TAKE), .status = (answer)
 #define POOL(function, which) \
   .make = start_pool, .holds = &permits, .run = (function), .op = (which)
@@ -725,6 +732,62 @@ static const operation_t operations[] = {
     {.name = "queue-wake-after-dead", QUEUES(run_queue_wake, QUEUE), .status = 1, .dead = 1},
     {.name = "queue-release", RELEASES, .flags = ARMED},
     {.name = "queue-release-none", RELEASES},
+    {.name = "queue-release-polled",
+     .make = start_queue_polled,
+     .holds = &queue,
+     .run = run_release,
+     .op = QUEUE,
+     ONE(PERMITS(1)),
+     .status = 1,
+     .overtake = watch_and_sleep,
+     .prepare = take_one_permit,
+     .flags = ARMED},
+    {.name = "queue-turn-unreached",
+     QUEUES(run_queue_turn, QUEUE_STAY),
+     .prepare = come_unreached,
+     .status = 1,
+     .flags = ARMED},
+    {.name = "queue-turn-woken",
+     WAKES_S(run_queue_turn, QUEUE_JOIN),
+     .prepare = come_next_woken,
+     .status = 0},
+    {.name = "queue-leave-woken",
+     WAKES_S(run_queue_leave, QUEUE),
+     .prepare = come_first_woken,
+     .status = 1},
+    {.name = "queue-requeue-woken",
+     WAKES_S(run_queue_requeue, QUEUE_JOIN),
+     .prepare = come_first_woken,
+     .status = 1},
+    {.name = "queue-reap", WAKES_S(run_reap, QUEUE), .dead = 1, .status = 1},
+    {.name = "queue-ask",
+     ASKS_FOR(run_queue_ask, QUEUE_ASK, start_queue),
+     .prepare = come_first,
+     .overtake = watch_and_hear},
+    {.name = "queue-asked",
+     ASKS_FOR(run_queue_asked, QUEUE_ASKED, start_queue_asked),
+     .overtake = hear_anew,
+     .flags = ARMED},
+    {.name = "queue-watch",
+     ASKS_FOR(run_queue_watch, QUEUE_WATCH, start_queue_asked),
+     .prepare = be_told,
+     .overtake = ask_again,
+     .flags = ARMED},
+    {.name = "queue-next",
+     .make = start_queue_asked,
+     .holds = &queue,
+     .run = run_queue_next,
+     .op = QUEUE,
+     ONE(PERMITS(1)),
+     .prior = 1,
+     .status = FSHM_NEXT_OTHER,
+     .overtake = come_or_look,
+     .flags = ARMED},
+    {.name = "queue-next-ours",
+     QUEUES(run_queue_next, QUEUE_STAY),
+     .prepare = come_first,
+     .status = FSHM_NEXT_OURS,
+     .flags = ARMED},
     {.name = "queue-served-first", SERVES(run_queue_served), .prepare = come_to_be_served},
     {.name = "queue-served", SERVES(run_queue_served), .prepare = come_to_be_served_again},
     {.name = "queue-correct", SERVES(run_queue_correct), .prepare = come_to_be_served_again},

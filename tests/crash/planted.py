@@ -53,8 +53,6 @@ NOT_OURS = (
     "    if (!ok) continue;\n"
 )
 
-GIVEN_BACK = "  if (!give_back(&h, p)) return 0;\n"
-
 FAULTS = [
     Fault(
         "a counter beside the permits",
@@ -83,13 +81,13 @@ FAULTS = [
         "a caller that leaves the queue and wakes none",
         "permits/wait_queue.c",
         (("  if (!p->owner) wait_wake(s, p->key);\n", ""),),
-        "queue-leave",
+        "queue-leave-woken",
         "a permit is free, and S",
     ),
     Fault(
         "a release that wakes none",
         "permits/semaphore.c",
-        (("  if (!give_back(&h, p)) return 0;\n  wait_wake(h.s, wait_key_of(p));\n", GIVEN_BACK),),
+        (("  if (unlikely(wait_any(h.s, p->group))) wake_next(h.s, p);\n", ""),),
         "queue-release",
         "a permit is free, and S",
     ),
@@ -98,12 +96,12 @@ FAULTS = [
         "permits/wait_queue.c",
         (("    store_relaxed(&e->seen, now);\n    /* From free", "    /* From free"),),
         "queue-join-after-dead",
-        "T has lost its place",
+        "S has lost its place",
     ),
     Fault(
         "a dead caller that is before the others",
         "permits/wait_queue.c",
-        (("  return is_past(seen, now, LATE_NS);", "  return is_past(seen, now, ABANDONED_NS);"),),
+        (("is_past(seen, now, LATE_NS, AHEAD_NS)", "is_past(seen, now, ABANDONED_NS, AHEAD_NS)"),),
         "queue-turn-first",
         "a caller that",
     ),
@@ -119,6 +117,101 @@ FAULTS = [
         ),
         "queue-served",
         "of two services",
+    ),
+    Fault(
+        "a caller that keeps a wake-up although another is first",
+        "permits/wait_queue.c",
+        (
+            (
+                "  if (!first && (out->armed != p->woken || p->was_first)) wait_wake(s, p->key);\n",
+                "",
+            ),
+        ),
+        "queue-turn-woken",
+        "a permit is free, and S",
+    ),
+    Fault(
+        "a line whose first caller goes, and wakes none",
+        "permits/wait_queue.c",
+        (("  wait_wake(s, p->key); /* another may", "  /* another may"),),
+        "queue-requeue-woken",
+        "a permit is free, and S",
+    ),
+    Fault(
+        "a reap that wakes none",
+        "permits/semaphore.c",
+        (("  if (freed) wait_wake_all(s);\n", ""),),
+        "queue-reap",
+        "a permit is free, and S",
+    ),
+    Fault(
+        "a reach that is the same again after a caller came",
+        "permits/wait_queue.c",
+        (("&seen, ((seen >> 32) + 1) << 32 | reach", "&seen, (seen >> 32) << 32 | reach"),),
+        "queue-leave-last",
+        "0 wait",
+    ),
+    Fault(
+        "a damaged reach that stays",
+        "permits/wait_queue.c",
+        (
+            (
+                "  if (reach_of(s, group) <= nth) raise_reach(s, group, nth + 1);",
+                "  (void)group, (void)nth;",
+            ),
+        ),
+        "queue-turn-unreached",
+        "a permit is free, and S",
+    ),
+    Fault(
+        "a thread that watches is woken before the place is",
+        "permits/wait_queue.c",
+        (
+            (
+                "  (void)atomic_fetch_add(&e->wake, 1);\n  if (!load_relaxed(&e->polled)) {\n",
+                "  if (!load_relaxed(&e->polled)) {\n    (void)atomic_fetch_add(&e->wake, 1);\n",
+            ),
+            (
+                "      wake_sleeper(&s->watchers[process]);\n  }\n}\n\nvoid wait_wake_next",
+                "      wake_sleeper(&s->watchers[process]);\n  }\n"
+                "  (void)atomic_fetch_add(&e->wake, 1);\n}\n\nvoid wait_wake_next",
+            ),
+        ),
+        "queue-release-polled",
+        "the thread that watches sleeps",
+    ),
+    Fault(
+        "others are told that a caller asks before it does",
+        "permits/semaphore.c",
+        (
+            ("  if (!place->owner || !wait_place_asks(h.s, place)) return;\n", ""),
+            (
+                "    wait_tell(h.s, owner);\n  }\n",
+                "    wait_tell(h.s, owner);\n  }\n  (void)wait_place_asks(h.s, place);\n",
+            ),
+        ),
+        "queue-ask",
+        "S hears it 0 times",
+    ),
+    Fault(
+        "a caller that asks, and is heard by two",
+        "permits/wait_queue.c",
+        (
+            (
+                "  return atomic_compare_exchange_strong(&e->asked, &asked, 0);\n",
+                "  if (load_relaxed(&e->asked) != asked) return 0;\n"
+                "  store_relaxed(&e->asked, 0);\n  return 1;\n",
+            ),
+        ),
+        "queue-asked",
+        "2 processes hear it",
+    ),
+    Fault(
+        "a place that keeps what its last caller has asked",
+        "permits/wait_queue.c",
+        (("    store_relaxed(&e->asked, 0);\n    p->woken", "    p->woken"),),
+        "queue-ask",
+        "a new caller has asked",
     ),
     Fault(
         "a claim without its second look",

@@ -149,6 +149,7 @@ static void segment_restore(const unsigned char *from) {
     if (!handles[i]) continue;
     handles[i]->released = 0;
     handles[i]->frontier = 0;
+    handles[i]->beyond = 0;
   }
 }
 
