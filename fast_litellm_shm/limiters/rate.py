@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
+from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from fast_litellm_shm import limits
@@ -214,7 +215,6 @@ class RateLimiter(SharedLimits):
         self, waits: Waits, key: str | bytes, cost: Cost, timeout: float | None, wished: Wish
     ) -> Steps[Decision]:
         deadline, raw = deadline_ns(timeout), key_bytes(key)
-        tokens = cost if isinstance(cost, int) else max(cost)
         place: Place | None = None
 
         def attempt() -> Steps[tuple[_Found, int | None]]:
@@ -222,7 +222,7 @@ class RateLimiter(SharedLimits):
             found = yield from self._grantor.reserve(waits, self, key, cost, soon)
             if found[0]:
                 if place is not None:
-                    place.served(tokens)
+                    place.served(max(cost) if isinstance(cost, Sequence) else index(cost))
                 return found, None
             retry, left = found[0].retry_after_ns, ns_until(deadline)
             if retry is None or retry > left:

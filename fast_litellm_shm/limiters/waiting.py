@@ -186,6 +186,24 @@ def in_turn(
     has not come by the deadline (of time.monotonic_ns()). Raises Shed. pace: is measured, and
     told to on_wait, by callers that look at their place. passing: the result of a caller that was
     woken before its turn; None: there is none."""
+    try:
+        return (
+            yield from _in_turn(waits, place, attempt, refused, deadline, wish, pace, passing)
+        )
+    finally:
+        place.leave()  # again: an exception of a signal handler may have cut the first one short
+
+
+def _in_turn(
+    waits: Waits,
+    place: Place,
+    attempt: Callable[[], Steps[tuple[T, int | None]]],
+    refused: Callable[[], T],
+    deadline: int,
+    wish: Wish,
+    pace: Pace | None,
+    passing: Callable[[], T | None] | None,
+) -> Steps[T]:
     most, on_wait = wish.max_waiting, wish.on_wait
     looks, came, first, told = most is not None or on_wait is not None, 0, None, -1
     joined = False
@@ -242,7 +260,12 @@ def _into(out: list[T], steps: Steps[T]) -> Steps[None]:
 @types.coroutine
 def run_async(steps: Steps[T]) -> Steps[T]:
     """Run the steps of a call to their end, over ASYNCIO, and return its result."""
-    return (yield from steps)
+    try:
+        return (yield from steps)
+    finally:
+        # An exception may strike here while they sleep. Its traceback keeps them: they would not
+        # end, and hold up those that wait behind them.
+        steps.close()
 
 
 class MustAskError(BlockingIOError):  # the native part knows this base class: no failure

@@ -24,7 +24,7 @@ ROOT = os.geteuid() == 0
 NOBODY = 65534
 # Offsets in the header, csrc/core/layout.h.
 MAGIC, VERSION, BYTE_ORDER, SIZE, CAPACITY = 0, 8, 12, 16, 24
-BOOT, TIME_NAMESPACE, EPOCH = 168, 184, 192
+BOOT, TIME_NAMESPACE, EPOCH = 176, 192, 200
 
 
 def scribble(path: str, at: int, form: str, value: int) -> None:
