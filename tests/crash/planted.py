@@ -53,7 +53,7 @@ NOT_OURS = (
     "    if (!ok) continue;\n"
 )
 
-GIVEN_BACK = "  if (!give_back(&h, p)) return 0;\n"
+TRY_HOME = "  const int status = try_home(h, number, out);\n"
 
 FAULTS = [
     Fault(
@@ -61,14 +61,13 @@ FAULTS = [
         "permits/semaphore.c",
         (
             (
-                "  for (int pass = 0; pass < 2; pass++) { /* the second asks who is dead */\n",
+                TRY_HOME,
                 "  _Atomic uint64_t *counter = &h->s->header->queues[255];\n"
                 "  if (atomic_fetch_add(counter, 1) >= n) {\n"
                 "    (void)atomic_fetch_sub(counter, 1);\n"
                 "    *held = n;\n"
                 "    return FSHM_DENIED;\n"
-                "  }\n"
-                "  for (int pass = 0; pass < 2; pass++) {\n",
+                "  }\n" + TRY_HOME,
             ),
             (
                 "  if (!give_back(&h, p)) return 0;\n",
@@ -89,7 +88,7 @@ FAULTS = [
     Fault(
         "a release that wakes none",
         "permits/semaphore.c",
-        (("  if (!give_back(&h, p)) return 0;\n  wait_wake(h.s, wait_key_of(p));\n", GIVEN_BACK),),
+        (("  if (unlikely(wait_any(h.s, p->group))) wake_next(h.s, p);\n", ""),),
         "queue-release",
         "a permit is free, and S",
     ),
