@@ -53,20 +53,21 @@ NOT_OURS = (
     "    if (!ok) continue;\n"
 )
 
+TRY_HOME = "  const int status = try_home(h, number, out);\n"
+
 FAULTS = [
     Fault(
         "a counter beside the permits",
         "permits/semaphore.c",
         (
             (
-                "  for (int pass = 0; pass < 2; pass++) { /* the second asks who is dead */\n",
+                TRY_HOME,
                 "  _Atomic uint64_t *counter = &h->s->header->queues[255];\n"
                 "  if (atomic_fetch_add(counter, 1) >= n) {\n"
                 "    (void)atomic_fetch_sub(counter, 1);\n"
                 "    *held = n;\n"
                 "    return FSHM_DENIED;\n"
-                "  }\n"
-                "  for (int pass = 0; pass < 2; pass++) {\n",
+                "  }\n" + TRY_HOME,
             ),
             (
                 "  if (!give_back(&h, p)) return 0;\n",

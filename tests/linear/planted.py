@@ -41,7 +41,7 @@ class Fault:
 
 
 SWAP = "    return pair_cas(&c->s->slots[f->slot], &seen, to) ? CLAIMED : CLAIM_LOST;\n"
-TAKE = "      if (!pair_cas(&h->s->slots[f.slot], &seen, mine)) continue;\n"
+TAKE = "  if (unlikely(!pair_cas(&h->s->slots[f.slot], &f.pair, mine))) return PERMIT_UNKNOWN;\n"
 NO_ROOM = "    if (l->verdict.retry && !may_wait(c, op, 0, l)) {\n"
 UNDO = "    for (uint32_t k = i - 1; k-- > 0;) undo(c, k, &looks[k], before[k]);\n"
 PUT = "  return token_lease_put(state, now, lease->tokens, lease->kept, lease->until_ns);\n"
@@ -137,7 +137,7 @@ FAULTS = (
         "permits",
         "permits/semaphore.c",
         TAKE,
-        "      (void)pair_cas(&h->s->slots[f.slot], &seen, mine);\n",
+        "  (void)pair_cas(&h->s->slots[f.slot], &f.pair, mine);\n",
     ),
     Fault(
         "a dead process's permits stay",
