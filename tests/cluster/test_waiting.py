@@ -14,10 +14,10 @@ from fast_litellm_shm import ConcurrencyLimiter, Quota, RateLimiter, Segment, Wi
 from fast_litellm_shm.exceptions import QueueFullError
 
 
-def _limiters(segment: Segment, url: str) -> list[Any]:
+def _limiters(segment: Segment, url: str, most: int = 1) -> list[Any]:
     return [
-        ConcurrencyLimiter(1, name="permits", segment=segment, cluster=url),
-        Quota(rpm=1000, max_parallel=1, name="quota", segment=segment, cluster=url),
+        ConcurrencyLimiter(most, name="permits", segment=segment, cluster=url),
+        Quota(rpm=10**6, max_parallel=most, name="quota", segment=segment, cluster=url),
     ]
 
 
@@ -81,3 +81,44 @@ def test_rates(server: Server, segment: Segment) -> None:
     assert asyncio.run(main()) == [True] * 4
     assert limiter.queue_size("k") == 0
     assert not limiter.wait("k", cost=2)
+
+
+async def _backlog(limiters: list[Any], callers: list[int], services: int) -> list[int]:
+    """How many callers of each host were served, of so many, while so many waited on each."""
+    served, total = [0] * len(limiters), 0
+
+    async def caller(host: int) -> None:
+        nonlocal total
+        while total < services:
+            held = await limiters[host].wait_async("k", timeout=PATIENCE)
+            assert held
+            total += 1
+            served[host] += 1
+            await asyncio.sleep(0.01)
+            if hasattr(held, "release"):
+                held.release()
+
+    await asyncio.gather(*(caller(i) for i, count in enumerate(callers) for _ in range(count)))
+    return served
+
+
+@pytest.mark.parametrize("most", [1, 4])
+@pytest.mark.parametrize("which", [0, 1], ids=["permits", "quota"])
+def test_hosts_whose_callers_wait_share_the_permits(
+    server: Server, segment: Segment, other: Segment, most: int, which: int
+) -> None:
+    """However many callers of each wait."""
+    hosts = [_limiters(each, server.url, most)[which] for each in (segment, other)]
+    found = asyncio.run(_backlog(hosts, [30, 6], 120 * most))
+    assert min(found) > sum(found) / 4, found
+    assert [each.in_flight("k") for each in hosts] == [0, 0]
+
+
+def test_hosts_whose_callers_wait_for_tokens_are_all_served(
+    server: Server, segment: Segment, other: Segment
+) -> None:
+    """No share is promised: tokens are for the host that asks when they are there."""
+    given: dict[str, Any] = {"name": "rate", "cluster": server.url}
+    hosts = [RateLimiter(Window(10, 0.1), segment=each, **given) for each in (segment, other)]
+    found = asyncio.run(_backlog(hosts, [30, 6], 150))
+    assert min(found) > 6, found

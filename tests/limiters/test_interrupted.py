@@ -26,11 +26,15 @@ from fast_litellm_shm import (
     SimpleConnectionPool,
     limited,
 )
-from fast_litellm_shm._shared.named_limiter import SharedLimits, states_of
+from fast_litellm_shm._shared.named_limiter import InnerLimits, SharedLimits, states_of
 from fast_litellm_shm.cluster.single_flight import SingleFlight
 from fast_litellm_shm.integrations.asgi import RateLimitMiddleware as AsgiLimit
 from fast_litellm_shm.integrations.httpx import SharedLimitTransport
+from fast_litellm_shm.integrations.web.turn import Turns
 from fast_litellm_shm.integrations.wsgi import RateLimitMiddleware, Rule
+from fast_litellm_shm.limiters import waiting
+from fast_litellm_shm.limiters.grantors import Quotas
+from fast_litellm_shm.limits import InFlight
 
 A = "https://a.example"
 _NS = 1_000_000  # between tokens of the reservations
@@ -251,6 +255,32 @@ def _asgi(segment: Segment) -> Block:
     return Block(run, lambda: held.in_flight("k"))
 
 
+def _rule_in_vain(segment: Segment) -> Block:
+    """A request that waits under a rule, and is refused."""
+    rules = [Rule(in_flight=1, key=lambda _: "k", name="r", wait=0.0001, priority=lambda _: 1)]
+    answers = RateLimitMiddleware(lambda environ, start: [b"x"], rules, name="w", segment=segment)
+    limiter = ConcurrencyLimiter(1, name="w: r", segment=segment)
+    kept = limiter.acquire("k")
+
+    def run() -> None:
+        environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/", "REMOTE_ADDR": "10.0.0.1"}
+        answers(environ, lambda *_: lambda _: None)
+
+    return Block(run, lambda: limiter.in_flight("k") - bool(kept) + limiter.queue_size("k"))
+
+
+def _rule_in_turn(segment: Segment) -> Block:
+    """A request that waits under a rule, and is admitted."""
+    limits = InnerLimits((InFlight(1),), name="turn", segment=segment, on_full="deny")
+    turns = Turns(Quotas(limits))
+    limiter = ConcurrencyLimiter(1, name="turn", segment=segment)
+
+    def run() -> None:
+        waiting.run(turns.wait(waiting.BLOCKING, "k", 1, 5, waiting.Wish()).__await__()).release()
+
+    return Block(run, lambda: limiter.in_flight("k") + limiter.queue_size("k"))
+
+
 def _httpx(segment: Segment) -> Block:
     class Body(httpx.SyncByteStream):
         def __iter__(self) -> Iterator[bytes]:
@@ -305,7 +335,7 @@ def _tracked(segment: Segment) -> Block:
 BLOCKS = [
     _slot, _permit, _waits_in_vain, _admission, _connection, _decorated_by_a_pool,
     _bound_connection, _waits_for_a_connection, _full_pool, _reservation, _decorated, _wsgi, _asgi,
-    _httpx, _asking, _tracked,
+    _rule_in_vain, _rule_in_turn, _httpx, _asking, _tracked,
 ]  # fmt: skip
 each_block = pytest.mark.parametrize("make", BLOCKS, ids=lambda make: make.__name__[1:])
 
@@ -325,7 +355,7 @@ def test_exceptions_out_of_a_signal_handler_leak_nothing(
 ) -> None:
     block = make(segment)
     waits = make in (_reservation, _decorated)
-    in_vain = make in (_waits_in_vain, _waits_for_a_connection)
+    in_vain = make in (_waits_in_vain, _waits_for_a_connection, _rule_in_vain)
     longest = 1e-3 if waits or in_vain else 150e-6
     # What was reserved is over by itself, a millisecond later: it is looked for after each raise.
     by_signals(block.run, RAISES, longest, block.check if waits else str)
@@ -431,7 +461,28 @@ def _reservation_async(segment: Segment) -> tuple[Callable[[], Awaitable[None]],
     return run, lambda: int(given_up.peek("k").retry_after_ns or 0) > 3600 * 10**9
 
 
+def _waiting_request(segment: Segment) -> tuple[Callable[[], Awaitable[None]], Callable[[], int]]:
+    """Of two requests, one waits under a rule."""
+    rules = [Rule(in_flight=1, key=lambda _: "k", name="r", wait=5)]
+    limiter = ConcurrencyLimiter(1, name="a: r", segment=segment)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(0)
+
+    async def quiet(*_: Any) -> Any:
+        await asyncio.sleep(60)
+
+    async def run() -> None:
+        answers = AsgiLimit(app, rules, name="a", segment=segment)
+        scope = {"type": "http", "method": "GET", "path": "/", "headers": [], "client": ("::1", 1)}
+        await asyncio.gather(*(answers(dict(scope), quiet, quiet) for _ in range(2)))
+
+    return run, lambda: limiter.in_flight("k") + limiter.queue_size("k")
+
+
 TASKS = [_slot_async, _waiting_slot, _admission_async, _connection_async, _reservation_async]
+# Cancelled only: these take long, at each instruction.
+LONG = [_waiting_connection, _waiting_request]
 each_task = pytest.mark.parametrize("make", TASKS, ids=lambda make: make.__name__[1:])
 
 
@@ -444,7 +495,7 @@ async def _until_none(held: Callable[[], int], where: str) -> None:
     assert held() == 0, where
 
 
-@pytest.mark.parametrize("make", [*TASKS, _waiting_connection], ids=lambda make: make.__name__[1:])
+@pytest.mark.parametrize("make", [*TASKS, *LONG], ids=lambda make: make.__name__[1:])
 def test_a_task_cancelled_at_each_step_leaks_nothing(segment: Segment, make: Any) -> None:
     run, held = make(segment)
 

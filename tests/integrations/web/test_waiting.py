@@ -339,7 +339,10 @@ async def _echo(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def _talk(segment: Segment, what: Callable[[Server, ConcurrencyLimiter], Any]) -> Server:
+def _talk(
+    segment: Segment, what: Callable[[Server, ConcurrencyLimiter], Any], serve_ends: bool = False
+) -> Server:
+    """What a server is told while its request waits. serve_ends: that ends it."""
     limiter = permits(segment)
     app = RateLimitMiddleware(
         _echo, [Rule(in_flight=1, wait=PATIENCE)], name="web", segment=segment
@@ -351,8 +354,9 @@ def _talk(segment: Segment, what: Callable[[Server, ConcurrencyLimiter], Any]) -
         serve = asyncio.ensure_future(app(http(client=(KEY, 1)), server.receive, server.send))
         await wait_until_async("it waits", lambda: limiter.queue_size(KEY) == 1)
         what(server, limiter)
-        if server.asked:
-            await asyncio.sleep(0.05)
+        await wait_until_async("all was read", server.messages.empty)
+        if serve_ends:
+            await serve
         held.release()
         await serve
         assert (limiter.in_flight(KEY), limiter.queue_size(KEY)) == (0, 0)
@@ -373,12 +377,48 @@ def test_the_application_gets_what_came_while_it_waited(segment: Segment) -> Non
 
 
 def test_the_application_does_not_get_who_has_gone(segment: Segment) -> None:
-    assert _talk(segment, lambda server, _: server.messages.put_nowait(GONE)).sent == []
+    assert _talk(segment, lambda server, _: server.messages.put_nowait(GONE), True).sent == []
+
+
+@pytest.mark.parametrize("wait", [0.05, PATIENCE])
+def test_a_handshake_waits(segment: Segment, wait: float) -> None:
+    """And is refused when its time is up."""
+    limiter, got = permits(segment, "web: WEBSOCKET"), list[str]()
+
+    async def accept(scope: Scope, receive: Receive, send: Send) -> None:
+        got.append((await receive())["type"])
+        await send({"type": "websocket.accept"})
+        got.append((await receive())["type"])
+
+    rules = [Rule(in_flight=1, methods={"WEBSOCKET"}, wait=wait)]
+    app = RateLimitMiddleware(accept, rules, name="web", segment=segment, websockets=True)
+
+    async def main() -> list[str]:
+        server = Server({"type": "websocket.connect"})
+        held = limiter.acquire(KEY)
+        scope = {"type": "websocket", "path": "/", "headers": [], "client": (KEY, 1)}
+        serve = asyncio.ensure_future(app(scope, server.receive, server.send))
+        if wait == PATIENCE:
+            await wait_until_async("it waits", lambda: limiter.queue_size(KEY) == 1)
+            held.release()
+            await wait_until_async("it is accepted", lambda: bool(server.sent))
+            assert limiter.in_flight(KEY) == 1
+            server.messages.put_nowait({"type": "websocket.disconnect"})
+        await serve
+        held.release()
+        assert len(asyncio.all_tasks()) == 1, "something is left"
+        return [message["type"] for message in server.sent]
+
+    found = asyncio.run(main())
+    accepted = wait == PATIENCE
+    assert found == ["websocket.accept" if accepted else "websocket.close"]
+    assert got == (["websocket.connect", "websocket.disconnect"] if accepted else [])
+    assert limiter.in_flight(KEY) == 0
 
 
 def test_nothing_is_logged_for_clients_that_go(
     segment: Segment, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    _talk(segment, lambda server, _: server.messages.put_nowait(GONE))
+    _talk(segment, lambda server, _: server.messages.put_nowait(GONE), True)
     assert not [each for each in caplog.records if each.name != "asyncio"]
