@@ -22,7 +22,6 @@ from typing import Any
 
 from bench import peers
 from bench.end_to_end import answers, load
-
 from bench.result import OURS, REFERENCE, Plot, Ratio, Result, Row, Settings, Values, asked, ratio
 from fast_litellm_shm import SimpleConnectionPool
 
@@ -64,8 +63,8 @@ def _over_processes(place: peers.Place, settings: Settings, result: Result) -> N
     anew: dict[str, list[float]] = {name: [] for name in most}
     servers: list[subprocess.Popen[bytes]] = []
     try:
-        for name in most:
-            servers.append(_serve(place, most[name], sockets[name], files[name]))
+        for name, connections in most.items():
+            servers.append(_serve(place, connections, sockets[name], files[name]))
             answers(sockets[name], servers[-1])
         rng = random.Random(42)
         for _ in range(rounds):

@@ -366,7 +366,7 @@ typedef struct {
   uint64_t since; /* segment ns: when its first caller came */
   uint32_t entry, weight, rest, woken, shared, pid, was_first;
   uint32_t units, here, more, asked, looked; /* what it was woken for: wait_queue.c */
-  uint32_t took; /* 1: its caller has one permit since its last turn. Set it before the next two calls */
+  uint32_t took; /* set it to 1 where the caller got one permit, before requeue and leave */
   uint32_t callers; /* that wait in it */
   int32_t priority, fd;
 } fshm_place;

@@ -565,8 +565,7 @@ UNGUARDED int fshm_permit_idle(fshm_limiter *l, fshm_permit *p, int idle) {
   return 1;
 }
 
-void fshm_wait_ask(fshm_limiter *l, const void *key, uint64_t length, int idle,
-                   fshm_place *place) {
+void fshm_wait_ask(fshm_limiter *l, const void *key, uint64_t length, int idle, fshm_place *place) {
   holder_t h;
   snapshot_t snapshot;
   uint64_t told[(PROCESSES + 63) / 64] = {0};

@@ -296,8 +296,7 @@ static uint32_t here_of(uint64_t word, uint64_t owner) {
 }
 /* Each caller of the place was woken for something that is idle in this process, and has not looked yet. */
 static bool are_coming(const fshm_segment *s, const waiter_t *e, uint64_t owner) {
-  return here_of(load_relaxed(&s->polled[e - s->waiters].here), owner) >=
-         load_relaxed(&e->callers);
+  return here_of(load_relaxed(&s->polled[e - s->waiters].here), owner) >= load_relaxed(&e->callers);
 }
 static void here_add(fshm_segment *s, const waiter_t *e, uint64_t owner) {
   _Atomic uint64_t *word = &s->polled[e - s->waiters].here;

@@ -220,10 +220,8 @@ def _in_turn(
                         pace.passed(time.monotonic_ns() - came, first)
                     return result
                 pause = again
-            elif passing is not None and joined:
-                early = passing()
-                if early is not None:
-                    return early
+            elif passing is not None and joined and (early := passing()) is not None:
+                return early
             joined = True
             left = deadline - time.monotonic_ns()
             if left <= 0:

@@ -500,7 +500,8 @@ static void nothing_is_written(int i, void *with) {
   fshm_segment *s = of->s;
   (void)i;
   for (uint32_t entry = 0; entry < WAITERS; entry++)
-    if (load_relaxed(&s->waiters[entry].owner)) (void)wake_place(s, &s->waiters[entry], 0, FOR_MORE);
+    if (load_relaxed(&s->waiters[entry].owner))
+      (void)wake_place(s, &s->waiters[entry], 0, FOR_MORE);
   fshm_wait_watch(s, 1000);
   (void)nanosleep(&pause, NULL);
   CHECK_EQ(read(of->ends[0], text, sizeof text), -1);

@@ -198,23 +198,37 @@ static void test_two_come(void) {
   CHECK(every_schedule("010", "10", verify));
   end_test();
 }
-/* Of two permits: both are free, and nobody has noticed; or both come back, to one that sleeps, and one that comes. */
-static void test_two_permits(void) {
-  begin_test_of(2);
-  roles[0].task = come_0, roles[1].task = come_1, roles[2].task = come_2;
-  keep_all();
-  CHECK(every_schedule("012", "012", verify));
-  end_test();
+/* Of two permits. */
+static void begin_with_two_asleep(void) {
   begin_test_of(2);
   admit(&held), admit(&also_held);
   come_0(), come_1();
   CHECK(is_asleep(&callers[0]) && is_asleep(&callers[1]));
-  roles[0].task = go_on_0, roles[1].task = release, roles[2].task = release_other;
+}
+static void test_two_permits(void) {
+  begin_test_of(2); /* both are free, and nobody has noticed */
+  roles[0].task = come_0, roles[1].task = come_1, roles[2].task = come_2;
+  keep_all();
+  CHECK(every_schedule("01", "012", verify));
+  end_test();
+  begin_test_of(2); /* one is free, the other comes back to one that has not looked yet */
+  admit(&held);
+  roles[0].task = come_0, roles[1].task = come_1, roles[2].task = release;
+  keep_all();
+  CHECK(every_schedule("01", "201", verify));
+  end_test();
+  begin_with_two_asleep(); /* the second comes back while the first is taken */
+  release();
+  CHECK(!is_asleep(&callers[0]));
+  roles[0].task = go_on_0, roles[1].task = release_other, roles[2].task = come_2;
+  keep_all();
+  CHECK(every_schedule("01", "01", verify));
+  CHECK(every_schedule("10", "01", verify));
+  end_test();
+  begin_with_two_asleep();
+  roles[0].task = give_up_0, roles[1].task = release, roles[2].task = release_other;
   keep_all();
   CHECK(every_schedule("12", "120", verify));
-  roles[0].task = come_2;
-  CHECK(every_schedule("102", "120", verify));
-  roles[0].task = give_up_0;
   CHECK(every_schedule("01", "012", verify));
   end_test();
 }
