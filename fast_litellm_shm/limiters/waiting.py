@@ -187,9 +187,7 @@ def in_turn(
     told to on_wait, by callers that look at their place. passing: the result of a caller that was
     woken before its turn; None: there is none."""
     try:
-        return (
-            yield from _in_turn(waits, place, attempt, refused, deadline, wish, pace, passing)
-        )
+        return (yield from _in_turn(waits, place, attempt, refused, deadline, wish, pace, passing))
     finally:
         place.leave()  # again: an exception of a signal handler may have cut the first one short
 
