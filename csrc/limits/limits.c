@@ -29,9 +29,7 @@ void limits_number(const uint64_t *numbers, snapshot_t *p) {
   if (p->permits && numbers[p->count])
     p->permits = (uint32_t)min_u64(p->permits, numbers[p->count]);
 }
-bool limits_load_of(const fshm_limiter *l, snapshot_t *p) {
-  return limits_load_of_inline(l, p);
-}
+bool limits_load_of(const fshm_limiter *l, snapshot_t *p) { return limits_load_of_inline(l, p); }
 
 int fshm_limiter_number(fshm_limiter *l, const uint64_t *numbers, uint32_t count) {
   snapshot_t p;
