@@ -69,15 +69,13 @@ class _Client(asyncio.Protocol):
             self.transport.close()
 
 
-async def load(
-    socket: str, seconds: float, connections: int = CONNECTIONS
-) -> tuple[float, list[int]]:
+async def _load(socket: str, seconds: float) -> tuple[float, list[int]]:
     """Requests a second, and what each took, sorted, in ns."""
     loop, took = asyncio.get_running_loop(), []  # type: tuple[asyncio.AbstractEventLoop, list[int]]
     start = time.perf_counter_ns()
     until = start + int(seconds * 1e9)
     clients = []
-    for i in range(connections):
+    for i in range(CONNECTIONS):
 
         def made(number: int = i) -> _Client:
             return _Client(number, until, took)
@@ -101,12 +99,12 @@ def _serve(place: peers.Place, limiter: str, socket: str, redis: str) -> subproc
     )
 
 
-def answers(socket: str, server: subprocess.Popen[bytes]) -> None:
+def _answers(socket: str, server: subprocess.Popen[bytes]) -> None:
     """Wait until it does."""
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
-            asyncio.run(load(socket, 0.2))
+            asyncio.run(_load(socket, 0.2))
             return
         except OSError:
             if server.poll() is not None or time.monotonic() > deadline:
@@ -142,11 +140,11 @@ def run(settings: Settings) -> Result:
             for name, socket in sockets.items():
                 servers[name] = _serve(place, kinds[name], socket, redis)
             for name, socket in sockets.items():
-                answers(socket, servers[name])
+                _answers(socket, servers[name])
             rng = random.Random(15)
             for _ in range(rounds):
                 for name in rng.sample(list(contenders), len(contenders)):
-                    rate, took = asyncio.run(load(sockets[name], seconds))
+                    rate, took = asyncio.run(_load(sockets[name], seconds))
                     rates[name].append(rate)
                     middles[name].append(took[len(took) // 2] / 1e6)
                     tails[name].append(took[len(took) * 99 // 100] / 1e6)

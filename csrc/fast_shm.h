@@ -427,6 +427,8 @@ int fshm_wait_watch(fshm_segment *segment, uint64_t ns);
 #define FSHM_NEXT_OURS 1
 #define FSHM_NEXT_OTHER 2
 int fshm_wait_next(fshm_limiter *limiter, const void *key, uint64_t key_length);
+/* When the caller that is next came: segment ns. UINT64_MAX: none waits. */
+uint64_t fshm_wait_first(fshm_limiter *limiter, const void *key, uint64_t key_length);
 /* The caller of the place, which is next and found no permit, asks the other processes that hold one (idle: one that
  * is marked as idle) to give one back. They learn it by fshm_wait_watch(). */
 void fshm_wait_ask(fshm_limiter *limiter, const void *key, uint64_t key_length, int idle,

@@ -678,6 +678,13 @@ int fshm_wait_next(fshm_limiter *l, const void *key, uint64_t length) {
   return next;
 }
 
+uint64_t fshm_wait_first(fshm_limiter *l, const void *key, uint64_t length) {
+  fshm_segment *s = l->segment;
+  waiting_t first;
+  uint64_t of = wait_key(fshm_siphash(l->key[0], l->key[1], key, length), l->index);
+  return next_of(s, of, false, segment_now(s), &first) ? first.since : UINT64_MAX;
+}
+
 int fshm_wait_asked(fshm_limiter *l, const void *key, uint64_t length) {
   fshm_segment *s = l->segment;
   waiter_t *e;

@@ -185,13 +185,16 @@ static int put_back(PoolCore *self, PyObject *id, const Connection *meant, Conne
   return done;
 }
 
-/* After put_back(): serve who waits. One of this process is woken. For one of another process, the connection is closed. */
+/* After put_back(): serve who waits, for the endpoint or for room in the pool: who came first. One of this process is woken. For one of another process, the connection is closed. */
 static int serve(PyObject *pool, Connection *wanted) {
   if (likely(!wanted)) return 0;
   key_arg key;
   int failed = get_key(wanted->endpoint, &key);
   if (!failed) {
-    int next = fshm_wait_next(wanted->permits, key.bytes, (uint64_t)key.length);
+    int next = FSHM_NEXT_NONE;
+    if (fshm_wait_first(wanted->permits, key.bytes, (uint64_t)key.length) <=
+        fshm_wait_first(wanted->totals, "", 0))
+      next = fshm_wait_next(wanted->permits, key.bytes, (uint64_t)key.length);
     if (next == FSHM_NEXT_NONE) next = fshm_wait_next(wanted->totals, "", 0);
     Py_XDECREF(key.held);
     if (next == FSHM_NEXT_OTHER)

@@ -127,6 +127,7 @@ static void use_queue(user_t *u, fshm_limiter *l, const char *key, uint64_t n, u
   fshm_wait_ask(l, key, 1, (int)what & 1, p);
   MUST((unsigned)fshm_wait_asked(l, key, 1) <= 1);
   MUST((unsigned)fshm_wait_next(l, key, 1) <= FSHM_NEXT_OTHER);
+  (void)fshm_wait_first(l, key, 1);
   MUST((unsigned)fshm_is_waited_for(l, key, 1) <= 1);
   fshm_waiting(l, key, 1, what & 1 ? &n : NULL, now, &t);
   fshm_wait_watch(u->s, 0);

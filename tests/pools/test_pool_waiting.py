@@ -236,6 +236,29 @@ def test_a_waiter_for_a_full_endpoint_does_not_hold_up_the_pool(segment: Segment
     assert counts(of)[0] == 0
 
 
+def test_a_busy_endpoint_does_not_starve_a_caller_that_waits_for_room(segment: Segment) -> None:
+    """Callers wait for the busy one all the time, and use what is returned."""
+    of, ends = make(segment, max_total=2, max_per_endpoint=2), threading.Event()
+
+    def keep_busy() -> None:
+        while not ends.is_set():
+            with of.connection(A, timeout=PATIENCE):
+                time.sleep(0.0005)
+
+    threads = [threading.Thread(target=keep_busy) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(20):
+            wait_until("they wait", lambda: waiting(of))
+            with of.connection(B, timeout=PATIENCE):
+                pass
+    finally:
+        ends.set()
+        for thread in threads:
+            thread.join()
+
+
 def test_threads_that_wait_get_what_becomes_idle(segment: Segment) -> None:
     of, opened, done = make(segment, max_per_endpoint=2), Opened(), list[int]()
     of.bind(opened.connect, lambda _: opened.close())
