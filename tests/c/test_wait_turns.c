@@ -40,9 +40,14 @@ static void keep_all(void) {
 static bool in(const volatile void *at, const volatile void *from, size_t size) {
   return (uintptr_t)at - (uintptr_t)from < size;
 }
+/* What only the owner of a place writes, before others see it, is no reason to stop. */
 static bool of_the_queue(const volatile void *at, bool swap) {
-  return in(at, s->waiters, WAITERS * sizeof(waiter_t)) ||
-         in(at, s->header->queues, sizeof s->header->queues) ||
+  if (in(at, s->waiters, WAITERS * sizeof(waiter_t))) {
+    const size_t field = ((uintptr_t)at - (uintptr_t)s->waiters) % sizeof(waiter_t);
+    return field != offsetof(waiter_t, tenant) && field != offsetof(waiter_t, priority) &&
+           field != offsetof(waiter_t, polled) && field != offsetof(waiter_t, process);
+  }
+  return in(at, s->header->queues, sizeof s->header->queues) ||
          (swap && in(at, s->slots, s->slot_count * sizeof(slot_t)));
 }
 

@@ -50,8 +50,8 @@ static void check_slots(void) {
     uint64_t who = protected_slots[p].who;
     bool found =
         (op->op == RELEASE && (who == world.permit.who || who == world.total.who)) /* S's own */
-        || ((op->op == REAP_BY_FORCE || op->holds->overtake == queue_overtake) &&
-            IS_PERMIT(protected_slots[p].when));
+        || ((op->op == REAP_BY_FORCE || (op->holds && op->holds->overtake == queue_overtake)) &&
+            IS_PERMIT(protected_slots[p].when)); /* a pair has no holds */
     for (uint64_t i = 0; i < world.s->slot_count && !found; i++) {
       pair_t pair = pair_load(&world.s->slots[i]);
       found = pair.who == protected_slots[p].who && pair.when == protected_slots[p].when;
