@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import gc
 import multiprocessing
 import os
 import pickle
-import struct
 import time
 import warnings
-from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -320,22 +317,6 @@ def test_64_processes_over_one_key(segment: Segment) -> None:
     assert held.value == 0
     assert 2 <= highest.value <= 3
     assert make(segment, 3).in_flight("k") == 0
-
-
-def test_another_program_holds_the_places(segment: Segment) -> None:
-    """A process has a place while it holds the lock on its byte (csrc/core/process.c)."""
-    instance, places = segment.geometry().instance, segment.geometry().processes
-    limiter, taken = make(segment, 1), 0
-    with limiter.slot("k"), open(f"{segment.path}.{instance:016x}.lock", "r+b") as file:
-        for place in range(places):
-            one = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, place, 1, 0)
-            with suppress(BlockingIOError):  # this process has one
-                fcntl.fcntl(file, fcntl.F_OFD_SETLK, one)
-                taken += 1
-        assert taken == places - 1
-        with pytest.raises(AssertionError, match="though 1 of 4096 are living .* `lslocks` tells"):
-            run_one(_acquire_once, segment.name, method="fork")
-    assert run_one(_acquire_once, segment.name, method="fork")
 
 
 @pytest.mark.skipif(
