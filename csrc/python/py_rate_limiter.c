@@ -428,6 +428,16 @@ static PyObject *core_remaining(PyObject *o, PyObject *key) {
   return out;
 }
 
+/* _in_flight(key) -> int: permits of the key that living processes hold. */
+static PyObject *core_in_flight(PyObject *o, PyObject *key) {
+  Core *self = (Core *)o;
+  key_arg k;
+  if (bound(self) || get_own_key(self, key, &k)) return NULL;
+  uint32_t held = fshm_in_flight(self->limiter, k.bytes, (uint64_t)k.length);
+  Py_XDECREF(k.held);
+  return PyLong_FromUnsignedLong(held);
+}
+
 /* _settle(key, charged, actual, permit): charge what was used instead of what was estimated; a tuple each, with a
  * number for each limit. permit: of the call. */
 static PyObject *core_settle(PyObject *o, PyObject *const *args, Py_ssize_t n) {
@@ -654,6 +664,7 @@ static PyMethodDef core_methods[] = {
     {"_end_keys_in", core_end_keys_in, METH_O, NULL},
     {"_refused", core_refused, METH_VARARGS, NULL},
     {"_refused_permit", core_refused_permit, METH_VARARGS, NULL},
+    {"_in_flight", core_in_flight, METH_O, NULL},
     {"_remaining", core_remaining, METH_O, NULL},
     {"_settle", FAST(core_settle), METH_FASTCALL, NULL},
     {"_acquire_many", FAST(core_acquire_many), FLAGS, NULL},

@@ -153,6 +153,7 @@ class InnerLimits(SharedLimits):
 
     admit = Core._admit
     refused = Core._refused_permit
+    in_flight = Core._in_flight
     settle = Core._settle
     remaining = Core._remaining
     end_keys_in = Core._end_keys_in

@@ -167,7 +167,7 @@ class Quotas:
 
     def in_flight(self, key: Key) -> int:
         """Calls of the key in flight on this host."""
-        return self._states.in_flight(self._raw(key))
+        return self._shared.in_flight(key)
 
     def left(self, key: Key, *, ask: bool = False) -> tuple[int, ...]:
         """Tokens left of each rate. ask: if this host does not know, ask the server."""
