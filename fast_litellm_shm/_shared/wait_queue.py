@@ -489,9 +489,8 @@ _events: WeakKeyDictionary[Any, _Events] = WeakKeyDictionary()
 
 
 def _running_loop() -> asyncio.AbstractEventLoop:
-    from asyncio import get_running_loop
-
-    return get_running_loop()
+    found: Any = sys.modules.get("asyncio") or import_module("asyncio")
+    return found.get_running_loop()  # type: ignore[no-any-return]
 
 
 def _events_of(owner: Any, kind: type[_Events]) -> _Events:

@@ -9,6 +9,7 @@ from fast_litellm_shm import exceptions, limits
 from fast_litellm_shm._shared.named_limiter import key_bytes, states_of
 from fast_litellm_shm._shared.native import Permit, Slot, ffi, lib
 from fast_litellm_shm._shared.segment import InSegment, Segment
+from fast_litellm_shm._shared.wait_queue import Place
 from fast_litellm_shm.limiters.choice import chosen
 from fast_litellm_shm.limiters.grantors import ClusterArgument
 from fast_litellm_shm.limiters.rate import deadline_ns
@@ -88,7 +89,7 @@ class ConcurrencyLimiter(InSegment):
 
     def in_flight(self, key: str | bytes) -> int:
         """How many permits of the key living processes hold. Frees those of dead processes."""
-        return self._states.in_flight(key_bytes(key))
+        return self._shared.in_flight(key)
 
     def wait(
         self,
@@ -155,26 +156,17 @@ class ConcurrencyLimiter(InSegment):
         self, waits: Waits, key: str | bytes, timeout: float | None, wished: Wish
     ) -> Steps[Permit]:
         deadline = deadline_ns(timeout)
-
-        def attempt() -> Steps[tuple[Permit, int | None]]:
-            permit = yield from waits.ask(lambda: self.acquire(key), lambda late: late.release())
-            if permit:
-                granted.append(permit)
-                place.served(1)
-            return permit, None if permit else self._grantor.wake_ns
-
-        def refused() -> Permit:
-            return self._shared.refused(key, 0)
-
-        granted: list[Permit] = []
         place = waits.place(self._states, key_bytes(key), wished.order)
+        tries = _Tries(self, waits, key, place)
         try:
             return (
-                yield from in_turn(waits, place, attempt, refused, deadline, wished, self._pace)
+                yield from in_turn(
+                    waits, place, tries.attempt, tries.refused, deadline, wished, self._pace
+                )
             )
         except BaseException:
-            for permit in granted:
-                permit.release()  # the traceback may keep it
+            if tries.granted is not None:
+                tries.granted.release()  # the traceback may keep it
             raise
 
     def queue_size(self, key: str | bytes, tenant: str | None = None) -> int:
@@ -246,6 +238,33 @@ class ConcurrencyLimiter(InSegment):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.max_in_flight}, name={self.name!r})"
+
+
+class _Tries:
+    """Of a call that waits. An object, since closures would be ten, and ten thousand tasks that
+    wait are what the garbage collector goes through."""
+
+    __slots__ = ("_key", "_limiter", "_place", "_waits", "granted")
+
+    def __init__(
+        self, limiter: ConcurrencyLimiter, waits: Waits, key: str | bytes, place: Place
+    ) -> None:
+        self._limiter, self._waits, self._key, self._place = limiter, waits, key, place
+        self.granted: Permit | None = None
+
+    def attempt(self) -> Steps[tuple[Permit, int | None]]:
+        limiter, key = self._limiter, self._key
+        # `granted` first: a permit in a local variable is kept by the traceback of an exception.
+        self.granted = permit = yield from self._waits.ask(
+            lambda: limiter.acquire(key), lambda late: late.release()
+        )
+        if not permit:
+            return permit, limiter._grantor.wake_ns
+        self._place.served(1)
+        return permit, None
+
+    def refused(self) -> Permit:
+        return self._limiter._shared.refused(self._key, 0)
 
 
 class _Slot(Slot, ContextDecorator):
