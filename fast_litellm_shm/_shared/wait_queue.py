@@ -247,9 +247,9 @@ class _Line:
             del events.listening[self.entry]
         if native is not None:
             native.leave()
-        watch, self.watch = self.watch, None
-        if watch is not None:
-            watch.lines.discard(self)
+        if self.watch is not None:
+            self.watch.lines.discard(self)
+        self.watch = None  # last: what an exception cuts short is done again
 
 
 class _InLine(Place):

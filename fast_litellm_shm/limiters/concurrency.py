@@ -261,6 +261,7 @@ class _Tries:
         if not permit:
             return permit, limiter._grantor.wake_ns
         self._place.served(1)
+        self._place.took()
         return permit, None
 
     def refused(self) -> Permit:
