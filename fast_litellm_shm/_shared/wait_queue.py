@@ -249,7 +249,7 @@ class _Line:
             native.leave()
         if self.watch is not None:
             self.watch.lines.discard(self)
-            self.watch = None
+        self.watch = None  # last: what an exception cuts short is done again
 
 
 class _InLine(Place):

@@ -254,13 +254,14 @@ class _Tries:
 
     def attempt(self) -> Steps[tuple[Permit, int | None]]:
         limiter, key = self._limiter, self._key
-        permit = yield from self._waits.ask(
+        # `granted` first: a permit in a local variable is kept by the traceback of an exception.
+        self.granted = permit = yield from self._waits.ask(
             lambda: limiter.acquire(key), lambda late: late.release()
         )
         if not permit:
             return permit, limiter._grantor.wake_ns
-        self.granted = permit
         self._place.served(1)
+        self._place.took()
         return permit, None
 
     def refused(self) -> Permit:
