@@ -180,18 +180,18 @@ def work(kind: str, segment: Segment, path: str, counts: memoryview, over: memor
     os._exit(0)
 
 
-def wait_once(kind: str, name: str, whiches: tuple[int, ...]) -> None:
-    """A process that waits for some of the things at once, and gives them back."""
+def use_once(kind: str, name: str, whiches: tuple[int, ...], seconds: float = 0.0) -> None:
+    """A process that waits for some of the things at once, and keeps them for so long."""
     library = green.patch(kind, looks=True) if kind in green.HUBS else None
     things = Things(Segment(name))
 
     def one(which: int) -> None:
         with things.enter(which, PATIENCE):
-            pass
+            time.sleep(seconds)
 
     async def one_async(which: int) -> None:
         async with things.enter_async(which, PATIENCE):
-            pass
+            await asyncio.sleep(seconds)
 
     async def all_of_them() -> None:
         await asyncio.gather(*(one_async(which) for which in whiches))
