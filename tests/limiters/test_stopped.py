@@ -1,5 +1,6 @@
 """A process that is stopped at the head of a queue delays nobody beyond a second, whatever it waits
-for, and however: in a thread, a task or a greenlet."""
+for, and however: in a thread, a task or a greenlet. A process that is stopped keeps what it holds,
+and one that is killed holds nothing a second later."""
 
 from __future__ import annotations
 
@@ -7,16 +8,19 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from contextlib import ExitStack
 
 import pytest
-from support.wait_storm import MOST, Things, wait_once
+from support.permits import wait_until_dead
+from support.wait_storm import MOST, Things, use_once
 from support.waiting import PATIENCE, comes_true, wait_until
 
 from fast_litellm_shm import RateLimiter, Segment, Window
 from fast_litellm_shm._shared.inspection import Inspection
 
 WHICH = (1, 2, 3)  # a slot, the quota, a connection
+ALL = tuple(each for each in WHICH for _ in range(MOST[each]))
 WITHIN = 1.0  # seconds
 
 
@@ -41,7 +45,7 @@ def test_a_stopped_process_at_the_head(segment: Segment, kind: str, heads: int) 
     things, served = Things(segment), list[int]()
     context = multiprocessing.get_context("spawn")
     stopped = [
-        context.Process(target=wait_once, args=(kind, segment.name, WHICH), daemon=True)
+        context.Process(target=use_once, args=(kind, segment.name, WHICH), daemon=True)
         for _ in range(heads)
     ]
     with ExitStack() as stack:
@@ -66,6 +70,34 @@ def test_a_stopped_process_at_the_head(segment: Segment, kind: str, heads: int) 
     for each in stopped:  # it has its turn when it goes on
         each.join(PATIENCE)
         assert each.exitcode == 0
+
+
+@pytest.mark.parametrize("kind", ["threads", "tasks", "gevent", "eventlet"])
+def test_what_a_stopped_process_holds_comes_back_when_it_is_killed(
+    segment: Segment, kind: str
+) -> None:
+    things, served = Things(segment), list[int]()
+    holder = multiprocessing.get_context("spawn").Process(
+        target=use_once, args=(kind, segment.name, ALL, PATIENCE), daemon=True
+    )
+    holder.start()
+    try:
+        wait_until("it holds all", lambda: things.held()[:4] == [0, 1, 2, 2])
+        threads = [threading.Thread(target=_wait, args=(things, each, served)) for each in WHICH]
+        for thread in threads:
+            thread.start()
+        wait_until("all wait", lambda: _callers(segment) == len(WHICH))
+        os.kill(holder.pid or 0, signal.SIGSTOP)
+        time.sleep(2 * WITHIN)
+        assert not served and things.held()[:4] == [0, 1, 2, 2], "it lives, and holds them"
+    finally:
+        holder.kill()
+        wait_until_dead(holder.pid or 0)
+    assert comes_true(lambda: len(served) == len(WHICH), WITHIN), served
+    for thread in threads:
+        thread.join()
+    holder.join()
+    assert things.held()[:3] == [0, 0, 0]
 
 
 def _wait_for_a_token(name: str) -> None:

@@ -180,18 +180,18 @@ def work(kind: str, segment: Segment, path: str, counts: memoryview, over: memor
     os._exit(0)
 
 
-def wait_once(kind: str, name: str, whiches: tuple[int, ...]) -> None:
-    """A process that waits for some of the things at once, and gives them back."""
+def use_once(kind: str, name: str, whiches: tuple[int, ...], seconds: float = 0.0) -> None:
+    """A process that waits for some of the things at once, and keeps them for so long."""
     library = green.patch(kind, looks=True) if kind in green.HUBS else None
     things = Things(Segment(name))
 
     def one(which: int) -> None:
         with things.enter(which, PATIENCE):
-            pass
+            time.sleep(seconds)
 
     async def one_async(which: int) -> None:
         async with things.enter_async(which, PATIENCE):
-            pass
+            await asyncio.sleep(seconds)
 
     async def all_of_them() -> None:
         await asyncio.gather(*(one_async(which) for which in whiches))
@@ -223,13 +223,19 @@ class Workers:
         self._segment, self._path = Segment(name), path
         shared = memoryview(mmap.mmap(-1, 8 * (1 + _WORDS * len(KINDS)))).cast("Q")
         self.over, self._counts = shared[:1], shared[1:]
+        self._served_before = [0] * len(KINDS)  # by the predecessors of each
         self.pids = [self._begin(number) for number in range(len(KINDS))]
         self.stopped: dict[int, float] = {}  # number: when it goes on
 
     def counts(self, number: int) -> memoryview:
         return self._counts[number * _WORDS : (number + 1) * _WORDS]
 
+    def has_served(self, number: int) -> bool:
+        """Since it began. Greenlets need a while for that."""
+        return self.counts(number)[_SERVED] > self._served_before[number]
+
     def _begin(self, number: int) -> int:
+        self._served_before[number] = self.counts(number)[_SERVED]
         pid = os.fork()
         if pid:
             return pid
@@ -270,14 +276,16 @@ def storm(name: str, path: str, seconds: float, seed: int) -> Report:
     report, chance = Report(), random.Random(seed)
     counted, workers = Holders(path, holds=False), Workers(name, path)
     try:
+        wait_until("all have begun", lambda: all(map(workers.has_served, range(len(KINDS)))))
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            time.sleep(chance.uniform(0.0, 0.2))
+            time.sleep(chance.uniform(0.0, 0.1))
             workers.go_on()
             number = chance.randrange(len(KINDS) - 1)
             if chance.random() < 0.7:
-                workers.kill(number)
-                report.kills += 1
+                if workers.has_served(number) or chance.random() < 0.1:
+                    workers.kill(number)
+                    report.kills += 1
             elif number not in workers.stopped and len(workers.stopped) < 2:
                 workers.stop(number)
                 report.stops += 1
