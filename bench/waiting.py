@@ -5,7 +5,8 @@ its own process only; asyncio.to_thread beside them. A slot of key B beside 256 
 processes x 32 threads that wait for key A, by itself and handed over between two processes. A
 denial where 10 to 50,000 permits are held. The next caller after waiters that were cancelled, or
 killed. Two tenants over 4 processes, of 10 to 400 tokens a request and 8 permits: the served
-tokens of one less those of the other, over any interval. A tenant of few requests, while another
+tokens of one less those of the other, over any interval; and one tenant alone, beside callers of
+none that wait for another key. A tenant of few requests, while another
 keeps the 8 permits busy, by itself or with 1,000 more that wait. Contenders take turns.
 """
 
@@ -18,8 +19,9 @@ import random
 import statistics
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, contextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -40,6 +42,7 @@ HELD = (10, 1_000, 50_000)
 INTERVAL = 1.0  # seconds between two tokens of a key whose waiters have gone
 LARGEST, TENANT_PERMITS = 400, 8  # tokens
 SERVICE, BUSY = 0.01, 8  # of the tenant of few requests: seconds, permits
+START = 0.7  # seconds that processes have until they are measured
 ALONE, ASYNCIO = "alone", "asyncio.Semaphore"
 
 clock = time.monotonic_ns  # the same in all processes
@@ -112,7 +115,7 @@ def tasks(settings: Settings, segment: Segment, result: Result) -> None:
     limiter = ConcurrencyLimiter(50, name="tasks", segment=segment)
     counts = settings.pick((4_000, 10_000), (4_000,))
     took: dict[tuple[str, int], list[float]] = {}
-    for _ in range(settings.pick(settings.share(9), 3)):
+    for _ in range(settings.pick(settings.share(6), 3)):
         for count in counts:
             took.setdefault((OURS, count), []).append(
                 asyncio.run(_through(lambda: limiter.slot_async("k"), count))
@@ -144,7 +147,7 @@ def pooled(settings: Settings, segment: Segment, result: Result) -> None:
     group, beside = "500 tasks of 5 ms, 10 connections", "asyncio.to_thread beside them"
     took: dict[str, list[float]] = {OURS: [], ASYNCIO: []}
     delays: dict[str, list[float]] = {OURS: [], ASYNCIO: [], ALONE: []}
-    for _ in range(settings.pick(settings.share(9), 3)):
+    for _ in range(settings.pick(settings.share(6), 3)):
         semaphore = asyncio.Semaphore(10)
         enters: dict[str, Enter] = {
             OURS: lambda: pool.connection_async(ENDPOINT, None),
@@ -232,7 +235,7 @@ def other_keys(settings: Settings, segment: Segment, result: Result) -> None:
             found.setdefault((who, "handed over between 2 processes"), []).append(over / 1000)
 
         measure("warm", 0)
-        for number in range(settings.pick(settings.share(15), 3)):
+        for number in range(settings.pick(settings.share(10), 3)):
             measure(ALONE, number)
             with limiter.slot("A"):
                 for _, end in waiting:
@@ -314,7 +317,7 @@ def ghosts(settings: Settings, segment: Segment, result: Result) -> None:
         limiter.wait("k")
         return time.perf_counter() - begun
 
-    for _ in range(settings.pick(settings.share(3), 1)):
+    for _ in range(settings.pick(settings.share(2), 1)):
         with _children(64, _wait_for_ever, segment.name) as waiting:
             _until("all wait", lambda: killed.queue_size("k") >= 64)
             for child, _ in waiting:
@@ -343,6 +346,7 @@ class Calls(NamedTuple):
     least: int  # tokens of a call
     most: int
     pause: float = 0.0
+    key: str = "k"
 
 
 class Served(NamedTuple):
@@ -367,7 +371,9 @@ def _serve(
                 came = clock()
             tokens = rng.randint(of.least, of.most)
             timeout = max(end - came, 0) / 1e9
-            async with await quota.wait_async("k", tokens, timeout, tenant=of.tenant) as admission:
+            async with await quota.wait_async(
+                of.key, tokens, timeout, tenant=of.tenant
+            ) as admission:
                 if admission:
                     now = clock()
                     served.append(Served(now, of.tenant, tokens, now - came))
@@ -390,25 +396,21 @@ def _served(
     *more: Sequence[Calls],
 ) -> list[Served]:
     """By 4 processes that make the same calls, and one for each of ``more``."""
-    end = clock() + round((seconds + 0.3) * 1e9)
+    end = clock() + round((seconds + START) * 1e9)
     given = segment.name, permits, service
     start = end - round(seconds * 1e9)
     found: list[Served] = []
-    with _children(4, _serve, *given, calls, end) as alike:
-        others = [_children(1, _serve, *given, each, end) for each in more]
-        ends = [pipe for _, pipe in alike]
-        for each in others:
-            ends += [pipe for _, pipe in each.__enter__()]
-        for pipe in ends:
+    with ExitStack() as stack:
+        made = (_children(1, _serve, *given, each, end) for each in (*[calls] * 4, *more))
+        children = [child for one in made for child in stack.enter_context(one)]
+        for _, pipe in children:
             found += _answer(pipe)
-        for each in others:
-            each.__exit__(None, None, None)
-    return sorted(each for each in found if each.when > start)
+    return sorted((each for each in found if each.when > start), key=lambda each: each.when)
 
 
 def two_tenants(settings: Settings, segment: Segment, result: Result) -> None:
     """Both have callers in the queue all the time; and one alone."""
-    seconds, times = settings.pick((1.0, settings.share(3)), (0.5, 1))
+    seconds, times = settings.pick((1.0, settings.share(2)), (0.5, 1))
     both = [Calls("a", 8, 10, LARGEST), Calls("b", 8, 10, LARGEST // 4)]
     apart, sums = [], []
     for _ in range(times):
@@ -426,14 +428,14 @@ def two_tenants(settings: Settings, segment: Segment, result: Result) -> None:
     told = f"{group}: served to one less served to the other"
     result.ratios.append(at_most(told, Values([max(apart)]), bound, unit="tokens", worst=True))
     rates: dict[str, list[float]] = {"of one tenant": [], "of no tenant": []}
-    turns = list(zip(rates.values(), ("a", None), strict=True))
-    for _ in range(settings.pick(settings.share(9), 3)):
-        turns.reverse()
-        for values, tenant in turns:
-            calls = [Calls(tenant, 8, 100, 100)]
-            served = _served(segment, TENANT_PERMITS, HOLD, seconds / 2, calls)
-            values.append(len(served) / (seconds / 2))
-    group = "callers of 4 processes, 8 permits"
+    lone = [Calls("a", 8, 100, 100, key="one"), Calls(None, 8, 100, 100, key="none")]
+    for _ in range(settings.pick(settings.share(4), 2)):
+        lone.reverse()
+        served = _served(segment, TENANT_PERMITS, SERVICE, 1.0, lone)
+        counts = Counter(each.tenant for each in served)
+        rates["of one tenant"].append(counts["a"])
+        rates["of no tenant"].append(counts[None])
+    group = "callers of two keys at once, 4 processes, 8 permits each"
     result.rows += [Row(name, "admitted/s", Values(v), OURS, group) for name, v in rates.items()]
     result.ratios.append(
         ratio(result.rows, "of one tenant", "of no tenant", 0.99, promise=PROMISE, group=group)
@@ -441,8 +443,9 @@ def two_tenants(settings: Settings, segment: Segment, result: Result) -> None:
 
 
 def _p99(served: list[Served]) -> tuple[float, float]:
-    """Of the light tenant's waits: the median and the 99th percentile, in ms."""
-    waits = sorted(each.waited / 1e6 for each in served if each.tenant == "light")
+    """Of the waits of the light tenant that began in the time: median and 99th percentile, ms."""
+    light = [each for each in served if each.tenant == "light"]
+    waits = sorted(each.waited / 1e6 for each in light if each.when - each.waited > light[0].when)
     return statistics.median(waits), waits[min(int(0.99 * len(waits)), len(waits) - 1)]
 
 
@@ -451,7 +454,7 @@ def light_tenant(settings: Settings, segment: Segment, result: Result) -> None:
     seconds = settings.pick(2.0, 0.7)
     light = [Calls("light", 4, 10, 100, 0.01)]
     waits: dict[str, list[tuple[float, float]]] = {"no other waits": [], "1,000 others wait": []}
-    for _ in range(settings.pick(settings.share(3), 1)):
+    for _ in range(settings.pick(settings.share(2), 1)):
         for heavy, found in zip((0, 1_000), waits.values(), strict=True):
             # those that hold the permits, and those that wait
             calls = [Calls("heavy", (BUSY + heavy) // 4, LARGEST, LARGEST)]

@@ -317,40 +317,24 @@ class Quota(InSegment):
     def _wait(
         self, waits: Waits, key: str | bytes, tokens: int, timeout: float | None, wished: Wish
     ) -> Steps[Admission]:
-        deadline, grantor, costs = deadline_ns(timeout), self._grantor, self._costs(tokens)
-        states, raw = grantor.queue(key)
+        deadline = deadline_ns(timeout)
+        states, raw = self._grantor.queue(key)
         place = waits.place(states, raw, wished.order)
-        made: list[Admission] = []
-
-        def attempt() -> Steps[tuple[Admission, int | None]]:
-            permit = yield from grantor.admitting(waits, key, costs)
-            admission = Admission(self, key, permit, tokens)
-            if admission:
-                made.append(admission)
-                admission._service = place.served(max(tokens, 1))
-                return admission, None
-            retry = permit.decision.retry_after_ns
-            if retry is None:
-                return admission, None
-            # Other calls settle, and give tokens back: look again soon, whatever it says.
-            return admission, min(max(retry, _SOON), grantor.wake_ns) if retry else grantor.wake_ns
-
-        def turned_away() -> Admission:
-            return Admission(self, key, grantor.denied(key, costs), tokens)
-
+        tries = _Tries(self, waits, key, tokens, place)
         try:
             if not states.waited_for(raw):
-                admission, again = yield from attempt()
+                admission, again = yield from tries.attempt()
                 if again is None or timeout == 0:
                     return admission
             return (
-                yield from in_turn(waits, place, attempt, turned_away, deadline, wished, self._pace)
+                yield from in_turn(
+                    waits, place, tries.attempt, tries.refused, deadline, wished, self._pace
+                )
             )
         except Shed:
-            return turned_away()
+            return tries.refused()
         except BaseException:
-            for admission in made:
-                admission.cancel()
+            tries.undo()
             raise
 
     def queue_size(self, key: str | bytes, tenant: str | None = None) -> int:
@@ -407,6 +391,44 @@ class Quota(InSegment):
     def __repr__(self) -> str:
         shown = ", ".join(limits.describe(limit) for limit in self._grantor.limits)
         return f"Quota({shown}, name={self.name!r})"
+
+
+class _Tries:
+    """Of a call that waits."""
+
+    __slots__ = ("_costs", "_granted", "_key", "_place", "_quota", "_service", "_tokens", "_waits")
+
+    def __init__(
+        self, quota: Quota, waits: Waits, key: str | bytes, tokens: int, place: Place
+    ) -> None:
+        self._quota, self._waits, self._key, self._tokens = quota, waits, key, tokens
+        self._place, self._costs = place, quota._costs(tokens)
+        self._granted: Held | None = None
+        self._service: Service | None = None
+
+    def attempt(self) -> Steps[tuple[Admission, int | None]]:
+        quota, key, grantor = self._quota, self._key, self._quota._grantor
+        # First of all: what a local variable holds is kept by the traceback of an exception.
+        self._granted = permit = yield from grantor.admitting(self._waits, key, self._costs)
+        admission = Admission(quota, key, permit, self._tokens)
+        if admission:
+            self._service = admission._service = self._place.served(max(self._tokens, 1))
+            return admission, None
+        retry = permit.decision.retry_after_ns
+        if retry is None:
+            return admission, None
+        # Other calls settle, and give tokens back: look again soon, whatever it says.
+        return admission, min(max(retry, _SOON), grantor.wake_ns) if retry else grantor.wake_ns
+
+    def refused(self) -> Admission:
+        permit = self._quota._grantor.denied(self._key, self._costs)
+        return Admission(self._quota, self._key, permit, self._tokens)
+
+    def undo(self) -> None:
+        if self._granted is not None:
+            admission = Admission(self._quota, self._key, self._granted, self._tokens)
+            admission._service = self._service
+            admission.cancel()
 
 
 # For the LiteLLM plugin. Quotas of one name that may differ in their numbers, not in which of them

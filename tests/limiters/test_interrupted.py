@@ -34,6 +34,7 @@ from fast_litellm_shm.integrations.web.turn import Turns
 from fast_litellm_shm.integrations.wsgi import RateLimitMiddleware, Rule
 from fast_litellm_shm.limiters import waiting
 from fast_litellm_shm.limiters.grantors import Quotas
+from fast_litellm_shm.limiters.quota import Admission
 from fast_litellm_shm.limits import InFlight
 
 A = "https://a.example"
@@ -539,3 +540,27 @@ def test_an_exception_at_each_instruction_of_a_task_leaks_nothing(
 
     whole()
     assert at_each_instruction(whole, check) > 10
+
+
+def test_a_call_that_is_interrupted_once_it_is_admitted_holds_nothing(
+    segment: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also as long as its task is kept: an exception keeps the local variables of the frames that
+    it came through."""
+    limiter = Quota(rpm=10, max_parallel=1, name="q", segment=segment)
+    begin, calls = Admission.__init__, iter([Interrupted])
+
+    def strike(*given: Any) -> None:
+        for error in calls:
+            raise error
+        begin(*given)
+
+    async def main() -> None:
+        task = asyncio.create_task(limiter.wait_async("k"))
+        await asyncio.wait([task])
+        assert isinstance(task.exception(), Interrupted)
+        assert limiter.in_flight("k") == 0
+        assert limiter.remaining("k") == {"rpm": 10, "max_parallel": 1}
+
+    monkeypatch.setattr(Admission, "__init__", strike)
+    asyncio.run(main())
