@@ -81,7 +81,13 @@ FAULTS = [
     Fault(
         "a caller that leaves the queue and wakes none",
         "permits/wait_queue.c",
-        (("  if (!p->owner) wait_wake(s, p->key);\n", ""),),
+        (
+            (
+                "  if (more || atomic_load(&s->waiters[p->entry].wake) != p->woken) "
+                "wake_for_more(s, p->key);\n",
+                "  (void)more;\n",
+            ),
+        ),
         "queue-leave-woken",
         "a permit is free, and S",
     ),
@@ -124,7 +130,7 @@ FAULTS = [
         "permits/wait_queue.c",
         (
             (
-                "  if (!first && (out->armed != p->woken || p->was_first)) wait_wake(s, p->key);\n",
+                "    if (woken || p->units || p->was_first) wake_for_more(s, p->key);\n",
                 "",
             ),
         ),
@@ -134,7 +140,7 @@ FAULTS = [
     Fault(
         "a line whose first caller goes, and wakes none",
         "permits/wait_queue.c",
-        (("  wait_wake(s, p->key); /* another may", "  /* another may"),),
+        (("  if (more)\n    wake_for_more(s, p->key);\n  else\n", "  if (!more)\n"),),
         "queue-requeue-woken",
         "a permit is free, and S",
     ),
@@ -169,13 +175,13 @@ FAULTS = [
         "permits/wait_queue.c",
         (
             (
-                "  (void)atomic_fetch_add(&e->wake, 1);\n  if (!load_relaxed(&e->polled)) {\n",
-                "  if (!load_relaxed(&e->polled)) {\n    (void)atomic_fetch_add(&e->wake, 1);\n",
+                "  (void)atomic_fetch_add(&e->wake, what);\n  if (!load_relaxed(&e->polled)) {\n",
+                "  if (!load_relaxed(&e->polled)) {\n    (void)atomic_fetch_add(&e->wake, what);\n",
             ),
             (
-                "      wake_sleeper(&s->watchers[process]);\n  }\n}\n\nvoid wait_wake_next",
-                "      wake_sleeper(&s->watchers[process]);\n  }\n"
-                "  (void)atomic_fetch_add(&e->wake, 1);\n}\n\nvoid wait_wake_next",
+                "      wake_sleeper(&s->watchers[process]);\n  }\n  /* seq_cst: pairs",
+                "      wake_sleeper(&s->watchers[process]);\n"
+                "    (void)atomic_fetch_add(&e->wake, what);\n  }\n  /* seq_cst: pairs",
             ),
         ),
         "queue-release-polled",
@@ -187,8 +193,8 @@ FAULTS = [
         (
             ("  if (!place->owner || !wait_place_asks(h.s, place)) return;\n", ""),
             (
-                "    wait_tell(h.s, owner);\n  }\n",
-                "    wait_tell(h.s, owner);\n  }\n  (void)wait_place_asks(h.s, place);\n",
+                "    place->asked = 1;\n  }\n",
+                "    place->asked = 1;\n  }\n  (void)wait_place_asks(h.s, place);\n",
             ),
         ),
         "queue-ask",
