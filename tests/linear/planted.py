@@ -159,7 +159,8 @@ FAULTS = (
         "a caller that leaves the queue wakes none",
         "queue",
         "permits/wait_queue.c",
-        "  if (!p->owner) wait_wake(s, p->key);\n",
+        "  if (more || atomic_load(&s->waiters[p->entry].wake) != p->woken) "
+        "wake_for_more(s, p->key);\n",
         "",
     ),
     Fault(
