@@ -432,14 +432,15 @@ class _OfLoop(_Events):
             event.set_result(None)
 
     def wait(self, event: asyncio.Future[None], seconds: float) -> Generator[Any, Any, None]:
-        timer = None
-        if seconds < _FOREVER:
-            timer = event.get_loop().call_later(seconds, self.set, event)
+        # No generator for all those that are not first.
+        return self._timed(event, seconds) if seconds < _FOREVER else event.__await__()
+
+    def _timed(self, event: asyncio.Future[None], seconds: float) -> Generator[Any, Any, None]:
+        timer = event.get_loop().call_later(seconds, self.set, event)
         try:
             yield from event.__await__()
         finally:
-            if timer is not None:
-                timer.cancel()
+            timer.cancel()
 
 
 class _OfGevent(_Events):
