@@ -22,12 +22,12 @@ import posix  # eventlet patches os.read(), and does not let a hub call that
 import sys
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
-from itertools import count
+from itertools import count, islice
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary, ref
 
@@ -205,6 +205,15 @@ class _Line:
             self.callers.pop(number, None)
         return None
 
+    def wake(self, callers: int) -> None:
+        """Tell so many callers: each is first when the one before it has been served. If the first
+        told the second, and so on, the loop would come round once for each."""
+        self.first()
+        for caller in list(islice(self.callers.values(), callers)):
+            found = caller()
+            if found is not None:
+                found.wake()
+
     def sort(self) -> None:
         """By the time when they came: one has waited elsewhere before."""
         found = [(number, caller()) for number, caller in self.callers.items()]
@@ -363,16 +372,13 @@ class _Events:
             data = b""
         while self._calls:
             self.spawn(self._calls.popleft())
+        for entry, times in Counter(memoryview(data).cast("Q") if data else ()).items():
+            line = self.listening.get(entry)
+            if line is not None:
+                line.wake(times)
         if len(data) == _READ:  # there may have been more
-            woken = list(self.lines.values())
-        else:
-            entries = {data[i : i + _NUMBER] for i in range(0, len(data), _NUMBER)}
-            found = (self.listening.get(int.from_bytes(e, sys.byteorder)) for e in entries)
-            woken = [line for line in found if line is not None]
-        for line in woken:
-            first = line.first()
-            if first is not None:
-                first.wake()
+            for line in list(self.lines.values()):
+                line.wake(1)
 
     def call_soon(self, call: Callable[[], object]) -> None:
         """Have the hub call it, in a greenlet of its own. Called by any thread."""
@@ -426,14 +432,15 @@ class _OfLoop(_Events):
             event.set_result(None)
 
     def wait(self, event: asyncio.Future[None], seconds: float) -> Generator[Any, Any, None]:
-        timer = None
-        if seconds < _FOREVER:
-            timer = event.get_loop().call_later(seconds, self.set, event)
+        # No generator for all those that are not first.
+        return self._timed(event, seconds) if seconds < _FOREVER else event.__await__()
+
+    def _timed(self, event: asyncio.Future[None], seconds: float) -> Generator[Any, Any, None]:
+        timer = event.get_loop().call_later(seconds, self.set, event)
         try:
             yield from event.__await__()
         finally:
-            if timer is not None:
-                timer.cancel()
+            timer.cancel()
 
 
 class _OfGevent(_Events):

@@ -285,18 +285,18 @@ class _AsyncSlot(AsyncContextDecorator):
     def __init__(
         self, limiter: ConcurrencyLimiter, key: str | bytes, timeout: float | None, wished: Wish
     ) -> None:
-        self._given = limiter, key, timeout, wished
+        self._limiter, self._key, self._timeout, self._wished = limiter, key, timeout, wished
         self._permit: Permit | None = None
 
     def _recreate_cm(self) -> _AsyncSlot:
-        return _AsyncSlot(*self._given)
+        return _AsyncSlot(self._limiter, self._key, self._timeout, self._wished)
 
     async def __aenter__(self) -> Permit:
         if self._permit is not None:
             raise RuntimeError("the slot is held: call slot_async() for each block")
-        limiter, key, timeout, wished = self._given
+        limiter, key, timeout = self._limiter, self._key, self._timeout
         try:
-            found = await limiter._enter_async(key, timeout, wished)
+            found = await limiter._enter_async(key, timeout, self._wished)
         except Shed as shed:
             raise limiter._queue_full(key, shed) from None
         self._permit = limiter._or_raise(found, key, timeout)

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from support.children import run_one
 from support.interrupts import Interrupted, at_each_instruction
-from support.waiting import PATIENCE, wait_until
+from support.waiting import PATIENCE, ticking, wait_until, wait_until_async
 
 from fast_litellm_shm import ConcurrencyLimiter, Segment
 from fast_litellm_shm._shared import wait_queue
@@ -58,6 +58,34 @@ async def _turns(limiter: ConcurrencyLimiter, count: int, key: str = "k") -> lis
 
 def test_tasks_are_served_as_they_came(segment: Segment) -> None:
     assert asyncio.run(_turns(make(segment), 200)) == list(range(200))
+
+
+def test_permits_that_are_released_at_once_are_taken_at_once(segment: Segment) -> None:
+    """Not one each time that the loop comes round."""
+    limiter = make(segment, 20)
+
+    async def main() -> None:
+        held = [limiter.acquire("k") for _ in range(20)]
+        served: list[int] = []
+        over = asyncio.Event()
+        async with ticking() as ticks:
+
+            async def one() -> None:
+                async with limiter.slot_async("k", timeout=PATIENCE):
+                    served.append(ticks())
+                    await over.wait()
+
+            tasks = [asyncio.create_task(one()) for _ in range(30)]
+            await wait_until_async("they wait", lambda: limiter.queue_size("k") == 30)
+            begun = ticks()
+            for permit in held:
+                permit.release()
+            await wait_until_async("20 are served", lambda: len(served) == 20)
+            assert served[-1] - begun < 10
+            over.set()
+            await asyncio.gather(*tasks)
+
+    asyncio.run(main())
 
 
 def test_many_short_loops_leave_no_descriptor_and_no_thread(segment: Segment) -> None:
