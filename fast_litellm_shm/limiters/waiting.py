@@ -35,6 +35,7 @@ _this = threading.local()
 NEVER = 2**62  # ns
 # Threads that connect at once, in a process. A server that does not answer delays no other one.
 _CONNECTING = 1024
+_ASKING = 64  # threads that ask servers of cluster=
 _LOOK = 1_000_000_000  # ns: a caller that tells its place looks as often
 _LEAST_WEIGHT, _MOST_WEIGHT, _MOST_PRIORITY, _MOST_WAITING = 0.001, 1000.0, 100, 2**31
 
@@ -158,8 +159,9 @@ class _Asyncio(Waits):
     def connect(
         self, call: Callable[[], T], late: Callable[[T], object], never: Callable[[], object]
     ) -> Steps[T]:
-        thread = _executor("fast-shm-connect", _CONNECTING).submit(call)
-        return (yield from _result(thread, late, never).__await__())
+        return (
+            yield from _in_thread("fast-shm-connect", _CONNECTING, call, late, never).__await__()
+        )
 
     place = staticmethod(wait_queue.place_of_task)
 
@@ -275,7 +277,7 @@ def may_wait() -> None:
         raise MustAskError
 
 
-def _executor(name: str, threads: int = 64) -> ThreadPoolExecutor:
+def _executor(name: str, threads: int) -> ThreadPoolExecutor:
     """An executor of so many threads at most; calls beyond that wait in a queue."""
     found = _executors.get(name)
     if found is None:
@@ -297,22 +299,45 @@ async def off_loop(call: Callable[[], T], undo: Callable[[T], object] = lambda _
         pass
     finally:
         _this.on_loop = False
-    return await _result(_executor("fast-shm-ask").submit(call), undo, lambda: None)
+    return await _in_thread("fast-shm-ask", _ASKING, call, undo, lambda: None)
 
 
-async def _result(thread: Future[T], late: Callable[[T], object], never: Callable[[], object]) -> T:
-    """What a thread returns. If the caller is cancelled, ``late`` gets it, or ``never`` is called
-    where the thread has not begun."""
+async def _in_thread(
+    name: str,
+    threads: int,
+    call: Callable[[], T],
+    late: Callable[[T], object],
+    never: Callable[[], object],
+) -> T:
+    """What a thread returns. If the caller gets an exception meanwhile, ``late`` gets it, or
+    ``never`` is called where the thread has not begun."""
     import asyncio
+    from concurrent.futures import Future
 
+    # Of our own: an executor that can start no thread raises, and keeps the call for a later one.
+    found: Future[T] = Future()
     try:
-        return await asyncio.wrap_future(thread)
+        _executor(name, threads).submit(_work, found, call)
+        return await asyncio.wrap_future(found)
     except BaseException:
-        if thread.cancelled() or thread.cancel():
+        if found.cancelled() or found.cancel():
             never()
         else:
-            thread.add_done_callback(lambda done: _undo(done, late))
+            found.add_done_callback(lambda done: _undo(done, late))
         raise
+
+
+def _work(found: Future[T], call: Callable[[], T]) -> None:
+    """In a thread."""
+    if not found.set_running_or_notify_cancel():
+        return
+    try:
+        result = call()
+    except BaseException as error:
+        found.set_exception(error)
+        del found  # the exception keeps this frame
+    else:
+        found.set_result(result)
 
 
 def _undo(done: Future[T], undo: Callable[[T], object]) -> None:

@@ -70,6 +70,16 @@ class Opened:
 
 
 @contextmanager
+def _no_thread_starts() -> Iterator[None]:
+    """As where the system has no more threads: no address space holds such a stack."""
+    before = threading.stack_size(1 << 47)
+    try:
+        yield
+    finally:
+        threading.stack_size(before)
+
+
+@contextmanager
 def _no_thread_left() -> Iterator[ThreadPoolExecutor]:
     """An executor whose only thread does not come back."""
     ends = threading.Event()
@@ -188,6 +198,26 @@ def test_a_task_that_is_cancelled_before_its_thread_connects_gives_its_permits_b
             assert counts(of) == (0, 0)
 
     asyncio.run(main())
+
+
+def test_a_task_whose_thread_cannot_start_gives_its_permits_back(
+    segment: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what the executor kept is not done later, by a thread that starts then."""
+    from fast_litellm_shm.limiters import waiting as module
+
+    monkeypatch.setattr(module, "_executors", {})
+    of, opened = make(segment, max_per_endpoint=1), Opened()
+    of.bind(opened.connect)
+
+    async def main() -> None:
+        with _no_thread_starts(), pytest.raises(RuntimeError, match="can't start new thread"):
+            await _use(of)
+        assert counts(of) == (0, 0)
+        await _use(of)
+
+    asyncio.run(main())
+    assert (opened.total, counts(of)) == (1, (0, 1))
 
 
 def test_a_waiter_behind_one_whose_server_does_not_answer_is_served(segment: Segment) -> None:
