@@ -26,14 +26,16 @@ class Interrupted(BaseException):
     """Nobody's ``except Exception`` is to stop it."""
 
 
-def at_each_instruction(run: Callable[[], object], check: Callable[[str], object]) -> int:
+def at_each_instruction(
+    run: Callable[[], object], check: Callable[[str], object], every: int = 1
+) -> int:
     """``run()`` again and again: an exception before its first instruction, its second, and so on,
     in ``run`` itself and in the package, until it ends by itself. check(where): called after each.
-    How many there were."""
+    every: 2 leaves out each second one, and so on. How many instructions there were."""
     at = 0
     while (where := _raise_at(run, at)) is not None:
         check(f"raised before instruction {at}: {where}")
-        at += 1
+        at += every
     check("ended by itself")
     return at
 
