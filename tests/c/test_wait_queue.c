@@ -775,6 +775,76 @@ static void test_asks(void) {
   fshm_close(c->s);
 }
 
+/* Waits, and beats, until it is told to stop. */
+static void waits_on(int i, void *with) {
+  crowd_t *c = with;
+  fshm_turn t;
+  (void)i;
+  fshm_place p = join(c->l, 0, 0, 0);
+  while (!atomic_load(&c->stop)) {
+    (void)fshm_wait_turn(c->l, &p, 0, &t);
+    atomic_store(&c->held, 1);
+    (void)usleep(500);
+  }
+  fshm_wait_leave(c->l, &p);
+}
+
+static void test_stays(void) {
+  const waiting_t first = {.since = NOW, .tenant = 1, .id = 7};
+  waiting_t own = {.since = NOW + STAYS_NS - 1, .tenant = 1, .id = 8};
+  CHECK(stays_here(&first, &own));
+  own.priority = 1;
+  CHECK(!stays_here(&first, &own));
+  own.priority = 0, own.tenant = 2;
+  CHECK(!stays_here(&first, &own));
+  own.tenant = 1, own.since++;
+  CHECK(!stays_here(&first, &own));
+}
+
+/* Something is idle here, twice. The first of all is in another process, and two callers of this one came a little later:
+ * each is woken for one, and wakes nobody else. */
+static void test_own_callers(void) {
+  crowd_t *c = shared_memory(sizeof *c);
+  c->s = fresh_segment(1000);
+  c->l = permit_limiter(c->s, 2);
+  CHECK_EQ(fshm_wait_first(c->l, KEY), UINT64_MAX);
+  pid_t pid = start_child(waits_on, 0, c);
+  while (!atomic_load(&c->held)) (void)usleep(100);
+  uint64_t came = fshm_wait_first(c->l, KEY);
+  CHECK(came != UINT64_MAX);
+  CHECK_EQ(fshm_wait_next(c->l, KEY), FSHM_NEXT_OTHER);
+  fshm_place own[2];
+  fshm_turn t[2];
+  for (uint64_t i = 0; i < 2; i++) {
+    own[i] = join(c->l, 0, 0, 0);
+    fshm_wait_requeue(c->l, &own[i], came + STAYS_NS / 2 + i, 1, 0);
+    CHECK_EQ(fshm_wait_turn(c->l, &own[i], 0, &t[i]), 0);
+  }
+  for (int i = 0; i < 2; i++) {
+    CHECK_EQ(fshm_wait_next(c->l, KEY), FSHM_NEXT_OURS);
+    CHECK_EQ(fshm_wait_sleep(c->l, &own[i], t[i].armed, SECOND), 1);
+  }
+  CHECK_EQ(fshm_wait_next(c->l, KEY), FSHM_NEXT_OTHER); /* both are coming */
+  for (uint32_t i = 0; i < WAITERS; i++) {
+    waiter_t *e = &c->s->waiters[i];
+    if (!load_relaxed(&e->owner) || is_here(c->s, e)) continue;
+    uint32_t before = load_relaxed(&e->wake);
+    for (int k = 0; k < 2; k++) CHECK_EQ(fshm_wait_turn(c->l, &own[k], 0, &t[k]), 0);
+    own[0].took = own[1].took = 1;
+    fshm_wait_leave(c->l, &own[0]);
+    CHECK_EQ(load_relaxed(&e->wake), before);
+    fshm_wait_requeue(c->l, &own[1], came + STAYS_NS, 1, 0);
+    CHECK_EQ(load_relaxed(&e->wake), before);
+  }
+  CHECK_EQ(fshm_wait_next(c->l, KEY), FSHM_NEXT_OTHER); /* it came too late */
+  atomic_store(&c->stop, 1);
+  end_child(pid);
+  CHECK_EQ(fshm_wait_next(c->l, KEY), FSHM_NEXT_OURS); /* of all, now */
+  fshm_wait_leave(c->l, &own[1]);
+  fshm_limiter_close(c->l);
+  fshm_close(c->s);
+}
+
 /* What inspection sees: keys by their names, or by their hash alone; places that were left, and those of the dead. */
 static void test_looked_at(void) {
   fshm_segment *s = fresh_segment(100);
@@ -853,6 +923,8 @@ int main(void) {
   test_killed(SIGSTOP);
   test_polled();
   test_asks();
+  test_stays();
+  test_own_callers();
   test_closed_pipes();
   test_fork();
   test_read_only();
