@@ -153,7 +153,7 @@ static void image_make(image_t *image, uint64_t capacity, uint32_t names) {
 }
 
 /* The first that process_join() tries, and it is free unless an edit has taken it: a closed segment keeps no slot. */
-static uint64_t own_process(void) { return (uint32_t)one_pid() * 2654435761u % HOME_PROCESSES; }
+static uint64_t first_index(void) { return (uint32_t)one_pid() * 2654435761u % HOME_PROCESSES; }
 
 /* Where an edit goes: `target` says into what, `position` where in it. In whole words. */
 static uint64_t position_in(const unsigned char *bytes, uint64_t size, unsigned target,
@@ -165,7 +165,7 @@ static uint64_t position_in(const unsigned char *bytes, uint64_t size, unsigned 
   const uint64_t entry =
       h.limiters_offset + position / 256 % (LIMITERS + GRANTED) * sizeof(limiter_entry_t);
   const uint64_t set = ((const limiter_entry_t *)(const void *)(bytes + entry))->set;
-  const uint64_t process = own_process();
+  const uint64_t process = first_index();
   uint64_t low = position % 256 * 8;
   switch (target % 17) {
     case 0:
@@ -298,7 +298,7 @@ static void run(const uint8_t *data, size_t size) {
     every_call(&u);
     /* else edits of this process's words go to unused words, unnoticed */
     if (!edited && !u.s->read_only)
-      MUST(load_relaxed(&u.s->fork_page->joined) == own_process() + 1);
+      MUST(load_relaxed(&u.s->fork_page->joined) == first_index() + 1);
     /* the file was cut: reported before anything is touched */
     if (flags & TRUNCATE) {
       uint64_t index;
