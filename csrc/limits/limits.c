@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include "../core/hash_table.h"
+#include "../permits/wait_queue.h"
 #include "../stats/key_stats.h"
 #include "limits.h"
 #include "shared_counters.h"
@@ -333,6 +334,7 @@ int fshm_reset_all(fshm_limiter *l) {
       if (f.pair.who) table_clear(s, f.slot, f.pair.who);
     }
   }
+  wait_wake_limiter(s, l->index);
   return FSHM_OK;
 }
 

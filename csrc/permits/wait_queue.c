@@ -78,7 +78,7 @@ static void lower_reach(fshm_segment *s, uint32_t group, uint64_t seen) {
 }
 
 static void wake_first(fshm_segment *s, uint64_t key, uint32_t what);
-static void wake_for_more(fshm_segment *s, uint64_t key) {
+void wait_wake_more(fshm_segment *s, uint64_t key) {
   if (wait_any(s, wait_group(key))) wake_first(s, key, FOR_MORE);
 }
 
@@ -396,7 +396,7 @@ int fshm_wait_turn(fshm_limiter *l, fshm_place *p, uint64_t now, fshm_turn *out)
   /* Woken, but another is first by now: the wake-up was meant for that one. Or the order has changed: the one that is
    * first now may sleep beside room that only we were told of. */
   if (!first && (p->more || p->units > p->here || p->was_first)) {
-    if (woken || p->units || p->was_first) wake_for_more(s, p->key);
+    if (woken || p->units || p->was_first) wait_wake_more(s, p->key);
     p->units = p->here;
     p->more = 0;
   }
@@ -455,7 +455,7 @@ void fshm_wait_requeue(fshm_limiter *l, fshm_place *p, uint64_t since, uint32_t 
   atomic_thread_fence(memory_order_seq_cst); /* wait_wake() comes after a swap elsewhere */
   /* Another may be first by now, and there may be room for more. */
   if (more)
-    wake_for_more(s, p->key);
+    wait_wake_more(s, p->key);
   else
     p->was_first = 0;
 }
@@ -467,7 +467,7 @@ void fshm_wait_leave(fshm_limiter *l, fshm_place *p) {
   let_go(s, p);
   if (p->owner) return;
   /* Whatever woke us may be for the next; and there may be room for more than one. seq_cst: pairs with wake_place(). */
-  if (more || atomic_load(&s->waiters[p->entry].wake) != p->woken) wake_for_more(s, p->key);
+  if (more || atomic_load(&s->waiters[p->entry].wake) != p->woken) wait_wake_more(s, p->key);
 }
 
 int fshm_is_waited_for(fshm_limiter *l, const void *key, uint64_t length) {
@@ -601,6 +601,23 @@ static void wake_first(fshm_segment *s, uint64_t key, uint32_t what) {
 }
 void wait_wake_next(fshm_segment *s, uint64_t key) { wake_first(s, key, FOR_ONE); }
 
+/* One of each key: whoever takes something wakes the next. */
+void wait_wake_limiter(fshm_segment *s, uint32_t limiter) {
+  uint64_t last = 0;
+  for (uint32_t group = 0; group < WAIT_GROUPS; group++) {
+    if (!wait_any(s, group)) continue;
+    uint32_t reach = reach_of(s, group);
+    for (uint32_t nth = 0; nth < reach; nth++) {
+      const waiter_t *e = place_at(s, group, nth);
+      uint64_t key = load_relaxed(&e->key);
+      if (!load_relaxed(&e->owner) || wait_group(key) != group || key == last) continue;
+      if (((uint32_t)(key >> 1) & (MAX_LIMITERS - 1)) != limiter) continue;
+      wake_first(s, key, FOR_MORE);
+      last = key;
+    }
+  }
+}
+
 void wait_wake_all(fshm_segment *s) {
   after_swap();
   for (uint32_t i = 0; i < WAITERS; i++)
@@ -610,7 +627,7 @@ void wait_wake_all(fshm_segment *s) {
 void fshm_wait_wake(fshm_limiter *l, const void *key, uint64_t length) {
   if (l->segment->read_only) return;
   atomic_thread_fence(memory_order_seq_cst); /* after whatever the caller has changed */
-  wake_for_more(l->segment, wait_key(fshm_siphash(l->key[0], l->key[1], key, length), l->index));
+  wait_wake_more(l->segment, wait_key(fshm_siphash(l->key[0], l->key[1], key, length), l->index));
 }
 
 /* Sleep until the word is no longer `seen`, at most so long. 1: it changed. 0: the time is up, or a signal came. */

@@ -28,6 +28,10 @@ static inline void wait_wake(fshm_segment *s, uint64_t key) {
   if (unlikely(wait_any(s, wait_group(key)))) wait_wake_next(s, key);
 }
 void wait_wake_all(fshm_segment *s);
+/* After the swap by which a key got room for any number of callers: tokens were given back, or forgotten. */
+void wait_wake_more(fshm_segment *s, uint64_t key);
+/* After the swap by which all keys of a limiter may have got room. */
+void wait_wake_limiter(fshm_segment *s, uint32_t limiter);
 
 /* Set the word `asked` of a place. False: the place was lost. */
 bool wait_place_asks(fshm_segment *s, const fshm_place *p);

@@ -910,6 +910,54 @@ static void test_looked_at(void) {
   fshm_close(s);
 }
 
+/* Whoever gives back what a caller waits for wakes it: it need not wait for its next look. */
+static void test_given_back(void) {
+  enum { REFUND, SETTLE, CANCEL, RESET, RESET_ALL, RAISED, WAYS };
+  const uint64_t most[] = {10}, none[] = {0};
+  for (int way = 0; way < WAYS; way++) {
+    fshm_segment *s = fresh_segment(1000);
+    const fshm_limit window = {10, 60 * SECOND, 0, FSHM_WINDOW, 0},
+                     bucket = {10, 60 * SECOND, 10, FSHM_BUCKET, 0};
+    fshm_limiter *l = fresh_limiter(s, "rates", way == CANCEL ? &bucket : &window, 1), *other;
+    fshm_charged reserved[FSHM_MAX_LIMITS];
+    fshm_decision d;
+    fshm_permit permit = {0};
+    fshm_turn t;
+    fshm_reserve(l, KEY, most, 0, 0, &d, reserved);
+    CHECK_EQ(d.status, FSHM_ALLOWED);
+    fshm_place p = join(l, 0, 0, 0);
+    CHECK_EQ(fshm_wait_turn(l, &p, 0, &t), 1);
+    CHECK_EQ(fshm_is_allowed(l, KEY), FSHM_DENIED);
+    CHECK_EQ(fshm_settle(l, KEY, most, (const uint64_t[]){11}, &permit, 0), FSHM_ALLOWED);
+    CHECK_EQ(fshm_wait_sleep(l, &p, t.armed, 0), 0); /* that took more */
+    CHECK_EQ(fshm_settle(l, "other", 5, most, none, &permit, 0), FSHM_ALLOWED);
+    CHECK_EQ(fshm_wait_sleep(l, &p, t.armed, 0), 0);
+    if (way == CANCEL) fshm_apply(l, FSHM_REFUND, KEY, (const uint64_t[]){1}, 0, 0, &d);
+    CHECK_EQ(fshm_wait_turn(l, &p, 0, &t), 1);
+    if (way == REFUND) fshm_apply(l, FSHM_REFUND, KEY, most, 0, 0, &d);
+    if (way == SETTLE) CHECK_EQ(fshm_settle(l, KEY, most, none, &permit, 0), FSHM_ALLOWED);
+    if (way == CANCEL) {
+      fshm_reserve(l, KEY, (const uint64_t[]){1}, 100 * SECOND, 0, &d, reserved);
+      CHECK_EQ(d.status, FSHM_ALLOWED);
+      CHECK_EQ(fshm_cancel(l, KEY, (const uint64_t[]){1}, reserved, 0), 1);
+    }
+    if (way == RESET) CHECK_EQ(fshm_reset_key(l, KEY), FSHM_OK);
+    if (way == RESET_ALL) CHECK_EQ(fshm_reset_all(l), FSHM_OK);
+    if (way == RAISED) {
+      const fshm_limit more = {20, 60 * SECOND, 0, FSHM_WINDOW, 0};
+      CHECK_EQ(fshm_limiter_open(s, "another", 7, &more, 1, &other), FSHM_OK);
+      fshm_limiter_close(other);
+      CHECK_EQ(fshm_wait_sleep(l, &p, t.armed, 0), 0);
+      CHECK_EQ(fshm_limiter_open(s, "rates", 5, &more, 1, &other), FSHM_OK);
+      fshm_limiter_close(other);
+    }
+    CHECK_EQ(fshm_wait_sleep(l, &p, t.armed, 0), 1);
+    fshm_wait_leave(l, &p);
+    fshm_limiter_close(l);
+    fshm_close(s);
+  }
+}
+
 int main(void) {
   test_order();
   test_histories();
@@ -932,5 +980,6 @@ int main(void) {
   test_order_changes();
   test_no_room_for_service();
   test_looked_at();
+  test_given_back();
   return done();
 }
