@@ -84,7 +84,7 @@ FAULTS = [
         (
             (
                 "  if (more || atomic_load(&s->waiters[p->entry].wake) != p->woken) "
-                "wake_for_more(s, p->key);\n",
+                "wait_wake_more(s, p->key);\n",
                 "  (void)more;\n",
             ),
         ),
@@ -130,7 +130,7 @@ FAULTS = [
         "permits/wait_queue.c",
         (
             (
-                "    if (woken || p->units || p->was_first) wake_for_more(s, p->key);\n",
+                "    if (woken || p->units || p->was_first) wait_wake_more(s, p->key);\n",
                 "",
             ),
         ),
@@ -140,7 +140,7 @@ FAULTS = [
     Fault(
         "a line whose first caller goes, and wakes none",
         "permits/wait_queue.c",
-        (("  if (more)\n    wake_for_more(s, p->key);\n  else\n", "  if (!more)\n"),),
+        (("  if (more)\n    wait_wake_more(s, p->key);\n  else\n", "  if (!more)\n"),),
         "queue-requeue-woken",
         "a permit is free, and S",
     ),

@@ -160,7 +160,7 @@ FAULTS = (
         "queue",
         "permits/wait_queue.c",
         "  if (more || atomic_load(&s->waiters[p->entry].wake) != p->woken) "
-        "wake_for_more(s, p->key);\n",
+        "wait_wake_more(s, p->key);\n",
         "  (void)more;\n",
     ),
     Fault(
