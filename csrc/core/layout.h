@@ -35,8 +35,8 @@
 #define SHARED_PLACES 8 /* slots of a shared counter: one for each place of a rule */
 #ifndef WAITERS /* tests that copy segments have fewer */
 #define WAITERS 4096 /* places of callers that wait, over all keys: a power of two */
-#endif
 #define WAIT_GROUPS 256 /* where the places of a key begin */
+#endif
 #define CHANGE_WORDS 512 /* pairs of words that say which permits were freed and taken */
 #define MEMO_WAYS 4 /* entries where a text can be in the memo: one line */
 #define METRICS 32 /* (component, operation) pairs that are measured */

@@ -8,7 +8,8 @@
  * and at those before an access of the segment or a system call. */
 #define PROCESSES 320 /* a segment is copied for each boundary */
 #define HOME_PROCESSES 256
-#define WAITERS 32 /* the same; and a look at all places is an access for each */
+#define WAITERS 32 /* the same; and a look at all of them is an access for each */
+#define WAIT_GROUPS 16
 #define METRIC_SHARDS 1 /* or T and S would add up apart, and never meet */
 #include "unity.c"
 #include "check.h"

@@ -62,7 +62,7 @@ FAULTS = [
         (
             (
                 TRY_HOME,
-                "  _Atomic uint64_t *counter = &h->s->header->queues[255];\n"
+                "  _Atomic uint64_t *counter = &h->s->header->queues[WAIT_GROUPS - 1];\n"
                 "  if (atomic_fetch_add(counter, 1) >= n) {\n"
                 "    (void)atomic_fetch_sub(counter, 1);\n"
                 "    *held = n;\n"
@@ -72,7 +72,7 @@ FAULTS = [
             (
                 "  if (!give_back(&h, p)) return 0;\n",
                 "  if (!give_back(&h, p)) return 0;\n"
-                "  (void)atomic_fetch_sub(&h.s->header->queues[255], 1);\n",
+                "  (void)atomic_fetch_sub(&h.s->header->queues[WAIT_GROUPS - 1], 1);\n",
             ),
         ),
         "permit-free",
@@ -233,9 +233,9 @@ FAULTS = [
         (
             (
                 "    return pair_cas(&c->s->slots[f->slot], &seen, to) ? CLAIMED : CLAIM_LOST;\n",
-                "    while (atomic_exchange(&c->s->header->queues[255], 1)) continue;\n"
+                "    while (atomic_exchange(&c->s->header->queues[WAIT_GROUPS - 1], 1)) continue;\n"
                 "    bool done = pair_cas(&c->s->slots[f->slot], &seen, to);\n"
-                "    atomic_store(&c->s->header->queues[255], 0);\n"
+                "    atomic_store(&c->s->header->queues[WAIT_GROUPS - 1], 0);\n"
                 "    return done ? CLAIMED : CLAIM_LOST;\n",
             ),
         ),
@@ -514,8 +514,10 @@ FAULTS = [
         (
             (
                 "  return " + LEARN,
-                "  while (atomic_exchange(&l->segment->header->queues[255], 1)) continue;\n"
-                "  int status = " + LEARN + "  atomic_store(&l->segment->header->queues[255], 0);\n"
+                "  while (atomic_exchange(&l->segment->header->queues[WAIT_GROUPS - 1], 1)) continue;\n"
+                "  int status = "
+                + LEARN
+                + "  atomic_store(&l->segment->header->queues[WAIT_GROUPS - 1], 0);\n"
                 "  return status;\n",
             ),
         ),
