@@ -514,7 +514,8 @@ FAULTS = [
         (
             (
                 "  return " + LEARN,
-                "  while (atomic_exchange(&l->segment->header->queues[WAIT_GROUPS - 1], 1)) continue;\n"
+                "  while (atomic_exchange(&l->segment->header->queues[WAIT_GROUPS - 1], 1))\n"
+                "    continue;\n"
                 "  int status = "
                 + LEARN
                 + "  atomic_store(&l->segment->header->queues[WAIT_GROUPS - 1], 0);\n"
