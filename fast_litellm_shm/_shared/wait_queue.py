@@ -118,7 +118,7 @@ class Place:
 
     @property
     def ahead(self) -> int:
-        """Callers that were before this one at the last turn(); of an event loop, by 0.2 s ago."""
+        """Callers that were before this one at the last turn()."""
         assert self._native is not None
         return int(self._native.looked.ahead)
 
@@ -231,13 +231,17 @@ class _Line:
             self.end()
             return
         native, waiting = self.native, len(self.callers)
+        if first.number == self.head:
+            self.count()
+            return
         if native is not None:
-            native.place.callers = waiting
-        if first.number != self.head:
-            if native is not None:
-                lib.fshm_wait_requeue(native.limiter, native.place, first.came, waiting, 0)
-            first.wake()
-            self.head = first.number
+            lib.fshm_wait_requeue(native.limiter, native.place, first.came, waiting, 0)
+        first.wake()
+        self.head = first.number
+
+    def count(self) -> None:
+        if self.native is not None:
+            lib.fshm_wait_count(self.native.limiter, self.native.place, len(self.callers))
 
     def end(self) -> None:
         events, native = self.events, self.native
@@ -270,8 +274,8 @@ class _InLine(Place):
         if again:
             line.sort()
         self.at = len(line.callers) - 1
-        native = line.open()
-        native.place.callers = len(line.callers)
+        line.open()
+        line.count()
         if again and line.first() is self:
             line.move_up()
 
