@@ -501,8 +501,9 @@ def _events_of(owner: Any, kind: type[_Events]) -> _Events:
     found = _events.get(owner)
     if found is None:
         if kind is _OfLoop:  # a loop that is closed may live on, in a cycle
-            for loop in list(_events):
-                if loop is not owner and getattr(loop, "is_closed", bool)():
+            for each in _events.keyrefs():  # list(_events) fails where another thread adds one
+                loop = each()
+                if loop not in (None, owner) and getattr(loop, "is_closed", bool)():
                     closed = _events.pop(loop, None)
                     if closed is not None:
                         closed.close()
