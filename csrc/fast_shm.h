@@ -402,9 +402,11 @@ void fshm_wait_served(fshm_limiter *limiter, fshm_place *place, uint64_t cost, u
 void fshm_wait_correct(fshm_limiter *limiter, const fshm_place *place, int64_t tokens,
                        uint64_t now_ns);
 /* For a place of several callers: its first caller has gone, the next one came at `since`. Wakes whichever place is
- * next. (When only the number of callers changes, set place->callers.) */
+ * next. */
 void fshm_wait_requeue(fshm_limiter *limiter, fshm_place *place, uint64_t since_ns,
                        uint32_t callers, uint64_t now_ns);
+/* The same first caller, and another number of callers. */
+void fshm_wait_count(fshm_limiter *limiter, fshm_place *place, uint32_t callers);
 /* Leave the queue, and wake the next. No effect the second time. */
 void fshm_wait_leave(fshm_limiter *limiter, fshm_place *place);
 /* There may be room for a caller of the key. (A release of a permit does this by itself.) */

@@ -460,6 +460,12 @@ void fshm_wait_requeue(fshm_limiter *l, fshm_place *p, uint64_t since, uint32_t 
     p->was_first = 0;
 }
 
+void fshm_wait_count(fshm_limiter *l, fshm_place *p, uint32_t callers) {
+  p->callers = callers;
+  if (p->owner && is_ours(l->segment, p))
+    store_relaxed(&l->segment->waiters[p->entry].callers, callers);
+}
+
 void fshm_wait_leave(fshm_limiter *l, fshm_place *p) {
   fshm_segment *s = l->segment;
   if (!p->owner) return;

@@ -118,7 +118,7 @@ class Place:
 
     @property
     def ahead(self) -> int:
-        """Callers that were before this one at the last turn(); of an event loop, by 0.2 s ago."""
+        """Callers that were before this one at the last turn()."""
         assert self._native is not None
         return int(self._native.looked.ahead)
 
@@ -240,13 +240,17 @@ class _Line:
             self.end()
             return
         native, waiting = self.native, len(self.callers)
+        if first.number == self.head:
+            self.count()
+            return
         if native is not None:
-            native.place.callers = waiting
-        if first.number != self.head:
-            if native is not None:
-                lib.fshm_wait_requeue(native.limiter, native.place, first.came, waiting, 0)
-            first.wake()
-            self.head = first.number
+            lib.fshm_wait_requeue(native.limiter, native.place, first.came, waiting, 0)
+        first.wake()
+        self.head = first.number
+
+    def count(self) -> None:
+        if self.native is not None:
+            lib.fshm_wait_count(self.native.limiter, self.native.place, len(self.callers))
 
     def end(self) -> None:
         events, native = self.events, self.native
@@ -279,8 +283,8 @@ class _InLine(Place):
         if again:
             line.sort()
         self.at = len(line.callers) - 1
-        native = line.open()
-        native.place.callers = len(line.callers)
+        line.open()
+        line.count()
         if again and line.first() is self:
             line.move_up()
 
@@ -504,8 +508,9 @@ def _events_of(owner: Any, kind: type[_Events]) -> _Events:
     found = _events.get(owner)
     if found is None:
         if kind is _OfLoop:  # a loop that is closed may live on, in a cycle
-            for loop in list(_events):
-                if loop is not owner and getattr(loop, "is_closed", bool)():
+            for each in _events.keyrefs():  # list(_events) fails where another thread adds one
+                loop = each()
+                if loop not in (None, owner) and getattr(loop, "is_closed", bool)():
                     closed = _events.pop(loop, None)
                     if closed is not None:
                         closed.close()

@@ -139,23 +139,24 @@ class ConcurrencyLimiter(InSegment):
             return self._shared.refused(key, 0)
 
     def _enter(self, key: str | bytes, timeout: float | None, wished: Wish) -> Permit:
+        deadline = deadline_ns(timeout)
         if not self._states.waited_for(key_bytes(key)):
             permit = self.acquire(key)
             if permit or timeout == 0:
                 return permit
-        return run(self._wait(BLOCKING, key, timeout, wished))
+        return run(self._wait(BLOCKING, key, deadline, wished))
 
     async def _enter_async(self, key: str | bytes, timeout: float | None, wished: Wish) -> Permit:
+        deadline = deadline_ns(timeout)
         if not self._states.waited_for(key_bytes(key)):
             permit = await self.acquire_async(key)
             if permit or timeout == 0:
                 return permit
-        return await run_async(self._wait(ASYNCIO, key, timeout, wished))
+        return await run_async(self._wait(ASYNCIO, key, deadline, wished))
 
     def _wait(
-        self, waits: Waits, key: str | bytes, timeout: float | None, wished: Wish
+        self, waits: Waits, key: str | bytes, deadline: int, wished: Wish
     ) -> Steps[Permit]:
-        deadline = deadline_ns(timeout)
         place = waits.place(self._states, key_bytes(key), wished.order)
         tries = _Tries(self, waits, key, place)
         try:
@@ -170,8 +171,7 @@ class ConcurrencyLimiter(InSegment):
             raise
 
     def queue_size(self, key: str | bytes, tenant: str | None = None) -> int:
-        """How many callers of all processes wait for the key; tenant: of this one only. Tasks of
-        other event loops are counted as of 0.2 s ago."""
+        """How many callers of all processes wait for the key; tenant: of this one only."""
         of = None if tenant is None else tenant_hash(tenant)
         return self._states.waiting(key_bytes(key), of)
 

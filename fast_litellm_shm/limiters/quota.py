@@ -338,8 +338,7 @@ class Quota(InSegment):
             raise
 
     def queue_size(self, key: str | bytes, tenant: str | None = None) -> int:
-        """How many callers of this host's processes wait for the key; tenant: of this one only.
-        Tasks of other event loops are counted as of 0.2 s ago."""
+        """How many callers of this host's processes wait for the key; tenant: of this one only."""
         states, raw = self._grantor.queue(key)
         return states.waiting(raw, None if tenant is None else tenant_hash(tenant))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Sequence
 from operator import index
@@ -59,7 +58,7 @@ def deadline_ns(timeout: float | None) -> int:
     """A time-out in seconds as an instant of time.monotonic_ns(); None: never."""
     if timeout is None:
         return _NEVER
-    if not isinstance(timeout, (int, float)) or math.isnan(timeout):
+    if not isinstance(timeout, (int, float)) or timeout != timeout:  # nan
         raise TypeError(f"timeout must be a number of seconds or None, not {timeout!r}")
     return time.monotonic_ns() + round(max(min(timeout, 4e9), 0) * 1e9)
 
@@ -206,8 +205,7 @@ class RateLimiter(SharedLimits):
             return await off_loop(lambda: refused(self, key, cost))
 
     def queue_size(self, key: str | bytes, tenant: str | None = None) -> int:
-        """How many callers of all processes wait for the key; tenant: of this one only. Tasks of
-        other event loops are counted as of 0.2 s ago."""
+        """How many callers of all processes wait for the key; tenant: of this one only."""
         of = None if tenant is None else tenant_hash(tenant)
         return self._states.waiting(key_bytes(key), of)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AsyncContextDecorator, suppress
 from types import TracebackType
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 from fast_litellm_shm import exceptions, limits
 from fast_litellm_shm._shared import log, performance, settings, wait_queue
@@ -35,11 +35,16 @@ from fast_litellm_shm.limiters.waiting import (
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.")
 _HELD, _MOVE = "held", "move"  # a Use holds a connection; the caller has to wait in the other queue
 
-_pools: WeakSet[SimpleConnectionPool] = WeakSet()
+_pools: WeakValueDictionary[int, SimpleConnectionPool] = WeakValueDictionary()  # by id
+
+
+def _living() -> list[SimpleConnectionPool]:
+    """While other threads make pools: a loop over a WeakSet would fail."""
+    return [pool for each in _pools.valuerefs() if (pool := each()) is not None]
 
 
 def _after_fork() -> None:
-    for pool in _pools:
+    for pool in _living():
         pool._forget()
 
 
@@ -120,7 +125,7 @@ class SimpleConnectionPool(PoolCore):
         self._close: Callable[[Any], object] | None = None
         self._is_healthy: Callable[[Any], bool] | None = None
         self._forget()
-        _pools.add(self)
+        _pools[id(self)] = self
 
     @property
     def name(self) -> str:
@@ -306,7 +311,7 @@ class SimpleConnectionPool(PoolCore):
                 return _MOVE
             if not any(
                 pool._give_up(None if at else endpoint)
-                for pool in list(_pools)
+                for pool in _living()
                 if pool is not self and pool._name == self._name and pool._segment is self._segment
             ):
                 return got

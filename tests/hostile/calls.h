@@ -123,6 +123,7 @@ static void use_queue(user_t *u, fshm_limiter *l, const char *key, uint64_t n, u
   if (what & 2) fshm_wait_served(l, p, n, now);
   if (what & 4) fshm_wait_correct(l, p, (int64_t)n, now);
   if (what & 8) fshm_wait_requeue(l, p, n, what, now);
+  if (what & 16) fshm_wait_count(l, p, what);
   fshm_wait_wake(l, key, 1);
   fshm_wait_ask(l, key, 1, (int)what & 1, p);
   MUST((unsigned)fshm_wait_asked(l, key, 1) <= 1);

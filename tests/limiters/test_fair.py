@@ -228,6 +228,29 @@ def test_tasks_are_shed_by_their_place_in_the_line(segment: Segment) -> None:
     assert asyncio.run(main()) == [True] * 5 + [False] * 3
 
 
+def test_tasks_are_counted_as_they_come_and_go(segment: Segment) -> None:
+    """Also for callers of another tenant or priority, which stand in another line."""
+    limiter = permits(segment)
+
+    async def main() -> list[int]:
+        sizes = []
+        with limiter.acquire("k"):
+            tasks = [asyncio.ensure_future(limiter.wait_async("k", PATIENCE)) for _ in range(8)]
+            await asyncio.sleep(0)
+            sizes.append(limiter.queue_size("k"))
+            assert not await limiter.wait_async("k", PATIENCE, priority=-1, max_waiting=8)
+            for each in tasks[2:]:
+                each.cancel()
+            await asyncio.sleep(0)
+            sizes.append(limiter.queue_size("k"))
+            for each in tasks:
+                each.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            return [*sizes, limiter.queue_size("k")]
+
+    assert asyncio.run(main()) == [8, 2, 0]
+
+
 def test_places_are_told(segment: Segment) -> None:
     limiter = permits(segment)
     told: list[list[int]] = [[], [], []]

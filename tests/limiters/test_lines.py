@@ -155,6 +155,46 @@ def test_two_loops_in_two_threads(segment: Segment) -> None:
     assert [sorted(each) for each in found] == [list(range(50))] * 2
 
 
+class _Loop:
+    """Of another thread."""
+
+    lines: dict[Any, Any] = {}  # noqa: RUF012
+
+
+def test_loops_begin_while_others_begin_in_other_threads(segment: Segment) -> None:
+    limiter, interval, ends = make(segment), sys.getswitchinterval(), threading.Event()
+    others, failed = [_Loop() for _ in range(1000)], list[BaseException]()
+
+    def begin() -> None:
+        while not ends.is_set():
+            others.append(_Loop())
+            wait_queue._events[others[-1]] = others[-1]  # type: ignore[assignment]
+            del others[1000:]
+
+    def use() -> None:
+        try:
+            for _ in range(40):
+                asyncio.run(_turns(limiter, 2))
+        except BaseException as error:
+            failed.append(error)
+
+    for each in others:
+        wait_queue._events[each] = each  # type: ignore[assignment]
+    threads = [threading.Thread(target=begin), threading.Thread(target=use)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        threads[1].join()
+    finally:
+        ends.set()
+        threads[0].join()
+        sys.setswitchinterval(interval)
+        for each in others:
+            wait_queue._events.pop(each, None)
+    assert failed == []
+
+
 def test_uvloop(segment: Segment) -> None:
     uvloop = pytest.importorskip("uvloop")
     limiter = make(segment)

@@ -13,7 +13,7 @@ from support.children import run
 from support.waiting import wait_until
 from support.workers import now
 
-from fast_litellm_shm import Limit, RateLimiter, Segment, SlidingWindow, Window
+from fast_litellm_shm import ConcurrencyLimiter, Limit, RateLimiter, Segment, SlidingWindow, Window
 
 SLOW = Limit(10, 36000)  # a token every hour
 
@@ -58,6 +58,21 @@ def test_a_bad_timeout(segment: Segment, bad: Any) -> None:
     with pytest.raises(TypeError) as caught:
         make(segment, SLOW).wait("k", timeout=bad)
     assert str(caught.value) == f"timeout must be a number of seconds or None, not {bad!r}"
+
+
+def test_a_bad_timeout_is_found_although_there_is_room(segment: Segment) -> None:
+    """Else a program learns of it under load."""
+    limiter = ConcurrencyLimiter(1, name="permits", segment=segment)
+    for call in (
+        lambda: limiter.wait("k", "5"),  # type: ignore[arg-type]
+        lambda: asyncio.run(limiter.wait_async("k", float("nan"))),
+        lambda: limiter.slot("k", "5").__enter__(),  # type: ignore[arg-type]
+        lambda: asyncio.run(limiter.slot_async("k", "5").__aenter__()),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(TypeError, match="timeout must be a number of seconds or None, not"):
+            call()
+    assert limiter.in_flight("k") == 0
+    assert limiter.wait("k", 10**400).release()
 
 
 def test_an_infinite_timeout_is_none_at_all(segment: Segment) -> None:

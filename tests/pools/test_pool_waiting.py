@@ -7,6 +7,7 @@ import asyncio
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -345,6 +346,29 @@ def _take_turns(name: str, parties: int, threads: int, turns: int) -> tuple[int,
         thread.join()
     meet(name, 2 * parties)
     return len(served), wrong
+
+
+def test_callers_while_another_thread_makes_pools(segment: Segment) -> None:
+    of, interval, ends = make(segment, max_per_endpoint=1), sys.getswitchinterval(), []
+    others = [SimpleConnectionPool(f"other {i % 7}", segment=segment) for i in range(2000)]
+
+    def make_pools() -> None:
+        while not ends:
+            others.append(SimpleConnectionPool("other", segment=segment))
+            del others[2000:]
+
+    maker = threading.Thread(target=make_pools)
+    sys.setswitchinterval(1e-6)
+    try:
+        maker.start()
+        with of.connection(A):
+            for _ in range(1000):
+                with pytest.raises(PermitTimeoutError), of.connection(A):
+                    raise AssertionError("entered")
+    finally:
+        ends.append(True)
+        maker.join()
+        sys.setswitchinterval(interval)
 
 
 def test_six_workers_of_four_threads_on_five_connections(segment: Segment) -> None:
