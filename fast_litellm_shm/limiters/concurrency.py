@@ -154,9 +154,7 @@ class ConcurrencyLimiter(InSegment):
                 return permit
         return await run_async(self._wait(ASYNCIO, key, deadline, wished))
 
-    def _wait(
-        self, waits: Waits, key: str | bytes, deadline: int, wished: Wish
-    ) -> Steps[Permit]:
+    def _wait(self, waits: Waits, key: str | bytes, deadline: int, wished: Wish) -> Steps[Permit]:
         place = waits.place(self._states, key_bytes(key), wished.order)
         tries = _Tries(self, waits, key, place)
         try:
