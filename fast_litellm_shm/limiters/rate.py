@@ -59,7 +59,7 @@ def deadline_ns(timeout: float | None) -> int:
     """A time-out in seconds as an instant of time.monotonic_ns(); None: never."""
     if timeout is None:
         return _NEVER
-    if not isinstance(timeout, (int, float)) or math.isnan(timeout):
+    if not isinstance(timeout, (int, float)) or (type(timeout) is float and math.isnan(timeout)):
         raise TypeError(f"timeout must be a number of seconds or None, not {timeout!r}")
     return time.monotonic_ns() + round(max(min(timeout, 4e9), 0) * 1e9)
 

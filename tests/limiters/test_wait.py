@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -63,12 +64,13 @@ def test_a_bad_timeout(segment: Segment, bad: Any) -> None:
 def test_a_bad_timeout_is_found_although_there_is_room(segment: Segment) -> None:
     """Else a program learns of it under load."""
     limiter = ConcurrencyLimiter(1, name="permits", segment=segment)
-    for call in (
+    calls: tuple[Callable[[], object], ...] = (
         lambda: limiter.wait("k", "5"),  # type: ignore[arg-type]
         lambda: asyncio.run(limiter.wait_async("k", float("nan"))),
         lambda: limiter.slot("k", "5").__enter__(),  # type: ignore[arg-type]
         lambda: asyncio.run(limiter.slot_async("k", "5").__aenter__()),  # type: ignore[arg-type]
-    ):
+    )
+    for call in calls:
         with pytest.raises(TypeError, match="timeout must be a number of seconds or None, not"):
             call()
     assert limiter.in_flight("k") == 0

@@ -349,7 +349,8 @@ def _take_turns(name: str, parties: int, threads: int, turns: int) -> tuple[int,
 
 
 def test_callers_while_another_thread_makes_pools(segment: Segment) -> None:
-    of, interval, ends = make(segment, max_per_endpoint=1), sys.getswitchinterval(), []
+    of, interval = make(segment, max_per_endpoint=1), sys.getswitchinterval()
+    ends: list[bool] = []
     others = [SimpleConnectionPool(f"other {i % 7}", segment=segment) for i in range(2000)]
 
     def make_pools() -> None:
