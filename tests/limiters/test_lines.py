@@ -88,10 +88,7 @@ def test_permits_that_are_released_at_once_are_taken_at_once(segment: Segment) -
     asyncio.run(main())
 
 
-def test_many_short_loops_leave_no_descriptor_and_no_thread(
-    segment: Segment, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(wait_queue, "_KEEP", 0.2)  # seconds that an unused thread stays
+def test_many_short_loops_leave_no_descriptor_and_no_thread(segment: Segment) -> None:
     limiter = make(segment)
     asyncio.run(_turns(limiter, 2))
     before = len(os.listdir("/proc/self/fd"))
