@@ -25,14 +25,14 @@ static waiter_t *places_then;
 static uint64_t queues_then[WAIT_GROUPS];
 
 static void put_back_queue(void) {
-  memcpy((void *)s->waiters, places_then, WAITERS * sizeof(waiter_t));
-  memcpy((void *)s->header->queues, queues_then, sizeof queues_then);
+  memcpy((void *)(uintptr_t)s->waiters, places_then, WAITERS * sizeof(waiter_t));
+  memcpy((void *)(uintptr_t)s->header->queues, queues_then, sizeof queues_then);
   memcpy(callers, callers_then, sizeof callers);
   held = held_then, also_held = also_held_then;
 }
 static void keep_all(void) {
-  memcpy(places_then, (void *)s->waiters, WAITERS * sizeof(waiter_t));
-  memcpy(queues_then, (void *)s->header->queues, sizeof queues_then);
+  memcpy(places_then, (void *)(uintptr_t)s->waiters, WAITERS * sizeof(waiter_t));
+  memcpy(queues_then, (void *)(uintptr_t)s->header->queues, sizeof queues_then);
   memcpy(callers_then, callers, sizeof callers);
   held_then = held, also_held_then = also_held;
   keep_state();
