@@ -431,7 +431,7 @@ static UNGUARDED __attribute__((noinline)) int take_another(holder_t *h, snapsho
   for (int pass = 0; pass < 2; pass++) { /* the second asks who is dead */
     if (pass) memset(&liveness, 0, sizeof liveness);
     if (pass && !h->fixed) h->seen = changes_arm_freed(h->s, changes_index(h->hash));
-    for (uint32_t i = pass; i <= n; i++) {
+    for (uint32_t i = (uint32_t)pass; i <= n; i++) {
       number = i ? (start + i - 1) % n : first;
       if (i || status != PERMIT_HELD)
         status = try_permit(h, number, pass ? &liveness : NULL, &left, out);

@@ -329,7 +329,9 @@ static waiter_t *next_of(fshm_segment *s, uint64_t key, bool here, uint64_t now,
       first.service = service_of(s, key, first.tenant, now);
       w.service = service_of(s, key, w.tenant, now);
     }
-    if (!best || is_before(&w, &first, now)) best = e, first = w;
+    if (best && !is_before(&w, &first, now)) continue;
+    best = e;
+    first = w;
   }
   if (!any) lower_reach(s, group, word);
   *out = first;
@@ -448,7 +450,7 @@ void fshm_wait_requeue(fshm_limiter *l, fshm_place *p, uint64_t since, uint32_t 
   p->since = since;
   p->callers = callers;
   p->units = more ? 0 : p->units - 1; /* for the next caller of the place */
-  p->here = more ? 0 : minus(p->here, 1);
+  p->here = more || !p->here ? 0 : p->here - 1;
   p->took = p->more = p->asked = p->looked = 0;
   if (!p->owner || !is_ours(s, p)) return; /* the next turn takes another place */
   beat(&s->waiters[p->entry], p, now_of(s, now));

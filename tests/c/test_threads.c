@@ -170,6 +170,25 @@ static void take_by_force(scene_t *scene) {
   if (permit.held) (void)fshm_permit_release(scene->forced, &permit); /* may be gone by now */
 }
 
+static void look_at_queue(scene_t *scene, const char *key, uint64_t length, fshm_place *p) {
+  fshm_limiter *l = scene->places;
+  const uint64_t tenant = random_below(3);
+  fshm_waiter_info infos[2];
+  fshm_turn turn;
+  CHECK_OP(fshm_wait_ahead(l, p, p->since, 0), <=, 1000);
+  fshm_wait_ask(l, key, length, 0, p);
+  CHECK_OP((unsigned)fshm_wait_asked(l, key, length), <=, 1);
+  CHECK_OP((unsigned)fshm_wait_next(l, key, length), <=, FSHM_NEXT_OTHER);
+  CHECK_OP(fshm_wait_first(l, key, length), >, 0);
+  CHECK_EQ(fshm_is_waited_for(l, key, length), 1); /* it stands there itself */
+  fshm_waiting(l, key, length, random_below(2) ? &tenant : NULL, 0, &turn);
+  CHECK_OP(turn.callers, <=, 1000);
+  fshm_wait_wake(l, key, length);
+  CHECK_OP((unsigned)fshm_wait_watch(scene->s, 0), <=, 1);
+  CHECK_OP((unsigned)fshm_waiter_at(scene->s, p->entry, infos), <=, 1);
+  CHECK_OP(fshm_waiters(scene->s, infos, 2, 0), <=, WAITERS);
+}
+
 static void stand_in_the_queue(scene_t *scene) {
   const char *key = any_key();
   uint64_t length = strlen(key);
@@ -185,6 +204,7 @@ static void stand_in_the_queue(scene_t *scene) {
     if (random_below(2)) fshm_wait_requeue(scene->places, &p, fshm_now(scene->s), 2, 0);
     int woken = fshm_wait_sleep(scene->places, &p, turn.armed, 20000);
     CHECK(woken == 0 || woken == 1);
+    look_at_queue(scene, key, length, &p);
   }
   fshm_wait_leave(scene->places, &p);
 }
@@ -215,6 +235,7 @@ static void inspect(scene_t *scene) {
   CHECK_EQ(fshm_limit_check(&several_limits[0], &largest), FSHM_OK);
   CHECK_EQ(fshm_path(scene->name, text, sizeof text), FSHM_OK);
   CHECK_OP(fshm_size_for(200), ==, scene->s->size);
+  CHECK_OP(fshm_memory_for(200), <=, scene->s->size);
   if (s == scene->s) CHECK_OP(fshm_now(s), >=, scene->began);
   (void)fshm_unique(s);
 }

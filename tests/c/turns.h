@@ -162,6 +162,9 @@ static void put_back_state(void) {
 /* Every schedule of these steps: in each, a role goes on for some accesses and stops. Then they go to their ends, in the
  * order of `ends`. False: a check has failed. */
 static uint64_t schedules;
+/* From one stop of a step to the next it goes up to so many accesses on, at random; a third of that, where there are
+ * only two steps. */
+static uint64_t leaps = 1;
 static void (*always)(void); /* checked when a thread has stopped or ended; or NULL */
 static bool every_schedule(const char *steps, const char *ends, void (*verify)(void)) {
   const size_t count = strlen(steps);
@@ -191,7 +194,7 @@ static bool every_schedule(const char *steps, const char *ends, void (*verify)(v
     size_t last = count; /* the next one: of the last step that was not its role's end */
     while (last && ended[last - 1]) stop[--last] = 0;
     if (!last) return true;
-    stop[last - 1]++;
+    stop[last - 1] += 1 + random_u64() % (count > 2 ? leaps : (leaps + 2) / 3);
   }
 }
 

@@ -71,7 +71,7 @@ async def lists(app: Top, names: list[str]) -> None:
 def filled(segment: Segment) -> Segment:
     """chat: busy is at its limit and was denied; wide: a, b, c with 5, 3 and 1 calls."""
     chat = RateLimiter(Window(10, 3600), name="chat", segment=segment)
-    wide = RateLimiter(Limit(1000, 3600), name="wide", segment=segment)
+    wide = RateLimiter(Limit(1000, 360_000), name="wide", segment=segment)
     for _ in range(12):
         chat.acquire("busy")
     for key, calls in (("a", 5), ("b", 3), ("c", 1)):

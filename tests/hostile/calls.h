@@ -119,6 +119,7 @@ static void use_queue(user_t *u, fshm_limiter *l, const char *key, uint64_t n, u
     MUST(joined == 0 || (joined == 1 && p->owner));
   }
   MUST((unsigned)fshm_wait_turn(l, p, now, &t) <= 1);
+  (void)fshm_wait_ahead(l, p, n, now);
   MUST((unsigned)fshm_wait_sleep(l, p, t.armed ^ (what & 1), 1000) <= 1);
   if (what & 2) fshm_wait_served(l, p, n, now);
   if (what & 4) fshm_wait_correct(l, p, (int64_t)n, now);

@@ -125,6 +125,7 @@ static void image_make(image_t *image, uint64_t capacity, uint32_t names) {
   MUST(fshm_open(name, capacity, 0600, FSHM_OPEN_CREATE | names, &s, &e) == FSHM_OK);
   image->size = s->size;
   MUST(image->size == fshm_size_for(capacity));
+  MUST(fshm_memory_for(capacity) <= image->size);
   image->bytes = aligned_alloc(LINE, s->size);
   MUST(image->bytes);
   fshm_close(s);

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from support.children import run_one
-from support.interrupts import Interrupted, at_each_instruction
+from support.interrupts import EVERY, Interrupted, at_each_instruction
 from support.waiting import PATIENCE, ticking, wait_until, wait_until_async
 
 from fast_litellm_shm import ConcurrencyLimiter, Segment
@@ -349,11 +349,6 @@ def test_a_wake_up_of_another_process_reaches_the_task(segment: Segment) -> None
         return served
 
     assert asyncio.run(main()) == 20
-
-
-# Each run starts a loop: all instructions take a minute. At each one, by hand:
-# FAST_LITELLM_SHM_INTERRUPT_EVERY=1.
-EVERY = int(os.environ.get("FAST_LITELLM_SHM_INTERRUPT_EVERY", "5"))
 
 
 def test_a_caller_that_is_interrupted_holds_up_none_of_its_line(

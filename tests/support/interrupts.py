@@ -20,6 +20,9 @@ import fast_litellm_shm
 _PACKAGE = os.path.dirname(fast_litellm_shm.__file__)
 # Of each block. 100,000 by hand: FAST_SHM_TEST_RAISES=100000 (docs/reliability.md).
 RAISES = int(os.environ.get("FAST_SHM_TEST_RAISES", "1500"))
+# Of the thousands of instructions of a call on an event loop, each so many-th. Each by hand:
+# FAST_SHM_TEST_EVERY=1.
+EVERY = int(os.environ.get("FAST_SHM_TEST_EVERY", "5"))
 
 
 class Interrupted(BaseException):
