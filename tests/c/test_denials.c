@@ -273,7 +273,7 @@ typedef struct {
   _Atomic int ready;
 } hold_t;
 
-static void hold_all(int me, void *with) {
+static __attribute__((noreturn)) void hold_all(int me, void *with) {
   hold_t *h = with;
   fshm_permit p;
   uint32_t in_flight;
