@@ -163,23 +163,23 @@ class _Loop:
 
 def test_loops_begin_while_others_begin_in_other_threads(segment: Segment) -> None:
     limiter, interval, ends = make(segment), sys.getswitchinterval(), threading.Event()
-    others, failed = [_Loop() for _ in range(1000)], list[BaseException]()
+    others, nothing, failed = [_Loop() for _ in range(9999)], _Loop(), list[BaseException]()
 
     def begin() -> None:
         while not ends.is_set():
             others.append(_Loop())
-            wait_queue._events[others[-1]] = others[-1]  # type: ignore[assignment]
-            del others[1000:]
+            wait_queue._events[others[-1]] = nothing  # type: ignore[assignment]
+            del others[9999:]
 
     def use() -> None:
         try:
-            for _ in range(40):
+            for _ in range(200):
                 asyncio.run(_turns(limiter, 2))
         except BaseException as error:
             failed.append(error)
 
     for each in others:
-        wait_queue._events[each] = each  # type: ignore[assignment]
+        wait_queue._events[each] = nothing  # type: ignore[assignment]
     threads = [threading.Thread(target=begin), threading.Thread(target=use)]
     sys.setswitchinterval(1e-6)
     try:
