@@ -176,11 +176,19 @@ class _Line:
 
     def open(self) -> _Native:
         """Its place in the queue."""
-        native = self.native
+        native, events, before = self.native, self.events, None
+        if events.fd < 0:
+            events.open()
+        if native is not None and native.place.fd != events.fd:
+            native, before = None, native
         if native is None:
-            native = self.native = _Native(*self.key, self.events.fd)
+            native = self.native = _Native(*self.key, events.fd)
             self.head = next(iter(self.callers), None)
             self.listen()
+        if before is not None:
+            since, callers = before.place.since, len(self.callers)
+            lib.fshm_wait_requeue(native.limiter, native.place, since, callers, 0)
+            before.leave()
         if self.watch is None:
             _watch(native.segment, self)
         return native
@@ -355,10 +363,18 @@ class _Events:
         self.listening: dict[int, _Line] = {}  # by the number of the place
         self._calls: deque[Callable[[], object]] = deque()
         self._pid = os.getpid()
-        self._read, self.fd = os.pipe()
-        os.set_blocking(self._read, False)
-        os.set_blocking(self.fd, False)
-        self.listen(self._read, self._readable)
+        self.open()
+
+    def open(self) -> None:
+        """Where the process has no descriptor left, lines look by themselves, every 0.2 s, and try
+        again."""
+        try:
+            self._read, self.fd = os.pipe()
+            os.set_blocking(self._read, False)
+            os.set_blocking(self.fd, False)
+            self.listen(self._read, self._readable)
+        except OSError:
+            self.close_pipe()
 
     def line(self, key: tuple[States, bytes, Order]) -> _Line:
         found = self.lines.get(key)
@@ -387,13 +403,16 @@ class _Events:
     def call_soon(self, call: Callable[[], object]) -> None:
         """Have the hub call it, in a greenlet of its own. Called by any thread."""
         self._calls.append(call)
-        with suppress(BlockingIOError):  # there is something to read
+        with suppress(OSError):  # there is something to read already
             posix.write(self.fd, b"\xff" * _NUMBER)
 
     def close(self) -> None:
         """Before the pipe is closed: the core writes to it for the places of these lines."""
         for line in list(getattr(self, "lines", {}).values()):  # __init__ may have raised
             line.end()
+        self.close_pipe()
+
+    def close_pipe(self) -> None:
         fds, self._read, self.fd = (self._read, self.fd), -1, -1
         for fd in fds:
             if fd >= 0:
