@@ -176,7 +176,8 @@ class _Line:
 
     def open(self) -> _Native:
         """Its place in the queue."""
-        native, events, before = self.native, self.events, None
+        native, events = self.native, self.events
+        before: _Native | None = None
         if events.fd < 0:
             events.open()
         if native is not None and native.place.fd != events.fd:
