@@ -578,6 +578,7 @@ def test_connections_of_an_owner_that_is_killed_while_another_waits(
     with _owner(of, A, 2, 1 if stopped else 0) as (pid, _, _):
         if stopped:
             os.kill(pid, signal.SIGSTOP)
+            os.waitpid(pid, os.WUNTRACED)  # until it is stopped
 
         def use() -> None:
             with of.connection(A, timeout=PATIENCE) as found:
