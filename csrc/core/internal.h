@@ -259,6 +259,12 @@ static inline uint32_t process_index(fshm_segment *s) {
   return likely(joined) ? joined - (joined != NO_PROCESS) : process_join(s);
 }
 
+/* process_index(), but NO_PROCESS where this process has not joined. */
+static inline uint32_t process_index_known(const fshm_segment *s) {
+  uint32_t joined = load_relaxed(&s->fork_page->joined);
+  return joined && joined != NO_PROCESS ? joined - 1 : NO_PROCESS;
+}
+
 /* process_identity(), without a call where this process has joined and nothing but its death drops its locks. */
 static inline HOT bool process_identity_inline(fshm_segment *s, uint32_t *process,
                                                uint64_t *incarnation) {

@@ -42,7 +42,7 @@
 #define WATCH_ASKED 2U
 #define WATCH_WAKE_UP 4U
 
-static_assert(FSHM_WAIT_BEAT_NS * 3 <= LATE_NS, "two beats may be lost");
+static_assert(LATE_NS / 3 >= FSHM_WAIT_BEAT_NS, "two beats may be lost");
 
 static waiter_t *place_at(const fshm_segment *s, uint32_t group, uint32_t nth) {
   return &s->waiters[(group * (WAITERS / WAIT_GROUPS) + nth) % WAITERS];
@@ -590,7 +590,7 @@ static bool wake_place(fshm_segment *s, waiter_t *e, uint64_t owner, uint32_t wh
   (void)atomic_fetch_add(&e->wake, what);
   if (!load_relaxed(&e->polled)) {
     wake_sleeper(&e->wake);
-  } else if (process != process_index(s) || !poll_wake(s, (uint64_t)(e - s->waiters))) {
+  } else if (process != process_index_known(s) || !poll_wake(s, (uint64_t)(e - s->waiters))) {
     /* its watcher, if one sleeps */
     if (process < PROCESSES &&
         atomic_fetch_add(&s->watchers[process], WATCH_WAKE_UP) & WATCH_SLEEPS)
