@@ -311,6 +311,7 @@ static __attribute__((noinline)) bool stands_granted(const holder_t *h, const sn
  * numbers below this were held (32 bits) | so many were held (32); of a count, the word of taken permits. */
 enum { LOOK_FREED, LOOK_UNTIL, LOOK_HELD, LOOK_TAKEN };
 #define LOOK_PATIENCE 64 /* looks take a 64th of the time at most */
+#define LOOK_PERMIT_NS UINT64_C(2000) /* a permit and its owner: what took longer was interrupted */
 #define LOOK_NS UINT64_C(500000000) /* and a dead process's permit is found after that */
 #define LOOK_COUNTED UINT64_C(0x9e3779b97f4a7c15) /* with the key's hash: the entry of a count */
 
@@ -345,7 +346,8 @@ static bool look_load(fshm_segment *s, uint64_t hash, uint64_t now, uint64_t *w)
 static COLD void look_remember(const holder_t *h, uint64_t hash, uint32_t n, uint32_t held,
                                uint64_t taken) {
   if (!h->seen) return;
-  const uint64_t took = minus(segment_now(h->s), h->now);
+  const uint64_t looked = (n > held ? n : held) + UINT64_C(1);
+  const uint64_t took = min_u64(minus(segment_now(h->s), h->now), looked * LOOK_PERMIT_NS);
   const uint64_t until = plus_time(h->now, min_u64(took * LOOK_PATIENCE, LOOK_NS));
   look_store(h->s, hash, (const uint64_t[]){h->seen, until, (uint64_t)n << 32 | held, taken});
 }
