@@ -579,6 +579,9 @@ class _Watch:
         self.keepers: dict[int, tuple[ref[Keeper], _Events | None]] = {}
         self.until = 0.0  # of time.monotonic()
         self.begun = self.over = False
+        self.threads = [
+            1
+        ]  # that may watch: an exception that strikes as one starts may start another
 
     def keep(self, keeper: Keeper, events: _Events | None) -> None:
         number = id(keeper)
@@ -639,6 +642,10 @@ def _begin(segment: Segment, found: _Watch) -> None:
 
 
 def _watching(segment: Segment, found: _Watch) -> None:
+    try:
+        found.threads.pop()
+    except IndexError:
+        return
     while not found.over:
         if lib.fshm_wait_watch(segment._handle, 1_000_000_000):
             found.asked()

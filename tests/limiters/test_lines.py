@@ -37,8 +37,12 @@ def _watched() -> int:
     return sum(len(each.lines) for each in list(wait_queue._watches.values()))
 
 
-def _threads() -> int:
-    return sum(each.name == "fast-shm-wait" for each in threading.enumerate())
+def _threads() -> set[threading.Thread]:
+    return {each for each in threading.enumerate() if each.name == "fast-shm-wait"}
+
+
+class Keeper:
+    def _asked(self) -> None: ...
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +105,26 @@ def test_many_short_loops_leave_no_descriptor_and_no_thread(segment: Segment) ->
     assert len(os.listdir("/proc/self/fd")) <= before + 2
     wait_until("nobody watches the segment", lambda: segment not in wait_queue._watches)
     # Of other segments, whose pools live: a thread each.
-    wait_until("the thread that watched has ended", lambda: _threads() <= len(wait_queue._watches))
+    wait_until(
+        "the thread that watched has ended", lambda: len(_threads()) <= len(wait_queue._watches)
+    )
+
+
+def test_a_watch_has_one_thread(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although an exception struck when its first one had just started."""
+    start, keeper, before = wait_queue._start_thread, Keeper(), _threads()
+
+    def interrupted(*args: Any) -> None:
+        start(*args)
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(wait_queue, "_start_thread", interrupted)
+        with pytest.raises(Interrupted):
+            wait_queue.watch(segment, keeper)
+    wait_queue.watch(segment, keeper)
+    wait_until("one thread is left", lambda: len(_threads() - before) == 1)
+    del keeper
 
 
 def test_loops_in_cycles_leave_no_descriptor(segment: Segment) -> None:
