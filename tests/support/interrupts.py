@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import CodeType, FrameType
@@ -46,9 +47,12 @@ def at_each_instruction(
 def _raise_at(run: Callable[[], object], at: int) -> str | None:
     """Where it raised; None: ``run`` has fewer instructions."""
     left, where, own = at, None, getattr(run, "__code__", None)
+    thread = threading.get_ident()  # no signal handler runs in another one
 
     def reached(code: CodeType, line: int | None) -> None:
         nonlocal left, where
+        if threading.get_ident() != thread:
+            return
         if where is not None or not (code is own or code.co_filename.startswith(_PACKAGE)):
             return
         if left == 0:
