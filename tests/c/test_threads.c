@@ -176,6 +176,7 @@ static void look_at_queue(scene_t *scene, const char *key, uint64_t length, fshm
   fshm_waiter_info infos[2];
   fshm_turn turn;
   CHECK_OP(fshm_wait_ahead(l, p, p->since, 0), <=, 1000);
+  fshm_wait_count(l, p, 1);
   fshm_wait_ask(l, key, length, 0, p);
   CHECK_OP((unsigned)fshm_wait_asked(l, key, length), <=, 1);
   CHECK_OP((unsigned)fshm_wait_next(l, key, length), <=, FSHM_NEXT_OTHER);
