@@ -26,7 +26,7 @@ comma := ,
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-litellm check check-c check-py test lint-c c-programs environments test-cluster test-limits limits-upstream test-peers peers-upstream test-dashboard dashboard-page test-spellings spellings test-litellm test-freethreaded test-py test-c test-aarch64 lint format lib build bench instructions scaling clean
+.PHONY: help demo demo-litellm check check-c check-py test lint-c c-programs environments test-cluster test-limits limits-upstream test-peers peers-upstream test-dashboard dashboard-page test-spellings spellings soak test-litellm test-freethreaded test-py test-c test-aarch64 lint format lib build bench instructions scaling clean
 
 # The text after ## is `GROUP: what it does`.
 help: ## start: list the targets
@@ -96,6 +96,11 @@ test-spellings: ## test: no spelling of a request passes a limit: frameworks and
 
 spellings: $(VENV)/.spellings-tests
 	$(PYTEST) -n 2 --dist loadgroup tests/spellings
+
+# SECONDS: a short one, as .ci/run has it. KINDS: of gthread, gevent and uvicorn.
+MINUTES ?= 10
+soak: $(VENV)/.test ## test: one application with every class in it, under gunicorn for MINUTES=10 or SECONDS=20; workers die
+	PYTHONPATH=tests $(VENV)/bin/python -m soak.run --seconds $(or $(SECONDS),$$(($(MINUTES) * 60))) $(KINDS:%=--kind %)
 
 test-litellm: $(VENV)/.test $(VENV)/.litellm-proxy ## test: the plugin against LiteLLM's real proxy, 4 workers of either kind
 	$(PYTEST) -n 2 --dist loadscope tests/litellm_proxy

@@ -25,6 +25,8 @@ QUESTIONS = (
     "import_cost",
     "tails",
     "pool_cost",
+    "pool_waiting",
+    "waiting",
     "routing",
     "limits_cost",
     "cluster_cost",
@@ -36,7 +38,7 @@ QUESTIONS = (
 )
 PATIENCE = 600  # seconds for one question: only a hang comes near it
 # Of those not asked in each pass: each value of theirs is from a process of its own anyway.
-MOST_PASSES = {"bytes_per_key": 1, "key_count": 3}
+MOST_PASSES = {"bytes_per_key": 1, "key_count": 3, "waiting": 2}
 
 
 def _ask(name: str, settings: Settings) -> Result:

@@ -25,6 +25,7 @@ PROMISES = (
     "first check of a new key",
     "check at 10 million keys against 1,000",
     "pool get + return",
+    "callers that wait",
     "routing, 20 deployments",
     "token count, text seen before, 1,000+ characters",
     "token count, new text",

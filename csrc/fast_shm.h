@@ -25,7 +25,7 @@
 
 /* [cdef begin] */
 
-#define FSHM_LAYOUT_VERSION 2
+#define FSHM_LAYOUT_VERSION 3
 /* The lock is held; whether it dumps core cannot be seen (another pid namespace). */
 #define FSHM_ALIVE_BY_LOCK 2
 #define FSHM_MAX_LIMITS 4        /* limits of one limiter */
@@ -143,6 +143,9 @@ typedef struct {
   uint64_t slots_offset, key_stats_offset, limiters_offset, processes_offset, process_stats_offset;
   uint32_t limiters, processes, process_stats_entries;
   uint32_t layout_version, names, read_only;
+  uint32_t
+      processes_joined; /* from this index on, none was ever taken, and nothing is to be read */
+  uint64_t memory; /* bytes of `size` that are allocated */
 } fshm_geometry;
 
 typedef struct {
@@ -167,7 +170,8 @@ void fshm_close(fshm_segment *segment);
 int fshm_remove(const char *name, fshm_error *error);
 int fshm_path(const char *name, char *out, uint64_t size);
 const char *fshm_directory(void);
-uint64_t fshm_size_for(uint64_t capacity);
+uint64_t fshm_size_for(uint64_t capacity); /* of the file */
+uint64_t fshm_memory_for(uint64_t capacity); /* of the file's bytes, so many are allocated */
 int fshm_unlinked(fshm_segment *segment);
 /* Do liveness checks and joins work? FSHM_OK. FSHM_E_NOT_FOUND: the segment was removed. FSHM_E_LOCK_FILE: error has the
  * path of the lock file, and in sys_errno ENOENT (it was deleted), ESTALE (another file lies there), EBADF (this process
@@ -307,7 +311,7 @@ uint64_t fshm_live_keys(fshm_limiter *limiter, uint64_t now_ns);
 /* A permit held by this process. Copy it freely; release it once. */
 typedef struct {
   uint64_t slot, who, when;
-  uint32_t wakeup, held;
+  uint32_t held, group; /* group: of its key, for those that wait or look */
   fshm_charged put[4]; /* the charge of each other limit */
 } fshm_permit;
 
@@ -337,11 +341,108 @@ int fshm_permit_idle(fshm_limiter *limiter, fshm_permit *permit, int idle);
 int fshm_permit_held(const fshm_limiter *limiter, const fshm_permit *permit);
 /* The number of the key's permits that living processes hold. Frees those of dead processes. */
 uint32_t fshm_in_flight(fshm_limiter *limiter, const void *key, uint64_t key_length);
-/* To wait for a permit: arm, try to take one, and wait if that failed. A wake-up since arm() ends the wait at once. */
-uint32_t fshm_wakeup_arm(fshm_limiter *limiter, const void *key, uint64_t key_length);
-int fshm_wakeup_wait(fshm_limiter *limiter, const void *key, uint64_t key_length, uint32_t armed,
-                     uint64_t timeout_ns);
-void fshm_wakeup_send(fshm_limiter *limiter, const void *key, uint64_t key_length);
+
+/* Waiting for a key ------------------------------------------------------------------------ */
+/* Callers that wait for a permit, or for tokens, stand in one queue for each key, over all processes. The queue says
+ * which of them may try; what it tries is any call of the limiter. A place is of one caller (a thread), or of several
+ * that take turns (tasks of an event loop). Its owner calls fshm_wait_turn() at least every FSHM_WAIT_BEAT_NS; a place
+ * whose owner does not (it is dead, or stopped) is passed over within a second:
+ *
+ *   fshm_wait_join(...);
+ *   while (!fshm_wait_turn(l, &place, 0, &turn) || !try()) fshm_wait_sleep(l, &place, turn.armed, ns);
+ *   fshm_wait_served(...); fshm_wait_leave(l, &place);
+ */
+#define FSHM_WAIT_BEAT_NS 200000000
+typedef struct {
+  uint64_t
+      tenant; /* hash of its name; 0 = none. Tenants get equal service, in proportion to their weights */
+  uint32_t weight; /* thousandths; 0 = 1000 */
+  int32_t priority; /* -100 .. 100; higher is first; one more for each 10 s of waiting */
+  int32_t
+      fd; /* to be written to at a wake-up: an eventfd or a pipe of an event loop; -1: a thread sleeps */
+} fshm_waiter;
+typedef struct {
+  uint64_t key, owner, tenant;
+  uint64_t since; /* segment ns: when its first caller came */
+  uint32_t entry, weight, rest, woken, shared, pid, was_first;
+  uint32_t units, here, more, asked, looked; /* what it was woken for: wait_queue.c */
+  uint32_t took; /* set it to 1 where the caller got one permit, before requeue and leave */
+  uint32_t callers; /* that wait in it */
+  int32_t priority, fd;
+} fshm_place;
+typedef struct {
+  uint32_t armed; /* pass it to fshm_wait_sleep() */
+  uint32_t ahead; /* callers that are before this place */
+  uint32_t callers; /* that wait for the key, this place's included */
+} fshm_turn;
+typedef struct {
+  uint64_t key_hash; /* 52 bits, as in fshm_permit_info */
+  uint64_t tenant, waited_ns;
+  uint64_t
+      table_slot; /* that has the key's name, for fshm_key_name(); UINT64_MAX: it is not known */
+  uint32_t limiter, pid, callers;
+  uint32_t stale; /* 1: its owner is stopped or dead, so it does not count */
+  int32_t priority;
+  uint32_t unused;
+} fshm_waiter_info;
+/* Join the queue. 1; 0: it has no room for more places (4,096 on a host): then the caller goes by no order, but may
+ * try. now_ns: 0 = now. */
+int fshm_wait_join(fshm_limiter *limiter, const void *key, uint64_t key_length,
+                   const fshm_waiter *waiter, uint64_t now_ns, fshm_place *place);
+/* 1: the place is next: try. 0: sleep. */
+int fshm_wait_turn(fshm_limiter *limiter, fshm_place *place, uint64_t now_ns, fshm_turn *out);
+/* How many callers of other places are before a caller that came to this one at `since`. */
+uint32_t fshm_wait_ahead(fshm_limiter *limiter, fshm_place *place, uint64_t since_ns,
+                         uint64_t now_ns);
+/* Sleep until the place is woken, at most FSHM_WAIT_BEAT_NS. 1: it was woken. */
+int fshm_wait_sleep(fshm_limiter *limiter, const fshm_place *place, uint32_t armed, uint64_t ns);
+/* The place's caller was admitted, with a cost in tokens: counts as service of its tenant. */
+void fshm_wait_served(fshm_limiter *limiter, fshm_place *place, uint64_t cost, uint64_t now_ns);
+/* So many tokens more, or fewer, were used in the end. */
+void fshm_wait_correct(fshm_limiter *limiter, const fshm_place *place, int64_t tokens,
+                       uint64_t now_ns);
+/* For a place of several callers: its first caller has gone, the next one came at `since`. Wakes whichever place is
+ * next. */
+void fshm_wait_requeue(fshm_limiter *limiter, fshm_place *place, uint64_t since_ns,
+                       uint32_t callers, uint64_t now_ns);
+/* The same first caller, and another number of callers. */
+void fshm_wait_count(fshm_limiter *limiter, fshm_place *place, uint32_t callers);
+/* Leave the queue, and wake the next. No effect the second time. */
+void fshm_wait_leave(fshm_limiter *limiter, fshm_place *place);
+/* There may be room for a caller of the key. (A release of a permit does this by itself.) */
+void fshm_wait_wake(fshm_limiter *limiter, const void *key, uint64_t key_length);
+/* 0: no caller waits for the key. 1: some may. One look. */
+int fshm_is_waited_for(fshm_limiter *limiter, const void *key, uint64_t key_length);
+/* How many callers wait for the key (tenant: of this one only): out->callers. */
+void fshm_waiting(fshm_limiter *limiter, const void *key, uint64_t key_length,
+                  const uint64_t *tenant, uint64_t now_ns, fshm_turn *out);
+/* Pass the wake-ups of other processes on to the event loops of this one, for so long: a thread of its own. 1, at once:
+ * another process has called fshm_wait_ask(). */
+int fshm_wait_watch(fshm_segment *segment, uint64_t ns);
+/* For what a process keeps while it does not use it, such as an idle connection with its permit. Whoever gives it back
+ * does that first, and releases the permit then.
+ *
+ * Who is next? A caller of this process is woken: it may use what is kept here, also where its turn has not come. For one
+ * of another process, give back something that is kept here. A caller of this process is next also if it came up to
+ * 20 ms after the first of all. */
+#define FSHM_NEXT_NONE 0
+#define FSHM_NEXT_OURS 1
+#define FSHM_NEXT_OTHER 2
+int fshm_wait_next(fshm_limiter *limiter, const void *key, uint64_t key_length);
+/* When the caller that is next came: segment ns. UINT64_MAX: none waits. */
+uint64_t fshm_wait_first(fshm_limiter *limiter, const void *key, uint64_t key_length);
+/* The caller of the place, which is next and found no permit, asks the other processes that hold one (idle: one that
+ * is marked as idle) to give one back. They learn it by fshm_wait_watch(). */
+void fshm_wait_ask(fshm_limiter *limiter, const void *key, uint64_t key_length, int idle,
+                   fshm_place *place);
+/* 1: a caller of another process is next and has asked, and this call is the first to see it: give one back. 0: also
+ * where a caller of this process was woken instead, as by fshm_wait_next(). */
+int fshm_wait_asked(fshm_limiter *limiter, const void *key, uint64_t key_length);
+/* The place of this number, below 4,096; without the name of its key. 1; 0: it is free. */
+int fshm_waiter_at(fshm_segment *segment, uint32_t index, fshm_waiter_info *out);
+/* All places; the first `room` of them go into out. Returns the number of all. names: also look for the names of their
+ * keys (table_slot), which hashes the names of all keys of their limiters. */
+uint64_t fshm_waiters(fshm_segment *segment, fshm_waiter_info *out, uint64_t room, int names);
 /* The permit in a slot of the table: 1, or 0 if there is none. */
 int fshm_permit_at(fshm_segment *segment, uint64_t slot, fshm_permit_info *out);
 /* All permits; the first `room` of them go into out. Returns the number of all. */
@@ -514,7 +615,7 @@ int64_t fshm_deployment_pick(fshm_segment *segment, uint32_t strategy, const uin
 
 /* Former names ------------------------------------------------------------------------------ */
 /* For programs that were written against them. Fields that have another name now: fshm_limiter_info.counters
- * (tally), fshm_process_info.outage (away), fshm_permit.slot and wakeup (cell, bell), fshm_permit_info.number and
+ * (tally), fshm_process_info.outage (away), fshm_permit.slot (cell), fshm_permit_info.number and
  * table_slot (slot, cell), fshm_permit_lease.leased and reported (allowance, told), fshm_memo_info.entries (places),
  * fshm_request.incarnation (generation). */
 #define FSHM_TALLIES FSHM_COUNTERS
@@ -537,8 +638,5 @@ int64_t fshm_deployment_pick(fshm_segment *segment, uint32_t strategy, const uin
 #define fshm_wallet_look fshm_token_lease_look
 #define fshm_wallet_put fshm_token_lease_put
 #define fshm_wallet_refuse fshm_token_lease_refuse
-#define fshm_bell_arm fshm_wakeup_arm
-#define fshm_bell_ring fshm_wakeup_send
-#define fshm_bell_wait fshm_wakeup_wait
 
 #endif

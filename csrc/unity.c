@@ -19,7 +19,7 @@
 #include "core/damage.c"
 #include "limits/shared_counters.c"
 #include "limits/limiter.c"
-#include "permits/wakeup.c"
+#include "permits/wait_queue.c"
 #include "permits/semaphore.c"
 #include "limits/per_call.c"
 #include "limits/moving_window.c"

@@ -6,6 +6,7 @@ __all__ = [
     "FastShmError",
     "RateLimitExceeded",
     "PermitTimeoutError",
+    "QueueFullError",
     "ClusterError",
     "SegmentError",
     "SegmentCapacityError",
@@ -87,6 +88,19 @@ class RateLimitExceeded(FastShmError):
 
 class PermitTimeoutError(FastShmError, TimeoutError):
     """No permit, or no pooled connection, became free in time."""
+
+
+class QueueFullError(PermitTimeoutError):
+    """The call would not wait: ``max_waiting`` callers are before it. ``place``: what its place in
+    the queue would have been; 1: the next. ``retry_after``: seconds until a caller that came now
+    would be served; an estimate."""
+
+    def __init__(self, message: str, retry_after: float, place: int) -> None:
+        super().__init__(message, retry_after, place)
+        self.retry_after, self.place = retry_after, place
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class ClusterError(FastShmError):

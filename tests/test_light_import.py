@@ -29,6 +29,7 @@ LIGHT = {
     "_shared.segment",
     "_shared.settings",
     "_shared.states",
+    "_shared.wait_queue",
     "exceptions",
     "fast_litellm",
     "fast_litellm.import_hook",

@@ -77,16 +77,20 @@ static inline HOT bool confirmed_at(const fshm_segment *s, uint64_t slot, uint64
 void table_find_further(const fshm_segment *s, uint64_t hash, uint64_t who, found_t *f);
 void table_near(const fshm_segment *s, uint64_t slot, uint64_t who, found_t *f);
 
-static inline HOT void table_find_inline(const fshm_segment *s, uint64_t hash, uint64_t who,
-                                         found_t *f) {
+static inline HOT bool table_find_home(const fshm_segment *s, uint64_t hash, uint64_t who,
+                                       found_t *f) {
   uint64_t first = probe_start(s, hash, 0) * SLOTS_PER_LINE;
   for (unsigned k = 0; k < SLOTS_PER_LINE; k++) {
     if (likely(confirmed_at(s, first + k, who, &f->pair))) {
       f->slot = first + k;
-      return;
+      return true;
     }
   }
-  table_find_further(s, hash, who, f);
+  return false;
+}
+static inline HOT void table_find_inline(const fshm_segment *s, uint64_t hash, uint64_t who,
+                                         found_t *f) {
+  if (unlikely(!table_find_home(s, hash, who, f))) table_find_further(s, hash, who, f);
 }
 
 /* Prefetch the key's home line, where most keys are. */

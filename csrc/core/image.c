@@ -99,9 +99,7 @@ static void lay_out(header_t *h, uint64_t capacity) {
   h->process_stats_entries = PROCESS_STATS;
   h->names_words = max_u64(h->lines * SLOTS_PER_LINE * 3 / 2, 512); /* 12 bytes a slot */
   h->limiters_offset = aligned(sizeof *h, PAGE);
-  h->processes_offset = aligned(h->limiters_offset + h->limiters * sizeof(limiter_entry_t), PAGE);
-  h->process_stats_offset = h->processes_offset + PROCESSES * sizeof(process_t);
-  h->slots_offset = aligned(h->process_stats_offset + PROCESSES * sizeof(process_stats_t), PAGE);
+  h->slots_offset = aligned(h->limiters_offset + h->limiters * sizeof(limiter_entry_t), PAGE);
   h->key_stats_offset = h->slots_offset + h->lines * LINE +
                         h->limiters * (UINT64_C(1) * SHARED * SHARED_PLACES * sizeof(slot_t));
   h->names_offset = h->key_stats_offset + h->lines * SLOTS_PER_LINE * sizeof(key_stats_t);
@@ -111,9 +109,34 @@ static void lay_out(header_t *h, uint64_t capacity) {
   h->metrics_offset = h->memo_offset + h->memo_lines * LINE;
   h->histograms_offset = aligned(h->metrics_offset + METRICS * sizeof(metric_t), LINE);
   h->deployments_offset = h->histograms_offset + sizeof(histogram_t) * METRICS * METRIC_SHARDS;
-  h->requests_offset = h->deployments_offset + DEPLOYMENTS * sizeof(deployment_t);
+  const uint64_t outsiders_offset = h->deployments_offset + DEPLOYMENTS * sizeof(deployment_t);
+  h->waiters_offset = outsiders_offset + sizeof(counters_t);
+  h->processes_offset =
+      aligned(h->waiters_offset + WAITERS * sizeof(waiter_t) + PROCESSES * sizeof(uint32_t), PAGE);
+  h->process_stats_offset = h->processes_offset + PROCESSES * sizeof(process_t);
+  h->requests_offset = h->process_stats_offset + PROCESSES * sizeof(process_stats_t);
   h->counters_offset = h->requests_offset + PROCESSES * sizeof(requests_t);
-  h->size = aligned(h->counters_offset + (PROCESSES + 1) * sizeof(counters_t), PAGE);
+  h->size = h->counters_offset + PROCESSES * sizeof(counters_t);
+}
+
+/* The rows of process indexes: blocks of 64 are whole pages in each of the four arrays. */
+#define ROWS 4
+typedef struct {
+  uint64_t offset, bytes; /* of the array; of one row */
+} rows_t;
+
+static void rows_of(const header_t *h, rows_t rows[ROWS]) {
+  rows[0] = (rows_t){h->processes_offset, sizeof(process_t)};
+  rows[1] = (rows_t){h->process_stats_offset, sizeof(process_stats_t)};
+  rows[2] = (rows_t){h->requests_offset, sizeof(requests_t)};
+  rows[3] = (rows_t){h->counters_offset, sizeof(counters_t)};
+}
+static_assert(64 * sizeof(process_t) % PAGE == 0 && 64 * sizeof(process_stats_t) % PAGE == 0 &&
+                  64 * sizeof(requests_t) % PAGE == 0 && 64 * sizeof(counters_t) % PAGE == 0,
+              "blocks are whole pages");
+
+uint64_t image_row_bytes(void) {
+  return sizeof(process_t) + sizeof(process_stats_t) + sizeof(requests_t) + sizeof(counters_t);
 }
 
 uint64_t fshm_size_for(uint64_t capacity) {
@@ -121,6 +144,11 @@ uint64_t fshm_size_for(uint64_t capacity) {
   if (capacity < MIN_CAPACITY || capacity > MAX_CAPACITY) return 0;
   lay_out(&h, capacity);
   return h.size;
+}
+
+uint64_t fshm_memory_for(uint64_t capacity) {
+  const uint64_t size = fshm_size_for(capacity);
+  return size ? size - (PROCESSES - HOME_PROCESSES) * image_row_bytes() : 0;
 }
 
 /* Identify the clock: clocks of another boot, or of another time namespace, differ. */
@@ -166,31 +194,82 @@ static int no_space(int fd, uint64_t size, fshm_error *e) {
   return image_fail_errno(e);
 }
 
-/* Allocate all pages now: with a file that only grew by ftruncate, a full file system means SIGBUS. Returns an errno
+#if !defined(__APPLE__)
+/* unused: no process has the file yet. In a used one, posix_fallocate() is no choice: where a file system cannot
+ * allocate, it writes. */
+static int allocate_chunk(int fd, uint64_t at, uint64_t size, bool unused) {
+#if defined(__linux__)
+  int failed = fallocate(fd, 0, (off_t)at, (off_t)size) ? errno : 0;
+  if (failed != EOPNOTSUPP || !unused) return failed;
+#endif
+  return unused ? posix_fallocate(fd, (off_t)at, (off_t)size) : EOPNOTSUPP;
+}
+#endif
+
+/* Allocate pages now: with a file that only grew by ftruncate, a full file system means SIGBUS. Returns an errno
  * value. */
-static int allocate(int fd, uint64_t size) {
-  struct statvfs all;
-  if (ftruncate(fd, (off_t)size)) return errno;
+static int allocate_range(int fd, uint64_t from, uint64_t to, bool unused) {
 #if defined(__APPLE__)
-  (void)all;
+  (void)fd, (void)from, (void)to, (void)unused;
   return 0;
 #else
-  /* Do not begin if it cannot succeed: it would take the host's memory until it fails. (No blocks at all: a tmpfs
-   * without a limit.) */
-  if (!fstatvfs(fd, &all) && all.f_blocks && (uint64_t)all.f_bfree * all.f_frsize < size)
-    return ENOSPC;
-  for (uint64_t at = 0; at < size; at += CHUNK) {
+  for (uint64_t at = from; at < to; at += CHUNK) {
     /* A signal makes the kernel stop and undo the allocation (EINTR), again and again in a program with a fast
      * timer. So signals are blocked during a chunk, and served after it. */
     sigset_t every, before;
     (void)sigfillset(&every);
     (void)pthread_sigmask(SIG_SETMASK, &every, &before);
-    int failed = posix_fallocate(fd, (off_t)at, (off_t)min_u64(size - at, CHUNK));
+    int failed = allocate_chunk(fd, at, min_u64(to - at, CHUNK), unused);
     (void)pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (failed) return failed;
   }
   return 0;
 #endif
+}
+
+static int allocate_rows(int fd, const header_t *h, uint64_t from, uint64_t to, bool unused) {
+  rows_t rows[ROWS];
+  int failed = 0;
+  rows_of(h, rows);
+  for (int i = 0; i < ROWS && !failed; i++)
+    failed = allocate_range(fd, rows[i].offset + from * rows[i].bytes,
+                            rows[i].offset + to * rows[i].bytes, unused);
+  return failed;
+}
+
+/* All but the rows of process indexes beyond the first HOME_PROCESSES. */
+static int allocate(int fd, const header_t *h) {
+  if (ftruncate(fd, (off_t)h->size)) return errno;
+#if !defined(__APPLE__)
+  /* Do not begin if it cannot succeed: it would take the host's memory until it fails. (No blocks at all: a tmpfs
+   * without a limit.) */
+  struct statvfs all;
+  if (!fstatvfs(fd, &all) && all.f_blocks &&
+      (uint64_t)all.f_bfree * all.f_frsize < fshm_memory_for(h->capacity))
+    return ENOSPC;
+#endif
+  int failed = allocate_range(fd, 0, h->processes_offset, true);
+  return failed ? failed : allocate_rows(fd, h, 0, HOME_PROCESSES, true);
+}
+
+/* Allocate the block of rows of a process index, for a process that takes it. Returns an errno value. The mapping has
+ * no descriptor, so the segment is opened again. */
+COLD int image_grow(const fshm_segment *s, uint32_t process) {
+  const uint32_t block = process / 64;
+  if (process < HOME_PROCESSES || load_relaxed(&s->header->joined[block])) return 0;
+  struct stat st;
+  header_t h = {0};
+  lay_out(&h, s->capacity);
+  int fd = open(s->path, O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+  if (fd < 0) return errno;
+  int failed = fstat(fd, &st) ? errno : 0;
+  if (!failed && (st.st_ino != s->ino || (uint64_t)st.st_dev != s->dev)) failed = ENOENT;
+  /* A file that was cut is not made longer. */
+  if (!failed && (uint64_t)st.st_size != s->size) failed = EIO;
+  if (!failed)
+    failed = allocate_rows(fd, &h, UINT64_C(64) * block, UINT64_C(64) * (block + 1), false);
+  (void)close(fd);
+  return failed;
 }
 
 /* Without a secret key: it detects accidents, not forgery. */
@@ -219,10 +298,10 @@ static int fill(int fd, uint64_t capacity, uint32_t mode, uint32_t flags, fshm_e
     e->found = most.rlim_cur;
     return image_fail_errno(e);
   }
-  int failed = allocate(fd, h.size);
+  int failed = allocate(fd, &h);
   if (failed) {
     errno = failed;
-    return no_space(fd, h.size, e);
+    return no_space(fd, fshm_memory_for(capacity), e);
   }
   if (fchmod(fd, mode)) return image_fail_errno(e); /* not at open: umask would interfere */
   if (pwrite(fd, &h, sizeof h, 0) != (ssize_t)sizeof h) return image_fail_errno(e);
@@ -260,7 +339,7 @@ static int create_by(bool unnamed, const char *path, uint64_t capacity, uint32_t
     (void)snprintf(temporary, sizeof temporary, "%s.%016llx.tmp", path, (unsigned long long)nonce);
     fd = open(temporary, O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC | O_NOFOLLOW, 0600);
   }
-  if (fd < 0) return no_space(-1, fshm_size_for(capacity), e);
+  if (fd < 0) return no_space(-1, fshm_memory_for(capacity), e);
   int status = fill(fd, capacity, mode, flags, e);
   if (status == FSHM_OK && publish_file(fd, unnamed ? NULL : temporary, path) && errno != EEXIST)
     status = image_fail_errno(e); /* EEXIST: another process was faster; attach to its file */

@@ -77,6 +77,24 @@ typedef struct {
   _Atomic int kept; /* no mapping keeps our locks: this descriptor (+ 1) does */
 } fork_page_t;
 
+/* A place of the wait queue that an event loop of this process polls. */
+typedef struct {
+  _Atomic uint64_t owner; /* of the place; 0: no loop polls it */
+  _Atomic uint32_t token; /* process_token() of that process: a forked child has a copy */
+  _Atomic uint32_t lock; /* threads_lock() around a write to fd, and around the fields */
+  _Atomic int fd;
+  _Atomic uint32_t heard; /* wake-ups that fshm_wait_watch() has passed on */
+  /* Also of a place where a thread sleeps: its owner (48 bits), and how often it was woken since its last turn for what is
+   * idle in this process (16). */
+  _Atomic uint64_t here;
+} polled_t;
+/* What a process remembers of a look at all permits of a key: semaphore.c. Relaxed words, and a check over them. */
+#define LOOKS 256
+#define LOOK_WORDS 4
+typedef struct {
+  _Atomic uint64_t hash, words[LOOK_WORDS], check;
+} look_entry_t;
+
 struct fshm_segment {
   unsigned char *map;
   header_t *header;
@@ -91,7 +109,10 @@ struct fshm_segment {
   histogram_t *histograms;
   deployment_t *deployments;
   requests_t *requests;
-  counters_t *counters;
+  counters_t *counters, *outsiders; /* outsiders: of all processes without a process index */
+  waiter_t *waiters;
+  /* Of each process, a futex word: wake-ups << 2 | another process asks for a connection << 1 | a thread watches */
+  _Atomic uint32_t *watchers;
   uint64_t memo_lines;
   uint64_t lines, slot_count, names_words, size, epoch;
   uint64_t probe_mask; /* cache lines of a probe window - 1: a power of two - 1 */
@@ -109,7 +130,9 @@ struct fshm_segment {
   _Atomic uint32_t unmapped; /* here a mapping keeps no description: descriptors stay open */
   _Atomic uint64_t looked[PROCESSES]; /* liveness.c: the last answers of /proc */
   _Atomic int lock_errno; /* why the lock file could not be opened the last time; 0 = it could */
+  look_entry_t looks[LOOKS];
   uint64_t dev, ino;
+  polled_t polled[WAITERS];
   uint32_t users; /* handles on this mapping in this process */
   char path[256];
   struct fshm_segment *next;
@@ -189,6 +212,8 @@ int image_link(int fd, const char *path);
 void image_random(void *out, size_t size);
 uint64_t header_check(const header_t *h);
 int image_verify(int fd, header_t *header, uint32_t flags, fshm_error *e);
+int image_grow(const fshm_segment *s, uint32_t process);
+uint64_t image_row_bytes(void);
 
 /* damage.c */
 void damage_note(fshm_segment *s, unsigned kind, uint64_t index);
@@ -207,6 +232,18 @@ static inline uint64_t segment_now(const fshm_segment *s) {
 void threads_lock(_Atomic uint32_t *lock);
 void threads_unlock(_Atomic uint32_t *lock);
 
+/* Does the process index have a row that was ever taken? Other rows are not to be touched: their memory may not be
+ * there. Relaxed: who learns of an index by what its owner wrote (acquire) sees the bit. */
+static inline bool process_joined(const fshm_segment *s, uint32_t process) {
+  return process < PROCESSES &&
+         (load_relaxed(&s->header->joined[process / 64]) >> (process % 64) & 1);
+}
+
+/* The blocks of 64 process indexes of which any was ever taken: bits. */
+static inline uint64_t joined_blocks(const fshm_segment *s) {
+  return load_relaxed(&s->header->joined_blocks) & (UINT64_MAX >> (64 - PROCESSES / 64));
+}
+
 /* process.c */
 uint32_t process_join(fshm_segment *s);
 bool process_alive(fshm_segment *s, uint32_t process);
@@ -221,6 +258,24 @@ static inline uint32_t process_index(fshm_segment *s) {
   uint32_t joined = load_relaxed(&s->fork_page->joined);
   if (unlikely(!s->wiped && process_forked(s))) joined = 0;
   return likely(joined) ? joined - (joined != NO_PROCESS) : process_join(s);
+}
+
+/* process_index(), but NO_PROCESS where this process has not joined. */
+static inline uint32_t process_index_known(const fshm_segment *s) {
+  uint32_t joined = load_relaxed(&s->fork_page->joined);
+  return joined && joined != NO_PROCESS ? joined - 1 : NO_PROCESS;
+}
+
+/* process_identity(), without a call where this process has joined and nothing but its death drops its locks. */
+static inline HOT bool process_identity_inline(fshm_segment *s, uint32_t *process,
+                                               uint64_t *incarnation) {
+  const fork_page_t *page = s->fork_page;
+  /* acquire: pairs with process_join() */
+  const uint32_t index = atomic_load_explicit(&page->joined, memory_order_acquire) - 1;
+  *incarnation = load_relaxed(&page->incarnation);
+  *process = index;
+  if (likely(index < PROCESSES && s->wiped && !load_relaxed(&page->kept))) return true;
+  return process_identity(s, process, incarnation);
 }
 
 #endif

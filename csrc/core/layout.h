@@ -19,7 +19,13 @@
 #define LINE 64
 #define SLOTS_PER_LINE 4
 #define PROBE_LINES UINT64_C(8) /* a key may live in two probe windows of so many cache lines */
-#define PROCESSES 256 /* process table, fixed: 256 x (64 + 2048 + 1536) bytes */
+/* Process table. Of each process index there are 3,200 bytes, in four arrays at the end of the segment. Those of the
+ * first HOME_PROCESSES are allocated with it, the others in blocks, when a process takes an index there. */
+#ifndef PROCESSES /* tests that copy segments, or fill the table, have fewer */
+#define PROCESSES 4096
+#define HOME_PROCESSES 256
+#endif
+#define INCARNATION_BITS 14 /* of the owner of a permit */
 #define PROCESS_STATS 128 /* entries of one process: a power of two */
 #define COUNTERS FSHM_COUNTERS /* sets of call counters of a process index */
 /* Rules that a limiter can keep: the present ones, and those that states in the table use. */
@@ -27,7 +33,11 @@
 #define MAX_LIMITERS 2048 /* 11 bits of key_stats_t.meta */
 #define SHARED 8 /* shared counters of a limiter, for keys without a slot: a power of two */
 #define SHARED_PLACES 8 /* slots of a shared counter: one for each place of a rule */
-#define WAKEUPS 256 /* futex words on which callers wait for permits */
+#ifndef WAITERS /* tests that copy segments have fewer */
+#define WAITERS 4096 /* places of callers that wait, over all keys: a power of two */
+#define WAIT_GROUPS 256 /* where the places of a key begin */
+#endif
+#define CHANGE_WORDS 512 /* pairs of words that say which permits were freed and taken */
 #define MEMO_WAYS 4 /* entries where a text can be in the memo: one line */
 #define METRICS 32 /* (component, operation) pairs that are measured */
 #ifndef METRIC_SHARDS /* the crash harness has one, so that any two processes meet in it */
@@ -86,7 +96,7 @@ typedef struct {
 } limiter_counters_t;
 
 /* The first COUNTERS - 1 limiters that are counted have one set each, all others the last one (limits.c: counters_of).
- * Index PROCESSES: for all processes without a process index. */
+ * One more stands before them: for all processes without a process index. */
 typedef struct {
   _Alignas(LINE) limiter_counters_t of[COUNTERS];
 } counters_t;
@@ -153,6 +163,26 @@ typedef struct {
   _Atomic uint64_t born;
 } process_t;
 
+/* A place of callers of one process that wait for a key: wait_queue.c. Only its owner writes it, but for `wake` and
+ * `asked`. After
+ * a crash: it is not written any more, and soon does not count. */
+typedef struct {
+  /* 0 = free. A number that no other owner has had; taken and freed by compare-and-swap. */
+  _Alignas(LINE) _Atomic uint64_t owner;
+  _Atomic uint64_t published; /* the owner that has written the fields below (release) */
+  _Atomic uint64_t key; /* wait_queue.h: wait_key() */
+  _Atomic uint64_t tenant; /* hash of its name; 0 = none */
+  _Atomic uint64_t since; /* segment ns: when its first caller came */
+  _Atomic uint64_t seen; /* segment ns: when its owner wrote it last */
+  _Atomic uint32_t wake; /* wake-ups: a futex word. Any process adds 1 */
+  _Atomic uint32_t callers; /* that wait in it */
+  _Atomic uint16_t process; /* index + 1 */
+  _Atomic uint8_t polled; /* an event loop waits, not a thread */
+  _Atomic int8_t priority;
+  /* 1: its caller asks other processes to close an idle connection. The owner sets it; who closes one clears it. */
+  _Atomic uint32_t asked;
+} waiter_t;
+
 /* The limits of a name are rules (rule_t, as relaxed words), each at an index of its limiter's table. Only the
  * process that owns a rule index writes the rule, before `set` names it. The rule does not change while a state may
  * refer to it: the state of a key has the rule index (its label) of the rule that it was written under. */
@@ -188,6 +218,13 @@ typedef struct {
   _Alignas(LINE) _Atomic uint64_t rules[RULES][RULE_WORDS];
 } limiter_entry_t;
 
+/* Counts of the permits freed and taken, of the keys of one hash, while a process has asked for them: changes.h. Swaps
+ * and adds, seq_cst. After a crash: a release or take that was not counted is found by a look at the permits, within
+ * half a second. */
+typedef struct {
+  _Alignas(16) _Atomic uint64_t freed, taken;
+} changes_t;
+
 /* Written before the segment is published; constant afterwards, except `damage` and the lines from 320 on. */
 typedef struct {
   uint64_t magic;
@@ -201,7 +238,7 @@ typedef struct {
       requests_offset; /* bytes from the start */
   uint64_t memo_lines;
   uint64_t names_words; /* of the ring buffer of key names */
-  uint64_t counters_offset;
+  uint64_t counters_offset, waiters_offset;
   uint32_t limiters, processes, process_stats_entries, names_mode;
   uint64_t boot[2]; /* the kernel's boot id */
   uint64_t time_namespace; /* inode; 0 = unknown */
@@ -213,7 +250,7 @@ typedef struct {
   /* The first damage found: kind (8 bits) | index (56); 0 = none. The process that finds it sets it by one
    * compare-and-swap (relaxed). It is never cleared, and no decision reads it. */
   _Atomic uint64_t damage;
-  unsigned char unused[LINE - 16];
+  unsigned char unused[LINE - 24];
   _Alignas(LINE) _Atomic uint64_t ticket; /* next pending ticket; fetch-add, relaxed */
   _Alignas(LINE) _Atomic uint64_t names_head; /* words ever reserved in the names; fetch-add */
   /* The inode of the lock file; 0 = none yet. The first process that has the file open sets it by one
@@ -222,16 +259,17 @@ typedef struct {
   /* The leader: incarnation (48 bits) | process index + 1 (16). 0 = none. A process that finds no living leader sets
    * it, by one compare-and-swap. */
   _Atomic uint64_t leader;
-  /* Futex words for callers that wait for permits, by the hash of the key: wakeup.c. After a crash: at worst a
-   * needless wake-up, or a waiter that looks again after a second. */
-  _Alignas(LINE) _Atomic uint32_t wakeups[WAKEUPS];
   /* Errors of each feature on this host since the last reset. The caller defines the features. One add each. */
   _Alignas(LINE) _Atomic uint64_t feature_errors[FEATURES];
   /* Added in batches, relaxed: token_memo.c. */
   _Alignas(LINE) _Atomic uint64_t memo_hits, memo_misses;
-  /* Process indexes that were ever used: bits, only set. */
+  /* Process indexes whose rows are allocated, and that were ever taken: bits, only set, before the row is used. */
   _Alignas(LINE) _Atomic uint64_t joined[PROCESSES / 64];
+  _Atomic uint64_t joined_blocks; /* which words of `joined` are not 0: bits, set after those */
   _Atomic uint64_t liveness; /* segment ns of the last liveness check; one compare-and-swap */
+  /* For each group of keys: changes (32 bits) | how many entries of `waiters` may be in use (32). wait_queue.c */
+  _Alignas(LINE) _Atomic uint64_t queues[WAIT_GROUPS];
+  _Alignas(LINE) changes_t changes[CHANGE_WORDS];
 } header_t;
 
 static_assert(sizeof(slot_t) == 16, "a slot is swapped as 16 bytes");
@@ -241,6 +279,7 @@ static_assert(sizeof(process_stat_t) == 16, "process statistics: an entry");
 static_assert(sizeof(process_stats_t) == 2048, "process statistics");
 static_assert(sizeof(counters_t) == 512, "counters");
 static_assert(sizeof(process_t) == 64, "process");
+static_assert(sizeof(waiter_t) == 64, "waiter");
 static_assert(sizeof(metric_t) == 120, "metric");
 static_assert(sizeof(histogram_t) == 1984, "histogram");
 static_assert(sizeof(deployment_t) == 64, "deployment");
@@ -248,10 +287,14 @@ static_assert(sizeof(requests_t) == 576, "requests in flight");
 static_assert(sizeof(rule_t) == UINT64_C(8) * RULE_WORDS, "rule");
 static_assert(sizeof(limiter_entry_t) == 1344, "limiter entry");
 static_assert(offsetof(limiter_entry_t, current) == 16, "swapped as 16 bytes");
-static_assert(offsetof(header_t, names_mode) == 164, "without padding: compared as bytes");
-static_assert(offsetof(header_t, damage) == 240, "the constant words end at 240");
+static_assert(offsetof(header_t, names_mode) == 172, "without padding: compared as bytes");
+static_assert(offsetof(header_t, damage) == 248, "the constant words end at 248");
 static_assert(offsetof(header_t, ticket) == 320, "the changing lines start at 320");
-static_assert(sizeof(header_t) == 1792, "header");
+static_assert(PROCESSES % 64 == 0 && PROCESSES <= 64 * 64 && HOME_PROCESSES % 64 == 0,
+              "blocks of 64, at most 64 of them");
+static_assert(sizeof(header_t) == 704 + (PROCESSES / 64 + 9) / 8 * LINE + WAIT_GROUPS * 8 +
+                                      CHANGE_WORDS * sizeof(changes_t),
+              "header");
 static_assert(sizeof(_Atomic uint64_t) == 8, "atomics are plain words");
 
 #endif

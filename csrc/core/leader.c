@@ -10,7 +10,7 @@
 /* The index of the living process that the word names, or NO_PROCESS. */
 static uint32_t leader_index(fshm_segment *s, uint64_t word) {
   uint32_t process = (uint32_t)(word & 0xffff) - 1;
-  if (process >= PROCESSES) return NO_PROCESS;
+  if (!process_joined(s, process)) return NO_PROCESS;
   uint64_t incarnation =
       atomic_load_explicit(&s->processes[process].incarnation, memory_order_acquire);
   return LEADS(process, incarnation) == word && process_alive(s, process) ? process : NO_PROCESS;

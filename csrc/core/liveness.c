@@ -118,7 +118,7 @@ bool has_ended(fshm_segment *s, uint32_t process, bool thorough) {
 /* Can a reader that may not open the lock file check all processes by /proc? */
 static bool all_seen(const fshm_segment *s) {
   for (uint32_t process = 0; process < PROCESSES; process++)
-    if (load_relaxed(&s->processes[process].pid) &&
+    if (process_joined(s, process) && load_relaxed(&s->processes[process].pid) &&
         look_at_process(&s->processes[process], true) == UNSEEN)
       return false;
   return true;

@@ -176,10 +176,24 @@ void process_leave(fshm_segment *s) {
   if (process_lock_open(s)) (void)close(load_relaxed(&s->lock_fd));
 }
 
-/* Permits have 18 bits of their owner's incarnation. Before these repeat for an index, free all permits of its
+/* Permits have INCARNATION_BITS of their owner's incarnation. Before these repeat for an index, free all permits of its
  * former owners. Killed in here, the next process to join begins again, since the incarnation was not raised; no
  * other process can own the index meanwhile, since we have its lock. */
-#define COMES_ROUND(incarnation) (((incarnation) & 0x3ffff) == 0)
+#define COMES_ROUND(incarnation) ((incarnation) % (1 << INCARNATION_BITS) == 0)
+
+/* The indexes in the order in which a process tries them: those at home from `start` on, which spreads processes, then
+ * the others from the lowest on, so that few blocks of them are ever allocated. */
+static inline uint32_t nth_index(uint32_t start, uint32_t i) {
+  return i < HOME_PROCESSES ? (start + i) % HOME_PROCESSES : i;
+}
+
+/* Does the index look as if its owner lived? A hint: a lock is tried for 10 us and more where thousands are held. */
+#define HELD_BEFORE_HINTS 32
+static bool looks_owned(const fshm_segment *s, uint32_t process) {
+  if (!process_joined(s, process)) return false;
+  pid_t pid = (pid_t)load_relaxed(&s->processes[process].pid);
+  return pid > 0 && (!kill(pid, 0) || errno != ESRCH);
+}
 
 /* Take a process index for this process. Called once in each process (a fork wipes the page), by its first call on
  * the segment. A second thread that comes meanwhile does not wait: its calls count in the key statistics directly.
@@ -204,15 +218,30 @@ COLD uint32_t process_join(fshm_segment *s) {
   }
   drop_locks(s);
   description_t d = open_description(s);
-  uint32_t start =
-      pid * 2654435761U % PROCESSES; /* spread, so that the first probe is usually free */
-  for (uint32_t i = 0; i < PROCESSES; i++) {
-    uint32_t process = (start + i) % PROCESSES;
+  const uint32_t start = pid * 2654435761U % HOME_PROCESSES;
+  unsigned held = 0;
+  for (uint32_t i = 0; i < 2 * PROCESSES; i++) {
+    uint32_t process = nth_index(start, i % PROCESSES);
+    if (i < PROCESSES ? held >= HELD_BEFORE_HINTS && looks_owned(s, process)
+                      : held < HELD_BEFORE_HINTS)
+      continue; /* the second time round: those that only looked so */
     if (byte_lock(d.fd, d.command, F_WRLCK, OWNED(process))) {
+      held++;
       if (errno == EAGAIN || errno == EACCES) continue;
       store_relaxed(&s->lock_errno, errno); /* the system has no such locks */
       break;
     }
+    int no_room = image_grow(s, process);
+    if (no_room) {
+      store_relaxed(&s->lock_errno, no_room);
+      (void)byte_lock(d.fd, d.command, F_UNLCK, OWNED(process));
+      break;
+    }
+    /* Before the row is touched. Killed in between, an index that no process had looks as if one had died in it. */
+    (void)atomic_fetch_or_explicit(&s->header->joined[process / 64], UINT64_C(1) << (process % 64),
+                                   memory_order_relaxed);
+    (void)atomic_fetch_or_explicit(&s->header->joined_blocks, UINT64_C(1) << (process / 64),
+                                   memory_order_relaxed);
     process_t *p = &s->processes[process];
     if (COMES_ROUND(load_relaxed(&p->incarnation) + 1)) (void)fshm_reap(s, 0);
     /* A pid that is read together with the next incarnation must not be the former owner's. */
@@ -327,6 +356,7 @@ bool process_alive(fshm_segment *s, uint32_t process) {
 int fshm_process_at(fshm_segment *s, uint32_t index, fshm_process_info *out) {
   memset(out, 0, sizeof *out);
   if (index >= PROCESSES) return FSHM_E_ARGUMENT;
+  if (!process_joined(s, index)) return FSHM_OK;
   const process_t *p = &s->processes[index];
   out->pid = load_relaxed(&p->pid);
   out->attached_ns = load_relaxed(&p->attached);

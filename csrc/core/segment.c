@@ -112,6 +112,9 @@ static int attach(int fd, const header_t *h, const char *path, uint32_t flags, f
   s->deployments = (deployment_t *)(void *)(s->map + h->deployments_offset);
   s->requests = (requests_t *)(void *)(s->map + h->requests_offset);
   s->counters = (counters_t *)(void *)(s->map + h->counters_offset);
+  s->waiters = (waiter_t *)(void *)(s->map + h->waiters_offset);
+  s->watchers = (_Atomic uint32_t *)(void *)(s->waiters + WAITERS);
+  s->outsiders = (counters_t *)(void *)(s->deployments + DEPLOYMENTS);
   s->dev = (uint64_t)st.st_dev;
   s->ino = st.st_ino;
   store_relaxed(&s->lock_fd, -1);
@@ -203,6 +206,12 @@ void fshm_describe(fshm_segment *s, fshm_geometry *out) {
   out->process_stats_offset = (uint64_t)((unsigned char *)s->process_stats - s->map);
   out->limiters = s->limiter_count;
   out->processes = PROCESSES;
+  out->memory = fshm_memory_for(s->capacity);
+  for (uint32_t word = 0; word < PROCESSES / 64; word++) {
+    uint64_t joined = load_relaxed(&s->header->joined[word]);
+    if (joined) out->processes_joined = word * 64 + (uint32_t)bit_length(joined);
+    if (joined && word >= HOME_PROCESSES / 64) out->memory += 64 * image_row_bytes();
+  }
   out->process_stats_entries = PROCESS_STATS;
   out->layout_version = FSHM_LAYOUT_VERSION;
   out->names = s->names_mode;

@@ -100,7 +100,7 @@ COLD int fshm_permit_lease_put(fshm_limiter *permits, fshm_limiter *leases, cons
   if (!next || !pair_cas(&s->slots[f.slot], &seen, to)) return 0;
   if (!(s->names_mode & FSHM_NAMES_OFF))
     key_stats_remember(s, f.slot, key_stats_meta(k.index, k.who), key, length);
-  if (leased > permit_lease_of(word)) fshm_wakeup_send(permits, key, length);
+  if (leased > permit_lease_of(word)) fshm_wait_wake(permits, key, length);
   return FSHM_OK;
 }
 

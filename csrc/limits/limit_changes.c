@@ -4,6 +4,7 @@
  * makes the rules the present ones. A rule keeps its index while a key's state refers to it; a sweep over the hash
  * table finds out.
  */
+#include "../permits/wait_queue.h"
 #include "limits.h"
 #include "shared_counters.h"
 
@@ -14,7 +15,8 @@ static bool owner_lives(fshm_segment *s, uint64_t owner) {
   uint64_t process = (owner & 0xffff) - 1;
   /* Not in the process table: no liveness check is possible. */
   if (process >= PROCESSES) return true;
-  return load_relaxed(&s->processes[process].incarnation) == owner >> 16 &&
+  return process_joined(s, (uint32_t)process) &&
+         load_relaxed(&s->processes[process].incarnation) == owner >> 16 &&
          process_alive(s, (uint32_t)process);
 }
 
@@ -385,6 +387,7 @@ int publish(fshm_segment *s, uint32_t index, rule_t *rules, uint32_t count, uint
       if (indexes[i] < 0) mine[i] = -1;
     if (!ok) continue;
     give_up(e, mine, owner);
+    wait_wake_limiter(s, index);
     return FSHM_OK;
   }
   give_up(e, mine, owner);

@@ -1,5 +1,6 @@
 /* limiter.c - the calls: find the key's slots, check the limits, swap. With several limits: all or nothing. */
 #include "../permits/semaphore.h"
+#include "../permits/wait_queue.h"
 #include "../stats/counters.h"
 #include "../stats/key_stats.h"
 #include "call.h"
@@ -157,7 +158,7 @@ static inline void look(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
 static COLD int renew(call_t *c) {
   c->stale = false;
   if (!limits_load(c->s, c->index, &c->snapshot)) return damage_limits(c->s, c->index);
-  limits_number(c->numbers, &c->snapshot);
+  if (unlikely(c->numbers != NULL)) limits_number(c->numbers, &c->snapshot);
   /* After these limits were published: from then on states drain at most at their pace. */
   read_clock_again(c);
   return c->snapshot.count ? FSHM_OK : FSHM_E_ARGUMENT;
@@ -314,6 +315,7 @@ static int force_all(call_t *c, uint32_t op, look_t *looks) {
   int fresh = look_all(c, looks);
   if (unlikely(fresh != FSHM_OK)) return fresh;
   if (!looks[0].slot.pair.who) looks[0].slot = first;
+  if (op == FSHM_REFUND) wait_wake_more(c->s, wait_key(c->hash, c->index));
   return worst;
 }
 
@@ -632,6 +634,7 @@ int fshm_cancel(fshm_limiter *l, const void *key, uint64_t key_length, const uin
     /* Lost: it is not the last one any more. */
     given_back += put(&c, i, &found, next, FSHM_ACQUIRE) == CLAIMED;
   }
+  if (given_back) wait_wake_more(c.s, wait_key(c.hash, c.index));
   return given_back;
 }
 
@@ -690,6 +693,7 @@ int fshm_settle(fshm_limiter *l, const void *key, uint64_t key_length, const uin
   look_t found;
   uint64_t costs[FSHM_MAX_LIMITS];
   int worst = FSHM_ALLOWED;
+  bool given_back = false;
   if (!limits_load_of(l, &c.snapshot)) return damage_limits(l->segment, l->index);
   begin(&c, l, key, key_length, now);
   c.costs = costs;
@@ -699,7 +703,9 @@ int fshm_settle(fshm_limiter *l, const void *key, uint64_t key_length, const uin
     costs[i] = more ? actual[i] - charged[i] : charged[i] - actual[i];
     int status = costs[i] ? force(&c, more ? FSHM_CHARGE : FSHM_REFUND, i, &found) : FSHM_ALLOWED;
     if (status != FSHM_ALLOWED) worst = status;
+    given_back |= !more && costs[i];
   }
+  if (given_back) wait_wake_more(c.s, wait_key(c.hash, c.index));
   return worst;
 }
 
@@ -729,11 +735,11 @@ int fshm_reset_key(fshm_limiter *l, const void *key, uint64_t key_length) {
   uint64_t hash = side_who(c.hash, c.index);
   table_find(c.s, hash, side_who(side_salted(hash, c.snapshot.salt), c.index), &f);
   if (f.pair.who) table_clear(c.s, f.slot, f.pair.who);
+  wait_wake_more(c.s, wait_key(c.hash, c.index));
   return FSHM_OK;
 }
 
-/* The hash of the key in a slot, computed from its name, if that is known whole. */
-static COLD bool key_hash_of(fshm_segment *s, uint32_t index, uint64_t slot, uint64_t *hash) {
+COLD bool limiter_key_hash(fshm_segment *s, uint32_t index, uint64_t slot, uint64_t *hash) {
   char key[256], name[FSHM_MAX_LIMITER_NAME];
   uint64_t length, named = read_name(&s->limiters[index], name);
   if (!fshm_key_name(s, slot, key, sizeof key, &length) || length > NAME_STORED) return false;
@@ -772,7 +778,7 @@ int fshm_peek_numbered(fshm_segment *s, uint64_t slot, const uint64_t *numbers, 
     out->status = looks[0].verdict.retry == 0;
     return FSHM_OK;
   }
-  bool named = key_hash_of(s, index, slot, &c.hash);
+  bool named = limiter_key_hash(s, index, slot, &c.hash);
   for (uint32_t i = 0; i < c.snapshot.count; i++) {
     if (named)
       table_find(s, c.hash, fingerprint(&c, i), &looks[i].slot);

@@ -21,4 +21,7 @@ typedef uint64_t change_t(const void *context, uint32_t i, const rule_t *r, uint
 int limiter_change(fshm_limiter *l, const void *key, uint64_t length, uint64_t now,
                    change_t *change, const void *context, uint64_t *before, uint64_t *at);
 
+/* The hash of the key in a slot, computed from its name, if that is known whole. */
+bool limiter_key_hash(fshm_segment *s, uint32_t index, uint64_t slot, uint64_t *hash);
+
 #endif

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include "../core/hash_table.h"
+#include "../permits/wait_queue.h"
 #include "../stats/key_stats.h"
 #include "limits.h"
 #include "shared_counters.h"
@@ -21,21 +22,15 @@ bool limits_load(const fshm_segment *s, uint32_t index, snapshot_t *p) {
   return limits_load_inline(s, index, p);
 }
 
-/* Apply the numbers of a handle (fshm_limiter_number(); NULL: none), which are never above the name's own. */
+/* Apply the numbers of a handle (fshm_limiter_number()), which are never above the name's own. */
 void limits_number(const uint64_t *numbers, snapshot_t *p) {
-  if (likely(!numbers)) return;
   for (uint32_t i = 0; i < p->count; i++)
     if (p->rules[i].kind == FSHM_WINDOW && numbers[i])
       p->rules[i].n = min_u64(p->rules[i].n, numbers[i]);
   if (p->permits && numbers[p->count])
     p->permits = (uint32_t)min_u64(p->permits, numbers[p->count]);
 }
-/* limits_load(), with the numbers of the handle. */
-bool limits_load_of(const fshm_limiter *l, snapshot_t *p) {
-  bool readable = limits_load_inline(l->segment, l->index, p);
-  limits_number(l->numbers, p);
-  return readable;
-}
+bool limits_load_of(const fshm_limiter *l, snapshot_t *p) { return limits_load_of_inline(l, p); }
 
 int fshm_limiter_number(fshm_limiter *l, const uint64_t *numbers, uint32_t count) {
   snapshot_t p;
@@ -138,11 +133,8 @@ COLD bool limits_name_wrong(const fshm_segment *s, uint32_t index) {
 
 /* How many permits may be held, and a count of its changes: read it before `current`, and before a count for
  * limits_lower_most(). */
-#define MOST_BITS 17
-#define MOST_OF(most) ((uint32_t)((most) & ((1U << MOST_BITS) - 1)))
 uint64_t limits_most(const fshm_segment *s, uint32_t index) {
-  /* With raise_most(). */
-  return atomic_load_explicit(&s->limiters[index].most, memory_order_acquire);
+  return entry_most(&s->limiters[index]);
 }
 
 /* Permits below this number may be held: the largest permit limit that this name ever had, until a count found no
@@ -342,6 +334,7 @@ int fshm_reset_all(fshm_limiter *l) {
       if (f.pair.who) table_clear(s, f.slot, f.pair.who);
     }
   }
+  wait_wake_limiter(s, l->index);
   return FSHM_OK;
 }
 

@@ -12,6 +12,14 @@
 #define SET_COUNT(set) ((unsigned)(set) & 15)
 #define SET_RULE(set, i) ((unsigned)((set) >> (4 + 4 * (i))) & (RULES - 1))
 
+#define MOST_BITS 17
+#define MOST_OF(most) ((uint32_t)((most) & ((1U << MOST_BITS) - 1)))
+
+static inline uint64_t entry_most(const limiter_entry_t *e) {
+  /* With raise_most(). */
+  return atomic_load_explicit(&e->most, memory_order_acquire);
+}
+
 static inline uint64_t entry_current(const fshm_segment *s, uint32_t index) {
   return load_relaxed(&s->limiters[index].current);
 }
@@ -29,7 +37,16 @@ static inline uint64_t mix(uint64_t x) { /* splitmix64's finaliser */
 
 /* Copy a rule out. The caller checks afterwards that its rule index was not given to another rule. */
 static inline HOT void read_rule(const limiter_entry_t *e, unsigned rule_index, rule_t *out) {
-  for (unsigned k = 0; k < RULE_WORDS; k++) out->words[k] = load_relaxed(&e->rules[rule_index][k]);
+  static_assert(RULE_WORDS == 8, "eight are copied");
+  const _Atomic uint64_t *from = e->rules[rule_index];
+  out->words[0] = load_relaxed(&from[0]);
+  out->words[1] = load_relaxed(&from[1]);
+  out->words[2] = load_relaxed(&from[2]);
+  out->words[3] = load_relaxed(&from[3]);
+  out->words[4] = load_relaxed(&from[4]);
+  out->words[5] = load_relaxed(&from[5]);
+  out->words[6] = load_relaxed(&from[6]);
+  out->words[7] = load_relaxed(&from[7]);
 }
 
 /* The same for a set; the caller checks that `current` has not changed. Returns the number of rules; 0 = no such set. */
@@ -71,6 +88,12 @@ static inline HOT bool limits_load_inline(const fshm_segment *s, uint32_t index,
       if (likely(current && rule_sane(&p->rules[0]))) return true;
       break;
     }
+    if (likely(has == 1)) { /* permits alone */
+      p->count = 0;
+      p->permits = (uint32_t)p->rules[0].n;
+      if (likely(current && rule_sane(&p->rules[0]) && p->rules[0].n <= MAX_PERMITS)) return true;
+      break;
+    }
     uint32_t i = 0;
     for (; i < has && rule_sane(&p->rules[i]); i++) {
       const rule_t *r = &p->rules[i];
@@ -88,8 +111,14 @@ static inline HOT bool limits_load_inline(const fshm_segment *s, uint32_t index,
 }
 
 bool limits_load(const fshm_segment *s, uint32_t index, snapshot_t *out);
-bool limits_load_of(const fshm_limiter *l, snapshot_t *out);
 void limits_number(const uint64_t *numbers, snapshot_t *p);
+/* limits_load(), with the numbers of the handle. */
+static inline HOT bool limits_load_of_inline(const fshm_limiter *l, snapshot_t *p) {
+  bool readable = limits_load_inline(l->segment, l->index, p);
+  if (unlikely(l->numbers != NULL)) limits_number(l->numbers, p);
+  return readable;
+}
+bool limits_load_of(const fshm_limiter *l, snapshot_t *out);
 bool limits_wrong(const fshm_segment *s, uint32_t index, bool published);
 bool limits_name_wrong(const fshm_segment *s, uint32_t index);
 uint64_t limits_most(const fshm_segment *s, uint32_t index);

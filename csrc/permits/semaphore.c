@@ -6,49 +6,60 @@
  * free permit equals "never seen", so any key can reuse its slot. The slots are the count; there is no second
  * number.
  *
- * when = 7 (3 bits) | number (17) | owner: process index (8) and its incarnation (18) | idle (1) |
+ * when = 7 (3 bits) | number (17) | owner: process index (12) and its incarnation (14) | idle (1) |
  *        taken, in seconds of segment time (17)
  */
 #include "../limits/limiter.h"
 #include "../limits/limits.h"
 #include "../stats/key_stats.h"
+#include "changes.h"
 #include "semaphore.h"
-#include "wakeup.h"
+#include "wait_queue.h"
 
 #define PERMIT_BIT 2048U /* of the limiter index in key_stats_t.meta */
 #define PERMIT_NUMBER(w) ((uint32_t)((w) >> 44) & 0x1ffff)
-#define OWNER_OF(w) ((uint32_t)((w) >> 36) & 0xff)
-#define INCARNATION_OF(w) ((w) >> 18 & 0x3ffff)
+#define OWNER_OF(w) ((uint32_t)((w) >> 32) & 0xfff)
+#define LOW_INCARNATION(incarnation) ((incarnation) & ((1 << INCARNATION_BITS) - 1))
+#define INCARNATION_OF(w) LOW_INCARNATION((w) >> 18)
 #define IDLE (UINT64_C(1) << 17)
 #define TAKEN_OF(w) ((w) & 0x1ffff)
 
-static_assert(PROCESSES <= 256, "an owner is 8 bits");
+static_assert(PROCESSES <= 4096 && 12 + INCARNATION_BITS == 26, "an owner is 12 bits");
 static_assert(MAX_PERMITS < 1 << 17, "a permit number has 17 bits");
 
-/* The results of liveness checks: each process is checked once in a call, since a check is a system call. */
+/* The results of liveness checks: each process is checked once in a call, since a check is a system call. The index
+ * of one that was alive may get a new owner meanwhile, which counts as alive too. Of the dead, the last one is known,
+ * by its incarnation: mostly the next permit is its own too, and a permit of a dead process is met once. */
 typedef struct {
-  uint8_t known[PROCESSES]; /* 0 = not checked, 1 = alive, 2 = dead */
-  uint64_t incarnation[PROCESSES]; /* that was checked: the index may get a new owner meanwhile */
+  uint64_t alive[PROCESSES / 64]; /* bits */
+  uint64_t dead_incarnation;
+  uint32_t dead; /* process index + 1; 0 = none */
 } liveness_t;
 
 static bool owner_alive(fshm_segment *s, uint64_t when, liveness_t *liveness) {
   uint32_t owner = OWNER_OF(when);
+  if (unlikely(!process_joined(s, owner))) return false;
   uint64_t incarnation =
       atomic_load_explicit(&s->processes[owner].incarnation, memory_order_acquire);
-  if ((incarnation & 0x3ffff) != INCARNATION_OF(when)) return false; /* of an earlier owner */
-  if (!liveness->known[owner] || liveness->incarnation[owner] != incarnation) {
-    liveness->incarnation[owner] = incarnation;
-    liveness->known[owner] = process_alive(s, owner) ? 1 : 2;
+  if (LOW_INCARNATION(incarnation) != INCARNATION_OF(when)) return false; /* of an earlier owner */
+  uint64_t *alive = &liveness->alive[owner / 64], bit = UINT64_C(1) << (owner % 64);
+  if (*alive & bit) return true;
+  if (liveness->dead == owner + 1 && liveness->dead_incarnation == incarnation) return false;
+  if (process_alive(s, owner)) {
+    *alive |= bit;
+    return true;
   }
-  return liveness->known[owner] == 1;
+  liveness->dead = owner + 1;
+  liveness->dead_incarnation = incarnation;
+  return false;
 }
 
 /* This process as an owner. False: the process table is full. */
-static bool own_identity(fshm_segment *s, uint64_t *identity) {
+static inline HOT bool own_identity(fshm_segment *s, uint64_t *identity) {
   uint32_t process;
   uint64_t incarnation;
-  if (!process_identity(s, &process, &incarnation)) return false;
-  *identity = (uint64_t)process << 36 | (incarnation & 0x3ffff) << 18;
+  if (unlikely(!process_identity_inline(s, &process, &incarnation))) return false;
+  *identity = (uint64_t)process << 32 | LOW_INCARNATION(incarnation) << 18;
   return true;
 }
 
@@ -64,48 +75,95 @@ static inline uint64_t permit_who(uint32_t limiter, uint64_t hash, uint32_t numb
 #define PERMIT_LIMITER(who) ((uint32_t)((who) >> 1) & (MAX_LIMITERS - 1))
 #define PERMIT_KEY(who, number) ((((who) >> 12) ^ permit_bits(number)) & (UINT64_MAX >> 12))
 
+/* The key of the queue of those that wait for such a permit. */
+static inline uint64_t wait_key_of(const fshm_permit *p) {
+  return wait_key(PERMIT_KEY(p->who, PERMIT_NUMBER(p->when)), PERMIT_LIMITER(p->who));
+}
+
+const _Atomic uint64_t *wait_queue_of(const fshm_segment *s, const fshm_permit *p) {
+  return &s->header->queues[wait_group(wait_key_of(p))];
+}
+
 typedef struct {
   fshm_segment *s;
   fshm_limiter *limiter;
   const void *key;
   uint64_t key_length, hash, now, identity;
+  uint64_t seen; /* the key's word of freed permits, read before the last whole look */
   bool fixed; /* the caller gave the time */
 } holder_t;
 
-static bool holder_make(holder_t *h, fshm_limiter *l, const void *key, uint64_t length,
-                        uint64_t now) {
+static inline HOT bool holder_make(holder_t *h, fshm_limiter *l, const void *key, uint64_t length,
+                                   uint64_t now) {
   h->s = l->segment;
   h->limiter = l;
   h->key = key;
   h->key_length = length;
   h->hash = fshm_siphash(l->key[0], l->key[1], key, length);
+  h->seen = 0;
   h->fixed = now != 0;
   h->now = now ? min_u64(now, TIME_MAX - 1) : segment_now(h->s);
   return own_identity(h->s, &h->identity);
 }
 
-enum { PERMIT_HELD, PERMIT_TAKEN, PERMIT_FULL, PERMIT_CONTENDED };
+enum { PERMIT_HELD, PERMIT_TAKEN, PERMIT_FULL, PERMIT_CONTENDED, PERMIT_UNKNOWN };
 
 static uint64_t held_by_me(void *context) { return *(uint64_t *)context; }
 
 static bool free_dead(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now,
                       liveness_t *liveness);
 
+/* Free a permit that another process holds: it is dead, or an operator says so. */
+static bool free_permit(fshm_segment *s, uint64_t slot, pair_t seen) {
+  const uint32_t number = PERMIT_NUMBER(seen.when);
+  const uint64_t key = PERMIT_KEY(seen.who, number);
+  if (!pair_cas(&s->slots[slot], &seen, (pair_t){seen.who, 0})) return false;
+  (void)changes_freed(s, changes_index(key), number);
+  return true;
+}
+
+static inline pair_t held_pair(const holder_t *h, uint32_t number) {
+  return (pair_t){
+      permit_who(h->limiter->index, h->hash, number),
+      UINT64_C(7) << 61 | (uint64_t)number << 44 | h->identity | (h->now / 1000000000 & 0x1ffff)};
+}
+
+/* Our swap, or our claim, has written the pair `mine` to the slot. */
+static inline HOT void set_held(const holder_t *h, uint64_t slot, pair_t mine, fshm_permit *out) {
+  out->slot = slot; /* out->put stays as it is */
+  out->who = mine.who;
+  out->when = mine.when;
+  out->group = changes_index(h->hash); /* wait_group() is a part of it */
+  out->held = 1;
+  changes_taken(h->s, out->group);
+}
+
+/* Try a permit that has a slot in its home line, as most have: try_permit() without all that is seldom, inlined.
+ * PERMIT_UNKNOWN: it has no such slot, or another process has just taken it. */
+static inline HOT int try_home(const holder_t *h, uint32_t number, fshm_permit *out) {
+  const pair_t mine = held_pair(h, number);
+  found_t f;
+  if (unlikely(!table_find_home(h->s, nth_hash(h->hash, number), mine.who, &f)))
+    return PERMIT_UNKNOWN;
+  if (unlikely(IS_PERMIT(f.pair.when))) return PERMIT_HELD;
+  if (unlikely(!pair_cas(&h->s->slots[f.slot], &f.pair, mine))) return PERMIT_UNKNOWN;
+  set_held(h, f.slot, mine, out);
+  return PERMIT_TAKEN;
+}
+
 /* Try one permit. With `liveness`, a dead process's permit is taken over. left: for the whole call; with as many
  * tries for each permit, a process that scribbles on the key's slots could hold us up for hours (I6). */
 static int try_permit(const holder_t *h, uint32_t number, liveness_t *liveness, patience_t *left,
                       fshm_permit *out) {
   uint64_t home = nth_hash(h->hash, number);
-  uint64_t who = permit_who(h->limiter->index, h->hash, number);
-  pair_t mine = {who, UINT64_C(7) << 61 | (uint64_t)number << 44 | h->identity |
-                          (h->now / 1000000000 & 0x1ffff)};
+  pair_t mine = held_pair(h, number);
   for (; patient(left); left->swaps--) {
     found_t f;
-    table_find(h->s, home, who, &f);
+    table_find(h->s, home, mine.who, &f);
     if (!f.pair.who) {
-      int status = table_claim(h->s, home, who, h->now, held_by_me, &mine.when, &f.slot);
+      int status = table_claim(h->s, home, mine.who, h->now, held_by_me, &mine.when, &f.slot);
       /* Only with `liveness`: without the shared results we would ask the kernel n times for each process. */
-      if (status == CLAIM_FULL && !(liveness && free_dead(h->s, home, who, h->now, liveness)))
+      if (status == CLAIM_FULL && !(liveness && free_dead(h->s, home, mine.who, h->now, liveness)))
         return PERMIT_FULL;
       if (status != CLAIMED) {
         left->claims--;
@@ -119,11 +177,7 @@ static int try_permit(const holder_t *h, uint32_t number, liveness_t *liveness, 
       pair_t seen = f.pair;
       if (!pair_cas(&h->s->slots[f.slot], &seen, mine)) continue;
     }
-    out->slot = f.slot; /* out->put stays as it is */
-    out->who = who;
-    out->when = mine.when;
-    out->wakeup = wakeup_of(h->hash);
-    out->held = 1;
+    set_held(h, f.slot, mine, out);
     return PERMIT_TAKEN;
   }
   return PERMIT_CONTENDED;
@@ -136,11 +190,10 @@ static uint32_t count_held(const holder_t *h, uint32_t from, uint32_t to, livene
     found_t f;
     table_find(h->s, nth_hash(h->hash, number), permit_who(h->limiter->index, h->hash, number), &f);
     if (!f.pair.who || !IS_PERMIT(f.pair.when)) continue;
-    pair_t seen = f.pair, idle = {f.pair.who, 0};
     if (owner_alive(h->s, f.pair.when, liveness))
       held++;
     else /* lost: another process took it over or freed it */
-      (void)pair_cas(&h->s->slots[f.slot], &seen, idle);
+      (void)free_permit(h->s, f.slot, f.pair);
   }
   return held;
 }
@@ -169,11 +222,10 @@ static COLD bool none_beyond(const holder_t *h, const snapshot_t *snapshot, live
   for (uint64_t slot = 0; slot < s->slot_count; slot++) {
     uint64_t when = load_relaxed(&s->slots[slot].when);
     if (!IS_PERMIT(when) || PERMIT_NUMBER(when) < snapshot->permits) continue;
-    pair_t seen = pair_load(&s->slots[slot]), idle = {seen.who, 0};
+    pair_t seen = pair_load(&s->slots[slot]);
     if (!IS_PERMIT(seen.when) || PERMIT_NUMBER(seen.when) < snapshot->permits) continue;
     if (PERMIT_LIMITER(seen.who) != h->limiter->index) continue;
-    if (owner_alive(s, seen.when, liveness) || !pair_cas(&s->slots[slot], &seen, idle))
-      return false;
+    if (owner_alive(s, seen.when, liveness) || !free_permit(s, slot, seen)) return false;
   }
   return true;
 }
@@ -181,12 +233,10 @@ static COLD bool none_beyond(const holder_t *h, const snapshot_t *snapshot, live
 /* We hold a permit of the key. Is it valid? Not if more than n are held: the limit was lowered, and permits beyond
  * it are still held. Ours is published: of any set of holders the last one to publish counts all others, so they
  * never exceed n. */
-static bool stands(holder_t *h, snapshot_t *snapshot, uint32_t number, uint32_t *held) {
+static COLD bool stands_counted(holder_t *h, snapshot_t *snapshot, uint32_t number,
+                                uint32_t *held) {
   const limiter_entry_t *e = &h->s->limiters[h->limiter->index];
   bool said = false;
-  /* All calls for this key have the same number, so no permit beyond it was ever taken. */
-  if (unlikely(h->limiter->numbers != NULL)) return true;
-  after_swap(); /* pairs with publish(): it sees our permit, or we see its limits */
   for (int tries = 0; tries < MAX_TRIES; tries++) {
     /* Before `current`, and before the count. */
     uint64_t seen = limits_most(h->s, h->limiter->index);
@@ -204,7 +254,8 @@ static bool stands(holder_t *h, snapshot_t *snapshot, uint32_t number, uint32_t 
       if (!limits_load(h->s, h->limiter->index, snapshot) || !snapshot->permits) return true;
       continue; /* count by the present limits */
     }
-    liveness_t liveness = {{0}, {0}};
+    liveness_t liveness = {0};
+    if (!h->fixed) h->seen = changes_arm_freed(h->s, changes_index(h->hash));
     *held = count_held(h, 0, most, &liveness);
     /* The count is by limits that were in force throughout: a permit released after a change made no room before it.
      * Pairs with publish(). */
@@ -218,6 +269,19 @@ static bool stands(holder_t *h, snapshot_t *snapshot, uint32_t number, uint32_t 
   }
   *held = 1; /* our own permit, which is given back; others change the limits all the time */
   return false;
+}
+
+/* The same, without a count where that is seen at once: the limits are those that we went by, and no permit beyond
+ * them may be held. */
+static inline HOT bool stands(holder_t *h, const limiter_entry_t *e, snapshot_t *snapshot,
+                              uint32_t number, uint32_t *held) {
+  /* All calls for this key have the same number, so no permit beyond it was ever taken. */
+  if (unlikely(h->limiter->numbers != NULL)) return true;
+  after_swap(); /* pairs with publish(): it sees our permit, or we see its limits */
+  const uint32_t most = MOST_OF(entry_most(e)); /* before `current` */
+  if (likely(most <= snapshot->permits && load_relaxed(&e->current) == snapshot->current))
+    return true;
+  return stands_counted(h, snapshot, number, held);
 }
 
 /* Is it also within the permit lease of this host? Each valid permit has a number below the lease, or all were
@@ -236,48 +300,184 @@ static __attribute__((noinline)) bool stands_granted(const holder_t *h, const sn
     if (number >= most) return false;
     if (likely(permit_lease_clean(word))) return true;
   }
-  liveness_t liveness = {{0}, {0}};
+  liveness_t liveness = {0};
   const uint32_t bound = limits_most_permits(limits_most(h->s, h->limiter->index), snapshot);
   *held = count_held(h, 0, bound, &liveness);
   return *held <= most;
 }
 
-/* Take one of the key's first n permits. FSHM_ALLOWED, FSHM_DENIED (*held: how many are held), FSHM_FULL,
- * FSHM_CONTENDED; FSHM_ASK: not within the lease (granted NULL: there is no lease, this host's limit alone counts). */
-static UNGUARDED int take_permit(holder_t *h, snapshot_t *snapshot, uint32_t n,
-                                 const granted_t *granted, fshm_permit *out, uint32_t *held) {
-  uint32_t start = load_relaxed(&h->limiter->frontier) % n;
-  uint32_t likely_free = atomic_exchange_explicit(&h->limiter->released, 0, memory_order_relaxed);
+/* What a process remembers of a whole look at a key's permits (fshm_segment.looks). Its words: the key's word of freed
+ * permits before the look; until when the look counts, since then the dead are looked for again; all permits with
+ * numbers below this were held (32 bits) | so many were held (32); of a count, the word of taken permits. */
+enum { LOOK_FREED, LOOK_UNTIL, LOOK_HELD, LOOK_TAKEN };
+#define LOOK_PATIENCE 64 /* looks take a 64th of the time at most */
+#define LOOK_PERMIT_NS UINT64_C(2000) /* a permit and its owner: what took longer was interrupted */
+#define LOOK_NS UINT64_C(500000000) /* and a dead process's permit is found after that */
+#define LOOK_COUNTED UINT64_C(0x9e3779b97f4a7c15) /* with the key's hash: the entry of a count */
+
+static inline look_entry_t *look_entry(fshm_segment *s, uint64_t hash) {
+  return &s->looks[hash % LOOKS];
+}
+
+/* Threads may write an entry at the same time, and a fork may come between: an entry is believed if its words are of
+ * one writer. */
+static inline uint64_t look_check(uint64_t hash, const uint64_t *w) {
+  const uint64_t k = UINT64_C(0x9e3779b97f4a7c15), j = UINT64_C(0xbf58476d1ce4e5b9);
+  const uint64_t a = (hash ^ w[0]) * k, b = (w[1] ^ (w[2] << 32 | w[2] >> 32)) * j;
+  return (a ^ (b << 32 | b >> 32)) + (w[3] ^ a) * j;
+}
+
+static COLD void look_store(fshm_segment *s, uint64_t hash, const uint64_t *w) {
+  look_entry_t *e = look_entry(s, hash);
+  store_relaxed(&e->hash, hash);
+  for (int i = 0; i < LOOK_WORDS; i++) store_relaxed(&e->words[i], w[i]);
+  store_relaxed(&e->check, look_check(hash, w));
+}
+
+static bool look_load(fshm_segment *s, uint64_t hash, uint64_t now, uint64_t *w) {
+  const look_entry_t *e = look_entry(s, hash);
+  if (load_relaxed(&e->hash) != hash) return false;
+  for (int i = 0; i < LOOK_WORDS; i++) w[i] = load_relaxed(&e->words[i]);
+  return load_relaxed(&e->check) == look_check(hash, w) && now < w[LOOK_UNTIL] &&
+         w[LOOK_UNTIL] <= now + LOOK_NS;
+}
+
+/* From h->now on a look took until now: all permits with numbers below n were held, and `held` in all. */
+static COLD void look_remember(const holder_t *h, uint64_t hash, uint32_t n, uint32_t held,
+                               uint64_t taken) {
+  if (!h->seen) return;
+  const uint64_t looked = (n > held ? n : held) + UINT64_C(1);
+  const uint64_t took = min_u64(minus(segment_now(h->s), h->now), looked * LOOK_PERMIT_NS);
+  const uint64_t until = plus_time(h->now, min_u64(took * LOOK_PATIENCE, LOOK_NS));
+  look_store(h->s, hash, (const uint64_t[]){h->seen, until, (uint64_t)n << 32 | held, taken});
+}
+
+void semaphore_forget(fshm_segment *s, uint64_t hash) {
+  if (!((load_relaxed(&look_entry(s, hash)->hash) ^ hash) << 12))
+    store_relaxed(&look_entry(s, hash)->hash, 0);
+}
+
+/* What is remembered of the key, and its word of freed permits now. Returns how many were freed since. */
+static uint64_t look_since(const holder_t *h, uint64_t *w, uint64_t *freed) {
+  if (h->fixed || !look_load(h->s, h->hash, h->now, w)) return UINT64_MAX;
+  /* acquire: whoever released before this call has said so in the word, and we see that word or a later one */
+  *freed =
+      atomic_load_explicit(&changes_of(h->s, changes_index(h->hash))->freed, memory_order_acquire);
+  return changes_between(w[LOOK_FREED], *freed);
+}
+
+/* The limit was lowered. Are more than n held still, whichever those are? */
+static COLD bool look_counted(const holder_t *h, uint32_t n, uint32_t *held) {
+  uint64_t w[LOOK_WORDS], freed, since = look_since(h, w, &freed);
+  if (since == UINT64_MAX) return false;
+  *held = (uint32_t)minus((uint32_t)w[LOOK_HELD], since); /* at least */
+  return *held >= n;
+}
+
+/* The first permit was held. What is known of the others, without a look at them? PERMIT_HELD: none below n is free
+ * (*held: how many are held). PERMIT_UNKNOWN: look. PERMIT_TAKEN: the only one that was freed since, *number. */
+static __attribute__((noinline)) int look_back(const holder_t *h, uint32_t n, patience_t *left,
+                                               uint32_t *number, uint32_t *held, fshm_permit *out) {
+  uint64_t w[LOOK_WORDS], freed, since = look_since(h, w, &freed);
+  const uint32_t all = (uint32_t)(w[LOOK_HELD] >> 32);
+  if (since > 1 || n > all) return PERMIT_UNKNOWN;
+  int status = PERMIT_HELD;
+  if (since && FREED_NUMBER(freed) < n) { /* ours, or one of another key with the same word */
+    *number = FREED_NUMBER(freed);
+    status = try_permit(h, *number, NULL, left, out);
+  }
+  const uint32_t counted = (uint32_t)minus((uint32_t)w[LOOK_HELD], since);
+  *held = counted > n ? counted : n;
+  if (!since || status != PERMIT_HELD) return status;
+  w[LOOK_FREED] = freed;
+  w[LOOK_HELD] = (uint64_t)all << 32 | (counted > all ? counted : all);
+  look_store(h->s, h->hash, w);
+  return PERMIT_HELD;
+}
+
+/* We do not keep the permit: more than n are held without it. Without a wake-up: no waiter may have it either. */
+static COLD void refuse_permit(holder_t *h, fshm_permit *p) {
+  (void)give_back(h, p);
+  p->held = 0;
+  const uint64_t freed = changes_freed(h->s, p->group, PERMIT_NUMBER(p->when));
+  /* Only ours was freed since the count, which the caller does not count. */
+  if (freed && h->seen && changes_between(h->seen, freed) == 1) h->seen = freed;
+}
+
+/* We have taken a permit: does it stand? As take_permit() answers. */
+static inline HOT int keep_permit(holder_t *h, const limiter_entry_t *e, snapshot_t *snapshot,
+                                  const granted_t *granted, fshm_permit *out, uint32_t *held) {
+  const uint32_t number = PERMIT_NUMBER(out->when);
+  key_stats_remember(h->s, out->slot, key_stats_meta(h->limiter->index | PERMIT_BIT, out->who),
+                     h->key, h->key_length);
+  bool fits = stands(h, e, snapshot, number, held);
+  if (likely(fits && (!granted || stands_granted(h, snapshot, granted, number, held))))
+    return FSHM_ALLOWED;
+  refuse_permit(h, out);
+  if (fits) return FSHM_ASK;
+  *held -= 1;
+  look_remember(h, h->hash, 0, *held, 0);
+  return FSHM_DENIED;
+}
+
+/* The rest of take_permit(), where its first try has not taken the permit `number`. */
+static UNGUARDED __attribute__((noinline)) int take_another(holder_t *h, snapshot_t *snapshot,
+                                                            uint32_t n, uint32_t number, int status,
+                                                            const granted_t *granted,
+                                                            fshm_permit *out, uint32_t *held) {
+  const uint32_t first = number, start = load_relaxed(&h->limiter->frontier) % n;
   liveness_t liveness;
-  bool full = false;
+  bool full = false, asked = false;
   /* One for each permit and pass: honest takers. */
   patience_t left = patience(MAX_TRIES + 2 * (uint64_t)n);
   for (int pass = 0; pass < 2; pass++) { /* the second asks who is dead */
     if (pass) memset(&liveness, 0, sizeof liveness);
-    for (uint32_t i = likely_free && !pass ? 0 : 1; i <= n; i++) {
-      uint32_t number = i == 0 ? (likely_free - 1) % n : (start + i - 1) % n;
-      int status = try_permit(h, number, pass ? &liveness : NULL, &left, out);
+    if (pass && !h->fixed) h->seen = changes_arm_freed(h->s, changes_index(h->hash));
+    for (uint32_t i = (uint32_t)pass; i <= n; i++) {
+      number = i ? (start + i - 1) % n : first;
+      if (i || status != PERMIT_HELD)
+        status = try_permit(h, number, pass ? &liveness : NULL, &left, out);
+      if (status == PERMIT_HELD && !asked) {
+        asked = true;
+        status = look_back(h, n, &left, &number, held, out);
+        if (status == PERMIT_HELD) return FSHM_DENIED;
+      }
       if (unlikely(status == PERMIT_CONTENDED)) return FSHM_CONTENDED;
       full |= status == PERMIT_FULL;
       if (status != PERMIT_TAKEN) continue;
-      if (i) store_relaxed(&h->limiter->frontier, number + 1);
-      key_stats_remember(h->s, out->slot, key_stats_meta(h->limiter->index | PERMIT_BIT, out->who),
-                         h->key, h->key_length);
-      /* A dead process may have held more: let the next waiter look. */
-      if (pass) wakeup_send(h->s, out->wakeup);
-      bool fits = stands(h, snapshot, number, held);
-      if (likely(fits && (!granted || stands_granted(h, snapshot, granted, number, held))))
-        return FSHM_ALLOWED;
-      (void)give_back(h, out); /* without a wake-up: no other waiter may have it either */
-      out->held = 0;
-      if (fits) return FSHM_ASK;
-      *held -= 1;
-      return FSHM_DENIED;
+      if (number != first || first == start) store_relaxed(&h->limiter->frontier, number + 1);
+      if (pass) { /* a dead process may have held more: let the next caller look */
+        changes_freed_some(h->s, out->group);
+        wait_wake(h->s, wait_key_of(out));
+      }
+      return keep_permit(h, &h->s->limiters[h->limiter->index], snapshot, granted, out, held);
     }
   }
   uint32_t most = permit_bound(h->limiter, snapshot);
   *held = full || most > n ? count_held(h, 0, most, &liveness) : n;
+  if (!full) look_remember(h, h->hash, n, *held, 0);
   return full ? FSHM_FULL : FSHM_DENIED;
+}
+
+/* Take one of the key's first n permits. FSHM_ALLOWED, FSHM_DENIED (*held: how many are held), FSHM_FULL,
+ * FSHM_CONTENDED; FSHM_ASK: not within the lease (granted NULL: there is no lease, this host's limit alone counts). */
+static inline HOT int take_permit(holder_t *h, snapshot_t *snapshot, uint32_t n,
+                                  const granted_t *granted, fshm_permit *out, uint32_t *held) {
+  fshm_limiter *l = h->limiter;
+  const limiter_entry_t *e = &h->s->limiters[l->index];
+  /* Where to look first; hints, which threads may overwrite. Without a swap: that costs as much as the take's own. */
+  const uint32_t released = load_relaxed(&l->released);
+  uint32_t number = released ? released - 1 : load_relaxed(&l->frontier);
+  if (released) store_relaxed(&l->released, 0);
+  if (unlikely(number >= n)) number %= n;
+  if (unlikely(MOST_OF(entry_most(e)) > n) && permit_bound(l, snapshot) > n && !granted &&
+      look_counted(h, n, held))
+    return FSHM_DENIED;
+  const int status = try_home(h, number, out);
+  if (unlikely(status != PERMIT_TAKEN))
+    return take_another(h, snapshot, n, number, status, granted, out, held);
+  if (!released) store_relaxed(&l->frontier, number + 1);
+  return keep_permit(h, e, snapshot, granted, out, held);
 }
 
 #define GRANTED_TRIES 3 /* tries of a taker whose permit is not valid because the word changed */
@@ -306,7 +506,7 @@ int semaphore_take_granted(fshm_limiter *l, const void *key, uint64_t length, co
 uint32_t semaphore_count(fshm_limiter *l, const void *key, uint64_t length, uint64_t from) {
   holder_t h;
   snapshot_t snapshot;
-  liveness_t liveness = {{0}, {0}};
+  liveness_t liveness = {0};
   (void)holder_make(&h, l, key, length, 0);
   if (!limits_load_of(l, &snapshot)) {
     (void)damage_limits(h.s, l->index);
@@ -326,16 +526,20 @@ static bool free_dead(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now
   for (uint64_t i = 0; i < table_probe_count(s); i++) {
     slot_t *slot = &s->slots[table_probe(s, hash, i)];
     if (!IS_PERMIT(load_relaxed(&slot->when))) continue;
-    pair_t seen = pair_load(slot), idle = {seen.who, 0};
+    pair_t seen = pair_load(slot);
     if (!IS_PERMIT(seen.when) || owner_alive(s, seen.when, liveness)) continue;
-    any |= pair_cas(slot, &seen, idle);
+    any |= free_permit(s, (uint64_t)(slot - s->slots), seen);
   }
   return any || table_room(s, hash, who, now);
 }
 
 bool semaphore_free_dead(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now) {
-  liveness_t liveness = {{0}, {0}};
+  liveness_t liveness = {0};
   return free_dead(s, hash, who, now, &liveness);
+}
+
+static COLD void wake_next(fshm_segment *s, const fshm_permit *p) {
+  wait_wake_next(s, wait_key_of(p));
 }
 
 UNGUARDED int fshm_permit_release(fshm_limiter *l, fshm_permit *p) {
@@ -345,7 +549,9 @@ UNGUARDED int fshm_permit_release(fshm_limiter *l, fshm_permit *p) {
   /* A forked child has its own identity, and cannot free its parent's permit. */
   if (!own_identity(h.s, &h.identity) || (p->when & IDENTITY_MASK) != h.identity) return 0;
   if (!give_back(&h, p)) return 0;
-  wakeup_send(h.s, p->wakeup);
+  /* Before the wake-up: who is woken sees that there was a release. */
+  (void)changes_freed(h.s, p->group, PERMIT_NUMBER(p->when));
+  if (unlikely(wait_any(h.s, p->group))) wake_next(h.s, p);
   store_relaxed(&l->released, PERMIT_NUMBER(p->when) + 1);
   return 1;
 }
@@ -361,6 +567,27 @@ UNGUARDED int fshm_permit_idle(fshm_limiter *l, fshm_permit *p, int idle) {
   return 1;
 }
 
+void fshm_wait_ask(fshm_limiter *l, const void *key, uint64_t length, int idle, fshm_place *place) {
+  holder_t h;
+  snapshot_t snapshot;
+  uint64_t told[(PROCESSES + 63) / 64] = {0};
+  if (!holder_make(&h, l, key, length, 0) || !limits_load_of(l, &snapshot) || !snapshot.permits)
+    return;
+  if (!place->owner || !wait_place_asks(h.s, place)) return;
+  place->asked = 0;
+  uint32_t own = OWNER_OF(h.identity), most = permit_bound(l, &snapshot);
+  for (uint32_t number = 0; number < most; number++) {
+    found_t f;
+    table_find(h.s, nth_hash(h.hash, number), permit_who(l->index, h.hash, number), &f);
+    if (!f.pair.who || !IS_PERMIT(f.pair.when) || (idle && !(f.pair.when & IDLE))) continue;
+    uint32_t owner = OWNER_OF(f.pair.when);
+    if (owner == own || told[owner / 64] >> owner % 64 & 1) continue;
+    told[owner / 64] |= UINT64_C(1) << owner % 64;
+    wait_tell(h.s, owner);
+    place->asked = 1;
+  }
+}
+
 int fshm_permit_held(const fshm_limiter *l, const fshm_permit *p) {
   const fshm_segment *s = l->segment;
   if (!p->held || p->slot >= s->slot_count) return 0;
@@ -368,8 +595,30 @@ int fshm_permit_held(const fshm_limiter *l, const fshm_permit *p) {
   return now.who == p->who && now.when == p->when;
 }
 
+/* A count holds while no permit of the key was taken or freed. */
 uint32_t fshm_in_flight(fshm_limiter *l, const void *key, uint64_t length) {
-  return semaphore_count(l, key, length, 0);
+  holder_t h;
+  snapshot_t snapshot;
+  uint64_t w[LOOK_WORDS];
+  (void)holder_make(&h, l, key, length, 0);
+  if (!limits_load_of(l, &snapshot)) {
+    (void)damage_limits(h.s, l->index);
+    return 0;
+  }
+  if (!snapshot.permits) return 0;
+  const uint32_t most = permit_bound(l, &snapshot);
+  const uint64_t hash = h.hash ^ LOOK_COUNTED;
+  const changes_t *changes = changes_of(h.s, changes_index(h.hash));
+  if (look_load(h.s, hash, h.now, w) && w[LOOK_HELD] >> 32 == most &&
+      atomic_load_explicit(&changes->freed, memory_order_acquire) == w[LOOK_FREED] &&
+      atomic_load_explicit(&changes->taken, memory_order_acquire) == w[LOOK_TAKEN])
+    return (uint32_t)w[LOOK_HELD];
+  h.seen = changes_arm_freed(h.s, changes_index(h.hash));
+  const uint64_t taken = changes_arm_taken(h.s, changes_index(h.hash));
+  liveness_t liveness = {0};
+  const uint32_t held = count_held(&h, 0, most, &liveness);
+  look_remember(&h, hash, most, held, taken);
+  return held;
 }
 
 /* A permit and rate limits together: check the limits, take the permit, charge the limits; give the permit back if
@@ -381,12 +630,12 @@ UNGUARDED void fshm_admit(fshm_limiter *l, const void *key, uint64_t key_length,
   holder_t h;
   snapshot_t snapshot;
   permit->slot = permit->who = permit->when = 0;
-  permit->wakeup = permit->held = 0;
+  permit->held = 0;
   for (uint32_t i = 0; i < FSHM_MAX_LIMITS; i++) permit->put[i].den = 0; /* nothing was charged */
   memset(out, 0, sizeof *out);
   *in_flight = 0;
   bool member = holder_make(&h, l, key, key_length, now);
-  if (!limits_load_of(l, &snapshot)) {
+  if (!limits_load_of_inline(l, &snapshot)) {
     out->status = damage_limits(h.s, l->index);
     return;
   }
@@ -426,9 +675,8 @@ static int permit_at(fshm_segment *s, uint64_t slot, liveness_t *liveness, fshm_
   if (!IS_PERMIT(pair.when) || !pair.who) return 0;
   bool known = meta == key_stats_meta(limiter | PERMIT_BIT, pair.who) && limiter < s->limiter_count;
   out->limiter = known ? limiter : UINT32_MAX;
-  out->pid = load_relaxed(&s->processes[OWNER_OF(pair.when)].pid);
   out->alive = owner_alive(s, pair.when, liveness);
-  if (!out->alive) out->pid = 0; /* the index may have another owner by now */
+  if (out->alive) out->pid = load_relaxed(&s->processes[OWNER_OF(pair.when)].pid);
   out->idle = (pair.when & IDLE) != 0;
   out->number = PERMIT_NUMBER(pair.when);
   out->key_hash = PERMIT_KEY(pair.who, PERMIT_NUMBER(pair.when));
@@ -438,13 +686,13 @@ static int permit_at(fshm_segment *s, uint64_t slot, liveness_t *liveness, fshm_
 }
 
 int fshm_permit_at(fshm_segment *s, uint64_t slot, fshm_permit_info *out) {
-  liveness_t liveness = {{0}, {0}};
+  liveness_t liveness = {0};
   memset(out, 0, sizeof *out);
   return slot < s->slot_count && permit_at(s, slot, &liveness, out);
 }
 
 uint64_t fshm_permits(fshm_segment *s, fshm_permit_info *out, uint64_t room) {
-  liveness_t liveness = {{0}, {0}}; /* one for all permits: each process is checked once */
+  liveness_t liveness = {0}; /* one for all permits: each process is checked once */
   uint64_t found = 0;
   for (uint64_t slot = 0; slot < s->slot_count; slot++) {
     fshm_permit_info one;
@@ -457,7 +705,7 @@ uint64_t fshm_permits(fshm_segment *s, fshm_permit_info *out, uint64_t room) {
 }
 
 uint64_t fshm_reap(fshm_segment *s, uint32_t pid) {
-  liveness_t liveness = {{0}, {0}};
+  liveness_t liveness = {0};
   uint64_t freed = 0;
   if (s->read_only) return 0;
   for (uint64_t slot = 0; slot < s->slot_count; slot++) {
@@ -467,10 +715,9 @@ uint64_t fshm_reap(fshm_segment *s, uint32_t pid) {
     bool alive = owner_alive(s, seen.when, &liveness);
     bool theirs = alive && load_relaxed(&s->processes[OWNER_OF(seen.when)].pid) == pid;
     if (pid ? !theirs : alive) continue;
-    pair_t idle = {seen.who, 0};
-    if (pair_cas(&s->slots[slot], &seen, idle)) freed++;
+    if (free_permit(s, slot, seen)) freed++;
   }
-  if (freed) wakeup_send_all(s);
+  if (freed) wait_wake_all(s);
   return freed;
 }
 

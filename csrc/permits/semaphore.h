@@ -8,6 +8,9 @@
 /* Free the permits of dead processes in a key's probe windows. True: there is room, look again. */
 bool semaphore_free_dead(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now);
 
+/* Forget the last look at the permits of the key with this hash (its lowest 52 bits): the next call looks at them, and for the dead. */
+void semaphore_forget(fshm_segment *s, uint64_t hash);
+
 /* The permit lease of a key, for a taker. */
 typedef struct {
   uint64_t hash, who; /* of the slot of its word */

@@ -186,6 +186,7 @@ static int slot_traverse(PyObject *o, visitproc visit, void *arg) {
   Py_VISIT(Py_TYPE(o));
   Py_VISIT(((Slot *)o)->limiter);
   Py_VISIT(((Slot *)o)->key);
+  Py_VISIT(((Slot *)o)->timeout);
   return 0;
 }
 

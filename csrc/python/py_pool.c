@@ -9,6 +9,7 @@
  * a connection in use. So an exception between any two instructions of Python, out of a signal handler, leaks
  * neither. */
 #include "../core/internal.h"
+#include "../permits/wait_queue.h"
 #include "py_args.h"
 #include "py_measure.h"
 
@@ -21,6 +22,7 @@ typedef struct Connection {
   fshm_limiter *permits, *totals; /* of the pool */
   fshm_permit permit; /* of the endpoint */
   fshm_permit total; /* of the whole pool */
+  const _Atomic uint64_t *queues[2]; /* of callers that wait for either permit: wait_queue_of() */
   uint64_t used_ns; /* fshm_clock() when last returned */
   int idle;
   struct Connection *below; /* it is in the idle stack, which owns it */
@@ -155,9 +157,16 @@ static UNGUARDED Connection *pop(PoolCore *self, PyObject *endpoint, int *stale)
   return c;
 }
 
-/* Mark the pool's connection of this id as idle. 0: it is not `meant` (NULL: any will do), or it is idle already. */
-static int put_back(PoolCore *self, PyObject *id, const Connection *meant) {
+/* Does any caller wait for the connection's endpoint, or for room in the pool? */
+static inline int is_waited_for(const Connection *c) {
+  return (uint32_t)(load_relaxed(c->queues[0]) | load_relaxed(c->queues[1])) != 0;
+}
+
+/* Mark the pool's connection of this id as idle. 0: it is not `meant` (NULL: any will do), or it is idle already.
+ * *wanted: the connection, if a caller may wait for it or for its permits; or NULL. */
+static int put_back(PoolCore *self, PyObject *id, const Connection *meant, Connection **wanted) {
   int done = 0;
+  *wanted = NULL;
   ALONE_BEGIN(self);
   Connection *c = (Connection *)PyDict_GetItemWithError(self->by_id, id); /* borrowed, as above */
   if (c && (!meant || c == meant) && !c->idle && fshm_permit_idle(c->permits, &c->permit, 1)) {
@@ -167,9 +176,32 @@ static int put_back(PoolCore *self, PyObject *id, const Connection *meant) {
     Py_INCREF((PyObject *)c);
     c->stack->top = c;
     done = 1;
+    /* After the swap in fshm_permit_idle(). A caller that waits has joined the queue before it looks at the permits, and
+     * at this stack under this lock: it sees the idle connection, or we see it in the queue. */
+    after_swap();
+    if (unlikely(is_waited_for(c))) *wanted = (Connection *)Py_NewRef((PyObject *)c);
   }
   ALONE_END();
   return done;
+}
+
+/* After put_back(): serve who waits, for the endpoint or for room in the pool: who came first. One of this process is woken. For one of another process, the connection is closed. */
+static int serve(PyObject *pool, Connection *wanted) {
+  if (likely(!wanted)) return 0;
+  key_arg key;
+  int failed = get_key(wanted->endpoint, &key);
+  if (!failed) {
+    int next = FSHM_NEXT_NONE;
+    if (fshm_wait_first(wanted->permits, key.bytes, (uint64_t)key.length) <=
+        fshm_wait_first(wanted->totals, "", 0))
+      next = fshm_wait_next(wanted->permits, key.bytes, (uint64_t)key.length);
+    if (next == FSHM_NEXT_NONE) next = fshm_wait_next(wanted->totals, "", 0);
+    Py_XDECREF(key.held);
+    if (next == FSHM_NEXT_OTHER)
+      failed = done(PyObject_CallMethod(pool, "_give_up", "O", wanted->endpoint));
+  }
+  Py_DECREF((PyObject *)wanted);
+  return failed;
 }
 
 /* Add an opened connection to the pool. */
@@ -192,9 +224,8 @@ static int add_opened(PoolCore *self, Connection *c) {
   return failed ? -1 : 0;
 }
 
-/* Get a connection for the caller: an idle one, else one that self._open(endpoint) opens. NULL without an exception:
- * no permit is free. */
-static UNGUARDED Connection *take(PyObject *o, PyObject *endpoint) {
+/* An idle connection of this process. NULL: there is none, or an exception. */
+static UNGUARDED Connection *take_idle(PyObject *o, PyObject *endpoint) {
   PoolCore *self = (PoolCore *)o;
   PyObject *text = exact(endpoint), *r;
   Connection *c = NULL;
@@ -204,8 +235,16 @@ static UNGUARDED Connection *take(PyObject *o, PyObject *endpoint) {
     Py_XDECREF(r);
   }
   Py_XDECREF(text);
+  return c;
+}
+
+/* Get a connection for the caller: an idle one, else one that self._open(endpoint) opens. NULL without an exception:
+ * no permit is free. */
+static UNGUARDED Connection *take(PyObject *o, PyObject *endpoint) {
+  PoolCore *self = (PoolCore *)o;
+  Connection *c = take_idle(o, endpoint);
   if (c || PyErr_Occurred()) return c;
-  r = PyObject_CallMethod(o, "_open", "O", endpoint);
+  PyObject *r = PyObject_CallMethod(o, "_open", "O", endpoint);
   if (!r || Py_TYPE(r) != connection_type) {
     Py_XDECREF(r);
     return NULL;
@@ -252,9 +291,11 @@ static PyObject *pool_return(PyObject *o, PyObject *const *args, Py_ssize_t n, P
   if (!id && parse("return_connection", args, n, kwnames, names, &id, 1, 1)) return NULL;
   if (unbound(self)) return NULL;
   PyObject *text = exact(id);
-  int done = text && put_back(self, text, NULL);
+  Connection *wanted = NULL;
+  int idle = text && put_back(self, text, NULL, &wanted);
   Py_XDECREF(text);
-  if (!done) return PyErr_Occurred() ? NULL : PyObject_CallMethod(o, "_odd", "O", id);
+  if (!idle) return PyErr_Occurred() ? NULL : PyObject_CallMethod(o, "_odd", "O", id);
+  if (serve(o, wanted)) return NULL;
   Py_RETURN_NONE;
 }
 
@@ -263,15 +304,17 @@ static PyObject *refusal(int status, const char *limit) {
   return PyUnicode_FromString(status == FSHM_DENIED ? limit : "full");
 }
 
-/* _add(id, endpoint): a Connection with both its permits, to be added to the pool once opened; or the name of the
- * limit that was reached ("endpoint" or "pool"); "full": the segment has no free slot; "damaged". */
+/* _add(id, endpoint, behind): a Connection with both its permits, to be added to the pool once opened; or the name of
+ * the limit that was reached ("endpoint" or "pool"); "full": the segment has no free slot; "damaged". behind: "pool"
+ * also where others wait for room in the whole pool. */
 static PyObject *pool_add(PyObject *o, PyObject *args) {
   PoolCore *self = (PoolCore *)o;
   PyObject *id, *endpoint;
+  int behind = 0;
   key_arg key;
   fshm_decision d;
   uint32_t held;
-  if (unbound(self) || !PyArg_ParseTuple(args, "UU", &id, &endpoint)) return NULL;
+  if (unbound(self) || !PyArg_ParseTuple(args, "UU|p", &id, &endpoint, &behind)) return NULL;
   Connection *c = PyObject_GC_New(Connection, connection_type);
   if (!c) return NULL;
   memset((char *)c + sizeof(PyObject), 0, sizeof *c - sizeof(PyObject));
@@ -291,9 +334,16 @@ static PyObject *pool_add(PyObject *o, PyObject *args) {
   Py_XDECREF(key.held);
   if (d.status == FSHM_ALLOWED) {
     limit = "pool";
-    fshm_admit(self->totals, "", 0, NULL, 0, &c->total, &d, &held);
+    c->queues[0] = wait_queue_of(self->permits->segment, &c->permit);
+    if (behind && fshm_is_waited_for(self->totals, "", 0))
+      d.status = FSHM_DENIED;
+    else
+      fshm_admit(self->totals, "", 0, NULL, 0, &c->total, &d, &held);
   }
-  if (d.status == FSHM_ALLOWED) return (PyObject *)c;
+  if (d.status == FSHM_ALLOWED) {
+    c->queues[1] = wait_queue_of(self->totals->segment, &c->total);
+    return (PyObject *)c;
+  }
   Py_DECREF((PyObject *)c);
   return refusal(d.status, limit);
 }

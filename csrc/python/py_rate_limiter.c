@@ -367,6 +367,48 @@ static PyObject *core_admit(PyObject *o, PyObject *const *args, Py_ssize_t n, Py
   return (PyObject *)p;
 }
 
+/* The answer to a caller that waited, and whose turn has not come: denied, whatever room there is.
+ * _refused(key, cost) -> Decision, _refused_permit(key, cost) -> Permit. */
+static PyObject *core_refused(PyObject *o, PyObject *args) {
+  PyObject *key, *cost;
+  fshm_decision d;
+  if (!PyArg_ParseTuple(args, "OO", &key, &cost)) return NULL;
+  if (decide((Core *)o, FSHM_PEEK, key, cost, 0, &d)) return NULL;
+  d.status = FSHM_DENIED;
+  return make_decision(limits_of((Core *)o), &d);
+}
+static PyObject *core_refused_permit(PyObject *o, PyObject *args) {
+  Core *self = (Core *)o;
+  PyObject *key, *cost;
+  uint64_t costs[FSHM_MAX_LIMITS];
+  key_arg k;
+  if (!PyArg_ParseTuple(args, "OO", &key, &cost) || bound(self) ||
+      get_costs(limit_count(self), cost, costs) || get_own_key(self, key, &k))
+    return NULL;
+  fshm_decision d;
+  fshm_apply(self->limiter, FSHM_PEEK, k.bytes, (uint64_t)k.length, costs, 0, 0, &d);
+  uint32_t in_flight = fshm_in_flight(self->limiter, k.bytes, (uint64_t)k.length);
+  Py_XDECREF(k.held);
+  uint16_t last = (uint16_t)(limit_count(self) - 1);
+  if (d.status == FSHM_E_ARGUMENT && !last) { /* it has no rates */
+    memset(&d, 0, sizeof d);
+  } else {
+    if (odd(self, &d) && settle(self, &d)) return NULL;
+    if (d.status == FSHM_ALLOWED && in_flight) { /* as fshm_admit() has it */
+      d.limit_index = last;
+      d.remaining = 0;
+    }
+  }
+  d.status = FSHM_DENIED;
+  Permit *p = make_permit(self->handle, self->limiter);
+  if (!p) return NULL;
+  memset(&p->permit, 0, sizeof p->permit);
+  p->in_flight = in_flight;
+  p->d = d;
+  p->limits = limits_of(self);
+  return (PyObject *)p;
+}
+
 /* _remaining(key) -> tuple: what each limit still admits of the key now. */
 static PyObject *core_remaining(PyObject *o, PyObject *key) {
   Core *self = (Core *)o;
@@ -384,6 +426,16 @@ static PyObject *core_remaining(PyObject *o, PyObject *key) {
     return NULL;
   }
   return out;
+}
+
+/* _in_flight(key) -> int: permits of the key that living processes hold. */
+static PyObject *core_in_flight(PyObject *o, PyObject *key) {
+  Core *self = (Core *)o;
+  key_arg k;
+  if (bound(self) || get_own_key(self, key, &k)) return NULL;
+  uint32_t held = fshm_in_flight(self->limiter, k.bytes, (uint64_t)k.length);
+  Py_XDECREF(k.held);
+  return PyLong_FromUnsignedLong(held);
 }
 
 /* _settle(key, charged, actual, permit): charge what was used instead of what was estimated; a tuple each, with a
@@ -610,6 +662,9 @@ static PyMethodDef core_methods[] = {
     {"_reserve", FAST(core_reserve), FLAGS, NULL},
     {"_admit", FAST(core_admit), FLAGS, NULL},
     {"_end_keys_in", core_end_keys_in, METH_O, NULL},
+    {"_refused", core_refused, METH_VARARGS, NULL},
+    {"_refused_permit", core_refused_permit, METH_VARARGS, NULL},
+    {"_in_flight", core_in_flight, METH_O, NULL},
     {"_remaining", core_remaining, METH_O, NULL},
     {"_settle", FAST(core_settle), METH_FASTCALL, NULL},
     {"_acquire_many", FAST(core_acquire_many), FLAGS, NULL},

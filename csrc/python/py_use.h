@@ -37,7 +37,7 @@ static PyObject *pool_use(PyObject *o, PyObject *args) {
 static int use_leave(Use *self, int failed) {
   PyObject *found = NULL;
   PoolCore *pool = (PoolCore *)self->pool;
-  Connection *c;
+  Connection *c, *wanted;
   ALONE_BEGIN(self);
   c = self->connection;
   self->connection = NULL;
@@ -52,15 +52,17 @@ static int use_leave(Use *self, int failed) {
     }
     if (PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_Exception)) PyErr_Clear();
     ok = !PyErr_Occurred();
-  } else if (!put_back(pool, c->id, c)) {
+  } else if (!put_back(pool, c->id, c, &wanted)) {
     ok = !done(PyObject_CallMethod(self->pool, "_odd", "O", c->id));
+  } else {
+    ok = !serve(self->pool, wanted);
   }
   Py_XDECREF(found);
   Py_DECREF((PyObject *)c);
   return ok ? 0 : -1;
 }
 
-/* Takes over the reference to the connection. */
+/* Takes over the reference to the connection. 0: nobody waits for it any more, and it is idle. */
 static int use_hold(Use *self, Connection *c) {
   int over;
   ALONE_BEGIN(self);
@@ -68,9 +70,10 @@ static int use_hold(Use *self, Connection *c) {
   if (!over) self->connection = c;
   ALONE_END();
   if (!over) return 1;
-  (void)put_back((PoolCore *)self->pool, c->id, c);
+  Connection *wanted;
+  (void)put_back((PoolCore *)self->pool, c->id, c, &wanted);
   Py_DECREF((PyObject *)c);
-  return 0;
+  return serve(self->pool, wanted) ? -1 : 0;
 }
 
 /* The block begins: returns the bound object, or the id if there is none. */
@@ -95,21 +98,57 @@ static int use_once(const Use *self) {
   return fail(PyExc_RuntimeError, "call connection() for each block");
 }
 
+/* Does any caller wait for a connection to the endpoint, or for room in the pool? */
+static int use_waited(const Use *self) {
+  PoolCore *pool = (PoolCore *)self->pool;
+  key_arg key;
+  int waited = -1;
+  if (Py_TYPE(self->endpoint) == &PyUnicode_Type) {
+    ALONE_BEGIN(pool);
+    const Stack *stack = (Stack *)PyDict_GetItemWithError(pool->stacks, self->endpoint);
+    if (stack && stack->top) waited = is_waited_for(stack->top);
+    ALONE_END();
+    if (waited >= 0) return waited;
+  }
+  if (!PyUnicode_Check(self->endpoint) || get_key(self->endpoint, &key)) {
+    PyErr_Clear();
+    return 0; /* _open() says what is wrong with it */
+  }
+  waited = fshm_is_waited_for(pool->permits, key.bytes, (uint64_t)key.length) ||
+           fshm_is_waited_for(pool->totals, "", 0);
+  Py_XDECREF(key.held);
+  return waited;
+}
+
+static int use_failed(Use *self) {
+  PyObject *error, *value, *trace;
+  PyErr_Fetch(&error, &value, &trace);
+  if (use_leave(self, 0)) PyErr_WriteUnraisable(NULL); /* the traceback may keep us */
+  PyErr_Restore(error, value, trace);
+  return -1;
+}
+
+/* A first try, where nobody waits. Else, or if it has found none, self._wait() does the rest. */
+static int use_get(Use *self, PyObject *deadline) {
+  Connection *c = use_waited(self) ? NULL : take_measured(self->pool, self->endpoint);
+  if (c) return use_hold(self, c) < 0 ? -1 : 0;
+  if (PyErr_Occurred()) return -1;
+  return done(PyObject_CallMethod(self->pool, "_wait", "OOOO", self, self->endpoint, deadline,
+                                  self->timeout));
+}
+
 static PyObject *use_enter(PyObject *o, PyObject *unused) {
   Use *self = (Use *)o;
   if (use_once(self)) return NULL;
   PyObject *deadline = PyObject_CallMethod(self->pool, "_deadline", "O", self->timeout);
-  while (deadline) {
-    Connection *c = take_measured(self->pool, self->endpoint);
-    if (c && !use_hold(self, c))
-      PyErr_SetString(PyExc_RuntimeError, "call connection() for each block");
-    if (c || PyErr_Occurred() ||
-        done(PyObject_CallMethod(self->pool, "_sleep", "OOO", self->endpoint, deadline,
-                                 self->timeout)))
-      break;
+  if (!deadline) return NULL;
+  int failed = use_get(self, deadline);
+  Py_DECREF(deadline);
+  if (failed) {
+    (void)use_failed(self);
+    return NULL;
   }
-  Py_XDECREF(deadline);
-  return PyErr_Occurred() ? NULL : use_begin(o, unused);
+  return use_begin(o, unused);
 }
 
 static PyObject *use_exit(PyObject *o, PyObject *args) {
@@ -129,23 +168,24 @@ static PyObject *use_call(PyObject *o, PyObject *args, PyObject *kw) {
   return PyObject_CallMethod(self->pool, "_around", "OOO", self->endpoint, self->timeout, function);
 }
 
-/* For asyncio. _idle(): is there an idle connection? _take(): get one, after any wait; may be called in a thread. */
+/* For callers that wait. _idle(): hold an idle connection, if there is one. */
 static PyObject *use_idle(PyObject *o, UNUSED PyObject *unused) {
   Use *self = (Use *)o;
-  int stale;
   if (use_once(self)) return NULL;
-  PyObject *text = exact(self->endpoint);
-  Connection *c = text ? pop((PoolCore *)self->pool, text, &stale) : NULL;
-  Py_XDECREF(text);
-  if (PyErr_Occurred()) return NULL;
-  return PyBool_FromLong(c && use_hold(self, c));
+  Connection *c = take_idle(self->pool, self->endpoint);
+  int held = c ? use_hold(self, c) : 0;
+  return held < 0 || PyErr_Occurred() ? NULL : PyBool_FromLong(held);
 }
 
-static PyObject *use_take(PyObject *o, UNUSED PyObject *unused) {
+/* _hold(connection): add an opened connection to the pool, and hold it. False: the caller does not wait any more, and
+ * the connection is idle. May be called in another thread. */
+static PyObject *use_hold_opened(PyObject *o, PyObject *connection) {
   Use *self = (Use *)o;
-  Connection *c = take_measured(self->pool, self->endpoint);
-  if (!c && PyErr_Occurred()) return NULL;
-  return PyBool_FromLong(c && use_hold(self, c));
+  Connection *c = checked_connection(connection);
+  if (!c || (!c->stack && add_opened((PoolCore *)self->pool, c))) return NULL;
+  Py_INCREF(connection);
+  int held = use_hold(self, c);
+  return held < 0 ? NULL : PyBool_FromLong(held);
 }
 
 /* _over(): the caller does not wait any more. */
@@ -187,7 +227,7 @@ static PyMethodDef use_methods[] = {{"__enter__", use_enter, METH_NOARGS, NULL},
                                     {"__exit__", use_exit, METH_VARARGS, NULL},
                                     {"_begin", use_begin, METH_NOARGS, NULL},
                                     {"_idle", use_idle, METH_NOARGS, NULL},
-                                    {"_take", use_take, METH_NOARGS, NULL},
+                                    {"_hold", use_hold_opened, METH_O, NULL},
                                     {"_over", use_over, METH_NOARGS, NULL},
                                     {NULL, NULL, 0, NULL}};
 static PyType_Slot use_slots[] = {{Py_tp_dealloc, (void *)use_dealloc},

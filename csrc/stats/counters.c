@@ -22,8 +22,10 @@ void counters_of_process(const fshm_segment *s, uint32_t process, fshm_counters 
 
 void fshm_counters_all(const fshm_segment *s, fshm_counters *out) {
   memset(out, 0, COUNTERS * sizeof *out);
-  for (uint32_t process = 0; process <= PROCESSES; process++)
-    for (uint32_t i = 0; i < COUNTERS; i++) add_counters(&s->counters[process].of[i], &out[i]);
+  for (uint32_t i = 0; i < COUNTERS; i++) add_counters(&s->outsiders->of[i], &out[i]);
+  for (uint32_t process = 0; process < PROCESSES; process++)
+    for (uint32_t i = 0; i < COUNTERS && process_joined(s, process); i++)
+      add_counters(&s->counters[process].of[i], &out[i]);
 }
 
 /* A slot counts for its key's limiter if the key statistics know the key. */

@@ -95,8 +95,6 @@ void requests_join(fshm_segment *s, uint32_t process, uint64_t incarnation) {
   for (uint32_t i = 0; i < DEPLOYMENTS; i++) store_relaxed(&f->in_flight[i], 0);
   /* release: pairs with the acquire in fshm_deployment_look() */
   atomic_store_explicit(&f->incarnation, incarnation, memory_order_release);
-  (void)atomic_fetch_or_explicit(&s->header->joined[process / 64], UINT64_C(1) << (process % 64),
-                                 memory_order_relaxed);
 }
 
 /* 1: counted; end it with fshm_request_end(). 0: this process is not in the process table. */
@@ -130,12 +128,16 @@ int fshm_request_end(fshm_segment *s, fshm_request *request) {
 /* Liveness check of all process indexes. A dead incarnation does not come back, so it does not matter which process
  * stores the result, nor how late. */
 static void look_for_dead(fshm_segment *s) {
-  for (uint32_t process = 0; process < PROCESSES; process++) {
-    if (!(load_relaxed(&s->header->joined[process / 64]) >> (process % 64) & 1)) continue;
-    process_t *p = &s->processes[process];
-    uint64_t incarnation = atomic_load_explicit(&p->incarnation, memory_order_acquire);
-    if (load_relaxed(&p->dead) == incarnation || process_alive(s, process)) continue;
-    store_relaxed(&p->dead, incarnation);
+  uint64_t blocks = joined_blocks(s);
+  for (; blocks; blocks &= blocks - 1) {
+    uint32_t first = (uint32_t)__builtin_ctzll(blocks) * 64;
+    for (uint32_t process = first; process < first + 64; process++) {
+      if (!process_joined(s, process)) continue;
+      process_t *p = &s->processes[process];
+      uint64_t incarnation = atomic_load_explicit(&p->incarnation, memory_order_acquire);
+      if (load_relaxed(&p->dead) == incarnation || process_alive(s, process)) continue;
+      store_relaxed(&p->dead, incarnation);
+    }
   }
 }
 
@@ -150,7 +152,9 @@ static void heartbeat(fshm_segment *s, uint64_t now) {
 /* ask: check each process now, for a reader that may not store the results. */
 static void add_requests(fshm_segment *s, const uint32_t *deployments, uint32_t count, bool ask,
                          fshm_deployment_info *out) {
-  for (uint32_t word = 0; word < PROCESSES / 64; word++) {
+  uint64_t blocks = joined_blocks(s);
+  for (; blocks; blocks &= blocks - 1) {
+    const uint32_t word = (uint32_t)__builtin_ctzll(blocks);
     uint64_t joined = load_relaxed(&s->header->joined[word]);
     for (; joined; joined &= joined - 1) {
       uint32_t process = word * 64 + (uint32_t)__builtin_ctzll(joined);

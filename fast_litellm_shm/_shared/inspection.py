@@ -74,6 +74,16 @@ def held_permits(segment: Segment) -> Iterator[tuple[int, Any]]:
             yield slot, info
 
 
+def waiting_callers(segment: Segment, names: bool = False) -> Iterator[Any]:
+    """The ``fshm_waiter_info`` of each place of callers that wait for a key, valid until the next.
+    names: also look for the names of the keys."""
+    if not lib.fshm_waiters(segment._handle, ffi.NULL, 0, False):
+        return
+    infos = ffi.new("fshm_waiter_info[]", _MOST_WAITING)
+    count = lib.fshm_waiters(segment._handle, infos, _MOST_WAITING, names)
+    yield from (infos[at] for at in range(count))
+
+
 def limiters_in(segment: Segment) -> Iterator[tuple[int, bytes, Any]]:
     """The index of each limiter, its name, and its ``fshm_limiter_info``, valid until the next."""
     info = ffi.new("fshm_limiter_info *")
@@ -82,6 +92,7 @@ def limiters_in(segment: Segment) -> Iterator[tuple[int, bytes, Any]]:
             yield index, ffi.buffer(info.name, info.name_length)[:], info
 
 
+_MOST_WAITING = 4096  # places: layout.h
 # A moving window of more hits than this is not counted: each hit is one read (30 ns).
 _MOST_HITS = 50_000
 _TRIES = 4  # reads of counts that processes are moving meanwhile
@@ -292,6 +303,42 @@ class Inspection:
             entry["pids"] = sorted(entry["pids"])
         return sorted(found.values(), key=lambda entry: -entry["in_flight"])
 
+    def waiting(self) -> list[dict[str, Any]]:
+        """Callers that wait, by limiter, key, tenant and priority, the longest wait first: callers,
+        longest_seconds, pids; stale (callers of stopped or dead processes, which do not count).
+        tenant: the hash of its name; None: of none."""
+        found: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for info in waiting_callers(self.segment, names=True):
+            known, stored = self._limiters.get(info.limiter), None
+            if info.table_slot < self._geometry.slots:
+                stored = stored_name(self.segment, info.table_slot)
+            entry = found.setdefault(
+                (info.limiter, info.key_hash, info.tenant, info.priority),
+                {
+                    "limiter": known["name"] if known else "?",
+                    "key": f"#{info.key_hash:016x}" if stored is None else stored[0],
+                    "tenant": f"#{info.tenant:016x}" if info.tenant else None,
+                    "priority": info.priority,
+                    "callers": 0,
+                    "longest_seconds": 0.0,
+                    "pids": set(),
+                    "stale": 0,
+                },
+            )
+            if info.stale:
+                entry["stale"] += info.callers
+                continue
+            entry["callers"] += info.callers
+            entry["longest_seconds"] = max(entry["longest_seconds"], info.waited_ns / 1e9)
+            if info.pid:
+                entry["pids"].add(info.pid)
+        for entry in found.values():
+            entry["pids"] = sorted(entry["pids"])
+        return sorted(
+            found.values(),
+            key=lambda entry: (-entry["longest_seconds"], entry["limiter"], entry["key"]),
+        )
+
     def row(self, slot: int, match: str | None = None) -> KeyRow | None:
         """The key in one of counts.slots. None: its name does not match, or another key has taken
         the slot since. Counts are those of the last reading; the rest is read now."""
@@ -455,7 +502,8 @@ def _view(g: Any, what: str) -> NDArray[Any]:
     from fast_litellm_shm._shared.dependencies import numpy
 
     memory = ffi.buffer(ffi.cast("char *", g.base), g.size)
-    count = {"processes": g.processes, "process_stats": g.processes * g.process_stats_entries}
+    joined = g.processes_joined
+    count = {"processes": joined, "process_stats": joined * g.process_stats_entries}
     dtype, offset = numpy.dtype(_ARRAYS[what]), getattr(g, f"{what}_offset")
     return numpy.frombuffer(memory, dtype, count.get(what, g.slots), offset)
 

@@ -152,6 +152,8 @@ class InnerLimits(SharedLimits):
     """Limits that a part of the package holds, and no user."""
 
     admit = Core._admit
+    refused = Core._refused_permit
+    in_flight = Core._in_flight
     settle = Core._settle
     remaining = Core._remaining
     end_keys_in = Core._end_keys_in
@@ -161,7 +163,7 @@ class InnerLimits(SharedLimits):
         return self._on_full
 
 
-reserve, acquire_many = Core._reserve, Core._acquire_many
+reserve, acquire_many, refused = Core._reserve, Core._acquire_many, Core._refused
 
 
 def states_of(limiter: SharedLimits) -> States:

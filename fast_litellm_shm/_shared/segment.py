@@ -257,7 +257,7 @@ class Segment:
         """The living processes attached to it: pid, attached_seconds, admitted, denied."""
         geometry, found = self.geometry(), []
         out = ffi.new("fshm_process_info *")
-        for index in range(geometry.processes):
+        for index in range(geometry.processes_joined):
             if lib.fshm_process_at(self._handle, index, out) == lib.FSHM_OK and out.alive:
                 found.append(
                     {
@@ -286,7 +286,7 @@ class Segment:
         return {
             "name": self._name,
             "path": self.path,
-            "size_bytes": geometry.size,
+            "size_bytes": geometry.memory,
             "capacity": geometry.capacity,
             "used": used,
             "occupancy": used / geometry.capacity,

@@ -79,13 +79,19 @@ class States:
         """Remember that these costs were refused, for so long."""
         lib.fshm_token_lease_refuse(self.handle, raw, len(raw), ffi.new(_NUMBERS, costs), ns, 0)
 
-    # sleeping until a permit is released
+    # callers that wait for a key
 
-    def arm(self, raw: bytes) -> int:
-        return int(lib.fshm_wakeup_arm(self.handle, raw, len(raw)))
+    def waited_for(self, raw: bytes) -> bool:
+        """Whether any caller, of any process, waits for the key."""
+        return bool(lib.fshm_is_waited_for(self.handle, raw, len(raw)))
 
-    def wake(self, raw: bytes) -> None:
-        lib.fshm_wakeup_send(self.handle, raw, len(raw))
+    def waiting(self, raw: bytes, tenant: int | None = None) -> int:
+        """How many callers wait for the key; tenant: of this one."""
+        out, of = ffi.new("fshm_turn *"), ffi.NULL
+        if tenant is not None:
+            of = ffi.new("uint64_t *", tenant)
+        lib.fshm_waiting(self.handle, raw, len(raw), of, 0, out)
+        return int(out.callers)
 
     def fail(self, status: int) -> NoReturn:
         raise failure(status, self._shown, self.segment)

@@ -164,6 +164,7 @@ class _Sample:
         if args.limiter is not None and args.limiter not in names:
             raise segments.no_such_limiter(args.limiter, segment, names)
         self.permits, self.pools = permits_and_pools.held(self.inspection, args.limiter, args.match)
+        self.waiting = permits_and_pools.waiting(self.inspection, args.limiter, args.match)
 
     def keys(self, top: int | None) -> Iterator[KeyRow]:
         args = self._args
@@ -189,6 +190,9 @@ class _Sample:
             counts = f"{len(self.processes)} processes, {len(self.limiters)} limiters"
             if self.permits or self.pools:
                 counts += f", {len(self.permits) + len(self.pools)} keys with permits"
+            if self.waiting:
+                callers = sum(row["callers"] for row in self.waiting)
+                counts += f", {render.counted(callers, 'caller')} waiting"
             return [*head, Text(f"{counts}: a taller terminal shows them", style="dim"), Text()]
         processes = sorted(self.processes, key=lambda process: process["pid"])
         title = f"Processes ({len(processes)})"
@@ -200,7 +204,7 @@ class _Sample:
         head += render.section(title, _LIMITER_COLUMNS, limiters, _limiter_cells, out, most)
         if not limiters:
             head += [Text("It has no limiter yet."), Text()]
-        return head + permits_and_pools.tables(self.permits, self.pools, out, most)
+        return head + permits_and_pools.tables(self.permits, self.pools, self.waiting, out, most)
 
     def key_tables(self, top: int, out: Console) -> Iterator[RenderableType]:
         total, sort = self.inspection.keys_total, self._args.sort
@@ -209,14 +213,14 @@ class _Sample:
 
     def write_json(self) -> None:
         """Top level: segment, removed_users (only if there are any), cluster (only with limits over
-        many hosts), limiters, processes, permits, pools, keys. Each key is written as it is
-        read."""
+        many hosts), limiters, processes, permits, pools, waiting, keys. Each key is written as
+        it is read."""
         parts: dict[str, Any] = {"segment": self.stats}
         if self.removed_users:
             parts["removed_users"] = self.removed_users
         if self.cluster is not None:
             parts["cluster"] = self.cluster
-        for name in ("limiters", "processes", "permits", "pools"):
+        for name in ("limiters", "processes", "permits", "pools", "waiting"):
             parts[name] = getattr(self, name)
         write = sys.stdout.write
         write("{" + "".join(f'"{name}": {json.dumps(part)},\n ' for name, part in parts.items()))

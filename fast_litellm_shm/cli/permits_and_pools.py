@@ -1,4 +1,4 @@
-"""What processes hold: permits of limiters, and connections of pools."""
+"""What processes hold: permits of limiters, connections of pools. And who waits for that."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ _PIDS, _WIDE = 2, 80  # pids shown, on a terminal of at least so many columns
 _PERMITS = ("limiter", "key", "in_flight", "max_in_flight", "pids", "oldest_seconds", "dead")
 _PERMIT_COLUMNS = ("key", "limiter", ">in flight", ">maximum", ">oldest", ">dead", ">pids")
 _POOL_COLUMNS = ("pool", "endpoint", ">active", ">idle", ">maximum", ">dead", ">pids")
+
+_WAITING_COLUMNS = (
+    *("key", "limiter", "tenant", ">priority", ">callers", ">longest", ">stale", ">pids"),
+)
 
 Rows = list[dict[str, Any]]
 
@@ -54,12 +58,22 @@ def _connections(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _dead_and_pids(row: dict[str, Any], out: Console) -> tuple[str, str]:
+def waiting(inspection: Inspection, limiter: str | None, match: str | None) -> Rows:
+    """Inspection.waiting(), of this limiter, and of the keys that match the glob."""
+    return [
+        row
+        for row in inspection.waiting()
+        if limiter in (None, row["limiter"])
+        and (match is None or fnmatch.fnmatchcase(row["key"], match))
+    ]
+
+
+def _lost_and_pids(lost: int, row: dict[str, Any], out: Console) -> tuple[str, str]:
     pids = row["pids"]
     most = len(pids) if not out.is_terminal else _PIDS if out.width >= _WIDE else 0
     more = [f"+{len(pids) - most}"] if len(pids) > most else []
     return (
-        f"{row['dead']:,}" if row["dead"] else "-",
+        f"{lost:,}" if lost else "-",
         " ".join([*map(str, pids[:most]), *more]) or "-",
     )
 
@@ -68,8 +82,11 @@ def _maximum(most: int | None) -> str:
     return "?" if most is None else f"{most:,}"
 
 
-def tables(permits: Rows, pools: Rows, out: Console, most: int | None) -> list[RenderableType]:
-    """A table of each, if there are any. Red rows are at their maximum. most: rows of a table."""
+def tables(
+    permits: Rows, pools: Rows, waits: Rows, out: Console, most: int | None
+) -> list[RenderableType]:
+    """A table of each, if there are any. Red rows are at their maximum; or all of
+    their callers are stale. most: rows of a table."""
 
     def permit_cells(row: dict[str, Any]) -> tuple[str, ...]:
         return (
@@ -78,7 +95,7 @@ def tables(permits: Rows, pools: Rows, out: Console, most: int | None) -> list[R
             f"{row['in_flight']:,}",
             _maximum(row["max_in_flight"]),
             render.duration(row["oldest_seconds"]) if row["in_flight"] else "-",
-            *_dead_and_pids(row, out),
+            *_lost_and_pids(row["dead"], row, out),
         )
 
     def pool_cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -88,7 +105,18 @@ def tables(permits: Rows, pools: Rows, out: Console, most: int | None) -> list[R
             f"{row['active']:,}",
             f"{row['idle']:,}",
             _maximum(row["max_connections"]),
-            *_dead_and_pids(row, out),
+            *_lost_and_pids(row["dead"], row, out),
+        )
+
+    def waiting_cells(row: dict[str, Any]) -> tuple[str, ...]:
+        return (
+            render.escaped(row["key"]) or "''",
+            render.escaped(row["limiter"]),
+            row["tenant"] or "-",
+            str(row["priority"]),
+            f"{row['callers']:,}",
+            render.duration(row["longest_seconds"]) if row["callers"] else "-",
+            *_lost_and_pids(row["stale"], row, out),
         )
 
     def is_full(used: str, maximum: str) -> Callable[[dict[str, Any]], bool]:
@@ -99,4 +127,10 @@ def tables(permits: Rows, pools: Rows, out: Console, most: int | None) -> list[R
     parts = render.section(title, _PERMIT_COLUMNS, permits, permit_cells, out, most, red)
     title = f"Pools ({sum(row['active'] + row['idle'] for row in pools):,} connections)"
     red = is_full("active", "max_connections")
-    return parts + render.section(title, _POOL_COLUMNS, pools, pool_cells, out, most, red)
+    parts += render.section(title, _POOL_COLUMNS, pools, pool_cells, out, most, red)
+    title = f"Waiting ({render.counted(sum(row['callers'] for row in waits), 'caller')})"
+
+    def stale(row: dict[str, Any]) -> bool:
+        return not row["callers"]
+
+    return parts + render.section(title, _WAITING_COLUMNS, waits, waiting_cells, out, most, stale)

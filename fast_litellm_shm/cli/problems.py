@@ -71,7 +71,7 @@ def _unseen(segment: Segment) -> list[int]:
     """The pids of living processes that are known by the lock file alone."""
     info = ffi.new("fshm_process_info *")
     found = []
-    for index in range(segment.geometry().processes):
+    for index in range(segment.geometry().processes_joined):
         lib.fshm_process_at(segment._handle, index, info)
         if info.alive == lib.FSHM_ALIVE_BY_LOCK:
             found.append(info.pid)

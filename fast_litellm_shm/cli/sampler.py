@@ -111,6 +111,7 @@ class Snapshot:
     limiters: list[LimiterRow] = field(default_factory=list)
     permits: list[dict[str, Any]] = field(default_factory=list)
     pools: list[dict[str, Any]] = field(default_factory=list)
+    waits: list[dict[str, Any]] = field(default_factory=list)
     deployments: list[DeploymentRow] = field(default_factory=list)
     keys: KeyTable | None = None
 
@@ -118,6 +119,11 @@ class Snapshot:
     def in_flight(self) -> int:
         """Permits that living processes hold."""
         return sum(row["in_flight"] for row in self.permits)
+
+    @property
+    def waiting(self) -> int:
+        """Callers that wait."""
+        return sum(row["callers"] for row in self.waits)
 
 
 class _Rates:
@@ -234,6 +240,7 @@ class Sampler:
             limiters=_limiters(inspection, rates),
             permits=permits,
             pools=pools,
+            waits=permits_and_pools.waiting(inspection, None, None),
             deployments=self._deployments(segment),
             keys=KeyTable(inspection, rates, self._names),
         )

@@ -7,13 +7,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from fast_litellm_shm._shared.named_limiter import key_bytes
+from fast_litellm_shm._shared.named_limiter import key_bytes, refused, states_of
 from fast_litellm_shm._shared.native import Decision, Permit
+from fast_litellm_shm._shared.states import States
 from fast_litellm_shm.cluster.permit_lease import PermitLeases
 from fast_litellm_shm.cluster.settlement import Settlement
 from fast_litellm_shm.cluster.single_flight import MOST_NAME
 from fast_litellm_shm.cluster.token_lease import TokenLeases
-from fast_litellm_shm.limiters.grantors import Cost, Key, Quotas
+from fast_litellm_shm.limiters.grantors import Cost, Held, Key, Quotas
 from fast_litellm_shm.limiters.waiting import ASYNCIO, BLOCKING, Steps, Waits, run, run_async
 from fast_litellm_shm.limits import InFlight, LimitSpec
 
@@ -78,6 +79,7 @@ class ClusterQuota(Quotas):
     """
 
     may_wait = True
+    wake_ns = 60_000_000  # as long as a refusal of the server is remembered
 
     def __init__(
         self,
@@ -88,8 +90,9 @@ class ClusterQuota(Quotas):
     ) -> None:
         self.token_leases, self.permit_leases = token_leases, permit_leases
         self._settles = settles
-        leases = token_leases or permit_leases
+        leases = permit_leases or token_leases
         assert leases is not None
+        self._states, self._tail = states_of(leases.limiter), b""  # of those that wait
         self.connection, self.segment = leases.connection, leases.connection.segment
         self._count = 0 if token_leases is None else len(token_leases.limiter.limits)
 
@@ -104,6 +107,23 @@ class ClusterQuota(Quotas):
     async def admit_async(self, key: Key, costs: Cost) -> ClusterPermit:
         """Cancelled, it gives back what it has, and what a thread gets later."""
         return await run_async(self._admit(ASYNCIO, key, costs))
+
+    def admitting(self, waits: Waits, key: Key, costs: Cost) -> Steps[Held]:
+        return (yield from self._admit(waits, key, costs))
+
+    def queue(self, key: Key) -> tuple[States, bytes]:
+        """Of the permits, whose release wakes those that wait."""
+        leases = self.permit_leases or self.token_leases
+        assert leases is not None
+        return leases.states, key_bytes(key)
+
+    def denied(self, key: Key, costs: Cost) -> Held:
+        if self.permit_leases is not None:
+            permit = self.permit_leases.limiter.refused(key, 0)
+            return ClusterPermit(permit.decision, self._count, permit, [])
+        assert self.token_leases is not None
+        decision = refused(self.token_leases.limiter, key, costs)
+        return ClusterPermit(decision, decision.limit_index, None, [])
 
     def _admit(self, waits: Waits, key: Key, costs: Cost) -> Steps[ClusterPermit]:
         permit: Permit | None = None

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from fast_litellm_shm._shared import greenlets
 from fast_litellm_shm._shared.named_limiter import SharedLimits
 from fast_litellm_shm._shared.native import ffi, lib, owned
 from fast_litellm_shm._shared.side_limiters import LONGEST, SINGLE_FLIGHT
 from fast_litellm_shm._shared.states import Spec, States, open_beside
+from fast_litellm_shm.limiters.waiting import BLOCKING, NEVER, Steps, in_turn, run
 from fast_litellm_shm.limits import InFlight
 
 MOST_NAME = lib.FSHM_MAX_LIMITER_NAME - LONGEST  # bytes
@@ -53,6 +53,16 @@ class SingleFlight:
     def end(self, permit: Any) -> None:
         lib.fshm_permit_release(self._states.handle, permit)
 
+    def _wait(self, raw: bytes, deadline: int) -> Steps[tuple[int, Any]]:
+        def attempt() -> Steps[tuple[tuple[int, Any], int | None]]:
+            yield from ()
+            status, permit = self._try(raw)
+            return (status, permit), NEVER if status == lib.FSHM_DENIED else None
+
+        place = BLOCKING.place(self._states, raw)
+        refused = (lib.FSHM_DENIED, None)
+        return (yield from in_turn(BLOCKING, place, attempt, lambda: refused, deadline))
+
     @contextmanager
     def turn(self, raw: bytes) -> Iterator[tuple[bool, bool]]:
         """Whether this caller asks for the whole host, and whether it has waited for another
@@ -60,15 +70,10 @@ class SingleFlight:
         process delays the others no longer than that. So does a caller for whose permit the segment
         has no room."""
         deadline, waited = time.monotonic_ns() + round(self._timeout * 1e9), False
-        while True:
-            armed = self._states.arm(raw) if waited else 0
-            status, permit = self._try(raw)
-            left = deadline - time.monotonic_ns()
-            if status != lib.FSHM_DENIED or left <= 0:
-                break
-            if waited:
-                greenlets.wakeup_wait(self._states.handle, raw, armed, left)
+        status, permit = self._try(raw)
+        if status == lib.FSHM_DENIED:
             waited = True
+            status, permit = run(self._wait(raw, deadline))
         try:
             yield permit is not None, waited
         finally:

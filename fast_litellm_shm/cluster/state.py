@@ -64,7 +64,7 @@ def outage_state(segment: Segment) -> dict[str, Any] | None:
     """By what each living process has noted: one may have an outage while others have none."""
     info, geometry = ffi.new("fshm_process_info *"), segment.geometry()
     living, since, policies = 0, [], set[str]()
-    for slot in range(geometry.processes):
+    for slot in range(geometry.processes_joined):
         lib.fshm_process_at(segment._handle, slot, info)
         living += bool(info.alive)
         began, its = noted(info.outage) if info.alive else (0, ())

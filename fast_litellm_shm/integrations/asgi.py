@@ -29,7 +29,11 @@ from fast_litellm_shm.integrations.web import (
     forwarded_for,
     header,
 )
-from fast_litellm_shm.integrations.web.cancellation import run_cancellable
+from fast_litellm_shm.integrations.web.cancellation import (
+    Client,
+    ClientGoneError,
+    run_cancellable,
+)
 from fast_litellm_shm.integrations.web.request import AsgiRequest
 from fast_litellm_shm.integrations.web.responses import (
     TRY_LATER,
@@ -75,6 +79,9 @@ class RateLimitMiddleware(Middleware[App]):
     in_flight_seconds: how long a request may hold such a permit. Then the application is cancelled,
     and the client gets 503, or an incomplete response where one has begun. These two run the
     application in a task of its own, and need asyncio. See "Streaming" in ``docs/web.md``.
+
+    Under a rule with ``wait``, which needs asyncio too, a request waits on the event loop. If its
+    client goes meanwhile, it leaves the queue, and the application does not get it.
 
     A refused request is answered with 429 (or 503) and a JSON body. The result of a check is in
     ``scope["fast_litellm_shm.rate_limit"]``, an :class:`Outcome`. With a cluster, the event loop
@@ -127,6 +134,7 @@ class RateLimitMiddleware(Middleware[App]):
                 "and there is none; add Rule(in_flight=...), or leave them out"
             )
         self._types = ("http", "websocket") if websockets else ("http",)
+        self._waits = any(rule.wait for rule in self.rules)
         for rule in () if websockets else self.rules:
             if rule.websockets_only:
                 raise ValueError(
@@ -135,9 +143,27 @@ class RateLimitMiddleware(Middleware[App]):
                 )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._waits or scope["type"] not in self._types:
+            await self._serve(scope, receive, send, None)
+            return
+        client = Client(receive)
+        try:
+            await self._serve(scope, receive, send, client)
+        finally:
+            await client.close()
+
+    async def _serve(
+        self, scope: Scope, receive: Receive, send: Send, client: Client | None
+    ) -> None:
         outcome = None
         if scope["type"] in self._types:
-            outcome = await self.check_async(AsgiRequest(scope, None, self._root_path))
+            request = AsgiRequest(scope, None, self._root_path)
+            try:
+                guard = None if client is None else client.wait_with
+                outcome = await self.check_async(request, guard)
+            except ClientGoneError:
+                return
+            receive = receive if client is None else client.receive
         if outcome is None:
             await self.app(scope, receive, send)
             return

@@ -47,7 +47,13 @@ from fast_litellm_shm.integrations.web.keys import Key, KeyFunction
 from fast_litellm_shm.integrations.web.request import AsgiRequest
 from fast_litellm_shm.integrations.web.request import Request as WebRequest
 from fast_litellm_shm.integrations.web.responses import LISTS, TRY_LATER, answers_handshake
-from fast_litellm_shm.integrations.web.rules import Cost, CostFunction
+from fast_litellm_shm.integrations.web.rules import (
+    Cost,
+    CostFunction,
+    PriorityFunction,
+    TenantFunction,
+    WeightFunction,
+)
 from fast_litellm_shm.limiters.grantors import ClusterArgument
 from fast_litellm_shm.limits import LimitSpec, describe
 
@@ -75,7 +81,9 @@ class RateLimit:
     name: routes with the same name share their counts. By default each route has counts of its own,
     by its path as the program has it: in a sub-application that is mounted at ``/t/{tenant}``,
     ``/search`` is one route for all tenants. Without a name the headers say ``default``.
-    exempt, dry_run, segment, on_error, on_cost_error, cluster: as in the middleware.
+    wait, tenant, weight, priority, max_waiting: as of a rule of the middleware, which alone notices
+    that the client of a waiting request has gone. exempt, dry_run, segment, on_error,
+    on_cost_error, cluster: as in the middleware.
 
     FastAPI adds the headers of a dependency only to responses that it makes itself: a route that
     returns a Response of its own has no such headers, but is limited all the same. For a websocket,
@@ -92,6 +100,11 @@ class RateLimit:
         key: KeyFunction = client_address,
         cost: Cost | CostFunction = 1,
         name: str | None = None,
+        wait: float = 0,
+        tenant: TenantFunction | None = None,
+        weight: float | WeightFunction = 1.0,
+        priority: int | PriorityFunction = 0,
+        max_waiting: int | None = None,
         exempt: Collection[str | bytes] = (),
         dry_run: bool = False,
         segment: Segment | None = None,
@@ -108,7 +121,18 @@ class RateLimit:
             name = " + ".join(["each route", *map(describe, limits)])
             if len(name) > _LONGEST:
                 name = f"each route {hashlib.blake2s(name.encode(), digest_size=16).hexdigest()}"
-        rule = Rule(*limits, key=self._key_of, cost=cost, dry_run=dry_run, name=name)
+        rule = Rule(
+            *limits,
+            key=self._key_of,
+            cost=cost,
+            wait=wait,
+            tenant=tenant,
+            weight=weight,
+            priority=priority,
+            max_waiting=max_waiting,
+            dry_run=dry_run,
+            name=name,
+        )
         if self._each_route:
             rule.public_name = "default"
         self._gate = Gate(

@@ -20,6 +20,8 @@ from fast_litellm_shm._shared.named_limiter import (
     states_of,
 )
 from fast_litellm_shm._shared.native import Decision, Permit, Reservation, lib
+from fast_litellm_shm._shared.states import States
+from fast_litellm_shm._shared.wait_queue import Order, Place
 from fast_litellm_shm.limiters.waiting import Steps, Waits
 from fast_litellm_shm.limits import InFlight, LimitSpec
 
@@ -112,6 +114,7 @@ class Quotas:
     numbers (the plugin for LiteLLM)."""
 
     may_wait = False  # whether admit() may have to wait for a server
+    wake_ns = Permits.wake_ns
 
     def __init__(self, limits: InnerLimits, tail: bytes = b"") -> None:
         self._shared, self._states, self._tail = limits, states_of(limits), tail
@@ -127,12 +130,33 @@ class Quotas:
     def _raw(self, key: Key) -> bytes:
         return key_bytes(key) + self._tail
 
+    def place(self, waits: Waits, key: Key, order: Order) -> Place:
+        """In the queue of the callers of this host that wait for the key."""
+        return waits.place(self._states, self._raw(key), order)
+
+    def waited_for(self, key: Key) -> bool:
+        """Whether any caller may wait for the key."""
+        return self._states.waited_for(self._raw(key))
+
     def admit(self, key: Key, costs: Cost) -> Held:
         """Admit, or deny and consume nothing. costs: one for each limit, or one for all."""
         return self._shared.admit(key, costs)
 
     async def admit_async(self, key: Key, costs: Cost) -> Held:
         return self.admit(key, costs)
+
+    def admitting(self, waits: Waits, key: Key, costs: Cost) -> Steps[Held]:
+        """admit(), as the steps of a call that waits."""
+        yield from ()
+        return self.admit(key, costs)
+
+    def queue(self, key: Key) -> tuple[States, bytes]:
+        """Where callers that wait for the key stand: its states, and the key there."""
+        return self._states, self._raw(key)
+
+    def denied(self, key: Key, costs: Cost) -> Held:
+        """The answer to a caller whose turn has not come."""
+        return self._shared.refused(key, costs)
 
     def settle(
         self, key: Key, charged: tuple[int, ...], actual: tuple[int, ...], held: Any
@@ -143,7 +167,7 @@ class Quotas:
 
     def in_flight(self, key: Key) -> int:
         """Calls of the key in flight on this host."""
-        return self._states.in_flight(self._raw(key))
+        return self._shared.in_flight(key)
 
     def left(self, key: Key, *, ask: bool = False) -> tuple[int, ...]:
         """Tokens left of each rate. ask: if this host does not know, ask the server."""

@@ -11,11 +11,29 @@ from fast_litellm_shm._shared import key_grammar
 from fast_litellm_shm._shared.named_limiter import InnerLimits
 from fast_litellm_shm._shared.native import Decision
 from fast_litellm_shm._shared.segment import InSegment, Segment
+from fast_litellm_shm._shared.wait_queue import Order, Place, Service
 from fast_litellm_shm.limiters import grantors
 from fast_litellm_shm.limiters.choice import chosen
 from fast_litellm_shm.limiters.grantors import ClusterArgument, Held
+from fast_litellm_shm.limiters.rate import deadline_ns
+from fast_litellm_shm.limiters.waiting import (
+    ASYNCIO,
+    BLOCKING,
+    OnWait,
+    Pace,
+    Shed,
+    Steps,
+    Waits,
+    Wish,
+    in_turn,
+    run,
+    run_async,
+    tenant_hash,
+    wish,
+)
 from fast_litellm_shm.limits import FixedWindow, InFlight, LimitSpec
 
+_SOON = 1_000_000  # ns: between two attempts
 _MOST_A_MINUTE, _MOST_PARALLEL = 2**31 - 1, 100_000
 
 
@@ -37,13 +55,16 @@ class Admission:
     None: never; 0.0: when a call in flight ends), ``in_flight`` how many calls there are.
     """
 
-    __slots__ = ("_charged", "_key", "_permit", "_quota", "_released", "_requests", "allowed")
+    __slots__ = (
+        "_charged", "_key", "_permit", "_quota", "_released", "_requests", "_service", "allowed",
+    )  # fmt: skip
 
     def __init__(
         self, quota: Quota, key: str | bytes, permit: Held, tokens: int, requests: int = 1
     ) -> None:
         self._quota, self._key, self._permit = quota, key, permit
         self._charged, self._requests = tokens, requests
+        self._service: Service | None = None  # where it waited: what its tenant was served
         self.allowed = allowed = permit.allowed
         self._released = not allowed
 
@@ -82,6 +103,8 @@ class Admission:
             quota = self._quota
             before = quota._costs(self._charged)
             quota._grantor.settle(self._key, before, quota._numbers(tokens), self._permit)
+            if self._service is not None:
+                self._service.correct(tokens - self._charged)
             self._charged = tokens
 
     def _left(self) -> dict[str, int]:
@@ -112,6 +135,8 @@ class Admission:
             charged = self._quota._costs(tokens, requests)
             none = (0,) * len(charged)
             self._quota._grantor.settle(self._key, charged, none, self._permit)
+            if self._service is not None:
+                self._service.correct(-tokens)
         finally:  # else the permit would be kept for good
             self.release()
 
@@ -208,7 +233,7 @@ class Quota(InSegment):
             grantor = chosen(cluster)
             self._cluster = grantor.argument
             self._grantor = grantor.quota(own, name=name, segment=segment, on_full=on_full)
-        self._name, self._segment = name, self._grantor.segment
+        self._name, self._segment, self._pace = name, self._grantor.segment, Pace()
         self._given = (rpm, tpm, max_parallel)
         self._options = {"name": name, "on_full": on_full, "_numbered": _numbered}
 
@@ -227,6 +252,12 @@ class Quota(InSegment):
         permit = self._grantor.admit(key, self._costs(tokens, requests))
         return Admission(self, key, permit, tokens, requests)
 
+    def _place(self, waits: Waits, key: str | bytes, order: Order) -> Place:
+        return self._grantor.place(waits, key, order)
+
+    def _waited_for(self, key: str | bytes) -> bool:
+        return self._grantor.waited_for(key)
+
     async def admit_async(self, key: str | bytes, tokens: int = 0) -> Admission:
         """:meth:`admit` for asyncio: where a server must be asked, a thread does that. Cancelled,
         it consumes and holds nothing. No method of the Admission waits, so an event loop can call
@@ -240,6 +271,76 @@ class Quota(InSegment):
     async def _admit_async(self, key: str | bytes, tokens: int, requests: int) -> Admission:
         permit = await self._grantor.admit_async(key, self._costs(tokens, requests))
         return Admission(self, key, permit, tokens, requests)
+
+    def wait(
+        self,
+        key: str | bytes,
+        tokens: int = 0,
+        timeout: float | None = None,
+        *,
+        tenant: str | None = None,
+        weight: float = 1.0,
+        priority: int = 0,
+        max_waiting: int | None = None,
+        on_wait: OnWait | None = None,
+    ) -> Admission:
+        """admit(), but waits until rates and permits have room, at most ``timeout`` seconds. It is
+        denied when the time is up, or if the call can never fit.
+
+        Callers that wait for a key are served in the order in which they came, over all processes;
+        a caller of many tokens holds up those behind it. admit() does not wait.
+
+        tenant, weight, priority, max_waiting, on_wait: as of ConcurrencyLimiter.wait(). Tenants are
+        served in tokens; settle() corrects what the tenant was served.
+        """
+        _check_tokens("wait", tokens)
+        wished = wish(tenant, weight, priority, max_waiting, on_wait)
+        return run(self._wait(BLOCKING, key, tokens, timeout, wished))
+
+    async def wait_async(
+        self,
+        key: str | bytes,
+        tokens: int = 0,
+        timeout: float | None = None,
+        *,
+        tenant: str | None = None,
+        weight: float = 1.0,
+        priority: int = 0,
+        max_waiting: int | None = None,
+        on_wait: OnWait | None = None,
+    ) -> Admission:
+        """:meth:`wait` for asyncio. It needs no thread."""
+        _check_tokens("wait_async", tokens)
+        wished = wish(tenant, weight, priority, max_waiting, on_wait)
+        return await run_async(self._wait(ASYNCIO, key, tokens, timeout, wished))
+
+    def _wait(
+        self, waits: Waits, key: str | bytes, tokens: int, timeout: float | None, wished: Wish
+    ) -> Steps[Admission]:
+        deadline = deadline_ns(timeout)
+        states, raw = self._grantor.queue(key)
+        place = waits.place(states, raw, wished.order)
+        tries = _Tries(self, waits, key, tokens, place)
+        try:
+            if not states.waited_for(raw):
+                admission, again = yield from tries.attempt()
+                if again is None or timeout == 0:
+                    return admission
+            return (
+                yield from in_turn(
+                    waits, place, tries.attempt, tries.refused, deadline, wished, self._pace
+                )
+            )
+        except Shed:
+            return tries.refused()
+        except BaseException:
+            tries.undo()
+            raise
+
+    def queue_size(self, key: str | bytes, tenant: str | None = None) -> int:
+        """How many callers of this host's processes wait for the key; tenant: of this one only."""
+        states, raw = self._grantor.queue(key)
+        return states.waiting(raw, None if tenant is None else tenant_hash(tenant))
 
     def in_flight(self, key: str | bytes) -> int:
         """Calls of the key in flight, of living processes of this host."""
@@ -291,12 +392,52 @@ class Quota(InSegment):
         return f"Quota({shown}, name={self.name!r})"
 
 
+class _Tries:
+    """Of a call that waits."""
+
+    __slots__ = ("_costs", "_granted", "_key", "_place", "_quota", "_service", "_tokens", "_waits")
+
+    def __init__(
+        self, quota: Quota, waits: Waits, key: str | bytes, tokens: int, place: Place
+    ) -> None:
+        self._quota, self._waits, self._key, self._tokens = quota, waits, key, tokens
+        self._place, self._costs = place, quota._costs(tokens)
+        self._granted: Held | None = None
+        self._service: Service | None = None
+
+    def attempt(self) -> Steps[tuple[Admission, int | None]]:
+        quota, key, grantor = self._quota, self._key, self._quota._grantor
+        # First of all: what a local variable holds is kept by the traceback of an exception.
+        self._granted = permit = yield from grantor.admitting(self._waits, key, self._costs)
+        admission = Admission(quota, key, permit, self._tokens)
+        if admission:
+            self._service = admission._service = self._place.served(max(self._tokens, 1))
+            return admission, None
+        retry = permit.decision.retry_after_ns
+        if retry is None:
+            return admission, None
+        # Other calls settle, and give tokens back: look again soon, whatever it says.
+        return admission, min(max(retry, _SOON), grantor.wake_ns) if retry else grantor.wake_ns
+
+    def refused(self) -> Admission:
+        permit = self._quota._grantor.denied(self._key, self._costs)
+        return Admission(self._quota, self._key, permit, self._tokens)
+
+    def undo(self) -> None:
+        if self._granted is not None:
+            admission = Admission(self._quota, self._key, self._granted, self._tokens)
+            admission._service = self._service
+            admission.cancel()
+
+
 # For the LiteLLM plugin. Quotas of one name that may differ in their numbers, not in which of them
 # they have: keys of different numbers are different keys. On this host alone.
 numbered_quota = functools.partial(Quota, cluster=False, _numbered=True)
 # admit() of several requests, without a check of the tokens.
 admit_calls, admit_calls_async = Quota._admit, Quota._admit_async
 count_request, left_of = Admission._count_request, Admission._left
+# How its requests wait: a place in the queue of a key, and whether any caller waits for the key.
+place_of, is_waited_for = Quota._place, Quota._waited_for
 
 
 def _rebuild(given: tuple[int | None, ...], options: dict[str, Any]) -> Quota:

@@ -5,23 +5,32 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from operator import index
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from fast_litellm_shm import limits
-from fast_litellm_shm._shared.named_limiter import SharedLimits, key_bytes
-from fast_litellm_shm._shared.native import Decision
+from fast_litellm_shm._shared.named_limiter import SharedLimits, key_bytes, refused, states_of
+from fast_litellm_shm._shared.native import Decision, Reservation
 from fast_litellm_shm._shared.segment import Segment
+from fast_litellm_shm._shared.wait_queue import Place
 from fast_litellm_shm.limiters import grantors
 from fast_litellm_shm.limiters.choice import chosen
-from fast_litellm_shm.limiters.grantors import ClusterArgument, Cost
+from fast_litellm_shm.limiters.grantors import ClusterArgument, Cost, ns_until
 from fast_litellm_shm.limiters.waiting import (
     ASYNCIO,
     BLOCKING,
+    OnWait,
+    Pace,
+    Shed,
     Steps,
     Waits,
+    Wish,
+    in_turn,
     off_loop,
     run,
     run_async,
+    tenant_hash,
+    wish,
 )
 from fast_litellm_shm.limits import LimitSpec, TokenBucket
 
@@ -32,6 +41,10 @@ if TYPE_CHECKING:
 _NEVER = 2**63  # ns
 _MOST_BLOCKED = 2**55 // 10**9  # s, 416 days
 _LATE = 1_000_000_000  # ns: a waiter that wakes this late has lost its turn
+_AHEAD = 50_000_000  # ns: a bucket is charged at most so long before the instant
+_SOON = 200_000  # ns: between two attempts
+
+_Found: TypeAlias = "tuple[Decision, int, Reservation | None]"
 
 
 class Batch(NamedTuple):
@@ -46,7 +59,7 @@ def deadline_ns(timeout: float | None) -> int:
     """A time-out in seconds as an instant of time.monotonic_ns(); None: never."""
     if timeout is None:
         return _NEVER
-    if not isinstance(timeout, (int, float)) or math.isnan(timeout):
+    if not isinstance(timeout, (int, float)) or (type(timeout) is float and math.isnan(timeout)):
         raise TypeError(f"timeout must be a number of seconds or None, not {timeout!r}")
     return time.monotonic_ns() + round(max(min(timeout, 4e9), 0) * 1e9)
 
@@ -87,6 +100,7 @@ class RateLimiter(SharedLimits):
     def _choose(self, cluster: ClusterArgument) -> None:
         grantor = chosen(cluster)
         self._cluster, self._grantor = grantor.argument, grantor.rates(self)
+        self._states, self._pace = states_of(self), Pace()
 
     async def acquire_async(self, key: str | bytes, cost: Cost = 1) -> Decision:
         """acquire() for asyncio: where a server has to be asked, a thread does that. Cancelled
@@ -143,32 +157,90 @@ class RateLimiter(SharedLimits):
             numpy.frombuffer(retry, numpy.float64),
         )
 
-    def wait(self, key: str | bytes, cost: Cost = 1, timeout: float | None = None) -> Decision:
+    def wait(
+        self,
+        key: str | bytes,
+        cost: Cost = 1,
+        timeout: float | None = None,
+        *,
+        tenant: str | None = None,
+        weight: float = 1.0,
+        priority: int = 0,
+        max_waiting: int | None = None,
+        on_wait: OnWait | None = None,
+    ) -> Decision:
         """Block until admitted; at most ``timeout`` seconds.
 
-        With token buckets, the waiter reserves its turn at once and sleeps until then, so waiters
-        are served in order. If its turn would come after the deadline, or never, it is denied at
-        once. An interrupt gives the reservation back, unless another one has been made after it.
-        With a window, and over many hosts, it sleeps until there is room and tries again.
+        Callers that wait for a key are served in the order in which they came, over all processes.
+        A caller that is next and cannot be admitted before its deadline, or ever, is denied at
+        once. Nothing is charged for a caller that waits, but in the last 50 ms before its instant
+        (token buckets); if it is interrupted then, that is given back unless another call has
+        charged the key since.
+
+        tenant, weight, priority, max_waiting, on_wait: as of ConcurrencyLimiter.wait(). Tenants are
+        served in tokens, of ``cost``.
         """
-        return run(self._wait(BLOCKING, key, cost, timeout))
+        wished = wish(tenant, weight, priority, max_waiting, on_wait)
+        try:
+            return run(self._wait(BLOCKING, key, cost, timeout, wished))
+        except Shed:
+            return refused(self, key, cost)
 
     async def wait_async(
-        self, key: str | bytes, cost: Cost = 1, timeout: float | None = None
+        self,
+        key: str | bytes,
+        cost: Cost = 1,
+        timeout: float | None = None,
+        *,
+        tenant: str | None = None,
+        weight: float = 1.0,
+        priority: int = 0,
+        max_waiting: int | None = None,
+        on_wait: OnWait | None = None,
     ) -> Decision:
-        """wait() for asyncio. If it is cancelled, it gives its reservation back, if that is the
-        last in the queue. Otherwise its turn passes unused, because the waiters behind it keep
-        their turns."""
-        return await run_async(self._wait(ASYNCIO, key, cost, timeout))
+        """wait() for asyncio. It needs no thread."""
+        wished = wish(tenant, weight, priority, max_waiting, on_wait)
+        try:
+            return await run_async(self._wait(ASYNCIO, key, cost, timeout, wished))
+        except Shed:
+            return await off_loop(lambda: refused(self, key, cost))
+
+    def queue_size(self, key: str | bytes, tenant: str | None = None) -> int:
+        """How many callers of all processes wait for the key; tenant: of this one only."""
+        of = None if tenant is None else tenant_hash(tenant)
+        return self._states.waiting(key_bytes(key), of)
 
     def _wait(
-        self, waits: Waits, key: str | bytes, cost: Cost, timeout: float | None
+        self, waits: Waits, key: str | bytes, cost: Cost, timeout: float | None, wished: Wish
     ) -> Steps[Decision]:
-        deadline = deadline_ns(timeout)
+        deadline, raw = deadline_ns(timeout), key_bytes(key)
+        place: Place | None = None
+
+        def attempt() -> Steps[tuple[_Found, int | None]]:
+            soon = min(deadline, time.monotonic_ns() + _AHEAD)
+            found = yield from self._grantor.reserve(waits, self, key, cost, soon)
+            if found[0]:
+                if place is not None:
+                    place.served(max(cost) if isinstance(cost, Sequence) else index(cost))
+                return found, None
+            retry, left = found[0].retry_after_ns, ns_until(deadline)
+            if retry is None or retry > left:
+                return (found[0], 0, None), None
+            return (found[0], 0, None), max(retry - _AHEAD // 2 if retry > _AHEAD else retry, _SOON)
+
+        def turned_away() -> _Found:
+            return refused(self, key, cost), 0, None
+
         while True:
-            decision, pause, reserved = yield from self._grantor.reserve(
-                waits, self, key, cost, deadline
-            )
+            found, again = None, None
+            if not self._states.waited_for(raw):
+                found, again = yield from attempt()
+            if found is None or again is not None:
+                place = waits.place(self._states, raw, wished.order)
+                found = yield from in_turn(
+                    waits, place, attempt, turned_away, deadline, wished, self._pace
+                )
+            decision, pause, reserved = found
             due = time.monotonic_ns() + pause
             if pause:
                 try:
@@ -177,7 +249,7 @@ class RateLimiter(SharedLimits):
                     if reserved is not None:
                         reserved.cancel()
                     raise
-            if not pause or (decision and time.monotonic_ns() - due < _LATE):
+            if not pause or time.monotonic_ns() - due < _LATE:
                 if reserved is not None:
                     reserved.keep()
                 return decision

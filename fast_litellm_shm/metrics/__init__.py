@@ -73,6 +73,18 @@ class PermitMetrics:
 
 
 @dataclass(frozen=True)
+class WaitingMetrics:
+    """Callers that wait for keys of a limiter, of one priority; every limiter has a row for 0.
+    stale: those of stopped or dead processes; they are not among the callers."""
+
+    limiter: str
+    priority: str
+    callers: int = 0
+    longest_seconds: float = 0.0
+    stale: int = 0
+
+
+@dataclass(frozen=True)
 class PoolMetrics:
     """The connections of a pool to an endpoint; ``(other)``: to all beyond the first 100."""
 
@@ -129,6 +141,7 @@ class Snapshot:
     segment: SegmentMetrics
     limiters: tuple[LimiterMetrics, ...]
     permits: tuple[PermitMetrics, ...]
+    waiting: tuple[WaitingMetrics, ...]
     pools: tuple[PoolMetrics, ...]
     keys: tuple[KeyMetrics, ...]
     memo: Mapping[str, Any]

@@ -102,6 +102,7 @@ _segment = _Each(lambda s: [s.segment])
 _memo = _Each(lambda s: [SimpleNamespace(**s.memo)])
 _limiter = _Each(lambda s: s.limiters, "limiter")
 _permit = _Each(lambda s: s.permits, "limiter")
+_waiting = _Each(lambda s: s.waiting, "limiter", "priority")
 _pool = _Each(lambda s: s.pools, "pool", "endpoint")
 _key = _Each(lambda s: s.keys, "limiter", "key")
 _deployment = _Each(lambda s: s.deployments, "router", "deployment")
@@ -136,6 +137,12 @@ FAMILIES: tuple[Family, ...] = (
             "Permits of dead processes; they are given back when a caller needs one.", "dead"),
     _permit("fast_shm.permits.oldest.age", "gauge", "s",
             "Age of the oldest permit that a living process holds.", "oldest_seconds"),
+    _waiting("fast_shm.waiting.callers", "gauge", "{caller}",
+             "Callers that wait for a permit or for tokens.", "callers"),
+    _waiting("fast_shm.waiting.longest", "gauge", "s",
+             "How long the first of them has waited.", "longest_seconds"),
+    _waiting("fast_shm.waiting.stale", "gauge", "{caller}",
+             "Callers of stopped or dead processes; the others pass them.", "stale"),
     _pool("fast_shm.pool.active", "gauge", "{connection}",
           "Connections in use.", "active"),
     _pool("fast_shm.pool.idle", "gauge", "{connection}",

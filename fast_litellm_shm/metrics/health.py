@@ -61,7 +61,7 @@ def segment_state(of: Segment) -> dict[str, Any]:
     """A segment, for health_check. Raises ValueError if its contents do not add up."""
     stats, geometry = of.stats(), of.geometry()
     process, dead = ffi.new("fshm_process_info *"), 0
-    for index in range(geometry.processes):
+    for index in range(geometry.processes_joined):
         lib.fshm_process_at(of._handle, index, process)
         dead += process.pid != 0 and not process.alive
     permits = list(Inspection(of).permits())

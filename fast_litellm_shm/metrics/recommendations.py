@@ -17,6 +17,7 @@ _CALLS = 100  # fewer calls give no meaningful share
 _DENIED = 0.9  # share of the calls of a key
 _ERRORS = 0.05  # share of the calls of a component
 _HITS_LOW = 0.1  # share of the lookups in the memo
+_WAITED = 10.0  # seconds
 _SHOWN = 5  # keys in recommendations of one type
 
 
@@ -133,6 +134,20 @@ def _permits(inspection: Inspection) -> Iterator[dict[str, Any]]:
         )
 
 
+def _waiting(inspection: Inspection) -> Iterator[dict[str, Any]]:
+    rows = [row for row in inspection.waiting() if row["longest_seconds"] >= _WAITED]
+    for row in rows[:_SHOWN]:
+        callers = "1 caller waits" if row["callers"] == 1 else f"{row['callers']} callers wait"
+        yield _one(
+            "long_wait",
+            "wait_queue",
+            MEDIUM,
+            f"{row['limiter']!r}, {row['key']!r}: {callers}, the first for "
+            f"{row['longest_seconds']:.0f} s.",
+            "Raise the limit, or let callers give up sooner: give them a timeout.",
+        )
+
+
 def _measured(segment: Segment) -> Iterator[dict[str, Any]]:
     stats = performance.segment_stats(segment)
     for name, found in stats.items():
@@ -217,8 +232,10 @@ def get_recommendations() -> list[dict[str, Any]]:
         segment = Segment.default()
         out += _segment(health.segment_state(segment), segment)
         inspection = Inspection(segment)
-        for found in (_keys(inspection), _permits(inspection), _measured(segment), _memo(segment)):
-            out += found
+        for look in (_keys, _permits, _waiting):
+            out += look(inspection)
+        for measure in (_measured, _memo):
+            out += measure(segment)
     except exceptions.SegmentError as error:
         out.append(
             _one("no_segment", "segment", HIGH, str(error), "Until then, nothing is shared.")

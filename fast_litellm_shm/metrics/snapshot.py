@@ -15,6 +15,7 @@ from fast_litellm_shm._shared.inspection import (
     Inspection,
     pools_among,
     stored_name,
+    waiting_callers,
 )
 from fast_litellm_shm._shared.native import ffi, lib
 from fast_litellm_shm._shared.segment import Segment, opened
@@ -29,6 +30,7 @@ from fast_litellm_shm.metrics import (
     PoolMetrics,
     SegmentMetrics,
     Snapshot,
+    WaitingMetrics,
 )
 from fast_litellm_shm.metrics.health import memo_state
 
@@ -74,6 +76,7 @@ def snapshot(
     return Snapshot(
         limiters=tuple(_limiter_rows(known, counters, keys_of if plain else None)),
         permits=permits,
+        waiting=tuple(_waiting(of, known)),
         pools=pools,
         keys=_busiest(of, keys) if keys and plain else (),
         memo=memo_state(of),
@@ -85,7 +88,7 @@ def snapshot(
         operations=tuple(_operations(of)),
         segment=SegmentMetrics(
             name=of.name,
-            size_bytes=geometry.size,
+            size_bytes=geometry.memory,
             created=geometry.created_realtime_ns / 1e9,
             capacity=geometry.capacity,
             used=used,
@@ -203,6 +206,23 @@ def _held(
             )
         )
     return tuple(permits), _pool_rows(of, endpoints)
+
+
+def _waiting(of: Segment, known: Mapping[str, _Limiter]) -> Iterator[WaitingMetrics]:
+    names = {i: name for name, limiter in known.items() for i in limiter.indices}
+    found = {
+        (name, 0): WaitingMetrics(name, "0") for name in known if not is_side_limiter(name, known)
+    }
+    for info in waiting_callers(of):
+        at = names.get(info.limiter, "?"), info.priority
+        row = found.get(at) or WaitingMetrics(at[0], str(info.priority))
+        if info.stale:
+            found[at] = replace(row, stale=row.stale + info.callers)
+        else:
+            longest = max(row.longest_seconds, info.waited_ns / 1e9)
+            callers = row.callers + info.callers
+            found[at] = replace(row, callers=callers, longest_seconds=longest)
+    yield from found.values()
 
 
 def _endpoints(pool: str, most: int, mine: Any) -> Iterator[tuple[PoolMetrics, list[int]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import os
 import re
@@ -13,26 +12,39 @@ from collections.abc import Callable, Iterable
 from contextlib import AsyncContextDecorator, suppress
 from types import TracebackType
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 from fast_litellm_shm import exceptions, limits
-from fast_litellm_shm._shared import greenlets, performance, settings
+from fast_litellm_shm._shared import log, performance, settings, wait_queue
 from fast_litellm_shm._shared.inspection import Inspection
-from fast_litellm_shm._shared.named_limiter import SharedLimits
+from fast_litellm_shm._shared.named_limiter import SharedLimits, states_of
 from fast_litellm_shm._shared.native import Connection, PoolCore, Use, address, lib
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.limiters.rate import deadline_ns
+from fast_litellm_shm.limiters.waiting import (
+    ASYNCIO,
+    BLOCKING,
+    NEVER,
+    Steps,
+    Waits,
+    in_turn,
+    run,
+    run_async,
+)
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.")
-# A waiter is woken when a connection to its endpoint is closed. An idle connection that is returned
-# here, or room in the whole pool, wakes none: it looks for those.
-_TRY_AGAIN_NS = 50_000_000
+_HELD, _MOVE = "held", "move"  # a Use holds a connection; the caller has to wait in the other queue
 
-_pools: WeakSet[SimpleConnectionPool] = WeakSet()
+_pools: WeakValueDictionary[int, SimpleConnectionPool] = WeakValueDictionary()  # by id
+
+
+def _living() -> list[SimpleConnectionPool]:
+    """While other threads make pools: a loop over a WeakSet would fail."""
+    return [pool for each in _pools.valuerefs() if (pool := each()) is not None]
 
 
 def _after_fork() -> None:
-    for pool in _pools:
+    for pool in _living():
         pool._forget()
 
 
@@ -106,12 +118,14 @@ class SimpleConnectionPool(PoolCore):
         self._totals = SharedLimits(
             (self._total,), name=f"pool-total {pool_name}", segment=self._segment, on_full="deny"
         )
+        # Of those that wait, by their queue: tasks that wait for the same stand in one line.
+        self._states = states_of(self._slots), states_of(self._totals)
         self._prefix = f"{self._segment.geometry().instance:016x}"
         self._connect: Callable[[str], Any] | None = None
         self._close: Callable[[Any], object] | None = None
         self._is_healthy: Callable[[Any], bool] | None = None
         self._forget()
-        _pools.add(self)
+        _pools[id(self)] = self
 
     @property
     def name(self) -> str:
@@ -126,7 +140,8 @@ class SimpleConnectionPool(PoolCore):
     ) -> None:
         """Give each id a real connection: ``connect(endpoint)`` opens it, ``close(object)`` closes
         it, ``is_healthy(object)`` says whether it can be used again. They are called in this
-        process only."""
+        process only; ``close`` by any thread (for an idle connection that another process
+        needs)."""
         for name, value in (("connect", connect), ("close", close), ("is_healthy", is_healthy)):
             if not callable(value) and not (value is None and name != "connect"):
                 raise TypeError(f"bind: {name} must be callable, not {value!r}")
@@ -192,8 +207,11 @@ class SimpleConnectionPool(PoolCore):
 
     def connection(self, endpoint: str, timeout: float | None = 0) -> Use:
         """``with pool.connection(endpoint) as conn:`` the bound object (without bind(), the id).
-        Waits up to ``timeout`` seconds for a permit (None: for ever), then raises
-        PermitTimeoutError. A connection whose block raised is closed, since its state is unknown.
+        Waits up to ``timeout`` seconds for a connection (None: for ever), then raises
+        PermitTimeoutError. Callers are served in the order in which they came, over all processes,
+        but for 20 ms: a connection stays in its process for a caller that came up to 20 ms after
+        the first of all. For a caller that waits, another process closes an idle connection. A
+        connection whose block raised is closed, since its state is unknown.
         As a decorator, it holds a connection during each call of the function.
 
         An exception from a signal handler never leaks a connection here, wherever it is raised.
@@ -201,7 +219,8 @@ class SimpleConnectionPool(PoolCore):
         return self._use(endpoint, timeout)
 
     def connection_async(self, endpoint: str, timeout: float | None = 0) -> _AsyncUse:
-        """connection() for asyncio: a thread waits and connects."""
+        """connection() for asyncio. To wait needs no thread. connect() is called in a thread of its
+        own, close() and is_healthy() on the event loop or in any thread."""
         return _AsyncUse(self, endpoint, timeout)
 
     def _around(self, endpoint: str, timeout: float | None, function: Any) -> Any:
@@ -216,21 +235,139 @@ class SimpleConnectionPool(PoolCore):
 
     _deadline = staticmethod(deadline_ns)
 
-    def _sleep(self, endpoint: str, deadline: int, timeout: float | None) -> None:
-        """Sleep until a connection to the endpoint is closed, at most _TRY_AGAIN_NS."""
-        left = deadline - time.monotonic_ns()
-        if left <= 0:
-            raise exceptions.PermitTimeoutError(
-                f"pool {self._name!r}: no connection to {endpoint} within {timeout} s: "
-                f"{self._slots.limits[0].n} to an endpoint, {self._totals.limits[0].n} in all; "
-                "wait longer, or raise the limits"
+    def _wait(self, use: Use, endpoint: str, deadline: int, timeout: float | None) -> None:
+        """Called by a Use, which holds a connection afterwards."""
+        run(self._steps(BLOCKING, use, endpoint, deadline, timeout))
+
+    def _steps(
+        self, waits: Waits, use: Use, endpoint: str, deadline: int, timeout: float | None
+    ) -> Steps[None]:
+        """Wait in the queue of the endpoint, or of the whole pool where the endpoint has room and
+        the pool has none. In neither, the caller holds a permit."""
+        raw = _check_endpoint(endpoint).encode("utf-8", "surrogatepass")
+        queues = (self._states[0], raw), (self._states[1], b"")
+        opening: list[Connection] = []
+        at, came = 0, 0
+
+        def attempt() -> Steps[tuple[str | None, int | None]]:
+            yield from ()
+            got = tried()
+            if got == _HELD:
+                place.took()
+            if got in (_HELD, _MOVE):
+                return got, None
+            if deadline > time.monotonic_ns():
+                place.ask(idle=not at)
+            return None, NEVER
+
+        def passing() -> str | None:
+            """What is idle in this process may be used, although another's caller is first."""
+            if at or not use._idle():
+                return None
+            place.took()
+            return _HELD
+
+        def tried() -> str:
+            got = self._attempt(use, endpoint, at)
+            if not isinstance(got, Connection):
+                return got
+            opening.append(got)
+            return _HELD
+
+        try:
+            found: str | None = None
+            if waits is ASYNCIO and not any(of.waited_for(key) for of, key in queues):
+                found = tried()
+            while found != _HELD:
+                place = waits.place(*queues[at], since=came)
+                found = yield from in_turn(
+                    waits, place, attempt, lambda: None, deadline, passing=passing
+                )
+                if found != _HELD and deadline <= time.monotonic_ns():
+                    raise exceptions.PermitTimeoutError(
+                        f"pool {self._name!r}: no connection to {endpoint} within {timeout} s: "
+                        f"{self._slots.limits[0].n} to an endpoint, {self._totals.limits[0].n} in "
+                        "all; wait longer, or raise the limits"
+                    )
+                at, came = 1 - at, place.came
+            if opening:
+                yield from self._opened(waits, use, opening)
+        except BaseException:
+            for each in opening:
+                self._release(each)  # the traceback may keep it
+            raise
+
+    def _attempt(self, use: Use, endpoint: str, at: int) -> Connection | str:
+        """Hold an idle connection (_HELD), or get the permits for a new one; _MOVE: to the other
+        queue; else the limit that was reached. at: 0: in the endpoint's queue, 1: in the pool's."""
+        while True:
+            if use._idle():
+                return _HELD
+            # Who is in the endpoint's queue goes behind those that wait for room in the pool.
+            got = self._permits(endpoint, behind=not at)
+            if isinstance(got, Connection):
+                return got
+            if got == ("endpoint", "pool")[1 - at]:
+                return _MOVE
+            if not any(
+                pool._give_up(None if at else endpoint)
+                for pool in _living()
+                if pool is not self and pool._name == self._name and pool._segment is self._segment
+            ):
+                return got
+
+    def _opened(self, waits: Waits, use: Use, opening: list[Connection]) -> Steps[None]:
+        """Connect, and let the Use hold the connection. A thread that connects for a caller that is
+        gone keeps the permits: the connection is idle then."""
+        found = opening.pop()
+        if self._connect is None:
+            self._connected(found)
+        else:
+            yield from waits.connect(
+                lambda: self._connected(found), use._hold, lambda: self._release(found)
             )
-        raw = endpoint.encode("utf-8", "surrogatepass")
-        armed = lib.fshm_wakeup_arm(self._slots._handle, raw, len(raw))
-        greenlets.wakeup_wait(self._slots._handle, raw, armed, min(left, _TRY_AGAIN_NS))
+        use._hold(found)
+
+    def _asked(self) -> None:
+        """Close an idle connection for each caller of another process that has asked for it."""
+        handle = self._slots._handle
+        for endpoint in {found.endpoint for found in self._connections().values() if found.idle}:
+            raw = endpoint.encode("utf-8", "surrogatepass")
+            while lib.fshm_wait_asked(handle, raw, len(raw)) and self._give_up(endpoint):
+                pass
+        handle = self._totals._handle
+        while any(found.idle for found in self._connections().values()):
+            if not (lib.fshm_wait_asked(handle, b"", 0) and self._give_up(None)):
+                return
+
+    def _give_up(self, endpoint: str | None) -> bool:
+        """Close the connection (to the endpoint; None: to any) that is idle for the longest time.
+        False: none is idle."""
+        for found in self._longest_idle():
+            if endpoint in (None, found.endpoint):
+                dropped = self._drop_idle(found.id)
+                if dropped is not None:
+                    try:
+                        self._shut(dropped)
+                    except Exception:
+                        log.exception(
+                            "pool %r: an idle connection to %s, which another caller needs, could "
+                            "not be closed; its permit is released",
+                            self._name,
+                            found.endpoint,
+                        )
+                    return True
+        return False
+
+    def _longest_idle(self) -> list[Connection]:
+        return sorted(
+            (found for found in self._connections().values() if found.idle),
+            key=lambda found: -found.idle_seconds,
+        )
 
     def _forget(self) -> None:
         """Begin without connections: those of before a fork belong to the parent."""
+        self._watched = False
         slots, totals = self._slots._handle, self._totals._handle
         idle_ns = int(self._idle * 1e9)
         self._bind_core((slots, totals), address(slots), address(totals), idle_ns)
@@ -239,38 +376,38 @@ class SimpleConnectionPool(PoolCore):
     def _open(self, endpoint: object) -> Connection | None:
         """Called by the native part when there is no idle connection to use: a new one, which is
         not in the pool yet; None at the limits."""
-        endpoint = _check_endpoint(endpoint)
+        found = self._permits(_check_endpoint(endpoint))
+        return self._connected(found) if isinstance(found, Connection) else None
+
+    def _permits(self, endpoint: str, behind: bool = False) -> Connection | str:
+        """A connection that is not opened yet; or the limit that was reached: "endpoint" or "pool",
+        or "full", if the segment is. behind: "pool" also where callers wait for room in it."""
         connection_id = f"conn-{self._prefix}-{lib.fshm_unique(self._segment._handle)}"
-        found = self._add(connection_id, endpoint)
-        if found == "pool":
-            found = self._make_room(connection_id, endpoint)
+        found = self._add(connection_id, endpoint, behind)
+        if found == "pool" and not behind:
+            # Close this process's idle connections until there is room for this one.
+            for each in self._longest_idle():
+                self._shut(self._drop_idle(each.id))
+                if (found := self._add(connection_id, endpoint)) != "pool":
+                    break
         if found == "damaged":
             self._slots._failed(lib.FSHM_E_DAMAGED)
-        if not isinstance(found, Connection):
-            return None
-        if self._connect is None:
-            return found
+        return found
+
+    def _connected(self, found: Connection) -> Connection:
+        """Open it, with the bound connect()."""
         made = None
         try:
-            made = self._connect(endpoint)
-            self._set_object(found, made)
+            if self._connect is not None:
+                made = self._connect(found.endpoint)
+                self._set_object(found, made)
+            if not self._watched:
+                wait_queue.watch(self._segment, self)  # by now there is a hub, if it needs one
+                self._watched = True
         except BaseException:
             self._shut(found, made)
             raise
         return found
-
-    def _make_room(self, connection_id: str, endpoint: str) -> Connection | str:
-        """The pool is full: close this process's idle connections, longest idle first, until there
-        is room for this one."""
-        idle = sorted(
-            (found for found in self._connections().values() if found.idle),
-            key=lambda found: -found.idle_seconds,
-        )
-        for found in idle:
-            self._shut(self._drop_idle(found.id))
-            if (added := self._add(connection_id, endpoint)) != "pool":
-                return added
-        return "pool"
 
     def _close_stale(self, endpoint: str | None) -> int:
         """Close idle connections (to the endpoint; None: all) that may not be used again. Returns
@@ -342,9 +479,7 @@ class _AsyncUse(AsyncContextDecorator):
             raise RuntimeError("call connection_async() for each block")
         use = self._use = pool._use(endpoint, self._timeout)
         try:
-            if not use._idle():
-                while not await asyncio.to_thread(use._take):
-                    await asyncio.to_thread(pool._sleep, endpoint, deadline, self._timeout)
+            await run_async(pool._steps(ASYNCIO, use, endpoint, deadline, self._timeout))
             return use._begin()
         except BaseException:
             use._over()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -17,9 +18,11 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.keys import Keys
 from support.dashboard import Dashboard
 from support.puppets import Puppet
+from support.waiters import waiters
 from support.waiting import wait_until
 
 from fast_litellm_shm import ConcurrencyLimiter, Limit, RateLimiter, Segment, Window
+from fast_litellm_shm._shared.wait_queue import ALIKE
 
 BROWSERS, DRIVER = ("chromium", "chromium-browser", "google-chrome"), "chromedriver"
 FLAGS = (
@@ -169,6 +172,19 @@ def test_real_counts(puppets: list[Puppet], page: Page) -> None:
             "return document.querySelector('#keys tbody .spark .a').getAttribute('d').length > 0"
         )
     )
+
+
+def test_callers_that_wait(segment: Segment, page: Page) -> None:
+    gpu = ConcurrencyLimiter(1, name="gpu", segment=segment)
+    with gpu.acquire("model"):
+        page.until(lambda: len(page.rows("permits")) == 1)
+        assert not page.rows("waiting") and "wait" not in page.text("pooled")
+        with waiters(gpu, "model", ALIKE, ALIKE):
+            page.until(lambda: len(page.rows("waiting")) == 1)
+            (row,) = page.rows("waiting")
+            assert row[:5] == ["model", "gpu", "–", "0", "2"] and row[7] == str(os.getpid())
+            assert page.text("pooled").endswith(", 2 callers wait")
+        page.until(lambda: not page.rows("waiting"))
 
 
 def test_keys_that_look_alike_have_a_row_each(segment: Segment, page: Page) -> None:

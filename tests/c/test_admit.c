@@ -163,63 +163,6 @@ static void test_reset_leaves_permits(void) {
   fshm_close(s);
 }
 
-/* wake-up words ------------------------------------------------------------------------------------------ */
-
-typedef struct {
-  fshm_limiter *limiter;
-  _Atomic int armed;
-} waiting_t;
-
-static void wait_for_one(int me, void *with) {
-  waiting_t *w = with;
-  (void)me;
-  fshm_permit p;
-  uint32_t armed = fshm_wakeup_arm(w->limiter, "k", 1);
-  CHECK_EQ(admit(w->limiter, NULL, 0, &p).status, FSHM_DENIED);
-  atomic_fetch_add(&w->armed, 1);
-  CHECK_EQ(fshm_wakeup_wait(w->limiter, "k", 1, armed, 200 * SECOND), 1);
-  CHECK_EQ(admit(w->limiter, NULL, 0, &p).status, FSHM_ALLOWED);
-  CHECK_EQ(fshm_permit_release(w->limiter, &p), 1);
-}
-
-static pid_t start_waiter(waiting_t *w) {
-  int armed = atomic_load(&w->armed);
-  pid_t pid = start_child(wait_for_one, 0, w);
-  while (atomic_load(&w->armed) == armed) (void)usleep(500);
-  return pid;
-}
-
-static void test_wakeup(void) {
-  fshm_segment *s = fresh_segment(100);
-  waiting_t *w = shared_memory(sizeof *w);
-  const fshm_limit one = {1, 0, 0, FSHM_PERMITS, 0};
-  fshm_limiter *l = w->limiter = fresh_limiter(s, "a", &one, 1);
-  uint32_t armed = fshm_wakeup_arm(l, "k", 1);
-  CHECK_EQ(fshm_wakeup_wait(l, "k", 1, armed, 1000), 0); /* no wake-up */
-  fshm_wakeup_send(l, "k", 1);
-  CHECK_EQ(fshm_wakeup_wait(l, "k", 1, armed, 200 * SECOND), 1); /* rung since it was armed */
-  armed = fshm_wakeup_arm(l, "k", 1);
-  CHECK_EQ(fshm_wakeup_wait(l, "k", 1, armed, 1000), 0);
-
-  fshm_permit p;
-  for (int killed = 0; killed < 2;
-       killed++) { /* a release wakes; a waiter that died is passed over */
-    CHECK_EQ(admit(l, NULL, 0, &p).status, FSHM_ALLOWED);
-    pid_t dead = killed ? start_waiter(w) : 0;
-    if (killed) {
-      (void)usleep(2000);
-      CHECK_EQ(kill(dead, SIGKILL), 0);
-      CHECK_EQ(waitpid(dead, NULL, 0), dead);
-    }
-    pid_t pid = start_waiter(w);
-    CHECK_EQ(fshm_permit_release(l, &p), 1);
-    end_child(pid);
-  }
-  fshm_limiter_close(l);
-  (void)munmap(w, sizeof *w);
-  fshm_close(s);
-}
-
 static void admit_key(fshm_limiter *l, const char *key, uint64_t tokens, int32_t expected,
                       uint32_t by, fshm_permit *p) {
   const uint64_t costs[FSHM_MAX_LIMITS] = {1, tokens, 1, 1};
@@ -302,6 +245,5 @@ int main(void) {
   test_settle();
   test_idle_mark();
   test_reset_leaves_permits();
-  test_wakeup();
   return done();
 }

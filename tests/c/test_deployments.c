@@ -1,4 +1,7 @@
 /* test_deployments.c - deployments: the rules of each strategy, places, requests in flight, cooldown. */
+/* Fewer than a segment has otherwise. */
+#define PROCESSES 320
+#define HOME_PROCESSES 256
 #include "../../csrc/unity.c"
 
 #include "check.h"
@@ -414,6 +417,7 @@ static void test_hostile(void) {
     for (size_t i = 0; i < PROCESSES * sizeof(requests_t); i += 1 + random_below(512))
       bytes[i] = (unsigned char)random_u64();
     for (unsigned i = 0; i < PROCESSES / 64; i++) s->header->joined[i] = random_u64();
+    s->header->joined_blocks = random_u64();
     for (int i = 0; i < 16; i++) {
       indexes[i] = random_below(4) ? (uint32_t)random_below(DEPLOYMENTS) : (uint32_t)random_u64();
       weights[i] = (double)random_below(3);

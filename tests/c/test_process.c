@@ -1,4 +1,7 @@
 /* test_process.c - who is alive: process indexes, death, forks, a full table. */
+/* Fewer than a segment has otherwise, so that they can all be taken. */
+#define PROCESSES 320
+#define HOME_PROCESSES 64
 #include "../../csrc/unity.c"
 
 #include <dirent.h>
@@ -130,6 +133,13 @@ static void test_table_full(void) {
   }
   for (unsigned i = 0; i < PROCESSES; i++) CHECK_EQ(taken[i], 1);
   CHECK_EQ(without, 8);
+  fshm_geometry g;
+  struct stat st;
+  fshm_describe(s, &g);
+  CHECK_EQ(g.processes_joined, PROCESSES);
+  CHECK_EQ(g.memory, g.size);
+  CHECK_EQ(stat(s->path, &st), 0);
+  CHECK_OP(st.st_blocks * 512, >=, st.st_size); /* their rows are there: no SIGBUS */
   CHECK_EQ(atomic_load(&stage->joined) >> 32, 100);
   CHECK_EQ(alive_count(s), PROCESSES);
   stage->leave = 1;
@@ -218,7 +228,7 @@ static void test_notes(void) {
   uint32_t mine = process_index(s);
   fshm_process_note(s, 7);
   CHECK_EQ(noted(s, mine), 7);
-  for (uint32_t i = 0; i < PROCESSES; i++)
+  for (uint32_t i = 0; i < HOME_PROCESSES; i++)
     if (i != mine) store_relaxed(&s->processes[i].outage, 77); /* as dead owners left it */
   for (int i = 1; i < 5; i++) end_child(start_child(notes_and_leaves, i, s));
   CHECK_EQ(noted(s, mine), 7);
@@ -539,7 +549,7 @@ static void hold_one_and_die(int me, void *with) {
   if (me > 1) raise(SIGSTOP);
 }
 
-/* A dead process's permit is not a living one's whose incarnation has the same lowest bits, 2^18 owners of the process
+/* A dead process's permit is not a living one's whose incarnation has the same lowest bits, 2^14 owners of the
  * process index later. */
 static void test_incarnations_come_round(void) {
   const fshm_limit two = {2, 0, 0, FSHM_PERMITS, 0};
@@ -547,11 +557,11 @@ static void test_incarnations_come_round(void) {
   round_t r = {fresh_limiter(s, "round", &two, 1), 0};
   int status;
   uint32_t mine = process_index(s);
-  r.process = (mine + 1) % PROCESSES;
+  r.process = (mine + 1) % HOME_PROCESSES;
   process_t *p = &s->processes[r.process];
   end_child(start_child(hold_one_and_die, 1, &r));
   CHECK_EQ(p->incarnation, 1);
-  const uint64_t round = UINT64_C(1) << 18;
+  const uint64_t round = UINT64_C(1) << INCARNATION_BITS;
   store_relaxed(&p->incarnation, round - 2); /* all those before came and went */
   end_child(start_child(hold_one_and_die, 0, &r));
   end_child(start_child(hold_one_and_die, 0, &r));
@@ -563,6 +573,7 @@ static void test_incarnations_come_round(void) {
   CHECK_EQ(fshm_in_flight(r.l, "k", 1), 1);
   CHECK_EQ(kill(pid, SIGKILL), 0);
   CHECK_EQ(waitpid(pid, &status, 0), pid);
+  for (int i = 0; i < 10000 && fshm_in_flight(r.l, "k", 1); i++) (void)usleep(1000);
   CHECK_EQ(fshm_in_flight(r.l, "k", 1), 0);
   fshm_limiter_close(r.l);
   fshm_close(s);

@@ -170,13 +170,44 @@ static void take_by_force(scene_t *scene) {
   if (permit.held) (void)fshm_permit_release(scene->forced, &permit); /* may be gone by now */
 }
 
-static void ring_and_wait(scene_t *scene) {
+static void look_at_queue(scene_t *scene, const char *key, uint64_t length, fshm_place *p) {
+  fshm_limiter *l = scene->places;
+  const uint64_t tenant = random_below(3);
+  fshm_waiter_info infos[2];
+  fshm_turn turn;
+  CHECK_OP(fshm_wait_ahead(l, p, p->since, 0), <=, 1000);
+  fshm_wait_count(l, p, 1);
+  fshm_wait_ask(l, key, length, 0, p);
+  CHECK_OP((unsigned)fshm_wait_asked(l, key, length), <=, 1);
+  CHECK_OP((unsigned)fshm_wait_next(l, key, length), <=, FSHM_NEXT_OTHER);
+  CHECK_OP(fshm_wait_first(l, key, length), >, 0);
+  CHECK_EQ(fshm_is_waited_for(l, key, length), 1); /* it stands there itself */
+  fshm_waiting(l, key, length, random_below(2) ? &tenant : NULL, 0, &turn);
+  CHECK_OP(turn.callers, <=, 1000);
+  fshm_wait_wake(l, key, length);
+  CHECK_OP((unsigned)fshm_wait_watch(scene->s, 0), <=, 1);
+  CHECK_OP((unsigned)fshm_waiter_at(scene->s, p->entry, infos), <=, 1);
+  CHECK_OP(fshm_waiters(scene->s, infos, 2, 0), <=, WAITERS);
+}
+
+static void stand_in_the_queue(scene_t *scene) {
   const char *key = any_key();
   uint64_t length = strlen(key);
-  uint32_t armed = fshm_wakeup_arm(scene->places, key, length);
-  if (random_below(2)) fshm_wakeup_send(scene->places, key, length);
-  int rung = fshm_wakeup_wait(scene->places, key, length, armed, 20000);
-  CHECK(rung == 0 || rung == 1);
+  const fshm_waiter w = {.tenant = random_below(3), .priority = (int32_t)random_below(3), .fd = -1};
+  fshm_place p;
+  fshm_turn turn;
+  CHECK_EQ(fshm_wait_join(scene->places, key, length, &w, 0, &p), 1);
+  for (uint64_t tries = random_below(4); tries--;) {
+    int first = fshm_wait_turn(scene->places, &p, 0, &turn);
+    CHECK_EQ(first, turn.ahead == 0);
+    if (first) fshm_wait_served(scene->places, &p, random_below(100), 0);
+    if (first) fshm_wait_correct(scene->places, &p, (int64_t)random_below(100) - 50, 0);
+    if (random_below(2)) fshm_wait_requeue(scene->places, &p, fshm_now(scene->s), 2, 0);
+    int woken = fshm_wait_sleep(scene->places, &p, turn.armed, 20000);
+    CHECK(woken == 0 || woken == 1);
+    look_at_queue(scene, key, length, &p);
+  }
+  fshm_wait_leave(scene->places, &p);
 }
 
 static void inspect(scene_t *scene) {
@@ -205,6 +236,7 @@ static void inspect(scene_t *scene) {
   CHECK_EQ(fshm_limit_check(&several_limits[0], &largest), FSHM_OK);
   CHECK_EQ(fshm_path(scene->name, text, sizeof text), FSHM_OK);
   CHECK_OP(fshm_size_for(200), ==, scene->s->size);
+  CHECK_OP(fshm_memory_for(200), <=, scene->s->size);
   if (s == scene->s) CHECK_OP(fshm_now(s), >=, scene->began);
   (void)fshm_unique(s);
 }
@@ -296,9 +328,11 @@ static void measures(scene_t *scene) { measure(&scene->statistics, scene->s, any
 
 static void *work(void *with) {
   static void (*const calls[])(scene_t *) = {
-      admit_fixed,   apply_several, hold_place, reset,          change_limits,  reuse_slots,
-      take_by_force, ring_and_wait, inspect,    open_and_close, count_and_move, look_at_all,
-      granted,       allowed,       leads,      routes,         memoizes,       measures};
+      admit_fixed,   apply_several,  hold_place,     reset,
+      change_limits, reuse_slots,    take_by_force,  stand_in_the_queue,
+      inspect,       open_and_close, count_and_move, look_at_all,
+      granted,       allowed,        leads,          routes,
+      memoizes,      measures};
   const worker_t *me = with;
   random_state = me->scene->seed + me->number * 7919;
   for (uint64_t i = 0; i < me->scene->rounds; i++)

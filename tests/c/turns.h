@@ -12,14 +12,19 @@
 static void access_of(const volatile void *at, bool swap);
 
 #undef atomic_load_explicit
+#undef atomic_store_explicit
 #undef atomic_compare_exchange_strong
 #undef atomic_compare_exchange_strong_explicit
 #ifdef __clang__
 #define atomic_load_explicit(p, order) (access_of((p), false), __c11_atomic_load((p), (order)))
+#define atomic_store_explicit(p, value, order) \
+  (access_of((p), false), __c11_atomic_store((p), (value), (order)))
 #define atomic_compare_exchange_strong_explicit(p, seen, next, good, bad) \
   (access_of((p), true), __c11_atomic_compare_exchange_strong((p), (seen), (next), (good), (bad)))
 #else
 #define atomic_load_explicit(p, order) (access_of((p), false), __atomic_load_n((p), (int)(order)))
+#define atomic_store_explicit(p, value, order) \
+  (access_of((p), false), __atomic_store_n((p), (value), (int)(order)))
 #define atomic_compare_exchange_strong_explicit(p, seen, next, good, bad) \
   (access_of((p), true),                                                  \
    __atomic_compare_exchange_n((p), (seen), (next), 0, (int)(good), (int)(bad)))
@@ -129,6 +134,7 @@ static fshm_segment *s;
 static fshm_limiter *l;
 static unsigned char *slots_then, *limits_then;
 static uint64_t time_then;
+static void (*also_put_back)(void); /* what else a test changes; or NULL */
 
 static void keep_state(void) {
   free(slots_then);
@@ -147,6 +153,7 @@ static void put_back_state(void) {
   l->beyond = 0;
   l->frontier = l->released = 0;
   time_is = time_then;
+  if (also_put_back) also_put_back();
   for (int i = 0; i < ROLES; i++) roles[i].ended = false;
 }
 
@@ -155,6 +162,9 @@ static void put_back_state(void) {
 /* Every schedule of these steps: in each, a role goes on for some accesses and stops. Then they go to their ends, in the
  * order of `ends`. False: a check has failed. */
 static uint64_t schedules;
+/* From one stop of a step to the next it goes up to so many accesses on, at random; a third of that, where there are
+ * only two steps. */
+static uint64_t leaps = 1;
 static void (*always)(void); /* checked when a thread has stopped or ended; or NULL */
 static bool every_schedule(const char *steps, const char *ends, void (*verify)(void)) {
   const size_t count = strlen(steps);
@@ -184,7 +194,7 @@ static bool every_schedule(const char *steps, const char *ends, void (*verify)(v
     size_t last = count; /* the next one: of the last step that was not its role's end */
     while (last && ended[last - 1]) stop[--last] = 0;
     if (!last) return true;
-    stop[last - 1]++;
+    stop[last - 1] += 1 + random_u64() % (count > 2 ? leaps : (leaps + 2) / 3);
   }
 }
 

@@ -16,8 +16,10 @@ for _needed in ("starlette", "uvicorn"):
 
 from support.dashboard import Dashboard  # noqa: E402
 from support.puppets import Puppet  # noqa: E402
+from support.waiters import waiters  # noqa: E402
 
 from fast_litellm_shm import ConcurrencyLimiter, Limit, RateLimiter, Segment  # noqa: E402
+from fast_litellm_shm._shared.wait_queue import ALIKE, Order  # noqa: E402
 
 from .conftest import Command  # noqa: E402
 
@@ -72,6 +74,19 @@ def test_a_look(dashboard: Dashboard, puppet: Puppet) -> None:
     only = dashboard.snapshot(match="A", top="1")
     assert ([k["key"] for k in only["keys"]], only["keys_fitting"]) == (["a"], 1)
     assert dashboard.snapshot(top="0")["keys"] == []
+
+
+def test_callers_that_wait(dashboard: Dashboard, segment: Segment) -> None:
+    gpu = ConcurrencyLimiter(1, name="gpu", segment=segment)
+    with gpu.acquire("m\x1b"):
+        assert until(dashboard, lambda found: found["in_flight"])["waiting"] == []
+        with waiters(gpu, "m\x1b", ALIKE, ALIKE, Order(7)):
+            found = until(dashboard, lambda found: found["callers"] == 3)
+        assert found["waiting_total"] == 2
+        rows = {row["tenant"]: row for row in found["waiting"]}
+        assert rows[None]["callers"] == 2 and rows[None]["pids"] == [os.getpid()]
+        assert rows["#0000000000000007"]["key"] == "m\\x1b"
+        until(dashboard, lambda found: not found["callers"])
 
 
 def test_hostile_names(dashboard: Dashboard, segment: Segment) -> None:

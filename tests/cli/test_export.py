@@ -55,8 +55,8 @@ def test_formats_tell_the_same(made: Scene, fast_shm: Command, tmp_path: Path) -
     assert denied > 2
     rows = list(csv.DictReader(io.StringIO(exported("csv"), newline="")))
     assert list(rows[0]) == [
-        "metric", "kind", "unit", "segment", "limiter", "pool", "endpoint", "key", "feature",
-        "router", "deployment", "component", "operation", "le", "value",
+        "metric", "kind", "unit", "segment", "limiter", "priority", "pool", "endpoint", "key",
+        "feature", "router", "deployment", "component", "operation", "le", "value",
     ]  # fmt: skip
     others = ("metric", "kind", "unit", "value")
     from_csv = {
@@ -73,8 +73,8 @@ def test_formats_tell_the_same(made: Scene, fast_shm: Command, tmp_path: Path) -
     }
     found = json.loads(exported("json"))
     assert list(found) == [
-        "duration_bounds_seconds", "segment", "limiters", "permits", "pools", "keys", "memo",
-        "feature_errors", "deployments", "operations",
+        "duration_bounds_seconds", "segment", "limiters", "permits", "waiting", "pools", "keys",
+        "memo", "feature_errors", "deployments", "operations",
     ]  # fmt: skip
     assert found["segment"]["denied"] == denied
     assert AWKWARD in {row["limiter"] for row in found["limiters"]}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+from support.waiters import waiters  # noqa: E402
 from support.waiting import wait_until_async  # noqa: E402
 
 pytest.importorskip("textual", reason="not installed: textual")
@@ -16,6 +17,7 @@ from textual.pilot import Pilot  # noqa: E402
 from textual.widgets import Static  # noqa: E402
 
 from fast_litellm_shm import ConcurrencyLimiter, Limit, RateLimiter, Segment, Window  # noqa: E402
+from fast_litellm_shm._shared.wait_queue import ALIKE, Order  # noqa: E402
 from fast_litellm_shm.cli.sampler import Sampler  # noqa: E402
 from fast_litellm_shm.cli.top.app import Top  # noqa: E402
 from fast_litellm_shm.cli.top.panes import PANES  # noqa: E402
@@ -69,7 +71,7 @@ async def lists(app: Top, names: list[str]) -> None:
 def filled(segment: Segment) -> Segment:
     """chat: busy is at its limit and was denied; wide: a, b, c with 5, 3 and 1 calls."""
     chat = RateLimiter(Window(10, 3600), name="chat", segment=segment)
-    wide = RateLimiter(Limit(1000, 3600), name="wide", segment=segment)
+    wide = RateLimiter(Limit(1000, 360_000), name="wide", segment=segment)
     for _ in range(12):
         chat.acquire("busy")
     for key, calls in (("a", 5), ("b", 3), ("c", 1)):
@@ -106,6 +108,34 @@ def test_what_is_shown(filled: Segment) -> None:
         await sees(app, "No pool has")
 
     driven(filled.name, body)
+    assert permit.release()
+
+
+def test_callers_that_wait(segment: Segment) -> None:
+    """A pane of them is there while there are any; without, the screen is as it was."""
+    gpu = ConcurrencyLimiter(1, name="gpu", segment=segment)
+    permit = gpu.acquire("model")
+
+    async def body(pilot: Pilot[None], app: Top) -> None:
+        await sees(app, "1 permit, 0 pooled")
+        assert "Waiting" not in "".join(lines(app)) and " wait" not in "".join(lines(app))
+        await pilot.press("shift+tab")
+        await sees(app, "No router has")
+        with waiters(gpu, "model", ALIKE, ALIKE, Order(0, 1000, 5)):
+            await sees(app, "0 pooled, 3 wait")
+            await sees(app, "7 Waiting")
+            await pilot.press("tab")
+            await lists(app, ["model", "model"])
+            assert all(len(line) <= 80 for line in lines(app))
+            await pilot.press("/", "z", "z")
+            await sees(app, "No match")
+            await pilot.press("escape")
+            await lists(app, ["model", "model"])
+        await sees(app, "No caller waits.")
+        await pilot.press("tab", "shift+tab")  # not to the pane that is gone
+        await sees(app, "No router has")
+
+    driven(segment.name, body)
     assert permit.release()
 
 

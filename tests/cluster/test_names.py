@@ -190,7 +190,7 @@ def test_a_sealed_name_is_its_own_hosts_to_read(segment: Segment, other: Segment
     for key in (b"", b"k", b"key" * 40, bytes(range(256))):
         sealed = mine.seal(key)
         assert mine.unseal(sealed) == key and theirs.unseal(sealed) is None
-        assert key == b"" or key not in sealed
+        assert len(key) < 3 or key not in sealed  # a letter may be in any 16 bytes
         assert mine.seal(key) == sealed and names.Seal(segment).unseal(sealed) == key
     for junk in (b"", b"x" * 15, b"x" * 16, b"x" * 99):
         assert mine.unseal(junk) is None

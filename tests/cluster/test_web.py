@@ -320,6 +320,31 @@ def test_in_flight(server: servers.Server, segment: Segment, other: Segment) -> 
         outcome.release()
 
 
+def test_a_request_waits_for_a_permit_of_another_host(
+    server: servers.Server, segment: Segment, other: Segment
+) -> None:
+    rule = Rule(Limit(100), in_flight=1, wait=PATIENCE)
+    here, there = gate(segment, server.url, rule), gate(other, server.url, rule)
+
+    async def main() -> None:
+        for _ in range(2):
+            held = await asked_async(there)
+            assert held.holds
+            thread = asyncio.create_task(asyncio.to_thread(asked, here))
+            task = asyncio.create_task(asked_async(here))
+            await asyncio.sleep(0.2)
+            assert not thread.done() and not task.done()
+            held.release()
+            done, _ = await asyncio.wait([thread, task], return_when=asyncio.FIRST_COMPLETED)
+            first = next(iter(done)).result()
+            assert first.holds and len(done) == 1
+            first.release()
+            for each in await asyncio.gather(thread, task):
+                each.release()
+
+    asyncio.run(main())
+
+
 def test_permits_alone(server: servers.Server, segment: Segment) -> None:
     rules = gate(segment, server.url, Rule(in_flight=1))
     held = asked(rules)

@@ -22,6 +22,7 @@ typedef struct {
   uint64_t mapped;
   fshm_decision decision;
   fshm_permit permit, total;
+  fshm_place place;
 } outcome_t;
 
 /* What must hold: for each family of operations a set of checks, which call broken(). T is the process that
@@ -55,7 +56,7 @@ enum {
   FILES = 16384, /* about the segment as a file: S has not opened it; made anew for each boundary */
   PREDECESSOR = 32768, /* what dead processes hold, the last owner of T's process index held */
   FREED = 65536, /* the permits that S does not hold have slots, which are free */
-  ARMED = 1 << 17, /* a waiter may sleep on the key's futex word */
+  ARMED = 1 << 17, /* S sleeps in the queue of the key */
   DEAD_OWNERS = 1 << 18, /* the spare slots of limits are owned by dead processes */
   LOW_FREED = 1 << 19, /* as FREED, but S holds the highest of all */
   UNCHANGED = 1 << 20, /* the limits are not changed to `next` yet: the operation does that */
@@ -67,6 +68,8 @@ enum {
   UNUSED_RULE = 1
       << 26, /* no other key lives under the limits: their rule goes with the next sweep */
   SHARING = 1 << 27, /* keys without room share counters; what the key has consumed is in one */
+  COUNTED = 1
+      << 28, /* a process remembers a look at the permits: what is freed and taken is counted */
   COMES_ROUND_NEXT = 1 << 25, /* the incarnation of T's process index comes round with T */
   MOST_BEHIND = 1
       << 21 /* `most` is below what is held, as limits_lower_most() may leave it when the limits
@@ -82,7 +85,13 @@ enum {
   COUNT_HELD,
   REAP,
   REAP_BY_FORCE,
-  WAKEUP,
+  QUEUE, /* of the wait queue; T is not in it at the end */
+  QUEUE_JOIN, /* T is in it at the end */
+  QUEUE_STAY, /* the same; whatever S does, T is answered as if it were alone */
+  QUEUE_SERVE,
+  QUEUE_ASK, /* T asks for what S keeps, and is in it at the end */
+  QUEUE_ASKED, /* S asks; T looks who does */
+  QUEUE_WATCH, /* the same, when it was told */
   JOIN,
   LOWER,
   FIRST_JOIN,
@@ -137,8 +146,12 @@ typedef struct {
   fshm_limiter *l, *others, *totals, *permits, *permit_leases;
   fshm_limiter *refused, *known; /* of a token lease, or NULL: fshm_spend() */
   fshm_permit permit, total;
+  fshm_place place, theirs; /* in the wait queue: of S, and of T */
+  fshm_permit waited; /* that S has got in its turn */
+  int ends[2]; /* of the pipe of S's place; 0 = a thread of S sleeps */
   fshm_charged reserved[FSHM_MAX_LIMITS];
-  uint64_t now;
+  uint32_t asleep; /* what S saw of its place before it slept */
+  uint64_t now, clock; /* clock: ns, where time stands; 0 = the system's */
 } world_t;
 
 /* Where we are, for reports. */

@@ -121,6 +121,7 @@ static void permits_contend(void) {
 
 static void permits_survive(void) {
   fshm_permit permits[MOST_TAKEN + 1], totals[MOST_TAKEN + 1];
+  forget_looks();
   if (told->done && told->status != op->status)
     broken("T says %d, not %d", told->status, op->status);
   levels_t seen = levels_of(world.l, KEY);
@@ -177,6 +178,59 @@ static void permits_raced(const outcome_t *mine) {
 
 static const holds_t permits = {permits_begin,   permits_end,   permits_contend,
                                 permits_survive, permits_raced, NULL};
+/* S has been denied, and goes by what it remembers: T's release that is over is seen at once, and what T did not come
+ * to say, or held when it died, within a second. */
+static int admitted_now(fshm_permit *out) {
+  fshm_decision d;
+  uint32_t held;
+  fshm_admit(world.l, KEY, strlen(KEY), NULL, 0, out, &d, &held);
+  return d.status == FSHM_ALLOWED;
+}
+
+static uint64_t remembered_look[LOOK_WORDS];
+
+static void remembered_begin(void) {
+  fshm_permit p;
+  permits_begin();
+  if (admitted_now(&p)) broken("S is admitted beyond the limit");
+  const uint64_t hash = fshm_siphash(world.l->key[0], world.l->key[1], KEY, strlen(KEY));
+  if (!look_load(world.s, hash, fshm_now(world.s), remembered_look))
+    broken("S does not remember that it was denied");
+}
+
+/* S looked before T began, 20 ms before its look is too old. */
+static void remember_look(void) {
+  const uint64_t hash = fshm_siphash(world.l->key[0], world.l->key[1], KEY, strlen(KEY));
+  remembered_look[LOOK_UNTIL] = fshm_now(world.s) + UINT64_C(20000000);
+  look_store(world.s, hash, remembered_look);
+}
+
+static void remembered_contend(void) {
+  fshm_permit p;
+  remember_look();
+  bool over = told->done;
+  if (admitted_now(&p))
+    (void)fshm_permit_release(world.l, &p);
+  else if (over)
+    broken("T's release is over, and S is denied");
+}
+
+static void remembered_survive(void) {
+  fshm_permit p;
+  remember_look();
+  const uint64_t end = fshm_now(world.s) + UINT64_C(1000000000);
+  bool over = told->done;
+  while (!admitted_now(&p)) {
+    if (over) broken("T's release is over, and S is denied");
+    if (fshm_now(world.s) > end) broken("T is dead, and S is denied for a second");
+    if (over || fshm_now(world.s) > end) return;
+  }
+  (void)fshm_permit_release(world.l, &p);
+  permits_survive();
+}
+
+static const holds_t remembered = {remembered_begin,   permits_end, remembered_contend,
+                                   remembered_survive, NULL,        NULL};
 static const holds_t joining = {permits_begin,   permits_end, permits_contend,
                                 permits_survive, NULL,        NULL};
 

@@ -1,6 +1,8 @@
 /* invariants.c - what must hold of a segment at any instant when no process works on it. */
 #include "crash.h"
 
+static void queue_overtake(void); /* holds_queue.c: S releases there */
+
 #define MOST_NUMBERED 8 /* of a key, in all operations */
 
 /* Slots that no operation under test may touch (I7). */
@@ -11,7 +13,7 @@ static size_t protected_count;
 static void protect_others(void) {
   uint64_t own[FSHM_MAX_LIMITS] = {0}, word = 0; /* word: of what the key is granted */
   call_t c;
-  liveness_t liveness = {{0}, {0}};
+  liveness_t liveness = {0};
   protected_count = 0;
   if (!world.s) return;
   if (world.l && limits_load(world.s, world.l->index, &c.snapshot)) {
@@ -48,7 +50,8 @@ static void check_slots(void) {
     uint64_t who = protected_slots[p].who;
     bool found =
         (op->op == RELEASE && (who == world.permit.who || who == world.total.who)) /* S's own */
-        || (op->op == REAP_BY_FORCE && IS_PERMIT(protected_slots[p].when));
+        || ((op->op == REAP_BY_FORCE || (op->holds && op->holds->overtake == queue_overtake)) &&
+            IS_PERMIT(protected_slots[p].when)); /* a pair has no holds */
     for (uint64_t i = 0; i < world.s->slot_count && !found; i++) {
       pair_t pair = pair_load(&world.s->slots[i]);
       found = pair.who == protected_slots[p].who && pair.when == protected_slots[p].when;
@@ -59,7 +62,7 @@ static void check_slots(void) {
 
 /* How many permits of the key the living hold, wherever the library would look for them. */
 static uint32_t held_alive(fshm_limiter *l, const char *key) {
-  liveness_t liveness = {{0}, {0}};
+  liveness_t liveness = {0};
   uint32_t held = 0;
   uint64_t hash = fshm_siphash(l->key[0], l->key[1], key, strlen(key));
   for (uint32_t number = 0; number < MOST_NUMBERED; number++)
@@ -128,6 +131,7 @@ static void check_looking_in(void) {
     if (fshm_permit_at(world.s, i, &permit) && permit.alive > 1) broken("a permit is odd");
   }
   for (uint32_t i = 0; i < PROCESSES; i++) {
+    if (!process_joined(world.s, i)) continue;
     const process_t *p = &world.s->processes[i];
     if (!load_relaxed(&p->pid) && !load_relaxed(&p->incarnation)) continue;
     if (fshm_process_at(world.s, i, &process) != FSHM_OK) broken("a process index is unreadable");

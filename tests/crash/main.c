@@ -6,6 +6,10 @@
  * --only: operations and schedules whose name begins so. --at: only the boundary before instruction K.
  * --every: of operations of more than 2,000 instructions, T is stopped and killed at every Nth boundary only,
  * and at those before an access of the segment or a system call. */
+#define PROCESSES 320 /* a segment is copied for each boundary */
+#define HOME_PROCESSES 256
+#define WAITERS 32 /* the same; and a look at all of them is an access for each */
+#define WAIT_GROUPS 16
 #define METRIC_SHARDS 1 /* or T and S would add up apart, and never meet */
 #include "unity.c"
 #include "check.h"
@@ -19,6 +23,7 @@
 #include "holds_rate_limits.c"
 #include "starts.c"
 #include "holds_permits.c"
+#include "holds_queue.c"
 #include "holds_names.c"
 #include "holds_changes.c"
 #include "holds_stats.c"

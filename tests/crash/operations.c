@@ -132,14 +132,6 @@ static void run_reap_by_force(outcome_t *out) {
   out->number = fshm_reap(world.s, harness_pid);
   out->status = FSHM_OK;
 }
-static void run_arm(outcome_t *out) {
-  out->number = fshm_wakeup_arm(world.l, KEY, strlen(KEY));
-  out->status = FSHM_OK;
-}
-static void run_ring(outcome_t *out) {
-  fshm_wakeup_send(world.l, KEY, strlen(KEY));
-  out->status = FSHM_OK;
-}
 static void run_join(outcome_t *out) {
   uint32_t process;
   uint64_t incarnation;
@@ -270,6 +262,22 @@ static void run_request_and_back(outcome_t *out) {
 #define LEASE_SETS(function, to) LEASES(function, LEASE_SET, FSHM_OK), .cost = (to)
 #define HOLDING(function, which) \
   .make = start_permits, .holds = &permits, .run = (function), .op = (which)
+#define QUEUES(function, which)                                                            \
+  .make = start_queue, .holds = &queue, .run = (function), .op = (which), ONE(PERMITS(1)), \
+  .prior = 1, .overtake = come_or_look
+#define SERVES(function)                                                                       \
+  .make = start_queue, .holds = &queue, .run = (function), .op = QUEUE_SERVE, ONE(PERMITS(1)), \
+  .status = 1, .overtake = be_served_too, .capacity = 4
+#define RELEASES                                                                          \
+  .make = start_queue, .holds = &queue, .run = run_release, .op = QUEUE, ONE(PERMITS(1)), \
+  .status = 1, .overtake = come_or_look, .prepare = take_one_permit
+/* A permit is free, and S sleeps: T is to wake it. */
+#define WAKES_S(function, which)                                                           \
+  .make = start_queue, .holds = &queue, .run = (function), .op = (which), ONE(PERMITS(1)), \
+  .overtake = sleep_on_and_on, .flags = ARMED
+#define ASKS_FOR(function, which, made)                                                           \
+  .make = (made), .holds = &queue, .run = (function), .op = (which), ONE(PERMITS(1)), .prior = 1, \
+  .status = 1
 #define TAKES(answer) HOLDING(run_admit, TAKE), .status = (answer)
 #define POOL(function, which) \
   .make = start_pool, .holds = &permits, .run = (function), .op = (which)
@@ -629,13 +637,28 @@ static const operation_t operations[] = {
      ONE(PERMITS(3)),
      .prior = 1,
      .prepare = take_one_permit},
-    {.name = "permit-release-armed",
+    {.name = "permit-free-counted",
+     TAKES(1),
+     ONE(PERMITS(3)),
+     .prior = 1,
+     .flags = FREED | COUNTED},
+    {.name = "permit-release-counted",
      HOLDING(run_release, RELEASE),
      .status = 1,
      ONE(PERMITS(3)),
      .prior = 1,
      .prepare = take_one_permit,
-     .flags = ARMED},
+     .flags = COUNTED},
+    {.name = "permit-release-remembered",
+     .make = start_permits,
+     .holds = &remembered,
+     .run = run_release,
+     .op = RELEASE,
+     .status = 1,
+     ONE(PERMITS(3)),
+     .prior = 2,
+     .prepare = take_one_permit,
+     .flags = COUNTED},
     {.name = "permit-idle",
      HOLDING(run_idle, IDLE_MARK),
      .status = 2,
@@ -672,13 +695,102 @@ static const operation_t operations[] = {
      ONE(PERMITS(4)),
      .prior = 2,
      .prepare = take_one_permit},
-    {.name = "wakeup-arm", HOLDING(run_arm, WAKEUP), .status = 1, ONE(PERMITS(3)), .prior = 1},
-    {.name = "wakeup-send",
-     HOLDING(run_ring, WAKEUP),
-     .status = 1,
-     ONE(PERMITS(3)),
-     .prior = 1,
+    /* the wait queue */
+    {.name = "queue-join", QUEUES(run_queue_join, QUEUE_JOIN), .status = 0, .flags = ARMED},
+    {.name = "queue-join-first", QUEUES(run_queue_join, QUEUE_JOIN), .status = 1},
+    {.name = "queue-join-after-dead", QUEUES(run_queue_join, QUEUE_JOIN), .status = 1, .dead = 1},
+    {.name = "queue-turn",
+     QUEUES(run_queue_turn, QUEUE_STAY),
+     .prepare = come_next,
+     .status = 0,
      .flags = ARMED},
+    {.name = "queue-turn-first",
+     QUEUES(run_queue_turn, QUEUE_STAY),
+     .prepare = come_first,
+     .status = 1,
+     .flags = ARMED},
+    {.name = "queue-turn-lost",
+     QUEUES(run_queue_turn, QUEUE_JOIN),
+     .prepare = come_and_lose,
+     .status = 1,
+     .flags = ARMED},
+    {.name = "queue-leave",
+     QUEUES(run_queue_leave, QUEUE),
+     .prepare = come_first,
+     .status = 1,
+     .flags = ARMED},
+    {.name = "queue-leave-last",
+     QUEUES(run_queue_leave, QUEUE),
+     .prepare = come_first,
+     .status = 1},
+    {.name = "queue-requeue",
+     QUEUES(run_queue_requeue, QUEUE_STAY),
+     .prepare = come_first,
+     .status = 1,
+     .flags = ARMED},
+    {.name = "queue-wake", QUEUES(run_queue_wake, QUEUE), .status = 1, .flags = ARMED},
+    {.name = "queue-wake-after-dead", QUEUES(run_queue_wake, QUEUE), .status = 1, .dead = 1},
+    {.name = "queue-release", RELEASES, .flags = ARMED},
+    {.name = "queue-release-none", RELEASES},
+    {.name = "queue-release-polled",
+     .make = start_queue_polled,
+     .holds = &queue,
+     .run = run_release,
+     .op = QUEUE,
+     ONE(PERMITS(1)),
+     .status = 1,
+     .overtake = watch_and_sleep,
+     .prepare = take_one_permit,
+     .flags = ARMED},
+    {.name = "queue-turn-unreached",
+     QUEUES(run_queue_turn, QUEUE_STAY),
+     .prepare = come_unreached,
+     .status = 1,
+     .flags = ARMED},
+    {.name = "queue-turn-woken",
+     WAKES_S(run_queue_turn, QUEUE_JOIN),
+     .prepare = come_next_woken,
+     .status = 0},
+    {.name = "queue-leave-woken",
+     WAKES_S(run_queue_leave, QUEUE),
+     .prepare = come_first_woken,
+     .status = 1},
+    {.name = "queue-requeue-woken",
+     WAKES_S(run_queue_requeue, QUEUE_JOIN),
+     .prepare = come_first_woken,
+     .status = 1},
+    {.name = "queue-reap", WAKES_S(run_reap, QUEUE), .dead = 1, .status = 1},
+    {.name = "queue-ask",
+     ASKS_FOR(run_queue_ask, QUEUE_ASK, start_queue),
+     .prepare = come_first,
+     .overtake = watch_and_hear},
+    {.name = "queue-asked",
+     ASKS_FOR(run_queue_asked, QUEUE_ASKED, start_queue_asked),
+     .overtake = hear_anew,
+     .flags = ARMED},
+    {.name = "queue-watch",
+     ASKS_FOR(run_queue_watch, QUEUE_WATCH, start_queue_asked),
+     .prepare = be_told,
+     .overtake = ask_again,
+     .flags = ARMED},
+    {.name = "queue-next",
+     .make = start_queue_asked,
+     .holds = &queue,
+     .run = run_queue_next,
+     .op = QUEUE,
+     ONE(PERMITS(1)),
+     .prior = 1,
+     .status = FSHM_NEXT_OTHER,
+     .overtake = come_or_look,
+     .flags = ARMED},
+    {.name = "queue-next-ours",
+     QUEUES(run_queue_next, QUEUE_STAY),
+     .prepare = come_first,
+     .status = FSHM_NEXT_OURS,
+     .flags = ARMED},
+    {.name = "queue-served-first", SERVES(run_queue_served), .prepare = come_to_be_served},
+    {.name = "queue-served", SERVES(run_queue_served), .prepare = come_to_be_served_again},
+    {.name = "queue-correct", SERVES(run_queue_correct), .prepare = come_to_be_served_again},
     {.name = "pool-get",
      POOL(run_pool_get, TAKE),
      .status = 1,

@@ -149,13 +149,13 @@ static void start_token_lease(void) {
 
 /* The process will join slot: what dead processes hold, the last owner of that slot held. */
 static void make_predecessor(pid_t pid) {
-  uint64_t process = (uint32_t)pid * 2654435761u % PROCESSES, mine = process_index(world.s);
-  const uint64_t incarnation = op->flags & COMES_ROUND_NEXT ? 0x3ffff : 7;
-  process = process == mine ? (process + 1) % PROCESSES : process;
+  uint64_t process = (uint32_t)pid * 2654435761u % HOME_PROCESSES, mine = process_index(world.s);
+  const uint64_t incarnation = op->flags & COMES_ROUND_NEXT ? (1 << INCARNATION_BITS) - 1 : 7;
+  process = process == mine ? (process + 1) % HOME_PROCESSES : process;
   for (uint64_t i = 0; i < world.s->slot_count; i++) {
     pair_t seen = pair_load(&world.s->slots[i]), next = seen;
     if (!IS_PERMIT(seen.when) || OWNER_OF(seen.when) == mine) continue;
-    next.when = (seen.when & ~IDENTITY_MASK) | process << 36 | incarnation << 18;
+    next.when = (seen.when & ~IDENTITY_MASK) | process << 32 | incarnation << 18;
     (void)pair_cas(&world.s->slots[i], &seen, next);
   }
   store_relaxed(&world.s->processes[process].incarnation, incarnation);
@@ -180,7 +180,7 @@ static void start_permits(void) {
       (void)fshm_permit_release(world.l, &permits[i]);
     if (op->prior) world.permit = permits[from ? op->prior - 1 : n - 1];
   }
-  if (op->flags & ARMED) (void)fshm_wakeup_arm(world.l, KEY, strlen(KEY));
+  if (op->flags & COUNTED) (void)fshm_in_flight(world.l, KEY, strlen(KEY));
   if (op->flags & (TENANTS | STALE | CROWDED)) fill_rest(0);
   if (op->flags & MOST_BEHIND)
     store_relaxed(&world.s->limiters[world.l->index].most,

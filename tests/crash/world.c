@@ -19,7 +19,10 @@ static position_t position;
 /* By a system call: one instruction, where the kernel's code in user space takes a path now and another
  * then. Stands for the C library's, which is the same otherwise. */
 int clock_gettime(clockid_t clock, struct timespec *out) {
-  return (int)syscall(SYS_clock_gettime, clock, out);
+  int status = (int)syscall(SYS_clock_gettime, clock, out);
+  if (world.clock && clock == CLOCK_BOOTTIME)
+    *out = (struct timespec){(time_t)(world.clock / 1000000000), (long)(world.clock % 1000000000)};
+  return status;
 }
 
 /* As on a file system that knows no unnamed files. Stands for the C library's too. */
@@ -133,8 +136,12 @@ static void segment_save(unsigned char **to) {
 }
 
 /* Put the segment's bytes back, and what this process had. No other process may be at work. */
+/* S remembers no look at permits, be it from another boundary or when T lived. */
+static void forget_looks(void) { memset(world.s->looks, 0, sizeof world.s->looks); }
+
 static void segment_restore(const unsigned char *from) {
   if (!world.s) return;
+  forget_looks();
   copy_differences(world.s->map, from, world.s->size);
   world = world_at_start;
   fshm_limiter *handles[] = {world.l, world.others, world.totals};
@@ -142,6 +149,7 @@ static void segment_restore(const unsigned char *from) {
     if (!handles[i]) continue;
     handles[i]->released = 0;
     handles[i]->frontier = 0;
+    handles[i]->beyond = 0;
   }
 }
 

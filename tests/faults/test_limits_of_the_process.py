@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import gc
@@ -14,8 +15,10 @@ from typing import Any
 import pytest
 from support import world
 from support.names import left_over
+from support.waiting import PATIENCE, wait_until_async
 
 from fast_litellm_shm import ConcurrencyLimiter, RateLimiter, Segment, Window
+from fast_litellm_shm._shared import wait_queue
 from fast_litellm_shm._shared.native import lib
 from fast_litellm_shm._shared.segment import path_of
 
@@ -75,6 +78,35 @@ def test_no_descriptor_to_join_with(segment_name: str) -> None:
     for said in (found["permit"], found["unknown"]):
         assert ".lock cannot be opened: this process has no file descriptor left (RLIMIT_" in said
     assert found["later"] and found["known"] is None
+
+
+def _wait_without(name: str) -> tuple[bool, bool, bool]:
+    limiter = ConcurrencyLimiter(1, name="p", segment=Segment(name, capacity=100))
+    held = limiter.acquire("k")
+
+    def woken() -> bool:
+        (line,) = (line for each in wait_queue._events.values() for line in each.lines.values())
+        assert line.native is not None
+        return bool(line.native.place.fd >= 0)
+
+    async def main() -> tuple[bool, bool, bool]:
+        taken = _no_descriptors()
+        late = bool(await limiter.wait_async("k", 0.01))
+        task = asyncio.ensure_future(limiter.wait_async("k", PATIENCE))
+        await asyncio.sleep(0)
+        without = woken()
+        for fd in taken:
+            os.close(fd)
+        await wait_until_async("it has one later", woken)
+        held.release()
+        return late, without, bool(await task)
+
+    return asyncio.run(main())
+
+
+def test_no_descriptor_to_be_woken_with(segment_name: str) -> None:
+    """A task waits without one, and sees what is free at its next look."""
+    assert world.in_child(_wait_without, segment_name) == (False, False, True)
 
 
 def _little_memory(name: str) -> tuple[str, str]:

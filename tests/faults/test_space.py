@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from support import world
+from support.waiting import wait_until
 
 from fast_litellm_shm import ConcurrencyLimiter, RateLimiter, Segment, Window
 from fast_litellm_shm._shared.native import lib
@@ -22,9 +23,9 @@ def _too_small() -> tuple[str, list[str]]:
 
 def test_too_small_for_a_segment() -> None:
     said, left = world.in_child(_too_small)
-    needs = lib.fshm_size_for(100_000) / 2**20
+    needs = lib.fshm_memory_for(100_000) / 2**20
     assert said == (
-        "SegmentSpaceError: cannot open segment /dev/shm/fast_litellm_shm.2.s: no space left for "
+        "SegmentSpaceError: cannot open segment /dev/shm/fast_litellm_shm.3.s: no space left for "
         f"it: it needs {needs:.1f} MiB, and /dev/shm has 1.0 MiB free; free some there, mount it "
         "larger (in a container: --shm-size), or ask for a smaller capacity "
         "(FAST_LITELLM_SHM_CAPACITY)"
@@ -43,7 +44,7 @@ def _full_in_use() -> dict[str, Any]:
     with world.forked(lambda: permits.acquire("k")) as holder:
         found["held"] = world.takes(permits, "k")
         world.kill(holder)
-    found["back"] = world.takes(permits, "k")
+    found["back"] = wait_until("its permit is back", lambda: world.takes(permits, "k"))
     found["exactly"] = sum(limiter.is_allowed("k") for _ in range(9))
     found["keys"] = sum(limiter.is_allowed(f"key {i}") for i in range(100))
     found["second"] = world.failure(Segment, "second", capacity=100)
@@ -90,7 +91,7 @@ def test_no_inode_for_the_lock_file() -> None:
     assert found["rates"] == 5
     assert found["permit"].startswith(
         "SegmentError: limiter 'p' in segment 's': no permit can be owned by this process: "
-        "its lock file /dev/shm/fast_litellm_shm.2.s."
+        "its lock file /dev/shm/fast_litellm_shm.3.s."
     )
     assert why in found["permit"] and why in found["unknown"]
     assert "but no inode for another file" in found["second"]
@@ -115,7 +116,7 @@ def test_no_directory() -> None:
     found = world.in_child(_no_directory)
     for name in ("make", "attach"):
         assert found[name].startswith(
-            "SegmentNotFoundError: cannot open segment /dev/shm/fast_litellm_shm.2.s: there is no "
+            "SegmentNotFoundError: cannot open segment /dev/shm/fast_litellm_shm.3.s: there is no "
             "directory /dev/shm; mount a tmpfs there (mount -t tmpfs "
         ), found[name]
     assert (found["ls"].returncode, found["inspect"].returncode, found["rm"].returncode) == (

@@ -1,4 +1,4 @@
-"""As many processes as the table holds, one more, and those that close all their descriptors."""
+"""More processes than have rows of the table at first; those that close all descriptors."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 from support import world
 from support.children import run, run_one
+from support.waiting import wait_until
 
 from fast_litellm_shm import ConcurrencyLimiter, RateLimiter, Segment, Window
 
-TABLE = 256
+TABLE = 4096
+MANY = 300  # more than have rows when the segment is made
 F_OFD_SETLK = 37  # fcntl has it from Python 3.12 on
 
 
@@ -40,27 +42,22 @@ def _takes(name: str) -> bool:
     return world.takes(_permits(Segment(name)), "k")
 
 
-def test_one_more_than_the_table_holds(segment_name: str) -> None:
+def test_more_than_a_small_host_has(segment_name: str) -> None:
     def work() -> Any:
         segment = Segment(segment_name, capacity=2000)
         permit = _permits(segment).acquire("k")
         return _limiter(segment).is_allowed("k") and permit and [segment, permit]
 
     with contextlib.ExitStack() as workers:
-        pids = [workers.enter_context(world.forked(work)) for _ in range(TABLE)]
+        pids = [workers.enter_context(world.forked(work)) for _ in range(MANY)]
         found = run_one(_one_too_many, segment_name, method="fork")
-        assert found["rates"] == 1000 - TABLE  # counts and limits as everybody does
-        assert found["permit"].startswith(
-            f"SegmentFullError: limiter 'p' in segment {segment_name!r}: the segment's process "
-            f"table is full ({TABLE} living processes), and a permit needs an owner in it; use "
-        )
-        assert found["unknown"] is None
-        assert len(world.fast_shm("inspect", "--name", segment_name).stdout.splitlines()) > TABLE
+        assert found["rates"] == 1000 - MANY
+        assert (found["permit"], found["unknown"]) == ("", None)
+        assert len(world.fast_shm("inspect", "--name", segment_name).stdout.splitlines()) > MANY
         world.kill(pids[100])
-        assert run_one(_takes, segment_name, method="fork")  # a place came back at once
         world.kill(pids[0])
         seen = run_one(_seen, segment_name, method="fork")
-        assert seen == (TABLE - 2, {*pids} - {pids[0], pids[100]})
+        assert seen == (MANY - 2, {*pids} - {pids[0], pids[100]})
     assert run_one(_seen, segment_name, method="fork") == (0, set())
 
 
@@ -129,7 +126,7 @@ def test_daemonised_after_opening(segment: Segment) -> None:
         os.waitpid(pid, 0)
         os.close(ours)
         os.close(says)
-    assert permits.in_flight("k") == 0
+    wait_until("its permit is free", lambda: permits.in_flight("k") == 0)
     assert os.getpid() in {process["pid"] for process in segment.processes()}
 
 

@@ -23,6 +23,7 @@ enum {
   GRANTED
 }; /* limiters for limits over many hosts */
 #define PERMITS 4
+#define QUEUE_PLACES 4
 
 static const char *const limiter_names[LIMITERS] = {"bucket", "window", "sliding",
                                                     "three",  "quota",  "permits"};
@@ -50,6 +51,7 @@ typedef struct {
     fshm_permit permit;
     unsigned limiter; /* that it was taken from */
   } held[PERMITS];
+  fshm_place places[QUEUE_PLACES]; /* in wait queues */
   uint64_t damaged; /* calls that said so */
 } user_t;
 
@@ -101,6 +103,40 @@ static void check_fenced(const fenced_t *f) { MUST(f->before == FENCE && f->afte
 
 #include "grants.h"
 #include "statistics.h"
+
+static void use_queue(user_t *u, fshm_limiter *l, const char *key, uint64_t n, uint64_t now,
+                      unsigned what) {
+  fshm_place *p = &u->places[what / 2 % QUEUE_PLACES];
+  const fshm_waiter w = {.tenant = n,
+                         .weight = (uint32_t)n,
+                         .priority = (int32_t)(n >> 3),
+                         .fd = what & 16 ? 0x7fffffff : -1}; /* no such descriptor */
+  fshm_turn t = {0};
+  fshm_waiter_info info;
+  if (!p->key || what & 1) {
+    fshm_wait_leave(l, p);
+    int joined = fshm_wait_join(l, key, 1, &w, now, p);
+    MUST(joined == 0 || (joined == 1 && p->owner));
+  }
+  MUST((unsigned)fshm_wait_turn(l, p, now, &t) <= 1);
+  (void)fshm_wait_ahead(l, p, n, now);
+  MUST((unsigned)fshm_wait_sleep(l, p, t.armed ^ (what & 1), 1000) <= 1);
+  if (what & 2) fshm_wait_served(l, p, n, now);
+  if (what & 4) fshm_wait_correct(l, p, (int64_t)n, now);
+  if (what & 8) fshm_wait_requeue(l, p, n, what, now);
+  if (what & 16) fshm_wait_count(l, p, what);
+  fshm_wait_wake(l, key, 1);
+  fshm_wait_ask(l, key, 1, (int)what & 1, p);
+  MUST((unsigned)fshm_wait_asked(l, key, 1) <= 1);
+  MUST((unsigned)fshm_wait_next(l, key, 1) <= FSHM_NEXT_OTHER);
+  (void)fshm_wait_first(l, key, 1);
+  MUST((unsigned)fshm_is_waited_for(l, key, 1) <= 1);
+  fshm_waiting(l, key, 1, what & 1 ? &n : NULL, now, &t);
+  fshm_wait_watch(u->s, 0);
+  for (uint32_t i = 0; i < 16; i++)
+    if (fshm_waiter_at(u->s, i ? (uint32_t)n + i : p->entry, &info))
+      MUST(info.limiter < MAX_LIMITERS && info.key_hash < UINT64_C(1) << 52 && info.stale <= 1);
+}
 
 static void use_permits(user_t *u, unsigned which, const char *key, const uint64_t *costs,
                         uint64_t now, unsigned what) {
@@ -199,6 +235,7 @@ static void look_at_all(user_t *u) {
   struct {
     fshm_counters all[FSHM_COUNTERS];
     fshm_permit_info permits[2];
+    fshm_waiter_info waiters[2];
     uint64_t octaves[FSHM_OCTAVES], after;
   } sums = {.after = FENCE};
   uint64_t *keys = malloc((s->limiter_count + 1) * sizeof *keys);
@@ -208,6 +245,7 @@ static void look_at_all(user_t *u) {
   free(keys);
   fshm_counters_all(s, sums.all);
   MUST(fshm_permits(s, sums.permits, 2) <= s->slot_count);
+  MUST(fshm_waiters(s, sums.waiters, 2, 1) <= WAITERS);
   fshm_metric_octaves(s, (uint32_t[]){0, UINT32_MAX}, 2, sums.octaves);
   MUST(sums.after == FENCE);
   int kind = fshm_damage(s, &index), thorough = fshm_check(s, &index);
@@ -309,8 +347,7 @@ static void one_call(user_t *u, unsigned call, unsigned who, unsigned what, uint
       MUST(fshm_reap(u->s, what & 1 ? (uint32_t)n : 0) <= u->s->slot_count);
       break;
     case 14:
-      (void)fshm_wakeup_wait(l, key, 1, fshm_wakeup_arm(l, key, 1) ^ (what & 1), 1000);
-      fshm_wakeup_send(l, key, 1);
+      use_queue(u, l, key, n, now, what);
       break;
     case 15:
       fshm_limiter_close(l);

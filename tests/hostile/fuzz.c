@@ -19,13 +19,16 @@
 
 static pid_t one_pid(void) { return 4242; } /* its slot in the process table follows from it */
 #define getpid one_pid
+/* Fewer than a segment has otherwise. */
+#define PROCESSES 320
+#define HOME_PROCESSES 256
 #include "../../csrc/unity.c"
 #undef mmap
 #undef munmap
 #undef getpid
 
 static_assert(offsetof(header_t, capacity) == 8 * 3 && offsetof(header_t, names_words) == 8 * 17 &&
-                  offsetof(header_t, damage) == 8 * 30 &&
+                  offsetof(header_t, damage) == 8 * 31 &&
                   offsetof(header_t, names_head) - offsetof(header_t, ticket) == 8 * 8 &&
                   offsetof(limiter_entry_t, current) == 8 * 2 &&
                   offsetof(limiter_entry_t, name_length) == 8 * 4 &&
@@ -122,6 +125,7 @@ static void image_make(image_t *image, uint64_t capacity, uint32_t names) {
   MUST(fshm_open(name, capacity, 0600, FSHM_OPEN_CREATE | names, &s, &e) == FSHM_OK);
   image->size = s->size;
   MUST(image->size == fshm_size_for(capacity));
+  MUST(fshm_memory_for(capacity) <= image->size);
   image->bytes = aligned_alloc(LINE, s->size);
   MUST(image->bytes);
   fshm_close(s);
@@ -150,7 +154,7 @@ static void image_make(image_t *image, uint64_t capacity, uint32_t names) {
 }
 
 /* The first that process_join() tries, and it is free unless an edit has taken it: a closed segment keeps no slot. */
-static uint64_t own_process(void) { return (uint32_t)one_pid() * 2654435761u % PROCESSES; }
+static uint64_t first_index(void) { return (uint32_t)one_pid() * 2654435761u % HOME_PROCESSES; }
 
 /* Where an edit goes: `target` says into what, `position` where in it. In whole words. */
 static uint64_t position_in(const unsigned char *bytes, uint64_t size, unsigned target,
@@ -162,9 +166,9 @@ static uint64_t position_in(const unsigned char *bytes, uint64_t size, unsigned 
   const uint64_t entry =
       h.limiters_offset + position / 256 % (LIMITERS + GRANTED) * sizeof(limiter_entry_t);
   const uint64_t set = ((const limiter_entry_t *)(const void *)(bytes + entry))->set;
-  const uint64_t process = own_process();
+  const uint64_t process = first_index();
   uint64_t low = position % 256 * 8;
-  switch (target % 16) {
+  switch (target % 17) {
     case 0:
       return low % sizeof(header_t) / 8 * 8;
     case 1:
@@ -203,6 +207,12 @@ static uint64_t position_in(const unsigned char *bytes, uint64_t size, unsigned 
       return h.memo_offset + position * 8 % (h.memo_lines * LINE);
     case 14:
       return h.metrics_offset + position * 8 % (METRICS * sizeof(metric_t));
+    case 16: /* the nth place of the wait queue that is in use */
+      for (uint64_t i = 0, n = position / 8; i < WAITERS; i++) {
+        const uint64_t at = h.waiters_offset + i * sizeof(waiter_t);
+        if (*(const uint64_t *)(const void *)(bytes + at) && !n--) return at + low % LINE;
+      }
+      return h.waiters_offset + position * 8 % (WAITERS * sizeof(waiter_t));
     default: /* the own requests in flight */
       return h.requests_offset + process * sizeof(requests_t) + position * 8 % sizeof(requests_t);
   }
@@ -247,7 +257,7 @@ static void run(const uint8_t *data, size_t size) {
   const image_t *image = &images[flags & LARGE ? 1 : 0][flags / 64];
   const uint8_t *at = size ? data + 1 : data;
   bool edited = flags & RAW;
-  static unsigned char bytes[2 << 20] __attribute__((aligned(LINE)));
+  static unsigned char bytes[4 << 20] __attribute__((aligned(LINE)));
   uint64_t length = image->size;
   MUST(image->size <= sizeof bytes);
   memcpy(bytes, image->bytes, image->size);
@@ -289,7 +299,7 @@ static void run(const uint8_t *data, size_t size) {
     every_call(&u);
     /* else edits of this process's words go to unused words, unnoticed */
     if (!edited && !u.s->read_only)
-      MUST(load_relaxed(&u.s->fork_page->joined) == own_process() + 1);
+      MUST(load_relaxed(&u.s->fork_page->joined) == first_index() + 1);
     /* the file was cut: reported before anything is touched */
     if (flags & TRUNCATE) {
       uint64_t index;

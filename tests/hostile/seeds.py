@@ -16,17 +16,17 @@ RAW, LARGE, READ_ONLY, TRUNCATE, FIX_CHECK, REMOVE = 1, 2, 4, 8, 16, 32
 HASHED, OFF = 64, 128
 (HEADER, ENTRY, PRESENT_RULES, WHOLE_ENTRY, PROCESS, PROCESS_STATS) = range(6)
 (USED_SLOT, SLOT, KEY_STATS, NAMES, CHANGING_HEADER, ANYWHERE) = range(6, 12)
-DEPLOYMENT, MEMO, METRIC, REQUESTS = range(12, 16)
+DEPLOYMENT, MEMO, METRIC, REQUESTS, WAITER = range(12, 17)
 SET, XOR, ADD, BYTE, COPY, LINE = range(6)
 OPEN, LOOK, APPLY_COSTS, APPLY, IS_ALLOWED, RESERVE, ADMIT, _, REMAINING, RESET_KEY = range(10)
-RESET_ALL, LIMITS, IN_FLIGHT, REAP, WAKEUP, CLOSE = range(10, 16)
+RESET_ALL, LIMITS, IN_FLIGHT, REAP, QUEUE, CLOSE = range(10, 16)
 LEARN, PICK = 19, 24
 BUCKET, WINDOW, SLIDING, THREE, QUOTA, PERMITS = range(6)
 # Words: of an entry; of a rule; of a process; of the header.
 ID, MOST, CURRENT, SET_OF, NAME_LENGTH, NAME, OWNERS = 0, 1, 2, 3, 4, 5, 18
 KIND, N, PER, BURST, NUM, DEN, UNIT, ROOM = range(8)
 RULES, RULE_USED = 16, 1 << 63
-CAPACITY, NAMES_WORDS, CONSTANT = 3, 17, 30
+CAPACITY, NAMES_WORDS, CONSTANT = 3, 17, 31
 NAMES_HEAD = 8  # of the part that changes
 PENDING, HELD = 6 << 61, 7 << 61
 SLOTS = 12  # of the small image
@@ -151,11 +151,11 @@ SEEDS = {
         *(edit(PROCESS_STATS, 8 * i, LINE, (1 << (12 + i * 20 // 32)) << 32) for i in range(32))
     ),
     "slots-pending": image(slots(PENDING | 5)),
-    "slots-permits": image(slots(*(HELD | i << 44 | i << 36 for i in range(SLOTS)))),
+    "slots-permits": image(slots(*(HELD | i << 44 | i << 32 for i in range(SLOTS)))),
     "slots-permits-full": while_open(
         PERMITS,
         *(edit(SLOT, 2 * i, SET, i + 1) for i in range(SLOTS)),
-        *(edit(SLOT, 2 * i + 1, SET, HELD | i << 44 | i << 36) for i in range(SLOTS)),
+        *(edit(SLOT, 2 * i + 1, SET, HELD | i << 44 | i << 32) for i in range(SLOTS)),
     ),
     "slots-late": image(slots(2**57 - 1, 1 << 62 | 2**62 - 1, 2 << 62 | 2**62 - 1)),
     "slots-of-other-kinds": image(slots(1 << 62, how=ADD)),
@@ -182,8 +182,20 @@ SEEDS = {
         *(edit(SLOT, 2 * i + 1, SET, 1 << 62 | 31 << 57 | 2**57 - 1) for i in range(200)),
         flags=LARGE,
     ),
-    "wakeups": while_open(
-        QUOTA, *(edit(CHANGING_HEADER, 24 + 8 * i, LINE, 2**64 - 1) for i in range(16))
+    "queues": while_open(
+        QUOTA, *(edit(CHANGING_HEADER, 32 + 8 * i, LINE, 2**64 - 1) for i in range(32))
+    ),
+    "waiters": while_open(
+        PERMITS,
+        *(call(QUEUE, PERMITS, what, 250 + what) for what in range(4)),
+        *(edit(WAITER, 8 * i + word, SET, 2**64 - 1) for i in range(3) for word in range(1, 8)),
+        *(call(QUEUE, PERMITS, 2 * what, 250 + what) for what in range(4)),
+    ),
+    "waiters-ahead": while_open(
+        PERMITS,
+        *(call(QUEUE, PERMITS, what, 250 + what) for what in range(4)),
+        *(edit(WAITER, 8 * i + 5, SET, 2**63) for i in range(4)),
+        *(call(QUEUE, PERMITS, 2 * what, 250 + what) for what in range(4)),
     ),
 }
 

@@ -319,6 +319,10 @@ def test_64_processes_over_one_key(segment: Segment) -> None:
     assert make(segment, 3).in_flight("k") == 0
 
 
+@pytest.mark.skipif(
+    "FAST_LITELLM_SHM_ALL_PROCESSES" not in os.environ,
+    reason="4,096 processes: by hand, FAST_LITELLM_SHM_ALL_PROCESSES=1",
+)
 def test_the_process_table_is_full(segment: Segment) -> None:
     """Every living process has a place; the next is told so, and limits nobody else."""
     places = segment.geometry().processes
@@ -334,7 +338,7 @@ def test_the_process_table_is_full(segment: Segment) -> None:
                     os.read(ends[0], 1)
                     os._exit(0)
                 pids.append(pid)
-            wait_until("all have a place", lambda: len(segment.processes()) == places, every=0.01)
+            wait_until("all have a place", lambda: len(segment.processes()) == places, every=0.5)
             with pytest.raises(AssertionError, match="SegmentFullError.*process table is full"):
                 run_one(_acquire_once, segment.name, method="fork")
         finally:

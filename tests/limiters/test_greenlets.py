@@ -79,6 +79,11 @@ def test_a_thread_without_a_hub_sleeps_in_the_kernel(hub: str, segment_name: str
     assert (there, here, got) == (False, True, True)
 
 
+def test_the_other_library_is_imported_too(hub: str, segment_name: str) -> None:
+    found = run_one(green.beside_another, hub, segment_name, patience=PATIENCE)
+    assert found == [True] * 5
+
+
 def test_an_event_loop_waits(hub: str, segment_name: str) -> None:
     assert run_one(green.tasks, hub, segment_name, 20, patience=PATIENCE) == 20
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
-from support.interrupts import RAISES, Interrupted, at_each_instruction, by_signals
+from support.interrupts import EVERY, RAISES, Interrupted, at_each_instruction, by_signals
 
 from fast_litellm_shm import (
     AdvancedRouter,
@@ -26,11 +26,16 @@ from fast_litellm_shm import (
     SimpleConnectionPool,
     limited,
 )
-from fast_litellm_shm._shared.named_limiter import SharedLimits
+from fast_litellm_shm._shared.named_limiter import InnerLimits, SharedLimits, states_of
 from fast_litellm_shm.cluster.single_flight import SingleFlight
 from fast_litellm_shm.integrations.asgi import RateLimitMiddleware as AsgiLimit
 from fast_litellm_shm.integrations.httpx import SharedLimitTransport
+from fast_litellm_shm.integrations.web.turn import Turns
 from fast_litellm_shm.integrations.wsgi import RateLimitMiddleware, Rule
+from fast_litellm_shm.limiters import waiting
+from fast_litellm_shm.limiters.grantors import Quotas
+from fast_litellm_shm.limiters.quota import Admission
+from fast_litellm_shm.limits import InFlight
 
 A = "https://a.example"
 _NS = 1_000_000  # between tokens of the reservations
@@ -153,6 +158,25 @@ def _bound_connection(segment: Segment) -> Block:
     return Block(run, lambda: pool.get_stats()["total_connections"] + _open(Wire))
 
 
+def _waits_for_a_connection(segment: Segment) -> Block:
+    """In vain: in the queue of the endpoint, and then in that of the whole pool."""
+    pool = SimpleConnectionPool("in vain", max_per_endpoint=1, max_total=2, segment=segment)
+    kept = [pool.get_connection(A), pool.get_connection(f"{A}/b")]
+    turn = [0]
+
+    def run() -> None:
+        turn[0] += 1
+        with suppress(PermitTimeoutError), pool.connection(A if turn[0] % 2 else f"{A}/c", 0.0001):
+            raise AssertionError
+
+    def held() -> int:
+        queues = (pool._slots, A.encode()), (pool._slots, f"{A}/c".encode()), (pool._totals, b"")
+        waiting = sum(states_of(of).waiting(raw) for of, raw in queues)
+        return int(pool.get_stats()["total_connections"]) - len(kept) + waiting
+
+    return Block(run, held)
+
+
 def _full_pool(segment: Segment) -> Block:
     """The idle connection to one endpoint is closed to make room for another."""
 
@@ -232,6 +256,32 @@ def _asgi(segment: Segment) -> Block:
     return Block(run, lambda: held.in_flight("k"))
 
 
+def _rule_in_vain(segment: Segment) -> Block:
+    """A request that waits under a rule, and is refused."""
+    rules = [Rule(in_flight=1, key=lambda _: "k", name="r", wait=0.0001, priority=lambda _: 1)]
+    answers = RateLimitMiddleware(lambda environ, start: [b"x"], rules, name="w", segment=segment)
+    limiter = ConcurrencyLimiter(1, name="w: r", segment=segment)
+    kept = limiter.acquire("k")
+
+    def run() -> None:
+        environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/", "REMOTE_ADDR": "10.0.0.1"}
+        answers(environ, lambda *_: lambda _: None)
+
+    return Block(run, lambda: limiter.in_flight("k") - bool(kept) + limiter.queue_size("k"))
+
+
+def _rule_in_turn(segment: Segment) -> Block:
+    """A request that waits under a rule, and is admitted."""
+    limits = InnerLimits((InFlight(1),), name="turn", segment=segment, on_full="deny")
+    turns = Turns(Quotas(limits))
+    limiter = ConcurrencyLimiter(1, name="turn", segment=segment)
+
+    def run() -> None:
+        waiting.run(turns.wait(waiting.BLOCKING, "k", 1, 5, waiting.Wish()).__await__()).release()
+
+    return Block(run, lambda: limiter.in_flight("k") + limiter.queue_size("k"))
+
+
 def _httpx(segment: Segment) -> Block:
     class Body(httpx.SyncByteStream):
         def __iter__(self) -> Iterator[bytes]:
@@ -285,8 +335,8 @@ def _tracked(segment: Segment) -> Block:
 
 BLOCKS = [
     _slot, _permit, _waits_in_vain, _admission, _connection, _decorated_by_a_pool,
-    _bound_connection, _full_pool, _reservation, _decorated, _wsgi, _asgi, _httpx, _asking,
-    _tracked,
+    _bound_connection, _waits_for_a_connection, _full_pool, _reservation, _decorated, _wsgi, _asgi,
+    _rule_in_vain, _rule_in_turn, _httpx, _asking, _tracked,
 ]  # fmt: skip
 each_block = pytest.mark.parametrize("make", BLOCKS, ids=lambda make: make.__name__[1:])
 
@@ -306,7 +356,8 @@ def test_exceptions_out_of_a_signal_handler_leak_nothing(
 ) -> None:
     block = make(segment)
     waits = make in (_reservation, _decorated)
-    longest = 1e-3 if waits or make is _waits_in_vain else 150e-6
+    in_vain = make in (_waits_in_vain, _waits_for_a_connection, _rule_in_vain)
+    longest = 1e-3 if waits or in_vain else 150e-6
     # What was reserved is over by itself, a millisecond later: it is looked for after each raise.
     by_signals(block.run, RAISES, longest, block.check if waits else str)
     block.check("after all")
@@ -378,6 +429,25 @@ def _connection_async(segment: Segment) -> tuple[Callable[[], Awaitable[None]], 
     return run, lambda: int(pool.get_stats()["active_connections"])
 
 
+def _waiting_connection(
+    segment: Segment,
+) -> tuple[Callable[[], Awaitable[None]], Callable[[], int]]:
+    pool = SimpleConnectionPool("waiting", max_per_endpoint=1, segment=segment)
+    pool.bind(_Wire, _Wire.close)
+
+    async def run() -> None:
+        async with pool.connection_async(A, 5):
+            inner = asyncio.create_task(waits())
+            await asyncio.sleep(0)
+        await inner
+
+    async def waits() -> None:
+        async with pool.connection_async(A, 5):
+            await asyncio.sleep(0)
+
+    return run, lambda: int(pool.get_stats()["active_connections"])
+
+
 def _reservation_async(segment: Segment) -> tuple[Callable[[], Awaitable[None]], Callable[[], int]]:
     """One that is served, and one that is given up: its instant would come in an hour."""
     served = RateLimiter(Limit(1000, per=1, burst=1), name="served", segment=segment)
@@ -392,7 +462,28 @@ def _reservation_async(segment: Segment) -> tuple[Callable[[], Awaitable[None]],
     return run, lambda: int(given_up.peek("k").retry_after_ns or 0) > 3600 * 10**9
 
 
+def _waiting_request(segment: Segment) -> tuple[Callable[[], Awaitable[None]], Callable[[], int]]:
+    """Of two requests, one waits under a rule."""
+    rules = [Rule(in_flight=1, key=lambda _: "k", name="r", wait=5)]
+    limiter = ConcurrencyLimiter(1, name="a: r", segment=segment)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(0)
+
+    async def quiet(*_: Any) -> Any:
+        await asyncio.sleep(60)
+
+    async def run() -> None:
+        answers = AsgiLimit(app, rules, name="a", segment=segment)
+        scope = {"type": "http", "method": "GET", "path": "/", "headers": [], "client": ("::1", 1)}
+        await asyncio.gather(*(answers(dict(scope), quiet, quiet) for _ in range(2)))
+
+    return run, lambda: limiter.in_flight("k") + limiter.queue_size("k")
+
+
 TASKS = [_slot_async, _waiting_slot, _admission_async, _connection_async, _reservation_async]
+# Cancelled only: these take long, at each instruction.
+LONG = [_waiting_connection, _waiting_request]
 each_task = pytest.mark.parametrize("make", TASKS, ids=lambda make: make.__name__[1:])
 
 
@@ -405,7 +496,7 @@ async def _until_none(held: Callable[[], int], where: str) -> None:
     assert held() == 0, where
 
 
-@each_task
+@pytest.mark.parametrize("make", [*TASKS, *LONG], ids=lambda make: make.__name__[1:])
 def test_a_task_cancelled_at_each_step_leaks_nothing(segment: Segment, make: Any) -> None:
     run, held = make(segment)
 
@@ -421,7 +512,8 @@ def test_a_task_cancelled_at_each_step_leaks_nothing(segment: Segment, make: Any
         return over
 
     async def main() -> None:
-        assert any([await cancelled_after(steps) for steps in range(80)])
+        waits = range(40, 80, 4)  # from there on the steps are of a clock
+        assert any([await cancelled_after(steps) for steps in (*range(40), *waits)])
 
     asyncio.run(main())
 
@@ -448,4 +540,28 @@ def test_an_exception_at_each_instruction_of_a_task_leaks_nothing(
         asyncio.run(_until_none(held, where))
 
     whole()
-    assert at_each_instruction(whole, check) > 10
+    assert at_each_instruction(whole, check, EVERY) > 10
+
+
+def test_a_call_that_is_interrupted_once_it_is_admitted_holds_nothing(
+    segment: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also as long as its task is kept: an exception keeps the local variables of the frames that
+    it came through."""
+    limiter = Quota(rpm=10, max_parallel=1, name="q", segment=segment)
+    begin, calls = Admission.__init__, iter([Interrupted])
+
+    def strike(*given: Any) -> None:
+        for error in calls:
+            raise error
+        begin(*given)
+
+    async def main() -> None:
+        task = asyncio.create_task(limiter.wait_async("k"))
+        await asyncio.wait([task])
+        assert isinstance(task.exception(), Interrupted)
+        assert limiter.in_flight("k") == 0
+        assert limiter.remaining("k") == {"rpm": 10, "max_parallel": 1}
+
+    monkeypatch.setattr(Admission, "__init__", strike)
+    asyncio.run(main())

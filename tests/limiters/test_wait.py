@@ -6,14 +6,15 @@ import asyncio
 import os
 import signal
 import threading
-import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from support.children import run
+from support.waiting import wait_until
 from support.workers import now
 
-from fast_litellm_shm import Limit, RateLimiter, Segment, SlidingWindow, Window
+from fast_litellm_shm import ConcurrencyLimiter, Limit, RateLimiter, Segment, SlidingWindow, Window
 
 SLOW = Limit(10, 36000)  # a token every hour
 
@@ -60,6 +61,22 @@ def test_a_bad_timeout(segment: Segment, bad: Any) -> None:
     assert str(caught.value) == f"timeout must be a number of seconds or None, not {bad!r}"
 
 
+def test_a_bad_timeout_is_found_although_there_is_room(segment: Segment) -> None:
+    """Else a program learns of it under load."""
+    limiter = ConcurrencyLimiter(1, name="permits", segment=segment)
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: limiter.wait("k", "5"),  # type: ignore[arg-type]
+        lambda: asyncio.run(limiter.wait_async("k", float("nan"))),
+        lambda: limiter.slot("k", "5").__enter__(),  # type: ignore[arg-type]
+        lambda: asyncio.run(limiter.slot_async("k", "5").__aenter__()),  # type: ignore[arg-type]
+    )
+    for call in calls:
+        with pytest.raises(TypeError, match="timeout must be a number of seconds or None, not"):
+            call()
+    assert limiter.in_flight("k") == 0
+    assert limiter.wait("k", 10**400).release()
+
+
 def test_an_infinite_timeout_is_none_at_all(segment: Segment) -> None:
     limiter = make(segment, Limit(100, 1, burst=1))
     assert limiter.wait("k", timeout=float("inf"))
@@ -103,8 +120,11 @@ def test_fifty_waiters_of_two_processes_all_get_through(segment: Segment, limit:
     assert now() - before >= (800_000_000 if isinstance(limit, Window) else 900_000_000)
 
 
-def test_fifty_async_waiters_are_served_in_order(segment: Segment) -> None:
-    limiter = make(segment, Limit(100, 1, burst=1))
+@pytest.mark.parametrize("limit", [Limit(100, 1, burst=1), Window(1, 0.01)], ids=repr)
+def test_fifty_async_waiters_are_served_in_order(segment: Segment, limit: Any) -> None:
+    """The instants of a bucket are in order. A loop that was held up may come to several that have
+    passed at once, in any order."""
+    limiter = make(segment, limit)
     served: list[int] = []
 
     async def one(i: int) -> None:
@@ -116,50 +136,47 @@ def test_fifty_async_waiters_are_served_in_order(segment: Segment) -> None:
 
     before = now()
     asyncio.run(everybody())
-    assert served == list(range(50))
-    assert now() - before >= 490_000_000
+    assert sorted(served) == list(range(50))
+    if isinstance(limit, Window):
+        assert served == list(range(50))
+    assert now() - before >= 480_000_000
 
 
-def test_a_waiter_reserves_and_cancelling_gives_back(segment: Segment) -> None:
-    limiter = make(segment, SLOW)
-    limiter.acquire("k", cost=10)
-
-    async def cancelled() -> tuple[float | None, float | None]:
-        waiting = asyncio.ensure_future(limiter.wait_async("k", cost=2))
-        await asyncio.sleep(0)  # it has its reservation
-        behind = limiter.peek("k").retry_after
-        waiting.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await waiting
-        return behind, limiter.peek("k").retry_after
-
-    behind, after = asyncio.run(cancelled())
-    assert behind is not None
-    assert after is not None
-    assert 2 * 3600 < behind <= 3 * 3600
-    assert 0 < after <= 3600
-
-
-def test_cancelling_one_in_the_middle_changes_no_others_turn(segment: Segment) -> None:
-    """Its instant passes unused: to give it back would move those behind it, who sleep already."""
+def test_a_cancelled_waiter_was_charged_nothing(segment: Segment) -> None:
     limiter = make(segment, SLOW)
     limiter.acquire("k", cost=10)
 
     async def cancelled() -> list[float]:
-        first, second = (asyncio.ensure_future(limiter.wait_async("k")) for _ in range(2))
-        await asyncio.sleep(0)  # both have their reservations, in this order
+        waiting = [asyncio.ensure_future(limiter.wait_async("k", cost=2)) for _ in range(3)]
+        await asyncio.sleep(0.01)  # they stand in the queue
         seen = [limiter.peek("k").retry_after or 0]
-        for waiting in (first, second):
-            waiting.cancel()
+        for each in waiting:
+            each.cancel()
             with pytest.raises(asyncio.CancelledError):
-                await waiting
+                await each
             seen.append(limiter.peek("k").retry_after or 0)
         return seen
 
-    behind, without_first, without_both = asyncio.run(cancelled())
-    assert 2 * 3600 < behind <= 3 * 3600
-    assert 2 * 3600 < without_first <= behind
-    assert 3600 < without_both <= 2 * 3600  # the second was the last; the first's is gone
+    assert all(0 < each <= 3600 for each in asyncio.run(cancelled()))
+    assert limiter.queue_size("k") == 0
+
+
+SOON = Limit(1, 0.2, burst=1)
+
+
+def test_cancelled_in_its_last_milliseconds_it_gives_back(segment: Segment) -> None:
+    """Charged 50 ms ahead, at most; nobody has charged the key since."""
+    limiter = make(segment, SOON)
+    limiter.acquire("k")
+
+    async def cancelled() -> None:
+        waiting = asyncio.ensure_future(limiter.wait_async("k"))
+        while (limiter.peek("k").retry_after or 0) <= 0.2 and not waiting.done():
+            await asyncio.sleep(0)
+        waiting.cancel()
+
+    asyncio.run(cancelled())
+    assert (limiter.peek("k").retry_after or 0) <= 0.2
 
 
 class _InterruptedError(Exception):
@@ -175,12 +192,11 @@ def test_an_interrupt_gives_back(segment: Segment) -> None:
 
     old = signal.signal(signal.SIGUSR1, interrupt)
 
-    def when_it_has_reserved() -> None:
-        while (limiter.peek("k").retry_after or 0) <= 3600:
-            time.sleep(0.001)
+    def when_it_waits() -> None:
+        wait_until("it waits", lambda: limiter.queue_size("k"))
         os.kill(os.getpid(), signal.SIGUSR1)
 
-    other = threading.Thread(target=when_it_has_reserved)
+    other = threading.Thread(target=when_it_waits)
     other.start()
     try:
         with pytest.raises(_InterruptedError):
@@ -188,6 +204,7 @@ def test_an_interrupt_gives_back(segment: Segment) -> None:
     finally:
         other.join()
         signal.signal(signal.SIGUSR1, old)
+    assert limiter.queue_size("k") == 0
     retry = limiter.peek("k").retry_after
     assert retry is not None
     assert 0 < retry <= 3600

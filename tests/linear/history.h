@@ -28,6 +28,9 @@
 #define STATES 6    /* keys times limits, at most */
 #define VARIANTS 24 /* sets of limits that a history changes between */
 #define MOST_PERMITS 8
+#define TENANTS 2
+#define STAYS 8 /* in the wait queue, of a process, at most */
+#define TURNS 12 /* of each that are kept */
 #define SETS 240 /* changes of the limits in one history, at most */
 #define VERSIONS 1024 /* of its limits, at most: a change is one, and a sweep */
 
@@ -48,6 +51,7 @@ enum op_kind {
   OP_SET, /* change the limits, so many times in a row */
   OP_SETTLE, /* the reservation that this lane made last */
   OP_ADMIT, /* a permit, and a charge of the rate limits, if there are any */
+  OP_WAIT, /* an OP_ADMIT that waits for its turn; it has no effect if it gives up */
   OP_RELEASE, /* the permit of this lane that was taken first */
   OP_IN_FLIGHT,
   OP_DEATH, /* a process was killed: between the stamps */
@@ -76,7 +80,24 @@ typedef struct {
   uint32_t limit_index,
       count; /* count: permits in flight; slots of OP_ADMIT and OP_RELEASE in slot */
   uint8_t permit, low;
+  int8_t priority; /* OP_WAIT; who: tenant; times: turns after which it gives up, 0: never */
 } op_t;
+
+/* A caller of the wait queue: queue.h. Stamps; 0 = never. */
+typedef struct {
+  uint64_t invoked, responded;
+} call_span_t;
+typedef struct {
+  call_span_t span;
+  bool first; /* it is told */
+} turn_t;
+typedef struct {
+  call_span_t join, served, leave;
+  uint64_t since, owner;
+  uint32_t tenant, cost, count; /* count: of turns; the first ones are kept */
+  int32_t priority;
+  turn_t turns[TURNS];
+} stay_t;
 
 typedef struct {
   /* the limiter */
@@ -90,8 +111,9 @@ typedef struct {
   uint8_t changed[VERSIONS];
   uint8_t changes; /* the limits are changed meanwhile */
   uint8_t at_once; /* admissions by several limits have to be explained as one step */
-  uint32_t count[LANES];
+  uint32_t count[LANES], stay_count[WORKERS];
   op_t ops[LANES][LANE_OPS];
+  stay_t stays[WORKERS][STAYS];
 } history_t;
 
 static inline bool op_open(const op_t *op) { return op->responded == 0; } /* killed in it */
@@ -125,9 +147,9 @@ static inline bool decided_by_old_limits(const history_t *h, const op_t *op) {
 /* printing -------------------------------------------------------------------------------------- */
 
 static const char *const op_names[OP_KINDS] = {
-    "acquire", "is_allowed", "spend",     "reserve",   "cancel", "peek", "charge",
-    "refund",  "reset",      "remaining", "put",       "look",   "take", "set",
-    "settle",  "admit",      "release",   "in_flight", "killed"};
+    "acquire", "is_allowed", "spend",     "reserve", "cancel",    "peek",  "charge",
+    "refund",  "reset",      "remaining", "put",     "look",      "take",  "set",
+    "settle",  "admit",      "wait",      "release", "in_flight", "killed"};
 
 static inline const char *status_name(int status) {
   switch (status) {

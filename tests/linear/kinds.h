@@ -17,6 +17,7 @@ typedef struct {
   uint32_t keys, slots;
   bool changes, at_once, real_clock, frozen;
   bool sweeps; /* changes come in rows, so that each needs a sweep */
+  bool queue; /* callers wait in turn; each second operation is a release */
   uint64_t lease; /* of a batch, at most */
   uint64_t step; /* of the clock at each reading, on average; 0 = any */
 } kind_t;
@@ -44,7 +45,7 @@ static const char letters[OP_KINDS] = {
     [OP_PEEK] = 'p',      [OP_CHARGE] = 'c',     [OP_REFUND] = 'r',  [OP_RESET] = 'z',
     [OP_REMAINING] = 'm', [OP_SET] = 's',        [OP_ADMIT] = 't',   [OP_RELEASE] = 'g',
     [OP_IN_FLIGHT] = 'f', [OP_SPEND] = 'e',      [OP_PUT] = 'b',     [OP_TAKE] = 'k',
-    [OP_LOOK] = 'l',      [OP_SETTLE] = 'h'};
+    [OP_LOOK] = 'l',      [OP_SETTLE] = 'h',     [OP_WAIT] = 'q'};
 
 static const kind_t kinds[] = {
     {.name = "bucket",
@@ -166,6 +167,13 @@ static const kind_t kinds[] = {
      .limits = {{PERMITS_OF(1)}, {PERMITS_OF(2)}, {PERMITS_OF(3)}},
      .ops = "ttttggggf",
      .keys = 1},
+    {.name = "queue",
+     .sets = 2,
+     .count = 1,
+     .limits = {{PERMITS_OF(1)}, {PERMITS_OF(2)}},
+     .ops = "qqqt",
+     .keys = 1,
+     .queue = true},
     {.name = "admit", /* a permit and a rate limit */
      .sets = 3,
      .count = 2,
@@ -210,7 +218,7 @@ static uint8_t op_of_letter(char letter) {
 
 static bool takes_time(uint8_t kind) {
   return kind != OP_IS_ALLOWED && kind != OP_RESET && kind != OP_SET && kind != OP_RELEASE &&
-         kind != OP_IN_FLIGHT;
+         kind != OP_IN_FLIGHT && kind != OP_WAIT;
 }
 
 static void draw_op(const kind_t *k, const fshm_limit *limits, op_t *op, const char *ops,
@@ -235,6 +243,13 @@ static void draw_op(const kind_t *k, const fshm_limit *limits, op_t *op, const c
   if (op->kind == OP_PUT) {
     op->lease = random_scaled(1, k->lease);
     op->kept = random_below(3) ? random_below(8) : random_below(2) ? 0 : UINT64_MAX;
+  }
+  if (k->queue) {
+    op->who = 1 + (uint8_t)random_below(TENANTS);
+    op->times = random_below(3) ? 0 : 1 + (uint8_t)random_below(3);
+    op->priority = (int8_t)(random_below(4) ? 0 : random_below(3)) - 1;
+    op->cost[0] = 1 + random_below(20);
+    op->fixed = 0;
   }
   if (op->kind == OP_RESERVE && limits[0].n)
     op->max_wait = random_below(3) * (limits[0].per_ns / limits[0].n);
@@ -304,10 +319,11 @@ static void draw_history(const kind_t *k, fshm_limiter *const *limiters, uint64_
   uint32_t most = several || arena->workers == 4 || k->keys > 2 || k->count > 2 ? 6 : 8;
   for (uint32_t lane = 0; lane < arena->workers; lane++) {
     h->count[lane] = 4 + (uint32_t)random_below(most - 3);
+    h->count[lane] += k->queue && h->count[lane] % 2;
     if (k->sweeps) h->count[lane] = 2 + (uint32_t)random_below(2); /* each row is many steps */
     for (uint32_t i = 0; i < h->count[lane]; i++) {
       op_t *op = &h->ops[lane][i];
-      draw_op(k, limits, op, k->ops, with_time);
+      draw_op(k, limits, op, k->queue && i % 2 ? "g" : k->ops, with_time);
       if (k->changes) op->max_wait = 0;
       if (op->kind != OP_SET) continue;
       if (several) op->times = 1 + op->times % 4;
@@ -320,6 +336,11 @@ static void draw_history(const kind_t *k, fshm_limiter *const *limiters, uint64_
   arena->waits = random_below(2) ? 0 : 1 + (uint32_t)random_below(arena->workers);
   arena->waits_at = 1 + (uint32_t)random_below(30);
   arena->waits_for = 2 + random_below(40);
+  if (k->queue) { /* what a dead caller held or stood in the way of is found by time, which stands here */
+    arena->step = random_below(1000);
+    arena->dies = 0;
+    arena->waits = random_below(16) ? 0 : arena->waits;
+  }
 }
 
 #endif

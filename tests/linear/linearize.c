@@ -6,6 +6,7 @@
  * ends at the first failure. -e also shows the histories that needed an exception. */
 #include "kinds.h"
 #include "checker.h"
+#include "queue.h"
 
 typedef struct {
   uint64_t histories, operations, exceptions, overlapping, deaths, lost_swaps, configs, failures,
@@ -99,6 +100,13 @@ static bool one_history(const wish_t *wish, const kind_t *k, fshm_limiter *const
   f->overlapping += overlapping(h);
   for (int lane = 0; lane < LANES; lane++) f->operations += h->count[lane];
   if (level > 0 && wish->exceptions) show(wish, k, number, "needed a known exception");
+  const turn_t *wrong = wrong_turn(h);
+  if (wrong) {
+    failed++;
+    show(wish, k, number, "not served in order");
+    print_stays(h, wrong, stderr);
+    return !wish->first && ++f->failures < 3;
+  }
   if (level >= 0 && !old_limits) return true;
   if (!old_limits &&
       answer ==

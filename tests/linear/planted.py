@@ -21,7 +21,12 @@ from dataclasses import dataclass
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 HISTORIES = int(os.environ.get("PLANTED_HISTORIES", "20000"))  # at most, for each
-FOUND = (": not linearisable", ": decided by limits")
+FOUND = (
+    ": not linearisable",
+    ": decided by limits",
+    ": not served in order",
+    ": a process did not come",  # to its end: it sleeps for ever
+)
 DEADLINE = 120.0  # seconds for one; ordinarily one is found in a second
 
 
@@ -36,7 +41,7 @@ class Fault:
 
 
 SWAP = "    return pair_cas(&c->s->slots[f->slot], &seen, to) ? CLAIMED : CLAIM_LOST;\n"
-TAKE = "      if (!pair_cas(&h->s->slots[f.slot], &seen, mine)) continue;\n"
+TAKE = "  if (unlikely(!pair_cas(&h->s->slots[f.slot], &f.pair, mine))) return PERMIT_UNKNOWN;\n"
 NO_ROOM = "    if (l->verdict.retry && !may_wait(c, op, 0, l)) {\n"
 UNDO = "    for (uint32_t k = i - 1; k-- > 0;) undo(c, k, &looks[k], before[k]);\n"
 PUT = "  return token_lease_put(state, now, lease->tokens, lease->kept, lease->until_ns);\n"
@@ -56,6 +61,8 @@ LOAD_SELDOM = (
     "  kept = c.snapshot;\n  of = l;\n"
 )
 FREE = "state_expires(pair.when) <= over"
+WAKES = "  if (unlikely(wait_any(h.s, p->group))) wake_next(h.s, p);\n"
+GIVEN_BACK = "  if (!give_back(&h, p)) return 0;\n"
 
 FAULTS = (
     Fault(
@@ -130,7 +137,7 @@ FAULTS = (
         "permits",
         "permits/semaphore.c",
         TAKE,
-        "      (void)pair_cas(&h->s->slots[f.slot], &seen, mine);\n",
+        "  (void)pair_cas(&h->s->slots[f.slot], &f.pair, mine);\n",
     ),
     Fault(
         "a dead process's permits stay",
@@ -138,6 +145,51 @@ FAULTS = (
         "permits/semaphore.c",
         "(!liveness || owner_alive(h->s, f.pair.when, liveness))",
         "true",
+    ),
+    Fault("a release wakes none", "queue", "permits/semaphore.c", WAKES, ""),
+    Fault(
+        "a release wakes before the permit is free",
+        "queue",
+        "permits/semaphore.c",
+        WAKES,
+        "",
+        ("permits/semaphore.c", GIVEN_BACK, WAKES + GIVEN_BACK),
+    ),
+    Fault(
+        "a caller that leaves the queue wakes none",
+        "queue",
+        "permits/wait_queue.c",
+        "  if (more || atomic_load(&s->waiters[p->entry].wake) != p->woken) "
+        "wait_wake_more(s, p->key);\n",
+        "  (void)more;\n",
+    ),
+    Fault(
+        "the reach is the same again after a caller came",
+        "queue",
+        "permits/wait_queue.c",
+        "&seen, ((seen >> 32) + 1) << 32 | reach",
+        "&seen, (seen >> 32) << 32 | reach",
+    ),
+    Fault(
+        "priorities count for nothing",
+        "queue",
+        "permits/wait_order.h",
+        "  if (band_a != band_b) return band_a > band_b;\n",
+        "  (void)band_a, (void)band_b;\n",
+    ),
+    Fault(
+        "who came last is first",
+        "queue",
+        "permits/wait_order.h",
+        "return a->since < b->since;",
+        "return a->since > b->since;",
+    ),
+    Fault(
+        "services count for nothing",
+        "queue",
+        "permits/wait_order.h",
+        "    if (ahead) return ahead < 0;\n",
+        "    (void)ahead;\n",
     ),
     Fault(
         "a permit is kept when the rate limits have no room",

@@ -1,6 +1,7 @@
 /* test_checker.c - the checker itself: what is known to be wrong is refused, what is right is taken, and on
  * random small histories it says what a search of all orders says, which is too simple to be wrong. */
 #include "checker.h"
+#include "queue.h"
 
 static uint64_t passed, failed, random_state = 20240229;
 
@@ -509,7 +510,58 @@ static void test_random(void) {
   CHECK_EQ(answers[0] > 1000 && answers[1] > 1000, 1); /* it has told them apart often enough */
 }
 
+/* One stands in the queue from 1 on, another joins from `from` to `to`. What one of them is told between 20 and 30. */
+static int queue_verdict(const stay_t *one, const stay_t *other, int asks, bool first) {
+  static history_t h;
+  memset(&h, 0, sizeof h);
+  h.stay_count[0] = h.stay_count[1] = 1;
+  h.stays[0][0] = *one;
+  h.stays[1][0] = *other;
+  stay_t *asking = &h.stays[asks][0];
+  asking->turns[asking->count++] = (turn_t){{20, 30}, first};
+  return wrong_turn(&h) == NULL;
+}
+static void test_queue(void) {
+  const stay_t one = {.join = {1, 2}, .since = 5, .owner = 1, .tenant = 1};
+  const stay_t next = {.join = {3, 4}, .since = 6, .owner = 2, .tenant = 1};
+  stay_t other = next;
+  CHECK_EQ(queue_verdict(&one, &other, 0, true), true);
+  CHECK_EQ(queue_verdict(&one, &other, 0, false), false); /* a caller that is never told */
+  CHECK_EQ(queue_verdict(&one, &other, 1, true), false);
+  CHECK_EQ(queue_verdict(&one, &other, 1, false), true);
+  other.since = 5; /* at the same time: the lower number */
+  CHECK_EQ(queue_verdict(&one, &other, 1, true), false);
+  other.priority = 1;
+  CHECK_EQ(queue_verdict(&one, &other, 0, true), false);
+  CHECK_EQ(queue_verdict(&one, &other, 1, true), true);
+  other.join.responded = 25; /* it comes meanwhile: either may be so */
+  CHECK_EQ(queue_verdict(&one, &other, 0, true), true);
+  CHECK_EQ(queue_verdict(&one, &other, 0, false), true);
+  other.join = (call_span_t){31, 35};
+  CHECK_EQ(queue_verdict(&one, &other, 0, false), false);
+  other = next;
+  other.priority = 1;
+  other.leave = (call_span_t){29, 40}; /* it may have left */
+  CHECK_EQ(queue_verdict(&one, &other, 0, true), true);
+  CHECK_EQ(queue_verdict(&one, &other, 0, false), true);
+  other.leave = (call_span_t){5, 19}; /* it has */
+  CHECK_EQ(queue_verdict(&one, &other, 0, true), true);
+  CHECK_EQ(queue_verdict(&one, &other, 0, false), false);
+  other = next;
+  other.tenant = 2; /* the first is the one whose tenant was served less; or came first */
+  CHECK_EQ(queue_verdict(&one, &other, 1, true), false);
+  stay_t served = one;
+  served.served = (call_span_t){10, 12};
+  served.cost = 3;
+  CHECK_EQ(queue_verdict(&served, &other, 1, true), true);
+  CHECK_EQ(queue_verdict(&served, &other, 0, true), false);
+  served.served.responded = 22; /* meanwhile */
+  CHECK_EQ(queue_verdict(&served, &other, 1, true), true);
+  CHECK_EQ(queue_verdict(&served, &other, 0, true), true);
+}
+
 int main(void) {
+  test_queue();
   test_one_limit();
   test_killed();
   test_several();

@@ -167,6 +167,45 @@ static void permit_op(op_t *op, const char *key, uint64_t now) {
   }
 }
 
+static void futex_wait(_Atomic uint32_t *word, uint32_t value, const struct timespec *most) {
+  (void)syscall(SYS_futex, word, FUTEX_WAIT, value, most, NULL, 0);
+}
+
+/* As the library's callers wait. But it sleeps until it is woken, however long: a wake-up that is lost is seen. */
+static void wait_op(op_t *op, const char *key) {
+  fshm_limiter *l = arena->limiter;
+  history_t *h = &arena->history;
+  stay_t *mine = &h->stays[my_lane][h->stay_count[my_lane]++];
+  const fshm_waiter w = {.tenant = op->who, .priority = op->priority, .fd = -1};
+  fshm_place place;
+  *mine = (stay_t){.tenant = op->who, .priority = op->priority, .cost = (uint32_t)op->cost[0]};
+  mine->join.invoked = stamp_now();
+  CHECK_EQ(fshm_wait_join(l, key, strlen(key), &w, 0, &place), 1);
+  mine->since = place.since;
+  mine->owner = place.owner;
+  mine->join.responded = stamp_now();
+  op->status = FSHM_DENIED;
+  for (uint32_t turns = 1;; turns++) {
+    fshm_turn seen;
+    turn_t t = {.span.invoked = stamp_now()};
+    t.first = fshm_wait_turn(l, &place, 0, &seen);
+    t.span.responded = stamp_now();
+    if (mine->count < TURNS) mine->turns[mine->count++] = t;
+    if (t.first) permit_op(op, key, 0);
+    if (op->status == FSHM_ALLOWED || turns == op->times) break;
+    _Atomic uint32_t *word = &segment->waiters[place.entry].wake;
+    while (atomic_load(word) == seen.armed) futex_wait(word, seen.armed, NULL);
+  }
+  if (op->status == FSHM_ALLOWED) {
+    mine->served.invoked = stamp_now();
+    fshm_wait_served(l, &place, op->cost[0], 0);
+    mine->served.responded = stamp_now();
+  }
+  mine->leave.invoked = stamp_now();
+  fshm_wait_leave(l, &place);
+  mine->leave.responded = stamp_now();
+}
+
 static void token_lease_op(op_t *op, const char *key, uint64_t now) {
   fshm_limiter *l = arena->limiter;
   uint64_t left[FSHM_MAX_LIMITS], left_ns[FSHM_MAX_LIMITS];
@@ -216,6 +255,8 @@ static void run_op(op_t *op) {
   uint64_t now = op->fixed ? time_now() : 0;
   op->put = my_reservation.state;
   (void)snprintf(key, sizeof key, "%s%c", arena->key[0], 'a' + op->key);
+  const bool waits = op->kind == OP_WAIT;
+  if (waits) op->kind = OP_ADMIT;
   if (op->kind == OP_RELEASE) {
     if (permits_released == permits_taken) return; /* it has none: as if it were not there */
     op->permit = (uint8_t)PERMIT_NUMBER(my_permits[permits_released].when);
@@ -263,6 +304,11 @@ static void run_op(op_t *op) {
       token_lease_op(op, key, now);
       break;
     case OP_ADMIT:
+      if (waits)
+        wait_op(op, key);
+      else
+        permit_op(op, key, now);
+      break;
     case OP_RELEASE:
     case OP_IN_FLIGHT:
       permit_op(op, key, now);
@@ -272,11 +318,8 @@ static void run_op(op_t *op) {
   }
   op->latest = time_now();
   op->responded = stamp_now();
+  if (waits && op->status != FSHM_ALLOWED) op->invoked = 0; /* as if it were not there */
   current = NULL;
-}
-
-static void futex_wait(_Atomic uint32_t *word, uint32_t value, const struct timespec *most) {
-  (void)syscall(SYS_futex, word, FUTEX_WAIT, value, most, NULL, 0);
 }
 
 static void futex_wake(_Atomic uint32_t *word) {
@@ -310,7 +353,7 @@ static void run_lane(int lane) {
   (void)atomic_fetch_add(&arena->lost_swaps, lost_swaps);
 }
 
-static void next_of(uint32_t *round) {
+static void await_round(uint32_t *round) {
   while (atomic_load(&arena->round) == *round) futex_wait(&arena->round, *round, NULL);
   *round = atomic_load(&arena->round);
 }
@@ -325,13 +368,13 @@ static void worker(int lane, uint32_t round) {
   (void)prctl(PR_SET_PDEATHSIG, SIGKILL);
   (void)process_index(segment); /* joins, which reads the clock: not within an operation */
   for (;;) { /* every worker takes part in every round, so that none comes late to the next */
-    next_of(&round);
+    await_round(&round);
     if (arena->stop) _exit(0);
     bool takes_part = (uint32_t)lane < arena->workers;
     if (takes_part) run_lane(lane);
     finish_round();
     /* What it still holds it keeps until all have ended, and the test has looked. */
-    next_of(&round);
+    await_round(&round);
     while (takes_part && permits_released < permits_taken)
       (void)fshm_permit_release(arena->limiter, &my_permits[permits_released++]);
     finish_round();

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from support.damage import write_word
 from support.names import left_over
+from support.waiters import waiters
 
 from fast_litellm_shm import (
     ConcurrencyLimiter,
@@ -20,7 +21,9 @@ from fast_litellm_shm import (
 )
 from fast_litellm_shm._shared import features
 from fast_litellm_shm._shared.native import lib
+from fast_litellm_shm._shared.wait_queue import ALIKE
 from fast_litellm_shm.metrics import health as diagnostics
+from fast_litellm_shm.metrics import recommendations
 
 
 def by_type() -> dict[str, dict[str, Any]]:
@@ -99,6 +102,18 @@ def test_permits_at_their_limit() -> None:
     with limiter.acquire("k"), limiter.acquire("k"):
         found = by_type()["permits_full"]
         assert "'c', 'k': all 2 permits are out" in found["description"]
+    assert get_recommendations() == []
+
+
+def test_a_long_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    limiter = ConcurrencyLimiter(2, name="c")
+    with limiter.acquire("k"), waiters(limiter, "k", ALIKE, ALIKE):
+        monkeypatch.setattr(recommendations, "_WAITED", 3600.0)
+        assert get_recommendations() == []
+        monkeypatch.setattr(recommendations, "_WAITED", 0.0)
+        found = by_type()["long_wait"]
+        assert "'c', 'k': 2 callers wait, the first for " in found["description"]
+        assert "timeout" in found["suggestion"]
     assert get_recommendations() == []
 
 

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 from support.scene import AWKWARD, DURATIONS_NS, Scene
+from support.waiters import killed_waiter, waiters
+from support.waiting import wait_until
 
 from fast_litellm_shm import (
+    ConcurrencyLimiter,
     Limit,
     RateLimiter,
     Segment,
@@ -19,7 +22,9 @@ from fast_litellm_shm import (
     SimpleConnectionPool,
 )
 from fast_litellm_shm._shared.native import lib
+from fast_litellm_shm._shared.wait_queue import ALIKE, Order
 from fast_litellm_shm.metrics import DURATION_BOUNDS, OTHERS
+from fast_litellm_shm.metrics.prometheus_text import prometheus_text
 from fast_litellm_shm.metrics.snapshot import snapshot
 from fast_litellm_shm.metrics.source import Source, Sources
 
@@ -72,6 +77,25 @@ def test_everything_is_told(scene: Scene) -> None:
     assert list(mine.calls_by_duration) == expected
     assert mine.seconds == pytest.approx(sum(DURATIONS_NS) / 1e9)
     assert mine.errors == 1
+
+
+def test_callers_that_wait(segment: Segment) -> None:
+    """By limiter and priority; those of a killed process are stale; and a row of 0 for the rest."""
+    gpu = ConcurrencyLimiter(1, name="gpu", segment=segment)
+    RateLimiter(Limit(3, per=60), name="chat", segment=segment)
+
+    def rows() -> dict[tuple[str, str], tuple[int, int]]:
+        found = Source(segment).read().waiting
+        assert all((row.longest_seconds > 0) == (row.callers > 0) for row in found)
+        return {(row.limiter, row.priority): (row.callers, row.stale) for row in found}
+
+    with waiters(gpu, "a", ALIKE, Order(1), Order(2, 1000, -7)), waiters(gpu, "b", ALIKE):
+        killed_waiter(gpu, "a")
+        expected = {("gpu", "0"): (3, 1), ("gpu", "-7"): (1, 0), ("chat", "0"): (0, 0)}
+        wait_until(lambda: f"{expected}, not {rows()}", lambda: rows() == expected)
+        text = prometheus_text([("s", Source(segment).read())])
+    assert 'fast_shm_waiting_callers{segment="s",limiter="gpu",priority="0"} 3' in text
+    assert 'fast_shm_waiting_stale{segment="s",limiter="gpu",priority="0"} 1' in text
 
 
 def test_names_that_nobody_gave_are_hashes(scene: Scene) -> None:

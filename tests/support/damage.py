@@ -12,8 +12,8 @@ from fast_litellm_shm import Segment
 from fast_litellm_shm._shared.segment import path_of
 
 # csrc/core/layout.h: the header's size, and of its words; a limiter's entry, and of its words.
-HEADER = 1792
-SECRET, DAMAGE = 208, 240
+HEADER = 11520
+SECRET, DAMAGE = 216, 248
 ENTRY, CURRENT, SET, LIMITS = 1344, 16, 24, 320
 
 

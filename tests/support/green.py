@@ -28,16 +28,18 @@ from fast_litellm_shm.cluster.single_flight import SingleFlight
 from fast_litellm_shm.limiters.grantors import Permits
 from fast_litellm_shm.tokens import encoding
 from support.permits import Span
+from support.waiting import PATIENCE
 from support.workers import meet
 
 HUBS = ("gevent", "eventlet")
 ORIGIN = "http://example.com"
 
 
-def patch(hub: str) -> Any:
-    """The module gevent or eventlet. Nobody looks by itself once a second here: who goes on was
-    woken."""
-    Permits.wake_ns = 3600 * 10**9
+def patch(hub: str, looks: bool = False) -> Any:
+    """The module gevent or eventlet. looks: whether who waits also looks by itself once a second;
+    else who goes on was woken."""
+    if not looks:
+        Permits.wake_ns = 3600 * 10**9
     library = importlib.import_module(hub)
     if hub == "gevent":
         importlib.import_module("gevent.monkey").patch_all()
@@ -205,6 +207,22 @@ def in_real_threads(hub: str, name: str) -> tuple[bool, bool, bool]:
 
     here, (there, got) = together(library, [hold, lambda: execute(wait)])
     return there, here, got
+
+
+def beside_another(hub: str, name: str) -> list[bool]:
+    """Where the other library is imported too, and patches nothing, greenlets wait by their own
+    hub, and are woken by a thread of the system."""
+    other = next(each for each in HUBS if each != hub)
+    importlib.import_module("gevent.monkey" if other == "gevent" else "eventlet.patcher")
+    limiter = ConcurrencyLimiter(1, name="beside", segment=Segment(name))
+    library = patch(hub)
+
+    def use() -> bool:
+        with limiter.slot("k", PATIENCE):
+            time.sleep(0.01)
+        return True
+
+    return together(library, [use] * 5)
 
 
 def tasks(hub: str, name: str, count: int) -> int:

@@ -23,17 +23,26 @@ class Server:
     """gunicorn on a Unix socket, so that no port can be taken by somebody else."""
 
     def __init__(
-        self, segment_name: str, *, limit: int, preload: bool, options: Sequence[str] = ()
+        self,
+        segment_name: str,
+        *,
+        limit: int = 1,
+        preload: bool = False,
+        app: str = "support.app:app",
+        workers: int = WORKERS,
+        options: Sequence[str] = (),
+        **env: str,
     ) -> None:
         self.workers = set[int]()  # pids of those that answered when it was ready
+        self._count = workers
         self._socket = f"/tmp/{segment_name}.sock"
         command = [
             sys.executable,
             "-m",
             "gunicorn",
-            "support.app:app",
+            app,
             "--workers",
-            str(WORKERS),
+            str(workers),
             "--bind",
             f"unix:{self._socket}",
             "--log-level",
@@ -45,7 +54,8 @@ class Server:
         self._process = subprocess.Popen(
             command + ["--preload"] * preload,
             env=os.environ
-            | {"FAST_LITELLM_SHM_NAME": segment_name, "PYTHONPATH": path, "APP_LIMIT": str(limit)},
+            | {"FAST_LITELLM_SHM_NAME": segment_name, "PYTHONPATH": path, "APP_LIMIT": str(limit)}
+            | env,
         )
 
     def __enter__(self) -> Server:
@@ -56,10 +66,10 @@ class Server:
             assert self._process.poll() is None, f"gunicorn ended: {self._process.poll()}"
             with suppress(OSError):  # it does not listen yet
                 seen.update(pid for _, pid in self.ask(32, "/ready"))
-            return len(seen) == WORKERS
+            return len(seen) == self._count
 
         try:
-            wait_until(lambda: f"all {WORKERS} workers answer; {seen} do", all_have_answered)
+            wait_until(lambda: f"all {self._count} workers answer; {seen} do", all_have_answered)
         except BaseException:
             self._stop()
             raise

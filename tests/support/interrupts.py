@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import CodeType, FrameType
@@ -20,20 +21,25 @@ import fast_litellm_shm
 _PACKAGE = os.path.dirname(fast_litellm_shm.__file__)
 # Of each block. 100,000 by hand: FAST_SHM_TEST_RAISES=100000 (docs/reliability.md).
 RAISES = int(os.environ.get("FAST_SHM_TEST_RAISES", "1500"))
+# Of the thousands of instructions of a call on an event loop, each so many-th. Each by hand:
+# FAST_SHM_TEST_EVERY=1.
+EVERY = int(os.environ.get("FAST_SHM_TEST_EVERY", "5"))
 
 
 class Interrupted(BaseException):
     """Nobody's ``except Exception`` is to stop it."""
 
 
-def at_each_instruction(run: Callable[[], object], check: Callable[[str], object]) -> int:
+def at_each_instruction(
+    run: Callable[[], object], check: Callable[[str], object], every: int = 1
+) -> int:
     """``run()`` again and again: an exception before its first instruction, its second, and so on,
     in ``run`` itself and in the package, until it ends by itself. check(where): called after each.
-    How many there were."""
+    every: 2 leaves out each second one, and so on. How many instructions there were."""
     at = 0
     while (where := _raise_at(run, at)) is not None:
         check(f"raised before instruction {at}: {where}")
-        at += 1
+        at += every
     check("ended by itself")
     return at
 
@@ -41,9 +47,12 @@ def at_each_instruction(run: Callable[[], object], check: Callable[[str], object
 def _raise_at(run: Callable[[], object], at: int) -> str | None:
     """Where it raised; None: ``run`` has fewer instructions."""
     left, where, own = at, None, getattr(run, "__code__", None)
+    thread = threading.get_ident()  # no signal handler runs in another one
 
     def reached(code: CodeType, line: int | None) -> None:
         nonlocal left, where
+        if threading.get_ident() != thread:
+            return
         if where is not None or not (code is own or code.co_filename.startswith(_PACKAGE)):
             return
         if left == 0:

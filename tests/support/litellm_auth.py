@@ -12,7 +12,7 @@ FIELDS = (
     *("team_member_rpm_limit", "team_member_tpm_limit"),
     *("end_user_id", "end_user_rpm_limit", "end_user_tpm_limit"),
     *("org_id", "organization_rpm_limit", "organization_tpm_limit", "organization_metadata"),
-    *("model_max_budget", "budget_throttle_pct"),
+    *("model_max_budget", "budget_throttle_pct", "key_alias", "team_alias"),
 )
 
 

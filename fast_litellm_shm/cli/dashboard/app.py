@@ -28,7 +28,9 @@ _FILES = {
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 _TOP, _MOST_TOP = 50, 500
-_MOST_HELD = 200  # rows of permits and of pools: a browser cannot paint 20,000 each second
+_MOST_HELD = (
+    200  # rows of permits, pools and waiting callers: a browser cannot paint 20,000 each second
+)
 _MOST_FILTER = 200  # characters
 # The browser runs, shows and requests only what this server sends, whatever a key is called.
 _HEADERS = {
@@ -127,7 +129,7 @@ def _key_json(key: LiveKey) -> dict[str, Any]:
 
 
 def _escaped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Permits and pools, with escaped names."""
+    """Permits, pools and waiting callers, with escaped names."""
     return [
         {name: render.escaped(v) if isinstance(v, str) else v for name, v in row.items()}
         for row in rows
@@ -162,6 +164,9 @@ def snapshot_json(
         "permits_total": len(snapshot.permits),
         "pools": _escaped(snapshot.pools[:_MOST_HELD]),
         "pools_total": len(snapshot.pools),
+        "callers": snapshot.waiting,
+        "waiting": _escaped(snapshot.waits[:_MOST_HELD]),
+        "waiting_total": len(snapshot.waits),
         "deployments": [asdict(deployment) for deployment in snapshot.deployments],
         "keys": keys,
         "keys_fitting": fitting,

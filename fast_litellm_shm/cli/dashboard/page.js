@@ -157,6 +157,20 @@ const TABLES = {
       { title: "pids", type: "text", cell: (p) => say(p.pids.join(" ") || "–", "zero") },
     ],
   },
+  waiting: {
+    empty: () => "",
+    id: (w) => JSON.stringify([w.limiter, w.key, w.tenant, w.priority]),
+    columns: [
+      { title: "key", type: "text", cell: (w) => say(w.key || "''", "name") },
+      { title: "limiter", type: "text", cell: (w) => say(w.limiter) },
+      { title: "tenant", type: "text", cell: (w) => say(w.tenant || "–", "zero") },
+      { title: "priority", cell: (w) => say(String(w.priority), w.priority ? "" : "zero") },
+      { title: "callers", cell: (w) => count(w.callers) },
+      { title: "longest", cell: (w) => (w.callers ? say(brief(w.longest_seconds)) : say("–", "zero")) },
+      { title: "stale", cell: (w) => rate(w.stale, "bad") },
+      { title: "pids", type: "text", cell: (w) => say(w.pids.join(" ") || "–", "zero") },
+    ],
+  },
   deployments: {
     empty: () => "",
     id: (d) => d.name,
@@ -291,8 +305,9 @@ function show(found) {
   $("used-bar").className = share >= 0.95 ? "bad" : share >= 0.8 ? "warn" : "";
   $("used-of").textContent = stats ? `${stats.used.toLocaleString("en-US")} of ${stats.capacity.toLocaleString("en-US")}` : "";
   $("in-flight").textContent = compact(found.in_flight);
-  $("pooled").textContent = `${compact(found.pooled)} pooled connections`;
-  for (const name of ["permits", "pools"]) {
+  const callers = found.callers ? `, ${compact(found.callers)} caller${found.callers === 1 ? " waits" : "s wait"}` : "";
+  $("pooled").textContent = `${compact(found.pooled)} pooled connections${callers}`;
+  for (const name of ["permits", "pools", "waiting"]) {
     const total = found[`${name}_total`], most = found[name].length;
     $(`${name}-count`).textContent = most < total ? `${total.toLocaleString("en-US")}, the first ${most} shown` : "";
   }

@@ -149,7 +149,11 @@ class Top(App[None]):
         below = self.query_one("#warning", Static)
         below.display = bool(warning)
         below.update(Text("\n").join(warning))
-        titles = [(pane.title, panes.count_of(pane, snapshot)) for pane in panes.PANES]
+        titles = [
+            (pane.title, panes.count_of(pane, snapshot))
+            for at, pane in enumerate(panes.PANES)
+            if at == self._pane or panes.is_shown(pane, snapshot)
+        ]
         self.query_one("#tabs", Static).update(header.tabs(titles, self._pane, size.width))
         self._paint_table()
         self.query_one("#foot", Static).update(self._foot(size.width))
@@ -247,7 +251,10 @@ class Top(App[None]):
         self._repaint()
 
     def action_pane_by(self, by: int) -> None:
-        self.action_pane((self._pane + by) % len(panes.PANES))
+        at = (self._pane + by) % len(panes.PANES)
+        if not panes.is_shown(panes.PANES[at], self._snapshot):
+            at = (at + by) % len(panes.PANES)
+        self.action_pane(at)
 
     def _sort(self, name: str) -> None:
         pane = panes.PANES[self._pane]

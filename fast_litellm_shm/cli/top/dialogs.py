@@ -15,7 +15,7 @@ from fast_litellm_shm.cli.key_table import LiveKey
 from fast_litellm_shm.cli.top.columns import FAINT, bars
 
 HELP = """\
- Tab  1 .. 6   panes                   <  >  ← →  sort by the next column
+ Tab  1 .. 7   panes                   <  >  ← →  sort by the next column
  ↑ ↓  PgUp ..  move                    i          reverse the order
  Home          back to the top         r d k l f  sort by calls/s, denied/s,
  Enter         a key in full                      key, limiter, share left

@@ -72,7 +72,12 @@ def _held_line(snapshot: Snapshot) -> Text:
         render.compact(pooled),
         (" pooled", FAINT),
     )
-    return out.append(f", {dead} of dead", style=BAD) if dead else out
+    if dead:
+        out.append(f", {dead} of dead", style=BAD)
+    if snapshot.waiting:
+        verb = "waits" if snapshot.waiting == 1 else "wait"
+        out.append(f", {render.compact(snapshot.waiting)} {verb}", style=WARN)
+    return out
 
 
 def _workers(snapshot: Snapshot, lines: int) -> list[Text]:

@@ -140,6 +140,10 @@ def _named(field: str) -> Callable[[Any], str]:
     return lambda row: render.escaped(row[field]) or "''"
 
 
+def _field(name: str) -> Callable[[Any], Any]:
+    return lambda row: row[name]
+
+
 def _oldest(row: Any, _: int) -> Cell:
     if not row["in_flight"]:
         return NONE
@@ -191,6 +195,38 @@ POOLS = Pane(
     ),
 )
 
+# Waiting
+
+
+def _longest(row: Any, _: int) -> Cell:
+    return [(render.brief(row["longest_seconds"]), "")] if row["callers"] else NONE
+
+
+def _stale(row: Any, _: int) -> Cell:
+    return [(str(row["stale"]), BAD)] if row["stale"] else NONE
+
+
+WAITING = Pane(
+    title="Waiting",
+    sort="longest",
+    empty="No caller waits.",
+    rows=lambda snapshot: snapshot.waits,
+    ident=lambda row: (row["limiter"], row["key"], row["tenant"], row["priority"]),
+    matches=lambda row: render.escaped(row["key"]) + "\n" + render.escaped(row["limiter"]),
+    columns=(
+        text("key", "key", 14, _named("key"), NAME, flex=2, letter="k"),
+        text("limiter", "limiter", 8, _named("limiter"), letter="l"),
+        text("tenant", "tenant", 7, lambda row: row["tenant"] or "-", FAINT),
+        Column(
+            "priority", "priority", 9, lambda r, _: [(str(r["priority"]), "")], _field("priority")
+        ),
+        count("callers", 8, _field("callers")),
+        Column("longest", "longest", 8, _longest, _field("longest_seconds")),
+        Column("stale", "stale", 6, _stale, _field("stale")),
+        Column("pids", "pids", 8, _pids, right=False, flex=1),
+    ),
+)
+
 # Deployments
 
 
@@ -235,7 +271,7 @@ DEPLOYMENTS = Pane(
     ),
 )
 
-PANES = (KEYS, WORKERS, LIMITERS, PERMITS, POOLS, DEPLOYMENTS)
+PANES = (KEYS, WORKERS, LIMITERS, PERMITS, POOLS, DEPLOYMENTS, WAITING)
 
 
 def count_of(pane: Pane, snapshot: Snapshot) -> int:
@@ -243,6 +279,11 @@ def count_of(pane: Pane, snapshot: Snapshot) -> int:
     if pane.rows is None:
         return snapshot.keys.total if snapshot.keys else 0
     return len(pane.rows(snapshot))
+
+
+def is_shown(pane: Pane, snapshot: Snapshot) -> bool:
+    """Whether it has a title above the list. WAITING has one only while callers wait."""
+    return pane is not WAITING or bool(snapshot.waits)
 
 
 def _sortable(value: Any) -> tuple[bool, Any]:

@@ -62,18 +62,33 @@ def _over_hosts(limits: Limits) -> Quota | None:
 class Denial(NamedTuple):
     """Which limit of which subject denied the request. type: ``requests``, ``tokens`` or
     ``max_parallel_requests``, LiteLLM's names. remaining: what is left of the limit; of tokens
-    there may be some, but too few. retry_after: seconds, at least 1."""
+    there may be some, but too few. retry_after: seconds, at least 1. wait: seconds until it may be
+    admitted; 0.0: when a call in flight ends; None: never."""
 
     subject: Subject
     type: str
     limit: int
     remaining: int
     retry_after: int
+    wait: float | None = None
 
 
 def _denial(subject: Subject, name: str, remaining: int, retry_after: float | None) -> Denial:
     seconds = 60 if retry_after is None else max(1, -int(-retry_after // 1))
-    return Denial(subject, NAMES[name], getattr(subject.limits, name), remaining, seconds)
+    limit = getattr(subject.limits, name)
+    return Denial(subject, NAMES[name], limit, remaining, seconds, retry_after)
+
+
+def denial_of_waiting(subject: Subject) -> Denial:
+    """Of a request whose turn did not come in time: others wait for the subject before it."""
+    names = reversed(Limits._fields)
+    name = next(name for name in names if getattr(subject.limits, name) is not None)
+    return _denial(subject, name, 0, 1.0)
+
+
+def key_of(subject: Subject) -> str:
+    """Its key in the quota of its limits."""
+    return f"{subject.kind}:{subject.value}"
 
 
 def _cancel(charges: Iterable[tuple[Subject, Admission]], slots: Iterable[Admission] = ()) -> None:
@@ -169,7 +184,7 @@ async def _admit(subjects: Sequence[Subject], tokens: int, ask: _Ask) -> Admissi
             limits = subject.limits
             if limits.zero is not None:
                 return _denial(subject, limits.zero, 0, None)
-            quota, key = quota_of(limits), f"{subject.kind}:{subject.value}"
+            quota, key = quota_of(limits), key_of(subject)
             charge = tokens if subject.calls == 1 else min(tokens * subject.calls, limits.tpm or 0)
             more_slots = subject.calls - 1 if limits.max_parallel else 0  # one for each call
             admission = await ask(quota, key, charge, subject.calls)

@@ -7,6 +7,7 @@ a request which was not admitted."""
 from __future__ import annotations
 
 from fast_litellm_shm.integrations.litellm.admission import Admissions
+from fast_litellm_shm.integrations.litellm.queue import Waited
 from fast_litellm_shm.integrations.litellm.usage import Estimate
 
 
@@ -35,12 +36,13 @@ class Call:
     prompt an embedding serves. attempts: at deployments. fallbacks: the admissions for models that
     it fell back to. free_tries: so many tries belong to the request, each more counts as another
     request; None: all belong to it. usage_known: its whole answer has said how many tokens it used.
-    task_ended: its task has ended, but maybe not all of its attempts.
+    waited: where it stood in a queue. task_ended: its task has ended, but maybe not all of its
+    attempts.
     """
 
     __slots__ = (
         *("admissions", "attempts", "auth", "estimate", "fallbacks", "finished", "free_tries"),
-        *("id", "outer", "task_ended", "tries", "usage_known"),
+        *("id", "outer", "task_ended", "tries", "usage_known", "waited"),
     )
 
     def __init__(
@@ -55,6 +57,7 @@ class Call:
         self.auth, self.outer = auth, outer
         self.free_tries: int | None = None
         self.tries = 0
+        self.waited: Waited | None = None
         self.attempts: list[Attempt] = []
         self.fallbacks: list[Admissions] = []
         self.finished = self.task_ended = self.usage_known = False

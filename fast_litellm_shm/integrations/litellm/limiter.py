@@ -31,6 +31,7 @@ from fast_litellm_shm.integrations.litellm import (
     admission,
     attempts,
     failures,
+    queue,
     responses,
     settings,
     usage,
@@ -200,21 +201,23 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
         if replacement.builtin_serves or call_type in _NOT_OURS or user_api_key_dict is None:
             return
         try:
-            denial = await self._admit(user_api_key_dict, data, call_type)
+            denial, waited = await self._admit(user_api_key_dict, data, call_type)
         except Exception as error:
             _pass_or_refuse("checking a request", error, responses.unchecked)
             replacement.checked.set(False)
             return
         if denial is not None:
-            raise responses.too_many(denial, data.get("model"))
+            raise responses.too_many(denial, data.get("model"), waited)
 
-    async def _admit(self, auth: Any, data: dict[str, Any], call_type: str) -> Denial | None:
+    async def _admit(
+        self, auth: Any, data: dict[str, Any], call_type: str
+    ) -> tuple[Denial | None, queue.Waited | None]:
         outer = _call.get() or None
         if outer is not None and outer.finished:
             outer = None
         if outer is not None:
             if call_type == _TOOL_CALL:
-                return None  # part of a request that is admitted
+                return None, None  # part of a request that is admitted
             again = auth is outer.auth and call_type == outer.estimate.call_type
             if again and not outer.attempts and not outer.admissions.settled:
                 # another callback has denied it: LiteLLM asks again, for a fallback of its model
@@ -229,20 +232,24 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
             id = data["litellm_call_id"] = str(uuid.uuid4())
         estimate = usage.Estimate(data, call_type, usage.kind(), calls, _learner(auth, found))
         charge = estimate.for_subjects(found)
-        admitted = admission.admit_here(found, charge)
-        if admitted is None:
-            admitted = await admission.admit_async(found, charge)
+        waits, waited = settings.current().queue, None
+        if waits is not None:
+            admitted, waited = await queue.admit(found, charge, waits, auth)
+        else:
+            here = admission.admit_here(found, charge)
+            admitted = await admission.admit_async(found, charge) if here is None else here
         if found:
             failures.flush()
         if isinstance(admitted, Denial):
-            return admitted
+            return admitted, waited
         call = Call(str(id), admitted, estimate, auth, outer)
+        call.waited = waited
         _call.set(call)
         _limit_tries(call, data)
         task = asyncio.current_task()
         if task is not None:  # for a request that ends without any of the hooks below
             task.add_done_callback(lambda _: self._task_ended(call))
-        return None
+        return None, None
 
     def _task_ended(self, call: Call) -> None:
         call.task_ended = True
@@ -314,7 +321,7 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
         if call is None or not call.admissions.subjects:
             return None
         found = _guarded("reading what is left", call.admissions.remaining)
-        return responses.headers_of(found) if found else None
+        return {**responses.headers_of(found), **queue.headers_of(call.waited)} if found else None
 
     # attempts at deployments ----------------------------------------------------------------------
 

@@ -11,7 +11,9 @@ from typing import Any
 import httpx
 import litellm
 
+from fast_litellm_shm.integrations.litellm import queue
 from fast_litellm_shm.integrations.litellm.admission import NAMES, Denial
+from fast_litellm_shm.integrations.litellm.queue import Waited
 from fast_litellm_shm.integrations.litellm.subjects import Subject
 
 
@@ -69,9 +71,10 @@ def _rate_limit_error(detail: str, headers: dict[str, str], model: str, **more: 
     return error
 
 
-def too_many(denial: Denial, model: str | None) -> Exception:
+def too_many(denial: Denial, model: str | None, waited: Waited | None = None) -> Exception:
     """The 429 of a request to the proxy."""
     detail, headers = _message(denial)
+    headers.update(queue.headers_of(waited))
     try:
         from litellm.proxy.common_utils import proxy_rate_limit_error as theirs
     except ImportError:  # a release that has none, or no proxy

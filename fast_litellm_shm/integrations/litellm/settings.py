@@ -8,6 +8,7 @@
         router_state: false
         deployment_limits: null
         cluster: null
+        queue: null
 
 LiteLLM sets what it finds under ``litellm_settings`` as attributes of its module. So the plugin
 reads ``litellm.fast_litellm_shm``, which programs without the proxy may set themselves.
@@ -15,6 +16,7 @@ reads ``litellm.fast_litellm_shm``, which programs without the proxy may set the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -26,6 +28,16 @@ from fast_litellm_shm.cluster.settings import Cluster
 
 ATTRIBUTE = "fast_litellm_shm"
 MODES = ("hooks", "native")
+_MOST_WAIT = 3600  # seconds
+
+
+@dataclass(frozen=True)
+class Queue:
+    """max_wait: seconds that a request may wait for its turn. priority_of: -100 .. 100 by the names
+    that :func:`.queue.priority_of` looks up; higher is first, and what has no name there has 0."""
+
+    max_wait: float = 20.0
+    priority_of: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -36,13 +48,15 @@ class Settings:
     latencies, usage and cooldowns of deployments. deployment_limits: whether ``rpm`` and ``tpm`` of
     deployments are limits; None: if ``enforce_model_rate_limits`` is set. cluster: the URL of a
     Redis or Valkey, so that limits hold over many hosts (mode ``hooks`` only); None:
-    FAST_LITELLM_SHM_CLUSTER, else this host alone."""
+    FAST_LITELLM_SHM_CLUSTER, else this host alone. queue: requests beyond a limit wait (mode
+    ``hooks`` only); None: they are denied."""
 
     mode: str = "hooks"
     fail_open: bool = True
     router_state: bool = False
     deployment_limits: bool | None = None
     cluster: str | None = field(default=None, repr=False)  # it may contain a password
+    queue: Queue | None = None
 
 
 _DEFAULTS = Settings()
@@ -92,12 +106,46 @@ def _checked(given: Any) -> Settings:
             )
         elif name == "cluster":
             found[name] = _url(f"{where}.{name}", value)
+        elif name == "queue":
+            found[name] = _queue(f"{where}.{name}", value)
         elif value in MODES if name == "mode" else isinstance(value, bool) or value is default:
             found[name] = value
         else:
             wanted = f"one of {', '.join(MODES)}" if name == "mode" else "true or false"
             warn_once(f"{where}.{name} must be {wanted}, not {value!r}; {default} applies")
     return Settings(**found)
+
+
+def _queue(where: str, value: Any) -> Queue | None:
+    if value is None:
+        return None
+    try:
+        if not isinstance(value, dict):
+            raise ValueError(f"must be a mapping, such as {{max_wait: 20}}, not {value!r}")
+        odd = value.keys() - {"max_wait", "priority_of"}
+        if odd:
+            raise ValueError(f"has no {min(odd, key=str)!r}; known are max_wait, priority_of")
+        max_wait, priorities = value.get("max_wait", 20.0), value.get("priority_of") or {}
+        if not _is_number(max_wait) or not 0 < max_wait <= _MOST_WAIT:
+            raise ValueError(
+                f"max_wait must be a number of seconds up to {_MOST_WAIT}, not {max_wait!r}"
+            )
+        if not isinstance(priorities, dict):
+            raise ValueError(f"priority_of must be a mapping, not {priorities!r}")
+        for name, priority in priorities.items():
+            if type(priority) is not int or not -100 <= priority <= 100:
+                raise ValueError(
+                    f"priority_of: {name!r} must have a whole number from -100 to 100, not "
+                    f"{priority!r}"
+                )
+    except ValueError as error:
+        warn_once(f"{where}: {error}; requests beyond a limit are denied, and do not wait")
+        return None
+    return Queue(float(max_wait), {str(name): n for name, n in priorities.items()})
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _url(where: str, value: Any) -> str | None:

@@ -1,11 +1,14 @@
-"""Cancellation of an ASGI application whose client has gone, or whose time is up. asyncio alone."""
+"""Cancellation of an ASGI application whose client has gone, or whose time is up; and of a request
+that waits, whose client has gone. asyncio alone."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from typing import Any, TypeAlias
+
+from fast_litellm_shm.limiters.grantors import Held
 
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
@@ -61,6 +64,51 @@ class ReadAhead:
 def _size(message: Message) -> int:
     body = message.get("body") or message.get("bytes") or message.get("text") or b""
     return len(body) + _EACH
+
+
+class ClientGoneError(Exception):
+    """The client of a request that waited for its turn has gone. No caller of the package sees
+    it."""
+
+
+class Client:
+    """The client of a request that may wait. receive: for the application, in place of the
+    server's."""
+
+    def __init__(self, receive: Receive) -> None:
+        self.receive = self._receive = receive
+        self._gone: asyncio.Task[None] | None = None
+
+    async def wait_with(self, waiting: Coroutine[Any, Any, Held]) -> Held:
+        """Await what waits for a permit. Raises ClientGoneError where the client goes first; then
+        nothing is held, and no place in a queue."""
+        if self._gone is None:
+            ahead = ReadAhead(self._receive)
+            self.receive, self._gone = ahead.receive, asyncio.ensure_future(ahead.until_gone())
+        task = asyncio.ensure_future(waiting)
+        try:
+            await asyncio.wait({task, self._gone}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+        except BaseException:  # the server may cancel us here, as at any await
+            await _cancel(task)
+            raise
+        await _cancel(task)
+        raise ClientGoneError
+
+    async def close(self) -> None:
+        """The request is over."""
+        if self._gone is not None:
+            self._gone.cancel()
+            await asyncio.gather(self._gone, return_exceptions=True)
+
+
+async def _cancel(task: asyncio.Task[Held]) -> None:
+    """Cancel what waits for a permit, and give that back where it came all the same."""
+    task.cancel()
+    await asyncio.wait({task})
+    if not task.cancelled() and task.exception() is None:
+        task.result().release()
 
 
 async def run_cancellable(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Coroutine, Iterable, Sequence
-from typing import Any, Generic, NoReturn, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from typing import Any, Generic, NoReturn, TypeAlias, TypeVar
 
 from fast_litellm_shm._shared.named_limiter import key_bytes
 from fast_litellm_shm._shared.native import Decision
@@ -16,11 +17,15 @@ from fast_litellm_shm.integrations.web.log import Log
 from fast_litellm_shm.integrations.web.outcome import Outcome, combined
 from fast_litellm_shm.integrations.web.request import Request
 from fast_litellm_shm.integrations.web.rules import Cost, Rule
+from fast_litellm_shm.integrations.web.turn import Turns
 from fast_litellm_shm.limiters.choice import chosen
-from fast_litellm_shm.limiters.grantors import ClusterArgument, Grantor
-from fast_litellm_shm.limiters.waiting import run
+from fast_litellm_shm.limiters.grantors import ClusterArgument, Grantor, Held
+from fast_litellm_shm.limiters.waiting import ASYNCIO, BLOCKING, Shed, Wish, run, wish
 
 _App = TypeVar("_App")
+# Awaits a call that waits for its turn, and cancels it when the client has gone.
+Guard: TypeAlias = "Callable[[Coroutine[Any, Any, Held]], Awaitable[Held]]"
+_LAST = -100  # the lowest priority
 _BAD_COST = (TypeError, ValueError, OverflowError)  # what a limiter raises for one
 
 
@@ -41,6 +46,7 @@ class _Opened:
         self._grantor = grantor.quota(
             rule.limits, name=name, segment=segment, on_full=on_full, settles=False
         )
+        self._turns = Turns(self._grantor) if rule.wait else None
         self._described: tuple[Any, tuple[str, ...], str] | None = None
 
     def described(self) -> tuple[tuple[str, ...], str]:
@@ -51,13 +57,33 @@ class _Opened:
             self._described = (found, names, responses.policy(names, found))
         return self._described[1:]
 
-    async def admit(self, key: str | bytes, cost: Cost, may_await: bool) -> Outcome:
-        """may_await: where a server must be asked, a thread does that. Cancelled, it holds nothing;
-        what it was granted is consumed."""
+    async def admit(
+        self,
+        key: str | bytes,
+        cost: Cost,
+        may_await: bool,
+        wishing: Callable[[], Awaitable[Wish]],
+        guard: Guard | None,
+    ) -> Outcome:
+        """may_await: where a server must be asked, a thread does that. wishing: how to wait, where
+        the request has to. Cancelled, it holds nothing; what it was granted is consumed."""
         if isinstance(cost, tuple) and self.rule.in_flight is not None:
             cost = (*cost, 1)  # for the permit
-        grantor = self._grantor
-        permit = await grantor.admit_async(key, cost) if may_await else grantor.admit(key, cost)
+        grantor, turns = self._grantor, self._turns
+        if turns is None or not grantor.waited_for(key):
+            permit = await grantor.admit_async(key, cost) if may_await else grantor.admit(key, cost)
+            if turns is None or permit.allowed or not turns.may_come(permit, self.rule.wait):
+                return self._outcome(key, permit)
+        wished = await wishing()
+        waiting = turns.wait(ASYNCIO if may_await else BLOCKING, key, cost, self.rule.wait, wished)
+        try:
+            return self._outcome(key, await (waiting if guard is None else guard(waiting)))
+        except Shed as shed:
+            outcome = self._outcome(key, grantor.denied(key, cost))
+            outcome.expected = turns.pace.expected(shed.ahead)
+            return outcome
+
+    def _outcome(self, key: str | bytes, permit: Held) -> Outcome:
         decision, described = permit.decision, self.described()
         left = self._left(key, decision, len(described[0]))
         return Outcome(self.rule, key, permit, *described, not decision.allowed, left)
@@ -135,15 +161,19 @@ class Gate(Generic[_App]):
 
     def check(self, request: Request) -> Outcome | None:
         """Check a request. None: it is not limited. Does not raise what a key or cost function
-        raises. With a cluster it may wait for the server."""
+        raises. It waits under a rule with ``wait``, and with a cluster for the server."""
         return run(self._check(request, may_await=False).__await__())
 
-    def check_async(self, request: Request) -> Coroutine[Any, Any, Outcome | None]:
-        """check() for asyncio, where the key and cost functions may be async. It waits by await
-        alone."""
-        return self._check(request, may_await=True)
+    def check_async(
+        self, request: Request, guard: Guard | None = None
+    ) -> Coroutine[Any, Any, Outcome | None]:
+        """check() for asyncio, where the functions of a rule may be async. It waits by await alone.
+        guard: awaits the calls that wait for their turn."""
+        return self._check(request, True, guard)
 
-    async def _check(self, request: Request, may_await: bool) -> Outcome | None:
+    async def _check(
+        self, request: Request, may_await: bool, guard: Guard | None = None
+    ) -> Outcome | None:
         """may_await: if False, nothing here suspends, so that check() can run it without an event
         loop."""
         if self._refuses is not None and len(request.readings.routed) > 1:
@@ -151,7 +181,7 @@ class Gate(Generic[_App]):
         outcomes: list[Outcome] = []
         try:
             for opened in self._find(request):
-                outcome = await self._check_rule(opened, request, may_await)
+                outcome = await self._check_rule(opened, request, may_await, guard)
                 if outcome is not None:
                     outcomes.append(outcome)
                     if outcome.refused:
@@ -162,7 +192,7 @@ class Gate(Generic[_App]):
         return combined(outcomes)
 
     async def _check_rule(
-        self, opened: _Opened, request: Request, may_await: bool
+        self, opened: _Opened, request: Request, may_await: bool, guard: Guard | None
     ) -> Outcome | None:
         rule = opened.rule
         key: Any
@@ -191,13 +221,14 @@ class Gate(Generic[_App]):
             if self._refuses_cost(rule, error):
                 return opened.unchecked(key, True)
             key, cost = client_address(request), 1
+        how = may_await, functools.partial(self._wish, rule, request, may_await), guard
         try:
             try:
-                outcome = await opened.admit(key, cost, may_await)
+                outcome = await opened.admit(key, cost, *how)
             except _BAD_COST as error:
                 if self._refuses_cost(rule, error):
                     return opened.unchecked(key, True)
-                outcome = await opened.admit(client_address(request), 1, may_await)
+                outcome = await opened.admit(client_address(request), 1, *how)
         except FastShmError as error:
             denied = self._on_error == "deny"
             shown = "refused" if denied else "let through, uncounted"
@@ -207,6 +238,27 @@ class Gate(Generic[_App]):
         if outcome.denied and rule.dry_run:
             self._log.dry_run(outcome, request)
         return outcome
+
+    async def _wish(self, rule: Rule, request: Request, may_await: bool) -> Wish:
+        """How a request waits. Where a function fails, it waits behind all others: who can make it
+        fail gains nothing."""
+        found: dict[str, Any] = {}
+        try:
+            for name in ("tenant", "weight", "priority"):
+                value: Any = getattr(rule, name)
+                if callable(value):
+                    value = value(request)
+                    if inspect.isawaitable(value):
+                        value = await value if may_await else _refuse_async(value, name)
+                found[name] = value
+            return wish(**found, max_waiting=rule.max_waiting, on_wait=None)
+        except Exception as error:
+            self._log.failure(
+                f"rule {rule.name!r}: its tenant, weight or priority function failed; such "
+                "requests wait behind all others",
+                error,
+            )
+            return wish(None, 1.0, _LAST, rule.max_waiting, None)
 
     def _find(self, request: Request) -> list[_Opened]:
         """For each path by which the request may be routed: the first rule that matches it, and the

@@ -20,7 +20,8 @@ class Outcome:
 
     rule: the rule that applied. key: whom the request counted for. decision: None where the limits
     could not be checked. denied: a limit denied the request. refused: the request is therefore
-    answered with ``status``; always False with ``dry_run``.
+    answered with ``status``; always False with ``dry_run``. expected: where it was refused because
+    as many wait as may: seconds until it would have been served; None: not known.
     """
 
     __slots__ = (
@@ -33,6 +34,7 @@ class Outcome:
         "_policy",
         "decision",
         "denied",
+        "expected",
         "key",
         "refused",
         "rule",
@@ -54,6 +56,7 @@ class Outcome:
         self.decision: Decision | None = None if admission is None else admission.decision
         self._policies, self._policy, self._left = policies, policy, left
         self._permit = admission if admission else None
+        self.expected: float | None = None
         self._others: tuple[Outcome, ...] = ()  # of more rules, where the path has several readings
         self._index = len(policies)  # of the limit that the decision names; len(policies): none
         if self.decision is not None:
@@ -124,6 +127,8 @@ class Outcome:
         """Of a refusal, in whole seconds; None: a later request is refused too."""
         if self.decision is None:
             return None if self._error_status == 400 else responses.BUSY_RETRY
+        if self.expected is not None and self.decision.retry_after is not None:
+            return responses.seconds(self.expected)
         return responses.retry_after(self.decision)
 
     @property

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Awaitable, Callable, Collection, Iterable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from fast_litellm_shm import limits
 from fast_litellm_shm._shared.named_limiter import key_bytes
@@ -13,10 +14,14 @@ from fast_litellm_shm._shared.native import lib
 from fast_litellm_shm.integrations.web.keys import KeyFunction, client_address
 from fast_litellm_shm.integrations.web.path_pattern import PathPattern
 from fast_litellm_shm.integrations.web.request import Request
+from fast_litellm_shm.limiters.waiting import wish
 from fast_litellm_shm.limits import InFlight, LimitSpec
 
 Cost: TypeAlias = int | tuple[int, ...]
 CostFunction: TypeAlias = Callable[[Request], Cost | Awaitable[Cost]]
+TenantFunction: TypeAlias = Callable[[Request], "str | None | Awaitable[str | None]"]
+WeightFunction: TypeAlias = Callable[[Request], "float | Awaitable[float]"]
+PriorityFunction: TypeAlias = Callable[[Request], "int | Awaitable[int]"]
 _Matcher: TypeAlias = Callable[[str], object]
 
 
@@ -58,8 +63,14 @@ class Rule:
     in_flight: how many requests of a key may be in flight at the same time; a request is in flight
     until its body is sent. It counts as one limit. busy_status: the status of requests beyond that,
     429 or 503.
+    wait: how many seconds a request may wait for its turn before it is refused; 0: not at all. A
+    request that cannot be admitted in that time is refused at once. Requests wait in the queue of
+    their key, over all processes; in ASGI, a request whose client has gone leaves it.
+    tenant, weight, priority: of a request that waits, as of ConcurrencyLimiter.wait(): functions of
+    the request; or constants, but for the tenant. max_waiting: a request is refused at once, if so
+    many would be before it.
     exempt: keys that are not limited, as the key function returns them.
-    dry_run: count and log, but refuse no request.
+    dry_run: count and log, but refuse no request, and let none wait.
     name: names the limits in the segment and in the headers; printable ASCII; default: the methods
     and the path, or ``default``.
 
@@ -77,6 +88,11 @@ class Rule:
         cost: Cost | CostFunction = 1,
         in_flight: int | None = None,
         busy_status: int = 429,
+        wait: float = 0,
+        tenant: TenantFunction | None = None,
+        weight: float | WeightFunction = 1.0,
+        priority: int | PriorityFunction = 0,
+        max_waiting: int | None = None,
         exempt: Collection[str | bytes] = (),
         dry_run: bool = False,
         name: str | None = None,
@@ -105,6 +121,7 @@ class Rule:
                 f"Rule: at most {lib.FSHM_MAX_LIMITS} limits, in_flight among them, not "
                 f"{len(chosen)}"
             )
+        self._check_waiting(wait, tenant, weight, priority, max_waiting, bool(chosen))
         verbs = None if methods is None else frozenset(each.upper() for each in methods)
         self._matches, self._may_match = _matchers(path)
         if name is None:
@@ -117,9 +134,46 @@ class Rule:
         self.public_name = name  # in the headers
         self.key, self.cost = key, cost
         self.in_flight, self.busy_status = in_flight, busy_status
+        self.wait: float = 0 if dry_run else wait
+        self.tenant, self.weight, self.priority = tenant, weight, priority
+        self.max_waiting = max_waiting
         self.exempt = frozenset(map(key_bytes, exempt))
         self.dry_run = bool(dry_run)
         self._methods = verbs if verbs is None or "GET" not in verbs else verbs | {"HEAD"}
+
+    @staticmethod
+    def _check_waiting(
+        wait: float, tenant: Any, weight: Any, priority: Any, max_waiting: Any, limited: bool
+    ) -> None:
+        if isinstance(wait, bool) or not isinstance(wait, (int, float)):
+            raise TypeError(f"Rule: wait must be a number of seconds, not {wait!r}")
+        if not 0 <= wait < math.inf:
+            raise ValueError(f"Rule: wait must be a number of seconds of 0 or more, not {wait!r}")
+        if wait and not limited:
+            raise ValueError("Rule: wait is for rules with limits or in_flight, and this has none")
+        if tenant is not None and not callable(tenant):
+            raise TypeError(f"Rule: tenant must be a function of a request, not {tenant!r}")
+        try:
+            wish(
+                None,
+                1.0 if callable(weight) else weight,
+                0 if callable(priority) else priority,
+                max_waiting,
+                None,
+            )
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"Rule: {error}") from None
+        given = {
+            "tenant": (tenant, None),
+            "weight": (weight, 1.0),
+            "priority": (priority, 0),
+            "max_waiting": (max_waiting, None),
+        }
+        for name, (value, default) in given.items():
+            if not wait and value != default:
+                raise ValueError(
+                    f"Rule: {name} is for requests that wait: add wait=5, or leave {name} out"
+                )
 
     def matches(self, request: Request) -> bool:
         """Does the rule apply to the request? Where the path has several readings, a rule with

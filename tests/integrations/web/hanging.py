@@ -8,22 +8,29 @@ import os
 from fast_litellm_shm.integrations.asgi import RateLimitMiddleware, Receive, Rule, Scope, Send
 
 SECONDS = os.environ.get("SECONDS")
+served = 0  # requests
 
 
 async def hanging(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] != "http":  # lifespan
         raise NotImplementedError
+    global served
+    served += scope["path"] != "/ready"
     if scope["path"] != "/before":
         await send({"type": "http.response.start", "status": 200, "headers": []})
         more = scope["path"] == "/amid"
-        await send({"type": "http.response.body", "body": b"a part", "more_body": more})
+        body = str(served).encode() if scope["path"] == "/served" else b"a part"
+        await send({"type": "http.response.body", "body": body, "more_body": more})
     if scope["path"] in ("/before", "/amid"):
         await asyncio.Event().wait()
 
 
 app = RateLimitMiddleware(
     hanging,
-    [Rule(path="/ready"), Rule(in_flight=1, key=lambda _: "one")],
+    [
+        Rule(path="/ready"),
+        Rule(in_flight=1, key=lambda _: "one", wait=float(os.environ.get("WAIT", "0"))),
+    ],
     name="hanging",
     in_flight_cancel="CANCEL" in os.environ,
     in_flight_seconds=float(SECONDS) if SECONDS else None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 import pytest
@@ -11,6 +11,7 @@ from fastapi import (
     APIRouter,
     Depends,
     FastAPI,
+    Header,
     HTTPException,
     Response,
     Security,
@@ -21,6 +22,7 @@ from fastapi.middleware.gzip import GZipMiddleware
 from fastapi.security import APIKeyHeader
 from fastapi.testclient import TestClient
 from starlette.testclient import WebSocketDenialResponse
+from support.waiting import PATIENCE
 
 from fast_litellm_shm import Limit, Segment, Window
 from fast_litellm_shm.integrations.asgi import RateLimitMiddleware, Rule
@@ -39,6 +41,36 @@ def asked(app: FastAPI, *paths: str, **more: Any) -> list[httpx.Response]:
 
 def statuses(app: FastAPI, *paths: str, **more: Any) -> list[int]:
     return [answer.status_code for answer in asked(app, *paths, **more)]
+
+
+def test_requests_that_wait(segment: Segment) -> None:
+    """All are served, those of higher priority first; beyond max_waiting they are refused."""
+    app, served = FastAPI(), list[str]()
+    limit = RateLimit(
+        Limit(4, per=1, burst=1),
+        key=lambda _: "all",
+        wait=PATIENCE,
+        priority=lambda request: int(request.header("X-Priority") or 0),
+        max_waiting=4,
+        segment=segment,
+    )
+
+    @app.get("/search", dependencies=[Depends(limit)])
+    async def search(x_priority: Annotated[str, Header()] = "") -> None:
+        served.append(x_priority)
+
+    async def ask_all() -> list[int]:
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+
+            async def ask(priority: int) -> int:
+                headers = {"X-Priority": str(priority)}
+                return (await client.get("/search", headers=headers)).status_code
+
+            return await asyncio.gather(*map(ask, [0, 0, 5, 0, 9, 0, 0]))
+
+    assert sorted(asyncio.run(ask_all())) == [200] * 5 + [429] * 2
+    assert served == ["0", "9", "5", "0", "0"]
 
 
 def test_headers_and_refusal(segment: Segment) -> None:
