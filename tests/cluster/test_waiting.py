@@ -84,16 +84,17 @@ def test_rates(server: Server, segment: Segment) -> None:
 
 
 async def _backlog(limiters: list[Any], callers: list[int], services: int) -> list[int]:
-    """How many callers of each host were served, of so many, while so many waited on each."""
-    served, total = [0] * len(limiters), 0
+    """How many callers of each host were served, of so many, while so many waited on each. Counted
+    when as many have been served before: the first host has had all to itself."""
+    served, total = [0] * len(limiters), -services
 
     async def caller(host: int) -> None:
         nonlocal total
         while total < services:
             held = await limiters[host].wait_async("k", timeout=PATIENCE)
             assert held
+            served[host] += total >= 0
             total += 1
-            served[host] += 1
             await asyncio.sleep(0.01)
             if hasattr(held, "release"):
                 held.release()
