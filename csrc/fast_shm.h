@@ -339,7 +339,8 @@ int fshm_permit_release(fshm_limiter *limiter, fshm_permit *permit);
 int fshm_permit_idle(fshm_limiter *limiter, fshm_permit *permit, int idle);
 /* 0: it was released, or taken back by fshm_reap() although its process lives. */
 int fshm_permit_held(const fshm_limiter *limiter, const fshm_permit *permit);
-/* The number of the key's permits that living processes hold. Frees those of dead processes. */
+/* The number of the key's permits that living processes hold. Frees those of dead processes. One that another call is
+ * taking or releasing at this instant may count or not. */
 uint32_t fshm_in_flight(fshm_limiter *limiter, const void *key, uint64_t key_length);
 
 /* Waiting for a key ------------------------------------------------------------------------ */

@@ -23,7 +23,7 @@
  * first HOME_PROCESSES are allocated with it, the others in blocks, when a process takes an index there. */
 #ifndef PROCESSES /* tests that copy segments, or fill the table, have fewer */
 #define PROCESSES 4096
-#define HOME_PROCESSES 256
+#define HOME_PROCESSES 128
 #endif
 #define INCARNATION_BITS 14 /* of the owner of a permit */
 #define PROCESS_STATS 128 /* entries of one process: a power of two */

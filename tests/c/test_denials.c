@@ -149,8 +149,9 @@ static void act(int me, void *with) {
     }
     const bool leave = story->what == LEAVE;
     atomic_store(&story->turn, 0);
-    if (leave) return;
+    if (leave) break;
   }
+  fshm_limiter_close(l);
 }
 
 static void tell(story_t *story, int actor, uint32_t what, uint32_t key) {

@@ -84,16 +84,14 @@ def test_rates(server: Server, segment: Segment) -> None:
 
 
 async def _backlog(limiters: list[Any], callers: list[int], services: int) -> list[int]:
-    """How many callers of each host were served, of so many, while so many waited on each."""
-    served, total = [0] * len(limiters), 0
+    """Whose callers were served, one host after another, while so many waited on each."""
+    served: list[int] = []
 
     async def caller(host: int) -> None:
-        nonlocal total
-        while total < services:
+        while len(served) < services:
             held = await limiters[host].wait_async("k", timeout=PATIENCE)
             assert held
-            total += 1
-            served[host] += 1
+            served.append(host)
             await asyncio.sleep(0.01)
             if hasattr(held, "release"):
                 held.release()
@@ -107,10 +105,11 @@ async def _backlog(limiters: list[Any], callers: list[int], services: int) -> li
 def test_hosts_whose_callers_wait_share_the_permits(
     server: Server, segment: Segment, other: Segment, most: int, which: int
 ) -> None:
-    """However many callers of each wait."""
+    """However many callers of each wait; not at once: first, one host has all."""
     hosts = [_limiters(each, server.url, most)[which] for each in (segment, other)]
-    found = asyncio.run(_backlog(hosts, [30, 6], 120 * most))
-    assert min(found) > sum(found) / 4, found
+    served = asyncio.run(_backlog(hosts, [30, 6], 600 * most))
+    later = served[len(served) // 2 :]
+    assert min(map(later.count, (0, 1))) > len(later) / 3, served
     assert [each.in_flight("k") for each in hosts] == [0, 0]
 
 
@@ -120,5 +119,5 @@ def test_hosts_whose_callers_wait_for_tokens_are_all_served(
     """No share is promised: tokens are for the host that asks when they are there."""
     given: dict[str, Any] = {"name": "rate", "cluster": server.url}
     hosts = [RateLimiter(Window(10, 0.1), segment=each, **given) for each in (segment, other)]
-    found = asyncio.run(_backlog(hosts, [30, 6], 150))
-    assert min(found) > 6, found
+    served = asyncio.run(_backlog(hosts, [30, 6], 150))
+    assert min(map(served.count, (0, 1))) > 6, served

@@ -56,7 +56,12 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ),
     ],
     "permits without end": [
-        ("limits/limits.h", "i + 1 != has || r->n > MAX_PERMITS", "i + 1 != has")
+        ("limits/limits.h", "i + 1 != has || r->n > MAX_PERMITS", "i + 1 != has"),
+        (
+            "limits/limits.h",
+            "rule_sane(&p->rules[0]) && p->rules[0].n <= MAX_PERMITS",
+            "rule_sane(&p->rules[0])",
+        ),
     ],
     "the header is believed": [
         ("core/image.c", "offsetof(header_t, names_mode)", "offsetof(header_t, names_words)")

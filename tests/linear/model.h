@@ -20,7 +20,9 @@
  * - A permit that was taken for an admission whose limits then have no room, likewise.
  * - A full table: the number of other keys that may have had a slot by then, not those live at one instant.
  * - Limits that are changed meanwhile: an operation may go by limits that it loaded earlier.
- * - Permits are counted slot by slot, each slot at an instant of its own, in order. */
+ * - Permits are counted slot by slot, each slot at an instant of its own, in order.
+ * - Who counts permits or is denied by them may not know yet of a permit that a call takes or gives back and that
+ *   is not over ("Denials in constant time"). */
 #ifndef MODEL_H
 #define MODEL_H
 

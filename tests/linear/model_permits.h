@@ -13,6 +13,18 @@ static inline unsigned permits_held(const history_t *h, const config_t *c) {
   return held;
 }
 
+/* Permits that another call is taking or giving back, one bit each: it has swapped the slot, and is not over. */
+static inline unsigned permits_unsaid(const history_t *h, const config_t *c, int but) {
+  unsigned unsaid = 0;
+  for (int lane = 0; lane < LANES; lane++) {
+    if (lane == but || !c->phase[lane] || c->at[lane] >= h->count[lane]) continue;
+    const op_t *op = &h->ops[lane][c->at[lane]];
+    if (op->kind == OP_RELEASE) unsaid |= 1u << op->permit;
+    if (op->kind == OP_ADMIT) unsaid |= 1u << (c->seen_held[lane] - 1);
+  }
+  return unsaid;
+}
+
 /* A permit, then the rate limits. seen_held: the permit that was taken, plus 1. */
 static inline bool admit(const history_t *h, int level, config_t *c, int lane, const op_t *op,
                          unsigned branch, unsigned view) {
@@ -20,6 +32,7 @@ static inline bool admit(const history_t *h, int level, config_t *c, int lane, c
   unsigned all = (1u << h->permits) - 1;
   bool denied = !op_open(op) && op->status != FSHM_ALLOWED;
   bool by_permits = denied && op->limit_index == h->limits;
+  unsigned held = permits_held(h, c) | permits_unsaid(h, c, lane);
   enum { SEARCHING, TAKEN, LOST };
   switch (branch) {
     case 0: /* take a slot: the one that is known, else any */
@@ -28,19 +41,20 @@ static inline bool admit(const history_t *h, int level, config_t *c, int lane, c
       if (!op_open(op) && !denied && op->permit != view) return false;
       if (permit_held(c, view)) return false;
       c->holder[view] = (uint8_t)(lane + 1);
-      if (!h->limits && !op_open(op)) return finish(c, lane);
+      if (!h->limits && !op_open(op) && !level) return finish(c, lane);
       *seen_held = (uint8_t)(view + 1);
       *phase = TAKEN;
       return true;
     case 1: /* charge */
-      if (*phase != TAKEN || denied || !h->limits) return false;
+      if (*phase != TAKEN || denied) return false;
+      if (!h->limits) return level && !view && finish(c, lane);
       return charge_limit(h, c, lane, op, 0, view) && finish(c, lane);
     case 2: /* no permit; or its permit was lost with the room */
       if (!by_permits || view) return false;
       if (op->count != h->permits) return false;
       if (!level) return permits_held(h, c) == all && finish(c, lane);
-      if ((*seen_held | permits_held(h, c)) == *seen_held) return false;
-      *seen_held |= (uint8_t)permits_held(h, c);
+      if (!(held & ~(unsigned)*seen_held)) return false;
+      *seen_held |= (uint8_t)held;
       return *seen_held == all ? finish(c, lane) : true;
     case 3: /* no room in the rate limit: before it took a permit, or since */
       if (!h->limits || by_permits || *phase == LOST || (!denied && !op_open(op))) return false;
@@ -57,23 +71,28 @@ static inline bool admit(const history_t *h, int level, config_t *c, int lane, c
   }
 }
 
-static inline bool release(config_t *c, int lane, const op_t *op, unsigned view) {
+/* At level 1 in two steps: the permit is free, then everybody knows. */
+static inline bool release(int level, config_t *c, int lane, const op_t *op, unsigned view) {
   bool mine = c->holder[op->permit] == lane + 1;
-  if (view || (!op_open(op) && op->status != mine)) return false;
-  if (mine) c->holder[op->permit] = 0;
-  return finish(c, lane);
+  if (view) return false;
+  if (c->phase[lane]) return finish(c, lane);
+  if (!op_open(op) && op->status != mine) return false;
+  if (!mine) return finish(c, lane);
+  c->holder[op->permit] = 0;
+  return stepped(c, lane, level ? 2 : 1);
 }
 
+/* view 1: as it was before a call that is not over. */
 static inline bool in_flight(const history_t *h, int level, config_t *c, int lane, const op_t *op,
                              unsigned view) {
-  if (view) return false;
   if (!level) {
     unsigned held = (unsigned)__builtin_popcount(permits_held(h, c));
-    return (op_open(op) || held == op->count) && finish(c, lane);
+    return !view && (op_open(op) || held == op->count) && finish(c, lane);
   }
-  c->seen_held[lane] += permit_held(c, c->phase[lane]);
-  if (c->phase[lane] + 1u == h->permits && !op_open(op) && c->seen_held[lane] != op->count)
-    return false;
+  unsigned permit = c->phase[lane];
+  if (view > 1 || (view && !(permits_unsaid(h, c, lane) >> permit & 1))) return false;
+  c->seen_held[lane] += permit_held(c, permit) != (view == 1);
+  if (permit + 1 == h->permits && !op_open(op) && c->seen_held[lane] != op->count) return false;
   return stepped(c, lane, h->permits);
 }
 
@@ -81,7 +100,7 @@ static inline bool permits(const history_t *h, int level, config_t *c, int lane,
                            unsigned branch, unsigned view) {
   if (op->kind == OP_ADMIT) return admit(h, level, c, lane, op, branch, view);
   if (branch) return false;
-  if (op->kind == OP_RELEASE) return release(c, lane, op, view);
+  if (op->kind == OP_RELEASE) return release(level, c, lane, op, view);
   return in_flight(h, level, c, lane, op, view);
 }
 

@@ -255,6 +255,47 @@ static void test_permits(void) {
   CHECK_EQ(verdict(&h, 1), NOT_LINEARISABLE);
 }
 
+static op_t *in_flight_op(history_t *h, int lane, uint64_t from, uint64_t to, uint32_t held) {
+  op_t *op = add(h, lane, OP_IN_FLIGHT, from, to, 0, 0);
+  op->count = held;
+  return op;
+}
+
+/* A count may be of before a call that is not over, also where another has seen what the call did. */
+static void test_permits_that_are_remembered(void) {
+  history_t h = permits_of(1);
+  op_t *taken = admit_op(&h, 0, 1, 8, 0);
+  admit_op(&h, 1, 2, 3, -1);
+  in_flight_op(&h, 2, 4, 5, 0);
+  CHECK_EQ(verdict(&h, 0), NOT_LINEARISABLE);
+  CHECK_EQ(verdict(&h, 1), LINEARISABLE);
+  taken->responded = 3; /* over */
+  CHECK_EQ(verdict(&h, 1), NOT_LINEARISABLE);
+
+  h = permits_of(2);
+  admit_op(&h, 0, 1, 2, 0);
+  op_t *freed = add(&h, 0, OP_RELEASE, 3, 10, 0, 1);
+  in_flight_op(&h, 1, 4, 5, 0);
+  op_t *counted = in_flight_op(&h, 2, 6, 7, 1);
+  CHECK_EQ(verdict(&h, 0), NOT_LINEARISABLE);
+  CHECK_EQ(verdict(&h, 1), LINEARISABLE);
+  counted->count = 2;
+  CHECK_EQ(verdict(&h, 1), NOT_LINEARISABLE);
+  counted->count = 1;
+  freed->responded = 5;
+  CHECK_EQ(verdict(&h, 1), NOT_LINEARISABLE);
+
+  h = permits_of(1); /* denied when another has seen it free */
+  admit_op(&h, 0, 1, 2, 0);
+  freed = add(&h, 0, OP_RELEASE, 3, 10, 0, 1);
+  in_flight_op(&h, 1, 4, 5, 0);
+  admit_op(&h, 2, 6, 7, -1);
+  CHECK_EQ(verdict(&h, 0), NOT_LINEARISABLE);
+  CHECK_EQ(verdict(&h, 1), LINEARISABLE);
+  freed->responded = 5;
+  CHECK_EQ(verdict(&h, 1), NOT_LINEARISABLE);
+}
+
 static op_t *put_op(history_t *h, int lane, uint64_t from, uint64_t to, uint64_t tokens,
                     uint64_t lease) {
   op_t *op = add(h, lane, OP_PUT, from, to, tokens, FSHM_OK);
@@ -566,6 +607,7 @@ int main(void) {
   test_killed();
   test_several();
   test_permits();
+  test_permits_that_are_remembered();
   test_versions();
   test_undo_after_reset();
   test_charge_of_fewer();

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -212,7 +213,10 @@ def main(fault: str) -> None:
             use_recorder(segment)
             use_storage(segment)
             SimpleRateLimiter(requests_per_minute=10, segment=segment).check("k")
-        {"c": leak_in_c, "object": leak_an_object, "none-but-calls": use_pool}[fault](segment)
+        for thread in threading.enumerate():  # a thread that the end of Python stops keeps what it has
+            if thread is not threading.current_thread():
+                thread.join(30)
+        {"c": leak_in_c, "object": leak_an_object, "none-but-calls": use_memo}[fault](segment)
     finally:
         segment.remove()
 
