@@ -7,7 +7,7 @@ memory of its own for the tables.
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 import os
 import struct
 from typing import TYPE_CHECKING
@@ -41,14 +41,11 @@ _opened: dict[str, _native.Vocabulary | None] = {}
 _warned: set[str] = set()
 
 
-def _installed_version() -> str:
+@functools.cache
+def installed_version() -> str:
     """The version of tiktoken, without importing it or importlib.metadata, which takes longer than
     to open a vocabulary. "" where it cannot be told."""
-    try:
-        spec = importlib.util.find_spec("tiktoken")
-    except (ImportError, ValueError):
-        spec = None
-    for package in (spec and spec.submodule_search_locations) or ():
+    for package in encoding.folders_of("tiktoken"):
         for entry in os.listdir(os.path.dirname(package)):
             if entry.startswith("tiktoken-") and entry.endswith(".dist-info"):
                 return entry.removeprefix("tiktoken-").removesuffix(".dist-info")
@@ -58,7 +55,7 @@ def _installed_version() -> str:
 def path_of(name: str) -> str | None:
     """Where the file of an encoding lies. None where the version of tiktoken cannot be told: then
     there is no file."""
-    version = _installed_version()
+    version = installed_version()
     if not version:
         return None
     return os.path.join(settings.cache_folder(), f"{name}-{version}-{FILE_VERSION}.vocabulary")

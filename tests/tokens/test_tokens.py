@@ -8,6 +8,7 @@ import warnings
 from typing import Any, cast
 
 import pytest
+from fast_litellm_shm.tokens.batch import BatchCounter
 from support import texts
 from support.children import run, run_one
 
@@ -16,7 +17,6 @@ from fast_litellm_shm._shared import features
 from fast_litellm_shm._shared.native import Memo, ffi, lib
 from fast_litellm_shm.tokens import batch as token_batch
 from fast_litellm_shm.tokens import encoding
-from fast_litellm_shm.tokens.batch import BatchCounter
 
 AT_HAND = texts.encodings_at_hand()
 needs_encoding = pytest.mark.skipif("cl100k_base" not in AT_HAND, reason=texts.WHY_NOT)
