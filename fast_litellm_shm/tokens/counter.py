@@ -101,7 +101,8 @@ class _Tiktoken:
     def encode(self, text: str) -> list[int]:
         return encoding.load(self._name).encode_ordinary(text)
 
-    def count(self, text: str) -> int:
+    def count(self, text: Any) -> int:
+        _check_text(text)  # the memo leaves what is no str to this
         return len(self.encode(text))
 
     def decode(self, tokens: list[int]) -> bytes:
@@ -137,37 +138,33 @@ class _Counting:
         self._tiktoken = _Tiktoken(name)
         self._engine = vocabulary.load(name)
         self.memo: Memo | None = None
-        self.count: Callable[[Any], int] = self.plain
         if self._engine is None:
             encoding.load(name)  # raises where that cannot be had
         if segment is not None:
             self.memo = make_memo(
                 segment,
                 f"tiktoken {vocabulary.installed_version()} {name}",
-                self._by_tiktoken,
+                self._tiktoken.count,
                 "count",
                 self._engine,
                 _enabled,
             )
-            self.count = self.memo.count
 
     def tables(self) -> _Tables:
         """Those to use now."""
         return self._engine if self._engine is not None and _enabled() else self._tiktoken
-
-    def _by_tiktoken(self, text: Any) -> int:
-        _check_text(text)
-        return self._tiktoken.count(text)
 
     def plain(self, text: Any) -> int:
         """Without the memo."""
         _check_text(text)
         return self.tables().count(text)
 
-    def count_of(self, tenant: str | bytes) -> Callable[[Any], int]:
-        """count() for this tenant, with what the memo keeps for it."""
+    def count_of(self, tenant: str | bytes | None) -> Callable[[Any], int]:
+        """A function that counts, with what the memo keeps for this tenant."""
         memo = self.memo
-        return self.plain if memo is None else lambda text: memo.count_for(text, tenant)
+        if memo is None:
+            return self.plain
+        return memo.count if tenant is None else lambda text: memo.count_for(text, tenant)
 
 
 class SimpleTokenCounter:
@@ -219,6 +216,7 @@ class SimpleTokenCounter:
         self._given = segment
         self._segment = segment
         self._by_model: dict[str | None, Callable[[Any], int]] = {}
+        self._counting_by_model: dict[str | None, _Counting] = {}
         self._by_encoding: dict[str, _Counting] = {}
 
     @property
@@ -248,7 +246,7 @@ class SimpleTokenCounter:
         return self._count_again(text, model, failure)
 
     def _count_for(self, text: str, model: str | None, tenant: str | bytes) -> int:
-        counting = self._prepare(model)
+        counting = self._counting(model)
         _check_tenant(tenant)
         if counting.memo is None:
             return counting.plain(text)
@@ -285,11 +283,7 @@ class SimpleTokenCounter:
         if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
             raise TypeError(f"texts must be a list of str, not {_shown(texts)}")
         texts = list(texts)
-        known = self._by_model.get(model) if isinstance(model, (str, type(None))) else None
-        count = known or self._prepare(model).count
-        if tenant is not None:
-            _check_tenant(tenant)
-            count = self._prepare(model).count_of(tenant)
+        count = self._count_of(model, tenant)
         counts: list[int] = []
         try:
             for start in range(0, len(texts), _AT_ONCE):
@@ -381,15 +375,10 @@ class SimpleTokenCounter:
         returns, whose arguments these are. See :mod:`fast_litellm_shm.tokens.chat` for its rules,
         and where it differs. Raises ValueError for messages that cannot be counted.
         """
-        counting = self._prepare(model)
-        count = counting.count
-        if tenant is not None:
-            _check_tenant(tenant)
-            count = counting.count_of(tenant)
         return chat.count(
             messages,
             model,
-            count,
+            self._count_of(model, tenant),
             tools,
             tool_choice,
             count_response_tokens=count_response_tokens,
@@ -397,9 +386,21 @@ class SimpleTokenCounter:
             default_token_count=default_token_count,
         )
 
+    def _count_of(self, model: str | None, tenant: str | bytes | None) -> Callable[[Any], int]:
+        """A function that counts texts of this model for this tenant."""
+        if tenant is not None:
+            _check_tenant(tenant)
+        return self._counting(model).count_of(tenant)
+
     def _tables(self, model: str | None) -> _Tables:
         """Of the model's encoding, without the memo."""
-        return self._prepare(model).tables()
+        return self._counting(model).tables()
+
+    def _counting(self, model: str | None) -> _Counting:
+        try:
+            return self._counting_by_model[model]
+        except (KeyError, TypeError):
+            return self._prepare(model)
 
     # models --------------------------------------------------------------------------------------
 
@@ -437,7 +438,9 @@ class SimpleTokenCounter:
             counting = self._by_encoding[name] = self._open(name)
         if len(self._by_model) >= _MOST_MODELS:
             self._by_model.clear()
-        self._by_model[model] = counting.count
+            self._counting_by_model.clear()
+        self._by_model[model] = counting.count_of(None)
+        self._counting_by_model[model] = counting
         return counting
 
     def _open(self, name: str) -> _Counting:

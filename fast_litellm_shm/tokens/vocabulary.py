@@ -7,9 +7,12 @@ memory of its own for the tables.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import struct
+import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fast_litellm_shm import _native
@@ -35,6 +38,10 @@ PATTERNS = {
     r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
     r"""|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+""": 3,
 }
+
+_TEMPORARY = ".tmp"  # the end of the names that Vocabulary.save() writes under
+_LEFT = 600.0  # seconds: an older temporary file is one that a killed process left
+_PATIENCE = 20.0  # seconds to wait for a process that builds: it may be stopped
 
 _lock = greenlets.Lock()  # held over a download
 _opened: dict[str, _native.Vocabulary | None] = {}
@@ -80,13 +87,21 @@ def _knows_unicode(major: int, minor: int) -> bool:
     return True
 
 
+def _pattern_of(found: tiktoken.Encoding) -> int | None:
+    """The engine's number for the pattern of an encoding; None where tiktoken must count."""
+    major, minor = UNICODE_VERSION
+    pattern = PATTERNS.get(found._pat_str)
+    if pattern is None or not _knows_unicode(major, minor) or _knows_unicode(major + 1, 0):
+        return None
+    return pattern
+
+
 def compile_encoding(found: tiktoken.Encoding) -> _native.Vocabulary | None:
     """The vocabulary of an encoding, in memory of this process; takes 1 to 3 s. None where the
     engine cannot count exactly as tiktoken does: the pattern, the ranks or the installed tiktoken's
     version of Unicode are others than those it knows."""
-    pattern = PATTERNS.get(found._pat_str)
-    major, minor = UNICODE_VERSION
-    if pattern is None or not _knows_unicode(major, minor) or _knows_unicode(major + 1, 0):
+    pattern = _pattern_of(found)
+    if pattern is None:
         return None
     special = {text.encode(): rank for text, rank in found._special_tokens.items()}
     try:
@@ -119,33 +134,84 @@ def _save(vocabulary: _native.Vocabulary, path: str) -> _native.Vocabulary:
         return vocabulary
 
 
-def _open(path: str) -> _native.Vocabulary | None:
-    """The file, if it is there and whole; else None: it is built again, over what is there."""
+def _open(path: str) -> tuple[_native.Vocabulary | None, str]:
+    """The file, if it is whole; else None, and why not: "" where there is none."""
     try:
-        return _native.open_vocabulary(path)
+        return _native.open_vocabulary(path), ""
     except FileNotFoundError:
-        return None
+        return None, ""
     except ValueError as error:
         status = error.args[0]
-        why = {
+        return None, {
             lib.FSHM_E_OWNER: "it belongs to another user, or others may write it",
             lib.FSHM_E_KIND: "it is not a regular file",
             lib.FSHM_E_LAYOUT: "it is of another version or byte order",
         }.get(status, "it is damaged")
-        log.warning("%s is not used: %s; it is built again", path, why)
-        return None
     except OSError as error:
-        log.warning("%s is not used: %s; it is built again", path, error)
-        return None
+        return None, str(error)
+
+
+def _remove_left(folder: str) -> None:
+    """Remove the temporary files of processes that were killed while they wrote."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            if not (entry.name.endswith(_TEMPORARY) and ".vocabulary." in entry.name):
+                continue
+            with contextlib.suppress(OSError):  # another process has removed it
+                if time.time() - entry.stat(follow_symlinks=False).st_mtime > _LEFT:
+                    os.unlink(entry.path)
+
+
+@contextlib.contextmanager
+def _turn(folder: str) -> Iterator[None]:
+    """Wait until no other process builds a file there: eight workers that start at once would each
+    do so. The kernel frees the lock of one that dies. After _PATIENCE, go on without the lock: two
+    that build do no harm, the last file stays."""
+    import fcntl
+
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:  # _save() says so
+        yield
+        return
+    try:
+        until = time.monotonic() + _PATIENCE
+        while time.monotonic() < until:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.02)
+            except OSError:  # this file system has no locks
+                break
+            else:
+                break
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _load(name: str) -> _native.Vocabulary | None:
     path = path_of(name)
-    found = _open(path) if path else None
+    if path is None:
+        return compile_encoding(encoding.load(name))
+    folder = os.path.dirname(path)
+    _remove_left(folder)
+    found, why = _open(path)
     if found is not None:
         return found
-    compiled = compile_encoding(encoding.load(name))
-    return compiled if compiled is None or path is None else _save(compiled, path)
+    if why:
+        log.warning("%s is not used: %s; it is built again", path, why)
+    tables = encoding.load(name)
+    if _pattern_of(tables) is None:
+        return None
+    with _turn(folder):
+        found, _ = _open(path)  # another process may have built it
+        if found is None:
+            found = compile_encoding(tables)
+            if found is not None:
+                found = _save(found, path)
+    return found
 
 
 def load(name: str) -> _native.Vocabulary | None:
