@@ -27,7 +27,9 @@ _AT_ONCE = 64  # texts of a batch; then another thread may run. Texts that take 
 
 # The tenant whose texts litellm counts in this context (acceleration.py). A program that serves
 # several tenants sets it.
-tenant_of_context: ContextVar[str | None] = ContextVar("fast_litellm_shm_tenant", default=None)
+tenant_of_context: ContextVar[str | bytes | None] = ContextVar(
+    "fast_litellm_shm_tenant", default=None
+)
 
 
 def _enabled() -> bool:
@@ -375,16 +377,22 @@ class SimpleTokenCounter:
         returns, whose arguments these are. See :mod:`fast_litellm_shm.tokens.chat` for its rules,
         and where it differs. Raises ValueError for messages that cannot be counted.
         """
-        return chat.count(
-            messages,
-            model,
-            self._count_of(model, tenant),
-            tools,
-            tool_choice,
-            count_response_tokens=count_response_tokens,
-            use_default_image_token_count=use_default_image_token_count,
-            default_token_count=default_token_count,
-        )
+        count = self._count_of(model, tenant)
+        outer = tenant_of_context.get()
+        token = tenant_of_context.set(outer if tenant is None else tenant)  # for texts of litellm's
+        try:
+            return chat.count(
+                messages,
+                model,
+                count,
+                tools,
+                tool_choice,
+                count_response_tokens=count_response_tokens,
+                use_default_image_token_count=use_default_image_token_count,
+                default_token_count=default_token_count,
+            )
+        finally:
+            tenant_of_context.reset(token)
 
     def _count_of(self, model: str | None, tenant: str | bytes | None) -> Callable[[Any], int]:
         """A function that counts texts of this model for this tenant."""

@@ -162,33 +162,32 @@ def _remove_left(folder: str) -> None:
                     os.unlink(entry.path)
 
 
+def _wait_for(descriptor: int) -> None:
+    """Lock the folder, for at most _PATIENCE: who has the lock may be stopped. The kernel frees the
+    lock of one that dies. OSError where the file system has no locks."""
+    import fcntl
+
+    until = time.monotonic() + _PATIENCE
+    while time.monotonic() < until:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.02)
+        else:
+            return
+
+
 @contextlib.contextmanager
 def _turn(folder: str) -> Iterator[None]:
     """Wait until no other process builds a file there: eight workers that start at once would each
-    do so. The kernel frees the lock of one that dies. After _PATIENCE, go on without the lock: two
-    that build do no harm, the last file stays."""
-    import fcntl
-
-    try:
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:  # _save() says so
+    build one, and map eight. Without a lock it goes on, too: two that build do no harm."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # where nothing can be kept, _save() says so
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, descriptor)
+            _wait_for(descriptor)
         yield
-        return
-    try:
-        until = time.monotonic() + _PATIENCE
-        while time.monotonic() < until:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(0.02)
-            except OSError:  # this file system has no locks
-                break
-            else:
-                break
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _load(name: str) -> _native.Vocabulary | None:

@@ -24,8 +24,11 @@ pytestmark = pytest.mark.skipif(
     not {"cl100k_base", "o200k_base"} <= {*texts.encodings_at_hand()}, reason=texts.WHY_NOT
 )
 
-CHATS = {name: case for name, case in CASES.items() if case.get("messages") is not None}
-ARGUMENTS = ("messages", "tools", "tool_choice")
+ARGUMENTS = {
+    *("messages", "tools", "tool_choice", "count_response_tokens"),
+    *("use_default_image_token_count", "default_token_count"),
+}
+CHATS = {name: case for name, case in CASES.items() if {"messages"} <= {*case} <= ARGUMENTS}
 
 
 def _url(data: bytes, kind: str = "image/png") -> str:
@@ -84,7 +87,7 @@ def _counted(call: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _both(litellm: Any, model: str, case: dict[str, Any]) -> tuple[Any, Any]:  # noqa: F811
     counter = SimpleTokenCounter()
-    rest = {name: value for name, value in case.items() if name not in ("messages", "text")}
+    rest = {name: value for name, value in case.items() if name != "messages"}
     return (
         _counted(counter.count_chat, case["messages"], model, **rest),
         _counted(litellm.token_counter, model, **case),
