@@ -1,10 +1,13 @@
-"""Every test has a segment of its own, and leaves nothing in the shared-memory directory."""
+"""Every test has a segment of its own, and leaves nothing in the shared-memory directory or the user's
+cache."""
 
 from __future__ import annotations
 
 import glob
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -46,6 +49,21 @@ SETTINGS = (
 )
 
 
+_CACHE = "FAST_LITELLM_TESTS_CACHE"  # the cache folder of all processes of this session
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The tables for counting tokens are made once for all tests, and never for the user."""
+    if not hasattr(config, "workerinput"):  # else the process that started this one has done it
+        os.environ[_CACHE] = tempfile.mkdtemp(prefix="fast-shm-tests-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Removes what pytest_configure() made."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(_CACHE), ignore_errors=True)
+
+
 def _remove_and_check(name: str) -> None:
     remove(name)
     left = left_over(name)
@@ -82,6 +100,7 @@ def _own_default_segment() -> Iterator[None]:
     Hypothesis would take for a fixture that its examples share."""
     before = {name: os.environ.pop(name, None) for name in SETTINGS}
     name = os.environ["FAST_LITELLM_SHM_NAME"] = unique_name("default")
+    os.environ["FAST_LITELLM_SHM_CACHE"] = os.environ[_CACHE]
     _forget()
     yield
     _forget()

@@ -3,11 +3,11 @@
 #include "py_permit.c"
 #include "py_rate_limiter.c"
 #include "py_pool.c"
-#include "py_memo.c"
 #include "py_recorder.c"
 #include "py_router.c"
 #include "py_counts.c"
 #include "py_tokens.c"
+#include "py_memo.c"
 
 /* _untrack(object): the garbage collector ignores it from now on, and counts its references as references from
  * outside. For objects that cannot be part of a cycle (_shared/native.py, owned()). */

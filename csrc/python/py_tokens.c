@@ -42,10 +42,9 @@ static int get_replaced(PyObject *text, key_arg *k) {
   return k->held ? get_bytes(k->held, k) : -1;
 }
 
-/* The UTF-8 of a text. To be released: k->held. */
-static int get_utf8(PyObject *text, key_arg *k) {
+/* The UTF-8 of a str that has one. To be released: k->held. */
+static int get_strict_utf8(PyObject *text, key_arg *k) {
   k->held = NULL;
-  if (!PyUnicode_Check(text)) return fail(PyExc_TypeError, "text must be a str, not %R", text);
   PyObject *ascii = is_ascii ? is_ascii(text, NULL) : Py_NewRef(Py_False);
   if (!ascii) return -1;
   Py_DECREF(ascii); /* True and False do not go away */
@@ -54,7 +53,13 @@ static int get_utf8(PyObject *text, key_arg *k) {
     return k->bytes ? 0 : -1;
   }
   k->held = PyUnicode_AsUTF8String(text);
-  return k->held ? get_bytes(k->held, k) : get_replaced(text, k);
+  return k->held ? get_bytes(k->held, k) : -1;
+}
+
+/* The same of any str. */
+static int get_utf8(PyObject *text, key_arg *k) {
+  if (!PyUnicode_Check(text)) return fail(PyExc_TypeError, "text must be a str, not %R", text);
+  return get_strict_utf8(text, k) ? get_replaced(text, k) : 0;
 }
 
 static int get_most(PyObject *value, uint64_t *out) {

@@ -12,12 +12,12 @@ is off in all workers, until :func:`reset_errors`.
 
 What a flag switches off:
 
-- ``rust_token_counting``: the shared memo; tokens are counted by tiktoken alone;
-- ``batch_token_counting``: the helping threads of ``count_tokens_batch``;
+- ``rust_token_counting``: the engine and the shared memo; tokens are counted by tiktoken alone;
 - ``rust_routing``: a router's statistics; it picks any deployment that fits, at random;
 - ``rust_rate_limiting``, ``rust_connection_pool``: nothing here; a program may ask for them. Limits
   and pools stay in force: there is no other implementation, and a limit that each worker counts
-  alone is no limit.
+  alone is no limit;
+- ``batch_token_counting``: nothing here; a batch is counted as its texts are.
 
 Settings are parsed when the environment has changed. A changed file is read at the next start, or
 after :func:`reload`. A wrong value is a warning, once, and counts as not given.

@@ -1,27 +1,35 @@
-"""Token counts by tiktoken. A text that any worker has counted is looked up by its hash."""
+"""Tokens as tiktoken has them, from tables that the whole host shares.
+
+The engine in C counts, encodes, decodes and cuts (:mod:`fast_litellm_shm.tokens.vocabulary`).
+tiktoken does so in its place where an encoding has a pattern that the engine does not know, and
+where the feature ``rust_token_counting`` is off. A long text that any worker has counted is looked
+up by its hash.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable
+import operator
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextvars import ContextVar
-from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
+from fast_litellm_shm._native import Vocabulary
 from fast_litellm_shm._shared import features, log, performance
 from fast_litellm_shm._shared.native import Memo, address, lib
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.exceptions import SegmentError
-from fast_litellm_shm.tokens import batch as token_batch
-from fast_litellm_shm.tokens import encoding, prices
-from fast_litellm_shm.tokens.batch import BatchCounter
+from fast_litellm_shm.tokens import chat, encoding, prices, vocabulary
 
-_FEATURE, _BATCH_FEATURE = "rust_token_counting", "batch_token_counting"
+_FEATURE = "rust_token_counting"
 _MOST_MODELS = 1024  # whose encoding is remembered: clients may choose the names
+_AT_ONCE = 64  # texts of a batch; then another thread may run. Texts that take long let others run
 
 # The tenant whose texts litellm counts in this context (acceleration.py). A program that serves
 # several tenants sets it.
-tenant_of_context: ContextVar[str | None] = ContextVar("fast_litellm_shm_tenant", default=None)
+tenant_of_context: ContextVar[str | bytes | None] = ContextVar(
+    "fast_litellm_shm_tenant", default=None
+)
 
 
 def _enabled() -> bool:
@@ -38,18 +46,18 @@ def make_memo(
     name: str,
     compute: Callable[[Any], int],
     operation: str,
-    encode: Callable[[str], list[int]] | None = None,
+    tables: Vocabulary | None = None,
     enabled: Callable[[], bool] | None = None,
 ) -> Memo:
     """``compute`` behind the memo of the segment. ``name`` names all that the count depends on.
-    ``encode``: a faster function that returns the tokens of a str without lone surrogates.
-    ``enabled``: whether to use the memo; called at every 32nd count, since it takes longer than a
-    look into the memo. None: the caller has checked."""
+    ``tables``: count with these in place of ``compute``; short texts are not remembered then.
+    ``enabled``: whether to use the memo and the tables; called at every 32nd count, since it takes
+    longer than a look into the memo. None: the caller has checked."""
     text = name.encode()
     number = lib.fshm_memo_encoding(segment._handle, text, len(text))
     metric, every = performance.measured("token_counting", operation, segment)
     owner = segment, segment._handle
-    return Memo(owner, address(segment._handle), number, compute, metric, every, encode, enabled)
+    return Memo(owner, address(segment._handle), number, compute, metric, every, tables, enabled)
 
 
 def _shown(value: object) -> str:
@@ -62,50 +70,108 @@ def _check_tenant(tenant: object) -> None:
         raise TypeError(f"tenant must be a str, bytes or None, not {_shown(tenant)}")
 
 
-def _plain(name: str) -> Callable[[Any], int]:
-    """A function that counts with tiktoken alone. encode_ordinary() is encode(text,
-    disallowed_special=()) without the search for special tokens."""
-    encode = encoding.load(name).encode_ordinary
+def _check_text(text: object) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a str, not {_shown(text)}")
 
-    def count(text: Any) -> int:
-        if not isinstance(text, str):
-            raise TypeError(f"text must be a str, not {_shown(text)}")
-        return len(encode(text))
 
-    return count
+def _check_most(max_tokens: object) -> None:
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int):
+        raise TypeError(f"max_tokens must be an int, not {max_tokens!r}")
+    if max_tokens < 0:
+        raise ValueError(f"max_tokens must be 0 or more, not {max_tokens}")
+
+
+class _Tables(Protocol):
+    """What the engine's Vocabulary and tiktoken's encoding both do."""
+
+    def count(self, text: str, /) -> int: ...
+    def encode(self, text: str, /) -> list[int]: ...
+    def decode(self, tokens: list[int], /) -> bytes: ...
+    def fits(self, text: str, max_tokens: int, /) -> bool: ...
+    def truncate(self, text: str, max_tokens: int, /) -> str: ...
+    def special_tokens(self) -> dict[str, int]: ...
+
+
+class _Tiktoken:
+    """tiktoken's encoding of that name, loaded when it is first asked. encode_ordinary() is
+    encode(text, disallowed_special=()) without the search for special tokens."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def encode(self, text: str) -> list[int]:
+        return encoding.load(self._name).encode_ordinary(text)
+
+    def count(self, text: Any) -> int:
+        _check_text(text)  # the memo leaves what is no str to this
+        return len(self.encode(text))
+
+    def decode(self, tokens: list[int]) -> bytes:
+        try:
+            return encoding.load(self._name).decode_bytes(tokens)
+        except (KeyError, OverflowError) as error:
+            raise ValueError(f"there is no such token: {error}") from None
+
+    def fits(self, text: str, max_tokens: int) -> bool:
+        return self.count(text) <= max_tokens
+
+    def truncate(self, text: str, max_tokens: int) -> str:
+        tokens = self.encode(text)
+        if len(tokens) <= max_tokens:
+            return text
+        for kept in range(max_tokens, 0, -1):
+            try:
+                start = self.decode(tokens[:kept]).decode()
+            except UnicodeDecodeError:  # ends inside a character
+                continue
+            if self.fits(start, max_tokens):  # split without what followed it, it may have more
+                return start
+        return ""
+
+    def special_tokens(self) -> dict[str, int]:
+        return dict(encoding.load(self._name)._special_tokens)
 
 
 class _Counting:
-    """One encoding's counting function, plain and with the memo."""
+    """How the texts of one encoding are counted: by the engine, else by tiktoken; with the memo."""
 
     def __init__(self, name: str, segment: Segment | None) -> None:
-        from fast_litellm_shm._shared.dependencies import tiktoken
-
-        self.plain = _plain(name)
-        self.batch = BatchCounter(name)
+        self._tiktoken = _Tiktoken(name)
+        self._engine = vocabulary.load(name)
         self.memo: Memo | None = None
+        if self._engine is None:
+            encoding.load(name)  # raises where that cannot be had
         if segment is not None:
-            found = encoding.load(name)
-            # What encode_ordinary() calls, without its care for surrogates: the memo finds those.
-            core = getattr(getattr(found, "_core_bpe", None), "encode_ordinary", None)
             self.memo = make_memo(
                 segment,
-                f"tiktoken {tiktoken.__version__} {name}",
-                self.plain,
+                f"tiktoken {vocabulary.installed_version()} {name}",
+                self._tiktoken.count,
                 "count",
-                core or found.encode_ordinary,
+                self._engine,
                 _enabled,
             )
-        self.count: Callable[[Any], int] = self.memo.count if self.memo else self.plain
 
-    def count_of(self, tenant: str | bytes) -> Callable[[Any], int]:
-        """count() for this tenant, with what the memo keeps for it."""
+    def tables(self) -> _Tables:
+        """Those to use now."""
+        return self._engine if self._engine is not None and _enabled() else self._tiktoken
+
+    def plain(self, text: Any) -> int:
+        """Without the memo."""
+        _check_text(text)
+        return self.tables().count(text)
+
+    def count_of(self, tenant: str | bytes | None) -> Callable[[Any], int]:
+        """A function that counts, with what the memo keeps for this tenant."""
         memo = self.memo
-        return self.plain if memo is None else lambda text: memo.count_for(text, tenant)
+        if memo is None:
+            return self.plain
+        return memo.count if tenant is None else lambda text: memo.count_for(text, tenant)
 
 
 class SimpleTokenCounter:
-    """Counts tokens exactly as tiktoken does. All workers share a memo of what any has counted.
+    """Counts, encodes, decodes and cuts exactly as tiktoken does, from tables that the whole host
+    shares.
 
     model_max_tokens: 1 or more; the limit of models that the price map does not have. Texts are
     counted in the model's own encoding, by tiktoken's table; provider and region prefixes
@@ -115,15 +181,18 @@ class SimpleTokenCounter:
     opened, tokens are counted without a memo, and a warning is logged.
 
     A count depends on nothing but the text: it is ``len(encoding.encode(text,
-    disallowed_special=()))``. The memo keeps keyed hashes, no texts.
+    disallowed_special=()))``. Counts of texts of 256 bytes of UTF-8 or more are remembered for all
+    workers. The memo keeps keyed hashes, no texts.
 
     The time of a count tells whether the text was counted before. Where several tenants use one
     segment and must not learn that of each other, give each count a ``tenant``: the memo then keeps
     the text for this tenant alone. Counts without a tenant share what they keep.
 
-    Encodings and prices are loaded when they are first used. Raises TypeError or ValueError for bad
-    arguments, EncodingUnavailableError where the file of an encoding cannot be had, and
-    MissingPackageError where tiktoken is not installed.
+    The tables of an encoding are mapped when they are first used, from a file in
+    FAST_LITELLM_SHM_CACHE. The first process of a host makes that file from tiktoken's, in 1 to
+    3 s. Raises TypeError or ValueError for bad arguments, EncodingUnavailableError where there is
+    no such file and tiktoken's cannot be had, and MissingPackageError where tiktoken is not
+    installed.
     """
 
     def __init__(
@@ -149,6 +218,7 @@ class SimpleTokenCounter:
         self._given = segment
         self._segment = segment
         self._by_model: dict[str | None, Callable[[Any], int]] = {}
+        self._counting_by_model: dict[str | None, _Counting] = {}
         self._by_encoding: dict[str, _Counting] = {}
 
     @property
@@ -165,9 +235,9 @@ class SimpleTokenCounter:
     ) -> int:
         """The number of tokens of the text, in the model's encoding.
 
-        A text that any worker of this host has counted (for this tenant) is looked up by its hash.
-        Lone surrogates count as tiktoken counts them. The text of a special token counts as
-        ordinary text.
+        A long text that any worker of this host has counted (for this tenant) is looked up by its
+        hash. Other threads run during a text of 4 KB or more. Lone surrogates count as tiktoken
+        counts them. The text of a special token counts as ordinary text.
         """
         if tenant is not None:
             return self._count_for(text, model, tenant)
@@ -178,7 +248,7 @@ class SimpleTokenCounter:
         return self._count_again(text, model, failure)
 
     def _count_for(self, text: str, model: str | None, tenant: str | bytes) -> int:
-        counting = self._prepare(model)
+        counting = self._counting(model)
         _check_tenant(tenant)
         if counting.memo is None:
             return counting.plain(text)
@@ -210,32 +280,17 @@ class SimpleTokenCounter:
         *,
         tenant: str | bytes | None = None,
     ) -> list[int]:
-        """The tokens of each text, in order: as fast as a loop, and faster where many texts are new
-        and cores are free.
-
-        A large batch has 100,000 characters or more, and 50 or more a text. For each 0.1 s that a
-        process has spent in large batches, it gets a helping thread for later ones: at most one for
-        each other core, and 7. Each has an encoding of its own (20 to 45 MB). Making one takes 40
-        to 80 ms, in which the whole process stands still. Helpers are not used while the other
-        cores are busy. ``FAST_LITELLM_BATCH_TOKEN_COUNTING=false``: no such threads. Raises as
-        :meth:`count_tokens` does.
-        """
+        """The tokens of each text, in order: :meth:`count_tokens` of each, without its cost of a
+        call. Other threads run meanwhile. Raises as count_tokens() does."""
         if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
             raise TypeError(f"texts must be a list of str, not {_shown(texts)}")
         texts = list(texts)
-        known = self._by_model.get(model) if isinstance(model, (str, type(None))) else None
-        count = known or self._prepare(model).count
-        if tenant is not None:
-            _check_tenant(tenant)
-            count = self._prepare(model).count_of(tenant)
+        count = self._count_of(model, tenant)
+        counts: list[int] = []
         try:
-            chars = sum(map(len, texts))
-            if token_batch.is_large(len(texts), chars) and features.is_enabled(_BATCH_FEATURE):
-                counting = self._prepare(model)
-                parts = token_batch.parts(texts, chars)
-                found = (self._count_part(counting, *part, count, tenant) for part in parts)
-                return list(chain.from_iterable(found))
-            return list(map(count, texts))
+            for start in range(0, len(texts), _AT_ONCE):
+                counts += map(count, texts[start : start + _AT_ONCE])
+            return counts
         except Exception as error:
             failure = error
         for i, text in enumerate(texts):  # checked only now: the counts above fail for such a text
@@ -245,35 +300,117 @@ class SimpleTokenCounter:
         features.record_error(_FEATURE, failure)
         return counts
 
-    @staticmethod
-    def _count_part(
-        counting: _Counting,
-        texts: list[str],
-        chars: int,
-        count: Callable[[Any], int],
-        tenant: str | bytes | None,
+    # tokens --------------------------------------------------------------------------------------
+
+    def encode(
+        self,
+        text: str,
+        model: str | None = None,
+        *,
+        allowed_special: str | Collection[str] = (),
     ) -> list[int]:
-        if not counting.batch.may_help(len(texts), chars):
-            begun = time.perf_counter()
-            counts = list(map(count, texts))
-            counting.batch.spend(time.perf_counter() - begun)
-            return counts
-        memo = counting.memo if features.is_enabled(_FEATURE) else None
-        if memo is None:
-            known: list[Any] = [None] * len(texts)
-        elif tenant is None:
-            known = list(map(memo.get, texts))
-        else:
-            known = [memo.get_for(text, tenant) for text in texts]
-        if None not in known:
-            return known
-        pairs = list(zip(texts, known, strict=True))
-        new = dict.fromkeys(text for text, tokens in pairs if tokens is None)
-        found = counting.batch.count(list(new))
-        if memo is not None:
-            for text, tokens in found.items():
-                memo.put(text, tokens, tenant)
-        return [found[text] if tokens is None else tokens for text, tokens in pairs]
+        """The tokens of the text, as numbers, in the model's encoding.
+
+        The text of a special token (``<|endoftext|>``) is ordinary text, as for a count.
+        allowed_special: those that are not, or ``"all"``. Lone surrogates are encoded as U+FFFD.
+        Raises ValueError for an allowed_special that is no special token of the encoding.
+        """
+        _check_text(text)
+        tables = self._tables(model)
+        if not allowed_special:
+            return tables.encode(text)
+        known = tables.special_tokens()
+        chosen = known if allowed_special == "all" else allowed_special
+        if isinstance(chosen, str) or not known.keys() >= {*chosen}:
+            raise ValueError(
+                f"allowed_special must be 'all' or some of {', '.join(sorted(known))}, "
+                f"not {allowed_special!r}"
+            )
+        tokens: list[int] = []
+        parts = re.split(f"({'|'.join(map(re.escape, sorted(chosen)))})", text)
+        for i, part in enumerate(parts):
+            if i % 2:
+                tokens.append(known[part])
+            else:
+                tokens += tables.encode(part)
+        return tokens
+
+    def decode(self, tokens: Iterable[int], model: str | None = None) -> str:
+        """The text of tokens, special ones too, in the model's encoding. Bytes that are no UTF-8
+        (tokens that were cut inside a character) are U+FFFD. Raises KeyError for a number that is
+        no token of the encoding, and TypeError for what is no int."""
+        tables, given = self._tables(model), [*map(operator.index, tokens)]
+        try:
+            return tables.decode(given).decode("utf-8", "replace")
+        except ValueError as error:
+            raise KeyError(f"{error}: {self.encoding_name(model)}") from None
+
+    def fits(self, text: str, max_tokens: int, model: str | None = None) -> bool:
+        """Whether the text has at most max_tokens tokens (0 or more) in the model's encoding. Stops
+        where there are more: of a long text, only the beginning is counted."""
+        _check_text(text)
+        _check_most(max_tokens)
+        return self._tables(model).fits(text, max_tokens)
+
+    def truncate(self, text: str, max_tokens: int, model: str | None = None) -> str:
+        """The longest start of the text that ends where one of its first max_tokens tokens ends (0
+        or more), not inside a character, and that itself has at most max_tokens tokens in the
+        model's encoding. A text that fits is returned as it is. In one that is cut, lone surrogates
+        become U+FFFD."""
+        _check_text(text)
+        _check_most(max_tokens)
+        return self._tables(model).truncate(text, max_tokens)
+
+    def count_chat(
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        model: str,
+        tools: Sequence[Any] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        *,
+        count_response_tokens: bool = False,
+        use_default_image_token_count: bool = False,
+        default_token_count: int | None = None,
+        tenant: str | bytes | None = None,
+    ) -> int:
+        """The tokens of a chat: what ``litellm.token_counter(model=model, messages=messages, ...)``
+        returns, whose arguments these are. See :mod:`fast_litellm_shm.tokens.chat` for its rules,
+        and where it differs. Raises ValueError for messages that cannot be counted.
+        """
+        count = self._count_of(model, tenant)
+        outer = tenant_of_context.get()
+        token = tenant_of_context.set(outer if tenant is None else tenant)  # for texts of litellm's
+        try:
+            return chat.count(
+                messages,
+                model,
+                count,
+                tools,
+                tool_choice,
+                count_response_tokens=count_response_tokens,
+                use_default_image_token_count=use_default_image_token_count,
+                default_token_count=default_token_count,
+            )
+        finally:
+            tenant_of_context.reset(token)
+
+    def _count_of(self, model: str | None, tenant: str | bytes | None) -> Callable[[Any], int]:
+        """A function that counts texts of this model for this tenant."""
+        if tenant is not None:
+            _check_tenant(tenant)
+        return self._counting(model).count_of(tenant)
+
+    def _tables(self, model: str | None) -> _Tables:
+        """Of the model's encoding, without the memo."""
+        return self._counting(model).tables()
+
+    def _counting(self, model: str | None) -> _Counting:
+        try:
+            return self._counting_by_model[model]
+        except (KeyError, TypeError):
+            return self._prepare(model)
+
+    # models --------------------------------------------------------------------------------------
 
     def estimate_cost(self, input_tokens: int, output_tokens: int, model: str) -> float:
         """The cost in dollars: :func:`fast_litellm_shm.tokens.prices.estimate_cost`. Raises
@@ -309,7 +446,9 @@ class SimpleTokenCounter:
             counting = self._by_encoding[name] = self._open(name)
         if len(self._by_model) >= _MOST_MODELS:
             self._by_model.clear()
-        self._by_model[model] = counting.count
+            self._counting_by_model.clear()
+        self._by_model[model] = counting.count_of(None)
+        self._counting_by_model[model] = counting
         return counting
 
     def _open(self, name: str) -> _Counting:

@@ -1,15 +1,21 @@
-"""The tiktoken encoding of a model, and the file of an encoding. Each is loaded at first use."""
+"""The tiktoken encoding of a model, and the file of an encoding. Each is loaded at first use.
+
+Which encoding a model has is read in tiktoken's source. So a worker that finds the vocabulary file
+imports neither tiktoken nor what tiktoken imports.
+"""
 
 from __future__ import annotations
 
+import ast
 import base64
+import functools
 import hashlib
 import importlib.util
 import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from fast_litellm_shm._shared import greenlets, settings
@@ -31,25 +37,88 @@ _loaded: dict[str, tiktoken.Encoding] = {}
 _failed: dict[str, tuple[float, str]] = {}  # the time of a failed load, and its error
 
 
+def folders_of(package: str) -> list[str]:
+    """Where a package lies; it is not imported. [] where it is not installed."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # a module in sys.modules without a spec
+        return []
+    return list(spec.submodule_search_locations or ()) if spec else []
+
+
 def litellm_folder() -> str | None:
     """The folder of litellm, found without importing it; None where it is not installed."""
-    try:
-        spec = importlib.util.find_spec("litellm")
-    except (ImportError, ValueError):  # a module in sys.modules without a spec
-        return None
-    return next(iter(spec.submodule_search_locations or ()), None) if spec else None
+    return next(iter(folders_of("litellm")), None)
 
 
 # names -------------------------------------------------------------------------------------------
 
 
-def _from_table(name: str) -> str | None:
-    from fast_litellm_shm._shared.dependencies import tiktoken
-
+def _literals(path: str, names: Collection[str]) -> dict[str, ast.Dict]:
+    """The dicts of these names that a module makes, in its source; {} where it cannot be read."""
     try:
-        return tiktoken.model.encoding_name_for_model(name)
-    except KeyError:
-        return "o200k_base" if _NEWER.match(name) else None
+        with open(path, encoding="utf-8") as file:
+            lines = ast.parse(file.read()).body
+    except (OSError, ValueError, SyntaxError):
+        return {}
+    found = {}
+    for line in lines:
+        if isinstance(line, ast.AnnAssign):
+            target: ast.expr = line.target
+        elif isinstance(line, ast.Assign):
+            target = line.targets[0]
+        else:
+            continue
+        if isinstance(target, ast.Name) and target.id in names and isinstance(line.value, ast.Dict):
+            found[target.id] = line.value
+    return found
+
+
+@functools.cache
+def _tables() -> tuple[dict[str, str], dict[str, str]] | None:
+    """tiktoken's two tables, by model and by a prefix of models; None where they cannot be read."""
+    names = ("MODEL_TO_ENCODING", "MODEL_PREFIX_TO_ENCODING")
+    for folder in folders_of("tiktoken"):
+        found = _literals(os.path.join(folder, "model.py"), names)
+        try:
+            models, prefixes = (ast.literal_eval(found[name]) for name in names)
+        except (KeyError, ValueError):
+            return None
+        return models, prefixes
+    return None
+
+
+@functools.cache
+def _names() -> list[str] | None:
+    """All encodings, where only tiktoken's own plugin is there and can be read; else None."""
+    for folder in (folders := folders_of("tiktoken_ext")):
+        if len(folders) > 1 or {*os.listdir(folder)} - {"openai_public.py", "__pycache__"}:
+            return None
+        found = _literals(os.path.join(folder, "openai_public.py"), ("ENCODING_CONSTRUCTORS",))
+        keys = [key for of in found.values() for key in of.keys]
+        names = [str(key.value) for key in keys if isinstance(key, ast.Constant)]
+        return names if names and len(names) == len(keys) else None
+    return None
+
+
+def _from_table(name: str) -> str | None:
+    if (
+        "tiktoken" in sys.modules or (tables := _tables()) is None
+    ):  # a program may have added models
+        from fast_litellm_shm._shared.dependencies import tiktoken
+
+        try:
+            return tiktoken.model.encoding_name_for_model(name)
+        except KeyError:
+            pass
+    else:
+        models, prefixes = tables
+        if name in models:
+            return models[name]
+        for prefix, found in prefixes.items():
+            if name.startswith(prefix):
+                return found
+    return "o200k_base" if _NEWER.match(name) else None
 
 
 def name_of(model: str | None, default: str = DEFAULT) -> str:
@@ -73,6 +142,8 @@ def name_of(model: str | None, default: str = DEFAULT) -> str:
 
 def names() -> list[str]:
     """All encodings that tiktoken has."""
+    if "tiktoken" not in sys.modules and (found := _names()) is not None:
+        return [*found]
     from fast_litellm_shm._shared.dependencies import tiktoken
 
     return tiktoken.list_encoding_names()

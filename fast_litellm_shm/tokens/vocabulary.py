@@ -7,9 +7,12 @@ memory of its own for the tables.
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
+import functools
 import os
 import struct
+import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fast_litellm_shm import _native
@@ -36,19 +39,20 @@ PATTERNS = {
     r"""|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+""": 3,
 }
 
+_TEMPORARY = ".tmp"  # the end of the names that Vocabulary.save() writes under
+_LEFT = 600.0  # seconds: an older temporary file is one that a killed process left
+_PATIENCE = 20.0  # seconds to wait for a process that builds: it may be stopped
+
 _lock = greenlets.Lock()  # held over a download
 _opened: dict[str, _native.Vocabulary | None] = {}
 _warned: set[str] = set()
 
 
-def _installed_version() -> str:
+@functools.cache
+def installed_version() -> str:
     """The version of tiktoken, without importing it or importlib.metadata, which takes longer than
     to open a vocabulary. "" where it cannot be told."""
-    try:
-        spec = importlib.util.find_spec("tiktoken")
-    except (ImportError, ValueError):
-        spec = None
-    for package in (spec and spec.submodule_search_locations) or ():
+    for package in encoding.folders_of("tiktoken"):
         for entry in os.listdir(os.path.dirname(package)):
             if entry.startswith("tiktoken-") and entry.endswith(".dist-info"):
                 return entry.removeprefix("tiktoken-").removesuffix(".dist-info")
@@ -58,7 +62,7 @@ def _installed_version() -> str:
 def path_of(name: str) -> str | None:
     """Where the file of an encoding lies. None where the version of tiktoken cannot be told: then
     there is no file."""
-    version = _installed_version()
+    version = installed_version()
     if not version:
         return None
     return os.path.join(settings.cache_folder(), f"{name}-{version}-{FILE_VERSION}.vocabulary")
@@ -83,13 +87,21 @@ def _knows_unicode(major: int, minor: int) -> bool:
     return True
 
 
+def _pattern_of(found: tiktoken.Encoding) -> int | None:
+    """The engine's number for the pattern of an encoding; None where tiktoken must count."""
+    major, minor = UNICODE_VERSION
+    pattern = PATTERNS.get(found._pat_str)
+    if pattern is None or not _knows_unicode(major, minor) or _knows_unicode(major + 1, 0):
+        return None
+    return pattern
+
+
 def compile_encoding(found: tiktoken.Encoding) -> _native.Vocabulary | None:
     """The vocabulary of an encoding, in memory of this process; takes 1 to 3 s. None where the
     engine cannot count exactly as tiktoken does: the pattern, the ranks or the installed tiktoken's
     version of Unicode are others than those it knows."""
-    pattern = PATTERNS.get(found._pat_str)
-    major, minor = UNICODE_VERSION
-    if pattern is None or not _knows_unicode(major, minor) or _knows_unicode(major + 1, 0):
+    pattern = _pattern_of(found)
+    if pattern is None:
         return None
     special = {text.encode(): rank for text, rank in found._special_tokens.items()}
     try:
@@ -122,33 +134,83 @@ def _save(vocabulary: _native.Vocabulary, path: str) -> _native.Vocabulary:
         return vocabulary
 
 
-def _open(path: str) -> _native.Vocabulary | None:
-    """The file, if it is there and whole; else None: it is built again, over what is there."""
+def _open(path: str) -> tuple[_native.Vocabulary | None, str]:
+    """The file, if it is whole; else None, and why not: "" where there is none."""
     try:
-        return _native.open_vocabulary(path)
+        return _native.open_vocabulary(path), ""
     except FileNotFoundError:
-        return None
+        return None, ""
     except ValueError as error:
         status = error.args[0]
-        why = {
+        return None, {
             lib.FSHM_E_OWNER: "it belongs to another user, or others may write it",
             lib.FSHM_E_KIND: "it is not a regular file",
             lib.FSHM_E_LAYOUT: "it is of another version or byte order",
         }.get(status, "it is damaged")
-        log.warning("%s is not used: %s; it is built again", path, why)
-        return None
     except OSError as error:
-        log.warning("%s is not used: %s; it is built again", path, error)
-        return None
+        return None, str(error)
+
+
+def _remove_left(folder: str) -> None:
+    """Remove the temporary files of processes that were killed while they wrote."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            if not (entry.name.endswith(_TEMPORARY) and ".vocabulary." in entry.name):
+                continue
+            with contextlib.suppress(OSError):  # another process has removed it
+                if time.time() - entry.stat(follow_symlinks=False).st_mtime > _LEFT:
+                    os.unlink(entry.path)
+
+
+def _wait_for(descriptor: int) -> None:
+    """Lock the folder, for at most _PATIENCE: who has the lock may be stopped. The kernel frees the
+    lock of one that dies. OSError where the file system has no locks."""
+    import fcntl
+
+    until = time.monotonic() + _PATIENCE
+    while time.monotonic() < until:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.02)
+        else:
+            return
+
+
+@contextlib.contextmanager
+def _turn(folder: str) -> Iterator[None]:
+    """Wait until no other process builds a file there: eight workers that start at once would each
+    build one, and map eight. Without a lock it goes on, too: two that build do no harm."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # where nothing can be kept, _save() says so
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, descriptor)
+            _wait_for(descriptor)
+        yield
 
 
 def _load(name: str) -> _native.Vocabulary | None:
     path = path_of(name)
-    found = _open(path) if path else None
+    if path is None:
+        return compile_encoding(encoding.load(name))
+    folder = os.path.dirname(path)
+    _remove_left(folder)
+    found, why = _open(path)
     if found is not None:
         return found
-    compiled = compile_encoding(encoding.load(name))
-    return compiled if compiled is None or path is None else _save(compiled, path)
+    if why:
+        log.warning("%s is not used: %s; it is built again", path, why)
+    tables = encoding.load(name)
+    if _pattern_of(tables) is None:
+        return None
+    with _turn(folder):
+        found, _ = _open(path)  # another process may have built it
+        if found is None:
+            found = compile_encoding(tables)
+            if found is not None:
+                found = _save(found, path)
+    return found
 
 
 def load(name: str) -> _native.Vocabulary | None:

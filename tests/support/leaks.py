@@ -148,10 +148,7 @@ def use_memo(segment: Segment) -> None:
         with contextlib.suppress(UnicodeEncodeError):
             memo.count(text)
             memo(text)
-    memo.put("q", 4)
-    assert memo.get("q") == 4
-    assert memo.get("not known") is None
-    failing(memo.put, "q", -1)
+    assert memo.count_for("q", "tenant") == memo.count_for("q", "tenant") == 1
     failing(memo.count, 3)
     failing(Memo, 1)
     failing(Memo(segment, handle, 9, lambda text: 1 // 0).count, "a text")

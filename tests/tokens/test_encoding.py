@@ -79,6 +79,69 @@ def test_name_of_a_model(model: str | None, name: str) -> None:
     assert default in (name, "r50k_base")
 
 
+_ALL = """
+import json, sys
+from fast_litellm_shm.tokens import encoding, prices
+known, prefixes = encoding._tables()
+some = ["", "x", "gpt-4x", "gpt-4o-x", "o1-", "o10", "ft:gpt-4o", "ft:davinci-002:x", "claude-x", "gpt2"]
+models = {*known, *prefixes, *(f"{prefix}x" for prefix in prefixes), *some, *encoding._names()}
+models |= {*prices._loaded().models}
+models |= {f"azure/eu/{model}" for model in models} | {f"ft:{model}:team::id" for model in models}
+names, found = encoding.names(), {model: encoding.name_of(model) for model in models}
+assert not {"tiktoken", "tiktoken_ext", "regex", "requests"} & {*sys.modules}
+import tiktoken
+assert known == tiktoken.model.MODEL_TO_ENCODING and prefixes == tiktoken.model.MODEL_PREFIX_TO_ENCODING
+assert [*known] == [*tiktoken.model.MODEL_TO_ENCODING]
+assert [*prefixes] == [*tiktoken.model.MODEL_PREFIX_TO_ENCODING]  # the first that fits
+assert names == encoding.names() == tiktoken.list_encoding_names()
+assert found == {model: encoding.name_of(model) for model in models}
+print(len(models) > 150)
+"""
+
+
+def test_without_tiktoken_each_model_has_the_same_encoding() -> None:
+    assert _run(_ALL) == "True\n"
+
+
+def test_tables_that_cannot_be_read(tmp_path: Path) -> None:
+    """tiktoken is asked then."""
+    path = tmp_path / "module.py"
+    assert encoding._literals(str(path), ("A", "B")) == {}
+    for source in ("A = {", "\0", "A = make()", "A, B = {}, {}", "A += {}", "import os"):
+        path.write_text(source)
+        assert encoding._literals(str(path), ("A", "B")) == {}
+    path.write_text("A: dict[str, str] = {'x': 'y'}\nB = {}\nC = {}")
+    assert {*encoding._literals(str(path), ("A", "B"))} == {"A", "B"}
+    code = """
+import sys
+from fast_litellm_shm.tokens import encoding
+encoding._literals = lambda path, names: {}
+print(encoding.name_of("gpt-4"), encoding.name_of("gpt-9"), "o200k_base" in encoding.names())
+print("tiktoken" in sys.modules)
+"""
+    assert _run(code) == "cl100k_base o200k_base True\nTrue\n"
+
+
+def test_encodings_of_another_plugin(tmp_path: Path) -> None:
+    """tiktoken's plugins are the modules of a namespace package."""
+    (tmp_path / "tiktoken_ext").mkdir()
+    (tmp_path / "tiktoken_ext" / "mine.py").write_text("ENCODING_CONSTRUCTORS = {'mine': None}")
+    code = f"""
+import sys
+sys.path.append({str(tmp_path)!r})
+from fast_litellm_shm.tokens import encoding
+print(encoding.name_of("mine"), encoding.name_of("o200k_base"))
+"""
+    assert _run(code) == "mine o200k_base\n"
+
+
+def test_models_that_a_program_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tiktoken
+
+    monkeypatch.setitem(tiktoken.model.MODEL_TO_ENCODING, "my-model", "r50k_base")
+    assert encoding.name_of("my-model") == "r50k_base"
+
+
 def test_unknown_encoding() -> None:
     with pytest.raises(ValueError, match="there is no encoding 'x'; there are .*cl100k_base"):
         encoding.load("x")

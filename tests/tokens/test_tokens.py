@@ -1,8 +1,9 @@
-"""SimpleTokenCounter: exactly tiktoken's counts, remembered for all workers."""
+"""SimpleTokenCounter: exactly tiktoken's counts, those of long texts remembered for all workers."""
 
 from __future__ import annotations
 
 import pickle
+import sys
 import threading
 import warnings
 from typing import Any, cast
@@ -12,11 +13,9 @@ from support import texts
 from support.children import run, run_one
 
 from fast_litellm_shm import Segment, SegmentSpaceError, SimpleTokenCounter
-from fast_litellm_shm._shared import features
+from fast_litellm_shm._shared import features, performance
 from fast_litellm_shm._shared.native import Memo, ffi, lib
-from fast_litellm_shm.tokens import batch as token_batch
-from fast_litellm_shm.tokens import encoding
-from fast_litellm_shm.tokens.batch import BatchCounter
+from fast_litellm_shm.tokens import encoding, vocabulary
 
 AT_HAND = texts.encodings_at_hand()
 needs_encoding = pytest.mark.skipif("cl100k_base" not in AT_HAND, reason=texts.WHY_NOT)
@@ -34,12 +33,9 @@ def sums(segment: Segment) -> tuple[int, int, int]:
     return info.texts, info.hits, info.misses
 
 
-class Refusing:
-    """An encoding that must not be asked: what is counted was remembered."""
-
-    @staticmethod
-    def encode_ordinary(text: str) -> list[int]:
-        raise AssertionError(f"tiktoken was asked for {text[:20]!r}")
+def long(text: str) -> str:
+    """A text that begins so, and is remembered."""
+    return f"{text} {'and so on ' * 30}"
 
 
 # counts ------------------------------------------------------------------------------------------
@@ -69,14 +65,36 @@ def test_random_texts(segment: Segment, name: str) -> None:
 
 
 @needs_encoding
-def test_ten_megabytes(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ten_megabytes(segment: Segment) -> None:
     text = texts.random_text(1, 500_000).encode("utf-8", "replace").decode() * 20
     assert len(text) == 10_000_000
-    counter = SimpleTokenCounter(segment=segment)
     expected = truth(text)
-    assert counter.count_tokens(text) == expected
-    monkeypatch.setitem(encoding._loaded, "cl100k_base", Refusing())
-    assert SimpleTokenCounter(segment=segment).count_tokens(text) == expected
+    for _ in range(2):
+        assert SimpleTokenCounter(segment=segment).count_tokens(text) == expected
+    assert sums(segment) == (1, 1, 1)
+
+
+@needs_encoding
+@pytest.mark.parametrize("of", ["x", "é"])
+def test_other_threads_run_during_a_long_text(segment: Segment, of: str) -> None:
+    """Else a gateway's event loop would stand still. Without a switch of the GIL that this thread
+    asks for: in the time between two."""
+    text = (f"{of}{of} and {of} words. " * 3_200_000)[:50_000_000]
+    counter, turns, ended = SimpleTokenCounter(segment=segment), [0], threading.Event()
+    counter.count_tokens("ready")
+    found: list[int] = []
+
+    def count() -> None:
+        found.append(counter.count_tokens(text))
+        ended.set()
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    while not ended.wait(0.001):
+        turns[0] += 1
+    thread.join()
+    assert found == [counter._prepare(None).plain(text)]
+    assert turns[0] >= 5
 
 
 @needs_o200k
@@ -101,10 +119,8 @@ def test_default_encoding(segment: Segment) -> None:
 # the memo ----------------------------------------------------------------------------------------
 
 
-def _count_here(name: str, made: list[str], by_tiktoken: bool) -> list[int]:
+def _count_here(name: str, made: list[str]) -> list[int]:
     counter = SimpleTokenCounter(segment=Segment(name))
-    if not by_tiktoken:
-        encoding._loaded["cl100k_base"] = Refusing()  # type: ignore[assignment]
     return [counter.count_tokens(text, "gpt-4") for text in made]
 
 
@@ -113,8 +129,32 @@ def _count_here(name: str, made: list[str], by_tiktoken: bool) -> list[int]:
 def test_what_one_process_counted_another_knows(segment: Segment, method: str) -> None:
     made = ["x", "", texts.CORPUS["emoji"], texts.CORPUS["english"]]
     expected = [truth(text) for text in made]
-    assert run_one(_count_here, segment.name, made, True, method=method) == expected
-    assert run(_count_here, [(segment.name, made, False)] * 2, method) == [expected] * 2
+    assert run_one(_count_here, segment.name, made, method=method) == expected
+    assert sums(segment) == (2, 0, 2)  # short ones are not remembered
+    assert run(_count_here, [(segment.name, made)] * 2, method) == [expected] * 2
+    assert sums(segment) == (2, 4, 2)
+
+
+@needs_encoding
+def test_which_texts_are_remembered(segment: Segment) -> None:
+    """Those of 256 bytes of UTF-8 or more, whatever the characters."""
+    counter = SimpleTokenCounter(segment=segment)
+    for text, known in (("a" * 255, 0), ("é" * 127, 0), ("a" * 256, 1), ("é" * 128, 2)):
+        assert counter.count_tokens(text) == counter.count_tokens(text) == truth(text)
+        assert sums(segment)[0] == known
+    assert counter.count_tokens("\ud800" * 100) == truth("\ud800" * 100)  # as U+FFFD
+    assert sums(segment)[0] == 3
+
+
+@needs_encoding
+def test_the_str_does_not_grow(segment: Segment) -> None:
+    """Python keeps the UTF-8 of a str that is asked for it, for as long as the str lives."""
+    counter, text = SimpleTokenCounter(segment=segment), "é" * 100_000
+    before = sys.getsizeof(text)
+    counter.count_tokens(text)
+    memo = _memo(segment, len)
+    assert memo(text) == 100_000
+    assert sys.getsizeof(text) == before
 
 
 @needs_encoding
@@ -130,11 +170,10 @@ def test_used_before_and_after_a_fork(segment: Segment) -> None:
 
 
 @needs_encoding
-@needs_encoding
 @pytest.mark.parametrize("tenant", ["b", b"b", "", "a\0", None])
 def test_a_tenant_learns_nothing_of_another(segment: Segment, tenant: str | bytes | None) -> None:
     """Not by the time that it takes: what another tenant has counted is counted anew."""
-    counter, text = SimpleTokenCounter(segment=segment), "a text of one tenant"
+    counter, text = SimpleTokenCounter(segment=segment), long("a text of one tenant")
     for asks, hits in (("a", 0), ("a", 1), (b"a", 2), (tenant, 2), (tenant, 3), ("a", 4)):
         assert counter.count_tokens(text, tenant=asks) == truth(text)
         counter = SimpleTokenCounter(segment=segment)  # brings the sums
@@ -143,23 +182,6 @@ def test_a_tenant_learns_nothing_of_another(segment: Segment, tenant: str | byte
     assert counter.count_tokens_batch([text, text], tenant="c") == [truth(text)] * 2
     assert counter.validate_input(text, "gpt-4", tenant="c")
     assert sums(segment)[0] == 3
-
-
-@needs_encoding
-def test_large_batches_of_a_tenant(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By threads too."""
-    made = [f"text {i} of a tenant. " * 2000 for i in range(5)]
-    counter = SimpleTokenCounter(segment=segment)
-    counting = counter._prepare(None)
-    monkeypatch.setattr(BatchCounter, "may_help", lambda *_: True)
-    expected = [truth(text) for text in made]
-    assert counter.count_tokens_batch(made, tenant="a") == expected
-    memo = counting.memo
-    assert memo is not None
-    assert [memo.get_for(text, "a") for text in made] == expected
-    assert [memo.get(text) for text in made] == [None] * len(made)
-    assert [memo.get_for(text, "b") for text in made] == [None] * len(made)
-    assert counter.count_tokens_batch(made, tenant="a") == expected
 
 
 @needs_encoding
@@ -174,44 +196,57 @@ def test_a_tenant_must_be_a_name(segment: Segment) -> None:
         counter.count_tokens(7, tenant="a")  # type: ignore[arg-type]
 
 
+@needs_encoding
 def test_sums_of_hits_and_misses(segment: Segment) -> None:
     counter = SimpleTokenCounter(segment=segment)
     for _ in range(3):
         for i in range(50):
-            counter.count_tokens(f"text {i}")
-    counter.count_tokens_batch([f"text {i}" for i in range(60)])
+            counter.count_tokens(long(f"text {i}"))
+    counter.count_tokens_batch([long(f"text {i}") for i in range(60)])
     del counter  # brings what was not reported yet
     assert sums(segment) == (60, 150, 60)
 
 
 @needs_encoding
+def test_every_count_is_measured(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short texts too, and what is remembered."""
+    monkeypatch.setattr(performance, "_sample_every", lambda: 1)
+    counter = SimpleTokenCounter(segment=segment)
+    for text in ("short", long("a"), long("a")):
+        counter.count_tokens(text)
+    found = performance.segment_stats(segment)["token_counting"]["operations"]["count"]
+    assert (found["total_calls"], found["error_count"]) == (3, 0)
+    assert found["total_input_size"] == 5 + 2 * len(long("a"))
+
+
+@needs_encoding
 def test_read_only_segments_are_looked_at(segment: Segment) -> None:
-    SimpleTokenCounter(segment=segment).count_tokens("known")
-    expected = truth("unknown")
+    known, new = long("known"), long("unknown")
+    SimpleTokenCounter(segment=segment).count_tokens(known)
+    expected = [truth(new), truth(new), truth(known)]
 
     def look() -> list[int]:
         read_only = Segment(segment.name, create=False, _read_only=True)
         counter = SimpleTokenCounter(segment=read_only)
-        found = [counter.count_tokens("unknown"), counter.count_tokens("unknown")]
-        encoding._loaded["cl100k_base"] = Refusing()  # type: ignore[assignment]
-        return [*found, SimpleTokenCounter(segment=read_only).count_tokens("known")]
+        return [counter.count_tokens(text) for text in (new, new, known)]
 
     del segment._handle  # else the child would get this mapping again
-    assert run_one(look, method="fork") == [expected, expected, 1]
+    assert run_one(look, method="fork") == expected
 
 
 @needs_encoding
 def test_segment_without_names(segment_name: str) -> None:
     segment = Segment(segment_name, capacity=1000, names="off")
     counter = SimpleTokenCounter(segment=segment)
-    assert [counter.count_tokens("some text") for _ in range(2)] == [truth("some text")] * 2
+    text = long("some text")
+    assert [counter.count_tokens(text) for _ in range(2)] == [truth(text)] * 2
 
 
 @needs_encoding
 def test_the_memo_outlives_its_counter(segment_name: str) -> None:
-    count = SimpleTokenCounter(segment=Segment(segment_name, capacity=100))._prepare(None).count
+    count = SimpleTokenCounter(segment=Segment(segment_name, capacity=100))._prepare(None).count_of(None)
     for i in range(200):
-        assert count(f"text {i}") == truth(f"text {i}")
+        assert count(long(f"text {i}")) == truth(long(f"text {i}"))
 
 
 @needs_encoding
@@ -250,16 +285,8 @@ def test_memo_of_anything(segment: Segment) -> None:
     memo = _memo(segment, compute)
     assert [memo("ab"), memo("ab"), memo.count("ab"), memo(text="ab")] == [2] * 4
     assert asked == ["ab"]
-    assert memo.get("ab") == 2
-    assert memo.get("other") is None
-    memo.put("other", 2**24 - 1)
-    assert memo.get("other") == 2**24 - 1
-    memo.put("too many", 2**24)
-    assert memo.get("too many") is None
-    with pytest.raises(ValueError, match="count must be 0 or more, not -1"):
-        memo.put("x", -1)
-    with pytest.raises(TypeError):
-        memo.put(b"x", 1)  # type: ignore[arg-type]
+    assert [memo.count_for("ab", None), memo.count_for("ab", "t"), memo.count_for("ab", "t")] == [2] * 3
+    assert asked == ["ab", "ab"]
     with pytest.raises(TypeError):
         memo("a", "b")  # type: ignore[call-arg]
     with pytest.raises(RuntimeError, match="made once"):
@@ -275,12 +302,12 @@ def test_memo_leaves_what_is_no_plain_str(segment: Segment) -> None:
     memo = _memo(segment, len)
     for value in (b"abc", [1, 2], _Loud("ab"), "\ud800"):
         assert memo(value) == memo(value) == len(value)
-        assert memo.get(value) is None
+    assert sums(segment)[0] == 0
     with pytest.raises(TypeError, match=r"has no len\(\)"):
         memo(None)
 
 
-@pytest.mark.parametrize("odd", [-1, 2**64, 1.5, None, "3", True])
+@pytest.mark.parametrize("odd", [-1, 2**24, 2**64, 1.5, None, "3", True])
 def test_memo_remembers_only_counts(segment: Segment, odd: Any) -> None:
     answers = iter([odd, odd])
     memo = _memo(segment, lambda _: next(answers))
@@ -305,20 +332,29 @@ def test_memo_asks_now_and_then_whether_it_is_wanted(segment: Segment) -> None:
         memo("x")
 
 
-def test_memo_of_a_function_that_encodes(segment: Segment) -> None:
-    address = int(ffi.cast("uintptr_t", segment._handle))
-    memo = Memo(segment, address, 7, lambda _: 99, -1, 0, lambda text: list(map(ord, text)))
-    assert [memo("abc"), memo("abc"), memo.get("abc")] == [3, 3, 3]
-    assert memo("\ud800") == memo(b"x") == 99  # what has no UTF-8, and what is no str
-    wrong = Memo(segment, address, 8, len, -1, 0, tuple)  # type: ignore[arg-type]
-    with pytest.raises(SystemError):
-        wrong("abc")
-    assert wrong.get("abc") is None
+@needs_encoding
+def test_memo_with_tables(segment: Segment) -> None:
+    address, asked = int(ffi.cast("uintptr_t", segment._handle)), list[object]()
+
+    def compute(text: object) -> int:
+        asked.append(text)
+        return 99
+
+    found, wanted = vocabulary.load("cl100k_base"), [True]
+    memo = Memo(segment, address, 7, compute, -1, 0, found, lambda: wanted[0])
+    for text in ("a b", long("x"), "\ud800", _Loud("a b"), "é" * 500):
+        assert memo(text) == memo(text) == truth(text)
+    assert asked == []
+    assert memo(b"x") == 99  # what is no str
+    wanted[0] = False
+    assert 99 in [memo("a b") for _ in range(33)]
+    with pytest.raises(TypeError, match="vocabulary must be a Vocabulary or None, not 7"):
+        Memo(segment, address, 7, compute, -1, 0, 7)  # type: ignore[arg-type]
 
 
 def test_memo_without_init() -> None:
     memo = Memo.__new__(Memo)
-    for call in (memo.count, memo.get, memo):
+    for call in (memo.count, memo):
         with pytest.raises(RuntimeError, match="__init__ was not called"):
             call("x")
 
@@ -341,45 +377,63 @@ def test_batches(segment: Segment) -> None:
 
 
 @needs_encoding
-def test_large_batches_with_a_helper(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
-    counter = SimpleTokenCounter(segment=segment)
-    some = [texts.random_text(seed, 2_000 + seed) for seed in range(80)]
-    made = [text.encode("utf-8", "replace").decode() for text in some]  # the rest is not remembered
-    expected = [truth(text) for text in made]
-    batch = counter._prepare(None).batch
-    batch._make()
-    helped: list[int] = []
-    plain = BatchCounter.count
+def test_a_batch_lets_other_threads_run(segment: Segment) -> None:
+    """Also where no text is long."""
+    counter, ended, turns = SimpleTokenCounter(segment=segment), threading.Event(), 0
+    made = [texts.random_text(seed, 2_000) for seed in range(300)] * 300
+    counter.count_tokens_batch(made[:300])
 
-    def count(self: BatchCounter, new: list[str]) -> dict[str, int]:
-        helped.append(len(new))
-        return plain(self, new)
+    def count() -> None:
+        counter.count_tokens_batch(made)
+        ended.set()
 
-    monkeypatch.setattr(BatchCounter, "count", count)
-    counter.count_tokens(made[3])
-    monkeypatch.setattr(token_batch, "_LEAST", 50_000)
-    monkeypatch.setattr(token_batch, "_PART", 120_000)
-    monkeypatch.setattr(token_batch, "_GAIN", 0)  # whatever the cores have to do
-    assert counter.count_tokens_batch(made + made[:10]) == expected + expected[:10]
-    assert helped == [58, 21]  # two parts; what was known is not counted
-    assert counter.count_tokens_batch(made * 2) == expected * 2
-    assert helped == [58, 21]
-    small = [f"{i} small" for i in range(200)]
-    assert counter.count_tokens_batch(small) == [truth(text) for text in small]
-    monkeypatch.setenv("FAST_LITELLM_BATCH_TOKEN_COUNTING", "false")
-    large = [f"{i} large " * 2_000 for i in range(20)]
-    assert counter.count_tokens_batch(large) == [truth(text) for text in large]
-    assert helped == [58, 21]
+    thread = threading.Thread(target=count)
+    thread.start()
+    while not ended.wait(0.001):
+        turns += 1
+    thread.join()
+    assert turns >= 2
+
+
+def _off(name: str, request_id: str | None = None) -> bool:
+    return False
 
 
 @needs_encoding
-def test_batch_without_its_feature(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "is_enabled", lambda name, request_id=None: False)
-    counter = SimpleTokenCounter(segment=segment)
-    assert counter.count_tokens_batch(["a b", "c"]) == [2, 1]
-    assert counter.count_tokens("a b") == 2
+def test_without_its_feature_tiktoken_counts(
+    segment: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And does whatever else the engine would do."""
+    monkeypatch.setattr(features, "is_enabled", _off)
+    counter, text, asked = SimpleTokenCounter(segment=segment), long("a b"), list[str]()
+    whole = encoding.load("cl100k_base")
+
+    class _Asked:
+        decode_bytes = whole.decode_bytes
+        _special_tokens = whole._special_tokens
+
+        @staticmethod
+        def encode_ordinary(text: str) -> list[int]:
+            asked.append(text)
+            return whole.encode_ordinary(text)
+
+    monkeypatch.setitem(encoding._loaded, "cl100k_base", cast(Any, _Asked))
+    assert counter.count_tokens_batch([text, "c"]) == [truth_of(whole, text), 1]
+    assert counter.count_tokens(text) == truth_of(whole, text)
+    assert asked == [text, "c", text]
+    assert counter.decode(counter.encode(text)) == text
+    assert counter.fits("a b", 2) and not counter.fits("a b", 1)
+    assert counter.truncate("a b c 中文字 d", 2) == "a b"
+    assert counter.encode("<|endoftext|>", allowed_special="all") == [whole.eot_token]
+    assert len(asked) > 6
+    with pytest.raises(KeyError, match="no such token"):
+        counter.decode([10**8])
     del counter
     assert sums(segment) == (0, 0, 0)  # off means off
+
+
+def truth_of(found: Any, text: str) -> int:
+    return len(found.encode(text, disallowed_special=()))
 
 
 # failures ----------------------------------------------------------------------------------------
@@ -389,7 +443,7 @@ class _Broken:
     def __call__(self, *_: object) -> int:
         raise ArithmeticError("scribbled")
 
-    count = get = put = __call__
+    count = __call__
 
 
 @needs_encoding
@@ -403,7 +457,7 @@ def test_a_memo_that_fails_is_told_and_not_felt(
     counter = SimpleTokenCounter(segment=segment)
     counting = counter._prepare(None)
     broken: Any = _Broken()
-    counting.memo = counting.count = counter._by_model[None] = broken
+    counting.memo = counter._by_model[None] = broken
     assert counter.count_tokens("a b") == 2
     assert counter.count_tokens_batch(["a b", "c"]) == [2, 1]
     assert told == [("rust_token_counting", "scribbled")] * 2
@@ -434,7 +488,7 @@ def test_without_a_segment_tokens_are_counted_all_the_same(
 
 @needs_encoding
 def test_the_default_segment_is_used() -> None:
-    SimpleTokenCounter().count_tokens("hello")
+    SimpleTokenCounter().count_tokens(long("hello"))
     assert sums(Segment.default())[0] == 1
 
 
