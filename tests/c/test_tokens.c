@@ -35,6 +35,73 @@ static void test_any_bytes(void) {
   }
 }
 
+/* Alphabets in which each rule of the patterns comes often, and a long one. */
+static const char *const ascii_alphabets[] = {
+    "ab \n",
+    "aB ",
+    "aAsStTlLvVeErRdDmM''''' ",
+    "a \t\n\r\n ",
+    ".!\n\r/ a//",
+    "0123456789 a.",
+    "a. ",
+    "a\n  \t\v\f.",
+    " ",
+    "aAbB'sll .,-/0123\n\t\x1c\xc3\xa9\xc5\xbf\xe4\xb8\xad",
+    "etaoinshrdlu etaoinshrdlu ETAOIN SHRDLU   ..,,''()-_\"=/:;#\n\n\t0123456789"};
+
+static size_t ascii_text(uint8_t *text, size_t most) {
+  const char *from =
+      ascii_alphabets[random_below(sizeof ascii_alphabets / sizeof *ascii_alphabets)];
+  size_t letters = strlen(from), length = random_below(most);
+  bool words = random_below(2);
+  for (size_t at = 0; at < length; at++)
+    text[at] = (uint8_t)from[words && random_below(4) ? random_below(2) % letters
+                                                      : random_below(letters)];
+  return length;
+}
+
+/* Texts of ASCII, mostly: what is split many pieces at a time. */
+static void test_ascii(void) {
+  static uint8_t text[600];
+  for (uint32_t pattern = FSHM_PATTERN_R50K; pattern <= FSHM_PATTERN_O200K; pattern++) {
+    vocabulary_t t = fresh_vocabulary(pattern, 3, 60);
+    int rounds = fewer(3000);
+    for (int i = 0; i < rounds; i++) {
+      size_t length = ascii_text(text, i % 20 ? 160 : sizeof text);
+      check_text(&t, text, length, random_below(length + 2));
+    }
+    free_vocabulary(&t);
+  }
+}
+
+#if defined(__SSE2__)
+/* What begins in a block, from any beginning of a piece on, is what pieces are one by one: none is left out. */
+static void test_blocks(void) {
+  static uint8_t text[4 * BLOCK];
+  int rounds = fewer(300000);
+  uint64_t found = 0;
+  for (int i = 0; i < rounds; i++) {
+    uint32_t pattern = i % 2 ? FSHM_PATTERN_CL100K : FSHM_PATTERN_O200K;
+    size_t length = ascii_text(text, sizeof text - BLOCK);
+    const uint8_t *end = text + length;
+    for (const uint8_t *p = text; end - p >= 16; p = piece_end(pattern, p, end)) {
+      unsigned known = 0;
+      while (known < BLOCK - 1 && p + known < end && p[known] < 0x80) known++;
+      if (known < 4) continue;
+      uint64_t starts = block_starts(pattern, p, known), pieces = 1;
+      for (const uint8_t *at = p; at - p < BLOCK && BIT(at - p) <= starts && at != end;
+           at = piece_end(pattern, at, end))
+        pieces |= BIT(at - p);
+      found += starts != 1;
+      if (starts == pieces) continue;
+      CHECK_EQ(starts, pieces);
+      (void)fprintf(stderr, "pattern %u, %u of: %.*s\n", pattern, known, (int)(end - p), (const char *)p);
+    }
+  }
+  CHECK_OP(found, >, rounds);
+}
+#endif
+
 typedef struct {
   uint32_t pattern;
   const char *text, *pieces; /* with | between them */
@@ -291,6 +358,10 @@ int main(void) {
   (void)snprintf(file_path, sizeof file_path, "/tmp/test_tokens.%d", (int)getpid());
   test_merging();
   test_any_bytes();
+#if defined(__SSE2__)
+  test_blocks();
+#endif
+  test_ascii();
   test_pieces();
   test_refused();
   test_special();
