@@ -1,9 +1,11 @@
 /* counting.c - walks over the pieces of a text: counts, encodes, truncates; and decodes.
  *
- * Most pieces are a word of ASCII and a token: for those there is a short way here, from 16 bytes of text to one entry
- * of the hash table, without a loop. Everything else goes through scanner.h, and a piece that is no token through
- * merging.h. Argued in DESIGN.md, "Counting tokens".
+ * Most pieces are ASCII and a token. Where a processor has SSE2, ASCII is split 63 bytes at a time (blocks.h), and each
+ * piece looked up without a branch. Elsewhere, and for the last piece of a text, there is a short way here, from 16
+ * bytes of text to one entry of the hash table, without a loop. Everything else goes through scanner.h, and a piece
+ * that is no token through merging.h. Argued in DESIGN.md, "Counting tokens".
  */
+#include "blocks.h"
 #include "merging.h"
 #include "scanner.h"
 
@@ -11,8 +13,8 @@
 #include <emmintrin.h>
 #endif
 
-#define NEAR_END \
-  80 /* bytes: a text is copied when fewer are left, so that the short way may read beyond its end */
+/* Bytes: a text is copied when fewer are left, so that a block and 16 bytes from its last piece on can be read. */
+#define NEAR_END 80
 
 /* The short way ----------------------------------------------------------------------------- */
 
@@ -169,99 +171,6 @@ static inline HOT uint64_t key_entry(const fshm_vocabulary *v, piece_key_t k, ui
   return UINT64_MAX;
 }
 
-
-/* Many pieces at once ------------------------------------------------------------------------ */
-
-#if defined(__SSE2__)
-#define BLOCK 64 /* bytes that are looked at together */
-
-/* Bit i: byte i of a block is of that kind. */
-typedef struct {
-  uint64_t letters, capitals, digits, spaces, controls, newlines, slashes, apostrophes;
-} kinds_t;
-
-static inline HOT __m128i in_range(__m128i bytes, uint8_t first, uint8_t last) {
-  return _mm_cmpgt_epi8(_mm_add_epi8(bytes, _mm_set1_epi8((char)(127 - last))),
-                        _mm_set1_epi8((char)(126 - (last - first))));
-}
-
-static inline HOT uint64_t at_place(__m128i found, int i) {
-  return (uint64_t)(unsigned)_mm_movemask_epi8(found) << i;
-}
-
-static inline HOT kinds_t kinds_of(unsigned pattern, const uint8_t *p) {
-  kinds_t k = {0};
-#pragma GCC unroll 4
-  for (int i = 0; i < BLOCK; i += 16) {
-    __m128i bytes = _mm_loadu_si128((const __m128i *)(const void *)(p + i));
-    __m128i newlines = _mm_or_si128(_mm_cmpeq_epi8(bytes, _mm_set1_epi8('\n')),
-                                    _mm_cmpeq_epi8(bytes, _mm_set1_epi8('\r')));
-    k.letters |= at_place(in_range(_mm_or_si128(bytes, _mm_set1_epi8(0x20)), 'a', 'z'), i);
-    k.digits |= at_place(in_range(bytes, '0', '9'), i);
-    k.spaces |= at_place(_mm_cmpeq_epi8(bytes, _mm_set1_epi8(' ')), i);
-    k.controls |= at_place(in_range(bytes, '\t', '\r'), i);
-    k.newlines |= at_place(newlines, i);
-    k.apostrophes |= at_place(_mm_cmpeq_epi8(bytes, _mm_set1_epi8('\'')), i);
-    if (pattern == FSHM_PATTERN_O200K) {
-      k.capitals |= at_place(in_range(bytes, 'A', 'Z'), i);
-      k.slashes |= at_place(_mm_cmpeq_epi8(bytes, _mm_set1_epi8('/')), i);
-    }
-  }
-  return k;
-}
-
-#define BIT(i) (UINT64_C(1) << (i))
-
-/* Where pieces begin in a block whose first `known` bytes, at least 4 and fewer than BLOCK, are ASCII and of the text. */
-static inline HOT uint64_t block_starts(unsigned pattern, const uint8_t *p, unsigned known) {
-  kinds_t k = kinds_of(pattern, p);
-  uint64_t all = BIT(known) - 1;
-  uint64_t letters = k.letters & all, digits = k.digits & all, newlines = k.newlines & all;
-  uint64_t white = (k.spaces | k.controls) & all, symbols = all & ~(letters | digits | white);
-  uint64_t first_symbols = symbols & ~(symbols << 1), after_space = k.spaces << 1;
-  uint64_t starts = 1;
-  /* Line ends behind symbols belong to them. */
-  uint64_t belong = newlines & ~(newlines + (newlines & symbols << 1));
-  white &= ~belong;
-  /* Of other white space: up to the last line end; up to the last character; that, with what follows it. */
-  uint64_t blanks = white & ~newlines, behind = blanks & (white & newlines) << 1;
-  starts |= (white & ~(white << 1)) | (blanks & ~(white >> 1)) | behind;
-  for (uint64_t no = (blanks + behind) & ~blanks & (newlines | BIT(known)); unlikely(no);
-       no &= no - 1) /* a later line end follows these blanks, or it is not known */
-    starts &= ~BIT(63 - __builtin_clzll(behind & ((no & -no) - 1)));
-  /* A word takes the blank or the symbol before it, unless a blank took that symbol. */
-  uint64_t alone = first_symbols & ~(symbols >> 1) & ~after_space;
-  starts |= letters & ~(letters << 1) & ~((blanks | alone) << 1);
-  starts |= first_symbols & ~after_space;
-  uint64_t fourth = digits & digits << 1;
-  starts |= digits & ~(digits << 1);
-  fourth &= fourth << 2;
-  for (uint64_t next = (digits & ~(digits << 1)) << 3 & fourth; unlikely(next);
-       next = next << 3 & fourth)
-    starts |= next;
-  if (pattern == FSHM_PATTERN_O200K) {
-    starts |= k.capitals & all & (letters & ~k.capitals) << 1;
-    uint64_t maybe = k.apostrophes & letters << 1 & letters >> 1, from = 0;
-    for (; unlikely(maybe); maybe &= maybe - 1) {
-      unsigned at = (unsigned)__builtin_ctzll(maybe);
-      unsigned length = at == from ? 0 : contraction(p + at, p + known, true);
-      if (!length) continue;
-      from = at + length;
-      starts = (starts & ~(((UINT64_C(1) << length) - 1) << at)) | BIT(from & 63);
-    }
-    uint64_t longer = k.slashes & belong << 1;
-    if (unlikely(longer)) starts &= (longer & -longer) - 1;
-    return starts & (all >> 2);
-  }
-  for (uint64_t maybe = k.apostrophes & alone & letters >> 1; unlikely(maybe); maybe &= maybe - 1) {
-    unsigned at = (unsigned)__builtin_ctzll(maybe);
-    unsigned length = contraction(p + at, p + known, true);
-    if (length) starts |= BIT((at + length) & 63);
-  }
-  return starts & (all >> 1);
-}
-#endif
-
 /* Pieces that are no token ------------------------------------------------------------------ */
 
 /* The counts of such pieces are kept, each in an entry of 16 bytes that is swapped whole, as in the memo of texts: it is
@@ -287,7 +196,7 @@ typedef struct {
   void *far; /* to be freed, or NULL */
 } merged_t;
 
-/* Returns their number; 0: there is no memory. */
+/* Of a piece that is no token. Returns their number; 0: there is no memory. */
 static size_t find_tokens(const fshm_vocabulary *v, const uint8_t *p, size_t length,
                           merged_t *found) {
   size_t bits = length / 8 + 1;
@@ -298,11 +207,6 @@ static size_t find_tokens(const fshm_vocabulary *v, const uint8_t *p, size_t len
     if (!found->far) return 0;
     found->search.found = found->far;
     found->search.given_up = (uint8_t *)(found->search.found + length);
-  }
-  uint32_t whole = whole_token(v, p, length);
-  if (whole != NO_TOKEN) {
-    found->search.found[0] = (uint32_t)length << 24 | whole;
-    return 1;
   }
   memset(found->search.given_up, 0, bits);
   size_t n = search_tokens(v, p, length, &found->search);
@@ -356,46 +260,59 @@ typedef struct {
   int64_t failed; /* FSHM_E_MEMORY, or 0 */
 } walk_t;
 
-
 #if defined(__SSE2__)
-/* Count pieces of a block, of which 16 bytes from the beginning of each can be read. Returns where the next one begins:
- * p, if there is none that begins and ends there. */
-static inline HOT const uint8_t *count_block(walk_t *w, unsigned pattern, const uint8_t *p,
-                                             unsigned known) {
+static inline bool differs(const uint64_t *entry, piece_key_t k) {
+  return ((entry[0] ^ k.low) | (entry[1] ^ k.high)) != 0;
+}
+
+static int64_t count_missed(const fshm_vocabulary *v, const uint8_t *p, size_t length) {
+  piece_key_t k = piece_key(p, length);
+  uint64_t hash = piece_hash(k);
+  return key_entry(v, k, hash) != UINT64_MAX ? 1 : count_short(v, p, length, k, hash);
+}
+
+/* Count the pieces that `starts` tells of, but for the last one, whose end it does not tell. Returns where that begins. A
+ * processor has many lookups under way at once, since no branch waits for one: what is not in the first two entries is
+ * noted, and counted afterwards. */
+static inline HOT const uint8_t *count_block(walk_t *w, const uint8_t *p, uint64_t starts) {
   const fshm_vocabulary *v = w->v;
-  uint64_t starts = block_starts(pattern, p, known) & ~UINT64_C(1);
   uint16_t missed[BLOCK];
-  unsigned misses = 0, from = 0, shift = 64 - v->header.key_bits;
-  int64_t count = 0;
-  const uint64_t *keys = v->keys;
-  for (; starts; starts &= starts - 1) {
-    unsigned to = (unsigned)__builtin_ctzll(starts), length = to - from;
+  unsigned from = 0, misses = 0, shift = 64 - v->header.key_bits;
+  uint64_t count = w->count;
+  for (starts &= ~UINT64_C(1); starts; starts &= starts - 1, count++) {
+    unsigned to = (unsigned)__builtin_ctzll(starts), length = to - from, miss = 1;
     if (likely(length <= SHORT_PIECE)) {
       piece_key_t k = piece_key(p + from, length);
       uint64_t at = piece_hash(k) >> shift;
-      const uint64_t *one = &keys[2 * at], *two = &keys[2 * (at ^ 1)];
-      missed[misses] = (uint16_t)(from | length << 8);
-      misses += (((one[0] ^ k.low) | (one[1] ^ k.high)) != 0) & (((two[0] ^ k.low) | (two[1] ^ k.high)) != 0);
-      count++;
-    } else {
-      int64_t more = count_long(v, p + from, length);
-      if (unlikely(more < 0)) w->failed = more;
-      count += more;
+      miss = (unsigned)differs(&v->keys[2 * at], k) & differs(&v->keys[2 * (at ^ 1)], k);
     }
+    missed[misses] = (uint16_t)(from | length << 8);
+    misses += miss;
     from = to;
   }
   for (unsigned i = 0; i < misses; i++) {
     const uint8_t *piece = p + (missed[i] & 0xff);
-    unsigned length = missed[i] >> 8;
-    piece_key_t k = piece_key(piece, length);
-    uint64_t hash = piece_hash(k);
-    if (key_entry(v, k, hash) != UINT64_MAX) continue;
-    int64_t more = count_short(v, piece, length, k, hash);
-    if (unlikely(more < 0)) w->failed = more;
-    count += more - 1;
+    size_t length = missed[i] >> 8;
+    int64_t tokens =
+        length <= SHORT_PIECE ? count_missed(v, piece, length) : count_long(v, piece, length);
+    if (unlikely(tokens < 0))
+      w->failed = tokens;
+    else
+      count += (uint64_t)tokens - 1;
   }
-  w->count += (uint64_t)count;
+  w->count = count;
   return p + from;
+}
+
+/* How many of the 63 bytes at p are of the text, and ASCII; 0: not even 16. */
+static inline unsigned known_bytes(const uint8_t *p, const uint8_t *end) {
+  unsigned known = end - p < BLOCK ? (unsigned)(end - p) : BLOCK - 1;
+  if (known < 16 || above_ascii(p)) return 0;
+  for (unsigned i = 16; i < known; i += 16) {
+    unsigned above = above_ascii(p + i), first = above ? i + (unsigned)__builtin_ctz(above) : known;
+    if (first < known) return first;
+  }
+  return known;
 }
 #endif
 
@@ -406,18 +323,12 @@ static inline HOT void count_pieces(walk_t *w, unsigned pattern, const uint8_t *
   const uint8_t *p = w->at;
   while (p < until && w->count <= w->most) {
 #if defined(__SSE2__)
-    if (pattern != FSHM_PATTERN_R50K && end - p >= 16 && !above_ascii(p)) {
-      unsigned known = end - p < BLOCK ? (unsigned)(end - p) : BLOCK - 1;
-      for (unsigned i = 16; i < known; i += 16) {
-        unsigned above = above_ascii(p + i);
-        if (!above) continue;
-        if (i + (unsigned)__builtin_ctz(above) < known) known = i + (unsigned)__builtin_ctz(above);
-        break;
-      }
-      const uint8_t *to = count_block(w, pattern, p, known);
+    unsigned known = pattern == FSHM_PATTERN_R50K ? 0 : known_bytes(p, end);
+    if (known) {
+      const uint8_t *next = count_block(w, p, block_starts(pattern, p, known));
       if (unlikely(w->failed)) break;
-      if (likely(to != p)) {
-        p = to;
+      if (likely(next != p)) {
+        p = next;
         continue;
       }
     }
@@ -473,12 +384,16 @@ int64_t fshm_tokens_count(fshm_vocabulary *v, const void *text, uint64_t length,
 /* The same for tokens themselves: the pieces in order, each with its tokens. */
 static size_t piece_tokens(const fshm_vocabulary *v, const uint8_t *p, size_t length,
                            merged_t *found) {
-  if (length > SHORT_PIECE) return find_tokens(v, p, length, found);
-  uint8_t copy[SHORT_PIECE + 1] = {0};
-  memcpy(copy, p, length);
-  piece_key_t k = piece_key(copy, length);
-  uint64_t entry = key_entry(v, k, piece_hash(k));
-  uint32_t token = entry == UINT64_MAX ? NO_TOKEN : WORD(&v->key_ids[entry]);
+  uint32_t token;
+  if (length > SHORT_PIECE) {
+    token = whole_token(v, p, length);
+  } else {
+    uint8_t copy[SHORT_PIECE + 1] = {0};
+    memcpy(copy, p, length);
+    piece_key_t k = piece_key(copy, length);
+    uint64_t entry = key_entry(v, k, piece_hash(k));
+    token = entry == UINT64_MAX ? NO_TOKEN : WORD(&v->key_ids[entry]);
+  }
   if (token >= v->header.tokens) return find_tokens(v, p, length, found);
   found->far = NULL;
   found->search.found = found->near;

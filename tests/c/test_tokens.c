@@ -55,8 +55,8 @@ static size_t ascii_text(uint8_t *text, size_t most) {
   size_t letters = strlen(from), length = random_below(most);
   bool words = random_below(2);
   for (size_t at = 0; at < length; at++)
-    text[at] = (uint8_t)from[words && random_below(4) ? random_below(2) % letters
-                                                      : random_below(letters)];
+    text[at] =
+        (uint8_t)from[words && random_below(4) ? random_below(2) % letters : random_below(letters)];
   return length;
 }
 
@@ -95,7 +95,8 @@ static void test_blocks(void) {
       found += starts != 1;
       if (starts == pieces) continue;
       CHECK_EQ(starts, pieces);
-      (void)fprintf(stderr, "pattern %u, %u of: %.*s\n", pattern, known, (int)(end - p), (const char *)p);
+      (void)fprintf(stderr, "pattern %u, %u of: %.*s\n", pattern, known, (int)(end - p),
+                    (const char *)p);
     }
   }
   CHECK_OP(found, >, rounds);
@@ -324,10 +325,62 @@ static void test_hostile(void) {
   free_vocabulary(&t);
 }
 
+/* Any bits of a file turned, also of its header, and its length changed, but with checksums that fit. */
+static void test_hostile_files(void) {
+  static uint8_t image[MOST_FILE], text[400];
+  vocabulary_t t = fresh_vocabulary(FSHM_PATTERN_O200K, 3, 50);
+  uint64_t size = t.v->header.size, opened = 0;
+  int rounds = fewer(3000);
+  for (int round = 0; round < rounds; round++) {
+    uint64_t length = size;
+    if (!random_below(4))
+      length = random_below(2) ? random_below(2 * size) : size - 64 + random_below(128);
+    memset(image, 0, sizeof image);
+    memcpy(image, t.v->map, length < size ? length : size);
+    for (uint64_t i = random_below(4) ? random_below(6) : random_below(2000); i; i--) {
+      uint64_t at =
+          random_below(3) ? random_below(length + 1) : random_below(sizeof(vocabulary_header_t));
+      if (at < length) image[at] ^= (uint8_t)(1U << random_below(8));
+    }
+    /* Sizes of sections, within their bounds: the file is as long as they say. */
+    vocabulary_header_t *h = (vocabulary_header_t *)(void *)image;
+    uint32_t *numbers[] = {&h->tokens, &h->special, &h->key_bits,   &h->pair_bits,
+                           &h->cells,  &h->root,    &h->most_length};
+    bool fit = random_below(2);
+    if (fit && length >= sizeof *h)
+      *numbers[random_below(7)] =
+          (uint32_t)(random_below(2) ? random_below(30) : random_below(16) * 256);
+    if (fit && length >= sizeof *h && !random_below(4)) h->bytes = random_below(1 << 12);
+    size_t letters = ascii_text(text, sizeof text);
+    opened += use_file(image, make_right(image, length, fit), text, letters) == FSHM_OK;
+  }
+  CHECK_OP(opened, >, rounds / 10);
+  free_vocabulary(&t);
+}
+
 /* Threads --------------------------------------------------------------------------------- */
 
 #define WORKERS 4
 static vocabulary_t shared_vocabulary;
+
+/* Longer ones, of many pieces: what the cache says, after others wrote to it, is what a search finds. */
+static void use_long_text(uint64_t state) {
+  uint8_t text[500];
+  uint32_t tokens[sizeof text];
+  uint64_t bad = 0;
+  size_t length = 300 + (state >> 50) % 200;
+  for (size_t at = 0; at < length; at++)
+    text[at] = (uint8_t)"ab ba\xc3\xa9\n"[(state >> at % 57) % (at % 40 < 30 ? 2 : 8)];
+  fshm_vocabulary *v = shared_vocabulary.v;
+  int64_t n = fshm_tokens_encode(v, text, length, tokens);
+  uint8_t back[sizeof text];
+  bool right =
+      fshm_tokens_count(v, text, length, UINT64_MAX) == n &&
+      fshm_tokens_count(v, text, length, 3) > 3 &&
+      fshm_tokens_truncate(v, text, length, 3) < (int64_t)length &&
+      fshm_tokens_decode(v, tokens, (uint64_t)n, back, sizeof back, &bad) == (int64_t)length;
+  if (!right) CHECK_EQ(state, 0);
+}
 
 /* All count texts that fall on few entries of the cache: each count is right. */
 static void *count_texts(void *with) {
@@ -341,6 +394,7 @@ static void *count_texts(void *with) {
     size_t n = reference_encode(&shared_vocabulary, text, length, want);
     if (fshm_tokens_count(shared_vocabulary.v, text, length, UINT64_MAX) != (int64_t)n)
       CHECK_EQ(i, -1);
+    if (i % 16 == 0) use_long_text(state);
   }
   return NULL;
 }
@@ -354,7 +408,13 @@ static void test_threads(void) {
   free_vocabulary(&shared_vocabulary);
 }
 
-int main(void) {
+/* With any argument: test_threads() alone, for the thread sanitizer. */
+int main(int argc, char **argv) {
+  (void)argv;
+  if (argc > 1) {
+    test_threads();
+    return done();
+  }
   (void)snprintf(file_path, sizeof file_path, "/tmp/test_tokens.%d", (int)getpid());
   test_merging();
   test_any_bytes();
@@ -369,6 +429,7 @@ int main(void) {
   test_damaged();
   test_foreign();
   test_hostile();
+  test_hostile_files();
   test_threads();
   return done();
 }
