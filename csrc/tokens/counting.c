@@ -125,7 +125,7 @@ static inline HOT const uint8_t *next_end(unsigned pattern, const uint8_t *p, co
   if (first & IS_DIGIT) {
     if (pattern != FSHM_PATTERN_R50K && p[1] < 0x80 && p[2] < 0x80)
       to = p + 1 + (DIGIT(p[1]) ? 1 + DIGIT(p[2]) : 0);
-  } else if (*p < 0x80 && (*p != '\'' || pattern == FSHM_PATTERN_O200K)) {
+  } else if (!((*p | p[1]) & 0x80) && (*p != '\'' || pattern == FSHM_PATTERN_O200K)) {
     to = blank_or_symbols(pattern, p, end);
   }
   return to ? to : piece_end(pattern, p, end);

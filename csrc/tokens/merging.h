@@ -83,15 +83,13 @@ static inline bool stay_apart(const fshm_vocabulary *v, uint32_t left, uint32_t 
     uint32_t merged = merged_pair(v, left, right);
     if (merged < left_until && merged <= right_until && merged != NO_TOKEN) return false;
     if ((left | right) < 256) return true; /* single bytes */
-    /* The later merge is undone first; of two equal ones, that on the right. Without a branch: which of them it is,
-     * nobody can foresee. */
-    uint32_t is_left = left > right, keep = is_left - 1; /* keep: all ones, the left one stays */
-    const halves_t *undone = &v->halves[is_left ? left : right];
-    uint32_t part = WORD(is_left ? &undone->right : &undone->left);
-    left_until = (left_until & keep) | (left & ~keep);
-    right_until = (right_until & ~keep) | (right & keep);
-    left = (left & keep) | (part & ~keep);
-    right = (right & ~keep) | (part & keep);
+    if (left > right) { /* the later merge is undone first; of two equal ones, that on the right */
+      left_until = left;
+      left = WORD(&v->halves[left].right);
+    } else {
+      right_until = right;
+      right = WORD(&v->halves[right].left);
+    }
     if (unlikely(left >= v->header.tokens || right >= v->header.tokens)) return true;
   }
   return false;

@@ -327,7 +327,8 @@ static void test_hostile(void) {
 
 /* Any bits of a file turned, also of its header, and its length changed, but with checksums that fit. */
 static void test_hostile_files(void) {
-  static uint8_t image[MOST_FILE], text[400];
+  static _Alignas(LINE) uint8_t image[MOST_FILE];
+  static uint8_t text[400];
   vocabulary_t t = fresh_vocabulary(FSHM_PATTERN_O200K, 3, 50);
   uint64_t size = t.v->header.size, opened = 0;
   int rounds = fewer(3000);
@@ -335,7 +336,7 @@ static void test_hostile_files(void) {
     uint64_t length = size;
     if (!random_below(4))
       length = random_below(2) ? random_below(2 * size) : size - 64 + random_below(128);
-    memset(image, 0, sizeof image);
+    memset(image, 0, length);
     memcpy(image, t.v->map, length < size ? length : size);
     for (uint64_t i = random_below(4) ? random_below(6) : random_below(2000); i; i--) {
       uint64_t at =
