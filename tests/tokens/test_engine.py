@@ -284,7 +284,9 @@ def test_fits_and_truncate(name: str) -> None:
     assert shorter < 20
 
 
-@pytest.mark.parametrize("text", ["", "x" * 1000, "\xe9 \u4e2d" * 1000, "\ud800 x" * 9, Text("ab \xe9")])
+@pytest.mark.parametrize(
+    "text", ["", "x" * 1000, "\xe9 \u4e2d" * 1000, "\ud800 x" * 9, Text("ab \xe9")]
+)
 def test_limits_of_max_tokens(text: str) -> None:
     found, compiled = engine.pairs(engine.PATTERNS[1])
     count = len(found.encode_ordinary(text))
