@@ -6,7 +6,7 @@
 
 sanitize: sanitize-c sanitize-py ## proofs: address and undefined-behaviour sanitizer: C tests, and the extension in Python
 
-tsan: ## proofs: thread sanitizer: all calls of fast_shm.h by threads on one mapping. ROUNDS=100000 for longer, SEED=n
+tsan: ## proofs: thread sanitizer: all calls of fast_shm.h by threads on one mapping, and one vocabulary. ROUNDS=100000 for longer, SEED=n
 
 memcheck: ## proofs: valgrind over the C tests
 
@@ -41,7 +41,7 @@ check-asan: $(BUILD)/faults
 ROUNDS ?= 20000
 tsan:
 	$(call need,$(CLANG),clang libclang-rt-dev)
-	@$(SANITIZER_OPTIONS) $(MAKE) --no-print-directory check-tsan run-c-test_threads BUILD=$(BUILD)/tsan \
+	@$(SANITIZER_OPTIONS) $(MAKE) --no-print-directory check-tsan run-c-test_threads run-c-test_tokens BUILD=$(BUILD)/tsan \
 	  CC=$(CLANG) CFLAGS="$(DEBUG) -fsanitize=thread -mcx16" ARGS="$(ROUNDS) 6 $(or $(SEED),1)"
 
 check-tsan: $(BUILD)/faults

@@ -166,21 +166,23 @@ static PyObject *tokens_encode(PyObject *o, PyObject *text) {
   return out;
 }
 
-/* The ranks of a list; NULL: it raised. To be freed with PyMem_Free(). */
+/* The ranks of a list; NULL: it raised, what tiktoken raises. To be freed with PyMem_Free(). */
 static uint32_t *get_ranks(PyObject *list, Py_ssize_t n) {
   uint32_t *ranks = PyMem_Malloc(((size_t)n + 1) * sizeof *ranks);
   if (!ranks) (void)PyErr_NoMemory();
   for (Py_ssize_t i = 0; ranks && i < n; i++) {
-    PyObject *item = PyList_GetItem(list, i); /* borrowed: the list is ours */
-    unsigned long long rank = item ? PyLong_AsUnsignedLongLong(item) : 0;
-    if (!PyErr_Occurred() && rank <= FSHM_MAX_RANK) {
+    PyObject *item = PyList_GetItem(list, i), /* borrowed: the list is ours */
+        *number = item ? PyNumber_Index(item) : NULL; /* numpy's integers too */
+    unsigned long long rank = number ? PyLong_AsUnsignedLongLong(number) : 0;
+    Py_XDECREF(number);
+    if (!PyErr_Occurred() && rank <= UINT32_MAX) {
       ranks[i] = (uint32_t)rank;
       continue;
     }
     if (!PyErr_Occurred() || PyErr_ExceptionMatches(PyExc_OverflowError)) {
       PyErr_Clear();
-      (void)fail(PyExc_ValueError, "tokens[%zd] is %R, which is no token of this encoding", i,
-                 item);
+      (void)fail(PyExc_OverflowError, "tokens[%zd] is %R; tokens are numbers from 0 to 2**32 - 1",
+                 i, item);
     }
     PyMem_Free(ranks);
     ranks = NULL;
@@ -197,7 +199,7 @@ static PyObject *tokens_decode(PyObject *o, PyObject *tokens) {
     uint64_t bad = 0;
     int64_t length = fshm_tokens_decode(self->v, ranks, (uint64_t)n, NULL, 0, &bad);
     if (length < 0)
-      (void)fail(PyExc_ValueError, "tokens[%llu] is %u, which is no token of this encoding",
+      (void)fail(PyExc_KeyError, "tokens[%llu] is %u, which is no token of this encoding",
                  (unsigned long long)bad, (unsigned)ranks[bad]);
     else
       out = PyBytes_FromStringAndSize(NULL, length);
@@ -331,7 +333,7 @@ static PyMethodDef tokens_methods[] = {
     {"encode", tokens_encode, METH_O,
      "encode(text)\n--\n\nThe tokens of a text; the text of a special token is ordinary text."},
     {"decode", tokens_decode, METH_O,
-     "decode(tokens)\n--\n\nThe bytes of tokens, special ones too. ValueError for what is none."},
+     "decode(tokens)\n--\n\nThe bytes of tokens, special ones too. KeyError for what is none."},
     {"fits", FAST(tokens_fits), METH_FASTCALL,
      "fits(text, max_tokens)\n--\n\nWhether a text has at most so many tokens. Stops where there "
      "are more."},

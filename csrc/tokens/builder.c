@@ -282,8 +282,9 @@ static piece_key_t key_of(const uint8_t *bytes, uint32_t length) {
 /* False: PROBES entries are taken. */
 static bool insert_key(builder_t *b, uint32_t token) {
   piece_key_t key = key_of(b->tokens[token].bytes, b->tokens[token].length);
-  uint64_t at = piece_hash(key) >> (64 - b->key_bits), mask = (UINT64_C(1) << b->key_bits) - 1;
-  for (int i = 0; i < PROBES; i++, at = (at + 1) & mask) {
+  uint64_t home = piece_hash(key) >> (64 - b->key_bits);
+  for (uint64_t i = 0; i < PROBES; i++) {
+    uint64_t at = home ^ i;
     if (b->keys[2 * at + 1]) continue;
     b->keys[2 * at] = key.low;
     b->keys[2 * at + 1] = key.high;

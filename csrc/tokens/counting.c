@@ -1,9 +1,11 @@
 /* counting.c - walks over the pieces of a text: counts, encodes, truncates; and decodes.
  *
- * Most pieces are a word of ASCII and a token: for those there is a short way here, from 16 bytes of text to one entry
- * of the hash table, without a loop. Everything else goes through scanner.h, and a piece that is no token through
- * merging.h. Argued in DESIGN.md, "Counting tokens".
+ * Most pieces are ASCII and a token. Where a processor has SSE2, ASCII is split 63 bytes at a time (blocks.h), and each
+ * piece looked up without a branch. Elsewhere, and for the last piece of a text, there is a short way here, from 16
+ * bytes of text to one entry of the hash table, without a loop. Everything else goes through scanner.h, and a piece
+ * that is no token through merging.h. Argued in DESIGN.md, "Counting tokens".
  */
+#include "blocks.h"
 #include "merging.h"
 #include "scanner.h"
 
@@ -11,8 +13,8 @@
 #include <emmintrin.h>
 #endif
 
-#define NEAR_END \
-  32 /* bytes: a text is copied when fewer are left, so that the short way may read beyond its end */
+/* Bytes: a text is copied when fewer are left, so that a block and 16 bytes from its last piece on can be read. */
+#define NEAR_END 80
 
 /* The short way ----------------------------------------------------------------------------- */
 
@@ -123,7 +125,7 @@ static inline HOT const uint8_t *next_end(unsigned pattern, const uint8_t *p, co
   if (first & IS_DIGIT) {
     if (pattern != FSHM_PATTERN_R50K && p[1] < 0x80 && p[2] < 0x80)
       to = p + 1 + (DIGIT(p[1]) ? 1 + DIGIT(p[2]) : 0);
-  } else if (*p < 0x80 && (*p != '\'' || pattern == FSHM_PATTERN_O200K)) {
+  } else if (!((*p | p[1]) & 0x80) && (*p != '\'' || pattern == FSHM_PATTERN_O200K)) {
     to = blank_or_symbols(pattern, p, end);
   }
   return to ? to : piece_end(pattern, p, end);
@@ -161,13 +163,10 @@ static inline piece_key_t piece_key(const uint8_t *p, size_t length) {
 /* The entry of a key, or UINT64_MAX. */
 static inline HOT uint64_t key_entry(const fshm_vocabulary *v, piece_key_t k, uint64_t hash) {
   uint64_t at = hash >> (64 - v->header.key_bits);
-  const uint64_t *entry = &v->keys[2 * at];
-  if (likely(entry[0] == k.low && entry[1] == k.high)) return at;
-  uint64_t mask = (UINT64_C(1) << v->header.key_bits) - 1;
-  for (int i = 1; i < PROBES && entry[1]; i++) {
-    at = (at + 1) & mask;
-    entry = &v->keys[2 * at];
-    if (entry[0] == k.low && entry[1] == k.high) return at;
+  for (uint64_t i = 0; i < PROBES; i++) {
+    const uint64_t *entry = &v->keys[2 * (at ^ i)];
+    if (likely(entry[0] == k.low && entry[1] == k.high)) return at ^ i;
+    if (!entry[1]) break;
   }
   return UINT64_MAX;
 }
@@ -197,7 +196,7 @@ typedef struct {
   void *far; /* to be freed, or NULL */
 } merged_t;
 
-/* Returns their number; 0: there is no memory. */
+/* Of a piece that is no token. Returns their number; 0: there is no memory. */
 static size_t find_tokens(const fshm_vocabulary *v, const uint8_t *p, size_t length,
                           merged_t *found) {
   size_t bits = length / 8 + 1;
@@ -208,11 +207,6 @@ static size_t find_tokens(const fshm_vocabulary *v, const uint8_t *p, size_t len
     if (!found->far) return 0;
     found->search.found = found->far;
     found->search.given_up = (uint8_t *)(found->search.found + length);
-  }
-  uint32_t whole = whole_token(v, p, length);
-  if (whole != NO_TOKEN) {
-    found->search.found[0] = (uint32_t)length << 24 | whole;
-    return 1;
   }
   memset(found->search.given_up, 0, bits);
   size_t n = search_tokens(v, p, length, &found->search);
@@ -266,13 +260,79 @@ typedef struct {
   int64_t failed; /* FSHM_E_MEMORY, or 0 */
 } walk_t;
 
+#if defined(__SSE2__)
+static inline bool differs(const uint64_t *entry, piece_key_t k) {
+  return ((entry[0] ^ k.low) | (entry[1] ^ k.high)) != 0;
+}
+
+static int64_t count_missed(const fshm_vocabulary *v, const uint8_t *p, size_t length) {
+  piece_key_t k = piece_key(p, length);
+  uint64_t hash = piece_hash(k);
+  return key_entry(v, k, hash) != UINT64_MAX ? 1 : count_short(v, p, length, k, hash);
+}
+
+/* Count the pieces that `starts` tells of, but for the last one, whose end it does not tell. Returns where that begins. A
+ * processor has many lookups under way at once, since no branch waits for one: what is not in the first two entries is
+ * noted, and counted afterwards. */
+static inline HOT const uint8_t *count_block(walk_t *w, const uint8_t *p, uint64_t starts) {
+  const fshm_vocabulary *v = w->v;
+  uint16_t missed[BLOCK];
+  unsigned from = 0, misses = 0, shift = 64 - v->header.key_bits;
+  uint64_t count = w->count;
+  for (starts &= ~UINT64_C(1); starts; starts &= starts - 1, count++) {
+    unsigned to = (unsigned)__builtin_ctzll(starts), length = to - from, miss = 1;
+    if (likely(length <= SHORT_PIECE)) {
+      piece_key_t k = piece_key(p + from, length);
+      uint64_t at = piece_hash(k) >> shift;
+      miss = (unsigned)differs(&v->keys[2 * at], k) & differs(&v->keys[2 * (at ^ 1)], k);
+    }
+    missed[misses] = (uint16_t)(from | length << 8);
+    misses += miss;
+    from = to;
+  }
+  for (unsigned i = 0; i < misses; i++) {
+    const uint8_t *piece = p + (missed[i] & 0xff);
+    size_t length = missed[i] >> 8;
+    int64_t tokens =
+        length <= SHORT_PIECE ? count_missed(v, piece, length) : count_long(v, piece, length);
+    if (unlikely(tokens < 0))
+      w->failed = tokens;
+    else
+      count += (uint64_t)tokens - 1;
+  }
+  w->count = count;
+  return p + from;
+}
+
+/* How many of the 63 bytes at p are of the text, and ASCII; 0: not even 16. */
+static inline unsigned known_bytes(const uint8_t *p, const uint8_t *end) {
+  unsigned known = end - p < BLOCK ? (unsigned)(end - p) : BLOCK - 1;
+  if (known < 16 || above_ascii(p)) return 0;
+  for (unsigned i = 16; i < known; i += 16) {
+    unsigned above = above_ascii(p + i), first = above ? i + (unsigned)__builtin_ctz(above) : known;
+    if (first < known) return first;
+  }
+  return known;
+}
+#endif
+
 /* Count the pieces that begin before `until`; ones that end beyond it are counted too. */
 static inline HOT void count_pieces(walk_t *w, unsigned pattern, const uint8_t *until,
                                     const uint8_t *end) {
   const fshm_vocabulary *v = w->v;
   const uint8_t *p = w->at;
-  uint64_t count = w->count;
-  while (p < until && count <= w->most) {
+  while (p < until && w->count <= w->most) {
+#if defined(__SSE2__)
+    unsigned known = pattern == FSHM_PATTERN_R50K ? 0 : known_bytes(p, end);
+    if (known) {
+      const uint8_t *next = count_block(w, p, block_starts(pattern, p, known));
+      if (unlikely(w->failed)) break;
+      if (likely(next != p)) {
+        p = next;
+        continue;
+      }
+    }
+#endif
     const uint8_t *next = next_end(pattern, p, end);
     size_t length = (size_t)(next - p);
     int64_t more = 1;
@@ -287,11 +347,10 @@ static inline HOT void count_pieces(walk_t *w, unsigned pattern, const uint8_t *
       w->failed = more;
       break;
     }
-    count += (uint64_t)more;
+    w->count += (uint64_t)more;
     p = next;
   }
   w->at = p;
-  w->count = count;
 }
 
 static void count_with(walk_t *w, const uint8_t *until, const uint8_t *end) {
@@ -313,7 +372,7 @@ int64_t fshm_tokens_count(fshm_vocabulary *v, const void *text, uint64_t length,
   walk_t w = {v, from, 0, most, 0};
   if (length >= NEAR_END) count_with(&w, end - NEAR_END + 1, end);
   if (w.at != end && !w.failed && w.count <= most) {
-    uint8_t tail[NEAR_END + SHORT_PIECE + 1] = {0};
+    uint8_t tail[2 * NEAR_END] = {0};
     size_t left = (size_t)(end - w.at);
     memcpy(tail, w.at, left);
     w.at = tail;
@@ -325,12 +384,16 @@ int64_t fshm_tokens_count(fshm_vocabulary *v, const void *text, uint64_t length,
 /* The same for tokens themselves: the pieces in order, each with its tokens. */
 static size_t piece_tokens(const fshm_vocabulary *v, const uint8_t *p, size_t length,
                            merged_t *found) {
-  if (length > SHORT_PIECE) return find_tokens(v, p, length, found);
-  uint8_t copy[SHORT_PIECE + 1] = {0};
-  memcpy(copy, p, length);
-  piece_key_t k = piece_key(copy, length);
-  uint64_t entry = key_entry(v, k, piece_hash(k));
-  uint32_t token = entry == UINT64_MAX ? NO_TOKEN : WORD(&v->key_ids[entry]);
+  uint32_t token;
+  if (length > SHORT_PIECE) {
+    token = whole_token(v, p, length);
+  } else {
+    uint8_t copy[SHORT_PIECE + 1] = {0};
+    memcpy(copy, p, length);
+    piece_key_t k = piece_key(copy, length);
+    uint64_t entry = key_entry(v, k, piece_hash(k));
+    token = entry == UINT64_MAX ? NO_TOKEN : WORD(&v->key_ids[entry]);
+  }
   if (token >= v->header.tokens) return find_tokens(v, p, length, found);
   found->far = NULL;
   found->search.found = found->near;

@@ -4,8 +4,9 @@
  * single bytes have the numbers 0 to 255 (the builder refuses other vocabularies).
  *
  * Sections, one behind the other, each aligned to a cache line:
- *   keys      2^key_bits * 16 bytes: the tokens of up to 15 bytes, a hash table with linear probing. The bytes
- *             themselves, zeros, and the length in the last byte; an empty entry is all zeros
+ *   keys      2^key_bits * 16 bytes: the tokens of up to 15 bytes, a hash table. The bytes themselves, zeros, and the
+ *             length in the last byte; an empty entry is all zeros. The i-th place to look at is (home ^ i): the first
+ *             four of each key are one cache line
  *   key_ids   2^key_bits * 4: the number of the token in the same entry of keys
  *   nodes     cells * 8: a trie of all tokens, as a double array: see NODE_* below
  *   halves    tokens * 8: what each token is merged from

@@ -35,6 +35,74 @@ static void test_any_bytes(void) {
   }
 }
 
+/* Alphabets in which each rule of the patterns comes often, and a long one. */
+static const char *const ascii_alphabets[] = {
+    "ab \n",
+    "aB ",
+    "aAsStTlLvVeErRdDmM''''' ",
+    "a \t\n\r\n ",
+    ".!\n\r/ a//",
+    "0123456789 a.",
+    "a. ",
+    "a\n  \t\v\f.",
+    " ",
+    "aAbB'sll .,-/0123\n\t\x1c\xc3\xa9\xc5\xbf\xe4\xb8\xad",
+    "etaoinshrdlu etaoinshrdlu ETAOIN SHRDLU   ..,,''()-_\"=/:;#\n\n\t0123456789"};
+
+static size_t ascii_text(uint8_t *text, size_t most) {
+  const char *from =
+      ascii_alphabets[random_below(sizeof ascii_alphabets / sizeof *ascii_alphabets)];
+  size_t letters = strlen(from), length = random_below(most);
+  bool words = random_below(2);
+  for (size_t at = 0; at < length; at++)
+    text[at] =
+        (uint8_t)from[words && random_below(4) ? random_below(2) % letters : random_below(letters)];
+  return length;
+}
+
+/* Texts of ASCII, mostly: what is split many pieces at a time. */
+static void test_ascii(void) {
+  static uint8_t text[600];
+  for (uint32_t pattern = FSHM_PATTERN_R50K; pattern <= FSHM_PATTERN_O200K; pattern++) {
+    vocabulary_t t = fresh_vocabulary(pattern, 3, 60);
+    int rounds = fewer(3000);
+    for (int i = 0; i < rounds; i++) {
+      size_t length = ascii_text(text, i % 20 ? 160 : sizeof text);
+      check_text(&t, text, length, random_below(length + 2));
+    }
+    free_vocabulary(&t);
+  }
+}
+
+#if defined(__SSE2__)
+/* What begins in a block, from any beginning of a piece on, is what pieces are one by one: none is left out. */
+static void test_blocks(void) {
+  static uint8_t text[4 * BLOCK];
+  int rounds = fewer(300000);
+  uint64_t found = 0;
+  for (int i = 0; i < rounds; i++) {
+    uint32_t pattern = i % 2 ? FSHM_PATTERN_CL100K : FSHM_PATTERN_O200K;
+    size_t length = ascii_text(text, sizeof text - BLOCK);
+    const uint8_t *end = text + length;
+    for (const uint8_t *p = text; end - p >= 16; p = piece_end(pattern, p, end)) {
+      unsigned known = 0;
+      while (known < BLOCK - 1 && p + known < end && p[known] < 0x80) known++;
+      if (known < 4) continue;
+      uint64_t starts = block_starts(pattern, p, known), pieces = 1;
+      for (const uint8_t *at = p; at - p < BLOCK && BIT(at - p) <= starts && at != end;
+           at = piece_end(pattern, at, end))
+        pieces |= BIT(at - p);
+      found += starts != 1;
+      if (starts == pieces) continue;
+      CHECK_EQ(starts, pieces);
+      (void)fprintf(stderr, "pattern %u, %u of: %.*s\n", pattern, known, (int)(end - p),
+                    (const char *)p);
+    }
+  }
+  CHECK_OP(found, >, rounds);
+}
+#endif
+
 typedef struct {
   uint32_t pattern;
   const char *text, *pieces; /* with | between them */
@@ -257,10 +325,63 @@ static void test_hostile(void) {
   free_vocabulary(&t);
 }
 
+/* Any bits of a file turned, also of its header, and its length changed, but with checksums that fit. */
+static void test_hostile_files(void) {
+  static _Alignas(LINE) uint8_t image[MOST_FILE];
+  static uint8_t text[400];
+  vocabulary_t t = fresh_vocabulary(FSHM_PATTERN_O200K, 3, 50);
+  uint64_t size = t.v->header.size, opened = 0;
+  int rounds = fewer(3000);
+  for (int round = 0; round < rounds; round++) {
+    uint64_t length = size;
+    if (!random_below(4))
+      length = random_below(2) ? random_below(2 * size) : size - 64 + random_below(128);
+    memset(image, 0, length);
+    memcpy(image, t.v->map, length < size ? length : size);
+    for (uint64_t i = random_below(4) ? random_below(6) : random_below(2000); i; i--) {
+      uint64_t at =
+          random_below(3) ? random_below(length + 1) : random_below(sizeof(vocabulary_header_t));
+      if (at < length) image[at] ^= (uint8_t)(1U << random_below(8));
+    }
+    /* Sizes of sections, within their bounds: the file is as long as they say. */
+    vocabulary_header_t *h = (vocabulary_header_t *)(void *)image;
+    uint32_t *numbers[] = {&h->tokens, &h->special, &h->key_bits,   &h->pair_bits,
+                           &h->cells,  &h->root,    &h->most_length};
+    bool fit = random_below(2);
+    if (fit && length >= sizeof *h)
+      *numbers[random_below(7)] =
+          (uint32_t)(random_below(2) ? random_below(30) : random_below(16) * 256);
+    if (fit && length >= sizeof *h && !random_below(4)) h->bytes = random_below(1 << 12);
+    size_t letters = ascii_text(text, sizeof text);
+    opened += use_file(image, make_right(image, length, fit), text, letters) == FSHM_OK;
+  }
+  CHECK_OP(opened, >, rounds / 10);
+  free_vocabulary(&t);
+}
+
 /* Threads --------------------------------------------------------------------------------- */
 
 #define WORKERS 4
 static vocabulary_t shared_vocabulary;
+
+/* Longer ones, of many pieces: what the cache says, after others wrote to it, is what a search finds. */
+static void use_long_text(uint64_t state) {
+  uint8_t text[500];
+  uint32_t tokens[sizeof text];
+  uint64_t bad = 0;
+  size_t length = 300 + (state >> 50) % 200;
+  for (size_t at = 0; at < length; at++)
+    text[at] = (uint8_t)"ab ba\xc3\xa9\n"[(state >> at % 57) % (at % 40 < 30 ? 2 : 8)];
+  fshm_vocabulary *v = shared_vocabulary.v;
+  int64_t n = fshm_tokens_encode(v, text, length, tokens);
+  uint8_t back[sizeof text];
+  bool right =
+      fshm_tokens_count(v, text, length, UINT64_MAX) == n &&
+      fshm_tokens_count(v, text, length, 3) > 3 &&
+      fshm_tokens_truncate(v, text, length, 3) < (int64_t)length &&
+      fshm_tokens_decode(v, tokens, (uint64_t)n, back, sizeof back, &bad) == (int64_t)length;
+  if (!right) CHECK_EQ(state, 0);
+}
 
 /* All count texts that fall on few entries of the cache: each count is right. */
 static void *count_texts(void *with) {
@@ -274,6 +395,7 @@ static void *count_texts(void *with) {
     size_t n = reference_encode(&shared_vocabulary, text, length, want);
     if (fshm_tokens_count(shared_vocabulary.v, text, length, UINT64_MAX) != (int64_t)n)
       CHECK_EQ(i, -1);
+    if (i % 16 == 0) use_long_text(state);
   }
   return NULL;
 }
@@ -287,10 +409,20 @@ static void test_threads(void) {
   free_vocabulary(&shared_vocabulary);
 }
 
-int main(void) {
+/* With any argument: test_threads() alone, for the thread sanitizer. */
+int main(int argc, char **argv) {
+  (void)argv;
+  if (argc > 1) {
+    test_threads();
+    return done();
+  }
   (void)snprintf(file_path, sizeof file_path, "/tmp/test_tokens.%d", (int)getpid());
   test_merging();
   test_any_bytes();
+#if defined(__SSE2__)
+  test_blocks();
+#endif
+  test_ascii();
   test_pieces();
   test_refused();
   test_special();
@@ -298,6 +430,7 @@ int main(void) {
   test_damaged();
   test_foreign();
   test_hostile();
+  test_hostile_files();
   test_threads();
   return done();
 }

@@ -271,4 +271,67 @@ static inline void check_text(vocabulary_t *t, const uint8_t *text, size_t lengt
   CHECK_EQ(memcmp(back, text, length), 0);
 }
 
+/* Hostile files ----------------------------------------------------------------------------- */
+
+#define MOST_FILE (UINT64_C(1) << 22) /* bytes */
+
+/* A file's image, `size` bytes with room for MOST_FILE, made such that opening believes it: the header's check and the
+ * checksum fit, where the header's numbers are within their bounds. as_large: the image gets the length that the header
+ * asks for, with zeros, or is cut off there; else the header is given the length that the image has. Returns the
+ * length. */
+static inline uint64_t make_right(uint8_t *image, uint64_t size, bool as_large) {
+  vocabulary_header_t h;
+  if (size < sizeof h) return size;
+  memcpy(&h, image, sizeof h);
+  if (within_bounds(&h)) {
+    vocabulary_layout_t l = vocabulary_layout(&h);
+    if (as_large && l.size <= MOST_FILE) {
+      if (l.size > size) memset(image + size, 0, l.size - size);
+      size = l.size;
+    }
+    h.size = size;
+    if (size >= l.keys) h.checksum = vocabulary_checksum(image + l.keys, size - l.keys);
+  }
+  h.check = vocabulary_header_check(&h);
+  memcpy(image, &h, sizeof h);
+  return size;
+}
+
+/* Open such a file, and use all there is of it on a text of up to LONGEST_TEXT bytes. No count, no text can be wrong
+ * then, but none is beyond its bounds. Returns the status of opening. */
+static inline int use_file(const uint8_t *image, uint64_t size, const uint8_t *text,
+                           size_t length) {
+  static uint32_t out[LONGEST_TEXT];
+  static uint8_t back[1 << 16];
+  static int fd = -1;
+  fshm_vocabulary *v = NULL;
+  fshm_error e = {0};
+  if (fd < 0) fd = memfd_create("test_tokens", MFD_CLOEXEC);
+  if (fd < 0 || fchmod(fd, 0600) || ftruncate(fd, 0) || pwrite(fd, image, size, 0) != (ssize_t)size)
+    abort();
+  int status = open_fd(fd, &v, &e);
+  CHECK_EQ(v != NULL, status == FSHM_OK);
+  if (!v) {
+    CHECK_EQ(status == FSHM_E_DAMAGED || status == FSHM_E_LAYOUT, 1);
+    return status;
+  }
+  uint64_t bad = 0;
+  int64_t n = fshm_tokens_count(v, text, length, UINT64_MAX);
+  CHECK_EQ(n >= 0 && n <= (int64_t)length, 1);
+  n = fshm_tokens_encode(v, text, length, out);
+  CHECK_EQ(n >= 0 && n <= (int64_t)length, 1);
+  int64_t cut = fshm_tokens_truncate(v, text, length, length / 3);
+  CHECK_EQ(cut >= 0 && cut <= (int64_t)length, 1);
+  (void)fshm_tokens_decode(v, out, (uint64_t)n, back, sizeof back, &bad);
+  for (uint32_t i = 0; i < 8; i++) { /* special ones, and ranks that are none */
+    uint32_t rank = 0, size_of = 0;
+    const void *bytes = NULL;
+    if (fshm_vocabulary_special(v, i, &rank, &bytes, &size_of) == FSHM_OK && size_of)
+      back[0] = ((const uint8_t *)bytes)[size_of - 1];
+    (void)fshm_tokens_decode(v, &rank, 1, back, sizeof back, &bad);
+  }
+  fshm_vocabulary_close(v);
+  return status;
+}
+
 #endif

@@ -8,6 +8,7 @@ import random
 import sys
 import threading
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -205,15 +206,39 @@ def test_decode(name: str) -> None:
         try:
             expected = found.decode_single_token_bytes(token)
         except KeyError:
-            with pytest.raises(ValueError, match=rf"tokens\[0\] is {token}, which is no token"):
+            with pytest.raises(KeyError, match=rf"tokens\[0\] is {token}, which is no token"):
                 compiled.decode([token])
         else:
             assert compiled.decode([token]) == expected
-    for wrong in (-1, 2**32 - 1, 2**32, 2**70):
-        with pytest.raises(ValueError, match=r"tokens\[1\] is"):
-            compiled.decode([1, wrong])
-    with pytest.raises(TypeError):
-        compiled.decode(["a"])  # type: ignore[list-item]
+
+
+class Index:
+    def __index__(self) -> int:
+        return 1
+
+
+_NO_TOKENS: list[Any] = [2**31, 2**32 - 1, -1, -(2**70), 2**32, 2**64, 2**70, 1.0, "a", b"a", None]
+
+
+@pytest.mark.parametrize("wrong", _NO_TOKENS, ids=str)
+def test_no_tokens(wrong: Any) -> None:
+    """Refused as by tiktoken, with the same kind of error."""
+    found, compiled = engine.pairs(engine.PATTERNS[1])
+    with pytest.raises(Exception) as theirs:  # noqa: PT011 (that of tiktoken is the question)
+        found.decode_bytes([1, wrong])
+    with pytest.raises(theirs.type) as ours:
+        compiled.decode([1, wrong])
+    assert type(wrong) is not int or f"tokens[1] is {wrong}" in str(ours.value)
+    assert compiled.decode([Index(), True, 1]) == found.decode_bytes([Index(), True, 1])  # type: ignore[list-item]
+
+
+def test_what_is_no_list() -> None:
+    compiled = engine.pairs(engine.PATTERNS[1])[1]
+    assert compiled.decode([]) == b"" == compiled.decode(iter(()))
+    assert compiled.decode(number for number in (65, 66)) == compiled.decode((65, 66))
+    for wrong in (3, None):
+        with pytest.raises(TypeError):
+            compiled.decode(wrong)  # type: ignore[arg-type]
 
 
 def _longest_start(text: str, tokens: list[bytes], most: int) -> str:
@@ -257,11 +282,72 @@ def test_fits_and_truncate(name: str) -> None:
             assert len(found.encode_ordinary(start)) <= most
             assert (start is text) == (len(tokens) <= most)
     assert shorter < 20
-    assert compiled.fits("x" * 1000, 2**80)
-    with pytest.raises(ValueError, match="max_tokens must be 0 or more"):
-        compiled.fits("x", -1)
-    with pytest.raises(TypeError):
-        compiled.truncate("x", "1")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x" * 1000, "\xe9 \u4e2d" * 1000, "\ud800 x" * 9, Text("ab \xe9")]
+)
+def test_limits_of_max_tokens(text: str) -> None:
+    found, compiled = engine.pairs(engine.PATTERNS[1])
+    count = len(found.encode_ordinary(text))
+    for many in (count, 2**31, 2**32, 2**63 - 1, 2**63, 2**64, 2**80):
+        assert compiled.fits(text, many)
+        assert compiled.truncate(text, many) is text
+    assert compiled.fits(text, 0) == (not text) == compiled.fits(text, False)
+    assert compiled.truncate(text, 0) == ""
+    for number in (-1, -(2**63), -(2**64), -(2**80)):
+        with pytest.raises(ValueError, match=f"max_tokens must be 0 or more, not {number}"):
+            compiled.fits(text, number)
+        with pytest.raises(ValueError, match=f"max_tokens must be 0 or more, not {number}"):
+            compiled.truncate(text, number)
+    wrong: Any
+    for wrong in ("1", 1.0, None, b"1"):
+        with pytest.raises(TypeError):
+            compiled.truncate(text, wrong)
+        with pytest.raises(TypeError):
+            compiled.fits(text, wrong)
+    for wrong in (text.encode(errors="replace"), bytearray(b"x"), None):
+        for call in (compiled.fits, compiled.truncate):
+            with pytest.raises(TypeError, match="text must be a str"):
+                call(wrong, 1)
+
+
+def test_others_run_during_a_long_text() -> None:
+    """The GIL is let go: this thread runs while another one counts, though no thread is asked to
+    give it up within the switch interval."""
+    compiled = engine.pairs(engine.PATTERNS[1])[1]
+    text = "How many tokens are these? " * 400_000
+    calls: list[Callable[[], object]] = [
+        lambda: compiled.count(text),
+        lambda: compiled.count_batch([text]),
+        lambda: compiled.fits(text, 10**9),
+        lambda: compiled.truncate(text, len(text) // 3),
+        lambda: compiled.encode(text[:1_000_000]),
+    ]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    try:
+        for call in calls:
+            assert any(_runs_beside(call) for _ in range(20))
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def _runs_beside(call: Callable[[], object]) -> bool:
+    """Whether this thread runs between the beginning and the end of a call of another one."""
+    begun, ended = threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        call()
+        ended.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    begun.wait()
+    beside = not ended.is_set()
+    thread.join()
+    return beside
 
 
 def test_threads() -> None:
