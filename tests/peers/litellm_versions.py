@@ -25,7 +25,7 @@ def counts():
     ]
 
 first, second = counts(), counts()
-applied, memos = ours.get_patch_status()["applied"], len(acceleration._memos)
+applied, memos = ours.get_patch_status()["applied"], len(acceleration._counters)
 ours.remove_acceleration()
 print(json.dumps([*before, applied, memos, first == second == counts(), sum(first)]))
 """
