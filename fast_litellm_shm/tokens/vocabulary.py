@@ -219,7 +219,7 @@ def find(name: str) -> _native.Vocabulary | None:
     found = _opened.get(name)
     if found is None and name not in _opened:
         path = path_of(name)
-        found = _open(path) if path else None
+        found = _open(path)[0] if path else None
         if found is not None:
             found = _opened.setdefault(name, found)
     return found

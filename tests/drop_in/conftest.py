@@ -24,7 +24,7 @@ def litellm() -> Any:
     """The real litellm, and the tables that it is accelerated with."""
     if importlib.util.find_spec("litellm") is None:
         pytest.skip("litellm is not installed: the extra `litellm` brings it")
-    os.environ.update(OFFLINE)
+    os.environ.update(OFFLINE, FAST_LITELLM_SHM_CACHE=os.environ["FAST_LITELLM_TESTS_CACHE"])
     acceleration.remove_acceleration()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its dependencies
