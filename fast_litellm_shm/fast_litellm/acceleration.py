@@ -1,11 +1,17 @@
-"""The shared memo behind ``litellm.token_counter``: the same numbers, types and exceptions, sooner.
+"""The shared tables and the shared memo behind what litellm counts, encodes and decodes: the same
+numbers, types and exceptions, sooner, and without tables of its own in each worker.
 
-This module replaces one function of litellm: ``_get_exact_count_function`` of
-``litellm.litellm_core_utils.token_counter``, which makes the function that counts the tokens of one
-text. The replacement puts the memo before a function that it knows, if litellm itself chose the
-tokenizer; it returns all others as they are. The rest of litellm stays as it is, the Router too. A
-litellm without that function (1.102.0 and later have it) is left alone, and ``get_patch_status()``
-says so.
+This module replaces two functions of litellm. The rest stays as it is, the Router too.
+
+- ``_get_exact_count_function`` of ``litellm.litellm_core_utils.token_counter`` makes the function
+  that counts the tokens of one text: for ``token_counter``, and so for ``trim_messages``. If
+  litellm itself chose the tokenizer, and the function is one that this module knows, the engine
+  counts in its place, with the memo before it. A Hugging Face tokenizer gets the memo alone. All
+  other functions are returned as they are. A litellm without that function (1.102.0 and later have
+  it) is left alone, and ``get_patch_status()`` says so.
+- ``_python_encoding`` of ``litellm.rust_bridge.tokenizer`` (since about 1.108) finds tiktoken's
+  encoding of a name: for ``encode``, ``decode``, ``litellm.encoding`` and what providers count. It
+  returns one over the shared tables (encodings.py), so that tiktoken's own is not loaded.
 
 The clients of LiteLLM's proxy do not trust each other, and the time of a count would tell a client
 what others have sent. So in the proxy's process, the memo keeps a text for the key that sent it
@@ -20,11 +26,13 @@ import hashlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from types import CellType, CodeType, FunctionType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
+from fast_litellm_shm._native import Vocabulary
 from fast_litellm_shm._shared import features, log, settings
 from fast_litellm_shm._shared.native import Memo
 from fast_litellm_shm._shared.segment import Segment
@@ -34,19 +42,56 @@ from fast_litellm_shm.tokens import encoding
 
 _PROXY, _MODULE = "litellm.proxy.proxy_server", import_hook.MODULE
 _FUNCTION = "_get_exact_count_function"
-_FEATURE, _COMPONENT = "rust_token_counting", "token_counting"
-_SINCE = "1.102.0"  # the first litellm with that function
-_MOST_MEMOS = 64  # tokenizers of one process; texts of further ones are counted without a memo
+_ENCODING_MODULE, _ENCODING_FUNCTION = "litellm.rust_bridge.tokenizer", "_python_encoding"
+_FEATURE = "rust_token_counting"
+_SINCE = "1.102.0"  # the first litellm with _FUNCTION
+_MOST_COUNTERS = 64  # tokenizers of one process; texts of further ones are counted by litellm
 _NOT_YET = "litellm is not imported yet"
+_LEAST_REMEMBERED = 256  # characters, where the tables count: for fewer, that takes no longer
+_AT_ONCE = 64  # chunks; then another thread may run
 
 _lock = threading.RLock()  # renewed in a forked child: _renew_lock()
-_original: Any = None  # litellm's function
-_replacement: Any = None  # ours
-_reason: str | None = _NOT_YET  # why the replacement is not in place
+_reason: str | None = _NOT_YET  # why the replacements are not in place
+# Whether ours counts, where one call of litellm's asks twice; None: to be drawn.
+_drawn: ContextVar[bool | None] = ContextVar("fast_litellm_shm_drawn", default=None)
 _free_ids: dict[int, tuple[Any, int]] = {}  # by id(tokenizer): the tokenizer, its first unused id
-# By _describe()'s key: the memo, and the object whose id() is in that key (kept, so that the id
-# stays its own).
-_memos: dict[tuple[Any, ...], tuple[Memo, Any]] = {}
+_counters: dict[tuple[Any, ...], _Counter] = {}  # by _describe()'s key
+
+
+class _Patch:
+    """One function of litellm, and ours in its place."""
+
+    def __init__(self, component: str, module: str, function: str) -> None:
+        self.component, self.module, self.function = component, module, function
+        self.original: Any = None
+        self.replacement: Any = None
+
+    def is_applied(self) -> bool:
+        module = sys.modules.get(self.module)
+        ours = self.replacement
+        return ours is not None and getattr(module, self.function, None) is ours
+
+    def apply(self, make: Callable[[Any], Any]) -> bool:
+        """Replace the function, if litellm has it."""
+        if self.is_applied():
+            return True
+        module = sys.modules.get(self.module)
+        original = getattr(module, self.function, None)
+        if not isinstance(original, FunctionType) or original.__module__ != self.module:
+            return False
+        self.original, self.replacement = original, make(original)
+        setattr(module, self.function, self.replacement)
+        return True
+
+    def remove(self) -> None:
+        if self.is_applied():
+            setattr(sys.modules[self.module], self.function, self.original)
+        self.original = self.replacement = None
+
+
+_COUNTING = _Patch("token_counting", _MODULE, _FUNCTION)
+_ENCODING = _Patch("encoding", _ENCODING_MODULE, _ENCODING_FUNCTION)
+PATCHES = (_COUNTING, _ENCODING)
 
 
 # which functions are known -----------------------------------------------------------------------
@@ -79,11 +124,12 @@ def _version(package: str) -> str:
 
 
 def _is_encoding(found: object) -> bool:
-    """Whether it is tiktoken's Encoding, or the one of litellm's Rust part. Both never change."""
+    """Whether it is tiktoken's Encoding, ours, or the one of litellm's Rust part. None changes."""
     kind = type(found)
     where = (kind.__module__, kind.__name__)
     return where in (
         ("tiktoken.core", "Encoding"),
+        ("fast_litellm_shm.fast_litellm.encodings", "SharedEncoding"),
         ("litellm.litellm_core_utils.tokenizer", "OpenAIEncoding"),
     )
 
@@ -109,9 +155,17 @@ def _state(tokenizer: Any) -> tuple[Any, ...] | None:
     return added, special, *(repr(getattr(tokenizer, part, None)) for part in parts)
 
 
-def _describe(exact: Any) -> tuple[tuple[Any, ...], Callable[[], str], Any] | None:
-    """Of a function that litellm made: its key in this process, its name in the segment (slow to
-    compute), and the object whose id() is in the key. None for an unknown function."""
+class _Known(NamedTuple):
+    """A function of litellm's that counts the tokens of a text."""
+
+    key: tuple[Any, ...]  # in this process; has the id() of `held`
+    name: Callable[[], str]  # in the segment; slow to compute
+    held: Any  # the tokenizer
+    chunk: int | None  # characters that it counts at a time; None: the whole text
+
+
+def _describe(exact: Any) -> _Known | None:
+    """What a function does that litellm made; None for an unknown one."""
     if not isinstance(exact, FunctionType) or exact.__module__ != _MODULE:
         return None
     free = _free(exact)
@@ -122,10 +176,12 @@ def _describe(exact: Any) -> tuple[tuple[Any, ...], Callable[[], str], Any] | No
         if not _is_encoding(held) or not isinstance(chunk, int):
             return None
         codes: tuple[CodeType, ...] = (exact.__code__, encode_length.__code__)
-        return (
+        kind = "OpenAIEncoding" if type(held).__name__ == "OpenAIEncoding" else "Encoding"
+        return _Known(
             (id(held), chunk, *codes),
-            lambda: f"{type(held).__name__} {held.name} by {chunk} {_fingerprint(codes)}",
+            lambda: f"{kind} {held.name} by {chunk} {_fingerprint(codes)}",
             held,
+            chunk,
         )
     if set(free) == {"tokenizer"}:
         tokenizer = free["tokenizer"]
@@ -133,10 +189,11 @@ def _describe(exact: Any) -> tuple[tuple[Any, ...], Callable[[], str], Any] | No
         if state is None:
             return None
         code: CodeType = exact.__code__
-        return (
+        return _Known(
             (id(tokenizer), state, code),
             lambda: f"{type(tokenizer).__name__} {_json_hash(tokenizer)} {_fingerprint((code,))}",
             tokenizer,
+            None,
         )
     return None
 
@@ -151,62 +208,196 @@ def _json_hash(tokenizer: Any) -> str:
     return hashlib.blake2b(tokenizer.to_str().encode(), digest_size=16).hexdigest()
 
 
-# the replacement ---------------------------------------------------------------------------------
+# the replacements --------------------------------------------------------------------------------
 
 
-def _memoized(exact: Any) -> Any:
-    """The function behind the memo, or the function itself."""
-    described = _describe(exact)
-    if described is None:
+def _encodings() -> ModuleType:
+    """The module, which needs tiktoken: litellm has imported that."""
+    from fast_litellm_shm.fast_litellm import encodings
+
+    return encodings
+
+
+# What chunks must be counted alone for: each of these is longer than three of them.
+_PROBES = ("it's 1234 cafés \n\n<|endoftext|> 天気 ", "ab ", "\n ", "\ud800é", "🦀")
+
+
+class _Plain:
+    """Counts texts as one of litellm's functions does: with the tables, where there are. Where ours
+    fails, litellm's function counts."""
+
+    def __init__(self, exact: Any, known: _Known) -> None:
+        self._exact, self._known = exact, known
+        self._tables: Vocabulary | None = None
+        self._refused = known.chunk is None  # the tables do not count as `exact` does
+
+    def prepare(self) -> None:
+        """Take the tables, once they are there. That litellm's function counts each chunk alone, as
+        ours does, is tried out."""
+        chunk = self._known.chunk
+        if self._tables is not None or self._refused or chunk is None:
+            return
+        tables = _encodings().tables_behind(self._known.held)
+        if tables is None:
+            return
+        texts = ["", *(text * (3 * chunk // len(text) + 2) for text in _PROBES)]
+        self._refused = any(self._exact(text) != _sum(tables, text, chunk) for text in texts)
+        if not self._refused:
+            self._tables = tables
+
+    def is_quick(self, text: Any) -> bool:
+        """Whether the text takes no longer to count than to look up."""
+        return type(text) is str and len(text) < _LEAST_REMEMBERED and self._tables is not None
+
+    def count(self, text: Any) -> int:
+        tables, chunk = self._tables, self._known.chunk
+        if tables is not None and chunk is not None and type(text) is str:
+            try:
+                return tables.count(text) if len(text) <= chunk else _sum(tables, text, chunk)
+            except Exception as error:
+                _tell(error)
+        found: int = self._exact(text)
+        return found
+
+
+class _Counter:
+    """The same with the memo before it."""
+
+    def __init__(self, exact: Any, known: _Known) -> None:
+        self.plain, self._known = _Plain(exact, known), known
+        self._memo: Memo | None = None
+
+    def remember(self) -> None:
+        """Make the memo. It refers to `plain` alone: when this counter is dropped, the memo is
+        freed, and so reports its sums."""
+        if self._memo is None:
+            name = f"litellm {self._known.name()}"
+            self._memo = tokens.make_memo(Segment.default(), name, self.plain.count, "litellm")
+
+    def count(self, text: Any) -> int:
+        return self.count_for(text, None)
+
+    def count_for(self, text: Any, tenant: str | None) -> int:
+        """With what the memo has of all callers, or of this tenant."""
+        memo = self._memo
+        if memo is None or self.plain.is_quick(text):
+            return self.plain.count(text)
+        return memo.count(text) if tenant is None else memo.count_for(text, tenant)
+
+
+def _sum(tables: Vocabulary, text: str, chunk: int) -> int:
+    """The tokens of a text whose chunks are counted each alone."""
+    count, step, size = 0, chunk * _AT_ONCE, len(text)
+    for start in range(0, size, step):
+        part = range(start, min(start + step, size), chunk)
+        count += sum(tables.count_batch([text[at : at + chunk] for at in part]))
+    return count
+
+
+def _tell(error: Exception) -> None:
+    with suppress(Exception):  # for example a warning that the program turns into an error
+        features.record_error(_FEATURE, error)
+
+
+def _accelerated(exact: Any) -> Any:
+    """The function that counts as this one does, or the function itself."""
+    known = _describe(exact)
+    if known is None:
         return exact
     tenant = tokens.tenant_of_context.get()
-    if tenant is None and _PROXY in sys.modules:
-        return exact  # the client is unknown: the time of a count must tell it nothing of others
-    key, name, held = described
-    found = _memos.get(key)
-    if found is None:
+    # In the proxy, without a tenant, the client is unknown: the time of a count must tell it
+    # nothing of others.
+    remembers = tenant is not None or _PROXY not in sys.modules
+    if not remembers and known.chunk is None:
+        return exact
+    counter = _counters.get(known.key)
+    if counter is None:
         with _lock:
-            if key not in _memos:
-                if len(_memos) >= _MOST_MEMOS:
+            if known.key not in _counters:
+                if len(_counters) >= _MOST_COUNTERS:
                     return exact
-                memo = tokens.make_memo(Segment.default(), f"litellm {name()}", exact, "litellm")
-                _memos[key] = memo, held
-            found = _memos[key]
-    memo = found[0]
-    return memo if tenant is None else lambda text: memo.count_for(text, tenant)
+                _counters[known.key] = _Counter(exact, known)
+            counter = _counters[known.key]
+    counter.plain.prepare()
+    if not remembers:
+        return counter.plain.count
+    counter.remember()
+    return counter.count if tenant is None else lambda text: counter.count_for(text, tenant)
 
 
-def _make_replacement(original: Any) -> Any:
+def _draw() -> bool:
+    """Whether ours counts now. A share of the calls is drawn (``rollout:N``), once for each."""
+    drawn = _drawn.get()
+    if drawn is not None:
+        return drawn
+    try:
+        return features.is_enabled(_FEATURE)
+    except Exception as error:
+        _tell(error)
+        return False
+
+
+@contextmanager
+def _as_drawn(drawn: bool) -> Iterator[None]:
+    token = _drawn.set(drawn)
+    try:
+        yield
+    finally:
+        _drawn.reset(token)
+
+
+def _make_counting(original: Any) -> Any:
     @functools.wraps(original)
     def _get_exact_count_function(
         model: str | None, custom_tokenizer: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        exact = original(model, custom_tokenizer, *args, **kwargs)
-        if custom_tokenizer or _replacement is not _get_exact_count_function:
-            return exact  # the caller's own tokenizer may count anything; or this was removed
-        try:
-            return _memoized(exact) if features.is_enabled(_FEATURE) else exact
-        except Exception as error:
-            with suppress(Exception):  # for example a warning that the program turns into an error
-                features.record_error(_FEATURE, error)
-            return exact
+        if custom_tokenizer or _COUNTING.replacement is not _get_exact_count_function:
+            # The caller's own tokenizer may count anything; or this was removed.
+            return original(model, custom_tokenizer, *args, **kwargs)
+        drawn = _draw()
+        with _as_drawn(drawn):
+            exact = original(model, custom_tokenizer, *args, **kwargs)
+            try:
+                return _accelerated(exact) if drawn else exact
+            except Exception as error:
+                _tell(error)
+                return exact
 
     return _get_exact_count_function
 
 
-def _patch(module: ModuleType) -> bool:
-    """Replace the function in litellm's module, if that function is known."""
-    global _original, _replacement, _reason
+def _serves() -> bool:
+    """Whether the tables are used by an encoding that litellm has got from us."""
+    try:
+        return _ENCODING.replacement is not None and features.share_of(_FEATURE) > 0
+    except Exception as error:
+        _tell(error)
+        return False
+
+
+def _make_encoding(original: Any) -> Any:
+    @functools.wraps(original)
+    def _python_encoding(name: str) -> Any:
+        found = None
+        try:
+            if _ENCODING.replacement is _python_encoding and _draw():
+                found = _encodings().get(name, original, _serves)
+        except Exception as error:
+            _tell(error)
+        return original(name) if found is None else found
+
+    return _python_encoding
+
+
+def _patch() -> bool:
+    """Replace the functions in litellm's modules that are known. False if the first is not."""
+    global _reason
     with _lock:
-        if _replacement is not None and getattr(module, _FUNCTION, None) is _replacement:
-            return True
-        original = getattr(module, _FUNCTION, None)
-        if not isinstance(original, FunctionType) or original.__module__ != _MODULE:
+        if not _COUNTING.apply(_make_counting):
             _reason = _unsupported()
             log.warning("%s", _reason)
             return False
-        _original, _replacement = original, _make_replacement(original)
-        setattr(module, _FUNCTION, _replacement)
+        _ENCODING.apply(_make_encoding)
         _reason = None
         return True
 
@@ -215,8 +406,9 @@ def _patch(module: ModuleType) -> bool:
 
 
 def apply_acceleration() -> bool:
-    """Put the shared memo behind ``litellm.token_counter``: now, or when the program imports
-    litellm. This function does not import litellm, it reads litellm's source.
+    """Put the shared tables and the shared memo behind what litellm counts, encodes and decodes:
+    now, or when the program imports litellm. This function does not import litellm, it reads
+    litellm's source.
 
     Returns True if it did, or will. False where litellm is not installed, FAST_LITELLM_ENABLED is
     false, or this litellm has another function (1.102.0 and later have the right one);
@@ -228,9 +420,8 @@ def apply_acceleration() -> bool:
         if not settings.all_enabled():
             _reason = "FAST_LITELLM_ENABLED is false"
             return False
-        module = sys.modules.get(_MODULE)
-        if module is not None:
-            return _patch(module)
+        if sys.modules.get(_MODULE) is not None:
+            return _patch()
         import_hook.install(apply_acceleration)
         missing = _missing()
         _reason = missing or _NOT_YET
@@ -238,25 +429,24 @@ def apply_acceleration() -> bool:
 
 
 def remove_acceleration() -> None:
-    """Put litellm's own function back. Where another library has replaced ours since, its function
-    stays; if that one calls ours, ours passes everything on. Calling it again is harmless."""
-    global _original, _replacement, _reason
+    """Put litellm's own functions back. Where another library has replaced ours since, its function
+    stays; if that one calls ours, ours passes everything on. So does an encoding that litellm still
+    has from us. Calling it again is harmless."""
+    global _reason
     with _lock:
         import_hook.remove()
-        module = sys.modules.get(_MODULE)
-        if _replacement is not None and getattr(module, _FUNCTION, None) is _replacement:
-            setattr(module, _FUNCTION, _original)
-        _original = _replacement = None
-        _memos.clear()
+        for patch in PATCHES:
+            patch.remove()
+        _counters.clear()
         _free_ids.clear()
         _reason = "it was removed by remove_acceleration()"
 
 
 def get_patch_status() -> dict[str, Any]:
     """``applied``: whether litellm is patched now; ``components``: which parts are
-    (``token_counting``); ``reason``: why it is not, or None."""
-    module = sys.modules.get(_MODULE)
-    applied = _replacement is not None and getattr(module, _FUNCTION, None) is _replacement
+    (``token_counting``; ``encoding``: what encodes and decodes); ``reason``: why it is not, or
+    None."""
+    applied = _COUNTING.is_applied()
     reason = _reason
     if not applied and reason is None:
         reason = f"another library has replaced {_MODULE}.{_FUNCTION}"
@@ -269,7 +459,8 @@ def get_patch_status() -> dict[str, Any]:
         )
     elif not applied and _MODULE not in sys.modules:
         reason = _missing() or reason
-    return {"applied": applied, "components": [_COMPONENT] if applied else [], "reason": reason}
+    components = [patch.component for patch in PATCHES if applied and patch.is_applied()]
+    return {"applied": applied, "components": components, "reason": reason}
 
 
 def _unsupported() -> str:

@@ -1,6 +1,6 @@
 """``fast_litellm.enhanced_monkeypatch``: the acceleration of litellm, in the shape of that module.
 
-This package replaces one function of litellm. What that module has to replace others
+This package replaces two functions of litellm. What that module has to replace others
 (``enhanced_patch_function``, ``PerformanceWrapper`` and so on) is not here.
 """
 
@@ -29,14 +29,17 @@ def remove_enhanced_acceleration() -> None:
 def get_patch_status() -> dict[str, Any]:
     """``patched_functions`` (by name of the function: feature_flag, enabled, has_original,
     has_rust), ``feature_flags`` (feature_flags.get_status()), total_patches."""
-    patched = {}
-    if acceleration.get_patch_status()["applied"]:
-        patched[f"{acceleration._MODULE}.{acceleration._FUNCTION}"] = {
-            "feature_flag": acceleration._FEATURE,
-            "enabled": feature_flags.is_enabled(acceleration._FEATURE),
+    feature = acceleration._FEATURE
+    patched = {
+        f"{patch.module}.{patch.function}": {
+            "feature_flag": feature,
+            "enabled": feature_flags.is_enabled(feature),
             "has_original": True,
             "has_rust": True,
         }
+        for patch in acceleration.PATCHES
+        if patch.is_applied()
+    }
     return {
         "patched_functions": patched,
         "feature_flags": feature_flags.get_status(),

@@ -213,6 +213,17 @@ def _load(name: str) -> _native.Vocabulary | None:
     return found
 
 
+def find(name: str) -> _native.Vocabulary | None:
+    """The vocabulary of an encoding, where its file is there already; else None. Builds nothing."""
+    found = _opened.get(name)
+    if found is None and name not in _opened:
+        path = path_of(name)
+        found = _open(path)[0] if path else None
+        if found is not None:
+            found = _opened.setdefault(name, found)
+    return found
+
+
 def load(name: str) -> _native.Vocabulary | None:
     """The vocabulary of an encoding. Maps its file; builds it first where there is none. None where
     tiktoken itself must count: see :func:`compile_encoding`.

@@ -12,6 +12,7 @@ import json, warnings
 warnings.simplefilter("ignore")
 import fast_litellm_shm as ours
 from fast_litellm_shm.fast_litellm import acceleration
+from fast_litellm_shm.tokens import vocabulary
 
 before = ours.apply_acceleration(), ours.get_patch_status()["reason"]
 import litellm
@@ -24,10 +25,19 @@ def counts():
         litellm.token_counter(model, text="a text " * 99) for model in models
     ]
 
-first, second = counts(), counts()
-applied, memos = ours.get_patch_status()["applied"], len(acceleration._memos)
+def coded():
+    tokens = [litellm.encode(model, "a text <|endoftext|> " * 99) for model in models[:-1]]
+    return tokens, [litellm.decode(model, each) for model, each in zip(models, tokens)]
+
+for name in ("cl100k_base", "o200k_base"):
+    vocabulary.load(name)
+first, second, codes = counts(), counts(), coded()
+status, counters = ours.get_patch_status(), acceleration._counters.values()
+with_tables = sum(counter.plain._tables is not None for counter in counters)
+found = [status["applied"], status["components"], len(counters), with_tables]
 ours.remove_acceleration()
-print(json.dumps([*before, applied, memos, first == second == counts(), sum(first)]))
+same = first == second == counts() and codes == coded()
+print(json.dumps([*before, *found, same, sum(first)]))
 """
 
 
@@ -43,13 +53,17 @@ def test_counts_are_the_same() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    said, reason, applied, memos, same, total = json.loads(done.stdout.splitlines()[-1])
+    said, reason, applied, components, counters, with_tables, same, total = json.loads(
+        done.stdout.splitlines()[-1]
+    )
     assert same
     assert total > 1000
-    supported = tuple(map(int, version.split("."))) >= (1, 102, 0)
+    release = tuple(map(int, version.split(".")))
+    supported = release >= (1, 102, 0)
     assert said is applied is supported  # it was said before litellm was imported
+    assert components == ["token_counting", "encoding"][: supported + (release >= (1, 108, 0))]
     if supported:
-        assert memos >= 3  # two of tiktoken's, and Claude's
+        assert counters > with_tables >= 2  # those of tiktoken's, and Claude's
         assert reason == "litellm is not imported yet"
     else:
         assert reason.startswith(f"litellm {version} has no function ")
