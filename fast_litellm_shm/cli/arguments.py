@@ -342,7 +342,7 @@ def _tokens(to: argparse.ArgumentParser) -> None:
         "--max", type=_MOST_TOKENS, metavar="N", help="say which files have more than N tokens"
     )
     to.add_argument(
-        "--replace", action="store_true", help="count what is not UTF-8 as U+FFFD, the usual sign"
+        "--replace", action="store_true", help="count bytes that are not UTF-8 as U+FFFD"
     )
     to.add_argument("--json", action="store_true", help="JSON")
     to.add_argument("file", nargs="*", metavar="FILE", help="- or nothing: standard input")

@@ -43,7 +43,8 @@ def _print(files: list[vocabularies.Found], folder: str) -> None:
 
     out = render.console()
     columns = ("encoding", "tiktoken", ">size", ">age", ">processes", "state")
-    out.print(render.table(folder, columns, [cells(each) for each in files], out))
+    out.print(folder, style="bold", soft_wrap=True)
+    out.print(render.table("", columns, [cells(each) for each in files], out))
     for state in sorted({each.state for each in files} - {vocabularies.WHOLE}):
         out.print(_NOTES.get(state, _REFUSED.format(state)), style="yellow", soft_wrap=True)
 

@@ -230,12 +230,13 @@ def _print(files: list[_File], by: _Counter, args: argparse.Namespace) -> None:
 
     out = render.console()
     whose = f" ({render.escaped(args.model)})" if args.model else ""
-    made = render.table(f"{by.encoding}{whose}", columns, [cells(each) for each in rows], out)
+    made = render.table("", columns, [cells(each) for each in rows], out)
     for line, each in zip(made.rows, rows, strict=True):
         if each is total:
             line.style = "bold"
         elif args.max is not None and each.tokens > args.max:
             line.style = "red"
+    out.print(f"{by.encoding}{whose}", style="bold", soft_wrap=True)
     out.print(made)
 
 

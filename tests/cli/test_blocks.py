@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import tiktoken
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import texts
 from tokens import engine
@@ -45,6 +45,7 @@ def test_all_short_texts() -> None:
     assert cut > 10_000
 
 
+@settings(deadline=None)
 @given(st.text(st.sampled_from(KINDS + "lrveLRVEſA.{}\u3000\u2028"), max_size=20), st.data())
 def test_any_text(text: str, data: st.DataObject) -> None:
     """The same against tiktoken, at several places at once."""
