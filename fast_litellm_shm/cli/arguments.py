@@ -395,6 +395,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
     try:
         if args.verb in ("tokens", "cache"):
+            settings.tokenizer_download()
             return args
         settings.allow_other_owner()
         if args.verb != "ls":

@@ -73,7 +73,7 @@ def _is_confirmed(name: str, users: list[dict[str, Any]], unknown: str | None) -
 
 def is_agreed() -> bool:
     """Whether the person at the terminal agrees to a removal, although processes use it."""
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         print("fast-shm: nothing removed: stop them, or give --yes", file=sys.stderr)
         return False
     print("Remove it all the same? [y/N] ", end="", file=sys.stderr, flush=True)

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from fast_litellm_shm import exceptions
-from fast_litellm_shm._shared import settings
 from fast_litellm_shm.cli import blocks, render
 from fast_litellm_shm.tokens import encoding, prices, vocabulary
 
@@ -71,9 +70,14 @@ def _encoding_of(args: argparse.Namespace) -> str:
     return found or encoding.DEFAULT
 
 
+def _is_watched() -> bool:
+    """Whether a person sees stderr."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 def _counter(name: str) -> _Counter:
     path = vocabulary.path_of(name)
-    if sys.stderr.isatty() and path and not os.path.exists(path):
+    if _is_watched() and path and not os.path.exists(path):
         print(f"Making the tables of {name}, once for this host: 1 to 3 s.", file=sys.stderr)
     found = vocabulary.load(name)
     if found is not None:
@@ -120,7 +124,7 @@ class _Display:
 
     def advance(self, name: str, done: int, size: int | None) -> None:
         """So many bytes of a file are counted; size: of the file, None where that is not known."""
-        if (done if size is None else size) < _PROGRESS_FROM or not sys.stderr.isatty():
+        if (done if size is None else size) < _PROGRESS_FROM or not _is_watched():
             return
         if self._progress is None:
             self._progress = _progress()
@@ -262,7 +266,6 @@ def _json(files: list[_File], by: _Counter, args: argparse.Namespace) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Count each file, and print the counts."""
-    settings.tokenizer_download()  # a wrong value is told before anything is counted
     by = _counter(_encoding_of(args))
     display = _Display()
     files = []

@@ -189,6 +189,8 @@ def test_without_tiktokens_file(
     assert (done.returncode, done.stdout) == (1, "")
     assert "FAST_LITELLM_TOKENIZER_DOWNLOAD is false" in done.stderr
     assert "TIKTOKEN_CACHE_DIR" in done.stderr and "Traceback" not in done.stderr
+    done = fast_shm("tokens", "-", env=cache | {"FAST_LITELLM_TOKENIZER_DOWNLOAD": "maybe"})
+    assert done.returncode == 2 and "must be true or false, not 'maybe'" in done.stderr
 
 
 def test_loads_no_more_than_it_needs(tmp_path: pathlib.Path, cache: dict[str, str]) -> None:
