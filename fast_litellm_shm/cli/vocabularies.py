@@ -54,7 +54,7 @@ def users(pids: Iterable[int | str] | None = None) -> dict[str, list[int]]:
     found: dict[str, set[int]] = {}
     if pids is None:
         with contextlib.suppress(OSError):
-            pids = filter(str.isdigit, os.listdir("/proc"))
+            pids = [entry for entry in os.listdir("/proc") if entry.isdigit()]
     for pid in pids or ():
         with (
             contextlib.suppress(OSError),  # ended since, or another user's
