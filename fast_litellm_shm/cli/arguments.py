@@ -29,6 +29,8 @@ examples:
   fast-shm reset --limiter chat user-1   forget what user-1 has consumed
   fast-shm release --dead                give back the permits of dead processes
   fast-shm rm --name shop                delete a segment
+  fast-shm tokens --model gpt-4o *.md    count the tokens of files
+  fast-shm cache build                   compile the tables that workers count with
 
 Without --name, a verb uses the segment that workers use by default: FAST_LITELLM_SHM_NAME, else
 one for each user id. `fast-shm VERB --help` explains a verb."""
@@ -111,6 +113,53 @@ examples:
 Processes that use the segment keep it, and count apart from new processes until you restart
 them. On a terminal, rm asks first; elsewhere, it needs --yes."""
 
+_TOKENS = """\
+examples:
+  fast-shm tokens --model gpt-4o docs/*.md
+  git diff | fast-shm tokens -
+  fast-shm tokens --max 8000 prompt.txt   exit code 1 if it has more
+  fast-shm tokens --json *.txt | jq '.files[] | select(.tokens > 8000)'
+
+Counts as tiktoken does, exactly. Without --model and --encoding: cl100k_base, as the library
+counts. The text of a special token, such as <|endoftext|>, counts as ordinary text. A file that is
+not UTF-8 is not counted, unless you give --replace. Files may be larger than memory."""
+
+_CACHE = """\
+examples:
+  fast-shm cache                      list the files
+  fast-shm cache build                make those of cl100k_base and o200k_base
+  fast-shm cache rm --old             remove what no worker will use any more
+
+Workers count tokens with tables that are compiled once for a host, into one file for each encoding.
+All processes share it. They lie in the folder FAST_LITELLM_SHM_CACHE, else in fast_litellm_shm in
+the user's cache. docs/tokens.md tells more."""
+
+_CACHE_BUILD = """\
+examples:
+  fast-shm cache build
+  fast-shm cache build o200k_base o200k_harmony
+  env FAST_LITELLM_SHM_CACHE=/opt/tokens fast-shm cache build
+
+Files that are there and whole stay as they are. A damaged one is replaced. Takes 1 to 3 s for each
+encoding. Needs tiktoken, and tiktoken's own file of the encoding. The last example is for a
+container image: docs/tokens.md."""
+
+_CACHE_RM = """\
+examples:
+  fast-shm cache rm                   all files
+  fast-shm cache rm o200k_base        those of one encoding, of every version
+  fast-shm cache rm --old             only what is left over, or cannot be used
+
+Processes that count with a file keep it until they end. New ones make another: 1 to 3 s for the
+first of them. If a file is in use, rm asks on a terminal; elsewhere, it needs --yes."""
+
+
+# Behind "unrecognized arguments".
+_HINTS = {
+    "fast-shm tokens": "options come before all files or after them",
+    "fast-shm cache": "encodings come after build or rm, and after their options",
+}
+
 
 class _Formatter(argparse.HelpFormatter):
     """Wraps paragraphs at the width of the terminal, and leaves examples as they are."""
@@ -128,7 +177,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments"):
-            message += " (a segment is named by --name)"
+            message += f" ({_HINTS.get(self.prog, 'a segment is named by --name')})"
         self.print_usage(sys.stderr)
         self.exit(EXIT_USAGE, f"fast-shm: {message}; see `{self.prog} --help`\n")
 
@@ -153,6 +202,7 @@ _KEYS_EXPORTED = _number(int, 0, 1000, "a whole number, 0 to 1000")
 _PID = _number(int, 1, 2**31 - 1, "the number of a process")
 _SECONDS = _number(float, 0.1, 86400, "seconds, 0.1 to 86400")
 _PORT = _number(int, 0, 65535, "a port, 0 to 65535")
+_MOST_TOKENS = _number(int, 0, 2**63 - 1, "a whole number of tokens")
 
 
 class _Version(argparse.Action):
@@ -168,7 +218,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     """The whole command line, and the part of each verb."""
     parser = _Parser(
         prog="fast-shm",
-        description="Inspect and clean up the shared-memory segments of this host.",
+        description="Inspect and clean up the shared-memory segments of this host; count tokens.",
         epilog=f"{_MAIN}\n\n{_EXIT_CODES}",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
@@ -181,6 +231,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
             description=f"{about[0].upper()}{about[1:]}.",
             epilog=f"{epilog}\n\n{_EXIT_CODES}",
         )
+        if name in ("tokens", "cache"):
+            return made
         if name != "ls":
             made.add_argument("--name", metavar="N", help="the segment; default: the workers' one")
         made.add_argument(
@@ -205,6 +257,10 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     to.add_argument("--force", action="store_true", help="also of a living process")
     to = verb("rm", "delete a segment", _RM)
     to.add_argument("--yes", "-y", action="store_true", help="do not ask")
+    _tokens(verb("tokens", "count the tokens of files", _TOKENS))
+    _cache(
+        verb("cache", "list the files that tokens are counted with; make or remove them", _CACHE)
+    )
     return parser, verbs.choices
 
 
@@ -278,22 +334,69 @@ def _export(to: argparse.ArgumentParser) -> None:
     )
 
 
+def _tokens(to: argparse.ArgumentParser) -> None:
+    which = to.add_mutually_exclusive_group()
+    which.add_argument("--model", metavar="M", help="count as this model does, such as gpt-4o")
+    which.add_argument("--encoding", metavar="E", help="count in this encoding of tiktoken")
+    to.add_argument(
+        "--max", type=_MOST_TOKENS, metavar="N", help="say which files have more than N tokens"
+    )
+    to.add_argument(
+        "--replace", action="store_true", help="count bytes that are not UTF-8 as U+FFFD"
+    )
+    to.add_argument("--json", action="store_true", help="JSON")
+    to.add_argument("file", nargs="*", metavar="FILE", help="- or nothing: standard input")
+
+
+def _cache(to: argparse.ArgumentParser) -> None:
+    to.add_argument("--json", action="store_true", help="JSON")
+    actions = to.add_subparsers(dest="action", metavar="ACTION")
+
+    def action(name: str, about: str, epilog: str) -> argparse.ArgumentParser:
+        return actions.add_parser(
+            name,
+            help=about,
+            description=f"{about[0].upper()}{about[1:]}.",
+            epilog=f"{epilog}\n\n{_EXIT_CODES}",
+        )
+
+    made = action("build", "make the files that are missing or damaged", _CACHE_BUILD)
+    made.add_argument(
+        "encoding", nargs="*", metavar="ENCODING", help="default: cl100k_base and o200k_base"
+    )
+    made = action("rm", "remove files", _CACHE_RM)
+    made.add_argument("--yes", "-y", action="store_true", help="do not ask")
+    made.add_argument(
+        "--old", action="store_true", help="only of other versions, unfinished, or unusable ones"
+    )
+    made.add_argument("encoding", nargs="*", metavar="ENCODING", help="only files of these")
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments, checked; ``name`` is that of the segment. Raises SystemExit if they are wrong
     or ask for help."""
     parser, verbs = _parsers()
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
     wrong = verbs[args.verb].error
+    if unknown:
+        wrong(f"unrecognized arguments: {' '.join(unknown)}")
+    if args.verb == "tokens" and not args.file and sys.stdin is not None and sys.stdin.isatty():
+        wrong("name files, or - to type a text that Ctrl-D ends")
     if args.verb == "reset":
         if args.all and (args.key is not None or args.limiter is not None):
             wrong("--all means every limiter and key: leave out KEY and --limiter")
         if not args.all and args.key is None and args.limiter is None:
             wrong("say what to reset: a KEY, --limiter L, or --all")
+    if args.verb == "cache" and args.json and args.action:
+        wrong(f"--json is for the list of files: leave out {args.action}")
     if args.verb == "release" and args.force and args.dead:
         wrong("--force is for a living process: it goes with --pid")
     from fast_litellm_shm._shared import segment, settings
 
     try:
+        if args.verb in ("tokens", "cache"):
+            settings.tokenizer_download()
+            return args
         settings.allow_other_owner()
         if args.verb != "ls":
             if args.name is None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fast_litellm_shm._shared.inspection import Inspection, KeyRow, open_for_reading
 from fast_litellm_shm._shared.segment import Segment
-from fast_litellm_shm.cli import permits_and_pools, problems, render, segments
+from fast_litellm_shm.cli import permits_and_pools, problems, render, segments, vocabularies
 from fast_litellm_shm.cluster.state import cluster_state
 from fast_litellm_shm.metrics.source import newest
 
@@ -94,6 +94,18 @@ def _cluster_lines(cluster: dict[str, Any]) -> list[RenderableType]:
     return _labelled(lines)
 
 
+def _encodings_line(in_use: list[dict[str, Any]]) -> list[RenderableType]:
+    """Which vocabulary files the processes map; those of another tiktoken apart."""
+    pids: dict[str, set[int]] = {}
+    versions = {each["tiktoken"] for each in in_use}
+    for each in in_use:
+        name = render.escaped(each["encoding"])
+        name += f" of tiktoken {render.escaped(each['tiktoken'])}" if len(versions) > 1 else ""
+        pids.setdefault(name, set()).update(each["pids"])
+    counts = (f"{name} in {render.counted(len(its), 'process')}" for name, its in pids.items())
+    return _labelled([("tokens", ", ".join(counts))])
+
+
 def _clock(age: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() - age))
 
@@ -157,6 +169,7 @@ class _Sample:
         if self.cluster and before and before.cluster:
             more = self.cluster["round_trips"] - before.cluster["round_trips"]
             self.cluster["round_trips_per_second"] = max(more, 0) / (self._at - before._at)
+        self.vocabularies = vocabularies.in_use(process["pid"] for process in self.processes)
         self.limiters = self.inspection.limiters()
         self.removed_users = segments.removed_users(segment.name)
         self._args = args
@@ -186,6 +199,8 @@ class _Sample:
         head = _head(self.stats, warnings)
         if self.cluster is not None:
             head[-1:] = [*_cluster_lines(self.cluster), Text()]
+        if self.vocabularies:
+            head[-1:] = [*_encodings_line(self.vocabularies), Text()]
         if most == 0:
             counts = f"{len(self.processes)} processes, {len(self.limiters)} limiters"
             if self.permits or self.pools:
@@ -212,14 +227,16 @@ class _Sample:
         return _key_tables(self.keys(top), title, out)
 
     def write_json(self) -> None:
-        """Top level: segment, removed_users (only if there are any), cluster (only with limits over
-        many hosts), limiters, processes, permits, pools, waiting, keys. Each key is written as
-        it is read."""
+        """Top level: segment, removed_users and vocabularies (only if there are any), cluster (only
+        with limits over many hosts), limiters, processes, permits, pools, waiting, keys. Each key
+        is written as it is read."""
         parts: dict[str, Any] = {"segment": self.stats}
         if self.removed_users:
             parts["removed_users"] = self.removed_users
         if self.cluster is not None:
             parts["cluster"] = self.cluster
+        if self.vocabularies:
+            parts["vocabularies"] = self.vocabularies
         for name in ("limiters", "processes", "permits", "pools", "waiting"):
             parts[name] = getattr(self, name)
         write = sys.stdout.write

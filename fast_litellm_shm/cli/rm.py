@@ -31,7 +31,8 @@ def _left_over(path: str) -> list[str]:
     return out
 
 
-def _unlink(paths: list[str]) -> int:
+def unlink(paths: list[str]) -> int:
+    """Remove files, and say which cannot be removed. Returns how many were."""
     removed = 0
     for path in paths:
         try:
@@ -67,7 +68,12 @@ def _is_confirmed(name: str, users: list[dict[str, Any]], unknown: str | None) -
     for process in users:
         print(f"  {process['pid']:>7}  {render.command(process['command'])}", file=sys.stderr)
     print("They would go on counting in it, apart from new processes.", file=sys.stderr)
-    if not sys.stdin.isatty():
+    return is_agreed()
+
+
+def is_agreed() -> bool:
+    """Whether the person at the terminal agrees to a removal, although processes use it."""
+    if sys.stdin is None or not sys.stdin.isatty():
         print("fast-shm: nothing removed: stop them, or give --yes", file=sys.stderr)
         return False
     print("Remove it all the same? [y/N] ", end="", file=sys.stderr, flush=True)
@@ -87,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     except exceptions.SegmentNotFoundError:
         if not left_over:
             raise
-        removed = render.counted(_unlink(left_over), "left-over file")
+        removed = render.counted(unlink(left_over), "left-over file")
         print(f"There is no segment {path}; removed {removed} of it.")
         return 0
     if (users or unknown) and not args.yes and not _is_confirmed(args.name, users, unknown):
@@ -95,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     error = ffi.new("fshm_error *")
     if lib.fshm_remove(args.name.encode(), error) != lib.FSHM_OK:
         raise_segment_error(error, "remove")
-    _unlink(left_over)
+    unlink(left_over)
     print(f"Removed segment {args.name!r} ({path}).")
     if users:
         pids = ", ".join(str(process["pid"]) for process in users)

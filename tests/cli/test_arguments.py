@@ -14,11 +14,14 @@ from fast_litellm_shm.cli import main
 
 from .conftest import Command, environment
 
-VERBS = ["inspect", "top", "dashboard", "ls", "export", "reset", "release", "rm"]
+VERBS = [
+    *("inspect", "top", "dashboard", "ls", "export", "reset", "release", "rm", "tokens", "cache"),
+    *("cache build", "cache rm"),
+]
 HEAVY = ("numpy", "rich", "textual", "psutil", "starlette", "uvicorn")
 
 
-@pytest.mark.parametrize("verb", [[], *([verb] for verb in VERBS)])
+@pytest.mark.parametrize("verb", [[], *(verb.split() for verb in VERBS)])
 @pytest.mark.parametrize("columns", [60, 80])
 def test_help(
     capsys: pytest.CaptureFixture[str],
@@ -61,6 +64,9 @@ def test_version(fast_shm: Command) -> None:
         ["release", "--pid", str(2**32)],
         ["release", "--pid", "1", "--dead"],
         ["release", "--dead", "--force"],
+        ["tokens", "--model", "gpt-4o", "--encoding", "o200k_base", "-"],
+        ["tokens", "-", "--max", "x"],
+        ["tokens", "--name", "shop", "-"],
     ],
 )
 def test_usage(fast_shm: Command, arguments: list[str]) -> None:
@@ -87,7 +93,8 @@ print("loaded:", *(name for name in sys.argv[1].split(",") if name in sys.module
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["inspect", "--help"], ["lss"], ["ls", "--json"], ["export"]]
+    "arguments",
+    [["--help"], ["inspect", "--help"], ["lss"], ["ls", "--json"], ["cache", "--json"], ["export"]],
 )
 def test_loads_only_what_it_needs(segment: Segment, arguments: list[str]) -> None:
     RateLimiter(Limit(5), name="l", segment=segment).acquire("k")
