@@ -40,8 +40,8 @@ QUESTIONS = (
     "end_to_end",
 )
 PATIENCE = 600  # seconds for one question: only a hang comes near it
-# Of those not asked in each pass: each value of theirs is from a process of its own anyway; those of
-# tokens take seconds to load the tables of the others.
+# Of those not asked in each pass: each value of theirs is from a process of its own anyway; or, of
+# those that count tokens, the peers take seconds to load their tables.
 MOST_PASSES = {
     "bytes_per_key": 1,
     "key_count": 3,

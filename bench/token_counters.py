@@ -9,17 +9,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from itertools import repeat
-from typing import Any
 
 from bench import peers
+from bench.result import OURS, REFERENCE
 from bench.token_texts import KINDS, Texts, fresh
 from fast_litellm_shm import SimpleTokenCounter
 from fast_litellm_shm.tokens import encoding
 
 MODELS = {"cl100k_base": "gpt-4", "o200k_base": "gpt-4o"}  # the encodings, a model of each
-OURS, TIKTOKEN, BEST = "ours", "tiktoken", ("quicktok-v1", "toktok-rs")
+TIKTOKEN, BEST = "tiktoken", ("quicktok-v1", "toktok-rs")
 INNER = "toktok-rs, its private count()"
-SEED, SEED_KINDS, SEED_MOST = "fast-litellm", ("English", "Python code"), 100_000
+SEED, SEED_KINDS = "fast-litellm", ("English", "Python code")
 
 Counting = Callable[[list[str]], list[int]]
 
@@ -78,8 +78,9 @@ _ALL: dict[str, Callable[[str], Counting]] = {
 
 
 def who(name: str) -> str:
-    """The package that a contender's row belongs to."""
-    return name.split(",")[0]
+    """Whom a contender's row belongs to."""
+    package = name.split(",", maxsplit=1)[0]
+    return REFERENCE if package == TIKTOKEN else package
 
 
 def _differing(count: Counting, texts: Iterable[str], right: list[int]) -> int:
@@ -114,7 +115,7 @@ def opened(
 def tiktoken_folder() -> dict[str, str]:
     """What a process that uses tiktoken itself needs in its environment to find its files where we
     do: in litellm's wheel."""
-    folder: Any = encoding.litellm_folder()
-    if not folder or any(each in os.environ for each in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")):
+    folder = encoding.litellm_folder()
+    if not folder or {"TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"} & set(os.environ):
         return {}
     return {"TIKTOKEN_CACHE_DIR": os.path.join(folder, "litellm_core_utils", "tokenizers")}

@@ -1,10 +1,11 @@
 """Texts to count the tokens of, new at each call: English, Python code, many scripts, no spaces.
 
-English is the prose of Python's own documentation, code the modules of its library that FILES names:
-both are of the interpreter that runs. The rest is made here. `digest` says whether two runs had the
-same. A text is a piece of these, from a place of its own; in each 200 characters of it, two letters
-of a word have changed places. So no text comes twice, and no cache of texts, pieces or words has
-seen all of one.
+English is the prose of Python's own documentation, code the modules of its library that MODULES
+names: both are of the interpreter that runs. The rest is made here. `digest` says whether two runs
+had the same. A text is a piece of these, from a place of its own; in each 250 characters of it, two
+letters of a word have changed places. So no text comes twice, and no cache of texts, pieces or
+words has seen all of one. The rate is that of the corpora: in their second halves, each 310th
+(English) or 240th character (code) begins a word of several tokens that was not in the first half.
 """
 
 from __future__ import annotations
@@ -17,52 +18,54 @@ import re
 import sysconfig
 from collections.abc import Callable
 
-_CHUNK = 200  # characters
-_LEAST_WORD = 4  # letters, of those that are changed
+_CHUNK = 250  # characters
+_WORD = r"[^\W\d_]{4,}"  # that may be changed
 
-FILES = (
-    "argparse.py ast.py bdb.py cgitb.py codecs.py configparser.py csv.py dataclasses.py datetime.py "
-    "difflib.py doctest.py enum.py fractions.py ftplib.py functools.py gettext.py heapq.py "
-    "imaplib.py inspect.py ipaddress.py locale.py mailbox.py optparse.py pdb.py pickle.py "
-    "pickletools.py platform.py plistlib.py pprint.py pydoc.py random.py shutil.py smtplib.py "
-    "socket.py ssl.py statistics.py subprocess.py tarfile.py tempfile.py textwrap.py threading.py "
-    "tokenize.py trace.py traceback.py typing.py uuid.py weakref.py zipapp.py"
-).split()
+MODULES = (  # fmt: skip
+    "argparse", "ast", "bdb", "cgitb", "codecs", "configparser", "csv", "dataclasses", "datetime",
+    "difflib", "doctest", "enum", "fractions", "ftplib", "functools", "gettext", "heapq", "imaplib",
+    "inspect", "ipaddress", "locale", "mailbox", "optparse", "pdb", "pickle", "pickletools",
+    "platform", "plistlib", "pprint", "pydoc", "random", "shutil", "smtplib", "socket", "ssl",
+    "statistics", "subprocess", "tarfile", "tempfile", "textwrap", "threading", "tokenize", "trace",
+    "traceback", "typing", "uuid", "weakref", "zipapp",
+)
 
 # The first article of the Universal Declaration of Human Rights, and other sentences as plain.
 LANGUAGES = (
-    "Alle Menschen sind frei und gleich an Würde und Rechten geboren. Sie sind mit Vernunft und "
-    "Gewissen begabt und sollen einander im Geist der Brüderlichkeit begegnen.",
-    "Tous les êtres humains naissent libres et égaux en dignité et en droits. Ils sont doués de "
-    "raison et de conscience et doivent agir les uns envers les autres dans un esprit de fraternité.",
-    "Wszyscy ludzie rodzą się wolni i równi pod względem swej godności i swych praw. Są oni obdarzeni "
-    "rozumem i sumieniem i powinni postępować wobec innych w duchu braterstwa.",
-    "Bütün insanlar hür, haysiyet ve haklar bakımından eşit doğarlar. Akıl ve vicdana sahiptirler ve "
-    "birbirlerine karşı kardeşlik zihniyeti ile hareket etmelidirler.",
-    "Tất cả mọi người sinh ra đều được tự do và bình đẳng về nhân phẩm và quyền lợi. Mọi con người "
-    "đều được tạo hóa ban cho lý trí và lương tâm.",
-    "Все люди рождаются свободными и равными в своем достоинстве и правах. Они наделены разумом и "
-    "совестью и должны поступать в отношении друг друга в духе братства.",
-    "Всі люди народжуються вільними і рівними у своїй гідності та правах. Вони наділені розумом і "
-    "совістю і повинні діяти у відношенні один до одного в дусі братерства.",
-    "Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι στην αξιοπρέπεια και τα δικαιώματα. Είναι "
-    "προικισμένοι με λογική και συνείδηση.",
-    "יולדו כל בני האדם בני חורין ושווים בערכם ובזכויותיהם. כולם חוננו בתבונה ובמצפון, לפיכך חובה "
-    "עליהם לנהוג איש ברעהו ברוח של אחווה.",
-    "يولد جميع الناس أحراراً متساوين في الكرامة والحقوق. وقد وهبوا عقلاً وضميراً وعليهم أن يعامل "
-    "بعضهم بعضاً بروح الإخاء.",
-    "सभी मनुष्यों को गौरव और अधिकारों के मामले में जन्मजात स्वतन्त्रता और समानता प्राप्त है। उन्हें "
-    "बुद्धि और अन्तरात्मा की देन प्राप्त है।",
+    "Alle Menschen sind frei und gleich an Würde und Rechten geboren. Sie sind mit Vernunft "
+    "und Gewissen begabt und sollen einander im Geist der Brüderlichkeit begegnen.",
+    "Tous les êtres humains naissent libres et égaux en dignité et en droits. Ils sont doués "
+    "de raison et de conscience et doivent agir les uns envers les autres dans un esprit de "
+    "fraternité.",
+    "Wszyscy ludzie rodzą się wolni i równi pod względem swej godności i swych praw. Są oni "
+    "obdarzeni rozumem i sumieniem i powinni postępować wobec innych w duchu braterstwa.",
+    "Bütün insanlar hür, haysiyet ve haklar bakımından eşit doğarlar. Akıl ve vicdana "
+    "sahiptirler ve birbirlerine karşı kardeşlik zihniyeti ile hareket etmelidirler.",
+    "Tất cả mọi người sinh ra đều được tự do và bình đẳng về nhân phẩm và quyền lợi. Mọi con "
+    "người đều được tạo hóa ban cho lý trí và lương tâm.",
+    "Все люди рождаются свободными и равными в своем достоинстве и правах. Они наделены "
+    "разумом и совестью и должны поступать в отношении друг друга в духе братства.",
+    "Всі люди народжуються вільними і рівними у своїй гідності та правах. Вони наділені "
+    "розумом і совістю і повинні діяти у відношенні один до одного в дусі братерства.",
+    "Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι στην αξιοπρέπεια και τα δικαιώματα. "
+    "Είναι προικισμένοι με λογική και συνείδηση.",
+    "יולדו כל בני האדם בני חורין ושווים בערכם ובזכויותיהם. כולם חוננו בתבונה ובמצפון, לפיכך "
+    "חובה עליהם לנהוג איש ברעהו ברוח של אחווה.",
+    "يولد جميع الناس أحراراً متساوين في الكرامة والحقوق. وقد وهبوا عقلاً وضميراً وعليهم أن "
+    "يعامل بعضهم بعضاً بروح الإخاء.",
+    "सभी मनुष्यों को गौरव और अधिकारों के मामले में जन्मजात स्वतन्त्रता और समानता प्राप्त है। उन्हें बुद्धि और "
+    "अन्तरात्मा की देन प्राप्त है।",
     "সমস্ত মানুষ স্বাধীনভাবে সমান মর্যাদা এবং অধিকার নিয়ে জন্মগ্রহণ করে। তাঁদের বিবেক এবং বুদ্ধি আছে।",
     "மனிதப் பிறவியினர் சகலரும் சுதந்திரமாகவே பிறக்கின்றனர்; அவர்கள் மதிப்பிலும் உரிமைகளிலும் சமமானவர்கள்.",
     "มนุษย์ทั้งหลายเกิดมามีอิสระและเสมอภาคกันในเกียรติศักดิ์และสิทธิ ต่างมีเหตุผลและมโนธรรม",
-    "ყველა ადამიანი იბადება თავისუფალი და თანასწორი თავისი ღირსებითა და უფლებებით. მათ მინიჭებული "
-    "აქვთ გონება და სინდისი.",
-    "Բոլոր մարդիկ ծնվում են ազատ ու հավասար իրենց արժանապատվությամբ ու իրավունքներով։ Նրանք ունեն "
-    "բանականություն ու խիղճ։",
+    "ყველა ადამიანი იბადება თავისუფალი და თანასწორი თავისი ღირსებითა და უფლებებით. მათ "
+    "მინიჭებული აქვთ გონება და სინდისი.",
+    "Բոլոր մարդիկ ծնվում են ազատ ու հավասար իրենց արժանապատվությամբ ու իրավունքներով։ Նրանք "
+    "ունեն բանականություն ու խիղճ։",
     "人人生而自由,在尊严和权利上一律平等。他们赋有理性和良心,并应以兄弟关系的精神相对待。",
     "すべての人間は、生まれながらにして自由であり、かつ、尊厳と権利とについて平等である。",
-    "모든 인간은 태어날 때부터 자유로우며 그 존엄과 권리에 있어 동등하다. 인간은 천부적으로 이성과 양심을 부여받았다.",
+    "모든 인간은 태어날 때부터 자유로우며 그 존엄과 권리에 있어 동등하다. 인간은 천부적으로 "
+    "이성과 양심을 부여받았다.",
     "👍🏽 👩‍👩‍👧‍👦 🏳️‍🌈 🇩🇪 🤖 🫠 ∀x∈ℝ: ⌈x⌉ = −⌊−x⌋, α ∧ ¬β → γ ½ ² €",
 )
 _SENTENCES = 4_000  # that are made of these
@@ -81,7 +84,7 @@ def _english() -> str:
 
 
 def _code() -> str:
-    paths = (_library() / name for name in FILES)
+    paths = (_library() / f"{name}.py" for name in MODULES)
     return "".join(path.read_text("utf-8") for path in paths if path.exists())
 
 
@@ -142,7 +145,7 @@ class Texts:
         """A chunk in which two letters of a word have changed places."""
         chunk, words = self._chunks[number], self._words[number]
         if words is None:
-            found = re.finditer(r"[^\W\d_]{%d,}" % _LEAST_WORD, chunk)
+            found = re.finditer(_WORD, chunk)
             words = self._words[number] = [word.span() for word in found] or [(0, len(chunk))]
         start, end = self._rng.choice(words)
         i, j = (start + int(self._rng.random() * (end - start)) for _ in range(2))

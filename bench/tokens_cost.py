@@ -3,9 +3,10 @@
 All in one process, interleaved. A new text was counted by nobody before, in no part of it word for
 word (`bench/token_texts.py`). In each round all contenders count the same texts, each in objects of
 its own that were made just before, in an order of the round's own, and must all find the same
-counts. A seen text was counted before. Batch: new texts, all cores where the library uses them, in
-an order of the round's own. toktok-rs takes a list; its private count() is measured too, and is not
-what is compared with.
+counts. A turn begins with texts that are not measured, so that a contender's tables are in the
+processor's cache, as they are while one counts many texts. A seen text was counted before. Batch:
+new texts, on all cores where the library uses them. toktok-rs takes a list; its private count() is
+measured apart, and is not what is compared with.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from bench import peers
-from bench.result import OURS, REFERENCE, Plot, Ratio, Result, Row, Settings, Values, asked, ratio
+from bench.result import OURS, Plot, Ratio, Result, Row, Settings, Values, asked, ratio
 from bench.token_counters import (
     BEST,
+    INNER,
     MODELS,
     SEED,
     SEED_KINDS,
-    SEED_MOST,
     TIKTOKEN,
     Counting,
     WrongCountError,
@@ -33,7 +34,8 @@ from bench.token_texts import KINDS, Texts, digest, fresh
 from fast_litellm_shm import EncodingUnavailableError, SimpleTokenCounter
 from fast_litellm_shm.tokens import encoding
 
-SIZES = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)  # characters
+SIZES, LARGEST = (1, 10, 100, 1_000, 10_000, 100_000), 1_000_000  # characters
+INNER_SIZES = (1, 10, 100, 1_000)
 # Times tiktoken, by encoding and size.
 GOALS = {
     "cl100k_base": {10: 3.0, 100: 5.0, 1_000: 8.0, 10_000: 12.0, 100_000: 15.0},
@@ -41,47 +43,53 @@ GOALS = {
 }
 BEST_GOAL, SEEN_GOAL, BATCH_GOAL = 1.0, 50.0, 1.0  # times the best peer; tiktoken; a loop
 TOP_KIND = "English"  # whose ratios are in the table of targets; those of all kinds are below it
+MEMO_ENCODING = "o200k_base"
 SEEN_SIZES = (1_000, 10_000, 100_000)
 BATCHES = ((20, 100), (2_000, 200))  # characters, texts
-_TURN = 20_000  # characters a turn, but 200 texts at most
+_TURN = 20_000  # characters of each size in a turn, but 200 texts at most
 _LOOP, _AT_ONCE = "ours, a loop", "ours, count_tokens_batch"
 
 
-def _rounds_of(size: int, settings: Settings) -> int:
-    """Fewer of the long ones: tiktoken takes 0.1 to 0.3 s for a million characters."""
-    if size < 100_000:
-        return settings.rounds
-    return max(settings.rounds // (3 if size == 100_000 else 9), 1)
+class _Rounds:
+    """What each contender took for the texts of each size, in µs a text."""
 
+    def __init__(self, contenders: Mapping[str, Counting], missing: dict[str, str]) -> None:
+        self._contenders, self._missing = contenders, missing
+        self._rng = random.Random(3)
+        self._took: dict[int, dict[str, list[float]]] = {}
 
-def _took(
-    contenders: Mapping[str, Counting], batches: Sequence[list[str]], missing: dict[str, str]
-) -> dict[str, Values]:
-    """µs a text: each round, all contenders in turn count copies of the same texts. A peer that
-    differs from tiktoken in one is missing."""
-    took: dict[str, list[float]] = {name: [] for name in contenders}
-    rng = random.Random(3)
-    for batch in batches:
-        counts: dict[str, list[int]] = {}
-        for name in rng.sample(list(contenders), len(contenders)):
-            count, copies = contenders[name], [fresh(text) for text in batch]
-            start = time.perf_counter_ns()
-            counts[name] = count(copies)
-            spent = time.perf_counter_ns() - start
-            if name in took:
-                took[name].append(spent / len(batch) / 1000)
-        for name in [name for name in counts if counts[name] != counts[TIKTOKEN]]:
-            if name == OURS:
-                raise WrongCountError(f"ours and tiktoken differ in one of {batch!r:.1000}")
-            missing[name] = f"counts otherwise than tiktoken in one of {batch!r:.200}"
-            took.pop(name, None)
-    return {name: Values(values) for name, values in took.items()}
+    def add(self, warm: list[str], batches: Mapping[int, list[str]]) -> None:
+        """One round: all contenders in turn, in an order of its own, and so the sizes in each turn.
+        warm: texts that begin each turn and do not count, since the contender before has filled the
+        processor's cache."""
+        counts: dict[tuple[int, str], list[int]] = {}
+        for name in self._rng.sample(list(self._contenders), len(self._contenders)):
+            count = self._contenders[name]
+            count([fresh(text) for text in warm])
+            for size in self._rng.sample(list(batches), len(batches)):
+                copies = [fresh(text) for text in batches[size]]
+                start = time.perf_counter_ns()
+                counts[size, name] = count(copies)
+                took = (time.perf_counter_ns() - start) / len(copies) / 1000
+                self._took.setdefault(size, {}).setdefault(name, []).append(took)
+        for (size, name), found in counts.items():
+            if found != counts[size, TIKTOKEN]:
+                self._differs(name, batches[size])
+
+    def _differs(self, name: str, batch: list[str]) -> None:
+        if name == OURS:
+            raise WrongCountError(f"ours and tiktoken differ in one of {batch!r:.1000}")
+        self._missing[name] = f"counts otherwise than tiktoken in one of {batch!r:.200}"
+
+    def found(self, size: int) -> dict[str, Values]:
+        """Of those that have always counted as tiktoken does, in the order of the contenders."""
+        took = self._took[size]
+        return {n: Values(took[n]) for n in self._contenders if n not in self._missing}
 
 
 def _row(name: str, found: Values, unit: str, group: str, size: int | None = None) -> Row:
-    owner = REFERENCE if name == TIKTOKEN else who(name)
     notes: dict[str, str | float] = {} if size is None else {"characters": f"{size:,}"}
-    return Row(name, unit, found, owner, group, size, notes)
+    return Row(name, unit, found, who(name), group, size, notes)
 
 
 def group_of(name: str, kind: str) -> str:
@@ -129,34 +137,70 @@ def ratios(rows: Sequence[Row], name: str, kind: str, size: int) -> list[Ratio]:
     return out
 
 
+def _measure(
+    contenders: Mapping[str, Counting],
+    texts: Texts,
+    sizes: Sequence[int],
+    rounds: int,
+    result: Result,
+) -> _Rounds:
+    found = _Rounds(contenders, result.missing)
+    for _ in range(rounds):
+        warm = [texts.new(_TURN // 20) for _ in range(20)]
+        batches = {
+            size: [texts.new(size) for _ in range(max(1, min(200, _TURN // size)))]
+            for size in sizes
+        }
+        found.add(warm, batches)
+    return found
+
+
 def _new(name: str, contenders: dict[str, Counting], settings: Settings, result: Result) -> None:
-    kinds, sizes = settings.pick((tuple(KINDS), SIZES), ((TOP_KIND, "many scripts"), SIZES[:-1]))
+    kinds = settings.pick(tuple(KINDS), (TOP_KIND, "many scripts"))
     for kind in kinds:
         group, texts = group_of(name, kind), Texts(kind, settings.rounds)
-        for size in sizes:
-            many, rounds = max(1, min(200, _TURN // size)), _rounds_of(size, settings)
-            batches = [[texts.new(size) for _ in range(many)] for _ in range(rounds)]
-            here = dict(contenders)
-            if kind not in SEED_KINDS or size > SEED_MOST:
-                here.pop(SEED, None)  # tiktoken's own code, at a third of its speed
-            found = _took(here, batches, result.missing)
-            rows = [_row(each, values, "µs", group, size) for each, values in found.items()]
+        here = dict(contenders)
+        inner = here.pop(INNER, None)  # shares its tables, and what it remembers, with toktok-rs
+        if kind not in SEED_KINDS:
+            here.pop(SEED, None)  # is tiktoken's own code, at a third of its speed
+        found = _measure(here, texts, SIZES, settings.rounds, result)
+        for size in SIZES:
+            rows = [_row(each, v, "µs", group, size) for each, v in found.found(size).items()]
             result.rows += rows
             result.ratios += ratios(rows, name, kind, size)
+        if not settings.quick:  # 0.1 to 0.3 s a text for tiktoken
+            here.pop(SEED, None)
+            found = _measure(here, texts, (LARGEST,), max(settings.rounds // 9, 1), result)
+            rows = [_row(each, v, "µs", group, LARGEST) for each, v in found.found(LARGEST).items()]
+            result.rows += rows
+            result.ratios += ratios(rows, name, kind, LARGEST)
+        if inner and kind == TOP_KIND:
+            three = {OURS: contenders[OURS], TIKTOKEN: contenders[TIKTOKEN], INNER: inner}
+            found = _measure(three, texts, INNER_SIZES, settings.rounds, result)
+            for size in INNER_SIZES:
+                rows = [
+                    _row(each, v, "µs", f"{group}, beside toktok-rs's private count()", size)
+                    for each, v in found.found(size).items()
+                ]
+                result.rows += rows
+                told = f"toktok-rs's private count() / ours, {size:,} characters, {name}"
+                result.ratios.append(ratio(rows, INNER, OURS, None, name=told))
 
 
 def _seen(name: str, contenders: dict[str, Counting], settings: Settings, result: Result) -> None:
     """The memo's part: the same text again and again, in an object of its own each time."""
     both = {each: contenders[each] for each in (OURS, TIKTOKEN, SEED) if each in contenders}
     texts, group = Texts(TOP_KIND, settings.rounds + 1), f"text seen before, {name}"
+    seen = {size: [texts.new(size)] for size in SEEN_SIZES}
+    found = _Rounds(both, result.missing)
+    for i in range(settings.rounds):
+        batches = {size: seen[size] * max(1, _TURN // size) for size in SEEN_SIZES}
+        if i == 0:
+            for count in both.values():
+                count([text for batch in batches.values() for text in batch[:1]])
+        found.add(seen[SEEN_SIZES[0]], batches)
     for size in SEEN_SIZES:
-        text = texts.new(size)
-        for count in both.values():
-            count([fresh(text)])
-        rounds = max(_rounds_of(size, settings), 3)
-        batches = [[text] * max(1, _TURN // size)] * rounds
-        found = _took(both, batches, result.missing)
-        rows = [_row(each, values, "µs", group, size) for each, values in found.items()]
+        rows = [_row(each, v, "µs", group, size) for each, v in found.found(size).items()]
         result.rows += rows
         result.ratios.append(
             ratio(
@@ -208,10 +252,7 @@ def _batch(name: str, settings: Settings, result: Result) -> None:
                 took[each].append((time.perf_counter_ns() - start) / 1e6)
                 if len(counts) != many:
                     raise WrongCountError(f"{each}: {len(counts)} counts of {many} texts")
-        result.rows += [
-            Row(each, "ms", Values(v), REFERENCE if who(each) == TIKTOKEN else who(each), group)
-            for each, v in took.items()
-        ]
+        result.rows += [_row(each, Values(v), "ms", group) for each, v in took.items()]
         title = f"loop / batch, {many} × {size:,} characters, {name}"
         result.ratios.append(
             ratio(result.rows, _LOOP, _AT_ONCE, BATCH_GOAL, name=title, group=group)
@@ -232,10 +273,9 @@ def run(settings: Settings) -> Result:
                 result.missing["tiktoken's files"] = str(error)
                 continue
             _new(name, contenders, settings, result)
-        if result.rows:
-            name = "o200k_base"
-            _seen(name, contenders, settings, result)
-            _batch(name, settings, result)
+            if name == MEMO_ENCODING:
+                _seen(name, contenders, settings, result)
+                _batch(name, settings, result)
     result.plots = [
         Plot(
             f"tokens_{kind.replace(' ', '_')}_{name}".lower(),

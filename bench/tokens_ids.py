@@ -1,8 +1,9 @@
 """What do `encode`, `fits` and `truncate` cost, beside what one writes with tiktoken?
 
 New English texts, as for the counts, each in an object of its own for each contender; interleaved.
-A limit of 200 tokens. With tiktoken, to fit is to have at most so many tokens, and to truncate is to
-decode the first so many; with others, the call that their manual has for it. All must find the same.
+A limit of 200 tokens. With tiktoken, to fit is to have at most so many tokens, and to truncate is
+to decode the first so many; with others, the call that their manual has for it. All must find the
+same.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 from bench import peers
-from bench.result import OURS, REFERENCE, Result, Row, Settings, Values, asked, ratio
-from bench.token_counters import MODELS, TIKTOKEN, WrongCountError
+from bench.result import OURS, Result, Row, Settings, Values, asked, ratio
+from bench.token_counters import MODELS, TIKTOKEN, WrongCountError, who
 from bench.token_texts import Texts, fresh
 from fast_litellm_shm import EncodingUnavailableError, SimpleTokenCounter
 from fast_litellm_shm.tokens import encoding
@@ -112,10 +113,7 @@ def run(settings: Settings) -> Result:
                         result.missing,
                         what,
                     )
-                    rows = [
-                        Row(each, "µs", v, REFERENCE if each == TIKTOKEN else each, group)
-                        for each, v in found.items()
-                    ]
+                    rows = [Row(each, "µs", v, who(each), group) for each, v in found.items()]
                     result.rows += rows
                     result.ratios.append(
                         ratio(rows, TIKTOKEN, OURS, None, name=f"tiktoken / ours, {group}")
