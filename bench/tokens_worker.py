@@ -56,7 +56,7 @@ PROGRAMS = {
     "quicktok-v1": Program("quicktok", "import quicktok", "quicktok.get_encoding(name).count"),
     "fast-litellm": Program(
         "fast_litellm",
-        "import sys; sys.modules['litellm'] = None; import fast_litellm; del sys.modules['litellm']",
+        "sys.modules['litellm'] = None; import fast_litellm; del sys.modules['litellm']",
         "lambda text, count=fast_litellm.SimpleTokenCounter().count_tokens, model=MODELS[name]: "
         "count(text, model)",
     ),
