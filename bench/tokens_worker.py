@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from typing import Any
 
 from bench import peers
 from bench.result import OURS, REFERENCE, Plot, Ratio, Result, Row, Settings, Values, asked
@@ -99,15 +100,14 @@ class _Worker:
         )
         self._before = 0.0
 
-    def _hear(self) -> object:
+    def _hear(self) -> Any:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"a worker ended, with status {self._process.wait()}")
-        found: object = json.loads(line)
-        return found
+        return json.loads(line)
 
-    def _go(self) -> object:
+    def _go(self) -> Any:
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
@@ -123,7 +123,7 @@ class _Worker:
 
     def use(self) -> tuple[float, list[int]]:
         """Its first counts: milliseconds, and the counts."""
-        took, counts = self._go()  # type: ignore[misc]
+        took, counts = self._go()
         return took, counts
 
     def count(self) -> object:
