@@ -32,13 +32,25 @@ QUESTIONS = (
     "cluster_cost",
     "record",
     "tokens_cost",
+    "tokens_ids",
+    "tokens_hard",
+    "tokens_worker",
     "litellm_cost",
     "litellm_plugin",
     "end_to_end",
 )
 PATIENCE = 600  # seconds for one question: only a hang comes near it
-# Of those not asked in each pass: each value of theirs is from a process of its own anyway.
-MOST_PASSES = {"bytes_per_key": 1, "key_count": 3, "waiting": 2}
+# Of those not asked in each pass: each value of theirs is from a process of its own anyway; or, of
+# those that count tokens, the peers take seconds to load their tables.
+MOST_PASSES = {
+    "bytes_per_key": 1,
+    "key_count": 3,
+    "waiting": 2,
+    "tokens_cost": 3,
+    "tokens_ids": 2,
+    "tokens_hard": 2,
+    "tokens_worker": 1,
+}
 
 
 def _ask(name: str, settings: Settings) -> Result:

@@ -27,8 +27,14 @@ PROMISES = (
     "pool get + return",
     "callers that wait",
     "routing, 20 deployments",
+    "counting new text, against tiktoken, cl100k_base",
+    "counting new text, against tiktoken, o200k_base",
+    "counting new text, against the best peer, cl100k_base",
+    "counting new text, against the best peer, o200k_base",
     "token count, text seen before, 1,000+ characters",
-    "token count, new text",
+    "the slowest text of a million characters",
+    "a second worker that counts in two encodings",
+    "private memory of 8 workers that count in two encodings",
     "LiteLLM plugin, all hooks of a request",
 )
 

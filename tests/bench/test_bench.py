@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 
-from bench import questions, report
+from bench import questions, report, seed, tokens_worker
 from bench.passes import merged
 from bench.peers import Place
 from bench.questions import QUESTIONS
 from bench.result import Plot, Ratio, Result, Row, Settings, Values, asked, ratio
+from bench.token_counters import MODELS, Counting, WrongCountError
+from bench.token_texts import KINDS, Texts, corpus, fresh
+from bench.tokens_cost import _Rounds, group_of, ratios
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -248,3 +251,107 @@ def test_a_place_leaves_nothing_behind() -> None:
         assert path.exists()
     assert not path.exists()
     assert not pathlib.Path(place.folder).exists()
+
+
+# texts, and who counts them --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_no_text_is_given_twice(kind: str) -> None:
+    texts = Texts(kind, 1)
+    for size in (10, 100, 1_000, 20_000):
+        given = [texts.new(size) for _ in range(20)]
+        assert {len(text) for text in given} == {size}
+        assert len(set(given)) == len(given)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_in_each_part_of_a_text_a_word_is_changed(kind: str) -> None:
+    whole, parts = corpus(kind), 40
+    text = Texts(kind, 2).new(parts * 250)
+    as_it_was = sum(text[i : i + 250] in whole for i in range(0, len(text), 250))
+    assert as_it_was <= parts // 2  # two equal letters that change places change nothing
+
+
+def test_the_same_seed_gives_the_same_texts() -> None:
+    one, two = (Texts("many scripts", 3) for _ in range(2))
+    assert [one.new(500) for _ in range(5)] == [two.new(500) for _ in range(5)]
+    assert Texts("many scripts", 4).new(500) != Texts("many scripts", 3).new(500)
+
+
+def test_each_contender_gets_an_object_of_its_own() -> None:
+    text = "größer als 1"
+    assert fresh(text) == text and fresh(text) is not text
+
+
+def rounds_of(peer: Counting, missing: dict[str, str]) -> _Rounds:
+    right: Counting = lambda texts: list(map(len, texts))  # noqa: E731
+    return _Rounds({"ours": right, "tiktoken": right, "a peer": peer}, missing)
+
+
+def test_a_peer_that_counts_otherwise_is_named_and_not_measured() -> None:
+    missing: dict[str, str] = {}
+    found = rounds_of(lambda texts: [len(text) + (text == "abc") for text in texts], missing)
+    found.add(["warm"], {2: ["ab", "ba"]})
+    assert list(found.found(2)) == ["ours", "tiktoken", "a peer"]
+    found.add(["warm"], {2: ["ab", "abc"]})
+    assert list(found.found(2)) == ["ours", "tiktoken"]
+    assert missing["a peer"] == "counts otherwise than tiktoken in one of ['ab', 'abc']"
+
+
+def test_a_wrong_count_of_ours_is_an_error() -> None:
+    found = _Rounds({"ours": lambda texts: [7], "tiktoken": lambda texts: [1]}, {})
+    with pytest.raises(WrongCountError, match="ours and tiktoken differ in one of \\['a'\\]"):
+        found.add([], {1: ["a"]})
+
+
+def test_the_best_peer_is_the_quicker_one_of_each_round() -> None:
+    rows = [
+        Row(name, "µs", Values(values), x=10)
+        for name, values in {
+            "ours": [1, 1, 1],
+            "tiktoken": [9, 9, 9],
+            "quicktok-v1": [2, 4, 6],
+            "toktok-rs": [3, 3, 3],
+        }.items()
+    ]
+    ours, best = ratios(rows, "cl100k_base", "English", 10)
+    assert (ours.found, ours.target) == (Values([9, 9, 9]), 3.0)
+    assert (best.found, best.target) == (Values([2, 3, 3]), 1.0)
+    ours, best = ratios(rows[:2], "cl100k_base", "English", 10)
+    assert best.verdict == "not measured: neither quicktok-v1 nor toktok-rs is there"
+
+
+def test_each_promise_of_tokens_is_in_the_table_of_targets() -> None:
+    rows = [Row("ours", "µs", Values([1]), x=10), Row("tiktoken", "µs", Values([1]), x=10)]
+    named = {each.promise for name in MODELS for each in ratios(rows, name, "English", 10)}
+    found = tokens_worker.Found(1.0, [1.0], 1.0, 1.0, None)
+    named |= {each.promise for each in tokens_worker._ratios(found, 8)}
+    assert named <= set(report.PROMISES)
+
+
+def test_the_rows_of_the_guides_claims_are_those_that_are_measured() -> None:
+    assert group_of("o200k_base", "English") == seed.NEW
+    assert {claim.question for claim in seed.CLAIMS} <= set(QUESTIONS)
+
+
+@pytest.fixture(scope="module")
+def workers() -> Any:
+    done = bench("--quick", "--iterations", "5", "--only", "tokens_worker", "--json")
+    assert done.returncode == 0, done.stderr
+    (question,) = json.loads(done.stdout)["questions"].values()
+    if "tiktoken" in question["missing"]:
+        pytest.skip(question["missing"]["tiktoken"])
+    return question
+
+
+def test_later_workers_have_the_tables_of_the_first(workers: Any) -> None:
+    rows = {(row["group"], row["who"]): row for row in workers["rows"]}
+    assert {tokens_worker.READY, seed.SECOND} < {group for group, _ in rows}
+    ours, tiktoken = (rows[seed.SECOND, who]["median"] for who in ("ours", "reference"))
+    assert ours < tiktoken / 4  # megabytes
+    assert {each["name"].split(", ")[1] for each in workers["ratios"]} == {
+        "first use",
+        "private memory of the second worker",
+        "private memory of 8 workers together",
+    }
