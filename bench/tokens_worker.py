@@ -57,6 +57,7 @@ PROGRAMS = {
     "quicktok-v1": Program("quicktok", "import quicktok", "quicktok.get_encoding(name).count"),
     "fast-litellm": Program(
         "fast_litellm",
+        "import logging; logging.disable(); "  # it tells what of litellm it cannot change
         "sys.modules['litellm'] = None; import fast_litellm; del sys.modules['litellm']",
         "lambda text, count=fast_litellm.SimpleTokenCounter().count_tokens, model=MODELS[name]: "
         "count(text, model)",
