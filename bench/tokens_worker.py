@@ -1,7 +1,7 @@
 """What does a worker cost that counts tokens in two encodings: time until it can, and memory?
 
-Eight processes, that have imported the package and read the texts, count for the first time, one
-after the other: a text of 1,000 characters in each of both encodings. What the first one takes is
+Eight processes (three, with the slower peers), that have imported the package and read the texts,
+count for the first time, one after the other: a text of 1,000 characters in each of both encodings. What the first one takes is
 apart: with ours it finds no file of tables, and makes it for all. Memory is what is private to
 a process (Private_Clean + Private_Dirty of smaps_rollup) beyond what it was before, after it has
 counted 400,000 characters of all kinds in each encoding. Of the second worker it is measured while
@@ -26,7 +26,7 @@ from bench.seed import SECOND
 from bench.token_counters import MODELS, TIKTOKEN, tiktoken_folder
 from bench.token_texts import KINDS, Texts
 
-WORKERS, QUICK_WORKERS = 8, 3
+WORKERS, FEWER = 8, 3  # of ours and of tiktoken; of the others, which take seconds each
 READY_GOAL, MEMORY_GOAL, ALL_GOAL = 20.0, 8.0, 100.0  # ms; MB of the second worker, of all eight
 FIRST, MORE = 1_000, 100_000  # characters
 READY = "first use"
@@ -201,8 +201,8 @@ def _ratios(found: Found, number: int) -> list[Ratio]:
 
 
 def run(settings: Settings) -> Result:
-    """Measure. Ours with all workers in a quick run too, since theirs start at once."""
-    result = asked(__doc__)
+    """Measure."""
+    result, all_of = asked(__doc__), settings.pick((OURS, TIKTOKEN), (OURS,))
     if not os.path.exists("/proc/self/smaps_rollup"):
         result.missing["everything"] = "there is no /proc/self/smaps_rollup here: it needs Linux"
         return result
@@ -221,7 +221,7 @@ def run(settings: Settings) -> Result:
             program = PROGRAMS[name]
             try:
                 peers.need(program.module)
-                number = WORKERS if name == OURS else settings.pick(WORKERS, QUICK_WORKERS)
+                number = WORKERS if name in all_of else FEWER
                 found = measure(program, number, path, environment)
             except (peers.MissingError, RuntimeError) as error:
                 if name == OURS:
