@@ -1,11 +1,11 @@
 """What does a worker cost that counts tokens in two encodings: time until it can, and memory?
 
 Eight processes (three, with the slower peers), that have imported the package and read the texts,
-count for the first time, one after the other: a text of 1,000 characters in each of both encodings. What the first one takes is
-apart: with ours it finds no file of tables, and makes it for all. Memory is what is private to
-a process (Private_Clean + Private_Dirty of smaps_rollup) beyond what it was before, after it has
-counted 400,000 characters of all kinds in each encoding. Of the second worker it is measured while
-the first one lives, of all together when all have counted.
+count for the first time, one after the other: a text of 1,000 characters in each of both encodings.
+What the first one takes is apart: with ours it finds no file of tables, and makes it for all.
+Memory is what is private to a process (Private_Clean + Private_Dirty of smaps_rollup) beyond what
+it was before, after it has counted 400,000 characters of all kinds in each encoding. Of the second
+worker it is measured while the first one lives, of all together when all have counted.
 """
 
 from __future__ import annotations
