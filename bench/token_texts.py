@@ -1,22 +1,23 @@
 """Texts to count the tokens of, new at each call: English, Python code, many scripts, no spaces.
 
-English is the prose of Python's own documentation, code the modules of its library that MODULES
-names: both are of the interpreter that runs. The rest is made here. `digest` says whether two runs
-had the same. A text is a piece of these, from a place of its own; in each 250 characters of it, two
-letters of a word have changed places. So no text comes twice, and no cache of texts, pieces or
-words has seen all of one. The rate is that of the corpora: in their second halves, each 310th
-(English) or 240th character (code) begins a word of several tokens that was not in the first half.
+English is the prose of Python's own documentation and docstrings, code the modules of its library
+that MODULES names: both are of the interpreter that runs. The rest is made here. `digest` says
+whether two runs had the same. A text is a piece of these that no text before it had a part of. When
+a corpus has been used up, texts are pieces from any place, and in each 250 characters two letters
+of a word have changed places. So no text comes twice, and no cache of texts or pieces has seen all
+of one; words come again as often as they do in prose or code.
 """
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import pathlib
 import random
 import re
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 _CHUNK = 250  # characters
 _WORD = r"[^\W\d_]{4,}"  # that may be changed
@@ -110,7 +111,7 @@ LANGUAGES = (
     "이성과 양심을 부여받았다.",
     "👍🏽 👩‍👩‍👧‍👦 🏳️‍🌈 🇩🇪 🤖 🫠 ∀x∈ℝ: ⌈x⌉ = −⌊−x⌋, α ∧ ¬β → γ ½ ² €",
 )
-_SENTENCES = 4_000  # that are made of these
+_SENTENCES = 24_000  # that are made of these
 
 
 def _library() -> pathlib.Path:
@@ -121,8 +122,19 @@ def _english() -> str:
     try:
         from pydoc_data.topics import topics
     except ImportError:  # some systems have it in a package of its own
-        return (_library() / "LICENSE.txt").read_text("utf-8", "replace")
-    return "\n".join(topics[name] for name in sorted(topics))
+        topics = {}
+    return "\n".join([*(topics[name] for name in sorted(topics)), *_docstrings()])
+
+
+def _docstrings() -> Iterator[str]:
+    for path in sorted(_library().glob("*.py")):
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                yield ast.get_docstring(node) or ""
 
 
 def _code() -> str:
@@ -151,7 +163,7 @@ def _scripts() -> str:
 
 
 def _spaceless() -> str:
-    return re.sub("[^a-z]", "", _english().lower())
+    return re.sub("[^a-z]", "", corpus("English").lower())
 
 
 KINDS: dict[str, Callable[[], str]] = {
@@ -181,6 +193,9 @@ class Texts:
         self._chunks = [whole[i : i + _CHUNK] for i in range(0, len(whole) - _CHUNK, _CHUNK)]
         self._words: list[list[tuple[int, int]] | None] = [None] * len(self._chunks)
         self._rng = random.Random(f"{kind} {seed}")
+        start = self._rng.randrange(len(whole))
+        self._unused = whole[start:] + whole[:start]
+        self._used = 0
         self._given: set[int] = set()
 
     def _changed(self, number: int) -> str:
@@ -197,6 +212,10 @@ class Texts:
         return f"{chunk[:i]}{chunk[j]}{chunk[i + 1 : j]}{chunk[i]}{chunk[j + 1 :]}"
 
     def _piece(self, size: int) -> str:
+        start, end = self._used, self._used + size
+        if end <= len(self._unused):
+            self._used = end
+            return self._unused[start:end]
         first = self._rng.randrange(len(self._chunks))
         skipped = self._rng.randrange(_CHUNK // 2)
         count = (size + skipped) // _CHUNK + 1

@@ -266,9 +266,11 @@ def test_no_text_is_given_twice(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_in_each_part_of_a_text_a_word_is_changed(kind: str) -> None:
-    whole, parts = corpus(kind), 40
-    text = Texts(kind, 2).new(parts * 250)
+def test_a_corpus_is_used_up_as_it_is_and_then_changed(kind: str) -> None:
+    whole, texts, parts = corpus(kind), Texts(kind, 2), 40
+    used = [texts.new(parts * 250) for _ in range(len(whole) // (parts * 250))]
+    assert "".join(used) in whole + whole
+    text = texts.new(parts * 250)
     as_it_was = sum(text[i : i + 250] in whole for i in range(0, len(text), 250))
     assert as_it_was <= parts // 2  # two equal letters that change places change nothing
 
