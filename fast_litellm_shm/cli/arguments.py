@@ -30,7 +30,7 @@ examples:
   fast-shm release --dead                give back the permits of dead processes
   fast-shm rm --name shop                delete a segment
   fast-shm tokens --model gpt-4o *.md    count the tokens of files
-  fast-shm cache build                   compile the tables that workers count with
+  fast-shm cache build                   compile what tokens are counted with
 
 Without --name, a verb uses the segment that workers use by default: FAST_LITELLM_SHM_NAME, else
 one for each user id. `fast-shm VERB --help` explains a verb."""
