@@ -157,7 +157,7 @@ first of them. If a file is in use, rm asks on a terminal; elsewhere, it needs -
 # Behind "unrecognized arguments".
 _HINTS = {
     "fast-shm tokens": "options come before all files or after them",
-    "fast-shm cache": "encodings come after build or rm, and after their options",
+    "fast-shm cache": "options come right behind build or rm, then encodings",
 }
 
 

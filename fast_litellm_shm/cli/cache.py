@@ -36,7 +36,7 @@ def _print(files: list[vocabularies.Found], folder: str) -> None:
             each.encoding,
             each.tiktoken,
             "" if each.size is None else render.size(each.size),
-            "" if each.age is None else render.duration(each.age),
+            "" if each.age is None else render.brief(each.age),
             str(len(each.pids)),
             each.state,
         )
