@@ -251,9 +251,7 @@ def test_pydantic_messages(litellm: Any) -> None:
     assert ours == theirs > 7
 
 
-def test_longer_than_litellm_counts(
-    litellm: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_longer_than_litellm_counts(litellm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """From 16 samples; and litellm's own settings are followed."""
     text = "".join(texts.random_text(seed, 10_000) for seed in range(500))
     ours, theirs = _both(litellm, "gpt-4", {"messages": [{"role": "user", "content": text}]})
@@ -341,7 +339,9 @@ CHOICE = st.sampled_from(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200, deadline=None)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200, deadline=None
+)
 @given(
     st.lists(TOOL, max_size=3),
     CHOICE,
