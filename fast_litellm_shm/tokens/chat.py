@@ -11,12 +11,12 @@ It differs from litellm:
 
 - Nothing is ever downloaded. An image of detail ``high`` that is a URL counts as the largest one,
   1,445 tokens; litellm fetches it, to know its size.
-- litellm knows some new models from its price map, and counts gpt-oss in cl100k_base. It also counts
-  Claude (but for Claude 3) and DeepSeek with tokenizers that its wheel brings. If the program has
-  imported litellm, it is asked for the encoding, and such texts go to it. Else, and for models whose
-  tokenizer litellm would download (Command R, Llama 2 and 3), texts are counted in the encoding that
-  :meth:`~fast_litellm_shm.SimpleTokenCounter.count_tokens` has. (This module does not import
-  litellm: that takes seconds, and starts a download of prices.)
+- litellm knows some new models from its price map, and counts gpt-oss in cl100k_base. It also
+  counts Claude (but for Claude 3) and DeepSeek with tokenizers that its wheel brings. If the
+  program has imported litellm, it is asked for the encoding, and such texts go to it. Else, and for
+  models whose tokenizer litellm would download (Command R, Llama 2 and 3), texts are counted in the
+  encoding that :meth:`~fast_litellm_shm.SimpleTokenCounter.count_tokens` has. (This module does not
+  import litellm: that takes seconds, and starts a download of prices.)
 - litellm reads the pages of a PDF where pypdf is installed: so a PDF goes to it, too. If the
   program has not imported litellm, a PDF counts as an image of unknown size: 85 tokens.
 """

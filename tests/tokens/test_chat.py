@@ -359,8 +359,8 @@ def test_tools(litellm: Any, tools: Any, choice: Any, system: bool, model: str) 
 
 
 def test_every_model_of_litellm(litellm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has litellm's encoding. Without litellm, 19 in 20 have: the rest are models that only its price
-    map knows, and gpt-oss."""
+    """Has litellm's encoding. Without litellm, 19 in 20 have: the rest are models that only its
+    price map knows, and gpt-oss."""
     from litellm.litellm_core_utils import token_counter
     from litellm.utils import huggingface_tokenizer_kind
 

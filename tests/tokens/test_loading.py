@@ -1,4 +1,4 @@
-"""Workers that find the vocabulary files, that build them at once, and that are killed meanwhile."""
+"""Workers that find the vocabulary files, that build them at once, that are killed meanwhile."""
 
 from __future__ import annotations
 
