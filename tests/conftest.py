@@ -1,5 +1,5 @@
-"""Every test has a segment of its own, and leaves nothing in the shared-memory directory or the user's
-cache."""
+"""Every test has a segment of its own, and leaves nothing in the shared-memory directory or the
+user's cache."""
 
 from __future__ import annotations
 

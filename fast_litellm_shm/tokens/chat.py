@@ -11,11 +11,12 @@ It differs from litellm:
 
 - Nothing is ever downloaded. An image of detail ``high`` that is a URL counts as the largest one,
   1,445 tokens; litellm fetches it, to know its size.
-- litellm counts Claude (but for Claude 3) and DeepSeek with tokenizers that its wheel brings. If
-  the program has imported litellm, such texts go to it. Else, and for models whose tokenizer
-  litellm would download (Command R, Llama 2 and 3), they are counted in the model's encoding, as
-  :meth:`~fast_litellm_shm.SimpleTokenCounter.count_tokens` does. (This module does not import
-  litellm: that takes seconds, and starts a download of prices.)
+- litellm knows some new models from its price map, and counts gpt-oss in cl100k_base. It also
+  counts Claude (but for Claude 3) and DeepSeek with tokenizers that its wheel brings. If the
+  program has imported litellm, it is asked for the encoding, and such texts go to it. Else, and for
+  models whose tokenizer litellm would download (Command R, Llama 2 and 3), texts are counted in the
+  encoding that :meth:`~fast_litellm_shm.SimpleTokenCounter.count_tokens` has. (This module does not
+  import litellm: that takes seconds, and starts a download of prices.)
 - litellm reads the pages of a PDF where pypdf is installed: so a PDF goes to it, too. If the
   program has not imported litellm, a PDF counts as an image of unknown size: 85 tokens.
 """
@@ -34,7 +35,6 @@ from typing import Any, NamedTuple
 Count = Callable[[str], int]
 
 _PER_MESSAGE, _PER_NAME, _REPLY = 3, 1, 3
-_LEGACY = "gpt-3.5-turbo-0301"  # 4 for each message, and a name is in place of the role
 _SAMPLES = 16  # of a text that is not counted whole
 _DEEPEST = 100  # blocks in blocks
 _PDF = "data:application/pdf;base64,"
@@ -91,6 +91,16 @@ def _litellm() -> Any:
     """litellm, if the program has imported it; else None."""
     found = sys.modules.get("litellm")
     return found if hasattr(found, "token_counter") else None
+
+
+def encoding_name(model: str) -> str | None:
+    """The encoding that litellm has for the model; None where it was not imported."""
+    module = sys.modules.get("litellm.litellm_core_utils.token_counter")
+    name_of = getattr(module, "openai_tokenizer_encoding_name", None)
+    try:
+        return str(name_of(model)) if name_of else None
+    except Exception:  # a private function of litellm's: it may become another one
+        return None
 
 
 def _by_litellm(model: str) -> Count | None:
@@ -255,8 +265,7 @@ class _Chat:
         self._default_image, self._default_tokens = default_image, default_tokens
 
     def message(self, message: Mapping[str, Any]) -> int:
-        legacy = self.model == _LEGACY
-        tokens = _PER_MESSAGE + legacy
+        tokens = _PER_MESSAGE
         for key, value in message.items():
             if value is None:
                 continue
@@ -265,7 +274,7 @@ class _Chat:
             elif isinstance(value, str):
                 tokens += self.text(value)
                 if key == "name":
-                    tokens += -1 if legacy else _PER_NAME
+                    tokens += _PER_NAME
             elif key == "content" and isinstance(value, list):
                 tokens += self.blocks(value)
             elif key == "provider_specific_fields":
@@ -337,7 +346,7 @@ class _Chat:
                 count_response_tokens=True,  # without the tokens of the reply
                 use_default_image_token_count=self._default_image,
             )
-            return found - _PER_MESSAGE - (self.model == _LEGACY)
+            return found - _PER_MESSAGE
         return self._image(data, "auto")
 
     def _document(self, block: Mapping[str, Any], depth: int) -> int:

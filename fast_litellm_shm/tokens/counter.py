@@ -377,7 +377,8 @@ class SimpleTokenCounter:
         returns, whose arguments these are. See :mod:`fast_litellm_shm.tokens.chat` for its rules,
         and where it differs. Raises ValueError for messages that cannot be counted.
         """
-        count = self._count_of(model, tenant)
+        found = chat.encoding_name(model) if self._default_encoding == encoding.DEFAULT else None
+        count = self._count_of(found or model, tenant)
         outer = tenant_of_context.get()
         token = tenant_of_context.set(outer if tenant is None else tenant)  # for texts of litellm's
         try:

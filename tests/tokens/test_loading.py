@@ -1,7 +1,8 @@
-"""Workers that find the vocabulary files, that build them at the same time, and that are killed meanwhile."""
+"""Workers that find the vocabulary files, that build them at once, that are killed meanwhile."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -19,9 +20,7 @@ from fast_litellm_shm import SimpleTokenCounter
 from fast_litellm_shm.tokens import encoding, vocabulary
 
 TWO = ("cl100k_base", "o200k_base")
-pytestmark = pytest.mark.skipif(
-    not {*TWO} <= {*texts.encodings_at_hand()}, reason=texts.WHY_NOT
-)
+pytestmark = pytest.mark.skipif(not {*TWO} <= {*texts.encodings_at_hand()}, reason=texts.WHY_NOT)
 
 # What only tiktoken needs.
 HEAVY = ("tiktoken", "tiktoken_ext", "regex", "requests", "numpy", "litellm")
@@ -35,7 +34,8 @@ import fast_litellm_shm.tokens.counter as tokens
 before = private()
 counter = tokens.SimpleTokenCounter()
 text = "How many tokens are these? " * 20
-counts = [counter.count_tokens(text, model) for model in ("gpt-4", "openai/gpt-4o", "claude-x", "o200k_base")]
+models = ("gpt-4", "openai/gpt-4o", "claude-x", "o200k_base")
+counts = [counter.count_tokens(text, model) for model in models]
 grown = private() - before
 counts += counter.count_tokens_batch([text, "x"], "gpt-4.1")
 assert counter.decode(counter.encode(text, "gpt-4o"), "gpt-4o") == text
@@ -48,7 +48,9 @@ print(json.dumps([counts, grown, sorted({name.split(".")[0] for name in sys.modu
 def _start(code: str, cache: Path, **settings: str) -> subprocess.Popen[str]:
     env = {**os.environ, "FAST_LITELLM_SHM_CACHE": str(cache), **settings}
     env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True
+    )
 
 
 def _said(process: subprocess.Popen[str]) -> str:
@@ -68,8 +70,7 @@ def _fill(cache: Path, *names: str) -> None:
 
 
 def test_a_second_worker_loads_no_tiktoken(tmp_path: Path) -> None:
-    """Nor what tiktoken imports; and little memory is its own: 2 MB of pages that it writes, and the
-    cache of counts."""
+    """Nor what tiktoken imports; and little memory is its own."""
     cache = tmp_path / "cache"
     _fill(cache, *TWO)
     counts, grown, modules = json.loads(_said(_start(_WORKER, cache)))
@@ -97,13 +98,16 @@ socket.socket.connect = socket.getaddrinfo = refuse
     empty = str(tmp_path / "none")
     process = _start(alone + _WORKER, cache, TIKTOKEN_CACHE_DIR=empty)
     assert json.loads(_said(process))[0][-2] == 1
-    code = alone + """
+    code = (
+        alone
+        + """
 from fast_litellm_shm import EncodingUnavailableError, SimpleTokenCounter
 counter = SimpleTokenCounter()
-for call in (counter.count_tokens, counter.encode, lambda text, model: counter.fits(text, 1, model)):
+for call in (counter.count_tokens, counter.encode, counter.count_chat):
     try: call("a text", "gpt2")
     except EncodingUnavailableError as error: print(error)
 """
+    )
     said = _said(
         _start(code, cache, TIKTOKEN_CACHE_DIR=empty, FAST_LITELLM_TOKENIZER_DOWNLOAD="false")
     )
@@ -132,11 +136,15 @@ def test_eight_that_start_at_once(tmp_path: Path) -> None:
     assert [file.name for file in cache.iterdir()] == [os.path.basename(path)]
 
 
+def _writes_or_ended(cache: Path, process: subprocess.Popen[str]) -> bool:
+    return bool([*cache.glob("*.tmp")]) or process.poll() is not None
+
+
 def _stopped_while_it_writes(cache: Path, how: signal.Signals) -> subprocess.Popen[str]:
     """A process that got the signal when its temporary file was there."""
     for _ in range(20):
         process = _start(_BUILDER, cache)
-        wait_until("it writes", lambda: [*cache.glob("*.tmp")] or process.poll() is not None)
+        wait_until("it writes", functools.partial(_writes_or_ended, cache, process))
         process.send_signal(how)
         if how == signal.SIGKILL:
             process.wait()

@@ -244,7 +244,11 @@ def test_segment_without_names(segment_name: str) -> None:
 
 @needs_encoding
 def test_the_memo_outlives_its_counter(segment_name: str) -> None:
-    count = SimpleTokenCounter(segment=Segment(segment_name, capacity=100))._prepare(None).count_of(None)
+    count = (
+        SimpleTokenCounter(segment=Segment(segment_name, capacity=100))
+        ._prepare(None)
+        .count_of(None)
+    )
     for i in range(200):
         assert count(long(f"text {i}")) == truth(long(f"text {i}"))
 
@@ -285,7 +289,9 @@ def test_memo_of_anything(segment: Segment) -> None:
     memo = _memo(segment, compute)
     assert [memo("ab"), memo("ab"), memo.count("ab"), memo(text="ab")] == [2] * 4
     assert asked == ["ab"]
-    assert [memo.count_for("ab", None), memo.count_for("ab", "t"), memo.count_for("ab", "t")] == [2] * 3
+    assert [memo.count_for("ab", None), memo.count_for("ab", "t"), memo.count_for("ab", "t")] == [
+        2
+    ] * 3
     assert asked == ["ab", "ab"]
     with pytest.raises(TypeError):
         memo("a", "b")  # type: ignore[call-arg]
