@@ -26,8 +26,8 @@ import hashlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
@@ -55,7 +55,7 @@ _reason: str | None = _NOT_YET  # why the replacements are not in place
 # Whether ours counts, where one call of litellm's asks twice; None: to be drawn.
 _drawn: ContextVar[bool | None] = ContextVar("fast_litellm_shm_drawn", default=None)
 _free_ids: dict[int, tuple[Any, int]] = {}  # by id(tokenizer): the tokenizer, its first unused id
-_counters: dict[tuple[Any, ...], _Counter] = {}  # by _describe()'s key
+_counters: dict[tuple[Any, ...] | None, _Counter] = {}  # by _Known.key
 
 
 class _Patch:
@@ -158,10 +158,25 @@ def _state(tokenizer: Any) -> tuple[Any, ...] | None:
 class _Known(NamedTuple):
     """A function of litellm's that counts the tokens of a text."""
 
-    key: tuple[Any, ...]  # in this process; has the id() of `held`
+    key: tuple[Any, ...]  # in this process
     name: Callable[[], str]  # in the segment; slow to compute
+    keeps: Any  # the objects whose id() is in the key
     held: Any  # the tokenizer
     chunk: int | None  # characters that it counts at a time; None: the whole text
+
+
+def _quick_key(exact: Any) -> tuple[Any, ...] | None:
+    """The key of a function that counts by chunks, without _describe()'s checks: a key that is in
+    _counters has passed them. None for another function."""
+    code = getattr(exact, "__code__", None)
+    if code is None or code.co_freevars != ("chunk_size", "encode_length"):
+        return None
+    try:
+        chunk, encode_length = (cell.cell_contents for cell in exact.__closure__)
+        (inner,) = encode_length.__closure__
+        return id(inner.cell_contents), chunk, id(code), id(encode_length.__code__)
+    except (AttributeError, TypeError, ValueError):
+        return None
 
 
 def _describe(exact: Any) -> _Known | None:
@@ -178,8 +193,9 @@ def _describe(exact: Any) -> _Known | None:
         codes: tuple[CodeType, ...] = (exact.__code__, encode_length.__code__)
         kind = "OpenAIEncoding" if type(held).__name__ == "OpenAIEncoding" else "Encoding"
         return _Known(
-            (id(held), chunk, *codes),
+            (id(held), chunk, *map(id, codes)),
             lambda: f"{kind} {held.name} by {chunk} {_fingerprint(codes)}",
+            (held, codes),
             held,
             chunk,
         )
@@ -192,6 +208,7 @@ def _describe(exact: Any) -> _Known | None:
         return _Known(
             (id(tokenizer), state, code),
             lambda: f"{type(tokenizer).__name__} {_json_hash(tokenizer)} {_fingerprint((code,))}",
+            tokenizer,
             tokenizer,
             None,
         )
@@ -227,17 +244,18 @@ class _Plain:
     fails, litellm's function counts."""
 
     def __init__(self, exact: Any, known: _Known) -> None:
-        self._exact, self._known = exact, known
+        self.chunk = known.chunk
+        self._exact, self._held = exact, known.held
         self._tables: Vocabulary | None = None
         self._refused = known.chunk is None  # the tables do not count as `exact` does
 
     def prepare(self) -> None:
         """Take the tables, once they are there. That litellm's function counts each chunk alone, as
         ours does, is tried out."""
-        chunk = self._known.chunk
+        chunk = self.chunk
         if self._tables is not None or self._refused or chunk is None:
             return
-        tables = _encodings().tables_behind(self._known.held)
+        tables = _encodings().tables_behind(self._held)
         if tables is None:
             return
         texts = ["", *(text * (3 * chunk // len(text) + 2) for text in _PROBES)]
@@ -250,7 +268,7 @@ class _Plain:
         return type(text) is str and len(text) < _LEAST_REMEMBERED and self._tables is not None
 
     def count(self, text: Any) -> int:
-        tables, chunk = self._tables, self._known.chunk
+        tables, chunk = self._tables, self.chunk
         if tables is not None and chunk is not None and type(text) is str:
             try:
                 return tables.count(text) if len(text) <= chunk else _sum(tables, text, chunk)
@@ -299,25 +317,31 @@ def _tell(error: Exception) -> None:
         features.record_error(_FEATURE, error)
 
 
-def _accelerated(exact: Any) -> Any:
-    """The function that counts as this one does, or the function itself."""
+def _counter_of(exact: Any) -> _Counter | None:
+    """The counter of a function that is known, made if there is none; else None."""
     known = _describe(exact)
     if known is None:
+        return None
+    found = _counters.get(known.key)
+    if found is None:
+        with _lock:
+            if len(_counters) >= _MOST_COUNTERS:
+                return _counters.get(known.key)
+            found = _counters.setdefault(known.key, _Counter(exact, known))
+    return found
+
+
+def _accelerated(exact: Any) -> Any:
+    """The function that counts as this one does, or the function itself."""
+    counter = _counters.get(_quick_key(exact)) or _counter_of(exact)
+    if counter is None:
         return exact
     tenant = tokens.tenant_of_context.get()
     # In the proxy, without a tenant, the client is unknown: the time of a count must tell it
     # nothing of others.
     remembers = tenant is not None or _PROXY not in sys.modules
-    if not remembers and known.chunk is None:
+    if not remembers and counter.plain.chunk is None:
         return exact
-    counter = _counters.get(known.key)
-    if counter is None:
-        with _lock:
-            if known.key not in _counters:
-                if len(_counters) >= _MOST_COUNTERS:
-                    return exact
-                _counters[known.key] = _Counter(exact, known)
-            counter = _counters[known.key]
     counter.plain.prepare()
     if not remembers:
         return counter.plain.count
@@ -337,15 +361,6 @@ def _draw() -> bool:
         return False
 
 
-@contextmanager
-def _as_drawn(drawn: bool) -> Iterator[None]:
-    token = _drawn.set(drawn)
-    try:
-        yield
-    finally:
-        _drawn.reset(token)
-
-
 def _make_counting(original: Any) -> Any:
     @functools.wraps(original)
     def _get_exact_count_function(
@@ -355,13 +370,16 @@ def _make_counting(original: Any) -> Any:
             # The caller's own tokenizer may count anything; or this was removed.
             return original(model, custom_tokenizer, *args, **kwargs)
         drawn = _draw()
-        with _as_drawn(drawn):
+        token = _drawn.set(drawn)
+        try:
             exact = original(model, custom_tokenizer, *args, **kwargs)
-            try:
-                return _accelerated(exact) if drawn else exact
-            except Exception as error:
-                _tell(error)
-                return exact
+        finally:
+            _drawn.reset(token)
+        try:
+            return _accelerated(exact) if drawn else exact
+        except Exception as error:
+            _tell(error)
+            return exact
 
     return _get_exact_count_function
 
@@ -376,12 +394,14 @@ def _serves() -> bool:
 
 
 def _make_encoding(original: Any) -> Any:
+    get = _encodings().get
+
     @functools.wraps(original)
     def _python_encoding(name: str) -> Any:
         found = None
         try:
             if _ENCODING.replacement is _python_encoding and _draw():
-                found = _encodings().get(name, original, _serves)
+                found = get(name, original, _serves)
         except Exception as error:
             _tell(error)
         return original(name) if found is None else found
