@@ -257,6 +257,12 @@ def _load(name: str) -> tiktoken.Encoding:
             setattr(module, reader, original)
 
 
+def is_loaded(name: str) -> bool:
+    """Whether this process has the encoding already, by load() or by tiktoken itself."""
+    registry: Any = sys.modules.get("tiktoken.registry")
+    return name in _loaded or name in getattr(registry, "ENCODINGS", ())
+
+
 def load(name: str) -> tiktoken.Encoding:
     """The encoding of that name. The first call loads it, which takes 0.1 to 1 s.
 

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import os
 import struct
+import sys
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -42,6 +43,13 @@ PATTERNS = {
 _TEMPORARY = ".tmp"  # the end of the names that Vocabulary.save() writes under
 _LEFT = 600.0  # seconds: an older temporary file is one that a killed process left
 _PATIENCE = 20.0  # seconds to wait for a process that builds: it may be stopped
+
+# What a child runs to build a file: the name of the encoding, the path, then our sys.path.
+_CHILD = (
+    "import sys; name, path, sys.path[:] = sys.argv[1], sys.argv[2], sys.argv[3:]; "
+    "from fast_litellm_shm.tokens import vocabulary; vocabulary.build(name, path)"
+)
+_CHILD_PATIENCE = 60.0  # seconds
 
 _lock = greenlets.Lock()  # held over a download
 _opened: dict[str, _native.Vocabulary | None] = {}
@@ -201,16 +209,37 @@ def _load(name: str) -> _native.Vocabulary | None:
         return found
     if why:
         log.warning("%s is not used: %s; it is built again", path, why)
-    tables = encoding.load(name)
-    if _pattern_of(tables) is None:
-        return None
     with _turn(folder):
         found, _ = _open(path)  # another process may have built it
-        if found is None:
-            found = compile_encoding(tables)
-            if found is not None:
-                found = _save(found, path)
-    return found
+        if found is None and not encoding.is_loaded(name):
+            found = _build_apart(name, path)
+        return found or build(name, path)
+
+
+def build(name: str, path: str) -> _native.Vocabulary | None:
+    """Compile an encoding, write the file, and map it. None where tiktoken itself must count."""
+    found = compile_encoding(encoding.load(name))
+    return found and _save(found, path)
+
+
+def _build_apart(name: str, path: str) -> _native.Vocabulary | None:
+    """The file, built by a child: a process that loads tiktoken's tables keeps some 70 MB for each
+    encoding. None where no child can be had, or it failed: then this process builds the file, and
+    meets the same error."""
+    if not os.path.basename(sys.executable or "").startswith(("python", "pypy")):
+        return None  # a server that has Python built in: uWSGI
+    import subprocess
+
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        subprocess.run(
+            [sys.executable, "-c", _CHILD, name, path, *sys.path],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=_CHILD_PATIENCE,
+            check=False,
+        )
+    return _open(path)[0]
 
 
 def find(name: str) -> _native.Vocabulary | None:

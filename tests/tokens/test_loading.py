@@ -81,6 +81,20 @@ def test_a_second_worker_loads_no_tiktoken(tmp_path: Path) -> None:
     assert grown < 8192  # KB, for two encodings
 
 
+def test_nor_does_the_first_worker(tmp_path: Path) -> None:
+    """A child builds the files: who loads tiktoken's tables never gives all of them back."""
+    _, _, modules = json.loads(_said(_start(_WORKER, tmp_path / "cache")))
+    assert not {*HEAVY} & {*modules}
+    assert len([*(tmp_path / "cache").glob("*.vocabulary")]) == len(TWO)
+
+
+def test_a_server_that_has_python_built_in_builds_them_itself(tmp_path: Path) -> None:
+    code = f"import sys; sys.executable = '/usr/bin/uwsgi'\n{_WORKER}"
+    _, _, modules = json.loads(_said(_start(code, tmp_path / "cache")))
+    assert "tiktoken" in modules
+    assert len([*(tmp_path / "cache").glob("*.vocabulary")]) == len(TWO)
+
+
 def test_tiktokens_files_are_not_needed(tmp_path: Path) -> None:
     """Where the vocabulary files are there: as in an image that brings these alone. Nothing is
     downloaded: the worker has no network and no litellm."""
