@@ -88,7 +88,7 @@ class ConcurrencyLimiter(InSegment):
         return self._shared.limits[0].n
 
     def in_flight(self, key: str | bytes) -> int:
-        """How many permits of the key living processes hold. Frees those of dead processes. A permit
+        """How many permits of the key living processes hold. Frees those of dead processes. One
         that another call is taking or giving back at this instant may count or not."""
         return self._shared.in_flight(key)
 

@@ -210,7 +210,8 @@ def main(fault: str) -> None:
             use_recorder(segment)
             use_storage(segment)
             SimpleRateLimiter(requests_per_minute=10, segment=segment).check("k")
-        for thread in threading.enumerate():  # a thread that the end of Python stops keeps what it has
+        # A thread that still runs when Python ends keeps what it has.
+        for thread in threading.enumerate():
             if thread is not threading.current_thread():
                 thread.join(30)
         {"c": leak_in_c, "object": leak_an_object, "none-but-calls": use_memo}[fault](segment)
