@@ -122,7 +122,7 @@ def _english() -> str:
     try:
         from pydoc_data.topics import topics
     except ImportError:  # some systems have it in a package of its own
-        topics = {}
+        return "\n".join(_docstrings())
     return "\n".join([*(topics[name] for name in sorted(topics)), *_docstrings()])
 
 

@@ -342,8 +342,8 @@ class SimpleTokenCounter:
         tables, given = self._tables(model), [*map(operator.index, tokens)]
         try:
             return tables.decode(given).decode("utf-8", "replace")
-        except ValueError as error:
-            raise KeyError(f"{error}: {self.encoding_name(model)}") from None
+        except (KeyError, OverflowError, ValueError) as error:
+            raise KeyError(f"{error.args[0]}: {self.encoding_name(model)}") from None
 
     def fits(self, text: str, max_tokens: int, model: str | None = None) -> bool:
         """Whether the text has at most max_tokens tokens (0 or more) in the model's encoding. Stops

@@ -15,7 +15,7 @@ from fast_litellm_shm import SimpleTokenCounter
 from fast_litellm_shm.tokens import counter as tokens
 from fast_litellm_shm.tokens import encoding
 
-NAMES = [
+NAMES: list[str] = [
     name
     for name in ("cl100k_base", "o200k_base", "r50k_base", "p50k_base")
     if name in texts.encodings_at_hand()
@@ -175,12 +175,13 @@ def test_bad_arguments() -> None:
         for bad in (None, 7, b"bytes"):
             with pytest.raises(TypeError, match=f"text must be a str, not {bad!r}"):
                 call(bad)
+    wrong: Any
     for wrong in (1.5, "3", None, True):
         for limited in (counter.fits, counter.truncate):
             with pytest.raises(TypeError, match=f"max_tokens must be an int, not {wrong!r}"):
-                limited("x", wrong)  # type: ignore[operator]
+                limited("x", wrong)
             with pytest.raises(ValueError, match="max_tokens must be 0 or more, not -1"):
-                limited("x", -1)  # type: ignore[operator]
+                limited("x", -1)
     for special in ("none", {"<|x|>"}, ["<|endoftext|>", "a"]):
         with pytest.raises(ValueError, match=r"must be 'all' or some of .*endoftext"):
             counter.encode("x", allowed_special=special)

@@ -288,7 +288,7 @@ def test_pdf(litellm: Any) -> None:
             assert ours == theirs
 
 
-SCHEMA = st.deferred(
+SCHEMA: st.SearchStrategy[Any] = st.deferred(
     lambda: st.one_of(
         st.fixed_dictionaries(
             {
@@ -306,7 +306,7 @@ SCHEMA = st.deferred(
         st.just("no schema"),
     )
 )
-OBJECT = st.fixed_dictionaries(
+OBJECT: st.SearchStrategy[Any] = st.fixed_dictionaries(
     {"type": st.just("object")},
     optional={
         "properties": st.dictionaries(st.sampled_from("abc"), SCHEMA, max_size=3),

@@ -157,7 +157,7 @@ def _writes_or_ended(cache: Path, process: subprocess.Popen[str]) -> bool:
 def _stopped_while_it_writes(cache: Path, how: signal.Signals) -> subprocess.Popen[str]:
     """A process that got the signal when its temporary file was there."""
     for _ in range(20):
-        process = _start(_BUILDER, cache)
+        process = _start(f"import sys; sys.executable = ''\n{_BUILDER}", cache)  # itself, no child
         wait_until("it writes", functools.partial(_writes_or_ended, cache, process))
         process.send_signal(how)
         if how == signal.SIGKILL:
