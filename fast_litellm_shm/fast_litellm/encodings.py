@@ -97,7 +97,7 @@ class SharedEncoding(tiktoken.Encoding):
         if type(tokens) in (list, tuple) and self._serves():
             try:
                 return self.tables.decode(tokens)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, KeyError, OverflowError):
                 pass  # not tokens of this encoding: tiktoken says which
             except Exception as error:
                 features.record_error(_FEATURE, error)
