@@ -295,7 +295,7 @@ class _Counter:
     def count(self, text: Any) -> int:
         return self.count_for(text, None)
 
-    def count_for(self, text: Any, tenant: str | None) -> int:
+    def count_for(self, text: Any, tenant: str | bytes | None) -> int:
         """With what the memo has of all callers, or of this tenant."""
         memo = self._memo
         if memo is None or self.plain.is_quick(text):
