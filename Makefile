@@ -147,7 +147,7 @@ lint: $(VENV)/.lint ## build: ruff, mypy --strict, clang-format, and the compile
 	@$(MAKE) --no-print-directory lint-c
 
 lint-c:
-	$(CC) @csrc/cflags $(C_WARNINGS) -Werror -fsyntax-only csrc/unity.c
+	$(CC) @csrc/cflags $(C_WARNINGS) -Werror -fsyntax-only csrc/unity.c csrc/tokens/engine.c
 	for f in $(C_PROGRAMS); do $(CC) @csrc/cflags $(C_WARNINGS) -Werror -Icsrc -Itests/c -fsyntax-only $$f || exit 1; done
 
 format: $(VENV)/.lint ## build: format Python and C

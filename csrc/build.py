@@ -1,5 +1,6 @@
-"""Builds fast_litellm_shm._native with cffi: one abi3 module from unity.c and py_module.c. A
-free-threaded Python has no stable ABI to keep to: a module for that one version is built there.
+"""Builds fast_litellm_shm._native with cffi: one abi3 module from unity.c with py_module.c, and
+engine.c. A free-threaded Python has no stable ABI to keep to: a module for that one version is
+built there.
 
 The cdef is the marked section of fast_shm.h, so that the declarations exist once; the compiler
 flags are those of ``make lib``, in csrc/cflags and csrc/hardening. FAST_SHM_CFLAGS and
@@ -49,6 +50,7 @@ ffibuilder.cdef(cdef())
 ffibuilder.set_source(
     "fast_litellm_shm._native",
     '#include "unity.c"\n#include "python/py_module.c"\n',
+    sources=["csrc/tokens/engine.c"],
     include_dirs=["csrc"],
     # Relative: setuptools wants it so, and runs in the folder of setup.py.
     depends=[

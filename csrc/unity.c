@@ -1,4 +1,4 @@
-/* unity.c - the whole library as one translation unit, so that the hot path is inlined without
+/* unity.c - the whole library but for tokens/ as one translation unit, so that the hot path is inlined without
  * depending on link-time optimisation. `make lib` and the Python extension compile this file. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -29,6 +29,3 @@
 #include "stats/histogram.c"
 #include "stats/deployments.c"
 #include "stats/feature_errors.c"
-#include "tokens/vocabulary.c"
-#include "tokens/builder.c"
-#include "tokens/counting.c"

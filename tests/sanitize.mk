@@ -104,6 +104,7 @@ CLANG_IN_TESTS = -Wno-bad-function-cast -Wno-float-equal -Wno-comma -Wno-atomic-
 $(ANALYSED): tests/sanitize.mk
 	@mkdir -p $(@D)
 	@printf '%s\n' '#define Py_LIMITED_API 0x030A0000' '#include <Python.h>' '#include "unity.c"' \
+	  '#include "tokens/engine.c"' \
 	  '#include "python/py_module.c"' 'PyMODINIT_FUNC PyInit__native(void) { return NULL; }' >$@
 
 # -Wno-analyzer-malloc-leak: it loses track of what is freed by its last user (plan_drop); make sanitize-py
@@ -112,6 +113,7 @@ $(ANALYSED): tests/sanitize.mk
 analyse-gcc: $(ANALYSED)
 	$(call need,gcc,gcc libc6-dev)
 	gcc @csrc/cflags $(C_WARNINGS) -Werror $(call without_comments,csrc/warnings.gcc) -Icsrc -c -o /dev/null csrc/unity.c
+	gcc @csrc/cflags $(C_WARNINGS) -Werror $(call without_comments,csrc/warnings.gcc) -Icsrc -c -o /dev/null csrc/tokens/engine.c
 	gcc @csrc/cflags $(C_WARNINGS) -Werror $(call without_comments,csrc/warnings.gcc) -Wno-pedantic -Icsrc \
 	  -isystem $(PYTHON_H) -c -o /dev/null $<
 	gcc @csrc/cflags -O1 -fanalyzer -Wno-analyzer-malloc-leak -Werror -Icsrc -isystem $(PYTHON_H) -c -o /dev/null $<

@@ -27,8 +27,8 @@
 #define LOAD __builtin_memcpy
 
 /* All but the finalisation's output. `wide`: 0, or 0xee for the variant of 128 bits. */
-static inline void absorb(uint64_t v[4], uint64_t k0, uint64_t k1, uint64_t wide, const void *data,
-                          uint64_t length) {
+static inline HOT void absorb(uint64_t v[4], uint64_t k0, uint64_t k1, uint64_t wide,
+                              const void *data, uint64_t length) {
   const unsigned char *p = data;
   uint64_t v0 = k0 ^ UINT64_C(0x736f6d6570736575), v1 = k1 ^ UINT64_C(0x646f72616e646f6d);
   v1 ^= wide;

@@ -338,7 +338,7 @@ typedef struct {
   unsigned shift; /* s: the end is kept in units of 2^s ns; 0 = not kept yet */
 } window_t;
 
-static inline window_t window_read(uint64_t state, uint64_t now) {
+static inline __attribute__((always_inline)) window_t window_read(uint64_t state, uint64_t now) {
   unsigned s = (unsigned)(state >> 57) & 31;
   window_t w = {state_expires(state), state & ((UINT64_C(1) << s) - 1), s};
   if (TAG(state) != FSHM_WINDOW || w.end <= now) w = (window_t){0, 0, 0};

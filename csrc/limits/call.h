@@ -68,7 +68,7 @@ enum { FROM_SHARED = 100 }; /* copy the state of the shared counter, charge noth
 
 /* May shared counters be in use? A claim asks after the look of confirm(), which follows a fence. Keys with their
  * own numbers do not use them: other keys' consumption would be debt under a smaller n. */
-static inline bool shares(const call_t *c, uint64_t now) {
+static inline HOT bool shares(const call_t *c, uint64_t now) {
   return load_relaxed(&c->s->limiters[c->index].shared) > now && !c->numbers;
 }
 

@@ -284,7 +284,8 @@ static inline HOT const uint8_t *count_block(walk_t *w, const uint8_t *p, uint64
     if (likely(length <= SHORT_PIECE)) {
       piece_key_t k = piece_key(p + from, length);
       uint64_t at = piece_hash(k) >> shift;
-      miss = (unsigned)differs(&v->keys[2 * at], k) & differs(&v->keys[2 * (at ^ 1)], k);
+      const bool first = differs(&v->keys[2 * at], k), second = differs(&v->keys[2 * (at ^ 1)], k);
+      miss = first & second;
     }
     missed[misses] = (uint16_t)(from | length << 8);
     misses += miss;

@@ -1,5 +1,6 @@
 /* test_tokens.c - the engine that counts tokens, against merging done byte by byte, on vocabularies of its own. */
 #include "../../csrc/unity.c"
+#include "../../csrc/tokens/engine.c"
 
 #include "check.h"
 #include "tokens.h"

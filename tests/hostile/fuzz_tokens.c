@@ -9,6 +9,7 @@
  * The vocabularies are the same in every run, so that inputs can be kept.
  */
 #include "../../csrc/unity.c"
+#include "../../csrc/tokens/engine.c"
 
 #include "../c/check.h"
 #include "../c/tokens.h"
