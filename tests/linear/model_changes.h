@@ -269,7 +269,7 @@ static inline bool admit_changing(const history_t *h, int level, config_t *c, in
 static inline bool changing(const history_t *h, int level, config_t *c, int lane, const op_t *op,
                             unsigned branch, unsigned view) {
   bool snapshots = op->kind != OP_SET && op->kind != OP_RELEASE && op->kind != OP_IN_FLIGHT;
-  if (op->kind != OP_ADMIT && view) return false;
+  if (op->kind != OP_ADMIT && op->kind != OP_IN_FLIGHT && view) return false;
   if (branch == LOAD_LIMITS) return snapshots && !view && load_limits(h, level, c, lane, op);
   switch (op->kind) {
     case OP_ACQUIRE:

@@ -285,6 +285,16 @@ static void test_permits_that_are_remembered(void) {
   freed->responded = 5;
   CHECK_EQ(verdict(&h, 1), NOT_LINEARISABLE);
 
+  h = permits_of(1); /* likewise where limits change */
+  h.changes = 1;
+  for (unsigned v = 0; v < VARIANTS; v++) h.permits_of[v] = 1;
+  taken = admit_op(&h, 0, 1, 8, 0);
+  in_flight_op(&h, 1, 2, 3, 1);
+  in_flight_op(&h, 2, 4, 5, 0);
+  CHECK_EQ(verdict(&h, 1), LINEARISABLE);
+  taken->responded = 3;
+  CHECK_EQ(verdict(&h, 1), NOT_LINEARISABLE);
+
   h = permits_of(1); /* denied when another has seen it free */
   admit_op(&h, 0, 1, 2, 0);
   freed = add(&h, 0, OP_RELEASE, 3, 10, 0, 1);
