@@ -105,8 +105,8 @@ static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_
   l->stays = true;
   l->who = staying(c, i, l->slot.pair.who);
   l->verdict = rule_take(&capped, state, c->now, c->now, cost);
-  if (old.kind == FSHM_BUCKET || r->kind == FSHM_BUCKET) /* ns are rounded up, under both */
-    l->verdict.retry = plus_time(l->verdict.retry, 3);
+  if (l->verdict.retry && (old.kind == FSHM_BUCKET || r->kind == FSHM_BUCKET))
+    l->verdict.retry = plus_time(l->verdict.retry, 3); /* ns are rounded up, under both */
   l->verdict.used_before = l->verdict.used_after =
       r->kind == FSHM_BUCKET ? min_u64(bucket_increment(r, used), TIME_MAX) : used;
   l->verdict.reset = minus(state_expires(state), c->now);

@@ -248,6 +248,7 @@ static void was_admitted(const states_t *in, const fshm_limit *c, uint64_t cost,
   for (int i = 0; i < in->n; i++) {
     state_t s = in->all[i];
     if (cost > capacity_of(c)) continue;
+    if (!cost) add_state(out, &s); /* it may change nothing, whatever is used */
     if (s.kind == NOTHING) {
       s = used_now(c, cost, now);
     } else if (goes_on(&s, c)) {

@@ -25,3 +25,11 @@ def test_it_is_not_denied_for_ever(segment: Segment) -> None:
     RateLimiter(FixedWindow(100, per=HOUR), name="api", segment=segment).acquire("k", 4)
     limiter = RateLimiter(TokenBucket(8, per=60, burst=3), name="api", segment=segment)
     assert limiter.acquire("k", 0).retry_after == pytest.approx(60 / 8, abs=0.5)
+
+
+def test_it_is_not_denied_for_a_moment_again_and_again(segment: Segment) -> None:
+    """Less is free than nothing; what is used stays under the former limit."""
+    RateLimiter(FixedWindow(2, per=HOUR), name="api", segment=segment).acquire("k", 2)
+    limiter = RateLimiter(TokenBucket(1, per=60), name="api", segment=segment)
+    assert limiter.acquire("k", 0).allowed
+    assert not limiter.acquire("k").allowed
