@@ -28,7 +28,7 @@ def test_it_is_not_denied_for_ever(segment: Segment) -> None:
 
 
 def test_it_is_not_denied_for_a_moment_again_and_again(segment: Segment) -> None:
-    """What is used stays under the former limit, whose window ends before the bucket has drained."""
+    """What is used stays under the former limit: its window ends before the bucket has drained."""
     RateLimiter(FixedWindow(2, per=HOUR), name="api", segment=segment).acquire("k", 2)
     limiter = RateLimiter(TokenBucket(1, per=24 * HOUR), name="api", segment=segment)
     assert limiter.acquire("k", 0).allowed
