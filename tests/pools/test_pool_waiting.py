@@ -471,8 +471,12 @@ def _first_of_another_process(of: SimpleConnectionPool) -> Iterator[int]:
 
 def _joined(of: SimpleConnectionPool, later: float) -> Place:
     """A place of this process, of a caller that came so many seconds after the only one."""
-    (waited,) = [each.waited_ns for each in waiting_callers(of._segment)]
-    came = of._states[0].now() - int(waited - later * 1e9)
+    took = now = 0
+    while not 0 < took < 2_000_000:  # until nothing came between the two readings of the clock
+        now = of._states[0].now()
+        (waited,) = [each.waited_ns for each in waiting_callers(of._segment)]
+        took = of._states[0].now() - now
+    came = now - int(waited - later * 1e9)
     place = place_of_thread(of._states[0], A.encode(), since=came)
     place.join()
     return place
