@@ -82,15 +82,13 @@ static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_
     return;
   }
   if (sliding_is_later(&old, state, c->now)) read_clock_again(c);
-  const uint64_t used = rule_used(&old, state, c->now);
   uint64_t moved = rule_convert(r, &old, state, c->now);
   if (moved != NO_STATE) {
     l->verdict = rule_take(r, moved, c->now, c->at, cost);
-    /* A cost of 0 is no reason to make a debt of what is used. */
-    if ((!l->verdict.retry && (cost || used <= rule_capacity(r))) || cost > rule_capacity(r))
-      return;
+    if (!l->verdict.retry || cost > rule_capacity(r)) return;
   }
-  if (r->kind == FSHM_BUCKET && used <= r->burst && cost <= r->burst - used) {
+  uint64_t used = rule_used(&old, state, c->now);
+  if (r->kind == FSHM_BUCKET && cost <= minus(r->burst, used)) {
     /* It just fits: round up once for both, not once for each. */
     l->verdict = bucket_take(r, 0, c->now, c->at, used + cost);
     l->verdict.used_before = min_u64(bucket_increment(r, used), TIME_MAX);
@@ -105,8 +103,8 @@ static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_
   l->stays = true;
   l->who = staying(c, i, l->slot.pair.who);
   l->verdict = rule_take(&capped, state, c->now, c->now, cost);
-  if (l->verdict.retry && (old.kind == FSHM_BUCKET || r->kind == FSHM_BUCKET))
-    l->verdict.retry = plus_time(l->verdict.retry, 3); /* ns are rounded up, under both */
+  if (old.kind == FSHM_BUCKET || r->kind == FSHM_BUCKET) /* ns are rounded up, under both */
+    l->verdict.retry = plus_time(l->verdict.retry, 3);
   l->verdict.used_before = l->verdict.used_after =
       r->kind == FSHM_BUCKET ? min_u64(bucket_increment(r, used), TIME_MAX) : used;
   l->verdict.reset = minus(state_expires(state), c->now);

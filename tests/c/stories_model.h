@@ -248,7 +248,6 @@ static void was_admitted(const states_t *in, const fshm_limit *c, uint64_t cost,
   for (int i = 0; i < in->n; i++) {
     state_t s = in->all[i];
     if (cost > capacity_of(c)) continue;
-    if (!cost) add_state(out, &s); /* it may change nothing, whatever is used */
     if (s.kind == NOTHING) {
       s = used_now(c, cost, now);
     } else if (goes_on(&s, c)) {
@@ -285,7 +284,6 @@ static void was_admitted(const states_t *in, const fshm_limit *c, uint64_t cost,
       converted(&s, c, now, &under);
       for (int k = 0; k < under.n; k++) {
         uint64_t low, high;
-        if (!cost) add_state(out, &under.all[k]); /* or it is brought under c, likewise */
         used_of(&under.all[k], now, &low, &high);
         if (under.all[k].kind == FSHM_BUCKET) low = (uint64_t)under.all[k].low;
         if (low + cost > capacity_of(c)) continue;

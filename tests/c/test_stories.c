@@ -487,7 +487,7 @@ static void acquire(told_key_t *k, const step_t *s, uint64_t cost, uint64_t wait
     }
   }
   if (gave_up || why[0]) return;
-  if (cost) add_up(k, cost, true); /* else it has asked for nothing */
+  add_up(k, cost, true);
   look_at(k, after);
 }
 

@@ -256,7 +256,7 @@ def test_what_one_key_has_sent_tells_another_nothing(served: Proxy) -> None:
         """How many texts are new in the memo."""
         before: int = memo_state(served.opened())["texts"]
         for _ in range(8):  # both workers
-            says = [{"role": "user", "content": "a secret of one client"}]
+            says = [{"role": "user", "content": "a secret of one client " * 20}]  # long: remembered
             assert served.ask(key, stream=True, messages=says).status_code == 200
         with suppress(TooSlow):
             wait_until("", lambda: memo_state(served.opened())["texts"] > before, seconds=5)
