@@ -211,7 +211,8 @@ def _load(name: str) -> _native.Vocabulary | None:
         log.warning("%s is not used: %s; it is built again", path, why)
     with _turn(folder):
         found, _ = _open(path)  # another process may have built it
-        if found is None and not encoding.is_loaded(name):
+        # Where nothing can be kept, a child would compile in vain.
+        if found is None and not encoding.is_loaded(name) and os.access(folder, os.W_OK):
             found = _build_apart(name, path)
         return found or build(name, path)
 

@@ -177,6 +177,21 @@ def test_patterns_that_are_not_known(folder: Path, monkeypatch: pytest.MonkeyPat
     assert not [*folder.iterdir()]
 
 
+def test_no_child_compiles_in_vain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no folder can be had, what a child compiles is lost."""
+
+    def run(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a child was started")
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FAST_LITELLM_SHM_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(vocabulary, "_opened", {})
+    monkeypatch.setattr(encoding, "is_loaded", lambda name: False)
+    monkeypatch.setattr(subprocess, "run", run)
+    found = vocabulary.load(NAME)
+    assert found is not None and not found.shared
+
+
 def test_without_tiktokens_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(name: str) -> tiktoken.Encoding:
         raise EncodingUnavailableError("no file")
