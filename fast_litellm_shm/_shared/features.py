@@ -195,7 +195,7 @@ def _error_counts() -> tuple[Segment | None, Any]:
     try:
         segment = Segment.default()
     except (exceptions.SegmentError, ValueError) as error:
-        settings.warn_once(f"errors of features are counted in this process only: {error}")
+        settings.warn_once("errors of features are counted in this process only", error)
         return None, _errors_here
     if _open is None or _open[0] is not segment:
         words = lib.fshm_feature_words(segment._handle)

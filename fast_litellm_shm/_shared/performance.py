@@ -43,7 +43,7 @@ class _DefaultRecorder(Recorder):
             self.bind(Segment.default())
         except (exceptions.SegmentError, ValueError) as error:
             self._again = time.monotonic() + 1
-            settings.warn_once(f"nothing is recorded by record_performance(): {error}")
+            settings.warn_once("nothing is recorded by record_performance()", error)
 
     def bind(self, segment: Segment | None) -> None:
         """Record in this segment from now on; None: in the default one, found at the next call."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from fast_litellm_shm._shared import log
 from fast_litellm_shm._shared.native import lib
 
-_warned: set[str] = set()
+_warned: set[tuple[str, type | None]] = set()
 
 
 def segment_name() -> str:
@@ -173,14 +173,18 @@ def feature_config() -> tuple[str, dict[str, Any]]:
     return path, found
 
 
-def warn_once(message: str) -> None:
+def warn_once(message: str, error: Exception | None = None) -> None:
     """Log it and warn, once in a process: a wrong setting must be seen, and must not stop a
-    worker."""
-    if message in _warned:
+    worker. ``error``: why; its text may differ at each time (bytes that are free), so one warning
+    for each type of error."""
+    told = message, None if error is None else type(error)
+    if told in _warned:
         return
     import warnings
 
-    _warned.add(message)
+    _warned.add(told)
+    if error is not None:
+        message = f"{message}: {error}"
     log.warning("%s", message)
     warnings.warn(message, RuntimeWarning, stacklevel=3)
 

@@ -13,7 +13,7 @@ import pytest
 from support.children import run, run_one
 from support.routed import is_on, record_errors
 
-from fast_litellm_shm import Segment, get_feature_status, is_enabled, reset_errors
+from fast_litellm_shm import Segment, exceptions, get_feature_status, is_enabled, reset_errors
 from fast_litellm_shm._shared import features, settings
 from fast_litellm_shm._shared import performance as monitoring
 
@@ -361,3 +361,19 @@ def test_without_a_segment_errors_count_in_this_process(monkeypatch: pytest.Monk
     assert get_feature_status()["rust_routing"]["error_count"] == 10
     reset_errors()
     assert is_enabled("rust_routing")
+
+
+def test_an_error_whose_text_differs_each_time_is_warned_of_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free = iter(range(1000))
+
+    def full(_: object = None) -> Segment:
+        raise exceptions.SegmentSpaceError(f"no space left: {next(free)} MiB are free")
+
+    monkeypatch.setattr(Segment, "default", full)
+    with pytest.warns(RuntimeWarning, match="only: no space left: 0 MiB") as told:
+        for _ in range(20):
+            assert is_enabled("rust_routing")
+            get_feature_status()
+    assert len(told) == 1

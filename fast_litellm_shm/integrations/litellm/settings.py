@@ -85,7 +85,7 @@ def cluster() -> Cluster | Literal[False]:
             found.check()
             return found
     except (ImportError, TypeError, ValueError) as error:
-        warn_once(f"limits count on this host alone, not over many: {error}")
+        warn_once("limits count on this host alone, not over many", error)
     return False
 
 
