@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from fast_litellm_shm._shared.native import ffi, lib
 from fast_litellm_shm.cluster.algorithms import Answer, Known, Request, Rule, most_leased
-from fast_litellm_shm.durable.store import LimitNumbers, Transaction
+from fast_litellm_shm.durable.store import LimitNumbers, Transaction, packed
 
 _PACE = 250_000_000  # ns that a batch should last
 _FIRST = 4  # tokens of a first batch, at most
@@ -37,6 +37,17 @@ class Row(NamedTuple):
     used: int
     previous: int
     granted: int
+
+
+def rows_of(text: str) -> list[Row]:
+    """Of a key. Raises sqlite3.DatabaseError: they are none."""
+    try:
+        found = [Row(*each) for each in json.loads(text or "[]")]
+        if all(type(each) is int and -1 <= each < 2**63 for row in found for each in row):
+            return found
+    except (TypeError, ValueError):
+        pass
+    raise sqlite3.DatabaseError("database disk image is malformed: states that are none")
 
 
 class _State:
@@ -130,13 +141,10 @@ class _Key:
     # which state belongs to which limit
 
     def _read(self) -> list[_State | None]:
-        try:
-            rows = [Row(*each) for each in json.loads(self._text or "[]")]
-            found: list[_State | None] = [
-                _State(self.t.ids.numbers(self.t.db, row.rule), row) for row in rows
-            ]
-        except (TypeError, ValueError, OverflowError) as error:
-            raise sqlite3.DatabaseError(f"database disk image is malformed: {error}") from None
+        rows = rows_of(self._text)
+        found: list[_State | None] = [
+            _State(self.t.ids.numbers(self.t.db, row.rule), row) for row in rows
+        ]
         turns = [row.turn for row in rows if row.turn >= 0]
         as_before = turns == list(range(len(self.rules))) and all(
             self._is_alike(i, each) for i, each in enumerate(found[: len(turns)])
@@ -256,7 +264,7 @@ class _Key:
             if over or turn >= 0:
                 rows.append(self._row(turn, state))
             until = max(until, self.now + over)
-        text = json.dumps(rows, separators=(",", ":"))
+        text = packed(rows)
         if text == self._text and self.leased == self.was_leased:
             return
         if not self._text and not until and not self.leased and not self.t.used_up:

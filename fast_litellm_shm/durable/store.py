@@ -13,7 +13,7 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 from fast_litellm_shm import exceptions
@@ -124,6 +124,7 @@ class Open(NamedTuple):
     used_up: int
     shared: bool  # other hosts may be able to write it
     ids: Ids
+    edition: int  # another one: an import has changed what is above
 
 
 class Transaction(NamedTuple):
@@ -159,10 +160,11 @@ class Store:
     @contextlib.contextmanager
     def transaction(self, write: bool = True) -> Iterator[Transaction]:
         """All of it is on the disk afterwards, or nothing. Raises StateFileError."""
-        with self.lock, self._explained():
+        with self.lock, self.explained():
             opened = self._opened()
             self._begin(opened.db, write)
             try:
+                opened = self._current(opened)
                 if write:
                     self._tend(opened)
                 now = opened.clock.time()
@@ -173,6 +175,15 @@ class Store:
                 opened.ids.ended(committed=False)
                 if opened.db.in_transaction:
                     opened.db.execute("ROLLBACK")
+
+    def _current(self, opened: Open) -> Open:
+        edition = kept(opened.db, "edition")
+        if edition != opened.edition:
+            opened = self._open = opened._replace(
+                secret=kept(opened.db, "secret"), used_up=kept(opened.db, "used_up"), ids=Ids(),
+                edition=edition,
+            )  # fmt: skip
+        return opened
 
     def _begin(self, db: sqlite3.Connection, write: bool) -> None:
         """Not by SQLite's own waiting, which sleeps up to a tenth of a second."""
@@ -196,15 +207,17 @@ class Store:
         now = opened.clock.time()
         due = now - self._noted >= _EVERY
         if due or opened.shared:
-            found = _clock(opened.db)
+            found = clock_of(opened.db)
             if found.boot != opened.clock.boot:
                 self._open = None
-                raise exceptions.StateFileHostError(_two_hosts(self.path, _owner(opened.db), found))
+                raise exceptions.StateFileHostError(
+                    _two_hosts(self.path, owner_of(opened.db), found)
+                )
         if due:
             self._noted = now
-            _keep(opened.db, "clock", list(opened.clock.goes_on()))
+            keep(opened.db, "clock", list(opened.clock.goes_on()))
             if opened.shared:
-                _keep(opened.db, "owner", [clock.host(), False])
+                keep(opened.db, "owner", [clock.host(), False])
         if now - self._cleared >= _EVERY:
             self._cleared = now
             opened.db.execute(
@@ -217,7 +230,7 @@ class Store:
         """This host has ended its use cleanly: another one may use the file."""
         with self.transaction() as t:
             if self._open is not None and self._open.shared:
-                _keep(t.db, "owner", [clock.host(), True])
+                keep(t.db, "owner", [clock.host(), True])
 
     # opening
 
@@ -280,8 +293,8 @@ class Store:
             db.execute("COMMIT")
             found = os.stat(self.path)
             return Open(
-                db, (found.st_dev, found.st_ino), _clock(db), bytes(_kept(db, "secret")),
-                int(_kept(db, "used_up")), kind.shared, Ids(),
+                db, (found.st_dev, found.st_ino), clock_of(db), bytes(kept(db, "secret")),
+                int(kept(db, "used_up")), kind.shared, Ids(), kept(db, "edition"),
             )  # fmt: skip
         except BaseException:
             db.close()
@@ -297,9 +310,10 @@ class Store:
             db.execute(f"PRAGMA application_id={APPLICATION}")
             db.execute(f"PRAGMA user_version={VERSION}")
             begun = Clock.begun()
-            _keep(db, "clock", list(begun))
-            _keep(db, "owner", [clock.host(), False])
-            _keep(db, "used_up", begun.now if used_up else 0)
+            keep(db, "clock", list(begun))
+            keep(db, "owner", [clock.host(), False])
+            keep(db, "used_up", begun.now if used_up else 0)
+            keep(db, "edition", 1)
             db.execute("INSERT INTO meta VALUES ('secret', ?)", (secrets.token_bytes(32),))
             return
         if application != APPLICATION:
@@ -309,7 +323,7 @@ class Store:
                 f"state file {self.path!r} has version {version}, this release knows version "
                 f"{VERSION}: use one release for all workers, or another FAST_LITELLM_SHM_STATE"
             )
-        found, owner, mine = _clock(db), _owner(db), clock.boot()
+        found, owner, mine = clock_of(db), owner_of(db), clock.boot()
         if mine and found.boot == mine and not self._suspect:
             return
         if shared and found.boot != mine and owner.host != clock.host() and not owner.released:
@@ -318,13 +332,13 @@ class Store:
         if said != "ok":
             raise sqlite3.DatabaseError(f"database disk image is malformed: {said}")
         self._suspect = False
-        _keep(db, "clock", list(found.goes_on()))
-        _keep(db, "owner", [clock.host(), False])
+        keep(db, "clock", list(found.goes_on()))
+        keep(db, "owner", [clock.host(), False])
 
     # errors
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def explained(self) -> Iterator[None]:
         """Raises StateFileError for what SQLite and the system raise."""
         try:
             yield
@@ -411,7 +425,7 @@ def _two_hosts(path: str, owner: Owner, found: Clock) -> str:
     )
 
 
-def _kept(db: sqlite3.Connection, name: str) -> Any:
+def kept(db: sqlite3.Connection, name: str) -> Any:
     found = db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
     if found is None:
         raise sqlite3.DatabaseError(f"database disk image is malformed: no {name}")
@@ -424,13 +438,18 @@ def _kept(db: sqlite3.Connection, name: str) -> Any:
         raise sqlite3.DatabaseError(f"database disk image is malformed: {name}") from None
 
 
-def _keep(db: sqlite3.Connection, name: str, value: Any) -> None:
+def keep(db: sqlite3.Connection, name: str, value: Any) -> None:
     db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, json.dumps(value)))
 
 
-def _clock(db: sqlite3.Connection) -> Clock:
-    return Clock(*_kept(db, "clock"))
+def clock_of(db: sqlite3.Connection) -> Clock:
+    return Clock(*kept(db, "clock"))
 
 
-def _owner(db: sqlite3.Connection) -> Owner:
-    return Owner(*_kept(db, "owner"))
+def owner_of(db: sqlite3.Connection) -> Owner:
+    return Owner(*kept(db, "owner"))
+
+
+def packed(states: Iterable[tuple[int, ...]]) -> str:
+    """Of a key, as its row has them."""
+    return json.dumps(list(states), separators=(",", ":"))
