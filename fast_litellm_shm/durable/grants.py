@@ -42,7 +42,7 @@ class Row(NamedTuple):
 def rows_of(text: str) -> list[Row]:
     """Of a key. Raises sqlite3.DatabaseError: they are none."""
     try:
-        found = [Row(*each) for each in json.loads(text or "[]")]
+        found = [Row(*each) for each in json.loads(text)]
         if all(type(each) is int and -1 <= each < 2**63 for row in found for each in row):
             return found
     except (TypeError, ValueError):
@@ -112,7 +112,7 @@ class Grants:
         key = _Key(self._t, request)
         found = _OPERATIONS[request.operation](key)
         key.write(self._seal)
-        return found
+        return found._replace(junk=True) if key.junk else found
 
 
 class _Key:
@@ -127,29 +127,42 @@ class _Key:
             "SELECT at, batch, leased, states, until FROM key WHERE limiter = ? AND hash = ?",
             (self.limiter, self.hash),
         ).fetchone()
-        found: tuple[int, int, int, str, int] = row or (0, 0, 0, "", 0)
+        found: tuple[int, int, int, str, int] = row or (0, 0, 0, "[]", 0)
         self.at, self.batch, self.leased, self._text, self._until = found
+        self._is_new = row is None
         self.now = max(t.now, self.at)  # time never goes back
         self.was_leased = self.leased
         self.rules = [numbers(each) for each in request.rules]
         self.limits = [ffi.new("fshm_limit *", rule) for rule in self.rules]
+        # What the row has is no state: what was used is not known, so all of it counts as used.
+        self.junk = False
         states = self._read()
         self.states = [self._one(i, states) for i in range(len(self.rules))]
         self._others = [each for each in states if each is not None]
         self.redated: set[int] = set()
+        if self._is_new and not self.junk and t.used_up and self.limiter is not None:
+            self._text = self._packed()[0]  # what it counts as, without a row
 
     # which state belongs to which limit
 
     def _read(self) -> list[_State | None]:
-        rows = rows_of(self._text)
-        found: list[_State | None] = [
-            _State(self.t.ids.numbers(self.t.db, row.rule), row) for row in rows
-        ]
+        try:
+            rows = rows_of(self._text)
+            found: list[_State | None] = [_State(self._numbers(row.rule), row) for row in rows]
+            for state in found:
+                assert state is not None
+                self._over(state)
+        except sqlite3.DatabaseError:
+            self.junk = self._is_new = True
+            return []
         turns = [row.turn for row in rows if row.turn >= 0]
         as_before = turns == list(range(len(self.rules))) and all(
             self._is_alike(i, each) for i, each in enumerate(found[: len(turns)])
         )
         return found if as_before or not rows else self._matched([each for each in found if each])
+
+    def _numbers(self, rule: int) -> LimitNumbers:
+        return self.t.ids.numbers(self.t.db, rule)
 
     def _is_alike(self, i: int, state: _State | None) -> bool:
         _, per, _, kind, _ = self.rules[i]
@@ -188,9 +201,9 @@ class _Key:
         if state is not None:
             return state
         state = _State(_NO_LIMIT, None)
-        if self.t.used_up and not self._text:
-            most = self._capacity(i)
-            state.apply(lib.FSHM_CHARGE, self.limits[i], most, self.t.used_up)
+        since = self.now if self.junk else self.t.used_up
+        if since and self._is_new:
+            state.apply(lib.FSHM_CHARGE, self.limits[i], self._capacity(i), since)
         return state
 
     # arithmetic
@@ -258,16 +271,10 @@ class _Key:
     def write(self, seal: Callable[[bytes], bytes] | None) -> None:
         if self.limiter is None or self.request.operation == "look":
             return
-        rows, until = [], 0
-        for turn, state in [*enumerate(self.states), *((-1, each) for each in self._others)]:
-            over = self._over(state)
-            if over or turn >= 0:
-                rows.append(self._row(turn, state))
-            until = max(until, self.now + over)
-        text = packed(rows)
+        text, until = self._packed()
         if text == self._text and self.leased == self.was_leased:
             return
-        if not self._text and not until and not self.leased and not self.t.used_up:
+        if self._is_new and not until and not self.leased and not self.t.used_up:
             return  # as one that was never seen
         if self.t.used_up:  # a key without a row counts as used up that long
             longest = max((rule[1] for rule in self.rules), default=0)
@@ -289,6 +296,16 @@ class _Key:
                 self._until, text,
             ),
         )  # fmt: skip
+
+    def _packed(self) -> tuple[str, int]:
+        """The states as they are kept, and until when they count."""
+        rows, until = [], 0
+        for turn, state in [*enumerate(self.states), *((-1, each) for each in self._others)]:
+            over = self._over(state)
+            if over or turn >= 0:
+                rows.append(self._row(turn, state))
+                until = max(until, self.now + over if over else 0)
+        return packed(rows), until
 
     def _over(self, state: _State) -> int:
         if not state.stored.limit.n:

@@ -19,7 +19,7 @@ from fast_litellm_shm.durable.settings import Place
 from fast_litellm_shm.durable.store import Store
 from fast_litellm_shm.limits import LimitSpec
 
-COMPONENT, OUTAGES = "durable", "durable_outage"
+COMPONENT, OUTAGES, VALUES = "durable", "durable_outage", "durable_values"
 T = TypeVar("T")
 _MOST = 200  # requests in one transaction
 
@@ -48,6 +48,7 @@ class FileLink(Link):
         self._asked_lock = threading.Lock()
         self._has_answered = False
         self._limiters: dict[bytes, TokenLeases] = {}  # of any process
+        self._junk: set[bytes] = set()  # limiters whose junk was logged
 
     def rule(self, limit: LimitSpec) -> algorithms.Rule:
         return algorithms.unbounded_rule(limit)
@@ -162,6 +163,16 @@ class FileLink(Link):
         self.store.forked()
         self._asked, self._asked_lock = [], threading.Lock()
         self._limiters.clear()
+
+    def _tell_junk(self, request: Request) -> None:
+        self._measured(VALUES, "junk", 0, ok=False)
+        if request.limiter not in self._junk:
+            self._junk.add(request.limiter)
+            log.warning(
+                "%s: what it has of a key of limiter %r is no state: the key counts as used up "
+                "until its limits have passed, or are reset. `fast-shm state check` looks at all",
+                self.terms.shown, request.limiter.decode("utf-8", "backslashreplace"),
+            )  # fmt: skip
 
     # giving back
 

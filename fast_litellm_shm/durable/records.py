@@ -69,6 +69,16 @@ def opened(path: str) -> Iterator[sqlite3.Connection]:
             db.close()
 
 
+def has(path: str, limiter: str) -> bool:
+    """Whether there is such a file, and it knows a limiter of that name."""
+    if not os.path.exists(path):
+        return False
+    name = limiter.encode("utf-8", "surrogatepass")
+    with opened(path) as db:
+        found = db.execute("SELECT 1 FROM limiter WHERE name = ?", (name,)).fetchone()
+    return found is not None
+
+
 def summary(db: sqlite3.Connection, path: str) -> Summary:
     tails = [path + tail for tail in ("", "-wal") if os.path.exists(path + tail)]
     last, owner, used_up = store.clock_of(db), store.owner_of(db), store.kept(db, "used_up")
