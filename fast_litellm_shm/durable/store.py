@@ -243,7 +243,7 @@ class Store:
             log.warning("state file %r was removed or replaced: it is opened anew", self.path)
             self._open.db.close()
             self._open = None
-        os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+        _make_folder(os.path.dirname(self.path))
         with _flocked(f"{self.path}.lock", self._timeout):
             self._open = self._opened_alone()
         return self._open
@@ -260,6 +260,7 @@ class Store:
         for tail in ("-wal", "-shm", ""):
             with contextlib.suppress(FileNotFoundError):
                 os.rename(self.path + tail, aside + tail)
+        _sync_folder(os.path.dirname(self.path))
         log.warning(
             "state file %r is damaged (%s): it was renamed to %r, and a new one was made; %s",
             self.path, why, aside,
@@ -279,6 +280,7 @@ class Store:
         # For this user alone. (To open and close one that is there would release SQLite's locks.)
         with contextlib.suppress(FileExistsError):
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            _sync_folder(os.path.dirname(self.path))
         db = sqlite3.connect(
             self.path, timeout=self._timeout, isolation_level=None, check_same_thread=False
         )
@@ -402,6 +404,25 @@ def _flocked(path: str, timeout: float) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+def _sync_folder(path: str) -> None:
+    """So that a name in it is on the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _make_folder(path: str) -> None:
+    if os.path.isdir(path):
+        return
+    parent = os.path.dirname(path)
+    _make_folder(parent)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+        _sync_folder(parent)
 
 
 def _is_locked(error: sqlite3.Error) -> bool:

@@ -6,14 +6,13 @@
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <errno.h>
 #include <fcntl.h>
-#include <pthread.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <unistd.h>
@@ -40,10 +39,10 @@ static const char *within(const char *path) {
 }
 static const char *of_fd(int fd, char *out) {
   char link[64];
-  int saved = __errno_location()[0];
+  int saved = errno;
   snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
   ssize_t n = log_fd >= 0 ? readlink(link, out, 4000) : -1;
-  __errno_location()[0] = saved;
+  errno = saved;
   if (n <= 0) return NULL;
   out[n] = 0;
   char *gone = strstr(out, " (deleted)");
