@@ -185,6 +185,7 @@ class TokenLeases:
             out = ffi.new("uint64_t[4]")
             lib.fshm_token_lease_return(leases, raw, len(raw), numbers, ends, most, 0, out)
             less = tuple(each - done for each, done in zip(less, out, strict=False))
+            self.unrefuse(raw)
         return settled._replace(more=more, less=less)
 
     def charge_later(self, raw: bytes, costs: Sequence[int]) -> None:
