@@ -76,7 +76,10 @@ static verdict_t stored_look(stored_call_t *c, uint64_t cost) {
   verdict_t v = {.retry = UINT64_MAX};
   if (moved != NO_STATE) {
     v = rule_take(r, moved, c->now, c->now, cost);
-    if (!v.retry || cost > rule_capacity(r) || rule_over(r, moved) <= rule_over(&c->own, c->state)) {
+    if (cost > rule_capacity(r)) return v;
+    /* A cost of 0 is no reason to make a debt of what is used. */
+    const bool fits = cost || rule_used(&c->own, c->state, c->now) <= rule_capacity(r);
+    if ((!v.retry && fits) || rule_over(r, moved) <= rule_over(&c->own, c->state)) {
       c->state = moved;
       c->own = *r;
       return v;
@@ -153,7 +156,7 @@ int fshm_stored_apply(uint32_t op, const fshm_limit *limit, fshm_stored *stored,
     stored_settle(&c);
     c.state = rule_charge(&c.own, c.state, c.now, cost);
   } else if (op == FSHM_REFUND) {
-    stored_settle(&c);
+    if (!charged) stored_settle(&c); /* else it goes back under the limit that it was charged to */
     c.state = stored_refund(&c, cost, charged, epoch);
   } else if (op == FSHM_BLOCK) {
     stored_settle(&c);

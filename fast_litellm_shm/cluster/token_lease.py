@@ -22,6 +22,7 @@ from fast_litellm_shm.limits import Granted, LimitSpec, TokenBucket
 
 _NONE = (0, 0, 0, 0)
 _ONES = (1, 1, 1, 1)
+_ADJUSTING = ("charge", "fill", "refund")
 _MOST = 200  # keys in one pipeline
 _LARGEST = 2**52  # a cost that no limit of a server admits
 
@@ -251,6 +252,9 @@ class TokenLeases:
         rules = self.rules()
         used, left = self.states.known(raw)
         kept = self.look(raw)[0] if operation == "ahead" else _NONE
+        if self.connection.alone and operation in _ADJUSTING:
+            # What is leased is not used: else it would count against a debt, or for a refund.
+            given = self.look(raw, take=True)[0]
         # The limits may have become more since these were counted: a new one is asked for nothing.
         costs, given = ((*each, *_NONE)[: len(rules)] for each in (costs, given))
         known = tuple(

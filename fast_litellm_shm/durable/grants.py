@@ -404,6 +404,7 @@ def _charge(key: _Key) -> Answer:
         most = key.look(i).remaining if request.operation == "fill" else cost
         if min(cost, most):
             key.apply(i, lib.FSHM_CHARGE, min(cost, most))
+    key.leased = 0
     return _done(key)
 
 
@@ -411,6 +412,8 @@ def _refund(key: _Key) -> Answer:
     """What was charged in a window that is over by now is not given back: the next one ends at
     least ``per`` later."""
     request = key.request
+    key.give_back(request.given)
+    key.leased = 0
     for i, (rule, cost) in enumerate(zip(request.rules, request.costs, strict=False)):
         left = request.left[i]
         if rule.kind == lib.FSHM_WINDOW and left:
