@@ -29,7 +29,7 @@ examples:
   fast-shm reset --limiter chat user-1   forget what user-1 has consumed
   fast-shm release --dead                give back the permits of dead processes
   fast-shm state show                    show the file of its durable limits
-  fast-shm save                          give back what durable limits have not used
+  fast-shm save                          give back what those have not used
   fast-shm rm --name shop                delete a segment
   fast-shm tokens --model gpt-4o *.md    count the tokens of files
   fast-shm cache build                   compile what tokens are counted with
