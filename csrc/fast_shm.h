@@ -314,19 +314,21 @@ uint64_t fshm_live_keys(fshm_limiter *limiter, uint64_t now_ns);
 
 /* Stored states: what a limit has counted for a key, outside a segment ------------------------ */
 /* For a file that outlives the segment: plain integers, which mean the same in every version of this library. */
+/* limit: under which the tokens were counted; n 0: nothing was ever counted. end: of a bucket its arrival time, else the
+ * end of the present window, without debt; 0: nothing counts. used: tokens of the present window, previous: of the one
+ * before (a sliding limit). */
 typedef struct {
-  fshm_limit limit; /* under which the tokens were counted; n 0: nothing was ever counted */
-  uint64_t end; /* bucket: its arrival time; else: when the present window ends, without debt. 0: nothing counts */
-  uint64_t used, previous; /* tokens of the present window, and, of a sliding limit, of the one before */
+  fshm_limit limit;
+  uint64_t end, used, previous;
 } fshm_stored;
+/* used, remaining: tokens, after the call. left_ns: as fshm_learn() takes it. window_ns: until the present window ends,
+ * without debt; 0: a bucket, or no window has begun. over_ns: until all tokens are back. */
 typedef struct {
   int32_t status; /* FSHM_ALLOWED or FSHM_DENIED */
   int32_t unused;
-  uint64_t used, remaining; /* tokens, after the call */
+  uint64_t used, remaining;
   int64_t retry_ns; /* 0 when allowed; FSHM_NEVER */
-  uint64_t left_ns; /* as fshm_learn() takes it */
-  uint64_t window_ns; /* until the present window ends, without debt; 0: a bucket, or no window has begun */
-  uint64_t over_ns; /* until all tokens are back */
+  uint64_t left_ns, window_ns, over_ns;
 } fshm_stored_answer;
 /* Apply FSHM_ACQUIRE, FSHM_PEEK, FSHM_CHARGE, FSHM_REFUND or FSHM_BLOCK of `cost` under `limit`, with the arithmetic
  * of all limiters. charged: NULL, or the state as a charge has left it, of which a refund gives some back. now_ns and

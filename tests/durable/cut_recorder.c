@@ -17,7 +17,15 @@
 #include <sys/types.h>
 #include <unistd.h>
 
-enum { CREATE = 'c', WRITE = 'w', TRUNCATE = 't', SYNC = 's', UNLINK = 'u', RENAME = 'r', SYNC_FOLDER = 'd' };
+enum {
+  CREATE = 'c',
+  WRITE = 'w',
+  TRUNCATE = 't',
+  SYNC = 's',
+  UNLINK = 'u',
+  RENAME = 'r',
+  SYNC_FOLDER = 'd'
+};
 
 static int log_fd = -1;
 static char folder[4096];
@@ -52,7 +60,8 @@ static const char *of_fd(int fd, char *out) {
 }
 
 /* One write for a record: appended as a whole, also by several processes. */
-static void record(char kind, const char *name, uint64_t offset, const void *data, uint64_t length) {
+static void record(char kind, const char *name, uint64_t offset, const void *data,
+                   uint64_t length) {
   ssize_t (*plain_write)(int, const void *, size_t) = next("write");
   uint32_t named = (uint32_t)strlen(name);
   size_t size = 1 + 4 + 8 + 8 + named + length;
@@ -73,26 +82,26 @@ static void opened(const char *path, int flags) {
   struct stat st;
   if (name && flags & O_CREAT && stat(path, &st)) record(CREATE, name, 0, NULL, 0);
 }
-#define OPEN(function)                                                \
-  int function(const char *path, int flags, ...) {                    \
-    va_list more;                                                     \
-    va_start(more, flags);                                            \
-    mode_t mode = flags & O_CREAT ? va_arg(more, mode_t) : 0;         \
-    va_end(more);                                                     \
-    int (*plain)(const char *, int, ...) = next(#function);           \
-    opened(path, flags);                                              \
-    return plain(path, flags, mode);                                  \
+#define OPEN(function)                                        \
+  int function(const char *path, int flags, ...) {            \
+    va_list more;                                             \
+    va_start(more, flags);                                    \
+    mode_t mode = flags & O_CREAT ? va_arg(more, mode_t) : 0; \
+    va_end(more);                                             \
+    int (*plain)(const char *, int, ...) = next(#function);   \
+    opened(path, flags);                                      \
+    return plain(path, flags, mode);                          \
   }
 OPEN(open)
 OPEN(open64)
 
-#define PWRITE(function, offset_t)                                                       \
-  ssize_t function(int fd, const void *data, size_t length, offset_t at) {               \
-    char path[4096];                                                                     \
-    ssize_t (*plain)(int, const void *, size_t, offset_t) = next(#function);             \
-    const char *name = of_fd(fd, path);                                                  \
-    if (name) record(WRITE, name, (uint64_t)at, data, length);                           \
-    return plain(fd, data, length, at);                                                  \
+#define PWRITE(function, offset_t)                                           \
+  ssize_t function(int fd, const void *data, size_t length, offset_t at) {   \
+    char path[4096];                                                         \
+    ssize_t (*plain)(int, const void *, size_t, offset_t) = next(#function); \
+    const char *name = of_fd(fd, path);                                      \
+    if (name) record(WRITE, name, (uint64_t)at, data, length);               \
+    return plain(fd, data, length, at);                                      \
   }
 PWRITE(pwrite, off_t)
 PWRITE(pwrite64, off64_t)
@@ -105,26 +114,26 @@ ssize_t write(int fd, const void *data, size_t length) {
   return plain(fd, data, length);
 }
 
-#define FTRUNCATE(function, offset_t)                               \
-  int function(int fd, offset_t length) {                           \
-    char path[4096];                                                \
-    int (*plain)(int, offset_t) = next(#function);                  \
-    const char *name = of_fd(fd, path);                             \
-    if (name) record(TRUNCATE, name, (uint64_t)length, NULL, 0);    \
-    return plain(fd, length);                                       \
+#define FTRUNCATE(function, offset_t)                            \
+  int function(int fd, offset_t length) {                        \
+    char path[4096];                                             \
+    int (*plain)(int, offset_t) = next(#function);               \
+    const char *name = of_fd(fd, path);                          \
+    if (name) record(TRUNCATE, name, (uint64_t)length, NULL, 0); \
+    return plain(fd, length);                                    \
   }
 FTRUNCATE(ftruncate, off_t)
 FTRUNCATE(ftruncate64, off64_t)
 
 /* Recorded when it is done: from then on its data are on the disk. */
-#define FSYNC(function)                                            \
-  int function(int fd) {                                           \
-    char path[4096];                                               \
-    int (*plain)(int) = next(#function);                           \
-    int status = plain(fd);                                        \
-    const char *name = of_fd(fd, path);                            \
+#define FSYNC(function)                                             \
+  int function(int fd) {                                            \
+    char path[4096];                                                \
+    int (*plain)(int) = next(#function);                            \
+    int status = plain(fd);                                         \
+    const char *name = of_fd(fd, path);                             \
     if (name) record(*name ? SYNC : SYNC_FOLDER, name, 0, NULL, 0); \
-    return status;                                                 \
+    return status;                                                  \
   }
 FSYNC(fsync)
 FSYNC(fdatasync)
