@@ -22,6 +22,7 @@ from fast_litellm_shm.limits import LimitSpec
 COMPONENT, OUTAGES, VALUES = "durable", "durable_outage", "durable_values"
 T = TypeVar("T")
 _MOST = 200  # requests in one transaction
+_CHARGING = ("charge", "fill", "refund")
 
 
 class _Asked:
@@ -31,6 +32,7 @@ class _Asked:
         self.requests = requests
         self.answers: list[Answer] | None = None
         self.error: Exception | None = None
+        self.begun: _Asked | None = None  # whose thread answers it
 
 
 class FileLink(Link):
@@ -75,22 +77,39 @@ class FileLink(Link):
         asked = _Asked(requests)
         with self._asked_lock:
             self._asked.append(asked)
-        with self.store.lock:
+        if not self.store.lock.acquire(timeout=self.terms.timeout):
+            self._give_up(asked)
+            self.store.lock.acquire()
+        try:
             if asked.answers is None and asked.error is None:
                 self._answer_all(asked)
+        finally:
+            self.store.lock.release()
         if asked.error is not None:
             raise asked.error
         assert asked.answers is not None
         return asked.answers
 
+    def _give_up(self, asked: _Asked) -> None:
+        """Raises StateFileLockedError: a thread is stuck in the file. Not for what that thread is
+        charging just now: it may yet succeed."""
+        with self._asked_lock:
+            waits = asked in self._asked and asked.begun is None
+            if waits:
+                self._asked.remove(asked)
+        if waits or not any(each.operation in _CHARGING for each in asked.requests):
+            raise self.store.locked("a write of this process does not end")
+
     def _answer_all(self, mine: _Asked) -> None:
         with self._asked_lock:
-            self._asked.remove(mine)
+            if mine in self._asked:  # and not where an exception has struck another thread
+                self._asked.remove(mine)
             others, count = [], len(mine.requests)
             for each in self._asked:
                 count += len(each.requests)
                 if count > _MOST:
                     break
+                each.begun = mine
                 others.append(each)
         all_of_them = [mine, *others]
         try:
@@ -104,7 +123,7 @@ class FileLink(Link):
                 each.answers = answers
         # An exception of a signal's handler: the others' calls are still to be made, by them.
         with self._asked_lock:
-            del self._asked[: len(others)]
+            self._asked = [each for each in self._asked if each.begun is not mine]
 
     def _answers(self, calls: Sequence[Sequence[Request]]) -> list[list[Answer]]:
         write = any(each.operation != "look" for requests in calls for each in requests)
@@ -125,10 +144,14 @@ class FileLink(Link):
         if any(left):
             return True
         asked, sent = request("look", raw, (0, 0, 0, 0))
+        if not self.store.lock.acquire(blocking=False):
+            return False
         try:
             ((found,),) = self._answers([[asked]])
         except Exception:
             return False
+        finally:
+            self.store.lock.release()
         learn(asked, found, sent)
         return True
 
@@ -183,6 +206,7 @@ class FileLink(Link):
         if self._has_answered and self.outage is None and not link.in_use_elsewhere(self.segment):
             self.save()
             self._guarded(self.store.release)
+        self.store.close()
 
     def save(self) -> tuple[int, int]:
         """Give back all that this host has leased. Returns how many tokens, of how many keys.

@@ -40,7 +40,6 @@ _SCHEMA = (
     "CREATE INDEX key_until ON key (until)",
     "CREATE INDEX key_leased ON key (limiter) WHERE leased",
 )
-_LEAKED: list[Any] = []  # connections of a parent process: closing one would release its locks
 _EVERY = 1_000_000_000  # ns between two notes of the time, and two clearings of old rows
 _CLEARED = 20  # rows at once
 _PAUSE = 0.0005  # seconds between two tries to begin a transaction: half, to one and a half of it
@@ -147,15 +146,23 @@ class Store:
         self._suspect = False  # damage was met
 
     def forked(self) -> None:
+        """In a child. SQLite forbids to use the parent's connection there, and to close it: so it
+        is never freed."""
         if self._open is not None:
-            _LEAKED.append(self._open.db)
+            import ctypes
+
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._open.db))
         self._open, self.lock = None, threading.RLock()
 
     def close(self) -> None:
-        with self.lock:
-            opened, self._open = self._open, None
-            if opened is not None:
-                opened.db.close()
+        """Unless a thread is stuck in it."""
+        if self.lock.acquire(timeout=self._timeout):
+            try:
+                opened, self._open = self._open, None
+                if opened is not None:
+                    opened.db.close()
+            finally:
+                self.lock.release()
 
     @contextlib.contextmanager
     def transaction(self, write: bool = True) -> Iterator[Transaction]:
@@ -367,13 +374,10 @@ class Store:
         if isinstance(error, _FlockError) or (
             isinstance(error, sqlite3.OperationalError) and _is_locked(error)
         ):
-            return exceptions.StateFileLockedError(
-                f"{where}: another process has kept it locked for {self._timeout:g} s: see that "
-                f"none is stopped in the middle of a write, and that the disk is not too slow "
-                f"({text})"
-            )
+            return self.locked(text)
         read_only = number in (errno.EROFS, errno.EACCES, errno.EPERM)
-        if read_only or "READONLY" in code or "CANTOPEN" in code or "readonly" in text:
+        known = "readonly" in text or "unable to open" in text
+        if read_only or known or "READONLY" in code or "CANTOPEN" in code:
             return exceptions.StateFileReadOnlyError(
                 f"{where} cannot be written ({text}): give this user the right to write the file "
                 "and its folder, or set FAST_LITELLM_SHM_STATE to another folder"
@@ -381,6 +385,13 @@ class Store:
         if isinstance(error, sqlite3.Error) and _is_damage(error):
             return exceptions.StateFileDamagedError(f"{where} is damaged: {text}")
         return exceptions.StateFileError(f"{where} cannot be used: {type(error).__name__}: {text}")
+
+    def locked(self, text: str) -> exceptions.StateFileLockedError:
+        return exceptions.StateFileLockedError(
+            f"state file {self.path!r}: another process has kept it locked for {self._timeout:g} "
+            "s: see that none is stopped in the middle of a write, and that the disk is not too "
+            f"slow ({text})"
+        )
 
 
 class _FlockError(OSError):

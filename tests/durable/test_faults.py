@@ -17,7 +17,7 @@ from support.waiting import wait_until
 
 from fast_litellm_shm import FixedWindow, RateLimiter, TokenBucket, exceptions, health_check
 from fast_litellm_shm.cluster.state import outage_state
-from fast_litellm_shm.durable import StateFile, filesystem, store
+from fast_litellm_shm.durable import StateFile, clock, filesystem, store
 from fast_litellm_shm.durable.filesystem import Kind
 
 DAY = 86_400
@@ -228,22 +228,22 @@ def test_two_hosts_on_one_file(
     host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     _on_shared_disk(monkeypatch)
-    monkeypatch.setattr(store.clock, "host", lambda: "first")
+    monkeypatch.setattr(clock, "host", lambda: "first")
     limit = FixedWindow(100, per=DAY)
     assert spend(host.limiter(limit), "k", 50) == 50
     host.lose_power()
-    monkeypatch.setattr(store.clock, "host", lambda: "second")
+    monkeypatch.setattr(clock, "host", lambda: "second")
     limiter = host.limiter(limit)
     assert not limiter.acquire("k")
     assert "belongs to host 'first'" in caplog.text
     assert "FAST_LITELLM_SHM_CLUSTER" in caplog.text
     # the first host reboots: it is its file
-    monkeypatch.setattr(store.clock, "host", lambda: "first")
+    monkeypatch.setattr(clock, "host", lambda: "first")
     host.lose_power()
     assert spend(host.limiter(limit), "k", 10) == 10
     # and ends cleanly: any host may go on
     host.reboot()
-    monkeypatch.setattr(store.clock, "host", lambda: "second")
+    monkeypatch.setattr(clock, "host", lambda: "second")
     assert 38 <= spend(host.limiter(limit), "k") <= 40
 
 
@@ -316,3 +316,30 @@ def test_a_row_that_is_no_state(host: Host, junk: str, caplog: pytest.LogCapture
     assert "is no state" in caplog.text
     host.reboot(down=3601)
     assert spend(host.limiter(limit), "k") == 100
+
+
+def test_a_thread_that_is_stuck_in_the_file(host: Host, caplog: pytest.LogCaptureFixture) -> None:
+    """A disk that answers nobody: the others go by the policy."""
+    file = StateFile(host.folder, timeout=0.05)
+    limiter = host.limiter(FixedWindow(100, per=DAY), durable=file)
+    assert spend(limiter, "k", 10) == 10
+    stuck, ends = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with link_of(limiter).store.lock:
+            stuck.set()
+            ends.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    stuck.wait(60)
+    assert spend(limiter, "k") == 90
+    assert not limiter.acquire("new"), "it cannot be read"
+    assert "a write of this process does not end" in caplog.text
+    assert not link_of(limiter)._asked
+    ends.set()
+    thread.join()
+    wait_until("the outage ends", lambda: link_of(limiter).outage is None)
+    assert limiter.acquire("new")
+    host.lose_power()
+    assert not host.limiter(FixedWindow(100, per=DAY)).acquire("k")
