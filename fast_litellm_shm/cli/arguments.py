@@ -407,6 +407,13 @@ def _cache(to: argparse.ArgumentParser) -> None:
     made.add_argument("encoding", nargs="*", metavar="ENCODING", help="only files of these")
 
 
+def _check_state(args: argparse.Namespace, wrong: Callable[[str], NoReturn]) -> None:
+    if args.action == "import" and args.file is None:
+        wrong("say which FILE to import; - for stdin")
+    if args.file is not None and args.action not in ("export", "import"):
+        wrong(f"{args.action} takes no FILE")
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments, checked; ``name`` is that of the segment. Raises SystemExit if they are wrong
     or ask for help."""
@@ -426,10 +433,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         wrong(f"--json is for the list of files: leave out {args.action}")
     if args.verb == "release" and args.force and args.dead:
         wrong("--force is for a living process: it goes with --pid")
-    if args.verb == "state" and args.action == "import" and args.file is None:
-        wrong("say which FILE to import; - for stdin")
-    if args.verb == "state" and args.file is not None and args.action not in ("export", "import"):
-        wrong(f"{args.action} takes no FILE")
+    if args.verb == "state":
+        _check_state(args, wrong)
     from fast_litellm_shm._shared import segment, settings
 
     try:
