@@ -175,9 +175,9 @@ _STATE = """\
 examples:
   fast-shm state show                    what the file has of each key
   fast-shm state check                   is it sound? reads all of it
-  fast-shm state compact                 remove what counts no more, and free the space
-  fast-shm state export backup.json      a copy, as JSON; while workers run
-  fast-shm state import backup.json      put it back, in place of what the file has of its keys
+  fast-shm state compact                 remove what counts no more
+  fast-shm state export backup.json      a copy; workers may run
+  fast-shm state import backup.json      put its keys back
   fast-shm state claim                   let this host use a file of another one
 
 The file lies in FAST_LITELLM_SHM_STATE, as it is set for the workers. docs/budgets.md explains
