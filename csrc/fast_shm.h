@@ -296,6 +296,11 @@ int fshm_learn(fshm_limiter *limits, const void *key, uint64_t key_length, const
 /* What fshm_learn() stored of this key, as of now. */
 int fshm_known(fshm_limiter *limits, const void *key, uint64_t key_length, uint64_t now_ns,
                uint64_t *used, uint64_t *left_ns);
+/* Give tokens that were spent back to their lease, as many as keep it at `most` tokens at most: out[i] says how many. None
+ * if the lease is gone, or its window has ended: until_ns[i] is the end of the window in which they were granted. */
+int fshm_token_lease_return(fshm_limiter *leases, const void *key, uint64_t key_length,
+                            const uint64_t *tokens, const uint64_t *until_ns, const uint64_t *most,
+                            uint64_t now_ns, uint64_t *out);
 /* Leader election among the processes of the host. 1: this process leads until it dies. 0: another one leads. Or
  * FSHM_E_LOCK_FILE. wait: block until this process leads; when a leader dies, the next one follows within half a
  * second. */
@@ -306,6 +311,30 @@ uint32_t fshm_leader(fshm_segment *segment); /* its pid; 0: there is none */
 /* The number of the limiter's keys that have consumed something, as far as the key statistics know (0 with
  * FSHM_NAMES_OFF). */
 uint64_t fshm_live_keys(fshm_limiter *limiter, uint64_t now_ns);
+
+/* Stored states: what a limit has counted for a key, outside a segment ------------------------ */
+/* For a file that outlives the segment: plain integers, which mean the same in every version of this library. */
+/* limit: under which the tokens were counted; n 0: nothing was ever counted. end: of a bucket its arrival time, else the
+ * end of the present window, without debt; 0: nothing counts. used: tokens of the present window, previous: of the one
+ * before (a sliding limit). */
+typedef struct {
+  fshm_limit limit;
+  uint64_t end, used, previous;
+} fshm_stored;
+/* used, remaining: tokens, after the call. left_ns: as fshm_learn() takes it. window_ns: until the present window ends,
+ * without debt; 0: a bucket, or no window has begun. over_ns: until all tokens are back. */
+typedef struct {
+  int32_t status; /* FSHM_ALLOWED or FSHM_DENIED */
+  int32_t unused;
+  uint64_t used, remaining;
+  int64_t retry_ns; /* 0 when allowed; FSHM_NEVER */
+  uint64_t left_ns, window_ns, over_ns;
+} fshm_stored_answer;
+/* Apply FSHM_ACQUIRE, FSHM_PEEK, FSHM_CHARGE, FSHM_REFUND or FSHM_BLOCK of `cost` under `limit`, with the arithmetic
+ * of all limiters. charged: NULL, or the state as a charge has left it, of which a refund gives some back. now_ns and
+ * all instants: of one clock that never goes back. FSHM_OK, FSHM_E_ARGUMENT, or FSHM_E_DAMAGED: *stored is no state. */
+int fshm_stored_apply(uint32_t op, const fshm_limit *limit, fshm_stored *stored, uint64_t cost,
+                      const fshm_stored *charged, uint64_t now_ns, fshm_stored_answer *out);
 
 /* Permits: at most n held at a time -------------------------------------------------------------- */
 /* A permit held by this process. Copy it freely; release it once. */

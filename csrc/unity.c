@@ -23,6 +23,7 @@
 #include "permits/semaphore.c"
 #include "limits/per_call.c"
 #include "limits/moving_window.c"
+#include "limits/stored.c"
 #include "leasing/token_lease.c"
 #include "leasing/permit_lease.c"
 #include "stats/token_memo.c"

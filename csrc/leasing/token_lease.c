@@ -24,6 +24,37 @@ int fshm_token_lease_put(fshm_limiter *leases, const void *key, uint64_t key_len
   return limiter_change(leases, key, key_length, now, change_put, batches, NULL, &at);
 }
 
+typedef struct {
+  const uint64_t *tokens, *until_ns, *most;
+  uint64_t *out;
+} return_t;
+
+static uint64_t change_return(const void *context, uint32_t i, const rule_t *r, uint64_t state,
+                              uint64_t now) {
+  const return_t *c = context;
+  const uint64_t end = state ? state_expires(state) : 0;
+  (void)r;
+  c->out[i] = 0;
+  /* The lease's end is that of its window, rounded down. An earlier one is another window's. */
+  if (end <= now || c->until_ns[i] < end) return state;
+  const unsigned s = (unsigned)(state >> 57) & 31;
+  const uint64_t left = token_lease_left(state, now);
+  c->out[i] = min_u64(c->tokens[i], minus(c->most[i], left));
+  if (!c->out[i]) return state;
+  /* The shift says how large the batch was: it stays, if the count fits. */
+  if ((left + 1 + c->out[i]) >> s == 0) return state + c->out[i];
+  return token_lease_put(state, now, c->out[i], 0, end);
+}
+
+int fshm_token_lease_return(fshm_limiter *leases, const void *key, uint64_t key_length,
+                            const uint64_t *tokens, const uint64_t *until_ns, const uint64_t *most,
+                            uint64_t now, uint64_t *out) {
+  const return_t back = {tokens, until_ns, most, out};
+  uint64_t at;
+  memset(out, 0, FSHM_MAX_LIMITS * sizeof *out);
+  return limiter_change(leases, key, key_length, now, change_return, &back, NULL, &at);
+}
+
 static uint64_t change_take(const void *context, uint32_t i, const rule_t *r, uint64_t state,
                             uint64_t now) {
   (void)context, (void)i, (void)r;

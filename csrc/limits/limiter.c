@@ -82,13 +82,15 @@ static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_
     return;
   }
   if (sliding_is_later(&old, state, c->now)) read_clock_again(c);
+  const uint64_t used = rule_used(&old, state, c->now);
   uint64_t moved = rule_convert(r, &old, state, c->now);
   if (moved != NO_STATE) {
     l->verdict = rule_take(r, moved, c->now, c->at, cost);
-    if (!l->verdict.retry || cost > rule_capacity(r)) return;
+    /* A cost of 0 is no reason to make a debt of what is used. */
+    if ((!l->verdict.retry && (cost || used <= rule_capacity(r))) || cost > rule_capacity(r))
+      return;
   }
-  uint64_t used = rule_used(&old, state, c->now);
-  if (r->kind == FSHM_BUCKET && cost <= minus(r->burst, used)) {
+  if (r->kind == FSHM_BUCKET && used <= r->burst && cost <= r->burst - used) {
     /* It just fits: round up once for both, not once for each. */
     l->verdict = bucket_take(r, 0, c->now, c->at, used + cost);
     l->verdict.used_before = min_u64(bucket_increment(r, used), TIME_MAX);

@@ -79,6 +79,12 @@ static void run_put(outcome_t *out) {
     leases[i] = (fshm_token_lease){op->cost, UINT64_MAX, world.now + PER};
   out->status = fshm_token_lease_put(world.l, KEY, strlen(KEY), leases, world.now);
 }
+static void run_return(outcome_t *out) {
+  uint64_t until[FSHM_MAX_LIMITS], most[FSHM_MAX_LIMITS], back[FSHM_MAX_LIMITS];
+  for (uint32_t i = 0; i < FSHM_MAX_LIMITS; i++) until[i] = world.now + PER, most[i] = 20;
+  out->status = fshm_token_lease_return(world.l, KEY, strlen(KEY), some_costs[op->cost], until,
+                                        most, world.now, back);
+}
 static void run_take_out(outcome_t *out) {
   uint64_t left[FSHM_MAX_LIMITS], ns[FSHM_MAX_LIMITS];
   out->status = fshm_token_lease_look(world.l, KEY, strlen(KEY), 1, world.now, left, ns);
@@ -250,6 +256,7 @@ static void run_request_and_back(outcome_t *out) {
   .status = (answer)
 #define SPENDS(tokens, answer) TOKEN_LEASES(run_spend, TOKEN_LEASE_SPEND, answer), .cost = (tokens)
 #define PUTS(tokens) TOKEN_LEASES(run_put, TOKEN_LEASE_PUT, FSHM_OK), .cost = (tokens)
+#define RETURNS(tokens) TOKEN_LEASES(run_return, TOKEN_LEASE_PUT, FSHM_OK), .cost = (tokens)
 #define TELLS(function, which) \
   .make = start_told, .holds = &telling, .run = (function), .op = (which), .status = FSHM_OK
 #define LEARNS(tokens) TELLS(run_learn, LEARN), .cost = (tokens)
@@ -549,6 +556,7 @@ static const operation_t operations[] = {
      .prior = 5,
      .flags = EXPIRED,
      ROOM(0, 3, 0)},
+    {.name = "token-lease-return", RETURNS(3), ONE(TOKEN_LEASE), .prior = 2, ROOM(2, 5, 0)},
     {.name = "token-lease-take",
      TOKEN_LEASES(run_take_out, TOKEN_LEASE_TAKE, FSHM_OK),
      ONE(TOKEN_LEASE),
