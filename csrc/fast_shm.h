@@ -25,7 +25,7 @@
 
 /* [cdef begin] */
 
-#define FSHM_LAYOUT_VERSION 3
+#define FSHM_LAYOUT_VERSION 4
 /* The lock is held; whether it dumps core cannot be seen (another pid namespace). */
 #define FSHM_ALIVE_BY_LOCK 2
 #define FSHM_MAX_LIMITS 4        /* limits of one limiter */
@@ -64,6 +64,8 @@ enum fshm_kind {
   FSHM_WINDOW = 1,
   FSHM_SLIDING = 2,
   FSHM_PERMITS = 3, /* at most n held at a time; per_ns 0; the last limit of its limiter */
+  FSHM_CALENDAR = 4, /* a window of the calendar; per_ns: an hour, a day, a week, 30 days (a month) or 365 (a year); strict:
+                      * the index of its time zone */
   FSHM_LEASE = 5 /* granted to this host by a server, n at most; per_ns 0: see "Token leases" */
 };
 
@@ -302,6 +304,21 @@ int fshm_known(fshm_limiter *limits, const void *key, uint64_t key_length, uint6
 int fshm_lead(fshm_segment *segment, int wait);
 int fshm_lead_end(fshm_segment *segment);
 uint32_t fshm_leader(fshm_segment *segment); /* its pid; 0: there is none */
+
+/* Time zones and the time of day, for FSHM_CALENDAR ----------------------------------------------- */
+/* The index of a zone, for fshm_limit.strict; UTC is 0 and needs none. A span: the minute since 1970 at which it begins,
+ * << 16, | the minutes east of UTC, + 32768. The first begins at 0. At most 121 spans, and 40 bytes of name.
+ * FSHM_E_LIMITERS: the segment has no room for another zone. */
+int fshm_zone(fshm_segment *segment, const char *name, uint64_t name_length, const uint64_t *spans,
+              uint64_t count);
+/* Its name, ended by a 0. out: 41 bytes at least. 0: there is no such zone. */
+int fshm_zone_name(fshm_segment *segment, uint32_t index, char *out, uint64_t size);
+/* The minute at which a window ends, the one that `minute` is in. Pure. 0: not a period of the calendar. */
+uint64_t fshm_calendar_end(uint64_t per_ns, const uint64_t *spans, uint64_t count, uint64_t minute);
+/* The time of day that all processes of the segment go by, ns since 1970: core/wall.h. */
+uint64_t fshm_wall(fshm_segment *segment, uint64_t now_ns);
+/* For tests: from now on, the kernel's clock of the day shows so much more in this process. */
+void fshm_wall_pretend(fshm_segment *segment, int64_t ns);
 
 /* The number of the limiter's keys that have consumed something, as far as the key statistics know (0 with
  * FSHM_NAMES_OFF). */

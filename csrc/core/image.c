@@ -99,7 +99,8 @@ static void lay_out(header_t *h, uint64_t capacity) {
   h->process_stats_entries = PROCESS_STATS;
   h->names_words = max_u64(h->lines * SLOTS_PER_LINE * 3 / 2, 512); /* 12 bytes a slot */
   h->limiters_offset = aligned(sizeof *h, PAGE);
-  h->slots_offset = aligned(h->limiters_offset + h->limiters * sizeof(limiter_entry_t), PAGE);
+  h->slots_offset = aligned(
+      h->limiters_offset + h->limiters * sizeof(limiter_entry_t) + ZONES * sizeof(zone_t), PAGE);
   h->key_stats_offset = h->slots_offset + h->lines * LINE +
                         h->limiters * (UINT64_C(1) * SHARED * SHARED_PLACES * sizeof(slot_t));
   h->names_offset = h->key_stats_offset + h->lines * SLOTS_PER_LINE * sizeof(key_stats_t);
@@ -288,6 +289,8 @@ static int fill(int fd, uint64_t capacity, uint32_t mode, uint32_t flags, fshm_e
   (void)clock_gettime(CLOCK_REALTIME, &wall);
   h.created_realtime_ns = (uint64_t)wall.tv_sec * UINT64_C(1000000000) + (uint64_t)wall.tv_nsec;
   h.epoch = fshm_clock();
+  store_relaxed(&h.wall_base, h.created_realtime_ns);
+  store_relaxed(&h.wall_floor, h.created_realtime_ns);
   h.names_mode = flags & (FSHM_NAMES_HASHED | FSHM_NAMES_OFF);
   h.check = header_check(&h);
   /* Checked before, since growing beyond the limit raises SIGXFSZ, which ends the program. */

@@ -101,6 +101,7 @@ struct fshm_segment {
   slot_t *slots;
   key_stats_t *key_stats;
   limiter_entry_t *limiters;
+  zone_t *zones; /* behind the limiters: ZONES of them; the first is UTC, and is not used */
   process_t *processes;
   process_stats_t *process_stats;
   _Atomic uint64_t *names;
@@ -131,6 +132,7 @@ struct fshm_segment {
   _Atomic uint64_t looked[PROCESSES]; /* liveness.c: the last answers of /proc */
   _Atomic int lock_errno; /* why the lock file could not be opened the last time; 0 = it could */
   look_entry_t looks[LOOKS];
+  _Atomic uint64_t wall_looked; /* segment ns of this process's last look at the wall clock: wall.c */
   uint64_t dev, ino;
   polled_t polled[WAITERS];
   uint32_t users; /* handles on this mapping in this process */

@@ -267,6 +267,9 @@ typedef struct {
   _Alignas(LINE) _Atomic uint64_t joined[PROCESSES / 64];
   _Atomic uint64_t joined_blocks; /* which words of `joined` are not 0: bits, set after those */
   _Atomic uint64_t liveness; /* segment ns of the last liveness check; one compare-and-swap */
+  /* The time of day (wall.h), ns since 1970: at segment time 0; and the latest that was seen. Any process changes them,
+   * each by one compare-and-swap. After a crash: floor is raised and base is not set back yet; the next look does it. */
+  _Atomic uint64_t wall_base, wall_floor;
   /* For each group of keys: changes (32 bits) | how many entries of `waiters` may be in use (32). wait_queue.c */
   _Alignas(LINE) _Atomic uint64_t queues[WAIT_GROUPS];
   _Alignas(LINE) changes_t changes[CHANGE_WORDS];
@@ -284,6 +287,7 @@ static_assert(sizeof(metric_t) == 120, "metric");
 static_assert(sizeof(histogram_t) == 1984, "histogram");
 static_assert(sizeof(deployment_t) == 64, "deployment");
 static_assert(sizeof(requests_t) == 576, "requests in flight");
+static_assert(sizeof(zone_t) == UINT64_C(16) * LINE, "zone");
 static_assert(sizeof(rule_t) == UINT64_C(8) * RULE_WORDS, "rule");
 static_assert(sizeof(limiter_entry_t) == 1344, "limiter entry");
 static_assert(offsetof(limiter_entry_t, current) == 16, "swapped as 16 bytes");
@@ -292,7 +296,7 @@ static_assert(offsetof(header_t, damage) == 248, "the constant words end at 248"
 static_assert(offsetof(header_t, ticket) == 320, "the changing lines start at 320");
 static_assert(PROCESSES % 64 == 0 && PROCESSES <= 64 * 64 && HOME_PROCESSES % 64 == 0,
               "blocks of 64, at most 64 of them");
-static_assert(sizeof(header_t) == 704 + (PROCESSES / 64 + 9) / 8 * LINE + WAIT_GROUPS * 8 +
+static_assert(sizeof(header_t) == 704 + (PROCESSES / 64 + 11) / 8 * LINE + WAIT_GROUPS * 8 +
                                       CHANGE_WORDS * sizeof(changes_t),
               "header");
 static_assert(sizeof(_Atomic uint64_t) == 8, "atomics are plain words");

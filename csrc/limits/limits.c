@@ -18,7 +18,7 @@ int fshm_limit_check(const fshm_limit *l, uint64_t *largest_n) {
   return limit_valid(l) ? FSHM_OK : FSHM_E_ARGUMENT;
 }
 
-bool limits_load(const fshm_segment *s, uint32_t index, snapshot_t *p) {
+bool limits_load(fshm_segment *s, uint32_t index, snapshot_t *p) {
   return limits_load_inline(s, index, p);
 }
 
@@ -48,10 +48,12 @@ int fshm_limiter_number(fshm_limiter *l, const uint64_t *numbers, uint32_t count
 
 /* The rule that a state with this label was written under. The caller checks afterwards that the slot has not
  * changed: a rule index is not given to another rule while a state refers to it. */
-bool limits_rule(const fshm_segment *s, uint32_t index, unsigned label, rule_t *out) {
+bool limits_rule(fshm_segment *s, uint32_t index, unsigned label, rule_t *out) {
   read_rule(&s->limiters[index], label, out);
   atomic_thread_fence(memory_order_acquire); /* the copy, before the second look at the slot */
-  return rule_sane(out) && out->kind != FSHM_PERMITS; /* no state has its label */
+  if (!rule_sane(out)) return false;
+  if (out->kind == FSHM_CALENDAR) calendar_ready(s, out);
+  return out->kind != FSHM_PERMITS; /* no state has its label */
 }
 
 static COLD bool set_wrong(const limiter_entry_t *e, uint64_t set) {
@@ -271,16 +273,21 @@ void fshm_limiter_close(fshm_limiter *l) { free(l); }
 void fshm_limiter_share(fshm_limiter *l, int share) { l->share = share != 0; }
 
 /* limits_load(), for inspection: only limits that a call can have set. */
-static bool load_genuine(const fshm_segment *s, uint32_t index, snapshot_t *p) {
+static bool load_genuine(fshm_segment *s, uint32_t index, snapshot_t *p) {
   if (limits_wrong(s, index, true) || !limits_load(s, index, p)) return false;
   /* Check the copy: the segment may have been written over since. */
-  for (uint32_t i = 0; i < p->count; i++)
-    if (!rule_genuine(&p->rules[i])) return false;
+  for (uint32_t i = 0; i < p->count; i++) {
+    const rule_t bare = rule_bare(&p->rules[i]);
+    if (!rule_genuine(&bare)) return false;
+  }
   return true;
 }
 
 static void describe_limits(const snapshot_t *p, fshm_limit *out) {
-  for (uint32_t i = 0; i < p->count; i++) out[i] = rule_limit(&p->rules[i]);
+  for (uint32_t i = 0; i < p->count; i++) {
+    const rule_t bare = rule_bare(&p->rules[i]);
+    out[i] = rule_limit(&bare);
+  }
   if (p->permits) out[p->count] = (fshm_limit){p->permits, 0, 0, FSHM_PERMITS, 0};
 }
 

@@ -119,7 +119,7 @@ def _limiters(of: Segment, count: int) -> dict[str, _Limiter]:
         limiter.counters.append(info.counters)
         if key_grammar.units_of(name):
             continue  # each key has its own limits
-        limiter.limits.extend(limits.from_raw(info.limits[i]) for i in range(info.limits_count))
+        limiter.limits.extend(limits.from_raw(info.limits[i], of) for i in range(info.limits_count))
     return found
 
 
