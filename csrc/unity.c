@@ -30,4 +30,5 @@
 #include "stats/token_memo.c"
 #include "stats/histogram.c"
 #include "stats/deployments.c"
+#include "limits/money.c"
 #include "stats/feature_errors.c"

@@ -230,6 +230,35 @@ class Granted:
         return (self.n, 0, 0, lib.FSHM_LEASE, 0)
 
 
+_FOREVER = 2**55  # per_ns of Money whose window never ends
+
+
+@dataclass(frozen=True)
+class Money:
+    """At most ``n`` nano-dollars in each window of the calendar: the limit of a Budget. per: as of
+    FixedWindow; None: one window that never ends."""
+
+    n: int
+    per: str | None
+    timezone: str = zones.UTC
+
+    def __post_init__(self) -> None:
+        if self.per is not None and self.per not in _CALENDAR:
+            raise ValueError(
+                f"Budget: per must be 'hour', 'day', 'week', 'month', 'year' or None, not "
+                f"{self.per!r}"
+            )
+        vars(self).update(timezone=zones.name_of("Budget", self.timezone))
+
+    @property
+    def _per_ns(self) -> int:
+        return _FOREVER if self.per is None else _CALENDAR[self.per][0] * _NS
+
+    def _raw(self, segment: Any = None) -> tuple[int, int, int, int, int]:
+        zone = zones.index_of(segment, self.timezone)
+        return (self.n, self._per_ns, 0, lib.FSHM_MONEY, zone)
+
+
 def in_flight(owner: str, name: str, n: object) -> InFlight:
     """An InFlight, or an error that names the argument."""
     found = _whole(owner, name, n)
@@ -252,12 +281,17 @@ def longest(limit: LimitSpec) -> float:
     return limit.per
 
 
-def from_raw(raw: Any, segment: Any) -> LimitSpec | InFlight | Granted:
+def from_raw(raw: Any, segment: Any) -> LimitSpec | InFlight | Granted | Money:
     """The limit that a ``fshm_limit`` of this segment describes. Raises ValueError."""
     if raw.kind == lib.FSHM_PERMITS:
         return InFlight(raw.n)
     if raw.kind == lib.FSHM_LEASE:
         return Granted(raw.n)
+    if raw.kind == lib.FSHM_MONEY:
+        money = object.__new__(Money)
+        per = None if raw.per_ns == _FOREVER else _CALENDAR_NAMES[raw.per_ns // _NS]
+        vars(money).update(n=raw.n, per=per, timezone=zones.name_at(segment, raw.strict))
+        return money
     if raw.kind == lib.FSHM_CALENDAR:
         return FixedWindow._of(raw.n, raw.per_ns, zones.name_at(segment, raw.strict))
     seconds = raw.per_ns / _NS
@@ -267,8 +301,10 @@ def from_raw(raw: Any, segment: Any) -> LimitSpec | InFlight | Granted:
     return (FixedWindow if raw.kind == lib.FSHM_WINDOW else SlidingWindow)(raw.n, per)
 
 
-def reason(limit: LimitSpec | InFlight | Granted) -> str:
+def reason(limit: LimitSpec | InFlight | Granted | Money) -> str:
     """The ``reason`` of ``check()`` when this limit denies."""
+    if isinstance(limit, Money):
+        return "Budget exceeded"
     if isinstance(limit, InFlight):
         return "Too many requests in flight"
     if isinstance(limit, Granted):
@@ -280,10 +316,13 @@ def reason(limit: LimitSpec | InFlight | Granted) -> str:
     return f"Rate limit exceeded (requests per {period or f'{per:g} seconds'})"
 
 
-def describe(limit: LimitSpec | InFlight | Granted) -> str:
+def describe(limit: LimitSpec | InFlight | Granted | Money) -> str:
     """A short form for tables and for the default name of a limiter: ``100/60s burst 10``."""
     if isinstance(limit, InFlight):
         return f"{limit.n} in flight"
+    if isinstance(limit, Money):
+        period = "" if limit.per is None else f"/{limit.per} {limit.timezone}"
+        return f"{limit.n / 1e9:.15g} USD{period}"
     if isinstance(limit, Granted):
         return "granted"
     if isinstance(limit, FixedWindow) and limit.timezone is not None:

@@ -117,11 +117,11 @@ static void lay_out(header_t *h, uint64_t capacity) {
   h->process_stats_offset = h->processes_offset + PROCESSES * sizeof(process_t);
   h->requests_offset = h->process_stats_offset + PROCESSES * sizeof(process_stats_t);
   h->counters_offset = h->requests_offset + PROCESSES * sizeof(requests_t);
-  h->size = h->counters_offset + PROCESSES * sizeof(counters_t);
+  h->size = h->counters_offset + PROCESSES * (sizeof(counters_t) + sizeof(reservations_t));
 }
 
 /* The rows of process indexes: blocks of 64 are whole pages in each of the four arrays. */
-#define ROWS 4
+#define ROWS 5
 typedef struct {
   uint64_t offset, bytes; /* of the array; of one row */
 } rows_t;
@@ -131,13 +131,16 @@ static void rows_of(const header_t *h, rows_t rows[ROWS]) {
   rows[1] = (rows_t){h->process_stats_offset, sizeof(process_stats_t)};
   rows[2] = (rows_t){h->requests_offset, sizeof(requests_t)};
   rows[3] = (rows_t){h->counters_offset, sizeof(counters_t)};
+  rows[4] = (rows_t){h->counters_offset + PROCESSES * sizeof(counters_t), sizeof(reservations_t)};
 }
 static_assert(64 * sizeof(process_t) % PAGE == 0 && 64 * sizeof(process_stats_t) % PAGE == 0 &&
-                  64 * sizeof(requests_t) % PAGE == 0 && 64 * sizeof(counters_t) % PAGE == 0,
+                  64 * sizeof(requests_t) % PAGE == 0 && 64 * sizeof(counters_t) % PAGE == 0 &&
+                  64 * sizeof(reservations_t) % PAGE == 0,
               "blocks are whole pages");
 
 uint64_t image_row_bytes(void) {
-  return sizeof(process_t) + sizeof(process_stats_t) + sizeof(requests_t) + sizeof(counters_t);
+  return sizeof(process_t) + sizeof(process_stats_t) + sizeof(requests_t) + sizeof(counters_t) +
+         sizeof(reservations_t);
 }
 
 uint64_t fshm_size_for(uint64_t capacity) {

@@ -64,9 +64,17 @@ uint64_t fshm_wall(fshm_segment *s, uint64_t now) {
   return max_u64(now + base, load_relaxed(&s->header->wall_floor));
 }
 
-COLD uint64_t calendar_state_ends(const fshm_segment *s, uint64_t state) {
+/* The window of money is that of its rule, which `who` names. If the rule index was given to another rule meanwhile, the
+ * slot has changed, and the caller's swap fails. */
+COLD uint64_t dated_state_ends(const fshm_segment *s, uint64_t who, uint64_t state) {
   rule_t r = {.words = {0}};
+  uint64_t end = CALENDAR_END(state);
+  if (IS_MONEY(state)) {
+    if (!(who & 1) || WHO_LIMITER(who) >= s->limiter_count) return UINT64_MAX;
+    end = load_relaxed(&s->limiters[WHO_LIMITER(who)].rules[WHO_LABEL(who)][RULE_END]);
+    end = min_u64(end, (UINT64_C(1) << 28) - 1);
+  }
   r.base = atomic_load_explicit(&s->header->wall_base, memory_order_acquire);
   r.floor = load_relaxed(&s->header->wall_floor);
-  return calendar_instant(&r, CALENDAR_END(state));
+  return calendar_instant(&r, end);
 }

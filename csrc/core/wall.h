@@ -32,11 +32,12 @@ static inline void calendar_ready(fshm_segment *s, rule_t *r) {
   r->zone = r->strict && r->strict < ZONES ? &s->zones[r->strict] : NULL;
 }
 
-COLD uint64_t calendar_state_ends(const fshm_segment *s, uint64_t state);
+COLD uint64_t dated_state_ends(const fshm_segment *s, uint64_t who, uint64_t state);
 
-/* When this state becomes equal to "never seen", in segment time; a pending slot never does. */
-static inline uint64_t state_ends(const fshm_segment *s, uint64_t state) {
-  return unlikely(IS_CALENDAR(state)) ? calendar_state_ends(s, state) : state_expires(state);
+/* When the state of this slot becomes equal to "never seen", in segment time; a pending slot never does. */
+static inline uint64_t state_ends(const fshm_segment *s, uint64_t who, uint64_t state) {
+  const bool dated = state - (UINT64_C(1) << 60) < UINT64_C(3) << 60; /* money, or a calendar's */
+  return unlikely(dated) ? dated_state_ends(s, who, state) : state_expires(state);
 }
 
 #endif

@@ -11,6 +11,7 @@
  *   1  window         shift s (5) | end >> s (57 - s) | tokens used (s)
  *   1  token lease    the same; count: tokens left + 1
  *   0  calendar       1 (1) | end (28): minutes since 1970 | tokens used (33)
+ *   0  money          0 (1) | 1 (1) | nano-dollars (60); its window is the one of its rule
  *   2  sliding        class p (5) | end of the next window >> P (57 - P) | previous (12) | count (P - 12)
  *   3  0 pending      ticket (61): a slot being claimed (hash_table.c)
  *   3  1 permit       held by a process (semaphore.c)
@@ -43,6 +44,11 @@ __extension__ typedef unsigned __int128 wide_t;
 #define IS_PENDING(state) ((state) >> 61 == 6)
 #define IS_PERMIT(state) ((state) >> 61 == 7)
 #define IS_CALENDAR(state) ((state) >> 61 == 1)
+#define IS_MONEY(state) ((state) >> 60 == 1)
+#define MONEY_STATE(amount) (UINT64_C(1) << 60 | (amount))
+#define MONEY_OF(state) ((state) & ((UINT64_C(1) << 60) - 1))
+#define MONEY_MOST UINT64_C(1000000000000000000) /* 10^9 dollars */
+#define MONEY_FOREVER (UINT64_C(1) << 55) /* `per` of a budget that ends never */
 #define CALENDAR_COUNT ((UINT64_C(1) << 33) - 1)
 #define CALENDAR_END(state) ((state) >> 33 & ((UINT64_C(1) << 28) - 1))
 #define NO_STATE UINT64_MAX /* never written: a permit with a number that no permit has */
@@ -67,8 +73,10 @@ typedef union {
     uint64_t n, per;
     uint64_t burst;
     uint64_t num, den; /* bucket: emission interval num/den ns */
-    uint64_t unit; /* bucket: increment of cost 1, ns */
-    uint64_t room; /* bucket: how far the arrival time may be ahead of now for cost 1, ns */
+    uint64_t unit; /* bucket: increment of cost 1, ns. money: when the window ends, minutes since 1970 */
+    /* bucket: how far the arrival time may be ahead of now for cost 1, ns. money: the lower half of the limit, whose upper
+     * half is n - 1 */
+    uint64_t room;
   };
   /* Of a calendar, in a copy that is used (calendar_ready()); not in the segment. */
   struct {
@@ -108,6 +116,7 @@ static inline unsigned sliding_class(uint64_t per) {
 static inline uint64_t limit_largest_n(uint32_t kind, uint64_t per) {
   if (kind == FSHM_PERMITS) return MAX_PERMITS;
   if (kind == FSHM_LEASE) return TOKEN_LEASE_MOST;
+  if (kind == FSHM_MONEY) return MONEY_MOST;
   if (kind == FSHM_BUCKET) return per; /* one a nanosecond */
   if (kind == FSHM_WINDOW || kind == FSHM_CALENDAR) return WINDOW_MAX_N;
   if (per < SLIDING_MIN_PER) return 0;
@@ -115,12 +124,15 @@ static inline uint64_t limit_largest_n(uint32_t kind, uint64_t per) {
 }
 
 static inline bool kind_has_period(uint32_t kind) {
-  return kind <= FSHM_SLIDING || kind == FSHM_CALENDAR;
+  return kind <= FSHM_SLIDING || kind == FSHM_CALENDAR || kind == FSHM_MONEY;
 }
 
 static inline bool limit_valid(const fshm_limit *l) {
   if (l->kind == FSHM_PERMITS || l->kind == FSHM_LEASE)
     return l->n >= 1 && l->n <= limit_largest_n(l->kind, 0) && l->per_ns == 0;
+  if (l->kind == FSHM_MONEY)
+    return l->n >= 1 && l->n <= MONEY_MOST && l->burst >> 28 == 0 && l->strict < ZONES &&
+           (calendar_period(l->per_ns) || l->per_ns == MONEY_FOREVER);
   if (l->kind == FSHM_CALENDAR)
     return l->n >= 1 && l->n <= WINDOW_MAX_N && calendar_period(l->per_ns) && !l->burst &&
            l->strict < ZONES;
@@ -154,7 +166,12 @@ static inline rule_t rule_make(const fshm_limit *l) {
   r.per = kind_has_period(l->kind) ? l->per_ns : 1000;
   r.den = 1;
   r.num = 1;
-  if (l->kind == FSHM_CALENDAR) r.strict = (uint16_t)l->strict;
+  if (l->kind == FSHM_CALENDAR || l->kind == FSHM_MONEY) r.strict = (uint16_t)l->strict;
+  if (l->kind == FSHM_MONEY) {
+    r.n = (l->n >> 32) + 1;
+    r.room = l->n & UINT32_MAX;
+    r.unit = l->burst;
+  }
   if (l->kind != FSHM_BUCKET) return r;
   r.burst = l->burst;
   r.strict = l->strict != 0;
@@ -173,13 +190,16 @@ static inline rule_t rule_make(const fshm_limit *l) {
 /* May the arithmetic below use these numbers (no division by zero, no overflow)? What it says
  * of a time zone is checked where it is used (calendar_ready()). */
 static inline bool rule_sane(const rule_t *r) {
-  return r->kind <= FSHM_LEASE && r->n && r->num && r->den && r->per >= 1000 &&
+  return r->kind <= FSHM_MONEY && r->n && r->num && r->den && r->per >= 1000 &&
          r->per <= BUCKET_MAX_PER && r->burst <= r->n && r->place <= PLACE_NONE &&
          (r->num | r->den | r->unit | r->room | r->n) <= TIME_MAX;
 }
 
 /* The limit that a rule was made of. */
+static inline uint64_t rule_money(const rule_t *r) { return (r->n - 1) << 32 | r->room; }
 static inline fshm_limit rule_limit(const rule_t *r) {
+  if (r->kind == FSHM_MONEY)
+    return (fshm_limit){rule_money(r), r->per, r->unit, r->kind, r->strict};
   return (fshm_limit){r->n, kind_has_period(r->kind) ? r->per : 0, r->burst, r->kind, r->strict};
 }
 
@@ -196,7 +216,7 @@ static inline bool rule_genuine(const rule_t *r) {
 /* A rule of a calendar as it stands in the segment. */
 static inline rule_t rule_bare(const rule_t *r) {
   rule_t bare = *r;
-  if (r->kind == FSHM_CALENDAR) {
+  if (r->kind == FSHM_CALENDAR || r->kind == FSHM_MONEY) {
     bare.burst = 0;
     bare.num = bare.den = 1;
   }
@@ -225,7 +245,7 @@ static inline bool state_possible(uint64_t s) {
   unsigned shift = (unsigned)(s >> 57) & 31;
   switch (s ? TAG(s) : 4) {
     case FSHM_BUCKET:
-      return s <= TIME_MAX || (IS_CALENDAR(s) && CALENDAR_END(s) && (s & CALENDAR_COUNT));
+      return s <= TIME_MAX || IS_MONEY(s) || (IS_CALENDAR(s) && CALENDAR_END(s) && (s & CALENDAR_COUNT));
     case FSHM_WINDOW: /* a count of at least 1 */
       return shift >= 1 && state_expires(s) && (s & ((UINT64_C(1) << shift) - 1));
     case FSHM_SLIDING: /* 2^14 <= class; something counted in either window */
@@ -758,7 +778,8 @@ static inline uint64_t calendar_refund(const rule_t *r, uint64_t state, uint64_t
 
 /* A state of another kind than the rule's (or a pending one) is read as "never seen". */
 static inline bool state_is_of(const rule_t *r, uint64_t state) {
-  if (r->kind == FSHM_BUCKET) return !(state >> 61);
+  if (r->kind == FSHM_BUCKET) return !(state >> TIME_BITS);
+  if (r->kind == FSHM_MONEY) return IS_MONEY(state);
   if (r->kind == FSHM_CALENDAR) return IS_CALENDAR(state);
   return TAG(state) == (r->kind & 3); /* a token lease is a window */
 }
@@ -834,6 +855,7 @@ static inline uint64_t rule_begun(const rule_t *r, uint64_t used, uint64_t now) 
 
 /* When a state of the rule becomes equal to "never seen". */
 static inline uint64_t rule_ends(const rule_t *r, uint64_t state) {
+  if (IS_MONEY(state)) return r->kind == FSHM_MONEY ? calendar_instant(r, r->unit) : 0;
   if (!IS_CALENDAR(state)) return state_expires(state);
   return r->kind == FSHM_CALENDAR ? calendar_instant(r, CALENDAR_END(state)) : 0;
 }
@@ -842,6 +864,8 @@ static inline uint64_t rule_ends(const rule_t *r, uint64_t state) {
  * cannot hold so many (more than it admits). */
 static inline uint64_t rule_convert(const rule_t *r, const rule_t *old, uint64_t state,
                                     uint64_t now) {
+  if (r->kind == FSHM_MONEY || old->kind == FSHM_MONEY)
+    return r->kind == old->kind ? state_for(r, state) : 0;
   /* Tokens left say nothing about tokens used. */
   if (r->kind == FSHM_LEASE || old->kind == FSHM_LEASE)
     return r->kind == old->kind ? state_for(r, state) : 0;
@@ -872,7 +896,7 @@ static inline uint64_t rule_convert(const rule_t *r, const rule_t *old, uint64_t
 
 /* When all tokens of a state are back. (state_expires() rounds the end of a sliding window up, by up to `per`.) */
 static inline uint64_t rule_over(const rule_t *r, uint64_t state) {
-  if (IS_CALENDAR(state)) return rule_ends(r, state);
+  if (IS_CALENDAR(state) || IS_MONEY(state)) return rule_ends(r, state);
   uint64_t expires = state_expires(state);
   return TAG(state) == FSHM_SLIDING && r->kind == FSHM_SLIDING ? expires / r->per * r->per
                                                                : expires;

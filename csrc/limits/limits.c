@@ -13,13 +13,20 @@
 
 int fshm_limit_check(const fshm_limit *l, uint64_t *largest_n) {
   bool known = !kind_has_period(l->kind) || l->per_ns >= 1000;
-  known &= l->kind <= FSHM_PERMITS || l->kind == FSHM_LEASE;
+  known &= l->kind <= FSHM_MONEY;
   *largest_n = known ? limit_largest_n(l->kind, l->per_ns) : 0;
   return limit_valid(l) ? FSHM_OK : FSHM_E_ARGUMENT;
 }
 
 bool limits_load(fshm_segment *s, uint32_t index, snapshot_t *p) {
   return limits_load_inline(s, index, p);
+}
+
+/* The limits of a budget (money.c): no other call counts by them. */
+COLD void limits_are_money(fshm_segment *s, snapshot_t *p) {
+  p->money = p->count + (p->permits > 0);
+  p->count = p->permits = 0;
+  for (uint32_t i = 0; i < p->money; i++) calendar_ready(s, &p->rules[i]);
 }
 
 /* Apply the numbers of a handle (fshm_limiter_number()), which are never above the name's own. */
@@ -52,7 +59,7 @@ bool limits_rule(fshm_segment *s, uint32_t index, unsigned label, rule_t *out) {
   read_rule(&s->limiters[index], label, out);
   atomic_thread_fence(memory_order_acquire); /* the copy, before the second look at the slot */
   if (!rule_sane(out)) return false;
-  if (out->kind == FSHM_CALENDAR) calendar_ready(s, out);
+  if (out->kind == FSHM_CALENDAR || out->kind == FSHM_MONEY) calendar_ready(s, out);
   return out->kind != FSHM_PERMITS; /* no state has its label */
 }
 
@@ -98,6 +105,9 @@ COLD bool limits_wrong(const fshm_segment *s, uint32_t index, bool published) {
 
 /* An id is a hash of the name without the bit BESIDE; that bit is set for an auxiliary limiter
  * (fshm_limiter_open_beside()), whose calls are not counted. So every process that sees a claimed entry knows this. */
+/* money.c */
+uint64_t money_window(fshm_segment *s, const rule_t *rule, uint64_t now);
+
 #define BESIDE UINT64_C(1)
 
 static COLD uint64_t name_id(const fshm_segment *s, const char *name, uint64_t length) {
@@ -219,6 +229,10 @@ static int open_handle(fshm_segment *s, const char *name, uint64_t length, rule_
   if (status == FSHM_OK && !rules && !load_relaxed(&s->limiters[l->index].current))
     status = FSHM_E_NOT_FOUND;
   if (status == FSHM_OK && limits_wrong(s, l->index, false)) status = damage_limits(s, l->index);
+  snapshot_t present; /* what is counted in tokens is not counted in money afterwards, nor the other way round */
+  if (status == FSHM_OK && rules && limits_load(s, l->index, &present) &&
+      (present.money > 0) != (rules[0].kind == FSHM_MONEY))
+    status = FSHM_E_ARGUMENT;
   if (status == FSHM_OK && rules) status = publish(s, l->index, rules, count, now);
   if (status != FSHM_OK) {
     free(l);
@@ -240,8 +254,11 @@ static int limiter_open(fshm_segment *s, const char *name, uint64_t name_length,
     return FSHM_E_ARGUMENT;
   for (uint32_t i = 0; i < count; i++) {
     bool permits = limits[i].kind == FSHM_PERMITS;
-    if (!limit_valid(&limits[i]) || (permits && i + 1 != count)) return FSHM_E_ARGUMENT;
+    if (!limit_valid(&limits[i]) || (permits && i + 1 != count) ||
+        (limits[i].kind == FSHM_MONEY) != (limits[0].kind == FSHM_MONEY))
+      return FSHM_E_ARGUMENT;
     rules[i] = rule_make(&limits[i]);
+    if (limits[i].kind == FSHM_MONEY) rules[i].unit = money_window(s, &rules[i], now);
   }
   return open_handle(s, name, name_length, rules, count, bits, now, out);
 }
@@ -276,7 +293,7 @@ void fshm_limiter_share(fshm_limiter *l, int share) { l->share = share != 0; }
 static bool load_genuine(fshm_segment *s, uint32_t index, snapshot_t *p) {
   if (limits_wrong(s, index, true) || !limits_load(s, index, p)) return false;
   /* Check the copy: the segment may have been written over since. */
-  for (uint32_t i = 0; i < p->count; i++) {
+  for (uint32_t i = 0; i < p->count + p->money; i++) {
     const rule_t bare = rule_bare(&p->rules[i]);
     if (!rule_genuine(&bare)) return false;
   }
@@ -284,7 +301,7 @@ static bool load_genuine(fshm_segment *s, uint32_t index, snapshot_t *p) {
 }
 
 static void describe_limits(const snapshot_t *p, fshm_limit *out) {
-  for (uint32_t i = 0; i < p->count; i++) {
+  for (uint32_t i = 0; i < p->count + p->money; i++) {
     const rule_t bare = rule_bare(&p->rules[i]);
     out[i] = rule_limit(&bare);
   }
@@ -300,7 +317,7 @@ int fshm_limiter_limits(fshm_limiter *l, fshm_limit *out, uint64_t *version) {
   }
   *version = CURRENT_VERSION(p.current);
   describe_limits(&p, out);
-  return (int)(p.count + (p.permits > 0));
+  return (int)(p.count + p.money + (p.permits > 0));
 }
 
 /* Forget all keys of the limiter. One swap: afterwards no call finds the old slots. They expire by themselves; those
@@ -357,7 +374,7 @@ int fshm_limiter_at(fshm_segment *s, uint32_t index, fshm_limiter_info *out) {
   if (!load_relaxed(&e->id) || !load_relaxed(&e->current)) return 0;
   if (!load_genuine(s, index, &p)) return damage_limits(s, index);
   describe_limits(&p, out->limits);
-  out->limits_count = p.count + (p.permits > 0);
+  out->limits_count = p.count + p.money + (p.permits > 0);
   out->version = CURRENT_VERSION(p.current);
   out->resets = CURRENT_RESETS(p.current);
   out->id = load_relaxed(&e->id);

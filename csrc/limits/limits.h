@@ -63,6 +63,8 @@ static inline uint64_t salt_of(const fshm_segment *s, uint64_t current) {
   return likely(!resets) ? 0 : mix(s->secret[0] ^ mix(resets)) & ~UINT64_C(1);
 }
 
+void limits_are_money(fshm_segment *s, snapshot_t *p);
+
 /* Load the present limits. False: none, or damaged; then the snapshot has no limits, so that a caller that goes on
  * never divides by zero (rule_sane). */
 static inline HOT bool limits_load_inline(fshm_segment *s, uint32_t index, snapshot_t *p) {
@@ -80,13 +82,14 @@ static inline HOT bool limits_load_inline(fshm_segment *s, uint32_t index, snaps
     if (unlikely(load_relaxed(&e->current) != current)) continue;
     const uint64_t tail = WHO_OF(index, 0, 0, CURRENT_EPOCH(current));
     p->current = current;
-    p->permits = 0;
+    p->permits = p->money = 0;
     p->salt = salt_of(s, current);
     p->count = 1;
     if (likely(has == 1 && p->rules[0].kind != FSHM_PERMITS)) {
       p->tail[0] = tail | WHO_OF(0, p->rules[0].place, SET_RULE(set, 0), 0);
       if (unlikely(!current || !rule_sane(&p->rules[0]))) break;
       if (unlikely(p->rules[0].kind == FSHM_CALENDAR)) calendar_ready(s, &p->rules[0]);
+      if (unlikely(p->rules[0].kind == FSHM_MONEY)) limits_are_money(s, p);
       return true;
     }
     if (likely(has == 1)) { /* permits alone */
@@ -105,10 +108,13 @@ static inline HOT bool limits_load_inline(fshm_segment *s, uint32_t index, snaps
       p->permits = (uint32_t)r->n;
     }
     p->count = has - (p->permits != 0);
-    if (likely(current && has && i == has)) return true;
+    if (likely(current && has && i == has)) {
+      if (unlikely(p->rules[0].kind == FSHM_MONEY)) limits_are_money(s, p);
+      return true;
+    }
     break;
   }
-  p->count = p->permits = 0;
+  p->count = p->permits = p->money = 0;
   return false;
 }
 

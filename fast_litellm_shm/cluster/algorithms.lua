@@ -118,6 +118,7 @@ local function debt(r, m) return m.c > r.n and ceil((m.c - r.n) * r.per / r.n) o
 -- us until nothing is consumed
 local function over(r, m)
   if r.kind == 0 then return m.a / 1000 end
+  if r.kind == 3 then return max(0, m.w) end
   return max(0, m.w + (r.kind == 1 and debt(r, m) or m.c > 0 and r.per or 0))
 end
 

@@ -124,11 +124,37 @@ static void test_wall(void) {
   fshm_close(s);
 }
 
+/* Killed while a zone was written: an id with part of its contents. The next process completes it. */
+static void test_zones(void) {
+  fshm_segment *s = fresh_segment(100);
+  const uint64_t spans[] = {ZONE_SPAN(0, 60), ZONE_SPAN(30000000, 120)}, other[] = {ZONE_SPAN(0, 60)};
+  char name[ZONE_NAME + 1];
+  CHECK_EQ(fshm_zone(s, "Europe/Berlin", 13, spans, 2), 1);
+  const uint64_t id = load_relaxed(&s->zones[1].id);
+  CHECK_EQ(fshm_zone(s, "Europe/Berlin", 13, other, 1), 2);
+  CHECK_EQ(fshm_zone(s, "Europe/Paris", 12, spans, 2), 3);
+  memset(&s->zones[1], 0, sizeof *s->zones);
+  store_relaxed(&s->zones[1].id, id);
+  CHECK_EQ(fshm_zone(s, "Europe/Berlin", 13, spans, 2), 1);
+  CHECK_EQ(load_relaxed(&s->zones[1].count), 2);
+  CHECK_EQ(fshm_zone_name(s, 1, name, sizeof name), FSHM_OK);
+  CHECK(!strcmp(name, "Europe/Berlin"));
+  CHECK_EQ(fshm_zone_name(s, 0, name, sizeof name), 0);
+  CHECK_EQ(fshm_zone_name(s, 4, name, sizeof name), 0);
+  CHECK_EQ(fshm_zone_name(s, ZONES, name, sizeof name), 0);
+  CHECK_EQ(fshm_zone(s, name, 0, spans, 2), FSHM_E_ARGUMENT);
+  CHECK_EQ(fshm_zone(s, name, ZONE_NAME + 1, spans, 2), FSHM_E_ARGUMENT);
+  CHECK_EQ(fshm_zone(s, "x", 1, spans, 0), FSHM_E_ARGUMENT);
+  CHECK_EQ(fshm_zone(s, "x", 1, spans, ZONE_SPANS + 1), FSHM_E_ARGUMENT);
+  fshm_close(s);
+}
+
 int main(void) {
   test_days();
   test_utc();
   test_any_zone();
   test_states();
   test_wall();
+  test_zones();
   return done();
 }

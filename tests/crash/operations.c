@@ -181,6 +181,7 @@ static void run_remove(outcome_t *out) {
 
 #define BUCKET(n) {n, PER, n, FSHM_BUCKET, 0}
 #define WINDOW(n) {n, PER, n, FSHM_WINDOW, 0}
+#define CALENDAR(n) {n, PER, 0, FSHM_CALENDAR, 0}
 #define SLIDING(n) {n, PER, n, FSHM_SLIDING, 0}
 #define PERMITS(n) {n, 0, 0, FSHM_PERMITS, 0}
 /* statistics. cost 1: of a request that failed */
@@ -461,6 +462,36 @@ static const operation_t operations[] = {
      THREE,
      .prior = 3,
      ROOM(2, 5, 5)},
+    /* windows of the calendar: an hour */
+    {.name = "calendar-check", APPLY(ACQUIRE, 1), ONE(CALENDAR(5)), .prior = 2, ROOM(3, 2, 5)},
+    {.name = "calendar-denied", REFUSED(FSHM_DENIED), ONE(CALENDAR(5)), .prior = 5, ROOM(0, 0, 5)},
+    {.name = "calendar-first", APPLY(ACQUIRE, 1), ONE(CALENDAR(5)), ROOM(5, 4, 5)},
+    {.name = "calendar-next",
+     APPLY(ACQUIRE, 1),
+     ONE(CALENDAR(5)),
+     .prior = 5,
+     .flags = EXPIRED,
+     ROOM(5, 4, 5)},
+    {.name = "calendar-over-tenants",
+     APPLY(ACQUIRE, 1),
+     ONE(CALENDAR(5)),
+     .flags = TENANTS,
+     ROOM(5, 4, 5)},
+    {.name = "calendar-charge", APPLY(CHARGE, 3), ONE(CALENDAR(5)), .prior = 4, ROOM(1, 0, 5)},
+    {.name = "calendar-refund", APPLY(REFUND, 1), ONE(CALENDAR(5)), .prior = 3, ROOM(2, 3, 5)},
+    {.name = "calendar-several",
+     APPLY(ACQUIRE, 1),
+     .limits = {CALENDAR(5), BUCKET(8), WINDOW(6)},
+     .count = 3,
+     .prior = 2,
+     ROOM(3, 2, 5)},
+    {.name = "calendar-settle",
+     CALLS(run_settle),
+     .cost = 1,
+     ONE(CALENDAR(5)),
+     .prepare = charge_three,
+     .flags = ROUGH,
+     ROOM(2, 4, 5)},
     /* limits that come with the call */
     {.name = "count-window", COUNTS, .status = 1, ONE(WINDOW(5)), .prior = 2, ROOM(3, 2, 5)},
     {.name = "count-window-first", COUNTS, .status = 1, ONE(WINDOW(5)), ROOM(5, 4, 5)},

@@ -355,11 +355,12 @@ def test_stories(
     segment: Segment, clock: Clock, steps: list[Any], first: tuple[int, str, str], start: int
 ) -> None:
     # the year before, to be seen as a clock that was wrong
-    name = unique_name()
+    name = "stories"
     clock.set(start - 600_000)
     clock.set(start)
     n, per, zone = first
     limiter = RateLimiter(FixedWindow(n, per=per, timezone=zone), name=name, segment=segment)
+    limiter.reset()
     model, shown = Model(n, per, zone, clock.now() // MINUTE), start
     for step in steps:
         if step[0] == "take":
