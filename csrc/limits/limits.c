@@ -26,7 +26,12 @@ bool limits_load(fshm_segment *s, uint32_t index, snapshot_t *p) {
 COLD void limits_are_money(fshm_segment *s, snapshot_t *p) {
   p->money = p->count + (p->permits > 0);
   p->count = p->permits = 0;
-  for (uint32_t i = 0; i < p->money; i++) calendar_ready(s, &p->rules[i]);
+  calendar_ready(s, &p->rules[0]);
+  for (uint32_t i = 1; i < p->money; i++) {
+    p->rules[i].base = p->rules[0].base;
+    p->rules[i].floor = p->rules[0].floor;
+    p->rules[i].zone = p->rules[0].zone;
+  }
 }
 
 /* Apply the numbers of a handle (fshm_limiter_number()), which are never above the name's own. */

@@ -257,16 +257,17 @@ static int money_used(money_t *m, uint64_t id, amount_t *spent, fshm_budget *out
   out->spent = spent->amount;
   return status;
 }
-static int money_limit(money_t *m, fshm_budget *out) {
-  amount_t added, granted;
-  int status = money_read(m, 1, &added);
-  if (status == FSHM_OK) status = money_read(m, 3, &granted);
-  if (status != FSHM_OK) return status;
-  out->limit = rule_money(&m->p.rules[0]) + added.amount;
-  out->granted = m->p.money > 3 ? granted.amount : 0;
+/* added: with what was added, which most keys have no slot for: to find none takes longer than all the rest. */
+static int money_limit(money_t *m, bool added, bool granted, fshm_budget *out) {
+  amount_t more = {.amount = 0}, most = {.amount = 0};
+  int status = FSHM_OK;
+  if (added) status = money_read(m, 1, &more);
+  if (status == FSHM_OK && granted) status = money_read(m, 3, &most);
+  out->limit = rule_money(&m->p.rules[0]) + more.amount;
+  out->granted = most.amount;
   out->window = m->p.rules[0].unit;
   out->left_ns = (int64_t)calendar_left(&m->p.rules[0], m->p.rules[0].unit, m->now);
-  return FSHM_OK;
+  return status;
 }
 
 static void money_tell(const money_t *m, const amount_t *a, const void *key, uint64_t length,
@@ -292,12 +293,17 @@ int fshm_budget_reserve(fshm_limiter *l, const void *key, uint64_t length, uint6
   out->owner = row ? process + 1 : 0;
   heartbeat(m.s, m.now);
   amount = min_u64(amount, MONEY_MOST * 2);
+  const bool leased = flags & FSHM_BUDGET_GRANTED;
+  bool added = false; /* look at what was added only where the budget alone has no room */
   int denials = 0;
   for (int round = 0; round < ROUNDS_OF_MONEY; round++) {
-    out->status = money_limit(&m, out);
+    out->status = money_limit(&m, added, leased, out);
     if (out->status == FSHM_OK) out->status = money_used(&m, id, &spent, out);
     if (unlikely(out->status != FSHM_OK)) return out->status;
-    const bool leased = flags & FSHM_BUDGET_GRANTED;
+    if (unlikely(!added && out->spent + out->reserved + amount > out->limit)) {
+      added = true;
+      continue;
+    }
     const uint64_t most = leased ? min_u64(out->limit, out->granted) : out->limit;
     if (unlikely(out->spent + out->reserved + amount > most)) {
       out->status = out->spent + out->reserved + amount > out->limit ? FSHM_DENIED : FSHM_ASK;
@@ -372,7 +378,7 @@ int fshm_budget_look(fshm_limiter *l, const void *key, uint64_t length, uint64_t
   memset(out, 0, sizeof *out);
   out->status = money_begin(&m, l, key, length, now);
   if (out->status == FSHM_OK) heartbeat(m.s, m.now);
-  if (out->status == FSHM_OK) out->status = money_limit(&m, out);
+  if (out->status == FSHM_OK) out->status = money_limit(&m, true, true, out);
   if (out->status == FSHM_OK) out->status = money_used(&m, money_id(&m), &spent, out);
   return out->status;
 }

@@ -136,6 +136,8 @@ static COLD int put_shared(call_t *c, uint32_t i, look_t *l, uint32_t op) {
       next = (pair_t){shared.who, window_lasts(&c->snapshot.rules[i], shared.verdict.next, c->now)};
     }
     needed = plus_time(state_ends(c->s, 0, next.when), CLOCKS_DIFFER);
+    /* If the clock on the wall is set back, it ends so much later. */
+    if (IS_CALENDAR(next.when)) needed = plus_time(needed, WALL_WRONG);
     if (until < needed) continue;
     next.who = shared_who(seen.who, c->snapshot.current, next.who);
     /* Fails if the state changed, or if a key of this counter got a slot since we looked. */

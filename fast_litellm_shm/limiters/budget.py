@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, NoReturn, TypeAlias
 from fast_litellm_shm import exceptions, limits
 from fast_litellm_shm._shared import log
 from fast_litellm_shm._shared.named_limiter import key_bytes
-from fast_litellm_shm._shared.native import ffi, lib, owned
+from fast_litellm_shm._shared.native import BudgetCore, BudgetReservation as Reservation, address, ffi, lib, owned
 from fast_litellm_shm._shared.segment import InSegment, Segment
 from fast_litellm_shm._shared.states import failure
 from fast_litellm_shm.limits import Money
@@ -84,87 +84,56 @@ class Usage(NamedTuple):
 OnWarn: TypeAlias = Callable[[str, Usage], object]
 
 
-class Reservation:
-    """What :meth:`Budget.reserve` answers: true when the amount was reserved in all budgets.
+class Reservations:
+    """What ``Budget.reserve(also=)`` answers: a Reservation in several budgets."""
 
-    Settle it with what the call cost; else the end of its ``with`` block, or of the object, gives
-    it back. denied_by: the budget that had no room; retry_after: seconds until its window ends;
-    None: it never has so much.
-    """
+    __slots__ = ("_parts", "denied_by", "reason", "retry_after")
 
-    __slots__ = ("_amount", "_held", "denied_by", "retry_after")
-
-    def __init__(
-        self,
-        amount: int,
-        held: list[tuple[Budget, bytes, Any]],
-        denied_by: Budget | None = None,
-        retry_after: float | None = 0.0,
-    ) -> None:
-        self._amount, self._held = amount, held
-        self.denied_by, self.retry_after = denied_by, retry_after
+    def __init__(self, parts: list[Reservation]) -> None:
+        """parts: all are reserved; or the last was denied, and then nothing is."""
+        self._parts, last = parts, parts[-1]
+        self.denied_by: Budget | None = last.denied_by
+        self.reason, self.retry_after = last.reason, last.retry_after
+        if not last:
+            self.release()
 
     @property
     def allowed(self) -> bool:
+        """True: the amount was reserved in all of them."""
         return self.denied_by is None
 
-    @property
-    def reason(self) -> str:
-        """ "Request allowed", or which budget denied."""
-        if self.denied_by is None:
-            return "Request allowed"
-        return f"Budget exceeded ({self.denied_by.name})"
-
     def settle(self, usd: USD) -> None:
-        """The call is over, and cost this much: it is spent, also where that is more than the
-        budget has left. A second call does nothing."""
-        self._settle(_amount(usd, "settle: usd"))
+        """As of a Reservation, in all budgets."""
+        self._end(dollars(_amount(usd, "settle: usd")))
 
     def release(self) -> None:
-        """The call cost nothing: give back what was reserved. After settle() it does nothing."""
-        self._settle(0)
+        """As of a Reservation, in all budgets."""
+        self._end(Decimal(0))
 
-    def _settle(self, actual: int) -> None:
-        failed: BaseException | None = None
-        while self._held:
-            budget, key, held = self._held.pop()  # first: once, wherever an exception strikes
+    def _end(self, usd: Decimal) -> None:
+        failed: Exception | None = None
+        for each in self._parts:
             try:
-                budget._settle(key, held, self._amount, actual)
+                each.settle(usd)
             except exceptions.FastShmError as error:
                 failed = error  # the others must know too
         if failed is not None:
             raise failed
 
-    def moved(self) -> Reservation:
-        """The same, for another owner: this one is over."""
-        held, self._held = self._held, []
-        return Reservation(self._amount, held)
-
     def __bool__(self) -> bool:
         return self.denied_by is None
 
-    def __enter__(self) -> Reservation:
+    def __enter__(self) -> Reservations:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.release()
 
-    async def __aenter__(self) -> Reservation:
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        self.release()
-
-    def __del__(self) -> None:
-        if getattr(self, "_held", None):
-            self.release()
-
     def __repr__(self) -> str:
-        state = "reserved" if self._held else "over" if self else f"denied by {self.denied_by!r}"
-        return f"Reservation({state}, usd={dollars(self._amount)})"
+        return f"Reservations({self._parts!r})"
 
 
-class Budget(InSegment):
+class Budget(BudgetCore, InSegment):
     """At most ``usd`` dollars for each key, in each window of the calendar, over all workers.
 
     usd: an int, str or Decimal (exact to 10**-9 dollars, at most 10**9), or a float, rounded once.
@@ -234,33 +203,18 @@ class Budget(InSegment):
         if status != lib.FSHM_OK:
             self._failed(status)
         self._handle: Any = owned(out[0], lib.fshm_limiter_close, self._segment._handle)
+        self._bind(self._handle, address(self._handle), self._flags, float(warn_at or 0))
 
-    def reserve(
-        self, key: Key, usd: USD, *, also: Iterable[tuple[Budget, Key]] = ()
-    ) -> Reservation:
-        """Reserve this much, if the budget has room, or say that it has not. also: other budgets
-        that the same call must fit into, with its keys in them: of a team, of an organization. If
-        one of all has no room, nothing is reserved in any."""
-        amount = _amount(usd, "reserve: usd")
-        held: list[tuple[Budget, bytes, Any]] = []
-        reservation = Reservation(amount, held)
+    def _reserve_all(
+        self, key: Key, usd: USD, also: Iterable[tuple[Budget, Key]]
+    ) -> Reservation | Reservations:
+        """Called by the native part: reserve() in several budgets."""
+        amount, parts = dollars(_amount(usd, "reserve: usd")), []
         for budget, its in ((self, key), *also):
-            raw = key_bytes(its)
-            out = ffi.new("fshm_budget *")
-            found = (budget, raw, out)
-            status = lib.fshm_budget_reserve(
-                budget._handle, raw, len(raw), amount, budget._flags, 0, out
-            )
-            if status == lib.FSHM_ALLOWED:
-                held.append(found)
-                budget._watch(raw, out)
-                continue
-            reservation.release()
-            if status < 0:
-                budget._failed(status)
-            never = budget._limit.per is None or amount > out.limit
-            return Reservation(amount, [], budget, None if never else out.left_ns / 1e9)
-        return reservation
+            parts.append(budget.reserve(its, amount))
+            if not parts[-1]:
+                break
+        return Reservations(parts)
 
     def usage(self, key: Key) -> Usage:
         """What the key has spent and reserved in the present window."""
@@ -278,7 +232,7 @@ class Budget(InSegment):
         """Spend without a reservation, room or not."""
         raw, amount = key_bytes(key), _amount(usd, "charge: usd")
         self._add(raw, _SPENT, amount)
-        self._watch(raw, None)
+        self._watch(key)
 
     def refund(self, key: Key, usd: USD) -> None:
         """Take back what was spent in the present window, at most all of it."""
@@ -326,32 +280,29 @@ class Budget(InSegment):
         if status != lib.FSHM_OK:
             self._failed(status)
 
-    def _settle(self, raw: bytes, held: Any, amount: int, actual: int) -> None:
-        status = lib.fshm_budget_settle(self._handle, raw, len(raw), held, amount, actual, 0)
-        if status < 0:
-            self._failed(status)
-        if actual > amount:
-            self._watch(raw, None)
+    def _nanos(self, usd: object, where: str) -> int:
+        """Called by the native part, for what it does not read itself."""
+        return _amount(usd, where)
 
-    def _watch(self, raw: bytes, found: Any) -> None:
-        """Warn, if it is time. found: of a call that has just looked."""
+    def _watch(self, key: Key) -> None:
+        """Warn, if it is time. Called by the native part too."""
         if self._warn_at is None:
             return
-        if found is None:
-            found = self._look(raw)
+        raw = key_bytes(key)
+        found = self._look(raw)
         if found.spent + found.reserved < self._warn_at * found.limit:
             return
         if lib.fshm_budget_once(self._handle, raw, len(raw), 0) != lib.FSHM_OK:
             return
-        key, usage = raw.decode("utf-8", "replace"), self._usage(found)
+        shown, usage = raw.decode("utf-8", "replace"), self._usage(found)
         if self._on_warn is None:
             log.warning(
                 "budget %r: %r has used or reserved %s of %s dollars",
-                self._name, key, usage.spent + usage.reserved, usage.limit,
+                self._name, shown, usage.spent + usage.reserved, usage.limit,
             )  # fmt: skip
             return
         try:
-            self._on_warn(key, usage)
+            self._on_warn(shown, usage)
         except Exception:
             log.exception("budget %r: on_warn failed", self._name)
 
@@ -365,11 +316,11 @@ class Budget(InSegment):
 
     def __reduce__(self) -> tuple[Any, ...]:
         given = (self.usd, self._limit.per)
-        return (_rebuild, (given, {**self._options, "segment": self._segment}))
+        return (_rebuild, (type(self), given, {**self._options, "segment": self._segment}))
 
     def __repr__(self) -> str:
         return f"Budget({limits.describe(self._limit)}, name={self._name!r})"
 
 
-def _rebuild(given: Sequence[Any], options: dict[str, Any]) -> Budget:
-    return Budget(*given, **options)
+def _rebuild(cls: type[Budget], given: Sequence[Any], options: dict[str, Any]) -> Budget:
+    return cls(*given, **options)

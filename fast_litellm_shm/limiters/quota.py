@@ -278,7 +278,11 @@ class Quota(InSegment):
         with_money = self._budget.reserve(key, usd)
         if not with_money:
             return self._refused(key, tokens)._with(with_money)
-        return self._admit(key, tokens, 1)._with(with_money)
+        try:
+            return self._admit(key, tokens, 1)._with(with_money)
+        except BaseException:
+            with_money.release()
+            raise
 
     def _refused(self, key: str | bytes, tokens: int) -> Admission:
         return Admission(self, key, self._grantor.denied(key, self._costs(tokens)), tokens)
@@ -304,11 +308,14 @@ class Quota(InSegment):
         _check_tokens("admit_async", tokens)
         if self._budget is None:
             return await self._admit_async(key, tokens, 1)
-        with self._budget.reserve(key, usd) as with_money:
-            if not with_money:
-                return self._refused(key, tokens)._with(with_money)
-            admission = await self._admit_async(key, tokens, 1)
-            return admission._with(with_money.moved())
+        with_money = self._budget.reserve(key, usd)
+        if not with_money:
+            return self._refused(key, tokens)._with(with_money)
+        try:
+            return (await self._admit_async(key, tokens, 1))._with(with_money)
+        except BaseException:
+            with_money.release()
+            raise
 
     async def _admit_async(self, key: str | bytes, tokens: int, requests: int) -> Admission:
         permit = await self._grantor.admit_async(key, self._costs(tokens, requests))
