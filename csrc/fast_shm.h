@@ -64,10 +64,12 @@ enum fshm_kind {
   FSHM_WINDOW = 1,
   FSHM_SLIDING = 2,
   FSHM_PERMITS = 3, /* at most n held at a time; per_ns 0; the last limit of its limiter */
-  FSHM_CALENDAR = 4, /* a window of the calendar; per_ns: an hour, a day, a week, 30 days (a month) or 365 (a year); strict:
+  FSHM_CALENDAR =
+      4, /* a window of the calendar; per_ns: an hour, a day, a week, 30 days (a month) or 365 (a year); strict:
                       * the index of its time zone */
   FSHM_LEASE = 5, /* granted to this host by a server, n at most; per_ns 0: see "Token leases" */
-  FSHM_MONEY = 6 /* of a budget: n nano-dollars in each window; as FSHM_CALENDAR, or per_ns 2^55: for ever */
+  FSHM_MONEY =
+      6 /* of a budget: n nano-dollars in each window; as FSHM_CALENDAR, or per_ns 2^55: for ever */
 };
 
 enum fshm_op {
@@ -312,8 +314,10 @@ uint32_t fshm_leader(fshm_segment *segment); /* its pid; 0: there is none */
  * nano-dollars. */
 typedef struct {
   int32_t status;
-  uint32_t direct; /* the reservation was charged, so that the death of the process does not give it back */
-  uint64_t limit, spent, reserved; /* of the key, in this window, after the call; limit: with what was added */
+  uint32_t
+      direct; /* the reservation was charged, so that the death of the process does not give it back */
+  uint64_t limit, spent,
+      reserved; /* of the key, in this window, after the call; limit: with what was added */
   uint64_t granted;
   uint64_t window; /* its end, minutes since 1970 */
   int64_t left_ns; /* until then */
@@ -336,6 +340,9 @@ int fshm_budget_look(fshm_limiter *budget, const void *key, uint64_t key_length,
 /* Add to a number of the key for this window: which 0 = spent, 1 = added, 3 = granted. It goes down to 0 at least. */
 int fshm_budget_add(fshm_limiter *budget, const void *key, uint64_t key_length, uint32_t which,
                     int64_t amount, uint64_t now_ns);
+/* Raise one of these numbers to this, if it is less: of the window with this end. FSHM_DENIED: it is another one now. */
+int fshm_budget_raise(fshm_limiter *budget, const void *key, uint64_t key_length, uint32_t which,
+                      uint64_t to, uint64_t window, uint64_t now_ns);
 /* 1: for the first call of a key in its window. */
 int fshm_budget_once(fshm_limiter *budget, const void *key, uint64_t key_length, uint64_t now_ns);
 

@@ -289,8 +289,8 @@ def from_raw(raw: Any, segment: Any) -> LimitSpec | InFlight | Granted | Money:
         return Granted(raw.n)
     if raw.kind == lib.FSHM_MONEY:
         money = object.__new__(Money)
-        per = None if raw.per_ns == _FOREVER else _CALENDAR_NAMES[raw.per_ns // _NS]
-        vars(money).update(n=raw.n, per=per, timezone=zones.name_at(segment, raw.strict))
+        named = None if raw.per_ns == _FOREVER else _CALENDAR_NAMES[raw.per_ns // _NS]
+        vars(money).update(n=raw.n, per=named, timezone=zones.name_at(segment, raw.strict))
         return money
     if raw.kind == lib.FSHM_CALENDAR:
         return FixedWindow._of(raw.n, raw.per_ns, zones.name_at(segment, raw.strict))
@@ -298,7 +298,9 @@ def from_raw(raw: Any, segment: Any) -> LimitSpec | InFlight | Granted | Money:
     per: float = int(seconds) if seconds.is_integer() else seconds
     if raw.kind == lib.FSHM_BUCKET:
         return TokenBucket(raw.n, per, burst=raw.burst, strict=bool(raw.strict))
-    return (FixedWindow if raw.kind == lib.FSHM_WINDOW else SlidingWindow)(raw.n, per)
+    if raw.kind == lib.FSHM_WINDOW:
+        return FixedWindow(raw.n, per)
+    return SlidingWindow(raw.n, per)
 
 
 def reason(limit: LimitSpec | InFlight | Granted | Money) -> str:

@@ -21,7 +21,9 @@ void wall_follow(fshm_segment *s, uint64_t wall, uint64_t now) {
                                                   memory_order_release, memory_order_relaxed);
   }
   uint64_t floor = load_relaxed(&h->wall_floor);
-  if (floor > wall + WALL_WRONG) /* lost: another process has raised or lowered it, and the next look decides */
+  if (floor >
+      wall +
+          WALL_WRONG) /* lost: another process has raised or lowered it, and the next look decides */
     (void)atomic_compare_exchange_strong_explicit(&h->wall_floor, &floor, wall,
                                                   memory_order_relaxed, memory_order_relaxed);
   else

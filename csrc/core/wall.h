@@ -14,8 +14,10 @@
 
 #include "internal.h"
 
-#define WALL_CHECK UINT64_C(10000000) /* ns: how long a process goes without a look at the kernel's clock */
-#define WALL_DIFFERS UINT64_C(10000000) /* ns: a smaller difference is no step of the kernel's clock */
+#define WALL_CHECK \
+  UINT64_C(10000000) /* ns: how long a process goes without a look at the kernel's clock */
+#define WALL_DIFFERS \
+  UINT64_C(10000000) /* ns: a smaller difference is no step of the kernel's clock */
 #define WALL_WRONG (UINT64_C(24) * 3600 * 1000000000) /* ns back: the clock had been wrong */
 
 /* The kernel's clock of the day shows `wall` (ns since 1970) at segment time `now`. */

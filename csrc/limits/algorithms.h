@@ -73,7 +73,8 @@ typedef union {
     uint64_t n, per;
     uint64_t burst;
     uint64_t num, den; /* bucket: emission interval num/den ns */
-    uint64_t unit; /* bucket: increment of cost 1, ns. money: when the window ends, minutes since 1970 */
+    uint64_t
+        unit; /* bucket: increment of cost 1, ns. money: when the window ends, minutes since 1970 */
     /* bucket: how far the arrival time may be ahead of now for cost 1, ns. money: the lower half of the limit, whose upper
      * half is n - 1 */
     uint64_t room;
@@ -245,7 +246,8 @@ static inline bool state_possible(uint64_t s) {
   unsigned shift = (unsigned)(s >> 57) & 31;
   switch (s ? TAG(s) : 4) {
     case FSHM_BUCKET:
-      return s <= TIME_MAX || IS_MONEY(s) || (IS_CALENDAR(s) && CALENDAR_END(s) && (s & CALENDAR_COUNT));
+      return s <= TIME_MAX || IS_MONEY(s) ||
+             (IS_CALENDAR(s) && CALENDAR_END(s) && (s & CALENDAR_COUNT));
     case FSHM_WINDOW: /* a count of at least 1 */
       return shift >= 1 && state_expires(s) && (s & ((UINT64_C(1) << shift) - 1));
     case FSHM_SLIDING: /* 2^14 <= class; something counted in either window */
@@ -876,8 +878,7 @@ static inline uint64_t rule_convert(const rule_t *r, const rule_t *old, uint64_t
   if (r->kind == FSHM_CALENDAR && old->kind == FSHM_WINDOW) {
     const window_t w = window_open(old, state, now);
     const uint64_t left = (w.end > now ? w.end : state_expires(state)) - now;
-    return calendar_state(
-        (dated_t){(calendar_wall(r, now) + left + MINUTE - 1) / MINUTE, w.count});
+    return calendar_state((dated_t){(calendar_wall(r, now) + left + MINUTE - 1) / MINUTE, w.count});
   }
   if (r->kind == FSHM_WINDOW && old->kind == FSHM_CALENDAR) {
     const dated_t w = calendar_read(old, state, now);

@@ -73,7 +73,8 @@ static inline int64_t calendar_next(uint64_t per, int64_t local) {
   int64_t year, month, days = floor_div(local, 1440);
   if (per == HOUR_NS) return (floor_div(local, 60) + 1) * 60;
   if (per == DAY_NS) return (days + 1) * 1440;
-  if (per == WEEK_NS) return ((floor_div(days + 3, 7) + 1) * 7 - 3) * 1440; /* day 0 was a Thursday */
+  if (per == WEEK_NS)
+    return ((floor_div(days + 3, 7) + 1) * 7 - 3) * 1440; /* day 0 was a Thursday */
   month_of(days, &year, &month);
   if (per == YEAR_NS) return days_of(year + 1, 1) * 1440;
   return (month == 12 ? days_of(year + 1, 1) : days_of(year, month + 1)) * 1440;
@@ -118,14 +119,16 @@ static inline uint64_t calendar_end(uint64_t per, const zone_t *z, uint64_t minu
   int64_t next = calendar_next(per, now + span.east), end;
   if (per == HOUR_NS) {
     end = next - span.east;
-    if (end > span.end) { /* the clock is moved before: the hour that it shows then goes on to its end */
+    if (end >
+        span.end) { /* the clock is moved before: the hour that it shows then goes on to its end */
       const int64_t local = span.end + zone_span(z, count, i + 1).east;
       end = span.end + (local % 60 ? 60 - (local % 60 + 60) % 60 : 0);
     }
   } else {
     end = zone_reaches(z, next);
     /* The clock was set back over a begin: that window has begun. */
-    for (int k = 0; k < 3 && end <= now; k++) end = zone_reaches(z, next = calendar_next(per, next));
+    for (int k = 0; k < 3 && end <= now; k++)
+      end = zone_reaches(z, next = calendar_next(per, next));
   }
   if (end <= now) end = now + 1; /* no tz database says so */
   return (uint64_t)(end - now > CALENDAR_MOST ? now + CALENDAR_MOST : end);

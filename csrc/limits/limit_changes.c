@@ -191,7 +191,8 @@ static COLD bool sweep_slot(sweep_t *w, uint64_t slot) {
       if (!w->fixed) w->now = segment_now(s);
       continue;
     }
-    bool over = IS_PENDING(pair.when) || state_ends(s, pair.who, pair.when) <= minus(w->now, CLOCKS_DIFFER);
+    bool over =
+        IS_PENDING(pair.when) || state_ends(s, pair.who, pair.when) <= minus(w->now, CLOCKS_DIFFER);
     pair_t to = {0, 0}, seen = pair;
     over |= shared && !shared_is_of(pair.who, w->snapshot.current);
     if (!over) to = swept(w, pair, place);

@@ -234,7 +234,8 @@ static int open_handle(fshm_segment *s, const char *name, uint64_t length, rule_
   if (status == FSHM_OK && !rules && !load_relaxed(&s->limiters[l->index].current))
     status = FSHM_E_NOT_FOUND;
   if (status == FSHM_OK && limits_wrong(s, l->index, false)) status = damage_limits(s, l->index);
-  snapshot_t present; /* what is counted in tokens is not counted in money afterwards, nor the other way round */
+  snapshot_t
+      present; /* what is counted in tokens is not counted in money afterwards, nor the other way round */
   if (status == FSHM_OK && rules && limits_load(s, l->index, &present) &&
       (present.money > 0) != (rules[0].kind == FSHM_MONEY))
     status = FSHM_E_ARGUMENT;

@@ -119,8 +119,10 @@ static uint64_t first_money(void *context) {
   return f->stale ? NO_STATE : MONEY_STATE(f->amount);
 }
 
-/* Add to an amount of the key. once: only if it is 0, else FSHM_DENIED. slot: where it is, or NULL. */
-static int money_add(money_t *m, uint32_t i, int64_t by, bool once, found_t *where) {
+/* Add to an amount of the key. ONCE: only if it is 0, else FSHM_DENIED. RAISE: to this, if it is less. where: its slot; or
+ * NULL. */
+enum { ADD, ONCE, RAISE };
+static int money_add(money_t *m, uint32_t i, int64_t by, unsigned how, found_t *where) {
   for (int tries = 0; tries < MAX_TRIES; tries++) {
     amount_t a;
     if (!money_look(m, i, &a)) {
@@ -129,8 +131,9 @@ static int money_add(money_t *m, uint32_t i, int64_t by, bool once, found_t *whe
       if (i >= m->p.money) return FSHM_E_ARGUMENT;
       continue;
     }
-    if (once && a.amount) return FSHM_DENIED;
-    const uint64_t next = money_add_to(a.amount, by);
+    if (how == ONCE && a.amount) return FSHM_DENIED;
+    const uint64_t next =
+        how == RAISE ? max_u64(a.amount, (uint64_t)by) : money_add_to(a.amount, by);
     if (likely(a.f.pair.who)) {
       pair_t seen = a.f.pair, to = {a.who, MONEY_STATE(next)};
       if (likely(pair_cas(&m->s->slots[a.f.slot], &seen, to))) {
@@ -314,11 +317,11 @@ int fshm_budget_reserve(fshm_limiter *l, const void *key, uint64_t length, uint6
     }
     out->status = FSHM_OK;
     if (unlikely(!spent.f.pair.who)) /* so that what it will cost has a slot */
-      out->status = money_add(&m, 0, 0, false, &spent.f);
+      out->status = money_add(&m, 0, 0, ADD, &spent.f);
     if (unlikely(out->status != FSHM_OK)) return out->status;
     if (!out->direct && unlikely(!reserve_here(m.s, process, id, amount))) out->direct = 1;
     if (unlikely(out->direct)) {
-      out->status = money_add(&m, 0, (int64_t)amount, false, NULL);
+      out->status = money_add(&m, 0, (int64_t)amount, ADD, NULL);
       if (out->status != FSHM_OK) return out->status;
     }
     /* Published, then looked: of all that stand, the last to publish has counted all. */
@@ -331,7 +334,7 @@ int fshm_budget_reserve(fshm_limiter *l, const void *key, uint64_t length, uint6
     }
     const int failed = out->status;
     if (out->direct)
-      (void)money_add(&m, 0, -(int64_t)amount, false, NULL);
+      (void)money_add(&m, 0, -(int64_t)amount, ADD, NULL);
     else
       release_here(m.s, process, id, amount);
     if (failed != FSHM_OK) return out->status = failed;
@@ -353,8 +356,7 @@ int fshm_budget_settle(fshm_limiter *l, const void *key, uint64_t length,
   amount = min_u64(amount, MONEY_MOST * 2);
   actual = min_u64(actual, MONEY_MOST * 2);
   const bool row = process_identity(l->segment, &process, &incarnation);
-  const bool mine =
-      row && process + 1 == reserved->owner && incarnation == reserved->incarnation;
+  const bool mine = row && process + 1 == reserved->owner && incarnation == reserved->incarnation;
   if (reserved->owner ? !mine : row && !reserved->direct) return 0;
   int status = money_begin(&m, l, key, length, now);
   int64_t by = (int64_t)actual;
@@ -364,7 +366,7 @@ int fshm_budget_settle(fshm_limiter *l, const void *key, uint64_t length,
     if (status == FSHM_OK && m.p.rules[0].unit != reserved->window && by < 0) by = 0;
   }
   /* Spent first: killed in between, it is spent, and what was reserved is given back. */
-  if (status == FSHM_OK && by) status = money_add(&m, 0, by, false, NULL);
+  if (status == FSHM_OK && by) status = money_add(&m, 0, by, ADD, NULL);
   if (status < 0) return status;
   if (!reserved->direct) release_here(l->segment, process, reserved->id, amount);
   if (actual < amount) wait_wake_more(l->segment, wait_key(m.hash, l->index));
@@ -392,7 +394,7 @@ int fshm_budget_add(fshm_limiter *l, const void *key, uint64_t length, uint32_t 
   if (status != FSHM_OK) return status;
   if (which >= m.p.money) return FSHM_E_ARGUMENT;
   amount = amount > most ? most : amount < -most ? -most : amount;
-  status = money_add(&m, which, amount, false, &where);
+  status = money_add(&m, which, amount, ADD, &where);
   if (status == FSHM_OK && !(m.s->names_mode & FSHM_NAMES_OFF))
     key_stats_remember(m.s, where.slot, key_stats_meta(l->index, where.pair.who), key, length);
   wait_wake_more(m.s, wait_key(m.hash, l->index));
@@ -403,5 +405,15 @@ int fshm_budget_once(fshm_limiter *l, const void *key, uint64_t length, uint64_t
   money_t m;
   int status = money_begin(&m, l, key, length, now);
   if (status != FSHM_OK) return status;
-  return m.p.money < 3 ? FSHM_E_ARGUMENT : money_add(&m, 2, 1, true, NULL);
+  return m.p.money < 3 ? FSHM_E_ARGUMENT : money_add(&m, 2, 1, ONCE, NULL);
+}
+
+int fshm_budget_raise(fshm_limiter *l, const void *key, uint64_t length, uint32_t which,
+                      uint64_t to, uint64_t window, uint64_t now) {
+  money_t m;
+  int status = money_begin(&m, l, key, length, now);
+  if (status != FSHM_OK) return status;
+  if (which >= m.p.money) return FSHM_E_ARGUMENT;
+  if (m.p.rules[0].unit != window) return FSHM_DENIED; /* of another window than it is now */
+  return money_add(&m, which, (int64_t)min_u64(to, MONEY_MOST * 2), RAISE, NULL);
 }

@@ -9,7 +9,8 @@ static COLD void find_shared(const call_t *c, uint32_t i, found_t *f) {
   f->pair = s->read_only ? pair_peek(&s->slots[f->slot]) : pair_load(&s->slots[f->slot]);
 }
 static inline bool shared_used(const call_t *c, const found_t *f) {
-  return shared_is_of(f->pair.who, c->snapshot.current) && state_ends(c->s, 0, f->pair.when) > c->now;
+  return shared_is_of(f->pair.who, c->snapshot.current) &&
+         state_ends(c->s, 0, f->pair.when) > c->now;
 }
 
 /* Check the cost against a counter's state, which was written under this rule or a former one. */

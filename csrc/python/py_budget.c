@@ -92,13 +92,14 @@ static int budget_reservation_end(BudgetReservation *self, uint64_t actual) {
 }
 
 static PyObject *budget_reservation_settle(PyObject *o, PyObject *const *args, Py_ssize_t n,
-                                    PyObject *kwnames) {
+                                           PyObject *kwnames) {
   static const char *const names[] = {"usd"};
   BudgetReservation *self = (BudgetReservation *)o;
   PyObject *found[1] = {NULL};
   uint64_t actual;
   if (parse("settle", args, n, kwnames, names, found, 1, 1) ||
-      get_dollars(self->budget, found[0], "settle: usd", &actual) || budget_reservation_end(self, actual))
+      get_dollars(self->budget, found[0], "settle: usd", &actual) ||
+      budget_reservation_end(self, actual))
     return NULL;
   Py_RETURN_NONE;
 }
@@ -107,7 +108,9 @@ static PyObject *budget_reservation_release(PyObject *o, UNUSED PyObject *unused
   if (budget_reservation_end((BudgetReservation *)o, 0)) return NULL;
   Py_RETURN_NONE;
 }
-static PyObject *budget_reservation_enter(PyObject *o, UNUSED PyObject *unused) { return Py_NewRef(o); }
+static PyObject *budget_reservation_enter(PyObject *o, UNUSED PyObject *unused) {
+  return Py_NewRef(o);
+}
 static PyObject *budget_reservation_exit(PyObject *o, UNUSED PyObject *args) {
   return budget_reservation_release(o, NULL);
 }
@@ -184,8 +187,10 @@ static PyMethodDef budget_reservation_methods[] = {
     {NULL, NULL, 0, NULL}};
 static PyGetSetDef budget_reservation_getset[] = {
     {"allowed", budget_reservation_get_allowed, NULL, "True: the amount was reserved.", NULL},
-    {"denied_by", budget_reservation_get_denied_by, NULL, "The Budget that had no room; None.", NULL},
-    {"reason", budget_reservation_get_reason, NULL, "\"Request allowed\", or which budget denied.", NULL},
+    {"denied_by", budget_reservation_get_denied_by, NULL, "The Budget that had no room; None.",
+     NULL},
+    {"reason", budget_reservation_get_reason, NULL, "\"Request allowed\", or which budget denied.",
+     NULL},
     {"retry_after", budget_reservation_get_retry_after, NULL,
      "Seconds until the window ends in which it was denied; None: it never fits.", NULL},
     {"_open", budget_reservation_get_open, NULL, NULL, NULL},
@@ -232,13 +237,26 @@ static PyObject *budget_take(BudgetCore *self, PyObject *key, uint64_t amount) {
   r->key = Py_NewRef(key);
   r->amount = amount;
   r->open = 0;
-  const int status = fshm_budget_reserve(self->limiter, k.bytes, (uint64_t)k.length, amount,
-                                         self->flags, 0, &r->held);
-  r->open = r->allowed = status == FSHM_ALLOWED;
+  int status, asked = 0;
+  while ((status = fshm_budget_reserve(self->limiter, k.bytes, (uint64_t)k.length, amount,
+                                       self->flags, 0, &r->held)) == FSHM_ASK &&
+         asked++ < 4) {
+    /* Its ledger must grant more: _ask(key, nanos) says whether it did. */
+    PyObject *granted =
+        PyObject_CallMethod((PyObject *)self, "_ask", "OK", key, (unsigned long long)amount);
+    const int more = granted ? PyObject_IsTrue(granted) : -1;
+    Py_XDECREF(granted);
+    if (more > 0) continue;
+    if (more < 0) status = -1;
+    break;
+  }
+  const int failed = PyErr_Occurred() != NULL;
+  r->open = r->allowed = !failed && status == FSHM_ALLOWED;
   PyObject_GC_Track((PyObject *)r);
   Py_XDECREF(k.held);
-  if (status < 0 ? budget_failed((PyObject *)self, status)
-                 : r->allowed && budget_watch(self, key, &r->held)) {
+  if (failed       ? -1
+      : status < 0 ? budget_failed((PyObject *)self, status)
+                   : r->allowed && budget_watch(self, key, &r->held)) {
     Py_DECREF((PyObject *)r);
     return NULL;
   }
@@ -253,8 +271,7 @@ static PyObject *budget_reserve(PyObject *o, PyObject *const *args, Py_ssize_t n
   uint64_t amount;
   if (n > 2) return PyErr_Format(PyExc_TypeError, "reserve() takes 2 positional arguments");
   if (parse("reserve", args, n, kwnames, names, found, 3, 2)) return NULL;
-  if (found[2])
-    return PyObject_CallMethod(o, "_reserve_all", "OOO", found[0], found[1], found[2]);
+  if (found[2]) return PyObject_CallMethod(o, "_reserve_all", "OOO", found[0], found[1], found[2]);
   if (get_dollars(o, found[1], "reserve: usd", &amount)) return NULL;
   return budget_take(self, found[0], amount);
 }
@@ -277,7 +294,9 @@ static PyMethodDef budget_methods[] = {
      "of a team, of an organization. If one of all has no room, nothing is reserved in any."},
     {"_bind", budget_bind, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL}};
-static PyType_Slot budget_slots[] = {
-    {Py_tp_dealloc, (void *)budget_dealloc}, {Py_tp_traverse, (void *)budget_traverse},
-    {Py_tp_methods, budget_methods},         {Py_tp_new, (void *)PyType_GenericNew},
-    {Py_tp_doc, DOC("The native part of a Budget.")}, {0, NULL}};
+static PyType_Slot budget_slots[] = {{Py_tp_dealloc, (void *)budget_dealloc},
+                                     {Py_tp_traverse, (void *)budget_traverse},
+                                     {Py_tp_methods, budget_methods},
+                                     {Py_tp_new, (void *)PyType_GenericNew},
+                                     {Py_tp_doc, DOC("The native part of a Budget.")},
+                                     {0, NULL}};

@@ -418,8 +418,7 @@ class Inspection:
             index: {
                 "name": raw.decode("utf-8", "replace"),
                 "limits": [
-                    limits.from_raw(info.limits[i], self.segment)
-                    for i in range(info.limits_count)
+                    limits.from_raw(info.limits[i], self.segment) for i in range(info.limits_count)
                 ],
                 "version": info.version,
                 "resets": info.resets,

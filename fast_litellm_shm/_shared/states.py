@@ -106,7 +106,10 @@ def open_beside(
 ) -> States:
     """A limiter that keeps something for another one, ``shown``: its calls are counted nowhere."""
     encoded = name.encode("utf-8", "surrogatepass")
-    raw, out = ffi.new("fshm_limit[]", [each._raw(segment) for each in specs]), ffi.new("fshm_limiter **")
+    raw, out = (
+        ffi.new("fshm_limit[]", [each._raw(segment) for each in specs]),
+        ffi.new("fshm_limiter **"),
+    )
     status = lib.fshm_limiter_open_beside(
         segment._handle, encoded, len(encoded), raw, len(specs), out
     )

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
-from typing import Any, NamedTuple, NoReturn, TypeAlias
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias
 
 from fast_litellm_shm import exceptions, limits
 from fast_litellm_shm._shared import log
 from fast_litellm_shm._shared.named_limiter import key_bytes
-from fast_litellm_shm._shared.native import BudgetCore, BudgetReservation as Reservation, address, ffi, lib, owned
+from fast_litellm_shm._shared.native import (
+    BudgetCore,
+    BudgetReservation,
+    address,
+    ffi,
+    lib,
+    owned,
+)
 from fast_litellm_shm._shared.segment import InSegment, Segment
 from fast_litellm_shm._shared.states import failure
 from fast_litellm_shm.limits import Money
 
+Reservation = BudgetReservation  # its public name
 Key: TypeAlias = str | bytes
 USD: TypeAlias = int | float | str | Decimal
 
 NANO = 10**9  # nano-dollars of a dollar
 _MOST = 10**18
-_SPENT, _ADDED = 0, 1  # places of a budget's numbers
+_SPENT, _ADDED, _GRANTED = 0, 1, 3  # places of a budget's numbers
 _ON_DEATH = {"release": 0, "charge": lib.FSHM_BUDGET_CHARGE}
 
 
@@ -133,6 +141,18 @@ class Reservations:
         return f"Reservations({self._parts!r})"
 
 
+class Ledger(Protocol):
+    """Keeps what was granted of budgets where a reboot does not reach it. Amounts: nano-dollars."""
+
+    def grant(
+        self, name: str, key: bytes, window: int, instance: int, least: int, most: int
+    ) -> tuple[int, int]:
+        """Grant in all at least ``least`` (of which some was granted before), at most ``most``; it
+        is on the disk when this returns. window: its end, minutes since 1970. instance: of the
+        segment. Returns what segments before this one were granted, which counts as spent; and
+        what is granted in all: less than ``least``, if not even that is left."""
+
+
 class Budget(BudgetCore, InSegment):
     """At most ``usd`` dollars for each key, in each window of the calendar, over all workers.
 
@@ -172,6 +192,7 @@ class Budget(BudgetCore, InSegment):
         on_warn: OnWarn | None = None,
         on_death: str = "release",
         segment: Segment | None = None,
+        _ledger: Ledger | None = None,
     ) -> None:
         if on_death not in _ON_DEATH:
             raise ValueError(f"Budget: on_death must be 'release' or 'charge', not {on_death!r}")
@@ -195,6 +216,9 @@ class Budget(BudgetCore, InSegment):
             "on_death": on_death,
         }  # fmt: skip
         self._flags, self._warn_at, self._on_warn = _ON_DEATH[on_death], warn_at, on_warn
+        self._ledger = _ledger
+        if _ledger is not None:
+            self._flags |= lib.FSHM_BUDGET_GRANTED
         out = ffi.new("fshm_limiter **")
         four = ffi.new(
             "fshm_limit[4]", [each._raw(self._segment) for each in (limit, beside, beside, beside)]
@@ -279,6 +303,23 @@ class Budget(BudgetCore, InSegment):
         status = lib.fshm_budget_add(self._handle, raw, len(raw), which, amount, 0)
         if status != lib.FSHM_OK:
             self._failed(status)
+
+    def _ask(self, key: Key, amount: int) -> bool:
+        """Called by the native part where what was granted has no room for this amount: have more
+        granted, and say whether there is."""
+        assert self._ledger is not None
+        raw = key_bytes(key)
+        found = self._look(raw)
+        least, instance = found.spent + found.reserved + amount, self._segment.geometry().instance
+        before, granted = self._ledger.grant(
+            self._name, raw, found.window, instance, least, found.limit
+        )
+        # Spent first: from when it is granted, what was granted before is not to be spent again.
+        for which, to in ((_SPENT, before), (_GRANTED, granted)):
+            status = lib.fshm_budget_raise(self._handle, raw, len(raw), which, to, found.window, 0)
+            if status < 0:
+                self._failed(status)
+        return bool(granted > found.granted or granted >= least)
 
     def _nanos(self, usd: object, where: str) -> int:
         """Called by the native part, for what it does not read itself."""

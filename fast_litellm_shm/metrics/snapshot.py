@@ -45,7 +45,9 @@ class _Limiter:
 
     indices: list[int] = field(default_factory=list)
     counters: list[int] = field(default_factory=list)
-    limits: list[limits.LimitSpec | limits.InFlight | limits.Granted] = field(default_factory=list)
+    limits: list[limits.LimitSpec | limits.InFlight | limits.Granted | limits.Money] = field(
+        default_factory=list
+    )
 
     @property
     def max_per_key(self) -> int | None:

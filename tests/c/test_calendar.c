@@ -127,7 +127,8 @@ static void test_wall(void) {
 /* Killed while a zone was written: an id with part of its contents. The next process completes it. */
 static void test_zones(void) {
   fshm_segment *s = fresh_segment(100);
-  const uint64_t spans[] = {ZONE_SPAN(0, 60), ZONE_SPAN(30000000, 120)}, other[] = {ZONE_SPAN(0, 60)};
+  const uint64_t spans[] = {ZONE_SPAN(0, 60), ZONE_SPAN(30000000, 120)},
+                 other[] = {ZONE_SPAN(0, 60)};
   char name[ZONE_NAME + 1];
   CHECK_EQ(fshm_zone(s, "Europe/Berlin", 13, spans, 2), 1);
   const uint64_t id = load_relaxed(&s->zones[1].id);

@@ -136,8 +136,7 @@ static void test_expiry(void) {
   CHECK_EQ(d.status, FSHM_FULL);
   CHECK_EQ(look(l, now + DAY_NS).spent, 0);
   bool there = false;
-  for (uint64_t i = 0; i < s->slot_count; i++)
-    there |= IS_MONEY(load_relaxed(&s->slots[i].when));
+  for (uint64_t i = 0; i < s->slot_count; i++) there |= IS_MONEY(load_relaxed(&s->slots[i].when));
   CHECK(!there); /* others have its slot */
   fshm_budget b;
   CHECK_EQ(reserve(l, 1, 0, now + DAY_NS, &b), FSHM_FULL);
@@ -162,8 +161,7 @@ static void test_hostile(void) {
   CHECK_EQ(reserve(l, UINT64_MAX, FSHM_BUDGET_CHARGE, 0, &other), FSHM_DENIED);
   (void)settle(l, &b, UINT64_MAX, UINT64_MAX, 0);
   CHECK(look(l, 0).spent <= MONEY_MOST * 2);
-  for (int i = 0; i < 20; i++)
-    CHECK_EQ(fshm_budget_add(l, KEY, 1, 0, INT64_MAX, 0), FSHM_OK);
+  for (int i = 0; i < 20; i++) CHECK_EQ(fshm_budget_add(l, KEY, 1, 0, INT64_MAX, 0), FSHM_OK);
   CHECK(look(l, 0).spent < UINT64_C(1) << 60);
   CHECK_EQ(fshm_budget_add(l, KEY, 1, 0, INT64_MIN, 0), FSHM_OK);
   CHECK_EQ(fshm_budget_add(l, KEY, 1, 4, 1, 0), FSHM_E_ARGUMENT);

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from zoneinfo import ZoneInfo
+
 import pytest
 from cluster.test_meter import Meter, meter, new_key, some
 from hypothesis import given
 from hypothesis import strategies as st
 from support import calendar, servers
-from zoneinfo import ZoneInfo
 
 from fast_litellm_shm import FixedWindow, RateLimiter, Segment
 

@@ -35,8 +35,7 @@ static void budget_exhaust(void) {
   const int64_t left = budget_left(&before);
   if (left < 0) return;
   const size_t length = strlen(KEY);
-  const int first =
-      fshm_budget_reserve(world.l, KEY, length, (uint64_t)left, 0, world.now, &mine);
+  const int first = fshm_budget_reserve(world.l, KEY, length, (uint64_t)left, 0, world.now, &mine);
   const int second = fshm_budget_reserve(world.l, KEY, length, 1, 0, world.now, &more);
   if (first != FSHM_ALLOWED || second != FSHM_DENIED)
     broken("of %lld left, S is answered %d, and then %d", (long long)left, first, second);

@@ -78,8 +78,7 @@ static void reserve_three(void) {
     broken("T cannot reserve");
 }
 static void run_budget_settle(outcome_t *out) {
-  out->status =
-      fshm_budget_settle(world.l, KEY, strlen(KEY), &budget_held, 3, op->cost, world.now);
+  out->status = fshm_budget_settle(world.l, KEY, strlen(KEY), &budget_held, 3, op->cost, world.now);
 }
 static void run_budget_add(outcome_t *out) {
   out->status = fshm_budget_add(world.l, KEY, strlen(KEY), 1, op->cost, world.now);
@@ -265,9 +264,11 @@ static void run_request_and_back(outcome_t *out) {
 #define MOVING(function, which) \
   .make = start_moving, .holds = &moving, .run = (function), .op = (which)
 #define HITS(tokens, answer) MOVING(run_hit, HIT), .cost = (tokens), .status = (answer)
-#define MONEY(n)                                                                          \
-  .limits = {{n, PER, 0, FSHM_MONEY, 0}, {MONEY_MOST, PER, 0, FSHM_MONEY, 0},             \
-             {MONEY_MOST, PER, 0, FSHM_MONEY, 0}, {MONEY_MOST, PER, 0, FSHM_MONEY, 0}},   \
+#define MONEY(n)                                   \
+  .limits = {{n, PER, 0, FSHM_MONEY, 0},           \
+             {MONEY_MOST, PER, 0, FSHM_MONEY, 0},  \
+             {MONEY_MOST, PER, 0, FSHM_MONEY, 0},  \
+             {MONEY_MOST, PER, 0, FSHM_MONEY, 0}}, \
   .count = 4
 #define BUDGETS(function, which, amount, answer)                                               \
   .make = start_budget, .holds = &budgets, .run = (function), .op = (which), .cost = (amount), \

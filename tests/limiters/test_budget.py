@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -22,8 +23,8 @@ from hypothesis import strategies as st
 from limiters.test_calendar import Clock, at
 from support import calendar
 from support.children import run, run_one
+from support.names import remove, unique_name
 from support.waiting import wait_until
-from zoneinfo import ZoneInfo
 
 from fast_litellm_shm import Budget, FixedWindow, Quota, RateLimiter, Segment, SegmentError
 from fast_litellm_shm._shared.native import lib
@@ -77,7 +78,9 @@ def test_nano_dollars_as_dollars(amount: int) -> None:
     assert nanos(str(dollars(amount))) == amount
 
 
-@pytest.mark.parametrize("value", [-1, "x", "", float("nan"), float("inf"), D("NaN"), 10**10, "1e99"])
+@pytest.mark.parametrize(
+    "value", [-1, "x", "", float("nan"), float("inf"), D("NaN"), 10**10, "1e99"]
+)
 def test_what_is_no_amount(segment: Segment, value: Any) -> None:
     budget = make(segment)
     with pytest.raises(ValueError, match="reserve: usd must be"):
@@ -195,21 +198,23 @@ def test_many_keys_of_one_set_of_entries(segment: Segment) -> None:
     held = [(f"k{i}", budget.reserve(f"k{i}", "2.5")) for i in range(600)]
     for key, each in held:
         assert each and budget.remaining(key) == D("7.5"), key
-    for key, each in held[::2]:
+    for _, each in held[::2]:
         each.settle("1.25")
-    for key, each in held[1::2]:
+    for _, each in held[1::2]:
         each.release()
     assert all(budget.remaining(key) == D("8.75") for key, _ in held[::2])
     assert all(budget.remaining(key) == 10 for key, _ in held[1::2])
 
 
 def test_several_budgets_or_none(segment: Segment) -> None:
-    key, team, org = (make(segment, n, name=name) for n, name in ((5, "key"), (8, "team"), (9, "org")))
+    key, team, org = (
+        make(segment, n, name=name) for n, name in ((5, "key"), (8, "team"), (9, "org"))
+    )
     with key.reserve("k1", 4, also=[(team, "t"), (org, "o")]) as one:
         assert one
         two = key.reserve("k2", "4.5", also=[(team, "t"), (org, "o")])
         assert not two and two.denied_by is team
-        assert (key.remaining("k2"), team.remaining("t"), org.remaining("o")) == (5, 4, 5)
+        assert [key.remaining("k2"), team.remaining("t"), org.remaining("o")] == [5, 4, 5]
         assert key.reserve("k2", 4, also=[(team, "t"), (org, "o")])
         one.settle(3)
     assert [each.spent(its) for each, its in ((key, "k1"), (team, "t"), (org, "o"))] == [3, 3, 3]
@@ -454,7 +459,7 @@ def test_pickled(segment: Segment) -> None:
 )
 def test_bad_arguments(segment: Segment, given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Budget(**{"name": "b", "segment": segment} | given)
+        Budget(**{"name": "b", "segment": segment, **given})
 
 
 def test_a_name_counts_money_or_tokens(segment: Segment) -> None:
@@ -537,6 +542,13 @@ class Model:
         return most - self.spent.get(key, 0) - self.reserved(key)
 
 
+def _die_with(budget: Budget, key: str, amount: int, before: Decimal) -> None:
+    """A process reserves this and dies; then that is reserved which was before."""
+    kept: list[Any] = []
+    _kill(_child(lambda: kept.append(budget.reserve(key, dollars(amount)))))
+    wait_until("the reservation is back", lambda: budget.usage(key).reserved == before)
+
+
 AMOUNTS = st.one_of(st.integers(0, 60), st.integers(0, 10**12), st.integers(0, 3))
 KEYS = st.sampled_from(["a", "b"])
 STEPS = st.lists(
@@ -567,7 +579,7 @@ STEPS = st.lists(
     st.sampled_from(["UTC", "Europe/Berlin", "America/Santiago"]),
     st.integers(28_930_000, 30_000_000),
 )
-def test_stories(
+def test_stories(  # noqa: PLR0912
     segment: Segment,
     clock: Clock,
     steps: list[Any],
@@ -612,22 +624,69 @@ def test_stories(
             model.limit = step[1]
             budget = make(segment, dollars(step[1]), name=name, per=per, timezone=zone)
         elif what == "death":
-            pid = _child(lambda step=step: held.append(budget.reserve(step[1], dollars(step[2]))))
-            _kill(pid)
-            wait_until(
-                "the reservation is back",
-                lambda key=step[1]: budget.usage(key).reserved == dollars(model.reserved(key)),
-            )
+            _die_with(budget, step[1], step[2], dollars(model.reserved(step[1])))
         else:
             shown += step[1] if what == "pass" else -step[1]
             shown -= model.wall - shown == 1440  # neither a day back nor more
             clock.set(shown)
             model.set(shown)
         for key in ("a", "b"):
-            found = budget.usage(key)
-            assert found.spent == dollars(model.spent.get(key, 0)), (step, key)
-            assert found.reserved == dollars(model.reserved(key)), (step, key)
-            assert found.limit == dollars(model.limit + model.added.get(key, 0)), (step, key)
+            now = budget.usage(key)
+            assert now.spent == dollars(model.spent.get(key, 0)), (step, key)
+            assert now.reserved == dollars(model.reserved(key)), (step, key)
+            assert now.limit == dollars(model.limit + model.added.get(key, 0)), (step, key)
     for each in held:
         each.release()
     budget.reset()
+
+
+# what a ledger has granted
+
+
+class InMemory:
+    """A ledger that grants a tenth of the limit at a time."""
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[str, bytes, int], list[int]] = {}  # instance, before, granted
+        self.writes = 0
+
+    def grant(
+        self, name: str, key: bytes, window: int, instance: int, least: int, most: int
+    ) -> tuple[int, int]:
+        row = self.rows.setdefault((name, key, window), [instance, 0, 0])
+        if row[0] != instance:
+            row[:2] = [instance, row[2]]
+            least += row[1]
+        if row[2] < least <= most:
+            row[2] = min(max(least, row[2] + most // 10), most)
+            self.writes += 1
+        return row[1], row[2]
+
+
+def test_a_ledger_grants_ahead(segment: Segment) -> None:
+    ledger = InMemory()
+    budget = make(segment, 10, _ledger=ledger)
+    for _ in range(50):
+        with budget.reserve("k", "0.1") as reservation:
+            assert reservation
+            reservation.settle("0.1")
+    assert ledger.writes <= 10 and budget.spent("k") == 5
+    assert not budget.reserve("k", 6) and budget.reserve("k", 5)
+
+
+def test_a_reboot_forgets_no_more_than_was_granted(segment: Segment) -> None:
+    ledger, names = InMemory(), [unique_name("boot") for _ in range(4)]
+    for i, name in enumerate(names):
+        fresh = Segment(name, capacity=100)
+        try:
+            budget = make(fresh, 10, _ledger=ledger)
+            for _ in range(15):
+                budget.reserve("k", "0.1").settle("0.1")
+            (row,) = ledger.rows.values()
+            assert row[2] >= (i + 1) * 15 * 10**8  # never more than was granted
+            assert row[2] - row[1] < 26 * 10**8
+            assert budget.spent("k") == dollars(row[1]) + D("1.5")
+        finally:
+            del budget
+            remove(name)
+    assert sum(row[2] for row in ledger.rows.values()) <= 10**10

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from datetime import date, datetime, timedelta, timezone
+from datetime import date, datetime, timedelta
 from zoneinfo import ZoneInfo
 
 PERIODS = ("hour", "day", "week", "month", "year")
@@ -24,6 +24,11 @@ def first_reached(zone: ZoneInfo, wall: datetime) -> int:
     while local(zone, start + 60) < wall:
         start += 60
     return next(at for at in range(start, start + 24 * 60) if local(zone, at) >= wall)
+
+
+def midnight(zone: ZoneInfo, *day: int) -> int:
+    """The first minute of a day: year, month, day."""
+    return first_reached(zone, datetime(*day))  # type: ignore[arg-type]
 
 
 def begins(per: str, day: date) -> date:
@@ -60,5 +65,3 @@ def minute_of(*wall: int, zone: str = "UTC") -> int:
     """Minutes since 1970 at this time of the zone's clock."""
     return int(datetime(*wall, tzinfo=ZoneInfo(zone)).timestamp()) // 60  # type: ignore[misc,arg-type]
 
-
-UTC = timezone.utc
