@@ -68,7 +68,7 @@ static int budget_failed(PyObject *budget, int status) {
 
 /* The budget's _watch(key): it looks again, and warns if it is time. */
 static int budget_watch(BudgetCore *self, PyObject *key, const fshm_budget *found) {
-  const double warn_at = RELAXED_GET(self->warn_at);
+  const double warn_at = self->warn_at; /* set once, before any call */
   if (warn_at <= 0) return 0;
   if (found && (double)(found->spent + found->reserved) < warn_at * (double)found->limit) return 0;
   return done(PyObject_CallMethod((PyObject *)self, "_watch", "O", key));
@@ -217,7 +217,7 @@ static PyObject *budget_bind(PyObject *o, PyObject *args) {
   if (self->handle) return PyErr_Format(PyExc_RuntimeError, "a budget is made once");
   self->limiter = (fshm_limiter *)(uintptr_t)address;
   self->flags = flags;
-  RELAXED_SET(self->warn_at, warn_at);
+  self->warn_at = warn_at;
   self->handle = Py_NewRef(handle);
   Py_RETURN_NONE;
 }
@@ -250,13 +250,13 @@ static PyObject *budget_take(BudgetCore *self, PyObject *key, uint64_t amount) {
     if (more < 0) status = -1;
     break;
   }
-  const int failed = PyErr_Occurred() != NULL;
-  r->open = r->allowed = !failed && status == FSHM_ALLOWED;
+  r->open = r->allowed = status == FSHM_ALLOWED;
   PyObject_GC_Track((PyObject *)r);
   Py_XDECREF(k.held);
-  if (failed       ? -1
-      : status < 0 ? budget_failed((PyObject *)self, status)
-                   : r->allowed && budget_watch(self, key, &r->held)) {
+  int raised = PyErr_Occurred() != NULL;
+  if (!raised && status < 0) raised = budget_failed((PyObject *)self, status);
+  if (!raised && r->allowed) raised = budget_watch(self, key, &r->held);
+  if (raised) {
     Py_DECREF((PyObject *)r);
     return NULL;
   }
