@@ -736,7 +736,7 @@ static inline uint64_t calendar_state(dated_t w) {
 }
 
 static inline uint64_t calendar_left(const rule_t *r, uint64_t end, uint64_t now) {
-  return end ? minus(end * MINUTE, calendar_wall(r, now)) : 0;
+  return end ? minus(calendar_instant(r, end), now) : 0; /* longer, while the clock stands still */
 }
 
 static __attribute__((noinline)) verdict_t calendar_take(const rule_t *r, uint64_t state,

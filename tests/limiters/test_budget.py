@@ -177,7 +177,7 @@ def test_charge_refund_add(segment: Segment) -> None:
     assert budget.usage("k").limit == 50
     budget.refund("k", 100)  # no more than was spent
     assert budget.remaining("k") == 50
-    assert budget.usage("other") == Usage(D(50), D(0), D(0), budget.usage("other").reset_after)
+    assert budget.usage("other")[:3] == (D(50), D(0), D(0))
 
 
 def test_the_limit_changes_for_all(segment: Segment) -> None:
