@@ -116,6 +116,9 @@ static uint64_t change_learn(const void *context, uint32_t i, const rule_t *r, u
   if (r->kind == FSHM_WINDOW)
     return window_state(
         r, (window_t){plus_time(now, known->left_ns[i]), min_u64(known->used[i], r->n), 0});
+  if (r->kind == FSHM_CALENDAR)
+    return calendar_state((dated_t){
+        (calendar_wall(r, now) + known->left_ns[i] + MINUTE - 1) / MINUTE, known->used[i]});
   return r->kind == FSHM_SLIDING ? rule_begun(r, known->used[i], now) : 0;
 }
 
@@ -135,7 +138,7 @@ static uint64_t change_tell(const void *context, uint32_t i, const rule_t *r, ui
   const knows_t *out = context;
   out->used[i] = r->kind == FSHM_BUCKET ? 0 : rule_take(r, state, now, now, 0).used_before;
   out->left_ns[i] =
-      out->used[i] || r->kind == FSHM_BUCKET ? minus(state ? state_expires(state) : 0, now) : 0;
+      out->used[i] || r->kind == FSHM_BUCKET ? minus(state ? rule_ends(r, state) : 0, now) : 0;
   return state;
 }
 

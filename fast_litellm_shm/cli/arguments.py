@@ -180,7 +180,7 @@ examples:
   fast-shm state import backup.json      put its keys back
   fast-shm state claim                   let this host use a file of another one
 
-The file lies in FAST_LITELLM_SHM_STATE, as it is set for the workers. docs/budgets.md explains
+The file lies in FAST_LITELLM_SHM_STATE, as it is set for the workers. docs/durable.md explains
 durable limits."""
 
 

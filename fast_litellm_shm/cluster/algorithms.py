@@ -6,14 +6,17 @@ import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from fast_litellm_shm._shared import zones
+from fast_litellm_shm._shared.native import ffi, lib
 from fast_litellm_shm.cluster import names
-from fast_litellm_shm.limits import LimitSpec, SlidingWindow, TokenBucket
+from fast_litellm_shm.limits import FixedWindow, LimitSpec, SlidingWindow, TokenBucket
 
 SOURCE = names.source("algorithms.lua")
 
 _MOST_LEASE_US = 1_000_000
 _LARGEST = 2**53 - 1
 _PART = 100
+CALENDAR = 3  # the kind of a Rule
 COARSE = 2**20  # ns: as in csrc/limits/algorithms.h
 
 
@@ -57,6 +60,8 @@ def unbounded_rule(limit: LimitSpec) -> Rule:
     granted in one is over with it.
     """
     per = limit._per_ns
+    if isinstance(limit, FixedWindow) and limit.timezone is not None:
+        return Rule(CALENDAR, limit.n, per // 1000, 0, 0, 0, 0, limit)
     if not isinstance(limit, TokenBucket):
         kind = 2 if isinstance(limit, SlidingWindow) else 1
         return Rule(kind, limit.n, -(-per // 1000), 0, 1, 1, 0, limit)
@@ -75,6 +80,19 @@ def unbounded_rule(limit: LimitSpec) -> Rule:
 def most_leased(limit: LimitSpec) -> int:
     """Tokens of a limit that a state file has leased at most, for a key: a hundredth, and one."""
     return max(limit.n // _PART, 1)
+
+
+def dated(each: Rule, limit: LimitSpec, minute: int) -> Rule:
+    """With the ends of three windows of the calendar, as of this minute since 1970. The server's
+    clock may be behind by an hour, or ahead by a window."""
+    if each.kind != CALENDAR or not isinstance(limit, FixedWindow) or limit.timezone is None:
+        return each
+    known = () if limit.timezone == zones.UTC else zones.spans(limit.timezone)
+    words, ends, at = ffi.new("uint64_t[]", known or (0,)), [], minute - 60
+    for _ in range(3):
+        at = int(lib.fshm_calendar_end(limit._per_ns, words, len(known), at))
+        ends.append(at * 60_000_000)
+    return each._replace(burst=ends[0], num=ends[1], den=ends[2])
 
 
 class Request(NamedTuple):

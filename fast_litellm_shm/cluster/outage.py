@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -49,7 +50,7 @@ def share(limit: LimitSpec, hosts: int) -> LimitSpec | None:
     if isinstance(limit, TokenBucket):
         burst = min(max(limit.burst // hosts, 1), n)
         return TokenBucket(n, limit.per, burst=burst, strict=limit.strict)
-    return type(limit)(n, limit.per)
+    return dataclasses.replace(limit, n=n)
 
 
 class Usage(NamedTuple):

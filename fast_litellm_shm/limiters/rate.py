@@ -84,7 +84,7 @@ class RateLimiter(SharedLimits):
     durable: True, or a :class:`~fast_litellm_shm.durable.StateFile`: what was consumed outlives a
     reboot of this host. A file grants the limits in small batches; after a power cut, what was
     granted counts as consumed. Over many hosts the server keeps them instead. See
-    ``docs/budgets.md``.
+    ``docs/durable.md``.
 
     Keys are ``str`` or ``bytes`` of any length; a str is the same key as its UTF-8 bytes. A cost is
     an int of 0 or more, or one int for each limit. Safe in any thread and any process, also after a
