@@ -25,7 +25,7 @@
 
 /* [cdef begin] */
 
-#define FSHM_LAYOUT_VERSION 3
+#define FSHM_LAYOUT_VERSION 4
 /* The lock is held; whether it dumps core cannot be seen (another pid namespace). */
 #define FSHM_ALIVE_BY_LOCK 2
 #define FSHM_MAX_LIMITS 4        /* limits of one limiter */
@@ -64,7 +64,12 @@ enum fshm_kind {
   FSHM_WINDOW = 1,
   FSHM_SLIDING = 2,
   FSHM_PERMITS = 3, /* at most n held at a time; per_ns 0; the last limit of its limiter */
-  FSHM_LEASE = 5 /* granted to this host by a server, n at most; per_ns 0: see "Token leases" */
+  FSHM_CALENDAR =
+      4, /* a window of the calendar; per_ns: an hour, a day, a week, 30 days (a month) or 365 (a year); strict:
+                      * the index of its time zone */
+  FSHM_LEASE = 5, /* granted to this host by a server, n at most; per_ns 0: see "Token leases" */
+  FSHM_MONEY =
+      6 /* of a budget: n nano-dollars in each window; as FSHM_CALENDAR, or per_ns 2^55: for ever */
 };
 
 enum fshm_op {
@@ -296,6 +301,11 @@ int fshm_learn(fshm_limiter *limits, const void *key, uint64_t key_length, const
 /* What fshm_learn() stored of this key, as of now. */
 int fshm_known(fshm_limiter *limits, const void *key, uint64_t key_length, uint64_t now_ns,
                uint64_t *used, uint64_t *left_ns);
+/* Give tokens that were spent back to their lease, as many as keep it at `most` tokens at most: out[i] says how many. None
+ * if the lease is gone, or its window has ended: until_ns[i] is the end of the window in which they were granted. */
+int fshm_token_lease_return(fshm_limiter *leases, const void *key, uint64_t key_length,
+                            const uint64_t *tokens, const uint64_t *until_ns, const uint64_t *most,
+                            uint64_t now_ns, uint64_t *out);
 /* Leader election among the processes of the host. 1: this process leads until it dies. 0: another one leads. Or
  * FSHM_E_LOCK_FILE. wait: block until this process leads; when a leader dies, the next one follows within half a
  * second. */
@@ -303,9 +313,86 @@ int fshm_lead(fshm_segment *segment, int wait);
 int fshm_lead_end(fshm_segment *segment);
 uint32_t fshm_leader(fshm_segment *segment); /* its pid; 0: there is none */
 
+/* Budgets ------------------------------------------------------------------------------------------ */
+/* A limiter of one to four limits of FSHM_MONEY with one period and time zone: the budget; then, with n 10^18 each, what was
+ * added to it for this window, a mark for fshm_budget_once(), and what a file or server granted of it. Amounts are
+ * nano-dollars. */
+typedef struct {
+  int32_t status;
+  uint32_t
+      direct; /* the reservation was charged, so that the death of the process does not give it back */
+  uint64_t limit, spent,
+      reserved; /* of the key, in this window, after the call; limit: with what was added */
+  uint64_t granted;
+  uint64_t window; /* its end, minutes since 1970 */
+  int64_t left_ns; /* until then */
+  uint64_t owner, incarnation, id; /* of the reservation */
+} fshm_budget;
+enum fshm_budget_flag {
+  FSHM_BUDGET_CHARGE = 1, /* of a process that dies, what it has reserved stays spent */
+  FSHM_BUDGET_GRANTED = 2 /* at most what was granted */
+};
+/* Reserve the amount, if the budget has room: FSHM_ALLOWED, FSHM_DENIED; FSHM_ASK: only what was granted has none. Or
+ * FSHM_FULL, FSHM_E_ARGUMENT (not a budget), FSHM_E_DAMAGED. */
+int fshm_budget_reserve(fshm_limiter *budget, const void *key, uint64_t key_length, uint64_t amount,
+                        uint32_t flags, uint64_t now_ns, fshm_budget *out);
+/* End it: `actual` is spent. Call it once. 0: the reservation is another process's (before a fork). */
+int fshm_budget_settle(fshm_limiter *budget, const void *key, uint64_t key_length,
+                       const fshm_budget *reserved, uint64_t amount, uint64_t actual,
+                       uint64_t now_ns);
+int fshm_budget_look(fshm_limiter *budget, const void *key, uint64_t key_length, uint64_t now_ns,
+                     fshm_budget *out);
+/* Add to a number of the key for this window: which 0 = spent, 1 = added, 3 = granted. It goes down to 0 at least. */
+int fshm_budget_add(fshm_limiter *budget, const void *key, uint64_t key_length, uint32_t which,
+                    int64_t amount, uint64_t now_ns);
+/* Raise one of these numbers to this, if it is less: of the window with this end. FSHM_DENIED: it is another one now. */
+int fshm_budget_raise(fshm_limiter *budget, const void *key, uint64_t key_length, uint32_t which,
+                      uint64_t to, uint64_t window, uint64_t now_ns);
+/* 1: for the first call of a key in its window. */
+int fshm_budget_once(fshm_limiter *budget, const void *key, uint64_t key_length, uint64_t now_ns);
+
+/* Time zones and the time of day, for FSHM_CALENDAR ----------------------------------------------- */
+/* The index of a zone, for fshm_limit.strict; UTC is 0 and needs none. A span: the minute since 1970 at which it begins,
+ * << 16, | the minutes east of UTC, + 32768. The first begins at 0. At most 121 spans, and 40 bytes of name.
+ * FSHM_E_LIMITERS: the segment has no room for another zone. */
+int fshm_zone(fshm_segment *segment, const char *name, uint64_t name_length, const uint64_t *spans,
+              uint64_t count);
+/* Its name, ended by a 0. out: 41 bytes at least. 0: there is no such zone. */
+int fshm_zone_name(fshm_segment *segment, uint32_t index, char *out, uint64_t size);
+/* The minute at which a window ends, the one that `minute` is in. Pure. 0: not a period of the calendar. */
+uint64_t fshm_calendar_end(uint64_t per_ns, const uint64_t *spans, uint64_t count, uint64_t minute);
+/* The time of day that all processes of the segment go by, ns since 1970: core/wall.h. */
+uint64_t fshm_wall(fshm_segment *segment, uint64_t now_ns);
+/* For tests: from now on, the kernel's clock of the day shows so much more in this process. */
+void fshm_wall_pretend(fshm_segment *segment, int64_t ns);
+
 /* The number of the limiter's keys that have consumed something, as far as the key statistics know (0 with
  * FSHM_NAMES_OFF). */
 uint64_t fshm_live_keys(fshm_limiter *limiter, uint64_t now_ns);
+
+/* Stored states: what a limit has counted for a key, outside a segment ------------------------ */
+/* For a file that outlives the segment: plain integers, which mean the same in every version of this library. */
+/* limit: under which the tokens were counted; n 0: nothing was ever counted. end: of a bucket its arrival time, else the
+ * end of the present window, without debt; 0: nothing counts. used: tokens of the present window, previous: of the one
+ * before (a sliding limit). */
+typedef struct {
+  fshm_limit limit;
+  uint64_t end, used, previous;
+} fshm_stored;
+/* used, remaining: tokens, after the call. left_ns: as fshm_learn() takes it. window_ns: until the present window ends,
+ * without debt; 0: a bucket, or no window has begun. over_ns: until all tokens are back. */
+typedef struct {
+  int32_t status; /* FSHM_ALLOWED or FSHM_DENIED */
+  int32_t unused;
+  uint64_t used, remaining;
+  int64_t retry_ns; /* 0 when allowed; FSHM_NEVER */
+  uint64_t left_ns, window_ns, over_ns;
+} fshm_stored_answer;
+/* Apply FSHM_ACQUIRE, FSHM_PEEK, FSHM_CHARGE, FSHM_REFUND or FSHM_BLOCK of `cost` under `limit`, with the arithmetic
+ * of all limiters. charged: NULL, or the state as a charge has left it, of which a refund gives some back. now_ns and
+ * all instants: of one clock that never goes back. FSHM_OK, FSHM_E_ARGUMENT, or FSHM_E_DAMAGED: *stored is no state. */
+int fshm_stored_apply(uint32_t op, const fshm_limit *limit, fshm_stored *stored, uint64_t cost,
+                      const fshm_stored *charged, uint64_t now_ns, fshm_stored_answer *out);
 
 /* Permits: at most n held at a time -------------------------------------------------------------- */
 /* A permit held by this process. Copy it freely; release it once. */

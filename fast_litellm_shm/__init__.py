@@ -20,6 +20,7 @@ from fast_litellm_shm.limits import FixedWindow, Limit, SlidingWindow, TokenBuck
 
 if TYPE_CHECKING:
     from fast_litellm_shm.fast_litellm import *  # noqa: F403
+    from fast_litellm_shm.limiters.budget import Budget, Reservation
     from fast_litellm_shm.limiters.concurrency import ConcurrencyLimiter
     from fast_litellm_shm.limiters.decorators import limited
     from fast_litellm_shm.limiters.quota import Admission, Quota
@@ -35,12 +36,14 @@ __all__ = [
     "RateLimiter",
     "ConcurrencyLimiter",
     "Quota",
+    "Budget",
     "limited",
     "Segment",
     # their answers
     "Decision",
     "Permit",
     "Admission",
+    "Reservation",
     "Batch",
 ]
 __all__ += exceptions.__all__
@@ -50,6 +53,7 @@ if not TYPE_CHECKING:  # with it, a type checker would accept every name
     _load = loader(
         __name__,
         {
+            "limiters.budget": "Budget Reservation",
             "limiters.concurrency": "ConcurrencyLimiter",
             "limiters.decorators": "limited",
             "limiters.quota": "Admission Quota",

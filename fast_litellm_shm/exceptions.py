@@ -8,6 +8,12 @@ __all__ = [
     "PermitTimeoutError",
     "QueueFullError",
     "ClusterError",
+    "StateFileError",
+    "StateFileDamagedError",
+    "StateFileFullError",
+    "StateFileHostError",
+    "StateFileLockedError",
+    "StateFileReadOnlyError",
     "SegmentError",
     "SegmentCapacityError",
     "SegmentClockError",
@@ -105,6 +111,30 @@ class QueueFullError(PermitTimeoutError):
 
 class ClusterError(FastShmError):
     """The server of the limits over many hosts did not answer, or answered with an error."""
+
+
+class StateFileError(FastShmError):
+    """The file of the durable limits cannot be used."""
+
+
+class StateFileFullError(StateFileError):
+    """The disk of the state file is full."""
+
+
+class StateFileReadOnlyError(StateFileError):
+    """The state file, or its folder, cannot be written."""
+
+
+class StateFileLockedError(StateFileError):
+    """Another process has held the state file locked for longer than ``timeout``."""
+
+
+class StateFileDamagedError(StateFileError):
+    """The state file is not one of this library, or its contents are inconsistent."""
+
+
+class StateFileHostError(StateFileError):
+    """The state file belongs to another host."""
 
 
 class EncodingUnavailableError(FastShmError, OSError):

@@ -9,10 +9,20 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, ClassVar, TypeAlias
 
+from fast_litellm_shm._shared import zones
 from fast_litellm_shm._shared.native import ffi, lib
 
 _NS = 1_000_000_000
 _PERIOD_NAMES = {1: "second", 60: "minute", 3600: "hour", 86400: "day"}
+# Of the calendar: the usual length, in seconds, and the longest.
+_CALENDAR = {
+    "hour": (3600, 5400),
+    "day": (86_400, 90_000),
+    "week": (7 * 86_400, 7 * 86_400 + 3600),
+    "month": (30 * 86_400, 31 * 86_400 + 3600),
+    "year": (365 * 86_400, 366 * 86_400),
+}
+_CALENDAR_NAMES = {usual: name for name, (usual, _) in _CALENDAR.items()}
 
 
 def _whole(owner: str, name: str, value: object) -> int:
@@ -38,7 +48,10 @@ def _seconds(owner: str, value: object) -> float:
     if isinstance(value, timedelta):
         value = value.total_seconds()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{owner}: per must be a number of seconds or a timedelta, not {value!r}")
+        named = ", or 'hour', 'day', 'week', 'month' or 'year'" if owner == "FixedWindow" else ""
+        raise TypeError(
+            f"{owner}: per must be a number of seconds or a timedelta{named}, not {value!r}"
+        )
     try:
         finite = math.isfinite(value)
     except OverflowError:  # an int that is too large for a float
@@ -106,7 +119,7 @@ class TokenBucket:
         per_ns = _check("TokenBucket", lib.FSHM_BUCKET, n, per, burst, strict)
         vars(self).update(n=n, per=per, burst=burst, strict=strict, _per_ns=per_ns)  # it is frozen
 
-    def _raw(self) -> tuple[int, int, int, int, int]:
+    def _raw(self, segment: Any = None) -> tuple[int, int, int, int, int]:
         return (self.n, self._per_ns, self.burst, lib.FSHM_BUCKET, int(self.strict))
 
 
@@ -124,20 +137,62 @@ class _Counted:
         per_ns = _check(owner, self._KIND, n, per, 0, False)
         vars(self).update(n=n, per=per, _per_ns=per_ns)
 
-    def _raw(self) -> tuple[int, int, int, int, int]:
+    def _raw(self, segment: Any = None) -> tuple[int, int, int, int, int]:
         return (self.n, self._per_ns, 0, self._KIND, 0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FixedWindow(_Counted):
-    """A fixed window: at most ``n`` tokens in each window of ``per`` seconds.
+    """A fixed window: at most ``n`` tokens in each window of ``per`` seconds, or in each ``"hour"``,
+    ``"day"``, ``"week"``, ``"month"`` or ``"year"`` of the calendar.
 
-    A key's window begins with its first request; the next one begins with the first request after
-    the end. n: 1 .. 2,147,483,647. per: seconds, 1 µs .. 416 days. The end of a window is rounded
-    up, by at most 2n nanoseconds.
+    n: 1 .. 2,147,483,647. per in seconds (or a timedelta), 1 µs .. 416 days: a key's window begins
+    with its first request; the next one begins with the first request after the end. The end of a
+    window is rounded up, by at most 2n nanoseconds.
+
+    per by name: windows begin when the clock on the wall of ``timezone`` says so, for all keys: at
+    midnight, on Mondays, on the first of the month, on January 1. timezone: a name of the tz
+    database, such as ``"Europe/Berlin"``, or a ``zoneinfo.ZoneInfo``; default UTC. See
+    ``docs/limits.md``, "The calendar".
     """
 
     _KIND = lib.FSHM_WINDOW
+
+    per: float | str = 60.0  # type: ignore[assignment]
+    timezone: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.per, str) or self.per not in _CALENDAR:
+            if self.timezone is not None:
+                raise ValueError(
+                    f"FixedWindow: timezone goes with per='hour', 'day', 'week', 'month' or "
+                    f"'year', not with per={self.per!r}"
+                )
+            super().__post_init__()
+            return
+        n, usual = _whole("FixedWindow", "n", self.n), _CALENDAR[self.per][0]
+        _check("FixedWindow", lib.FSHM_CALENDAR, n, usual, 0, False)
+        zone = zones.UTC if self.timezone is None else zones.name_of("FixedWindow", self.timezone)
+        vars(self).update(n=n, timezone=zone, _per_ns=usual * _NS)  # it is frozen
+
+    def _raw(self, segment: Any = None) -> tuple[int, int, int, int, int]:
+        if self.timezone is None:
+            return super()._raw()
+        return (
+            self.n, self._per_ns, 0, lib.FSHM_CALENDAR, zones.index_of(segment, self.timezone),
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        zone = "" if self.timezone is None else f", timezone={self.timezone!r}"
+        return f"FixedWindow(n={self.n!r}, per={self.per!r}{zone})"
+
+    @classmethod
+    def _of(cls, n: int, per_ns: int, zone: str) -> FixedWindow:
+        """One that is in a segment: this process's tz database may not know its zone."""
+        found = object.__new__(cls)
+        per = _CALENDAR_NAMES[per_ns // _NS]
+        vars(found).update(n=n, per=per, timezone=zone, _per_ns=per_ns)
+        return found
 
 
 @dataclass(frozen=True)
@@ -160,7 +215,7 @@ class InFlight:
 
     n: int
 
-    def _raw(self) -> tuple[int, int, int, int, int]:
+    def _raw(self, segment: Any = None) -> tuple[int, int, int, int, int]:
         return (self.n, 0, 0, lib.FSHM_PERMITS, 0)
 
 
@@ -171,8 +226,37 @@ class Granted:
 
     n: int = 2**24 - 2
 
-    def _raw(self) -> tuple[int, int, int, int, int]:
+    def _raw(self, segment: Any = None) -> tuple[int, int, int, int, int]:
         return (self.n, 0, 0, lib.FSHM_LEASE, 0)
+
+
+_FOREVER = 2**55  # per_ns of Money whose window never ends
+
+
+@dataclass(frozen=True)
+class Money:
+    """At most ``n`` nano-dollars in each window of the calendar: the limit of a Budget. per: as of
+    FixedWindow; None: one window that never ends."""
+
+    n: int
+    per: str | None
+    timezone: str = zones.UTC
+
+    def __post_init__(self) -> None:
+        if self.per is not None and self.per not in _CALENDAR:
+            raise ValueError(
+                f"Budget: per must be 'hour', 'day', 'week', 'month', 'year' or None, not "
+                f"{self.per!r}"
+            )
+        vars(self).update(timezone=zones.name_of("Budget", self.timezone))
+
+    @property
+    def _per_ns(self) -> int:
+        return _FOREVER if self.per is None else _CALENDAR[self.per][0] * _NS
+
+    def _raw(self, segment: Any = None) -> tuple[int, int, int, int, int]:
+        zone = zones.index_of(segment, self.timezone)
+        return (self.n, self._per_ns, 0, lib.FSHM_MONEY, zone)
 
 
 def in_flight(owner: str, name: str, n: object) -> InFlight:
@@ -190,36 +274,61 @@ Window = FixedWindow
 LimitSpec: TypeAlias = TokenBucket | FixedWindow | SlidingWindow
 
 
-def from_raw(raw: Any) -> LimitSpec | InFlight | Granted:
-    """The limit that a ``fshm_limit`` describes."""
+def longest(limit: LimitSpec) -> float:
+    """Seconds that its ``per`` lasts at most."""
+    if isinstance(limit.per, str):
+        return float(_CALENDAR[limit.per][1])
+    return limit.per
+
+
+def from_raw(raw: Any, segment: Any) -> LimitSpec | InFlight | Granted | Money:
+    """The limit that a ``fshm_limit`` of this segment describes. Raises ValueError."""
     if raw.kind == lib.FSHM_PERMITS:
         return InFlight(raw.n)
     if raw.kind == lib.FSHM_LEASE:
         return Granted(raw.n)
+    if raw.kind == lib.FSHM_MONEY:
+        money = object.__new__(Money)
+        named = None if raw.per_ns == _FOREVER else _CALENDAR_NAMES[raw.per_ns // _NS]
+        vars(money).update(n=raw.n, per=named, timezone=zones.name_at(segment, raw.strict))
+        return money
+    if raw.kind == lib.FSHM_CALENDAR:
+        return FixedWindow._of(raw.n, raw.per_ns, zones.name_at(segment, raw.strict))
     seconds = raw.per_ns / _NS
     per: float = int(seconds) if seconds.is_integer() else seconds
     if raw.kind == lib.FSHM_BUCKET:
         return TokenBucket(raw.n, per, burst=raw.burst, strict=bool(raw.strict))
-    return (FixedWindow if raw.kind == lib.FSHM_WINDOW else SlidingWindow)(raw.n, per)
+    if raw.kind == lib.FSHM_WINDOW:
+        return FixedWindow(raw.n, per)
+    return SlidingWindow(raw.n, per)
 
 
-def reason(limit: LimitSpec | InFlight | Granted) -> str:
+def reason(limit: LimitSpec | InFlight | Granted | Money) -> str:
     """The ``reason`` of ``check()`` when this limit denies."""
+    if isinstance(limit, Money):
+        return "Budget exceeded"
     if isinstance(limit, InFlight):
         return "Too many requests in flight"
     if isinstance(limit, Granted):
         return "Nothing granted"
+    if isinstance(limit.per, str):
+        return f"Rate limit exceeded (requests per {limit.per})"
     per = limit._per_ns / _NS
     period = _PERIOD_NAMES.get(int(per)) if per.is_integer() else None
     return f"Rate limit exceeded (requests per {period or f'{per:g} seconds'})"
 
 
-def describe(limit: LimitSpec | InFlight | Granted) -> str:
+def describe(limit: LimitSpec | InFlight | Granted | Money) -> str:
     """A short form for tables and for the default name of a limiter: ``100/60s burst 10``."""
     if isinstance(limit, InFlight):
         return f"{limit.n} in flight"
+    if isinstance(limit, Money):
+        period = "" if limit.per is None else f"/{limit.per} {limit.timezone}"
+        return f"{limit.n / 1e9:.15g} USD{period}"
     if isinstance(limit, Granted):
         return "granted"
+    if isinstance(limit, FixedWindow) and limit.timezone is not None:
+        return f"{limit.n}/{limit.per} {limit.timezone} window"
     per = limit._per_ns / _NS
     text = f"{limit.n}/{int(per) if per.is_integer() else per}s"
     if isinstance(limit, TokenBucket):

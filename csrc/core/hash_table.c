@@ -91,9 +91,9 @@ static COLD bool in_share(const fshm_segment *s, uint64_t line, uint64_t who, un
     const slot_t *slot = &s->slots[line * SLOTS_PER_LINE];
     /* The halves may be of two pairs: the count may be wrong by one. */
     for (unsigned k = 0; k < SLOTS_PER_LINE; k++) {
-      uint64_t when = load_relaxed(&slot[k].when);
-      bool live = !IS_PENDING(when) && state_expires(when) > over;
-      its += live && ((load_relaxed(&slot[k].who) ^ who) & owner) == 0;
+      uint64_t when = load_relaxed(&slot[k].when), its_who = load_relaxed(&slot[k].who);
+      bool live = !IS_PENDING(when) && state_ends(s, its_who, when) > over;
+      its += live && ((its_who ^ who) & owner) == 0;
     }
   }
   return its + 1 < 1U << room;
@@ -132,7 +132,7 @@ static survey_t survey(const fshm_segment *s, uint64_t hash, uint64_t who, uint6
         } else if (pending && pair.who) {
           if (!stale++) unconfirmed = (found_t){slot + k, pair};
           others++;
-        } else if (!pair.who || state_expires(pair.when) <= over) {
+        } else if (!pair.who || state_ends(s, pair.who, pair.when) <= over) {
           if (!room++) free_in[window] = (found_t){slot + k, pair};
         } else {
           others++;

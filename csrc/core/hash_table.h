@@ -2,7 +2,7 @@
 #ifndef FSHM_HASH_TABLE_H
 #define FSHM_HASH_TABLE_H
 
-#include "internal.h"
+#include "wall.h"
 
 typedef struct {
   uint64_t slot;

@@ -99,7 +99,8 @@ static void lay_out(header_t *h, uint64_t capacity) {
   h->process_stats_entries = PROCESS_STATS;
   h->names_words = max_u64(h->lines * SLOTS_PER_LINE * 3 / 2, 512); /* 12 bytes a slot */
   h->limiters_offset = aligned(sizeof *h, PAGE);
-  h->slots_offset = aligned(h->limiters_offset + h->limiters * sizeof(limiter_entry_t), PAGE);
+  h->slots_offset = aligned(
+      h->limiters_offset + h->limiters * sizeof(limiter_entry_t) + ZONES * sizeof(zone_t), PAGE);
   h->key_stats_offset = h->slots_offset + h->lines * LINE +
                         h->limiters * (UINT64_C(1) * SHARED * SHARED_PLACES * sizeof(slot_t));
   h->names_offset = h->key_stats_offset + h->lines * SLOTS_PER_LINE * sizeof(key_stats_t);
@@ -116,11 +117,11 @@ static void lay_out(header_t *h, uint64_t capacity) {
   h->process_stats_offset = h->processes_offset + PROCESSES * sizeof(process_t);
   h->requests_offset = h->process_stats_offset + PROCESSES * sizeof(process_stats_t);
   h->counters_offset = h->requests_offset + PROCESSES * sizeof(requests_t);
-  h->size = h->counters_offset + PROCESSES * sizeof(counters_t);
+  h->size = h->counters_offset + PROCESSES * (sizeof(counters_t) + sizeof(reservations_t));
 }
 
 /* The rows of process indexes: blocks of 64 are whole pages in each of the four arrays. */
-#define ROWS 4
+#define ROWS 5
 typedef struct {
   uint64_t offset, bytes; /* of the array; of one row */
 } rows_t;
@@ -130,13 +131,16 @@ static void rows_of(const header_t *h, rows_t rows[ROWS]) {
   rows[1] = (rows_t){h->process_stats_offset, sizeof(process_stats_t)};
   rows[2] = (rows_t){h->requests_offset, sizeof(requests_t)};
   rows[3] = (rows_t){h->counters_offset, sizeof(counters_t)};
+  rows[4] = (rows_t){h->counters_offset + PROCESSES * sizeof(counters_t), sizeof(reservations_t)};
 }
 static_assert(64 * sizeof(process_t) % PAGE == 0 && 64 * sizeof(process_stats_t) % PAGE == 0 &&
-                  64 * sizeof(requests_t) % PAGE == 0 && 64 * sizeof(counters_t) % PAGE == 0,
+                  64 * sizeof(requests_t) % PAGE == 0 && 64 * sizeof(counters_t) % PAGE == 0 &&
+                  64 * sizeof(reservations_t) % PAGE == 0,
               "blocks are whole pages");
 
 uint64_t image_row_bytes(void) {
-  return sizeof(process_t) + sizeof(process_stats_t) + sizeof(requests_t) + sizeof(counters_t);
+  return sizeof(process_t) + sizeof(process_stats_t) + sizeof(requests_t) + sizeof(counters_t) +
+         sizeof(reservations_t);
 }
 
 uint64_t fshm_size_for(uint64_t capacity) {
@@ -288,6 +292,8 @@ static int fill(int fd, uint64_t capacity, uint32_t mode, uint32_t flags, fshm_e
   (void)clock_gettime(CLOCK_REALTIME, &wall);
   h.created_realtime_ns = (uint64_t)wall.tv_sec * UINT64_C(1000000000) + (uint64_t)wall.tv_nsec;
   h.epoch = fshm_clock();
+  store_relaxed(&h.wall_base, h.created_realtime_ns);
+  store_relaxed(&h.wall_floor, h.created_realtime_ns);
   h.names_mode = flags & (FSHM_NAMES_HASHED | FSHM_NAMES_OFF);
   h.check = header_check(&h);
   /* Checked before, since growing beyond the limit raises SIGXFSZ, which ends the program. */

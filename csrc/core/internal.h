@@ -101,6 +101,7 @@ struct fshm_segment {
   slot_t *slots;
   key_stats_t *key_stats;
   limiter_entry_t *limiters;
+  zone_t *zones; /* behind the limiters: ZONES of them; the first is UTC, and is not used */
   process_t *processes;
   process_stats_t *process_stats;
   _Atomic uint64_t *names;
@@ -109,6 +110,7 @@ struct fshm_segment {
   histogram_t *histograms;
   deployment_t *deployments;
   requests_t *requests;
+  reservations_t *reservations;
   counters_t *counters, *outsiders; /* outsiders: of all processes without a process index */
   waiter_t *waiters;
   /* Of each process, a futex word: wake-ups << 2 | another process asks for a connection << 1 | a thread watches */
@@ -131,6 +133,8 @@ struct fshm_segment {
   _Atomic uint64_t looked[PROCESSES]; /* liveness.c: the last answers of /proc */
   _Atomic int lock_errno; /* why the lock file could not be opened the last time; 0 = it could */
   look_entry_t looks[LOOKS];
+  _Atomic uint64_t
+      wall_looked; /* segment ns of this process's last look at the wall clock: wall.c */
   uint64_t dev, ino;
   polled_t polled[WAITERS];
   uint32_t users; /* handles on this mapping in this process */
@@ -143,6 +147,7 @@ typedef struct {
   uint64_t current; /* the word that named them */
   uint32_t count; /* limits with a state; rules[count]: that of permits, if any */
   uint32_t permits; /* held at most; 0 = no such limit */
+  uint32_t money; /* limits of a budget: then these are all, and `count` is 0 */
   uint64_t salt; /* mixed into the key's hash; each reset changes it */
   uint64_t tail[FSHM_MAX_LIMITS]; /* the low bits of `who` in limit i's slots */
   rule_t rules[FSHM_MAX_LIMITS];
@@ -197,6 +202,9 @@ struct fshm_limiter {
   _Atomic uint32_t frontier; /* the permit number where this process looks for a free one next */
   _Atomic uint64_t beyond; /* segment ns of the last look beyond a lowered limit */
 };
+
+/* money.c */
+void reservations_join(fshm_segment *s, uint32_t process, uint64_t incarnation);
 
 /* hash.c */
 uint64_t fshm_siphash(uint64_t k0, uint64_t k1, const void *data, uint64_t length);

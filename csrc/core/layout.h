@@ -19,13 +19,15 @@
 #define LINE 64
 #define SLOTS_PER_LINE 4
 #define PROBE_LINES UINT64_C(8) /* a key may live in two probe windows of so many cache lines */
-/* Process table. Of each process index there are 3,200 bytes, in four arrays at the end of the segment. Those of the
+/* Process table. Of each process index there are 5,312 bytes, in five arrays at the end of the segment. Those of the
  * first HOME_PROCESSES are allocated with it, the others in blocks, when a process takes an index there. */
 #ifndef PROCESSES /* tests that copy segments, or fill the table, have fewer */
 #define PROCESSES 4096
 #define HOME_PROCESSES 128
 #endif
 #define INCARNATION_BITS 14 /* of the owner of a permit */
+#define RESERVED 128 /* keys of budgets that a process has reservations of: a power of two */
+#define RESERVED_WAYS 4 /* entries where a key can be: one line */
 #define PROCESS_STATS 128 /* entries of one process: a power of two */
 #define COUNTERS FSHM_COUNTERS /* sets of call counters of a process index */
 /* Rules that a limiter can keep: the present ones, and those that states in the table use. */
@@ -142,6 +144,16 @@ typedef struct {
   _Atomic uint16_t in_flight[DEPLOYMENTS];
 } requests_t;
 
+/* What a process has reserved of one key of a budget: `who` says which (money.c; 0 = free), `when` how many nano-dollars.
+ * Swapped whole. */
+typedef slot_t reserved_t;
+/* Of one process; only its threads write them. They count only while `incarnation` is that of the process index and its
+ * owner lives, so all reservations of a dead process vanish at once. */
+typedef struct {
+  _Alignas(LINE) _Atomic uint64_t incarnation;
+  _Alignas(LINE) reserved_t of[RESERVED];
+} reservations_t;
+
 /* Process index i belongs to the process that holds byte lock i of the lock file. The kernel drops the lock when the
  * process dies; the fields below then describe a dead process until another one takes the index. */
 typedef struct {
@@ -187,6 +199,7 @@ typedef struct {
  * process that owns a rule index writes the rule, before `set` names it. The rule does not change while a state may
  * refer to it: the state of a key has the rule index (its label) of the rule that it was written under. */
 #define RULE_WORDS 8
+#define RULE_END 6 /* the word of a rule of money that says when its window ends: rule_t.unit */
 /* Owners of rule indexes. 0: free. RULE_USED | version: in use, and last named in that version of the limits. Else
  * the owner: incarnation << 16 | process index + 1. */
 #define RULE_USED (UINT64_C(1) << 63)
@@ -267,6 +280,9 @@ typedef struct {
   _Alignas(LINE) _Atomic uint64_t joined[PROCESSES / 64];
   _Atomic uint64_t joined_blocks; /* which words of `joined` are not 0: bits, set after those */
   _Atomic uint64_t liveness; /* segment ns of the last liveness check; one compare-and-swap */
+  /* The time of day (wall.h), ns since 1970: at segment time 0; and the latest that was seen. Any process changes them,
+   * each by one compare-and-swap. After a crash: floor is raised and base is not set back yet; the next look does it. */
+  _Atomic uint64_t wall_base, wall_floor;
   /* For each group of keys: changes (32 bits) | how many entries of `waiters` may be in use (32). wait_queue.c */
   _Alignas(LINE) _Atomic uint64_t queues[WAIT_GROUPS];
   _Alignas(LINE) changes_t changes[CHANGE_WORDS];
@@ -284,6 +300,8 @@ static_assert(sizeof(metric_t) == 120, "metric");
 static_assert(sizeof(histogram_t) == 1984, "histogram");
 static_assert(sizeof(deployment_t) == 64, "deployment");
 static_assert(sizeof(requests_t) == 576, "requests in flight");
+static_assert(sizeof(reservations_t) == 2112, "reservations");
+static_assert(sizeof(zone_t) == UINT64_C(16) * LINE, "zone");
 static_assert(sizeof(rule_t) == UINT64_C(8) * RULE_WORDS, "rule");
 static_assert(sizeof(limiter_entry_t) == 1344, "limiter entry");
 static_assert(offsetof(limiter_entry_t, current) == 16, "swapped as 16 bytes");
@@ -292,7 +310,7 @@ static_assert(offsetof(header_t, damage) == 248, "the constant words end at 248"
 static_assert(offsetof(header_t, ticket) == 320, "the changing lines start at 320");
 static_assert(PROCESSES % 64 == 0 && PROCESSES <= 64 * 64 && HOME_PROCESSES % 64 == 0,
               "blocks of 64, at most 64 of them");
-static_assert(sizeof(header_t) == 704 + (PROCESSES / 64 + 9) / 8 * LINE + WAIT_GROUPS * 8 +
+static_assert(sizeof(header_t) == 704 + (PROCESSES / 64 + 11) / 8 * LINE + WAIT_GROUPS * 8 +
                                       CHANGE_WORDS * sizeof(changes_t),
               "header");
 static_assert(sizeof(_Atomic uint64_t) == 8, "atomics are plain words");

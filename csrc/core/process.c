@@ -273,6 +273,7 @@ COLD uint32_t process_join(fshm_segment *s) {
     /* release: a reader that sees the pid sees its birth and its incarnation (look_at_process) */
     atomic_store_explicit(&p->pid, pid, memory_order_release);
     requests_join(s, process, load_relaxed(&page->incarnation));
+    reservations_join(s, process, load_relaxed(&page->incarnation));
     /* release: other threads that see the process index see its incarnation (process_identity) */
     atomic_store_explicit(&page->joined, process + 1, memory_order_release);
     return process;

@@ -12,7 +12,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "internal.h"
+#include "wall.h"
 
 #define OPEN_TRIES 100
 
@@ -100,6 +100,7 @@ static int attach(int fd, const header_t *h, const char *path, uint32_t flags, f
   memcpy(s->secret, h->secret, sizeof s->secret);
   memcpy(s->verified, h, sizeof s->verified);
   s->limiters = (limiter_entry_t *)(void *)(s->map + h->limiters_offset);
+  s->zones = (zone_t *)(void *)(s->limiters + h->limiters);
   s->processes = (process_t *)(void *)(s->map + h->processes_offset);
   s->process_stats = (process_stats_t *)(void *)(s->map + h->process_stats_offset);
   s->slots = (slot_t *)(void *)(s->map + h->slots_offset);
@@ -112,6 +113,7 @@ static int attach(int fd, const header_t *h, const char *path, uint32_t flags, f
   s->deployments = (deployment_t *)(void *)(s->map + h->deployments_offset);
   s->requests = (requests_t *)(void *)(s->map + h->requests_offset);
   s->counters = (counters_t *)(void *)(s->map + h->counters_offset);
+  s->reservations = (reservations_t *)(void *)(s->counters + PROCESSES);
   s->waiters = (waiter_t *)(void *)(s->map + h->waiters_offset);
   s->watchers = (_Atomic uint32_t *)(void *)(s->waiters + WAITERS);
   s->outsiders = (counters_t *)(void *)(s->deployments + DEPLOYMENTS);
@@ -224,7 +226,8 @@ uint64_t fshm_live_slots(fshm_segment *s, uint8_t *live, uint64_t now) {
   if (!now) now = segment_now(s);
   for (uint64_t i = 0; i < s->slot_count; i++) {
     uint64_t when = load_relaxed(&s->slots[i].when);
-    bool in_use = load_relaxed(&s->slots[i].who) && !IS_PENDING(when) && state_expires(when) > now;
+    uint64_t who = load_relaxed(&s->slots[i].who);
+    bool in_use = who && !IS_PENDING(when) && state_ends(s, who, when) > now;
     if (live) live[i] = in_use;
     count += in_use;
   }

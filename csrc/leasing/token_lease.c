@@ -24,6 +24,37 @@ int fshm_token_lease_put(fshm_limiter *leases, const void *key, uint64_t key_len
   return limiter_change(leases, key, key_length, now, change_put, batches, NULL, &at);
 }
 
+typedef struct {
+  const uint64_t *tokens, *until_ns, *most;
+  uint64_t *out;
+} return_t;
+
+static uint64_t change_return(const void *context, uint32_t i, const rule_t *r, uint64_t state,
+                              uint64_t now) {
+  const return_t *c = context;
+  const uint64_t end = state ? state_expires(state) : 0;
+  (void)r;
+  c->out[i] = 0;
+  /* The lease's end is that of its window, rounded down. An earlier one is another window's. */
+  if (end <= now || c->until_ns[i] < end) return state;
+  const unsigned s = (unsigned)(state >> 57) & 31;
+  const uint64_t left = token_lease_left(state, now);
+  c->out[i] = min_u64(c->tokens[i], minus(c->most[i], left));
+  if (!c->out[i]) return state;
+  /* The shift says how large the batch was: it stays, if the count fits. */
+  if ((left + 1 + c->out[i]) >> s == 0) return state + c->out[i];
+  return token_lease_put(state, now, c->out[i], 0, end);
+}
+
+int fshm_token_lease_return(fshm_limiter *leases, const void *key, uint64_t key_length,
+                            const uint64_t *tokens, const uint64_t *until_ns, const uint64_t *most,
+                            uint64_t now, uint64_t *out) {
+  const return_t back = {tokens, until_ns, most, out};
+  uint64_t at;
+  memset(out, 0, FSHM_MAX_LIMITS * sizeof *out);
+  return limiter_change(leases, key, key_length, now, change_return, &back, NULL, &at);
+}
+
 static uint64_t change_take(const void *context, uint32_t i, const rule_t *r, uint64_t state,
                             uint64_t now) {
   (void)context, (void)i, (void)r;
@@ -85,6 +116,9 @@ static uint64_t change_learn(const void *context, uint32_t i, const rule_t *r, u
   if (r->kind == FSHM_WINDOW)
     return window_state(
         r, (window_t){plus_time(now, known->left_ns[i]), min_u64(known->used[i], r->n), 0});
+  if (r->kind == FSHM_CALENDAR)
+    return calendar_state((dated_t){
+        (calendar_wall(r, now) + known->left_ns[i] + MINUTE - 1) / MINUTE, known->used[i]});
   return r->kind == FSHM_SLIDING ? rule_begun(r, known->used[i], now) : 0;
 }
 
@@ -104,7 +138,7 @@ static uint64_t change_tell(const void *context, uint32_t i, const rule_t *r, ui
   const knows_t *out = context;
   out->used[i] = r->kind == FSHM_BUCKET ? 0 : rule_take(r, state, now, now, 0).used_before;
   out->left_ns[i] =
-      out->used[i] || r->kind == FSHM_BUCKET ? minus(state ? state_expires(state) : 0, now) : 0;
+      out->used[i] || r->kind == FSHM_BUCKET ? minus(state ? rule_ends(r, state) : 0, now) : 0;
   return state;
 }
 

@@ -10,11 +10,14 @@
  *   0  token bucket   0 (5) | theoretical arrival time (57)
  *   1  window         shift s (5) | end >> s (57 - s) | tokens used (s)
  *   1  token lease    the same; count: tokens left + 1
+ *   0  calendar       1 (1) | end (28): minutes since 1970 | tokens used (33)
+ *   0  money          0 (1) | 1 (1) | nano-dollars (60); its window is the one of its rule
  *   2  sliding        class p (5) | end of the next window >> P (57 - P) | previous (12) | count (P - 12)
  *   3  0 pending      ticket (61): a slot being claimed (hash_table.c)
  *   3  1 permit       held by a process (semaphore.c)
  *
- * The state 0 is "never seen". state_expires() says when a state becomes equal to "never seen"; it needs no limit.
+ * The state 0 is "never seen". state_expires() says when a state becomes equal to "never seen"; it needs no limit. (A
+ * calendar window ends by the clock on the wall: state_ends() of core/wall.h also takes the segment.)
  * All else is read by the rule that the state was written under, which the slot names (internal.h). If the limits
  * have changed since, rule_convert() expresses the same tokens under the present rule; DESIGN.md, "Limits that
  * change", says when.
@@ -30,6 +33,7 @@
 #include <string.h>
 
 #include "../fast_shm.h"
+#include "calendar.h"
 
 __extension__ typedef unsigned __int128 wide_t;
 
@@ -39,6 +43,14 @@ __extension__ typedef unsigned __int128 wide_t;
 #define PENDING(ticket) ((UINT64_C(6) << 61) | ((ticket) & ((UINT64_C(1) << 61) - 1)))
 #define IS_PENDING(state) ((state) >> 61 == 6)
 #define IS_PERMIT(state) ((state) >> 61 == 7)
+#define IS_CALENDAR(state) ((state) >> 61 == 1)
+#define IS_MONEY(state) ((state) >> 60 == 1)
+#define MONEY_STATE(amount) (UINT64_C(1) << 60 | (amount))
+#define MONEY_OF(state) ((state) & ((UINT64_C(1) << 60) - 1))
+#define MONEY_MOST UINT64_C(1000000000000000000) /* 10^9 dollars */
+#define MONEY_FOREVER (UINT64_C(1) << 55) /* `per` of a budget that ends never */
+#define CALENDAR_COUNT ((UINT64_C(1) << 33) - 1)
+#define CALENDAR_END(state) ((state) >> 33 & ((UINT64_C(1) << 28) - 1))
 #define NO_STATE UINT64_MAX /* never written: a permit with a number that no permit has */
 #define MAX_PERMITS 100000 /* of one key: below 2^17 */
 #define WINDOW_MAX_N ((UINT64_C(1) << 31) - 1)
@@ -47,6 +59,7 @@ __extension__ typedef unsigned __int128 wide_t;
 #define BUCKET_MAX_PER (UINT64_C(1) << 55) /* 416 days */
 #define SLIDING_MIN_PER (UINT64_C(1) << 14)
 #define COARSE UINT64_C(1048576) /* ns; see rule_make */
+#define ZONES 64 /* time zones of a segment */
 #define PLACES 7 /* of a limiter's rules; 3 bits, the last says that it has none */
 #define PLACE_NONE 7
 
@@ -55,13 +68,23 @@ __extension__ typedef unsigned __int128 wide_t;
 typedef union {
   struct {
     uint32_t kind;
-    uint16_t strict;
+    uint16_t strict; /* calendar: the zone's index */
     uint16_t place; /* the slot of a key in which it counts; PLACE_NONE: of permits */
     uint64_t n, per;
     uint64_t burst;
     uint64_t num, den; /* bucket: emission interval num/den ns */
-    uint64_t unit; /* bucket: increment of cost 1, ns */
-    uint64_t room; /* bucket: how far the arrival time may be ahead of now for cost 1, ns */
+    uint64_t
+        unit; /* bucket: increment of cost 1, ns. money: when the window ends, minutes since 1970 */
+    /* bucket: how far the arrival time may be ahead of now for cost 1, ns. money: the lower half of the limit, whose upper
+     * half is n - 1 */
+    uint64_t room;
+  };
+  /* Of a calendar, in a copy that is used (calendar_ready()); not in the segment. */
+  struct {
+    uint64_t head[3];
+    uint64_t base; /* what the clock on the wall shows at segment time 0: ns since 1970 */
+    uint64_t floor; /* and at least at any time now */
+    const zone_t *zone; /* NULL: UTC */
   };
   uint64_t words[8];
 } rule_t;
@@ -94,17 +117,26 @@ static inline unsigned sliding_class(uint64_t per) {
 static inline uint64_t limit_largest_n(uint32_t kind, uint64_t per) {
   if (kind == FSHM_PERMITS) return MAX_PERMITS;
   if (kind == FSHM_LEASE) return TOKEN_LEASE_MOST;
+  if (kind == FSHM_MONEY) return MONEY_MOST;
   if (kind == FSHM_BUCKET) return per; /* one a nanosecond */
-  if (kind == FSHM_WINDOW) return WINDOW_MAX_N;
+  if (kind == FSHM_WINDOW || kind == FSHM_CALENDAR) return WINDOW_MAX_N;
   if (per < SLIDING_MIN_PER) return 0;
   return (UINT64_C(1) << (sliding_class(per) - 12)) - 1;
 }
 
-static inline bool kind_has_period(uint32_t kind) { return kind <= FSHM_SLIDING; }
+static inline bool kind_has_period(uint32_t kind) {
+  return kind <= FSHM_SLIDING || kind == FSHM_CALENDAR || kind == FSHM_MONEY;
+}
 
 static inline bool limit_valid(const fshm_limit *l) {
   if (l->kind == FSHM_PERMITS || l->kind == FSHM_LEASE)
     return l->n >= 1 && l->n <= limit_largest_n(l->kind, 0) && l->per_ns == 0;
+  if (l->kind == FSHM_MONEY)
+    return l->n >= 1 && l->n <= MONEY_MOST && l->burst >> 28 == 0 && l->strict < ZONES &&
+           (calendar_period(l->per_ns) || l->per_ns == MONEY_FOREVER);
+  if (l->kind == FSHM_CALENDAR)
+    return l->n >= 1 && l->n <= WINDOW_MAX_N && calendar_period(l->per_ns) && !l->burst &&
+           l->strict < ZONES;
   if (l->kind > FSHM_SLIDING || l->per_ns < 1000 || l->per_ns > BUCKET_MAX_PER) return false;
   if (l->kind == FSHM_SLIDING && l->per_ns < SLIDING_MIN_PER) return false;
   if (l->n < 1 || l->n > limit_largest_n(l->kind, l->per_ns)) return false;
@@ -135,6 +167,12 @@ static inline rule_t rule_make(const fshm_limit *l) {
   r.per = kind_has_period(l->kind) ? l->per_ns : 1000;
   r.den = 1;
   r.num = 1;
+  if (l->kind == FSHM_CALENDAR || l->kind == FSHM_MONEY) r.strict = (uint16_t)l->strict;
+  if (l->kind == FSHM_MONEY) {
+    r.n = (l->n >> 32) + 1;
+    r.room = l->n & UINT32_MAX;
+    r.unit = l->burst;
+  }
   if (l->kind != FSHM_BUCKET) return r;
   r.burst = l->burst;
   r.strict = l->strict != 0;
@@ -150,16 +188,19 @@ static inline rule_t rule_make(const fshm_limit *l) {
   return r;
 }
 
-/* May the arithmetic below use these numbers (no division by zero, no overflow)? A kind between the others that does
- * not exist counts as a sliding window. */
+/* May the arithmetic below use these numbers (no division by zero, no overflow)? What it says
+ * of a time zone is checked where it is used (calendar_ready()). */
 static inline bool rule_sane(const rule_t *r) {
-  return r->kind <= FSHM_LEASE && r->n && r->num && r->den && r->per >= 1000 &&
+  return r->kind <= FSHM_MONEY && r->n && r->num && r->den && r->per >= 1000 &&
          r->per <= BUCKET_MAX_PER && r->burst <= r->n && r->place <= PLACE_NONE &&
          (r->num | r->den | r->unit | r->room | r->n) <= TIME_MAX;
 }
 
 /* The limit that a rule was made of. */
+static inline uint64_t rule_money(const rule_t *r) { return (r->n - 1) << 32 | r->room; }
 static inline fshm_limit rule_limit(const rule_t *r) {
+  if (r->kind == FSHM_MONEY)
+    return (fshm_limit){rule_money(r), r->per, r->unit, r->kind, r->strict};
   return (fshm_limit){r->n, kind_has_period(r->kind) ? r->per : 0, r->burst, r->kind, r->strict};
 }
 
@@ -173,7 +214,17 @@ static inline bool rule_genuine(const rule_t *r) {
   return !memcmp(made.words, r->words, sizeof made.words);
 }
 
-/* When this state becomes equal to "never seen"; a pending slot never does. */
+/* A rule of a calendar as it stands in the segment. */
+static inline rule_t rule_bare(const rule_t *r) {
+  rule_t bare = *r;
+  if (r->kind == FSHM_CALENDAR || r->kind == FSHM_MONEY) {
+    bare.burst = 0;
+    bare.num = bare.den = 1;
+  }
+  return bare;
+}
+
+/* When this state becomes equal to "never seen"; a pending slot never does. Not of a calendar's. */
 static inline uint64_t state_expires(uint64_t s) {
   unsigned shift;
   switch (TAG(s)) {
@@ -195,7 +246,8 @@ static inline bool state_possible(uint64_t s) {
   unsigned shift = (unsigned)(s >> 57) & 31;
   switch (s ? TAG(s) : 4) {
     case FSHM_BUCKET:
-      return s <= TIME_MAX;
+      return s <= TIME_MAX || IS_MONEY(s) ||
+             (IS_CALENDAR(s) && CALENDAR_END(s) && (s & CALENDAR_COUNT));
     case FSHM_WINDOW: /* a count of at least 1 */
       return shift >= 1 && state_expires(s) && (s & ((UINT64_C(1) << shift) - 1));
     case FSHM_SLIDING: /* 2^14 <= class; something counted in either window */
@@ -226,7 +278,9 @@ static inline fshm_charged charged_by(const rule_t *r, uint64_t state, uint64_t 
 }
 /* Can states of this rule hold the charge? Not if the limit is now of another kind. */
 static inline bool charged_alike(const rule_t *r, const fshm_charged *put) {
-  return TAG(put->state) == (r->kind & 3) && put->num && put->den;
+  const bool calendar = r->kind == FSHM_CALENDAR;
+  return TAG(put->state) == (r->kind & 3) && calendar == IS_CALENDAR(put->state) && put->num &&
+         put->den;
 }
 
 /* The pace of a bucket: 1024ths of a nanosecond for a token to drain, rounded down. */
@@ -237,7 +291,7 @@ static inline uint64_t bucket_pace(const rule_t *r) {
 /* What is left of a bucket's charge that has drained at this pace since, or at its own if that is faster. */
 static inline fshm_charged charge_left(const fshm_charged *put, uint64_t pace, uint64_t now) {
   fshm_charged left = *put;
-  if (TAG(put->state) != FSHM_BUCKET || !put->den) return left;
+  if (TAG(put->state) != FSHM_BUCKET || IS_CALENDAR(put->state) || !put->den) return left;
   const wide_t own = ((wide_t)(put->num & TIME_MAX) << 10) / put->den; /* 67 bits */
   pace = max_u64(pace, 1);
   if (pace >= own) return left; /* no faster, to a 1024th of a nanosecond */
@@ -642,10 +696,93 @@ static inline uint64_t token_lease_refund(uint64_t state, uint64_t now, uint64_t
   return cost && put ? token_lease_put(state, now, cost, 0, state_expires(put->state)) : state;
 }
 
+/* calendar ------------------------------------------------------------------------------------ */
+
+/* A window of the calendar. Its end is told by the clock on the wall, so it is exact, and follows each step of that
+ * clock. Debt ends with the window: the next one is whole. The rule is a copy that calendar_ready() has prepared. */
+typedef struct {
+  uint64_t end, count; /* end: minutes since 1970; 0 = no window open */
+} dated_t;
+
+/* The wall clock, ns since 1970. It never goes back: wall.c. */
+static inline uint64_t calendar_wall(const rule_t *r, uint64_t now) {
+  return max_u64(now + r->base, r->floor);
+}
+/* The segment time at which the wall clock shows this minute. (Of one that it has shown: a time that is over.) */
+static inline uint64_t calendar_instant(const rule_t *r, uint64_t minute) {
+  const uint64_t wall = minute * MINUTE; /* 28 bits * 36 bits */
+  return wall <= r->floor ? 0 : min_u64(minus(wall, r->base), TIME_MAX);
+}
+static inline uint64_t calendar_minute(const rule_t *r, uint64_t now) {
+  return calendar_wall(r, now) / MINUTE;
+}
+static inline uint64_t calendar_ends(const rule_t *r, uint64_t now) {
+  return calendar_end(r->per, r->zone, calendar_minute(r, now));
+}
+
+static inline dated_t calendar_read(const rule_t *r, uint64_t state, uint64_t now) {
+  dated_t w = {CALENDAR_END(state), state & CALENDAR_COUNT};
+  const uint64_t minute = calendar_minute(r, now);
+  if (!IS_CALENDAR(state) || w.end <= minute) return (dated_t){0, 0};
+  /* Longer than any window: it was written while the clock was ahead by more than a day (wall.c). */
+  if (w.end > minute + CALENDAR_MOST) w.end = calendar_ends(r, now);
+  return w;
+}
+
+static inline uint64_t calendar_state(dated_t w) {
+  const uint64_t most = (UINT64_C(1) << 28) - 1;
+  if (!w.count) return 0;
+  return UINT64_C(1) << 61 | min_u64(w.end, most) << 33 | min_u64(w.count, CALENDAR_COUNT);
+}
+
+static inline uint64_t calendar_left(const rule_t *r, uint64_t end, uint64_t now) {
+  return end ? minus(calendar_instant(r, end), now) : 0; /* longer, while the clock stands still */
+}
+
+static __attribute__((noinline)) verdict_t calendar_take(const rule_t *r, uint64_t state,
+                                                         uint64_t now, uint64_t cost) {
+  dated_t w = calendar_read(r, state, now);
+  verdict_t v = {state, 0, w.count, w.count, calendar_left(r, w.end, now)};
+  if (cost > r->n) {
+    v.retry = UINT64_MAX;
+  } else if (cost > minus(r->n, w.count)) {
+    v.retry = v.reset;
+  } else if (cost) {
+    if (!w.end) w.end = calendar_ends(r, now);
+    w.count += cost;
+    v.used_after = w.count;
+    v.next = calendar_state(w);
+    v.reset = calendar_left(r, w.end, now);
+  }
+  return v;
+}
+
+static inline uint64_t calendar_charge(const rule_t *r, uint64_t state, uint64_t now,
+                                       uint64_t cost) {
+  if (!cost) return state;
+  dated_t w = calendar_read(r, state, now);
+  if (!w.end) w.end = calendar_ends(r, now);
+  w.count += min_u64(cost, CALENDAR_COUNT);
+  return calendar_state(w);
+}
+
+/* put: the charge to undo, or NULL. Nothing is given back once another window has begun. */
+static inline uint64_t calendar_refund(const rule_t *r, uint64_t state, uint64_t now, uint64_t cost,
+                                       const fshm_charged *put) {
+  dated_t w = calendar_read(r, state, now);
+  if (!w.count || !cost) return state;
+  if (put && (!charged_alike(r, put) || CALENDAR_END(put->state) != w.end)) return state;
+  w.count = minus(w.count, cost);
+  return calendar_state(w);
+}
+
 /* any kind ------------------------------------------------------------------------------------ */
 
 /* A state of another kind than the rule's (or a pending one) is read as "never seen". */
 static inline bool state_is_of(const rule_t *r, uint64_t state) {
+  if (r->kind == FSHM_BUCKET) return !(state >> TIME_BITS);
+  if (r->kind == FSHM_MONEY) return IS_MONEY(state);
+  if (r->kind == FSHM_CALENDAR) return IS_CALENDAR(state);
   return TAG(state) == (r->kind & 3); /* a token lease is a window */
 }
 static inline uint64_t state_for(const rule_t *r, uint64_t state) {
@@ -660,6 +797,7 @@ static inline __attribute__((always_inline)) verdict_t rule_take(const rule_t *r
   if (r->kind == FSHM_BUCKET) return bucket_take(r, state, now, at, cost);
   if (r->kind == FSHM_WINDOW) return window_take(r, state, now, cost);
   if (r->kind == FSHM_LEASE) return token_lease_take(r, state, now, cost);
+  if (r->kind == FSHM_CALENDAR) return calendar_take(r, state, now, cost);
   return sliding_take(r, state, now, cost);
 }
 
@@ -668,6 +806,7 @@ static inline uint64_t rule_charge(const rule_t *r, uint64_t state, uint64_t now
   if (r->kind == FSHM_BUCKET) return bucket_charge(r, state, now, cost);
   if (r->kind == FSHM_WINDOW) return window_charge(r, state, now, cost);
   if (r->kind == FSHM_LEASE) return state - min_u64(token_lease_left(state, now), cost);
+  if (r->kind == FSHM_CALENDAR) return calendar_charge(r, state, now, cost);
   return sliding_charge(r, state, now, cost);
 }
 
@@ -677,6 +816,7 @@ static inline uint64_t rule_refund(const rule_t *r, uint64_t state, uint64_t now
   if (r->kind == FSHM_BUCKET) return bucket_refund(r, state, now, cost, put);
   if (r->kind == FSHM_WINDOW) return window_refund(r, state, now, cost, put);
   if (r->kind == FSHM_LEASE) return token_lease_refund(state, now, cost, put);
+  if (r->kind == FSHM_CALENDAR) return calendar_refund(r, state, now, cost, put);
   return sliding_refund(r, state, now, cost, put);
 }
 
@@ -700,6 +840,7 @@ static inline uint64_t rule_used(const rule_t *r, uint64_t state, uint64_t now) 
   state = state_for(r, state);
   if (r->kind == FSHM_BUCKET)
     return saturate(((wide_t)minus(state & TIME_MAX, now) * r->den + r->num - 1) / r->num);
+  if (r->kind == FSHM_CALENDAR) return calendar_read(r, state, now).count;
   if (r->kind != FSHM_SLIDING) return window_read(state, now).count;
   sliding_t s = sliding_read(r, state, now);
   return s.count + sliding_weight(r, s.previous, s.left);
@@ -708,20 +849,41 @@ static inline uint64_t rule_used(const rule_t *r, uint64_t state, uint64_t now) 
 /* A state of a window that has just begun, or of a sliding one, with so many tokens. */
 static inline uint64_t rule_begun(const rule_t *r, uint64_t used, uint64_t now) {
   if (r->kind == FSHM_WINDOW) return window_state(r, (window_t){plus_time(now, r->per), used, 0});
+  if (r->kind == FSHM_CALENDAR) return calendar_charge(r, 0, now, used);
   sliding_t s = sliding_read(r, 0, now);
   s.count = used;
   return sliding_state(r, s);
+}
+
+/* When a state of the rule becomes equal to "never seen". */
+static inline uint64_t rule_ends(const rule_t *r, uint64_t state) {
+  if (IS_MONEY(state)) return r->kind == FSHM_MONEY ? calendar_instant(r, r->unit) : 0;
+  if (!IS_CALENDAR(state)) return state_expires(state);
+  return r->kind == FSHM_CALENDAR ? calendar_instant(r, CALENDAR_END(state)) : 0;
 }
 
 /* After a change of the limits: the state under `r` with the same tokens as `state` under `old`. NO_STATE: `r`
  * cannot hold so many (more than it admits). */
 static inline uint64_t rule_convert(const rule_t *r, const rule_t *old, uint64_t state,
                                     uint64_t now) {
+  if (r->kind == FSHM_MONEY || old->kind == FSHM_MONEY)
+    return r->kind == old->kind ? state_for(r, state) : 0;
   /* Tokens left say nothing about tokens used. */
   if (r->kind == FSHM_LEASE || old->kind == FSHM_LEASE)
     return r->kind == old->kind ? state_for(r, state) : 0;
   state = state_for(old, state);
-  if (!state || state_expires(state) <= now) return 0;
+  if (!state || rule_ends(old, state) <= now) return 0;
+  if (r->kind == FSHM_CALENDAR && old->kind == FSHM_CALENDAR) return state;
+  /* A window that goes on to its end, though the next one begins elsewhere. */
+  if (r->kind == FSHM_CALENDAR && old->kind == FSHM_WINDOW) {
+    const window_t w = window_open(old, state, now);
+    const uint64_t left = (w.end > now ? w.end : state_expires(state)) - now;
+    return calendar_state((dated_t){(calendar_wall(r, now) + left + MINUTE - 1) / MINUTE, w.count});
+  }
+  if (r->kind == FSHM_WINDOW && old->kind == FSHM_CALENDAR) {
+    const dated_t w = calendar_read(old, state, now);
+    return window_state(r, (window_t){plus_time(now, calendar_left(old, w.end, now)), w.count, 0});
+  }
   if (r->kind == old->kind) {
     if (r->kind == FSHM_BUCKET) return bucket_convert(r, old, state, now);
     if (r->kind == FSHM_WINDOW) return window_state(r, window_open(old, state, now));
@@ -735,6 +897,7 @@ static inline uint64_t rule_convert(const rule_t *r, const rule_t *old, uint64_t
 
 /* When all tokens of a state are back. (state_expires() rounds the end of a sliding window up, by up to `per`.) */
 static inline uint64_t rule_over(const rule_t *r, uint64_t state) {
+  if (IS_CALENDAR(state) || IS_MONEY(state)) return rule_ends(r, state);
   uint64_t expires = state_expires(state);
   return TAG(state) == FSHM_SLIDING && r->kind == FSHM_SLIDING ? expires / r->per * r->per
                                                                : expires;

@@ -146,6 +146,7 @@ static COLD pair_t swept(const sweep_t *w, pair_t pair, unsigned place) {
       if ((int)rule_index == w->victim || !read_used(e, rule_index, &rule, &owner) ||
           rule.place != place)
         continue;
+      if (rule.kind == FSHM_CALENDAR || rule.kind == FSHM_MONEY) calendar_ready(w->s, &rule);
       uint64_t state = rule_convert(&rule, &old, pair.when, w->now);
       if (state == NO_STATE && round)
         state = rule_begun(&rule, limit_largest_n(rule.kind, rule.per), w->now);
@@ -190,7 +191,8 @@ static COLD bool sweep_slot(sweep_t *w, uint64_t slot) {
       if (!w->fixed) w->now = segment_now(s);
       continue;
     }
-    bool over = IS_PENDING(pair.when) || state_expires(pair.when) <= minus(w->now, CLOCKS_DIFFER);
+    bool over =
+        IS_PENDING(pair.when) || state_ends(s, pair.who, pair.when) <= minus(w->now, CLOCKS_DIFFER);
     pair_t to = {0, 0}, seen = pair;
     over |= shared && !shared_is_of(pair.who, w->snapshot.current);
     if (!over) to = swept(w, pair, place);

@@ -59,7 +59,7 @@ static void state_met(call_t *c, uint32_t i, const found_t *f, met_t *m) {
                                                     : ((f->pair.who ^ m->who) & WHO_LABELS) != 0);
   if (former && !former_rule(c, i, f, &m->old)) return;
   if (sliding_is_later(former ? &m->old : m->rule, state, c->now)) read_clock_again(c);
-  if (state_expires(state) <= c->now) {
+  if (state_ends(c->s, 0, state) <= c->now) {
     m->state = 0;
   } else if (former) {
     if (rule_settles(m->rule, &m->old, state, c->now, &m->state)) return;
@@ -82,13 +82,15 @@ static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_
     return;
   }
   if (sliding_is_later(&old, state, c->now)) read_clock_again(c);
+  const uint64_t used = rule_used(&old, state, c->now);
   uint64_t moved = rule_convert(r, &old, state, c->now);
   if (moved != NO_STATE) {
     l->verdict = rule_take(r, moved, c->now, c->at, cost);
-    if (!l->verdict.retry || cost > rule_capacity(r)) return;
+    /* A cost of 0 is no reason to make a debt of what is used. */
+    if ((!l->verdict.retry && (cost || used <= rule_capacity(r))) || cost > rule_capacity(r))
+      return;
   }
-  uint64_t used = rule_used(&old, state, c->now);
-  if (r->kind == FSHM_BUCKET && cost <= minus(r->burst, used)) {
+  if (r->kind == FSHM_BUCKET && used <= r->burst && cost <= r->burst - used) {
     /* It just fits: round up once for both, not once for each. */
     l->verdict = bucket_take(r, 0, c->now, c->at, used + cost);
     l->verdict.used_before = min_u64(bucket_increment(r, used), TIME_MAX);
@@ -107,7 +109,7 @@ static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_
     l->verdict.retry = plus_time(l->verdict.retry, 3);
   l->verdict.used_before = l->verdict.used_after =
       r->kind == FSHM_BUCKET ? min_u64(bucket_increment(r, used), TIME_MAX) : used;
-  l->verdict.reset = minus(state_expires(state), c->now);
+  l->verdict.reset = minus(state_ends(c->s, 0, state), c->now);
 }
 
 static COLD void look_later(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
@@ -127,7 +129,7 @@ static inline HOT void look_found(call_t *c, uint32_t i, uint64_t cost, look_t *
     return;
   }
   if (unlikely(l->slot.pair.who != who)) {
-    if (l->slot.pair.who && state_expires(state) > c->now) {
+    if (l->slot.pair.who && state_ends(c->s, 0, state) > c->now) {
       look_former(c, i, cost, l);
       return;
     }
@@ -199,6 +201,8 @@ static uint64_t first_state(void *context) {
     c->stale = true;
     return NO_STATE;
   }
+  /* The time of day too is of after the look: the clock may have been set since. */
+  if (unlikely(r->kind == FSHM_CALENDAR)) calendar_ready(c->s, &c->snapshot.rules[f->i]);
   if (unlikely(shares(c, now))) return first_shared(f, now);
   if (f->op >= FROM_SHARED) return NO_STATE;
   if (f->op >= FSHM_CHARGE) return forced(c, f->op, f->i, r, 0, now);
@@ -233,7 +237,7 @@ static inline HOT int put(call_t *c, uint32_t i, look_t *l, uint64_t next, uint3
      * loads before it need no order, since it compares all 16 bytes. */
     return pair_cas(&c->s->slots[f->slot], &seen, to) ? CLAIMED : CLAIM_LOST;
   }
-  if (state_expires(next) <= c->now) return CLAIMED; /* equals "never seen": needs no slot */
+  if (state_ends(c->s, 0, next) <= c->now) return CLAIMED; /* equals "never seen": needs no slot */
   return put_first(c, i, l, op);
 }
 
@@ -254,7 +258,7 @@ static uint64_t first_changed(void *context) {
 
 static int put_changed(call_t *c, uint32_t i, look_t *l, uint64_t next, changed_t *first) {
   found_t *f = &l->slot;
-  if (f->pair.who || state_expires(next) <= c->now) return put(c, i, l, next, FSHM_CHARGE);
+  if (f->pair.who || state_ends(c->s, 0, next) <= c->now) return put(c, i, l, next, FSHM_CHARGE);
   int status = table_claim(c->s, c->hash, l->who, c->now, first_changed, first, &f->slot);
   if (status == CLAIMED) f->pair.who = l->who;
   if (status == CLAIM_FULL && semaphore_free_dead(c->s, c->hash, l->who, c->now))
@@ -727,7 +731,7 @@ int fshm_reset_key(fshm_limiter *l, const void *key, uint64_t key_length) {
   found_t f;
   if (!limits_load(l->segment, l->index, &c.snapshot)) return damage_limits(l->segment, l->index);
   begin(&c, l, key, key_length, 0);
-  for (uint32_t i = 0; i < c.snapshot.count; i++) {
+  for (uint32_t i = 0; i < c.snapshot.count + c.snapshot.money; i++) {
     table_find(c.s, c.hash, fingerprint(&c, i), &f);
     if (f.pair.who) table_clear(c.s, f.slot, f.pair.who);
   }

@@ -13,13 +13,25 @@
 
 int fshm_limit_check(const fshm_limit *l, uint64_t *largest_n) {
   bool known = !kind_has_period(l->kind) || l->per_ns >= 1000;
-  known &= l->kind <= FSHM_PERMITS || l->kind == FSHM_LEASE;
+  known &= l->kind <= FSHM_MONEY;
   *largest_n = known ? limit_largest_n(l->kind, l->per_ns) : 0;
   return limit_valid(l) ? FSHM_OK : FSHM_E_ARGUMENT;
 }
 
-bool limits_load(const fshm_segment *s, uint32_t index, snapshot_t *p) {
+bool limits_load(fshm_segment *s, uint32_t index, snapshot_t *p) {
   return limits_load_inline(s, index, p);
+}
+
+/* The limits of a budget (money.c): no other call counts by them. */
+COLD void limits_are_money(fshm_segment *s, snapshot_t *p) {
+  p->money = p->count + (p->permits > 0);
+  p->count = p->permits = 0;
+  calendar_ready(s, &p->rules[0]);
+  for (uint32_t i = 1; i < p->money; i++) {
+    p->rules[i].base = p->rules[0].base;
+    p->rules[i].floor = p->rules[0].floor;
+    p->rules[i].zone = p->rules[0].zone;
+  }
 }
 
 /* Apply the numbers of a handle (fshm_limiter_number()), which are never above the name's own. */
@@ -48,10 +60,12 @@ int fshm_limiter_number(fshm_limiter *l, const uint64_t *numbers, uint32_t count
 
 /* The rule that a state with this label was written under. The caller checks afterwards that the slot has not
  * changed: a rule index is not given to another rule while a state refers to it. */
-bool limits_rule(const fshm_segment *s, uint32_t index, unsigned label, rule_t *out) {
+bool limits_rule(fshm_segment *s, uint32_t index, unsigned label, rule_t *out) {
   read_rule(&s->limiters[index], label, out);
   atomic_thread_fence(memory_order_acquire); /* the copy, before the second look at the slot */
-  return rule_sane(out) && out->kind != FSHM_PERMITS; /* no state has its label */
+  if (!rule_sane(out)) return false;
+  if (out->kind == FSHM_CALENDAR || out->kind == FSHM_MONEY) calendar_ready(s, out);
+  return out->kind != FSHM_PERMITS; /* no state has its label */
 }
 
 static COLD bool set_wrong(const limiter_entry_t *e, uint64_t set) {
@@ -96,6 +110,9 @@ COLD bool limits_wrong(const fshm_segment *s, uint32_t index, bool published) {
 
 /* An id is a hash of the name without the bit BESIDE; that bit is set for an auxiliary limiter
  * (fshm_limiter_open_beside()), whose calls are not counted. So every process that sees a claimed entry knows this. */
+/* money.c */
+uint64_t money_window(fshm_segment *s, const rule_t *rule, uint64_t now);
+
 #define BESIDE UINT64_C(1)
 
 static COLD uint64_t name_id(const fshm_segment *s, const char *name, uint64_t length) {
@@ -217,6 +234,11 @@ static int open_handle(fshm_segment *s, const char *name, uint64_t length, rule_
   if (status == FSHM_OK && !rules && !load_relaxed(&s->limiters[l->index].current))
     status = FSHM_E_NOT_FOUND;
   if (status == FSHM_OK && limits_wrong(s, l->index, false)) status = damage_limits(s, l->index);
+  snapshot_t
+      present; /* what is counted in tokens is not counted in money afterwards, nor the other way round */
+  if (status == FSHM_OK && rules && limits_load(s, l->index, &present) &&
+      (present.money > 0) != (rules[0].kind == FSHM_MONEY))
+    status = FSHM_E_ARGUMENT;
   if (status == FSHM_OK && rules) status = publish(s, l->index, rules, count, now);
   if (status != FSHM_OK) {
     free(l);
@@ -238,8 +260,11 @@ static int limiter_open(fshm_segment *s, const char *name, uint64_t name_length,
     return FSHM_E_ARGUMENT;
   for (uint32_t i = 0; i < count; i++) {
     bool permits = limits[i].kind == FSHM_PERMITS;
-    if (!limit_valid(&limits[i]) || (permits && i + 1 != count)) return FSHM_E_ARGUMENT;
+    if (!limit_valid(&limits[i]) || (permits && i + 1 != count) ||
+        (limits[i].kind == FSHM_MONEY) != (limits[0].kind == FSHM_MONEY))
+      return FSHM_E_ARGUMENT;
     rules[i] = rule_make(&limits[i]);
+    if (limits[i].kind == FSHM_MONEY) rules[i].unit = money_window(s, &rules[i], now);
   }
   return open_handle(s, name, name_length, rules, count, bits, now, out);
 }
@@ -271,16 +296,21 @@ void fshm_limiter_close(fshm_limiter *l) { free(l); }
 void fshm_limiter_share(fshm_limiter *l, int share) { l->share = share != 0; }
 
 /* limits_load(), for inspection: only limits that a call can have set. */
-static bool load_genuine(const fshm_segment *s, uint32_t index, snapshot_t *p) {
+static bool load_genuine(fshm_segment *s, uint32_t index, snapshot_t *p) {
   if (limits_wrong(s, index, true) || !limits_load(s, index, p)) return false;
   /* Check the copy: the segment may have been written over since. */
-  for (uint32_t i = 0; i < p->count; i++)
-    if (!rule_genuine(&p->rules[i])) return false;
+  for (uint32_t i = 0; i < p->count + p->money; i++) {
+    const rule_t bare = rule_bare(&p->rules[i]);
+    if (!rule_genuine(&bare)) return false;
+  }
   return true;
 }
 
 static void describe_limits(const snapshot_t *p, fshm_limit *out) {
-  for (uint32_t i = 0; i < p->count; i++) out[i] = rule_limit(&p->rules[i]);
+  for (uint32_t i = 0; i < p->count + p->money; i++) {
+    const rule_t bare = rule_bare(&p->rules[i]);
+    out[i] = rule_limit(&bare);
+  }
   if (p->permits) out[p->count] = (fshm_limit){p->permits, 0, 0, FSHM_PERMITS, 0};
 }
 
@@ -293,7 +323,7 @@ int fshm_limiter_limits(fshm_limiter *l, fshm_limit *out, uint64_t *version) {
   }
   *version = CURRENT_VERSION(p.current);
   describe_limits(&p, out);
-  return (int)(p.count + (p.permits > 0));
+  return (int)(p.count + p.money + (p.permits > 0));
 }
 
 /* Forget all keys of the limiter. One swap: afterwards no call finds the old slots. They expire by themselves; those
@@ -350,7 +380,7 @@ int fshm_limiter_at(fshm_segment *s, uint32_t index, fshm_limiter_info *out) {
   if (!load_relaxed(&e->id) || !load_relaxed(&e->current)) return 0;
   if (!load_genuine(s, index, &p)) return damage_limits(s, index);
   describe_limits(&p, out->limits);
-  out->limits_count = p.count + (p.permits > 0);
+  out->limits_count = p.count + p.money + (p.permits > 0);
   out->version = CURRENT_VERSION(p.current);
   out->resets = CURRENT_RESETS(p.current);
   out->id = load_relaxed(&e->id);

@@ -2,7 +2,7 @@
 #ifndef FSHM_LIMITS_H
 #define FSHM_LIMITS_H
 
-#include "../core/internal.h"
+#include "../core/wall.h"
 
 #define VERSION_BITS 37
 #define RESET_BITS 20
@@ -63,9 +63,11 @@ static inline uint64_t salt_of(const fshm_segment *s, uint64_t current) {
   return likely(!resets) ? 0 : mix(s->secret[0] ^ mix(resets)) & ~UINT64_C(1);
 }
 
+void limits_are_money(fshm_segment *s, snapshot_t *p);
+
 /* Load the present limits. False: none, or damaged; then the snapshot has no limits, so that a caller that goes on
  * never divides by zero (rule_sane). */
-static inline HOT bool limits_load_inline(const fshm_segment *s, uint32_t index, snapshot_t *p) {
+static inline HOT bool limits_load_inline(fshm_segment *s, uint32_t index, snapshot_t *p) {
   const limiter_entry_t *e = &s->limiters[index];
   for (int tries = 0; tries < MAX_TRIES; tries++) {
     /* acquire: pairs with publish(), whose rules are complete before they are named. */
@@ -80,13 +82,15 @@ static inline HOT bool limits_load_inline(const fshm_segment *s, uint32_t index,
     if (unlikely(load_relaxed(&e->current) != current)) continue;
     const uint64_t tail = WHO_OF(index, 0, 0, CURRENT_EPOCH(current));
     p->current = current;
-    p->permits = 0;
+    p->permits = p->money = 0;
     p->salt = salt_of(s, current);
     p->count = 1;
     if (likely(has == 1 && p->rules[0].kind != FSHM_PERMITS)) {
       p->tail[0] = tail | WHO_OF(0, p->rules[0].place, SET_RULE(set, 0), 0);
-      if (likely(current && rule_sane(&p->rules[0]))) return true;
-      break;
+      if (unlikely(!current || !rule_sane(&p->rules[0]))) break;
+      if (unlikely(p->rules[0].kind == FSHM_CALENDAR)) calendar_ready(s, &p->rules[0]);
+      if (unlikely(p->rules[0].kind == FSHM_MONEY)) limits_are_money(s, p);
+      return true;
     }
     if (likely(has == 1)) { /* permits alone */
       p->count = 0;
@@ -98,19 +102,23 @@ static inline HOT bool limits_load_inline(const fshm_segment *s, uint32_t index,
     for (; i < has && rule_sane(&p->rules[i]); i++) {
       const rule_t *r = &p->rules[i];
       p->tail[i] = tail | WHO_OF(0, r->place, SET_RULE(set, i), 0);
+      if (unlikely(r->kind == FSHM_CALENDAR)) calendar_ready(s, &p->rules[i]);
       if (likely(r->kind != FSHM_PERMITS)) continue;
       if (i + 1 != has || r->n > MAX_PERMITS) break; /* the last: limiter_open() */
       p->permits = (uint32_t)r->n;
     }
     p->count = has - (p->permits != 0);
-    if (likely(current && has && i == has)) return true;
+    if (likely(current && has && i == has)) {
+      if (unlikely(p->rules[0].kind == FSHM_MONEY)) limits_are_money(s, p);
+      return true;
+    }
     break;
   }
-  p->count = p->permits = 0;
+  p->count = p->permits = p->money = 0;
   return false;
 }
 
-bool limits_load(const fshm_segment *s, uint32_t index, snapshot_t *out);
+bool limits_load(fshm_segment *s, uint32_t index, snapshot_t *out);
 void limits_number(const uint64_t *numbers, snapshot_t *p);
 /* limits_load(), with the numbers of the handle. */
 static inline HOT bool limits_load_of_inline(const fshm_limiter *l, snapshot_t *p) {
@@ -124,7 +132,7 @@ bool limits_name_wrong(const fshm_segment *s, uint32_t index);
 uint64_t limits_most(const fshm_segment *s, uint32_t index);
 uint32_t limits_most_permits(uint64_t most, const snapshot_t *p);
 void limits_lower_most(fshm_segment *s, uint32_t index, const snapshot_t *p, uint64_t most);
-bool limits_rule(const fshm_segment *s, uint32_t index, unsigned label, rule_t *out);
+bool limits_rule(fshm_segment *s, uint32_t index, unsigned label, rule_t *out);
 /* The fastest pace (bucket_pace()) at which a bucket of this place can have drained since the limits had this version.
  * UINT64_MAX: no bucket's limit was in force since. */
 uint64_t limits_pace_since(const fshm_segment *s, uint32_t index, unsigned place, uint64_t version);

@@ -161,7 +161,7 @@ uint64_t fshm_live_keys(fshm_limiter *l, uint64_t now) {
     uint64_t who = load_relaxed(&s->slots[slot].who);
     if (!who || load_relaxed(&s->key_stats[slot].meta) != key_stats_meta(l->index, who)) continue;
     pair_t pair = s->read_only ? pair_peek(&s->slots[slot]) : pair_load(&s->slots[slot]);
-    count += pair.who == who && !IS_PENDING(pair.when) && state_expires(pair.when) > now;
+    count += pair.who == who && !IS_PENDING(pair.when) && state_ends(s, pair.who, pair.when) > now;
   }
   return count;
 }

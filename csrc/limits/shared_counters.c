@@ -9,7 +9,8 @@ static COLD void find_shared(const call_t *c, uint32_t i, found_t *f) {
   f->pair = s->read_only ? pair_peek(&s->slots[f->slot]) : pair_load(&s->slots[f->slot]);
 }
 static inline bool shared_used(const call_t *c, const found_t *f) {
-  return shared_is_of(f->pair.who, c->snapshot.current) && state_expires(f->pair.when) > c->now;
+  return shared_is_of(f->pair.who, c->snapshot.current) &&
+         state_ends(c->s, 0, f->pair.when) > c->now;
 }
 
 /* Check the cost against a counter's state, which was written under this rule or a former one. */
@@ -76,7 +77,7 @@ static COLD uint64_t leave_shared(call_t *c, uint32_t i, uint64_t now, bool *for
     if (!ours) f.pair.when = 0;
     if (pair_cas(&c->s->slots[f.slot], &seen, f.pair)) break;
   } while (true);
-  state = state_expires(f.pair.when) <= now ? 0 : f.pair.when;
+  state = state_ends(c->s, 0, f.pair.when) <= now ? 0 : f.pair.when;
   if (!state || !((f.pair.who ^ fingerprint(c, i)) & WHO_LABELS)) return state_for(r, state);
   if (!former_rule(c, i, &f, &old)) return NO_STATE;
   *former = true;
@@ -135,7 +136,9 @@ static COLD int put_shared(call_t *c, uint32_t i, look_t *l, uint32_t op) {
       if (c->stale || shared.verdict.retry > l->verdict.retry) return CLAIM_LOST;
       next = (pair_t){shared.who, window_lasts(&c->snapshot.rules[i], shared.verdict.next, c->now)};
     }
-    needed = plus_time(state_expires(next.when), CLOCKS_DIFFER);
+    needed = plus_time(state_ends(c->s, 0, next.when), CLOCKS_DIFFER);
+    /* If the clock on the wall is set back, it ends so much later. */
+    if (IS_CALENDAR(next.when)) needed = plus_time(needed, WALL_WRONG);
     if (until < needed) continue;
     next.who = shared_who(seen.who, c->snapshot.current, next.who);
     /* Fails if the state changed, or if a key of this counter got a slot since we looked. */

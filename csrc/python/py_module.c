@@ -8,6 +8,7 @@
 #include "py_counts.c"
 #include "py_tokens.c"
 #include "py_memo.c"
+#include "py_budget.c"
 
 /* _untrack(object): the garbage collector ignores it from now on, and counts its references as references from
  * outside. For objects that cannot be part of a cycle (_shared/native.py, owned()). */
@@ -45,6 +46,9 @@ static struct {
              {SPEC(Recorder, recorder_slots, BASE), NULL},
              {SPEC(RouterCore, router_slots, BASE | Py_TPFLAGS_HAVE_GC), NULL},
              {SPEC(Counts, counts_slots, BASE), NULL},
+             {SPEC(BudgetCore, budget_slots, BASE | Py_TPFLAGS_HAVE_GC), NULL},
+             {SPEC(BudgetReservation, budget_reservation_slots, INTERNAL | Py_TPFLAGS_HAVE_GC),
+              &budget_reservation_type},
              {SPEC(Vocabulary, vocabulary_slots, INTERNAL), &vocabulary_type}};
 
 static int add_types(PyObject *module) {

@@ -5,6 +5,7 @@
  * exact at any time, however processes are killed or stopped, and a later sum is never less than an earlier one:
  * tools that compute rates need that. DESIGN.md, "Counters".
  */
+#include "../core/wall.h"
 #include "counters.h"
 #include "key_stats.h"
 
@@ -35,7 +36,7 @@ uint64_t fshm_used(const fshm_segment *s, uint64_t now, uint64_t *keys) {
   for (uint32_t i = 0; i < s->limiter_count; i++) keys[i] = 0;
   for (uint64_t i = 0; i < s->slot_count; i++) {
     uint64_t who = load_relaxed(&s->slots[i].who), when = load_relaxed(&s->slots[i].when);
-    if (!who || IS_PENDING(when) || state_expires(when) <= now) continue;
+    if (!who || IS_PENDING(when) || state_ends(s, who, when) <= now) continue;
     used++;
     uint32_t meta = load_relaxed(&s->key_stats[i].meta), limiter = meta >> 20;
     if (limiter < s->limiter_count && meta == key_stats_meta(limiter, who)) keys[limiter]++;

@@ -417,7 +417,9 @@ class Inspection:
         return {
             index: {
                 "name": raw.decode("utf-8", "replace"),
-                "limits": [limits.from_raw(info.limits[i]) for i in range(info.limits_count)],
+                "limits": [
+                    limits.from_raw(info.limits[i], self.segment) for i in range(info.limits_count)
+                ],
                 "version": info.version,
                 "resets": info.resets,
                 "shared_seconds": info.shared_ns / 1e9,

@@ -75,7 +75,7 @@ class SharedLimits(Core, InSegment):
         if keep:
             status = lib.fshm_limiter_find(self._segment._handle, encoded, len(encoded), out)
         if status == lib.FSHM_E_NOT_FOUND:
-            raw = ffi.new("fshm_limit[]", [limit._raw() for limit in found])
+            raw = ffi.new("fshm_limit[]", [limit._raw(self._segment) for limit in found])
             status = lib.fshm_limiter_open(
                 self._segment._handle, encoded, len(encoded), raw, len(found), out
             )
@@ -110,9 +110,12 @@ class SharedLimits(Core, InSegment):
         if count < 1:
             self._failed(lib.FSHM_E_DAMAGED)
         try:
-            found = tuple(limits.from_raw(raw[i]) for i in range(count))
+            read = [limits.from_raw(raw[i], self._segment) for i in range(count)]
         except ValueError:  # numbers that no program can have set
             self._failed(lib.FSHM_E_DAMAGED)
+        found = tuple(each for each in read if not isinstance(each, limits.Money))
+        if len(found) != count:  # it is a budget's
+            self._failed(lib.FSHM_E_ARGUMENT)
         if self._numbered is not None and len(found) == len(self._numbered):
             found = self._numbered
         self._bind(

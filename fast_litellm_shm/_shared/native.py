@@ -14,6 +14,8 @@ from fast_litellm_shm import _native, exceptions
 ffi: Any = _native.ffi
 lib: Any = _native.lib
 
+BudgetCore = _native.BudgetCore
+BudgetReservation = _native.BudgetReservation
 Core = _native.Core
 Decision = _native.Decision
 Permit = _native.Permit

@@ -302,14 +302,34 @@ def prices_file() -> str | None:
 def cache_folder() -> str:
     """FAST_LITELLM_SHM_CACHE: where files lie that are made once for a host; else the folder
     fast_litellm_shm in the user's cache (XDG_CACHE_HOME, else ~/.cache)."""
-    chosen = os.environ.get("FAST_LITELLM_SHM_CACHE")
-    if chosen:
-        return chosen
-    # The specification ignores a relative XDG_CACHE_HOME.
-    users = os.environ.get("XDG_CACHE_HOME", "")
+    return os.environ.get("FAST_LITELLM_SHM_CACHE") or _users_folder("XDG_CACHE_HOME", ".cache")
+
+
+def _users_folder(variable: str, at_home: str) -> str:
+    # The specification ignores a relative path.
+    users = os.environ.get(variable, "")
     if not os.path.isabs(users):
-        users = os.path.join(os.path.expanduser("~"), ".cache")
+        users = os.path.join(os.path.expanduser("~"), at_home)
     return os.path.join(users, "fast_litellm_shm")
+
+
+def state_folder() -> str:
+    """FAST_LITELLM_SHM_STATE: where the files of durable limits lie; else the folder
+    fast_litellm_shm in the user's state (XDG_STATE_HOME, else ~/.local/state)."""
+    return os.environ.get("FAST_LITELLM_SHM_STATE") or _users_folder(
+        "XDG_STATE_HOME", ".local/state"
+    )
+
+
+def state_outage() -> str | None:
+    """FAST_LITELLM_SHM_STATE_OUTAGE: local, deny or allow; None where it is not set."""
+    return os.environ.get("FAST_LITELLM_SHM_STATE_OUTAGE") or None
+
+
+def state_timeout() -> float | None:
+    """FAST_LITELLM_SHM_STATE_TIMEOUT: seconds; None where it is not set."""
+    text = os.environ.get("FAST_LITELLM_SHM_STATE_TIMEOUT")
+    return None if not text else float(_number("FAST_LITELLM_SHM_STATE_TIMEOUT", text, False))
 
 
 def tokenizer_download() -> bool:

@@ -26,6 +26,10 @@ class States:
     def now(self) -> int:
         return int(lib.fshm_now(self.segment._handle))
 
+    def wall(self) -> int:
+        """The time of day that all processes of the segment go by: ns since 1970."""
+        return int(lib.fshm_wall(self.segment._handle, 0))
+
     def apply(self, operation: int, raw: bytes, costs: Sequence[int]) -> Any:
         """A ``fshm_decision``."""
         out = ffi.new("fshm_decision *")
@@ -102,7 +106,10 @@ def open_beside(
 ) -> States:
     """A limiter that keeps something for another one, ``shown``: its calls are counted nowhere."""
     encoded = name.encode("utf-8", "surrogatepass")
-    raw, out = ffi.new("fshm_limit[]", [each._raw() for each in specs]), ffi.new("fshm_limiter **")
+    raw, out = (
+        ffi.new("fshm_limit[]", [each._raw(segment) for each in specs]),
+        ffi.new("fshm_limiter **"),
+    )
     status = lib.fshm_limiter_open_beside(
         segment._handle, encoded, len(encoded), raw, len(specs), out
     )

@@ -28,6 +28,8 @@ examples:
   fast-shm export                        print its metrics for Prometheus
   fast-shm reset --limiter chat user-1   forget what user-1 has consumed
   fast-shm release --dead                give back the permits of dead processes
+  fast-shm state show                    show the file of its durable limits
+  fast-shm save                          give back what those have not used
   fast-shm rm --name shop                delete a segment
   fast-shm tokens --model gpt-4o *.md    count the tokens of files
   fast-shm cache build                   compile what tokens are counted with
@@ -161,6 +163,27 @@ _HINTS = {
 }
 
 
+_SAVE = """\
+examples:
+  fast-shm save --name shop
+
+A segment leases tokens of durable limits ahead. What it has not used comes back when its last
+process ends cleanly. Where processes are killed instead (a shutdown that waits for nobody), run
+this before the host goes down. Workers that still run lease anew when they need tokens."""
+
+_STATE = """\
+examples:
+  fast-shm state show                    what the file has of each key
+  fast-shm state check                   is it sound? reads all of it
+  fast-shm state compact                 remove what counts no more
+  fast-shm state export backup.json      a copy; workers may run
+  fast-shm state import backup.json      put its keys back
+  fast-shm state claim                   let this host use a file of another one
+
+The file lies in FAST_LITELLM_SHM_STATE, as it is set for the workers. docs/durable.md explains
+durable limits."""
+
+
 class _Formatter(argparse.HelpFormatter):
     """Wraps paragraphs at the width of the terminal, and leaves examples as they are."""
 
@@ -255,6 +278,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     whose.add_argument("--pid", type=_PID, metavar="PID", help="of this process")
     whose.add_argument("--dead", action="store_true", help="of all dead processes")
     to.add_argument("--force", action="store_true", help="also of a living process")
+    verb("save", "give back what durable limits have leased and not used", _SAVE)
+    _state(verb("state", "show, check or copy the file of durable limits", _STATE))
     to = verb("rm", "delete a segment", _RM)
     to.add_argument("--yes", "-y", action="store_true", help="do not ask")
     _tokens(verb("tokens", "count the tokens of files", _TOKENS))
@@ -284,6 +309,16 @@ def _inspect(to: argparse.ArgumentParser) -> None:
         const=2.0,
         metavar="SECONDS",
         help="repeat every SECONDS (default 2) until Ctrl-C",
+    )
+
+
+def _state(to: argparse.ArgumentParser) -> None:
+    actions = ("show", "check", "compact", "export", "import", "claim")
+    to.add_argument("action", choices=actions, help="what to do")
+    to.add_argument("file", nargs="?", metavar="FILE", help="of an export; -: stdout or stdin")
+    to.add_argument("--json", action="store_true", help="show: JSON, all keys")
+    to.add_argument(
+        "--top", type=_KEYS_SHOWN, default=20, metavar="N", help="show: at most N keys, 0 for all"
     )
 
 
@@ -372,6 +407,13 @@ def _cache(to: argparse.ArgumentParser) -> None:
     made.add_argument("encoding", nargs="*", metavar="ENCODING", help="only files of these")
 
 
+def _check_state(args: argparse.Namespace, wrong: Callable[[str], NoReturn]) -> None:
+    if args.action == "import" and args.file is None:
+        wrong("say which FILE to import; - for stdin")
+    if args.file is not None and args.action not in ("export", "import"):
+        wrong(f"{args.action} takes no FILE")
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments, checked; ``name`` is that of the segment. Raises SystemExit if they are wrong
     or ask for help."""
@@ -391,6 +433,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         wrong(f"--json is for the list of files: leave out {args.action}")
     if args.verb == "release" and args.force and args.dead:
         wrong("--force is for a living process: it goes with --pid")
+    if args.verb == "state":
+        _check_state(args, wrong)
     from fast_litellm_shm._shared import segment, settings
 
     try:

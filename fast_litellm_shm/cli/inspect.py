@@ -15,6 +15,7 @@ from fast_litellm_shm._shared.inspection import Inspection, KeyRow, open_for_rea
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.cli import permits_and_pools, problems, render, segments, vocabularies
 from fast_litellm_shm.cluster.state import cluster_state
+from fast_litellm_shm.durable.state import durable_state
 from fast_litellm_shm.metrics.source import newest
 
 if TYPE_CHECKING:
@@ -106,6 +107,22 @@ def _encodings_line(in_use: list[dict[str, Any]]) -> list[RenderableType]:
     return _labelled([("tokens", ", ".join(counts))])
 
 
+def _durable_lines(durable: dict[str, Any]) -> list[RenderableType]:
+    times = render.counted(durable["lost"], "time")
+    lost = f"; the state file was lost {times}" if durable["lost"] else ""
+    return _labelled(
+        [
+            (
+                "durable",
+                f"{durable['transactions']:,} transactions ({durable['failed']:,} failed), each "
+                f"{durable['lag_p50_ms']:.2f} ms (99 %: {durable['lag_p99_ms']:.2f}); "
+                f"{durable['granted']:,} tokens granted, {durable['given_back']:,} given back"
+                f"{lost}",
+            )
+        ]
+    )
+
+
 def _clock(age: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() - age))
 
@@ -166,6 +183,7 @@ class _Sample:
         self.stats = segment.stats()
         self.processes = segments.processes_of(segment)
         self.cluster = cluster_state(segment, self.inspection)
+        self.durable = durable_state(segment)
         if self.cluster and before and before.cluster:
             more = self.cluster["round_trips"] - before.cluster["round_trips"]
             self.cluster["round_trips_per_second"] = max(more, 0) / (self._at - before._at)
@@ -201,6 +219,8 @@ class _Sample:
             head[-1:] = [*_cluster_lines(self.cluster), Text()]
         if self.vocabularies:
             head[-1:] = [*_encodings_line(self.vocabularies), Text()]
+        if self.durable is not None:
+            head[-1:] = [*_durable_lines(self.durable), Text()]
         if most == 0:
             counts = f"{len(self.processes)} processes, {len(self.limiters)} limiters"
             if self.permits or self.pools:
@@ -228,8 +248,8 @@ class _Sample:
 
     def write_json(self) -> None:
         """Top level: segment, removed_users and vocabularies (only if there are any), cluster (only
-        with limits over many hosts), limiters, processes, permits, pools, waiting, keys. Each key
-        is written as it is read."""
+        with limits over many hosts), durable (only with durable limits), limiters, processes,
+        permits, pools, waiting, keys. Each key is written as it is read."""
         parts: dict[str, Any] = {"segment": self.stats}
         if self.removed_users:
             parts["removed_users"] = self.removed_users
@@ -237,6 +257,8 @@ class _Sample:
             parts["cluster"] = self.cluster
         if self.vocabularies:
             parts["vocabularies"] = self.vocabularies
+        if self.durable is not None:
+            parts["durable"] = self.durable
         for name in ("limiters", "processes", "permits", "pools", "waiting"):
             parts[name] = getattr(self, name)
         write = sys.stdout.write

@@ -109,21 +109,27 @@ def _holds_only(limiter: _Limiter) -> bool:
 
 def _token_leases(segment: Segment, limiter: str) -> TokenLeases:
     """What resets keys of a limiter over many hosts, on this host and at the server that the
-    environment names, as for the workers. Raises FastShmError."""
+    environment names, as for the workers; or of a durable one, here and in the state file. Raises
+    FastShmError."""
     from fast_litellm_shm.cluster import settings
     from fast_litellm_shm.cluster.grantor import token_leases
+    from fast_litellm_shm.durable import grantor, records
+    from fast_litellm_shm.durable.settings import default
 
     where = f"limiter {limiter!r} in segment {segment.name!r}"
     try:
-        server = settings.found(None)
-        if server is not None:
+        server, file = settings.found(None), default()
+        if server is not None or records.has(file.of(segment).path, limiter):
             shared = SharedLimits((), name=limiter, segment=segment, on_full="deny", keep=True)
+            if server is None:
+                return grantor.token_leases(shared, file)
             return token_leases(shared, server)
     except (ImportError, ValueError) as error:
         raise exceptions.ClusterError(f"{where} was not reset: {error}") from error
     raise exceptions.ClusterError(
-        f"{where} was not reset: a server keeps it for many hosts, and would go on denying; set "
-        "FAST_LITELLM_SHM_CLUSTER to that server's URL, as it is set for the workers"
+        f"{where} was not reset: a server keeps it for many hosts, or a state file, and would go "
+        "on denying; set FAST_LITELLM_SHM_CLUSTER to that server's URL, or FAST_LITELLM_SHM_STATE "
+        "to that file's folder, as it is set for the workers"
     )
 
 

@@ -4,6 +4,8 @@
 -- ARGV, after those of values.lua: operation, how many limits; then thirteen numbers for each limit:
 --   kind, n, per (us), burst, num, den (ns), lease (us), cost, kept, given, and what the host knows: used,
 --   previous (of a sliding window, which has only the present one in `used`), left (us or ns ahead)
+--   A window of the calendar (kind 3) has three instants (us since 1970) in place of burst, num and den: when windows
+--   end, one after the other, the first no earlier than an hour ago. The server's clock says which one is the present.
 -- Operations:
 --   take    give back `given`, then charge the cost if it fits every limit, and a batch of as much more for
 --           the host's token lease, which is empty until then
@@ -25,7 +27,8 @@
 --   limit  k: kind; r: n, per, of a bucket burst, num, den of its label, the limit that wrote it; o: which of the
 --          limits of the last call it is for, if any; f, q: kind and per of that, where they are not its label's.
 --          Bucket: a: ns that the arrival time is ahead. Window: w: us until its end without debt (0 or less
---          while debt is waited out); c: tokens used in all; s: serial number of the window. Sliding: and p:
+--          while debt is waited out); c: tokens used in all; s: serial number of the window. Of the calendar: and e:
+--          its end (us since 1970), and no debt: the next window is whole. Sliding: and p:
 --          those of the previous one; g, h: how many of c, p were reported by `fill`.
 --   host   t: us, when it last called; g: when it was last granted something; b: batches it was granted then;
 --          p: for each limit, bucket: -1 - a after that grant, and in i the ns of a token; else s at that grant;
@@ -51,6 +54,7 @@ local ACTIVE = 1000000 -- us since its last call for which a host counts as one 
 local FORGET = 600000000 -- us after which a host that holds nothing is forgotten, where hosts are many
 local MOST = 16777214 -- tokens of a token lease: TOKEN_LEASE_MOST of algorithms.h
 local USED = 2147483647 -- tokens of a window: WINDOW_MAX_N of algorithms.h
+local LONGEST = 34560000000000 -- us, 400 days: no window of the calendar is longer
 local PLACES = 12 -- limits that a key's state has at most, with those that were taken away
 
 local floor, ceil, min, max = math.floor, math.ceil, math.min, math.max
@@ -91,7 +95,22 @@ local function is_label(r, m)
   return r.kind == m.k and r.n == l[1] and r.per == l[2]
          and (r.kind ~= 0 or r.burst == l[3] and r.num == l[4] and r.den == l[5])
 end
-local function fresh(r, s) return {k = r.kind, r = numbers(r), a = 0, w = 0, c = 0, p = 0, s = s} end
+local function fresh(r, s)
+  return {k = r.kind, r = numbers(r), a = 0, w = 0, c = 0, p = 0, s = s, e = r.kind == 3 and 0 or nil}
+end
+
+-- Begin a window, as of now.
+local function begin(r, m)
+  m.w = r.per
+  if r.kind ~= 3 then return end
+  for _, at in ipairs({r.burst or 0, r.num or 0, r.den or 0}) do
+    if at > now then
+      m.w = at - now
+      break
+    end
+  end
+  m.e = now + m.w
+end
 
 -- How much longer a window lasts for its debt: per / n a token.
 local function debt(r, m) return m.c > r.n and ceil((m.c - r.n) * r.per / r.n) or 0 end
@@ -99,6 +118,7 @@ local function debt(r, m) return m.c > r.n and ceil((m.c - r.n) * r.per / r.n) o
 -- us until nothing is consumed
 local function over(r, m)
   if r.kind == 0 then return m.a / 1000 end
+  if r.kind == 3 then return max(0, m.w) end
   return max(0, m.w + (r.kind == 1 and debt(r, m) or m.c > 0 and r.per or 0))
 end
 
@@ -106,8 +126,9 @@ end
 local function advance(r, m, span)
   if r.kind == 0 then
     m.a = max(0, m.a - span * 1000)
-  elseif r.kind == 1 then
-    m.w = m.w - span
+  elseif r.kind == 1 or r.kind == 3 then
+    m.w = r.kind == 3 and m.e - now or m.w - span
+    if r.kind == 3 and m.w > LONGEST then begin(r, m) end
     if over(r, m) == 0 then m.w, m.c = 0, 0 end
   elseif m.w > span then
     m.w = m.w - span
@@ -139,7 +160,7 @@ end
 
 local function used(r, m)
   if r.kind == 2 then return m.c + weight(m.p, m.w, r.per) end
-  if r.kind == 1 then return m.c end
+  if r.kind ~= 0 then return m.c end
   local tokens = whole(r, m)
   return increment(r, tokens) < m.a and tokens + 1 or tokens
 end
@@ -149,7 +170,15 @@ local function under(r, label, m)
   local u = fresh(r, m.s)
   if label.kind ~= r.kind or (r.kind == 2 and label.per ~= r.per) then
     local tokens = used(label, m)
-    if r.kind == 0 then u.a = min(increment(r, tokens), BIG) elseif tokens > 0 then u.c, u.w = tokens, r.per end
+    if r.kind == 0 then
+      u.a = min(increment(r, tokens), BIG)
+    elseif tokens > 0 then
+      begin(r, u)
+      u.c = tokens
+      if r.kind + label.kind == 4 and r.kind ~= 2 and m.w > 0 then -- it goes on to its end
+        u.w, u.e = m.w, r.kind == 3 and now + m.w or nil
+      end
+    end
     if label.kind ~= r.kind then u.s = m.s + 1 end -- earlier grants are not given back
   elseif r.kind == 0 then
     u.a = m.a
@@ -160,7 +189,7 @@ local function under(r, label, m)
     end
     u.a = min(u.a, BIG)
   else
-    u.w, u.c, u.p, u.g, u.h = m.w, m.c, m.p, m.g, m.h
+    u.w, u.c, u.p, u.g, u.h, u.e = m.w, m.c, m.p, m.g, m.h, m.e
     if over(r, u) == 0 then u.w, u.c = 0, 0 end
   end
   return u
@@ -184,7 +213,10 @@ local function charge(r, m, cost)
   if r.kind == 0 then
     m.a = min(m.a + increment(r, cost), BIG)
   else
-    if m.w <= 0 and m.c == 0 then m.w, m.s = r.per, m.s + 1 end
+    if m.w <= 0 and m.c == 0 then
+      begin(r, m)
+      m.s = m.s + 1
+    end
     m.c = min(m.c + cost, USED)
   end
 end
@@ -199,7 +231,7 @@ end
 local function until_room(r, m, cost, n)
   if r.kind == 0 then return ceil(max(0, m.a - times(r, n - cost, floor)) / 1000) end
   if used(r, m) + cost <= n then return 0 end
-  if r.kind == 1 then return max(1, over(r, m)) end
+  if r.kind ~= 2 then return max(1, over(r, m)) end
   if m.c + cost <= n then return max(1, room_at(r, m.p, n - m.c - cost) - (r.per - m.w)) end
   return max(1, m.w + room_at(r, m.c, n - cost))
 end
@@ -224,11 +256,13 @@ local function is_limit(m)
   end
   if m.k == 0 then
     if #r ~= 5 or r[5] > 67108864 or r[3] * (r[4] / r[5] + 1) > 4503599627370496 then return false end
-  elseif #r ~= 2 or r[1] > USED or m.k ~= 1 and m.k ~= 2 then
+  elseif #r ~= 2 or r[1] > USED or m.k ~= 1 and m.k ~= 2 and m.k ~= 3 then
+    return false
+  elseif m.k == 3 and not within(m.e, 0, BIG) then
     return false
   end
   return within(m.a, 0, BIG) and within(m.w, -BIG, BIG) and within(m.c, 0, USED) and within(m.p, 0, USED)
-         and within(m.s, -BIG, BIG) and (not m.o or within(m.o, 1, PLACES)) and (not m.f or within(m.f, 0, 2))
+         and within(m.s, -BIG, BIG) and (not m.o or within(m.o, 1, PLACES)) and (not m.f or within(m.f, 0, 3))
          and (not m.q or within(m.q, 1, BIG)) and within(m.g or 0, 0, BIG) and within(m.h or 0, 0, BIG)
 end
 local state = state_at(KEYS[1], function(found)
@@ -251,7 +285,8 @@ if junk then
   for i, r in ipairs(rules) do
     local m = fresh(r, 0)
     m.o = i
-    if r.kind == 0 then m.a = min(increment(r, r.burst), BIG) else m.w, m.c = r.per, r.n end
+    begin(r, m)
+    if r.kind == 0 then m.a, m.w = min(increment(r, r.burst), BIG), 0 else m.c = r.n end
     state.l[i] = m
   end
 end
@@ -376,7 +411,8 @@ if not me then
       elseif r.left > 0 and r.used + r.previous > 0 then
         local c, p, left = r.used, r.previous, min(r.left, r.per)
         if m.w <= 0 and m.c == 0 then
-          m.w, m.s = left, m.s + 1
+          if r.kind == 3 then begin(r, m) else m.w = left end
+          m.s = m.s + 1
         elseif r.kind == 2 and left < m.w - r.per / 2 then -- sent before this window began
           c, p = 0, c
         elseif r.kind == 2 and left > m.w + r.per / 2 then
@@ -535,7 +571,7 @@ elseif op == 'take' or op == 'single' or op == 'ahead' then
     -- Those were the last tokens: the next request is worth it when some have come back.
     if once > 0 and batch == 0 and not fits(1) then
       for i, r in ipairs(rules) do
-        if r.kind ~= 1 then
+        if r.kind ~= 1 and r.kind ~= 3 then
           local some = r.kind == 0 and r.burst * r.num / r.den / 2000 or r.per / 20
           back_off = max(back_off, min(BACK_OFF, max(retry(i, r.cost), floor(some))))
         end
@@ -586,7 +622,7 @@ elseif op == 'refund' then
     local label, m = labels[i], states[i]
     if label.kind == 0 then
       m.a = max(0, m.a - increment(label, r.cost))
-    elseif label.kind == 1 then
+    elseif label.kind == 1 or label.kind == 3 then
       -- charged in a window that is over by now: the next one ends at least `per` later
       if r.left == 0 or m.w - r.left <= label.per / 2 then m.c = m.c - min(m.c, r.cost) end
       if over(label, m) == 0 then m.w, m.c = 0, 0 end -- without the debt it would be over by now
@@ -631,7 +667,7 @@ for i, r in ipairs(rules) do
   if r.kind == 0 then left = u.a elseif r.kind == 1 then left = over(r, u) else left = u.w end
   if labels[i] ~= r and r.kind == 0 then
     left = min(left, retry(i, 1) * 1000 + room(r, 1))
-  elseif labels[i] ~= r and r.kind == 1 then
+  elseif labels[i] ~= r and (r.kind == 1 or r.kind == 3) then
     left = min(left, ceil(over(labels[i], states[i])))
   end
   answer[#answer + 1] = r.kind == 0 and r.burst - available(r, u) or used(r, u)

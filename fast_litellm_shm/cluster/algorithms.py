@@ -6,18 +6,23 @@ import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from fast_litellm_shm._shared import zones
+from fast_litellm_shm._shared.native import ffi, lib
 from fast_litellm_shm.cluster import names
-from fast_litellm_shm.limits import LimitSpec, SlidingWindow, TokenBucket
+from fast_litellm_shm.limits import FixedWindow, LimitSpec, SlidingWindow, TokenBucket
 
 SOURCE = names.source("algorithms.lua")
 
 _MOST_LEASE_US = 1_000_000
 _LARGEST = 2**53 - 1
+_PART = 100
+CALENDAR = 3  # the kind of a Rule
 COARSE = 2**20  # ns: as in csrc/limits/algorithms.h
 
 
 class Rule(NamedTuple):
-    """A limit, as algorithms.lua takes it: numbers below 2**53."""
+    """A limit, as algorithms.lua takes it: numbers below 2**53. limit: for a state file, which
+    counts by the core's own arithmetic."""
 
     kind: int
     n: int
@@ -26,11 +31,28 @@ class Rule(NamedTuple):
     num: int
     den: int
     lease_us: int
+    limit: LimitSpec
 
 
 @functools.lru_cache(maxsize=1024)
 def rule(limit: LimitSpec) -> Rule:
-    """How the server counts a limit.
+    """How the server counts a limit. Raises ValueError: it cannot."""
+    found = unbounded_rule(limit)
+    if found.kind != 0:
+        return found
+    num, den, burst = found.num, found.den, found.burst
+    if den > 2**26 or num >= 2**53 or burst * (num // den + 1) >= 2**52:
+        raise ValueError(
+            f"{limit!r}: over many hosts, n must be at most {2**26:,} where that is more than one "
+            "a millisecond, and a bucket must be full again within 52 days; a FixedWindow can "
+            "count more"
+        )
+    return found
+
+
+@functools.lru_cache(maxsize=1024)
+def unbounded_rule(limit: LimitSpec) -> Rule:
+    """How a grantor counts a limit.
 
     A bucket's tokens are leased for a second or a twentieth of ``per``, whichever is less, so that
     at most ``burst + rate * (t + lease)`` are admitted in t seconds. A strict bucket refills more
@@ -38,9 +60,11 @@ def rule(limit: LimitSpec) -> Rule:
     granted in one is over with it.
     """
     per = limit._per_ns
+    if isinstance(limit, FixedWindow) and limit.timezone is not None:
+        return Rule(CALENDAR, limit.n, per // 1000, 0, 0, 0, 0, limit)
     if not isinstance(limit, TokenBucket):
         kind = 2 if isinstance(limit, SlidingWindow) else 1
-        return Rule(kind, limit.n, -(-per // 1000), 0, 1, 1, 0)
+        return Rule(kind, limit.n, -(-per // 1000), 0, 1, 1, 0, limit)
     lease_us = min(_MOST_LEASE_US, per // 20_000)
     if limit.strict:
         per, slots = per + lease_us * 1000, limit.n - limit.burst + 1
@@ -49,13 +73,26 @@ def rule(limit: LimitSpec) -> Rule:
     num, den = per + limit.strict, slots
     if per // slots >= COARSE or (not limit.strict and per % slots == 0):
         num, den = (per // slots + 1 if limit.strict else -(-per // slots)), 1
-    if den > 2**26 or num >= 2**53 or limit.burst * (num // den + 1) >= 2**52:
-        raise ValueError(
-            f"{limit!r}: over many hosts, n must be at most {2**26:,} where that is more than one "
-            "a millisecond, and a bucket must be full again within 52 days; a FixedWindow can "
-            "count more"
-        )
-    return Rule(0, limit.n, -(-limit._per_ns // 1000), limit.burst, num, den, lease_us)
+    per_us = -(-limit._per_ns // 1000)
+    return Rule(0, limit.n, per_us, limit.burst, num, den, lease_us, limit)
+
+
+def most_leased(limit: LimitSpec) -> int:
+    """Tokens of a limit that a state file has leased at most, for a key: a hundredth, and one."""
+    return max(limit.n // _PART, 1)
+
+
+def dated(each: Rule, limit: LimitSpec, minute: int) -> Rule:
+    """With the ends of three windows of the calendar, as of this minute since 1970. The server's
+    clock may be behind by an hour, or ahead by a window."""
+    if each.kind != CALENDAR or not isinstance(limit, FixedWindow) or limit.timezone is None:
+        return each
+    known = () if limit.timezone == zones.UTC else zones.spans(limit.timezone)
+    words, ends, at = ffi.new("uint64_t[]", known or (0,)), [], minute - 60
+    for _ in range(3):
+        at = int(lib.fshm_calendar_end(limit._per_ns, words, len(known), at))
+        ends.append(at * 60_000_000)
+    return each._replace(burst=ends[0], num=ends[1], den=ends[2])
 
 
 class Request(NamedTuple):
@@ -103,7 +140,7 @@ class Request(NamedTuple):
         """After those of values.lua."""
         out: list[str | int] = [self.operation, len(self.rules)]
         for i, each in enumerate(self.rules):
-            out += each
+            out += (each.kind, each.n, each.per_us, each.burst, each.num, each.den, each.lease_us)
             out += (min(self.costs[i], 2**52), self.kept[i], self.given[i])
             out += (self.used[i], self.previous[i], min(self.left[i], _LARGEST))
         return out

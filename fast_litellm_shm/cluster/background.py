@@ -1,4 +1,4 @@
-"""The threads of a process that talk to the server, so that calls do not have to: for batches of
+"""The threads of a process that talk to the grantor, so that calls do not have to: for batches of
 tokens that run low, and settlements; and the thread that may lead the host (leader.py)."""
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ import functools
 import queue
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from multiprocessing import util
 from typing import TypeAlias
 
 from fast_litellm_shm.cluster import settlement
-from fast_litellm_shm.cluster.connection import PROBE, Connection, UnreachableError, log
+from fast_litellm_shm.cluster.link import PROBE, Link, UnreachableError, log
 from fast_litellm_shm.cluster.settlement import Leases
 
 Due: TypeAlias = tuple[Leases, bytes, tuple[int, ...]]  # a key that needs a batch, and the costs
@@ -22,18 +22,22 @@ _MOST = 200  # keys in one pipeline
 
 
 class Background:
-    """Of one connection."""
+    """Of one link."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Link) -> None:
         self._connection = connection
         self._due: queue.SimpleQueue[Due | None] = queue.SimpleQueue()
         self.reporting = threading.Lock()
-        connection.on_lost = self.wake  # to try the server, until it is back
+        connection.on_lost = self.wake  # to try the grantor, until it is back
 
     def start(self) -> None:
-        lead = functools.partial(self._connection.lead, self._connection)
-        for name, work in (("refill", self._refill), ("lead", lead)):
-            threading.Thread(target=work, name=f"fast-shm-cluster_{name}", daemon=True).start()
+        works: dict[str, Callable[[], object]] = {"refill": self._refill}
+        if self._connection.lead is not None:
+            works["lead"] = functools.partial(self._connection.lead, self._connection)
+        for name, work in works.items():
+            threading.Thread(
+                target=work, name=f"fast-shm-{self._connection.component}_{name}", daemon=True
+            ).start()
         # also where a child of multiprocessing ends, which runs no atexit
         util.Finalize(None, self.finish, exitpriority=0)
 
@@ -69,9 +73,10 @@ class Background:
 
     def finish(self) -> None:
         """Report what is left: a process that ends takes its threads along."""
-        if self.reporting.acquire(timeout=2 * self._connection.cluster.timeout):
+        if self.reporting.acquire(timeout=2 * self._connection.terms.timeout):
             with contextlib.suppress(UnreachableError):
                 self._report()
+                self._connection.ending()
 
     def _report(self) -> None:
         while settlements := settlement.taken(self._connection):

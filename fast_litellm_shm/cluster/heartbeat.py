@@ -8,7 +8,7 @@ import time
 import weakref
 from typing import Any, Protocol
 
-from fast_litellm_shm.cluster.connection import Connection, Learner, UnreachableError, log
+from fast_litellm_shm.cluster.link import Learner, Link, UnreachableError, log
 
 _SECONDS = 1.0
 
@@ -24,7 +24,7 @@ class Leases(Learner, Protocol):
 class Heartbeat:
     """Of one connection, in one process."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Link) -> None:
         self._connection = connection
         self.leases: weakref.WeakSet[Leases] = weakref.WeakSet()
 

@@ -11,17 +11,12 @@ from typing import Any, TypeVar
 from fast_litellm_shm._shared import greenlets
 from fast_litellm_shm._shared.inspection import held_permits, is_cut, limiters_in, stored_name
 from fast_litellm_shm._shared.named_limiter import InnerLimits
-from fast_litellm_shm._shared.native import ffi, lib
+from fast_litellm_shm._shared.native import lib
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm._shared.side_limiters import PERMIT_LEASES, TOKEN_LEASES
-from fast_litellm_shm.cluster.connection import (
-    Connection,
-    UnreachableError,
-    is_outage,
-    is_refusal,
-    log,
-)
+from fast_litellm_shm.cluster.connection import Connection, is_outage, is_refusal
 from fast_litellm_shm.cluster.hosts import host_count, keep_host_count
+from fast_litellm_shm.cluster.link import UnreachableError, has_leases, log
 from fast_litellm_shm.cluster.permit_lease import PermitLeases
 from fast_litellm_shm.cluster.token_lease import TokenLeases
 
@@ -154,20 +149,11 @@ class Leader:
         """None: the limiter counts on this host alone, or is not there. Any host can name it."""
         known: AnyLeases | None = self._known.get((kind, limiter))
         suffix = TOKEN_LEASES if kind is TokenLeases else PERMIT_LEASES
-        if known is None and self._has(limiter + suffix.encode()):
+        if known is None and has_leases(self._segment, limiter, suffix):
             name = limiter.decode("utf-8", "surrogatepass")
             limits = InnerLimits((), name=name, segment=self._segment, on_full="deny", keep=True)
             known = self._known[kind, limiter] = kind(limits, self._connection)
         return known
-
-    def _has(self, limiter: bytes) -> bool:
-        """Whether this host has a limiter of that name."""
-        out = ffi.new("fshm_limiter **")
-        handle = self._segment._handle
-        if lib.fshm_limiter_find(handle, limiter, len(limiter), out) != lib.FSHM_OK:
-            return False
-        lib.fshm_limiter_close(out[0])
-        return True
 
 
 def _keys_in_flight(segment: Segment) -> Iterator[tuple[bytes, bytes]]:

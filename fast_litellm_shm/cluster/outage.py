@@ -1,7 +1,8 @@
-"""What a host does by itself while the server does not answer."""
+"""What a host does by itself while the grantor does not answer."""
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -12,8 +13,7 @@ from fast_litellm_shm._shared.settings import warn_once
 from fast_litellm_shm._shared.side_limiters import LOCAL
 from fast_litellm_shm._shared.states import States
 from fast_litellm_shm.cluster.algorithms import Request, Rule
-from fast_litellm_shm.cluster.connection import Connection
-from fast_litellm_shm.cluster.hosts import host_count
+from fast_litellm_shm.cluster.link import Link
 from fast_litellm_shm.cluster.single_flight import beside
 from fast_litellm_shm.limits import LimitSpec, TokenBucket
 
@@ -31,13 +31,13 @@ def decided(found: Any) -> Decided:
     )  # fmt: skip
 
 
-def known_hosts(connection: Connection) -> int:
+def known_hosts(connection: Link) -> int:
     """How many hosts share the limits; 0: not known, which is logged."""
-    hosts = host_count(connection.segment)
+    hosts = connection.hosts()
     if not hosts:
         warn_once(
-            f"{connection.cluster.shown} has never answered here, so it is not known how many "
-            "hosts share the limits: requests are denied until it does"
+            f"{connection.terms.shown} has never answered here, so it is not known what is left of "
+            "the limits: requests are denied until it does"
         )
     return hosts
 
@@ -50,7 +50,7 @@ def share(limit: LimitSpec, hosts: int) -> LimitSpec | None:
     if isinstance(limit, TokenBucket):
         burst = min(max(limit.burst // hosts, 1), n)
         return TokenBucket(n, limit.per, burst=burst, strict=limit.strict)
-    return type(limit)(n, limit.per)
+    return dataclasses.replace(limit, n=n)
 
 
 class Usage(NamedTuple):
@@ -97,17 +97,20 @@ def _memory(rule: Rule) -> int:
 class Outage:
     """Of one limiter. What it admits meanwhile is charged at the server after the outage, as far as
     the limit has room then: nothing is admitted a second time. rules: of the limits in force.
-    request: TokenLeases.request()."""
+    request, learn: of
+    TokenLeases."""
 
     def __init__(
         self,
         limiter: SharedLimits,
-        connection: Connection,
+        connection: Link,
         rules: Callable[[], tuple[Rule, ...]],
         request: Callable[[str, bytes, Sequence[int]], tuple[Request, int]],
+        learn: Callable[[Request, Any, int], object],
     ) -> None:
         self._limiter, self._states = limiter, states_of(limiter)
-        self._connection, self._rules, self._request = connection, rules, request
+        self._connection, self._rules = connection, rules
+        self._request, self._learn = request, learn
         self._share: tuple[Any, States | None] | None = None  # what it was made for, and its states
         self._usage: dict[bytes, tuple[Usage, ...]] = {}
         self._reporting: dict[bytes, tuple[Usage, ...]] = {}  # on its way to the server
@@ -117,7 +120,7 @@ class Outage:
     def decide(self, op: int, raw: bytes, costs: tuple[int, ...]) -> Decided:
         """The statistics of the key count an acquire once: here, or in the limiter's own state,
         which counts what it denies, and what it admits."""
-        policy, states = self._connection.cluster.on_outage, self._states
+        policy, states = self._connection.terms.on_outage, self._states
         if op in (lib.FSHM_CHARGE, lib.FSHM_REFUND):
             found = states.apply(op, raw, costs)
             if op == lib.FSHM_CHARGE:
@@ -129,7 +132,7 @@ class Outage:
                 self._keep(raw, costs, None)
                 states.count(raw, lib.FSHM_ALLOWED)
             return (1, 0, 0, 0, 0)
-        mine = self._of_share() if policy == "local" else None
+        mine = self._of_share() if policy == "local" and self._knows(raw) else None
         if mine is None:
             if acquires:
                 states.count(raw, lib.FSHM_DENIED)
@@ -150,6 +153,10 @@ class Outage:
             return decided(known)
         self._keep(raw, costs, mine)
         return decided(found)
+
+    def _knows(self, raw: bytes) -> bool:
+        left = self._states.known(raw)[1]
+        return self._connection.knows(raw, left, self._request, self._learn)
 
     def _of_share(self) -> States | None:
         """This host's share of the limits; None: it has none."""

@@ -12,8 +12,9 @@ from fast_litellm_shm._shared.native import ffi, lib
 from fast_litellm_shm._shared.side_limiters import PERMIT_LEASES, REFUSED
 from fast_litellm_shm.cluster import permits
 from fast_litellm_shm.cluster.background import Background
-from fast_litellm_shm.cluster.connection import Connection, UnreachableError
+from fast_litellm_shm.cluster.connection import Connection
 from fast_litellm_shm.cluster.heartbeat import Heartbeat
+from fast_litellm_shm.cluster.link import UnreachableError
 from fast_litellm_shm.cluster.outage import known_hosts
 from fast_litellm_shm.cluster.single_flight import SingleFlight, beside
 from fast_litellm_shm.limiters.waiting import may_wait

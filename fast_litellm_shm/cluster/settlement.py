@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from fast_litellm_shm.cluster.algorithms import Request
-from fast_litellm_shm.cluster.connection import Connection, Learner
+from fast_litellm_shm.cluster.link import Learner, Link
 
 _MOST = 200  # requests in one pipeline
 _NOTHING = (0, 0, 0, 0)
@@ -44,7 +44,7 @@ def _sum(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...]:
     return tuple(a + b for a, b in zip(one, other, strict=False))
 
 
-def report(connection: Connection, settlements: Sequence[Settlement]) -> None:
+def report(connection: Link, settlements: Sequence[Settlement]) -> None:
     """One call of the server for each key and kind, many in a round trip. Raises UnreachableError:
     what could not be charged is charged later, what could not be given back stays used."""
     charges: dict[tuple[Leases, bytes], tuple[int, ...]] = {}
@@ -75,7 +75,7 @@ def report(connection: Connection, settlements: Sequence[Settlement]) -> None:
     connection.call_all(back)
 
 
-def taken(connection: Connection) -> list[Settlement]:
+def taken(connection: Link) -> list[Settlement]:
     """The next settlements that were left to the thread, at most 200."""
     found: list[Settlement] = []
     while connection.settlements and len(found) < _MOST:
@@ -83,7 +83,7 @@ def taken(connection: Connection) -> list[Settlement]:
     return found
 
 
-def keep(connection: Connection) -> None:
+def keep(connection: Link) -> None:
     """During an outage: what is to be charged is charged when the server is back."""
     while settlements := taken(connection):
         for each in settlements:

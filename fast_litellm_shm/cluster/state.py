@@ -9,7 +9,8 @@ from fast_litellm_shm._shared.inspection import Inspection
 from fast_litellm_shm._shared.native import ffi, lib
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm._shared.side_limiters import NOTE, PERMIT_LEASES, TOKEN_LEASES
-from fast_litellm_shm.cluster.connection import COMPONENT, OUTAGES, noted
+from fast_litellm_shm.cluster.connection import COMPONENT, OUTAGES
+from fast_litellm_shm.cluster.link import Noted, noted
 
 
 def cluster_state(segment: Segment, inspection: Inspection | None = None) -> dict[str, Any] | None:
@@ -61,22 +62,24 @@ def cluster_state(segment: Segment, inspection: Inspection | None = None) -> dic
 
 
 def outage_state(segment: Segment) -> dict[str, Any] | None:
-    """By what each living process has noted: one may have an outage while others have none."""
+    """By what each living process has noted: one may have an outage while others have none. server,
+    file: whether a server, or the state file, is what some of them have lost."""
     info, geometry = ffi.new("fshm_process_info *"), segment.geometry()
-    living, since, policies = 0, [], set[str]()
+    living, found = 0, list[Noted]()
     for slot in range(geometry.processes_joined):
         lib.fshm_process_at(segment._handle, slot, info)
         living += bool(info.alive)
-        began, its = noted(info.outage) if info.alive else (0, ())
-        policies.update(its)
-        since += [began] if its else []
-    if not since:
+        if info.alive and (its := noted(info.outage)).policies:
+            found.append(its)
+    if not found:
         return None
     return {
-        "processes": len(since),
+        "processes": len(found),
         "of": living,
-        "seconds": max(geometry.time_ns // 10**9 - min(since), 0),
-        "on_outage": sorted(policies),
+        "seconds": max(geometry.time_ns // 10**9 - min(each.since for each in found), 0),
+        "on_outage": sorted({policy for each in found for policy in each.policies}),
+        "server": any(each.server for each in found),
+        "file": any(each.file for each in found),
     }
 
 
@@ -84,8 +87,15 @@ def problem(outage: dict[str, Any]) -> str:
     """outage_state() as a sentence."""
     policies = " or ".join(f"on_outage={each!r}" for each in outage["on_outage"])
     who = f"{outage['processes']} of {outage['of']} processes"
+    lost, cure = "the server of the limits over many hosts", "it runs and can be reached"
+    if outage["file"]:
+        lost, cure = (
+            "the state file of the durable limits",
+            "its disk is not full and can be written",
+        )
+        if outage["server"]:
+            lost, cure = f"the server of limits over many hosts, or {lost},", f"both work: {cure}"
     return (
-        f"the server of the limits over many hosts has not answered {who} for "
-        f"{outage['seconds']} s: they go by {policies}; see that it runs and can be reached, "
-        "the log says what is wrong"
+        f"{lost} has not answered {who} for {outage['seconds']} s: they go by {policies}; see that "
+        f"{cure}, the log says what is wrong"
     )

@@ -10,9 +10,10 @@ from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared.named_limiter import SharedLimits, key_bytes, lease_from, states_of
 from fast_litellm_shm._shared.native import ffi, lib
 from fast_litellm_shm._shared.side_limiters import REFUSED, TOKEN_LEASES
-from fast_litellm_shm.cluster import algorithms, names, settlement
+from fast_litellm_shm.cluster import algorithms, settlement
+from fast_litellm_shm.cluster.algorithms import most_leased
 from fast_litellm_shm.cluster.background import Background
-from fast_litellm_shm.cluster.connection import Connection, UnreachableError
+from fast_litellm_shm.cluster.link import Link, UnreachableError
 from fast_litellm_shm.cluster.outage import Decided, Outage, decided
 from fast_litellm_shm.cluster.single_flight import SingleFlight, beside
 from fast_litellm_shm.cluster.sliding import KIND, SlidingCounts
@@ -21,6 +22,7 @@ from fast_litellm_shm.limits import Granted, LimitSpec, TokenBucket
 
 _NONE = (0, 0, 0, 0)
 _ONES = (1, 1, 1, 1)
+_ADJUSTING = ("charge", "fill", "refund")
 _MOST = 200  # keys in one pipeline
 _LARGEST = 2**52  # a cost that no limit of a server admits
 
@@ -29,8 +31,8 @@ class TokenLeases:
     """Of one limiter: the tokens that are leased, what was refused of late, and which process asks
     the server about a key just now."""
 
-    def __init__(self, limiter: SharedLimits, connection: Connection) -> None:
-        self.connection, self.cluster = connection, connection.cluster
+    def __init__(self, limiter: SharedLimits, connection: Link) -> None:
+        self.connection = connection
         self.limiter, self.states = limiter, states_of(limiter)
         self._limits: tuple[LimitSpec, ...] = ()
         self._rules: tuple[algorithms.Rule, ...] = ()
@@ -40,16 +42,17 @@ class TokenLeases:
         granted = [Granted()] * len(limiter.limits)
         self._leased = beside(limiter, TOKEN_LEASES, granted)
         self._refused = beside(limiter, REFUSED, granted)
-        self.single_flight = SingleFlight(limiter, self.cluster.timeout)
-        self._outage = Outage(limiter, connection, self.rules, self.request)
+        self.single_flight = SingleFlight(limiter, connection.terms.timeout)
+        self._outage = Outage(limiter, connection, self.rules, self.request, self.learn)
         lease_from(limiter, self._leased, self._refused, _ask=self.ask, _low=self.refill)
 
     def rules(self) -> tuple[algorithms.Rule, ...]:
         """Of the limits in force: they may change at run time."""
         found = self.limiter.limits
         if found != self._limits:
-            self._rules = tuple(algorithms.rule(each) for each in found)
-            if self._sliding is None and any(each.kind == KIND for each in self._rules):
+            self._rules = tuple(self.connection.rule(each) for each in found)
+            sliding = self.connection.forgets and any(each.kind == KIND for each in self._rules)
+            if sliding and self._sliding is None:
                 self._sliding = SlidingCounts(self.limiter)
             self._limits = found
         return self._rules
@@ -153,12 +156,38 @@ class TokenLeases:
 
     def settle(self, settled: settlement.Settlement, later: bool) -> None:
         """later: a thread reports it, for callers that may not wait."""
+        if self.connection.alone:
+            settled = self._settled_here(settled)
+            if not any(settled.more) and not any(settled.less):
+                return
         if later:
             self.connection.settlements.append(settled)
             self.connection.ensure(Background).wake()
             return
         with contextlib.suppress(UnreachableError):  # it is charged later
             settlement.report(self.connection, [settled])
+
+    def _settled_here(self, settled: settlement.Settlement) -> settlement.Settlement:
+        """Book it in the token lease, as far as that goes. Returns the rest."""
+        raw, more, less = settled.raw, settled.more, settled.less
+        leases = self._leased.handle
+        if any(more):
+            numbers, low = ffi.new("uint64_t[4]", more), ffi.new("uint32_t *")
+            status = lib.fshm_spend(
+                leases, ffi.NULL, ffi.NULL, raw, len(raw), numbers, 0, ffi.NULL, low
+            )
+            if low[0]:
+                self.connection.ensure(Background).refill(self, raw, more)
+            if status == lib.FSHM_ALLOWED:
+                more = _NONE
+        if any(less):
+            most = ffi.new("uint64_t[4]", [most_leased(each.limit) for each in self.rules()])
+            numbers, ends = ffi.new("uint64_t[4]", less), ffi.new("uint64_t[4]", settled.ends)
+            out = ffi.new("uint64_t[4]")
+            lib.fshm_token_lease_return(leases, raw, len(raw), numbers, ends, most, 0, out)
+            less = tuple(each - done for each, done in zip(less, out, strict=False))
+            self.unrefuse(raw)
+        return settled._replace(more=more, less=less)
 
     def charge_later(self, raw: bytes, costs: Sequence[int]) -> None:
         """Charge it when the server is back."""
@@ -186,8 +215,7 @@ class TokenLeases:
     def reset_all(self) -> int:
         """reset() of each key that the server knows of this limiter. Returns how many."""
         with self._needed("reset"):
-            start = names.start(self.cluster.prefix, names.RATES, self.name)
-            found = self.connection.names(start)
+            found = self.connection.keys(self.name)
             for states in (self._leased, self.states, self._refused):
                 states.reset()
             request, _ = self.request("reset", b"", _NONE)
@@ -203,9 +231,10 @@ class TokenLeases:
             yield
         except UnreachableError as error:
             self.connection.ensure(Background)  # whose thread tries the server again
-            raise exceptions.ClusterError(
-                f"limiter {self.limiter.name!r}: nothing was {what}, since {self.cluster.shown} "
-                f"does not answer ({error}): try again when it does"
+            shown, no_answer = self.connection.terms.shown, self.connection.no_answer
+            raise self.connection.error(
+                f"limiter {self.limiter.name!r}: nothing was {what}, since {shown} {no_answer} "
+                f"({error}): try again later"
             ) from error
 
     # requests and answers
@@ -223,6 +252,9 @@ class TokenLeases:
         rules = self.rules()
         used, left = self.states.known(raw)
         kept = self.look(raw)[0] if operation == "ahead" else _NONE
+        if self.connection.alone and operation in _ADJUSTING:
+            # What is leased is not used: else it would count against a debt, or for a refund.
+            given = self.look(raw, take=True)[0]
         # The limits may have become more since these were counted: a new one is asked for nothing.
         costs, given = ((*each, *_NONE)[: len(rules)] for each in (costs, given))
         known = tuple(
@@ -236,6 +268,11 @@ class TokenLeases:
         before: tuple[int, ...] = _NONE
         if self._sliding is not None:
             used, before, known = self._sliding.recall(raw, rules, used, known)
+        minute = self.states.wall() // 60_000_000_000
+        rules = tuple(
+            algorithms.dated(rule, limit, minute)
+            for rule, limit in zip(rules, self._limits, strict=True)
+        )
         request = algorithms.Request(
             operation, self.name, raw, rules, costs, kept, given, used, before, known
         )

@@ -1,5 +1,6 @@
-"""Grantors: who grants what a limiter asks for. The host's own segment (here), or a server for many
-hosts (:mod:`fast_litellm_shm.cluster.grantor`).
+"""Grantors: who grants what a limiter asks for. The host's own segment (here), a server for many
+hosts (:mod:`fast_litellm_shm.cluster.grantor`), or a file that outlives a reboot
+(:mod:`fast_litellm_shm.durable.grantor`).
 
 A limiter chooses its grantor once, when it is made (choice.py). From then on it calls the methods
 of the classes below, and never asks which grantor it has. The native calls of the segment
@@ -27,6 +28,7 @@ from fast_litellm_shm.limits import InFlight, LimitSpec
 
 if TYPE_CHECKING:
     from fast_litellm_shm.cluster import Cluster
+    from fast_litellm_shm.durable import StateFile
 
 Key: TypeAlias = str | bytes
 Cost: TypeAlias = int | tuple[int, ...] | list[int]
@@ -35,6 +37,7 @@ Limits: TypeAlias = tuple[LimitSpec | InFlight, ...]
 # The argument `cluster` of all limiters; and what a limiter is given when it is unpickled.
 ClusterArgument: TypeAlias = "Cluster | str | Literal[False] | None"
 Replayed: TypeAlias = "Cluster | Literal[False] | None"
+DurableArgument: TypeAlias = "StateFile | bool | None"  # `durable` of a limiter
 
 _FOREVER = 2**62  # ns
 

@@ -13,6 +13,7 @@ from fast_litellm_shm._shared.native import Decision
 from fast_litellm_shm._shared.segment import InSegment, Segment
 from fast_litellm_shm._shared.wait_queue import Order, Place, Service
 from fast_litellm_shm.limiters import grantors
+from fast_litellm_shm.limiters.budget import USD, Budget, Reservation
 from fast_litellm_shm.limiters.choice import chosen
 from fast_litellm_shm.limiters.grantors import ClusterArgument, Held
 from fast_litellm_shm.limiters.rate import deadline_ns
@@ -56,7 +57,8 @@ class Admission:
     """
 
     __slots__ = (
-        "_charged", "_key", "_permit", "_quota", "_released", "_requests", "_service", "allowed",
+        "_charged", "_key", "_permit", "_quota", "_released", "_requests", "_reservation",
+        "_service", "allowed",
     )  # fmt: skip
 
     def __init__(
@@ -65,8 +67,18 @@ class Admission:
         self._quota, self._key, self._permit = quota, key, permit
         self._charged, self._requests = tokens, requests
         self._service: Service | None = None  # where it waited: what its tenant was served
+        self._reservation: Reservation | None = None  # of the quota's budget
         self.allowed = allowed = permit.allowed
         self._released = not allowed
+
+    def _with(self, reservation: Reservation) -> Admission:
+        self._reservation = reservation
+        if not reservation:
+            self.cancel()
+            self.allowed = False
+        elif not self.allowed:
+            reservation.release()
+        return self
 
     @property
     def decision(self) -> Decision:
@@ -76,6 +88,8 @@ class Admission:
     @property
     def retry_after(self) -> float | None:
         """Seconds until it would be admitted; None: never; 0.0: when a call in flight ends."""
+        if self._reservation is not None and not self._reservation:
+            return self._reservation.retry_after
         return self._permit.decision.retry_after
 
     @property
@@ -90,15 +104,19 @@ class Admission:
 
     @property
     def reason(self) -> str:
-        """ "Request allowed", or which limit denied: "rpm", "tpm" or "max_parallel"."""
+        """ "Request allowed", or which limit denied: "rpm", "tpm", "max_parallel" or "budget"."""
+        if self._reservation is not None and not self._reservation:
+            return "budget"
         return "Request allowed" if self.allowed else self._quota._limit_name(self._permit)
 
-    def settle(self, tokens: int) -> None:
-        """Settle the actual number of tokens. Tokens beyond the estimate are charged. If they
+    def settle(self, tokens: int, usd: USD | None = None) -> None:
+        """Settle the actual number of tokens, and with ``usd`` what the call cost. Tokens beyond the estimate are charged. If they
         exceed the limit, the key is in debt, and its next requests are denied until the debt is
         paid. Unused tokens are given back, as long as their minute lasts. It can be called again,
         with a later number."""
         _check_tokens("settle", tokens)
+        if usd is not None and self._reservation is not None:
+            self._reservation.settle(usd)
         if self.allowed and tokens != self._charged and self._quota._tpm >= 0:
             quota = self._quota
             before = quota._costs(self._charged)
@@ -143,6 +161,8 @@ class Admission:
     def release(self) -> bool:
         """The call is over: give the permit back. A second call does no harm. False: there was no
         permit left to give back."""
+        if self._reservation is not None:
+            self._reservation.release()
         if self._released:
             return False
         given_back = self._permit.release()
@@ -179,7 +199,10 @@ class Quota(InSegment):
     three hold over all hosts that name the same server; False: this host alone; default: what
     FAST_LITELLM_SHM_CLUSTER says, else this host alone. See ``docs/cluster.md``.
 
-    A denial consumes nothing of any of the three. A worker that dies gives its permits back; what
+    budget: a :class:`~fast_litellm_shm.Budget` that a call must fit into too, with its key, by the
+    ``usd`` that admit() is given; settle() says what it cost.
+
+    A denial consumes nothing of any of them. A worker that dies gives its permits back; what
     it charged stays charged. In a gateway::
 
         with quota.admit(key, tokens=estimate) as admission:
@@ -199,6 +222,7 @@ class Quota(InSegment):
         segment: Segment | None = None,
         on_full: str = "share",
         cluster: ClusterArgument = None,
+        budget: Budget | None = None,
         _numbered: bool = False,  # see numbered_quota
     ) -> None:
         found: list[LimitSpec | InFlight] = []
@@ -235,17 +259,33 @@ class Quota(InSegment):
             self._grantor = grantor.quota(own, name=name, segment=segment, on_full=on_full)
         self._name, self._segment, self._pace = name, self._grantor.segment, Pace()
         self._given = (rpm, tpm, max_parallel)
-        self._options = {"name": name, "on_full": on_full, "_numbered": _numbered}
+        self._budget = budget
+        self._options = {
+            "name": name, "on_full": on_full, "budget": budget, "_numbered": _numbered,
+        }  # fmt: skip
 
     @property
     def over_hosts(self) -> bool:
         """Whether a server grants its limits, for many hosts."""
         return self._grantor.may_wait
 
-    def admit(self, key: str | bytes, tokens: int = 0) -> Admission:
-        """Admit a call that is estimated at ``tokens`` tokens, or say why not."""
+    def admit(self, key: str | bytes, tokens: int = 0, usd: USD = 0) -> Admission:
+        """Admit a call that is estimated at ``tokens`` tokens and ``usd`` dollars, or say why
+        not."""
         _check_tokens("admit", tokens)
-        return self._admit(key, tokens, 1)
+        if self._budget is None:
+            return self._admit(key, tokens, 1)
+        with_money = self._budget.reserve(key, usd)
+        if not with_money:
+            return self._refused(key, tokens)._with(with_money)
+        try:
+            return self._admit(key, tokens, 1)._with(with_money)
+        except BaseException:
+            with_money.release()
+            raise
+
+    def _refused(self, key: str | bytes, tokens: int) -> Admission:
+        return Admission(self, key, self._grantor.denied(key, self._costs(tokens)), tokens)
 
     def _admit(self, key: str | bytes, tokens: int, requests: int) -> Admission:
         """The same, for a call that counts as ``requests`` requests and takes one permit."""
@@ -258,7 +298,7 @@ class Quota(InSegment):
     def _waited_for(self, key: str | bytes) -> bool:
         return self._grantor.waited_for(key)
 
-    async def admit_async(self, key: str | bytes, tokens: int = 0) -> Admission:
+    async def admit_async(self, key: str | bytes, tokens: int = 0, usd: USD = 0) -> Admission:
         """:meth:`admit` for asyncio: where a server must be asked, a thread does that. Cancelled,
         it consumes and holds nothing. No method of the Admission waits, so an event loop can call
         them::
@@ -266,7 +306,16 @@ class Quota(InSegment):
             async with await quota.admit_async(key, tokens=estimate) as admission:
         """
         _check_tokens("admit_async", tokens)
-        return await self._admit_async(key, tokens, 1)
+        if self._budget is None:
+            return await self._admit_async(key, tokens, 1)
+        with_money = self._budget.reserve(key, usd)
+        if not with_money:
+            return self._refused(key, tokens)._with(with_money)
+        try:
+            return (await self._admit_async(key, tokens, 1))._with(with_money)
+        except BaseException:
+            with_money.release()
+            raise
 
     async def _admit_async(self, key: str | bytes, tokens: int, requests: int) -> Admission:
         permit = await self._grantor.admit_async(key, self._costs(tokens, requests))

@@ -15,7 +15,7 @@ from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm._shared.wait_queue import Place
 from fast_litellm_shm.limiters import grantors
 from fast_litellm_shm.limiters.choice import chosen
-from fast_litellm_shm.limiters.grantors import ClusterArgument, Cost, ns_until
+from fast_litellm_shm.limiters.grantors import ClusterArgument, Cost, DurableArgument, ns_until
 from fast_litellm_shm.limiters.waiting import (
     ASYNCIO,
     BLOCKING,
@@ -81,6 +81,11 @@ class RateLimiter(SharedLimits):
     False: this host alone; default: what FAST_LITELLM_SHM_CLUSTER says, else this host alone. See
     ``docs/cluster.md``.
 
+    durable: True, or a :class:`~fast_litellm_shm.durable.StateFile`: what was consumed outlives a
+    reboot of this host. A file grants the limits in small batches; after a power cut, what was
+    granted counts as consumed. Over many hosts the server keeps them instead. See
+    ``docs/durable.md``.
+
     Keys are ``str`` or ``bytes`` of any length; a str is the same key as its UTF-8 bytes. A cost is
     an int of 0 or more, or one int for each limit. Safe in any thread and any process, also after a
     fork.
@@ -93,13 +98,16 @@ class RateLimiter(SharedLimits):
         segment: Segment | None = None,
         on_full: str = "share",
         cluster: ClusterArgument = None,
+        durable: DurableArgument = None,
     ) -> None:
         super().__init__(limits.checked(limits_), name=name, segment=segment, on_full=on_full)
-        self._choose(cluster)
+        self._choose(cluster, durable)
 
-    def _choose(self, cluster: ClusterArgument) -> None:
-        grantor = chosen(cluster)
-        self._cluster, self._grantor = grantor.argument, grantor.rates(self)
+    def _choose(self, cluster: ClusterArgument, durable: DurableArgument) -> None:
+        grantor = chosen(cluster, durable)
+        self._cluster, self._durable, self._grantor = (
+            grantor.argument, durable, grantor.rates(self),
+        )  # fmt: skip
         self._states, self._pace = states_of(self), Pace()
 
     async def acquire_async(self, key: str | bytes, cost: Cost = 1) -> Decision:
@@ -256,7 +264,8 @@ class RateLimiter(SharedLimits):
 
     def __reduce__(self) -> tuple[Any, ...]:
         options = {"name": self._name, "segment": self._segment, "on_full": self._on_full}
-        return (_rebuild, (type(self), self.limits, options, self._cluster))
+        given = (type(self), self.limits, options, self._cluster, self._durable)
+        return (_rebuild, given)
 
     def __repr__(self) -> str:
         shown = ", ".join(repr(limit) for limit in self.limits)
@@ -268,8 +277,9 @@ def _rebuild(
     found: tuple[LimitSpec, ...],
     options: dict[str, Any],
     cluster: grantors.Replayed,
+    durable: DurableArgument = None,
 ) -> RateLimiter:
     limiter = cls.__new__(cls)
     SharedLimits.__init__(limiter, found, **options, keep=True)
-    limiter._choose(cluster)
+    limiter._choose(cluster, durable)
     return limiter

@@ -109,12 +109,15 @@ def health_check() -> dict[str, Any]:
     - cluster: None, or the state of limits over many hosts (hosts, leader, round_trips, failed,
       granted, given_back, admitted, calls_saved, permits, lag_p50_ms, lag_p99_ms, away, lost: see
       cluster/state.py). If a process of this host cannot reach the server, the status says so.
+    - durable: None, or the state of durable limits (transactions, failed, granted, given_back,
+      lag_p50_ms, lag_p99_ms, away, lost: see durable/state.py). Likewise.
     """
     # not for each worker that imports the package
-    from fast_litellm_shm.cluster.state import cluster_state, problem
+    from fast_litellm_shm.cluster.state import cluster_state, outage_state, problem
+    from fast_litellm_shm.durable.state import durable_state
 
     problems: list[str] = []
-    state = memo = plugin = cluster = None
+    state = memo = plugin = cluster = durable = None
     off: list[str] = []
     try:
         if removed_segments():
@@ -124,13 +127,14 @@ def health_check() -> dict[str, Any]:
             )
         default = Segment.default()
         state, memo = segment_state(default), memo_state(default)
-        cluster = cluster_state(default)
+        cluster, durable = cluster_state(default), durable_state(default)
         performance.count_kept(default)
         failed = performance.segment_stats(default, PLUGIN).get(PLUGIN)
         plugin = {"could_not_judge": failed["error_count"]} if failed else None
         problems += _problems(state)
-        if cluster is not None and cluster["away"] is not None:
-            problems.append(problem(cluster["away"]))
+        outage = outage_state(default)
+        if outage is not None:
+            problems.append(problem(outage))
     except (exceptions.FastShmError, OSError) as error:
         problems.append(str(error))
     except Exception as error:  # other processes write its contents, and may break anything
@@ -161,4 +165,5 @@ def health_check() -> dict[str, Any]:
         "features_off": off,
         "litellm": plugin,
         "cluster": cluster,
+        "durable": durable,
     }

@@ -45,7 +45,9 @@ class _Limiter:
 
     indices: list[int] = field(default_factory=list)
     counters: list[int] = field(default_factory=list)
-    limits: list[limits.LimitSpec | limits.InFlight | limits.Granted] = field(default_factory=list)
+    limits: list[limits.LimitSpec | limits.InFlight | limits.Granted | limits.Money] = field(
+        default_factory=list
+    )
 
     @property
     def max_per_key(self) -> int | None:
@@ -119,7 +121,7 @@ def _limiters(of: Segment, count: int) -> dict[str, _Limiter]:
         limiter.counters.append(info.counters)
         if key_grammar.units_of(name):
             continue  # each key has its own limits
-        limiter.limits.extend(limits.from_raw(info.limits[i]) for i in range(info.limits_count))
+        limiter.limits.extend(limits.from_raw(info.limits[i], of) for i in range(info.limits_count))
     return found
 
 

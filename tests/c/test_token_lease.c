@@ -100,6 +100,43 @@ static void test_low_once(void) {
   leave(&w);
 }
 
+static uint64_t hand_back(const world_t *w, uint64_t tokens, uint64_t until, uint64_t most,
+                          uint64_t now) {
+  const uint64_t of[FSHM_MAX_LIMITS] = {tokens}, ends[FSHM_MAX_LIMITS] = {until};
+  const uint64_t at_most[FSHM_MAX_LIMITS] = {most};
+  uint64_t out[FSHM_MAX_LIMITS] = {77, 77, 77, 77};
+  CHECK_EQ(fshm_token_lease_return(w->token_leases, KEY, of, ends, at_most, now, out), FSHM_OK);
+  CHECK_EQ(out[1], 0);
+  return out[0];
+}
+
+/* Tokens go back to the lease that they were spent from, and to no other one. */
+static void test_return(void) {
+  world_t w = make_world();
+  const uint64_t end = NOW + 1000 * MS, next = end + 1000 * MS;
+  uint32_t low;
+  CHECK_EQ(hand_back(&w, 5, end, 100, NOW), 0); /* there is none */
+  grant(&w, 10, 0, end, NOW);
+  CHECK_EQ(spend(&w, 6, NOW, &low), FSHM_ALLOWED);
+  CHECK_EQ(hand_back(&w, 2, end, 10, NOW), 2);
+  CHECK_EQ(left(&w, NOW, NULL), 6);
+  CHECK_EQ(hand_back(&w, 9, end, 10, NOW), 4); /* not more than a lease may have */
+  CHECK_EQ(left(&w, NOW, NULL), 10);
+  CHECK_EQ(hand_back(&w, 9, end, 5, NOW), 0);
+  CHECK_EQ(hand_back(&w, 90, end, 100, NOW), 90); /* more than the count's bits hold */
+  CHECK_EQ(left(&w, NOW, NULL), 100);
+  CHECK_EQ(spend(&w, 100, NOW, &low), FSHM_ALLOWED);
+  CHECK_EQ(hand_back(&w, 3, end, 10, NOW), 3); /* it has no token, but its end */
+  CHECK_EQ(left(&w, end, NULL), 0);
+  CHECK_EQ(hand_back(&w, 3, end, 10, end), 0); /* over */
+  grant(&w, 10, 0, next, end);
+  CHECK_EQ(spend(&w, 6, end, &low), FSHM_ALLOWED);
+  CHECK_EQ(hand_back(&w, 3, end, 10, end + MS), 0); /* charged to the window before */
+  CHECK_EQ(hand_back(&w, 3, next, 10, end + MS), 3);
+  CHECK_EQ(left(&w, end + MS, NULL), 7);
+  leave(&w);
+}
+
 static void test_refusals(void) {
   world_t w = make_world();
   const uint64_t ten[FSHM_MAX_LIMITS] = {10}, used[FSHM_MAX_LIMITS] = {995};
@@ -336,6 +373,7 @@ static void test_leader(void) {
 int main(void) {
   test_account();
   test_low_once();
+  test_return();
   test_refusals();
   test_refusals_of_any_cost();
   test_denials_are_counted();

@@ -55,7 +55,22 @@ static void use_token_leases(grants_t *g, const char *key) {
   uint32_t low;
   int status = fshm_spend(g->token_leases, NULL, g->rates, "lasting", 7, costs, 0, NULL, &low);
   CHECK(status == FSHM_ALLOWED || status == FSHM_ASK);
-  if (status == FSHM_ALLOWED) atomic_fetch_add(&g->spent, cost);
+  if (status == FSHM_ALLOWED) {
+    /* Some of it is not used: it goes back. */
+    const uint64_t most[FSHM_MAX_LIMITS] = {GRANTED, GRANTED};
+    const uint64_t back[FSHM_MAX_LIMITS] = {cost / 2, cost / 2};
+    const uint64_t ends[FSHM_MAX_LIMITS] = {TIME_MAX / 2, TIME_MAX / 2};
+    uint64_t out[FSHM_MAX_LIMITS];
+    CHECK_EQ(fshm_token_lease_return(g->token_leases, "lasting", 7, back, ends, most, 0, out),
+             FSHM_OK);
+    CHECK_EQ(out[0], cost / 2);
+    atomic_fetch_add(&g->spent, cost - out[0]);
+  }
+  const fshm_limit limit = {10, 1000000000, 10, (uint32_t)(cost - 1), 0};
+  fshm_stored stored = {.limit = {0}};
+  fshm_stored_answer answer;
+  CHECK_EQ(fshm_stored_apply(FSHM_ACQUIRE, &limit, &stored, cost, NULL, until, &answer), FSHM_OK);
+  CHECK_EQ(answer.remaining, 10 - cost);
   check_known(fshm_learn(g->rates, key, length, used, ns, 0));
   check_known(fshm_token_lease_put(g->token_leases, key, length, leases, 0));
   check_known(fshm_token_lease_refuse(g->refused, key, length, costs, random_below(2) * 9000, 0));

@@ -16,7 +16,7 @@ from .conftest import Command, environment
 
 VERBS = [
     *("inspect", "top", "dashboard", "ls", "export", "reset", "release", "rm", "tokens", "cache"),
-    *("cache build", "cache rm"),
+    *("cache build", "cache rm", "save", "state"),
 ]
 HEAVY = ("numpy", "rich", "textual", "psutil", "starlette", "uvicorn")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from support import servers
-from support.leases import tokens_of
+from support.leases import connection_of, tokens_of
 
 from fast_litellm_shm import (
     Limit,
@@ -23,7 +23,8 @@ from fast_litellm_shm import (
     Window,
 )
 from fast_litellm_shm.cluster import Cluster
-from fast_litellm_shm.cluster.connection import Connection, Question
+from fast_litellm_shm.cluster.connection import Connection
+from fast_litellm_shm.cluster.link import Question
 
 HOUR = 3600
 
@@ -208,7 +209,7 @@ def test_pickle(hosts: list[RateLimiter]) -> None:
     assert hosts[0].acquire("key", 100)
     copy = pickle.loads(pickle.dumps(hosts[0]))
     assert not copy.acquire("key")
-    assert tokens_of(copy).cluster == tokens_of(hosts[0]).cluster
+    assert connection_of(copy).cluster == connection_of(hosts[0]).cluster
 
 
 def test_the_variable_alone(

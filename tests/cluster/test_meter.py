@@ -73,7 +73,8 @@ class Meter:
         limits: list[LimitSpec],
         **given: Any,
     ) -> algorithms.Answer:
-        rules = [algorithms.rule(each) for each in limits]
+        minute = given.pop("minute", at_us // 60_000_000)  # by the clock of the host
+        rules = [algorithms.dated(algorithms.rule(each), each, minute) for each in limits]
         numbers = {"costs": 0, "kept": 0, "given": 0, "used": 0, "previous": 0, "left": 0} | given
         columns = [
             tuple(value) if isinstance(value, (tuple, list)) else (value,) * len(rules)

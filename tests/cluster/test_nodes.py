@@ -19,6 +19,7 @@ from support.waiting import wait_until
 from fast_litellm_shm import RateLimiter, Segment, Window
 from fast_litellm_shm.cluster import Cluster, connection
 from fast_litellm_shm.cluster.hosts import host_count
+from fast_litellm_shm.cluster.link import UnreachableError
 
 HOUR = 3600
 SLOTS = 16384
@@ -73,7 +74,7 @@ def limiter_of(nodes: list[servers.Server], segment: Segment, policy: str = "den
 def slot_of(limiter: RateLimiter, key: str) -> int:
     request, _ = tokens_of(limiter).request("look", key.encode(), (0,))
     client = connection_of(limiter).client()
-    return int(client.keyslot(request.state_key(tokens_of(limiter).cluster.prefix)))
+    return int(client.keyslot(request.state_key(connection_of(limiter).cluster.prefix)))
 
 
 def key_on(limiter: RateLimiter, node: int, start: str = "key") -> str:
@@ -123,13 +124,13 @@ def test_a_node_that_does_not_answer_is_asked_once(
     that came too late, it did once."""
     limiter = limiter_of(nodes, segment)
     key = key_on(limiter, 2)
-    cluster = tokens_of(limiter).cluster
+    cluster = connection_of(limiter).cluster
     alone = connection.Connection(cluster, segment, lambda _: None)  # no thread tries it again
     request, _ = tokens_of(limiter).request("single", key.encode(), (10,))
     assert alone.call([request])[0].admitted
     looked = [_counted(node, "cluster|slots") for node in nodes[:2]]
     nodes[2].freeze()
-    with pytest.raises(connection.UnreachableError, match="TimeoutError"):
+    with pytest.raises(UnreachableError, match="TimeoutError"):
         alone.call([request])
     assert [_counted(node, "cluster|slots") for node in nodes[:2]] == looked
     nodes[2].thaw()

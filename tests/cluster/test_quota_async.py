@@ -24,7 +24,7 @@ from support.waiting import PATIENCE, ticking, wait_until, wait_until_async
 from fast_litellm_shm import Quota, RateLimiter, Segment, Window
 from fast_litellm_shm._shared import performance as monitoring
 from fast_litellm_shm._shared.native import lib
-from fast_litellm_shm.cluster import Cluster, connection
+from fast_litellm_shm.cluster import Cluster, link
 from fast_litellm_shm.cluster.background import Background
 from fast_litellm_shm.cluster.hosts import host_count
 from fast_litellm_shm.cluster.settlement import Settlement
@@ -314,11 +314,11 @@ def test_the_collector_comes_upon_a_call_at_any_line(hosts: tuple[Quota, Quota])
         return await quota.admit_async("key", 100)
 
     admission = asyncio.run(scenario())
-    link = connection_of(quota)
-    with connection.starting, link.ensure(Background).reporting, link._lock:
+    mine = connection_of(quota)
+    with link.starting, mine.ensure(Background).reporting, mine._lock:
         admission.settle(900)  # as from a finalizer
         admission.settle(50)
-        assert len(link.settlements) == 2
+        assert len(mine.settlements) == 2
     wait_until("it is told", lambda: quota.remaining("key")["tpm"] == 950)
     admission.release()
 

@@ -19,7 +19,7 @@ import pytest
 import redis
 from support import servers
 from support.children import PATIENCE, run_one
-from support.leases import connection_of, tokens_of
+from support.leases import connection_of
 from support.waiting import wait_until
 
 from fast_litellm_shm import ConcurrencyLimiter, Quota, RateLimiter, Segment, Window
@@ -240,7 +240,7 @@ def _failures(limiter: RateLimiter, permits: ConcurrencyLimiter) -> list[BaseExc
     calls: list[Callable[[], Any]] = [
         lambda: limiter.reset("key"),
         limiter.reset,
-        lambda: tokens_of(limiter).cluster.client().ping(),
+        lambda: connection_of(limiter).cluster.client().ping(),
         lambda: connection_of(limiter).call([]),
     ]
     for call in calls:

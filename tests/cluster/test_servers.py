@@ -12,7 +12,7 @@ import pytest
 import redis
 from support import servers
 from support.flights import Flights
-from support.leases import tokens_of
+from support.leases import connection_of, tokens_of
 from support.waiting import wait_until
 
 from fast_litellm_shm import ConcurrencyLimiter, RateLimiter, Segment, Window
@@ -273,8 +273,8 @@ def test_other_settings_that_are_wrong(monkeypatch: pytest.MonkeyPatch, segment:
         RateLimiter(Window(1), segment=segment)
     monkeypatch.setenv("FAST_LITELLM_SHM_CLUSTER_TIMEOUT", "0.5")
     limiter = RateLimiter(Window(1), segment=segment)
-    assert tokens_of(limiter).cluster == Cluster("redis://user:secret@host", "deny", 0.5)
-    assert tokens_of(limiter).cluster.shown == "redis://user:***@host"
+    assert connection_of(limiter).cluster == Cluster("redis://user:secret@host", "deny", 0.5)
+    assert connection_of(limiter).cluster.shown == "redis://user:***@host"
 
 
 def test_no_password_is_shown() -> None:

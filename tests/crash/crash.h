@@ -119,7 +119,11 @@ enum {
   LEASE_TAKE,
   LEASE_SET,
   LEASE_ALONE, /* from a state that this has left */
-  LEASE_DROP /* the same, from any other */
+  LEASE_DROP, /* the same, from any other */
+  MONEY_RESERVE,
+  MONEY_CHARGE, /* reserves what stays spent if it dies */
+  MONEY_SETTLE,
+  MONEY_ADD
 };
 
 typedef struct operation {

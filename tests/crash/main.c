@@ -34,6 +34,7 @@
 #include "holds_permit_leases.c"
 #include "holds_learned.c"
 #include "holds_lead.c"
+#include "holds_budgets.c"
 #include "operations.c"
 #include "kill.c"
 #include "schedules.c"

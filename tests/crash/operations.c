@@ -65,6 +65,25 @@ static void run_clear(outcome_t *out) {
   out->status = fshm_moving_clear(world.l, KEY, strlen(KEY));
 }
 
+/* budgets */
+
+static fshm_budget budget_held; /* of T */
+static void run_budget_reserve(outcome_t *out) {
+  fshm_budget b;
+  out->status = fshm_budget_reserve(world.l, KEY, strlen(KEY), op->cost,
+                                    op->op == MONEY_CHARGE ? FSHM_BUDGET_CHARGE : 0, world.now, &b);
+}
+static void reserve_three(void) {
+  if (fshm_budget_reserve(world.l, KEY, strlen(KEY), 3, 0, world.now, &budget_held) != FSHM_ALLOWED)
+    broken("T cannot reserve");
+}
+static void run_budget_settle(outcome_t *out) {
+  out->status = fshm_budget_settle(world.l, KEY, strlen(KEY), &budget_held, 3, op->cost, world.now);
+}
+static void run_budget_add(outcome_t *out) {
+  out->status = fshm_budget_add(world.l, KEY, strlen(KEY), 1, op->cost, world.now);
+}
+
 /* token leases */
 
 static void run_spend(outcome_t *out) {
@@ -78,6 +97,12 @@ static void run_put(outcome_t *out) {
   for (uint32_t i = 0; i < FSHM_MAX_LIMITS; i++)
     leases[i] = (fshm_token_lease){op->cost, UINT64_MAX, world.now + PER};
   out->status = fshm_token_lease_put(world.l, KEY, strlen(KEY), leases, world.now);
+}
+static void run_return(outcome_t *out) {
+  uint64_t until[FSHM_MAX_LIMITS], most[FSHM_MAX_LIMITS], back[FSHM_MAX_LIMITS];
+  for (uint32_t i = 0; i < FSHM_MAX_LIMITS; i++) until[i] = world.now + PER, most[i] = 20;
+  out->status = fshm_token_lease_return(world.l, KEY, strlen(KEY), some_costs[op->cost], until,
+                                        most, world.now, back);
 }
 static void run_take_out(outcome_t *out) {
   uint64_t left[FSHM_MAX_LIMITS], ns[FSHM_MAX_LIMITS];
@@ -181,6 +206,7 @@ static void run_remove(outcome_t *out) {
 
 #define BUCKET(n) {n, PER, n, FSHM_BUCKET, 0}
 #define WINDOW(n) {n, PER, n, FSHM_WINDOW, 0}
+#define CALENDAR(n) {n, PER, 0, FSHM_CALENDAR, 0}
 #define SLIDING(n) {n, PER, n, FSHM_SLIDING, 0}
 #define PERMITS(n) {n, 0, 0, FSHM_PERMITS, 0}
 /* statistics. cost 1: of a request that failed */
@@ -244,12 +270,22 @@ static void run_request_and_back(outcome_t *out) {
 #define MOVING(function, which) \
   .make = start_moving, .holds = &moving, .run = (function), .op = (which)
 #define HITS(tokens, answer) MOVING(run_hit, HIT), .cost = (tokens), .status = (answer)
+#define MONEY(n)                                   \
+  .limits = {{n, PER, 0, FSHM_MONEY, 0},           \
+             {MONEY_MOST, PER, 0, FSHM_MONEY, 0},  \
+             {MONEY_MOST, PER, 0, FSHM_MONEY, 0},  \
+             {MONEY_MOST, PER, 0, FSHM_MONEY, 0}}, \
+  .count = 4
+#define BUDGETS(function, which, amount, answer)                                               \
+  .make = start_budget, .holds = &budgets, .run = (function), .op = (which), .cost = (amount), \
+  .status = (answer), .capacity = 8
 #define TOKEN_LEASE {20, 0, 0, FSHM_LEASE, 0}
 #define TOKEN_LEASES(function, which, answer)                                          \
   .make = start_token_lease, .holds = &token_leases, .run = (function), .op = (which), \
   .status = (answer)
 #define SPENDS(tokens, answer) TOKEN_LEASES(run_spend, TOKEN_LEASE_SPEND, answer), .cost = (tokens)
 #define PUTS(tokens) TOKEN_LEASES(run_put, TOKEN_LEASE_PUT, FSHM_OK), .cost = (tokens)
+#define RETURNS(tokens) TOKEN_LEASES(run_return, TOKEN_LEASE_PUT, FSHM_OK), .cost = (tokens)
 #define TELLS(function, which) \
   .make = start_told, .holds = &telling, .run = (function), .op = (which), .status = FSHM_OK
 #define LEARNS(tokens) TELLS(run_learn, LEARN), .cost = (tokens)
@@ -461,6 +497,36 @@ static const operation_t operations[] = {
      THREE,
      .prior = 3,
      ROOM(2, 5, 5)},
+    /* windows of the calendar: an hour */
+    {.name = "calendar-check", APPLY(ACQUIRE, 1), ONE(CALENDAR(5)), .prior = 2, ROOM(3, 2, 5)},
+    {.name = "calendar-denied", REFUSED(FSHM_DENIED), ONE(CALENDAR(5)), .prior = 5, ROOM(0, 0, 5)},
+    {.name = "calendar-first", APPLY(ACQUIRE, 1), ONE(CALENDAR(5)), ROOM(5, 4, 5)},
+    {.name = "calendar-next",
+     APPLY(ACQUIRE, 1),
+     ONE(CALENDAR(5)),
+     .prior = 5,
+     .flags = EXPIRED,
+     ROOM(5, 4, 5)},
+    {.name = "calendar-over-tenants",
+     APPLY(ACQUIRE, 1),
+     ONE(CALENDAR(5)),
+     .flags = TENANTS,
+     ROOM(5, 4, 5)},
+    {.name = "calendar-charge", APPLY(CHARGE, 3), ONE(CALENDAR(5)), .prior = 4, ROOM(1, 0, 5)},
+    {.name = "calendar-refund", APPLY(REFUND, 1), ONE(CALENDAR(5)), .prior = 3, ROOM(2, 3, 5)},
+    {.name = "calendar-several",
+     APPLY(ACQUIRE, 1),
+     .limits = {CALENDAR(5), BUCKET(8), WINDOW(6)},
+     .count = 3,
+     .prior = 2,
+     ROOM(3, 2, 5)},
+    {.name = "calendar-settle",
+     CALLS(run_settle),
+     .cost = 1,
+     ONE(CALENDAR(5)),
+     .prepare = charge_three,
+     .flags = ROUGH,
+     ROOM(2, 4, 5)},
     /* limits that come with the call */
     {.name = "count-window", COUNTS, .status = 1, ONE(WINDOW(5)), .prior = 2, ROOM(3, 2, 5)},
     {.name = "count-window-first", COUNTS, .status = 1, ONE(WINDOW(5)), ROOM(5, 4, 5)},
@@ -507,6 +573,58 @@ static const operation_t operations[] = {
      ONE(WINDOW(3)),
      .prior = 3,
      ROOM(0, 3, 3)},
+    /* budgets: ROOM(left before, after, limit) */
+    {.name = "budget-reserve",
+     BUDGETS(run_budget_reserve, MONEY_RESERVE, 1, 1),
+     MONEY(5),
+     .prior = 2,
+     ROOM(3, 2, 5)},
+    {.name = "budget-last",
+     BUDGETS(run_budget_reserve, MONEY_RESERVE, 2, 1),
+     MONEY(5),
+     .prior = 3,
+     ROOM(2, 0, 5)},
+    {.name = "budget-first",
+     BUDGETS(run_budget_reserve, MONEY_RESERVE, 1, 1),
+     MONEY(5),
+     ROOM(5, 4, 5)},
+    {.name = "budget-denied",
+     BUDGETS(run_budget_reserve, MONEY_RESERVE, 1, 0),
+     MONEY(5),
+     .prior = 5,
+     ROOM(0, 0, 5)},
+    {.name = "budget-charge",
+     BUDGETS(run_budget_reserve, MONEY_CHARGE, 1, 1),
+     MONEY(5),
+     .prior = 2,
+     ROOM(3, 2, 5)},
+    {.name = "budget-window",
+     BUDGETS(run_budget_reserve, MONEY_RESERVE, 1, 1),
+     MONEY(5),
+     .prior = 5,
+     .flags = EXPIRED,
+     ROOM(5, 4, 5)},
+    {.name = "budget-settle",
+     BUDGETS(run_budget_settle, MONEY_SETTLE, 1, 1),
+     MONEY(5),
+     .prior = 1,
+     .prepare = reserve_three,
+     ROOM(1, 3, 5)},
+    {.name = "budget-settle-more",
+     BUDGETS(run_budget_settle, MONEY_SETTLE, 4, 1),
+     MONEY(5),
+     .prepare = reserve_three,
+     ROOM(2, 1, 5)},
+    {.name = "budget-release",
+     BUDGETS(run_budget_settle, MONEY_SETTLE, 0, 1),
+     MONEY(5),
+     .prepare = reserve_three,
+     ROOM(2, 5, 5)},
+    {.name = "budget-add",
+     BUDGETS(run_budget_add, MONEY_ADD, 2, 1),
+     MONEY(5),
+     .prior = 4,
+     ROOM(1, 3, 5)},
     /* token leases */
     {.name = "token-lease-spend", SPENDS(1, 1), ONE(TOKEN_LEASE), .prior = 5, ROOM(5, 4, 0)},
     {.name = "token-lease-spend-last", SPENDS(2, 1), ONE(TOKEN_LEASE), .prior = 2, ROOM(2, 0, 0)},
@@ -549,6 +667,7 @@ static const operation_t operations[] = {
      .prior = 5,
      .flags = EXPIRED,
      ROOM(0, 3, 0)},
+    {.name = "token-lease-return", RETURNS(3), ONE(TOKEN_LEASE), .prior = 2, ROOM(2, 5, 0)},
     {.name = "token-lease-take",
      TOKEN_LEASES(run_take_out, TOKEN_LEASE_TAKE, FSHM_OK),
      ONE(TOKEN_LEASE),

@@ -119,6 +119,21 @@ static void start_moving(void) {
   if (op->flags & (TENANTS | STALE | CROWDED)) fill_rest(op->flags & ONE_LEFT ? 1 : 0);
 }
 
+/* A budget of op->limits; the key has spent op->prior. */
+static void start_budget(void) {
+  open_segment();
+  world.now = NOW;
+  fshm_limiter *l;
+  if (fshm_limiter_open_at(world.s, "budget", 6, op->limits, op->count,
+                           op->flags & EXPIRED ? LONG_AGO : NOW, &l) != FSHM_OK)
+    broken("no budget");
+  world.l = l;
+  if (op->prior)
+    (void)fshm_budget_add(world.l, KEY, strlen(KEY), 0, op->prior,
+                          op->flags & EXPIRED ? LONG_AGO : NOW);
+  (void)apply_at(world.others, FSHM_ACQUIRE, "beside", 1, NOW);
+}
+
 /* What a host was granted: op->prior tokens of each limit. */
 static void grant(uint64_t tokens, uint64_t now) {
   fshm_token_lease leases[FSHM_MAX_LIMITS];

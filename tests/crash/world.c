@@ -198,7 +198,7 @@ static levels_t levels_of(fshm_limiter *l, const char *key) {
   out.count = (uint32_t)fshm_remaining(l, key, strlen(key), c.now, out.remaining);
   for (uint32_t i = 0; i < c.snapshot.count; i++) {
     table_find(c.s, c.hash, fingerprint(&c, i), &f);
-    if (f.pair.who && state_expires(f.pair.when) > c.now) out.state[i] = f.pair.when;
+    if (f.pair.who && state_ends(c.s, f.pair.who, f.pair.when) > c.now) out.state[i] = f.pair.when;
   }
   return out;
 }

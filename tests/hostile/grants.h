@@ -27,6 +27,22 @@ static void close_granted(user_t *u) {
   }
 }
 
+/* A file can hold anything: the words of a stored state, and of the charge that is undone. */
+static void use_stored(user_t *u, uint64_t n, uint64_t now, unsigned what) {
+  static const uint32_t kinds[] = {FSHM_BUCKET, FSHM_WINDOW, FSHM_SLIDING, FSHM_PERMITS};
+  const fshm_limit limit = {n % 1000 + 1, UINT64_C(1000000) << what % 32, n % 1000 + 1,
+                            kinds[what % 3], 0};
+  fshm_stored states[2] = {{limit, n, n >> 7, n << 9}, {limit, n << 3, what, n}};
+  fshm_stored_answer out;
+  if (what & 16) states[0].limit = (fshm_limit){n, n >> 3, n >> 5, kinds[n % 4], what & 1};
+  const int status =
+      fshm_stored_apply(what >> 5 & 7, &limit, &states[0], what & 8 ? n : what,
+                        what & 4 ? &states[1] : NULL, what & 2 ? n + now : now, &out);
+  (void)u;
+  MUST(status == FSHM_OK || status == FSHM_E_ARGUMENT || status == FSHM_E_DAMAGED);
+  MUST(status != FSHM_OK || out.status == FSHM_ALLOWED || out.status == FSHM_DENIED);
+}
+
 /* l: stands in for each of them, now and then: it may be of any kind. */
 static void use_token_lease(user_t *u, fshm_limiter *l, const char *key, uint64_t n, uint64_t now,
                             unsigned what) {
@@ -43,6 +59,12 @@ static void use_token_lease(user_t *u, fshm_limiter *l, const char *key, uint64_
   check_fenced(&left);
   check_fenced(&ns);
   for (int i = 0; i < FSHM_MAX_LIMITS; i++) MUST(left.values[i] <= WINDOW_MAX_N);
+  const uint64_t tokens[FSHM_MAX_LIMITS] = {n, n >> 4, what, 1}, until[FSHM_MAX_LIMITS] = {n, now};
+  fenced_t out = {FENCE, {0, 0, 0, 0}, FENCE};
+  check_status(u, fshm_token_lease_return(token_leases, key, 1, tokens, until,
+                                          what & 16 ? tokens : until, now, out.values));
+  check_fenced(&out);
+  use_stored(u, n, now, what);
 }
 
 static void spend(user_t *u, fshm_limiter *l, const char *key, const uint64_t *costs, uint64_t now,

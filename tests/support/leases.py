@@ -24,5 +24,8 @@ def connection_of(limiter: RateLimiter | Quota) -> Connection:
     """By which the server hears of it."""
     if isinstance(limiter, Quota):
         assert isinstance(limiter._grantor, ClusterQuota)
-        return limiter._grantor.connection
-    return tokens_of(limiter).connection
+        found = limiter._grantor.connection
+    else:
+        found = tokens_of(limiter).connection
+    assert isinstance(found, Connection)
+    return found

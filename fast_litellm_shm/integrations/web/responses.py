@@ -55,7 +55,7 @@ def policy(names: Iterable[str], found: Iterable[LimitSpec | InFlight]) -> str:
     """The value of RateLimit-Policy."""
     items = []
     for name, limit in zip(names, found, strict=True):
-        unit = _CONCURRENT if isinstance(limit, InFlight) else f"w={seconds(limit.per)}"
+        unit = _CONCURRENT if isinstance(limit, InFlight) else f"w={seconds(limits.longest(limit))}"
         items.append(f"{_string(name)};q={min(limit.n, _LARGEST)};{unit}")
     return ", ".join(items)
 
@@ -73,10 +73,10 @@ def rate_limit(name: str, decision: Decision, left: int, until_all: float) -> He
     if isinstance(limit, InFlight):
         return [("RateLimit", f"{_string(name)};r={left}")]
     if decision.allowed:
-        until = seconds(min(until_all, limit.per))
+        until = seconds(min(until_all, limits.longest(limit)))
     else:
         retry = decision.retry_after
-        until = seconds(limit.per if retry is None else retry)
+        until = seconds(limits.longest(limit) if retry is None else retry)
     return [
         ("RateLimit", f"{_string(name)};r={left};t={until}"),
         ("X-RateLimit-Limit", str(limit.n)),

@@ -1,0 +1,419 @@
+/* money.c - budgets: money that is spent, and reserved, in windows of the calendar. Argued in DESIGN.md, "Budgets".
+ *
+ * What was spent of a key is a state of the hash table, which only grows by what calls cost. What is reserved is in
+ * the rows of the processes (reservations_t), so that it goes with a process that dies.
+ */
+#include <sched.h>
+
+#include "../permits/semaphore.h"
+#include "../permits/wait_queue.h"
+#include "../stats/counters.h"
+#include "../stats/key_stats.h"
+#include "limiter.h"
+#include "limits.h"
+
+#define RESERVED_MOST (UINT64_C(1) << 61) /* no sum overflows, whatever is in the rows */
+#define ROUNDS_OF_MONEY 32 /* in each lost one, another process has reserved or spent */
+
+/* One call. */
+typedef struct {
+  fshm_segment *s;
+  const fshm_limiter *l;
+  bool fixed; /* the caller gave the time */
+  uint64_t hash, now;
+  snapshot_t p;
+} money_t;
+
+/* The end of the window that it is now. */
+uint64_t money_window(fshm_segment *s, const rule_t *rule, uint64_t now) {
+  rule_t r = *rule;
+  if (r.per == MONEY_FOREVER) return (UINT64_C(1) << 28) - 1;
+  calendar_ready(s, &r);
+  return calendar_ends(&r, now ? now : segment_now(s));
+}
+
+/* Load the limits, of the window that it is now. The first call of a window gives the rules its end: one publication,
+ * as of any limits that change. */
+static int money_load(money_t *m) {
+  for (int tries = 0; tries < 64; tries++) {
+    if (!limits_load(m->s, m->l->index, &m->p)) return damage_limits(m->s, m->l->index);
+    if (!m->p.money) return FSHM_E_ARGUMENT;
+    if (!m->fixed) m->now = segment_now(m->s);
+    if (likely(m->p.rules[0].unit > calendar_minute(&m->p.rules[0], m->now))) return FSHM_OK;
+    rule_t next[FSHM_MAX_LIMITS];
+    for (uint32_t i = 0; i < m->p.money; i++) {
+      next[i] = rule_bare(&m->p.rules[i]);
+      next[i].unit = money_window(m->s, &m->p.rules[i], m->now);
+    }
+    int status = publish(m->s, m->l->index, next, m->p.money, m->fixed ? m->now : 0);
+    if (status != FSHM_OK) return status;
+  }
+  return FSHM_CONTENDED;
+}
+
+static int money_begin(money_t *m, const fshm_limiter *l, const void *key, uint64_t length,
+                       uint64_t now) {
+  m->s = l->segment;
+  m->l = l;
+  m->fixed = now != 0;
+  m->now = min_u64(now, TIME_MAX - 1);
+  m->hash = fshm_siphash(l->key[0], l->key[1], key, length);
+  return money_load(m);
+}
+
+/* A slot of the key, and the amount in it. `who`: to write with the next amount: a window that has begun goes on under its
+ * own rule. False: the limits or the slot changed; load the limits, and look again. */
+typedef struct {
+  found_t f;
+  uint64_t amount, who;
+} amount_t;
+
+static bool money_look(money_t *m, uint32_t i, amount_t *out) {
+  const rule_t *r = &m->p.rules[i];
+  rule_t old;
+  out->who = snapshot_who(&m->p, i, m->hash);
+  out->amount = 0;
+  table_find(m->s, m->hash, out->who, &out->f);
+  if (entry_current(m->s, m->l->index) != m->p.current) return false; /* as outdated() */
+  if (!out->f.pair.who) return true;
+  const uint64_t state = out->f.pair.when;
+  if (likely(out->f.pair.who == out->who)) {
+    out->amount = IS_MONEY(state) ? MONEY_OF(state) : 0;
+    return true;
+  }
+  const bool sane = limits_rule(m->s, m->l->index, WHO_LABEL(out->f.pair.who), &old);
+  const pair_t again = pair_load(&m->s->slots[out->f.slot]);
+  if (again.who != out->f.pair.who || again.when != state ||
+      entry_current(m->s, m->l->index) != m->p.current)
+    return false;
+  if (!sane || old.kind != FSHM_MONEY || !IS_MONEY(state) || old.unit <= calendar_minute(r, m->now))
+    return true; /* its window is over */
+  out->amount = MONEY_OF(state);
+  if (old.unit != r->unit) {
+    const uint64_t label = WHO_OF(0, 0, RULES - 1, 0) & ~UINT64_C(1);
+    out->who = (out->who & ~label) | (out->f.pair.who & label);
+  }
+  return true;
+}
+
+static uint64_t money_add_to(uint64_t amount, int64_t by) {
+  if (by < 0) return minus(amount, (uint64_t)-by);
+  return min_u64(amount + (uint64_t)by, (UINT64_C(1) << 60) - 1);
+}
+
+typedef struct {
+  money_t *m;
+  uint32_t i;
+  uint64_t amount;
+  bool stale;
+} first_money_t;
+
+static uint64_t first_money(void *context) {
+  first_money_t *f = context;
+  money_t *m = f->m;
+  /* As first_state(): from now on, no change of the limits passes this slot by. */
+  calendar_ready(m->s, &m->p.rules[f->i]);
+  if (!m->fixed) m->now = segment_now(m->s);
+  f->stale = entry_current(m->s, m->l->index) != m->p.current ||
+             m->p.rules[f->i].unit <= calendar_minute(&m->p.rules[f->i], m->now);
+  return f->stale ? NO_STATE : MONEY_STATE(f->amount);
+}
+
+/* Add to an amount of the key. ONCE: only if it is 0, else FSHM_DENIED. RAISE: to this, if it is less. where: its slot; or
+ * NULL. */
+enum { ADD, ONCE, RAISE };
+static int money_add(money_t *m, uint32_t i, int64_t by, unsigned how, found_t *where) {
+  for (int tries = 0; tries < MAX_TRIES; tries++) {
+    amount_t a;
+    if (!money_look(m, i, &a)) {
+      int fresh = money_load(m);
+      if (fresh != FSHM_OK) return fresh;
+      if (i >= m->p.money) return FSHM_E_ARGUMENT;
+      continue;
+    }
+    if (how == ONCE && a.amount) return FSHM_DENIED;
+    const uint64_t next =
+        how == RAISE ? max_u64(a.amount, (uint64_t)by) : money_add_to(a.amount, by);
+    if (likely(a.f.pair.who)) {
+      pair_t seen = a.f.pair, to = {a.who, MONEY_STATE(next)};
+      if (likely(pair_cas(&m->s->slots[a.f.slot], &seen, to))) {
+        if (where) *where = a.f;
+        return FSHM_OK;
+      }
+      continue;
+    }
+    first_money_t first = {m, i, next, false};
+    int status = table_claim(m->s, m->hash, a.who, m->now, first_money, &first, &a.f.slot);
+    if (status == CLAIMED) {
+      a.f.pair.who = a.who;
+      if (where) *where = a.f;
+      return FSHM_OK;
+    }
+    if (status == CLAIM_FULL && !semaphore_free_dead(m->s, m->hash, a.who, m->now))
+      return FSHM_FULL;
+    tries += CLAIM_TRIES - 1;
+    if (first.stale) {
+      status = money_load(m);
+      if (status != FSHM_OK) return status;
+    }
+  }
+  return FSHM_CONTENDED;
+}
+
+static int money_read(money_t *m, uint32_t i, amount_t *out) {
+  for (int tries = 0; tries < MAX_TRIES; tries++) {
+    out->amount = out->f.pair.who = 0;
+    if (i >= m->p.money || money_look(m, i, out)) return FSHM_OK;
+    int fresh = money_load(m);
+    if (fresh != FSHM_OK) return fresh;
+  }
+  return FSHM_CONTENDED;
+}
+
+/* reservations ---------------------------------------------------------------------------------- */
+
+void reservations_join(fshm_segment *s, uint32_t process, uint64_t incarnation) {
+  reservations_t *r = &s->reservations[process];
+  /* As requests_join(): until the last store, what is here counts for nobody. */
+  store_relaxed(&r->incarnation, 0);
+  for (uint32_t i = 0; i < RESERVED; i++) {
+    store_relaxed(&r->of[i].who, 0);
+    store_relaxed(&r->of[i].when, 0);
+  }
+  /* release: pairs with the acquire in reserved_by_all() */
+  atomic_store_explicit(&r->incarnation, incarnation, memory_order_release);
+}
+
+static inline uint64_t money_id(const money_t *m) {
+  const uint64_t id = m->hash ^ m->p.salt;
+  return id + !id;
+}
+static inline reserved_t *reserved_set(fshm_segment *s, uint32_t process, uint64_t id) {
+  return &s->reservations[process].of[(id >> 32) % (RESERVED / RESERVED_WAYS) * RESERVED_WAYS];
+}
+
+/* What living processes have reserved of the key. */
+static uint64_t reserved_by_all(fshm_segment *s, uint64_t id) {
+  uint64_t sum = 0;
+  for (uint64_t blocks = joined_blocks(s); blocks; blocks &= blocks - 1) {
+    const uint32_t word = (uint32_t)__builtin_ctzll(blocks);
+    uint64_t joined = load_relaxed(&s->header->joined[word]);
+    for (; joined; joined &= joined - 1) {
+      const uint32_t process = word * 64 + (uint32_t)__builtin_ctzll(joined);
+      const reserved_t *set = reserved_set(s, process, id);
+      uint64_t its = 0;
+      for (uint32_t i = 0; i < RESERVED_WAYS; i++) {
+        if (likely(load_relaxed(&set[i].who) != id)) continue;
+        const pair_t pair = pair_load(&set[i]);
+        if (pair.who == id) its += min_u64(pair.when, RESERVED_MOST);
+      }
+      if (likely(!its)) continue;
+      const process_t *p = &s->processes[process];
+      const uint64_t incarnation = load_relaxed(&p->incarnation);
+      if (load_relaxed(&p->dead) != incarnation &&
+          atomic_load_explicit(&s->reservations[process].incarnation, memory_order_acquire) ==
+              incarnation)
+        sum = min_u64(sum + its, RESERVED_MOST);
+    }
+  }
+  return sum;
+}
+
+/* Add to what this process has reserved. False: no entry is free, or holds so much. */
+static bool reserve_here(fshm_segment *s, uint32_t process, uint64_t id, uint64_t amount) {
+  reserved_t *set = reserved_set(s, process, id);
+  for (int tries = 0; tries < 64; tries++) {
+    int chosen = -1;
+    pair_t seen = {0, 0};
+    for (int i = 0; i < RESERVED_WAYS; i++) {
+      const pair_t pair = pair_load(&set[i]);
+      if (pair.who != id && (pair.when || chosen >= 0)) continue;
+      chosen = i;
+      seen = pair;
+      if (pair.who == id) break;
+    }
+    if (chosen < 0) return false;
+    const pair_t next = {id, min_u64((seen.who == id ? seen.when : 0) + amount, RESERVED_MOST)};
+    if (pair_cas(&set[chosen], &seen, next)) return true;
+  }
+  return false;
+}
+static void release_here(fshm_segment *s, uint32_t process, uint64_t id, uint64_t amount) {
+  reserved_t *set = reserved_set(s, process, id);
+  for (int tries = 0; tries < MAX_TRIES && amount; tries++) {
+    pair_t seen = pair_load(&set[tries % RESERVED_WAYS]);
+    if (seen.who != id || !seen.when) continue;
+    const uint64_t part = min_u64(seen.when, amount);
+    if (pair_cas(&set[tries % RESERVED_WAYS], &seen, (pair_t){id, seen.when - part}))
+      amount -= part;
+  }
+}
+
+/* calls ------------------------------------------------------------------------------------------- */
+
+/* What is spent and reserved. Reservations first: a settlement adds to what is spent before it ends the reservation, so
+ * what is not seen here any more is seen there. */
+static int money_used(money_t *m, uint64_t id, amount_t *spent, fshm_budget *out) {
+  out->reserved = reserved_by_all(m->s, id);
+  atomic_thread_fence(memory_order_acquire); /* pairs with the swap that ended a reservation */
+  int status = money_read(m, 0, spent);
+  out->spent = spent->amount;
+  return status;
+}
+/* added: with what was added, which most keys have no slot for: to find none takes longer than all the rest. */
+static int money_limit(money_t *m, bool added, bool granted, fshm_budget *out) {
+  amount_t more = {.amount = 0}, most = {.amount = 0};
+  int status = FSHM_OK;
+  if (added) status = money_read(m, 1, &more);
+  if (status == FSHM_OK && granted) status = money_read(m, 3, &most);
+  out->limit = rule_money(&m->p.rules[0]) + more.amount;
+  out->granted = most.amount;
+  out->window = m->p.rules[0].unit;
+  out->left_ns = (int64_t)calendar_left(&m->p.rules[0], m->p.rules[0].unit, m->now);
+  return status;
+}
+
+static void money_tell(const money_t *m, const amount_t *a, const void *key, uint64_t length,
+                       int status) {
+  uint32_t process = process_index(m->s);
+  counters_add(m->s, process, m->l->counters, status);
+  if (likely(a->f.pair.who && !(m->s->names_mode & FSHM_NAMES_OFF)))
+    key_stats_count(m->s, process, a->f.slot, key_stats_meta(m->l->index, a->f.pair.who), key,
+                    length, status == FSHM_ALLOWED);
+}
+
+int fshm_budget_reserve(fshm_limiter *l, const void *key, uint64_t length, uint64_t amount,
+                        uint32_t flags, uint64_t now, fshm_budget *out) {
+  money_t m;
+  amount_t spent;
+  uint32_t process;
+  memset(out, 0, sizeof *out);
+  out->status = money_begin(&m, l, key, length, now);
+  if (unlikely(out->status != FSHM_OK)) return out->status;
+  const uint64_t id = out->id = money_id(&m);
+  bool row = process_identity_inline(m.s, &process, &out->incarnation);
+  out->direct = !row || (flags & FSHM_BUDGET_CHARGE);
+  out->owner = row ? process + 1 : 0;
+  heartbeat(m.s, m.now);
+  amount = min_u64(amount, MONEY_MOST * 2);
+  const bool leased = flags & FSHM_BUDGET_GRANTED;
+  bool added = false; /* look at what was added only where the budget alone has no room */
+  int denials = 0;
+  for (int round = 0; round < ROUNDS_OF_MONEY; round++) {
+    out->status = money_limit(&m, added, leased, out);
+    if (out->status == FSHM_OK) out->status = money_used(&m, id, &spent, out);
+    if (unlikely(out->status != FSHM_OK)) return out->status;
+    if (unlikely(!added && out->spent + out->reserved + amount > out->limit)) {
+      added = true;
+      continue;
+    }
+    const uint64_t most = leased ? min_u64(out->limit, out->granted) : out->limit;
+    if (unlikely(out->spent + out->reserved + amount > most)) {
+      out->status = out->spent + out->reserved + amount > out->limit ? FSHM_DENIED : FSHM_ASK;
+      /* Of what is reserved, another call may be about to withdraw some. */
+      if (out->status == FSHM_ASK || out->spent + amount > most || ++denials == 3) break;
+      (void)sched_yield();
+      continue;
+    }
+    out->status = FSHM_OK;
+    if (unlikely(!spent.f.pair.who)) /* so that what it will cost has a slot */
+      out->status = money_add(&m, 0, 0, ADD, &spent.f);
+    if (unlikely(out->status != FSHM_OK)) return out->status;
+    if (!out->direct && unlikely(!reserve_here(m.s, process, id, amount))) out->direct = 1;
+    if (unlikely(out->direct)) {
+      out->status = money_add(&m, 0, (int64_t)amount, ADD, NULL);
+      if (out->status != FSHM_OK) return out->status;
+    }
+    /* Published, then looked: of all that stand, the last to publish has counted all. */
+    atomic_thread_fence(memory_order_seq_cst);
+    out->status = money_used(&m, id, &spent, out);
+    if (likely(out->status == FSHM_OK && out->spent + out->reserved <= most)) {
+      out->status = FSHM_ALLOWED;
+      out->window = m.p.rules[0].unit;
+      break;
+    }
+    const int failed = out->status;
+    if (out->direct)
+      (void)money_add(&m, 0, -(int64_t)amount, ADD, NULL);
+    else
+      release_here(m.s, process, id, amount);
+    if (failed != FSHM_OK) return out->status = failed;
+    out->status = FSHM_DENIED;
+    /* Two that meet at the last of it: one goes first. */
+    if (row && round > 1)
+      for (uint32_t turn = 0; turn < process % 8; turn++) (void)sched_yield();
+  }
+  if (out->status != FSHM_ASK) money_tell(&m, &spent, key, length, out->status);
+  return out->status;
+}
+
+int fshm_budget_settle(fshm_limiter *l, const void *key, uint64_t length,
+                       const fshm_budget *reserved, uint64_t amount, uint64_t actual,
+                       uint64_t now) {
+  money_t m;
+  uint32_t process;
+  uint64_t incarnation;
+  amount = min_u64(amount, MONEY_MOST * 2);
+  actual = min_u64(actual, MONEY_MOST * 2);
+  const bool row = process_identity(l->segment, &process, &incarnation);
+  const bool mine = row && process + 1 == reserved->owner && incarnation == reserved->incarnation;
+  if (reserved->owner ? !mine : row && !reserved->direct) return 0;
+  int status = money_begin(&m, l, key, length, now);
+  int64_t by = (int64_t)actual;
+  if (reserved->direct) {
+    by -= (int64_t)amount;
+    /* It was charged in a window that is over. */
+    if (status == FSHM_OK && m.p.rules[0].unit != reserved->window && by < 0) by = 0;
+  }
+  /* Spent first: killed in between, it is spent, and what was reserved is given back. */
+  if (status == FSHM_OK && by) status = money_add(&m, 0, by, ADD, NULL);
+  if (status < 0) return status;
+  if (!reserved->direct) release_here(l->segment, process, reserved->id, amount);
+  if (actual < amount) wait_wake_more(l->segment, wait_key(m.hash, l->index));
+  return FSHM_OK;
+}
+
+int fshm_budget_look(fshm_limiter *l, const void *key, uint64_t length, uint64_t now,
+                     fshm_budget *out) {
+  money_t m;
+  amount_t spent;
+  memset(out, 0, sizeof *out);
+  out->status = money_begin(&m, l, key, length, now);
+  if (out->status == FSHM_OK) heartbeat(m.s, m.now);
+  if (out->status == FSHM_OK) out->status = money_limit(&m, true, true, out);
+  if (out->status == FSHM_OK) out->status = money_used(&m, money_id(&m), &spent, out);
+  return out->status;
+}
+
+int fshm_budget_add(fshm_limiter *l, const void *key, uint64_t length, uint32_t which,
+                    int64_t amount, uint64_t now) {
+  money_t m;
+  found_t where;
+  const int64_t most = (int64_t)MONEY_MOST;
+  int status = money_begin(&m, l, key, length, now);
+  if (status != FSHM_OK) return status;
+  if (which >= m.p.money) return FSHM_E_ARGUMENT;
+  amount = amount > most ? most : amount < -most ? -most : amount;
+  status = money_add(&m, which, amount, ADD, &where);
+  if (status == FSHM_OK && !(m.s->names_mode & FSHM_NAMES_OFF))
+    key_stats_remember(m.s, where.slot, key_stats_meta(l->index, where.pair.who), key, length);
+  wait_wake_more(m.s, wait_key(m.hash, l->index));
+  return status;
+}
+
+int fshm_budget_once(fshm_limiter *l, const void *key, uint64_t length, uint64_t now) {
+  money_t m;
+  int status = money_begin(&m, l, key, length, now);
+  if (status != FSHM_OK) return status;
+  return m.p.money < 3 ? FSHM_E_ARGUMENT : money_add(&m, 2, 1, ONCE, NULL);
+}
+
+int fshm_budget_raise(fshm_limiter *l, const void *key, uint64_t length, uint32_t which,
+                      uint64_t to, uint64_t window, uint64_t now) {
+  money_t m;
+  int status = money_begin(&m, l, key, length, now);
+  if (status != FSHM_OK) return status;
+  if (which >= m.p.money) return FSHM_E_ARGUMENT;
+  if (m.p.rules[0].unit != window) return FSHM_DENIED; /* of another window than it is now */
+  return money_add(&m, which, (int64_t)min_u64(to, MONEY_MOST * 2), RAISE, NULL);
+}

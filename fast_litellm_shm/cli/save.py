@@ -1,0 +1,27 @@
+"""``fast-shm save``: give back what a segment's durable limits have leased and not used."""
+
+from __future__ import annotations
+
+import argparse
+
+from fast_litellm_shm import exceptions
+from fast_litellm_shm.cli import render, segments
+from fast_litellm_shm.cluster.link import UnreachableError
+from fast_litellm_shm.durable import link, records, settings
+
+
+def run(args: argparse.Namespace) -> int:
+    place = settings.default().place(args.name)
+    with records.opened(place.path):
+        pass  # or an error that says that there is none
+    segment = segments.open_for_writing(args.name, args.allow_other_owner)
+    found = link.of(place, segment)
+    try:
+        tokens, keys = found.save()
+    except UnreachableError as error:
+        raise exceptions.StateFileError(f"nothing was saved: {error}") from error
+    if keys:
+        print(f"Gave back {render.counted(tokens, 'token')} of {render.counted(keys, 'key')}.")
+    else:
+        print("Nothing to give back: the state file has it all.")
+    return 0

@@ -1,0 +1,146 @@
+"""``fast-shm state``: show, check, compact and copy the file of a segment's durable limits."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from fast_litellm_shm import exceptions, limits
+from fast_litellm_shm.cli import render
+from fast_litellm_shm.durable import records, settings
+
+
+def run(args: argparse.Namespace) -> int:
+    path = settings.default().place(args.name).path
+    return {
+        "show": _show, "check": _check, "compact": _compact, "export": _export,
+        "import": _import, "claim": _claim,
+    }[args.action](path, args)  # fmt: skip
+
+
+def _when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def _name(raw: bytes | None, hashed: bytes) -> str:
+    return f"({hashed.hex()[:16]})" if raw is None else render.escaped(raw)
+
+
+def _show(path: str, args: argparse.Namespace) -> int:
+    with records.opened(path) as db:
+        about, keys = records.summary(db, path), list(records.keys(db))
+    if args.json:
+        print(json.dumps(_as_json(about, keys), indent=2))
+        return 0
+    out = render.console()
+    lines = [
+        f"state file   {render.escaped(about.path)}: {render.size(about.bytes)}, "
+        f"{render.counted(about.keys, 'key')}",
+        f"host         {render.escaped(about.host)}, last used {_when(about.last_used)}",
+    ]
+    if about.used_up_since is not None:
+        lines.append(
+            "damage       an earlier file was damaged: keys that are not listed count as used up "
+            f"since {_when(about.used_up_since)}, until their periods have passed"
+        )
+    for line in lines:
+        out.print(line, soft_wrap=True, markup=False, highlight=False)
+    rows = [
+        (
+            render.escaped(key.limiter), _name(key.name, key.hash), limits.describe(state.limit),
+            f"{state.used:,}", f"{state.remaining:,}", render.duration(state.left_ns / 1e9),
+            "yes" if key.leased else "",
+        )
+        for key in keys for state in key.states if not state.taken_away
+    ]  # fmt: skip
+    columns = ("limiter", "key", "limit", ">used", ">left", ">over in", "leased")
+    rows.sort(key=lambda row: (row[0], row[1]))
+    shown = rows if args.top == 0 else rows[: args.top]
+    out.print(render.table("", columns, shown, out))
+    if len(shown) < len(rows):
+        print(f"{len(rows) - len(shown):,} more: --top 0 shows all")
+    return 0
+
+
+def _as_json(about: records.Summary, keys: list[records.Key]) -> dict[str, Any]:
+    return about._asdict() | {
+        "keys": [
+            {
+                "limiter": key.limiter.decode("utf-8", "backslashreplace"),
+                "key": None if key.name is None else key.name.decode("utf-8", "backslashreplace"),
+                "leased": key.leased,
+                "limits": [
+                    {
+                        "limit": limits.describe(state.limit), "used": state.used,
+                        "remaining": state.remaining, "seconds": state.left_ns / 1e9,
+                        "taken_away": state.taken_away,
+                    }
+                    for state in key.states
+                ],
+            }
+            for key in keys
+        ]
+    }  # fmt: skip
+
+
+def _check(path: str, args: argparse.Namespace) -> int:
+    found = records.problems(path)
+    for each in found:
+        print(f"fast-shm: {render.escaped(each)}", file=sys.stderr)
+    if found:
+        print(
+            f"fast-shm: state file {path!r} is damaged. The next worker that opens it puts it "
+            "aside and begins a new one, in which all limits count as used up: `fast-shm state "
+            "import` brings an export back",
+            file=sys.stderr,
+        )
+        return 1
+    print(f"State file {render.escaped(path)} is sound.")
+    return 0
+
+
+def _compact(path: str, args: argparse.Namespace) -> int:
+    gone, before, after = records.compact(path)
+    print(
+        f"Removed {render.counted(gone, 'key')} that counted no more: "
+        f"{render.size(before)} before, {render.size(after)} now."
+    )
+    return 0
+
+
+def _export(path: str, args: argparse.Namespace) -> int:
+    text = json.dumps(records.export(path), indent=1)
+    if args.file in (None, "-"):
+        print(text)
+        return 0
+    partial = f"{args.file}.{os.getpid()}.tmp"
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, args.file)
+    return 0
+
+
+def _import(path: str, args: argparse.Namespace) -> int:
+    try:
+        if args.file == "-":
+            exported = json.load(sys.stdin)
+        else:
+            with open(args.file, encoding="utf-8") as file:
+                exported = json.load(file)
+        count = records.restore(path, exported, settings.default().timeout)
+    except ValueError as error:
+        raise exceptions.StateFileError(f"{args.file!r} was not imported: {error}") from error
+    print(f"Imported {render.counted(count, 'key')} into state file {render.escaped(path)}.")
+    return 0
+
+
+def _claim(path: str, args: argparse.Namespace) -> int:
+    other = records.claim(path)
+    print(f"State file {render.escaped(path)}, last used by host {render.escaped(other)}, is free.")
+    return 0

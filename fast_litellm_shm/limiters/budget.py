@@ -1,0 +1,367 @@
+"""Budget: money that all workers of the host spend together, in windows of the calendar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias
+
+from fast_litellm_shm import exceptions, limits
+from fast_litellm_shm._shared import log
+from fast_litellm_shm._shared.named_limiter import key_bytes
+from fast_litellm_shm._shared.native import (
+    BudgetCore,
+    BudgetReservation,
+    address,
+    ffi,
+    lib,
+    owned,
+)
+from fast_litellm_shm._shared.segment import InSegment, Segment
+from fast_litellm_shm._shared.states import failure
+from fast_litellm_shm.limits import Money
+
+Reservation = BudgetReservation  # its public name
+Key: TypeAlias = str | bytes
+USD: TypeAlias = int | float | str | Decimal
+
+NANO = 10**9  # nano-dollars of a dollar
+_MOST = 10**18
+_SPENT, _ADDED, _GRANTED = 0, 1, 3  # places of a budget's numbers
+_ON_DEATH = {"release": 0, "charge": lib.FSHM_BUDGET_CHARGE}
+
+
+def nanos(value: object, where: str = "usd") -> int:
+    """Dollars as nano-dollars: exact for an int, and for a str or a Decimal of at most nine decimal
+    places; a finer amount is rounded once, half to even, and so is a float. Raises TypeError or
+    ValueError."""
+    found: int
+    if type(value) is int:
+        found = value * NANO
+    elif type(value) is float:
+        try:
+            above, below = value.as_integer_ratio()
+        except (ValueError, OverflowError):
+            raise ValueError(f"{where} must be a finite number, not {value!r}") from None
+        found, rest = divmod(above * NANO, below)
+        found += 2 * rest > below or (2 * rest == below and found & 1)
+    elif isinstance(value, (Decimal, str)):
+        try:
+            exact = value if isinstance(value, Decimal) else Decimal(value)
+            if not exact.is_finite() or exact.adjusted() > 20:
+                raise ValueError(f"{where} must be a finite amount, not {value!r}")
+            found = int(exact.scaleb(9).to_integral_value(ROUND_HALF_EVEN))
+        except InvalidOperation:
+            raise ValueError(f"{where} must be an amount, not {value!r}") from None
+    else:
+        raise TypeError(f"{where} must be an int, float, str or Decimal of dollars, not {value!r}")
+    return found
+
+
+def _amount(value: object, where: str, least: int = 0) -> int:
+    found = nanos(value, where)
+    if not least <= found <= _MOST:
+        low = "more than 0" if least else "0 or more"
+        raise ValueError(f"{where} must be {low}, at most 10**9 dollars, not {value!r}")
+    return found
+
+
+def dollars(amount: int) -> Decimal:
+    """Nano-dollars as dollars, exact, without zeros at the end: ``Decimal("0.0134")``."""
+    whole, rest = divmod(amount, NANO)
+    if not rest:
+        return Decimal(whole)
+    return Decimal(f"{whole}.{rest:09}".rstrip("0"))
+
+
+class Usage(NamedTuple):
+    """Of a key in the present window, in dollars. limit: with what was added to it. reserved: by
+    calls that are not settled. reset_after: seconds until the window ends; None: never."""
+
+    limit: Decimal
+    spent: Decimal
+    reserved: Decimal
+    reset_after: float | None
+
+    @property
+    def remaining(self) -> Decimal:
+        """What a call can still reserve."""
+        return max(self.limit - self.spent - self.reserved, Decimal(0))
+
+
+OnWarn: TypeAlias = Callable[[str, Usage], object]
+
+
+class Reservations:
+    """What ``Budget.reserve(also=)`` answers: a Reservation in several budgets."""
+
+    __slots__ = ("_parts", "denied_by", "reason", "retry_after")
+
+    def __init__(self, parts: list[Reservation]) -> None:
+        """parts: all are reserved; or the last was denied, and then nothing is."""
+        self._parts, last = parts, parts[-1]
+        self.denied_by: Budget | None = last.denied_by
+        self.reason, self.retry_after = last.reason, last.retry_after
+        if not last:
+            self.release()
+
+    @property
+    def allowed(self) -> bool:
+        """True: the amount was reserved in all of them."""
+        return self.denied_by is None
+
+    def settle(self, usd: USD) -> None:
+        """As of a Reservation, in all budgets."""
+        self._end(dollars(_amount(usd, "settle: usd")))
+
+    def release(self) -> None:
+        """As of a Reservation, in all budgets."""
+        self._end(Decimal(0))
+
+    def _end(self, usd: Decimal) -> None:
+        failed: Exception | None = None
+        for each in self._parts:
+            try:
+                each.settle(usd)
+            except exceptions.FastShmError as error:
+                failed = error  # the others must know too
+        if failed is not None:
+            raise failed
+
+    def __bool__(self) -> bool:
+        return self.denied_by is None
+
+    def __enter__(self) -> Reservations:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
+
+    def __repr__(self) -> str:
+        return f"Reservations({self._parts!r})"
+
+
+class Ledger(Protocol):
+    """Keeps what was granted of budgets where a reboot does not reach it. Amounts: nano-dollars."""
+
+    def grant(
+        self, name: str, key: bytes, window: int, instance: int, least: int, most: int
+    ) -> tuple[int, int]:
+        """Grant in all at least ``least`` (of which some was granted before), at most ``most``; it
+        is on the disk when this returns. window: its end, minutes since 1970. instance: of the
+        segment. Returns what segments before this one were granted, which counts as spent; and
+        what is granted in all: less than ``least``, if not even that is left."""
+
+
+class Budget(BudgetCore, InSegment):
+    """At most ``usd`` dollars for each key, in each window of the calendar, over all workers.
+
+    usd: an int, str or Decimal (exact to 10**-9 dollars, at most 10**9), or a float, rounded once.
+    per: ``"hour"``, ``"day"``, ``"week"``, ``"month"`` or ``"year"`` in ``timezone``, as of
+    FixedWindow; None: for ever. name: processes that use the same name share; the process that sets
+    the limit last sets it for all.
+
+    A call reserves what it may cost, and settles what it did cost::
+
+        with budget.reserve("team-a", usd=0.02) as reservation:
+            if not reservation:
+                return too_expensive(reservation.reason)
+            answer = call()
+            reservation.settle(usd=cost_of(answer))
+
+    Reservations never pass the budget, however many come at the same time. Spent is what was
+    settled: that can pass it, where calls cost more than they had reserved. What is settled counts
+    in the window in which it is settled.
+
+    on_death: what becomes of the reservation of a process that dies: ``"release"``: it is given
+    back within a second. Its call may have been answered and billed, or not: who pays must choose.
+    ``"charge"``: it stays spent.
+
+    warn_at, on_warn: ``on_warn(key, usage)`` is called by one process, once in a window of a key,
+    when that share of the budget is used or reserved. Default: a warning in the log.
+    """
+
+    def __init__(
+        self,
+        usd: USD,
+        per: str | None = "month",
+        *,
+        name: str,
+        timezone: str = "UTC",
+        warn_at: float | None = None,
+        on_warn: OnWarn | None = None,
+        on_death: str = "release",
+        segment: Segment | None = None,
+        _ledger: Ledger | None = None,
+    ) -> None:
+        if on_death not in _ON_DEATH:
+            raise ValueError(f"Budget: on_death must be 'release' or 'charge', not {on_death!r}")
+        if warn_at is not None and not 0 < warn_at <= 1:
+            raise ValueError(f"Budget: warn_at must be above 0, at most 1, not {warn_at!r}")
+        if not isinstance(name, str):
+            raise TypeError(f"Budget: name must be a str, not {name!r}")
+        raw = name.encode("utf-8", "surrogatepass")
+        if not 1 <= len(raw) <= lib.FSHM_MAX_LIMITER_NAME:
+            raise ValueError(
+                f"Budget: name must be 1 to {lib.FSHM_MAX_LIMITER_NAME} bytes, not {name!r}"
+            )
+        if segment is not None and not isinstance(segment, Segment):
+            raise TypeError(f"segment must be a Segment or None, not {segment!r}")
+        limit = Money(_amount(usd, "Budget: usd", 1), per, timezone)
+        beside = Money(_MOST, per, timezone)
+        self._name, self._limit = name, limit
+        self._segment = Segment.default() if segment is None else segment
+        self._options: dict[str, Any] = {
+            "name": name, "timezone": timezone, "warn_at": warn_at, "on_warn": on_warn,
+            "on_death": on_death,
+        }  # fmt: skip
+        self._flags, self._warn_at, self._on_warn = _ON_DEATH[on_death], warn_at, on_warn
+        self._ledger = _ledger
+        if _ledger is not None:
+            self._flags |= lib.FSHM_BUDGET_GRANTED
+        out = ffi.new("fshm_limiter **")
+        four = ffi.new(
+            "fshm_limit[4]", [each._raw(self._segment) for each in (limit, beside, beside, beside)]
+        )
+        status = lib.fshm_limiter_open(self._segment._handle, raw, len(raw), four, 4, out)
+        if status != lib.FSHM_OK:
+            self._failed(status)
+        self._handle: Any = owned(out[0], lib.fshm_limiter_close, self._segment._handle)
+        self._bind(self._handle, address(self._handle), self._flags, float(warn_at or 0))
+
+    def _reserve_all(
+        self, key: Key, usd: USD, also: Iterable[tuple[Budget, Key]]
+    ) -> Reservation | Reservations:
+        """Called by the native part: reserve() in several budgets."""
+        amount, parts = dollars(_amount(usd, "reserve: usd")), []
+        for budget, its in ((self, key), *also):
+            parts.append(budget.reserve(its, amount))
+            if not parts[-1]:
+                break
+        return Reservations(parts)
+
+    def usage(self, key: Key) -> Usage:
+        """What the key has spent and reserved in the present window."""
+        return self._usage(self._look(key_bytes(key)))
+
+    def spent(self, key: Key) -> Decimal:
+        """Dollars that were settled in the present window."""
+        return dollars(self._look(key_bytes(key)).spent)
+
+    def remaining(self, key: Key) -> Decimal:
+        """Dollars that a call can still reserve."""
+        return self.usage(key).remaining
+
+    def charge(self, key: Key, usd: USD) -> None:
+        """Spend without a reservation, room or not."""
+        raw, amount = key_bytes(key), _amount(usd, "charge: usd")
+        self._add(raw, _SPENT, amount)
+        self._watch(key)
+
+    def refund(self, key: Key, usd: USD) -> None:
+        """Take back what was spent in the present window, at most all of it."""
+        self._add(key_bytes(key), _SPENT, -_amount(usd, "refund: usd"))
+
+    def add(self, key: Key, usd: USD) -> None:
+        """Raise the budget of a key for the present window; a negative amount takes back what was
+        added, at most all of it."""
+        amount = nanos(usd, "add: usd")
+        if abs(amount) > _MOST:
+            raise ValueError(f"add: usd must be at most 10**9 dollars, not {usd!r}")
+        self._add(key_bytes(key), _ADDED, amount)
+
+    def reset(self, key: Key | None = None) -> None:
+        """Forget what a key has spent, reserved and been given; None: of all keys."""
+        if key is None:
+            status = lib.fshm_reset_all(self._handle)
+        else:
+            raw = key_bytes(key)
+            status = lib.fshm_reset_key(self._handle, raw, len(raw))
+        if status != lib.FSHM_OK:
+            self._failed(status)
+
+    @property
+    def usd(self) -> Decimal:
+        """The limit in force: another process may have set another one."""
+        four, version = ffi.new("fshm_limit[4]"), ffi.new("uint64_t *")
+        if lib.fshm_limiter_limits(self._handle, four, version) < 1:
+            self._failed(lib.FSHM_E_DAMAGED)
+        return dollars(four[0].n)
+
+    def _look(self, raw: bytes) -> Any:
+        out = ffi.new("fshm_budget *")
+        status = lib.fshm_budget_look(self._handle, raw, len(raw), 0, out)
+        if status != lib.FSHM_OK:
+            self._failed(status)
+        return out
+
+    def _usage(self, found: Any) -> Usage:
+        left = None if self._limit.per is None else found.left_ns / 1e9
+        return Usage(dollars(found.limit), dollars(found.spent), dollars(found.reserved), left)
+
+    def _add(self, raw: bytes, which: int, amount: int) -> None:
+        status = lib.fshm_budget_add(self._handle, raw, len(raw), which, amount, 0)
+        if status != lib.FSHM_OK:
+            self._failed(status)
+
+    def _ask(self, key: Key, amount: int) -> bool:
+        """Called by the native part where what was granted has no room for this amount: have more
+        granted, and say whether there is."""
+        assert self._ledger is not None
+        raw = key_bytes(key)
+        found = self._look(raw)
+        least, instance = found.spent + found.reserved + amount, self._segment.geometry().instance
+        before, granted = self._ledger.grant(
+            self._name, raw, found.window, instance, least, found.limit
+        )
+        # Spent first: from when it is granted, what was granted before is not to be spent again.
+        for which, to in ((_SPENT, before), (_GRANTED, granted)):
+            status = lib.fshm_budget_raise(self._handle, raw, len(raw), which, to, found.window, 0)
+            if status < 0:
+                self._failed(status)
+        return bool(granted > found.granted or granted >= least)
+
+    def _nanos(self, usd: object, where: str) -> int:
+        """Called by the native part, for what it does not read itself."""
+        return _amount(usd, where)
+
+    def _watch(self, key: Key) -> None:
+        """Warn, if it is time. Called by the native part too."""
+        if self._warn_at is None:
+            return
+        raw = key_bytes(key)
+        found = self._look(raw)
+        if found.spent + found.reserved < self._warn_at * found.limit:
+            return
+        if lib.fshm_budget_once(self._handle, raw, len(raw), 0) != lib.FSHM_OK:
+            return
+        shown, usage = raw.decode("utf-8", "replace"), self._usage(found)
+        if self._on_warn is None:
+            log.warning(
+                "budget %r: %r has used or reserved %s of %s dollars",
+                self._name, shown, usage.spent + usage.reserved, usage.limit,
+            )  # fmt: skip
+            return
+        try:
+            self._on_warn(shown, usage)
+        except Exception:
+            log.exception("budget %r: on_warn failed", self._name)
+
+    def _failed(self, status: int) -> NoReturn:
+        if status == lib.FSHM_E_ARGUMENT:
+            raise exceptions.SegmentError(
+                f"budget {self._name!r} in segment {self._segment.name!r}: this name is that of a "
+                "limiter which counts no money; give the budget another name"
+            )
+        raise failure(status, self._name, self._segment)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        given = (self.usd, self._limit.per)
+        return (_rebuild, (type(self), given, {**self._options, "segment": self._segment}))
+
+    def __repr__(self) -> str:
+        return f"Budget({limits.describe(self._limit)}, name={self._name!r})"
+
+
+def _rebuild(cls: type[Budget], given: Sequence[Any], options: dict[str, Any]) -> Budget:
+    return cls(*given, **options)

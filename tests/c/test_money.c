@@ -1,0 +1,231 @@
+/* Budgets: what is spent and reserved, in windows; what the dead leave; what a segment may hold. */
+#include "../../csrc/unity.c"
+
+#include "check.h"
+
+#define USD UINT64_C(1000000000)
+#define KEY "k"
+
+static fshm_limiter *budget(fshm_segment *s, const char *name, uint64_t n, uint64_t per) {
+  const fshm_limit limits[4] = {{n, per, 0, FSHM_MONEY, 0},
+                                {MONEY_MOST, per, 0, FSHM_MONEY, 0},
+                                {MONEY_MOST, per, 0, FSHM_MONEY, 0},
+                                {MONEY_MOST, per, 0, FSHM_MONEY, 0}};
+  return fresh_limiter(s, name, limits, 4);
+}
+
+static int reserve(fshm_limiter *l, uint64_t amount, uint32_t flags, uint64_t now,
+                   fshm_budget *out) {
+  return fshm_budget_reserve(l, KEY, 1, amount, flags, now, out);
+}
+static int settle(fshm_limiter *l, const fshm_budget *b, uint64_t amount, uint64_t actual,
+                  uint64_t now) {
+  return fshm_budget_settle(l, KEY, 1, b, amount, actual, now);
+}
+static fshm_budget view(fshm_limiter *l, uint64_t now) {
+  fshm_budget b;
+  CHECK_EQ(fshm_budget_look(l, KEY, 1, now, &b), FSHM_OK);
+  return b;
+}
+
+static void test_calls(void) {
+  fshm_segment *s = fresh_segment(100);
+  fshm_limiter *l = budget(s, "b", 50 * USD, MONTH_NS);
+  fshm_budget one, two;
+  CHECK_EQ(reserve(l, 20 * USD, 0, 0, &one), FSHM_ALLOWED);
+  CHECK_EQ(one.reserved, 20 * USD);
+  CHECK_EQ(reserve(l, 30 * USD + 1, 0, 0, &two), FSHM_DENIED);
+  CHECK_EQ(reserve(l, 30 * USD, 0, 0, &two), FSHM_ALLOWED);
+  CHECK_EQ(settle(l, &one, 20 * USD, 7, 0), FSHM_OK);
+  CHECK_EQ(view(l, 0).spent, 7);
+  CHECK_EQ(view(l, 0).reserved, 30 * USD);
+  CHECK_EQ(settle(l, &two, 30 * USD, 60 * USD, 0), FSHM_OK);
+  CHECK_EQ(view(l, 0).spent, 60 * USD + 7);
+  CHECK_EQ(view(l, 0).reserved, 0);
+  CHECK_EQ(fshm_budget_add(l, KEY, 1, 1, (int64_t)(20 * USD), 0), FSHM_OK);
+  CHECK_EQ(view(l, 0).limit, 70 * USD);
+  CHECK_EQ(reserve(l, 10 * USD - 7, FSHM_BUDGET_CHARGE, 0, &one), FSHM_ALLOWED);
+  CHECK_EQ(one.direct, 1);
+  CHECK_EQ(view(l, 0).spent, 70 * USD);
+  CHECK_EQ(settle(l, &one, 10 * USD - 7, 0, 0), FSHM_OK);
+  CHECK_EQ(view(l, 0).spent, 60 * USD + 7);
+  CHECK_EQ(fshm_budget_once(l, KEY, 1, 0), FSHM_OK);
+  CHECK_EQ(fshm_budget_once(l, KEY, 1, 0), FSHM_DENIED);
+  /* only what was granted */
+  CHECK_EQ(reserve(l, USD, FSHM_BUDGET_GRANTED, 0, &one), FSHM_ASK);
+  CHECK_EQ(fshm_budget_add(l, KEY, 1, 3, (int64_t)(62 * USD), 0), FSHM_OK);
+  CHECK_EQ(reserve(l, USD, FSHM_BUDGET_GRANTED, 0, &one), FSHM_ALLOWED);
+  CHECK_EQ(reserve(l, USD, FSHM_BUDGET_GRANTED, 0, &two), FSHM_ASK);
+  CHECK_EQ(reserve(l, 40 * USD, FSHM_BUDGET_GRANTED, 0, &two), FSHM_DENIED);
+  CHECK_EQ(fshm_reset_key(l, KEY, 1), FSHM_OK);
+  CHECK_EQ(view(l, 0).spent, 0);
+  CHECK_EQ(view(l, 0).limit, 50 * USD);
+  /* of another kind */
+  fshm_decision d;
+  fshm_apply(l, FSHM_ACQUIRE, KEY, 1, NULL, 0, 0, &d);
+  CHECK_EQ(d.status, FSHM_E_ARGUMENT);
+  fshm_limit tokens = {5, HOUR_NS, 0, FSHM_WINDOW, 0};
+  fshm_limiter *other = fresh_limiter(s, "t", &tokens, 1);
+  CHECK_EQ(reserve(other, 1, 0, 0, &one), FSHM_E_ARGUMENT);
+  CHECK_EQ(fshm_limiter_open(s, "b", 1, &tokens, 1, &other), FSHM_E_ARGUMENT);
+  fshm_limit found[4];
+  uint64_t version, index;
+  CHECK_EQ(fshm_limiter_limits(l, found, &version), 4);
+  CHECK(found[0].n == 50 * USD && found[1].n == MONEY_MOST && found[0].per_ns == MONTH_NS);
+  CHECK_EQ(fshm_check(s, &index), FSHM_DAMAGE_NONE);
+}
+
+/* Windows at given times: the wall clock is what the segment was made with. */
+static void test_windows(void) {
+  fshm_segment *s = fresh_segment(100);
+  fshm_limiter *l = budget(s, "b", 50 * USD, DAY_NS);
+  fshm_budget b, held;
+  const uint64_t start = fshm_wall(s, 0) / DAY_NS * DAY_NS - load_relaxed(&s->header->wall_base);
+  const uint64_t day = start + DAY_NS; /* segment time at which tomorrow begins */
+  CHECK_EQ(reserve(l, 10 * USD, 0, day, &b), FSHM_ALLOWED);
+  CHECK_EQ(settle(l, &b, 10 * USD, 9 * USD, day), FSHM_OK);
+  CHECK_EQ(view(l, day).left_ns, DAY_NS);
+  CHECK_EQ(reserve(l, 10 * USD, 0, day + DAY_NS - 1, &held), FSHM_ALLOWED);
+  CHECK_EQ(view(l, day + DAY_NS - 1).spent, 9 * USD);
+  uint64_t version, later;
+  fshm_limit found[4];
+  CHECK_EQ(fshm_limiter_limits(l, found, &version), 4);
+  CHECK_EQ(view(l, day + DAY_NS).spent, 0);
+  CHECK_EQ(view(l, day + DAY_NS).reserved, 10 * USD);
+  CHECK_EQ(fshm_limiter_limits(l, found, &later), 4);
+  CHECK_EQ(later, version + 1); /* one publication a window */
+  CHECK_EQ(view(l, day + DAY_NS + 5).spent, 0);
+  CHECK_EQ(settle(l, &held, 10 * USD, 4 * USD, day + DAY_NS + 5), FSHM_OK);
+  CHECK_EQ(view(l, day + DAY_NS + 6).spent, 4 * USD);
+  /* many windows: the rules of those that are over make room */
+  for (uint64_t i = 2; i < 60; i++) {
+    CHECK_EQ(reserve(l, 50 * USD, 0, day + i * DAY_NS, &b), FSHM_ALLOWED);
+    CHECK_EQ(settle(l, &b, 50 * USD, 49 * USD, day + i * DAY_NS), FSHM_OK);
+    CHECK_EQ(reserve(l, 2 * USD, 0, day + (i + 1) * DAY_NS - 1, &b), FSHM_DENIED);
+  }
+  /* many limits in one window */
+  for (uint64_t n = 1; n < 60; n++) {
+    fshm_limiter_close(budget(s, "b", 60 * USD + n, DAY_NS));
+    CHECK_EQ(view(l, day + 59 * DAY_NS + n).spent, 49 * USD);
+    CHECK_EQ(reserve(l, 11 * USD + n + 1, 0, day + 59 * DAY_NS + n, &b), FSHM_DENIED);
+  }
+  uint64_t index;
+  CHECK_EQ(fshm_check(s, &index), FSHM_DAMAGE_NONE);
+}
+
+/* A slot whose window is over is free for others; one whose window is not, is not. */
+static void test_expiry(void) {
+  fshm_segment *s = fresh_segment(1);
+  fshm_limiter *l = budget(s, "b", 50 * USD, DAY_NS);
+  const fshm_limit plenty = {1000, HOUR_NS, 0, FSHM_WINDOW, 0};
+  fshm_limiter *others = fresh_limiter(s, "o", &plenty, 1);
+  const uint64_t now = segment_now(s) + DAY_NS;
+  fshm_decision d;
+  char key[16];
+  CHECK_EQ(fshm_budget_add(l, KEY, 1, 0, 5, now), FSHM_OK);
+  for (int i = 0; i < 20; i++) {
+    (void)snprintf(key, sizeof key, "%d", i);
+    fshm_apply(others, FSHM_ACQUIRE, key, strlen(key), NULL, 0, now, &d);
+  }
+  CHECK_EQ(d.status, FSHM_FULL);
+  CHECK_EQ(view(l, now).spent, 5);
+  for (int i = 20; i < 40; i++) {
+    (void)snprintf(key, sizeof key, "%d", i);
+    fshm_apply(others, FSHM_ACQUIRE, key, strlen(key), NULL, 0, now + DAY_NS, &d);
+  }
+  CHECK_EQ(d.status, FSHM_FULL);
+  CHECK_EQ(view(l, now + DAY_NS).spent, 0);
+  bool there = false;
+  for (uint64_t i = 0; i < s->slot_count; i++) there |= IS_MONEY(load_relaxed(&s->slots[i].when));
+  CHECK(!there); /* others have its slot */
+  fshm_budget b;
+  CHECK_EQ(reserve(l, 1, 0, now + DAY_NS, &b), FSHM_FULL);
+  CHECK_EQ(view(l, now + DAY_NS).reserved, 0);
+}
+
+/* What a hostile process may have written: sums are cut, and nothing overflows. */
+static void test_hostile(void) {
+  fshm_segment *s = fresh_segment(100);
+  fshm_limiter *l = budget(s, "b", 50 * USD, DAY_NS);
+  fshm_budget b;
+  CHECK_EQ(reserve(l, 1, 0, 0, &b), FSHM_ALLOWED);
+  const uint32_t process = process_index(s);
+  reserved_t *set = reserved_set(s, process, b.id);
+  for (uint32_t i = 0; i < RESERVED_WAYS; i++) {
+    store_relaxed(&set[i].who, b.id);
+    store_relaxed(&set[i].when, UINT64_MAX - i);
+  }
+  CHECK_EQ(view(l, 0).reserved, RESERVED_MOST);
+  fshm_budget other;
+  CHECK_EQ(reserve(l, 1, 0, 0, &other), FSHM_DENIED);
+  CHECK_EQ(reserve(l, UINT64_MAX, FSHM_BUDGET_CHARGE, 0, &other), FSHM_DENIED);
+  (void)settle(l, &b, UINT64_MAX, UINT64_MAX, 0);
+  CHECK(view(l, 0).spent <= MONEY_MOST * 2);
+  for (int i = 0; i < 20; i++) CHECK_EQ(fshm_budget_add(l, KEY, 1, 0, INT64_MAX, 0), FSHM_OK);
+  CHECK(view(l, 0).spent < UINT64_C(1) << 60);
+  CHECK_EQ(fshm_budget_add(l, KEY, 1, 0, INT64_MIN, 0), FSHM_OK);
+  CHECK_EQ(fshm_budget_add(l, KEY, 1, 4, 1, 0), FSHM_E_ARGUMENT);
+}
+
+/* Threads and a dead process: what stands is never more than the limit. */
+static fshm_limiter *shared;
+static _Atomic uint64_t spent_by_threads, most_seen;
+static void *spend(void *given) {
+  uint64_t mine = 0;
+  random_state = (uintptr_t)given;
+  for (int i = 0; i < fewer(20000); i++) {
+    fshm_budget b;
+    const uint64_t amount = 1 + random_below(USD);
+    if (reserve(shared, amount, i % 5 ? 0 : FSHM_BUDGET_CHARGE, 0, &b) != FSHM_ALLOWED) continue;
+    raise_to(&most_seen, b.spent + b.reserved);
+    const uint64_t actual = random_below(amount + 1) / 500;
+    (void)settle(shared, &b, amount, actual, 0);
+    mine += actual;
+  }
+  (void)atomic_fetch_add(&spent_by_threads, mine);
+  return NULL;
+}
+static void test_threads(void) {
+  fshm_segment *s = fresh_segment(100);
+  pthread_t threads[4];
+  shared = budget(s, "b", 3 * USD, YEAR_NS);
+  for (uintptr_t i = 0; i < 4; i++) pthread_create(&threads[i], NULL, spend, (void *)(i + 1));
+  for (int i = 0; i < 4; i++) pthread_join(threads[i], NULL);
+  CHECK_EQ(view(shared, 0).spent, load_relaxed(&spent_by_threads));
+  CHECK_EQ(view(shared, 0).reserved, 0);
+  CHECK(load_relaxed(&most_seen) <= 3 * USD && load_relaxed(&most_seen) > 2 * USD);
+}
+
+static void test_death(void) {
+  fshm_segment *s = fresh_segment(100);
+  fshm_limiter *l = budget(s, "b", 50 * USD, YEAR_NS);
+  fshm_budget b;
+  CHECK_EQ(view(l, 0).reserved, 0);
+  for (int i = 0; i < 5; i++) {
+    pid_t pid = fork();
+    if (!pid) {
+      (void)reserve(l, 30 * USD, 0, 0, &b);
+      (void)kill(getpid(), SIGKILL);
+    }
+    (void)waitpid(pid, NULL, 0);
+    for (int tries = 0; tries < 3000 && view(l, 0).reserved; tries++) (void)usleep(1000);
+    CHECK_EQ(view(l, 0).reserved, 0);
+  }
+  CHECK_EQ(reserve(l, 50 * USD, 0, 0, &b), FSHM_ALLOWED);
+  pid_t pid = fork(); /* a child settles nothing of its parent's */
+  if (!pid) _exit(settle(l, &b, 50 * USD, 1, 0) != 0);
+  int status;
+  (void)waitpid(pid, &status, 0);
+  CHECK_EQ(WEXITSTATUS(status), 0);
+  CHECK_EQ(view(l, 0).reserved, 50 * USD);
+}
+
+int main(void) {
+  test_calls();
+  test_windows();
+  test_expiry();
+  test_hostile();
+  test_threads();
+  test_death();
+  return done();
+}
