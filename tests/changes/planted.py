@@ -81,6 +81,11 @@ FAULTS: tuple[Fault, ...] = (
         ),
     ),
     Fault(
+        "a request for nothing makes a debt of what exceeds a lowered n",
+        "limits/limiter.c",
+        (("(!l->verdict.retry && (cost || sooner))", "!l->verdict.retry"),),
+    ),
+    Fault(
         "finding 2: a bucket is read under other limits than it was written under",
         "limits/algorithms.h",
         (

@@ -228,6 +228,13 @@ FAULTS = (
         "  uint64_t count = min_u64(w.count, (UINT64_C(1) << bit_length(r->n)) - 1);\n",
     ),
     Fault(
+        "a request for nothing is denied by what the limit was before",
+        "changes-kind",
+        "limits/limiter.c",
+        "  const bool fits = !cost && (r->kind != FSHM_BUCKET || used <= most);\n",
+        "  const bool fits = !cost && (old.kind != FSHM_BUCKET || used <= most);\n",
+    ),
+    Fault(
         "a rule's index goes to another without a sweep",
         "changes-bucket",
         "limits/limit_changes.c",
