@@ -326,7 +326,8 @@ typedef struct {
   uint64_t granted;
   uint64_t window; /* its end, minutes since 1970 */
   int64_t left_ns; /* until then */
-  uint64_t owner, incarnation, id; /* of the reservation */
+  uint64_t incarnation, id; /* of the reservation, as the next two */
+  uint32_t owner, entry;
 } fshm_budget;
 enum fshm_budget_flag {
   FSHM_BUDGET_CHARGE = 1, /* of a process that dies, what it has reserved stays spent */

@@ -113,6 +113,67 @@ static void test_windows(void) {
   CHECK_EQ(fshm_check(s, &index), FSHM_DAMAGE_NONE);
 }
 
+/* What is reserved stays in its entry until it is settled: a look reads one entry after the other, and one that has read
+ * the first must find in the second what was there all the time. */
+static void test_entries(void) {
+  fshm_segment *s = fresh_segment(100);
+  fshm_limiter *l = budget(s, "b", 50 * USD, DAY_NS);
+  fshm_budget one, two;
+  CHECK_EQ(reserve(l, 5, 0, 0, &one), FSHM_ALLOWED);
+  CHECK_EQ(settle(l, &one, 5, 0, 0), FSHM_OK);
+  reserved_t *set = reserved_set(s, process_index(s), one.id);
+  CHECK_EQ(one.entry, 0);
+  store_relaxed(&set[0].who, one.id + 1); /* another key's */
+  store_relaxed(&set[0].when, 1);
+  CHECK_EQ(reserve(l, 5, 0, 0, &one), FSHM_ALLOWED);
+  CHECK_EQ(one.entry, 1);
+  store_relaxed(&set[0].who, one.id); /* a thread that had seen it free */
+  store_relaxed(&set[0].when, 0);
+  CHECK_EQ(reserve(l, 7, 0, 0, &two), FSHM_ALLOWED);
+  CHECK_EQ(two.entry, 0);
+  CHECK_EQ(view(l, 0).reserved, 12);
+  CHECK_EQ(settle(l, &one, 5, 5, 0), FSHM_OK);
+  CHECK_EQ(load_relaxed(&set[0].when), 7);
+  CHECK_EQ(load_relaxed(&set[1].when), 0);
+  CHECK_EQ(settle(l, &two, 7, 7, 0), FSHM_OK);
+  CHECK_EQ(view(l, 0).reserved, 0);
+  CHECK_EQ(view(l, 0).spent, 12);
+}
+
+/* What was charged is corrected in its own window, and not where it is forgotten: others have spent there since. */
+static void test_corrections(void) {
+  fshm_segment *s = fresh_segment(100);
+  fshm_limiter *l = budget(s, "b", 50 * USD, DAY_NS);
+  fshm_budget b[5];
+  const uint64_t now = segment_now(s) + DAY_NS;
+  for (int i = 0; i < 5; i++) CHECK_EQ(reserve(l, 5, FSHM_BUDGET_CHARGE, now, &b[i]), FSHM_ALLOWED);
+  CHECK_EQ(settle(l, &b[0], 5, 2, now), FSHM_OK);
+  CHECK_EQ(view(l, now).spent, 22);
+  CHECK_EQ(fshm_budget_add(l, KEY, 1, 0, 10, now + DAY_NS), FSHM_OK);
+  CHECK_EQ(settle(l, &b[1], 5, 2, now + DAY_NS), FSHM_OK);
+  CHECK_EQ(view(l, now + DAY_NS).spent, 10);
+  CHECK_EQ(settle(l, &b[2], 5, 7, now + DAY_NS), FSHM_OK);
+  CHECK_EQ(view(l, now + DAY_NS).spent, 12);
+  CHECK_EQ(fshm_reset_all(l), FSHM_OK);
+  CHECK_EQ(fshm_budget_add(l, KEY, 1, 0, 10, now + DAY_NS), FSHM_OK);
+  CHECK_EQ(settle(l, &b[3], 5, 2, now + DAY_NS), FSHM_OK);
+  CHECK_EQ(view(l, now + DAY_NS).spent, 12);
+  CHECK_EQ(settle(l, &b[4], 5, 5, now + DAY_NS), FSHM_OK);
+  CHECK_EQ(view(l, now + DAY_NS).spent, 17);
+  /* a period that changes: what was charged in an hour is not taken back from the month that follows it */
+  l = budget(s, "p", 50 * USD, HOUR_NS);
+  CHECK_EQ(reserve(l, 5, FSHM_BUDGET_CHARGE, now, &b[0]), FSHM_ALLOWED);
+  l = budget(s, "p", 50 * USD, YEAR_NS);
+  CHECK_EQ(reserve(l, 5, FSHM_BUDGET_CHARGE, now, &b[1]), FSHM_ALLOWED);
+  CHECK_EQ(view(l, now).spent, 10);
+  CHECK_EQ(settle(l, &b[0], 5, 1, now), FSHM_OK);
+  CHECK_EQ(view(l, now).spent, 6);
+  CHECK_EQ(fshm_budget_add(l, KEY, 1, 0, 10, now + HOUR_NS), FSHM_OK);
+  CHECK_EQ(view(l, now + HOUR_NS).spent, 10);
+  CHECK_EQ(settle(l, &b[1], 5, 1, now + HOUR_NS), FSHM_OK);
+  CHECK_EQ(view(l, now + HOUR_NS).spent, 10);
+}
+
 /* A slot whose window is over is free for others; one whose window is not, is not. */
 static void test_expiry(void) {
   fshm_segment *s = fresh_segment(1);
@@ -223,6 +284,8 @@ static void test_death(void) {
 int main(void) {
   test_calls();
   test_windows();
+  test_entries();
+  test_corrections();
   test_expiry();
   test_hostile();
   test_threads();
