@@ -112,7 +112,7 @@ def test_a_limiter_needs_limits() -> None:
         RateLimiter(*[Limit(1)] * 5)
 
 
-@pytest.mark.parametrize("other", [5, "5/min", None, (Limit(1),)])
+@pytest.mark.parametrize("other", [5, b"5/min", None, (Limit(1),)])
 def test_only_limits_are_limits(other: Any) -> None:
     with pytest.raises(TypeError) as caught:
         RateLimiter(other)

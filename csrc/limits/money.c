@@ -422,6 +422,8 @@ int fshm_budget_add(fshm_limiter *l, const void *key, uint64_t length, uint32_t 
   if (which >= m.p.money) return FSHM_E_ARGUMENT;
   amount = amount > most ? most : amount < -most ? -most : amount;
   status = money_add(&m, which, amount, ADD, 0, 0, &a);
+  /* The name of a key is with what it has spent: fshm_budgets(). */
+  if (status == FSHM_OK && which) (void)money_add(&m, 0, 0, ADD, 0, 0, &a);
   if (status == FSHM_OK && !(m.s->names_mode & FSHM_NAMES_OFF))
     key_stats_remember(m.s, a.f.slot, key_stats_meta(l->index, a.f.pair.who), key, length);
   wait_wake_more(m.s, wait_key(m.hash, l->index));
