@@ -27,7 +27,15 @@ from support.children import run, run_one
 from support.names import remove, unique_name
 from support.waiting import wait_until, wait_until_async
 
-from fast_litellm_shm import Budget, FixedWindow, Quota, RateLimiter, Segment, SegmentError
+from fast_litellm_shm import (
+    Budget,
+    FixedWindow,
+    Quota,
+    RateLimiter,
+    Segment,
+    SegmentError,
+    SegmentFullError,
+)
 from fast_litellm_shm._shared.native import lib
 from fast_litellm_shm.limiters.budget import Usage, nanos
 from fast_litellm_shm.limits import dollars
@@ -485,6 +493,16 @@ def test_reset(segment: Segment) -> None:
     assert budget.remaining("a") == budget.remaining("b") == 10
     held.settle(3)
     assert budget.spent("a") == 3 and budget.remaining("a") == 7
+
+
+def test_a_full_segment(segment_name: str) -> None:
+    """Nothing is admitted that cannot be counted."""
+    small = Segment(segment_name, capacity=1)
+    budget = Budget(10, name="b", segment=small)
+    with pytest.raises(SegmentFullError):
+        for number in range(1000):
+            budget.reserve(f"k{number}", 1).settle(1)
+    assert number < 100 and budget.spent("k0") == 1
 
 
 def test_quota_with_a_budget(segment: Segment) -> None:
