@@ -19,13 +19,12 @@ from fast_litellm_shm._shared.native import (
 )
 from fast_litellm_shm._shared.segment import InSegment, Segment
 from fast_litellm_shm._shared.states import failure
-from fast_litellm_shm.limits import Money
+from fast_litellm_shm.limits import NANO, Money, dollars
 
 Reservation = BudgetReservation  # its public name
 Key: TypeAlias = str | bytes
 USD: TypeAlias = int | float | str | Decimal
 
-NANO = 10**9  # nano-dollars of a dollar
 _MOST = 10**18
 _SPENT, _ADDED, _GRANTED = 0, 1, 3  # places of a budget's numbers
 _ON_DEATH = {"release": 0, "charge": lib.FSHM_BUDGET_CHARGE}
@@ -66,12 +65,9 @@ def _amount(value: object, where: str, least: int = 0) -> int:
     return found
 
 
-def dollars(amount: int) -> Decimal:
-    """Nano-dollars as dollars, exact, without zeros at the end: ``Decimal("0.0134")``."""
-    whole, rest = divmod(amount, NANO)
-    if not rest:
-        return Decimal(whole)
-    return Decimal(f"{whole}.{rest:09}".rstrip("0"))
+def exact(usd: USD, where: str) -> Decimal:
+    """An amount of 0 or more in dollars, as it is counted. Raises TypeError or ValueError."""
+    return dollars(_amount(usd, where))
 
 
 class Usage(NamedTuple):
@@ -339,7 +335,7 @@ class Budget(BudgetCore, InSegment):
         if self._on_warn is None:
             log.warning(
                 "budget %r: %r has used or reserved %s of %s dollars",
-                self._name, shown, usage.spent + usage.reserved, usage.limit,
+                self._name, shown, f"{dollars(found.spent + found.reserved):f}", f"{usage.limit:f}",
             )  # fmt: skip
             return
         try:

@@ -309,7 +309,9 @@ static void look_at_all(scene_t *scene) {
   uint64_t used[MAX_LIMITERS], index;
   fshm_counters counters[FSHM_COUNTERS];
   fshm_permit_info permits[2];
+  fshm_budget_info budgets[2];
   fshm_decision d;
+  CHECK_OP(fshm_budgets(s, 0, budgets, 2), <=, s->limiter_count + s->slot_count);
   CHECK_OP(fshm_used(s, 0, used), <=, s->slot_count);
   CHECK_OP(fshm_permits(s, permits, 2), <=, s->slot_count);
   CHECK_OP(fshm_peek_counted(s, slot, &brief, (int)random_below(2), 0, &d), >=, 0);

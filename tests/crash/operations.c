@@ -270,6 +270,9 @@ static void run_request_and_back(outcome_t *out) {
 #define MOVING(function, which) \
   .make = start_moving, .holds = &moving, .run = (function), .op = (which)
 #define HITS(tokens, answer) MOVING(run_hit, HIT), .cost = (tokens), .status = (answer)
+#define SETS_CLOCK(after)                                                                    \
+  .make = start_clocks, .holds = &walls, .prepare = set_clock, .run = run_wall, .status = 1, \
+  .op = LOOK_AT_CLOCK, .prior = (after)
 #define MONEY(n)                                   \
   .limits = {{n, PER, 0, FSHM_MONEY, 0},           \
              {MONEY_MOST, PER, 0, FSHM_MONEY, 0},  \
@@ -527,6 +530,11 @@ static const operation_t operations[] = {
      .prepare = charge_three,
      .flags = ROUGH,
      ROOM(2, 4, 5)},
+    /* a look at the clock of the day, which was set */
+    {.name = "wall-as-before", SETS_CLOCK(AS_BEFORE)},
+    {.name = "wall-set-forward", SETS_CLOCK(SET_FORWARD)},
+    {.name = "wall-set-back", SETS_CLOCK(SET_BACK)},
+    {.name = "wall-set-right", SETS_CLOCK(SET_RIGHT)},
     /* limits that come with the call */
     {.name = "count-window", COUNTS, .status = 1, ONE(WINDOW(5)), .prior = 2, ROOM(3, 2, 5)},
     {.name = "count-window-first", COUNTS, .status = 1, ONE(WINDOW(5)), ROOM(5, 4, 5)},

@@ -236,6 +236,7 @@ static void look_at_all(user_t *u) {
     fshm_counters all[FSHM_COUNTERS];
     fshm_permit_info permits[2];
     fshm_waiter_info waiters[2];
+    fshm_budget_info budgets[2];
     uint64_t octaves[FSHM_OCTAVES], after;
   } sums = {.after = FENCE};
   uint64_t *keys = malloc((s->limiter_count + 1) * sizeof *keys);
@@ -246,6 +247,8 @@ static void look_at_all(user_t *u) {
   fshm_counters_all(s, sums.all);
   MUST(fshm_permits(s, sums.permits, 2) <= s->slot_count);
   MUST(fshm_waiters(s, sums.waiters, 2, 1) <= WAITERS);
+  MUST(fshm_budgets(s, 0, sums.budgets, 2) <=
+       s->limiter_count + s->slot_count + UINT64_C(1) * PROCESSES * RESERVED);
   fshm_metric_octaves(s, (uint32_t[]){0, UINT32_MAX}, 2, sums.octaves);
   MUST(sums.after == FENCE);
   int kind = fshm_damage(s, &index), thorough = fshm_check(s, &index);

@@ -60,7 +60,7 @@ LOAD_SELDOM = (
     "  else\n    readable = limits_load_inline(l->segment, l->index, &c.snapshot);\n"
     "  kept = c.snapshot;\n  of = l;\n"
 )
-FREE = "state_expires(pair.when) <= over"
+FREE = "state_ends(s, pair.who, pair.when) <= over"
 WAKES = "  if (unlikely(wait_any(h.s, p->group))) wake_next(h.s, p);\n"
 GIVEN_BACK = "  if (!give_back(&h, p)) return 0;\n"
 
