@@ -330,12 +330,15 @@ typedef struct {
 } fshm_budget;
 enum fshm_budget_flag {
   FSHM_BUDGET_CHARGE = 1, /* of a process that dies, what it has reserved stays spent */
-  FSHM_BUDGET_GRANTED = 2 /* at most what was granted */
+  FSHM_BUDGET_GRANTED = 2, /* at most what was granted */
+  FSHM_BUDGET_SHARED = 4 /* the same, and a server knows the limit: FSHM_ASK, never FSHM_DENIED */
 };
 /* Reserve the amount, if the budget has room: FSHM_ALLOWED, FSHM_DENIED; FSHM_ASK: only what was granted has none. Or
  * FSHM_FULL, FSHM_E_ARGUMENT (not a budget), FSHM_E_DAMAGED. */
 int fshm_budget_reserve(fshm_limiter *budget, const void *key, uint64_t key_length, uint64_t amount,
                         uint32_t flags, uint64_t now_ns, fshm_budget *out);
+/* For the counters: FSHM_ASK ended in a denial. */
+void fshm_budget_denied(fshm_limiter *budget, const void *key, uint64_t key_length);
 /* End it: `actual` is spent. Call it once. 0: the reservation is another process's (before a fork). */
 int fshm_budget_settle(fshm_limiter *budget, const void *key, uint64_t key_length,
                        const fshm_budget *reserved, uint64_t amount, uint64_t actual,
@@ -348,6 +351,13 @@ int fshm_budget_add(fshm_limiter *budget, const void *key, uint64_t key_length, 
 /* Raise one of these numbers to this, if it is less: of the window with this end. FSHM_DENIED: it is another one now. */
 int fshm_budget_raise(fshm_limiter *budget, const void *key, uint64_t key_length, uint32_t which,
                       uint64_t to, uint64_t window, uint64_t now_ns);
+/* Add to what was granted in the window with this end. FSHM_DENIED: it is another one now. */
+int fshm_budget_grant(fshm_limiter *budget, const void *key, uint64_t key_length, uint64_t amount,
+                      uint64_t window, uint64_t now_ns);
+/* Take back what was granted in the window with this end and is neither spent nor reserved: out->granted. FSHM_DENIED:
+ * it is another window now. */
+int fshm_budget_withdraw(fshm_limiter *budget, const void *key, uint64_t key_length,
+                         uint64_t window, uint64_t now_ns, fshm_budget *out);
 /* 1: for the first call of a key in its window. */
 int fshm_budget_once(fshm_limiter *budget, const void *key, uint64_t key_length, uint64_t now_ns);
 

@@ -247,7 +247,10 @@ static PyObject *budget_take(BudgetCore *self, PyObject *key, uint64_t amount) {
     const int more = granted ? PyObject_IsTrue(granted) : -1;
     Py_XDECREF(granted);
     if (more > 0) continue;
-    if (more < 0) status = -1;
+    if (more < 0)
+      status = -1;
+    else
+      fshm_budget_denied(self->limiter, k.bytes, (uint64_t)k.length);
     break;
   }
   r->open = r->allowed = status == FSHM_ALLOWED;
