@@ -19,6 +19,9 @@ from fast_litellm_shm._shared.native import (
 )
 from fast_litellm_shm._shared.segment import InSegment, Segment
 from fast_litellm_shm._shared.states import failure
+from fast_litellm_shm.limiters.choice import chosen
+from fast_litellm_shm.limiters.grantors import ClusterArgument
+from fast_litellm_shm.limiters.waiting import off_loop
 from fast_litellm_shm.limits import Money
 
 Reservation = BudgetReservation  # its public name
@@ -179,6 +182,10 @@ class Budget(BudgetCore, InSegment):
 
     warn_at, on_warn: ``on_warn(key, usage)`` is called by one process, once in a window of a key,
     when that share of the budget is used or reserved. Default: a warning in the log.
+
+    cluster: a URL (``redis://host:6379/0``) or a :class:`~fast_litellm_shm.cluster.Cluster`: the
+    budget holds over all hosts that name it. False: this host alone. Default: what
+    FAST_LITELLM_SHM_CLUSTER says. See ``docs/cluster.md``.
     """
 
     def __init__(
@@ -192,6 +199,7 @@ class Budget(BudgetCore, InSegment):
         on_warn: OnWarn | None = None,
         on_death: str = "release",
         segment: Segment | None = None,
+        cluster: ClusterArgument = None,
         _ledger: Ledger | None = None,
     ) -> None:
         if on_death not in _ON_DEATH:
@@ -219,6 +227,8 @@ class Budget(BudgetCore, InSegment):
         self._ledger = _ledger
         if _ledger is not None:
             self._flags |= lib.FSHM_BUDGET_GRANTED
+        grantor = chosen(False if _ledger is not None else cluster)
+        self._cluster = grantor.argument
         out = ffi.new("fshm_limiter **")
         four = ffi.new(
             "fshm_limit[4]", [each._raw(self._segment) for each in (limit, beside, beside, beside)]
@@ -227,7 +237,23 @@ class Budget(BudgetCore, InSegment):
         if status != lib.FSHM_OK:
             self._failed(status)
         self._handle: Any = owned(out[0], lib.fshm_limiter_close, self._segment._handle)
-        self._bind(self._handle, address(self._handle), self._flags, float(warn_at or 0))
+        self._leases = grantor.budget(self._handle, name, self._segment)
+        if self._leases is not None:
+            self._flags |= lib.FSHM_BUDGET_SHARED
+        watched = warn_at if self._leases is None else 0  # else the server knows when it is time
+        self._bind(self._handle, address(self._handle), self._flags, float(watched or 0))
+
+    async def reserve_async(
+        self, key: Key, usd: USD, *, also: Iterable[tuple[Budget, Key]] = ()
+    ) -> Reservation | Reservations:
+        """reserve() for asyncio: where a file or a server has to grant more, a thread has it do so.
+        Cancelled meanwhile, it has reserved nothing."""
+        given = {"also": tuple(also)} if also else {}
+
+        def call() -> Reservation | Reservations:
+            return self.reserve(key, usd, **given)
+
+        return await off_loop(call, lambda late: late.release())
 
     def _reserve_all(
         self, key: Key, usd: USD, also: Iterable[tuple[Budget, Key]]
@@ -242,10 +268,20 @@ class Budget(BudgetCore, InSegment):
 
     def usage(self, key: Key) -> Usage:
         """What the key has spent and reserved in the present window."""
-        return self._usage(self._look(key_bytes(key)))
+        raw = key_bytes(key)
+        if self._leases is None:
+            return self._usage(self._look(raw))
+        found, rest = self._leases.usage(raw)
+        own, leased = self._usage(found), max(rest.others - rest.spent, 0)
+        return Usage(
+            own.limit + dollars(rest.added), own.spent + dollars(rest.spent),
+            own.reserved + dollars(leased), own.reset_after,
+        )  # fmt: skip
 
     def spent(self, key: Key) -> Decimal:
         """Dollars that were settled in the present window."""
+        if self._leases is not None:
+            return self.usage(key).spent
         return dollars(self._look(key_bytes(key)).spent)
 
     def remaining(self, key: Key) -> Decimal:
@@ -256,7 +292,10 @@ class Budget(BudgetCore, InSegment):
         """Spend without a reservation, room or not."""
         raw, amount = key_bytes(key), _amount(usd, "charge: usd")
         self._add(raw, _SPENT, amount)
-        self._watch(key)
+        if self._leases is None:
+            self._watch(key)
+        elif self._leases.charged(raw, self._warn_at):
+            self._warn(raw, self.usage(key))
 
     def refund(self, key: Key, usd: USD) -> None:
         """Take back what was spent in the present window, at most all of it."""
@@ -268,10 +307,19 @@ class Budget(BudgetCore, InSegment):
         amount = nanos(usd, "add: usd")
         if abs(amount) > _MOST:
             raise ValueError(f"add: usd must be at most 10**9 dollars, not {usd!r}")
+        if self._leases is not None:
+            self._leases.add(key_bytes(key), amount)
+            return
         self._add(key_bytes(key), _ADDED, amount)
 
     def reset(self, key: Key | None = None) -> None:
         """Forget what a key has spent, reserved and been given; None: of all keys."""
+        if self._leases is not None:
+            if key is None:
+                self._leases.reset_all()
+            else:
+                self._leases.reset(key_bytes(key))
+            return
         if key is None:
             status = lib.fshm_reset_all(self._handle)
         else:
@@ -307,8 +355,13 @@ class Budget(BudgetCore, InSegment):
     def _ask(self, key: Key, amount: int) -> bool:
         """Called by the native part where what was granted has no room for this amount: have more
         granted, and say whether there is."""
-        assert self._ledger is not None
         raw = key_bytes(key)
+        if self._leases is not None:
+            more, warns = self._leases.ask(raw, amount, self._warn_at)
+            if warns:
+                self._warn(raw, self.usage(key))
+            return more
+        assert self._ledger is not None
         found = self._look(raw)
         least, instance = found.spent + found.reserved + amount, self._segment.geometry().instance
         before, granted = self._ledger.grant(
@@ -335,7 +388,10 @@ class Budget(BudgetCore, InSegment):
             return
         if lib.fshm_budget_once(self._handle, raw, len(raw), 0) != lib.FSHM_OK:
             return
-        shown, usage = raw.decode("utf-8", "replace"), self._usage(found)
+        self._warn(raw, self._usage(found))
+
+    def _warn(self, raw: bytes, usage: Usage) -> None:
+        shown = raw.decode("utf-8", "replace")
         if self._on_warn is None:
             log.warning(
                 "budget %r: %r has used or reserved %s of %s dollars",
@@ -357,7 +413,8 @@ class Budget(BudgetCore, InSegment):
 
     def __reduce__(self) -> tuple[Any, ...]:
         given = (self.usd, self._limit.per)
-        return (_rebuild, (type(self), given, {**self._options, "segment": self._segment}))
+        options = {**self._options, "segment": self._segment, "cluster": self._cluster}
+        return (_rebuild, (type(self), given, options))
 
     def __repr__(self) -> str:
         return f"Budget({limits.describe(self._limit)}, name={self._name!r})"

@@ -308,7 +308,7 @@ class Quota(InSegment):
         _check_tokens("admit_async", tokens)
         if self._budget is None:
             return await self._admit_async(key, tokens, 1)
-        with_money = self._budget.reserve(key, usd)
+        with_money = await self._budget.reserve_async(key, usd)
         if not with_money:
             return self._refused(key, tokens)._with(with_money)
         try:

@@ -96,7 +96,8 @@ static void test_leases(void) {
   CHECK_EQ(fshm_budget_withdraw(l, KEY, 1, window, 0, &taken), FSHM_OK);
   CHECK_EQ(taken.granted, 0);
   CHECK_EQ(reserve(l, 1, leased, 0, &two), FSHM_ASK);
-  CHECK_EQ(settle(l, &one, 5 * USD, 9 * USD, 0), FSHM_OK); /* more than is leased: spent all the same */
+  CHECK_EQ(settle(l, &one, 5 * USD, 9 * USD, 0),
+           FSHM_OK); /* more than is leased: spent all the same */
   CHECK_EQ(fshm_budget_withdraw(l, KEY, 1, window, 0, &taken), FSHM_OK);
   CHECK_EQ(taken.granted, 0);
   CHECK_EQ(view(l, 0).spent, 29 * USD);
