@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeAlias
 
 from fast_litellm_shm import exceptions, limits
 from fast_litellm_shm._shared import log
@@ -19,7 +19,12 @@ from fast_litellm_shm._shared.native import (
 )
 from fast_litellm_shm._shared.segment import InSegment, Segment
 from fast_litellm_shm._shared.states import failure
+from fast_litellm_shm.limiters.grantors import DurableArgument
+from fast_litellm_shm.limiters.waiting import off_loop
 from fast_litellm_shm.limits import Money
+
+if TYPE_CHECKING:
+    from fast_litellm_shm.durable.books import Books
 
 Reservation = BudgetReservation  # its public name
 Key: TypeAlias = str | bytes
@@ -179,6 +184,10 @@ class Budget(BudgetCore, InSegment):
 
     warn_at, on_warn: ``on_warn(key, usage)`` is called by one process, once in a window of a key,
     when that share of the budget is used or reserved. Default: a warning in the log.
+
+    durable: True, or a :class:`~fast_litellm_shm.durable.StateFile`: what was spent outlives a
+    reboot of this host. A file grants the budget in parts of a hundredth; after a power cut, what
+    was granted counts as spent. See ``docs/durable.md``.
     """
 
     def __init__(
@@ -192,6 +201,7 @@ class Budget(BudgetCore, InSegment):
         on_warn: OnWarn | None = None,
         on_death: str = "release",
         segment: Segment | None = None,
+        durable: DurableArgument = None,
         _ledger: Ledger | None = None,
     ) -> None:
         if on_death not in _ON_DEATH:
@@ -213,11 +223,14 @@ class Budget(BudgetCore, InSegment):
         self._segment = Segment.default() if segment is None else segment
         self._options: dict[str, Any] = {
             "name": name, "timezone": timezone, "warn_at": warn_at, "on_warn": on_warn,
-            "on_death": on_death,
+            "on_death": on_death, "durable": durable,
         }  # fmt: skip
         self._flags, self._warn_at, self._on_warn = _ON_DEATH[on_death], warn_at, on_warn
         self._ledger = _ledger
-        if _ledger is not None:
+        self._books: Books | None = None
+        if durable is not None and _ledger is None:
+            self._books = self._durable(durable)
+        if _ledger is not None or self._books is not None:
             self._flags |= lib.FSHM_BUDGET_GRANTED
         out = ffi.new("fshm_limiter **")
         four = ffi.new(
@@ -228,6 +241,25 @@ class Budget(BudgetCore, InSegment):
             self._failed(status)
         self._handle: Any = owned(out[0], lib.fshm_limiter_close, self._segment._handle)
         self._bind(self._handle, address(self._handle), self._flags, float(warn_at or 0))
+
+    def _durable(self, durable: DurableArgument) -> Books | None:
+        from fast_litellm_shm.durable.books import Books
+        from fast_litellm_shm.durable.settings import found
+
+        file = found(durable)
+        return None if file is None else Books(self, file)
+
+    async def reserve_async(
+        self, key: Key, usd: USD, *, also: Iterable[tuple[Budget, Key]] = ()
+    ) -> Reservation | Reservations:
+        """reserve() for asyncio: where a file has to grant more, a thread has it do so. Cancelled
+        meanwhile, it has reserved nothing."""
+        given = {"also": tuple(also)} if also else {}
+
+        def call() -> Reservation | Reservations:
+            return self.reserve(key, usd, **given)
+
+        return await off_loop(call, lambda late: late.release())
 
     def _reserve_all(
         self, key: Key, usd: USD, also: Iterable[tuple[Budget, Key]]
@@ -255,12 +287,12 @@ class Budget(BudgetCore, InSegment):
     def charge(self, key: Key, usd: USD) -> None:
         """Spend without a reservation, room or not."""
         raw, amount = key_bytes(key), _amount(usd, "charge: usd")
-        self._add(raw, _SPENT, amount)
+        self._spend(raw, amount)
         self._watch(key)
 
     def refund(self, key: Key, usd: USD) -> None:
         """Take back what was spent in the present window, at most all of it."""
-        self._add(key_bytes(key), _SPENT, -_amount(usd, "refund: usd"))
+        self._spend(key_bytes(key), -_amount(usd, "refund: usd"))
 
     def add(self, key: Key, usd: USD) -> None:
         """Raise the budget of a key for the present window; a negative amount takes back what was
@@ -268,14 +300,23 @@ class Budget(BudgetCore, InSegment):
         amount = nanos(usd, "add: usd")
         if abs(amount) > _MOST:
             raise ValueError(f"add: usd must be at most 10**9 dollars, not {usd!r}")
-        self._add(key_bytes(key), _ADDED, amount)
+        if self._books is not None:
+            self._books.add(self, key_bytes(key), amount)
+        else:
+            self._add(key_bytes(key), _ADDED, amount)
 
     def reset(self, key: Key | None = None) -> None:
         """Forget what a key has spent, reserved and been given; None: of all keys."""
-        if key is None:
+        raw = None if key is None else key_bytes(key)
+        if self._books is not None:
+            self._books.reset(self, raw, lambda: self._forget(raw))
+        else:
+            self._forget(raw)
+
+    def _forget(self, raw: bytes | None) -> None:
+        if raw is None:
             status = lib.fshm_reset_all(self._handle)
         else:
-            raw = key_bytes(key)
             status = lib.fshm_reset_key(self._handle, raw, len(raw))
         if status != lib.FSHM_OK:
             self._failed(status)
@@ -293,11 +334,19 @@ class Budget(BudgetCore, InSegment):
         status = lib.fshm_budget_look(self._handle, raw, len(raw), 0, out)
         if status != lib.FSHM_OK:
             self._failed(status)
+        if self._books is not None:
+            self._books.overlay(self, raw, out)
         return out
 
     def _usage(self, found: Any) -> Usage:
         left = None if self._limit.per is None else found.left_ns / 1e9
         return Usage(dollars(found.limit), dollars(found.spent), dollars(found.reserved), left)
+
+    def _spend(self, raw: bytes, amount: int) -> None:
+        if self._books is not None:
+            self._books.changing(self, raw, lambda: self._add(raw, _SPENT, amount))
+        else:
+            self._add(raw, _SPENT, amount)
 
     def _add(self, raw: bytes, which: int, amount: int) -> None:
         status = lib.fshm_budget_add(self._handle, raw, len(raw), which, amount, 0)
@@ -307,8 +356,10 @@ class Budget(BudgetCore, InSegment):
     def _ask(self, key: Key, amount: int) -> bool:
         """Called by the native part where what was granted has no room for this amount: have more
         granted, and say whether there is."""
-        assert self._ledger is not None
         raw = key_bytes(key)
+        if self._books is not None:
+            return self._books.ask(self, raw, amount)
+        assert self._ledger is not None
         found = self._look(raw)
         least, instance = found.spent + found.reserved + amount, self._segment.geometry().instance
         before, granted = self._ledger.grant(
@@ -320,6 +371,12 @@ class Budget(BudgetCore, InSegment):
             if status < 0:
                 self._failed(status)
         return bool(granted > found.granted or granted >= least)
+
+    def _tend(self, key: Key) -> None:
+        """Called by the native part after a settlement: more was spent than was granted, or more
+        of it is left than has to be kept."""
+        if self._books is not None:
+            self._books.tend(self, key_bytes(key))
 
     def _nanos(self, usd: object, where: str) -> int:
         """Called by the native part, for what it does not read itself."""
