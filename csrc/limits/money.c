@@ -310,6 +310,7 @@ int fshm_budget_reserve(fshm_limiter *l, const void *key, uint64_t length, uint6
   bool row = process_identity_inline(m.s, &process, &out->incarnation);
   out->direct = !row || (flags & FSHM_BUDGET_CHARGE);
   out->owner = row ? process + 1 : 0;
+  out->kept = flags & FSHM_BUDGET_GRANTED;
   heartbeat(m.s, m.now);
   amount = min_u64(amount, MONEY_MOST * 2);
   const bool shared = flags & FSHM_BUDGET_SHARED, leased = shared || flags & FSHM_BUDGET_GRANTED;
@@ -327,7 +328,9 @@ int fshm_budget_reserve(fshm_limiter *l, const void *key, uint64_t length, uint6
     const uint64_t limit = shared ? UINT64_MAX : out->limit; /* the server knows it */
     const uint64_t most = leased ? min_u64(limit, out->granted) : limit;
     if (unlikely(out->spent + out->reserved + amount > most)) {
-      out->status = out->spent + out->reserved + amount > limit ? FSHM_DENIED : FSHM_ASK;
+      /* Nothing was granted yet: who grants may know more of the key, also what was added. */
+      const bool none = leased && !out->granted;
+      out->status = out->spent + out->reserved + amount > limit && !none ? FSHM_DENIED : FSHM_ASK;
       /* Of what is reserved, another call may be about to withdraw some. */
       if (out->status == FSHM_ASK || out->spent + amount > most || ++denials == 3) break;
       (void)sched_yield();
@@ -374,6 +377,18 @@ void fshm_budget_denied(fshm_limiter *l, const void *key, uint64_t length) {
   money_tell(&m, &spent, key, length, FSHM_DENIED);
 }
 
+/* FSHM_ASK: more is used than was granted, or of what was granted more is left than a hundredth of the budget, and than
+ * what this call had reserved. */
+static int money_kept(money_t *m, uint64_t amount) {
+  fshm_budget b;
+  amount_t spent, granted = {.amount = 0};
+  if (money_limit(m, false, &granted, &b) != FSHM_OK ||
+      money_used(m, money_id(m), &spent, &b) != FSHM_OK)
+    return FSHM_OK;
+  const uint64_t used = b.spent + b.reserved, left = minus(b.granted, used);
+  return used > b.granted || left > max_u64(b.limit / 100, amount) ? FSHM_ASK : FSHM_OK;
+}
+
 int fshm_budget_settle(fshm_limiter *l, const void *key, uint64_t length,
                        const fshm_budget *reserved, uint64_t amount, uint64_t actual,
                        uint64_t now) {
@@ -397,7 +412,7 @@ int fshm_budget_settle(fshm_limiter *l, const void *key, uint64_t length,
   if (status < 0) return status;
   if (!reserved->direct) release_here(l->segment, process, reserved->id, amount);
   if (actual < amount) wait_wake_more(l->segment, wait_key(m.hash, l->index));
-  return FSHM_OK;
+  return reserved->kept && status == FSHM_OK ? money_kept(&m, amount) : FSHM_OK;
 }
 
 int fshm_budget_look(fshm_limiter *l, const void *key, uint64_t length, uint64_t now,

@@ -159,24 +159,27 @@ class BudgetLeases:
             whole = abs(amount) // UNIT * UNIT * (1 if amount > 0 else -1)
             self._call(self._request("add", raw, self.look(raw), amount=whole))
 
-    def reset(self, raw: bytes) -> None:
-        """For all hosts. What others have leased before, they may spend, until they are told."""
+    def reset(self, raw: bytes | None) -> None:
+        """For all hosts; None: all keys. What other hosts have leased before, they may spend, until
+        they are told."""
         with self._needed("reset"):
+            if raw is None:
+                self._reset_all()
+                return
             found = self.look(raw)
             self._check(lib.fshm_reset_key(self._handle, raw, len(raw)))
             self._call(Request("reset", self.name, raw, found.window))
 
-    def reset_all(self) -> None:
-        with self._needed("reset"):
-            found = self.connection.budget_keys(self.name)
-            self._check(lib.fshm_reset_all(self._handle))
-            with self._lock:
-                self._known.clear()
-            for at in range(0, len(found), _MOST):
-                part = [(int(name.rpartition(b":")[2]), name) for name in found[at : at + _MOST]]
-                self.connection.call(
-                    [Request("reset", self.name, b"", window, at=name) for window, name in part]
-                )
+    def _reset_all(self) -> None:
+        found = self.connection.budget_keys(self.name)
+        self._check(lib.fshm_reset_all(self._handle))
+        with self._lock:
+            self._known.clear()
+        for at in range(0, len(found), _MOST):
+            part = [(int(name.rpartition(b":")[2]), name) for name in found[at : at + _MOST]]
+            self.connection.call(
+                [Request("reset", self.name, b"", window, at=name) for window, name in part]
+            )
 
     @contextlib.contextmanager
     def _needed(self, what: str) -> Iterator[None]:

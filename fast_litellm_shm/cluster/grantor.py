@@ -43,6 +43,8 @@ def _connection(cluster: Cluster, segment: Segment) -> connection.Connection:
 class Server(Grantor):
     """Of limiters whose argument, or FAST_LITELLM_SHM_CLUSTER, names a server."""
 
+    has_budgets = True
+
     def __init__(self, cluster: Cluster) -> None:
         super().__init__(cluster)
         self._cluster = cluster

@@ -193,6 +193,8 @@ class Grantor:
     """The segment of this host. A grantor of another kind overrides the methods that differ.
     argument: the ``cluster=`` of a limiter that is unpickled."""
 
+    has_budgets = False  # whether budget() answers anything
+
     def __init__(self, argument: Replayed = None) -> None:
         self.argument = argument
 

@@ -13,9 +13,9 @@ from fast_litellm_shm._shared.native import Decision
 from fast_litellm_shm._shared.segment import InSegment, Segment
 from fast_litellm_shm._shared.wait_queue import Order, Place, Service
 from fast_litellm_shm.limiters import grantors
-from fast_litellm_shm.limiters.budget import USD, Budget, Reservation
+from fast_litellm_shm.limiters.budget import USD, Budget, Reservation, Reservations
 from fast_litellm_shm.limiters.choice import chosen
-from fast_litellm_shm.limiters.grantors import ClusterArgument, Held
+from fast_litellm_shm.limiters.grantors import ClusterArgument, DurableArgument, Held
 from fast_litellm_shm.limiters.rate import deadline_ns
 from fast_litellm_shm.limiters.waiting import (
     ASYNCIO,
@@ -67,11 +67,11 @@ class Admission:
         self._quota, self._key, self._permit = quota, key, permit
         self._charged, self._requests = tokens, requests
         self._service: Service | None = None  # where it waited: what its tenant was served
-        self._reservation: Reservation | None = None  # of the quota's budget
+        self._reservation: Reservation | Reservations | None = None  # of the quota's budget
         self.allowed = allowed = permit.allowed
         self._released = not allowed
 
-    def _with(self, reservation: Reservation) -> Admission:
+    def _with(self, reservation: Reservation | Reservations) -> Admission:
         self._reservation = reservation
         if not reservation:
             self.cancel()
@@ -110,10 +110,10 @@ class Admission:
         return "Request allowed" if self.allowed else self._quota._limit_name(self._permit)
 
     def settle(self, tokens: int, usd: USD | None = None) -> None:
-        """Settle the actual number of tokens, and with ``usd`` what the call cost. Tokens beyond the estimate are charged. If they
-        exceed the limit, the key is in debt, and its next requests are denied until the debt is
-        paid. Unused tokens are given back, as long as their minute lasts. It can be called again,
-        with a later number."""
+        """Settle the actual number of tokens, and with ``usd`` what the call cost. Tokens beyond the
+        estimate are charged. If they exceed the limit, the key is in debt, and its next requests
+        are denied until the debt is paid. Unused tokens are given back, as long as their minute
+        lasts. It can be called again, with a later number."""
         _check_tokens("settle", tokens)
         if usd is not None and self._reservation is not None:
             self._reservation.settle(usd)
@@ -199,6 +199,10 @@ class Quota(InSegment):
     three hold over all hosts that name the same server; False: this host alone; default: what
     FAST_LITELLM_SHM_CLUSTER says, else this host alone. See ``docs/cluster.md``.
 
+    durable: True, or a :class:`~fast_litellm_shm.durable.StateFile`: what was used of rpm and tpm
+    outlives a reboot, as of a RateLimiter. Calls in parallel are of living processes, so no file
+    keeps them; a budget is durable by its own argument.
+
     budget: a :class:`~fast_litellm_shm.Budget` that a call must fit into too, with its key, by the
     ``usd`` that admit() is given; settle() says what it cost.
 
@@ -222,6 +226,7 @@ class Quota(InSegment):
         segment: Segment | None = None,
         on_full: str = "share",
         cluster: ClusterArgument = None,
+        durable: DurableArgument = None,
         budget: Budget | None = None,
         _numbered: bool = False,  # see numbered_quota
     ) -> None:
@@ -254,19 +259,21 @@ class Quota(InSegment):
             self._cluster: grantors.Replayed = False
             self._grantor: grantors.Quotas = grantors.Quotas(shared, tail)
         else:
-            grantor = chosen(cluster)
+            grantor = chosen(cluster, durable)
             self._cluster = grantor.argument
             self._grantor = grantor.quota(own, name=name, segment=segment, on_full=on_full)
         self._name, self._segment, self._pace = name, self._grantor.segment, Pace()
         self._given = (rpm, tpm, max_parallel)
         self._budget = budget
         self._options = {
-            "name": name, "on_full": on_full, "budget": budget, "_numbered": _numbered,
+            "name": name, "on_full": on_full, "durable": durable, "budget": budget,
+            "_numbered": _numbered,
         }  # fmt: skip
 
     @property
     def over_hosts(self) -> bool:
-        """Whether a server grants its limits, for many hosts."""
+        """Whether a server grants its limits, for many hosts (or a file, for this one): a call may
+        have to wait for it."""
         return self._grantor.may_wait
 
     def admit(self, key: str | bytes, tokens: int = 0, usd: USD = 0) -> Admission:
