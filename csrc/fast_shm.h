@@ -328,16 +328,21 @@ typedef struct {
   int64_t left_ns; /* until then */
   uint64_t incarnation, id; /* of the reservation, as the next two */
   uint32_t owner, entry;
+  uint64_t kept; /* made with FSHM_BUDGET_GRANTED */
 } fshm_budget;
 enum fshm_budget_flag {
   FSHM_BUDGET_CHARGE = 1, /* of a process that dies, what it has reserved stays spent */
-  FSHM_BUDGET_GRANTED = 2 /* at most what was granted */
+  FSHM_BUDGET_GRANTED = 2, /* at most what was granted */
+  FSHM_BUDGET_SHARED = 4 /* the same, and a server knows the limit: FSHM_ASK, never FSHM_DENIED */
 };
 /* Reserve the amount, if the budget has room: FSHM_ALLOWED, FSHM_DENIED; FSHM_ASK: only what was granted has none. Or
  * FSHM_FULL, FSHM_E_ARGUMENT (not a budget), FSHM_E_DAMAGED. */
 int fshm_budget_reserve(fshm_limiter *budget, const void *key, uint64_t key_length, uint64_t amount,
                         uint32_t flags, uint64_t now_ns, fshm_budget *out);
-/* End it: `actual` is spent. Call it once. 0: the reservation is another process's (before a fork). */
+/* For the counters: FSHM_ASK ended in a denial. */
+void fshm_budget_denied(fshm_limiter *budget, const void *key, uint64_t key_length);
+/* End it: `actual` is spent. Call it once. 0: the reservation is another process's (before a fork). FSHM_ASK, of one with
+ * FSHM_BUDGET_GRANTED: it is ended; whoever grants has to grant more afterwards, or takes some back. */
 int fshm_budget_settle(fshm_limiter *budget, const void *key, uint64_t key_length,
                        const fshm_budget *reserved, uint64_t amount, uint64_t actual,
                        uint64_t now_ns);
@@ -349,6 +354,13 @@ int fshm_budget_add(fshm_limiter *budget, const void *key, uint64_t key_length, 
 /* Raise one of these numbers to this, if it is less: of the window with this end. FSHM_DENIED: it is another one now. */
 int fshm_budget_raise(fshm_limiter *budget, const void *key, uint64_t key_length, uint32_t which,
                       uint64_t to, uint64_t window, uint64_t now_ns);
+/* Add to what was granted in the window with this end. FSHM_DENIED: it is another one now. */
+int fshm_budget_grant(fshm_limiter *budget, const void *key, uint64_t key_length, uint64_t amount,
+                      uint64_t window, uint64_t now_ns);
+/* Take back what was granted in the window with this end and is neither spent nor reserved: out->granted. FSHM_DENIED:
+ * it is another window now. */
+int fshm_budget_withdraw(fshm_limiter *budget, const void *key, uint64_t key_length,
+                         uint64_t window, uint64_t now_ns, fshm_budget *out);
 /* 1: for the first call of a key in its window. */
 int fshm_budget_once(fshm_limiter *budget, const void *key, uint64_t key_length, uint64_t now_ns);
 /* For inspection: one amount. which: 0 .. 3, as of fshm_budget_add(), 2: the mark; FSHM_BUDGET_RESERVED: what one process
@@ -387,9 +399,10 @@ uint64_t fshm_live_keys(fshm_limiter *limiter, uint64_t now_ns);
 
 /* Stored states: what a limit has counted for a key, outside a segment ------------------------ */
 /* For a file that outlives the segment: plain integers, which mean the same in every version of this library. */
-/* limit: under which the tokens were counted; n 0: nothing was ever counted. end: of a bucket its arrival time, else the
- * end of the present window, without debt; 0: nothing counts. used: tokens of the present window, previous: of the one
- * before (a sliding limit). */
+/* limit: under which the tokens were counted; n 0: nothing was ever counted. Of FSHM_CALENDAR with `strict` 0: the caller
+ * knows the zone. end: of a bucket its arrival time, else the end of the present window, without debt; of FSHM_CALENDAR
+ * in minutes since 1970; 0: nothing counts. used: tokens of the present window, previous: of the one before (a sliding
+ * limit). */
 typedef struct {
   fshm_limit limit;
   uint64_t end, used, previous;
@@ -403,11 +416,19 @@ typedef struct {
   int64_t retry_ns; /* 0 when allowed; FSHM_NEVER */
   uint64_t left_ns, window_ns, over_ns;
 } fshm_stored_answer;
-/* Apply FSHM_ACQUIRE, FSHM_PEEK, FSHM_CHARGE, FSHM_REFUND or FSHM_BLOCK of `cost` under `limit`, with the arithmetic
- * of all limiters. charged: NULL, or the state as a charge has left it, of which a refund gives some back. now_ns and
- * all instants: of one clock that never goes back. FSHM_OK, FSHM_E_ARGUMENT, or FSHM_E_DAMAGED: *stored is no state. */
+/* When a call is. now_ns, and all instants: of one clock that never goes back. For FSHM_CALENDAR: wall_ns: the time of
+ * day, ns since 1970; spans: of the zone of the call's limit, as of fshm_zone(); none: UTC. */
+typedef struct {
+  uint64_t now_ns, wall_ns;
+  const uint64_t *spans;
+  uint64_t span_count;
+} fshm_stored_time;
+/* Apply FSHM_ACQUIRE, FSHM_PEEK, FSHM_CHARGE, FSHM_REFUND or FSHM_BLOCK of `cost` under `limit` (any but FSHM_PERMITS,
+ * FSHM_LEASE and FSHM_MONEY), with the arithmetic of all limiters. charged: NULL, or the state as a charge has left it,
+ * of which a refund gives some back. FSHM_OK, FSHM_E_ARGUMENT, or FSHM_E_DAMAGED: *stored is no state. */
 int fshm_stored_apply(uint32_t op, const fshm_limit *limit, fshm_stored *stored, uint64_t cost,
-                      const fshm_stored *charged, uint64_t now_ns, fshm_stored_answer *out);
+                      const fshm_stored *charged, const fshm_stored_time *at,
+                      fshm_stored_answer *out);
 
 /* Permits: at most n held at a time -------------------------------------------------------------- */
 /* A permit held by this process. Copy it freely; release it once. */

@@ -342,6 +342,11 @@ def parse(text: str) -> LimitSpec:
     return TokenBucket(n, per, burst=burst, strict=bool(found["strict"]))  # type: ignore[arg-type]
 
 
+def is_calendar(per_ns: int) -> bool:
+    """Whether a window of the calendar has this usual length."""
+    return per_ns % _NS == 0 and per_ns // _NS in _CALENDAR_NAMES
+
+
 def longest(limit: LimitSpec) -> float:
     """Seconds that its ``per`` lasts at most."""
     if isinstance(limit.per, str):

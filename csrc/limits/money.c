@@ -14,6 +14,7 @@
 
 #define RESERVED_MOST (UINT64_C(1) << 61) /* no sum overflows, whatever is in the rows */
 #define ROUNDS_OF_MONEY 32 /* in each lost one, another process has reserved or spent */
+enum { MONEY_ADDED = 1, MONEY_GRANTED = 3 }; /* places of a budget's limits */
 
 /* One call. */
 typedef struct {
@@ -21,6 +22,7 @@ typedef struct {
   const fshm_limiter *l;
   bool fixed; /* the caller gave the time */
   uint64_t hash, now;
+  uint64_t window; /* the only one that the call is about: its end; 0: any */
   snapshot_t p;
 } money_t;
 
@@ -39,7 +41,8 @@ static int money_load(money_t *m) {
     if (!limits_load(m->s, m->l->index, &m->p)) return damage_limits(m->s, m->l->index);
     if (!m->p.money) return FSHM_E_ARGUMENT;
     if (!m->fixed) m->now = segment_now(m->s);
-    if (likely(m->p.rules[0].unit > calendar_minute(&m->p.rules[0], m->now))) return FSHM_OK;
+    if (likely(m->p.rules[0].unit > calendar_minute(&m->p.rules[0], m->now)))
+      return likely(!m->window) || m->p.rules[0].unit == m->window ? FSHM_OK : FSHM_DENIED;
     rule_t next[FSHM_MAX_LIMITS];
     for (uint32_t i = 0; i < m->p.money; i++) {
       next[i] = rule_bare(&m->p.rules[i]);
@@ -57,14 +60,19 @@ static inline uint64_t money_id(const money_t *m) {
   return id + !id;
 }
 
-static int money_begin(money_t *m, const fshm_limiter *l, const void *key, uint64_t length,
-                       uint64_t now) {
+static int money_begin_in(money_t *m, const fshm_limiter *l, const void *key, uint64_t length,
+                          uint64_t now, uint64_t window) {
+  m->window = window;
   m->s = l->segment;
   m->l = l;
   m->fixed = now != 0;
   m->now = min_u64(now, TIME_MAX - 1);
   m->hash = fshm_siphash(l->key[0], l->key[1], key, length);
   return money_load(m);
+}
+static int money_begin(money_t *m, const fshm_limiter *l, const void *key, uint64_t length,
+                       uint64_t now) {
+  return money_begin_in(m, l, key, length, now, 0);
 }
 
 /* A slot of the key, and the amount in it. `who`: to write with the next amount: a window that has begun goes on under its
@@ -95,6 +103,7 @@ static bool money_look(money_t *m, uint32_t i, amount_t *out) {
     return false;
   if (!sane || old.kind != FSHM_MONEY || !IS_MONEY(state) || old.unit <= calendar_minute(r, m->now))
     return true; /* its window is over */
+  if (i == MONEY_GRANTED && old.unit != r->unit) return true; /* of another window: ask anew */
   out->amount = MONEY_OF(state);
   if (old.unit != r->unit) {
     const uint64_t label = WHO_OF(0, 0, RULES - 1, 0) & ~UINT64_C(1);
@@ -271,20 +280,28 @@ static int money_used(money_t *m, uint64_t id, amount_t *spent, fshm_budget *out
   return status;
 }
 /* added: with what was added, which most keys have no slot for: to find none takes longer than all the rest. */
-static int money_limit(money_t *m, bool added, bool granted, fshm_budget *out) {
-  amount_t more = {.amount = 0}, most = {.amount = 0};
+static int money_limit(money_t *m, bool added, amount_t *granted, fshm_budget *out) {
+  amount_t more = {.amount = 0};
   int status = FSHM_OK;
-  if (added) status = money_read(m, 1, &more);
-  if (status == FSHM_OK && granted) status = money_read(m, 3, &most);
+  if (added) status = money_read(m, MONEY_ADDED, &more);
+  if (status == FSHM_OK && granted) status = money_read(m, MONEY_GRANTED, granted);
   out->limit = rule_money(&m->p.rules[0]) + more.amount;
-  out->granted = most.amount;
+  out->granted = granted ? granted->amount : 0;
   out->window = m->p.rules[0].unit;
   out->left_ns = (int64_t)calendar_left(&m->p.rules[0], m->p.rules[0].unit, m->now);
   return status;
 }
 
-static uint64_t money_most(const fshm_budget *b, bool leased) {
-  return leased ? min_u64(b->limit, b->granted) : b->limit;
+static uint64_t money_most(const fshm_budget *b, bool leased, bool shared) {
+  const uint64_t limit = shared ? UINT64_MAX : b->limit; /* the server knows it */
+  return leased ? min_u64(limit, b->granted) : limit;
+}
+
+/* Whether that much is granted yet: fshm_budget_withdraw() may have taken some back. */
+static bool money_stands(money_t *m, const amount_t *granted) {
+  if (!granted->f.pair.who) return true;
+  const pair_t seen = pair_load(&m->s->slots[granted->f.slot]);
+  return seen.who == granted->f.pair.who && seen.when >= granted->f.pair.when;
 }
 
 static void money_tell(const money_t *m, const amount_t *a, const void *key, uint64_t length,
@@ -307,24 +324,29 @@ int fshm_budget_reserve(fshm_limiter *l, const void *key, uint64_t length, uint6
   bool row = process_identity_inline(m.s, &process, &out->incarnation);
   out->direct = !row || (flags & FSHM_BUDGET_CHARGE);
   out->owner = row ? process + 1 : 0;
+  out->kept = flags & FSHM_BUDGET_GRANTED;
   heartbeat(m.s, m.now);
   amount = min_u64(amount, MONEY_MOST * 2);
-  const bool leased = flags & FSHM_BUDGET_GRANTED;
+  const bool shared = flags & FSHM_BUDGET_SHARED, leased = shared || flags & FSHM_BUDGET_GRANTED;
+  amount_t granted = {.amount = 0};
   bool added = false; /* look at what was added only where the budget alone has no room */
   int denials = 0;
   for (int round = 0; round < ROUNDS_OF_MONEY; round++) {
-    out->status = money_limit(&m, added, leased, out);
+    out->status = money_limit(&m, added, leased ? &granted : NULL, out);
     /* A reservation stands under the limits that it was measured by, or not at all. */
     const uint64_t current = m.p.current, id = out->id = money_id(&m);
     if (out->status == FSHM_OK) out->status = money_used(&m, id, &spent, out);
     if (unlikely(out->status != FSHM_OK)) return out->status;
-    if (unlikely(!added && out->spent + out->reserved + amount > out->limit)) {
+    if (unlikely(!added && !shared && out->spent + out->reserved + amount > out->limit)) {
       added = true;
       continue;
     }
-    const uint64_t most = money_most(out, leased);
+    const uint64_t most = money_most(out, leased, shared);
     if (unlikely(out->spent + out->reserved + amount > most)) {
-      out->status = out->spent + out->reserved + amount > out->limit ? FSHM_DENIED : FSHM_ASK;
+      /* Nothing was granted yet: who grants may know more of the key, also what was added. */
+      const bool none = leased && !out->granted;
+      const bool beyond = out->spent + out->reserved + amount > money_most(out, false, shared);
+      out->status = beyond && !none ? FSHM_DENIED : FSHM_ASK;
       /* Of what is reserved, another call may be about to withdraw some. */
       if (out->status == FSHM_ASK || out->spent + amount > most || ++denials == 3) break;
       (void)sched_yield();
@@ -344,13 +366,15 @@ int fshm_budget_reserve(fshm_limiter *l, const void *key, uint64_t length, uint6
       out->status = money_add(&m, 0, (int64_t)amount, ADD, 0, 0, &charged);
       if (out->status != FSHM_OK) return out->status;
     }
-    /* Published, then looked: of all that stand, the last to publish has counted all. */
+    /* Published, then looked: of all that stand, the last to publish has counted all. Pairs with the fence in
+     * fshm_budget_withdraw() too: either it counts this, or what is granted is less here. */
     atomic_thread_fence(memory_order_seq_cst);
     if (unlikely(added)) /* it may have been taken back meanwhile */
-      out->status = money_limit(&m, true, leased, out);
+      out->status = money_limit(&m, true, leased ? &granted : NULL, out);
     if (likely(out->status == FSHM_OK)) out->status = money_used(&m, id, &spent, out);
     if (likely(out->status == FSHM_OK && m.p.current == current &&
-               out->spent + out->reserved <= money_most(out, leased))) {
+               out->spent + out->reserved <= money_most(out, leased, shared) &&
+               (!leased || money_stands(&m, &granted)))) {
       out->status = FSHM_ALLOWED;
       out->window = charged.window;
       break;
@@ -368,6 +392,25 @@ int fshm_budget_reserve(fshm_limiter *l, const void *key, uint64_t length, uint6
   }
   if (out->status != FSHM_ASK) money_tell(&m, &spent, key, length, out->status);
   return out->status;
+}
+
+void fshm_budget_denied(fshm_limiter *l, const void *key, uint64_t length) {
+  money_t m;
+  amount_t spent;
+  if (money_begin(&m, l, key, length, 0) != FSHM_OK || money_read(&m, 0, &spent) != FSHM_OK) return;
+  money_tell(&m, &spent, key, length, FSHM_DENIED);
+}
+
+/* FSHM_ASK: more is used than was granted, or of what was granted more is left than a hundredth of the budget, and than
+ * what this call had reserved. */
+static int money_kept(money_t *m, uint64_t amount) {
+  fshm_budget b;
+  amount_t spent, granted = {.amount = 0};
+  if (money_limit(m, false, &granted, &b) != FSHM_OK ||
+      money_used(m, money_id(m), &spent, &b) != FSHM_OK)
+    return FSHM_OK;
+  const uint64_t used = b.spent + b.reserved, left = minus(b.granted, used);
+  return used > b.granted || left > max_u64(b.limit / 100, amount) ? FSHM_ASK : FSHM_OK;
 }
 
 int fshm_budget_settle(fshm_limiter *l, const void *key, uint64_t length,
@@ -397,7 +440,7 @@ int fshm_budget_settle(fshm_limiter *l, const void *key, uint64_t length,
   if (status < 0) return status;
   if (!reserved->direct) release_here(l->segment, process, reserved->id, reserved->entry, amount);
   if (actual < amount) wait_wake_more(l->segment, wait_key(m.hash, l->index));
-  return FSHM_OK;
+  return reserved->kept && status == FSHM_OK ? money_kept(&m, amount) : FSHM_OK;
 }
 
 int fshm_budget_look(fshm_limiter *l, const void *key, uint64_t length, uint64_t now,
@@ -407,7 +450,8 @@ int fshm_budget_look(fshm_limiter *l, const void *key, uint64_t length, uint64_t
   memset(out, 0, sizeof *out);
   out->status = money_begin(&m, l, key, length, now);
   if (out->status == FSHM_OK) heartbeat(m.s, m.now);
-  if (out->status == FSHM_OK) out->status = money_limit(&m, true, true, out);
+  amount_t granted;
+  if (out->status == FSHM_OK) out->status = money_limit(&m, true, &granted, out);
   if (out->status == FSHM_OK) out->status = money_used(&m, money_id(&m), &spent, out);
   return out->status;
 }
@@ -440,8 +484,45 @@ int fshm_budget_once(fshm_limiter *l, const void *key, uint64_t length, uint64_t
 int fshm_budget_raise(fshm_limiter *l, const void *key, uint64_t length, uint32_t which,
                       uint64_t to, uint64_t window, uint64_t now) {
   money_t m;
-  int status = money_begin(&m, l, key, length, now);
+  int status = money_begin_in(&m, l, key, length, now, window);
   if (status != FSHM_OK) return status;
   if (which >= m.p.money) return FSHM_E_ARGUMENT;
   return money_add(&m, which, (int64_t)min_u64(to, MONEY_MOST * 2), RAISE, window, 0, NULL);
+}
+
+int fshm_budget_grant(fshm_limiter *l, const void *key, uint64_t length, uint64_t amount,
+                      uint64_t window, uint64_t now) {
+  money_t m;
+  int status = money_begin_in(&m, l, key, length, now, window);
+  if (status != FSHM_OK) return status;
+  if (m.p.money <= MONEY_GRANTED) return FSHM_E_ARGUMENT;
+  return money_add(&m, MONEY_GRANTED, (int64_t)min_u64(amount, MONEY_MOST * 2), ADD, 0, 0, NULL);
+}
+
+int fshm_budget_withdraw(fshm_limiter *l, const void *key, uint64_t length, uint64_t window,
+                         uint64_t now, fshm_budget *out) {
+  money_t m;
+  amount_t granted = {.amount = 0}, spent;
+  memset(out, 0, sizeof *out);
+  int status = money_begin_in(&m, l, key, length, now, window);
+  for (int tries = 0; status == FSHM_OK && tries < MAX_TRIES; tries++) {
+    status = money_limit(&m, false, &granted, out);
+    if (status == FSHM_OK) status = money_used(&m, money_id(&m), &spent, out);
+    out->granted = 0;
+    const uint64_t used = out->spent + out->reserved;
+    if (status != FSHM_OK || granted.amount <= used) break;
+    pair_t seen = granted.f.pair;
+    if (!pair_cas(&m.s->slots[granted.f.slot], &seen, (pair_t){granted.who, MONEY_STATE(used)}))
+      continue;
+    /* Lowered, then looked: a reservation that looked at what was granted before is counted here, or finds less after
+     * its own fence. Killed before it is put back, or reported: what was taken stays granted, and nobody has it. */
+    atomic_thread_fence(memory_order_seq_cst);
+    status = money_used(&m, money_id(&m), &spent, out);
+    const uint64_t since = min_u64(minus(out->spent + out->reserved, used), granted.amount - used);
+    if (status == FSHM_OK && since)
+      status = money_add(&m, MONEY_GRANTED, (int64_t)since, ADD, 0, 0, NULL);
+    if (status == FSHM_OK) out->granted = granted.amount - used - since;
+    break;
+  }
+  return out->status = status;
 }

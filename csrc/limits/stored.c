@@ -3,14 +3,19 @@
  *
  * A stored state keeps the limit that it was counted under, and instants of a clock that goes on over reboots. So it
  * depends on no layout version and on no epoch. For a call it becomes a state of algorithms.h, with an epoch just long
- * enough before `now`, and is read back afterwards.
+ * enough before `now`, and is read back afterwards. Of a window of the calendar the end is a time of day; the caller
+ * keeps its zone.
  */
+#include "../core/internal.h"
 #include "algorithms.h"
 
 /* Ends of windows are kept in units of 2^31 ns at most. An epoch that is a multiple of that moves none of them. */
 #define STORED_UNIT (UINT64_C(1) << 31)
 /* ns before `now` at which the epoch lies. After `now`, a bucket has 2^56 ns, and a window its `per` and its debt. */
 #define STORED_BEFORE (UINT64_C(1) << 55)
+
+/* Permits and leases are of the living. Money: durable/ledger.py. */
+static bool stored_kind(uint32_t kind) { return kind <= FSHM_SLIDING || kind == FSHM_CALENDAR; }
 
 /* from: where a window of a sliding limit begins or ends. Its windows begin at multiples of `per` after the epoch. */
 static uint64_t stored_epoch(const rule_t *r, uint64_t now, uint64_t from) {
@@ -21,6 +26,8 @@ static uint64_t stored_epoch(const rule_t *r, uint64_t now, uint64_t from) {
 }
 
 static uint64_t stored_read(const rule_t *r, const fshm_stored *stored, uint64_t epoch) {
+  if (r->kind == FSHM_CALENDAR)
+    return stored->end ? calendar_state((dated_t){stored->end, stored->used}) : 0;
   const uint64_t end = min_u64(minus(stored->end, epoch), TIME_MAX);
   if (!end) return 0;
   if (r->kind == FSHM_BUCKET) return end;
@@ -31,9 +38,13 @@ static uint64_t stored_read(const rule_t *r, const fshm_stored *stored, uint64_t
 }
 
 static fshm_stored stored_write(const rule_t *r, uint64_t state, uint64_t epoch, uint64_t now) {
-  fshm_stored stored = {.limit = rule_limit(r)};
+  const rule_t bare = rule_bare(r);
+  fshm_stored stored = {.limit = rule_limit(&bare)};
   state = state_for(r, state);
-  if (r->kind == FSHM_BUCKET) {
+  if (r->kind == FSHM_CALENDAR) {
+    const dated_t w = calendar_read(r, state, now);
+    if (w.count) stored.end = w.end, stored.used = w.count;
+  } else if (r->kind == FSHM_BUCKET) {
     if (state > now) stored.end = epoch + state;
   } else if (r->kind == FSHM_WINDOW) {
     const window_t w = window_open(r, state, now);
@@ -55,7 +66,8 @@ typedef struct {
 } stored_call_t;
 
 static bool stored_alike(const rule_t *a, const rule_t *b) {
-  return !memcmp(a->words, b->words, sizeof a->words);
+  const rule_t one = rule_bare(a), other = rule_bare(b);
+  return !memcmp(one.words, other.words, sizeof one.words);
 }
 
 /* The state goes on under the present rule, if what is used fits, or is over no later. */
@@ -96,7 +108,8 @@ static uint64_t stored_refund(const stored_call_t *c, uint64_t cost, const fshm_
                               uint64_t epoch) {
   if (!charged) return rule_refund(&c->own, c->state, c->now, cost, NULL);
   const rule_t by = rule_make(&charged->limit);
-  if (!charged->end || !limit_valid(&charged->limit) || !stored_alike(&by, &c->own))
+  if (!charged->end || !stored_kind(charged->limit.kind) || !limit_valid(&charged->limit) ||
+      !stored_alike(&by, &c->own))
     return c->state;
   fshm_stored one = *charged;
   one.used = 1;
@@ -124,22 +137,43 @@ static void stored_tell(const stored_call_t *c, int64_t retry, fshm_stored_answe
     out->left_ns = out->used ? out->window_ns : 0;
   } else if (c->own.kind == FSHM_WINDOW) {
     out->window_ns = minus(window_open(&c->own, c->state, c->now).end, c->now);
+  } else if (c->own.kind == FSHM_CALENDAR) {
+    out->window_ns = out->over_ns;
   }
 }
 
+/* What the arithmetic of the calendar needs, as calendar_ready() has it of a segment. */
+static void stored_ready(rule_t *r, const fshm_stored_time *at, uint64_t now, const zone_t *zone) {
+  if (r->kind != FSHM_CALENDAR) return;
+  r->base = minus(at->wall_ns, now);
+  r->floor = at->wall_ns;
+  r->zone = zone;
+}
+
 int fshm_stored_apply(uint32_t op, const fshm_limit *limit, fshm_stored *stored, uint64_t cost,
-                      const fshm_stored *charged, uint64_t now_ns, fshm_stored_answer *out) {
+                      const fshm_stored *charged, const fshm_stored_time *at,
+                      fshm_stored_answer *out) {
   memset(out, 0, sizeof *out);
+  const uint64_t now_ns = at->now_ns;
   const bool known = stored->limit.n != 0;
-  if (!limit_valid(limit) || !kind_has_period(limit->kind)) return FSHM_E_ARGUMENT;
-  if (known && (!limit_valid(&stored->limit) || !kind_has_period(stored->limit.kind)))
+  if (!limit_valid(limit) || !stored_kind(limit->kind)) return FSHM_E_ARGUMENT;
+  if (limit->kind == FSHM_CALENDAR && (limit->strict || at->span_count > ZONE_SPANS))
+    return FSHM_E_ARGUMENT;
+  if (known && (!limit_valid(&stored->limit) || !stored_kind(stored->limit.kind)))
     return FSHM_E_DAMAGED;
   stored_call_t c = {.present = rule_make(limit)};
   c.own = known ? rule_make(&stored->limit) : c.present;
   const uint64_t epoch = stored_epoch(&c.own, now_ns, stored->end ? stored->end : now_ns);
   c.now = now_ns - epoch;
+  zone_t zone = {.count = 0};
+  if (c.present.kind == FSHM_CALENDAR) {
+    for (uint64_t i = 0; i < at->span_count; i++) store_relaxed(&zone.spans[i], at->spans[i]);
+    store_relaxed(&zone.count, at->span_count);
+  }
+  stored_ready(&c.present, at, c.now, &zone);
+  stored_ready(&c.own, at, c.now, &zone); /* a window of its own zone has begun, and goes on */
   c.state = stored_read(&c.own, stored, epoch);
-  if (state_expires(c.state) <= c.now) c.state = 0;
+  if (rule_ends(&c.own, c.state) <= c.now) c.state = 0;
   if (!c.state) c.own = c.present;
   int64_t retry = 0;
   out->status = FSHM_ALLOWED;

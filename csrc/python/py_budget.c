@@ -88,6 +88,9 @@ static int budget_reservation_end(BudgetReservation *self, uint64_t actual) {
                               self->amount, actual, 0);
   Py_XDECREF(k.held);
   if (status < 0) return budget_failed(self->budget, status);
+  /* _tend(key): its ledger grants what was spent beyond, or takes back what is left. */
+  if (status == FSHM_ASK && done(PyObject_CallMethod(self->budget, "_tend", "O", self->key)))
+    return -1;
   return actual > self->amount ? budget_watch(budget, self->key, NULL) : 0;
 }
 
@@ -247,7 +250,10 @@ static PyObject *budget_take(BudgetCore *self, PyObject *key, uint64_t amount) {
     const int more = granted ? PyObject_IsTrue(granted) : -1;
     Py_XDECREF(granted);
     if (more > 0) continue;
-    if (more < 0) status = -1;
+    if (more < 0)
+      status = -1;
+    else
+      fshm_budget_denied(self->limiter, k.bytes, (uint64_t)k.length);
     break;
   }
   r->open = r->allowed = status == FSHM_ALLOWED;

@@ -8,6 +8,7 @@ from fast_litellm_shm import exceptions
 from fast_litellm_shm.cli import render, segments
 from fast_litellm_shm.cluster.link import UnreachableError
 from fast_litellm_shm.durable import link, records, settings
+from fast_litellm_shm.limiters.budget import dollars
 
 
 def run(args: argparse.Namespace) -> int:
@@ -17,11 +18,13 @@ def run(args: argparse.Namespace) -> int:
     segment = segments.open_for_writing(args.name, args.allow_other_owner)
     found = link.of(place, segment)
     try:
-        tokens, keys = found.save()
+        tokens, keys, nanos, of_budgets = found.save()
     except UnreachableError as error:
         raise exceptions.StateFileError(f"nothing was saved: {error}") from error
     if keys:
         print(f"Gave back {render.counted(tokens, 'token')} of {render.counted(keys, 'key')}.")
-    else:
+    if of_budgets:
+        print(f"Gave back {dollars(nanos)} dollars of {render.counted(of_budgets, 'key')}.")
+    if not keys and not of_budgets:
         print("Nothing to give back: the state file has it all.")
     return 0

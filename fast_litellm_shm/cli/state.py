@@ -12,6 +12,7 @@ from typing import Any
 from fast_litellm_shm import exceptions, limits
 from fast_litellm_shm.cli import render
 from fast_litellm_shm.durable import records, settings
+from fast_litellm_shm.limiters.budget import dollars
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,8 +34,9 @@ def _name(raw: bytes | None, hashed: bytes) -> str:
 def _show(path: str, args: argparse.Namespace) -> int:
     with records.opened(path) as db:
         about, keys = records.summary(db, path), list(records.keys(db))
+        money = list(records.money(db))
     if args.json:
-        print(json.dumps(_as_json(about, keys), indent=2))
+        print(json.dumps(_as_json(about, keys, money), indent=2))
         return 0
     out = render.console()
     lines = [
@@ -63,11 +65,45 @@ def _show(path: str, args: argparse.Namespace) -> int:
     out.print(render.table("", columns, shown, out))
     if len(shown) < len(rows):
         print(f"{len(rows) - len(shown):,} more: --top 0 shows all")
+    if money:
+        _show_money(money, args.top, out)
     return 0
 
 
-def _as_json(about: records.Summary, keys: list[records.Key]) -> dict[str, Any]:
+def _show_money(money: list[records.Money], top: int, out: Any) -> None:
+    rows = [
+        (
+            render.escaped(each.budget), _name(each.name, each.hash), _end(each),
+            f"{dollars(each.granted)}", f"{dollars(each.added)}" if each.added else "",
+        )
+        for each in money
+    ]  # fmt: skip
+    shown = rows if top == 0 else rows[:top]
+    columns = ("budget", "key", "window ends (UTC)", ">granted, $", ">added, $")
+    out.print(render.table("", columns, shown, out))
+    if len(shown) < len(rows):
+        print(f"{len(rows) - len(shown):,} more: --top 0 shows all")
+
+
+def _end(each: records.Money) -> str:
+    if each.minute >= 2**28 - 1:
+        return "never"
+    return time.strftime("%Y-%m-%d %H:%M", time.gmtime(each.minute * 60))
+
+
+def _as_json(
+    about: records.Summary, keys: list[records.Key], money: list[records.Money]
+) -> dict[str, Any]:
     return about._asdict() | {
+        "budgets": [
+            {
+                "budget": each.budget.decode("utf-8", "backslashreplace"),
+                "key": None if each.name is None else each.name.decode("utf-8", "backslashreplace"),
+                "window_ends": None if each.minute >= 2**28 - 1 else each.minute * 60,
+                "granted_usd": str(dollars(each.granted)), "added_usd": str(dollars(each.added)),
+            }
+            for each in money
+        ],
         "keys": [
             {
                 "limiter": key.limiter.decode("utf-8", "backslashreplace"),

@@ -7,9 +7,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from fast_litellm_shm._shared.named_limiter import key_bytes, refused, states_of
+from fast_litellm_shm._shared.named_limiter import InnerLimits, key_bytes, refused, states_of
 from fast_litellm_shm._shared.native import Decision, Permit
 from fast_litellm_shm._shared.states import States
+from fast_litellm_shm.cluster.link import Link
 from fast_litellm_shm.cluster.permit_lease import PermitLeases
 from fast_litellm_shm.cluster.settlement import Settlement
 from fast_litellm_shm.cluster.single_flight import MOST_NAME
@@ -70,6 +71,13 @@ class ClusterPermit:
         return bool(self.permit)
 
 
+class LocalPermits:
+    """In place of PermitLeases: permits of this host alone, beside rates that a file grants."""
+
+    def __init__(self, limiter: InnerLimits, connection: Link) -> None:
+        self.limiter, self.states, self.connection = limiter, states_of(limiter), connection
+
+
 class ClusterQuota(Quotas):
     """The permit first, then the rates: where these deny, the permit is given back, and nothing is
     consumed. At least one of the two.
@@ -84,7 +92,7 @@ class ClusterQuota(Quotas):
     def __init__(
         self,
         token_leases: TokenLeases | None,
-        permit_leases: PermitLeases | None,
+        permit_leases: PermitLeases | LocalPermits | None,
         *,
         settles: bool,
     ) -> None:
@@ -93,7 +101,8 @@ class ClusterQuota(Quotas):
         leases = permit_leases or token_leases
         assert leases is not None
         self._states, self._tail = states_of(leases.limiter), b""  # of those that wait
-        self.connection, self.segment = leases.connection, leases.connection.segment
+        self.connection: Link = leases.connection
+        self.segment = self.connection.segment
         self._count = 0 if token_leases is None else len(token_leases.limiter.limits)
 
     @property

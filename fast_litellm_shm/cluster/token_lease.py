@@ -268,11 +268,12 @@ class TokenLeases:
         before: tuple[int, ...] = _NONE
         if self._sliding is not None:
             used, before, known = self._sliding.recall(raw, rules, used, known)
-        minute = self.states.wall() // 60_000_000_000
-        rules = tuple(
-            algorithms.dated(rule, limit, minute)
-            for rule, limit in zip(rules, self._limits, strict=True)
-        )
+        if not self.connection.alone:  # a file has the calendar's arithmetic itself
+            minute = self.states.wall() // 60_000_000_000
+            rules = tuple(
+                algorithms.dated(rule, limit, minute)
+                for rule, limit in zip(rules, self._limits, strict=True)
+            )
         request = algorithms.Request(
             operation, self.name, raw, rules, costs, kept, given, used, before, known
         )

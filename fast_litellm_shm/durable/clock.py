@@ -42,27 +42,37 @@ def host() -> str:
     return found or socket.gethostname()
 
 
+_WRONG = 86_400 * 10**9  # ns: a time of day that was set back by more had been wrong
+
+
+def not_before(floor: int) -> int:
+    """The time of day, for windows of the calendar: where it was set back, it stands still until it
+    has caught up with the latest that was seen (as csrc/core/wall.h has it for a segment)."""
+    wall = time_of_day()
+    return wall if floor - wall > _WRONG else max(floor, wall)
+
+
 class Clock(NamedTuple):
     """The line of a boot: at ``since_boot`` ns of it, the file's time was ``now``. wall: the time
-    of day then."""
+    of day then. floor: the latest time of day that was seen."""
 
     boot: str
     since_boot: int
     now: int
     wall: int
+    floor: int
 
     @classmethod
     def begun(cls) -> Clock:
         """Of a new file."""
         wall = time_of_day()
-        return cls(boot(), since_boot(), wall, wall)
+        return cls(boot(), since_boot(), wall, wall, wall)
 
     def goes_on(self) -> Clock:
         """In this boot."""
         mine, at, wall = boot(), since_boot(), time_of_day()
-        if mine and mine == self.boot:
-            return Clock(mine, at, self.now + max(at - self.since_boot, 0), wall)
-        return Clock(mine, at, self.now + max(wall - self.wall, 0), wall)
+        passed = at - self.since_boot if mine and mine == self.boot else wall - self.wall
+        return Clock(mine, at, self.now + max(passed, 0), wall, not_before(self.floor))
 
     def time(self) -> int:
         return self.now + max(since_boot() - self.since_boot, 0)

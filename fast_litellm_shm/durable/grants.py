@@ -6,15 +6,25 @@ to which limit, several limits at once, and how long a lease is.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import sqlite3
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from fast_litellm_shm._shared import zones
 from fast_litellm_shm._shared.native import ffi, lib
-from fast_litellm_shm.cluster.algorithms import Answer, Known, Request, Rule, most_leased
+from fast_litellm_shm.cluster.algorithms import (
+    CALENDAR,
+    Answer,
+    Known,
+    Request,
+    Rule,
+    most_leased,
+)
 from fast_litellm_shm.durable.store import LimitNumbers, Transaction, packed
+from fast_litellm_shm.limits import FixedWindow, LimitSpec
 
 _PACE = 250_000_000  # ns that a batch should last
 _FIRST = 4  # tokens of a first batch, at most
@@ -23,13 +33,14 @@ _MOST_LEASED = 2**24 - 2  # TOKEN_LEASE_MOST of algorithms.h
 _PLACES = 12  # states of a key, with those of limits that were taken away
 _ROUND = 2**36  # ns: so rarely the index of `until` changes
 
-_NO_LIMIT = (0, 0, 0, 0, 0)
+_NO_LIMIT = (0, 0, 0, 0, 0, "")
 
 
 class Row(NamedTuple):
     """A state as it is kept: turn: of which of the limits that the last call had; -1: of none, it
-    was taken away. rule: the id of the limit that it was counted under. granted: ``end`` after the
-    last grant."""
+    was taken away. rule: the id of the limit that it was counted under. end: of its window, or of a
+    bucket its arrival time; of the calendar in minutes since 1970. granted: ``end`` after the last
+    grant."""
 
     turn: int
     rule: int
@@ -50,37 +61,68 @@ def rows_of(text: str) -> list[Row]:
     raise sqlite3.DatabaseError("database disk image is malformed: states that are none")
 
 
+@functools.lru_cache(maxsize=256)
+def _spans(zone: str) -> tuple[Any, int]:
+    known = zones.spans(zone) if zone not in ("", zones.UTC) else ()
+    return ffi.new("uint64_t[]", known or (0,)), len(known)
+
+
+def applied(
+    op: int,
+    rule: LimitNumbers,
+    stored: Any,
+    cost: int,
+    at: tuple[int, int],
+    charged: Any = ffi.NULL,
+) -> Any:
+    """A ``fshm_stored_answer``. at: the file's time and the time of day. Raises
+    sqlite3.DatabaseError: what was kept is no state."""
+    out, limit = ffi.new("fshm_stored_answer *"), ffi.new("fshm_limit *", rule[:5])
+    spans, count = _spans(rule[5])
+    when = ffi.new("fshm_stored_time *", (*at, spans, count))
+    status = lib.fshm_stored_apply(op, limit, stored, cost, charged, when, out)
+    if status != lib.FSHM_OK:
+        raise sqlite3.DatabaseError(f"database disk image is malformed: no state ({status})")
+    return out
+
+
+def over(rule: LimitNumbers, stored: Any, at: tuple[int, int]) -> Any:
+    """What there is of a state, under its own limit. It begins no window, so the zone is of no
+    account (nor whether this process's tz database knows it)."""
+    return applied(lib.FSHM_PEEK, (*rule[:5], ""), stored, 0, at)
+
+
 class _State:
-    """Of one limit, in a request."""
+    """Of one limit, in a request. at: as of applied()."""
 
     def __init__(self, rule: LimitNumbers, row: Row | None) -> None:
         self.stored = ffi.new("fshm_stored *")
         self.rule, self.granted, self.turn = rule, 0, -1
         if row is not None:
             self.stored[0] = {
-                "limit": rule, "end": row.end, "used": row.used, "previous": row.previous,
+                "limit": rule[:5], "end": row.end, "used": row.used, "previous": row.previous,
             }  # fmt: skip
             self.granted, self.turn = row.granted, row.turn
 
-    def apply(self, op: int, limit: Any, cost: int, now: int, charged: Any = ffi.NULL) -> Any:
-        """A ``fshm_stored_answer``. Raises sqlite3.DatabaseError: what was kept is no state."""
-        out = ffi.new("fshm_stored_answer *")
-        status = lib.fshm_stored_apply(op, limit, self.stored, cost, charged, now, out)
-        if status != lib.FSHM_OK:
-            raise sqlite3.DatabaseError(f"database disk image is malformed: no state ({status})")
+    def apply(
+        self, op: int, limit: LimitNumbers, cost: int, at: tuple[int, int], charged: Any = ffi.NULL
+    ) -> Any:
+        out = applied(op, limit, self.stored, cost, at, charged)
         if op != lib.FSHM_PEEK:
             found = self.stored.limit
             label = (found.n, found.per_ns, found.burst, found.kind, found.strict)
-            if label != self.rule:  # what was granted before is not given back
-                self.rule, self.granted = label, 0
+            # Limits of two zones alone differ in none of these: then the state has gone over.
+            rule = limit if label == limit[:5] else (*label, self.rule[5])
+            if rule != self.rule:  # what was granted before is not given back
+                self.rule, self.granted = rule, 0
         return out
 
-    def give_back(self, limit: Any, tokens: int, now: int) -> None:
+    def give_back(self, limit: LimitNumbers, tokens: int, at: tuple[int, int]) -> None:
         """What was granted and is not spent, as far as it has not drained."""
         if tokens and self.granted:
             charged = ffi.new("fshm_stored *")
-            charged[0] = {"limit": self.rule, "end": self.granted}
-            self.apply(lib.FSHM_REFUND, limit, tokens, now, charged)
+            charged[0] = {"limit": self.rule[:5], "end": self.granted}
+            self.apply(lib.FSHM_REFUND, limit, tokens, at, charged)
 
     def copy(self) -> tuple[Any, LimitNumbers, int]:
         kept = ffi.new("fshm_stored *", self.stored[0])
@@ -92,8 +134,14 @@ class _State:
 
 def numbers(rule: Rule) -> LimitNumbers:
     """The limit as the file counts it. A strict bucket refills more slowly by its lease."""
-    n, per, burst, kind, strict = rule.limit._raw()
-    return n, per + rule.lease_us * 1000 if strict else per, burst, kind, strict
+    return raw_numbers(rule.limit, rule.lease_us * 1000)
+
+
+def raw_numbers(limit: LimitSpec, lease: int = 0) -> LimitNumbers:
+    if isinstance(limit, FixedWindow) and limit.timezone is not None:
+        return limit.n, limit._per_ns, 0, lib.FSHM_CALENDAR, 0, limit.timezone
+    n, per, burst, kind, strict = limit._raw()
+    return n, per + lease if strict else per, burst, kind, strict, ""
 
 
 def hash_of(secret: bytes, limiter: bytes, key: bytes) -> bytes:
@@ -124,16 +172,17 @@ class _Key:
         self.limiter = ids.limiter(db, request.limiter, make=request.operation != "look")
         self.hash = request.at or hash_of(t.secret, request.limiter, request.key)
         row = db.execute(
-            "SELECT at, batch, leased, states, until FROM key WHERE limiter = ? AND hash = ?",
+            "SELECT at, batch, leased, states, until, minute FROM key "
+            "WHERE limiter = ? AND hash = ?",
             (self.limiter, self.hash),
         ).fetchone()
-        found: tuple[int, int, int, str, int] = row or (0, 0, 0, "[]", 0)
-        self.at, self.batch, self.leased, self._text, self._until = found
+        found: tuple[int, int, int, str, int, int] = row or (0, 0, 0, "[]", 0, 0)
+        self.at, self.batch, self.leased, self._text, self._until, self._minute = found
         self._is_new = row is None
         self.now = max(t.now, self.at)  # time never goes back
+        self._when = self.now, t.wall
         self.was_leased = self.leased
         self.rules = [numbers(each) for each in request.rules]
-        self.limits = [ffi.new("fshm_limit *", rule) for rule in self.rules]
         # What the row has is no state: what was used is not known, so all of it counts as used.
         self.junk = False
         states = self._read()
@@ -165,7 +214,7 @@ class _Key:
         return self.t.ids.numbers(self.t.db, rule)
 
     def _is_alike(self, i: int, state: _State | None) -> bool:
-        _, per, _, kind, _ = self.rules[i]
+        _, per, _, kind, *_ = self.rules[i]
         return state is not None and (state.rule[1], state.rule[3]) == (per, kind)
 
     def _matched(self, found: list[_State]) -> list[_State | None]:
@@ -203,24 +252,29 @@ class _Key:
         state = _State(_NO_LIMIT, None)
         since = self.now if self.junk else self.t.used_up
         if since and self._is_new:
-            state.apply(lib.FSHM_CHARGE, self.limits[i], self._capacity(i), since)
+            # A file's time is the time of day when it is made.
+            wall = self.t.wall if self.junk else since
+            state.apply(lib.FSHM_CHARGE, self.rules[i], self._capacity(i), (since, wall))
         return state
 
     # arithmetic
 
     def _capacity(self, i: int) -> int:
-        n, _, burst, kind, _ = self.rules[i]
+        n, _, burst, kind, *_ = self.rules[i]
         return burst if kind == lib.FSHM_BUCKET else n
 
     def apply(self, i: int, op: int, cost: int) -> Any:
-        return self.states[i].apply(op, self.limits[i], cost, self.now)
+        return self.states[i].apply(op, self.rules[i], cost, self._when)
 
     def look(self, i: int, cost: int = 0) -> Any:
         return self.apply(i, lib.FSHM_PEEK, cost)
 
     def give_back(self, tokens: Sequence[int]) -> None:
-        for i, state in enumerate(self.states):
-            state.give_back(self.limits[i], tokens[i], self.now)
+        for i in range(len(self.states)):
+            self.return_to(i, tokens[i])
+
+    def return_to(self, i: int, tokens: int) -> None:
+        self.states[i].give_back(self.rules[i], tokens, self._when)
 
     def fits(self, costs: Sequence[int]) -> bool:
         return all(self.look(i, cost).status for i, cost in enumerate(costs))
@@ -271,7 +325,7 @@ class _Key:
     def write(self, seal: Callable[[bytes], bytes] | None) -> None:
         if self.limiter is None or self.request.operation == "look":
             return
-        text, until = self._packed()
+        text, until, minute = self._packed()
         if text == self._text and self.leased == self.was_leased:
             return
         if self._is_new and not until and not self.leased and not self.t.used_up:
@@ -286,32 +340,34 @@ class _Key:
             name = self.request.key if seal is None else None
             sealed = None if seal is None else seal(self.request.key)
         self.t.db.execute(
-            "INSERT INTO key (limiter, hash, name, sealed, at, batch, leased, until, states) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (limiter, hash) DO UPDATE SET "
-            "name = coalesce(excluded.name, name), sealed = coalesce(excluded.sealed, sealed), "
+            "INSERT INTO key (limiter, hash, name, sealed, at, batch, leased, until, minute, "
+            "states) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (limiter, hash) "
+            "DO UPDATE SET name = coalesce(excluded.name, name), sealed = coalesce(excluded.sealed, sealed), "
             "at = excluded.at, batch = excluded.batch, leased = excluded.leased, "
-            "until = excluded.until, states = excluded.states",
+            "until = excluded.until, minute = excluded.minute, states = excluded.states",
             (
                 self.limiter, self.hash, name, sealed, self.now, self.batch, self.leased,
-                self._until, text,
+                self._until, minute, text,
             ),
         )  # fmt: skip
 
-    def _packed(self) -> tuple[str, int]:
-        """The states as they are kept, and until when they count."""
-        rows, until = [], 0
+    def _packed(self) -> tuple[str, int, int]:
+        """The states as they are kept, and until when they count: by the file's time, and by the
+        time of day."""
+        rows, until, minute = [], 0, 0
         for turn, state in [*enumerate(self.states), *((-1, each) for each in self._others)]:
             over = self._over(state)
             if over or turn >= 0:
                 rows.append(self._row(turn, state))
                 until = max(until, self.now + over if over else 0)
-        return packed(rows), until
+                if over and state.rule[3] == lib.FSHM_CALENDAR:
+                    minute = max(minute, state.stored.end)
+        return packed(rows), until, minute
 
     def _over(self, state: _State) -> int:
         if not state.stored.limit.n:
             return 0
-        limit = ffi.new("fshm_limit *", state.rule)
-        return int(state.apply(lib.FSHM_PEEK, limit, 0, self.now).over_ns)
+        return int(over(state.rule, state.stored, self._when).over_ns)
 
     def _row(self, turn: int, state: _State) -> Row:
         stored = state.stored
@@ -363,7 +419,7 @@ def _redate(key: _Key, once: Sequence[int]) -> None:
     for i, (rule, kept) in enumerate(zip(request.rules, request.kept, strict=False)):
         if rule.kind == 0 and kept:
             before[i] = key.states[i].copy()
-            key.states[i].give_back(key.limits[i], kept, key.now)
+            key.return_to(i, kept)
             if not key.look(i, kept + once[i]).status:
                 break
     else:
@@ -379,7 +435,7 @@ def _rest(key: _Key) -> int:
     """ns until the next request is worth it, after the last tokens were granted."""
     out = 0
     for i, rule in enumerate(key.request.rules):
-        if rule.kind != lib.FSHM_WINDOW:
+        if rule.kind not in (lib.FSHM_WINDOW, CALENDAR):
             some = rule.burst * rule.num // rule.den // 2 if rule.kind == 0 else rule.per_us * 50
             retry = key.look(i, key.request.costs[i]).retry_ns
             out = max(out, min(_LEAST_BACK_OFF, max(retry, some)))
@@ -410,15 +466,15 @@ def _charge(key: _Key) -> Answer:
 
 def _refund(key: _Key) -> Answer:
     """What was charged in a window that is over by now is not given back: the next one ends at
-    least ``per`` later."""
+    least ``per`` later, or half of it: where a zone moves its clock by half an hour."""
     request = key.request
     key.give_back(request.given)
     key.leased = 0
     for i, (rule, cost) in enumerate(zip(request.rules, request.costs, strict=False)):
         left = request.left[i]
-        if rule.kind == lib.FSHM_WINDOW and left:
+        if rule.kind in (lib.FSHM_WINDOW, CALENDAR) and left:
             present = key.look(i).window_ns // 1000
-            if present - left > rule.per_us // 2:
+            if present - left > rule.per_us // 4:
                 continue
         if cost:
             key.apply(i, lib.FSHM_REFUND, cost)

@@ -12,6 +12,7 @@ from fast_litellm_shm._shared.named_limiter import InnerLimits
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.cluster import algorithms, link, names
 from fast_litellm_shm.cluster.algorithms import Answer, Request
+from fast_litellm_shm.cluster.background import Background
 from fast_litellm_shm.cluster.link import Link, log
 from fast_litellm_shm.cluster.token_lease import TokenLeases
 from fast_litellm_shm.durable.grants import Grants
@@ -48,7 +49,7 @@ class FileLink(Link):
         self.seal = names.Seal(segment) if segment.geometry().names else None
         self._asked: list[_Asked] = []
         self._asked_lock = threading.Lock()
-        self._has_answered = False
+        self.has_answered = False
         self._limiters: dict[bytes, TokenLeases] = {}  # of any process
         self._junk: set[bytes] = set()  # limiters whose junk was logged
 
@@ -130,7 +131,7 @@ class FileLink(Link):
         with self.store.transaction(write) as t:
             grants = Grants(t, None if self.seal is None else self.seal.seal)
             found = [[grants.answer(each) for each in requests] for requests in calls]
-        self._has_answered = True
+        self.has_answered = True
         return found
 
     def knows(
@@ -203,14 +204,21 @@ class FileLink(Link):
         """The last process that uses the file gives back what the segment has leased."""
         self.in_use = False
         link.note(self.segment)
-        if self._has_answered and self.outage is None and not link.in_use_elsewhere(self.segment):
-            self.save()
+        if self.has_answered and self.outage is None and not link.in_use_elsewhere(self.segment):
+            self._save()
             self._guarded(self.store.release)
         self.store.close()
 
-    def save(self) -> tuple[int, int]:
-        """Give back all that this host has leased. Returns how many tokens, of how many keys.
+    def save(self) -> tuple[int, int, int, int]:
+        """Give back all that this host has leased, and no batch of this process is on its way.
+        Returns how many tokens, of how many keys; and how many nano-dollars, of how many keys.
         Raises UnreachableError."""
+        with self.ensure(Background).reporting:
+            return self._save()
+
+    def _save(self) -> tuple[int, int, int, int]:
+        from fast_litellm_shm.durable import books
+
         tokens = keys = 0
         self.check()
         leased = self._guarded(self._leased)
@@ -226,7 +234,7 @@ class FileLink(Link):
                 tokens, keys = tokens + max(taken, default=0), keys + any(taken)
             if asked:
                 self.call(asked)
-        return tokens, keys
+        return tokens, keys, *books.save(self)
 
     def _leased(self) -> list[tuple[bytes, bytes | None, bytes | None]]:
         with self.store.transaction(write=False) as t:

@@ -14,8 +14,8 @@ from urllib.parse import quote
 from fast_litellm_shm import exceptions, limits
 from fast_litellm_shm._shared.native import ffi, lib
 from fast_litellm_shm.durable import clock, store
-from fast_litellm_shm.durable.grants import Row, hash_of, rows_of
-from fast_litellm_shm.durable.store import LimitNumbers, Store
+from fast_litellm_shm.durable.grants import Row, hash_of, over, rows_of
+from fast_litellm_shm.durable.store import MINUTE, LimitNumbers, Store
 
 FORMAT = 1  # of an export
 _COLUMNS = "limiter.name, key.hash, key.name, at, batch, leased, until, states"
@@ -41,6 +41,18 @@ class Key(NamedTuple):
     hash: bytes
     leased: bool
     states: tuple[State, ...]
+
+
+class Money(NamedTuple):
+    """Of a key of a budget, in the window that ends at this minute since 1970. Nano-dollars;
+    granted: what counts as spent after a power cut."""
+
+    budget: bytes
+    name: bytes | None
+    hash: bytes
+    minute: int
+    granted: int
+    added: int
 
 
 class Summary(NamedTuple):
@@ -92,24 +104,42 @@ def summary(db: sqlite3.Connection, path: str) -> Summary:
 
 def keys(db: sqlite3.Connection) -> Iterator[Key]:
     """All of them. Raises sqlite3.DatabaseError where the file is damaged."""
-    now, ids = store.clock_of(db).goes_on().now, store.Ids()
+    now, ids = store.clock_of(db).goes_on(), store.Ids()
     for limiter, hashed, name, at, _, leased, _, text in db.execute(_KEYS):
-        states = tuple(
-            _state(row, ids.numbers(db, row.rule), max(now, at)) for row in rows_of(text)
-        )
+        when = max(now.now, at), now.floor
+        states = tuple(_state(row, ids.numbers(db, row.rule), when) for row in rows_of(text))
         yield Key(bytes(limiter), name, bytes(hashed), bool(leased), states)
 
 
-def _state(row: Row, numbers: LimitNumbers, now: int) -> State:
-    kept, limit = ffi.new("fshm_stored *"), ffi.new("fshm_limit *", numbers)
-    kept[0] = {"limit": numbers, "end": row.end, "used": row.used, "previous": row.previous}
-    out = ffi.new("fshm_stored_answer *")
-    if lib.fshm_stored_apply(lib.FSHM_PEEK, limit, kept, 0, ffi.NULL, now, out) != lib.FSHM_OK:
-        raise sqlite3.DatabaseError("database disk image is malformed: a state that is none")
+def money(db: sqlite3.Connection) -> Iterator[Money]:
+    """All windows of all budgets. Raises sqlite3.DatabaseError where the file is damaged."""
+    for row in db.execute(
+        "SELECT limiter.name, money.name, hash, minute, granted, added FROM money "
+        "JOIN limiter ON limiter.id = money.limiter ORDER BY limiter.name, minute DESC"
+    ):
+        found = Money(*row)
+        if not all(type(each) is int and 0 <= each < 2**63 for each in found[3:]):
+            raise sqlite3.DatabaseError("database disk image is malformed: money that is none")
+        yield found
+
+
+def _state(row: Row, numbers: LimitNumbers, when: tuple[int, int]) -> State:
+    kept = ffi.new("fshm_stored *")
+    kept[0] = {"limit": numbers[:5], "end": row.end, "used": row.used, "previous": row.previous}
+    out = over(numbers, kept, when)
     used = int(out.used) if numbers[3] != lib.FSHM_BUCKET else numbers[2] - out.remaining
-    spec = limits.from_raw(limit[0])
-    assert not isinstance(spec, (limits.InFlight, limits.Granted))  # by the core's check
+    spec = _limit(numbers)
     return State(spec, used, int(out.remaining), int(out.over_ns), row.turn < 0)
+
+
+def _limit(numbers: LimitNumbers) -> limits.LimitSpec:
+    """Raises ValueError: they are no limit's."""
+    raw = ffi.new("fshm_limit *", numbers[:5])
+    if raw.kind == lib.FSHM_CALENDAR and limits.is_calendar(raw.per_ns):
+        return limits.FixedWindow._of(raw.n, raw.per_ns, numbers[5])
+    if raw.kind not in (lib.FSHM_BUCKET, lib.FSHM_WINDOW, lib.FSHM_SLIDING):
+        raise ValueError(f"no limit of a file: {numbers}")
+    return limits.from_raw(raw[0], None)  # type: ignore[return-value]  # by its kind
 
 
 def problems(path: str) -> list[str]:
@@ -121,8 +151,9 @@ def problems(path: str) -> list[str]:
             application = db.execute("PRAGMA application_id").fetchone()[0]
             if application != store.APPLICATION:
                 return [*found, "it is not a state file of this library"]
-            for _ in keys(db):
-                pass
+            for found_in in (keys(db), money(db)):
+                for _ in found_in:
+                    pass
         except sqlite3.DatabaseError as error:
             found.append(str(error))
         return found
@@ -132,8 +163,10 @@ def compact(path: str) -> tuple[int, int, int]:
     """Remove what counts no more. Returns how many keys went, and the bytes before and after."""
     with opened(path) as db:
         before = summary(db, path)
-        now = store.clock_of(db).goes_on().now
-        gone = db.execute("DELETE FROM key WHERE until < ?", (now,)).rowcount
+        now = store.clock_of(db).goes_on()
+        gone = db.execute(
+            "DELETE FROM key WHERE until < ? AND minute < ?", (now.now, now.floor // MINUTE)
+        ).rowcount
         db.execute("VACUUM")
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return gone, before.bytes, summary(db, path).bytes
@@ -159,16 +192,34 @@ def export(path: str) -> dict[str, Any]:
         for limiter, hashed, name, _, _, _, _, text in db.execute(_KEYS):
             states = [
                 {
-                    "limit": list(ids.numbers(db, row.rule)),
-                    "end_ns": row.end - now.now if row.end else None,
+                    "limit": (numbers := ids.numbers(db, row.rule)),
+                    # of the calendar: ns since 1970
+                    "end_ns": _end(row, numbers, now.now),
                     "used": row.used, "previous": row.previous, "taken_away": row.turn < 0,
                 }
                 for row in rows_of(text)
             ]  # fmt: skip
             called = {"hash": hashed.hex()} if name is None else {"key": _text(name)}
             found.append({"limiter": _text(limiter), **called, "states": states})
+        budgets = [
+            {
+                "budget": _text(each.budget),
+                **({"hash": each.hash.hex()} if each.name is None else {"key": _text(each.name)}),
+                "minute": each.minute, "granted": each.granted, "added": each.added,
+            }
+            for each in money(db)
+        ]  # fmt: skip
         secret = store.kept(db, "secret").hex()
-        return {"format": FORMAT, "time": now.wall / 1e9, "secret": secret, "keys": found}
+        return {
+            "format": FORMAT, "time": now.wall / 1e9, "secret": secret, "keys": found,
+            "budgets": budgets,
+        }  # fmt: skip
+
+
+def _end(row: Row, numbers: LimitNumbers, now: int) -> int | None:
+    if not row.end:
+        return None
+    return row.end * MINUTE if numbers[3] == lib.FSHM_CALENDAR else row.end - now
 
 
 def _text(raw: bytes) -> str:
@@ -208,23 +259,26 @@ def _restored(into: Store, exported: dict[str, Any]) -> int:
             t.db.execute("UPDATE meta SET value = ? WHERE name = 'secret'", (secret,))
         else:
             secret = t.secret
+        same = secret.hex() == exported["secret"]
+        for each in exported.get("budgets", ()):
+            budget, name, hashed = _called(each, "budget", secret, same)
+            numbers = tuple(int(each[which]) for which in ("minute", "granted", "added"))
+            if min(numbers) < 0 or max(numbers) >= 2**62:
+                raise ValueError(f"money is out of range: {each}")
+            t.db.execute(
+                "INSERT OR REPLACE INTO money VALUES (?, ?, ?, ?, NULL, '', ?, ?, 0)",
+                (t.ids.limiter(t.db, budget), hashed, numbers[0], name, *numbers[1:]),
+            )
         for each in exported["keys"]:
-            limiter = _raw(each["limiter"])
-            name = _raw(each["key"]) if "key" in each else None
-            if name is None and secret.hex() != exported["secret"]:
-                raise ValueError(
-                    "it has keys without names, which another state file alone can tell apart: "
-                    "import it where there is no state file"
-                )
-            hashed = bytes.fromhex(each["hash"]) if name is None else hash_of(secret, limiter, name)
+            limiter, name, hashed = _called(each, "limiter", secret, same)
             rows = [
                 _row(t, turn, state, t.now - passed) for turn, state in enumerate(each["states"])
             ]
             t.db.execute(
-                "INSERT OR REPLACE INTO key VALUES (?, ?, ?, NULL, ?, 0, 0, ?, ?)",
+                "INSERT OR REPLACE INTO key VALUES (?, ?, ?, NULL, ?, 0, 0, ?, 0, ?)",
                 (
                     t.ids.limiter(t.db, limiter), hashed, name, t.now,
-                    max((row.end for row in rows), default=0) + 2 * 366 * 86_400 * 10**9,
+                    max((t.now, *(row.end for row in rows))) + 2 * 366 * 86_400 * 10**9,
                     store.packed(rows),
                 ),
             )  # fmt: skip
@@ -233,13 +287,31 @@ def _restored(into: Store, exported: dict[str, Any]) -> int:
     return len(exported["keys"])
 
 
+def _called(
+    each: dict[str, Any], of: str, secret: bytes, same: bool
+) -> tuple[bytes, bytes | None, bytes]:
+    """The limiter, the key and its hash. same: the export is of a file with the same secret."""
+    limiter, name = _raw(each[of]), _raw(each["key"]) if "key" in each else None
+    if name is not None:
+        return limiter, name, hash_of(secret, limiter, name)
+    if not same:
+        raise ValueError(
+            "it has keys without names, which another state file alone can tell apart: import it "
+            "where there is no state file"
+        )
+    return limiter, None, bytes.fromhex(each["hash"])
+
+
 def _row(t: store.Transaction, turn: int, state: dict[str, Any], exported_at: int) -> Row:
-    n, per, burst, kind, strict = (int(each) for each in state["limit"])
-    raw = ffi.new("fshm_limit *", (n, per, burst, kind, strict))
-    limits.from_raw(raw[0])  # raises ValueError
-    end = 0 if state["end_ns"] is None else exported_at + int(state["end_ns"])
+    *given, zone = state["limit"]
+    n, per, burst, kind, strict = (int(each) for each in given)
+    numbers = n, per, burst, kind, strict, str(zone)
+    _limit(numbers)  # raises ValueError
+    end = 0 if state["end_ns"] is None else int(state["end_ns"])
+    if end:
+        end = end // MINUTE if kind == lib.FSHM_CALENDAR else exported_at + end
     used, previous = int(state["used"]), int(state["previous"])
     if min(end, used, previous) < 0 or max(end, used, previous) >= 2**62:
         raise ValueError(f"a state is out of range: {state}")
-    rule = t.ids.rule(t.db, (n, per, burst, kind, strict))
+    rule = t.ids.rule(t.db, numbers)
     return Row(-1 if state["taken_away"] else turn, rule, end, used, previous, 0)

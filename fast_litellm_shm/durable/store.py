@@ -26,27 +26,37 @@ APPLICATION, VERSION = 0x46534C44, 1  # "FSLD"; of the schema
 _SCHEMA = (
     "CREATE TABLE meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID",
     "CREATE TABLE limiter (id INTEGER PRIMARY KEY, name BLOB UNIQUE NOT NULL)",
-    # A limit that states were counted under.
+    # A limit that states were counted under. zone: of the calendar; else "".
     "CREATE TABLE rule (id INTEGER PRIMARY KEY, kind INTEGER NOT NULL, n INTEGER NOT NULL, "
-    "per INTEGER NOT NULL, burst INTEGER NOT NULL, strict INTEGER NOT NULL, "
-    "UNIQUE (kind, n, per, burst, strict))",
+    "per INTEGER NOT NULL, burst INTEGER NOT NULL, strict INTEGER NOT NULL, zone TEXT NOT NULL, "
+    "UNIQUE (kind, n, per, burst, strict, zone))",
     # hash: of limiter and key. name: the key, if the segment keeps names. sealed: the key, readable
     # for the segment that wrote it. at: when it was last written. batch: tokens granted then.
-    # leased: 1: the segment may hold some. until: when nothing counts any more, or later. states:
-    # one for each limit, see grants.py.
+    # leased: 1: the segment may hold some. until: when nothing counts any more, or later. minute:
+    # the same by the time of day, for windows of the calendar. states: one for each limit, see
+    # grants.py.
     "CREATE TABLE key (limiter INTEGER NOT NULL, hash BLOB NOT NULL, name BLOB, sealed BLOB, "
     "at INTEGER NOT NULL, batch INTEGER NOT NULL, leased INTEGER NOT NULL, until INTEGER NOT NULL, "
-    "states TEXT NOT NULL, PRIMARY KEY (limiter, hash)) WITHOUT ROWID",
+    "minute INTEGER NOT NULL, states TEXT NOT NULL, PRIMARY KEY (limiter, hash)) WITHOUT ROWID",
+    # Of a budget, a key and the window that ends at this minute (books.py). Amounts: nano-dollars.
+    "CREATE TABLE money (limiter INTEGER NOT NULL, hash BLOB NOT NULL, minute INTEGER NOT NULL, "
+    "name BLOB, sealed BLOB, instance TEXT NOT NULL, granted INTEGER NOT NULL, "
+    "added INTEGER NOT NULL, leased INTEGER NOT NULL, PRIMARY KEY (limiter, hash, minute)) "
+    "WITHOUT ROWID",
+    "CREATE INDEX money_minute ON money (minute)",
+    "CREATE INDEX money_leased ON money (limiter) WHERE leased",
     "CREATE INDEX key_until ON key (until)",
     "CREATE INDEX key_leased ON key (limiter) WHERE leased",
 )
 _EVERY = 1_000_000_000  # ns between two notes of the time, and two clearings of old rows
 _CLEARED = 20  # rows at once
+_MONEY_KEPT = 400 * 1440  # minutes after its window, at most
 _PAUSE = 0.0005  # seconds between two tries to begin a transaction: half, to one and a half of it
 _CACHE_KIB = 2048
+MINUTE = 60 * 10**9  # ns
 
-
-LimitNumbers: TypeAlias = tuple[int, int, int, int, int]  # n, per_ns, burst, kind, strict
+# n, per_ns, burst, kind, strict, zone. A zone's index would not outlive the segment.
+LimitNumbers: TypeAlias = tuple[int, int, int, int, int, str]
 
 
 class Ids:
@@ -77,12 +87,12 @@ class Ids:
         if found is None:
             row = db.execute(
                 "SELECT id FROM rule WHERE n = ? AND per = ? AND burst = ? AND kind = ? "
-                "AND strict = ?",
+                "AND strict = ? AND zone = ?",
                 rule,
             ).fetchone()
             if row is None:
-                made = "INSERT INTO rule (n, per, burst, kind, strict) VALUES (?, ?, ?, ?, ?)"
-                row = (db.execute(made, rule).lastrowid,)
+                into = "INSERT INTO rule (n, per, burst, kind, strict, zone) "
+                row = (db.execute(into + "VALUES (?, ?, ?, ?, ?, ?)", rule).lastrowid,)
             found = int(row[0])
             self._made.append((self._rules, rule, found))
         return found
@@ -91,7 +101,7 @@ class Ids:
         found = self._numbers.get(rule)
         if found is None:
             found = db.execute(
-                "SELECT n, per, burst, kind, strict FROM rule WHERE id = ?", (rule,)
+                "SELECT n, per, burst, kind, strict, zone FROM rule WHERE id = ?", (rule,)
             ).fetchone()
             if found is None:
                 raise sqlite3.DatabaseError(f"database disk image is malformed: no rule {rule}")
@@ -127,8 +137,11 @@ class Open(NamedTuple):
 
 
 class Transaction(NamedTuple):
+    """now: by the file's clock. wall: the time of day."""
+
     db: sqlite3.Connection
     now: int
+    wall: int
     secret: bytes
     used_up: int
     ids: Ids
@@ -142,8 +155,9 @@ class Store:
         self.path, self._timeout, self._forgives = path, timeout, forgives
         self.lock = threading.RLock()
         self._open: Open | None = None
-        self._noted = self._cleared = 0
+        self._noted = self._cleared = self._floor = 0
         self._suspect = False  # damage was met
+        self._inside = 0  # the thread that is in a transaction
 
     def forked(self) -> None:
         """In a child. SQLite forbids to use the parent's connection there, and to close it: so it
@@ -167,21 +181,37 @@ class Store:
     @contextlib.contextmanager
     def transaction(self, write: bool = True) -> Iterator[Transaction]:
         """All of it is on the disk afterwards, or nothing. Raises StateFileError."""
-        with self.lock, self.explained():
+        with self.lock, self._marked(), self.explained():
             opened = self._opened()
             self._begin(opened.db, write)
             try:
                 opened = self._current(opened)
                 if write:
                     self._tend(opened)
-                now = opened.clock.time()
-                yield Transaction(opened.db, now, opened.secret, opened.used_up, opened.ids)
+                now, self._floor = opened.clock.time(), clock.not_before(self._floor)
+                yield Transaction(
+                    opened.db, now, self._floor, opened.secret, opened.used_up, opened.ids
+                )
                 opened.db.execute("COMMIT")
                 opened.ids.ended(committed=True)
             finally:
                 opened.ids.ended(committed=False)
                 if opened.db.in_transaction:
                     opened.db.execute("ROLLBACK")
+
+    @property
+    def is_busy_here(self) -> bool:
+        """Whether this thread is in a transaction: the garbage collector may come at any line, and
+        find calls to end."""
+        return self._inside == threading.get_ident()
+
+    @contextlib.contextmanager
+    def _marked(self) -> Iterator[None]:
+        self._inside = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._inside = 0
 
     def _current(self, opened: Open) -> Open:
         edition = kept(opened.db, "edition")
@@ -221,16 +251,21 @@ class Store:
                     _two_hosts(self.path, owner_of(opened.db), found)
                 )
         if due:
-            self._noted = now
-            keep(opened.db, "clock", list(opened.clock.goes_on()))
+            self._noted, self._floor = now, max(self._floor, clock_of(opened.db).floor)
+            keep(opened.db, "clock", list(opened.clock._replace(floor=self._floor).goes_on()))
             if opened.shared:
                 keep(opened.db, "owner", [clock.host(), False])
         if now - self._cleared >= _EVERY:
             self._cleared = now
             opened.db.execute(
                 "DELETE FROM key WHERE (limiter, hash) IN (SELECT limiter, hash FROM key "
-                "WHERE until < ? LIMIT ?)",
-                (now, _CLEARED),
+                "WHERE until < ? AND minute < ? LIMIT ?)",
+                (now, clock.not_before(self._floor) // MINUTE, _CLEARED),
+            )
+            opened.db.execute(
+                "DELETE FROM money WHERE (limiter, hash, minute) IN (SELECT limiter, hash, minute "
+                "FROM money WHERE minute < ? LIMIT ?)",
+                (clock.not_before(self._floor) // MINUTE - _MONEY_KEPT, _CLEARED),
             )
 
     def release(self) -> None:
@@ -253,6 +288,7 @@ class Store:
         _make_folder(os.path.dirname(self.path))
         with _flocked(f"{self.path}.lock", self._timeout):
             self._open = self._opened_alone()
+        self._floor = max(self._floor, self._open.clock.floor)
         return self._open
 
     def _opened_alone(self) -> Open:
@@ -475,7 +511,10 @@ def keep(db: sqlite3.Connection, name: str, value: Any) -> None:
 
 
 def clock_of(db: sqlite3.Connection) -> Clock:
-    return Clock(*kept(db, "clock"))
+    try:
+        return Clock(*kept(db, "clock"))
+    except TypeError:
+        raise sqlite3.DatabaseError("database disk image is malformed: clock") from None
 
 
 def owner_of(db: sqlite3.Connection) -> Owner:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeAlias
 
 from fast_litellm_shm import exceptions, limits
 from fast_litellm_shm._shared import log
@@ -19,7 +19,13 @@ from fast_litellm_shm._shared.native import (
 )
 from fast_litellm_shm._shared.segment import InSegment, Segment
 from fast_litellm_shm._shared.states import failure
+from fast_litellm_shm.limiters.choice import chosen
+from fast_litellm_shm.limiters.grantors import ClusterArgument, DurableArgument
+from fast_litellm_shm.limiters.waiting import off_loop
 from fast_litellm_shm.limits import NANO, Money, dollars
+
+if TYPE_CHECKING:
+    from fast_litellm_shm.durable.books import Books
 
 Reservation = BudgetReservation  # its public name
 Key: TypeAlias = str | bytes
@@ -175,6 +181,14 @@ class Budget(BudgetCore, InSegment):
 
     warn_at, on_warn: ``on_warn(key, usage)`` is called by one process, once in a window of a key,
     when that share of the budget is used or reserved. Default: a warning in the log.
+
+    cluster: a URL (``redis://host:6379/0``) or a :class:`~fast_litellm_shm.cluster.Cluster`: the
+    budget holds over all hosts that name it. False: this host alone. Default: what
+    FAST_LITELLM_SHM_CLUSTER says. See ``docs/cluster.md``.
+
+    durable: True, or a :class:`~fast_litellm_shm.durable.StateFile`: what was spent outlives a
+    reboot of this host. A file grants the budget in parts of a hundredth; after a power cut, what
+    was granted counts as spent. See ``docs/durable.md``. Over hosts, the server keeps it instead.
     """
 
     def __init__(
@@ -188,6 +202,8 @@ class Budget(BudgetCore, InSegment):
         on_warn: OnWarn | None = None,
         on_death: str = "release",
         segment: Segment | None = None,
+        cluster: ClusterArgument = None,
+        durable: DurableArgument = None,
         _ledger: Ledger | None = None,
     ) -> None:
         if on_death not in _ON_DEATH:
@@ -209,11 +225,16 @@ class Budget(BudgetCore, InSegment):
         self._segment = Segment.default() if segment is None else segment
         self._options: dict[str, Any] = {
             "name": name, "timezone": timezone, "warn_at": warn_at, "on_warn": on_warn,
-            "on_death": on_death,
+            "on_death": on_death, "durable": durable,
         }  # fmt: skip
         self._flags, self._warn_at, self._on_warn = _ON_DEATH[on_death], warn_at, on_warn
         self._ledger = _ledger
-        if _ledger is not None:
+        self._books: Books | None = None
+        grantor = chosen(False if _ledger is not None else cluster)
+        self._cluster = grantor.argument
+        if durable is not None and _ledger is None and not grantor.has_budgets:
+            self._books = self._durable(durable)
+        if _ledger is not None or self._books is not None:
             self._flags |= lib.FSHM_BUDGET_GRANTED
         out = ffi.new("fshm_limiter **")
         four = ffi.new(
@@ -223,7 +244,30 @@ class Budget(BudgetCore, InSegment):
         if status != lib.FSHM_OK:
             self._failed(status)
         self._handle: Any = owned(out[0], lib.fshm_limiter_close, self._segment._handle)
-        self._bind(self._handle, address(self._handle), self._flags, float(warn_at or 0))
+        self._leases = grantor.budget(self._handle, name, self._segment)
+        if self._leases is not None:
+            self._flags |= lib.FSHM_BUDGET_SHARED
+        watched = warn_at if self._leases is None else 0  # else the server knows when it is time
+        self._bind(self._handle, address(self._handle), self._flags, float(watched or 0))
+
+    async def reserve_async(
+        self, key: Key, usd: USD, *, also: Iterable[tuple[Budget, Key]] = ()
+    ) -> Reservation | Reservations:
+        """reserve() for asyncio: where a file or a server has to grant more, a thread has it do so.
+        Cancelled meanwhile, it has reserved nothing."""
+        given = {"also": tuple(also)} if also else {}
+
+        def call() -> Reservation | Reservations:
+            return self.reserve(key, usd, **given)
+
+        return await off_loop(call, lambda late: late.release())
+
+    def _durable(self, durable: DurableArgument) -> Books | None:
+        from fast_litellm_shm.durable.books import Books
+        from fast_litellm_shm.durable.settings import found
+
+        file = found(durable)
+        return None if file is None else Books(self, file)
 
     def _reserve_all(
         self, key: Key, usd: USD, also: Iterable[tuple[Budget, Key]]
@@ -238,10 +282,20 @@ class Budget(BudgetCore, InSegment):
 
     def usage(self, key: Key) -> Usage:
         """What the key has spent and reserved in the present window."""
-        return self._usage(self._look(key_bytes(key)))
+        raw = key_bytes(key)
+        if self._leases is None:
+            return self._usage(self._look(raw))
+        found, rest = self._leases.usage(raw)
+        own, leased = self._usage(found), max(rest.others - rest.spent, 0)
+        return Usage(
+            own.limit + dollars(rest.added), own.spent + dollars(rest.spent),
+            own.reserved + dollars(leased), own.reset_after,
+        )  # fmt: skip
 
     def spent(self, key: Key) -> Decimal:
         """Dollars that were settled in the present window."""
+        if self._leases is not None:
+            return self.usage(key).spent
         return dollars(self._look(key_bytes(key)).spent)
 
     def remaining(self, key: Key) -> Decimal:
@@ -251,12 +305,15 @@ class Budget(BudgetCore, InSegment):
     def charge(self, key: Key, usd: USD) -> None:
         """Spend without a reservation, room or not."""
         raw, amount = key_bytes(key), _amount(usd, "charge: usd")
-        self._add(raw, _SPENT, amount)
-        self._watch(key)
+        self._spend(raw, amount)
+        if self._leases is None:
+            self._watch(key)
+        elif self._leases.charged(raw, self._warn_at):
+            self._warn(raw, self.usage(key))
 
     def refund(self, key: Key, usd: USD) -> None:
         """Take back what was spent in the present window, at most all of it."""
-        self._add(key_bytes(key), _SPENT, -_amount(usd, "refund: usd"))
+        self._spend(key_bytes(key), -_amount(usd, "refund: usd"))
 
     def add(self, key: Key, usd: USD) -> None:
         """Raise the budget of a key for the present window; a negative amount takes back what was
@@ -264,14 +321,27 @@ class Budget(BudgetCore, InSegment):
         amount = nanos(usd, "add: usd")
         if abs(amount) > _MOST:
             raise ValueError(f"add: usd must be at most 10**9 dollars, not {usd!r}")
-        self._add(key_bytes(key), _ADDED, amount)
+        if self._leases is not None:
+            self._leases.add(key_bytes(key), amount)
+        elif self._books is not None:
+            self._books.add(self, key_bytes(key), amount)
+        else:
+            self._add(key_bytes(key), _ADDED, amount)
 
     def reset(self, key: Key | None = None) -> None:
         """Forget what a key has spent, reserved and been given; None: of all keys."""
-        if key is None:
+        raw = None if key is None else key_bytes(key)
+        if self._leases is not None:
+            self._leases.reset(raw)
+        elif self._books is not None:
+            self._books.reset(self, raw, lambda: self._forget(raw))
+        else:
+            self._forget(raw)
+
+    def _forget(self, raw: bytes | None) -> None:
+        if raw is None:
             status = lib.fshm_reset_all(self._handle)
         else:
-            raw = key_bytes(key)
             status = lib.fshm_reset_key(self._handle, raw, len(raw))
         if status != lib.FSHM_OK:
             self._failed(status)
@@ -289,11 +359,19 @@ class Budget(BudgetCore, InSegment):
         status = lib.fshm_budget_look(self._handle, raw, len(raw), 0, out)
         if status != lib.FSHM_OK:
             self._failed(status)
+        if self._books is not None:
+            self._books.overlay(self, raw, out)
         return out
 
     def _usage(self, found: Any) -> Usage:
         left = None if self._limit.per is None else found.left_ns / 1e9
         return Usage(dollars(found.limit), dollars(found.spent), dollars(found.reserved), left)
+
+    def _spend(self, raw: bytes, amount: int) -> None:
+        if self._books is not None:
+            self._books.changing(self, raw, lambda: self._add(raw, _SPENT, amount))
+        else:
+            self._add(raw, _SPENT, amount)
 
     def _add(self, raw: bytes, which: int, amount: int) -> None:
         status = lib.fshm_budget_add(self._handle, raw, len(raw), which, amount, 0)
@@ -303,8 +381,15 @@ class Budget(BudgetCore, InSegment):
     def _ask(self, key: Key, amount: int) -> bool:
         """Called by the native part where what was granted has no room for this amount: have more
         granted, and say whether there is."""
-        assert self._ledger is not None
         raw = key_bytes(key)
+        if self._leases is not None:
+            more, warns = self._leases.ask(raw, amount, self._warn_at)
+            if warns:
+                self._warn(raw, self.usage(key))
+            return more
+        if self._books is not None:
+            return self._books.ask(self, raw, amount)
+        assert self._ledger is not None
         found = self._look(raw)
         least, instance = found.spent + found.reserved + amount, self._segment.geometry().instance
         before, granted = self._ledger.grant(
@@ -316,6 +401,12 @@ class Budget(BudgetCore, InSegment):
             if status < 0:
                 self._failed(status)
         return bool(granted > found.granted or granted >= least)
+
+    def _tend(self, key: Key) -> None:
+        """Called by the native part after a settlement: more was spent than was granted, or more
+        of it is left than has to be kept."""
+        if self._books is not None:
+            self._books.tend(self, key_bytes(key))
 
     def _nanos(self, usd: object, where: str) -> int:
         """Called by the native part, for what it does not read itself."""
@@ -331,7 +422,10 @@ class Budget(BudgetCore, InSegment):
             return
         if lib.fshm_budget_once(self._handle, raw, len(raw), 0) != lib.FSHM_OK:
             return
-        shown, usage = raw.decode("utf-8", "replace"), self._usage(found)
+        self._warn(raw, self._usage(found))
+
+    def _warn(self, raw: bytes, usage: Usage) -> None:
+        shown = raw.decode("utf-8", "replace")
         if self._on_warn is None:
             log.warning(
                 "budget %r: %r has used or reserved %s of %s dollars",
@@ -353,7 +447,8 @@ class Budget(BudgetCore, InSegment):
 
     def __reduce__(self) -> tuple[Any, ...]:
         given = (self.usd, self._limit.per)
-        return (_rebuild, (type(self), given, {**self._options, "segment": self._segment}))
+        options = {**self._options, "segment": self._segment, "cluster": self._cluster}
+        return (_rebuild, (type(self), given, options))
 
     def __repr__(self) -> str:
         return f"Budget({limits.describe(self._limit)}, name={self._name!r})"

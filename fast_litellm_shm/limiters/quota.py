@@ -14,9 +14,9 @@ from fast_litellm_shm._shared.native import Decision
 from fast_litellm_shm._shared.segment import InSegment, Segment
 from fast_litellm_shm._shared.wait_queue import Order, Place, Service
 from fast_litellm_shm.limiters import grantors
-from fast_litellm_shm.limiters.budget import USD, Budget, Reservation, exact
+from fast_litellm_shm.limiters.budget import USD, Budget, Reservation, Reservations, exact
 from fast_litellm_shm.limiters.choice import chosen
-from fast_litellm_shm.limiters.grantors import ClusterArgument, Held
+from fast_litellm_shm.limiters.grantors import ClusterArgument, DurableArgument, Held
 from fast_litellm_shm.limiters.rate import deadline_ns
 from fast_litellm_shm.limiters.waiting import (
     ASYNCIO,
@@ -69,11 +69,11 @@ class Admission:
         self._quota, self._key, self._permit = quota, key, permit
         self._charged, self._requests = tokens, requests
         self._service: Service | None = None  # where it waited: what its tenant was served
-        self._reservation: Reservation | None = None  # of the quota's budget
+        self._reservation: Reservation | Reservations | None = None  # of the quota's budget
         self.allowed = allowed = permit.allowed
         self._released = not allowed
 
-    def _with(self, reservation: Reservation) -> Admission:
+    def _with(self, reservation: Reservation | Reservations) -> Admission:
         self._reservation = reservation
         if not reservation:
             self.cancel()
@@ -201,6 +201,10 @@ class Quota(InSegment):
     three hold over all hosts that name the same server; False: this host alone; default: what
     FAST_LITELLM_SHM_CLUSTER says, else this host alone. See ``docs/cluster.md``.
 
+    durable: True, or a :class:`~fast_litellm_shm.durable.StateFile`: what was used of rpm and tpm
+    outlives a reboot, as of a RateLimiter. Calls in parallel are of living processes, so no file
+    keeps them; a budget is durable by its own argument.
+
     budget: a :class:`~fast_litellm_shm.Budget` that a call must fit into too, with its key, by the
     ``usd`` that admit() is given; settle() says what it cost.
 
@@ -224,6 +228,7 @@ class Quota(InSegment):
         segment: Segment | None = None,
         on_full: str = "share",
         cluster: ClusterArgument = None,
+        durable: DurableArgument = None,
         budget: Budget | None = None,
         _numbered: bool = False,  # see numbered_quota
     ) -> None:
@@ -256,19 +261,21 @@ class Quota(InSegment):
             self._cluster: grantors.Replayed = False
             self._grantor: grantors.Quotas = grantors.Quotas(shared, tail)
         else:
-            grantor = chosen(cluster)
+            grantor = chosen(cluster, durable)
             self._cluster = grantor.argument
             self._grantor = grantor.quota(own, name=name, segment=segment, on_full=on_full)
         self._name, self._segment, self._pace = name, self._grantor.segment, Pace()
         self._given = (rpm, tpm, max_parallel)
         self._budget = budget
         self._options = {
-            "name": name, "on_full": on_full, "budget": budget, "_numbered": _numbered,
+            "name": name, "on_full": on_full, "durable": durable, "budget": budget,
+            "_numbered": _numbered,
         }  # fmt: skip
 
     @property
     def over_hosts(self) -> bool:
-        """Whether a server grants its limits, for many hosts."""
+        """Whether a server grants its limits, for many hosts (or a file, for this one): a call may
+        have to wait for it."""
         return self._grantor.may_wait
 
     def admit(self, key: str | bytes, tokens: int = 0, usd: USD = 0) -> Admission:
@@ -310,7 +317,7 @@ class Quota(InSegment):
         _check_tokens("admit_async", tokens)
         if self._budget is None:
             return await self._admit_async(key, tokens, 1)
-        with_money = self._budget.reserve(key, usd)
+        with_money = await self._budget.reserve_async(key, usd)
         if not with_money:
             return self._refused(key, tokens)._with(with_money)
         try:

@@ -254,7 +254,7 @@ def test_a_second_host_while_the_first_one_runs(
     limiter = host.limiter(FixedWindow(100, per=DAY))
     assert limiter.acquire("k")
     with sqlite3.connect(host.path) as db:
-        db.execute("UPDATE meta SET value = '[\"other\", 1, 2, 3]' WHERE name = 'clock'")
+        db.execute("UPDATE meta SET value = '[\"other\", 1, 2, 3, 3]' WHERE name = 'clock'")
     db.close()
     limiter.acquire("k", 50)
     outage = link_of(limiter).outage

@@ -16,7 +16,7 @@ from support.names import remove, unique_name
 from support.reboots import spend
 from support.waiting import wait_until
 
-from fast_litellm_shm import FixedWindow, RateLimiter, Segment
+from fast_litellm_shm import Budget, FixedWindow, RateLimiter, Segment
 from fast_litellm_shm.durable import StateFile, link
 
 DAY = 86_400
@@ -40,6 +40,36 @@ def _work(name: str, folder: str, noted: int, seed: int, n: int) -> None:
             limiter.refund("k", 0)
 
 
+def _spend_money(name: str, folder: str, noted: int, seed: int, n: int) -> None:
+    """Reserves three cents and spends one, until it is killed, and notes each: one byte."""
+    budget, chance = _budget(Segment(name, capacity=1000), folder, n), random.Random(seed)
+    while True:
+        with budget.reserve("k", "0.03") as reservation:
+            if reservation:
+                reservation.settle("0.01")
+                os.write(noted, b".")
+        if not reservation:
+            time.sleep(0.002)
+        if chance.random() < 0.02:
+            budget.refund("k", 0)
+
+
+def _budget(segment: Segment, folder: str, cents: int) -> Budget:
+    file = StateFile(folder, timeout=30)
+    return Budget(f"{cents / 100:.2f}", "year", name="team", segment=segment, durable=file)
+
+
+def _rest_of_money(segment: Segment, folder: str, n: int) -> int:
+    budget, count = _budget(segment, folder, n), 0
+    wait_until("what the dead had reserved is free", lambda: budget.usage("k").reserved == 0)
+    while True:
+        with budget.reserve("k", "0.01") as reservation:
+            if not reservation:
+                return count
+            reservation.settle("0.01")
+            count += 1
+
+
 def _forked(work: Callable[[], object]) -> int:
     pid = os.fork()
     if pid:
@@ -51,9 +81,9 @@ def _forked(work: Callable[[], object]) -> int:
 
 
 def check_kills(
-    folder: Path, kills: int, workers: int, seed: int = 1, n: int = 1000
+    folder: Path, kills: int, workers: int, seed: int = 1, n: int = 1000, money: bool = False
 ) -> tuple[int, int]:
-    """Returns how many were admitted, and how many reboots there were."""
+    """Returns how many were admitted, and how many reboots there were. money: cents of a budget."""
     name, chance = unique_name("kills"), random.Random(seed)
     (folder / "state").mkdir(parents=True)
     noted = os.open(folder / "noted", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -62,7 +92,8 @@ def check_kills(
     def begin() -> int:
         nonlocal number
         number += 1
-        return _forked(lambda: _work(name, str(folder / "state"), noted, number, n))
+        work = _spend_money if money else _work
+        return _forked(lambda: work(name, str(folder / "state"), noted, number, n))
 
     def end(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
@@ -86,11 +117,14 @@ def check_kills(
             end(pid)
         living = []
         segment = Segment(name, capacity=1000)
-        limiter = RateLimiter(
-            FixedWindow(n, per=DAY), name="free", segment=segment,
-            durable=StateFile(str(folder / "state"), timeout=30),
-        )  # fmt: skip
-        rest = spend(limiter, "k")
+        if money:
+            rest = _rest_of_money(segment, str(folder / "state"), n)
+        else:
+            limiter = RateLimiter(
+                FixedWindow(n, per=DAY), name="free", segment=segment,
+                durable=StateFile(str(folder / "state"), timeout=30),
+            )  # fmt: skip
+            rest = spend(limiter, "k")
         found = link.of(StateFile(str(folder / "state"), timeout=30).of(segment), segment)
         found.store.close()
         found.ending = lambda: None  # type: ignore[method-assign]
@@ -110,13 +144,21 @@ def test_kills(tmp_path: Path) -> None:
     assert admitted >= 1000 - (40 + reboots) * (LEASE + 1)
 
 
+def test_kills_of_those_that_spend_money(tmp_path: Path) -> None:
+    """The same, in cents; a kill loses what it was just granted, and what it has not noted."""
+    spent, reboots = check_kills(tmp_path, kills=40, workers=3, money=True)
+    assert spent <= 1000
+    assert spent >= 1000 - 40 * 15 - reboots * 30
+
+
 _ENDS = """
 import os, signal, sys, time
 from fast_litellm_shm import FixedWindow, RateLimiter
 limiter = RateLimiter(FixedWindow(1000, per=86400), name="free", durable=True)
-print(sum(bool(limiter.acquire("k")) for _ in range(int(sys.argv[1]))), flush=True)
 if sys.argv[2] == "waits":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+print(sum(bool(limiter.acquire("k")) for _ in range(int(sys.argv[1]))), flush=True)
+if sys.argv[2] == "waits":
     signal.pause()
 """
 
@@ -181,12 +223,12 @@ def test_a_process_that_lives_on_keeps_the_lease(folder: Path) -> None:
     assert stays.wait() == 0
 
 
-if __name__ == "__main__":  # by hand: python test_kills.py FOLDER KILLS WORKERS
-    folder_, kills_, workers_ = sys.argv[1:]
+if __name__ == "__main__":  # by hand: python test_kills.py FOLDER KILLS WORKERS [money]
+    folder_, kills_, workers_, *what_ = sys.argv[1:]
     done = total = 0
     while done < int(kills_):
         part = Path(folder_) / f"{os.getpid()}-{done}"
-        admitted_, reboots_ = check_kills(part, 100, int(workers_), seed=done, n=10_000)
+        admitted_, reboots_ = check_kills(part, 100, int(workers_), done, 10_000, bool(what_))
         assert admitted_ <= 10_000, (admitted_, done)
         done, total = done + 100, total + reboots_
         print(done, admitted_, total, flush=True)

@@ -18,16 +18,19 @@ from fast_litellm_shm.durable import records
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD and /proc")
 
-LIMIT, LEASE = 1000, 10
+# What a key may lose: a lease, and what was just admitted. Of money: a hundredth of 10 dollars, and
+# what one call has reserved.
+LOST = {"window": 11, "calendar": 11, "money": 150_000_000}
 # What a worker does. A mark is written when the caller knows what was decided.
 _WORK = """
 import os, sys
-from fast_litellm_shm import FixedWindow, RateLimiter, TokenBucket
+from fast_litellm_shm import FixedWindow, RateLimiter
 from fast_litellm_shm.durable import StateFile
 folder, rounds = sys.argv[1], int(sys.argv[2])
 mark = os.open(folder + "/mark", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 file = StateFile(folder, timeout=30)
-limiter = RateLimiter(FixedWindow(1000, per=86400), name="free", durable=file)
+per = 86400 if sys.argv[3] == "window" else "year"
+limiter = RateLimiter(FixedWindow(1000, per=per), name="free", durable=file)
 link = limiter._grantor.leases.connection
 def told(what, key, count=1):
     os.write(mark, f"{what} {key} {count}\\n".encode())
@@ -48,7 +51,36 @@ told("ended", "-")
 """
 
 
-def _record(tmp_path: Path, rounds: int) -> Path:
+_SPENDS = """
+import os, sys
+from fast_litellm_shm import Budget
+from fast_litellm_shm.durable import StateFile
+folder, rounds = sys.argv[1], int(sys.argv[2])
+mark = os.open(folder + "/mark", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+budget = Budget(10, "year", name="team", durable=StateFile(folder, timeout=30))
+link = budget._books.link
+def told(what, key, count=1):
+    os.write(mark, f"{what} {key} {count}\\n".encode())
+for number in range(rounds):
+    for key in ("a", "b", f"new {number}"):
+        for _ in range(5 if key == "a" else 2):
+            with budget.reserve(key, "0.05") as reservation:
+                if reservation:
+                    reservation.settle("0.03")
+                    told("admitted", key, 30_000_000)
+    if number == 1:
+        link.store._open.db.execute("PRAGMA wal_autocheckpoint=12")
+    if number % 5 == 4:
+        told("refunding", "a", 100_000_000)
+        budget.refund("a", "0.1")
+        told("refunded", "a", 100_000_000)
+    if number % 7 == 6:
+        link.save()
+told("ended", "-")
+"""
+
+
+def _record(tmp_path: Path, rounds: int, what: str) -> Path:
     folder, log = tmp_path / "state", tmp_path / "log"
     folder.mkdir()
     name = unique_name("cuts")
@@ -57,7 +89,9 @@ def _record(tmp_path: Path, rounds: int) -> Path:
         "CUT_FOLDER": str(folder), "FAST_LITELLM_SHM_NAME": name,
     }  # fmt: skip
     try:
-        subprocess.run([sys.executable, "-c", _WORK, str(folder), str(rounds)], env=env, check=True)
+        script = _SPENDS if what == "money" else _WORK
+        work = [sys.executable, "-c", script, str(folder), str(rounds), what]
+        subprocess.run(work, env=env, check=True)
     finally:
         remove(name)
     return log
@@ -75,26 +109,30 @@ def _used(path: Path) -> Counter[str]:
                 each.name.decode(): sum(state.used for state in each.states)
                 for each in records.keys(db) if each.name is not None
             }
+        ) + Counter(
+            {each.name.decode(): each.granted for each in records.money(db) if each.name}
         )  # fmt: skip
 
 
-def check_cuts(tmp_path: Path, rounds: int, some: int, most: int = 2**31) -> int:
+def check_cuts(
+    tmp_path: Path, rounds: int, some: int, most: int = 2**31, what: str = "window"
+) -> int:
     """most: disks for each cut. Returns how many disks were looked at."""
-    log, disk_folder = _record(tmp_path, rounds), tmp_path / "disk"
+    log, disk_folder = _record(tmp_path, rounds, what), tmp_path / "disk"
     disk_folder.mkdir()
     admitted: Counter[str] = Counter()
     refunding, looked, ended = 0, 0, False
     for number, each, disk in power_cuts.played(log):
         if each.name == "mark":
             if each.kind == "w":
-                what, *name, count = each.data.decode().split()
+                mark, *name, count = each.data.decode().split()
                 key = " ".join(name)
-                admitted[key] += int(count) if what == "admitted" else 0
-                refunding += int(count) if what == "refunding" else 0
-                if what == "refunded":
+                admitted[key] += int(count) if mark == "admitted" else 0
+                refunding += int(count) if mark == "refunding" else 0
+                if mark == "refunded":
                     admitted[key] -= int(count)
                     refunding -= int(count)
-                ended = ended or what == "ended"
+                ended = ended or mark == "ended"
             continue
         cuts = list(disk.cuts(number, some))
         for files in cuts if len(cuts) <= most else random.Random(number).sample(cuts, most):
@@ -104,7 +142,7 @@ def check_cuts(tmp_path: Path, rounds: int, some: int, most: int = 2**31) -> int
             looked += 1
             for key in admitted.keys() | used.keys():
                 least = admitted[key] - (refunding if key == "a" else 0)
-                assert least <= used[key] <= admitted[key] + LEASE + 1, (number, key, each.name)
+                assert least <= used[key] <= admitted[key] + LOST[what], (number, key, each.name)
     assert ended
     assert looked > 100
     final = _used(next((tmp_path / "state").glob("*.db")))
@@ -112,9 +150,11 @@ def check_cuts(tmp_path: Path, rounds: int, some: int, most: int = 2**31) -> int
     return looked
 
 
-def test_power_cuts(tmp_path: Path) -> None:
-    check_cuts(tmp_path, rounds=10, some=1, most=4)
+@pytest.mark.parametrize("what", list(LOST))
+def test_power_cuts(tmp_path: Path, what: str) -> None:
+    check_cuts(tmp_path, rounds=10, some=1, most=4, what=what)
 
 
-if __name__ == "__main__":  # a longer one: python test_power_cuts.py FOLDER ROUNDS SOME
-    print(check_cuts(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])), "disks")
+if __name__ == "__main__":  # a longer one: python test_power_cuts.py FOLDER ROUNDS SOME WHAT
+    folder_, rounds_, some_, what_ = sys.argv[1:]
+    print(check_cuts(Path(folder_), int(rounds_), int(some_), what=what_), "disks")

@@ -22,6 +22,10 @@ DAY = 86_400
 LONG = 1500 * DAY  # after that nothing counts, debt or not
 WINDOWS = [FixedWindow(n, per=DAY) for n in (1, 7, 40, 250, 1000)]
 SLIDING = [SlidingWindow(n, per=DAY) for n in (7, 200)]
+CALENDAR = [
+    FixedWindow(7, per="month", timezone="Europe/Berlin"), FixedWindow(200, per="day"),
+    FixedWindow(1000, per="week", timezone="Asia/Tokyo"), FixedWindow(40, per=DAY),
+]  # fmt: skip
 KEYS = ("a", "b")
 _numbers = itertools.count()
 
@@ -132,7 +136,9 @@ def tell(host: Host, limits: list[LimitSpec], steps: list[tuple[str, str, int]])
         assert story.limiter.acquire(key, left or 1).allowed == (left > 0)
 
 
-@pytest.mark.parametrize("limits", [WINDOWS, SLIDING], ids=["windows", "sliding"])
+@pytest.mark.parametrize(
+    "limits", [WINDOWS, SLIDING, CALENDAR], ids=["windows", "sliding", "calendar"]
+)
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(steps=STEPS)
 def test_stories(
