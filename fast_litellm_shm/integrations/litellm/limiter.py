@@ -207,7 +207,8 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
             return
         try:
             denial, waited = await self._admit(user_api_key_dict, data, call_type)
-        except litellm.BudgetExceededError:
+        except litellm.BudgetExceededError as error:
+            error.type = "budget_exceeded"  # as where LiteLLM's authentication raises it
             raise
         except Exception as error:
             _pass_or_refuse("checking a request", error, responses.unchecked)
@@ -277,10 +278,10 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
         _limit_tries(call, data)
         task = asyncio.current_task()
         if task is not None:  # for a request that ends without any of the hooks below
-            task.add_done_callback(lambda _: self._task_ended(call))
+            task.add_done_callback(partial(self._task_ended, call))
         return None, None
 
-    def _task_ended(self, call: Call) -> None:
+    def _task_ended(self, call: Call, _: object) -> None:
         call.task_ended = True
         if call.spending is not None:  # should LiteLLM never say what it cost
             asyncio.get_running_loop().call_later(_COST_KNOWN_AFTER, call.spending.release)
@@ -318,8 +319,10 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
     async def async_post_call_success_hook(
         self, data: dict[str, Any], user_api_key_dict: Any, response: Any
     ) -> Any:
-        self._end(data, "settling tokens", lambda call: self._answered(call, response))
-        self._end(data, "ending a request", Call.finish)
+        call = self._find(data)
+        if call is not None:
+            _guarded("settling tokens", self._answered, call, response)
+            _guarded("ending a request", call.finish)
         return response
 
     async def async_post_call_streaming_iterator_hook(

@@ -33,11 +33,7 @@ _OURS = frozenset(
     (*("api_key", "user", "team", "team_member", "end_user", "organization"),
      *("model_per_key", "model_per_team", "model_per_organization"))
 )  # fmt: skip
-_FIELDS = (
-    ("requests_per_unit", "rpm"),
-    ("tokens_per_unit", "tpm"),
-    ("max_parallel_requests", "max_parallel"),
-)
+_THEIRS = ("requests_per_unit", "tokens_per_unit", "max_parallel_requests")  # in our order
 
 
 def without(descriptors: list[Any], ours: Mapping[tuple[str, str], Limits]) -> list[Any]:
@@ -52,13 +48,11 @@ def without(descriptors: list[Any], ours: Mapping[tuple[str, str], Limits]) -> l
             continue
         left = [
             theirs
-            for theirs, field in _FIELDS
-            if limited.get(theirs) is not None and getattr(kept, field) is None
+            for theirs, ours_too in zip(_THEIRS, kept, strict=True)
+            if ours_too is None and limited.get(theirs) is not None
         ]
         if left:
-            mine = {
-                theirs: None for theirs, _ in _FIELDS if theirs in limited and theirs not in left
-            }
+            mine = {theirs: None for theirs in _THEIRS if theirs in limited and theirs not in left}
             out.append({**descriptor, "rate_limit": {**limited, **mine}})
     return out
 
