@@ -209,6 +209,25 @@ def test_the_database_knows_of_more() -> None:
     assert usage().spent == Decimal("0.9")
 
 
+@pytest.mark.parametrize("duration", [None, "1d", "30d", "12h"])
+def test_an_operator_sets_what_was_spent(
+    duration: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    window = window_of(duration)
+    allowance = Allowance("Key", "k", f"key:k{window.mark}", 1.0, 0.9, window)
+    refused(0.5, allowance, strict=True)
+    spending.set_spent("key:k", 0.0)
+    reserved(0.5, allowance._replace(spent=0.0), strict=True).spent(0.3)
+    spending._known.clear()  # as in another worker, which has the number before in its cache
+    reserved(0.5, allowance, strict=True).release()
+    assert usage(allowance).spent == Decimal("0.3")
+    then = time.time() + spending._STALE + 1
+    monkeypatch.setattr(time, "time", lambda: then)
+    spending._known.clear()
+    reserved(0.05, allowance, strict=True).release()
+    assert usage(allowance).spent == Decimal("0.9")
+
+
 def test_another_limit_holds_at_once_with_what_was_spent() -> None:
     reserved(0.9).spent(0.9)
     refused(0.01, of_key(0.5))

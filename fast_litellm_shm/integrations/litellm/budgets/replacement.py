@@ -7,6 +7,7 @@
                                                which chooses ``budget_fallbacks`` too
 ``RouterBudgetLimiting``                       budgets of providers, deployments, tags: what it
                                                reads and adds
+``SpendCounterStore.set``                      called where an operator sets what was spent
 =============================================  ===================================================
 
 None of them is a public interface of LiteLLM: :func:`install` first looks whether they are what
@@ -254,6 +255,18 @@ def _reading(own: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]
     return _get_spend_for_model_budget
 
 
+def _setting(own: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    async def set(self: Any, counter: str, spend: float, ttl: float | None = None) -> Any:
+        if settings.current().budgets:
+            try:
+                spending.set_spent(counter.removeprefix("spend:"), spend)
+            except Exception as error:
+                failures.report("setting a budget", error, "what was spent stays as it was")
+        return await own(self, counter, spend, ttl)
+
+    return set
+
+
 def _keeps_router_budget(limiter: Any, key: str) -> bool:
     """Not where LiteLLM has a Redis, which it shares them by."""
     shared = getattr(limiter.dual_cache, "redis_cache", None) is not None
@@ -312,6 +325,10 @@ _REPLACED: tuple[tuple[str, str, str, Callable[[Any], Any], tuple[str, ...]], ..
         "litellm.router_strategy.budget_limiter", "RouterBudgetLimiting",
         "_handle_new_budget_window", _adding, ("spend_key", "response_cost"),
     ),
+    (
+        "litellm.redis.stores.spend_counters", "SpendCounterStore", "set", _setting,
+        ("counter", "spend", "ttl"),
+    ),
 )  # fmt: skip
 _NEEDED = ("_get_budget_counters", "count_request_input_tokens", "estimate_request_max_cost")
 
@@ -339,7 +356,7 @@ def install() -> None:
                 "the budgets of this litellm cannot be shared by its %s (%s): what it keeps by "
                 "that, each worker keeps alone. See docs/litellm.md for the versions that are "
                 "supported",
-                name,
+                f"{owner}.{name}" if owner else name,
                 error,
             )
             continue

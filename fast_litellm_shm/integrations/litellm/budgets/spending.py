@@ -11,15 +11,19 @@ from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from typing import NamedTuple
 
+import litellm
+
 from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared.native import lib
-from fast_litellm_shm.integrations.litellm.budgets.windows import Window
+from fast_litellm_shm.integrations.litellm.budgets.windows import CALENDAR, FOREVER, Window
 from fast_litellm_shm.limiters.budget import NANO, Budget, Reservation, dollars
 
 _SPENT, _ADDED = 0, 1  # places of a budget's numbers
 _LEAST = 1  # nano-dollars: of a budget that knows no limit of its key yet; of any reservation
 _MOST = 10**18
+_SET = " set by LiteLLM"  # beside a key: when what was spent of it was set; not dollars, seconds
 _MOST_KNOWN = 10_000
+_STALE = 120  # seconds that a worker may go on with what LiteLLM's database said before
 _KEPT = 3600.0  # seconds that a window is kept after it: LiteLLM may be late to end it
 
 
@@ -62,14 +66,28 @@ class Limited(Budget):
         """Have the key's limit be this, and no less be spent. Whether that changed anything."""
         raw = key.encode("utf-8", "surrogatepass")
         found = self._look(raw)
-        changed: bool = found.limit != limit or found.spent < spent
-        if found.spent < spent:
+        more = found.spent < spent and not self._set_lately(key)
+        changed: bool = found.limit != limit or more
+        if more:
             self._raise(raw, _SPENT, spent, found.window)
         if found.limit < limit:  # raised, not added: several workers may do so at the same time
             self._raise(raw, _ADDED, limit - _LEAST, found.window)
         elif found.limit > limit:
             self._add(raw, _ADDED, limit - found.limit)
         return changed
+
+    def set_spent(self, key: str, usd: Decimal) -> None:
+        """An operator has set what was spent of the key, in LiteLLM. For a while some workers know
+        the number before that: they must not bring it back."""
+        so_far = self.spent(key)
+        if so_far > usd:  # more than was spent, its requests bring
+            self.reset(key + _SET)
+            self.charge(key + _SET, dollars(int(time.time())))
+            self.refund(key, so_far - usd)
+
+    def _set_lately(self, key: str) -> bool:
+        at: int = self._look((key + _SET).encode("utf-8", "surrogatepass")).spent
+        return bool(at) and time.time() - at < _STALE
 
     def _raise(self, raw: bytes, which: int, to: int, window: int) -> None:
         status = lib.fshm_budget_raise(self._handle, raw, len(raw), which, to, window, 0)
@@ -199,6 +217,17 @@ def used(allowance: Allowance) -> float:
     """Dollars that are spent or reserved."""
     usage = budget_of(allowance.window).usage(allowance.key)
     return float(usage.spent + usage.reserved)
+
+
+def set_spent(name: str, usd: float) -> None:
+    """What was spent of a budget, in whichever windows it is: an operator has set it."""
+    amount = dollars(_nanos(usd))
+    zone = getattr(litellm, "timezone", None) or "UTC"
+    for per in (None, *CALENDAR):
+        budget_of(Window(per, "UTC" if per is None else zone)).set_spent(name, amount)
+    marked = [key for key in _marked if key.startswith(f"{name} until ")]
+    for key in marked:
+        budget_of(FOREVER).set_spent(key, amount)
 
 
 def charge(window: Window, key: str, usd: float) -> None:

@@ -17,7 +17,7 @@ _CALENDAR = {
     **dict.fromkeys(("7d", "1w", "weekly"), "week"),
     **dict.fromkeys(("30d", "1mo", "monthly"), "month"),
 }
-_SPELLED = {"hour": "1h", "day": "1d", "week": "7d", "month": "30d"}
+CALENDAR = {"hour": "1h", "day": "1d", "week": "7d", "month": "30d"}
 _MOST = 1024  # windows that are remembered
 _NEVER = float("inf")
 
@@ -72,7 +72,7 @@ def _window(duration: str, reset_at: Any, zone: Any, begins: Any) -> Window:
     if per is not None:
         zone = zone if isinstance(zone, str) and zone else "UTC"
         until = duration_parser.get_next_standardized_reset_time(
-            _SPELLED[per], datetime.now(timezone.utc), zone
+            CALENDAR[per], datetime.now(timezone.utc), zone
         ).timestamp()
         if ends is None or ends <= now or abs(ends - until) < 1:
             return Window(per, zone, "", until)
