@@ -22,13 +22,16 @@ from litellm.proxy._types import (
     LiteLLM_UserTable,
     UserAPIKeyAuth,
 )
+from litellm.proxy.hooks import max_budget_per_session_limiter
+from litellm.proxy.hooks import max_iterations_limiter as max_iterations
 from litellm.proxy.hooks import model_max_budget_limiter as of_models
 from litellm.proxy.spend_tracking import budget_reservation
+from litellm.proxy.utils import InternalUsageCache
 from litellm.router_strategy.budget_limiter import RouterBudgetLimiting
 
 from fast_litellm_shm import exceptions
 from fast_litellm_shm.integrations.litellm import settings
-from fast_litellm_shm.integrations.litellm.budgets import replacement, spending, windows
+from fast_litellm_shm.integrations.litellm.budgets import replacement, sessions, spending, windows
 from fast_litellm_shm.integrations.litellm.budgets.windows import FOREVER, window_of
 
 # Of pydantic, about types of LiteLLM's router.
@@ -45,9 +48,11 @@ ROUTE = "/v1/chat/completions"
 def _fresh() -> Iterator[None]:
     replacement.install()
     spending.forget()
+    sessions.forget()
     windows._known.clear()
     yield
     spending.forget()
+    sessions.forget()
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +76,10 @@ async def reserve(router: Any, auth: UserAPIKeyAuth, **more: Any) -> Any:
     }
     assert await budget_reservation.reserve_budget_for_request(**given) is None
     return replacement._reserved.get()
+
+
+def usage_cache() -> Any:
+    return InternalUsageCache(DualCache())
 
 
 def reserved(per: str | None, key: str) -> float:
@@ -260,6 +269,35 @@ def test_budgets_of_providers() -> None:
             with pytest.raises(ValueError, match=r"Exceeded budget for provider openai: 1\.2 >= 1"):
                 await limiter.async_filter_deployments("m", [deployment], None)
             limiter.retire()
+
+    asyncio.run(scenario())
+
+
+def test_sessions_of_agents() -> None:
+    """Two workers count together."""
+
+    async def scenario() -> None:
+        iterations = [max_iterations._PROXY_MaxIterationsHandler(usage_cache()) for _ in range(2)]
+        key = iterations[0]._make_cache_key("s")
+        assert [await each._increment_and_get(key) for each in iterations * 2] == [1, 2, 3, 4]
+        handler = max_budget_per_session_limiter._PROXY_MaxBudgetPerSessionHandler
+        budgets = [handler(usage_cache()) for _ in range(2)]
+        key = budgets[0]._make_cache_key("s")
+        assert await budgets[0]._increment_spend(key, 0.5) == 0.5
+        assert await budgets[1]._increment_spend(key, 0.25) == 0.75
+        assert await budgets[0]._get_current_spend(key) == 0.75
+
+    asyncio.run(scenario())
+
+
+def test_what_an_operator_sets_as_spent(router: Any) -> None:
+    async def scenario() -> None:
+        auth = UserAPIKeyAuth(api_key="sk-1", max_budget=1, spend=1.5)
+        with pytest.raises(litellm.BudgetExceededError):
+            await reserve(router, auth)
+        await proxy_server.spend_counter_store.set(f"spend:key:{auth.token}", 0.0, ttl=60)
+        auth.spend = 0.0
+        assert await reserve(router, auth)
 
     asyncio.run(scenario())
 

@@ -7,6 +7,7 @@
                                                which chooses ``budget_fallbacks`` too
 ``RouterBudgetLimiting``                       budgets of providers, deployments, tags: what it
                                                reads and adds
+limiters of sessions of agents                 what they read and add: :mod:`.sessions`
 ``SpendCounterStore.set``                      called where an operator sets what was spent
 =============================================  ===================================================
 
@@ -28,7 +29,7 @@ import litellm
 
 from fast_litellm_shm._shared import log
 from fast_litellm_shm.integrations.litellm import failures, responses, settings, usage
-from fast_litellm_shm.integrations.litellm.budgets import found, spending
+from fast_litellm_shm.integrations.litellm.budgets import found, sessions, spending
 from fast_litellm_shm.integrations.litellm.budgets.spending import Allowance, Refusal, Spending
 from fast_litellm_shm.integrations.litellm.budgets.windows import window_of
 
@@ -324,6 +325,18 @@ _REPLACED: tuple[tuple[str, str, str, Callable[[Any], Any], tuple[str, ...]], ..
     (
         "litellm.router_strategy.budget_limiter", "RouterBudgetLimiting",
         "_handle_new_budget_window", _adding, ("spend_key", "response_cost"),
+    ),
+    (
+        "litellm.proxy.hooks.max_iterations_limiter", "_PROXY_MaxIterationsHandler",
+        "_in_memory_increment", sessions.counting_iterations, ("cache_key",),
+    ),
+    (
+        "litellm.proxy.hooks.max_budget_per_session_limiter", "_PROXY_MaxBudgetPerSessionHandler",
+        "_in_memory_increment_spend", sessions.charging, ("cache_key", "amount"),
+    ),
+    (
+        "litellm.proxy.hooks.max_budget_per_session_limiter", "_PROXY_MaxBudgetPerSessionHandler",
+        "_get_current_spend", sessions.reading, ("cache_key",),
     ),
     (
         "litellm.redis.stores.spend_counters", "SpendCounterStore", "set", _setting,

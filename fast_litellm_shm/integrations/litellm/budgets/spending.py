@@ -72,7 +72,8 @@ class Limited(Budget):
             self._raise(raw, _SPENT, spent, found.window)
         if found.limit < limit:  # raised, not added: several workers may do so at the same time
             self._raise(raw, _ADDED, limit - _LEAST, found.window)
-        elif found.limit > limit:
+        elif found.limit > limit:  # two that lower it at once may lower it twice: a request that
+            # is denied tells it again
             self._add(raw, _ADDED, limit - found.limit)
         return changed
 
