@@ -158,6 +158,54 @@ def test_several_calls_of_a_request(router: Any) -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize(
+    ("caps", "like"),
+    [
+        ({"max_tokens": -1000}, {}),
+        ({"max_tokens": 0}, {}),
+        ({"max_tokens": "x"}, {}),
+        ({"max_completion_tokens": 1, "max_tokens": 500}, {"max_tokens": 500}),
+        ({"max_completion_tokens": -5, "max_tokens": "500"}, {"max_tokens": 500}),
+        ({"max_tokens": 500, "n": -3}, {"max_tokens": 500}),
+    ],
+)
+def test_no_spelling_makes_an_estimate_smaller(
+    router: Any, caps: dict[str, Any], like: dict[str, Any]
+) -> None:
+    async def scenario() -> list[float]:
+        found: list[float] = []
+        for more in (caps, like):
+            auth = UserAPIKeyAuth(api_key=f"sk-{len(found)}", max_budget=1000)
+            asked = body(**more)
+            if "max_tokens" not in more:
+                del asked["max_tokens"]
+            held = await reserve(router, auth, request_body=asked)
+            found.append(reserved(None, held.allowances[0].key))
+            held.release()
+        return found
+
+    found = asyncio.run(scenario())
+    assert found[0] == found[1] > 0.4
+
+
+def test_a_request_that_cannot_be_estimated_takes_all_that_is_left(
+    router: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(**_: Any) -> float:
+        raise OverflowError
+
+    monkeypatch.setattr(budget_reservation, "estimate_request_max_cost", fail)
+
+    async def scenario() -> None:
+        auth = UserAPIKeyAuth(api_key="sk-1", max_budget=5)
+        held = await reserve(router, auth)
+        assert reserved(None, held.allowances[0].key) == 5
+        with pytest.raises(litellm.BudgetExceededError):
+            await reserve(router, auth)
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("route", ["/v1/models", "/key/info", "/utils/token_counter"])
 def test_routes_that_cost_nothing(router: Any, route: str) -> None:
     async def scenario() -> None:
@@ -174,11 +222,10 @@ def test_a_model_without_a_price_passes_while_anything_is_left() -> None:
     async def scenario() -> None:
         auth = UserAPIKeyAuth(api_key="sk-1", max_budget=1)
         held = await reserve(router, auth)
-        if held:
-            assert reserved(None, f"key:{auth.token}") < 0.001
-            held.spent(2.0)
-            with pytest.raises(litellm.BudgetExceededError):
-                await reserve(router, auth)
+        assert 0 < reserved(None, f"key:{auth.token}") < 0.001
+        held.spent(2.0)
+        with pytest.raises(litellm.BudgetExceededError):
+            await reserve(router, auth)
 
     asyncio.run(scenario())
 

@@ -355,7 +355,12 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
         if call is None or not call.admissions.subjects:
             return None
         found = _guarded("reading what is left", call.admissions.remaining)
-        return {**responses.headers_of(found), **queue.headers_of(call.waited)} if found else None
+        if not found:
+            return None
+        headers = responses.headers_of(found)
+        if call.waited is not None:
+            headers.update(queue.headers_of(call.waited))
+        return headers
 
     # attempts at deployments ----------------------------------------------------------------------
 

@@ -19,7 +19,9 @@ they were. Where LiteLLM does not call the first (a ``custom_auth`` without
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import math
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -48,6 +50,7 @@ _OTHERS = (
     *("budget_limits", "model_max_budget", "team_model_max_budget", "user_model_max_budget"),
     *("end_user_model_max_budget", "team_member_model_max_budget"),
 )
+_CAPS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 _NONE = [None] * len(_AMOUNTS)
 
 _theirs: Any = None  # LiteLLM's module, where it is as we know it
@@ -102,6 +105,18 @@ def _is_billed(route: str, body: Mapping[str, Any], router: Any) -> Any:
     return get_model_from_request(dict(body), route, llm_router=router)
 
 
+def _is_free(route: str, models: Any, router: Any, body: Mapping[str, Any]) -> bool:
+    """Whether LiteLLM checks no budget for it: models without a price. Where LiteLLM authenticates,
+    it has looked before."""
+    from litellm.proxy.auth import auth_checks
+
+    skips = getattr(auth_checks, "request_skips_budget_checks", None)
+    if skips is None:
+        return False
+    given = {"route": route, "model": models, "llm_router": router, "request_body": body}
+    return bool(skips(**_given(skips, given)))
+
+
 def _of_models(auth: Any, models: Any) -> Iterator[Allowance]:
     limiter = sys.modules.get("litellm.proxy.hooks.model_max_budget_limiter")
     if limiter is None:
@@ -110,31 +125,41 @@ def _of_models(auth: Any, models: Any) -> Iterator[Allowance]:
         yield from found.of_models(auth, model, limiter)
 
 
-async def _estimate(given: Mapping[str, Any]) -> float | None:
+def _with_one_cap(body: Mapping[str, Any]) -> dict[str, Any]:
+    """LiteLLM takes the first cap of the output that it finds, also one below 0. Here it is the
+    largest: which of them the model obeys is not known."""
+    caps = []
+    for field in _CAPS:
+        with contextlib.suppress(TypeError, ValueError):
+            caps.append(int(body.get(field) or 0))
+    most = max(caps, default=0)
+    out = {name: value for name, value in body.items() if name not in _CAPS}
+    return {**out, "max_tokens": most} if most > 0 else out
+
+
+async def _estimate(given: Mapping[str, Any]) -> float:
     """LiteLLM's estimate: its tokens, and ``max_tokens`` or the most that the model answers, at the
-    prices of the group's dearest deployment. None: the model's prices are not known."""
-    counts = await _theirs.count_request_input_tokens(
-        **_given(_theirs.count_request_input_tokens, given)
-    )
-    one: float | None = _theirs.estimate_request_max_cost(
-        request_body=given["request_body"], route=given["route"],
-        llm_router=given["llm_router"], input_token_counts=counts,
-    )  # fmt: skip
-    if one is None:
-        return None
+    prices of the group's dearest deployment. 0: the model's prices are not known."""
     body, is_chat = given["request_body"], "chat/completions" in given["route"]
-    return one * usage.calls_of(body, "acompletion" if is_chat else "").total
+    try:
+        body = _with_one_cap(body)
+        counts = await _theirs.count_request_input_tokens(
+            **_given(_theirs.count_request_input_tokens, given)
+        )
+        one = _theirs.estimate_request_max_cost(
+            request_body=body, route=given["route"],
+            llm_router=given["llm_router"], input_token_counts=counts,
+        )  # fmt: skip
+        return max(one or 0.0, 0.0) * usage.calls_of(body, "acompletion" if is_chat else "").total
+    except Exception:  # no client gets past a budget by its body: it takes all that is left
+        return math.inf
 
 
-async def _reserve(
-    allowances: list[Allowance], given: Mapping[str, Any], strict: bool
-) -> Spending | Literal[False]:
+async def _reserve(allowances: list[Allowance], given: Mapping[str, Any], strict: bool) -> Spending:
     estimate = await _estimate(given)
-    if estimate is not None and estimate <= 0:
-        return False
-    got = spending.reserve(allowances, estimate or 0.0, strict)
+    got = spending.reserve(allowances, estimate, strict)
     if isinstance(got, Refusal):
-        raise error_of(got, estimate or 0.0)
+        raise error_of(got, estimate)
     return got
 
 
@@ -200,7 +225,7 @@ async def reserved_for(auth: Any, data: Mapping[str, Any]) -> Spending | None:
         return None
     router, route = _proxy("llm_router"), _route_of(auth, data)
     models = _is_billed(route, data, router)
-    if models is None:
+    if models is None or _is_free(route, models, router, data):
         return None
     allowances = [
         *found.of_auth(auth, general.get("apply_user_budget_to_team_keys") is True),
@@ -213,7 +238,7 @@ async def reserved_for(auth: Any, data: Mapping[str, Any]) -> Spending | None:
         "team_id": auth.team_id,
     }
     strict = general.get("fail_closed_budget_enforcement") is True
-    return await _reserve(allowances, given, strict) or None
+    return await _reserve(allowances, given, strict)
 
 
 def _reserving(own: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
