@@ -1,4 +1,5 @@
-"""``mode: native``: LiteLLM's built-in limiter, which counts in the segment instead of in Redis.
+"""LiteLLM's built-in limiter, which counts in the segment instead of in Redis: all limits in
+``mode: native``, else those that the plugin does not keep.
 
 All that LiteLLM limits with it then holds over all workers of the host: keys, users, teams,
 projects, organisations, tags, agents, end users, MCP servers, batches. Codes, headers and messages
@@ -40,7 +41,7 @@ def _arguments(function: Any) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(function).parameters)
 
 
-def _missing() -> str | None:
+def missing() -> str | None:
     """What the installed litellm lacks; None where it has everything."""
     try:
         limiter: Any = importlib.import_module(_LIMITER)
@@ -130,7 +131,7 @@ def install(hooks: dict[str, Any]) -> str | None:
     Returns None; or one sentence that says why not, and leaves the table as it was. Opens no
     segment.
     """
-    lacking = _missing()
+    lacking = missing()
     if lacking is not None:
         return f"mode native is not available with the installed litellm: {lacking}"
     base = importlib.import_module(_LIMITER).PROXY_MaxParallelRequestsHandler_v3
