@@ -429,7 +429,7 @@ class Budget(BudgetCore, InSegment):
         if self._on_warn is None:
             log.warning(
                 "budget %r: %r has used or reserved %s of %s dollars",
-                self._name, shown, f"{dollars(found.spent + found.reserved):f}", f"{usage.limit:f}",
+                self._name, shown, f"{usage.spent + usage.reserved:f}", f"{usage.limit:f}",
             )  # fmt: skip
             return
         try:
