@@ -342,7 +342,8 @@ class _Key:
         self.t.db.execute(
             "INSERT INTO key (limiter, hash, name, sealed, at, batch, leased, until, minute, "
             "states) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (limiter, hash) "
-            "DO UPDATE SET name = coalesce(excluded.name, name), sealed = coalesce(excluded.sealed, sealed), "
+            "DO UPDATE SET name = coalesce(excluded.name, name), "
+            "sealed = coalesce(excluded.sealed, sealed), "
             "at = excluded.at, batch = excluded.batch, leased = excluded.leased, "
             "until = excluded.until, minute = excluded.minute, states = excluded.states",
             (
