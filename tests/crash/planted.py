@@ -711,8 +711,8 @@ FAULTS = [
         "limits/money.c",
         (
             (
-                "               out->spent + out->reserved <= money_most(out, leased))) {\n",
-                "               out->spent <= money_most(out, leased))) {\n",
+                "               out->spent + out->reserved <= money_most(out, leased, shared) &&\n",
+                "               out->spent <= money_most(out, leased, shared) &&\n",
             ),
         ),
         "pair-budget-last",
