@@ -128,7 +128,7 @@ def test_charges_refunds_and_additions(host: Host) -> None:
     made.add("k", 20)
     host.lose_power()
     made = budget(host)
-    assert (made.usage("k").limit, made.remaining("k")) == (70, D(21) - (made.spent("k") - 49))
+    assert (made.usage("k").limit, made.remaining("k")) == (D(70), D(21) - (made.spent("k") - 49))
     assert made.reserve("k", "20.5")
     made = budget(host)
     made.refund("k", 30)

@@ -22,8 +22,9 @@ HOUR = 3600
 
 def at(*wall: int, zone: str = BERLIN) -> int:
     """A time of day, in ns since 1970."""
-    year, month, day, *rest = wall
-    return round(datetime(year, month, day, *rest, tzinfo=ZoneInfo(zone)).timestamp()) * 10**9
+    year, month, day, hour, minute = (*wall, 0, 0)[:5]
+    local = datetime(year, month, day, hour, minute, tzinfo=ZoneInfo(zone))
+    return round(local.timestamp()) * 10**9
 
 
 def begun(host: Host, *wall: int, zone: str = BERLIN) -> None:

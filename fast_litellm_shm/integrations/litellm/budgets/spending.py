@@ -16,7 +16,8 @@ import litellm
 from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared.native import lib
 from fast_litellm_shm.integrations.litellm.budgets.windows import CALENDAR, FOREVER, Window
-from fast_litellm_shm.limiters.budget import NANO, Budget, Reservation, dollars
+from fast_litellm_shm.limiters.budget import Budget, Reservation
+from fast_litellm_shm.limits import NANO, dollars
 
 _SPENT, _ADDED = 0, 1  # places of a budget's numbers
 _LEAST = 1  # nano-dollars: of a budget that knows no limit of its key yet; of any reservation
