@@ -26,7 +26,7 @@ comma := ,
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-litellm check check-c check-py test lint-c c-programs environments test-cluster test-limits limits-upstream test-peers peers-upstream test-dashboard dashboard-page test-spellings spellings soak test-litellm test-freethreaded test-py test-c test-aarch64 lint format lib build bench instructions scaling clean
+.PHONY: help demo demo-litellm check check-c check-py test lint-c c-programs environments test-cluster test-limits limits-upstream test-peers peers-upstream test-dashboard dashboard-page test-spellings spellings soak test-litellm test-freethreaded test-py test-c test-aarch64 lint format lib build bench bench-proxy instructions scaling clean
 
 # The text after ## is `GROUP: what it does`.
 help: ## start: list the targets
@@ -174,6 +174,10 @@ scaling: $(BUILD)/line $(VENV)-bench/.peers ## bench: simulate one hot key on 2 
 
 bench: $(VENV)-bench/.peers ## bench: measure beside the peers, in one run of 15 minutes; ARGS=--quick: in 2
 	env -u PYTHONDONTWRITEBYTECODE $(VENV)-bench/bin/python -m bench $(ARGS) # or each process compiles litellm anew
+
+# Each pass starts the proxies anew. The report has no table of targets that says anything: it asks one question.
+bench-proxy: $(VENV)/.litellm-proxy ## bench: what a request costs in LiteLLM's real proxy, with its limiter and the plugin; 10 minutes
+	env -u PYTHONDONTWRITEBYTECODE $(VENV)/bin/python -m bench --only proxy_cost $(ARGS)
 
 clean: ## build: remove everything that was made here, .venv included
 	rm -rf $(BUILD) dist .venv .venv-* *.egg-info fast_litellm_shm/*.so

@@ -11,7 +11,7 @@ import pathlib
 import sys
 
 from bench import report
-from bench.questions import QUESTIONS, ask_all
+from bench.questions import APART, QUESTIONS, ask_all
 from bench.result import Settings
 
 ROUNDS, QUICK_ROUNDS, LEAST_ROUNDS = 41, 11, 5
@@ -22,8 +22,10 @@ HERE = pathlib.Path(__file__).resolve().parent
 def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     for name in names:
-        if name not in QUESTIONS:
-            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(QUESTIONS)}")
+        if name not in (*QUESTIONS, *APART):
+            raise argparse.ArgumentTypeError(
+                f"{name!r} is none of {', '.join((*QUESTIONS, *APART))}"
+            )
     return names
 
 
@@ -49,7 +51,7 @@ def main() -> int:
     )
     parser.add_argument("--quick", action="store_true", help="under 2 minutes: fewer, shorter")
     parser.add_argument(
-        "--only", type=_names, metavar="NAME[,NAME]", help=f"of {', '.join(QUESTIONS)}"
+        "--only", type=_names, metavar="NAME[,NAME]", help=f"of {', '.join((*QUESTIONS, *APART))}"
     )
     parser.add_argument("--json", action="store_true", help="the JSON to stdout; writes no files")
     parser.add_argument(

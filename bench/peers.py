@@ -47,7 +47,8 @@ class Place:
         self.folder = tempfile.mkdtemp(prefix="fast-shm-bench-", dir=shm)
         self.segment_name = f"bench-{os.getpid()}"
         self._capacity = capacity
-        self._redis: subprocess.Popen[bytes] | None = None
+        self._redis: dict[str, subprocess.Popen[bytes]] = {}
+        self._disk: str | None = None
         self._closers: list[Callable[[], Any]] = []
         self._made = 0
 
@@ -65,23 +66,35 @@ class Place:
         """The segment; made where there is none."""
         return Segment(self.segment_name, capacity=self._capacity)
 
-    def redis(self) -> str:
-        """The socket of a Redis server that keeps nothing on disk; started when first asked for."""
-        socket = os.path.join(self.folder, "redis.sock")
-        if self._redis is None:
+    def disk(self) -> str:
+        """A folder that is not in memory, where the system has such a one for temporary files."""
+        if self._disk is None:
+            self._disk = tempfile.mkdtemp(prefix="fast-shm-bench-")
+        return self._disk
+
+    def redis(self, appendfsync: str = "") -> str:
+        """The socket of a Redis server; started when first asked for. It keeps nothing on disk; or,
+        of another one, an append-only file, synced as this says."""
+        socket = os.path.join(self.folder, f"redis{appendfsync}.sock")
+        if appendfsync not in self._redis:
             binary = shutil.which("redis-server")
             if binary is None:
                 raise MissingError("there is no redis-server here: apt-get install redis-server")
             arguments = {"port": "0", "unixsocket": socket, "save": "", "appendonly": "no"}
-            self._redis = subprocess.Popen(
+            folder = self.folder
+            if appendfsync:
+                folder = os.path.join(self.disk(), f"redis-{appendfsync}")
+                os.mkdir(folder)
+                arguments |= {"appendonly": "yes", "appendfsync": appendfsync}
+            started = self._redis[appendfsync] = subprocess.Popen(
                 [binary, *(part for k, v in arguments.items() for part in (f"--{k}", v))],
-                cwd=self.folder,
+                cwd=folder,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
             deadline = time.monotonic() + 20
             while not os.path.exists(socket):
-                if self._redis.poll() is not None or time.monotonic() > deadline:
+                if started.poll() is not None or time.monotonic() > deadline:
                     raise MissingError("redis-server did not start")
                 time.sleep(0.01)
         return socket
@@ -96,10 +109,13 @@ class Place:
     def __exit__(self, *_: object) -> None:
         for closer in reversed(self._closers):
             closer()
-        if self._redis is not None:
-            self._redis.terminate()
-            self._redis.wait(20)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for started in self._redis.values():
+            started.terminate()
+        for started in self._redis.values():
+            started.wait(20)
+        for folder in (self.folder, self._disk):
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(SegmentNotFoundError):
             Segment(self.segment_name, create=False).remove()
 

@@ -30,6 +30,7 @@ QUESTIONS = (
     "routing",
     "limits_cost",
     "cluster_cost",
+    "budget_cost",
     "record",
     "tokens_cost",
     "tokens_ids",
@@ -39,6 +40,8 @@ QUESTIONS = (
     "litellm_plugin",
     "end_to_end",
 )
+# Asked only by name: it takes minutes, and the whole proxy.
+APART = ("proxy_cost",)
 PATIENCE = 600  # seconds for one question: only a hang comes near it
 # Of those not asked in each pass: each value of theirs is from a process of its own anyway; or, of
 # those that count tokens, the peers take seconds to load their tables.

@@ -36,6 +36,7 @@ PROMISES = (
     "a second worker that counts in two encodings",
     "private memory of 8 workers that count in two encodings",
     "LiteLLM plugin, all hooks of a request",
+    "a budget's reserve + settle inside a lease",
 )
 
 

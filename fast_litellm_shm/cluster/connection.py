@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import time
@@ -11,7 +12,7 @@ from typing import Any
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.cluster import algorithms, link, names
 from fast_litellm_shm.cluster.hosts import host_count
-from fast_litellm_shm.cluster.link import Link, Question, log
+from fast_litellm_shm.cluster.link import MOST, Link, Question, log
 from fast_litellm_shm.cluster.settings import Cluster, library
 from fast_litellm_shm.limits import LimitSpec
 
@@ -128,8 +129,24 @@ class Connection(Link):
             )  # fmt: skip
 
     def keys(self, limiter: bytes) -> list[bytes]:
+        return self._keys(names.RATES, limiter)
+
+    def budget_keys(self, budget: bytes) -> list[bytes]:
+        return self._keys(names.BUDGETS, budget)
+
+    def ending(self) -> None:
+        """What budgets have leased goes back. Where that fails, it stays leased; nobody is told, as
+        no call goes by a policy for it."""
+        if self.outage is not None:
+            return
+        given = [each for budget in list(self.budgets.values()) for each in budget.ending()]
+        with contextlib.suppress(Exception):
+            for at in range(0, len(given), MOST):
+                self._send(given[at : at + MOST])
+
+    def _keys(self, kind: bytes, limiter: bytes) -> list[bytes]:
         self.check()
-        start = names.start(self.cluster.prefix, names.RATES, limiter)
+        start = names.start(self.cluster.prefix, kind, limiter)
         began = time.monotonic_ns()
         pattern = b"".join(b"\\" + bytes([c]) if c in b"*?[]^\\" else bytes([c]) for c in start)
         try:

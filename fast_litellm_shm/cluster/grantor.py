@@ -9,6 +9,7 @@ from fast_litellm_shm._shared.named_limiter import InnerLimits, SharedLimits
 from fast_litellm_shm._shared.native import Decision, Permit, Reservation
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.cluster import connection, leader
+from fast_litellm_shm.cluster.budget_lease import BudgetLeases
 from fast_litellm_shm.cluster.permit_lease import PermitLeases
 from fast_litellm_shm.cluster.quota import ClusterQuota, longest_name, permits_name
 from fast_litellm_shm.cluster.settings import Cluster
@@ -42,6 +43,8 @@ def _connection(cluster: Cluster, segment: Segment) -> connection.Connection:
 class Server(Grantor):
     """Of limiters whose argument, or FAST_LITELLM_SHM_CLUSTER, names a server."""
 
+    has_budgets = True
+
     def __init__(self, cluster: Cluster) -> None:
         super().__init__(cluster)
         self._cluster = cluster
@@ -65,6 +68,12 @@ class Server(Grantor):
             given |= {"name": own, "shown": name, "on_full": full}
             permits = self._permit_leases(InnerLimits((last,), **given))
         return ClusterQuota(tokens, permits, settles=settles)
+
+    def budget(self, handle: Any, name: str, segment: Segment) -> BudgetLeases:
+        connection = _connection(self._cluster, segment)
+        leases = BudgetLeases(handle, name, segment, connection)
+        found: BudgetLeases = connection.budgets.setdefault(leases.name, leases)
+        return found
 
     def _permit_leases(self, limits: InnerLimits) -> PermitLeases:
         return PermitLeases(limits, _connection(self._cluster, limits.segment))

@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 from fast_litellm_shm._shared import greenlets
 from fast_litellm_shm._shared.inspection import held_permits, is_cut, limiters_in, stored_name
 from fast_litellm_shm._shared.named_limiter import InnerLimits
-from fast_litellm_shm._shared.native import lib
+from fast_litellm_shm._shared.native import ffi, lib, owned
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm._shared.side_limiters import PERMIT_LEASES, TOKEN_LEASES
+from fast_litellm_shm.cluster.budget_lease import BudgetLeases
 from fast_litellm_shm.cluster.connection import Connection, is_outage, is_refusal
 from fast_litellm_shm.cluster.hosts import host_count, keep_host_count
 from fast_litellm_shm.cluster.link import UnreachableError, has_leases, log
@@ -106,9 +107,10 @@ class Leader:
         connection = self._connection
         try:
             kind, limiter, raw, *rest = _unpack(data)
-            permits = {b"m": False, b"M": False, b"p": True, b"P": True}[kind]
-            share, need = map(_whole, rest[:2]) if permits else (0, 0)
-            hosts = rest[2:] if permits else rest
+            numbers = {b"m": 0, b"p": 2, b"b": 1}[kind.lower()]
+            said, hosts = [_whole(each) for each in rest[:numbers]], rest[numbers:]
+            if len(said) < numbers:
+                raise ValueError("a number is missing")
             sealed = dict(zip(hosts[::2], hosts[1::2], strict=True))
         except (IndexError, KeyError, ValueError):
             connection.note_junk_message()
@@ -119,12 +121,30 @@ class Leader:
             name = None if kind.isupper() else raw  # the key as the sender calls it
         if name is None:
             return  # it is for other hosts
-        if permits:
+        if numbers == 2:
             leases = self._leases_of(PermitLeases, limiter)
             if leases is not None:
-                leases.recalled(name, share, need)
+                leases.recalled(name, *said)
+        elif numbers:
+            self._give_back_money(limiter, name, *said)
         else:
             self._give_back_tokens(limiter, name)
+
+    def _give_back_money(self, budget: bytes, raw: bytes, window: int) -> None:
+        """window: its end; 0: another host has reset the key. That is for budgets of this process,
+        of which is known that the server keeps them: any host can name any."""
+        if not window:
+            if (mine := self._connection.budgets.get(budget)) is not None:
+                mine.tell(raw)
+            return
+        leases = self._connection.budgets.get(budget) or self._known.get(budget)
+        if leases is None and (handle := _money_limiter(self._segment, budget)) is not None:
+            name = budget.decode("utf-8", "surrogatepass")
+            leases = BudgetLeases(handle, name, self._segment, self._connection)
+            self._known[budget] = leases
+        given = None if leases is None else leases.withdrawn(raw, window)
+        if given is not None:
+            self._connection.call([given])
 
     def _give_back_tokens(self, limiter: bytes, raw: bytes) -> None:
         leases = self._leases_of(TokenLeases, limiter)
@@ -154,6 +174,18 @@ class Leader:
             limits = InnerLimits((), name=name, segment=self._segment, on_full="deny", keep=True)
             known = self._known[kind, limiter] = kind(limits, self._connection)
         return known
+
+
+def _money_limiter(segment: Segment, name: bytes) -> Any:
+    """None: there is no budget of that name."""
+    out, four, version = (
+        ffi.new("fshm_limiter **"), ffi.new("fshm_limit[4]"), ffi.new("uint64_t *"),
+    )  # fmt: skip
+    if lib.fshm_limiter_find(segment._handle, name, len(name), out) != lib.FSHM_OK:
+        return None
+    handle = owned(out[0], lib.fshm_limiter_close, segment._handle)
+    found = lib.fshm_limiter_limits(handle, four, version)
+    return handle if found == 4 and four[0].kind == lib.FSHM_MONEY else None
 
 
 def _keys_in_flight(segment: Segment) -> Iterator[tuple[bytes, bytes]]:

@@ -19,18 +19,19 @@ from fast_litellm_shm._shared import greenlets, performance
 from fast_litellm_shm._shared.native import ffi, lib
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm._shared.side_limiters import TOKEN_LEASES
-from fast_litellm_shm.cluster import algorithms, permits
+from fast_litellm_shm.cluster import algorithms, budgets, permits
 from fast_litellm_shm.cluster.settings import OUTAGE
 from fast_litellm_shm.limits import LimitSpec
 
-Question: TypeAlias = algorithms.Request | permits.Request  # one call of a grantor
+# one call of a grantor
+Question: TypeAlias = algorithms.Request | permits.Request | budgets.Request
 log = logging.getLogger("fast_litellm_shm")
 
 PROBE = 0.2  # seconds between two tries during an outage
 # Seconds that the grantor must have answered before an outage is over: by then all processes of all
 # hosts have noticed, and have reported what they admitted meanwhile.
 PROBATION = 1.0
-_MOST, _MOST_REPORTED = 200, 500  # requests in one call; at the end of an outage
+MOST, _MOST_REPORTED = 200, 500  # requests in one call; at the end of an outage
 # In the note of a process: what it has lost; and that it uses a state file.
 USES_FILE, SERVER, FILE = 1 << 29, 1 << 30, 1 << 31
 
@@ -100,6 +101,7 @@ class Link:
         self.outage: str | None = None  # the error, during an outage
         self.on_lost: Callable[[], None] = lambda: None
         self.unreported: weakref.WeakSet[Unreported] = weakref.WeakSet()
+        self.budgets: dict[bytes, Any] = {}  # by name; a budget may be gone before its lease is
         self.settlements = deque[Any]()  # settlement.Settlement, left to a thread
         self._metric = functools.cache(functools.partial(performance.metric, segment))
         self._threads: dict[Any, Any] = {}
@@ -118,6 +120,10 @@ class Link:
     def keys(self, limiter: bytes) -> list[bytes]:
         """The keys that the grantor knows of a limiter, for Request.at. Raises
         UnreachableError."""
+        raise NotImplementedError
+
+    def budget_keys(self, budget: bytes) -> list[bytes]:
+        """The same of a budget, in all windows."""
         raise NotImplementedError
 
     def rule(self, limit: LimitSpec) -> algorithms.Rule:
@@ -197,7 +203,7 @@ class Link:
         """Call for each request, many in one round trip: its leases learn from the answer, with
         what they noted. Raises UnreachableError."""
         asked = iter(asked)
-        while part := list(itertools.islice(asked, _MOST)):
+        while part := list(itertools.islice(asked, MOST)):
             answers = self.call([request for _, request, _ in part])
             for (leases, request, noted), answer in zip(part, answers, strict=True):
                 leases.learn(request, answer, noted)

@@ -10,6 +10,7 @@ from fast_litellm_shm._shared.native import ffi, lib
 from fast_litellm_shm._shared.segment import Segment
 
 KINDS = RATES, PERMITS = b"rates", b"permits"
+BUDGETS = b"budgets"
 _TAG, _IV = 16, 16  # bytes
 _LONGEST = 512  # a sealed name stands in the state of a key, once for each host
 

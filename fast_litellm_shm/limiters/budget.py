@@ -20,7 +20,8 @@ from fast_litellm_shm._shared.native import (
 )
 from fast_litellm_shm._shared.segment import InSegment, Segment
 from fast_litellm_shm._shared.states import failure
-from fast_litellm_shm.limiters.grantors import DurableArgument
+from fast_litellm_shm.limiters.choice import chosen
+from fast_litellm_shm.limiters.grantors import ClusterArgument, DurableArgument
 from fast_litellm_shm.limiters.waiting import off_loop
 from fast_litellm_shm.limits import Money
 
@@ -195,9 +196,13 @@ class Budget(BudgetCore, InSegment):
     warn_at, on_warn: ``on_warn(key, usage)`` is called by one process, once in a window of a key,
     when that share of the budget is used or reserved. Default: a warning in the log.
 
+    cluster: a URL (``redis://host:6379/0``) or a :class:`~fast_litellm_shm.cluster.Cluster`: the
+    budget holds over all hosts that name it. False: this host alone. Default: what
+    FAST_LITELLM_SHM_CLUSTER says. See ``docs/cluster.md``.
+
     durable: True, or a :class:`~fast_litellm_shm.durable.StateFile`: what was spent outlives a
     reboot of this host. A file grants the budget in parts of a hundredth; after a power cut, what
-    was granted counts as spent. See ``docs/durable.md``.
+    was granted counts as spent. See ``docs/durable.md``. Over hosts, the server keeps it instead.
     """
 
     def __init__(
@@ -211,6 +216,7 @@ class Budget(BudgetCore, InSegment):
         on_warn: OnWarn | None = None,
         on_death: str = "release",
         segment: Segment | None = None,
+        cluster: ClusterArgument = None,
         durable: DurableArgument = None,
         _ledger: Ledger | None = None,
     ) -> None:
@@ -238,7 +244,9 @@ class Budget(BudgetCore, InSegment):
         self._flags, self._warn_at, self._on_warn = _ON_DEATH[on_death], warn_at, on_warn
         self._ledger = _ledger
         self._books: Books | None = None
-        if durable is not None and _ledger is None:
+        grantor = chosen(False if _ledger is not None else cluster)
+        self._cluster = grantor.argument
+        if durable is not None and _ledger is None and not grantor.has_budgets:
             self._books = self._durable(durable)
         if _ledger is not None or self._books is not None:
             self._flags |= lib.FSHM_BUDGET_GRANTED
@@ -250,7 +258,23 @@ class Budget(BudgetCore, InSegment):
         if status != lib.FSHM_OK:
             self._failed(status)
         self._handle: Any = owned(out[0], lib.fshm_limiter_close, self._segment._handle)
-        self._bind(self._handle, address(self._handle), self._flags, float(warn_at or 0))
+        self._leases = grantor.budget(self._handle, name, self._segment)
+        if self._leases is not None:
+            self._flags |= lib.FSHM_BUDGET_SHARED
+        watched = warn_at if self._leases is None else 0  # else the server knows when it is time
+        self._bind(self._handle, address(self._handle), self._flags, float(watched or 0))
+
+    async def reserve_async(
+        self, key: Key, usd: USD, *, also: Iterable[tuple[Budget, Key]] = ()
+    ) -> Reservation | Reservations:
+        """reserve() for asyncio: where a file or a server has to grant more, a thread has it do so.
+        Cancelled meanwhile, it has reserved nothing."""
+        given = {"also": tuple(also)} if also else {}
+
+        def call() -> Reservation | Reservations:
+            return self.reserve(key, usd, **given)
+
+        return await off_loop(call, lambda late: late.release())
 
     def _durable(self, durable: DurableArgument) -> Books | None:
         from fast_litellm_shm.durable.books import Books
@@ -258,18 +282,6 @@ class Budget(BudgetCore, InSegment):
 
         file = found(durable)
         return None if file is None else Books(self, file)
-
-    async def reserve_async(
-        self, key: Key, usd: USD, *, also: Iterable[tuple[Budget, Key]] = ()
-    ) -> Reservation | Reservations:
-        """reserve() for asyncio: where a file has to grant more, a thread has it do so. Cancelled
-        meanwhile, it has reserved nothing."""
-        given = {"also": tuple(also)} if also else {}
-
-        def call() -> Reservation | Reservations:
-            return self.reserve(key, usd, **given)
-
-        return await off_loop(call, lambda late: late.release())
 
     def _reserve_all(
         self, key: Key, usd: USD, also: Iterable[tuple[Budget, Key]]
@@ -284,10 +296,20 @@ class Budget(BudgetCore, InSegment):
 
     def usage(self, key: Key) -> Usage:
         """What the key has spent and reserved in the present window."""
-        return self._usage(self._look(key_bytes(key)))
+        raw = key_bytes(key)
+        if self._leases is None:
+            return self._usage(self._look(raw))
+        found, rest = self._leases.usage(raw)
+        own, leased = self._usage(found), max(rest.others - rest.spent, 0)
+        return Usage(
+            own.limit + dollars(rest.added), own.spent + dollars(rest.spent),
+            own.reserved + dollars(leased), own.reset_after,
+        )  # fmt: skip
 
     def spent(self, key: Key) -> Decimal:
         """Dollars that were settled in the present window."""
+        if self._leases is not None:
+            return self.usage(key).spent
         return dollars(self._look(key_bytes(key)).spent)
 
     def remaining(self, key: Key) -> Decimal:
@@ -298,7 +320,10 @@ class Budget(BudgetCore, InSegment):
         """Spend without a reservation, room or not."""
         raw, amount = key_bytes(key), _amount(usd, "charge: usd")
         self._spend(raw, amount)
-        self._watch(key)
+        if self._leases is None:
+            self._watch(key)
+        elif self._leases.charged(raw, self._warn_at):
+            self._warn(raw, self.usage(key))
 
     def refund(self, key: Key, usd: USD) -> None:
         """Take back what was spent in the present window, at most all of it."""
@@ -310,7 +335,9 @@ class Budget(BudgetCore, InSegment):
         amount = nanos(usd, "add: usd")
         if abs(amount) > _MOST:
             raise ValueError(f"add: usd must be at most 10**9 dollars, not {usd!r}")
-        if self._books is not None:
+        if self._leases is not None:
+            self._leases.add(key_bytes(key), amount)
+        elif self._books is not None:
             self._books.add(self, key_bytes(key), amount)
         else:
             self._add(key_bytes(key), _ADDED, amount)
@@ -318,7 +345,9 @@ class Budget(BudgetCore, InSegment):
     def reset(self, key: Key | None = None) -> None:
         """Forget what a key has spent, reserved and been given; None: of all keys."""
         raw = None if key is None else key_bytes(key)
-        if self._books is not None:
+        if self._leases is not None:
+            self._leases.reset(raw)
+        elif self._books is not None:
             self._books.reset(self, raw, lambda: self._forget(raw))
         else:
             self._forget(raw)
@@ -367,6 +396,11 @@ class Budget(BudgetCore, InSegment):
         """Called by the native part where what was granted has no room for this amount: have more
         granted, and say whether there is."""
         raw = key_bytes(key)
+        if self._leases is not None:
+            more, warns = self._leases.ask(raw, amount, self._warn_at)
+            if warns:
+                self._warn(raw, self.usage(key))
+            return more
         if self._books is not None:
             return self._books.ask(self, raw, amount)
         assert self._ledger is not None
@@ -413,7 +447,10 @@ class Budget(BudgetCore, InSegment):
             return
         if lib.fshm_budget_once(self._handle, raw, len(raw), 0) != lib.FSHM_OK:
             return
-        shown, usage = raw.decode("utf-8", "replace"), self._usage(found)
+        self._warn(raw, self._usage(found))
+
+    def _warn(self, raw: bytes, usage: Usage) -> None:
+        shown = raw.decode("utf-8", "replace")
         if self._on_warn is None:
             log.warning(
                 "budget %r: %r has used or reserved %s of %s dollars",
@@ -435,7 +472,8 @@ class Budget(BudgetCore, InSegment):
 
     def __reduce__(self) -> tuple[Any, ...]:
         given = (self.usd, self._limit.per)
-        return (_rebuild, (type(self), given, {**self._options, "segment": self._segment}))
+        options = {**self._options, "segment": self._segment, "cluster": self._cluster}
+        return (_rebuild, (type(self), given, options))
 
     def __repr__(self) -> str:
         return f"Budget({limits.describe(self._limit)}, name={self._name!r})"

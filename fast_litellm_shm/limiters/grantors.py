@@ -27,7 +27,9 @@ from fast_litellm_shm.limiters.waiting import Steps, Waits
 from fast_litellm_shm.limits import InFlight, LimitSpec
 
 if TYPE_CHECKING:
+    from fast_litellm_shm._shared.segment import Segment
     from fast_litellm_shm.cluster import Cluster
+    from fast_litellm_shm.cluster.budget_lease import BudgetLeases
     from fast_litellm_shm.durable import StateFile
 
 Key: TypeAlias = str | bytes
@@ -191,6 +193,8 @@ class Grantor:
     """The segment of this host. A grantor of another kind overrides the methods that differ.
     argument: the ``cluster=`` of a limiter that is unpickled."""
 
+    has_budgets = False  # whether budget() answers anything
+
     def __init__(self, argument: Replayed = None) -> None:
         self.argument = argument
 
@@ -205,6 +209,11 @@ class Grantor:
         """settles: True: of_limit() is never called. False: settle() and left() are never
         called."""
         return Quotas(InnerLimits(limits, **given))
+
+    def budget(self, handle: Any, name: str, segment: Segment) -> BudgetLeases | None:
+        """What leases money to a budget; None: the segment has all of it. handle: of its
+        limiter."""
+        return None
 
     def longest_name(self, limits: Limits) -> int:
         """How many bytes the name of a quota of these limits may have."""

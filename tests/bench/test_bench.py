@@ -77,6 +77,13 @@ def test_a_ratio_without_its_peer_is_not_measured_and_not_reached(found: Any) ->
             assert each["reached"] is not None
 
 
+def test_what_takes_long_is_asked_by_name_alone() -> None:
+    assert not set(questions.APART) & set(QUESTIONS)
+    for name in questions.APART:
+        assert (ROOT / "bench" / f"{name}.py").exists()
+        assert f"--only {name}" in (ROOT / "Makefile").read_text()
+
+
 def test_an_unknown_question_is_refused_with_those_that_are() -> None:
     done = bench("--only", "speed")
     assert done.returncode == 2
@@ -242,7 +249,7 @@ def test_what_fails_is_told_and_stops_nothing() -> None:
 def test_every_file_of_a_question_is_asked() -> None:
     files = (ROOT / "bench").glob("*.py")
     with_run = {f.stem for f in files if "\ndef run(settings: Settings)" in f.read_text("utf-8")}
-    assert with_run == set(QUESTIONS)
+    assert with_run == {*QUESTIONS, *questions.APART}
 
 
 def test_a_place_leaves_nothing_behind() -> None:

@@ -75,6 +75,43 @@ static void test_calls(void) {
   CHECK_EQ(fshm_check(s, &index), FSHM_DAMAGE_NONE);
 }
 
+/* What a server leases to this host, and asks back. */
+static void test_leases(void) {
+  fshm_segment *s = fresh_segment(100);
+  fshm_limiter *l = budget(s, "b", 50 * USD, MONTH_NS);
+  fshm_budget one, two, taken;
+  const unsigned leased = FSHM_BUDGET_SHARED;
+  CHECK_EQ(reserve(l, 60 * USD, leased, 0, &one), FSHM_ASK); /* the server knows the limit */
+  const uint64_t window = view(l, 0).window;
+  CHECK_EQ(fshm_budget_grant(l, KEY, 1, 60 * USD, window, 0), FSHM_OK);
+  CHECK_EQ(fshm_budget_grant(l, KEY, 1, USD, window + 1, 0), FSHM_DENIED);
+  CHECK_EQ(reserve(l, 60 * USD, leased, 0, &one), FSHM_ALLOWED);
+  CHECK_EQ(settle(l, &one, 60 * USD, 20 * USD, 0), FSHM_OK);
+  CHECK_EQ(reserve(l, 5 * USD, leased, 0, &one), FSHM_ALLOWED);
+  CHECK_EQ(fshm_budget_withdraw(l, KEY, 1, window + 1, 0, &taken), FSHM_DENIED);
+  CHECK_EQ(taken.granted, 0);
+  CHECK_EQ(fshm_budget_withdraw(l, KEY, 1, window, 0, &taken), FSHM_OK);
+  CHECK_EQ(taken.granted, 35 * USD);
+  CHECK_EQ(view(l, 0).granted, 25 * USD);
+  CHECK_EQ(fshm_budget_withdraw(l, KEY, 1, window, 0, &taken), FSHM_OK);
+  CHECK_EQ(taken.granted, 0);
+  CHECK_EQ(reserve(l, 1, leased, 0, &two), FSHM_ASK);
+  CHECK_EQ(settle(l, &one, 5 * USD, 9 * USD, 0),
+           FSHM_OK); /* more than is leased: spent all the same */
+  CHECK_EQ(fshm_budget_withdraw(l, KEY, 1, window, 0, &taken), FSHM_OK);
+  CHECK_EQ(taken.granted, 0);
+  CHECK_EQ(view(l, 0).spent, 29 * USD);
+  /* with another period comes another window: what was leased is of the former one, what was spent counts on */
+  fshm_limiter_close(budget(s, "b", 50 * USD, YEAR_NS));
+  if (view(l, 0).window != window) {
+    CHECK_EQ(view(l, 0).spent, 29 * USD);
+    CHECK_EQ(view(l, 0).granted, 0);
+    CHECK_EQ(reserve(l, 1, leased, 0, &two), FSHM_ASK);
+    CHECK_EQ(fshm_budget_grant(l, KEY, 1, USD, view(l, 0).window, 0), FSHM_OK);
+    CHECK_EQ(view(l, 0).granted, USD);
+  }
+}
+
 /* Windows at given times: the wall clock is what the segment was made with. */
 static void test_windows(void) {
   fshm_segment *s = fresh_segment(100);
@@ -196,6 +233,50 @@ static void test_threads(void) {
   CHECK(load_relaxed(&most_seen) <= 3 * USD && load_relaxed(&most_seen) > 2 * USD);
 }
 
+/* Threads that reserve, and one that takes back what they do not use. slack: what is leased less what is held and spent.
+ * It falls after each change that makes it less, and rises before each that makes it more: it never falls below 0. */
+static _Atomic uint64_t slack, running;
+static void less_slack(uint64_t by) { CHECK(atomic_fetch_sub(&slack, by) >= by); }
+static void *take_back(void *given) {
+  const uint64_t window = view(shared, 0).window;
+  (void)given;
+  while (load_relaxed(&running)) {
+    fshm_budget taken;
+    (void)atomic_fetch_add(&slack, USD / 4);
+    CHECK_EQ(fshm_budget_grant(shared, KEY, 1, USD / 4, window, 0), FSHM_OK);
+    (void)usleep(20);
+    CHECK_EQ(fshm_budget_withdraw(shared, KEY, 1, window, 0, &taken), FSHM_OK);
+    less_slack(taken.granted);
+  }
+  return NULL;
+}
+static void *spend_leased(void *given) {
+  random_state = (uintptr_t)given;
+  for (int i = 0; i < fewer(20000); i++) {
+    fshm_budget b;
+    const uint64_t amount = 1 + random_below(USD / 8), actual = random_below(3);
+    if (reserve(shared, amount, FSHM_BUDGET_SHARED, 0, &b) != FSHM_ALLOWED) continue;
+    less_slack(amount);
+    (void)atomic_fetch_add(&slack, amount - min_u64(actual, amount));
+    (void)settle(shared, &b, amount, min_u64(actual, amount), 0);
+  }
+  return NULL;
+}
+static void test_take_back(void) {
+  fshm_segment *s = fresh_segment(100);
+  pthread_t threads[4];
+  shared = budget(s, "b", 3 * USD, YEAR_NS);
+  store_relaxed(&running, 1);
+  for (uintptr_t i = 0; i < 4; i++)
+    pthread_create(&threads[i], NULL, i ? spend_leased : take_back, (void *)(i + 1));
+  for (int i = 1; i < 4; i++) pthread_join(threads[i], NULL);
+  store_relaxed(&running, 0);
+  pthread_join(threads[0], NULL);
+  const fshm_budget b = view(shared, 0);
+  CHECK_EQ(b.reserved, 0);
+  CHECK_EQ(b.granted - b.spent, load_relaxed(&slack));
+}
+
 static void test_death(void) {
   fshm_segment *s = fresh_segment(100);
   fshm_limiter *l = budget(s, "b", 50 * USD, YEAR_NS);
@@ -222,10 +303,12 @@ static void test_death(void) {
 
 int main(void) {
   test_calls();
+  test_leases();
   test_windows();
   test_expiry();
   test_hostile();
   test_threads();
+  test_take_back();
   test_death();
   return done();
 }

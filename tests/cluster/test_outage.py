@@ -113,7 +113,7 @@ def test_local_denies_what_is_known_to_be_used(server: servers.Server, segment: 
 def test_a_host_that_never_saw_the_server_denies(segment: Segment) -> None:
     cluster = Cluster("redis://127.0.0.1:1", timeout=0.1)
     limiter = RateLimiter(Limit(10), name="api", segment=segment, cluster=cluster)
-    with pytest.warns(RuntimeWarning, match="not known how many hosts"):
+    with pytest.warns(RuntimeWarning, match="not known what is left"):
         assert not limiter.acquire("key")
 
 
