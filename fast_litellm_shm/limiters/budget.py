@@ -427,11 +427,11 @@ class Budget(BudgetCore, InSegment):
         that the file keeps (12 windows in all), the latest first. Of a window that is over it may
         have a hundredth of the budget more: what was granted ahead and not used."""
         raw = key_bytes(key)
-        found = self._look(raw)
-        spent = [(int(found.window), int(found.spent))]
+        found, before = self._look(raw), []
         if self._books is not None:
-            spent += [each for each in self._books.history(raw) if each[0] < found.window]
-        return [Spend(_end_of(minute), dollars(amount)) for minute, amount in spent]
+            before = [each for each in self._books.history(raw) if each[0] < found.window]
+        present = Spend(_end_of(found.window), self.spent(key))
+        return [present, *(Spend(_end_of(minute), dollars(amount)) for minute, amount in before)]
 
     def _nanos(self, usd: object, where: str) -> int:
         """Called by the native part, for what it does not read itself."""
