@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime, timezone
 from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeAlias
 
@@ -33,6 +34,8 @@ USD: TypeAlias = int | float | str | Decimal
 
 _MOST = 10**18
 _SPENT, _ADDED, _GRANTED = 0, 1, 3  # places of a budget's numbers
+_UTC = timezone.utc  # `timezone` is an argument below
+_NEVER = 2**28 - 1  # the end of a window that never ends
 _ON_DEATH = {"release": 0, "charge": lib.FSHM_BUDGET_CHARGE}
 
 
@@ -89,6 +92,13 @@ class Usage(NamedTuple):
     def remaining(self) -> Decimal:
         """What a call can still reserve."""
         return max(self.limit - self.spent - self.reserved, Decimal(0))
+
+
+class Spend(NamedTuple):
+    """What a key has spent in a window, in dollars. ends: None: the window never ends."""
+
+    ends: datetime | None
+    usd: Decimal
 
 
 OnWarn: TypeAlias = Callable[[str, Usage], object]
@@ -408,6 +418,17 @@ class Budget(BudgetCore, InSegment):
         if self._books is not None:
             self._books.tend(self, key_bytes(key))
 
+    def history(self, key: Key) -> list[Spend]:
+        """What the key has spent in the present window, and with ``durable`` in those before it
+        that the file keeps (12 windows in all), the latest first. Of a window that is over it may
+        have a hundredth of the budget more: what was granted ahead and not used."""
+        raw = key_bytes(key)
+        found, before = self._look(raw), []
+        if self._books is not None:
+            before = [each for each in self._books.history(raw) if each[0] < found.window]
+        present = Spend(_end_of(found.window), self.spent(key))
+        return [present, *(Spend(_end_of(minute), dollars(amount)) for minute, amount in before)]
+
     def _nanos(self, usd: object, where: str) -> int:
         """Called by the native part, for what it does not read itself."""
         return _amount(usd, where)
@@ -452,6 +473,10 @@ class Budget(BudgetCore, InSegment):
 
     def __repr__(self) -> str:
         return f"Budget({limits.describe(self._limit)}, name={self._name!r})"
+
+
+def _end_of(minute: int) -> datetime | None:
+    return datetime.fromtimestamp(minute * 60, _UTC) if minute < _NEVER else None
 
 
 def _rebuild(cls: type[Budget], given: Sequence[Any], options: dict[str, Any]) -> Budget:
