@@ -602,7 +602,7 @@ def test_a_limiter_that_takes_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_litellm_without_the_limiter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segment_limiter, "_LIMITER", "litellm.proxy.hooks.no_such_limiter")
+    monkeypatch.setattr(segment_limiter, "LIMITER", "litellm.proxy.hooks.no_such_limiter")
     assert "no limiter with a store of its own" in sentence()
 
 

@@ -109,11 +109,11 @@ def _counting(base: Any, internal_usage_cache: Any) -> Any:
     all hosts count in, or where this LiteLLM offers no way."""
     from fast_litellm_shm.integrations.litellm.builtin_limiter import segment_limiter
 
+    theirs = getattr(sys.modules.get(segment_limiter.LIMITER), base.__name__, None)
     cache = getattr(internal_usage_cache, "dual_cache", None)
-    if getattr(cache, "redis_cache", None) is not None or segment_limiter.missing() is not None:
+    if base is not theirs or getattr(cache, "redis_cache", None) is not None:
         return base
-    made = segment_limiter.make_handler()
-    return made if issubclass(made, base) else base
+    return base if segment_limiter.missing() is not None else segment_limiter.make_handler()
 
 
 def _maker(base: Any, found_for: FoundFor) -> Callable[[Any], Any]:

@@ -24,7 +24,7 @@ from fast_litellm_shm.integrations.litellm import failures, settings
 from fast_litellm_shm.integrations.litellm.builtin_limiter import HOOK
 from fast_litellm_shm.integrations.litellm.builtin_limiter.store import Handle
 
-_LIMITER = "litellm.proxy.hooks.parallel_request_limiter_v3"
+LIMITER = "litellm.proxy.hooks.parallel_request_limiter_v3"
 _STORE = "litellm.redis.stores.rate_limits"
 _REPLIES = (
     *("WindowCount", "AtomicApplied", "AtomicOverLimit", "GuardedReply"),
@@ -44,7 +44,7 @@ def _arguments(function: Any) -> dict[str, inspect.Parameter]:
 def missing() -> str | None:
     """What the installed litellm lacks; None where it has everything."""
     try:
-        limiter: Any = importlib.import_module(_LIMITER)
+        limiter: Any = importlib.import_module(LIMITER)
         store: Any = importlib.import_module(_STORE)
         protocol = importlib.import_module(f"{_STORE}.handle").RateLimitsHandle
         base = limiter.PROXY_MaxParallelRequestsHandler_v3
@@ -74,7 +74,7 @@ def missing() -> str | None:
 def make_handler() -> Any:
     """The class: LiteLLM's limiter with our store. Raises where the installed litellm lacks what it
     needs; :func:`install` looks first."""
-    limiter: Any = importlib.import_module(_LIMITER)
+    limiter: Any = importlib.import_module(LIMITER)
     store: Any = importlib.import_module(_STORE)
     replies = importlib.import_module(f"{_STORE}.types")
     connect = importlib.import_module("litellm.redis.stores.connection").connect
@@ -134,7 +134,7 @@ def install(hooks: dict[str, Any]) -> str | None:
     lacking = missing()
     if lacking is not None:
         return f"mode native is not available with the installed litellm: {lacking}"
-    base = importlib.import_module(_LIMITER).PROXY_MaxParallelRequestsHandler_v3
+    base = importlib.import_module(LIMITER).PROXY_MaxParallelRequestsHandler_v3
     present = hooks.get(HOOK)
     if not (isinstance(present, type) and issubclass(present, base)):
         return (
