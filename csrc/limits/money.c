@@ -13,7 +13,9 @@
 #include "limits.h"
 
 #define RESERVED_MOST (UINT64_C(1) << 61) /* no sum overflows, whatever is in the rows */
+#ifndef ROUNDS_OF_MONEY
 #define ROUNDS_OF_MONEY 32 /* in each lost one, another process has reserved or spent */
+#endif
 enum { MONEY_ADDED = 1, MONEY_GRANTED = 3 }; /* places of a budget's limits */
 
 /* One call. */
@@ -115,7 +117,7 @@ static bool money_look(money_t *m, uint32_t i, amount_t *out) {
 
 static uint64_t money_add_to(uint64_t amount, int64_t by) {
   if (by < 0) return minus(amount, (uint64_t)-by);
-  return min_u64(amount + (uint64_t)by, (UINT64_C(1) << 60) - 1);
+  return min_u64(amount + (uint64_t)by, MONEY_OF(UINT64_MAX));
 }
 
 typedef struct {
@@ -322,7 +324,9 @@ int fshm_budget_reserve(fshm_limiter *l, const void *key, uint64_t length, uint6
   out->status = money_begin(&m, l, key, length, now);
   if (unlikely(out->status != FSHM_OK)) return out->status;
   bool row = process_identity_inline(m.s, &process, &out->incarnation);
-  out->direct = !row || (flags & FSHM_BUDGET_CHARGE);
+  /* Called dead while its locks were lost, its row counts for nobody. */
+  const bool counts = row && load_relaxed(&m.s->processes[process].dead) != out->incarnation;
+  out->direct = !counts || (flags & FSHM_BUDGET_CHARGE);
   out->owner = row ? process + 1 : 0;
   out->kept = flags & FSHM_BUDGET_GRANTED;
   heartbeat(m.s, m.now);
@@ -339,6 +343,7 @@ int fshm_budget_reserve(fshm_limiter *l, const void *key, uint64_t length, uint6
     if (unlikely(out->status != FSHM_OK)) return out->status;
     if (unlikely(!added && !shared && out->spent + out->reserved + amount > out->limit)) {
       added = true;
+      round--; /* none is lost: after the last one, this would be its answer */
       continue;
     }
     const uint64_t most = money_most(out, leased, shared);
@@ -487,7 +492,7 @@ int fshm_budget_raise(fshm_limiter *l, const void *key, uint64_t length, uint32_
   int status = money_begin_in(&m, l, key, length, now, window);
   if (status != FSHM_OK) return status;
   if (which >= m.p.money) return FSHM_E_ARGUMENT;
-  return money_add(&m, which, (int64_t)min_u64(to, MONEY_MOST * 2), RAISE, window, 0, NULL);
+  return money_add(&m, which, (int64_t)min_u64(to, MONEY_OF(UINT64_MAX)), RAISE, window, 0, NULL);
 }
 
 int fshm_budget_grant(fshm_limiter *l, const void *key, uint64_t length, uint64_t amount,

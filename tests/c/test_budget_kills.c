@@ -46,6 +46,7 @@ static void call(worker_t *w, const char *key, uint64_t length, uint64_t most) {
     if (b.spent + b.reserved > b.limit) store_relaxed(&w->wrong, load_relaxed(&w->wrong) + 1);
     if (actual > amount) store_relaxed(&w->beyond, load_relaxed(&w->beyond) + actual - amount);
     store_relaxed(&w->open, charge ? max_u64(amount, actual) : actual);
+    if (random_below(4) == 0) (void)sched_yield(); /* a call takes its time, and is killed in it */
     (void)fshm_budget_settle(l, key, length, &b, amount, actual, 0);
     store_relaxed(&w->settled, load_relaxed(&w->settled) + actual);
   }
@@ -122,7 +123,7 @@ int main(int argc, char **argv) {
   (void)view("team", 4);
   for (int k = 0; k < kills && !failed; k++) {
     for (int i = 0; i < WORKERS; i++)
-      if (!pids[i]) pids[i] = start_child(work, i, &rounds[i]);
+      if (!pids[i] && (pids[i] = start_child(work, i, &rounds[i])) < 0) abort();
     const uint64_t until = segment_now(s) + random_below(15000000);
     do {
       const fshm_budget b = view("team", 4);
@@ -166,8 +167,8 @@ int main(int argc, char **argv) {
   CHECK_OP(b.spent + refunded, <=, sum_of(SETTLED) + lost);
   fshm_budget all;
   const uint64_t left = minus(LIMIT, b.spent);
-  CHECK_EQ(fshm_budget_reserve(l, "team", 4, left, 0, 0, &all), FSHM_ALLOWED);
-  CHECK_EQ(fshm_budget_settle(l, "team", 4, &all, left, 0, 0), FSHM_OK);
+  CHECK_EQ(fshm_budget_reserve(l, "team", 4, left, 0, 0, &all), b.spent <= LIMIT);
+  if (all.status == FSHM_ALLOWED) (void)fshm_budget_settle(l, "team", 4, &all, left, 0, 0);
   printf(
       "%d kills, %llu calls and more, %llu looks; settled %llu, about to be %llu, spent %llu; beyond "
       "estimates %llu; most at once %llu of %llu; free again after %llu us at most\n",

@@ -261,6 +261,8 @@ static void test_hostile(void) {
   CHECK(view(l, 0).spent <= MONEY_MOST * 2);
   for (int i = 0; i < 20; i++) CHECK_EQ(fshm_budget_add(l, KEY, 1, 0, INT64_MAX, 0), FSHM_OK);
   CHECK(view(l, 0).spent < UINT64_C(1) << 60);
+  CHECK_EQ(fshm_budget_raise(l, KEY, 1, 3, UINT64_MAX, view(l, 0).window, 0), FSHM_OK);
+  CHECK_EQ(view(l, 0).granted, (UINT64_C(1) << 60) - 1);
   CHECK_EQ(fshm_budget_add(l, KEY, 1, 0, INT64_MIN, 0), FSHM_OK);
   CHECK_EQ(fshm_budget_add(l, KEY, 1, 4, 1, 0), FSHM_E_ARGUMENT);
 }

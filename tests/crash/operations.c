@@ -273,12 +273,13 @@ static void run_request_and_back(outcome_t *out) {
 #define SETS_CLOCK(after)                                                                    \
   .make = start_clocks, .holds = &walls, .prepare = set_clock, .run = run_wall, .status = 1, \
   .op = LOOK_AT_CLOCK, .prior = (after)
-#define MONEY(n)                                   \
+#define MONEY_RULES(n, rules)                      \
   .limits = {{n, PER, 0, FSHM_MONEY, 0},           \
              {MONEY_MOST, PER, 0, FSHM_MONEY, 0},  \
              {MONEY_MOST, PER, 0, FSHM_MONEY, 0},  \
              {MONEY_MOST, PER, 0, FSHM_MONEY, 0}}, \
-  .count = 4
+  .count = (rules)
+#define MONEY(n) MONEY_RULES(n, 4)
 #define BUDGETS(function, which, amount, answer)                                               \
   .make = start_budget, .holds = &budgets, .run = (function), .op = (which), .cost = (amount), \
   .status = (answer), .capacity = 8
@@ -612,6 +613,13 @@ static const operation_t operations[] = {
      .prior = 5,
      .flags = EXPIRED,
      ROOM(5, 4, 5)},
+    {.name = "budget-join",
+     BUDGETS(run_budget_reserve, MONEY_RESERVE, 1, 1),
+     MONEY(5),
+     .prior = 2,
+     .overtake = look_while_joining,
+     .flags = UNJOINED,
+     ROOM(3, 2, 5)},
     {.name = "budget-settle",
      BUDGETS(run_budget_settle, MONEY_SETTLE, 1, 1),
      MONEY(5),

@@ -726,6 +726,13 @@ FAULTS = [
         "are reserved by the dead",
     ),
     Fault(
+        "a process that joins is called dead",
+        "stats/deployments.c",
+        (("!load_relaxed(&p->pid) ||", ""),),
+        "budget-join",
+        "are left, and T is answered 1",
+    ),
+    Fault(
         "a reservation under the limits of before",
         "limits/money.c",
         (("out->status == FSHM_OK && m.p.current == current &&\n", "out->status == FSHM_OK &&\n"),),
@@ -750,7 +757,7 @@ FAULTS = [
         "a correction in the next window",
         "limits/money.c",
         (("(a.window != window || money_id(m) != id)", "money_id(m) != id"),),
-        "pair-budget-charge-window",
+        "pair-budget-correct-window",
         "the next window",
     ),
     Fault(

@@ -25,6 +25,8 @@ static void close_granted(user_t *u) {
     fshm_limiter_close(u->granted[i]);
     u->granted[i] = NULL;
   }
+  fshm_limiter_close(u->budget);
+  u->budget = NULL;
 }
 
 /* A file can hold anything: the words of a stored state, and of the charge that is undone. */
