@@ -111,7 +111,7 @@ inline charge(me) {
   fi
 }
 
-/* limiter.c put: if (state_ends(c->s, 0, next) <= c->now) return CLAIMED; -- of a cost of 0, and of refunds
+/* limiter.c put: if (state_ends(c->s, 0, next) <= c->now || !c->costs[i]) return CLAIMED; -- of a cost of 0, and of refunds
  * limiter.c put: return put_first(c, i, l, op);
  * limiter.c put_first: first_t first = {c, i, op, &l->verdict, false}; uint64_t who = fingerprint(c, i);
  *   found_t *f = &l->slot;
