@@ -282,8 +282,9 @@ static int money_limit(money_t *m, bool added, amount_t *granted, fshm_budget *o
   return status;
 }
 
-/* Whether that much is granted yet: fshm_budget_withdraw() may have taken some back. */
-static bool money_stands(money_t *m, const amount_t *granted) {
+/* Whether that much is granted yet, in this window: fshm_budget_withdraw() may have taken some back, or another one begun. */
+static bool money_stands(money_t *m, const amount_t *granted, uint64_t window) {
+  if (m->p.rules[0].unit != window) return false;
   if (!granted->f.pair.who) return true;
   const pair_t seen = pair_load(&m->s->slots[granted->f.slot]);
   return seen.who == granted->f.pair.who && seen.when >= granted->f.pair.when;
@@ -350,7 +351,7 @@ int fshm_budget_reserve(fshm_limiter *l, const void *key, uint64_t length, uint6
     atomic_thread_fence(memory_order_seq_cst);
     out->status = money_used(&m, id, &spent, out);
     if (likely(out->status == FSHM_OK && out->spent + out->reserved <= most &&
-               (!leased || money_stands(&m, &granted)))) {
+               (!leased || money_stands(&m, &granted, out->window)))) {
       out->status = FSHM_ALLOWED;
       out->window = m.p.rules[0].unit;
       break;
