@@ -326,7 +326,8 @@ typedef struct {
   uint64_t granted;
   uint64_t window; /* its end, minutes since 1970 */
   int64_t left_ns; /* until then */
-  uint64_t owner, incarnation, id; /* of the reservation */
+  uint64_t incarnation, id; /* of the reservation, as the next two */
+  uint32_t owner, entry;
   uint64_t kept; /* made with FSHM_BUDGET_GRANTED */
 } fshm_budget;
 enum fshm_budget_flag {
@@ -362,6 +363,20 @@ int fshm_budget_withdraw(fshm_limiter *budget, const void *key, uint64_t key_len
                          uint64_t window, uint64_t now_ns, fshm_budget *out);
 /* 1: for the first call of a key in its window. */
 int fshm_budget_once(fshm_limiter *budget, const void *key, uint64_t key_length, uint64_t now_ns);
+/* For inspection: one amount. which: 0 .. 3, as of fshm_budget_add(), 2: the mark; FSHM_BUDGET_RESERVED: what one process
+ * has reserved of a key; FSHM_BUDGET_LIMIT: of the limiter, for each key. */
+#define FSHM_BUDGET_RESERVED 4
+#define FSHM_BUDGET_LIMIT 5
+typedef struct {
+  uint64_t slot; /* of 0 .. 3: that of 0 has the name of the key, for fshm_key_name() */
+  uint64_t id; /* the same for all amounts of a key of a limiter */
+  uint64_t amount; /* in the present window: 0 where it is of an earlier one */
+  uint64_t left_ns; /* of FSHM_BUDGET_LIMIT: until the window ends */
+  uint32_t limiter; /* UINT32_MAX of FSHM_BUDGET_RESERVED: that of the key with this id */
+  uint32_t which;
+} fshm_budget_info;
+/* All amounts of all budgets; the first `room` go into out. Returns the number of all. It begins no window. */
+uint64_t fshm_budgets(fshm_segment *segment, uint64_t now_ns, fshm_budget_info *out, uint64_t room);
 
 /* Time zones and the time of day, for FSHM_CALENDAR ----------------------------------------------- */
 /* The index of a zone, for fshm_limit.strict; UTC is 0 and needs none. A span: the minute since 1970 at which it begins,

@@ -32,4 +32,5 @@
 #include "stats/histogram.c"
 #include "stats/deployments.c"
 #include "limits/money.c"
+#include "limits/spending.c"
 #include "stats/feature_errors.c"

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from fast_litellm_shm._shared import zones
 from fast_litellm_shm._shared.native import ffi, lib
+
+if TYPE_CHECKING:
+    from decimal import Decimal
 
 _NS = 1_000_000_000
 _PERIOD_NAMES = {1: "second", 60: "minute", 3600: "hour", 86400: "day"}
@@ -143,8 +147,8 @@ class _Counted:
 
 @dataclass(frozen=True, repr=False)
 class FixedWindow(_Counted):
-    """A fixed window: at most ``n`` tokens in each window of ``per`` seconds, or in each ``"hour"``,
-    ``"day"``, ``"week"``, ``"month"`` or ``"year"`` of the calendar.
+    """A fixed window: at most ``n`` tokens in each window of ``per`` seconds, or in each
+    ``"hour"``, ``"day"``, ``"week"``, ``"month"`` or ``"year"`` of the calendar.
 
     n: 1 .. 2,147,483,647. per in seconds (or a timedelta), 1 µs .. 416 days: a key's window begins
     with its first request; the next one begins with the first request after the end. The end of a
@@ -259,6 +263,19 @@ class Money:
         return (self.n, self._per_ns, 0, lib.FSHM_MONEY, zone)
 
 
+NANO = 10**9  # nano-dollars of a dollar
+
+
+def dollars(amount: int) -> Decimal:
+    """Nano-dollars as dollars, exact, without zeros at the end: ``Decimal("0.0134")``."""
+    from decimal import Decimal  # not for each worker that imports the package
+
+    whole, rest = divmod(amount, NANO)
+    if not rest:
+        return Decimal(whole)
+    return Decimal(f"{whole}.{rest:09}".rstrip("0"))
+
+
 def in_flight(owner: str, name: str, n: object) -> InFlight:
     """An InFlight, or an error that names the argument."""
     found = _whole(owner, name, n)
@@ -272,6 +289,57 @@ Limit = TokenBucket
 Window = FixedWindow
 
 LimitSpec: TypeAlias = TokenBucket | FixedWindow | SlidingWindow
+Spelled: TypeAlias = LimitSpec | str  # a str: parse() reads it
+
+_LENGTHS = {
+    "s": 1, "sec": 1, "second": 1, "m": 60, "min": 60, "minute": 60, "h": 3600, "hour": 3600,
+    "d": 86_400, "day": 86_400, "week": 7 * 86_400,
+}  # fmt: skip
+_SPELLED = re.compile(
+    r"(?P<n>\d+) ?(?:/|per ) ?(?:(?P<times>\d+(?:\.\d+)?) ?)?(?P<unit>[a-z]+?)s?"
+    r"(?: (?:in )?(?P<zone>[A-Z][\w+/-]*))?"
+    r"(?:(?: burst (?P<burst>\d+))?(?P<strict> strict)?| (?P<kind>window|sliding))"
+)
+
+
+def parse(text: str) -> LimitSpec:
+    """A limit that is written as text, as in a file of settings::
+
+        100 per minute            TokenBucket(100, per=60)
+        100 per 30 s burst 10     TokenBucket(100, per=30, burst=10); "strict" may follow
+        1000 per day              FixedWindow(1000, per="day"): hour, day, week, month or year of
+        1000 per day in Asia/Tokyo    the calendar, in UTC or in another time zone
+        1000 per 24 hours window  FixedWindow(1000, per=86400)
+        100 per minute sliding    SlidingWindow(100, per=60)
+
+    ``/`` is short for ``per``, and ``describe()`` writes what it reads. Raises ValueError."""
+    found = _SPELLED.fullmatch(" ".join(text.split()))
+    if found is None:
+        raise ValueError(
+            f"a limit must be written as '100 per minute', '100 per 30 s burst 10', '1000 per day "
+            f"in Europe/Berlin', '100 per minute window' or '100 per minute sliding', not {text!r}"
+        )
+    n, unit, zone, kind = int(found["n"]), found["unit"], found["zone"], found["kind"]
+    bucket = found["burst"] is not None or found["strict"] is not None
+    of_calendar = not found["times"] and unit in _CALENDAR and not bucket and kind != "sliding"
+    if of_calendar:
+        return FixedWindow(n, per=unit, timezone=zone)
+    if zone is not None:
+        raise ValueError(
+            f"a time zone goes with one hour, day, week, month or year, and no other kind of limit "
+            f"than a window: '1000 per day in {zone}', not {text!r}"
+        )
+    if unit not in _LENGTHS:
+        raise ValueError(
+            "the period of a limit must be in seconds, minutes, hours, days or weeks, or one month "
+            f"or year of the calendar, not {text!r}"
+        )
+    seconds = float(found["times"] or 1) * _LENGTHS[unit]
+    per = int(seconds) if seconds.is_integer() else seconds
+    if kind is not None:
+        return (SlidingWindow if kind == "sliding" else FixedWindow)(n, per)
+    burst = None if found["burst"] is None else int(found["burst"])
+    return TokenBucket(n, per, burst=burst, strict=bool(found["strict"]))  # type: ignore[arg-type]
 
 
 def is_calendar(per_ns: int) -> bool:
@@ -329,7 +397,7 @@ def describe(limit: LimitSpec | InFlight | Granted | Money) -> str:
         return f"{limit.n} in flight"
     if isinstance(limit, Money):
         period = "" if limit.per is None else f"/{limit.per} {limit.timezone}"
-        return f"{limit.n / 1e9:.15g} USD{period}"
+        return f"{dollars(limit.n):f} USD{period}"
     if isinstance(limit, Granted):
         return "granted"
     if isinstance(limit, FixedWindow) and limit.timezone is not None:
@@ -342,9 +410,16 @@ def describe(limit: LimitSpec | InFlight | Granted | Money) -> str:
     return text + (" window" if isinstance(limit, FixedWindow) else " sliding")
 
 
+def described(limits: Sequence[LimitSpec | InFlight | Granted | Money]) -> list[str]:
+    """describe() of the limits of a name. Of a budget, those after the first are its accounts."""
+    shown = limits[:1] if limits and isinstance(limits[0], Money) else limits
+    return [describe(limit) for limit in shown]
+
+
 def checked(limits: Iterable[object]) -> tuple[LimitSpec, ...]:
-    """The limits of a limiter. Raises ValueError for none or more than 4, TypeError for others."""
-    found = tuple(limits)
+    """The limits of a limiter, as objects or as text. Raises ValueError for none or more than 4,
+    and for a text that is no limit; TypeError for others."""
+    found = tuple(parse(limit) if isinstance(limit, str) else limit for limit in limits)
     most = lib.FSHM_MAX_LIMITS
     if not 1 <= len(found) <= most:
         raise ValueError(f"a limiter takes 1 to {most} limits, not {len(found)}")

@@ -30,6 +30,7 @@ LIGHT = {
     "_shared.settings",
     "_shared.states",
     "_shared.wait_queue",
+    "_shared.zones",
     "exceptions",
     "fast_litellm",
     "fast_litellm.import_hook",

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from fast_litellm_shm import Limit, RateLimiter, SlidingWindow, Window
-from fast_litellm_shm.limits import checked, describe, reason
+from fast_litellm_shm import Limit, RateLimiter, Segment, SlidingWindow, Window
+from fast_litellm_shm.limits import checked, describe, parse, reason
 
 KINDS: list[Any] = [Limit, Window, SlidingWindow]
 
@@ -112,7 +112,7 @@ def test_a_limiter_needs_limits() -> None:
         RateLimiter(*[Limit(1)] * 5)
 
 
-@pytest.mark.parametrize("other", [5, "5/min", None, (Limit(1),)])
+@pytest.mark.parametrize("other", [5, b"5/min", None, (Limit(1),)])
 def test_only_limits_are_limits(other: Any) -> None:
     with pytest.raises(TypeError) as caught:
         RateLimiter(other)
@@ -160,3 +160,69 @@ def test_a_strict_limit_that_would_refill_for_years_is_refused() -> None:
     ends before. It must be refused as an argument, not when the limiter is used."""
     with pytest.raises(ValueError, match="burst"):
         Limit(1000, 360_000, burst=1000, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "limit"),
+    [
+        ("100 per minute", Limit(100, 60)),
+        ("100/60s", Limit(100, 60)),
+        ("5/second", Limit(5, 1)),
+        ("100 per 30 s burst 10", Limit(100, 30, burst=10)),
+        ("100 per  2 minutes burst 10 strict", Limit(100, 120, burst=10, strict=True)),
+        ("10 per 0.5s", Limit(10, 0.5)),
+        ("1000 per day", Window(1000, "day")),
+        ("1000 per day in Europe/Berlin", Window(1000, "day", timezone="Europe/Berlin")),
+        ("9/month America/Port-au-Prince", Window(9, "month", timezone="America/Port-au-Prince")),
+        ("1000/year Etc/GMT+1 window", Window(1000, "year", timezone="Etc/GMT+1")),
+        ("1000 per hour window", Window(1000, "hour")),
+        ("1000 per 24 hours window", Window(1000, 86_400)),
+        ("1000 per 1 day window", Window(1000, 86_400)),
+        ("1000 per 24 hours", Limit(1000, 86_400)),
+        ("100 per minute sliding", SlidingWindow(100, 60)),
+        ("100 per hour sliding", SlidingWindow(100, 3600)),
+        ("100 per week burst 3", Limit(100, 7 * 86_400, burst=3)),
+    ],
+)
+def test_limits_as_text(text: str, limit: Any) -> None:
+    assert parse(text) == limit
+    assert parse(describe(limit)) == limit
+    assert checked([text]) == (limit,)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "100",
+        "per day",
+        "-5 per day",
+        "1.5 per day",
+        "100 per",
+        "100 per fortnight",
+        "1 per day in",
+        "100 per minute in Europe/Berlin",
+        "100 per 2 days in Europe/Berlin",
+        "100 per month sliding",
+        "100 per 2 months",
+        "100 per day in Nowhere/Else",
+        "0 per day",
+        "100 per minute window sliding",
+        "100 per minute; 5 per day",
+        "100 per day in ../../etc/passwd",
+        "10 per 0 s",
+    ],
+)
+def test_texts_that_are_no_limits(text: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        parse(text)
+    assert str(caught.value)
+    with pytest.raises(ValueError):
+        checked([text])
+
+
+def test_a_limiter_of_texts(segment: Segment) -> None:
+    limiter = RateLimiter("10 per second", "3 per day in Asia/Tokyo", name="texts", segment=segment)
+    assert limiter.limits == (Limit(10, 1), Window(3, "day", timezone="Asia/Tokyo"))
+    assert [limiter.is_allowed("k") for _ in range(4)] == [True] * 3 + [False]
+    assert pickle.loads(pickle.dumps(limiter)).limits == limiter.limits

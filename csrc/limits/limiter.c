@@ -71,7 +71,7 @@ static void state_met(call_t *c, uint32_t i, const found_t *f, met_t *m) {
 
 /* Check a state that was written under other limits. It is admitted if the present limits admit it with the same
  * tokens. If not, it is denied by the state that expires earlier: the one in the slot, or the same tokens under the
- * present limits. */
+ * present limits. A cost of 0 makes no debt of what is used: admitted too, it leaves the state that expires earlier. */
 static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
   const rule_t *r = &c->snapshot.rules[i];
   rule_t old;
@@ -82,31 +82,33 @@ static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_
     return;
   }
   if (sliding_is_later(&old, state, c->now)) read_clock_again(c);
-  const uint64_t used = rule_used(&old, state, c->now);
-  uint64_t moved = rule_convert(r, &old, state, c->now);
+  const uint64_t most = rule_capacity(r), used = rule_used(&old, state, c->now);
+  const uint64_t moved = rule_convert(r, &old, state, c->now);
+  const bool sooner = rule_over(r, moved) <= rule_over(&old, state);
   if (moved != NO_STATE) {
     l->verdict = rule_take(r, moved, c->now, c->at, cost);
-    /* A cost of 0 is no reason to make a debt of what is used. */
-    if ((!l->verdict.retry && (cost || used <= rule_capacity(r))) || cost > rule_capacity(r))
-      return;
+    if (cost > most || (!l->verdict.retry && (cost || sooner))) return;
   }
-  if (r->kind == FSHM_BUCKET && used <= r->burst && cost <= r->burst - used) {
+  if (r->kind == FSHM_BUCKET && cost && cost <= minus(most, used)) {
     /* It just fits: round up once for both, not once for each. */
     l->verdict = bucket_take(r, 0, c->now, c->at, used + cost);
     l->verdict.used_before = min_u64(bucket_increment(r, used), TIME_MAX);
     return;
   }
+  const bool fits = !cost && (r->kind != FSHM_BUCKET || used <= most);
   /* A token lease counts tokens left, not tokens used: only n has changed. */
-  if (r->kind == FSHM_LEASE || (!c->peeks && rule_over(r, moved) <= rule_over(&old, state))) {
+  if (r->kind == FSHM_LEASE || (!c->peeks && !fits && sooner)) {
     l->moved = moved;
     return;
   }
-  rule_t capped = rule_capped(&old, rule_capacity(r));
+  /* A window would admit a cost of 0: ask for one token more, of one more. */
+  rule_t capped = rule_capped(&old, most + !cost);
   l->stays = true;
   l->who = staying(c, i, l->slot.pair.who);
-  l->verdict = rule_take(&capped, state, c->now, c->now, cost);
-  if (old.kind == FSHM_BUCKET || r->kind == FSHM_BUCKET) /* ns are rounded up, under both */
-    l->verdict.retry = plus_time(l->verdict.retry, 3);
+  l->verdict = rule_take(&capped, state, c->now, c->now, cost + !cost);
+  if (fits) l->verdict = (verdict_t){.next = state};
+  if (!fits && (old.kind == FSHM_BUCKET || r->kind == FSHM_BUCKET))
+    l->verdict.retry = plus_time(l->verdict.retry, 3); /* ns are rounded up, under both */
   l->verdict.used_before = l->verdict.used_after =
       r->kind == FSHM_BUCKET ? min_u64(bucket_increment(r, used), TIME_MAX) : used;
   l->verdict.reset = minus(state_ends(c->s, 0, state), c->now);
@@ -237,7 +239,8 @@ static inline HOT int put(call_t *c, uint32_t i, look_t *l, uint64_t next, uint3
      * loads before it need no order, since it compares all 16 bytes. */
     return pair_cas(&c->s->slots[f->slot], &seen, to) ? CLAIMED : CLAIM_LOST;
   }
-  if (state_ends(c->s, 0, next) <= c->now) return CLAIMED; /* equals "never seen": needs no slot */
+  /* Equals "never seen", or was not charged: needs no slot. */
+  if (state_ends(c->s, 0, next) <= c->now || !c->costs[i]) return CLAIMED;
   return put_first(c, i, l, op);
 }
 

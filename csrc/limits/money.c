@@ -13,7 +13,9 @@
 #include "limits.h"
 
 #define RESERVED_MOST (UINT64_C(1) << 61) /* no sum overflows, whatever is in the rows */
+#ifndef ROUNDS_OF_MONEY
 #define ROUNDS_OF_MONEY 32 /* in each lost one, another process has reserved or spent */
+#endif
 enum { MONEY_ADDED = 1, MONEY_GRANTED = 3 }; /* places of a budget's limits */
 
 /* One call. */
@@ -54,6 +56,12 @@ static int money_load(money_t *m) {
   return FSHM_CONTENDED;
 }
 
+/* Of the key in reservations; a reset of all keys changes it. */
+static inline uint64_t money_id(const money_t *m) {
+  const uint64_t id = m->hash ^ m->p.salt;
+  return id + !id;
+}
+
 static int money_begin_in(money_t *m, const fshm_limiter *l, const void *key, uint64_t length,
                           uint64_t now, uint64_t window) {
   m->window = window;
@@ -73,7 +81,7 @@ static int money_begin(money_t *m, const fshm_limiter *l, const void *key, uint6
  * own rule. False: the limits or the slot changed; load the limits, and look again. */
 typedef struct {
   found_t f;
-  uint64_t amount, who;
+  uint64_t amount, who, window; /* window: the end of the one that the amount is of */
 } amount_t;
 
 static bool money_look(money_t *m, uint32_t i, amount_t *out) {
@@ -81,6 +89,7 @@ static bool money_look(money_t *m, uint32_t i, amount_t *out) {
   rule_t old;
   out->who = snapshot_who(&m->p, i, m->hash);
   out->amount = 0;
+  out->window = r->unit;
   table_find(m->s, m->hash, out->who, &out->f);
   if (entry_current(m->s, m->l->index) != m->p.current) return false; /* as outdated() */
   if (!out->f.pair.who) return true;
@@ -101,13 +110,14 @@ static bool money_look(money_t *m, uint32_t i, amount_t *out) {
   if (old.unit != r->unit) {
     const uint64_t label = WHO_OF(0, 0, RULES - 1, 0) & ~UINT64_C(1);
     out->who = (out->who & ~label) | (out->f.pair.who & label);
+    out->window = old.unit;
   }
   return true;
 }
 
 static uint64_t money_add_to(uint64_t amount, int64_t by) {
   if (by < 0) return minus(amount, (uint64_t)-by);
-  return min_u64(amount + (uint64_t)by, (UINT64_C(1) << 60) - 1);
+  return min_u64(amount + (uint64_t)by, MONEY_OF(UINT64_MAX));
 }
 
 typedef struct {
@@ -128,10 +138,13 @@ static uint64_t first_money(void *context) {
   return f->stale ? NO_STATE : MONEY_STATE(f->amount);
 }
 
-/* Add to an amount of the key. ONCE: only if it is 0, else FSHM_DENIED. RAISE: to this, if it is less. where: its slot; or
- * NULL. */
-enum { ADD, ONCE, RAISE };
-static int money_add(money_t *m, uint32_t i, int64_t by, unsigned how, found_t *where) {
+/* Add to an amount of the key. Others answer FSHM_DENIED where they do not: ONCE: only if it is 0. RAISE: to this, if it is
+ * less, of this window. CORRECT: only an amount of this window, and not after a reset; what another window has spent must not
+ * be lowered. The window may end while we try: it is compared with what the swap replaces. out: the slot, and its window;
+ * or NULL. */
+enum { ADD, ONCE, RAISE, CORRECT };
+static int money_add(money_t *m, uint32_t i, int64_t by, unsigned how, uint64_t window, uint64_t id,
+                     amount_t *out) {
   for (int tries = 0; tries < MAX_TRIES; tries++) {
     amount_t a;
     if (!money_look(m, i, &a)) {
@@ -141,12 +154,14 @@ static int money_add(money_t *m, uint32_t i, int64_t by, unsigned how, found_t *
       continue;
     }
     if (how == ONCE && a.amount) return FSHM_DENIED;
+    if (how == RAISE && m->p.rules[0].unit != window) return FSHM_DENIED;
+    if (how == CORRECT && (a.window != window || money_id(m) != id)) return FSHM_DENIED;
     const uint64_t next =
         how == RAISE ? max_u64(a.amount, (uint64_t)by) : money_add_to(a.amount, by);
     if (likely(a.f.pair.who)) {
       pair_t seen = a.f.pair, to = {a.who, MONEY_STATE(next)};
       if (likely(pair_cas(&m->s->slots[a.f.slot], &seen, to))) {
-        if (where) *where = a.f;
+        if (out) *out = a;
         return FSHM_OK;
       }
       continue;
@@ -155,7 +170,7 @@ static int money_add(money_t *m, uint32_t i, int64_t by, unsigned how, found_t *
     int status = table_claim(m->s, m->hash, a.who, m->now, first_money, &first, &a.f.slot);
     if (status == CLAIMED) {
       a.f.pair.who = a.who;
-      if (where) *where = a.f;
+      if (out) *out = a;
       return FSHM_OK;
     }
     if (status == CLAIM_FULL && !semaphore_free_dead(m->s, m->hash, a.who, m->now))
@@ -193,10 +208,6 @@ void reservations_join(fshm_segment *s, uint32_t process, uint64_t incarnation) 
   atomic_store_explicit(&r->incarnation, incarnation, memory_order_release);
 }
 
-static inline uint64_t money_id(const money_t *m) {
-  const uint64_t id = m->hash ^ m->p.salt;
-  return id + !id;
-}
 static inline reserved_t *reserved_set(fshm_segment *s, uint32_t process, uint64_t id) {
   return &s->reservations[process].of[(id >> 32) % (RESERVED / RESERVED_WAYS) * RESERVED_WAYS];
 }
@@ -228,8 +239,8 @@ static uint64_t reserved_by_all(fshm_segment *s, uint64_t id) {
   return sum;
 }
 
-/* Add to what this process has reserved. False: no entry is free, or holds so much. */
-static bool reserve_here(fshm_segment *s, uint32_t process, uint64_t id, uint64_t amount) {
+/* Add to what this process has reserved. Returns the entry; -1: none is free. */
+static int reserve_here(fshm_segment *s, uint32_t process, uint64_t id, uint64_t amount) {
   reserved_t *set = reserved_set(s, process, id);
   for (int tries = 0; tries < 64; tries++) {
     int chosen = -1;
@@ -241,20 +252,21 @@ static bool reserve_here(fshm_segment *s, uint32_t process, uint64_t id, uint64_
       seen = pair;
       if (pair.who == id) break;
     }
-    if (chosen < 0) return false;
+    if (chosen < 0) return -1;
     const pair_t next = {id, min_u64((seen.who == id ? seen.when : 0) + amount, RESERVED_MOST)};
-    if (pair_cas(&set[chosen], &seen, next)) return true;
+    if (pair_cas(&set[chosen], &seen, next)) return chosen;
   }
-  return false;
+  return -1;
 }
-static void release_here(fshm_segment *s, uint32_t process, uint64_t id, uint64_t amount) {
-  reserved_t *set = reserved_set(s, process, id);
-  for (int tries = 0; tries < MAX_TRIES && amount; tries++) {
-    pair_t seen = pair_load(&set[tries % RESERVED_WAYS]);
-    if (seen.who != id || !seen.when) continue;
-    const uint64_t part = min_u64(seen.when, amount);
-    if (pair_cas(&set[tries % RESERVED_WAYS], &seen, (pair_t){id, seen.when - part}))
-      amount -= part;
+/* From the entry where it is, and from no other one of the same key (two threads may have taken two): what is reserved
+ * stays where it is, so a look that comes by while others come and go does not miss it. */
+static void release_here(fshm_segment *s, uint32_t process, uint64_t id, uint32_t entry,
+                         uint64_t amount) {
+  reserved_t *of = &reserved_set(s, process, id)[entry % RESERVED_WAYS];
+  for (int tries = 0; tries < MAX_TRIES; tries++) {
+    pair_t seen = pair_load(of);
+    if (seen.who != id) return; /* no process of ours has done that */
+    if (pair_cas(of, &seen, (pair_t){id, minus(seen.when, amount)})) return;
   }
 }
 
@@ -282,9 +294,13 @@ static int money_limit(money_t *m, bool added, amount_t *granted, fshm_budget *o
   return status;
 }
 
-/* Whether that much is granted yet, in this window: fshm_budget_withdraw() may have taken some back, or another one begun. */
-static bool money_stands(money_t *m, const amount_t *granted, uint64_t window) {
-  if (m->p.rules[0].unit != window) return false;
+static uint64_t money_most(const fshm_budget *b, bool leased, bool shared) {
+  const uint64_t limit = shared ? UINT64_MAX : b->limit; /* the server knows it */
+  return leased ? min_u64(limit, b->granted) : limit;
+}
+
+/* Whether that much is granted yet: fshm_budget_withdraw() may have taken some back. */
+static bool money_stands(money_t *m, const amount_t *granted) {
   if (!granted->f.pair.who) return true;
   const pair_t seen = pair_load(&m->s->slots[granted->f.slot]);
   return seen.who == granted->f.pair.who && seen.when >= granted->f.pair.when;
@@ -307,9 +323,10 @@ int fshm_budget_reserve(fshm_limiter *l, const void *key, uint64_t length, uint6
   memset(out, 0, sizeof *out);
   out->status = money_begin(&m, l, key, length, now);
   if (unlikely(out->status != FSHM_OK)) return out->status;
-  const uint64_t id = out->id = money_id(&m);
   bool row = process_identity_inline(m.s, &process, &out->incarnation);
-  out->direct = !row || (flags & FSHM_BUDGET_CHARGE);
+  /* Called dead while its locks were lost, its row counts for nobody. */
+  const bool counts = row && load_relaxed(&m.s->processes[process].dead) != out->incarnation;
+  out->direct = !counts || (flags & FSHM_BUDGET_CHARGE);
   out->owner = row ? process + 1 : 0;
   out->kept = flags & FSHM_BUDGET_GRANTED;
   heartbeat(m.s, m.now);
@@ -320,18 +337,21 @@ int fshm_budget_reserve(fshm_limiter *l, const void *key, uint64_t length, uint6
   int denials = 0;
   for (int round = 0; round < ROUNDS_OF_MONEY; round++) {
     out->status = money_limit(&m, added, leased ? &granted : NULL, out);
+    /* A reservation stands under the limits that it was measured by, or not at all. */
+    const uint64_t current = m.p.current, id = out->id = money_id(&m);
     if (out->status == FSHM_OK) out->status = money_used(&m, id, &spent, out);
     if (unlikely(out->status != FSHM_OK)) return out->status;
     if (unlikely(!added && !shared && out->spent + out->reserved + amount > out->limit)) {
       added = true;
+      round--; /* none is lost: after the last one, this would be its answer */
       continue;
     }
-    const uint64_t limit = shared ? UINT64_MAX : out->limit; /* the server knows it */
-    const uint64_t most = leased ? min_u64(limit, out->granted) : limit;
+    const uint64_t most = money_most(out, leased, shared);
     if (unlikely(out->spent + out->reserved + amount > most)) {
       /* Nothing was granted yet: who grants may know more of the key, also what was added. */
       const bool none = leased && !out->granted;
-      out->status = out->spent + out->reserved + amount > limit && !none ? FSHM_DENIED : FSHM_ASK;
+      const bool beyond = out->spent + out->reserved + amount > money_most(out, false, shared);
+      out->status = beyond && !none ? FSHM_DENIED : FSHM_ASK;
       /* Of what is reserved, another call may be about to withdraw some. */
       if (out->status == FSHM_ASK || out->spent + amount > most || ++denials == 3) break;
       (void)sched_yield();
@@ -339,28 +359,36 @@ int fshm_budget_reserve(fshm_limiter *l, const void *key, uint64_t length, uint6
     }
     out->status = FSHM_OK;
     if (unlikely(!spent.f.pair.who)) /* so that what it will cost has a slot */
-      out->status = money_add(&m, 0, 0, ADD, &spent.f);
+      out->status = money_add(&m, 0, 0, ADD, 0, 0, &spent);
     if (unlikely(out->status != FSHM_OK)) return out->status;
-    if (!out->direct && unlikely(!reserve_here(m.s, process, id, amount))) out->direct = 1;
+    amount_t charged = {.window = out->window};
+    if (!out->direct) {
+      const int entry = reserve_here(m.s, process, id, amount);
+      out->direct = entry < 0;
+      out->entry = (uint32_t)entry;
+    }
     if (unlikely(out->direct)) {
-      out->status = money_add(&m, 0, (int64_t)amount, ADD, NULL);
+      out->status = money_add(&m, 0, (int64_t)amount, ADD, 0, 0, &charged);
       if (out->status != FSHM_OK) return out->status;
     }
     /* Published, then looked: of all that stand, the last to publish has counted all. Pairs with the fence in
      * fshm_budget_withdraw() too: either it counts this, or what is granted is less here. */
     atomic_thread_fence(memory_order_seq_cst);
-    out->status = money_used(&m, id, &spent, out);
-    if (likely(out->status == FSHM_OK && out->spent + out->reserved <= most &&
-               (!leased || money_stands(&m, &granted, out->window)))) {
+    if (unlikely(added)) /* it may have been taken back meanwhile */
+      out->status = money_limit(&m, true, leased ? &granted : NULL, out);
+    if (likely(out->status == FSHM_OK)) out->status = money_used(&m, id, &spent, out);
+    if (likely(out->status == FSHM_OK && m.p.current == current &&
+               out->spent + out->reserved <= money_most(out, leased, shared) &&
+               (!leased || money_stands(&m, &granted)))) {
       out->status = FSHM_ALLOWED;
-      out->window = m.p.rules[0].unit;
+      out->window = charged.window;
       break;
     }
     const int failed = out->status;
     if (out->direct)
-      (void)money_add(&m, 0, -(int64_t)amount, ADD, NULL);
+      (void)money_add(&m, 0, -(int64_t)amount, CORRECT, charged.window, id, NULL);
     else
-      release_here(m.s, process, id, amount);
+      release_here(m.s, process, id, out->entry, amount);
     if (failed != FSHM_OK) return out->status = failed;
     out->status = FSHM_DENIED;
     /* Two that meet at the last of it: one goes first. */
@@ -402,16 +430,20 @@ int fshm_budget_settle(fshm_limiter *l, const void *key, uint64_t length,
   const bool mine = row && process + 1 == reserved->owner && incarnation == reserved->incarnation;
   if (reserved->owner ? !mine : row && !reserved->direct) return 0;
   int status = money_begin(&m, l, key, length, now);
-  int64_t by = (int64_t)actual;
-  if (reserved->direct) {
-    by -= (int64_t)amount;
-    /* It was charged in a window that is over. */
-    if (status == FSHM_OK && m.p.rules[0].unit != reserved->window && by < 0) by = 0;
-  }
   /* Spent first: killed in between, it is spent, and what was reserved is given back. */
-  if (status == FSHM_OK && by) status = money_add(&m, 0, by, ADD, NULL);
+  if (status == FSHM_OK && !reserved->direct && actual)
+    status = money_add(&m, 0, (int64_t)actual, ADD, 0, 0, NULL);
+  if (status == FSHM_OK && reserved->direct)
+    status = money_add(&m, 0, (int64_t)actual - (int64_t)amount, CORRECT, reserved->window,
+                       reserved->id, NULL);
+  /* It was charged in a window that is over, or is forgotten: only what it cost beyond that, or all of it. */
+  if (status == FSHM_DENIED) {
+    const uint64_t counted = money_id(&m) == reserved->id ? amount : 0;
+    status =
+        actual > counted ? money_add(&m, 0, (int64_t)(actual - counted), ADD, 0, 0, NULL) : FSHM_OK;
+  }
   if (status < 0) return status;
-  if (!reserved->direct) release_here(l->segment, process, reserved->id, amount);
+  if (!reserved->direct) release_here(l->segment, process, reserved->id, reserved->entry, amount);
   if (actual < amount) wait_wake_more(l->segment, wait_key(m.hash, l->index));
   return reserved->kept && status == FSHM_OK ? money_kept(&m, amount) : FSHM_OK;
 }
@@ -432,15 +464,17 @@ int fshm_budget_look(fshm_limiter *l, const void *key, uint64_t length, uint64_t
 int fshm_budget_add(fshm_limiter *l, const void *key, uint64_t length, uint32_t which,
                     int64_t amount, uint64_t now) {
   money_t m;
-  found_t where;
+  amount_t a;
   const int64_t most = (int64_t)MONEY_MOST;
   int status = money_begin(&m, l, key, length, now);
   if (status != FSHM_OK) return status;
   if (which >= m.p.money) return FSHM_E_ARGUMENT;
   amount = amount > most ? most : amount < -most ? -most : amount;
-  status = money_add(&m, which, amount, ADD, &where);
+  status = money_add(&m, which, amount, ADD, 0, 0, &a);
+  /* The name of a key is with what it has spent: fshm_budgets(). */
+  if (status == FSHM_OK && which) (void)money_add(&m, 0, 0, ADD, 0, 0, &a);
   if (status == FSHM_OK && !(m.s->names_mode & FSHM_NAMES_OFF))
-    key_stats_remember(m.s, where.slot, key_stats_meta(l->index, where.pair.who), key, length);
+    key_stats_remember(m.s, a.f.slot, key_stats_meta(l->index, a.f.pair.who), key, length);
   wait_wake_more(m.s, wait_key(m.hash, l->index));
   return status;
 }
@@ -449,7 +483,7 @@ int fshm_budget_once(fshm_limiter *l, const void *key, uint64_t length, uint64_t
   money_t m;
   int status = money_begin(&m, l, key, length, now);
   if (status != FSHM_OK) return status;
-  return m.p.money < 3 ? FSHM_E_ARGUMENT : money_add(&m, 2, 1, ONCE, NULL);
+  return m.p.money < 3 ? FSHM_E_ARGUMENT : money_add(&m, 2, 1, ONCE, 0, 0, NULL);
 }
 
 int fshm_budget_raise(fshm_limiter *l, const void *key, uint64_t length, uint32_t which,
@@ -458,7 +492,7 @@ int fshm_budget_raise(fshm_limiter *l, const void *key, uint64_t length, uint32_
   int status = money_begin_in(&m, l, key, length, now, window);
   if (status != FSHM_OK) return status;
   if (which >= m.p.money) return FSHM_E_ARGUMENT;
-  return money_add(&m, which, (int64_t)min_u64(to, MONEY_MOST * 2), RAISE, NULL);
+  return money_add(&m, which, (int64_t)min_u64(to, MONEY_OF(UINT64_MAX)), RAISE, window, 0, NULL);
 }
 
 int fshm_budget_grant(fshm_limiter *l, const void *key, uint64_t length, uint64_t amount,
@@ -467,7 +501,7 @@ int fshm_budget_grant(fshm_limiter *l, const void *key, uint64_t length, uint64_
   int status = money_begin_in(&m, l, key, length, now, window);
   if (status != FSHM_OK) return status;
   if (m.p.money <= MONEY_GRANTED) return FSHM_E_ARGUMENT;
-  return money_add(&m, MONEY_GRANTED, (int64_t)min_u64(amount, MONEY_MOST * 2), ADD, NULL);
+  return money_add(&m, MONEY_GRANTED, (int64_t)min_u64(amount, MONEY_MOST * 2), ADD, 0, 0, NULL);
 }
 
 int fshm_budget_withdraw(fshm_limiter *l, const void *key, uint64_t length, uint64_t window,
@@ -491,7 +525,7 @@ int fshm_budget_withdraw(fshm_limiter *l, const void *key, uint64_t length, uint
     status = money_used(&m, money_id(&m), &spent, out);
     const uint64_t since = min_u64(minus(out->spent + out->reserved, used), granted.amount - used);
     if (status == FSHM_OK && since)
-      status = money_add(&m, MONEY_GRANTED, (int64_t)since, ADD, NULL);
+      status = money_add(&m, MONEY_GRANTED, (int64_t)since, ADD, 0, 0, NULL);
     if (status == FSHM_OK) out->granted = granted.amount - used - since;
     break;
   }

@@ -84,23 +84,23 @@ static void stored_settle(stored_call_t *c) {
 static verdict_t stored_look(stored_call_t *c, uint64_t cost) {
   const rule_t *r = &c->present;
   if (stored_alike(&c->own, r)) return rule_take(r, c->state, c->now, c->now, cost);
+  const uint64_t most = rule_capacity(r), used = rule_used(&c->own, c->state, c->now);
   const uint64_t moved = rule_convert(r, &c->own, c->state, c->now);
-  verdict_t v = {.retry = UINT64_MAX};
+  verdict_t v;
   if (moved != NO_STATE) {
     v = rule_take(r, moved, c->now, c->now, cost);
-    if (cost > rule_capacity(r)) return v;
-    /* A cost of 0 is no reason to make a debt of what is used. */
-    const bool fits = cost || rule_used(&c->own, c->state, c->now) <= rule_capacity(r);
-    if ((!v.retry && fits) || rule_over(r, moved) <= rule_over(&c->own, c->state)) {
+    if (cost > most) return v;
+    if ((!v.retry && cost) || rule_over(r, moved) <= rule_over(&c->own, c->state)) {
       c->state = moved;
       c->own = *r;
       return v;
     }
   }
-  const rule_t capped = rule_capped(&c->own, rule_capacity(r));
-  v = rule_take(&capped, c->state, c->now, c->now, cost);
+  if (!cost && (r->kind != FSHM_BUCKET || used <= most)) return (verdict_t){.next = c->state};
+  const rule_t capped = rule_capped(&c->own, most + !cost);
+  v = rule_take(&capped, c->state, c->now, c->now, cost + !cost);
   if (c->own.kind == FSHM_BUCKET || r->kind == FSHM_BUCKET) v.retry = plus_time(v.retry, 3);
-  if (!v.retry && cost) v.retry = 1; /* what is left by both is a rounding */
+  if (!v.retry) v.retry = 1; /* what is left by both is a rounding */
   return v;
 }
 

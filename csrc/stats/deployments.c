@@ -135,7 +135,11 @@ static void look_for_dead(fshm_segment *s) {
       if (!process_joined(s, process)) continue;
       process_t *p = &s->processes[process];
       uint64_t incarnation = atomic_load_explicit(&p->incarnation, memory_order_acquire);
-      if (load_relaxed(&p->dead) == incarnation || process_alive(s, process)) continue;
+      /* Without a pid the owner is just joining: it has raised the incarnation, and may not have locked the byte that
+       * says that it lives. What is called dead stays so. (acquire above: the pid was set to 0 before that.) */
+      if (load_relaxed(&p->dead) == incarnation || !load_relaxed(&p->pid) ||
+          process_alive(s, process))
+        continue;
       store_relaxed(&p->dead, incarnation);
     }
   }

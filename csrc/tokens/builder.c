@@ -339,6 +339,15 @@ static int build_tables(builder_t *b) {
   return FSHM_E_ARGUMENT;
 }
 
+/* A token of two bytes is merged from these. */
+static void put_bigrams(const builder_t *b, uint32_t *bigrams) {
+  memset(bigrams, 0xff, sizeof *bigrams * BIGRAMS);
+  for (uint32_t i = 256; i < b->count; i++) {
+    const record_t *r = &b->tokens[i];
+    if (r->length == 2) bigrams[r->bytes[0] << 8 | r->bytes[1]] = i;
+  }
+}
+
 /* The image --------------------------------------------------------------------------------- */
 
 static void fill_header(const builder_t *b, vocabulary_header_t *h, uint32_t pattern) {
@@ -388,6 +397,7 @@ static int make_image(const builder_t *b, vocabulary_header_t *h, fshm_vocabular
   memcpy(map + l.prefixes, b->prefixes, sizeof *b->prefixes * b->count);
   memcpy(map + l.pairs, b->pairs, UINT64_C(8) << b->pair_bits);
   memcpy(map + l.filter, b->filter, FILTER_BYTES(b));
+  put_bigrams(b, (uint32_t *)(void *)(map + l.bigrams));
   put_tokens(b, map, &l);
   h->checksum = vocabulary_checksum(map + l.keys, l.size - l.keys);
   h->check = vocabulary_header_check(h);

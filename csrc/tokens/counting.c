@@ -229,8 +229,8 @@ static __attribute__((noinline)) int64_t count_short(const fshm_vocabulary *v, c
   pair_t seen = pair_load(entry); /* pairs with the swap below */
   if (seen.who == k.low && (seen.when & UINT64_MAX >> 4) == k.high)
     return (int64_t)(seen.when >> 60);
-  int64_t count = count_by_search(v, p, length);
-  if (count > 0) (void)pair_cas(entry, &seen, (pair_t){k.low, k.high | (uint64_t)count << 60});
+  unsigned count = merge_short(v, p, (unsigned)length);
+  (void)pair_cas(entry, &seen, (pair_t){k.low, k.high | (uint64_t)count << 60});
   return count;
 }
 
@@ -265,44 +265,66 @@ static inline bool differs(const uint64_t *entry, piece_key_t k) {
   return ((entry[0] ^ k.low) | (entry[1] ^ k.high)) != 0;
 }
 
-static int64_t count_missed(const fshm_vocabulary *v, const uint8_t *p, size_t length) {
-  piece_key_t k = piece_key(p, length);
-  uint64_t hash = piece_hash(k);
-  return key_entry(v, k, hash) != UINT64_MAX ? 1 : count_short(v, p, length, k, hash);
-}
+/* Pieces that are still to be looked up. What a lookup reads is on its way meanwhile. */
+#define NOTED 128 /* so many are looked up at once, and those of one more block */
+typedef struct {
+  piece_key_t key;
+  const uint8_t *at;
+  uint32_t home, length; /* home: the first entry that may be its own */
+} noted_t;
 
-/* Count the pieces that `starts` tells of, but for the last one, whose end it does not tell. Returns where that begins. A
- * processor has many lookups under way at once, since no branch waits for one: what is not in the first two entries is
- * noted, and counted afterwards. */
-static inline HOT const uint8_t *count_block(walk_t *w, const uint8_t *p, uint64_t starts) {
-  const fshm_vocabulary *v = w->v;
-  uint16_t missed[BLOCK];
-  unsigned from = 0, misses = 0, shift = 64 - v->header.key_bits;
-  uint64_t count = w->count;
-  for (starts &= ~UINT64_C(1); starts; starts &= starts - 1, count++) {
-    unsigned to = (unsigned)__builtin_ctzll(starts), length = to - from, miss = 1;
+/* Note the pieces that `starts` tells of, but for the last one, whose end it does not tell. Returns where that begins. */
+static inline HOT const uint8_t *note_block(const fshm_vocabulary *v, const uint8_t *p,
+                                            uint64_t starts, noted_t *noted, unsigned *n) {
+  unsigned from = 0, shift = 64 - v->header.key_bits;
+  noted += *n;
+  for (starts &= ~UINT64_C(1); starts; starts &= starts - 1, noted++, ++*n) {
+    unsigned to = (unsigned)__builtin_ctzll(starts), length = to - from;
+    *noted = (noted_t){{0, UINT64_MAX}, p + from, 0, length}; /* no entry has such a key */
     if (likely(length <= SHORT_PIECE)) {
-      piece_key_t k = piece_key(p + from, length);
-      uint64_t at = piece_hash(k) >> shift;
-      const bool first = differs(&v->keys[2 * at], k), second = differs(&v->keys[2 * (at ^ 1)], k);
-      miss = first & second;
+      noted->key = piece_key(p + from, length);
+      noted->home = (uint32_t)(piece_hash(noted->key) >> shift);
+      __builtin_prefetch(&v->keys[2 * (size_t)noted->home]);
     }
-    missed[misses] = (uint16_t)(from | length << 8);
-    misses += miss;
     from = to;
   }
+  return p + from;
+}
+
+static int64_t count_missed(const fshm_vocabulary *v, const noted_t *piece) {
+  uint64_t hash = piece_hash(piece->key);
+  if (key_entry(v, piece->key, hash) != UINT64_MAX) return 1;
+  return count_short(v, piece->at, piece->length, piece->key, hash);
+}
+
+/* Count the pieces that are noted. No branch waits for a lookup: what is not in the first two entries is listed, and
+ * counted afterwards. */
+static inline HOT void count_noted(walk_t *w, const noted_t *noted, unsigned n) {
+  const fshm_vocabulary *v = w->v;
+  uint8_t missed[NOTED + BLOCK];
+  unsigned misses = 0;
+  uint64_t count = w->count + n;
+  for (unsigned i = 0; i < n; i++) {
+    size_t at = noted[i].home;
+    const bool first = differs(&v->keys[2 * at], noted[i].key),
+               second = differs(&v->keys[2 * (at ^ 1)], noted[i].key);
+    missed[misses] = (uint8_t)i;
+    misses += first & second;
+  }
+  if (v->cache) {
+    for (unsigned i = 0; i < misses; i++)
+      __builtin_prefetch(cached_short(v, piece_hash(noted[missed[i]].key)));
+  }
   for (unsigned i = 0; i < misses; i++) {
-    const uint8_t *piece = p + (missed[i] & 0xff);
-    size_t length = missed[i] >> 8;
-    int64_t tokens =
-        length <= SHORT_PIECE ? count_missed(v, piece, length) : count_long(v, piece, length);
+    const noted_t *piece = &noted[missed[i]];
+    int64_t tokens = piece->length <= SHORT_PIECE ? count_missed(v, piece)
+                                                  : count_long(v, piece->at, piece->length);
     if (unlikely(tokens < 0))
       w->failed = tokens;
     else
       count += (uint64_t)tokens - 1;
   }
   w->count = count;
-  return p + from;
 }
 
 /* How many of the 63 bytes at p are of the text, and ASCII; 0: not even 16. */
@@ -322,12 +344,20 @@ static inline HOT void count_pieces(walk_t *w, unsigned pattern, const uint8_t *
                                     const uint8_t *end) {
   const fshm_vocabulary *v = w->v;
   const uint8_t *p = w->at;
+#if defined(__SSE2__)
+  noted_t noted[NOTED + BLOCK];
+  unsigned n = 0;
+#endif
   while (p < until && w->count <= w->most) {
 #if defined(__SSE2__)
     unsigned known = pattern == FSHM_PATTERN_R50K ? 0 : known_bytes(p, end);
     if (known) {
-      const uint8_t *next = count_block(w, p, block_starts(pattern, p, known));
-      if (unlikely(w->failed)) break;
+      const uint8_t *next = note_block(v, p, block_starts(pattern, p, known), noted, &n);
+      if (n >= NOTED) {
+        count_noted(w, noted, n);
+        n = 0;
+        if (unlikely(w->failed)) break;
+      }
       if (likely(next != p)) {
         p = next;
         continue;
@@ -351,6 +381,9 @@ static inline HOT void count_pieces(walk_t *w, unsigned pattern, const uint8_t *
     w->count += (uint64_t)more;
     p = next;
   }
+#if defined(__SSE2__)
+  if (n && !w->failed) count_noted(w, noted, n);
+#endif
   w->at = p;
 }
 

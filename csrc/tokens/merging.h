@@ -95,6 +95,49 @@ static inline bool stay_apart(const fshm_vocabulary *v, uint32_t left, uint32_t 
   return false;
 }
 
+/* Short pieces ------------------------------------------------------------------------------ */
+
+#define PARTS 16 /* more than SHORT_PIECE */
+#define NO_MERGE INT32_MAX /* behind all others */
+
+/* What the part at a place and the one behind it merge to, such that the least is the merge to be done: the number of
+ * that token, which compares as ranks do, and then the place, since of equal ones the leftmost is first. */
+static inline int32_t merge_at(uint32_t merged, unsigned place) {
+  return merged > FSHM_MAX_TOKENS ? NO_MERGE : (int32_t)(merged * PARTS + place);
+}
+
+/* Merge a piece of 2 to SHORT_PIECE bytes by rank, as tiktoken does. Returns the number of tokens. Each step takes one
+ * part away, whatever the file says. */
+static inline unsigned merge_short(const fshm_vocabulary *v, const uint8_t *p, unsigned length) {
+  int32_t merges[PARTS]; /* by the place where a part begins */
+  uint32_t tokens[PARTS];
+  unsigned parts = (1U << length) - 1; /* a bit for each place where one begins */
+  for (unsigned i = 0; i < PARTS; i++) merges[i] = NO_MERGE;
+  for (unsigned i = 0; i < length; i++) {
+    tokens[i] = NODE_TOKEN(cell_of(v, v->header.root ^ p[i])) - 1;
+    if (i + 1 < length) merges[i] = merge_at(WORD(&v->bigrams[p[i] << 8 | p[i + 1]]), i);
+  }
+  for (;;) {
+    int32_t least = merges[0];
+    for (unsigned i = 1; i < PARTS; i++) least = merges[i] < least ? merges[i] : least;
+    if (least == NO_MERGE) return (unsigned)__builtin_popcount(parts);
+    unsigned at = (unsigned)least % PARTS, token = (unsigned)least / PARTS;
+    unsigned before = parts & ((1U << at) - 1), behind = parts & ~((2U << at) - 1);
+    unsigned taken = (unsigned)__builtin_ctz(behind); /* a merge has a part behind it */
+    behind &= behind - 1;
+    parts &= ~(1U << taken);
+    tokens[at] = token;
+    merges[at] = merges[taken] = NO_MERGE;
+    if (behind) merges[at] = merge_at(merged_pair(v, token, tokens[__builtin_ctz(behind)]), at);
+    if (before) {
+      unsigned left = 31 - (unsigned)__builtin_clz(before);
+      merges[left] = merge_at(merged_pair(v, tokens[left], token), left);
+    }
+  }
+}
+
+/* Pieces of any length ---------------------------------------------------------------------- */
+
 /* The memory of a search: the tokens so far, each with its length in the upper 8 bits, and for each place in the piece
  * whether it was given up. */
 #define NEAR_LENGTH 4096 /* bytes of a piece whose search needs no allocation */

@@ -26,7 +26,8 @@ vocabulary_layout_t vocabulary_layout(const vocabulary_header_t *h) {
   l.prefixes = l.halves + in_lines(sizeof(halves_t) * h->tokens);
   l.pairs = l.prefixes + in_lines(UINT64_C(4) * h->tokens);
   l.filter = l.pairs + in_lines(UINT64_C(8) << h->pair_bits);
-  l.ranks = l.filter + in_lines(UINT64_C(1) << (h->pair_bits + 2 - 3));
+  l.bigrams = l.filter + in_lines(UINT64_C(1) << (h->pair_bits + 2 - 3));
+  l.ranks = l.bigrams + sizeof(uint32_t) * BIGRAMS;
   l.offsets = l.ranks + in_lines(UINT64_C(4) * h->tokens);
   l.special = l.offsets + in_lines(UINT64_C(4) * (h->tokens + h->special + 1));
   l.bytes = l.special + in_lines(UINT64_C(4) * h->special);
@@ -70,6 +71,7 @@ int vocabulary_adopt(const unsigned char *map, const vocabulary_header_t *h, boo
   v->halves = (const halves_t *)(const void *)(map + l.halves);
   v->prefixes = (const uint32_t *)(const void *)(map + l.prefixes);
   v->filter = (const uint64_t *)(const void *)(map + l.filter);
+  v->bigrams = (const uint32_t *)(const void *)(map + l.bigrams);
   v->pairs = (const uint64_t *)(const void *)(map + l.pairs);
   v->ranks = (const uint32_t *)(const void *)(map + l.ranks);
   v->offsets = (const uint32_t *)(const void *)(map + l.offsets);

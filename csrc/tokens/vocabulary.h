@@ -14,6 +14,7 @@
  *   pairs     2^pair_bits * 8: which two tokens merge to which, a hash table with linear probing
  *   filter    2^(pair_bits + 2) bits: set where a pair that merges has its hash. Most pairs do not merge, and this is
  *             all that is read for them: it stays in the second-level cache
+ *   bigrams   65,536 * 4: what each two bytes merge to, by 256 * the first + the second; NO_TOKEN: nothing
  *   ranks     tokens * 4: the rank of each number, rising
  *   offsets   (tokens + special + 1) * 4: where the bytes of each token begin, and end
  *   special   special * 4: the ranks of the special tokens, rising
@@ -41,6 +42,7 @@
 #define NODE_BASE(cell) ((uint32_t)((cell) >> 9) & 0xffffff)
 #define NODE_TOKEN(cell) ((uint32_t)((cell) >> 33) & 0x1fffff)
 #define NODE_WHOLE_ONLY (UINT64_C(1) << 54)
+#define BIGRAMS 65536
 #define MAX_CELLS (UINT64_C(1) << 24)
 
 /* The two tokens that are merged last; NO_TOKEN where merging its bytes does not end with this token. Of a single
@@ -71,8 +73,8 @@ typedef struct {
 } vocabulary_header_t;
 
 typedef struct {
-  uint64_t keys, key_ids, nodes, halves, prefixes, pairs, filter, ranks, offsets, special, bytes,
-      size;
+  uint64_t keys, key_ids, nodes, halves, prefixes, pairs, filter, bigrams, ranks, offsets, special,
+      bytes, size;
 } vocabulary_layout_t;
 
 /* The counts of pieces that took merges: like the memo of texts, lossy and of a fixed size (counting.c). */
@@ -88,6 +90,7 @@ struct fshm_vocabulary {
   const halves_t *halves;
   const uint32_t *prefixes;
   const uint64_t *pairs, *filter;
+  const uint32_t *bigrams;
   const uint32_t *ranks, *offsets, *special;
   const uint8_t *bytes;
   cached_t *cache; /* two halves: of short pieces, and of longer ones; NULL: no memory for it */

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import fnmatch
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -17,8 +18,12 @@ from fast_litellm_shm import limits
 from fast_litellm_shm._shared import key_grammar, side_limiters
 from fast_litellm_shm._shared.native import ffi, lib
 from fast_litellm_shm._shared.segment import Segment
+from fast_litellm_shm._shared.spending import Spending
+from fast_litellm_shm._shared.spending import spending as spending_of
 
 if TYPE_CHECKING:
+    from decimal import Decimal
+
     import numpy
     from numpy.typing import NDArray
 
@@ -104,21 +109,23 @@ class KeyRow:
 
     remaining: how much the tightest of its limits admits now. limit: the most that it admits at
     once (a bucket's burst). Both are None where the limit is not known: it stands at the end of the
-    key (integrations.limits), and the segment does not keep the key's name. retry_after: seconds
-    until a cost of 1 fits; None: never, or not known. reset_after: seconds until nothing is
-    consumed. raw: the bytes of the key (of a long one, the first 200); empty where only its hash is
-    known.
+    key (integrations.limits), and the segment does not keep the key's name. Of a key of a budget
+    they are dollars, and ``usd`` is true. retry_after: seconds until a cost of 1 fits (of a budget:
+    until it has anything left); None: never, or not known. reset_after: seconds until nothing is
+    consumed; None: never, or not known. raw: the bytes of the key (of a long one, the first 200);
+    empty where only its hash is known.
     """
 
     key: str
     limiter: str
     admitted: int
     denied: int
-    remaining: int | None
-    limit: int | None
+    remaining: int | Decimal | None
+    limit: int | Decimal | None
     retry_after: float | None
     reset_after: float | None
     raw: bytes = b""
+    usd: bool = False
 
     @property
     def is_cut(self) -> bool:
@@ -129,6 +136,9 @@ class KeyRow:
         """For JSON."""
         found = asdict(self)
         del found["raw"]
+        if found.pop("usd"):
+            found |= {"remaining": float(self.remaining or 0), "limit": float(self.limit or 0)}
+            found["unit"] = "USD"
         return found
 
 
@@ -200,7 +210,7 @@ class Inspection:
                 "name": info["name"],
                 "limits": ["of each key"]
                 if info["name"] in key_grammar.NAMES or key_grammar.units_of(info["name"])
-                else [limits.describe(limit) for limit in info["limits"]],
+                else limits.described(info["limits"]),
                 "version": info["version"],
                 "resets": info["resets"],
                 "keys": int(keys[index]),
@@ -346,6 +356,8 @@ class Inspection:
         if match is not None and not fnmatch.fnmatchcase(name, match):
             return None
         info = self._limiters[int(self.counts.meta[slot]) >> 20]
+        if info["limits"] and isinstance(info["limits"][0], limits.Money):
+            return self._budget_row(slot, info, name, raw)
         decision = ffi.new("fshm_decision *")
         known = self._peek(slot, info, name, raw, decision)
         if known is None or self._who_now(slot) != int(self.counts.who[slot]):
@@ -362,6 +374,37 @@ class Inspection:
             retry_after=retry / 1e9 if known and not never else None,
             reset_after=decision.reset_after_ns / 1e9 if known else None,
             raw=raw,
+        )
+
+    @functools.cached_property
+    def spending(self) -> list[Spending]:
+        """The budgets, and what their keys have spent: read when it is first asked for."""
+        return spending_of(self.segment)
+
+    @functools.cached_property
+    def _spent_at(self) -> dict[int, tuple[Spending, int]]:
+        return {
+            slot: (budget, at)
+            for budget in self.spending
+            for at, slot in enumerate(budget.slots.tolist())
+        }
+
+    def _budget_row(self, slot: int, info: dict[str, Any], name: str, raw: bytes) -> KeyRow | None:
+        budget, at = self._spent_at.get(slot, (None, 0))
+        if budget is None or self._who_now(slot) != int(self.counts.who[slot]):
+            return None
+        found = budget.row(self.segment, at)
+        return KeyRow(
+            key=name,
+            limiter=info["name"],
+            admitted=int(self.counts.admitted[slot]),
+            denied=int(self.counts.denied[slot]),
+            remaining=found.remaining,
+            limit=found.limit,
+            retry_after=0.0 if found.remaining else found.reset_after,
+            reset_after=found.reset_after,
+            raw=raw,
+            usd=True,
         )
 
     def _peek(

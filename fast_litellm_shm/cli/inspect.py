@@ -11,9 +11,18 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from fast_litellm_shm._shared import spending
 from fast_litellm_shm._shared.inspection import Inspection, KeyRow, open_for_reading
 from fast_litellm_shm._shared.segment import Segment
-from fast_litellm_shm.cli import permits_and_pools, problems, render, segments, vocabularies
+from fast_litellm_shm._shared.spending import SpendingRow
+from fast_litellm_shm.cli import (
+    budgets,
+    permits_and_pools,
+    problems,
+    render,
+    segments,
+    vocabularies,
+)
 from fast_litellm_shm.cluster.state import cluster_state
 from fast_litellm_shm.durable.state import durable_state
 from fast_litellm_shm.metrics.source import newest
@@ -151,7 +160,7 @@ def _key_cells(row: KeyRow) -> tuple[str, ...]:
         render.escaped(row.limiter),
         f"{row.admitted:,}",
         f"{row.denied:,}",
-        "?" if row.remaining is None else f"{row.remaining:,}",
+        "?" if row.remaining is None else render.left(row.remaining, row.usd),
         "?" if row.remaining is None else render.waiting(row.retry_after),
     )
 
@@ -228,6 +237,8 @@ class _Sample:
             if self.waiting:
                 callers = sum(row["callers"] for row in self.waiting)
                 counts += f", {render.counted(callers, 'caller')} waiting"
+            if spent := sum(each.keys for each in self.inspection.spending):
+                counts += f", {render.counted(spent, 'key')} with spending"
             return [*head, Text(f"{counts}: a taller terminal shows them", style="dim"), Text()]
         processes = sorted(self.processes, key=lambda process: process["pid"])
         title = f"Processes ({len(processes)})"
@@ -239,6 +250,9 @@ class _Sample:
         head += render.section(title, _LIMITER_COLUMNS, limiters, _limiter_cells, out, most)
         if not limiters:
             head += [Text("It has no limiter yet."), Text()]
+        args, top = self._args, _TOP if self._args.top is None else self._args.top or None
+        rows = top if most is None or top is None else min(most, top)
+        head += budgets.table(self.inspection, out, rows, args.limiter, args.match)
         return head + permits_and_pools.tables(self.permits, self.pools, self.waiting, out, most)
 
     def key_tables(self, top: int, out: Console) -> Iterator[RenderableType]:
@@ -249,7 +263,8 @@ class _Sample:
     def write_json(self) -> None:
         """Top level: segment, removed_users and vocabularies (only if there are any), cluster (only
         with limits over many hosts), durable (only with durable limits), limiters, processes,
-        permits, pools, waiting, keys. Each key is written as it is read."""
+        permits, pools, waiting, budgets and spending (only if there are budgets), keys. Each key is
+        written as it is read."""
         parts: dict[str, Any] = {"segment": self.stats}
         if self.removed_users:
             parts["removed_users"] = self.removed_users
@@ -261,19 +276,33 @@ class _Sample:
             parts["durable"] = self.durable
         for name in ("limiters", "processes", "permits", "pools", "waiting"):
             parts[name] = getattr(self, name)
-        write = sys.stdout.write
+        args, write, found = self._args, sys.stdout.write, self.inspection.spending
+        found = [each for each in found if args.limiter in (None, each.name)]
+        if found:
+            parts["budgets"] = [each.as_dict() for each in found]
         write("{" + "".join(f'"{name}": {json.dumps(part)},\n ' for name, part in parts.items()))
-        write('"keys": [')
-        sys.stdout.flush()
-        rows, separator = self.keys(self._args.top), "\n  "
-        while chunk := [_key_json(row) for row in itertools.islice(rows, _CHUNK)]:
-            write(separator + ",\n  ".join(chunk))
-            separator = ",\n  "
-        write("\n ]}\n")
+        if found:
+            segment, top = self.inspection.segment, args.top or None
+            spent = spending.rows(segment, found, top, args.match)
+            _write_rows("spending", map(_row_json, spent))
+            write(",\n ")
+        _write_rows("keys", map(_row_json, self.keys(args.top)))
+        write("}\n")
         sys.stdout.flush()
 
 
-def _key_json(row: KeyRow) -> str:
+def _write_rows(name: str, rows: Iterator[str]) -> None:
+    """A member of the document, a line for each row, written as it is read."""
+    sys.stdout.write(f'"{name}": [')
+    sys.stdout.flush()
+    separator = "\n  "
+    while chunk := list(itertools.islice(rows, _CHUNK)):
+        sys.stdout.write(separator + ",\n  ".join(chunk))
+        separator = ",\n  "
+    sys.stdout.write("\n ]")
+
+
+def _row_json(row: KeyRow | SpendingRow) -> str:
     found = row.as_dict()
     if "\ufffd" in row.key:  # perhaps bytes that JSON cannot hold
         try:

@@ -7,6 +7,7 @@ import os
 import sys
 import unicodedata
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from fast_litellm_shm._shared.inspection import is_cut
@@ -119,6 +120,27 @@ def compact(count: float) -> str:
         if count < 999.5:
             return f"{count:.0f}{unit}"
     return f"{count:.0f}P"
+
+
+def usd(amount: Decimal) -> str:
+    """Dollars, with all their digits: ``$1,234.5``, ``$0.000134``."""
+    return f"${amount.normalize():,f}"
+
+
+def brief_usd(amount: Decimal) -> str:
+    """Dollars in at most seven columns, rounded down: ``$49.98``, ``$0.0134``, ``$12.3k``."""
+    if amount >= 1000:
+        return f"${compact(float(amount))}"
+    places = 2 if amount >= 1 else 4
+    whole = int(amount.scaleb(places))
+    if amount and not whole:
+        return "<$.0001"
+    return f"${(type(amount)(whole)).scaleb(-places).normalize():f}"
+
+
+def left(amount: int | Decimal, is_usd: bool) -> str:
+    """What is left of a limit, or the limit."""
+    return usd(Decimal(amount)) if is_usd else f"{amount:,}"
 
 
 def sparkline(values: Sequence[float], width: int) -> str:

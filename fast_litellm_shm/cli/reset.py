@@ -82,11 +82,22 @@ def _has_consumed(limiter: _Limiter, key: bytes) -> bool:
     limits, version = ffi.new("fshm_limit[]", lib.FSHM_MAX_LIMITS), ffi.new("uint64_t *")
     remaining = ffi.new("uint64_t[]", lib.FSHM_MAX_LIMITS)
     lib.fshm_limiter_limits(limiter.handle, limits, version)
+    if limits[0].kind == lib.FSHM_MONEY:
+        return _has_spent(limiter, key)
     count = lib.fshm_remaining(limiter.handle, key, len(key), 0, remaining)  # without permits
     return any(
         remaining[i] < (limits[i].burst if limits[i].kind == lib.FSHM_BUCKET else limits[i].n)
         for i in range(count)
     )
+
+
+def _has_spent(limiter: _Limiter, key: bytes) -> bool:
+    """The same for a budget: also where something was reserved of it, or added to it."""
+    found, limits = ffi.new("fshm_budget *"), ffi.new("fshm_limit[]", lib.FSHM_MAX_LIMITS)
+    lib.fshm_limiter_limits(limiter.handle, limits, ffi.new("uint64_t *"))
+    if lib.fshm_budget_look(limiter.handle, key, len(key), 0, found) != lib.FSHM_OK:
+        return False
+    return bool(found.spent or found.reserved or found.granted or found.limit > limits[0].n)
 
 
 def _has_counted(limiter: _Limiter, key: bytes) -> bool:

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fast_litellm_shm import exceptions
+from fast_litellm_shm._shared import spending
 from fast_litellm_shm._shared.dependencies import numpy, psutil
 from fast_litellm_shm._shared.inspection import Inspection
 from fast_litellm_shm._shared.native import why_no_descriptor
 from fast_litellm_shm._shared.segment import Segment
+from fast_litellm_shm._shared.spending import SpendingRow
 from fast_litellm_shm.cli import permits_and_pools, problems, render, segments
-from fast_litellm_shm.cli.key_table import KeyTable, NameCache
+from fast_litellm_shm.cli.key_table import MOST_SHOWN, KeyTable, NameCache
 from fast_litellm_shm.cli.rates import KeyCounter, KeyRates, Series
 from fast_litellm_shm.metrics import health
 from fast_litellm_shm.metrics.snapshot import UNKNOWN, deployments_of
@@ -114,6 +116,8 @@ class Snapshot:
     waits: list[dict[str, Any]] = field(default_factory=list)
     deployments: list[DeploymentRow] = field(default_factory=list)
     keys: KeyTable | None = None
+    spending: list[SpendingRow] = field(default_factory=list)  # the first MOST_SHOWN
+    spending_total: int = 0
 
     @property
     def in_flight(self) -> int:
@@ -243,6 +247,8 @@ class Sampler:
             waits=permits_and_pools.waiting(inspection, None, None),
             deployments=self._deployments(segment),
             keys=KeyTable(inspection, rates, self._names),
+            spending=list(spending.rows(segment, inspection.spending, MOST_SHOWN)),
+            spending_total=sum(budget.keys for budget in inspection.spending),
         )
 
     def _users_of_removed(self, now: float) -> list[int]:

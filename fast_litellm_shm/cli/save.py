@@ -8,7 +8,7 @@ from fast_litellm_shm import exceptions
 from fast_litellm_shm.cli import render, segments
 from fast_litellm_shm.cluster.link import UnreachableError
 from fast_litellm_shm.durable import link, records, settings
-from fast_litellm_shm.limiters.budget import dollars
+from fast_litellm_shm.limits import dollars
 
 
 def run(args: argparse.Namespace) -> int:

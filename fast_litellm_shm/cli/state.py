@@ -12,7 +12,7 @@ from typing import Any
 from fast_litellm_shm import exceptions, limits
 from fast_litellm_shm.cli import render
 from fast_litellm_shm.durable import records, settings
-from fast_litellm_shm.limiters.budget import dollars
+from fast_litellm_shm.limits import dollars
 
 
 def run(args: argparse.Namespace) -> int:

@@ -149,7 +149,7 @@ class Books:
 
     def history(self, raw: bytes) -> list[tuple[int, int]]:
         """Windows of a key, the latest first: their end, minutes since 1970, and what was granted.
-        Raises UnreachableError."""
+        Raises StateFileError."""
 
         def read(t: Transaction) -> list[tuple[int, int]]:
             return t.db.execute(
@@ -158,7 +158,11 @@ class Books:
                 (self._id(t), self._hash(t, raw), _KEPT),
             ).fetchall()
 
-        return self._in_file(read, write=False)
+        try:
+            return self._in_file(read, write=False)
+        except UnreachableError as error:
+            link = self.link
+            raise link.error(f"{link.terms.shown} {link.no_answer} ({error})") from error
 
     # in a transaction
 

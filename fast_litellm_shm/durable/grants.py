@@ -342,7 +342,8 @@ class _Key:
         self.t.db.execute(
             "INSERT INTO key (limiter, hash, name, sealed, at, batch, leased, until, minute, "
             "states) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (limiter, hash) "
-            "DO UPDATE SET name = coalesce(excluded.name, name), sealed = coalesce(excluded.sealed, sealed), "
+            "DO UPDATE SET name = coalesce(excluded.name, name), "
+            "sealed = coalesce(excluded.sealed, sealed), "
             "at = excluded.at, batch = excluded.batch, leased = excluded.leased, "
             "until = excluded.until, minute = excluded.minute, states = excluded.states",
             (
@@ -455,12 +456,12 @@ def _give(key: _Key) -> Answer:
 
 def _charge(key: _Key) -> Answer:
     request = key.request
+    # ``leased`` stays: a batch may be on its way to the segment, which a clean stop gives back.
     key.give_back(request.given)
     for i, cost in enumerate(request.costs):
         most = key.look(i).remaining if request.operation == "fill" else cost
         if min(cost, most):
             key.apply(i, lib.FSHM_CHARGE, min(cost, most))
-    key.leased = 0
     return _done(key)
 
 
@@ -469,7 +470,6 @@ def _refund(key: _Key) -> Answer:
     least ``per`` later, or half of it: where a zone moves its clock by half an hour."""
     request = key.request
     key.give_back(request.given)
-    key.leased = 0
     for i, (rule, cost) in enumerate(zip(request.rules, request.costs, strict=False)):
         left = request.left[i]
         if rule.kind in (lib.FSHM_WINDOW, CALENDAR) and left:
@@ -486,7 +486,6 @@ def _block(key: _Key) -> Answer:
     for i, (rule, ns) in enumerate(zip(key.request.rules, key.request.costs, strict=False)):
         if rule.kind == 0 and ns:
             key.apply(i, lib.FSHM_BLOCK, ns)
-    key.leased = 0
     return _done(key)
 
 

@@ -198,6 +198,8 @@ class Store:
                 opened.ids.ended(committed=False)
                 if opened.db.in_transaction:
                     opened.db.execute("ROLLBACK")
+                if self._open is None:  # it is another host's by now
+                    opened.db.close()
 
     @property
     def is_busy_here(self) -> bool:

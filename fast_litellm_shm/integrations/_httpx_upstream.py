@@ -21,7 +21,7 @@ from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.exceptions import RateLimitExceeded
 from fast_litellm_shm.limiters.concurrency import ConcurrencyLimiter
 from fast_litellm_shm.limiters.rate import RateLimiter
-from fast_litellm_shm.limits import LimitSpec, TokenBucket
+from fast_litellm_shm.limits import Spelled, TokenBucket
 
 _LONGEST_SLEEP = 1.0  # s: so much later a waiter notices that its pause was lifted
 
@@ -34,7 +34,7 @@ class Upstream:
 
     def __init__(
         self,
-        limits_: LimitSpec | Iterable[LimitSpec],
+        limits_: Spelled | Iterable[Spelled],
         max_in_flight: int | None,
         max_retry_after: float,
         name: str,
@@ -44,7 +44,11 @@ class Upstream:
             raise TypeError(f"max_retry_after must be a number, not {max_retry_after!r}")
         if not 0 <= max_retry_after <= 86_400 * 30:
             raise ValueError(f"max_retry_after must be 0 s to 30 days, not {max_retry_after!r}")
-        chosen = tuple(limits_) if isinstance(limits_, Iterable) else (limits_,)
+        chosen: tuple[Spelled, ...] = (
+            (limits_,)
+            if isinstance(limits_, str) or not isinstance(limits_, Iterable)
+            else tuple(limits_)
+        )
         self._longest = max_retry_after
         self._name = name
         self._rate: RateLimiter | None = None

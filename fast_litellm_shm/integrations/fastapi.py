@@ -55,7 +55,7 @@ from fast_litellm_shm.integrations.web.rules import (
     WeightFunction,
 )
 from fast_litellm_shm.limiters.grantors import ClusterArgument
-from fast_litellm_shm.limits import LimitSpec, describe
+from fast_litellm_shm.limits import Spelled, checked, describe
 
 __all__ = [
     "MARK",
@@ -76,11 +76,12 @@ class RateLimit:
     HTTPException 429 with them where the request is denied, and 503 where it cannot be checked,
     with ``on_error="deny"``.
 
-    limits: 1 to 4. key, cost: functions of a :class:`fast_litellm_shm.integrations.web.Request`,
-    whose ``raw`` is FastAPI's; they may be async. If the key is None, the request is not limited.
-    name: routes with the same name share their counts. By default each route has counts of its own,
-    by its path as the program has it: in a sub-application that is mounted at ``/t/{tenant}``,
-    ``/search`` is one route for all tenants. Without a name the headers say ``default``.
+    limits: 1 to 4, as of a rule of the middleware. key, cost: functions of a
+    :class:`fast_litellm_shm.integrations.web.Request`, whose ``raw`` is FastAPI's; they may be
+    async. If the key is None, the request is not limited. name: routes with the same name share
+    their counts. By default each route has counts of its own, by its path as the program has it: in
+    a sub-application that is mounted at ``/t/{tenant}``, ``/search`` is one route for all tenants.
+    Without a name the headers say ``default``.
     wait, tenant, weight, priority, max_waiting: as of a rule of the middleware, which alone notices
     that the client of a waiting request has gone. exempt, dry_run, segment, on_error,
     on_cost_error, cluster: as in the middleware.
@@ -96,7 +97,7 @@ class RateLimit:
 
     def __init__(
         self,
-        *limits: LimitSpec,
+        *limits: Spelled,
         key: KeyFunction = client_address,
         cost: Cost | CostFunction = 1,
         name: str | None = None,
@@ -118,7 +119,7 @@ class RateLimit:
         self._each_route = name is None
         self._mounts: dict[tuple[int, int], tuple[Any, Any, list[tuple[Mount, ...]]]] = {}
         if name is None:  # in the segment: the limits, since dependencies with others count apart
-            name = " + ".join(["each route", *map(describe, limits)])
+            name = " + ".join(["each route", *map(describe, checked(limits))])
             if len(name) > _LONGEST:
                 name = f"each route {hashlib.blake2s(name.encode(), digest_size=16).hexdigest()}"
         rule = Rule(

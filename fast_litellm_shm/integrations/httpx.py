@@ -35,7 +35,7 @@ from fast_litellm_shm._shared.native import Permit
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.exceptions import FastShmError, RateLimitExceeded
 from fast_litellm_shm.integrations._httpx_upstream import Upstream, released_on_error, retry_after
-from fast_litellm_shm.limits import LimitSpec
+from fast_litellm_shm.limits import Spelled
 
 __all__ = ["AsyncSharedLimitTransport", "SharedLimitTimeout", "SharedLimitTransport"]
 
@@ -101,7 +101,7 @@ class _Limited(Generic[_Transport]):
         transport: _Transport | None = None,
         *,
         max_in_flight: int | None = None,
-        limits: LimitSpec | Iterable[LimitSpec] = (),
+        limits: Spelled | Iterable[Spelled] = (),
         max_wait: float | None = None,
         max_retry_after: float = 3600.0,
         name: str,

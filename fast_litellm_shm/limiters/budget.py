@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime, timezone
 from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeAlias
 
@@ -22,7 +23,7 @@ from fast_litellm_shm._shared.states import failure
 from fast_litellm_shm.limiters.choice import chosen
 from fast_litellm_shm.limiters.grantors import ClusterArgument, DurableArgument
 from fast_litellm_shm.limiters.waiting import off_loop
-from fast_litellm_shm.limits import Money
+from fast_litellm_shm.limits import NANO, Money, dollars
 
 if TYPE_CHECKING:
     from fast_litellm_shm.durable.books import Books
@@ -31,9 +32,10 @@ Reservation = BudgetReservation  # its public name
 Key: TypeAlias = str | bytes
 USD: TypeAlias = int | float | str | Decimal
 
-NANO = 10**9  # nano-dollars of a dollar
 _MOST = 10**18
 _SPENT, _ADDED, _GRANTED = 0, 1, 3  # places of a budget's numbers
+_UTC = timezone.utc  # `timezone` is an argument below
+_NEVER = 2**28 - 1  # the end of a window that never ends
 _ON_DEATH = {"release": 0, "charge": lib.FSHM_BUDGET_CHARGE}
 
 
@@ -72,12 +74,9 @@ def _amount(value: object, where: str, least: int = 0) -> int:
     return found
 
 
-def dollars(amount: int) -> Decimal:
-    """Nano-dollars as dollars, exact, without zeros at the end: ``Decimal("0.0134")``."""
-    whole, rest = divmod(amount, NANO)
-    if not rest:
-        return Decimal(whole)
-    return Decimal(f"{whole}.{rest:09}".rstrip("0"))
+def exact(usd: USD, where: str) -> Decimal:
+    """An amount of 0 or more in dollars, as it is counted. Raises TypeError or ValueError."""
+    return dollars(_amount(usd, where))
 
 
 class Usage(NamedTuple):
@@ -93,6 +92,13 @@ class Usage(NamedTuple):
     def remaining(self) -> Decimal:
         """What a call can still reserve."""
         return max(self.limit - self.spent - self.reserved, Decimal(0))
+
+
+class Spend(NamedTuple):
+    """What a key has spent in a window, in dollars. ends: None: the window never ends."""
+
+    ends: datetime | None
+    usd: Decimal
 
 
 OnWarn: TypeAlias = Callable[[str, Usage], object]
@@ -412,6 +418,17 @@ class Budget(BudgetCore, InSegment):
         if self._books is not None:
             self._books.tend(self, key_bytes(key))
 
+    def history(self, key: Key) -> list[Spend]:
+        """What the key has spent in the present window, and with ``durable`` in those before it
+        that the file keeps (12 windows in all), the latest first. Of a window that is over it may
+        have a hundredth of the budget more: what was granted ahead and not used."""
+        raw = key_bytes(key)
+        found, before = self._look(raw), []
+        if self._books is not None:
+            before = [each for each in self._books.history(raw) if each[0] < found.window]
+        present = Spend(_end_of(found.window), self.spent(key))
+        return [present, *(Spend(_end_of(minute), dollars(amount)) for minute, amount in before)]
+
     def _nanos(self, usd: object, where: str) -> int:
         """Called by the native part, for what it does not read itself."""
         return _amount(usd, where)
@@ -433,7 +450,7 @@ class Budget(BudgetCore, InSegment):
         if self._on_warn is None:
             log.warning(
                 "budget %r: %r has used or reserved %s of %s dollars",
-                self._name, shown, usage.spent + usage.reserved, usage.limit,
+                self._name, shown, f"{usage.spent + usage.reserved:f}", f"{usage.limit:f}",
             )  # fmt: skip
             return
         try:
@@ -456,6 +473,10 @@ class Budget(BudgetCore, InSegment):
 
     def __repr__(self) -> str:
         return f"Budget({limits.describe(self._limit)}, name={self._name!r})"
+
+
+def _end_of(minute: int) -> datetime | None:
+    return datetime.fromtimestamp(minute * 60, _UTC) if minute < _NEVER else None
 
 
 def _rebuild(cls: type[Budget], given: Sequence[Any], options: dict[str, Any]) -> Budget:

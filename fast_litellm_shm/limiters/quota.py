@@ -4,6 +4,7 @@ parallel."""
 from __future__ import annotations
 
 import functools
+import time
 from typing import Any
 
 from fast_litellm_shm import exceptions, limits
@@ -13,7 +14,7 @@ from fast_litellm_shm._shared.native import Decision
 from fast_litellm_shm._shared.segment import InSegment, Segment
 from fast_litellm_shm._shared.wait_queue import Order, Place, Service
 from fast_litellm_shm.limiters import grantors
-from fast_litellm_shm.limiters.budget import USD, Budget, Reservation, Reservations
+from fast_litellm_shm.limiters.budget import USD, Budget, Reservation, Reservations, exact
 from fast_litellm_shm.limiters.choice import chosen
 from fast_litellm_shm.limiters.grantors import ClusterArgument, DurableArgument, Held
 from fast_litellm_shm.limiters.rate import deadline_ns
@@ -35,6 +36,7 @@ from fast_litellm_shm.limiters.waiting import (
 from fast_litellm_shm.limits import FixedWindow, InFlight, LimitSpec
 
 _SOON = 1_000_000  # ns: between two attempts
+_LOOK_FOR_MONEY = 50_000_000  # ns: a call that settles wakes no caller of another limiter
 _MOST_A_MINUTE, _MOST_PARALLEL = 2**31 - 1, 100_000
 
 
@@ -110,10 +112,10 @@ class Admission:
         return "Request allowed" if self.allowed else self._quota._limit_name(self._permit)
 
     def settle(self, tokens: int, usd: USD | None = None) -> None:
-        """Settle the actual number of tokens, and with ``usd`` what the call cost. Tokens beyond the
-        estimate are charged. If they exceed the limit, the key is in debt, and its next requests
-        are denied until the debt is paid. Unused tokens are given back, as long as their minute
-        lasts. It can be called again, with a later number."""
+        """Settle the actual number of tokens, and with ``usd`` what the call cost. Tokens beyond
+        the estimate are charged. If they exceed the limit, the key is in debt, and its next
+        requests are denied until the debt is paid. Unused tokens are given back, as long as their
+        minute lasts. It can be called again, with a later number."""
         _check_tokens("settle", tokens)
         if usd is not None and self._reservation is not None:
             self._reservation.settle(usd)
@@ -339,9 +341,12 @@ class Quota(InSegment):
         priority: int = 0,
         max_waiting: int | None = None,
         on_wait: OnWait | None = None,
+        usd: USD = 0,
     ) -> Admission:
         """admit(), but waits until rates and permits have room, at most ``timeout`` seconds. It is
-        denied when the time is up, or if the call can never fit.
+        denied when the time is up, or if the call can never fit. It waits for money that other
+        calls have reserved, too; where too much is spent, it is denied at once, unless the budget's
+        window ends within ``timeout``.
 
         Callers that wait for a key are served in the order in which they came, over all processes;
         a caller of many tokens holds up those behind it. admit() does not wait.
@@ -351,7 +356,7 @@ class Quota(InSegment):
         """
         _check_tokens("wait", tokens)
         wished = wish(tenant, weight, priority, max_waiting, on_wait)
-        return run(self._wait(BLOCKING, key, tokens, timeout, wished))
+        return run(self._wait(BLOCKING, key, tokens, timeout, wished, usd))
 
     async def wait_async(
         self,
@@ -364,19 +369,27 @@ class Quota(InSegment):
         priority: int = 0,
         max_waiting: int | None = None,
         on_wait: OnWait | None = None,
+        usd: USD = 0,
     ) -> Admission:
         """:meth:`wait` for asyncio. It needs no thread."""
         _check_tokens("wait_async", tokens)
         wished = wish(tenant, weight, priority, max_waiting, on_wait)
-        return await run_async(self._wait(ASYNCIO, key, tokens, timeout, wished))
+        return await run_async(self._wait(ASYNCIO, key, tokens, timeout, wished, usd))
 
     def _wait(
-        self, waits: Waits, key: str | bytes, tokens: int, timeout: float | None, wished: Wish
+        self,
+        waits: Waits,
+        key: str | bytes,
+        tokens: int,
+        timeout: float | None,
+        wished: Wish,
+        usd: USD,
     ) -> Steps[Admission]:
         deadline = deadline_ns(timeout)
         states, raw = self._grantor.queue(key)
         place = waits.place(states, raw, wished.order)
-        tries = _Tries(self, waits, key, tokens, place)
+        money = None if self._budget is None else _Money(self._budget, key, usd, deadline)
+        tries = _Tries(self, waits, key, tokens, place, money)
         try:
             if not states.waited_for(raw):
                 admission, again = yield from tries.attempt()
@@ -448,24 +461,80 @@ class Quota(InSegment):
         return f"Quota({shown}, name={self.name!r})"
 
 
+class _Money:
+    """What a call that waits reserves of a budget."""
+
+    __slots__ = ("_budget", "_deadline", "_denied", "_key", "_usd", "held")
+
+    def __init__(self, budget: Budget, key: str | bytes, usd: USD, deadline: int) -> None:
+        self._budget, self._key, self._deadline = budget, key, deadline
+        self._usd = exact(usd, "wait: usd")
+        self._denied: Reservation | None = None
+        self.held: Reservation | None = None
+
+    def reserve(self) -> tuple[Reservation, int | None]:
+        """A reservation, and if it was denied, when to try again, in ns (None: not before the
+        deadline). It counts as a denied call the first time alone."""
+        if self._denied is None or self._budget.remaining(self._key) >= self._usd:
+            self.held = self._budget.reserve(self._key, self._usd)
+            self._denied = None if self.held else self.held
+        found = self.held if self._denied is None else self._denied
+        assert found is not None
+        return found, None if found else self._again()
+
+    def _again(self) -> int | None:
+        usage = self._budget.usage(self._key)
+        if usage.spent + self._usd <= usage.limit:
+            return _LOOK_FOR_MONEY
+        if usage.reset_after is None or self._usd > usage.limit:
+            return None
+        until = int(usage.reset_after * 1e9)
+        if time.monotonic_ns() + until > self._deadline:
+            return None
+        return max(min(until, _LOOK_FOR_MONEY), _SOON)
+
+    def release(self) -> None:
+        if self.held is not None:
+            self.held.release()
+
+
+def _release(found: tuple[Reservation, int | None]) -> None:
+    found[0].release()
+
+
 class _Tries:
     """Of a call that waits."""
 
-    __slots__ = ("_costs", "_granted", "_key", "_place", "_quota", "_service", "_tokens", "_waits")
+    __slots__ = (
+        "_costs", "_granted", "_key", "_money", "_place", "_quota", "_service", "_tokens", "_waits",
+    )  # fmt: skip
 
     def __init__(
-        self, quota: Quota, waits: Waits, key: str | bytes, tokens: int, place: Place
+        self,
+        quota: Quota,
+        waits: Waits,
+        key: str | bytes,
+        tokens: int,
+        place: Place,
+        money: _Money | None,
     ) -> None:
         self._quota, self._waits, self._key, self._tokens = quota, waits, key, tokens
-        self._place, self._costs = place, quota._costs(tokens)
+        self._place, self._costs, self._money = place, quota._costs(tokens), money
         self._granted: Held | None = None
         self._service: Service | None = None
 
     def attempt(self) -> Steps[tuple[Admission, int | None]]:
         quota, key, grantor = self._quota, self._key, self._quota._grantor
+        money = None
+        if self._money is not None:
+            money, again = yield from self._waits.ask(self._money.reserve, _release)
+            if not money:
+                return quota._refused(key, self._tokens)._with(money), again
         # First of all: what a local variable holds is kept by the traceback of an exception.
         self._granted = permit = yield from grantor.admitting(self._waits, key, self._costs)
         admission = Admission(quota, key, permit, self._tokens)
+        if money is not None:
+            admission._with(money)
         if admission:
             self._service = admission._service = self._place.served(max(self._tokens, 1))
             return admission, None
@@ -480,6 +549,8 @@ class _Tries:
         return Admission(self._quota, self._key, permit, self._tokens)
 
     def undo(self) -> None:
+        if self._money is not None:
+            self._money.release()
         if self._granted is not None:
             admission = Admission(self._quota, self._key, self._granted, self._tokens)
             admission._service = self._service

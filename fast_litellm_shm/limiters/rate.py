@@ -32,7 +32,7 @@ from fast_litellm_shm.limiters.waiting import (
     tenant_hash,
     wish,
 )
-from fast_litellm_shm.limits import LimitSpec, TokenBucket
+from fast_litellm_shm.limits import LimitSpec, Spelled, TokenBucket
 
 if TYPE_CHECKING:
     import numpy
@@ -67,13 +67,14 @@ def deadline_ns(timeout: float | None) -> int:
 class RateLimiter(SharedLimits):
     """Admit requests by key, under one or several limits, shared by all processes.
 
-    limits: 1 to 4 of TokenBucket, FixedWindow, SlidingWindow; a request is admitted when all of
-    them have room, and a denied one consumes nothing. name: processes that use the same name share;
-    default: a name made of the limits. The limits belong to the name: setting others (here, or in
-    any process) changes them for all at their next call, and what was consumed stays consumed.
-    segment: default ``Segment.default()``. on_full: what to do when the segment has no room for
-    another key of this limiter: ``"share"``: keys without room share counters, under the same
-    limits; ``"deny"`` them (with retry_after 1 s), ``"allow"`` them, or ``"raise"``
+    limits: 1 to 4 of TokenBucket, FixedWindow, SlidingWindow, or text that
+    :func:`fast_litellm_shm.limits.parse` reads: ``"1000 per day in Europe/Berlin"``; a request is
+    admitted when all of them have room, and a denied one consumes nothing. name: processes that use
+    the same name share; default: a name made of the limits. The limits belong to the name: setting
+    others (here, or in any process) changes them for all at their next call, and what was consumed
+    stays consumed. segment: default ``Segment.default()``. on_full: what to do when the segment has
+    no room for another key of this limiter: ``"share"``: keys without room share counters, under
+    the same limits; ``"deny"`` them (with retry_after 1 s), ``"allow"`` them, or ``"raise"``
     SegmentFullError. See ``docs/limits.md``, "Floods of keys".
 
     cluster: a URL (``redis://host:6379/0``) or a :class:`~fast_litellm_shm.cluster.Cluster`: the
@@ -93,7 +94,7 @@ class RateLimiter(SharedLimits):
 
     def __init__(
         self,
-        *limits_: LimitSpec,
+        *limits_: Spelled,
         name: str | None = None,
         segment: Segment | None = None,
         on_full: str = "share",

@@ -61,6 +61,34 @@ class LimiterMetrics:
 
 
 @dataclass(frozen=True)
+class BudgetMetrics:
+    """A budget, in the present window. Amounts: dollars; limit: of each key, spent and reserved: of
+    all keys. keys: those that have spent or reserved anything; warned: those that got a warning;
+    used_up: those with nothing left. resets: when the window ends, seconds since 1970; None:
+    never."""
+
+    limiter: str
+    limit: float
+    spent: float
+    reserved: float
+    keys: int
+    warned: int
+    used_up: int
+    resets: float | None
+
+
+@dataclass(frozen=True)
+class SpendingMetrics:
+    """One of the keys that have used the largest part of their budget. Amounts: dollars."""
+
+    limiter: str
+    key: str
+    limit: float
+    spent: float
+    reserved: float
+
+
+@dataclass(frozen=True)
 class PermitMetrics:
     """The permits of a limiter. in_flight: held by living processes. max_per_key: None if not
     known. dead: held by dead processes; they do not count against the limit."""
@@ -148,3 +176,5 @@ class Snapshot:
     feature_errors: Mapping[str, int]
     deployments: tuple[DeploymentMetrics, ...]
     operations: tuple[OperationMetrics, ...]
+    budgets: tuple[BudgetMetrics, ...] = ()
+    spending: tuple[SpendingMetrics, ...] = ()

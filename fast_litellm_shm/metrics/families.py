@@ -101,6 +101,8 @@ def _durations(s: Snapshot) -> Rows:
 _segment = _Each(lambda s: [s.segment])
 _memo = _Each(lambda s: [SimpleNamespace(**s.memo)])
 _limiter = _Each(lambda s: s.limiters, "limiter")
+_budget = _Each(lambda s: s.budgets, "limiter")
+_spending = _Each(lambda s: s.spending, "limiter", "key")
 _permit = _Each(lambda s: s.permits, "limiter")
 _waiting = _Each(lambda s: s.waiting, "limiter", "priority")
 _pool = _Each(lambda s: s.pools, "pool", "endpoint")
@@ -155,6 +157,28 @@ FAMILIES: tuple[Family, ...] = (
          "Calls of one of the busiest keys admitted since the key has its slot.", "admitted"),
     _key("fast_shm.key.remembered.denied", "gauge", "{call}",
          "Calls of one of the busiest keys denied since the key has its slot.", "denied"),
+    _budget("fast_shm.budget.limit.usd", "gauge", "{USD}",
+            "Dollars that each key of the budget may spend in a window.", "limit"),
+    _budget("fast_shm.budget.spent.usd", "gauge", "{USD}",
+            "Dollars that all keys have spent in the present window.", "spent"),
+    _budget("fast_shm.budget.reserved.usd", "gauge", "{USD}",
+            "Dollars reserved by calls that are not settled.", "reserved"),
+    _budget("fast_shm.budget.keys", "gauge", "{key}",
+            "Keys that have spent or reserved anything in the present window.", "keys"),
+    _budget("fast_shm.budget.keys.warned", "gauge", "{key}",
+            "Keys that have reached warn_at in the present window.", "warned"),
+    _budget("fast_shm.budget.keys.used_up", "gauge", "{key}",
+            "Keys of which nothing is left in the present window.", "used_up"),
+    _budget("fast_shm.budget.reset.timestamp", "gauge", "s",
+            "When the present window ends, since 1970.", "resets"),
+    _spending("fast_shm.budget.key.limit.usd", "gauge", "{USD}",
+              "Dollars that one of the keys with the largest share used may spend in the present "
+              "window.", "limit"),
+    _spending("fast_shm.budget.key.spent.usd", "gauge", "{USD}",
+              "Dollars that one of the keys with the largest share used has spent in the present "
+              "window.", "spent"),
+    _spending("fast_shm.budget.key.reserved.usd", "gauge", "{USD}",
+              "Dollars reserved of one of the keys with the largest share used.", "reserved"),
     _segment("fast_shm.processes", "gauge", "{process}",
              "Living processes that use the segment.", "processes"),
     _segment("fast_shm.capacity", "gauge", "{place}",

@@ -26,6 +26,7 @@ _COMPONENTS = {
     "concurrency_limiter": "limiters.concurrency",
     "connection_pool": "pools.connection_pool",
     "quota": "limiters.quota",
+    "budget": "limiters.budget",
     "tokens": "tokens.counter",
     "routing": "routing.router",
     "monitoring": "_shared.performance",
@@ -64,7 +65,8 @@ def segment_state(of: Segment) -> dict[str, Any]:
     for index in range(geometry.processes_joined):
         lib.fshm_process_at(of._handle, index, process)
         dead += process.pid != 0 and not process.alive
-    permits = list(Inspection(of).permits())
+    inspection = Inspection(of)
+    permits = list(inspection.permits())
     same = "name path capacity used occupancy unlinked damaged liveness_unknown"
     return {
         **{field: stats[field] for field in same.split()},
@@ -74,6 +76,7 @@ def segment_state(of: Segment) -> dict[str, Any]:
         "permits_of_dead": sum(permit.pid is None for permit in permits),
         "limiters": stats["limiters"],
         "refused_full": sum(found["refused_full"] for found in of.processes()),
+        "budgets": [each.as_dict() for each in inspection.spending],
     }
 
 
@@ -102,7 +105,9 @@ def health_check() -> dict[str, Any]:
       occupancy, unlinked, damaged, liveness_unknown (a sentence, also in the status, or None),
       processes_alive, processes_dead (entries of ended processes, which new ones reuse), permits,
       permits_of_dead (given back when a caller needs one), limiters, refused_full (calls that met
-      a full table).
+      a full table), budgets (a dict for each: name, limit of each key, per, timezone, reset_after
+      in seconds; over its keys: spent, reserved, keys, warned: keys that reached ``warn_at`` in
+      this window, used_up: keys with nothing left; amounts in dollars).
     - memo: the token memo. features_off: names of features that are off.
     - litellm: None, or could_not_judge: requests that LiteLLM's plugin could not check, and that
       ``fail_open`` decided, since the segment was made (without a segment: in this process).

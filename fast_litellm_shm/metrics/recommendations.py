@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fast_litellm_shm import exceptions
-from fast_litellm_shm._shared import features, performance
+from fast_litellm_shm._shared import features, performance, spending
 from fast_litellm_shm._shared.inspection import POOL, POOL_TOTAL, Inspection
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.metrics import health
@@ -109,6 +109,24 @@ def _keys(inspection: Inspection) -> Iterator[dict[str, Any]]:
             "denied.",
             "Raise the limit if these calls are wanted, let the caller wait for retry_after_ms, or "
             "find out which client sends them.",
+        )
+
+
+def _budgets(inspection: Inspection) -> Iterator[dict[str, Any]]:
+    for row in spending.rows(inspection.segment, inspection.spending, _SHOWN):
+        over = not row.remaining
+        if not over and not row.warned:
+            continue
+        until = "" if row.reset_after is None else f" for the next {row.reset_after / 3600:.1f} h"
+        yield _one(
+            "budget_used_up" if over else "budget_warned",
+            "budget",
+            HIGH if over else MEDIUM,
+            f"Key {row.key!r} of budget {row.budget!r} has used ${row.used:f} of "
+            f"${row.limit:f}{until}.",
+            "Its calls are denied: raise the budget with add(), or let it be."
+            if over
+            else "Raise the budget with add(), or find out which calls cost so much.",
         )
 
 
@@ -232,7 +250,7 @@ def get_recommendations() -> list[dict[str, Any]]:
         segment = Segment.default()
         out += _segment(health.segment_state(segment), segment)
         inspection = Inspection(segment)
-        for look in (_keys, _permits, _waiting):
+        for look in (_keys, _budgets, _permits, _waiting):
             out += look(inspection)
         for measure in (_measured, _memo):
             out += measure(segment)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fast_litellm_shm import limits
-from fast_litellm_shm._shared import features, key_grammar
+from fast_litellm_shm._shared import features, key_grammar, spending
 from fast_litellm_shm._shared.inspection import (
     POOL,
     POOL_TOTAL,
@@ -22,6 +22,7 @@ from fast_litellm_shm._shared.segment import Segment, opened
 from fast_litellm_shm._shared.side_limiters import is_side_limiter
 from fast_litellm_shm.metrics import (
     OTHERS,
+    BudgetMetrics,
     DeploymentMetrics,
     KeyMetrics,
     LimiterMetrics,
@@ -30,6 +31,7 @@ from fast_litellm_shm.metrics import (
     PoolMetrics,
     SegmentMetrics,
     Snapshot,
+    SpendingMetrics,
     WaitingMetrics,
 )
 from fast_litellm_shm.metrics.health import memo_state
@@ -75,6 +77,7 @@ def snapshot(
     known = _limiters(of, geometry.limiters)
     permits, pools = _held(of, geometry, known)
     plain = geometry.names != lib.FSHM_NAMES_OFF
+    budgets = spending.spending(of)
     return Snapshot(
         limiters=tuple(_limiter_rows(known, counters, keys_of if plain else None)),
         permits=permits,
@@ -88,6 +91,8 @@ def snapshot(
         },
         deployments=tuple(_deployments(of, deployments or {})),
         operations=tuple(_operations(of)),
+        budgets=_budgets(budgets),
+        spending=_spending(of, budgets, keys) if keys and plain else (),
         segment=SegmentMetrics(
             name=of.name,
             size_bytes=geometry.memory,
@@ -137,7 +142,7 @@ def _limiter_rows(
         }
         return LimiterMetrics(
             limiter=name,
-            limits=tuple(limits.describe(limit) for limit in limiter.limits),
+            limits=tuple(limits.described(limiter.limits)),
             keys=sum(keys[i] for i in limiter.indices)
             if keys is not None and limiter.indices
             else None,
@@ -263,6 +268,36 @@ def _pool_rows(of: Segment, found: list[tuple[PoolMetrics, list[int]]]) -> tuple
                 dead=row.dead + before.dead,
             )
         rows[row.pool, row.endpoint] = row
+    return tuple(rows.values())
+
+
+def _budgets(found: list[spending.Spending]) -> tuple[BudgetMetrics, ...]:
+    rows: dict[str, BudgetMetrics] = {}
+    for each in found:
+        row = BudgetMetrics(
+            limiter=each.name,
+            limit=float(limits.dollars(each.money.n)),
+            spent=float(each.spent),
+            reserved=float(each.reserved),
+            keys=each.keys,
+            warned=each.warned,
+            used_up=each.used_up,
+            # A minute is the unit of windows: the series must not change with each scrape.
+            resets=None
+            if each.reset_after is None
+            else round((time.time() + each.reset_after) / 60) * 60.0,
+        )
+        rows.setdefault(each.name, row)  # names of two may be shown alike
+    return tuple(rows.values())
+
+
+def _spending(
+    of: Segment, found: list[spending.Spending], most: int
+) -> tuple[SpendingMetrics, ...]:
+    rows: dict[tuple[str, str], SpendingMetrics] = {}
+    for row in spending.rows(of, found, most):
+        numbers = float(row.limit), float(row.spent), float(row.reserved)
+        rows.setdefault((row.budget, row.key), SpendingMetrics(row.budget, row.key, *numbers))
     return tuple(rows.values())
 
 

@@ -21,7 +21,7 @@ from support.puppets import Puppet
 from support.waiters import waiters
 from support.waiting import wait_until
 
-from fast_litellm_shm import ConcurrencyLimiter, Limit, RateLimiter, Segment, Window
+from fast_litellm_shm import Budget, ConcurrencyLimiter, Limit, RateLimiter, Segment, Window
 from fast_litellm_shm._shared.wait_queue import ALIKE
 
 BROWSERS, DRIVER = ("chromium", "chromium-browser", "google-chrome"), "chromedriver"
@@ -185,6 +185,29 @@ def test_callers_that_wait(segment: Segment, page: Page) -> None:
             assert row[:5] == ["model", "gpu", "–", "0", "2"] and row[7] == str(os.getpid())
             assert page.text("pooled").endswith(", 2 callers wait")
         page.until(lambda: not page.rows("waiting"))
+
+
+def test_budgets(segment: Segment, page: Page) -> None:
+    page.until(lambda: page.text("state") == "live")
+    assert not page.rows("budgets")
+    team = Budget(50, name="team", segment=segment, warn_at=0.8, on_warn=lambda key, usage: None)
+    team.charge("a", "41.000000001")
+    Budget(1, None, name="keys", segment=segment).charge("a", "0.0134")
+    with team.reserve("a", usd=2):
+        page.until(lambda: len(page.rows("budgets")) == 2)
+        first, second = page.rows("budgets")
+        assert first[:7] == ["a", "team", "$41.000000001", "$2", "$50", "86.0%", "yes"]
+        assert second == ["a", "keys", "$0.0134", "–", "$1", "1.3%", "–", "never"]
+        left = {row[1]: row[6] for row in page.rows()}
+        assert left == {"team": "$6.99 / $50", "keys": "$0.9866 / $1"}
+        width = "return document.querySelector('#budgets .bar div').style.width"
+        assert page.browser.execute_script(width) == "86%"
+    team.charge("a", 9)
+    page.until(lambda: page.rows("budgets")[0][5] == "100.0%")
+    assert (
+        page.browser.execute_script("return document.querySelector('#budgets .bar div').className")
+        == "bad"
+    )
 
 
 def test_keys_that_look_alike_have_a_row_each(segment: Segment, page: Page) -> None:

@@ -155,6 +155,7 @@ static void random_step(const story_t *t, step_t *s) {
     s->cost_is = WHAT_IS_LEFT;
     s->cost = random_below(4) == 0;
   }
+  if (s->what <= ADMIT && random_below(16) == 0) s->cost = 0, s->cost_is = AS_IT_IS;
   if (s->what == BLOCK) s->cost = random_ns(t);
   if (random_below(3) == 0) s->pause = random_ns(t);
   if (random_below(12) == 0) s->pause_is = UNTIL_ADMITTED;

@@ -7,6 +7,8 @@
  *
  * The rules. v: the limits under which a state was written; c: those in force now.
  * - Admitted under c if what is used, in tokens, and the cost fit c. From then on the state is one under c.
+ * - A cost of 0 is denied by a bucket of which more than its burst is used, and by nothing else. Either way the state
+ *   is as after a denial.
  * - Otherwise (denied, charged or given back) it becomes one under c only where it is over sooner under c; else
  *   it stays one under v. So a change makes no debt of old use, and forgets none.
  * - A charge to a bucket of which no more than c's burst is used makes it one under c, too.
@@ -241,6 +243,18 @@ static int sooner(const state_t *s, const fshm_limit *c, uint64_t now) {
 
 /* Answers ------------------------------------------------------------------------------------- */
 
+/* Nothing is consumed; what was used may count under c from now on, where it is over sooner. */
+static void leave_state(const state_t *s, const fshm_limit *c, uint64_t now, states_t *out) {
+  add_state(out, s);
+  if (!same_limit(&s->label, c) && sooner(s, c, now) & YES) converted(s, c, now, out);
+}
+
+static bool may_admit_nothing(const state_t *s, const fshm_limit *c, uint64_t now) {
+  uint64_t low, high;
+  used_of(s, now, &low, &high);
+  return c->kind != FSHM_BUCKET || low <= c->burst;
+}
+
 /* The states that explain that the cost was admitted, and what they become. */
 static void was_admitted(const states_t *in, const fshm_limit *c, uint64_t cost, uint64_t now,
                          states_t *out) {
@@ -248,6 +262,10 @@ static void was_admitted(const states_t *in, const fshm_limit *c, uint64_t cost,
   for (int i = 0; i < in->n; i++) {
     state_t s = in->all[i];
     if (cost > capacity_of(c)) continue;
+    if (!cost) { /* it makes no debt: the state is over no later */
+      if (may_admit_nothing(&s, c, now)) leave_state(&s, c, now, out);
+      continue;
+    }
     if (s.kind == NOTHING) {
       s = used_now(c, cost, now);
     } else if (goes_on(&s, c)) {
@@ -301,6 +319,7 @@ static bool may_deny(const state_t *s, const fshm_limit *c, uint64_t cost, uint6
   if (c->kind == FSHM_BUCKET)
     gave_up |= ((real_t)cost + s->high) * slow_interval_of(c) > (real_t)TOO_LONG;
   if (cost > capacity_of(c)) return true;
+  if (!cost && c->kind != FSHM_BUCKET) return false;
   if (s->kind == FSHM_BUCKET && c->kind == FSHM_BUCKET)
     return s->high > (real_t)(c->burst - cost) - within(c, 8);
   if (s->kind == FSHM_WINDOW && c->kind == FSHM_WINDOW && sooner(s, c, now) & YES) {
@@ -313,11 +332,10 @@ static bool may_deny(const state_t *s, const fshm_limit *c, uint64_t cost, uint6
   }
   used_of(s, now, &low, &high);
   /* Whole tokens, in the time of a bucket: rounded up to a nanosecond. */
-  return high + cost + (c->kind == FSHM_BUCKET && high) > capacity_of(c);
+  return high + cost + (c->kind == FSHM_BUCKET && cost && high) > capacity_of(c);
 }
 
-/* That this limit denied it, or (this: false) another one. Nothing is consumed; what was used may count under c
- * from now on, where it is over sooner. */
+/* That this limit denied it, or (this: false) another one. */
 static void was_denied(const states_t *in, const fshm_limit *c, uint64_t cost, bool this,
                        uint64_t now, states_t *out) {
   out->n = 0;
@@ -326,8 +344,7 @@ static void was_denied(const states_t *in, const fshm_limit *c, uint64_t cost, b
     if (this && !may_deny(&s, c, cost, now)) continue;
     if (this && s.kind == FSHM_BUCKET && c->kind == FSHM_BUCKET && cost <= c->burst)
       s.low = smaller_of(s.high, larger(s.low, (real_t)(c->burst - cost) - within(c, 8)));
-    add_state(out, &s);
-    if (!same_limit(&s.label, c) && sooner(&s, c, now) & YES) converted(&s, c, now, out);
+    leave_state(&s, c, now, out);
   }
 }
 

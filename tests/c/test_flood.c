@@ -220,6 +220,16 @@ static void test_leaving(void) {
   leave(l, filler, s);
 }
 
+/* A cost of 0 keeps a counter's window no longer. */
+static void test_nothing(void) {
+  fshm_segment *s;
+  fshm_limiter *filler, *l = crowded(&window, 1, &s, &filler);
+  CHECK_EQ(ask(l, FSHM_ACQUIRE, 1, 2, NOW).shared, 1);
+  CHECK_EQ(ask(l, FSHM_ACQUIRE, 1, 0, NOW + PER / 2).status, FSHM_ALLOWED);
+  CHECK_EQ(ask(l, FSHM_PEEK, 1, 1, NOW + PER + 100).remaining, 3);
+  leave(l, filler, s);
+}
+
 /* Limits change: what was consumed stays consumed, through sweeps too. */
 static void test_changes(const fshm_limit *limit) {
   fshm_segment *s;
@@ -353,6 +363,7 @@ int main(void) {
   for (int i = 0; i < 4; i++) test_story(&short_ones[i]);
   test_calls();
   test_leaving();
+  test_nothing();
   test_race(2);
   test_race(4);
   test_permits();

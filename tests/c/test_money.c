@@ -150,6 +150,67 @@ static void test_windows(void) {
   CHECK_EQ(fshm_check(s, &index), FSHM_DAMAGE_NONE);
 }
 
+/* What is reserved stays in its entry until it is settled: a look reads one entry after the other, and one that has read
+ * the first must find in the second what was there all the time. */
+static void test_entries(void) {
+  fshm_segment *s = fresh_segment(100);
+  fshm_limiter *l = budget(s, "b", 50 * USD, DAY_NS);
+  fshm_budget one, two;
+  CHECK_EQ(reserve(l, 5, 0, 0, &one), FSHM_ALLOWED);
+  CHECK_EQ(settle(l, &one, 5, 0, 0), FSHM_OK);
+  reserved_t *set = reserved_set(s, process_index(s), one.id);
+  CHECK_EQ(one.entry, 0);
+  store_relaxed(&set[0].who, one.id + 1); /* another key's */
+  store_relaxed(&set[0].when, 1);
+  CHECK_EQ(reserve(l, 5, 0, 0, &one), FSHM_ALLOWED);
+  CHECK_EQ(one.entry, 1);
+  store_relaxed(&set[0].who, one.id); /* a thread that had seen it free */
+  store_relaxed(&set[0].when, 0);
+  CHECK_EQ(reserve(l, 7, 0, 0, &two), FSHM_ALLOWED);
+  CHECK_EQ(two.entry, 0);
+  CHECK_EQ(view(l, 0).reserved, 12);
+  CHECK_EQ(settle(l, &one, 5, 5, 0), FSHM_OK);
+  CHECK_EQ(load_relaxed(&set[0].when), 7);
+  CHECK_EQ(load_relaxed(&set[1].when), 0);
+  CHECK_EQ(settle(l, &two, 7, 7, 0), FSHM_OK);
+  CHECK_EQ(view(l, 0).reserved, 0);
+  CHECK_EQ(view(l, 0).spent, 12);
+}
+
+/* What was charged is corrected in its own window, and not where it is forgotten: others have spent there since. */
+static void test_corrections(void) {
+  fshm_segment *s = fresh_segment(100);
+  fshm_limiter *l = budget(s, "b", 50 * USD, DAY_NS);
+  fshm_budget b[5];
+  const uint64_t now = segment_now(s) + DAY_NS;
+  for (int i = 0; i < 5; i++) CHECK_EQ(reserve(l, 5, FSHM_BUDGET_CHARGE, now, &b[i]), FSHM_ALLOWED);
+  CHECK_EQ(settle(l, &b[0], 5, 2, now), FSHM_OK);
+  CHECK_EQ(view(l, now).spent, 22);
+  CHECK_EQ(fshm_budget_add(l, KEY, 1, 0, 10, now + DAY_NS), FSHM_OK);
+  CHECK_EQ(settle(l, &b[1], 5, 2, now + DAY_NS), FSHM_OK);
+  CHECK_EQ(view(l, now + DAY_NS).spent, 10);
+  CHECK_EQ(settle(l, &b[2], 5, 7, now + DAY_NS), FSHM_OK);
+  CHECK_EQ(view(l, now + DAY_NS).spent, 12);
+  CHECK_EQ(fshm_reset_all(l), FSHM_OK);
+  CHECK_EQ(fshm_budget_add(l, KEY, 1, 0, 10, now + DAY_NS), FSHM_OK);
+  CHECK_EQ(settle(l, &b[3], 5, 2, now + DAY_NS), FSHM_OK);
+  CHECK_EQ(view(l, now + DAY_NS).spent, 12);
+  CHECK_EQ(settle(l, &b[4], 5, 5, now + DAY_NS), FSHM_OK);
+  CHECK_EQ(view(l, now + DAY_NS).spent, 17);
+  /* a period that changes: what was charged in an hour is not taken back from the month that follows it */
+  l = budget(s, "p", 50 * USD, HOUR_NS);
+  CHECK_EQ(reserve(l, 5, FSHM_BUDGET_CHARGE, now, &b[0]), FSHM_ALLOWED);
+  l = budget(s, "p", 50 * USD, YEAR_NS);
+  CHECK_EQ(reserve(l, 5, FSHM_BUDGET_CHARGE, now, &b[1]), FSHM_ALLOWED);
+  CHECK_EQ(view(l, now).spent, 10);
+  CHECK_EQ(settle(l, &b[0], 5, 1, now), FSHM_OK);
+  CHECK_EQ(view(l, now).spent, 6);
+  CHECK_EQ(fshm_budget_add(l, KEY, 1, 0, 10, now + HOUR_NS), FSHM_OK);
+  CHECK_EQ(view(l, now + HOUR_NS).spent, 10);
+  CHECK_EQ(settle(l, &b[1], 5, 1, now + HOUR_NS), FSHM_OK);
+  CHECK_EQ(view(l, now + HOUR_NS).spent, 10);
+}
+
 /* A slot whose window is over is free for others; one whose window is not, is not. */
 static void test_expiry(void) {
   fshm_segment *s = fresh_segment(1);
@@ -200,6 +261,8 @@ static void test_hostile(void) {
   CHECK(view(l, 0).spent <= MONEY_MOST * 2);
   for (int i = 0; i < 20; i++) CHECK_EQ(fshm_budget_add(l, KEY, 1, 0, INT64_MAX, 0), FSHM_OK);
   CHECK(view(l, 0).spent < UINT64_C(1) << 60);
+  CHECK_EQ(fshm_budget_raise(l, KEY, 1, 3, UINT64_MAX, view(l, 0).window, 0), FSHM_OK);
+  CHECK_EQ(view(l, 0).granted, (UINT64_C(1) << 60) - 1);
   CHECK_EQ(fshm_budget_add(l, KEY, 1, 0, INT64_MIN, 0), FSHM_OK);
   CHECK_EQ(fshm_budget_add(l, KEY, 1, 4, 1, 0), FSHM_E_ARGUMENT);
 }
@@ -301,14 +364,83 @@ static void test_death(void) {
   CHECK_EQ(view(l, 0).reserved, 50 * USD);
 }
 
+/* All amounts, as one reader sees them: of which = w, of a key with this id. */
+static uint64_t seen(fshm_segment *s, uint64_t now, uint32_t which, uint64_t id) {
+  fshm_budget_info all[64];
+  uint64_t sum = 0, count = fshm_budgets(s, now, all, 64);
+  CHECK(count <= 64);
+  for (uint64_t i = 0; i < count; i++)
+    if (all[i].which == which && (!id || all[i].id == id)) sum += all[i].amount;
+  return sum;
+}
+
+static void test_inspection(void) {
+  fshm_segment *s = fresh_segment(100);
+  const fshm_limit tokens = {5, HOUR_NS, 0, FSHM_WINDOW, 0};
+  fshm_decision d;
+  fshm_limiter *other = fresh_limiter(s, "t", &tokens, 1);
+  fshm_apply(other, FSHM_ACQUIRE, KEY, 1, NULL, 0, 0, &d);
+  CHECK_EQ(fshm_budgets(s, 0, NULL, 0), 0);
+  fshm_limiter *l = budget(s, "b", 50 * USD, DAY_NS);
+  const uint64_t now = segment_now(s) + DAY_NS;
+  fshm_budget b;
+  fshm_budget_info one[2] = {{0}};
+  CHECK_EQ(fshm_budgets(s, now, one, 2), 1);
+  CHECK_EQ(one[0].which, FSHM_BUDGET_LIMIT);
+  CHECK_EQ(one[0].amount, 50 * USD);
+  CHECK_EQ(one[0].left_ns, (uint64_t)view(l, now).left_ns);
+  CHECK_EQ(one[0].limiter, l->index);
+  CHECK_EQ(fshm_budget_add(l, KEY, 1, 1, 7, now), FSHM_OK); /* a slot for its name, too */
+  CHECK_EQ(fshm_budgets(s, now, one, 2), 3);
+  CHECK_EQ(fshm_budget_add(l, KEY, 1, 0, 5, now), FSHM_OK);
+  CHECK_EQ(fshm_budget_once(l, KEY, 1, now), FSHM_OK);
+  CHECK_EQ(reserve(l, 3, 0, now, &b), FSHM_ALLOWED);
+  fshm_budget_info all[8];
+  CHECK_EQ(fshm_budgets(s, now, all, 8), 5);
+  uint64_t id = 0, named = 0;
+  char name[256];
+  for (int i = 0; i < 5; i++) {
+    if (all[i].which == FSHM_BUDGET_LIMIT) continue;
+    CHECK(!id || id == all[i].id);
+    id = all[i].id;
+    CHECK_EQ(all[i].limiter, all[i].which == FSHM_BUDGET_RESERVED ? UINT32_MAX : l->index);
+    if (all[i].which == 0) CHECK_EQ(fshm_key_name(s, all[i].slot, name, 256, &named), 1);
+  }
+  CHECK_EQ(named, 1);
+  CHECK_EQ(name[0], KEY[0]);
+  CHECK_EQ(seen(s, now, 0, id), 5);
+  CHECK_EQ(seen(s, now, 1, id), 7);
+  CHECK_EQ(seen(s, now, 2, id), 1);
+  CHECK_EQ(seen(s, now, FSHM_BUDGET_RESERVED, id), 3);
+  /* Under another limit, and in the next window; the look publishes nothing. */
+  fshm_limiter_close(budget(s, "b", 60 * USD, DAY_NS));
+  CHECK_EQ(seen(s, now, 0, id), 5);
+  CHECK_EQ(seen(s, now, FSHM_BUDGET_LIMIT, 0), 60 * USD);
+  const uint64_t current = entry_current(s, l->index);
+  CHECK_EQ(seen(s, now + DAY_NS, 0, id), 0);
+  CHECK_EQ(seen(s, now + DAY_NS, FSHM_BUDGET_RESERVED, id), 3);
+  CHECK_EQ(entry_current(s, l->index), current);
+  /* of a process that is dead */
+  pid_t pid = fork();
+  if (!pid) {
+    (void)fshm_budget_reserve(l, "j", 1, 4, 0, now, &b);
+    _exit(0);
+  }
+  (void)waitpid(pid, NULL, 0);
+  CHECK_EQ(seen(s, now, FSHM_BUDGET_RESERVED, 0), 3);
+}
+
 int main(void) {
   test_calls();
   test_leases();
   test_windows();
+  test_entries();
+  test_corrections();
   test_expiry();
   test_hostile();
   test_threads();
   test_take_back();
   test_death();
+  test_inspection();
   return done();
 }

@@ -22,12 +22,14 @@ static void check_known(int status) {
   CHECK_OP(status, <=, FSHM_ALLOWED);
 }
 
+#include "threads_budgets.h"
 #include "threads_grants.h"
 #include "threads_statistics.h"
 
 typedef struct {
   fshm_segment *s, *tiny;
   grants_t grants;
+  budgets_t budgets;
   statistics_t statistics;
   fshm_limiter *fixed, *several, *places, *changing, *brief, *forced, *counted;
   const char *name, *churned;
@@ -309,7 +311,9 @@ static void look_at_all(scene_t *scene) {
   uint64_t used[MAX_LIMITERS], index;
   fshm_counters counters[FSHM_COUNTERS];
   fshm_permit_info permits[2];
+  fshm_budget_info budgets[2];
   fshm_decision d;
+  CHECK_OP(fshm_budgets(s, 0, budgets, 2), <=, s->limiter_count + s->slot_count);
   CHECK_OP(fshm_used(s, 0, used), <=, s->slot_count);
   CHECK_OP(fshm_permits(s, permits, 2), <=, s->slot_count);
   CHECK_OP(fshm_peek_counted(s, slot, &brief, (int)random_below(2), 0, &d), >=, 0);
@@ -321,6 +325,8 @@ static void look_at_all(scene_t *scene) {
 
 static void granted(scene_t *scene) { use_token_leases(&scene->grants, any_key()); }
 static void allowed(scene_t *scene) { use_permit_leases(&scene->grants, any_key()); }
+static void spends(scene_t *scene) { spend_each(&scene->budgets, scene->s, any_key()); }
+static void spends_together(scene_t *scene) { spend_together(&scene->budgets); }
 static void leads(scene_t *scene) { lead(scene->s); }
 static void routes(scene_t *scene) { route(&scene->statistics, scene->s); }
 static void memoizes(scene_t *scene) { memoize(scene->s, any_key()); }
@@ -332,7 +338,7 @@ static void *work(void *with) {
       change_limits, reuse_slots,    take_by_force,  stand_in_the_queue,
       inspect,       open_and_close, count_and_move, look_at_all,
       granted,       allowed,        leads,          routes,
-      memoizes,      measures};
+      memoizes,      measures,       spends,         spends_together};
   const worker_t *me = with;
   random_state = me->scene->seed + me->number * 7919;
   for (uint64_t i = 0; i < me->scene->rounds; i++)
@@ -372,6 +378,7 @@ int main(int argc, char **argv) {
   const fshm_limit counted = {WINDOW_MAX_N, HOUR, 0, FSHM_WINDOW, 0};
   scene.counted = fresh_limiter(scene.s, "counted", &counted, 1);
   grants_begin(&scene.grants, scene.s);
+  budgets_begin(&scene.budgets, scene.s);
   statistics_begin(&scene.statistics, scene.s);
   scene.began = fshm_now(scene.s);
   run(&scene, threads);
@@ -383,6 +390,7 @@ int main(int argc, char **argv) {
     CHECK_EQ(fshm_in_flight(scene.places, keys[k], strlen(keys[k])), 0);
   }
   grants_end(&scene.grants);
+  budgets_end(&scene.budgets);
   statistics_end(&scene.statistics, scene.s);
   fshm_limiter *all[] = {scene.fixed, scene.several, scene.places, scene.changing,
                          scene.brief, scene.forced,  scene.counted};

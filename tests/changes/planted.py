@@ -37,6 +37,9 @@ class Fault:
     program: str = STORIES_TOLD  # of tests/c, that has to find it
 
 
+# In money.c, of fshm_budget_settle().
+RELEASED = "release_here(l->segment, process, reserved->id, reserved->entry, amount);"
+
 FAULTS: tuple[Fault, ...] = (
     Fault(
         "a settlement gives back what was not charged",
@@ -79,6 +82,11 @@ FAULTS: tuple[Fault, ...] = (
                 "  return true;\n",
             ),
         ),
+    ),
+    Fault(
+        "a request for nothing makes a debt of what exceeds a lowered n",
+        "limits/limiter.c",
+        (("(!l->verdict.retry && (cost || sooner))", "!l->verdict.retry"),),
     ),
     Fault(
         "finding 2: a bucket is read under other limits than it was written under",
@@ -215,6 +223,87 @@ FAULTS: tuple[Fault, ...] = (
             ),
         ),
         "test_turns",
+    ),
+    Fault(
+        "the last round ends without an answer",
+        "limits/money.c",
+        (("      round--; ", "      "),),
+        "test_budget_stories",
+    ),
+    Fault(
+        "a settlement is spent twice",
+        "limits/money.c",
+        (("money_add(&m, 0, (int64_t)actual, ADD,", "money_add(&m, 0, 2 * (int64_t)actual, ADD,"),),
+        "test_budget_stories",
+    ),
+    Fault(
+        "what was charged for a reservation is taken back twice",
+        "limits/money.c",
+        (
+            (
+                "(int64_t)actual - (int64_t)amount, CORRECT",
+                "(int64_t)actual - 2 * (int64_t)amount, CORRECT",
+            ),
+        ),
+        "test_budget_stories",
+    ),
+    Fault(
+        "a reservation is given back twice",
+        "limits/money.c",
+        (
+            (
+                "  if (!reserved->direct) release_here(",
+                f"  if (!reserved->direct) {RELEASED}\n  if (!reserved->direct) release_here(",
+            ),
+        ),
+        "test_budget_stories",
+    ),
+    Fault(
+        "a reservation is given back from the entry of another one",
+        "limits/money.c",
+        (("[entry % RESERVED_WAYS]", "[entry * 0]"),),
+        "test_money",
+    ),
+    Fault(
+        "a reset that a correction does not know of",
+        "limits/money.c",
+        (("(a.window != window || money_id(m) != id)", "a.window != window"),),
+        "test_budget_stories",
+    ),
+    Fault(
+        "a refund below nothing",
+        "limits/money.c",
+        (("  if (by < 0) return minus(amount, (uint64_t)-by);\n", ""),),
+        "test_budget_stories",
+    ),
+    Fault(
+        "a grant of another window",
+        "limits/money.c",
+        (("    if (how == RAISE && m->p.rules[0].unit != window) return FSHM_DENIED;\n", ""),),
+        "test_budget_stories",
+    ),
+    *(
+        Fault(f"{what} that ends a minute late", "limits/calendar.h", ((old, new),), program)
+        for what, old, new, program in (
+            (
+                "an hour",
+                "(floor_div(local, 60) + 1) * 60;",
+                "(floor_div(local, 60) + 1) * 60 + 1;",
+                "test_calendar",
+            ),
+            (
+                "a day",
+                "return (days + 1) * 1440;",
+                "return (days + 1) * 1440 + 1;",
+                "test_budget_stories",
+            ),
+            (
+                "a month",
+                "days_of(year, month + 1)) * 1440;",
+                "days_of(year, month + 1)) * 1440 + 1;",
+                "test_budget_stories",
+            ),
+        )
     ),
 )
 

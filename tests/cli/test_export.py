@@ -74,7 +74,7 @@ def test_formats_tell_the_same(made: Scene, fast_shm: Command, tmp_path: Path) -
     found = json.loads(exported("json"))
     assert list(found) == [
         "duration_bounds_seconds", "segment", "limiters", "permits", "waiting", "pools", "keys",
-        "memo", "feature_errors", "deployments", "operations",
+        "memo", "feature_errors", "deployments", "operations", "budgets", "spending",
     ]  # fmt: skip
     assert found["segment"]["denied"] == denied
     assert AWKWARD in {row["limiter"] for row in found["limiters"]}

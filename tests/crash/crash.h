@@ -9,6 +9,7 @@
   (100 * PER + PER / 4) /* segment time that operations are given; a quarter into a window */
 #define LATER (NOW + 4 * PER) /* when nothing is consumed any more */
 #define LONG_AGO (NOW - 10 * PER)
+#define WALL_BEGAN (500000 * PER) /* the time of day at segment time 0, in some operations */
 #define KEY "k"
 #define LONG 2000 /* instructions: only longer operations are thinned out by --every */
 
@@ -123,7 +124,8 @@ enum {
   MONEY_RESERVE,
   MONEY_CHARGE, /* reserves what stays spent if it dies */
   MONEY_SETTLE,
-  MONEY_ADD
+  MONEY_ADD,
+  LOOK_AT_CLOCK
 };
 
 typedef struct operation {
@@ -156,6 +158,7 @@ typedef struct {
   fshm_charged reserved[FSHM_MAX_LIMITS];
   uint32_t asleep; /* what S saw of its place before it slept */
   uint64_t now, clock; /* clock: ns, where time stands; 0 = the system's */
+  uint64_t wall; /* with it, the clock of the day shows so much more */
 } world_t;
 
 /* Where we are, for reports. */

@@ -20,9 +20,23 @@ static void traced(void) {
   mark_end();
 }
 
+/* A budget looks at the rows of all processes, so its path depends on whose row comes first. T's index follows from its
+ * pid: it is to be always in a later word of `joined` than S's, or always in an earlier one. */
+static bool in_order(pid_t pid) {
+  if (op->op < MONEY_RESERVE || op->op > MONEY_ADD) return true;
+  const uint32_t mine = process_index(world.s) / 64,
+                 its = (uint32_t)pid * 2654435761u % HOME_PROCESSES / 64;
+  return mine < HOME_PROCESSES / 128 ? its > mine : its < mine;
+}
+
 static tracee_t start_traced(void) {
   memset(told, 0, sizeof *told);
   tracee_t t = tracee_start(traced);
+  while (!t.lost && !in_order(t.pid)) {
+    tracee_kill(&t);
+    segment_restore(pristine);
+    t = tracee_start(traced);
+  }
   if (!t.lost && op->flags & PREDECESSOR) make_predecessor(t.pid);
   return t;
 }

@@ -35,6 +35,7 @@
 #include "holds_learned.c"
 #include "holds_lead.c"
 #include "holds_budgets.c"
+#include "holds_wall.c"
 #include "operations.c"
 #include "kill.c"
 #include "schedules.c"

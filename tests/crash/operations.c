@@ -270,12 +270,16 @@ static void run_request_and_back(outcome_t *out) {
 #define MOVING(function, which) \
   .make = start_moving, .holds = &moving, .run = (function), .op = (which)
 #define HITS(tokens, answer) MOVING(run_hit, HIT), .cost = (tokens), .status = (answer)
-#define MONEY(n)                                   \
+#define SETS_CLOCK(after)                                                                    \
+  .make = start_clocks, .holds = &walls, .prepare = set_clock, .run = run_wall, .status = 1, \
+  .op = LOOK_AT_CLOCK, .prior = (after)
+#define MONEY_RULES(n, rules)                      \
   .limits = {{n, PER, 0, FSHM_MONEY, 0},           \
              {MONEY_MOST, PER, 0, FSHM_MONEY, 0},  \
              {MONEY_MOST, PER, 0, FSHM_MONEY, 0},  \
              {MONEY_MOST, PER, 0, FSHM_MONEY, 0}}, \
-  .count = 4
+  .count = (rules)
+#define MONEY(n) MONEY_RULES(n, 4)
 #define BUDGETS(function, which, amount, answer)                                               \
   .make = start_budget, .holds = &budgets, .run = (function), .op = (which), .cost = (amount), \
   .status = (answer), .capacity = 8
@@ -527,6 +531,11 @@ static const operation_t operations[] = {
      .prepare = charge_three,
      .flags = ROUGH,
      ROOM(2, 4, 5)},
+    /* a look at the clock of the day, which was set */
+    {.name = "wall-as-before", SETS_CLOCK(AS_BEFORE)},
+    {.name = "wall-set-forward", SETS_CLOCK(SET_FORWARD)},
+    {.name = "wall-set-back", SETS_CLOCK(SET_BACK)},
+    {.name = "wall-set-right", SETS_CLOCK(SET_RIGHT)},
     /* limits that come with the call */
     {.name = "count-window", COUNTS, .status = 1, ONE(WINDOW(5)), .prior = 2, ROOM(3, 2, 5)},
     {.name = "count-window-first", COUNTS, .status = 1, ONE(WINDOW(5)), ROOM(5, 4, 5)},
@@ -604,6 +613,13 @@ static const operation_t operations[] = {
      .prior = 5,
      .flags = EXPIRED,
      ROOM(5, 4, 5)},
+    {.name = "budget-join",
+     BUDGETS(run_budget_reserve, MONEY_RESERVE, 1, 1),
+     MONEY(5),
+     .prior = 2,
+     .overtake = look_while_joining,
+     .flags = UNJOINED,
+     ROOM(3, 2, 5)},
     {.name = "budget-settle",
      BUDGETS(run_budget_settle, MONEY_SETTLE, 1, 1),
      MONEY(5),

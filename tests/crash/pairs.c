@@ -218,6 +218,88 @@ static void verify_moving_several(const outcome_t out[2]) {
   expect(moving_exhaust(NOW) == op->limits[0].n - consumed, out, "what is left");
 }
 
+/* Budgets. What B does beside A's reservation: lower the budget, take back what was added, forget all; and reserve. */
+static void run_lower_and_reserve(outcome_t *out) {
+  const fshm_limit lower = {3, PER, 0, FSHM_MONEY, 0};
+  rule_t rule = rule_make(&lower);
+  rule.unit = money_window(world.s, &rule, world.now);
+  if (publish(world.s, world.l->index, &rule, 1, world.now) != FSHM_OK)
+    broken("the budget cannot be lowered");
+  run_budget_reserve(out);
+}
+static void run_take_back_and_reserve(outcome_t *out) {
+  fshm_budget b;
+  (void)fshm_budget_add(world.l, KEY, strlen(KEY), 1, -4, world.now);
+  out->status = fshm_budget_reserve(world.l, KEY, strlen(KEY), 1, 0, world.now, &b);
+}
+static void run_forget_and_reserve(outcome_t *out) {
+  (void)fshm_reset_all(world.l);
+  run_budget_reserve(out);
+}
+/* What is charged at the end of a window is known to be of that one, and is corrected there. */
+#define WINDOW_END ((WALL_BEGAN + NOW / PER * PER + PER) / MINUTE)
+static void run_charge(outcome_t *out) {
+  fshm_budget b;
+  out->status = fshm_budget_reserve(world.l, KEY, strlen(KEY), 2, FSHM_BUDGET_CHARGE, NOW, &b);
+  out->number = b.window == WINDOW_END ? 0 : 2;
+}
+static void charge_two(void) {
+  (void)fshm_budget_reserve(world.l, KEY, strlen(KEY), 2, FSHM_BUDGET_CHARGE, NOW, &budget_held);
+}
+static void run_correct(outcome_t *out) {
+  out->status = fshm_budget_settle(world.l, KEY, strlen(KEY), &budget_held, 2, 0, NOW);
+}
+static void run_spend_later(outcome_t *out) {
+  out->status = fshm_budget_add(world.l, KEY, strlen(KEY), 0, 3, NOW + PER);
+}
+static void run_raise(outcome_t *out) {
+  out->status = fshm_budget_raise(world.l, KEY, strlen(KEY), 3, 5, WINDOW_END, NOW);
+}
+static void run_look_later(outcome_t *out) {
+  fshm_budget b;
+  out->status = fshm_budget_look(world.l, KEY, strlen(KEY), NOW + PER, &b);
+}
+static void add_four(void) { (void)fshm_budget_add(world.l, KEY, strlen(KEY), 1, 4, world.now); }
+static fshm_budget budget_at(uint64_t now) {
+  world.now = now;
+  const fshm_budget b = budget_now();
+  world.now = NOW;
+  return b;
+}
+
+static void verify_budget(const outcome_t out[2]) {
+  const fshm_budget b = budget_now();
+  const uint64_t fit = (op->limits[0].n - (op->flags & EXPIRED ? 0 : op->prior)) / op->cost;
+  expect(admitted(out) == min_u64(2, fit), out, "what fits");
+  expect(budget_left(&b) == (int64_t)(op->limits[0].n - (op->flags & EXPIRED ? 0 : op->prior) -
+                                      admitted(out) * op->cost),
+         out, "what is left");
+}
+/* Each fits only without the other. */
+static void verify_not_both(const outcome_t out[2]) { expect(admitted(out) <= 1, out, "both"); }
+/* What the one had reserved is at any time reserved, or spent, or both. */
+static void verify_settled(const outcome_t out[2]) {
+  const fshm_budget b = budget_now();
+  const uint64_t room = op->limits[0].n - op->prior - 3;
+  expect(out[0].status == FSHM_OK, out, "a settlement");
+  expect(out[1].status != FSHM_ALLOWED || op->cost <= room, out, "what does not fit");
+  expect(b.spent == op->prior + op->cost, out, "what is spent");
+  expect(b.reserved == (admitted(out) - 1) * op->cost, out, "what is reserved");
+}
+static void verify_added(const outcome_t out[2]) {
+  const fshm_budget b = budget_now();
+  expect(out[1].status == FSHM_OK, out, "an addition");
+  expect(budget_left(&b) == (int64_t)(op->limits[0].n + op->cost - op->prior) -
+                                (int64_t)(admitted(out) - 1) * op->cost,
+         out, "what is left");
+}
+static void verify_next_window(const outcome_t out[2]) {
+  expect(budget_at(NOW + PER).spent == 3 + out[0].number, out, "the next window");
+}
+static void verify_not_granted(const outcome_t out[2]) {
+  expect(!budget_at(NOW + PER).granted, out, "the next window has a grant");
+}
+
 #define PAIR(a, b, check) .run = {(a), (b)}, .verify = (check)
 #define START(title, ...) \
   .start = {.name = (title), .make = start_rate_limits, .op = FSHM_ACQUIRE, .cost = 1, __VA_ARGS__}
@@ -231,6 +313,16 @@ static void verify_moving_several(const outcome_t out[2]) {
             .cost = (tokens),            \
             .capacity = 4,               \
             __VA_ARGS__}
+/* rules: of the budget; a look and a publication take an access for each */
+#define BUDGET_START(title, n, rules, tokens, ...) \
+  .start = {.name = (title),                       \
+            .make = start_budget,                  \
+            .op = MONEY_RESERVE,                   \
+            .capacity = 8,                         \
+            .cost = (tokens),                      \
+            MONEY_RULES(n, rules),                 \
+            __VA_ARGS__}
+#define TWO_RESERVE PAIR(run_budget_reserve, run_budget_reserve, verify_budget)
 #define SAME_KEY PAIR(run_apply, run_apply, verify_last_token)
 #define TWO_KEYS(check) PAIR(run_apply, run_apply_other_key, check)
 #define TWO_TAKERS PAIR(run_admit, run_admit, verify_last_permit)
@@ -297,6 +389,27 @@ static const pair_of_operations_t pairs[] = {
      PAIR(run_hit, run_hit, verify_moving)},
     {MOVING_START("pair-moving-several", 2, ONE(WINDOW(4)), .prior = 1),
      PAIR(run_hit, run_hit, verify_moving_several)},
+    /* budgets */
+    {BUDGET_START("pair-budget-last", 5, 1, 1, .prior = 4), TWO_RESERVE},
+    {BUDGET_START("pair-budget-window", 5, 1, 5, .prior = 5, .flags = EXPIRED), TWO_RESERVE},
+    {BUDGET_START("pair-budget-settle", 6, 1, 3, .prior = 1, .prepare = reserve_three),
+     PAIR(run_budget_settle, run_budget_reserve, verify_settled)},
+    {BUDGET_START("pair-budget-settle-less", 5, 1, 1, .prior = 1, .prepare = reserve_three),
+     PAIR(run_budget_settle, run_budget_reserve, verify_settled)},
+    {BUDGET_START("pair-budget-add", 5, 2, 2, .prior = 4),
+     PAIR(run_budget_reserve, run_budget_add, verify_added)},
+    {BUDGET_START("pair-budget-lower", 5, 1, 1, .prior = 2),
+     PAIR(run_budget_reserve, run_lower_and_reserve, verify_not_both)},
+    {BUDGET_START("pair-budget-take-back", 5, 2, 2, .prior = 4, .prepare = add_four),
+     PAIR(run_budget_reserve, run_take_back_and_reserve, verify_not_both)},
+    {BUDGET_START("pair-budget-reset", 5, 1, 5, .prior = 5),
+     PAIR(run_budget_reserve, run_forget_and_reserve, verify_not_both)},
+    {BUDGET_START("pair-budget-charge-window", 5, 1, 2),
+     PAIR(run_charge, run_spend_later, verify_next_window)},
+    {BUDGET_START("pair-budget-correct-window", 5, 1, 2, .prepare = charge_two),
+     PAIR(run_correct, run_spend_later, verify_next_window)},
+    {BUDGET_START("pair-budget-raise-window", 5, 4, 2),
+     PAIR(run_raise, run_look_later, verify_not_granted)},
     /* permits */
     {PERMIT_START("pair-permit-fresh", ONE(PERMITS(2)), .prior = 1), TWO_TAKERS},
     {PERMIT_START("pair-permit-free", ONE(PERMITS(2)), .prior = 1, .flags = FREED), TWO_TAKERS},

@@ -53,6 +53,11 @@ NOT_OURS = (
     "    if (!ok) continue;\n"
 )
 
+# In money.c, of fshm_budget_settle().
+RELEASE_RESERVED = (
+    "  if (!reserved->direct) "
+    "release_here(l->segment, process, reserved->id, reserved->entry, amount);\n"
+)
 TRY_HOME = "  const int status = try_home(h, number, out);\n"
 
 FAULTS = [
@@ -604,8 +609,8 @@ FAULTS = [
         "limits/limit_changes.c",
         (
             (
-                "    bool over = IS_PENDING(pair.when) || ",
-                "    if (IS_PENDING(pair.when)) return true;\n    bool over = ",
+                "    bool over =\n        IS_PENDING(pair.when) || ",
+                "    if (IS_PENDING(pair.when)) return true;\n    bool over =\n        ",
             ),
         ),
         "change-claim-unused",
@@ -686,6 +691,95 @@ FAULTS = [
         ),
         "moving-several-again",
         "tokens after both",
+    ),
+    Fault(
+        "a settlement that gives back before it spends",
+        "limits/money.c",
+        (
+            (
+                "  /* Spent first: killed in between, it is spent, and what was reserved is given "
+                "back. */\n",
+                RELEASE_RESERVED,
+            ),
+            ("  if (status < 0) return status;\n" + RELEASE_RESERVED, ""),
+        ),
+        "budget-settle",
+        "are left while T is stopped",
+    ),
+    Fault(
+        "a reservation that is not measured again",
+        "limits/money.c",
+        (
+            (
+                "               out->spent + out->reserved <= money_most(out, leased, shared) &&\n",
+                "               out->spent <= money_most(out, leased, shared) &&\n",
+            ),
+        ),
+        "pair-budget-last",
+        "what fits",
+    ),
+    Fault(
+        "the dead keep what they had reserved",
+        "limits/money.c",
+        (("      if (load_relaxed(&p->dead) != incarnation &&\n", "      if (incarnation &&\n"),),
+        "budget-reserve",
+        "are reserved by the dead",
+    ),
+    Fault(
+        "a process that joins is called dead",
+        "stats/deployments.c",
+        (("!load_relaxed(&p->pid) ||", ""),),
+        "budget-join",
+        "are left, and T is answered 1",
+    ),
+    Fault(
+        "a reservation under the limits of before",
+        "limits/money.c",
+        (("out->status == FSHM_OK && m.p.current == current &&\n", "out->status == FSHM_OK &&\n"),),
+        "pair-budget-lower",
+        "both",
+    ),
+    Fault(
+        "a reservation of before a reset",
+        "limits/money.c",
+        (("id = out->id = money_id(&m);", "id = out->id += out->id ? 0 : money_id(&m);"),),
+        "pair-budget-reset",
+        "both",
+    ),
+    Fault(
+        "what was added is looked at once",
+        "limits/money.c",
+        (("    if (unlikely(added)) /*", "    if (unlikely(!current)) /*"),),
+        "pair-budget-take-back",
+        "both",
+    ),
+    Fault(
+        "a correction in the next window",
+        "limits/money.c",
+        (("(a.window != window || money_id(m) != id)", "money_id(m) != id"),),
+        "pair-budget-correct-window",
+        "the next window",
+    ),
+    Fault(
+        "a grant in the next window",
+        "limits/money.c",
+        (("    if (how == RAISE && m->p.rules[0].unit != window) return FSHM_DENIED;\n", ""),),
+        "pair-budget-raise-window",
+        "the next window has a grant",
+    ),
+    Fault(
+        "a clock that is set back, and nothing kept of what it has shown",
+        "core/wall.c",
+        (("    if (base < before) {\n", "    if (base > before) {\n"),),
+        "wall-set-back",
+        "the time of day went back",
+    ),
+    Fault(
+        "a clock that was wrong, and is believed",
+        "core/wall.c",
+        (("          WALL_WRONG)", "          400 * WALL_WRONG)"),),
+        "wall-set-right",
+        "later than it should be",
     ),
 ]
 

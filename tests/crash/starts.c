@@ -72,10 +72,23 @@ static void take_dead_permits(void) {
   for (uint32_t i = 0; i < op->dead; i++) admit_to(l, KEY, &permit);
 }
 
+/* Both clocks stand still at NOW, and hours of the calendar begin when windows of segment time do. So every call takes the
+ * same path each time: no look at the clock of the day is due, and no check whether others live. */
+static void still_clocks(void) {
+  header_t *h = world.s->header;
+  world.clock = world.s->epoch + NOW;
+  world.wall = WALL_BEGAN - world.s->epoch;
+  store_relaxed(&h->wall_base, WALL_BEGAN);
+  store_relaxed(&h->wall_floor, WALL_BEGAN);
+  store_relaxed(&world.s->wall_looked, NOW);
+  store_relaxed(&h->liveness, NOW);
+}
+
 /* A limiter with op->limits; the key has consumed op->prior; another key lives beside it. */
 static void start_rate_limits(void) {
   open_segment();
   world.now = op->flags & REAL_TIME ? 0 : NOW;
+  if (op->limits[0].kind == FSHM_CALENDAR) still_clocks();
   world.l = named("limits", op->limits, op->count);
   fshm_limiter_share(world.l, op->flags & SHARING ? 1 : 0);
   /* Windows that are aligned to the wall clock begin when those of segment time do. */
@@ -119,10 +132,19 @@ static void start_moving(void) {
   if (op->flags & (TENANTS | STALE | CROWDED)) fill_rest(op->flags & ONE_LEFT ? 1 : 0);
 }
 
+static void start_clocks(void) {
+  open_segment();
+  world.now = NOW;
+  still_clocks();
+  store_relaxed(&world.s->wall_looked, 0);
+  wall_check(world.s);
+}
+
 /* A budget of op->limits; the key has spent op->prior. */
 static void start_budget(void) {
   open_segment();
   world.now = NOW;
+  still_clocks();
   fshm_limiter *l;
   if (fshm_limiter_open_at(world.s, "budget", 6, op->limits, op->count,
                            op->flags & EXPIRED ? LONG_AGO : NOW, &l) != FSHM_OK)

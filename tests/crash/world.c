@@ -22,6 +22,9 @@ int clock_gettime(clockid_t clock, struct timespec *out) {
   int status = (int)syscall(SYS_clock_gettime, clock, out);
   if (world.clock && clock == CLOCK_BOOTTIME)
     *out = (struct timespec){(time_t)(world.clock / 1000000000), (long)(world.clock % 1000000000)};
+  const uint64_t wall = world.clock + world.wall;
+  if (world.wall && clock == CLOCK_REALTIME)
+    *out = (struct timespec){(time_t)(wall / 1000000000), (long)(wall % 1000000000)};
   return status;
 }
 

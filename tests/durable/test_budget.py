@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import pickle
 import sqlite3
@@ -19,7 +20,8 @@ from support.names import remove
 from support.reboots import Host, books_of
 from support.waiting import wait_until
 
-from fast_litellm_shm import Budget, Quota, exceptions
+from fast_litellm_shm import Budget, Quota, Segment, exceptions
+from fast_litellm_shm.cli import main
 from fast_litellm_shm.durable import StateFile
 from fast_litellm_shm.limiters.budget import Reservation
 
@@ -128,7 +130,7 @@ def test_charges_refunds_and_additions(host: Host) -> None:
     made.add("k", 20)
     host.lose_power()
     made = budget(host)
-    assert (made.usage("k").limit, made.remaining("k")) == (70, D(21) - (made.spent("k") - 49))
+    assert (made.usage("k").limit, made.remaining("k")) == (D(70), D(21) - (made.spent("k") - 49))
     assert made.reserve("k", "20.5")
     made = budget(host)
     made.refund("k", 30)
@@ -200,9 +202,16 @@ def test_history(host: Host) -> None:
     for spent in (3, 4, 5):
         assert call(budget(host), str(spent))
         host.reboot(down=24 * HOUR)
-    found = books_of(budget(host)).history(b"k")
-    assert [amount for _, amount in found] == [5 * 10**9, 4 * 10**9, 3 * 10**9]
-    assert [a - b for (a, _), (b, _) in zip(found, found[1:], strict=False)] == [1440, 1440]
+    made = budget(host)
+    assert call(made, "0.5")
+    found = made.history("k")
+    assert [each.usd for each in found] == [D("0.5"), 5, 4, 3]
+    assert [str(each.ends) for each in found[:2]] == [
+        "2027-01-19 00:00:00+00:00", "2027-01-18 00:00:00+00:00",
+    ]  # fmt: skip
+    plain = Budget(5, None, name="plain", segment=host.segment)
+    assert call(plain, "1")
+    assert plain.history("k") == [(None, 1)]
 
 
 def test_a_window_that_is_over_while_it_is_open(host: Host) -> None:
@@ -397,6 +406,49 @@ def test_dropped_within_a_transaction(host: Host) -> None:
     assert books._in_file(drop)
     assert made._look(b"k").reserved == 0
     wait_until("it is taken back", lambda: made._look(b"k").granted < 10**9)
+
+
+def test_the_command_line(host: Host, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert call(budget(host), "2", key="team-a")
+    budget(host).add("team-a", 5)
+    copy, args = str(tmp_path / "copy.json"), ("--name", host.name)
+    assert main(["save", *args]) == 0
+    assert capsys.readouterr().out == "Gave back 0.25 dollars of 1 key.\n"
+    assert main(["save", *args]) == 0
+    assert "Nothing to give back" in capsys.readouterr().out
+    assert main(["state", "show", *args]) == 0
+    assert "team-a" in capsys.readouterr().out
+    assert main(["state", "show", "--json", *args]) == 0
+    (shown,) = json.loads(capsys.readouterr().out)["budgets"]
+    assert (shown["budget"], shown["granted_usd"], shown["added_usd"]) == ("team", "2", "5")
+    assert main(["state", "export", copy, *args]) == 0
+    host.lose_power()
+    Path(host.path).unlink()
+    assert main(["state", "import", copy, *args]) == 0
+    usage = budget(host).usage("team-a")
+    assert (usage.spent, usage.limit) == (2, 55)
+    assert main(["state", "check", *args]) == 0
+    host.lose_power()
+    with sqlite3.connect(host.path) as db:
+        db.execute("UPDATE money SET granted = 'x'")
+    db.close()
+    capsys.readouterr()
+    assert main(["state", "check", *args]) == 1
+    assert "money that is none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names", ["hashed", "off"])
+def test_where_the_segment_keeps_no_names(
+    host: Host, names: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host.remove_segment()
+    remove(host.name)
+    host.segment = Segment(host.name, capacity=1000, names=names)
+    assert call(budget(host), "2", key="secret-key")
+    assert main(["save", "--name", host.name]) == 0
+    host.lose_power()
+    assert budget(host).spent("secret-key") == 2
+    assert b"secret-key" not in Path(host.path).read_bytes()
 
 
 def test_no_file_without_durable(host: Host) -> None:

@@ -13,6 +13,7 @@ from support.reboots import Host, link_of, spend
 
 from fast_litellm_shm import FixedWindow, TokenBucket
 from fast_litellm_shm.cli import main
+from fast_litellm_shm.cluster.background import Background
 from fast_litellm_shm.durable import records
 
 BERLIN = "Europe/Berlin"
@@ -22,8 +23,9 @@ HOUR = 3600
 
 def at(*wall: int, zone: str = BERLIN) -> int:
     """A time of day, in ns since 1970."""
-    year, month, day, *rest = wall
-    return round(datetime(year, month, day, *rest, tzinfo=ZoneInfo(zone)).timestamp()) * 10**9
+    year, month, day, hour, minute = (*wall, 0, 0)[:5]
+    local = datetime(year, month, day, hour, minute, tzinfo=ZoneInfo(zone))
+    return round(local.timestamp()) * 10**9
 
 
 def begun(host: Host, *wall: int, zone: str = BERLIN) -> None:
@@ -154,7 +156,10 @@ def test_damage_denies_until_the_window_is_over(host: Host) -> None:
     assert spend(host.limiter(DAILY), "new", 9) == 9
 
 
-def test_show_and_copies(host: Host, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_show_and_copies(
+    host: Host, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Background, "refill", lambda *_: None)  # none after save()
     begun(host, 2027, 5, 3, 20, 0)
     assert spend(host.limiter(DAILY), "k", 400) == 400
     link_of(host.limiter(DAILY)).save()

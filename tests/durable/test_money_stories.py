@@ -16,7 +16,8 @@ from support.reboots import Host, books_of
 from fast_litellm_shm import Budget
 from fast_litellm_shm.durable import StateFile
 from fast_litellm_shm.durable.books import Books, Tending
-from fast_litellm_shm.limiters.budget import Reservation, dollars
+from fast_litellm_shm.limiters.budget import Reservation
+from fast_litellm_shm.limits import dollars
 
 DAY = 86_400
 KEYS = ("a", "b")

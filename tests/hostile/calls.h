@@ -1,5 +1,5 @@
 /* calls.h - every call of fast_shm.h, on a segment that may hold anything, with checks of what comes back: here,
- * in grants.h and in statistics.h. test_calls.py finds the one that is left out.
+ * in grants.h, budgets.h and statistics.h. test_calls.py finds the one that is left out.
  *
  * Used by fuzz.c and scribble.c, after unity.c. Wrong answers are allowed; answers outside their range,
  * and writes beyond what a call was given, are not: both end the program with what and where. */
@@ -46,7 +46,7 @@ static uint32_t limits_of(unsigned which, unsigned variant, fshm_limit *out) {
 /* One user of the segment, as a worker process is. */
 typedef struct {
   fshm_segment *s;
-  fshm_limiter *limiters[LIMITERS], *granted[GRANTED];
+  fshm_limiter *limiters[LIMITERS], *granted[GRANTED], *budget;
   struct {
     fshm_permit permit;
     unsigned limiter; /* that it was taken from */
@@ -101,6 +101,7 @@ typedef struct {
 #define FENCE UINT64_C(0x0123456789abcdef)
 static void check_fenced(const fenced_t *f) { MUST(f->before == FENCE && f->after == FENCE); }
 
+#include "budgets.h"
 #include "grants.h"
 #include "statistics.h"
 
@@ -236,6 +237,7 @@ static void look_at_all(user_t *u) {
     fshm_counters all[FSHM_COUNTERS];
     fshm_permit_info permits[2];
     fshm_waiter_info waiters[2];
+    fshm_budget_info budgets[2];
     uint64_t octaves[FSHM_OCTAVES], after;
   } sums = {.after = FENCE};
   uint64_t *keys = malloc((s->limiter_count + 1) * sizeof *keys);
@@ -246,6 +248,8 @@ static void look_at_all(user_t *u) {
   fshm_counters_all(s, sums.all);
   MUST(fshm_permits(s, sums.permits, 2) <= s->slot_count);
   MUST(fshm_waiters(s, sums.waiters, 2, 1) <= WAITERS);
+  MUST(fshm_budgets(s, 0, sums.budgets, 2) <=
+       s->limiter_count + s->slot_count + UINT64_C(1) * PROCESSES * RESERVED);
   fshm_metric_octaves(s, (uint32_t[]){0, UINT32_MAX}, 2, sums.octaves);
   MUST(sums.after == FENCE);
   int kind = fshm_damage(s, &index), thorough = fshm_check(s, &index);
@@ -369,6 +373,8 @@ static void one_call(user_t *u, unsigned call, unsigned who, unsigned what, uint
       break;
     case FIRST_GRANTED + 2:
       be_told(u, l, key, n, now, what);
+      use_budget(u, l, key, n, now, what);
+      use_zones(u, key, n, now, what);
       break;
     case FIRST_GRANTED + 3:
       use_permit_lease(u, what & 16 || !u->limiters[5] ? l : u->limiters[5], key, n, now, what);

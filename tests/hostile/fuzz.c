@@ -164,7 +164,7 @@ static uint64_t position_in(const unsigned char *bytes, uint64_t size, unsigned 
   if (h.size != size || !h.lines)
     return position % (size / 8) * 8; /* a capacity of 0 may have the size */
   const uint64_t entry =
-      h.limiters_offset + position / 256 % (LIMITERS + GRANTED) * sizeof(limiter_entry_t);
+      h.limiters_offset + position / 256 % (LIMITERS + GRANTED + 1) * sizeof(limiter_entry_t);
   const uint64_t set = ((const limiter_entry_t *)(const void *)(bytes + entry))->set;
   const uint64_t process = first_index();
   uint64_t low = position % 256 * 8;

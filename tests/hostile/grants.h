@@ -25,19 +25,24 @@ static void close_granted(user_t *u) {
     fshm_limiter_close(u->granted[i]);
     u->granted[i] = NULL;
   }
+  fshm_limiter_close(u->budget);
+  u->budget = NULL;
 }
 
 /* A file can hold anything: the words of a stored state, and of the charge that is undone. */
 static void use_stored(user_t *u, uint64_t n, uint64_t now, unsigned what) {
-  static const uint32_t kinds[] = {FSHM_BUCKET, FSHM_WINDOW, FSHM_SLIDING, FSHM_PERMITS};
-  const fshm_limit limit = {n % 1000 + 1, UINT64_C(1000000) << what % 32, n % 1000 + 1,
-                            kinds[what % 3], 0};
+  static const uint32_t kinds[] = {FSHM_BUCKET, FSHM_WINDOW, FSHM_SLIDING, FSHM_CALENDAR,
+                                   FSHM_PERMITS};
+  const bool dated = n % 4 == 3;
+  const fshm_limit limit = {n % 1000 + 1, dated ? DAY_NS : UINT64_C(1000000) << what % 32,
+                            dated ? 0 : n % 1000 + 1, kinds[n % 4], 0};
+  const uint64_t spans[] = {n, n >> 9, n << 5, what};
+  const fshm_stored_time at = {what & 2 ? n + now : now, what & 1 ? n : now, spans, n % 5};
   fshm_stored states[2] = {{limit, n, n >> 7, n << 9}, {limit, n << 3, what, n}};
   fshm_stored_answer out;
-  if (what & 16) states[0].limit = (fshm_limit){n, n >> 3, n >> 5, kinds[n % 4], what & 1};
-  const int status =
-      fshm_stored_apply(what >> 5 & 7, &limit, &states[0], what & 8 ? n : what,
-                        what & 4 ? &states[1] : NULL, what & 2 ? n + now : now, &out);
+  if (what & 16) states[0].limit = (fshm_limit){n, n >> 3, n >> 5, kinds[n % 5], what & 1};
+  const int status = fshm_stored_apply(what >> 5 & 7, &limit, &states[0], what & 8 ? n : what,
+                                       what & 4 ? &states[1] : NULL, &at, &out);
   (void)u;
   MUST(status == FSHM_OK || status == FSHM_E_ARGUMENT || status == FSHM_E_DAMAGED);
   MUST(status != FSHM_OK || out.status == FSHM_ALLOWED || out.status == FSHM_DENIED);

@@ -135,7 +135,7 @@ static void scribble_somewhere(unsigned char *map, const fshm_segment *s) {
       stroke(map, s, 0, sizeof(header_t));
       break;
     case 1:
-      stroke(map, s, limiters, limiters + (LIMITERS + GRANTED) * sizeof(limiter_entry_t));
+      stroke(map, s, limiters, limiters + (LIMITERS + GRANTED + 1) * sizeof(limiter_entry_t));
       break;
     case 2:
       stroke(map, s, processes, process_stats);
@@ -158,7 +158,7 @@ static void scribble_somewhere(unsigned char *map, const fshm_segment *s) {
 /* One word that calls read and then use, to and fro for some ms: what is read twice will differ. */
 static void flicker(const fshm_segment *s) {
   const uint64_t slot = random_below(s->slot_count);
-  limiter_entry_t *e = &s->limiters[random_below(LIMITERS + GRANTED)];
+  limiter_entry_t *e = &s->limiters[random_below(LIMITERS + GRANTED + 1)];
   _Atomic uint64_t *const words[] = {
       &e->current,
       &e->set,
@@ -214,6 +214,7 @@ static uint64_t round_of(uint64_t seed, uint64_t ends) {
   user_t u = {.s = s};
   for (unsigned i = 0; i < LIMITERS; i++) open_limiter(&u, i, (unsigned)random_below(15), false);
   for (unsigned i = 0; i < GRANTED; i++) open_granted(&u, i);
+  open_budget(&u);
   unsigned char *good = malloc(s->size), *map;
   MUST(good);
   memcpy(good, s->map, s->size);

@@ -11,6 +11,7 @@ import random
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
@@ -24,11 +25,20 @@ from limiters.test_calendar import Clock, at
 from support import calendar
 from support.children import run, run_one
 from support.names import remove, unique_name
-from support.waiting import wait_until
+from support.waiting import wait_until, wait_until_async
 
-from fast_litellm_shm import Budget, FixedWindow, Quota, RateLimiter, Segment, SegmentError
+from fast_litellm_shm import (
+    Budget,
+    FixedWindow,
+    Quota,
+    RateLimiter,
+    Segment,
+    SegmentError,
+    SegmentFullError,
+)
 from fast_litellm_shm._shared.native import lib
-from fast_litellm_shm.limiters.budget import Usage, dollars, nanos
+from fast_litellm_shm.limiters.budget import Usage, nanos
+from fast_litellm_shm.limits import dollars
 
 D = Decimal
 
@@ -485,6 +495,16 @@ def test_reset(segment: Segment) -> None:
     assert budget.spent("a") == 3 and budget.remaining("a") == 7
 
 
+def test_a_full_segment(segment_name: str) -> None:
+    """Nothing is admitted that cannot be counted."""
+    small = Segment(segment_name, capacity=1)
+    budget = Budget(10, name="b", segment=small)
+    with pytest.raises(SegmentFullError):
+        for number in range(1000):
+            budget.reserve(f"k{number}", 1).settle(1)
+    assert number < 100 and budget.spent("k0") == 1
+
+
 def test_quota_with_a_budget(segment: Segment) -> None:
     budget = make(segment, 1)
     quota = Quota(rpm=3, max_parallel=2, name="q", segment=segment, budget=budget)
@@ -510,6 +530,99 @@ def test_quota_with_a_budget(segment: Segment) -> None:
 
     asyncio.run(admitted())
     assert budget.spent("k") == D("0.75")
+
+
+def waiting_quota(segment: Segment, budget: Budget, max_parallel: int = 9) -> Quota:
+    return Quota(max_parallel=max_parallel, name="q", segment=segment, budget=budget)
+
+
+def test_a_quota_waits_with_a_budget(segment: Segment) -> None:
+    budget = make(segment, 1, per=None)
+    quota = waiting_quota(segment, budget)
+    with quota.wait("k", usd="0.6") as one:
+        assert one and budget.remaining("k") == D("0.4")
+        one.settle(0, usd="0.5")
+    assert (budget.spent("k"), budget.remaining("k")) == (D("0.5"), D("0.5"))
+    # Too much is spent, and the window never ends: no caller waits, whatever its time-out.
+    denied = quota.wait("k", usd="0.6", timeout=None)
+    assert not denied and denied.reason == "budget" and denied.retry_after is None
+    assert quota.in_flight("k") == 0 and budget.usage("k").reserved == 0
+    assert not quota.wait("k", usd=2)
+    with pytest.raises(ValueError, match="wait: usd"):
+        quota.wait("k", usd=-1)
+    assert budget.usage("k").reserved == 0
+
+    async def waited() -> None:
+        assert not await quota.wait_async("k", usd="0.6", timeout=None)
+        async with await quota.wait_async("k", usd="0.5") as found:
+            assert found and budget.remaining("k") == 0
+        assert budget.remaining("k") == D("0.5")
+
+    asyncio.run(waited())
+
+
+def test_a_quota_waits_for_money_that_is_reserved(segment: Segment) -> None:
+    budget = make(segment, 1)
+    quota = waiting_quota(segment, budget)
+    held = budget.reserve("k", "0.7")
+    denied = quota.wait("k", usd="0.5", timeout=0.01)
+    assert not denied and denied.reason == "budget"
+    counted = segment.stats()["denied"]
+    with ThreadPoolExecutor(1) as pool:
+        later = pool.submit(quota.wait, "k", usd="0.5")
+        wait_until("it waits", lambda: quota.queue_size("k") == 1)
+        wait_until("it is denied once", lambda: segment.stats()["denied"] == counted + 1)
+        held.settle("0.4")
+        with later.result() as admitted:
+            assert admitted and budget.usage("k").reserved == D("0.5")
+        assert budget.remaining("k") == D("0.6")
+    assert segment.stats()["denied"] == counted + 1
+
+    async def waited() -> None:
+        held = budget.reserve("k", "0.6")
+        waiting = asyncio.ensure_future(quota.wait_async("k", usd="0.5"))
+        await wait_until_async("it waits", lambda: quota.queue_size("k") == 1)
+        held.release()
+        async with await waiting as admitted:
+            assert admitted
+        waiting = asyncio.ensure_future(quota.wait_async("k", usd="0.5"))
+        async with await waiting:
+            cancelled = asyncio.ensure_future(quota.wait_async("k", usd="0.5"))
+            await wait_until_async("it waits", lambda: quota.queue_size("k") == 1)
+            cancelled.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await cancelled
+
+    asyncio.run(waited())
+    assert budget.usage("k").reserved == quota.queue_size("k") == 0
+
+
+def test_a_quota_that_waits_for_its_rate_holds_no_money(segment: Segment) -> None:
+    budget = make(segment, 1)
+    quota = waiting_quota(segment, budget, max_parallel=1)
+    with quota.admit("k", usd="0.1"), ThreadPoolExecutor(1) as pool:
+        later = pool.submit(quota.wait, "k", usd="0.5", timeout=0.05)
+        denied = later.result()
+        assert not denied and denied.reason == "max_parallel"
+        assert budget.usage("k").reserved == D("0.1")
+    assert budget.usage("k").reserved == 0
+
+
+def test_a_quota_waits_for_the_next_window(segment: Segment, clock: Clock) -> None:
+    """Where it begins within the time-out; else it is denied at once."""
+    budget = make(segment, 1, per="hour")
+    quota = waiting_quota(segment, budget)
+    minute = at("UTC", 2027, 6, 1, 11, 30)
+    clock.set(minute)
+    budget.charge("k", 1)
+    denied = quota.wait("k", usd="0.5", timeout=1700)
+    assert not denied and denied.retry_after is not None and 1700 < denied.retry_after <= 1770
+    with ThreadPoolExecutor(1) as pool:
+        later = pool.submit(quota.wait, "k", usd="0.5", timeout=1900)
+        wait_until("it waits", lambda: quota.queue_size("k") == 1)
+        clock.set(minute + 30)
+        with later.result() as admitted:
+            assert admitted and budget.spent("k") == 0
 
 
 # stories against a model

@@ -100,15 +100,11 @@ static inline uint64_t most_of(const history_t *h, const config_t *c, int lane, 
   return rule_capacity(&h->rules[loaded(c, lane)][i]);
 }
 
-/* Nothing at all always fits; in a bucket that is in debt, it may be denied. */
+/* Nothing at all is denied by a bucket that is in debt, and by nothing else. */
 static inline bool fits(const history_t *h, const config_t *c, int lane, uint32_t i, uint64_t used,
                         uint64_t cost) {
-  return !cost || used + cost <= most_of(h, c, lane, i);
-}
-static inline bool fits_not(const history_t *h, const config_t *c, int lane, uint32_t i,
-                            uint64_t used, uint64_t cost) {
   bool bucket = h->rules[loaded(c, lane)][i].kind == FSHM_BUCKET;
-  return (cost || bucket) && used + cost > most_of(h, c, lane, i);
+  return (!cost && !bucket) || used + cost <= most_of(h, c, lane, i);
 }
 
 /* With one limit, what is left is reported as of the instant of the operation. */
@@ -131,7 +127,8 @@ static inline bool acquire_changing(const history_t *h, int level, config_t *c, 
   uint64_t *used = &c->state[which];
   if (branch == EFFECT) {
     if (denied && (!level || ends)) return false;
-    if (!goes_by(c, level, lane, i, *used)) return false;
+    /* Of several limits (none is a bucket here), one of which it asks nothing decides nothing. */
+    if ((op->cost[i] || count == 1) && !goes_by(c, level, lane, i, *used)) return false;
     if (!fits(h, c, lane, i, *used, op->cost[i])) return false;
     if (!told_left(h, c, lane, op, *used + op->cost[i])) return false;
     if (!i && !c->snapshot[lane] && count > 1) pin(h, c, lane, op);
@@ -146,7 +143,7 @@ static inline bool acquire_changing(const history_t *h, int level, config_t *c, 
     if (!denied || i || op->status != FSHM_DENIED) return false;
     for (uint32_t k = 0; k < count; k++) {
       uint64_t there = c->state[op->key * h->limits + k];
-      if (goes_by(c, level, lane, k, there) && fits_not(h, c, lane, k, there, op->cost[k]) &&
+      if (goes_by(c, level, lane, k, there) && !fits(h, c, lane, k, there, op->cost[k]) &&
           told_left(h, c, lane, op, there))
         return finish(c, lane);
     }

@@ -60,7 +60,7 @@ LOAD_SELDOM = (
     "  else\n    readable = limits_load_inline(l->segment, l->index, &c.snapshot);\n"
     "  kept = c.snapshot;\n  of = l;\n"
 )
-FREE = "state_expires(pair.when) <= over"
+FREE = "state_ends(s, pair.who, pair.when) <= over"
 WAKES = "  if (unlikely(wait_any(h.s, p->group))) wake_next(h.s, p);\n"
 GIVEN_BACK = "  if (!give_back(&h, p)) return 0;\n"
 
@@ -226,6 +226,13 @@ FAULTS = (
         "limits/algorithms.h",
         "  uint64_t count = min_u64(w.count, WINDOW_MAX_N);\n",
         "  uint64_t count = min_u64(w.count, (UINT64_C(1) << bit_length(r->n)) - 1);\n",
+    ),
+    Fault(
+        "a request for nothing is denied by what the limit was before",
+        "changes-kind",
+        "limits/limiter.c",
+        "  const bool fits = !cost && (r->kind != FSHM_BUCKET || used <= most);\n",
+        "  const bool fits = !cost && (old.kind != FSHM_BUCKET || used <= most);\n",
     ),
     Fault(
         "a rule's index goes to another without a sweep",

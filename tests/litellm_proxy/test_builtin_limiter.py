@@ -1,4 +1,5 @@
-"""``mode: native``: LiteLLM's built-in limiter over the segment, called without a proxy."""
+"""LiteLLM's built-in limiter over the segment, called without a proxy: in ``mode: native`` for all
+limits, in ``mode: hooks`` for those that the plugin does not keep."""
 
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ from fast_litellm_shm import Segment, exceptions, health_check
 from fast_litellm_shm.integrations.litellm import failures, settings
 from fast_litellm_shm.integrations.litellm.builtin_limiter import (
     HOOK,
+    replacement,
     segment_limiter,
     slots,
     windows,
@@ -44,6 +46,8 @@ with warnings.catch_warnings():
     HTTPException: Any = importlib.import_module("fastapi").HTTPException
     Batch: Any = importlib.import_module("litellm.caching.redis_batch").Batch
     scopes: Any = importlib.import_module("litellm.redis.stores.rate_limits.types")
+    # the module: the package has an object of the same name
+    plugin: Any = importlib.import_module("fast_litellm_shm.integrations.litellm.limiter")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Item .* on TypedDict class:UserWarning"),  # of LiteLLM
@@ -128,6 +132,64 @@ def test_processes_admit_what_one_would(
     limits: dict[str, Any], data: dict[str, Any], exactly: int
 ) -> None:
     assert sum(run(_requests, [(limits, 25, data)] * PROCESSES, "fork")) == exactly
+
+
+def make_for_hooks() -> Any:
+    """As it is made in ``mode: hooks``: for what the plugin does not keep."""
+    base = v3._PROXY_MaxParallelRequestsHandler_v3
+    found: Any = replacement._maker(base, plugin.found_for)
+    return found(internal_usage_cache=InternalUsageCache(litellm.DualCache()))
+
+
+def _requests_of_others(limits: dict[str, Any], attempts: int, data: dict[str, Any]) -> int:
+    limiter = make_for_hooks()
+    meet(Segment.default().name, PROCESSES)
+    return asyncio.run(in_turn(limiter, auth(**limits), attempts, **data))
+
+
+@pytest.mark.parametrize(
+    ("limits", "data", "exactly"),
+    [
+        ({"project_id": "p", "project_metadata": {"model_rpm_limit": {"m1": 6}}}, {}, 6),
+        ({"metadata": {"tag_rpm_limit": {"x": 7}}}, {"metadata": {"tags": ["x"]}}, 7),
+        (
+            {"project_id": "p", "project_metadata": {"model_tpm_limit": {"m1": 1000}}},
+            {"max_tokens": 92},
+            10,
+        ),
+        # what the plugin keeps is left to it
+        ({"rpm_limit": 1, "team_id": "t", "team_rpm_limit": 1}, {}, 25 * PROCESSES),
+    ],
+)
+def test_the_rest_of_the_limits_holds_over_all_processes(
+    limits: dict[str, Any], data: dict[str, Any], exactly: int
+) -> None:
+    assert sum(run(_requests_of_others, [(limits, 25, data)] * PROCESSES, "fork")) == exactly
+
+
+def test_with_litellms_redis_the_rest_is_left_to_it() -> None:
+    cache = InternalUsageCache(litellm.DualCache())
+    cache.dual_cache.redis_cache = object()
+    base = v3._PROXY_MaxParallelRequestsHandler_v3
+    assert replacement._counting(base, cache) is base
+    cache.dual_cache.redis_cache = None
+    assert replacement._counting(base, cache) is segment_limiter.make_handler()
+
+
+def test_tokens_that_nobody_limits_are_not_counted() -> None:
+    """LiteLLM charges an answer's tokens to the key, the team and so on, limited or not."""
+    limiter = make_for_hooks()
+    scope = ("model_per_project", "p:m1")
+    targets = [("api_key", KEY), ("team", "t"), scope]
+    given = {"actual_tokens": 30, "reserved_tokens": 0}
+    found = limiter._build_reservation_aware_tpm_ops(
+        targets=targets, reserved_scopes=frozenset(), **given
+    )
+    assert [operation.counter.scope.descriptor_key for operation in found] == [scope[0]]
+    found = limiter._build_reservation_aware_tpm_ops(
+        targets=targets, reserved_scopes=frozenset({("api_key", KEY)}), **given
+    )
+    assert len(found) == 2  # of the type dynamic, for example
 
 
 def test_requests_turned_away_are_not_counted_on_and_on() -> None:
@@ -540,7 +602,7 @@ def test_a_limiter_that_takes_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_litellm_without_the_limiter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segment_limiter, "_LIMITER", "litellm.proxy.hooks.no_such_limiter")
+    monkeypatch.setattr(segment_limiter, "LIMITER", "litellm.proxy.hooks.no_such_limiter")
     assert "no limiter with a store of its own" in sentence()
 
 

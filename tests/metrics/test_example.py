@@ -147,4 +147,4 @@ def test_promtool_accepts_the_configuration() -> None:
         check=False,
     )
     assert said.returncode == 0, said.stderr
-    assert "1 rule files found" in said.stdout and "8 rules found" in said.stdout
+    assert "1 rule files found" in said.stdout and "10 rules found" in said.stdout

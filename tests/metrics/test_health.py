@@ -45,6 +45,7 @@ def test_all_is_well() -> None:
         "permits_of_dead": 0,
         "limiters": 0,
         "refused_full": 0,
+        "budgets": [],
     }
     json.dumps(found)
 

@@ -111,7 +111,7 @@ inline charge(me) {
   fi
 }
 
-/* limiter.c put: if (state_expires(next) <= c->now) return CLAIMED; -- of a cost of 0, and of refunds
+/* limiter.c put: if (state_ends(c->s, 0, next) <= c->now || !c->costs[i]) return CLAIMED; -- of a cost of 0, and of refunds
  * limiter.c put: return put_first(c, i, l, op);
  * limiter.c put_first: first_t first = {c, i, op, &l->verdict, false}; uint64_t who = fingerprint(c, i);
  *   found_t *f = &l->slot;
@@ -158,7 +158,7 @@ inline survey(me) {
            p[me].stale_slot = SLOT(me, p[me].i); p[me].stale = v
         :: else
         fi
-     /* hash_table.c survey: } else if (!pair.who || state_expires(pair.when) <= over) {
+     /* hash_table.c survey: } else if (!pair.who || state_ends(s, pair.who, pair.when) <= over) {
       *   if (!room++) free_in[window] = (found_t){slot + k, pair}; -- the first, or any later one: whatever the probe_windows, and their order */
      :: WHO(v) != p[me].who && !IS_PENDING(v) && (v == EMPTY || EXPIRES(v) + MARGIN <= p[me].now) ->
         if
@@ -408,6 +408,8 @@ inline first_state(me) {
 /* limiter.c first_state: if (outdated(c)) { c->stale = true; return NO_STATE; } -- limits stay
  * limiter.c first_state: if (unlikely(shares(c, now))) return first_shared(f, now); if (f->op >= FROM_SHARED) return NO_STATE;
  * -- nobody shares a counter here: shared.pml
+ * limiter.c first_state: if (unlikely(r->kind == FSHM_CALENDAR)) calendar_ready(c->s, &c->snapshot.rules[f->i]);
+ * -- time here does not step
  * limiter.c first_state: if (f->op >= FSHM_CHARGE) return forced(c, f->op, f->i, r, 0, now); -- no debts here
  * limiter.c first_state: v.retry = f->verdict->retry; *f->verdict = v; return v.next;
  * limiter.c first_state: verdict_t v = rule_take(r, 0, now, max_u64(c->at, now), cost);

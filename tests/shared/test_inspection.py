@@ -24,8 +24,8 @@ def filled(segment: Segment) -> Segment:
     return segment
 
 
-def _known(left: int | None) -> int:
-    assert left is not None
+def _known(left: object) -> int:
+    assert isinstance(left, int)
     return left
 
 

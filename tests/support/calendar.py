@@ -64,4 +64,3 @@ def end(per: str, zone: ZoneInfo, minute: int) -> int:
 def minute_of(*wall: int, zone: str = "UTC") -> int:
     """Minutes since 1970 at this time of the zone's clock."""
     return int(datetime(*wall, tzinfo=ZoneInfo(zone)).timestamp()) // 60  # type: ignore[misc,arg-type]
-

@@ -24,8 +24,8 @@ WORKERS = 4
 STARTS_WITHIN = 180.0  # seconds; four spawned workers import LiteLLM at once
 
 # What a key may is in the key itself: sk-NAME-rpm=10-tpm=1000-parallel=4, and a model's limit as
-# m1.rpm=5 (with _ for - in its name). A file beside it changes that, for all workers, without a
-# restart.
+# m1.rpm=5 (with _ for - in its name), a budget as usd=1 or m1.usd=1. A file beside it changes that,
+# for all workers, without a restart.
 AUTH = """
 import json
 import os
@@ -33,7 +33,8 @@ import os
 from litellm.proxy._types import UserAPIKeyAuth
 
 FIELDS = {"rpm": "rpm_limit", "tpm": "tpm_limit", "parallel": "max_parallel_requests",
-          "user_rpm": "user_rpm_limit", "team_rpm": "team_rpm_limit"}
+          "user_rpm": "user_rpm_limit", "team_rpm": "team_rpm_limit",
+          "usd": "max_budget", "team_usd": "team_max_budget", "spent": "spend"}
 
 
 async def user_api_key_auth(request, api_key):
@@ -43,7 +44,12 @@ async def user_api_key_auth(request, api_key):
     for part in changed.get(api_key, api_key).split("-")[2:]:
         name, value = part.split("=")
         model, _, kind = name.rpartition(".")
-        if model:
+        if model and kind == "usd":
+            budget = {"budget_limit": float(value), "time_period": "30d"}
+            found.setdefault("model_max_budget", {})[model.replace("_", "-")] = budget
+        elif name in ("usd", "team_usd", "spent"):
+            found[FIELDS[name]] = float(value)
+        elif model:
             found["metadata"]["model_" + kind + "_limit"] = {model.replace("_", "-"): int(value)}
         else:
             found[FIELDS[name]] = int(value)

@@ -11,6 +11,7 @@ from typing import Any
 
 from fast_litellm_shm import (
     AdvancedRouter,
+    Budget,
     ConcurrencyLimiter,
     Limit,
     RateLimiter,
@@ -65,7 +66,8 @@ def measure(segment: Segment, component: str, operation: str, *took_ns: int) -> 
 def scene() -> Iterator[Scene]:
     """3 admitted and 2 denied by "chat", 4 and 0 by a limiter with an awkward name (its key too),
     some refused by "full"; of "gpu" 2 permits and a dead process's; of the pool "web" one active
-    and a dead process's connection to one.example, an idle one to two.example; and statistics."""
+    and a dead process's connection to one.example, an idle one to two.example; of the budget
+    "money" $8.5 of 10 spent and 1 reserved; and statistics."""
     name = unique_name("scene")
     segment = Segment(name, capacity=60)
     chat = RateLimiter(Limit(3, per=86400), name="chat", segment=segment)
@@ -76,7 +78,9 @@ def scene() -> Iterator[Scene]:
         awkward.is_allowed(AWKWARD)
     gpu = ConcurrencyLimiter(3, name="gpu", segment=segment)
     pool = SimpleConnectionPool("web", max_per_endpoint=5, segment=segment)
-    kept: list[Any] = [gpu.acquire("b"), gpu.acquire("c")]
+    money = Budget(10, "day", name="money", segment=segment, warn_at=0.8, on_warn=lambda *_: None)
+    money.charge("busy", "8.5")
+    kept: list[Any] = [gpu.acquire("b"), gpu.acquire("c"), money.reserve("busy", usd=1)]
     pool.get_connection("https://one.example")
     idle = pool.get_connection("https://two.example")
     assert idle is not None

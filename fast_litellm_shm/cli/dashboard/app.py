@@ -17,6 +17,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fast_litellm_shm import __version__
+from fast_litellm_shm._shared.spending import SpendingRow
 from fast_litellm_shm.cli import render
 from fast_litellm_shm.cli.key_table import SORTS, LiveKey
 from fast_litellm_shm.cli.sampler import Sampler, Snapshot
@@ -119,12 +120,22 @@ def _key_json(key: LiveKey) -> dict[str, Any]:
         "denied_rate": key.denied_rate,
         "admitted": row.admitted,
         "denied": row.denied,
-        "remaining": row.remaining,
-        "limit": row.limit,
+        "remaining": float(row.remaining or 0) if row.usd else row.remaining,
+        "limit": float(row.limit or 0) if row.usd else row.limit,
+        "usd": row.usd,
         "retry_after": row.retry_after,
         "reset_after": row.reset_after,
         "admitted_history": key.admitted_history,
         "denied_history": key.denied_history,
+    }
+
+
+def _spending_json(row: SpendingRow) -> dict[str, Any]:
+    return row.as_dict() | {
+        "key": render.shown_name(row.key, row.raw),
+        "budget": render.escaped(row.budget),
+        "share": row.share,
+        "shown": {name: render.usd(getattr(row, name)) for name in ("spent", "reserved", "limit")},
     }
 
 
@@ -167,6 +178,8 @@ def snapshot_json(
         "callers": snapshot.waiting,
         "waiting": _escaped(snapshot.waits[:_MOST_HELD]),
         "waiting_total": len(snapshot.waits),
+        "budgets": [_spending_json(row) for row in snapshot.spending[:_MOST_HELD]],
+        "budgets_total": snapshot.spending_total,
         "deployments": [asdict(deployment) for deployment in snapshot.deployments],
         "keys": keys,
         "keys_fitting": fitting,

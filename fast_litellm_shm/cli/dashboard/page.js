@@ -75,9 +75,17 @@ const count = (n) => say(compact(n), n ? "" : "zero");
 const history = (row, admitted, denied) => ({ bars: [admitted, denied] });
 const ofMost = (n, most) => say(`${compact(n)} / ${most === null ? "?" : compact(most)}`, most !== null && n >= most ? "bad" : "");
 
+function dollars(n) { // rounded down, as in fast-shm top
+  if (n >= 1000) return `$${compact(n)}`;
+  const places = n >= 1 ? 100 : 10000;
+  const whole = Math.floor(n * places + 1e-9);
+  return n && !whole ? "<$.0001" : `$${whole / places}`;
+}
+
 function left(key) {
   if (key.remaining === null) return say("?", "zero");
   const kind = key.remaining === 0 ? "bad" : key.remaining < 0.2 * key.limit ? "warn" : "";
+  if (key.usd) return say(`${dollars(key.remaining)} / ${dollars(key.limit)}`, kind);
   return say(`${compact(key.remaining)} / ${compact(key.limit)}`, kind);
 }
 
@@ -102,7 +110,7 @@ const TABLES = {
       { title: "denied", sort: "denied", width: "8%", cell: (k) => count(k.denied) },
       { title: "left", sort: "left", width: "10%", cell: left },
       { title: "wait", width: "7%", cell: wait },
-      { title: "reset", width: "9%", cell: (k) => (k.reset_after === null ? say("?", "zero") : say(k.reset_after ? brief(k.reset_after) : "–", k.reset_after ? "" : "zero")) },
+      { title: "reset", width: "9%", cell: (k) => (k.reset_after === null ? say(k.usd ? "never" : "?", "zero") : say(k.reset_after ? brief(k.reset_after) : "–", k.reset_after ? "" : "zero")) },
       { title: "history", width: "12%", cell: (k) => history(k, k.admitted_history, k.denied_history) },
     ],
   },
@@ -131,6 +139,20 @@ const TABLES = {
       { title: "keys", cell: (l) => count(l.keys) },
       { title: "calls/s", cell: (l) => rate(l.rate) },
       { title: "denied/s", cell: (l) => rate(l.denied_rate, "bad") },
+    ],
+  },
+  budgets: {
+    empty: () => "",
+    id: (b) => JSON.stringify([b.budget, b.key]),
+    columns: [
+      { title: "key", type: "text", cell: (b) => say(b.key, "name") },
+      { title: "budget", type: "text", cell: (b) => say(b.budget) },
+      { title: "spent", cell: (b) => say(b.shown.spent, b.spent ? "" : "zero") },
+      { title: "reserved", cell: (b) => (b.reserved ? say(b.shown.reserved) : say("–", "zero")) },
+      { title: "limit", cell: (b) => say(b.shown.limit) },
+      { title: "used", meter: true, cell: (b) => ({ share: b.share, kind: b.remaining === 0 ? "bad" : b.warned || b.share > 0.8 ? "warn" : "" }) },
+      { title: "warned", cell: (b) => (b.warned ? say("yes", "warn") : say("–", "zero")) },
+      { title: "resets", cell: (b) => say(b.reset_after === null ? "never" : brief(b.reset_after)) },
     ],
   },
   permits: {
@@ -241,6 +263,18 @@ function fill(name, rows) {
         bars(cell.firstChild, ...what.bars, 20);
         return;
       }
+      if (column.meter) {
+        if (!cell.firstChild) {
+          const bar = element("div", "bar");
+          bar.append(element("div"));
+          cell.append(bar, element("span"));
+          cell.classList.add("meter");
+        }
+        cell.children[0].firstChild.style.width = `${Math.min(100 * what.share, 100)}%`;
+        cell.children[0].firstChild.className = what.kind;
+        cell.children[1].textContent = percent(what.share);
+        return;
+      }
       const style = [column.type, what.kind].filter(Boolean).join(" ");
       if (cell.className !== style) cell.className = style;
       if (cell.textContent !== what.text) cell.textContent = what.text;
@@ -307,7 +341,7 @@ function show(found) {
   $("in-flight").textContent = compact(found.in_flight);
   const callers = found.callers ? `, ${compact(found.callers)} caller${found.callers === 1 ? " waits" : "s wait"}` : "";
   $("pooled").textContent = `${compact(found.pooled)} pooled connections${callers}`;
-  for (const name of ["permits", "pools", "waiting"]) {
+  for (const name of ["permits", "pools", "waiting", "budgets"]) {
     const total = found[`${name}_total`], most = found[name].length;
     $(`${name}-count`).textContent = most < total ? `${total.toLocaleString("en-US")}, the first ${most} shown` : "";
   }

@@ -150,11 +150,11 @@ class Top(App[None]):
         below.display = bool(warning)
         below.update(Text("\n").join(warning))
         titles = [
-            (pane.title, panes.count_of(pane, snapshot))
+            (at + 1, pane.title, panes.count_of(pane, snapshot))
             for at, pane in enumerate(panes.PANES)
             if at == self._pane or panes.is_shown(pane, snapshot)
         ]
-        self.query_one("#tabs", Static).update(header.tabs(titles, self._pane, size.width))
+        self.query_one("#tabs", Static).update(header.tabs(titles, self._pane + 1, size.width))
         self._paint_table()
         self.query_one("#foot", Static).update(self._foot(size.width))
 
@@ -252,7 +252,7 @@ class Top(App[None]):
 
     def action_pane_by(self, by: int) -> None:
         at = (self._pane + by) % len(panes.PANES)
-        if not panes.is_shown(panes.PANES[at], self._snapshot):
+        while not panes.is_shown(panes.PANES[at], self._snapshot):
             at = (at + by) % len(panes.PANES)
         self.action_pane(at)
 

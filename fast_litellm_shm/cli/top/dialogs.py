@@ -15,7 +15,7 @@ from fast_litellm_shm.cli.key_table import LiveKey
 from fast_litellm_shm.cli.top.columns import FAINT, bars
 
 HELP = """\
- Tab  1 .. 7   panes                   <  >  ← →  sort by the next column
+ Tab  1 .. 8   panes                   <  >  ← →  sort by the next column
  ↑ ↓  PgUp ..  move                    i          reverse the order
  Home          back to the top         r d k l f  sort by calls/s, denied/s,
  Enter         a key in full                      key, limiter, share left
@@ -39,8 +39,9 @@ HELP = """\
 def key_in_full(key: LiveKey) -> Text:
     """Everything about a key. Its name may be longer than the screen is wide."""
     row = key.row
-    limit = "not known" if row.limit is None else f"{row.limit:,}"
-    left = "not known" if row.remaining is None else f"{row.remaining:,}"
+    limit = "not known" if row.limit is None else render.left(row.limit, row.usd)
+    left = "not known" if row.remaining is None else render.left(row.remaining, row.usd)
+    unknown = "never" if row.usd else "not known"
     wait = "-" if row.retry_after == 0 else render.brief(row.retry_after)
     return Text.assemble(
         (key.name, "bold cyan"),
@@ -49,7 +50,7 @@ def key_in_full(key: LiveKey) -> Text:
         f"\n\nadmitted  {row.admitted:,}\ndenied    {row.denied:,}"
         f"\nleft      {left} of {limit}"
         f"\nwait      {wait if row.remaining is not None else 'not known'}"
-        f"\nreset     {'not known' if row.reset_after is None else render.brief(row.reset_after)}",
+        f"\nreset     {unknown if row.reset_after is None else render.brief(row.reset_after)}",
         "\n\n",
         *bars(key.admitted_history, key.denied_history, 60),
         ("\ncalls per second, the last 60 samples", FAINT),

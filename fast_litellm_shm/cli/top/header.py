@@ -146,14 +146,14 @@ def lines_of(snapshot: Snapshot, frozen: bool, width: int, lines: int = LINES) -
     ]
 
 
-def tabs(titles: list[tuple[str, int]], chosen: int, width: int) -> Text:
-    """The titles of the panes, with the numbers of their rows if those fit."""
+def tabs(titles: list[tuple[int, str, int]], chosen: int, width: int) -> Text:
+    """The numbers and titles of the panes, with the numbers of their rows if those fit."""
     for counted in (True, False):
         out = Text()
-        for at, (title, count) in enumerate(titles):
+        for number, title, count in titles:
             label = f" {title} {render.compact(count)} " if counted else f" {title} "
-            out.append(f" {at + 1}", style=FAINT)
-            out.append(label, style="bold reverse" if at == chosen else "")
+            out.append(f" {number}", style=FAINT)
+            out.append(label, style="bold reverse" if number == chosen else "")
         if cell_len(out.plain) <= width:
             break
     return _padded(out, width)

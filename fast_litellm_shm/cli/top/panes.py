@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
 from rich.cells import cell_len
 
 from fast_litellm_shm._shared import key_grammar
+from fast_litellm_shm._shared.inspection import KeyRow
+from fast_litellm_shm._shared.spending import SpendingRow
 from fast_litellm_shm.cli import render
 from fast_litellm_shm.cli.key_table import LiveKey, matcher
 from fast_litellm_shm.cli.sampler import DeploymentRow, Snapshot, Worker
 from fast_litellm_shm.cli.top.columns import (
     BAD,
     FAINT,
+    GOOD,
     NAME,
     NONE,
     UNKNOWN,
@@ -47,12 +51,19 @@ def _left(key: LiveKey, _: int) -> Cell:
     row = key.row
     if row.remaining is None or row.limit is None:
         return UNKNOWN
-    style = BAD if not row.remaining else WARN if row.remaining < _NEARLY * row.limit else ""
-    return [(render.compact(row.remaining), style), ("/" + render.compact(row.limit), FAINT)]
+    few = float(row.remaining) < _NEARLY * float(row.limit)
+    style = BAD if not row.remaining else WARN if few else ""
+    return [(_short(row.remaining, row), style), ("/" + _short(row.limit, row), FAINT)]
+
+
+def _short(amount: int | Decimal, row: KeyRow) -> str:
+    return render.brief_usd(Decimal(amount)) if row.usd else render.compact(float(amount))
 
 
 def _reset(key: LiveKey, _: int) -> Cell:
     after = key.row.reset_after
+    if after is None and key.row.usd:
+        return [(render.brief(None), "")]
     return UNKNOWN if after is None else [(render.brief(after) if after else "-", "")]
 
 
@@ -271,7 +282,47 @@ DEPLOYMENTS = Pane(
     ),
 )
 
-PANES = (KEYS, WORKERS, LIMITERS, PERMITS, POOLS, DEPLOYMENTS, WAITING)
+# Budgets
+
+
+def _dollars(of: Callable[[SpendingRow], Decimal]) -> Callable[[Any, int], Cell]:
+    return lambda row, _: [(render.usd(of(row)), "")] if of(row) else NONE
+
+
+def _share(row: SpendingRow, _: int) -> Cell:
+    style = BAD if not row.remaining else WARN if row.warned or row.share > 1 - _NEARLY else GOOD
+    return [(f"{row.share:.1%}", style)]
+
+
+def _name_of(row: SpendingRow) -> str:
+    return render.shown_name(row.key, row.raw)
+
+
+BUDGETS = Pane(
+    title="Budgets",
+    sort="used",
+    empty="No key of a budget has spent anything.",
+    rows=lambda snapshot: snapshot.spending,
+    ident=lambda row: (row.budget, row.key),
+    matches=lambda row: _name_of(row) + "\n" + render.escaped(row.budget),
+    columns=(
+        text("key", "key", 12, _name_of, NAME, flex=2, letter="k"),
+        text("budget", "budget", 8, lambda r: render.escaped(r.budget), letter="l"),
+        Column("spent", "spent", 12, _dollars(lambda r: r.spent), lambda r: r.spent, flex=1),
+        Column("reserved", "reserved", 10, _dollars(lambda r: r.reserved), lambda r: r.reserved),
+        Column("limit", "limit", 9, _dollars(lambda r: r.limit), lambda r: r.limit),
+        Column("used", "used", 7, _share, lambda r: r.share, letter="u"),
+        Column(
+            "reset",
+            "resets",
+            7,
+            lambda r, _: [(render.brief(r.reset_after), "")],
+            lambda r: r.reset_after,
+        ),
+    ),
+)
+
+PANES = (KEYS, WORKERS, LIMITERS, PERMITS, POOLS, DEPLOYMENTS, WAITING, BUDGETS)
 
 
 def count_of(pane: Pane, snapshot: Snapshot) -> int:
@@ -282,8 +333,9 @@ def count_of(pane: Pane, snapshot: Snapshot) -> int:
 
 
 def is_shown(pane: Pane, snapshot: Snapshot) -> bool:
-    """Whether it has a title above the list. WAITING has one only while callers wait."""
-    return pane is not WAITING or bool(snapshot.waits)
+    """Whether it has a title above the list. WAITING has one only while callers wait, BUDGETS where
+    money is spent."""
+    return bool(pane.rows(snapshot)) if pane.rows and pane in (WAITING, BUDGETS) else True
 
 
 def _sortable(value: Any) -> tuple[bool, Any]:

@@ -5,8 +5,9 @@
 
 This covers the limits in LiteLLM's own settings: requests and tokens a minute, and parallel
 requests, of keys, users, teams, team members, end users, organizations, of their models, and of
-deployments. With FAST_LITELLM_SHM_CLUSTER, they hold over all hosts. Other settings:
-:mod:`fast_litellm_shm.integrations.litellm.settings`. For operators: docs/litellm.md.
+deployments. With FAST_LITELLM_SHM_CLUSTER, they hold over all hosts. And it covers LiteLLM's
+budgets. Other settings: :mod:`fast_litellm_shm.integrations.litellm.settings`. For operators:
+docs/litellm.md.
 
 Without the proxy, :func:`share` does the same for a ``litellm.Router`` in the workers of any
 application.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fast_litellm_shm.integrations.litellm.budgets import replacement as budgets
 from fast_litellm_shm.integrations.litellm.builtin_limiter import replacement
 from fast_litellm_shm.integrations.litellm.limiter import SharedLimiter, found_for, limiter
 from fast_litellm_shm.integrations.litellm.router import sharing
@@ -42,3 +44,4 @@ unshare = sharing.unshare
 
 
 replacement.install(found_for)
+budgets.install()

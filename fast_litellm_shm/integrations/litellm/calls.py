@@ -7,6 +7,7 @@ a request which was not admitted."""
 from __future__ import annotations
 
 from fast_litellm_shm.integrations.litellm.admission import Admissions
+from fast_litellm_shm.integrations.litellm.budgets.spending import Spending
 from fast_litellm_shm.integrations.litellm.queue import Waited
 from fast_litellm_shm.integrations.litellm.usage import Estimate
 
@@ -36,13 +37,14 @@ class Call:
     prompt an embedding serves. attempts: at deployments. fallbacks: the admissions for models that
     it fell back to. free_tries: so many tries belong to the request, each more counts as another
     request; None: all belong to it. usage_known: its whole answer has said how many tokens it used.
-    waited: where it stood in a queue. task_ended: its task has ended, but maybe not all of its
-    attempts.
+    waited: where it stood in a queue. spending: what it has reserved of budgets; that outlives its
+    end, since LiteLLM says later what it cost. task_ended: its task has ended, but maybe not all of
+    its attempts.
     """
 
     __slots__ = (
         *("admissions", "attempts", "auth", "estimate", "fallbacks", "finished", "free_tries"),
-        *("id", "outer", "task_ended", "tries", "usage_known", "waited"),
+        *("id", "outer", "spending", "task_ended", "tries", "usage_known", "waited"),
     )
 
     def __init__(
@@ -58,6 +60,7 @@ class Call:
         self.free_tries: int | None = None
         self.tries = 0
         self.waited: Waited | None = None
+        self.spending: Spending | None = None
         self.attempts: list[Attempt] = []
         self.fallbacks: list[Admissions] = []
         self.finished = self.task_ended = self.usage_known = False
@@ -97,6 +100,7 @@ class Call:
         """The request will not be made: it is given back too."""
         for each in self.all_admissions():
             each.cancel()
+        self._spent_nothing()
         self.finish()
 
     def fail(self) -> None:
@@ -104,4 +108,9 @@ class Call:
         for each in self.all_admissions():
             if not each.settled:
                 each.settle(0)
+        self._spent_nothing()
         self.finish()
+
+    def _spent_nothing(self) -> None:
+        if self.spending is not None:
+            self.spending.release()

@@ -4,7 +4,7 @@
 ``async_pre_call_hook``                      admits the request for all its subjects, or raises 429
 ``async_post_call_success_hook``             the answer is there: gives slots back, settles tokens
 ``async_post_call_streaming_iterator_hook``  the stream ended or its client left: gives slots back
-``async_log_success_event``                  an attempt was answered: settles tokens, of streams too
+``async_log_success_event``                  an attempt was answered: settles tokens, what it cost
 ``async_log_failure_event``                  an attempt failed, and may be tried again
 ``async_post_call_failure_hook``             the request failed: gives slots, unused tokens back
 ``async_post_call_response_headers_hook``    returns ``x-ratelimit-*``
@@ -18,6 +18,7 @@ LiteLLM calls ``async_pre_call_hook`` only where the class itself defines it. Wh
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 import uuid
 from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
@@ -25,6 +26,7 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any, Literal, ParamSpec, TypeVar
 
+import litellm
 from litellm.integrations.custom_logger import CustomLogger
 
 from fast_litellm_shm.integrations.litellm import (
@@ -37,6 +39,8 @@ from fast_litellm_shm.integrations.litellm import (
     usage,
 )
 from fast_litellm_shm.integrations.litellm.admission import Denial
+from fast_litellm_shm.integrations.litellm.budgets import replacement as budgets
+from fast_litellm_shm.integrations.litellm.budgets.spending import Spending
 from fast_litellm_shm.integrations.litellm.builtin_limiter import replacement
 from fast_litellm_shm.integrations.litellm.calls import Attempt, Call
 from fast_litellm_shm.integrations.litellm.router.sharing import routers
@@ -55,6 +59,7 @@ _TRIES = (
 # The body may have them in here too. LiteLLM puts the router settings of a key or team here.
 _OVERRIDE = "router_settings_override"
 _ABOUT_TRIES = frozenset((*_TRIES, _OVERRIDE))
+_COST_KNOWN_AFTER = 60.0  # seconds; LiteLLM says in the background what a request cost
 _NOT_OURS = frozenset({"acreate_batch", "create_batch"})  # LiteLLM counts the requests of its file
 
 # The call of a request. False: it was denied, so that its hooks find no other call of its id.
@@ -198,10 +203,13 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
             router = router_of_proxy()
             if router is not None:
                 routers.attach(router)
-        if replacement.builtin_serves or call_type in _NOT_OURS or user_api_key_dict is None:
+        if call_type in _NOT_OURS or user_api_key_dict is None:
             return
         try:
             denial, waited = await self._admit(user_api_key_dict, data, call_type)
+        except litellm.BudgetExceededError as error:
+            error.type = "budget_exceeded"  # as where LiteLLM's authentication raises it
+            raise
         except Exception as error:
             _pass_or_refuse("checking a request", error, responses.unchecked)
             replacement.checked.set(False)
@@ -212,7 +220,7 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
     async def _admit(
         self, auth: Any, data: dict[str, Any], call_type: str
     ) -> tuple[Denial | None, queue.Waited | None]:
-        outer = _call.get() or None
+        outer, spending = _call.get() or None, None
         if outer is not None and outer.finished:
             outer = None
         if outer is not None:
@@ -221,12 +229,32 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
             again = auth is outer.auth and call_type == outer.estimate.call_type
             if again and not outer.attempts and not outer.admissions.settled:
                 # another callback has denied it: LiteLLM asks again, for a fallback of its model
+                spending, outer.spending = outer.spending, None
                 outer.cancel()
                 outer = None
         _call.set(False)
         replacement.checked.set(True)
+        if outer is None and spending is None:
+            spending = await budgets.reserved_for(auth, data)
+        if replacement.builtin_serves and spending is None:
+            return None, None
+        try:
+            return await self._admit_all(auth, data, call_type, outer, spending)
+        except BaseException:
+            if spending is not None:
+                spending.release()
+            raise
+
+    async def _admit_all(
+        self,
+        auth: Any,
+        data: dict[str, Any],
+        call_type: str,
+        outer: Call | None,
+        spending: Spending | None,
+    ) -> tuple[Denial | None, queue.Waited | None]:
         calls = usage.calls_of(data, call_type)
-        found = subjects_of(auth, data, calls.models)
+        found = [] if replacement.builtin_serves else subjects_of(auth, data, calls.models)
         id = _id_of(data)
         if id is None:
             id = data["litellm_call_id"] = str(uuid.uuid4())
@@ -241,18 +269,22 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
         if found:
             failures.flush()
         if isinstance(admitted, Denial):
+            if spending is not None:
+                spending.release()
             return admitted, waited
         call = Call(str(id), admitted, estimate, auth, outer)
-        call.waited = waited
+        call.waited, call.spending = waited, spending
         _call.set(call)
         _limit_tries(call, data)
         task = asyncio.current_task()
         if task is not None:  # for a request that ends without any of the hooks below
-            task.add_done_callback(lambda _: self._task_ended(call))
+            task.add_done_callback(partial(self._task_ended, call))
         return None, None
 
-    def _task_ended(self, call: Call) -> None:
+    def _task_ended(self, call: Call, _: object) -> None:
         call.task_ended = True
+        if call.spending is not None:  # should LiteLLM never say what it cost
+            asyncio.get_running_loop().call_later(_COST_KNOWN_AFTER, call.spending.release)
         self._finish_if_abandoned(call)
 
     def _finish_if_abandoned(self, call: Call) -> None:
@@ -287,8 +319,10 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
     async def async_post_call_success_hook(
         self, data: dict[str, Any], user_api_key_dict: Any, response: Any
     ) -> Any:
-        self._end(data, "settling tokens", lambda call: self._answered(call, response))
-        self._end(data, "ending a request", Call.finish)
+        call = self._find(data)
+        if call is not None:
+            _guarded("settling tokens", self._answered, call, response)
+            _guarded("ending a request", call.finish)
         return response
 
     async def async_post_call_streaming_iterator_hook(
@@ -321,7 +355,12 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
         if call is None or not call.admissions.subjects:
             return None
         found = _guarded("reading what is left", call.admissions.remaining)
-        return {**responses.headers_of(found), **queue.headers_of(call.waited)} if found else None
+        if not found:
+            return None
+        headers = responses.headers_of(found)
+        if call.waited is not None:
+            headers.update(queue.headers_of(call.waited))
+        return headers
 
     # attempts at deployments ----------------------------------------------------------------------
 
@@ -412,11 +451,26 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
             attempt.end(otherwise if found is None else found.of_kind(kind))
         if call is None:
             return
+        self._spend(call, kwargs, success)
         if not call.usage_known:  # else this may be one of several answers
             self._settle(call, found)
             if success and not call.admissions.settled and otherwise is not None:
                 call.admissions.settle(otherwise)
         self._finish_if_abandoned(call)
+
+    @staticmethod
+    def _spend(call: Call, kwargs: Mapping[str, Any], success: bool) -> None:
+        """One attempt is over. What it cost, LiteLLM says in this event alone. One that failed may
+        have cost something (a stream that was cut); else another attempt may follow."""
+        payer: Call | None = call
+        while payer is not None and payer.spending is None:
+            payer = payer.outer  # of a call that a guardrail makes
+        if payer is None or payer.spending is None:
+            return
+        logged = kwargs.get("standard_logging_object")
+        cost = (kwargs if logged is None else logged).get("response_cost")
+        if isinstance(cost, (int, float)) and math.isfinite(cost) and (success or cost > 0):
+            payer.spending.spent(cost)  # after a release too
 
     async def async_log_success_event(
         self, kwargs: dict[str, Any], response_obj: Any, start_time: Any, end_time: Any

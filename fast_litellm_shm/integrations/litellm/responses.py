@@ -14,13 +14,23 @@ import litellm
 from fast_litellm_shm.integrations.litellm import queue
 from fast_litellm_shm.integrations.litellm.admission import NAMES, Denial
 from fast_litellm_shm.integrations.litellm.queue import Waited
-from fast_litellm_shm.integrations.litellm.subjects import Subject
+from fast_litellm_shm.integrations.litellm.subjects import Limits, Subject
 
 
 @functools.cache  # ten kinds and "", of three each
 def _headers_of_kind(kind: str, name: str) -> tuple[str, str]:
     what, of = NAMES[name], f"x-ratelimit-{kind}-" if kind else "x-ratelimit-"
     return f"{of}remaining-{what}", f"{of}limit-{what}"
+
+
+@functools.lru_cache(maxsize=1024)  # the limits of a key come with each of its requests
+def _headers_of_limits(kind: str, limits: Limits) -> dict[str, tuple[str, str, str]]:
+    """By the name of a limit: its two headers, and the value of the second."""
+    return {
+        name: (*_headers_of_kind(kind, name), str(limit))
+        for name, limit in zip(limits._fields, limits, strict=True)
+        if limit is not None
+    }
 
 
 def headers_of(remaining: Iterable[tuple[Subject, dict[str, int]]]) -> dict[str, str]:
@@ -30,9 +40,11 @@ def headers_of(remaining: Iterable[tuple[Subject, dict[str, int]]]) -> dict[str,
     out: dict[str, str] = {}
     least: dict[str, tuple[int, str, str]] = {}
     for (kind, _, limits, _), left in remaining:
+        headers = _headers_of_limits(kind, limits)
         for name, n in left.items():
-            of_rest, of_limit = _headers_of_kind(kind, name)
-            out[of_rest], out[of_limit] = rest, limit = str(n), str(getattr(limits, name))
+            of_rest, of_limit, limit = headers[name]
+            out[of_rest] = rest = str(n)
+            out[of_limit] = limit
             if name not in least or n < least[name][0]:
                 least[name] = n, rest, limit
     for name, (_, rest, limit) in least.items():

@@ -9,6 +9,7 @@
         deployment_limits: null
         cluster: null
         queue: null
+        budgets: true
 
 LiteLLM sets what it finds under ``litellm_settings`` as attributes of its module. So the plugin
 reads ``litellm.fast_litellm_shm``, which programs without the proxy may set themselves.
@@ -49,7 +50,8 @@ class Settings:
     deployments are limits; None: if ``enforce_model_rate_limits`` is set. cluster: the URL of a
     Redis or Valkey, so that limits hold over many hosts (mode ``hooks`` only); None:
     FAST_LITELLM_SHM_CLUSTER, else this host alone. queue: requests beyond a limit wait (mode
-    ``hooks`` only); None: they are denied."""
+    ``hooks`` only); None: they are denied. budgets: LiteLLM's budgets hold over all workers of the
+    host; false: in each worker."""
 
     mode: str = "hooks"
     fail_open: bool = True
@@ -57,6 +59,7 @@ class Settings:
     deployment_limits: bool | None = None
     cluster: str | None = field(default=None, repr=False)  # it may contain a password
     queue: Queue | None = None
+    budgets: bool = True
 
 
 _DEFAULTS = Settings()

@@ -17,11 +17,11 @@ def _itself(model: str) -> tuple[str, ...]:
 
 
 # A model, and the model that a "-latest" name of LiteLLM's price table stands for.
-_expand_latest: Callable[[str], tuple[str, ...]] = _itself
+expand_latest: Callable[[str], tuple[str, ...]] = _itself
 with contextlib.suppress(ImportError):  # a release of LiteLLM that has no such names
     from litellm.litellm_core_utils import model_latest_aliases
 
-    _expand_latest = model_latest_aliases.expand_model_latest_alias
+    expand_latest = model_latest_aliases.expand_model_latest_alias
 
 # A larger number means "unlimited": one host reaches none of these.
 _MOST_A_MINUTE = 2**31 - 1
@@ -171,7 +171,7 @@ def of_model(auth: Any, requested: str, group_of: GroupOf = _no_group) -> list[S
     if not (key or team or organization or getattr(auth, "model_max_budget", None)):
         return []
     found: list[Subject] = []
-    for name in _expand_latest(requested):
+    for name in expand_latest(requested):
         group = group_of(name) or name
         for kind, identity, limited in _models(auth, key, team, organization, (name, group)):
             if identity and limited is not None:

@@ -15,7 +15,7 @@ from fast_litellm_shm.integrations.web.keys import KeyFunction, client_address
 from fast_litellm_shm.integrations.web.path_pattern import PathPattern
 from fast_litellm_shm.integrations.web.request import Request
 from fast_litellm_shm.limiters.waiting import wish
-from fast_litellm_shm.limits import InFlight, LimitSpec
+from fast_litellm_shm.limits import InFlight, LimitSpec, Spelled
 
 Cost: TypeAlias = int | tuple[int, ...]
 CostFunction: TypeAlias = Callable[[Request], Cost | Awaitable[Cost]]
@@ -50,8 +50,8 @@ class Rule:
 
         Rule(TokenBucket(20, per=60), path="/v1/chat/*", methods={"POST"}, key=header("X-Api-Key"))
 
-    limits: 0 to 4 of TokenBucket, FixedWindow, SlidingWindow. A request is admitted when all of
-    them have room.
+    limits: 0 to 4 of TokenBucket, FixedWindow, SlidingWindow, or text, such as ``"1000 per day in
+    Europe/Berlin"``. A request is admitted when all of them have room.
     path: a pattern, in which ``{name}`` stands for one segment and ``*`` for anything; or a
     compiled regular expression, which must match the whole path; None: every path.
     methods: names of methods; GET includes HEAD; a websocket handshake is ``WEBSOCKET``; None: all.
@@ -81,7 +81,7 @@ class Rule:
 
     def __init__(
         self,
-        *limits_: LimitSpec,
+        *limits_: Spelled,
         path: str | re.Pattern[str] | None = None,
         methods: Iterable[str] | None = None,
         key: KeyFunction = client_address,

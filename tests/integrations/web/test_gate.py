@@ -6,7 +6,9 @@ import asyncio
 import json
 import logging
 import time
+from datetime import datetime
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import http_sf
 import pytest
@@ -425,6 +427,25 @@ def test_a_cost_that_never_fits(segment: Segment) -> None:
     assert refused.refused and refused.retry_after is None
     assert "Retry-After" not in dict(refused.headers())
     assert "it never fits" in refused.detail
+
+
+@pytest.mark.parametrize("rates", [(), (Limit(1000, 1),)], ids=["alone", "with another"])
+def test_windows_of_the_calendar(segment: Segment, rates: tuple[Limit, ...]) -> None:
+    """The headers say when the month ends in Berlin, whether there is room or not."""
+    rules = gate(segment, Rule("2 per month in Europe/Berlin", *rates, name="plan"))
+    berlin = ZoneInfo("Europe/Berlin")
+    for left in (1, 0, 0):
+        today = datetime.now(berlin)
+        ends = datetime(today.year + today.month // 12, today.month % 12 + 1, 1, tzinfo=berlin)
+        found = fields(asked(rules))
+        (name, values) = found["RateLimit"][0]
+        assert name.startswith("plan") and values["r"] == left
+        assert abs(values["t"] - (ends.timestamp() - time.time())) < 5
+        assert abs(int(found["X-RateLimit-Reset"]) - ends.timestamp()) < 5
+        assert found["RateLimit-Policy"][0][1] == {"q": 2, "w": 31 * 86_400 + 3600}
+    assert int(found["Retry-After"]) == values["t"]
+    outcome = asked(rules)
+    assert outcome.detail.startswith("The limit is 2/month Europe/Berlin window. Try again in")
 
 
 def test_periods_below_a_second_and_huge_limits(segment: Segment) -> None:

@@ -2,8 +2,10 @@
 
 The built-in limiter counts in each worker, in windows of its own, and it also counts requests that
 the plugin denies. Kept for the same limits, it would admit less than is configured. So in ``mode:
-hooks`` it keeps only the limits that the plugin does not keep (:func:`.limiter.found_for`). In
-``mode: native`` it keeps all limits, in the segment, and the plugin keeps none.
+hooks`` it keeps only the limits that the plugin does not keep (:func:`.limiter.found_for`): of
+tags, agents, MCP servers, projects, batches, keys of the type ``dynamic``. In ``mode: native`` it
+keeps all limits, and the plugin keeps none. In either it counts in the segment, where this LiteLLM
+lets it, and has no Redis.
 """
 
 from __future__ import annotations
@@ -27,11 +29,11 @@ _TURN = "_aresponses_websocket"
 # keeps all limits of it, in each worker: so no request is unlimited. (Its hook runs after ours.)
 checked: ContextVar[bool] = ContextVar("fast_litellm_shm_checked", default=True)
 _MINUTE = 60
-_FIELDS = (
-    ("requests_per_unit", "rpm"),
-    ("tokens_per_unit", "tpm"),
-    ("max_parallel_requests", "max_parallel"),
-)
+_OURS = frozenset(
+    (*("api_key", "user", "team", "team_member", "end_user", "organization"),
+     *("model_per_key", "model_per_team", "model_per_organization"))
+)  # fmt: skip
+_THEIRS = ("requests_per_unit", "tokens_per_unit", "max_parallel_requests")  # in our order
 
 
 def without(descriptors: list[Any], ours: Mapping[tuple[str, str], Limits]) -> list[Any]:
@@ -46,13 +48,11 @@ def without(descriptors: list[Any], ours: Mapping[tuple[str, str], Limits]) -> l
             continue
         left = [
             theirs
-            for theirs, field in _FIELDS
-            if limited.get(theirs) is not None and getattr(kept, field) is None
+            for theirs, ours_too in zip(_THEIRS, kept, strict=True)
+            if ours_too is None and limited.get(theirs) is not None
         ]
         if left:
-            mine = {
-                theirs: None for theirs, _ in _FIELDS if theirs in limited and theirs not in left
-            }
+            mine = {theirs: None for theirs in _THEIRS if theirs in limited and theirs not in left}
             out.append({**descriptor, "rate_limit": {**limited, **mine}})
     return out
 
@@ -81,6 +81,22 @@ def _reduced(base: Any, found_for: FoundFor) -> Any:
                 return found
             return without(found, ours)
 
+        def _build_reservation_aware_tpm_ops(
+            self, targets: Any, reserved_scopes: Any, **more: Any
+        ) -> Any:
+            # It charges tokens to whatever could have a limit. What the plugin keeps, nobody reads.
+            return super()._build_reservation_aware_tpm_ops(
+                targets=[
+                    target
+                    for target in targets
+                    if target[0] not in _OURS or tuple(target) in reserved_scopes
+                ],
+                reserved_scopes=reserved_scopes,
+                **more,
+            )
+
+    if not hasattr(base, "_build_reservation_aware_tpm_ops"):
+        del SharedParallelRequestLimiter._build_reservation_aware_tpm_ops
     return SharedParallelRequestLimiter
 
 
@@ -88,9 +104,19 @@ def _reduced(base: Any, found_for: FoundFor) -> Any:
 builtin_serves = False
 
 
-def _maker(base: Any, found_for: FoundFor) -> Callable[[Any], Any]:
-    reduced = _reduced(base, found_for)
+def _counting(base: Any, internal_usage_cache: Any) -> Any:
+    """The built-in limiter that counts in the segment; LiteLLM's own where it has a Redis, which
+    all hosts count in, or where this LiteLLM offers no way."""
+    from fast_litellm_shm.integrations.litellm.builtin_limiter import segment_limiter
 
+    theirs = getattr(sys.modules.get(segment_limiter.LIMITER), base.__name__, None)
+    cache = getattr(internal_usage_cache, "dual_cache", None)
+    if base is not theirs or getattr(cache, "redis_cache", None) is not None:
+        return base
+    return base if segment_limiter.missing() is not None else segment_limiter.make_handler()
+
+
+def _maker(base: Any, found_for: FoundFor) -> Callable[[Any], Any]:
     def make(internal_usage_cache: Any) -> Any:  # the proxy passes it by this name
         global builtin_serves
         builtin_serves = False
@@ -103,7 +129,9 @@ def _maker(base: Any, found_for: FoundFor) -> Callable[[Any], Any]:
                 builtin_serves = True
                 return table[HOOK](internal_usage_cache=internal_usage_cache)
             log.warning("%s; mode hooks applies", lacking)
-        made = reduced(internal_usage_cache=internal_usage_cache)
+        made = _reduced(_counting(base, internal_usage_cache), found_for)(
+            internal_usage_cache=internal_usage_cache
+        )
         seconds = getattr(made, "window_size", _MINUTE)
         if seconds != _MINUTE:
             log.warning(

@@ -1,4 +1,5 @@
-"""``mode: native``: LiteLLM's built-in limiter, which counts in the segment instead of in Redis.
+"""LiteLLM's built-in limiter, which counts in the segment instead of in Redis: all limits in
+``mode: native``, else those that the plugin does not keep.
 
 All that LiteLLM limits with it then holds over all workers of the host: keys, users, teams,
 projects, organisations, tags, agents, end users, MCP servers, batches. Codes, headers and messages
@@ -23,7 +24,7 @@ from fast_litellm_shm.integrations.litellm import failures, settings
 from fast_litellm_shm.integrations.litellm.builtin_limiter import HOOK
 from fast_litellm_shm.integrations.litellm.builtin_limiter.store import Handle
 
-_LIMITER = "litellm.proxy.hooks.parallel_request_limiter_v3"
+LIMITER = "litellm.proxy.hooks.parallel_request_limiter_v3"
 _STORE = "litellm.redis.stores.rate_limits"
 _REPLIES = (
     *("WindowCount", "AtomicApplied", "AtomicOverLimit", "GuardedReply"),
@@ -40,10 +41,10 @@ def _arguments(function: Any) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(function).parameters)
 
 
-def _missing() -> str | None:
+def missing() -> str | None:
     """What the installed litellm lacks; None where it has everything."""
     try:
-        limiter: Any = importlib.import_module(_LIMITER)
+        limiter: Any = importlib.import_module(LIMITER)
         store: Any = importlib.import_module(_STORE)
         protocol = importlib.import_module(f"{_STORE}.handle").RateLimitsHandle
         base = limiter.PROXY_MaxParallelRequestsHandler_v3
@@ -73,7 +74,7 @@ def _missing() -> str | None:
 def make_handler() -> Any:
     """The class: LiteLLM's limiter with our store. Raises where the installed litellm lacks what it
     needs; :func:`install` looks first."""
-    limiter: Any = importlib.import_module(_LIMITER)
+    limiter: Any = importlib.import_module(LIMITER)
     store: Any = importlib.import_module(_STORE)
     replies = importlib.import_module(f"{_STORE}.types")
     connect = importlib.import_module("litellm.redis.stores.connection").connect
@@ -130,10 +131,10 @@ def install(hooks: dict[str, Any]) -> str | None:
     Returns None; or one sentence that says why not, and leaves the table as it was. Opens no
     segment.
     """
-    lacking = _missing()
+    lacking = missing()
     if lacking is not None:
         return f"mode native is not available with the installed litellm: {lacking}"
-    base = importlib.import_module(_LIMITER).PROXY_MaxParallelRequestsHandler_v3
+    base = importlib.import_module(LIMITER).PROXY_MaxParallelRequestsHandler_v3
     present = hooks.get(HOOK)
     if not (isinstance(present, type) and issubclass(present, base)):
         return (
