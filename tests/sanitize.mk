@@ -49,9 +49,11 @@ check-tsan: $(BUILD)/faults
 
 VALGRIND = valgrind --quiet --vgdb=no --error-exitcode=99 --trace-children=yes --leak-check=full \
   --show-leak-kinds=definite,indirect,possible --errors-for-leak-kinds=definite,indirect,possible
+# Not a thousand processes of the same code.
+MEMCHECK_C = $(filter-out test_many_processes,$(C_TESTS))
 memcheck:
 	$(call need,valgrind,valgrind)
-	@CHECK_FEWER=1 $(MAKE) --no-print-directory check-memcheck test-c BUILD=$(BUILD)/memcheck \
+	@CHECK_FEWER=1 $(MAKE) --no-print-directory check-memcheck $(MEMCHECK_C:%=run-c-%) BUILD=$(BUILD)/memcheck \
 	  CFLAGS="$(DEBUG)" RUN="$(VALGRIND)"
 
 check-memcheck: $(BUILD)/faults
