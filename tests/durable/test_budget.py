@@ -211,7 +211,7 @@ def test_history(host: Host) -> None:
     ]  # fmt: skip
     plain = Budget(5, None, name="plain", segment=host.segment)
     assert call(plain, "1")
-    assert plain.history("k") == [(None, 1)]
+    assert [tuple(each) for each in plain.history("k")] == [(None, 1)]
 
 
 def test_a_window_that_is_over_while_it_is_open(host: Host) -> None:
@@ -426,7 +426,7 @@ def test_the_command_line(host: Host, capsys: pytest.CaptureFixture[str], tmp_pa
     Path(host.path).unlink()
     assert main(["state", "import", copy, *args]) == 0
     usage = budget(host).usage("team-a")
-    assert (usage.spent, usage.limit) == (2, 55)
+    assert (usage.spent, usage.limit) == (D(2), D(55))
     assert main(["state", "check", *args]) == 0
     host.lose_power()
     with sqlite3.connect(host.path) as db:
