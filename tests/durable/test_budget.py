@@ -211,7 +211,7 @@ def test_history(host: Host) -> None:
     ]  # fmt: skip
     plain = Budget(5, None, name="plain", segment=host.segment)
     assert call(plain, "1")
-    assert [tuple(each) for each in plain.history("k")] == [(None, 1)]
+    assert [(each.ends, each.usd) for each in plain.history("k")] == [(None, D(1))]
 
 
 def test_a_window_that_is_over_while_it_is_open(host: Host) -> None:
