@@ -108,6 +108,14 @@ static uint64_t random_amount(int key) {
   }
 }
 
+/* FSHM_ASK: of what was granted, some may go back. */
+static void settle(const held_t *h, uint64_t actual) {
+  char name[16];
+  const int status =
+      fshm_budget_settle(l, name, name_of(h->key, name), &h->b, h->amount, actual, now);
+  CHECK(status == FSHM_OK || (h->b.kept && status == FSHM_ASK));
+}
+
 static void step_reserve(int key) {
   char name[16];
   const uint64_t length = name_of(key, name);
@@ -116,9 +124,9 @@ static void step_reserve(int key) {
   held_t h = {.key = key, .amount = random_amount(key), .resets = resets};
   account_t *a = account(key);
   const uint64_t used = a->spent + reserved(key) + h.amount;
-  const int fits = used > budget_n + a->added    ? FSHM_DENIED
-                   : leased && used > a->granted ? FSHM_ASK
-                                                 : FSHM_ALLOWED;
+  const bool beyond = used > budget_n + a->added;
+  const int fits = leased && used > a->granted ? (beyond && a->granted ? FSHM_DENIED : FSHM_ASK)
+                                               : (beyond ? FSHM_DENIED : FSHM_ALLOWED);
   h.end = a->end;
   CHECK_EQ(fshm_budget_reserve(l, name, length, h.amount, flags | leased, now, &h.b), fits);
   if (h.b.status != FSHM_ALLOWED) return;
@@ -128,19 +136,18 @@ static void step_reserve(int key) {
     held[held_n++] = h;
     return;
   }
-  CHECK_EQ(fshm_budget_settle(l, name, length, &h.b, h.amount, 0, now), FSHM_OK);
+  settle(&h, 0);
   if (h.b.direct) a->spent -= h.amount;
 }
 
 static void step_settle(bool spent) {
   if (!held_n) return;
-  char name[16];
   const int i = (int)random_below((uint64_t)held_n);
   const held_t h = held[i];
   const uint64_t actual = spent ? random_amount(h.key) : 0;
   account_t *a = account(h.key);
   held[i] = held[--held_n];
-  CHECK_EQ(fshm_budget_settle(l, name, name_of(h.key, name), &h.b, h.amount, actual, now), FSHM_OK);
+  settle(&h, actual);
   if (!h.b.direct || h.resets != resets)
     a->spent += actual;
   else if (h.end == a->end)

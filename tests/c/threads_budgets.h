@@ -59,6 +59,9 @@ static void spend_each(budgets_t *all, fshm_segment *s, const char *key) {
   check_known(fshm_budget_add(all->brief, key, length, (uint32_t)random_below(2), by, 0));
   check_known(fshm_budget_raise(all->brief, key, length, 3, random_below(99), b.window, 0));
   check_known(fshm_budget_once(all->brief, key, length, 0));
+  check_known(fshm_budget_grant(all->brief, key, length, random_below(9), b.window, 0));
+  if (!random_below(4)) check_known(fshm_budget_withdraw(all->brief, key, length, b.window, 0, &b));
+  if (!random_below(9)) fshm_budget_denied(all->brief, key, length);
   CHECK_EQ(fshm_budget_look(all->brief, key, length, 0, &b), FSHM_OK);
   if (!random_below(20)) CHECK_EQ(fshm_reset_all(all->brief), FSHM_OK);
   const uint64_t wall = fshm_wall(s, 0);

@@ -68,8 +68,9 @@ static void use_token_leases(grants_t *g, const char *key) {
   }
   const fshm_limit limit = {10, 1000000000, 10, (uint32_t)(cost - 1), 0};
   fshm_stored stored = {.limit = {0}};
+  const fshm_stored_time at = {.now_ns = until};
   fshm_stored_answer answer;
-  CHECK_EQ(fshm_stored_apply(FSHM_ACQUIRE, &limit, &stored, cost, NULL, until, &answer), FSHM_OK);
+  CHECK_EQ(fshm_stored_apply(FSHM_ACQUIRE, &limit, &stored, cost, NULL, &at, &answer), FSHM_OK);
   CHECK_EQ(answer.remaining, 10 - cost);
   check_known(fshm_learn(g->rates, key, length, used, ns, 0));
   check_known(fshm_token_lease_put(g->token_leases, key, length, leases, 0));

@@ -24,13 +24,18 @@ static void use_budget(user_t *u, fshm_limiter *l, const char *key, uint64_t n, 
   open_budget(u);
   if (!u->budget) return;
   fshm_limiter *budget = what & 1 ? l : u->budget;
-  MUST(fshm_budget_reserve(budget, key, 1, n % 2000, what >> 1 & 3, now, &b) == b.status);
+  MUST(fshm_budget_reserve(budget, key, 1, n % 2000, what >> 1 & 7, now, &b) == b.status);
   check_budget(u, &b);
   if (what & 8) b.owner = (uint32_t)n, b.entry = what, b.id ^= n & 1;
-  check_status(u, fshm_budget_settle(budget, key, 1, &b, n % 2000, what & 16 ? n : what, now));
+  const int status = fshm_budget_settle(budget, key, 1, &b, n % 2000, what & 16 ? n : what, now);
+  if (status != FSHM_ASK) check_status(u, status);
   check_status(u, fshm_budget_add(budget, key, 1, what % 5, (int64_t)n, now));
   check_status(u, fshm_budget_raise(budget, key, 1, what % 5, n, what & 32 ? n : b.window, now));
   check_status(u, fshm_budget_once(budget, key, 1, now));
+  check_status(u, fshm_budget_grant(budget, key, 1, n, b.window, now));
+  MUST(fshm_budget_withdraw(budget, key, 1, what & 32 ? n : b.window, now, &b) == b.status);
+  check_status(u, b.status);
+  fshm_budget_denied(budget, key, 1);
   MUST(fshm_budget_look(budget, key, 1, now, &b) == b.status);
   check_budget(u, &b);
 }
