@@ -345,6 +345,21 @@ static void test_take_back(void) {
   CHECK_EQ(b.granted - b.spent, load_relaxed(&slack));
 }
 
+/* A process that has raised its incarnation, and does not hold the byte yet that says that it lives, is not dead. */
+static void test_joining(void) {
+  fshm_segment *s = KEEP(fresh_segment(100));
+  const uint32_t mine = process_index(s), other = (mine + 1) % HOME_PROCESSES;
+  process_t *p = &s->processes[other];
+  atomic_fetch_or(&s->header->joined[other / 64], UINT64_C(1) << other % 64);
+  atomic_fetch_or(&s->header->joined_blocks, UINT64_C(1) << other / 64);
+  store_relaxed(&p->incarnation, 5);
+  look_for_dead(s);
+  CHECK_EQ(load_relaxed(&p->dead), 0);
+  store_relaxed(&p->pid, 1);
+  look_for_dead(s);
+  CHECK_EQ(load_relaxed(&p->dead), 5);
+}
+
 static void test_death(void) {
   fshm_segment *s = KEEP(fresh_segment(100));
   fshm_limiter *l = budget(s, "b", 50 * USD, YEAR_NS);
@@ -445,6 +460,7 @@ int main(void) {
   test_hostile();
   test_threads();
   test_take_back();
+  test_joining();
   test_death();
   test_inspection();
   return done();
