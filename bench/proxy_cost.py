@@ -226,7 +226,7 @@ def run(settings: Settings) -> Result:
         proxies: dict[str, _Proxy] = {}
         try:
             _started(place, list({each.proxy for each in rows.values()}), proxies)
-            found = _measure(proxies, rows, *settings.pick((settings.rounds, 400), (3, 100)))
+            found = _measure(proxies, rows, *settings.pick((settings.rounds // 3, 400), (3, 100)))
         finally:
             for proxy in proxies.values():
                 proxy.stop()

@@ -466,8 +466,8 @@ static UNGUARDED int take_all(call_t *c, uint32_t op, look_t *looks) {
 }
 
 /* Fill a decision from the looks. `charged`: report what is left after the charge. */
-static inline void report(const call_t *c, const look_t *looks, bool allowed, bool charged,
-                          fshm_decision *out) {
+static inline HOT void report(const call_t *c, const look_t *looks, bool allowed, bool charged,
+                              fshm_decision *out) {
   uint64_t longest = allowed && charged ? c->at - c->now : 0, reset = 0, tightest = UINT64_MAX;
   out->version = CURRENT_VERSION(c->snapshot.current);
   out->limit_index = out->shared = 0;

@@ -110,9 +110,6 @@ COLD bool limits_wrong(const fshm_segment *s, uint32_t index, bool published) {
 
 /* An id is a hash of the name without the bit BESIDE; that bit is set for an auxiliary limiter
  * (fshm_limiter_open_beside()), whose calls are not counted. So every process that sees a claimed entry knows this. */
-/* money.c */
-uint64_t money_window(fshm_segment *s, const rule_t *rule, uint64_t now);
-
 #define BESIDE UINT64_C(1)
 
 static COLD uint64_t name_id(const fshm_segment *s, const char *name, uint64_t length) {
@@ -234,8 +231,8 @@ static int open_handle(fshm_segment *s, const char *name, uint64_t length, rule_
   if (status == FSHM_OK && !rules && !load_relaxed(&s->limiters[l->index].current))
     status = FSHM_E_NOT_FOUND;
   if (status == FSHM_OK && limits_wrong(s, l->index, false)) status = damage_limits(s, l->index);
-  snapshot_t
-      present; /* what is counted in tokens is not counted in money afterwards, nor the other way round */
+  /* What is counted in tokens is not counted in money afterwards, nor the other way round. */
+  snapshot_t present;
   if (status == FSHM_OK && rules && limits_load(s, l->index, &present) &&
       (present.money > 0) != (rules[0].kind == FSHM_MONEY))
     status = FSHM_E_ARGUMENT;

@@ -64,6 +64,7 @@ static inline uint64_t salt_of(const fshm_segment *s, uint64_t current) {
 }
 
 void limits_are_money(fshm_segment *s, snapshot_t *p);
+uint64_t money_window(fshm_segment *s, const rule_t *rule, uint64_t now); /* money.c */
 
 /* Load the present limits. False: none, or damaged; then the snapshot has no limits, so that a caller that goes on
  * never divides by zero (rule_sane). */

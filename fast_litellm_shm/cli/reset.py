@@ -15,9 +15,11 @@ from fast_litellm_shm._shared.native import ffi, lib, owned
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm._shared.side_limiters import TOKEN_LEASES, is_side_limiter
 from fast_litellm_shm.cli import render, segments
+from fast_litellm_shm.limits import Money, dollars, from_raw
 
 if TYPE_CHECKING:
     from fast_litellm_shm.cluster.token_lease import TokenLeases
+    from fast_litellm_shm.limiters.budget import Budget
 
 
 @dataclass(frozen=True)
@@ -144,11 +146,39 @@ def _token_leases(segment: Segment, limiter: str) -> TokenLeases:
     )
 
 
+def _budget(segment: Segment, limiter: _Limiter) -> Budget | None:
+    """The limiter, if it is a budget; with the file or the server that keeps it too."""
+    from fast_litellm_shm.durable import records
+    from fast_litellm_shm.durable.settings import default
+    from fast_litellm_shm.limiters.budget import Budget
+
+    found, version = ffi.new("fshm_limit[]", lib.FSHM_MAX_LIMITS), ffi.new("uint64_t *")
+    lib.fshm_limiter_limits(limiter.handle, found, version)
+    if found[0].kind != lib.FSHM_MONEY:
+        return None
+    money = from_raw(found[0], segment)
+    assert isinstance(money, Money)
+    try:
+        durable = records.has(default().of(segment).path, limiter.name) or None
+        return Budget(
+            dollars(money.n), money.per, timezone=money.timezone, name=limiter.name,
+            segment=segment, durable=durable,
+        )  # fmt: skip
+    except (ImportError, ValueError) as error:
+        raise exceptions.ClusterError(
+            f"budget {limiter.name!r} in segment {segment.name!r} was not reset: {error}"
+        ) from error
+
+
 def _reset_key(segment: Segment, limiter: _Limiter, key: bytes) -> bool:
     """Returns whether the key had consumed anything."""
     if limiter.over_hosts:
         return _token_leases(segment, limiter.name).reset(key)
     consumed = _has_consumed(limiter, key)
+    budget = _budget(segment, limiter)
+    if budget is not None:
+        budget.reset(key)
+        return consumed
     moving = limiter.name == key_grammar.MOVING  # its hits are in slots of their own
     forget = lib.fshm_moving_clear if moving else lib.fshm_reset_key
     status = forget(limiter.handle, key, len(key))
@@ -177,8 +207,12 @@ def run(args: argparse.Namespace) -> int:
                 name = render.escaped(limiter.name)
                 print(f"Left limiter '{name}' alone: it counts permits (see fast-shm release).")
                 continue
+            budget = _budget(segment, limiter)
             if limiter.over_hosts:
                 count = _token_leases(segment, limiter.name).reset_all()
+            elif budget is not None:
+                budget.reset()
+                count = keys.get(limiter.name, 0)
             else:
                 status = lib.fshm_reset_all(limiter.handle)
                 if status != lib.FSHM_OK:

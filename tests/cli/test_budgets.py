@@ -14,8 +14,9 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 from fast_litellm_shm import Budget, RateLimiter, Segment, Window
 from fast_litellm_shm.cli import render
+from fast_litellm_shm.durable import StateFile
 
-from .conftest import Command
+from .conftest import Command, environment
 
 DAY = 86_400
 
@@ -149,6 +150,20 @@ def test_reset(fast_shm: Command, segment_name: str, team: Budget) -> None:
     assert said("--limiter", "team", "b").startswith("Nothing to reset")
     assert said("--limiter", "team") == "Reset limiter 'team': all keys (1 known).\n"
     assert team.spent("a") == 0
+
+
+def test_reset_of_a_durable_budget(
+    segment: Segment, segment_name: str, fast_shm: Command, tmp_path: Path
+) -> None:
+    """The file forgets it too: a new segment would else take what was granted for spent."""
+    state = {"FAST_LITELLM_SHM_STATE": str(tmp_path)}
+    budget = Budget(1, name="kept", segment=segment, durable=StateFile(folder=str(tmp_path)))
+    budget.charge("k", "0.9")
+    done = fast_shm("reset", "--name", segment_name, "k", env=environment(**state))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert budget.spent("k") == 0 and budget.reserve("k", "0.5")
+    shown = fast_shm("state", "show", "--name", segment_name, "--json", env=environment(**state))
+    assert shown.returncode == 0 and "0.9" not in shown.stdout
 
 
 def test_amounts() -> None:
