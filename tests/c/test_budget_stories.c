@@ -249,6 +249,7 @@ int main(int argc, char **argv) {
     }
     if (failed) (void)fprintf(stderr, "of %d steps\n", steps);
     fshm_limiter_close(l);
+    fshm_close(s);
   }
   return done();
 }

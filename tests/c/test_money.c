@@ -6,12 +6,17 @@
 #define USD UINT64_C(1000000000)
 #define KEY "k"
 
+/* Handles that live as long as the test. */
+static void *kept[512];
+static int kept_n;
+#define KEEP(handle) (kept[kept_n++ % 512] = (handle))
+
 static fshm_limiter *budget(fshm_segment *s, const char *name, uint64_t n, uint64_t per) {
   const fshm_limit limits[4] = {{n, per, 0, FSHM_MONEY, 0},
                                 {MONEY_MOST, per, 0, FSHM_MONEY, 0},
                                 {MONEY_MOST, per, 0, FSHM_MONEY, 0},
                                 {MONEY_MOST, per, 0, FSHM_MONEY, 0}};
-  return fresh_limiter(s, name, limits, 4);
+  return KEEP(fresh_limiter(s, name, limits, 4));
 }
 
 static int reserve(fshm_limiter *l, uint64_t amount, uint32_t flags, uint64_t now,
@@ -29,7 +34,7 @@ static fshm_budget view(fshm_limiter *l, uint64_t now) {
 }
 
 static void test_calls(void) {
-  fshm_segment *s = fresh_segment(100);
+  fshm_segment *s = KEEP(fresh_segment(100));
   fshm_limiter *l = budget(s, "b", 50 * USD, MONTH_NS);
   fshm_budget one, two;
   CHECK_EQ(reserve(l, 20 * USD, 0, 0, &one), FSHM_ALLOWED);
@@ -65,7 +70,7 @@ static void test_calls(void) {
   fshm_apply(l, FSHM_ACQUIRE, KEY, 1, NULL, 0, 0, &d);
   CHECK_EQ(d.status, FSHM_E_ARGUMENT);
   fshm_limit tokens = {5, HOUR_NS, 0, FSHM_WINDOW, 0};
-  fshm_limiter *other = fresh_limiter(s, "t", &tokens, 1);
+  fshm_limiter *other = KEEP(fresh_limiter(s, "t", &tokens, 1));
   CHECK_EQ(reserve(other, 1, 0, 0, &one), FSHM_E_ARGUMENT);
   CHECK_EQ(fshm_limiter_open(s, "b", 1, &tokens, 1, &other), FSHM_E_ARGUMENT);
   fshm_limit found[4];
@@ -77,7 +82,7 @@ static void test_calls(void) {
 
 /* What a server leases to this host, and asks back. */
 static void test_leases(void) {
-  fshm_segment *s = fresh_segment(100);
+  fshm_segment *s = KEEP(fresh_segment(100));
   fshm_limiter *l = budget(s, "b", 50 * USD, MONTH_NS);
   fshm_budget one, two, taken;
   const unsigned leased = FSHM_BUDGET_SHARED;
@@ -114,7 +119,7 @@ static void test_leases(void) {
 
 /* Windows at given times: the wall clock is what the segment was made with. */
 static void test_windows(void) {
-  fshm_segment *s = fresh_segment(100);
+  fshm_segment *s = KEEP(fresh_segment(100));
   fshm_limiter *l = budget(s, "b", 50 * USD, DAY_NS);
   fshm_budget b, held;
   const uint64_t start = fshm_wall(s, 0) / DAY_NS * DAY_NS - load_relaxed(&s->header->wall_base);
@@ -153,7 +158,7 @@ static void test_windows(void) {
 /* What is reserved stays in its entry until it is settled: a look reads one entry after the other, and one that has read
  * the first must find in the second what was there all the time. */
 static void test_entries(void) {
-  fshm_segment *s = fresh_segment(100);
+  fshm_segment *s = KEEP(fresh_segment(100));
   fshm_limiter *l = budget(s, "b", 50 * USD, DAY_NS);
   fshm_budget one, two;
   CHECK_EQ(reserve(l, 5, 0, 0, &one), FSHM_ALLOWED);
@@ -179,7 +184,7 @@ static void test_entries(void) {
 
 /* What was charged is corrected in its own window, and not where it is forgotten: others have spent there since. */
 static void test_corrections(void) {
-  fshm_segment *s = fresh_segment(100);
+  fshm_segment *s = KEEP(fresh_segment(100));
   fshm_limiter *l = budget(s, "b", 50 * USD, DAY_NS);
   fshm_budget b[5];
   const uint64_t now = segment_now(s) + DAY_NS;
@@ -213,10 +218,10 @@ static void test_corrections(void) {
 
 /* A slot whose window is over is free for others; one whose window is not, is not. */
 static void test_expiry(void) {
-  fshm_segment *s = fresh_segment(1);
+  fshm_segment *s = KEEP(fresh_segment(1));
   fshm_limiter *l = budget(s, "b", 50 * USD, DAY_NS);
   const fshm_limit plenty = {1000, HOUR_NS, 0, FSHM_WINDOW, 0};
-  fshm_limiter *others = fresh_limiter(s, "o", &plenty, 1);
+  fshm_limiter *others = KEEP(fresh_limiter(s, "o", &plenty, 1));
   const uint64_t now = segment_now(s) + DAY_NS;
   fshm_decision d;
   char key[16];
@@ -243,7 +248,7 @@ static void test_expiry(void) {
 
 /* What a hostile process may have written: sums are cut, and nothing overflows. */
 static void test_hostile(void) {
-  fshm_segment *s = fresh_segment(100);
+  fshm_segment *s = KEEP(fresh_segment(100));
   fshm_limiter *l = budget(s, "b", 50 * USD, DAY_NS);
   fshm_budget b;
   CHECK_EQ(reserve(l, 1, 0, 0, &b), FSHM_ALLOWED);
@@ -286,7 +291,7 @@ static void *spend(void *given) {
   return NULL;
 }
 static void test_threads(void) {
-  fshm_segment *s = fresh_segment(100);
+  fshm_segment *s = KEEP(fresh_segment(100));
   pthread_t threads[4];
   shared = budget(s, "b", 3 * USD, YEAR_NS);
   for (uintptr_t i = 0; i < 4; i++) pthread_create(&threads[i], NULL, spend, (void *)(i + 1));
@@ -326,7 +331,7 @@ static void *spend_leased(void *given) {
   return NULL;
 }
 static void test_take_back(void) {
-  fshm_segment *s = fresh_segment(100);
+  fshm_segment *s = KEEP(fresh_segment(100));
   pthread_t threads[4];
   shared = budget(s, "b", 3 * USD, YEAR_NS);
   store_relaxed(&running, 1);
@@ -340,8 +345,23 @@ static void test_take_back(void) {
   CHECK_EQ(b.granted - b.spent, load_relaxed(&slack));
 }
 
+/* A process that has raised its incarnation, and does not hold the byte yet that says that it lives, is not dead. */
+static void test_joining(void) {
+  fshm_segment *s = KEEP(fresh_segment(100));
+  const uint32_t mine = process_index(s), other = (mine + 1) % HOME_PROCESSES;
+  process_t *p = &s->processes[other];
+  atomic_fetch_or(&s->header->joined[other / 64], UINT64_C(1) << other % 64);
+  atomic_fetch_or(&s->header->joined_blocks, UINT64_C(1) << other / 64);
+  store_relaxed(&p->incarnation, 5);
+  look_for_dead(s);
+  CHECK_EQ(load_relaxed(&p->dead), 0);
+  store_relaxed(&p->pid, 1);
+  look_for_dead(s);
+  CHECK_EQ(load_relaxed(&p->dead), 5);
+}
+
 static void test_death(void) {
-  fshm_segment *s = fresh_segment(100);
+  fshm_segment *s = KEEP(fresh_segment(100));
   fshm_limiter *l = budget(s, "b", 50 * USD, YEAR_NS);
   fshm_budget b;
   CHECK_EQ(view(l, 0).reserved, 0);
@@ -375,10 +395,10 @@ static uint64_t seen(fshm_segment *s, uint64_t now, uint32_t which, uint64_t id)
 }
 
 static void test_inspection(void) {
-  fshm_segment *s = fresh_segment(100);
+  fshm_segment *s = KEEP(fresh_segment(100));
   const fshm_limit tokens = {5, HOUR_NS, 0, FSHM_WINDOW, 0};
   fshm_decision d;
-  fshm_limiter *other = fresh_limiter(s, "t", &tokens, 1);
+  fshm_limiter *other = KEEP(fresh_limiter(s, "t", &tokens, 1));
   fshm_apply(other, FSHM_ACQUIRE, KEY, 1, NULL, 0, 0, &d);
   CHECK_EQ(fshm_budgets(s, 0, NULL, 0), 0);
   fshm_limiter *l = budget(s, "b", 50 * USD, DAY_NS);
@@ -440,6 +460,7 @@ int main(void) {
   test_hostile();
   test_threads();
   test_take_back();
+  test_joining();
   test_death();
   test_inspection();
   return done();

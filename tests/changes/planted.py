@@ -225,6 +225,12 @@ FAULTS: tuple[Fault, ...] = (
         "test_turns",
     ),
     Fault(
+        "a process that joins is called dead",
+        "stats/deployments.c",
+        (("!load_relaxed(&p->pid) ||", ""),),
+        "test_money",
+    ),
+    Fault(
         "the last round ends without an answer",
         "limits/money.c",
         (("      round--; ", "      "),),

@@ -78,16 +78,9 @@ static void budgets_survive(void) {
   world.now = now;
 }
 
-/* T joins: who looks meanwhile for the dead must not call it dead for ever. */
-static void look_while_joining(void) { look_for_dead(world.s); }
-static void budgets_overtake(void) { op->overtake(); }
-
 static void budgets_raced(const outcome_t *mine) {
   const fshm_budget b = budget_now();
-  if (op->overtake) {
-    if (told->status != op->status || budget_left(&b) != (int64_t)op->after)
-      broken("%lld are left, and T is answered %d", (long long)budget_left(&b), told->status);
-  } else if (op->op == MONEY_RESERVE || op->op == MONEY_CHARGE) {
+  if (op->op == MONEY_RESERVE || op->op == MONEY_CHARGE) {
     const uint64_t admitted = (told->status == FSHM_ALLOWED) + (mine->status == FSHM_ALLOWED);
     if (op->status == FSHM_ALLOWED && admitted != min_u64(2, op->before / op->cost))
       broken("of T and S, %llu were admitted", (unsigned long long)admitted);
@@ -103,4 +96,4 @@ static void budgets_raced(const outcome_t *mine) {
 }
 
 static const holds_t budgets = {budgets_begin,   budgets_end,   budgets_contend,
-                                budgets_survive, budgets_raced, budgets_overtake};
+                                budgets_survive, budgets_raced, NULL};

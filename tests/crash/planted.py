@@ -726,13 +726,6 @@ FAULTS = [
         "are reserved by the dead",
     ),
     Fault(
-        "a process that joins is called dead",
-        "stats/deployments.c",
-        (("!load_relaxed(&p->pid) ||", ""),),
-        "budget-join",
-        "are left, and T is answered 1",
-    ),
-    Fault(
         "a reservation under the limits of before",
         "limits/money.c",
         (("out->status == FSHM_OK && m.p.current == current &&\n", "out->status == FSHM_OK &&\n"),),

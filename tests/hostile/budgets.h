@@ -41,7 +41,7 @@ static void use_budget(user_t *u, fshm_limiter *l, const char *key, uint64_t n, 
 }
 
 static void use_zones(user_t *u, const char *key, uint64_t n, uint64_t now, unsigned what) {
-  const uint64_t spans[3] = {n, n >> 7, n << 9}, minute = n & ((UINT64_C(1) << 28) - 1);
+  const uint64_t spans[4] = {n, n >> 7, n << 9, what}, minute = n & ((UINT64_C(1) << 28) - 1);
   static const uint64_t periods[] = {HOUR_NS, DAY_NS, WEEK_NS, MONTH_NS, YEAR_NS, 1};
   struct {
     char bytes[ZONE_NAME + 1];
