@@ -61,7 +61,10 @@ class Limited(Budget):
     def __init__(self, window: Window) -> None:
         zone = "" if window.timezone == "UTC" else f", {window.timezone}"
         name = f"litellm budgets{f' by {window.per}' if window.per else ''}{zone}"
-        super().__init__(dollars(_LEAST), window.per, name=name, timezone=window.timezone)
+        # cluster=False: a server would not know the limit, which is the key's
+        super().__init__(
+            dollars(_LEAST), window.per, name=name, timezone=window.timezone, cluster=False
+        )
 
     def tell(self, key: str, limit: int, spent: int) -> bool:
         """Have the key's limit be this, and no less be spent. Whether that changed anything."""
