@@ -23,7 +23,7 @@
  * first HOME_PROCESSES are allocated with it, the others in blocks, when a process takes an index there. */
 #ifndef PROCESSES /* tests that copy segments, or fill the table, have fewer */
 #define PROCESSES 4096
-#define HOME_PROCESSES 128
+#define HOME_PROCESSES 64
 #endif
 #define INCARNATION_BITS 14 /* of the owner of a permit */
 #define RESERVED 128 /* keys of budgets that a process has reservations of: a power of two */
