@@ -339,7 +339,8 @@ class Budget(BudgetCore, InSegment):
             self._add(key_bytes(key), _ADDED, amount)
 
     def reset(self, key: Key | None = None) -> None:
-        """Forget what a key has spent, reserved and been given; None: of all keys."""
+        """Forget what a key has spent and been given: what calls have reserved stays reserved until
+        they settle. None: of all keys, and also what they have reserved."""
         raw = None if key is None else key_bytes(key)
         if self._leases is not None:
             self._leases.reset(raw)
