@@ -125,6 +125,8 @@ enum {
   MONEY_CHARGE, /* reserves what stays spent if it dies */
   MONEY_SETTLE,
   MONEY_ADD,
+  MONEY_GRANT,
+  MONEY_WITHDRAW,
   LOOK_AT_CLOCK
 };
 

@@ -2,7 +2,7 @@
  * process had reserved is free again, and what it had settled is spent once. */
 #include "crash.h"
 
-static uint64_t spent_before, spent_after;
+static uint64_t spent_before, spent_after, granted_before, granted_after;
 
 static fshm_budget budget_now(void) {
   fshm_budget b;
@@ -17,6 +17,7 @@ static int64_t budget_left(const fshm_budget *b) {
 static void budgets_begin(void) {
   const fshm_budget b = budget_now();
   spent_before = b.spent;
+  granted_before = b.granted;
   if (budget_left(&b) != (int64_t)op->before)
     broken("before it, %lld are left", (long long)budget_left(&b));
 }
@@ -25,6 +26,11 @@ static void budgets_end(void) {
   if (told->status != op->status) broken("it answers %d, not %d", told->status, op->status);
   const fshm_budget b = budget_now();
   spent_after = b.spent;
+  granted_after = b.granted;
+  if (op->op == MONEY_WITHDRAW &&
+      (b.granted != b.spent || told->number != granted_before - b.spent))
+    broken("of %llu granted, %llu are taken", (unsigned long long)granted_before,
+           (unsigned long long)told->number);
   if (budget_left(&b) != (int64_t)op->after)
     broken("after it, %lld are left", (long long)budget_left(&b));
 }
@@ -61,6 +67,10 @@ static void budgets_survive(void) {
   const uint64_t limit = op->op == MONEY_ADD && told->done ? op->full + op->cost : op->full;
   if (told->done && told->status != op->status)
     broken("T says %d, not %d", told->status, op->status);
+  if (b.granted != granted_before && b.granted != granted_after)
+    broken("%llu are granted", (unsigned long long)b.granted);
+  if (told->done && b.granted != granted_after)
+    broken("T says it is done, and %llu are granted", (unsigned long long)b.granted);
   if (b.reserved) broken("%llu are reserved by the dead", (unsigned long long)b.reserved);
   if (b.spent != spent_before && b.spent != spent_after)
     broken("%llu are spent", (unsigned long long)b.spent);
@@ -86,6 +96,13 @@ static void budgets_raced(const outcome_t *mine) {
       broken("of T and S, %llu were admitted", (unsigned long long)admitted);
     if (budget_left(&b) != (int64_t)(op->before - admitted * op->cost))
       broken("%lld are left after both", (long long)budget_left(&b));
+  } else if (op->op == MONEY_GRANT) {
+    if (b.granted != granted_before + 2 * op->cost)
+      broken("%llu are granted after both", (unsigned long long)b.granted);
+  } else if (op->op == MONEY_WITHDRAW) { /* what one takes, the other one does not */
+    if (b.granted + told->number + mine->number != granted_before)
+      broken("%llu are granted, and %llu and %llu taken", (unsigned long long)b.granted,
+             (unsigned long long)told->number, (unsigned long long)mine->number);
   } else if (op->op == MONEY_ADD) {
     if (budget_left(&b) != (int64_t)(op->before + 2 * op->cost))
       broken("%lld are left after both", (long long)budget_left(&b));

@@ -23,7 +23,7 @@ static void traced(void) {
 /* A budget looks at the rows of all processes, so its path depends on whose row comes first. T's index follows from its
  * pid: it is to be always in a later word of `joined` than S's, or always in an earlier one. */
 static bool in_order(pid_t pid) {
-  if (op->op < MONEY_RESERVE || op->op > MONEY_ADD) return true;
+  if (op->op < MONEY_RESERVE || op->op > MONEY_WITHDRAW) return true;
   const uint32_t mine = process_index(world.s) / 64,
                  its = (uint32_t)pid * 2654435761u % HOME_PROCESSES / 64;
   return mine < HOME_PROCESSES / 128 ? its > mine : its < mine;

@@ -83,6 +83,23 @@ static void run_budget_settle(outcome_t *out) {
 static void run_budget_add(outcome_t *out) {
   out->status = fshm_budget_add(world.l, KEY, strlen(KEY), 1, op->cost, world.now);
 }
+static uint64_t budget_window(void) {
+  fshm_budget b;
+  (void)fshm_budget_look(world.l, KEY, strlen(KEY), world.now, &b);
+  return b.window;
+}
+static void run_budget_grant(outcome_t *out) {
+  out->status = fshm_budget_grant(world.l, KEY, strlen(KEY), op->cost, budget_window(), world.now);
+}
+static void grant_three(void) {
+  if (fshm_budget_grant(world.l, KEY, strlen(KEY), 3, budget_window(), world.now) != FSHM_OK)
+    broken("nothing can be granted");
+}
+static void run_budget_withdraw(outcome_t *out) {
+  fshm_budget b;
+  out->status = fshm_budget_withdraw(world.l, KEY, strlen(KEY), budget_window(), world.now, &b);
+  out->number = b.granted;
+}
 
 /* token leases */
 
@@ -634,6 +651,23 @@ static const operation_t operations[] = {
      MONEY(5),
      .prior = 4,
      ROOM(1, 3, 5)},
+    {.name = "budget-grant",
+     BUDGETS(run_budget_grant, MONEY_GRANT, 2, 1),
+     MONEY(5),
+     .prior = 1,
+     .prepare = grant_three,
+     ROOM(4, 4, 5)},
+    {.name = "budget-grant-first",
+     BUDGETS(run_budget_grant, MONEY_GRANT, 2, 1),
+     MONEY(5),
+     .prior = 1,
+     ROOM(4, 4, 5)},
+    {.name = "budget-withdraw",
+     BUDGETS(run_budget_withdraw, MONEY_WITHDRAW, 1, 1),
+     MONEY(5),
+     .prior = 1,
+     .prepare = grant_three,
+     ROOM(4, 4, 5)},
     /* token leases */
     {.name = "token-lease-spend", SPENDS(1, 1), ONE(TOKEN_LEASE), .prior = 5, ROOM(5, 4, 0)},
     {.name = "token-lease-spend-last", SPENDS(2, 1), ONE(TOKEN_LEASE), .prior = 2, ROOM(2, 0, 0)},

@@ -259,6 +259,11 @@ static void run_look_later(outcome_t *out) {
   fshm_budget b;
   out->status = fshm_budget_look(world.l, KEY, strlen(KEY), NOW + PER, &b);
 }
+static void run_lease(outcome_t *out) {
+  fshm_budget b;
+  out->status =
+      fshm_budget_reserve(world.l, KEY, strlen(KEY), op->cost, FSHM_BUDGET_GRANTED, world.now, &b);
+}
 static void add_four(void) { (void)fshm_budget_add(world.l, KEY, strlen(KEY), 1, 4, world.now); }
 static fshm_budget budget_at(uint64_t now) {
   world.now = now;
@@ -292,6 +297,14 @@ static void verify_added(const outcome_t out[2]) {
   expect(budget_left(&b) == (int64_t)(op->limits[0].n + op->cost - op->prior) -
                                 (int64_t)(admitted(out) - 1) * op->cost,
          out, "what is left");
+}
+/* What is withdrawn is not reserved, nor granted any more; nothing of it is lost. */
+static void verify_withdrawn(const outcome_t out[2]) {
+  const fshm_budget b = budget_now();
+  expect(out[1].status == FSHM_OK, out, "a withdrawal");
+  expect(b.granted + out[1].number == 3, out, "what is granted");
+  expect(b.spent + b.reserved <= b.granted, out, "what is reserved and not granted");
+  expect(b.reserved == (out[0].status == FSHM_ALLOWED ? op->cost : 0), out, "what is reserved");
 }
 static void verify_next_window(const outcome_t out[2]) {
   expect(budget_at(NOW + PER).spent == 3 + out[0].number, out, "the next window");
@@ -408,6 +421,8 @@ static const pair_of_operations_t pairs[] = {
      PAIR(run_charge, run_spend_later, verify_next_window)},
     {BUDGET_START("pair-budget-correct-window", 5, 1, 2, .prepare = charge_two),
      PAIR(run_correct, run_spend_later, verify_next_window)},
+    {BUDGET_START("pair-budget-withdraw", 5, 4, 1, .prior = 1, .prepare = grant_three),
+     PAIR(run_lease, run_budget_withdraw, verify_withdrawn)},
     {BUDGET_START("pair-budget-raise-window", 5, 4, 2),
      PAIR(run_raise, run_look_later, verify_not_granted)},
     /* permits */

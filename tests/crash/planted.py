@@ -754,6 +754,18 @@ FAULTS = [
         "the next window",
     ),
     Fault(
+        "what is withdrawn can be reserved",
+        "limits/money.c",
+        (
+            (
+                "  return seen.who == granted->f.pair.who && seen.when >= granted->f.pair.when;\n",
+                "  return seen.who == granted->f.pair.who;\n",
+            ),
+        ),
+        "pair-budget-withdraw",
+        "what is reserved and not granted",
+    ),
+    Fault(
         "a grant in the next window",
         "limits/money.c",
         (("    if (how == RAISE && m->p.rules[0].unit != window) return FSHM_DENIED;\n", ""),),
