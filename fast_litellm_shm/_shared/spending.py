@@ -75,7 +75,7 @@ class Spending:
         self._used = self._spent + self._reserved
         self._most = self._added + _u64(money.n)
         #: The indexes of the keys that have spent, reserved, or been given anything.
-        self.active = columns.any(axis=0).nonzero()[0]
+        self.active: NDArray[Any] = columns.max(axis=0).nonzero()[0]
 
     @property
     def keys(self) -> int:
