@@ -61,7 +61,7 @@ def test_a_stopped_process_at_the_head(segment: Segment, kind: str, heads: int) 
             os.kill(each.pid or 0, signal.SIGSTOP)
         assert not served
     try:
-        assert comes_true(lambda: len(served) == len(WHICH), WITHIN), served
+        wait_until(lambda: f"all but {served}", lambda: len(served) == len(WHICH), seconds=WITHIN)
     finally:
         for each in stopped:
             os.kill(each.pid or 0, signal.SIGCONT)
