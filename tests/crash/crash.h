@@ -185,6 +185,7 @@ typedef struct {
   const char *only;
   int64_t at; /* -1 = all */
   uint64_t every; /* of operations of more than LONG instructions */
+  uint64_t share, shares; /* of the accesses at which the first of a pair is preempted */
   int jobs;
 } options_t;
 

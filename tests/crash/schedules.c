@@ -106,15 +106,17 @@ static void preempt_first(int first) {
     uint64_t address = 0;
     position.k = i;
     bool more = tracee_to_access(a, &address);
-    tracee_save(a, &paused[first]);
-    segment_save(&paused_first);
-    answers_paused = answers[first];
-    tracee_guard(a, false);
-    preempt_second(first);
-    if (processes[0].lost || processes[1].lost || position.failed) return;
-    put_segment(paused_first);
+    if (i % options.shares == options.share) {
+      tracee_save(a, &paused[first]);
+      segment_save(&paused_first);
+      answers_paused = answers[first];
+      tracee_guard(a, false);
+      preempt_second(first);
+      if (processes[0].lost || processes[1].lost || position.failed) return;
+      put_segment(paused_first);
+      tracee_guard(a, true);
+    }
     if (!more) return;
-    tracee_guard(a, true);
     tracee_access(a);
   }
 }
