@@ -631,7 +631,8 @@ UNGUARDED void fshm_admit(fshm_limiter *l, const void *key, uint64_t key_length,
   snapshot_t snapshot;
   permit->slot = permit->who = permit->when = 0;
   permit->held = 0;
-  for (uint32_t i = 0; i < FSHM_MAX_LIMITS; i++) permit->put[i].den = 0; /* nothing was charged */
+  /* Nothing was charged: also of limits that are set before it is settled. */
+  for (uint32_t i = 0; i < FSHM_MAX_LIMITS; i++) permit->put[i].den = permit->put[i].version = 0;
   memset(out, 0, sizeof *out);
   *in_flight = 0;
   bool member = holder_make(&h, l, key, key_length, now);

@@ -38,7 +38,9 @@ def _watched() -> int:
 
 
 def _threads() -> set[threading.Thread]:
-    return {each for each in threading.enumerate() if each.name == "fast-shm-wait"}
+    """That run: one whose start was interrupted is listed for ever."""
+    named = (each for each in threading.enumerate() if each.name == "fast-shm-wait")
+    return {each for each in named if each.is_alive()}
 
 
 class Keeper:

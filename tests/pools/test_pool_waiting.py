@@ -498,9 +498,13 @@ def test_a_connection_stays_for_a_caller_that_came_little_later(segment: Segment
         own = _joined(of, 0.01)
         use = of.connection(A)
         assert not own.turn()
+        began = time.monotonic()
         assert _returned(of, kept)
         assert not own.turn()  # it is not first, and was woken for what is idle here
-        assert use._idle()
+        if not use._idle():
+            late = time.monotonic() - began
+            assert late > 0.05
+            raise TooSlow(f"the other process has asked again, after {late:.3f} s")
         own.took()
         own.leave()
         assert os.waitpid(pid, os.WNOHANG) == (0, 0)
