@@ -482,8 +482,11 @@ static void acquire(told_key_t *k, const step_t *s, uint64_t cost, uint64_t wait
       h->of[i] =
           (charged_t){one->serial, one->end, one->index,     one->low,
                       one->high,   now,      set->limits[i], slow_interval_of(&set->limits[i])};
-      for (int j = 1; j < next.n; j++)
-        if (next.all[j].kind != FSHM_BUCKET) h->settled = true; /* of which, is not known */
+      for (int j = 1; j < next.n; j++) { /* of which, is not known */
+        if (next.all[j].kind != FSHM_BUCKET) h->settled = true;
+        h->of[i].low = smaller_of(h->of[i].low, next.all[j].low);
+        h->of[i].high = larger(h->of[i].high, next.all[j].high);
+      }
     }
   }
   if (gave_up || why[0]) return;
