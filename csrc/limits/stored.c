@@ -43,12 +43,18 @@ static fshm_stored stored_write(const rule_t *r, uint64_t state, uint64_t epoch,
   state = state_for(r, state);
   if (r->kind == FSHM_CALENDAR) {
     const dated_t w = calendar_read(r, state, now);
-    if (w.count) stored.end = w.end, stored.used = w.count;
+    if (w.count) {
+      stored.end = w.end;
+      stored.used = w.count;
+    }
   } else if (r->kind == FSHM_BUCKET) {
     if (state > now) stored.end = epoch + state;
   } else if (r->kind == FSHM_WINDOW) {
     const window_t w = window_open(r, state, now);
-    if (w.count) stored.end = epoch + w.end, stored.used = w.count;
+    if (w.count) {
+      stored.end = epoch + w.end;
+      stored.used = w.count;
+    }
   } else {
     const sliding_t s = sliding_read(r, state, now);
     if (s.count || s.previous) {

@@ -34,7 +34,8 @@ static int get_dollars(PyObject *budget, PyObject *value, const char *where, uin
     if (dollars >= 0 && dollars <= MOST_DOLLARS) {
       int exponent;
       const double fraction = frexp(dollars, &exponent); /* 53 bits, below 1 */
-      const uint64_t digits = (uint64_t)ldexp(fraction, 53);
+      const double shifted = ldexp(fraction, 53);
+      const uint64_t digits = (uint64_t)shifted;
       __extension__ typedef unsigned __int128 wide;
       const wide scaled = (wide)digits * DOLLAR; /* 83 bits */
       const int shift = 53 - exponent; /* 23 at least */

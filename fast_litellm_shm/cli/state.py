@@ -154,7 +154,9 @@ def _export(path: str, args: argparse.Namespace) -> int:
         print(text)
         return 0
     partial = f"{args.file}.{os.getpid()}.tmp"
-    with open(partial, "w", encoding="utf-8") as file:
+    # For its owner alone: it has the names of keys, and the secret of their hashes.
+    made = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(made, "w", encoding="utf-8") as file:
         file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -266,6 +266,11 @@ class Quota(InSegment):
             self._grantor = grantor.quota(own, name=name, segment=segment, on_full=on_full)
         self._name, self._segment, self._pace = name, self._grantor.segment, Pace()
         self._given = (rpm, tpm, max_parallel)
+        if budget is not None and not isinstance(budget, Budget):
+            raise TypeError(
+                f"Quota: budget must be a Budget, not {budget!r}; make one, for example "
+                "Budget(usd=5, per='day', name='keys')"
+            )
         self._budget = budget
         self._options = {
             "name": name, "on_full": on_full, "durable": durable, "budget": budget,

@@ -112,6 +112,7 @@ def test_an_export_comes_back(
     _run(capsys, "save", "--name", host.name)
     copy = str(tmp_path / "copy.json")
     assert _run(capsys, "state", "export", copy, "--name", host.name)[0] == 0
+    assert Path(copy).stat().st_mode & 0o777 == 0o600
     spend(limiter, "k")
     status, out, _ = _run(capsys, "state", "import", copy, "--name", host.name)
     assert status == 0 and out.startswith("Imported 2 keys")

@@ -505,6 +505,11 @@ def test_a_full_segment(segment_name: str) -> None:
     assert number < 100 and budget.spent("k0") == 1
 
 
+def test_a_quotas_budget_is_one(segment: Segment) -> None:
+    with pytest.raises(TypeError, match="budget must be a Budget, not 5"):
+        Quota(rpm=3, name="q", segment=segment, budget=5)  # type: ignore[arg-type]
+
+
 def test_quota_with_a_budget(segment: Segment) -> None:
     budget = make(segment, 1)
     quota = Quota(rpm=3, max_parallel=2, name="q", segment=segment, budget=budget)
