@@ -337,32 +337,32 @@ enum fshm_budget_flag {
 };
 /* Reserve the amount, if the budget has room: FSHM_ALLOWED, FSHM_DENIED; FSHM_ASK: only what was granted has none. Or
  * FSHM_FULL, FSHM_E_ARGUMENT (not a budget), FSHM_E_DAMAGED. */
-int fshm_budget_reserve(fshm_limiter *budget, const void *key, uint64_t key_length, uint64_t amount,
-                        uint32_t flags, uint64_t now_ns, fshm_budget *out);
+int fshm_budget_reserve(fshm_limiter *limiter, const void *key, uint64_t key_length,
+                        uint64_t amount, uint32_t flags, uint64_t now_ns, fshm_budget *out);
 /* For the counters: FSHM_ASK ended in a denial. */
-void fshm_budget_denied(fshm_limiter *budget, const void *key, uint64_t key_length);
+void fshm_budget_denied(fshm_limiter *limiter, const void *key, uint64_t key_length);
 /* End it: `actual` is spent. Call it once. 0: the reservation is another process's (before a fork). FSHM_ASK, of one with
  * FSHM_BUDGET_GRANTED: it is ended; whoever grants has to grant more afterwards, or takes some back. */
-int fshm_budget_settle(fshm_limiter *budget, const void *key, uint64_t key_length,
+int fshm_budget_settle(fshm_limiter *limiter, const void *key, uint64_t key_length,
                        const fshm_budget *reserved, uint64_t amount, uint64_t actual,
                        uint64_t now_ns);
-int fshm_budget_look(fshm_limiter *budget, const void *key, uint64_t key_length, uint64_t now_ns,
+int fshm_budget_look(fshm_limiter *limiter, const void *key, uint64_t key_length, uint64_t now_ns,
                      fshm_budget *out);
 /* Add to a number of the key for this window: which 0 = spent, 1 = added, 3 = granted. It goes down to 0 at least. */
-int fshm_budget_add(fshm_limiter *budget, const void *key, uint64_t key_length, uint32_t which,
+int fshm_budget_add(fshm_limiter *limiter, const void *key, uint64_t key_length, uint32_t which,
                     int64_t amount, uint64_t now_ns);
 /* Raise one of these numbers to this, if it is less: of the window with this end. FSHM_DENIED: it is another one now. */
-int fshm_budget_raise(fshm_limiter *budget, const void *key, uint64_t key_length, uint32_t which,
+int fshm_budget_raise(fshm_limiter *limiter, const void *key, uint64_t key_length, uint32_t which,
                       uint64_t to, uint64_t window, uint64_t now_ns);
 /* Add to what was granted in the window with this end. FSHM_DENIED: it is another one now. */
-int fshm_budget_grant(fshm_limiter *budget, const void *key, uint64_t key_length, uint64_t amount,
+int fshm_budget_grant(fshm_limiter *limiter, const void *key, uint64_t key_length, uint64_t amount,
                       uint64_t window, uint64_t now_ns);
 /* Take back what was granted in the window with this end and is neither spent nor reserved: out->granted. FSHM_DENIED:
  * it is another window now. */
-int fshm_budget_withdraw(fshm_limiter *budget, const void *key, uint64_t key_length,
+int fshm_budget_withdraw(fshm_limiter *limiter, const void *key, uint64_t key_length,
                          uint64_t window, uint64_t now_ns, fshm_budget *out);
 /* 1: for the first call of a key in its window. */
-int fshm_budget_once(fshm_limiter *budget, const void *key, uint64_t key_length, uint64_t now_ns);
+int fshm_budget_once(fshm_limiter *limiter, const void *key, uint64_t key_length, uint64_t now_ns);
 /* For inspection: one amount. which: 0 .. 3, as of fshm_budget_add(), 2: the mark; FSHM_BUDGET_RESERVED: what one process
  * has reserved of a key; FSHM_BUDGET_LIMIT: of the limiter, for each key. */
 #define FSHM_BUDGET_RESERVED 4

@@ -22,7 +22,7 @@
 #define MINUTE UINT64_C(60000000000)
 #define ZONE_SPANS 121
 #define ZONE_NAME 40
-#define CALENDAR_MOST (400 * 1440) /* minutes: no window is longer */
+#define CALENDAR_MOST 576000 /* minutes, 400 days: no window is longer */
 
 /* A zone, in the segment. Entries are claimed in order and never given back. Constant once it is complete. */
 typedef struct {

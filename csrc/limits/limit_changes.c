@@ -39,7 +39,9 @@ static int find_rule(limiter_entry_t *e, const rule_t *rule, uint64_t version) {
   rule_t found;
   uint64_t owner;
   for (unsigned i = 0; i < RULES; i++) {
-    if (!read_used(e, i, &found, &owner) || memcmp(&found, rule, sizeof found) != 0) continue;
+    if (!read_used(e, i, &found, &owner) ||
+        memcmp(found.words, rule->words, sizeof found.words) != 0)
+      continue;
     /* Never an older version than it says: then our own swap of `current` fails in any case. */
     if (owner >= (RULE_USED | version) ||
         atomic_compare_exchange_strong(&e->owners[i], &owner, RULE_USED | version))
