@@ -169,6 +169,12 @@ class Link:
         something of it for. request, learn: of TokenLeases."""
         return True
 
+    def _fork_begins(self) -> None:
+        """In the parent, before a fork."""
+
+    def _fork_ended(self) -> None:
+        """In the parent, after it."""
+
     def _forked(self) -> None:
         """In a child: drop what belongs to the parent."""
 
@@ -377,6 +383,16 @@ def has_leases(segment: Segment, limiter: bytes, suffix: str = TOKEN_LEASES) -> 
     return True
 
 
+def _fork_begins() -> None:
+    for each in list(_links.values()):
+        each._fork_begins()
+
+
+def _fork_ended() -> None:
+    for each in list(_links.values()):
+        each._fork_ended()
+
+
 def _forked() -> None:
     """Locks that other threads held in the parent would stay locked."""
     global _links_lock, starting
@@ -391,4 +407,4 @@ def _forked() -> None:
             limiter.forked()
 
 
-os.register_at_fork(after_in_child=_forked)
+os.register_at_fork(before=_fork_begins, after_in_parent=_fork_ended, after_in_child=_forked)

@@ -183,6 +183,12 @@ class FileLink(Link):
     def _tell_back(self, seconds: float) -> None:
         log.warning("%s can be used again, after %.1f s", self.terms.shown, seconds)
 
+    def _fork_begins(self) -> None:
+        self.store.fork_begins()
+
+    def _fork_ended(self) -> None:
+        self.store.fork_ended()
+
     def _forked(self) -> None:
         self.store.forked()
         self._asked, self._asked_lock = [], threading.Lock()

@@ -255,7 +255,10 @@ def _restored(into: Store, exported: dict[str, Any]) -> int:
     with into.transaction() as t:
         passed = max(clock.time_of_day() - round(exported["time"] * 1e9), 0)
         secret = bytes.fromhex(exported["secret"])
-        if not t.db.execute("SELECT count(*) FROM key").fetchone()[0]:
+        if len(secret) != len(t.secret):
+            raise ValueError(f"its secret must have {len(t.secret)} bytes, not {len(secret)}")
+        counts = "SELECT (SELECT count(*) FROM key) + (SELECT count(*) FROM money)"
+        if not t.db.execute(counts).fetchone()[0]:
             t.db.execute("UPDATE meta SET value = ? WHERE name = 'secret'", (secret,))
         else:
             secret = t.secret

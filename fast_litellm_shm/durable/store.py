@@ -158,15 +158,31 @@ class Store:
         self._noted = self._cleared = self._floor = 0
         self._suspect = False  # damage was met
         self._inside = 0  # the thread that is in a transaction
+        self._forks = False  # a fork holds the lock
+
+    def fork_begins(self) -> None:
+        """Close the connection, between two transactions. What SQLite's library knows of the locks
+        that this process holds would go along to the child, which holds none: the child would write
+        without them, to a log that is deleted when the parent ends."""
+        self._forks = not self.is_busy_here and self.lock.acquire(timeout=self._timeout)
+        if self._forks and self._open is not None:
+            opened, self._open = self._open, None
+            opened.db.close()
+
+    def fork_ended(self) -> None:
+        """In the parent. The next transaction connects anew."""
+        if self._forks:
+            self._forks = False
+            self.lock.release()
 
     def forked(self) -> None:
         """In a child. SQLite forbids to use the parent's connection there, and to close it: so it
-        is never freed."""
+        is never freed, if a thread was stuck in it."""
         if self._open is not None:
             import ctypes
 
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._open.db))
-        self._open, self.lock = None, threading.RLock()
+        self._open, self.lock, self._forks = None, threading.RLock(), False
 
     def close(self) -> None:
         """Unless a thread is stuck in it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
-from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
+from decimal import ROUND_HALF_EVEN, Context, Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeAlias
 
 from fast_litellm_shm import exceptions, limits
@@ -33,6 +33,7 @@ Key: TypeAlias = str | bytes
 USD: TypeAlias = int | float | str | Decimal
 
 _MOST = 10**18
+_EXACT = Context(prec=100, traps=[InvalidOperation])  # whatever the thread's own is
 _SPENT, _ADDED, _GRANTED = 0, 1, 3  # places of a budget's numbers
 _UTC = timezone.utc  # `timezone` is an argument below
 _NEVER = 2**28 - 1  # the end of a window that never ends
@@ -55,10 +56,11 @@ def nanos(value: object, where: str = "usd") -> int:
         found += 2 * rest > below or (2 * rest == below and found & 1)
     elif isinstance(value, (Decimal, str)):
         try:
-            exact = value if isinstance(value, Decimal) else Decimal(value)
+            exact = value if isinstance(value, Decimal) else _EXACT.create_decimal(value)
             if not exact.is_finite() or exact.adjusted() > 20:
                 raise ValueError(f"{where} must be a finite amount, not {value!r}")
-            found = int(exact.scaleb(9).to_integral_value(ROUND_HALF_EVEN))
+            nano = exact.scaleb(9, _EXACT)
+            found = int(nano.to_integral_value(ROUND_HALF_EVEN, _EXACT))
         except InvalidOperation:
             raise ValueError(f"{where} must be an amount, not {value!r}") from None
     else:
@@ -131,12 +133,12 @@ class Reservations:
         self._end(Decimal(0))
 
     def _end(self, usd: Decimal) -> None:
-        failed: Exception | None = None
+        failed: BaseException | None = None
         for each in self._parts:
             try:
                 each.settle(usd)
-            except exceptions.FastShmError as error:
-                failed = error  # the others must know too
+            except BaseException as error:
+                failed = failed or error  # the others must know too
         if failed is not None:
             raise failed
 
@@ -284,11 +286,16 @@ class Budget(BudgetCore, InSegment):
     ) -> Reservation | Reservations:
         """Called by the native part: reserve() in several budgets."""
         amount, parts = dollars(_amount(usd, "reserve: usd")), []
-        for budget, its in ((self, key), *also):
-            parts.append(budget.reserve(its, amount))
-            if not parts[-1]:
-                break
-        return Reservations(parts)
+        try:
+            for budget, its in ((self, key), *also):
+                parts.append(budget.reserve(its, amount))
+                if not parts[-1]:
+                    break
+            return Reservations(parts)
+        except BaseException:  # else it is kept as long as the exception is
+            for part in parts:
+                part.release()
+            raise
 
     def usage(self, key: Key) -> Usage:
         """What the key has spent and reserved in the present window."""

@@ -115,7 +115,8 @@ class Admission:
         """Settle the actual number of tokens, and with ``usd`` what the call cost. Tokens beyond
         the estimate are charged. If they exceed the limit, the key is in debt, and its next
         requests are denied until the debt is paid. Unused tokens are given back, as long as their
-        minute lasts. It can be called again, with a later number."""
+        minute lasts. It can be called again, with a later number of tokens; money is settled
+        once, and without ``usd`` it is given back."""
         _check_tokens("settle", tokens)
         if usd is not None and self._reservation is not None:
             self._reservation.settle(usd)

@@ -455,3 +455,17 @@ def test_no_file_without_durable(host: Host) -> None:
     made = Budget(5, name="plain", segment=host.segment)
     assert call(made, "1")
     assert not os.path.exists(host.path)
+
+
+def test_an_import_forgets_no_budget_of_a_file_without_limiters(host: Host, tmp_path: Path) -> None:
+    budget(host).charge("k", 10)
+    copy = tmp_path / "copy.json"
+    args = ("--name", host.name)
+    assert main(["state", "export", str(copy), *args]) == 0
+    exported = json.loads(copy.read_text())
+    copy.write_text(json.dumps({**exported, "budgets": [], "secret": "ab" * 32}))
+    assert main(["state", "import", str(copy), *args]) == 0
+    copy.write_text(json.dumps({**exported, "budgets": [], "secret": "ab"}))
+    assert main(["state", "import", str(copy), *args]) == 1
+    host.reboot()
+    assert budget(host).spent("k") >= 10

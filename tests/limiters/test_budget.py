@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from decimal import Decimal
+from decimal import Decimal, Inexact, localcontext
 from fractions import Fraction
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -503,6 +503,23 @@ def test_a_full_segment(segment_name: str) -> None:
         for number in range(1000):
             budget.reserve(f"k{number}", 1).settle(1)
     assert number < 100 and budget.spent("k0") == 1
+
+
+def test_amounts_do_not_depend_on_the_threads_decimals(segment: Segment) -> None:
+    budget = Budget(10**6, name="b", segment=segment)
+    with localcontext() as context:
+        context.prec = 4
+        context.traps[Inexact] = True
+        budget.charge("k", Decimal("123456.789"))
+        budget.charge("k", "0.000000001")
+    assert budget.spent("k") == Decimal("123456.789000001")
+
+
+def test_of_several_budgets_none_is_kept_by_an_exception(segment: Segment) -> None:
+    one, two = (Budget(10, name=name, segment=segment) for name in ("one", "two"))
+    with pytest.raises(TypeError) as kept:
+        one.reserve("k", 4, also=[(two, 5)])  # type: ignore[list-item]
+    assert kept.value is not None and not one.usage("k").reserved
 
 
 def test_a_quotas_budget_is_one(segment: Segment) -> None:
