@@ -768,14 +768,24 @@ FAULTS = [
     Fault(
         "a grant in the next window",
         "limits/money.c",
-        (("    if (how == RAISE && m->p.rules[0].unit != window) return FSHM_DENIED;\n", ""),),
+        (
+            ("    if (how == RAISE && m->p.rules[0].unit != window) return FSHM_DENIED;\n", ""),
+            (
+                "      return likely(!m->window) || m->p.rules[0].unit == m->window ? FSHM_OK : "
+                "FSHM_DENIED;\n",
+                "      return FSHM_OK;\n",
+            ),
+        ),
         "pair-budget-raise-window",
         "the next window has a grant",
     ),
     Fault(
         "a clock that is set back, and nothing kept of what it has shown",
         "core/wall.c",
-        (("    if (base < before) {\n", "    if (base > before) {\n"),),
+        (
+            ("    if (base < before) {\n", "    if (base > before) {\n"),
+            ("    raise_to(&h->wall_floor, wall);\n", "    (void)0;\n"),
+        ),
         "wall-set-back",
         "the time of day went back",
     ),
