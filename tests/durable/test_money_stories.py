@@ -50,6 +50,7 @@ class Of:
     least: int = 0
     most: int = 0
     added: int = 0
+    back: int = 0  # what a removed segment had leased: who still has it gives it back at a stop
     held: list[tuple[Reservation, int]] = field(default_factory=list)
 
     @property
@@ -134,6 +135,9 @@ class Story:
             # What is reserved, and a lease: a hundredth, or what a call had left over.
             of.most += of.reserved + (0 if what == "stop" else AHEAD)
             of.least += of.reserved
+            if what == "stop":
+                of.least = max(of.least - of.back, 0)
+            of.back = of.back + of.reserved + AHEAD if what == "remove" else 0
             if what == "day":
                 of.least = of.most = of.added = 0
         held = [of.held for of in self.of.values()]
