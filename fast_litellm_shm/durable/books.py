@@ -374,7 +374,8 @@ def save(link: FileLink) -> tuple[int, int]:
                 t.db.execute(
                     "UPDATE money SET leased = ?, granted = max(granted - ?, 0) "
                     "WHERE limiter = ? AND hash = ? AND minute = ?",
-                    (int(out.reserved > 0), back, number, hashed, minute),
+                    # What is settled for less, or refunded, is to be given back later.
+                    (int(out.reserved + out.spent > 0), back, number, hashed, minute),
                 )
                 total, keys = total + back, keys + (back > 0)
         return total, keys

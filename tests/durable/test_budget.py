@@ -469,3 +469,12 @@ def test_an_import_forgets_no_budget_of_a_file_without_limiters(host: Host, tmp_
     assert main(["state", "import", str(copy), *args]) == 1
     host.reboot()
     assert budget(host).spent("k") >= 10
+
+
+def test_a_refund_after_a_save_comes_back_at_a_stop(host: Host) -> None:
+    made = budget(host)
+    made.charge("k", "0.01")  # less than what may stay granted
+    books_of(made).link.save()
+    made.refund("k", "0.01")
+    host.reboot()
+    assert budget(host).spent("k") == 0
