@@ -202,6 +202,13 @@ static void test_corrections(void) {
   CHECK_EQ(view(l, now + DAY_NS).spent, 12);
   CHECK_EQ(settle(l, &b[4], 5, 5, now + DAY_NS), FSHM_OK);
   CHECK_EQ(view(l, now + DAY_NS).spent, 17);
+  /* the same in one window: what was charged before a reset is not taken back from what came after it */
+  const uint64_t then = now + DAY_NS;
+  CHECK_EQ(reserve(l, 5, FSHM_BUDGET_CHARGE, then, &b[0]), FSHM_ALLOWED);
+  CHECK_EQ(fshm_reset_all(l), FSHM_OK);
+  CHECK_EQ(fshm_budget_add(l, KEY, 1, 0, 10, then), FSHM_OK);
+  CHECK_EQ(settle(l, &b[0], 5, 2, then), FSHM_OK);
+  CHECK_EQ(view(l, then).spent, 12);
   /* a period that changes: what was charged in an hour is not taken back from the month that follows it */
   l = budget(s, "p", 50 * USD, HOUR_NS);
   CHECK_EQ(reserve(l, 5, FSHM_BUDGET_CHARGE, now, &b[0]), FSHM_ALLOWED);

@@ -271,6 +271,12 @@ FAULTS: tuple[Fault, ...] = (
         "test_money",
     ),
     Fault(
+        "a reset that a correction does not know of",
+        "limits/money.c",
+        (("(a.window != window || money_id(m) != id)", "a.window != window"),),
+        "test_money",
+    ),
+    Fault(
         "a refund below nothing",
         "limits/money.c",
         (("  if (by < 0) return minus(amount, (uint64_t)-by);\n", ""),),

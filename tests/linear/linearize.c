@@ -156,7 +156,7 @@ static void run_kind(const wish_t *wish, const kind_t *k, figures_t *all) {
   all->operations += f.operations;
   all->exceptions += f.exceptions;
   all->undecided += f.undecided;
-  CHECK(f.undecided <= 1 + f.histories / 250); /* or next to nothing would be checked */
+  CHECK(f.undecided <= 1 + f.histories / 1000); /* or next to nothing would be checked */
 }
 
 int main(int argc, char **argv) {
