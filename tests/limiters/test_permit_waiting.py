@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from support.children import run
-from support.permits import wait_until_asleep
+from support.permits import stop, wait_until_asleep
 from support.waiting import PATIENCE, comes_true
 from support.workers import meet
 
@@ -76,7 +76,7 @@ def test_a_stopped_waiter_holds_up_nobody_for_more_than_a_look(segment: Segment)
     limiter = make(segment)
     with limiter.slot("k"):
         first, second = _forked_waiter(limiter), _forked_waiter(limiter)
-        os.kill(first, signal.SIGSTOP)
+        stop(first)
     assert _ended_well(second)
     os.kill(first, signal.SIGCONT)
     assert _ended_well(first)

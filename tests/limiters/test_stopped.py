@@ -12,7 +12,7 @@ import time
 from contextlib import ExitStack
 
 import pytest
-from support.permits import wait_until_dead
+from support.permits import stop, wait_until_dead
 from support.wait_storm import MOST, Things, use_once
 from support.waiting import PATIENCE, comes_true, wait_until
 
@@ -58,10 +58,10 @@ def test_a_stopped_process_at_the_head(segment: Segment, kind: str, heads: int) 
             thread.start()
         wait_until("all wait", lambda: _callers(segment) == (heads + 1) * len(WHICH))
         for each in stopped:
-            os.kill(each.pid or 0, signal.SIGSTOP)
+            stop(each.pid or 0)
         assert not served
     try:
-        wait_until(lambda: f"all but {served}", lambda: len(served) == len(WHICH), seconds=WITHIN)
+        assert comes_true(lambda: len(served) == len(WHICH), WITHIN), served
     finally:
         for each in stopped:
             os.kill(each.pid or 0, signal.SIGCONT)
@@ -87,7 +87,7 @@ def test_what_a_stopped_process_holds_comes_back_when_it_is_killed(
         for thread in threads:
             thread.start()
         wait_until("all wait", lambda: _callers(segment) == len(WHICH))
-        os.kill(holder.pid or 0, signal.SIGSTOP)
+        stop(holder.pid or 0)
         time.sleep(2 * WITHIN)
         assert not served and things.held()[:4] == [0, 1, 2, 2], "it lives, and holds them"
     finally:
@@ -119,7 +119,7 @@ def test_a_stopped_process_that_waits_for_a_token(segment: Segment) -> None:
     thread = threading.Thread(target=lambda: served.append(bool(limiter.wait("k"))))
     thread.start()
     wait_until("both wait", lambda: limiter.queue_size("k") == 2)
-    os.kill(stopped.pid or 0, signal.SIGSTOP)
+    stop(stopped.pid or 0)
     try:
         limiter.reset("k")
         assert comes_true(lambda: served == [True], WITHIN)

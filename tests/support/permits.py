@@ -47,6 +47,14 @@ def wait_until_asleep(pid: int) -> None:
     wait_until(f"process {pid} sleeps", sleeps, every=0.01)
 
 
+def stop(pid: int) -> None:
+    """Stop a child of this process. The signal alone says little: until the thread that gets it
+    runs, the others go on, and may take what is released meanwhile."""
+    os.kill(pid, signal.SIGSTOP)
+    _, status = os.waitpid(pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status), f"process {pid} has ended instead: {status}"
+
+
 def wait_until_dead(pid: int) -> None:
     """Until the kernel has ended it, which may take a busy machine a while after the signal. What
     it holds it holds until then. Whether somebody has reaped it does not matter."""
