@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 from support import green
 from support.children import run
+from support.permits import stop
 from support.pooled import CountingServer
 from support.pooled import close as close_client
 from support.pooled import connect as connect_client
-from support.permits import stop
 from support.waiting import PATIENCE, TooSlow, wait_until, wait_until_async
 from support.workers import meet
 
