@@ -171,7 +171,7 @@ static inline HOT uint64_t key_entry(const fshm_vocabulary *v, piece_key_t k, ui
   return UINT64_MAX;
 }
 
-/* Pieces that are no token ------------------------------------------------------------------ */
+/* Pieces that are no token, or long --------------------------------------------------------- */
 
 /* The counts of such pieces are kept, each in an entry of 16 bytes that is swapped whole, as in the memo of texts: it is
  * there or not, never torn. A lost swap is not tried again. Of a piece of up to SHORT_PIECE bytes, the entry is its key,
@@ -215,36 +215,65 @@ static size_t find_tokens(const fshm_vocabulary *v, const uint8_t *p, size_t len
   return length;
 }
 
-static int64_t count_by_search(const fshm_vocabulary *v, const uint8_t *p, size_t length) {
+static int64_t count_uncached(const fshm_vocabulary *v, const uint8_t *p, size_t length) {
+  if (whole_token(v, p, length) != NO_TOKEN) return 1;
   merged_t found;
   size_t n = find_tokens(v, p, length, &found);
   free(found.far);
   return n ? (int64_t)n : FSHM_E_MEMORY;
 }
 
-static __attribute__((noinline)) int64_t count_short(const fshm_vocabulary *v, const uint8_t *p,
-                                                     size_t length, piece_key_t k, uint64_t hash) {
-  if (!v->cache) return count_by_search(v, p, length);
-  cached_t *entry = cached_short(v, hash);
-  pair_t seen = pair_load(entry); /* pairs with the swap below */
-  if (seen.who == k.low && (seen.when & UINT64_MAX >> 4) == k.high)
-    return (int64_t)(seen.when >> 60);
-  unsigned count = merge_short(v, p, (unsigned)length);
-  (void)pair_cas(entry, &seen, (pair_t){k.low, k.high | (uint64_t)count << 60});
+/* Short pieces that are neither a token nor in the cache: they are merged together. */
+typedef struct {
+  merging_t merging[MERGED_AT_ONCE];
+  struct {
+    piece_key_t key;
+    pair_t seen; /* in the cache */
+  } pieces[MERGED_AT_ONCE];
+  unsigned n;
+} unmerged_t;
+
+static __attribute__((noinline)) uint64_t merge_noted(const fshm_vocabulary *v, unmerged_t *u) {
+  uint64_t count = 0;
+  merge_all(v, u->merging, u->n);
+  for (unsigned i = 0; i < u->n; i++) {
+    unsigned tokens = (unsigned)__builtin_popcount(u->merging[i].parts);
+    piece_key_t k = u->pieces[i].key;
+    count += tokens - 1;
+    if (v->cache)
+      (void)pair_cas(cached_short(v, piece_hash(k)), &u->pieces[i].seen,
+                     (pair_t){k.low, k.high | (uint64_t)tokens << 60});
+  }
+  u->n = 0;
   return count;
+}
+
+/* How many tokens more than one a short piece has that is no token. Those of one that is not in the cache are counted
+ * later, by merge_noted(). */
+static __attribute__((noinline)) uint64_t count_short(const fshm_vocabulary *v, const uint8_t *p,
+                                                      size_t length, piece_key_t k, uint64_t hash,
+                                                      unmerged_t *u) {
+  pair_t seen = {0, 0};
+  if (v->cache) {
+    seen = pair_load(cached_short(v, hash)); /* pairs with the swap in merge_noted() */
+    if (seen.who == k.low && (seen.when & UINT64_MAX >> 4) == k.high) return (seen.when >> 60) - 1;
+  }
+  u->pieces[u->n].key = k;
+  u->pieces[u->n].seen = seen;
+  merge_begin(v, &u->merging[u->n], p, (unsigned)length);
+  return ++u->n == MERGED_AT_ONCE ? merge_noted(v, u) : 0;
 }
 
 static __attribute__((noinline)) int64_t count_long(const fshm_vocabulary *v, const uint8_t *p,
                                                     size_t length) {
-  if (whole_token(v, p, length) != NO_TOKEN) return 1;
-  if (!v->cache || length > LONG_CACHED) return count_by_search(v, p, length);
+  if (!v->cache || length > LONG_CACHED) return count_uncached(v, p, length);
   uint64_t hash[2];
   fshm_siphash128(v->secret[0], v->secret[1], p, length, hash);
   cached_t *entry = cached_long(v, hash);
   pair_t seen = pair_load(entry); /* pairs with the swap below */
   if (seen.who == hash[0] && ((seen.when ^ hash[1]) & ~LONG_COUNT) == 0 && seen.when & LONG_COUNT)
     return (int64_t)(seen.when & LONG_COUNT);
-  int64_t count = count_by_search(v, p, length);
+  int64_t count = count_uncached(v, p, length);
   if (count > 0)
     (void)pair_cas(entry, &seen, (pair_t){hash[0], (hash[1] & ~LONG_COUNT) | (uint64_t)count});
   return count;
@@ -291,15 +320,16 @@ static inline HOT const uint8_t *note_block(const fshm_vocabulary *v, const uint
   return p + from;
 }
 
-static int64_t count_missed(const fshm_vocabulary *v, const noted_t *piece) {
+static int64_t count_missed(const fshm_vocabulary *v, const noted_t *piece, unmerged_t *u) {
   uint64_t hash = piece_hash(piece->key);
+  if (piece->length > SHORT_PIECE) return count_long(v, piece->at, piece->length);
   if (key_entry(v, piece->key, hash) != UINT64_MAX) return 1;
-  return count_short(v, piece->at, piece->length, piece->key, hash);
+  return 1 + (int64_t)count_short(v, piece->at, piece->length, piece->key, hash, u);
 }
 
 /* Count the pieces that are noted. No branch waits for a lookup: what is not in the first two entries is listed, and
  * counted afterwards. */
-static inline HOT void count_noted(walk_t *w, const noted_t *noted, unsigned n) {
+static inline HOT void count_noted(walk_t *w, const noted_t *noted, unsigned n, unmerged_t *u) {
   const fshm_vocabulary *v = w->v;
   uint8_t missed[NOTED + BLOCK];
   unsigned misses = 0;
@@ -316,9 +346,7 @@ static inline HOT void count_noted(walk_t *w, const noted_t *noted, unsigned n) 
       __builtin_prefetch(cached_short(v, piece_hash(noted[missed[i]].key)));
   }
   for (unsigned i = 0; i < misses; i++) {
-    const noted_t *piece = &noted[missed[i]];
-    int64_t tokens = piece->length <= SHORT_PIECE ? count_missed(v, piece)
-                                                  : count_long(v, piece->at, piece->length);
+    int64_t tokens = count_missed(v, &noted[missed[i]], u);
     if (unlikely(tokens < 0))
       w->failed = tokens;
     else
@@ -344,6 +372,8 @@ static inline HOT void count_pieces(walk_t *w, unsigned pattern, const uint8_t *
                                     const uint8_t *end) {
   const fshm_vocabulary *v = w->v;
   const uint8_t *p = w->at;
+  unmerged_t unmerged;
+  unmerged.n = 0;
 #if defined(__SSE2__)
   noted_t noted[NOTED + BLOCK];
   unsigned n = 0;
@@ -354,7 +384,7 @@ static inline HOT void count_pieces(walk_t *w, unsigned pattern, const uint8_t *
     if (known) {
       const uint8_t *next = note_block(v, p, block_starts(pattern, p, known), noted, &n);
       if (n >= NOTED) {
-        count_noted(w, noted, n);
+        count_noted(w, noted, n, &unmerged);
         n = 0;
         if (unlikely(w->failed)) break;
       }
@@ -370,7 +400,8 @@ static inline HOT void count_pieces(walk_t *w, unsigned pattern, const uint8_t *
     if (likely(length <= SHORT_PIECE)) {
       piece_key_t k = piece_key(p, length);
       uint64_t hash = piece_hash(k);
-      if (unlikely(key_entry(v, k, hash) == UINT64_MAX)) more = count_short(v, p, length, k, hash);
+      if (unlikely(key_entry(v, k, hash) == UINT64_MAX))
+        more += (int64_t)count_short(v, p, length, k, hash, &unmerged);
     } else {
       more = count_long(v, p, length);
     }
@@ -382,8 +413,9 @@ static inline HOT void count_pieces(walk_t *w, unsigned pattern, const uint8_t *
     p = next;
   }
 #if defined(__SSE2__)
-  if (n && !w->failed) count_noted(w, noted, n);
+  if (n && !w->failed) count_noted(w, noted, n, &unmerged);
 #endif
+  if (unmerged.n) w->count += merge_noted(v, &unmerged);
   w->at = p;
 }
 

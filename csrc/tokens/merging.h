@@ -59,19 +59,38 @@ static inline uint32_t whole_token(const fshm_vocabulary *v, const uint8_t *p, s
   return token && token <= v->header.tokens ? token - 1 : NO_TOKEN;
 }
 
-/* What two neighbours merge to; NO_TOKEN: nothing. */
-static inline uint32_t merged_pair(const fshm_vocabulary *v, uint32_t left, uint32_t right) {
-  uint64_t pair = (uint64_t)left << 20 | right, hash = pair_hash(pair);
-  uint64_t bit = hash >> (62 - v->header.pair_bits);
-  if (likely(!(WORD(&v->filter[bit / 64]) >> (bit % 64) & 1))) return NO_TOKEN;
-  uint64_t mask = (UINT64_C(1) << v->header.pair_bits) - 1;
-  uint64_t at = hash >> (64 - v->header.pair_bits);
+static inline uint64_t pair_of(uint32_t left, uint32_t right) {
+  return (uint64_t)left << 20 | right;
+}
+
+/* Whether the pair with this hash may merge. Mostly not, and then it does not. */
+static inline const uint64_t *filter_word(const fshm_vocabulary *v, uint64_t hash) {
+  return &v->filter[hash >> (62 - v->header.pair_bits) >> 6];
+}
+static inline bool may_merge(const fshm_vocabulary *v, uint64_t hash) {
+  return WORD(filter_word(v, hash)) >> (hash >> (62 - v->header.pair_bits) & 63) & 1;
+}
+
+/* The first entry of `pairs` that may be of the pair with this hash. */
+static inline uint64_t pair_home(const fshm_vocabulary *v, uint64_t hash) {
+  return hash >> (64 - v->header.pair_bits);
+}
+
+/* What a pair that may merge merges to; NO_TOKEN: nothing. */
+static inline uint32_t found_pair(const fshm_vocabulary *v, uint64_t pair, uint64_t hash) {
+  uint64_t mask = (UINT64_C(1) << v->header.pair_bits) - 1, at = pair_home(v, hash);
   for (int i = 0; i < PROBES; i++, at = (at + 1) & mask) {
     uint64_t seen = WORD(&v->pairs[at]);
     if (seen >> 24 == pair) return (uint32_t)seen & 0xffffff;
     if (seen == PAIR_EMPTY) break;
   }
   return NO_TOKEN;
+}
+
+/* What two neighbours merge to; NO_TOKEN: nothing. */
+static inline uint32_t merged_pair(const fshm_vocabulary *v, uint32_t left, uint32_t right) {
+  uint64_t pair = pair_of(left, right), hash = pair_hash(pair);
+  return likely(!may_merge(v, hash)) ? NO_TOKEN : found_pair(v, pair, hash);
 }
 
 /* Whether merging the bytes of both, side by side, ends with these two. It runs the merges backwards: at each step,
@@ -97,8 +116,19 @@ static inline bool stay_apart(const fshm_vocabulary *v, uint32_t left, uint32_t 
 
 /* Short pieces ------------------------------------------------------------------------------ */
 
+#define MERGED_AT_ONCE 32 /* pieces */
 #define PARTS 16 /* more than SHORT_PIECE */
 #define NO_MERGE INT32_MAX /* behind all others */
+
+/* A piece of 1 to SHORT_PIECE bytes that is being merged by rank, as tiktoken does. */
+typedef struct {
+  int32_t merges[PARTS]; /* by the place where a part begins; see merge_at() */
+  uint32_t tokens[PARTS];
+  unsigned parts; /* a bit for each place where one begins */
+  unsigned left, at; /* where the parts of the two new pairs begin */
+  uint64_t pairs[2]; /* the part before the new one and it; it and the part behind it */
+} merging_t;
+#define NO_PAIR UINT64_MAX /* no entry of `pairs` has it */
 
 /* What the part at a place and the one behind it merge to, such that the least is the merge to be done: the number of
  * that token, which compares as ranks do, and then the place, since of equal ones the leftmost is first. */
@@ -106,33 +136,68 @@ static inline int32_t merge_at(uint32_t merged, unsigned place) {
   return merged > FSHM_MAX_TOKENS ? NO_MERGE : (int32_t)(merged * PARTS + place);
 }
 
-/* Merge a piece of 2 to SHORT_PIECE bytes by rank, as tiktoken does. Returns the number of tokens. Each step takes one
- * part away, whatever the file says. */
-static inline unsigned merge_short(const fshm_vocabulary *v, const uint8_t *p, unsigned length) {
-  int32_t merges[PARTS]; /* by the place where a part begins */
-  uint32_t tokens[PARTS];
-  unsigned parts = (1U << length) - 1; /* a bit for each place where one begins */
-  for (unsigned i = 0; i < PARTS; i++) merges[i] = NO_MERGE;
+static inline void merge_begin(const fshm_vocabulary *v, merging_t *m, const uint8_t *p,
+                               unsigned length) {
+  m->parts = (1U << length) - 1;
+  for (unsigned i = 0; i < PARTS; i++) m->merges[i] = NO_MERGE;
   for (unsigned i = 0; i < length; i++) {
-    tokens[i] = NODE_TOKEN(cell_of(v, v->header.root ^ p[i])) - 1;
-    if (i + 1 < length) merges[i] = merge_at(WORD(&v->bigrams[p[i] << 8 | p[i + 1]]), i);
+    m->tokens[i] = NODE_TOKEN(cell_of(v, v->header.root ^ p[i])) - 1;
+    if (i + 1 < length) m->merges[i] = merge_at(WORD(&v->bigrams[p[i] << 8 | p[i + 1]]), i);
   }
-  for (;;) {
-    int32_t least = merges[0];
-    for (unsigned i = 1; i < PARTS; i++) least = merges[i] < least ? merges[i] : least;
-    if (least == NO_MERGE) return (unsigned)__builtin_popcount(parts);
-    unsigned at = (unsigned)least % PARTS, token = (unsigned)least / PARTS;
-    unsigned before = parts & ((1U << at) - 1), behind = parts & ~((2U << at) - 1);
-    unsigned taken = (unsigned)__builtin_ctz(behind); /* a merge has a part behind it */
-    behind &= behind - 1;
-    parts &= ~(1U << taken);
-    tokens[at] = token;
-    merges[at] = merges[taken] = NO_MERGE;
-    if (behind) merges[at] = merge_at(merged_pair(v, token, tokens[__builtin_ctz(behind)]), at);
-    if (before) {
-      unsigned left = 31 - (unsigned)__builtin_clz(before);
-      merges[left] = merge_at(merged_pair(v, tokens[left], token), left);
+}
+
+/* Do the next merge, and ask for what tells of the two pairs that it makes. False: there is none. Each merge takes one
+ * part away, whatever the file says. */
+static inline bool merge_next(const fshm_vocabulary *v, merging_t *m) {
+  int32_t least = m->merges[0];
+  for (unsigned i = 1; i < PARTS; i++) least = m->merges[i] < least ? m->merges[i] : least;
+  if (least == NO_MERGE) return false;
+  unsigned at = (unsigned)least % PARTS, token = (unsigned)least / PARTS;
+  unsigned before = m->parts & ((1U << at) - 1), behind = m->parts & ~((2U << at) - 1);
+  unsigned taken = (unsigned)__builtin_ctz(behind); /* a merge has a part behind it */
+  behind &= behind - 1;
+  m->parts &= ~(1U << taken);
+  m->tokens[at] = token;
+  m->at = at;
+  m->left = before ? 31 - (unsigned)__builtin_clz(before) : at;
+  m->merges[at] = m->merges[taken] = m->merges[m->left] = NO_MERGE;
+  m->pairs[0] = before ? pair_of(m->tokens[m->left], token) : NO_PAIR;
+  m->pairs[1] = behind ? pair_of(token, m->tokens[__builtin_ctz(behind)]) : NO_PAIR;
+  for (int i = 0; i < 2; i++) __builtin_prefetch(filter_word(v, pair_hash(m->pairs[i])));
+  return true;
+}
+
+/* Of the two pairs, which may merge; and ask for what they merge to. */
+static inline void merge_filter(const fshm_vocabulary *v, merging_t *m) {
+  for (int i = 0; i < 2; i++) {
+    uint64_t hash = pair_hash(m->pairs[i]), may = 0 - (uint64_t)may_merge(v, hash);
+    m->pairs[i] |= ~may; /* NO_PAIR, if not */
+    __builtin_prefetch(&v->pairs[pair_home(v, hash) & may]);
+  }
+}
+
+static inline void merge_look_up(const fshm_vocabulary *v, merging_t *m) {
+  for (int i = 0; i < 2; i++) {
+    if (m->pairs[i] == NO_PAIR) continue;
+    unsigned place = i ? m->at : m->left;
+    m->merges[place] = merge_at(found_pair(v, m->pairs[i], pair_hash(m->pairs[i])), place);
+  }
+}
+
+/* Merge all of them to their ends. Which memory a merge reads is known only when the one before it is done: so there is
+ * a merge of each piece in turn, and each step asks for what the next one reads. */
+static inline void merge_all(const fshm_vocabulary *v, merging_t *merging, unsigned n) {
+  uint8_t going[MERGED_AT_ONCE];
+  for (unsigned i = 0; i < n; i++) going[i] = (uint8_t)i;
+  while (n) {
+    unsigned left = 0;
+    for (unsigned i = 0; i < n; i++) {
+      going[left] = going[i];
+      left += merge_next(v, &merging[going[i]]);
     }
+    n = left;
+    for (unsigned i = 0; i < n; i++) merge_filter(v, &merging[going[i]]);
+    for (unsigned i = 0; i < n; i++) merge_look_up(v, &merging[going[i]]);
   }
 }
 
