@@ -36,6 +36,15 @@ uint64_t money_window(fshm_segment *s, const rule_t *rule, uint64_t now) {
   return calendar_ends(&r, now ? now : segment_now(s));
 }
 
+/* Whether the rule's window is not over; and not of a clock that was ahead, and is right by now: a window that ends later
+ * than a usual one can. (A month of 31 days, a leap year and a day of 25 hours are no longer than that.) */
+static inline bool money_is_now(const money_t *m, const rule_t *rule) {
+  const uint64_t minute = calendar_minute(rule, m->now), usual = rule->per / MINUTE;
+  if (unlikely(rule->unit <= minute)) return false;
+  return likely(rule->unit - minute <= usual + usual / 24) ||
+         rule->unit == money_window(m->s, rule, m->now);
+}
+
 /* Load the limits, of the window that it is now. The first call of a window gives the rules its end: one publication,
  * as of any limits that change. */
 static int money_load(money_t *m) {
@@ -43,7 +52,7 @@ static int money_load(money_t *m) {
     if (!limits_load(m->s, m->l->index, &m->p)) return damage_limits(m->s, m->l->index);
     if (!m->p.money) return FSHM_E_ARGUMENT;
     if (!m->fixed) m->now = segment_now(m->s);
-    if (likely(m->p.rules[0].unit > calendar_minute(&m->p.rules[0], m->now)))
+    if (likely(money_is_now(m, &m->p.rules[0])))
       return likely(!m->window) || m->p.rules[0].unit == m->window ? FSHM_OK : FSHM_DENIED;
     rule_t next[FSHM_MAX_LIMITS];
     for (uint32_t i = 0; i < m->p.money; i++) {
@@ -105,9 +114,12 @@ static bool money_look(money_t *m, uint32_t i, amount_t *out) {
     return false;
   if (!sane || old.kind != FSHM_MONEY || !IS_MONEY(state) || old.unit <= calendar_minute(r, m->now))
     return true; /* its window is over */
+  calendar_ready(m->s, &old);
+  const bool began =
+      money_is_now(m, &old); /* else of a clock that was ahead: it belongs to this window */
   if (i == MONEY_GRANTED && old.unit != r->unit) return true; /* of another window: ask anew */
   out->amount = MONEY_OF(state);
-  if (old.unit != r->unit) {
+  if (old.unit != r->unit && began) {
     const uint64_t label = WHO_OF(0, 0, RULES - 1, 0) & ~UINT64_C(1);
     out->who = (out->who & ~label) | (out->f.pair.who & label);
     out->window = old.unit;

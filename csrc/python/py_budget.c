@@ -21,6 +21,7 @@ typedef struct {
   PyObject *budget, *key;
   uint64_t amount;
   int allowed, open; /* open: neither settled nor given back */
+  double again_after; /* seconds: whoever grants the budget could not be asked; 0: it was, or need not be */
   fshm_budget held;
 } BudgetReservation;
 
@@ -138,13 +139,17 @@ static PyObject *budget_reservation_get_reason(PyObject *o, UNUSED void *unused)
   if (self->allowed) return PyUnicode_FromString("Request allowed");
   PyObject *name = PyObject_GetAttrString(self->budget, "name");
   if (!name) return NULL;
-  PyObject *reason = PyUnicode_FromFormat("Budget exceeded (%U)", name);
+  PyObject *reason =
+      PyUnicode_FromFormat(self->again_after > 0
+                               ? "Budget not granted (%U): its state file or server cannot be used"
+                               : "Budget exceeded (%U)",
+                           name);
   Py_DECREF(name);
   return reason;
 }
 static PyObject *budget_reservation_get_retry_after(PyObject *o, UNUSED void *unused) {
   BudgetReservation *self = (BudgetReservation *)o;
-  if (self->allowed) return PyFloat_FromDouble(0);
+  if (self->allowed || self->again_after > 0) return PyFloat_FromDouble(self->again_after);
   if (self->amount > self->held.limit || self->held.window == (1U << 28) - 1) Py_RETURN_NONE;
   return PyFloat_FromDouble((double)self->held.left_ns / 1e9);
 }
@@ -196,7 +201,9 @@ static PyGetSetDef budget_reservation_getset[] = {
     {"reason", budget_reservation_get_reason, NULL, "\"Request allowed\", or which budget denied.",
      NULL},
     {"retry_after", budget_reservation_get_retry_after, NULL,
-     "Seconds until the window ends in which it was denied; None: it never fits.", NULL},
+     "Seconds until the window ends in which it was denied, or until its state file or server may "
+     "be asked again; None: it never fits.",
+     NULL},
     {"_open", budget_reservation_get_open, NULL, NULL, NULL},
     {"_nanos", budget_reservation_get_nanos, NULL, NULL, NULL},
     {NULL, NULL, NULL, NULL, NULL}};
@@ -241,14 +248,17 @@ static PyObject *budget_take(BudgetCore *self, PyObject *key, uint64_t amount) {
   r->key = Py_NewRef(key);
   r->amount = amount;
   r->open = 0;
+  r->again_after = 0;
   int status, asked = 0;
   while ((status = fshm_budget_reserve(self->limiter, k.bytes, (uint64_t)k.length, amount,
                                        self->flags, 0, &r->held)) == FSHM_ASK &&
          asked++ < 4) {
-    /* Its ledger must grant more: _ask(key, nanos) says whether it did. */
+    /* Its ledger must grant more: _ask(key, nanos) says whether it did; a float: in so many seconds it may. */
     PyObject *granted =
         PyObject_CallMethod((PyObject *)self, "_ask", "OK", key, (unsigned long long)amount);
-    const int more = granted ? PyObject_IsTrue(granted) : -1;
+    const int later = granted && Py_TYPE(granted) == &PyFloat_Type;
+    const int more = !granted ? -1 : later ? 0 : PyObject_IsTrue(granted);
+    if (later) r->again_after = PyFloat_AsDouble(granted);
     Py_XDECREF(granted);
     if (more > 0) continue;
     if (more < 0)

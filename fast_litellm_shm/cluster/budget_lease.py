@@ -72,9 +72,10 @@ class BudgetLeases:
 
     # calls
 
-    def ask(self, raw: bytes, amount: int, warn_at: float | None) -> tuple[bool, bool]:
-        """What is leased has no room for this amount: lease more. Returns whether to try again, and
-        whether it is time to warn."""
+    def ask(self, raw: bytes, amount: int, warn_at: float | None) -> tuple[bool | float, bool]:
+        """What is leased has no room for this amount: lease more. Returns whether to try again (a
+        float: not before so many seconds, since the server does not answer), and whether it is time
+        to warn."""
         found = self.look(raw)
         used = found.spent + found.reserved
         lacks = max(used + amount - found.granted, 0)
@@ -90,7 +91,9 @@ class BudgetLeases:
             may_wait()
             answer = self._call(self._asking(raw, found, lacks, warn_at))
         except UnreachableError:
-            return self._decide(raw, found, amount), False
+            if self._decide(raw, found, amount):
+                return True, False
+            return self.connection.retry_after_ns / 1e9, False
         return answer.admitted, answer.warns
 
     def _asking(self, raw: bytes, found: Any, lacks: int, warn_at: float | None) -> Request:

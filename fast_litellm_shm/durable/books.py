@@ -55,6 +55,14 @@ class Row(NamedTuple):
     added: int
 
 
+class _Filled(NamedTuple):
+    """more: what was granted in the window. again: whether a call should try again."""
+
+    window: int
+    more: int
+    again: bool
+
+
 def _do(budget: Account, raw: bytes, call: Callable[..., int], *given: Any) -> None:
     """A call of the core about a key. One about a window that is over does nothing."""
     status = call(budget._handle, raw, len(raw), *given)
@@ -70,15 +78,15 @@ class Books:
         self.link: FileLink = links.of(file.of(segment), segment)
         self._budget_name = budget.name.encode("utf-8", "surrogatepass")
         self._mine = str(segment.geometry().instance)
-        self._put = (0, 0)  # the window, and what a transaction has granted in it
 
     # what a budget calls
 
-    def ask(self, budget: Account, raw: bytes, amount: int) -> bool:
-        """Have so much granted. Returns whether to try again."""
+    def ask(self, budget: Account, raw: bytes, amount: int) -> bool | float:
+        """Have so much granted. Returns whether to try again; a float: not before so many seconds,
+        since the file cannot be used."""
         may_wait()
         try:
-            return self._in_file(lambda t: self._filled(t, budget, raw, amount), budget, raw)
+            return self._fill(budget, raw, amount)
         except UnreachableError:
             return self._ask_nobody(budget, raw, amount)
 
@@ -88,22 +96,22 @@ class Books:
         found = _look(budget, raw)
         if found.spent + found.reserved > found.granted and not self.link.store.is_busy_here:
             with contextlib.suppress(UnreachableError):  # the next call writes it
-                self._in_file(lambda t: self._filled(t, budget, raw, 0), budget, raw)
+                self._fill(budget, raw, 0)
         else:
             self.link.ensure(Tending).later(self, budget, raw)
 
     def give_back(self, budget: Account, raw: bytes) -> None:
         """What is kept ahead beyond a part of the budget."""
-        self._in_file(lambda t: self._filled(t, budget, raw, 0), budget, raw)
+        self._fill(budget, raw, 0)
 
     def changing(self, budget: Account, raw: bytes, change: Callable[[], T]) -> T:
         """A change of what was spent, which is in the file too when this returns. Raises
         StateFileError, and then nothing was changed."""
         with self._needed(budget):
-            self._in_file(lambda t: self._taken_over(t, budget, raw), budget, raw)
+            self._in_file(lambda t: self._taken_over(t, budget, raw))
         done = change()
         with self._needed(budget):
-            self._in_file(lambda t: self._filled(t, budget, raw, 0), budget, raw)
+            self._fill(budget, raw, 0)
         return done
 
     def add(self, budget: Account, raw: bytes, amount: int) -> None:
@@ -118,7 +126,7 @@ class Books:
             return True
 
         with self._needed(budget):
-            self._in_file(change, budget, raw)
+            self._in_file(change)
         if amount >= 0:
             _do(budget, raw, lib.fshm_budget_add, _ADDED, amount, 0)
 
@@ -166,10 +174,19 @@ class Books:
 
     # in a transaction
 
-    def _filled(self, t: Transaction, budget: Account, raw: bytes, amount: int) -> bool:
-        """Grant, so that ``amount`` more can be reserved; or take back what is kept beyond a part.
-        Returns whether a call should try again. What is granted is put into the segment when it is
-        on the disk."""
+    def _fill(self, budget: Account, raw: bytes, amount: int) -> bool:
+        """_filled() in a transaction. What it grants is in the segment when it is on the disk, and
+        before another thread of this process begins one."""
+
+        def put(filled: _Filled) -> None:
+            if filled.more:
+                _do(budget, raw, lib.fshm_budget_grant, filled.more, filled.window, 0)
+
+        return self._in_file(lambda t: self._filled(t, budget, raw, amount), put).again
+
+    def _filled(self, t: Transaction, budget: Account, raw: bytes, amount: int) -> _Filled:
+        """Grant, so that ``amount`` more can be reserved; or take back what is kept beyond a
+        part."""
         found, row = self._taken_over(t, budget, raw)
         part, used = found.limit // _PART, found.spent + found.reserved
         granted = max(row.granted, found.granted)  # more here: granted during an outage
@@ -186,8 +203,8 @@ class Books:
         after = row._replace(granted=min(max(granted + more - back, 0), _MOST))
         if after != row:
             self._write(t, raw, found.window, after)
-        self._put = (found.window, more)
-        return more > 0 or need <= 0  # another call has had it granted meanwhile
+        # need <= 0: another call has had it granted meanwhile
+        return _Filled(found.window, more, more > 0 or need <= 0)
 
     def _taken_over(self, t: Transaction, budget: Account, raw: bytes) -> tuple[Any, Row]:
         """The key in the segment, and its row in the file, which is this segment's now. What others
@@ -253,11 +270,14 @@ class Books:
     # the file
 
     def _in_file(
-        self, call: Callable[[Transaction], T], budget: Account | None = None,
-        raw: bytes = b"", *, write: bool = True,
-    ) -> T:  # fmt: skip
-        """In a transaction. Raises UnreachableError. What it granted is in the segment before
-        another thread of this process begins one."""
+        self,
+        call: Callable[[Transaction], T],
+        then: Callable[[T], object] | None = None,
+        *,
+        write: bool = True,
+    ) -> T:
+        """``call`` in a transaction, and ``then`` with what it returned, when that is on the disk.
+        Raises UnreachableError."""
         link, began = self.link, time.monotonic_ns()
         if link.store.is_busy_here:
             raise UnreachableError("called within a transaction")
@@ -267,15 +287,12 @@ class Books:
         def run() -> T:
             if not link.store.lock.acquire(timeout=link.terms.timeout):
                 raise link.store.locked("a write of this process does not end")
-            self._put = (0, 0)
             try:
                 with link.store.transaction(write) as t:
                     found = call(t)
-                window, more = self._put
                 link.has_answered = True
-                if more:
-                    assert budget is not None
-                    _do(budget, raw, lib.fshm_budget_grant, more, window, 0)
+                if then is not None:
+                    then(found)
                 link._measured(link.component, "money", time.monotonic_ns() - began)
                 return found
             finally:
@@ -294,14 +311,13 @@ class Books:
                 f"{link.no_answer} ({error}): try again later"
             ) from error
 
-    def _ask_nobody(self, budget: Account, raw: bytes, amount: int) -> bool:
-        """During an outage, by ``on_outage``. What is granted is written by the first call that
-        reaches the file."""
+    def _ask_nobody(self, budget: Account, raw: bytes, amount: int) -> bool | float:
+        """ask() during an outage, by ``on_outage``. What is granted is written by the first call
+        that reaches the file."""
         how, found = self.link.terms.on_outage, _look(budget, raw)
-        if how == "deny":
-            return False
-        if how == "local" and not found.granted:
-            return False  # what is left of a key that cannot be read is not known
+        # What is left of a key that cannot be read is not known.
+        if how == "deny" or (how == "local" and not found.granted):
+            return self.link.retry_after_ns / 1e9
         used = found.spent + found.reserved
         more = max(min(used + amount, found.limit) - found.granted, 0)
         if more:

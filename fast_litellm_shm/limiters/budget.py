@@ -396,9 +396,9 @@ class Budget(BudgetCore, InSegment):
         if status != lib.FSHM_OK:
             self._failed(status)
 
-    def _ask(self, key: Key, amount: int) -> bool:
+    def _ask(self, key: Key, amount: int) -> bool | float:
         """Called by the native part where what was granted has no room for this amount: have more
-        granted, and say whether there is."""
+        granted, and say whether there is. A float: who grants can be asked in so many seconds."""
         raw = key_bytes(key)
         if self._leases is not None:
             more, warns = self._leases.ask(raw, amount, self._warn_at)

@@ -155,6 +155,40 @@ static void test_windows(void) {
   CHECK_EQ(fshm_check(s, &index), FSHM_DAMAGE_NONE);
 }
 
+/* The clock was ahead for a moment, by days: the window that began then ends with that of the right time. What was spent
+ * in it stays spent. A window that a longer period began goes on. */
+static void test_wrong_clock(void) {
+  static const uint64_t periods[] = {HOUR_NS, DAY_NS, WEEK_NS, MONTH_NS, YEAR_NS};
+  fshm_segment *s = KEEP(fresh_segment(100));
+  const uint64_t now = segment_now(s) + DAY_NS;
+  fshm_budget b;
+  for (size_t i = 0; i < sizeof periods / sizeof *periods; i++) {
+    char name[] = {'w', (char)('0' + i), 0};
+    const uint64_t per = periods[i];
+    fshm_limiter *l = budget(s, name, 50 * USD, per);
+    CHECK_EQ(fshm_budget_add(l, KEY, 1, 0, 5, now), FSHM_OK);
+    const fshm_budget right = view(l, now);
+    const uint64_t ahead = now + 4 * per;
+    CHECK_EQ(view(l, ahead).spent, 0);
+    CHECK_EQ(fshm_budget_add(l, KEY, 1, 0, 7, ahead), FSHM_OK);
+    CHECK_EQ(view(l, ahead).spent, 7);
+    CHECK_EQ(view(l, now).window, right.window);
+    CHECK_EQ(view(l, now).left_ns, right.left_ns);
+    CHECK_EQ(view(l, now).spent, 7);
+    CHECK_EQ(reserve(l, 10, 0, now, &b), FSHM_ALLOWED);
+    CHECK_EQ(settle(l, &b, 10, 2, now), FSHM_OK);
+    CHECK_EQ(view(l, now).spent, 9);
+    CHECK_EQ(view(l, now + (uint64_t)right.left_ns).spent, 0);
+    CHECK_EQ(reserve(l, 50 * USD, 0, now + (uint64_t)right.left_ns, &b), FSHM_ALLOWED);
+  }
+  fshm_limiter *l = budget(s, "p", 50 * USD, YEAR_NS);
+  CHECK_EQ(fshm_budget_add(l, KEY, 1, 0, 5, now), FSHM_OK);
+  const uint64_t year = (uint64_t)view(l, now).left_ns;
+  l = budget(s, "p", 50 * USD, DAY_NS);
+  CHECK_EQ(view(l, now + DAY_NS).spent, year > DAY_NS ? 5 : 0);
+  CHECK_EQ(view(l, now + year).spent, 0);
+}
+
 /* What is reserved stays in its entry until it is settled: a look reads one entry after the other, and one that has read
  * the first must find in the second what was there all the time. */
 static void test_entries(void) {
@@ -461,6 +495,7 @@ int main(void) {
   test_calls();
   test_leases();
   test_windows();
+  test_wrong_clock();
   test_entries();
   test_corrections();
   test_expiry();

@@ -290,6 +290,9 @@ def test_outages(policy: str, segment: Segment, other: Segment, server: servers.
     wanted = {"deny": 0, "local": 4, "allow": 20}[policy]  # a host's share of 10 is 5
     for budget in (here, there):
         assert spend(budget, "1", 20) == wanted
+    if policy != "allow":
+        denied = here.reserve("k", "8")
+        assert "cannot be used" in denied.reason and 0 < (denied.retry_after or 0) < 10
     with pytest.raises(exceptions.ClusterError, match="nothing was added"):
         here.add("k", 1)
     assert here.usage("k").limit == 10

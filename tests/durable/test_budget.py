@@ -9,8 +9,9 @@ import pickle
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from decimal import Decimal as D
 from pathlib import Path
 from typing import Any
@@ -356,7 +357,13 @@ def test_an_outage(host: Host, how: str, seen: bool, unseen: bool) -> None:
     other.execute("BEGIN IMMEDIATE")
     assert call(made, "3") is seen
     assert call(made, "3", key="new") is unseen
+    denied = made.reserve("another", "3")
+    if not unseen:  # its window ends hours later, which has nothing to do with it
+        said = "Budget not granted (team): its state file or server cannot be used"
+        assert denied.reason == said and 0 < (denied.retry_after or 0) < 10
+    denied.release()
     assert not call(made, "9")
+    assert made.reserve("k", "11").reason == "Budget exceeded (team)"
     with pytest.raises(exceptions.StateFileError, match="nothing was changed"):
         made.add("k", 5)
     other.execute("ROLLBACK")
@@ -368,6 +375,32 @@ def test_an_outage(host: Host, how: str, seen: bool, unseen: bool) -> None:
     host.lose_power(down=1)
     spent = budget(host, 10).spent("k")
     assert spent >= (D("3.7") if seen else D("0.7"))
+
+
+def test_a_signal_between_a_commit_and_its_grant(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A handler reserves too, in the same thread: neither has the other's grant."""
+    made = budget(host, 100)
+    store, handler = books_of(made).link.store, [lambda: call(made, "7", key="handler")]
+    whole = store.transaction
+
+    @contextmanager
+    def interrupted(write: bool = True) -> Iterator[Any]:
+        with whole(write) as t:
+            yield t
+        while handler:
+            handler.pop()()
+
+    monkeypatch.setattr(store, "transaction", interrupted)
+    assert call(made, "3")
+    for key, least in (("k", "3"), ("handler", "7")):
+        granted = D(made._look(key.encode()).granted) / 10**9
+        assert D(least) <= granted <= D(least) + 1
+        [[in_file]] = sqlite3.connect(host.path).execute(
+            "SELECT granted FROM money WHERE name = ?", (key.encode(),)
+        )
+        assert D(in_file) / 10**9 == granted
 
 
 def test_damage_counts_as_spent(host: Host) -> None:
