@@ -21,7 +21,7 @@ typedef struct {
   PyObject *budget, *key;
   uint64_t amount;
   int allowed, open; /* open: neither settled nor given back */
-  double again_after; /* seconds: whoever grants the budget could not be asked; 0: it was, or need not be */
+  double again_after; /* seconds; 0: whoever grants the budget was asked, or need not be */
   fshm_budget held;
 } BudgetReservation;
 
@@ -139,11 +139,10 @@ static PyObject *budget_reservation_get_reason(PyObject *o, UNUSED void *unused)
   if (self->allowed) return PyUnicode_FromString("Request allowed");
   PyObject *name = PyObject_GetAttrString(self->budget, "name");
   if (!name) return NULL;
-  PyObject *reason =
-      PyUnicode_FromFormat(self->again_after > 0
-                               ? "Budget not granted (%U): its state file or server cannot be used"
-                               : "Budget exceeded (%U)",
-                           name);
+  PyObject *reason = PyUnicode_FromFormat(
+      self->again_after > 0 ? "Budget not granted (%U): its state file or server cannot be used"
+                            : "Budget exceeded (%U)",
+      name);
   Py_DECREF(name);
   return reason;
 }
