@@ -100,7 +100,14 @@ def warn_not_shared(what: str, chosen: str | None) -> None:
 
 def cluster_outage() -> str | None:
     """FAST_LITELLM_SHM_CLUSTER_OUTAGE: local, deny or allow; None where it is not set."""
-    return os.environ.get("FAST_LITELLM_SHM_CLUSTER_OUTAGE") or None
+    return _outage("FAST_LITELLM_SHM_CLUSTER_OUTAGE")
+
+
+def _outage(variable: str) -> str | None:
+    found = os.environ.get(variable)
+    if found and found not in ("local", "deny", "allow"):
+        raise ValueError(f"{variable}: on_outage must be one of local, deny, allow, not {found!r}")
+    return found or None
 
 
 def cluster_timeout() -> float | None:
@@ -316,14 +323,18 @@ def _users_folder(variable: str, at_home: str) -> str:
 def state_folder() -> str:
     """FAST_LITELLM_SHM_STATE: where the files of durable limits lie; else the folder
     fast_litellm_shm in the user's state (XDG_STATE_HOME, else ~/.local/state)."""
-    return os.environ.get("FAST_LITELLM_SHM_STATE") or _users_folder(
-        "XDG_STATE_HOME", ".local/state"
-    )
+    found = os.environ.get("FAST_LITELLM_SHM_STATE")
+    if found and not os.path.isabs(found):
+        raise ValueError(
+            f"FAST_LITELLM_SHM_STATE must be an absolute path, not {found!r}: a worker with another "
+            "working folder would count in another file"
+        )
+    return found or _users_folder("XDG_STATE_HOME", ".local/state")
 
 
 def state_outage() -> str | None:
     """FAST_LITELLM_SHM_STATE_OUTAGE: local, deny or allow; None where it is not set."""
-    return os.environ.get("FAST_LITELLM_SHM_STATE_OUTAGE") or None
+    return _outage("FAST_LITELLM_SHM_STATE_OUTAGE")
 
 
 def state_timeout() -> float | None:

@@ -157,7 +157,7 @@ def failure(status: int, shown: str, segment: Segment) -> exceptions.FastShmErro
         return exceptions.SegmentDamagedError(f"{where} cannot be used: {known}")
     if status == lib.FSHM_E_ARGUMENT:
         return exceptions.SegmentError(
-            f"{where}: another process gave this name a limit of calls in flight alone; give "
-            "all workers the same limits, or another name"
+            f"{where}: this name is in use for limits that cannot be changed to these (calls in "
+            "flight alone, or money, or neither); give all workers the same limits, or another name"
         )
     return exceptions.SegmentError(f"{where}: unexpected error {status}")

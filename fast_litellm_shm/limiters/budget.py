@@ -220,6 +220,12 @@ class Budget(BudgetCore, InSegment):
     ) -> None:
         if on_death not in _ON_DEATH:
             raise ValueError(f"Budget: on_death must be 'release' or 'charge', not {on_death!r}")
+        if warn_at is not None and type(warn_at) not in (int, float):
+            raise TypeError(
+                f"Budget: warn_at must be a number such as 0.8 or None, not {warn_at!r}"
+            )
+        if on_warn is not None and not callable(on_warn):
+            raise TypeError(f"Budget: on_warn must be a function or None, not {on_warn!r}")
         if warn_at is not None and not 0 < warn_at <= 1:
             raise ValueError(f"Budget: warn_at must be above 0, at most 1, not {warn_at!r}")
         if not isinstance(name, str):
@@ -227,7 +233,8 @@ class Budget(BudgetCore, InSegment):
         raw = name.encode("utf-8", "surrogatepass")
         if not 1 <= len(raw) <= lib.FSHM_MAX_LIMITER_NAME:
             raise ValueError(
-                f"Budget: name must be 1 to {lib.FSHM_MAX_LIMITER_NAME} bytes, not {name!r}"
+                f"Budget: name must be 1 to {lib.FSHM_MAX_LIMITER_NAME} bytes, not "
+                f"{len(raw)}: {name[:32]!r}"
             )
         if segment is not None and not isinstance(segment, Segment):
             raise TypeError(f"segment must be a Segment or None, not {segment!r}")
@@ -287,7 +294,14 @@ class Budget(BudgetCore, InSegment):
         """Called by the native part: reserve() in several budgets."""
         amount, parts = dollars(_amount(usd, "reserve: usd")), []
         try:
-            for budget, its in ((self, key), *also):
+            others = list(also)
+            for each in others:
+                if not (isinstance(each, tuple) and len(each) == 2 and isinstance(each[0], Budget)):
+                    raise TypeError(f"pairs such as (team_budget, 'team-a'), not {each!r}")
+        except TypeError as error:
+            raise TypeError(f"reserve: also must be pairs of a Budget and a key: {error}") from None
+        try:
+            for budget, its in ((self, key), *others):
                 parts.append(budget.reserve(its, amount))
                 if not parts[-1]:
                     break

@@ -33,7 +33,7 @@ from fast_litellm_shm.limiters.waiting import (
     tenant_hash,
     wish,
 )
-from fast_litellm_shm.limits import FixedWindow, InFlight, LimitSpec
+from fast_litellm_shm.limits import FixedWindow, InFlight, LimitSpec, dollars
 
 _SOON = 1_000_000  # ns: between two attempts
 _LOOK_FOR_MONEY = 50_000_000  # ns: a call that settles wakes no caller of another limiter
@@ -60,7 +60,7 @@ class Admission:
 
     __slots__ = (
         "_charged", "_key", "_permit", "_quota", "_released", "_requests", "_reservation",
-        "_service", "allowed",
+        "_service", "_unpriced", "allowed",
     )  # fmt: skip
 
     def __init__(
@@ -70,6 +70,7 @@ class Admission:
         self._charged, self._requests = tokens, requests
         self._service: Service | None = None  # where it waited: what its tenant was served
         self._reservation: Reservation | Reservations | None = None  # of the quota's budget
+        self._unpriced = False  # it is settled, and nobody has said what it cost
         self.allowed = allowed = permit.allowed
         self._released = not allowed
 
@@ -116,10 +117,13 @@ class Admission:
         the estimate are charged. If they exceed the limit, the key is in debt, and its next
         requests are denied until the debt is paid. Unused tokens are given back, as long as their
         minute lasts. It can be called again, with a later number of tokens; money is settled
-        once, and without ``usd`` it is given back."""
+        once. Without ``usd``, what was reserved is spent when the admission is released: a call
+        that was made is not free."""
         _check_tokens("settle", tokens)
-        if usd is not None and self._reservation is not None:
-            self._reservation.settle(usd)
+        if self._reservation is not None:
+            self._unpriced = usd is None
+            if usd is not None:
+                self._reservation.settle(usd)
         if self.allowed and tokens != self._charged and self._quota._tpm >= 0:
             quota = self._quota
             before = quota._costs(self._charged)
@@ -150,6 +154,7 @@ class Admission:
         request and the tokens. After a release, or a second time, it does no harm."""
         if self._released:
             return
+        self._unpriced = False
         try:
             tokens, self._charged = self._charged, 0  # once, wherever an exception strikes
             requests, self._requests = self._requests, 0
@@ -164,7 +169,9 @@ class Admission:
     def release(self) -> bool:
         """The call is over: give the permit back. A second call does no harm. False: there was no
         permit left to give back."""
-        if self._reservation is not None:
+        if isinstance(self._reservation, Reservation) and self._unpriced:
+            self._reservation.settle(dollars(self._reservation._nanos))
+        elif self._reservation is not None:
             self._reservation.release()
         if self._released:
             return False

@@ -187,6 +187,26 @@ def test_bad_durable() -> None:
         RateLimiter(FixedWindow(1), name="x", durable="yes")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("FAST_LITELLM_SHM_STATE", "state", "FAST_LITELLM_SHM_STATE must be an absolute path"),
+        (
+            "FAST_LITELLM_SHM_STATE_OUTAGE",
+            "denied",
+            "_STATE_OUTAGE: on_outage must be one of local",
+        ),
+        ("FAST_LITELLM_SHM_STATE_TIMEOUT", "soon", "FAST_LITELLM_SHM_STATE_TIMEOUT"),
+    ],
+)
+def test_a_bad_environment(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, says: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=says):
+        RateLimiter(FixedWindow(1), name="x", durable=True)
+
+
 def test_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FAST_LITELLM_SHM_STATE_OUTAGE", "deny")
     monkeypatch.setenv("FAST_LITELLM_SHM_STATE_TIMEOUT", "2.5")

@@ -465,16 +465,31 @@ def test_pickled(segment: Segment) -> None:
         ({"usd": 1, "on_death": "keep"}, "on_death must be 'release' or 'charge'"),
         ({"usd": 1, "warn_at": 0}, "warn_at must be above 0"),
         ({"usd": 1, "name": ""}, "name must be 1 to"),
+        ({"usd": 1, "name": "b" * 1000}, "not 1000: 'bbbb"),
+        ({"usd": 1, "warn_at": "80%"}, "warn_at must be a number such as 0.8 or None, not '80%'"),
+        ({"usd": 1, "warn_at": True}, "warn_at must be a number"),
+        ({"usd": 1, "on_warn": 5}, "on_warn must be a function or None, not 5"),
     ],
 )
 def test_bad_arguments(segment: Segment, given: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message) as raised:
         Budget(**{"name": "b", "segment": segment, **given})
+    assert len(str(raised.value)) < 200
+
+
+@pytest.mark.parametrize("also", [5, "team", [5], [("team", "k")]])
+def test_bad_also(segment: Segment, also: Any) -> None:
+    budget = make(segment, 10)
+    with pytest.raises(TypeError, match="also must be pairs of a Budget and a key"):
+        budget.reserve("k", 1, also=also)
+    with pytest.raises(TypeError, match="also must be pairs of a Budget and a key"):
+        budget.reserve("k", 1, also=[budget])  # type: ignore[list-item]
+    assert not budget.usage("k").reserved
 
 
 def test_a_name_counts_money_or_tokens(segment: Segment) -> None:
     budget = make(segment, 10, name="b")
-    with pytest.raises(SegmentError):
+    with pytest.raises(SegmentError, match="or money"):
         RateLimiter(FixedWindow(5), name="b", segment=segment)
     RateLimiter(FixedWindow(5), name="r", segment=segment)
     with pytest.raises(SegmentError, match="counts no money"):
@@ -552,6 +567,25 @@ def test_quota_with_a_budget(segment: Segment) -> None:
 
     asyncio.run(admitted())
     assert budget.spent("k") == D("0.75")
+
+
+def test_a_quotas_call_without_a_price_costs_what_it_had_reserved(segment: Segment) -> None:
+    budget = make(segment, 10)
+    quota = Quota(rpm=9, tpm=900, name="q", segment=segment, budget=budget)
+    with quota.admit("k", tokens=10, usd="0.25") as made:
+        made.settle(tokens=8)
+        assert budget.usage("k").reserved == D("0.25")
+    made.release()
+    assert budget.spent("k") == D("0.25") and not budget.usage("k").reserved
+    with quota.admit("k", tokens=10, usd="0.25") as made:  # a stream, whose price comes at its end
+        made.settle(tokens=4)
+        made.settle(tokens=8, usd="0.125")
+    with quota.admit("k", tokens=10, usd=1):  # it failed
+        pass
+    cancelled = quota.admit("k", tokens=10, usd=1)
+    cancelled.settle(tokens=4)
+    cancelled.cancel()
+    assert budget.spent("k") == D("0.375") and not budget.usage("k").reserved
 
 
 def waiting_quota(segment: Segment, budget: Budget, max_parallel: int = 9) -> Quota:
