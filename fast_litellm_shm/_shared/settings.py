@@ -326,8 +326,8 @@ def state_folder() -> str:
     found = os.environ.get("FAST_LITELLM_SHM_STATE")
     if found and not os.path.isabs(found):
         raise ValueError(
-            f"FAST_LITELLM_SHM_STATE must be an absolute path, not {found!r}: a worker with another "
-            "working folder would count in another file"
+            f"FAST_LITELLM_SHM_STATE must be an absolute path, not {found!r}: a worker with "
+            "another working folder would count in another file"
         )
     return found or _users_folder("XDG_STATE_HOME", ".local/state")
 

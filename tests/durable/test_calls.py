@@ -194,7 +194,7 @@ def test_bad_durable() -> None:
         (
             "FAST_LITELLM_SHM_STATE_OUTAGE",
             "denied",
-            "_STATE_OUTAGE: on_outage must be one of local",
+            "_STATE_OUTAGE: on_outage must be one of",
         ),
         ("FAST_LITELLM_SHM_STATE_TIMEOUT", "soon", "FAST_LITELLM_SHM_STATE_TIMEOUT"),
     ],
