@@ -327,32 +327,35 @@ static int64_t count_missed(const fshm_vocabulary *v, const noted_t *piece, unme
   return 1 + (int64_t)count_short(v, piece->at, piece->length, piece->key, hash, u);
 }
 
-/* Count the pieces that are noted. No branch waits for a lookup: what is not in the first two entries is listed, and
- * counted afterwards. */
-static inline HOT void count_noted(walk_t *w, const noted_t *noted, unsigned n, unmerged_t *u) {
+/* Count the n pieces that are noted, but for those of them that are not in the first two entries: these are left for the
+ * next call, and their lines of the cache asked for. The first `left` are of the call before. Returns how many are left. */
+static inline HOT unsigned count_noted(walk_t *w, noted_t *noted, unsigned left, unsigned n,
+                                       unmerged_t *u) {
   const fshm_vocabulary *v = w->v;
   uint8_t missed[NOTED + BLOCK];
   unsigned misses = 0;
-  uint64_t count = w->count + n;
-  for (unsigned i = 0; i < n; i++) {
+  uint64_t count = w->count + n - left;
+  for (unsigned i = left; i < n; i++) {
     size_t at = noted[i].home;
     const bool first = differs(&v->keys[2 * at], noted[i].key),
                second = differs(&v->keys[2 * (at ^ 1)], noted[i].key);
-    missed[misses] = (uint8_t)i;
+    missed[misses] = (uint8_t)(i - left);
     misses += first & second;
   }
   if (v->cache) {
     for (unsigned i = 0; i < misses; i++)
-      __builtin_prefetch(cached_short(v, piece_hash(noted[missed[i]].key)));
+      __builtin_prefetch(cached_short(v, piece_hash(noted[left + missed[i]].key)));
   }
-  for (unsigned i = 0; i < misses; i++) {
-    int64_t tokens = count_missed(v, &noted[missed[i]], u);
+  for (unsigned i = 0; i < left; i++) {
+    int64_t tokens = count_missed(v, &noted[i], u);
     if (unlikely(tokens < 0))
       w->failed = tokens;
     else
       count += (uint64_t)tokens - 1;
   }
+  for (unsigned i = 0; i < misses; i++) noted[i] = noted[left + missed[i]];
   w->count = count;
+  return misses;
 }
 
 /* How many of the 63 bytes at p are of the text, and ASCII; 0: not even 16. */
@@ -375,17 +378,16 @@ static inline HOT void count_pieces(walk_t *w, unsigned pattern, const uint8_t *
   unmerged_t unmerged;
   unmerged.n = 0;
 #if defined(__SSE2__)
-  noted_t noted[NOTED + BLOCK];
-  unsigned n = 0;
+  noted_t noted[2 * (NOTED + BLOCK)];
+  unsigned n = 0, left = 0;
 #endif
   while (p < until && w->count <= w->most) {
 #if defined(__SSE2__)
     unsigned known = pattern == FSHM_PATTERN_R50K ? 0 : known_bytes(p, end);
     if (known) {
       const uint8_t *next = note_block(v, p, block_starts(pattern, p, known), noted, &n);
-      if (n >= NOTED) {
-        count_noted(w, noted, n, &unmerged);
-        n = 0;
+      if (n - left >= NOTED) {
+        n = left = count_noted(w, noted, left, n, &unmerged);
         if (unlikely(w->failed)) break;
       }
       if (likely(next != p)) {
@@ -413,7 +415,7 @@ static inline HOT void count_pieces(walk_t *w, unsigned pattern, const uint8_t *
     p = next;
   }
 #if defined(__SSE2__)
-  if (n && !w->failed) count_noted(w, noted, n, &unmerged);
+  for (; n && !w->failed; n = left) left = count_noted(w, noted, left, n, &unmerged);
 #endif
   if (unmerged.n) w->count += merge_noted(v, &unmerged);
   w->at = p;

@@ -116,7 +116,7 @@ static inline bool stay_apart(const fshm_vocabulary *v, uint32_t left, uint32_t 
 
 /* Short pieces ------------------------------------------------------------------------------ */
 
-#define MERGED_AT_ONCE 32 /* pieces */
+#define MERGED_AT_ONCE 48 /* pieces */
 #define PARTS 16 /* more than SHORT_PIECE */
 #define NO_MERGE INT32_MAX /* behind all others */
 
