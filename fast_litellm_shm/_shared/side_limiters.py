@@ -7,6 +7,12 @@ A side limiter has the name of its limiter and one of these suffixes: ``api (wal
 from __future__ import annotations
 
 from collections.abc import Container
+from typing import TYPE_CHECKING
+
+from fast_litellm_shm._shared.native import ffi, lib
+
+if TYPE_CHECKING:
+    from fast_litellm_shm._shared.segment import Segment
 
 # The suffixes are part of names in the segment, which workers of other versions use, too.
 TOKEN_LEASES = " (wallet)"  # tokens that the server granted to this host, and are not used yet
@@ -19,6 +25,15 @@ NOTE = "(cluster)"  # of no single limiter: the number of hosts
 
 _HIDDEN = (PERMIT_LEASES, REFUSED, SINGLE_FLIGHT, LOCAL, REPORTED)
 LONGEST = max(map(len, (TOKEN_LEASES, *_HIDDEN)))  # bytes
+
+
+def has_leases(segment: Segment, limiter: bytes, suffix: str = TOKEN_LEASES) -> bool:
+    """Whether the segment has a limiter of that name, with leases."""
+    out, name = ffi.new("fshm_limiter **"), limiter + suffix.encode()
+    if lib.fshm_limiter_find(segment._handle, name, len(name), out) != lib.FSHM_OK:
+        return False
+    lib.fshm_limiter_close(out[0])
+    return True
 
 
 def is_side_limiter(name: str, names: Container[str]) -> bool:

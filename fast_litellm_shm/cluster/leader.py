@@ -13,11 +13,11 @@ from fast_litellm_shm._shared.inspection import held_permits, is_cut, limiters_i
 from fast_litellm_shm._shared.named_limiter import InnerLimits
 from fast_litellm_shm._shared.native import ffi, lib, owned
 from fast_litellm_shm._shared.segment import Segment
-from fast_litellm_shm._shared.side_limiters import PERMIT_LEASES, TOKEN_LEASES
+from fast_litellm_shm._shared.side_limiters import PERMIT_LEASES, TOKEN_LEASES, has_leases
 from fast_litellm_shm.cluster.budget_lease import BudgetLeases
 from fast_litellm_shm.cluster.connection import Connection, is_outage, is_refusal
 from fast_litellm_shm.cluster.hosts import host_count, keep_host_count
-from fast_litellm_shm.cluster.link import UnreachableError, has_leases, log
+from fast_litellm_shm.cluster.link import UnreachableError, log
 from fast_litellm_shm.cluster.permit_lease import PermitLeases
 from fast_litellm_shm.cluster.token_lease import TokenLeases
 

@@ -18,7 +18,6 @@ from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared import greenlets, performance
 from fast_litellm_shm._shared.native import ffi, lib
 from fast_litellm_shm._shared.segment import Segment
-from fast_litellm_shm._shared.side_limiters import TOKEN_LEASES
 from fast_litellm_shm.cluster import algorithms, budgets, permits
 from fast_litellm_shm.cluster.settings import OUTAGE
 from fast_litellm_shm.limits import LimitSpec
@@ -372,15 +371,6 @@ def in_use_elsewhere(segment: Segment) -> bool:
         if info.alive and info.pid != os.getpid() and info.outage & USES_FILE:
             return True
     return False
-
-
-def has_leases(segment: Segment, limiter: bytes, suffix: str = TOKEN_LEASES) -> bool:
-    """Whether this host has a limiter of that name, with leases."""
-    out, name = ffi.new("fshm_limiter **"), limiter + suffix.encode()
-    if lib.fshm_limiter_find(segment._handle, name, len(name), out) != lib.FSHM_OK:
-        return False
-    lib.fshm_limiter_close(out[0])
-    return True
 
 
 def _fork_begins() -> None:

@@ -10,6 +10,7 @@ from typing import TypeVar
 from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared.named_limiter import InnerLimits
 from fast_litellm_shm._shared.segment import Segment
+from fast_litellm_shm._shared.side_limiters import has_leases
 from fast_litellm_shm.cluster import algorithms, link, names
 from fast_litellm_shm.cluster.algorithms import Answer, Request
 from fast_litellm_shm.cluster.background import Background
@@ -251,7 +252,7 @@ class FileLink(Link):
 
     def _leases_of(self, limiter: bytes) -> TokenLeases | None:
         known = self._limiters.get(limiter)
-        if known is None and link.has_leases(self.segment, limiter):
+        if known is None and has_leases(self.segment, limiter):
             name = limiter.decode("utf-8", "surrogatepass")
             limits = InnerLimits((), name=name, segment=self.segment, on_full="deny", keep=True)
             known = self._limiters[limiter] = TokenLeases(limits, self)

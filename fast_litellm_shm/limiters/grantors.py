@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
+from fast_litellm_shm._shared import log
 from fast_litellm_shm._shared.named_limiter import (
     InnerLimits,
     SharedLimits,
@@ -21,6 +22,7 @@ from fast_litellm_shm._shared.named_limiter import (
     states_of,
 )
 from fast_litellm_shm._shared.native import Decision, Permit, Reservation, lib
+from fast_litellm_shm._shared.side_limiters import has_leases
 from fast_litellm_shm._shared.states import States
 from fast_litellm_shm._shared.wait_queue import Order, Place
 from fast_litellm_shm.limiters.waiting import Steps, Waits
@@ -199,6 +201,7 @@ class Grantor:
         self.argument = argument
 
     def rates(self, limiter: SharedLimits) -> Rates:
+        _warn_of_leases(limiter)
         return _RATES
 
     def permits(self, limit: InFlight, **given: Any) -> Permits:
@@ -208,7 +211,9 @@ class Grantor:
     def quota(self, limits: Limits, *, settles: bool = True, **given: Any) -> Quotas:
         """settles: True: of_limit() is never called. False: settle() and left() are never
         called."""
-        return Quotas(InnerLimits(limits, **given))
+        shared = InnerLimits(limits, **given)
+        _warn_of_leases(shared)
+        return Quotas(shared)
 
     def budget(self, handle: Any, name: str, segment: Segment) -> BudgetLeases | None:
         """What leases money to a budget; None: the segment has all of it. handle: of its
@@ -221,3 +226,20 @@ class Grantor:
 
 
 _RATES = Rates()
+_warned: set[tuple[int, str]] = set()  # instances of segments, and names
+
+
+def _warn_of_leases(limiter: SharedLimits) -> None:
+    """A limiter of this name spends what a file or server grants: this one does not know of it, so
+    the limit holds twice."""
+    segment, name = limiter.segment, limiter.name
+    which = segment.geometry().instance, name
+    if which not in _warned and has_leases(segment, name.encode("utf-8", "surrogatepass")):
+        _warned.add(which)
+        log.warning(
+            "limiter %r in segment %r: a process has made it with durable= or cluster=, and this "
+            "one without: each counts apart, so twice the limit can pass. Give all workers the "
+            "same arguments; if none has them any more, remove the segment with `fast-shm rm`",
+            name,
+            segment.name,
+        )

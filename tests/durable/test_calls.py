@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from support.reboots import Host, leases_of, link_of, spend
 
-from fast_litellm_shm import FixedWindow, RateLimiter, TokenBucket
+from fast_litellm_shm import FixedWindow, Quota, RateLimiter, Segment, TokenBucket
 from fast_litellm_shm._shared import performance
 from fast_litellm_shm.cluster.grantor import Server
 from fast_litellm_shm.cluster.settlement import Settlement
@@ -205,6 +205,28 @@ def test_a_bad_environment(
     monkeypatch.setenv(variable, value)
     with pytest.raises(ValueError, match=says):
         RateLimiter(FixedWindow(1), name="x", durable=True)
+
+
+def test_a_limiter_that_another_process_has_made_durable(
+    segment: Segment, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would count alone: it says so, once."""
+
+    def plain(name: str) -> None:
+        assert RateLimiter(FixedWindow(5), name=name, segment=segment).acquire("k")
+        Quota(rpm=5, name=f"{name} quota", segment=segment)
+
+    plain("free")
+    assert not caplog.records
+    made = RateLimiter(FixedWindow(5), name="paid", segment=segment, durable=True)
+    Quota(rpm=5, max_parallel=2, name="paid quota", segment=segment, durable=True)
+    assert made.acquire("k")
+    plain("paid")
+    plain("paid")
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    for text, name in zip(said, ("paid", "paid quota"), strict=True):
+        assert text.startswith(f"limiter '{name}' in segment ") and "twice the limit" in text
 
 
 def test_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

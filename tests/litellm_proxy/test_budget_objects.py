@@ -22,6 +22,7 @@ from litellm.proxy._types import (
     LiteLLM_UserTable,
     UserAPIKeyAuth,
 )
+from litellm.proxy.agent_endpoints import agent_registry
 from litellm.proxy.hooks import max_budget_per_session_limiter
 from litellm.proxy.hooks import max_iterations_limiter as max_iterations
 from litellm.proxy.hooks import model_max_budget_limiter as of_models
@@ -337,7 +338,49 @@ def test_sessions_of_agents() -> None:
     asyncio.run(scenario())
 
 
+def test_calls_of_a_session_at_once(router: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """BerriAI/litellm#34732: each reserves what it may cost."""
+    agent = SimpleNamespace(litellm_params={"max_budget_per_session": 1.0})
+    monkeypatch.setattr(proxy_server, "llm_router", router)
+    monkeypatch.setattr(
+        agent_registry.global_agent_registry, "get_agent_by_id", lambda agent_id: agent
+    )
+    auth = UserAPIKeyAuth(api_key="sk-1", agent_id="a", max_budget=50, request_route=ROUTE)
+
+    async def ask(session: str = "s") -> Any:
+        replacement._reserved.set(None)
+        return await replacement.reserved_for(auth, body(metadata={"session_id": session}))
+
+    async def scenario() -> None:
+        asked = await asyncio.gather(*(ask() for _ in range(30)), return_exceptions=True)
+        held = [each for each in asked if isinstance(each, spending.Spending)]
+        refused = [each for each in asked if isinstance(each, sessions.Refused)]
+        assert len(held) in (8, 9) and len(refused) == 30 - len(held)  # 100 tokens, and the message
+        error = refused[0].error
+        assert error.status_code == 429  # type: ignore[attr-defined]
+        assert str(error.detail).startswith(  # type: ignore[attr-defined]
+            "Session budget exceeded for session s. Current spend: $0."
+        )
+        per_call = reserved(None, f"key:{auth.token}") / len(held)
+        assert 0.1 < per_call < 0.13  # of the key too: nothing of those that were refused
+        assert await ask("another")
+        for each in held:
+            each.spent(0.03)
+        found = spending.budget_of(window_of("1h")).usage("session:s")
+        assert (float(found.spent), float(found.reserved)) == (0.03 * len(held), 0.0)
+        again = [await ask() for _ in range(3)]
+        assert all(again)
+        handler = max_budget_per_session_limiter._PROXY_MaxBudgetPerSessionHandler(usage_cache())
+        await handler._increment_spend(handler._make_cache_key("s"), 0.9)  # by LiteLLM's counter
+        with pytest.raises(sessions.Refused, match=r"max_budget_per_session: \$1\.00"):
+            await ask()
+
+    asyncio.run(scenario())
+
+
 def test_what_an_operator_sets_as_spent(router: Any) -> None:
+    """BerriAI/litellm#27735: it holds at once."""
+
     async def scenario() -> None:
         auth = UserAPIKeyAuth(api_key="sk-1", max_budget=1, spend=1.5)
         with pytest.raises(litellm.BudgetExceededError):

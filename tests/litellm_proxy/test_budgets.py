@@ -156,6 +156,38 @@ def test_a_stream_costs_what_it_has_used(served: Proxy, segment: str) -> None:
     assert settled(segment, key) == ANSWER
 
 
+def test_counters_do_not_drift(served: Proxy, segment: str) -> None:
+    """BerriAI/litellm#27639, #28283, #30460: what a key has spent grew beyond what its calls cost.
+    Calls that are answered, streamed, that fail and are tried again, and that another limit
+    denies: what was answered counts, once, and nothing else."""
+    key = key_of("usd=50-rpm=60")
+    messages = [{"role": "user", "content": f"fail always: {key}"}]
+    answered = 0
+    for _ in range(2):
+        answered += statuses(served.ask_many(12, key, model="priced", max_tokens=25))[200]
+        served.ask_many(4, key, model="priced-up", messages=messages, max_tokens=25)
+        streams = served.ask_many(4, key, model="priced-up", stream=True, max_tokens=25)
+        answered += statuses(streams)[200]
+    assert answered == 32
+    denied = statuses(served.ask_many(40, key, model="priced", max_tokens=25))
+    assert denied[429] and denied.keys() <= {200, 429}
+    assert settled(segment, key) == (answered + denied[200]) * ANSWER
+
+
+def test_no_call_is_denied_below_the_budget(served: Proxy, segment: str) -> None:
+    """BerriAI/litellm#36926: a key that has used half of its budget, under load."""
+    key = key_of("usd=20-spent=12")
+    answers = served.ask_many(120, key, at_once=16, model="priced", max_tokens=25)
+    assert statuses(answers) == {200: 120}
+    assert settled(segment, key) == 12 + 120 * ANSWER
+
+
+def test_a_budget_holds_from_the_first_request_on(served: Proxy, segment: str) -> None:
+    """BerriAI/litellm#26672: a new deployment, whose key has spent more than its budget already."""
+    key = key_of("usd=1-spent=1.5")
+    assert statuses(served.ask_many(8, key, model="priced", max_tokens=25)) == {DENIED: 8}
+
+
 def test_the_budget_of_a_team(served: Proxy, segment: str) -> None:
     """One for all of its keys."""
     found = Counter[int]()

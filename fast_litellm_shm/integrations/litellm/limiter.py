@@ -40,6 +40,7 @@ from fast_litellm_shm.integrations.litellm import (
 )
 from fast_litellm_shm.integrations.litellm.admission import Denial
 from fast_litellm_shm.integrations.litellm.budgets import replacement as budgets
+from fast_litellm_shm.integrations.litellm.budgets import sessions
 from fast_litellm_shm.integrations.litellm.budgets.spending import Spending
 from fast_litellm_shm.integrations.litellm.builtin_limiter import replacement
 from fast_litellm_shm.integrations.litellm.calls import Attempt, Call
@@ -210,6 +211,8 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
         except litellm.BudgetExceededError as error:
             error.type = "budget_exceeded"  # as where LiteLLM's authentication raises it
             raise
+        except sessions.Refused as refused:
+            raise refused.error from None
         except Exception as error:
             _pass_or_refuse("checking a request", error, responses.unchecked)
             replacement.checked.set(False)

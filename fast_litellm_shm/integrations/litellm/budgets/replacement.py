@@ -212,8 +212,39 @@ def _route_of(auth: Any, data: Mapping[str, Any]) -> str:
 
 
 async def reserved_for(auth: Any, data: Mapping[str, Any]) -> Spending | None:
-    """What is reserved of the budgets of the request that our hook is called for. Raises LiteLLM's
-    BudgetExceededError."""
+    """What is reserved of the budgets of the request that our hook is called for, and of the one of
+    its session. Raises LiteLLM's BudgetExceededError, or sessions.Refused."""
+    held = await _reserved_for(auth, data)
+    session = sessions.allowance_of(auth, data) if settings.current().budgets else None
+    if session is None or not _reserves():
+        return held
+    got: Spending | Refusal | None = None
+    try:
+        got = spending.reserve([session], await _estimate(_of_hook(auth, data)))
+        if isinstance(got, Refusal):
+            raise sessions.refused(got, data.get("model"))
+    finally:
+        if held is not None and not isinstance(got, Spending):
+            held.release()
+    if held is None:
+        return got
+    held.add(got)
+    return held
+
+
+def _reserves() -> bool:
+    return (_proxy("general_settings") or {}).get("disable_budget_reservation") is not True
+
+
+def _of_hook(auth: Any, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What an estimate is made of."""
+    return {
+        **{"request_body": dict(data), "route": _route_of(auth, data), "raw_body": None},
+        **{"llm_router": _proxy("llm_router"), "team_id": auth.team_id},
+    }
+
+
+async def _reserved_for(auth: Any, data: Mapping[str, Any]) -> Spending | None:
     asked = _reserved.get()
     if asked is not None:
         _reserved.set(False)  # another request in this context is part of it
@@ -221,7 +252,7 @@ async def reserved_for(auth: Any, data: Mapping[str, Any]) -> Spending | None:
     if _theirs is None or not settings.current().budgets or not _has_budgets(auth):
         return None
     general = _proxy("general_settings") or {}
-    if general.get("disable_budget_reservation") is True:
+    if not _reserves():
         return None
     router, route = _proxy("llm_router"), _route_of(auth, data)
     models = _is_billed(route, data, router)
@@ -233,12 +264,8 @@ async def reserved_for(auth: Any, data: Mapping[str, Any]) -> Spending | None:
     ]
     if not allowances:
         return None
-    given = {
-        **{"request_body": dict(data), "route": route, "llm_router": router, "raw_body": None},
-        "team_id": auth.team_id,
-    }
     strict = general.get("fail_closed_budget_enforcement") is True
-    return await _reserve(allowances, given, strict)
+    return await _reserve(allowances, _of_hook(auth, data), strict)
 
 
 def _reserving(own: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:

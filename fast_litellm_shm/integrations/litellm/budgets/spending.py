@@ -183,6 +183,11 @@ class Spending:
         if failed is not None:
             raise failed
 
+    def add(self, other: Spending) -> None:
+        """Have what another one has reserved be settled with this one. Neither is settled yet."""
+        self.allowances = [*self.allowances, *other.allowances]
+        self._open, other._open = [*(self._open or ()), *(other._open or ())], None
+
     def release(self) -> None:
         """The request cost nothing more."""
         reserved, self._open = self._open, None
