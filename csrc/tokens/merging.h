@@ -170,9 +170,11 @@ static inline bool merge_next(const fshm_vocabulary *v, merging_t *m) {
 /* Of the two pairs, which may merge; and ask for what they merge to. */
 static inline void merge_filter(const fshm_vocabulary *v, merging_t *m) {
   for (int i = 0; i < 2; i++) {
-    uint64_t hash = pair_hash(m->pairs[i]), may = 0 - (uint64_t)may_merge(v, hash);
-    m->pairs[i] |= ~may; /* NO_PAIR, if not */
-    __builtin_prefetch(&v->pairs[pair_home(v, hash) & may]);
+    const uint64_t hash = pair_hash(m->pairs[i]);
+    const bool may = may_merge(v, hash);
+    const uint64_t none = (uint64_t)may - 1; /* all ones where it may not: no branch */
+    m->pairs[i] |= none; /* NO_PAIR */
+    __builtin_prefetch(&v->pairs[pair_home(v, hash) & ~none]);
   }
 }
 
