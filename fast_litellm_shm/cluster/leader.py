@@ -4,6 +4,7 @@ want, and reports permits that the processes that hold them have not reported.""
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from fast_litellm_shm._shared.named_limiter import InnerLimits
 from fast_litellm_shm._shared.native import ffi, lib, owned
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm._shared.side_limiters import PERMIT_LEASES, TOKEN_LEASES, has_leases
+from fast_litellm_shm.cluster.background import Background
 from fast_litellm_shm.cluster.budget_lease import BudgetLeases
 from fast_litellm_shm.cluster.connection import Connection, is_outage, is_refusal
 from fast_litellm_shm.cluster.hosts import host_count, keep_host_count
@@ -142,18 +144,27 @@ class Leader:
             name = budget.decode("utf-8", "surrogatepass")
             leases = BudgetLeases(handle, name, self._segment, self._connection)
             self._known[budget] = leases
-        given = None if leases is None else leases.withdrawn(raw, window)
-        if given is not None:
-            self._connection.call([given])
+        if leases is None:
+            return
+        with self._reporting():
+            given = leases.withdrawn(raw, window)
+            if given is not None:
+                self._connection.call([given])
 
     def _give_back_tokens(self, limiter: bytes, raw: bytes) -> None:
         leases = self._leases_of(TokenLeases, limiter)
         if leases is None:
             return
-        taken, _ = leases.look(raw, take=True)
-        if any(taken):
-            request, _ = leases.request("give", raw, (0,) * len(taken), taken)
-            self._connection.call([request])
+        with self._reporting():
+            taken, _ = leases.look(raw, take=True)
+            if any(taken):
+                request, _ = leases.request("give", raw, (0,) * len(taken), taken)
+                self._connection.call([request])
+
+    def _reporting(self) -> threading.Lock:
+        """To be held from taking out of the segment to telling the server: a process that ends
+        waits for it. Else what was taken would be in neither."""
+        return self._connection.ensure(Background).reporting
 
     def _report_overdue(self) -> None:
         """Permits that are held here and were not reported for long. What the host may hold is

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import pickle
 import random
+import threading
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
@@ -16,12 +17,14 @@ from cluster.test_rights import documented, granting, missed, url_of
 from support import servers
 from support.children import run, run_one
 from support.names import remove, unique_name
-from support.waiting import wait_until
+from support.waiting import PATIENCE, wait_until
 
 from fast_litellm_shm import Budget, Quota, Segment, exceptions
 from fast_litellm_shm._shared.inspection import Inspection
 from fast_litellm_shm._shared.native import lib
 from fast_litellm_shm.cluster import Cluster
+from fast_litellm_shm.cluster.background import Background
+from fast_litellm_shm.cluster.leader import Leader
 
 D = Decimal
 Make = Callable[..., Budget]
@@ -133,6 +136,38 @@ def test_a_process_that_ends_gives_back(make: Make, segment: Segment, other: Seg
     assert there.usage("k").reserved == 0
     assert there.reserve("k", D("9.5"))
     assert there.spent("k") == D("0.5")
+
+
+def test_a_process_that_ends_while_it_gives_back(
+    make: Make, segment: Segment, other: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the leader's thread has taken out of the segment, the server is told before the end."""
+    here, there = make(segment), make(other)
+    assert here.reserve("k", 6)  # dropped at once: leased, and not used
+    gc.collect()
+    connection: Any = here._leases.connection  # type: ignore[union-attr]
+    call, taken, go_on = connection.call, threading.Event(), threading.Event()
+
+    def slow(requests: Any) -> Any:
+        taken.set()
+        assert go_on.wait(PATIENCE)
+        return call(requests)
+
+    monkeypatch.setattr(connection, "call", slow)
+    window = here._look(b"k").window
+    gives = threading.Thread(
+        target=Leader(connection)._give_back_money, args=(b"team", b"k", window)
+    )
+    gives.start()
+    assert taken.wait(PATIENCE)
+    ends = threading.Thread(target=connection.ensure(Background).finish)
+    ends.start()
+    ends.join(0.5)
+    assert ends.is_alive()
+    go_on.set()
+    for thread in (gives, ends):
+        thread.join()
+    assert there.reserve("k", 10)
 
 
 def _reserves_and_ends(segment: str, cluster: Cluster) -> None:
