@@ -289,16 +289,17 @@ Limit = TokenBucket
 Window = FixedWindow
 
 LimitSpec: TypeAlias = TokenBucket | FixedWindow | SlidingWindow
-Spelled: TypeAlias = LimitSpec | str  # a str: parse() reads it
+Spelled: TypeAlias = LimitSpec | str  # a str: parse_all() reads it
 
+_BETWEEN = re.compile("[;,|]")
 _LENGTHS = {
     "s": 1, "sec": 1, "second": 1, "m": 60, "min": 60, "minute": 60, "h": 3600, "hour": 3600,
     "d": 86_400, "day": 86_400, "week": 7 * 86_400,
 }  # fmt: skip
 _SPELLED = re.compile(
-    r"(?P<n>\d+) ?(?:/|per ) ?(?:(?P<times>\d+(?:\.\d+)?) ?)?(?P<unit>[a-z]+?)s?"
+    r"(?P<n>\d+) ?(?:(?:r|reqs?|requests?) ?)?(?:/|per ) ?(?:(?P<times>\d+(?:\.\d+)?) ?)?(?P<unit>[a-z]+?)s?"
     r"(?: (?:in )?(?P<zone>[A-Z][\w+/-]*))?"
-    r"(?:(?: burst (?P<burst>\d+))?(?P<strict> strict)?| (?P<kind>window|sliding))"
+    r"(?:(?: burst[ =](?P<burst>\d+))?(?P<strict> strict)?| (?P<kind>window|sliding))"
 )
 
 
@@ -312,7 +313,8 @@ def parse(text: str) -> LimitSpec:
         1000 per 24 hours window  FixedWindow(1000, per=86400)
         100 per minute sliding    SlidingWindow(100, per=60)
 
-    ``/`` is short for ``per``, and ``describe()`` writes what it reads. Raises ValueError."""
+    ``/`` is short for ``per``, and ``describe()`` writes what it reads. What is counted may be said
+    as requests (``5 requests per second``, ``5r/s``). Raises ValueError."""
     found = _SPELLED.fullmatch(" ".join(text.split()))
     if found is None:
         raise ValueError(
@@ -330,9 +332,12 @@ def parse(text: str) -> LimitSpec:
             f"than a window: '1000 per day in {zone}', not {text!r}"
         )
     if unit not in _LENGTHS:
+        import difflib
+
+        near = difflib.get_close_matches(unit, (*_LENGTHS, *_CALENDAR), 1)
         raise ValueError(
             "the period of a limit must be in seconds, minutes, hours, days or weeks, or one month "
-            f"or year of the calendar, not {text!r}"
+            f"or year of the calendar, not {text!r}{f': do you mean {near[0]}?' if near else ''}"
         )
     seconds = float(found["times"] or 1) * _LENGTHS[unit]
     per = int(seconds) if seconds.is_integer() else seconds
@@ -340,6 +345,20 @@ def parse(text: str) -> LimitSpec:
         return (SlidingWindow if kind == "sliding" else FixedWindow)(n, per)
     burst = None if found["burst"] is None else int(found["burst"])
     return TokenBucket(n, per, burst=burst, strict=bool(found["strict"]))  # type: ignore[arg-type]
+
+
+def parse_all(text: str) -> tuple[LimitSpec, ...]:
+    """Limits that are written as one text, with ``;``, ``,`` or ``|`` between them, as PyPI's
+    ``limits`` has it: ``"10 per second; 1000 per day"``. Raises ValueError, which names the part."""
+    parts, found = _BETWEEN.split(text), []
+    for number, part in enumerate(parts, 1):
+        try:
+            found.append(parse(part))
+        except ValueError as error:
+            if len(parts) == 1:
+                raise
+            raise ValueError(f"limit {number} of {text!r}: {error}") from None
+    return tuple(found)
 
 
 def is_calendar(per_ns: int) -> bool:
@@ -419,7 +438,9 @@ def described(limits: Sequence[LimitSpec | InFlight | Granted | Money]) -> list[
 def checked(limits: Iterable[object]) -> tuple[LimitSpec, ...]:
     """The limits of a limiter, as objects or as text. Raises ValueError for none or more than 4,
     and for a text that is no limit; TypeError for others."""
-    found = tuple(parse(limit) if isinstance(limit, str) else limit for limit in limits)
+    found: list[object] = []
+    for given in limits:
+        found += parse_all(given) if isinstance(given, str) else (given,)
     most = lib.FSHM_MAX_LIMITS
     if not 1 <= len(found) <= most:
         raise ValueError(f"a limiter takes 1 to {most} limits, not {len(found)}")
@@ -428,4 +449,4 @@ def checked(limits: Iterable[object]) -> tuple[LimitSpec, ...]:
             raise TypeError(
                 f"limits must be TokenBucket, FixedWindow or SlidingWindow, not {limit!r}"
             )
-    return found  # type: ignore[return-value]
+    return tuple(found)  # type: ignore[arg-type]
