@@ -297,7 +297,8 @@ _LENGTHS = {
     "d": 86_400, "day": 86_400, "week": 7 * 86_400,
 }  # fmt: skip
 _SPELLED = re.compile(
-    r"(?P<n>\d+) ?(?:(?:r|reqs?|requests?) ?)?(?:/|per ) ?(?:(?P<times>\d+(?:\.\d+)?) ?)?(?P<unit>[a-z]+?)s?"
+    r"(?P<n>\d+) ?(?:(?:r|reqs?|requests?) ?)?(?:/|per ) ?"
+    r"(?:(?P<times>\d+(?:\.\d+)?) ?)?(?P<unit>[a-z]+?)s?"
     r"(?: (?:in )?(?P<zone>[A-Z][\w+/-]*))?"
     r"(?:(?: burst[ =](?P<burst>\d+))?(?P<strict> strict)?| (?P<kind>window|sliding))"
 )
@@ -349,7 +350,7 @@ def parse(text: str) -> LimitSpec:
 
 def parse_all(text: str) -> tuple[LimitSpec, ...]:
     """Limits that are written as one text, with ``;``, ``,`` or ``|`` between them, as PyPI's
-    ``limits`` has it: ``"10 per second; 1000 per day"``. Raises ValueError, which names the part."""
+    ``limits`` has it: ``"10 per second; 1000 per day"``. Raises ValueError: it names the part."""
     parts, found = _BETWEEN.split(text), []
     for number, part in enumerate(parts, 1):
         try:
