@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fast_litellm_shm import Limit, RateLimiter, Segment, SlidingWindow, Window
-from fast_litellm_shm.limits import checked, describe, parse, reason
+from fast_litellm_shm.limits import checked, describe, parse, parse_all, reason
 
 KINDS: list[Any] = [Limit, Window, SlidingWindow]
 
@@ -182,6 +182,11 @@ def test_a_strict_limit_that_would_refill_for_years_is_refused() -> None:
         ("100 per minute sliding", SlidingWindow(100, 60)),
         ("100 per hour sliding", SlidingWindow(100, 3600)),
         ("100 per week burst 3", Limit(100, 7 * 86_400, burst=3)),
+        ("5r/s", Limit(5, 1)),
+        ("30r/m", Limit(30, 60)),
+        ("5 requests per second", Limit(5, 1)),
+        ("1 request/2 hours", Limit(1, 7200)),
+        ("7 reqs per 10 s burst=2", Limit(7, 10, burst=2)),
     ],
 )
 def test_limits_as_text(text: str, limit: Any) -> None:
@@ -208,7 +213,7 @@ def test_limits_as_text(text: str, limit: Any) -> None:
         "100 per day in Nowhere/Else",
         "0 per day",
         "100 per minute window sliding",
-        "100 per minute; 5 per day",
+        "100 per minute; 5 per fortnight",
         "100 per day in ../../etc/passwd",
         "10 per 0 s",
     ],
@@ -218,6 +223,33 @@ def test_texts_that_are_no_limits(text: str) -> None:
         parse(text)
     assert str(caught.value)
     with pytest.raises(ValueError):
+        checked([text])
+
+
+@pytest.mark.parametrize("between", ["; ", ";", ", ", " | "])
+def test_several_limits_in_a_text(between: str) -> None:
+    text = f"10 per second{between}1000 per day in Europe/Berlin"
+    found = (Limit(10, 1), Window(1000, "day", timezone="Europe/Berlin"))
+    assert parse_all(text) == checked([text]) == found
+    assert checked([text, Limit(3, 60)]) == (*found, Limit(3, 60))
+    with pytest.raises(ValueError, match="must be written as"):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("often", "must be written as '100 per minute'.*not 'often'"),
+        ("100/minut", "not '100/minut': do you mean minute"),
+        ("10/second; 1000/dya", "limit 2 of '10/second; 1000/dya': .*do you mean day"),
+        ("10/second;", "limit 2 of '10/second;': .* not ''"),
+        ("1,000 per day", "limit 1 of '1,000 per day'"),
+        ("10/second; 0/day", "limit 2 of '10/second; 0/day': .*n must be"),
+        ("1/s; 2/m; 3/h; 4/d; 5/week", "takes 1 to 4 limits, not 5"),
+    ],
+)
+def test_what_is_said_of_a_bad_text(text: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
         checked([text])
 
 
