@@ -28,6 +28,7 @@ LIGHT = {
     "_shared.performance",
     "_shared.segment",
     "_shared.settings",
+    "_shared.side_limiters",
     "_shared.states",
     "_shared.wait_queue",
     "_shared.zones",

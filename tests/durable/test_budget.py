@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from decimal import Decimal as D
 from pathlib import Path
 from typing import Any
@@ -397,9 +397,9 @@ def test_a_signal_between_a_commit_and_its_grant(
     for key, least in (("k", "3"), ("handler", "7")):
         granted = D(made._look(key.encode()).granted) / 10**9
         assert D(least) <= granted <= D(least) + 1
-        [[in_file]] = sqlite3.connect(host.path).execute(
-            "SELECT granted FROM money WHERE name = ?", (key.encode(),)
-        )
+        with closing(sqlite3.connect(host.path)) as db:
+            asked = "SELECT granted FROM money WHERE name = ?"
+            [[in_file]] = db.execute(asked, (key.encode(),)).fetchall()
         assert D(in_file) / 10**9 == granted
 
 
