@@ -37,11 +37,12 @@ uint64_t money_window(fshm_segment *s, const rule_t *rule, uint64_t now) {
 }
 
 /* Whether the rule's window is not over; and not of a clock that was ahead, and is right by now: a window that ends later
- * than a usual one can. (A month of 31 days, a leap year and a day of 25 hours are no longer than that.) */
+ * than a usual one can. (A month of 31 days, a leap year and a day of 25 hours are no longer than that.) Not where the
+ * caller gives the time: it may be one of before, and of a window that is over. */
 static inline bool money_is_now(const money_t *m, const rule_t *rule) {
   const uint64_t minute = calendar_minute(rule, m->now), usual = rule->per / MINUTE;
   if (unlikely(rule->unit <= minute)) return false;
-  return likely(rule->unit - minute <= usual + usual / 24) ||
+  return likely(rule->unit - minute <= usual + usual / 24) || m->fixed ||
          rule->unit == money_window(m->s, rule, m->now);
 }
 
