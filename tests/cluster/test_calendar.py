@@ -89,7 +89,8 @@ def test_hosts_share_a_month(server: servers.Server, segment: Segment, other: Se
     assert sum(bool(each.acquire("k")) for _ in range(60) for each in (here, there)) == 50
     denied, peeked = here.acquire("k"), there.peek("k")
     assert not denied and denied.retry_after is not None and denied.retry_after > 0
-    assert peeked.retry_after == pytest.approx(denied.retry_after, abs=5)
+    # Windows end with a minute; what the server says is left is rounded up to one.
+    assert peeked.retry_after == pytest.approx(denied.retry_after, abs=65)
 
 
 def test_a_change_from_days_to_months(meter: Meter) -> None:
