@@ -26,7 +26,7 @@ comma := ,
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-litellm check check-c check-py test lint-c c-programs environments test-cluster test-limits limits-upstream test-peers peers-upstream test-dashboard dashboard-page test-spellings spellings soak test-litellm test-freethreaded test-py test-c test-aarch64 lint format lib build bench bench-proxy instructions scaling clean
+.PHONY: apps test-apps help demo demo-litellm check check-c check-py test lint-c c-programs environments test-cluster test-limits limits-upstream test-peers peers-upstream test-dashboard dashboard-page test-spellings spellings soak test-litellm test-freethreaded test-py test-c test-aarch64 lint format lib build bench bench-proxy instructions scaling clean
 
 # The text after ## is `GROUP: what it does`.
 help: ## start: list the targets
@@ -64,7 +64,7 @@ test: test-c test-py ## test: all tests of C and Python that need no server of t
 # What loads LiteLLM or encodings runs apart: a fork of a process that has them takes five times as long, and
 # the others fork a lot.
 LOADED = $(addprefix tests/,drop_in integrations/litellm tokens)
-APART  = $(addprefix tests/,browser cluster faults freethreaded hostile litellm_proxy peers spellings) # have targets of their own
+APART  = $(addprefix tests/,apps browser cluster faults freethreaded hostile litellm_proxy peers spellings) # have targets of their own
 test-py: $(VENV)/.test
 	$(PYTEST) -n auto $(patsubst %,--ignore=%,$(APART) $(LOADED))
 	$(PYTEST) -n auto $(LOADED)
@@ -106,6 +106,12 @@ test-litellm: $(VENV)/.test $(VENV)/.litellm-proxy ## test: the plugin against L
 	$(PYTEST) -n 2 --dist loadscope tests/litellm_proxy
 	$(PYTEST) tests/integrations/litellm/test_calls.py # whose 429 and 503 are the proxy's own
 
+test-apps: ## test: real applications of each framework, with real workers; in a venv of their own
+	@$(MAKE) --no-print-directory VENV=$(APPS_VENV) apps
+
+apps: $(VENV)/.apps-tests
+	$(PYTEST) -n 4 --dist loadfile tests/apps # most of it waits
+
 # A copy of the tree, so that the usual build stays as it is. cffi declares from 2.0 on that it needs no GIL, for
 # Python 3.14 and later; for 3.13 there is 1.17, and PYTHON_GIL=0 keeps it off.
 FREETHREADED ?= $(firstword $(foreach v,3.15t 3.14t 3.13t,$(shell command -v python$(v))))
@@ -127,12 +133,14 @@ c-programs: $(C_TESTS:%=$(BUILD)/c/%)
 # What .ci/run needs, one after the other: each builds the extension in place. PYTHON_TOO: another one.
 DASHBOARD ?= $(VENV)-dashboard
 SPELLINGS_VENV ?= $(VENV)-spellings
+APPS_VENV ?= $(VENV)-apps
 TOGETHER   = test,lint,litellm-proxy$(if $(filter $(VENV),$(DASHBOARD)),$(comma)dashboard-tests)
 environments: $(VENV)/.$(TOGETHER)
 	@$(MAKE) --no-print-directory VENV=$(VENV)-limits $(VENV)-limits/.limits-tests
 	@$(MAKE) --no-print-directory VENV=$(VENV)-peers $(VENV)-peers/.peers-tests
 	@$(MAKE) --no-print-directory VENV=$(DASHBOARD) $(DASHBOARD)/.dashboard-tests
 	@$(MAKE) --no-print-directory VENV=$(SPELLINGS_VENV) $(SPELLINGS_VENV)/.spellings-tests
+	@$(MAKE) --no-print-directory VENV=$(APPS_VENV) $(APPS_VENV)/.apps-tests
 	$(if $(PYTHON_TOO),@$(MAKE) --no-print-directory PYTHON=$(PYTHON_TOO) VENV=.venv-3.13 .venv-3.13/.test)
 
 test-c: $(C_TESTS:%=run-c-%) ## test: the C tests: each tests/c/*.c is a program; make run-c-NAME runs one
