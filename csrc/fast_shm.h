@@ -25,7 +25,7 @@
 
 /* [cdef begin] */
 
-#define FSHM_LAYOUT_VERSION 4
+#define FSHM_LAYOUT_VERSION 5
 /* The lock is held; whether it dumps core cannot be seen (another pid namespace). */
 #define FSHM_ALIVE_BY_LOCK 2
 #define FSHM_MAX_LIMITS 4        /* limits of one limiter */
@@ -56,7 +56,8 @@ enum fshm_status {
   FSHM_E_READ_ONLY = -23, /* the segment was opened for reading */
   FSHM_E_MEMORY = -24,
   FSHM_E_PROCESSES = -25, /* the process table is full: no permit can be owned */
-  FSHM_E_LOCK_FILE = -26 /* the lock file (who is alive) is gone, replaced, or cannot be opened */
+  FSHM_E_LOCK_FILE = -26, /* the lock file (who is alive) is gone, replaced, or cannot be opened */
+  FSHM_E_RECORDS = -27 /* the segment has no room for another limit of plans */
 };
 
 enum fshm_kind {
@@ -69,7 +70,8 @@ enum fshm_kind {
                       * the index of its time zone */
   FSHM_LEASE = 5, /* granted to this host by a server, n at most; per_ns 0: see "Token leases" */
   FSHM_MONEY =
-      6 /* of a budget: n nano-dollars in each window; as FSHM_CALENDAR, or per_ns 2^55: for ever */
+      6, /* of a budget: n nano-dollars in each window; as FSHM_CALENDAR, or per_ns 2^55: for ever */
+  FSHM_PLANNED = 7 /* a name whose handles have plans: fshm_plan_open(); n 1, all else 0 */
 };
 
 enum fshm_op {
@@ -160,6 +162,8 @@ typedef struct {
   fshm_limit limits[4];
   uint32_t counters; /* index into fshm_counters_all(); FSHM_COUNTERS: its calls are not counted */
   uint64_t shared_ns; /* for how long shared counters may still be in use */
+  uint32_t planned; /* 1: its handles have plans, and limits_count is 0 */
+  uint32_t overrides; /* changes of its overrides */
 } fshm_limiter_info;
 
 typedef struct {
@@ -242,6 +246,41 @@ int fshm_reset_all(fshm_limiter *limiter);
  * use these numbers; all other calls use those of the name. Call it once, before the handle is used. FSHM_OK or
  * FSHM_E_ARGUMENT. */
 int fshm_limiter_number(fshm_limiter *limiter, const uint64_t *numbers, uint32_t count);
+
+/* Plans: each key has limits of its own ------------------------------------------------------ */
+/* A handle of the name with these limits, 1 to 4 (no permits, leases or money). All keys of the name count together,
+ * whichever handle: a key that comes with the handle of another plan keeps what it has consumed, limit by limit, where
+ * kind and period are the same (of a bucket also `strict` may differ). So there may be as many plans as keys. The
+ * name itself has no limits. FSHM_E_ARGUMENT: it has some. FSHM_E_RECORDS: 131,071 different token buckets and limits of
+ * overrides were used in this segment (fewer where it has fewer keys), or no memory is free. A reservation, a refund, a block, a reset: as with any handle; fshm_reset_key()
+ * resets the key under all plans. Keys with plans use no shared counters. A window charged beyond its n ends when it would
+ * have ended. fshm_limiter_find() gives a handle without limits, for resets and overrides. */
+int fshm_plan_open(fshm_segment *segment, const char *name, uint64_t name_length,
+                   const fshm_limit *limits, uint32_t count, fshm_limiter **out);
+/* Overrides: the plan of one key, kept in the segment until it is removed. Calls do not look at it: who chooses a handle
+ * does. limiter: any handle of the name. */
+#define FSHM_MAX_OVERRIDE 3 /* limits of an override */
+/* count 0: remove it. FSHM_OK, FSHM_FULL, FSHM_E_RECORDS, FSHM_E_ARGUMENT or FSHM_CONTENDED. */
+int fshm_override_set(fshm_limiter *limiter, const void *key, uint64_t key_length,
+                      const fshm_limit *limits, uint32_t count);
+/* The number of limits; 0: the key has none. */
+int fshm_override_get(fshm_limiter *limiter, const void *key, uint64_t key_length, fshm_limit *out);
+/* How often overrides of the name were set or removed. An override that was set before is found by a later get. */
+uint32_t fshm_overrides(fshm_limiter *limiter);
+/* As if one had changed: whoever goes by that number looks again. */
+void fshm_overrides_changed(fshm_limiter *limiter);
+/* For inspection. */
+typedef struct {
+  uint32_t limiter;
+  uint32_t
+      count; /* of limits: of an override up to 3; of a state 1 (a bucket's), or 0: not known */
+  fshm_limit limits[3];
+  uint32_t is_override, kind; /* kind: of the state */
+  uint64_t used; /* tokens */
+  uint64_t left_ns; /* until all are back, or the window ends */
+} fshm_plan_info;
+/* What a slot holds of a key with a plan. FSHM_OK; 0: nothing. */
+int fshm_plan_at(fshm_segment *segment, uint64_t slot, uint64_t now_ns, fshm_plan_info *out);
 
 /* Limits that come with the call ----------------------------------------------------------- */
 /* For storages of other libraries (PyPI's `limits`): each hit passes its limit, and later questions about the key
@@ -610,6 +649,7 @@ int fshm_permit_lease_admit(fshm_limiter *permits, fshm_limiter *leases, fshm_li
 /* Inspection -------------------------------------------------------------------------------- */
 /* FSHM_OK; 0: no limiter has this index; or FSHM_E_DAMAGED. */
 int fshm_limiter_at(fshm_segment *segment, uint32_t index, fshm_limiter_info *out);
+int fshm_limiter_describe(fshm_limiter *limiter, fshm_limiter_info *out);
 int fshm_process_at(fshm_segment *segment, uint32_t index, fshm_process_info *out);
 /* Set fshm_process_info.outage of this process. The caller defines its meaning. It is 0 at first, and again in a
  * forked child. No effect if the process table is full. */

@@ -16,6 +16,7 @@
 #include "stats/key_stats.c"
 #include "core/hash_table.c"
 #include "limits/limits.c"
+#include "limits/plans.c"
 #include "limits/zones.c"
 #include "limits/limit_changes.c"
 #include "core/damage.c"

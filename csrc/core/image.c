@@ -117,7 +117,14 @@ static void lay_out(header_t *h, uint64_t capacity) {
   h->process_stats_offset = h->processes_offset + PROCESSES * sizeof(process_t);
   h->requests_offset = h->process_stats_offset + PROCESSES * sizeof(process_stats_t);
   h->counters_offset = h->requests_offset + PROCESSES * sizeof(requests_t);
-  h->size = h->counters_offset + PROCESSES * (sizeof(counters_t) + sizeof(reservations_t));
+  h->records_offset =
+      aligned(h->counters_offset + PROCESSES * (sizeof(counters_t) + sizeof(reservations_t)), PAGE);
+  h->size = h->records_offset + record_count(capacity) * sizeof(limit_record_t);
+}
+
+/* Records of limits: as many as keys, within bounds; whole blocks, none allocated before it is used. */
+uint64_t record_count(uint64_t capacity) {
+  return aligned(min_u64(max_u64(capacity, 1024), RECORDS), RECORD_BLOCK);
 }
 
 /* The rows of process indexes: blocks of 64 are whole pages in each of the four arrays. */
@@ -152,7 +159,9 @@ uint64_t fshm_size_for(uint64_t capacity) {
 
 uint64_t fshm_memory_for(uint64_t capacity) {
   const uint64_t size = fshm_size_for(capacity);
-  return size ? size - (PROCESSES - HOME_PROCESSES) * image_row_bytes() : 0;
+  return size ? size - (PROCESSES - HOME_PROCESSES) * image_row_bytes() -
+                    record_count(capacity) * sizeof(limit_record_t)
+              : 0;
 }
 
 /* Identify the clock: clocks of another boot, or of another time namespace, differ. */
@@ -258,20 +267,40 @@ static int allocate(int fd, const header_t *h) {
 
 /* Allocate the block of rows of a process index, for a process that takes it. Returns an errno value. The mapping has
  * no descriptor, so the segment is opened again. */
-COLD int image_grow(const fshm_segment *s, uint32_t process) {
-  const uint32_t block = process / 64;
-  if (process < HOME_PROCESSES || load_relaxed(&s->header->joined[block])) return 0;
+static int open_to_grow(const fshm_segment *s, int *out) {
   struct stat st;
-  header_t h = {0};
-  lay_out(&h, s->capacity);
   int fd = open(s->path, O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
   if (fd < 0) return errno;
   int failed = fstat(fd, &st) ? errno : 0;
   if (!failed && (st.st_ino != s->ino || (uint64_t)st.st_dev != s->dev)) failed = ENOENT;
   /* A file that was cut is not made longer. */
   if (!failed && (uint64_t)st.st_size != s->size) failed = EIO;
-  if (!failed)
-    failed = allocate_rows(fd, &h, UINT64_C(64) * block, UINT64_C(64) * (block + 1), false);
+  if (failed)
+    (void)close(fd);
+  else
+    *out = fd;
+  return failed;
+}
+COLD int image_grow(const fshm_segment *s, uint32_t process) {
+  const uint32_t block = process / 64;
+  if (process < HOME_PROCESSES || load_relaxed(&s->header->joined[block])) return 0;
+  header_t h = {0};
+  int fd, failed = open_to_grow(s, &fd);
+  if (failed) return failed;
+  lay_out(&h, s->capacity);
+  failed = allocate_rows(fd, &h, UINT64_C(64) * block, UINT64_C(64) * (block + 1), false);
+  (void)close(fd);
+  return failed;
+}
+/* The same for the block of a record. */
+COLD int image_grow_records(const fshm_segment *s, uint32_t record) {
+  header_t h = {0};
+  int fd, failed = open_to_grow(s, &fd);
+  if (failed) return failed;
+  lay_out(&h, s->capacity);
+  const uint64_t from =
+      h.records_offset + record / RECORD_BLOCK * sizeof(limit_record_t) * RECORD_BLOCK;
+  failed = allocate_range(fd, from, from + sizeof(limit_record_t) * RECORD_BLOCK, false);
   (void)close(fd);
   return failed;
 }

@@ -111,6 +111,7 @@ struct fshm_segment {
   deployment_t *deployments;
   requests_t *requests;
   reservations_t *reservations;
+  limit_record_t *records;
   counters_t *counters, *outsiders; /* outsiders: of all processes without a process index */
   waiter_t *waiters;
   /* Of each process, a futex word: wake-ups << 2 | another process asks for a connection << 1 | a thread watches */
@@ -142,16 +143,35 @@ struct fshm_segment {
   struct fshm_segment *next;
 };
 
-/* A limiter's limits at one instant: copied out of the segment for one call. */
+/* Limits of a handle's own, in place of the name's. Written before the handle is used. */
+typedef struct {
+  bool planned; /* false: numbers; true: of[] (plans.h) */
+  uint32_t count;
+  struct own_limit {
+    rule_t rule;
+    uint64_t tail; /* as snapshot_t.tail */
+    uint64_t slack;
+    uint32_t record;
+  } of[FSHM_MAX_LIMITS]; /* most plans have one or two: together, so that a call takes few cache lines */
+  uint64_t numbers[FSHM_MAX_LIMITS]; /* the n of each limit: fshm_limiter_number() */
+} own_t;
+
+/* A limiter's limits at one instant: copied out of the segment for one call. A readable one with no limits at all is
+ * of a name whose handles have plans. */
 typedef struct {
   uint64_t current; /* the word that named them */
   uint32_t count; /* limits with a state; rules[count]: that of permits, if any */
   uint32_t permits; /* held at most; 0 = no such limit */
   uint32_t money; /* limits of a budget: then these are all, and `count` is 0 */
   uint64_t salt; /* mixed into the key's hash; each reset changes it */
-  uint64_t tail[FSHM_MAX_LIMITS]; /* the low bits of `who` in limit i's slots */
+  /* The low bits of `who` in limit i's slots; of a plan's limit also what is mixed into the fingerprint. */
+  uint64_t tail[FSHM_MAX_LIMITS];
   rule_t rules[FSHM_MAX_LIMITS];
 } snapshot_t;
+
+static inline bool snapshot_is_planned(const snapshot_t *p) {
+  return !p->count && !p->permits && !p->money;
+}
 
 /* The owner of a slot: slot_t.who. For a limiter's limits:
  *
@@ -177,7 +197,7 @@ static inline bool same_key(uint64_t a, uint64_t b) { return ((a ^ b) & ~WHO_LAB
 /* The fingerprint is the top of a product, so that it does not depend on the lines that the hash names: two keys
  * with the same lower halves, and so the same second probe window, never have the same fingerprint. */
 static inline uint64_t snapshot_who(const snapshot_t *p, uint32_t i, uint64_t hash) {
-  return ((hash ^ p->salt) * UINT64_C(0x9e3779b97f4a7c15) & ~WHO_TAIL) | p->tail[i];
+  return ((hash ^ p->salt) * UINT64_C(0x9e3779b97f4a7c15) & ~WHO_TAIL) ^ p->tail[i];
 }
 /* The `who` of a key whose limit comes with the call. */
 #define WHO_TAG_OF(limiter) ((uint64_t)(limiter) << 1 & WHO_LABELS)
@@ -196,8 +216,7 @@ struct fshm_limiter {
   uint16_t counters; /* index of its counters; COUNTERS: its calls are not counted */
   uint16_t share; /* keys without a slot use shared counters: fshm_limiter_share() */
   uint64_t key[2]; /* SipHash key of this limiter */
-  const uint64_t *numbers; /* NULL, or `numbered`: the n of each limit, in place of the name's */
-  uint64_t numbered[FSHM_MAX_LIMITS];
+  const own_t *own; /* NULL: the limits are those of the name */
   _Atomic uint32_t released; /* 1 + the permit number released last; 0 = none */
   _Atomic uint32_t frontier; /* the permit number where this process looks for a free one next */
   _Atomic uint64_t beyond; /* segment ns of the last look beyond a lowered limit */
@@ -221,6 +240,8 @@ void image_random(void *out, size_t size);
 uint64_t header_check(const header_t *h);
 int image_verify(int fd, header_t *header, uint32_t flags, fshm_error *e);
 int image_grow(const fshm_segment *s, uint32_t process);
+uint64_t record_count(uint64_t capacity);
+int image_grow_records(const fshm_segment *s, uint32_t record);
 uint64_t image_row_bytes(void);
 
 /* damage.c */

@@ -218,7 +218,7 @@ typedef struct {
   _Alignas(16) _Atomic uint64_t current;
   _Atomic uint64_t set;
   _Atomic uint32_t name_length; /* bytes; written by any process: always the same value */
-  uint32_t unused;
+  _Atomic uint32_t overrides; /* changes of its overrides: one add after each */
   _Atomic unsigned char name[104];
   _Atomic uint64_t owners[RULES];
   /* Of the rules that sweeps have freed: the fastest pace of a bucket (1024ths of a ns for a token; 0 = none), only
@@ -230,6 +230,19 @@ typedef struct {
   _Atomic uint64_t shared;
   _Alignas(LINE) _Atomic uint64_t rules[RULES][RULE_WORDS];
 } limiter_entry_t;
+
+/* A limit of a plan or an override, which states and overrides name by its index. Entries are claimed in order, and never
+ * change or go. plans.c */
+typedef struct {
+  _Atomic uint64_t id; /* keyed hash of the limit; 0 = free; one compare-and-swap */
+  /* Written by any process that uses the entry, relaxed, before it writes a slot that names it: always the same values. */
+  _Atomic uint64_t n;
+  _Atomic uint64_t per; /* ns (56 bits) | strict (8) */
+  _Atomic uint64_t burst; /* (56 bits) | kind (8) */
+} limit_record_t;
+#define RECORD_BITS 17
+#define RECORDS ((1U << RECORD_BITS) - 1) /* the last number says that there is none */
+#define RECORD_BLOCK 128 /* are allocated at once: a page */
 
 /* Counts of the permits freed and taken, of the keys of one hash, while a process has asked for them: changes.h. Swaps
  * and adds, seq_cst. After a crash: a release or take that was not counted is found by a look at the permits, within
@@ -248,7 +261,7 @@ typedef struct {
   uint64_t lines; /* cache lines of slots */
   uint64_t limiters_offset, processes_offset, process_stats_offset, key_stats_offset, names_offset,
       slots_offset, memo_offset, metrics_offset, histograms_offset, deployments_offset,
-      requests_offset; /* bytes from the start */
+      requests_offset, records_offset; /* bytes from the start */
   uint64_t memo_lines;
   uint64_t names_words; /* of the ring buffer of key names */
   uint64_t counters_offset, waiters_offset;
@@ -263,7 +276,7 @@ typedef struct {
   /* The first damage found: kind (8 bits) | index (56); 0 = none. The process that finds it sets it by one
    * compare-and-swap (relaxed). It is never cleared, and no decision reads it. */
   _Atomic uint64_t damage;
-  unsigned char unused[LINE - 24];
+  unsigned char unused[LINE - 32];
   _Alignas(LINE) _Atomic uint64_t ticket; /* next pending ticket; fetch-add, relaxed */
   _Alignas(LINE) _Atomic uint64_t names_head; /* words ever reserved in the names; fetch-add */
   /* The inode of the lock file; 0 = none yet. The first process that has the file open sets it by one
@@ -283,6 +296,8 @@ typedef struct {
   /* The time of day (wall.h), ns since 1970: at segment time 0; and the latest that was seen. Any process changes them,
    * each by one compare-and-swap. After a crash: floor is raised and base is not set back yet; the next look does it. */
   _Atomic uint64_t wall_base, wall_floor;
+  /* Blocks of records that are allocated. Only raised, after the allocation. */
+  _Atomic uint64_t record_blocks;
   /* For each group of keys: changes (32 bits) | how many entries of `waiters` may be in use (32). wait_queue.c */
   _Alignas(LINE) _Atomic uint64_t queues[WAIT_GROUPS];
   _Alignas(LINE) changes_t changes[CHANGE_WORDS];
@@ -301,16 +316,18 @@ static_assert(sizeof(histogram_t) == 1984, "histogram");
 static_assert(sizeof(deployment_t) == 64, "deployment");
 static_assert(sizeof(requests_t) == 576, "requests in flight");
 static_assert(sizeof(reservations_t) == 2112, "reservations");
+static_assert(sizeof(limit_record_t) == 32 && sizeof(limit_record_t) * RECORD_BLOCK == 4096,
+              "record");
 static_assert(sizeof(zone_t) == UINT64_C(16) * LINE, "zone");
 static_assert(sizeof(rule_t) == UINT64_C(8) * RULE_WORDS, "rule");
 static_assert(sizeof(limiter_entry_t) == 1344, "limiter entry");
 static_assert(offsetof(limiter_entry_t, current) == 16, "swapped as 16 bytes");
-static_assert(offsetof(header_t, names_mode) == 172, "without padding: compared as bytes");
-static_assert(offsetof(header_t, damage) == 248, "the constant words end at 248");
+static_assert(offsetof(header_t, names_mode) == 180, "without padding: compared as bytes");
+static_assert(offsetof(header_t, damage) == 256, "the constant words end at 256");
 static_assert(offsetof(header_t, ticket) == 320, "the changing lines start at 320");
 static_assert(PROCESSES % 64 == 0 && PROCESSES <= 64 * 64 && HOME_PROCESSES % 64 == 0,
               "blocks of 64, at most 64 of them");
-static_assert(sizeof(header_t) == 704 + (PROCESSES / 64 + 11) / 8 * LINE + WAIT_GROUPS * 8 +
+static_assert(sizeof(header_t) == 704 + (PROCESSES / 64 + 12) / 8 * LINE + WAIT_GROUPS * 8 +
                                       CHANGE_WORDS * sizeof(changes_t),
               "header");
 static_assert(sizeof(_Atomic uint64_t) == 8, "atomics are plain words");

@@ -114,6 +114,7 @@ static int attach(int fd, const header_t *h, const char *path, uint32_t flags, f
   s->requests = (requests_t *)(void *)(s->map + h->requests_offset);
   s->counters = (counters_t *)(void *)(s->map + h->counters_offset);
   s->reservations = (reservations_t *)(void *)(s->counters + PROCESSES);
+  s->records = (limit_record_t *)(void *)(s->map + h->records_offset);
   s->waiters = (waiter_t *)(void *)(s->map + h->waiters_offset);
   s->watchers = (_Atomic uint32_t *)(void *)(s->waiters + WAITERS);
   s->outsiders = (counters_t *)(void *)(s->deployments + DEPLOYMENTS);
@@ -214,6 +215,9 @@ void fshm_describe(fshm_segment *s, fshm_geometry *out) {
     if (joined) out->processes_joined = word * 64 + (uint32_t)bit_length(joined);
     if (joined && word >= HOME_PROCESSES / 64) out->memory += 64 * image_row_bytes();
   }
+  out->memory +=
+      min_u64(load_relaxed(&s->header->record_blocks) * RECORD_BLOCK, record_count(s->capacity)) *
+      sizeof(limit_record_t);
   out->process_stats_entries = PROCESS_STATS;
   out->layout_version = FSHM_LAYOUT_VERSION;
   out->names = s->names_mode;

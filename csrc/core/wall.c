@@ -73,6 +73,7 @@ COLD uint64_t dated_state_ends(const fshm_segment *s, uint64_t who, uint64_t sta
   uint64_t end = CALENDAR_END(state);
   if (IS_MONEY(state)) {
     if (!(who & 1) || WHO_LIMITER(who) >= s->limiter_count) return UINT64_MAX;
+    if (WHO_PLACE(who) == PLACE_NONE) return UINT64_MAX; /* an override: plans.c */
     end = load_relaxed(&s->limiters[WHO_LIMITER(who)].rules[WHO_LABEL(who)][RULE_END]);
     end = min_u64(end, (UINT64_C(1) << 28) - 1);
   }

@@ -12,6 +12,7 @@
  *   1  token lease    the same; count: tokens left + 1
  *   0  calendar       1 (1) | end (28): minutes since 1970 | tokens used (33)
  *   0  money          0 (1) | 1 (1) | nano-dollars (60); its window is the one of its rule
+ *   0  planned        0 (2) | 1 (1) | record (2) | arrival time (49) | record (8): a bucket's (plans.h)
  *   2  sliding        class p (5) | end of the next window >> P (57 - P) | previous (12) | count (P - 12)
  *   3  0 pending      ticket (61): a slot being claimed (hash_table.c)
  *   3  1 permit       held by a process (semaphore.c)
@@ -45,6 +46,7 @@ __extension__ typedef unsigned __int128 wide_t;
 #define IS_PERMIT(state) ((state) >> 61 == 7)
 #define IS_CALENDAR(state) ((state) >> 61 == 1)
 #define IS_MONEY(state) ((state) >> 60 == 1)
+#define IS_PLANNED(state) ((state) >> 59 == 1)
 #define MONEY_STATE(amount) (UINT64_C(1) << 60 | (amount))
 #define MONEY_OF(state) ((state) & ((UINT64_C(1) << 60) - 1))
 #define MONEY_MOST UINT64_C(1000000000000000000) /* 10^9 dollars */
@@ -118,6 +120,7 @@ static inline uint64_t limit_largest_n(uint32_t kind, uint64_t per) {
   if (kind == FSHM_PERMITS) return MAX_PERMITS;
   if (kind == FSHM_LEASE) return TOKEN_LEASE_MOST;
   if (kind == FSHM_MONEY) return MONEY_MOST;
+  if (kind == FSHM_PLANNED) return 1;
   if (kind == FSHM_BUCKET) return per; /* one a nanosecond */
   if (kind == FSHM_WINDOW || kind == FSHM_CALENDAR) return WINDOW_MAX_N;
   if (per < SLIDING_MIN_PER) return 0;
@@ -125,7 +128,8 @@ static inline uint64_t limit_largest_n(uint32_t kind, uint64_t per) {
 }
 
 static inline bool kind_has_period(uint32_t kind) {
-  return kind <= FSHM_SLIDING || kind == FSHM_CALENDAR || kind == FSHM_MONEY;
+  return kind <= FSHM_SLIDING || kind == FSHM_CALENDAR ||
+         kind == FSHM_MONEY; /* not of FSHM_PLANNED */
 }
 
 static inline bool limit_valid(const fshm_limit *l) {
@@ -134,6 +138,7 @@ static inline bool limit_valid(const fshm_limit *l) {
   if (l->kind == FSHM_MONEY)
     return l->n >= 1 && l->n <= MONEY_MOST && l->burst >> 28 == 0 && l->strict < ZONES &&
            (calendar_period(l->per_ns) || l->per_ns == MONEY_FOREVER);
+  if (l->kind == FSHM_PLANNED) return l->n == 1 && !l->per_ns && !l->burst && !l->strict;
   if (l->kind == FSHM_CALENDAR)
     return l->n >= 1 && l->n <= WINDOW_MAX_N && calendar_period(l->per_ns) && !l->burst &&
            l->strict < ZONES;
@@ -191,7 +196,7 @@ static inline rule_t rule_make(const fshm_limit *l) {
 /* May the arithmetic below use these numbers (no division by zero, no overflow)? What it says
  * of a time zone is checked where it is used (calendar_ready()). */
 static inline bool rule_sane(const rule_t *r) {
-  return r->kind <= FSHM_MONEY && r->n && r->num && r->den && r->per >= 1000 &&
+  return r->kind <= FSHM_PLANNED && r->n && r->num && r->den && r->per >= 1000 &&
          r->per <= BUCKET_MAX_PER && r->burst <= r->n && r->place <= PLACE_NONE &&
          (r->num | r->den | r->unit | r->room | r->n) <= TIME_MAX;
 }
@@ -246,7 +251,7 @@ static inline bool state_possible(uint64_t s) {
   unsigned shift = (unsigned)(s >> 57) & 31;
   switch (s ? TAG(s) : 4) {
     case FSHM_BUCKET:
-      return s <= TIME_MAX || IS_MONEY(s) ||
+      return s <= TIME_MAX || IS_MONEY(s) || IS_PLANNED(s) ||
              (IS_CALENDAR(s) && CALENDAR_END(s) && (s & CALENDAR_COUNT));
     case FSHM_WINDOW: /* a count of at least 1 */
       return shift >= 1 && state_expires(s) && (s & ((UINT64_C(1) << shift) - 1));

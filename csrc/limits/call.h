@@ -6,6 +6,7 @@
 #include "../core/hash_table.h"
 #include "limiter.h"
 #include "limits.h"
+#include "plans.h"
 #include "shared_counters.h"
 
 /* One call, as its helpers see it. */
@@ -13,7 +14,7 @@ typedef struct {
   fshm_segment *s;
   uint32_t index; /* of the limiter; this field and the next two as in fshm_limiter */
   uint16_t counters, share;
-  const uint64_t *numbers; /* of the handle: limits_number() */
+  const own_t *own; /* of the handle */
   snapshot_t snapshot;
   bool stale; /* a state of newer limits was found: load the snapshot again, and look again */
   bool met_shared; /* a shared counter has decided */
@@ -55,7 +56,22 @@ typedef struct {
   uint64_t state, who;
   const rule_t *rule;
   rule_t old;
+  uint32_t record; /* of a bucket with a plan */
 } met_t;
+
+/* Has the key a plan (plans.h)? */
+static inline bool planned(const call_t *c) { return unlikely(c->own && c->own->planned); }
+
+/* A state that was computed by the rule of `m`, as the slot keeps it. */
+static inline uint64_t as_kept(const call_t *c, const met_t *m, uint64_t state) {
+  return planned(c) && m->rule->kind == FSHM_BUCKET ? planned_state(m->record, state) : state;
+}
+/* The same of the rule of limit i. */
+static inline uint64_t as_kept_by(const call_t *c, uint32_t i, uint64_t state) {
+  return planned(c) && c->snapshot.rules[i].kind == FSHM_BUCKET
+             ? planned_state(c->own->of[i].record, state)
+             : state;
+}
 
 /* Context of the first state of a new slot: what the call would do to a key never seen, as of now. */
 typedef struct {
@@ -66,14 +82,14 @@ typedef struct {
 } first_t;
 enum { FROM_SHARED = 100 }; /* copy the state of the shared counter, charge nothing */
 
-/* May shared counters be in use? A claim asks after the look of confirm(), which follows a fence. Keys with their
- * own numbers do not use them: other keys' consumption would be debt under a smaller n. */
+/* May shared counters be in use? A claim asks after the look of confirm(), which follows a fence. Keys with limits
+ * of their own do not use them: other keys' consumption would be debt under a smaller n. */
 static inline HOT bool shares(const call_t *c, uint64_t now) {
-  return load_relaxed(&c->s->limiters[c->index].shared) > now && !c->numbers;
+  return load_relaxed(&c->s->limiters[c->index].shared) > now && !c->own;
 }
 
 static inline bool may_share(const call_t *c, uint32_t i, uint32_t op) {
-  return c->share && !c->numbers && op != FSHM_BLOCK && op != FROM_SHARED &&
+  return c->share && !c->own && op != FSHM_BLOCK && op != FROM_SHARED &&
          c->snapshot.rules[i].kind != FSHM_LEASE;
 }
 

@@ -21,6 +21,7 @@ static inline void met_present(const call_t *c, uint32_t i, uint64_t state, met_
   m->state = state;
   m->who = fingerprint(c, i);
   m->rule = &c->snapshot.rules[i];
+  m->record = 0;
 }
 
 static COLD void read_clock_again(call_t *c) {
@@ -37,8 +38,8 @@ static bool former_rule(call_t *c, uint32_t i, const found_t *f, rule_t *old) {
   c->stale |= now.who != f->pair.who || now.when != f->pair.when || outdated(c);
   /* Written over by a stray write: any rule will do. */
   if (unlikely(!sane)) *old = c->snapshot.rules[i];
-  if (unlikely(c->numbers && c->numbers[i] && old->kind == FSHM_WINDOW))
-    old->n = min_u64(old->n, c->numbers[i]);
+  if (unlikely(c->own && c->own->numbers[i] && old->kind == FSHM_WINDOW))
+    old->n = min_u64(old->n, c->own->numbers[i]);
   return !c->stale;
 }
 
@@ -48,11 +49,39 @@ static uint64_t staying(const call_t *c, uint32_t i, uint64_t who) {
   return (fingerprint(c, i) & ~label) | (who & label);
 }
 
+/* state_met() of a key with a plan. The record that a bucket's state names never changes: nothing is to be read again. */
+static COLD void met_planned(const call_t *c, uint32_t i, pair_t found, met_t *m) {
+  const rule_t *r = &c->snapshot.rules[i];
+  if (r->kind == FSHM_WINDOW) {
+    m->old = planned_window(r, m->state, c->now, c->costs[i]);
+    m->rule = &m->old;
+  }
+  if (r->kind == FSHM_BUCKET) m->record = c->own->of[i].record;
+  if (!found.who || state_ends(c->s, 0, found.when) <= c->now) {
+    m->state = 0;
+    return;
+  }
+  if (r->kind != FSHM_BUCKET) return;
+  const uint32_t record = planned_record(found);
+  uint64_t slack = c->own->of[i].slack;
+  const bool former = record != m->record && record_rule(c->s, record, &m->old, &slack);
+  const uint64_t state = m->state = planned_arrival(found.when, slack);
+  if (!former || rule_settles(r, &m->old, state, c->now, &m->state)) return;
+  m->state = state;
+  m->record = record;
+  m->who = planned_who(m->who, record);
+  m->rule = &m->old;
+}
+
 /* For a charge, a refund or a block, which need no check. */
 static void state_met(call_t *c, uint32_t i, const found_t *f, met_t *m) {
   uint64_t state = f->pair.who ? f->pair.when : 0;
   met_present(c, i, state, m);
   if (outdated(c)) c->stale = true;
+  if (planned(c)) {
+    met_planned(c, i, f->pair, m);
+    return;
+  }
   if (!f->pair.who || c->stale) return;
   /* the upper bits of a shared counter's `who` differ */
   bool former = unlikely(f->slot < c->s->slot_count ? f->pair.who != m->who
@@ -72,16 +101,10 @@ static void state_met(call_t *c, uint32_t i, const found_t *f, met_t *m) {
 /* Check a state that was written under other limits. It is admitted if the present limits admit it with the same
  * tokens. If not, it is denied by the state that expires earlier: the one in the slot, or the same tokens under the
  * present limits. A cost of 0 makes no debt of what is used: admitted too, it leaves the state that expires earlier. */
-static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
+static __attribute__((noinline)) void look_by(call_t *c, uint32_t i, const rule_t *by,
+                                              uint64_t state, uint64_t cost, look_t *l) {
   const rule_t *r = &c->snapshot.rules[i];
-  rule_t old;
-  if (!former_rule(c, i, &l->slot, &old)) return;
-  const uint64_t state = state_for(&old, l->slot.pair.when);
-  if (!state) { /* written over: no state of its rule, and some of those never expire */
-    l->verdict = rule_take(r, 0, c->now, c->at, cost);
-    return;
-  }
-  if (sliding_is_later(&old, state, c->now)) read_clock_again(c);
+  const rule_t old = *by;
   const uint64_t most = rule_capacity(r), used = rule_used(&old, state, c->now);
   const uint64_t moved = rule_convert(r, &old, state, c->now);
   const bool sooner = rule_over(r, moved) <= rule_over(&old, state);
@@ -104,7 +127,6 @@ static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_
   /* A window would admit a cost of 0: ask for one token more, of one more. */
   rule_t capped = rule_capped(&old, most + !cost);
   l->stays = true;
-  l->who = staying(c, i, l->slot.pair.who);
   l->verdict = rule_take(&capped, state, c->now, c->now, cost + !cost);
   if (fits) l->verdict = (verdict_t){.next = state};
   if (!fits && (old.kind == FSHM_BUCKET || r->kind == FSHM_BUCKET))
@@ -112,6 +134,50 @@ static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_
   l->verdict.used_before = l->verdict.used_after =
       r->kind == FSHM_BUCKET ? min_u64(bucket_increment(r, used), TIME_MAX) : used;
   l->verdict.reset = minus(state_ends(c->s, 0, state), c->now);
+}
+
+static __attribute__((noinline)) void look_former(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
+  rule_t old;
+  if (!former_rule(c, i, &l->slot, &old)) return;
+  const uint64_t state = state_for(&old, l->slot.pair.when);
+  if (!state) { /* written over: no state of its rule, and some of those never expire */
+    l->verdict = rule_take(&c->snapshot.rules[i], 0, c->now, c->at, cost);
+    return;
+  }
+  if (sliding_is_later(&old, state, c->now)) read_clock_again(c);
+  look_by(c, i, &old, state, cost, l);
+  if (l->stays) l->who = staying(c, i, l->slot.pair.who);
+}
+
+/* The state of a key with a plan: of its present one, or of another. */
+static __attribute__((noinline)) void look_planned(call_t *c, uint32_t i, uint64_t cost,
+                                                   look_t *l) {
+  const rule_t *r = &c->snapshot.rules[i];
+  const uint32_t record = planned_record(l->slot.pair), own = c->own->of[i].record;
+  uint64_t slack = c->own->of[i].slack;
+  rule_t old;
+  if (r->kind != FSHM_BUCKET) { /* its labels are always the same: written over */
+    l->verdict = rule_take(r, l->slot.pair.when, c->now, c->at, cost);
+    return;
+  }
+  const bool former = unlikely(record != own) && record_rule(c->s, record, &old, &slack);
+  const uint64_t state = planned_arrival(l->slot.pair.when, slack);
+  if (!former || state <= c->now) {
+    l->verdict = bucket_take(r, state, c->now, c->at, cost);
+  } else {
+    look_by(c, i, &old, state, cost, l);
+    if (l->stays) {
+      l->who = planned_who(l->who, record);
+      if (!l->verdict.retry) l->verdict.next = l->slot.pair.when;
+      return;
+    }
+    if (l->moved) l->moved = planned_state(own, l->moved);
+  }
+  /* A cost of 0 leaves the state as it is. */
+  if (record == own && l->verdict.next == state)
+    l->verdict.next = l->slot.pair.when;
+  else
+    l->verdict.next = planned_state(own, l->verdict.next);
 }
 
 static COLD void look_later(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
@@ -131,6 +197,10 @@ static inline HOT void look_found(call_t *c, uint32_t i, uint64_t cost, look_t *
     return;
   }
   if (unlikely(l->slot.pair.who != who)) {
+    if (l->slot.pair.who && planned(c)) {
+      look_planned(c, i, cost, l);
+      return;
+    }
     if (l->slot.pair.who && state_ends(c->s, 0, state) > c->now) {
       look_former(c, i, cost, l);
       return;
@@ -141,9 +211,16 @@ static inline HOT void look_found(call_t *c, uint32_t i, uint64_t cost, look_t *
     }
     state = 0;
   }
-  if (likely(r->kind == FSHM_BUCKET))
-    l->verdict = bucket_take(r, likely(state_is_of(r, state)) ? state : 0, c->now, c->at, cost);
-  else if (unlikely(sliding_is_later(r, state, c->now)))
+  if (likely(r->kind == FSHM_BUCKET)) {
+    if (unlikely(!state_is_of(r, state))) {
+      if (planned(c)) {
+        look_planned(c, i, cost, l);
+        return;
+      }
+      state = 0;
+    }
+    l->verdict = bucket_take(r, state, c->now, c->at, cost);
+  } else if (unlikely(sliding_is_later(r, state, c->now)))
     look_later(c, i, cost, l);
   else
     l->verdict = rule_take(r, state, c->now, c->at, cost);
@@ -162,7 +239,7 @@ static inline void look(call_t *c, uint32_t i, uint64_t cost, look_t *l) {
 static COLD int renew(call_t *c) {
   c->stale = false;
   if (!limits_load(c->s, c->index, &c->snapshot)) return damage_limits(c->s, c->index);
-  if (unlikely(c->numbers != NULL)) limits_number(c->numbers, &c->snapshot);
+  if (unlikely(c->own != NULL)) limits_own(c->s, c->own, &c->snapshot);
   /* After these limits were published: from then on states drain at most at their pace. */
   read_clock_again(c);
   return c->snapshot.count ? FSHM_OK : FSHM_E_ARGUMENT;
@@ -178,7 +255,7 @@ static COLD fshm_charged charge_now(const call_t *c, uint32_t i, const fshm_char
       put, limits_pace_since(c->s, c->index, c->snapshot.rules[i].place, put->version), now);
 }
 
-/* The state after a charge, a block or a refund, under its own rule. */
+/* The state after a charge, a block or a refund, under its own rule. Of a key with a plan: not yet as it is kept. */
 static COLD uint64_t forced(const call_t *c, uint32_t op, uint32_t i, const rule_t *r,
                             uint64_t state, uint64_t now) {
   uint64_t cost = c->costs[i];
@@ -207,8 +284,13 @@ static uint64_t first_state(void *context) {
   if (unlikely(r->kind == FSHM_CALENDAR)) calendar_ready(c->s, &c->snapshot.rules[f->i]);
   if (unlikely(shares(c, now))) return first_shared(f, now);
   if (f->op >= FROM_SHARED) return NO_STATE;
-  if (f->op >= FSHM_CHARGE) return forced(c, f->op, f->i, r, 0, now);
+  if (f->op >= FSHM_CHARGE) {
+    rule_t fine = *r;
+    if (planned(c) && r->kind == FSHM_WINDOW) fine = planned_window(r, 0, now, cost);
+    return as_kept_by(c, f->i, forced(c, f->op, f->i, &fine, 0, now));
+  }
   verdict_t v = rule_take(r, 0, now, max_u64(c->at, now), cost);
+  v.next = as_kept_by(c, f->i, v.next);
   v.retry = f->verdict->retry;
   *f->verdict = v;
   return v.next;
@@ -255,8 +337,9 @@ typedef struct {
 static uint64_t first_changed(void *context) {
   const changed_t *f = context;
   f->c->stale = outdated(f->c);
-  return f->c->stale ? NO_STATE
-                     : f->change(f->context, f->i, &f->c->snapshot.rules[f->i], 0, fresh_now(f->c));
+  if (f->c->stale) return NO_STATE;
+  const rule_t *r = &f->c->snapshot.rules[f->i];
+  return as_kept_by(f->c, f->i, f->change(f->context, f->i, r, 0, fresh_now(f->c)));
 }
 
 static int put_changed(call_t *c, uint32_t i, look_t *l, uint64_t next, changed_t *first) {
@@ -284,7 +367,8 @@ static int force(call_t *c, uint32_t op, uint32_t i, look_t *l) {
     state_met(c, i, &l->slot, &m);
     if (c->stale) continue;
     l->who = m.who;
-    int status = put(c, i, l, forced(c, op, i, m.rule, m.state, c->now), op);
+    uint64_t next = as_kept(c, &m, forced(c, op, i, m.rule, m.state, c->now));
+    int status = put(c, i, l, next, op);
     if (status != CLAIM_LOST) return status == CLAIMED ? FSHM_ALLOWED : FSHM_FULL;
   }
   return FSHM_CONTENDED;
@@ -399,6 +483,7 @@ static void undo(call_t *c, uint32_t i, const look_t *l, pair_t before) {
       alike &= !shared || m.rule->kind != FSHM_WINDOW;
       const fshm_charged charge = charge_now(&later, k, &put_there, later.now);
       next = rule_refund(m.rule, m.state, later.now, c->costs[i], alike ? &charge : NULL);
+      next = as_kept(&later, &m, next);
     }
     if (unlikely(shared)) {
       pair_t seen = found.slot.pair,
@@ -505,7 +590,7 @@ static inline void begin_hashed(call_t *c, fshm_limiter *l, uint64_t hash, uint6
   memcpy((char *)c + offsetof(call_t, index), (const char *)l + offsetof(fshm_limiter, index), 8);
   c->stale = c->met_shared = c->peeks = false;
   c->in_shared = 0;
-  c->numbers = l->numbers;
+  c->own = l->own;
   c->tries = 0;
   c->hash = hash;
   c->fixed = now != 0;
@@ -557,7 +642,9 @@ static inline HOT int apply(fshm_limiter *l, const uint64_t *hash, uint32_t op, 
                             uint64_t now, fshm_decision *out, fshm_charged *charges) {
   call_t c;
   bool readable = limits_load_inline(l->segment, l->index, &c.snapshot);
-  /* No limits: a limiter of permits, for fshm_admit(). */
+  /* No limits: of a plan they come with the handle. Else it is a limiter of permits, for fshm_admit(). */
+  if (unlikely(!c.snapshot.count && readable && l->own && l->own->planned))
+    limits_own(l->segment, l->own, &c.snapshot);
   if (unlikely(!readable || !c.snapshot.count)) {
     if (out) memset(out, 0, sizeof *out);
     return readable ? FSHM_E_ARGUMENT : damage_limits(l->segment, l->index);
@@ -590,6 +677,22 @@ uint64_t limiter_fetch(const fshm_limiter *l, const void *key, uint64_t length) 
 UNGUARDED void limiter_acquire_fetched(fshm_limiter *l, uint64_t hash, const void *key,
                                        uint64_t length, const uint64_t *costs, fshm_decision *out) {
   out->status = apply(l, &hash, FSHM_ACQUIRE, key, length, costs, 0, 0, out, NULL);
+}
+
+UNGUARDED void limiter_acquire_own(fshm_limiter *l, const own_t *own, uint64_t hash,
+                                   const void *key, uint64_t length, fshm_decision *out) {
+  call_t c;
+  c.snapshot.count = 0;
+  if (likely(limits_load_inline(l->segment, l->index, &c.snapshot)))
+    limits_own(l->segment, own, &c.snapshot);
+  if (unlikely(!c.snapshot.count)) {
+    memset(out, 0, sizeof *out);
+    out->status = damage_limits(l->segment, l->index);
+    return;
+  }
+  begin_hashed(&c, l, hash, 0);
+  c.own = own;
+  out->status = apply_begun(&c, FSHM_ACQUIRE, key, length, out, NULL);
 }
 
 /* For fshm_admit(), which has loaded the limits (at least one) and hashed the key. It calls this twice; each call
@@ -627,7 +730,7 @@ int fshm_cancel(fshm_limiter *l, const void *key, uint64_t key_length, const uin
   call_t c;
   look_t found;
   int given_back = 0;
-  if (!limits_load(l->segment, l->index, &c.snapshot)) return damage_limits(l->segment, l->index);
+  if (!limits_load_of(l, &c.snapshot)) return damage_limits(l->segment, l->index);
   begin(&c, l, key, key_length, now);
   if (costs) c.costs = costs;
   for (uint32_t i = 0; i < c.snapshot.count; i++) {
@@ -637,7 +740,7 @@ int fshm_cancel(fshm_limiter *l, const void *key, uint64_t key_length, const uin
     state_met(&c, i, &found.slot, &m);
     if (c.stale) continue; /* the limits are changing: its instant passes unused */
     found.who = m.who;
-    uint64_t next = rule_refund(m.rule, m.state, c.now, c.costs[i], &reserved[i]);
+    uint64_t next = as_kept(&c, &m, rule_refund(m.rule, m.state, c.now, c.costs[i], &reserved[i]));
     /* Lost: it is not the last one any more. */
     given_back += put(&c, i, &found, next, FSHM_ACQUIRE) == CLAIMED;
   }
@@ -648,7 +751,7 @@ int fshm_cancel(fshm_limiter *l, const void *key, uint64_t key_length, const uin
 void fshm_count_call(fshm_limiter *l, const void *key, uint64_t key_length, int32_t status) {
   call_t c;
   look_t first;
-  if (!limits_load(l->segment, l->index, &c.snapshot) || !c.snapshot.count) return;
+  if (!limits_load_of(l, &c.snapshot) || !c.snapshot.count) return;
   begin(&c, l, key, key_length, 0);
   table_find(c.s, c.hash, fingerprint(&c, 0), &first.slot);
   count_call(&c, process_index(c.s), &first, status, key, key_length);
@@ -660,7 +763,7 @@ int limiter_change(fshm_limiter *l, const void *key, uint64_t length, uint64_t n
                    change_t *change, const void *context, uint64_t *before, uint64_t *at) {
   call_t c;
   int worst = FSHM_OK;
-  if (!limits_load(l->segment, l->index, &c.snapshot)) return damage_limits(l->segment, l->index);
+  if (!limits_load_of(l, &c.snapshot)) return damage_limits(l->segment, l->index);
   begin(&c, l, key, length, now);
   *at = c.now;
   for (uint32_t i = 0; i < c.snapshot.count; i++) {
@@ -675,6 +778,7 @@ int limiter_change(fshm_limiter *l, const void *key, uint64_t length, uint64_t n
       state_met(&c, i, &found.slot, &m);
       if (c.stale) continue;
       /* `change` gets a state in the terms of the present limits, whatever it was. */
+      if (planned(&c) && c.snapshot.rules[i].kind == FSHM_WINDOW) m.rule = &c.snapshot.rules[i];
       if (m.rule != &c.snapshot.rules[i])
         m.state = rule_convert(&c.snapshot.rules[i], m.rule, m.state, c.now);
       if (m.state == NO_STATE) m.state = 0;
@@ -684,7 +788,8 @@ int limiter_change(fshm_limiter *l, const void *key, uint64_t length, uint64_t n
       if (before) before[i] = m.state;
       changed_t first = {&c, change, context, i};
       /* A look writes nothing: a state that has expired by our time may not have for a call with an earlier time. */
-      status = next == m.state ? CLAIMED : put_changed(&c, i, &found, next, &first);
+      status =
+          next == m.state ? CLAIMED : put_changed(&c, i, &found, as_kept_by(&c, i, next), &first);
       if (status == CLAIMED && found.slot.pair.who && !(c.s->names_mode & FSHM_NAMES_OFF))
         key_stats_remember(c.s, found.slot.slot, key_stats_meta(c.index, found.slot.pair.who), key,
                            length);
@@ -734,6 +839,7 @@ int fshm_reset_key(fshm_limiter *l, const void *key, uint64_t key_length) {
   found_t f;
   if (!limits_load(l->segment, l->index, &c.snapshot)) return damage_limits(l->segment, l->index);
   begin(&c, l, key, key_length, 0);
+  if (snapshot_is_planned(&c.snapshot)) plan_reset_key(c.s, c.index, c.hash);
   for (uint32_t i = 0; i < c.snapshot.count + c.snapshot.money; i++) {
     table_find(c.s, c.hash, fingerprint(&c, i), &f);
     if (f.pair.who) table_clear(c.s, f.slot, f.pair.who);
@@ -770,7 +876,9 @@ int fshm_peek_numbered(fshm_segment *s, uint64_t slot, const uint64_t *numbers, 
   uint64_t who = load_relaxed(&s->slots[slot].who);
   uint32_t meta = load_relaxed(&s->key_stats[slot].meta), index = meta >> 20;
   if (!who || index >= s->limiter_count || key_stats_meta(index, who) != meta) return 0;
-  fshm_limiter any = {.segment = s, .index = index, .numbers = numbers};
+  own_t own = {0};
+  for (uint32_t i = 0; numbers && i < FSHM_MAX_LIMITS; i++) own.numbers[i] = numbers[i];
+  fshm_limiter any = {.segment = s, .index = index, .own = numbers ? &own : NULL};
   if (!limits_load_of(&any, &c.snapshot) || !c.snapshot.count) return 0;
   begin(&c, &any, "", 0, now);
   c.peeks = true;

@@ -9,11 +9,12 @@
 #include "../permits/wait_queue.h"
 #include "../stats/key_stats.h"
 #include "limits.h"
+#include "plans.h"
 #include "shared_counters.h"
 
 int fshm_limit_check(const fshm_limit *l, uint64_t *largest_n) {
   bool known = !kind_has_period(l->kind) || l->per_ns >= 1000;
-  known &= l->kind <= FSHM_MONEY;
+  known &= l->kind <= FSHM_PLANNED;
   *largest_n = known ? limit_largest_n(l->kind, l->per_ns) : 0;
   return limit_valid(l) ? FSHM_OK : FSHM_E_ARGUMENT;
 }
@@ -22,8 +23,12 @@ bool limits_load(fshm_segment *s, uint32_t index, snapshot_t *p) {
   return limits_load_inline(s, index, p);
 }
 
-/* The limits of a budget (money.c): no other call counts by them. */
-COLD void limits_are_money(fshm_segment *s, snapshot_t *p) {
+/* The limits of a budget (money.c), or a name whose handles have plans: no other call counts by them. */
+COLD void limits_are_other(fshm_segment *s, snapshot_t *p) {
+  if (p->rules[0].kind == FSHM_PLANNED) {
+    p->count = p->permits = 0;
+    return;
+  }
   p->money = p->count + (p->permits > 0);
   p->count = p->permits = 0;
   calendar_ready(s, &p->rules[0]);
@@ -34,8 +39,15 @@ COLD void limits_are_money(fshm_segment *s, snapshot_t *p) {
   }
 }
 
-/* Apply the numbers of a handle (fshm_limiter_number()), which are never above the name's own. */
-void limits_number(const uint64_t *numbers, snapshot_t *p) {
+/* Apply the handle's own limits: those of its plan; or its numbers (fshm_limiter_number()), which are never above
+ * those of the name. */
+__attribute__((noinline)) void limits_own(fshm_segment *s, const own_t *own, snapshot_t *p) {
+  const uint64_t *numbers = own->numbers;
+  if (own->planned) {
+    /* None: damaged, or the name has other limits. */
+    if (p->current && snapshot_is_planned(p)) plan_load(s, own, p);
+    return;
+  }
   for (uint32_t i = 0; i < p->count; i++)
     if (p->rules[i].kind == FSHM_WINDOW && numbers[i])
       p->rules[i].n = min_u64(p->rules[i].n, numbers[i]);
@@ -53,8 +65,10 @@ int fshm_limiter_number(fshm_limiter *l, const uint64_t *numbers, uint32_t count
     if (numbers[i] < 1 || numbers[i] > (i < p.count ? p.rules[i].n : p.permits))
       return FSHM_E_ARGUMENT;
   }
-  for (uint32_t i = 0; i < count; i++) l->numbered[i] = numbers[i];
-  l->numbers = l->numbered;
+  own_t *own = calloc(1, sizeof *own);
+  if (!own) return FSHM_E_MEMORY;
+  for (uint32_t i = 0; i < count; i++) own->numbers[i] = numbers[i];
+  limiter_owns(l, own);
   return FSHM_OK;
 }
 
@@ -231,10 +245,11 @@ static int open_handle(fshm_segment *s, const char *name, uint64_t length, rule_
   if (status == FSHM_OK && !rules && !load_relaxed(&s->limiters[l->index].current))
     status = FSHM_E_NOT_FOUND;
   if (status == FSHM_OK && limits_wrong(s, l->index, false)) status = damage_limits(s, l->index);
-  /* What is counted in tokens is not counted in money afterwards, nor the other way round. */
+  /* What is counted in tokens is not counted in money afterwards, nor by plans, nor the other way round. */
   snapshot_t present;
   if (status == FSHM_OK && rules && limits_load(s, l->index, &present) &&
-      (present.money > 0) != (rules[0].kind == FSHM_MONEY))
+      ((present.money > 0) != (rules[0].kind == FSHM_MONEY) ||
+       snapshot_is_planned(&present) != (rules[0].kind == FSHM_PLANNED)))
     status = FSHM_E_ARGUMENT;
   if (status == FSHM_OK && rules) status = publish(s, l->index, rules, count, now);
   if (status != FSHM_OK) {
@@ -258,7 +273,8 @@ static int limiter_open(fshm_segment *s, const char *name, uint64_t name_length,
   for (uint32_t i = 0; i < count; i++) {
     bool permits = limits[i].kind == FSHM_PERMITS;
     if (!limit_valid(&limits[i]) || (permits && i + 1 != count) ||
-        (limits[i].kind == FSHM_MONEY) != (limits[0].kind == FSHM_MONEY))
+        (limits[i].kind == FSHM_MONEY) != (limits[0].kind == FSHM_MONEY) ||
+        (limits[i].kind == FSHM_PLANNED && count != 1))
       return FSHM_E_ARGUMENT;
     rules[i] = rule_make(&limits[i]);
     if (limits[i].kind == FSHM_MONEY) rules[i].unit = money_window(s, &rules[i], now);
@@ -288,7 +304,15 @@ int fshm_limiter_find(fshm_segment *s, const char *name, uint64_t name_length, f
   return open_handle(s, name, name_length, NULL, 0, 0, 0, out);
 }
 
-void fshm_limiter_close(fshm_limiter *l) { free(l); }
+void limiter_owns(fshm_limiter *l, const own_t *own) {
+  free((void *)l->own);
+  l->own = own;
+}
+
+void fshm_limiter_close(fshm_limiter *l) {
+  if (l) limiter_owns(l, NULL);
+  free(l);
+}
 
 void fshm_limiter_share(fshm_limiter *l, int share) { l->share = share != 0; }
 
@@ -350,6 +374,10 @@ int fshm_reset_all(fshm_limiter *l) {
     pair_t pair = {load_relaxed(&s->slots[slot].who), 0}, empty = {0, 0};
     if (pair.who & 1) { /* a limit's state; a permit is left alone */
       if (WHO_LIMITER(pair.who) != l->index) continue;
+      if (unlikely(snapshot_is_planned(&before))) {
+        plan_forget(s, l->index, slot, next.who);
+        continue;
+      }
       pair = pair_load(&s->slots[slot]);
       if (!(pair.who & 1) || WHO_LIMITER(pair.who) != l->index || IS_PERMIT(pair.when)) continue;
       if (WHO_EPOCH(pair.who) == CURRENT_EPOCH(before.current))
@@ -365,6 +393,10 @@ int fshm_reset_all(fshm_limiter *l) {
   return FSHM_OK;
 }
 
+int fshm_limiter_describe(fshm_limiter *l, fshm_limiter_info *out) {
+  return fshm_limiter_at(l->segment, l->index, out);
+}
+
 int fshm_limiter_at(fshm_segment *s, uint32_t index, fshm_limiter_info *out) {
   snapshot_t p;
   memset(out, 0, sizeof *out);
@@ -376,6 +408,8 @@ int fshm_limiter_at(fshm_segment *s, uint32_t index, fshm_limiter_info *out) {
   }
   if (!load_relaxed(&e->id) || !load_relaxed(&e->current)) return 0;
   if (!load_genuine(s, index, &p)) return damage_limits(s, index);
+  out->planned = snapshot_is_planned(&p);
+  out->overrides = load_relaxed(&e->overrides);
   describe_limits(&p, out->limits);
   out->limits_count = p.count + p.money + (p.permits > 0);
   out->version = CURRENT_VERSION(p.current);

@@ -63,7 +63,7 @@ static inline uint64_t salt_of(const fshm_segment *s, uint64_t current) {
   return likely(!resets) ? 0 : mix(s->secret[0] ^ mix(resets)) & ~UINT64_C(1);
 }
 
-void limits_are_money(fshm_segment *s, snapshot_t *p);
+void limits_are_other(fshm_segment *s, snapshot_t *p);
 uint64_t money_window(fshm_segment *s, const rule_t *rule, uint64_t now); /* money.c */
 
 /* Load the present limits. False: none, or damaged; then the snapshot has no limits, so that a caller that goes on
@@ -90,7 +90,7 @@ static inline HOT bool limits_load_inline(fshm_segment *s, uint32_t index, snaps
       p->tail[0] = tail | WHO_OF(0, p->rules[0].place, SET_RULE(set, 0), 0);
       if (unlikely(!current || !rule_sane(&p->rules[0]))) break;
       if (unlikely(p->rules[0].kind == FSHM_CALENDAR)) calendar_ready(s, &p->rules[0]);
-      if (unlikely(p->rules[0].kind == FSHM_MONEY)) limits_are_money(s, p);
+      if (unlikely(p->rules[0].kind >= FSHM_MONEY)) limits_are_other(s, p);
       return true;
     }
     if (likely(has == 1)) { /* permits alone */
@@ -110,7 +110,7 @@ static inline HOT bool limits_load_inline(fshm_segment *s, uint32_t index, snaps
     }
     p->count = has - (p->permits != 0);
     if (likely(current && has && i == has)) {
-      if (unlikely(p->rules[0].kind == FSHM_MONEY)) limits_are_money(s, p);
+      if (unlikely(p->rules[0].kind >= FSHM_MONEY)) limits_are_other(s, p);
       return true;
     }
     break;
@@ -120,14 +120,15 @@ static inline HOT bool limits_load_inline(fshm_segment *s, uint32_t index, snaps
 }
 
 bool limits_load(fshm_segment *s, uint32_t index, snapshot_t *out);
-void limits_number(const uint64_t *numbers, snapshot_t *p);
-/* limits_load(), with the numbers of the handle. */
+void limits_own(fshm_segment *s, const own_t *own, snapshot_t *p);
+/* limits_load(), with the handle's own limits. */
 static inline HOT bool limits_load_of_inline(const fshm_limiter *l, snapshot_t *p) {
   bool readable = limits_load_inline(l->segment, l->index, p);
-  if (unlikely(l->numbers != NULL)) limits_number(l->numbers, p);
+  if (unlikely(l->own != NULL)) limits_own(l->segment, l->own, p);
   return readable;
 }
 bool limits_load_of(const fshm_limiter *l, snapshot_t *out);
+void limiter_owns(fshm_limiter *l, const own_t *own);
 bool limits_wrong(const fshm_segment *s, uint32_t index, bool published);
 bool limits_name_wrong(const fshm_segment *s, uint32_t index);
 uint64_t limits_most(const fshm_segment *s, uint32_t index);

@@ -205,7 +205,7 @@ static int give_back(holder_t *h, const fshm_permit *p) {
 
 /* Permits of a key may be held with numbers below this. */
 static uint32_t permit_bound(const fshm_limiter *l, const snapshot_t *snapshot) {
-  if (l->numbers) return snapshot->permits;
+  if (l->own) return snapshot->permits;
   return limits_most_permits(limits_most(l->segment, l->index), snapshot);
 }
 
@@ -276,7 +276,7 @@ static COLD bool stands_counted(holder_t *h, snapshot_t *snapshot, uint32_t numb
 static inline HOT bool stands(holder_t *h, const limiter_entry_t *e, snapshot_t *snapshot,
                               uint32_t number, uint32_t *held) {
   /* All calls for this key have the same number, so no permit beyond it was ever taken. */
-  if (unlikely(h->limiter->numbers != NULL)) return true;
+  if (unlikely(h->limiter->own != NULL)) return true;
   after_swap(); /* pairs with publish(): it sees our permit, or we see its limits */
   const uint32_t most = MOST_OF(entry_most(e)); /* before `current` */
   if (likely(most <= snapshot->permits && load_relaxed(&e->current) == snapshot->current))

@@ -36,7 +36,7 @@ static struct {
 } types[] = {{SPEC(Decision, decision_slots, INTERNAL), &decision_type},
              {SPEC(Permit, permit_slots, INTERNAL), &permit_type},
              {SPEC(Slot, slot_slots, BASE | Py_TPFLAGS_HAVE_GC), NULL},
-             {SPEC(Core, core_slots, BASE | Py_TPFLAGS_HAVE_GC), NULL},
+             {SPEC(Core, core_slots, BASE | Py_TPFLAGS_HAVE_GC), &core_type},
              {SPEC(Reservation, reservation_slots, INTERNAL), &reservation_type},
              {SPEC(PoolCore, pool_slots, BASE | Py_TPFLAGS_HAVE_GC), NULL},
              {SPEC(Connection, connection_slots, INTERNAL | Py_TPFLAGS_HAVE_GC), &connection_type},

@@ -9,6 +9,7 @@
 #include "py_args.h"
 #include "py_cluster.h"
 #include "py_measure.h"
+#include "py_plans.h"
 
 enum { ON_FULL_DENY = 0, ON_FULL_ALLOW = 1, ON_FULL_RAISE = 2, ON_FULL_SHARE = 3 };
 
@@ -27,7 +28,11 @@ typedef struct {
   uint64_t warned; /* clock: the time of the last warning about shared counters */
   cluster_t cluster;
   measure_t measure; /* is_allowed(), check(), acquire() */
+  plans_t plans;
+  uint32_t plan; /* of a plan: 1 + its number in the limiter that has plans */
 } Core;
+
+static PyTypeObject *core_type;
 
 static PyObject *s_allowed, *s_reason, *s_remaining, *s_retry, *s_default, *s_full;
 static PyObject *check_allowed, *check_denied; /* dicts to copy */
@@ -123,16 +128,88 @@ static PyObject *decision_call(PyObject *self, uint32_t op, const char *name, Py
 
 #define MEASURED(self, call) RETURN_MEASURED(&((Core *)(self))->measure, call)
 
+/* A limiter whose keys have plans: the Core that answers for the key, a new reference. NULL: an exception. */
+static PyObject *plan_core(Core *self, PyObject *key) {
+  key_arg k;
+  if (get_key(key, &k)) return NULL;
+  const uint64_t hash = limiter_fetch(self->limiter, k.bytes, (uint64_t)k.length);
+  const plan_t *plan = plan_now(&self->plans, self->limiter, hash);
+  Py_XDECREF(k.held);
+  return plan ? Py_NewRef(plan->core)
+              : PyObject_CallMethod((PyObject *)self, "_answering", "O", key);
+}
+
+/* The same call, of that Core. */
+typedef PyObject *core_call(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
+static __attribute__((noinline)) PyObject *by_plan(PyObject *self, PyObject *const *args,
+                                                   Py_ssize_t n, PyObject *kw, core_call *call) {
+  PyObject *key = n ? args[0] : NULL;
+  for (Py_ssize_t i = 0; !key && kw && i < PyTuple_Size(kw); i++)
+    if (!PyUnicode_CompareWithASCIIString(PyTuple_GetItem(kw, i), "key")) key = args[n + i];
+  if (!key || key == Py_None) key = s_default; /* where it has to be given, the call says so */
+  PyObject *core = plan_core((Core *)self, key);
+  if (!core) return NULL;
+  PyObject *out = call(core, args, n, kw);
+  Py_DECREF(core);
+  return out;
+}
+#define BY_PLAN(call) \
+  if (unlikely(((Core *)self)->plans.entries)) return by_plan(self, args, n, kw, call)
+
+/* The usual call of such a limiter: its own Core is touched, and no other. 0: by_plan(). -1: an exception. */
+static inline int plan_decides(Core *self, PyObject *const *args, Py_ssize_t n, PyObject *kw,
+                               fshm_decision *d, const plan_t **out) {
+  key_arg k;
+  if (unlikely(n != 1 || kw || !PyUnicode_Check(args[0]))) return 0;
+  if (get_key(args[0], &k)) return -1;
+  const uint64_t hash = limiter_fetch(self->limiter, k.bytes, (uint64_t)k.length);
+  __builtin_prefetch(plan_line(&self->plans, hash));
+  const plan_t *plan = *out = k.held ? NULL : plan_now(&self->plans, self->limiter, hash);
+  if (likely(plan && plan->own))
+    limiter_acquire_own(self->limiter, plan->own, hash, k.bytes, (uint64_t)k.length, d);
+  Py_XDECREF(k.held);
+  if (unlikely(!plan || !plan->own)) return 0;
+  if (likely(!odd(self, d))) return 1;
+  PyObject *core = Py_NewRef(plan->core);
+  int failed = settle((Core *)core, d);
+  Py_DECREF(core);
+  return failed ? -1 : 1;
+}
+static PyObject *core_acquire(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *kw);
+static PyObject *core_is_allowed(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *kw);
+static PyObject *acquire_by_plan(PyObject *self, PyObject *const *args, Py_ssize_t n,
+                                 PyObject *kw) {
+  fshm_decision d;
+  const plan_t *plan;
+  int known = plan_decides((Core *)self, args, n, kw, &d, &plan);
+  if (known > 0) return make_decision(Py_NewRef(plan->limits), &d);
+  return known ? NULL : by_plan(self, args, n, kw, core_acquire);
+}
+static PyObject *is_allowed_by_plan(PyObject *self, PyObject *const *args, Py_ssize_t n,
+                                    PyObject *kw) {
+  fshm_decision d;
+  const plan_t *plan;
+  int known = plan_decides((Core *)self, args, n, kw, &d, &plan);
+  if (known > 0) return PyBool_FromLong(d.status == FSHM_ALLOWED);
+  return known ? NULL : by_plan(self, args, n, kw, core_is_allowed);
+}
+
 static PyObject *core_acquire(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
+  if (unlikely(((Core *)self)->plans.entries)) {
+    MEASURED(self, acquire_by_plan(self, args, n, kw));
+  }
   MEASURED(self, decision_call(self, FSHM_ACQUIRE, "acquire", args, n, kw, 1));
 }
 static PyObject *core_peek(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
+  BY_PLAN(core_peek);
   return decision_call(self, FSHM_PEEK, "peek", args, n, kw, 1);
 }
 static PyObject *core_charge(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
+  BY_PLAN(core_charge);
   return decision_call(self, FSHM_CHARGE, "charge", args, n, kw, 2);
 }
 static PyObject *core_refund(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
+  BY_PLAN(core_refund);
   return decision_call(self, FSHM_REFUND, "refund", args, n, kw, 2);
 }
 
@@ -258,12 +335,16 @@ static inline PyObject *is_allowed(PyObject *self, PyObject *const *args, Py_ssi
 
 static PyObject *core_is_allowed(PyObject *self, PyObject *const *args, Py_ssize_t n,
                                  PyObject *kw) {
+  if (unlikely(((Core *)self)->plans.entries)) {
+    MEASURED(self, is_allowed_by_plan(self, args, n, kw));
+  }
   MEASURED(self, is_allowed(self, args, n, kw));
 }
 
 static PyObject *core_get_remaining(PyObject *self, PyObject *const *args, Py_ssize_t n,
                                     PyObject *kw) {
   fshm_decision d;
+  BY_PLAN(core_get_remaining);
   if (decide_default(self, FSHM_PEEK, "get_remaining", args, n, kw, &d)) return NULL;
   return PyLong_FromUnsignedLongLong(d.remaining);
 }
@@ -301,6 +382,9 @@ static PyObject *check(PyObject *self, PyObject *const *args, Py_ssize_t n, PyOb
 }
 
 static PyObject *core_check(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
+  if (unlikely(((Core *)self)->plans.entries)) {
+    MEASURED(self, by_plan(self, args, n, kw, core_check));
+  }
   MEASURED(self, check(self, args, n, kw));
 }
 
@@ -598,6 +682,84 @@ static PyObject *core_bind_cluster(PyObject *o, PyObject *args) {
   Py_RETURN_NONE;
 }
 
+/* _bind_plans(age): the keys of this object have plans. age: s, after which an answer is asked for again. */
+static PyObject *core_bind_plans(PyObject *o, PyObject *age) {
+  Core *self = (Core *)o;
+  const double seconds = PyFloat_AsDouble(age);
+  if (seconds == -1 && PyErr_Occurred()) return NULL;
+  if (bound(self)) return NULL;
+  if (self->plans.entries) return PyErr_Format(PyExc_RuntimeError, "plans are bound once");
+  self->plans.age = seconds > 1e9 ? UINT64_MAX >> 25 : (uint64_t)(seconds * 1e9) >> 20;
+  self->plans.plans = calloc(MOST_PLANS, sizeof *self->plans.plans);
+  plan_entry_t *entries = calloc(PLAN_LINES * PLAN_WAYS, sizeof *entries);
+  if (!self->plans.plans || !entries) {
+    free(entries);
+    return PyErr_NoMemory();
+  }
+  self->plans.entries = entries;
+  self->plans.overrides = fshm_overrides(self->limiter);
+  Py_RETURN_NONE;
+}
+
+/* The hash of a key, of an object whose keys have plans. */
+static int get_plan_key(Core *self, PyObject *key, uint64_t *hash) {
+  key_arg k;
+  if (!self->plans.entries)
+    return fail(PyExc_RuntimeError, "the keys of this limiter have no plans");
+  if (get_key(key, &k)) return -1;
+  *hash = limiter_fetch(self->limiter, k.bytes, (uint64_t)k.length);
+  Py_XDECREF(k.held);
+  return 0;
+}
+
+/* _plan_begin() -> int: the time, for _plan_found(). Before the plan of a key is looked for. */
+static PyObject *core_plan_begin(PyObject *o, UNUSED PyObject *unused) {
+  Core *self = (Core *)o;
+  uint64_t now;
+  ALONE_BEGIN(self);
+  plans_look(&self->plans, self->limiter);
+  now = max_u64(plan_clock(), self->plans.since);
+  ALONE_END();
+  return PyLong_FromUnsignedLongLong(now);
+}
+
+/* _plan_found(key, core, begun): from `begun` on, the key has the plan whose Core this is. */
+static PyObject *core_plan_found(PyObject *o, PyObject *args) {
+  Core *self = (Core *)o, *plan;
+  PyObject *key, *core;
+  unsigned long long begun;
+  uint64_t hash = 0;
+  if (!PyArg_ParseTuple(args, "OOK", &key, &core, &begun) || get_plan_key(self, key, &hash))
+    return NULL;
+  if (!PyObject_TypeCheck(core, core_type) || bound((Core *)core)) return NULL;
+  plan = (Core *)core;
+  ALONE_BEGIN(self);
+  if (!plan->plan && self->plans.count < MOST_PLANS) {
+    const uint32_t number = self->plans.count;
+    self->plans.plans[number] =
+        (plan_t){Py_NewRef(core), Py_NewRef(plan->limits),
+                 plan->cluster.leases || !plan->limiter->own ? NULL : plan->limiter->own};
+    plan->plan = number + 1;
+    /* release: with the acquire of plan_there() */
+    __atomic_store_n(&self->plans.count, number + 1, __ATOMIC_RELEASE);
+  }
+  if (plan->plan) plan_remember(&self->plans, hash, plan->plan - 1, begun);
+  ALONE_END();
+  Py_RETURN_NONE;
+}
+
+/* _plan_known(key, fresh) -> Core or None. fresh: only if it counts now. */
+static PyObject *core_plan_known(PyObject *o, PyObject *args) {
+  Core *self = (Core *)o;
+  PyObject *key;
+  int fresh;
+  uint64_t hash = 0, when;
+  if (!PyArg_ParseTuple(args, "Op", &key, &fresh) || get_plan_key(self, key, &hash)) return NULL;
+  const plan_t *plan =
+      fresh ? plan_now(&self->plans, self->limiter, hash) : plan_there(&self->plans, hash, &when);
+  return Py_NewRef(plan ? plan->core : Py_None);
+}
+
 static PyObject *core_measure(PyObject *o, PyObject *args) {
   return measure_set(&((Core *)o)->measure, args);
 }
@@ -622,6 +784,7 @@ static int core_traverse(PyObject *o, visitproc visit, void *arg) {
   Py_VISIT(Py_TYPE(o));
   Py_VISIT(self->limits);
   Py_VISIT(self->reasons);
+  for (uint32_t i = 0; i < self->plans.count; i++) Py_VISIT(self->plans.plans[i].core);
   Py_VISIT(self->cluster.keys);
   return 0;
 }
@@ -632,6 +795,7 @@ static void core_dealloc(PyObject *o) {
   Py_XDECREF(self->limits);
   Py_XDECREF(self->reasons);
   Py_XDECREF(self->tail);
+  plans_free(&self->plans);
   Py_XDECREF(self->cluster.keys);
   Py_XDECREF(self->cluster.leases_handle);
   Py_XDECREF(self->cluster.refused_handle);
@@ -670,6 +834,10 @@ static PyMethodDef core_methods[] = {
     {"_acquire_many", FAST(core_acquire_many), FLAGS, NULL},
     {"_bind", core_bind, METH_VARARGS, NULL},
     {"_bind_cluster", core_bind_cluster, METH_VARARGS, NULL},
+    {"_bind_plans", core_bind_plans, METH_O, NULL},
+    {"_plan_begin", core_plan_begin, METH_NOARGS, NULL},
+    {"_plan_found", core_plan_found, METH_VARARGS, NULL},
+    {"_plan_known", core_plan_known, METH_VARARGS, NULL},
     {"_measure", core_measure, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL}};
 

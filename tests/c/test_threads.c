@@ -24,6 +24,7 @@ static void check_known(int status) {
 
 #include "threads_budgets.h"
 #include "threads_grants.h"
+#include "threads_plans.h"
 #include "threads_statistics.h"
 
 typedef struct {
@@ -31,6 +32,7 @@ typedef struct {
   grants_t grants;
   budgets_t budgets;
   statistics_t statistics;
+  plans_of_threads_t plans;
   fshm_limiter *fixed, *several, *places, *changing, *brief, *forced, *counted;
   const char *name, *churned;
   uint64_t rounds, seed;
@@ -327,6 +329,8 @@ static void granted(scene_t *scene) { use_token_leases(&scene->grants, any_key()
 static void allowed(scene_t *scene) { use_permit_leases(&scene->grants, any_key()); }
 static void spends(scene_t *scene) { spend_each(&scene->budgets, scene->s, any_key()); }
 static void spends_together(scene_t *scene) { spend_together(&scene->budgets); }
+static void plans(scene_t *scene) { use_plans(&scene->plans, scene->s, any_key()); }
+static void plans_together(scene_t *scene) { share_plans(&scene->plans); }
 static void leads(scene_t *scene) { lead(scene->s); }
 static void routes(scene_t *scene) { route(&scene->statistics, scene->s); }
 static void memoizes(scene_t *scene) { memoize(scene->s, any_key()); }
@@ -338,7 +342,8 @@ static void *work(void *with) {
       change_limits, reuse_slots,    take_by_force,  stand_in_the_queue,
       inspect,       open_and_close, count_and_move, look_at_all,
       granted,       allowed,        leads,          routes,
-      memoizes,      measures,       spends,         spends_together};
+      memoizes,      measures,       spends,         spends_together,
+      plans,         plans_together};
   const worker_t *me = with;
   random_state = me->scene->seed + me->number * 7919;
   for (uint64_t i = 0; i < me->scene->rounds; i++)
@@ -379,6 +384,7 @@ int main(int argc, char **argv) {
   scene.counted = fresh_limiter(scene.s, "counted", &counted, 1);
   grants_begin(&scene.grants, scene.s);
   budgets_begin(&scene.budgets, scene.s);
+  plans_begin(&scene.plans, scene.s);
   statistics_begin(&scene.statistics, scene.s);
   scene.began = fshm_now(scene.s);
   run(&scene, threads);
@@ -391,6 +397,7 @@ int main(int argc, char **argv) {
   }
   grants_end(&scene.grants);
   budgets_end(&scene.budgets);
+  plans_end(&scene.plans);
   statistics_end(&scene.statistics, scene.s);
   fshm_limiter *all[] = {scene.fixed, scene.several, scene.places, scene.changing,
                          scene.brief, scene.forced,  scene.counted};

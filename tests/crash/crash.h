@@ -71,6 +71,8 @@ enum {
   SHARING = 1 << 27, /* keys without room share counters; what the key has consumed is in one */
   COUNTED = 1
       << 28, /* a process remembers a look at the permits: what is freed and taken is counted */
+  PLANNED = 1 << 29, /* the limits are those of a plan */
+  OTHER_PLAN = 1 << 30, /* and what the key has consumed, it has under the plan `next` */
   COMES_ROUND_NEXT = 1 << 25, /* the incarnation of T's process index comes round with T */
   MOST_BEHIND = 1
       << 21 /* `most` is below what is held, as limits_lower_most() may leave it when the limits

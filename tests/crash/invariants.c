@@ -16,7 +16,7 @@ static void protect_others(void) {
   liveness_t liveness = {0};
   protected_count = 0;
   if (!world.s) return;
-  if (world.l && limits_load(world.s, world.l->index, &c.snapshot)) {
+  if (world.l && limits_load_of(world.l, &c.snapshot)) {
     begin(&c, world.l, KEY, strlen(KEY), NOW);
     for (uint32_t i = 0; i < c.snapshot.count; i++) own[i] = fingerprint(&c, i);
   }
@@ -30,6 +30,8 @@ static void protect_others(void) {
     ours |= op->overtake && pair.who & 1 && WHO_LIMITER(pair.who) == world.l->index;
     for (uint32_t k = 0; k < MOST_NUMBERED && op->op == CLEAR; k++)
       ours |= pair.who == side_who(nth_who(own[0], k), world.l->index);
+    /* the key's override: run_override() looks after it */
+    ours |= op->flags & PLANNED && pair.who & 1 && WHO_PLACE(pair.who) == PLACE_NONE;
     if (!pair.who || ours || IS_PENDING(pair.when) || state_expires(pair.when) <= now_or_clock())
       continue;
     if (IS_PERMIT(pair.when) && !owner_alive(world.s, pair.when, &liveness)) continue;
@@ -108,7 +110,11 @@ static void check_labels(void) {
     unsigned label = WHO_LABEL(pair.who), place = WHO_PLACE(pair.who);
     if (WHO_LIMITER(pair.who) >= world.s->limiter_count)
       broken("slot %d is of limiter %u", (int)i, WHO_LIMITER(pair.who));
-    else if (!read_used(e, label, &rule, &owner))
+    else if (IS_PLANNED(pair.when) || WHO_PLACE(pair.who) == PLACE_NONE || op->flags & PLANNED) {
+      uint64_t slack; /* a bucket's names a record */
+      if (IS_PLANNED(pair.when) && !record_rule(world.s, planned_record(pair), &rule, &slack))
+        broken("slot %d is under record %u, which is none", (int)i, planned_record(pair));
+    } else if (!read_used(e, label, &rule, &owner))
       broken("slot %d is under rule %u, whose index is free", (int)i, label);
     else if (rule.place != place)
       broken("slot %d is of place %u, under rule %u of place %u", (int)i, place, label, rule.place);

@@ -38,6 +38,23 @@ static void run_reset_key(outcome_t *out) {
 }
 static void run_reset_all(outcome_t *out) { out->status = fshm_reset_all(world.l); }
 
+/* Another plan of the name, as fshm_plan_open() does it, without the handle: the heap is not put back. */
+static void run_record(outcome_t *out) {
+  uint32_t record;
+  out->status = record_of(world.s, &op->next[0], &record);
+}
+static void run_override(outcome_t *out) {
+  out->status = fshm_override_set(world.l, KEY, strlen(KEY), op->next, op->next_count);
+  fshm_limit found[FSHM_MAX_OVERRIDE];
+  if (fshm_override_get(world.l, KEY, strlen(KEY), found) != (int)op->next_count ||
+      (op->next_count && found[0].n != op->next[0].n))
+    broken("another override");
+}
+static void override_before(void) {
+  if (fshm_override_set(world.l, KEY, strlen(KEY), op->limits, 1) != FSHM_OK)
+    broken("no override to begin with");
+}
+
 /* S takes the room of the second limit, and of the first what `more` says. */
 static void take_second(uint64_t more) {
   fshm_decision d;
@@ -272,6 +289,8 @@ static void run_request_and_back(outcome_t *out) {
                 fshm_request_end(world.s, &request);
 }
 
+#define PLAN .flags = PLANNED
+#define UNDER_PLAN(limit) .flags = PLANNED | OTHER_PLAN, .next = {limit}, .next_count = 1
 #define ONE(limit) .limits = {limit}, .count = 1
 #define THREE .limits = {BUCKET(5), WINDOW(6), SLIDING(7)}, .count = 3
 #define THEN_ONE(limit) .next = {limit}, .next_count = 1
@@ -449,6 +468,101 @@ static const operation_t operations[] = {
      .flags = PENDING_LOW | PENDING_HIGH,
      ROOM(5, 4, 5)},
     /* several limits */
+    /* keys with plans */
+    {.name = "plan-acquire", APPLY(ACQUIRE, 1), ONE(BUCKET(5)), .prior = 2, PLAN, ROOM(3, 2, 5)},
+    {.name = "plan-first", APPLY(ACQUIRE, 1), ONE(BUCKET(5)), PLAN, ROOM(5, 4, 5)},
+    {.name = "plan-denied", REFUSED(FSHM_DENIED), ONE(BUCKET(5)), .prior = 5, PLAN, ROOM(0, 0, 5)},
+    {.name = "plan-raised",
+     APPLY(ACQUIRE, 1),
+     ONE(BUCKET(7)),
+     .prior = 2,
+     UNDER_PLAN(BUCKET(3)),
+     ROOM(5, 4, 7)},
+    {.name = "plan-lowered",
+     APPLY(ACQUIRE, 1),
+     ONE(BUCKET(5)),
+     .prior = 2,
+     UNDER_PLAN(BUCKET(9)),
+     ROOM(3, 2, 5)},
+    {.name = "plan-lowered-denied",
+     REFUSED(FSHM_DENIED),
+     ONE(BUCKET(5)),
+     .prior = 8,
+     UNDER_PLAN(BUCKET(9)),
+     ROOM(0, 0, 5)},
+    {.name = "plan-lowered-window",
+     APPLY(ACQUIRE, 1),
+     ONE(WINDOW(5)),
+     .prior = 2,
+     UNDER_PLAN(WINDOW(9)),
+     ROOM(3, 2, 5)},
+    {.name = "plan-charge-window",
+     APPLY(CHARGE, 7),
+     ONE(WINDOW(5)),
+     .prior = 2,
+     PLAN,
+     ROOM(3, 0, 5)},
+    {.name = "plan-charge-lowered",
+     APPLY(CHARGE, 2),
+     ONE(BUCKET(5)),
+     .prior = 2,
+     UNDER_PLAN(BUCKET(9)),
+     ROOM(3, 1, 5)},
+    {.name = "plan-refund-raised",
+     APPLY(REFUND, 1),
+     ONE(BUCKET(9)),
+     .prior = 3,
+     UNDER_PLAN(BUCKET(4)),
+     ROOM(6, 7, 9)},
+    {.name = "plan-multi", APPLY(ACQUIRE, 1), THREE, .prior = 2, PLAN, ROOM(3, 2, 5)},
+    {.name = "plan-multi-undo",
+     REFUSED(FSHM_DENIED),
+     THREE,
+     .prior = 2,
+     .meddle = meddle_second,
+     PLAN,
+     ROOM(3, 0, 5)},
+    {.name = "plan-reset-key",
+     CALLS(run_reset_key),
+     ONE(BUCKET(5)),
+     .prior = 2,
+     PLAN,
+     ROOM(3, 5, 5)},
+    {.name = "plan-reset-all",
+     CALLS(run_reset_all),
+     ONE(BUCKET(5)),
+     .prior = 2,
+     PLAN,
+     ROOM(3, 5, 5)},
+    {.name = "plan-record",
+     CALLS(run_record),
+     ONE(BUCKET(5)),
+     .prior = 2,
+     .flags = PLANNED | UNCHANGED,
+     THEN_ONE(BUCKET(8)),
+     ROOM(3, 3, 5)},
+    {.name = "plan-override",
+     CALLS(run_override),
+     ONE(BUCKET(5)),
+     .prior = 2,
+     .flags = PLANNED | UNCHANGED,
+     THEN_ONE(BUCKET(8)),
+     ROOM(3, 3, 5)},
+    {.name = "plan-override-again",
+     CALLS(run_override),
+     .prepare = override_before,
+     ONE(BUCKET(5)),
+     .prior = 2,
+     .flags = PLANNED | UNCHANGED,
+     THEN_ONE(BUCKET(8)),
+     ROOM(3, 3, 5)},
+    {.name = "plan-override-removed",
+     CALLS(run_override),
+     .prepare = override_before,
+     ONE(BUCKET(5)),
+     .prior = 2,
+     .flags = PLANNED,
+     ROOM(3, 3, 5)},
     {.name = "multi-check", APPLY(ACQUIRE, 1), THREE, .prior = 2, ROOM(3, 2, 5)},
     {.name = "multi-first", APPLY(ACQUIRE, 1), THREE, ROOM(5, 4, 5)},
     {.name = "multi-undo",

@@ -2,7 +2,11 @@
 #include "crash.h"
 
 static fshm_limiter *named(const char *name, const fshm_limit *limits, uint32_t count) {
-  fshm_limiter *l = fresh_limiter(world.s, name, limits, count);
+  fshm_limiter *l = NULL;
+  if (op->flags & PLANNED)
+    CHECK_EQ(fshm_plan_open(world.s, name, strlen(name), limits, count, &l), FSHM_OK);
+  else
+    l = fresh_limiter(world.s, name, limits, count);
   l->frontier = 0; /* the same slot first in all processes: they meet */
   return l;
 }
@@ -25,7 +29,7 @@ static void plant(uint64_t slot, uint64_t who) {
 
 static uint64_t who_of_key(uint32_t i) {
   call_t c;
-  if (!limits_load(world.s, world.l->index, &c.snapshot)) abort();
+  if (!limits_load_of(world.l, &c.snapshot)) abort();
   begin(&c, world.l, KEY, strlen(KEY), NOW);
   return fingerprint(&c, i);
 }
@@ -97,7 +101,10 @@ static void start_rate_limits(void) {
   if (op->flags & PENDING_HIGH) plant(world.s->slot_count - 1, who_of_key(0));
   if (op->flags & TENANT_FIRST) (void)apply_at(world.others, FSHM_ACQUIRE, "old", 1, NOW - PER);
   bool old = op->flags & (EXPIRED | EXPIRING); /* last: else another key would have the slot */
+  fshm_limiter *mine = world.l;
+  if (op->flags & OTHER_PLAN) world.l = named("limits", op->next, op->next_count);
   if (op->prior && !old && !(op->flags & SHARING)) (void)consume(op->prior, world.now);
+  world.l = mine;
   (void)apply_at(world.others, FSHM_ACQUIRE, "beside", 1, world.now);
   if (op->flags & (TENANTS | STALE | CROWDED))
     fill_rest(op->flags & TWO_LEFT                                    ? 2
@@ -113,7 +120,7 @@ static void start_rate_limits(void) {
     world.permits = named("permits", &dead, 1);
     die_after(take_dead_permits);
   }
-  if (op->next_count && !(op->flags & UNCHANGED))
+  if (op->next_count && !(op->flags & (UNCHANGED | OTHER_PLAN)))
     fshm_limiter_close(named("limits", op->next, op->next_count));
 }
 

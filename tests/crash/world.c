@@ -193,7 +193,7 @@ static levels_t levels_of(fshm_limiter *l, const char *key) {
   call_t c;
   found_t f;
   if (op->side) return levels_of_side();
-  if (!limits_load(l->segment, l->index, &c.snapshot)) {
+  if (!limits_load_of(l, &c.snapshot)) {
     broken("the limits of the name cannot be read");
     return out;
   }

@@ -1,5 +1,5 @@
 /* calls.h - every call of fast_shm.h, on a segment that may hold anything, with checks of what comes back: here,
- * in grants.h, budgets.h and statistics.h. test_calls.py finds the one that is left out.
+ * in grants.h, plans.h, budgets.h and statistics.h. test_calls.py finds the one that is left out.
  *
  * Used by fuzz.c and scribble.c, after unity.c. Wrong answers are allowed; answers outside their range,
  * and writes beyond what a call was given, are not: both end the program with what and where. */
@@ -103,6 +103,7 @@ static void check_fenced(const fenced_t *f) { MUST(f->before == FENCE && f->afte
 
 #include "budgets.h"
 #include "grants.h"
+#include "plans.h"
 #include "statistics.h"
 
 static void use_queue(user_t *u, fshm_limiter *l, const char *key, uint64_t n, uint64_t now,
@@ -375,6 +376,7 @@ static void one_call(user_t *u, unsigned call, unsigned who, unsigned what, uint
       be_told(u, l, key, n, now, what);
       use_budget(u, l, key, n, now, what);
       use_zones(u, key, n, now, what);
+      use_plans(u, l, key, n, now, what);
       break;
     case FIRST_GRANTED + 3:
       use_permit_lease(u, what & 16 || !u->limiters[5] ? l : u->limiters[5], key, n, now, what);

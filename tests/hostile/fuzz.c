@@ -27,8 +27,8 @@ static pid_t one_pid(void) { return 4242; } /* its slot in the process table fol
 #undef munmap
 #undef getpid
 
-static_assert(offsetof(header_t, capacity) == 8 * 3 && offsetof(header_t, names_words) == 8 * 17 &&
-                  offsetof(header_t, damage) == 8 * 31 &&
+static_assert(offsetof(header_t, capacity) == 8 * 3 && offsetof(header_t, names_words) == 8 * 18 &&
+                  offsetof(header_t, damage) == 8 * 32 &&
                   offsetof(header_t, names_head) - offsetof(header_t, ticket) == 8 * 8 &&
                   offsetof(limiter_entry_t, current) == 8 * 2 &&
                   offsetof(limiter_entry_t, name_length) == 8 * 4 &&

@@ -24,7 +24,7 @@ ROOT = os.geteuid() == 0
 NOBODY = 65534
 # Offsets in the header, csrc/core/layout.h.
 MAGIC, VERSION, BYTE_ORDER, SIZE, CAPACITY = 0, 8, 12, 16, 24
-BOOT, TIME_NAMESPACE, EPOCH = 176, 192, 200
+BOOT, TIME_NAMESPACE, EPOCH = 184, 200, 208
 
 
 def scribble(path: str, at: int, form: str, value: int) -> None:
@@ -246,7 +246,7 @@ def test_a_full_file_system() -> None:
     assert len(said) == 3
     for message in (*said, last):
         assert message.startswith(
-            "cannot open segment /dev/shm/fast_litellm_shm.4.after: no space left"
+            "cannot open segment /dev/shm/fast_litellm_shm.5.after: no space left"
         )
         assert "FAST_LITELLM_SHM_CAPACITY" in message
     assert remaining == "4"

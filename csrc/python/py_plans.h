@@ -1,0 +1,102 @@
+/* py_plans.h - a limiter whose keys have plans: which plan a key has, as this process remembers it.
+ *
+ * Beside the object lies a table from the hash of a key to the number of a plan, and when that was found. It has a fixed
+ * size; a line that is full forgets its oldest key. So a flood of keys takes no memory, and a usual call takes one more
+ * cache line, which is fetched together with those of the segment. Python finds the plan of a key that is not there, or
+ * is there for too long: _answering() of limiters/plans.py.
+ */
+#ifndef FSHM_PY_PLANS_H
+#define FSHM_PY_PLANS_H
+
+#include <stdlib.h>
+
+#include "../limits/limiter.h"
+#include "py_args.h"
+
+#define PLAN_LINES \
+  (UINT64_C(1) << 16) /* of 4 keys: 4 MB, of which a program with few keys touches little */
+#define PLAN_WAYS 4
+#define MOST_PLANS (1U << 20) /* numbers of plans: 20 bits of 24 */
+
+/* A plan of the limiter: its Core, and what a call takes of it. own: NULL: the Core decides itself (a server grants). */
+typedef struct {
+  PyObject *core, *limits;
+  const own_t *own;
+} plan_t;
+
+/* key: hash of the key ^ found. found: when (40 bits, of 2^20 ns) | number of the plan (24). 0: free. So two words that were
+ * not written together fit no key: threads without a GIL need no lock. */
+typedef struct {
+  uint64_t key, found;
+} plan_entry_t;
+
+typedef struct {
+  plan_entry_t *entries; /* NULL: the keys of this Core have no plans */
+  plan_t *plans;
+  uint32_t count;
+  uint32_t overrides; /* fshm_overrides(): answers before `since` were found by an older number */
+  uint64_t since, age; /* of 2^20 ns */
+} plans_t;
+
+static inline uint64_t plan_clock(void) { return fshm_clock() >> 20; }
+
+static inline plan_entry_t *plan_line(const plans_t *p, uint64_t hash) {
+  return &p->entries[(hash & (PLAN_LINES - 1)) * PLAN_WAYS];
+}
+
+/* The plan of the key, whenever it was found; NULL: not there. when: of 2^20 ns. */
+static inline const plan_t *plan_there(const plans_t *p, uint64_t hash, uint64_t *when) {
+  const plan_entry_t *line = plan_line(p, hash);
+  for (unsigned i = 0; i < PLAN_WAYS; i++) {
+    const uint64_t found = RELAXED_GET(line[i].found);
+    if ((RELAXED_GET(line[i].key) ^ found) != hash || !found) continue;
+    const uint32_t number = (uint32_t)(found & 0xffffff);
+    *when = found >> 24;
+    return number < __atomic_load_n(&p->count, __ATOMIC_ACQUIRE) ? &p->plans[number] : NULL;
+  }
+  return NULL;
+}
+/* The plan that counts now; NULL: it has to be found. */
+static inline const plan_t *plan_now(const plans_t *p, const fshm_limiter *l, uint64_t hash) {
+  uint64_t when;
+  const plan_t *plan = plan_there(p, hash, &when);
+  if (unlikely(!plan || when < RELAXED_GET(p->since) ||
+               (int64_t)(plan_clock() - when) > (int64_t)p->age ||
+               fshm_overrides((fshm_limiter *)(uintptr_t)l) != RELAXED_GET(p->overrides)))
+    return NULL;
+  return plan;
+}
+
+/* Overrides have changed: forget when all answers were found. */
+static void plans_look(plans_t *p, const fshm_limiter *l) {
+  const uint32_t now = fshm_overrides((fshm_limiter *)(uintptr_t)l);
+  if (now == RELAXED_GET(p->overrides)) return;
+  RELAXED_SET(p->since, plan_clock() + 1);
+  RELAXED_SET(p->overrides, now);
+}
+
+static void plan_remember(plans_t *p, uint64_t hash, uint32_t number, uint64_t when) {
+  plan_entry_t *line = plan_line(p, hash), *oldest = line;
+  for (unsigned i = 0; i < PLAN_WAYS; i++) {
+    const uint64_t found = RELAXED_GET(line[i].found);
+    if (!found || (RELAXED_GET(line[i].key) ^ found) == hash) {
+      oldest = &line[i];
+      break;
+    }
+    if (found >> 24 < RELAXED_GET(oldest->found) >> 24) oldest = &line[i];
+  }
+  const uint64_t found = when << 24 | number;
+  RELAXED_SET(oldest->found, found);
+  RELAXED_SET(oldest->key, hash ^ found);
+}
+
+static void plans_free(plans_t *p) {
+  for (uint32_t i = 0; i < p->count; i++) {
+    Py_DECREF(p->plans[i].core);
+    Py_DECREF(p->plans[i].limits);
+  }
+  free(p->entries);
+  free(p->plans);
+}
+
+#endif
