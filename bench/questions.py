@@ -20,6 +20,7 @@ QUESTIONS = (
     "processes",
     "threads",
     "key_count",
+    "plans_cost",
     "bytes_per_key",
     "first_check",
     "import_cost",

@@ -6,6 +6,7 @@ __all__ = [
     "FastShmError",
     "RateLimitExceeded",
     "PermitTimeoutError",
+    "PlanError",
     "QueueFullError",
     "ClusterError",
     "StateFileError",
@@ -34,6 +35,11 @@ __all__ = [
 
 class FastShmError(Exception):
     """Base of all errors of this package, except ValueError and TypeError for bad arguments."""
+
+
+class PlanError(FastShmError):
+    """The plan of a key could not be found: ``plan_of`` failed, or named a plan that there is
+    not."""
 
 
 class SegmentError(FastShmError):

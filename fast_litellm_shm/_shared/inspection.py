@@ -209,7 +209,9 @@ class Inspection:
             {
                 "name": info["name"],
                 "limits": ["of each key"]
-                if info["name"] in key_grammar.NAMES or key_grammar.units_of(info["name"])
+                if info["planned"]
+                or info["name"] in key_grammar.NAMES
+                or key_grammar.units_of(info["name"])
                 else limits.described(info["limits"]),
                 "version": info["version"],
                 "resets": info["resets"],
@@ -358,6 +360,8 @@ class Inspection:
         info = self._limiters[int(self.counts.meta[slot]) >> 20]
         if info["limits"] and isinstance(info["limits"][0], limits.Money):
             return self._budget_row(slot, info, name, raw)
+        if info["planned"]:
+            return self._planned_row(slot, info, name, raw)
         decision = ffi.new("fshm_decision *")
         known = self._peek(slot, info, name, raw, decision)
         if known is None or self._who_now(slot) != int(self.counts.who[slot]):
@@ -406,6 +410,61 @@ class Inspection:
             raw=raw,
             usd=True,
         )
+
+    def _planned_row(self, slot: int, info: dict[str, Any], name: str, raw: bytes) -> KeyRow | None:
+        """A limit of a key with a plan. What remains is known of a token bucket: its slot says
+        which it is."""
+        found = ffi.new("fshm_plan_info *")
+        if lib.fshm_plan_at(self._handle, slot, 0, found) != lib.FSHM_OK or found.is_override:
+            return None
+        if self._who_now(slot) != int(self.counts.who[slot]):
+            return None
+        limit = limits.from_raw(found.limits[0], self.segment) if found.count else None
+        remaining, retry_after = None, None
+        if isinstance(limit, limits.TokenBucket):
+            remaining = max(limit.burst - found.used, 0)
+            retry_after = 0.0 if remaining else _next(limit, found)
+        return KeyRow(
+            key=name,
+            limiter=info["name"],
+            admitted=int(self.counts.admitted[slot]),
+            denied=int(self.counts.denied[slot]),
+            remaining=remaining,
+            limit=limit.burst if isinstance(limit, limits.TokenBucket) else None,
+            retry_after=retry_after,
+            reset_after=found.left_ns / 1e9,
+            raw=raw,
+        )
+
+    def overrides(self) -> list[dict[str, Any]]:
+        """Keys with limits of their own, by limiter and key: limits (a list of text)."""
+        from fast_litellm_shm._shared.dependencies import numpy
+
+        planned = [index for index, info in self._limiters.items() if info["planned"]]
+        if not planned:
+            return []
+        # As csrc/limits/plans.c has them: money, at the place that no limit has.
+        who, when = self.counts.who, _view(self._geometry, "slots")["when"]
+        chosen = (who & numpy.uint64(0x701) == numpy.uint64(0x701)) & (
+            when >> numpy.uint64(60) == 1
+        )
+        chosen &= numpy.isin((who >> numpy.uint64(11)) & numpy.uint64(0x7FF), planned)
+        found, out = ffi.new("fshm_plan_info *"), []
+        for slot in numpy.flatnonzero(chosen).tolist():
+            if lib.fshm_plan_at(self._handle, slot, 0, found) != lib.FSHM_OK:
+                continue
+            if not found.is_override or found.limiter not in planned:
+                continue
+            stored = stored_name(self.segment, slot)
+            its = [limits.from_raw(found.limits[i], self.segment) for i in range(found.count)]
+            out.append(
+                {
+                    "limiter": self._limiters[found.limiter]["name"],
+                    "key": stored[0] if stored else "?",
+                    "limits": [limits.describe(each) for each in its],
+                }
+            )
+        return sorted(out, key=lambda each: (each["limiter"], each["key"]))
 
     def _peek(
         self, slot: int, info: dict[str, Any], name: str, raw: bytes, decision: Any
@@ -463,6 +522,7 @@ class Inspection:
                 "limits": [
                     limits.from_raw(info.limits[i], self.segment) for i in range(info.limits_count)
                 ],
+                "planned": bool(info.planned),
                 "version": info.version,
                 "resets": info.resets,
                 "shared_seconds": info.shared_ns / 1e9,
@@ -559,6 +619,12 @@ def _slot_of(counters: NDArray[Any]) -> NDArray[Any]:
 
     slots: NDArray[Any] = (counters["key"] >> numpy.uint64(32)).astype(numpy.int64) - 1
     return slots
+
+
+def _next(limit: limits.TokenBucket, found: Any) -> float:
+    """Seconds until a bucket of which all is used admits the next token."""
+    left: float = found.left_ns / 1e9 - limit.per / limit.n * (limit.burst - 1)
+    return max(left, 0.0)
 
 
 def _most(limit: limits.LimitSpec | limits.InFlight) -> int:

@@ -49,6 +49,8 @@ class SharedLimits(Core, InSegment):
         # The limits of this object's keys; those of the name are upper bounds of the same kinds. A
         # key must keep to one such set.
         numbered: tuple[LimitSpec | InFlight, ...] | None = None,
+        # The limits are those of a plan: the name has none, and each key comes with its plan's.
+        planned: bool = False,
     ) -> None:
         if name is None:
             name = _default_name(found)
@@ -76,9 +78,8 @@ class SharedLimits(Core, InSegment):
             status = lib.fshm_limiter_find(self._segment._handle, encoded, len(encoded), out)
         if status == lib.FSHM_E_NOT_FOUND:
             raw = ffi.new("fshm_limit[]", [limit._raw(self._segment) for limit in found])
-            status = lib.fshm_limiter_open(
-                self._segment._handle, encoded, len(encoded), raw, len(found), out
-            )
+            open_ = lib.fshm_plan_open if planned else lib.fshm_limiter_open
+            status = open_(self._segment._handle, encoded, len(encoded), raw, len(found), out)
         if status == lib.FSHM_CONTENDED:
             raise exceptions.SegmentError(
                 f"limiter {self._shown!r} in segment {self._segment.name!r}: several processes "
@@ -88,6 +89,7 @@ class SharedLimits(Core, InSegment):
             self._failed(status)
         self._handle: Any = owned(out[0], lib.fshm_limiter_close, self._segment._handle)
         self._numbered = numbered
+        self._planned = found if planned else None
         if numbered is not None:
             self._number([limit.n for limit in numbered])
         self._limits_changed()
@@ -107,6 +109,9 @@ class SharedLimits(Core, InSegment):
         """Called by the native part when it meets another version of the limits."""
         raw, version = ffi.new("fshm_limit[4]"), ffi.new("uint64_t *")
         count = lib.fshm_limiter_limits(self._handle, raw, version)
+        if self._planned is not None and version[0]:
+            self._bind_limits(self._planned, version[0])
+            return
         if count < 1:
             self._failed(lib.FSHM_E_DAMAGED)
         try:
@@ -118,12 +123,20 @@ class SharedLimits(Core, InSegment):
             self._failed(lib.FSHM_E_ARGUMENT)
         if self._numbered is not None and len(found) == len(self._numbered):
             found = self._numbered
+        self._bind_limits(found, version[0])
+
+    @property
+    def planned(self) -> bool:
+        """Whether its limits are those of a plan."""
+        return self._planned is not None
+
+    def _bind_limits(self, found: tuple[LimitSpec | InFlight | Granted, ...], version: int) -> None:
         self._bind(
             self._handle,
             address(self._handle),
             found,
             self._reasons(found),
-            version[0],
+            version,
             _ON_FULL[self._on_full],
         )
 

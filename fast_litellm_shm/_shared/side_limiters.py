@@ -36,6 +36,16 @@ def has_leases(segment: Segment, limiter: bytes, suffix: str = TOKEN_LEASES) -> 
     return True
 
 
+def is_planned(segment: Segment, limiter: bytes) -> bool:
+    """Whether the keys of the limiter have plans: then its name has no limits."""
+    out, info = ffi.new("fshm_limiter **"), ffi.new("fshm_limiter_info *")
+    if lib.fshm_limiter_find(segment._handle, limiter, len(limiter), out) != lib.FSHM_OK:
+        return False
+    found = lib.fshm_limiter_describe(out[0], info)
+    lib.fshm_limiter_close(out[0])
+    return bool(found == lib.FSHM_OK and info.planned)
+
+
 def is_side_limiter(name: str, names: Container[str]) -> bool:
     """Whether a limiter is hidden in lists, among ``names``: all but the token leases, which show
     what this host may use."""

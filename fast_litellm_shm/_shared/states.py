@@ -155,9 +155,17 @@ def failure(status: int, shown: str, segment: Segment) -> exceptions.FastShmErro
             "the segment with `fast-shm rm`"
         )
         return exceptions.SegmentDamagedError(f"{where} cannot be used: {known}")
+    if status == lib.FSHM_E_RECORDS:
+        return exceptions.SegmentFullError(
+            f"{where}: the plans of this segment have had too many different token buckets, or no "
+            "memory is free for another one; give plans FixedWindow or SlidingWindow limits, of "
+            "which there may be any number, or remove the segment with `fast-shm rm` once no "
+            "worker uses it"
+        )
     if status == lib.FSHM_E_ARGUMENT:
         return exceptions.SegmentError(
             f"{where}: this name is in use for limits that cannot be changed to these (calls in "
-            "flight alone, or money, or neither); give all workers the same limits, or another name"
+            "flight alone, money, plans of keys, or none of these); give all workers the same "
+            "limits, or another name"
         )
     return exceptions.SegmentError(f"{where}: unexpected error {status}")

@@ -27,6 +27,7 @@ examples:
   fast-shm dashboard                     show it live, in a browser
   fast-shm export                        print its metrics for Prometheus
   fast-shm reset --limiter chat user-1   forget what user-1 has consumed
+  fast-shm set chat user-1 500/minute    give user-1 limits of its own
   fast-shm release --dead                give back the permits of dead processes
   fast-shm state show                    show the file of its durable limits
   fast-shm save                          give back what those have not used
@@ -96,6 +97,16 @@ examples:
 Limits stay as they are: only what was consumed is forgotten. Permits stay, too: see `fast-shm
 release`. For limits over many hosts the server forgets it, too: set FAST_LITELLM_SHM_CLUSTER as
 it is set for the workers."""
+
+_SET = """\
+examples:
+  fast-shm set chat user-1 500/minute
+  fast-shm set chat user-1 20/s '10000 per day in Europe/Berlin'
+  fast-shm set chat user-1 --plan        what its plan says, again
+
+For limiters whose keys have plans (docs/plans.md). The key has these limits (1 to 3) instead of
+its plan's, in every process, from its next call on. What it has consumed stays consumed. They stay
+until you remove them, or the host reboots. `fast-shm inspect` lists them."""
 
 _RELEASE = """\
 examples:
@@ -273,6 +284,11 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     to.add_argument("--limiter", metavar="L", help="only in this limiter")
     to.add_argument("--all", action="store_true", help="all keys of all limiters")
     to.add_argument("key", nargs="?", metavar="KEY", help="only this key")
+    to = verb("set", "give a key limits of its own", _SET)
+    to.add_argument("limiter", metavar="LIMITER", help="the limiter's name")
+    to.add_argument("key", metavar="KEY", help="the key")
+    to.add_argument("limit", nargs="*", metavar="LIMIT", help="such as 100/minute")
+    to.add_argument("--plan", action="store_true", help="remove them: its plan counts again")
     to = verb("release", "give back the permits of a process", _RELEASE)
     whose = to.add_mutually_exclusive_group(required=True)
     whose.add_argument("--pid", type=_PID, metavar="PID", help="of this process")
@@ -414,6 +430,27 @@ def _check_state(args: argparse.Namespace, wrong: Callable[[str], NoReturn]) -> 
         wrong(f"{args.action} takes no FILE")
 
 
+def _check_reset(args: argparse.Namespace, wrong: Callable[[str], NoReturn]) -> None:
+    if args.all and (args.key is not None or args.limiter is not None):
+        wrong("--all means every limiter and key: leave out KEY and --limiter")
+    if not args.all and args.key is None and args.limiter is None:
+        wrong("say what to reset: a KEY, --limiter L, or --all")
+
+
+def _check_set(args: argparse.Namespace, wrong: Callable[[str], NoReturn]) -> None:
+    from fast_litellm_shm import limits
+
+    if args.plan and args.limit:
+        wrong("--plan removes the limits of the key: give no LIMIT")
+    if not args.plan and not args.limit:
+        wrong("say which LIMIT the key gets, such as 100/minute; or --plan")
+    try:
+        if len(limits.checked(args.limit) if args.limit else ()) > 3:
+            wrong("a key gets at most 3 limits")
+    except ValueError as error:
+        wrong(str(error))
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments, checked; ``name`` is that of the segment. Raises SystemExit if they are wrong
     or ask for help."""
@@ -425,10 +462,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.verb == "tokens" and not args.file and sys.stdin is not None and sys.stdin.isatty():
         wrong("name files, or - to type a text that Ctrl-D ends")
     if args.verb == "reset":
-        if args.all and (args.key is not None or args.limiter is not None):
-            wrong("--all means every limiter and key: leave out KEY and --limiter")
-        if not args.all and args.key is None and args.limiter is None:
-            wrong("say what to reset: a KEY, --limiter L, or --all")
+        _check_reset(args, wrong)
+    if args.verb == "set":
+        _check_set(args, wrong)
     if args.verb == "cache" and args.json and args.action:
         wrong(f"--json is for the list of files: leave out {args.action}")
     if args.verb == "release" and args.force and args.dead:

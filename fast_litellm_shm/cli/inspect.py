@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import itertools
 import json
 import signal
@@ -37,6 +38,7 @@ _KEYS_WATCHED = 8  # rows of keys that come first, before other tables
 _SORTED = {"busiest": "calls", "admitted": "admitted", "denied": "denied", "key": "name"}
 _PROCESS_COLUMNS = (">pid", ">memory", ">admitted", ">denied", ">attached", "command")
 _LIMITER_COLUMNS = ("limiter", "limits", ">keys")
+_OVERRIDE_COLUMNS = ("key", "limiter", "limits of its own")
 _KEY_COLUMNS = ("key", "limiter", ">admitted", ">denied", ">remaining", ">wait")
 
 
@@ -154,6 +156,10 @@ def _limiter_cells(limiter: dict[str, Any]) -> tuple[str, ...]:
     return (name, limits, f"{limiter['keys']:,}")
 
 
+def _override_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    return render.escaped(row["key"]), render.escaped(row["limiter"]), " + ".join(row["limits"])
+
+
 def _key_cells(row: KeyRow) -> tuple[str, ...]:
     return (
         render.shown_name(row.key, row.raw),
@@ -206,6 +212,15 @@ class _Sample:
         self.permits, self.pools = permits_and_pools.held(self.inspection, args.limiter, args.match)
         self.waiting = permits_and_pools.waiting(self.inspection, args.limiter, args.match)
 
+    def _overrides(self) -> list[dict[str, Any]]:
+        wanted, match = self._args.limiter, self._args.match
+        return [
+            row
+            for row in self.inspection.overrides()
+            if wanted in (None, row["limiter"])
+            and (match is None or fnmatch.fnmatchcase(row["key"], match))
+        ]
+
     def keys(self, top: int | None) -> Iterator[KeyRow]:
         args = self._args
         return self.inspection.keys(
@@ -250,6 +265,9 @@ class _Sample:
         head += render.section(title, _LIMITER_COLUMNS, limiters, _limiter_cells, out, most)
         if not limiters:
             head += [Text("It has no limiter yet."), Text()]
+        if found := self._overrides():
+            title = f"Overrides ({len(found)})"
+            head += render.section(title, _OVERRIDE_COLUMNS, found, _override_cells, out, most)
         args, top = self._args, _TOP if self._args.top is None else self._args.top or None
         rows = top if most is None or top is None else min(most, top)
         head += budgets.table(self.inspection, out, rows, args.limiter, args.match)
@@ -263,7 +281,8 @@ class _Sample:
     def write_json(self) -> None:
         """Top level: segment, removed_users and vocabularies (only if there are any), cluster (only
         with limits over many hosts), durable (only with durable limits), limiters, processes,
-        permits, pools, waiting, budgets and spending (only if there are budgets), keys. Each key is
+        permits, pools, waiting, overrides (only if there are any), budgets and spending (only if
+        there are budgets), keys. Each key is
         written as it is read."""
         parts: dict[str, Any] = {"segment": self.stats}
         if self.removed_users:
@@ -278,6 +297,8 @@ class _Sample:
             parts[name] = getattr(self, name)
         args, write, found = self._args, sys.stdout.write, self.inspection.spending
         found = [each for each in found if args.limiter in (None, each.name)]
+        if overrides := self._overrides():
+            parts["overrides"] = overrides
         if found:
             parts["budgets"] = [each.as_dict() for each in found]
         write("{" + "".join(f'"{name}": {json.dumps(part)},\n ' for name, part in parts.items()))

@@ -27,6 +27,8 @@ class _Limiter:
     name: str
     handle: Any
     over_hosts: bool  # a server counts what was consumed
+    planned: bool  # its keys have plans
+    segment: Segment
 
 
 def _name(info: Any) -> str:
@@ -42,7 +44,8 @@ def _open_limiter(segment: Segment, info: Any, over_hosts: bool) -> _Limiter:
             f"cannot open limiter {name!r} in segment {segment.name!r} (error {status}): "
             f"{segment.damaged or 'its limits are gone'}"
         )
-    return _Limiter(name, owned(out[0], lib.fshm_limiter_close, segment._handle), over_hosts)
+    handle = owned(out[0], lib.fshm_limiter_close, segment._handle)
+    return _Limiter(name, handle, over_hosts, bool(info.planned), segment)
 
 
 def _limiters(segment: Segment, wanted: str | None) -> list[_Limiter]:
@@ -81,6 +84,9 @@ def _failed(status: int, limiter: _Limiter) -> exceptions.SegmentError:
 def _has_consumed(limiter: _Limiter, key: bytes) -> bool:
     if limiter.name in key_grammar.NAMES:
         return _has_counted(limiter, key)
+    if limiter.planned:  # by no limit that is known here: what is counted of it
+        rows = Inspection(limiter.segment).keys(limiter=limiter.name)
+        return any(row.raw == key for row in rows)
     limits, version = ffi.new("fshm_limit[]", lib.FSHM_MAX_LIMITS), ffi.new("uint64_t *")
     remaining = ffi.new("uint64_t[]", lib.FSHM_MAX_LIMITS)
     lib.fshm_limiter_limits(limiter.handle, limits, version)

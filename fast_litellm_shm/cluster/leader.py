@@ -14,7 +14,12 @@ from fast_litellm_shm._shared.inspection import held_permits, is_cut, limiters_i
 from fast_litellm_shm._shared.named_limiter import InnerLimits
 from fast_litellm_shm._shared.native import ffi, lib, owned
 from fast_litellm_shm._shared.segment import Segment
-from fast_litellm_shm._shared.side_limiters import PERMIT_LEASES, TOKEN_LEASES, has_leases
+from fast_litellm_shm._shared.side_limiters import (
+    PERMIT_LEASES,
+    TOKEN_LEASES,
+    has_leases,
+    is_planned,
+)
 from fast_litellm_shm.cluster.background import Background
 from fast_litellm_shm.cluster.budget_lease import BudgetLeases
 from fast_litellm_shm.cluster.connection import Connection, is_outage, is_refusal
@@ -180,6 +185,8 @@ class Leader:
         """None: the limiter counts on this host alone, or is not there. Any host can name it."""
         known: AnyLeases | None = self._known.get((kind, limiter))
         suffix = TOKEN_LEASES if kind is TokenLeases else PERMIT_LEASES
+        if known is None and is_planned(self._segment, limiter):
+            return self._connection.planned.get(limiter)  # None: no process of ours knows its plans
         if known is None and has_leases(self._segment, limiter, suffix):
             name = limiter.decode("utf-8", "surrogatepass")
             limits = InnerLimits((), name=name, segment=self._segment, on_full="deny", keep=True)

@@ -101,6 +101,8 @@ class Link:
         self.on_lost: Callable[[], None] = lambda: None
         self.unreported: weakref.WeakSet[Unreported] = weakref.WeakSet()
         self.budgets: dict[bytes, Any] = {}  # by name; a budget may be gone before its lease is
+        # Of limiters whose keys have plans, one each: a leader finds no limits by the name.
+        self.planned: weakref.WeakValueDictionary[bytes, Any] = weakref.WeakValueDictionary()
         self.settlements = deque[Any]()  # settlement.Settlement, left to a thread
         self._metric = functools.cache(functools.partial(performance.metric, segment))
         self._threads: dict[Any, Any] = {}

@@ -39,6 +39,8 @@ class TokenLeases:
         self._sliding: SlidingCounts | None = None
         self.rules()  # or an error that names what a server cannot count
         self.name = limiter.name.encode("utf-8", "surrogatepass")
+        if limiter.planned:
+            connection.planned[self.name] = self
         granted = [Granted()] * len(limiter.limits)
         self._leased = beside(limiter, TOKEN_LEASES, granted)
         self._refused = beside(limiter, REFUSED, granted)

@@ -10,7 +10,7 @@ from typing import TypeVar
 from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared.named_limiter import InnerLimits
 from fast_litellm_shm._shared.segment import Segment
-from fast_litellm_shm._shared.side_limiters import has_leases
+from fast_litellm_shm._shared.side_limiters import has_leases, is_planned
 from fast_litellm_shm.cluster import algorithms, link, names
 from fast_litellm_shm.cluster.algorithms import Answer, Request
 from fast_litellm_shm.cluster.background import Background
@@ -252,6 +252,8 @@ class FileLink(Link):
 
     def _leases_of(self, limiter: bytes) -> TokenLeases | None:
         known = self._limiters.get(limiter)
+        if known is None and is_planned(self.segment, limiter):
+            return self.planned.get(limiter)  # None: this process does not know its plans
         if known is None and has_leases(self.segment, limiter):
             name = limiter.decode("utf-8", "surrogatepass")
             limits = InnerLimits((), name=name, segment=self.segment, on_full="deny", keep=True)

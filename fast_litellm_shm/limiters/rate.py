@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from operator import index
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 
 from fast_litellm_shm import limits
 from fast_litellm_shm._shared.named_limiter import SharedLimits, key_bytes, refused, states_of
@@ -44,6 +44,12 @@ _LATE = 1_000_000_000  # ns: a waiter that wakes this late has lost its turn
 _AHEAD = 50_000_000  # ns: a bucket is charged at most so long before the instant
 _SOON = 200_000  # ns: between two attempts
 
+# Limits of a plan: one, or several, as objects or as text. plans: by the plan's name. plan_of: from
+# a key to a plan's name, to limits, or to None: the limiter's own.
+PlanLimits: TypeAlias = "Spelled | Sequence[Spelled]"
+Plans: TypeAlias = "Mapping[str, PlanLimits]"
+PlanOf: TypeAlias = "Callable[[Any], PlanLimits | None | Awaitable[PlanLimits | None]]"
+
 _Found: TypeAlias = "tuple[Decision, int, Reservation | None]"
 
 
@@ -77,6 +83,10 @@ class RateLimiter(SharedLimits):
     the same limits; ``"deny"`` them (with retry_after 1 s), ``"allow"`` them, or ``"raise"``
     SegmentFullError. See ``docs/limits.md``, "Floods of keys".
 
+    plans, plan_of, plan_age, on_plan_error: each key has limits of its own. See
+    :class:`~fast_litellm_shm.limiters.plans.PlannedRateLimiter`, which is what is made then, and
+    ``docs/plans.md``.
+
     cluster: a URL (``redis://host:6379/0``) or a :class:`~fast_litellm_shm.cluster.Cluster`: the
     limits hold over all hosts that name the same server, which grants them to each host in batches;
     False: this host alone; default: what FAST_LITELLM_SHM_CLUSTER says, else this host alone. See
@@ -92,6 +102,19 @@ class RateLimiter(SharedLimits):
     fork.
     """
 
+    def __new__(
+        cls,
+        *limits_: Spelled,
+        plans: Plans | None = None,
+        plan_of: PlanOf | None = None,
+        **options: Any,
+    ) -> RateLimiter:
+        if cls is RateLimiter and (plans is not None or plan_of is not None):
+            from fast_litellm_shm.limiters.plans import PlannedRateLimiter
+
+            return super().__new__(PlannedRateLimiter)
+        return super().__new__(cls)
+
     def __init__(
         self,
         *limits_: Spelled,
@@ -100,7 +123,16 @@ class RateLimiter(SharedLimits):
         on_full: str = "share",
         cluster: ClusterArgument = None,
         durable: DurableArgument = None,
+        plans: Plans | None = None,
+        plan_of: PlanOf | None = None,
+        plan_age: float = 60.0,
+        on_plan_error: str = "keep",
     ) -> None:
+        if plans is not None or plan_of is not None:
+            raise TypeError(
+                f"{type(self).__name__} cannot take plans: make a RateLimiter, or derive the class "
+                "from fast_litellm_shm.limiters.plans.PlannedRateLimiter"
+            )
         super().__init__(limits.checked(limits_), name=name, segment=segment, on_full=on_full)
         self._choose(cluster, durable)
 
@@ -143,6 +175,37 @@ class RateLimiter(SharedLimits):
                 "TokenBucket; add one, or use a limiter of its own for it"
             )
         self._grantor.block(self, raw, round(seconds * 1e9))
+
+    def plan(self, key: str | bytes) -> tuple[LimitSpec, ...]:
+        """The limits of the key: without ``plans``, those of the limiter."""
+        key_bytes(key)
+        return tuple(self.limits)
+
+    async def plan_async(self, key: str | bytes) -> tuple[LimitSpec, ...]:
+        """:meth:`plan`, where ``plan_of`` is a coroutine function."""
+        return self.plan(key)
+
+    def set_override(self, key: str | bytes, *limits_: Spelled) -> None:
+        """From its next call on, in every process, the key has these limits (1 to 3) instead of its
+        plan, until :meth:`remove_override`. What it has consumed stays consumed. Raises TypeError
+        if the limiter was made without ``plans`` and ``plan_of``, SegmentFullError if there is no
+        room."""
+        self._no_plans()
+
+    def remove_override(self, key: str | bytes) -> None:
+        """The key has its plan again. Nothing happens if it had no override."""
+        self._no_plans()
+
+    def ask_again(self) -> None:
+        """All processes ask ``plan_of`` again at the next call of each key: for when plans have
+        changed in your database."""
+        self._no_plans()
+
+    def _no_plans(self) -> NoReturn:
+        raise TypeError(
+            f"limiter {self.name!r}: all its keys have the same limits; to set those of one key, "
+            "make the limiter with plans= or plan_of= (plans={} if there are none)"
+        )
 
     def acquire_many(self, keys: Sequence[str | bytes], cost: int | Sequence[int] = 1) -> Batch:
         """acquire() for each key, in order. cost: one int for all, or one for each key.
