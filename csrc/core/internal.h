@@ -133,6 +133,7 @@ struct fshm_segment {
   _Atomic uint64_t looked[PROCESSES]; /* liveness.c: the last answers of /proc */
   _Atomic int lock_errno; /* why the lock file could not be opened the last time; 0 = it could */
   look_entry_t looks[LOOKS];
+  _Atomic uint64_t watched; /* the clock when this process last looked for its file: py_watch.h */
   _Atomic uint64_t
       wall_looked; /* segment ns of this process's last look at the wall clock: wall.c */
   uint64_t dev, ino;

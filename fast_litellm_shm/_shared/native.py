@@ -28,6 +28,7 @@ Counts = _native.Counts
 Reservation = _native.Reservation
 Slot = _native.Slot
 Use = _native.Use
+on_look = _native._on_look  # a hook that calls run every few seconds: csrc/python/py_watch.h
 
 
 def owned(pointer: Any, close: Callable[[Any], object], *needs: object) -> Any:

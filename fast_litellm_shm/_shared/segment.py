@@ -10,10 +10,20 @@ from typing import Any
 
 from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared import log, settings
-from fast_litellm_shm._shared.native import ffi, lib, owned, raise_segment_error, why_no_descriptor
+from fast_litellm_shm._shared.native import (
+    address,
+    ffi,
+    lib,
+    on_look,
+    owned,
+    raise_segment_error,
+    why_no_descriptor,
+)
 
 _default: dict[str, Segment] = {}
 _open: weakref.WeakSet[Segment] = weakref.WeakSet()  # of this process, for health_check()
+_logged: set[tuple[int, str]] = set()  # by segment, what is wrong with it: each once in a process
+os.register_at_fork(after_in_child=_logged.clear)
 
 
 def path_of(name: object) -> str:
@@ -101,7 +111,6 @@ class Segment:
         ):
             raise_segment_error(error, "open")
         self._handle: Any = owned(out[0], lib.fshm_close)
-        self._logged: set[str] = set()  # what is wrong with it, each once
         self._read_only = _read_only
         self._arguments = {
             "capacity": capacity,
@@ -147,10 +156,15 @@ class Segment:
             "count apart from new ones"
         )
 
-    def _log_once(self, what: str) -> None:
-        if what not in self._logged and not self._read_only:
-            self._logged.add(what)
-            log.warning("segment %r: %s", self._name, what)
+    def _log_once(self, what: str, text: str = "segment %r: %s") -> None:
+        if not self._read_only and self._is_new(what):
+            log.warning(text, self._name, what)
+
+    def _is_new(self, what: str) -> bool:
+        told = int(self.geometry().instance), what
+        found = told not in _logged
+        _logged.add(told)
+        return found
 
     @property
     def liveness_unknown(self) -> str | None:
@@ -226,6 +240,14 @@ class Segment:
         removed. None is no proof that all is well; :meth:`stats` checks the whole segment.
         """
         return self._damaged(lib.fshm_damage)
+
+    def _look(self) -> None:
+        """Log what is wrong with it, if this process has not done so."""
+        if self.unlinked:
+            return
+        if (said := self.damaged) is not None:
+            self._log_once(said, "%.0s%s")  # which names the segment
+        _ = self.liveness_unknown
 
     def _damaged(self, look: Any) -> str | None:
         index = ffi.new("uint64_t *")
@@ -305,7 +327,7 @@ class Segment:
     def remove(self) -> None:
         """Delete the segment. Attached processes keep counting in it, apart from new ones, until
         they are restarted. Removing it twice is harmless."""
-        self._logged.add(self._removed())  # this process knows
+        self._is_new(self._removed())  # this process knows
         if self.unlinked:
             return
         error = ffi.new("fshm_error *")
@@ -334,6 +356,18 @@ class InSegment:
     def segment(self) -> Segment:
         """The segment it lives in."""
         return self._segment
+
+
+def _look(at: int) -> None:
+    """Called by the native part while this process makes calls, every few seconds. at: the address
+    of the segment they use."""
+    for found in list(_open):
+        if address(found._handle) == at:
+            found._look()
+            return
+
+
+on_look(_look)
 
 
 def _reopen(name: str, arguments: dict[str, Any]) -> Segment:
