@@ -13,6 +13,7 @@ from fast_litellm_shm._shared import log, settings
 from fast_litellm_shm._shared.native import (
     address,
     ffi,
+    group_name,
     lib,
     on_look,
     owned,
@@ -66,7 +67,10 @@ class Segment:
     FAST_LITELLM_SHM_MODE, else 0o600. names: ``"plain"`` keeps key names for ``fast-shm inspect``,
     ``"hashed"`` shows keyed hashes, ``"off"`` keeps nothing of single keys; the process that makes
     the segment decides. create=False: attach only, to any capacity. allow_other_owner: use a
-    segment that another user made; default: FAST_LITELLM_SHM_ALLOW_OTHER_OWNER, else False.
+    segment that another user made; default: FAST_LITELLM_SHM_ALLOW_OTHER_OWNER, else False. group:
+    the name or number of a group whose users share the segment: a new one is made for it, with mode
+    0o660 by default, and one that another user made for it is used; default:
+    FAST_LITELLM_SHM_GROUP, else none.
 
     It outlives its processes, so limits survive a restart; :meth:`remove` deletes it. A forked
     child may go on using it.
@@ -83,6 +87,7 @@ class Segment:
         names: str | None = None,
         create: bool = True,
         allow_other_owner: bool | None = None,
+        group: str | int | None = None,
         _read_only: bool = False,
     ) -> None:
         self._name = settings.segment_name() if name is None else name
@@ -95,28 +100,55 @@ class Segment:
             or not 1 <= capacity <= 2**31
         ):
             raise ValueError(f"capacity must be an int between 1 and 2**31 keys, not {capacity!r}")
+        if group is None:
+            shared_by = settings.segment_group()
+        else:
+            shared_by = settings.check_group("group", group)
         if mode is None:
-            mode = settings.segment_mode()
+            mode = settings.segment_mode(shared_by)
         else:
             settings.check_mode("mode", mode, oct(mode) if isinstance(mode, int) else repr(mode))
+        if create and not _read_only and shared_by is not None and mode & 0o060 != 0o060:
+            raise ValueError(
+                f"with a group (FAST_LITELLM_SHM_GROUP) the mode must let it read and write, as "
+                f"0660 does, not 0{mode:o}: leave FAST_LITELLM_SHM_MODE out"
+            )
         allowed = settings.allow_other_owner() if allow_other_owner is None else allow_other_owner
         flags = settings.names_flag(settings.segment_names() if names is None else names)
         flags |= lib.FSHM_OPEN_CREATE if create and not _read_only else 0
         flags |= lib.FSHM_OPEN_OTHER_OWNER if allowed else 0
         flags |= lib.FSHM_OPEN_READ_ONLY if _read_only else 0
         out, error = ffi.new("fshm_segment **"), ffi.new("fshm_error *")
+        of = lib.FSHM_NO_GROUP if shared_by is None else shared_by
         if (
-            lib.fshm_open(self._name.encode(), capacity or 0, mode, flags, out, error)
+            lib.fshm_open_group(self._name.encode(), capacity or 0, mode, flags, of, out, error)
             != lib.FSHM_OK
         ):
-            raise_segment_error(error, "open")
+            raise_segment_error(error, "open", shared_by)
         self._handle: Any = owned(out[0], lib.fshm_close)
         self._read_only = _read_only
         self._arguments = {
             "capacity": capacity,
             "allow_other_owner": allowed or allow_other_owner,  # where a copy has another setting
+            "group": shared_by,
         }
         _open.add(self)
+        if shared_by is not None:
+            self._check_group(shared_by)
+
+    def _check_group(self, group: int) -> None:
+        """Warn of a segment that was made without the group: its users cannot open it."""
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return  # removed meanwhile
+        if found.st_gid != group or found.st_mode & 0o060 != 0o060:
+            self._log_once(
+                f"it belongs to {group_name(found.st_gid)}, with mode {found.st_mode & 0o777:04o}, "
+                f"and it should be shared by {group_name(group)} (FAST_LITELLM_SHM_GROUP), whose "
+                "users cannot open it: stop the workers, "
+                f"`fast-shm rm --name {self._name}`, and start them"
+            )
 
     @classmethod
     def default(cls) -> Segment:
