@@ -9,7 +9,7 @@ import weakref
 from typing import Any
 
 from fast_litellm_shm import exceptions
-from fast_litellm_shm._shared import log, settings
+from fast_litellm_shm._shared import log, releases, settings
 from fast_litellm_shm._shared.native import (
     address,
     ffi,
@@ -135,6 +135,8 @@ class Segment:
         _open.add(self)
         if shared_by is not None:
             self._check_group(shared_by)
+        if create and (layouts := self.other_layouts):
+            self._log_once(releases.said(self._name, layouts, lib.FSHM_LAYOUT_VERSION))
 
     def _check_group(self, group: int) -> None:
         """Warn of a segment that was made without the group: its users cannot open it."""
@@ -171,6 +173,12 @@ class Segment:
     def path(self) -> str:
         """The file behind it."""
         return path_of(self._name)
+
+    @property
+    def other_layouts(self) -> list[int]:
+        """The layout versions of segments of the same name that processes of other releases of the
+        library use at this moment: they and this segment's processes count apart."""
+        return releases.in_use(self.path, lib.FSHM_LAYOUT_VERSION)
 
     @property
     def unlinked(self) -> bool:

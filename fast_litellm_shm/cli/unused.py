@@ -8,10 +8,8 @@ this user's processes. Neither: unused.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import stat
-import struct
 import sys
 import time
 from dataclasses import dataclass
@@ -19,10 +17,10 @@ from dataclasses import dataclass
 from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared.inspection import open_for_reading
 from fast_litellm_shm._shared.native import ffi, lib
+from fast_litellm_shm._shared.releases import is_locked
 from fast_litellm_shm.cli import render, rm, segments
 
 _YOUNG = 60.0  # seconds: a process may have opened it, and made no call yet
-_FLOCK = "@hhqqi4x"  # struct flock: type, whence, start, length, pid
 _PIDS = 10  # named at most
 
 
@@ -33,17 +31,6 @@ class _Look:
     found: segments.Found
     kept: str | None
     told: str  # size, contents, age
-
-
-def _is_locked(path: str) -> bool:
-    """Whether a process holds a lock on any byte of a lock file. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
-        asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-        answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked)
-        return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
-    finally:
-        os.close(fd)
 
 
 def _users(pids: set[int]) -> str:
@@ -59,7 +46,7 @@ def _by_lock_files(found: segments.Found) -> str | None:
     """Why a segment must stay, as its lock files say; None: no reason. Of every release."""
     for path in segments.helpers_of(found.path):
         try:
-            if path.endswith(".lock") and _is_locked(path):
+            if path.endswith(".lock") and is_locked(path):
                 return "in use: a process holds a lock on its lock file"
         except FileNotFoundError:
             continue
