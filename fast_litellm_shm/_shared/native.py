@@ -129,7 +129,19 @@ def _how_to_share(found: os.stat_result, group: int | None) -> str:
     )
 
 
-def _why_another_clock(error: Any) -> str:
+_BOOT_ID = "/proc/sys/kernel/random/boot_id"
+
+
+def _why_another_clock(error: Any, remove: str) -> str:
+    if error.wanted and not os.access(_BOOT_ID, os.R_OK):
+        return (
+            f"this process cannot read {_BOOT_ID}, so it cannot tell whether the segment is of "
+            "this boot; make it readable (systemd: no ProcSubset=pid; containers: mount /proc)"
+        )
+    return f"{_of_another_clock(error)}, so its times are of another clock; {remove}"
+
+
+def _of_another_clock(error: Any) -> str:
     said = "it was made before the last boot or in another time namespace"
     if not error.wanted:
         return f"{said}: this process cannot tell which, since it cannot read /proc; mount it"
@@ -226,7 +238,7 @@ def raise_segment_error(error: Any, doing: str, group: int | None = None) -> NoR
         ),
         lib.FSHM_E_BOOT: (
             exceptions.SegmentClockError,
-            f"{_why_another_clock(error)}, so its times are of another clock; {remove}",
+            _why_another_clock(error, remove),
         ),
         lib.FSHM_E_MEMORY: (exceptions.SegmentError, _why_no_memory(error, system)),
     }

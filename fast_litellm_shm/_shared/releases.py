@@ -11,8 +11,6 @@ import errno
 import glob
 import os
 
-_MOST_LAYOUTS = 64  # versions of the layout that are looked for
-
 
 def is_locked(path: str) -> bool:
     """Whether a process holds a lock on any byte of a lock file. Raises OSError."""
@@ -33,30 +31,18 @@ def is_locked(path: str) -> bool:
         os.close(fd)
 
 
-def paths_of(path: str, layout: int) -> list[tuple[int, str]]:
-    """The segments of other layouts that have the same name: layout and path. path: of the segment
-    of this layout."""
-    before, _, after = path.partition(f".{layout}.")
+def in_use(segments: list[tuple[int, str]]) -> list[int]:
+    """Those layouts whose segments living processes use. segments: layout and path. What cannot be
+    asked counts as not in use."""
     found = []
-    for other in range(1, _MOST_LAYOUTS):
-        there = f"{before}.{other}.{after}"
-        if other != layout and os.path.lexists(there):
-            found.append((other, there))
-    return found
-
-
-def in_use(path: str, layout: int) -> list[int]:
-    """The layouts of :func:`paths_of` whose segments living processes use. What cannot be asked
-    counts as not in use."""
-    found = []
-    for other, there in paths_of(path, layout):
-        for lock in glob.glob(f"{glob.escape(there)}.*.lock"):
+    for layout, path in segments:
+        for lock in glob.glob(f"{glob.escape(path)}.*.lock"):
             try:
                 held = is_locked(lock)
             except OSError:
                 continue
             if held:
-                found.append(other)
+                found.append(layout)
                 break
     return found
 

@@ -9,7 +9,7 @@ import weakref
 from typing import Any
 
 from fast_litellm_shm import exceptions
-from fast_litellm_shm._shared import log, releases, settings
+from fast_litellm_shm._shared import log, settings
 from fast_litellm_shm._shared.native import (
     address,
     ffi,
@@ -22,6 +22,7 @@ from fast_litellm_shm._shared.native import (
 )
 
 _default: dict[str, Segment] = {}
+_MOST_LAYOUTS = 64  # versions of the layout that are looked for
 _open: weakref.WeakSet[Segment] = weakref.WeakSet()  # of this process, for health_check()
 _logged: set[tuple[int, str]] = set()  # by segment, what is wrong with it: each once in a process
 os.register_at_fork(after_in_child=_logged.clear)
@@ -38,6 +39,14 @@ def path_of(name: object) -> str:
             f"not begin with a dot, not {name!r}"
         )
     return str(ffi.string(out).decode())
+
+
+def _of_other_layouts(path: str) -> list[tuple[int, str]]:
+    """The segments of other layout versions that have the same name: layout and path."""
+    own = lib.FSHM_LAYOUT_VERSION
+    before, _, after = path.partition(f".{own}.")
+    paths = ((layout, f"{before}.{layout}.{after}") for layout in range(1, _MOST_LAYOUTS))
+    return [each for each in paths if each[0] != own and os.path.lexists(each[1])]
 
 
 def opened(name: str) -> list[Segment]:
@@ -136,6 +145,8 @@ class Segment:
         if shared_by is not None:
             self._check_group(shared_by)
         if create and (layouts := self.other_layouts):
+            from fast_litellm_shm._shared import releases
+
             self._log_once(releases.said(self._name, layouts, lib.FSHM_LAYOUT_VERSION))
 
     def _check_group(self, group: int) -> None:
@@ -178,7 +189,12 @@ class Segment:
     def other_layouts(self) -> list[int]:
         """The layout versions of segments of the same name that processes of other releases of the
         library use at this moment: they and this segment's processes count apart."""
-        return releases.in_use(self.path, lib.FSHM_LAYOUT_VERSION)
+        others = _of_other_layouts(self.path)
+        if not others:
+            return []
+        from fast_litellm_shm._shared import releases
+
+        return releases.in_use(others)
 
     @property
     def unlinked(self) -> bool:
