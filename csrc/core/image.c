@@ -362,8 +362,8 @@ static int create_by(bool unnamed, const char *path, uint64_t capacity, uint32_t
   return status;
 }
 
-int image_create(const char *path, uint64_t capacity, uint32_t mode, uint32_t flags,
-                 uint32_t group, fshm_error *e) {
+int image_create(const char *path, uint64_t capacity, uint32_t mode, uint32_t flags, uint32_t group,
+                 fshm_error *e) {
   int status = create_by(true, path, capacity, mode, flags, group, e);
   /* No unnamed files, no /proc, or linkat refused: a private name and a rename that replaces nothing. */
   if (status != FSHM_OK && status != FSHM_E_SPACE && status != FSHM_E_GROUP)

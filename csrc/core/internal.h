@@ -216,8 +216,8 @@ void fshm_siphash128(uint64_t k0, uint64_t k1, const void *data, uint64_t length
 int image_fail(fshm_error *e, int code);
 int image_fail_errno(fshm_error *e);
 void image_lock_path(const char *path, uint64_t instance, char *out, size_t size);
-int image_create(const char *path, uint64_t capacity, uint32_t mode, uint32_t flags,
-                 uint32_t group, fshm_error *e);
+int image_create(const char *path, uint64_t capacity, uint32_t mode, uint32_t flags, uint32_t group,
+                 fshm_error *e);
 int image_link(int fd, const char *path);
 void image_random(void *out, size_t size);
 uint64_t header_check(const header_t *h);

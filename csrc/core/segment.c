@@ -148,8 +148,7 @@ int fshm_open_group(const char *name, uint64_t capacity, uint32_t mode, uint32_t
   for (int tries = 0; tries < OPEN_TRIES; tries++) {
     int fd = open(e->path, access | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
     if (fd < 0 && errno == ENOENT && (flags & FSHM_OPEN_CREATE)) {
-      status =
-          image_create(e->path, capacity ? capacity : DEFAULT_CAPACITY, mode, flags, group, e);
+      status = image_create(e->path, capacity ? capacity : DEFAULT_CAPACITY, mode, flags, group, e);
       if (status != FSHM_OK) break;
       continue; /* ours, or the winner's: attach to what is there */
     }

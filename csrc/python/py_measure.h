@@ -58,8 +58,8 @@ static inline PyObject *measure_set(measure_t *m, PyObject *args) {
 /* Rarely called: kept out of the calls that are measured. */
 static COLD void measure_end(const measure_t *m, uint64_t begun, int success, uint64_t size) {
   uint64_t ended = fshm_clock();
-  fshm_metric_record(m->watch.segment, m->metric, ended > begun ? ended - begun : 0, m->every, success,
-                     size, 0);
+  fshm_metric_record(m->watch.segment, m->metric, ended > begun ? ended - begun : 0, m->every,
+                     success, size, 0);
 }
 
 /* A call that would block an event loop (MustAskError of limiters/waiting.py) does not count: it is made again in a

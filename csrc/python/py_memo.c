@@ -134,9 +134,8 @@ static PyObject *count_text(Memo *self, PyObject *text, uint64_t encoding) {
   uint64_t begun;
   PyObject *counted = NULL;
   if (measure_begin(&self->measure, &begun)) goto end;
-  counted = self->vocabulary && k.length < LEAST_REMEMBERED
-                          ? memo_compute(self, text, &k, &count)
-                          : remembered(self, text, &k, encoding);
+  counted = self->vocabulary && k.length < LEAST_REMEMBERED ? memo_compute(self, text, &k, &count)
+                                                            : remembered(self, text, &k, encoding);
   if (begun) measure_end(&self->measure, begun, counted != NULL, (uint64_t)k.length);
 end:
   Py_XDECREF(k.held);

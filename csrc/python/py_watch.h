@@ -14,11 +14,13 @@
 #define WATCH_NS UINT64_C(5000000000)
 #define WATCH_CALLS 100
 
-static PyObject *watch_hook; /* _shared/segment.py: given the address of a segment; NULL: none yet */
+static PyObject
+    *watch_hook; /* _shared/segment.py: given the address of a segment; NULL: none yet */
 
 typedef struct {
   fshm_segment *segment; /* NULL: nothing is watched */
-  uint32_t left, step; /* calls until the next event; and how many were to be between the last two */
+  uint32_t left,
+      step; /* calls until the next event; and how many were to be between the last two */
   uint64_t at; /* the clock at the last event */
 } watch_t;
 

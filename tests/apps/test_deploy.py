@@ -85,8 +85,7 @@ def test_compose(tmp_path: pathlib.Path) -> None:
 def test_manifests(path: pathlib.Path) -> None:
     """By the schemas of Kubernetes, without unknown fields."""
     validate = pytest.importorskip("kubernetes_validate", reason="not installed")
-    import yaml
-
+    yaml = pytest.importorskip("yaml", reason="not installed")
     documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
     assert documents
     for document in documents:

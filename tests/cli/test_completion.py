@@ -95,6 +95,7 @@ def test_tab(
     segment_name = segment_name[:40]
     program = _shell(shell)
     text, added = _typed(case, segment_name, tmp_path)
+    command: tuple[str, ...]
     if shell == "bash":
         script = _script(fast_shm, shell, tmp_path / "complete")
         command, load = (program, "--norc", "--noprofile", "-i"), f"source {script}"
