@@ -19,7 +19,9 @@ from fast_litellm_shm import ConcurrencyLimiter, RateLimiter, Segment, Window, c
 from fast_litellm_shm._shared.segment import path_of
 
 # Each has a primary group of its own, as users have; GROUP is a second one of ann and bob.
-ANN, BOB, EVE, GROUP, OTHER = 12361, 12362, 12363, 12370, 12371
+# The segment is named after it, and other processes run these tests at the same time.
+ANN, BOB, EVE, OTHER = 12361, 12362, 12363, 12371
+GROUP = 1_000_000 + os.getpid()
 GROUPS = {ANN: (ANN, GROUP), BOB: (BOB, OTHER, GROUP), EVE: (EVE,)}
 
 
@@ -182,6 +184,7 @@ def test_a_group_by_its_name(segment_name: str, monkeypatch: pytest.MonkeyPatch)
         (str(GROUP), "0600", "the mode must let it read and write, as 0660 does, not 0600"),
         (str(GROUP), "0640", "the mode must let it read and write, as 0660 does, not 0640"),
     ],
+    ids=["unknown", "number", "0600", "0640"],
 )
 def test_wrong_settings(
     monkeypatch: pytest.MonkeyPatch, segment_name: str, given: str, mode: str, said: str
