@@ -112,7 +112,7 @@ _RM = """\
 examples:
   fast-shm rm --name shop
   fast-shm rm --name shop --yes          even while processes use it
-  fast-shm rm --unused                   all that no process uses; lists, and asks
+  fast-shm rm --unused                   lists what no process uses, and asks
 
 Processes that use the segment keep it, and count apart from new processes until you restart
 them. On a terminal, rm asks first; elsewhere, it needs --yes.
