@@ -31,6 +31,7 @@
 #define FSHM_MAX_LIMITS 4        /* limits of one limiter */
 #define FSHM_MAX_NAME 64         /* bytes of a segment name: A-Z a-z 0-9 . _ - */
 #define FSHM_MAX_LIMITER_NAME 96 /* bytes of a limiter name */
+#define FSHM_NO_GROUP 0xffffffff
 #define FSHM_NEVER -1 /* a time that never comes. NOLINT: cffi takes no parentheses */
 
 /* The status of a call. Negative: an error, and nothing was changed. */
@@ -57,7 +58,8 @@ enum fshm_status {
   FSHM_E_MEMORY = -24,
   FSHM_E_PROCESSES = -25, /* the process table is full: no permit can be owned */
   FSHM_E_LOCK_FILE = -26, /* the lock file (who is alive) is gone, replaced, or cannot be opened */
-  FSHM_E_RECORDS = -27 /* the segment has no room for another limit of plans */
+  FSHM_E_RECORDS = -27, /* the segment has no room for another limit of plans */
+  FSHM_E_GROUP = -28 /* the caller may not give a file to the group: it is no member */
 };
 
 enum fshm_kind {
@@ -175,6 +177,10 @@ typedef struct {
 /* Segment ----------------------------------------------------------------------------------- */
 int fshm_open(const char *name, uint64_t capacity, uint32_t mode, uint32_t flags,
               fshm_segment **out, fshm_error *error);
+/* The same for the users of a group: a new segment gets this group id (mode: with its bits), and one of another user is
+ * accepted if it has it. FSHM_NO_GROUP: as fshm_open(). */
+int fshm_open_group(const char *name, uint64_t capacity, uint32_t mode, uint32_t flags,
+                    uint32_t group, fshm_segment **out, fshm_error *error);
 void fshm_close(fshm_segment *segment);
 int fshm_remove(const char *name, fshm_error *error);
 int fshm_path(const char *name, char *out, uint64_t size);

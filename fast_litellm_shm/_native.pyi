@@ -10,6 +10,7 @@ ffi: Any
 lib: Any
 
 def _untrack(o: object, /) -> None: ...
+def _on_look(hook: Callable[[int], None], /) -> None: ...
 
 class Decision:
     @property

@@ -310,7 +310,8 @@ COLD uint64_t header_check(const header_t *h) {
   return fshm_siphash(FSHM_MAGIC, FSHM_LAYOUT_VERSION, h, offsetof(header_t, check));
 }
 
-static int fill(int fd, uint64_t capacity, uint32_t mode, uint32_t flags, fshm_error *e) {
+static int fill(int fd, uint64_t capacity, uint32_t mode, uint32_t flags, uint32_t group,
+                fshm_error *e) {
   header_t h;
   memset(&h, 0, sizeof h);
   lay_out(&h, capacity);
@@ -338,6 +339,11 @@ static int fill(int fd, uint64_t capacity, uint32_t mode, uint32_t flags, fshm_e
     errno = failed;
     return no_space(fd, fshm_memory_for(capacity), e);
   }
+  /* Before the mode: until then it is for its owner alone. */
+  if (group != FSHM_NO_GROUP && fchown(fd, (uid_t)-1, (gid_t)group)) {
+    e->wanted = group;
+    return image_fail(e, FSHM_E_GROUP);
+  }
   if (fchmod(fd, mode)) return image_fail_errno(e); /* not at open: umask would interfere */
   if (pwrite(fd, &h, sizeof h, 0) != (ssize_t)sizeof h) return image_fail_errno(e);
   return FSHM_OK;
@@ -362,7 +368,7 @@ static int publish_file(int fd, const char *temporary, const char *path) {
 }
 
 static int create_by(bool unnamed, const char *path, uint64_t capacity, uint32_t mode,
-                     uint32_t flags, fshm_error *e) {
+                     uint32_t flags, uint32_t group, fshm_error *e) {
   char temporary[300];
   int fd = -1;
 #if defined(O_TMPFILE)
@@ -375,7 +381,7 @@ static int create_by(bool unnamed, const char *path, uint64_t capacity, uint32_t
     fd = open(temporary, O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC | O_NOFOLLOW, 0600);
   }
   if (fd < 0) return no_space(-1, fshm_memory_for(capacity), e);
-  int status = fill(fd, capacity, mode, flags, e);
+  int status = fill(fd, capacity, mode, flags, group, e);
   if (status == FSHM_OK && publish_file(fd, unnamed ? NULL : temporary, path) && errno != EEXIST)
     status = image_fail_errno(e); /* EEXIST: another process was faster; attach to its file */
   int saved = errno;
@@ -385,22 +391,24 @@ static int create_by(bool unnamed, const char *path, uint64_t capacity, uint32_t
   return status;
 }
 
-int image_create(const char *path, uint64_t capacity, uint32_t mode, uint32_t flags,
+int image_create(const char *path, uint64_t capacity, uint32_t mode, uint32_t flags, uint32_t group,
                  fshm_error *e) {
-  int status = create_by(true, path, capacity, mode, flags, e);
+  int status = create_by(true, path, capacity, mode, flags, group, e);
   /* No unnamed files, no /proc, or linkat refused: a private name and a rename that replaces nothing. */
-  if (status != FSHM_OK && status != FSHM_E_SPACE)
-    status = create_by(false, path, capacity, mode, flags, e);
+  if (status != FSHM_OK && status != FSHM_E_SPACE && status != FSHM_E_GROUP)
+    status = create_by(false, path, capacity, mode, flags, group, e);
   return status;
 }
 
 /* Check everything that can be wrong with a file of that name. */
-int image_verify(int fd, header_t *h, uint32_t flags, fshm_error *e) {
+int image_verify(int fd, header_t *h, uint32_t flags, uint32_t group, fshm_error *e) {
   struct stat st;
   errno = 0;
   if (fstat(fd, &st)) return image_fail_errno(e);
   if (!S_ISREG(st.st_mode)) return image_fail(e, FSHM_E_KIND);
-  if (st.st_uid != geteuid() && !(flags & FSHM_OPEN_OTHER_OWNER)) {
+  /* Only a member of a group can give a file to it. */
+  bool of_group = group != FSHM_NO_GROUP && (uint32_t)st.st_gid == group;
+  if (st.st_uid != geteuid() && !(flags & FSHM_OPEN_OTHER_OWNER) && !of_group) {
     e->found = st.st_uid;
     e->wanted = geteuid();
     return image_fail(e, FSHM_E_OWNER);

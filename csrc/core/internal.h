@@ -134,6 +134,7 @@ struct fshm_segment {
   _Atomic uint64_t looked[PROCESSES]; /* liveness.c: the last answers of /proc */
   _Atomic int lock_errno; /* why the lock file could not be opened the last time; 0 = it could */
   look_entry_t looks[LOOKS];
+  _Atomic uint64_t watched; /* the clock when this process last looked for its file: py_watch.h */
   _Atomic uint64_t
       wall_looked; /* segment ns of this process's last look at the wall clock: wall.c */
   uint64_t dev, ino;
@@ -234,11 +235,12 @@ void fshm_siphash128(uint64_t k0, uint64_t k1, const void *data, uint64_t length
 int image_fail(fshm_error *e, int code);
 int image_fail_errno(fshm_error *e);
 void image_lock_path(const char *path, uint64_t instance, char *out, size_t size);
-int image_create(const char *path, uint64_t capacity, uint32_t mode, uint32_t flags, fshm_error *e);
+int image_create(const char *path, uint64_t capacity, uint32_t mode, uint32_t flags, uint32_t group,
+                 fshm_error *e);
 int image_link(int fd, const char *path);
 void image_random(void *out, size_t size);
 uint64_t header_check(const header_t *h);
-int image_verify(int fd, header_t *header, uint32_t flags, fshm_error *e);
+int image_verify(int fd, header_t *header, uint32_t flags, uint32_t group, fshm_error *e);
 int image_grow(const fshm_segment *s, uint32_t process);
 uint64_t record_count(uint64_t capacity);
 int image_grow_records(const fshm_segment *s, uint32_t record);

@@ -131,6 +131,11 @@ static int attach(int fd, const header_t *h, const char *path, uint32_t flags, f
 
 int fshm_open(const char *name, uint64_t capacity, uint32_t mode, uint32_t flags,
               fshm_segment **out, fshm_error *e) {
+  return fshm_open_group(name, capacity, mode, flags, FSHM_NO_GROUP, out, e);
+}
+
+int fshm_open_group(const char *name, uint64_t capacity, uint32_t mode, uint32_t flags,
+                    uint32_t group, fshm_segment **out, fshm_error *e) {
   header_t h = {0};
   memset(e, 0, sizeof *e);
   *out = NULL;
@@ -144,7 +149,7 @@ int fshm_open(const char *name, uint64_t capacity, uint32_t mode, uint32_t flags
   for (int tries = 0; tries < OPEN_TRIES; tries++) {
     int fd = open(e->path, access | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
     if (fd < 0 && errno == ENOENT && (flags & FSHM_OPEN_CREATE)) {
-      status = image_create(e->path, capacity ? capacity : DEFAULT_CAPACITY, mode, flags, e);
+      status = image_create(e->path, capacity ? capacity : DEFAULT_CAPACITY, mode, flags, group, e);
       if (status != FSHM_OK) break;
       continue; /* ours, or the winner's: attach to what is there */
     }
@@ -152,7 +157,7 @@ int fshm_open(const char *name, uint64_t capacity, uint32_t mode, uint32_t flags
       status = image_fail_errno(e);
       break;
     }
-    status = image_verify(fd, &h, flags, e);
+    status = image_verify(fd, &h, flags, group, e);
     if (status == FSHM_OK && capacity && capacity != h.capacity) {
       e->found = h.capacity;
       e->wanted = capacity;

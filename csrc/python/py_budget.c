@@ -4,6 +4,7 @@
 #include <math.h>
 
 #include "py_args.h"
+#include "py_watch.h"
 
 #define DOLLAR 1000000000 /* nano-dollars */
 #define MOST_DOLLARS 1000000000
@@ -14,6 +15,7 @@ typedef struct {
   fshm_limiter *limiter;
   uint32_t flags; /* of fshm_budget_reserve() */
   double warn_at; /* a part of the limit; 0: never */
+  watch_t watch;
 } BudgetCore;
 
 typedef struct {
@@ -228,6 +230,7 @@ static PyObject *budget_bind(PyObject *o, PyObject *args) {
   self->limiter = (fshm_limiter *)(uintptr_t)address;
   self->flags = flags;
   self->warn_at = warn_at;
+  watch_init(&self->watch, self->limiter->segment);
   self->handle = Py_NewRef(handle);
   Py_RETURN_NONE;
 }
@@ -236,7 +239,7 @@ static PyObject *budget_take(BudgetCore *self, PyObject *key, uint64_t amount) {
   key_arg k;
   if (!self->handle)
     return PyErr_Format(PyExc_RuntimeError, "the budget's __init__ was not called");
-  if (get_key(key, &k)) return NULL;
+  if (watch_call(&self->watch) || get_key(key, &k)) return NULL;
   /* Made before, since afterwards it might not be had. */
   BudgetReservation *r = PyObject_GC_New(BudgetReservation, budget_reservation_type);
   if (!r) {

@@ -1,6 +1,7 @@
 /* py_counts.c - Counts: limits that come with the call, as PyPI's `limits` calls its storages (a key that names its
  * own limit, a period in seconds, an amount). The base class of the storage in integrations/limits.py. */
 #include "py_args.h"
+#include "py_watch.h"
 
 enum { COUNT_FIXED, COUNT_SLIDING, COUNT_MOVING, COUNT_KINDS };
 
@@ -8,6 +9,7 @@ typedef struct {
   PyObject_HEAD
   fshm_limiter *limiters[COUNT_KINDS]; /* set once, by _bind() */
   PyObject *handles; /* tuple of their owners, until we are freed */
+  watch_t watch;
 } Counts;
 
 /* limits' key_for() ends a key with /amount/multiples/granularity, and 60 is a minute wherever it says so. */
@@ -74,7 +76,7 @@ static int begin_call(PyObject *o, int which, PyObject *key, PyObject *limit, Py
   if (!c->limiter) return fail(PyExc_RuntimeError, "_bind() was not called");
   if (limit && get_cost(limit, &c->limit.n)) return -1;
   if (expiry && get_period(expiry, &c->limit.per_ns)) return -1;
-  if (amount && get_cost(amount, &c->amount)) return -1;
+  if (amount && (get_cost(amount, &c->amount) || watch_call(&((Counts *)o)->watch))) return -1;
   return get_key(key, &c->key);
 }
 
@@ -176,6 +178,7 @@ static PyObject *counts_bind(PyObject *o, PyObject *args) {
   ((Counts *)o)->handles = Py_NewRef(handles);
   for (int i = 0; i < COUNT_KINDS; i++)
     ((Counts *)o)->limiters[i] = (fshm_limiter *)(uintptr_t)at[i];
+  watch_init(&((Counts *)o)->watch, ((Counts *)o)->limiters[0]->segment);
   Py_RETURN_NONE;
 }
 

@@ -131,11 +131,13 @@ static PyObject *count_text(Memo *self, PyObject *text, uint64_t encoding) {
   if (on < 0) return NULL;
   if (!on || !memo_text(self, text, &k))
     return PyObject_CallFunctionObjArgs(self->compute, text, NULL);
-  uint64_t begun = measure_begin(&self->measure);
-  PyObject *counted = self->vocabulary && k.length < LEAST_REMEMBERED
-                          ? memo_compute(self, text, &k, &count)
-                          : remembered(self, text, &k, encoding);
+  uint64_t begun;
+  PyObject *counted = NULL;
+  if (measure_begin(&self->measure, &begun)) goto end;
+  counted = self->vocabulary && k.length < LEAST_REMEMBERED ? memo_compute(self, text, &k, &count)
+                                                            : remembered(self, text, &k, encoding);
   if (begun) measure_end(&self->measure, begun, counted != NULL, (uint64_t)k.length);
+end:
   Py_XDECREF(k.held);
   return counted;
 }

@@ -256,7 +256,8 @@ static UNGUARDED Connection *take(PyObject *o, PyObject *endpoint) {
 
 static UNGUARDED Connection *take_measured(PyObject *o, PyObject *endpoint) {
   measure_t *measure = &((PoolCore *)o)->measure;
-  uint64_t begun = measure_begin(measure);
+  uint64_t begun;
+  if (measure_begin(measure, &begun)) return NULL;
   Connection *c = take(o, endpoint);
   if (unlikely(begun)) measure_end(measure, begun, c || !PyErr_Occurred(), 0);
   return c;

@@ -426,7 +426,7 @@ static PyObject *core_admit(PyObject *o, PyObject *const *args, Py_ssize_t n, Py
     in[0] = args[0];
   else if (parse("acquire", args, n, kw, key_cost, in, 2, 1))
     return NULL;
-  if (bound(self)) return NULL;
+  if (bound(self) || watch_call(&self->measure.watch)) return NULL;
   if (in[1] && get_costs(limit_count(self), in[1], costs)) return NULL;
   Permit *p = make_permit(self->handle, self->limiter);
   if (!p) return NULL;
@@ -625,7 +625,7 @@ static int acquire_many(Core *self, PyObject *keys, PyObject *const *args) {
 static PyObject *core_acquire_many(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
   Core *self = (Core *)o;
   if (n != 5 || kw) return PyErr_Format(PyExc_TypeError, "_acquire_many() takes 5 arguments");
-  if (bound(self)) return NULL;
+  if (bound(self) || watch_call(&self->measure.watch)) return NULL;
   PyObject *keys = PySequence_Tuple(args[0]);
   int failed = !keys || acquire_many(self, keys, args);
   Py_XDECREF(keys);

@@ -222,7 +222,8 @@ static PyObject *router_pick(PyObject *o, PyObject *const *args, Py_ssize_t n, P
     return PyErr_Format(PyExc_RuntimeError, "the router's __init__ was not called");
   if (!PyUnicode_Check(in[1]))
     return PyErr_Format(PyExc_TypeError, "model must be a str, not %R", in[1]);
-  uint64_t begun = measure_begin(&self->measure);
+  uint64_t begun;
+  if (measure_begin(&self->measure, &begun)) return NULL;
   int odd = PyUnicode_Check(in[0]) || PyBytes_Check(in[0]) || PyDict_Check(in[0]);
   PyObject *list = odd ? NULL : in[0], *model = PyUnicode_FromObject(in[1]); /* an exact str */
   if (list && PyList_CheckExact(list))

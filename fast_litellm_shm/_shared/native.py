@@ -28,6 +28,7 @@ Counts = _native.Counts
 Reservation = _native.Reservation
 Slot = _native.Slot
 Use = _native.Use
+on_look = _native._on_look  # a hook that calls run every few seconds: csrc/python/py_watch.h
 
 
 def owned(pointer: Any, close: Callable[[Any], object], *needs: object) -> Any:
@@ -78,7 +79,19 @@ def _why_no_space(error: Any, directory: str) -> str:
     )
 
 
-def _why_not_permitted(error: Any, path: str, directory: str, system: str) -> str:
+def group_name(gid: int) -> str:
+    """``gid 1000 (shop)``; without the name, where this host does not know it."""
+    try:
+        import grp
+
+        return f"gid {gid} ({grp.getgrgid(gid).gr_name})"
+    except (ImportError, KeyError):
+        return f"gid {gid}"
+
+
+def _why_not_permitted(
+    error: Any, path: str, directory: str, system: str, group: int | None
+) -> str:
     if error.sys_errno == errno.EROFS:
         return (
             f"{directory} is mounted read-only; mount it read-write (mount -o remount,rw). "
@@ -94,13 +107,41 @@ def _why_not_permitted(error: Any, path: str, directory: str, system: str) -> st
         )
     return (
         f"permission denied{system}: it belongs to uid {found.st_uid}, gid {found.st_gid}, with "
-        f"mode {found.st_mode & 0o7777:04o}, and you are uid {uid}; run as the user that made it, "
-        "or make it with FAST_LITELLM_SHM_MODE=0660 and a group that both users have, and set "
-        "FAST_LITELLM_SHM_ALLOW_OTHER_OWNER=true here"
+        f"mode {found.st_mode & 0o7777:04o}, and you are uid {uid}; " + _how_to_share(found, group)
     )
 
 
-def _why_another_clock(error: Any) -> str:
+def _how_to_share(found: os.stat_result, group: int | None) -> str:
+    if group is None:
+        return (
+            "run as the user that made it; or put both users into a group, stop all workers, "
+            "`fast-shm rm` as the user that made it, and start them with "
+            "FAST_LITELLM_SHM_GROUP=<that group>"
+        )
+    if found.st_gid != group or found.st_mode & 0o060 != 0o060:
+        return (
+            f"it was made without FAST_LITELLM_SHM_GROUP ({group_name(group)}): stop its workers, "
+            f"`fast-shm rm` as uid {found.st_uid}, and start all with that variable"
+        )
+    return (
+        f"this process is no member of {group_name(group)}: add its user to the group (usermod "
+        "-aG), and start it anew, since a process keeps the groups that it started with"
+    )
+
+
+_BOOT_ID = "/proc/sys/kernel/random/boot_id"
+
+
+def _why_another_clock(error: Any, remove: str) -> str:
+    if error.wanted and not os.access(_BOOT_ID, os.R_OK):
+        return (
+            f"this process cannot read {_BOOT_ID}, so it cannot tell whether the segment is of "
+            "this boot; make it readable (systemd: no ProcSubset=pid; containers: mount /proc)"
+        )
+    return f"{_of_another_clock(error)}, so its times are of another clock; {remove}"
+
+
+def _of_another_clock(error: Any) -> str:
     said = "it was made before the last boot or in another time namespace"
     if not error.wanted:
         return f"{said}: this process cannot tell which, since it cannot read /proc; mount it"
@@ -134,12 +175,14 @@ def _why_no_memory(error: Any, system: str) -> str:
     )
 
 
-def raise_segment_error(error: Any, doing: str) -> NoReturn:
-    """Raise the exception for a ``fshm_error``. ``doing``: what was tried, for the message."""
+def raise_segment_error(error: Any, doing: str, group: int | None = None) -> NoReturn:
+    """Raise the exception for a ``fshm_error``. ``doing``: what was tried, for the message. group:
+    whose users are to share the segment."""
     path = ffi.string(error.path).decode("utf-8", "replace")
     directory = ffi.string(lib.fshm_directory()).decode()
     system = f" ({os.strerror(error.sys_errno)})" if error.sys_errno else ""
     found, wanted = error.found, error.wanted
+    whose = group_name(wanted) if error.code == lib.FSHM_E_GROUP else ""
     remove = "remove it with `fast-shm rm` once no worker uses it"
     cases: dict[int, tuple[type[exceptions.SegmentError], str]] = {
         lib.FSHM_E_NOT_FOUND: (
@@ -155,7 +198,7 @@ def raise_segment_error(error: Any, doing: str) -> NoReturn:
         ),
         lib.FSHM_E_PERMISSION: (
             exceptions.SegmentPermissionError,
-            _why_not_permitted(error, path, directory, system),
+            _why_not_permitted(error, path, directory, system, group),
         ),
         lib.FSHM_E_LINK: (
             exceptions.SegmentLinkError,
@@ -169,7 +212,14 @@ def raise_segment_error(error: Any, doing: str) -> NoReturn:
             exceptions.SegmentOwnerError,
             f"it belongs to uid {found}, and you are uid {wanted}; use another name "
             "(FAST_LITELLM_SHM_NAME), or if you trust that user, allow_other_owner=True "
-            "(FAST_LITELLM_SHM_ALLOW_OTHER_OWNER=true)",
+            "(FAST_LITELLM_SHM_ALLOW_OTHER_OWNER=true)"
+            + (f"; it is not of {group_name(group)}" if group is not None else ""),
+        ),
+        lib.FSHM_E_GROUP: (
+            exceptions.SegmentPermissionError,
+            f"uid {os.geteuid()} cannot give it to {whose}{system}: add the user to "
+            "the group (usermod -aG), and start the process anew, since a process keeps the "
+            "groups that it started with; or set FAST_LITELLM_SHM_GROUP to a group of the user",
         ),
         lib.FSHM_E_DAMAGED: (
             exceptions.SegmentDamagedError,
@@ -188,7 +238,7 @@ def raise_segment_error(error: Any, doing: str) -> NoReturn:
         ),
         lib.FSHM_E_BOOT: (
             exceptions.SegmentClockError,
-            f"{_why_another_clock(error)}, so its times are of another clock; {remove}",
+            _why_another_clock(error, remove),
         ),
         lib.FSHM_E_MEMORY: (exceptions.SegmentError, _why_no_memory(error, system)),
     }

@@ -10,10 +10,22 @@ from typing import Any
 
 from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared import log, settings
-from fast_litellm_shm._shared.native import ffi, lib, owned, raise_segment_error, why_no_descriptor
+from fast_litellm_shm._shared.native import (
+    address,
+    ffi,
+    group_name,
+    lib,
+    on_look,
+    owned,
+    raise_segment_error,
+    why_no_descriptor,
+)
 
 _default: dict[str, Segment] = {}
+_MOST_LAYOUTS = 64  # versions of the layout that are looked for
 _open: weakref.WeakSet[Segment] = weakref.WeakSet()  # of this process, for health_check()
+_logged: set[tuple[int, str]] = set()  # by segment, what is wrong with it: each once in a process
+os.register_at_fork(after_in_child=_logged.clear)
 
 
 def path_of(name: object) -> str:
@@ -27,6 +39,14 @@ def path_of(name: object) -> str:
             f"not begin with a dot, not {name!r}"
         )
     return str(ffi.string(out).decode())
+
+
+def _of_other_layouts(path: str) -> list[tuple[int, str]]:
+    """The segments of other layout versions that have the same name: layout and path."""
+    own = lib.FSHM_LAYOUT_VERSION
+    before, _, after = path.partition(f".{own}.")
+    paths = ((layout, f"{before}.{layout}.{after}") for layout in range(1, _MOST_LAYOUTS))
+    return [each for each in paths if each[0] != own and os.path.lexists(each[1])]
 
 
 def opened(name: str) -> list[Segment]:
@@ -56,7 +76,10 @@ class Segment:
     FAST_LITELLM_SHM_MODE, else 0o600. names: ``"plain"`` keeps key names for ``fast-shm inspect``,
     ``"hashed"`` shows keyed hashes, ``"off"`` keeps nothing of single keys; the process that makes
     the segment decides. create=False: attach only, to any capacity. allow_other_owner: use a
-    segment that another user made; default: FAST_LITELLM_SHM_ALLOW_OTHER_OWNER, else False.
+    segment that another user made; default: FAST_LITELLM_SHM_ALLOW_OTHER_OWNER, else False. group:
+    the name or number of a group whose users share the segment: a new one is made for it, with mode
+    0o660 by default, and one that another user made for it is used; default:
+    FAST_LITELLM_SHM_GROUP, else none.
 
     It outlives its processes, so limits survive a restart; :meth:`remove` deletes it. A forked
     child may go on using it.
@@ -73,6 +96,7 @@ class Segment:
         names: str | None = None,
         create: bool = True,
         allow_other_owner: bool | None = None,
+        group: str | int | None = None,
         _read_only: bool = False,
     ) -> None:
         self._name = settings.segment_name() if name is None else name
@@ -85,29 +109,59 @@ class Segment:
             or not 1 <= capacity <= 2**31
         ):
             raise ValueError(f"capacity must be an int between 1 and 2**31 keys, not {capacity!r}")
+        if group is None:
+            shared_by = settings.segment_group()
+        else:
+            shared_by = settings.check_group("group", group)
         if mode is None:
-            mode = settings.segment_mode()
+            mode = settings.segment_mode(shared_by)
         else:
             settings.check_mode("mode", mode, oct(mode) if isinstance(mode, int) else repr(mode))
+        if create and not _read_only and shared_by is not None and mode & 0o060 != 0o060:
+            raise ValueError(
+                f"with a group (FAST_LITELLM_SHM_GROUP) the mode must let it read and write, as "
+                f"0660 does, not 0{mode:o}: leave FAST_LITELLM_SHM_MODE out"
+            )
         allowed = settings.allow_other_owner() if allow_other_owner is None else allow_other_owner
         flags = settings.names_flag(settings.segment_names() if names is None else names)
         flags |= lib.FSHM_OPEN_CREATE if create and not _read_only else 0
         flags |= lib.FSHM_OPEN_OTHER_OWNER if allowed else 0
         flags |= lib.FSHM_OPEN_READ_ONLY if _read_only else 0
         out, error = ffi.new("fshm_segment **"), ffi.new("fshm_error *")
+        of = lib.FSHM_NO_GROUP if shared_by is None else shared_by
         if (
-            lib.fshm_open(self._name.encode(), capacity or 0, mode, flags, out, error)
+            lib.fshm_open_group(self._name.encode(), capacity or 0, mode, flags, of, out, error)
             != lib.FSHM_OK
         ):
-            raise_segment_error(error, "open")
+            raise_segment_error(error, "open", shared_by)
         self._handle: Any = owned(out[0], lib.fshm_close)
-        self._logged: set[str] = set()  # what is wrong with it, each once
         self._read_only = _read_only
         self._arguments = {
             "capacity": capacity,
             "allow_other_owner": allowed or allow_other_owner,  # where a copy has another setting
+            "group": shared_by,
         }
         _open.add(self)
+        if shared_by is not None:
+            self._check_group(shared_by)
+        if create and (layouts := self.other_layouts):
+            from fast_litellm_shm._shared import releases
+
+            self._log_once(releases.said(self._name, layouts, lib.FSHM_LAYOUT_VERSION))
+
+    def _check_group(self, group: int) -> None:
+        """Warn of a segment that was made without the group: its users cannot open it."""
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return  # removed meanwhile
+        if found.st_gid != group or found.st_mode & 0o060 != 0o060:
+            self._log_once(
+                f"it belongs to {group_name(found.st_gid)}, with mode {found.st_mode & 0o777:04o}, "
+                f"and it should be shared by {group_name(group)} (FAST_LITELLM_SHM_GROUP), whose "
+                "users cannot open it: stop the workers, "
+                f"`fast-shm rm --name {self._name}`, and start them"
+            )
 
     @classmethod
     def default(cls) -> Segment:
@@ -132,6 +186,17 @@ class Segment:
         return path_of(self._name)
 
     @property
+    def other_layouts(self) -> list[int]:
+        """The layout versions of segments of the same name that processes of other releases of the
+        library use at this moment: they and this segment's processes count apart."""
+        others = _of_other_layouts(self.path)
+        if not others:
+            return []
+        from fast_litellm_shm._shared import releases
+
+        return releases.in_use(others)
+
+    @property
     def unlinked(self) -> bool:
         """True if its file was removed, or its name belongs to another segment by now: new
         processes do not find this one, and count apart. Restart the processes that are attached.
@@ -147,10 +212,15 @@ class Segment:
             "count apart from new ones"
         )
 
-    def _log_once(self, what: str) -> None:
-        if what not in self._logged and not self._read_only:
-            self._logged.add(what)
-            log.warning("segment %r: %s", self._name, what)
+    def _log_once(self, what: str, text: str = "segment %r: %s") -> None:
+        if not self._read_only and self._is_new(what):
+            log.warning(text, self._name, what)
+
+    def _is_new(self, what: str) -> bool:
+        told = int(self.geometry().instance), what
+        found = told not in _logged
+        _logged.add(told)
+        return found
 
     @property
     def liveness_unknown(self) -> str | None:
@@ -226,6 +296,14 @@ class Segment:
         removed. None is no proof that all is well; :meth:`stats` checks the whole segment.
         """
         return self._damaged(lib.fshm_damage)
+
+    def _look(self) -> None:
+        """Log what is wrong with it, if this process has not done so."""
+        if self.unlinked:
+            return
+        if (said := self.damaged) is not None:
+            self._log_once(said, "%.0s%s")  # which names the segment
+        _ = self.liveness_unknown
 
     def _damaged(self, look: Any) -> str | None:
         index = ffi.new("uint64_t *")
@@ -305,7 +383,7 @@ class Segment:
     def remove(self) -> None:
         """Delete the segment. Attached processes keep counting in it, apart from new ones, until
         they are restarted. Removing it twice is harmless."""
-        self._logged.add(self._removed())  # this process knows
+        self._is_new(self._removed())  # this process knows
         if self.unlinked:
             return
         error = ffi.new("fshm_error *")
@@ -334,6 +412,18 @@ class InSegment:
     def segment(self) -> Segment:
         """The segment it lives in."""
         return self._segment
+
+
+def _look(at: int) -> None:
+    """Called by the native part while this process makes calls, every few seconds. at: the address
+    of the segment they use."""
+    for found in list(_open):
+        if address(found._handle) == at:
+            found._look()
+            return
+
+
+on_look(_look)
 
 
 def _reopen(name: str, arguments: dict[str, Any]) -> Segment:

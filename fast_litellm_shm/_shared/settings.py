@@ -12,8 +12,13 @@ _warned: set[tuple[str, type | None]] = set()
 
 
 def segment_name() -> str:
-    """FAST_LITELLM_SHM_NAME, else a name for each user id."""
-    return os.environ.get("FAST_LITELLM_SHM_NAME") or f"uid{os.geteuid()}"
+    """FAST_LITELLM_SHM_NAME, else a name for each group of users (FAST_LITELLM_SHM_GROUP), else for
+    each user id."""
+    name = os.environ.get("FAST_LITELLM_SHM_NAME")
+    if name:
+        return name
+    group = segment_group()
+    return f"uid{os.geteuid()}" if group is None else f"gid{group}"
 
 
 def segment_capacity() -> int | None:
@@ -29,9 +34,36 @@ def segment_capacity() -> int | None:
         ) from None
 
 
-def segment_mode() -> int:
-    """FAST_LITELLM_SHM_MODE: permission bits in octal, 0600 by default."""
-    text = os.environ.get("FAST_LITELLM_SHM_MODE") or "0600"
+def segment_group() -> int | None:
+    """FAST_LITELLM_SHM_GROUP: the group whose users share the segment, by name or number, as a
+    number; None where it is not set."""
+    text = os.environ.get("FAST_LITELLM_SHM_GROUP")
+    return None if not text else check_group("FAST_LITELLM_SHM_GROUP", text)
+
+
+def check_group(what: str, group: object) -> int:
+    """The number of a group. Raises ValueError, which calls it ``what``, or TypeError."""
+    if isinstance(group, bool) or not isinstance(group, (int, str)):
+        raise TypeError(f"{what} must be the name or the number of a group, not {group!r}")
+    if isinstance(group, str) and not group.isdecimal():
+        import grp
+
+        try:
+            return grp.getgrnam(group).gr_gid
+        except (KeyError, ValueError):
+            raise ValueError(
+                f"{what}: this host has no group {group!r}; make it (groupadd) and add the users "
+                "of the workers to it, or give its number"
+            ) from None
+    number = int(group)
+    if not 0 <= number < 2**32 - 1:
+        raise ValueError(f"{what} must be the name or the number of a group, not {group!r}")
+    return number
+
+
+def segment_mode(group: int | None = None) -> int:
+    """FAST_LITELLM_SHM_MODE: permission bits in octal. By default 0600; 0660 with a group."""
+    text = os.environ.get("FAST_LITELLM_SHM_MODE") or ("0600" if group is None else "0660")
     try:
         mode: object = int(text, 8)
     except ValueError:

@@ -34,6 +34,7 @@ examples:
   fast-shm rm --name shop                delete a segment
   fast-shm tokens --model gpt-4o *.md    count the tokens of files
   fast-shm cache build                   compile what tokens are counted with
+  fast-shm completion bash               complete this command with the Tab key
 
 Without --name, a verb uses the segment that workers use by default: FAST_LITELLM_SHM_NAME, else
 one for each user id. `fast-shm VERB --help` explains a verb."""
@@ -122,9 +123,14 @@ _RM = """\
 examples:
   fast-shm rm --name shop
   fast-shm rm --name shop --yes          even while processes use it
+  fast-shm rm --unused                   lists what no process uses, and asks
 
 Processes that use the segment keep it, and count apart from new processes until you restart
-them. On a terminal, rm asks first; elsewhere, it needs --yes."""
+them. On a terminal, rm asks first; elsewhere, it needs --yes.
+
+--unused keeps a segment that a process uses, one of another user (unless --allow-other-owner is
+given), one that was made less than a minute ago, and one of which it cannot tell who uses it. It
+says why. What was consumed is forgotten with a segment: none, where "nothing in it counts"."""
 
 _TOKENS = """\
 examples:
@@ -167,10 +173,24 @@ Processes that count with a file keep it until they end. New ones make another: 
 first of them. If a file is in use, rm asks on a terminal; elsewhere, it needs --yes."""
 
 
+_COMPLETION = """\
+examples:
+  fast-shm completion bash > ~/.local/share/bash-completion/completions/fast-shm
+  fast-shm completion fish > ~/.config/fish/completions/fast-shm.fish
+  fast-shm completion zsh > ~/.zfunc/_fast-shm
+
+Verbs, options and their values, and the names of segments. A new shell has it. For zsh, ~/.zshrc
+must say `fpath+=~/.zfunc; autoload -Uz compinit; compinit`. The folders must exist. Make the script
+anew after an upgrade. Needs shtab: pip install "fast-litellm-shm[completion]"."""
+
+
+_WITHOUT_SEGMENT = ("tokens", "cache", "completion")
+
 # Behind "unrecognized arguments".
 _HINTS = {
     "fast-shm tokens": "options come before all files or after them",
     "fast-shm cache": "options come right behind build or rm, then encodings",
+    "fast-shm completion": "give the shell alone: bash, zsh or fish",
 }
 
 
@@ -248,7 +268,7 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     """The whole command line, and the part of each verb."""
     parser = _Parser(
         prog="fast-shm",
@@ -265,7 +285,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
             description=f"{about[0].upper()}{about[1:]}.",
             epilog=f"{epilog}\n\n{_EXIT_CODES}",
         )
-        if name in ("tokens", "cache"):
+        if name in _WITHOUT_SEGMENT:
             return made
         if name != "ls":
             made.add_argument("--name", metavar="N", help="the segment; default: the workers' one")
@@ -298,6 +318,11 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     _state(verb("state", "show, check or copy the file of durable limits", _STATE))
     to = verb("rm", "delete a segment", _RM)
     to.add_argument("--yes", "-y", action="store_true", help="do not ask")
+    to.add_argument(
+        "--unused", action="store_true", help="all segments that no process uses, of every release"
+    )
+    to = verb("completion", "print what a shell needs to complete this command", _COMPLETION)
+    to.add_argument("shell", choices=("bash", "zsh", "fish"), help="which shell")
     _tokens(verb("tokens", "count the tokens of files", _TOKENS))
     _cache(
         verb("cache", "list the files that tokens are counted with; make or remove them", _CACHE)
@@ -451,30 +476,37 @@ def _check_set(args: argparse.Namespace, wrong: Callable[[str], NoReturn]) -> No
         wrong(str(error))
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The arguments, checked; ``name`` is that of the segment. Raises SystemExit if they are wrong
-    or ask for help."""
-    parser, verbs = _parsers()
-    args, unknown = parser.parse_known_args(argv)
-    wrong = verbs[args.verb].error
-    if unknown:
-        wrong(f"unrecognized arguments: {' '.join(unknown)}")
+def _check(args: argparse.Namespace, wrong: Callable[[str], NoReturn]) -> None:
+    """What argparse cannot say: options that do not go together."""
     if args.verb == "tokens" and not args.file and sys.stdin is not None and sys.stdin.isatty():
         wrong("name files, or - to type a text that Ctrl-D ends")
     if args.verb == "reset":
         _check_reset(args, wrong)
     if args.verb == "set":
         _check_set(args, wrong)
+    if args.verb == "rm" and args.unused and args.name is not None:
+        wrong("--unused is about all segments: leave out --name")
     if args.verb == "cache" and args.json and args.action:
         wrong(f"--json is for the list of files: leave out {args.action}")
     if args.verb == "release" and args.force and args.dead:
         wrong("--force is for a living process: it goes with --pid")
     if args.verb == "state":
         _check_state(args, wrong)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments, checked; ``name`` is that of the segment. Raises SystemExit if they are wrong
+    or ask for help."""
+    parser, verbs = parsers()
+    args, unknown = parser.parse_known_args(argv)
+    wrong = verbs[args.verb].error
+    if unknown:
+        wrong(f"unrecognized arguments: {' '.join(unknown)}")
+    _check(args, wrong)
     from fast_litellm_shm._shared import segment, settings
 
     try:
-        if args.verb in ("tokens", "cache"):
+        if args.verb in _WITHOUT_SEGMENT:
             settings.tokenizer_download()
             return args
         settings.allow_other_owner()

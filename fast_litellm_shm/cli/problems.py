@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fast_litellm_shm._shared import releases
 from fast_litellm_shm._shared.native import ffi, lib
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.cli import render, segments
@@ -38,6 +39,8 @@ def warnings_of(
     else:
         if removed_users:
             out.append(segments.said_of_removed(removed_users, stats["name"]))
+        if layouts := segment.other_layouts:
+            out.append(releases.said(stats["name"], layouts, stats["layout_version"]))
         if stats["liveness_unknown"]:
             out.append(f"{stats['liveness_unknown']}. Dead processes are listed as alive here")
     if unseen := _unseen(segment):

@@ -17,7 +17,7 @@ from fast_litellm_shm.cli import render, segments
 _ABANDONED = 60.0  # seconds: creating a segment takes less, so an older temporary file is left over
 
 
-def _left_over(path: str) -> list[str]:
+def left_over(path: str) -> list[str]:
     """Files beside a segment that only it uses. A new temporary file does not count: a process may
     be creating the segment at this moment."""
     out = []
@@ -71,12 +71,15 @@ def _is_confirmed(name: str, users: list[dict[str, Any]], unknown: str | None) -
     return is_agreed()
 
 
-def is_agreed() -> bool:
-    """Whether the person at the terminal agrees to a removal, although processes use it."""
+def is_agreed(
+    question: str = "Remove it all the same?", else_do: str = "stop them, or give --yes"
+) -> bool:
+    """Whether the person at the terminal agrees to a removal. else_do: what to do where there is no
+    terminal."""
     if sys.stdin is None or not sys.stdin.isatty():
-        print("fast-shm: nothing removed: stop them, or give --yes", file=sys.stderr)
+        print(f"fast-shm: nothing removed: {else_do}", file=sys.stderr)
         return False
-    print("Remove it all the same? [y/N] ", end="", file=sys.stderr, flush=True)
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() in ("y", "yes"):
         return True
     print("Nothing removed.", file=sys.stderr)
@@ -84,16 +87,20 @@ def is_agreed() -> bool:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Delete the segment."""
+    """Delete the segment; with --unused, all that no process uses."""
+    if args.unused:
+        from fast_litellm_shm.cli import unused
+
+        return unused.run(args)
     path = path_of(args.name)
     # Before the removal: files of a new segment of this name are not touched.
-    left_over = _left_over(path)
+    of_it = left_over(path)
     try:
         users, unknown = _users(args)
     except exceptions.SegmentNotFoundError:
-        if not left_over:
+        if not of_it:
             raise
-        removed = render.counted(unlink(left_over), "left-over file")
+        removed = render.counted(unlink(of_it), "left-over file")
         print(f"There is no segment {path}; removed {removed} of it.")
         return 0
     if (users or unknown) and not args.yes and not _is_confirmed(args.name, users, unknown):
@@ -101,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     error = ffi.new("fshm_error *")
     if lib.fshm_remove(args.name.encode(), error) != lib.FSHM_OK:
         raise_segment_error(error, "remove")
-    unlink(left_over)
+    unlink(of_it)
     print(f"Removed segment {args.name!r} ({path}).")
     if users:
         pids = ", ".join(str(process["pid"]) for process in users)

@@ -16,9 +16,9 @@ from fast_litellm_shm.cli import render
 # A lock file, or a segment that a process is creating. (A segment's name may end in ".lock", too.)
 _HELPER = re.compile(r"\.[0-9a-f]{16}\.(lock|tmp)$")
 _SEGMENT = re.compile(r"fast_litellm_shm\.([0-9]{1,6})\.(.+)", re.DOTALL)
-# A line of /proc/PID/maps: a writable mapping of a file that has no name any more. A view such as
-# `fast-shm top` maps for reading alone.
-_DELETED = re.compile(r"\S+ .w\S+ \S+ (\S+ [0-9]+) +(/.*) \(deleted\)")
+# A line of /proc/PID/maps: a writable mapping of a file, which may have no name any more. A view
+# such as `fast-shm top` maps for reading alone.
+_MAPPED = re.compile(r"\S+ .w\S+ \S+ (\S+ [0-9]+) +(/.*?)( \(deleted\))?\n?")
 _MOST_NAMED = 10  # of segments in a message
 
 
@@ -63,9 +63,27 @@ def found() -> list[Found]:
 def removed() -> list[Found]:
     """The segments that were removed while processes use them, by name; if two had the same name,
     both. Knows only processes whose ``/proc/PID/maps`` this user may read: the user's own."""
+    all_of_them = (
+        _parsed(path, tuple(sorted(pids)))
+        for (path, _), pids in sorted(_mapped_by(deleted=True).items())
+    )
+    return [each for each in all_of_them if each is not None]
+
+
+def mapped_by() -> dict[str, set[int]]:
+    """By path, the pids of the processes that have mapped a segment for writing. Knows the same
+    processes as :func:`removed`."""
+    found: dict[str, set[int]] = {}
+    for (path, _), pids in _mapped_by(deleted=False).items():
+        found.setdefault(path, set()).update(pids)
+    return found
+
+
+def _mapped_by(deleted: bool) -> dict[tuple[str, str], set[int]]:
+    """By path, and device and inode."""
     pids: dict[tuple[str, str], set[int]] = {}
     if not os.path.isdir(directory()):
-        return []
+        return pids
     device = os.stat(directory()).st_dev  # a container has a directory of its own
     here = f"{os.major(device):02x}:{os.minor(device):02x} "
     for pid in filter(str.isdigit, _entries("/proc")):
@@ -74,11 +92,10 @@ def removed() -> list[Found]:
             open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as maps,
         ):
             for line in maps:
-                parts = _DELETED.match(line) if "fast_litellm_shm" in line else None
-                if parts and parts[1].startswith(here):
+                parts = _MAPPED.fullmatch(line) if "fast_litellm_shm" in line else None
+                if parts and bool(parts[3]) is deleted and parts[1].startswith(here):
                     pids.setdefault((parts[2], parts[1]), set()).add(int(pid))
-    all_of_them = (_parsed(path, tuple(sorted(its))) for (path, _), its in sorted(pids.items()))
-    return [each for each in all_of_them if each is not None]
+    return pids
 
 
 def removed_users(name: str) -> list[int]:

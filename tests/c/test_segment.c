@@ -309,6 +309,26 @@ static void test_creation_race(void) {
 }
 
 /* Both ways of creating: unnamed and linked, or a private name and a rename that replaces nothing. */
+/* A new segment is given to the group, before others may open it; and its group lets another user in. */
+static void test_groups(void) {
+  fshm_segment *s, *t;
+  fshm_error e;
+  struct stat st;
+  const char *name = fresh_name();
+  if (geteuid()) return; /* only root can give a file to any group, or to another user */
+  CHECK_EQ(fshm_open_group(name, 100, 0660, FSHM_OPEN_CREATE, 12380, &s, &e), FSHM_OK);
+  CHECK_EQ(stat(s->path, &st), 0);
+  CHECK_EQ(st.st_gid, 12380);
+  CHECK_EQ(st.st_mode & 07777, 0660);
+  CHECK_EQ(chown(s->path, 12381, (gid_t)-1), 0);
+  CHECK_EQ(fshm_open(name, 0, 0660, 0, &t, &e), FSHM_E_OWNER);
+  CHECK_EQ(fshm_open_group(name, 0, 0660, 0, 12382, &t, &e), FSHM_E_OWNER);
+  CHECK_EQ(fshm_open_group(name, 0, 0660, 0, 12380, &t, &e), FSHM_OK);
+  fshm_close(t);
+  fshm_close(s);
+  CHECK_EQ(fshm_remove(name, &e), FSHM_OK);
+}
+
 static void test_both_ways(void) {
   fshm_error e;
   memset(&e, 0, sizeof e);
@@ -317,10 +337,11 @@ static void test_both_ways(void) {
     struct stat first, second;
     const char *name = fresh_name();
     CHECK_EQ(fshm_path(name, path, sizeof path), FSHM_OK);
-    CHECK_EQ(create_by(unnamed, path, 40, 0600, 0, &e), FSHM_OK);
+    CHECK_EQ(create_by(unnamed, path, 40, 0600, 0, FSHM_NO_GROUP, &e), FSHM_OK);
     CHECK_EQ(stat(path, &first), 0);
     CHECK_EQ(first.st_nlink, 1);
-    CHECK_EQ(create_by(unnamed, path, 80, 0600, 0, &e), FSHM_OK); /* late: leaves the first alone */
+    CHECK_EQ(create_by(unnamed, path, 80, 0600, 0, FSHM_NO_GROUP, &e),
+             FSHM_OK); /* late: leaves the first alone */
     CHECK_EQ(stat(path, &second), 0);
     CHECK_EQ(second.st_ino, first.st_ino);
     CHECK_EQ(open_as(name, 40, 0, &e), FSHM_OK);
@@ -371,6 +392,7 @@ int main(void) {
   test_damaged_headers();
   test_scribbled();
   test_creation_race();
+  test_groups();
   test_both_ways();
   test_reading_does_not_write();
   return done();

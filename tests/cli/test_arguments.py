@@ -16,7 +16,7 @@ from .conftest import Command, environment
 
 VERBS = [
     *("inspect", "top", "dashboard", "ls", "export", "reset", "release", "rm", "tokens", "cache"),
-    *("cache build", "cache rm", "save", "state"),
+    *("cache build", "cache rm", "save", "state", "completion"),
 ]
 HEAVY = ("numpy", "rich", "textual", "psutil", "starlette", "uvicorn")
 

@@ -74,7 +74,7 @@ static void start_files(void) {
 static void run_create_by_rename(outcome_t *out) {
   fshm_error e = {0};
   if (fshm_path(segment_name, e.path, sizeof e.path) != FSHM_OK) return;
-  out->status = create_by(false, e.path, 1, 0600, 0, &e);
+  out->status = create_by(false, e.path, 1, 0600, 0, FSHM_NO_GROUP, &e);
   if (out->status != FSHM_OK) return;
   out->status = fshm_open(segment_name, 1, 0600, 0, &opened, &e);
   if (opened) out->number = opened->header->instance;

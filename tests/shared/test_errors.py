@@ -187,7 +187,7 @@ def test_no_permission(unused: str) -> None:
     said = run_one(_as_nobody, unused, method="fork")
     assert said.startswith("SegmentPermissionError: cannot open segment /")
     assert "run as the user that made it" in said
-    assert "FAST_LITELLM_SHM_MODE" in said
+    assert "FAST_LITELLM_SHM_GROUP" in said
 
 
 @pytest.mark.skipif(not ROOT, reason="only root can become another user")
