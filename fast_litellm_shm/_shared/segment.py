@@ -9,7 +9,7 @@ import weakref
 from typing import Any
 
 from fast_litellm_shm import exceptions
-from fast_litellm_shm._shared import log, settings
+from fast_litellm_shm._shared import log, moved_clock, settings
 from fast_litellm_shm._shared.native import ffi, lib, owned, raise_segment_error, why_no_descriptor
 
 _default: dict[str, Segment] = {}
@@ -108,6 +108,8 @@ class Segment:
             "allow_other_owner": allowed or allow_other_owner,  # where a copy has another setting
         }
         _open.add(self)
+        clock = settings.test_clock()
+        self._clock = None if clock is None or _read_only else moved_clock.shared(self, clock)
 
     @classmethod
     def default(cls) -> Segment:
