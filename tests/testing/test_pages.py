@@ -32,7 +32,7 @@ def run(
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=2 * PATIENCE,
+        timeout=10 * PATIENCE,
         check=False,
     )
     return found
