@@ -46,6 +46,12 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         session.end()
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """The same: a worker of pytest-xdist may be ended before pytest_unconfigure()."""
+    pytest_unconfigure(session.config)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """With shm_isolated: nothing is counted yet, and the clock runs."""
