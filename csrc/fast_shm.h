@@ -438,6 +438,24 @@ uint64_t fshm_wall(fshm_segment *segment, uint64_t now_ns);
 /* For tests: from now on, the kernel's clock of the day shows so much more in this process. */
 void fshm_wall_pretend(fshm_segment *segment, int64_t ns);
 
+/* A clock that tests move -------------------------------------------------------------------------------- */
+/* From now on the segment's clock is what the file says: of this process, and of each other one that has done the same
+ * with the same file. fd: may be closed afterwards. make: the file is empty, and is made. A process has one such clock
+ * for each segment. FSHM_E_ARGUMENT: it is another segment's file, or none. FSHM_E_SYSTEM: errno says why. */
+int fshm_clock_share(fshm_segment *segment, int fd, int make);
+/* Move it to segment time `now_ns`, forward only (FSHM_MOVE_TO), stop it (FSHM_MOVE_STOP), let it go on
+ * (FSHM_MOVE_RUN), or add `now_ns` to the time of day, modulo 2^64 (FSHM_MOVE_DAY). One caller at a time, over all processes.
+ * FSHM_E_ARGUMENT: the clock is no file's, or the segment's time ends before (4.5 years). */
+#define FSHM_MOVE_TO 0
+#define FSHM_MOVE_STOP 1
+#define FSHM_MOVE_RUN 2
+#define FSHM_MOVE_DAY 3
+#define FSHM_MOVE_HOLD 4 /* now_ns: whether waiting calls leave it alone while it stands */
+int fshm_clock_move(fshm_segment *segment, int how, uint64_t now_ns);
+/* By how many ns it was moved, all together; 0: it is no file's. how: 1: it stands still; | 2: and waiting calls leave
+ * it alone. */
+uint64_t fshm_clock_moved(fshm_segment *segment, int *how);
+
 /* The number of the limiter's keys that have consumed something, as far as the key statistics know (0 with
  * FSHM_NAMES_OFF). */
 uint64_t fshm_live_keys(fshm_limiter *limiter, uint64_t now_ns);

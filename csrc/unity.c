@@ -8,6 +8,7 @@
 #include "core/image.c"
 #include "core/segment.c"
 #include "core/wall.c"
+#include "core/moved_clock.c"
 #include "core/lock_file.c"
 #include "core/liveness.c"
 #include "core/process.c"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-from fast_litellm_shm._shared import zones
+from fast_litellm_shm._shared import limit_grammar, zones
 from fast_litellm_shm._shared.native import ffi, lib
 
 if TYPE_CHECKING:
@@ -292,16 +292,6 @@ LimitSpec: TypeAlias = TokenBucket | FixedWindow | SlidingWindow
 Spelled: TypeAlias = LimitSpec | str  # a str: parse_all() reads it
 
 _BETWEEN = re.compile("[;,|]")
-_LENGTHS = {
-    "s": 1, "sec": 1, "second": 1, "m": 60, "min": 60, "minute": 60, "h": 3600, "hour": 3600,
-    "d": 86_400, "day": 86_400, "week": 7 * 86_400,
-}  # fmt: skip
-_SPELLED = re.compile(
-    r"(?P<n>\d+) ?(?:(?:r|reqs?|requests?) ?)?(?:/|per ) ?"
-    r"(?:(?P<times>\d+(?:\.\d+)?) ?)?(?P<unit>[a-z]+?)s?"
-    r"(?: (?:in )?(?P<zone>[A-Z][\w+/-]*))?"
-    r"(?:(?: burst[ =](?P<burst>\d+))?(?P<strict> strict)?| (?P<kind>window|sliding))"
-)
 
 
 def parse(text: str) -> LimitSpec:
@@ -313,53 +303,82 @@ def parse(text: str) -> LimitSpec:
         1000 per day in Asia/Tokyo    the calendar, in UTC or in another time zone
         1000 per 24 hours window  FixedWindow(1000, per=86400)
         100 per minute sliding    SlidingWindow(100, per=60)
+        rate=10r/s burst=20 nodelay   as nginx has it: 10 a second, and 21 at one instant
 
     ``/`` is short for ``per``, and ``describe()`` writes what it reads. What is counted may be said
-    as requests (``5 requests per second``, ``5r/s``). Raises ValueError."""
-    found = _SPELLED.fullmatch(" ".join(text.split()))
-    if found is None:
-        raise ValueError(
-            f"a limit must be written as '100 per minute', '100 per 30 s burst 10', '1000 per day "
-            f"in Europe/Berlin', '100 per minute window' or '100 per minute sliding', not {text!r}"
-        )
-    n, unit, zone, kind = int(found["n"]), found["unit"], found["zone"], found["kind"]
-    bucket = found["burst"] is not None or found["strict"] is not None
-    of_calendar = not found["times"] and unit in _CALENDAR and not bucket and kind != "sliding"
-    if of_calendar:
-        return FixedWindow(n, per=unit, timezone=zone)
-    if zone is not None:
-        raise ValueError(
-            f"a time zone goes with one hour, day, week, month or year, and no other kind of limit "
-            f"than a window: '1000 per day in {zone}', not {text!r}"
-        )
-    if unit not in _LENGTHS:
-        import difflib
-
-        near = difflib.get_close_matches(unit, (*_LENGTHS, *_CALENDAR), 1)
-        raise ValueError(
-            "the period of a limit must be in seconds, minutes, hours, days or weeks, or one month "
-            f"or year of the calendar, not {text!r}{f': do you mean {near[0]}?' if near else ''}"
-        )
-    seconds = float(found["times"] or 1) * _LENGTHS[unit]
-    per = int(seconds) if seconds.is_integer() else seconds
-    if kind is not None:
-        return (SlidingWindow if kind == "sliding" else FixedWindow)(n, per)
-    burst = None if found["burst"] is None else int(found["burst"])
-    return TokenBucket(n, per, burst=burst, strict=bool(found["strict"]))  # type: ignore[arg-type]
+    as requests (``5 requests per second``, ``5r/s``). Words may be in capitals. Raises ValueError,
+    which points at the word that is wrong."""
+    _check_text("parse", text)
+    try:
+        return _of_text(text)
+    except limit_grammar.BadText as error:
+        raise ValueError(error.pointing(text)) from None
 
 
 def parse_all(text: str) -> tuple[LimitSpec, ...]:
     """Limits that are written as one text, with ``;``, ``,`` or ``|`` between them, as PyPI's
-    ``limits`` has it: ``"10 per second; 1000 per day"``. Raises ValueError: it names the part."""
-    parts, found = _BETWEEN.split(text), []
+    ``limits`` has it: ``"10 per second; 1000 per day"``. Raises ValueError: it names the part, and
+    points at the word."""
+    _check_text("parse_all", text)
+    parts, found, offset = _BETWEEN.split(text), [], 0
+    if len(parts) == 1:
+        return (parse(text),)
     for number, part in enumerate(parts, 1):
+        where = f"limit {number} of {text!r}: "
         try:
-            found.append(parse(part))
+            found.append(_of_text(part))
+        except limit_grammar.BadText as error:
+            raise ValueError(where + error.pointing(text, offset)) from None
         except ValueError as error:
-            if len(parts) == 1:
-                raise
-            raise ValueError(f"limit {number} of {text!r}: {error}") from None
+            raise ValueError(where + str(error)) from None
+        offset += len(part) + 1
     return tuple(found)
+
+
+def _check_text(owner: str, text: object) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"{owner}: a limit must be a str, such as '100 per minute', not {text!r}")
+
+
+def _of_text(text: str) -> LimitSpec:
+    words = limit_grammar.read(text)
+    n, unit, zone = words.n, words.unit, words.zone
+    if words.nginx:
+        return _of_nginx(text, words)
+    bucket = words.burst is not None or words.strict
+    if words.times is None and unit in _CALENDAR and not bucket and words.kind != "sliding":
+        return FixedWindow(n, per=unit, timezone=zone)
+    whole = (0, len(text))
+    if zone is not None:
+        raise limit_grammar.BadText(
+            f"a time zone goes with one hour, day, week, month or year, and no other kind of limit "
+            f"than a window: '1000 per day in {zone}', not {text!r}",
+            *whole,
+        )
+    if unit not in limit_grammar.SECONDS:
+        days = {"month": 30, "year": 365}[unit] * (words.times or 1)
+        raise limit_grammar.BadText(
+            f"a month or a year is one of the calendar, and a window: '{n} per {unit}'; else write "
+            f"days, such as '{n} per {days:g} days', not {text!r}",
+            *whole,
+        )
+    seconds = (1.0 if words.times is None else words.times) * limit_grammar.SECONDS[unit]
+    per = int(seconds) if seconds.is_integer() else seconds
+    if words.kind is not None:
+        return (SlidingWindow if words.kind == "sliding" else FixedWindow)(n, per)
+    return TokenBucket(n, per, burst=words.burst, strict=words.strict)  # type: ignore[arg-type]
+
+
+def _of_nginx(text: str, words: limit_grammar.Words) -> TokenBucket:
+    """``rate=10r/s burst=20 nodelay``: at one instant, one request and the burst."""
+    at_once = 1 + (words.burst or 0)
+    if words.n < 1 or words.unit not in ("s", "m") or words.times is not None:
+        raise limit_grammar.BadText(
+            f"nginx's rate is 1 or more r/s or r/m, not {text!r}", 0, len(text)
+        )
+    longer = -(-at_once // words.n)  # periods that hold the burst
+    per = limit_grammar.SECONDS[words.unit]
+    return TokenBucket(words.n * longer, per * longer, burst=at_once)
 
 
 def is_calendar(per_ns: int) -> bool:

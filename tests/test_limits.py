@@ -10,6 +10,7 @@ import pytest
 
 from fast_litellm_shm import Limit, RateLimiter, Segment, SlidingWindow, Window
 from fast_litellm_shm.limits import checked, describe, parse, parse_all, reason
+from fast_litellm_shm.testing import isolated
 
 KINDS: list[Any] = [Limit, Window, SlidingWindow]
 
@@ -187,6 +188,14 @@ def test_a_strict_limit_that_would_refill_for_years_is_refused() -> None:
         ("5 requests per second", Limit(5, 1)),
         ("1 request/2 hours", Limit(1, 7200)),
         ("7 reqs per 10 s burst=2", Limit(7, 10, burst=2)),
+        ("10 PER MINUTE BURST 3 Strict", Limit(10, 60, burst=3, strict=True)),
+        ("5/Hours Window", Window(5, "hour")),
+        ("  7per3hr ", Limit(7, 3 * 3600)),
+        ("1/day burst = 1", Limit(1, 86_400)),
+        ("rate=10r/s", Limit(10, 1, burst=1)),
+        ("rate=30r/m burst=5 nodelay", Limit(30, 60, burst=6)),
+        ("rate = 10r/s burst=20 nodelay", Limit(30, 3, burst=21)),
+        ("RATE=1r/s BURST=9 NODELAY", Limit(10, 10, burst=10)),
     ],
 )
 def test_limits_as_text(text: str, limit: Any) -> None:
@@ -246,6 +255,19 @@ def test_several_limits_in_a_text(between: str) -> None:
         ("1,000 per day", "limit 1 of '1,000 per day'"),
         ("10/second; 0/day", "limit 2 of '10/second; 0/day': .*n must be"),
         ("1/s; 2/m; 3/h; 4/d; 5/week", "takes 1 to 4 limits, not 5"),
+        ("10 pre minute", r"do you mean per\?\n  10 pre minute\n     \^\^\^$"),
+        ("5/minute brust 3", r"do you mean burst\?\n  5/minute brust 3\n           \^{5}$"),
+        ("1/s; 5/dya", r"mean day\?\n  1/s; 5/dya\n         \^{3}$"),
+        ("1/s;5/minute nodelay", r"belongs to nginx.*\n  1/s;5/minute nodelay\n {15}\^{7}$"),
+        ("rate=10r/s burst=20", "without nodelay, nginx delays"),
+        ("rate=10r/h", "nginx's rate is 1 or more r/s or r/m"),
+        ("rate=10r/s window", "goes with burst and nodelay alone"),
+        ("10r/s zone=one", "nginx's zone is the name of the limiter"),
+        ("10/2/minute", "a period must follow"),
+        ("9/minute window burst 3", "'burst' does not go with what is before it"),
+        ("100 per 2 months", "'100 per 60 days'"),
+        ("99999999999999999999/s", "is too large"),
+        ("5/minute\nburst x", "burst must be a whole number$"),
     ],
 )
 def test_what_is_said_of_a_bad_text(text: str, says: str) -> None:
@@ -258,3 +280,57 @@ def test_a_limiter_of_texts(segment: Segment) -> None:
     assert limiter.limits == (Limit(10, 1), Window(3, "day", timezone="Asia/Tokyo"))
     assert [limiter.is_allowed("k") for _ in range(4)] == [True] * 3 + [False]
     assert pickle.loads(pickle.dumps(limiter)).limits == limiter.limits
+
+
+# Of limits' own tests, and of its documentation.
+OF_LIMITS = [
+    *(f"1{between}{unit}" for between in (" per ", "/", " / ") for period in (
+        "second", "minute", "hour", "day", "month", "year",
+    ) for unit in (period, period.upper(), period.title(), f"{period}s")),
+    "1 per 3 hour", "1 per 2 hours", "1/2 day", "1 per 3 hour; 1 per second",
+    "1 per 3 hour, 1 per second", "10/minute", "10 per hour", "10/hour;100/day;2000 per year",
+    "100/day, 500/7days", "1/second|5/2minutes",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", OF_LIMITS)
+def test_texts_of_pypis_limits_have_the_same_numbers(text: str) -> None:
+    """Except the length of one month and one year, which are those of the calendar here."""
+    from limits import parse_many
+
+    ours, theirs = parse_all(text), parse_many(text)
+    assert [each.n for each in ours] == [each.amount for each in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        calendar = other.multiples == 1 and other.GRANULARITY.name not in ("second", "minute")
+        assert isinstance(mine, Window if calendar else Limit)
+        if calendar:
+            assert mine.per == other.GRANULARITY.name
+        else:
+            assert mine.per == other.get_expiry()
+
+
+@pytest.mark.parametrize(
+    "text", ["1 per millienium", "1 per year; 2 per decade", "", "10", "1/", "a/day", "1/day;"]
+)
+def test_texts_that_limits_refuses_are_refused(text: str) -> None:
+    from limits import parse_many
+
+    for read in (parse_all, parse_many):
+        with pytest.raises(ValueError):
+            read(text)
+
+
+def test_a_text_must_be_one() -> None:
+    for wrong in (None, 5, b"1/day"):
+        with pytest.raises(TypeError, match="must be a str"):
+            parse(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("n, burst, per", [(10, 20, "s"), (3, 100, "m"), (1, 0, "s"), (7, 6, "m")])
+def test_nginx_admits_one_and_the_burst_and_then_the_rate(n: int, burst: int, per: str) -> None:
+    with isolated(frozen=True) as shm:
+        limiter = RateLimiter(f"rate={n}r/{per} burst={burst} nodelay", name="nginx")
+        admitted = [bool(limiter.acquire("k")) for _ in range(burst + 3)]
+        assert admitted == [True] * (burst + 1) + [False] * 2
+        shm.clock.advance({"s": 1, "m": 60}[per] * (burst + 1) / n + 1e-6)
+        assert sum(bool(limiter.acquire("k")) for _ in range(burst + 3)) == burst + 1

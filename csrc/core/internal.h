@@ -95,6 +95,21 @@ typedef struct {
   _Atomic uint64_t hash, words[LOOK_WORDS], check;
 } look_entry_t;
 
+/* What a segment's clock is in this process: it ends the page before the handle, so that a test can put a file in the
+ * place of that page (moved_clock.c), which then moves the clock of all processes that have done so. Nothing else
+ * changes it. Each word is read and written alone (relaxed): see DESIGN.md, "A clock that tests move". */
+typedef struct {
+  uint64_t magic, instance; /* in a file: of the segment that it belongs to */
+  _Atomic uint64_t
+      epoch; /* fshm_clock() at segment time 0; less when the clock was moved forward */
+  _Atomic uint64_t
+      still; /* the time while the clock stands: fshm_clock() - epoch is below 0 then */
+  _Atomic uint64_t moved; /* ns by which it was moved, all together: waiting calls go by that */
+  _Atomic uint64_t day; /* the time of day at segment time 0, ns since 1970 */
+  _Atomic uint64_t holds; /* waiting calls do not move it while it stands */
+  uint64_t unused;
+} segment_clock_t;
+
 struct fshm_segment {
   unsigned char *map;
   header_t *header;
@@ -253,15 +268,24 @@ int damage_limits(fshm_segment *s, uint32_t index);
 /* clock.c */
 uint64_t fshm_clock(void);
 
+static inline segment_clock_t *clock_of(const fshm_segment *s) {
+  return (segment_clock_t *)(uintptr_t)s - 1;
+}
+
+/* moved_clock.c: the segment time where clock and epoch differ by so much that their difference is none */
+COLD uint64_t clock_beyond(const segment_clock_t *clock, uint64_t differ);
+
 /* The segment time now. Never 0; saturates (see algorithms.h). */
-static inline uint64_t segment_now(const fshm_segment *s) {
-  uint64_t clock = fshm_clock();
-  return unlikely(clock <= s->epoch) ? 1 : min_u64(clock - s->epoch, TIME_MAX - 1);
+static inline HOT uint64_t segment_now(const fshm_segment *s) {
+  const segment_clock_t *clock = clock_of(s);
+  const uint64_t now = fshm_clock() - load_relaxed(&clock->epoch);
+  return likely(now - 1 < TIME_MAX - 1) ? now : clock_beyond(clock, now);
 }
 
 /* segment.c: a lock among the threads of this process; no hot call takes one */
 void threads_lock(_Atomic uint32_t *lock);
 void threads_unlock(_Atomic uint32_t *lock);
+size_t page_size(void);
 
 /* Does the process index have a row that was ever taken? Other rows are not to be touched: their memory may not be
  * there. Relaxed: who learns of an index by what its owner wrote (acquire) sees the bit. */

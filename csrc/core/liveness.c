@@ -105,7 +105,8 @@ int look_at_process(const process_t *p, bool thorough) {
 bool has_ended(fshm_segment *s, uint32_t process, bool thorough) {
   const process_t *p = &s->processes[process];
   uint64_t incarnation = atomic_load_explicit(&p->incarnation, memory_order_acquire);
-  uint64_t known = load_relaxed(&s->looked[process]), now = segment_now(s) / 1000000 & LOOKED_MS;
+  /* Of this process alone, and no time of the segment: a test may have stopped that. */
+  uint64_t known = load_relaxed(&s->looked[process]), now = fshm_clock() / 1000000 & LOOKED_MS;
   if (known >> 32 == (uint32_t)incarnation && (known & ENDED_BIT)) return true;
   if (known >> 32 == (uint32_t)incarnation && ((now - known) & LOOKED_MS) < 500) return false;
   bool ended = look_at_process(p, thorough) == ENDED;

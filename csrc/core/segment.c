@@ -44,6 +44,8 @@ void threads_lock(_Atomic uint32_t *lock) {
 }
 void threads_unlock(_Atomic uint32_t *lock) { atomic_store(lock, 0); }
 
+size_t page_size(void) { return (size_t)sysconf(_SC_PAGESIZE); }
+
 /* The segments open in this process: each is mapped once and joined once. */
 static fshm_segment *open_segments;
 static _Atomic uint32_t list_holder;
@@ -59,6 +61,19 @@ static fork_page_t *make_fork_page(bool *wiped) {
   return page;
 }
 
+/* A handle, zeroed, behind the page that ends with its clock. */
+static fshm_segment *make_handle(void) {
+  const size_t page = page_size();
+  unsigned char *block = mmap(NULL, page + sizeof(fshm_segment), PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  return block == MAP_FAILED ? NULL : (fshm_segment *)(void *)(block + page);
+}
+
+static void free_handle(fshm_segment *s) {
+  const size_t page = page_size();
+  (void)munmap((unsigned char *)s - page, page + sizeof *s);
+}
+
 static int attach(int fd, const header_t *h, const char *path, uint32_t flags, fshm_segment **out,
                   fshm_error *e) {
   struct stat st;
@@ -71,7 +86,7 @@ static int attach(int fd, const header_t *h, const char *path, uint32_t flags, f
       return FSHM_OK;
     }
   }
-  fshm_segment *s = calloc(1, sizeof *s);
+  fshm_segment *s = make_handle();
   if (!s) return image_fail(e, FSHM_E_MEMORY);
   s->read_only = flags & FSHM_OPEN_READ_ONLY;
   int protection = s->read_only ? PROT_READ : PROT_READ | PROT_WRITE;
@@ -81,7 +96,7 @@ static int attach(int fd, const header_t *h, const char *path, uint32_t flags, f
     e->wanted = h->size;
     (void)image_fail_errno(e);
     if (map != MAP_FAILED) (void)munmap(map, h->size);
-    free(s);
+    free_handle(s);
     return e->code;
   }
   s->map = map;
@@ -94,6 +109,8 @@ static int attach(int fd, const header_t *h, const char *path, uint32_t flags, f
   s->limiter_count = h->limiters;
   s->names_mode = h->names_mode & (FSHM_NAMES_HASHED | FSHM_NAMES_OFF);
   s->epoch = h->epoch;
+  store_relaxed(&clock_of(s)->epoch, h->epoch);
+  store_relaxed(&clock_of(s)->still, 1);
   s->capacity = h->capacity;
   s->created_realtime_ns = h->created_realtime_ns;
   s->instance = h->instance;
@@ -187,7 +204,7 @@ void fshm_close(fshm_segment *s) {
     process_leave(s);
     (void)munmap(s->map, s->size);
     (void)munmap(s->fork_page, sizeof *s->fork_page);
-    free(s);
+    free_handle(s);
   }
   threads_unlock(&list_holder);
 }

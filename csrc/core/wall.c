@@ -30,8 +30,12 @@ void wall_follow(fshm_segment *s, uint64_t wall, uint64_t now) {
     raise_to(&h->wall_floor, wall);
 }
 
-static uint64_t kernel_wall(void) {
+/* now: segment time just before. Under a clock that tests move, the time of day is a function of that: it moves, and
+ * stands still, with the clock. */
+static uint64_t kernel_wall(const fshm_segment *s, uint64_t now) {
   struct timespec t;
+  const segment_clock_t *clock = clock_of(s);
+  if (clock->magic) return now + load_relaxed(&clock->day);
   (void)clock_gettime(CLOCK_REALTIME, &t);
   return (uint64_t)t.tv_sec * UINT64_C(1000000000) + (uint64_t)t.tv_nsec +
          (uint64_t)load_relaxed(&wall_pretended);
@@ -40,7 +44,7 @@ static uint64_t kernel_wall(void) {
 /* A reading counts if both clocks were read within a millisecond: a caller may be stopped between them. */
 static COLD void wall_look(fshm_segment *s) {
   for (int tries = 0; tries < 8; tries++) {
-    const uint64_t before = segment_now(s), wall = kernel_wall(), after = segment_now(s);
+    const uint64_t before = segment_now(s), wall = kernel_wall(s, before), after = segment_now(s);
     if (after - before > 1000000) continue;
     wall_follow(s, wall, before);
     store_relaxed(&s->wall_looked, before);
@@ -54,9 +58,13 @@ void wall_check(fshm_segment *s) {
   if (unlikely(!looked || now - looked > WALL_CHECK)) wall_look(s); /* also where it went back */
 }
 
+void wall_look_now(fshm_segment *s) {
+  if (!s->read_only) wall_look(s);
+}
+
 void fshm_wall_pretend(fshm_segment *s, int64_t ns) {
   store_relaxed(&wall_pretended, ns);
-  if (!s->read_only) wall_look(s);
+  wall_look_now(s);
 }
 
 uint64_t fshm_wall(fshm_segment *s, uint64_t now) {

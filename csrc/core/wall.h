@@ -25,6 +25,9 @@ void wall_follow(fshm_segment *s, uint64_t wall, uint64_t now);
 /* wall_follow() by this process's clocks, if it has not looked for WALL_CHECK. */
 void wall_check(fshm_segment *s);
 
+/* The same, whenever it was that it looked. */
+void wall_look_now(fshm_segment *s);
+
 /* Of a copy of a calendar's rule: what its arithmetic needs of the segment. */
 static inline void calendar_ready(fshm_segment *s, rule_t *r) {
   wall_check(s);

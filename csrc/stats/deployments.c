@@ -197,7 +197,7 @@ static void read_words(const fshm_segment *s, const uint32_t *deployments, uint3
 /* The statistics of these deployments, by index. `fresh`: make a liveness check now, however recent the last one is. */
 void fshm_deployment_look(fshm_segment *s, const uint32_t *deployments, uint32_t count,
                           uint64_t now, int fresh, fshm_deployment_info *out) {
-  if (!now) now = segment_now(s);
+  if (!now) now = fshm_now(s);
   if (fresh && !s->read_only)
     look_for_dead(s);
   else
@@ -211,7 +211,7 @@ int64_t fshm_deployment_pick(fshm_segment *s, uint32_t strategy, const uint32_t 
                              const double *weights, const double *prices,
                              const unsigned char *blocked, uint32_t count, uint64_t random,
                              fshm_deployment_info *found) {
-  uint64_t now = segment_now(s);
+  uint64_t now = fshm_now(s);
   read_words(s, deployments, count, now, found);
   if (strategy == FSHM_ROUTE_LEAST_BUSY || strategy == FSHM_ROUTE_LATENCY) {
     heartbeat(s, now);
@@ -242,7 +242,7 @@ void fshm_deployment_record(fshm_segment *s, uint32_t deployment, uint64_t laten
                             uint64_t now) {
   if (deployment >= DEPLOYMENTS || s->read_only) return;
   deployment_t *d = &s->deployments[deployment];
-  if (!now) now = segment_now(s);
+  if (!now) now = fshm_now(s);
   store_relaxed(&d->used, now);
   update(&d->success, next_rate, success != 0);
   if (cost != UINT64_MAX) update(&d->cost, next_mean, cost);

@@ -9,7 +9,7 @@ import weakref
 from typing import Any
 
 from fast_litellm_shm import exceptions
-from fast_litellm_shm._shared import log, settings
+from fast_litellm_shm._shared import log, moved_clock, settings
 from fast_litellm_shm._shared.native import (
     address,
     ffi,
@@ -148,6 +148,8 @@ class Segment:
             from fast_litellm_shm._shared import releases
 
             self._log_once(releases.said(self._name, layouts, lib.FSHM_LAYOUT_VERSION))
+        clock = settings.test_clock()
+        self._clock = None if clock is None or _read_only else moved_clock.shared(self, clock)
 
     def _check_group(self, group: int) -> None:
         """Warn of a segment that was made without the group: its users cannot open it."""

@@ -99,6 +99,12 @@ def _boolean(variable: str, default: bool) -> bool:
     return text.lower() == "true"
 
 
+def test_clock() -> str | None:
+    """FAST_LITELLM_SHM_TEST_CLOCK: the file of a clock that a test moves, which
+    :mod:`fast_litellm_shm.testing` sets; None where it is not set."""
+    return os.environ.get("FAST_LITELLM_SHM_TEST_CLOCK") or None
+
+
 def segment_names() -> str:
     """FAST_LITELLM_SHM_NAMES: plain (default), hashed or off."""
     return os.environ.get("FAST_LITELLM_SHM_NAMES") or "plain"

@@ -83,6 +83,8 @@ class Server(Grantor):
 
 
 class ServerRates(Rates):
+    segment_clock = False
+
     def __init__(self, leases: TokenLeases) -> None:
         self.leases = leases
 

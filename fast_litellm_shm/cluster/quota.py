@@ -87,6 +87,7 @@ class ClusterQuota(Quotas):
     """
 
     may_wait = True
+    segment_clock = False
     wake_ns = 60_000_000  # as long as a refusal of the server is remembered
 
     def __init__(

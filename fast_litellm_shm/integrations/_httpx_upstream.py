@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from datetime import timezone
 
 from fast_litellm_shm import limits
+from fast_litellm_shm._shared.moved_clock import at_most, jump, monotonic_ns
 from fast_litellm_shm._shared.native import Decision, Permit
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.exceptions import RateLimitExceeded
@@ -93,7 +94,8 @@ class Upstream:
         with released_on_error(permit):
             while True:
                 while pause := self._pause(origin, end):
-                    time.sleep(min(pause, _LONGEST_SLEEP))
+                    if not jump(self._pauses.segment, math.ceil(pause * 1e9)):
+                        time.sleep(_sleep(pause))
                 if self._rate is not None:
                     decision = self._rate.wait(origin, timeout=_left(end))
                     self._in_rate(origin, decision, timeout)
@@ -113,7 +115,8 @@ class Upstream:
         with released_on_error(permit):
             while True:
                 while pause := self._pause(origin, end):
-                    await asyncio.sleep(min(pause, _LONGEST_SLEEP))
+                    if not jump(self._pauses.segment, math.ceil(pause * 1e9)):
+                        await asyncio.sleep(_sleep(pause))
                 if self._rate is not None:
                     decision = await self._rate.wait_async(origin, timeout=_left(end))
                     self._in_rate(origin, decision, timeout)
@@ -123,7 +126,7 @@ class Upstream:
     def _pause(self, origin: str, end: float) -> float:
         """Seconds until the pause of the origin ends. Raises if the request may not wait for it."""
         pause = self.blocked(origin)
-        if pause and time.monotonic() + pause > end:
+        if pause and _now() + pause > end:
             raise RateLimitExceeded(
                 f"{self._name}: {origin} asked for a pause (Retry-After), of which {pause:.3g} s "
                 "are left, more than this request may wait; come back then, or wait longer",
@@ -162,12 +165,20 @@ def released_on_error(permit: Permit | None) -> Iterator[None]:
         raise
 
 
+def _now() -> float:
+    return monotonic_ns() / 1e9
+
+
+def _sleep(pause: float) -> float:
+    return at_most(round(min(pause, _LONGEST_SLEEP) * 1e9)) / 1e9
+
+
 def _end(timeout: float | None) -> float:
-    return math.inf if timeout is None else time.monotonic() + timeout
+    return math.inf if timeout is None else _now() + timeout
 
 
 def _left(end: float) -> float | None:
-    return None if end == math.inf else max(end - time.monotonic(), 0.0)
+    return None if end == math.inf else max(end - _now(), 0.0)
 
 
 def retry_after(value: str | None, date: str | None = None) -> float | None:

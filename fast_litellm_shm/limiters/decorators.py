@@ -5,20 +5,23 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args
 
 from fast_litellm_shm._shared.native import Decision
 from fast_litellm_shm.exceptions import RateLimitExceeded
 from fast_litellm_shm.limiters.grantors import Cost
 from fast_litellm_shm.limiters.rate import RateLimiter, deadline_ns
+from fast_litellm_shm.limits import LimitSpec, Spelled
+from fast_litellm_shm.limits import checked as checked_limits
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Key = str | bytes
 
 
 def limited(
-    limiter: RateLimiter,
+    limiter: RateLimiter | Spelled,
     *,
+    name: str | None = None,
     key: Key | Callable[..., Key | None] = "default",
     cost: Cost | Callable[..., Cost] = 1,
     wait: float | None = 0,
@@ -28,6 +31,12 @@ def limited(
         @limited(limiter, key=lambda user, text: user, wait=5)
         async def translate(user: str, text: str) -> str: ...
 
+        @limited("10 per minute")
+        def report() -> None: ...
+
+    limiter: or a limit, as an object or as text: then the function has a limiter of its own. name:
+    of that limiter; default: module and name of the function.
+
     key: the key, or a function of the call's arguments that gives it; where that gives None, the
     call is not limited. cost: what a call charges, or a function of its arguments. wait: how many
     seconds a call may wait for its turn; 0: not at all, None: for ever.
@@ -36,10 +45,19 @@ def limited(
     consumes nothing. Exceptions of key and cost pass through. A generator function is limited when
     it is called, not while its values are read.
     """
-    if not isinstance(limiter, RateLimiter):
-        raise TypeError(f"limited: limiter must be a RateLimiter, not {limiter!r}")
+    if not isinstance(limiter, (RateLimiter, *get_args(LimitSpec), str)):
+        raise TypeError(
+            f"limited: limiter must be a RateLimiter, or a limit such as '10 per minute', not "
+            f"{limiter!r}"
+        )
+    found_limits = () if isinstance(limiter, RateLimiter) else checked_limits((limiter,))
+    if name is not None and not found_limits:
+        raise ValueError(
+            f"limited: name={name!r} is for a limit; the limiter {limiter!r} has a name already"
+        )
     if not callable(key) and not isinstance(key, (str, bytes)):
         raise TypeError(f"limited: key must be a str, bytes or a function, not {key!r}")
+    given = limiter
     deadline_ns(wait)  # of a wrong type: TypeError now, and not at the first call
 
     def decorate(function: Function) -> Function:
@@ -48,6 +66,7 @@ def limited(
                 f"limited: {_name(function)} is an async generator, which cannot wait where "
                 "it is made; limit the function that reads it"
             )
+        limiter = given if isinstance(given, RateLimiter) else _own(function, found_limits, name)
 
         def asks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Key | None, Cost]:
             found = key(*args, **kwargs) if callable(key) else key
@@ -81,6 +100,15 @@ def limited(
         return cast(Function, wrapper)
 
     return decorate
+
+
+def _own(
+    function: Callable[..., Any], found: tuple[LimitSpec, ...], name: str | None
+) -> RateLimiter:
+    if name is None:
+        module = getattr(function, "__module__", None) or type(function).__module__
+        name = f"{module}.{_name(function)}"
+    return RateLimiter(*found, name=name)
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -9,10 +9,10 @@ of the classes below, and never asks which grantor it has. The native calls of t
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from fast_litellm_shm._shared import log
+from fast_litellm_shm._shared.moved_clock import monotonic_ns
 from fast_litellm_shm._shared.named_limiter import (
     InnerLimits,
     SharedLimits,
@@ -61,13 +61,15 @@ class Held(Protocol):
 
 
 def ns_until(deadline: int) -> int:
-    """deadline: of time.monotonic_ns()."""
-    return max(deadline - time.monotonic_ns(), 0)
+    """deadline: of monotonic_ns()."""
+    return max(deadline - monotonic_ns(), 0)
 
 
 class Rates:
     """Grants what a RateLimiter asks for, except in native calls. Each method gets the limiter as
     an argument: an object that held the limiter would make a reference cycle."""
+
+    segment_clock = True  # whether the segment's clock decides; else a server's, or a file's
 
     def acquire_many(
         self, limiter: SharedLimits, keys: tuple[Key, ...], costs: int | list[int], out: Answers
@@ -82,7 +84,7 @@ class Rates:
         """One step of a wait. Returns the decision, how many ns to sleep, and what is reserved
         until then. If the decision is admitted, the caller is admitted after the sleep (it was
         charged ahead). If it is denied, ask again after the sleep. 0 ns: the decision is final.
-        deadline: of time.monotonic_ns()."""
+        deadline: of monotonic_ns()."""
         yield from ()
         left = ns_until(deadline)
         decision, pause, reserved = reserve(limiter, key, cost, min(left, _FOREVER))
@@ -121,6 +123,7 @@ class Quotas:
     numbers (the plugin for LiteLLM)."""
 
     may_wait = False  # whether admit() may have to wait for a server
+    segment_clock = Rates.segment_clock
     wake_ns = Permits.wake_ns
 
     def __init__(self, limits: InnerLimits, tail: bytes = b"") -> None:

@@ -4,11 +4,11 @@ parallel."""
 from __future__ import annotations
 
 import functools
-import time
 from typing import Any
 
 from fast_litellm_shm import exceptions, limits
-from fast_litellm_shm._shared import key_grammar
+from fast_litellm_shm._shared import key_grammar, moved_clock
+from fast_litellm_shm._shared.moved_clock import monotonic_ns
 from fast_litellm_shm._shared.named_limiter import InnerLimits
 from fast_litellm_shm._shared.native import Decision
 from fast_litellm_shm._shared.segment import InSegment, Segment
@@ -402,7 +402,7 @@ class Quota(InSegment):
         states, raw = self._grantor.queue(key)
         place = waits.place(states, raw, wished.order)
         money = None if self._budget is None else _Money(self._budget, key, usd, deadline)
-        tries = _Tries(self, waits, key, tokens, place, money)
+        tries = _Tries(self, waits, key, tokens, place, money, deadline)
         try:
             if not states.waited_for(raw):
                 admission, again = yield from tries.attempt()
@@ -502,8 +502,10 @@ class _Money:
         if usage.reset_after is None or self._usd > usage.limit:
             return None
         until = int(usage.reset_after * 1e9)
-        if time.monotonic_ns() + until > self._deadline:
+        if monotonic_ns() + until > self._deadline:
             return None
+        if moved_clock.jump(self._budget.segment, until):
+            return _SOON
         return max(min(until, _LOOK_FOR_MONEY), _SOON)
 
     def release(self) -> None:
@@ -519,7 +521,8 @@ class _Tries:
     """Of a call that waits."""
 
     __slots__ = (
-        "_costs", "_granted", "_key", "_money", "_place", "_quota", "_service", "_tokens", "_waits",
+        "_costs", "_deadline", "_granted", "_key", "_money", "_place", "_quota", "_service",
+        "_tokens", "_waits",
     )  # fmt: skip
 
     def __init__(
@@ -530,7 +533,9 @@ class _Tries:
         tokens: int,
         place: Place,
         money: _Money | None,
+        deadline: int,
     ) -> None:
+        self._deadline = deadline
         self._quota, self._waits, self._key, self._tokens = quota, waits, key, tokens
         self._place, self._costs, self._money = place, quota._costs(tokens), money
         self._granted: Held | None = None
@@ -554,6 +559,9 @@ class _Tries:
         retry = permit.decision.retry_after_ns
         if retry is None:
             return admission, None
+        within = retry and monotonic_ns() + retry <= self._deadline
+        if within and grantor.segment_clock and moved_clock.jump(quota.segment, retry):
+            return admission, _SOON
         # Other calls settle, and give tokens back: look again soon, whatever it says.
         return admission, min(max(retry, _SOON), grantor.wake_ns) if retry else grantor.wake_ns
 

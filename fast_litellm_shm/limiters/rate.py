@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 
 from fast_litellm_shm import limits
+from fast_litellm_shm._shared import moved_clock
+from fast_litellm_shm._shared.moved_clock import monotonic_ns
 from fast_litellm_shm._shared.named_limiter import SharedLimits, key_bytes, refused, states_of
 from fast_litellm_shm._shared.native import Decision, Reservation
 from fast_litellm_shm._shared.segment import Segment
@@ -62,12 +63,12 @@ class Batch(NamedTuple):
 
 
 def deadline_ns(timeout: float | None) -> int:
-    """A time-out in seconds as an instant of time.monotonic_ns(); None: never."""
+    """A time-out in seconds as an instant of monotonic_ns(); None: never."""
     if timeout is None:
         return _NEVER
     if not isinstance(timeout, (int, float)) or (type(timeout) is float and math.isnan(timeout)):
         raise TypeError(f"timeout must be a number of seconds or None, not {timeout!r}")
-    return time.monotonic_ns() + round(max(min(timeout, 4e9), 0) * 1e9)
+    return monotonic_ns() + round(max(min(timeout, 4e9), 0) * 1e9)
 
 
 class RateLimiter(SharedLimits):
@@ -287,9 +288,11 @@ class RateLimiter(SharedLimits):
     ) -> Steps[Decision]:
         deadline, raw = deadline_ns(timeout), key_bytes(key)
         place: Place | None = None
+        # Under a clock that a test moves, no caller sleeps for its last part.
+        ahead = _AHEAD if self._segment._clock is None else 0
 
         def attempt() -> Steps[tuple[_Found, int | None]]:
-            soon = min(deadline, time.monotonic_ns() + _AHEAD)
+            soon = min(deadline, monotonic_ns() + ahead)
             found = yield from self._grantor.reserve(waits, self, key, cost, soon)
             if found[0]:
                 if place is not None:
@@ -298,7 +301,9 @@ class RateLimiter(SharedLimits):
             retry, left = found[0].retry_after_ns, ns_until(deadline)
             if retry is None or retry > left:
                 return (found[0], 0, None), None
-            return (found[0], 0, None), max(retry - _AHEAD // 2 if retry > _AHEAD else retry, _SOON)
+            if self._grantor.segment_clock and moved_clock.jump(self._segment, retry):
+                return (found[0], 0, None), _SOON
+            return (found[0], 0, None), max(retry - ahead // 2 if retry > ahead else retry, _SOON)
 
         def turned_away() -> _Found:
             return refused(self, key, cost), 0, None
@@ -313,7 +318,7 @@ class RateLimiter(SharedLimits):
                     waits, place, attempt, turned_away, deadline, wished, self._pace
                 )
             decision, pause, reserved = found
-            due = time.monotonic_ns() + pause
+            due = monotonic_ns() + pause
             if pause:
                 try:
                     yield from waits.sleep(pause / 1e9)
@@ -321,7 +326,7 @@ class RateLimiter(SharedLimits):
                     if reserved is not None:
                         reserved.cancel()
                     raise
-            if not pause or time.monotonic_ns() - due < _LATE:
+            if not pause or monotonic_ns() - due < _LATE:
                 if reserved is not None:
                     reserved.keep()
                 return decision

@@ -18,7 +18,8 @@ from collections.abc import Callable, Generator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
-from fast_litellm_shm._shared import wait_queue
+from fast_litellm_shm._shared import moved_clock, wait_queue
+from fast_litellm_shm._shared.moved_clock import monotonic_ns
 from fast_litellm_shm._shared.wait_queue import ALIKE, Order, Place
 
 # asyncio and concurrent.futures take 20 ms to import: the functions that use them do.
@@ -185,7 +186,7 @@ def in_turn(
     """Wait in the place until it is the caller's turn, and attempt then, until an attempt says that
     its result is final. attempt: the steps of one; returns its result, and for how many ns at most
     to wait for the next one (None: the result is final). refused: the result of a caller whose turn
-    has not come by the deadline (of time.monotonic_ns()). Raises Shed. pace: is measured, and
+    has not come by the deadline (of monotonic_ns()). Raises Shed. pace: is measured, and
     told to on_wait, by callers that look at their place. passing: the result of a caller that was
     woken before its turn; None: there is none."""
     try:
@@ -209,7 +210,7 @@ def _in_turn(
     joined = False
     try:
         if looks:
-            came = time.monotonic_ns()
+            came = monotonic_ns()
         place.join()
         while True:
             result, pause = None, NEVER
@@ -217,13 +218,13 @@ def _in_turn(
                 result, again = yield from attempt()
                 if again is None:
                     if first is not None and pace is not None:
-                        pace.passed(time.monotonic_ns() - came, first)
+                        pace.passed(monotonic_ns() - came, first)
                     return result
                 pause = again
             elif passing is not None and joined and (early := passing()) is not None:
                 return early
             joined = True
-            left = deadline - time.monotonic_ns()
+            left = deadline - monotonic_ns()
             if left <= 0:
                 return (yield from waits.ask(refused, _drop)) if result is None else result
             if looks:
@@ -235,7 +236,8 @@ def _in_turn(
                 if on_wait is not None and ahead != told:
                     told = ahead
                     on_wait(ahead + 1, None if pace is None else pace.expected(ahead))
-            yield from place.sleep(min(left, pause))
+            asleep = place.sleep if moved_clock.current is None else moved_clock.sleeping(place)
+            yield from asleep(min(left, pause))
     finally:
         place.leave()
 

@@ -6,7 +6,6 @@ import functools
 import os
 import re
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AsyncContextDecorator, suppress
@@ -17,6 +16,7 @@ from weakref import WeakValueDictionary
 from fast_litellm_shm import exceptions, limits
 from fast_litellm_shm._shared import log, performance, settings, wait_queue
 from fast_litellm_shm._shared.inspection import Inspection
+from fast_litellm_shm._shared.moved_clock import monotonic_ns
 from fast_litellm_shm._shared.named_limiter import SharedLimits, states_of
 from fast_litellm_shm._shared.native import Connection, PoolCore, Use, address, lib
 from fast_litellm_shm._shared.segment import Segment
@@ -256,7 +256,7 @@ class SimpleConnectionPool(PoolCore):
                 place.took()
             if got in (_HELD, _MOVE):
                 return got, None
-            if deadline > time.monotonic_ns():
+            if deadline > monotonic_ns():
                 place.ask(idle=not at)
             return None, NEVER
 
@@ -283,7 +283,7 @@ class SimpleConnectionPool(PoolCore):
                 found = yield from in_turn(
                     waits, place, attempt, lambda: None, deadline, passing=passing
                 )
-                if found != _HELD and deadline <= time.monotonic_ns():
+                if found != _HELD and deadline <= monotonic_ns():
                     raise exceptions.PermitTimeoutError(
                         f"pool {self._name!r}: no connection to {endpoint} within {timeout} s: "
                         f"{self._slots.limits[0].n} to an endpoint, {self._totals.limits[0].n} in "

@@ -30,7 +30,7 @@ static int checked_by_reader(fshm_segment *s, uint64_t *index) {
   int kind = fshm_check(reader, index);
   (void)munmap(reader->map, reader->size);
   (void)munmap(reader->fork_page, sizeof *reader->fork_page);
-  free(reader);
+  free_handle(reader);
   return kind;
 }
 

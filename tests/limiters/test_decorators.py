@@ -11,7 +11,15 @@ from typing import Any
 
 import pytest
 
-from fast_litellm_shm import Limit, RateLimiter, RateLimitExceeded, Segment, Window, limited
+from fast_litellm_shm import (
+    Limit,
+    RateLimiter,
+    RateLimitExceeded,
+    Segment,
+    TokenBucket,
+    Window,
+    limited,
+)
 
 
 @pytest.fixture
@@ -146,6 +154,29 @@ def test_an_object_whose_call_is_async(segment: Segment) -> None:
 def test_the_error_survives_pickle(limiter: RateLimiter) -> None:
     error = pickle.loads(pickle.dumps(RateLimitExceeded("no", 1.5)))
     assert (str(error), error.retry_after) == ("no", 1.5)
+
+
+def test_a_limit_in_place_of_a_limiter() -> None:
+    @limited("2 per minute")
+    def text() -> int:
+        return 1
+
+    @limited(TokenBucket(1, per=60), name="named", key=lambda user: user)
+    def named(user: str) -> int:
+        return 2
+
+    assert [text(), text(), named("a"), named("b")] == [1, 1, 2, 2]
+    with pytest.raises(RateLimitExceeded, match=r"test_decorators.*\.text"):
+        text()
+    with pytest.raises(RateLimitExceeded, match="limiter 'named'"):
+        named("a")
+    with pytest.raises(ValueError, match="do you mean minute"):
+        limited("2 per minut")
+
+
+def test_a_name_is_for_a_limit(limiter: RateLimiter) -> None:
+    with pytest.raises(ValueError, match="has a name already"):
+        limited(limiter, name="other")
 
 
 def test_bad_arguments(limiter: RateLimiter) -> None:

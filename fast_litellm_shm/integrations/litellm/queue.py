@@ -7,10 +7,11 @@ all workers of the host. Of a key, the tenants in the queue are its end users; e
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from fast_litellm_shm._shared import moved_clock
+from fast_litellm_shm._shared.moved_clock import monotonic_ns
 from fast_litellm_shm._shared.wait_queue import Order, Place
 from fast_litellm_shm.integrations.litellm import admission
 from fast_litellm_shm.integrations.litellm.admission import Admissions, Denial
@@ -92,7 +93,7 @@ async def admit(
     """Admit a request for all subjects, after those that wait for one of them already. It waits at
     most ``queue.max_wait`` seconds; and not at all where no wait would help. Cancelled, it has
     admitted nothing, and stands in no queue."""
-    begun = time.monotonic_ns()
+    begun = monotonic_ns()
     deadline = begun + int(queue.max_wait * 1e9)
     found: Admissions | Denial | None = None
     at = next((subject for subject in subjects if _is_waited_for(subject)), None)
@@ -108,7 +109,7 @@ async def admit(
         place = _Watched(inner.place_of(quota, ASYNCIO, key, order))
         found = await run_async(_in_turn(place, at, subjects, tokens, deadline))
         position = position or place.position
-        seconds = (time.monotonic_ns() - begun) / 1e9
+        seconds = (monotonic_ns() - begun) / 1e9
         if isinstance(found, Denial) and found.subject != at and _pause(found, deadline):
             at = found.subject  # it waits for another one by now
             continue
@@ -123,7 +124,10 @@ def _in_turn(
         if not isinstance(found, Denial):
             place.served(tokens)
             return found, None
-        return found, _pause(found, deadline) if found.subject == at else None
+        pause = _pause(found, deadline) if found.subject == at else None
+        if pause and found.wait:
+            moved_clock.jump(admission.quota_of(at.limits).segment, pause)
+        return found, pause
 
     def refused() -> Denial:
         place.position = place.ahead + 1
@@ -134,7 +138,7 @@ def _in_turn(
 
 def _pause(denial: Denial, deadline: int) -> int | None:
     """For how many ns at most to wait for the next attempt; None: waiting does not help."""
-    if denial.wait is None or time.monotonic_ns() + denial.wait * 1e9 > deadline:
+    if denial.wait is None or monotonic_ns() + denial.wait * 1e9 > deadline:
         return None
     if denial.wait:
         return max(int(denial.wait * 1e9), 1_000_000)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
-
+from fast_litellm_shm._shared import moved_clock
+from fast_litellm_shm._shared.moved_clock import monotonic_ns
 from fast_litellm_shm.limiters.grantors import Cost, Held, Key, Quotas
 from fast_litellm_shm.limiters.rate import deadline_ns
 from fast_litellm_shm.limiters.waiting import Pace, Steps, Waits, Wish, in_turn, run_async
@@ -28,7 +28,7 @@ class Turns:
         retry = denied.decision.retry_after_ns
         if retry == 0:  # when a request in flight ends
             return self._grantor.wake_ns
-        if retry is None or retry > deadline - time.monotonic_ns():
+        if retry is None or retry > deadline - monotonic_ns():
             return None
         return max(retry, _SOON)
 
@@ -45,7 +45,10 @@ class Turns:
         def attempt() -> Steps[tuple[Held, int | None]]:
             held = yield from grantor.admitting(waits, key, cost)
             if not held.allowed:
-                return held, self._pause(held, deadline)
+                pause = self._pause(held, deadline)
+                if pause and held.decision.retry_after_ns and grantor.segment_clock:
+                    moved_clock.jump(grantor.segment, pause)
+                return held, pause
             granted.append(held)
             place.served(self._service(cost))
             return held, None
