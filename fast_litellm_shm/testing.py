@@ -241,7 +241,7 @@ class Environment:
             return
         lib.fshm_remove(self.name.encode(), ffi.new("fshm_error *"))
         for found in segments.opened(self.name):
-            found._logged.add(found._removed())
+            found._is_new(found._removed())  # this process knows
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
