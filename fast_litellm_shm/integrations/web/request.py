@@ -11,7 +11,7 @@ _SOCKET = "WEBSOCKET"
 _WITHOUT_PREFIX = ("CONTENT_TYPE", "CONTENT_LENGTH")  # of the headers in a WSGI environ
 
 
-def _verb(said: str) -> str:
+def verb(said: str) -> str:
     """The method, but never ``WEBSOCKET``: a client may send that word as its method, and rules for
     websockets must not match it."""
     found = said.upper()
@@ -66,7 +66,7 @@ class AsgiRequest(Request):
         kept = scope.get("raw_path") or b""
         kept = kept.decode("latin-1").partition("?")[0] if b"%2" in kept else ""
         super().__init__(
-            _verb(scope["method"]) if "method" in scope else _SOCKET,
+            verb(scope["method"]) if "method" in scope else _SOCKET,
             "",
             (client[0] or None) if client else None,
             scope if raw is None else raw,
@@ -100,7 +100,7 @@ class WsgiRequest(Request):
             for each in ("SCRIPT_NAME", "PATH_INFO")
         )
         super().__init__(
-            _verb(environ["REQUEST_METHOD"]),
+            verb(environ["REQUEST_METHOD"]),
             "",
             environ.get("REMOTE_ADDR") or None,
             environ,
