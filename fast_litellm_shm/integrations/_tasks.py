@@ -122,9 +122,11 @@ class TaskLimit:
             return late
         index = min(decision.limit_index, len(self._lines) - 1)
         line, limit = self._lines[index], self._limiter.limits[index]
-        line.block(key, retry)  # it begins when there is room again, or ends as it did
-        charged = cost if isinstance(cost, int) else cost[index]
-        found, pause_ns, reserved = reserve(line, key, max(charged, 1), round(most * 1e9))
+        charged = max(cost if isinstance(cost, int) else cost[index], 1)
+        # The line begins where there is room again; if it reaches further, it stays as it is. When
+        # a block ends, one token fits, and the others come at the limit's rate.
+        line.block(key, max(retry - (charged - 1) * longest(limit) / limit.n, 0))
+        found, pause_ns, reserved = reserve(line, key, charged, round(most * 1e9))
         if not found:
             return late
         reserved.keep()

@@ -84,7 +84,7 @@ def limited_task(
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             task = current_task._get_current_object() if current_task else None
-            bound = task is not None and args[:1] == (task,)
+            bound = task is not None and bool(args) and args[0] is task
             found, charged = limit.asked(args[1:] if bound else args, kwargs)
             if found is not None:
                 if not _by_worker(task, wrapper):
@@ -123,6 +123,6 @@ def _send_again(task: Any, seconds: float) -> None:
     )
     try:
         signature.apply_async()
-    except Exception as error:  # as Task.retry() does: the message is not acknowledged as done
+    except Exception as error:  # the broker is away: as Task.retry() does
         raise Reject(error, requeue=False) from error
     raise Retry("its rate limit is used up", when=seconds, is_eager=False, sig=signature)

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-HIDE = "import sys; sys.modules.update(dict.fromkeys(['fastapi', 'starlette', 'httpx', 'flask']));"
+HIDDEN = "fastapi starlette httpx flask django rest_framework celery rq"
+HIDE = f"import sys; sys.modules.update(dict.fromkeys({HIDDEN.split()}));"
 
 
 def imported(module: str) -> subprocess.CompletedProcess[str]:
@@ -17,13 +18,16 @@ def imported(module: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("module", ["fastapi", "httpx"])
+@pytest.mark.parametrize("module", ["fastapi", "httpx", "django", "rest_framework", "celery", "rq"])
 def test_what_is_missing_is_said(module: str) -> None:
     done = imported(module)
     assert done.returncode == 1
-    assert f'pip install "fast-litellm-shm[{module}]"' in done.stderr.splitlines()[-1]
+    assert (
+        f'pip install "fast-litellm-shm[{module.replace("_", "-")}]"'
+        in done.stderr.splitlines()[-1]
+    )
 
 
-@pytest.mark.parametrize("module", ["asgi", "wsgi", "web", "_httpx_upstream"])
+@pytest.mark.parametrize("module", ["asgi", "wsgi", "web", "_httpx_upstream", "_tasks"])
 def test_what_needs_nothing(module: str) -> None:
     assert imported(module).returncode == 0
