@@ -35,7 +35,7 @@ from django.core.exceptions import ImproperlyConfigured
 from fast_litellm_shm._shared.native import Decision
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.exceptions import FastShmError
-from fast_litellm_shm.integrations.django.request import DjangoRequest
+from fast_litellm_shm.integrations.django.request import DjangoRequest, site_name
 from fast_litellm_shm.integrations.web import client_address, forwarded_for, responses
 from fast_litellm_shm.integrations.web.log import Log
 from fast_litellm_shm.limiters.grantors import ClusterArgument
@@ -170,9 +170,9 @@ class SimpleRateThrottle(throttling.SimpleRateThrottle):
         own = self.THROTTLE_RATES is not api_settings.DEFAULT_THROTTLE_RATES
         if own or self.THROTTLE_RATES.get(scope) != self.rate:
             scope = f"{scope} {' + '.join(map(describe, self._limits))}"
-        name = f"rest_framework {scope}"
+        name = f"{site_name()}: throttle {scope}"
         if len(name.encode()) > _LONGEST:
-            name = f"rest_framework {hashlib.blake2s(name.encode(), digest_size=16).hexdigest()}"
+            name = f"throttle {hashlib.blake2s(name.encode(), digest_size=16).hexdigest()}"
         segment = Segment.default() if self.segment is None else self.segment
         which = name, self._limits, segment
         found = _limiters.get(which)

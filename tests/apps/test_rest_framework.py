@@ -180,7 +180,7 @@ def test_a_denial_consumes_nothing_of_any_throttle() -> None:
         with site([path("", view_of(*order).as_view())]):
             client = named(f"user of {order[0].__name__}")
             assert statuses(client, 8) == [200, 200] + [429] * 6
-            left = _left("rest_framework sustained 3/86400s sliding")
+            left = _left("support: throttle sustained 3/86400s sliding")
             assert left[f"throttle_sustained_user of {order[0].__name__}"] == 1
 
 

@@ -12,7 +12,13 @@ from asgiref.sync import iscoroutinefunction
 
 from fast_litellm_shm._shared.named_limiter import key_bytes
 from fast_litellm_shm._shared.segment import Segment
-from fast_litellm_shm.integrations.django.request import DjangoRequest, answered, mark, refused
+from fast_litellm_shm.integrations.django.request import (
+    DjangoRequest,
+    answered,
+    mark,
+    refused,
+    site_name,
+)
 from fast_litellm_shm.integrations.django.users import user_or_address
 from fast_litellm_shm.integrations.web import Outcome, Request, Rule, client_address
 from fast_litellm_shm.integrations.web.gate import Gate
@@ -22,7 +28,9 @@ from fast_litellm_shm.limiters.grantors import ClusterArgument
 from fast_litellm_shm.limits import Spelled, checked, describe
 
 _View = TypeVar("_View", bound=Callable[..., Any])
-_LONGEST = 75  # characters of a name: it fits into the segment, and into the names of a cluster
+_LONGEST = (
+    75  # characters of a limiter's name: it fits into the segment, and into the names of a cluster
+)
 _KEYS: dict[str, KeyFunction] = {
     "user_or_address": user_or_address,
     "address": client_address,
@@ -78,11 +86,11 @@ def limited(
                 f"not {key!r}"
             )
         key = _KEYS[key]
-    each_view, exempted = name is None, frozenset(map(key_bytes, exempt))
+    site, each_view, exempted = site_name(), name is None, frozenset(map(key_bytes, exempt))
     if name is None:  # in the segment: the limits, since decorators with others count apart
         shown = [*map(describe, checked(limits) if limits else ())]
         name = " + ".join(["each view", *shown, *([f"{in_flight} in flight"] * bool(in_flight))])
-        if len(name) > _LONGEST:
+        if len(f"{site}: {name}") > _LONGEST:
             name = f"each view {hashlib.blake2s(name.encode(), digest_size=16).hexdigest()}"
 
     rule = Rule(
@@ -101,7 +109,7 @@ def limited(
     gate: Gate[None] = Gate(
         None,
         [rule],
-        name="django",
+        name=site,
         segment=segment,
         on_error=on_error,
         on_cost_error=on_cost_error,

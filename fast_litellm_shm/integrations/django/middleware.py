@@ -10,17 +10,18 @@ from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured, MiddlewareNotUsed
 
 from fast_litellm_shm.integrations.django.request import (
+    OPTIONS,
     PROXIES,
     DjangoRequest,
     answered,
     mark,
     refused,
+    site_name,
     trusted,
 )
 from fast_litellm_shm.integrations.web import Middleware, Outcome, Rule
 
 RULES = "FAST_LITELLM_SHM_RULES"
-OPTIONS = "FAST_LITELLM_SHM_OPTIONS"
 _KNOWN = ("name", "segment", "on_error", "on_cost_error", "ambiguous_paths", "cluster")
 
 GetResponse: TypeAlias = Callable[[Any], Any]
@@ -114,5 +115,4 @@ def configured() -> tuple[list[Rule], dict[str, Any]]:
         )
     if getattr(settings, PROXIES, None) is not None:
         trusted(getattr(settings, PROXIES))
-    project = str(getattr(settings, "ROOT_URLCONF", "")).partition(".")[0]
-    return list(rules), {"name": project or "django", **options}
+    return list(rules), {"name": site_name(), **options}

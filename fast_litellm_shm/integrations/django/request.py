@@ -20,6 +20,7 @@ from fast_litellm_shm.integrations.web.request import verb
 from fast_litellm_shm.integrations.web.responses import LISTS
 
 PROXIES = "FAST_LITELLM_SHM_TRUSTED_PROXIES"
+OPTIONS = "FAST_LITELLM_SHM_OPTIONS"
 
 
 class DjangoRequest(Request):
@@ -48,6 +49,18 @@ class DjangoRequest(Request):
     def header(self, name: str) -> str | None:
         value = self.raw.headers.get(name)  # Django joins several lines
         return None if value is None else str(value)
+
+
+def site_name() -> str:
+    """The name of this site: sites with other names count apart, in one segment too."""
+    try:
+        given = getattr(settings, OPTIONS, None)
+        urls = getattr(settings, "ROOT_URLCONF", None) or ""
+    except ImproperlyConfigured:  # there are no settings (yet)
+        return "django"
+    project = str(getattr(urls, "__name__", urls)).partition(".")[0]
+    named = given.get("name") if isinstance(given, dict) else None
+    return named if isinstance(named, str) and named else project or "django"
 
 
 def trusted(proxies: int | str | Iterable[str]) -> Callable[[Request], str]:
