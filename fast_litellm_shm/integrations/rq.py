@@ -43,6 +43,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _HELD = 1.0  # s that a job waits in its worker: the scheduler's clock has whole seconds
 _UNSCHEDULED = 5.0  # s that it waits there at most, where there is no scheduler
 _NO_END = 2**31  # retries
+_KEPT = "fast_litellm_shm_retries"  # in a job's meta, while it waits
 
 
 def limited_job(
@@ -92,7 +93,9 @@ def limited_job(
                 job = get_current_job()
                 if not _by_worker(job, function):
                     limit.take(called, found, charged)
-                elif (seconds := limit.delay(called, found, charged)) is not None:
+                    return function(*args, **kwargs)
+                _restore(job)
+                if (seconds := limit.delay(called, found, charged)) is not None:
                     return _later(job, seconds)
             return function(*args, **kwargs)
 
@@ -110,10 +113,18 @@ def _by_worker(job: Any, function: Any) -> bool:
     return str(job.func_name).rpartition(".")[2] == name
 
 
+def _restore(job: Any) -> None:
+    """RQ counts how often a job has returned a Retry, in some releases only where it has no
+    interval. What we return is none of the job's own."""
+    if _KEPT in job.meta:
+        job.number_of_retries = job.meta.pop(_KEPT)
+        job.save_meta()
+
+
 def _later(job: Any, seconds: float) -> Retry:
     """What a job returns to be run again."""
-    # RQ counts what returns a Retry. This is none of the job's own.
-    job.number_of_retries = (job.number_of_retries or 0) - 1
+    job.meta[_KEPT] = job.number_of_retries
+    job.save_meta()
     if job.connection.exists(RQScheduler.get_locking_key(job.origin)):
         return Retry(max=_NO_END, interval=math.ceil(seconds))
     settings.warn_once(

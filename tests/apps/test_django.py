@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import django
 import pytest
 from support import django_site
 from support.damage import damage_limits
@@ -356,10 +357,11 @@ def test_async_views_of_users(ann: Any) -> None:
             await sync_to_async(connections.close_all)()
             return found
 
-        for what in ("/1", "/2", "/3"):
+        methods = ("/3",) if django.VERSION >= (5, 2) else ()  # not before, by Django's own word
+        for what in ("/1", "/2", *methods):
             assert asyncio.run(ask(what)) == [200, 429], what
             assert plain.get(what).status_code == 429, "the same counts under WSGI"
-    assert len(keys()) == 3
+    assert len(keys()) == 2 + len(methods)
     assert all(each.endswith(f" user={ann.pk}") for each in keys())
 
 
