@@ -1,6 +1,6 @@
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from fast_litellm_shm.limits import Granted, InFlight, LimitSpec
 
@@ -209,8 +209,14 @@ class Core:
         /,
     ) -> None: ...
 
-_Keys = tuple[str | bytes, ...] | list[str | bytes] | dict[str, str | bytes]
-_Costs = int | dict[str, int | tuple[int, ...] | list[int]]
+_Keys: TypeAlias = (
+    tuple[str | bytes, ...]
+    | list[str]
+    | list[bytes]
+    | Mapping[str, str]
+    | Mapping[str, str | bytes]
+)
+_Costs: TypeAlias = int | Mapping[str, int] | Mapping[str, int | tuple[int, ...] | list[int]]
 
 class HierarchyCore:
     def acquire(self, keys: _Keys, cost: _Costs = 1) -> Decision: ...

@@ -137,21 +137,31 @@ static int path_of_dict(path_t *p, const HierarchyCore *self, PyObject *keys) {
   return 0;
 }
 
-/* keys: a tuple or a list with one key for each level, outermost first, or of the first levels only; or a dict. */
+/* A mapping as a dict, a list as a tuple: a new reference. NULL: it is none of them, or an exception. */
+static PyObject *plain(PyObject *o) {
+  if (PyDict_Check(o) || PyTuple_Check(o)) return Py_NewRef(o);
+  if (PyList_Check(o)) return PySequence_Tuple(o);
+  if (PyUnicode_Check(o) || PyBytes_Check(o) || !PyMapping_Check(o)) return NULL;
+  PyObject *dict = PyDict_New();
+  if (dict && !PyDict_Update(dict, o)) return dict;
+  Py_XDECREF(dict);
+  return NULL;
+}
+
+/* keys: a tuple or a list with one key for each level, outermost first, or of the first levels only; or a mapping. */
 static int path_of(path_t *p, const HierarchyCore *self, PyObject *keys) {
   if (unlikely(!self->count))
     return fail(PyExc_RuntimeError, "the limiter's __init__ was not called");
   PyObject *held = NULL;
-  if (likely(PyTuple_Check(keys))) {
-  } else if (PyDict_Check(keys)) {
-    if (path_of_dict(p, self, keys)) return -1;
-  } else if (PyList_Check(keys)) {
-    if (!(held = keys = PySequence_Tuple(keys))) return -1;
-  } else {
-    return fail(PyExc_TypeError,
-                "limiter %R: keys must be a tuple with a key for each level, outermost first, or a "
-                "dict from level to key, not %R",
-                self->name, keys);
+  if (unlikely(!PyTuple_Check(keys))) {
+    if (!(held = plain(keys))) {
+      if (PyErr_Occurred()) PyErr_Clear();
+      return fail(PyExc_TypeError,
+                  "limiter %R: keys must be a tuple with a key for each level, outermost first, or "
+                  "a mapping from level to key, not %R",
+                  self->name, keys);
+    }
+    keys = held;
   }
   int failed = 0;
   if (PyTuple_Check(keys)) {
@@ -161,6 +171,8 @@ static int path_of(path_t *p, const HierarchyCore *self, PyObject *keys) {
           fail_with_names(self, "limiter %R: %R has more keys than levels; these are %U", keys);
     for (Py_ssize_t i = 0; !failed && i < count; i++)
       failed = path_add(p, self, i, PyTuple_GetItem(keys, i));
+  } else {
+    failed = path_of_dict(p, self, keys);
   }
   if (unlikely(!failed && !p->count))
     failed = fail_with_names(self, "limiter %R: %R names no level; its levels are %U", keys);
@@ -168,29 +180,35 @@ static int path_of(path_t *p, const HierarchyCore *self, PyObject *keys) {
   return failed;
 }
 
-/* cost: an int, or a dict from level to what RateLimiter takes; levels that it leaves out cost 1. */
+/* cost: an int, or a mapping from level to what RateLimiter takes; levels that it leaves out cost 1. */
 static int costs_of(const HierarchyCore *self, const path_t *p, PyObject *cost,
                     uint64_t costs[][FSHM_MAX_LIMITS], fshm_level *levels) {
-  if (!PyDict_Check(cost)) {
-    if (PyTuple_Check(cost) || PyList_Check(cost))
-      return fail(PyExc_TypeError,
-                  "limiter %R: cost must be an int, or a dict from level to cost, not %R",
-                  self->name, cost);
+  PyObject *held = PyLong_Check(cost) ? NULL : plain(cost);
+  if (!held && PyErr_Occurred()) return -1;
+  if (!held) {
     if (get_costs(0, cost, costs[0])) return -1;
     for (uint32_t i = 0; i < p->count; i++) levels[i].costs = costs[0];
     return 0;
   }
-  if (only_levels(self, cost)) return -1;
-  for (uint32_t i = 0; i < p->count; i++) {
-    PyObject *given = dict_get(cost, self->levels[p->of[i]]);
-    if (!given && PyErr_Occurred()) return -1;
-    if (!given) continue;
-    int failed = get_costs(limit_count((Core *)self->cores[p->of[i]]), given, costs[i]);
-    Py_DECREF(given);
-    if (failed) return -1;
-    levels[i].costs = costs[i];
+  int failed = 0;
+  if (PyTuple_Check(held))
+    failed = fail(PyExc_TypeError,
+                  "limiter %R: cost must be an int, or a mapping from level to cost, not %R",
+                  self->name, cost);
+  else
+    failed = only_levels(self, held);
+  for (uint32_t i = 0; !failed && i < p->count; i++) {
+    PyObject *given = dict_get(held, self->levels[p->of[i]]);
+    if (given) {
+      failed = get_costs(limit_count((Core *)self->cores[p->of[i]]), given, costs[i]);
+      levels[i].costs = costs[i];
+      Py_DECREF(given);
+    } else if (PyErr_Occurred()) {
+      failed = -1;
+    }
   }
-  return 0;
+  Py_DECREF(held);
+  return failed;
 }
 
 /* Turn other statuses than allowed and denied into the policy's answer or an exception, and notice limits that changed:
@@ -421,7 +439,7 @@ static PyMethodDef hierarchy_methods[] = {
     {"acquire", FAST(hierarchy_acquire), FLAGS,
      "acquire(keys, cost=1)\n--\n\nCharge every level that `keys` names, if every limit of each has "
      "room; consume nothing otherwise. keys: a tuple with one key for each level, outermost first, "
-     "or of the first levels only; or a dict from level to key. cost: an int, or a dict from level "
+     "or of the first levels only; or a mapping from level to key. cost: an int, or one from level "
      "to cost, each as of RateLimiter; a level that it leaves out costs 1. Returns a Decision, true "
      "when admitted; its `level` says which level denied."},
     {"peek", FAST(hierarchy_peek), FLAGS,

@@ -210,7 +210,7 @@ class TokenLeases:
         if not decision:
             return decision, lambda: None
         costs = self.costs(cost)
-        ends = _NONE
+        ends: tuple[int, ...] = _NONE
         if not all(until):
             ends, until = self._asked(raw, before, decision, until)
         return decision, partial(self._give_back, raw, costs, until, ends)

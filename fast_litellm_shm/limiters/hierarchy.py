@@ -30,8 +30,14 @@ from fast_litellm_shm.limiters.waiting import (
 )
 from fast_litellm_shm.limits import LimitSpec, Spelled
 
-Keys: TypeAlias = "tuple[str | bytes, ...] | list[str | bytes] | dict[str, str | bytes]"
-Costs: TypeAlias = "int | dict[str, Cost]"
+Keys: TypeAlias = (
+    tuple[str | bytes, ...]
+    | list[str]
+    | list[bytes]
+    | Mapping[str, str]
+    | Mapping[str, str | bytes]
+)
+Costs: TypeAlias = int | Mapping[str, int] | Mapping[str, Cost]
 Level: TypeAlias = "Spelled | Sequence[Spelled] | RateLimiter"
 
 _SOON = 200_000  # ns: between two attempts
@@ -102,10 +108,10 @@ class HierarchyLimiter(HierarchyCore, InSegment):
 
     Levels nest: a level's key is the path down to it, so the team ``red`` of ``acme`` is another
     key than the team ``red`` of ``beta``. All methods take ``keys``: a tuple with one key for each
-    level, outermost first, or of the first levels only; or a dict from level to key, which may
+    level, outermost first, or of the first levels only; or a mapping from level to key, which may
     leave levels out. A level without a key is neither checked nor charged; what lies below it is
-    the key of no such level: the user ``ann`` of no team. cost: an int for all levels, or a dict
-    from level to cost.
+    the key of no such level: the user ``ann`` of no team. cost: an int for all levels, or a
+    mapping from level to cost.
 
     Raises TypeError and ValueError, which name the level. See ``docs/hierarchy.md``.
     """
@@ -295,7 +301,7 @@ class HierarchyLimiter(HierarchyCore, InSegment):
         self, waits: Waits, keys: Keys, cost: Costs, timeout: float | None, wished: Wish
     ) -> Steps[Decision]:
         deadline, paths = deadline_ns(timeout), dict(self._paths(keys))
-        keys = dict(keys) if isinstance(keys, dict) else tuple(keys)
+        keys = dict(keys) if isinstance(keys, Mapping) else tuple(keys)
         names = tuple(self._levels)
         here: int | None = None  # the level in whose queue it stands
         move: int | None = None  # the level to whose queue it goes
@@ -356,7 +362,7 @@ class HierarchyLimiter(HierarchyCore, InSegment):
         """What a level is charged."""
         if cost is None:
             return 1
-        return cost.get(level, 1) if isinstance(cost, dict) else cost
+        return cost.get(level, 1) if isinstance(cost, Mapping) else cost
 
     def _leased(self, op: int, keys: Keys, cost: Costs | None) -> Decision:
         """Called by the native part, which has checked the keys."""

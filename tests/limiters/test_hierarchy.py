@@ -10,6 +10,8 @@ import re
 import signal
 import sys
 import threading
+import types
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -420,7 +422,9 @@ def wait_for_the_team(name: str) -> bool:
     return bool(limiter.wait(PATH, timeout=None))
 
 
-async def admitted_in_order(limiter: HierarchyLimiter, callers: list[tuple[str, ...]]) -> list[int]:
+async def admitted_in_order(
+    limiter: HierarchyLimiter, callers: Sequence[tuple[str, ...]]
+) -> list[int]:
     """They come one after the other. The order in which they were served."""
     served: list[int] = []
 
@@ -552,7 +556,7 @@ def test_one_segment(segment: Segment) -> None:
         ({}, ValueError, "names no level"),
         ({"group": "x"}, ValueError, "limiter 'api' has no level 'group'; its levels are org,"),
         ("acme", TypeError, "keys must be a tuple with a key for each level, outermost first"),
-        (b"acme", TypeError, "or a dict from level to key, not b'acme'"),
+        (b"acme", TypeError, "or a mapping from level to key, not b'acme'"),
         (None, TypeError, "not None"),
         (("acme", None), TypeError, "the key of level 'team' must be a str or bytes, not None"),
         ({"user": 7}, TypeError, "the key of level 'user' must be a str or bytes, not 7"),
@@ -577,7 +581,11 @@ def test_bad_keys(segment: Segment, keys: Any, kind: type[Exception], said: str)
     ("cost", "kind", "said"),
     [
         ("1", TypeError, "cost must be an int, or one int for each limit, not '1'"),
-        ((1, 1, 1), TypeError, "cost must be an int, or a dict from level to cost, not (1, 1, 1)"),
+        (
+            (1, 1, 1),
+            TypeError,
+            "cost must be an int, or a mapping from level to cost, not (1, 1, 1)",
+        ),
         (-1, ValueError, "cost must be 0 or more, not -1"),
         ({"group": 1}, ValueError, "limiter 'api' has no level 'group'; its levels are org, team"),
         ({"user": (1, 2)}, ValueError, "cost has 2 values, but the limiter has 1 limits"),
@@ -620,7 +628,8 @@ def test_no_reference_is_lost(segment: Segment) -> None:
     things = (limiter, path, mapping, cost, *limiter.levels.values(), "org", *path)
 
     def calls() -> None:
-        for keys in (path, mapping, denied):
+        several: tuple[Any, ...] = (path, mapping, denied, types.MappingProxyType(mapping))
+        for keys in several:
             limiter.acquire(keys)
             limiter.acquire(keys, cost)
             assert not limiter.acquire(keys, many)
