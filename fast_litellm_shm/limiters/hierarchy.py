@@ -81,6 +81,15 @@ def _named(levels: object) -> list[tuple[str, Any]]:
 def _checked(level: str, spelled: Any) -> tuple[LimitSpec, ...] | RateLimiter:
     """The limits of a level, or its limiter. Raises what limits.checked() raises."""
     if isinstance(spelled, RateLimiter):
+        if type(spelled) is not RateLimiter:
+            from fast_litellm_shm.limiters.plans import PlannedRateLimiter
+
+            if isinstance(spelled, PlannedRateLimiter):
+                raise ValueError(
+                    f"HierarchyLimiter: level {level!r}: the limiter {spelled.name!r} has plans, "
+                    "and the levels of a hierarchy have the same limits for all their keys; give "
+                    "it its limits, and check the plan by a call of its own"
+                )
         return spelled
     several = isinstance(spelled, (tuple, list))
     try:

@@ -541,6 +541,13 @@ def test_one_limiter_is_not_two_levels(segment: Segment) -> None:
         HierarchyLimiter({"org": "1/s"}, name=None)  # type: ignore[arg-type]
 
 
+def test_a_limiter_with_plans_is_no_level(segment: Segment) -> None:
+    """Not silently by the limits that it has for keys without a plan."""
+    planned = RateLimiter("5/hour", name="planned", segment=segment, plans={"pro": "50/hour"})
+    with pytest.raises(ValueError, match="level 'org': the limiter 'planned' has plans"):
+        HierarchyLimiter({"org": planned}, name="api")
+
+
 def test_one_segment(segment: Segment) -> None:
     elsewhere = RateLimiter("1/s", name="one")
     with pytest.raises(ValueError, match="level 'org' is in segment .*: give all levels the same"):
