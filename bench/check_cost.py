@@ -15,10 +15,12 @@ import subprocess
 from bench import peers
 from bench.apart import interleaved_apart
 from bench.result import OURS, REFERENCE, Plot, Result, Row, Settings, Values, asked, ratio
-from fast_litellm_shm import Limit, RateLimiter
+from bench.timing import interleaved, loop_of
+from fast_litellm_shm import HierarchyLimiter, Limit, RateLimiter
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 GROUP, C_GROUP = "hot key", "hot key, in C"
+LEVELS, ONE_LEVEL, THREE_LEVELS = "levels", "acquire, one limiter", "acquire, three levels"
 
 
 def in_c(settings: Settings, folder: str) -> list[Row]:
@@ -55,6 +57,20 @@ def _ours(place: peers.Place) -> RateLimiter:
     return RateLimiter(Limit(peers.HUGE, per=1), name="bench", segment=place.segment())
 
 
+def _levels(place: peers.Place, settings: Settings) -> list[Row]:
+    """One admission by three levels of one limit, beside one acquire()."""
+    limit, segment = Limit(peers.HUGE, per=1), place.segment()
+    one = RateLimiter(limit, name="one level", segment=segment)
+    levels = dict.fromkeys(("org", "team", "user"), limit)
+    three = HierarchyLimiter(levels, name="levels", segment=segment)
+    loops = {
+        ONE_LEVEL: loop_of(one.acquire, [peers.HOT] * 100),
+        THREE_LEVELS: loop_of(three.acquire, [("acme", "red", peers.HOT)] * 100),
+    }
+    found = interleaved(loops, settings)
+    return [Row(name, "ns", values, OURS, LEVELS) for name, values in found.items()]
+
+
 def _nothing(key: str) -> bool:
     return True
 
@@ -86,6 +102,7 @@ def run(settings: Settings) -> Result:
             shared = owner == OURS or (name in who and peers.contender(name).shared)
             notes: dict[str, str | float] = {"over processes": "shared" if shared else "private"}
             result.rows.append(Row(name, "ns", found, owner, GROUP, notes=notes))
+        result.rows += _levels(place, settings)
         try:
             result.rows += in_c(settings, place.folder)
         except peers.MissingError as error:
@@ -104,6 +121,16 @@ def run(settings: Settings) -> Result:
             2.0,
             at_least=False,
             promise="the C call against bare clock + one swap",
+        )
+    )
+    result.ratios.append(
+        ratio(
+            result.rows,
+            THREE_LEVELS,
+            ONE_LEVEL,
+            3.2,
+            at_least=False,
+            promise="three levels in one admission against one acquire",
         )
     )
     result.plots.append(

@@ -19,6 +19,7 @@
 
 static fshm_segment *s;
 static fshm_limiter *one, *shut, *three, *pooled, *quota, *taken;
+static fshm_level levels[3];
 #define TAKEN 50000 /* permits, all held */
 static uint64_t encoding, swapped[2] __attribute__((aligned(16)));
 static int metric;
@@ -66,6 +67,12 @@ static UNGUARDED void acquire_one(uint64_t i) {
 static UNGUARDED void acquire_three(uint64_t i) {
   (void)i;
   acquire(three);
+}
+static UNGUARDED void acquire_levels(uint64_t i) {
+  (void)i;
+  fshm_decision d;
+  (void)fshm_levels_apply(levels, 3, FSHM_ACQUIRE, 0, &d);
+  use(d.remaining);
 }
 static void admit_release(fshm_limiter *l) {
   fshm_permit permit;
@@ -130,6 +137,7 @@ static const struct {
              {"is_allowed, new key", new_key},
              {"acquire, 1 limit", acquire_one},
              {"acquire, 3 limits", acquire_three},
+             {"acquire, 3 levels of 1 limit", acquire_levels},
              {"permit: admit and release", permit},
              {"permit and 2 limits: admit and release", permit_and_limits},
              {"permit: denied, 50,000 are held", permit_denied},
@@ -158,6 +166,13 @@ static void make_all(void) {
   one = fresh_limiter(s, "one", &wide, 1);
   shut = fresh_limiter(s, "shut", &narrow, 1);
   three = fresh_limiter(s, "three", all, 3);
+  const char *const paths_down[] = {"acme", "acme/research", "acme/research/user-1234567890"};
+  for (uint32_t i = 0; i < 3; i++) {
+    const char name[] = {'a', '/', (char)('a' + i), 0};
+    levels[i] = (fshm_level){.limiter = fresh_limiter(s, name, &wide, 1),
+                             .key = paths_down[i],
+                             .key_length = strlen(paths_down[i])};
+  }
   pooled = fresh_limiter(s, "slots", &permits, 1);
   quota = fresh_limiter(s, "quota", some, 3);
   fshm_decision d;

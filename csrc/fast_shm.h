@@ -246,6 +246,28 @@ int fshm_remaining(fshm_limiter *limiter, const void *key, uint64_t key_length, 
 int fshm_reset_key(fshm_limiter *limiter, const void *key, uint64_t key_length);
 int fshm_reset_all(fshm_limiter *limiter);
 
+/* Several levels: an organization, its team, its user -------------------------------------- */
+#define FSHM_MAX_LEVELS 8
+/* One level of an admission: a limiter, and a key there. All limiters are of one segment. No two levels are the same key
+ * of the same limiter. */
+typedef struct {
+  fshm_limiter *limiter;
+  const void *key;
+  uint64_t key_length;
+  const uint64_t *costs; /* as of fshm_apply(); NULL = 1 for each limit */
+  uint32_t passes_full; /* 1: if there is no room for the key, this level admits, uncharged */
+  uint32_t unused;
+  /* Out: of this level alone; its status: FSHM_ALLOWED if it had room. After an error only `version` is set. */
+  fshm_decision decision;
+} fshm_level;
+/* Of all levels, or of none. op: FSHM_ACQUIRE or FSHM_PEEK; FSHM_CHARGE and FSHM_REFUND go level by level, and charge or
+ * give back what they can. count: 1 .. FSHM_MAX_LEVELS. *out: the decision of the level that decides, with the least
+ * `remaining` and the longest `reset_after_ns` of all levels. Returns the index of that level: of those that deny, the one
+ * with the longest retry_after_ns; if all admit, the one with the least left. The key statistics and counters count an
+ * admission in each level, and a denial in the level that decides. */
+uint32_t fshm_levels_apply(fshm_level *levels, uint32_t count, uint32_t op, uint64_t now_ns,
+                           fshm_decision *out);
+
 /* Give this handle its own n, one for each limit of the name. The limits of the name must be windows or permits, and
  * their n must not be smaller. So one name serves any number of different limits. A key must always be used with the
  * same numbers: make them part of the key. Only fshm_admit(), fshm_settle(), fshm_remaining() and fshm_in_flight()

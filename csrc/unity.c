@@ -23,6 +23,7 @@
 #include "core/damage.c"
 #include "limits/shared_counters.c"
 #include "limits/limiter.c"
+#include "limits/levels.c"
 #include "permits/wait_queue.c"
 #include "permits/semaphore.c"
 #include "limits/per_call.c"

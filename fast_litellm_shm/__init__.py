@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fast_litellm_shm.limiters.budget import Budget, Reservation
     from fast_litellm_shm.limiters.concurrency import ConcurrencyLimiter
     from fast_litellm_shm.limiters.decorators import limited
+    from fast_litellm_shm.limiters.hierarchy import HierarchyLimiter
     from fast_litellm_shm.limiters.quota import Admission, Quota
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Window",  # of FixedWindow
     # limiters
     "RateLimiter",
+    "HierarchyLimiter",
     "ConcurrencyLimiter",
     "Quota",
     "Budget",
@@ -56,6 +58,7 @@ if not TYPE_CHECKING:  # with it, a type checker would accept every name
             "limiters.budget": "Budget Reservation",
             "limiters.concurrency": "ConcurrencyLimiter",
             "limiters.decorators": "limited",
+            "limiters.hierarchy": "HierarchyLimiter",
             "limiters.quota": "Admission Quota",
             **fast_litellm.MODULES,
         },

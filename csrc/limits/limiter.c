@@ -496,7 +496,7 @@ static void undo(call_t *c, uint32_t i, const look_t *l, pair_t before) {
 }
 
 /* Charge limit i of several. FSHM_DENIED: it has no room any more. */
-static int charge_looked(call_t *c, uint32_t i, look_t *l, pair_t *before) {
+static inline HOT int charge_looked(call_t *c, uint32_t i, look_t *l, pair_t *before) {
   c->in_shared &= (uint8_t)~(1U << i);
   for (bool lost = false; again(c); lost = true) {
     if (lost) look(c, i, c->costs[i], l);
@@ -604,6 +604,23 @@ static inline void begin(call_t *c, fshm_limiter *l, const void *key, uint64_t l
   begin_hashed(c, l, key_hash(l, key, length), now);
 }
 
+/* The first step of a call that admits: load the limits of the handle, hash the key (unless `hash` has that), and fetch
+ * its lines. begin_hashed() is the second: it reads the clock, which takes about as long as fetching a line. */
+static inline HOT int load_call(call_t *c, const fshm_limiter *l, const uint64_t *hash,
+                                const void *key, uint64_t length, uint64_t *hashed) {
+  bool readable = limits_load_inline(l->segment, l->index, &c->snapshot);
+  if (unlikely(!readable)) return damage_limits(l->segment, l->index);
+  /* No limits: of a plan they come with the handle. Else it is a limiter of permits, for fshm_admit(). */
+  if (unlikely(!c->snapshot.count && l->own && l->own->planned))
+    limits_own(l->segment, l->own, &c->snapshot);
+  if (unlikely(!c->snapshot.count)) return FSHM_E_ARGUMENT;
+  *hashed = hash ? *hash : key_hash(l, key, length);
+  if (hash) return FSHM_OK;
+  table_prefetch(l->segment, *hashed);
+  table_prefetch_stats(l->segment, *hashed);
+  return FSHM_OK;
+}
+
 /* The call, once the limits are loaded. `out` NULL: the caller only needs the status. `charges`, or NULL: the charge
  * of each limit. */
 static inline HOT int apply_begun(call_t *c, uint32_t op, const void *key, uint64_t key_length,
@@ -641,18 +658,11 @@ static inline HOT int apply(fshm_limiter *l, const uint64_t *hash, uint32_t op, 
                             uint64_t key_length, const uint64_t *costs, uint64_t max_wait,
                             uint64_t now, fshm_decision *out, fshm_charged *charges) {
   call_t c;
-  bool readable = limits_load_inline(l->segment, l->index, &c.snapshot);
-  /* No limits: of a plan they come with the handle. Else it is a limiter of permits, for fshm_admit(). */
-  if (unlikely(!c.snapshot.count && readable && l->own && l->own->planned))
-    limits_own(l->segment, l->own, &c.snapshot);
-  if (unlikely(!readable || !c.snapshot.count)) {
+  uint64_t hashed = 0;
+  int loaded = load_call(&c, l, hash, key, key_length, &hashed);
+  if (unlikely(loaded != FSHM_OK)) {
     if (out) memset(out, 0, sizeof *out);
-    return readable ? FSHM_E_ARGUMENT : damage_limits(l->segment, l->index);
-  }
-  uint64_t hashed = hash ? *hash : key_hash(l, key, key_length);
-  if (!hash) { /* before the clock is read, which takes about as long as fetching a line */
-    table_prefetch(l->segment, hashed);
-    table_prefetch_stats(l->segment, hashed);
+    return loaded;
   }
   begin_hashed(&c, l, hashed, now);
   c.max_wait = max_wait;

@@ -5,6 +5,7 @@
 typedef struct {
   PyObject_HEAD
   PyObject *limits;
+  PyObject *level; /* str: of a hierarchy, the level that denied; else NULL */
   fshm_decision d;
 } Decision;
 
@@ -18,6 +19,7 @@ static PyObject *make_decision(PyObject *limits, const fshm_decision *d) {
     return NULL;
   }
   o->limits = limits;
+  o->level = NULL;
   o->d = *d;
   return (PyObject *)o;
 }
@@ -52,6 +54,10 @@ static PyObject *decision_limit(PyObject *o, UNUSED void *unused) {
 static PyObject *decision_limit_index(PyObject *o, UNUSED void *unused) {
   return PyLong_FromUnsignedLong(((Decision *)o)->d.limit_index);
 }
+static PyObject *decision_level(PyObject *o, UNUSED void *unused) {
+  PyObject *level = ((Decision *)o)->level;
+  return Py_NewRef(level ? level : Py_None);
+}
 static PyObject *decision_shared(PyObject *o, UNUSED void *unused) {
   return PyBool_FromLong(((Decision *)o)->d.shared);
 }
@@ -60,11 +66,12 @@ static int decision_bool(PyObject *o) { return ((Decision *)o)->d.status == FSHM
 static PyObject *decision_repr(PyObject *o) {
   PyObject *retry = decision_retry_after(o, NULL), *reset = decision_reset_after(o, NULL);
   PyObject *limit = decision_limit(o, NULL), *out = NULL;
+  PyObject *level = ((Decision *)o)->level;
   if (retry && reset && limit)
     out = PyUnicode_FromFormat(
-        "Decision(allowed=%s, remaining=%llu, retry_after=%R, reset_after=%R, limit=%R)",
+        "Decision(allowed=%s, remaining=%llu, retry_after=%R, reset_after=%R, limit=%R%s%V%s)",
         decision_bool(o) ? "True" : "False", (unsigned long long)((Decision *)o)->d.remaining,
-        retry, reset, limit);
+        retry, reset, limit, level ? ", level='" : "", level, "", level ? "'" : "");
   Py_XDECREF(retry);
   Py_XDECREF(reset);
   Py_XDECREF(limit);
@@ -73,6 +80,7 @@ static PyObject *decision_repr(PyObject *o) {
 
 static void decision_dealloc(PyObject *o) {
   Py_XDECREF(((Decision *)o)->limits);
+  Py_XDECREF(((Decision *)o)->level);
   end_object(o, PyObject_Free);
 }
 
@@ -87,6 +95,8 @@ static PyGetSetDef decision_getset[] = {
      NULL},
     {"limit_index", decision_limit_index, NULL, "Its place among the limiter's limits.", NULL},
     {"limit", decision_limit, NULL, "The limit that denied, else the one with least left.", NULL},
+    {"level", decision_level, NULL,
+     "The level that denied, of a HierarchyLimiter; None: admitted, or of another limiter.", NULL},
     {"shared", decision_shared, NULL,
      "True when a counter decided that keys without room in the segment share.", NULL},
     {NULL, NULL, NULL, NULL, NULL}};

@@ -2,6 +2,7 @@
 #include "py_decision.c"
 #include "py_permit.c"
 #include "py_rate_limiter.c"
+#include "py_hierarchy.c"
 #include "py_pool.c"
 #include "py_recorder.c"
 #include "py_router.c"
@@ -38,6 +39,7 @@ static struct {
              {SPEC(Permit, permit_slots, INTERNAL), &permit_type},
              {SPEC(Slot, slot_slots, BASE | Py_TPFLAGS_HAVE_GC), NULL},
              {SPEC(Core, core_slots, BASE | Py_TPFLAGS_HAVE_GC), &core_type},
+             {SPEC(HierarchyCore, hierarchy_slots, BASE | Py_TPFLAGS_HAVE_GC), NULL},
              {SPEC(Reservation, reservation_slots, INTERNAL), &reservation_type},
              {SPEC(PoolCore, pool_slots, BASE | Py_TPFLAGS_HAVE_GC), NULL},
              {SPEC(Connection, connection_slots, INTERNAL | Py_TPFLAGS_HAVE_GC), &connection_type},

@@ -18,6 +18,7 @@ BudgetCore = _native.BudgetCore
 BudgetReservation = _native.BudgetReservation
 Core = _native.Core
 Decision = _native.Decision
+HierarchyCore = _native.HierarchyCore
 Permit = _native.Permit
 PoolCore = _native.PoolCore
 Connection = _native.Connection

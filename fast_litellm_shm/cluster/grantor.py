@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from fast_litellm_shm._shared.named_limiter import InnerLimits, SharedLimits
@@ -84,9 +85,18 @@ class Server(Grantor):
 
 class ServerRates(Rates):
     segment_clock = False
+    in_batches = True
 
     def __init__(self, leases: TokenLeases) -> None:
         self.leases = leases
+
+    def spend(
+        self, limiter: SharedLimits, raw: bytes, cost: Cost
+    ) -> tuple[Decision, Callable[[], object]]:
+        return self.leases.spend(raw, cost)
+
+    def is_refused(self, raw: bytes) -> bool:
+        return self.leases.is_refused(raw)
 
     def acquire_many(
         self, limiter: SharedLimits, keys: tuple[Key, ...], costs: int | list[int], out: Answers

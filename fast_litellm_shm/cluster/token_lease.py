@@ -4,11 +4,13 @@ limiter are answered from them by csrc/leasing/token_lease.c. This module does t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TypeAlias
 
 from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared.named_limiter import SharedLimits, key_bytes, lease_from, states_of
-from fast_litellm_shm._shared.native import ffi, lib
+from fast_litellm_shm._shared.native import Decision, ffi, lib
 from fast_litellm_shm._shared.side_limiters import REFUSED, TOKEN_LEASES
 from fast_litellm_shm.cluster import algorithms, settlement
 from fast_litellm_shm.cluster.algorithms import most_leased
@@ -19,6 +21,8 @@ from fast_litellm_shm.cluster.single_flight import SingleFlight, beside
 from fast_litellm_shm.cluster.sliding import KIND, SlidingCounts
 from fast_litellm_shm.limiters.waiting import may_wait
 from fast_litellm_shm.limits import Granted, LimitSpec, TokenBucket
+
+Cost: TypeAlias = int | tuple[int, ...] | list[int]
 
 _NONE = (0, 0, 0, 0)
 _ONES = (1, 1, 1, 1)
@@ -194,6 +198,66 @@ class TokenLeases:
     def charge_later(self, raw: bytes, costs: Sequence[int]) -> None:
         """Charge it when the server is back."""
         self._outage.decide(lib.FSHM_CHARGE, raw, tuple(costs))
+
+    # several levels, all or nothing: limiters/hierarchy.py
+
+    def spend(self, raw: bytes, cost: Cost) -> tuple[Decision, Callable[[], object]]:
+        """acquire(), and what gives back what it consumed."""
+        have = self.look(raw)[1]
+        until = [self.states.now() + ns if ns else 0 for ns in have]
+        before = self.states.now()
+        decision = self.limiter.acquire(raw, cost)
+        if not decision:
+            return decision, lambda: None
+        costs = self.costs(cost)
+        ends: tuple[int, ...] = _NONE
+        if not all(until):
+            ends, until = self._asked(raw, before, decision, until)
+        return decision, partial(self._give_back, raw, costs, until, ends)
+
+    def _asked(
+        self, raw: bytes, before: int, decision: Decision, until: list[int]
+    ) -> tuple[tuple[int, ...], list[int]]:
+        """Of a call that found no lease, so that the server granted it: the ends of its windows
+        (0: not to be given back), and until when its tokens may lie in a lease."""
+        now, have = self.states.now(), self.look(raw)[1]
+        until = [
+            end or (now + ns if ns and rule.kind == 0 else 0)
+            for end, ns, rule in zip(until, have, self._rules, strict=False)
+        ]
+        if self.connection.outage is not None:
+            return _NONE, until
+        # As in quota.py: what is known may be of the next window by now.
+        last = before + int(decision.reset_after * 1e9) - 1000
+        known = self.states.known(raw)[1]
+        ends = tuple(
+            0 if rule.kind == 0 else min(now + ns, last)
+            for ns, rule in zip(known, self._rules, strict=False)
+        )
+        return (*ends, *_NONE)[:4], until
+
+    def _give_back(
+        self, raw: bytes, costs: tuple[int, ...], until: Sequence[int], ends: tuple[int, ...]
+    ) -> None:
+        """Into the lease that it came from, or one of the same window; what does not fit there, to
+        the server. A lease that ends later is of a later window: what was charged before counts in
+        the earlier one."""
+        alone = self.connection.alone
+        most = [most_leased(each.limit) if alone else Granted().n for each in self.rules()]
+        numbers, out = ffi.new("uint64_t[4]", (*costs, *_NONE)[:4]), ffi.new("uint64_t[4]")
+        lib.fshm_token_lease_return(
+            self._leased.handle, raw, len(raw), numbers,
+            ffi.new("uint64_t[4]", (*until, *_NONE)[:4]),
+            ffi.new("uint64_t[4]", (*most, *_NONE)[:4]), 0, out,
+        )  # fmt: skip
+        now = self.states.now()
+        less = tuple(
+            cost - done if end > now else 0
+            for cost, done, end in zip(costs, out, ends, strict=False)
+        )
+        if any(less):
+            settled = settlement.Settlement(self, raw, _NONE, less, ends)
+            self.settle(settled, later=True)
 
     # what changes a key at the server, and raises ClusterError during an outage
 

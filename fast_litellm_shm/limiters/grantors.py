@@ -9,6 +9,7 @@ of the classes below, and never asks which grantor it has. The native calls of t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from fast_litellm_shm._shared import log
@@ -70,6 +71,7 @@ class Rates:
     an argument: an object that held the limiter would make a reference cycle."""
 
     segment_clock = True  # whether the segment's clock decides; else a server's, or a file's
+    in_batches = False  # whether tokens come in batches, from a server or a file
 
     def acquire_many(
         self, limiter: SharedLimits, keys: tuple[Key, ...], costs: int | list[int], out: Answers
@@ -92,6 +94,17 @@ class Rates:
             retry = decision.retry_after_ns
             pause = retry if retry is not None and retry <= left else 0
         return decision, pause, reserved
+
+    def spend(
+        self, limiter: SharedLimits, raw: bytes, cost: Cost
+    ) -> tuple[Decision, Callable[[], object]]:
+        """acquire(), and what gives back what it consumed. Only of tokens ``in_batches``: the
+        segment charges all levels of a hierarchy in one call."""
+        raise NotImplementedError
+
+    def is_refused(self, raw: bytes) -> bool:
+        """Whether it is known that the key is denied just now."""
+        return False
 
     def block(self, limiter: SharedLimits, raw: bytes, ns: int) -> None:
         """Deny the key for ``ns`` nanoseconds. RateLimiter.block() has checked the arguments."""

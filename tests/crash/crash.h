@@ -11,6 +11,7 @@
 #define LONG_AGO (NOW - 10 * PER)
 #define WALL_BEGAN (500000 * PER) /* the time of day at segment time 0, in some operations */
 #define KEY "k"
+#define LEVELS 3
 #define LONG 2000 /* instructions: only longer operations are thinned out by --every */
 
 /* What an operation answered. T's lies in shared memory. */
@@ -143,6 +144,7 @@ typedef struct operation {
   fshm_limit limits[FSHM_MAX_LIMITS], next[FSHM_MAX_LIMITS]; /* next: what they are changed to */
   uint32_t count, next_count;
   bool side; /* the limit comes with the call: the key has a slot of its own (side_who) */
+  bool levels; /* each limit is that of a level: of limiters[i], the innermost first */
   uint32_t flags, capacity; /* capacity 0: the least, one line of slots */
   uint32_t op, cost, prior; /* prior: tokens charged, or permits that S holds, at the beginning */
   uint32_t dead; /* permits that a dead process held */
@@ -154,6 +156,7 @@ typedef struct operation {
 typedef struct {
   fshm_segment *s;
   fshm_limiter *l, *others, *totals, *permits, *permit_leases;
+  fshm_limiter *limiters[LEVELS]; /* of several levels; world.l is the innermost */
   fshm_limiter *refused, *known; /* of a token lease, or NULL: fshm_spend() */
   fshm_permit permit, total;
   fshm_place place, theirs; /* in the wait queue: of S, and of T */

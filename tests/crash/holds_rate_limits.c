@@ -27,6 +27,9 @@ static void rate_limits_end(void) {
   if (op->meddle) { /* what it charged is undone, and nothing else */
     if (levels_after.remaining[0] != levels_between.remaining[0] + op->cost)
       broken("the charge of the first limit is not undone");
+    for (uint32_t i = 1; i < levels_after.count; i++)
+      if (levels_after.remaining[i] != levels_between.remaining[i])
+        broken("the charge of limit %u is not undone", i);
     levels_before = levels_after;
   }
   learn_room(op->after, "after");
@@ -37,6 +40,13 @@ static void rate_limits_end(void) {
 /* T stands after its first change, and S has just taken the room of a later limit. */
 static void rate_limits_meddled(void) { levels_between = levels_of(world.l, KEY); }
 
+/* Charged for now: the call undoes it when it comes to a level without room. */
+static bool charged_for_now(const levels_t *l, uint32_t i) {
+  if (!op->levels || (!op->meddle && op->status >= 0)) return false;
+  const levels_t *from = op->meddle ? &levels_between : &levels_before;
+  return l->remaining[i] + op->cost == from->remaining[i];
+}
+
 /* Before or after, in order: a prefix of the limits is charged. */
 static bool known_levels(const levels_t *l) {
   bool changed = true; /* all limits up to here */
@@ -44,6 +54,7 @@ static bool known_levels(const levels_t *l) {
   for (uint32_t i = 0; i < l->count; i++) {
     bool before = same_level(l, &levels_before, i), after = same_level(l, &levels_after, i);
     if (op->meddle && same_level(l, &levels_between, i)) continue;
+    if (charged_for_now(l, i)) continue;
     if (!before && !after) return false;
     if (after && !before && !changed) return false;
     changed &= after;

@@ -20,6 +20,11 @@ static void protect_others(void) {
     begin(&c, world.l, KEY, strlen(KEY), NOW);
     for (uint32_t i = 0; i < c.snapshot.count; i++) own[i] = fingerprint(&c, i);
   }
+  for (uint32_t i = 0; op->levels && i < LEVELS; i++) {
+    if (!limits_load(world.s, world.limiters[i]->index, &c.snapshot)) continue;
+    begin(&c, world.limiters[i], KEY, strlen(KEY), NOW);
+    own[i] = fingerprint(&c, 0);
+  }
   if (world.permit_leases) word = side_of(world.permit_leases, KEY).who;
   if (op->side || op->op == HIT || op->op == CLEAR) own[0] = side_of(world.l, KEY).who;
   for (uint64_t i = 0; i < world.s->slot_count; i++) {

@@ -66,6 +66,25 @@ static void take_second(uint64_t more) {
 static void meddle_second(void) { take_second(0); }
 static void meddle_both(void) { take_second(1); }
 
+/* several levels */
+
+static void run_levels(outcome_t *out) {
+  out->decision = apply_levels(op->op, op->cost, world.now);
+  out->status = out->decision.status;
+}
+/* S takes the room of the outermost level, which is charged last, and of the innermost what `more` says. */
+static void take_outermost(uint64_t more) {
+  const uint64_t left = levels_of(world.l, KEY).remaining[LEVELS - 1];
+  if (apply_at(world.limiters[LEVELS - 1], FSHM_ACQUIRE, KEY, left, world.now).status !=
+      FSHM_ALLOWED)
+    broken("S cannot take the room of the outermost level");
+  if (more && apply_at(world.l, FSHM_ACQUIRE, KEY, more, world.now).status != FSHM_ALLOWED)
+    broken("S cannot take the room of the innermost level");
+  rate_limits_meddled();
+}
+static void meddle_outermost(void) { take_outermost(0); }
+static void meddle_two_levels(void) { take_outermost(1); }
+
 /* limits that come with the call */
 
 static void run_count(outcome_t *out) {
@@ -300,6 +319,10 @@ static void run_request_and_back(outcome_t *out) {
 #define APPLY(which, tokens) \
   RATE_LIMITS(run_apply), .op = FSHM_##which, .cost = (tokens), .status = 1
 #define REFUSED(answer) RATE_LIMITS(run_apply), .op = FSHM_ACQUIRE, .cost = 1, .status = (answer)
+#define OF_LEVELS(answer)                                                                  \
+  .make = start_levels, .holds = &rate_limits, .run = run_levels, .levels = true,          \
+  .limits = {BUCKET(5), SLIDING(6), WINDOW(7)}, .count = 1, .op = FSHM_ACQUIRE, .cost = 1, \
+  .status = (answer)
 #define CALLS(function) RATE_LIMITS(function), .op = OTHER_OP, .status = 1
 #define ASKS RATE_LIMITS(run_is_allowed), .op = FSHM_ACQUIRE, .cost = 1, .status = 1
 #define COUNTS RATE_LIMITS(run_count), .op = FSHM_ACQUIRE, .cost = 1, .side = true
@@ -576,6 +599,23 @@ static const operation_t operations[] = {
      THREE,
      .prior = 2,
      .meddle = meddle_both,
+     ROOM(3, 0, 5)},
+    /* several levels */
+    {.name = "levels-check", OF_LEVELS(1), .prior = 2, ROOM(3, 2, 5)},
+    {.name = "levels-first", OF_LEVELS(1), ROOM(5, 4, 5)},
+    {.name = "levels-claimed", OF_LEVELS(1), .flags = PENDING_LOW, ROOM(5, 4, 5)},
+    {.name = "levels-over-tenants", OF_LEVELS(1), .flags = TENANTS, ROOM(5, 4, 5)},
+    {.name = "levels-denied", OF_LEVELS(FSHM_DENIED), .prior = 5, ROOM(0, 0, 5)},
+    {.name = "levels-full", OF_LEVELS(FSHM_FULL), .flags = CROWDED | TWO_LEFT, ROOM(0, 0, 5)},
+    {.name = "levels-undo",
+     OF_LEVELS(FSHM_DENIED),
+     .prior = 2,
+     .meddle = meddle_outermost,
+     ROOM(3, 0, 5)},
+    {.name = "levels-undo-others",
+     OF_LEVELS(FSHM_DENIED),
+     .prior = 2,
+     .meddle = meddle_two_levels,
      ROOM(3, 0, 5)},
     /* other changes of what was consumed */
     {.name = "refund", APPLY(REFUND, 1), ONE(BUCKET(5)), .prior = 3, ROOM(2, 3, 5)},

@@ -73,6 +73,14 @@ static void verify_last_of_several(const outcome_t out[2]) {
   expect(l.remaining[0] == op->limits[0].n - op->prior - 1, out, "the first limit");
 }
 
+/* The last token of one level: what was charged in others is undone. */
+static void verify_last_of_levels(const outcome_t out[2]) {
+  levels_t l = levels_of(world.l, KEY);
+  expect(admitted(out) == 1, out, "one is admitted");
+  for (uint32_t i = 0; i < LEVELS; i++)
+    expect(l.remaining[i] == op->limits[i].n - op->prior - 1, out, "a level");
+}
+
 static void verify_both(const outcome_t out[2]) {
   expect(admitted(out) == 2, out, "room for both");
 }
@@ -335,6 +343,16 @@ static void verify_not_granted(const outcome_t out[2]) {
             .cost = (tokens),                      \
             MONEY_RULES(n, rules),                 \
             __VA_ARGS__}
+#define LEVELS_START(title, inner, middle, outer, ...) \
+  .start = {.name = (title),                           \
+            .make = start_levels,                      \
+            .op = FSHM_ACQUIRE,                        \
+            .cost = 1,                                 \
+            .levels = true,                            \
+            .limits = {inner, middle, outer},          \
+            .count = 1,                                \
+            __VA_ARGS__}
+#define TWO_OF_LEVELS PAIR(run_levels, run_levels, verify_last_of_levels)
 #define TWO_RESERVE PAIR(run_budget_reserve, run_budget_reserve, verify_budget)
 #define SAME_KEY PAIR(run_apply, run_apply, verify_last_token)
 #define TWO_KEYS(check) PAIR(run_apply, run_apply_other_key, check)
@@ -383,6 +401,13 @@ static const pair_of_operations_t pairs[] = {
      PAIR(run_apply, run_apply, verify_last_of_several)},
     {START("pair-multi-first", .limits = {BUCKET(5), WINDOW(1)}, .count = 2),
      PAIR(run_apply, run_apply, verify_last_of_several)},
+    /* several levels: the last token of the innermost, the middle, the outermost */
+    {LEVELS_START("pair-levels-inner", BUCKET(3), SLIDING(6), WINDOW(7), .prior = 2),
+     TWO_OF_LEVELS},
+    {LEVELS_START("pair-levels-middle", BUCKET(5), SLIDING(3), WINDOW(7), .prior = 2),
+     TWO_OF_LEVELS},
+    {LEVELS_START("pair-levels-outer", BUCKET(5), SLIDING(6), WINDOW(3), .prior = 2),
+     TWO_OF_LEVELS},
     /* other changes of what was consumed */
     {START("pair-check-refund", ONE(BUCKET(5)), .prior = 5),
      PAIR(run_apply, run_refund, verify_refund)},

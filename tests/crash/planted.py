@@ -255,6 +255,20 @@ FAULTS = [
         "is not undone",
     ),
     Fault(
+        "levels that are not undone",
+        "limits/levels.c",
+        (("    for (uint32_t k = n; k < count; k++) undo_level(&calls[k]);\n", ""),),
+        "levels-undo",
+        "is not undone",
+    ),
+    Fault(
+        "a level without room for its key, and the others stay charged",
+        "limits/levels.c",
+        (("for (uint32_t k = n; k < count; k++) undo", "for (uint32_t k = n; k <= n; k++) undo"),),
+        "levels-full",
+        "left after S",
+    ),
+    Fault(
         "limits that are named before they are written",
         "limits/limit_changes.c",
         (

@@ -124,6 +124,21 @@ static void start_rate_limits(void) {
     fshm_limiter_close(named("limits", op->next, op->next_count));
 }
 
+/* Several levels, each with one of op->limits, the innermost first; the key has consumed op->prior in each. */
+static void start_levels(void) {
+  open_segment();
+  world.now = NOW;
+  for (uint32_t i = 0; i < LEVELS; i++) {
+    const char name[] = {'l', (char)('0' + i), 0};
+    world.limiters[i] = named(name, &op->limits[i], 1);
+  }
+  world.l = world.limiters[0];
+  if (op->flags & PENDING_LOW) plant(0, who_of_key(0));
+  if (op->prior) (void)consume(op->prior, NOW);
+  (void)apply_at(world.others, FSHM_ACQUIRE, "beside", 1, NOW);
+  if (op->flags & (TENANTS | CROWDED)) fill_rest(op->flags & TWO_LEFT ? 2 : 0);
+}
+
 /* A name whose limit comes with the calls; the key has op->prior tokens in its moving window. */
 static void start_moving(void) {
   fshm_counted hit;

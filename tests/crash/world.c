@@ -188,11 +188,10 @@ static levels_t levels_of_side(void) {
   return out;
 }
 
-static levels_t levels_of(fshm_limiter *l, const char *key) {
+static levels_t levels_of_limiter(fshm_limiter *l, const char *key) {
   levels_t out = {0};
   call_t c;
   found_t f;
-  if (op->side) return levels_of_side();
   if (!limits_load_of(l, &c.snapshot)) {
     broken("the limits of the name cannot be read");
     return out;
@@ -204,6 +203,36 @@ static levels_t levels_of(fshm_limiter *l, const char *key) {
     if (f.pair.who && state_ends(c.s, f.pair.who, f.pair.when) > c.now) out.state[i] = f.pair.when;
   }
   return out;
+}
+
+/* As if each level were a limit, in the order in which they are charged. */
+static levels_t levels_of_all(const char *key) {
+  levels_t out = {.count = LEVELS};
+  for (uint32_t i = 0; i < LEVELS; i++) {
+    const levels_t one = levels_of_limiter(world.limiters[i], key);
+    out.remaining[i] = one.remaining[0];
+    out.state[i] = one.state[0];
+  }
+  return out;
+}
+
+static levels_t levels_of(fshm_limiter *l, const char *key) {
+  if (op->side) return levels_of_side();
+  return op->levels ? levels_of_all(key) : levels_of_limiter(l, key);
+}
+
+/* One call for all levels; the outermost is the first. */
+static fshm_decision apply_levels(uint32_t which, uint64_t cost, uint64_t now) {
+  const uint64_t costs[FSHM_MAX_LIMITS] = {cost};
+  fshm_level levels[LEVELS];
+  fshm_decision d;
+  for (uint32_t i = 0; i < LEVELS; i++)
+    levels[i] = (fshm_level){.limiter = world.limiters[LEVELS - 1 - i],
+                             .key = KEY,
+                             .key_length = strlen(KEY),
+                             .costs = costs};
+  (void)fshm_levels_apply(levels, LEVELS, which, now, &d);
+  return d;
 }
 
 static bool same_level(const levels_t *a, const levels_t *b, uint32_t i) {
@@ -232,6 +261,7 @@ static void tell_levels(const levels_t *l, char *out, size_t size) {
 }
 
 static int consume(uint64_t cost, uint64_t now) {
+  if (op->levels) return apply_levels(FSHM_ACQUIRE, cost, now).status;
   return op->side ? count_side(cost, now).status
                   : apply_at(world.l, FSHM_ACQUIRE, KEY, cost, now).status;
 }

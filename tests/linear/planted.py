@@ -51,14 +51,14 @@ LOST_TWICE = (
     "        table_find(c.s, c.hash, fingerprint(&c, i), &found.slot);\n"
     "        (void)put_changed(&c, i, &found, next, &first);\n      }\n"
 )
-LOAD = "  bool readable = limits_load_inline(l->segment, l->index, &c.snapshot);\n"
+LOAD = "  bool readable = limits_load_inline(l->segment, l->index, &c->snapshot);\n"
 OUTDATED = "  return unlikely(entry_current(c->s, c->index) != c->snapshot.current);\n"
 LOAD_SELDOM = (
     "  static snapshot_t kept;\n  static const fshm_limiter *of;\n  bool readable = true;\n"
     "  const uint64_t seen = entry_current(l->segment, l->index);\n"
-    "  if (of == l && !((seen ^ kept.current) >> VERSION_BITS))\n    c.snapshot = kept;\n"
-    "  else\n    readable = limits_load_inline(l->segment, l->index, &c.snapshot);\n"
-    "  kept = c.snapshot;\n  of = l;\n"
+    "  if (of == l && !((seen ^ kept.current) >> VERSION_BITS))\n    c->snapshot = kept;\n"
+    "  else\n    readable = limits_load_inline(l->segment, l->index, &c->snapshot);\n"
+    "  kept = c->snapshot;\n  of = l;\n"
 )
 FREE = "state_ends(s, pair.who, pair.when) <= over"
 WAKES = "  if (unlikely(wait_any(h.s, p->group))) wake_next(h.s, p);\n"

@@ -1,0 +1,38 @@
+"""Several levels that outlive a reboot."""
+
+from __future__ import annotations
+
+import pytest
+from support.reboots import Host, link_of
+
+from fast_litellm_shm import FixedWindow, HierarchyLimiter
+from fast_litellm_shm.durable import StateFile
+
+HOUR = 3600
+PATH = ("acme", "red", "ann")
+
+
+def hierarchy(host: Host, *n: int) -> HierarchyLimiter:
+    levels = dict(
+        zip(("org", "team", "user"), (FixedWindow(each, HOUR) for each in n), strict=True)
+    )
+    made = HierarchyLimiter(
+        levels, name="api", segment=host.segment, durable=StateFile(host.folder)
+    )
+    host.links.append(link_of(made.levels["org"]))
+    return made
+
+
+@pytest.mark.parametrize("binds", ["org", "team", "user"])
+def test_over_a_reboot(host: Host, binds: str) -> None:
+    """Exactly the limit of the level that binds, and a denial consumes nothing."""
+    n = [60 if level == binds else 1000 for level in ("org", "team", "user")]
+    first = hierarchy(host, *n)
+    assert sum(first.is_allowed(PATH) for _ in range(30)) == 30
+    host.reboot()
+    again = hierarchy(host, *n)
+    assert sum(again.is_allowed(PATH) for _ in range(200)) == 30
+    assert again.acquire(PATH).level == binds
+    host.reboot()
+    left = hierarchy(host, *n).remaining(PATH)
+    assert list(left.values()) == [each - 60 for each in n]
