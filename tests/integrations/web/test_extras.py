@@ -7,7 +7,16 @@ import sys
 
 import pytest
 
-HIDE = "import sys; sys.modules.update(dict.fromkeys(['fastapi', 'starlette', 'httpx', 'flask']));"
+HIDDEN = [
+    *("fastapi", "starlette", "flask", "httpx", "httpx2", "requests", "aiohttp"),
+    *("langchain_core", "llama_index"),
+]
+HIDE = f"import sys; sys.modules.update(dict.fromkeys({HIDDEN}));"
+EXTRAS = {
+    **{name: name for name in ("fastapi", "httpx", "httpx2", "requests", "aiohttp", "langchain")},
+    "aiohttp_server": "aiohttp",
+    "llama_index": "llama-index",
+}
 
 
 def imported(module: str) -> subprocess.CompletedProcess[str]:
@@ -17,13 +26,16 @@ def imported(module: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("module", ["fastapi", "httpx"])
+@pytest.mark.parametrize("module", EXTRAS)
 def test_what_is_missing_is_said(module: str) -> None:
     done = imported(module)
     assert done.returncode == 1
-    assert f'pip install "fast-litellm-shm[{module}]"' in done.stderr.splitlines()[-1]
+    assert f'pip install "fast-litellm-shm[{EXTRAS[module]}]"' in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("module", ["asgi", "wsgi", "web", "_httpx_upstream"])
+NEEDS_NOTHING = ["asgi", "wsgi", "web", "_httpx_upstream", "_httpx_transports", "_turns"]
+
+
+@pytest.mark.parametrize("module", NEEDS_NOTHING)
 def test_what_needs_nothing(module: str) -> None:
     assert imported(module).returncode == 0
