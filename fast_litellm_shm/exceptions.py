@@ -88,7 +88,10 @@ class SegmentFullError(SegmentError):
 
 
 class RateLimitExceeded(FastShmError):
-    """A call was not admitted. ``retry_after``: seconds until it would be; None: never."""
+    """A call was not admitted. ``retry_after``: seconds until it would be; None: never.
+    ``http_status``: what a web application answers."""
+
+    http_status = 429
 
     def __init__(self, message: str, retry_after: float | None) -> None:
         super().__init__(message, retry_after)

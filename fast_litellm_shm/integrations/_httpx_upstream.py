@@ -1,30 +1,99 @@
 """Upstream: what all processes of a host together may send to each origin.
 
 Three bounds: the requests in flight, the requests in a period, and the pause that a response asked
-for with ``Retry-After``. It knows no HTTP library; :mod:`fast_litellm_shm.integrations.httpx` uses
-it.
+for with ``Retry-After``. It knows no HTTP library: the integrations for httpx, requests and aiohttp
+use it. Each of their requests is one :class:`Call`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import email.utils
+import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from datetime import timezone
+from types import TracebackType
+from urllib.parse import urlsplit
 
 from fast_litellm_shm import limits
 from fast_litellm_shm._shared.moved_clock import at_most, jump, monotonic_ns
 from fast_litellm_shm._shared.native import Decision, Permit
 from fast_litellm_shm._shared.segment import Segment
-from fast_litellm_shm.exceptions import RateLimitExceeded
+from fast_litellm_shm.exceptions import FastShmError, RateLimitExceeded
 from fast_litellm_shm.limiters.concurrency import ConcurrencyLimiter
 from fast_litellm_shm.limiters.rate import RateLimiter
 from fast_litellm_shm.limits import Spelled, TokenBucket
 
 _LONGEST_SLEEP = 1.0  # s: so much later a waiter notices that its pause was lifted
+_PAUSES = (429, 503)  # of these a Retry-After is obeyed
+_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
+_log = logging.getLogger("fast_litellm_shm")
+
+
+class NotSentError(RateLimitExceeded):
+    """A request was not sent, because it would wait longer than it may."""
+
+    http_status = 503  # of an application that cannot ask its upstream
+
+
+def origin_of(url: str) -> str:
+    """Scheme, host and port, as limits know them: ``https://example.com:443``. All clients call
+    this one, so that they count together."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.hostname}:{parts.port or _PORTS.get(parts.scheme, 0)}"
+
+
+class Call:
+    """A request that may be sent now, as Upstream.begin() returns it. The client says what became
+    of it: answered(), when the head of a response has come; end(), when the response was read, or
+    there is none. ``with call:`` ends it if the block fails, and not otherwise."""
+
+    __slots__ = ("_origin", "_permit", "_upstream")
+
+    def __init__(self, upstream: Upstream, origin: str, permit: Permit | None) -> None:
+        self._upstream, self._origin, self._permit = upstream, origin, permit
+
+    @property
+    def holds(self) -> bool:
+        """Is a permit held, until end()?"""
+        return self._permit is not None
+
+    def answered(self, status: int, retry_after_: str | None, date: str | None) -> None:
+        """The head of a response has come; the last two: its ``Retry-After`` and ``Date``. A pause
+        that it asks for begins, for all processes."""
+        pause = retry_after(retry_after_, date) if status in _PAUSES else None
+        if not pause:
+            return
+        try:
+            self._upstream.block(self._origin, pause)
+        except FastShmError as error:  # the response is good all the same
+            _log.error(
+                "%s asks for a pause of %s s, and the other workers cannot be told",
+                self._origin,
+                pause,
+                exc_info=error,
+            )
+
+    def end(self, error: BaseException | None = None) -> None:
+        """The request is in flight no longer. error: what it failed with. A second call does
+        nothing."""
+        permit, self._permit = self._permit, None
+        if permit is not None:
+            permit.release()
+
+    def __enter__(self) -> Call:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self.end(error)
 
 
 class Upstream:
@@ -82,16 +151,15 @@ class Upstream:
         """Requests in flight to the origin, of all processes; 0 without max_in_flight."""
         return 0 if self._permits is None else self._permits.in_flight(origin)
 
-    def enter(self, origin: str, timeout: float | None) -> Permit | None:
+    def begin(self, origin: str, timeout: float | None) -> Call:
         """Wait until a request may be sent to the origin, at most so many seconds; None: without
-        end. Returns the permit to release when the response has been read. Raises
-        RateLimitExceeded."""
+        end. Raises NotSentError."""
         end = _end(timeout)
         self._pause(origin, end)  # rather than wait for a permit first
         permit = None
         if self._permits is not None:
             permit = self._in_flight(origin, self._permits.wait(origin, _left(end)), timeout)
-        with released_on_error(permit):
+        with Call(self, origin, permit) as call:
             while True:
                 while pause := self._pause(origin, end):
                     if not jump(self._pauses.segment, math.ceil(pause * 1e9)):
@@ -102,17 +170,17 @@ class Upstream:
                 # A pause that began meanwhile: wait for another turn. Otherwise all requests that
                 # had one would go at the end of the pause, whatever the rate.
                 if not self._pause(origin, end):
-                    return permit
+                    return call
 
-    async def enter_async(self, origin: str, timeout: float | None) -> Permit | None:
-        """enter() for asyncio."""
+    async def begin_async(self, origin: str, timeout: float | None) -> Call:
+        """begin() for asyncio."""
         end = _end(timeout)
         self._pause(origin, end)
         permit = None
         if self._permits is not None:
             found = await self._permits.wait_async(origin, _left(end))
             permit = self._in_flight(origin, found, timeout)
-        with released_on_error(permit):
+        with Call(self, origin, permit) as call:
             while True:
                 while pause := self._pause(origin, end):
                     if not jump(self._pauses.segment, math.ceil(pause * 1e9)):
@@ -121,13 +189,13 @@ class Upstream:
                     decision = await self._rate.wait_async(origin, timeout=_left(end))
                     self._in_rate(origin, decision, timeout)
                 if not self._pause(origin, end):
-                    return permit
+                    return call
 
     def _pause(self, origin: str, end: float) -> float:
         """Seconds until the pause of the origin ends. Raises if the request may not wait for it."""
         pause = self.blocked(origin)
         if pause and _now() + pause > end:
-            raise RateLimitExceeded(
+            raise NotSentError(
                 f"{self._name}: {origin} asked for a pause (Retry-After), of which {pause:.3g} s "
                 "are left, more than this request may wait; come back then, or wait longer",
                 pause,
@@ -136,7 +204,7 @@ class Upstream:
 
     def _in_flight(self, origin: str, permit: Permit, timeout: float | None) -> Permit:
         if not permit and self._permits is not None:
-            raise RateLimitExceeded(
+            raise NotSentError(
                 f"{self._name}: {permit.in_flight} of {self._permits.max_in_flight} requests to "
                 f"{origin} are in flight, and none ended within {timeout} s; wait longer, or raise "
                 "max_in_flight",
@@ -148,21 +216,42 @@ class Upstream:
         if not decision:
             retry = decision.retry_after
             when = "never" if retry is None else f"in {retry:.3g} s"
-            raise RateLimitExceeded(
+            raise NotSentError(
                 f"{self._name}: the rate of requests to {origin} is used up, and its turn would "
                 f"come {when}, not within {timeout} s; wait longer, or raise the limit",
                 retry,
             )
 
 
-@contextmanager
-def released_on_error(permit: Permit | None) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        if permit is not None:
-            permit.release()
-        raise
+class LimitedClient:
+    """What the clients of all libraries have: their options, checked, and ``upstream``."""
+
+    def __init__(
+        self,
+        *,
+        max_in_flight: int | None = None,
+        limits: Spelled | Iterable[Spelled] = (),
+        max_wait: float | None = None,
+        max_retry_after: float = 3600.0,
+        name: str,
+        segment: Segment | None = None,
+    ) -> None:
+        if max_wait is not None and (
+            isinstance(max_wait, bool) or not isinstance(max_wait, (int, float)) or max_wait < 0
+        ):
+            raise ValueError(f"max_wait must be a number of seconds of 0 or more, not {max_wait!r}")
+        self._upstream = Upstream(limits, max_in_flight, max_retry_after, name, segment)
+        self._max_wait = max_wait
+
+    @property
+    def upstream(self) -> Upstream:
+        """To inspect the limits, and to end a pause: ``blocked(origin)``, ``in_flight(origin)``,
+        ``unblock(origin)``; an origin is ``https://example.com:443``."""
+        return self._upstream
+
+    def _wait(self, own: float | None) -> float | None:
+        """Seconds that a request may wait; None: without end. own: what the request itself says."""
+        return own if self._max_wait is None else self._max_wait
 
 
 def _now() -> float:

@@ -10,7 +10,8 @@
     @app.get("/search", dependencies=[Depends(RateLimit(TokenBucket(20, per=60)))])
     async def search(q: str) -> list[str]: ...
 
-For whole applications, streaming responses and limits by path, use the middleware:
+The key may be another dependency: ``RateLimit(..., key=Depends(user_id))``. For whole applications,
+streaming responses and limits by path, use the middleware:
 :mod:`fast_litellm_shm.integrations.asgi`.
 """
 
@@ -19,10 +20,11 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 try:
     from fastapi import HTTPException, Response, WebSocketException
+    from fastapi.params import Depends
     from fastapi.requests import HTTPConnection
     from starlette.routing import Host, Mount
 except ImportError as error:
@@ -78,7 +80,9 @@ class RateLimit:
 
     limits: 1 to 4, as of a rule of the middleware. key, cost: functions of a
     :class:`fast_litellm_shm.integrations.web.Request`, whose ``raw`` is FastAPI's; they may be
-    async. If the key is None, the request is not limited. name: routes with the same name share
+    async. The key may also be a dependency, ``key=Depends(user_id)``: FastAPI resolves it, with all
+    that it depends on, and it returns a str, bytes or None. If the key is None, the request is not
+    limited. name: routes with the same name share
     their counts. By default each route has counts of its own, by its path as the program has it: in
     a sub-application that is mounted at ``/t/{tenant}``, ``/search`` is one route for all tenants.
     Without a name the headers say ``default``.
@@ -98,7 +102,7 @@ class RateLimit:
     def __init__(
         self,
         *limits: Spelled,
-        key: KeyFunction = client_address,
+        key: KeyFunction | Depends = client_address,
         cost: Cost | CostFunction = 1,
         name: str | None = None,
         wait: float = 0,
@@ -115,6 +119,18 @@ class RateLimit:
     ) -> None:
         if not limits:
             raise ValueError("RateLimit needs at least one limit, such as TokenBucket(20, per=60)")
+        found = key if isinstance(key, Depends) else None
+        if found is not None and found.dependency is None:
+            raise TypeError("RateLimit: key=Depends() names no dependency; say Depends(user_id)")
+        if found is None and _depends(key):
+            name = getattr(key, "__name__", repr(key))
+            raise TypeError(
+                f"RateLimit: key={name} has parameters that FastAPI is to resolve; say "
+                f"key=Depends({name})"
+            )
+        self.__signature__ = _signature(found)
+        if isinstance(key, Depends):
+            key = _resolved
         self._key, self._exempt = key, frozenset(map(key_bytes, exempt))
         self._each_route = name is None
         self._mounts: dict[tuple[int, int], tuple[Any, Any, list[tuple[Mount, ...]]]] = {}
@@ -178,8 +194,12 @@ class RateLimit:
             chains = [each for each in chains if _leads(each, text)] or chains
         return "".join(mount.path for mount in chains[0]) if chains else ""
 
-    async def __call__(self, request: HTTPConnection, response: Response) -> Outcome | None:
-        outcome = await self._gate.check_async(AsgiRequest(request.scope, request))
+    async def __call__(
+        self, request: HTTPConnection, response: Response, key: Any = None
+    ) -> Outcome | None:
+        asked = _Request(request.scope, request)
+        asked.key = key
+        outcome = await self._gate.check_async(asked)
         if outcome is None:
             return None
         request.scope[MARK] = outcome
@@ -193,6 +213,46 @@ class RateLimit:
             else:  # of several dependencies, the last is the route's own
                 response.headers[name] = value
         return outcome
+
+
+class _Request(AsgiRequest):
+    """key: what the dependency returned that gives the key."""
+
+    __slots__ = ("key",)
+    key: Any
+
+
+def _resolved(request: WebRequest) -> Key:
+    """The key function where the key is a dependency."""
+    assert isinstance(request, _Request)
+    found: Key = request.key
+    return found
+
+
+def _depends(key: Any) -> bool:
+    """Is the function a dependency that has others, and not a key function?"""
+    try:
+        try:
+            parameters = inspect.signature(key, eval_str=True).parameters.values()
+        except NameError:  # of annotations that are for type checkers alone
+            parameters = inspect.signature(key).parameters.values()
+    except (TypeError, ValueError):  # no Python function
+        return False
+    found = [x for each in parameters for x in (each.default, *get_args(each.annotation))]
+    return any(isinstance(each, Depends) for each in found)
+
+
+def _signature(dependency: Depends | None) -> inspect.Signature:
+    """The parameters of ``RateLimit.__call__``, as FastAPI is to see them: ``key`` is one only
+    where a dependency gives it."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    found = [
+        inspect.Parameter("request", kind, annotation=HTTPConnection),
+        inspect.Parameter("response", kind, annotation=Response),
+    ]
+    if dependency is not None:
+        found.append(inspect.Parameter("key", kind, annotation=Any, default=dependency))
+    return inspect.Signature(found)
 
 
 def _route(scope: Mapping[str, Any]) -> Any:

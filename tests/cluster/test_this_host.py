@@ -49,8 +49,8 @@ def test_pauses_of_an_upstream(segment: Segment) -> None:
     from fast_litellm_shm.integrations._httpx_upstream import Upstream
 
     upstream = Upstream((), None, 60.0, "up", segment)
-    assert upstream.enter("http://a", 0.0) is None
-    assert asyncio.run(upstream.enter_async("http://a", 0.0)) is None
+    assert not upstream.begin("http://a", 0.0).holds
+    assert not asyncio.run(upstream.begin_async("http://a", 0.0)).holds
     upstream.block("http://a", 30.0)
     assert 29 < upstream.blocked("http://a") <= 30
     upstream.unblock("http://a")

@@ -114,3 +114,27 @@ class WsgiRequest(Request):
             variable = f"HTTP_{variable}"
         value = self.raw.get(variable)
         return None if value is None else str(value)
+
+
+class AiohttpRequest(Request):
+    """Of a request to aiohttp's server."""
+
+    __slots__ = ()
+
+    def __init__(self, request: Any) -> None:
+        url = request.rel_url
+        kept = url.raw_path
+        super().__init__(
+            _verb(request.method),
+            "",
+            request.remote or None,
+            request,
+            readings=read(url.path, "", None, kept if "%2f" in kept.lower() else ""),
+        )
+
+    def header(self, name: str) -> str | None:
+        found = self.raw.headers.getall(name, None)
+        return ", ".join(found) if found else None
+
+    def repeats(self, name: str) -> bool:
+        return len(self.raw.headers.getall(name, ())) > 1

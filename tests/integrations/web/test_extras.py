@@ -7,8 +7,18 @@ import sys
 
 import pytest
 
-HIDDEN = "fastapi starlette httpx flask django rest_framework celery rq"
-HIDE = f"import sys; sys.modules.update(dict.fromkeys({HIDDEN.split()}));"
+HIDDEN = [
+    *("fastapi", "starlette", "flask", "httpx", "httpx2", "requests", "aiohttp"),
+    *("langchain_core", "llama_index"),
+    *("django", "rest_framework", "celery", "rq"),
+]
+HIDE = f"import sys; sys.modules.update(dict.fromkeys({HIDDEN}));"
+EXTRAS = {
+    **{name: name for name in ("fastapi", "httpx", "httpx2", "requests", "aiohttp", "langchain")},
+    "aiohttp_server": "aiohttp",
+    "llama_index": "llama-index",
+    **{name: name.replace("_", "-") for name in ("django", "rest_framework", "celery", "rq")},
+}
 
 
 def imported(module: str) -> subprocess.CompletedProcess[str]:
@@ -18,16 +28,16 @@ def imported(module: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("module", ["fastapi", "httpx", "django", "rest_framework", "celery", "rq"])
+@pytest.mark.parametrize("module", EXTRAS)
 def test_what_is_missing_is_said(module: str) -> None:
     done = imported(module)
     assert done.returncode == 1
-    assert (
-        f'pip install "fast-litellm-shm[{module.replace("_", "-")}]"'
-        in done.stderr.splitlines()[-1]
-    )
+    assert f'pip install "fast-litellm-shm[{EXTRAS[module]}]"' in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("module", ["asgi", "wsgi", "web", "_httpx_upstream", "_tasks"])
+NEEDS_NOTHING = ["asgi", "wsgi", "web", "_httpx_upstream", "_httpx_transports", "_turns", "_tasks"]
+
+
+@pytest.mark.parametrize("module", NEEDS_NOTHING)
 def test_what_needs_nothing(module: str) -> None:
     assert imported(module).returncode == 0

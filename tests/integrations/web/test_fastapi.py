@@ -286,6 +286,79 @@ def test_by_header(segment: Segment) -> None:
         assert statuses(app, *["GET /"] * 2, headers={"X-Api-Key": key}) == [200, 429]
 
 
+RESOLVED: list[str] = []
+
+
+def token(authorization: Annotated[str, Header()]) -> str:
+    RESOLVED.append(authorization)
+    return authorization
+
+
+async def current_user(of: Annotated[str, Depends(token)]) -> dict[str, str]:
+    if of == "bad":
+        raise HTTPException(401)
+    return {"name": of}
+
+
+def user_name(user: Annotated[dict[str, str], Depends(current_user)]) -> str | None:
+    return None if user["name"] == "root" else user["name"]
+
+
+def test_the_key_is_a_dependency(segment: Segment) -> None:
+    """FastAPI resolves it with all that it depends on, once for a request; OpenAPI has it."""
+    app = FastAPI()
+    RESOLVED.clear()
+    limit = RateLimit(Limit(2), key=Depends(user_name), exempt=["ann"], segment=segment)
+
+    @app.get("/", dependencies=[Depends(limit)])
+    async def get(user: Annotated[dict[str, str], Depends(current_user)]) -> str:
+        return user["name"]
+
+    def ask(user: str, count: int) -> list[int]:
+        return statuses(app, *["GET /"] * count, headers={"Authorization": user})
+
+    assert ask("bob", 3) == [200, 200, 429]
+    assert RESOLVED == ["bob"] * 3
+    assert ask("eve", 1) == [200]
+    assert ask("ann", 3) + ask("root", 3) == [200] * 6
+    assert ask("bad", 1) == [401]
+    assert statuses(app, "GET /") == [422], "without the header"
+    (parameter,) = app.openapi()["paths"]["/"]["get"]["parameters"]
+    assert parameter["name"] == "authorization"
+
+
+def test_a_dependency_of_a_websocket_gives_the_key(segment: Segment) -> None:
+    app = FastAPI()
+
+    def user(name: str) -> str:
+        return name
+
+    limit = Depends(RateLimit(Window(1, 3600), key=Depends(user), segment=segment))
+
+    @app.websocket("/ws", dependencies=[limit])
+    async def serve(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await websocket.close()
+
+    client = TestClient(app)
+    for name in ("ann", "bob"):
+        with client.websocket_connect(f"/ws?name={name}"):
+            pass
+    with pytest.raises(WebSocketDenialResponse), client.websocket_connect("/ws?name=ann"):
+        raise AssertionError("it was let in")
+
+
+def test_dependencies_that_are_none(segment: Segment) -> None:
+    def by_default(authorization: str = Depends(token)) -> str:
+        return authorization
+
+    for wrong in (by_default, user_name):
+        with pytest.raises(TypeError, match=f"say key=Depends\\({wrong.__name__}\\)"):
+            RateLimit(Limit(1), key=wrong, segment=segment)
+    with pytest.raises(TypeError, match=r"key=Depends\(\) names no dependency"):
+        RateLimit(Limit(1), key=Depends(), segment=segment)
+
+
 def test_the_outcome_is_the_dependency(segment: Segment) -> None:
     app = FastAPI()
     limit = RateLimit(Limit(1), dry_run=True, segment=segment)

@@ -1,0 +1,52 @@
+"""One of several workers that use the SDK of Anthropic, and keep to an account's limit together.
+
+    export ANTHROPIC_API_KEY=...
+    python anthropic_client.py 10        # in as many shells as you like
+
+Prints how many of its calls were answered, and how many were refused, as JSON.
+"""
+
+import json
+import sys
+from collections import Counter
+
+import anthropic
+
+from fast_litellm_shm import FixedWindow
+from fast_litellm_shm.integrations.httpx2 import SharedLimitTransport
+
+
+def client() -> anthropic.Anthropic:
+    """A client whose calls all workers count together: at most 20 an hour, two at a time."""
+    transport = SharedLimitTransport(
+        name="anthropic-example",
+        limits=FixedWindow(20, per=3600),
+        max_in_flight=2,
+        max_wait=30,
+        on_refusal="respond",  # a call that is refused raises RateLimitError, without retries
+    )
+    return anthropic.Anthropic(http_client=anthropic.DefaultHttpxClient(transport=transport))
+
+
+def ask(count: int) -> Counter[str]:
+    """Make ``count`` calls."""
+    answers = Counter[str]()
+    with client() as limited:
+        for _ in range(count):
+            try:
+                limited.messages.create(
+                    model="claude-sonnet-5",
+                    max_tokens=10,
+                    messages=[{"role": "user", "content": "Say one word."}],
+                )
+                answers["answered"] += 1
+            except (
+                anthropic.RateLimitError
+            ) as error:  # the workers' own limit, or that of the account
+                print(error, error.response.headers.get("Retry-After"), file=sys.stderr)
+                answers["refused"] += 1
+    return answers
+
+
+if __name__ == "__main__":
+    print(json.dumps(ask(int(sys.argv[1]))))
