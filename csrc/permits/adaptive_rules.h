@@ -7,7 +7,7 @@
  *   limit    end (26) | changes (13) | limit (14) | top (4)          what calls may hold: the only word they go by
  *   turn     end (35) | best (14) | phase (2) | floor (6)            the last turn of the course: when, and why
  *   round    end (26) | calls (14) | tag (8) | rounds (7) | 2 (2)    since the turn
- *   latency  end (26) | mean of this round (16) | base (15)
+ *   latency  end (26) | mean (16) | base (15)
  *
  * They have the form of a window's state (algorithms.h): 1 (2 bits) | shift (5) | end >> shift | the rest.
  *
@@ -18,7 +18,8 @@
  * Congestion Avoidance in Computer Networks", 1989), in the form that CUBIC gave it (RFC 9438). Until the first refusal,
  * the limit grows by an eighth each round. A refusal says that the upstream takes less: the limit goes to nine tenths of
  * `best`, what was in flight less one, and then along a cubic curve: soon near `best`, for long close to it, and then
- * slowly beyond. So a probe, which may cost a refusal, comes once in about 45 rounds.
+ * slowly beyond. So a probe, which may cost a refusal, comes once in about 350
+ * calls, or 45 rounds of a small limit.
  *
  * gradient: a queue at the upstream shows as latency, before it refuses (TCP Vegas: Brakmo and Peterson, 1995; the
  * Gradient2Limit of Netflix/concurrency-limits; the adaptive concurrency filter of Envoy). Each round moves the limit a
@@ -36,12 +37,11 @@ enum { LEARNED_LIMIT, LEARNED_TURN, LEARNED_ROUND, LEARNED_LATENCY, LEARNED_WORD
 #define LEARNED_LIFE (UINT64_C(144) << 42) /* ns: 7.3 days without a call, and it is forgotten */
 #define LIMIT_SHIFT 31
 #define TURN_SHIFT 22 /* 4.2 ms: refusals so soon after each other are of one overload */
-#define CURVE_ROUNDS 32 /* from a refusal until the curve is at `best` again */
 #define MOST_ROUNDS 127
 #define MEASURE_ROUNDS 100
 #define FIRST_MEASURE 10
 #define LEAST_SAMPLES 10 /* latencies of a round */
-#define ONE 1024 /* of fractions: settings->tolerance, gradient */
+#define WHOLE 1024 /* of fractions: settings->tolerance, gradient */
 
 typedef struct {
   uint64_t words[LEARNED_WORDS]; /* 0: there is none */
@@ -202,7 +202,7 @@ static inline uint32_t adaptive_clamp(const fshm_adaptive *how, uint64_t limit) 
 static inline bool adaptive_valid(const fshm_adaptive *how) {
   return how->least >= 1 && how->least <= how->initial && how->initial <= how->most &&
          how->most <= FSHM_MAX_ADAPTIVE && how->algorithm <= FSHM_GRADIENT &&
-         how->tolerance >= ONE && how->tolerance <= 4 * ONE;
+         how->tolerance >= WHOLE && how->tolerance <= 4 * WHOLE;
 }
 
 static inline uint32_t root_of(uint32_t x) {
@@ -214,9 +214,15 @@ static inline uint32_t root_of(uint32_t x) {
 /* What a refusal takes off `best`, and so the height of the curve. */
 static inline uint32_t curve_step(uint32_t best) { return best < 20 ? 1 : (best + 5) / 10; }
 
-/* The limit so many rounds after a refusal: best + step * ((rounds - 32) / 32)^3, rounded. */
+/* In how many rounds the curve is at `best` again: so many that a probe comes once in some 350 calls at least, or, of
+ * small limits, once in 45 rounds. */
+static inline int64_t curve_rounds(uint32_t best) {
+  return best <= 8 ? 32 : best >= 32 ? 8 : 256 / best;
+}
+
+/* The limit so many rounds after a refusal: best + step * ((rounds - whole) / whole)^3, rounded. */
 static inline uint32_t curve_at(uint32_t best, unsigned rounds) {
-  const int64_t u = (int64_t)rounds - CURVE_ROUNDS, one = (int64_t)CURVE_ROUNDS * CURVE_ROUNDS * CURVE_ROUNDS;
+  const int64_t whole = curve_rounds(best), u = (int64_t)rounds - whole, one = whole * whole * whole;
   const int64_t off = (int64_t)curve_step(best) * u * u * u;
   const int64_t at = (int64_t)best + (off >= 0 ? off + one / 2 : off - one / 2) / one;
   return (uint32_t)(at < 1 ? 1 : at);
@@ -235,22 +241,26 @@ static inline uint32_t grown(const turn_t *t, uint32_t limit, unsigned rounds) {
 /* The limit after a round with this mean latency. */
 static inline uint32_t steered(const fshm_adaptive *how, uint32_t limit, uint32_t mean, uint32_t base) {
   const uint64_t low = latency_of(base) * how->tolerance, high = latency_of(mean);
-  const uint64_t gradient = max_u64(min_u64(low / high, ONE), ONE / 2);
-  const int64_t off = (int64_t)(limit * gradient / ONE + root_of(limit)) - (int64_t)limit;
+  const uint64_t gradient = max_u64(min_u64(low / high, WHOLE), WHOLE / 2);
+  const int64_t off = (int64_t)(limit * gradient / WHOLE + root_of(limit)) - (int64_t)limit;
   const int64_t to = (int64_t)limit + (off >= 0 ? off + 4 : off - 4) / 5;
   return (uint32_t)(to < 1 ? 1 : to);
 }
 
-/* The upstream refused a call. */
+/* The upstream refused a call. An overload lasts for a round trip from the turn that answers it: until then calls end that
+ * were accepted before, and what is sent for them may be refused again. It lowers the limit by half at most. */
 static inline void adaptive_refused(const fshm_adaptive *how, learned_t *w, const fshm_sample *call,
                                     uint64_t now) {
   uint32_t limit = adaptive_clamp(how, learned_limit(w->words[LEARNED_LIMIT]));
   turn_t t = turn_read(w->words[LEARNED_TURN], limit);
+  const uint32_t mean = latency_mean(w->words[LEARNED_LATENCY]);
+  const uint64_t over = plus_time(t.since, mean ? latency_of(mean) : 0);
   uint64_t at = now;
-  if (call->started_ns < t.since && t.phase == FSHM_PHASE_REFUSED) {
-    /* Of the overload that has lowered the limit already: one more that the upstream does not take. */
+  if (t.phase == FSHM_PHASE_REFUSED && call->started_ns < over) {
+    /* Sent before the turn: one more that the upstream does not take. After it: the turn was too small. */
+    const uint32_t less = call->started_ns < t.since ? 1 : curve_step(t.best);
     if (t.best <= t.floor) return;
-    t.best--;
+    t.best = (uint32_t)max_u64(minus(t.best, less), t.floor);
     at = minus(t.since, 1); /* the turn stays when it was */
   } else {
     const uint64_t fewer = call->in_flight ? call->in_flight - 1 : limit;
@@ -307,14 +317,14 @@ static inline void adaptive_served(const fshm_adaptive *how, learned_t *w, const
   const turn_t t = turn_read(w->words[LEARNED_TURN], limit);
   const bool used = 4 * (uint64_t)call->in_flight >= 3 * (uint64_t)limit;
   const bool steers = how->algorithm == FSHM_GRADIENT;
-  if (call->started_ns < t.since || (!steers && !used)) return;
+  if (call->started_ns < t.since) return;
   round_t r = round_read(w->words[LEARNED_ROUND], w->words[LEARNED_TURN]);
-  r.calls++;
-  if (steers) {
-    const uint64_t latency = w->words[LEARNED_LATENCY];
-    w->words[LEARNED_LATENCY] = latency_word(latency_add(latency_mean(latency), r.calls, call->duration_ns),
-                                             latency_base(latency), now);
-  }
+  if (used || steers) r.calls++;
+  const uint64_t latency = w->words[LEARNED_LATENCY];
+  const uint32_t nth = steers ? r.calls : 16; /* without rounds of latencies: a mean that forgets */
+  w->words[LEARNED_LATENCY] =
+      latency_word(latency_add(latency_mean(latency), nth, call->duration_ns), latency_base(latency), now);
+  if (!used && !steers) return;
   const bool over = r.calls >= (steers ? max_u64(limit, LEAST_SAMPLES) : limit);
   if (over) {
     r.calls = 0;

@@ -534,11 +534,11 @@ int semaphore_take_granted(fshm_limiter *l, const void *key, uint64_t length, co
   return FSHM_ASK;
 }
 
-#define COUNTED 1024 /* permits that an admitted call counts: 5 us */
+#define MOST_COUNTED 1024 /* permits that an admitted call counts: 5 us */
 
 /* How many permits of the key are held; of many, an estimate from every n-th line of four. */
 static uint32_t count_about(const holder_t *h, uint32_t limit) {
-  const uint32_t every = (limit + COUNTED - 1) / COUNTED;
+  const uint32_t every = (limit + MOST_COUNTED - 1) / MOST_COUNTED;
   uint32_t held = 0;
   for (uint32_t number = 0; number < limit; number++) {
     if (number % SLOTS_PER_LINE == 0 && every > 1) number += SLOTS_PER_LINE * (every - 1);

@@ -56,7 +56,7 @@ static uint64_t some_word(unsigned word, uint64_t now) {
 static void test_any_bits(void) {
   for (int i = 0, n = fewer(500000); i < n; i++) {
     fshm_adaptive how = {0, (uint32_t)random_scaled(1, FSHM_MAX_ADAPTIVE), 0, (uint32_t)random_below(2),
-                         (uint32_t)(ONE + random_below(3 * ONE))};
+                         (uint32_t)(WHOLE + random_below(3 * WHOLE))};
     how.most = (uint32_t)(how.least + random_below(FSHM_MAX_ADAPTIVE + 1 - how.least));
     how.initial = how.least;
     CHECK(adaptive_valid(&how));
@@ -121,8 +121,9 @@ static void test_limit_words(void) {
 
 /* the course */
 
-static const upstream_t refuses = {64, 0, 50 * MS, 1, MS, 400};
-static const upstream_t queues = {64, 100, 50 * MS, 1, MS, 400};
+static const upstream_t refuses = {64, 0, 50 * MS, 1, MS, 400, false};
+static const upstream_t rates = {64, 0, 50 * MS, 1, MS, 400, true};
+static const upstream_t queues = {64, 100, 50 * MS, 1, MS, 400, false};
 
 static void good(measured_t m, double use, double refused, const char *what, int line) {
   if (m.use < use || m.refused > refused)
@@ -140,18 +141,24 @@ static void test_halves(void) {
     for (uint32_t spread = 0; spread < 2; spread++) {
       for (uint32_t hidden = 16; hidden <= 128; hidden *= 2) {
         upstream_t up = refuses;
-        up.hidden = hidden;
-        up.spread = spread;
-        simulate_begin(&s, aimd, up);
-        (void)simulate(&s, 30 * SECOND);
-        GOOD(simulate(&s, 10 * SECOND), 0.9, 0.02, "aimd");
-        s.up.hidden /= 2;
-        const measured_t first = simulate(&s, 10 * SECOND);
-        CHECK(first.refused <= 0.02);
-        for (int j = 0; j < 3; j++) GOOD(simulate(&s, 10 * SECOND), 0.9, 0.02, "aimd, halved");
-        s.up.hidden *= 2;
-        (void)simulate(&s, 30 * SECOND);
-        GOOD(simulate(&s, 60 * SECOND), 0.9, 0.02, "aimd, doubled");
+        for (uint32_t kind = 0; kind < 2; kind++) {
+          up = kind ? rates : refuses;
+          up.hidden = hidden;
+          up.spread = spread;
+          up.duration = i % 2 ? 250 * MS : 50 * MS;
+          simulate_begin(&s, aimd, up);
+          (void)simulate(&s, 30 * SECOND);
+          GOOD(simulate(&s, 10 * SECOND), 0.9, 0.02, kind ? "rate" : "aimd");
+          s.up.hidden /= 2;
+          const measured_t first = simulate(&s, 10 * SECOND);
+          GOOD(first, 0.8, 0.03, kind ? "rate, first 10 s" : "aimd, first 10 s");
+          /* Of a rate, over half a minute: calls that begin together are refused together. */
+          for (int j = 0; j < 3; j++)
+            GOOD(simulate(&s, (kind ? 30 : 10) * SECOND), 0.9, 0.02, kind ? "rate, halved" : "aimd, halved");
+          s.up.hidden *= 2;
+          (void)simulate(&s, 60 * SECOND);
+          GOOD(simulate(&s, 60 * SECOND), 0.9, 0.02, kind ? "rate, doubled" : "aimd, doubled");
+        }
 
         up = queues;
         up.hidden = hidden;
@@ -181,11 +188,11 @@ static void test_other_upstreams(void) {
     upstream_t up;
     double use, refused;
   } cases[] = {
-      {{1, 0, 50 * MS, 1, MS, 50}, 0.9, 0.025},
-      {{2, 0, 50 * MS, 1, MS, 50}, 0.85, 0.02},
-      {{4, 0, 50 * MS, 1, MS, 50}, 0.9, 0.02},
-      {{20, 0, 3 * SECOND, 2, 20 * MS, 200}, 0.9, 0.02},
-      {{150, 0, 5 * MS, 1, MS, 400}, 0.9, 0.02},
+      {{1, 0, 50 * MS, 1, MS, 50, false}, 0.9, 0.025},
+      {{2, 0, 50 * MS, 1, MS, 50, false}, 0.85, 0.02},
+      {{4, 0, 50 * MS, 1, MS, 50, false}, 0.9, 0.02},
+      {{20, 0, 3 * SECOND, 2, 20 * MS, 200, false}, 0.9, 0.02},
+      {{150, 0, 5 * MS, 1, MS, 400, false}, 0.9, 0.02},
   };
   for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
     simulate_begin(&s, aimd, cases[i].up);

@@ -12,6 +12,7 @@ typedef struct {
   uint32_t spread; /* 0: always the same; 1: 0.3 to 1.7 of it; 2: log-normal, sigma 0.7, as of a language model */
   uint64_t refusal; /* ns until a refusal is there */
   uint32_t demand; /* callers */
+  bool rate; /* it begins hidden / duration calls a second, one second's at once, and refuses any other */
 } upstream_t;
 
 typedef struct {
@@ -28,6 +29,8 @@ typedef struct {
   in_call_t calls[MOST_CALLS];
   uint64_t free_at[MOST_CALLS]; /* of each of its servers */
   uint32_t count, accepted;
+  double tokens;
+  uint64_t filled;
   uint32_t highest; /* limit */
 } simulated_t;
 
@@ -58,10 +61,24 @@ static void simulate_begin(simulated_t *s, fshm_adaptive how, upstream_t up) {
   s->words.words[LEARNED_LIMIT] = limit_word_first(how.initial, s->now);
 }
 
+static bool has_token(simulated_t *s) {
+  const double a_second = s->up.hidden * 1e9 / (double)s->up.duration;
+  s->tokens += (double)(s->now - s->filled) / 1e9 * a_second;
+  s->filled = s->now;
+  if (s->tokens > a_second) s->tokens = a_second;
+  if (s->tokens < 1) return false;
+  s->tokens -= 1;
+  return true;
+}
+
 static void simulate_call(simulated_t *s) {
   in_call_t c = {0, s->now, s->count + 1, s->accepted >= s->up.hidden + s->up.queue};
+  if (s->up.rate) c.refused = !has_token(s);
   if (c.refused) {
     c.end = s->now + s->up.refusal;
+  } else if (s->up.rate) {
+    c.end = s->now + serving(&s->up);
+    s->accepted++;
   } else {
     uint32_t first = 0;
     for (uint32_t i = 1; i < s->up.hidden; i++)
