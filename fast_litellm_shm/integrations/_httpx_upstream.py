@@ -8,25 +8,34 @@ it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeAlias
 
 from fast_litellm_shm import limits
 from fast_litellm_shm._shared.native import Decision, Permit
 from fast_litellm_shm._shared.retry_after import retry_after as retry_after
 from fast_litellm_shm._shared.segment import Segment
-from fast_litellm_shm.exceptions import RateLimitExceeded
+from fast_litellm_shm.exceptions import FastShmError, RateLimitExceeded
+from fast_litellm_shm.limiters.adaptive import THROTTLED, AdaptiveCall, AdaptiveConcurrency
 from fast_litellm_shm.limiters.concurrency import ConcurrencyLimiter
 from fast_litellm_shm.limiters.rate import RateLimiter
 from fast_litellm_shm.limits import Spelled, TokenBucket
 
+Held: TypeAlias = Permit | AdaptiveCall  # by a request in flight
+
 _LONGEST_SLEEP = 1.0  # s: so much later a waiter notices that its pause was lifted
+_SERVER_ERROR = 500
+_log = logging.getLogger("fast_litellm_shm")
 
 
 class Upstream:
-    """limits: 0 to 4, for each origin. max_in_flight: 1 .. 100,000; None: no such limit.
+    """limits: 0 to 4, for each origin. max_in_flight: 1 .. 100,000; or an AdaptiveConcurrency, which
+    learns it from :meth:`ended`; None: no such limit.
     max_retry_after: the longest pause, in seconds, that a response can ask for. It comes from the
     network, and a mistake there must not stop all workers for a year. name: processes that use the
     same name share. segment: default ``Segment.default()``."""
@@ -34,7 +43,7 @@ class Upstream:
     def __init__(
         self,
         limits_: Spelled | Iterable[Spelled],
-        max_in_flight: int | None,
+        max_in_flight: int | AdaptiveConcurrency | None,
         max_retry_after: float,
         name: str,
         segment: Segment | None,
@@ -54,8 +63,10 @@ class Upstream:
         if chosen:
             found = limits.checked(chosen)
             self._rate = RateLimiter(*found, name=f"{name}: rate", segment=segment)
-        self._permits: ConcurrencyLimiter | None = None
-        if max_in_flight is not None:
+        self._permits: ConcurrencyLimiter | AdaptiveConcurrency | None = None
+        if isinstance(max_in_flight, AdaptiveConcurrency):
+            self._permits = max_in_flight
+        elif max_in_flight is not None:
             in_flight = f"{name}: in flight"
             self._permits = ConcurrencyLimiter(max_in_flight, name=in_flight, segment=segment)
         # One token, which no call ever consumes: a key that is blocked denies, any other admits.
@@ -80,13 +91,13 @@ class Upstream:
         """Requests in flight to the origin, of all processes; 0 without max_in_flight."""
         return 0 if self._permits is None else self._permits.in_flight(origin)
 
-    def enter(self, origin: str, timeout: float | None) -> Permit | None:
+    def enter(self, origin: str, timeout: float | None) -> Held | None:
         """Wait until a request may be sent to the origin, at most so many seconds; None: without
         end. Returns the permit to release when the response has been read. Raises
         RateLimitExceeded."""
         end = _end(timeout)
         self._pause(origin, end)  # rather than wait for a permit first
-        permit = None
+        permit: Held | None = None
         if self._permits is not None:
             permit = self._in_flight(origin, self._permits.wait(origin, _left(end)), timeout)
         with released_on_error(permit):
@@ -101,13 +112,13 @@ class Upstream:
                 if not self._pause(origin, end):
                     return permit
 
-    async def enter_async(self, origin: str, timeout: float | None) -> Permit | None:
+    async def enter_async(self, origin: str, timeout: float | None) -> Held | None:
         """enter() for asyncio."""
         end = _end(timeout)
         self._pause(origin, end)
-        permit = None
+        permit: Held | None = None
         if self._permits is not None:
-            found = await self._permits.wait_async(origin, _left(end))
+            found: Held = await self._permits.wait_async(origin, _left(end))
             permit = self._in_flight(origin, found, timeout)
         with released_on_error(permit):
             while True:
@@ -118,6 +129,40 @@ class Upstream:
                     self._in_rate(origin, decision, timeout)
                 if not self._pause(origin, end):
                     return permit
+
+    def ended(
+        self,
+        origin: str,
+        permit: Held | None,
+        *,
+        status: int,
+        seconds: float,
+        retry_after: float | None = None,
+    ) -> None:
+        """A response has come; the permit stays held until it has been read. status: of the
+        response, of which 429 and 503 are refusals. seconds: since the request was sent.
+        retry_after: its header, in seconds: the pause that a refusal asks for. A request that ends
+        by an exception: :func:`released_on_error`. Raises nothing: the response is good all the
+        same."""
+        refused = status in THROTTLED
+        try:
+            if refused and retry_after:
+                self.block(origin, retry_after)
+            if isinstance(permit, AdaptiveCall):
+                if refused:
+                    permit.throttled()  # the pause is here
+                elif status >= _SERVER_ERROR:
+                    permit.failed()
+                else:
+                    permit.ok(seconds)
+        except FastShmError as error:
+            _log.error(
+                "%s answered %s (Retry-After: %s s), and the other workers cannot be told",
+                origin,
+                status,
+                retry_after,
+                exc_info=error,
+            )
 
     def _pause(self, origin: str, end: float) -> float:
         """Seconds until the pause of the origin ends. Raises if the request may not wait for it."""
@@ -130,15 +175,18 @@ class Upstream:
             )
         return pause
 
-    def _in_flight(self, origin: str, permit: Permit, timeout: float | None) -> Permit:
-        if not permit and self._permits is not None:
-            raise RateLimitExceeded(
-                f"{self._name}: {permit.in_flight} of {self._permits.max_in_flight} requests to "
-                f"{origin} are in flight, and none ended within {timeout} s; wait longer, or raise "
-                "max_in_flight",
-                0.0,
-            )
-        return permit
+    def _in_flight(self, origin: str, permit: Held, timeout: float | None) -> Held:
+        if permit or self._permits is None:
+            return permit
+        if isinstance(self._permits, ConcurrencyLimiter):
+            most, do = self._permits.max_in_flight, "raise max_in_flight"
+        else:
+            most, do = self._permits.limit(origin), "see docs/adaptive.md if that limit is too low"
+        raise RateLimitExceeded(
+            f"{self._name}: {permit.in_flight} of {most} requests to {origin} are in flight, and "
+            f"none ended within {timeout} s; wait longer, or {do}",
+            0.0,
+        )
 
     def _in_rate(self, origin: str, decision: Decision, timeout: float | None) -> None:
         if not decision:
@@ -152,10 +200,13 @@ class Upstream:
 
 
 @contextmanager
-def released_on_error(permit: Permit | None) -> Iterator[None]:
+def released_on_error(permit: Held | None) -> Iterator[None]:
     try:
         yield
-    except BaseException:
+    except BaseException as error:
+        if isinstance(permit, AdaptiveCall):
+            with contextlib.suppress(FastShmError):
+                permit.ended(error)
         if permit is not None:
             permit.release()
         raise

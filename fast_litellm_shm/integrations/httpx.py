@@ -19,7 +19,7 @@ a request before that: they wait, or raise. See docs/httpx.md.
 from __future__ import annotations
 
 import functools
-import logging
+import time
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Generic, TypeVar
@@ -31,16 +31,19 @@ except ImportError as error:
         'fast_litellm_shm.integrations.httpx needs httpx: pip install "fast-litellm-shm[httpx]"'
     ) from error
 
-from fast_litellm_shm._shared.native import Permit
 from fast_litellm_shm._shared.segment import Segment
-from fast_litellm_shm.exceptions import FastShmError, RateLimitExceeded
-from fast_litellm_shm.integrations._httpx_upstream import Upstream, released_on_error, retry_after
+from fast_litellm_shm.exceptions import RateLimitExceeded
+from fast_litellm_shm.integrations._httpx_upstream import (
+    Held,
+    Upstream,
+    released_on_error,
+    retry_after,
+)
+from fast_litellm_shm.limiters.adaptive import AdaptiveConcurrency
 from fast_litellm_shm.limits import Spelled
 
 __all__ = ["AsyncSharedLimitTransport", "SharedLimitTimeout", "SharedLimitTransport"]
 
-_PAUSES = (429, 503)
-_log = logging.getLogger("fast_litellm_shm")
 _Transport = TypeVar("_Transport", httpx.BaseTransport, httpx.AsyncBaseTransport)
 _Sync = TypeVar("_Sync", bound="SharedLimitTransport")
 _Async = TypeVar("_Async", bound="AsyncSharedLimitTransport")
@@ -60,7 +63,7 @@ class SharedLimitTimeout(RateLimitExceeded, httpx.PoolTimeout):
 class _Body:
     """The body of a response. It releases the permit when it is closed."""
 
-    def __init__(self, stream: Any, permit: Permit) -> None:
+    def __init__(self, stream: Any, permit: Held) -> None:
         self._stream, self._permit = stream, permit
 
     def __iter__(self) -> Iterator[bytes]:
@@ -100,7 +103,7 @@ class _Limited(Generic[_Transport]):
         self,
         transport: _Transport | None = None,
         *,
-        max_in_flight: int | None = None,
+        max_in_flight: int | AdaptiveConcurrency | None = None,
         limits: Spelled | Iterable[Spelled] = (),
         max_wait: float | None = None,
         max_retry_after: float = 3600.0,
@@ -129,24 +132,14 @@ class _Limited(Generic[_Transport]):
         return timeout.get("pool")
 
     def _received(
-        self, origin: str, response: httpx.Response, permit: Permit | None
+        self, origin: str, response: httpx.Response, permit: Held | None, sent: float
     ) -> httpx.Response:
         """The response, whose body keeps the permit until it is closed; a pause that the response
-        asks for begins."""
+        asks for begins. sent: when, of time.monotonic()."""
         headers = response.headers
-        pause = None
-        if response.status_code in _PAUSES:
-            pause = retry_after(headers.get("Retry-After"), headers.get("Date"))
-        if pause:
-            try:
-                self.upstream.block(origin, pause)
-            except FastShmError as error:  # the response is good all the same
-                _log.error(
-                    "%s asks for a pause of %s s, and the other workers cannot be told",
-                    origin,
-                    pause,
-                    exc_info=error,
-                )
+        pause = retry_after(headers.get("Retry-After"), headers.get("Date"))
+        took, status = time.monotonic() - sent, response.status_code
+        self.upstream.ended(origin, permit, status=status, seconds=took, retry_after=pause)
         if permit is not None:
             if response.is_closed:  # read already, as a MockTransport's: it is not closed again
                 permit.release()
@@ -173,7 +166,8 @@ class SharedLimitTransport(_Limited[httpx.BaseTransport], httpx.BaseTransport):
     """Limits what ``transport`` sends (default: a new ``httpx.HTTPTransport``).
 
     max_in_flight: requests in flight to an origin, over all processes, 1 .. 100,000; a request
-    counts until its response is closed; None: no such limit. limits: up to 4 of TokenBucket,
+    counts until its response is closed; an AdaptiveConcurrency: a limit that is learned; None: no
+    such limit. limits: up to 4 of TokenBucket,
     FixedWindow, SlidingWindow, for each origin. max_wait: how many seconds a request may wait for
     all of these; 0: it may not wait; None: as long as its own ``pool`` timeout says (httpx's
     default: 5 s). max_retry_after: the longest pause, in seconds, that a response can ask for; up
@@ -191,7 +185,9 @@ class SharedLimitTransport(_Limited[httpx.BaseTransport], httpx.BaseTransport):
         with _timeout_of(request):
             permit = self.upstream.enter(origin, self._wait(request))
         with released_on_error(permit):
-            return self._received(origin, self._transport.handle_request(request), permit)
+            sent = time.monotonic()
+            response = self._transport.handle_request(request)
+            return self._received(origin, response, permit, sent)
 
     # The transport that sends may need its context.
 
@@ -216,8 +212,9 @@ class AsyncSharedLimitTransport(_Limited[httpx.AsyncBaseTransport], httpx.AsyncB
         with _timeout_of(request):
             permit = await self.upstream.enter_async(origin, self._wait(request))
         with released_on_error(permit):
+            sent = time.monotonic()
             response = await self._transport.handle_async_request(request)
-            return self._received(origin, response, permit)
+            return self._received(origin, response, permit, sent)
 
     async def __aenter__(self: _Async) -> _Async:
         await self._transport.__aenter__()
