@@ -3,10 +3,10 @@
 An HTTP server serves 64 requests of 250 ms at a time, and after a while 32. It refuses what comes
 beyond (429), or it begins as many a second as that makes and refuses the others, or it lets 4 times
 as many wait in line. Four processes with 32 asyncio tasks each send requests all the time, over
-connections of their own, through one AdaptiveConcurrency with initial=20. Counted by the server: how
-much of its limit was used, and which part of the requests it refused, in the 10 s after the change
-and from then on. Settled: seconds after the change from which on each 5 s have at least 90 % used and
-2 % refused at most. For comparison: each worker alone, with a limit of its own in its own process.
+connections of their own, through one AdaptiveConcurrency with initial=20. Counted by the server:
+how much of its limit was used, and which part of the requests it refused, in the 10 s after the
+change and from then on. Settled: seconds after the change from which on each 5 s have at least 90 %
+used and 2 % refused at most. For comparison: each worker alone, with a limit of its own.
 """
 
 from __future__ import annotations
@@ -70,7 +70,11 @@ async def _load(path: str, limit: AdaptiveConcurrency, end: float) -> None:
 
 def _worker(segment: str, path: str, algorithm: Any, end: float) -> None:
     limit = AdaptiveConcurrency(
-        name="bench", initial=20, max=200, algorithm=algorithm, segment=Segment(segment, capacity=CAPACITY)
+        name="bench",
+        initial=20,
+        max=200,
+        algorithm=algorithm,
+        segment=Segment(segment, capacity=CAPACITY),
     )
     asyncio.run(_load(path, limit, end))
 
@@ -78,7 +82,9 @@ def _worker(segment: str, path: str, algorithm: Any, end: float) -> None:
 def measure(kind: str, algorithm: str, change: float, end: float, shared: bool = True) -> Seconds:
     """What the server counted in each second."""
     context = multiprocessing.get_context("spawn")
-    names = [f"bench-adaptive-{time.monotonic_ns()}-{i}" for i in range(WORKERS if not shared else 1)]
+    names = [
+        f"bench-adaptive-{time.monotonic_ns()}-{i}" for i in range(WORKERS if not shared else 1)
+    ]
     segments = [Segment(name, capacity=CAPACITY) for name in names]
     with tempfile.TemporaryDirectory() as folder:
         path = str(pathlib.Path(folder) / "upstream")

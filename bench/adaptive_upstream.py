@@ -114,7 +114,9 @@ async def _serve(path: str, upstream: Upstream, change: float, end: float) -> No
         await asyncio.sleep(end - change)
 
 
-def serve(out: Connection, path: str, kind: str, limit: int, took: float, when: float, end: float) -> None:
+def serve(
+    out: Connection, path: str, kind: str, limit: int, took: float, when: float, end: float
+) -> None:
     """Serve until the end, halve the limit at `when`; then send the counts of each second."""
     upstream = Upstream(kind, limit, took)
     asyncio.run(_serve(path, upstream, when, end))

@@ -623,10 +623,16 @@ typedef struct {
   uint64_t started_ns, duration_ns; /* segment time; ns */
   uint32_t in_flight, throttled;
 } fshm_sample;
-enum fshm_phase { FSHM_PHASE_START = 0, FSHM_PHASE_REFUSED = 1, FSHM_PHASE_MEASURE = 2, FSHM_PHASE_STEADY = 3 };
+enum fshm_phase {
+  FSHM_PHASE_START = 0,
+  FSHM_PHASE_REFUSED = 1,
+  FSHM_PHASE_MEASURE = 2,
+  FSHM_PHASE_STEADY = 3
+};
 typedef struct {
   uint32_t limit; /* 0: nothing is learned of the key */
-  uint32_t best; /* what was in flight, less one, when the upstream last refused a call; the limit before it is measured */
+  uint32_t
+      best; /* what was in flight, less one, when the upstream last refused a call; the limit before it is measured */
   uint32_t phase; /* enum fshm_phase: the last turn */
   uint32_t calls, rounds; /* in this round; and rounds since the turn */
   uint32_t exact; /* 0: more than the limit may be in flight, from before it fell */
@@ -652,8 +658,8 @@ int fshm_adaptive_look(fshm_limiter *learned, const void *key, uint64_t key_leng
 /* The same of the key whose limit is in this slot. FSHM_OK; 0: there is none. */
 int fshm_adaptive_at(fshm_segment *segment, uint64_t slot, uint64_t now_ns, fshm_learned *out);
 /* Forget what is learned of the key, and end its pause: it begins with `initial` again. */
-int fshm_adaptive_forget(fshm_limiter *permits, fshm_limiter *learned, const fshm_adaptive *settings,
-                         const void *key, uint64_t key_length);
+int fshm_adaptive_forget(fshm_limiter *permits, fshm_limiter *learned,
+                         const fshm_adaptive *settings, const void *key, uint64_t key_length);
 
 /* Inspection -------------------------------------------------------------------------------- */
 /* FSHM_OK; 0: no limiter has this index; or FSHM_E_DAMAGED. */

@@ -12,7 +12,8 @@
 
 #define PAUSE LEARNED_WORDS /* the number of the word after those */
 #define PAUSE_SHIFT 18 /* 0.26 ms */
-#define END_TRIES 32 /* of learning from one call: a sample that is lost to so many others is not missed */
+#define END_TRIES \
+  32 /* of learning from one call: a sample that is lost to so many others is not missed */
 
 typedef struct {
   keyed_t k;
@@ -25,7 +26,8 @@ static uint64_t word_who(const keyed_t *k, unsigned word) {
 }
 /* Numbers 4 to 7 share a home line. */
 static uint64_t word_home(const keyed_t *k, unsigned word) {
-  return word == LEARNED_LIMIT ? k->hash : nth_hash(k->hash, SLOTS_PER_LINE + word % SLOTS_PER_LINE);
+  return word == LEARNED_LIMIT ? k->hash
+                               : nth_hash(k->hash, SLOTS_PER_LINE + word % SLOTS_PER_LINE);
 }
 static uint64_t word_look(const keyed_t *k, unsigned word, found_t *f) {
   table_find(k->s, word_home(k, word), word_who(k, word), f);
@@ -53,7 +55,8 @@ static COLD int pause_until(const keyed_t *k, uint64_t ns) {
     const uint64_t word = word_look(k, PAUSE, &f);
     if (!f.pair.who && !ns) return FSHM_OK;
     /* Rounded up: a state's end is rounded down. */
-    const uint64_t end = plus_time(plus_time(k->now, ns), ns ? (UINT64_C(1) << PAUSE_SHIFT) - 1 : 0);
+    const uint64_t end =
+        plus_time(plus_time(k->now, ns), ns ? (UINT64_C(1) << PAUSE_SHIFT) - 1 : 0);
     if (ns && pause_left(k, word) >= ns) return FSHM_OK;
     const int status = word_put(k, PAUSE, &f, ns ? learned_word(PAUSE_SHIFT, end, 1) : 0);
     if (status == CLAIMED) return FSHM_OK;
@@ -96,7 +99,8 @@ COLD int fshm_adaptive_admit(fshm_limiter *permits, fshm_limiter *learned, const
   status = FSHM_CONTENDED;
   for (int tries = 0; !pause && tries < MAX_TRIES; tries += CLAIM_TRIES) {
     const granted_t g = {k.hash, k.who, 0, 0, true};
-    status = semaphore_take_learned(permits, key, length, &g, now, permit, &out->version, in_flight);
+    status =
+        semaphore_take_learned(permits, key, length, &g, now, permit, &out->version, in_flight);
     if (status != FSHM_ASK) break;
     first_limit_t first = {&k, how->initial};
     table_find(k.s, k.hash, k.who, &f);
@@ -142,7 +146,8 @@ static COLD bool words_put(known_words_t *w, const learned_t *next, bool refused
     if (next->words[word] == before[word]) continue;
     int status = word_put(&w->k, word, &w->at[word], next->words[word]);
     if (status == CLAIM_LOST && !any) return false;
-    if (word == LEARNED_LIMIT && turned && status == CLAIM_LOST) status = limit_follow(w, to, refused);
+    if (word == LEARNED_LIMIT && turned && status == CLAIM_LOST)
+      status = limit_follow(w, to, refused);
     if (word == LEARNED_LIMIT && status == CLAIMED) *raised = to > learned_limit(before[word]);
     turned |= word == LEARNED_TURN && status == CLAIMED;
     any = true;
@@ -151,8 +156,8 @@ static COLD bool words_put(known_words_t *w, const learned_t *next, bool refused
 }
 
 COLD int fshm_adaptive_end(fshm_limiter *permits, fshm_limiter *learned, const fshm_adaptive *how,
-                           const void *key, uint64_t length, const fshm_sample *sample, uint64_t pause,
-                           uint64_t now) {
+                           const void *key, uint64_t length, const fshm_sample *sample,
+                           uint64_t pause, uint64_t now) {
   known_words_t w;
   bool raised = false;
   if (!adaptive_valid(how)) return FSHM_E_ARGUMENT;
@@ -187,7 +192,8 @@ static COLD void learned_tell(known_words_t *w, fshm_learned *out) {
   out->turn_ns = t.since ? minus(w->k.now, t.since) + 1 : 0;
   out->calls = r.calls;
   out->rounds = r.rounds;
-  const uint32_t mean = latency_mean(words[LEARNED_LATENCY]), base = latency_base(words[LEARNED_LATENCY]);
+  const uint32_t mean = latency_mean(words[LEARNED_LATENCY]),
+                 base = latency_base(words[LEARNED_LATENCY]);
   out->mean_ns = mean ? latency_of(mean) : 0;
   out->base_ns = base ? latency_of(base) : 0;
 }
@@ -209,8 +215,8 @@ COLD int fshm_adaptive_at(fshm_segment *s, uint64_t slot, uint64_t now, fshm_lea
   return status == FSHM_OK && !out->limit ? 0 : status;
 }
 
-COLD int fshm_adaptive_forget(fshm_limiter *permits, fshm_limiter *learned, const fshm_adaptive *how,
-                              const void *key, uint64_t length) {
+COLD int fshm_adaptive_forget(fshm_limiter *permits, fshm_limiter *learned,
+                              const fshm_adaptive *how, const void *key, uint64_t length) {
   known_words_t w;
   if (!adaptive_valid(how)) return FSHM_E_ARGUMENT;
   int status = keyed_begin(&w.k, learned, FSHM_LEASE, key, length, 0);

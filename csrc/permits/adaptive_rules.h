@@ -52,8 +52,8 @@ static inline bool learned_has(uint64_t word, unsigned shift) {
   return word >> 57 == ((unsigned)FSHM_WINDOW << 5 | shift);
 }
 static inline uint64_t learned_word(unsigned shift, uint64_t end, uint64_t rest) {
-  return (uint64_t)FSHM_WINDOW << 62 | (uint64_t)shift << 57 | min_u64(end, TIME_MAX) >> shift << shift |
-         (rest & ((UINT64_C(1) << shift) - 1));
+  return (uint64_t)FSHM_WINDOW << 62 | (uint64_t)shift << 57 |
+         min_u64(end, TIME_MAX) >> shift << shift | (rest & ((UINT64_C(1) << shift) - 1));
 }
 static inline uint64_t learned_later(uint64_t now) { return plus_time(now, LEARNED_LIFE); }
 
@@ -82,11 +82,13 @@ static inline unsigned top_code(uint32_t limit) {
 }
 
 /* The word after it. At the end of time (4.5 years): the same. */
-static inline uint64_t limit_word_after(uint64_t word, uint32_t limit, unsigned code, uint64_t now) {
+static inline uint64_t limit_word_after(uint64_t word, uint32_t limit, unsigned code,
+                                        uint64_t now) {
   const uint64_t had = learned_has(word, LIMIT_SHIFT) ? word << 7 >> (7 + LIMIT_REST) : 0;
   const uint64_t number = max_u64(had + 1, learned_later(now) >> LIMIT_SHIFT << 13);
   if (number >> LIMIT_NUMBER_BITS) return word;
-  return (uint64_t)((unsigned)FSHM_WINDOW << 5 | LIMIT_SHIFT) << 57 | number << LIMIT_REST | (uint64_t)limit << 4 | code;
+  return (uint64_t)((unsigned)FSHM_WINDOW << 5 | LIMIT_SHIFT) << 57 | number << LIMIT_REST |
+         (uint64_t)limit << 4 | code;
 }
 /* A first word says nothing of permits that may be held. */
 static inline uint64_t limit_word_first(uint32_t limit, uint64_t now) {
@@ -157,8 +159,8 @@ static inline round_t round_read(uint64_t word, uint64_t turn) {
   return r;
 }
 static inline uint64_t round_word(const round_t *r, uint64_t turn, uint64_t now) {
-  const uint64_t rest = (uint64_t)r->calls << 17 | (uint64_t)turn_tag(turn) << 9 |
-                        (uint64_t)r->rounds << 2 | 2;
+  const uint64_t rest =
+      (uint64_t)r->calls << 17 | (uint64_t)turn_tag(turn) << 9 | (uint64_t)r->rounds << 2 | 2;
   return learned_word(LIMIT_SHIFT, learned_later(now), rest);
 }
 
@@ -183,7 +185,8 @@ static inline uint32_t latency_base(uint64_t word) { /* 0: not measured yet */
   return learned_has(word, LIMIT_SHIFT) ? (uint32_t)(word & 0x7fff) << 1 : 0;
 }
 static inline uint64_t latency_word(uint32_t mean, uint32_t base, uint64_t now) {
-  return learned_word(LIMIT_SHIFT, learned_later(now), (uint64_t)(mean ? mean : 1) << 15 | base >> 1);
+  return learned_word(LIMIT_SHIFT, learned_later(now),
+                      (uint64_t)(mean ? mean : 1) << 15 | base >> 1);
 }
 /* The mean with the n-th latency of a round. Of a large round, those before fade, since their weights would be lost in
  * rounding. */
@@ -222,13 +225,16 @@ static inline int64_t curve_rounds(uint32_t best) {
 
 /* The limit so many rounds after a refusal: best + step * ((rounds - whole) / whole)^3, rounded. */
 static inline uint32_t curve_at(uint32_t best, unsigned rounds) {
-  const int64_t whole = curve_rounds(best), u = (int64_t)rounds - whole, one = whole * whole * whole;
+  const int64_t whole = curve_rounds(best), u = (int64_t)rounds - whole,
+                one = whole * whole * whole;
   const int64_t off = (int64_t)curve_step(best) * u * u * u;
   const int64_t at = (int64_t)best + (off >= 0 ? off + one / 2 : off - one / 2) / one;
   return (uint32_t)(at < 1 ? 1 : at);
 }
 /* A round raises the limit by an eighth at most. */
-static inline uint32_t raised_by_round(uint32_t limit) { return limit + (limit < 8 ? 1 : limit / 8); }
+static inline uint32_t raised_by_round(uint32_t limit) {
+  return limit + (limit < 8 ? 1 : limit / 8);
+}
 
 /* The limit after a round that was used, without a look at latencies. */
 static inline uint32_t grown(const turn_t *t, uint32_t limit, unsigned rounds) {
@@ -239,7 +245,8 @@ static inline uint32_t grown(const turn_t *t, uint32_t limit, unsigned rounds) {
 }
 
 /* The limit after a round with this mean latency. */
-static inline uint32_t steered(const fshm_adaptive *how, uint32_t limit, uint32_t mean, uint32_t base) {
+static inline uint32_t steered(const fshm_adaptive *how, uint32_t limit, uint32_t mean,
+                               uint32_t base) {
   const uint64_t low = latency_of(base) * how->tolerance, high = latency_of(mean);
   const uint64_t gradient = max_u64(min_u64(low / high, WHOLE), WHOLE / 2);
   const int64_t off = (int64_t)(limit * gradient / WHOLE + root_of(limit)) - (int64_t)limit;
@@ -277,7 +284,8 @@ static inline void adaptive_refused(const fshm_adaptive *how, learned_t *w, cons
 }
 
 /* A turn that is no refusal: the measuring of the base begins, or ends. */
-static inline void adaptive_turn(learned_t *w, unsigned phase, uint32_t best, uint32_t limit, uint64_t now) {
+static inline void adaptive_turn(learned_t *w, unsigned phase, uint32_t best, uint32_t limit,
+                                 uint64_t now) {
   const turn_t t = {0, best, 1, phase};
   w->words[LEARNED_TURN] = turn_word(&t, now);
   w->words[LEARNED_ROUND] = 0;
@@ -285,8 +293,8 @@ static inline void adaptive_turn(learned_t *w, unsigned phase, uint32_t best, ui
 }
 
 /* A round of latencies is over. */
-static inline void adaptive_steer(const fshm_adaptive *how, learned_t *w, const turn_t *t, round_t *r,
-                                  uint32_t limit, bool used, uint64_t now) {
+static inline void adaptive_steer(const fshm_adaptive *how, learned_t *w, const turn_t *t,
+                                  round_t *r, uint32_t limit, bool used, uint64_t now) {
   const uint32_t mean = latency_mean(w->words[LEARNED_LATENCY]);
   uint32_t base = latency_base(w->words[LEARNED_LATENCY]), to = limit;
   if (!base || t->phase == FSHM_PHASE_MEASURE) base = mean;
@@ -322,8 +330,8 @@ static inline void adaptive_served(const fshm_adaptive *how, learned_t *w, const
   if (used || steers) r.calls++;
   const uint64_t latency = w->words[LEARNED_LATENCY];
   const uint32_t nth = steers ? r.calls : 16; /* without rounds of latencies: a mean that forgets */
-  w->words[LEARNED_LATENCY] =
-      latency_word(latency_add(latency_mean(latency), nth, call->duration_ns), latency_base(latency), now);
+  w->words[LEARNED_LATENCY] = latency_word(
+      latency_add(latency_mean(latency), nth, call->duration_ns), latency_base(latency), now);
   if (!used && !steers) return;
   const bool over = r.calls >= (steers ? max_u64(limit, LEAST_SAMPLES) : limit);
   if (over) {

@@ -17,6 +17,7 @@ from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm._shared.spending import SpendingRow
 from fast_litellm_shm.cli import (
     budgets,
+    learned,
     permits_and_pools,
     problems,
     render,
@@ -205,6 +206,7 @@ class _Sample:
             raise segments.no_such_limiter(args.limiter, segment, names)
         self.permits, self.pools = permits_and_pools.held(self.inspection, args.limiter, args.match)
         self.waiting = permits_and_pools.waiting(self.inspection, args.limiter, args.match)
+        self.learned = learned.rows(self.inspection, args.limiter, args.match)
 
     def keys(self, top: int | None) -> Iterator[KeyRow]:
         args = self._args
@@ -250,6 +252,7 @@ class _Sample:
         head += render.section(title, _LIMITER_COLUMNS, limiters, _limiter_cells, out, most)
         if not limiters:
             head += [Text("It has no limiter yet."), Text()]
+        head += learned.table(self.learned, out, most)
         args, top = self._args, _TOP if self._args.top is None else self._args.top or None
         rows = top if most is None or top is None else min(most, top)
         head += budgets.table(self.inspection, out, rows, args.limiter, args.match)
@@ -263,8 +266,8 @@ class _Sample:
     def write_json(self) -> None:
         """Top level: segment, removed_users and vocabularies (only if there are any), cluster (only
         with limits over many hosts), durable (only with durable limits), limiters, processes,
-        permits, pools, waiting, budgets and spending (only if there are budgets), keys. Each key is
-        written as it is read."""
+        permits, pools, waiting, learned (only if there are limits that are learned), budgets and
+        spending (only if there are budgets), keys. Each key is written as it is read."""
         parts: dict[str, Any] = {"segment": self.stats}
         if self.removed_users:
             parts["removed_users"] = self.removed_users
@@ -276,6 +279,8 @@ class _Sample:
             parts["durable"] = self.durable
         for name in ("limiters", "processes", "permits", "pools", "waiting"):
             parts[name] = getattr(self, name)
+        if self.learned:
+            parts["learned"] = self.learned
         args, write, found = self._args, sys.stdout.write, self.inspection.spending
         found = [each for each in found if args.limiter in (None, each.name)]
         if found:

@@ -18,13 +18,15 @@ from typing import TypeAlias
 
 from fast_litellm_shm import limits
 from fast_litellm_shm._shared.native import Decision, Permit
-from fast_litellm_shm._shared.retry_after import retry_after as retry_after
+from fast_litellm_shm._shared.retry_after import retry_after
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.exceptions import FastShmError, RateLimitExceeded
 from fast_litellm_shm.limiters.adaptive import THROTTLED, AdaptiveCall, AdaptiveConcurrency
 from fast_litellm_shm.limiters.concurrency import ConcurrencyLimiter
 from fast_litellm_shm.limiters.rate import RateLimiter
 from fast_litellm_shm.limits import Spelled, TokenBucket
+
+__all__ = ["Held", "Upstream", "released_on_error", "retry_after"]
 
 Held: TypeAlias = Permit | AdaptiveCall  # by a request in flight
 
@@ -34,7 +36,7 @@ _log = logging.getLogger("fast_litellm_shm")
 
 
 class Upstream:
-    """limits: 0 to 4, for each origin. max_in_flight: 1 .. 100,000; or an AdaptiveConcurrency, which
+    """limits: 0 to 4, for each origin. max_in_flight: 1 .. 100,000; an AdaptiveConcurrency, which
     learns it from :meth:`ended`; None: no such limit.
     max_retry_after: the longest pause, in seconds, that a response can ask for. It comes from the
     network, and a mistake there must not stop all workers for a year. name: processes that use the

@@ -61,8 +61,8 @@ class LearnedLimit:
 
 
 class AdaptiveConcurrency(InSegment):
-    """At most so many calls in flight for each key as its upstream takes: a limit that all processes
-    of the host learn together, from how their calls end.
+    """At most as many calls in flight for each key as its upstream takes: a limit that all
+    processes of the host learn together, from how their calls end.
 
     name: processes that use the same name learn together. initial, min, max: the limit of a new
     key, and the bounds of any; 1 .. 10,000. A process that sets ``max`` sets it for all of the
@@ -204,7 +204,7 @@ class AdaptiveConcurrency(InSegment):
         """What is known of the key, and how it came."""
         raw, out = key_bytes(key), ffi.new("fshm_learned *")
         self._call(lib.fshm_adaptive_look, raw, len(raw), 0, out)
-        return learned_from(out, self._given["initial"], self._given["max"])
+        return learned_from(out, self._settings.initial, self._settings.most)
 
     # what it is told
 
@@ -451,8 +451,8 @@ class _Permits(ConcurrencyLimiter):
             )
         else:
             why = (
-                f"{permit.in_flight} calls are in flight, and the limit that was learned is "
-                f"{self._limit_of(key)}; wait longer, or look at docs/adaptive.md if that is too low"
+                f"{permit.in_flight} in flight, and the limit that was learned is "
+                f"{self._limit_of(key)}; wait longer, or see docs/adaptive.md if that is too low"
             )
         error = exceptions.PermitTimeoutError(
             f"limiter {self.name!r}: no call of key {key!r} may begin within {timeout} s: {why}"

@@ -55,8 +55,8 @@ static uint64_t some_word(unsigned word, uint64_t now) {
  * served never lowers it (aimd), nothing raises it by more than an eighth, and no word of it comes back. */
 static void test_any_bits(void) {
   for (int i = 0, n = fewer(500000); i < n; i++) {
-    fshm_adaptive how = {0, (uint32_t)random_scaled(1, FSHM_MAX_ADAPTIVE), 0, (uint32_t)random_below(2),
-                         (uint32_t)(WHOLE + random_below(3 * WHOLE))};
+    fshm_adaptive how = {0, (uint32_t)random_scaled(1, FSHM_MAX_ADAPTIVE), 0,
+                         (uint32_t)random_below(2), (uint32_t)(WHOLE + random_below(3 * WHOLE))};
     how.most = (uint32_t)(how.least + random_below(FSHM_MAX_ADAPTIVE + 1 - how.least));
     how.initial = how.least;
     CHECK(adaptive_valid(&how));
@@ -64,7 +64,8 @@ static void test_any_bits(void) {
     learned_t w;
     for (unsigned word = 0; word < LEARNED_WORDS; word++) w.words[word] = some_word(word, now);
     const learned_t before = w;
-    const fshm_sample call = {random_below(2) ? now : random_u64(), random_u64() >> random_below(64),
+    const fshm_sample call = {random_below(2) ? now : random_u64(),
+                              random_u64() >> random_below(64),
                               (uint32_t)random_u64() >> random_below(32), random_below(2) != 0};
     adaptive_next(&how, &w, &call, now);
     const uint64_t was = before.words[LEARNED_LIMIT], is = w.words[LEARNED_LIMIT];
@@ -79,10 +80,12 @@ static void test_any_bits(void) {
     if (!call.throttled && how.algorithm == FSHM_AIMD) CHECK_OP(next, >=, limit);
     if (!measured) CHECK_OP(next, <=, raised_by_round(limit));
     /* Permits that calls before it may hold are below the top. */
-    if (learned_has(was, LIMIT_SHIFT)) CHECK_OP(learned_top(is), >=, min_u64(learned_top(was), learned_limit(was)));
+    if (learned_has(was, LIMIT_SHIFT))
+      CHECK_OP(learned_top(is), >=, min_u64(learned_top(was), learned_limit(was)));
     if (next < learned_limit(was)) CHECK(!learned_clean(is));
     for (unsigned word = 0; word < LEARNED_WORDS; word++)
-      if (w.words[word] != before.words[word]) CHECK(!w.words[word] || state_possible(w.words[word]));
+      if (w.words[word] != before.words[word])
+        CHECK(!w.words[word] || state_possible(w.words[word]));
   }
 }
 
@@ -127,8 +130,8 @@ static const upstream_t queues = {64, 100, 50 * MS, 1, MS, 400, false};
 
 static void good(measured_t m, double use, double refused, const char *what, int line) {
   if (m.use < use || m.refused > refused)
-    fprintf(stderr, "line %d, %s: use %.3f, refused %.4f, latency %.2f\n", line, what, m.use, m.refused,
-            m.latency);
+    fprintf(stderr, "line %d, %s: use %.3f, refused %.4f, latency %.2f\n", line, what, m.use,
+            m.refused, m.latency);
   CHECK(m.use >= use);
   CHECK(m.refused <= refused);
 }
@@ -154,7 +157,8 @@ static void test_halves(void) {
           GOOD(first, 0.8, 0.03, kind ? "rate, first 10 s" : "aimd, first 10 s");
           /* Of a rate, over half a minute: calls that begin together are refused together. */
           for (int j = 0; j < 3; j++)
-            GOOD(simulate(&s, (kind ? 30 : 10) * SECOND), 0.9, 0.02, kind ? "rate, halved" : "aimd, halved");
+            GOOD(simulate(&s, (kind ? 30 : 10) * SECOND), 0.9, 0.02,
+                 kind ? "rate, halved" : "aimd, halved");
           s.up.hidden *= 2;
           (void)simulate(&s, 60 * SECOND);
           GOOD(simulate(&s, 60 * SECOND), 0.9, 0.02, kind ? "rate, doubled" : "aimd, doubled");
@@ -273,7 +277,8 @@ static void leave(world_t *w) {
 }
 static int admit(const world_t *w, const fshm_adaptive *how, uint64_t now, fshm_permit *permit,
                  fshm_decision *d, uint32_t *in_flight) {
-  const int status = fshm_adaptive_admit(w->permits, w->learned, how, KEY, now, permit, d, in_flight);
+  const int status =
+      fshm_adaptive_admit(w->permits, w->learned, how, KEY, now, permit, d, in_flight);
   CHECK_EQ(d->status, status);
   return status;
 }
@@ -359,13 +364,14 @@ static void test_same_course(void) {
     fshm_permit permit;
     fshm_decision d;
     uint32_t in_flight;
-    CHECK_EQ(fshm_adaptive_admit(w.permits, w.learned, &how, &key, 1, now, &permit, &d, &in_flight), FSHM_ALLOWED);
+    CHECK_EQ(fshm_adaptive_admit(w.permits, w.learned, &how, &key, 1, now, &permit, &d, &in_flight),
+             FSHM_ALLOWED);
     CHECK_EQ(fshm_permit_release(w.permits, &permit), 1);
     words.words[LEARNED_LIMIT] = limit_word_cleaned(limit_word_first(20, now), now);
     for (int i = 0; i < 20000; i++) {
       now += random_below(20 * MS);
-      const fshm_sample call = {now - random_below(100 * MS), random_below(100 * MS), (uint32_t)random_below(40),
-                                random_below(50) == 0};
+      const fshm_sample call = {now - random_below(100 * MS), random_below(100 * MS),
+                                (uint32_t)random_below(40), random_below(50) == 0};
       adaptive_next(&how, &words, &call, now);
       CHECK_EQ(fshm_adaptive_end(w.permits, w.learned, &how, &key, 1, &call, 0, now), FSHM_OK);
       fshm_learned l;
@@ -409,7 +415,8 @@ static void take_and_check(int i, void *with) {
     if (status == FSHM_ALLOWED) {
       mine++;
       const int64_t all = atomic_fetch_add(&g->shared->held, 1) + 1;
-      if (before && learned_limit(word_now(g->w)) == learned_limit(before) && word_now(g->w) == before) {
+      if (before && learned_limit(word_now(g->w)) == learned_limit(before) &&
+          word_now(g->w) == before) {
         CHECK_OP(all, <=, learned_limit(before));
         atomic_fetch_add(&g->shared->checked, 1);
       }
@@ -426,7 +433,9 @@ static void take_and_check(int i, void *with) {
       found_t f;
       CHECK_EQ(keyed_begin(&k, g->w->learned, FSHM_LEASE, KEY, now), FSHM_OK);
       const uint64_t word = word_look(&k, LEARNED_LIMIT, &f);
-      if (word) (void)word_put(&k, LEARNED_LIMIT, &f, limit_word_moved(word, 1 + (uint32_t)random_below(24), now));
+      if (word)
+        (void)word_put(&k, LEARNED_LIMIT, &f,
+                       limit_word_moved(word, 1 + (uint32_t)random_below(24), now));
     }
   }
   while (mine) {

@@ -9,10 +9,12 @@ typedef struct {
   uint32_t hidden; /* calls that it serves at a time */
   uint32_t queue; /* calls that wait there beyond; the next one is refused */
   uint64_t duration; /* ns that serving takes, as a mean */
-  uint32_t spread; /* 0: always the same; 1: 0.3 to 1.7 of it; 2: log-normal, sigma 0.7, as of a language model */
+  uint32_t
+      spread; /* 0: always the same; 1: 0.3 to 1.7 of it; 2: log-normal, sigma 0.7, as of a language model */
   uint64_t refusal; /* ns until a refusal is there */
   uint32_t demand; /* callers */
-  bool rate; /* it begins hidden / duration calls a second, one second's at once, and refuses any other */
+  bool
+      rate; /* it begins hidden / duration calls a second, one second's at once, and refuses any other */
 } upstream_t;
 
 typedef struct {

@@ -18,8 +18,8 @@ static fshm_learned learned_now(void) {
 }
 static int report_call(uint32_t throttled, uint64_t pause) {
   const fshm_sample sample = {NOW, 1000000, 6, throttled};
-  return fshm_adaptive_end(world.l, world.permit_leases, &learning, KEY, strlen(KEY), &sample, pause,
-                           world.now);
+  return fshm_adaptive_end(world.l, world.permit_leases, &learning, KEY, strlen(KEY), &sample,
+                           pause, world.now);
 }
 static void move_limit(uint32_t to) {
   const keyed_t k = side_of(world.permit_leases, KEY);
@@ -80,13 +80,17 @@ static void adaptive_fits(void) {
     broken("the limit is %u", known.limit);
   if (op->op == ADAPTIVE_TAKE && known.limit != (limit ? limit : learning.initial))
     broken("the limit is %u, and nobody has moved it", known.limit);
-  if (op->op == ADAPTIVE_REFUSED && known.limit > limit) broken("refused, and the limit is %u", known.limit);
-  if (op->op == ADAPTIVE_SERVED && known.limit < limit) broken("served, and the limit is %u", known.limit);
-  if (op->op == ADAPTIVE_SERVED && known.limit > limit + 1) broken("one round raised it to %u", known.limit);
+  if (op->op == ADAPTIVE_REFUSED && known.limit > limit)
+    broken("refused, and the limit is %u", known.limit);
+  if (op->op == ADAPTIVE_SERVED && known.limit < limit)
+    broken("served, and the limit is %u", known.limit);
+  if (op->op == ADAPTIVE_SERVED && known.limit > limit + 1)
+    broken("one round raised it to %u", known.limit);
   if (known.paused_ns) return;
   const uint32_t most = adaptive_exhaust(), holds = op->prior;
   if (most < max_u64(known.limit, holds) && !told->done && op->op == ADAPTIVE_TAKE) return;
-  if (most > max_u64(known.limit, held_at_start + 1)) broken("%u can be held of %u", most, known.limit);
+  if (most > max_u64(known.limit, held_at_start + 1))
+    broken("%u can be held of %u", most, known.limit);
 }
 
 static void adaptive_begin(void) { held_at_start = held_alive(world.l, KEY); }
@@ -98,7 +102,8 @@ static void adaptive_end(void) {
 static void adaptive_contend(void) {
   outcome_t mine = {0};
   const fshm_learned before = learned_now();
-  const uint32_t held = held_alive(world.l, KEY), limit = before.limit ? before.limit : learning.initial;
+  const uint32_t held = held_alive(world.l, KEY),
+                 limit = before.limit ? before.limit : learning.initial;
   op->run(&mine);
   if (op->op == ADAPTIVE_TAKE) {
     if ((held < limit) != (mine.status == FSHM_ALLOWED))
@@ -145,7 +150,8 @@ static void adaptive_raced(const outcome_t *mine) {
     const uint32_t limit = learned_now().limit;
     if (held != held_at_start + both) broken("%u are held after both", held);
     if (held > max_u64(limit, held_at_start)) broken("%u are held of %u", held, limit);
-    if (both != min_u64(2, minus(limit, held_at_start))) broken("%u of T and S were admitted", both);
+    if (both != min_u64(2, minus(limit, held_at_start)))
+      broken("%u of T and S were admitted", both);
   } else if (told->status != FSHM_OK || mine->status != FSHM_OK) {
     broken("they are answered %d and %d", told->status, mine->status);
   }

@@ -317,7 +317,7 @@ static void run_request_and_back(outcome_t *out) {
 #define LEASE_TAKES(answer) LEASES(run_lease_take, LEASE_TAKE, answer)
 #define LEASE_DROPS(answer) LEASES(run_lease_alone, LEASE_DROP, answer)
 #define LEASE_SETS(function, to) LEASES(function, LEASE_SET, FSHM_OK), .cost = (to)
-#define ADAPTIVE(function, which, answer)                                      \
+#define ADAPTIVE(function, which, answer)                                       \
   .make = start_adaptive, .holds = &adaptive, .run = (function), .op = (which), \
   .status = (answer), .capacity = 16, ONE(PERMITS(6))
 #define ADAPTIVE_TAKES(answer) ADAPTIVE(run_adaptive_take, ADAPTIVE_TAKE, answer)
@@ -782,7 +782,11 @@ static const operation_t operations[] = {
      .prior = 1,
      .flags = LOW_FREED,
      ROOM(4, 2, 2)},
-    {.name = "adaptive-take-over", ADAPTIVE_TAKES(0), .prior = 2, .flags = LOW_FREED, ROOM(4, 2, 2)},
+    {.name = "adaptive-take-over",
+     ADAPTIVE_TAKES(0),
+     .prior = 2,
+     .flags = LOW_FREED,
+     ROOM(4, 2, 2)},
     {.name = "adaptive-take-clean", ADAPTIVE_TAKES(1), .prior = 1, ROOM(4, 2, 2)},
     {.name = "adaptive-refused",
      ADAPTIVE(run_adaptive_refused, ADAPTIVE_REFUSED, FSHM_OK),
@@ -793,7 +797,9 @@ static const operation_t operations[] = {
      .prior = 2,
      .cost = 1,
      ROOM(5, 4, 0)},
-    {.name = "adaptive-served", ADAPTIVE(run_adaptive_served, ADAPTIVE_SERVED, FSHM_OK), ROOM(3, 3, 0)},
+    {.name = "adaptive-served",
+     ADAPTIVE(run_adaptive_served, ADAPTIVE_SERVED, FSHM_OK),
+     ROOM(3, 3, 0)},
     {.name = "adaptive-served-round",
      ADAPTIVE(run_adaptive_served, ADAPTIVE_SERVED, FSHM_OK),
      .cost = 2,

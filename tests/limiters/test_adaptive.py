@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import os
 import pickle
 import signal
@@ -27,6 +28,7 @@ from fast_litellm_shm import (
     QueueFullError,
     RateLimitExceeded,
     Segment,
+    cli,
 )
 from fast_litellm_shm._shared.inspection import Inspection
 from fast_litellm_shm.limiters.adaptive import refusal
@@ -149,10 +151,10 @@ def test_a_pause_holds_for_all(segment: Segment) -> None:
     assert 0 < other.blocked("k") <= 60.001  # in units of 0.26 ms
     denied = other.acquire("k")
     assert not denied and 0 < denied.retry_after <= 60.001
-    with pytest.raises(PermitTimeoutError, match="asked for a pause, of which") as raised:
-        with other.slot("k", timeout=5):  # at once: it would wait in vain
-            pass
-    assert 0 < raised.value.retry_after <= 60.001  # type: ignore[attr-defined]
+    why = "asked for a pause, of which"
+    with pytest.raises(PermitTimeoutError, match=why) as raised, other.slot("k", timeout=5):
+        pass  # it is raised at once: the call would wait in vain
+    assert 0 < raised.value.retry_after <= 60.001
     other.block("k", 1)  # the longer one stays
     assert limit.blocked("k") > 50
     other.unblock("k")
@@ -203,8 +205,8 @@ def test_time_outs_and_full_queues_say_what_is_so(segment: Segment) -> None:
     with pytest.raises(PermitTimeoutError) as raised, limit.slot("k", timeout=0.01):
         pass
     assert str(raised.value) == (
-        "limiter 'up': no call of key 'k' may begin within 0.01 s: 1 calls are in flight, and the "
-        "limit that was learned is 1; wait longer, or look at docs/adaptive.md if that is too low"
+        "limiter 'up': no call of key 'k' may begin within 0.01 s: 1 in flight, and the limit "
+        "that was learned is 1; wait longer, or see docs/adaptive.md if that is too low"
     )
     with pytest.raises(QueueFullError), limit.slot("k", timeout=1, max_waiting=0):
         pass
@@ -341,11 +343,24 @@ def test_a_call_that_is_dropped_gives_its_permit_back(segment: Segment) -> None:
     assert limit.in_flight("k") == 0
 
 
-def test_it_is_one_limiter_in_inspection(segment: Segment) -> None:
+def test_inspection(segment: Segment, capsys: pytest.CaptureFixture[str]) -> None:
     limit = make(segment)
-    with limit.slot("k"):
-        pass
-    assert [each["name"] for each in Inspection(segment).limiters()] == ["up"]
+    with limit.slot("k") as call:
+        call.throttled(retry_after=60)
+        found = Inspection(segment)
+        (permits,) = found.in_flight()
+    assert [each["name"] for each in found.limiters()] == ["up"]
+    (learned,) = found.learned
+    assert (learned["limiter"], learned["key"], learned["limit"]) == ("up", "k", 1)
+    assert (learned["phase"], learned["best"]) == ("refused", 2)
+    assert learned["blocked_seconds"] > 50
+    assert permits["max_in_flight"] == 1
+    cli.main(["inspect", "--name", segment.name, "--json"])
+    assert json.loads(capsys.readouterr().out)["learned"][0]["limit"] == 1
+    cli.main(["inspect", "--name", segment.name])
+    shown = capsys.readouterr().out
+    assert "Learned limits (1)" in shown and "refused" in shown
+    assert list(found.keys()) == []
 
 
 # processes
@@ -386,7 +401,8 @@ def test_what_a_killed_worker_held_comes_back(segment_name: str) -> None:
     limit = AdaptiveConcurrency(name="up", initial=2, max=4, segment=segment)
     code = (
         "import time; from fast_litellm_shm import AdaptiveConcurrency, Segment\n"
-        f"limit = AdaptiveConcurrency(name='up', initial=2, max=4, segment=Segment({segment_name!r}))\n"
+        f"segment = Segment({segment_name!r})\n"
+        "limit = AdaptiveConcurrency(name='up', initial=2, max=4, segment=segment)\n"
         "held = [limit.acquire('k'), limit.acquire('k')]\n"
         "print(all(held), flush=True); time.sleep(600)\n"
     )
