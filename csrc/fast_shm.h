@@ -692,6 +692,60 @@ int fshm_permit_lease_admit(fshm_limiter *permits, fshm_limiter *leases, fshm_li
                             const void *key, uint64_t key_length, uint32_t alone, uint64_t now_ns,
                             fshm_permit *permit, fshm_decision *out, uint32_t *in_flight);
 
+/* Limits that are learned ------------------------------------------------------------------------ */
+/* A limit of calls in flight, for each key, that all processes of the host learn together from how the calls end. Two
+ * limiters: `permits`, of one FSHM_PERMITS limit, grants at most `most`; `learned`, of one FSHM_LEASE limit, keeps what is
+ * learned, in up to five slots of the table for each key. */
+#define FSHM_MAX_ADAPTIVE 10000
+enum fshm_algorithm { FSHM_AIMD = 0, FSHM_GRADIENT = 1 };
+/* 1 <= least <= initial <= most <= FSHM_MAX_ADAPTIVE. tolerance (gradient): 1024ths of the base latency that are no queue
+ * yet, 1024 .. 4096. */
+typedef struct {
+  uint32_t initial, least, most, algorithm, tolerance;
+} fshm_adaptive;
+/* How a call ended. in_flight: as fshm_adaptive_admit() reported it. throttled: the upstream refused it. */
+typedef struct {
+  uint64_t started_ns, duration_ns; /* segment time; ns */
+  uint32_t in_flight, throttled;
+} fshm_sample;
+enum fshm_phase {
+  FSHM_PHASE_START = 0,
+  FSHM_PHASE_REFUSED = 1,
+  FSHM_PHASE_MEASURE = 2,
+  FSHM_PHASE_STEADY = 3
+};
+typedef struct {
+  uint32_t limit; /* 0: nothing is learned of the key */
+  uint32_t
+      best; /* what was in flight, less one, when the upstream last refused a call; the limit before it is measured */
+  uint32_t phase; /* enum fshm_phase: the last turn */
+  uint32_t calls, rounds; /* in this round; and rounds since the turn */
+  uint32_t exact; /* 0: more than the limit may be in flight, from before it fell */
+  uint64_t turn_ns; /* since the turn; 0: there was none */
+  uint64_t paused_ns; /* no call is admitted for so long */
+  uint64_t base_ns, mean_ns; /* latency without a queue, and of this round; 0: not known */
+} fshm_learned;
+/* Take a permit below the learned limit. FSHM_DENIED: out->retry_after_ns says for how long the key is paused; 0: until a
+ * permit is released. *in_flight: of the key, with this call if it was admitted; above 1,000 an estimate. */
+int fshm_adaptive_admit(fshm_limiter *permits, fshm_limiter *learned, const fshm_adaptive *settings,
+                        const void *key, uint64_t key_length, uint64_t now_ns, fshm_permit *permit,
+                        fshm_decision *out, uint32_t *in_flight);
+/* Learn from a call that ended. pause_ns: admit no call of the key for so long. FSHM_OK, or an error. */
+int fshm_adaptive_end(fshm_limiter *permits, fshm_limiter *learned, const fshm_adaptive *settings,
+                      const void *key, uint64_t key_length, const fshm_sample *sample,
+                      uint64_t pause_ns, uint64_t now_ns);
+/* Admit no call of the key for so long; an earlier pause that ends later stays. 0: end the pause. */
+int fshm_adaptive_pause(fshm_limiter *permits, fshm_limiter *learned, const void *key,
+                        uint64_t key_length, uint64_t ns, uint64_t now_ns);
+/* What is known of the key. FSHM_OK, or an error. */
+int fshm_adaptive_look(fshm_limiter *learned, const void *key, uint64_t key_length, uint64_t now_ns,
+                       fshm_learned *out);
+/* The same of the key whose limit is in this slot. FSHM_OK; 0: there is none. */
+int fshm_adaptive_at(fshm_segment *segment, uint64_t slot, uint64_t now_ns, fshm_learned *out);
+/* Forget what is learned of the key, and end its pause: it begins with `initial` again. */
+int fshm_adaptive_forget(fshm_limiter *permits, fshm_limiter *learned,
+                         const fshm_adaptive *settings, const void *key, uint64_t key_length);
+
 /* Inspection -------------------------------------------------------------------------------- */
 /* FSHM_OK; 0: no limiter has this index; or FSHM_E_DAMAGED. */
 int fshm_limiter_at(fshm_segment *segment, uint32_t index, fshm_limiter_info *out);

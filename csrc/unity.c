@@ -31,6 +31,7 @@
 #include "limits/stored.c"
 #include "leasing/token_lease.c"
 #include "leasing/permit_lease.c"
+#include "permits/adaptive.c"
 #include "stats/token_memo.c"
 #include "stats/histogram.c"
 #include "stats/deployments.c"

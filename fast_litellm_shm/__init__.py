@@ -20,6 +20,7 @@ from fast_litellm_shm.limits import FixedWindow, Limit, SlidingWindow, TokenBuck
 
 if TYPE_CHECKING:
     from fast_litellm_shm.fast_litellm import *  # noqa: F403
+    from fast_litellm_shm.limiters.adaptive import AdaptiveCall, AdaptiveConcurrency
     from fast_litellm_shm.limiters.budget import Budget, Reservation
     from fast_litellm_shm.limiters.concurrency import ConcurrencyLimiter
     from fast_litellm_shm.limiters.decorators import limited
@@ -37,6 +38,7 @@ __all__ = [
     "RateLimiter",
     "HierarchyLimiter",
     "ConcurrencyLimiter",
+    "AdaptiveConcurrency",
     "Quota",
     "Budget",
     "limited",
@@ -44,6 +46,7 @@ __all__ = [
     # their answers
     "Decision",
     "Permit",
+    "AdaptiveCall",
     "Admission",
     "Reservation",
     "Batch",
@@ -55,6 +58,7 @@ if not TYPE_CHECKING:  # with it, a type checker would accept every name
     _load = loader(
         __name__,
         {
+            "limiters.adaptive": "AdaptiveCall AdaptiveConcurrency",
             "limiters.budget": "Budget Reservation",
             "limiters.concurrency": "ConcurrencyLimiter",
             "limiters.decorators": "limited",

@@ -208,6 +208,17 @@ class Core:
         keys: dict[Any, int] = ...,
         /,
     ) -> None: ...
+    def _bind_adaptive(
+        self,
+        learned: Any,
+        learned_address: int,
+        initial: int,
+        least: int,
+        most: int,
+        algorithm: int,
+        tolerance: int,
+        /,
+    ) -> None: ...
 
 _Keys: TypeAlias = (
     tuple[str | bytes, ...]

@@ -102,7 +102,10 @@ class RateLimitExceeded(FastShmError):
 
 
 class PermitTimeoutError(FastShmError, TimeoutError):
-    """No permit, or no pooled connection, became free in time."""
+    """No permit, or no pooled connection, became free in time. ``retry_after``: seconds until one
+    can be had; 0.0: when one is released, and it is not known when."""
+
+    retry_after: float = 0.0
 
 
 class QueueFullError(PermitTimeoutError):

@@ -126,7 +126,7 @@ COLD int fshm_permit_lease_admit(fshm_limiter *permits, fshm_limiter *leases, fs
   memset(out, 0, sizeof *out);
   *in_flight = 0;
   int status = keyed_begin(&k, leases, FSHM_LEASE, key, length, now);
-  granted_t g = {k.hash, k.who, 0, alone};
+  granted_t g = {k.hash, k.who, 0, alone, false};
   if (status == FSHM_OK && alone) status = word_lower(&k, true, 0, true, &g.dropped);
   if (status == FSHM_OK)
     status =

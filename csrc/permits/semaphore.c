@@ -12,6 +12,7 @@
 #include "../limits/limiter.h"
 #include "../limits/limits.h"
 #include "../stats/key_stats.h"
+#include "adaptive_rules.h"
 #include "changes.h"
 #include "semaphore.h"
 #include "wait_queue.h"
@@ -284,11 +285,41 @@ static inline HOT bool stands(holder_t *h, const limiter_entry_t *e, snapshot_t 
   return stands_counted(h, snapshot, number, held);
 }
 
+/* Is it also within the learned limit? As stands_granted(): each valid permit has a number below the limit, or all were
+ * counted. DESIGN.md, "Limits that are learned". *held is set where more are held than the limit. */
+static COLD bool stands_learned(const holder_t *h, const snapshot_t *snapshot, const granted_t *g,
+                                uint32_t number, uint32_t *held) {
+  found_t f;
+  after_swap(); /* pairs with the fence below: it sees our permit, or we see its word */
+  table_find(h->s, g->hash, g->who, &f);
+  const uint64_t word = f.pair.who ? f.pair.when : 0;
+  const uint32_t limit = learned_limit(word);
+  if (number >= limit) return false;
+  if (likely(learned_clean(word))) return true;
+  liveness_t liveness = {0};
+  /* Of the word's top and the name's bound each says which permits may be held. */
+  const uint64_t of_name = limits_most_permits(limits_most(h->s, h->limiter->index), snapshot);
+  const uint32_t top = (uint32_t)min_u64(learned_top(word), of_name);
+  atomic_thread_fence(memory_order_seq_cst); /* the word, then the permits */
+  const uint32_t below = count_held(h, 0, limit < top ? limit : top, &liveness);
+  const uint32_t beyond = count_held(h, limit, top, &liveness);
+  if (below + beyond > limit) {
+    *held = below + beyond;
+    return false;
+  }
+  if (!beyond && f.pair.who) {
+    pair_t clean = {f.pair.who, limit_word_cleaned(word, h->now)};
+    (void)pair_cas(&h->s->slots[f.slot], &f.pair, clean); /* lost: another call will do it */
+  }
+  return true;
+}
+
 /* Is it also within the permit lease of this host? Each valid permit has a number below the lease, or all were
  * counted: DESIGN.md, "Permits over many hosts". */
 static __attribute__((noinline)) bool stands_granted(const holder_t *h, const snapshot_t *snapshot,
                                                      const granted_t *g, uint32_t number,
                                                      uint32_t *held) {
+  if (g->learned) return stands_learned(h, snapshot, g, number, held);
   after_swap(); /* pairs with the swap and the scan of permit_lease.c: it sees our permit, or we see its word */
   uint64_t word = granted_word(h->s, g);
   uint64_t most = g->alone;
@@ -501,6 +532,47 @@ int semaphore_take_granted(fshm_limiter *l, const void *key, uint64_t length, co
     if (!h.fixed) h.now = segment_now(h.s);
   }
   return FSHM_ASK;
+}
+
+#define MOST_COUNTED 1024 /* permits that an admitted call counts: 5 us */
+
+/* How many permits of the key are held; of many, an estimate from every n-th line of four. */
+static uint32_t count_about(const holder_t *h, uint32_t limit) {
+  const uint32_t every = (limit + MOST_COUNTED - 1) / MOST_COUNTED;
+  uint32_t held = 0;
+  for (uint32_t number = 0; number < limit; number++) {
+    if (number % SLOTS_PER_LINE == 0 && every > 1) number += SLOTS_PER_LINE * (every - 1);
+    found_t f;
+    table_find(h->s, nth_hash(h->hash, number), permit_who(h->limiter->index, h->hash, number), &f);
+    held += f.pair.who && IS_PERMIT(f.pair.when);
+  }
+  return held * every;
+}
+
+int semaphore_take_learned(fshm_limiter *l, const void *key, uint64_t length, const granted_t *g,
+                           uint64_t now, fshm_permit *out, uint64_t *version, uint32_t *held) {
+  holder_t h;
+  snapshot_t snapshot;
+  bool member = holder_make(&h, l, key, length, now);
+  if (!limits_load(h.s, l->index, &snapshot)) return damage_limits(h.s, l->index);
+  *version = CURRENT_VERSION(snapshot.current);
+  if (!snapshot.permits) return FSHM_E_ARGUMENT;
+  if (!member) return process_refusal(h.s);
+  for (int tries = 0; tries < GRANTED_TRIES; tries++) {
+    const uint64_t word = granted_word(h.s, g);
+    if (!word) return FSHM_ASK;
+    const uint32_t n = (uint32_t)min_u64(learned_limit(word), snapshot.permits);
+    *held = 0;
+    int status = take_permit(&h, &snapshot, n, g, out, held);
+    if (status == FSHM_ALLOWED) *held = count_about(&h, n);
+    if (status != FSHM_ASK) return status;
+    if (*held) { /* more than the limit, from before it fell */
+      *held -= 1;
+      return FSHM_DENIED;
+    }
+    if (!h.fixed) h.now = segment_now(h.s);
+  }
+  return FSHM_DENIED; /* the limit falls all the time */
 }
 
 uint32_t semaphore_count(fshm_limiter *l, const void *key, uint64_t length, uint64_t from) {

@@ -16,6 +16,7 @@ typedef struct {
   uint64_t hash, who; /* of the slot of its word */
   uint64_t dropped; /* alone: the word after it was dropped */
   uint32_t alone; /* the server is unreachable: at most so many on this host; 0: within the lease */
+  bool learned; /* the word is a learned limit (adaptive_rules.h) */
 } granted_t;
 
 static inline uint64_t granted_word(const fshm_segment *s, const granted_t *g) {
@@ -26,6 +27,9 @@ static inline uint64_t granted_word(const fshm_segment *s, const granted_t *g) {
 
 /* FSHM_ASK: not within the lease. */
 int semaphore_take_granted(fshm_limiter *l, const void *key, uint64_t length, const granted_t *g,
+                           uint64_t now, fshm_permit *out, uint64_t *version, uint32_t *held);
+/* Take a permit below the learned limit. *held: as seen, with the permit taken. FSHM_ASK: nothing is learned yet. */
+int semaphore_take_learned(fshm_limiter *l, const void *key, uint64_t length, const granted_t *g,
                            uint64_t now, fshm_permit *out, uint64_t *version, uint32_t *held);
 /* Count the key's held permits with numbers from `from` on. Frees those of dead processes. */
 uint32_t semaphore_count(fshm_limiter *l, const void *key, uint64_t length, uint64_t from);

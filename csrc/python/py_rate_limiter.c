@@ -13,6 +13,13 @@
 
 enum { ON_FULL_DENY = 0, ON_FULL_ALLOW = 1, ON_FULL_RAISE = 2, ON_FULL_SHARE = 3 };
 
+/* Of a limit that is learned. Set once, by _bind_adaptive(). */
+typedef struct {
+  fshm_limiter *learned; /* NULL: the limit is the name's */
+  PyObject *handle; /* owns it */
+  fshm_adaptive settings;
+} adaptive_t;
+
 typedef struct {
   PyObject_HEAD
   fshm_limiter *limiter; /* set once, by _bind() */
@@ -27,6 +34,7 @@ typedef struct {
   int on_full;
   uint64_t warned; /* clock: the time of the last warning about shared counters */
   cluster_t cluster;
+  adaptive_t adaptive;
   measure_t measure; /* is_allowed(), check(), acquire() */
   plans_t plans;
   uint32_t plan; /* of a plan: 1 + its number in the limiter that has plans */
@@ -437,6 +445,9 @@ static PyObject *core_admit(PyObject *o, PyObject *const *args, Py_ssize_t n, Py
   if (self->cluster.keys)
     failed = cluster_admit(o, &self->cluster, self->limiter, in[0], &k, &p->permit, &p->d,
                            &p->in_flight);
+  else if (self->adaptive.learned)
+    fshm_adaptive_admit(self->limiter, self->adaptive.learned, &self->adaptive.settings, k.bytes,
+                        (uint64_t)k.length, 0, &p->permit, &p->d, &p->in_flight);
   else
     fshm_admit(self->limiter, k.bytes, (uint64_t)k.length, in[1] ? costs : NULL, 0, &p->permit,
                &p->d, &p->in_flight);
@@ -760,6 +771,22 @@ static PyObject *core_plan_known(PyObject *o, PyObject *args) {
   return Py_NewRef(plan ? plan->core : Py_None);
 }
 
+/* _bind_adaptive(learned, address, initial, least, most, algorithm, tolerance): the limiter that keeps what is learned, and
+ * its address. */
+static PyObject *core_bind_adaptive(PyObject *o, PyObject *args) {
+  unsigned long long learned;
+  PyObject *handle;
+  adaptive_t *a = &((Core *)o)->adaptive;
+  fshm_adaptive *s = &a->settings;
+  if (!PyArg_ParseTuple(args, "OKIIIII", &handle, &learned, &s->initial, &s->least, &s->most,
+                        &s->algorithm, &s->tolerance))
+    return NULL;
+  if (a->learned) return PyErr_Format(PyExc_RuntimeError, "a limiter is bound once");
+  a->handle = Py_NewRef(handle);
+  a->learned = (fshm_limiter *)(uintptr_t)learned;
+  Py_RETURN_NONE;
+}
+
 static PyObject *core_measure(PyObject *o, PyObject *args) {
   return measure_set(&((Core *)o)->measure, args);
 }
@@ -799,6 +826,7 @@ static void core_dealloc(PyObject *o) {
   Py_XDECREF(self->cluster.keys);
   Py_XDECREF(self->cluster.leases_handle);
   Py_XDECREF(self->cluster.refused_handle);
+  Py_XDECREF(self->adaptive.handle);
   Py_XDECREF(self->handle);
   end_derived(o);
 }
@@ -838,6 +866,7 @@ static PyMethodDef core_methods[] = {
     {"_plan_begin", core_plan_begin, METH_NOARGS, NULL},
     {"_plan_found", core_plan_found, METH_VARARGS, NULL},
     {"_plan_known", core_plan_known, METH_VARARGS, NULL},
+    {"_bind_adaptive", core_bind_adaptive, METH_VARARGS, NULL},
     {"_measure", core_measure, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL}};
 

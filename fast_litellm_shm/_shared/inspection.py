@@ -311,9 +311,48 @@ class Inspection:
             entry["idle"] += row.idle
             entry["pids"].add(row.pid)
             entry["oldest_seconds"] = max(entry["oldest_seconds"], row.age_seconds)
+        learned = {(row["limiter"], row["key"]): row["limit"] for row in self.learned}
         for entry in found.values():
             entry["pids"] = sorted(entry["pids"])
+            own = learned.get((entry["limiter"], entry["key"]))
+            entry["max_in_flight"] = entry["max_in_flight"] if own is None else own
         return sorted(found.values(), key=lambda entry: -entry["in_flight"])
+
+    @functools.cached_property
+    def learned(self) -> list[dict[str, Any]]:
+        """The limits that AdaptiveConcurrency has learned, the largest first: limiter, key, limit,
+        phase, since_seconds, best, rounds, blocked_seconds, base_latency, latency, exact."""
+        from fast_litellm_shm.limiters.adaptive import learned_from
+
+        found, out = [], ffi.new("fshm_learned *")
+        names = {
+            index: info["name"].removesuffix(side_limiters.LEARNED)
+            for index, info in self._limiters.items()
+            if index in self._beside and info["name"].endswith(side_limiters.LEARNED)
+        }
+        if not names:
+            return []
+        for slot in self.counts.slots.tolist():
+            name = names.get(int(self.counts.meta[slot]) >> 20)
+            if name is None or lib.fshm_adaptive_at(self._handle, slot, 0, out) != lib.FSHM_OK:
+                continue
+            learned = learned_from(out, out.limit, lib.FSHM_MAX_ADAPTIVE)
+            found.append(
+                {
+                    "limiter": name,
+                    "key": self.name(slot)[0],
+                    "limit": learned.limit,
+                    "phase": learned.phase,
+                    "since_seconds": learned.since,
+                    "best": learned.best,
+                    "rounds": learned.rounds,
+                    "blocked_seconds": learned.blocked,
+                    "base_latency": learned.base_latency,
+                    "latency": learned.latency,
+                    "exact": learned.exact,
+                }
+            )
+        return sorted(found, key=lambda row: (-row["limit"], row["limiter"], row["key"]))
 
     def waiting(self) -> list[dict[str, Any]]:
         """Callers that wait, by limiter, key, tenant and priority, the longest wait first: callers,

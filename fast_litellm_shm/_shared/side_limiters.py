@@ -1,4 +1,5 @@
-"""The side limiters of a limiter over many hosts: each keeps one thing more for each of its keys.
+"""The side limiters of a limiter, over many hosts or with a limit that is learned: each keeps one
+thing more for each of its keys.
 
 A side limiter has the name of its limiter and one of these suffixes: ``api (wallet)`` is one of
 ``api``. A limiter that a user calls ``api (local)`` is one too, if ``api`` has leases.
@@ -21,6 +22,7 @@ REFUSED = " (refused)"  # back-off after a denial by the server
 SINGLE_FLIGHT = " (asking)"  # one process asks the server for a key
 LOCAL = " (local)"  # the limits during an outage, by this host's share
 REPORTED = " (told)"  # what was reported of a sliding window
+LEARNED = " (learned)"  # of AdaptiveConcurrency: the limits, and how they came
 NOTE = "(cluster)"  # of no single limiter: the number of hosts
 
 _HIDDEN = (PERMIT_LEASES, REFUSED, SINGLE_FLIGHT, LOCAL, REPORTED)
@@ -50,6 +52,8 @@ def is_side_limiter(name: str, names: Container[str]) -> bool:
     """Whether a limiter is hidden in lists, among ``names``: all but the token leases, which show
     what this host may use."""
     if name == NOTE:
+        return True
+    if name.endswith(LEARNED) and name.removesuffix(LEARNED) in names:
         return True
     for suffix in _HIDDEN:
         base = name.removesuffix(suffix)

@@ -18,6 +18,7 @@ from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm._shared.spending import SpendingRow
 from fast_litellm_shm.cli import (
     budgets,
+    learned,
     permits_and_pools,
     problems,
     render,
@@ -211,6 +212,7 @@ class _Sample:
             raise segments.no_such_limiter(args.limiter, segment, names)
         self.permits, self.pools = permits_and_pools.held(self.inspection, args.limiter, args.match)
         self.waiting = permits_and_pools.waiting(self.inspection, args.limiter, args.match)
+        self.learned = learned.rows(self.inspection, args.limiter, args.match)
 
     def _overrides(self) -> list[dict[str, Any]]:
         wanted, match = self._args.limiter, self._args.match
@@ -268,6 +270,7 @@ class _Sample:
         if found := self._overrides():
             title = f"Overrides ({len(found)})"
             head += render.section(title, _OVERRIDE_COLUMNS, found, _override_cells, out, most)
+        head += learned.table(self.learned, out, most)
         args, top = self._args, _TOP if self._args.top is None else self._args.top or None
         rows = top if most is None or top is None else min(most, top)
         head += budgets.table(self.inspection, out, rows, args.limiter, args.match)
@@ -281,9 +284,8 @@ class _Sample:
     def write_json(self) -> None:
         """Top level: segment, removed_users and vocabularies (only if there are any), cluster (only
         with limits over many hosts), durable (only with durable limits), limiters, processes,
-        permits, pools, waiting, overrides (only if there are any), budgets and spending (only if
-        there are budgets), keys. Each key is
-        written as it is read."""
+        permits, pools, waiting, learned and overrides (only if there are any), budgets and spending
+        (only if there are budgets), keys. Each key is written as it is read."""
         parts: dict[str, Any] = {"segment": self.stats}
         if self.removed_users:
             parts["removed_users"] = self.removed_users
@@ -295,6 +297,8 @@ class _Sample:
             parts["durable"] = self.durable
         for name in ("limiters", "processes", "permits", "pools", "waiting"):
             parts[name] = getattr(self, name)
+        if self.learned:
+            parts["learned"] = self.learned
         args, write, found = self._args, sys.stdout.write, self.inspection.spending
         found = [each for each in found if args.limiter in (None, each.name)]
         if overrides := self._overrides():

@@ -8,26 +8,32 @@ use it. Each of their requests is one :class:`Call`.
 from __future__ import annotations
 
 import asyncio
-import email.utils
+import contextlib
 import logging
 import math
 import time
 from collections.abc import Iterable
-from datetime import timezone
 from types import TracebackType
+from typing import TypeAlias
 from urllib.parse import urlsplit
 
 from fast_litellm_shm import limits
 from fast_litellm_shm._shared.moved_clock import at_most, jump, monotonic_ns
 from fast_litellm_shm._shared.native import Decision, Permit
+from fast_litellm_shm._shared.retry_after import retry_after
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.exceptions import FastShmError, RateLimitExceeded
+from fast_litellm_shm.limiters.adaptive import THROTTLED, AdaptiveCall, AdaptiveConcurrency
 from fast_litellm_shm.limiters.concurrency import ConcurrencyLimiter
 from fast_litellm_shm.limiters.rate import RateLimiter
 from fast_litellm_shm.limits import Spelled, TokenBucket
 
+__all__ = ["Call", "Held", "LimitedClient", "NotSentError", "Upstream", "origin_of", "retry_after"]
+
+Held: TypeAlias = Permit | AdaptiveCall  # by a request in flight
+
 _LONGEST_SLEEP = 1.0  # s: so much later a waiter notices that its pause was lifted
-_PAUSES = (429, 503)  # of these a Retry-After is obeyed
+_SERVER_ERROR = 500
 _PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 _log = logging.getLogger("fast_litellm_shm")
 
@@ -50,10 +56,11 @@ class Call:
     of it: answered(), when the head of a response has come; end(), when the response was read, or
     there is none. ``with call:`` ends it if the block fails, and not otherwise."""
 
-    __slots__ = ("_origin", "_permit", "_upstream")
+    __slots__ = ("_begun", "_origin", "_permit", "_upstream")
 
-    def __init__(self, upstream: Upstream, origin: str, permit: Permit | None) -> None:
+    def __init__(self, upstream: Upstream, origin: str, permit: Held | None) -> None:
         self._upstream, self._origin, self._permit = upstream, origin, permit
+        self._begun = time.monotonic()
 
     @property
     def holds(self) -> bool:
@@ -62,26 +69,42 @@ class Call:
 
     def answered(self, status: int, retry_after_: str | None, date: str | None) -> None:
         """The head of a response has come; the last two: its ``Retry-After`` and ``Date``. A pause
-        that it asks for begins, for all processes."""
-        pause = retry_after(retry_after_, date) if status in _PAUSES else None
-        if not pause:
-            return
+        that it asks for begins, for all processes; and a limit that is learned learns from it."""
+        refused = status in THROTTLED
+        pause = retry_after(retry_after_, date) if refused else None
         try:
-            self._upstream.block(self._origin, pause)
+            if pause:
+                self._upstream.block(self._origin, pause)
+            if isinstance(self._permit, AdaptiveCall):
+                if refused:
+                    self._permit.throttled()  # the pause is here
+                elif status >= _SERVER_ERROR:
+                    self._permit.failed()
+                else:
+                    self._permit.ok(time.monotonic() - self._begun)
         except FastShmError as error:  # the response is good all the same
             _log.error(
-                "%s asks for a pause of %s s, and the other workers cannot be told",
+                "%s answered %s (a pause of %s s), and the other workers cannot be told",
                 self._origin,
-                pause,
+                status,
+                pause or 0,
                 exc_info=error,
             )
+
+    def begins(self) -> None:
+        """The request is sent now: from here on its time counts."""
+        self._begun = time.monotonic()
 
     def end(self, error: BaseException | None = None) -> None:
         """The request is in flight no longer. error: what it failed with. A second call does
         nothing."""
         permit, self._permit = self._permit, None
-        if permit is not None:
-            permit.release()
+        if permit is None:
+            return
+        if error is not None and isinstance(permit, AdaptiveCall):
+            with contextlib.suppress(FastShmError):
+                permit.ended(error)
+        permit.release()
 
     def __enter__(self) -> Call:
         return self
@@ -97,7 +120,8 @@ class Call:
 
 
 class Upstream:
-    """limits: 0 to 4, for each origin. max_in_flight: 1 .. 100,000; None: no such limit.
+    """limits: 0 to 4, for each origin. max_in_flight: 1 .. 100,000; an AdaptiveConcurrency, which
+    learns it from :meth:`ended`; None: no such limit.
     max_retry_after: the longest pause, in seconds, that a response can ask for. It comes from the
     network, and a mistake there must not stop all workers for a year. name: processes that use the
     same name share. segment: default ``Segment.default()``."""
@@ -105,7 +129,7 @@ class Upstream:
     def __init__(
         self,
         limits_: Spelled | Iterable[Spelled],
-        max_in_flight: int | None,
+        max_in_flight: int | AdaptiveConcurrency | None,
         max_retry_after: float,
         name: str,
         segment: Segment | None,
@@ -125,8 +149,10 @@ class Upstream:
         if chosen:
             found = limits.checked(chosen)
             self._rate = RateLimiter(*found, name=f"{name}: rate", segment=segment)
-        self._permits: ConcurrencyLimiter | None = None
-        if max_in_flight is not None:
+        self._permits: ConcurrencyLimiter | AdaptiveConcurrency | None = None
+        if isinstance(max_in_flight, AdaptiveConcurrency):
+            self._permits = max_in_flight
+        elif max_in_flight is not None:
             in_flight = f"{name}: in flight"
             self._permits = ConcurrencyLimiter(max_in_flight, name=in_flight, segment=segment)
         # One token, which no call ever consumes: a key that is blocked denies, any other admits.
@@ -156,7 +182,7 @@ class Upstream:
         end. Raises NotSentError."""
         end = _end(timeout)
         self._pause(origin, end)  # rather than wait for a permit first
-        permit = None
+        permit: Held | None = None
         if self._permits is not None:
             permit = self._in_flight(origin, self._permits.wait(origin, _left(end)), timeout)
         with Call(self, origin, permit) as call:
@@ -170,15 +196,16 @@ class Upstream:
                 # A pause that began meanwhile: wait for another turn. Otherwise all requests that
                 # had one would go at the end of the pause, whatever the rate.
                 if not self._pause(origin, end):
+                    call.begins()
                     return call
 
     async def begin_async(self, origin: str, timeout: float | None) -> Call:
         """begin() for asyncio."""
         end = _end(timeout)
         self._pause(origin, end)
-        permit = None
+        permit: Held | None = None
         if self._permits is not None:
-            found = await self._permits.wait_async(origin, _left(end))
+            found: Held = await self._permits.wait_async(origin, _left(end))
             permit = self._in_flight(origin, found, timeout)
         with Call(self, origin, permit) as call:
             while True:
@@ -189,6 +216,7 @@ class Upstream:
                     decision = await self._rate.wait_async(origin, timeout=_left(end))
                     self._in_rate(origin, decision, timeout)
                 if not self._pause(origin, end):
+                    call.begins()
                     return call
 
     def _pause(self, origin: str, end: float) -> float:
@@ -202,15 +230,18 @@ class Upstream:
             )
         return pause
 
-    def _in_flight(self, origin: str, permit: Permit, timeout: float | None) -> Permit:
-        if not permit and self._permits is not None:
-            raise NotSentError(
-                f"{self._name}: {permit.in_flight} of {self._permits.max_in_flight} requests to "
-                f"{origin} are in flight, and none ended within {timeout} s; wait longer, or raise "
-                "max_in_flight",
-                0.0,
-            )
-        return permit
+    def _in_flight(self, origin: str, permit: Held, timeout: float | None) -> Held:
+        if permit or self._permits is None:
+            return permit
+        if isinstance(self._permits, ConcurrencyLimiter):
+            most, do = self._permits.max_in_flight, "raise max_in_flight"
+        else:
+            most, do = self._permits.limit(origin), "see docs/adaptive.md if that limit is too low"
+        raise NotSentError(
+            f"{self._name}: {permit.in_flight} of {most} requests to {origin} are in flight, and "
+            f"none ended within {timeout} s; wait longer, or {do}",
+            0.0,
+        )
 
     def _in_rate(self, origin: str, decision: Decision, timeout: float | None) -> None:
         if not decision:
@@ -229,7 +260,7 @@ class LimitedClient:
     def __init__(
         self,
         *,
-        max_in_flight: int | None = None,
+        max_in_flight: int | AdaptiveConcurrency | None = None,
         limits: Spelled | Iterable[Spelled] = (),
         max_wait: float | None = None,
         max_retry_after: float = 3600.0,
@@ -268,31 +299,3 @@ def _end(timeout: float | None) -> float:
 
 def _left(end: float) -> float | None:
     return None if end == math.inf else max(end - _now(), 0.0)
-
-
-def retry_after(value: str | None, date: str | None = None) -> float | None:
-    """A ``Retry-After``, in seconds from now: of a number, or of an HTTP date (RFC 9110, 10.2.3).
-
-    date: the ``Date`` of the response; with it, the server's clock need not agree with ours.
-    None: there is no such header, or it cannot be read. 0.0: that time has passed.
-    """
-    if value is None:
-        return None
-    text = value.strip()
-    if text.isascii() and text.isdigit():
-        return float(text[:18])  # 30 thousand million years are enough
-    until = _instant(text)
-    if until is None:
-        return None
-    now = _instant(date) if date is not None else None
-    return max(until - (time.time() if now is None else now), 0.0)
-
-
-def _instant(text: str) -> float | None:
-    try:
-        found = email.utils.parsedate_to_datetime(text.strip())
-        if found.tzinfo is None:  # "-0000", and the obsolete forms: UTC all the same
-            found = found.replace(tzinfo=timezone.utc)
-        return found.timestamp()
-    except (ValueError, TypeError, IndexError, OverflowError):
-        return None

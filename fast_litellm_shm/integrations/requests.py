@@ -231,7 +231,7 @@ class SharedLimitAdapter(LimitedClient, BaseAdapter):
                 with call:
                     return self._send_once(sending, call, request, stream, options)
             except _AgainError:
-                if request._body_position is not None:  # type: ignore[attr-defined]
+                if request._body_position is not None:  # type: ignore[attr-defined,unused-ignore]
                     rewind_body(request)
 
     def _send_once(

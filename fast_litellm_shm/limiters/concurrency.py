@@ -169,6 +169,10 @@ class ConcurrencyLimiter(InSegment):
                 tries.granted.release()  # the traceback may keep it
             raise
 
+    def _again_ns(self, permit: Permit) -> int:
+        """For how long a caller that is next, and was denied, sleeps at most."""
+        return self._grantor.wake_ns
+
     def queue_size(self, key: str | bytes, tenant: str | None = None) -> int:
         """How many callers of all processes wait for the key; tenant: of this one only."""
         of = None if tenant is None else tenant_hash(tenant)
@@ -258,7 +262,7 @@ class _Tries:
             lambda: limiter.acquire(key), lambda late: late.release()
         )
         if not permit:
-            return permit, limiter._grantor.wake_ns
+            return permit, limiter._again_ns(permit)
         self._place.served(1)
         self._place.took()
         return permit, None

@@ -124,6 +124,10 @@ enum {
   LEASE_SET,
   LEASE_ALONE, /* from a state that this has left */
   LEASE_DROP, /* the same, from any other */
+  ADAPTIVE_TAKE,
+  ADAPTIVE_REFUSED,
+  ADAPTIVE_SERVED,
+  ADAPTIVE_SET,
   MONEY_RESERVE,
   MONEY_CHARGE, /* reserves what stays spent if it dies */
   MONEY_SETTLE,

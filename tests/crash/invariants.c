@@ -33,6 +33,10 @@ static void protect_others(void) {
     for (uint32_t k = 0; k < FSHM_MAX_LIMITS; k++) ours |= own[k] && same_key(pair.who, own[k]);
     /* its keys' states are brought under other rules: holds_changes.c looks after them */
     ours |= op->overtake && pair.who & 1 && WHO_LIMITER(pair.who) == world.l->index;
+    for (unsigned k = LEARNED_TURN; k <= PAUSE && word; k++) {
+      const keyed_t of_key = side_of(world.permit_leases, KEY);
+      ours |= pair.who == word_who(&of_key, k);
+    }
     for (uint32_t k = 0; k < MOST_NUMBERED && op->op == CLEAR; k++)
       ours |= pair.who == side_who(nth_who(own[0], k), world.l->index);
     /* the key's override: run_override() looks after it */

@@ -33,6 +33,7 @@
 #include "holds_moving_windows.c"
 #include "holds_token_leases.c"
 #include "holds_permit_leases.c"
+#include "holds_adaptive.c"
 #include "holds_learned.c"
 #include "holds_lead.c"
 #include "holds_budgets.c"

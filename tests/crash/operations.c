@@ -359,6 +359,10 @@ static void run_request_and_back(outcome_t *out) {
 #define LEASE_TAKES(answer) LEASES(run_lease_take, LEASE_TAKE, answer)
 #define LEASE_DROPS(answer) LEASES(run_lease_alone, LEASE_DROP, answer)
 #define LEASE_SETS(function, to) LEASES(function, LEASE_SET, FSHM_OK), .cost = (to)
+#define ADAPTIVE(function, which, answer)                                       \
+  .make = start_adaptive, .holds = &adaptive, .run = (function), .op = (which), \
+  .status = (answer), .capacity = 16, ONE(PERMITS(6))
+#define ADAPTIVE_TAKES(answer) ADAPTIVE(run_adaptive_take, ADAPTIVE_TAKE, answer)
 #define HOLDING(function, which) \
   .make = start_permits, .holds = &permits, .run = (function), .op = (which)
 #define QUEUES(function, which)                                                            \
@@ -922,6 +926,44 @@ static const operation_t operations[] = {
      .prior = 1,
      .flags = LOW_FREED,
      ROOM(4, 0, 2)},
+    /* a limit that is learned: ROOM(limit, limit after it, lowered to) */
+    {.name = "adaptive-take", ADAPTIVE_TAKES(1), .prior = 1, ROOM(3, 0, 0)},
+    {.name = "adaptive-take-first", ADAPTIVE_TAKES(1), ROOM(0, 4, 0)},
+    {.name = "adaptive-take-last", ADAPTIVE_TAKES(1), .prior = 2, ROOM(3, 0, 0)},
+    {.name = "adaptive-take-none", ADAPTIVE_TAKES(0), .prior = 3, ROOM(3, 0, 0)},
+    {.name = "adaptive-take-lowered",
+     ADAPTIVE_TAKES(1),
+     .prior = 1,
+     .flags = LOW_FREED,
+     ROOM(4, 2, 2)},
+    {.name = "adaptive-take-over",
+     ADAPTIVE_TAKES(0),
+     .prior = 2,
+     .flags = LOW_FREED,
+     ROOM(4, 2, 2)},
+    {.name = "adaptive-take-clean", ADAPTIVE_TAKES(1), .prior = 1, ROOM(4, 2, 2)},
+    {.name = "adaptive-refused",
+     ADAPTIVE(run_adaptive_refused, ADAPTIVE_REFUSED, FSHM_OK),
+     .prior = 2,
+     ROOM(5, 4, 0)},
+    {.name = "adaptive-refused-again",
+     ADAPTIVE(run_adaptive_refused, ADAPTIVE_REFUSED, FSHM_OK),
+     .prior = 2,
+     .cost = 1,
+     ROOM(5, 4, 0)},
+    {.name = "adaptive-served",
+     ADAPTIVE(run_adaptive_served, ADAPTIVE_SERVED, FSHM_OK),
+     ROOM(3, 3, 0)},
+    {.name = "adaptive-served-round",
+     ADAPTIVE(run_adaptive_served, ADAPTIVE_SERVED, FSHM_OK),
+     .cost = 2,
+     ROOM(3, 4, 0)},
+    {.name = "adaptive-pause", ADAPTIVE(run_adaptive_pause, ADAPTIVE_SET, FSHM_OK), ROOM(3, 0, 0)},
+    {.name = "adaptive-forget",
+     ADAPTIVE(run_adaptive_forget, ADAPTIVE_SET, FSHM_OK),
+     .cost = 1,
+     .flags = REAL_TIME,
+     ROOM(3, 4, 0)},
     /* permits */
     {.name = "permit-fresh", TAKES(1), ONE(PERMITS(3)), .prior = 1},
     {.name = "permit-free", TAKES(1), ONE(PERMITS(3)), .prior = 1, .flags = FREED},

@@ -125,7 +125,7 @@ class AiohttpRequest(Request):
         url = request.rel_url
         kept = url.raw_path
         super().__init__(
-            _verb(request.method),
+            verb(request.method),
             "",
             request.remote or None,
             request,

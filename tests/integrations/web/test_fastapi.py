@@ -354,7 +354,7 @@ def test_dependencies_that_are_none(segment: Segment) -> None:
 
     for wrong in (by_default, user_name):
         with pytest.raises(TypeError, match=f"say key=Depends\\({wrong.__name__}\\)"):
-            RateLimit(Limit(1), key=wrong, segment=segment)
+            RateLimit(Limit(1), key=wrong, segment=segment)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"key=Depends\(\) names no dependency"):
         RateLimit(Limit(1), key=Depends(), segment=segment)
 
