@@ -33,15 +33,16 @@ typedef struct {
   pending_t *pending;
   uint64_t pending_count, pending_room;
   /* The hash tables. */
-  uint64_t *keys, *pairs, *filter;
-  uint32_t *key_ids;
-  uint32_t key_bits, pair_bits;
+  uint64_t *words, *keys, *pairs, *filter;
+  uint32_t *word_ids, *key_ids;
+  uint32_t word_bits, key_bits, pair_bits;
 } builder_t;
 
 static void builder_free(builder_t *b) {
   void *all[] = {b->tokens,  b->special, b->by_bytes, b->halves,   b->prefixes,
                  b->sorted,  b->cells,   b->next,     b->previous, b->base_used,
-                 b->pending, b->keys,    b->pairs,    b->filter,   b->key_ids};
+                 b->pending, b->words,   b->keys,     b->pairs,    b->filter,
+                 b->word_ids, b->key_ids};
   for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 
@@ -279,7 +280,22 @@ static piece_key_t key_of(const uint8_t *bytes, uint32_t length) {
   return (piece_key_t){words[0], words[1] | (uint64_t)length << 56};
 }
 
+/* The same of up to WORD_PIECE bytes: it ends with the length, and zeros are between. */
+static uint64_t word_of(piece_key_t key) { return key.low | key.high; }
+
 /* False: PROBES entries are taken. */
+static bool insert_word(builder_t *b, uint32_t token) {
+  uint64_t key = word_of(key_of(b->tokens[token].bytes, b->tokens[token].length));
+  uint64_t home = word_hash(key) >> (64 - b->word_bits);
+  for (uint64_t i = 0; i < PROBES; i++) {
+    if (b->words[home ^ i]) continue;
+    b->words[home ^ i] = key;
+    b->word_ids[home ^ i] = token;
+    return true;
+  }
+  return false;
+}
+
 static bool insert_key(builder_t *b, uint32_t token) {
   piece_key_t key = key_of(b->tokens[token].bytes, b->tokens[token].length);
   uint64_t home = piece_hash(key) >> (64 - b->key_bits);
@@ -311,29 +327,50 @@ static bool insert_pair(builder_t *b, uint32_t token) {
 
 /* The most frequent tokens rank lowest and are entered first: those lie where their probing begins. */
 static bool fill_tables(builder_t *b) {
+  memset(b->words, 0, UINT64_C(8) << b->word_bits);
   memset(b->keys, 0, UINT64_C(16) << b->key_bits);
   memset(b->pairs, 0xff, UINT64_C(8) << b->pair_bits);
   memset(b->filter, 0, FILTER_BYTES(b));
   for (uint32_t i = 0; i < b->count; i++) {
-    if (b->tokens[i].length <= SHORT_PIECE && !insert_key(b, i)) return false;
+    uint32_t length = b->tokens[i].length;
+    if (length <= SHORT_PIECE && !(length <= WORD_PIECE ? insert_word : insert_key)(b, i))
+      return false;
     if (i >= 256 && b->halves[i].left != NO_TOKEN && !insert_pair(b, i)) return false;
   }
   return true;
 }
 
+/* At most five of eight entries are taken: a small table stays in the caches of a processor. */
+static uint32_t table_bits(uint64_t entries) {
+  uint32_t bits = 8;
+  while (entries * 8 > UINT64_C(5) << bits) bits++;
+  return bits;
+}
+
+static void free_tables(builder_t *b) {
+  void *all[] = {b->words, b->keys, b->word_ids, b->key_ids, b->pairs, b->filter};
+  for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+}
+
 static int build_tables(builder_t *b) {
-  b->key_bits = b->pair_bits = bit_length(b->count * 2 - 1);
-  if (b->key_bits < 8) b->key_bits = b->pair_bits = 8;
-  for (; b->key_bits <= 24; b->key_bits++, b->pair_bits++) {
-    free(b->keys);
-    free(b->key_ids);
-    free(b->pairs);
-    free(b->filter);
+  uint64_t words = 0, keys = 0;
+  for (uint32_t i = 0; i < b->count; i++) {
+    words += b->tokens[i].length <= WORD_PIECE;
+    keys += b->tokens[i].length <= SHORT_PIECE;
+  }
+  b->word_bits = table_bits(words);
+  b->key_bits = table_bits(keys - words);
+  b->pair_bits = (uint32_t)max_u64(bit_length(b->count * 2 - 1), 8);
+  for (; b->word_bits <= 24 && b->pair_bits <= 24; b->word_bits++, b->key_bits++, b->pair_bits++) {
+    free_tables(b);
+    b->words = malloc(UINT64_C(8) << b->word_bits);
     b->keys = malloc(UINT64_C(16) << b->key_bits);
+    b->word_ids = calloc(UINT64_C(1) << b->word_bits, sizeof *b->word_ids);
     b->key_ids = calloc(UINT64_C(1) << b->key_bits, sizeof *b->key_ids);
     b->pairs = malloc(UINT64_C(8) << b->pair_bits);
     b->filter = malloc(FILTER_BYTES(b));
-    if (!b->keys || !b->key_ids || !b->pairs || !b->filter) return FSHM_E_MEMORY;
+    if (!b->words || !b->keys || !b->word_ids || !b->key_ids || !b->pairs || !b->filter)
+      return FSHM_E_MEMORY;
     if (fill_tables(b)) return FSHM_OK;
   }
   return FSHM_E_ARGUMENT;
@@ -357,6 +394,7 @@ static void fill_header(const builder_t *b, vocabulary_header_t *h, uint32_t pat
   h->pattern = pattern;
   h->tokens = (uint32_t)b->count;
   h->special = (uint32_t)b->special_count;
+  h->word_bits = b->word_bits;
   h->key_bits = b->key_bits;
   h->pair_bits = b->pair_bits;
   h->cells = (uint32_t)b->cell_count;
@@ -390,7 +428,9 @@ static int make_image(const builder_t *b, vocabulary_header_t *h, fshm_vocabular
   unsigned char *map = aligned_alloc(LINE, l.size);
   if (!map) return image_fail(e, FSHM_E_MEMORY);
   memset(map, 0, l.size);
+  memcpy(map + l.words, b->words, UINT64_C(8) << b->word_bits);
   memcpy(map + l.keys, b->keys, UINT64_C(16) << b->key_bits);
+  memcpy(map + l.word_ids, b->word_ids, UINT64_C(4) << b->word_bits);
   memcpy(map + l.key_ids, b->key_ids, UINT64_C(4) << b->key_bits);
   memcpy(map + l.nodes, b->cells, UINT64_C(8) * b->cell_count);
   memcpy(map + l.halves, b->halves, sizeof *b->halves * b->count);
@@ -399,7 +439,7 @@ static int make_image(const builder_t *b, vocabulary_header_t *h, fshm_vocabular
   memcpy(map + l.filter, b->filter, FILTER_BYTES(b));
   put_bigrams(b, (uint32_t *)(void *)(map + l.bigrams));
   put_tokens(b, map, &l);
-  h->checksum = vocabulary_checksum(map + l.keys, l.size - l.keys);
+  h->checksum = vocabulary_checksum(map + l.words, l.size - l.words);
   h->check = vocabulary_header_check(h);
   memcpy(map, h, sizeof *h);
   int status = vocabulary_adopt(map, h, false, out, e);

@@ -4,10 +4,12 @@
  * single bytes have the numbers 0 to 255 (the builder refuses other vocabularies).
  *
  * Sections, one behind the other, each aligned to a cache line:
- *   keys      2^key_bits * 16 bytes: the tokens of up to 15 bytes, a hash table. The bytes themselves, zeros, and the
+ *   words     2^word_bits * 8 bytes: the tokens of up to 7 bytes, a hash table. The bytes themselves, zeros, and the
  *             length in the last byte; an empty entry is all zeros. The i-th place to look at is (home ^ i): the first
- *             four of each key are one cache line
- *   key_ids   2^key_bits * 4: the number of the token in the same entry of keys
+ *             eight of each key are one cache line
+ *   keys      2^key_bits * 16: the same for tokens of 8 to 15 bytes
+ *   word_ids  2^word_bits * 4: the number of the token in the same entry of words
+ *   key_ids   2^key_bits * 4: and of keys
  *   nodes     cells * 8: a trie of all tokens, as a double array: see NODE_* below
  *   halves    tokens * 8: what each token is merged from
  *   prefixes  tokens * 4: the length of each token, and the longest other one that it begins with
@@ -33,6 +35,7 @@
 #define TOKENS_MAGIC UINT64_C(0x736e656b6f742d66) /* "f-tokens" */
 #define NO_TOKEN UINT32_MAX
 #define SHORT_PIECE 15 /* bytes of the longest piece that is its own key */
+#define WORD_PIECE 7 /* and whose key is one word */
 #define PROBES 64 /* of a hash table of the file, at most: the builder takes a larger one rather */
 
 /* A cell of the trie: label (8 bits), used (1), base (24), 1 + number of the token that ends here (21), and whether it
@@ -65,7 +68,8 @@ typedef struct {
   uint32_t version, byte_order;
   uint64_t size;
   uint32_t pattern, tokens, special, most_length;
-  uint32_t key_bits, pair_bits, cells, root; /* root: the base of the trie's root */
+  uint32_t word_bits, key_bits, pair_bits, cells, root; /* root: the base of the trie's root */
+  uint32_t unused;
   uint64_t bytes; /* of the last section */
   uint64_t identity[2];
   uint64_t checksum; /* of everything behind the header */
@@ -73,7 +77,7 @@ typedef struct {
 } vocabulary_header_t;
 
 typedef struct {
-  uint64_t keys, key_ids, nodes, halves, prefixes, pairs, filter, bigrams, ranks, offsets, special,
+  uint64_t words, keys, word_ids, key_ids, nodes, halves, prefixes, pairs, filter, bigrams, ranks, offsets, special,
       bytes, size;
 } vocabulary_layout_t;
 
@@ -84,8 +88,8 @@ typedef struct {
 } cached_t;
 
 struct fshm_vocabulary {
-  const uint64_t *keys;
-  const uint32_t *key_ids;
+  const uint64_t *words, *keys;
+  const uint32_t *word_ids, *key_ids;
   const uint64_t *nodes;
   const halves_t *halves;
   const uint32_t *prefixes;
@@ -117,6 +121,8 @@ static inline uint64_t piece_hash(piece_key_t k) {
                    k.high * UINT64_C(0xc2b2ae3d27d4eb4f);
   return mixed;
 }
+
+static inline uint64_t word_hash(uint64_t key) { return key * UINT64_C(0x9e3779b97f4a7c15); }
 
 static inline uint64_t pair_hash(uint64_t pair) {
   return (pair ^ pair >> 23) * UINT64_C(0x9e3779b97f4a7c15);

@@ -290,7 +290,7 @@ static void test_foreign(void) {
 static void test_hostile(void) {
   static uint8_t text[400];
   vocabulary_t t = saved_vocabulary();
-  uint64_t size = t.v->header.size, begin = vocabulary_layout(&t.v->header).keys;
+  uint64_t size = t.v->header.size, begin = vocabulary_layout(&t.v->header).words;
   static uint32_t out[sizeof text];
   static uint8_t back[1 << 16];
   for (int round = 0; round < 200; round++) {
@@ -346,11 +346,11 @@ static void test_hostile_files(void) {
     }
     /* Sizes of sections, within their bounds: the file is as long as they say. */
     vocabulary_header_t *h = (vocabulary_header_t *)(void *)image;
-    uint32_t *numbers[] = {&h->tokens, &h->special, &h->key_bits,   &h->pair_bits,
-                           &h->cells,  &h->root,    &h->most_length};
+    uint32_t *numbers[] = {&h->tokens, &h->special, &h->word_bits, &h->key_bits,
+                           &h->pair_bits, &h->cells, &h->root, &h->most_length};
     bool fit = random_below(2);
     if (fit && length >= sizeof *h)
-      *numbers[random_below(7)] =
+      *numbers[random_below(8)] =
           (uint32_t)(random_below(2) ? random_below(30) : random_below(16) * 256);
     if (fit && length >= sizeof *h && !random_below(4)) h->bytes = random_below(1 << 12);
     size_t letters = ascii_text(text, sizeof text);

@@ -290,7 +290,7 @@ static inline uint64_t make_right(uint8_t *image, uint64_t size, bool as_large) 
       size = l.size;
     }
     h.size = size;
-    if (size >= l.keys) h.checksum = vocabulary_checksum(image + l.keys, size - l.keys);
+    if (size >= l.words) h.checksum = vocabulary_checksum(image + l.words, size - l.words);
   }
   h.check = vocabulary_header_check(&h);
   memcpy(image, &h, sizeof h);
