@@ -6,8 +6,8 @@
  * that is no token through merging.h. Argued in DESIGN.md, "Counting tokens".
  */
 #include "blocks.h"
-#include "merging.h"
 #include "scanner.h"
+#include "search.h"
 
 #if defined(__SSE2__)
 #include <emmintrin.h>
@@ -252,7 +252,7 @@ typedef struct {
 
 static __attribute__((noinline)) uint64_t merge_noted(const fshm_vocabulary *v, unmerged_t *u) {
   uint64_t count = 0;
-  merge_all(v, u->merging, u->n);
+  merge_all(v, u->merging, u->n, SHORT_PARTS);
   for (unsigned i = 0; i < u->n; i++) {
     unsigned tokens = (unsigned)__builtin_popcount(u->merging[i].parts);
     piece_key_t k = u->pieces[i].key;
@@ -265,18 +265,20 @@ static __attribute__((noinline)) uint64_t merge_noted(const fshm_vocabulary *v, 
   return count;
 }
 
-/* How many tokens more than one a short piece has that is no token. Those of one that is not in the cache are counted
- * later, by merge_noted(). */
+/* How many tokens more than one a short piece has. Those of one that is not in the cache are counted later, by
+ * merge_noted(). no_token: it is known to be none. */
 static __attribute__((noinline)) uint64_t count_short(const fshm_vocabulary *v, piece_key_t k,
-                                                      size_t length, unmerged_t *u) {
+                                                      size_t length, bool no_token, unmerged_t *u) {
   pair_t seen = {0, 0};
   if (v->cache) {
     seen = pair_load(cached_short(v, piece_hash(k))); /* pairs with the swap in merge_noted() */
     if (seen.who == k.low && (seen.when & UINT64_MAX >> 4) == k.high) return (seen.when >> 60) - 1;
   }
+  if (!no_token && is_token(v, k, length)) return 0;
   u->pieces[u->n].key = k;
   u->pieces[u->n].seen = seen;
-  merge_begin(v, &u->merging[u->n], (const uint8_t *)&u->pieces[u->n].key, (unsigned)length);
+  merge_begin(v, &u->merging[u->n], (const uint8_t *)&u->pieces[u->n].key, (unsigned)length,
+              SHORT_PARTS);
   return ++u->n == MERGED_AT_ONCE ? merge_noted(v, u) : 0;
 }
 
@@ -353,8 +355,7 @@ static inline HOT const uint8_t *note_block(const fshm_vocabulary *v, const uint
 static int64_t count_missed(const fshm_vocabulary *v, piece_key_t k, const piece_t *piece,
                             unmerged_t *u) {
   if (piece->length > SHORT_PIECE) return count_long(v, piece->at, piece->length);
-  if (is_token(v, k, piece->length)) return 1;
-  return 1 + (int64_t)count_short(v, k, piece->length, u);
+  return 1 + (int64_t)count_short(v, k, piece->length, false, u);
 }
 
 /* Which of the words that are noted are in neither of the first two entries. Returns how many. */
@@ -470,7 +471,7 @@ static inline HOT void count_pieces(walk_t *w, unsigned pattern, const uint8_t *
     if (likely(length <= SHORT_PIECE)) {
       piece_key_t k = piece_key(p, length);
       if (unlikely(!is_token(v, k, length)))
-        more += (int64_t)count_short(v, k, length, &unmerged);
+        more += (int64_t)count_short(v, k, length, true, &unmerged);
     } else {
       more = count_long(v, p, length);
     }
